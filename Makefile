@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# The front door. Everything that is made goes to build/ and target/; what is there is reused.
+# The work is done by cargo, Kbuild and the scripts in tests/lab, each of which says what it does.
+
+DESTDIR ?=
+PREFIX ?= /usr
+# The kernel release that the module was built for decides where it is installed.
+KVER ?= $(shell modinfo -F vermagic build/hv_vss.ko 2>/dev/null | cut -d ' ' -f 1)
+# Which end-to-end cases to run: a glob over names such as pairing/ours-ours.
+CASE ?= *
+# CLIPPY=1 lints the module with clippy while it is built.
+CLIPPY ?=
+
+CARGO_BUILD = cargo build --release --locked
+LAB = tests/lab
+
+.PHONY: all
+all: module user ## Build hv_vss.ko and the workspace (default)
+
+.PHONY: packages
+packages:
+	@$(LAB)/packages.sh
+
+.PHONY: module
+module: packages ## Build build/hv_vss.ko; CLIPPY=1 lints it too
+	@$(LAB)/module.sh $(if $(CLIPPY),CLIPPY=$(CLIPPY))
+
+.PHONY: user
+user: packages ## Build the daemon, the simulated host and the test tools
+	@echo "user: building the workspace with cargo"
+	@$(CARGO_BUILD) --workspace
+
+.PHONY: images
+images: packages
+	@$(LAB)/image.sh
+
+.PHONY: demo
+demo: module user images ## Back up a stock Debian guest once and print the timeline
+	@$(LAB)/run.sh --timeout 600 ./e2e demo
+
+.PHONY: test
+test: lint unit e2e ## Lint, unit and layout tests, then every end-to-end case
+
+.PHONY: lint
+lint: packages ## cargo fmt --check, clippy on the workspace and on the module
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	@$(LAB)/module.sh CLIPPY=1
+
+.PHONY: unit
+unit: packages ## Unit, property and layout tests: no guest needed
+	cargo test --locked --workspace
+
+.PHONY: e2e
+e2e: module user images ## Run the end-to-end cases that match CASE=<glob>
+	@$(LAB)/run.sh --timeout 2400 ./e2e run '$(CASE)'
+
+.PHONY: e2e-list
+e2e-list: packages ## List the end-to-end cases
+	@$(CARGO_BUILD) --quiet --package e2e
+	@target/release/e2e list
+
+.PHONY: install
+install: ## Install module, daemon, header and man page below DESTDIR
+	@[ -n "$(KVER)" ] || { echo "install: nothing is built; run 'make' first" >&2; exit 1; }
+	install -D -m 0644 build/hv_vss.ko $(DESTDIR)/lib/modules/$(KVER)/updates/hv_vss.ko
+	install -D -m 0755 target/release/hv_vss_daemon $(DESTDIR)$(PREFIX)/sbin/hv_vss_daemon
+	install -D -m 0644 uapi/hv_vss.h $(DESTDIR)$(PREFIX)/include/linux/hv_vss.h
+	@[ -n "$(DESTDIR)" ] || depmod $(KVER)
+
+.PHONY: clean
+clean: ## Remove all that was built, the build root included
+	rm -rf build target
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
