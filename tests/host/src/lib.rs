@@ -1,1 +1,54 @@
-//! Placeholder replaced in the next commits.
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A simulated Hyper-V host, small enough to sit inside a test.
+//!
+//! [`Vm::start`] boots a stock Linux kernel on KVM's Hyper-V interface and stands on the other side
+//! of the guest's VMBus: [`Vm::host`] gives handles to the integration components that it offers
+//! (VSS, heartbeat, shutdown), with which a test negotiates, sends requests, sends nonsense, or takes
+//! the device away.
+//!
+//! It knows the wire (VMBus, the integration components' messages) and nothing of the driver or
+//! the daemon in the guest: anyone who writes a VMBus driver can use it.
+//!
+//! ```no_run
+//! use hyperv_sim::{ic, Vm, VmConfig, VmbusVersion};
+//! use std::time::Duration;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let minute = Duration::from_secs(60);
+//! let mut config = VmConfig::new("vmlinuz");
+//! config.initrd.push("guest.cpio".into());
+//! let vm = Vm::start(config)?;
+//! let vss = vm.host().vss();
+//! vss.wait_open(minute)?;
+//! vss.negotiate(&ic::FRAMEWORKS, &ic::vss::VERSIONS, minute)?;
+//! let frozen = vss.freeze(&[], minute)?;
+//! println!("the guest says {:#x} after {:?}", frozen.status(), frozen.latency);
+//! vss.thaw(minute)?;
+//! vm.host().shutdown().power_off(minute)?;
+//! vm.wait_exit(minute)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Rooms
+//!
+//! | module | holds | does not know |
+//! | --- | --- | --- |
+//! | [`vm`] | the machine: threads, how it ends | VMBus |
+//! | `boot`, `acpi`, `cpu`, `devices` | what a stock kernel needs to start | VMBus |
+//! | `kvm` | the only unsafe code: raw ioctls and the exit union | all else |
+//! | `synic` | message slots and event flags in guest memory | VMBus |
+//! | [`vmbus`] | control messages as a state machine without I/O; rings | integration components |
+//! | [`ic`] | the integration components' messages | VMBus |
+//! | [`host`] | the handles that a test holds | KVM |
+
+pub mod host;
+pub mod ic;
+pub mod probe;
+pub mod vm;
+pub mod vmbus;
+
+pub use host::{Channel, Event, EventKind, Host, HostConfig, HostError, Negotiated, Reply, Tx};
+pub use vm::{Exit, Vm, VmConfig, VmError};
+pub use vmbus::protocol::VmbusVersion;
