@@ -1,1 +1,44 @@
-//! Placeholder replaced in the next commits.
+// SPDX-License-Identifier: GPL-2.0
+
+//! The VSS protocol as a state machine without I/O.
+//!
+//! Events go in as method calls on [`Engine`]: a packet from the host, bytes written to the device,
+//! a read, the clock, open, release, suspend, resume. What is to be done comes out through
+//! [`Effects`] (packets for the host, notes for log and trace), through return values (a frame for
+//! the reader, an errno for the writer) and through [`Engine::deadline`] (when to call
+//! [`Engine::timer`]).
+//!
+//! There is no clock, no lock, no allocation and no `unsafe` in here, so every method may be called
+//! from softirq and under a spinlock. The same files are compiled by Kbuild into the module and by
+//! cargo for tests and fuzzing. This room knows nothing of the kernel crate, of VMBus rings or of
+//! file descriptors.
+//!
+//! Sources of the numbers: `include/linux/hyperv.h`, `include/uapi/linux/hyperv.h`,
+//! `drivers/hv/hv_snapshot.c` and `drivers/hv/channel_mgmt.c` of Linux 7.3.
+#![cfg_attr(not(MODULE), no_std)]
+#![forbid(unsafe_code)]
+
+#[cfg(MODULE)]
+use crate::uapi;
+#[cfg(not(MODULE))]
+use hv_vss_uapi as uapi;
+
+mod frames;
+mod machine;
+mod notes;
+mod wire;
+
+pub use frames::Refusal;
+pub use machine::Config;
+pub use machine::Effects;
+pub use machine::Engine;
+pub use machine::Token;
+pub use machine::PACKET_MAX;
+pub use machine::QUEUE;
+pub use notes::Note;
+pub use notes::OpStats;
+pub use notes::Stats;
+pub use notes::OPS;
+pub use wire::Version;
+pub use wire::FRAMEWORK_VERSIONS;
+pub use wire::VSS_VERSIONS;

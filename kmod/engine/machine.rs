@@ -1,0 +1,767 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The state machine: requests of the host, the daemon that serves them, and the freeze in between.
+//!
+//! Requests wait in a short queue and are served in order; only the first one, the head, is ever
+//! shown to the daemon. Three rules hold everywhere:
+//!
+//! - each request is answered once: by the daemon, by the clock, or by the daemon's death;
+//! - an answer counts only for a request that this daemon has read and that is still open, so a
+//!   late or stray one can never hit the next request. v1 answers carry no id; there the rule rests
+//!   on the daemon reading and answering in turn, as every v1 daemon does;
+//! - a freeze that did not last is remembered until the next FREEZE succeeds, and every THAW in
+//!   between is failed towards the host, whatever the daemon says of it.
+
+use super::frames;
+use super::frames::First;
+use super::frames::Frame;
+use super::frames::Refusal;
+use super::notes::bump;
+use super::notes::Note;
+use super::notes::Stats;
+use super::uapi::op;
+use super::uapi::status;
+use super::wire;
+use super::wire::Kind;
+use super::wire::Version;
+use core::ops::DerefMut;
+
+/// Requests that may be open at a time. A real host has one; the rest is for hosts that do not wait.
+pub const QUEUE: usize = 4;
+
+/// Longest packet in bytes that is kept for an answer: an IC message of 13,312 bytes with its pipe
+/// header, rounded up to the 8 bytes that VMBus counts in. Longer ones are answered at once.
+pub const PACKET_MAX: usize = 13_320;
+
+/// How long things may take, in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Time for a FREEZE (mainline: 15 minutes).
+    pub freeze_ms: u32,
+    /// Time for any other request (mainline: 30 seconds).
+    pub other_ms: u32,
+    /// How long a request waits for a daemon to register; 0 fails it at once, as mainline does.
+    pub grace_ms: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            freeze_ms: 15 * 60 * 1000,
+            other_ms: 30 * 1000,
+            grace_ms: 5 * 1000,
+        }
+    }
+}
+
+/// What the machine asks its surroundings to do. Called in the middle of an event, so neither
+/// method may call back.
+pub trait Effects {
+    /// Sends `packet` to the host as the answer to the VMBus request `request_id`; false when it
+    /// could not be sent.
+    fn send(&mut self, packet: &[u8], request_id: u64) -> bool;
+    /// Takes note of something that happened.
+    fn note(&mut self, note: Note);
+}
+
+/// Who has the device open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Daemon {
+    /// Nobody.
+    Absent,
+    /// Somebody who has not registered yet.
+    Open,
+    /// A daemon that speaks v1.
+    V1,
+    /// A daemon that speaks v2.
+    V2,
+}
+
+/// The freeze between a FREEZE and its THAW.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Freeze {
+    /// The host asked for none, or it ended well.
+    None,
+    /// FREEZE `id` succeeded and its daemon is still there.
+    Held { id: u64 },
+    /// The last successful FREEZE did not last until its THAW.
+    Broken,
+}
+
+/// How far a request has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Behind another one; has no deadline yet.
+    Queued,
+    /// At the head, but there is no daemon.
+    Held,
+    /// At the head; the daemon may read it.
+    Offered,
+    /// At the head; the daemon has read it.
+    Read,
+}
+
+/// Where a request came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// The host: `len` bytes of packet wait in `slot` of the store.
+    Host {
+        slot: usize,
+        len: usize,
+        request_id: u64,
+    },
+    /// Suspend, which lets the daemon thaw. Nobody waits for the answer.
+    Suspend,
+}
+
+/// A request that the daemon has to serve. Times are microseconds of the caller's clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Request {
+    id: u64,
+    operation: u8,
+    origin: Origin,
+    stage: Stage,
+    arrived: u64,
+    deadline: u64,
+}
+
+/// What [`Engine::peek`] has shown and [`Engine::taken`] takes away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Token {
+    /// The reply to a registration.
+    Reply,
+    /// The request with this id.
+    Request(u64),
+}
+
+/// The machine. `B` is the store for open packets: it should hold [`QUEUE`] times [`PACKET_MAX`]
+/// bytes; a smaller one means a shorter queue.
+///
+/// # Invariants
+///
+/// - Open requests stand at the front of `requests`, ids ascending, each with a slot of its own.
+/// - The head is [`Stage::Held`] without a registered daemon, [`Stage::Offered`] or [`Stage::Read`]
+///   with one; all others are [`Stage::Queued`].
+/// - [`Freeze::Held`] only with a registered daemon.
+pub struct Engine<B> {
+    config: Config,
+    store: B,
+    requests: [Option<Request>; QUEUE],
+    daemon: Daemon,
+    reply_waits: bool,
+    freeze: Freeze,
+    suspended: bool,
+    next_id: u64,
+    versions: Option<(Version, Version)>,
+    stats: Stats,
+}
+
+impl<B: DerefMut<Target = [u8]>> Engine<B> {
+    /// A machine with nobody on either side.
+    pub fn new(config: Config, store: B) -> Self {
+        Engine {
+            config,
+            store,
+            requests: [None; QUEUE],
+            daemon: Daemon::Absent,
+            reply_waits: false,
+            freeze: Freeze::None,
+            suspended: false,
+            next_id: 1,
+            versions: None,
+            stats: Stats::default(),
+        }
+    }
+
+    // --- The host's side ---
+
+    /// A packet from the host, pipe header first, in a private copy that becomes the answer.
+    /// `request_id` is the VMBus request id.
+    pub fn packet(
+        &mut self,
+        now: u64,
+        packet: &mut [u8],
+        request_id: u64,
+        effects: &mut impl Effects,
+    ) {
+        match wire::kind(packet) {
+            Kind::Malformed => {
+                bump(&mut self.stats.bad_packets);
+                effects.note(Note::BadPacket { len: packet.len() });
+            }
+            Kind::Negotiate => {
+                bump(&mut self.stats.negotiations);
+                self.versions = wire::negotiate(packet);
+                effects.note(match self.versions {
+                    Some((framework, message)) => Note::Negotiated { framework, message },
+                    None => Note::NotNegotiated,
+                });
+                self.send(packet, request_id, effects);
+            }
+            Kind::Vss(operation @ (op::HOT_BACKUP | op::FREEZE | op::THAW)) => {
+                bump(&mut self.stats.op(operation).requests);
+                if self.enqueue(now, operation, packet, request_id, effects) {
+                    self.start_head(now, effects);
+                } else {
+                    bump(&mut self.stats.overruns);
+                    bump(&mut self.stats.op(operation).failures);
+                    self.direct(packet, operation, status::FAIL, request_id, effects);
+                }
+            }
+            Kind::Vss(operation) => {
+                bump(&mut self.stats.op(operation).requests);
+                self.direct(packet, operation, status::OK, request_id, effects);
+            }
+        }
+    }
+
+    /// Answers a request that the daemon has no part in.
+    fn direct(
+        &mut self,
+        packet: &mut [u8],
+        operation: u8,
+        code: u32,
+        request_id: u64,
+        effects: &mut impl Effects,
+    ) {
+        wire::answer(packet, operation, code);
+        effects.note(Note::Direct {
+            operation,
+            status: code,
+        });
+        self.send(packet, request_id, effects);
+    }
+
+    fn send(&mut self, packet: &[u8], request_id: u64, effects: &mut impl Effects) {
+        if !effects.send(packet, request_id) {
+            bump(&mut self.stats.unsent);
+            effects.note(Note::NotSent);
+        }
+    }
+
+    /// Puts a request at the end of the queue; false when there is no room for it.
+    fn enqueue(
+        &mut self,
+        now: u64,
+        operation: u8,
+        packet: &[u8],
+        request_id: u64,
+        effects: &mut impl Effects,
+    ) -> bool {
+        let Some(slot) = self.free_slot() else {
+            return false;
+        };
+        let len = packet.len();
+        match self.slot(slot).and_then(|s| s.get_mut(..len)) {
+            Some(place) => place.copy_from_slice(packet),
+            None => return false,
+        }
+        let id = self.take_id();
+        let request = Request {
+            id,
+            operation,
+            origin: Origin::Host {
+                slot,
+                len,
+                request_id,
+            },
+            stage: Stage::Queued,
+            arrived: now,
+            deadline: 0,
+        };
+        match self.requests.iter_mut().find(|r| r.is_none()) {
+            Some(place) => *place = Some(request),
+            None => return false,
+        }
+        effects.note(Note::Received { id, operation });
+        true
+    }
+
+    /// A slot of the store that no open request uses.
+    fn free_slot(&self) -> Option<usize> {
+        (0..QUEUE).find(|slot| {
+            !self.requests.iter().flatten().any(|r| match r.origin {
+                Origin::Host { slot: used, .. } => used == *slot,
+                Origin::Suspend => false,
+            })
+        })
+    }
+
+    fn slot(&mut self, slot: usize) -> Option<&mut [u8]> {
+        self.store.chunks_exact_mut(PACKET_MAX).nth(slot)
+    }
+
+    fn take_id(&mut self) -> u64 {
+        let id = self.next_id;
+        // OVERFLOW: at one request a nanosecond this lasts five centuries; 0 would mean "none".
+        self.next_id = id.wrapping_add(1).max(1);
+        id
+    }
+
+    fn head(&self) -> Option<&Request> {
+        self.requests.first().and_then(|r| r.as_ref())
+    }
+
+    fn head_mut(&mut self) -> Option<&mut Request> {
+        self.requests.first_mut().and_then(|r| r.as_mut())
+    }
+
+    // --- The life of the head ---
+
+    /// Shows a fresh head to the daemon, or lets it wait for one. Without grace every request that
+    /// is queued fails here.
+    fn start_head(&mut self, now: u64, effects: &mut impl Effects) {
+        let registered = self.registered();
+        let config = self.config;
+        while let Some(head) = self.head_mut() {
+            if head.stage != Stage::Queued {
+                return;
+            }
+            let (id, operation) = (head.id, head.operation);
+            if registered {
+                head.stage = Stage::Offered;
+                head.deadline = after(now, config.time_for(operation));
+                effects.note(Note::Offered { id, operation });
+                return;
+            }
+            if config.grace_ms > 0 {
+                head.stage = Stage::Held;
+                head.deadline = after(now, config.grace_ms);
+                effects.note(Note::Held { id, operation });
+                return;
+            }
+            self.close_head(now, status::FAIL, effects);
+        }
+    }
+
+    /// Ends the head with `code` and starts the next one.
+    fn finish(&mut self, now: u64, code: u32, effects: &mut impl Effects) {
+        self.close_head(now, code, effects);
+        self.start_head(now, effects);
+    }
+
+    /// Takes the head from the queue and tells the host how it ended.
+    fn close_head(&mut self, now: u64, code: u32, effects: &mut impl Effects) {
+        let Some(request) = self.pop_head() else {
+            return;
+        };
+        let Request { id, operation, .. } = request;
+        let code = self.settle(id, operation, code, effects);
+        let latency_us = now.saturating_sub(request.arrived);
+        if let Origin::Host {
+            slot,
+            len,
+            request_id,
+        } = request.origin
+        {
+            let stats = self.stats.op(operation);
+            stats.last_us = latency_us;
+            stats.max_us = stats.max_us.max(latency_us);
+            if code != status::OK {
+                bump(&mut stats.failures);
+            }
+            let sent = self
+                .slot(slot)
+                .and_then(|s| s.get_mut(..len))
+                .is_some_and(|packet| {
+                    wire::answer(packet, operation, code);
+                    effects.send(packet, request_id)
+                });
+            if !sent {
+                bump(&mut self.stats.unsent);
+                effects.note(Note::NotSent);
+            }
+        }
+        effects.note(Note::Answered {
+            id,
+            operation,
+            status: code,
+            latency_us,
+        });
+    }
+
+    fn pop_head(&mut self) -> Option<Request> {
+        let request = self.requests.first_mut().and_then(|r| r.take());
+        self.requests.rotate_left(1);
+        request
+    }
+
+    /// Draws the consequences of a request that ends with `code` for the freeze, and returns what
+    /// the host is to be told.
+    fn settle(&mut self, id: u64, operation: u8, code: u32, effects: &mut impl Effects) -> u32 {
+        match (operation, self.freeze) {
+            (op::FREEZE, _) if code == status::OK => self.freeze = Freeze::Held { id },
+            // A daemon rolls a failed freeze back, and the one before with it.
+            (op::FREEZE, Freeze::Held { id }) => self.break_freeze(id, 0, effects),
+            (op::THAW, Freeze::Broken) if code == status::OK => return status::FAIL,
+            (op::THAW, Freeze::Held { .. }) if code == status::OK => self.freeze = Freeze::None,
+            _ => {}
+        }
+        code
+    }
+
+    fn break_freeze(&mut self, id: u64, reason: u32, effects: &mut impl Effects) {
+        self.freeze = Freeze::Broken;
+        bump(&mut self.stats.broken);
+        effects.note(Note::Broken { id, reason });
+    }
+
+    // --- The clock ---
+
+    /// When [`Engine::timer`] has to be called next; `None` when no time is running.
+    pub fn deadline(&self) -> Option<u64> {
+        if self.suspended {
+            return None;
+        }
+        self.head().map(|head| head.deadline)
+    }
+
+    /// The clock has moved. Fails the head if its time is over; harmless at any other time.
+    pub fn timer(&mut self, now: u64, effects: &mut impl Effects) {
+        if self.deadline().is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        if let Some(&Request { id, operation, .. }) = self.head() {
+            bump(&mut self.stats.op(operation).timeouts);
+            effects.note(Note::TimedOut { id, operation });
+            self.finish(now, status::FAIL, effects);
+        }
+    }
+
+    // --- The daemon's side ---
+
+    /// Somebody opens the device; false when somebody else has it.
+    pub fn open(&mut self) -> bool {
+        let free = self.daemon == Daemon::Absent;
+        if free {
+            self.daemon = Daemon::Open;
+        }
+        free
+    }
+
+    /// The one who had the device open is gone: what it had to answer fails at once, and so will
+    /// the THAW of a freeze that it held.
+    pub fn release(&mut self, now: u64, effects: &mut impl Effects) {
+        let was_registered = self.registered();
+        self.daemon = Daemon::Absent;
+        self.reply_waits = false;
+        if !was_registered {
+            return;
+        }
+        effects.note(Note::Released);
+        if let Freeze::Held { id } = self.freeze {
+            self.break_freeze(id, 0, effects);
+        }
+        self.finish(now, status::FAIL, effects);
+    }
+
+    /// Bytes that the daemon has written: a registration, an answer or a notice.
+    ///
+    /// # Errors
+    ///
+    /// A [`Refusal`]; nothing has changed then.
+    pub fn write(
+        &mut self,
+        now: u64,
+        bytes: &[u8],
+        effects: &mut impl Effects,
+    ) -> Result<(), Refusal> {
+        let result = self.accept(now, bytes, effects);
+        if let Err(refusal) = result {
+            bump(&mut self.stats.bad_frames);
+            effects.note(Note::BadFrame { refusal });
+        }
+        result
+    }
+
+    fn accept(
+        &mut self,
+        now: u64,
+        bytes: &[u8],
+        effects: &mut impl Effects,
+    ) -> Result<(), Refusal> {
+        match self.daemon {
+            Daemon::Absent => return Err(Refusal::OutOfTurn),
+            Daemon::Open => {
+                let first = frames::first(bytes)?;
+                self.register(now, first, effects);
+            }
+            Daemon::V1 => {
+                // The status lies over the operation, so nothing that a registered daemon writes
+                // may be looked at as a registration.
+                let code = frames::answer_v1(bytes)?;
+                self.open_read(None)?;
+                self.finish(now, code, effects);
+            }
+            Daemon::V2 => match frames::later(bytes)? {
+                Frame::Answer {
+                    id,
+                    status,
+                    operation,
+                } => {
+                    if self.open_read(Some(id))? != operation {
+                        return Err(Refusal::WrongOperation);
+                    }
+                    self.finish(now, status, effects);
+                }
+                Frame::Thawed { id, reason } => {
+                    if self.freeze != (Freeze::Held { id }) {
+                        return Err(Refusal::Stale);
+                    }
+                    self.break_freeze(id, reason, effects);
+                }
+            },
+        }
+        Ok(())
+    }
+
+    /// The operation of the head, if the daemon has read it and it has this id.
+    fn open_read(&self, id: Option<u64>) -> Result<u8, Refusal> {
+        self.head()
+            .filter(|head| head.stage == Stage::Read && id.is_none_or(|id| id == head.id))
+            .map(|head| head.operation)
+            .ok_or(Refusal::Stale)
+    }
+
+    fn register(&mut self, now: u64, first: First, effects: &mut impl Effects) {
+        (self.daemon, self.reply_waits) = match first {
+            First::V1 { reply } => (Daemon::V1, reply),
+            First::V2 => (Daemon::V2, true),
+        };
+        bump(&mut self.stats.registrations);
+        effects.note(Note::Registered { abi: self.abi() });
+        if let Some(head) = self.head_mut() {
+            head.stage = Stage::Queued;
+        }
+        self.start_head(now, effects);
+    }
+
+    fn registered(&self) -> bool {
+        self.abi() != 0
+    }
+
+    /// The ABI version in force towards the daemon, 0 when none is registered.
+    pub fn abi(&self) -> u32 {
+        match self.daemon {
+            Daemon::Absent | Daemon::Open => 0,
+            Daemon::V1 => 1,
+            Daemon::V2 => 2,
+        }
+    }
+
+    /// Whether a read would find something.
+    pub fn readable(&self) -> bool {
+        self.next_out().is_some()
+    }
+
+    fn next_out(&self) -> Option<Token> {
+        if self.reply_waits {
+            return Some(Token::Reply);
+        }
+        self.head()
+            .filter(|head| head.stage == Stage::Offered)
+            .map(|head| Token::Request(head.id))
+    }
+
+    /// Puts what is to be read next into `out`, which should hold [`super::uapi::MAX_FRAME`] bytes.
+    /// Returns its length and the token that [`Engine::taken`] wants once the daemon has it. `None`
+    /// when there is nothing, or when it does not fit.
+    pub fn peek(&mut self, now: u64, out: &mut [u8]) -> Option<(usize, Token)> {
+        let token = self.next_out()?;
+        let v2 = self.daemon == Daemon::V2;
+        let len = match token {
+            Token::Reply if v2 => frames::put_registered(out),
+            Token::Reply => frames::put_registered_v1(out),
+            Token::Request(_) => {
+                let head = *self.head()?;
+                if v2 {
+                    let left_ms = head.deadline.saturating_sub(now) / 1000;
+                    let left_ms = u32::try_from(left_ms).unwrap_or(u32::MAX);
+                    let payload = self.payload(&head);
+                    frames::put_request(out, head.id, head.operation, left_ms, payload)
+                } else {
+                    frames::put_request_v1(out, head.operation)
+                }
+            }
+        };
+        Some((len?, token))
+    }
+
+    /// The bytes that follow a v2 request.
+    fn payload(&mut self, request: &Request) -> &[u8] {
+        let packet = match request.origin {
+            Origin::Host { slot, len, .. } if request.operation == op::FREEZE => {
+                self.slot(slot).and_then(|s| s.get(..len))
+            }
+            _ => None,
+        };
+        match packet.and_then(wire::freeze_info) {
+            Some(info) => info,
+            None => &[],
+        }
+    }
+
+    /// The daemon has received what [`Engine::peek`] showed. A token of something that has ended
+    /// in the meantime does nothing.
+    pub fn taken(&mut self, token: Token, effects: &mut impl Effects) {
+        if self.next_out() != Some(token) {
+            return;
+        }
+        match token {
+            Token::Reply => self.reply_waits = false,
+            Token::Request(id) => {
+                if let Some(head) = self.head_mut() {
+                    head.stage = Stage::Read;
+                    let operation = head.operation;
+                    effects.note(Note::Read { id, operation });
+                }
+            }
+        }
+    }
+
+    // --- Suspend ---
+
+    /// The machine is about to sleep and the channel to close: open requests are dropped, since
+    /// nobody would hear their answers, and a registered daemon is told to thaw, as mainline does.
+    /// It reads that THAW after the resume.
+    pub fn suspend(&mut self, now: u64, effects: &mut impl Effects) {
+        self.suspended = true;
+        self.versions = None;
+        while let Some(Request { id, operation, .. }) = self.pop_head() {
+            effects.note(Note::Dropped { id, operation });
+        }
+        if let Freeze::Held { id } = self.freeze {
+            self.break_freeze(id, 0, effects);
+        }
+        if self.registered() {
+            let request = Request {
+                id: self.take_id(),
+                operation: op::THAW,
+                origin: Origin::Suspend,
+                stage: Stage::Queued,
+                arrived: now,
+                deadline: 0,
+            };
+            if let Some(place) = self.requests.first_mut() {
+                *place = Some(request);
+            }
+            self.start_head(now, effects);
+        }
+    }
+
+    /// The machine is awake again; the time of what waits begins anew.
+    pub fn resume(&mut self, now: u64) {
+        self.suspended = false;
+        let config = self.config;
+        if let Some(head) = self.head_mut() {
+            let time = match head.stage {
+                Stage::Held => config.grace_ms,
+                Stage::Queued | Stage::Offered | Stage::Read => config.time_for(head.operation),
+            };
+            head.deadline = after(now, time);
+        }
+    }
+
+    // --- For those who look ---
+
+    /// Versions agreed with the host: framework, VSS.
+    pub fn versions(&self) -> Option<(Version, Version)> {
+        self.versions
+    }
+
+    /// All counters.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// Id and operation of the request that is being served.
+    pub fn open_request(&self) -> Option<(u64, u8)> {
+        self.head().map(|head| (head.id, head.operation))
+    }
+
+    /// Number of open requests.
+    pub fn queued(&self) -> usize {
+        self.requests.iter().flatten().count()
+    }
+
+    /// The freeze in one word.
+    pub fn freeze_state(&self) -> &'static str {
+        match self.freeze {
+            Freeze::None => "none",
+            Freeze::Held { .. } => "held",
+            Freeze::Broken => "broken",
+        }
+    }
+
+    /// What the daemon is doing with the head, in one word.
+    pub fn stage_name(&self) -> &'static str {
+        match self.head().map(|head| head.stage) {
+            None => "idle",
+            Some(Stage::Queued) => "queued",
+            Some(Stage::Held) => "held",
+            Some(Stage::Offered) => "offered",
+            Some(Stage::Read) => "read",
+        }
+    }
+
+    /// Checks the invariants of the type; tests call it after each event.
+    ///
+    /// # Errors
+    ///
+    /// Names the one that does not hold.
+    #[cfg(not(MODULE))]
+    pub fn check(&self) -> Result<(), &'static str> {
+        let open = self.queued();
+        if self.requests.iter().take(open).any(|r| r.is_none()) {
+            return Err("a gap in the queue");
+        }
+        let mut last_id = 0;
+        let mut slots = [false; QUEUE];
+        for (at, request) in self.requests.iter().flatten().enumerate() {
+            if request.id <= last_id {
+                return Err("ids do not ascend");
+            }
+            last_id = request.id;
+            if (at > 0) != (request.stage == Stage::Queued) {
+                return Err("stage and place disagree");
+            }
+            if at == 0 && (request.stage == Stage::Held) == self.registered() {
+                return Err("stage and daemon disagree");
+            }
+            if let Origin::Host { slot, len, .. } = request.origin {
+                if len > PACKET_MAX {
+                    return Err("a packet longer than its slot");
+                }
+                match slots.get_mut(slot) {
+                    Some(used) if !*used => *used = true,
+                    _ => return Err("a slot used twice"),
+                }
+            } else if !self.registered() || at > 0 {
+                return Err("a THAW of suspend without a daemon or behind others");
+            }
+        }
+        if matches!(self.freeze, Freeze::Held { .. }) && !self.registered() {
+            return Err("a freeze without a daemon");
+        }
+        if self.reply_waits && !self.registered() {
+            return Err("a reply without a registration");
+        }
+        Ok(())
+    }
+}
+
+impl Config {
+    /// The time that the daemon has for `operation`.
+    fn time_for(&self, operation: u8) -> u32 {
+        if operation == op::FREEZE {
+            self.freeze_ms
+        } else {
+            self.other_ms
+        }
+    }
+}
+
+/// `ms` milliseconds after `now`.
+fn after(now: u64, ms: u32) -> u64 {
+    now.saturating_add(u64::from(ms).saturating_mul(1000))
+}

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What can be seen of the machine from outside: notes for log and trace, and counters.
+//!
+//! Knows no protocol rules; it only names what happened and adds up.
+
+use super::frames::Refusal;
+use super::uapi::op;
+use super::wire::Version;
+
+/// Something that happened, for the log and the tracepoints. Ids are those that a v2 daemon sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// The host and this module agreed on versions.
+    Negotiated {
+        /// Framework version.
+        framework: Version,
+        /// VSS version.
+        message: Version,
+    },
+    /// The host offered nothing that this module speaks, or a malformed list.
+    NotNegotiated,
+    /// A packet of this many bytes was dropped: too short, or not for VSS.
+    BadPacket {
+        /// Length of the packet.
+        len: usize,
+    },
+    /// A request for the daemon arrived.
+    Received {
+        /// Id of the request.
+        id: u64,
+        /// Its operation.
+        operation: u8,
+    },
+    /// A request was answered at once in here, or refused because there was no room for it.
+    Direct {
+        /// Its operation.
+        operation: u8,
+        /// What the host was told.
+        status: u32,
+    },
+    /// There is no daemon: the request waits for one.
+    Held {
+        /// Id of the request.
+        id: u64,
+        /// Its operation.
+        operation: u8,
+    },
+    /// The request can be read by the daemon.
+    Offered {
+        /// Id of the request.
+        id: u64,
+        /// Its operation.
+        operation: u8,
+    },
+    /// The daemon has read the request.
+    Read {
+        /// Id of the request.
+        id: u64,
+        /// Its operation.
+        operation: u8,
+    },
+    /// The time of the request is over.
+    TimedOut {
+        /// Id of the request.
+        id: u64,
+        /// Its operation.
+        operation: u8,
+    },
+    /// The request is closed: the host was told `status` (nobody was, for a THAW made by suspend).
+    Answered {
+        /// Id of the request.
+        id: u64,
+        /// Its operation.
+        operation: u8,
+        /// What the host was told.
+        status: u32,
+        /// From the packet to the answer.
+        latency_us: u64,
+    },
+    /// The request was dropped without an answer: the channel it came from is gone.
+    Dropped {
+        /// Id of the request.
+        id: u64,
+        /// Its operation.
+        operation: u8,
+    },
+    /// A packet could not be sent: no room in the ring, or no channel.
+    NotSent,
+    /// A daemon registered with this ABI version.
+    Registered {
+        /// 1 or 2.
+        abi: u32,
+    },
+    /// The registered daemon closed the device.
+    Released,
+    /// The freeze did not last until the host's THAW, which will be failed.
+    Broken {
+        /// Id of the FREEZE.
+        id: u64,
+        /// One of [`super::uapi::thawed`], or 0 when the daemon went away or a second FREEZE failed.
+        reason: u32,
+    },
+    /// A write of the daemon was refused.
+    BadFrame {
+        /// Why.
+        refusal: Refusal,
+    },
+}
+
+/// Operations that have counters of their own; all others share the last entry.
+pub const OPS: [&str; 5] = ["hot_backup", "get_dm_info", "freeze", "thaw", "other"];
+
+/// Counters of one kind of operation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpStats {
+    /// Requests that came from the host.
+    pub requests: u64,
+    /// Requests answered with a status other than success.
+    pub failures: u64,
+    /// Requests whose time ran out.
+    pub timeouts: u64,
+    /// Latency of the last answer.
+    pub last_us: u64,
+    /// Longest latency of an answer.
+    pub max_us: u64,
+}
+
+/// All counters since the module took the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// One entry for each of [`OPS`].
+    pub ops: [OpStats; OPS.len()],
+    /// Negotiations answered.
+    pub negotiations: u64,
+    /// Packets dropped because they were malformed or not for VSS.
+    pub bad_packets: u64,
+    /// Writes refused.
+    pub bad_frames: u64,
+    /// Requests failed because too many were open.
+    pub overruns: u64,
+    /// Answers that could not be sent.
+    pub unsent: u64,
+    /// Registrations accepted.
+    pub registrations: u64,
+    /// Freezes that did not last until the host's THAW.
+    pub broken: u64,
+}
+
+impl Stats {
+    /// The counters of `operation`.
+    pub(super) fn op(&mut self, operation: u8) -> &mut OpStats {
+        let [hot_backup, get_dm_info, freeze, thaw, other] = &mut self.ops;
+        match operation {
+            op::HOT_BACKUP => hot_backup,
+            op::GET_DM_INFO => get_dm_info,
+            op::FREEZE => freeze,
+            op::THAW => thaw,
+            _ => other,
+        }
+    }
+}
+
+/// Counts one more, for ever.
+pub(super) fn bump(counter: &mut u64) {
+    *counter = counter.wrapping_add(1);
+}
