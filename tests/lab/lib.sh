@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-only
+# shellcheck shell=bash
+#
+# What the lab's scripts share: where things are, one line at the start and end of a step, a stamp
+# per product, and the way into the build root. Sourced, never run.
+
+lab=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repo=$(cd "$lab/../.." && pwd)
+build=$repo/build
+root=$build/root
+me=$(basename "$0" .sh)
+mkdir -p "$build/logs" "$build/stamps"
+
+say() { printf '%s: %s\n' "$me" "$*"; }
+die() {
+    printf '%s: %s\n' "$me" "$*" >&2
+    exit 1
+}
+
+# Steps that mount or chroot need root; the message is the line to copy.
+need_root() {
+    [ "$(id -u)" = 0 ] || die "$1 needs root; run: sudo $lab/$me.sh"
+}
+
+# A product is fresh when its stamp holds the same key as its inputs give now.
+key_of() { printf '%s\n' "$@" | sha256sum | cut -d ' ' -f 1; }
+is_fresh() { [ -e "$2" ] && [ "$(cat "$build/stamps/$1" 2>/dev/null)" = "$3" ]; }
+set_stamp() { printf '%s\n' "$2" >"$build/stamps/$1"; }
+
+# One writer per product: two commands started side by side must not build the same thing twice.
+# The lock goes with the process, whatever its end.
+lock() {
+    exec {lock_fd}>"$build/stamps/$1.lock"
+    flock "$lock_fd"
+}
+
+# quietly LOG COMMAND...: keeps the output in build/logs and shows its end when the command fails.
+quietly() {
+    local log=$build/logs/$1
+    shift
+    "$@" >"$log" 2>&1 || {
+        tail -n 30 "$log" >&2
+        die "failed; the whole log is ${log#"$repo"/}"
+    }
+}
+
+# in_root [SOURCE:TARGET]... -- COMMAND...: runs COMMAND in the build root with /proc, /dev and the
+# given directories mounted. The mounts live in a namespace of their own and end with the command.
+in_root() {
+    local binds=()
+    while [ "$1" != -- ]; do
+        mkdir -p "$root/${1#*:}"
+        binds+=("$1")
+        shift
+    done
+    shift
+    # shellcheck disable=SC2016  # the inner shell expands these
+    unshare --mount --propagation private bash -euc '
+        root=$1 count=$2
+        shift 2
+        mount -t proc proc "$root/proc"
+        mount --rbind /dev "$root/dev"
+        for ((; count > 0; count--)); do
+            mount --rbind "${1%%:*}" "$root/${1#*:}"
+            shift
+        done
+        exec env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 \
+            TERM=dumb chroot "$root" "$@"
+    ' in_root "$root" "${#binds[@]}" "${binds[@]}" "$@"
+}
