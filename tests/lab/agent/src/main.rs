@@ -1,2 +1,152 @@
-//! Placeholder replaced in the next commits.
-fn main() {}
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The test's hands in the guest: `lab-agent TTY` reads calls from that serial line and does them.
+//!
+//! It must go on working while every file system is frozen, its own included: its memory is locked
+//! and it opens no file that it was not told to. It decides nothing and checks nothing; what is
+//! right or wrong is the test's business.
+
+mod device;
+mod error;
+mod kernel;
+mod process;
+mod sys;
+mod writers;
+
+use crate::error::Error;
+use lab_agent::{Call, Command, Outcome, Return};
+use nix::sys::mman::{mlockall, MlockAllFlags};
+use nix::sys::termios;
+use serde_json::{json, Value};
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+/// Stack of every thread: all of it is locked, so it is small.
+const STACK: usize = 128 * 1024;
+
+/// All that the agent holds for the test.
+#[derive(Default)]
+struct Agent {
+    processes: process::Processes,
+    writers: writers::Writers,
+    devices: device::Devices,
+}
+
+impl Agent {
+    fn perform(&self, command: Command) -> Result<Value, Error> {
+        Ok(match command {
+            Command::Run { argv, timeout_ms } => json!(process::run(&argv, timeout_ms)?),
+            Command::Spawn { argv, log } => json!(self.processes.spawn(&argv, &log)?),
+            Command::Signal { pid, signal } => json!(process::signal(pid, signal)?),
+            Command::Wait { pid, timeout_ms } => json!(self.processes.wait(pid, timeout_ms)?),
+            Command::Spawned => json!(self.processes.running()),
+            Command::Read { path } => json!(kernel::read_file(&path)?),
+            Command::Write { path, text } => json!(kernel::write_file(&path, &text)?),
+            Command::Kmsg { since, max_level } => json!(kernel::log(since, max_level)?),
+            Command::Freeze { path } => json!(sys::freeze(&File::open(path)?)?),
+            Command::Thaw { path } => json!(sys::thaw(&File::open(path)?)?),
+            Command::WriterStart { path, pause_us } => {
+                json!(self.writers.start(&path, pause_us)?)
+            }
+            Command::Writers => json!(self.writers.list()),
+            Command::WritersStop { timeout_ms } => json!(self.writers.stop(timeout_ms)?),
+            Command::DevOpen { path, nonblock } => json!(self.devices.open(&path, nonblock)?),
+            Command::DevRead { handle, len } => json!(self.devices.read(handle, len)?),
+            Command::DevWrite { handle, hex } => json!(self.devices.write(handle, &hex)?),
+            Command::DevPoll {
+                handle,
+                timeout_ms,
+                events,
+            } => json!(self.devices.poll(handle, timeout_ms, &events)?),
+            Command::DevClose { handle } => json!(self.devices.close(handle)?),
+        })
+    }
+}
+
+/// Takes a lock; a thread that panicked while it held it has left nothing half done in here.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Starts a thread with a small stack.
+fn start_thread(work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+    thread::Builder::new().stack_size(STACK).spawn(work)?;
+    Ok(())
+}
+
+fn send(line: &Mutex<File>, back: &Return) {
+    // Plain data always serialises. A line that cannot be written has no other end to tell.
+    if let Ok(mut text) = serde_json::to_string(back) {
+        text.push('\n');
+        let _ = lock(line).write_all(text.as_bytes());
+    }
+}
+
+fn serve(tty: &str) -> Result<(), Error> {
+    let input = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(nix::libc::O_NOCTTY)
+        .open(tty)?;
+    let mut mode = termios::tcgetattr(&input)?;
+    termios::cfmakeraw(&mut mode);
+    termios::tcsetattr(&input, termios::SetArg::TCSANOW, &mode)?;
+    mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)?;
+
+    let output = Arc::new(Mutex::new(input.try_clone()?));
+    let agent = Arc::new(Agent::default());
+    let greeting = json!({ "agent": env!("CARGO_PKG_VERSION") });
+    send(
+        &output,
+        &Return {
+            id: 0,
+            outcome: Outcome::Done(greeting),
+        },
+    );
+
+    for line in BufReader::new(input).lines() {
+        let line = line?;
+        let call: Call = match serde_json::from_str(&line) {
+            Ok(call) => call,
+            Err(error) => {
+                let outcome = Outcome::Failed(format!("not a call ({error}): {line}"));
+                send(&output, &Return { id: 0, outcome });
+                continue;
+            }
+        };
+        let (agent, output) = (agent.clone(), output.clone());
+        start_thread(move || {
+            let outcome = match agent.perform(call.command) {
+                Ok(value) => Outcome::Done(value),
+                Err(Error::Errno(errno)) => Outcome::Errno(format!("{errno:?}")),
+                Err(error) => Outcome::Failed(error.to_string()),
+            };
+            send(
+                &output,
+                &Return {
+                    id: call.id,
+                    outcome,
+                },
+            );
+        })?;
+    }
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let Some(tty) = std::env::args().nth(1) else {
+        eprintln!("usage: lab-agent TTY");
+        return ExitCode::from(2);
+    };
+    match serve(&tty) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lab-agent: {tty}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Why a call could not be done.
+
+use nix::errno::Errno;
+
+/// Why a call could not be done.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A system call failed; the test is told the errno by name.
+    #[error("{0}")]
+    Errno(#[from] Errno),
+    /// The call itself makes no sense.
+    #[error("{0}")]
+    Call(String),
+    /// Neither of the two.
+    #[error("{0}")]
+    Io(std::io::Error),
+}
+
+impl From<std::io::Error> for Error {
+    fn from(error: std::io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(number) => Error::Errno(Errno::from_raw(number)),
+            None => Error::Io(error),
+        }
+    }
+}

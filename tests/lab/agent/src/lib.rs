@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What a test may ask of the agent in its guest, and what it is told.
+//!
+//! One JSON object a line in both directions over a serial line: a [`Call`] out, the [`Return`] with
+//! the same `id` back. Each call runs on a thread of its own, so a call that blocks (a read of the
+//! device, a long command) does not hold up the next, and returns may overtake each other.
+//!
+//! This file is the whole contract and is compiled into both ends. It knows nothing of VMBus, of
+//! VSS or of what is tested.
+
+use serde::{Deserialize, Serialize};
+
+/// One line from the test to the agent.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Call {
+    /// Chosen by the test, repeated in the [`Return`].
+    pub id: u64,
+    /// What to do.
+    #[serde(flatten)]
+    pub command: Command,
+}
+
+/// One line from the agent to the test.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Return {
+    /// That of the [`Call`]; 0 for the greeting at the start.
+    pub id: u64,
+    /// What came of it.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+}
+
+/// What came of a call.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// It was done; the shape of the value is named at each [`Command`].
+    Done(serde_json::Value),
+    /// The system call behind it failed with this errno, by name: `EBUSY`.
+    Errno(String),
+    /// It could not be tried; the text says why.
+    Failed(String),
+}
+
+/// What the agent can do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "snake_case")]
+pub enum Command {
+    /// Runs a program to its end: [`Ended`]. After `timeout_ms` it and its children are killed.
+    Run {
+        /// Program and arguments; the program is looked up in `PATH`.
+        argv: Vec<String>,
+        /// Limit in milliseconds.
+        timeout_ms: u64,
+    },
+    /// Starts a program and returns its pid. Its output goes to `log`, which is made or emptied.
+    Spawn {
+        /// Program and arguments.
+        argv: Vec<String>,
+        /// A file, best on a tmpfs.
+        log: String,
+    },
+    /// Sends a signal to any process.
+    Signal {
+        /// Whom.
+        pid: i32,
+        /// The signal's number.
+        signal: i32,
+    },
+    /// Waits until a spawned program has ended: [`Ended`] without output, or `EAGAIN` when it had
+    /// not within `timeout_ms`.
+    Wait {
+        /// As returned by [`Command::Spawn`].
+        pid: i32,
+        /// Limit in milliseconds.
+        timeout_ms: u64,
+    },
+    /// The pids of the spawned programs that still run.
+    Spawned,
+    /// The text of a file, at most 256 KiB of it.
+    Read {
+        /// Which.
+        path: String,
+    },
+    /// Writes text to a file in one write, without creating it: for sysfs and the like.
+    Write {
+        /// Which.
+        path: String,
+        /// What.
+        text: String,
+    },
+    /// The kernel's log from a sequence number on: [`Log`].
+    Kmsg {
+        /// The first record of interest.
+        since: u64,
+        /// Only records at most this unimportant: 4 is warnings and worse, 7 is all.
+        max_level: u8,
+    },
+    /// Freezes the file system that holds `path`, as an administrator would (FIFREEZE).
+    Freeze {
+        /// Any path on it.
+        path: String,
+    },
+    /// Thaws the file system that holds `path` (FITHAW); `EINVAL` when it was not frozen.
+    Thaw {
+        /// Any path on it.
+        path: String,
+    },
+    /// Starts a thread that rewrites the first 512 bytes of a file again and again, with
+    /// `pause_us` between two writes.
+    WriterStart {
+        /// The file, which is made.
+        path: String,
+        /// Microseconds between the end of a write and the start of the next.
+        pause_us: u64,
+    },
+    /// How the writers fare: a list of [`Writer`]s in the order of their start.
+    Writers,
+    /// Ends all writers and forgets them. Fails when one is still inside a write after
+    /// `timeout_ms`; that one stays.
+    WritersStop {
+        /// Limit in milliseconds.
+        timeout_ms: u64,
+    },
+    /// Opens a device for reading and writing and returns a handle.
+    DevOpen {
+        /// Which.
+        path: String,
+        /// Whether to pass `O_NONBLOCK`.
+        nonblock: bool,
+    },
+    /// One read of at most `len` bytes; returns them in hexadecimal.
+    DevRead {
+        /// From [`Command::DevOpen`].
+        handle: u64,
+        /// Size of the buffer.
+        len: usize,
+    },
+    /// One write; returns how many bytes were taken.
+    DevWrite {
+        /// From [`Command::DevOpen`].
+        handle: u64,
+        /// The bytes in hexadecimal.
+        hex: String,
+    },
+    /// One poll for reading, writing and hang-up; returns the names of what was reported, such as
+    /// `["POLLIN"]`, an empty list when the time was over.
+    DevPoll {
+        /// From [`Command::DevOpen`].
+        handle: u64,
+        /// Limit in milliseconds; 0 returns at once.
+        timeout_ms: u16,
+        /// Which of `POLLIN`, `POLLOUT` to ask for.
+        events: Vec<String>,
+    },
+    /// Closes the device. A read that is blocked on it keeps it open until it returns.
+    DevClose {
+        /// From [`Command::DevOpen`].
+        handle: u64,
+    },
+}
+
+/// How a program ended.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Ended {
+    /// Its exit status, or `None` when a signal ended it.
+    pub status: Option<i32>,
+    /// The signal that ended it.
+    pub signal: Option<i32>,
+    /// Whether the agent killed it because its time was over.
+    pub timed_out: bool,
+    /// Its standard output, at most 256 KiB of it.
+    pub out: String,
+    /// Its standard error, likewise.
+    pub err: String,
+}
+
+/// How one writer fares. Times are in microseconds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Writer {
+    /// The file it writes.
+    pub path: String,
+    /// Writes that have ended well.
+    pub count: u64,
+    /// Writes that have failed.
+    pub errors: u64,
+    /// The longest write so far, the one in progress included.
+    pub longest_us: u64,
+    /// For how long the write in progress has been going on; 0 between two writes.
+    pub in_write_us: u64,
+}
+
+/// A piece of the kernel's log.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Log {
+    /// The sequence number that the next record will have.
+    pub next: u64,
+    /// The records, oldest first.
+    pub records: Vec<Record>,
+}
+
+/// One record of the kernel's log.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// 0 (emergency) to 7 (debug).
+    pub level: u8,
+    /// When, in microseconds since boot.
+    pub at_us: u64,
+    /// The text.
+    pub text: String,
+}
+
+/// Bytes as two hexadecimal digits each.
+pub fn to_hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// The bytes behind [`to_hex`], or `None` when the text is not such.
+pub fn from_hex(text: &str) -> Option<Vec<u8>> {
+    if text.len() % 2 != 0 || !text.is_ascii() {
+        return None;
+    }
+    (0..text.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(text.get(at..at + 2)?, 16).ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_is_one_flat_object() {
+        let call = Call {
+            id: 7,
+            command: Command::Thaw { path: "/".into() },
+        };
+        let line = serde_json::to_string(&call).expect("plain data");
+        assert_eq!(line, r#"{"id":7,"command":"thaw","path":"/"}"#);
+    }
+
+    #[test]
+    fn a_return_says_how_it_went() {
+        let line = r#"{"id":7,"errno":"EBUSY"}"#;
+        let back: Return = serde_json::from_str(line).expect("as the agent writes it");
+        assert!(matches!(back.outcome, Outcome::Errno(name) if name == "EBUSY"));
+    }
+
+    #[test]
+    fn hexadecimal_goes_there_and_back() {
+        let bytes = [0, 0x5f, 0xff];
+        assert_eq!(to_hex(&bytes), "005fff");
+        assert_eq!(from_hex("005fff").as_deref(), Some(&bytes[..]));
+        assert_eq!(from_hex("005ff"), None);
+        assert_eq!(from_hex("zz"), None);
+    }
+}
