@@ -8,6 +8,8 @@ lab=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$lab/../.." && pwd)
 build=$repo/build
 root=$build/root
+# The compiler that Debian builds its kernels with.
+export kernel_cc=x86_64-linux-gnu-gcc-14
 me=$(basename "$0" .sh)
 mkdir -p "$build/logs" "$build/stamps"
 
@@ -67,4 +69,28 @@ in_root() {
         exec env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 \
             TERM=dumb chroot "$root" "$@"
     ' in_root "$root" "${#binds[@]}" "${binds[@]}" "$@"
+}
+
+# config_diff STOCK BUILT: one line per option that differs and matters. Left out are the names a
+# build gives itself: the compiler's text (its version numbers stay in), salt, suffix, and how it
+# signs.
+config_diff() {
+    awk '
+        /^# CONFIG_[A-Za-z0-9_]+ is not set$/ { name = $2; value = "n" }
+        /^CONFIG_/ { name = substr($0, 1, index($0, "=") - 1); value = substr($0, index($0, "=") + 1) }
+        !/^(# )?CONFIG_/ { next }
+        name ~ /^CONFIG_(CC_VERSION_TEXT|LOCALVERSION|BUILD_SALT|SYSTEM_[A-Z_]*_KEYS)$/ { next }
+        name ~ /^CONFIG_(MODULE_SIG_ALL|MODULE_SIG_KEY[A-Z0-9_]*|OPENSSL_SUPPORTS_ML_DSA)$/ { next }
+        FNR == NR { stock[name] = value; next }
+        { built[name] = value }
+        END {
+            for (name in stock) seen[name]
+            for (name in built) seen[name]
+            for (name in seen) {
+                # An option whose dependencies are missing is not listed; to the code it is off.
+                s = name in stock ? stock[name] : "n"
+                b = name in built ? built[name] : "n"
+                if (s != b) print name ": the kernel has " s ", this build " b
+            }
+        }' "$1" "$2" | sort
 }
