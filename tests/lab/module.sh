@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# module.sh [--lab] [MAKE ARGUMENTS...]: builds build/hv_vss.ko with Kbuild. Where the headers of the
+# running kernel (or of the release in KVER) carry Rust metadata they are used as they are, else the
+# prepared tree of the lab's kernel; --lab asks for the latter, whose module is always
+# build/lab/hv_vss.ko as well. Objects go to build/kmod/, none to the sources. CLIPPY=1 lints.
+set -euo pipefail
+# shellcheck source=tests/lab/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+only_lab=
+if [ "${1:-}" = --lab ]; then
+    only_lab=1
+    shift
+fi
+
+# The first kernel whose Rust interfaces the module is written for.
+oldest=7.3
+release=${KVER:-$(uname -r)}
+headers=${KDIR:-/lib/modules/$release/build}
+
+has_rust() { [ -e "$headers/rust/libkernel.rmeta" ] && [ -e "$headers/.config" ]; }
+is_old() { [ "$(printf '%s\n' "$oldest" "$release" | sort --version-sort | head -n 1)" != "$oldest" ]; }
+
+native=
+if [ -z "$only_lab" ] && has_rust; then
+    if is_old; then
+        say "kernel $release has Rust metadata but is older than $oldest; building for the lab's kernel"
+    else
+        native=1
+    fi
+fi
+
+option() { sed -n "s/^$2=//p" "$1" | tr -d '"'; }
+
+# refuse_other_compiler CONFIG RUSTC-TEXT CC-TEXT: Rust metadata is readable by the very rustc that
+# wrote it; of a C compiler the release must be the same.
+refuse_other_compiler() {
+    local rustc cc
+    rustc=$(option "$1" CONFIG_RUSTC_VERSION_TEXT)
+    cc=$(option "$1" CONFIG_CC_VERSION_TEXT)
+    [ "$rustc" = "$2" ] || die "refused: the kernel was built by '$rustc', this compiler is '$2'"
+    [ "${cc##* }" = "${3##* }" ] || die "refused: the kernel was built by '$cc', this compiler is '$3'"
+}
+
+if [ -n "$native" ]; then
+    config=$headers/.config
+    built=$(cat "$headers/include/config/kernel.release")
+    [ "$built" = "$release" ] || die "refused: $headers is of kernel $built, not $release"
+    for stock in "/boot/config-$release" "/lib/modules/$release/config"; do
+        [ -e "$stock" ] || continue
+        difference=$(config_diff "$stock" "$config")
+        [ -z "$difference" ] || die "refused, $headers is configured unlike $stock:
+$difference"
+        break
+    done
+    tools=()
+    if [ "$(option "$config" CONFIG_CC_IS_CLANG)" = y ]; then
+        tools+=(LLVM=1)
+        cc=${CC:-clang}
+    else
+        cc=${CC:-gcc}
+    fi
+    for tool in "$cc" "${RUSTC:-rustc}" "${BINDGEN:-bindgen}"; do
+        command -v "$tool" >/dev/null || die "refused: $headers needs $tool, which is not installed"
+    done
+    tools+=("CC=$cc" "RUSTC=${RUSTC:-rustc}" "BINDGEN=${BINDGEN:-bindgen}")
+    refuse_other_compiler "$config" "$("${RUSTC:-rustc}" --version)" "$("$cc" --version | head -n 1)"
+else
+    "$lab/kernel.sh"
+    need_root "building in the build root"
+    release=$(cat "$root/kernel/release")
+    refuse_other_compiler "$build/linux/.config" "$(in_root -- rustc --version)" \
+        "$(in_root -- "$kernel_cc" --version | head -n 1)"
+fi
+
+# The linter takes the compiler's place, so its objects are kept apart.
+output=$build/kmod/$release
+clippy=
+for argument; do
+    case $argument in
+    CLIPPY=*)
+        clippy=1
+        output=$output-clippy
+        ;;
+    esac
+done
+mkdir -p "$output"
+lock module
+
+compile() {
+    if [ -n "$native" ]; then
+        make -C "$headers" M="$repo" MO="$output" "${tools[@]}" modules "$@"
+    else
+        in_root "$build/linux:/linux" "$repo:/src" "$output:/output" -- \
+            make -C /linux M=/src MO=/output CC="$kernel_cc" modules "$@"
+    fi
+}
+
+say "building for $release${clippy:+ with clippy}"
+log=$build/logs/module${clippy:+-clippy}.log
+if ! compile "$@" >"$log" 2>&1; then
+    grep -v '^make' "$log" >&2 || true
+    die "failed for $release"
+fi
+if grep -A 12 -E '^(warning|.*: warning)' "$log" >&2 && [ -n "$clippy" ]; then
+    die "clippy has something to say"
+fi
+
+if [ -z "$clippy" ]; then
+    [ -n "$native" ] || install -D -m 0644 "$output/hv_vss.ko" "$build/lab/hv_vss.ko"
+    [ -n "$only_lab" ] || install -m 0644 "$output/hv_vss.ko" "$build/hv_vss.ko"
+fi
+say "done in ${SECONDS}s"
