@@ -1,1 +1,22 @@
-//! Placeholder replaced in the next commits.
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Freezes and thaws the file systems of a Linux guest when its Hyper-V host takes a backup.
+//!
+//! The order of reading is the order of a request: [`device`] carries frames from and to the
+//! kernel, [`service`] is the event loop that decides what happens, [`mounts`] and [`topology`]
+//! read what is mounted and on what it stands, [`plan`] turns that into an order (a pure function),
+//! [`open`] gets a descriptor for each file system, and [`freeze`] does the work on them.
+//!
+//! It knows nothing of VMBus: what the host says arrives as frames of `uapi/hv_vss.rs`.
+
+pub mod device;
+pub mod freeze;
+pub mod job;
+pub mod logbook;
+pub mod mounts;
+pub mod open;
+pub mod plan;
+pub mod pool;
+pub mod service;
+pub mod sys;
+pub mod topology;

@@ -1,0 +1,542 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Freezes the planned file systems and thaws exactly those that it froze.
+//!
+//! A [`Session`] owns the descriptors that were opened before the first freeze, and the threads
+//! that work on them. The thaw goes through the same descriptors, so renames and unmounts in
+//! between lose nothing. Dropping a session thaws what is still frozen. It decides no order (that
+//! is [`crate::plan`]) and knows no host.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use crate::logbook::Logbook;
+use crate::pool::Pool;
+
+/// What is done to file systems: the kernel, or a double in unit tests.
+pub trait FsOps: Send + Sync {
+    /// Writes all dirty data back without freezing.
+    fn sync(&self, fd: BorrowedFd<'_>) -> io::Result<()>;
+    /// Freezes: `EBUSY` when frozen already, `EOPNOTSUPP` when it cannot.
+    fn freeze(&self, fd: BorrowedFd<'_>) -> io::Result<()>;
+    /// Thaws: `EINVAL` when not frozen.
+    fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()>;
+}
+
+/// The real thing.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel;
+
+impl FsOps for Kernel {
+    fn sync(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(nix::unistd::syncfs(fd)?)
+    }
+
+    fn freeze(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        crate::sys::freeze(fd)
+    }
+
+    fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        crate::sys::thaw(fd)
+    }
+}
+
+/// Why a freeze did not come about. By the time it is returned, everything is thawed again.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    /// One file system failed to freeze.
+    #[error("{name} cannot be frozen")]
+    Failed {
+        /// Which.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// One has no means to freeze, and the configuration is strict.
+    #[error("{name} has no means to freeze, and the configuration is strict")]
+    Unfreezable {
+        /// Which.
+        name: String,
+    },
+    /// It was called off.
+    #[error("the freeze was called off")]
+    Aborted,
+}
+
+/// Why a thaw was not the clean end of a backup. Nothing that could be thawed is left frozen.
+#[derive(Debug, thiserror::Error)]
+pub enum ThawError {
+    /// Somebody else had thawed some of them before.
+    #[error("thawed by somebody else while the backup was running: {}", .names.join(", "))]
+    Early {
+        /// Which.
+        names: Vec<String>,
+    },
+    /// The kernel refuses.
+    #[error("{name} cannot be thawed")]
+    Failed {
+        /// Which.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Open,
+    /// Frozen by this session; the call began at this time.
+    Ours(Instant),
+    /// Somebody else had frozen it before: it counts, and stays theirs.
+    Foreign,
+    /// It cannot freeze; synced instead.
+    Synced,
+    Thawed,
+}
+
+/// One file system to freeze.
+pub struct Target {
+    /// For people.
+    pub name: String,
+    /// Its wave in the plan, from 0.
+    pub wave: usize,
+    fd: OwnedFd,
+    state: Mutex<State>,
+}
+
+impl Target {
+    /// A file system that is open as `fd`.
+    pub fn new(name: String, wave: usize, fd: OwnedFd) -> Self {
+        Target {
+            name,
+            wave,
+            fd,
+            state: Mutex::new(State::Open),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // It holds a plain value, whole at any time.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AsFd for Target {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// How many file systems ended how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Frozen by this session.
+    pub ours: usize,
+    /// Frozen by somebody else before.
+    pub foreign: usize,
+    /// Synced, because they cannot freeze.
+    pub synced: usize,
+}
+
+/// What the workers share.
+struct Work {
+    targets: Vec<Target>,
+    ops: Box<dyn FsOps>,
+    log: Logbook,
+    strict: bool,
+    abort: Arc<AtomicBool>,
+    failure: Mutex<Option<FreezeError>>,
+    early: Mutex<Vec<String>>,
+    thaw_failure: Mutex<Option<ThawError>>,
+}
+
+/// The freeze of one backup, from open descriptors to thaw.
+pub struct Session {
+    work: Arc<Work>,
+    waves: Vec<Vec<usize>>,
+    pool: Pool,
+}
+
+impl Session {
+    /// Prepares a session on `targets`. `parallel` bounds how many are worked on at a time; setting
+    /// `abort` at any time makes it stop and thaw.
+    pub fn new(
+        targets: Vec<Target>,
+        ops: Box<dyn FsOps>,
+        log: Logbook,
+        strict: bool,
+        parallel: usize,
+        abort: Arc<AtomicBool>,
+    ) -> io::Result<Self> {
+        let mut waves: Vec<Vec<usize>> = Vec::new();
+        for (i, target) in targets.iter().enumerate() {
+            if waves.len() <= target.wave {
+                waves.resize(target.wave + 1, Vec::new());
+            }
+            if let Some(wave) = waves.get_mut(target.wave) {
+                wave.push(i);
+            }
+        }
+        let widest = waves.iter().map(Vec::len).max().unwrap_or(0);
+        Ok(Session {
+            pool: Pool::new(widest.min(parallel).saturating_sub(1))?,
+            waves,
+            work: Arc::new(Work {
+                targets,
+                ops,
+                log,
+                strict,
+                abort,
+                failure: Mutex::new(None),
+                early: Mutex::new(Vec::new()),
+                thaw_failure: Mutex::new(None),
+            }),
+        })
+    }
+
+    /// The file systems, in the order in which they were given.
+    pub fn targets(&self) -> &[Target] {
+        &self.work.targets
+    }
+
+    /// Writes back what is dirty while everybody can still write, so that the freeze itself has
+    /// little left to flush. Waves keep their order: what a loop device writes lands in the file
+    /// system below it.
+    pub fn sync(&self) {
+        for wave in &self.waves {
+            self.each(wave, Work::sync_one);
+        }
+    }
+
+    /// Freezes wave after wave. On any failure everything is thawed before it returns.
+    pub fn freeze(&self) -> Result<Summary, FreezeError> {
+        for wave in &self.waves {
+            self.each(wave, Work::freeze_one);
+            if self.work.gave_up() {
+                break;
+            }
+        }
+        if self.work.gave_up() {
+            // What went wrong with the thaw is logged; the freeze's own failure is the news.
+            let _ = self.thaw();
+            let failure = lock(&self.work.failure).take();
+            return Err(failure.unwrap_or(FreezeError::Aborted));
+        }
+        let mut summary = Summary::default();
+        for target in &self.work.targets {
+            match *target.state() {
+                State::Ours(_) => summary.ours += 1,
+                State::Foreign => summary.foreign += 1,
+                State::Synced => summary.synced += 1,
+                State::Open | State::Thawed => {}
+            }
+        }
+        Ok(summary)
+    }
+
+    /// Thaws what this session froze, the last wave first. Everything is tried, whatever fails.
+    pub fn thaw(&self) -> Result<(), ThawError> {
+        for wave in self.waves.iter().rev() {
+            self.each(wave, Work::thaw_one);
+        }
+        if let Some(failure) = lock(&self.work.thaw_failure).take() {
+            return Err(failure);
+        }
+        let names = std::mem::take(&mut *lock(&self.work.early));
+        if names.is_empty() {
+            Ok(())
+        } else {
+            Err(ThawError::Early { names })
+        }
+    }
+
+    fn each(&self, wave: &[usize], step: fn(&Work, &Target)) {
+        let work = Arc::clone(&self.work);
+        let members = wave.to_vec();
+        self.pool.run(
+            members.len(),
+            Arc::new(move |n| {
+                let target = members.get(n).and_then(|&i| work.targets.get(i));
+                if let Some(target) = target {
+                    step(&work, target);
+                }
+            }),
+        );
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Nobody is left to hear of a failure; it is in the log.
+        let _ = self.thaw();
+    }
+}
+
+impl Work {
+    fn gave_up(&self) -> bool {
+        self.abort.load(Ordering::SeqCst) || lock(&self.failure).is_some()
+    }
+
+    fn fail(&self, error: FreezeError) {
+        // The first failure is the cause; later ones are its company.
+        lock(&self.failure).get_or_insert(error);
+    }
+
+    fn sync_one(&self, target: &Target) {
+        if self.abort.load(Ordering::SeqCst) {
+            return;
+        }
+        let start = Instant::now();
+        match self.ops.sync(target.as_fd()) {
+            Ok(()) => self
+                .log
+                .info(format!("{} synced in {}", target.name, ms(start.elapsed()))),
+            // The freeze will meet the same error, if it matters.
+            Err(e) => self
+                .log
+                .warning(format!("{} cannot be synced: {e}", target.name)),
+        }
+    }
+
+    fn freeze_one(&self, target: &Target) {
+        if self.gave_up() {
+            return;
+        }
+        let name = &target.name;
+        let start = Instant::now();
+        let result = self.ops.freeze(target.as_fd());
+        let took = ms(start.elapsed());
+        match result.map_err(|e| (e.raw_os_error().map(Errno::from_raw), e)) {
+            Ok(()) => {
+                *target.state() = State::Ours(start);
+                self.log.info(format!("{name} frozen, took {took}"));
+            }
+            Err((Some(Errno::EBUSY), _)) => {
+                *target.state() = State::Foreign;
+                self.log.warning(format!(
+                    "{name} was frozen by somebody else before; it counts and stays theirs"
+                ));
+            }
+            Err((Some(Errno::EOPNOTSUPP | Errno::ENOTTY), _)) => self.unfreezable(target),
+            Err((_, source)) => {
+                self.log.error(format!("{name} cannot be frozen: {source}"));
+                self.fail(FreezeError::Failed {
+                    name: name.clone(),
+                    source,
+                });
+            }
+        }
+    }
+
+    fn unfreezable(&self, target: &Target) {
+        let name = &target.name;
+        if self.strict {
+            self.fail(FreezeError::Unfreezable { name: name.clone() });
+            return;
+        }
+        match self.ops.sync(target.as_fd()) {
+            Ok(()) => {
+                *target.state() = State::Synced;
+                self.log.warning(format!(
+                    "{name} has no means to freeze: synced instead, writes to it go on"
+                ));
+            }
+            Err(source) => self.fail(FreezeError::Failed {
+                name: name.clone(),
+                source,
+            }),
+        }
+    }
+
+    fn thaw_one(&self, target: &Target) {
+        let State::Ours(since) = *target.state() else {
+            return;
+        };
+        let name = &target.name;
+        let result = self.ops.thaw(target.as_fd());
+        let stood = since.elapsed().as_secs_f64();
+        match result.map_err(|e| (e.raw_os_error().map(Errno::from_raw), e)) {
+            Ok(()) => {
+                *target.state() = State::Thawed;
+                self.log
+                    .info(format!("{name} thawed, was frozen for {stood:.6} s"));
+            }
+            Err((Some(Errno::EINVAL), _)) => {
+                *target.state() = State::Thawed;
+                self.log
+                    .error(format!("{name} had been thawed by somebody else before"));
+                lock(&self.early).push(name.clone());
+            }
+            Err((_, source)) => {
+                // It stays ours, so that it is tried again when the session is dropped.
+                self.log.error(format!("{name} cannot be thawed: {source}"));
+                lock(&self.thaw_failure).get_or_insert(ThawError::Failed {
+                    name: name.clone(),
+                    source,
+                });
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // All that is kept in these is whole after each single assignment.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn ms(time: Duration) -> String {
+    format!("{:.3} ms", time.as_secs_f64() * 1e3)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::logbook::Sink;
+    use std::collections::BTreeMap;
+    use std::os::fd::AsRawFd;
+
+    /// Records calls, and fails those it was told to fail. Descriptors stand for file systems.
+    #[derive(Default)]
+    struct Double {
+        calls: Mutex<Vec<(&'static str, usize)>>,
+        numbers: BTreeMap<i32, usize>,
+        failures: BTreeMap<(&'static str, usize), Errno>,
+    }
+
+    impl Double {
+        fn call(&self, what: &'static str, fd: BorrowedFd<'_>) -> io::Result<()> {
+            let number = self.numbers[&fd.as_raw_fd()];
+            lock(&self.calls).push((what, number));
+            match self.failures.get(&(what, number)) {
+                Some(errno) => Err((*errno).into()),
+                None => Ok(()),
+            }
+        }
+    }
+
+    impl FsOps for Arc<Double> {
+        fn sync(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+            self.call("sync", fd)
+        }
+        fn freeze(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+            self.call("freeze", fd)
+        }
+        fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+            self.call("thaw", fd)
+        }
+    }
+
+    struct Setup {
+        double: Arc<Double>,
+        session: Session,
+        abort: Arc<AtomicBool>,
+    }
+
+    /// File systems 0, 1, ... in the given waves, worked on by one thread at a time.
+    fn setup(waves: &[usize], failures: &[(&'static str, usize, Errno)], strict: bool) -> Setup {
+        let mut double = Double::default();
+        let mut targets = Vec::new();
+        for (number, wave) in waves.iter().enumerate() {
+            let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+            double.numbers.insert(fd.as_raw_fd(), number);
+            targets.push(Target::new(format!("/fs{number}"), *wave, fd));
+        }
+        for (what, number, errno) in failures {
+            double.failures.insert((what, *number), *errno);
+        }
+        let double = Arc::new(double);
+        let abort = Arc::new(AtomicBool::new(false));
+        let session = Session::new(
+            targets,
+            Box::new(Arc::clone(&double)),
+            Logbook::new(Sink::Memory),
+            strict,
+            1,
+            Arc::clone(&abort),
+        );
+        Setup {
+            double,
+            session: session.unwrap(),
+            abort,
+        }
+    }
+
+    fn calls(setup: &Setup) -> Vec<(&'static str, usize)> {
+        lock(&setup.double.calls).clone()
+    }
+
+    #[test]
+    fn waves_are_frozen_in_order_and_thawed_in_reverse() {
+        let s = setup(&[1, 0, 2], &[], false);
+        s.session.sync();
+        let summary = s.session.freeze().unwrap();
+        assert_eq!(summary.ours, 3);
+        s.session.thaw().unwrap();
+        let sync = [("sync", 1), ("sync", 0), ("sync", 2)];
+        let freeze = [("freeze", 1), ("freeze", 0), ("freeze", 2)];
+        let thaw = [("thaw", 2), ("thaw", 0), ("thaw", 1)];
+        assert_eq!(calls(&s), [sync, freeze, thaw].concat());
+    }
+
+    #[test]
+    fn a_failure_thaws_what_was_frozen_and_nothing_else() {
+        let s = setup(&[0, 1, 2], &[("freeze", 1, Errno::EIO)], false);
+        let error = s.session.freeze().unwrap_err();
+        assert!(matches!(error, FreezeError::Failed { .. }), "{error}");
+        assert_eq!(calls(&s), [("freeze", 0), ("freeze", 1), ("thaw", 0)]);
+    }
+
+    #[test]
+    fn what_somebody_else_froze_counts_and_stays_theirs() {
+        let s = setup(&[0, 0], &[("freeze", 1, Errno::EBUSY)], false);
+        let summary = s.session.freeze().unwrap();
+        assert_eq!((summary.ours, summary.foreign), (1, 1));
+        s.session.thaw().unwrap();
+        assert!(!calls(&s).contains(&("thaw", 1)));
+    }
+
+    #[test]
+    fn what_cannot_freeze_is_synced_unless_strict() {
+        let failures = [("freeze", 1, Errno::EOPNOTSUPP)];
+        let s = setup(&[0, 0], &failures, false);
+        let summary = s.session.freeze().unwrap();
+        assert_eq!((summary.ours, summary.synced), (1, 1));
+        assert!(calls(&s).contains(&("sync", 1)));
+
+        let s = setup(&[0, 0], &failures, true);
+        let error = s.session.freeze().unwrap_err();
+        assert!(matches!(error, FreezeError::Unfreezable { .. }), "{error}");
+        assert!(calls(&s).contains(&("thaw", 0)));
+    }
+
+    #[test]
+    fn an_early_thaw_by_somebody_else_is_named() {
+        let s = setup(&[0, 0], &[("thaw", 0, Errno::EINVAL)], false);
+        s.session.freeze().unwrap();
+        let error = s.session.thaw().unwrap_err();
+        assert!(error.to_string().ends_with(": /fs0"), "{error}");
+        assert!(calls(&s).contains(&("thaw", 1)));
+    }
+
+    #[test]
+    fn dropping_a_session_thaws() {
+        let s = setup(&[0, 1], &[], false);
+        s.session.freeze().unwrap();
+        let double = Arc::clone(&s.double);
+        drop(s);
+        assert_eq!(lock(&double.calls)[2..], [("thaw", 1), ("thaw", 0)]);
+    }
+
+    #[test]
+    fn a_freeze_that_is_called_off_freezes_nothing() {
+        let s = setup(&[0, 1], &[], false);
+        s.abort.store(true, Ordering::SeqCst);
+        assert!(matches!(s.session.freeze(), Err(FreezeError::Aborted)));
+        assert_eq!(calls(&s), []);
+    }
+}

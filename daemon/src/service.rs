@@ -1,0 +1,482 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The event loop: requests come in from the device, answers go out, and in between it decides.
+//!
+//! It never blocks on a file system: that is the [`Job`]'s part. One backup at a time; whatever
+//! ends a freeze before the host's THAW makes that THAW fail, so that a broken backup is never
+//! reported as good. It knows neither the layout of frames nor how a freeze is done.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hv_vss_uapi::{op, status, thawed};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook_mio::v1_0::Signals;
+
+use crate::device::{Abi, Device, DeviceError, Incoming, Request};
+use crate::job::{Job, Outcome, Settings};
+use crate::logbook::{words, Logbook};
+
+const DEVICE: Token = Token(0);
+const SIGNALS: Token = Token(1);
+const JOB: Token = Token(2);
+
+/// First and longest pause between attempts to open a device that went away.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// How long before the kernel gives up a freeze is called off, so that the host hears why.
+const MARGIN: Duration = Duration::from_secs(2);
+
+/// Why the service cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// The event loop itself failed.
+    #[error("the event loop fails to {doing}")]
+    Loop {
+        /// What it was about to do.
+        doing: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+fn failed(doing: &'static str) -> impl FnOnce(io::Error) -> ServiceError {
+    move |source| ServiceError::Loop { doing, source }
+}
+
+/// Where the backup stands.
+enum Phase {
+    Idle,
+    /// Until the job tells; answered with failure at `give_up`.
+    Freezing {
+        job: Job,
+        request: Request,
+        give_up: Instant,
+    },
+    /// Answered; the id is that of the FREEZE.
+    Frozen {
+        job: Job,
+        id: u64,
+    },
+    Thawing {
+        job: Job,
+        request: Request,
+    },
+    /// Called off: the job still has to end, but nobody waits for its answer.
+    Ending {
+        job: Job,
+    },
+}
+
+/// The running daemon.
+pub struct Service {
+    path: PathBuf,
+    settings: Settings,
+    log: Logbook,
+    poll: Poll,
+    signals: Signals,
+    device: Option<Device>,
+    /// When to try next to open a device that went away, and the pause after that.
+    retry: Option<(Instant, Duration)>,
+    phase: Phase,
+    /// Why the last freeze ended before its THAW, until the next FREEZE.
+    broken: Option<&'static str>,
+    outcomes: (Sender<Outcome>, Receiver<Outcome>),
+    waker: Arc<Waker>,
+    backups: u64,
+    stopping: bool,
+}
+
+impl Service {
+    /// Serves `device`, which was opened from `path` and is opened from there again should it go
+    /// away.
+    pub fn new(
+        device: Device,
+        path: &Path,
+        settings: Settings,
+        log: Logbook,
+    ) -> Result<Self, ServiceError> {
+        let poll = Poll::new().map_err(failed("open"))?;
+        let registry = poll.registry();
+        let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(failed("catch signals"))?;
+        registry
+            .register(&mut signals, SIGNALS, Interest::READABLE)
+            .map_err(failed("watch signals"))?;
+        let waker = Waker::new(registry, JOB).map_err(failed("make a waker"))?;
+        let mut service = Service {
+            path: path.to_owned(),
+            settings,
+            log,
+            signals,
+            device: None,
+            retry: None,
+            phase: Phase::Idle,
+            broken: None,
+            outcomes: channel(),
+            waker: Arc::new(waker),
+            backups: 0,
+            stopping: false,
+            poll,
+        };
+        service.adopt(device)?;
+        Ok(service)
+    }
+
+    /// Serves until a signal says stop.
+    pub fn run(mut self) -> Result<(), ServiceError> {
+        let mut events = Events::with_capacity(8);
+        loop {
+            match self.poll.poll(&mut events, self.timeout()) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                other => other.map_err(failed("wait"))?,
+            }
+            // What has happened to the freeze comes before what is asked next about it.
+            while let Ok(outcome) = self.outcomes.1.try_recv() {
+                self.on_outcome(outcome);
+            }
+            if self.signals.pending().next().is_some() {
+                self.stop();
+            }
+            self.on_time();
+            self.on_device();
+            if self.stopping && matches!(self.phase, Phase::Idle) {
+                self.log.info("stopped");
+                return Ok(());
+            }
+        }
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let give_up = match &self.phase {
+            Phase::Freezing { give_up, .. } => Some(*give_up),
+            _ => None,
+        };
+        let retry = self.retry.map(|(at, _)| at);
+        let next = give_up.into_iter().chain(retry).min()?;
+        Some(next.saturating_duration_since(Instant::now()))
+    }
+
+    fn adopt(&mut self, device: Device) -> Result<(), ServiceError> {
+        self.poll
+            .registry()
+            .register(
+                &mut SourceFd(&device.as_raw_fd()),
+                DEVICE,
+                Interest::READABLE,
+            )
+            .map_err(failed("watch the device"))?;
+        let abi = match device.abi() {
+            Abi::V1 => "v1",
+            Abi::V2 => "v2",
+        };
+        let path = self.path.display();
+        self.log.info(format!("registered with {path}, ABI {abi}"));
+        self.device = Some(device);
+        self.retry = None;
+        Ok(())
+    }
+
+    fn on_device(&mut self) {
+        while let Some(device) = &mut self.device {
+            match device.read() {
+                Ok(None) => return,
+                Ok(Some(Incoming::Request(request))) => self.on_request(request),
+                Ok(Some(Incoming::Odd(what))) => {
+                    self.log.warning(format!("the kernel sent {what}; ignored"));
+                }
+                Err(error) => self.lose_device(&error),
+            }
+        }
+    }
+
+    /// The module was unbound, or worse: nobody will ever say THAW on this descriptor.
+    fn lose_device(&mut self, error: &DeviceError) {
+        if let Some(device) = self.device.take() {
+            // Closing takes it out of the poll as well.
+            let _ = self
+                .poll
+                .registry()
+                .deregister(&mut SourceFd(&device.as_raw_fd()));
+        }
+        self.log
+            .warning(format!("{}; opening it again", words(error)));
+        self.retry = Some((Instant::now(), BACK_OFF.0));
+        self.call_off("the device went away");
+    }
+
+    fn on_time(&mut self) {
+        let now = Instant::now();
+        if matches!(&self.phase, Phase::Freezing { give_up, .. } if *give_up <= now) {
+            self.log
+                .error("the freeze takes too long for the host; called off");
+            self.call_off("the freeze took too long");
+        }
+        let Some((at, pause)) = self.retry else {
+            return;
+        };
+        if at > now || self.stopping {
+            return;
+        }
+        match Device::open(&self.path) {
+            Ok(device) => {
+                if let Err(error) = self.adopt(device) {
+                    self.log.error(words(&error));
+                }
+            }
+            Err(_) => self.retry = Some((now + pause, (pause * 2).min(BACK_OFF.1))),
+        }
+    }
+
+    fn stop(&mut self) {
+        if !self.stopping {
+            self.log.info("asked to stop");
+        }
+        self.stopping = true;
+        if let Phase::Frozen { id, .. } = self.phase {
+            self.log
+                .warning("stopped while frozen: thawing before the host said so");
+            self.tell_thawed(id, thawed::OPERATOR);
+        }
+        self.call_off("the daemon was stopped");
+    }
+
+    fn tell_thawed(&mut self, id: u64, reason: u32) {
+        let told = self.device.as_ref().map(|d| d.thawed_early(id, reason));
+        if let Some(Err(error)) = told {
+            self.log.warning(words(&error));
+        }
+    }
+
+    /// Ends whatever freeze is under way or in force. A FREEZE not yet answered is failed.
+    fn call_off(&mut self, why: &'static str) {
+        self.phase = match std::mem::replace(&mut self.phase, Phase::Idle) {
+            Phase::Idle => return,
+            Phase::Freezing { job, request, .. } => {
+                job.abort();
+                self.answer(&request, status::FAIL);
+                Phase::Ending { job }
+            }
+            Phase::Frozen { job, .. } => {
+                job.thaw();
+                Phase::Ending { job }
+            }
+            // The thaw is on its way; only its success is no longer worth anything.
+            Phase::Thawing { job, request } => Phase::Thawing { job, request },
+            Phase::Ending { job } => Phase::Ending { job },
+        };
+        self.broken = Some(why);
+    }
+
+    /// Answers, and says whether the kernel took it.
+    fn answer(&mut self, request: &Request, status: u32) -> bool {
+        let Some(device) = &self.device else {
+            return false;
+        };
+        match device.answer(request, status) {
+            Ok(()) => true,
+            Err(error) => {
+                let name = name_of(request.operation);
+                self.log.warning(format!(
+                    "the answer to {name} was refused: {}",
+                    words(&error)
+                ));
+                false
+            }
+        }
+    }
+
+    fn on_request(&mut self, request: Request) {
+        match request.operation {
+            op::FREEZE => self.on_freeze(request),
+            op::THAW => self.on_thaw(request),
+            other => {
+                self.log
+                    .info(format!("{} from the host, acknowledged", name_of(other)));
+                self.answer(&request, status::OK);
+            }
+        }
+    }
+
+    fn on_freeze(&mut self, request: Request) {
+        match &mut self.phase {
+            Phase::Idle => {}
+            Phase::Frozen { id, .. } => {
+                *id = request.id;
+                self.log
+                    .warning("FREEZE from the host, although frozen already");
+                self.answer(&request, status::OK);
+                return;
+            }
+            Phase::Freezing { .. } | Phase::Thawing { .. } | Phase::Ending { .. } => {
+                self.log
+                    .error("FREEZE from the host while the last one has not ended: refused");
+                self.answer(&request, status::FAIL);
+                return;
+            }
+        }
+        if self.stopping {
+            self.answer(&request, status::FAIL);
+            return;
+        }
+        let now = Instant::now();
+        self.backups += 1;
+        self.broken = None;
+        self.log.begin_backup(self.backups, now);
+        self.log.info(describe(&request));
+        let outcomes = self.outcomes.0.clone();
+        let waker = Arc::clone(&self.waker);
+        let tell = move |outcome| {
+            // Both fail only when the loop is gone, and then nobody is left to tell.
+            let _ = outcomes.send(outcome);
+            let _ = waker.wake();
+        };
+        match Job::start(self.settings.clone(), self.log.clone(), tell) {
+            Ok(job) => {
+                let time_left = request.time_left.max(MARGIN * 2) - MARGIN;
+                self.phase = Phase::Freezing {
+                    job,
+                    give_up: now + time_left,
+                    request,
+                };
+            }
+            Err(error) => {
+                self.log
+                    .error(format!("cannot start a thread for the freeze: {error}"));
+                self.answer(&request, status::FAIL);
+                self.log.end_backup();
+            }
+        }
+    }
+
+    fn on_thaw(&mut self, request: Request) {
+        match std::mem::replace(&mut self.phase, Phase::Idle) {
+            Phase::Frozen { job, .. } => {
+                self.log.info(describe(&request));
+                job.thaw();
+                self.phase = Phase::Thawing { job, request };
+                return;
+            }
+            Phase::Idle => {}
+            Phase::Freezing { job, .. } => {
+                // The kernel has given up on that FREEZE and does not want its answer any more.
+                job.abort();
+                self.broken = Some("the host did not wait for the freeze");
+                self.phase = Phase::Ending { job };
+            }
+            busy @ (Phase::Thawing { .. } | Phase::Ending { .. }) => self.phase = busy,
+        }
+        match self.broken {
+            Some(why) => {
+                self.log.error(format!(
+                    "THAW from the host fails: {why}, so the backup is not good"
+                ));
+                self.answer(&request, status::FAIL);
+            }
+            None => {
+                self.log.info("THAW from the host, but nothing is frozen");
+                self.answer(&request, status::OK);
+            }
+        }
+    }
+
+    fn on_outcome(&mut self, outcome: Outcome) {
+        let phase = std::mem::replace(&mut self.phase, Phase::Idle);
+        match (outcome, phase) {
+            (Outcome::Frozen(Ok(summary)), Phase::Freezing { job, request, .. }) => {
+                let counts = format!(
+                    "{} frozen, {} frozen by others, {} only synced",
+                    summary.ours, summary.foreign, summary.synced
+                );
+                if self.answer(&request, status::OK) {
+                    self.log.info(format!("FREEZE answered: {counts}"));
+                    let id = request.id;
+                    self.phase = Phase::Frozen { job, id };
+                } else {
+                    // The host was told that it failed, so it will not say THAW.
+                    self.log
+                        .error(format!("FREEZE came too late ({counts}); thawing"));
+                    job.thaw();
+                    self.broken = Some("the freeze came too late");
+                    self.phase = Phase::Ending { job };
+                }
+            }
+            (Outcome::Frozen(Err(error)), Phase::Freezing { job, request, .. }) => {
+                self.log.error(format!(
+                    "FREEZE fails, nothing is left frozen: {}",
+                    words(&error)
+                ));
+                self.answer(&request, status::FAIL);
+                self.finish(job);
+            }
+            (Outcome::Thawed(result), Phase::Thawing { job, request }) => {
+                if let Err(error) = &result {
+                    self.log.error(format!("THAW fails: {}", words(error)));
+                }
+                let good = result.is_ok() && self.broken.is_none();
+                let answer = if good { status::OK } else { status::FAIL };
+                self.answer(&request, answer);
+                self.log.info(if good {
+                    "THAW answered: all that was frozen is thawed, the backup is good"
+                } else {
+                    "THAW answered with failure: the backup is not good"
+                });
+                self.finish(job);
+            }
+            // An aborted freeze may have got through just before: the thaw was asked for, and its
+            // outcome is still to come.
+            (Outcome::Frozen(Ok(_)), Phase::Ending { job }) => {
+                self.phase = Phase::Ending { job };
+            }
+            (Outcome::Frozen(Err(_)) | Outcome::Thawed(_), Phase::Ending { job }) => {
+                self.log
+                    .info("the freeze that was called off has ended, nothing is left frozen");
+                self.finish(job);
+            }
+            (outcome, phase) => {
+                self.log
+                    .warning(format!("unexpected outcome of a job: {outcome:?}"));
+                self.phase = phase;
+            }
+        }
+    }
+
+    /// After the last outcome of a job: nothing is frozen, so the log may be written.
+    fn finish(&mut self, job: Job) {
+        job.join();
+        self.log.end_backup();
+        self.log.release();
+    }
+}
+
+fn describe(request: &Request) -> String {
+    let mut text = format!("{} from the host", name_of(request.operation));
+    if request.id != 0 {
+        text.push_str(&format!(", request {}", request.id));
+    }
+    if let Some(luns) = request.luns {
+        text.push_str(&format!(", {luns} disks in the backup"));
+    }
+    let seconds = request.time_left.as_secs_f64();
+    text.push_str(&format!(", to be answered within {seconds:.1} s"));
+    text
+}
+
+fn name_of(operation: u8) -> String {
+    let name = match operation {
+        op::CREATE => "CREATE",
+        op::DELETE => "DELETE",
+        op::HOT_BACKUP => "HOT_BACKUP",
+        op::GET_DM_INFO => "GET_DM_INFO",
+        op::BU_COMPLETE => "BU_COMPLETE",
+        op::FREEZE => "FREEZE",
+        op::THAW => "THAW",
+        op::AUTO_RECOVER => "AUTO_RECOVER",
+        other => return format!("operation {other}"),
+    };
+    name.to_owned()
+}
