@@ -26,6 +26,11 @@ packages:
 module: packages ## Build build/hv_vss.ko; CLIPPY=1 lints it too
 	@$(LAB)/module.sh $(if $(CLIPPY),CLIPPY=$(CLIPPY))
 
+# The module for the kernel of the lab's guest. On Debian it is the one that 'make module' builds.
+.PHONY: lab-module
+lab-module: packages
+	@$(LAB)/module.sh --lab
+
 .PHONY: user
 user: packages ## Build the daemon, the simulated host and the test tools
 	@echo "user: building the workspace with cargo"
@@ -36,7 +41,7 @@ images: packages
 	@$(LAB)/image.sh
 
 .PHONY: demo
-demo: module user images ## Back up a stock Debian guest once and print the timeline
+demo: lab-module user images ## Back up a stock Debian guest once and print the timeline
 	@$(LAB)/run.sh --timeout 600 ./e2e demo
 
 .PHONY: test
@@ -53,7 +58,7 @@ unit: packages ## Unit, property and layout tests: no guest needed
 	cargo test --locked --workspace
 
 .PHONY: e2e
-e2e: module user images ## Run the end-to-end cases that match CASE=<glob>
+e2e: lab-module user images ## Run the end-to-end cases that match CASE=<glob>
 	@$(LAB)/run.sh --timeout 2400 ./e2e run '$(CASE)'
 
 .PHONY: e2e-list
