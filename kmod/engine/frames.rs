@@ -28,6 +28,18 @@ pub enum Refusal {
     WrongOperation,
 }
 
+impl Refusal {
+    /// In words, for the log.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Refusal::Malformed => "malformed",
+            Refusal::OutOfTurn => "out of turn",
+            Refusal::Stale => "no such request is open",
+            Refusal::WrongOperation => "answers another operation",
+        }
+    }
+}
+
 /// The first write after open, which settles the ABI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum First {

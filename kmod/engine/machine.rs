@@ -619,17 +619,21 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
     }
 
-    // --- Suspend ---
+    // --- The end of a channel ---
 
-    /// The machine is about to sleep and the channel to close: open requests are dropped, since
-    /// nobody would hear their answers, and a registered daemon is told to thaw, as mainline does.
-    /// It reads that THAW after the resume.
-    pub fn suspend(&mut self, now: u64, effects: &mut impl Effects) {
-        self.suspended = true;
+    /// The channel is gone: open requests are dropped, since nobody would hear their answers.
+    pub fn abandon(&mut self, effects: &mut impl Effects) {
         self.versions = None;
         while let Some(Request { id, operation, .. }) = self.pop_head() {
             effects.note(Note::Dropped { id, operation });
         }
+    }
+
+    /// The machine is about to sleep and the channel to close: open requests are dropped, and a
+    /// registered daemon is told to thaw, as mainline does. It reads that THAW after the resume.
+    pub fn suspend(&mut self, now: u64, effects: &mut impl Effects) {
+        self.suspended = true;
+        self.abandon(effects);
         if let Freeze::Held { id } = self.freeze {
             self.break_freeze(id, 0, effects);
         }

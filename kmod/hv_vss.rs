@@ -1,0 +1,500 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `hv_vss.ko`: takes a Hyper-V host's requests to freeze and thaw the guest from the VMBus and
+//! hands them to a daemon that has `/dev/vmbus/hv_vss` open.
+//!
+//! This file is wiring: parameters, one lock around the [`engine`], and who calls it when. What is
+//! decided is decided in there; layouts are in [`uapi`]. The order of the lock: [`Service::state`]
+//! is taken in process context, in the channel's tasklet and in the timer's softirq, hence with
+//! interrupts off; nothing in it sleeps.
+
+mod bindings;
+mod chardev;
+#[path = "engine/lib.rs"]
+pub mod engine;
+mod log;
+mod timer;
+#[path = "../uapi/hv_vss.rs"]
+pub mod uapi;
+mod vmbus;
+
+use crate::chardev::Readiness;
+use crate::engine::Config;
+use crate::engine::Effects;
+use crate::engine::Engine;
+use crate::engine::Note;
+use crate::engine::Refusal;
+use crate::log::warn_limited;
+use crate::timer::HasTimer;
+use crate::timer::Timer;
+use crate::vmbus::Channel;
+use core::mem::offset_of;
+use kernel::device::Bound;
+use kernel::device::Core;
+use kernel::iov::IovIterDest;
+use kernel::iov::IovIterSource;
+use kernel::new_mutex;
+use kernel::new_poll_condvar;
+use kernel::new_spinlock_irq;
+use kernel::prelude::*;
+use kernel::sync::lock::spinlock::SpinLockIrq;
+use kernel::sync::poll::PollCondVar;
+use kernel::sync::Arc;
+use kernel::sync::Mutex;
+use kernel::time::Instant;
+use kernel::time::Monotonic;
+
+module! {
+    type: HvVssModule,
+    name: "hv_vss",
+    authors: ["The hv_vss authors"],
+    description: "Hyper-V volume shadow copy requests for a user-space daemon",
+    license: "GPL v2",
+    params: {
+        freeze_timeout_ms: u32 {
+            default: 900_000,
+            description: "Time the daemon has for FREEZE, in milliseconds",
+        },
+        timeout_ms: u32 {
+            default: 30_000,
+            description: "Time the daemon has for other requests, in milliseconds",
+        },
+        grace_ms: u32 {
+            default: 5_000,
+            description: "How long a request waits for a daemon, in milliseconds; 0 fails it at once",
+        },
+    },
+}
+
+/// Class of the VSS device, 35fa2e29-ea23-4236-96ae-3a6ebacba440 (`HV_VSS_GUID`), as on the wire.
+const VSS_CLASS: [u8; 16] = [
+    0x29, 0x2e, 0xfa, 0x35, 0x23, 0xea, 0x36, 0x42, 0x96, 0xae, 0x3a, 0x6e, 0xba, 0xcb, 0xa4, 0x40,
+];
+
+/// Bytes of packets that a ring holds: two requests of the greatest length that hosts send (an IC
+/// message of 13,312 bytes), and with its header page as much as the allocator gives in one piece.
+const RING: usize = 7 * 4096;
+
+/// Packets taken in one run of the tasklet; the rest waits for the next, so that a flood leaves
+/// time for others.
+const BATCH: usize = 16;
+
+/// Longest write that is looked at: more than any message or frame has.
+const MAX_WRITE: usize = 64;
+
+#[pin_data]
+struct HvVssModule {
+    #[pin]
+    _driver: kernel::driver::Registration<vmbus::Adapter<Driver>>,
+}
+
+impl kernel::InPlaceModule for HvVssModule {
+    fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            _driver <- kernel::driver::Registration::new(
+                <Self as kernel::ModuleMetadata>::NAME,
+                module,
+            ),
+        })
+    }
+}
+
+struct Driver;
+
+kernel::module_device_table!(
+    "vmbus",
+    vmbus::DeviceId,
+    ID_TABLE,
+    <Driver as vmbus::Driver>::IdInfo,
+    [(vmbus::DeviceId::new(VSS_CLASS), ())]
+);
+
+/// What a bound device has. Fields are dropped in this order: first nothing more happens, then the
+/// device node goes.
+#[pin_data]
+struct Data {
+    running: Running,
+    #[pin]
+    _node: chardev::Registration<Service>,
+}
+
+/// Stops the service when it is dropped.
+struct Running(Arc<Service>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+impl vmbus::Driver for Driver {
+    type IdInfo = ();
+    type Data<'bound> = Data;
+    const ID_TABLE: vmbus::IdTable<Self::IdInfo> = &ID_TABLE;
+
+    fn probe<'bound>(
+        dev: &'bound vmbus::Device<Core<'_>>,
+        _info: Option<&'bound Self::IdInfo>,
+    ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
+        pin_init::pin_init_scope(move || {
+            // `new_id` and `driver_override` can give us any device.
+            if dev.class() != VSS_CLASS {
+                return Err(ENODEV);
+            }
+            let service = Service::new()?;
+            Ok(try_pin_init!(Data {
+                running: Running(service.clone()),
+                _node <- chardev::Registration::new(c"vmbus/hv_vss", 0o600, service),
+                _: { running.0.start(dev)? },
+            }))
+        })
+    }
+
+    fn unbind<'bound>(_dev: &'bound vmbus::Device<Core<'_>>, this: Pin<&'bound Data>) {
+        this.running.0.stop();
+    }
+
+    fn suspend<'bound>(_dev: &'bound vmbus::Device<Core<'_>>, this: Pin<&'bound Data>) -> Result {
+        this.running.0.suspend();
+        Ok(())
+    }
+
+    fn resume<'bound>(dev: &'bound vmbus::Device<Core<'_>>, this: Pin<&'bound Data>) -> Result {
+        this.running.0.start(dev)?;
+        this.running.0.resume();
+        Ok(())
+    }
+}
+
+/// The service between the channel and the device node; shared by the bound device, its channel
+/// and open descriptors.
+#[pin_data]
+struct Service {
+    // First, as `HasTimer` demands.
+    #[pin]
+    timer: Timer<Service>,
+    #[pin]
+    state: SpinLockIrq<State>,
+    /// Notified when a read or poll may see something new.
+    #[pin]
+    changes: PollCondVar,
+    /// Where a frame lies between the engine and the reader; also makes readers take turns.
+    #[pin]
+    outgoing: Mutex<KVec<u8>>,
+    /// The engine's clock starts here.
+    born: Instant<Monotonic>,
+}
+
+/// What the lock protects.
+struct State {
+    engine: Engine<KVVec<u8>>,
+    /// `None` before start, while suspended and after stop.
+    channel: Option<Channel<Service>>,
+    /// Private copy of the packet in hand.
+    incoming: KVVec<u8>,
+    /// The device is gone; descriptors that are still open only see errors.
+    gone: bool,
+}
+
+// SAFETY: `timer` is at this offset, and as the first field it is dropped first.
+unsafe impl HasTimer for Service {
+    const OFFSET: usize = offset_of!(Service, timer);
+
+    fn expired(&self) {
+        self.with_engine(|engine, now, out| engine.timer(now, out));
+    }
+}
+
+impl Service {
+    fn new() -> Result<Arc<Self>> {
+        let config = Config {
+            freeze_ms: module_parameters::freeze_timeout_ms.value(),
+            other_ms: module_parameters::timeout_ms.value(),
+            grace_ms: module_parameters::grace_ms.value(),
+        };
+        let store = KVVec::zeroed(engine::QUEUE * engine::PACKET_MAX, GFP_KERNEL)?;
+        let state = State {
+            engine: Engine::new(config, store),
+            channel: None,
+            incoming: KVVec::zeroed(RING, GFP_KERNEL)?,
+            gone: false,
+        };
+        let outgoing = KVec::zeroed(uapi::MAX_FRAME, GFP_KERNEL)?;
+        Arc::pin_init(
+            pin_init!(Self {
+                // SAFETY: This is the place that `HasTimer::OFFSET` names.
+                timer <- unsafe { Timer::new() },
+                state <- new_spinlock_irq!(state, "hv_vss::state"),
+                changes <- new_poll_condvar!("hv_vss::changes"),
+                outgoing <- new_mutex!(outgoing, "hv_vss::outgoing"),
+                born: Instant::now(),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Opens the channel of `dev`. Sleeps.
+    fn start(self: &Arc<Self>, dev: &vmbus::Device<Bound>) -> Result {
+        let sizes = vmbus::Sizes {
+            // CAST: 28 KiB.
+            ring: RING as u32,
+            max_packet: RING as u32,
+        };
+        let channel = Channel::open(dev, sizes, self.clone())?;
+        // What the host sent before this line is still in the ring, see `on_packets`.
+        self.state.lock().channel = Some(channel);
+        Ok(())
+    }
+
+    /// Ends the service for good: readers and polls see an error, the channel is closed, no timer
+    /// runs. Waits for callbacks, never for the daemon. Sleeps; may be called again.
+    fn stop(&self) {
+        let channel = {
+            let mut state = self.state.lock();
+            let State {
+                engine, channel, ..
+            } = &mut *state;
+            engine.abandon(&mut Outlet { channel: None });
+            let channel = channel.take();
+            state.gone = true;
+            channel
+        };
+        self.changes.notify_all();
+        self.timer.shut_down();
+        // Closing sleeps, so it happens here and not under the lock.
+        drop(channel);
+    }
+
+    /// Before the machine sleeps: the daemon is told to thaw and the channel is closed. Sleeps.
+    fn suspend(&self) {
+        self.with_engine(|engine, now, out| engine.suspend(now, out));
+        let channel = self.state.lock().channel.take();
+        drop(channel);
+    }
+
+    /// After the machine has slept and the channel is open again.
+    fn resume(&self) {
+        self.with_engine(|engine, now, _| engine.resume(now));
+    }
+
+    /// Microseconds since the service was made.
+    fn now(&self) -> u64 {
+        u64::try_from(self.born.elapsed().as_nanos() / 1000).unwrap_or(0)
+    }
+
+    /// Lets the engine handle one event and does what follows from it; `None` when the device is
+    /// gone. Any context.
+    fn with_engine<R>(
+        &self,
+        event: impl FnOnce(&mut Engine<KVVec<u8>>, u64, &mut Outlet<'_>) -> R,
+    ) -> Option<R> {
+        let mut state = self.state.lock();
+        if state.gone {
+            return None;
+        }
+        let State {
+            engine, channel, ..
+        } = &mut *state;
+        let now = self.now();
+        let mut outlet = Outlet {
+            channel: channel.as_ref(),
+        };
+        let result = event(engine, now, &mut outlet);
+        self.follow_up(engine, now);
+        Some(result)
+    }
+
+    /// Sets the timer and wakes readers, as the engine's new state demands. Under the lock.
+    fn follow_up(&self, engine: &Engine<KVVec<u8>>, now: u64) {
+        match engine.deadline() {
+            Some(deadline) => self.timer.arm(deadline.saturating_sub(now)),
+            None => self.timer.stop(),
+        }
+        if engine.readable() {
+            self.changes.notify_all();
+        }
+    }
+
+    /// Takes one packet from the ring; false when there is none to be had now.
+    fn take_packet(&self) -> bool {
+        let mut state = self.state.lock();
+        let State {
+            engine,
+            channel,
+            incoming,
+            ..
+        } = &mut *state;
+        let Some(open) = channel.as_mut() else {
+            return false;
+        };
+        // No packet is longer than `incoming`: nothing longer fits the ring.
+        let Ok(Some((len, request_id))) = open.receive(incoming) else {
+            return false;
+        };
+        let Some(packet) = incoming.get_mut(..len) else {
+            return false;
+        };
+        let now = self.now();
+        let mut outlet = Outlet {
+            channel: channel.as_ref(),
+        };
+        engine.packet(now, packet, request_id, &mut outlet);
+        self.follow_up(engine, now);
+        true
+    }
+
+    /// Waits until a read would find something.
+    fn wait_readable(&self, nonblocking: bool) -> Result {
+        let mut state = self.state.lock();
+        loop {
+            if state.gone {
+                return Err(ENODEV);
+            }
+            if state.engine.readable() {
+                return Ok(());
+            }
+            if nonblocking {
+                return Err(EAGAIN);
+            }
+            if self.changes.wait_interruptible(&mut state) {
+                return Err(ERESTARTSYS);
+            }
+        }
+    }
+}
+
+impl vmbus::Listener for Service {
+    fn on_packets(&self) {
+        // Before `start` has stored the channel, and after `stop` has taken it, packets stay in
+        // the ring; the bus calls again while there are any.
+        for _ in 0..BATCH {
+            if !self.take_packet() {
+                break;
+            }
+        }
+    }
+}
+
+impl chardev::Handler for Service {
+    fn open(&self) -> Result {
+        match self.with_engine(|engine, _, _| engine.open()) {
+            Some(true) => Ok(()),
+            Some(false) => Err(EBUSY),
+            None => Err(ENODEV),
+        }
+    }
+
+    fn release(&self) {
+        self.with_engine(|engine, now, out| engine.release(now, out));
+    }
+
+    fn read(&self, nonblocking: bool, out: &mut IovIterDest<'_>) -> Result<usize> {
+        loop {
+            self.wait_readable(nonblocking)?;
+            let mut outgoing = self.outgoing.lock();
+            // Another reader may have been faster, or the request has ended.
+            let Some((len, token)) = self
+                .with_engine(|engine, now, _| engine.peek(now, &mut outgoing))
+                .ok_or(ENODEV)?
+            else {
+                continue;
+            };
+            let frame = outgoing.get(..len).ok_or(EINVAL)?;
+            if out.len() < len {
+                return Err(EINVAL);
+            }
+            if out.copy_to_iter(frame) != len {
+                return Err(EFAULT);
+            }
+            // Only now is it the reader's: a read that fails loses nothing.
+            self.with_engine(|engine, _, out| engine.taken(token, out));
+            return Ok(len);
+        }
+    }
+
+    fn write(&self, from: &mut IovIterSource<'_>) -> Result<usize> {
+        // Of a write that is too long only so much is looked at that the engine refuses it.
+        let whole = from.len();
+        let mut buffer = [0u8; MAX_WRITE];
+        let bytes = buffer.get_mut(..whole.min(MAX_WRITE)).ok_or(EINVAL)?;
+        if from.copy_from_iter(bytes) != bytes.len() {
+            return Err(EFAULT);
+        }
+        self.with_engine(|engine, now, out| engine.write(now, bytes, out))
+            .ok_or(ENODEV)?
+            .map_err(errno)?;
+        Ok(whole)
+    }
+
+    fn readiness(&self) -> Readiness {
+        let state = self.state.lock();
+        if state.gone {
+            Readiness::Gone
+        } else if state.engine.readable() {
+            Readiness::Readable
+        } else {
+            Readiness::Idle
+        }
+    }
+
+    fn changes(&self) -> &PollCondVar {
+        &self.changes
+    }
+}
+
+/// The errno of a refused write; `hv_vss.h` documents them.
+fn errno(refusal: Refusal) -> Error {
+    match refusal {
+        Refusal::Malformed => EINVAL,
+        Refusal::OutOfTurn => EPROTO,
+        Refusal::Stale => ESTALE,
+        Refusal::WrongOperation => EBADMSG,
+    }
+}
+
+/// Where the engine's effects go.
+struct Outlet<'a> {
+    channel: Option<&'a Channel<Service>>,
+}
+
+impl Effects for Outlet<'_> {
+    fn send(&mut self, packet: &[u8], request_id: u64) -> bool {
+        self.channel
+            .is_some_and(|channel| channel.send(packet, request_id).is_ok())
+    }
+
+    fn note(&mut self, note: Note) {
+        match note {
+            Note::NotNegotiated => {
+                warn_limited!("the host offers no version that this module speaks\n");
+            }
+            Note::BadPacket { len } => {
+                warn_limited!("dropped a packet of {} bytes that is no VSS message\n", len);
+            }
+            Note::TimedOut { id, operation } => {
+                warn_limited!("request {} (operation {}): time is over\n", id, operation);
+            }
+            Note::NotSent => warn_limited!("an answer could not be sent to the host\n"),
+            Note::Broken { id, reason } => {
+                warn_limited!(
+                    "freeze {} did not last until its thaw (reason {}): the backup will be failed\n",
+                    id,
+                    reason
+                );
+            }
+            Note::BadFrame { refusal } => {
+                warn_limited!("refused a write of the daemon: {}\n", refusal.as_str());
+            }
+            Note::Negotiated { .. }
+            | Note::Received { .. }
+            | Note::Direct { .. }
+            | Note::Held { .. }
+            | Note::Offered { .. }
+            | Note::Read { .. }
+            | Note::Answered { .. }
+            | Note::Dropped { .. }
+            | Note::Registered { .. }
+            | Note::Released => {}
+        }
+    }
+}

@@ -1,0 +1,434 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Abstractions for the VMBus, the bus of devices that a Hyper-V host offers to its guest.
+//!
+//! Drivers implement [`Driver`] and get a [`Device`]; to talk to the host they open its
+//! [`Channel`]. Nothing in here knows what is said on a channel.
+//!
+//! C header: [`include/linux/hyperv.h`](srctree/include/linux/hyperv.h)
+
+use crate::bindings;
+use core::marker::PhantomData;
+use core::mem::offset_of;
+use core::ptr::addr_of_mut;
+use core::ptr::NonNull;
+use kernel::device;
+use kernel::device_id::RawDeviceId;
+use kernel::device_id::RawDeviceIdIndex;
+use kernel::driver;
+use kernel::error::from_result;
+use kernel::error::to_result;
+use kernel::prelude::*;
+use kernel::sync::aref::ARef;
+use kernel::sync::Arc;
+use kernel::types::Opaque;
+use kernel::ThisModule;
+
+/// An adapter for the registration of VMBus drivers.
+pub(crate) struct Adapter<T: Driver>(T);
+
+// SAFETY:
+// - `bindings::hv_driver` is a C type declared as `repr(C)`.
+// - `T::Data` is the type of the driver's device private data.
+// - `struct hv_driver` embeds a `struct device_driver`.
+// - `DEVICE_DRIVER_OFFSET` is the correct byte offset to the embedded `struct device_driver`.
+unsafe impl<T: Driver> driver::DriverLayout for Adapter<T> {
+    type DriverType = bindings::hv_driver;
+    type DriverData<'bound> = T::Data<'bound>;
+    const DEVICE_DRIVER_OFFSET: usize = offset_of!(Self::DriverType, driver);
+}
+
+// SAFETY: A call to `unregister` for a given instance of `DriverType` is guaranteed to be valid if
+// a preceding call to `register` has been successful.
+unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
+    unsafe fn register(
+        hdrv: &Opaque<Self::DriverType>,
+        name: &'static CStr,
+        module: &'static ThisModule,
+    ) -> Result {
+        let raw = hdrv.get();
+        // SAFETY: It's safe to set the fields of `struct hv_driver` on initialization.
+        unsafe {
+            (*raw).name = name.as_char_ptr();
+            (*raw).id_table = T::ID_TABLE.as_ptr();
+            (*raw).probe = Some(Self::probe_callback);
+            (*raw).remove = Some(Self::remove_callback);
+            (*raw).suspend = Some(Self::suspend_callback);
+            (*raw).resume = Some(Self::resume_callback);
+        }
+
+        // SAFETY: `hdrv` is guaranteed to be a valid `DriverType`.
+        to_result(unsafe {
+            bindings::__vmbus_driver_register(raw, module.as_ptr(), name.as_char_ptr())
+        })
+    }
+
+    unsafe fn unregister(hdrv: &Opaque<Self::DriverType>) {
+        // SAFETY: `hdrv` is guaranteed to be a valid `DriverType` that is registered.
+        unsafe { bindings::vmbus_driver_unregister(hdrv.get()) }
+    }
+}
+
+impl<T: Driver> Adapter<T> {
+    extern "C" fn probe_callback(
+        hdev: *mut bindings::hv_device,
+        id: *const bindings::hv_vmbus_device_id,
+    ) -> c_int {
+        // SAFETY: The VMBus only ever calls the probe callback with a valid pointer to a
+        // `struct hv_device`.
+        //
+        // INVARIANT: `hdev` is valid for the duration of `probe_callback()`.
+        let hdev = unsafe { &*hdev.cast::<Device<device::CoreInternal<'_>>>() };
+
+        // SAFETY: `DeviceId` is a `#[repr(transparent)]` wrapper of `struct hv_vmbus_device_id`
+        // and does not add additional invariants, so it's safe to transmute. The VMBus always
+        // passes one: for a driver override without a match it is an empty one.
+        let id = unsafe { &*id.cast::<DeviceId>() };
+
+        // SAFETY: `id` is from `T::ID_TABLE`, which is of type `IdArray<_, T::IdInfo>`, or was
+        // made by the bus for `new_id` or `driver_override`; those have a zero `driver_data`.
+        let info = unsafe { id.info_unchecked_opt::<T::IdInfo>() };
+
+        from_result(|| {
+            let data = T::probe(hdev, info);
+
+            hdev.as_ref().set_drvdata(data)?;
+            Ok(0)
+        })
+    }
+
+    extern "C" fn remove_callback(hdev: *mut bindings::hv_device) {
+        // SAFETY: See `with_data`: the VMBus calls `remove` once after a successful probe.
+        unsafe { Self::with_data(hdev, T::unbind) }
+    }
+
+    extern "C" fn suspend_callback(hdev: *mut bindings::hv_device) -> c_int {
+        // SAFETY: See `with_data`: the VMBus suspends only devices that are bound.
+        unsafe {
+            Self::with_data(hdev, |dev, data| {
+                from_result(|| T::suspend(dev, data).map(|()| 0))
+            })
+        }
+    }
+
+    extern "C" fn resume_callback(hdev: *mut bindings::hv_device) -> c_int {
+        // SAFETY: See `with_data`: the VMBus resumes only devices that are bound.
+        unsafe {
+            Self::with_data(hdev, |dev, data| {
+                from_result(|| T::resume(dev, data).map(|()| 0))
+            })
+        }
+    }
+
+    /// Calls `f` with the device and its private data.
+    ///
+    /// # Safety
+    ///
+    /// `hdev` must be a valid `struct hv_device` on which [`Self::probe_callback`] has succeeded
+    /// and whose private data has not been dropped; the call must come from a bus callback.
+    unsafe fn with_data<R>(
+        hdev: *mut bindings::hv_device,
+        f: impl for<'a> FnOnce(&'a Device<device::Core<'_>>, Pin<&'a T::Data<'a>>) -> R,
+    ) -> R {
+        // SAFETY: Guaranteed by the caller.
+        //
+        // INVARIANT: `hdev` is valid for the duration of the callback.
+        let hdev = unsafe { &*hdev.cast::<Device<device::CoreInternal<'_>>>() };
+
+        // SAFETY: The probe has succeeded, hence it's guaranteed that `Device::set_drvdata()` has
+        // been called and stored a `Pin<KBox<T::Data<'_>>>`.
+        let data = unsafe { hdev.as_ref().drvdata_borrow::<T::Data<'_>>() };
+
+        f(hdev, data)
+    }
+}
+
+/// Abstraction for `struct hv_vmbus_device_id`.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub(crate) struct DeviceId(bindings::hv_vmbus_device_id);
+
+impl DeviceId {
+    /// Creates a [`DeviceId`] from the class GUID in its wire form: the first three fields of the
+    /// printed GUID are little-endian.
+    pub(crate) const fn new(guid: [u8; 16]) -> Self {
+        let mut id: bindings::hv_vmbus_device_id = pin_init::zeroed();
+        id.guid.b = guid;
+        Self(id)
+    }
+}
+
+// SAFETY: `DeviceId` is a `#[repr(transparent)]` wrapper of `hv_vmbus_device_id` and does not add
+// additional invariants, so it's safe to transmute to `RawType`.
+unsafe impl RawDeviceId for DeviceId {
+    type RawType = bindings::hv_vmbus_device_id;
+}
+
+// SAFETY: `DRIVER_DATA_OFFSET` is the offset to the `driver_data` field.
+unsafe impl RawDeviceIdIndex for DeviceId {
+    const DRIVER_DATA_OFFSET: usize = offset_of!(bindings::hv_vmbus_device_id, driver_data);
+}
+
+/// IdTable type for VMBus drivers.
+pub(crate) type IdTable<T> = &'static dyn kernel::device_id::IdTable<DeviceId, T>;
+
+/// The VMBus driver trait. All callbacks run in process context and may sleep.
+pub(crate) trait Driver {
+    /// The type holding information about each device id supported by the driver.
+    type IdInfo: 'static;
+
+    /// The type of the driver's bus device private data.
+    type Data<'bound>: Send + 'bound;
+
+    /// The table of device ids supported by the driver.
+    const ID_TABLE: IdTable<Self::IdInfo>;
+
+    /// Called when a device matches the driver. `id_info` is `None` for a device that was given to
+    /// the driver through `new_id` or `driver_override`; it may then be of any class, see
+    /// [`Device::class`].
+    fn probe<'bound>(
+        dev: &'bound Device<device::Core<'_>>,
+        id_info: Option<&'bound Self::IdInfo>,
+    ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound;
+
+    /// Called when the device is unbound from the driver, also because the host has rescinded it.
+    fn unbind<'bound>(dev: &'bound Device<device::Core<'_>>, this: Pin<&'bound Self::Data<'bound>>);
+
+    /// Called before the machine sleeps. The channel must be closed on return.
+    fn suspend<'bound>(
+        dev: &'bound Device<device::Core<'_>>,
+        this: Pin<&'bound Self::Data<'bound>>,
+    ) -> Result;
+
+    /// Called after the machine has slept.
+    fn resume<'bound>(
+        dev: &'bound Device<device::Core<'_>>,
+        this: Pin<&'bound Self::Data<'bound>>,
+    ) -> Result;
+}
+
+/// The VMBus device representation.
+///
+/// # Invariants
+///
+/// A [`Device`] instance represents a valid `struct hv_device` created by the C portion of the
+/// kernel.
+#[repr(transparent)]
+pub(crate) struct Device<Ctx: device::DeviceContext = device::Normal>(
+    Opaque<bindings::hv_device>,
+    PhantomData<Ctx>,
+);
+
+impl<Ctx: device::DeviceContext> Device<Ctx> {
+    fn as_raw(&self) -> *mut bindings::hv_device {
+        self.0.get()
+    }
+
+    /// The class GUID of the device in its wire form.
+    pub(crate) fn class(&self) -> [u8; 16] {
+        // SAFETY: By the type invariant `self.as_raw()` is a valid pointer to a
+        // `struct hv_device`; `dev_type` does not change.
+        unsafe { (*self.as_raw()).dev_type.b }
+    }
+}
+
+// SAFETY: `vmbus::Device` is a transparent wrapper of `struct hv_device`.
+// The offset is guaranteed to point to a valid device field inside `vmbus::Device`.
+unsafe impl<Ctx: device::DeviceContext> device::AsBusDevice<Ctx> for Device<Ctx> {
+    const OFFSET: usize = offset_of!(bindings::hv_device, device);
+}
+
+// SAFETY: `Device` is a transparent wrapper of a type that doesn't depend on `Device`'s generic
+// argument.
+kernel::impl_device_context_deref!(unsafe { Device });
+kernel::impl_device_context_into_aref!(Device);
+
+// SAFETY: Instances of `Device` are always reference-counted.
+unsafe impl kernel::sync::aref::AlwaysRefCounted for Device {
+    fn inc_ref(&self) {
+        // SAFETY: The existence of a shared reference guarantees that the refcount is non-zero.
+        unsafe { kernel::bindings::get_device(addr_of_mut!((*self.as_raw()).device)) };
+    }
+
+    unsafe fn dec_ref(obj: NonNull<Self>) {
+        // CAST: `Self` a transparent wrapper of `bindings::hv_device`.
+        let hdev: *mut bindings::hv_device = obj.cast().as_ptr();
+
+        // SAFETY: By the type invariant of `Self`, `hdev` is a pointer to a valid
+        // `struct hv_device`.
+        let dev = unsafe { addr_of_mut!((*hdev).device) };
+
+        // SAFETY: The safety requirements guarantee that the refcount is non-zero.
+        unsafe { kernel::bindings::put_device(dev) }
+    }
+}
+
+impl<Ctx: device::DeviceContext> AsRef<device::Device<Ctx>> for Device<Ctx> {
+    fn as_ref(&self) -> &device::Device<Ctx> {
+        // SAFETY: By the type invariant of `Self`, `self.as_raw()` is a pointer to a valid
+        // `struct hv_device`.
+        let dev = unsafe { addr_of_mut!((*self.as_raw()).device) };
+
+        // SAFETY: `dev` points to a valid `struct device`.
+        unsafe { device::Device::from_raw(dev) }
+    }
+}
+
+// SAFETY: A `Device` is always reference-counted and can be released from any thread.
+unsafe impl Send for Device {}
+
+// SAFETY: `Device` can be shared among threads because all methods of `Device`
+// (i.e. `Device<Normal>) are thread safe.
+unsafe impl Sync for Device {}
+
+// SAFETY: Same as `Device<Normal>` -- the underlying `struct hv_device` is the same; `Bound` is a
+// zero-sized type-state marker that does not affect thread safety.
+unsafe impl Sync for Device<device::Bound> {}
+
+/// Whoever is told that the host has sent something.
+pub(crate) trait Listener: Send + Sync + 'static {
+    /// There may be packets in the ring. Runs in a tasklet (softirq context, must not sleep), and
+    /// may do so before [`Channel::open`] has returned. Called again as long as packets are left
+    /// in the ring, so it may return early.
+    fn on_packets(&self);
+}
+
+/// Sizes of a channel, fixed when it is opened.
+pub(crate) struct Sizes {
+    /// Bytes of packets that each of the two rings holds.
+    pub(crate) ring: u32,
+    /// Largest packet that is handed out whole, its 16-byte descriptor included. The ring code
+    /// cuts longer ones and takes the rest for further packets, so this should be no less than
+    /// `ring`: then nothing longer can arrive.
+    pub(crate) max_packet: u32,
+}
+
+/// The open channel of a device. Dropping it closes it, which sleeps and waits for a callback that
+/// is running; none runs after that.
+///
+/// # Invariants
+///
+/// `raw` is the channel of `_device`, on which `vmbus_open` has succeeded and `vmbus_close` has not
+/// been called; its callback context points into `_listener`.
+pub(crate) struct Channel<L: Listener> {
+    raw: NonNull<bindings::vmbus_channel>,
+    // The channel lives as long as its device, and the listener longer than any callback.
+    _device: ARef<Device>,
+    _listener: Arc<L>,
+}
+
+// SAFETY: The channel functions may be called from any thread.
+unsafe impl<L: Listener> Send for Channel<L> {}
+// SAFETY: `send` takes the ring's own lock, `receive` needs an exclusive reference.
+unsafe impl<L: Listener> Sync for Channel<L> {}
+
+impl<L: Listener> Channel<L> {
+    /// Opens the channel of `dev`. Sleeps until the host has answered.
+    pub(crate) fn open(
+        dev: &Device<device::Bound>,
+        sizes: Sizes,
+        listener: Arc<L>,
+    ) -> Result<Self> {
+        // SAFETY: By the type invariant this is a valid `struct hv_device`, whose channel is set
+        // before it is registered.
+        let raw = NonNull::new(unsafe { (*dev.as_raw()).channel }).ok_or(ENODEV)?;
+        let context = Arc::as_ptr(&listener).cast_mut().cast();
+
+        // SAFETY: The function only computes.
+        let ring = unsafe { bindings::hv_vss_ring_size(sizes.ring) };
+
+        // SAFETY: `raw` is valid while its device is bound, and nobody else opens it.
+        unsafe { bindings::hv_vss_set_max_pkt_size(raw.as_ptr(), sizes.max_packet) };
+
+        // SAFETY: As above. `context` points to a listener that `Self` keeps alive until
+        // `vmbus_close` has returned, or this function until the same has happened on error.
+        let opened = to_result(unsafe {
+            bindings::vmbus_open(
+                raw.as_ptr(),
+                ring,
+                ring,
+                core::ptr::null_mut(),
+                0,
+                Some(Self::callback),
+                context,
+            )
+        });
+        if let Err(error) = opened {
+            // A failed `vmbus_open` leaves the callback in place.
+            //
+            // SAFETY: On a channel that is not open this does nothing but remove the callback and
+            // wait for it.
+            unsafe { bindings::vmbus_close(raw.as_ptr()) };
+            return Err(error);
+        }
+
+        // INVARIANT: The channel is open, and its context points into `listener`.
+        Ok(Channel {
+            raw,
+            _device: (&**dev).into(),
+            _listener: listener,
+        })
+    }
+
+    extern "C" fn callback(context: *mut c_void) {
+        // SAFETY: `open` set the context to a listener that is alive until `vmbus_close` returns,
+        // which waits for this callback.
+        let listener = unsafe { &*context.cast::<L>() };
+        listener.on_packets();
+    }
+
+    /// Takes one packet from the ring into `buffer`. Returns its length and its request id, or
+    /// `None` when the ring is empty. Any context.
+    ///
+    /// # Errors
+    ///
+    /// `ENOBUFS` when `buffer` is too short; the packet then stays in the ring.
+    pub(crate) fn receive(&mut self, buffer: &mut [u8]) -> Result<Option<(usize, u64)>> {
+        let (mut len, mut request_id) = (0u32, 0u64);
+        let room = u32::try_from(buffer.len()).unwrap_or(u32::MAX);
+        // SAFETY: By the type invariant the channel is open; the exclusive reference makes us its
+        // only reader. `buffer` is valid for `room` bytes.
+        to_result(unsafe {
+            bindings::vmbus_recvpacket(
+                self.raw.as_ptr(),
+                buffer.as_mut_ptr().cast(),
+                room,
+                &mut len,
+                &mut request_id,
+            )
+        })?;
+        if len == 0 {
+            return Ok(None);
+        }
+        let len = usize::try_from(len).map_err(|_| EINVAL)?;
+        Ok(Some((len, request_id)))
+    }
+
+    /// Sends `packet` to the host, in-band, as the answer to `request_id`. Any context.
+    ///
+    /// # Errors
+    ///
+    /// `EAGAIN` when the ring is full, `ENODEV` when the host has rescinded the channel.
+    pub(crate) fn send(&self, packet: &[u8], request_id: u64) -> Result {
+        let len = u32::try_from(packet.len()).map_err(|_| EINVAL)?;
+        // SAFETY: By the type invariant the channel is open. The packet is copied into the ring;
+        // the pointer is not const only for the sake of C.
+        to_result(unsafe {
+            bindings::vmbus_sendpacket(
+                self.raw.as_ptr(),
+                packet.as_ptr().cast_mut().cast(),
+                len,
+                request_id,
+                bindings::vmbus_packet_type_VM_PKT_DATA_INBAND,
+                0,
+            )
+        })
+    }
+}
+
+impl<L: Listener> Drop for Channel<L> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the channel is open.
+        unsafe { bindings::vmbus_close(self.raw.as_ptr()) };
+    }
+}
