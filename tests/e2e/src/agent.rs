@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The test's end of the agent's line.
+//!
+//! Knows the contract of the lab-agent crate and nothing of what is asked over it.
+
+use hyperv_sim::{Vm, VmError};
+use lab_agent::{Call, Command, Outcome, Return};
+use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How often a wait looks whether the guest still lives.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// What can become of a call other than being done.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// The system call in the guest failed with this errno.
+    #[error("{command}: {name}")]
+    Errno {
+        /// What was asked.
+        command: String,
+        /// Such as `EBUSY`.
+        name: String,
+    },
+    /// The agent could not try it.
+    #[error("{command}: {text}")]
+    Failed {
+        /// What was asked.
+        command: String,
+        /// Why.
+        text: String,
+    },
+    /// The agent did not answer.
+    #[error("{command}: no answer from the guest's agent within {after:?}")]
+    Timeout {
+        /// What was asked.
+        command: String,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// The guest has ended.
+    #[error("{command}: the guest has ended ({how})")]
+    Gone {
+        /// What was asked.
+        command: String,
+        /// How it ended.
+        how: String,
+    },
+    /// The agent's answer has another shape than the contract says.
+    #[error("{command}: the agent's answer makes no sense: {text}")]
+    Shape {
+        /// What was asked.
+        command: String,
+        /// The answer and what is wrong with it.
+        text: String,
+    },
+    /// The line to the agent is broken.
+    #[error("the line to the guest's agent: {0}")]
+    Line(#[from] std::io::Error),
+    /// There is no line to the agent.
+    #[error(transparent)]
+    NoLine(#[from] VmError),
+}
+
+impl CallError {
+    /// The errno by name, if it is one.
+    pub fn errno(&self) -> Option<&str> {
+        match self {
+            CallError::Errno { name, .. } => Some(name),
+            _ => None,
+        }
+    }
+}
+
+/// A call whose answer has yet to be fetched with [`Agent::finish`].
+#[derive(Debug)]
+pub struct Pending {
+    id: u64,
+    command: String,
+}
+
+#[derive(Default)]
+struct Answers {
+    by_id: BTreeMap<u64, Outcome>,
+    closed: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    answers: Mutex<Answers>,
+    changed: Condvar,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The agent in one guest.
+pub struct Agent {
+    vm: Arc<Vm>,
+    line: Mutex<(UnixStream, u64)>,
+    shared: Arc<Shared>,
+}
+
+impl Agent {
+    /// Waits for the agent's greeting.
+    pub fn connect(vm: Arc<Vm>, timeout: Duration) -> Result<Agent, CallError> {
+        let line = vm.agent_port()?;
+        let input = BufReader::new(line.try_clone()?);
+        let shared = Arc::new(Shared::default());
+        let agent = Agent {
+            vm,
+            line: Mutex::new((line, 0)),
+            shared: shared.clone(),
+        };
+        std::thread::spawn(move || {
+            for text in input.lines().map_while(Result::ok) {
+                // A line that is no answer is noise on the serial port; who waits for an answer
+                // will say that it did not come.
+                if let Ok(back) = serde_json::from_str::<Return>(&text) {
+                    lock(&shared.answers).by_id.insert(back.id, back.outcome);
+                    shared.changed.notify_all();
+                }
+            }
+            lock(&shared.answers).closed = true;
+            shared.changed.notify_all();
+        });
+        let greeting = Pending {
+            id: 0,
+            command: "boot".into(),
+        };
+        agent.finish::<serde_json::Value>(greeting, timeout)?;
+        Ok(agent)
+    }
+
+    /// Asks for `command` and does not wait for it.
+    pub fn start(&self, command: Command) -> Result<Pending, CallError> {
+        let described = describe(&command);
+        let mut line = lock(&self.line);
+        line.1 += 1;
+        let call = Call {
+            id: line.1,
+            command,
+        };
+        let mut text = serde_json::to_string(&call).map_err(std::io::Error::from)?;
+        text.push('\n');
+        line.0.write_all(text.as_bytes())?;
+        Ok(Pending {
+            id: call.id,
+            command: described,
+        })
+    }
+
+    /// Waits for what became of a call.
+    pub fn finish<T: DeserializeOwned>(
+        &self,
+        pending: Pending,
+        timeout: Duration,
+    ) -> Result<T, CallError> {
+        let Pending { id, command } = pending;
+        let until = Instant::now() + timeout;
+        let mut answers = lock(&self.shared.answers);
+        let outcome = loop {
+            if let Some(outcome) = answers.by_id.remove(&id) {
+                break outcome;
+            }
+            if let Some(exit) = self.vm.exit() {
+                let how = format!("{exit:?}");
+                return Err(CallError::Gone { command, how });
+            }
+            if answers.closed {
+                let how = "the line is closed".to_string();
+                return Err(CallError::Gone { command, how });
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let after = timeout;
+                return Err(CallError::Timeout { command, after });
+            }
+            (answers, _) = self
+                .shared
+                .changed
+                .wait_timeout(answers, left.min(LOOK))
+                .unwrap_or_else(PoisonError::into_inner);
+        };
+        match outcome {
+            Outcome::Done(value) => {
+                let shown = value.to_string();
+                serde_json::from_value(value).map_err(|error| CallError::Shape {
+                    command,
+                    text: format!("{error} in {shown}"),
+                })
+            }
+            Outcome::Errno(name) => Err(CallError::Errno { command, name }),
+            Outcome::Failed(text) => Err(CallError::Failed { command, text }),
+        }
+    }
+
+    /// Asks for `command` and waits for it.
+    pub fn call<T: DeserializeOwned>(
+        &self,
+        command: Command,
+        timeout: Duration,
+    ) -> Result<T, CallError> {
+        let pending = self.start(command)?;
+        self.finish(pending, timeout)
+    }
+}
+
+/// The command as an error message names it: short.
+fn describe(command: &Command) -> String {
+    match command {
+        Command::Run { argv, .. } => match argv.as_slice() {
+            [shell, flag, script] if shell == "sh" && flag == "-c" => script.clone(),
+            _ => argv.join(" "),
+        },
+        Command::Spawn { argv, .. } => argv.join(" "),
+        Command::Read { path } => format!("reading {path}"),
+        Command::Write { path, text } => format!("writing {text:?} to {path}"),
+        Command::Freeze { path } => format!("FIFREEZE of {path}"),
+        Command::Thaw { path } => format!("FITHAW of {path}"),
+        Command::DevOpen { path, .. } => format!("open of {path}"),
+        Command::DevRead { len, .. } => format!("read of {len} bytes from the device"),
+        Command::DevWrite { hex, .. } => {
+            format!("write of {} bytes to the device", hex.len() / 2)
+        }
+        other => format!("{other:?}"),
+    }
+}

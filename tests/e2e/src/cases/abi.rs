@@ -1,0 +1,736 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Our module at its two edges: the device, where the case plays the daemon, and the channel, where
+//! it plays hosts that real guests also meet.
+
+use super::{case, Case};
+use crate::check::{answered, equal, refused};
+use crate::guest::{Blocking, Daemon, Device, Guest, Module, DEVICE, STEP};
+use anyhow::{ensure, Context, Result};
+use hv_vss_uapi::{frame, op, Answer, FrameHdr, FreezeInfo, Register, Registered, Request, VssMsg};
+use hv_vss_uapi::{ABI_V2, MAX_FRAME};
+use hyperv_sim::ic::vss::{vss_flags, Lun, Op, CLASS, SHORT_BODY, VERSIONS};
+use hyperv_sim::ic::{message_type, vss};
+use hyperv_sim::ic::{status, Envelope, IcHeader, Version, FRAMEWORKS, MAX_MESSAGE};
+use hyperv_sim::HostError;
+use std::time::Duration;
+use zerocopy::{FromBytes, IntoBytes};
+
+pub const CASES: &[Case] = &[
+    case(
+        "abi/device-node",
+        "the device is there with mode 0600, and gone after unload",
+        device_node,
+    ),
+    case(
+        "abi/second-opener",
+        "a second open gives EBUSY, and works after the first is closed",
+        second_opener,
+    ),
+    case(
+        "abi/v1-registration",
+        "REGISTER1 is answered 129, REGISTER not at all, and both serve",
+        v1_registration,
+    ),
+    case(
+        "abi/v2-registration",
+        "a v2 registration is answered with version and largest frame",
+        v2_registration,
+    ),
+    case(
+        "abi/v2-freeze",
+        "a v2 FREEZE carries time left and the host's disks, THAW neither",
+        v2_freeze,
+    ),
+    case(
+        "abi/writes-before-registration",
+        "short, long and out-of-turn first writes are refused",
+        writes_before_registration,
+    ),
+    case(
+        "abi/v1-bad-writes",
+        "short, long and out-of-turn v1 answers are refused and change nothing",
+        v1_bad_writes,
+    ),
+    case(
+        "abi/v2-bad-writes",
+        "wrong id, operation, size, version or turn: refused, nothing changes",
+        v2_bad_writes,
+    ),
+    case(
+        "abi/reads",
+        "O_NONBLOCK gives EAGAIN, a short buffer EINVAL and loses nothing",
+        reads,
+    ),
+    case(
+        "abi/blocking-read",
+        "a blocking read waits for the next request",
+        blocking_read,
+    ),
+    case(
+        "abi/poll",
+        "poll tells readable from idle, and wakes for a request",
+        poll,
+    ),
+    case(
+        "abi/reply-timeout",
+        "an unanswered request fails after its time, a late answer gets ESTALE",
+        reply_timeout,
+    ),
+    case(
+        "abi/closed-in-the-middle",
+        "a daemon that closes with a request open fails it at once",
+        closed_in_the_middle,
+    ),
+    case(
+        "abi/host-offers-3.0",
+        "a host with VSS 3.0 only is refused, and 5.0 works afterwards",
+        |guest| old_host(guest, Version::new(3, 0)),
+    ),
+    case(
+        "abi/host-offers-4.0",
+        "a host with VSS 4.0 only is refused, and 5.0 works afterwards",
+        |guest| old_host(guest, Version::new(4, 0)),
+    ),
+    case(
+        "abi/hot-backup-flags",
+        "HOT_BACKUP is answered with flags 5, GET_DM_INFO with 0",
+        hot_backup_flags,
+    ),
+    case(
+        "abi/unknown-operations",
+        "operations without meaning to a guest are answered 0",
+        unknown_operations,
+    ),
+    case(
+        "abi/back-to-back",
+        "FREEZE and THAW sent together are served in order",
+        back_to_back,
+    ),
+    case(
+        "abi/short-packets",
+        "packets too short for their headers do not disturb the next",
+        short_packets,
+    ),
+    case(
+        "abi/long-packets",
+        "messages of up to 13,312 bytes are answered whole, none wedges the channel",
+        long_packets,
+    ),
+];
+
+/// A v1 message that registers.
+const REGISTER1: VssMsg = VssMsg::new(op::REGISTER1);
+
+fn frame_header(kind: u32, size: usize, id: u64) -> FrameHdr {
+    FrameHdr {
+        version: ABI_V2,
+        size: size as u32,
+        kind,
+        reserved: 0,
+        id,
+    }
+}
+
+fn register_v2() -> Register {
+    Register {
+        frame: frame_header(frame::REGISTER, size_of::<Register>(), 0),
+        max_version: ABI_V2,
+        flags: 0,
+    }
+}
+
+fn answer_v2(id: u64, operation: u8, status: u32) -> Answer {
+    Answer {
+        frame: frame_header(frame::ANSWER, size_of::<Answer>(), id),
+        status,
+        operation: operation.into(),
+    }
+}
+
+/// Loads our module and agrees on 5.0.
+fn load_and_negotiate(guest: &Guest, parameters: &[&str]) -> Result<()> {
+    guest.load(Module::Ours, parameters)?;
+    guest.vss().wait_open(STEP)?;
+    guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    Ok(())
+}
+
+/// Registers for v2 and reads the reply.
+fn register(device: Device<'_>) -> Result<()> {
+    device.write(register_v2().as_bytes())?;
+    let reply = device.read(MAX_FRAME)?;
+    equal("bytes of the reply to the registration", reply.len(), 32)
+}
+
+/// Reads one v2 request and what follows it.
+fn read_request(device: Device<'_>) -> Result<(Request, Vec<u8>)> {
+    let bytes = device.read(MAX_FRAME)?;
+    let (request, payload) = Request::read_from_prefix(&bytes)
+        .map_err(|_| anyhow::anyhow!("{} bytes are too few for a request", bytes.len()))?;
+    equal("kind of the frame", request.frame.kind, frame::REQUEST)?;
+    Ok((request, payload.to_vec()))
+}
+
+fn device_node(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let seen = guest.sh(&format!("stat -c '%F %a %u:%g' {DEVICE}"))?;
+    equal(
+        "the device node",
+        seen.trim(),
+        "character special file 600 0:0",
+    )?;
+    guest.unload(Module::Ours)?;
+    refused(
+        "an open after the unload",
+        guest.open_device(Blocking::Yes),
+        "ENOENT",
+    )
+}
+
+fn second_opener(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let first = guest.open_device(Blocking::Yes)?;
+    refused("a second open", guest.open_device(Blocking::Yes), "EBUSY")?;
+    first.write(REGISTER1.as_bytes())?;
+    refused(
+        "a second open after the first has registered",
+        guest.open_device(Blocking::No),
+        "EBUSY",
+    )?;
+    first.close()?;
+    let next = guest.open_device(Blocking::Yes)?;
+    next.write(REGISTER1.as_bytes())?;
+    equal("the reply", next.read(12)?, 129u32.to_ne_bytes().to_vec())
+}
+
+fn v1_registration(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let vss = guest.vss();
+    for (registration, reply) in [(op::REGISTER1, Some(129u32)), (op::REGISTER, None)] {
+        let device = guest.open_device(Blocking::Yes)?;
+        equal(
+            "bytes taken of the registration",
+            device.write(VssMsg::new(registration).as_bytes())?,
+            12,
+        )?;
+        if let Some(version) = reply {
+            equal(
+                "the reply",
+                device.read(64)?,
+                version.to_ne_bytes().to_vec(),
+            )?;
+        }
+        let tx = vss.send(Op::HOT_BACKUP, &SHORT_BODY)?;
+        equal(
+            "the request as read",
+            device.read(12)?,
+            VssMsg::new(op::HOT_BACKUP).as_bytes().to_vec(),
+        )?;
+        device.write(VssMsg::answer_v1(status::OK).as_bytes())?;
+        answered("HOT_BACKUP", &vss.wait(tx, STEP)?, status::OK)?;
+        device.close()?;
+    }
+    Ok(())
+}
+
+fn v2_registration(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let device = guest.open_device(Blocking::Yes)?;
+    device.write(register_v2().as_bytes())?;
+    let bytes = device.read(4096)?;
+    let reply = Registered::read_from_bytes(&bytes)
+        .map_err(|_| anyhow::anyhow!("the reply has {} bytes, not 32", bytes.len()))?;
+    equal(
+        "the reply",
+        reply,
+        Registered {
+            frame: frame_header(frame::REGISTERED, 32, 0),
+            abi_version: 2,
+            max_frame: 6300,
+        },
+    )?;
+
+    // A daemon that can do more than the module is served with what the module can do.
+    device.close()?;
+    let device = guest.open_device(Blocking::Yes)?;
+    let mut newer = register_v2();
+    newer.max_version = 3;
+    device.write(newer.as_bytes())?;
+    equal("the reply to a newer daemon", device.read(4096)?, bytes)
+}
+
+fn v2_freeze(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &["freeze_timeout_ms=600000", "timeout_ms=20000"])?;
+    let vss = guest.vss();
+    let device = guest.open_device(Blocking::Yes)?;
+    register(device)?;
+
+    let disks = [Lun::scsi(CLASS, 1, 2, 3), Lun::scsi(CLASS, 0, 0, 9)];
+    let tx = vss.send_freeze(&disks)?;
+    let (request, payload) = read_request(device)?;
+    equal("size of the frame", request.frame.size, MAX_FRAME as u32)?;
+    equal("payload size", request.payload_size as usize, payload.len())?;
+    equal("the message", request.msg, VssMsg::new(op::FREEZE))?;
+    ensure!(request.frame.id != 0, "a request should have an id");
+    ensure!(
+        (500_000..=600_000).contains(&request.time_left_ms),
+        "of 600000 ms, 500000 at least should be left; it says {}",
+        request.time_left_ms
+    );
+    let info = FreezeInfo::read_from_bytes(&payload)
+        .map_err(|_| anyhow::anyhow!("the payload has {} bytes, not 6252", payload.len()))?;
+    equal("disks", info.lun_count, 2)?;
+    let first = info.luns.first().context("no disks")?;
+    equal(
+        "the first disk",
+        (
+            first.bus_type,
+            first.controller,
+            first.port,
+            first.target,
+            first.lun,
+        ),
+        (1, CLASS.0, 1, 2, 3),
+    )?;
+    device.write(answer_v2(request.frame.id, op::FREEZE, status::OK).as_bytes())?;
+    answered("FREEZE", &vss.wait(tx, STEP)?, status::OK)?;
+
+    let tx = vss.send(Op::THAW, &SHORT_BODY)?;
+    let (thaw, payload) = read_request(device)?;
+    equal("payload of THAW", payload.len(), 0)?;
+    equal("size of the frame", thaw.frame.size, 48)?;
+    ensure!(
+        thaw.frame.id > request.frame.id,
+        "ids should ascend: {} after {}",
+        thaw.frame.id,
+        request.frame.id
+    );
+    ensure!(
+        thaw.time_left_ms <= 20_000,
+        "THAW should have 20000 ms at most, it says {}",
+        thaw.time_left_ms
+    );
+    device.write(answer_v2(thaw.frame.id, op::THAW, status::OK).as_bytes())?;
+    answered("THAW", &vss.wait(tx, STEP)?, status::OK)
+}
+
+fn writes_before_registration(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &["grace_ms=0"])?;
+    let device = guest.open_device(Blocking::No)?;
+    let mut long = register_v2().as_bytes().to_vec();
+    long.push(0);
+    let mut misnamed = register_v2();
+    misnamed.frame.size = 31;
+    let mut old = register_v2();
+    old.max_version = 1;
+    let v1_answer = VssMsg::answer_v1(status::OK);
+    let v2_answer = answer_v2(1, op::FREEZE, status::OK);
+    let attempts: [(&str, &[u8], &str); 9] = [
+        ("an empty write", &[], "EINVAL"),
+        ("11 bytes", &[129; 11], "EINVAL"),
+        ("13 bytes", &[129; 13], "EINVAL"),
+        ("a v1 answer", v1_answer.as_bytes(), "EPROTO"),
+        ("a v2 answer", v2_answer.as_bytes(), "EPROTO"),
+        ("a v2 registration with a byte more", &long, "EINVAL"),
+        (
+            "a v2 registration that lies about its size",
+            misnamed.as_bytes(),
+            "EINVAL",
+        ),
+        ("a v2 registration without v2", old.as_bytes(), "EINVAL"),
+        ("8000 bytes", &[0; 8000], "EINVAL"),
+    ];
+    for (what, bytes, errno) in attempts {
+        refused(what, device.write(bytes), errno)?;
+        refused(&format!("a read after {what}"), device.read(64), "EAGAIN")?;
+    }
+    // None of that has registered anybody, and none hinders a registration.
+    let none = guest.vss().hot_backup(STEP)?;
+    answered("HOT_BACKUP without a daemon", &none, status::FAIL)?;
+    register(device)
+}
+
+fn v1_bad_writes(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let vss = guest.vss();
+    let device = guest.open_device(Blocking::Yes)?;
+    device.write(REGISTER1.as_bytes())?;
+    device.read(12)?;
+    let ok = VssMsg::answer_v1(status::OK);
+    refused(
+        "an answer without a request",
+        device.write(ok.as_bytes()),
+        "ESTALE",
+    )?;
+
+    let tx = vss.send(Op::HOT_BACKUP, &SHORT_BODY)?;
+    ensure!(
+        !device.poll(&["POLLIN"], STEP)?.is_empty(),
+        "the request should become readable"
+    );
+    refused(
+        "an answer before the request was read",
+        device.write(ok.as_bytes()),
+        "ESTALE",
+    )?;
+    device.read(12)?;
+    refused(
+        "an answer of 11 bytes",
+        device.write(&ok.as_bytes()[..11]),
+        "EINVAL",
+    )?;
+    refused("an answer of 13 bytes", device.write(&[0; 13]), "EINVAL")?;
+    refused(
+        "a v2 answer to v1",
+        device.write(answer_v2(1, op::HOT_BACKUP, 0).as_bytes()),
+        "EINVAL",
+    )?;
+    ensure!(
+        vss.try_reply(tx).is_none(),
+        "the refused writes should not have answered the host"
+    );
+    // The status 129 lies where a registration has its operation; it is an answer all the same.
+    device.write(VssMsg::answer_v1(129).as_bytes())?;
+    answered("HOT_BACKUP", &vss.wait(tx, STEP)?, 129)?;
+    refused("the answer again", device.write(ok.as_bytes()), "ESTALE")
+}
+
+fn v2_bad_writes(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let vss = guest.vss();
+    let device = guest.open_device(Blocking::Yes)?;
+    register(device)?;
+    let early = answer_v2(1, op::HOT_BACKUP, status::OK);
+    refused(
+        "an answer without a request",
+        device.write(early.as_bytes()),
+        "ESTALE",
+    )?;
+
+    let tx = vss.send(Op::HOT_BACKUP, &SHORT_BODY)?;
+    let (request, _) = read_request(device)?;
+    let id = request.frame.id;
+    let good = answer_v2(id, op::HOT_BACKUP, status::OK);
+    let mut future = good;
+    future.frame.version = 3;
+    let mut short = good;
+    short.frame.size = 24;
+    let mut reserved = good;
+    reserved.frame.reserved = 1;
+    let mut unknown = good;
+    unknown.frame.kind = 77;
+    let other_id = answer_v2(id + 1, op::HOT_BACKUP, status::OK);
+    let no_id = answer_v2(0, op::HOT_BACKUP, status::OK);
+    let other_operation = answer_v2(id, op::FREEZE, status::OK);
+    let registration = register_v2();
+    let v1_answer = VssMsg::answer_v1(status::OK);
+    let attempts: [(&str, &[u8], &str); 10] = [
+        ("an id that was never given", other_id.as_bytes(), "ESTALE"),
+        ("id 0", no_id.as_bytes(), "ESTALE"),
+        ("another operation", other_operation.as_bytes(), "EBADMSG"),
+        ("a second registration", registration.as_bytes(), "EPROTO"),
+        ("a v1 answer", v1_answer.as_bytes(), "EINVAL"),
+        ("31 bytes", &good.as_bytes()[..31], "EINVAL"),
+        ("version 3", future.as_bytes(), "EINVAL"),
+        ("a size that is not its own", short.as_bytes(), "EINVAL"),
+        (
+            "a reserved field that is set",
+            reserved.as_bytes(),
+            "EINVAL",
+        ),
+        ("an unknown kind", unknown.as_bytes(), "EINVAL"),
+    ];
+    for (what, bytes, errno) in attempts {
+        refused(what, device.write(bytes), errno)?;
+    }
+    ensure!(
+        vss.try_reply(tx).is_none(),
+        "the refused writes should not have answered the host"
+    );
+    device.write(good.as_bytes())?;
+    answered("HOT_BACKUP", &vss.wait(tx, STEP)?, status::OK)?;
+    refused("the answer again", device.write(good.as_bytes()), "ESTALE")
+}
+
+fn reads(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let vss = guest.vss();
+    let device = guest.open_device(Blocking::No)?;
+    refused("a read before the registration", device.read(64), "EAGAIN")?;
+    device.write(register_v2().as_bytes())?;
+    refused(
+        "a read of the reply with 31 bytes",
+        device.read(31),
+        "EINVAL",
+    )?;
+    equal("bytes of the reply", device.read(32)?.len(), 32)?;
+    refused(
+        "a read with nothing to read",
+        device.read(MAX_FRAME),
+        "EAGAIN",
+    )?;
+
+    let tx = vss.send_freeze(&[])?;
+    ensure!(
+        !device.poll(&["POLLIN"], STEP)?.is_empty(),
+        "FREEZE should become readable"
+    );
+    refused("a read of FREEZE with 48 bytes", device.read(48), "EINVAL")?;
+    refused(
+        "a read of FREEZE with 6299 bytes",
+        device.read(6299),
+        "EINVAL",
+    )?;
+    let (request, _) = read_request(device)?;
+    refused("a read of what was read", device.read(MAX_FRAME), "EAGAIN")?;
+    device.write(answer_v2(request.frame.id, op::FREEZE, status::FAIL).as_bytes())?;
+    answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)
+}
+
+fn blocking_read(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let vss = guest.vss();
+    let device = guest.open_device(Blocking::Yes)?;
+    register(device)?;
+    let read = device.start_read(MAX_FRAME)?;
+    // The reader is in the kernel once its thread sleeps in our read.
+    guest.wait_until("a thread of the agent waits in a read", STEP, || {
+        let stacks = guest.try_sh("cat /proc/$(pidof lab-agent)/task/*/stack")?;
+        Ok(stacks.out.contains("hv_vss"))
+    })?;
+    let tx = vss.send(Op::HOT_BACKUP, &SHORT_BODY)?;
+    let bytes = device.finish_read(read, STEP)?;
+    let request = Request::read_from_bytes(&bytes)
+        .map_err(|_| anyhow::anyhow!("HOT_BACKUP has {} bytes, not 48", bytes.len()))?;
+    equal("the message", request.msg, VssMsg::new(op::HOT_BACKUP))?;
+    device.write(answer_v2(request.frame.id, op::HOT_BACKUP, status::OK).as_bytes())?;
+    answered("HOT_BACKUP", &vss.wait(tx, STEP)?, status::OK)
+}
+
+fn poll(guest: &Guest) -> Result<()> {
+    const NOW: Duration = Duration::ZERO;
+    load_and_negotiate(guest, &[])?;
+    let vss = guest.vss();
+    let device = guest.open_device(Blocking::No)?;
+    let none = Vec::<String>::new();
+    equal(
+        "poll before the registration",
+        device.poll(&["POLLIN"], NOW)?,
+        none.clone(),
+    )?;
+    device.write(register_v2().as_bytes())?;
+    let readable = vec!["POLLIN".to_string()];
+    equal(
+        "poll with the reply waiting",
+        device.poll(&["POLLIN"], NOW)?,
+        readable.clone(),
+    )?;
+    device.read(MAX_FRAME)?;
+    equal(
+        "poll after the reply was read",
+        device.poll(&["POLLIN"], NOW)?,
+        none.clone(),
+    )?;
+
+    let tx = vss.send(Op::HOT_BACKUP, &SHORT_BODY)?;
+    equal(
+        "poll that waits for a request",
+        device.poll(&["POLLIN"], STEP)?,
+        readable,
+    )?;
+    let (request, _) = read_request(device)?;
+    equal(
+        "poll after the request was read",
+        device.poll(&["POLLIN"], NOW)?,
+        none,
+    )?;
+    device.write(answer_v2(request.frame.id, op::HOT_BACKUP, status::OK).as_bytes())?;
+    answered("HOT_BACKUP", &vss.wait(tx, STEP)?, status::OK)
+}
+
+fn reply_timeout(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &["freeze_timeout_ms=1500", "timeout_ms=700"])?;
+    let vss = guest.vss();
+    let device = guest.open_device(Blocking::Yes)?;
+    register(device)?;
+
+    for (operation, code, limit_ms) in [(Op::FREEZE, op::FREEZE, 1500), (Op::THAW, op::THAW, 700)] {
+        let tx = match operation {
+            Op::FREEZE => vss.send_freeze(&[])?,
+            other => vss.send(other, &SHORT_BODY)?,
+        };
+        let (request, _) = read_request(device)?;
+        let reply = vss.wait(tx, STEP)?;
+        answered(
+            &format!("{operation} without an answer"),
+            &reply,
+            status::FAIL,
+        )?;
+        ensure!(
+            reply.latency >= Duration::from_millis(limit_ms),
+            "{operation} should have {limit_ms} ms, it was failed after {:?}",
+            reply.latency
+        );
+        refused(
+            &format!("a late answer to {operation}"),
+            device.write(answer_v2(request.frame.id, code, status::OK).as_bytes()),
+            "ESTALE",
+        )?;
+    }
+
+    // The next request is a new one.
+    let tx = vss.send(Op::HOT_BACKUP, &SHORT_BODY)?;
+    let (request, _) = read_request(device)?;
+    device.write(answer_v2(request.frame.id, op::HOT_BACKUP, status::OK).as_bytes())?;
+    answered("HOT_BACKUP", &vss.wait(tx, STEP)?, status::OK)
+}
+
+fn closed_in_the_middle(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &["grace_ms=0"])?;
+    let vss = guest.vss();
+    // Read and not answered; offered and not even read.
+    for read in [true, false] {
+        let device = guest.open_device(Blocking::Yes)?;
+        register(device)?;
+        let tx = vss.send_freeze(&[])?;
+        ensure!(
+            !device.poll(&["POLLIN"], STEP)?.is_empty(),
+            "FREEZE should become readable"
+        );
+        if read {
+            read_request(device)?;
+        }
+        device.close()?;
+        let reply = vss.wait(tx, STEP)?;
+        answered("FREEZE when the daemon went", &reply, status::FAIL)?;
+    }
+    Ok(())
+}
+
+fn old_host(guest: &Guest, only: Version) -> Result<()> {
+    guest.load(Module::Ours, &[])?;
+    let vss = guest.vss();
+    vss.wait_open(STEP)?;
+    match vss.negotiate(&FRAMEWORKS, &[only], STEP) {
+        Err(HostError::NegotiationRefused { .. }) => {}
+        Err(error) => return Err(error.into()),
+        Ok(agreed) => anyhow::bail!("{only} should be refused, the guest agreed to {agreed:?}"),
+    }
+    let agreed = vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    equal("VSS version afterwards", agreed.message, Version::new(5, 0))
+}
+
+fn hot_backup_flags(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let vss = guest.vss();
+    // GET_DM_INFO needs no daemon.
+    let info = vss.get_dm_info(STEP)?;
+    answered("GET_DM_INFO", &info, status::OK)?;
+    equal("flags of GET_DM_INFO", vss_flags(&info), Some(0))?;
+    for daemon in [Daemon::Ours, Daemon::Debian] {
+        let process = guest.start_daemon(daemon)?;
+        let reply = vss.hot_backup(STEP)?;
+        answered("HOT_BACKUP", &reply, status::OK)?;
+        equal(
+            "flags of HOT_BACKUP",
+            vss_flags(&reply),
+            Some(vss::HBU_NO_AUTO_RECOVERY),
+        )?;
+        guest.signal(&process, 9)?;
+        guest.wait(&process, STEP)?;
+    }
+    Ok(())
+}
+
+fn unknown_operations(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let vss = guest.vss();
+    for number in [0, 1, 4, 7, 8, 9, 127, 128, 129, 255] {
+        let reply = vss.op(Op(number), &SHORT_BODY, STEP)?;
+        answered(&format!("operation {number}"), &reply, status::OK)?;
+        equal(
+            &format!("bytes of the answer to operation {number}"),
+            reply.raw.len(),
+            28 + 32,
+        )?;
+    }
+    Ok(())
+}
+
+fn back_to_back(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let vss = guest.vss();
+    guest.start_daemon(Daemon::Ours)?;
+    answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
+    for round in 1..=5 {
+        let freeze = vss.send_freeze(&[])?;
+        let thaw = vss.send(Op::THAW, &SHORT_BODY)?;
+        let (frozen, thawed) = (vss.wait(freeze, STEP)?, vss.wait(thaw, STEP)?);
+        answered(&format!("FREEZE of round {round}"), &frozen, status::OK)?;
+        answered(&format!("THAW of round {round}"), &thawed, status::OK)?;
+        ensure!(
+            frozen.at <= thawed.at,
+            "FREEZE should be answered before THAW"
+        );
+    }
+    Ok(())
+}
+
+fn short_packets(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let vss = guest.vss();
+    guest.start_daemon(Daemon::Ours)?;
+    answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
+    let whole = Envelope {
+        framework: Version::new(3, 0),
+        message_type: message_type::VSS,
+        message: Version::new(5, 0),
+        transaction: 0,
+    }
+    .request(&vss::message(Op::HOT_BACKUP, &SHORT_BODY));
+    for len in [0, 1, 8, 20, 27, 28, 32] {
+        vss.send_raw(whole.get(..len).context("no such prefix")?)?;
+        let reply = vss.hot_backup(STEP)?;
+        answered(
+            &format!("HOT_BACKUP after a packet of {len} bytes"),
+            &reply,
+            status::OK,
+        )?;
+    }
+    // An IC message of another component is none of ours.
+    let mut foreign = whole;
+    if let Ok((header, _)) = IcHeader::mut_from_prefix(&mut foreign) {
+        header.message_type = message_type::KVP.into();
+    }
+    vss.send_raw(&foreign)?;
+    answered(
+        "HOT_BACKUP after a KVP message",
+        &vss.hot_backup(STEP)?,
+        status::OK,
+    )?;
+    equal("packets that answer nothing", vss.take_strays().len(), 0)
+}
+
+fn long_packets(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let vss = guest.vss();
+    guest.start_daemon(Daemon::Ours)?;
+    answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
+    // AUTO_RECOVER at its full 12,500 bytes; the peer's buffer of 8,192 and around it; the longest
+    // message of all, twice.
+    let longest = MAX_MESSAGE - size_of::<IcHeader>();
+    for body in [12_500, 8_163, 8_164, 8_165, 8_508, longest, longest] {
+        let reply = vss.op(Op::AUTO_RECOVER, &vec![0x5a; body - 8], STEP)?;
+        answered(&format!("a message with {body} bytes"), &reply, status::OK)?;
+        ensure!(
+            reply.raw.len() >= size_of::<IcHeader>() + body,
+            "the answer to {body} bytes should be as long as the request, it has {} bytes",
+            reply.raw.len()
+        );
+    }
+    // A real backup, still.
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    equal("packets that answer nothing", vss.take_strays().len(), 0)
+}

@@ -1,0 +1,567 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! One running guest, with the verbs that cases are written in.
+//!
+//! Every verb does one visible thing (load this module, run this line, start that daemon) and
+//! reports an error that says what was seen; none of them checks what a case is about. What a
+//! guest must look like between two cases stands in [`Guest::tidy`].
+
+use crate::agent::{Agent, CallError, Pending};
+use anyhow::{bail, ensure, Context, Result};
+use hyperv_sim::ic::vss::Vss;
+use hyperv_sim::{Host, Vm, VmConfig};
+use lab_agent::{to_hex, Command, Ended, Log, Record, Writer};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// For one step that takes milliseconds on real hardware: emulation is slow and uneven.
+pub const STEP: Duration = Duration::from_secs(30);
+
+/// How long a guest may take to boot.
+const BOOT: Duration = Duration::from_secs(75);
+
+/// Where the device of both modules is.
+pub const DEVICE: &str = "/dev/vmbus/hv_vss";
+
+/// What tells one guest from another before any case has run in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// One virtual CPU.
+    OneCpu,
+    /// Two virtual CPUs.
+    TwoCpus,
+}
+
+/// Which kernel module serves VSS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Module {
+    /// `hv_vss.ko` of this project.
+    Ours,
+    /// `hv_utils` as Debian ships it.
+    Stock,
+}
+
+/// Which daemon freezes the file systems.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Daemon {
+    /// `hv_vss_daemon` of this project.
+    Ours,
+    /// Debian's, of the package `hyperv-daemons`.
+    Debian,
+}
+
+impl Daemon {
+    /// The command that keeps it in the foreground.
+    pub fn argv(self) -> [&'static str; 2] {
+        match self {
+            Daemon::Ours => ["/payload/hv_vss_daemon", "-n"],
+            Daemon::Debian => ["/usr/sbin/hv_vss_daemon", "-n"],
+        }
+    }
+}
+
+/// A program that was started in the guest.
+#[derive(Debug)]
+pub struct Process {
+    /// Its process id.
+    pub pid: i32,
+    /// The file with its output.
+    pub log: String,
+}
+
+/// What is needed to start guests: everything lies in the current directory, the payload.
+pub struct Images {
+    kernel: PathBuf,
+    initrd: Vec<PathBuf>,
+    results: PathBuf,
+}
+
+impl Images {
+    /// The images in `payload`, with an archive of our own programs made beside them.
+    pub fn prepare(payload: &Path) -> Result<Images> {
+        let results = payload.join("results");
+        std::fs::create_dir_all(&results)
+            .with_context(|| format!("cannot make {}", results.display()))?;
+        let extra = payload.join("payload.cpio");
+        let file = std::fs::File::create(&extra)
+            .with_context(|| format!("cannot write {}", extra.display()))?;
+        let mut archive = crate::cpio::Archive::new(std::io::BufWriter::new(file));
+        archive.directory("payload")?;
+        for name in ["lab-agent", "hv_vss.ko", "hv_vss_daemon"] {
+            let path = payload.join(name);
+            let bytes = std::fs::read(&path).with_context(|| {
+                format!(
+                    "cannot read {}; the payload is put together by tests/lab/run.sh",
+                    path.display()
+                )
+            })?;
+            archive.file(&format!("payload/{name}"), &bytes)?;
+        }
+        archive.finish()?;
+        Ok(Images {
+            kernel: payload.join("vmlinuz"),
+            initrd: vec![payload.join("guest.cpio"), extra],
+            results,
+        })
+    }
+
+    /// Where files for people go.
+    pub fn results(&self) -> &Path {
+        &self.results
+    }
+}
+
+/// A running guest.
+pub struct Guest {
+    vm: Arc<Vm>,
+    agent: Agent,
+    kind: Kind,
+    /// The kernel's log is looked at from this record on.
+    log_mark: AtomicU64,
+    logs: AtomicU64,
+}
+
+impl Guest {
+    /// Boots a guest and waits until its agent answers. `number` names its console log.
+    pub fn start(images: &Images, kind: Kind, number: u32) -> Result<Guest> {
+        let mut config = VmConfig::new(&images.kernel);
+        config.initrd = images.initrd.clone();
+        config.cpus = match kind {
+            Kind::OneCpu => 1,
+            Kind::TwoCpus => 2,
+        };
+        // Ram disks take what is written to them, the root included.
+        config.memory_mib = 1280;
+        // An oops ends the guest at once, so that it is reported where it happened.
+        config.cmdline.push_str(" oops=panic");
+        config.console_log = Some(images.results.join(format!("console-{number}.log")));
+        let vm = Arc::new(Vm::start(config).context("the guest cannot be started")?);
+        let agent = Agent::connect(vm.clone(), BOOT).map_err(|error| {
+            let tail = vm.console_tail();
+            vm.kill();
+            anyhow::Error::new(error).context(format!(
+                "the guest's agent did not come up; the console ends:\n{tail}"
+            ))
+        })?;
+        let guest = Guest {
+            vm,
+            agent,
+            kind,
+            log_mark: AtomicU64::new(0),
+            logs: AtomicU64::new(0),
+        };
+        guest.mark_log()?;
+        Ok(guest)
+    }
+
+    /// What it was started as.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The machine itself.
+    pub fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    /// The host's side of its VMBus.
+    pub fn host(&self) -> &Host {
+        self.vm.host()
+    }
+
+    /// The host's side of VSS.
+    pub fn vss(&self) -> Vss {
+        self.vm.host().vss()
+    }
+
+    // --- Commands and files ---
+
+    /// Runs a line of shell to its end and returns how that was.
+    pub fn try_sh(&self, script: &str) -> Result<Ended, CallError> {
+        let limit = STEP * 2;
+        self.agent.call(
+            Command::Run {
+                argv: vec!["sh".into(), "-c".into(), script.into()],
+                timeout_ms: limit.as_millis() as u64,
+            },
+            limit + Duration::from_secs(5),
+        )
+    }
+
+    /// Runs a line of shell that must succeed and returns its output.
+    pub fn sh(&self, script: &str) -> Result<String> {
+        let ended = self.try_sh(script)?;
+        if ended.status != Some(0) {
+            bail!(
+                "in the guest, this failed ({}): {script}\n{}{}",
+                how_it_ended(&ended),
+                ended.out,
+                ended.err
+            );
+        }
+        Ok(ended.out)
+    }
+
+    /// Starts a program whose output goes to a file of its own.
+    pub fn spawn(&self, argv: &[&str]) -> Result<Process> {
+        let number = self.logs.fetch_add(1, SeqCst);
+        let name = argv.first().and_then(|it| it.rsplit('/').next());
+        let log = format!("/run/{}-{number}.log", name.unwrap_or("program"));
+        let pid = self.agent.call(
+            Command::Spawn {
+                argv: argv.iter().map(|it| it.to_string()).collect(),
+                log: log.clone(),
+            },
+            STEP,
+        )?;
+        Ok(Process { pid, log })
+    }
+
+    /// Sends a signal by number: 9 kills, 15 asks to end, 19 stops, 18 continues.
+    pub fn signal(&self, process: &Process, signal: i32) -> Result<(), CallError> {
+        let pid = process.pid;
+        self.agent.call(Command::Signal { pid, signal }, STEP)
+    }
+
+    /// Waits until a program has ended.
+    pub fn wait(&self, process: &Process, limit: Duration) -> Result<Ended, CallError> {
+        self.agent.call(
+            Command::Wait {
+                pid: process.pid,
+                timeout_ms: limit.as_millis() as u64,
+            },
+            limit + Duration::from_secs(5),
+        )
+    }
+
+    /// What a program has written so far.
+    pub fn output(&self, process: &Process) -> Result<String, CallError> {
+        self.read(&process.log)
+    }
+
+    /// The text of a file.
+    pub fn read(&self, path: &str) -> Result<String, CallError> {
+        self.agent.call(Command::Read { path: path.into() }, STEP)
+    }
+
+    /// Writes text to a file of sysfs or the like.
+    pub fn write(&self, path: &str, text: &str) -> Result<(), CallError> {
+        let (path, text) = (path.into(), text.into());
+        self.agent.call(Command::Write { path, text }, STEP)
+    }
+
+    /// Looks again and again until `look` says true.
+    pub fn wait_until(
+        &self,
+        what: &str,
+        limit: Duration,
+        mut look: impl FnMut() -> Result<bool>,
+    ) -> Result<()> {
+        let until = Instant::now() + limit;
+        while !look()? {
+            ensure!(
+                Instant::now() < until,
+                "this should have come true within {limit:?}: {what}"
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    // --- Modules and daemons ---
+
+    /// Loads a module, ours with these parameters.
+    pub fn load(&self, module: Module, parameters: &[&str]) -> Result<()> {
+        let line = match module {
+            Module::Ours => format!("insmod /payload/hv_vss.ko {}", parameters.join(" ")),
+            Module::Stock => format!("modprobe hv_utils {}", parameters.join(" ")),
+        };
+        self.sh(&line).map(drop)
+    }
+
+    /// Unloads a module.
+    pub fn unload(&self, module: Module) -> Result<()> {
+        match module {
+            Module::Ours => self.sh("rmmod hv_vss"),
+            Module::Stock => self.sh("rmmod hv_utils"),
+        }
+        .map(drop)
+    }
+
+    /// Starts a daemon in the foreground. It has not registered yet when this returns.
+    pub fn start_daemon(&self, daemon: Daemon) -> Result<Process> {
+        self.spawn(&daemon.argv())
+    }
+
+    // --- File systems and writers ---
+
+    /// Freezes the file system at `path` as an administrator would.
+    pub fn freeze(&self, path: &str) -> Result<(), CallError> {
+        self.agent.call(Command::Freeze { path: path.into() }, STEP)
+    }
+
+    /// Thaws the file system at `path`; errno `EINVAL` when it was not frozen.
+    pub fn thaw(&self, path: &str) -> Result<(), CallError> {
+        self.agent.call(Command::Thaw { path: path.into() }, STEP)
+    }
+
+    /// Starts a thread that rewrites the first 512 bytes of `path` about every millisecond.
+    pub fn writer_start(&self, path: &str) -> Result<(), CallError> {
+        let (path, pause_us) = (path.into(), 1000);
+        self.agent
+            .call(Command::WriterStart { path, pause_us }, STEP)
+    }
+
+    /// How the writers fare, in the order of their start.
+    pub fn writers(&self) -> Result<Vec<Writer>, CallError> {
+        self.agent.call(Command::Writers, STEP)
+    }
+
+    /// Ends all writers.
+    pub fn writers_stop(&self) -> Result<(), CallError> {
+        let timeout_ms = 5000;
+        self.agent.call(Command::WritersStop { timeout_ms }, STEP)
+    }
+
+    // --- The kernel's log ---
+
+    /// From here on [`Guest::log`] starts.
+    pub fn mark_log(&self) -> Result<(), CallError> {
+        let log: Log = self.kmsg(0, 0)?;
+        self.log_mark.store(log.next, SeqCst);
+        Ok(())
+    }
+
+    /// The kernel's log since the case began: records of at most this level (4: warnings and
+    /// worse; 6: information).
+    pub fn log(&self, max_level: u8) -> Result<Vec<Record>, CallError> {
+        Ok(self.kmsg(self.log_mark.load(SeqCst), max_level)?.records)
+    }
+
+    fn kmsg(&self, since: u64, max_level: u8) -> Result<Log, CallError> {
+        self.agent.call(Command::Kmsg { since, max_level }, STEP)
+    }
+
+    // --- The device ---
+
+    /// Opens the device of whichever module is loaded.
+    pub fn open_device(&self, mode: Blocking) -> Result<Device<'_>, CallError> {
+        let handle = self.agent.call(
+            Command::DevOpen {
+                path: DEVICE.into(),
+                nonblock: mode == Blocking::No,
+            },
+            STEP,
+        )?;
+        Ok(Device {
+            agent: &self.agent,
+            handle,
+        })
+    }
+
+    // --- Between two cases ---
+
+    /// Brings the guest back to how it was before the case and makes sure that it is so: nothing
+    /// frozen, no process, mount or module left, no complaint in the kernel's log.
+    pub fn tidy(&self) -> Result<()> {
+        for path in self.mounts()? {
+            match self.thaw(&path) {
+                Err(error) if error.errno() == Some("EINVAL") => {}
+                Err(error) => return Err(error.into()),
+                Ok(()) => bail!("{path} was left frozen"),
+            }
+        }
+        self.writers_stop()?;
+        let left: Vec<i32> = self.agent.call(Command::Spawned, STEP)?;
+        for pid in left {
+            // ESRCH: it has ended by itself.
+            let kill: Result<(), _> = self.agent.call(Command::Signal { pid, signal: 9 }, STEP);
+            if let Err(error) = kill {
+                ensure!(error.errno() == Some("ESRCH"), "{error}");
+            }
+            let timeout_ms = 10_000;
+            let _: Ended = self.agent.call(Command::Wait { pid, timeout_ms }, STEP)?;
+        }
+        self.wait_until("no process of a daemon is left", STEP, || {
+            Ok(self.try_sh("pidof hv_vss_daemon")?.out.trim().is_empty())
+        })?;
+        self.sh("sync
+             while grep -q ' /mnt/' /proc/mounts; do
+                 umount $(grep ' /mnt/' /proc/mounts | tail -n 1 | cut -d ' ' -f 2) || exit 1
+             done
+             for module in hv_vss hv_utils; do
+                 if grep -q \"^$module \" /proc/modules; then rmmod $module || exit 1; fi
+             done
+             test ! -e /dev/vmbus/hv_vss")?;
+        let complaints = self.complaints()?;
+        ensure!(
+            complaints.is_empty(),
+            "the kernel complained:\n{complaints}"
+        );
+        self.mark_log()?;
+        Ok(())
+    }
+
+    /// One mount point of every file system on a block device.
+    pub fn mounts(&self) -> Result<Vec<String>> {
+        let mut seen = Vec::new();
+        let mut paths = Vec::new();
+        // Fields of Documentation/filesystems/proc.rst: id, parent, device, root, mount point.
+        for line in self.read("/proc/self/mountinfo")?.lines() {
+            let fields: Vec<&str> = line.split(' ').collect();
+            let source = fields.iter().rev().nth(1);
+            let (Some(device), Some(path), Some(source)) = (fields.get(2), fields.get(4), source)
+            else {
+                bail!("a line of mountinfo is too short: {line}");
+            };
+            if source.starts_with("/dev/") && !seen.contains(&device.to_string()) {
+                seen.push(device.to_string());
+                paths.push(path.to_string());
+            }
+        }
+        Ok(paths)
+    }
+
+    /// What in the kernel's log since the case began must not be there whatever the case does.
+    fn complaints(&self) -> Result<String> {
+        const WORDS: [&str; 9] = [
+            "WARNING:",
+            "BUG:",
+            "Oops",
+            "INFO: task",
+            "INFO: rcu",
+            "cut here",
+            "general protection",
+            "refcount_t",
+            "lockdep",
+        ];
+        let mut text = String::new();
+        for record in self.log(6)? {
+            if WORDS.iter().any(|word| record.text.contains(word)) {
+                text.push_str(&record.text);
+                text.push('\n');
+            }
+        }
+        Ok(text)
+    }
+
+    /// What is worth seeing of a guest in which a case failed. Never fails itself.
+    pub fn post_mortem(&self) -> String {
+        let mut text = String::new();
+        let events = self.vss().events();
+        let last = events.len().saturating_sub(15);
+        text.push_str("the host's last events on the VSS channel:\n");
+        for event in events.iter().skip(last) {
+            text.push_str(&format!(
+                "  {:10.3} s  {:?}\n",
+                event.at.as_secs_f64(),
+                event.kind
+            ));
+        }
+        match self.log(6) {
+            Ok(records) => {
+                text.push_str("the guest's kernel log since the case began, its end:\n");
+                for record in records.iter().skip(records.len().saturating_sub(25)) {
+                    text.push_str(&format!(
+                        "  {:10.3} s  <{}> {}\n",
+                        record.at_us as f64 / 1e6,
+                        record.level,
+                        record.text
+                    ));
+                }
+                let logs =
+                    "for f in /run/*.log; do [ -s $f ] && echo \"== $f\" && tail -n 15 $f; done";
+                if let Ok(ended) = self.try_sh(logs) {
+                    text.push_str(&format!("what programs wrote:\n{}\n", ended.out));
+                }
+            }
+            Err(error) => text.push_str(&format!("the guest does not answer: {error}\n")),
+        }
+        text.push_str("the console ends:\n");
+        text.push_str(&self.vm.console_tail());
+        text
+    }
+}
+
+/// How a program ended, in words.
+pub fn how_it_ended(ended: &Ended) -> String {
+    match (ended.timed_out, ended.status, ended.signal) {
+        (true, ..) => "it did not end in time and was killed".into(),
+        (_, Some(status), _) => format!("exit status {status}"),
+        (_, _, Some(signal)) => format!("signal {signal}"),
+        _ => "no exit status".into(),
+    }
+}
+
+/// Whether reads of the device wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blocking {
+    /// They wait.
+    Yes,
+    /// They do not (`O_NONBLOCK`).
+    No,
+}
+
+/// The guest's `/dev/vmbus/hv_vss`, held open by the agent: the case is the daemon.
+///
+/// Every method is one system call. It is not closed when dropped but at the end of the case.
+#[derive(Clone, Copy)]
+pub struct Device<'a> {
+    agent: &'a Agent,
+    handle: u64,
+}
+
+impl std::fmt::Debug for Device<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "an open device")
+    }
+}
+
+impl Device<'_> {
+    /// `write(2)`: how many bytes were taken.
+    pub fn write(&self, bytes: &[u8]) -> Result<usize, CallError> {
+        let (handle, hex) = (self.handle, to_hex(bytes));
+        self.agent.call(Command::DevWrite { handle, hex }, STEP)
+    }
+
+    /// `read(2)` into a buffer of `len` bytes.
+    pub fn read(&self, len: usize) -> Result<Vec<u8>, CallError> {
+        let pending = self.start_read(len)?;
+        self.finish_read(pending, STEP)
+    }
+
+    /// Starts a `read(2)` and does not wait for its return.
+    pub fn start_read(&self, len: usize) -> Result<Pending, CallError> {
+        let handle = self.handle;
+        self.agent.start(Command::DevRead { handle, len })
+    }
+
+    /// Waits for the return of a `read(2)`.
+    pub fn finish_read(&self, pending: Pending, limit: Duration) -> Result<Vec<u8>, CallError> {
+        let hex: String = self.agent.finish(pending, limit)?;
+        lab_agent::from_hex(&hex).ok_or_else(|| CallError::Shape {
+            command: "read".into(),
+            text: hex,
+        })
+    }
+
+    /// `poll(2)` for these events: what was reported within the time.
+    pub fn poll(&self, events: &[&str], limit: Duration) -> Result<Vec<String>, CallError> {
+        self.agent.call(
+            Command::DevPoll {
+                handle: self.handle,
+                timeout_ms: limit.as_millis().try_into().unwrap_or(u16::MAX),
+                events: events.iter().map(|it| it.to_string()).collect(),
+            },
+            limit + STEP,
+        )
+    }
+
+    /// `close(2)`.
+    pub fn close(self) -> Result<(), CallError> {
+        let handle = self.handle;
+        self.agent.call(Command::DevClose { handle }, STEP)
+    }
+}

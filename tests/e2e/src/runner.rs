@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Runs cases one after the other, each with a time limit, and hands guests on between them.
+//!
+//! A guest in which a case passed, and which could be brought back to where it started, serves the
+//! next case that wants the same kind. Any other is ended and reported. Knows nothing of what a
+//! case is about.
+
+use crate::cases::Case;
+use crate::guest::{Guest, Images};
+use anyhow::{anyhow, Context, Result};
+use hyperv_sim::Exit;
+use serde::Serialize;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::path::Path;
+use std::sync::mpsc::{channel, RecvTimeoutError};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The most that one case may take, the boot of its guest not counted.
+const CASE_LIMIT: Duration = Duration::from_secs(90);
+
+/// How long a case may go on once its guest is dead, before it is left behind.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+
+/// How one case went.
+#[derive(Debug, Serialize)]
+pub struct Verdict {
+    name: &'static str,
+    passed: bool,
+    seconds: f64,
+    error: Option<String>,
+}
+
+/// Runs `cases` and returns how each went.
+pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
+    let mut verdicts = Vec::new();
+    let mut idle: Option<Guest> = None;
+    let mut booted = 0;
+    for case in cases {
+        let guest = match idle.take().filter(|guest| guest.kind() == case.kind) {
+            Some(guest) => Ok(guest),
+            None => {
+                booted += 1;
+                let start = Instant::now();
+                let guest = Guest::start(images, case.kind, booted);
+                if guest.is_ok() {
+                    let took = start.elapsed().as_secs_f64();
+                    println!(
+                        "     guest {booted} ({:?}) is up after {took:.1} s",
+                        case.kind
+                    );
+                }
+                guest
+            }
+        };
+        let start = Instant::now();
+        let outcome = guest.and_then(|guest| run_one(case, guest));
+        let seconds = start.elapsed().as_secs_f64();
+        let error = match outcome {
+            Ok(guest) => {
+                idle = guest;
+                println!("ok   {} ({seconds:.1} s)", case.name);
+                None
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                println!("FAIL {} ({seconds:.1} s)", case.name);
+                for line in error.lines() {
+                    println!("     {line}");
+                }
+                Some(error)
+            }
+        };
+        verdicts.push(Verdict {
+            name: case.name,
+            passed: error.is_none(),
+            seconds,
+            error,
+        });
+    }
+    verdicts
+}
+
+/// Runs one case. Returns the guest when it can be used again, `None` when the case has ended it on
+/// purpose; on failure the guest is ended and what it left behind is in the error.
+fn run_one(case: &Case, guest: Guest) -> Result<Option<Guest>> {
+    let guest = Arc::new(guest);
+    let (tell, told) = channel();
+    let run = case.run;
+    let shared = guest.clone();
+    let worker = std::thread::spawn(move || {
+        let result = catch_unwind(AssertUnwindSafe(|| run(&shared)));
+        // The guest goes first, so that the receiver holds the only handle.
+        drop(shared);
+        let _ = tell.send(result.unwrap_or_else(|panic| Err(anyhow!(panic_text(&*panic)))));
+    });
+    let result = match told.recv_timeout(CASE_LIMIT) {
+        Ok(result) => result,
+        Err(RecvTimeoutError::Disconnected) => Err(anyhow!("the case ended without a word")),
+        Err(RecvTimeoutError::Timeout) => {
+            let report = guest.post_mortem();
+            guest.vm().kill();
+            // With the guest gone every wait of the case ends in an error, which says where it was.
+            let place = match told.recv_timeout(LAST_WORDS) {
+                Ok(Err(error)) => format!("it was here: {error:#}"),
+                _ => "it did not even stop when its guest was ended".to_string(),
+            };
+            return Err(anyhow!(
+                "the case did not end within {CASE_LIMIT:?}; {place}\n{report}"
+            ));
+        }
+    };
+    let _ = worker.join();
+    let result = result.and_then(|()| match guest.vm().exit() {
+        None => guest.tidy().context("afterwards the guest was not clean"),
+        Some(Exit::PowerOff) => Ok(()),
+        Some(exit) => Err(anyhow!("the guest ended by itself: {exit:?}")),
+    });
+    match result {
+        Ok(()) => Ok(Arc::into_inner(guest).filter(|guest| guest.vm().exit().is_none())),
+        Err(error) => {
+            let report = guest.post_mortem();
+            guest.vm().kill();
+            Err(anyhow!("{error:#}\n{report}"))
+        }
+    }
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied());
+    format!("the case panicked: {}", text.unwrap_or("no message"))
+}
+
+/// Prints the closing line and says whether everything passed.
+pub fn close(verdicts: &[Verdict]) -> bool {
+    let failed = verdicts.iter().filter(|it| !it.passed).count();
+    for verdict in verdicts.iter().filter(|it| !it.passed) {
+        println!("failed: {}", verdict.name);
+    }
+    println!("{} passed, {failed} failed", verdicts.len() - failed);
+    failed == 0
+}
+
+/// Writes the verdicts as a JSON list.
+pub fn write_json(path: &Path, verdicts: &[Verdict]) -> Result<()> {
+    let text = serde_json::to_string_pretty(verdicts)?;
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
