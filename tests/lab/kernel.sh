@@ -16,7 +16,8 @@ stock_config=$root/kernel/usr/lib/modules/$release/config
 headers=$root/kernel/usr/src/linux-headers-$release
 source=$(echo "$root"/kernel/usr/src/linux-source-*.tar.xz)
 
-key=$(key_of "$(cat "$build/stamps/root")" "$(sha256sum <"$lab/kernel.sh")" "$(cat "$root/kernel/version")")
+# The tree is as good as the tools that prepared it.
+key=$(key_of "$(cat "$root/kernel/version" "$root/kernel/tools" "$lab/kernel.sh")")
 is_fresh kernel "$linux/Module.symvers" "$key" && exit 0
 need_root "preparing the kernel tree"
 

@@ -46,9 +46,9 @@ quietly() {
     }
 }
 
-# in_root [SOURCE:TARGET]... -- COMMAND...: runs COMMAND in the build root with /proc, /dev and the
-# given directories mounted. The mounts live in a namespace of their own and end with the command.
-in_root() {
+# enter_root [SOURCE:TARGET]... -- COMMAND...: becomes COMMAND in the build root, with /proc, /dev and
+# the given directories mounted. The mounts live in a namespace of their own and end with it.
+enter_root() {
     local binds=()
     while [ "$1" != -- ]; do
         mkdir -p "$root/${1#*:}"
@@ -57,7 +57,7 @@ in_root() {
     done
     shift
     # shellcheck disable=SC2016  # the inner shell expands these
-    unshare --mount --propagation private bash -euc '
+    exec unshare --mount --propagation private bash -euc '
         root=$1 count=$2
         shift 2
         mount -t proc proc "$root/proc"
@@ -68,8 +68,9 @@ in_root() {
         done
         exec env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 \
             TERM=dumb chroot "$root" "$@"
-    ' in_root "$root" "${#binds[@]}" "${binds[@]}" "$@"
+    ' enter_root "$root" "${#binds[@]}" "${binds[@]}" "$@"
 }
+in_root() { (enter_root "$@"); }
 
 # config_diff STOCK BUILT: one line per option that differs and matters. Left out are the names a
 # build gives itself: the compiler's text (its version numbers stay in), salt, suffix, and how it

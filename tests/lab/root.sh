@@ -17,7 +17,8 @@ packages=(
     # what runs the outer guest
     qemu-system-x86
     # what goes into the guests
-    btrfs-progs busybox-static dmsetup dosfstools e2fsprogs exfatprogs strace util-linux xfsprogs
+    btrfs-progs busybox-static dmsetup dosfstools e2fsprogs exfatprogs mount strace
+    util-linux xfsprogs
 )
 options=(
     --variant=apt --mode=root --architectures=amd64
@@ -46,6 +47,7 @@ if [ "${1:-}" = --unpack-kernel ]; then
     rm -r debs
     printf '%s\n' "$release" >release
     printf '%s\n' "$version" >version
+    chroot "$2" dpkg-query --show gcc-14 rustc rust-src bindgen libclang1-19 pahole binutils >tools
     exit 0
 fi
 
@@ -73,12 +75,14 @@ while IFS= read -r line; do
 done < <(apt-config dump Acquire::http Acquire::https | grep '::.* "..*";$' || true)
 
 say "making the build root (Debian $suite, tool chain, QEMU, kernel $series)"
-rm -rf --one-file-system "$root" "$root.new"
+rm -rf --one-file-system "$root.new" "$root.old"
 comma=$(IFS=,; printf '%s' "${packages[*]}")
 quietly root.log mmdebstrap "${options[@]}" --include="$comma" \
     --customize-hook="$(printf '%q' "$lab/root.sh") --unpack-kernel \"\$1\"" \
     "$suite" "$root.new" \
     "deb $mirror $suite main" "deb $mirror $suite-updates main" "deb $mirror $suite-backports main"
+[ ! -e "$root" ] || mv "$root" "$root.old"
 mv "$root.new" "$root"
+rm -rf --one-file-system "$root.old"
 set_stamp root "$key"
 say "found kernel $(cat "$root/kernel/release") ($(cat "$root/kernel/version")); done in ${SECONDS}s"

@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# Makes the two guests out of the build root: build/l1.img, the disk of the outer guest of a nested
+# run, and build/guest.cpio, the initramfs of the guest under test, to which a test appends its own.
+set -euo pipefail
+# shellcheck source=tests/lab/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+# Modules of the guest under test: file systems, and devices to put them on.
+inner_modules=(
+    brd loop null_blk nbd dm-mod dm-delay dm-snapshot raid1 scsi_debug sd_mod hv_utils hv_storvsc
+    xfs btrfs vfat nls_cp437 nls_ascii nls_utf8 exfat fuse overlay squashfs
+)
+inner_tools=(
+    mke2fs mkfs.ext4 tune2fs mkfs.xfs xfs_io xfs_freeze mkfs.btrfs btrfs mkfs.vfat mkfs.exfat
+    blkid findmnt fsfreeze losetup lsblk mount nsenter umount unshare wipefs dmsetup strace
+)
+
+# The part below runs inside the build root, with build/ at /build and this folder at /lab.
+if [ "${1:-}" = --inside ]; then
+    release=$(cat /kernel/release)
+    modules=/usr/lib/modules/$release
+    [ -e /kernel/lib ] || ln -s usr/lib /kernel/lib
+    depmod --basedir /kernel "$release"
+
+    # skeleton DIR: an empty, merged-usr root with busybox under all of its names.
+    skeleton() {
+        rm -rf "$1"
+        mkdir -p "$1"/{dev,etc,mnt,payload,proc,root,run,sys,tmp,var} "$1"/usr/{bin,sbin,lib,lib64}
+        for name in bin sbin lib lib64; do
+            ln -s "usr/$name" "$1/$name"
+        done
+        ln -s ../run "$1/var/run"
+        ln -s ../proc/self/mounts "$1/etc/mtab"
+        echo 'root:x:0:0:root:/root:/bin/sh' >"$1/etc/passwd"
+        echo 'root:x:0:' >"$1/etc/group"
+        cp /usr/bin/busybox "$1/usr/bin/"
+        local applet
+        for applet in $(busybox --list | grep -vx busybox); do
+            ln -sf busybox "$1/usr/bin/$applet"
+        done
+        # The kernel looks for its helpers in /sbin.
+        for applet in modprobe poweroff reboot; do
+            ln -s ../bin/busybox "$1/usr/sbin/$applet"
+        done
+    }
+
+    # add DIR PATH...: copies programs or libraries and the libraries that they are linked with. The
+    # path is the real one of the folder (usr is merged), the file keeps its name.
+    add() {
+        local dir=$1 file
+        shift
+        for file in "$@" $(ldd "$@" | sed -n 's/^\t\(.* => \)\?\(\/[^ ]*\) (.*/\2/p' | sort -u); do
+            install -D -m 0755 "$file" "$dir$(realpath "$(dirname "$file")")/$(basename "$file")"
+        done
+    }
+
+    # add_modules DIR NAME...: the modules and what they depend on, unpacked, with their index.
+    add_modules() {
+        local dir=$1 file target
+        shift
+        modprobe --dirname /kernel --set-version "$release" --show-depends --all "$@" |
+            sed -n 's/^insmod \([^ ]*\).*/\1/p' | sort -u | while read -r file; do
+            target=$dir$modules/${file#*"/modules/$release/"}
+            mkdir -p "$(dirname "$target")"
+            case $file in
+            *.xz) xz -dc "$file" >"${target%.xz}" ;;
+            *) cp "$file" "$target" ;;
+            esac
+        done
+        cp /kernel/usr/lib/modules/"$release"/modules.{builtin,builtin.modinfo,order} "$dir$modules/"
+        depmod --basedir "$dir" "$release"
+        # busybox reads the text files; the binary twins would only make the image larger.
+        rm -f "$dir$modules"/modules.{*.bin,builtin.modinfo,builtin,order,devname,softdep,symbols,weakdep}
+    }
+
+    # Rust programs of the payload need these three in both guests.
+    libraries=(/lib/x86_64-linux-gnu/{libc.so.6,libm.so.6,libgcc_s.so.1})
+
+    outer=/tmp/outer
+    skeleton "$outer"
+    add "$outer" "${libraries[@]}"
+    add_modules "$outer" kvm-amd
+    install -m 0755 /lab/outer/init "$outer/init"
+    rm -f /build/l1.img
+    mkfs.ext4 -q -d "$outer" -O ^has_journal /build/l1.img 96M
+
+    inner=/tmp/inner
+    skeleton "$inner"
+    add "$inner" "${libraries[@]}"
+    for tool in "${inner_tools[@]}"; do
+        path=$(realpath "$(command -v "$tool")")
+        rm -f "$inner/usr/bin/$tool"
+        add "$inner" "$path"
+        # mkfs.ext4 is a name of mke2fs
+        [ "${path##*/}" = "$tool" ] || ln -s "$path" "$inner/usr/bin/$tool"
+    done
+    add "$inner" /kernel/usr/sbin/hv_vss_daemon
+    mv "$inner/kernel/usr/sbin/hv_vss_daemon" "$inner/usr/sbin/"
+    rm -r "$inner/kernel"
+    add_modules "$inner" "${inner_modules[@]}"
+    install -m 0755 /lab/inner/init "$inner/init"
+    install -m 0755 /lab/inner/sbin-init "$inner/usr/sbin/init"
+    # Uncompressed: the guest's processor is emulated twice, copying is cheaper than unpacking.
+    (cd "$inner" && find . -mindepth 1 | sort | cpio --quiet -o -H newc -R 0:0 >/build/guest.cpio.new)
+    mv /build/guest.cpio.new /build/guest.cpio
+    cp "/kernel/usr/lib/modules/$release/vmlinuz" /build/vmlinuz
+    rm -rf "$outer" "$inner"
+    exit 0
+fi
+
+"$lab/root.sh"
+lock image
+key=$(key_of "$(cat "$build/stamps/root")" "$(cat "$root/kernel/version" "$lab/image.sh" "$lab"/inner/* "$lab"/outer/*)")
+is_fresh image "$build/guest.cpio" "$key" && exit 0
+need_root "making the guest images"
+say "making the images of the guests"
+quietly image.log in_root "$build:/build" "$lab:/lab" -- bash /lab/image.sh --inside
+set_stamp image "$key"
+say "done in ${SECONDS}s (guest.cpio: $(($(stat -c %s "$build/guest.cpio") / 1000000)) MB)"

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# run.sh [--timeout SECONDS] COMMAND...: runs COMMAND in the payload folder (the test programs, the
+# module, the guest's kernel and initramfs) on a machine whose KVM can play Hyper-V: this one if it
+# can, else an outer guest under emulation. Its output is shown as it comes and its exit status is
+# ours; what it leaves in results/ is found in build/results/. Log of the outer guest: build/logs/.
+set -euo pipefail
+# shellcheck source=tests/lab/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+limit=600
+if [ "${1:-}" = --timeout ]; then
+    limit=$2
+    shift 2
+fi
+[ $# -gt 0 ] || die "usage: run.sh [--timeout SECONDS] COMMAND..."
+# cargo's profile folder that the programs are taken from
+programs=$repo/target/${PROFILE:-release}
+
+"$lab/image.sh"
+
+work=$(mktemp -d "$build/run.XXXXXX")
+child=
+finish() {
+    [ -z "$child" ] || kill "$child" 2>/dev/null || true
+    rm -rf "$work"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+payload=$work/payload
+mkdir -p "$payload/results"
+missing=()
+for file in "$programs"/{e2e,hyperv-sim,hv_vss_daemon,lab-agent} \
+    "$build"/{lab/hv_vss.ko,vmlinuz,guest.cpio}; do
+    cp "$file" "$payload/" 2>/dev/null || missing+=("${file##*/}")
+done
+[ ${#missing[@]} = 0 ] || say "not built, so not in the payload: ${missing[*]}"
+
+keep_results() {
+    rm -rf "$build/results"
+    mv "$payload/results" "$build/results"
+}
+
+if [ -x "$payload/hyperv-sim" ] && "$payload/hyperv-sim" probe >"$build/logs/probe.log" 2>&1; then
+    say "this machine's KVM has the Hyper-V capabilities: running directly"
+    (cd "$payload" && exec timeout --kill-after 20 "$limit" "$@") </dev/null &
+    child=$!
+    status=0
+    wait "$child" || status=$?
+    child=
+    keep_results
+    [ "$status" != 124 ] || say "timed out after ${limit}s"
+    exit "$status"
+fi
+
+# A shell in the outer guest starts the command; single quotes keep each argument as it is.
+{
+    printf 'cd /payload && exec'
+    for argument; do
+        printf " '%s'" "${argument//\'/\'\\\'\'}"
+    done
+    printf '\n'
+} >"$payload/run"
+tar --create --file "$work/payload.tar" --directory "$payload" .
+truncate --size 512M "$work/results.disk"
+console=$work/console.log
+: >"$console"
+
+# One processor: with two, emulation breaks the outer kernel now and then. The outer limit is for an
+# outer guest that hangs; its own, which keeps the results, comes first.
+# shellcheck disable=SC2054  # the commas are QEMU's
+machine=(
+    qemu-system-x86_64 -accel tcg,thread=multi -cpu qemu64,+svm,+npt,+nrip-save -M q35 -m 4096 -smp 1
+    -display none -monitor none -nodefaults -no-reboot
+    -kernel /build/vmlinuz
+    -append "console=ttyS0 panic=-1 root=/dev/nvme0n1 ro init=/init lab.timeout=$limit"
+    -serial file:/run.work/console.log -serial stdio
+)
+# shellcheck disable=SC2054
+disks=(/build/l1.img,snapshot=on /run.work/payload.tar,snapshot=on /run.work/results.disk)
+for index in "${!disks[@]}"; do
+    machine+=(
+        -drive "file=${disks[index]},format=raw,if=none,id=disk$index,cache=unsafe"
+        -device "nvme,serial=disk$index,drive=disk$index"
+    )
+done
+enter_root "$build:/build" "$work:/run.work" -- setpriv --pdeathsig TERM \
+    timeout --foreground --kill-after 10 $((limit + 120)) \
+    setpriv --pdeathsig KILL "${machine[@]}" </dev/null 2>"$build/logs/qemu.log" &
+child=$!
+ended=0
+wait "$child" || ended=$?
+child=
+mv "$console" "$build/logs/outer-console.log"
+
+marker=$(head -c 512 "$work/results.disk" | tr -d '\0')
+case $marker in
+"end "*)
+    status=${marker#end }
+    rm -rf "$payload/results"
+    # tar stops reading at its end mark, long before the end of the disk
+    { tail -c +513 "$work/results.disk" || true; } 2>/dev/null |
+        tar --extract --directory "$payload" --no-same-owner
+    keep_results
+    # busybox's timeout ends what it stops with TERM, or KILL if that was not enough
+    case $status in 137 | 143) say "stopped after its limit of ${limit}s" ;; esac
+    exit "$status"
+    ;;
+esac
+cat "$build/logs/qemu.log" >&2
+tail -n 40 "$build/logs/outer-console.log" >&2
+die "the outer guest ended without an end marker (QEMU's status $ended); its console is above and in build/logs/outer-console.log"
