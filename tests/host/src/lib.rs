@@ -43,9 +43,18 @@
 //! | [`ic`] | the integration components' messages | VMBus |
 //! | [`host`] | the handles that a test holds | KVM |
 
+mod acpi;
+pub mod boot;
+mod bus;
+mod console;
+pub mod cpu;
+mod devices;
+mod guest_ring;
 pub mod host;
 pub mod ic;
+mod kvm;
 pub mod probe;
+mod synic;
 pub mod vm;
 pub mod vmbus;
 

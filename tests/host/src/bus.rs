@@ -1,0 +1,616 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The moving parts behind the handles: control plane, rings and SynIC tied together, under one lock.
+//!
+//! Virtual CPUs come in with hypercalls, tests with wishes; each carries out at once what follows from
+//! it, so there is no thread in between and a latency is the guest's, not this program's. It does not
+//! know KVM, and of the integration components only the header that names a reply's status.
+
+use crate::guest_ring::{GuestRing, GuestRingError};
+use crate::host::{Event, EventKind, Negotiated, Tx};
+use crate::ic::{IcHeader, Version};
+use crate::synic::{Posted, Registers, SynIc};
+use crate::vm::Exit;
+use crate::vmbus::control::{Effect, Offer, Opening, Server, MESSAGE_PORT};
+use crate::vmbus::protocol::{Guid, VmbusVersion, MAX_MESSAGE};
+use crate::vmbus::ring::{Reader, RingError, Sent, Writer};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use zerocopy::little_endian::U32;
+use zerocopy::FromBytes;
+
+/// How many events, unasked packets and open transactions are kept; beyond that the oldest go.
+const KEEP: usize = 100_000;
+
+/// Type of a VMBus message in a SynIC slot.
+const CHANNEL_MESSAGE: u32 = 1;
+
+/// Hypercall codes and results (`HVCALL_*`, `HV_STATUS_*` in `hvgdk_mini.h`).
+mod hypercall {
+    pub(super) const POST_MESSAGE: u64 = 0x5c;
+    pub(super) const SIGNAL_EVENT: u64 = 0x5d;
+    pub(super) const FAST: u64 = 1 << 16;
+    pub(super) const SUCCESS: u64 = 0;
+    pub(super) const INVALID_CODE: u64 = 2;
+    pub(super) const INVALID_INPUT: u64 = 3;
+    pub(super) const INVALID_PARAMETER: u64 = 5;
+    pub(super) const INVALID_CONNECTION_ID: u64 = 0x12;
+}
+
+/// Takes a lock whose holder cannot have left half-done work that matters.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a channel is, for good.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ChannelInfo {
+    pub name: &'static str,
+    pub relid: u32,
+    pub class: Guid,
+    pub instance: Guid,
+    /// Type of its messages.
+    pub message_type: u16,
+    /// Message version of requests before any negotiation.
+    pub default_version: Version,
+}
+
+impl ChannelInfo {
+    /// The connection on which the guest signals it.
+    fn connection_id(&self) -> u32 {
+        0x1_0000 + self.relid
+    }
+}
+
+/// A packet that waits for room in the ring.
+struct Outgoing {
+    tx: Tx,
+    packet_type: u16,
+    flags: u16,
+    payload: Vec<u8>,
+}
+
+/// A packet that was sent, or is about to be.
+struct Transaction {
+    name: String,
+    /// Which opening of the channel it belongs to.
+    opening: u64,
+    sent: Option<Instant>,
+    reply: Option<RawReply>,
+}
+
+/// An answer as it came.
+pub(crate) struct RawReply {
+    pub bytes: Vec<u8>,
+    pub at: Instant,
+    pub latency: Duration,
+}
+
+struct Link {
+    reader: Reader<GuestRing>,
+    writer: Writer<GuestRing>,
+    target_vp: u32,
+}
+
+/// One channel and what is going on there.
+pub(crate) struct Chan {
+    pub info: ChannelInfo,
+    link: Option<Link>,
+    /// How often the guest has opened it.
+    pub openings: u64,
+    /// Taken back and not yet released.
+    pub revoked: bool,
+    pub negotiated: Option<Negotiated>,
+    outbox: VecDeque<Outgoing>,
+    transactions: BTreeMap<Tx, Transaction>,
+    strays: VecDeque<Vec<u8>>,
+}
+
+/// What asking for a reply can bring.
+pub(crate) enum ReplyState {
+    Here(RawReply),
+    NotYet,
+    /// The channel was closed since the request.
+    Closed,
+    Unknown,
+}
+
+/// Why a packet cannot be sent.
+pub(crate) enum SendError {
+    NotOpen,
+    TooLarge { packet: usize, ring: usize },
+}
+
+impl Chan {
+    fn new(info: ChannelInfo) -> Self {
+        Chan {
+            info,
+            link: None,
+            openings: 0,
+            revoked: false,
+            negotiated: None,
+            outbox: VecDeque::new(),
+            transactions: BTreeMap::new(),
+            strays: VecDeque::new(),
+        }
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        self.link.is_some()
+    }
+
+    /// Whether packets still wait for room.
+    pub(crate) fn has_unsent(&self) -> bool {
+        !self.outbox.is_empty()
+    }
+
+    pub(crate) fn take_reply(&mut self, tx: Tx) -> ReplyState {
+        let closed = self.link.is_none();
+        let Some(transaction) = self.transactions.get_mut(&tx) else {
+            return ReplyState::Unknown;
+        };
+        if let Some(reply) = transaction.reply.take() {
+            self.transactions.remove(&tx);
+            return ReplyState::Here(reply);
+        }
+        if closed || transaction.opening != self.openings {
+            self.transactions.remove(&tx);
+            return ReplyState::Closed;
+        }
+        ReplyState::NotYet
+    }
+
+    pub(crate) fn take_strays(&mut self) -> Vec<Vec<u8>> {
+        self.strays.drain(..).collect()
+    }
+}
+
+/// All of the host's state.
+pub(crate) struct Bus {
+    started: Instant,
+    memory: GuestMemoryMmap,
+    synic: Arc<SynIc>,
+    server: Server,
+    channels: Vec<Chan>,
+    /// Messages that wait for the guest's slot.
+    messages: VecDeque<(u32, Vec<u8>)>,
+    log: VecDeque<Event>,
+    next_tx: u64,
+    pub gone: Option<Exit>,
+}
+
+impl Bus {
+    /// A bus with these channels, each offered from the start or not.
+    pub(crate) fn new(
+        memory: GuestMemoryMmap,
+        synic: Arc<SynIc>,
+        versions: Vec<VmbusVersion>,
+        channels: &[(ChannelInfo, bool)],
+    ) -> Self {
+        let offers = channels.iter().map(|(info, wanted)| {
+            let offer = Offer {
+                relid: info.relid,
+                class: info.class,
+                instance: info.instance,
+                connection_id: info.connection_id(),
+            };
+            (offer, *wanted)
+        });
+        Bus {
+            started: Instant::now(),
+            memory,
+            synic,
+            server: Server::new(versions, offers),
+            channels: channels.iter().map(|(info, _)| Chan::new(*info)).collect(),
+            messages: VecDeque::new(),
+            log: VecDeque::new(),
+            next_tx: 1,
+            gone: None,
+        }
+    }
+
+    pub(crate) fn since_start(&self, at: Instant) -> Duration {
+        at.saturating_duration_since(self.started)
+    }
+
+    pub(crate) fn version(&self) -> Option<VmbusVersion> {
+        self.server.version()
+    }
+
+    pub(crate) fn log(&self) -> impl DoubleEndedIterator<Item = &Event> {
+        self.log.iter()
+    }
+
+    pub(crate) fn channel(&mut self, relid: u32) -> Option<&mut Chan> {
+        self.channels.iter_mut().find(|c| c.info.relid == relid)
+    }
+
+    pub(crate) fn note(&mut self, channel: &'static str, kind: EventKind) {
+        self.note_at(Instant::now(), channel, kind);
+    }
+
+    fn note_at(&mut self, at: Instant, channel: &'static str, kind: EventKind) {
+        if self.log.len() >= KEEP {
+            self.log.pop_front();
+        }
+        let at = self.since_start(at);
+        self.log.push_back(Event { at, channel, kind });
+    }
+
+    fn name(&mut self, relid: u32) -> &'static str {
+        self.channel(relid).map_or("vmbus", |c| c.info.name)
+    }
+
+    // What the virtual CPUs bring.
+
+    /// The guest changed the registers of a SynIC.
+    pub(crate) fn synic_changed(&mut self, vp: u32, registers: Registers) {
+        if let Err(error) = self.synic.set_registers(vp, registers) {
+            self.note("vmbus", EventKind::Violation(chain(&error)));
+        }
+        self.flush_messages();
+    }
+
+    /// The guest may have freed a message slot.
+    pub(crate) fn slot_acknowledged(&mut self) {
+        self.flush_messages();
+    }
+
+    /// A hypercall that KVM left to us; returns its result.
+    pub(crate) fn hypercall(&mut self, input: u64, params: [u64; 2]) -> u64 {
+        let fast = input & hypercall::FAST != 0;
+        let [first, _] = params;
+        match (input & 0xffff, fast) {
+            (hypercall::POST_MESSAGE, false) => self.post_message(first),
+            (hypercall::SIGNAL_EVENT, true) => self.signal_event(first as u32),
+            (hypercall::SIGNAL_EVENT, false) => {
+                let mut id = [0; 4];
+                match self.memory.read_slice(&mut id, GuestAddress(first)) {
+                    Ok(()) => self.signal_event(u32::from_le_bytes(id)),
+                    Err(_) => hypercall::INVALID_INPUT,
+                }
+            }
+            (hypercall::POST_MESSAGE, true) => hypercall::INVALID_INPUT,
+            _ => hypercall::INVALID_CODE,
+        }
+    }
+
+    /// `HVCALL_POST_MESSAGE` with its input at `address` (`struct hv_input_post_message`).
+    fn post_message(&mut self, address: u64) -> u64 {
+        let mut input = [0; 16 + MAX_MESSAGE];
+        if self
+            .memory
+            .read_slice(&mut input, GuestAddress(address))
+            .is_err()
+        {
+            return hypercall::INVALID_INPUT;
+        }
+        let Ok(([connection, _, message_type, size], payload)) =
+            <[U32; 4]>::read_from_prefix(&input)
+        else {
+            return hypercall::INVALID_INPUT;
+        };
+        if !self.server.has_connection(connection.get()) {
+            return hypercall::INVALID_CONNECTION_ID;
+        }
+        let Some(payload) = payload.get(..size.get() as usize) else {
+            return hypercall::INVALID_PARAMETER;
+        };
+        if message_type.get() != CHANNEL_MESSAGE {
+            return hypercall::INVALID_PARAMETER;
+        }
+        let effects = self.server.message(connection.get(), payload);
+        self.carry_out(effects);
+        hypercall::SUCCESS
+    }
+
+    fn signal_event(&mut self, connection_id: u32) -> u64 {
+        let info = self
+            .channels
+            .iter()
+            .map(|c| c.info)
+            .find(|info| info.connection_id() == connection_id);
+        match info {
+            Some(info) => {
+                self.service(info.relid);
+                hypercall::SUCCESS
+            }
+            None => hypercall::INVALID_CONNECTION_ID,
+        }
+    }
+
+    // What tests want.
+
+    pub(crate) fn offer(&mut self, relid: u32) {
+        let effects = self.server.offer(relid);
+        self.carry_out(effects);
+    }
+
+    pub(crate) fn rescind(&mut self, relid: u32) {
+        let effects = self.server.rescind(relid);
+        self.carry_out(effects);
+    }
+
+    /// Puts a packet on its way; `payload` is made from the transaction that it gets.
+    pub(crate) fn send(
+        &mut self,
+        relid: u32,
+        name: &str,
+        packet_type: u16,
+        flags: u16,
+        payload: impl FnOnce(Tx) -> Vec<u8>,
+    ) -> Result<Tx, SendError> {
+        let tx = Tx(self.next_tx);
+        let channel = self.channel(relid).ok_or(SendError::NotOpen)?;
+        let link = channel.link.as_ref().ok_or(SendError::NotOpen)?;
+        let payload = payload(tx);
+        let ring = link.writer.data_len();
+        // Descriptor and trailer; a ring is never filled entirely.
+        let packet = 16 + payload.len().next_multiple_of(8) + 8;
+        if packet >= ring {
+            return Err(SendError::TooLarge { packet, ring });
+        }
+        if channel.transactions.len() >= KEEP {
+            channel.transactions.pop_first();
+        }
+        let transaction = Transaction {
+            name: name.to_string(),
+            opening: channel.openings,
+            sent: None,
+            reply: None,
+        };
+        channel.transactions.insert(tx, transaction);
+        channel.outbox.push_back(Outgoing {
+            tx,
+            packet_type,
+            flags,
+            payload,
+        });
+        self.next_tx += 1;
+        self.flush_channel(relid);
+        Ok(tx)
+    }
+
+    // How it is done.
+
+    fn carry_out(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Post { vp, message } => self.messages.push_back((vp, message)),
+                Effect::Connected(version) => {
+                    let version = version.to_string();
+                    self.note("vmbus", EventKind::Connected { version });
+                }
+                Effect::Unloaded => self.note("vmbus", EventKind::Unloaded),
+                Effect::Offered(relid) => {
+                    let name = self.name(relid);
+                    self.note(name, EventKind::Offered);
+                }
+                Effect::Opened(relid, opening) => self.opened(relid, &opening),
+                Effect::Closed(relid) => {
+                    let name = self.name(relid);
+                    self.close(relid);
+                    self.note(name, EventKind::Closed);
+                }
+                Effect::Rescinded(relid) => {
+                    if let Some(channel) = self.channel(relid) {
+                        channel.revoked = true;
+                    }
+                    let name = self.name(relid);
+                    self.note(name, EventKind::Rescinded);
+                }
+                Effect::Released(relid) => {
+                    if let Some(channel) = self.channel(relid) {
+                        channel.revoked = false;
+                    }
+                    let name = self.name(relid);
+                    self.note(name, EventKind::Released);
+                }
+                Effect::Retargeted(relid, vp) => {
+                    if let Some(link) = self.channel(relid).and_then(|c| c.link.as_mut()) {
+                        link.target_vp = vp;
+                    }
+                }
+                Effect::Violation(what) => self.note("vmbus", EventKind::Violation(what)),
+            }
+        }
+        self.flush_messages();
+    }
+
+    fn opened(&mut self, relid: u32, opening: &Opening) {
+        let name = self.name(relid);
+        let link = self.link(opening);
+        let good = link.is_ok();
+        match link {
+            Ok(link) => {
+                let ring = link.writer.data_len();
+                if let Some(channel) = self.channel(relid) {
+                    channel.link = Some(link);
+                    channel.openings += 1;
+                    channel.negotiated = None;
+                    channel.outbox.clear();
+                }
+                self.note(name, EventKind::Opened { ring });
+            }
+            Err(error) => self.note(name, EventKind::Violation(chain(&error))),
+        }
+        let effects = self.server.open_result(relid, good);
+        self.carry_out(effects);
+    }
+
+    fn link(&self, opening: &Opening) -> Result<Link, RingError<GuestRingError>> {
+        let ring = |pages: Option<&[u64]>| {
+            GuestRing::new(&self.memory, pages.unwrap_or_default()).map_err(RingError::Memory)
+        };
+        let from_guest = ring(opening.pages.get(..opening.downstream_page))?;
+        let to_guest = ring(opening.pages.get(opening.downstream_page..))?;
+        Ok(Link {
+            reader: Reader::new(from_guest)?,
+            writer: Writer::new(to_guest)?,
+            target_vp: opening.target_vp,
+        })
+    }
+
+    fn close(&mut self, relid: u32) {
+        if let Some(channel) = self.channel(relid) {
+            channel.link = None;
+            channel.negotiated = None;
+            channel.outbox.clear();
+        }
+    }
+
+    fn flush_messages(&mut self) {
+        while let Some((vp, message)) = self.messages.front() {
+            match self
+                .synic
+                .post(*vp, CHANNEL_MESSAGE, MESSAGE_PORT.into(), message)
+            {
+                Ok(Posted::Yes) => {
+                    self.messages.pop_front();
+                }
+                Ok(Posted::Busy) => return,
+                Ok(Posted::Off) => {
+                    self.messages.pop_front();
+                    let what = "the guest has its SynIC off and cannot get a message".to_string();
+                    self.note("vmbus", EventKind::Violation(what));
+                }
+                Err(error) => {
+                    self.messages.pop_front();
+                    self.note("vmbus", EventKind::Violation(chain(&error)));
+                }
+            }
+        }
+    }
+
+    /// Reads all that the guest wrote, then uses the room that it may have made.
+    fn service(&mut self, relid: u32) {
+        let at = Instant::now();
+        loop {
+            let Some(channel) = self.channel(relid) else {
+                return;
+            };
+            let name = channel.info.name;
+            let Some(link) = &mut channel.link else {
+                return;
+            };
+            match link.reader.next() {
+                Ok(Some((packet, room))) => {
+                    let target_vp = link.target_vp;
+                    let kind = channel.arrived(Tx(packet.transaction), packet.payload, at);
+                    self.note_at(at, name, kind);
+                    if room {
+                        self.signal(target_vp, relid);
+                    }
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    self.broken(relid, name, &error);
+                    return;
+                }
+            }
+        }
+        self.flush_channel(relid);
+    }
+
+    fn flush_channel(&mut self, relid: u32) {
+        loop {
+            let Some(channel) = self.channel(relid) else {
+                return;
+            };
+            let name = channel.info.name;
+            let (Some(link), Some(next)) = (&mut channel.link, channel.outbox.front()) else {
+                return;
+            };
+            let Outgoing {
+                tx,
+                packet_type,
+                flags,
+                ref payload,
+            } = *next;
+            match link.writer.send(packet_type, flags, tx.0, payload) {
+                Ok(Sent::Full) => return,
+                Ok(Sent::Yes { signal }) => {
+                    let at = Instant::now();
+                    let target_vp = link.target_vp;
+                    let bytes = payload.len();
+                    channel.outbox.pop_front();
+                    let mut what = String::new();
+                    if let Some(transaction) = channel.transactions.get_mut(&tx) {
+                        transaction.sent = Some(at);
+                        what.clone_from(&transaction.name);
+                    }
+                    let kind = EventKind::Sent {
+                        tx,
+                        name: what,
+                        bytes,
+                    };
+                    self.note_at(at, name, kind);
+                    if signal {
+                        self.signal(target_vp, relid);
+                    }
+                }
+                Err(error) => {
+                    self.broken(relid, name, &error);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// A ring that makes no sense cannot be used until the guest opens the channel again.
+    fn broken(&mut self, relid: u32, name: &'static str, error: &RingError<GuestRingError>) {
+        self.note(name, EventKind::Violation(chain(error)));
+        self.close(relid);
+    }
+
+    fn signal(&mut self, vp: u32, flag: u32) {
+        match self.synic.signal(vp, flag) {
+            Ok(true) => {}
+            Ok(false) => {
+                let what = "the guest has its SynIC off and cannot be signalled".to_string();
+                self.note("vmbus", EventKind::Violation(what));
+            }
+            Err(error) => self.note("vmbus", EventKind::Violation(chain(&error))),
+        }
+    }
+}
+
+impl Chan {
+    /// Files a packet from the guest and says what it was.
+    fn arrived(&mut self, tx: Tx, bytes: Vec<u8>, at: Instant) -> EventKind {
+        let header = IcHeader::read_from_prefix(&bytes).ok();
+        let transaction = self.transactions.get_mut(&tx);
+        if let (Some((header, _)), Some(transaction)) = (header, transaction) {
+            if let (Some(sent), None) = (transaction.sent, &transaction.reply) {
+                let latency = at.saturating_duration_since(sent);
+                transaction.reply = Some(RawReply { bytes, at, latency });
+                return EventKind::Reply {
+                    tx,
+                    name: transaction.name.clone(),
+                    status: header.status.get(),
+                    latency,
+                };
+            }
+        }
+        if self.strays.len() >= KEEP {
+            self.strays.pop_front();
+        }
+        let len = bytes.len();
+        self.strays.push_back(bytes);
+        EventKind::Stray { tx, bytes: len }
+    }
+}
+
+/// An error with its causes, on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

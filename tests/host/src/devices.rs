@@ -1,0 +1,432 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The machine's I/O ports: two serial ports, the power management registers, the reset line.
+//!
+//! Every port access is an exit from the guest, and under nested emulation an expensive one, so data
+//! for the guest is refilled from within the exit that emptied the port: the guest's interrupt
+//! handler then finds more in the same round, and no other thread has to run in between.
+
+use crate::acpi::{PM1_CONTROL, PM1_EVENT, SLEEP_TYPE_S5};
+use crate::bus::lock;
+use crate::console::ConsoleWriter;
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Interrupts of the two serial ports.
+pub(crate) const COM1_IRQ: u32 = 4;
+pub(crate) const COM2_IRQ: u32 = 3;
+
+const COM1: u16 = 0x3f8;
+const COM2: u16 = 0x2f8;
+const COM_PORTS: u16 = 8;
+/// The keyboard controller: its reset command is how Linux reboots.
+const KEYBOARD_DATA: u16 = 0x60;
+const KEYBOARD: u16 = 0x64;
+const KEYBOARD_RESET: u8 = 0xfe;
+/// The clock chip, which is not there.
+const CMOS: std::ops::RangeInclusive<u16> = 0x70..=0x71;
+
+/// Bytes that may wait between the agent's stream and the serial port, in either direction.
+const AGENT_BUFFER: usize = 1 << 20;
+/// How many bytes from the guest are collected before the stream gets them, unless a line ends.
+const AGENT_BATCH: usize = 4096;
+/// How long an unfinished line from the guest waits for its rest.
+const AGENT_PATIENCE: Duration = Duration::from_millis(20);
+
+/// What a port access means for the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PortEffect {
+    None,
+    PowerOff,
+    Reset,
+}
+
+/// An interrupt line of the in-kernel interrupt controller.
+pub(crate) struct Line(EventFd);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// PM1 status, enable and control: 16 bits each.
+#[derive(Default)]
+struct PowerManagement {
+    status: AtomicU16,
+    enable: AtomicU16,
+    control: AtomicU16,
+}
+
+impl PowerManagement {
+    const SLEEP_ENABLE: u16 = 1 << 13;
+    const SCI_ENABLED: u16 = 1;
+
+    /// The register at a port and which of its bytes that is.
+    fn register(&self, port: u16) -> Option<(&AtomicU16, u16)> {
+        Some(match port {
+            port if port == PM1_EVENT || port == PM1_EVENT + 1 => (&self.status, port & 1),
+            port if port == PM1_EVENT + 2 || port == PM1_EVENT + 3 => (&self.enable, port & 1),
+            port if port == PM1_CONTROL || port == PM1_CONTROL + 1 => (&self.control, port & 1),
+            _ => return None,
+        })
+    }
+
+    /// Reads one byte; `None` when the port is none of these.
+    fn read(&self, port: u16) -> Option<u8> {
+        let (register, byte) = self.register(port)?;
+        let mut value = register.load(Ordering::SeqCst);
+        if std::ptr::eq(register, &self.control) {
+            value |= Self::SCI_ENABLED;
+        }
+        Some((value >> (byte * 8)) as u8)
+    }
+
+    fn write(&self, port: u16, value: u8) -> PortEffect {
+        let Some((register, byte)) = self.register(port) else {
+            return PortEffect::None;
+        };
+        if std::ptr::eq(register, &self.status) {
+            // Writing ones clears events, of which there are none.
+            return PortEffect::None;
+        }
+        let shift = byte * 8;
+        let old = register.load(Ordering::SeqCst);
+        let new = old & !(0xff << shift) | u16::from(value) << shift;
+        // The sleep bit reads as zero.
+        register.store(new & !Self::SLEEP_ENABLE, Ordering::SeqCst);
+        let sleep_type = (new >> 10 & 7) as u8;
+        if std::ptr::eq(register, &self.control)
+            && new & Self::SLEEP_ENABLE != 0
+            && sleep_type == SLEEP_TYPE_S5
+        {
+            return PortEffect::PowerOff;
+        }
+        PortEffect::None
+    }
+}
+
+/// Bytes on their way from the guest to the agent's stream.
+#[derive(Default)]
+struct Outgoing {
+    state: Mutex<OutgoingState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct OutgoingState {
+    bytes: VecDeque<u8>,
+    /// Nobody takes bytes any more.
+    closed: bool,
+}
+
+/// The serial port's way out to the agent.
+pub(crate) struct AgentWriter(Arc<Outgoing>);
+
+impl Write for AgentWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut state = lock(&self.0.state);
+        // A guest that is faster than its reader waits, as it would on a real line.
+        while state.bytes.len() >= AGENT_BUFFER && !state.closed {
+            state = self
+                .0
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.closed {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        state.bytes.extend(bytes);
+        if bytes.contains(&b'\n') || state.bytes.len() >= AGENT_BATCH {
+            self.0.changed.notify_all();
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct AgentPort {
+    serial: Serial<Line, NoEvents, AgentWriter>,
+    /// Bytes for the guest that the port has no room for.
+    incoming: VecDeque<u8>,
+}
+
+impl AgentPort {
+    /// Moves bytes into the port while it has room.
+    fn refill(&mut self) {
+        let room = self.serial.fifo_capacity();
+        if room == 0 || self.incoming.is_empty() {
+            return;
+        }
+        let (first, _) = self.incoming.as_slices();
+        let chunk = first.get(..room.min(first.len())).unwrap_or(first);
+        // An error is an interrupt that could not be raised; what is in the port stays there, and
+        // the guest reads it at its next chance.
+        let before = self.serial.fifo_capacity();
+        let _ = self.serial.enqueue_raw_bytes(chunk);
+        let taken = before - self.serial.fifo_capacity();
+        self.incoming.drain(..taken);
+    }
+}
+
+/// All ports of the machine; shared by the virtual CPUs.
+pub(crate) struct Ports {
+    console: Mutex<Serial<Line, NoEvents, ConsoleWriter>>,
+    agent: Mutex<AgentPort>,
+    /// Notified when bytes for the guest have left the queue.
+    agent_room: Condvar,
+    agent_out: Arc<Outgoing>,
+    power: PowerManagement,
+}
+
+impl Ports {
+    /// Ports whose interrupts go to these lines.
+    pub(crate) fn new(console: ConsoleWriter, com1: EventFd, com2: EventFd) -> Self {
+        let agent_out = Arc::new(Outgoing::default());
+        let agent = AgentPort {
+            serial: Serial::new(Line(com2), AgentWriter(agent_out.clone())),
+            incoming: VecDeque::new(),
+        };
+        Ports {
+            console: Mutex::new(Serial::new(Line(com1), console)),
+            agent: Mutex::new(agent),
+            agent_room: Condvar::new(),
+            agent_out,
+            power: PowerManagement::default(),
+        }
+    }
+
+    /// The guest reads `data.len()` bytes from a port.
+    pub(crate) fn read(&self, port: u16, data: &mut [u8]) {
+        if let Some(offset) = within(port, COM1) {
+            let mut serial = lock(&self.console);
+            data.iter_mut().for_each(|byte| *byte = serial.read(offset));
+        } else if let Some(offset) = within(port, COM2) {
+            let mut agent = lock(&self.agent);
+            for byte in data {
+                *byte = agent.serial.read(offset);
+                if offset == 0 && !agent.incoming.is_empty() {
+                    agent.refill();
+                    self.agent_room.notify_all();
+                }
+            }
+        } else {
+            for (byte, port) in data.iter_mut().zip(ports_from(port)) {
+                *byte = match port {
+                    KEYBOARD_DATA | KEYBOARD => 0,
+                    port if CMOS.contains(&port) => 0,
+                    port => self.power.read(port).unwrap_or(0xff),
+                };
+            }
+        }
+    }
+
+    /// The guest writes to a port.
+    pub(crate) fn write(&self, port: u16, data: &[u8]) -> PortEffect {
+        // What a serial port cannot deliver is lost, as on a line that nobody listens to.
+        if let Some(offset) = within(port, COM1) {
+            let mut serial = lock(&self.console);
+            for byte in data {
+                let _ = serial.write(offset, *byte);
+            }
+        } else if let Some(offset) = within(port, COM2) {
+            let mut agent = lock(&self.agent);
+            for byte in data {
+                let _ = agent.serial.write(offset, *byte);
+            }
+            // Leaving loopback mode makes room that no read announces.
+            agent.refill();
+        } else if port == KEYBOARD && data.contains(&KEYBOARD_RESET) {
+            return PortEffect::Reset;
+        } else {
+            for (byte, port) in data.iter().zip(ports_from(port)) {
+                match self.power.write(port, *byte) {
+                    PortEffect::None => {}
+                    effect => return effect,
+                }
+            }
+        }
+        PortEffect::None
+    }
+
+    /// Carries bytes from the stream to the guest until the stream ends.
+    pub(crate) fn pump_in(&self, mut stream: UnixStream) -> io::Result<()> {
+        let mut chunk = [0; 4096];
+        loop {
+            let len = match stream.read(&mut chunk) {
+                Ok(0) => return Ok(()),
+                Ok(len) => len,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            let mut agent = lock(&self.agent);
+            while agent.incoming.len() >= AGENT_BUFFER {
+                if lock(&self.agent_out.state).closed {
+                    return Ok(());
+                }
+                agent = self
+                    .agent_room
+                    .wait_timeout(agent, Duration::from_secs(1))
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .0;
+            }
+            agent.incoming.extend(chunk.get(..len).unwrap_or_default());
+            agent.refill();
+        }
+    }
+
+    /// Carries bytes from the guest to the stream until [`Ports::close`].
+    pub(crate) fn pump_out(&self, mut stream: UnixStream) -> io::Result<()> {
+        loop {
+            let mut state = lock(&self.agent_out.state);
+            while state.bytes.is_empty() && !state.closed {
+                state = self.wait_for_output(state);
+            }
+            // Part of a line: its rest is on the way.
+            if !state.bytes.contains(&b'\n') && !state.closed {
+                state = self.wait_for_output(state);
+            }
+            let bytes: Vec<u8> = state.bytes.drain(..).collect();
+            let closed = state.closed;
+            drop(state);
+            self.agent_out.changed.notify_all();
+            stream.write_all(&bytes)?;
+            if closed {
+                return Ok(());
+            }
+        }
+    }
+
+    fn wait_for_output<'a>(
+        &self,
+        state: std::sync::MutexGuard<'a, OutgoingState>,
+    ) -> std::sync::MutexGuard<'a, OutgoingState> {
+        self.agent_out
+            .changed
+            .wait_timeout(state, AGENT_PATIENCE)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+    }
+
+    /// Ends the pumps' waiting, and any virtual CPU's for the agent's reader.
+    pub(crate) fn close(&self) {
+        lock(&self.agent_out.state).closed = true;
+        self.agent_out.changed.notify_all();
+        self.agent_room.notify_all();
+    }
+}
+
+/// A port and those above it, as a wide access covers them.
+fn ports_from(port: u16) -> impl Iterator<Item = u16> {
+    (0..).map(move |offset| port.wrapping_add(offset))
+}
+
+fn within(port: u16, base: u16) -> Option<u8> {
+    let offset = port.checked_sub(base)?;
+    (offset < COM_PORTS).then_some(offset as u8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::console::Console;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    fn ports() -> Ports {
+        let console = Arc::new(Console::new(None, false).unwrap());
+        let line = || EventFd::new(EFD_NONBLOCK).unwrap();
+        Ports::new(ConsoleWriter(console), line(), line())
+    }
+
+    #[test]
+    fn sleep_type_5_is_power_off_and_the_registers_read_back() {
+        let ports = ports();
+        let mut word = [0; 2];
+        assert_eq!(ports.write(PM1_EVENT + 2, &[0x20, 0x01]), PortEffect::None);
+        ports.read(PM1_EVENT + 2, &mut word);
+        assert_eq!(word, [0x20, 0x01]);
+        ports.read(PM1_CONTROL, &mut word);
+        assert_eq!(word, [1, 0]);
+        assert_eq!(ports.write(PM1_CONTROL, &[1, 0x14]), PortEffect::None);
+        assert_eq!(ports.write(PM1_CONTROL, &[1, 0x34]), PortEffect::PowerOff);
+        assert_eq!(ports.write(PM1_CONTROL, &[1, 0x24]), PortEffect::None);
+    }
+
+    #[test]
+    fn the_keyboard_controller_resets_and_unknown_ports_are_empty() {
+        let ports = ports();
+        assert_eq!(ports.write(KEYBOARD, &[0xfe]), PortEffect::Reset);
+        assert_eq!(ports.write(KEYBOARD, &[0xd1]), PortEffect::None);
+        let mut bytes = [1; 4];
+        ports.read(0xcf8, &mut bytes);
+        assert_eq!(bytes, [0xff; 4]);
+        ports.read(KEYBOARD, &mut bytes[..1]);
+        assert_eq!(bytes[0], 0);
+        ports.read(0xffff, &mut bytes);
+    }
+
+    /// Reads as the guest's interrupt handler does: status, then data while there is some.
+    fn drain(ports: &Ports) -> Vec<u8> {
+        let mut got = Vec::new();
+        loop {
+            let (mut status, mut byte) = ([0], [0]);
+            ports.read(COM2 + 5, &mut status);
+            if status[0] & 1 == 0 {
+                return got;
+            }
+            ports.read(COM2, &mut byte);
+            got.push(byte[0]);
+        }
+    }
+
+    #[test]
+    fn lines_of_any_length_reach_guest_and_agent() {
+        let ports = Arc::new(ports());
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (pump_in, pump_out) = (ours.try_clone().unwrap(), ours);
+        let ports_in = ports.clone();
+        let reader = std::thread::spawn(move || ports_in.pump_in(pump_in));
+        let ports_out = ports.clone();
+        let writer = std::thread::spawn(move || ports_out.pump_out(pump_out));
+
+        let sent: Vec<u8> = (0..300_000u32).map(|i| i as u8).collect();
+        theirs.write_all(&sent).unwrap();
+        let mut got = Vec::new();
+        while got.len() < sent.len() {
+            got.extend(drain(&ports));
+        }
+        assert!(got == sent);
+
+        let answer = [b"x".repeat(100_000), b"\n".to_vec()].concat();
+        for byte in &answer {
+            ports.write(COM2, &[*byte]);
+        }
+        let mut got = vec![0; answer.len()];
+        theirs.read_exact(&mut got).unwrap();
+        assert!(got == answer);
+
+        // Half a line comes too, a little later.
+        ports.write(COM2, b"half");
+        let mut got = [0; 4];
+        theirs.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"half");
+
+        ports.close();
+        theirs.shutdown(std::net::Shutdown::Both).unwrap();
+        reader.join().unwrap().unwrap();
+        writer.join().unwrap().unwrap();
+    }
+}
