@@ -10,11 +10,11 @@ set -euo pipefail
 # Modules of the guest under test: file systems, and devices to put them on.
 inner_modules=(
     brd loop null_blk nbd dm-mod dm-delay dm-snapshot raid1 scsi_debug sd_mod hv_utils hv_storvsc
-    xfs btrfs vfat nls_cp437 nls_ascii nls_utf8 exfat fuse overlay squashfs
+    xfs btrfs vfat nls_cp437 nls_ascii nls_utf8 exfat overlay squashfs
 )
 inner_tools=(
     mke2fs mkfs.ext4 tune2fs mkfs.xfs xfs_io xfs_freeze mkfs.btrfs btrfs mkfs.vfat mkfs.exfat
-    blkid findmnt fsfreeze losetup lsblk mount nsenter umount unshare wipefs dmsetup strace
+    dash blkid findmnt fsfreeze losetup lsblk mount nsenter umount unshare wipefs dmsetup strace
 )
 
 # The part below runs inside the build root, with build/ at /build and this folder at /lab.
@@ -72,7 +72,7 @@ if [ "${1:-}" = --inside ]; then
         cp /kernel/usr/lib/modules/"$release"/modules.{builtin,builtin.modinfo,order} "$dir$modules/"
         depmod --basedir "$dir" "$release"
         # busybox reads the text files; the binary twins would only make the image larger.
-        rm -f "$dir$modules"/modules.{*.bin,builtin.modinfo,builtin,order,devname,softdep,symbols,weakdep}
+        rm -f "$dir$modules"/modules.{*.bin,builtin.modinfo,order,devname,softdep,symbols,weakdep}
     }
 
     # Rust programs of the payload need these three in both guests.
@@ -96,6 +96,8 @@ if [ "${1:-}" = --inside ]; then
         # mkfs.ext4 is a name of mke2fs
         [ "${path##*/}" = "$tool" ] || ln -s "$path" "$inner/usr/bin/$tool"
     done
+    # busybox's own shell would take its own mount, losetup ... whatever PATH says
+    ln -sf dash "$inner/usr/bin/sh"
     add "$inner" /kernel/usr/sbin/hv_vss_daemon
     mv "$inner/kernel/usr/sbin/hv_vss_daemon" "$inner/usr/sbin/"
     rm -r "$inner/kernel"

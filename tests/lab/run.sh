@@ -22,6 +22,7 @@ programs=$repo/target/${PROFILE:-release}
 
 work=$(mktemp -d "$build/run.XXXXXX")
 child=
+# shellcheck disable=SC2317  # called by the trap
 finish() {
     [ -z "$child" ] || kill "$child" 2>/dev/null || true
     rm -rf "$work"
@@ -69,11 +70,12 @@ truncate --size 512M "$work/results.disk"
 console=$work/console.log
 : >"$console"
 
-# One processor: with two, emulation breaks the outer kernel now and then. The outer limit is for an
+# One processor: with two, emulation breaks the outer kernel now and then. rdrand: without it each
+# mkfs waits for seconds until its kernel has gathered randomness, in both guests. The outer limit is for an
 # outer guest that hangs; its own, which keeps the results, comes first.
 # shellcheck disable=SC2054  # the commas are QEMU's
 machine=(
-    qemu-system-x86_64 -accel tcg,thread=multi -cpu qemu64,+svm,+npt,+nrip-save -M q35 -m 4096 -smp 1
+    qemu-system-x86_64 -accel tcg,thread=multi -cpu qemu64,+svm,+npt,+nrip-save,+rdrand -M q35 -m 4096 -smp 1
     -display none -monitor none -nodefaults -no-reboot
     -kernel /build/vmlinuz
     -append "console=ttyS0 panic=-1 root=/dev/nvme0n1 ro init=/init lab.timeout=$limit"
