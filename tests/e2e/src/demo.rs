@@ -1,11 +1,163 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! One backup for people to read along.
+//! One backup for people to read along: what the host said and was told, what the daemon did, and
+//! for how long a writer on each file system stood still.
 
-use crate::guest::Images;
-use anyhow::Result;
+use crate::cases::make_file_systems;
+use crate::check::answered;
+use crate::guest::{Daemon, Guest, Images, Kind, Module, STEP};
+use anyhow::{Context, Result};
+use hyperv_sim::ic::vss::{Lun, CLASS, VERSIONS};
+use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::{Event, EventKind};
+use std::fmt::Write as _;
+use std::time::Duration;
 
+/// For how long the demonstration's host keeps the guest frozen, at least.
+const SNAPSHOT: Duration = Duration::from_millis(500);
+
+/// Boots a guest, backs it up and prints the timeline; leaves `timeline.txt` and `strace.txt`, a
+/// second backup under strace, in the results.
 pub fn run(images: &Images) -> Result<()> {
-    let _ = images;
+    println!("demo: booting a stock Debian guest on the simulated host");
+    let guest = Guest::start(images, Kind::OneCpu, 1)?;
+    let outcome = back_up(&guest, images);
+    if outcome.is_err() {
+        println!("{}", guest.post_mortem());
+    }
+    guest.vm().kill();
+    outcome
+}
+
+fn back_up(guest: &Guest, images: &Images) -> Result<()> {
+    println!("demo: ext4, xfs and btrfs beside the root (ext4), a writer on each");
+    make_file_systems(guest)?;
+    for path in ["/writer", "/mnt/ext4/w", "/mnt/xfs/w", "/mnt/btrfs/w"] {
+        guest.writer_start(path)?;
+    }
+    println!("demo: loading hv_vss.ko, starting hv_vss_daemon");
+    guest.load(Module::Ours, &[])?;
+    let vss = guest.vss();
+    vss.wait_open(STEP)?;
+    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    let daemon = guest.start_daemon(Daemon::Ours)?;
+    answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
+
+    println!("demo: the host asks for a backup");
+    let disks = [Lun::scsi(CLASS, 0, 0, 0)];
+    let frozen = vss.freeze(&disks, STEP)?;
+    answered("FREEZE", &frozen, status::OK)?;
+    guest.wait_until("every writer stands still", STEP, || {
+        let snapshot = SNAPSHOT.as_micros() as u64;
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > snapshot))
+    })?;
+    let thawed = vss.thaw(STEP)?;
+    answered("THAW", &thawed, status::OK)?;
+    guest.wait_until("every writer goes on", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us < 100_000))
+    })?;
+    // The daemon writes its log after the thaw.
+    guest.wait_until("the daemon has written its log", STEP, || {
+        Ok(guest.output(&daemon)?.contains("THAW answered"))
+    })?;
+
+    let mut text = timeline(&vss.events(), &guest.output(&daemon)?)?;
+    text.push_str("\nHow long a writer stood still, from its point of view:\n");
+    for writer in guest.writers()? {
+        let seconds = writer.longest_us as f64 / 1e6;
+        let _ = writeln!(text, "  {seconds:9.3} s  {}", writer.path);
+    }
+    let path = images.results().join("timeline.txt");
+    std::fs::write(&path, &text).with_context(|| format!("cannot write {}", path.display()))?;
+    println!("\n{text}");
+
+    record_strace(guest, images)
+}
+
+/// Host and daemon in one list, in seconds since the host sent FREEZE. The daemon's clock starts
+/// when FREEZE reached it, which is taken to be the same moment.
+fn timeline(events: &[Event], log: &str) -> Result<String> {
+    let start = events
+        .iter()
+        .find(|it| matches!(&it.kind, EventKind::Sent { name, .. } if name == "FREEZE"))
+        .map(|it| it.at)
+        .context("the host's log has no FREEZE")?;
+    let mut lines: Vec<(f64, String)> = Vec::new();
+    for event in events.iter().filter(|it| it.at >= start) {
+        let at = (event.at - start).as_secs_f64();
+        match &event.kind {
+            EventKind::Sent { name, bytes, .. } => {
+                lines.push((at, format!("host    sends {name} ({bytes} bytes)")));
+            }
+            EventKind::Reply {
+                name,
+                status,
+                latency,
+                ..
+            } => {
+                let verdict = crate::check::status_name(*status);
+                let ms = latency.as_secs_f64() * 1000.0;
+                lines.push((
+                    at,
+                    format!("host    is told {verdict} for {name}, after {ms:.1} ms"),
+                ));
+            }
+            _ => {}
+        }
+    }
+    for line in log.lines() {
+        // "hv_vss_daemon: backup 1 +0.012345s: words"
+        let Some((_, rest)) = line.split_once(" +") else {
+            continue;
+        };
+        let Some((seconds, words)) = rest.split_once("s: ") else {
+            continue;
+        };
+        let at = seconds
+            .parse()
+            .with_context(|| format!("no time in the daemon's line {line:?}"))?;
+        lines.push((at, format!("daemon  {words}")));
+    }
+    // Stable, so that lines of the same moment stay in the order in which they were said.
+    lines.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut text = String::from("One backup, in seconds since the host sent FREEZE:\n");
+    for (at, words) in lines {
+        let _ = writeln!(text, "  {at:9.6} s  {words}");
+    }
+    Ok(text)
+}
+
+/// A backup with strace on the daemon, whose lines the README explains.
+fn record_strace(guest: &Guest, images: &Images) -> Result<()> {
+    let vss = guest.vss();
+    let pids = guest.sh("pidof hv_vss_daemon")?;
+    let mut argv = vec![
+        "strace",
+        "-f",
+        "-r",
+        "-y",
+        "-s",
+        "16",
+        "-o",
+        "/run/strace.txt",
+    ];
+    for pid in pids.split_whitespace() {
+        argv.extend(["-p", pid]);
+    }
+    let strace = guest.spawn(&argv)?;
+    guest.wait_until("strace has attached", STEP, || {
+        Ok(guest.output(&strace)?.contains("attached"))
+    })?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    guest.signal(&strace, 2)?;
+    guest.wait(&strace, STEP)?;
+    let path = images.results().join("strace.txt");
+    std::fs::write(&path, guest.read("/run/strace.txt")?)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    println!(
+        "demo: the system calls of one more backup are in {}",
+        path.display()
+    );
     Ok(())
 }
