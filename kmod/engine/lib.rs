@@ -32,6 +32,8 @@ pub use frames::Refusal;
 pub use machine::Config;
 pub use machine::Effects;
 pub use machine::Engine;
+#[cfg(not(MODULE))]
+pub use machine::Shape;
 pub use machine::Token;
 pub use machine::PACKET_MAX;
 pub use machine::QUEUE;

@@ -65,7 +65,7 @@ pub trait Effects {
 }
 
 /// Who has the device open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Daemon {
     /// Nobody.
     Absent,
@@ -89,7 +89,7 @@ enum Freeze {
 }
 
 /// How far a request has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Stage {
     /// Behind another one; has no deadline yet.
     Queued,
@@ -123,6 +123,17 @@ struct Request {
     stage: Stage,
     arrived: u64,
     deadline: u64,
+}
+
+/// See [`Engine::shape`].
+#[cfg(not(MODULE))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Shape {
+    requests: [Option<(u8, Stage, bool)>; QUEUE],
+    daemon: Daemon,
+    freeze: &'static str,
+    reply_waits: bool,
+    suspended: bool,
 }
 
 /// What [`Engine::peek`] has shown and [`Engine::taken`] takes away.
@@ -705,6 +716,20 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             Some(Stage::Held) => "held",
             Some(Stage::Offered) => "offered",
             Some(Stage::Read) => "read",
+        }
+    }
+
+    /// The state without ids, times and packets, for tests that visit each state once.
+    #[cfg(not(MODULE))]
+    pub fn shape(&self) -> Shape {
+        Shape {
+            requests: self
+                .requests
+                .map(|r| r.map(|r| (r.operation, r.stage, r.origin == Origin::Suspend))),
+            daemon: self.daemon,
+            freeze: self.freeze_state(),
+            reply_waits: self.reply_waits,
+            suspended: self.suspended,
         }
     }
 
