@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: GPL-2.0-only
 #
-# Makes the two guests out of the build root: build/l1.img, the disk of the outer guest of a nested
-# run, and build/guest.cpio, the initramfs of the guest under test, to which a test appends its own.
+# Makes the two guests out of the build root: build/outer.cpio, the initramfs of the outer guest of
+# a nested run, and build/guest.cpio, that of the guest under test. Both get more appended: the
+# payload and what a test brings.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -75,6 +76,14 @@ if [ "${1:-}" = --inside ]; then
         rm -f "$dir$modules"/modules.{*.bin,builtin.modinfo,order,devname,softdep,symbols,weakdep}
     }
 
+    # pack DIR FILE: an initramfs. Uncompressed: where the processor is emulated, and emulated twice,
+    # copying is cheaper than unpacking.
+    pack() {
+        (cd "$1" && find . -mindepth 1 | sort | cpio --quiet -o -H newc -R 0:0) >"$2.new"
+        mv "$2.new" "$2"
+        rm -rf "$1"
+    }
+
     # Rust programs of the payload need these three in both guests.
     libraries=(/lib/x86_64-linux-gnu/{libc.so.6,libm.so.6,libgcc_s.so.1})
 
@@ -83,8 +92,7 @@ if [ "${1:-}" = --inside ]; then
     add "$outer" "${libraries[@]}"
     add_modules "$outer" kvm-amd
     install -m 0755 /lab/outer/init "$outer/init"
-    rm -f /build/l1.img
-    mkfs.ext4 -q -d "$outer" -O ^has_journal /build/l1.img 96M
+    pack "$outer" /build/outer.cpio
 
     inner=/tmp/inner
     skeleton "$inner"
@@ -104,11 +112,8 @@ if [ "${1:-}" = --inside ]; then
     add_modules "$inner" "${inner_modules[@]}"
     install -m 0755 /lab/inner/init "$inner/init"
     install -m 0755 /lab/inner/sbin-init "$inner/usr/sbin/init"
-    # Uncompressed: the guest's processor is emulated twice, copying is cheaper than unpacking.
-    (cd "$inner" && find . -mindepth 1 | sort | cpio --quiet -o -H newc -R 0:0 >/build/guest.cpio.new)
-    mv /build/guest.cpio.new /build/guest.cpio
+    pack "$inner" /build/guest.cpio
     cp "/kernel/usr/lib/modules/$release/vmlinuz" /build/vmlinuz
-    rm -rf "$outer" "$inner"
     exit 0
 fi
 

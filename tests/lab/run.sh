@@ -65,7 +65,9 @@ fi
     done
     printf '\n'
 } >"$payload/run"
-tar --create --file "$work/payload.tar" --directory "$payload" .
+chmod -R u+rwX,go+rX "$payload"
+in_root "$work:/run.work" -- sh -c 'cd /run.work && find payload | cpio --quiet -o -H newc >payload.cpio'
+cat "$build/outer.cpio" "$work/payload.cpio" >"$work/initrd"
 truncate --size 512M "$work/results.disk"
 console=$work/console.log
 : >"$console"
@@ -77,18 +79,12 @@ console=$work/console.log
 machine=(
     qemu-system-x86_64 -accel tcg,thread=multi -cpu qemu64,+svm,+npt,+nrip-save,+rdrand -M q35 -m 4096 -smp 1
     -display none -monitor none -nodefaults -no-reboot
-    -kernel /build/vmlinuz
-    -append "console=ttyS0 panic=-1 root=/dev/nvme0n1 ro init=/init lab.timeout=$limit"
+    -kernel /build/vmlinuz -initrd /run.work/initrd
+    -append "console=ttyS0 panic=-1 lab.timeout=$limit"
+    -drive file=/run.work/results.disk,format=raw,if=none,id=results,cache=unsafe
+    -device nvme,serial=results,drive=results
     -serial file:/run.work/console.log -serial stdio
 )
-# shellcheck disable=SC2054
-disks=(/build/l1.img,snapshot=on /run.work/payload.tar,snapshot=on /run.work/results.disk)
-for index in "${!disks[@]}"; do
-    machine+=(
-        -drive "file=${disks[index]},format=raw,if=none,id=disk$index,cache=unsafe"
-        -device "nvme,serial=disk$index,drive=disk$index"
-    )
-done
 enter_root "$build:/build" "$work:/run.work" -- setpriv --pdeathsig TERM \
     timeout --foreground --kill-after 10 $((limit + 120)) \
     setpriv --pdeathsig KILL "${machine[@]}" </dev/null 2>"$build/logs/qemu.log" &
