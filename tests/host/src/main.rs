@@ -6,13 +6,14 @@
 //! it up or does what is typed.
 
 use clap::{Parser, Subcommand};
-use hyperv_sim::ic::vss::{vss_flags, Op, Vss, SHORT_BODY, VERSIONS};
-use hyperv_sim::ic::{Version, FRAMEWORKS};
+use hyperv_sim::ic::vss::{message, vss_flags, Op, Vss, SHORT_BODY, VERSIONS};
+use hyperv_sim::ic::{message_type, status, Envelope, Version, FRAMEWORKS};
 use hyperv_sim::{probe, Exit, HostError, Reply, Vm, VmConfig, VmError};
-use std::io::{self, BufRead, Write};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A simulated Hyper-V host: boots a stock Linux kernel and is the other end of its VMBus.
 #[derive(Parser)]
@@ -50,8 +51,9 @@ struct Run {
     /// VSS versions to offer.
     #[arg(long, value_delimiter = ',', value_parser = version, default_values_t = VERSIONS)]
     versions: Vec<Version>,
-    /// Backs the guest up once (HOT_BACKUP, FREEZE, THAW), powers it off and leaves. The exit
-    /// status says whether the guest agreed to all of it.
+    /// Backs the guest up once (HOT_BACKUP until the guest is ready, FREEZE, THAW), powers it off and
+    /// leaves. The exit status says whether the guest agreed to all of it. Without this, commands
+    /// are read from the standard input.
     #[arg(long)]
     backup: bool,
     /// Prints the events at the end, one JSON object a line.
@@ -76,6 +78,10 @@ enum Error {
     Host(#[from] HostError),
     #[error("cannot read the standard input")]
     Input(#[source] io::Error),
+    #[error("cannot write to the guest's ttyS1")]
+    Agent(#[source] io::Error),
+    #[error("{0:?} is no number of the kind that is wanted here")]
+    Number(String),
     #[error("cannot write the events")]
     Json(#[from] serde_json::Error),
     #[error("{what}: the guest answered {status:#x}")]
@@ -155,13 +161,22 @@ impl Run {
     fn backup(&self, vm: &Vm) -> Result<(), Error> {
         let vss = vm.host().vss();
         self.negotiate(&vss)?;
-        agreed(Op::HOT_BACKUP, &vss.hot_backup(self.timeout())?)?;
+        // The guest's daemon may still be on its way: a host asks again.
+        let start = Instant::now();
+        loop {
+            let ready = vss.hot_backup(self.timeout())?;
+            if ready.status() == status::OK || start.elapsed() > self.timeout() {
+                agreed(Op::HOT_BACKUP, &ready)?;
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(500));
+        }
         let frozen = vss.freeze(&[], self.timeout())?;
         show(Op::FREEZE, &frozen);
         // Also after a failed FREEZE: nothing must stay frozen.
         let thawed = vss.thaw(self.timeout())?;
         agreed(Op::THAW, &thawed)?;
-        if frozen.status() != 0 {
+        if frozen.status() != status::OK {
             let what = Op::FREEZE;
             let status = frozen.status();
             return Err(Error::Status { what, status });
@@ -173,19 +188,29 @@ impl Run {
         }
     }
 
+    /// Does what the standard input says until that or the guest ends.
     fn interact(&self, vm: &Vm) -> Result<(), Error> {
-        println!("host: {HELP}");
+        let lines_from_guest = vm.agent_port()?;
+        std::thread::spawn(move || {
+            for line in BufReader::new(lines_from_guest)
+                .lines()
+                .map_while(Result::ok)
+            {
+                println!("ttyS1: {line}");
+            }
+        });
+        println!("{HELP}");
         for line in io::stdin().lock().lines() {
             let line = line.map_err(Error::Input)?;
             if let Some(exit) = vm.exit() {
                 return Err(Error::Ended(exit));
             }
+            println!("host> {line}");
             match self.command(vm, line.trim()) {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
                 Err(error) => println!("host: {error}"),
             }
-            let _ = io::stdout().flush();
         }
         Ok(())
     }
@@ -195,13 +220,36 @@ impl Run {
         let host = vm.host();
         let vss = host.vss();
         let timeout = self.timeout();
-        match line {
+        let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
+        match word {
             "" => {}
+            "open" => vss.wait_open(timeout)?,
+            "closed" => vss.wait_closed(timeout)?,
+            "released" => vss.wait_released(timeout)?,
             "negotiate" => self.negotiate(&vss)?,
             "freeze" => show(Op::FREEZE, &vss.freeze(&[], timeout)?),
             "thaw" => show(Op::THAW, &vss.thaw(timeout)?),
+            "pair" => {
+                let freeze = vss.send_freeze(&[])?;
+                let thaw = vss.send(Op::THAW, &SHORT_BODY)?;
+                show(Op::FREEZE, &vss.wait(freeze, timeout)?);
+                show(Op::THAW, &vss.wait(thaw, timeout)?);
+            }
             "hot-backup" => show(Op::HOT_BACKUP, &vss.hot_backup(timeout)?),
             "dm-info" => show(Op::GET_DM_INFO, &vss.get_dm_info(timeout)?),
+            "op" => {
+                let mut words = rest.split_whitespace();
+                let op = Op(number(words.next())?);
+                let size: usize = words.next().map_or(Ok(32), |word| number(Some(word)))?;
+                let body = vec![0; size.saturating_sub(8)];
+                show(op, &vss.op(op, &body, timeout)?);
+            }
+            "cut" => {
+                let mut bytes = thaw_packet();
+                bytes.resize(number(Some(rest))?, 0);
+                let tx = vss.send_raw(&bytes)?;
+                show(Op::THAW, &vss.wait(tx, Duration::from_secs(5))?);
+            }
             "heartbeat" => {
                 let (number, latency) = host.heartbeat().beat(1, timeout)?;
                 println!("host: the guest answered {number} after {latency:?}");
@@ -209,26 +257,55 @@ impl Run {
             "rescind" => vss.rescind(),
             "offer" => vss.offer(),
             "events" => host.events().iter().for_each(|event| println!("{event}")),
+            "guest" => {
+                let mut port: UnixStream = vm.agent_port()?;
+                writeln!(port, "{rest}").map_err(Error::Agent)?;
+            }
+            "sleep" => std::thread::sleep(Duration::from_secs(number(Some(rest))?)),
+            "repeat" => {
+                let (count, rest) = rest.split_once(' ').unwrap_or((rest, ""));
+                for _ in 0..number(Some(count))? {
+                    self.command(vm, rest)?;
+                }
+            }
             "power-off" => {
                 host.shutdown().power_off(timeout)?;
                 println!("host: the guest ended: {:?}", vm.wait_exit(timeout)?);
                 return Ok(false);
             }
+            "wait" => {
+                println!("host: the guest ended: {:?}", vm.wait_exit(timeout)?);
+                return Ok(false);
+            }
             "quit" => return Ok(false),
-            other => match other.strip_prefix("op ").map(str::parse) {
-                Some(Ok(number)) => {
-                    let op = Op(number);
-                    show(op, &vss.op(op, &SHORT_BODY, timeout)?);
-                }
-                _ => println!("host: {HELP}"),
-            },
+            _ => println!("{HELP}"),
         }
         Ok(true)
     }
 }
 
-const HELP: &str = "commands: negotiate, freeze, thaw, hot-backup, dm-info, op NUMBER, heartbeat, \
-                    rescind, offer, events, power-off, quit";
+const HELP: &str = "\
+VSS:   negotiate, hot-backup, freeze, thaw, pair (FREEZE and THAW back to back), dm-info,
+       op NUMBER [BYTES of message], cut BYTES (a THAW packet of that size)
+bus:   open, closed, released (wait for it), rescind, offer, heartbeat, events
+guest: guest LINE (to its ttyS1), power-off, wait (for its end), quit (kills it)
+also:  sleep SECONDS, repeat TIMES COMMAND";
+
+fn number<T: std::str::FromStr>(word: Option<&str>) -> Result<T, Error> {
+    let word = word.unwrap_or_default().trim();
+    word.parse().map_err(|_| Error::Number(word.to_string()))
+}
+
+/// A whole THAW request as it would be on the wire.
+fn thaw_packet() -> Vec<u8> {
+    let envelope = Envelope {
+        framework: Version::new(3, 0),
+        message_type: message_type::VSS,
+        message: Version::new(5, 0),
+        transaction: 0,
+    };
+    envelope.request(&message(Op::THAW, &SHORT_BODY))
+}
 
 fn show(op: Op, reply: &Reply) {
     let flags = vss_flags(reply).unwrap_or_default();
@@ -243,7 +320,7 @@ fn show(op: Op, reply: &Reply) {
 fn agreed(op: Op, reply: &Reply) -> Result<(), Error> {
     show(op, reply);
     match reply.status() {
-        0 => Ok(()),
+        status::OK => Ok(()),
         status => Err(Error::Status { what: op, status }),
     }
 }
