@@ -246,18 +246,23 @@ impl Service {
         Ok(())
     }
 
-    /// Ends the service for good: readers and polls see an error, the channel is closed, no timer
-    /// runs. Waits for callbacks, never for the daemon. Sleeps; may be called again.
+    /// Ends the service for good: open requests fail, readers and polls see an error, the channel
+    /// is closed, no timer runs. Waits for callbacks, never for the daemon. Sleeps; may be called again.
     fn stop(&self) {
         let channel = {
             let mut state = self.state.lock();
             let State {
-                engine, channel, ..
+                engine,
+                channel,
+                gone,
+                ..
             } = &mut *state;
-            engine.abandon(&mut Outlet { channel: None });
-            let channel = channel.take();
-            state.gone = true;
-            channel
+            let mut outlet = Outlet {
+                channel: channel.as_ref(),
+            };
+            engine.close(self.now(), &mut outlet);
+            *gone = true;
+            channel.take()
         };
         self.changes.notify_all();
         self.timer.shut_down();
@@ -267,8 +272,19 @@ impl Service {
 
     /// Before the machine sleeps: the daemon is told to thaw and the channel is closed. Sleeps.
     fn suspend(&self) {
-        self.with_engine(|engine, now, out| engine.suspend(now, out));
-        let channel = self.state.lock().channel.take();
+        let channel = {
+            let mut state = self.state.lock();
+            let State {
+                engine, channel, ..
+            } = &mut *state;
+            let now = self.now();
+            let mut outlet = Outlet {
+                channel: channel.as_ref(),
+            };
+            engine.suspend(now, &mut outlet);
+            self.follow_up(engine, now);
+            channel.take()
+        };
         drop(channel);
     }
 
@@ -492,7 +508,6 @@ impl Effects for Outlet<'_> {
             | Note::Offered { .. }
             | Note::Read { .. }
             | Note::Answered { .. }
-            | Note::Dropped { .. }
             | Note::Registered { .. }
             | Note::Released => {}
         }

@@ -632,19 +632,19 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
 
     // --- The end of a channel ---
 
-    /// The channel is gone: open requests are dropped, since nobody would hear their answers.
-    pub fn abandon(&mut self, effects: &mut impl Effects) {
+    /// The channel is about to close: open requests fail, as long as somebody can hear it.
+    pub fn close(&mut self, now: u64, effects: &mut impl Effects) {
         self.versions = None;
-        while let Some(Request { id, operation, .. }) = self.pop_head() {
-            effects.note(Note::Dropped { id, operation });
+        while self.head().is_some() {
+            self.close_head(now, status::FAIL, effects);
         }
     }
 
-    /// The machine is about to sleep and the channel to close: open requests are dropped, and a
+    /// The machine is about to sleep and the channel to close: open requests fail, and a
     /// registered daemon is told to thaw, as mainline does. It reads that THAW after the resume.
     pub fn suspend(&mut self, now: u64, effects: &mut impl Effects) {
         self.suspended = true;
-        self.abandon(effects);
+        self.close(now, effects);
         if let Freeze::Held { id } = self.freeze {
             self.break_freeze(id, 0, effects);
         }

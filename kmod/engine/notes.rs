@@ -78,13 +78,6 @@ pub enum Note {
         /// From the packet to the answer.
         latency_us: u64,
     },
-    /// The request was dropped without an answer: the channel it came from is gone.
-    Dropped {
-        /// Id of the request.
-        id: u64,
-        /// Its operation.
-        operation: u8,
-    },
     /// A packet could not be sent: no room in the ring, or no channel.
     NotSent,
     /// A daemon registered with this ABI version.

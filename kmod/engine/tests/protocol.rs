@@ -59,7 +59,8 @@ fn negotiation_picks_framework_3_and_vss_5() {
 
 #[test]
 fn negotiation_without_a_common_version_gets_zero_versions() {
-    let cases: [(&[(u16, u16)], &[(u16, u16)]); 5] = [
+    type Offer<'a> = (&'a [(u16, u16)], &'a [(u16, u16)]);
+    let cases: [Offer<'_>; 5] = [
         (&[(1, 0), (3, 0)], &[(3, 0)]),
         (&[(1, 0), (3, 0)], &[(4, 0)]),
         (&[(1, 0)], &[(5, 0)]),
@@ -665,14 +666,15 @@ fn a_full_ring_is_counted_and_wedges_nothing() {
 }
 
 #[test]
-fn suspend_lets_the_daemon_thaw_and_tells_nobody() {
+fn suspend_fails_what_is_open_and_lets_the_daemon_thaw() {
     let mut store = Vec::new();
     let mut w = world(&mut store);
     w.daemon_v2();
     w.ask(op::FREEZE);
     w.serve(op::FREEZE, status::OK);
-    w.ask(op::HOT_BACKUP);
+    let open = w.ask(op::HOT_BACKUP);
     w.suspend();
+    assert_eq!(w.answered(open), Some(status::FAIL));
     assert_eq!(w.engine.deadline(), None, "no time runs in the sleep");
     w.now += 3600 * SECOND;
     w.resume();

@@ -428,10 +428,12 @@ impl<'a> World<'a> {
         if self.in_force {
             self.spoilt = true;
         }
-        // Whoever sleeps forgets the host's requests, and the host its channel.
-        self.waiting.clear();
         self.engine.suspend(self.now, &mut self.out);
         self.settle();
+        assert!(
+            self.waiting.is_empty(),
+            "a request is left open in the sleep"
+        );
     }
 
     pub fn resume(&mut self) {
