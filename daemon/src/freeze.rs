@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use crate::logbook::Logbook;
+use crate::mounts::DevId;
 use crate::pool::Pool;
 
 /// What is done to file systems: the kernel, or a double in unit tests.
@@ -101,6 +102,8 @@ enum State {
 
 /// One file system to freeze.
 pub struct Target {
+    /// Its superblock.
+    pub dev: DevId,
     /// For people.
     pub name: String,
     /// Its wave in the plan, from 0.
@@ -111,13 +114,19 @@ pub struct Target {
 
 impl Target {
     /// A file system that is open as `fd`.
-    pub fn new(name: String, wave: usize, fd: OwnedFd) -> Self {
+    pub fn new(dev: DevId, name: String, wave: usize, fd: OwnedFd) -> Self {
         Target {
+            dev,
             name,
             wave,
             fd,
             state: Mutex::new(State::Open),
         }
+    }
+
+    /// Whether this session froze it and has not thawed it yet.
+    pub fn is_ours(&self) -> bool {
+        matches!(*self.state(), State::Ours(_))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -143,13 +152,23 @@ pub struct Summary {
     pub synced: usize,
 }
 
+/// How a session goes about its work.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Whether a file system that cannot freeze fails the whole.
+    pub strict: bool,
+    /// How many are worked on at a time.
+    pub parallel: usize,
+}
+
 /// What the workers share.
 struct Work {
     targets: Vec<Target>,
-    ops: Box<dyn FsOps>,
+    ops: Arc<dyn FsOps>,
     log: Logbook,
     strict: bool,
     abort: Arc<AtomicBool>,
+    on_foreign: Box<dyn Fn(usize) + Send + Sync>,
     failure: Mutex<Option<FreezeError>>,
     early: Mutex<Vec<String>>,
     thaw_failure: Mutex<Option<ThawError>>,
@@ -163,15 +182,15 @@ pub struct Session {
 }
 
 impl Session {
-    /// Prepares a session on `targets`. `parallel` bounds how many are worked on at a time; setting
-    /// `abort` at any time makes it stop and thaw.
+    /// Prepares a session on `targets`. Setting `abort` at any time makes it stop and thaw;
+    /// `on_foreign` hears at once of each target that somebody else turns out to have frozen.
     pub fn new(
         targets: Vec<Target>,
-        ops: Box<dyn FsOps>,
+        ops: Arc<dyn FsOps>,
         log: Logbook,
-        strict: bool,
-        parallel: usize,
+        limits: Limits,
         abort: Arc<AtomicBool>,
+        on_foreign: Box<dyn Fn(usize) + Send + Sync>,
     ) -> io::Result<Self> {
         let mut waves: Vec<Vec<usize>> = Vec::new();
         for (i, target) in targets.iter().enumerate() {
@@ -184,14 +203,15 @@ impl Session {
         }
         let widest = waves.iter().map(Vec::len).max().unwrap_or(0);
         Ok(Session {
-            pool: Pool::new(widest.min(parallel).saturating_sub(1))?,
+            pool: Pool::new(widest.min(limits.parallel).saturating_sub(1))?,
             waves,
             work: Arc::new(Work {
                 targets,
                 ops,
                 log,
-                strict,
+                strict: limits.strict,
                 abort,
+                on_foreign,
                 failure: Mutex::new(None),
                 early: Mutex::new(Vec::new()),
                 thaw_failure: Mutex::new(None),
@@ -255,18 +275,16 @@ impl Session {
         }
     }
 
-    fn each(&self, wave: &[usize], step: fn(&Work, &Target)) {
+    fn each(&self, wave: &[usize], step: fn(&Work, usize, &Target)) {
         let work = Arc::clone(&self.work);
         let members = wave.to_vec();
-        self.pool.run(
-            members.len(),
-            Arc::new(move |n| {
-                let target = members.get(n).and_then(|&i| work.targets.get(i));
-                if let Some(target) = target {
-                    step(&work, target);
-                }
-            }),
-        );
+        let run_one = move |n: usize| {
+            let Some(&index) = members.get(n) else { return };
+            if let Some(target) = work.targets.get(index) {
+                step(&work, index, target);
+            }
+        };
+        self.pool.run(wave.len(), Arc::new(run_one));
     }
 }
 
@@ -287,7 +305,7 @@ impl Work {
         lock(&self.failure).get_or_insert(error);
     }
 
-    fn sync_one(&self, target: &Target) {
+    fn sync_one(&self, _: usize, target: &Target) {
         if self.abort.load(Ordering::SeqCst) {
             return;
         }
@@ -303,7 +321,7 @@ impl Work {
         }
     }
 
-    fn freeze_one(&self, target: &Target) {
+    fn freeze_one(&self, index: usize, target: &Target) {
         if self.gave_up() {
             return;
         }
@@ -315,8 +333,13 @@ impl Work {
             Ok(()) => {
                 *target.state() = State::Ours(start);
                 self.log.info(format!("{name} frozen, took {took}"));
+                if self.abort.load(Ordering::SeqCst) {
+                    // It hung while the rest was called off; others wait for it now.
+                    self.thaw_one(index, target);
+                }
             }
             Err((Some(Errno::EBUSY), _)) => {
+                (self.on_foreign)(index);
                 *target.state() = State::Foreign;
                 self.log.warning(format!(
                     "{name} was frozen by somebody else before; it counts and stays theirs"
@@ -353,7 +376,7 @@ impl Work {
         }
     }
 
-    fn thaw_one(&self, target: &Target) {
+    fn thaw_one(&self, _: usize, target: &Target) {
         let State::Ours(since) = *target.state() else {
             return;
         };
@@ -365,6 +388,12 @@ impl Work {
                 *target.state() = State::Thawed;
                 self.log
                     .info(format!("{name} thawed, was frozen for {stood:.6} s"));
+            }
+            Err((Some(Errno::EINVAL), _)) if self.abort.load(Ordering::SeqCst) => {
+                *target.state() = State::Thawed;
+                self.log.info(format!(
+                    "{name} is thawed already, was frozen for at most {stood:.6} s"
+                ));
             }
             Err((Some(Errno::EINVAL), _)) => {
                 *target.state() = State::Thawed;
@@ -419,7 +448,7 @@ mod tests {
         }
     }
 
-    impl FsOps for Arc<Double> {
+    impl FsOps for Double {
         fn sync(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
             self.call("sync", fd)
         }
@@ -435,6 +464,7 @@ mod tests {
         double: Arc<Double>,
         session: Session,
         abort: Arc<AtomicBool>,
+        foreign: Arc<Mutex<Vec<usize>>>,
     }
 
     /// File systems 0, 1, ... in the given waves, worked on by one thread at a time.
@@ -444,25 +474,32 @@ mod tests {
         for (number, wave) in waves.iter().enumerate() {
             let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
             double.numbers.insert(fd.as_raw_fd(), number);
-            targets.push(Target::new(format!("/fs{number}"), *wave, fd));
+            let dev = DevId::default();
+            targets.push(Target::new(dev, format!("/fs{number}"), *wave, fd));
         }
         for (what, number, errno) in failures {
             double.failures.insert((what, *number), *errno);
         }
         let double = Arc::new(double);
         let abort = Arc::new(AtomicBool::new(false));
+        let foreign = Arc::new(Mutex::new(Vec::new()));
+        let heard = Arc::clone(&foreign);
         let session = Session::new(
             targets,
-            Box::new(Arc::clone(&double)),
+            double.clone(),
             Logbook::new(Sink::Memory),
-            strict,
-            1,
+            Limits {
+                strict,
+                parallel: 1,
+            },
             Arc::clone(&abort),
+            Box::new(move |index| lock(&heard).push(index)),
         );
         Setup {
             double,
             session: session.unwrap(),
             abort,
+            foreign,
         }
     }
 
@@ -496,6 +533,7 @@ mod tests {
         let s = setup(&[0, 0], &[("freeze", 1, Errno::EBUSY)], false);
         let summary = s.session.freeze().unwrap();
         assert_eq!((summary.ours, summary.foreign), (1, 1));
+        assert_eq!(*lock(&s.foreign), [1]);
         s.session.thaw().unwrap();
         assert!(!calls(&s).contains(&("thaw", 1)));
     }

@@ -1,104 +1,105 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! One backup, on a thread of its own: look, plan, open, sync, freeze, wait, thaw.
+//! One freeze from end to end: look, plan, open, sync, freeze, wait, thaw.
 //!
 //! All of this may take long or hang (a look-up below a dead network mount, a freeze behind a
-//! security agent), and the event loop must stay able to answer the host. So it happens here, and
-//! the loop hears of it through a callback. It knows no host and no frames.
+//! security agent), and the event loop must stay able to answer the host. So for a backup it
+//! happens on a thread of its own, a [`Job`], and the loop hears of it through a callback. It knows
+//! no host and no frames.
 
+use std::fs::File;
 use std::io;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Sender};
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
-use crate::freeze::{FreezeError, Kernel, Session, Summary, Target, ThawError};
-use crate::logbook::Logbook;
-use crate::mounts::{self, MountsError};
+use crate::config::Config;
+use crate::freeze::{FreezeError, Kernel, Limits, Session, Summary, Target, ThawError};
+use crate::guard::{Guard, GuardError};
+use crate::logbook::{words, Logbook, Sink};
+use crate::machine::{LookError, Machine};
+use crate::mounts::DevId;
 use crate::open::{open_file_system, OpenError};
 use crate::plan::{plan, Plan};
-use crate::topology;
+use crate::record::{Entry, Lock, Record, RecordError, RecordFile, RunDir};
+use crate::sys;
 
-/// How often the table is read anew when it changed between reading and opening.
+/// How often the machine is looked at anew when it changed between reading and opening.
 const ATTEMPTS: usize = 5;
 /// Enough for the look-ups; everything large is on the heap.
 const STACK_BYTES: usize = 256 * 1024;
 
-/// What an operator can choose about a freeze.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Whether a file system that cannot freeze fails the backup.
-    pub strict: bool,
-    /// How many file systems are worked on at a time.
-    pub parallel: usize,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Settings {
-            strict: false,
-            parallel: 32,
-        }
-    }
-}
-
-/// Why a backup did not get as far as frozen.
+/// Why a freeze did not come about. Nothing is frozen then.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
-    /// The mount table could not be read.
+    /// What is mounted could not be found out.
     #[error(transparent)]
-    Mounts(#[from] MountsError),
+    Look(#[from] LookError),
     /// A file system could not be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
     /// No threads.
     #[error("cannot start the threads that freeze")]
     Threads(#[source] io::Error),
+    /// Somebody else freezes, or `/run` cannot be used.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// Without a guard nothing is frozen.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
     /// The freeze itself failed.
     #[error(transparent)]
     Freeze(#[from] FreezeError),
 }
 
-/// Reads the machine's state and makes the plan for it.
-pub fn make_plan() -> Result<Plan, MountsError> {
-    let mounts = mounts::read(Path::new("/proc/self/mountinfo"), 0)?;
-    let topology = topology::read(&mounts);
-    Ok(plan(&mounts, &topology, &|_| None))
+/// What a freeze needs to know and to have.
+#[derive(Clone)]
+pub struct Setting {
+    /// What the operator chose.
+    pub config: Arc<Config>,
+    /// Where to say what happens.
+    pub log: Logbook,
+    /// Who thaws if this process cannot.
+    pub guard: Arc<Guard>,
+    /// Whether a host waits, as against a rehearsal.
+    pub for_host: bool,
+}
+
+/// Makes the plan for the machine as it is.
+pub fn make_plan(config: &Config) -> Result<(Machine, Plan), LookError> {
+    let machine = Machine::look()?;
+    let plan = plan(&machine.mounts, &machine.topology, &|f| config.excludes(f));
+    Ok((machine, plan))
 }
 
 /// Plans, and opens everything that is to be frozen.
-pub fn prepare(
-    settings: &Settings,
-    log: &Logbook,
-    abort: &Arc<AtomicBool>,
-) -> Result<Session, JobError> {
+fn gather(config: &Config, log: &Logbook) -> Result<Vec<Target>, JobError> {
     let mut attempt = 1;
-    let targets = loop {
-        match open_all(make_plan()?, settings, log) {
-            Ok(targets) => break targets,
+    loop {
+        let (machine, plan) = make_plan(config)?;
+        match open_all(&machine, &plan, config.strict, log) {
+            Ok(targets) => return Ok(targets),
+            // Something was unmounted meanwhile, most likely.
             Err(_) if attempt < ATTEMPTS => attempt += 1,
             Err(error) => return Err(error.into()),
         }
-    };
-    Session::new(
-        targets,
-        Box::new(Kernel),
-        log.clone(),
-        settings.strict,
-        settings.parallel,
-        Arc::clone(abort),
-    )
-    .map_err(JobError::Threads)
+    }
 }
 
-fn open_all(plan: Plan, settings: &Settings, log: &Logbook) -> Result<Vec<Target>, OpenError> {
+fn open_all(
+    machine: &Machine,
+    plan: &Plan,
+    strict: bool,
+    log: &Logbook,
+) -> Result<Vec<Target>, OpenError> {
     let mut targets = Vec::new();
     for (wave, members) in plan.waves.iter().enumerate() {
         for file_system in members {
-            match open_file_system(file_system) {
-                Ok(fd) => targets.push(Target::new(file_system.to_string(), wave, fd)),
-                Err(error) if error.is_broken() && !settings.strict => {
+            let name = file_system.to_string();
+            match open_file_system(machine, file_system) {
+                Ok(fd) => targets.push(Target::new(file_system.dev, name, wave, fd)),
+                Err(error) if error.is_broken() && !strict => {
                     log.warning(format!("{error}; it is out of order and left out"));
                 }
                 Err(error) => return Err(error),
@@ -106,6 +107,142 @@ fn open_all(plan: Plan, settings: &Settings, log: &Logbook) -> Result<Vec<Target
         }
     }
     Ok(targets)
+}
+
+/// A freeze in force, with all that has to be undone after it.
+pub struct Frozen {
+    session: Session,
+    /// How many ended how.
+    pub summary: Summary,
+    guard: Arc<Guard>,
+    run: RunDir,
+    log: Logbook,
+    _lock: Lock,
+}
+
+/// Freezes everything that the plan says. The log is held from just before the first freeze.
+pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, JobError> {
+    let Setting {
+        config, log, guard, ..
+    } = setting;
+    let run = RunDir::new(&config.run_dir);
+    let lock = run.lock()?;
+    let limits = Limits {
+        strict: config.strict,
+        parallel: config.parallel,
+    };
+    let foreign_guard = Arc::clone(guard);
+    let on_foreign = move |index| {
+        // A guard that is gone thaws nothing, so there is nothing it would have to forget.
+        let _ = foreign_guard.forget(index);
+    };
+    let session = Session::new(
+        gather(config, log)?,
+        Arc::new(Kernel),
+        log.clone(),
+        limits,
+        Arc::clone(abort),
+        Box::new(on_foreign),
+    )
+    .map_err(JobError::Threads)?;
+    session.sync();
+    let record = run.write(&record_of(&session, setting.for_host, |_| true), &lock)?;
+    log.hold();
+    let frozen = freeze_guarded(setting, &session, &record, &lock);
+    match frozen {
+        Ok(summary) => Ok(Frozen {
+            session,
+            summary,
+            guard: Arc::clone(guard),
+            run,
+            log: log.clone(),
+            _lock: lock,
+        }),
+        Err(error) => {
+            drop(session);
+            clean_up(guard, &run, log);
+            Err(error)
+        }
+    }
+}
+
+fn freeze_guarded(
+    setting: &Setting,
+    session: &Session,
+    record: &RecordFile,
+    lock: &Lock,
+) -> Result<Summary, JobError> {
+    let Setting {
+        config,
+        guard,
+        for_host,
+        ..
+    } = setting;
+    guard.arm(session.targets(), config.deadline, record, lock, *for_host)?;
+    let summary = session.freeze()?;
+    guard.frozen()?;
+    if summary.foreign + summary.synced > 0 {
+        record.rewrite(&record_of(session, *for_host, Target::is_ours))?;
+    }
+    Ok(summary)
+}
+
+fn record_of(session: &Session, for_host: bool, listed: fn(&Target) -> bool) -> Record {
+    let targets = session.targets().iter().filter(|t| listed(t));
+    Record {
+        pid: std::process::id(),
+        for_host,
+        frozen: targets
+            .map(|t| Entry {
+                dev: t.dev,
+                name: t.name.clone(),
+            })
+            .collect(),
+    }
+}
+
+/// After the thaw: nothing for the guard to do, nothing for the record to say.
+fn clean_up(guard: &Guard, run: &RunDir, log: &Logbook) {
+    // A guard that is gone is noticed, and replaced, by whoever watches it.
+    let _ = guard.done();
+    if let Err(error) = run.remove() {
+        log.warning(words(&error));
+    }
+}
+
+impl Frozen {
+    /// Thaws what was frozen. Everything is tried, whatever fails.
+    pub fn thaw(self) -> Result<(), ThawError> {
+        let result = self.session.thaw();
+        // What could not be thawed stays in the guard's hands and in the record.
+        if !self.session.targets().iter().any(Target::is_ours) {
+            clean_up(&self.guard, &self.run, &self.log);
+        }
+        result
+    }
+}
+
+/// Goes once through everything between the first freeze and the last thaw, on a file system that
+/// cannot freeze (procfs), so that the pages it takes are in memory and stay there.
+pub fn warm_up() -> io::Result<()> {
+    let fd = File::open("/proc/self/stat")?;
+    let target = Target::new(DevId::default(), "warm-up".into(), 0, fd.into());
+    let limits = Limits {
+        strict: false,
+        parallel: 2,
+    };
+    let session = Session::new(
+        vec![target],
+        Arc::new(Kernel),
+        Logbook::new(Sink::Memory),
+        limits,
+        Arc::default(),
+        Box::new(|_| {}),
+    )?;
+    // It fails to freeze anything, which is the point.
+    let _ = session.freeze();
+    let _ = session.thaw();
+    Ok(())
 }
 
 /// What the event loop hears from a job.
@@ -127,29 +264,17 @@ pub struct Job {
 
 impl Job {
     /// Starts one. `tell` is called from the job's thread.
-    pub fn start(
-        settings: Settings,
-        log: Logbook,
-        tell: impl Fn(Outcome) + Send + 'static,
-    ) -> io::Result<Self> {
+    pub fn start(setting: Setting, tell: impl Fn(Outcome) + Send + 'static) -> io::Result<Self> {
         let (thaw, commands) = channel::<()>();
         let abort = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&abort);
-        let body = move || {
-            let frozen = prepare(&settings, &log, &flag).and_then(|session| {
-                session.sync();
-                log.hold();
-                let summary = session.freeze()?;
-                Ok((session, summary))
-            });
-            match frozen {
-                Err(error) => tell(Outcome::Frozen(Err(error))),
-                Ok((session, summary)) => {
-                    tell(Outcome::Frozen(Ok(summary)));
-                    // Both mean the same: the word to thaw, and the loss of whoever could say it.
-                    let _ = commands.recv();
-                    tell(Outcome::Thawed(session.thaw()));
-                }
+        let body = move || match freeze_all(&setting, &flag) {
+            Err(error) => tell(Outcome::Frozen(Err(error))),
+            Ok(frozen) => {
+                tell(Outcome::Frozen(Ok(frozen.summary)));
+                // Both mean the same: the word to thaw, and the loss of whoever could say it.
+                let _ = commands.recv();
+                tell(Outcome::Thawed(frozen.thaw()));
             }
         };
         let builder = Builder::new().name("backup".into()).stack_size(STACK_BYTES);
@@ -166,7 +291,7 @@ impl Job {
         let _ = self.thaw.send(());
     }
 
-    /// Calls a freeze off that is still under way; what is frozen by then is thawed.
+    /// Calls the freeze off, under way or in force; what is frozen is thawed.
     pub fn abort(&self) {
         self.abort.store(true, Ordering::SeqCst);
         self.thaw();
@@ -176,5 +301,6 @@ impl Job {
     pub fn join(self) {
         // A panic has already been printed, and dropping the session has thawed.
         let _ = self.thread.join();
+        sys::give_back_memory();
     }
 }

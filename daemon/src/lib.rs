@@ -9,14 +9,21 @@
 //!
 //! It knows nothing of VMBus: what the host says arrives as frames of `uapi/hv_vss.rs`.
 
+pub mod commands;
+pub mod config;
 pub mod device;
 pub mod freeze;
+pub mod guard;
 pub mod job;
 pub mod logbook;
+pub mod machine;
 pub mod mounts;
+pub mod namespaces;
 pub mod open;
 pub mod plan;
 pub mod pool;
+pub mod process;
+pub mod record;
 pub mod service;
 pub mod sys;
 pub mod topology;

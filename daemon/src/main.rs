@@ -2,54 +2,124 @@
 
 //! The command line of `hv_vss_daemon`. All work is done by the library.
 
-use std::path::Path;
+use std::error::Error;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
-use clap::{Arg, ArgAction, Command};
+use clap::{value_parser, Arg, ArgAction, ArgMatches, Command};
+use hv_vss_daemon::commands::{self, Recovered, Stop};
+use hv_vss_daemon::config::Config;
 use hv_vss_daemon::device::Device;
-use hv_vss_daemon::job::Settings;
 use hv_vss_daemon::logbook::{words, Logbook, Sink};
 use hv_vss_daemon::service::Service;
+use hv_vss_daemon::{guard, job, process, sys};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+type Failure = Box<dyn Error>;
 
 fn command() -> Command {
+    let device = Arg::new("device")
+        .long("device")
+        .value_name("PATH")
+        .help("The device to serve")
+        .value_parser(value_parser!(PathBuf))
+        .default_value("/dev/vmbus/hv_vss");
+    let no_daemon = Arg::new("no-daemon")
+        .short('n')
+        .long("no-daemon")
+        .help("Stay in the foreground and log to standard error")
+        .action(ArgAction::SetTrue);
+    let config = Arg::new("config")
+        .short('c')
+        .long("config")
+        .value_name("FILE")
+        .help("The configuration [default: /etc/hv_vss_daemon.toml, if it exists]")
+        .value_parser(value_parser!(PathBuf))
+        .global(true);
+    let json = Arg::new("json")
+        .long("json")
+        .help("Print JSON")
+        .action(ArgAction::SetTrue);
+    let time = Arg::new("for")
+        .long("for")
+        .value_name("TIME")
+        .help("How long to stay frozen, such as 5s or 500ms")
+        .value_parser(humantime::parse_duration)
+        .required(true);
     Command::new("hv_vss_daemon")
         .version(env!("CARGO_PKG_VERSION"))
         .about("Freezes the file systems of this guest while its Hyper-V host takes a backup")
-        .arg(
-            Arg::new("no-daemon")
-                .short('n')
-                .long("no-daemon")
-                .help("Stay in the foreground and log to standard error")
-                .action(ArgAction::SetTrue),
-        )
-        .arg(
-            Arg::new("device")
-                .long("device")
-                .value_name("PATH")
-                .help("The device to serve")
-                .default_value("/dev/vmbus/hv_vss"),
-        )
+        .args([no_daemon.clone(), device.clone(), config])
+        .subcommands([
+            Command::new("run")
+                .about("Serve the host's requests (the default)")
+                .args([no_daemon, device]),
+            Command::new("list")
+                .about("Show what would be frozen, in which order, and what would not and why")
+                .arg(json),
+            Command::new("freeze")
+                .about("Rehearse: freeze as for a backup, wait, thaw")
+                .arg(time),
+            Command::new("thaw").about("Thaw what an unfinished freeze left frozen"),
+        ])
 }
 
 fn main() -> ExitCode {
-    let matches = command().get_matches();
-    let foreground = matches.get_flag("no-daemon");
-    let device = matches
-        .get_one::<String>("device")
-        .cloned()
-        .unwrap_or_default();
-    match run(Path::new(&device), foreground) {
+    // Not for people, and started with as little memory as can be, so before all else.
+    let mut args = std::env::args_os().skip(1);
+    if args.next().is_some_and(|a| a == guard::SUBCOMMAND) {
+        let run_dir = args.next().unwrap_or_default();
+        return exit_with(guard::main(Path::new(&run_dir)).map_err(Failure::from));
+    }
+    exit_with(dispatch())
+}
+
+fn exit_with(result: Result<(), Failure>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("hv_vss_daemon: {}", words(error.as_ref()));
+            let _ = writeln!(
+                std::io::stderr(),
+                "hv_vss_daemon: {}",
+                words(error.as_ref())
+            );
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(path: &Path, foreground: bool) -> Result<(), Box<dyn std::error::Error>> {
+fn dispatch() -> Result<(), Failure> {
+    let matches = command().get_matches();
+    let config = Config::load(matches.get_one::<PathBuf>("config").map(PathBuf::as_path))?;
+    match matches.subcommand() {
+        Some(("list", list)) => {
+            let text = commands::list(&config, list.get_flag("json"))?;
+            Ok(std::io::stdout().write_all(text.as_bytes())?)
+        }
+        Some(("freeze", freeze)) => {
+            let time = freeze.get_one("for").copied().unwrap_or_default();
+            rehearse(config, time)
+        }
+        Some(("thaw", _)) => thaw(&config),
+        Some((_, run)) => serve(
+            run,
+            config,
+            run.get_flag("no-daemon") || matches.get_flag("no-daemon"),
+        ),
+        None => serve(&matches, config, matches.get_flag("no-daemon")),
+    }
+}
+
+fn serve(matches: &ArgMatches, config: Config, foreground: bool) -> Result<(), Failure> {
+    let path = matches
+        .get_one::<PathBuf>("device")
+        .cloned()
+        .unwrap_or_default();
     // Before going to the background, so that whoever starts it sees why it cannot run.
-    let device = Device::open(path)?;
+    let device = Device::open(&path)?;
     if !foreground {
         nix::unistd::daemon(false, false)?;
     }
@@ -59,9 +129,45 @@ fn run(path: &Path, foreground: bool) -> Result<(), Box<dyn std::error::Error>> 
         Sink::Syslog
     };
     let log = Logbook::new(sink);
-    let service = Service::new(device, path, Settings::default(), log.clone());
+    harden(&log)?;
+    let service = Service::new(device, &path, config, log.clone());
     service
         .and_then(Service::run)
         .inspect_err(|error| log.error(words(error)))?;
+    Ok(())
+}
+
+/// Must succeed before anything may be frozen, save for what only makes things easier.
+fn harden(log: &Logbook) -> Result<(), Failure> {
+    if let Err(error) = process::raise_descriptor_limit() {
+        log.warning(format!("cannot raise the limit of open files: {error}"));
+    }
+    sys::give_back_memory();
+    process::lock_memory().map_err(|e| format!("cannot lock the memory: {e}"))?;
+    job::warm_up()?;
+    Ok(())
+}
+
+fn rehearse(config: Config, time: Duration) -> Result<(), Failure> {
+    let log = Logbook::new(Sink::Stderr);
+    harden(&log)?;
+    let stop = Stop::default();
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let on_signal = stop.clone();
+    std::thread::spawn(move || {
+        if signals.forever().next().is_some() {
+            on_signal.stop();
+        }
+    });
+    Ok(commands::freeze_for(config, &log, time, &stop)?)
+}
+
+fn thaw(config: &Config) -> Result<(), Failure> {
+    let log = Logbook::new(Sink::Stderr);
+    match commands::thaw(config, &log, true)? {
+        Recovered::Nothing => log.info("nothing is recorded as frozen"),
+        Recovered::CutShort { .. } => log.info("all that was recorded as frozen is thawed"),
+        Recovered::InUse => log.warning("thawed under a process that is still there"),
+    }
     Ok(())
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The mount table: what is mounted where, from `/proc/<pid>/mountinfo`.
+//! The mount table: what is mounted where, from `mountinfo` in procfs.
 //!
 //! Lines are taken apart by `procfs-core`; what it leaves as it stands in the file (octal escapes,
 //! the difference between a mount's and a superblock's options) is put right here. It looks at no
@@ -8,21 +8,26 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::fs::File;
+use std::io::Read as _;
+use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
+use nix::fcntl::{openat, OFlag};
+use nix::sys::stat::Mode;
 use procfs_core::process::MountInfo;
 use procfs_core::ProcError;
 
 /// Why the mount table could not be had.
 #[derive(Debug, thiserror::Error)]
 pub enum MountsError {
-    /// The file could not be read.
-    #[error("cannot read the mount table {path}")]
+    /// The table could not be read.
+    #[error("cannot read the mount table of namespace {namespace}")]
     Read {
-        /// Which table.
-        path: PathBuf,
+        /// Which namespace, as in [`Mount::namespace`].
+        namespace: usize,
         /// What the kernel said.
         source: std::io::Error,
     },
@@ -106,12 +111,17 @@ pub struct Mount {
     pub writable: bool,
 }
 
-/// Reads the table at `path` (`/proc/self/mountinfo` or another process's) as that of `namespace`.
-pub fn read(path: &Path, namespace: usize) -> Result<Vec<Mount>, MountsError> {
-    let text = std::fs::read(path).map_err(|source| MountsError::Read {
-        path: path.to_owned(),
-        source,
-    })?;
+/// Where the kernel shows a thread the table of the namespace that it is in.
+pub const OWN_TABLE: &str = "thread-self/mountinfo";
+
+/// Reads the table of the namespace that the calling thread is in, as that of number `namespace`.
+/// `proc` is the root directory of a procfs, open, since a namespace need not have one.
+pub fn read(proc: BorrowedFd<'_>, namespace: usize) -> Result<Vec<Mount>, MountsError> {
+    let failed = |source| MountsError::Read { namespace, source };
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let fd = openat(proc, OWN_TABLE, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
+    let mut text = Vec::new();
+    File::from(fd).read_to_end(&mut text).map_err(failed)?;
     parse(&text, namespace)
 }
 
@@ -182,6 +192,7 @@ fn unescape(mut text: &[u8]) -> OsString {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     const TABLE: &[u8] = b"\
 22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/nvme0n1p2 rw,errors=remount-ro\n\

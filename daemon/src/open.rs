@@ -7,15 +7,18 @@
 //! block, and what was opened is compared with what was planned before it is used.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{open, OFlag};
+use nix::fcntl::{open, openat, OFlag};
+use nix::mount::{umount2, MntFlags};
 use nix::sys::stat::Mode;
 
+use crate::machine::Machine;
+use crate::mounts::{self, DevId, Mount};
 use crate::plan::{FileSystem, Place};
-use crate::sys;
+use crate::sys::{self, Identity};
 
 /// Why one place could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -40,8 +43,17 @@ pub enum PlaceError {
         /// Which path.
         path: PathBuf,
         /// Device number of what is there.
-        found: crate::mounts::DevId,
+        found: DevId,
     },
+}
+
+impl PlaceError {
+    fn open(path: &Path, source: io::Error) -> Self {
+        PlaceError::Open {
+            path: path.to_owned(),
+            source,
+        }
+    }
 }
 
 /// Why a file system could not be opened at all.
@@ -77,12 +89,28 @@ fn list(errors: &[PlaceError]) -> String {
 }
 
 /// Opens `file_system` through the first of its places that still leads to it.
-pub fn open_file_system(file_system: &FileSystem) -> Result<OwnedFd, OpenError> {
+///
+/// If none does because other mounts lie over all of them, those are taken away in a private copy
+/// of the namespace, where nobody else notices.
+pub fn open_file_system(machine: &Machine, file_system: &FileSystem) -> Result<OwnedFd, OpenError> {
     let mut tried = Vec::new();
+    let proc = machine.proc();
+    let namespaces = machine.namespaces();
     for place in &file_system.places {
-        match open_place(file_system, place) {
-            Ok(fd) => return Ok(fd),
-            Err(error) => tried.push(error),
+        let opened = namespaces.within(place.namespace, || open_place(proc, file_system, place));
+        match opened {
+            Ok(Ok(fd)) => return Ok(fd),
+            Ok(Err(error)) => tried.push(error),
+            Err(source) => tried.push(PlaceError::open(&place.path, source)),
+        }
+    }
+    let hidden = |e: &PlaceError| matches!(e, PlaceError::Other { .. });
+    if tried.iter().any(hidden) {
+        for place in &file_system.places {
+            let uncover = || uncover(proc, file_system, place);
+            if let Ok(Ok(fd)) = namespaces.within_copy(place.namespace, uncover) {
+                return Ok(fd);
+            }
         }
     }
     Err(OpenError {
@@ -91,31 +119,17 @@ pub fn open_file_system(file_system: &FileSystem) -> Result<OwnedFd, OpenError> 
     })
 }
 
-fn open_place(file_system: &FileSystem, place: &Place) -> Result<OwnedFd, PlaceError> {
+fn open_place(
+    proc: BorrowedFd<'_>,
+    file_system: &FileSystem,
+    place: &Place,
+) -> Result<OwnedFd, PlaceError> {
     let path = place.path.as_path();
-    let fail = |errno: Errno| PlaceError::Open {
-        path: path.to_owned(),
-        source: errno.into(),
-    };
-    // A directory can be opened at once: nothing happens but the look-up.
-    let fd = match open_nonblocking(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY) {
-        Err(Errno::ENOTDIR) => open_file(path)?,
-        other => other.map_err(fail)?,
-    };
-    let found = sys::identify(fd.as_fd()).map_err(|source| PlaceError::Open {
-        path: path.to_owned(),
-        source,
-    })?;
-    let dev = crate::mounts::DevId {
-        major: found.major,
-        minor: found.minor,
-    };
+    let (fd, found) = open_path(proc, path)?;
+    let dev = found.dev();
     // Subvolumes of btrfs have numbers of their own, so there the mount's id decides.
-    let same = if file_system.dev.major != 0 {
-        dev == file_system.dev
-    } else {
-        dev == file_system.dev || found.mount_id == Some(place.id)
-    };
+    let same =
+        dev == file_system.dev || (file_system.dev.major == 0 && found.mount_id == Some(place.id));
     if same {
         Ok(fd)
     } else {
@@ -126,13 +140,76 @@ fn open_place(file_system: &FileSystem, place: &Place) -> Result<OwnedFd, PlaceE
     }
 }
 
+/// In a private copy of a namespace: unmounts whatever `place` leads to, until it leads to
+/// `file_system`. Mounts have other ids in the copy, so its own table is read.
+fn uncover(
+    proc: BorrowedFd<'_>,
+    file_system: &FileSystem,
+    place: &Place,
+) -> Result<OwnedFd, PlaceError> {
+    let path = place.path.as_path();
+    loop {
+        let (fd, found) = open_path(proc, path)?;
+        let other = PlaceError::Other {
+            path: path.to_owned(),
+            found: found.dev(),
+        };
+        let Ok(table) = mounts::read(proc, place.namespace) else {
+            return Err(other);
+        };
+        let at = |m: &&Mount| Some(m.id) == found.mount_id;
+        let Some(top) = table.iter().find(at) else {
+            return Err(other);
+        };
+        if top.dev == file_system.dev {
+            return Ok(fd);
+        }
+        // Each round takes one mount away, and only such as lie over the target: when what is
+        // found is what the target was mounted on, the target is gone.
+        let target = |m: &&Mount| m.dev == file_system.dev && m.path == path;
+        let Some(target) = table.iter().find(target) else {
+            return Err(other);
+        };
+        if is_below(&table, top.id, target.id) {
+            return Err(other);
+        }
+        drop(fd);
+        let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
+        umount2(&top.path, flags).map_err(|e| PlaceError::open(path, e.into()))?;
+    }
+}
+
+/// Whether mount `lower` is among those that mount `upper` is attached to, directly or not.
+fn is_below(table: &[Mount], lower: u64, upper: u64) -> bool {
+    let mut next = upper;
+    // No chain is longer than the table.
+    for _ in 0..table.len() {
+        if next == lower {
+            return true;
+        }
+        match table.iter().find(|m| m.id == next) {
+            Some(mount) => next = mount.parent,
+            None => return false,
+        }
+    }
+    false
+}
+
+/// Opens what `path` leads to, if that is a directory or a regular file, and says what it is.
+fn open_path(proc: BorrowedFd<'_>, path: &Path) -> Result<(OwnedFd, Identity), PlaceError> {
+    // A directory can be opened at once: nothing happens but the look-up.
+    let fd = match open_nonblocking(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY) {
+        Err(Errno::ENOTDIR) => open_file(proc, path)?,
+        other => other.map_err(|e| PlaceError::open(path, e.into()))?,
+    };
+    let found = sys::identify(fd.as_fd()).map_err(|e| PlaceError::open(path, e))?;
+    Ok((fd, found))
+}
+
 /// Opens a mount point that is no directory, looking at its type before doing anything to it: to
 /// open a FIFO or a device node has effects of its own.
-fn open_file(path: &Path) -> Result<OwnedFd, PlaceError> {
-    let fail = |source: io::Error| PlaceError::Open {
-        path: path.to_owned(),
-        source,
-    };
+fn open_file(proc: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, PlaceError> {
+    let fail = |source| PlaceError::open(path, source);
     let handle = open_nonblocking(path, OFlag::O_PATH).map_err(|e| fail(e.into()))?;
     let found = sys::identify(handle.as_fd()).map_err(fail)?;
     if found.mode & libc::S_IFMT != libc::S_IFREG {
@@ -140,8 +217,9 @@ fn open_file(path: &Path) -> Result<OwnedFd, PlaceError> {
             path: path.to_owned(),
         });
     }
-    let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&handle));
-    open_nonblocking(Path::new(&again), OFlag::O_RDONLY).map_err(|e| fail(e.into()))
+    let again = format!("thread-self/fd/{}", handle.as_raw_fd());
+    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | OFlag::O_NOCTTY;
+    openat(proc, again.as_str(), flags, Mode::empty()).map_err(|e| fail(e.into()))
 }
 
 fn open_nonblocking(path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
@@ -152,7 +230,6 @@ fn open_nonblocking(path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mounts::{self, DevId};
     use std::os::unix::fs::MetadataExt;
 
     fn file_system(path: &Path, dev: DevId) -> FileSystem {
@@ -169,48 +246,55 @@ mod tests {
         }
     }
 
+    fn proc() -> OwnedFd {
+        open("/proc", OFlag::O_RDONLY, Mode::empty()).unwrap()
+    }
+
     fn dev_of(path: &Path) -> DevId {
         DevId::from_raw(std::fs::metadata(path).unwrap().dev())
     }
 
     #[test]
-    fn every_mounted_directory_is_what_it_is_planned_as() {
-        let table = mounts::read(Path::new("/proc/self/mountinfo"), 0).unwrap();
+    fn root_is_opened_as_what_it_is_planned_as() {
+        let proc = proc();
+        let table = mounts::read(proc.as_fd(), 0).unwrap();
         let root = table.iter().rfind(|m| m.path == Path::new("/")).unwrap();
         let mut planned = file_system(Path::new("/"), root.dev);
         planned.places[0].id = root.id;
-        open_file_system(&planned).unwrap();
+        open_place(proc.as_fd(), &planned, &planned.places[0]).unwrap();
     }
 
     #[test]
     fn a_path_that_leads_elsewhere_is_refused() {
         let planned = file_system(Path::new("/proc"), dev_of(Path::new("/")));
-        let error = open_file_system(&planned).unwrap_err();
-        assert!(
-            error.to_string().contains("leads to another file system"),
-            "{error}"
-        );
-        assert!(!error.is_broken());
+        let error = open_place(proc().as_fd(), &planned, &planned.places[0]).unwrap_err();
+        assert!(matches!(error, PlaceError::Other { .. }), "{error}");
     }
 
     #[test]
-    fn a_fifo_is_neither_opened_nor_waited_for() {
+    fn a_fifo_is_neither_opened_nor_waited_for_but_a_file_will_do() {
         let dir = std::env::temp_dir().join(format!("hv-vss-open-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let fifo = dir.join("fifo");
         nix::unistd::mkfifo(&fifo, Mode::S_IRUSR).unwrap();
         let plain = dir.join("plain");
         std::fs::write(&plain, b"x").unwrap();
-        let mut planned = file_system(&fifo, dev_of(&dir));
-        let error = open_file_system(&planned).unwrap_err();
-        assert!(
-            matches!(error.tried[..], [PlaceError::Special { .. }]),
-            "{error}"
-        );
-        // Another place of the same file system is taken instead, here a regular file.
-        let other = file_system(&plain, planned.dev);
-        planned.places.extend(other.places);
-        open_file_system(&planned).unwrap();
+        let proc = proc();
+        let planned = file_system(&fifo, dev_of(&dir));
+        let error = open_place(proc.as_fd(), &planned, &planned.places[0]).unwrap_err();
+        assert!(matches!(error, PlaceError::Special { .. }), "{error}");
+        let planned = file_system(&plain, dev_of(&dir));
+        open_place(proc.as_fd(), &planned, &planned.places[0]).unwrap();
         std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn attachment_is_followed_to_any_depth_and_a_circle_ends() {
+        let line = |id, parent| format!("{id} {parent} 8:1 / /x rw - ext4 /dev/sda1 rw\n");
+        let text = [line(1, 0), line(2, 1), line(3, 2), line(7, 8), line(8, 7)].concat();
+        let table = mounts::parse(text.as_bytes(), 0).unwrap();
+        assert!(is_below(&table, 1, 3));
+        assert!(!is_below(&table, 3, 1));
+        assert!(!is_below(&table, 1, 7));
     }
 }

@@ -16,16 +16,22 @@ use std::time::{Duration, Instant};
 use hv_vss_uapi::{op, status, thawed};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
+use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
+use crate::commands::{self, Recovered};
+use crate::config::Config;
 use crate::device::{Abi, Device, DeviceError, Incoming, Request};
-use crate::job::{Job, Outcome, Settings};
+use crate::guard::{Event, Guard, GuardError};
+use crate::job::{Job, Outcome, Setting};
 use crate::logbook::{words, Logbook};
+use crate::record::RunDir;
 
 const DEVICE: Token = Token(0);
 const SIGNALS: Token = Token(1);
 const JOB: Token = Token(2);
+const GUARD: Token = Token(3);
 
 /// First and longest pause between attempts to open a device that went away.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
@@ -35,6 +41,9 @@ const MARGIN: Duration = Duration::from_secs(2);
 /// Why the service cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
+    /// Without a guard nothing could ever be frozen.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
     /// The event loop itself failed.
     #[error("the event loop fails to {doing}")]
     Loop {
@@ -76,11 +85,12 @@ enum Phase {
 /// The running daemon.
 pub struct Service {
     path: PathBuf,
-    settings: Settings,
+    config: Arc<Config>,
     log: Logbook,
     poll: Poll,
     signals: Signals,
     device: Option<Device>,
+    guard: Option<Arc<Guard>>,
     /// When to try next to open a device that went away, and the pause after that.
     retry: Option<(Instant, Duration)>,
     phase: Phase,
@@ -90,15 +100,17 @@ pub struct Service {
     waker: Arc<Waker>,
     backups: u64,
     stopping: bool,
+    /// How often the service manager wants to hear from us, and when next.
+    watchdog: Option<(Duration, Instant)>,
 }
 
 impl Service {
     /// Serves `device`, which was opened from `path` and is opened from there again should it go
-    /// away.
+    /// away. What an earlier daemon left frozen is thawed first.
     pub fn new(
         device: Device,
         path: &Path,
-        settings: Settings,
+        config: Config,
         log: Logbook,
     ) -> Result<Self, ServiceError> {
         let poll = Poll::new().map_err(failed("open"))?;
@@ -110,10 +122,11 @@ impl Service {
         let waker = Waker::new(registry, JOB).map_err(failed("make a waker"))?;
         let mut service = Service {
             path: path.to_owned(),
-            settings,
+            config: Arc::new(config),
             log,
             signals,
             device: None,
+            guard: None,
             retry: None,
             phase: Phase::Idle,
             broken: None,
@@ -121,14 +134,91 @@ impl Service {
             waker: Arc::new(waker),
             backups: 0,
             stopping: false,
+            watchdog: sd_notify::watchdog_enabled().map(|limit| (limit / 2, Instant::now())),
             poll,
         };
+        service.recover();
+        service.start_guard()?;
         service.adopt(device)?;
         Ok(service)
     }
 
+    /// Cleans up after a daemon and a guard that were both killed.
+    fn recover(&mut self) {
+        match commands::thaw(&self.config, &self.log, false) {
+            Ok(Recovered::Nothing) => {}
+            Ok(Recovered::CutShort { for_host }) => {
+                self.log
+                    .warning("an earlier daemon died while it had frozen; all is thawed");
+                if for_host {
+                    self.broken = Some("the daemon that had frozen died");
+                }
+            }
+            Ok(Recovered::InUse) => {
+                self.log
+                    .warning("the freeze of another process is still being undone");
+                self.broken = Some("the freeze of another process was in force");
+            }
+            // Serving goes on: the next freeze may well work.
+            Err(error) => {
+                self.log.error(words(&error));
+                self.broken = Some("what an earlier daemon had frozen could not be thawed");
+            }
+        }
+    }
+
+    fn start_guard(&mut self) -> Result<(), ServiceError> {
+        let guard = Guard::start(&RunDir::new(&self.config.run_dir))?;
+        self.poll
+            .registry()
+            .register(&mut SourceFd(&guard.as_raw_fd()), GUARD, Interest::READABLE)
+            .map_err(failed("watch the guard"))?;
+        self.guard = Some(Arc::new(guard));
+        Ok(())
+    }
+
+    /// Replaces a guard that died, unless something is frozen: then no program is started.
+    fn need_guard(&mut self) -> Option<Arc<Guard>> {
+        if self.guard.is_none() && matches!(self.phase, Phase::Idle) {
+            match self.start_guard() {
+                Ok(()) => self.log.info("the guard is replaced"),
+                Err(error) => self.log.error(words(&error)),
+            }
+        }
+        self.guard.clone()
+    }
+
+    fn on_guard(&mut self) {
+        let Some(guard) = self.guard.clone() else {
+            return;
+        };
+        let Some(event) = guard.event() else {
+            return;
+        };
+        if event == Event::Died {
+            self.log.error("the guard process died");
+            let registry = self.poll.registry();
+            // It is closed anyway when the last copy of the handle goes.
+            let _ = registry.deregister(&mut SourceFd(&guard.as_raw_fd()));
+            guard.bury();
+            self.guard = None;
+        }
+        let (why, reason) = match event {
+            Event::Overdue => ("the deadline passed", thawed::DEADLINE),
+            Event::Died => ("the guard process died", thawed::CRASH),
+        };
+        if let Phase::Frozen { id, .. } = self.phase {
+            self.log
+                .error(format!("{why}: thawing before the host said so"));
+            self.tell_thawed(id, reason);
+        }
+        self.call_off(why);
+        self.need_guard();
+    }
+
     /// Serves until a signal says stop.
     pub fn run(mut self) -> Result<(), ServiceError> {
+        self.notify(NotifyState::Ready);
         let mut events = Events::with_capacity(8);
         loop {
             match self.poll.poll(&mut events, self.timeout()) {
@@ -142,10 +232,11 @@ impl Service {
             if self.signals.pending().next().is_some() {
                 self.stop();
             }
+            self.on_guard();
             self.on_time();
             self.on_device();
             if self.stopping && matches!(self.phase, Phase::Idle) {
-                self.log.info("stopped");
+                self.log.info("stopped, nothing is frozen");
                 return Ok(());
             }
         }
@@ -156,8 +247,11 @@ impl Service {
             Phase::Freezing { give_up, .. } => Some(*give_up),
             _ => None,
         };
-        let retry = self.retry.map(|(at, _)| at);
-        let next = give_up.into_iter().chain(retry).min()?;
+        // No look-up while something may be frozen, so no attempt to open the device either.
+        let idle = matches!(self.phase, Phase::Idle);
+        let retry = self.retry.filter(|_| idle).map(|(at, _)| at);
+        let watchdog = self.watchdog.map(|(_, at)| at);
+        let next = give_up.into_iter().chain(retry).chain(watchdog).min()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
 
@@ -216,7 +310,12 @@ impl Service {
                 .error("the freeze takes too long for the host; called off");
             self.call_off("the freeze took too long");
         }
-        let Some((at, pause)) = self.retry else {
+        if let Some((pause, at)) = self.watchdog.filter(|(_, at)| *at <= now) {
+            self.watchdog = Some((pause, at.max(now) + pause));
+            self.notify(NotifyState::Watchdog);
+        }
+        let idle = matches!(self.phase, Phase::Idle);
+        let Some((at, pause)) = self.retry.filter(|_| idle) else {
             return;
         };
         if at > now || self.stopping {
@@ -232,9 +331,18 @@ impl Service {
         }
     }
 
+    /// Tells the service manager, if there is one.
+    fn notify(&self, state: NotifyState) {
+        if let Err(error) = sd_notify::notify(&[state]) {
+            let text = format!("the service manager cannot be told: {error}");
+            self.log.warning(text);
+        }
+    }
+
     fn stop(&mut self) {
         if !self.stopping {
             self.log.info("asked to stop");
+            self.notify(NotifyState::Stopping);
         }
         self.stopping = true;
         if let Phase::Frozen { id, .. } = self.phase {
@@ -262,11 +370,14 @@ impl Service {
                 Phase::Ending { job }
             }
             Phase::Frozen { job, .. } => {
-                job.thaw();
+                job.abort();
                 Phase::Ending { job }
             }
             // The thaw is on its way; only its success is no longer worth anything.
-            Phase::Thawing { job, request } => Phase::Thawing { job, request },
+            Phase::Thawing { job, request } => {
+                job.abort();
+                Phase::Thawing { job, request }
+            }
             Phase::Ending { job } => Phase::Ending { job },
         };
         self.broken = Some(why);
@@ -323,6 +434,12 @@ impl Service {
             self.answer(&request, status::FAIL);
             return;
         }
+        let Some(guard) = self.need_guard() else {
+            self.log
+                .error("FREEZE from the host is refused: there is no guard process");
+            self.answer(&request, status::FAIL);
+            return;
+        };
         let now = Instant::now();
         self.backups += 1;
         self.broken = None;
@@ -335,7 +452,13 @@ impl Service {
             let _ = outcomes.send(outcome);
             let _ = waker.wake();
         };
-        match Job::start(self.settings.clone(), self.log.clone(), tell) {
+        let setting = Setting {
+            config: Arc::clone(&self.config),
+            log: self.log.clone(),
+            guard,
+            for_host: true,
+        };
+        match Job::start(setting, tell) {
             Ok(job) => {
                 let time_left = request.time_left.max(MARGIN * 2) - MARGIN;
                 self.phase = Phase::Freezing {
@@ -400,7 +523,7 @@ impl Service {
                     // The host was told that it failed, so it will not say THAW.
                     self.log
                         .error(format!("FREEZE came too late ({counts}); thawing"));
-                    job.thaw();
+                    job.abort();
                     self.broken = Some("the freeze came too late");
                     self.phase = Phase::Ending { job };
                 }
@@ -450,6 +573,7 @@ impl Service {
         job.join();
         self.log.end_backup();
         self.log.release();
+        self.need_guard();
     }
 }
 

@@ -8,15 +8,19 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use crate::mounts::DevId;
 use nix::errno::Errno;
+use nix::sys::socket::{recvmsg, ControlMessageOwned, MsgFlags};
 
 /// The raw ioctl wrappers that nix generates; all of them are unsafe functions.
 mod ioctl {
     nix::ioctl_readwrite!(fifreeze, b'X', 119, libc::c_int);
     nix::ioctl_readwrite!(fithaw, b'X', 120, libc::c_int);
     nix::ioctl_read_bad!(loop_get_status64, 0x4C05, super::LoopInfo64);
+    nix::ioctl_read!(ns_mnt_get_next, 0xb7, 11, super::MntNsInfo);
+    nix::ioctl_read!(ns_mnt_get_prev, 0xb7, 12, super::MntNsInfo);
 }
 
 /// `struct loop_info64` of `linux/loop.h`.
@@ -84,6 +88,16 @@ pub struct Identity {
     pub mode: u32,
 }
 
+impl Identity {
+    /// The device number of the file system, or of the subvolume for those that have such.
+    pub fn dev(&self) -> DevId {
+        DevId {
+            major: self.major,
+            minor: self.minor,
+        }
+    }
+}
+
 /// Asks the kernel which file system and mount `fd` really is on (`statx`).
 pub fn identify(fd: BorrowedFd<'_>) -> io::Result<Identity> {
     let mut stx = MaybeUninit::<libc::statx>::zeroed();
@@ -108,4 +122,71 @@ pub fn identify(fd: BorrowedFd<'_>) -> io::Result<Identity> {
         minor: stx.stx_dev_minor,
         mode: stx.stx_mode.into(),
     })
+}
+
+/// `struct mnt_ns_info` of `linux/nsfs.h`, first version.
+#[repr(C)]
+struct MntNsInfo {
+    size: u32,
+    nr_mounts: u32,
+    mnt_ns_id: u64,
+}
+
+/// Opens the mount namespace that comes after (or before) the one that `fd` has open, in the
+/// kernel's list of all; `None` at the end of the list.
+///
+/// Fails with `ENOTTY` on kernels before 6.12 and with `EPERM` without privilege.
+pub fn neighbour_namespace(fd: BorrowedFd<'_>, after: bool) -> io::Result<Option<OwnedFd>> {
+    let mut info = MntNsInfo {
+        size: 0,
+        nr_mounts: 0,
+        mnt_ns_id: 0,
+    };
+    // SAFETY: the descriptor is open, and the kernel writes at most the 16 bytes that `info` has.
+    let result = unsafe {
+        if after {
+            ioctl::ns_mnt_get_next(fd.as_raw_fd(), &mut info)
+        } else {
+            ioctl::ns_mnt_get_prev(fd.as_raw_fd(), &mut info)
+        }
+    };
+    match result {
+        // SAFETY: on success the kernel returns a new descriptor that nobody else has.
+        Ok(new) => Ok(Some(unsafe { OwnedFd::from_raw_fd(new) })),
+        Err(Errno::ENOENT) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Most descriptors that the kernel lets one message carry (`SCM_MAX_FD` of `net/scm.h`).
+pub const MAX_DESCRIPTORS: usize = 253;
+
+/// Receives one packet with the descriptors that came with it. A length of 0 is the end: the other
+/// side is closed.
+pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
+    let mut iov = [io::IoSliceMut::new(buffer)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), flags)?;
+    let mut descriptors = Vec::new();
+    for part in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(raw) = part {
+            // SAFETY: the kernel has just made these descriptors for this process; nothing else
+            // knows their numbers yet.
+            descriptors.extend(
+                raw.into_iter()
+                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+            );
+        }
+    }
+    Ok((message.bytes, descriptors))
+}
+
+/// Gives memory that the allocator keeps for later back to the kernel.
+pub fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: malloc_trim has no preconditions; it only looks at the allocator's own lists.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }

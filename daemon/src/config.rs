@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The configuration file, `/etc/hv_vss_daemon.toml`: what to leave out, how long to wait, how
+//! strict to be. Without one, everything has the default that [`Config::default`] shows.
+//!
+//! ```toml
+//! strict = false          # a file system that cannot freeze fails the backup
+//! deadline = 60           # seconds from the first freeze to the thaw, at the latest
+//! parallel = 32           # file systems that are worked on at a time
+//!
+//! [exclude]               # never frozen; patterns with *, ? and [...]
+//! paths = ["/srv/scratch*"]
+//! types = ["vfat"]
+//! devices = ["/dev/sdb*", "8:32"]
+//!
+//! [include]               # if anything is listed here, nothing else is frozen
+//! paths = ["/srv/*"]
+//! ```
+//!
+//! It knows file systems by what an operator sees of them and nothing of freezing.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use glob::{MatchOptions, Pattern};
+use serde::{de::Error as _, Deserialize, Deserializer};
+
+use crate::plan::FileSystem;
+
+/// Where the configuration is looked for.
+pub const DEFAULT_PATH: &str = "/etc/hv_vss_daemon.toml";
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("cannot read the configuration {path}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It is not what it should be; the cause has line and column.
+    #[error("the configuration {path} is not valid")]
+    Parse {
+        /// Which file.
+        path: PathBuf,
+        /// Where and what.
+        source: toml::de::Error,
+    },
+}
+
+/// What an operator can choose.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Whether a file system that cannot freeze, or that is out of order, fails the backup.
+    pub strict: bool,
+    /// Seconds from the first freeze to the thaw at the latest, 1 to 3600.
+    #[serde(deserialize_with = "seconds")]
+    pub deadline: Duration,
+    /// How many file systems are worked on at a time, 1 to 256.
+    #[serde(deserialize_with = "threads")]
+    pub parallel: usize,
+    /// Where lock and record are kept; it must not be on a disk.
+    pub run_dir: PathBuf,
+    /// What is never frozen.
+    pub exclude: Rules,
+    /// If anything is named here, only that is frozen.
+    pub include: Rules,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            strict: false,
+            deadline: Duration::from_secs(60),
+            parallel: 32,
+            run_dir: "/run/hv_vss_daemon".into(),
+            exclude: Rules::default(),
+            include: Rules::default(),
+        }
+    }
+}
+
+fn seconds<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
+    match u64::deserialize(d)? {
+        s @ 1..=3600 => Ok(Duration::from_secs(s)),
+        other => Err(D::Error::custom(format!(
+            "{other} is not between 1 and 3600 seconds"
+        ))),
+    }
+}
+
+fn threads<'de, D: Deserializer<'de>>(d: D) -> Result<usize, D::Error> {
+    match usize::deserialize(d)? {
+        n @ 1..=256 => Ok(n),
+        other => Err(D::Error::custom(format!(
+            "{other} is not between 1 and 256"
+        ))),
+    }
+}
+
+/// A set of file systems, by any of three properties.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Rules {
+    /// Any path at which it is mounted.
+    paths: Vec<Rule>,
+    /// Its type.
+    types: Vec<Rule>,
+    /// Its source as the mount table names it, or its number as `major:minor`.
+    devices: Vec<Rule>,
+}
+
+/// A shell pattern. A `/` is matched like any other character.
+#[derive(Clone, Debug)]
+struct Rule(Pattern);
+
+impl<'de> Deserialize<'de> for Rule {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(d)?;
+        Pattern::new(&text)
+            .map(Rule)
+            .map_err(|e| D::Error::custom(format!("{text:?} is not a pattern: {e}")))
+    }
+}
+
+impl Rule {
+    fn matches(&self, text: &str) -> bool {
+        let options = MatchOptions {
+            require_literal_leading_dot: false,
+            require_literal_separator: false,
+            case_sensitive: true,
+        };
+        self.0.matches_with(text, options)
+    }
+}
+
+impl Rules {
+    fn is_empty(&self) -> bool {
+        self.paths.is_empty() && self.types.is_empty() && self.devices.is_empty()
+    }
+
+    /// The first rule that fits, in words.
+    fn find(&self, file_system: &FileSystem) -> Option<String> {
+        let on_path = |rule: &&Rule| {
+            let mut places = file_system.places.iter();
+            places.any(|place| rule.matches(&place.path.to_string_lossy()))
+        };
+        if let Some(rule) = self.paths.iter().find(on_path) {
+            return Some(format!("path {}", rule.0));
+        }
+        let on_type = |rule: &&Rule| rule.matches(&file_system.fs_type);
+        if let Some(rule) = self.types.iter().find(on_type) {
+            return Some(format!("type {}", rule.0));
+        }
+        let source = file_system.source.as_deref().unwrap_or_default();
+        let source = source.to_string_lossy();
+        let number = file_system.dev.to_string();
+        let on_device = |rule: &&Rule| rule.matches(&source) || rule.matches(&number);
+        let rule = self.devices.iter().find(on_device)?;
+        Some(format!("device {}", rule.0))
+    }
+}
+
+impl Config {
+    /// Reads the configuration at `path`; without a path the default one, which need not exist.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let file = path.unwrap_or(Path::new(DEFAULT_PATH));
+        match std::fs::read_to_string(file) {
+            Ok(text) => Self::parse(&text, file),
+            Err(e) if path.is_none() && e.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(ConfigError::Read {
+                path: file.to_owned(),
+                source,
+            }),
+        }
+    }
+
+    fn parse(text: &str, file: &Path) -> Result<Self, ConfigError> {
+        toml::from_str(text).map_err(|source| ConfigError::Parse {
+            path: file.to_owned(),
+            source,
+        })
+    }
+
+    /// The rule by which `file_system` is not to be frozen, if there is one.
+    pub fn excludes(&self, file_system: &FileSystem) -> Option<String> {
+        if let Some(rule) = self.exclude.find(file_system) {
+            return Some(format!("exclude {rule}"));
+        }
+        let wanted = self.include.is_empty() || self.include.find(file_system).is_some();
+        (!wanted).then(|| "include, which names others".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Place;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(text, Path::new("test.toml")).map_err(|e| crate::logbook::words(&e))
+    }
+
+    fn file_system(paths: &[&str], fs_type: &str, source: &str, dev: &str) -> FileSystem {
+        FileSystem {
+            dev: dev.parse().unwrap(),
+            fs_type: fs_type.into(),
+            source: Some(source.into()),
+            places: paths
+                .iter()
+                .map(|path| Place {
+                    namespace: 0,
+                    id: 1,
+                    path: path.into(),
+                    covered: false,
+                })
+                .collect(),
+        }
+    }
+
+    #[test]
+    fn an_empty_file_is_the_default_and_excludes_nothing() {
+        let config = parse("").unwrap();
+        assert_eq!(config.deadline, Duration::from_secs(60));
+        let root = file_system(&["/"], "ext4", "/dev/sda1", "8:1");
+        assert_eq!(config.excludes(&root), None);
+    }
+
+    #[test]
+    fn a_file_system_is_excluded_by_any_of_its_paths_its_type_or_its_device() {
+        let config = parse(
+            "exclude = { paths = ['/srv/*'], types = ['vfa?'], devices = ['/dev/sdb*', '8:32'] }",
+        )
+        .unwrap();
+        for (paths, fs_type, source, dev, rule) in [
+            (
+                &["/data", "/srv/a/b"][..],
+                "ext4",
+                "/dev/sda1",
+                "8:1",
+                "exclude path /srv/*",
+            ),
+            (&["/efi"], "vfat", "/dev/sda1", "8:1", "exclude type vfa?"),
+            (
+                &["/b"],
+                "ext4",
+                "/dev/sdb7",
+                "8:23",
+                "exclude device /dev/sdb*",
+            ),
+            (&["/c"], "ext4", "/dev/sdc", "8:32", "exclude device 8:32"),
+        ] {
+            let found = config.excludes(&file_system(paths, fs_type, source, dev));
+            assert_eq!(found.as_deref(), Some(rule));
+        }
+        let other = file_system(&["/srv"], "ext4", "/dev/sda1", "8:1");
+        assert_eq!(config.excludes(&other), None);
+    }
+
+    #[test]
+    fn with_an_include_list_nothing_else_is_frozen_and_exclude_still_wins() {
+        let config = parse("include.types = ['xfs']\nexclude.paths = ['/tmp']").unwrap();
+        let xfs = |path| file_system(&[path], "xfs", "/dev/sda1", "8:1");
+        assert_eq!(config.excludes(&xfs("/a")), None);
+        assert!(config.excludes(&xfs("/tmp")).is_some());
+        let other = file_system(&["/b"], "ext4", "/dev/sda2", "8:2");
+        assert_eq!(
+            config.excludes(&other).as_deref(),
+            Some("include, which names others")
+        );
+    }
+
+    #[test]
+    fn errors_name_file_line_and_column() {
+        for (text, line, column, word) in [
+            (
+                "strict = true\ndeadlin = 5\n",
+                2,
+                1,
+                "unknown field `deadlin`",
+            ),
+            ("deadline = 0\n", 1, 12, "not between 1 and 3600"),
+            ("\n\nparallel = 'x'\n", 3, 12, "invalid type"),
+            ("[exclude]\npaths = ['/a[']\n", 2, 9, "not a pattern"),
+            ("strict = \n", 1, 10, ""),
+        ] {
+            let error = parse(text).unwrap_err();
+            let place = format!("line {line}, column {column}");
+            assert!(error.contains("test.toml"), "{error}");
+            assert!(error.contains(&place), "{text:?}: {error}");
+            assert!(error.contains(word), "{error}");
+        }
+    }
+}

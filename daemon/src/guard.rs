@@ -1,0 +1,642 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The dead-man's switch: a process of its own that thaws when the daemon cannot.
+//!
+//! The daemon hands it a copy of each descriptor before the first freeze ([`Guard::arm`]). From
+//! then on the guard thaws everything when the daemon dies (its end of the socket closes, or its
+//! first thread is gone while another still hangs in the kernel) and when the deadline passes,
+//! whatever the daemon does. It reads no table and looks up no path: it knows descriptors, waves
+//! and times, and not what a host is.
+//!
+//! The messages are packets on a Unix socket: a [`Message`], for `ADD` followed by the wave of
+//! each descriptor as a `u32`.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::socket::{
+    sendmsg, socketpair, AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType,
+};
+use nix::time::{clock_gettime, ClockId};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::freeze::Target;
+use crate::process;
+use crate::record::{Lock, RecordFile, RunDir};
+use crate::sys;
+
+/// The name of the guard on the command line of `hv_vss_daemon`; not for people.
+pub const SUBCOMMAND: &str = "guard";
+
+/// Daemon to guard: descriptors that are about to be frozen.
+const ADD: u32 = 1;
+/// Daemon to guard: the first freeze follows. Carries the deadline, the record and the lock.
+const START: u32 = 2;
+/// Daemon to guard: one of them is not the daemon's to thaw.
+const FORGET: u32 = 3;
+/// Daemon to guard: all freezes have ended; from here on nothing becomes frozen.
+const FROZEN: u32 = 4;
+/// Daemon to guard: all is thawed, let go of everything.
+const DONE: u32 = 5;
+/// Guard to daemon: ready to be armed.
+const READY: u32 = 6;
+/// Guard to daemon: the deadline has passed, everything is being thawed.
+const OVERDUE: u32 = 7;
+
+/// How long a guard may take to start.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often the guard looks after the daemon while something is frozen.
+const TICK: Duration = Duration::from_millis(100);
+/// How often while it thaws.
+const THAW_TICK: Duration = Duration::from_millis(10);
+/// How long one wave may hold up the thaw of the next.
+const WAVE_LIMIT: Duration = Duration::from_millis(150);
+/// Threads to begin a thaw with; each that hangs is replaced.
+const THREADS: usize = 8;
+const STACK_BYTES: usize = 32 * 1024;
+
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Message {
+    kind: u32,
+    /// For `ADD`: how many waves follow. For `START`: 1 when a host waits, 0 for a rehearsal.
+    count: u32,
+    /// For `START`: the deadline in nanoseconds of `CLOCK_BOOTTIME`. For `FORGET`: which, counted
+    /// over all that was added.
+    value: u64,
+}
+
+/// Why there is no guard.
+#[derive(Debug, thiserror::Error)]
+pub enum GuardError {
+    /// It cannot be started.
+    #[error("cannot start the guard process")]
+    Start(#[source] io::Error),
+    /// It did not say that it is ready.
+    #[error("the guard process does not answer")]
+    Silent,
+    /// It is gone.
+    #[error("the guard process is gone")]
+    Gone(#[source] io::Error),
+}
+
+/// What the guard has to say to the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The deadline has passed; it is thawing everything.
+    Overdue,
+    /// It is dead.
+    Died,
+}
+
+/// The daemon's end: a running guard.
+#[derive(Debug)]
+pub struct Guard {
+    socket: OwnedFd,
+    child: Mutex<Child>,
+}
+
+impl Guard {
+    /// Starts a guard, from the very program that is running, and waits until it is ready. Not to
+    /// be called while anything is frozen.
+    pub fn start(run: &RunDir) -> Result<Self, GuardError> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (socket, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
+            .map_err(|e| GuardError::Start(e.into()))?;
+        let child = Command::new("/proc/self/exe")
+            .arg0("hv_vss_daemon")
+            .arg(SUBCOMMAND)
+            .arg(run.path())
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .env_clear()
+            .spawn()
+            .map_err(GuardError::Start)?;
+        let guard = Guard {
+            socket,
+            child: Mutex::new(child),
+        };
+        let limit = PollTimeout::try_from(START_TIMEOUT).unwrap_or(PollTimeout::MAX);
+        wait_readable(guard.socket.as_fd(), limit).map_err(GuardError::Start)?;
+        let mut reply = Message::default();
+        match sys::receive(guard.socket.as_fd(), reply.as_mut_bytes()) {
+            Ok((size, _)) if size == size_of::<Message>() && reply.kind == READY => Ok(guard),
+            _ => Err(GuardError::Silent),
+        }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.lock_child().id()
+    }
+
+    /// Makes it responsible for `targets` from now until [`Guard::done`]; it thaws them at the
+    /// deadline, which is so far from now. The descriptors are in its hands (or in its socket,
+    /// which is as good) when this returns.
+    pub fn arm(
+        &self,
+        targets: &[Target],
+        deadline: Duration,
+        record: &RecordFile,
+        lock: &Lock,
+        for_host: bool,
+    ) -> Result<(), GuardError> {
+        for chunk in targets.chunks(sys::MAX_DESCRIPTORS) {
+            let raw: Vec<RawFd> = chunk.iter().map(|t| t.as_fd().as_raw_fd()).collect();
+            let waves: Vec<u32> = chunk.iter().map(|t| t.wave as u32).collect();
+            let message = Message {
+                kind: ADD,
+                count: chunk.len() as u32,
+                value: 0,
+            };
+            self.send(message, waves.as_bytes(), &raw)?;
+        }
+        let message = Message {
+            kind: START,
+            count: for_host.into(),
+            value: (boot_time() + deadline).as_nanos() as u64,
+        };
+        self.send(message, &[], &[record.file.as_raw_fd(), lock.as_raw_fd()])
+    }
+
+    /// Takes target number `index` out of its hands: somebody else has frozen that one.
+    pub fn forget(&self, index: usize) -> Result<(), GuardError> {
+        self.tell(FORGET, index as u64)
+    }
+
+    /// Says that no further freeze will follow.
+    pub fn frozen(&self) -> Result<(), GuardError> {
+        self.tell(FROZEN, 0)
+    }
+
+    /// Says that everything is thawed.
+    pub fn done(&self) -> Result<(), GuardError> {
+        self.tell(DONE, 0)
+    }
+
+    fn tell(&self, kind: u32, value: u64) -> Result<(), GuardError> {
+        let message = Message {
+            kind,
+            count: 0,
+            value,
+        };
+        self.send(message, &[], &[])
+    }
+
+    fn send(&self, message: Message, more: &[u8], fds: &[RawFd]) -> Result<(), GuardError> {
+        send(self.socket.as_fd(), message, more, fds).map_err(GuardError::Gone)
+    }
+
+    /// What it has said since it was last asked; never waits.
+    pub fn event(&self) -> Option<Event> {
+        if !wait_readable(self.socket.as_fd(), PollTimeout::ZERO).unwrap_or(true) {
+            return None;
+        }
+        let mut message = Message::default();
+        match sys::receive(self.socket.as_fd(), message.as_mut_bytes()) {
+            Ok((size, _)) if size == size_of::<Message>() && message.kind == OVERDUE => {
+                Some(Event::Overdue)
+            }
+            _ => Some(Event::Died),
+        }
+    }
+
+    /// Collects one that has died. Not to be called for one that lives.
+    pub fn bury(&self) {
+        // There is nothing to learn from how it ended.
+        let _ = self.lock_child().wait();
+    }
+
+    fn lock_child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AsRawFd for Guard {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // Without its other end the guard ends by itself, once nothing is frozen.
+        let both = nix::sys::socket::Shutdown::Both;
+        let _ = nix::sys::socket::shutdown(self.as_raw_fd(), both);
+    }
+}
+
+fn send(socket: BorrowedFd<'_>, message: Message, more: &[u8], fds: &[RawFd]) -> io::Result<()> {
+    let parts = [io::IoSlice::new(message.as_bytes()), io::IoSlice::new(more)];
+    let rights = [ControlMessage::ScmRights(fds)];
+    let rights = if fds.is_empty() { &[][..] } else { &rights[..] };
+    // A guard that is stopped must not stop the daemon.
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    sendmsg::<()>(socket.as_raw_fd(), &parts, rights, flags, None)?;
+    Ok(())
+}
+
+fn wait_readable(fd: BorrowedFd<'_>, limit: PollTimeout) -> io::Result<bool> {
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+    match poll(&mut fds, limit) {
+        Ok(ready) => Ok(ready > 0),
+        Err(Errno::EINTR) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// The clock of the deadline; it goes on while the machine is suspended, as the host's does.
+fn boot_time() -> Duration {
+    // The clock exists on every kernel since 2.6.39, and the call has no other way to fail.
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+}
+
+/// The guard process itself: serves the socket on standard input until the daemon is gone and
+/// nothing is left to thaw.
+pub fn main(run: &Path) -> Result<(), GuardError> {
+    // Only a name for ps(1): the program was started by way of /proc/self/exe.
+    let _ = nix::sys::prctl::set_name(c"hv_vss_guard");
+    // A service manager that stops all processes at once must not take the guard before the
+    // daemon; it ends when the daemon does.
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    signals
+        .thread_block()
+        .map_err(|e| GuardError::Start(e.into()))?;
+    // Without privilege none of this succeeds, and neither does a freeze.
+    let _ = process::escape_oom_killer();
+    let _ = process::raise_descriptor_limit();
+    process::lock_memory().map_err(GuardError::Start)?;
+    let stdin = io::stdin();
+    let parent = std::os::unix::process::parent_id();
+    let mut watch = Watch {
+        socket: stdin.as_fd(),
+        // Read again and again, so it is opened only once.
+        daemon: File::open(format!("/proc/{parent}/stat")).map_err(GuardError::Start)?,
+        run: RunDir::new(run),
+        gone: false,
+        armed: Armed::default(),
+    };
+    watch.rehearse();
+    let ready = Message {
+        kind: READY,
+        ..Message::default()
+    };
+    send(watch.socket, ready, &[], &[]).map_err(GuardError::Gone)?;
+    watch.run()
+}
+
+/// One descriptor in the guard's hands.
+struct Member {
+    fd: OwnedFd,
+    wave: u32,
+    forgotten: AtomicBool,
+}
+
+/// What was handed over for one freeze.
+#[derive(Default)]
+struct Armed {
+    members: Vec<Arc<Member>>,
+    /// Set by START: record and lock, and when to thaw.
+    started: Option<Started>,
+    rescue: Option<Rescue>,
+    /// Set once the rescue has ended.
+    rescued: bool,
+    /// Set by FROZEN, or by the daemon's end: no freeze is under way any more.
+    settled: Arc<AtomicBool>,
+}
+
+struct Started {
+    deadline: Duration,
+    for_host: bool,
+    record: File,
+    /// Held until everything is thawed.
+    _lock: OwnedFd,
+}
+
+struct Watch<'a> {
+    socket: BorrowedFd<'a>,
+    daemon: File,
+    run: RunDir,
+    gone: bool,
+    armed: Armed,
+}
+
+impl Watch<'_> {
+    fn run(&mut self) -> Result<(), GuardError> {
+        loop {
+            let readable = wait_readable_unless(self.socket, self.gone, self.pause())
+                .map_err(GuardError::Gone)?;
+            if readable {
+                self.hear();
+            }
+            if self.must_thaw() {
+                self.begin_rescue();
+            }
+            self.continue_rescue();
+            if self.gone && (self.armed.started.is_none() || self.armed.rescued) {
+                self.close_record();
+                return Ok(());
+            }
+        }
+    }
+
+    fn pause(&self) -> PollTimeout {
+        let pause = match (&self.armed.started, &self.armed.rescue) {
+            (None, _) => return PollTimeout::NONE,
+            (Some(_), Some(_)) if !self.armed.rescued => THAW_TICK,
+            (Some(_), Some(_)) => TICK,
+            (Some(started), None) => started.deadline.saturating_sub(boot_time()).min(TICK),
+        };
+        // Rounded up, or the last millisecond would be spent spinning.
+        PollTimeout::try_from(pause + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
+    }
+
+    fn hear(&mut self) {
+        let mut packet = [0u8; size_of::<Message>() + 4 * sys::MAX_DESCRIPTORS];
+        let Ok((size, mut fds)) = sys::receive(self.socket, &mut packet) else {
+            self.lose_daemon();
+            return;
+        };
+        let packet = packet.get(..size).unwrap_or_default();
+        let Ok((message, waves)) = Message::read_from_prefix(packet) else {
+            self.lose_daemon();
+            return;
+        };
+        match message.kind {
+            ADD => {
+                let waves = waves
+                    .chunks_exact(4)
+                    .map(|w| u32::read_from_bytes(w).unwrap_or(0));
+                let members = fds.into_iter().zip(waves).map(|(fd, wave)| {
+                    Arc::new(Member {
+                        fd,
+                        wave,
+                        forgotten: AtomicBool::new(false),
+                    })
+                });
+                self.armed.members.extend(members);
+            }
+            START => {
+                if let (Some(lock), Some(record)) = (fds.pop(), fds.pop()) {
+                    self.armed.started = Some(Started {
+                        deadline: Duration::from_nanos(message.value),
+                        for_host: message.count != 0,
+                        record: record.into(),
+                        _lock: lock,
+                    });
+                }
+            }
+            FORGET => {
+                let member = self.armed.members.get(message.value as usize);
+                if let Some(member) = member {
+                    member.forgotten.store(true, Ordering::SeqCst);
+                }
+            }
+            FROZEN => self.armed.settled.store(true, Ordering::SeqCst),
+            DONE => self.armed = Armed::default(),
+            _ => {}
+        }
+    }
+
+    fn lose_daemon(&mut self) {
+        self.gone = true;
+        self.armed.settled.store(true, Ordering::SeqCst);
+    }
+
+    fn must_thaw(&self) -> bool {
+        let Some(started) = &self.armed.started else {
+            return false;
+        };
+        self.armed.rescue.is_none()
+            && (self.gone || boot_time() >= started.deadline || self.daemon_is_dead())
+    }
+
+    /// Whether the daemon was killed although its end of the socket is still open: that end closes
+    /// only when its last thread has ended, and one that freezes cannot be interrupted.
+    fn daemon_is_dead(&self) -> bool {
+        let mut text = [0u8; 512];
+        let Ok(size) = self.daemon.read_at(&mut text, 0) else {
+            return true;
+        };
+        let text = text.get(..size).unwrap_or_default();
+        // The name, in parentheses, may itself hold any character; the state follows it.
+        let after = text.iter().rposition(|&b| b == b')').unwrap_or(0);
+        matches!(text.get(after + 2), Some(b'Z' | b'X' | b'x') | None)
+    }
+
+    fn begin_rescue(&mut self) {
+        self.armed.rescue = Some(Rescue::new(&self.armed));
+        if !self.gone {
+            let overdue = Message {
+                kind: OVERDUE,
+                ..Message::default()
+            };
+            // If this fails, the daemon is gone, which the next round sees.
+            let _ = send(self.socket, overdue, &[], &[]);
+        }
+    }
+
+    fn continue_rescue(&mut self) {
+        if let Some(rescue) = &mut self.armed.rescue {
+            self.armed.rescued = self.armed.rescued || rescue.advance();
+        }
+    }
+
+    /// Leaves word for the daemon's next start. Nothing is frozen any more.
+    fn close_record(&self) {
+        let Some(started) = &self.armed.started else {
+            return;
+        };
+        // When this fails, the record still lists what was frozen, and the next start finds all
+        // of it thawed: the same word, only longer.
+        let _ = if started.for_host {
+            started.record.set_len(0).map_err(|_| ())
+        } else {
+            self.run.remove().map_err(|_| ())
+        };
+    }
+
+    /// Goes through everything that a rescue needs, so that its pages are in memory: a thread, a
+    /// thaw that fails, the look at the daemon.
+    fn rehearse(&mut self) {
+        if let Ok(fd) = File::open("/proc/self/stat") {
+            let member = Member {
+                fd: fd.into(),
+                wave: 0,
+                forgotten: AtomicBool::new(false),
+            };
+            let armed = Armed {
+                members: vec![Arc::new(member)],
+                ..Armed::default()
+            };
+            armed.settled.store(true, Ordering::SeqCst);
+            let mut rescue = Rescue::new(&armed);
+            while !rescue.advance() {
+                let _ = wait_readable_unless(self.socket, true, PollTimeout::from(1u8));
+            }
+        }
+        self.daemon_is_dead();
+        boot_time();
+    }
+}
+
+/// Waits for `fd`, or only for the time to pass when there is nothing more to hear from it.
+fn wait_readable_unless(fd: BorrowedFd<'_>, deaf: bool, limit: PollTimeout) -> io::Result<bool> {
+    if !deaf {
+        return wait_readable(fd, limit);
+    }
+    match poll(&mut [], limit) {
+        Ok(_) | Err(Errno::EINTR) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Thaws everything, the last wave first, without ever waiting for what hangs.
+struct Rescue {
+    shared: Arc<Shared>,
+    /// The waves not yet begun, first to last.
+    waves: Vec<Vec<Arc<Member>>>,
+    wave_began: Instant,
+    threads: usize,
+    most_threads: usize,
+}
+
+struct Shared {
+    queue: Mutex<Queue>,
+    settled: Arc<AtomicBool>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Arc<Member>>,
+    /// Threads that are inside the kernel with one.
+    busy: usize,
+    closed: bool,
+}
+
+impl Rescue {
+    fn new(armed: &Armed) -> Self {
+        let mut waves: Vec<Vec<Arc<Member>>> = Vec::new();
+        for member in &armed.members {
+            let wave = member.wave as usize;
+            if waves.len() <= wave {
+                waves.resize(wave + 1, Vec::new());
+            }
+            if let Some(wave) = waves.get_mut(wave) {
+                wave.push(Arc::clone(member));
+            }
+        }
+        Rescue {
+            shared: Arc::new(Shared {
+                queue: Mutex::default(),
+                settled: Arc::clone(&armed.settled),
+            }),
+            waves,
+            wave_began: Instant::now(),
+            threads: 0,
+            most_threads: armed.members.len(),
+        }
+    }
+
+    /// Does what is due. True when everything is thawed that was frozen.
+    fn advance(&mut self) -> bool {
+        let (idle, waiting, busy) = {
+            let queue = self.shared.lock();
+            let idle = queue.waiting.is_empty() && queue.busy == 0;
+            (idle, queue.waiting.len(), queue.busy)
+        };
+        if idle || self.wave_began.elapsed() > WAVE_LIMIT {
+            match self.waves.pop() {
+                Some(wave) => {
+                    self.shared.lock().waiting.extend(wave);
+                    self.wave_began = Instant::now();
+                }
+                None if idle => return true,
+                None => {}
+            }
+        }
+        // One more for each that hangs, but always some for what is waiting.
+        let wanted = (THREADS + busy).min(self.most_threads);
+        if waiting > 0 || idle {
+            while self.threads < wanted {
+                self.start_thread();
+            }
+        }
+        false
+    }
+
+    fn start_thread(&mut self) {
+        self.threads += 1;
+        let shared = Arc::clone(&self.shared);
+        let builder = thread::Builder::new().stack_size(STACK_BYTES);
+        if builder.spawn(move || shared.work()).is_err() {
+            // No memory for a thread: then here, at the risk that it hangs.
+            self.shared.attempt_one();
+        }
+    }
+}
+
+impl Drop for Rescue {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self) {
+        while !self.lock().closed {
+            if !self.attempt_one() {
+                thread::sleep(THAW_TICK);
+            }
+        }
+    }
+
+    /// Tries to thaw one. False when there is nothing to do at the moment.
+    fn attempt_one(&self) -> bool {
+        let member = {
+            let mut queue = self.lock();
+            let Some(member) = queue.waiting.pop_front() else {
+                return false;
+            };
+            queue.busy += 1;
+            member
+        };
+        // Read before the attempt: what is not frozen now could otherwise become so in between.
+        let settled = self.settled.load(Ordering::SeqCst);
+        let over = member.forgotten.load(Ordering::SeqCst)
+            || match sys::thaw(member.fd.as_fd()).map_err(|e| e.raw_os_error()) {
+                Ok(()) => true,
+                // Not frozen: not any more, or not yet.
+                Err(Some(libc::EINVAL)) => settled,
+                // It cannot freeze either.
+                Err(Some(libc::ENOTTY | libc::EOPNOTSUPP)) => true,
+                Err(_) => false,
+            };
+        let mut queue = self.lock();
+        queue.busy -= 1;
+        if !over {
+            queue.waiting.push_back(member);
+        }
+        over
+    }
+}

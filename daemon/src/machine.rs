@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A look at the whole machine: all mount tables and the block topology, at one moment.
+//!
+//! It holds what is needed to reach the file systems that it saw, the other namespaces among it,
+//! and is dropped before anything is frozen. What follows from what it saw is decided in
+//! [`crate::plan`].
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::fcntl::{open, OFlag};
+use nix::sys::stat::Mode;
+
+use crate::mounts::{self, Mount, MountsError};
+use crate::namespaces::Namespaces;
+use crate::topology::{self, Topology, ANONYMOUS_TYPES};
+
+/// Why the machine cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum LookError {
+    /// No procfs.
+    #[error("cannot open /proc")]
+    Proc(#[source] std::io::Error),
+    /// The own mount table cannot be read.
+    #[error(transparent)]
+    Mounts(#[from] MountsError),
+    /// The other namespaces cannot be found.
+    #[error("cannot find the mount namespaces")]
+    Namespaces(#[source] std::io::Error),
+    /// One of them cannot be read, so that there may be file systems nobody knows of.
+    #[error("cannot look into another mount namespace")]
+    Enter(#[source] std::io::Error),
+}
+
+/// What was seen, and the way to it.
+#[derive(Debug)]
+pub struct Machine {
+    proc: OwnedFd,
+    namespaces: Namespaces,
+    /// The tables of all namespaces; of the others only what is on block devices.
+    pub mounts: Vec<Mount>,
+    /// What the block devices stand on.
+    pub topology: Topology,
+}
+
+impl Machine {
+    /// Reads everything anew.
+    pub fn look() -> Result<Self, LookError> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let proc = open("/proc", flags, Mode::empty()).map_err(|e| LookError::Proc(e.into()))?;
+        let namespaces = Namespaces::find().map_err(LookError::Namespaces)?;
+        let mut mounts = mounts::read(proc.as_fd(), 0)?;
+        for number in 1..=namespaces.count() {
+            let seen = namespaces
+                .within(number, || mounts::read(proc.as_fd(), number))
+                .map_err(LookError::Enter)??;
+            // The rest of a container's table (overlay, proc, tmpfs, ...) is of no interest.
+            mounts.extend(seen.into_iter().filter(on_block_device));
+        }
+        let topology = topology::read(&mounts);
+        Ok(Machine {
+            proc,
+            namespaces,
+            mounts,
+            topology,
+        })
+    }
+
+    /// The root of procfs, usable inside any namespace.
+    pub fn proc(&self) -> BorrowedFd<'_> {
+        self.proc.as_fd()
+    }
+
+    /// The other namespaces.
+    pub fn namespaces(&self) -> &Namespaces {
+        &self.namespaces
+    }
+}
+
+/// Whether a mount's superblock is on a block device of this machine.
+pub fn on_block_device(mount: &Mount) -> bool {
+    mount.dev.major != 0 || ANONYMOUS_TYPES.contains(&mount.fs_type.as_str())
+}

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The other mount namespaces: containers, services with private mounts, CSI volumes.
+//!
+//! A file system that is mounted only there is written to all the same, so it has to be found and
+//! opened. Both happen on a short-lived thread that enters the namespace; the rest of the process
+//! never leaves its own. What is looked for there is not known here.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::thread;
+
+use nix::mount::{mount, MsFlags};
+use nix::sched::{setns, unshare, CloneFlags};
+
+use crate::sys;
+
+/// The namespaces other than the daemon's own. [`crate::mounts::Mount::namespace`] counts them
+/// from 1.
+#[derive(Debug, Default)]
+pub struct Namespaces {
+    others: Vec<OwnedFd>,
+}
+
+impl Namespaces {
+    /// Finds all that there are: from the kernel's own list where it has one (6.12), which also
+    /// shows those without a process, else from the processes.
+    ///
+    /// While this is alive the namespaces cannot vanish, so it is to be dropped soon.
+    pub fn find() -> io::Result<Self> {
+        let own = File::open("/proc/self/ns/mnt")?;
+        let others = match listed(own.as_fd()) {
+            Ok(others) => others,
+            Err(_) => of_processes(&own)?,
+        };
+        Ok(Namespaces { others })
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.others.len()
+    }
+
+    /// Runs `work` inside namespace `number`; 0 is the own one, where it runs right here.
+    ///
+    /// Fails with `ENOENT` when there is no such namespace, and with what the kernel says when it
+    /// cannot be entered.
+    pub fn within<T: Send>(&self, number: usize, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+        if number == 0 {
+            return Ok(work());
+        }
+        let namespace = self.others.get(number - 1).ok_or(io::ErrorKind::NotFound)?;
+        on_a_thread(move || {
+            enter(namespace.as_fd())?;
+            Ok(work())
+        })
+    }
+
+    /// Runs `work` inside a private copy of namespace `number`, in which it may unmount what is in
+    /// its way: nobody else sees that, and the copy vanishes afterwards.
+    pub fn within_copy<T: Send>(
+        &self,
+        number: usize,
+        work: impl FnOnce() -> T + Send,
+    ) -> io::Result<T> {
+        let namespace = match number {
+            0 => None,
+            n => Some(self.others.get(n - 1).ok_or(io::ErrorKind::NotFound)?),
+        };
+        on_a_thread(move || {
+            match namespace {
+                Some(namespace) => enter(namespace.as_fd())?,
+                None => unshare(CloneFlags::CLONE_FS)?,
+            }
+            unshare(CloneFlags::CLONE_NEWNS)?;
+            // Or an unmount would be repeated in the original.
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+            Ok(work())
+        })
+    }
+}
+
+/// Which namespace and which root directory a thread has is its own affair only after it stopped
+/// sharing them.
+fn enter(namespace: BorrowedFd<'_>) -> io::Result<()> {
+    unshare(CloneFlags::CLONE_FS)?;
+    setns(namespace, CloneFlags::CLONE_NEWNS)?;
+    Ok(())
+}
+
+fn on_a_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    thread::scope(|scope| {
+        let builder = thread::Builder::new().name("namespace".into());
+        let thread = builder.stack_size(128 * 1024).spawn_scoped(scope, work)?;
+        thread
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread in the namespace panicked")))
+    })
+}
+
+/// Walks the kernel's list from the own namespace in both directions.
+fn listed(own: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd>> {
+    let mut others: Vec<OwnedFd> = Vec::new();
+    for after in [true, false] {
+        let mut from = own.try_clone_to_owned()?;
+        while let Some(next) = sys::neighbour_namespace(from.as_fd(), after)? {
+            from = next.try_clone()?;
+            others.push(next);
+        }
+    }
+    Ok(others)
+}
+
+/// The namespaces that have processes. One that ends meanwhile is none any more.
+fn of_processes(own: &File) -> io::Result<Vec<OwnedFd>> {
+    let mut seen = BTreeSet::from([own.metadata()?.ino()]);
+    let mut others = Vec::new();
+    for entry in Path::new("/proc").read_dir()? {
+        let entry = entry?;
+        let is_process = entry
+            .file_name()
+            .as_encoded_bytes()
+            .iter()
+            .all(u8::is_ascii_digit);
+        if !is_process {
+            continue;
+        }
+        let link = entry.path().join("ns/mnt");
+        let new = std::fs::metadata(&link).is_ok_and(|meta| seen.insert(meta.ino()));
+        if let (true, Ok(namespace)) = (new, File::open(&link)) {
+            others.push(namespace.into());
+        }
+    }
+    Ok(others)
+}

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What the daemon and its guard do to themselves before they may freeze anything: lock their
+//! memory, so that no page has to be read from a frozen disk, and get out of the way of limits.
+
+use std::io;
+
+use nix::sys::mman::{mlockall, MlockAllFlags};
+use nix::sys::resource::{getrlimit, setrlimit, Resource};
+
+/// Locks what is mapped now and later: each page once it has been touched.
+///
+/// With `MCL_ONFAULT` pages that were never touched, most of the C library among them, do not
+/// become resident; [`crate::guard`] and [`crate::job`] go through their freeze path once
+/// beforehand, so that what they need has been.
+pub fn lock_memory() -> io::Result<()> {
+    let on_fault = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
+    let flags = MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE | on_fault;
+    Ok(mlockall(flags)?)
+}
+
+/// Allows as many descriptors as an administrator would: each frozen file system takes one.
+pub fn raise_descriptor_limit() -> io::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
+}
+
+/// Makes the kernel never choose this process when memory runs out (proc(5), `oom_score_adj`).
+pub fn escape_oom_killer() -> io::Result<()> {
+    std::fs::write("/proc/self/oom_score_adj", "-1000")
+}
