@@ -11,7 +11,7 @@ use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{load_cmdline, BzImage, Cmdline, KernelLoader};
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, ReadVolatile,
@@ -25,6 +25,7 @@ const PDPT: GuestAddress = GuestAddress(0xa000);
 const PAGE_DIRECTORIES: GuestAddress = GuestAddress(0xb000);
 const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
 const CMDLINE_MAX: usize = 0x1_0000;
+const SETUP_DATA: GuestAddress = GuestAddress(0x3_0000);
 /// The end of the memory below 640 KiB that the kernel may use.
 const LOW_MEMORY_END: u64 = 0x9_fc00;
 const ACPI_TABLES: GuestAddress = GuestAddress(0xe_0000);
@@ -36,6 +37,10 @@ const ENTRY_64: u64 = 0x200;
 /// Types of memory in the map (`E820_TYPE_*`).
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
+
+/// A seed for the guest's random number generator, in the list of setup data (`SETUP_RNG_SEED`).
+const SETUP_RNG_SEED: u32 = 9;
+const RNG_SEED_BYTES: usize = 32;
 
 /// Why the guest's memory could not be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -145,6 +150,8 @@ pub(crate) fn load(
         .pref_address
         .max(HIGH_MEMORY.0)
         .saturating_add(header.init_size.into());
+    write_random_seed(memory)?;
+    header.setup_data = SETUP_DATA.0;
     let (start, size) = load_initrd(memory, initrd, kernel_end, header.initrd_addr_max)?;
     header.ramdisk_image = start;
     header.ramdisk_size = size;
@@ -184,6 +191,30 @@ pub(crate) fn load(
         rip: loaded.kernel_load.0 + ENTRY_64,
         boot_params: ZERO_PAGE.0,
     })
+}
+
+/// Leaves a random seed. Without it, and without a processor that makes random numbers, the guest's
+/// generator is not ready for a long time, and programs such as mkfs wait for it.
+fn write_random_seed(memory: &GuestMemoryMmap) -> Result<(), BootError> {
+    let source = Path::new("/dev/urandom");
+    let mut seed = [0; RNG_SEED_BYTES];
+    File::open(source)
+        .and_then(|mut file| file.read_exact(&mut seed))
+        .map_err(|error| BootError::File {
+            path: source.to_path_buf(),
+            source: error,
+        })?;
+    // struct setup_data: the next one (none), type, length.
+    let mut bytes = 0u64.to_le_bytes().to_vec();
+    bytes.extend_from_slice(&SETUP_RNG_SEED.to_le_bytes());
+    bytes.extend_from_slice(&(RNG_SEED_BYTES as u32).to_le_bytes());
+    bytes.extend_from_slice(&seed);
+    memory
+        .write_slice(&bytes, SETUP_DATA)
+        .map_err(|source| BootError::Memory {
+            what: "random seed",
+            source,
+        })
 }
 
 /// Reads the archives one after the other to the top of memory; returns start and size.
