@@ -374,6 +374,7 @@ impl Guest {
             }
         }
         self.writers_stop()?;
+        let _: () = self.agent.call(Command::DevCloseAll, STEP)?;
         let left: Vec<i32> = self.agent.call(Command::Spawned, STEP)?;
         for pid in left {
             // ESRCH: it has ended by itself.

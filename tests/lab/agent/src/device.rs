@@ -86,4 +86,9 @@ impl Devices {
             None => Err(Error::Call(format!("no device is open as {handle}"))),
         }
     }
+
+    /// Closes all devices.
+    pub fn close_all(&self) {
+        lock(&self.open).1.clear();
+    }
 }

@@ -159,6 +159,8 @@ pub enum Command {
         /// From [`Command::DevOpen`].
         handle: u64,
     },
+    /// Closes all devices that are open.
+    DevCloseAll,
 }
 
 /// How a program ended.

@@ -63,6 +63,7 @@ impl Agent {
                 events,
             } => json!(self.devices.poll(handle, timeout_ms, &events)?),
             Command::DevClose { handle } => json!(self.devices.close(handle)?),
+            Command::DevCloseAll => json!(self.devices.close_all()),
         })
     }
 }
