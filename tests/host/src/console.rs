@@ -74,9 +74,8 @@ impl Write for ConsoleWriter {
             // The standard output is line buffered; nobody may be reading it.
             let _ = io::stdout().write_all(bytes);
         }
-        match &mut state.log {
-            Some(log) => log.write_all(bytes)?,
-            None => {}
+        if let Some(log) = &mut state.log {
+            log.write_all(bytes)?;
         }
         Ok(bytes.len())
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The machine's I/O ports: two serial ports, the power management registers, the reset line.
+//! The machine's I/O ports: two serial ports, power management, the reset line, an empty PCI bus.
 //!
 //! Every port access is an exit from the guest, and under nested emulation an expensive one, so data
 //! for the guest is refilled from within the exit that emptied the port: the guest's interrupt
@@ -12,7 +12,7 @@ use crate::console::ConsoleWriter;
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 use vm_superio::serial::NoEvents;
@@ -115,6 +115,52 @@ impl PowerManagement {
     }
 }
 
+/// PCI configuration, mechanism 1, of a bus with nothing but its bridge: a guest that finds no PCI at
+/// all says so with an error on its console.
+#[derive(Default)]
+struct PciBus {
+    address: AtomicU32,
+}
+
+impl PciBus {
+    const ADDRESS: u16 = 0xcf8;
+    const DATA: u16 = 0xcfc;
+    const ENABLED: u32 = 1 << 31;
+    /// Vendor and device of Hyper-V's own bridge (Intel 82443BX).
+    const BRIDGE: u32 = 0x7192_8086;
+    /// Class "host bridge", revision 3.
+    const BRIDGE_CLASS: u32 = 0x0600_0003;
+
+    /// Reads at one of the eight ports; `None` when the port is none of these.
+    fn read(&self, port: u16, data: &mut [u8]) -> Option<()> {
+        let offset = port.checked_sub(Self::ADDRESS).filter(|o| *o < 8)?;
+        let address = self.address.load(Ordering::SeqCst);
+        let value = if port < Self::DATA {
+            address
+        } else {
+            match address & !3 {
+                a if a == Self::ENABLED => Self::BRIDGE,
+                a if a == Self::ENABLED | 8 => Self::BRIDGE_CLASS,
+                // The rest of the bridge is zero; nobody else is there.
+                a if a & !0xff == Self::ENABLED => 0,
+                _ => u32::MAX,
+            }
+        };
+        let bytes = value.to_le_bytes();
+        let from = bytes.iter().skip(usize::from(offset % 4));
+        data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+        Some(())
+    }
+
+    /// Takes a whole address; there is nothing that data could change.
+    fn write(&self, port: u16, data: &[u8]) {
+        if let (Self::ADDRESS, Ok(bytes)) = (port, data.try_into()) {
+            self.address
+                .store(u32::from_le_bytes(bytes), Ordering::SeqCst);
+        }
+    }
+}
+
 /// Bytes on their way from the guest to the agent's stream.
 #[derive(Default)]
 struct Outgoing {
@@ -190,6 +236,7 @@ pub(crate) struct Ports {
     agent_room: Condvar,
     agent_out: Arc<Outgoing>,
     power: PowerManagement,
+    pci: PciBus,
 }
 
 impl Ports {
@@ -206,6 +253,7 @@ impl Ports {
             agent_room: Condvar::new(),
             agent_out,
             power: PowerManagement::default(),
+            pci: PciBus::default(),
         }
     }
 
@@ -223,7 +271,7 @@ impl Ports {
                     self.agent_room.notify_all();
                 }
             }
-        } else {
+        } else if self.pci.read(port, data).is_none() {
             for (byte, port) in data.iter_mut().zip(ports_from(port)) {
                 *byte = match port {
                     KEYBOARD_DATA | KEYBOARD => 0,
@@ -252,6 +300,7 @@ impl Ports {
         } else if port == KEYBOARD && data.contains(&KEYBOARD_RESET) {
             return PortEffect::Reset;
         } else {
+            self.pci.write(port, data);
             for (byte, port) in data.iter().zip(ports_from(port)) {
                 match self.power.write(port, *byte) {
                     PortEffect::None => {}
@@ -371,11 +420,33 @@ mod tests {
         assert_eq!(ports.write(KEYBOARD, &[0xfe]), PortEffect::Reset);
         assert_eq!(ports.write(KEYBOARD, &[0xd1]), PortEffect::None);
         let mut bytes = [1; 4];
-        ports.read(0xcf8, &mut bytes);
+        ports.read(0x300, &mut bytes);
         assert_eq!(bytes, [0xff; 4]);
         ports.read(KEYBOARD, &mut bytes[..1]);
         assert_eq!(bytes[0], 0);
         ports.read(0xffff, &mut bytes);
+    }
+
+    #[test]
+    fn the_pci_bus_has_a_bridge_and_nothing_else() {
+        let ports = ports();
+        let config = |address: u32, offset: u16, len: usize| {
+            ports.write(0xcf8, &address.to_le_bytes());
+            let mut data = [0; 4];
+            ports.read(0xcfc + offset, &mut data[..len]);
+            u32::from_le_bytes(data)
+        };
+        assert_eq!(config(0x8000_0000, 0, 4), 0x7192_8086);
+        // The class, as Linux reads it.
+        assert_eq!(config(0x8000_0008, 2, 2), 0x0600);
+        assert_eq!(config(0x8000_0010, 0, 4), 0);
+        assert_eq!(config(0x8000_0800, 0, 4), u32::MAX);
+        assert_eq!(config(0x0000_0000, 0, 2), 0xffff);
+        let mut address = [0; 4];
+        ports.write(0xcf8, &0x8000_0000u32.to_le_bytes());
+        ports.write(0xcfb, &[1]);
+        ports.read(0xcf8, &mut address);
+        assert_eq!(u32::from_le_bytes(address), 0x8000_0000);
     }
 
     /// Reads as the guest's interrupt handler does: status, then data while there is some.

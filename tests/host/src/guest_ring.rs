@@ -138,7 +138,7 @@ mod tests {
         for round in 0..50u8 {
             let bytes = vec![round; 6288];
             writer.send(6, 0, round.into(), &bytes).unwrap();
-            let (packet, _) = reader.next().unwrap().expect("a packet");
+            let (packet, _) = reader.receive().unwrap().expect("a packet");
             assert_eq!(packet.payload, bytes);
         }
         // The header page holds both indices.

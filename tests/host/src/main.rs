@@ -255,6 +255,13 @@ impl Run {
                 println!("host: the guest answered {number} after {latency:?}");
             }
             "rescind" => vss.rescind(),
+            "cycle" => {
+                let openings = vss.openings();
+                vss.rescind();
+                vss.wait_released(timeout)?;
+                vss.offer();
+                vss.wait_openings(openings + 1, timeout)?;
+            }
             "offer" => vss.offer(),
             "events" => host.events().iter().for_each(|event| println!("{event}")),
             "guest" => {
@@ -287,7 +294,8 @@ impl Run {
 const HELP: &str = "\
 VSS:   negotiate, hot-backup, freeze, thaw, pair (FREEZE and THAW back to back), dm-info,
        op NUMBER [BYTES of message], cut BYTES (a THAW packet of that size)
-bus:   open, closed, released (wait for it), rescind, offer, heartbeat, events
+bus:   open, closed, released (wait for it), rescind, offer, cycle (rescind, offer, wait until open),
+       heartbeat, events
 guest: guest LINE (to its ttyS1), power-off, wait (for its end), quit (kills it)
 also:  sleep SECONDS, repeat TIMES COMMAND";
 

@@ -140,7 +140,7 @@ impl<M: RingMem> Reader<M> {
 
     /// Takes the next packet out, if there is one. The flag says whether the guest waits for this
     /// room and is to be signalled.
-    pub fn next(&mut self) -> Result<Option<(Packet, bool)>, RingError<M::Error>> {
+    pub fn receive(&mut self) -> Result<Option<(Packet, bool)>, RingError<M::Error>> {
         let len = self.mem.data_len();
         let write = index(&self.mem, Field::WriteIndex)?;
         let available = distance(self.read, write, len);
@@ -423,13 +423,13 @@ mod tests {
             let bytes = payload((round as usize * 37) % 6400, 7);
             let sent = writer.send(DATA_INBAND, 1, round, &bytes).unwrap();
             assert_eq!(sent, Sent::Yes { signal: true });
-            let (packet, signal) = reader.next().unwrap().expect("one packet");
+            let (packet, signal) = reader.receive().unwrap().expect("one packet");
             assert!(!signal);
             assert_eq!((packet.transaction, packet.flags), (round, 1));
             assert_eq!(packet.payload.len(), bytes.len().next_multiple_of(8));
             assert_eq!(packet.payload[..bytes.len()], bytes);
             assert!(packet.payload[bytes.len()..].iter().all(|b| *b == 0));
-            assert_eq!(reader.next().unwrap(), None);
+            assert_eq!(reader.receive().unwrap(), None);
         }
     }
 
@@ -459,7 +459,7 @@ mod tests {
             let sent = writer.send(DATA_INBAND, 0, 0, &[]).unwrap();
             assert_eq!(sent, Sent::Yes { signal });
         }
-        while reader.next().unwrap().is_some() {}
+        while reader.receive().unwrap().is_some() {}
         ring.set(Field::InterruptMask, 1);
         let sent = writer.send(DATA_INBAND, 0, 0, &[]).unwrap();
         assert_eq!(sent, Sent::Yes { signal: false });
@@ -478,7 +478,7 @@ mod tests {
         let full = writer.send(DATA_INBAND, 0, 2, &freeze).unwrap();
         assert_eq!(full, Sent::Full);
         assert_eq!(ring.get(Field::PendingSendSize), 6312);
-        let (_, signal) = reader.next().unwrap().expect("the first");
+        let (_, signal) = reader.receive().unwrap().expect("the first");
         assert!(signal, "the reader gave the writer its room");
         let sent = writer.send(DATA_INBAND, 0, 2, &freeze).unwrap();
         assert_eq!(sent, Sent::Yes { signal: true });
@@ -521,7 +521,7 @@ mod tests {
             let mut writer = Writer::new(ring.clone()).unwrap();
             ring.set(Field::WriteIndex, value);
             ring.set(Field::ReadIndex, value);
-            assert!(matches!(reader.next(), Err(RingError::BadIndex { .. })));
+            assert!(matches!(reader.receive(), Err(RingError::BadIndex { .. })));
             let sent = writer.send(DATA_INBAND, 0, 0, &[]);
             assert!(matches!(sent, Err(RingError::BadIndex { .. })));
             assert!(Reader::new(ring.clone()).is_err());
@@ -551,7 +551,7 @@ mod tests {
             };
             ring.write(0, descriptor.as_bytes()).unwrap();
             ring.set(Field::WriteIndex, written);
-            let read = reader.next();
+            let read = reader.receive();
             assert!(
                 matches!(read, Err(RingError::BadPacket { .. })),
                 "{offset8} {len8} {written}: {read:?}"
@@ -576,7 +576,7 @@ mod tests {
             let mut reader = Reader::new(ring.clone()).unwrap();
             ring.set(Field::WriteIndex, (random() % 34 * 8) as u32);
             ring.set(Field::PendingSendSize, random() as u32);
-            while let Ok(Some(_)) = reader.next() {}
+            while let Ok(Some(_)) = reader.receive() {}
         }
     }
 }
