@@ -118,10 +118,8 @@ if [ "${1:-}" = --inside ]; then
 fi
 
 "$lab/root.sh"
-lock image
 key=$(key_of "$(cat "$build/stamps/root")" "$(cat "$root/kernel/version" "$lab/image.sh" "$lab"/inner/* "$lab"/outer/*)")
-is_fresh image "$build/guest.cpio" "$key" && exit 0
-need_root "making the guest images"
+begin image "$build/guest.cpio" "$key" "making the guests' images"
 say "making the images of the guests"
 quietly image.log in_root "$build:/build" "$lab:/lab" -- bash /lab/image.sh --inside
 set_stamp image "$key"

@@ -9,8 +9,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 "$lab/root.sh"
-lock kernel
-linux=$build/linux
+linux=$build/linux.new
 release=$(cat "$root/kernel/release")
 stock_config=$root/kernel/usr/lib/modules/$release/config
 headers=$root/kernel/usr/src/linux-headers-$release
@@ -18,8 +17,7 @@ source=$(echo "$root"/kernel/usr/src/linux-source-*.tar.xz)
 
 # The tree is as good as the tools that prepared it.
 key=$(key_of "$(cat "$root/kernel/version" "$root/kernel/tools" "$lab/kernel.sh")")
-is_fresh kernel "$linux/Module.symvers" "$key" && exit 0
-need_root "preparing the kernel tree"
+begin kernel "$build/linux/Module.symvers" "$key" "preparing the kernel tree"
 
 say "preparing the tree of $release"
 rm -rf "$linux"
@@ -54,5 +52,7 @@ built=$(in_linux -s kernelrelease)
 # The stock kernel's symbols, and its types for the module's BTF.
 cp "$headers/vmlinux" "$linux/"
 cp "$headers/Module.symvers" "$linux/"
+rm -rf "$build/linux"
+mv "$linux" "$build/linux"
 set_stamp kernel "$key"
 say "done in ${SECONDS}s"

@@ -24,9 +24,7 @@ need_root() {
     [ "$(id -u)" = 0 ] || die "$1 needs root; run: sudo $lab/$me.sh"
 }
 
-# A product is fresh when its stamp holds the same key as its inputs give now.
 key_of() { printf '%s\n' "$@" | sha256sum | cut -d ' ' -f 1; }
-is_fresh() { [ -e "$2" ] && [ "$(cat "$build/stamps/$1" 2>/dev/null)" = "$3" ]; }
 set_stamp() { printf '%s\n' "$2" >"$build/stamps/$1"; }
 
 # One writer per product: two commands started side by side must not build the same thing twice.
@@ -34,6 +32,16 @@ set_stamp() { printf '%s\n' "$2" >"$build/stamps/$1"; }
 lock() {
     exec {lock_fd}>"$build/stamps/$1.lock"
     flock "$lock_fd"
+}
+
+# begin STAMP PRODUCT KEY WHAT: leaves the script when the product is there and was made from what
+# its inputs are now; else takes the lock, and asks again in case another has made it meanwhile.
+begin() {
+    is_fresh() { [ -e "$1" ] && [ "$(cat "$build/stamps/$2" 2>/dev/null)" = "$3" ]; }
+    if is_fresh "$2" "$1" "$3"; then exit 0; fi
+    need_root "$4"
+    lock "$1"
+    if is_fresh "$2" "$1" "$3"; then exit 0; fi
 }
 
 # quietly LOG COMMAND...: keeps the output in build/logs and shows its end when the command fails.

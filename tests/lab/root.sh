@@ -51,10 +51,8 @@ if [ "${1:-}" = --unpack-kernel ]; then
     exit 0
 fi
 
-lock root
 key=$(key_of "$series" "$suite" "${packages[@]}" "${options[@]}")
-is_fresh root "$root/kernel/version" "$key" && exit 0
-need_root "making the build root"
+begin root "$root/kernel/version" "$key" "making the build root"
 
 # The machine's own mirror: whatever its apt calls Debian, be it a host, a cache or a list of both.
 own_mirror() {

@@ -20,6 +20,7 @@ programs=$repo/target/${PROFILE:-release}
 
 "$lab/image.sh"
 
+[ -w "$build" ] || need_root "writing to build/"
 work=$(mktemp -d "$build/run.XXXXXX")
 child=
 # shellcheck disable=SC2317  # called by the trap
@@ -56,6 +57,8 @@ if [ -x "$payload/hyperv-sim" ] && "$payload/hyperv-sim" probe >"$build/logs/pro
     [ "$status" != 124 ] || say "timed out after ${limit}s"
     exit "$status"
 fi
+
+need_root "the outer guest's QEMU, which lives in the build root,"
 
 # A shell in the outer guest starts the command; single quotes keep each argument as it is.
 {
