@@ -4,12 +4,13 @@
 //! for how long a writer on each file system stood still.
 
 use crate::cases::make_file_systems;
-use crate::check::answered;
-use crate::guest::{Daemon, Guest, Images, Kind, Module, STEP};
 use anyhow::{Context, Result};
+use e2e::check::{answered, status_name};
+use e2e::guest::{Daemon, Guest, Images, Machine, Module, STEP};
 use hyperv_sim::ic::vss::{Lun, CLASS, VERSIONS};
 use hyperv_sim::ic::{status, FRAMEWORKS};
 use hyperv_sim::{Event, EventKind};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ const SNAPSHOT: Duration = Duration::from_millis(500);
 /// second backup under strace, in the results.
 pub fn run(images: &Images) -> Result<()> {
     println!("demo: booting a stock Debian guest on the simulated host");
-    let guest = Guest::start(images, Kind::OneCpu, 1)?;
+    let guest = Guest::start(images, Machine::ONE_CPU, 1)?;
     let outcome = back_up(&guest, images);
     if outcome.is_err() {
         println!("{}", guest.post_mortem());
@@ -74,20 +75,26 @@ fn back_up(guest: &Guest, images: &Images) -> Result<()> {
     record_strace(guest, images)
 }
 
-/// Host and daemon in one list, in seconds since the host sent FREEZE. The daemon's clock starts
-/// when FREEZE reached it, which is taken to be the same moment.
+/// Host and daemon in one list, in seconds since the host sent FREEZE.
+///
+/// The daemon's clock starts when FREEZE reached it. That moment is placed as early as can be: at
+/// the sending of FREEZE, or later if its THAW would otherwise arrive before it was sent.
 fn timeline(events: &[Event], log: &str) -> Result<String> {
     let start = events
         .iter()
         .find(|it| matches!(&it.kind, EventKind::Sent { name, .. } if name == "FREEZE"))
         .map(|it| it.at)
         .context("the host's log has no FREEZE")?;
-    let mut lines: Vec<(f64, String)> = Vec::new();
+    let mut host: Vec<(f64, String)> = Vec::new();
+    let mut sent_thaw = 0.0;
     for event in events.iter().filter(|it| it.at >= start) {
         let at = (event.at - start).as_secs_f64();
         match &event.kind {
             EventKind::Sent { name, bytes, .. } => {
-                lines.push((at, format!("host    sends {name} ({bytes} bytes)")));
+                host.push((at, format!("host    sends {name} ({bytes} bytes)")));
+                if name == "THAW" {
+                    sent_thaw = at;
+                }
             }
             EventKind::Reply {
                 name,
@@ -95,9 +102,9 @@ fn timeline(events: &[Event], log: &str) -> Result<String> {
                 latency,
                 ..
             } => {
-                let verdict = crate::check::status_name(*status);
+                let verdict = status_name(*status);
                 let ms = latency.as_secs_f64() * 1000.0;
-                lines.push((
+                host.push((
                     at,
                     format!("host    is told {verdict} for {name}, after {ms:.1} ms"),
                 ));
@@ -105,6 +112,8 @@ fn timeline(events: &[Event], log: &str) -> Result<String> {
             _ => {}
         }
     }
+    let mut daemon: Vec<(f64, String)> = Vec::new();
+    let mut shift: f64 = 0.0;
     for line in log.lines() {
         // "hv_vss_daemon: backup 1 +0.012345s: words"
         let Some((_, rest)) = line.split_once(" +") else {
@@ -113,11 +122,16 @@ fn timeline(events: &[Event], log: &str) -> Result<String> {
         let Some((seconds, words)) = rest.split_once("s: ") else {
             continue;
         };
-        let at = seconds
+        let at: f64 = seconds
             .parse()
             .with_context(|| format!("no time in the daemon's line {line:?}"))?;
-        lines.push((at, format!("daemon  {words}")));
+        if words.starts_with("THAW from the host") {
+            shift = shift.max(sent_thaw - at);
+        }
+        daemon.push((at, format!("daemon  {words}")));
     }
+    let mut lines = host;
+    lines.extend(daemon.into_iter().map(|(at, words)| (at + shift, words)));
     // Stable, so that lines of the same moment stay in the order in which they were said.
     lines.sort_by(|a, b| a.0.total_cmp(&b.0));
     let mut text = String::from("One backup, in seconds since the host sent FREEZE:\n");
@@ -127,37 +141,83 @@ fn timeline(events: &[Event], log: &str) -> Result<String> {
     Ok(text)
 }
 
-/// A backup with strace on the daemon, whose lines the README explains.
+/// A backup with strace on daemon and guard. Two files: every system call, and only those which
+/// the README explains: what goes through the device, and what is done to file systems.
 fn record_strace(guest: &Guest, images: &Images) -> Result<()> {
     let vss = guest.vss();
     let pids = guest.sh("pidof hv_vss_daemon")?;
-    let mut argv = vec![
-        "strace",
-        "-f",
-        "-r",
-        "-y",
-        "-s",
-        "16",
-        "-o",
-        "/run/strace.txt",
-    ];
+    let mut argv = vec!["strace", "-f", "-r", "-y", "-o", "/run/strace.txt"];
     for pid in pids.split_whitespace() {
         argv.extend(["-p", pid]);
     }
     let strace = guest.spawn(&argv)?;
-    guest.wait_until("strace has attached", STEP, || {
-        Ok(guest.output(&strace)?.contains("attached"))
-    })?;
+    for pid in pids.split_whitespace() {
+        guest.wait_until("strace has attached", STEP, || {
+            Ok(guest.output(&strace)?.contains(&format!("{pid} attached")))
+        })?;
+    }
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
     guest.signal(&strace, 2)?;
     guest.wait(&strace, STEP)?;
-    let path = images.results().join("strace.txt");
-    std::fs::write(&path, guest.read("/run/strace.txt")?)
-        .with_context(|| format!("cannot write {}", path.display()))?;
-    println!(
-        "demo: the system calls of one more backup are in {}",
-        path.display()
-    );
+
+    let all = guest.read("/run/strace.txt")?;
+    let telling: String = whole_calls(&all)
+        .iter()
+        .filter(|line| {
+            ["/dev/vmbus/hv_vss>", "syncfs(", "FIFREEZE", "FITHAW"]
+                .iter()
+                .any(|word| line.contains(word))
+        })
+        .map(|line| format!("{line}\n"))
+        .collect();
+    for (name, text) in [("strace.txt", &telling), ("strace-full.txt", &all)] {
+        let path = images.results().join(name);
+        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    println!("demo: the system calls of one more backup are in results/strace.txt");
     Ok(())
+}
+
+/// strace shows a call that another thread interrupts in two lines; here each is one again, where
+/// the call began.
+fn whole_calls(text: &str) -> Vec<String> {
+    const BEGUN: &str = " <unfinished ...>";
+    let mut lines: Vec<String> = Vec::new();
+    let mut begun: BTreeMap<&str, usize> = BTreeMap::new();
+    for line in text.lines() {
+        let pid = line.split(' ').next().unwrap_or_default();
+        let end = line.split_once(" resumed>").map(|(_, end)| end);
+        match (begun.get(pid), end) {
+            (Some(at), Some(end)) => {
+                if let Some(start) = lines.get_mut(*at) {
+                    start.push_str(end);
+                }
+                begun.remove(pid);
+            }
+            _ => {
+                if line.ends_with(BEGUN) {
+                    begun.insert(pid, lines.len());
+                }
+                lines.push(line.trim_end_matches(BEGUN).to_owned());
+            }
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupted_call_becomes_one_line() {
+        let text = "1 0.1 ioctl(3, FIFREEZE <unfinished ...>\n\
+                    2 0.2 close(4) = 0\n\
+                    1 0.3 <... ioctl resumed>) = 0\n";
+        assert_eq!(
+            whole_calls(text),
+            ["1 0.1 ioctl(3, FIFREEZE) = 0", "2 0.2 close(4) = 0"]
+        );
+    }
 }

@@ -25,13 +25,33 @@ const BOOT: Duration = Duration::from_secs(75);
 /// Where the device of both modules is.
 pub const DEVICE: &str = "/dev/vmbus/hv_vss";
 
-/// What tells one guest from another before any case has run in it.
+/// What a guest is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
-    /// One virtual CPU.
-    OneCpu,
-    /// Two virtual CPUs.
-    TwoCpus,
+pub struct Machine {
+    /// Virtual CPUs.
+    pub cpus: u8,
+    /// Memory in MiB. Ram disks take from it what is written to them, the root included.
+    pub memory_mib: u32,
+}
+
+impl Machine {
+    /// What nearly every case wants.
+    pub const ONE_CPU: Machine = Machine {
+        cpus: 1,
+        memory_mib: 1280,
+    };
+    /// The same with two CPUs.
+    pub const TWO_CPUS: Machine = Machine {
+        cpus: 2,
+        ..Machine::ONE_CPU
+    };
+}
+
+impl std::fmt::Display for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let plural = if self.cpus == 1 { "" } else { "s" };
+        write!(f, "{} CPU{plural}, {} MiB", self.cpus, self.memory_mib)
+    }
 }
 
 /// Which kernel module serves VSS.
@@ -117,7 +137,7 @@ impl Images {
 pub struct Guest {
     vm: Arc<Vm>,
     agent: Agent,
-    kind: Kind,
+    machine: Machine,
     /// The kernel's log is looked at from this record on.
     log_mark: AtomicU64,
     logs: AtomicU64,
@@ -125,15 +145,11 @@ pub struct Guest {
 
 impl Guest {
     /// Boots a guest and waits until its agent answers. `number` names its console log.
-    pub fn start(images: &Images, kind: Kind, number: u32) -> Result<Guest> {
+    pub fn start(images: &Images, machine: Machine, number: u32) -> Result<Guest> {
         let mut config = VmConfig::new(&images.kernel);
         config.initrd = images.initrd.clone();
-        config.cpus = match kind {
-            Kind::OneCpu => 1,
-            Kind::TwoCpus => 2,
-        };
-        // Ram disks take what is written to them, the root included.
-        config.memory_mib = 1280;
+        config.cpus = machine.cpus;
+        config.memory_mib = machine.memory_mib;
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");
         config.console_log = Some(images.results.join(format!("console-{number}.log")));
@@ -148,7 +164,7 @@ impl Guest {
         let guest = Guest {
             vm,
             agent,
-            kind,
+            machine,
             log_mark: AtomicU64::new(0),
             logs: AtomicU64::new(0),
         };
@@ -157,8 +173,8 @@ impl Guest {
     }
 
     /// What it was started as.
-    pub fn kind(&self) -> Kind {
-        self.kind
+    pub fn machine(&self) -> Machine {
+        self.machine
     }
 
     /// The machine itself.

@@ -6,16 +6,13 @@
 //! together as its working directory: `vmlinuz`, `guest.cpio`, `hv_vss.ko`, `hv_vss_daemon`,
 //! `lab-agent`. What is for people or for the build goes to `results/` there.
 
-mod agent;
 mod cases;
-mod check;
-mod cpio;
 mod demo;
-mod guest;
 mod runner;
 
 use anyhow::{ensure, Context, Result};
 use clap::{Parser, Subcommand};
+use e2e::guest;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -70,8 +67,8 @@ fn perform(action: Action) -> Result<bool> {
         }
         Action::Run { glob, json } => {
             let mut chosen = select(&glob)?;
-            // Cases that share a kind of guest stand together; their order is kept otherwise.
-            chosen.sort_by_key(|case| case.kind);
+            // Cases that want the same machine stand together; their order is kept otherwise.
+            chosen.sort_by_key(|case| case.machine);
             let images = guest::Images::prepare(Path::new("."))?;
             let verdicts = runner::run_all(&images, &chosen);
             let json = json.unwrap_or_else(|| images.results().join("e2e.json"));

@@ -7,8 +7,8 @@
 //! case is about.
 
 use crate::cases::Case;
-use crate::guest::{Guest, Images};
 use anyhow::{anyhow, Context, Result};
+use e2e::guest::{Guest, Images};
 use hyperv_sim::Exit;
 use serde::Serialize;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -38,17 +38,17 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
     let mut idle: Option<Guest> = None;
     let mut booted = 0;
     for case in cases {
-        let guest = match idle.take().filter(|guest| guest.kind() == case.kind) {
+        let guest = match idle.take().filter(|guest| guest.machine() == case.machine) {
             Some(guest) => Ok(guest),
             None => {
                 booted += 1;
                 let start = Instant::now();
-                let guest = Guest::start(images, case.kind, booted);
+                let guest = Guest::start(images, case.machine, booted);
                 if guest.is_ok() {
                     let took = start.elapsed().as_secs_f64();
                     println!(
-                        "     guest {booted} ({:?}) is up after {took:.1} s",
-                        case.kind
+                        "     guest {booted} ({}) is up after {took:.1} s",
+                        case.machine
                     );
                 }
                 guest

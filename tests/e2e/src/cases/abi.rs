@@ -4,9 +4,9 @@
 //! it plays hosts that real guests also meet.
 
 use super::{case, Case};
-use crate::check::{answered, equal, refused};
-use crate::guest::{Blocking, Daemon, Device, Guest, Module, DEVICE, STEP};
 use anyhow::{ensure, Context, Result};
+use e2e::check::{answered, equal, refused};
+use e2e::guest::{Blocking, Daemon, Device, Guest, Module, DEVICE, STEP};
 use hv_vss_uapi::{frame, op, Answer, FrameHdr, FreezeInfo, Register, Registered, Request, VssMsg};
 use hv_vss_uapi::{ABI_V2, MAX_FRAME};
 use hyperv_sim::ic::vss::{vss_flags, Lun, Op, CLASS, SHORT_BODY, VERSIONS};

@@ -3,9 +3,9 @@
 //! Parts that come and go: daemons, modules, the device, the guest.
 
 use super::{case, make_file_systems, Case};
-use crate::check::{answered, equal, refused};
-use crate::guest::{Blocking, Daemon, Guest, Module, STEP};
 use anyhow::{ensure, Result};
+use e2e::check::{answered, equal, refused};
+use e2e::guest::{Blocking, Daemon, Guest, Module, STEP};
 use hyperv_sim::ic::vss::{Op, SHORT_BODY, VERSIONS};
 use hyperv_sim::ic::{status, FRAMEWORKS};
 use hyperv_sim::Exit;

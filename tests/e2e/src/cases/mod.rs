@@ -10,8 +10,8 @@ mod lifecycle;
 mod pairing;
 mod peer;
 
-use crate::guest::{Guest, Kind};
 use anyhow::Result;
+use e2e::guest::{Guest, Machine};
 
 pub use pairing::make_file_systems;
 
@@ -23,7 +23,7 @@ pub struct Case {
     /// One line for people: what is right when it passes.
     pub about: &'static str,
     /// The guest that it wants.
-    pub kind: Kind,
+    pub machine: Machine,
     /// The case itself.
     pub run: fn(&Guest) -> Result<()>,
 }
@@ -33,7 +33,7 @@ const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
     Case {
         name,
         about,
-        kind: Kind::OneCpu,
+        machine: Machine::ONE_CPU,
         run,
     }
 }

@@ -3,9 +3,9 @@
 //! The main case: one backup, from one source for all four pairings of module and daemon.
 
 use super::{case, Case};
-use crate::check::{answered, equal, refused};
-use crate::guest::{Daemon, Guest, Kind, Module, STEP};
 use anyhow::{ensure, Result};
+use e2e::check::{answered, equal, refused};
+use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
 use hyperv_sim::ic::vss::{Lun, Op, CLASS, SHORT_BODY, VERSIONS};
 use hyperv_sim::ic::{status, Version, FRAMEWORKS};
 use std::time::Duration;
@@ -34,7 +34,7 @@ pub const CASES: &[Case] = &[
     Case {
         name: "pairing/ours-ours-two-cpus",
         about: "the same on two virtual CPUs",
-        kind: Kind::TwoCpus,
+        machine: Machine::TWO_CPUS,
         run: |guest| backup(guest, Module::Ours, Daemon::Ours),
     },
 ];

@@ -4,9 +4,9 @@
 //! the same: where a case here fails, the simulated host is wrong.
 
 use super::{case, make_file_systems, Case};
-use crate::check::{answered, equal, refused};
-use crate::guest::{Daemon, Guest, Module, STEP};
 use anyhow::{bail, ensure, Result};
+use e2e::check::{answered, equal, refused};
+use e2e::guest::{Daemon, Guest, Module, STEP};
 use hyperv_sim::ic::vss::{vss_flags, Op, SHORT_BODY, VERSIONS};
 use hyperv_sim::ic::{status, Version, FRAMEWORKS};
 use hyperv_sim::HostError;
