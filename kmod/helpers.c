@@ -2,12 +2,14 @@
 /*
  * C that Rust cannot call by itself; see helpers.h.
  */
-
 #include <linux/jiffies.h>
 #include <linux/math64.h>
 #include <linux/ratelimit.h>
 
 #include "helpers.h"
+
+#define CREATE_TRACE_POINTS
+#include "trace.h"
 
 u32 hv_vss_ring_size(u32 payload)
 {
@@ -37,4 +39,40 @@ bool hv_vss_may_warn(void)
 				      DEFAULT_RATELIMIT_BURST);
 
 	return __ratelimit(&warnings);
+}
+
+void hv_vss_trace_negotiated(u16 framework_major, u16 framework_minor, u16 vss_major,
+			     u16 vss_minor)
+{
+	trace_hv_vss_negotiated(framework_major, framework_minor, vss_major, vss_minor);
+}
+
+void hv_vss_trace_request(u64 id, u8 operation, u32 stage)
+{
+	trace_hv_vss_request(id, operation, stage);
+}
+
+void hv_vss_trace_answer(u64 id, u8 operation, u32 status, u64 latency_us)
+{
+	trace_hv_vss_answer(id, operation, status, latency_us);
+}
+
+void hv_vss_trace_daemon(u32 abi)
+{
+	trace_hv_vss_daemon(abi);
+}
+
+void hv_vss_trace_broken(u64 id, u32 reason)
+{
+	trace_hv_vss_broken(id, reason);
+}
+
+void hv_vss_trace_bad_packet(u64 len)
+{
+	trace_hv_vss_bad_packet(len);
+}
+
+void hv_vss_trace_bad_frame(int error)
+{
+	trace_hv_vss_bad_frame(error);
 }

@@ -22,6 +22,23 @@ void hv_vss_timer_setup(struct timer_list *timer, void (*function)(struct timer_
 /* (Re)starts @timer so that it expires not before @us microseconds from now. */
 void hv_vss_timer_arm(struct timer_list *timer, u64 us);
 
+/* How far a request has come, for hv_vss_trace_request(). */
+#define HV_VSS_STAGE_RECEIVED	1
+#define HV_VSS_STAGE_HELD	2
+#define HV_VSS_STAGE_OFFERED	3
+#define HV_VSS_STAGE_READ	4
+#define HV_VSS_STAGE_TIMED_OUT	5
+
+/* The tracepoints of trace.h, which says what their arguments are. */
+void hv_vss_trace_negotiated(u16 framework_major, u16 framework_minor, u16 vss_major,
+			     u16 vss_minor);
+void hv_vss_trace_request(u64 id, u8 operation, u32 stage);
+void hv_vss_trace_answer(u64 id, u8 operation, u32 status, u64 latency_us);
+void hv_vss_trace_daemon(u32 abi);
+void hv_vss_trace_broken(u64 id, u32 reason);
+void hv_vss_trace_bad_packet(u64 len);
+void hv_vss_trace_bad_frame(int error);
+
 /* Whether one more warning may be written now: ten in five seconds. */
 bool hv_vss_may_warn(void);
 

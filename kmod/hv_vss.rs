@@ -12,7 +12,7 @@ mod bindings;
 mod chardev;
 #[path = "engine/lib.rs"]
 pub mod engine;
-mod log;
+mod report;
 mod timer;
 #[path = "../uapi/hv_vss.rs"]
 pub mod uapi;
@@ -23,14 +23,14 @@ use crate::engine::Config;
 use crate::engine::Effects;
 use crate::engine::Engine;
 use crate::engine::Note;
-use crate::engine::Refusal;
-use crate::log::warn_limited;
 use crate::timer::HasTimer;
 use crate::timer::Timer;
 use crate::vmbus::Channel;
 use core::mem::offset_of;
+use kernel::debugfs;
 use kernel::device::Bound;
 use kernel::device::Core;
+use kernel::fmt;
 use kernel::iov::IovIterDest;
 use kernel::iov::IovIterSource;
 use kernel::new_mutex;
@@ -109,11 +109,14 @@ kernel::module_device_table!(
     [(vmbus::DeviceId::new(VSS_CLASS), ())]
 );
 
-/// What a bound device has. Fields are dropped in this order: first nothing more happens, then the
-/// device node goes.
+/// What a bound device has. Fields are dropped in this order: first nothing more happens, then what
+/// can be seen of it goes.
 #[pin_data]
 struct Data {
     running: Running,
+    #[pin]
+    _state: debugfs::File<Arc<Service>>,
+    _folder: debugfs::Dir,
     #[pin]
     _node: chardev::Registration<Service>,
 }
@@ -142,8 +145,11 @@ impl vmbus::Driver for Driver {
                 return Err(ENODEV);
             }
             let service = Service::new()?;
+            let folder = debugfs::Dir::new(c"hv_vss");
             Ok(try_pin_init!(Data {
                 running: Running(service.clone()),
+                _state <- folder.read_callback_file(c"state", service.clone(), &Service::show),
+                _folder: folder,
                 _node <- chardev::Registration::new(c"vmbus/hv_vss", 0o600, service),
                 _: { running.0.start(dev)? },
             }))
@@ -359,6 +365,47 @@ impl Service {
         true
     }
 
+    /// The text of the `state` file in debugfs: a name and its values on each line.
+    fn show(self: &Arc<Self>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (stats, versions, abi, freeze, stage, request, queued) = {
+            let state = self.state.lock();
+            let engine = &state.engine;
+            (
+                *engine.stats(),
+                engine.versions(),
+                engine.abi(),
+                engine.freeze_state(),
+                engine.stage_name(),
+                engine.open_request(),
+                engine.queued(),
+            )
+        };
+        let (framework, vss) = versions.unwrap_or_default();
+        writeln!(out, "framework {}.{}", framework.major, framework.minor)?;
+        writeln!(out, "vss {}.{}", vss.major, vss.minor)?;
+        writeln!(out, "daemon_abi {abi}")?;
+        writeln!(out, "freeze {freeze}")?;
+        let (id, operation) = request.unwrap_or_default();
+        writeln!(out, "request {stage} {id} {operation}")?;
+        writeln!(out, "open_requests {queued}")?;
+        writeln!(out, "negotiations {}", stats.negotiations)?;
+        writeln!(out, "registrations {}", stats.registrations)?;
+        writeln!(out, "bad_packets {}", stats.bad_packets)?;
+        writeln!(out, "bad_frames {}", stats.bad_frames)?;
+        writeln!(out, "overruns {}", stats.overruns)?;
+        writeln!(out, "unsent {}", stats.unsent)?;
+        writeln!(out, "broken_freezes {}", stats.broken)?;
+        writeln!(out, "# operation requests failures timeouts last_us max_us")?;
+        for (name, op) in engine::OPS.iter().zip(stats.ops) {
+            writeln!(
+                out,
+                "{name} {} {} {} {} {}",
+                op.requests, op.failures, op.timeouts, op.last_us, op.max_us
+            )?;
+        }
+        Ok(())
+    }
+
     /// Waits until a read would find something.
     fn wait_readable(&self, nonblocking: bool) -> Result {
         let mut state = self.state.lock();
@@ -438,7 +485,7 @@ impl chardev::Handler for Service {
         }
         self.with_engine(|engine, now, out| engine.write(now, bytes, out))
             .ok_or(ENODEV)?
-            .map_err(errno)?;
+            .map_err(report::errno)?;
         Ok(whole)
     }
 
@@ -458,16 +505,6 @@ impl chardev::Handler for Service {
     }
 }
 
-/// The errno of a refused write; `hv_vss.h` documents them.
-fn errno(refusal: Refusal) -> Error {
-    match refusal {
-        Refusal::Malformed => EINVAL,
-        Refusal::OutOfTurn => EPROTO,
-        Refusal::Stale => ESTALE,
-        Refusal::WrongOperation => EBADMSG,
-    }
-}
-
 /// Where the engine's effects go.
 struct Outlet<'a> {
     channel: Option<&'a Channel<Service>>,
@@ -480,36 +517,6 @@ impl Effects for Outlet<'_> {
     }
 
     fn note(&mut self, note: Note) {
-        match note {
-            Note::NotNegotiated => {
-                warn_limited!("the host offers no version that this module speaks\n");
-            }
-            Note::BadPacket { len } => {
-                warn_limited!("dropped a packet of {} bytes that is no VSS message\n", len);
-            }
-            Note::TimedOut { id, operation } => {
-                warn_limited!("request {} (operation {}): time is over\n", id, operation);
-            }
-            Note::NotSent => warn_limited!("an answer could not be sent to the host\n"),
-            Note::Broken { id, reason } => {
-                warn_limited!(
-                    "freeze {} did not last until its thaw (reason {}): the backup will be failed\n",
-                    id,
-                    reason
-                );
-            }
-            Note::BadFrame { refusal } => {
-                warn_limited!("refused a write of the daemon: {}\n", refusal.as_str());
-            }
-            Note::Negotiated { .. }
-            | Note::Received { .. }
-            | Note::Direct { .. }
-            | Note::Held { .. }
-            | Note::Offered { .. }
-            | Note::Read { .. }
-            | Note::Answered { .. }
-            | Note::Registered { .. }
-            | Note::Released => {}
-        }
+        report::note(note);
     }
 }

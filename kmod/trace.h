@@ -1,0 +1,151 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Tracepoints: one event for each step of a request, with its id. v2 daemons see the same id.
+ *
+ *	echo 1 > /sys/kernel/tracing/events/hv_vss/enable
+ */
+#undef TRACE_SYSTEM
+#define TRACE_SYSTEM hv_vss
+
+#if !defined(HV_VSS_TRACE_H) || defined(TRACE_HEADER_MULTI_READ)
+#define HV_VSS_TRACE_H
+
+#include <linux/tracepoint.h>
+
+#define hv_vss_operation(operation)		\
+	__print_symbolic(operation,		\
+		{ 0, "CREATE" },		\
+		{ 1, "DELETE" },		\
+		{ 2, "HOT_BACKUP" },		\
+		{ 3, "GET_DM_INFO" },		\
+		{ 4, "BU_COMPLETE" },		\
+		{ 5, "FREEZE" },		\
+		{ 6, "THAW" },			\
+		{ 7, "AUTO_RECOVER" })
+
+TRACE_EVENT(hv_vss_negotiated,
+	TP_PROTO(u16 framework_major, u16 framework_minor, u16 vss_major, u16 vss_minor),
+	TP_ARGS(framework_major, framework_minor, vss_major, vss_minor),
+	TP_STRUCT__entry(
+		__field(u16, framework_major)
+		__field(u16, framework_minor)
+		__field(u16, vss_major)
+		__field(u16, vss_minor)
+	),
+	TP_fast_assign(
+		__entry->framework_major = framework_major;
+		__entry->framework_minor = framework_minor;
+		__entry->vss_major = vss_major;
+		__entry->vss_minor = vss_minor;
+	),
+	TP_printk("framework=%u.%u vss=%u.%u",
+		  __entry->framework_major, __entry->framework_minor,
+		  __entry->vss_major, __entry->vss_minor)
+);
+
+TRACE_EVENT(hv_vss_request,
+	TP_PROTO(u64 id, u8 operation, u32 stage),
+	TP_ARGS(id, operation, stage),
+	TP_STRUCT__entry(
+		__field(u64, id)
+		__field(u8, operation)
+		__field(u32, stage)
+	),
+	TP_fast_assign(
+		__entry->id = id;
+		__entry->operation = operation;
+		__entry->stage = stage;
+	),
+	TP_printk("id=%llu operation=%s stage=%s",
+		  __entry->id, hv_vss_operation(__entry->operation),
+		  __print_symbolic(__entry->stage,
+			{ HV_VSS_STAGE_RECEIVED, "received" },
+			{ HV_VSS_STAGE_HELD, "held" },
+			{ HV_VSS_STAGE_OFFERED, "offered" },
+			{ HV_VSS_STAGE_READ, "read" },
+			{ HV_VSS_STAGE_TIMED_OUT, "timed-out" }))
+);
+
+/* id 0: answered without the daemon. */
+TRACE_EVENT(hv_vss_answer,
+	TP_PROTO(u64 id, u8 operation, u32 status, u64 latency_us),
+	TP_ARGS(id, operation, status, latency_us),
+	TP_STRUCT__entry(
+		__field(u64, id)
+		__field(u64, latency_us)
+		__field(u32, status)
+		__field(u8, operation)
+	),
+	TP_fast_assign(
+		__entry->id = id;
+		__entry->latency_us = latency_us;
+		__entry->status = status;
+		__entry->operation = operation;
+	),
+	TP_printk("id=%llu operation=%s status=0x%08x latency_us=%llu",
+		  __entry->id, hv_vss_operation(__entry->operation), __entry->status,
+		  __entry->latency_us)
+);
+
+/* abi 0: the daemon is gone. */
+TRACE_EVENT(hv_vss_daemon,
+	TP_PROTO(u32 abi),
+	TP_ARGS(abi),
+	TP_STRUCT__entry(
+		__field(u32, abi)
+	),
+	TP_fast_assign(
+		__entry->abi = abi;
+	),
+	TP_printk("abi=%u", __entry->abi)
+);
+
+/* The freeze did not last until its THAW; reason as in struct hv_vss_thawed, 0: daemon gone. */
+TRACE_EVENT(hv_vss_broken,
+	TP_PROTO(u64 id, u32 reason),
+	TP_ARGS(id, reason),
+	TP_STRUCT__entry(
+		__field(u64, id)
+		__field(u32, reason)
+	),
+	TP_fast_assign(
+		__entry->id = id;
+		__entry->reason = reason;
+	),
+	TP_printk("id=%llu reason=%u", __entry->id, __entry->reason)
+);
+
+/* A packet of this many bytes was dropped. */
+TRACE_EVENT(hv_vss_bad_packet,
+	TP_PROTO(u64 len),
+	TP_ARGS(len),
+	TP_STRUCT__entry(
+		__field(u64, len)
+	),
+	TP_fast_assign(
+		__entry->len = len;
+	),
+	TP_printk("len=%llu", __entry->len)
+);
+
+/* A write of the daemon was refused with this errno. */
+TRACE_EVENT(hv_vss_bad_frame,
+	TP_PROTO(int error),
+	TP_ARGS(error),
+	TP_STRUCT__entry(
+		__field(int, error)
+	),
+	TP_fast_assign(
+		__entry->error = error;
+	),
+	TP_printk("error=%d", __entry->error)
+);
+
+#endif
+
+/* Outside of the guard: read once for each thing that the tracing core makes of it. */
+#undef TRACE_INCLUDE_PATH
+#define TRACE_INCLUDE_PATH .
+#undef TRACE_INCLUDE_FILE
+#define TRACE_INCLUDE_FILE trace
+#include <trace/define_trace.h>
