@@ -14,7 +14,7 @@ use hv_vss_daemon::config::Config;
 use hv_vss_daemon::device::Device;
 use hv_vss_daemon::logbook::{words, Logbook, Sink};
 use hv_vss_daemon::service::Service;
-use hv_vss_daemon::{guard, job, process, sys};
+use hv_vss_daemon::{guard, job, process};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -142,7 +142,6 @@ fn harden(log: &Logbook) -> Result<(), Failure> {
     if let Err(error) = process::raise_descriptor_limit() {
         log.warning(format!("cannot raise the limit of open files: {error}"));
     }
-    sys::give_back_memory();
     process::lock_memory().map_err(|e| format!("cannot lock the memory: {e}"))?;
     job::warm_up()?;
     Ok(())

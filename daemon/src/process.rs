@@ -8,12 +8,16 @@ use std::io;
 use nix::sys::mman::{mlockall, MlockAllFlags};
 use nix::sys::resource::{getrlimit, setrlimit, Resource};
 
+use crate::sys;
+
 /// Locks what is mapped now and later: each page once it has been touched.
 ///
 /// With `MCL_ONFAULT` pages that were never touched, most of the C library among them, do not
-/// become resident; [`crate::guard`] and [`crate::job`] go through their freeze path once
-/// beforehand, so that what they need has been.
+/// become resident, and what only the start needed is let go of first. [`crate::guard`] and
+/// [`crate::job`] then go through their freeze path once, so that what they need is there.
 pub fn lock_memory() -> io::Result<()> {
+    sys::give_back_memory();
+    sys::drop_resident_text()?;
     let on_fault = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
     let flags = MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE | on_fault;
     Ok(mlockall(flags)?)

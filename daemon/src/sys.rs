@@ -190,3 +190,41 @@ pub fn give_back_memory() {
         libc::malloc_trim(0);
     }
 }
+
+/// Lets go of the program text that is resident, of this program and its libraries. What is
+/// executed again comes back, a few pages at a time; what only the start needed stays away.
+///
+/// To be called before memory is locked: the kernel refuses it for locked text.
+pub fn drop_resident_text() -> io::Result<()> {
+    for line in std::fs::read_to_string("/proc/self/maps")?.lines() {
+        let mut columns = line.split(' ');
+        let (Some(range), Some("r-xp")) = (columns.next(), columns.next()) else {
+            continue;
+        };
+        // Only what has a file behind it: the vdso has not.
+        if !line.contains('/') {
+            continue;
+        }
+        let ends = range.split_once('-');
+        let number = |text| usize::from_str_radix(text, 16).ok();
+        let (Some(start), Some(end)) = (
+            ends.and_then(|(start, _)| number(start)),
+            ends.and_then(|(_, end)| number(end)),
+        ) else {
+            continue;
+        };
+        // SAFETY: the range is a private mapping of a file that is readable and executable and
+        // not writable, as the kernel itself has just said. Relocations do not touch such
+        // segments (they would be writable then), so each page equals the file's, and the next
+        // access reads the same bytes from there.
+        let ret = unsafe {
+            libc::madvise(
+                start as *mut libc::c_void,
+                end.saturating_sub(start),
+                libc::MADV_DONTNEED,
+            )
+        };
+        Errno::result(ret)?;
+    }
+    Ok(())
+}
