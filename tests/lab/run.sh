@@ -1,20 +1,29 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: GPL-2.0-only
 #
-# run.sh [--timeout SECONDS] COMMAND...: runs COMMAND in the payload folder (the test programs, the
-# module, the guest's kernel and initramfs) on a machine whose KVM can play Hyper-V: this one if it
-# can, else an outer guest under emulation. Its output is shown as it comes and its exit status is
-# ours; what it leaves in results/ is found in build/results/. Log of the outer guest: build/logs/.
+# run.sh [--timeout SECONDS] [--memory MIB] [--results FOLDER] COMMAND...: runs COMMAND in the payload
+# folder (the test programs, the module, the guest's kernel and initramfs) on a machine whose KVM can
+# play Hyper-V: this one if it can, else an outer guest (with this much memory) under emulation. Its
+# output is shown as it comes and its exit status is ours; what it leaves in results/ is found in
+# FOLDER, build/results unless given. Log of the outer guest: build/logs/.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 limit=600
-if [ "${1:-}" = --timeout ]; then
-    limit=$2
+# the outer guest's, if there is one
+memory=4096
+results=$build/results
+while [ $# -gt 1 ]; do
+    case $1 in
+    --timeout) limit=$2 ;;
+    --memory) memory=$2 ;;
+    --results) results=$2 ;;
+    *) break ;;
+    esac
     shift 2
-fi
-[ $# -gt 0 ] || die "usage: run.sh [--timeout SECONDS] COMMAND..."
+done
+[ $# -gt 0 ] || die "usage: run.sh [--timeout SECONDS] [--memory MIB] [--results FOLDER] COMMAND..."
 # cargo's profile folder that the programs are taken from
 programs=$repo/target/${PROFILE:-release}
 
@@ -35,15 +44,15 @@ trap 'exit 143' TERM HUP
 payload=$work/payload
 mkdir -p "$payload/results"
 missing=()
-for file in "$programs"/{e2e,hyperv-sim,hv_vss_daemon,lab-agent} \
+for file in "$programs"/{e2e,bench,hyperv-sim,hv_vss_daemon,lab-agent} \
     "$build"/{lab/hv_vss.ko,vmlinuz,guest.cpio}; do
     cp "$file" "$payload/" 2>/dev/null || missing+=("${file##*/}")
 done
 [ ${#missing[@]} = 0 ] || say "not built, so not in the payload: ${missing[*]}"
 
 keep_results() {
-    rm -rf "$build/results"
-    mv "$payload/results" "$build/results"
+    rm -rf "$results"
+    mv "$payload/results" "$results"
 }
 
 if [ -x "$payload/hyperv-sim" ] && "$payload/hyperv-sim" probe >"$build/logs/probe.log" 2>&1; then
@@ -80,7 +89,7 @@ console=$work/console.log
 # outer guest that hangs; its own, which keeps the results, comes first.
 # shellcheck disable=SC2054  # the commas are QEMU's
 machine=(
-    qemu-system-x86_64 -accel tcg,thread=multi -cpu qemu64,+svm,+npt,+nrip-save,+rdrand -M q35 -m 4096 -smp 1
+    qemu-system-x86_64 -accel tcg,thread=multi -cpu qemu64,+svm,+npt,+nrip-save,+rdrand -M q35 -m "$memory" -smp 1
     -display none -monitor none -nodefaults -no-reboot
     -kernel /build/vmlinuz -initrd /run.work/initrd
     -append "console=ttyS0 panic=-1 lab.timeout=$limit"
