@@ -12,7 +12,8 @@ use super::uapi::status;
 use zerocopy::little_endian::U16;
 use zerocopy::little_endian::U32;
 use zerocopy::FromBytes;
-use zerocopy_derive::FromBytes;
+// The macro FromBytes is named by its path: where cargo turns on zerocopy's own derives, the trait
+// above brings a macro of that name along.
 use zerocopy_derive::Immutable;
 use zerocopy_derive::IntoBytes;
 use zerocopy_derive::KnownLayout;
@@ -45,7 +46,7 @@ pub struct Version {
 }
 
 /// `struct ic_version`.
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(Clone, Copy, zerocopy_derive::FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 struct WireVersion {
     major: U16,
@@ -53,7 +54,7 @@ struct WireVersion {
 }
 
 /// `struct vmbuspipe_hdr` and `struct icmsg_hdr`.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(zerocopy_derive::FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 struct Header {
     pipe_flags: U32,
@@ -69,7 +70,7 @@ struct Header {
 }
 
 /// The fixed part of `struct icmsg_negotiate`; the versions follow.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(zerocopy_derive::FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 struct Negotiate {
     framework_count: U16,
