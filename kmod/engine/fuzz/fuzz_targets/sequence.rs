@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Any sequence of events against the promises of `tests/support`: one byte an event.
+
+#![no_main]
+
+#[path = "../../tests/support/mod.rs"]
+mod support;
+
+use hv_vss_engine::{Config, PACKET_MAX, QUEUE};
+use libfuzzer_sys::fuzz_target;
+use support::events::ALL;
+use support::World;
+
+std::thread_local! {
+    static STORE: std::cell::RefCell<Vec<u8>> = std::cell::RefCell::new(vec![0; QUEUE * PACKET_MAX]);
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    let Some((grace, events)) = bytes.split_first() else {
+        return;
+    };
+    let config = Config {
+        grace_ms: u32::from(grace % 2) * 5000,
+        ..Config::default()
+    };
+    STORE.with_borrow_mut(|store| {
+        let mut world = World::new(config, store);
+        for byte in events {
+            world.happen(ALL[usize::from(*byte) % ALL.len()]);
+        }
+        world.drain();
+    });
+});
