@@ -335,6 +335,11 @@ impl Guest {
         self.agent.call(Command::Writers, STEP)
     }
 
+    /// Forgets the longest write of every writer.
+    pub fn writers_reset(&self) -> Result<(), CallError> {
+        self.agent.call(Command::WritersReset, STEP)
+    }
+
     /// Ends all writers.
     pub fn writers_stop(&self) -> Result<(), CallError> {
         let timeout_ms = 5000;

@@ -117,6 +117,8 @@ pub enum Command {
     },
     /// How the writers fare: a list of [`Writer`]s in the order of their start.
     Writers,
+    /// Forgets the longest write of every writer, so that the next one is the first that counts.
+    WritersReset,
     /// Ends all writers and forgets them. Fails when one is still inside a write after
     /// `timeout_ms`; that one stays.
     WritersStop {

@@ -53,6 +53,7 @@ impl Agent {
                 json!(self.writers.start(&path, pause_us)?)
             }
             Command::Writers => json!(self.writers.list()),
+            Command::WritersReset => json!(self.writers.reset()),
             Command::WritersStop { timeout_ms } => json!(self.writers.stop(timeout_ms)?),
             Command::DevOpen { path, nonblock } => json!(self.devices.open(&path, nonblock)?),
             Command::DevRead { handle, len } => json!(self.devices.read(handle, len)?),

@@ -105,6 +105,12 @@ impl Writers {
             .collect()
     }
 
+    /// Forgets the longest write of each.
+    pub fn reset(&self) {
+        let all = lock(&self.all);
+        all.iter().for_each(|it| it.longest_us.store(0, SeqCst));
+    }
+
     /// Ends all writers.
     pub fn stop(&self, timeout_ms: u64) -> Result<(), Error> {
         let until = Instant::now() + Duration::from_millis(timeout_ms);

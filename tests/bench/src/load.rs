@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The loads: which file systems the guest has, and what is dirty in them when a backup begins.
+//!
+//! Setting a load up is all done by visible commands in the guest. Does not know what is measured.
+
+use anyhow::{ensure, Context, Result};
+use e2e::guest::Guest;
+
+/// What a load has the host ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// FREEZE and THAW, sent back to back.
+    Freeze(Disks),
+    /// HOT_BACKUP, which freezes nothing: the way from host to daemon and back.
+    HotBackup,
+    /// Nothing: what the daemon costs while it waits.
+    Idle,
+}
+
+/// The file systems beside the root, which is a clean ext4 on a RAM disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Disks {
+    /// How many: ext4, xfs and btrfs in turn.
+    pub count: u32,
+    /// What each write to their devices takes, in milliseconds.
+    pub write_delay_ms: u32,
+    /// What is dirty in each of them when FREEZE is sent, in MiB.
+    pub dirty_mib: u32,
+    /// Bind mounts, spread over them.
+    pub binds: u32,
+}
+
+/// One load.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    /// As `--load` and the results name it.
+    pub name: &'static str,
+    /// What it is, for people.
+    pub about: &'static str,
+    /// What is done.
+    pub work: Work,
+    /// The guest's memory in MiB. RAM disks take what is written to them, and btrfs never writes
+    /// to the same place twice in a row.
+    pub memory_mib: u32,
+}
+
+/// All loads, in the order in which they are run.
+pub const LOADS: [Load; 6] = [
+    Load {
+        name: "1-clean",
+        about: "one clean ext4 file system, the root",
+        work: Work::Freeze(Disks {
+            count: 0,
+            write_delay_ms: 0,
+            dirty_mib: 0,
+            binds: 0,
+        }),
+        memory_mib: 1280,
+    },
+    Load {
+        name: "8-dirty",
+        about: "8 file systems, 20 ms per write, 32 MiB dirty in each",
+        work: Work::Freeze(Disks {
+            count: 8,
+            write_delay_ms: 20,
+            dirty_mib: 32,
+            binds: 0,
+        }),
+        memory_mib: 3072,
+    },
+    Load {
+        name: "32-dirty",
+        about: "32 file systems, 20 ms per write, 32 MiB dirty in each",
+        work: Work::Freeze(Disks {
+            count: 32,
+            write_delay_ms: 20,
+            dirty_mib: 32,
+            binds: 0,
+        }),
+        memory_mib: 6144,
+    },
+    Load {
+        name: "2000-binds",
+        about: "16 clean file systems and 2000 bind mounts",
+        work: Work::Freeze(Disks {
+            count: 16,
+            write_delay_ms: 0,
+            dirty_mib: 0,
+            binds: 2000,
+        }),
+        memory_mib: 3072,
+    },
+    Load {
+        name: "hot-backup",
+        about: "HOT_BACKUP, which freezes nothing",
+        work: Work::HotBackup,
+        memory_mib: 1280,
+    },
+    Load {
+        name: "idle",
+        about: "a daemon that waits: its memory, and its system calls in a minute",
+        work: Work::Idle,
+        memory_mib: 1280,
+    },
+];
+
+/// The type of file system number `n`.
+fn kind(n: u32) -> &'static str {
+    ["ext4", "xfs", "btrfs"][n as usize % 3]
+}
+
+/// Makes the file system whose files a round rewrites, mounted on `/mnt/<n>`.
+///
+/// It is made and filled on the bare RAM disk, which is fast, and then mounted through the delay.
+/// Only writes are delayed. The third triple is for flushes, of which a RAM disk sees none; being
+/// 50 ms it makes dm-delay wait by timer. Below that it has one thread for each device look again
+/// every millisecond (`delay_ctr`), and on one CPU it would be those threads that are measured.
+fn make(n: u32, disks: &Disks) -> String {
+    let Disks {
+        write_delay_ms,
+        dirty_mib,
+        ..
+    } = disks;
+    let kind = kind(n);
+    let mkfs = match kind {
+        "ext4" => "mkfs.ext4 -q -F -E lazy_itable_init=1,lazy_journal_init=1",
+        "xfs" => "mkfs.xfs -q -f",
+        _ => "mkfs.btrfs -q -f",
+    };
+    let mut script = format!(
+        "[ -b /dev/ram{n} ] || mknod /dev/ram{n} b 1 {n}
+         device=/dev/ram{n}
+         mkdir -p /mnt/{n} && {mkfs} $device || exit 1\n"
+    );
+    if *dirty_mib > 0 {
+        script.push_str(&format!(
+            "mount -t {kind} $device /mnt/{n} && {} && umount /mnt/{n} || exit 1\n",
+            rewrite(n, *dirty_mib)
+        ));
+    }
+    if *write_delay_ms > 0 {
+        script.push_str(&format!(
+            "size=$(cat /sys/class/block/ram{n}/size)
+             dmsetup create slow{n} --table \"0 $size delay $device 0 0 \\
+                 $device 0 {write_delay_ms} $device 0 50\" || exit 1
+             device=/dev/mapper/slow{n}\n"
+        ));
+    }
+    script.push_str(&format!("mount -t {kind} $device /mnt/{n}"));
+    script
+}
+
+/// The command that makes `mib` dirty on file system `n`.
+fn rewrite(n: u32, mib: u32) -> String {
+    format!("dd if=/dev/zero of=/mnt/{n}/data bs=1M count={mib} conv=notrunc 2>/dev/null")
+}
+
+impl Disks {
+    /// The file that a small writer rewrites, for each file system and the root.
+    pub fn writers(&self) -> Vec<String> {
+        let others = (1..=self.count).map(|n| format!("/mnt/{n}/writer"));
+        std::iter::once("/writer".to_string())
+            .chain(others)
+            .collect()
+    }
+
+    /// Makes and mounts everything.
+    pub fn set_up(&self, guest: &Guest) -> Result<()> {
+        if self.count > 0 {
+            // Into the kernel before the first mkfs, so that its time is seen to be theirs.
+            guest.sh("modprobe xfs && modprobe btrfs")?;
+        }
+        for n in 1..=self.count {
+            guest.sh(&make(n, self))?;
+        }
+        if self.dirty_mib > 0 {
+            // What is dirty stays so until somebody asks for it to be written.
+            guest.sh("cd /proc/sys/vm && echo 0 >dirty_writeback_centisecs &&
+                      echo 360000 >dirty_expire_centisecs &&
+                      echo 6442450944 >dirty_bytes && echo 4294967296 >dirty_background_bytes")?;
+        }
+        for n in 1..=self.count {
+            // Each file system gets its share, the last one the rest.
+            let from = self.binds * (n - 1) / self.count + 1;
+            let to = self.binds * n / self.count;
+            if from <= to {
+                guest.sh(&format!(
+                    "mkdir -p /binds && cd /binds && mkdir $(seq {from} {to}) &&
+                     for i in $(seq {from} {to}); do
+                         busybox mount -o bind /mnt/{n} /binds/$i || exit 1
+                     done"
+                ))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings the load to where a round starts: nothing dirty but what shall be. Returns how much of
+    /// the guest's memory is dirty, in KiB.
+    pub fn prepare(&self, guest: &Guest) -> Result<u64> {
+        guest.sh("sync")?;
+        if self.dirty_mib > 0 {
+            for n in 1..=self.count {
+                guest.sh(&rewrite(n, self.dirty_mib))?;
+            }
+        }
+        let dirty = dirty_kib(&guest.read("/proc/meminfo")?)?;
+        let wanted = u64::from(self.count) * u64::from(self.dirty_mib) * 1024;
+        ensure!(
+            dirty >= wanted,
+            "{wanted} KiB should be dirty in the guest, {dirty} KiB are: some was written early"
+        );
+        Ok(dirty)
+    }
+}
+
+fn dirty_kib(meminfo: &str) -> Result<u64> {
+    let line = meminfo.lines().find_map(|it| it.strip_prefix("Dirty:"));
+    line.and_then(|it| it.trim().strip_suffix("kB"))
+        .and_then(|it| it.trim().parse().ok())
+        .with_context(|| format!("/proc/meminfo has no Dirty: {meminfo}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dirty_memory_is_found_in_meminfo() {
+        let text = "MemFree:  1 kB\nDirty:            262160 kB\nWriteback:   0 kB\n";
+        assert_eq!(dirty_kib(text).expect("it is there"), 262_160);
+        assert!(dirty_kib("MemFree: 1 kB\n").is_err());
+    }
+
+    #[test]
+    fn every_file_system_has_a_writer_and_so_has_the_root() {
+        let disks = Disks {
+            count: 2,
+            ..Disks::default()
+        };
+        assert_eq!(
+            disks.writers(),
+            ["/writer", "/mnt/1/writer", "/mnt/2/writer"]
+        );
+    }
+}

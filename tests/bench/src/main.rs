@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Measures a backup: this project's module and daemon beside the stock module and Debian's daemon.
+//!
+//! Runs where the end-to-end cases run, on the same payload. Under each load both stacks take turns
+//! in one boot of one guest, in changing order, so that what drifts hits both. Absolute times are
+//! those of the machine (emulated twice, perhaps); what counts are the ratios. No figure makes it
+//! fail: it fails when a backup fails.
+
+mod load;
+mod measure;
+mod plot;
+mod report;
+mod stack;
+mod stats;
+
+use anyhow::{ensure, Context, Result};
+use clap::Parser;
+use e2e::guest::{Guest, Images, Machine};
+use load::{Load, Work, LOADS};
+use measure::Sample;
+use report::{ms, Results};
+use stack::{Rig, Stack};
+use stats::Turn;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+#[derive(Parser)]
+#[command(name = "bench", about = "Compares a backup with the peer's")]
+struct Arguments {
+    /// Only loads whose name matches, such as '*-dirty'
+    #[arg(long, value_name = "GLOB", default_value = "*")]
+    load: String,
+    /// Rounds under each load: one turn for each stack
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    rounds: u32,
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let pattern = glob::Pattern::new(&arguments.load)
+        .with_context(|| format!("{:?} is no pattern", arguments.load))?;
+    let names = LOADS.map(|load| load.name).join(", ");
+    let chosen: Vec<Load> = LOADS
+        .into_iter()
+        .filter(|load| pattern.matches(load.name))
+        .collect();
+    ensure!(
+        !chosen.is_empty(),
+        "no load is called {:?}; there are {names}",
+        arguments.load
+    );
+
+    let images = Images::prepare(Path::new("."))?;
+    let mut results = Results::default();
+    for (number, load) in chosen.iter().enumerate() {
+        println!("bench: {}: {}", load.name, load.about);
+        let start = Instant::now();
+        let machine = Machine {
+            memory_mib: load.memory_mib,
+            ..Machine::ONE_CPU
+        };
+        let guest = Guest::start(&images, machine, number as u32 + 1)?;
+        println!("bench: {}: a guest is up ({machine})", load.name);
+        let outcome = run_load(load, arguments.rounds, &guest, &mut results)
+            .with_context(|| format!("load {}", load.name));
+        if outcome.is_err() {
+            println!("{}", guest.post_mortem());
+        }
+        guest.vm().kill();
+        // What was measured before a failure is worth keeping.
+        results.write(images.results())?;
+        outcome?;
+        let took = start.elapsed().as_secs();
+        println!("bench: {}: done after {took} s", load.name);
+    }
+    println!("\n{}", results.table());
+    Ok(())
+}
+
+fn run_load(load: &Load, rounds: u32, guest: &Guest, results: &mut Results) -> Result<()> {
+    if let Work::Freeze(disks) = load.work {
+        let start = Instant::now();
+        disks.set_up(guest)?;
+        let took = start.elapsed().as_secs_f64();
+        println!("bench: {}: set up in {took:.0} s", load.name);
+    }
+    let mut rig = Rig::new(guest)?;
+    if load.work == Work::Idle {
+        for stack in Stack::BOTH {
+            rig.switch(stack)?;
+            let idle = measure::idle(&rig)?;
+            println!("bench: {}: {stack} {idle:?}", load.name);
+            results.idle.insert(stack, idle);
+        }
+        return Ok(());
+    }
+    for round in 1..=rounds {
+        let mut order = Stack::BOTH;
+        if round % 2 == 0 {
+            order.reverse();
+        }
+        for stack in order {
+            rig.switch(stack)?;
+            let sample = match load.work {
+                Work::Freeze(disks) => measure::freeze(&rig, &disks),
+                Work::HotBackup | Work::Idle => measure::hot_backup(&rig),
+            };
+            let sample = sample.with_context(|| format!("round {round}, {stack}"))?;
+            println!(
+                "bench: {} {round}/{rounds} {stack:5}{}",
+                load.name,
+                in_words(&sample)
+            );
+            results.turns.push(Turn {
+                load: load.name,
+                round,
+                stack,
+                sample,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn in_words(sample: &Sample) -> String {
+    let figures = sample.seconds.iter();
+    figures
+        .map(|(metric, seconds)| format!("  {metric} {}", ms(*seconds)))
+        .collect()
+}

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The measurements: what one turn of one stack yields.
+//!
+//! Latencies are the host's, from the moment when the request was in the guest's ring to the
+//! arrival of the answer. Stalls are the guest's, as its writers saw them. Nothing is judged here.
+
+use crate::load::Disks;
+use crate::stack::Rig;
+use anyhow::{ensure, Context, Result};
+use e2e::check::answered;
+use e2e::guest::{Guest, STEP};
+use hyperv_sim::ic::status;
+use hyperv_sim::ic::vss::{Op, SHORT_BODY};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// For one request: the slowest peer takes seconds, on a busy machine many.
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// HOT_BACKUP requests in one turn: enough that their CPU time is well above the 10 ms in which
+/// the guest counts it.
+const REQUESTS: u32 = 300;
+
+/// How long an idle daemon is watched.
+const WATCH: Duration = Duration::from_secs(60);
+
+/// What a turn gave: seconds by metric, and what stands behind them.
+#[derive(Debug, Default, Serialize)]
+pub struct Sample {
+    /// The figures that are compared, in seconds.
+    pub seconds: BTreeMap<&'static str, f64>,
+    /// The longest write of each small writer, in seconds, by its file.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub stalls: BTreeMap<String, f64>,
+    /// How much of the guest's memory was dirty when the writers started, in KiB.
+    pub dirty_kib: u64,
+}
+
+/// One FREEZE and THAW, sent back to back, with a small writer on every file system.
+pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
+    let (guest, vss) = (rig.guest(), rig.guest().vss());
+    // Once for nothing: the first freeze of a daemon that has just started is slower with both.
+    answered("the first FREEZE", &vss.freeze(&[], LIMIT)?, status::OK)?;
+    answered("the first THAW", &vss.thaw(LIMIT)?, status::OK)?;
+
+    let dirty_kib = disks.prepare(guest)?;
+    for path in disks.writers() {
+        guest.writer_start(&path)?;
+    }
+    guest.wait_until("every writer writes", STEP * 2, || {
+        Ok(guest.writers()?.iter().all(|it| it.count > 10))
+    })?;
+    guest.writers_reset()?;
+
+    let freeze = vss.send_freeze(&[])?;
+    let thaw = vss.send(Op::THAW, &SHORT_BODY)?;
+    let freeze = vss.wait(freeze, LIMIT)?;
+    let thaw = vss.wait(thaw, LIMIT)?;
+    let stalls = stalls(guest)?;
+    guest.writers_stop()?;
+    answered("FREEZE", &freeze, status::OK)?;
+    answered("THAW", &thaw, status::OK)?;
+
+    let worst = stalls.values().copied().fold(0.0, f64::max);
+    Ok(Sample {
+        seconds: BTreeMap::from([
+            ("stall", worst),
+            ("freeze", freeze.latency.as_secs_f64()),
+            // THAW lay in the ring while FREEZE was served.
+            ("thaw", (thaw.at - freeze.at).as_secs_f64()),
+        ]),
+        stalls,
+        dirty_kib,
+    })
+}
+
+/// The longest write of each writer, taken once the write that it stood still in has ended.
+fn stalls(guest: &Guest) -> Result<BTreeMap<String, f64>> {
+    let counts: Vec<u64> = guest.writers()?.iter().map(|it| it.count).collect();
+    let mut stalls = BTreeMap::new();
+    guest.wait_until("every writer goes on", STEP * 2, || {
+        for (writer, then) in guest.writers()?.into_iter().zip(&counts) {
+            ensure!(writer.errors == 0, "writes have failed: {writer:?}");
+            if writer.count > *then && !stalls.contains_key(&writer.path) {
+                stalls.insert(writer.path, writer.longest_us as f64 / 1e6);
+            }
+        }
+        Ok(stalls.len() == counts.len())
+    })?;
+    Ok(stalls)
+}
+
+/// Many HOT_BACKUP requests, one after the other.
+pub fn hot_backup(rig: &Rig) -> Result<Sample> {
+    let (guest, vss) = (rig.guest(), rig.guest().vss());
+    // What it costs to look at the clock.
+    let (first, begin) = (busy(guest)?, busy(guest)?);
+    let mut latencies = Vec::new();
+    for _ in 0..REQUESTS {
+        let reply = vss.hot_backup(LIMIT)?;
+        answered("HOT_BACKUP", &reply, status::OK)?;
+        latencies.push(reply.latency.as_secs_f64());
+    }
+    let used = (busy(guest)? - begin) - (begin - first);
+    Ok(Sample {
+        seconds: BTreeMap::from([
+            ("roundtrip", crate::stats::median(&latencies)),
+            ("cpu", used / f64::from(REQUESTS)),
+        ]),
+        ..Sample::default()
+    })
+}
+
+/// For how long the guest's CPU has not been idle, in seconds: interrupts are in it.
+fn busy(guest: &Guest) -> Result<f64> {
+    parse_uptime(&guest.read("/proc/uptime")?)
+}
+
+fn parse_uptime(text: &str) -> Result<f64> {
+    let mut fields = text.split_whitespace().map(str::parse::<f64>);
+    match (fields.next(), fields.next()) {
+        (Some(Ok(up)), Some(Ok(idle))) => Ok(up - idle),
+        _ => anyhow::bail!("this should be /proc/uptime: {text:?}"),
+    }
+}
+
+/// What a daemon costs while it waits.
+#[derive(Debug, Serialize)]
+pub struct Idle {
+    /// Processes, helpers included.
+    pub processes: usize,
+    /// Their resident memory together, in KiB: what they share counts for each.
+    pub resident_kib: u64,
+    /// The same with what is shared counted once, in parts.
+    pub proportional_kib: u64,
+    /// System calls that returned in [`WATCH`], as strace saw them.
+    pub wake_ups: usize,
+}
+
+/// Watches a daemon that has served one backup and now waits.
+pub fn idle(rig: &Rig) -> Result<Idle> {
+    let (guest, vss) = (rig.guest(), rig.guest().vss());
+    answered("FREEZE", &vss.freeze(&[], LIMIT)?, status::OK)?;
+    answered("THAW", &vss.thaw(LIMIT)?, status::OK)?;
+
+    let pids = rig.daemon_pids()?;
+    let (mut resident_kib, mut proportional_kib) = (0, 0);
+    for pid in &pids {
+        let rollup = guest.read(&format!("/proc/{pid}/smaps_rollup"))?;
+        resident_kib += kib(&rollup, "Rss:")?;
+        proportional_kib += kib(&rollup, "Pss:")?;
+    }
+
+    let mut argv = vec!["strace".to_string(), "-f".into()];
+    argv.extend(["-o".into(), "/run/idle.strace".into()]);
+    for pid in &pids {
+        argv.extend(["-p".into(), pid.to_string()]);
+    }
+    let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+    let strace = guest.spawn(&argv)?;
+    guest.wait_until("strace has attached to every process", STEP, || {
+        let seen = guest.output(&strace)?;
+        Ok(seen.matches("attached").count() >= pids.len())
+    })?;
+    std::thread::sleep(WATCH);
+    guest.signal(&strace, 2)?;
+    guest.wait(&strace, STEP)?;
+    let wake_ups = wake_ups(&guest.read("/run/idle.strace")?);
+    Ok(Idle {
+        processes: pids.len(),
+        resident_kib,
+        proportional_kib,
+        wake_ups,
+    })
+}
+
+fn kib(rollup: &str, name: &str) -> Result<u64> {
+    let line = rollup.lines().find_map(|it| it.strip_prefix(name));
+    line.and_then(|it| it.trim().strip_suffix("kB"))
+        .and_then(|it| it.trim().parse().ok())
+        .with_context(|| format!("smaps_rollup has no {name} {rollup}"))
+}
+
+/// System calls that have returned. One in which a process waited all the time has no result, and
+/// strace ends its line with `<detached ...>` or `<unfinished ...>`.
+fn wake_ups(strace: &str) -> usize {
+    strace.lines().filter(|line| line.contains(") = ")).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn busy_time_is_uptime_without_idle_time() {
+        let busy = parse_uptime("100.50 98.25\n").expect("well formed");
+        assert!((busy - 2.25).abs() < 1e-9);
+        assert!(parse_uptime("100.50").is_err());
+    }
+
+    #[test]
+    fn only_system_calls_that_returned_are_wake_ups() {
+        let text = "71 restart_syscall(<... resuming interrupted ppoll ...> <unfinished ...>\n\
+                    70 read(3, \"x\", 8) = 1\n\
+                    70 ppoll([{fd=3}], 1, NULL, NULL, 8 <unfinished ...>\n\
+                    71 <... restart_syscall resumed>) = 0\n\
+                    70 <... ppoll resumed> <detached ...>\n";
+        assert_eq!(wake_ups(text), 2);
+    }
+}

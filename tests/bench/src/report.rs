@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What is left for people and programs: a table, a plot, and the figures as JSON.
+
+use crate::load::LOADS;
+use crate::measure::Idle;
+use crate::stack::Stack;
+use crate::stats::{compare, values, Comparison, Turn};
+use anyhow::{Context, Result};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+
+/// All that was measured so far.
+#[derive(Debug, Default)]
+pub struct Results {
+    /// The turns, in the order in which they were taken.
+    pub turns: Vec<Turn>,
+    /// What the daemons cost while they wait.
+    pub idle: BTreeMap<Stack, Idle>,
+}
+
+impl Results {
+    /// Writes `summary.json`, `rounds.json`, `idle.json`, `table.txt` and `bench.svg`.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        let rows = compare(&self.turns);
+        if !rows.is_empty() {
+            write_json(folder, "summary.json", &rows)?;
+            write_json(folder, "rounds.json", &self.turns)?;
+            let path = folder.join("bench.svg");
+            crate::plot::draw(&path, &self.turns, &rows)
+                .with_context(|| format!("cannot draw {}", path.display()))?;
+        }
+        if !self.idle.is_empty() {
+            write_json(folder, "idle.json", &self.idle)?;
+        }
+        let path = folder.join("table.txt");
+        std::fs::write(&path, self.table())
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// The table for people.
+    pub fn table(&self) -> String {
+        let rows = compare(&self.turns);
+        let mut text = String::new();
+        if !rows.is_empty() {
+            text.push_str(
+                "Medians, then the range; ratio = ours / peer. stall: the longest write of a small\n\
+                 writer, on the file system where it was longest.\n\n",
+            );
+            let _ = writeln!(
+                text,
+                "{:12} {:9} {:>10} {:>10} {:>6}   {:21}   {:21} {:>6}",
+                "load", "metric", "ours", "peer", "ratio", "ours, range", "peer, range", "rounds"
+            );
+            for row in &rows {
+                self.line(&mut text, row);
+            }
+            text.push('\n');
+            for load in LOADS {
+                if rows.iter().any(|row| row.load == load.name) {
+                    let _ = writeln!(text, "{:12} {}", load.name, load.about);
+                }
+            }
+        }
+        for (stack, idle) in &self.idle {
+            let _ = writeln!(
+                text,
+                "idle {stack}: {} processes, {:.1} MiB resident together ({:.1} MiB with shared \
+                 pages counted once), {} wake-ups in 60 s",
+                idle.processes,
+                idle.resident_kib as f64 / 1024.0,
+                idle.proportional_kib as f64 / 1024.0,
+                idle.wake_ups
+            );
+        }
+        text
+    }
+
+    fn line(&self, text: &mut String, row: &Comparison) {
+        let of = |stack| values(&self.turns, row.load, stack, row.metric);
+        let (ours, peer) = (of(Stack::Ours), of(Stack::Peer));
+        let _ = writeln!(
+            text,
+            "{:12} {:9} {:>10} {:>10} {:>6.3}   {:21}   {:21} {:>6}",
+            row.load,
+            row.metric,
+            ms(row.ours),
+            ms(row.peer),
+            row.ratio,
+            range(&ours),
+            range(&peer),
+            ours.len().min(peer.len())
+        );
+    }
+}
+
+/// Seconds as people read them here.
+pub fn ms(seconds: f64) -> String {
+    format!("{:.1} ms", seconds * 1000.0)
+}
+
+fn range(values: &[f64]) -> String {
+    let low = values.iter().copied().fold(f64::INFINITY, f64::min);
+    let high = values.iter().copied().fold(0.0, f64::max);
+    format!("{:.1}-{}", low * 1000.0, ms(high))
+}
+
+fn write_json(folder: &Path, name: &str, value: &impl Serialize) -> Result<()> {
+    let path = folder.join(name);
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+}
