@@ -190,6 +190,7 @@ fn rehearse(
     stop: &Stop,
 ) -> Result<(), CommandError> {
     let frozen = freeze_all(setting, abort)?;
+    frozen.settle();
     let end = Instant::now() + time;
     let event = loop {
         let left = end.saturating_duration_since(Instant::now());

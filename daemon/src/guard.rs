@@ -8,8 +8,8 @@
 //! whatever the daemon does. It reads no table and looks up no path: it knows descriptors, waves
 //! and times, and not what a host is.
 //!
-//! The messages are packets on a Unix socket: a [`Message`], for `ADD` followed by the wave of
-//! each descriptor as a `u32`.
+//! The messages are packets on a Unix socket: a [`Message`], for `ADD` and `START` followed by the
+//! wave of each descriptor to thaw as a `u32`.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -41,9 +41,10 @@ use crate::sys;
 /// The name of the guard on the command line of `hv_vss_daemon`; not for people.
 pub const SUBCOMMAND: &str = "guard";
 
-/// Daemon to guard: descriptors that are about to be frozen.
+/// Daemon to guard: descriptors that are about to be frozen, more than fit into one message.
 const ADD: u32 = 1;
-/// Daemon to guard: the first freeze follows. Carries the deadline, the record and the lock.
+/// Daemon to guard: the first freeze follows. Carries the deadline, and as descriptors the record,
+/// the lock and what is about to be frozen.
 const START: u32 = 2;
 /// Daemon to guard: one of them is not the daemon's to thaw.
 const FORGET: u32 = 3;
@@ -55,6 +56,9 @@ const DONE: u32 = 5;
 const READY: u32 = 6;
 /// Guard to daemon: the deadline has passed, everything is being thawed.
 const OVERDUE: u32 = 7;
+
+/// Descriptors in `START` that are not to be thawed: record and lock.
+const OWN_DESCRIPTORS: usize = 2;
 
 /// How long a guard may take to start.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
@@ -72,8 +76,8 @@ const STACK_BYTES: usize = 32 * 1024;
 #[repr(C)]
 struct Message {
     kind: u32,
-    /// For `ADD`: how many waves follow. For `START`: 1 when a host waits, 0 for a rehearsal.
-    count: u32,
+    /// For `START`: 1 when a host waits, 0 for a rehearsal.
+    for_host: u32,
     /// For `START`: the deadline in nanoseconds of `CLOCK_BOOTTIME`. For `FORGET`: which, counted
     /// over all that was added.
     value: u64,
@@ -154,22 +158,35 @@ impl Guard {
         lock: &Lock,
         for_host: bool,
     ) -> Result<(), GuardError> {
-        for chunk in targets.chunks(sys::MAX_DESCRIPTORS) {
-            let raw: Vec<RawFd> = chunk.iter().map(|t| t.as_fd().as_raw_fd()).collect();
-            let waves: Vec<u32> = chunk.iter().map(|t| t.wave as u32).collect();
-            let message = Message {
-                kind: ADD,
-                count: chunk.len() as u32,
-                value: 0,
-            };
-            self.send(message, waves.as_bytes(), &raw)?;
+        let mut rest = targets;
+        // As many as fit go with the last message, so that there is only that one as a rule.
+        while rest.len() > sys::MAX_DESCRIPTORS - OWN_DESCRIPTORS {
+            let (chunk, later) = rest.split_at(sys::MAX_DESCRIPTORS.min(rest.len()));
+            self.hand_over(ADD, 0, chunk, &[], 0)?;
+            rest = later;
         }
+        let own = [record.file.as_raw_fd(), lock.as_raw_fd()];
+        let deadline = (boot_time() + deadline).as_nanos() as u64;
+        self.hand_over(START, for_host.into(), rest, &own, deadline)
+    }
+
+    fn hand_over(
+        &self,
+        kind: u32,
+        for_host: u32,
+        targets: &[Target],
+        own: &[RawFd],
+        value: u64,
+    ) -> Result<(), GuardError> {
+        let raw = targets.iter().map(|t| t.as_fd().as_raw_fd());
+        let fds: Vec<RawFd> = own.iter().copied().chain(raw).collect();
+        let waves: Vec<u32> = targets.iter().map(|t| t.wave as u32).collect();
         let message = Message {
-            kind: START,
-            count: for_host.into(),
-            value: (boot_time() + deadline).as_nanos() as u64,
+            kind,
+            for_host,
+            value,
         };
-        self.send(message, &[], &[record.file.as_raw_fd(), lock.as_raw_fd()])
+        self.send(message, waves.as_bytes(), &fds)
     }
 
     /// Takes target number `index` out of its hands: somebody else has frozen that one.
@@ -190,7 +207,7 @@ impl Guard {
     fn tell(&self, kind: u32, value: u64) -> Result<(), GuardError> {
         let message = Message {
             kind,
-            count: 0,
+            for_host: 0,
             value,
         };
         self.send(message, &[], &[])
@@ -290,6 +307,7 @@ pub fn main(run: &Path) -> Result<(), GuardError> {
         daemon: File::open(format!("/proc/{parent}/stat")).map_err(GuardError::Start)?,
         run: RunDir::new(run),
         gone: false,
+        daemon_dead: false,
         armed: Armed::default(),
     };
     watch.rehearse();
@@ -321,6 +339,20 @@ struct Armed {
     settled: Arc<AtomicBool>,
 }
 
+impl Armed {
+    fn add(&mut self, fds: Vec<OwnedFd>, waves: &[u8]) {
+        let waves = waves.chunks_exact(size_of::<u32>());
+        let members = fds.into_iter().zip(waves).map(|(fd, wave)| {
+            Arc::new(Member {
+                fd,
+                wave: u32::read_from_bytes(wave).unwrap_or(0),
+                forgotten: AtomicBool::new(false),
+            })
+        });
+        self.members.extend(members);
+    }
+}
+
 struct Started {
     deadline: Duration,
     for_host: bool,
@@ -333,7 +365,10 @@ struct Watch<'a> {
     socket: BorrowedFd<'a>,
     daemon: File,
     run: RunDir,
+    /// Its end of the socket is closed.
     gone: bool,
+    /// Its first thread has ended, as of the last look.
+    daemon_dead: bool,
     armed: Armed,
 }
 
@@ -344,6 +379,8 @@ impl Watch<'_> {
                 .map_err(GuardError::Gone)?;
             if readable {
                 self.hear();
+            } else if self.armed.started.is_some() {
+                self.daemon_dead = self.daemon_is_dead();
             }
             if self.must_thaw() {
                 self.begin_rescue();
@@ -379,24 +416,14 @@ impl Watch<'_> {
             return;
         };
         match message.kind {
-            ADD => {
-                let waves = waves
-                    .chunks_exact(4)
-                    .map(|w| u32::read_from_bytes(w).unwrap_or(0));
-                let members = fds.into_iter().zip(waves).map(|(fd, wave)| {
-                    Arc::new(Member {
-                        fd,
-                        wave,
-                        forgotten: AtomicBool::new(false),
-                    })
-                });
-                self.armed.members.extend(members);
-            }
-            START => {
+            ADD => self.armed.add(fds, waves),
+            START if fds.len() >= OWN_DESCRIPTORS => {
+                let targets = fds.split_off(OWN_DESCRIPTORS);
+                self.armed.add(targets, waves);
                 if let (Some(lock), Some(record)) = (fds.pop(), fds.pop()) {
                     self.armed.started = Some(Started {
                         deadline: Duration::from_nanos(message.value),
-                        for_host: message.count != 0,
+                        for_host: message.for_host != 0,
                         record: record.into(),
                         _lock: lock,
                     });
@@ -424,7 +451,7 @@ impl Watch<'_> {
             return false;
         };
         self.armed.rescue.is_none()
-            && (self.gone || boot_time() >= started.deadline || self.daemon_is_dead())
+            && (self.gone || self.daemon_dead || boot_time() >= started.deadline)
     }
 
     /// Whether the daemon was killed although its end of the socket is still open: that end closes

@@ -27,6 +27,8 @@ use crate::sys;
 
 /// How often the machine is looked at anew when it changed between reading and opening.
 const ATTEMPTS: usize = 5;
+/// Dirty pages on the whole machine (1 MiB) up to which it counts as clean.
+const CLEAN_PAGES: u64 = 256;
 /// Enough for the look-ups; everything large is on the heap.
 const STACK_BYTES: usize = 256 * 1024;
 
@@ -114,17 +116,18 @@ pub struct Frozen {
     session: Session,
     /// How many ended how.
     pub summary: Summary,
-    guard: Arc<Guard>,
+    setting: Setting,
     run: RunDir,
-    log: Logbook,
+    record: RecordFile,
     _lock: Lock,
 }
 
-/// Freezes everything that the plan says. The log is held from just before the first freeze.
+/// Freezes everything that the plan says. The log is held from here on.
 pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, JobError> {
     let Setting {
         config, log, guard, ..
     } = setting;
+    log.hold();
     let run = RunDir::new(&config.run_dir);
     let lock = run.lock()?;
     let limits = Limits {
@@ -145,17 +148,27 @@ pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, 
         Box::new(on_foreign),
     )
     .map_err(JobError::Threads)?;
-    session.sync();
+    if is_worth_a_sync() {
+        session.sync();
+    }
     let record = run.write(&record_of(&session, setting.for_host, |_| true), &lock)?;
-    log.hold();
-    let frozen = freeze_guarded(setting, &session, &record, &lock);
+    let frozen = guard
+        .arm(
+            session.targets(),
+            config.deadline,
+            &record,
+            &lock,
+            setting.for_host,
+        )
+        .map_err(JobError::from)
+        .and_then(|()| Ok(session.freeze()?));
     match frozen {
         Ok(summary) => Ok(Frozen {
             session,
             summary,
-            guard: Arc::clone(guard),
+            setting: setting.clone(),
             run,
-            log: log.clone(),
+            record,
             _lock: lock,
         }),
         Err(error) => {
@@ -166,25 +179,19 @@ pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, 
     }
 }
 
-fn freeze_guarded(
-    setting: &Setting,
-    session: &Session,
-    record: &RecordFile,
-    lock: &Lock,
-) -> Result<Summary, JobError> {
-    let Setting {
-        config,
-        guard,
-        for_host,
-        ..
-    } = setting;
-    guard.arm(session.targets(), config.deadline, record, lock, *for_host)?;
-    let summary = session.freeze()?;
-    guard.frozen()?;
-    if summary.foreign + summary.synced > 0 {
-        record.rewrite(&record_of(session, *for_host, Target::is_ours))?;
-    }
-    Ok(summary)
+/// Whether so much is dirty that writing it back beforehand makes the freeze shorter. With little,
+/// the freeze writes it as fast, and the sync would only delay it.
+fn is_worth_a_sync() -> bool {
+    let Ok(text) = std::fs::read_to_string("/proc/vmstat") else {
+        return true;
+    };
+    let pages: u64 = text
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .filter(|(name, _)| matches!(*name, "nr_dirty" | "nr_writeback"))
+        .filter_map(|(_, value)| value.parse::<u64>().ok())
+        .sum();
+    pages > CLEAN_PAGES
 }
 
 fn record_of(session: &Session, for_host: bool, listed: fn(&Target) -> bool) -> Record {
@@ -211,12 +218,32 @@ fn clean_up(guard: &Guard, run: &RunDir, log: &Logbook) {
 }
 
 impl Frozen {
+    /// Tells the guard that no further freeze follows, and takes from the record what is not
+    /// frozen or not ours. Apart from [`freeze_all`] because the host need not wait for it.
+    pub fn settle(&self) {
+        let Setting {
+            guard,
+            log,
+            for_host,
+            ..
+        } = &self.setting;
+        // A guard that is gone is noticed by whoever watches it.
+        let _ = guard.frozen();
+        if self.summary.foreign + self.summary.synced == 0 {
+            return;
+        }
+        let ours = record_of(&self.session, *for_host, Target::is_ours);
+        if let Err(error) = self.record.rewrite(&ours) {
+            log.warning(words(&error));
+        }
+    }
+
     /// Thaws what was frozen. Everything is tried, whatever fails.
     pub fn thaw(self) -> Result<(), ThawError> {
         let result = self.session.thaw();
         // What could not be thawed stays in the guard's hands and in the record.
         if !self.session.targets().iter().any(Target::is_ours) {
-            clean_up(&self.guard, &self.run, &self.log);
+            clean_up(&self.setting.guard, &self.run, &self.setting.log);
         }
         result
     }
@@ -272,6 +299,7 @@ impl Job {
             Err(error) => tell(Outcome::Frozen(Err(error))),
             Ok(frozen) => {
                 tell(Outcome::Frozen(Ok(frozen.summary)));
+                frozen.settle();
                 // Both mean the same: the word to thaw, and the loss of whoever could say it.
                 let _ = commands.recv();
                 tell(Outcome::Thawed(frozen.thaw()));

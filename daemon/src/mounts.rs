@@ -8,8 +8,6 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::fs::File;
-use std::io::Read as _;
 use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
@@ -120,9 +118,20 @@ pub fn read(proc: BorrowedFd<'_>, namespace: usize) -> Result<Vec<Mount>, Mounts
     let failed = |source| MountsError::Read { namespace, source };
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     let fd = openat(proc, OWN_TABLE, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
-    let mut text = Vec::new();
-    File::from(fd).read_to_end(&mut text).map_err(failed)?;
-    parse(&text, namespace)
+    // Large reads: the fewer there are, the less can change in between.
+    let mut text = vec![0; 1 << 16];
+    let mut length = 0;
+    loop {
+        if length == text.len() {
+            text.resize(length * 2, 0);
+        }
+        let room = text.get_mut(length..).unwrap_or_default();
+        match nix::unistd::read(&fd, room).map_err(|e| failed(e.into()))? {
+            0 => break,
+            count => length += count,
+        }
+    }
+    parse(text.get(..length).unwrap_or_default(), namespace)
 }
 
 /// Takes a whole table apart.

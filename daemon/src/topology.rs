@@ -142,12 +142,13 @@ fn add(topology: &mut Topology, dev: DevId) {
 
 fn describe(dir: &Path) -> Device {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
-    let mut below: Vec<DevId> = list(&dir.join("slaves"))
-        .filter_map(|slave| dev_in(&slave))
-        .collect();
-    if dir.join("partition").exists() {
-        below.extend(dir.parent().and_then(dev_in));
-    }
+    let disk = dir.parent().filter(|_| dir.join("partition").exists());
+    let below = match disk {
+        Some(disk) => dev_in(disk).into_iter().collect(),
+        None => list(&dir.join("slaves"))
+            .filter_map(|slave| dev_in(&slave))
+            .collect(),
+    };
     Device {
         below,
         backing: backing_of(dir, &name),
@@ -157,6 +158,9 @@ fn describe(dir: &Path) -> Device {
 }
 
 fn backing_of(dir: &Path, name: &str) -> Option<Backing> {
+    if !name.starts_with("loop") {
+        return None;
+    }
     let mut path = std::fs::read(dir.join("loop/backing_file")).ok()?;
     if path.last() == Some(&b'\n') {
         path.pop();
