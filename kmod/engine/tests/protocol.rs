@@ -100,6 +100,20 @@ fn negotiation_with_lying_counts_gets_zero_versions() {
 }
 
 #[test]
+fn negotiation_takes_a_hundred_versions_of_a_kind_and_no_more() {
+    for (count, agreed) in [(100, 1), (101, 0)] {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        let mut many = vec![(1, 0); count - 1];
+        many.push((3, 0));
+        w.send(negotiation(&many, &[(5, 0)]));
+        let (_, packet) = w.answers.pop().unwrap();
+        let (fw, vss, _) = negotiated(&packet);
+        assert_eq!((fw, vss), (agreed, agreed), "{count}");
+    }
+}
+
+#[test]
 fn negotiation_never_waits_for_a_daemon_or_a_request() {
     let mut store = Vec::new();
     let mut w = world(&mut store);
