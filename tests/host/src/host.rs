@@ -426,13 +426,8 @@ impl Host {
             if let Some(result) = f(&mut bus) {
                 return result;
             }
-            if let Some(exit) = bus.gone.clone() {
-                return Err(HostError::GuestGone {
-                    channel,
-                    what: what.to_string(),
-                    exit,
-                    console: self.shared.console.tail(),
-                });
+            if let Some(error) = self.guest_gone(&bus, channel, what) {
+                return Err(error);
             }
             let left = timeout.saturating_sub(start.elapsed());
             if left.is_zero() {
@@ -451,6 +446,15 @@ impl Host {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
+    }
+
+    fn guest_gone(&self, bus: &Bus, channel: &'static str, what: &str) -> Option<HostError> {
+        bus.gone.clone().map(|exit| HostError::GuestGone {
+            channel,
+            what: what.to_string(),
+            exit,
+            console: self.shared.console.tail(),
+        })
     }
 
     // What the machine reports.
@@ -668,16 +672,20 @@ impl Channel {
     ) -> Result<Tx, HostError> {
         let relid = self.info.relid;
         let channel = self.info.name;
-        self.host
-            .change(|bus| bus.send(relid, name, packet_type, flags, payload))
-            .map_err(|error| match error {
-                SendError::NotOpen => self.not_open(name),
-                SendError::TooLarge { packet, ring } => HostError::TooLarge {
-                    channel,
-                    packet,
-                    ring,
-                },
-            })
+        self.host.change(|bus| {
+            if let Some(error) = self.host.guest_gone(bus, channel, name) {
+                return Err(error);
+            }
+            bus.send(relid, name, packet_type, flags, payload)
+                .map_err(|error| match error {
+                    SendError::NotOpen => self.not_open(name),
+                    SendError::TooLarge { packet, ring } => HostError::TooLarge {
+                        channel,
+                        packet,
+                        ring,
+                    },
+                })
+        })
     }
 
     /// Waits until all that was sent is in the guest's ring.
