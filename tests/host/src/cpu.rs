@@ -3,7 +3,7 @@
 //! What the guest's processors say they are (CPUID, MSRs) and how they start.
 //!
 //! The Hyper-V leaves are what makes Linux see Hyper-V; which bits, and why, is explained at
-//! [`cpuid`]. Names and numbers are those of `include/hyperv/hvgdk_mini.h`.
+//! the function `cpuid`. Names and numbers are those of `include/hyperv/hvgdk_mini.h`.
 
 use crate::boot::{Entry, BOOT_GDT, PML4};
 use kvm_bindings::{

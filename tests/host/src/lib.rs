@@ -35,29 +35,38 @@
 //!
 //! | module | holds | does not know |
 //! | --- | --- | --- |
-//! | [`vm`] | the machine: threads, how it ends | VMBus |
-//! | `boot`, `acpi`, `cpu`, `devices` | what a stock kernel needs to start | VMBus |
+//! | [`vm`], `threads` | the machine: its parts, its threads, how it ends | VMBus |
+//! | [`boot`], `acpi`, [`cpu`], `devices`, `console` | what a stock kernel needs to start | VMBus |
 //! | `kvm` | the only unsafe code: raw ioctls and the exit union | all else |
 //! | `synic` | message slots and event flags in guest memory | VMBus |
-//! | [`vmbus`] | control messages as a state machine without I/O; rings | integration components |
-//! | [`ic`] | the integration components' messages | VMBus |
-//! | [`host`] | the handles that a test holds | KVM |
+//! | [`vmbus`] | layouts, control messages as a state machine without I/O, rings | memory, KVM |
+//! | `bus`, `guest_ring` | the two tied together under one lock | the components' bodies |
+//! | [`host`], [`channel`], [`event`] | the handles that a test holds, and the log | KVM |
+//! | [`ic`] | the integration components' messages | how they travel |
+
+#![deny(unsafe_code)]
 
 mod acpi;
 pub mod boot;
 mod bus;
+pub mod channel;
 mod console;
 pub mod cpu;
 mod devices;
+pub mod event;
 mod guest_ring;
 pub mod host;
 pub mod ic;
+#[expect(unsafe_code, reason = "KVM needs it; see there")]
 mod kvm;
 pub mod probe;
 mod synic;
+mod threads;
 pub mod vm;
 pub mod vmbus;
 
-pub use host::{Channel, Event, EventKind, Host, HostConfig, HostError, Negotiated, Reply, Tx};
+pub use channel::{Channel, Negotiated, Reply, Tx};
+pub use event::{Event, EventKind};
+pub use host::{Host, HostConfig, HostError};
 pub use vm::{Exit, Vm, VmConfig, VmError};
 pub use vmbus::protocol::VmbusVersion;

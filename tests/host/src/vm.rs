@@ -1,39 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The machine: memory, virtual CPUs and their threads, and how it all ends.
+//! The machine: what it is made of, and the handle to it while it runs.
 //!
-//! Each virtual CPU has a thread that runs the guest and serves its exits at once. One more thread,
-//! the reaper, waits until one of them says that the guest is over (or somebody kills it), stops the
-//! others, and only then announces the end: after that nothing touches the guest any more.
+//! Nothing here runs the guest; that is the threads' part.
 
 use crate::boot::{self, BootError};
-use crate::bus::{chain, lock};
 use crate::console::{Console, ConsoleWriter};
 use crate::cpu::{self, CpuError};
-use crate::devices::{PortEffect, Ports, COM1_IRQ, COM2_IRQ};
+use crate::devices::{Ports, COM1_IRQ, COM2_IRQ};
 use crate::host::{Host, HostConfig};
-use crate::kvm::{self, HypervExit};
+use crate::kvm;
 use crate::synic::{SynIc, SINT};
+use crate::threads::{Ending, Machine};
 use kvm_bindings::{
     kvm_irq_routing_entry, kvm_irq_routing_hv_sint, kvm_irq_routing_irqchip, KvmIrqRouting,
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQ_ROUTING_HV_SINT,
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
-    KVM_SYSTEM_EVENT_SHUTDOWN,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_MAX_CPUID_ENTRIES,
 };
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::io;
-use std::net::Shutdown;
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::{Builder, JoinHandle};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
-use vmm_sys_util::signal::{register_signal_handler, Killable, SIGRTMIN};
 
 /// What to boot, and on what.
 #[derive(Clone, Debug)]
@@ -171,16 +164,13 @@ pub enum VmError {
     },
 }
 
-fn kvm_error(what: &'static str) -> impl FnOnce(errno::Error) -> VmError {
+pub(crate) fn kvm_error(what: &'static str) -> impl FnOnce(errno::Error) -> VmError {
     move |source| VmError::Kvm { what, source }
 }
 
-fn system_error(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
+pub(crate) fn system_error(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
     move |source| VmError::System { what, source }
 }
-
-/// How long a guest that has reported a crash may go on, to print and to unload.
-const CRASH_GRACE: Duration = Duration::from_secs(10);
 
 /// The first GSI of the SynICs: after those of the IOAPIC.
 const SYNIC_GSI: u32 = 64;
@@ -189,95 +179,6 @@ const PIC_PINS: u32 = 8;
 
 /// Where KVM may put three pages for old Intel processors: below the BIOS's place.
 const TSS_ADDRESS: usize = 0xfffb_d000;
-
-/// The end of the guest, as it comes about.
-#[derive(Default)]
-struct Ending {
-    state: Mutex<EndingState>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct EndingState {
-    /// Why the machine is to stop; the first reason counts.
-    stop: Option<Exit>,
-    crash: Option<(Instant, [u64; 5])>,
-    /// Set when all virtual CPUs have stopped.
-    ended: Option<Exit>,
-}
-
-impl Ending {
-    fn stop(&self, why: Exit) {
-        lock(&self.state).stop.get_or_insert(why);
-        self.changed.notify_all();
-    }
-
-    fn crashed(&self, parameters: [u64; 5]) {
-        let crash = (Instant::now(), parameters);
-        lock(&self.state).crash.get_or_insert(crash);
-        self.changed.notify_all();
-    }
-
-    fn is_stopping(&self) -> bool {
-        lock(&self.state).stop.is_some()
-    }
-
-    /// Waits for the reason to stop.
-    fn wait_stop(&self) -> Exit {
-        let mut state = lock(&self.state);
-        loop {
-            match (&state.stop, &state.crash) {
-                // A crash explains whatever came after it.
-                (Some(Exit::Killed), Some(_)) => return Exit::Killed,
-                (Some(_), Some((_, parameters))) => {
-                    let parameters = *parameters;
-                    return Exit::Crash { parameters };
-                }
-                (Some(exit), None) => return exit.clone(),
-                (None, Some((at, parameters))) => {
-                    let left = CRASH_GRACE.saturating_sub(at.elapsed());
-                    if left.is_zero() {
-                        let parameters = *parameters;
-                        state.stop = Some(Exit::Crash { parameters });
-                        continue;
-                    }
-                    state = self
-                        .changed
-                        .wait_timeout(state, left)
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .0;
-                }
-                (None, None) => {
-                    state = self
-                        .changed
-                        .wait(state)
-                        .unwrap_or_else(PoisonError::into_inner);
-                }
-            }
-        }
-    }
-
-    fn wait_ended(&self, timeout: Duration) -> Option<Exit> {
-        let state = lock(&self.state);
-        let (state, _) = self
-            .changed
-            .wait_timeout_while(state, timeout, |state| state.ended.is_none())
-            .unwrap_or_else(PoisonError::into_inner);
-        state.ended.clone()
-    }
-}
-
-/// Stops the machine when the thread that holds it panics.
-struct StopOnPanic(Arc<Ending>);
-
-impl Drop for StopOnPanic {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let why = "a thread of the simulated host panicked".to_string();
-            self.0.stop(Exit::Failed(why));
-        }
-    }
-}
 
 /// A running machine. Dropping it ends the guest and waits for its threads.
 pub struct Vm {
@@ -491,7 +392,7 @@ fn set_routes(vm: &VmFd, cpus: u8) -> Result<(), VmError> {
         .map_err(kvm_error("set the interrupt routes"))
 }
 
-fn event() -> Result<EventFd, VmError> {
+pub(crate) fn event() -> Result<EventFd, VmError> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(system_error("create an event descriptor"))
 }
 
@@ -513,211 +414,4 @@ fn line(vm: &VmFd, irq: u32) -> Result<EventFd, VmError> {
     vm.register_irqfd(&line, irq)
         .map_err(kvm_error("connect an interrupt"))?;
     Ok(line)
-}
-
-/// What the threads share.
-#[derive(Clone)]
-struct Machine {
-    host: Host,
-    ports: Arc<Ports>,
-    ending: Arc<Ending>,
-    /// Kept for as long as a thread may run the guest.
-    _vm: Arc<VmFd>,
-    _memory: GuestMemoryMmap,
-}
-
-extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // Its arrival is all that matters: it makes KVM_RUN return.
-}
-
-impl Machine {
-    /// Starts all threads; the one that is returned ends them.
-    fn spawn(
-        self,
-        vcpus: Vec<VcpuFd>,
-        acknowledgements: Vec<EventFd>,
-        agent: UnixStream,
-        console: Arc<Console>,
-    ) -> Result<JoinHandle<()>, VmError> {
-        register_signal_handler(SIGRTMIN(), on_kick)
-            .map_err(kvm_error("catch the signal that stops virtual CPUs"))?;
-        let socket = || {
-            agent
-                .try_clone()
-                .map_err(system_error("duplicate the agent's socket"))
-        };
-        let (agent_in, agent_out) = (socket()?, socket()?);
-        let stop = event()?;
-        let acks = Acknowledgements::new(acknowledgements, &stop)?;
-
-        let mut helpers = Vec::new();
-        let machine = self.clone();
-        helpers.push(spawn("acknowledgements", move || acks.run(&machine))?);
-        let ports = self.ports.clone();
-        helpers.push(spawn("agent-in", move || {
-            // Ends with the stream; there is nobody to tell but the agent's own reader.
-            let _ = ports.pump_in(agent_in);
-        })?);
-        let ports = self.ports.clone();
-        helpers.push(spawn("agent-out", move || {
-            let _ = ports.pump_out(agent_out);
-        })?);
-        let mut threads = Vec::new();
-        for (index, vcpu) in (0u32..).zip(vcpus) {
-            let machine = self.clone();
-            let name = format!("vcpu-{index}");
-            threads.push(spawn(&name, move || machine.run_vcpu(index, vcpu))?);
-        }
-        spawn("reaper", move || {
-            let exit = self.ending.wait_stop();
-            // From here on every virtual CPU that leaves the guest stays out of it.
-            self.ending.stop(exit.clone());
-            self.ports.close();
-            for thread in threads {
-                // A signal that comes just before KVM_RUN is lost, so it is repeated.
-                while !thread.is_finished() {
-                    let _ = thread.kill(SIGRTMIN());
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                let _ = thread.join();
-            }
-            let _ = stop.write(1);
-            let _ = agent.shutdown(Shutdown::Read);
-            for helper in helpers {
-                let _ = helper.join();
-            }
-            let _ = agent.shutdown(Shutdown::Both);
-            // A log that cannot be written has lost its end; the text is still in memory.
-            let _ = console.flush();
-            self.host.guest_ended(exit.clone());
-            lock(&self.ending.state).ended = Some(exit);
-            self.ending.changed.notify_all();
-        })
-    }
-
-    /// Runs the guest on one virtual CPU until the machine stops.
-    fn run_vcpu(&self, index: u32, mut vcpu: VcpuFd) {
-        let _guard = StopOnPanic(self.ending.clone());
-        while !self.ending.is_stopping() {
-            if let Some(exit) = self.step(index, &mut vcpu) {
-                self.ending.stop(exit);
-            }
-        }
-    }
-
-    /// Runs the guest to its next exit and serves that.
-    fn step(&self, index: u32, vcpu: &mut VcpuFd) -> Option<Exit> {
-        let failed = |what: String| Some(Exit::Failed(format!("virtual CPU {index}: {what}")));
-        match vcpu.run() {
-            Ok(VcpuExit::IoOut(port, data)) => match self.ports.write(port, data) {
-                PortEffect::None => None,
-                PortEffect::PowerOff => Some(Exit::PowerOff),
-                PortEffect::Reset => Some(Exit::Reset),
-            },
-            Ok(VcpuExit::IoIn(port, data)) => {
-                self.ports.read(port, data);
-                None
-            }
-            Ok(VcpuExit::Hyperv) => match kvm::hyperv_exit(vcpu) {
-                Some(HypervExit::Hypercall { input, params }) => {
-                    let result = self.host.hypercall(input, params);
-                    kvm::set_hypercall_result(vcpu, result);
-                    None
-                }
-                Some(HypervExit::Synic(registers)) => {
-                    self.host.synic_changed(index, registers);
-                    None
-                }
-                Some(HypervExit::Other(kind)) => failed(format!("Hyper-V exit of type {kind}")),
-                None => failed("a Hyper-V exit that is none".to_string()),
-            },
-            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
-                self.ending.crashed(cpu::crash_parameters(vcpu));
-                self.host.guest_crashed();
-                None
-            }
-            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => Some(Exit::Reset),
-            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Some(Exit::PowerOff),
-            // Nothing is behind any memory address that is not memory.
-            Ok(VcpuExit::MmioRead(_, data)) => {
-                data.fill(0xff);
-                None
-            }
-            Ok(VcpuExit::MmioWrite(..) | VcpuExit::Intr) => None,
-            Ok(VcpuExit::Shutdown) => failed("triple fault".to_string()),
-            Ok(VcpuExit::InternalError) => {
-                let at = vcpu.get_regs().map(|regs| regs.rip).unwrap_or_default();
-                failed(format!("KVM cannot go on (internal error at {at:#x})"))
-            }
-            Ok(other) => {
-                let what = format!("unexpected exit {other:?}");
-                failed(what)
-            }
-            Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => None,
-            Err(error) => failed(format!("KVM_RUN failed: {}", chain(&error))),
-        }
-    }
-}
-
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, VmError> {
-    Builder::new()
-        .name(name.to_string())
-        .spawn(body)
-        .map_err(system_error("start a thread"))
-}
-
-/// Waits for the ends of SynIC interrupts: a message slot may have become free.
-struct Acknowledgements {
-    epoll: Epoll,
-    events: Vec<EventFd>,
-    /// Kept open for as long as epoll refers to it.
-    _stop: EventFd,
-}
-
-impl Acknowledgements {
-    const STOP: u64 = u64::MAX;
-
-    fn new(events: Vec<EventFd>, stop: &EventFd) -> Result<Self, VmError> {
-        let watch = "watch the SynIC's events";
-        let epoll = Epoll::new().map_err(system_error(watch))?;
-        let stop = stop.try_clone().map_err(system_error(watch))?;
-        let all = (0..).zip(&events).chain([(Self::STOP, &stop)]);
-        for (id, event) in all {
-            let interest = EpollEvent::new(EventSet::IN, id);
-            epoll
-                .ctl(ControlOperation::Add, event.as_raw_fd(), interest)
-                .map_err(system_error(watch))?;
-        }
-        Ok(Acknowledgements {
-            epoll,
-            events,
-            _stop: stop,
-        })
-    }
-
-    fn run(&self, machine: &Machine) {
-        let _guard = StopOnPanic(machine.ending.clone());
-        let mut ready = [EpollEvent::default(); 8];
-        loop {
-            let count = match self.epoll.wait(-1, &mut ready) {
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => {
-                    let what = format!("cannot wait for the SynIC's events: {error}");
-                    machine.ending.stop(Exit::Failed(what));
-                    return;
-                }
-            };
-            for event in ready.iter().take(count) {
-                if event.data() == Self::STOP {
-                    return;
-                }
-                if let Some(event) = self.events.get(event.data() as usize) {
-                    // Only its arrival matters, not how often.
-                    let _ = event.read();
-                }
-            }
-            machine.host.slot_acknowledged();
-        }
-    }
 }

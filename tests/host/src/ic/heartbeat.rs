@@ -2,7 +2,8 @@
 
 //! The host side of the heartbeat integration component (`struct heartbeat_msg_data`).
 
-use crate::host::{Channel, HostError};
+use crate::channel::Channel;
+use crate::host::HostError;
 use crate::ic::{Version, FRAMEWORKS};
 use crate::vmbus::protocol::Guid;
 use std::ops::Deref;

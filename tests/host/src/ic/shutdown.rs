@@ -2,7 +2,8 @@
 
 //! The host side of the shutdown integration component (`struct shutdown_msg_data`).
 
-use crate::host::{Channel, HostError, Reply};
+use crate::channel::{Channel, Reply};
+use crate::host::HostError;
 use crate::ic::{Version, FRAMEWORKS};
 use crate::vmbus::protocol::Guid;
 use std::ops::Deref;

@@ -5,7 +5,8 @@
 //! Layouts are those of `include/uapi/linux/hyperv.h` (short messages) and of openvmm's
 //! `hyperv_ic_protocol::vss` (FREEZE with its list of disks).
 
-use crate::host::{Channel, HostError, Reply, Tx};
+use crate::channel::{Channel, Reply, Tx};
+use crate::host::HostError;
 use crate::ic::Version;
 use crate::vmbus::protocol::Guid;
 use std::ops::Deref;

@@ -1,0 +1,375 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A guest in memory, which does with rings, pages and hypercalls what Linux does, drives the bus.
+
+use super::*;
+use crate::ic::{message_type, Envelope};
+use crate::vmbus::protocol::{message, GpadlHeader, InitiateContact, MessageHeader};
+use crate::vmbus::protocol::{OpenChannel, PAGE_SIZE};
+use crate::vmbus::ring::{Field, RingMem};
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
+use zerocopy::little_endian::{U16, U64};
+use zerocopy::{Immutable, IntoBytes};
+
+const INFO: ChannelInfo = ChannelInfo {
+    name: "vss",
+    relid: 1,
+    class: crate::ic::vss::CLASS,
+    instance: Guid([9; 16]),
+    message_type: message_type::VSS,
+    default_version: Version::new(5, 0),
+};
+const CONNECTION_ID: u64 = 0x1_0001;
+const SIMP: u64 = 0x1000;
+const SIEFP: u64 = 0x2000;
+const HYPERCALL_PAGE: u64 = 0x3000;
+/// Page numbers of both rings.
+const PAGES: [u64; 8] = [8, 9, 10, 11, 12, 13, 14, 15];
+
+/// A guest that lives in this thread: it does with memory and hypercalls what Linux does.
+struct Guest {
+    bus: Bus,
+    memory: GuestMemoryMmap,
+    interrupt: EventFd,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let ranges = [(GuestAddress(0), 32 * PAGE_SIZE)];
+        let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+        let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
+        let raise = interrupt.try_clone().unwrap();
+        let synic = Arc::new(SynIc::new(memory.clone(), vec![raise]));
+        let versions = VmbusVersion::ALL.to_vec();
+        let mut bus = Bus::new(memory.clone(), synic, versions, &[(INFO, true)]);
+        let registers = Registers {
+            control: 1,
+            message_page: SIMP | 1,
+            event_page: SIEFP | 1,
+        };
+        bus.synic_changed(0, registers);
+        Guest {
+            bus,
+            memory,
+            interrupt,
+        }
+    }
+
+    fn post(&mut self, kind: u32, body: impl IntoBytes + Immutable, extra: &[u8]) -> u64 {
+        let mut payload = MessageHeader::new(kind).as_bytes().to_vec();
+        payload.extend_from_slice(body.as_bytes());
+        payload.extend_from_slice(extra);
+        let mut input = Vec::new();
+        for word in [4, 0, 1, payload.len() as u32] {
+            input.extend_from_slice(&u32::to_le_bytes(word));
+        }
+        input.extend_from_slice(&payload);
+        let at = GuestAddress(HYPERCALL_PAGE);
+        self.memory.write_slice(&input, at).unwrap();
+        self.bus
+            .hypercall(hypercall::POST_MESSAGE, [HYPERCALL_PAGE, 0])
+    }
+
+    /// Takes the message in the slot, as the guest's tasklet does; its type and payload.
+    fn take_message(&mut self) -> Option<(u32, Vec<u8>)> {
+        let slot = GuestAddress(SIMP + 512);
+        let mut bytes = [0; 256];
+        self.memory.read_slice(&mut bytes, slot).unwrap();
+        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        if word(0) == 0 {
+            return None;
+        }
+        let size = usize::from(bytes[4]);
+        self.memory.write_slice(&[0; 4], slot).unwrap();
+        if bytes[5] & 1 != 0 {
+            self.bus.slot_acknowledged();
+        }
+        Some((word(16), bytes[16..16 + size].to_vec()))
+    }
+
+    fn messages(&mut self) -> Vec<u32> {
+        std::iter::from_fn(|| self.take_message().map(|(kind, _)| kind)).collect()
+    }
+
+    fn connect(&mut self) {
+        let contact = InitiateContact {
+            version: U32::new(VmbusVersion::V6_0.0),
+            target_vp: U32::new(0),
+            interrupt: U64::new(2),
+            monitor_page1: U64::new(0),
+            monitor_page2: U64::new(0),
+        };
+        assert_eq!(self.post(message::INITIATE_CONTACT, contact, &[]), 0);
+        assert_eq!(self.messages(), [message::VERSION_RESPONSE]);
+        self.post(message::REQUESTOFFERS, [0u8; 0], &[]);
+        assert_eq!(
+            self.messages(),
+            [message::OFFERCHANNEL, message::ALLOFFERS_DELIVERED]
+        );
+    }
+
+    fn open(&mut self) -> (Reader<GuestRing>, Writer<GuestRing>) {
+        for page in PAGES {
+            let at = GuestAddress(page * PAGE_SIZE as u64);
+            self.memory.write_slice(&[0; PAGE_SIZE], at).unwrap();
+        }
+        let header = GpadlHeader {
+            relid: U32::new(1),
+            gpadl: U32::new(77),
+            range_bytes: U16::new(8 + 64),
+            range_count: U16::new(1),
+            byte_count: U32::new((PAGES.len() * PAGE_SIZE) as u32),
+            byte_offset: U32::new(0),
+        };
+        self.post(message::GPADL_HEADER, header, PAGES.as_bytes());
+        let open = OpenChannel {
+            relid: U32::new(1),
+            open_id: U32::new(1),
+            gpadl: U32::new(77),
+            target_vp: U32::new(0),
+            downstream_page: U32::new(4),
+            user_data: [0; 120],
+        };
+        self.post(message::OPENCHANNEL, open, &[]);
+        let opened = [message::GPADL_CREATED, message::OPENCHANNEL_RESULT];
+        assert_eq!(self.messages(), opened);
+        let (from_guest, to_guest) = PAGES.split_at(4);
+        let to_host = GuestRing::new(&self.memory, from_guest).unwrap();
+        let from_host = GuestRing::new(&self.memory, to_guest).unwrap();
+        for ring in [&to_host, &from_host] {
+            ring.store(Field::FeatureBits, 1).unwrap();
+        }
+        (
+            Reader::new(from_host).unwrap(),
+            Writer::new(to_host).unwrap(),
+        )
+    }
+
+    fn signal(&mut self) -> u64 {
+        let code = hypercall::SIGNAL_EVENT | hypercall::FAST;
+        self.bus.hypercall(code, [CONNECTION_ID, 0])
+    }
+
+    /// The event flags that are set, cleared.
+    fn take_events(&mut self) -> u32 {
+        let at = GuestAddress(SIEFP + 512);
+        let mut word = [0; 4];
+        self.memory.read_slice(&mut word, at).unwrap();
+        self.memory.write_slice(&[0; 4], at).unwrap();
+        u32::from_le_bytes(word)
+    }
+
+    fn violations(&self) -> usize {
+        let log = self.bus.log();
+        log.filter(|event| matches!(event.kind, EventKind::Violation(_)))
+            .count()
+    }
+}
+
+fn request(bus: &mut Bus, body: &[u8]) -> Tx {
+    let sent = bus.send(1, "test", 6, 1, |tx| {
+        let envelope = Envelope {
+            framework: Version::new(3, 0),
+            message_type: message_type::VSS,
+            message: Version::new(5, 0),
+            transaction: tx.0 as u8,
+        };
+        envelope.request(body)
+    });
+    sent.unwrap_or_else(|_| panic!("the channel is open and the packet fits"))
+}
+
+#[test]
+fn a_request_reaches_the_guest_and_its_answer_comes_back() {
+    let mut guest = Guest::new();
+    guest.connect();
+    let (mut reader, mut writer) = guest.open();
+    let tx = request(&mut guest.bus, &[5; 6260]);
+    assert_eq!(guest.take_events(), 1 << 1);
+    let (packet, _) = reader.receive().unwrap().expect("the request");
+    assert_eq!(packet.payload.len(), 6288);
+    assert_eq!(packet.transaction, tx.0);
+
+    let mut answer = packet.payload;
+    answer[20..24].copy_from_slice(&7u32.to_le_bytes());
+    writer.send(6, 0, packet.transaction, &answer).unwrap();
+    assert_eq!(guest.signal(), hypercall::SUCCESS);
+    let channel = guest.bus.channel(1).unwrap();
+    let ReplyState::Here(reply) = channel.take_reply(tx) else {
+        panic!("the answer is here");
+    };
+    assert_eq!(reply.bytes, answer);
+    assert!(matches!(channel.take_reply(tx), ReplyState::Unknown));
+    let kinds: Vec<_> = guest.bus.log().map(|e| e.kind.clone()).collect();
+    assert!(matches!(
+        kinds.as_slice(),
+        [
+            EventKind::Connected { .. },
+            EventKind::Offered,
+            EventKind::Opened { ring: 12288 },
+            EventKind::Sent { bytes: 6288, .. },
+            EventKind::Reply { status: 7, .. }
+        ]
+    ));
+}
+
+#[test]
+fn requests_overlap_and_those_without_room_follow_in_order() {
+    let mut guest = Guest::new();
+    guest.connect();
+    let (mut reader, mut writer) = guest.open();
+    let first = request(&mut guest.bus, &[1; 6260]);
+    let second = request(&mut guest.bus, &[2; 6260]);
+    let third = request(&mut guest.bus, &[3; 32]);
+    assert!(guest.bus.channel(1).unwrap().has_unsent());
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        let (packet, room) = reader.receive().unwrap().expect("a request");
+        seen.push(Tx(packet.transaction));
+        writer
+            .send(6, 0, packet.transaction, &packet.payload[..28])
+            .unwrap();
+        if room {
+            guest.signal();
+        }
+    }
+    guest.signal();
+    assert_eq!(seen, [first, second, third]);
+    let channel = guest.bus.channel(1).unwrap();
+    assert!(!channel.has_unsent());
+    for tx in seen {
+        assert!(matches!(channel.take_reply(tx), ReplyState::Here(_)));
+    }
+}
+
+#[test]
+fn a_packet_that_answers_nothing_is_kept_as_a_stray() {
+    let mut guest = Guest::new();
+    guest.connect();
+    let (_reader, mut writer) = guest.open();
+    writer.send(6, 0, 4711, b"nonsense").unwrap();
+    guest.signal();
+    let channel = guest.bus.channel(1).unwrap();
+    assert_eq!(channel.take_strays(), [b"nonsense".to_vec()]);
+}
+
+#[test]
+fn a_request_on_a_channel_that_was_closed_will_not_be_answered() {
+    let mut guest = Guest::new();
+    guest.connect();
+    let _rings = guest.open();
+    let tx = request(&mut guest.bus, &[1; 32]);
+    guest.bus.rescind(1);
+    assert_eq!(guest.messages(), [message::RESCIND_CHANNELOFFER]);
+    let channel = guest.bus.channel(1).unwrap();
+    assert!(channel.revoked && !channel.is_open());
+    assert!(matches!(channel.take_reply(tx), ReplyState::Closed));
+    assert!(matches!(
+        guest.bus.send(1, "late", 6, 1, |_| Vec::new()),
+        Err(SendError::NotOpen)
+    ));
+    guest.bus.offer(1);
+    guest.post(message::RELID_RELEASED, [U32::new(1)], &[]);
+    assert_eq!(guest.messages(), [message::OFFERCHANNEL]);
+    let _rings = guest.open();
+    assert_eq!(guest.bus.channel(1).unwrap().openings, 2);
+}
+
+#[test]
+fn a_ring_with_a_wild_index_closes_its_channel_only() {
+    let mut guest = Guest::new();
+    guest.connect();
+    let _rings = guest.open();
+    let from_guest = GuestRing::new(&guest.memory, &PAGES[..4]).unwrap();
+    from_guest.store(Field::WriteIndex, 12289).unwrap();
+    assert_eq!(guest.signal(), hypercall::SUCCESS);
+    assert_eq!(guest.violations(), 1);
+    assert!(!guest.bus.channel(1).unwrap().is_open());
+}
+
+#[test]
+fn rings_outside_of_memory_are_refused() {
+    let mut guest = Guest::new();
+    guest.connect();
+    let header = GpadlHeader {
+        relid: U32::new(1),
+        gpadl: U32::new(77),
+        range_bytes: U16::new(8 + 32),
+        range_count: U16::new(1),
+        byte_count: U32::new(4 * 4096),
+        byte_offset: U32::new(0),
+    };
+    let pages = [1u64, 2, u64::MAX, 0xffff_ffff];
+    guest.post(message::GPADL_HEADER, header, pages.as_bytes());
+    let open = OpenChannel {
+        relid: U32::new(1),
+        open_id: U32::new(1),
+        gpadl: U32::new(77),
+        target_vp: U32::new(0),
+        downstream_page: U32::new(2),
+        user_data: [0; 120],
+    };
+    guest.post(message::OPENCHANNEL, open, &[]);
+    guest.take_message();
+    let (kind, result) = guest.take_message().expect("a result");
+    assert_eq!(kind, message::OPENCHANNEL_RESULT);
+    assert_ne!(result[16..20], [0; 4]);
+    assert!(!guest.bus.channel(1).unwrap().is_open());
+}
+
+#[test]
+fn hypercalls_that_make_no_sense_are_answered_with_an_error() {
+    let mut guest = Guest::new();
+    let cases = [
+        (0x5c, [u64::MAX, 0], hypercall::INVALID_INPUT),
+        (0x5c, [32 * 4096 - 8, 0], hypercall::INVALID_INPUT),
+        (0x5c | hypercall::FAST, [0, 0], hypercall::INVALID_INPUT),
+        // A page of zeros: connection 0.
+        (0x5c, [0x4000, 0], hypercall::INVALID_CONNECTION_ID),
+        (0x5d, [u64::MAX, 0], hypercall::INVALID_INPUT),
+        (
+            0x5d | hypercall::FAST,
+            [0x1_0009, 0],
+            hypercall::INVALID_CONNECTION_ID,
+        ),
+        (0x1, [0, 0], hypercall::INVALID_CODE),
+    ];
+    for (input, params, expected) in cases {
+        assert_eq!(guest.bus.hypercall(input, params), expected, "{input:#x}");
+    }
+    assert_eq!(guest.signal(), hypercall::SUCCESS);
+    let mut size = [0; 16];
+    size[0] = 4;
+    size[8] = 1;
+    size[12..].copy_from_slice(&241u32.to_le_bytes());
+    let at = GuestAddress(HYPERCALL_PAGE);
+    guest.memory.write_slice(&size, at).unwrap();
+    let result = guest.bus.hypercall(0x5c, [HYPERCALL_PAGE, 0]);
+    assert_eq!(result, hypercall::INVALID_PARAMETER);
+    assert!(guest.interrupt.read().is_err(), "nobody was interrupted");
+}
+
+#[test]
+fn a_guest_that_writes_anything_anywhere_is_survived() {
+    let mut state = 0x853c_49e6_748f_ea9bu64;
+    let mut random = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let mut guest = Guest::new();
+    for _ in 0..300 {
+        guest.connect();
+        let _rings = guest.open();
+        for _ in 0..100 {
+            let page = PAGES[(random() % 8) as usize] * 4096;
+            let value = (random() as u32) >> (random() % 32);
+            let at = GuestAddress(page + random() % 128 * 4);
+            guest.memory.write_slice(&value.to_le_bytes(), at).unwrap();
+            let _ = guest.bus.send(1, "x", 6, 1, |_| vec![0; 100]);
+            guest.signal();
+            guest.messages();
+        }
+    }
+}

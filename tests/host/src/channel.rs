@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The handle of one channel: negotiation, requests, raw packets, rescind and offer.
+//!
+//! What travels in a request's body is not known here; the integration components put their
+//! own handles on top.
+
+use crate::bus::{Chan, ChannelInfo, RawReply, ReplyState, SendError};
+use crate::event::{Event, EventKind};
+use crate::host::{Host, HostError};
+use crate::ic::{message_type, negotiate_body, parse_negotiated, status};
+use crate::ic::{Envelope, IcHeader, Version};
+use crate::vmbus::protocol::{packet_type, Guid};
+use std::time::Duration;
+use zerocopy::FromBytes;
+
+/// Names one packet that was sent: the transaction id in its descriptor, which the guest repeats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+pub struct Tx(pub u64);
+
+/// What a negotiation settled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Negotiated {
+    /// The framework version that the guest chose.
+    pub framework: Version,
+    /// The message version that the guest chose.
+    pub message: Version,
+}
+
+/// The guest's answer to one request.
+#[derive(Clone, Debug)]
+pub struct Reply {
+    /// Its header, pipe and IC part together.
+    pub header: IcHeader,
+    /// The whole packet after the ring's descriptor, header included.
+    pub raw: Vec<u8>,
+    /// From the moment when the request was in the ring to the arrival of this answer.
+    pub latency: Duration,
+    /// When it arrived, on the clock of [`crate::Host::now`].
+    pub at: Duration,
+}
+
+impl Reply {
+    /// The guest's verdict: see [`crate::ic::status`].
+    pub fn status(&self) -> u32 {
+        self.header.status.get()
+    }
+
+    /// What follows the headers.
+    pub fn body(&self) -> &[u8] {
+        self.raw.get(size_of::<IcHeader>()..).unwrap_or(&[])
+    }
+}
+
+/// One channel of the host. Clones are handles to the same channel, and any thread may use them.
+///
+/// The channel can be opened by the guest, closed, taken back and offered again; a handle outlives
+/// all of that.
+#[derive(Clone)]
+pub struct Channel {
+    pub(crate) host: Host,
+    pub(crate) info: ChannelInfo,
+}
+
+impl Channel {
+    /// `vss`, `heartbeat` or `shutdown`.
+    pub fn name(&self) -> &'static str {
+        self.info.name
+    }
+
+    /// Class GUID of the device.
+    pub fn class(&self) -> Guid {
+        self.info.class
+    }
+
+    /// Instance GUID, as in the name of the guest's directory below `/sys/bus/vmbus/devices`.
+    pub fn instance(&self) -> Guid {
+        self.info.instance
+    }
+
+    /// Whether the guest has the channel open now.
+    pub fn is_open(&self) -> bool {
+        self.with(|chan| chan.is_open())
+    }
+
+    /// How often the guest has opened the channel: it tells a channel that stayed open from one that
+    /// was closed and opened again.
+    pub fn openings(&self) -> u64 {
+        self.with(|chan| chan.openings)
+    }
+
+    /// What the last negotiation on this opening settled.
+    pub fn negotiated(&self) -> Option<Negotiated> {
+        self.with(|chan| chan.negotiated)
+    }
+
+    /// Waits until the guest has the channel open (its driver is bound).
+    pub fn wait_open(&self, timeout: Duration) -> Result<(), HostError> {
+        self.wait_chan("opening of the channel", timeout, |chan| {
+            chan.is_open().then_some(Ok(()))
+        })
+    }
+
+    /// Waits until the guest has opened the channel at least `count` times and has it open.
+    pub fn wait_openings(&self, count: u64, timeout: Duration) -> Result<(), HostError> {
+        let what = format!("opening number {count} of the channel");
+        self.wait_chan(&what, timeout, |chan| {
+            (chan.is_open() && chan.openings >= count).then_some(Ok(()))
+        })
+    }
+
+    /// Waits until the guest has the channel closed (its driver is unbound).
+    pub fn wait_closed(&self, timeout: Duration) -> Result<(), HostError> {
+        self.wait_chan("closing of the channel", timeout, |chan| {
+            (!chan.is_open()).then_some(Ok(()))
+        })
+    }
+
+    /// Waits until the guest has released the channel that was taken back.
+    pub fn wait_released(&self, timeout: Duration) -> Result<(), HostError> {
+        self.wait_chan("release of the channel", timeout, |chan| {
+            (!chan.revoked).then_some(Ok(()))
+        })
+    }
+
+    /// Takes the channel back from the guest, open or not. Without effect on one that is not offered.
+    pub fn rescind(&self) {
+        self.host.change(|bus| bus.rescind(self.info.relid));
+    }
+
+    /// Offers the channel again. When the guest has yet to release it, the offer follows the release.
+    pub fn offer(&self) {
+        self.host.change(|bus| bus.offer(self.info.relid));
+    }
+
+    /// Offers these versions and returns the guest's choice, which later requests carry.
+    pub fn negotiate(
+        &self,
+        frameworks: &[Version],
+        messages: &[Version],
+        timeout: Duration,
+    ) -> Result<Negotiated, HostError> {
+        // The guest looks at the lists only; the versions in the header mean nothing yet.
+        let none = Version::new(0, 0);
+        let body = negotiate_body(frameworks, messages);
+        let envelope = |transaction| Envelope {
+            framework: none,
+            message_type: message_type::NEGOTIATE,
+            message: none,
+            transaction,
+        };
+        let tx = self.send_with("negotiate", packet_type::DATA_INBAND, 1, |tx| {
+            envelope(tx.0 as u8).request(&body)
+        })?;
+        let reply = self.wait(tx, timeout)?;
+        let chosen = parse_negotiated(reply.body()).map_err(|what| HostError::BadReply {
+            channel: self.info.name,
+            what,
+        })?;
+        let chosen = chosen.map(|(framework, message)| Negotiated { framework, message });
+        self.host.change(|bus| {
+            bus.note(self.info.name, EventKind::Negotiated(chosen));
+            if let Some(chan) = bus.channel(self.info.relid) {
+                chan.negotiated = chosen;
+            }
+        });
+        match chosen {
+            Some(chosen) if reply.status() == status::OK => Ok(chosen),
+            _ => Err(HostError::NegotiationRefused {
+                channel: self.info.name,
+                frameworks: frameworks.to_vec(),
+                messages: messages.to_vec(),
+            }),
+        }
+    }
+
+    /// As [`Channel::negotiate`], unless this opening of the channel has been negotiated.
+    pub fn negotiate_once(
+        &self,
+        frameworks: &[Version],
+        messages: &[Version],
+        timeout: Duration,
+    ) -> Result<Negotiated, HostError> {
+        match self.negotiated() {
+            Some(negotiated) => Ok(negotiated),
+            None => self.negotiate(frameworks, messages, timeout),
+        }
+    }
+
+    /// Sends a request with this IC body and does not wait: requests may overlap. When the ring is
+    /// full the packet waits for room (see [`Channel::wait_sent`]). `name` is for the log.
+    pub fn send_request(&self, name: &str, body: &[u8]) -> Result<Tx, HostError> {
+        let negotiated = self.negotiated().unwrap_or(Negotiated {
+            framework: Version::new(3, 0),
+            message: self.info.default_version,
+        });
+        self.send_with(name, packet_type::DATA_INBAND, 1, |tx| {
+            let envelope = Envelope {
+                framework: negotiated.framework,
+                message_type: self.info.message_type,
+                message: negotiated.message,
+                transaction: tx.0 as u8,
+            };
+            envelope.request(body)
+        })
+    }
+
+    /// Sends these bytes as they are after a proper descriptor: any length, any content.
+    pub fn send_raw(&self, bytes: &[u8]) -> Result<Tx, HostError> {
+        self.send_packet(packet_type::DATA_INBAND, 1, bytes)
+    }
+
+    /// As [`Channel::send_raw`], with this packet type and these flags in the descriptor.
+    pub fn send_packet(
+        &self,
+        packet_type: u16,
+        packet_flags: u16,
+        bytes: &[u8],
+    ) -> Result<Tx, HostError> {
+        self.send_with("raw", packet_type, packet_flags, |_| bytes.to_vec())
+    }
+
+    fn send_with(
+        &self,
+        name: &str,
+        packet_type: u16,
+        flags: u16,
+        payload: impl FnOnce(Tx) -> Vec<u8>,
+    ) -> Result<Tx, HostError> {
+        let relid = self.info.relid;
+        let channel = self.info.name;
+        self.host.change(|bus| {
+            if let Some(error) = self.host.guest_gone(bus, channel, name) {
+                return Err(error);
+            }
+            bus.send(relid, name, packet_type, flags, payload)
+                .map_err(|error| match error {
+                    SendError::NotOpen => self.not_open(name),
+                    SendError::TooLarge { packet, ring } => HostError::TooLarge {
+                        channel,
+                        packet,
+                        ring,
+                    },
+                })
+        })
+    }
+
+    /// Waits until all that was sent is in the guest's ring.
+    pub fn wait_sent(&self, timeout: Duration) -> Result<(), HostError> {
+        self.wait_chan("room for the packets", timeout, |chan| {
+            (!chan.has_unsent()).then_some(Ok(()))
+        })
+    }
+
+    /// Waits for the answer to `tx`, and takes it: an answer can be had once.
+    pub fn wait(&self, tx: Tx, timeout: Duration) -> Result<Reply, HostError> {
+        let what = format!("answer to transaction {}", tx.0);
+        let unknown = HostError::UnknownTransaction {
+            channel: self.info.name,
+            tx,
+        };
+        let mut unknown = Some(unknown);
+        let (raw, at) = self.host.wait_for(self.info.name, &what, timeout, |bus| {
+            let Some(chan) = bus.channel(self.info.relid) else {
+                return unknown.take().map(Err);
+            };
+            match chan.take_reply(tx) {
+                ReplyState::Here(raw) => {
+                    let at = bus.since_start(raw.at);
+                    Some(Ok((raw, at)))
+                }
+                ReplyState::NotYet => None,
+                ReplyState::Closed => Some(Err(self.not_open(&what))),
+                ReplyState::Unknown => unknown.take().map(Err),
+            }
+        })?;
+        self.reply(raw, at)
+    }
+
+    /// The answer to `tx` if it has come, without waiting.
+    pub fn try_reply(&self, tx: Tx) -> Option<Reply> {
+        let mut bus = self.host.bus();
+        match bus.channel(self.info.relid)?.take_reply(tx) {
+            ReplyState::Here(raw) => {
+                let at = bus.since_start(raw.at);
+                self.reply(raw, at).ok()
+            }
+            ReplyState::NotYet | ReplyState::Closed | ReplyState::Unknown => None,
+        }
+    }
+
+    fn reply(&self, raw: RawReply, at: Duration) -> Result<Reply, HostError> {
+        let (header, _) =
+            IcHeader::read_from_prefix(&raw.bytes).map_err(|_| HostError::BadReply {
+                channel: self.info.name,
+                what: "too short for its headers",
+            })?;
+        Ok(Reply {
+            header,
+            raw: raw.bytes,
+            latency: raw.latency,
+            at,
+        })
+    }
+
+    /// The packets from the guest that answer nothing, taken.
+    pub fn take_strays(&self) -> Vec<Vec<u8>> {
+        let mut bus = self.host.bus();
+        bus.channel(self.info.relid)
+            .map(Chan::take_strays)
+            .unwrap_or_default()
+    }
+
+    /// The events of this channel.
+    pub fn events(&self) -> Vec<Event> {
+        let bus = self.host.bus();
+        let events = bus.log().filter(|event| event.channel == self.info.name);
+        events.cloned().collect()
+    }
+
+    fn with<T: Default>(&self, f: impl FnOnce(&Chan) -> T) -> T {
+        let mut bus = self.host.bus();
+        bus.channel(self.info.relid)
+            .map(|chan| f(chan))
+            .unwrap_or_default()
+    }
+
+    fn wait_chan(
+        &self,
+        what: &str,
+        timeout: Duration,
+        mut f: impl FnMut(&Chan) -> Option<Result<(), HostError>>,
+    ) -> Result<(), HostError> {
+        self.host.wait_for(self.info.name, what, timeout, |bus| {
+            bus.channel(self.info.relid).and_then(|chan| f(chan))
+        })
+    }
+
+    fn not_open(&self, what: &str) -> HostError {
+        HostError::NotOpen {
+            channel: self.info.name,
+            what: what.to_string(),
+        }
+    }
+}
