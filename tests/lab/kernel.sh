@@ -25,7 +25,7 @@ mkdir -p "$linux"
 # Most of the source is code that a module's build never reads; what it needs are the headers, the
 # Kconfig files and the build's own tools.
 name=$(basename "$source" .tar.xz)
-tar --extract --file "$source" --directory "$linux" --strip-components 1 \
+in_root "$linux:/linux" -- tar --extract --file "${source#"$root"}" --directory /linux --strip-components 1 \
     --exclude "$name/arch/[!x]*.[chS]" --exclude "$name/arch/[!x]*.dts*" --exclude "$name/Documentation/*/*" --exclude "$name/tools/testing/*" \
     --exclude "$name/drivers/*.c" --exclude "$name/fs/*.c" --exclude "$name/net/*.c" --exclude "$name/sound/*.c"
 

@@ -42,6 +42,8 @@ begin() {
     need_root "$4"
     lock "$1"
     if is_fresh "$2" "$1" "$3"; then exit 0; fi
+    # from here on the time is this step's own
+    SECONDS=0
 }
 
 # quietly LOG COMMAND...: keeps the output in build/logs and shows its end when the command fails.

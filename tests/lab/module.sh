@@ -90,6 +90,7 @@ for argument; do
 done
 mkdir -p "$output"
 lock module
+SECONDS=0
 
 compile() {
     if [ -n "$native" ]; then

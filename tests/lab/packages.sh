@@ -8,8 +8,8 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 # A C compiler and its 32-bit half for cargo's linking and the header's tests; mmdebstrap for the
-# build root; kmod for modinfo and depmod in `make install`.
-wanted=(gcc libc6-dev gcc-multilib g++-multilib mmdebstrap debian-archive-keyring kmod)
+# build root and mount to work in it; kmod for modinfo and depmod in `make install`.
+wanted=(gcc libc6-dev gcc-multilib g++-multilib mmdebstrap debian-archive-keyring kmod mount util-linux)
 
 if ! command -v dpkg-query >/dev/null; then
     missing=()
