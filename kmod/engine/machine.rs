@@ -352,12 +352,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     }
 
     /// Takes the head from the queue and tells the host how it ended.
-    fn close_head(&mut self, now: u64, code: u32, effects: &mut impl Effects) {
+    fn close_head(&mut self, now: u64, mut code: u32, effects: &mut impl Effects) {
         let Some(request) = self.pop_head() else {
             return;
         };
         let Request { id, operation, .. } = request;
-        let code = self.settle(id, operation, code, effects);
         let latency_us = now.saturating_sub(request.arrived);
         if let Origin::Host {
             slot,
@@ -365,6 +364,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             request_id,
         } = request.origin
         {
+            code = self.settle(id, operation, code, effects);
             let stats = self.stats.op(operation);
             stats.last_us = latency_us;
             stats.max_us = stats.max_us.max(latency_us);
