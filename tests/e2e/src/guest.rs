@@ -13,7 +13,7 @@ use hyperv_sim::{Host, Vm, VmConfig};
 use lab_agent::{to_hex, Command, Ended, Log, Record, Writer};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// For one step that takes milliseconds on real hardware: emulation is slow and uneven.
@@ -141,6 +141,18 @@ pub struct Guest {
     /// The kernel's log is looked at from this record on.
     log_mark: AtomicU64,
     logs: AtomicU64,
+    comparisons: Mutex<Vec<Comparison>>,
+}
+
+/// What ours and the peer did in the same situation: a row of the README's table.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Comparison {
+    /// The situation.
+    pub what: String,
+    /// What our module and daemon did.
+    pub ours: String,
+    /// What the stock `hv_utils` and Debian's daemon did.
+    pub peer: String,
 }
 
 impl Guest {
@@ -167,6 +179,7 @@ impl Guest {
             machine,
             log_mark: AtomicU64::new(0),
             logs: AtomicU64::new(0),
+            comparisons: Mutex::default(),
         };
         guest.mark_log()?;
         Ok(guest)
@@ -237,7 +250,11 @@ impl Guest {
 
     /// Sends a signal by number: 9 kills, 15 asks to end, 19 stops, 18 continues.
     pub fn signal(&self, process: &Process, signal: i32) -> Result<(), CallError> {
-        let pid = process.pid;
+        self.signal_pid(process.pid, signal)
+    }
+
+    /// The same for a process that another one has started.
+    pub fn signal_pid(&self, pid: i32, signal: i32) -> Result<(), CallError> {
         self.agent.call(Command::Signal { pid, signal }, STEP)
     }
 
@@ -311,6 +328,14 @@ impl Guest {
         self.spawn(&daemon.argv())
     }
 
+    /// Starts our daemon in the foreground with a configuration of its own.
+    pub fn start_daemon_with(&self, config: &str) -> Result<Process> {
+        let number = self.logs.fetch_add(1, SeqCst);
+        let path = format!("/run/config-{number}.toml");
+        self.sh(&format!("cat > {path} <<'END'\n{config}\nEND"))?;
+        self.spawn(&["/payload/hv_vss_daemon", "-n", "-c", &path])
+    }
+
     // --- File systems and writers ---
 
     /// Freezes the file system at `path` as an administrator would.
@@ -382,6 +407,31 @@ impl Guest {
         })
     }
 
+    // --- For the comparison with the peer ---
+
+    /// Notes what ours and the peer were seen to do.
+    pub fn compare(&self, what: &str, ours: &str, peer: &str) {
+        let row = Comparison {
+            what: what.into(),
+            ours: ours.into(),
+            peer: peer.into(),
+        };
+        let mut rows = self
+            .comparisons
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        rows.push(row);
+    }
+
+    /// Takes what was noted since the last call.
+    pub fn take_comparisons(&self) -> Vec<Comparison> {
+        let mut rows = self
+            .comparisons
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut rows)
+    }
+
     // --- Between two cases ---
 
     /// Brings the guest back to how it was before the case and makes sure that it is so: nothing
@@ -407,12 +457,19 @@ impl Guest {
             let _: Ended = self.agent.call(Command::Wait { pid, timeout_ms }, STEP)?;
         }
         self.wait_until("no process of a daemon is left", STEP, || {
-            Ok(self.try_sh("pidof hv_vss_daemon")?.out.trim().is_empty())
+            Ok(self
+                .try_sh("pidof hv_vss_daemon hv_vss_guard")?
+                .out
+                .trim()
+                .is_empty())
         })?;
         self.sh("sync
              while grep -q ' /mnt/' /proc/mounts; do
-                 umount $(grep ' /mnt/' /proc/mounts | tail -n 1 | cut -d ' ' -f 2) || exit 1
+                 path=$(grep ' /mnt/' /proc/mounts | tail -n 1 | cut -d ' ' -f 2)
+                 umount \"$(printf %b \"$path\")\" || exit 1
              done
+             if [ -e /sys/module/dm_mod ]; then dmsetup remove_all --force; fi
+             losetup -D
              for module in hv_vss hv_utils; do
                  if grep -q \"^$module \" /proc/modules; then rmmod $module || exit 1; fi
              done
@@ -440,7 +497,7 @@ impl Guest {
             };
             if source.starts_with("/dev/") && !seen.contains(&device.to_string()) {
                 seen.push(device.to_string());
-                paths.push(path.to_string());
+                paths.push(unescape(path));
             }
         }
         Ok(paths)
@@ -505,6 +562,26 @@ impl Guest {
         text.push_str(&self.vm.console_tail());
         text
     }
+}
+
+/// A path of the mount table with its octal escapes undone.
+fn unescape(path: &str) -> String {
+    let mut parts = path.split('\\');
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let code = part.get(..3).and_then(|it| u8::from_str_radix(it, 8).ok());
+        match code {
+            Some(code) => {
+                text.push(char::from(code));
+                text.push_str(part.get(3..).unwrap_or_default());
+            }
+            None => {
+                text.push('\\');
+                text.push_str(part);
+            }
+        }
+    }
+    text
 }
 
 /// How a program ended, in words.
@@ -585,5 +662,17 @@ impl Device<'_> {
     pub fn close(self) -> Result<(), CallError> {
         let handle = self.handle;
         self.agent.call(Command::DevClose { handle }, STEP)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_of_the_mount_table_is_unescaped() {
+        assert_eq!(unescape(r"/mnt/a\040b"), "/mnt/a b");
+        assert_eq!(unescape(r"/mnt/c\012d\134040"), "/mnt/c\nd\\040");
+        assert_eq!(unescape("/plain"), "/plain");
     }
 }

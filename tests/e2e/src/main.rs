@@ -39,6 +39,12 @@ enum Action {
         /// Also write the verdicts to this file, as JSON
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
+        /// How often cases that kill at random moments do so
+        #[arg(long, default_value_t = cases::DEFAULT_ROUNDS)]
+        rounds: u32,
+        /// The seed of those moments
+        #[arg(long, default_value_t = cases::DEFAULT_SEED)]
+        seed: u64,
     },
     /// Back up a guest once, slowly enough to read along
     Demo,
@@ -65,7 +71,13 @@ fn perform(action: Action) -> Result<bool> {
             }
             Ok(true)
         }
-        Action::Run { glob, json } => {
+        Action::Run {
+            glob,
+            json,
+            rounds,
+            seed,
+        } => {
+            cases::set_schedule(rounds, seed);
             let mut chosen = select(&glob)?;
             // Cases that want the same machine stand together; their order is kept otherwise.
             chosen.sort_by_key(|case| case.machine);
@@ -73,6 +85,8 @@ fn perform(action: Action) -> Result<bool> {
             let verdicts = runner::run_all(&images, &chosen);
             let json = json.unwrap_or_else(|| images.results().join("e2e.json"));
             runner::write_json(&json, &verdicts)?;
+            let comparison = images.results().join("comparison.md");
+            runner::write_comparison(&comparison, &verdicts)?;
             Ok(runner::close(&verdicts))
         }
         Action::Demo => {

@@ -8,7 +8,7 @@
 
 use crate::cases::Case;
 use anyhow::{anyhow, Context, Result};
-use e2e::guest::{Guest, Images};
+use e2e::guest::{Comparison, Guest, Images};
 use hyperv_sim::Exit;
 use serde::Serialize;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -17,7 +17,7 @@ use std::sync::mpsc::{channel, RecvTimeoutError};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The most that one case may take, the boot of its guest not counted.
+/// The most that one case may take, without its rounds and the boot of its guest.
 const CASE_LIMIT: Duration = Duration::from_secs(90);
 
 /// How long a case may go on once its guest is dead, before it is left behind.
@@ -30,6 +30,7 @@ pub struct Verdict {
     passed: bool,
     seconds: f64,
     error: Option<String>,
+    comparisons: Vec<Comparison>,
 }
 
 /// Runs `cases` and returns how each went.
@@ -57,9 +58,11 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
         let start = Instant::now();
         let outcome = guest.and_then(|guest| run_one(case, guest));
         let seconds = start.elapsed().as_secs_f64();
+        let mut comparisons = Vec::new();
         let error = match outcome {
-            Ok(guest) => {
-                idle = guest;
+            Ok(passed) => {
+                idle = passed.guest;
+                comparisons = passed.comparisons;
                 println!("ok   {} ({seconds:.1} s)", case.name);
                 None
             }
@@ -77,14 +80,22 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
             passed: error.is_none(),
             seconds,
             error,
+            comparisons,
         });
     }
     verdicts
 }
 
-/// Runs one case. Returns the guest when it can be used again, `None` when the case has ended it on
-/// purpose; on failure the guest is ended and what it left behind is in the error.
-fn run_one(case: &Case, guest: Guest) -> Result<Option<Guest>> {
+/// What a case that passed leaves.
+struct Passed {
+    /// `None` when the case has ended its guest on purpose.
+    guest: Option<Guest>,
+    comparisons: Vec<Comparison>,
+}
+
+/// Runs one case. On failure the guest is ended and what it left behind is in the error.
+fn run_one(case: &Case, guest: Guest) -> Result<Passed> {
+    let limit = CASE_LIMIT + case.per_round * crate::cases::rounds();
     let guest = Arc::new(guest);
     let (tell, told) = channel();
     let run = case.run;
@@ -95,7 +106,7 @@ fn run_one(case: &Case, guest: Guest) -> Result<Option<Guest>> {
         drop(shared);
         let _ = tell.send(result.unwrap_or_else(|panic| Err(anyhow!(panic_text(&*panic)))));
     });
-    let result = match told.recv_timeout(CASE_LIMIT) {
+    let result = match told.recv_timeout(limit) {
         Ok(result) => result,
         Err(RecvTimeoutError::Disconnected) => Err(anyhow!("the case ended without a word")),
         Err(RecvTimeoutError::Timeout) => {
@@ -107,7 +118,7 @@ fn run_one(case: &Case, guest: Guest) -> Result<Option<Guest>> {
                 _ => "it did not even stop when its guest was ended".to_string(),
             };
             return Err(anyhow!(
-                "the case did not end within {CASE_LIMIT:?}; {place}\n{report}"
+                "the case did not end within {limit:?}; {place}\n{report}"
             ));
         }
     };
@@ -118,7 +129,10 @@ fn run_one(case: &Case, guest: Guest) -> Result<Option<Guest>> {
         Some(exit) => Err(anyhow!("the guest ended by itself: {exit:?}")),
     });
     match result {
-        Ok(()) => Ok(Arc::into_inner(guest).filter(|guest| guest.vm().exit().is_none())),
+        Ok(()) => Ok(Passed {
+            comparisons: guest.take_comparisons(),
+            guest: Arc::into_inner(guest).filter(|guest| guest.vm().exit().is_none()),
+        }),
         Err(error) => {
             let report = guest.post_mortem();
             guest.vm().kill();
@@ -143,6 +157,17 @@ pub fn close(verdicts: &[Verdict]) -> bool {
     }
     println!("{} passed, {failed} failed", verdicts.len() - failed);
     failed == 0
+}
+
+/// Writes what ours and the peer were seen to do as a table in Markdown.
+pub fn write_comparison(path: &Path, verdicts: &[Verdict]) -> Result<()> {
+    let mut text = String::from(
+        "| situation | ours | stock hv_utils, Debian's daemon |\n| --- | --- | --- |\n",
+    );
+    for row in verdicts.iter().flat_map(|it| &it.comparisons) {
+        text.push_str(&format!("| {} | {} | {} |\n", row.what, row.ours, row.peer));
+    }
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Writes the verdicts as a JSON list.

@@ -6,12 +6,20 @@
 //! only the root (ext4 on `/dev/ram0`) is mounted, `/dev/ram1` and up are free.
 
 mod abi;
+mod commands;
+mod deadman;
+mod freeze;
 mod lifecycle;
+mod order;
 mod pairing;
 mod peer;
 
 use anyhow::Result;
-use e2e::guest::{Guest, Machine};
+use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
+use hyperv_sim::ic::vss::VERSIONS;
+use hyperv_sim::ic::{status, FRAMEWORKS};
+use std::sync::OnceLock;
+use std::time::Duration;
 
 pub use pairing::make_file_systems;
 
@@ -24,6 +32,8 @@ pub struct Case {
     pub about: &'static str,
     /// The guest that it wants.
     pub machine: Machine,
+    /// What each round of a case that has rounds may take.
+    pub per_round: Duration,
     /// The case itself.
     pub run: fn(&Guest) -> Result<()>,
 }
@@ -34,11 +44,158 @@ const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
         name,
         about,
         machine: Machine::ONE_CPU,
+        per_round: Duration::ZERO,
         run,
     }
 }
 
 /// All cases.
 pub fn all() -> Vec<Case> {
-    [pairing::CASES, lifecycle::CASES, abi::CASES, peer::CASES].concat()
+    [
+        pairing::CASES,
+        lifecycle::CASES,
+        abi::CASES,
+        freeze::CASES,
+        order::CASES,
+        commands::CASES,
+        deadman::CASES,
+        peer::CASES,
+    ]
+    .concat()
+}
+
+/// How many rounds there are if nobody says otherwise: enough to hit every stage of a backup.
+pub const DEFAULT_ROUNDS: u32 = 15;
+
+/// The seed if nobody says otherwise.
+pub const DEFAULT_SEED: u64 = 1;
+
+static SCHEDULE: OnceLock<(u32, u64)> = OnceLock::new();
+
+/// Sets rounds and seed, once.
+pub fn set_schedule(rounds: u32, seed: u64) {
+    // Only the first call counts; there is one.
+    let _ = SCHEDULE.set((rounds, seed));
+}
+
+/// How often cases that kill at random moments do so.
+pub fn rounds() -> u32 {
+    SCHEDULE.get().map_or(DEFAULT_ROUNDS, |it| it.0)
+}
+
+/// The seed of those moments.
+fn seed() -> u64 {
+    SCHEDULE.get().map_or(DEFAULT_SEED, |it| it.1)
+}
+
+/// Loads `module`, ours with `parameters`, and agrees on 5.0.
+fn load(guest: &Guest, module: Module, parameters: &[&str]) -> Result<()> {
+    guest.load(module, parameters)?;
+    guest.vss().wait_open(STEP)?;
+    guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    Ok(())
+}
+
+/// Waits until a daemon has registered: from then on HOT_BACKUP is answered 0.
+fn wait_for_daemon(guest: &Guest) -> Result<()> {
+    guest.wait_until("HOT_BACKUP is answered 0: a daemon is there", STEP, || {
+        Ok(guest.vss().hot_backup(STEP)?.status() == status::OK)
+    })
+}
+
+/// Loads `module`, starts `daemon` and waits until it has registered.
+fn start(guest: &Guest, module: Module, daemon: Daemon) -> Result<Process> {
+    load(guest, module, &[])?;
+    let process = guest.start_daemon(daemon)?;
+    wait_for_daemon(guest)?;
+    Ok(process)
+}
+
+/// Ends a daemon and unloads the module.
+fn stop(guest: &Guest, module: Module, daemon: &Process) -> Result<()> {
+    guest.signal(daemon, 9)?;
+    guest.wait(daemon, STEP)?;
+    // Its helper may hold the device for a moment longer.
+    guest.wait_until("the module can be unloaded", STEP, || {
+        Ok(guest.unload(module).is_ok())
+    })?;
+    guest.vss().wait_closed(STEP)?;
+    Ok(())
+}
+
+/// What a backup did to the writers that were running.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Seen {
+    /// What the host was told for FREEZE.
+    freeze: u32,
+    /// The writers that stood still after that, by file.
+    still: Vec<String>,
+    /// The writers that went on.
+    moving: Vec<String>,
+    /// What the host was told for THAW; `None` when FREEZE had failed.
+    thaw: Option<u32>,
+    /// The writers that had not gone on 3 s after that.
+    stuck: Vec<String>,
+}
+
+/// One backup, with a look at every writer in between: it stands still when it has been inside one
+/// write for 300 ms, it goes on when it has ended ten more.
+fn observe(guest: &Guest) -> Result<Seen> {
+    let vss = guest.vss();
+    let freeze = vss.freeze(&[], STEP)?.status();
+    let start = guest.writers()?;
+    let (mut still, mut moving) = (Vec::new(), Vec::new());
+    guest.wait_until("every writer stands still or goes on", STEP, || {
+        still.clear();
+        moving.clear();
+        for (then, now) in start.iter().zip(&guest.writers()?) {
+            if now.in_write_us > 300_000 {
+                still.push(now.path.clone());
+            } else if now.count > then.count + 10 {
+                moving.push(now.path.clone());
+            }
+        }
+        Ok(still.len() + moving.len() == start.len())
+    })?;
+    let thaw = match freeze {
+        status::OK => Some(vss.thaw(STEP)?.status()),
+        _ => None,
+    };
+    let start = guest.writers()?;
+    let mut stuck = Vec::new();
+    // Not to go on is a result, too.
+    let _ = guest.wait_until("every writer goes on", Duration::from_secs(3), || {
+        stuck = start
+            .iter()
+            .zip(&guest.writers()?)
+            .filter(|(then, now)| now.count == then.count)
+            .map(|(_, now)| now.path.clone())
+            .collect();
+        Ok(stuck.is_empty())
+    });
+    Ok(Seen {
+        freeze,
+        still,
+        moving,
+        thaw,
+        stuck,
+    })
+}
+
+/// The two in words, for the comparison.
+fn describe(seen: &Seen) -> String {
+    let told = e2e::check::status_name(seen.freeze);
+    let mut text = format!("FREEZE {told}");
+    for (paths, what) in [(&seen.still, "frozen"), (&seen.moving, "not frozen")] {
+        if !paths.is_empty() {
+            text.push_str(&format!(", {what}: {}", paths.join(" ")));
+        }
+    }
+    if let Some(thaw) = seen.thaw {
+        text.push_str(&format!("; THAW {}", e2e::check::status_name(thaw)));
+    }
+    if !seen.stuck.is_empty() {
+        text.push_str(&format!(", still stuck: {}", seen.stuck.join(" ")));
+    }
+    text
 }

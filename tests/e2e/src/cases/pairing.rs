@@ -35,6 +35,7 @@ pub const CASES: &[Case] = &[
         name: "pairing/ours-ours-two-cpus",
         about: "the same on two virtual CPUs",
         machine: Machine::TWO_CPUS,
+        per_round: Duration::ZERO,
         run: |guest| backup(guest, Module::Ours, Daemon::Ours),
     },
 ];

@@ -1,0 +1,462 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Which file systems our daemon freezes, and whose freeze it is. Where the peer does otherwise, the
+//! same is done with the stock module and Debian's daemon, and both are noted.
+
+use super::{case, describe, load, observe, start, stop, wait_for_daemon, Case, Seen};
+use anyhow::{ensure, Result};
+use e2e::check::{answered, equal, refused};
+use e2e::guest::{Daemon, Guest, Module, STEP};
+use hyperv_sim::ic::status;
+
+pub const CASES: &[Case] = &[
+    case(
+        "freeze/over-mounted",
+        "two file systems on one directory: both stand still",
+        over_mounted,
+    ),
+    case(
+        "freeze/other-namespace",
+        "a file system mounted in another mount namespace only stands still",
+        other_namespace,
+    ),
+    case(
+        "freeze/device-node-elsewhere",
+        "a file system whose device node is outside /dev stands still",
+        device_node_elsewhere,
+    ),
+    case(
+        "freeze/read-only-bind",
+        "seen through a read-only bind mount only, a writable file system stands still",
+        read_only_bind,
+    ),
+    case(
+        "freeze/odd-paths",
+        "spaces, newlines, tabs and backslashes in mount points",
+        odd_paths,
+    ),
+    case(
+        "freeze/mounted-on-a-file",
+        "a file system whose only mount points are a file and a FIFO stands still",
+        mounted_on_a_file,
+    ),
+    case(
+        "freeze/bind-mounts",
+        "many mounts and subvolumes of one file system are one freeze",
+        bind_mounts,
+    ),
+    case(
+        "freeze/cannot-freeze",
+        "exfat is synced and does not fail the backup, unless strict",
+        cannot_freeze,
+    ),
+    case(
+        "freeze/read-only",
+        "a read-only superblock is left alone",
+        read_only,
+    ),
+    case(
+        "freeze/frozen-by-somebody-else",
+        "what an administrator had frozen stays frozen after our thaw",
+        frozen_by_somebody_else,
+    ),
+    case(
+        "freeze/thawed-by-somebody-else",
+        "an early thaw by somebody else is named and fails the host's THAW",
+        thawed_by_somebody_else,
+    ),
+    case(
+        "freeze/covered-while-frozen",
+        "a mount point that is covered or detached while frozen is thawed all the same",
+        covered_while_frozen,
+    ),
+    case(
+        "freeze/log-on-the-frozen-root",
+        "log and binary on the frozen root do not block the daemon",
+        log_on_the_frozen_root,
+    ),
+    case(
+        "freeze/excluded",
+        "the configuration leaves file systems out, by path and by device",
+        excluded,
+    ),
+    case(
+        "freeze/twice",
+        "a second FREEZE while frozen succeeds, and one THAW releases",
+        twice,
+    ),
+];
+
+/// Runs the same backup with the peer's module and daemon.
+fn peer(guest: &Guest) -> Result<Seen> {
+    let daemon = start(guest, Module::Stock, Daemon::Debian)?;
+    let seen = observe(guest)?;
+    stop(guest, Module::Stock, &daemon)?;
+    Ok(seen)
+}
+
+/// Runs it with ours, and leaves nothing loaded.
+fn ours(guest: &Guest) -> Result<Seen> {
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let seen = observe(guest)?;
+    stop(guest, Module::Ours, &daemon)?;
+    Ok(seen)
+}
+
+/// A good backup: both answered 0, all of these stood still, all went on.
+fn good(still: &[&str]) -> Seen {
+    Seen {
+        freeze: status::OK,
+        still: still.iter().map(|it| it.to_string()).collect(),
+        moving: Vec::new(),
+        thaw: Some(status::OK),
+        stuck: Vec::new(),
+    }
+}
+
+fn over_mounted(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
+    guest.writer_start("/mnt/a/lower")?;
+    guest.sh("mkfs.ext4 -q -F /dev/ram2 && mount /dev/ram2 /mnt/a")?;
+    guest.writer_start("/mnt/a/upper")?;
+    let ours = ours(guest)?;
+    equal(
+        "the backup",
+        &ours,
+        &good(&["/mnt/a/lower", "/mnt/a/upper"]),
+    )?;
+    let peer = peer(guest)?;
+    guest.compare(
+        "two file systems mounted on one directory",
+        &describe(&ours),
+        &describe(&peer),
+    );
+    Ok(())
+}
+
+fn other_namespace(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1")?;
+    let holder = guest.spawn(&[
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        "mount /dev/ram1 /mnt/a && touch /run/mounted && exec sleep 1000",
+    ])?;
+    guest.wait_until("it is mounted over there", STEP, || {
+        Ok(guest.try_sh("rm /run/mounted")?.status == Some(0))
+    })?;
+    let file = format!("/proc/{}/root/mnt/a/w", holder.pid);
+    guest.writer_start(&file)?;
+    let ours = ours(guest)?;
+    equal("the backup", &ours, &good(&[&file]))?;
+    let peer = peer(guest)?;
+    let tell = |seen: &Seen| describe(seen).replace(&file, "the file system there");
+    guest.compare(
+        "mounted in another mount namespace only",
+        &tell(&ours),
+        &tell(&peer),
+    );
+    Ok(())
+}
+
+fn device_node_elsewhere(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1
+              rm -f /run/node; mknod /run/node b 1 1 && mount -t ext4 /run/node /mnt/a")?;
+    guest.writer_start("/mnt/a/w")?;
+    let ours = ours(guest)?;
+    equal("the backup", &ours, &good(&["/mnt/a/w"]))?;
+    let peer = peer(guest)?;
+    guest.compare(
+        "mounted from a device node outside /dev",
+        &describe(&ours),
+        &describe(&peer),
+    );
+    Ok(())
+}
+
+fn read_only_bind(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a /mnt/b && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
+    guest.writer_start("/mnt/a/w")?;
+    // The writer holds the file; the mount it was opened through is in no table any more.
+    guest
+        .sh("mount --bind /mnt/a /mnt/b && mount -o remount,bind,ro /mnt/b && umount -l /mnt/a")?;
+    let ours = ours(guest)?;
+    equal("the backup", &ours, &good(&["/mnt/a/w"]))?;
+    let peer = peer(guest)?;
+    guest.compare(
+        "writable file system of which only a read-only bind mount is visible",
+        &describe(&ours),
+        &describe(&peer),
+    );
+    Ok(())
+}
+
+fn odd_paths(guest: &Guest) -> Result<()> {
+    let paths = ["/mnt/a b", "/mnt/c\nd", "/mnt/e\tf", "/mnt/g\\040h"];
+    for (number, path) in paths.iter().enumerate() {
+        let device = format!("/dev/ram{}", number + 1);
+        guest.sh(&format!(
+            "mkfs.ext4 -q -F {device} && mkdir -p '{path}' && mount {device} '{path}'"
+        ))?;
+        guest.writer_start(&format!("{path}/w"))?;
+    }
+    let files: Vec<String> = paths.iter().map(|path| format!("{path}/w")).collect();
+    let files: Vec<&str> = files.iter().map(String::as_str).collect();
+    equal("the backup", &ours(guest)?, &good(&files))
+}
+
+fn mounted_on_a_file(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+              mkfifo /mnt/a/fifo && touch /mnt/a/file /mnt/on-fifo /mnt/on-file",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    guest.sh(
+        "mount --bind /mnt/a/fifo /mnt/on-fifo && mount --bind /mnt/a/file /mnt/on-file &&
+              umount -l /mnt/a",
+    )?;
+    let ours = ours(guest)?;
+    equal("the backup", &ours, &good(&["/mnt/a/w"]))
+}
+
+fn bind_mounts(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a /mnt/b /mnt/c /mnt/d && modprobe btrfs
+              mkfs.btrfs -q -f /dev/ram3 && mount -t btrfs /dev/ram3 /mnt/a
+              btrfs -q subvolume create /mnt/a/sub && mount -o subvol=sub /dev/ram3 /mnt/b
+              mount --bind /mnt/a /mnt/c && mount --bind /mnt/b /mnt/d")?;
+    for path in ["/mnt/a/w", "/mnt/b/w", "/mnt/c/w2", "/mnt/d/w2"] {
+        guest.writer_start(path)?;
+    }
+    let list = guest.sh("/payload/hv_vss_daemon list --json")?;
+    equal(
+        "mentions of btrfs among what is frozen",
+        list.matches("\"btrfs\"").count(),
+        1,
+    )?;
+    let all = ["/mnt/a/w", "/mnt/b/w", "/mnt/c/w2", "/mnt/d/w2"];
+    equal("the backup", &ours(guest)?, &good(&all))
+}
+
+fn cannot_freeze(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a /mnt/exfat && modprobe exfat
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+              mkfs.exfat /dev/ram2 >/dev/null && mount -t exfat /dev/ram2 /mnt/exfat")?;
+    guest.writer_start("/mnt/a/w")?;
+    guest.writer_start("/mnt/exfat/w")?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let ours = observe(guest)?;
+    let expected = Seen {
+        moving: vec!["/mnt/exfat/w".into()],
+        ..good(&["/mnt/a/w"])
+    };
+    equal("the backup", &ours, &expected)?;
+    let log = guest.output(&daemon)?;
+    ensure!(
+        log.contains("/mnt/exfat") && log.contains("synced instead"),
+        "the daemon should say that exfat was only synced; it said:\n{log}"
+    );
+    stop(guest, Module::Ours, &daemon)?;
+
+    // The operator can insist.
+    load(guest, Module::Ours, &[])?;
+    let daemon = guest.start_daemon_with("strict = true")?;
+    wait_for_daemon(guest)?;
+    let strict = observe(guest)?;
+    equal("FREEZE with strict = true", strict.freeze, status::FAIL)?;
+    equal("writers that stand still after it", strict.still.len(), 0)?;
+    stop(guest, Module::Ours, &daemon)?;
+
+    let peer = peer(guest)?;
+    guest.compare("exfat beside ext4", &describe(&ours), &describe(&peer));
+    Ok(())
+}
+
+fn read_only(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "mkdir -p /mnt/a /mnt/b && mkfs.ext4 -q -F /dev/ram1 && mkfs.ext4 -q -F /dev/ram2
+              mount /dev/ram1 /mnt/a && mount -o ro /dev/ram2 /mnt/b",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    start(guest, Module::Ours, Daemon::Ours)?;
+    let vss = guest.vss();
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    refused(
+        "FITHAW of the read-only one while frozen",
+        guest.thaw("/mnt/b"),
+        "EINVAL",
+    )?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)
+}
+
+fn frozen_by_somebody_else(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "mkdir -p /mnt/a /mnt/b && mkfs.ext4 -q -F /dev/ram1 && mkfs.ext4 -q -F /dev/ram2
+              mount /dev/ram1 /mnt/a && mount /dev/ram2 /mnt/b",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    guest.writer_start("/mnt/b/w")?;
+    guest.freeze("/mnt/a")?;
+    let ours = ours(guest)?;
+    let expected = Seen {
+        stuck: vec!["/mnt/a/w".into()],
+        ..good(&["/mnt/a/w", "/mnt/b/w"])
+    };
+    equal("the backup", &ours, &expected)?;
+    // It is still the administrator's, who can thaw it now.
+    guest.thaw("/mnt/a")?;
+
+    guest.freeze("/mnt/a")?;
+    let peer = peer(guest)?;
+    let released = guest.thaw("/mnt/a").is_err();
+    guest.compare(
+        "frozen by an administrator beforehand",
+        "stays frozen after our THAW, until the administrator thaws",
+        if released {
+            "released by the host's THAW"
+        } else {
+            "stays frozen"
+        },
+    );
+    equal("FREEZE with the peer", peer.freeze, status::OK)
+}
+
+fn thawed_by_somebody_else(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
+    guest.writer_start("/mnt/a/w")?;
+    let vss = guest.vss();
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.thaw("/mnt/a")?;
+    answered("THAW after an early thaw", &vss.thaw(STEP)?, status::FAIL)?;
+    guest.wait_until("the daemon has named it in its log", STEP, || {
+        Ok(guest
+            .output(&daemon)?
+            .lines()
+            .any(|line| line.contains("/mnt/a") && line.contains("somebody else")))
+    })?;
+    // The next backup is a new one.
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    stop(guest, Module::Ours, &daemon)?;
+
+    let daemon = start(guest, Module::Stock, Daemon::Debian)?;
+    answered("FREEZE with the peer", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.thaw("/mnt/a")?;
+    let peer = vss.thaw(STEP)?.status();
+    stop(guest, Module::Stock, &daemon)?;
+    guest.compare(
+        "one file system thawed by somebody else during the backup",
+        "THAW fails, the daemon names it",
+        &format!("THAW {}", e2e::check::status_name(peer)),
+    );
+    Ok(())
+}
+
+fn covered_while_frozen(guest: &Guest) -> Result<()> {
+    // One mount point is covered by another file system while frozen, one is detached.
+    let prepare = "mkdir -p /mnt/a /mnt/b && mkfs.ext4 -q -F /dev/ram1 && mkfs.ext4 -q -F /dev/ram2
+                   mount /dev/ram1 /mnt/a && mount /dev/ram2 /mnt/b";
+    let disturb = "mount -t tmpfs cover /mnt/a && umount -l /mnt/b";
+    let vss = guest.vss();
+    guest.sh(prepare)?;
+    guest.writer_start("/mnt/a/w")?;
+    guest.writer_start("/mnt/b/w")?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until("both writers stand still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+    })?;
+    guest.sh(disturb)?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    guest.wait_until("both writers go on", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us < 100_000))
+    })?;
+    guest.writers_stop()?;
+    stop(guest, Module::Ours, &daemon)?;
+
+    // The peer looks its mount points up again. A handle from before rescues what it leaves.
+    guest.sh("umount /mnt/a /mnt/a")?;
+    guest.sh("mount /dev/ram1 /mnt/a")?;
+    guest.writer_start("/mnt/a/w")?;
+    let daemon = start(guest, Module::Stock, Daemon::Debian)?;
+    answered("FREEZE with the peer", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until("the writer stands still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+    })?;
+    guest.sh("mount -t tmpfs cover /mnt/a")?;
+    let thaw = vss.thaw(STEP)?.status();
+    guest.sh("umount /mnt/a")?;
+    let left = guest.thaw("/mnt/a").is_ok();
+    guest.compare(
+        "a mount point is covered while frozen",
+        "THAW 0, thawed",
+        &format!(
+            "THAW {}, {}",
+            e2e::check::status_name(thaw),
+            if left { "left frozen" } else { "thawed" }
+        ),
+    );
+    stop(guest, Module::Stock, &daemon)
+}
+
+fn log_on_the_frozen_root(guest: &Guest) -> Result<()> {
+    // In the background, with a system log that writes to the root, as on a real machine.
+    guest.writer_start("/writer")?;
+    let syslogd = guest.spawn(&["syslogd", "-n", "-O", "/messages"])?;
+    guest.wait_until("the system log is there", STEP, || {
+        Ok(guest.try_sh("test -S /dev/log")?.status == Some(0))
+    })?;
+    load(guest, Module::Ours, &[])?;
+    guest.sh("cp /payload/hv_vss_daemon /hv_vss_daemon && /hv_vss_daemon")?;
+    wait_for_daemon(guest)?;
+    for _ in 0..3 {
+        equal("the backup", &observe(guest)?, &good(&["/writer"]))?;
+    }
+    guest.wait_until("the log has come to the disk", STEP, || {
+        Ok(guest
+            .read("/messages")?
+            .matches("the backup is good")
+            .count()
+            == 3)
+    })?;
+    guest.sh("kill $(pidof hv_vss_daemon)")?;
+    guest.wait_until("the daemon has ended", STEP, || {
+        Ok(guest.try_sh("pidof hv_vss_daemon")?.status != Some(0))
+    })?;
+    guest.signal(&syslogd, 9)?;
+    guest.sh("rm /hv_vss_daemon /messages").map(drop)
+}
+
+fn excluded(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a /mnt/b /mnt/c
+              for n in 1 2 3; do mkfs.ext4 -q -F /dev/ram$n || exit 1; done
+              mount /dev/ram1 /mnt/a && mount /dev/ram2 /mnt/b && mount /dev/ram3 /mnt/c")?;
+    for path in ["/mnt/a/w", "/mnt/b/w", "/mnt/c/w"] {
+        guest.writer_start(path)?;
+    }
+    load(guest, Module::Ours, &[])?;
+    guest.start_daemon_with("[exclude]\npaths = [\"/mnt/a*\"]\ndevices = [\"/dev/ram2\"]")?;
+    wait_for_daemon(guest)?;
+    let expected = Seen {
+        moving: vec!["/mnt/a/w".into(), "/mnt/b/w".into()],
+        ..good(&["/mnt/c/w"])
+    };
+    equal("the backup", &observe(guest)?, &expected)
+}
+
+fn twice(guest: &Guest) -> Result<()> {
+    guest.writer_start("/writer")?;
+    start(guest, Module::Ours, Daemon::Ours)?;
+    let vss = guest.vss();
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    answered("FREEZE again", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until("the writer stands still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+    })?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    refused("FITHAW after the one THAW", guest.thaw("/"), "EINVAL")
+}
