@@ -66,11 +66,17 @@ e2e-list: packages ## List the end-to-end cases
 	@$(CARGO_BUILD) --quiet --package e2e
 	@target/release/e2e list
 
+.PHONY: bench
+bench: lab-module user images ## Measure ours against the peer; table, plot and JSON in build/bench
+	@$(LAB)/run.sh --timeout 3000 --memory 8192 --results build/bench ./bench $(BENCH)
+
 .PHONY: install
-install: ## Install module, daemon, header and man page below DESTDIR
+install: ## Install module, daemon, unit, man page and header below DESTDIR
 	@[ -n "$(KVER)" ] || { echo "install: nothing is built; run 'make' first" >&2; exit 1; }
 	install -D -m 0644 build/hv_vss.ko $(DESTDIR)/lib/modules/$(KVER)/updates/hv_vss.ko
 	install -D -m 0755 target/release/hv_vss_daemon $(DESTDIR)$(PREFIX)/sbin/hv_vss_daemon
+	install -D -m 0644 daemon/hv_vss_daemon.8 $(DESTDIR)$(PREFIX)/share/man/man8/hv_vss_daemon.8
+	install -D -m 0644 daemon/hv_vss_daemon.service $(DESTDIR)$(PREFIX)/lib/systemd/system/hv_vss_daemon.service
 	install -D -m 0644 uapi/hv_vss.h $(DESTDIR)$(PREFIX)/include/linux/hv_vss.h
 	@[ -n "$(DESTDIR)" ] || depmod $(KVER)
 
