@@ -32,7 +32,8 @@ install="apt-get install --yes --no-install-recommends ${missing[*]}"
 
 say "installing ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
-quietly packages.log apt-get update
+# A source that does not answer need not be one that is asked for these: the installation decides.
+apt-get -o Acquire::Retries=3 update >"$build/logs/packages-update.log" 2>&1 || true
 # shellcheck disable=SC2086  # a list of words
-quietly packages.log $install
+quietly packages.log $install -o Acquire::Retries=3 -o DPkg::Lock::Timeout=120
 say "done in ${SECONDS}s"

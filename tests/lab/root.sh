@@ -67,6 +67,7 @@ if [ -z "$mirror" ]; then
 fi
 [ -n "$mirror" ] || die "apt knows no Debian mirror; name one with DEBIAN_MIRROR=<address>"
 
+options+=(--aptopt='Acquire::Retries "3"')
 # How the machine reaches its mirror (a proxy, for one) holds for the new root as well.
 while IFS= read -r line; do
     options+=(--aptopt="$line")

@@ -30,7 +30,12 @@ programs=$repo/target/${PROFILE:-release}
 "$lab/image.sh"
 
 [ -w "$build" ] || need_root "writing to build/"
-work=$(mktemp -d "$build/run.XXXXXX")
+# What a killed run could not take away itself; the name tells whose it was.
+for left in "$build"/run.*; do
+    owner=${left##*/run.}
+    [ -e "/proc/${owner%.*}" ] || rm -rf "$left"
+done
+work=$(mktemp -d "$build/run.$$.XXXXXX")
 child=
 # shellcheck disable=SC2317  # called by the trap
 finish() {
@@ -85,12 +90,13 @@ console=$work/console.log
 : >"$console"
 
 # One processor: with two, emulation breaks the outer kernel now and then. rdrand: without it each
-# mkfs waits for seconds until its kernel has gathered randomness, in both guests. The outer limit is for an
-# outer guest that hangs; its own, which keeps the results, comes first.
+# mkfs waits for seconds until its kernel has gathered randomness, in both guests. The longer limit
+# is for an outer guest that hangs; its own, which keeps the results, comes first.
+grace=120
 # shellcheck disable=SC2054  # the commas are QEMU's
 machine=(
-    qemu-system-x86_64 -accel tcg,thread=multi -cpu qemu64,+svm,+npt,+nrip-save,+rdrand -M q35 -m "$memory" -smp 1
-    -display none -monitor none -nodefaults -no-reboot
+    qemu-system-x86_64 -accel tcg,thread=multi -cpu qemu64,+svm,+npt,+nrip-save,+rdrand
+    -M q35 -m "$memory" -smp 1 -display none -monitor none -nodefaults -no-reboot
     -kernel /build/vmlinuz -initrd /run.work/initrd
     -append "console=ttyS0 panic=-1 lab.timeout=$limit"
     -drive file=/run.work/results.disk,format=raw,if=none,id=results,cache=unsafe
@@ -98,13 +104,14 @@ machine=(
     -serial file:/run.work/console.log -serial stdio
 )
 enter_root "$build:/build" "$work:/run.work" -- setpriv --pdeathsig TERM \
-    timeout --foreground --kill-after 10 $((limit + 120)) \
-    setpriv --pdeathsig KILL "${machine[@]}" </dev/null 2>"$build/logs/qemu.log" &
+    timeout --foreground --kill-after 10 $((limit + grace)) \
+    setpriv --pdeathsig KILL "${machine[@]}" </dev/null 2>"$work/qemu.log" &
 child=$!
 ended=0
 wait "$child" || ended=$?
 child=
 mv "$console" "$build/logs/outer-console.log"
+mv "$work/qemu.log" "$build/logs/qemu.log"
 
 marker=$(head -c 512 "$work/results.disk" | tr -d '\0')
 case $marker in
@@ -122,4 +129,8 @@ case $marker in
 esac
 cat "$build/logs/qemu.log" >&2
 tail -n 40 "$build/logs/outer-console.log" >&2
-die "the outer guest ended without an end marker (QEMU's status $ended); its console is above and in build/logs/outer-console.log"
+case $ended in
+124 | 137) what="hung and was ended $grace s after its limit of $limit s" ;;
+*) what="ended without an end marker (QEMU's status: $ended)" ;;
+esac
+die "the outer guest $what; its console is above and in build/logs/outer-console.log"
