@@ -107,7 +107,7 @@ pub const LOADS: [Load; 6] = [
 
 /// The type of file system number `n`.
 fn kind(n: u32) -> &'static str {
-    ["ext4", "xfs", "btrfs"][n as usize % 3]
+    ["btrfs", "ext4", "xfs"][n as usize % 3]
 }
 
 /// Makes the file system whose files a round rewrites, mounted on `/mnt/<n>`.
@@ -116,6 +116,7 @@ fn kind(n: u32) -> &'static str {
 /// Only writes are delayed. The third triple is for flushes, of which a RAM disk sees none; being
 /// 50 ms it makes dm-delay wait by timer. Below that it has one thread for each device look again
 /// every millisecond (`delay_ctr`), and on one CPU it would be those threads that are measured.
+/// The guest has no udev, for which dmsetup would wait, and which would name the device.
 fn make(n: u32, disks: &Disks) -> String {
     let Disks {
         write_delay_ms,
@@ -142,9 +143,9 @@ fn make(n: u32, disks: &Disks) -> String {
     if *write_delay_ms > 0 {
         script.push_str(&format!(
             "size=$(cat /sys/class/block/ram{n}/size)
-             dmsetup create slow{n} --table \"0 $size delay $device 0 0 \\
+             dmsetup --noudevsync --noudevrules create slow{n} --table \"0 $size delay $device 0 0 \\
                  $device 0 {write_delay_ms} $device 0 50\" || exit 1
-             device=/dev/mapper/slow{n}\n"
+             device=/dev/dm-$(dmsetup info --columns --noheadings -o minor slow{n})\n"
         ));
     }
     script.push_str(&format!("mount -t {kind} $device /mnt/{n}"));
@@ -173,6 +174,11 @@ impl Disks {
         }
         for n in 1..=self.count {
             guest.sh(&make(n, self))?;
+            println!(
+                "bench: file system {n} of {} ({}) is there",
+                self.count,
+                kind(n)
+            );
         }
         if self.dirty_mib > 0 {
             // What is dirty stays so until somebody asks for it to be written.

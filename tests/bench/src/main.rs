@@ -72,15 +72,18 @@ fn run(arguments: &Arguments) -> Result<()> {
         };
         let guest = Guest::start(&images, machine, number as u32 + 1)?;
         println!("bench: {}: a guest is up ({machine})", load.name);
+        let clocks = measure::Clocks::read(&guest)?;
         let outcome = run_load(load, arguments.rounds, &guest, &mut results)
             .with_context(|| format!("load {}", load.name));
         if outcome.is_err() {
             println!("{}", guest.post_mortem());
+            guest.vm().kill();
         }
-        guest.vm().kill();
         // What was measured before a failure is worth keeping.
         results.write(images.results())?;
         outcome?;
+        println!("bench: {}: {}", load.name, clocks.compare(&guest)?);
+        guest.vm().kill();
         let took = start.elapsed().as_secs();
         println!("bench: {}: done after {took} s", load.name);
     }

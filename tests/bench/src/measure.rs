@@ -14,7 +14,7 @@ use hyperv_sim::ic::status;
 use hyperv_sim::ic::vss::{Op, SHORT_BODY};
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// For one request: the slowest peer takes seconds, on a busy machine many.
 const LIMIT: Duration = Duration::from_secs(180);
@@ -115,14 +115,44 @@ pub fn hot_backup(rig: &Rig) -> Result<Sample> {
 
 /// For how long the guest's CPU has not been idle, in seconds: interrupts are in it.
 fn busy(guest: &Guest) -> Result<f64> {
-    parse_uptime(&guest.read("/proc/uptime")?)
+    let (up, idle) = parse_uptime(&guest.read("/proc/uptime")?)?;
+    Ok(up - idle)
 }
 
-fn parse_uptime(text: &str) -> Result<f64> {
+/// Seconds since boot, and how many of them the CPU was idle.
+fn parse_uptime(text: &str) -> Result<(f64, f64)> {
     let mut fields = text.split_whitespace().map(str::parse::<f64>);
     match (fields.next(), fields.next()) {
-        (Some(Ok(up)), Some(Ok(idle))) => Ok(up - idle),
+        (Some(Ok(up)), Some(Ok(idle))) => Ok((up, idle)),
         _ => anyhow::bail!("this should be /proc/uptime: {text:?}"),
+    }
+}
+
+/// The two clocks, read at the same moment: latencies are taken with one, stalls with the other.
+#[derive(Clone, Copy, Debug)]
+pub struct Clocks {
+    host: Instant,
+    guest: f64,
+}
+
+impl Clocks {
+    /// Reads both.
+    pub fn read(guest: &Guest) -> Result<Self> {
+        let (up, _) = parse_uptime(&guest.read("/proc/uptime")?)?;
+        Ok(Clocks {
+            host: Instant::now(),
+            guest: up,
+        })
+    }
+
+    /// What they say has gone by since, for people.
+    pub fn compare(self, guest: &Guest) -> Result<String> {
+        let now = Clocks::read(guest)?;
+        let (host, guest) = (now.host - self.host, now.guest - self.guest);
+        let host = host.as_secs_f64();
+        Ok(format!(
+            "{host:.1} s by the host's clock, {guest:.1} s by the guest's"
+        ))
     }
 }
 
@@ -195,8 +225,8 @@ mod tests {
 
     #[test]
     fn busy_time_is_uptime_without_idle_time() {
-        let busy = parse_uptime("100.50 98.25\n").expect("well formed");
-        assert!((busy - 2.25).abs() < 1e-9);
+        let (up, idle) = parse_uptime("100.50 98.25\n").expect("well formed");
+        assert!((up - idle - 2.25).abs() < 1e-9);
         assert!(parse_uptime("100.50").is_err());
     }
 
