@@ -189,7 +189,7 @@ fn rehearse(
     time: Duration,
     stop: &Stop,
 ) -> Result<(), CommandError> {
-    let frozen = freeze_all(setting, abort)?;
+    let mut frozen = freeze_all(setting, abort)?;
     frozen.settle();
     let end = Instant::now() + time;
     let event = loop {

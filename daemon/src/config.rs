@@ -5,6 +5,7 @@
 //!
 //! ```toml
 //! strict = false          # a file system that cannot freeze fails the backup
+//! prepare = 300           # seconds that may pass before the first freeze
 //! deadline = 60           # seconds from the first freeze to the thaw, at the latest
 //! parallel = 32           # file systems that are worked on at a time
 //!
@@ -58,6 +59,9 @@ pub enum ConfigError {
 pub struct Config {
     /// Whether a file system that cannot freeze, or that is out of order, fails the backup.
     pub strict: bool,
+    /// Seconds that looking around and writing back may take before the first freeze, 1 to 3600.
+    #[serde(deserialize_with = "seconds")]
+    pub prepare: Duration,
     /// Seconds from the first freeze to the thaw at the latest, 1 to 3600.
     #[serde(deserialize_with = "seconds")]
     pub deadline: Duration,
@@ -76,6 +80,7 @@ impl Default for Config {
     fn default() -> Self {
         Config {
             strict: false,
+            prepare: Duration::from_secs(300),
             deadline: Duration::from_secs(60),
             parallel: 32,
             run_dir: "/run/hv_vss_daemon".into(),

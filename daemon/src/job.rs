@@ -119,15 +119,14 @@ pub struct Frozen {
     setting: Setting,
     run: RunDir,
     record: RecordFile,
-    _lock: Lock,
+    lock: Option<Lock>,
 }
 
-/// Freezes everything that the plan says. The log is held from here on.
+/// Freezes everything that the plan says. The log is held from just before the first freeze.
 pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, JobError> {
     let Setting {
         config, log, guard, ..
     } = setting;
-    log.hold();
     let run = RunDir::new(&config.run_dir);
     let lock = run.lock()?;
     let limits = Limits {
@@ -152,6 +151,7 @@ pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, 
         session.sync();
     }
     let record = run.write(&record_of(&session, setting.for_host, |_| true), &lock)?;
+    log.hold();
     let frozen = guard
         .arm(
             session.targets(),
@@ -169,7 +169,7 @@ pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, 
             setting: setting.clone(),
             run,
             record,
-            _lock: lock,
+            lock: Some(lock),
         }),
         Err(error) => {
             drop(session);
@@ -238,11 +238,15 @@ impl Frozen {
         }
     }
 
-    /// Thaws what was frozen. Everything is tried, whatever fails.
-    pub fn thaw(self) -> Result<(), ThawError> {
+    /// Thaws what was frozen. Everything is tried, whatever fails. To drop it afterwards takes a
+    /// while, which nobody need wait for.
+    pub fn thaw(&mut self) -> Result<(), ThawError> {
         let result = self.session.thaw();
-        // What could not be thawed stays in the guard's hands and in the record.
-        if !self.session.targets().iter().any(Target::is_ours) {
+        if self.session.targets().iter().any(Target::is_ours) {
+            // That stays in the guard's hands and in the record, and nothing else may be frozen
+            // beside it: the lock is kept until this process ends.
+            std::mem::forget(self.lock.take());
+        } else {
             clean_up(&self.setting.guard, &self.run, &self.setting.log);
         }
         result
@@ -297,7 +301,7 @@ impl Job {
         let flag = Arc::clone(&abort);
         let body = move || match freeze_all(&setting, &flag) {
             Err(error) => tell(Outcome::Frozen(Err(error))),
-            Ok(frozen) => {
+            Ok(mut frozen) => {
                 tell(Outcome::Frozen(Ok(frozen.summary)));
                 frozen.settle();
                 // Both mean the same: the word to thaw, and the loss of whoever could say it.

@@ -461,6 +461,7 @@ impl Service {
         match Job::start(setting, tell) {
             Ok(job) => {
                 let time_left = request.time_left.max(MARGIN * 2) - MARGIN;
+                let time_left = time_left.min(self.config.prepare + self.config.deadline);
                 self.phase = Phase::Freezing {
                     job,
                     give_up: now + time_left,
