@@ -47,8 +47,8 @@ impl Agent {
             Command::Read { path } => json!(kernel::read_file(&path)?),
             Command::Write { path, text } => json!(kernel::write_file(&path, &text)?),
             Command::Kmsg { since, max_level } => json!(kernel::log(since, max_level)?),
-            Command::Freeze { path } => json!(sys::freeze(&File::open(path)?)?),
-            Command::Thaw { path } => json!(sys::thaw(&File::open(path)?)?),
+            Command::Freeze { path } => json!(sys::freeze(&open_any(&path)?)?),
+            Command::Thaw { path } => json!(sys::thaw(&open_any(&path)?)?),
             Command::WriterStart { path, pause_us } => {
                 json!(self.writers.start(&path, pause_us)?)
             }
@@ -67,6 +67,13 @@ impl Agent {
             Command::DevCloseAll => json!(self.devices.close_all()),
         })
     }
+}
+
+/// Opens whatever is at `path` without waiting, as the open of a FIFO would.
+fn open_any(path: &str) -> Result<File, Error> {
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(nix::libc::O_NONBLOCK);
+    Ok(options.open(path)?)
 }
 
 /// Takes a lock; a thread that panicked while it held it has left nothing half done in here.
