@@ -23,10 +23,10 @@ use crate::engine::Config;
 use crate::engine::Effects;
 use crate::engine::Engine;
 use crate::engine::Note;
-use crate::timer::HasTimer;
+use crate::timer::impl_has_timer;
+use crate::timer::Expire;
 use crate::timer::Timer;
 use crate::vmbus::Channel;
-use core::mem::offset_of;
 use kernel::debugfs;
 use kernel::device::Bound;
 use kernel::device::Core;
@@ -174,9 +174,8 @@ impl vmbus::Driver for Driver {
 
 /// The service between the channel and the device node; shared by the bound device, its channel
 /// and open descriptors.
-#[pin_data]
+#[pin_data(PinnedDrop)]
 struct Service {
-    // First, as `HasTimer` demands.
     #[pin]
     timer: Timer<Service>,
     #[pin]
@@ -202,10 +201,9 @@ struct State {
     gone: bool,
 }
 
-// SAFETY: `timer` is at this offset, and as the first field it is dropped first.
-unsafe impl HasTimer for Service {
-    const OFFSET: usize = offset_of!(Service, timer);
+impl_has_timer!(Service.timer);
 
+impl Expire for Service {
     fn expired(&self) {
         self.with_engine(|engine, now, out| engine.timer(now, out));
     }
@@ -228,8 +226,7 @@ impl Service {
         let outgoing = KVec::zeroed(uapi::MAX_FRAME, GFP_KERNEL)?;
         Arc::pin_init(
             pin_init!(Self {
-                // SAFETY: This is the place that `HasTimer::OFFSET` names.
-                timer <- unsafe { Timer::new() },
+                timer <- Timer::new(),
                 state <- new_spinlock_irq!(state, "hv_vss::state"),
                 changes <- new_poll_condvar!("hv_vss::changes"),
                 outgoing <- new_mutex!(outgoing, "hv_vss::outgoing"),
@@ -271,7 +268,7 @@ impl Service {
             channel.take()
         };
         self.changes.notify_all();
-        self.timer.shut_down();
+        Timer::shut_down(self);
         // Closing sleeps, so it happens here and not under the lock.
         drop(channel);
     }
@@ -329,8 +326,8 @@ impl Service {
     /// Sets the timer and wakes readers, as the engine's new state demands. Under the lock.
     fn follow_up(&self, engine: &Engine<KVVec<u8>>, now: u64) {
         match engine.deadline() {
-            Some(deadline) => self.timer.arm(deadline.saturating_sub(now)),
-            None => self.timer.stop(),
+            Some(deadline) => Timer::arm(self, deadline.saturating_sub(now)),
+            None => Timer::stop(self),
         }
         if engine.readable() {
             self.changes.notify_all();
