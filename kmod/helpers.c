@@ -16,6 +16,11 @@ u32 hv_vss_ring_size(u32 payload)
 	return VMBUS_RING_SIZE(payload);
 }
 
+bool hv_vss_channel_is_closed(const struct vmbus_channel *channel)
+{
+	return channel->state == CHANNEL_OPEN_STATE;
+}
+
 void hv_vss_set_max_pkt_size(struct vmbus_channel *channel, u32 size)
 {
 	channel->max_pkt_size = size;

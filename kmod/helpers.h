@@ -13,6 +13,9 @@
 /* Bytes to ask vmbus_open() for, so that a ring holds @payload bytes of packets. */
 u32 hv_vss_ring_size(u32 payload);
 
+/* Whether vmbus_open() would find @channel as it must be: offered and not open. */
+bool hv_vss_channel_is_closed(const struct vmbus_channel *channel);
+
 /* Largest packet that the ring code will hand out whole; to be set before vmbus_open(). */
 void hv_vss_set_max_pkt_size(struct vmbus_channel *channel, u32 size);
 

@@ -28,7 +28,6 @@ use crate::timer::Expire;
 use crate::timer::Timer;
 use crate::vmbus::Channel;
 use kernel::debugfs;
-use kernel::device::Bound;
 use kernel::device::Core;
 use kernel::fmt;
 use kernel::iov::IovIterDest;
@@ -237,7 +236,7 @@ impl Service {
     }
 
     /// Opens the channel of `dev`. Sleeps.
-    fn start(self: &Arc<Self>, dev: &vmbus::Device<Bound>) -> Result {
+    fn start(self: &Arc<Self>, dev: &vmbus::Device<Core<'_>>) -> Result {
         let sizes = vmbus::Sizes {
             // CAST: 28 KiB.
             ring: RING as u32,

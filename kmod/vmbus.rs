@@ -323,21 +323,32 @@ unsafe impl<L: Listener> Send for Channel<L> {}
 unsafe impl<L: Listener> Sync for Channel<L> {}
 
 impl<L: Listener> Channel<L> {
-    /// Opens the channel of `dev`. Sleeps until the host has answered.
+    /// Opens the channel of `dev`, in one of its driver's callbacks. Sleeps until the host has
+    /// answered.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` when the channel is open already, `ENODEV` when the host rescinds it meanwhile, and
+    /// what `vmbus_open` returns.
     pub(crate) fn open(
-        dev: &Device<device::Bound>,
+        dev: &Device<device::Core<'_>>,
         sizes: Sizes,
         listener: Arc<L>,
     ) -> Result<Self> {
         // SAFETY: By the type invariant this is a valid `struct hv_device`, whose channel is set
         // before it is registered.
         let raw = NonNull::new(unsafe { (*dev.as_raw()).channel }).ok_or(ENODEV)?;
+        // SAFETY: `raw` is valid while its device is bound. `Core` says that this is a callback of
+        // the driver, so the device is locked and nobody opens or closes the channel meanwhile.
+        if !unsafe { bindings::hv_vss_channel_is_closed(raw.as_ptr()) } {
+            return Err(EBUSY);
+        }
         let context = Arc::as_ptr(&listener).cast_mut().cast();
 
         // SAFETY: The function only computes.
         let ring = unsafe { bindings::hv_vss_ring_size(sizes.ring) };
 
-        // SAFETY: `raw` is valid while its device is bound, and nobody else opens it.
+        // SAFETY: `raw` is valid, and the channel is closed.
         unsafe { bindings::hv_vss_set_max_pkt_size(raw.as_ptr(), sizes.max_packet) };
 
         // SAFETY: As above. `context` points to a listener that `Self` keeps alive until
@@ -365,7 +376,7 @@ impl<L: Listener> Channel<L> {
         // INVARIANT: The channel is open, and its context points into `listener`.
         Ok(Channel {
             raw,
-            _device: (&**dev).into(),
+            _device: dev.into(),
             _listener: listener,
         })
     }
