@@ -204,6 +204,9 @@ impl Write for AgentWriter {
     }
 }
 
+/// Bytes that an empty port has room for (vm-superio's `FIFO_SIZE`).
+const FIFO_SIZE: usize = 64;
+
 struct AgentPort {
     serial: Serial<Line, NoEvents, AgentWriter>,
     /// Bytes for the guest that the port has no room for.
@@ -211,20 +214,24 @@ struct AgentPort {
 }
 
 impl AgentPort {
-    /// Moves bytes into the port while it has room.
+    /// Puts the next byte into the port when it is empty.
+    ///
+    /// One at a time, although the port has room for 64: vm-superio takes its interrupt back with
+    /// the first byte that is read, whatever is left. A guest that reads a bounded number of bytes
+    /// in one interrupt (Linux: 256) would leave the rest for ever.
     fn refill(&mut self) {
-        let room = self.serial.fifo_capacity();
-        if room == 0 || self.incoming.is_empty() {
+        if self.serial.fifo_capacity() < FIFO_SIZE {
             return;
         }
-        let (first, _) = self.incoming.as_slices();
-        let chunk = first.get(..room.min(first.len())).unwrap_or(first);
+        let Some(byte) = self.incoming.front() else {
+            return;
+        };
         // An error is an interrupt that could not be raised; what is in the port stays there, and
         // the guest reads it at its next chance.
-        let before = self.serial.fifo_capacity();
-        let _ = self.serial.enqueue_raw_bytes(chunk);
-        let taken = before - self.serial.fifo_capacity();
-        self.incoming.drain(..taken);
+        let _ = self.serial.enqueue_raw_bytes(&[*byte]);
+        if self.serial.fifo_capacity() < FIFO_SIZE {
+            self.incoming.pop_front();
+        }
     }
 }
 
