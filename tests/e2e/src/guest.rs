@@ -466,9 +466,14 @@ impl Guest {
         self.sh("sync
              while grep -q ' /mnt/' /proc/mounts; do
                  path=$(grep ' /mnt/' /proc/mounts | tail -n 1 | cut -d ' ' -f 2)
-                 umount \"$(printf %b \"$path\")\" || exit 1
+                 path=$(printf %b \"$path\")
+                 umount \"$path\" && continue
+                 # A volume or loop device without a mount may still hold a file there.
+                 [ ! -e /sys/module/dm_mod ] || dmsetup remove_all --force
+                 losetup -D
+                 umount \"$path\" || exit 1
              done
-             if [ -e /sys/module/dm_mod ]; then dmsetup remove_all --force; fi
+             [ ! -e /sys/module/dm_mod ] || dmsetup remove_all --force
              losetup -D
              for module in hv_vss hv_utils; do
                  if grep -q \"^$module \" /proc/modules; then rmmod $module || exit 1; fi

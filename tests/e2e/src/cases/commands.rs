@@ -180,6 +180,9 @@ fn bad_start(guest: &Guest) -> Result<()> {
         );
         Ok(())
     };
+    guest.sh(
+        "grep -q somebody /etc/passwd || echo 'somebody:x:1000:1000::/:/bin/sh' >>/etc/passwd",
+    )?;
     fails(
         "a start without the module",
         &format!("{OURS} -n"),
@@ -192,13 +195,13 @@ fn bad_start(guest: &Guest) -> Result<()> {
     )?;
     fails(
         "a rehearsal without privilege",
-        &format!("start-stop-daemon -S -c 1000:1000 -x {OURS} -- freeze --for 1s"),
+        &format!("start-stop-daemon -S -c somebody -x {OURS} -- freeze --for 1s"),
         &["hv_vss_daemon: "],
     )?;
     load(guest, Module::Ours, &[])?;
     fails(
         "a start without privilege",
-        &format!("start-stop-daemon -S -c 1000:1000 -x {OURS} -- -n"),
+        &format!("start-stop-daemon -S -c somebody -x {OURS} -- -n"),
         &["cannot open /dev/vmbus/hv_vss", "Permission denied"],
     )?;
     guest.start_daemon(Daemon::Ours)?;
