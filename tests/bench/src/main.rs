@@ -125,6 +125,10 @@ fn run_load(load: &Load, rounds: u32, guest: &Guest, results: &mut Results) -> R
                 load.name,
                 in_words(&sample)
             );
+            let log = rig.daemon_log()?;
+            results
+                .logs
+                .push_str(&format!("{} round {round}, {stack}:\n{log}\n", load.name));
             results.turns.push(Turn {
                 load: load.name,
                 round,

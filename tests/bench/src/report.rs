@@ -19,10 +19,12 @@ pub struct Results {
     pub turns: Vec<Turn>,
     /// What the daemons cost while they wait.
     pub idle: BTreeMap<Stack, Idle>,
+    /// What the daemons wrote; ours says how long each step took.
+    pub logs: String,
 }
 
 impl Results {
-    /// Writes `summary.json`, `rounds.json`, `idle.json`, `table.txt` and `bench.svg`.
+    /// Writes `summary.json`, `rounds.json`, `idle.json`, `table.txt`, `bench.svg` and `daemons.log`.
     pub fn write(&self, folder: &Path) -> Result<()> {
         let rows = compare(&self.turns);
         if !rows.is_empty() {
@@ -35,9 +37,8 @@ impl Results {
         if !self.idle.is_empty() {
             write_json(folder, "idle.json", &self.idle)?;
         }
-        let path = folder.join("table.txt");
-        std::fs::write(&path, self.table())
-            .with_context(|| format!("cannot write {}", path.display()))
+        write_text(folder, "daemons.log", &self.logs)?;
+        write_text(folder, "table.txt", &self.table())
     }
 
     /// The table for people.
@@ -108,8 +109,12 @@ fn range(values: &[f64]) -> String {
 }
 
 fn write_json(folder: &Path, name: &str, value: &impl Serialize) -> Result<()> {
-    let path = folder.join(name);
     let mut text = serde_json::to_string_pretty(value)?;
     text.push('\n');
+    write_text(folder, name, &text)
+}
+
+fn write_text(folder: &Path, name: &str, text: &str) -> Result<()> {
+    let path = folder.join(name);
     std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
 }

@@ -129,6 +129,14 @@ impl<'a> Rig<'a> {
             })
     }
 
+    /// What the daemon that runs has written so far.
+    pub fn daemon_log(&self) -> Result<String> {
+        match &self.daemon {
+            Some(daemon) => Ok(self.guest.output(daemon)?),
+            None => Ok(String::new()),
+        }
+    }
+
     /// The processes of the daemon that runs, its helpers included.
     pub fn daemon_pids(&self) -> Result<Vec<i32>> {
         // pidof ends with 1 when there is none.
