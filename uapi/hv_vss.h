@@ -27,6 +27,9 @@
  * Closing the descriptor with a request open fails that request at once. When it is closed between
  * a FREEZE that succeeded and its THAW, the THAW is failed too, since nobody has watched over the
  * freeze; it is still handed to a daemon that has registered by then, so that it can thaw.
+ *
+ * When the machine hibernates, a registered daemon reads a THAW afterwards that no host has asked
+ * for. It answers as always; the registration stays in force.
  */
 #ifndef HV_VSS_H
 #define HV_VSS_H
