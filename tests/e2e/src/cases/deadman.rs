@@ -8,7 +8,7 @@
 use super::{case, load, observe, rounds, seed, start, stop, wait_for_daemon, Case};
 use anyhow::{bail, ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
-use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
+use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
 use hyperv_sim::ic::status;
 use lab_agent::Writer;
 use std::time::{Duration, Instant};
@@ -88,12 +88,11 @@ fn make_writers(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// The guard: the one child of the daemon.
-fn guard_of(guest: &Guest, daemon: &Process) -> Result<i32> {
+/// The guard of the one daemon that runs.
+fn guard_pid(guest: &Guest) -> Result<i32> {
     let mut pid = None;
     guest.wait_until("the daemon has a guard", STEP, || {
-        let children = guest.try_sh(&format!("pgrep -P {}", daemon.pid))?.out;
-        pid = children.lines().next().and_then(|it| it.parse().ok());
+        pid = guest.try_sh("pidof hv_vss_guard")?.out.trim().parse().ok();
         Ok(pid.is_some())
     })?;
     pid.context("no guard")
@@ -156,15 +155,14 @@ fn backup_in_trouble(guest: &Guest, hold: Duration) -> Result<(u32, Option<u32>)
 fn killed(guest: &Guest, module: Module, victim: Victim) -> Result<()> {
     make_writers(guest)?;
     let parameters: &[&str] = match module {
-        Module::Ours => &["grace_ms=10000"],
+        Module::Ours => &["grace_ms=300"],
         Module::Stock => &[],
     };
     load(guest, module, parameters)?;
     let mut daemon = guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
-    good_backup(guest)?;
-    // As long as a backup takes, the host holds it at most; so the moments of death range over the
-    // freeze, the time frozen and the thaw.
+    // As long as a daemon's first backup takes, the host holds it at most; so the moments of death
+    // range over the freeze, the time frozen and the thaw.
     let span = good_backup(guest)?;
     let mut random = fastrand::Rng::with_seed(seed());
     let mut longest = Duration::ZERO;
@@ -173,22 +171,22 @@ fn killed(guest: &Guest, module: Module, victim: Victim) -> Result<()> {
         let (delay, hold) = (span.mul_f64(random.f64() * 2.0), span.mul_f64(random.f64()));
         let pid = match victim {
             Victim::Daemon => daemon.pid,
-            Victim::Guard => guard_of(guest, &daemon)?,
+            Victim::Guard => guard_pid(guest)?,
         };
-        let (outcome, death) = std::thread::scope(|scope| {
+        let what = format!("round {round}, killed {delay:?} after FREEZE was sent");
+        // The one who kills also looks after the writers, while the host waits for its answers.
+        let (outcome, took) = std::thread::scope(|scope| {
             let killer = scope.spawn(|| {
                 std::thread::sleep(delay);
-                let result = guest.signal_pid(pid, 9);
-                (result, Instant::now())
+                guest.signal_pid(pid, 9)?;
+                released(guest, &what, Instant::now(), RELEASED)
             });
             let outcome = backup_in_trouble(guest, hold);
             (outcome, killer.join())
         });
-        let what = format!("round {round}, killed {delay:?} after FREEZE was sent");
-        let (signal, death) = death.map_err(|_| anyhow::anyhow!("the killer panicked"))?;
-        signal.with_context(|| what.clone())?;
+        let took = took.map_err(|_| anyhow::anyhow!("the killer panicked"))?;
+        longest = longest.max(took.with_context(|| what.clone())?);
         let outcome = outcome.with_context(|| what.clone())?;
-        longest = longest.max(released(guest, &what, death, RELEASED)?);
         match outcome {
             (status::OK, Some(status::OK)) => told[0] += 1,
             (status::OK, _) => told[1] += 1,
@@ -205,7 +203,7 @@ fn killed(guest: &Guest, module: Module, victim: Victim) -> Result<()> {
         rounds(), seed(), told[0], told[1], told[2]
     );
     if victim == Victim::Guard {
-        guard_of(guest, &daemon)?;
+        guard_pid(guest)?;
     }
     let seen = observe(guest)?;
     equal("FREEZE at the end", seen.freeze, status::OK)?;
@@ -220,35 +218,30 @@ fn killed(guest: &Guest, module: Module, victim: Victim) -> Result<()> {
 fn stopped(guest: &Guest) -> Result<()> {
     const DEADLINE: Duration = Duration::from_secs(2);
     make_writers(guest)?;
-    // The module gives up on a daemon that is silent for 3 s.
+    // The module gives up on a daemon that is silent for longer than this.
     load(
         guest,
         Module::Ours,
-        &["freeze_timeout_ms=3000", "timeout_ms=3000"],
+        &["freeze_timeout_ms=8000", "timeout_ms=4000"],
     )?;
     let daemon = guest.start_daemon_with("deadline = 2")?;
     wait_for_daemon(guest)?;
-    good_backup(guest)?;
     let span = good_backup(guest)?;
     let mut random = fastrand::Rng::with_seed(seed());
     for round in 1..=rounds().div_ceil(4) {
         let (delay, hold) = (span.mul_f64(random.f64() * 2.0), span.mul_f64(random.f64()));
-        let (outcome, stop) = std::thread::scope(|scope| {
+        let what = format!("round {round}, stopped {delay:?} after FREEZE was sent");
+        let (outcome, thawed) = std::thread::scope(|scope| {
             let stopper = scope.spawn(|| {
                 std::thread::sleep(delay);
-                let result = guest.signal(&daemon, 19);
-                (result, Instant::now())
+                guest.signal(&daemon, 19)?;
+                released(guest, &what, Instant::now(), DEADLINE + RELEASED)
             });
             let outcome = backup_in_trouble(guest, hold);
             (outcome, stopper.join())
         });
-        let what = format!("round {round}, stopped {delay:?} after FREEZE was sent");
-        let (signal, stop) = stop.map_err(|_| anyhow::anyhow!("the stopper panicked"))?;
-        signal?;
+        thawed.map_err(|_| anyhow::anyhow!("the stopper panicked"))??;
         outcome.with_context(|| what.clone())?;
-        // FREEZE and THAW may each have waited for the module's time-out by now.
-        let limit = (DEADLINE + RELEASED).max(stop.elapsed() + RELEASED / 2);
-        released(guest, &what, stop, limit)?;
         guest.signal(&daemon, 18)?;
         wait_for_daemon(guest)?;
         // What it had to say is too old by now; the next backup is good again.
@@ -266,7 +259,7 @@ fn both_killed(guest: &Guest) -> Result<()> {
     for remedy in ["the stop step", "the next start"] {
         let daemon = guest.start_daemon(Daemon::Ours)?;
         wait_for_daemon(guest)?;
-        let guard = guard_of(guest, &daemon)?;
+        let guard = guard_pid(guest)?;
         answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
         guest.wait_until("every writer stands still", STEP, || {
             Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
