@@ -134,7 +134,9 @@ impl Guard {
             child: Mutex::new(child),
         };
         let limit = PollTimeout::try_from(START_TIMEOUT).unwrap_or(PollTimeout::MAX);
-        wait_readable(guard.socket.as_fd(), limit).map_err(GuardError::Start)?;
+        if !wait_readable(guard.socket.as_fd(), limit).map_err(GuardError::Start)? {
+            return Err(GuardError::Silent);
+        }
         let mut reply = Message::default();
         match sys::receive(guard.socket.as_fd(), reply.as_mut_bytes()) {
             Ok((size, _)) if size == size_of::<Message>() && reply.kind == READY => Ok(guard),
@@ -655,8 +657,8 @@ impl Shared {
                 Ok(()) => true,
                 // Not frozen: not any more, or not yet.
                 Err(Some(libc::EINVAL)) => settled,
-                // It cannot freeze either.
-                Err(Some(libc::ENOTTY | libc::EOPNOTSUPP)) => true,
+                // It cannot freeze either, and nobody without privilege has frozen anything.
+                Err(Some(libc::ENOTTY | libc::EOPNOTSUPP | libc::EPERM)) => true,
                 Err(_) => false,
             };
         let mut queue = self.lock();

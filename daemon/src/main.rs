@@ -137,8 +137,16 @@ fn serve(matches: &ArgMatches, config: Config, foreground: bool) -> Result<(), F
     Ok(())
 }
 
+fn need_root() -> Result<(), Failure> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    Err("only root may freeze and thaw file systems".into())
+}
+
 /// Must succeed before anything may be frozen, save for what only makes things easier.
 fn harden(log: &Logbook) -> Result<(), Failure> {
+    need_root()?;
     if let Err(error) = process::raise_descriptor_limit() {
         log.warning(format!("cannot raise the limit of open files: {error}"));
     }
@@ -162,6 +170,7 @@ fn rehearse(config: Config, time: Duration) -> Result<(), Failure> {
 }
 
 fn thaw(config: &Config) -> Result<(), Failure> {
+    need_root()?;
     let log = Logbook::new(Sink::Stderr);
     match commands::thaw(config, &log, true)? {
         Recovered::Nothing => log.info("nothing is recorded as frozen"),
