@@ -8,7 +8,7 @@
 //! whatever the daemon does. It reads no table and looks up no path: it knows descriptors, waves
 //! and times, and not what a host is.
 //!
-//! The messages are packets on a Unix socket: a [`Message`], for `ADD` and `START` followed by the
+//! The messages are packets on a Unix socket: a `Message`, for `ADD` and `START` followed by the
 //! wave of each descriptor to thaw as a `u32`.
 
 use std::collections::VecDeque;

@@ -3,9 +3,11 @@
 //! Freezes and thaws the file systems of a Linux guest when its Hyper-V host takes a backup.
 //!
 //! The order of reading is the order of a request: [`device`] carries frames from and to the
-//! kernel, [`service`] is the event loop that decides what happens, [`mounts`] and [`topology`]
-//! read what is mounted and on what it stands, [`plan`] turns that into an order (a pure function),
-//! [`open`] gets a descriptor for each file system, and [`freeze`] does the work on them.
+//! kernel, [`service`] is the event loop that decides what happens, [`job`] is one backup from end
+//! to end, [`machine`] looks at what is mounted ([`mounts`], [`namespaces`]) and on what it stands
+//! ([`topology`]), [`plan`] turns that into an order (a pure function), [`open`] gets a descriptor
+//! for each file system, and [`freeze`] does the work on them. [`guard`] is the process that thaws
+//! when all of this cannot, and [`record`] what is left behind for the next start.
 //!
 //! It knows nothing of VMBus: what the host says arrives as frames of `uapi/hv_vss.rs`.
 
