@@ -70,6 +70,13 @@ e2e-list: packages ## List the end-to-end cases
 bench: lab-module user images ## Measure ours against the peer; table, plot and JSON in build/bench
 	@$(LAB)/run.sh --timeout 3000 --memory 8192 --results build/bench ./bench $(BENCH)
 
+# Seconds for each of the four fuzz targets.
+FUZZ_SECONDS ?= 60
+
+.PHONY: fuzz
+fuzz: packages ## Fuzz the engine, FUZZ_SECONDS for each of four targets
+	@kmod/engine/fuzz/run.sh $(FUZZ_SECONDS)
+
 .PHONY: install
 install: ## Install module, daemon, unit, man page and header below DESTDIR
 	@[ -n "$(KVER)" ] || { echo "install: nothing is built; run 'make' first" >&2; exit 1; }
