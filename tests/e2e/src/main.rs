@@ -50,6 +50,7 @@ enum Action {
     Demo,
 }
 
+/// The cases whose name matches.
 fn select(glob: &str) -> Result<Vec<cases::Case>> {
     let pattern = glob::Pattern::new(glob).with_context(|| format!("{glob:?} is no pattern"))?;
     let chosen: Vec<_> = cases::all()
@@ -67,7 +68,7 @@ fn perform(action: Action) -> Result<bool> {
     match action {
         Action::List { glob } => {
             for case in select(&glob)? {
-                println!("{:32} {}", case.name, case.about);
+                println!("{:38} {}", case.name, case.about);
             }
             Ok(true)
         }
@@ -79,6 +80,7 @@ fn perform(action: Action) -> Result<bool> {
         } => {
             cases::set_schedule(rounds, seed);
             let mut chosen = select(&glob)?;
+            chosen.retain(|case| !case.on_request || case.name == glob);
             // Cases that want the same machine stand together; their order is kept otherwise.
             chosen.sort_by_key(|case| case.machine);
             let images = guest::Images::prepare(Path::new("."))?;

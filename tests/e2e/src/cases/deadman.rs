@@ -19,6 +19,7 @@ pub const CASES: &[Case] = &[
         about: "kill -9 of the daemon at random moments of a backup, our module",
         machine: Machine::ONE_CPU,
         per_round: Duration::from_secs(6),
+        on_request: false,
         run: |guest| killed(guest, Module::Ours, Victim::Daemon),
     },
     Case {
@@ -26,6 +27,7 @@ pub const CASES: &[Case] = &[
         about: "the same with the stock hv_utils",
         machine: Machine::ONE_CPU,
         per_round: Duration::from_secs(6),
+        on_request: false,
         run: |guest| killed(guest, Module::Stock, Victim::Daemon),
     },
     Case {
@@ -33,6 +35,7 @@ pub const CASES: &[Case] = &[
         about: "kill -9 of the guard at random moments of a backup",
         machine: Machine::ONE_CPU,
         per_round: Duration::from_secs(6),
+        on_request: false,
         run: |guest| killed(guest, Module::Ours, Victim::Guard),
     },
     Case {
@@ -40,6 +43,7 @@ pub const CASES: &[Case] = &[
         about: "SIGSTOP of the daemon at random moments: thawed at the deadline",
         machine: Machine::ONE_CPU,
         per_round: Duration::from_secs(12),
+        on_request: false,
         run: stopped,
     },
     case(

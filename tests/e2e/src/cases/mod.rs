@@ -34,6 +34,8 @@ pub struct Case {
     pub machine: Machine,
     /// What each round of a case that has rounds may take.
     pub per_round: Duration,
+    /// Whether it runs only when called by its full name.
+    pub on_request: bool,
     /// The case itself.
     pub run: fn(&Guest) -> Result<()>,
 }
@@ -45,6 +47,7 @@ const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
         about,
         machine: Machine::ONE_CPU,
         per_round: Duration::ZERO,
+        on_request: false,
         run,
     }
 }
@@ -65,7 +68,7 @@ pub fn all() -> Vec<Case> {
 }
 
 /// How many rounds there are if nobody says otherwise: enough to hit every stage of a backup.
-pub const DEFAULT_ROUNDS: u32 = 15;
+pub const DEFAULT_ROUNDS: u32 = 8;
 
 /// The seed if nobody says otherwise.
 pub const DEFAULT_SEED: u64 = 1;
