@@ -85,9 +85,7 @@ need_root "the outer guest's QEMU, which lives in the build root,"
 chmod -R u+rwX,go+rX "$payload"
 in_root "$work:/run.work" -- sh -c 'cd /run.work && find payload | cpio --quiet -o -H newc >payload.cpio'
 cat "$build/outer.cpio" "$work/payload.cpio" >"$work/initrd"
-truncate --size 512M "$work/results.disk"
 console=$work/console.log
-: >"$console"
 
 # One processor: with two, emulation breaks the outer kernel now and then. rdrand: without it each
 # mkfs waits for seconds until its kernel has gathered randomness, in both guests. The longer limit
@@ -103,13 +101,37 @@ machine=(
     -device nvme,serial=results,drive=results
     -serial file:/run.work/console.log -serial stdio
 )
-enter_root "$build:/build" "$work:/run.work" -- setpriv --pdeathsig TERM \
-    timeout --foreground --kill-after 10 $((limit + grace)) \
-    setpriv --pdeathsig KILL "${machine[@]}" </dev/null 2>"$work/qemu.log" &
-child=$!
-ended=0
-wait "$child" || ended=$?
-child=
+# run_outer: one life of the outer guest. Its console shows a sign of life every 5 s; when none has
+# come for $silence seconds the emulator has lost an interrupt of its processor (seen a few times, on
+# loaded machines: halted for good, with nothing pending), and it is ended.
+silence=90
+run_outer() {
+    : >"$console"
+    truncate --size 0 "$work/results.disk"
+    truncate --size 512M "$work/results.disk"
+    enter_root "$build:/build" "$work:/run.work" -- setpriv --pdeathsig TERM \
+        timeout --foreground --kill-after 10 $((limit + grace)) \
+        setpriv --pdeathsig KILL "${machine[@]}" </dev/null 2>"$work/qemu.log" &
+    child=$!
+    ended=0
+    frozen=
+    while kill -0 "$child" 2>/dev/null; do
+        sleep 1
+        if [ $(($(date +%s) - $(stat -c %Y "$console"))) -ge $silence ]; then
+            frozen=1
+            kill "$child" 2>/dev/null || true
+            break
+        fi
+    done
+    wait "$child" || ended=$?
+    child=
+}
+
+for attempt in 1 2 3; do
+    run_outer
+    [ -n "$frozen" ] || break
+    say "the emulator froze: no sign of life from the outer guest for $silence s (attempt $attempt of 3)" >&2
+done
 mv "$console" "$build/logs/outer-console.log"
 mv "$work/qemu.log" "$build/logs/qemu.log"
 
@@ -129,7 +151,9 @@ case $marker in
 esac
 cat "$build/logs/qemu.log" >&2
 tail -n 40 "$build/logs/outer-console.log" >&2
+[ -z "$frozen" ] || ended=frozen
 case $ended in
+frozen) what="froze in each of 3 attempts" ;;
 124 | 137) what="hung and was ended $grace s after its limit of $limit s" ;;
 *) what="ended without an end marker (QEMU's status: $ended)" ;;
 esac
