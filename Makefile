@@ -68,7 +68,7 @@ e2e-list: packages ## List the end-to-end cases
 
 .PHONY: bench
 bench: lab-module user images ## Measure ours against the peer; table, plot and JSON in build/bench
-	@$(LAB)/run.sh --timeout 3000 --memory 8192 --results build/bench ./bench $(BENCH)
+	@$(LAB)/run.sh --timeout 7200 --memory 8192 --results build/bench ./bench $(BENCH)
 
 # Seconds for each of the four fuzz targets.
 FUZZ_SECONDS ?= 60
