@@ -91,8 +91,8 @@ console=$work/console.log
 # mkfs waits for seconds until its kernel has gathered randomness, in both guests. The longer limit
 # is for an outer guest that hangs; its own, which keeps the results, comes first.
 grace=120
-# QEMU 10 changes the set of pending interrupts of an SVM processor (interrupt_request, in vmrun and
-# vmexit) without a lock, while its main loop adds timer ticks to it: a tick can get lost for good.
+# QEMU's do_vmexit takes a bit out of an SVM processor's pending interrupts (interrupt_request) without
+# a lock, while its main loop adds timer ticks to them: in all likelihood that is how ticks got lost.
 # On one CPU the two threads cannot meet in the middle of that instruction.
 cpus=$(taskset --cpu-list --pid $$ | sed 's/.*: //')
 cpu=$(tr ',' '\n' <<<"$cpus" | awk -F- '{ for (i = $1; i <= ($2 == "" ? $1 : $2); i++) print i }' | shuf -n 1)
