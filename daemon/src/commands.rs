@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::guard::{Event, Guard, GuardError};
 use crate::job::{freeze_all, make_plan, JobError, Setting};
 use crate::logbook::Logbook;
-use crate::machine::{LookError, Machine};
+use crate::machine::{LookError, Machine, Table};
 use crate::open::{open_file_system, OpenError};
 use crate::plan::{plan, FileSystem, Plan, Reason};
 use crate::record::{Entry, Record, RecordError, RunDir};
@@ -109,6 +109,11 @@ pub fn list(config: &Config, json: bool) -> Result<String, CommandError> {
         return Ok(serde_json::to_string_pretty(&listing(&plan))? + "\n");
     }
     Ok(as_text(&plan))
+}
+
+/// What [`list`] is made from, as JSON: for reports, and for tests of the plan.
+pub fn table() -> Result<String, CommandError> {
+    Ok(serde_json::to_string_pretty(&Table::record()?)? + "\n")
 }
 
 fn listing(plan: &Plan) -> Listing<'_> {

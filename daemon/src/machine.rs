@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::fcntl::{open, OFlag};
 use nix::sys::stat::Mode;
+use serde::{Deserialize, Serialize};
 
 use crate::mounts::{self, Mount, MountsError};
 use crate::namespaces::Namespaces;
@@ -46,16 +47,14 @@ pub struct Machine {
 impl Machine {
     /// Reads everything anew.
     pub fn look() -> Result<Self, LookError> {
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let proc = open("/proc", flags, Mode::empty()).map_err(|e| LookError::Proc(e.into()))?;
+        let proc = open_proc()?;
         let namespaces = Namespaces::find().map_err(LookError::Namespaces)?;
         let mut mounts = mounts::read(proc.as_fd(), 0)?;
         for number in 1..=namespaces.count() {
             let seen = namespaces
                 .within(number, || mounts::read(proc.as_fd(), number))
                 .map_err(LookError::Enter)??;
-            // The rest of a container's table (overlay, proc, tmpfs, ...) is of no interest.
-            mounts.extend(seen.into_iter().filter(on_block_device));
+            mounts.extend(of_interest(seen));
         }
         let topology = topology::read(&mounts);
         Ok(Machine {
@@ -74,6 +73,60 @@ impl Machine {
     /// The other namespaces.
     pub fn namespaces(&self) -> &Namespaces {
         &self.namespaces
+    }
+}
+
+fn open_proc() -> Result<OwnedFd, LookError> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    open("/proc", flags, Mode::empty()).map_err(|e| LookError::Proc(e.into()))
+}
+
+/// Of another namespace's table the rest (overlay, proc, tmpfs, ...) is of no interest.
+fn of_interest(table: Vec<Mount>) -> impl Iterator<Item = Mount> {
+    table.into_iter().filter(on_block_device)
+}
+
+/// All that a plan is made from, as it was read, for keeping: the same table gives the same plan.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Table {
+    /// For people: which machine, and how it came to be.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub about: String,
+    /// The lines of each namespace's `mountinfo`, the own one first, with bytes outside ASCII
+    /// escaped.
+    pub namespaces: Vec<Vec<String>>,
+    /// What the block devices stand on.
+    pub topology: Topology,
+}
+
+impl Table {
+    /// Reads what [`Machine::look`] reads.
+    pub fn record() -> Result<Self, LookError> {
+        let proc = open_proc()?;
+        let namespaces = Namespaces::find().map_err(LookError::Namespaces)?;
+        let mut table = Table::default();
+        for number in 0..=namespaces.count() {
+            let text = namespaces
+                .within(number, || mounts::read_text(proc.as_fd(), number))
+                .map_err(LookError::Enter)??;
+            let lines = text.split(|&b| b == b'\n').filter(|line| !line.is_empty());
+            table.namespaces.push(lines.map(mounts::escape).collect());
+        }
+        table.topology = topology::read(&table.mounts()?);
+        Ok(table)
+    }
+
+    /// The mounts, as [`Machine::mounts`] has them.
+    pub fn mounts(&self) -> Result<Vec<Mount>, MountsError> {
+        let mut mounts = Vec::new();
+        for (number, lines) in self.namespaces.iter().enumerate() {
+            let table = mounts::parse(lines.join("\n").as_bytes(), number)?;
+            match number {
+                0 => mounts.extend(table),
+                _ => mounts.extend(of_interest(table)),
+            }
+        }
+        Ok(mounts)
     }
 }
 

@@ -43,6 +43,11 @@ fn command() -> Command {
         .long("json")
         .help("Print JSON")
         .action(ArgAction::SetTrue);
+    let table = Arg::new("table")
+        .long("table")
+        .help("Print, as JSON, the mount tables and block devices that the plan is made from")
+        .action(ArgAction::SetTrue)
+        .conflicts_with("json");
     let time = Arg::new("for")
         .long("for")
         .value_name("TIME")
@@ -59,7 +64,7 @@ fn command() -> Command {
                 .args([no_daemon, device]),
             Command::new("list")
                 .about("Show what would be frozen, in which order, and what would not and why")
-                .arg(json),
+                .args([json, table]),
             Command::new("freeze")
                 .about("Rehearse: freeze as for a backup, wait, thaw")
                 .arg(time),
@@ -96,7 +101,10 @@ fn dispatch() -> Result<(), Failure> {
     let config = Config::load(matches.get_one::<PathBuf>("config").map(PathBuf::as_path))?;
     match matches.subcommand() {
         Some(("list", list)) => {
-            let text = commands::list(&config, list.get_flag("json"))?;
+            let text = match list.get_flag("table") {
+                true => commands::table()?,
+                false => commands::list(&config, list.get_flag("json"))?,
+            };
             Ok(std::io::stdout().write_all(text.as_bytes())?)
         }
         Some(("freeze", freeze)) => {

@@ -17,6 +17,7 @@ use nix::fcntl::{openat, OFlag};
 use nix::sys::stat::Mode;
 use procfs_core::process::MountInfo;
 use procfs_core::ProcError;
+use serde::{de::Error as _, Deserialize, Deserializer, Serialize, Serializer};
 
 /// Why the mount table could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +87,20 @@ impl FromStr for DevId {
     }
 }
 
+impl Serialize for DevId {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for DevId {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(d)?;
+        text.parse()
+            .map_err(|()| D::Error::custom(format!("no device number: {text}")))
+    }
+}
+
 /// One line of a mount table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
@@ -115,6 +130,11 @@ pub const OWN_TABLE: &str = "thread-self/mountinfo";
 /// Reads the table of the namespace that the calling thread is in, as that of number `namespace`.
 /// `proc` is the root directory of a procfs, open, since a namespace need not have one.
 pub fn read(proc: BorrowedFd<'_>, namespace: usize) -> Result<Vec<Mount>, MountsError> {
+    parse(&read_text(proc, namespace)?, namespace)
+}
+
+/// The same table as the kernel writes it.
+pub fn read_text(proc: BorrowedFd<'_>, namespace: usize) -> Result<Vec<u8>, MountsError> {
     let failed = |source| MountsError::Read { namespace, source };
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     let fd = openat(proc, OWN_TABLE, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
@@ -131,7 +151,8 @@ pub fn read(proc: BorrowedFd<'_>, namespace: usize) -> Result<Vec<Mount>, Mounts
             count => length += count,
         }
     }
-    parse(text.get(..length).unwrap_or_default(), namespace)
+    text.truncate(length);
+    Ok(text)
 }
 
 /// Takes a whole table apart.
@@ -169,7 +190,7 @@ fn parse_line(line: &[u8], number: usize, namespace: usize) -> Result<Mount, Mou
 
 /// Turns bytes outside ASCII into the octal escapes that the kernel uses for blanks, so that names
 /// in any encoding pass through the parser, which wants UTF-8.
-fn escape(line: &[u8]) -> String {
+pub fn escape(line: &[u8]) -> String {
     let mut out = String::with_capacity(line.len());
     for &b in line {
         if b.is_ascii() {

@@ -51,7 +51,6 @@ pub enum RecordError {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// The superblock's device number, by which it is found again.
-    #[serde(with = "dev_text")]
     pub dev: DevId,
     /// For people: path, type and device.
     pub name: String,
@@ -66,21 +65,6 @@ pub struct Record {
     pub for_host: bool,
     /// In the order of the freeze.
     pub frozen: Vec<Entry>,
-}
-
-mod dev_text {
-    use super::DevId;
-    use serde::{de::Error, Deserialize, Deserializer, Serializer};
-
-    pub fn serialize<S: Serializer>(dev: &DevId, s: S) -> Result<S::Ok, S::Error> {
-        s.collect_str(dev)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<DevId, D::Error> {
-        let text = String::deserialize(d)?;
-        text.parse()
-            .map_err(|()| D::Error::custom(format!("no device number: {text}")))
-    }
 }
 
 /// The directory that holds both, usually `/run/hv_vss_daemon`.

@@ -14,11 +14,13 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::mounts::{DevId, Mount};
 use crate::sys;
 
 /// A block device and what is below it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
     /// The kernel's name, such as `dm-3`.
     pub name: String,
@@ -32,7 +34,7 @@ pub struct Device {
 }
 
 /// The file behind a loop device.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Backing {
     /// `st_dev` of that file, when the device could be asked.
     pub dev: Option<DevId>,
@@ -41,7 +43,7 @@ pub struct Backing {
 }
 
 /// Block devices by number, and the members of file systems that are on several.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Topology {
     /// Every device below a file system of interest.
     pub devices: BTreeMap<DevId, Device>,
