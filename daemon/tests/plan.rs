@@ -1,185 +1,140 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The plan on whole tables, in the shape that real machines have, and its one law on random ones:
+//! The plan on whole tables, recorded from running machines, and its one law on random ones:
 //! nothing is frozen after what it stands on.
 //!
-//! The tables in `tests/tables` have the form of `/proc/self/mountinfo`; what the devices stand on
-//! is written down beside each test. No machine is looked at.
+//! The tables in `tests/tables` are what `hv_vss_daemon list --table` said on machines that
+//! `tests/lab/tables.sh` had set up; each says in its first lines what it is of. No machine is
+//! looked at here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use hv_vss_daemon::machine::Table;
 use hv_vss_daemon::mounts::{parse, DevId, Mount};
-use hv_vss_daemon::plan::{plan, FileSystem, Plan};
+use hv_vss_daemon::plan::{plan, FileSystem, Plan, Reason};
 use hv_vss_daemon::topology::{Backing, Device, Topology};
 use proptest::prelude::*;
 
-fn dev(text: &str) -> DevId {
-    text.parse().unwrap()
-}
-
-fn table(name: &str, namespace: usize) -> Vec<Mount> {
+fn recorded(name: &str) -> Table {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/tables")
-        .join(name);
-    parse(&std::fs::read(path).unwrap(), namespace).unwrap()
+        .join(name)
+        .with_extension("json");
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
-fn on(below: &[&str]) -> Device {
-    Device {
-        below: below.iter().map(|d| dev(d)).collect(),
-        ..Device::default()
-    }
+fn plan_of(table: &Table) -> Plan {
+    plan(&table.mounts().unwrap(), &table.topology, &|_| None)
 }
 
-fn on_file(path: &str, of: Option<&str>) -> Device {
-    Device {
-        backing: Some(Backing {
-            dev: of.map(dev),
-            path: path.into(),
-        }),
-        ..Device::default()
-    }
-}
-
-fn devices(list: Vec<(&str, Device)>) -> Topology {
-    Topology {
-        devices: list
-            .into_iter()
-            .map(|(d, device)| (dev(d), device))
-            .collect(),
-        ..Topology::default()
-    }
-}
-
-/// The device numbers of each wave, sorted.
+/// The members of each wave by the path that an operator is shown, sorted.
 fn waves(plan: &Plan) -> Vec<Vec<String>> {
     let sorted = |wave: &Vec<FileSystem>| {
-        let set: BTreeSet<DevId> = wave.iter().map(|f| f.dev).collect();
-        set.iter().map(ToString::to_string).collect()
+        let path = |f: &FileSystem| f.places[0].path.display().to_string();
+        let set: BTreeSet<String> = wave.iter().map(path).collect();
+        assert_eq!(set.len(), wave.len(), "one path names two file systems");
+        set.into_iter().collect()
     };
     plan.waves.iter().map(sorted).collect()
 }
 
+/// The file system that is shown by this path.
+fn named<'a>(plan: &'a Plan, path: &str) -> &'a FileSystem {
+    let mut all = plan.waves.iter().flatten();
+    all.find(|f| f.places[0].path == Path::new(path)).unwrap()
+}
+
+fn types_without_device(plan: &Plan) -> BTreeSet<&str> {
+    let without = |l: &&hv_vss_daemon::plan::LeftOut| l.reason == Reason::NoBlockDevice;
+    let left_out = plan.left_out.iter().filter(without);
+    left_out.map(|l| l.file_system.fs_type.as_str()).collect()
+}
+
 #[test]
-fn container_host_with_a_volume_that_only_a_container_has() {
-    let mut mounts = table("container-host.mountinfo", 0);
-    mounts.extend(
-        table("container.mountinfo", 1)
-            .into_iter()
-            .filter(|m| m.dev.major != 0),
-    );
-    let topology = devices(vec![(
-        "7:0",
-        on_file("/var/lib/docker/registry.img", Some("8:16")),
-    )]);
-    let plan = plan(&mounts, &topology, &|_| None);
-    // vfat, the loop device and the container's own disk first; then docker's; root last.
+fn container_host_with_a_disk_that_only_a_container_has_and_images_and_nbd() {
+    let plan = plan_of(&recorded("container-host"));
     assert_eq!(
         waves(&plan),
-        [vec!["7:0", "8:15", "8:32"], vec!["8:16"], vec!["8:1"]]
+        [
+            // What nbd-server serves, before the file system that holds its export.
+            vec!["/srv/remote"],
+            vec!["/boot/efi", "/srv/layer", "/wal"],
+            vec!["/srv/registry"],
+            // podman's storage, by its shortest path.
+            vec!["/srv/www"],
+            vec!["/"],
+        ]
     );
-    let docker = &plan.waves[1][0];
-    assert_eq!(
-        docker.places.len(),
-        5,
-        "two binds here, two in the container"
-    );
-    assert_eq!(docker.places[0].namespace, 0);
-    let wal = plan.waves[0].iter().find(|f| f.dev == dev("8:32")).unwrap();
-    assert!(
-        wal.to_string().contains("in another mount namespace"),
-        "{wal}"
-    );
-    let left_out: BTreeSet<&str> = plan
-        .left_out
-        .iter()
-        .map(|l| l.file_system.fs_type.as_str())
-        .collect();
-    for fs_type in ["squashfs", "nfs4", "overlay", "autofs", "tmpfs", "nsfs"] {
+    let wal = named(&plan, "/wal").to_string();
+    assert!(wal.contains("in another mount namespace"), "{wal}");
+    assert!(named(&plan, "/srv/www").places.len() > 5);
+    let spaced = |p: &hv_vss_daemon::plan::Place| p.path == Path::new("/var/lib/pg");
+    assert!(named(&plan, "/").places.iter().any(spaced));
+    let left_out = types_without_device(&plan);
+    for fs_type in ["overlay", "tmpfs", "autofs", "proc", "cgroup2"] {
         assert!(left_out.contains(fs_type), "{fs_type}");
     }
 }
 
+/// This one is written by hand after a real node.
 #[test]
 fn k3s_node_with_hundreds_of_mounts_freezes_each_volume_once() {
-    let mounts = table("k3s-node.mountinfo", 0);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tables/k3s-node.mountinfo");
+    let mounts = parse(&std::fs::read(path).unwrap(), 0).unwrap();
     assert!(mounts.len() > 450);
     let mut topology = Topology::default();
     // Longhorn's volumes are iSCSI disks that a pod on this node serves.
-    for mount in mounts
-        .iter()
-        .filter(|m| m.dev.major == 8 && m.dev.minor >= 32)
-    {
+    let volumes = mounts.iter().map(|m| m.dev);
+    for volume in volumes.filter(|d| d.major == 8 && d.minor >= 32) {
         let served = Device {
             user_space: true,
             ..Device::default()
         };
-        topology.devices.insert(mount.dev, served);
+        topology.devices.insert(volume, served);
     }
     let plan = plan(&mounts, &topology, &|_| None);
-    let found = waves(&plan);
-    assert_eq!(found.len(), 3);
-    assert_eq!(found[0].len(), 20, "all volumes, before what serves them");
-    assert_eq!(found[1], ["8:16"]);
-    assert_eq!(found[2], ["253:0"]);
+    let sizes: Vec<usize> = plan.waves.iter().map(Vec::len).collect();
+    assert_eq!(sizes, [20, 1, 1], "all volumes, before what serves them");
     assert!(plan.waves[0].iter().all(|f| f.places.len() == 2));
 }
 
 #[test]
 fn lvm_on_raid_on_luks_with_a_guest_image_on_top() {
-    let mounts = table("lvm-raid-luks.mountinfo", 0);
-    let mut list = vec![
-        // dm-0 and dm-1 are LUKS on partitions, md1 a mirror of both, the volumes are on md1.
-        ("252:0", on(&["8:2"])),
-        ("252:1", on(&["8:18"])),
-        ("9:1", on(&["252:0", "252:1"])),
-        ("8:2", on(&["8:0"])),
-        ("8:18", on(&["8:16"])),
-        ("9:0", on(&["8:1", "8:17"])),
-        // A volume group inside the partition of an image file.
-        ("252:9", on(&["259:1"])),
-        ("259:1", on(&["7:0"])),
-        ("7:0", on_file("/var/lib/libvirt/inner.img", Some("252:5"))),
-    ];
-    for volume in ["252:3", "252:4", "252:5", "252:6"] {
-        list.push((volume, on(&["9:1"])));
-    }
-    let plan = plan(&mounts, &devices(list), &|_| None);
+    let plan = plan_of(&recorded("lvm-raid-luks"));
     assert_eq!(
         waves(&plan),
-        [vec!["9:0", "252:4", "252:9"], vec!["252:5"], vec!["252:3"]]
+        [
+            // A volume in the partition of an image comes before the file system of the image.
+            vec!["/boot", "/srv/home", "/srv/inner", "/srv/var"],
+            vec!["/srv/images"],
+            vec!["/"],
+        ]
     );
-    assert_eq!(
-        plan.left_out
-            .iter()
-            .filter(|l| l.file_system.dev == dev("252:6"))
-            .count(),
-        1
-    );
+    let left_out = plan.left_out.iter().map(|l| (&l.file_system, &l.reason));
+    let read_only: Vec<_> = left_out.filter(|l| *l.1 == Reason::ReadOnly).collect();
+    assert_eq!(read_only.len(), 1);
+    assert_eq!(read_only[0].0.places[0].path, Path::new("/srv/archive"));
 }
 
 #[test]
 fn btrfs_with_snapshots_is_one_file_system_however_many_subvolumes_it_shows() {
-    let mounts = table("btrfs-snapshots.mountinfo", 0);
-    // The image is in a subvolume of /data that is not mounted by itself, so its st_dev (0:52) is
-    // in no table.
-    let mut topology = devices(vec![("7:3", on_file("/data/vm/scratch.img", Some("0:52")))]);
-    topology.members.insert(dev("0:24"), vec![dev("259:2")]);
-    topology
-        .members
-        .insert(dev("0:47"), vec![dev("8:0"), dev("8:16")]);
-    let plan = plan(&mounts, &topology, &|_| None);
+    let table = recorded("btrfs-snapshots");
+    let plan = plan_of(&table);
+    // The image is in a subvolume that is not mounted by itself, so no table lists its number.
     assert_eq!(
         waves(&plan),
-        [vec!["7:3", "259:1"], vec!["0:47"], vec!["0:24"]]
+        [vec!["/data", "/pool/scratch"], vec!["/pool"], vec!["/"]]
     );
-    let root = &plan.waves[2][0];
+    let data = named(&plan, "/data");
+    let here = data.places.iter().filter(|p| p.namespace == 0);
     assert_eq!(
-        root.places.len(),
-        4,
+        here.count(),
+        5,
         "a read-only snapshot does not make it read-only"
     );
+    let pool = &table.topology.members[&named(&plan, "/pool").dev];
+    assert_eq!(pool.len(), 2, "both disks of the pool");
 }
 
 /// A random machine: file systems 0.., each on a disk of its own, on a file in one with a smaller
