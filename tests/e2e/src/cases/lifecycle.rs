@@ -2,10 +2,10 @@
 
 //! Parts that come and go: daemons, modules, the device, the guest.
 
-use super::{case, make_file_systems, Case};
-use anyhow::{ensure, Result};
+use super::{case, make_file_systems, rounds, Case};
+use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
-use e2e::guest::{Blocking, Daemon, Guest, Module, STEP};
+use e2e::guest::{Blocking, Daemon, Guest, Machine, Module, STEP};
 use hyperv_sim::ic::vss::{Op, SHORT_BODY, VERSIONS};
 use hyperv_sim::ic::{status, FRAMEWORKS};
 use hyperv_sim::Exit;
@@ -42,20 +42,25 @@ pub const CASES: &[Case] = &[
         "the module cannot be unloaded under a daemon, and can be after it",
         unload_with_open_device,
     ),
-    case(
+    cycles(
         "lifecycle/unbind-rebind",
-        "the device is taken and given back while a daemon has it open",
-        unbind_rebind,
+        "the device is taken and given back again and again, with a daemon attached",
+        |guest| cycle(guest, unbind_rebind),
+    ),
+    cycles(
+        "lifecycle/unload-load",
+        "the module is unloaded and loaded again and again, under a daemon that stays",
+        |guest| cycle(guest, unload_load),
+    ),
+    cycles(
+        "lifecycle/rescind-offer",
+        "the host takes VSS back and offers it again and again, with a daemon attached",
+        |guest| cycle(guest, rescind_offer),
     ),
     case(
         "lifecycle/hand-over",
         "driver_override moves VSS from hv_utils to us; heartbeat and shutdown stay",
         hand_over,
-    ),
-    case(
-        "lifecycle/rescind",
-        "the host takes VSS back and offers it again: the daemon follows",
-        rescind,
     ),
     case(
         "lifecycle/rescind-while-read",
@@ -68,6 +73,18 @@ pub const CASES: &[Case] = &[
         shutdown,
     ),
 ];
+
+/// A case that is repeated: `e2e run --rounds N` sets how often.
+const fn cycles(name: &'static str, about: &'static str, run: fn(&Guest) -> Result<()>) -> Case {
+    Case {
+        name,
+        about,
+        machine: Machine::ONE_CPU,
+        per_round: Duration::from_secs(6),
+        on_request: false,
+        run,
+    }
+}
 
 /// The directory of our VSS device in the guest's sysfs.
 fn sysfs(guest: &Guest) -> String {
@@ -209,24 +226,83 @@ fn unload_with_open_device(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-fn unbind_rebind(guest: &Guest) -> Result<()> {
+/// Has `once` take our driver from the device and give it back, [`rounds`] times, with a daemon that
+/// must come back by itself each time; then a backup must be good, and nothing may have leaked.
+fn cycle(guest: &Guest, once: fn(&Guest) -> Result<()>) -> Result<()> {
+    // A daemon looks for the device every two seconds at least.
     guest.load(Module::Ours, &["grace_ms=20000"])?;
     let vss = guest.vss();
-    vss.wait_open(STEP)?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
-    guest.start_daemon(Daemon::Ours)?;
-    backup(guest)?;
-    let device = vss.instance().to_string();
-    for _ in 0..3 {
-        // The daemon has the device open; that does not hold the unbind up.
-        guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &device)?;
-        vss.wait_closed(STEP)?;
-        guest.write("/sys/bus/vmbus/drivers/hv_vss/bind", &device)?;
+    let attached = |round: u32| {
         vss.wait_open(STEP)?;
         vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
-        // The daemon has noticed and come back by itself.
-        backup(guest)?;
+        let what = format!("HOT_BACKUP after cycle {round}");
+        answered(&what, &vss.hot_backup(STEP)?, status::OK)
+    };
+    guest.start_daemon(Daemon::Ours)?;
+    attached(0)?;
+    backup(guest)?;
+    let mut before = None;
+    for round in 1..=rounds() {
+        once(guest)?;
+        attached(round)?;
+        // What the first cycle took, such as pages for the log, is not taken again.
+        before.get_or_insert(memory_in_use(guest)?);
     }
+    backup(guest)?;
+    let after = memory_in_use(guest)?;
+    let before = before.unwrap_or(after);
+    println!(
+        "     {} cycles, memory in use {before} -> {after} KiB",
+        rounds()
+    );
+    // One ring is 28 KiB.
+    let limit = 8 * 1024 + 14 * u64::from(rounds());
+    ensure!(
+        after <= before + limit,
+        "memory in use should not grow by more than {limit} KiB, it was {before} KiB and is {after} KiB"
+    );
+    Ok(())
+}
+
+/// What the guest has in use that is no cache, in KiB.
+fn memory_in_use(guest: &Guest) -> Result<u64> {
+    let text = guest.read("/proc/meminfo")?;
+    let value = |name: &str| {
+        let line = text.lines().find(|line| line.starts_with(name));
+        let value = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+        value.with_context(|| format!("no {name} in /proc/meminfo"))
+    };
+    let free =
+        value("MemFree:")? + value("Buffers:")? + value("Cached:")? + value("SReclaimable:")?;
+    Ok(value("MemTotal:")?.saturating_sub(free))
+}
+
+fn unbind_rebind(guest: &Guest) -> Result<()> {
+    let device = guest.vss().instance().to_string();
+    // The daemon has the device open; that does not hold the unbind up.
+    guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &device)?;
+    guest.vss().wait_closed(STEP)?;
+    guest.write("/sys/bus/vmbus/drivers/hv_vss/bind", &device)?;
+    Ok(())
+}
+
+fn unload_load(guest: &Guest) -> Result<()> {
+    // An open device holds the module, so the device has to go first; then the daemon lets go.
+    let device = guest.vss().instance().to_string();
+    guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &device)?;
+    guest.vss().wait_closed(STEP)?;
+    guest.wait_until("the module can be unloaded", STEP, || {
+        Ok(guest.unload(Module::Ours).is_ok())
+    })?;
+    guest.load(Module::Ours, &["grace_ms=20000"])?;
+    Ok(())
+}
+
+fn rescind_offer(guest: &Guest) -> Result<()> {
+    let vss = guest.vss();
+    vss.rescind();
+    vss.wait_released(STEP)?;
+    vss.offer();
     Ok(())
 }
 
@@ -273,24 +349,6 @@ fn hand_over(guest: &Guest) -> Result<()> {
         driver(guest)?.trim(),
         "hv_utils",
     )
-}
-
-fn rescind(guest: &Guest) -> Result<()> {
-    guest.load(Module::Ours, &["grace_ms=20000"])?;
-    let vss = guest.vss();
-    vss.wait_open(STEP)?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
-    guest.start_daemon(Daemon::Ours)?;
-    backup(guest)?;
-    for _ in 0..3 {
-        vss.rescind();
-        vss.wait_released(STEP)?;
-        vss.offer();
-        vss.wait_open(STEP)?;
-        vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
-        backup(guest)?;
-    }
-    Ok(())
 }
 
 fn rescind_while_read(guest: &Guest) -> Result<()> {
