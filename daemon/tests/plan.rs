@@ -77,26 +77,21 @@ fn container_host_with_a_disk_that_only_a_container_has_and_images_and_nbd() {
     }
 }
 
-/// This one is written by hand after a real node.
 #[test]
-fn k3s_node_with_hundreds_of_mounts_freezes_each_volume_once() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tables/k3s-node.mountinfo");
-    let mounts = parse(&std::fs::read(path).unwrap(), 0).unwrap();
-    assert!(mounts.len() > 450);
-    let mut topology = Topology::default();
-    // Longhorn's volumes are iSCSI disks that a pod on this node serves.
-    let volumes = mounts.iter().map(|m| m.dev);
-    for volume in volumes.filter(|d| d.major == 8 && d.minor >= 32) {
-        let served = Device {
-            user_space: true,
-            ..Device::default()
-        };
-        topology.devices.insert(volume, served);
-    }
-    let plan = plan(&mounts, &topology, &|_| None);
-    let sizes: Vec<usize> = plan.waves.iter().map(Vec::len).collect();
-    assert_eq!(sizes, [20, 1, 1], "all volumes, before what serves them");
-    assert!(plan.waves[0].iter().all(|f| f.places.len() == 2));
+fn pods_in_namespaces_of_their_own_freeze_each_volume_once_and_before_what_serves_it() {
+    let table = recorded("kubelet-like");
+    let lines: usize = table.namespaces.iter().map(Vec::len).sum();
+    assert!(table.namespaces.len() > 40 && lines > 450, "{lines} lines");
+    let plan = plan_of(&table);
+    let found = waves(&plan);
+    assert_eq!(found.len(), 3, "{found:?}");
+    assert_eq!(found[0].len(), 8, "the volumes on iSCSI disks");
+    // Seen at the global mount, in the pod's folder, and inside the pod's own namespace.
+    let volumes = &plan.waves[0];
+    let inside = |f: &FileSystem| f.places.iter().any(|p| p.path == Path::new("/data"));
+    assert!(volumes.iter().all(|f| f.places.len() > 2 && inside(f)));
+    assert_eq!(found[1], ["/var/lib/longhorn"]);
+    assert_eq!(found[2], ["/"]);
 }
 
 #[test]
