@@ -3,7 +3,8 @@
 #
 # Makes the two guests out of the build root: build/outer.cpio, the initramfs of the outer guest of
 # a nested run, and build/guest.cpio, that of the guest under test. Both get more appended: the
-# payload and what a test brings.
+# payload and what a test brings. For a KERNEL other than the default (lib.sh), guest.cpio alone, in
+# that kernel's folder.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -18,7 +19,11 @@ inner_tools=(
     dash blkid findmnt fsfreeze losetup lsblk mount nsenter umount unshare wipefs dmsetup strace
 )
 
-# The part below runs inside the build root, with build/ at /build and this folder at /lab.
+# What is needed of them by the cases that a debug kernel is built for.
+case $kernel in debug*) inner_modules=(brd loop hv_utils xfs btrfs) ;; esac
+
+# The part below runs inside the build root, with the kernel's folder at /build, the kernel at /kernel
+# and this folder at /lab.
 if [ "${1:-}" = --inside ]; then
     release=$(cat /kernel/release)
     modules=/usr/lib/modules/$release
@@ -87,12 +92,15 @@ if [ "${1:-}" = --inside ]; then
     # Rust programs of the payload need these three in both guests.
     libraries=(/lib/x86_64-linux-gnu/{libc.so.6,libm.so.6,libgcc_s.so.1})
 
-    outer=/tmp/outer
-    skeleton "$outer"
-    add "$outer" "${libraries[@]}"
-    add_modules "$outer" kvm-amd
-    install -m 0755 /lab/outer/init "$outer/init"
-    pack "$outer" /build/outer.cpio
+    # The outer guest always runs the default kernel.
+    if [ "$kernel" = "$default_kernel" ]; then
+        outer=/tmp/outer
+        skeleton "$outer"
+        add "$outer" "${libraries[@]}"
+        add_modules "$outer" kvm-amd
+        install -m 0755 /lab/outer/init "$outer/init"
+        pack "$outer" /build/outer.cpio
+    fi
 
     inner=/tmp/inner
     skeleton "$inner"
@@ -117,10 +125,20 @@ if [ "${1:-}" = --inside ]; then
     exit 0
 fi
 
-"$lab/root.sh"
-key=$(key_of "$(cat "$build/stamps/root")" "$(cat "$root/kernel/version" "$lab/image.sh" "$lab"/inner/* "$lab"/outer/*)")
-begin image "$build/guest.cpio" "$key" "making the guests' images"
+binds=("$choice:/build" "$lab:/lab")
+stamp=image
+kernel_key=
+if [ "$kernel" = "$default_kernel" ]; then
+    "$lab/root.sh"
+else
+    "$lab/kernel.sh"
+    binds+=("$unpacked:/kernel")
+    stamp=image-$kernel
+    kernel_key=$(cat "$build/stamps/kernel-$kernel")
+fi
+key=$(key_of "$(cat "$build/stamps/root")" "$kernel_key" "$(cat "$root/kernel/version" "$lab/image.sh" "$lab"/inner/* "$lab"/outer/*)")
+begin "$stamp" "$choice/guest.cpio" "$key" "making the guests' images"
 say "making the images of the guests"
-quietly image.log in_root "$build:/build" "$lab:/lab" -- bash /lab/image.sh --inside
-set_stamp image "$key"
-say "done in ${SECONDS}s (guest.cpio: $(($(stat -c %s "$build/guest.cpio") / 1000000)) MB)"
+quietly image.log in_root "${binds[@]}" -- env KERNEL="$kernel" bash /lab/image.sh --inside
+set_stamp "$stamp" "$key"
+say "done in ${SECONDS}s (guest.cpio: $(($(stat -c %s "$choice/guest.cpio") / 1000000)) MB)"

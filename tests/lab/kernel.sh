@@ -8,7 +8,11 @@ set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-"$lab/root.sh"
+case $kernel in
+"$default_kernel") "$lab/root.sh" ;;
+debug | debug-kcsan) exec "$lab/debug-kernel.sh" ;;
+*) die "there is no kernel called $kernel; known are $default_kernel, debug and debug-kcsan" ;;
+esac
 linux=$build/linux.new
 release=$(cat "$root/kernel/release")
 stock_config=$root/kernel/usr/lib/modules/$release/config

@@ -8,6 +8,18 @@ lab=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$lab/../.." && pwd)
 build=$repo/build
 root=$build/root
+# Which kernel the guest under test runs, KERNEL in the environment: that of the build root (the
+# default), debug or debug-kcsan (debug-kernel.sh). What is made for another than the default lies in
+# a folder of its own, so that nothing is made anew when the choice changes.
+default_kernel=7.3
+kernel=${KERNEL:-$default_kernel}
+choice=$build
+# The kernel as its packages would lay it out: release, version, usr/lib/modules.
+unpacked=$root/kernel
+if [ "$kernel" != "$default_kernel" ]; then
+    choice=$build/kernels/$kernel
+    unpacked=$choice/kernel
+fi
 # The compiler that Debian builds its kernels with.
 export kernel_cc=x86_64-linux-gnu-gcc-14
 me=$(basename "$0" .sh)

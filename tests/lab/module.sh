@@ -72,9 +72,11 @@ $difference"
 else
     "$lab/kernel.sh"
     need_root "building in the build root"
-    release=$(cat "$root/kernel/release")
-    refuse_other_compiler "$build/linux/.config" "$(in_root -- rustc --version)" \
-        "$(in_root -- "$kernel_cc" --version | head -n 1)"
+    release=$(cat "$unpacked/release")
+    cc=$kernel_cc
+    [ "$(option "$choice/linux/.config" CONFIG_CC_IS_CLANG)" != y ] || cc=clang
+    refuse_other_compiler "$choice/linux/.config" "$(in_root -- rustc --version)" \
+        "$(in_root -- "$cc" --version | head -n 1)"
 fi
 
 # The linter takes the compiler's place, so its objects are kept apart.
@@ -96,8 +98,8 @@ compile() {
     if [ -n "$native" ]; then
         make -C "$headers" M="$repo" MO="$output" "${tools[@]}" modules "$@"
     else
-        in_root "$build/linux:/linux" "$repo:/src" "$output:/output" -- \
-            make -C /linux M=/src MO=/output CC="$kernel_cc" modules "$@"
+        in_root "$choice/linux:/linux" "$repo:/src" "$output:/output" -- \
+            make -C /linux M=/src MO=/output CC="$cc" modules "$@"
     fi
 }
 
@@ -115,7 +117,7 @@ if grep -v '^warning: the compiler differs' "$log" | grep -A 12 -E '(^|: )warnin
 fi
 
 if [ -z "$clippy" ]; then
-    [ -n "$native" ] || install -D -m 0644 "$output/hv_vss.ko" "$build/lab/hv_vss.ko"
+    [ -n "$native" ] || install -D -m 0644 "$output/hv_vss.ko" "$choice/lab/hv_vss.ko"
     [ -n "$only_lab" ] || install -m 0644 "$output/hv_vss.ko" "$build/hv_vss.ko"
 fi
 say "done in ${SECONDS}s"

@@ -8,7 +8,7 @@ set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-series=7.3
+series=$default_kernel
 suite=trixie
 packages=(
     # what the kernel needs; pahole too, or options drop out of its configuration

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# Makes build/kernels/<kernel> for the kernels debug and debug-kcsan: the stock kernel's source, built
+# small and with the kernel's own detectors (debug-kernel.config says which), laid out as a Debian
+# kernel would be. clang builds it: the kernel wants KASAN in C and in Rust from one compiler.
+set -euo pipefail
+# shellcheck source=tests/lab/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+case $kernel in
+debug) flavour=kasan ;;
+debug-kcsan) flavour=kcsan ;;
+*) die "KERNEL is $kernel; this builds debug and debug-kcsan" ;;
+esac
+"$lab/root.sh"
+source=$(echo "$root"/kernel/usr/src/linux-source-*.tar.xz)
+fragments=("$lab/debug-kernel.config" "$lab/debug-kernel.$flavour.config")
+linux=$choice/linux
+stock=$root/kernel
+
+key=$(key_of "$(cat "$stock/version" "$stock/tools" "$lab/debug-kernel.sh" "${fragments[@]}")")
+begin "kernel-$kernel" "$unpacked/version" "$key" "building a kernel"
+
+say "building a kernel with $flavour from the source of $(cat "$stock/version"); this takes a quarter of an hour and more"
+mkdir -p "$linux"
+rm -rf "$unpacked"
+# A tree that is there is built on: make knows what an option changes.
+if [ ! -e "$linux/Makefile" ]; then
+    name=$(basename "$source" .tar.xz)
+    in_root "$linux:/linux" -- tar --extract --file "${source#"$root"}" --directory /linux --strip-components 1 \
+        --exclude "$name/arch/[!x]*.[chS]" --exclude "$name/arch/[!x]*.dts*" --exclude "$name/Documentation/*/*" \
+        --exclude "$name/tools/testing/*" --exclude "$name/drivers/gpu/*.[ch]" --exclude "$name/sound/*.c"
+fi
+cat "${fragments[@]}" >"$linux/fragment.config"
+printf -- '-%s\n' "$kernel" >"$linux/localversion-lab"
+
+in_linux() { in_root "$linux:/linux" "$choice:/choice" -- nice make -C /linux CC=clang "$@"; }
+
+quietly "kernel-$kernel.log" in_linux KCONFIG_ALLCONFIG=fragment.config allnoconfig
+missing=$(grep -E '^CONFIG_|^# CONFIG_.* is not set$' "$linux/fragment.config" | grep -vxFf "$linux/.config" || true)
+[ -z "$missing" ] || die "refused, the source does not give these options:
+$missing"
+quietly "kernel-$kernel.log" in_linux -j "$(nproc)" bzImage modules
+quietly "kernel-$kernel-install.log" in_linux INSTALL_MOD_PATH=/choice/kernel/usr modules_install
+
+release=$(cat "$linux/include/config/kernel.release")
+cp "$linux/arch/x86/boot/bzImage" "$unpacked/usr/lib/modules/$release/vmlinuz"
+# The peer's daemon goes into this guest, too.
+install -D "$stock/usr/sbin/hv_vss_daemon" "$unpacked/usr/sbin/hv_vss_daemon"
+printf '%s\n' "$release" >"$unpacked/release"
+cp "$stock/version" "$unpacked/version"
+set_stamp "kernel-$kernel" "$key"
+say "done in ${SECONDS}s: $release"
