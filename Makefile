@@ -5,8 +5,11 @@
 
 DESTDIR ?=
 PREFIX ?= /usr
+# What 'make install' installs.
+MODULE ?= build/hv_vss.ko
+DAEMON ?= target/release/hv_vss_daemon
 # The kernel release that the module was built for decides where it is installed.
-KVER ?= $(shell modinfo -F vermagic build/hv_vss.ko 2>/dev/null | cut -d ' ' -f 1)
+KVER ?= $(shell modinfo -F vermagic $(MODULE) 2>/dev/null | cut -d ' ' -f 1)
 # Which end-to-end cases to run: a glob over names such as pairing/ours-ours.
 CASE ?= *
 # CLIPPY=1 lints the module with clippy while it is built.
@@ -39,6 +42,7 @@ user: packages ## Build the daemon, the simulated host and the test tools
 .PHONY: images
 images: packages
 	@$(LAB)/image.sh
+	@$(LAB)/systemd.sh
 
 .PHONY: demo
 demo: lab-module user images ## Back up a stock Debian guest once and print the timeline
@@ -78,12 +82,13 @@ fuzz: packages ## Fuzz the engine, FUZZ_SECONDS for each of four targets
 	@kmod/engine/fuzz/run.sh $(FUZZ_SECONDS)
 
 .PHONY: install
-install: ## Install module, daemon, unit, man page and header below DESTDIR
+install: ## Install module, daemon, unit, udev rule, man page and header below DESTDIR
 	@[ -n "$(KVER)" ] || { echo "install: nothing is built; run 'make' first" >&2; exit 1; }
-	install -D -m 0644 build/hv_vss.ko $(DESTDIR)/lib/modules/$(KVER)/updates/hv_vss.ko
-	install -D -m 0755 target/release/hv_vss_daemon $(DESTDIR)$(PREFIX)/sbin/hv_vss_daemon
+	install -D -m 0644 $(MODULE) $(DESTDIR)/lib/modules/$(KVER)/updates/hv_vss.ko
+	install -D -m 0755 $(DAEMON) $(DESTDIR)$(PREFIX)/sbin/hv_vss_daemon
 	install -D -m 0644 daemon/hv_vss_daemon.8 $(DESTDIR)$(PREFIX)/share/man/man8/hv_vss_daemon.8
 	install -D -m 0644 daemon/hv_vss_daemon.service $(DESTDIR)$(PREFIX)/lib/systemd/system/hv_vss_daemon.service
+	install -D -m 0644 daemon/90-hv_vss.rules $(DESTDIR)$(PREFIX)/lib/udev/rules.d/90-hv_vss.rules
 	install -D -m 0644 uapi/hv_vss.h $(DESTDIR)$(PREFIX)/include/linux/hv_vss.h
 	@[ -n "$(DESTDIR)" ] || depmod $(KVER)
 

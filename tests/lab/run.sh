@@ -5,7 +5,7 @@
 # folder (the test programs, the module, the guest's kernel and initramfs) on a machine whose KVM can
 # play Hyper-V: this one if it can, else an outer guest (with this much memory) under emulation. Its
 # output is shown as it comes and its exit status is ours; what it leaves in results/ is found in
-# FOLDER, build/results unless given. Log of the outer guest: build/logs/.
+# FOLDER, build/results unless given (for another KERNEL than the default: in its own folder). Log of the outer guest: build/logs/.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -13,7 +13,7 @@ set -euo pipefail
 limit=600
 # the outer guest's, if there is one
 memory=4096
-results=$build/results
+results=$choice/results
 while [ $# -gt 1 ]; do
     case $1 in
     --timeout) limit=$2 ;;
@@ -28,6 +28,10 @@ done
 programs=$repo/target/${PROFILE:-release}
 
 "$lab/image.sh"
+# The outer guest runs the default kernel whatever the one under test.
+[ "$kernel" = "$default_kernel" ] || KERNEL=$default_kernel "$lab/image.sh"
+# The guest with systemd is for the default kernel only.
+[ "$kernel" != "$default_kernel" ] || "$lab/systemd.sh"
 
 [ -w "$build" ] || need_root "writing to build/"
 # What a killed run could not take away itself; the name tells whose it was.
@@ -50,9 +54,15 @@ payload=$work/payload
 mkdir -p "$payload/results"
 missing=()
 for file in "$programs"/{e2e,bench,hyperv-sim,hv_vss_daemon,lab-agent} \
-    "$build"/{lab/hv_vss.ko,vmlinuz,guest.cpio}; do
+    "$choice"/{lab/hv_vss.ko,vmlinuz,guest.cpio}; do
     cp "$file" "$payload/" 2>/dev/null || missing+=("${file##*/}")
 done
+if [ "$kernel" = "$default_kernel" ] && [ -e "$payload/hv_vss.ko" ] && [ -e "$payload/hv_vss_daemon" ]; then
+    cp "$build/systemd.cpio" "$payload/"
+    # the same programs, where an installation puts them
+    quietly install.log make --directory "$repo" install DESTDIR="$payload/install" \
+        MODULE="$payload/hv_vss.ko" DAEMON="$payload/hv_vss_daemon"
+fi
 [ ${#missing[@]} = 0 ] || say "not built, so not in the payload: ${missing[*]}"
 
 keep_results() {

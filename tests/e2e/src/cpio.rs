@@ -4,9 +4,11 @@
 //! (`Documentation/driver-api/early-userspace/buffer-format.rst`).
 //!
 //! Just enough for an archive that follows the guest's own in the initial RAM file system:
-//! directories and executable files, all owned by root.
+//! directories and files, all owned by root.
 
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 /// An archive in the making.
 pub struct Archive<W: Write> {
@@ -28,6 +30,22 @@ impl<W: Write> Archive<W> {
     /// Adds an executable file.
     pub fn file(&mut self, name: &str, bytes: &[u8]) -> io::Result<()> {
         self.entry(name, 0o100755, bytes)
+    }
+
+    /// Adds the directory `from` as `name`, with all that is in it and with the permissions there.
+    pub fn tree(&mut self, name: &str, from: &Path) -> io::Result<()> {
+        self.directory(name)?;
+        for entry in std::fs::read_dir(from)? {
+            let entry = entry?;
+            let name = format!("{name}/{}", entry.file_name().to_string_lossy());
+            if entry.file_type()?.is_dir() {
+                self.tree(&name, &entry.path())?;
+            } else {
+                let mode = 0o100000 | entry.metadata()?.mode() & 0o777;
+                self.entry(&name, mode, &std::fs::read(entry.path())?)?;
+            }
+        }
+        Ok(())
     }
 
     /// Ends the archive and returns what it was written to.

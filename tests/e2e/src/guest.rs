@@ -25,6 +25,15 @@ const BOOT: Duration = Duration::from_secs(75);
 /// Where the device of both modules is.
 pub const DEVICE: &str = "/dev/vmbus/hv_vss";
 
+/// What runs in a guest above the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Userland {
+    /// The lab's own process 1, with nothing beside the agent.
+    Lab,
+    /// Debian's systemd, journald, udev and rsyslog, with what `make install` puts in place.
+    Systemd,
+}
+
 /// What a guest is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Machine {
@@ -32,6 +41,8 @@ pub struct Machine {
     pub cpus: u8,
     /// Memory in MiB. Ram disks take from it what is written to them, the root included.
     pub memory_mib: u32,
+    /// What is booted.
+    pub userland: Userland,
 }
 
 impl Machine {
@@ -39,10 +50,16 @@ impl Machine {
     pub const ONE_CPU: Machine = Machine {
         cpus: 1,
         memory_mib: 1280,
+        userland: Userland::Lab,
     };
     /// The same with two CPUs.
     pub const TWO_CPUS: Machine = Machine {
         cpus: 2,
+        ..Machine::ONE_CPU
+    };
+    /// One CPU, and a stock Debian on it.
+    pub const SYSTEMD: Machine = Machine {
+        userland: Userland::Systemd,
         ..Machine::ONE_CPU
     };
 }
@@ -50,7 +67,11 @@ impl Machine {
 impl std::fmt::Display for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let plural = if self.cpus == 1 { "" } else { "s" };
-        write!(f, "{} CPU{plural}, {} MiB", self.cpus, self.memory_mib)
+        write!(f, "{} CPU{plural}, {} MiB", self.cpus, self.memory_mib)?;
+        match self.userland {
+            Userland::Lab => Ok(()),
+            Userland::Systemd => write!(f, ", systemd"),
+        }
     }
 }
 
@@ -94,7 +115,7 @@ pub struct Process {
 /// What is needed to start guests: everything lies in the current directory, the payload.
 pub struct Images {
     kernel: PathBuf,
-    initrd: Vec<PathBuf>,
+    payload: PathBuf,
     results: PathBuf,
 }
 
@@ -119,12 +140,27 @@ impl Images {
             })?;
             archive.file(&format!("payload/{name}"), &bytes)?;
         }
+        let install = payload.join("install");
+        if install.exists() {
+            archive
+                .tree("payload/install", &install)
+                .with_context(|| format!("cannot read {}", install.display()))?;
+        }
         archive.finish()?;
         Ok(Images {
             kernel: payload.join("vmlinuz"),
-            initrd: vec![payload.join("guest.cpio"), extra],
+            payload: payload.to_owned(),
             results,
         })
+    }
+
+    /// What makes up the initial RAM file system, one archive after the other.
+    fn initrd(&self, userland: Userland) -> Vec<PathBuf> {
+        let guest = match userland {
+            Userland::Lab => "guest.cpio",
+            Userland::Systemd => "systemd.cpio",
+        };
+        vec![self.payload.join(guest), self.payload.join("payload.cpio")]
     }
 
     /// Where files for people go.
@@ -159,7 +195,7 @@ impl Guest {
     /// Boots a guest and waits until its agent answers. `number` names its console log.
     pub fn start(images: &Images, machine: Machine, number: u32) -> Result<Guest> {
         let mut config = VmConfig::new(&images.kernel);
-        config.initrd = images.initrd.clone();
+        config.initrd = images.initrd(machine.userland);
         config.cpus = machine.cpus;
         config.memory_mib = machine.memory_mib;
         // An oops ends the guest at once, so that it is reported where it happened.

@@ -13,6 +13,7 @@ mod lifecycle;
 mod order;
 mod pairing;
 mod peer;
+mod systemd;
 
 use anyhow::Result;
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
@@ -63,6 +64,7 @@ pub fn all() -> Vec<Case> {
         commands::CASES,
         deadman::CASES,
         peer::CASES,
+        systemd::CASES,
     ]
     .concat()
 }

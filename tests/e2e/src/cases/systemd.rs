@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The daemon as a service: stock Debian with systemd, journald and rsyslog, all on the ext4 root
+//! that is frozen, the daemon's own program and systemd's among it.
+//!
+//! What the guest has of ours is what `make install` puts in place, enabled before it boots.
+
+use super::Case;
+use anyhow::{ensure, Result};
+use e2e::check::{answered, equal, status_name};
+use e2e::guest::{Guest, Machine, STEP};
+use hyperv_sim::ic::vss::VERSIONS;
+use hyperv_sim::ic::{status, FRAMEWORKS};
+use std::time::Duration;
+
+pub const CASES: &[Case] = &[
+    case(
+        "systemd/backup",
+        "started at boot; a good backup with journald, syslog and the daemon's program frozen, a watchdog \
+         shorter than the freeze, and the log lines after it",
+        backup,
+    ),
+    case(
+        "systemd/stop",
+        "systemctl stop and restart while frozen: all thawed, the host's THAW is failed",
+        stop,
+    ),
+    case(
+        "systemd/daemon-killed",
+        "kill -9 of the daemon while frozen: the guard outlives it and thaws, the service comes back",
+        daemon_killed,
+    ),
+    case(
+        "systemd/both-killed",
+        "kill -9 of daemon and guard while frozen: the unit's stop step thaws from a frozen root",
+        both_killed,
+    ),
+    case(
+        "systemd/watchdog",
+        "a stopped daemon is noticed by the watchdog while frozen: all thawed, restarted",
+        watchdog,
+    ),
+];
+
+const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result<()>) -> Case {
+    Case {
+        name,
+        about,
+        machine: Machine::SYSTEMD,
+        per_round: Duration::ZERO,
+        on_request: false,
+        run,
+    }
+}
+
+const UNIT: &str = "hv_vss_daemon.service";
+
+/// The writer on the frozen root.
+const WRITER: &str = "/var/tmp/writer";
+
+/// What systemd says of the unit.
+fn property(guest: &Guest, name: &str) -> Result<String> {
+    let line = format!("systemctl show --property={name} --value {UNIT}");
+    Ok(guest.sh(&line)?.trim().to_owned())
+}
+
+/// The guard of the daemon that runs.
+fn guard_pid(guest: &Guest, daemon: i32) -> Result<i32> {
+    let children = guest.read(&format!("/proc/{daemon}/task/{daemon}/children"))?;
+    Ok(children.trim().parse()?)
+}
+
+/// Waits until the unit is active with another daemon than `old`, which has then registered, and
+/// returns that daemon's process id.
+fn wait_active(guest: &Guest, old: i32) -> Result<i32> {
+    let look = format!("systemctl show --property=ActiveState,MainPID {UNIT}");
+    let mut pid = 0;
+    guest.wait_until("the unit is active", STEP, || {
+        let text = guest.sh(&look)?;
+        let found = text.lines().find_map(|it| it.strip_prefix("MainPID="));
+        pid = found.map_or(Ok(0), str::parse)?;
+        Ok(text.contains("ActiveState=active") && pid != 0 && pid != old)
+    })?;
+    Ok(pid)
+}
+
+/// The service as it is after boot, and as the device brings it when the last case took that away;
+/// with a drop-in, and with somebody who writes to the root, to journal and to syslog. Returns the
+/// daemon's process id.
+fn begin(guest: &Guest, drop_in: &str) -> Result<i32> {
+    if !drop_in.is_empty() {
+        guest.sh(&format!(
+            "mkdir -p /run/systemd/system/{UNIT}.d
+             printf '[Service]\n{drop_in}\n' > /run/systemd/system/{UNIT}.d/test.conf
+             systemctl daemon-reload"
+        ))?;
+    }
+    guest.sh("modprobe hv_vss")?;
+    let mut pid = wait_active(guest, 0)?;
+    if !drop_in.is_empty() {
+        guest.sh(&format!("systemctl restart {UNIT}"))?;
+        pid = wait_active(guest, pid)?;
+    }
+    guest.vss().wait_open(STEP)?;
+    guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    guest.writer_start(WRITER)?;
+    guest.spawn(&["sh", "-c", "while :; do logger flood; sleep 0.2; done"])?;
+    Ok(pid)
+}
+
+/// Back to a guest that the next case may have.
+fn end(guest: &Guest) -> Result<()> {
+    guest.writers_stop()?;
+    guest
+        .sh(&format!(
+            "rm -rf /run/systemd/system/{UNIT}.d; systemctl daemon-reload
+         systemctl stop {UNIT}"
+        ))
+        .map(drop)
+}
+
+/// FREEZE, and the look that the root stands: its writer has been inside one write for 300 ms.
+fn freeze(guest: &Guest) -> Result<()> {
+    answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until("the root stands still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+    })
+}
+
+/// Waits until the writer goes on.
+fn thawed(guest: &Guest, who: &str) -> Result<()> {
+    let then = guest.writers()?;
+    guest.wait_until(&format!("{who}: the root is thawed"), STEP, || {
+        let now = guest.writers()?;
+        Ok(then.iter().zip(&now).all(|(t, n)| n.count > t.count + 10))
+    })
+}
+
+/// The host's THAW, which must fail, and a backup that is good again.
+fn recovered(guest: &Guest, who: &str) -> Result<()> {
+    let vss = guest.vss();
+    let thaw = vss.thaw(STEP)?.status();
+    ensure!(
+        thaw == status::FAIL,
+        "{who}: THAW should fail, the host was told {}",
+        status_name(thaw)
+    );
+    freeze(guest)?;
+    answered("THAW of the next backup", &vss.thaw(STEP)?, status::OK)?;
+    thawed(guest, "the next backup")
+}
+
+fn backup(guest: &Guest) -> Result<()> {
+    let verified = guest.try_sh(&format!("systemd-analyze verify --man=no {UNIT} 2>&1"))?;
+    equal(
+        "systemd-analyze verify",
+        (verified.status, verified.out.as_str()),
+        (Some(0), ""),
+    )?;
+    equal(
+        "enabled",
+        guest.sh(&format!("systemctl is-enabled {UNIT}"))?.trim(),
+        "enabled",
+    )?;
+    let pid = begin(guest, "WatchdogSec=3")?;
+    freeze(guest)?;
+    // The host takes its time, more than the watchdog allows for silence.
+    std::thread::sleep(Duration::from_secs(7));
+    let still = guest.writers()?.iter().all(|it| it.in_write_us > 6_000_000);
+    ensure!(still, "the root was not frozen all the time");
+    answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+    thawed(guest, "THAW")?;
+    equal("the daemon", wait_active(guest, 0)?, pid)?;
+    equal("restarts", property(guest, "NRestarts")?.as_str(), "0")?;
+    for (place, look) in [
+        (
+            "the journal",
+            "journalctl --quiet --boot --unit hv_vss_daemon",
+        ),
+        ("syslog", "cat /var/log/syslog"),
+    ] {
+        guest.wait_until(&format!("{place} tells of the backup"), STEP, || {
+            let text = guest.sh(look)?;
+            Ok(text.contains("FREEZE answered: 1 frozen") && text.contains("the backup is good"))
+        })?;
+    }
+    end(guest)
+}
+
+fn stop(guest: &Guest) -> Result<()> {
+    let pid = begin(guest, "")?;
+    freeze(guest)?;
+    guest.sh(&format!("systemctl restart {UNIT}"))?;
+    thawed(guest, "restart")?;
+    wait_active(guest, pid)?;
+    recovered(guest, "restart")?;
+    freeze(guest)?;
+    guest.sh(&format!("systemctl stop {UNIT}"))?;
+    equal("after stop", property(guest, "Result")?.as_str(), "success")?;
+    thawed(guest, "stop")?;
+    guest.sh(&format!("systemctl start {UNIT}"))?;
+    recovered(guest, "stop")?;
+    end(guest)
+}
+
+fn daemon_killed(guest: &Guest) -> Result<()> {
+    // Without the stop step only the guard can thaw.
+    let pid = begin(guest, "ExecStopPost=")?;
+    freeze(guest)?;
+    guest.sh(&format!("kill -KILL {pid}"))?;
+    thawed(guest, "kill -9 of the daemon")?;
+    wait_active(guest, pid)?;
+    recovered(guest, "kill -9 of the daemon")?;
+    end(guest)
+}
+
+fn both_killed(guest: &Guest) -> Result<()> {
+    // No next start comes to help.
+    let pid = begin(guest, "Restart=no")?;
+    let guard = guard_pid(guest, pid)?;
+    freeze(guest)?;
+    // Stopped first, so that neither sees the other die.
+    guest.sh(&format!(
+        "kill -STOP {guard} {pid}; kill -KILL {guard} {pid}"
+    ))?;
+    thawed(guest, "kill -9 of both")?;
+    guest.sh(&format!("systemctl start {UNIT}"))?;
+    recovered(guest, "kill -9 of both")?;
+    end(guest)
+}
+
+fn watchdog(guest: &Guest) -> Result<()> {
+    let pid = begin(guest, "WatchdogSec=2")?;
+    freeze(guest)?;
+    guest.sh(&format!("kill -STOP {pid}"))?;
+    thawed(guest, "a stopped daemon")?;
+    wait_active(guest, pid)?;
+    let text = guest.sh("journalctl --quiet --boot --unit hv_vss_daemon")?;
+    ensure!(
+        text.contains("Watchdog timeout"),
+        "the journal does not tell of the watchdog:\n{text}"
+    );
+    recovered(guest, "a stopped daemon")?;
+    end(guest)
+}

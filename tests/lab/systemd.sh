@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# Makes build/systemd.cpio, the initramfs of the guest that runs a stock Debian userland: systemd,
+# journald, udev and rsyslog on an ext4 root. Our daemon comes into it when it boots, by what
+# `make install` puts where.
+set -euo pipefail
+# shellcheck source=tests/lab/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+suite=trixie
+packages=(systemd-sysv udev rsyslog kmod)
+options=(
+    --variant=essential --mode=root --architectures=amd64
+    --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*'
+    --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/lib/*/gconv/*'
+    --dpkgopt='path-exclude=/usr/share/i18n/*' --dpkgopt='path-exclude=/usr/share/zoneinfo/*'
+    --dpkgopt='path-exclude=/usr/share/perl/*' --dpkgopt='path-exclude=/usr/lib/udev/hwdb.d/*'
+    --dpkgopt=force-unsafe-io
+    --aptopt='APT::Install-Recommends "false"'
+)
+# The device's driver, the peer's, and what a case mounts beside the root.
+modules=(brd hv_utils)
+# Units that only cost time in an emulated machine without a console, a network or a user.
+masked=(
+    getty@.service serial-getty@.service systemd-logind.service systemd-networkd.service
+    ldconfig.service systemd-hwdb-update.service systemd-firstboot.service systemd-random-seed.service
+    systemd-update-utmp.service systemd-update-done.service systemd-journal-catalog-update.service
+    systemd-user-sessions.service systemd-binfmt.service systemd-sysctl.service
+    systemd-pcrphase.service systemd-pcrphase-sysinit.service systemd-pcrmachine.service
+    dpkg-db-backup.timer systemd-tmpfiles-clean.timer fstrim.timer e2scrub_all.timer
+    sys-kernel-config.mount sys-kernel-tracing.mount dev-hugepages.mount dev-mqueue.mount
+)
+
+# The part below runs inside the build root, with build/ at /build and this folder at /lab.
+if [ "${1:-}" = --inside ]; then
+    release=$(cat /kernel/release)
+    target=/build/systemd.root
+    kernel=$target/usr/lib/modules/$release
+    mkdir -p "$kernel"
+    modprobe --dirname /kernel --set-version "$release" --show-depends --all "${modules[@]}" |
+        sed -n 's/^insmod \([^ ]*\).*/\1/p' | sort -u | while read -r file; do
+        install -D -m 0644 "$file" "$kernel/${file#*"/modules/$release/"}"
+    done
+    cp /kernel/usr/lib/modules/"$release"/modules.{builtin,builtin.modinfo,order} "$kernel/"
+    depmod --basedir "$target" "$release"
+
+    ramfs=/tmp/systemd.ramfs
+    rm -rf "$ramfs"
+    mkdir -p "$ramfs"/{bin,dev,proc,sys}
+    cp /usr/bin/busybox "$ramfs/bin/"
+    install -m 0755 /lab/systemd/init "$ramfs/init"
+    brd=$(find "$kernel" -name 'brd.ko*')
+    case $brd in
+    *.xz) xz -dc "$brd" >"$ramfs/brd.ko" ;;
+    *) cp "$brd" "$ramfs/brd.ko" ;;
+    esac
+    # What is on it, and as much again as the tests write.
+    size=$(($(du -sm "$target" | cut -f 1) * 11 / 10 + 48))
+    mke2fs -q -t ext4 -b 4096 -J size=4 -O ^resize_inode -d "$target" "$ramfs/root.ext4" "${size}M"
+    (cd "$ramfs" && find . -mindepth 1 | sort | cpio --quiet -o -H newc -R 0:0) >/build/systemd.cpio.new
+    mv /build/systemd.cpio.new /build/systemd.cpio
+    rm -rf "$ramfs"
+    exit 0
+fi
+
+"$lab/root.sh"
+key=$(key_of "$(cat "$build/stamps/root")" "$(cat "$root/kernel/version" "$lab/systemd.sh" "$lab"/systemd/*)")
+begin systemd "$build/systemd.cpio" "$key" "making the guest with systemd"
+say "making the guest with systemd (Debian $suite: ${packages[*]})"
+target=$build/systemd.root
+rm -rf --one-file-system "$target"
+comma=$(IFS=,; printf '%s' "${packages[*]}")
+# From where, and how it is reached, is what the build root was made with.
+quietly systemd.log mmdebstrap "${options[@]}" --aptopt="$root/etc/apt/apt.conf.d/99mmdebstrap" \
+    --include="$comma" "$suite" "$target" "$root/etc/apt/sources.list"
+for unit in "${masked[@]}"; do
+    ln -sf /dev/null "$target/etc/systemd/system/$unit"
+done
+install -m 0644 "$lab/systemd/lab-agent.service" "$target/etc/systemd/system/"
+mkdir -p "$target"/etc/systemd/system/multi-user.target.wants "$target"/var/log/journal "$target"/payload
+ln -s ../lab-agent.service "$target/etc/systemd/system/multi-user.target.wants/"
+# Nothing is to wait for a terminal, and the first boot asks nothing.
+ln -sf multi-user.target "$target/etc/systemd/system/default.target"
+echo guest >"$target/etc/hostname"
+printf '%s\n' 0123456789abcdef0123456789abcdef >"$target/etc/machine-id"
+quietly systemd.log in_root "$build:/build" "$lab:/lab" -- bash /lab/systemd.sh --inside
+rm -rf --one-file-system "$target"
+set_stamp systemd "$key"
+say "done in ${SECONDS}s (systemd.cpio: $(($(stat -c %s "$build/systemd.cpio") / 1000000)) MB)"
