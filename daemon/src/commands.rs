@@ -194,7 +194,7 @@ fn rehearse(
     time: Duration,
     stop: &Stop,
 ) -> Result<(), CommandError> {
-    let mut frozen = freeze_all(setting, abort)?;
+    let frozen = freeze_all(setting, abort)?;
     frozen.settle();
     let end = Instant::now() + time;
     let event = loop {
@@ -211,7 +211,9 @@ fn rehearse(
         // From here on an early thaw is no surprise.
         abort.store(true, Ordering::SeqCst);
     }
-    frozen.thaw()?;
+    let thawed = frozen.thaw();
+    frozen.tidy();
+    thawed?;
     match event {
         None => Ok(()),
         Some(Event::Overdue) => Err(CommandError::Ended("the deadline passed")),
@@ -308,7 +310,7 @@ fn thaw_entry(
         log.warning(format!("{name} is not mounted any more"));
         return Ok(());
     };
-    let fd = open_file_system(machine, file_system).map_err(|e| e.to_string())?;
+    let fd = open_file_system(&machine.ways, file_system).map_err(|e| e.to_string())?;
     match sys::thaw(fd.as_fd()) {
         Ok(()) => log.info(format!("{name} thawed")),
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {

@@ -8,6 +8,8 @@
 //! prepare = 300           # seconds that may pass before the first freeze
 //! deadline = 60           # seconds from the first freeze to the thaw, at the latest
 //! parallel = 32           # file systems that are worked on at a time
+//! write_back = 4          # the same for writing back before the freeze; twice the processors,
+//!                         # if that is more
 //!
 //! [exclude]               # never frozen; patterns with *, ? and [...]
 //! paths = ["/srv/scratch*"]
@@ -68,6 +70,9 @@ pub struct Config {
     /// How many file systems are worked on at a time, 1 to 256.
     #[serde(deserialize_with = "threads")]
     pub parallel: usize,
+    /// How many file systems are written back at a time before the freeze, 1 to 256.
+    #[serde(deserialize_with = "threads")]
+    pub write_back: usize,
     /// Where lock and record are kept; it must not be on a disk.
     pub run_dir: PathBuf,
     /// What is never frozen.
@@ -83,6 +88,8 @@ impl Default for Config {
             prepare: Duration::from_secs(300),
             deadline: Duration::from_secs(60),
             parallel: 32,
+            write_back: std::thread::available_parallelism()
+                .map_or(4, |n| (2 * n.get()).clamp(4, 256)),
             run_dir: "/run/hv_vss_daemon".into(),
             exclude: Rules::default(),
             include: Rules::default(),

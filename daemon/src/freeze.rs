@@ -159,6 +159,8 @@ pub struct Limits {
     pub strict: bool,
     /// How many are worked on at a time.
     pub parallel: usize,
+    /// How many are written back at a time, before the freeze.
+    pub write_back: usize,
 }
 
 /// What the workers share.
@@ -179,6 +181,7 @@ pub struct Session {
     work: Arc<Work>,
     waves: Vec<Vec<usize>>,
     pool: Pool,
+    write_back: usize,
 }
 
 impl Session {
@@ -204,6 +207,7 @@ impl Session {
         let widest = waves.iter().map(Vec::len).max().unwrap_or(0);
         Ok(Session {
             pool: Pool::new(widest.min(limits.parallel).saturating_sub(1))?,
+            write_back: limits.write_back,
             waves,
             work: Arc::new(Work {
                 targets,
@@ -227,16 +231,20 @@ impl Session {
     /// Writes back what is dirty while everybody can still write, so that the freeze itself has
     /// little left to flush. Waves keep their order: what a loop device writes lands in the file
     /// system below it.
+    ///
+    /// Few at a time: a journal is written behind the data of its file system, so a writer that
+    /// needs the journal waits until the device has taken that, which is the longer the more share
+    /// the processor or the disk.
     pub fn sync(&self) {
         for wave in &self.waves {
-            self.each(wave, Work::sync_one);
+            self.each(wave, self.write_back, Work::sync_one);
         }
     }
 
     /// Freezes wave after wave. On any failure everything is thawed before it returns.
     pub fn freeze(&self) -> Result<Summary, FreezeError> {
         for wave in &self.waves {
-            self.each(wave, Work::freeze_one);
+            self.each(wave, usize::MAX, Work::freeze_one);
             if self.work.gave_up() {
                 break;
             }
@@ -262,7 +270,7 @@ impl Session {
     /// Thaws what this session froze, the last wave first. Everything is tried, whatever fails.
     pub fn thaw(&self) -> Result<(), ThawError> {
         for wave in self.waves.iter().rev() {
-            self.each(wave, Work::thaw_one);
+            self.each(wave, usize::MAX, Work::thaw_one);
         }
         if let Some(failure) = lock(&self.work.thaw_failure).take() {
             return Err(failure);
@@ -275,7 +283,7 @@ impl Session {
         }
     }
 
-    fn each(&self, wave: &[usize], step: fn(&Work, usize, &Target)) {
+    fn each(&self, wave: &[usize], most: usize, step: fn(&Work, usize, &Target)) {
         let work = Arc::clone(&self.work);
         let members = wave.to_vec();
         let run_one = move |n: usize| {
@@ -284,7 +292,7 @@ impl Session {
                 step(&work, index, target);
             }
         };
-        self.pool.run(wave.len(), Arc::new(run_one));
+        self.pool.run(wave.len(), most, Arc::new(run_one));
     }
 }
 
@@ -491,6 +499,7 @@ mod tests {
             Limits {
                 strict,
                 parallel: 1,
+                write_back: 1,
             },
             Arc::clone(&abort),
             Box::new(move |index| lock(&heard).push(index)),

@@ -4,26 +4,28 @@
 //!
 //! All of this may take long or hang (a look-up below a dead network mount, a freeze behind a
 //! security agent), and the event loop must stay able to answer the host. So for a backup it
-//! happens on a thread of its own, a [`Job`], and the loop hears of it through a callback. It knows
-//! no host and no frames.
+//! happens on a thread of its own, the [`Worker`]'s, and the loop hears of each [`Job`] through a
+//! callback. Between backups that thread has a plan ready for the next one. It knows no host and no
+//! frames.
 
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{channel, Sender};
+use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::Arc;
-use std::thread::{Builder, JoinHandle};
+use std::thread::Builder;
 
 use crate::config::Config;
 use crate::freeze::{FreezeError, Kernel, Limits, Session, Summary, Target, ThawError};
 use crate::guard::{Guard, GuardError};
 use crate::logbook::{words, Logbook, Sink};
-use crate::machine::{LookError, Machine};
+use crate::machine::{LookError, Machine, Ways};
 use crate::mounts::DevId;
 use crate::open::{open_file_system, OpenError};
-use crate::plan::{plan, Plan};
+use crate::plan::{plan, FileSystem, Plan};
 use crate::record::{Entry, Lock, Record, RecordError, RecordFile, RunDir};
 use crate::sys;
+use crate::watch::Watch;
 
 /// How often the machine is looked at anew when it changed between reading and opening.
 const ATTEMPTS: usize = 5;
@@ -71,16 +73,52 @@ pub struct Setting {
 /// Makes the plan for the machine as it is.
 pub fn make_plan(config: &Config) -> Result<(Machine, Plan), LookError> {
     let machine = Machine::look()?;
-    let plan = plan(&machine.mounts, &machine.topology, &|f| config.excludes(f));
+    let plan = plan_of(&machine, config);
     Ok((machine, plan))
 }
 
+fn plan_of(machine: &Machine, config: &Config) -> Plan {
+    plan(&machine.mounts, &machine.topology, &|f| config.excludes(f))
+}
+
+/// A plan that was made before it is needed.
+#[derive(Default)]
+struct Prepared(Option<(Vec<Vec<FileSystem>>, Watch)>);
+
+impl Prepared {
+    /// Makes a plan, unless the one that is there still holds. Nothing comes of it where a later
+    /// change would go unnoticed; then each freeze makes its own.
+    fn prepare(&mut self, config: &Config) {
+        if self.ways().is_some() {
+            return;
+        }
+        self.0 = Watch::look().and_then(|(mut watch, machine)| {
+            let Plan { waves, left_out } = plan_of(&machine, config);
+            watch
+                .mind(&machine.ways, &left_out)
+                .then_some((waves, watch))
+        });
+    }
+
+    /// The way to what is planned, if the plan still holds.
+    fn ways(&self) -> Option<(&[Vec<FileSystem>], Ways)> {
+        let (waves, watch) = self.0.as_ref()?;
+        Some((waves, watch.unchanged()?))
+    }
+}
+
 /// Plans, and opens everything that is to be frozen.
-fn gather(config: &Config, log: &Logbook) -> Result<Vec<Target>, JobError> {
+fn gather(config: &Config, log: &Logbook, prepared: &Prepared) -> Result<Vec<Target>, JobError> {
+    if let Some((waves, ways)) = prepared.ways() {
+        // A mount that was moved is in its table as before, but not where it was.
+        if let Ok(targets) = open_all(&ways, waves, config.strict, log) {
+            return Ok(targets);
+        }
+    }
     let mut attempt = 1;
     loop {
         let (machine, plan) = make_plan(config)?;
-        match open_all(&machine, &plan, config.strict, log) {
+        match open_all(&machine.ways, &plan.waves, config.strict, log) {
             Ok(targets) => return Ok(targets),
             // Something was unmounted meanwhile, most likely.
             Err(_) if attempt < ATTEMPTS => attempt += 1,
@@ -90,16 +128,16 @@ fn gather(config: &Config, log: &Logbook) -> Result<Vec<Target>, JobError> {
 }
 
 fn open_all(
-    machine: &Machine,
-    plan: &Plan,
+    ways: &Ways,
+    waves: &[Vec<FileSystem>],
     strict: bool,
     log: &Logbook,
 ) -> Result<Vec<Target>, OpenError> {
     let mut targets = Vec::new();
-    for (wave, members) in plan.waves.iter().enumerate() {
+    for (wave, members) in waves.iter().enumerate() {
         for file_system in members {
             let name = file_system.to_string();
-            match open_file_system(machine, file_system) {
+            match open_file_system(ways, file_system) {
                 Ok(fd) => targets.push(Target::new(file_system.dev, name, wave, fd)),
                 Err(error) if error.is_broken() && !strict => {
                     log.warning(format!("{error}; it is out of order and left out"));
@@ -119,11 +157,20 @@ pub struct Frozen {
     setting: Setting,
     run: RunDir,
     record: RecordFile,
-    lock: Option<Lock>,
+    lock: Lock,
 }
 
-/// Freezes everything that the plan says. The log is held from just before the first freeze.
+/// Freezes everything that a plan for the machine as it is now says. The log is held from just
+/// before the first freeze at the latest.
 pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, JobError> {
+    freeze_prepared(setting, abort, &Prepared::default())
+}
+
+fn freeze_prepared(
+    setting: &Setting,
+    abort: &Arc<AtomicBool>,
+    prepared: &Prepared,
+) -> Result<Frozen, JobError> {
     let Setting {
         config, log, guard, ..
     } = setting;
@@ -132,6 +179,7 @@ pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, 
     let limits = Limits {
         strict: config.strict,
         parallel: config.parallel,
+        write_back: config.write_back,
     };
     let foreign_guard = Arc::clone(guard);
     let on_foreign = move |index| {
@@ -139,7 +187,7 @@ pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, 
         let _ = foreign_guard.forget(index);
     };
     let session = Session::new(
-        gather(config, log)?,
+        gather(config, log, prepared)?,
         Arc::new(Kernel),
         log.clone(),
         limits,
@@ -148,6 +196,8 @@ pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, 
     )
     .map_err(JobError::Threads)?;
     if is_worth_a_sync() {
+        // It may take long, and nothing is frozen yet.
+        log.release();
         session.sync();
     }
     let record = run.write(&record_of(&session, setting.for_host, |_| true), &lock)?;
@@ -169,7 +219,7 @@ pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, 
             setting: setting.clone(),
             run,
             record,
-            lock: Some(lock),
+            lock,
         }),
         Err(error) => {
             drop(session);
@@ -238,18 +288,21 @@ impl Frozen {
         }
     }
 
-    /// Thaws what was frozen. Everything is tried, whatever fails. To drop it afterwards takes a
-    /// while, which nobody need wait for.
-    pub fn thaw(&mut self) -> Result<(), ThawError> {
-        let result = self.session.thaw();
+    /// Thaws what was frozen. Everything is tried, whatever fails. [`Frozen::tidy`] is to follow.
+    pub fn thaw(&self) -> Result<(), ThawError> {
+        self.session.thaw()
+    }
+
+    /// Gives up what is needed only as long as anything is frozen: the guard's part, the record, the
+    /// lock. It takes a while, which nobody need wait for.
+    pub fn tidy(self) {
         if self.session.targets().iter().any(Target::is_ours) {
             // That stays in the guard's hands and in the record, and nothing else may be frozen
             // beside it: the lock is kept until this process ends.
-            std::mem::forget(self.lock.take());
+            std::mem::forget(self.lock);
         } else {
             clean_up(&self.setting.guard, &self.run, &self.setting.log);
         }
-        result
     }
 }
 
@@ -261,6 +314,7 @@ pub fn warm_up() -> io::Result<()> {
     let limits = Limits {
         strict: false,
         parallel: 2,
+        write_back: 2,
     };
     let session = Session::new(
         vec![target],
@@ -286,37 +340,92 @@ pub enum Outcome {
     Thawed(Result<(), ThawError>),
 }
 
+/// The thread on which backups happen, one after the other. It lives as long as the process: a thread
+/// takes longer to start than a clean file system to freeze.
+pub struct Worker {
+    orders: Sender<Order>,
+}
+
+enum Order {
+    Prepare(Arc<Config>),
+    Backup(Box<Backup>),
+}
+
+struct Backup {
+    setting: Setting,
+    abort: Arc<AtomicBool>,
+    thaw: Receiver<()>,
+    /// Dropped when nothing more is to be done for it.
+    over: Sender<()>,
+    tell: Box<dyn Fn(Outcome) + Send>,
+}
+
+impl Worker {
+    /// Starts it.
+    pub fn start() -> io::Result<Self> {
+        let (sender, orders) = channel();
+        let body = move || {
+            let mut prepared = Prepared::default();
+            while let Ok(order) = orders.recv() {
+                match order {
+                    Order::Prepare(config) => prepared.prepare(&config),
+                    Order::Backup(backup) => backup.run(&prepared),
+                }
+            }
+        };
+        let builder = Builder::new().name("backup".into()).stack_size(STACK_BYTES);
+        builder.spawn(body)?;
+        Ok(Worker { orders: sender })
+    }
+
+    /// Has a plan made for the next backup, unless the last one still holds.
+    pub fn prepare(&self, config: &Arc<Config>) {
+        // Without a worker the next backup fails, and that is where it is said.
+        let _ = self.orders.send(Order::Prepare(Arc::clone(config)));
+    }
+
+    /// Begins a backup. `tell` is called from the worker's thread. `None` when that has died.
+    pub fn begin(&self, setting: Setting, tell: impl Fn(Outcome) + Send + 'static) -> Option<Job> {
+        let (thaw, commands) = channel();
+        let (sender, over) = channel();
+        let abort = Arc::new(AtomicBool::new(false));
+        let backup = Backup {
+            setting,
+            abort: Arc::clone(&abort),
+            thaw: commands,
+            over: sender,
+            tell: Box::new(tell),
+        };
+        self.orders.send(Order::Backup(Box::new(backup))).ok()?;
+        Some(Job { thaw, abort, over })
+    }
+}
+
+impl Backup {
+    fn run(self, prepared: &Prepared) {
+        match freeze_prepared(&self.setting, &self.abort, prepared) {
+            Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
+            Ok(frozen) => {
+                (self.tell)(Outcome::Frozen(Ok(frozen.summary)));
+                frozen.settle();
+                // Both mean the same: the word to thaw, and the loss of whoever could say it.
+                let _ = self.thaw.recv();
+                (self.tell)(Outcome::Thawed(frozen.thaw()));
+                frozen.tidy();
+            }
+        }
+        drop(self.over);
+    }
+}
+
 /// A backup under way.
 pub struct Job {
     thaw: Sender<()>,
     abort: Arc<AtomicBool>,
-    thread: JoinHandle<()>,
+    over: Receiver<()>,
 }
 
 impl Job {
-    /// Starts one. `tell` is called from the job's thread.
-    pub fn start(setting: Setting, tell: impl Fn(Outcome) + Send + 'static) -> io::Result<Self> {
-        let (thaw, commands) = channel::<()>();
-        let abort = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&abort);
-        let body = move || match freeze_all(&setting, &flag) {
-            Err(error) => tell(Outcome::Frozen(Err(error))),
-            Ok(mut frozen) => {
-                tell(Outcome::Frozen(Ok(frozen.summary)));
-                frozen.settle();
-                // Both mean the same: the word to thaw, and the loss of whoever could say it.
-                let _ = commands.recv();
-                tell(Outcome::Thawed(frozen.thaw()));
-            }
-        };
-        let builder = Builder::new().name("backup".into()).stack_size(STACK_BYTES);
-        Ok(Job {
-            thaw,
-            abort,
-            thread: builder.spawn(body)?,
-        })
-    }
-
     /// Asks for the thaw of what is frozen.
     pub fn thaw(&self) {
         // A job that is over needs no word.
@@ -329,10 +438,10 @@ impl Job {
         self.thaw();
     }
 
-    /// Waits for the thread of a job that has told its last outcome.
+    /// Waits for the end of a job that has told its last outcome.
     pub fn join(self) {
-        // A panic has already been printed, and dropping the session has thawed.
-        let _ = self.thread.join();
+        // Nothing is ever said there; it closes.
+        let _ = self.over.recv();
         sys::give_back_memory();
     }
 }

@@ -29,3 +29,4 @@ pub mod record;
 pub mod service;
 pub mod sys;
 pub mod topology;
+pub mod watch;

@@ -6,7 +6,7 @@
 //! and is dropped before anything is frozen. What follows from what it saw is decided in
 //! [`crate::plan`].
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use nix::fcntl::{open, OFlag};
 use nix::sys::stat::Mode;
@@ -33,11 +33,20 @@ pub enum LookError {
     Enter(#[source] std::io::Error),
 }
 
+/// The way to what was seen.
+#[derive(Debug)]
+pub struct Ways {
+    /// The root of procfs, usable inside any namespace.
+    pub proc: OwnedFd,
+    /// The other namespaces.
+    pub namespaces: Namespaces,
+}
+
 /// What was seen, and the way to it.
 #[derive(Debug)]
 pub struct Machine {
-    proc: OwnedFd,
-    namespaces: Namespaces,
+    /// The way.
+    pub ways: Ways,
     /// The tables of all namespaces; of the others only what is on block devices.
     pub mounts: Vec<Mount>,
     /// What the block devices stand on.
@@ -58,21 +67,10 @@ impl Machine {
         }
         let topology = topology::read(&mounts);
         Ok(Machine {
-            proc,
-            namespaces,
+            ways: Ways { proc, namespaces },
             mounts,
             topology,
         })
-    }
-
-    /// The root of procfs, usable inside any namespace.
-    pub fn proc(&self) -> BorrowedFd<'_> {
-        self.proc.as_fd()
-    }
-
-    /// The other namespaces.
-    pub fn namespaces(&self) -> &Namespaces {
-        &self.namespaces
     }
 }
 

@@ -17,13 +17,32 @@ use std::thread;
 use nix::mount::{mount, MsFlags};
 use nix::sched::{setns, unshare, CloneFlags};
 
-use crate::sys;
+use crate::sys::{self, MntNsInfo};
 
 /// The namespaces other than the daemon's own. [`crate::mounts::Mount::namespace`] counts them
 /// from 1.
 #[derive(Debug, Default)]
 pub struct Namespaces {
     others: Vec<OwnedFd>,
+    /// One for each of the others, on kernels that tell.
+    states: Option<Vec<State>>,
+}
+
+/// What changes when anything is mounted in a namespace or taken away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct State {
+    /// Number and count of mounts.
+    info: MntNsInfo,
+    /// The mount that was added last. With the count it shows each change: what is added is newer,
+    /// what is taken away is missing.
+    newest: u64,
+}
+
+impl State {
+    /// The number of the namespace, never used again.
+    pub fn id(&self) -> u64 {
+        self.info.mnt_ns_id
+    }
 }
 
 impl Namespaces {
@@ -32,12 +51,24 @@ impl Namespaces {
     ///
     /// While this is alive the namespaces cannot vanish, so it is to be dropped soon.
     pub fn find() -> io::Result<Self> {
-        let own = File::open("/proc/self/ns/mnt")?;
-        let others = match listed(own.as_fd()) {
-            Ok(others) => others,
-            Err(_) => of_processes(&own)?,
-        };
-        Ok(Namespaces { others })
+        Self::find_beside(&own()?)
+    }
+
+    /// The same for who has [`own`] already.
+    pub fn find_beside(own: &File) -> io::Result<Self> {
+        match listed(own.as_fd()) {
+            Ok(found) => Ok(found),
+            Err(_) => Ok(Namespaces {
+                others: of_processes(own)?,
+                states: None,
+            }),
+        }
+    }
+
+    /// The state in which each of them was when it was found, in their order; `None` on kernels that
+    /// do not tell (before 6.12).
+    pub fn states(&self) -> Option<&[State]> {
+        self.states.as_deref()
     }
 
     /// How many there are.
@@ -103,17 +134,34 @@ fn on_a_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Resu
     })
 }
 
+/// The namespace that this process is in.
+pub fn own() -> io::Result<File> {
+    File::open("/proc/self/ns/mnt")
+}
+
 /// Walks the kernel's list from the own namespace in both directions.
-fn listed(own: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd>> {
-    let mut others: Vec<OwnedFd> = Vec::new();
+fn listed(own: BorrowedFd<'_>) -> io::Result<Namespaces> {
+    let mut found = Namespaces::default();
+    let mut states = Some(Vec::new());
     for after in [true, false] {
-        let mut from = own.try_clone_to_owned()?;
-        while let Some(next) = sys::neighbour_namespace(from.as_fd(), after)? {
-            from = next.try_clone()?;
-            others.push(next);
+        let begin = found.others.len();
+        loop {
+            let from = match found.others.get(begin..) {
+                Some([.., last]) => last.as_fd(),
+                _ => own,
+            };
+            let Some((next, info)) = sys::neighbour_namespace(from, after)? else {
+                break;
+            };
+            match (&mut states, sys::newest_mount(info.mnt_ns_id)) {
+                (Some(states), Ok(newest)) => states.push(State { info, newest }),
+                _ => states = None,
+            }
+            found.others.push(next);
         }
     }
-    Ok(others)
+    found.states = states;
+    Ok(found)
 }
 
 /// The namespaces that have processes. One that ends meanwhile is none any more.

@@ -15,7 +15,7 @@ use nix::fcntl::{open, openat, OFlag};
 use nix::mount::{umount2, MntFlags};
 use nix::sys::stat::Mode;
 
-use crate::machine::Machine;
+use crate::machine::Ways;
 use crate::mounts::{self, DevId, Mount};
 use crate::plan::{FileSystem, Place};
 use crate::sys::{self, Identity};
@@ -92,10 +92,10 @@ fn list(errors: &[PlaceError]) -> String {
 ///
 /// If none does because other mounts lie over all of them, those are taken away in a private copy
 /// of the namespace, where nobody else notices.
-pub fn open_file_system(machine: &Machine, file_system: &FileSystem) -> Result<OwnedFd, OpenError> {
+pub fn open_file_system(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenError> {
     let mut tried = Vec::new();
-    let proc = machine.proc();
-    let namespaces = machine.namespaces();
+    let proc = ways.proc.as_fd();
+    let namespaces = &ways.namespaces;
     for place in &file_system.places {
         let opened = namespaces.within(place.namespace, || open_place(proc, file_system, place));
         match opened {

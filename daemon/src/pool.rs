@@ -22,6 +22,7 @@ struct State {
     next: usize,
     end: usize,
     running: usize,
+    most: usize,
     closed: bool,
 }
 
@@ -42,7 +43,9 @@ impl Shared {
 
     /// Runs one step, if one is left. Returns the lock and whether it did.
     fn run_one<'a>(&'a self, mut state: MutexGuard<'a, State>) -> (MutexGuard<'a, State>, bool) {
-        let Some(step) = state.step.clone().filter(|_| state.next < state.end) else {
+        // Whoever is kept out here is not missed: each that runs takes another one when it is done.
+        let free = state.next < state.end && state.running < state.most;
+        let Some(step) = state.step.clone().filter(|_| free) else {
             return (state, false);
         };
         let index = state.next;
@@ -99,13 +102,15 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Runs `step` once for each number below `count`, in any order, and waits for all of them.
-    pub fn run(&self, count: usize, step: Step) {
+    /// Runs `step` once for each number below `count`, at most `most` at a time, and waits for all of
+    /// them. They are begun in order.
+    pub fn run(&self, count: usize, most: usize, step: Step) {
         let mut state = self.shared.lock();
         state.step = Some(step);
         state.next = 0;
         state.end = count;
-        for _ in 1..count.min(self.threads.len() + 1) {
+        state.most = most.max(1);
+        for _ in 1..count.min(most).min(self.threads.len() + 1) {
             self.shared.work.notify_one();
         }
         loop {
@@ -153,6 +158,7 @@ mod tests {
                 let seen = Arc::clone(&hits);
                 pool.run(
                     count,
+                    usize::MAX,
                     Arc::new(move |i| {
                         seen[i].fetch_add(1, Ordering::SeqCst);
                     }),
@@ -168,9 +174,29 @@ mod tests {
         let all_four = Arc::new(Barrier::new(4));
         pool.run(
             4,
+            4,
             Arc::new(move |_| {
                 all_four.wait();
             }),
         );
+    }
+
+    #[test]
+    fn no_more_steps_run_at_the_same_time_than_allowed() {
+        let pool = Pool::new(7).unwrap();
+        let (now, peak) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (running, highest) = (Arc::clone(&now), Arc::clone(&peak));
+        pool.run(
+            200,
+            3,
+            Arc::new(move |_| {
+                let running = &running;
+                highest.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                std::thread::yield_now();
+                running.fetch_sub(1, Ordering::SeqCst);
+            }),
+        );
+        assert_eq!(now.load(Ordering::SeqCst), 0);
+        assert!((1..=3).contains(&peak.load(Ordering::SeqCst)));
     }
 }

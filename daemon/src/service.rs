@@ -24,7 +24,7 @@ use crate::commands::{self, Recovered};
 use crate::config::Config;
 use crate::device::{Abi, Device, DeviceError, Incoming, Request};
 use crate::guard::{Event, Guard, GuardError};
-use crate::job::{Job, Outcome, Setting};
+use crate::job::{Job, Outcome, Setting, Worker};
 use crate::logbook::{words, Logbook};
 use crate::record::RunDir;
 
@@ -91,6 +91,7 @@ pub struct Service {
     signals: Signals,
     device: Option<Device>,
     guard: Option<Arc<Guard>>,
+    worker: Worker,
     /// When to try next to open a device that went away, and the pause after that.
     retry: Option<(Instant, Duration)>,
     phase: Phase,
@@ -127,6 +128,7 @@ impl Service {
             signals,
             device: None,
             guard: None,
+            worker: Worker::start().map_err(failed("start a thread"))?,
             retry: None,
             phase: Phase::Idle,
             broken: None,
@@ -140,6 +142,7 @@ impl Service {
         service.recover();
         service.start_guard()?;
         service.adopt(device)?;
+        service.worker.prepare(&service.config);
         Ok(service)
     }
 
@@ -409,6 +412,10 @@ impl Service {
                 self.log
                     .info(format!("{} from the host, acknowledged", name_of(other)));
                 self.answer(&request, status::OK);
+                if other == op::HOT_BACKUP {
+                    // The host asks whether it could take a backup, so it may take one soon.
+                    self.worker.prepare(&self.config);
+                }
             }
         }
     }
@@ -444,6 +451,8 @@ impl Service {
         self.backups += 1;
         self.broken = None;
         self.log.begin_backup(self.backups, now);
+        // Words can wait until the host has its answer.
+        self.log.hold();
         self.log.info(describe(&request));
         let outcomes = self.outcomes.0.clone();
         let waker = Arc::clone(&self.waker);
@@ -458,23 +467,21 @@ impl Service {
             guard,
             for_host: true,
         };
-        match Job::start(setting, tell) {
-            Ok(job) => {
-                let time_left = request.time_left.max(MARGIN * 2) - MARGIN;
-                let time_left = time_left.min(self.config.prepare + self.config.deadline);
-                self.phase = Phase::Freezing {
-                    job,
-                    give_up: now + time_left,
-                    request,
-                };
-            }
-            Err(error) => {
-                self.log
-                    .error(format!("cannot start a thread for the freeze: {error}"));
-                self.answer(&request, status::FAIL);
-                self.log.end_backup();
-            }
-        }
+        let Some(job) = self.worker.begin(setting, tell) else {
+            self.log
+                .error("FREEZE from the host is refused: the thread that freezes has died");
+            self.answer(&request, status::FAIL);
+            self.log.end_backup();
+            self.log.release();
+            return;
+        };
+        let time_left = request.time_left.max(MARGIN * 2) - MARGIN;
+        let time_left = time_left.min(self.config.prepare + self.config.deadline);
+        self.phase = Phase::Freezing {
+            job,
+            give_up: now + time_left,
+            request,
+        };
     }
 
     fn on_thaw(&mut self, request: Request) {
@@ -575,6 +582,7 @@ impl Service {
         self.log.end_backup();
         self.log.release();
         self.need_guard();
+        self.worker.prepare(&self.config);
     }
 }
 

@@ -19,6 +19,7 @@ mod ioctl {
     nix::ioctl_readwrite!(fifreeze, b'X', 119, libc::c_int);
     nix::ioctl_readwrite!(fithaw, b'X', 120, libc::c_int);
     nix::ioctl_read_bad!(loop_get_status64, 0x4C05, super::LoopInfo64);
+    nix::ioctl_read!(ns_get_mntns_id, 0xb7, 5, u64);
     nix::ioctl_read!(ns_mnt_get_next, 0xb7, 11, super::MntNsInfo);
     nix::ioctl_read!(ns_mnt_get_prev, 0xb7, 12, super::MntNsInfo);
 }
@@ -100,22 +101,7 @@ impl Identity {
 
 /// Asks the kernel which file system and mount `fd` really is on (`statx`).
 pub fn identify(fd: BorrowedFd<'_>) -> io::Result<Identity> {
-    let mut stx = MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: the descriptor is open, the path is an empty C string as AT_EMPTY_PATH wants it, and
-    // the kernel writes one `struct statx` into memory of that size.
-    let ret = unsafe {
-        libc::statx(
-            fd.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_NO_AUTOMOUNT,
-            libc::STATX_TYPE | libc::STATX_MNT_ID,
-            stx.as_mut_ptr(),
-        )
-    };
-    Errno::result(ret)?;
-    // SAFETY: `struct statx` holds only integers, and the memory was zeroed before the kernel
-    // filled it.
-    let stx = unsafe { stx.assume_init() };
+    let stx = statx(fd, libc::STATX_TYPE | libc::STATX_MNT_ID)?;
     Ok(Identity {
         mount_id: (stx.stx_mask & libc::STATX_MNT_ID != 0).then_some(stx.stx_mnt_id),
         major: stx.stx_dev_major,
@@ -124,24 +110,64 @@ pub fn identify(fd: BorrowedFd<'_>) -> io::Result<Identity> {
     })
 }
 
-/// `struct mnt_ns_info` of `linux/nsfs.h`, first version.
+/// The number of the mount that `fd` was opened through, of the kind that is never used again.
+/// Fails with [`io::ErrorKind::Unsupported`] before Linux 6.8.
+pub fn unique_mount_id(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    const STATX_MNT_ID_UNIQUE: u32 = 0x4000;
+    let stx = statx(fd, STATX_MNT_ID_UNIQUE)?;
+    match stx.stx_mask & STATX_MNT_ID_UNIQUE {
+        0 => Err(io::ErrorKind::Unsupported.into()),
+        _ => Ok(stx.stx_mnt_id),
+    }
+}
+
+fn statx(fd: BorrowedFd<'_>, mask: u32) -> io::Result<libc::statx> {
+    let mut stx = MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: the descriptor is open, the path is an empty C string as AT_EMPTY_PATH wants it, and
+    // the kernel writes one `struct statx` into memory of that size.
+    let ret = unsafe {
+        libc::statx(
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_NO_AUTOMOUNT,
+            mask,
+            stx.as_mut_ptr(),
+        )
+    };
+    Errno::result(ret)?;
+    // SAFETY: `struct statx` holds only integers, and the memory was zeroed before the kernel
+    // filled it.
+    Ok(unsafe { stx.assume_init() })
+}
+
+/// `struct mnt_ns_info` of `linux/nsfs.h`, first version: what the kernel says of a mount namespace.
 #[repr(C)]
-struct MntNsInfo {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MntNsInfo {
     size: u32,
-    nr_mounts: u32,
-    mnt_ns_id: u64,
+    /// How many mounts there are in it.
+    pub nr_mounts: u32,
+    /// Its number, never used again.
+    pub mnt_ns_id: u64,
+}
+
+/// The number of the mount namespace that `fd` has open. Fails with `ENOTTY` before Linux 6.11.
+pub fn namespace_id(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut id = 0;
+    // SAFETY: the descriptor is open, and the kernel writes one `u64` to `id`.
+    unsafe { ioctl::ns_get_mntns_id(fd.as_raw_fd(), &mut id) }?;
+    Ok(id)
 }
 
 /// Opens the mount namespace that comes after (or before) the one that `fd` has open, in the
-/// kernel's list of all; `None` at the end of the list.
+/// kernel's list of all, and says what it is; `None` at the end of the list.
 ///
 /// Fails with `ENOTTY` on kernels before 6.12 and with `EPERM` without privilege.
-pub fn neighbour_namespace(fd: BorrowedFd<'_>, after: bool) -> io::Result<Option<OwnedFd>> {
-    let mut info = MntNsInfo {
-        size: 0,
-        nr_mounts: 0,
-        mnt_ns_id: 0,
-    };
+pub fn neighbour_namespace(
+    fd: BorrowedFd<'_>,
+    after: bool,
+) -> io::Result<Option<(OwnedFd, MntNsInfo)>> {
+    let mut info = MntNsInfo::default();
     // SAFETY: the descriptor is open, and the kernel writes at most the 16 bytes that `info` has.
     let result = unsafe {
         if after {
@@ -152,10 +178,113 @@ pub fn neighbour_namespace(fd: BorrowedFd<'_>, after: bool) -> io::Result<Option
     };
     match result {
         // SAFETY: on success the kernel returns a new descriptor that nobody else has.
-        Ok(new) => Ok(Some(unsafe { OwnedFd::from_raw_fd(new) })),
+        Ok(new) => Ok(Some((unsafe { OwnedFd::from_raw_fd(new) }, info))),
         Err(Errno::ENOENT) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// `struct mnt_id_req` of `linux/mount.h`, second version.
+#[repr(C)]
+struct MntIdReq {
+    size: u32,
+    mnt_ns_fd: u32,
+    mnt_id: u64,
+    param: u64,
+    mnt_ns_id: u64,
+}
+
+/// The numbers of both calls are the same on every architecture but alpha.
+const SYS_STATMOUNT: libc::c_long = 457;
+const SYS_LISTMOUNT: libc::c_long = 458;
+
+/// The number of the mount that was added last to the namespace with number `mnt_ns_id`, among those
+/// that are still there. Numbers only grow, and none is used twice; 0 stands for none at all.
+///
+/// Fails with `ENOSYS` before Linux 6.8, with `EINVAL` before 6.12.
+pub fn newest_mount(mnt_ns_id: u64) -> io::Result<u64> {
+    const LSMT_ROOT: u64 = u64::MAX;
+    const LISTMOUNT_REVERSE: libc::c_uint = 1;
+    let request = MntIdReq {
+        size: size_of::<MntIdReq>() as u32,
+        mnt_ns_fd: 0,
+        mnt_id: LSMT_ROOT,
+        param: 0,
+        mnt_ns_id,
+    };
+    let mut newest = 0u64;
+    // SAFETY: the kernel reads the request, whose size is in it, and writes at most one `u64`.
+    let ret = unsafe {
+        libc::syscall(
+            SYS_LISTMOUNT,
+            &request,
+            &mut newest,
+            1usize,
+            LISTMOUNT_REVERSE,
+        )
+    };
+    Errno::result(ret)?;
+    Ok(newest)
+}
+
+/// The superblock behind a mount, as [`superblock_of`] found it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Superblock {
+    /// Its device number.
+    pub dev: DevId,
+    /// Whether it is read-only, whatever the mount is.
+    pub read_only: bool,
+}
+
+/// What is mounted as the mount with number `mnt_id` (from [`unique_mount_id`]) in the namespace with
+/// number `mnt_ns_id`.
+///
+/// Fails with `ENOENT` when that mount is gone, with `ENOSYS` before Linux 6.8.
+pub fn superblock_of(mnt_ns_id: u64, mnt_id: u64) -> io::Result<Superblock> {
+    const STATMOUNT_SB_BASIC: u64 = 1;
+    const SB_RDONLY: u32 = 1;
+    /// The fixed part of `struct statmount`, as far as it is used.
+    #[repr(C, align(8))]
+    #[derive(Default)]
+    struct Statmount {
+        size: u32,
+        mnt_opts: u32,
+        mask: u64,
+        sb_dev_major: u32,
+        sb_dev_minor: u32,
+        sb_magic: u64,
+        sb_flags: u32,
+    }
+    let request = MntIdReq {
+        size: size_of::<MntIdReq>() as u32,
+        mnt_ns_fd: 0,
+        mnt_id,
+        param: STATMOUNT_SB_BASIC,
+        mnt_ns_id,
+    };
+    let mut found = Statmount::default();
+    // SAFETY: the kernel reads the request, whose size is in it, and writes at most so many bytes
+    // as it is told that there are (a `struct statmount` is cut off where the buffer ends).
+    let ret = unsafe {
+        libc::syscall(
+            SYS_STATMOUNT,
+            &request,
+            &mut found,
+            size_of::<Statmount>(),
+            0,
+        )
+    };
+    Errno::result(ret)?;
+    if found.mask & STATMOUNT_SB_BASIC == 0 {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    Ok(Superblock {
+        dev: DevId {
+            major: found.sb_dev_major,
+            minor: found.sb_dev_minor,
+        },
+        read_only: found.sb_flags & SB_RDONLY != 0,
+    })
 }
 
 /// Most descriptors that the kernel lets one message carry (`SCM_MAX_FD` of `net/scm.h`).
