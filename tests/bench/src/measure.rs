@@ -46,9 +46,7 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
     answered("the first THAW", &vss.thaw(LIMIT)?, status::OK)?;
 
     let dirty_kib = disks.prepare(guest)?;
-    for path in disks.writers() {
-        guest.writer_start(&path)?;
-    }
+    disks.start_writers(guest)?;
     guest.wait_until("every writer writes", STEP * 2, || {
         Ok(guest.writers()?.iter().all(|it| it.count > 10))
     })?;

@@ -386,7 +386,12 @@ impl Guest {
 
     /// Starts a thread that rewrites the first 512 bytes of `path` about every millisecond.
     pub fn writer_start(&self, path: &str) -> Result<(), CallError> {
-        let (path, pause_us) = (path.into(), 1000);
+        self.writer_start_every(path, 1000)
+    }
+
+    /// The same with another pause between two writes, in microseconds.
+    pub fn writer_start_every(&self, path: &str, pause_us: u64) -> Result<(), CallError> {
+        let path = path.into();
         self.agent
             .call(Command::WriterStart { path, pause_us }, STEP)
     }
