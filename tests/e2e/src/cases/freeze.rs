@@ -3,7 +3,7 @@
 //! Which file systems our daemon freezes, and whose freeze it is. Where the peer does otherwise, the
 //! same is done with the stock module and Debian's daemon, and both are noted.
 
-use super::{case, describe, load, observe, start, stop, wait_for_daemon, Case, Seen};
+use super::{case, describe, good, load, observe, start, stop, wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Module, STEP};
@@ -101,17 +101,6 @@ fn ours(guest: &Guest) -> Result<Seen> {
     let seen = observe(guest)?;
     stop(guest, Module::Ours, &daemon)?;
     Ok(seen)
-}
-
-/// A good backup: both answered 0, all of these stood still, all went on.
-fn good(still: &[&str]) -> Seen {
-    Seen {
-        freeze: status::OK,
-        still: still.iter().map(|it| it.to_string()).collect(),
-        moving: Vec::new(),
-        thaw: Some(status::OK),
-        stuck: Vec::new(),
-    }
 }
 
 fn over_mounted(guest: &Guest) -> Result<()> {

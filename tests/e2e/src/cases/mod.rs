@@ -13,6 +13,7 @@ mod lifecycle;
 mod order;
 mod pairing;
 mod peer;
+mod prepared;
 mod systemd;
 
 use anyhow::Result;
@@ -60,6 +61,7 @@ pub fn all() -> Vec<Case> {
         lifecycle::CASES,
         abi::CASES,
         freeze::CASES,
+        prepared::CASES,
         order::CASES,
         commands::CASES,
         deadman::CASES,
@@ -185,6 +187,17 @@ fn observe(guest: &Guest) -> Result<Seen> {
         thaw,
         stuck,
     })
+}
+
+/// A good backup: both answered 0, all of these stood still, all went on.
+fn good(still: &[&str]) -> Seen {
+    Seen {
+        freeze: status::OK,
+        still: still.iter().map(|it| it.to_string()).collect(),
+        moving: Vec::new(),
+        thaw: Some(status::OK),
+        stuck: Vec::new(),
+    }
 }
 
 /// The two in words, for the comparison.

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The daemon has a plan ready before the host asks for a freeze. Whatever changes in between, it
+//! freezes what is mounted when the host asks.
+//!
+//! Each case lets the daemon prepare (HOT_BACKUP has it look whether its plan still holds), makes one
+//! change that the plan cannot know of, and backs up.
+
+use super::{case, good, observe, start, Case};
+use anyhow::Result;
+use e2e::check::{answered, equal};
+use e2e::guest::{Daemon, Guest, Module, STEP};
+use hyperv_sim::ic::status;
+
+pub const CASES: &[Case] = &[
+    case(
+        "freeze/mounted-since",
+        "a file system that is mounted after the plan was made stands still",
+        mounted_since,
+    ),
+    case(
+        "freeze/mounted-elsewhere-since",
+        "the same in another mount namespace, and in one that is new",
+        mounted_elsewhere_since,
+    ),
+    case(
+        "freeze/writable-since",
+        "a read-only file system that has become writable through another namespace stands still",
+        writable_since,
+    ),
+    case(
+        "freeze/moved-since",
+        "a file system that was moved to another directory stands still",
+        moved_since,
+    ),
+    case(
+        "freeze/stacked-since",
+        "a mapped disk that was changed to stand on a file is frozen before that file's file system",
+        stacked_since,
+    ),
+];
+
+/// Lets the daemon prepare and waits until it has: requests are answered in order, but it prepares
+/// after it has answered.
+fn prepare(guest: &Guest) -> Result<()> {
+    for _ in 0..2 {
+        answered("HOT_BACKUP", &guest.vss().hot_backup(STEP)?, status::OK)?;
+    }
+    // Two backups: after each the daemon looks again, so the second finds what the first left.
+    for _ in 0..2 {
+        answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
+        answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+    }
+    Ok(())
+}
+
+fn mounted_since(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "mkdir -p /mnt/a /mnt/b && mkfs.ext4 -q -F /dev/ram1 && mkfs.ext4 -q -F /dev/ram2
+              mount /dev/ram1 /mnt/a",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    start(guest, Module::Ours, Daemon::Ours)?;
+    prepare(guest)?;
+    guest.sh("mount /dev/ram2 /mnt/b")?;
+    guest.writer_start("/mnt/b/w")?;
+    equal(
+        "the backup",
+        &observe(guest)?,
+        &good(&["/mnt/a/w", "/mnt/b/w"]),
+    )?;
+    // One goes and one comes: as many as before, but not the same.
+    guest.sh("mkdir -p /mnt/c && mkfs.ext4 -q -F /dev/ram3")?;
+    prepare(guest)?;
+    guest.writers_stop()?;
+    guest.sh("umount /mnt/a && mount /dev/ram3 /mnt/c")?;
+    guest.writer_start("/mnt/b/w")?;
+    guest.writer_start("/mnt/c/w")?;
+    equal(
+        "the next backup",
+        &observe(guest)?,
+        &good(&["/mnt/b/w", "/mnt/c/w"]),
+    )
+}
+
+fn mounted_elsewhere_since(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a /mnt/b && mkfs.ext4 -q -F /dev/ram1 && mkfs.ext4 -q -F /dev/ram2")?;
+    let apart = ["unshare", "--mount", "--propagation", "private"];
+    let holder = guest.spawn(&[&apart[..], &["sleep", "1000"]].concat())?;
+    let pid = holder.pid;
+    guest.wait_until("the namespace is there", STEP, || {
+        let same = format!("[ $(readlink /proc/{pid}/ns/mnt) = $(readlink /proc/1/ns/mnt) ]");
+        Ok(guest.try_sh(&same)?.status == Some(1))
+    })?;
+    start(guest, Module::Ours, Daemon::Ours)?;
+    prepare(guest)?;
+    guest.sh(&format!(
+        "nsenter --mount=/proc/{pid}/ns/mnt mount /dev/ram1 /mnt/a"
+    ))?;
+    let first = format!("/proc/{pid}/root/mnt/a/w");
+    guest.writer_start(&first)?;
+    equal("the backup", &observe(guest)?, &good(&[&first]))?;
+
+    prepare(guest)?;
+    let mount = "mount /dev/ram2 /mnt/b && touch /run/mounted && exec sleep 1000";
+    let second = guest.spawn(&[&apart[..], &["sh", "-c", mount]].concat())?;
+    guest.wait_until("it is mounted over there", STEP, || {
+        Ok(guest.try_sh("rm /run/mounted")?.status == Some(0))
+    })?;
+    let second = format!("/proc/{}/root/mnt/b/w", second.pid);
+    guest.writer_start(&second)?;
+    equal(
+        "the next backup",
+        &observe(guest)?,
+        &good(&[&first, &second]),
+    )
+}
+
+fn writable_since(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount -o ro /dev/ram1 /mnt/a")?;
+    start(guest, Module::Ours, Daemon::Ours)?;
+    prepare(guest)?;
+    // The table of the daemon's own namespace does not change by this.
+    guest.sh(
+        "unshare --mount --propagation private mount -o remount,rw /mnt/a
+              mount -o remount,bind,rw /mnt/a 2>/dev/null; true",
+    )?;
+    let writable = guest.try_sh("touch /mnt/a/w")?;
+    equal(
+        "touch of the file system that is writable now",
+        writable.status,
+        Some(0),
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    equal("the backup", &observe(guest)?, &good(&["/mnt/a/w"]))
+}
+
+fn moved_since(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a /mnt/b && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
+    guest.writer_start("/mnt/a/w")?;
+    start(guest, Module::Ours, Daemon::Ours)?;
+    prepare(guest)?;
+    guest.sh("mount --move /mnt/a /mnt/b")?;
+    equal("the backup", &observe(guest)?, &good(&["/mnt/a/w"]))
+}
+
+fn stacked_since(guest: &Guest) -> Result<()> {
+    // What is mounted stays the same; what it stands on does not.
+    guest.sh(
+        "modprobe dm-mod; modprobe loop; mkdir -p /mnt/disk /mnt/mapped
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/disk
+              truncate -s 32M /mnt/disk/image && losetup /dev/loop0 /mnt/disk/image
+              dmsetup create mapped --noudevsync --table '0 65536 linear /dev/ram2 0'
+              [ -e /dev/mapper/mapped ] || dmsetup mknodes
+              mkfs.ext4 -q -F /dev/mapper/mapped && mount /dev/mapper/mapped /mnt/mapped",
+    )?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    prepare(guest)?;
+    guest.sh(
+        "dmsetup suspend mapped && dd if=/dev/ram2 of=/dev/loop0 bs=1M count=32 2>/dev/null
+              dmsetup reload mapped --table '0 65536 linear /dev/loop0 0' && dmsetup resume mapped",
+    )?;
+    guest.writer_start("/mnt/disk/w")?;
+    guest.writer_start("/mnt/mapped/w")?;
+    let files = ["/mnt/disk/w", "/mnt/mapped/w"];
+    equal("the backup", &observe(guest)?, &good(&files))?;
+    let log = guest.output(&daemon)?;
+    let last = log
+        .rsplit("FREEZE from the host")
+        .next()
+        .unwrap_or_default();
+    let frozen: Vec<&str> = last
+        .lines()
+        .filter(|line| line.contains(" frozen, took "))
+        .filter_map(|line| line.split(": ").nth(2)?.split(' ').next())
+        .collect();
+    equal(
+        "the order of the freeze",
+        frozen,
+        vec!["/mnt/mapped", "/mnt/disk", "/"],
+    )
+}
