@@ -299,6 +299,7 @@ pub fn main(run: &Path) -> Result<(), GuardError> {
         .map_err(|e| GuardError::Start(e.into()))?;
     // Without privilege none of this succeeds, and neither does a freeze.
     let _ = process::escape_oom_killer();
+    let _ = process::go_along();
     let _ = process::raise_descriptor_limit();
     process::lock_memory().map_err(GuardError::Start)?;
     let stdin = io::stdin();

@@ -9,7 +9,7 @@
 //! frames.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read as _};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::Arc;
@@ -232,16 +232,24 @@ fn freeze_prepared(
 /// Whether so much is dirty that writing it back beforehand makes the freeze shorter. With little,
 /// the freeze writes it as fast, and the sync would only delay it.
 fn is_worth_a_sync() -> bool {
-    let Ok(text) = std::fs::read_to_string("/proc/vmstat") else {
-        return true;
+    // The kernel makes up the text as it is read, and both counters stand near its beginning.
+    let mut text = [0; 4096];
+    let read = File::open("/proc/vmstat").and_then(|mut f| f.read(&mut text));
+    let text = text.get(..read.unwrap_or(0)).unwrap_or_default();
+    dirty_pages(text).is_none_or(|pages| pages > CLEAN_PAGES)
+}
+
+/// Pages that are to be written back or being so, from (the beginning of) `/proc/vmstat`.
+fn dirty_pages(vmstat: &[u8]) -> Option<u64> {
+    let counter = |name: &str| {
+        let mut lines = vmstat.split(|&b| b == b'\n');
+        let value = lines.find_map(|line| {
+            let line = std::str::from_utf8(line).ok()?;
+            line.strip_prefix(name)?.strip_prefix(' ')
+        });
+        value?.parse::<u64>().ok()
     };
-    let pages: u64 = text
-        .lines()
-        .filter_map(|line| line.split_once(' '))
-        .filter(|(name, _)| matches!(*name, "nr_dirty" | "nr_writeback"))
-        .filter_map(|(_, value)| value.parse::<u64>().ok())
-        .sum();
-    pages > CLEAN_PAGES
+    counter("nr_dirty")?.checked_add(counter("nr_writeback")?)
 }
 
 fn record_of(session: &Session, for_host: bool, listed: fn(&Target) -> bool) -> Record {
@@ -443,5 +451,17 @@ impl Job {
         // Nothing is ever said there; it closes.
         let _ = self.over.recv();
         sys::give_back_memory();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dirty_pages_are_those_to_be_written_and_those_being_written() {
+        let text = b"nr_free_pages 9\nnr_dirty 300\nnr_writeback 7\nnr_writeback_temp 50\n";
+        assert_eq!(dirty_pages(text), Some(307));
+        assert_eq!(dirty_pages(b"nr_dirty 300\nnr_dirty_threshold 1\n"), None);
     }
 }

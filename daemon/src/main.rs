@@ -158,6 +158,9 @@ fn harden(log: &Logbook) -> Result<(), Failure> {
     if let Err(error) = process::raise_descriptor_limit() {
         log.warning(format!("cannot raise the limit of open files: {error}"));
     }
+    if let Err(error) = process::go_first() {
+        log.warning(format!("cannot go before others on the processor: {error}"));
+    }
     process::lock_memory().map_err(|e| format!("cannot lock the memory: {e}"))?;
     job::warm_up()?;
     Ok(())

@@ -29,6 +29,16 @@ pub fn raise_descriptor_limit() -> io::Result<()> {
     Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
 }
 
+/// Goes before all who share the processor: they wait for what this process has frozen.
+pub fn go_first() -> io::Result<()> {
+    sys::set_nice(-20)
+}
+
+/// Takes that back, for one that only waits and must not be in the way.
+pub fn go_along() -> io::Result<()> {
+    sys::set_nice(0)
+}
+
 /// Makes the kernel never choose this process when memory runs out (proc(5), `oom_score_adj`).
 pub fn escape_oom_killer() -> io::Result<()> {
     std::fs::write("/proc/self/oom_score_adj", "-1000")

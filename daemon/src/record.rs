@@ -8,7 +8,7 @@
 //! means that the freeze was cut short and that the guard has thawed all of it.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -91,19 +91,21 @@ impl RunDir {
 
     /// Takes the lock, or fails at once with [`RecordError::Locked`].
     pub fn lock(&self) -> Result<Lock, RecordError> {
-        let made = DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&self.0);
-        made.map_err(failed("make", &self.0))?;
         let path = self.0.join("lock");
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(failed("open", &path))?;
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(0o600);
+        let file = match options.open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let made = DirBuilder::new()
+                    .recursive(true)
+                    .mode(0o700)
+                    .create(&self.0);
+                made.map_err(failed("make", &self.0))?;
+                options.open(&path)
+            }
+            other => other,
+        };
+        let file = file.map_err(failed("open", &path))?;
         Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
             Errno::EWOULDBLOCK => RecordError::Locked { path },
             errno => failed("lock", &path)(errno.into()),
@@ -121,7 +123,7 @@ impl RunDir {
             .open(&path)
             .map_err(failed("open", &path))?;
         let file = RecordFile { file, path };
-        file.rewrite(record)?;
+        file.put(record)?;
         Ok(file)
     }
 
@@ -167,12 +169,16 @@ pub struct RecordFile {
 impl RecordFile {
     /// Replaces what it says, through the open descriptor.
     pub fn rewrite(&self, record: &Record) -> Result<(), RecordError> {
-        let mut text = Vec::new();
-        let written = serde_json::to_writer_pretty(&mut text, record)
+        let emptied = self.file.set_len(0);
+        emptied.map_err(failed("write", &self.path))?;
+        self.put(record)
+    }
+
+    /// Fills a file that is empty.
+    fn put(&self, record: &Record) -> Result<(), RecordError> {
+        let written = serde_json::to_vec(record)
             .map_err(io::Error::from)
-            .and_then(|()| writeln!(text))
-            .and_then(|()| self.file.set_len(0))
-            .and_then(|()| self.file.write_all_at(&text, 0));
+            .and_then(|text| self.file.write_all_at(&text, 0));
         written.map_err(failed("write", &self.path))
     }
 }

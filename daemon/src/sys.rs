@@ -311,6 +311,15 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
     Ok((message.bytes, descriptors))
 }
 
+/// Sets how the processor is shared with others (`nice`, -20 to 19) for the calling thread and what
+/// it starts from now on. Fails with `EACCES` when that takes privilege that is lacking.
+pub fn set_nice(nice: i32) -> io::Result<()> {
+    // SAFETY: the call takes integers only; 0 stands for the calling thread.
+    let ret = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
+    Errno::result(ret)?;
+    Ok(())
+}
+
 /// Gives memory that the allocator keeps for later back to the kernel.
 pub fn give_back_memory() {
     #[cfg(target_env = "gnu")]
