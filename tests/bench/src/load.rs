@@ -113,10 +113,11 @@ fn kind(n: u32) -> &'static str {
 /// Makes the file system whose files a round rewrites, mounted on `/mnt/<n>`.
 ///
 /// It is made and filled on the bare RAM disk, which is fast, and then mounted through the delay.
-/// Only writes are delayed. With delays below 50 ms dm-delay has a thread for each device; above, it
-/// has a work item on the CPU's one queue, where the journal's small writes to one device would wait
-/// for the copying of all the others (`delay_ctr`, `WQ_PERCPU`). The guest has no udev, for which
-/// dmsetup would wait, and which would name the device.
+/// Reads are delayed by 50 ms, and there are none but one for each btrfs when it is thawed: with no
+/// delay of 50 ms or more dm-delay has a thread for each device that looks at its queue every
+/// millisecond as long as a write waits (`delay_ctr`, `flush_worker_fn`), and several of those take a
+/// quarter of an emulated processor. No disk does that. The guest has no udev, for which dmsetup would
+/// wait, and which would name the device.
 fn make(n: u32, disks: &Disks) -> String {
     let Disks {
         write_delay_ms,
@@ -148,7 +149,7 @@ fn make(n: u32, disks: &Disks) -> String {
     if *write_delay_ms > 0 {
         script.push_str(&format!(
             "size=$(cat /sys/class/block/ram{n}/size)
-             dmsetup --noudevsync --noudevrules create slow{n} --table \"0 $size delay $device 0 0 \\
+             dmsetup --noudevsync --noudevrules create slow{n} --table \"0 $size delay $device 0 50 \\
                  $device 0 {write_delay_ms}\" || exit 1
              device=/dev/dm-$(dmsetup info --columns --noheadings -o minor slow{n})\n"
         ));
@@ -225,8 +226,7 @@ impl Disks {
     /// Brings the load to where a round starts: nothing dirty but what shall be. Returns how much of
     /// the guest's memory is dirty, in KiB.
     pub fn prepare(&self, guest: &Guest) -> Result<u64> {
-        // Ram disks and page cache share the memory; what is clean need not be there twice.
-        guest.sh("sync && echo 1 >/proc/sys/vm/drop_caches")?;
+        guest.sh("sync")?;
         if self.dirty_mib > 0 {
             for n in 1..=self.count {
                 guest.sh(&rewrite(n, self.dirty_mib))?;
