@@ -10,7 +10,7 @@ use crate::agent::{Agent, CallError, Pending};
 use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
 use hyperv_sim::{Host, Vm, VmConfig};
-use lab_agent::{to_hex, Command, Ended, Log, Record, Writer};
+use lab_agent::{to_hex, Command, Ended, Log, Record, Stalls, Writer};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -291,7 +291,18 @@ impl Guest {
 
     /// The same for a process that another one has started.
     pub fn signal_pid(&self, pid: i32, signal: i32) -> Result<(), CallError> {
-        self.agent.call(Command::Signal { pid, signal }, STEP)
+        self.signal_all(&[pid], signal).map(drop)
+    }
+
+    /// The same for several in one go; returns when, as [`Guest::clock`] has it.
+    pub fn signal_all(&self, pids: &[i32], signal: i32) -> Result<u64, CallError> {
+        let pids = pids.to_vec();
+        self.agent.call(Command::Signal { pids, signal }, STEP)
+    }
+
+    /// The clock in the guest that stalls are measured by, in microseconds.
+    pub fn clock(&self) -> Result<u64, CallError> {
+        self.agent.call(Command::Clock, STEP)
     }
 
     /// Waits until a program has ended.
@@ -384,6 +395,18 @@ impl Guest {
         self.agent.call(Command::Thaw { path: path.into() }, STEP)
     }
 
+    /// From now on each open on the mount at `path` waits, as behind a security agent: until that
+    /// has written a line to `log`, or without a log until [`Guest::release_opens`].
+    pub fn watch_opens(&self, path: &str, log: Option<&str>) -> Result<(), CallError> {
+        let (path, log) = (path.into(), log.map(str::to_owned));
+        self.agent.call(Command::WatchOpens { path, log }, STEP)
+    }
+
+    /// Lets everybody pass who waits with an open.
+    pub fn release_opens(&self) -> Result<(), CallError> {
+        self.agent.call(Command::ReleaseOpens, STEP)
+    }
+
     /// Starts a thread that rewrites the first 512 bytes of `path` about every millisecond.
     pub fn writer_start(&self, path: &str) -> Result<(), CallError> {
         self.writer_start_every(path, 1000)
@@ -399,6 +422,11 @@ impl Guest {
     /// How the writers fare, in the order of their start.
     pub fn writers(&self) -> Result<Vec<Writer>, CallError> {
         self.agent.call(Command::Writers, STEP)
+    }
+
+    /// The long writes that had not ended at `since_us` of the guest's clock.
+    pub fn stalls(&self, since_us: u64) -> Result<Stalls, CallError> {
+        self.agent.call(Command::Stalls { since_us }, STEP)
     }
 
     /// Forgets the longest write of every writer.
@@ -478,6 +506,7 @@ impl Guest {
     /// Brings the guest back to how it was before the case and makes sure that it is so: nothing
     /// frozen, no process, mount or module left, no complaint in the kernel's log.
     pub fn tidy(&self) -> Result<()> {
+        self.release_opens()?;
         for path in self.mounts()? {
             match self.thaw(&path) {
                 Err(error) if error.errno() == Some("EINVAL") => {}
@@ -490,8 +519,7 @@ impl Guest {
         let left: Vec<i32> = self.agent.call(Command::Spawned, STEP)?;
         for pid in left {
             // ESRCH: it has ended by itself.
-            let kill: Result<(), _> = self.agent.call(Command::Signal { pid, signal: 9 }, STEP);
-            if let Err(error) = kill {
+            if let Err(error) = self.signal_pid(pid, 9) {
                 ensure!(error.errno() == Some("ESRCH"), "{error}");
             }
             let timeout_ms = 10_000;

@@ -61,13 +61,16 @@ pub enum Command {
         /// A file, best on a tmpfs.
         log: String,
     },
-    /// Sends a signal to any process.
+    /// Sends a signal to each of these processes, one right after the other, and returns the
+    /// agent's clock just before the first, in microseconds.
     Signal {
         /// Whom.
-        pid: i32,
+        pids: Vec<i32>,
         /// The signal's number.
         signal: i32,
     },
+    /// The agent's clock, in microseconds: that of [`Command::Signal`] and of [`Stalls`].
+    Clock,
     /// Waits until a spawned program has ended: [`Ended`] without output, or `EAGAIN` when it had
     /// not within `timeout_ms`.
     Wait {
@@ -107,6 +110,17 @@ pub enum Command {
         /// Any path on it.
         path: String,
     },
+    /// From now on each open on the mount at `path` waits for a verdict, as with a security agent:
+    /// until a line is written to `log`, or without one until [`Command::ReleaseOpens`]. There is
+    /// one such watch at a time.
+    WatchOpens {
+        /// Where it is mounted.
+        path: String,
+        /// A file of the agent, on whatever file system.
+        log: Option<String>,
+    },
+    /// Ends the watch and lets everybody pass.
+    ReleaseOpens,
     /// Starts a thread that rewrites the first 512 bytes of a file again and again, with
     /// `pause_us` between two writes.
     WriterStart {
@@ -117,6 +131,12 @@ pub enum Command {
     },
     /// How the writers fare: a list of [`Writer`]s in the order of their start.
     Writers,
+    /// The long writes of all writers that had not ended at `since_us` of the agent's clock:
+    /// [`Stalls`].
+    Stalls {
+        /// From when on.
+        since_us: u64,
+    },
     /// Forgets the longest write of every writer, so that the next one is the first that counts.
     WritersReset,
     /// Ends all writers and forgets them. Fails when one is still inside a write after
@@ -193,6 +213,32 @@ pub struct Writer {
     pub longest_us: u64,
     /// For how long the write in progress has been going on; 0 between two writes.
     pub in_write_us: u64,
+}
+
+/// Which writes took long, by the agent's clock. The writers themselves note when one began and
+/// ended, so that a look that comes late sees no less.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Stalls {
+    /// When this was put together.
+    pub now_us: u64,
+    /// The writes that took at least [`STALL_US`], those in progress included, oldest first for
+    /// each writer.
+    pub stalls: Vec<Stall>,
+}
+
+/// How long a write takes at least to be kept as a [`Stall`]: longer than nearly all that wait for
+/// nothing but the processor.
+pub const STALL_US: u64 = 20_000;
+
+/// One long write.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stall {
+    /// The writer's file.
+    pub path: String,
+    /// When it began.
+    pub began_us: u64,
+    /// When it ended, if it has.
+    pub ended_us: Option<u64>,
 }
 
 /// A piece of the kernel's log.

@@ -9,6 +9,7 @@
 mod device;
 mod error;
 mod kernel;
+mod opens;
 mod process;
 mod sys;
 mod writers;
@@ -22,8 +23,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Instant;
 
 /// Stack of every thread: all of it is locked, so it is small.
 const STACK: usize = 128 * 1024;
@@ -34,6 +36,7 @@ struct Agent {
     processes: process::Processes,
     writers: writers::Writers,
     devices: device::Devices,
+    opens: opens::Opens,
 }
 
 impl Agent {
@@ -41,7 +44,8 @@ impl Agent {
         Ok(match command {
             Command::Run { argv, timeout_ms } => json!(process::run(&argv, timeout_ms)?),
             Command::Spawn { argv, log } => json!(self.processes.spawn(&argv, &log)?),
-            Command::Signal { pid, signal } => json!(process::signal(pid, signal)?),
+            Command::Signal { pids, signal } => json!(process::signal(&pids, signal)?),
+            Command::Clock => json!(clock_us()),
             Command::Wait { pid, timeout_ms } => json!(self.processes.wait(pid, timeout_ms)?),
             Command::Spawned => json!(self.processes.running()),
             Command::Read { path } => json!(kernel::read_file(&path)?),
@@ -49,10 +53,13 @@ impl Agent {
             Command::Kmsg { since, max_level } => json!(kernel::log(since, max_level)?),
             Command::Freeze { path } => json!(sys::freeze(&open_any(&path)?)?),
             Command::Thaw { path } => json!(sys::thaw(&open_any(&path)?)?),
+            Command::WatchOpens { path, log } => json!(self.opens.watch(&path, log.as_deref())?),
+            Command::ReleaseOpens => json!(self.opens.release()),
             Command::WriterStart { path, pause_us } => {
                 json!(self.writers.start(&path, pause_us)?)
             }
             Command::Writers => json!(self.writers.list()),
+            Command::Stalls { since_us } => json!(self.writers.stalls(since_us)),
             Command::WritersReset => json!(self.writers.reset()),
             Command::WritersStop { timeout_ms } => json!(self.writers.stop(timeout_ms)?),
             Command::DevOpen { path, nonblock } => json!(self.devices.open(&path, nonblock)?),
@@ -74,6 +81,12 @@ fn open_any(path: &str) -> Result<File, Error> {
     let mut options = OpenOptions::new();
     options.read(true).custom_flags(nix::libc::O_NONBLOCK);
     Ok(options.open(path)?)
+}
+
+/// The agent's clock in microseconds: of all threads and writers, never 0.
+fn clock_us() -> u64 {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    START.elapsed().as_micros() as u64 + 1
 }
 
 /// Takes a lock; a thread that panicked while it held it has left nothing half done in here.

@@ -4,7 +4,7 @@
 
 use crate::error::Error;
 use crate::kernel::MAX_TEXT;
-use crate::{lock, start_thread};
+use crate::{clock_us, lock, start_thread};
 use lab_agent::Ended;
 use nix::errno::Errno;
 use nix::sys::signal::{kill, killpg, Signal};
@@ -111,10 +111,14 @@ pub fn run(argv: &[String], timeout_ms: u64) -> Result<Ended, Error> {
     Ok(ended)
 }
 
-/// Sends a signal.
-pub fn signal(pid: i32, signal: i32) -> Result<(), Error> {
+/// Sends a signal to all of these and returns when it began to. All are tried, whatever fails.
+pub fn signal(pids: &[i32], signal: i32) -> Result<u64, Error> {
     let signal = Signal::try_from(signal)?;
-    Ok(kill(Pid::from_raw(pid), signal)?)
+    let began = clock_us();
+    // Nothing in between, so that as a rule none of them runs before all have their signal.
+    let sent = pids.iter().map(|pid| kill(Pid::from_raw(*pid), signal));
+    sent.fold(Ok(()), Result::and)?;
+    Ok(began)
 }
 
 /// One spawned program: its end, once it has come.

@@ -3,11 +3,13 @@
 //! Threads that rewrite a small file without end, and how long each write takes them.
 //!
 //! A write into a frozen file system does not return until the thaw: the age of the write in
-//! progress is how a test sees that a writer stands still.
+//! progress is how a test sees that a writer stands still. Each writer also notes when its long
+//! writes began and ended, which a test can ask for afterwards.
 
 use crate::error::Error;
-use crate::{lock, start_thread};
-use lab_agent::Writer;
+use crate::{clock_us, lock, start_thread};
+use lab_agent::{Stall, Stalls, Writer, STALL_US};
+use std::collections::VecDeque;
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
@@ -18,22 +20,54 @@ use std::time::{Duration, Instant};
 /// Bytes of each write.
 const BLOCK: usize = 512;
 
-/// What a writer and its readers share. Times are microseconds since `epoch`, never 0 for a write.
+/// How many long writes of each writer are kept; the oldest goes first.
+const KEPT: usize = 64;
+
+/// What a writer and its readers share. Times are those of the agent's clock.
 struct State {
     path: String,
-    epoch: Instant,
     count: AtomicU64,
     errors: AtomicU64,
     longest_us: AtomicU64,
     /// When the write in progress began, 0 between two writes.
     began_us: AtomicU64,
+    /// The long writes that have ended: when each began and ended.
+    long: Mutex<VecDeque<(u64, u64)>>,
     stop: AtomicBool,
     stopped: AtomicBool,
 }
 
 impl State {
-    fn now_us(&self) -> u64 {
-        self.epoch.elapsed().as_micros() as u64 + 1
+    /// Notes a write that has ended.
+    fn ended(&self, began: u64, ended: u64) {
+        self.longest_us.fetch_max(ended - began, SeqCst);
+        if ended - began >= STALL_US {
+            let mut long = lock(&self.long);
+            if long.len() == KEPT {
+                long.pop_front();
+            }
+            long.push_back((began, ended));
+        }
+        // Last, so that a long write is always seen as one of the two.
+        self.began_us.store(0, SeqCst);
+    }
+
+    /// The long writes that had not ended at `since`.
+    fn stalls(&self, since: u64, into: &mut Vec<Stall>) {
+        // In progress first: what ends in between is then among those that have ended.
+        let began = self.began_us.load(SeqCst);
+        let long = lock(&self.long);
+        let ended = long.iter().map(|&(began, ended)| (began, Some(ended)));
+        let in_progress = began != 0
+            && clock_us().saturating_sub(began) >= STALL_US
+            && long.iter().all(|it| it.0 != began);
+        let all = ended.chain(in_progress.then_some((began, None)));
+        let late = all.filter(|(_, ended)| ended.is_none_or(|at| at > since));
+        into.extend(late.map(|(began_us, ended_us)| Stall {
+            path: self.path.clone(),
+            began_us,
+            ended_us,
+        }));
     }
 }
 
@@ -53,11 +87,11 @@ impl Writers {
             .open(path)?;
         let state = Arc::new(State {
             path: path.to_owned(),
-            epoch: Instant::now(),
             count: AtomicU64::new(0),
             errors: AtomicU64::new(0),
             longest_us: AtomicU64::new(0),
             began_us: AtomicU64::new(0),
+            long: Mutex::new(VecDeque::with_capacity(KEPT)),
             stop: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
         });
@@ -66,12 +100,10 @@ impl Writers {
             let mut block = [0; BLOCK];
             while !state.stop.load(SeqCst) {
                 block = block.map(|byte: u8| byte.wrapping_add(1));
-                let began = state.now_us();
+                let began = clock_us();
                 state.began_us.store(began, SeqCst);
                 let result = file.write_all_at(&block, 0);
-                let took = state.now_us() - began;
-                state.began_us.store(0, SeqCst);
-                state.longest_us.fetch_max(took, SeqCst);
+                state.ended(began, clock_us());
                 match result {
                     Ok(()) => state.count.fetch_add(1, SeqCst),
                     Err(_) => state.errors.fetch_add(1, SeqCst),
@@ -92,7 +124,7 @@ impl Writers {
                 let began = state.began_us.load(SeqCst);
                 let in_write_us = match began {
                     0 => 0,
-                    began => state.now_us().saturating_sub(began),
+                    began => clock_us().saturating_sub(began),
                 };
                 Writer {
                     path: state.path.clone(),
@@ -103,6 +135,17 @@ impl Writers {
                 }
             })
             .collect()
+    }
+
+    /// The long writes of all of them that had not ended at `since`.
+    pub fn stalls(&self, since: u64) -> Stalls {
+        let mut stalls = Vec::new();
+        let all = lock(&self.all);
+        all.iter().for_each(|it| it.stalls(since, &mut stalls));
+        Stalls {
+            now_us: clock_us(),
+            stalls,
+        }
     }
 
     /// Forgets the longest write of each.
