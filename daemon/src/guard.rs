@@ -6,7 +6,8 @@
 //! then on the guard thaws everything when the daemon dies (its end of the socket closes, or its
 //! first thread is gone while another still hangs in the kernel) and when the deadline passes,
 //! whatever the daemon does. It reads no table and looks up no path: it knows descriptors, waves
-//! and times, and not what a host is.
+//! and times, and not what a host is. All that it needs to thaw, threads included, is there before
+//! anything is frozen, since when the daemon falls to the OOM killer there may be no memory.
 //!
 //! The messages are packets on a Unix socket: a `Message`, for `ADD` and `START` followed by the
 //! wave of each descriptor to thaw as a `u32`.
@@ -20,7 +21,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -68,7 +69,7 @@ const TICK: Duration = Duration::from_millis(100);
 const THAW_TICK: Duration = Duration::from_millis(10);
 /// How long one wave may hold up the thaw of the next.
 const WAVE_LIMIT: Duration = Duration::from_millis(150);
-/// Threads to begin a thaw with; each that hangs is replaced.
+/// Threads that wait to thaw; more are started when all of them hang.
 const THREADS: usize = 8;
 const STACK_BYTES: usize = 32 * 1024;
 
@@ -311,6 +312,7 @@ pub fn main(run: &Path) -> Result<(), GuardError> {
         run: RunDir::new(run),
         gone: false,
         daemon_dead: false,
+        crew: Crew::start().map_err(GuardError::Start)?,
         armed: Armed::default(),
     };
     watch.rehearse();
@@ -333,11 +335,7 @@ struct Member {
 #[derive(Default)]
 struct Armed {
     members: Vec<Arc<Member>>,
-    /// Set by START: record and lock, and when to thaw.
     started: Option<Started>,
-    rescue: Option<Rescue>,
-    /// Set once the rescue has ended.
-    rescued: bool,
     /// Set by FROZEN, or by the daemon's end: no freeze is under way any more.
     settled: Arc<AtomicBool>,
 }
@@ -356,12 +354,26 @@ impl Armed {
     }
 }
 
+/// What START brings.
 struct Started {
     deadline: Duration,
     for_host: bool,
     record: File,
     /// Held until everything is thawed.
     _lock: OwnedFd,
+    rescue: Rescue,
+    stage: Stage,
+}
+
+/// Where the guard stands with what it was handed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The daemon is to thaw.
+    Watching,
+    /// The guard does.
+    Thawing,
+    /// It has.
+    Thawed,
 }
 
 struct Watch<'a> {
@@ -372,6 +384,7 @@ struct Watch<'a> {
     gone: bool,
     /// Its first thread has ended, as of the last look.
     daemon_dead: bool,
+    crew: Arc<Crew>,
     armed: Armed,
 }
 
@@ -389,7 +402,8 @@ impl Watch<'_> {
                 self.begin_rescue();
             }
             self.continue_rescue();
-            if self.gone && (self.armed.started.is_none() || self.armed.rescued) {
+            let stage = self.armed.started.as_ref().map(|it| it.stage);
+            if self.gone && matches!(stage, None | Some(Stage::Thawed)) {
                 self.close_record();
                 return Ok(());
             }
@@ -397,11 +411,13 @@ impl Watch<'_> {
     }
 
     fn pause(&self) -> PollTimeout {
-        let pause = match (&self.armed.started, &self.armed.rescue) {
-            (None, _) => return PollTimeout::NONE,
-            (Some(_), Some(_)) if !self.armed.rescued => THAW_TICK,
-            (Some(_), Some(_)) => TICK,
-            (Some(started), None) => started.deadline.saturating_sub(boot_time()).min(TICK),
+        let pause = match &self.armed.started {
+            None => return PollTimeout::NONE,
+            Some(started) => match started.stage {
+                Stage::Watching => started.deadline.saturating_sub(boot_time()).min(TICK),
+                Stage::Thawing => THAW_TICK,
+                Stage::Thawed => return PollTimeout::NONE,
+            },
         };
         // Rounded up, or the last millisecond would be spent spinning.
         PollTimeout::try_from(pause + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
@@ -429,6 +445,8 @@ impl Watch<'_> {
                         for_host: message.for_host != 0,
                         record: record.into(),
                         _lock: lock,
+                        rescue: Rescue::new(&self.armed, &self.crew),
+                        stage: Stage::Watching,
                     });
                 }
             }
@@ -453,7 +471,7 @@ impl Watch<'_> {
         let Some(started) = &self.armed.started else {
             return false;
         };
-        self.armed.rescue.is_none()
+        started.stage == Stage::Watching
             && (self.gone || self.daemon_dead || boot_time() >= started.deadline)
     }
 
@@ -464,14 +482,14 @@ impl Watch<'_> {
         let Ok(size) = self.daemon.read_at(&mut text, 0) else {
             return true;
         };
-        let text = text.get(..size).unwrap_or_default();
-        // The name, in parentheses, may itself hold any character; the state follows it.
-        let after = text.iter().rposition(|&b| b == b')').unwrap_or(0);
-        matches!(text.get(after + 2), Some(b'Z' | b'X' | b'x') | None)
+        process::has_ended(text.get(..size).unwrap_or_default())
     }
 
     fn begin_rescue(&mut self) {
-        self.armed.rescue = Some(Rescue::new(&self.armed));
+        if let Some(started) = &mut self.armed.started {
+            started.stage = Stage::Thawing;
+            started.rescue.begin();
+        }
         if !self.gone {
             let overdue = Message {
                 kind: OVERDUE,
@@ -483,8 +501,12 @@ impl Watch<'_> {
     }
 
     fn continue_rescue(&mut self) {
-        if let Some(rescue) = &mut self.armed.rescue {
-            self.armed.rescued = self.armed.rescued || rescue.advance();
+        let Some(started) = &mut self.armed.started else {
+            return;
+        };
+        if started.stage == Stage::Thawing && started.rescue.advance() {
+            started.stage = Stage::Thawed;
+            started.rescue.end();
         }
     }
 
@@ -502,8 +524,8 @@ impl Watch<'_> {
         };
     }
 
-    /// Goes through everything that a rescue needs, so that its pages are in memory: a thread, a
-    /// thaw that fails, the look at the daemon.
+    /// Goes through everything that a rescue needs, so that its pages are in memory: a thaw that
+    /// fails, the look at the daemon.
     fn rehearse(&mut self) {
         if let Ok(fd) = File::open("/proc/self/stat") {
             let member = Member {
@@ -516,7 +538,8 @@ impl Watch<'_> {
                 ..Armed::default()
             };
             armed.settled.store(true, Ordering::SeqCst);
-            let mut rescue = Rescue::new(&armed);
+            let mut rescue = Rescue::new(&armed, &self.crew);
+            rescue.begin();
             while !rescue.advance() {
                 let _ = wait_readable_unless(self.socket, true, PollTimeout::from(1u8));
             }
@@ -537,8 +560,81 @@ fn wait_readable_unless(fd: BorrowedFd<'_>, deaf: bool, limit: PollTimeout) -> i
     }
 }
 
-/// Thaws everything, the last wave first, without ever waiting for what hangs.
+/// The threads that thaw. They live as long as the guard and wait for a rescue.
+#[derive(Default)]
+struct Crew {
+    state: Mutex<CrewState>,
+    /// A rescue begins, or somebody is free again.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct CrewState {
+    /// The rescue that is under way.
+    rescue: Option<Arc<Shared>>,
+    /// How many wait for one.
+    free: usize,
+}
+
+impl Crew {
+    fn start() -> io::Result<Arc<Self>> {
+        let crew = Arc::new(Crew::default());
+        for _ in 0..THREADS {
+            let one = Arc::clone(&crew);
+            let builder = thread::Builder::new().stack_size(STACK_BYTES);
+            builder.spawn(move || one.wait_and_work())?;
+        }
+        let incomplete = |state: &mut CrewState| state.free < THREADS;
+        let all = crew.changed.wait_while(crew.lock(), incomplete);
+        drop(all.unwrap_or_else(PoisonError::into_inner));
+        Ok(crew)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, CrewState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_and_work(&self) {
+        // Something that cannot be thawed, for the pages of this thread's stack.
+        if let Ok(file) = File::open("/proc/self/stat") {
+            let _ = sys::thaw(file.as_fd());
+        }
+        loop {
+            let mut state = self.lock();
+            state.free += 1;
+            self.changed.notify_all();
+            let rescue = loop {
+                if let Some(rescue) = &state.rescue {
+                    break Arc::clone(rescue);
+                }
+                let woken = self.changed.wait(state);
+                state = woken.unwrap_or_else(PoisonError::into_inner);
+            };
+            state.free -= 1;
+            drop(state);
+            rescue.work();
+        }
+    }
+
+    /// Sets all who are free to work; returns how many.
+    fn begin(&self, rescue: &Arc<Shared>) -> usize {
+        let mut state = self.lock();
+        state.rescue = Some(Arc::clone(rescue));
+        self.changed.notify_all();
+        state.free
+    }
+
+    fn end(&self, rescue: &Shared) {
+        // First, so that nobody who comes back from it finds it here.
+        self.lock().rescue = None;
+        rescue.lock().closed = true;
+    }
+}
+
+/// Thaws everything, the last wave first, without ever waiting for what hangs. Made before there is
+/// anything to thaw, so that no memory is wanted then.
 struct Rescue {
+    crew: Arc<Crew>,
     shared: Arc<Shared>,
     /// The waves not yet begun, first to last.
     waves: Vec<Vec<Arc<Member>>>,
@@ -561,7 +657,7 @@ struct Queue {
 }
 
 impl Rescue {
-    fn new(armed: &Armed) -> Self {
+    fn new(armed: &Armed, crew: &Arc<Crew>) -> Self {
         let mut waves: Vec<Vec<Arc<Member>>> = Vec::new();
         for member in &armed.members {
             let wave = member.wave as usize;
@@ -573,8 +669,12 @@ impl Rescue {
             }
         }
         Rescue {
+            crew: Arc::clone(crew),
             shared: Arc::new(Shared {
-                queue: Mutex::default(),
+                queue: Mutex::new(Queue {
+                    waiting: VecDeque::with_capacity(armed.members.len()),
+                    ..Queue::default()
+                }),
                 settled: Arc::clone(&armed.settled),
             }),
             waves,
@@ -582,6 +682,14 @@ impl Rescue {
             threads: 0,
             most_threads: armed.members.len(),
         }
+    }
+
+    fn begin(&mut self) {
+        self.threads = self.crew.begin(&self.shared);
+    }
+
+    fn end(&self) {
+        self.crew.end(&self.shared);
     }
 
     /// Does what is due. True when everything is thawed that was frozen.
@@ -601,12 +709,8 @@ impl Rescue {
                 None => {}
             }
         }
-        // One more for each that hangs, but always some for what is waiting.
-        let wanted = (THREADS + busy).min(self.most_threads);
-        if waiting > 0 || idle {
-            while self.threads < wanted {
-                self.start_thread();
-            }
+        if waiting > 0 && busy >= self.threads && self.threads < self.most_threads {
+            self.start_thread();
         }
         false
     }
@@ -624,7 +728,7 @@ impl Rescue {
 
 impl Drop for Rescue {
     fn drop(&mut self) {
-        self.shared.lock().closed = true;
+        self.end();
     }
 }
 

@@ -39,7 +39,28 @@ pub fn go_along() -> io::Result<()> {
     sys::set_nice(0)
 }
 
+/// Whether what `/proc/<pid>/stat` says of a process means that it has ended, though a thread of it
+/// may still be inside the kernel.
+pub fn has_ended(stat: &[u8]) -> bool {
+    // The name, in parentheses, may itself hold any character; the state follows it.
+    let after = stat.iter().rposition(|&b| b == b')').unwrap_or(0);
+    matches!(stat.get(after + 2), Some(b'Z' | b'X' | b'x') | None)
+}
+
 /// Makes the kernel never choose this process when memory runs out (proc(5), `oom_score_adj`).
 pub fn escape_oom_killer() -> io::Result<()> {
     std::fs::write("/proc/self/oom_score_adj", "-1000")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_zombie_has_ended_whatever_its_name() {
+        assert!(has_ended(b"7 (a) S (b) Z 1 7 7"));
+        assert!(has_ended(b""));
+        assert!(!has_ended(b"7 (hv_vss_daemon) D 1 7 7"));
+        assert!(!has_ended(b"7 (x) Z) S 1 7 7"));
+    }
 }
