@@ -4,9 +4,12 @@
 //!
 //! No host takes part. Texts go to standard output, the course of a rehearsal to the log.
 
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{channel, Sender};
 use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -18,6 +21,7 @@ use crate::logbook::Logbook;
 use crate::machine::{LookError, Machine, Table};
 use crate::open::{open_file_system, OpenError};
 use crate::plan::{plan, FileSystem, Plan, Reason};
+use crate::process;
 use crate::record::{Entry, Record, RecordError, RunDir};
 use crate::sys;
 
@@ -257,27 +261,69 @@ pub enum Recovered {
     InUse,
 }
 
-/// Thaws whatever the record lists, if its owner is gone; with `force` even if not.
-pub fn thaw(config: &Config, log: &Logbook, force: bool) -> Result<Recovered, CommandError> {
+/// Who thaws what a record lists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// An operator, or the stop step of the service: whoever else is at it. A host that waits has
+    /// yet to be told, which is left to the next start.
+    Operator,
+    /// A daemon that starts: unless the owner lives, for that one thaws by itself.
+    Start,
+    /// The same daemon later, while a dead owner is still inside the kernel: only when that is over.
+    Later,
+}
+
+/// Thaws whatever the record lists. Does not return before all of it is thawed, however long that
+/// takes the kernel; what hangs holds up nothing else.
+pub fn thaw(config: &Config, log: &Logbook, by: By) -> Result<Recovered, CommandError> {
     let run = RunDir::new(&config.run_dir);
     let Some(record) = run.read()? else {
         return Ok(Recovered::Nothing);
     };
-    let lock = match run.lock() {
-        Ok(lock) => Some(lock),
-        Err(RecordError::Locked { .. }) if force => None,
-        Err(RecordError::Locked { .. }) => return Ok(Recovered::InUse),
-        Err(error) => return Err(error.into()),
-    };
     let for_host = record.for_host;
-    thaw_record(&record, log)?;
-    if lock.is_none() {
+    match run.lock() {
+        Ok(lock) => {
+            thaw_record(&record, log)?;
+            if by == By::Operator && for_host {
+                run.empty(&lock)?;
+            } else {
+                run.remove()?;
+            }
+            Ok(Recovered::CutShort { for_host })
+        }
         // The owner keeps its record; it finds out that it was thawed.
-        return Ok(Recovered::InUse);
+        Err(RecordError::Locked { .. }) => {
+            let allowed = match by {
+                By::Operator => true,
+                By::Start => has_ended(record.pid),
+                By::Later => false,
+            };
+            if allowed {
+                thaw_record(&record, log)?;
+            }
+            Ok(Recovered::InUse)
+        }
+        Err(error) => Err(error.into()),
     }
-    run.remove()?;
-    Ok(Recovered::CutShort { for_host })
 }
+
+/// Whether a freeze is on record whose owner has ended, though it may still be inside the kernel.
+pub fn owner_has_ended(config: &Config) -> bool {
+    let record = RunDir::new(&config.run_dir).read();
+    matches!(record, Ok(Some(record)) if has_ended(record.pid))
+}
+
+fn has_ended(pid: u32) -> bool {
+    std::fs::read(format!("/proc/{pid}/stat")).map_or(true, |stat| process::has_ended(&stat))
+}
+
+/// How long one that hangs may hold up the next.
+const PATIENCE: Duration = Duration::from_millis(200);
+/// How long those that hang may take in the end.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// What came of one thaw: its name and what the kernel said.
+type Thawed = (String, io::Result<()>);
 
 fn thaw_record(record: &Record, log: &Logbook) -> Result<(), CommandError> {
     if record.frozen.is_empty() {
@@ -285,38 +331,73 @@ fn thaw_record(record: &Record, log: &Logbook) -> Result<(), CommandError> {
     }
     let machine = Machine::look()?;
     let everything = plan(&machine.mounts, &machine.topology, &|_| None);
+    let (tell, told) = channel();
+    let mut under_way = Vec::new();
     let mut failed = 0;
+    let mut over = |(name, result): Thawed, under_way: &mut Vec<String>| {
+        under_way.retain(|it| *it != name);
+        match result {
+            Ok(()) => log.info(format!("{name} thawed")),
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+                log.info(format!("{name} is not frozen"));
+            }
+            Err(e) => {
+                log.error(format!("{name} cannot be thawed: {e}"));
+                failed += 1;
+            }
+        }
+    };
     for entry in record.frozen.iter().rev() {
-        if let Err(error) = thaw_entry(&machine, &everything, entry, log) {
-            log.error(error);
-            failed += 1;
+        let name = entry.name.clone();
+        match open_entry(&machine, &everything, entry) {
+            Ok(Some(fd)) => {
+                under_way.push(name.clone());
+                if let Err(error) = start_thaw(name.clone(), fd, tell.clone()) {
+                    over((name, Err(error)), &mut under_way);
+                } else if let Ok(thawed) = told.recv_timeout(PATIENCE) {
+                    over(thawed, &mut under_way);
+                }
+            }
+            Ok(None) => log.warning(format!("{name} is not mounted any more")),
+            Err(error) => over((name, Err(io::Error::other(error))), &mut under_way),
         }
     }
-    match failed {
+    let until = Instant::now() + LIMIT;
+    while !under_way.is_empty() {
+        match told.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(thawed) => over(thawed, &mut under_way),
+            Err(_) => break,
+        }
+    }
+    for name in &under_way {
+        log.error(format!(
+            "{name} hangs in the kernel and is thawed when that ends"
+        ));
+    }
+    match failed + under_way.len() {
         0 => Ok(()),
         count => Err(CommandError::NotThawed(count)),
     }
 }
 
-fn thaw_entry(
+/// Opens what a record lists; `None` when it is not mounted any more.
+fn open_entry(
     machine: &Machine,
     everything: &Plan,
     entry: &Entry,
-    log: &Logbook,
-) -> Result<(), String> {
-    let name = &entry.name;
+) -> Result<Option<OwnedFd>, OpenError> {
     let mut mounted = everything.waves.iter().flatten();
-    let Some(file_system) = mounted.find(|f| f.dev == entry.dev) else {
-        log.warning(format!("{name} is not mounted any more"));
-        return Ok(());
+    let file_system = mounted.find(|f| f.dev == entry.dev);
+    file_system
+        .map(|it| open_file_system(&machine.ways, it))
+        .transpose()
+}
+
+/// Thaws on a thread of its own, which may hang: behind a freeze that does, for one.
+fn start_thaw(name: String, fd: OwnedFd, tell: Sender<Thawed>) -> io::Result<()> {
+    let thaw = move || {
+        // Nobody listens any more when it took too long.
+        let _ = tell.send((name, sys::thaw(fd.as_fd())));
     };
-    let fd = open_file_system(&machine.ways, file_system).map_err(|e| e.to_string())?;
-    match sys::thaw(fd.as_fd()) {
-        Ok(()) => log.info(format!("{name} thawed")),
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            log.info(format!("{name} is not frozen"));
-        }
-        Err(e) => return Err(format!("{name} cannot be thawed: {e}")),
-    }
-    Ok(())
+    thread::Builder::new().spawn(thaw).map(drop)
 }

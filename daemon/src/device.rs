@@ -69,6 +69,14 @@ pub enum DeviceError {
     Write(#[source] io::Error),
 }
 
+impl DeviceError {
+    /// Whether another process has the device open.
+    pub fn is_busy(&self) -> bool {
+        let busy = Some(Errno::EBUSY as i32);
+        matches!(self, DeviceError::Open { source, .. } if source.raw_os_error() == busy)
+    }
+}
+
 /// Which ABI is in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Abi {

@@ -9,11 +9,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{value_parser, Arg, ArgAction, ArgMatches, Command};
-use hv_vss_daemon::commands::{self, Recovered, Stop};
+use hv_vss_daemon::commands::{self, By, Recovered, Stop};
 use hv_vss_daemon::config::Config;
 use hv_vss_daemon::device::Device;
 use hv_vss_daemon::logbook::{words, Logbook, Sink};
-use hv_vss_daemon::service::Service;
+use hv_vss_daemon::service::{self, Service};
 use hv_vss_daemon::{guard, job, process};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -127,7 +127,10 @@ fn serve(matches: &ArgMatches, config: Config, foreground: bool) -> Result<(), F
         .cloned()
         .unwrap_or_default();
     // Before going to the background, so that whoever starts it sees why it cannot run.
-    let device = Device::open(&path)?;
+    let device = match Device::open(&path) {
+        Err(error) if error.is_busy() && commands::owner_has_ended(&config) => None,
+        other => Some(other?),
+    };
     if !foreground {
         nix::unistd::daemon(false, false)?;
     }
@@ -138,6 +141,10 @@ fn serve(matches: &ArgMatches, config: Config, foreground: bool) -> Result<(), F
     };
     let log = Logbook::new(sink);
     harden(&log)?;
+    let device = match device {
+        Some(device) => device,
+        None => service::take_over(&path, &config, &log)?,
+    };
     let service = Service::new(device, &path, config, log.clone());
     service
         .and_then(Service::run)
@@ -183,7 +190,7 @@ fn rehearse(config: Config, time: Duration) -> Result<(), Failure> {
 fn thaw(config: &Config) -> Result<(), Failure> {
     need_root()?;
     let log = Logbook::new(Sink::Stderr);
-    match commands::thaw(config, &log, true)? {
+    match commands::thaw(config, &log, By::Operator)? {
         Recovered::Nothing => log.info("nothing is recorded as frozen"),
         Recovered::CutShort { .. } => log.info("all that was recorded as frozen is thawed"),
         Recovered::InUse => log.warning("thawed under a process that is still there"),

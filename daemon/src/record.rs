@@ -148,6 +148,15 @@ impl RunDir {
         }
     }
 
+    /// Empties the record: nothing is frozen any more, and a host does not know yet. Needs the
+    /// lock.
+    pub fn empty(&self, _lock: &Lock) -> Result<(), RecordError> {
+        let path = self.record();
+        let file = OpenOptions::new().write(true).open(&path);
+        file.and_then(|file| file.set_len(0))
+            .map_err(failed("empty", &path))
+    }
+
     /// Removes the record: nothing is frozen any more.
     pub fn remove(&self) -> Result<(), RecordError> {
         let path = self.record();

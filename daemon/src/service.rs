@@ -11,6 +11,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use hv_vss_uapi::{op, status, thawed};
@@ -20,7 +21,7 @@ use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
-use crate::commands::{self, Recovered};
+use crate::commands::{self, By, Recovered};
 use crate::config::Config;
 use crate::device::{Abi, Device, DeviceError, Incoming, Request};
 use crate::guard::{Event, Guard, GuardError};
@@ -35,6 +36,8 @@ const GUARD: Token = Token(3);
 
 /// First and longest pause between attempts to open a device that went away.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// How often a dead process is looked after that is still inside the kernel.
+const RECOVERY_PAUSE: Duration = Duration::from_millis(250);
 /// How long before the kernel gives up a freeze is called off, so that the host hears why.
 const MARGIN: Duration = Duration::from_secs(2);
 
@@ -82,6 +85,23 @@ enum Phase {
     },
 }
 
+/// Waits for the device at `path` while a daemon keeps it that is dead but still inside the kernel,
+/// and thaws meanwhile what can be thawed of what that one has frozen.
+pub fn take_over(path: &Path, config: &Config, log: &Logbook) -> Result<Device, DeviceError> {
+    log.warning("a dead daemon is still inside the kernel and keeps the device: waiting for it");
+    if let Err(error) = commands::thaw(config, log, By::Start) {
+        log.error(words(&error));
+    }
+    loop {
+        match Device::open(path) {
+            Err(error) if error.is_busy() && commands::owner_has_ended(config) => {
+                thread::sleep(RECOVERY_PAUSE);
+            }
+            other => return other,
+        }
+    }
+}
+
 /// The running daemon.
 pub struct Service {
     path: PathBuf,
@@ -95,6 +115,8 @@ pub struct Service {
     /// When to try next to open a device that went away, and the pause after that.
     retry: Option<(Instant, Duration)>,
     phase: Phase,
+    /// Undoes what a dead process freezes even now.
+    recovery: Option<JoinHandle<()>>,
     /// Why the last freeze ended before its THAW, until the next FREEZE.
     broken: Option<&'static str>,
     outcomes: (Sender<Outcome>, Receiver<Outcome>),
@@ -131,6 +153,7 @@ impl Service {
             worker: Worker::start().map_err(failed("start a thread"))?,
             retry: None,
             phase: Phase::Idle,
+            recovery: None,
             broken: None,
             outcomes: channel(),
             waker: Arc::new(waker),
@@ -148,7 +171,7 @@ impl Service {
 
     /// Cleans up after a daemon and a guard that were both killed.
     fn recover(&mut self) {
-        match commands::thaw(&self.config, &self.log, false) {
+        match commands::thaw(&self.config, &self.log, By::Start) {
             Ok(Recovered::Nothing) => {}
             Ok(Recovered::CutShort { for_host }) => {
                 self.log
@@ -161,12 +184,38 @@ impl Service {
                 self.log
                     .warning("the freeze of another process is still being undone");
                 self.broken = Some("the freeze of another process was in force");
+                self.recover_later();
             }
             // Serving goes on: the next freeze may well work.
             Err(error) => {
                 self.log.error(words(&error));
                 self.broken = Some("what an earlier daemon had frozen could not be thawed");
             }
+        }
+    }
+
+    /// Waits for a dead owner that is still inside the kernel: what it freezes there nobody else
+    /// would thaw. Until then there is no freeze of ours.
+    fn recover_later(&mut self) {
+        let (config, log) = (Arc::clone(&self.config), self.log.clone());
+        let wait = move || loop {
+            thread::sleep(RECOVERY_PAUSE);
+            match commands::thaw(&config, &log, By::Later) {
+                Ok(Recovered::InUse) => {}
+                Ok(Recovered::Nothing | Recovered::CutShort { .. }) => {
+                    log.info("the freeze of another process is undone");
+                    return;
+                }
+                Err(error) => {
+                    log.error(words(&error));
+                    return;
+                }
+            }
+        };
+        let builder = thread::Builder::new().name("recovery".into());
+        match builder.spawn(wait) {
+            Ok(thread) => self.recovery = Some(thread),
+            Err(error) => self.log.error(format!("cannot wait for it: {error}")),
         }
     }
 
@@ -438,6 +487,13 @@ impl Service {
             }
         }
         if self.stopping {
+            self.answer(&request, status::FAIL);
+            return;
+        }
+        if self.recovery.as_ref().is_some_and(|it| !it.is_finished()) {
+            self.log.error(
+                "FREEZE from the host is refused: the freeze of another process is not undone",
+            );
             self.answer(&request, status::FAIL);
             return;
         }
