@@ -9,6 +9,7 @@ mod abi;
 mod commands;
 mod deadman;
 mod freeze;
+mod hangs;
 mod lifecycle;
 mod order;
 mod pairing;
@@ -65,6 +66,7 @@ pub fn all() -> Vec<Case> {
         order::CASES,
         commands::CASES,
         deadman::CASES,
+        hangs::CASES,
         peer::CASES,
         systemd::CASES,
     ]

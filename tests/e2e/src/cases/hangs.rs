@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Nothing stays frozen when it is not a process that ends but something in the kernel that does
+//! not: a disk, a freeze, an open.
+
+use super::deadman::{good_backup, released, RELEASED};
+use super::{case, load, start, stop, wait_for_daemon, Case};
+use anyhow::{ensure, Result};
+use e2e::check::{answered, equal, refused, status_name};
+use e2e::guest::{Daemon, Guest, Module, Process, STEP};
+use hyperv_sim::ic::status;
+use hyperv_sim::ic::vss::{Op, SHORT_BODY};
+use hyperv_sim::Tx;
+use std::time::Duration;
+
+pub const CASES: &[Case] = &[
+    case(
+        "deadman/hung-device",
+        "a disk that hangs fails the backup in time and holds up nobody else",
+        hung_device,
+    ),
+    case(
+        "deadman/hung-freeze",
+        "a FIFREEZE that hangs while others are frozen: those are thawed at the deadline",
+        hung_freeze,
+    ),
+    case(
+        "deadman/both-killed-in-a-hung-freeze",
+        "daemon and guard killed inside a FIFREEZE that hangs: all is thawed, the rest at once",
+        both_killed_in_a_hung_freeze,
+    ),
+    case(
+        "deadman/hung-open",
+        "an open that a security agent holds up fails the backup in time, with nothing frozen",
+        hung_open,
+    ),
+    case(
+        "deadman/open-behind-the-freeze",
+        "a security agent that logs to a frozen disk cannot hold up the thaw",
+        open_behind_the_freeze,
+    ),
+];
+
+/// Lets the disk below `/mnt/hung` hang: what is written to it from now on waits for [`RESUME`].
+const SUSPEND: &str = "dmsetup suspend --noflush --nolockfs hung";
+const RESUME: &str = "dmsetup resume hung";
+
+/// One file system on a disk that always works and one on a disk that can hang, with a writer on
+/// the first.
+fn make_two(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe dm-mod; mkdir -p /mnt/a /mnt/hung
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+              dmsetup create hung --noudevsync --table '0 131072 linear /dev/ram2 0'
+              [ -e /dev/mapper/hung ] || dmsetup mknodes
+              mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung")?;
+    Ok(guest.writer_start("/mnt/a/w")?)
+}
+
+/// How many threads of `process` are inside FIFREEZE. A thread that sleeps in the kernel shows its
+/// system call there: number and arguments (proc(5)); 16 is ioctl(2).
+fn in_fifreeze(guest: &Guest, process: &Process) -> Result<usize> {
+    let calls = guest.try_sh(&format!("cat /proc/{}/task/*/syscall", process.pid))?;
+    let freezes = calls.out.lines().filter(|line| {
+        let mut words = line.split(' ');
+        words.next() == Some("16") && words.nth(1) == Some("0xc0045877")
+    });
+    Ok(freezes.count())
+}
+
+/// Sends FREEZE while the disk hangs, and waits until it hangs in FIFREEZE with the other file
+/// system frozen. Nothing is dirty, so it is not a sync beforehand that hangs: what a freeze of ext4
+/// writes in any case is its superblock.
+fn freeze_that_hangs(guest: &Guest, daemon: &Process) -> Result<Tx> {
+    guest.sh(&format!("sync && {SUSPEND}"))?;
+    let tx = guest.vss().send_freeze(&[])?;
+    guest.wait_until("one is frozen and one hangs in FIFREEZE", STEP, || {
+        let frozen = guest.writers()?.iter().all(|it| it.in_write_us > 300_000);
+        Ok(frozen && in_fifreeze(guest, daemon)? == 1)
+    })?;
+    Ok(tx)
+}
+
+/// [`RELEASED`] from now on the file system at `path` must not be frozen.
+fn thawed_in_time(guest: &Guest, path: &str) -> Result<()> {
+    let mark = guest.clock()? + RELEASED.as_micros() as u64;
+    guest.wait_until("the time is over", STEP, || Ok(guest.clock()? > mark))?;
+    refused(
+        "FITHAW when all should be thawed",
+        guest.thaw(path),
+        "EINVAL",
+    )
+}
+
+fn hung_device(guest: &Guest) -> Result<()> {
+    make_two(guest)?;
+    let hang = "dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null
+                dmsetup suspend --noflush --nolockfs hung";
+    let vss = guest.vss();
+
+    load(guest, Module::Ours, &["freeze_timeout_ms=6000"])?;
+    let daemon = guest.start_daemon_with("deadline = 3")?;
+    wait_for_daemon(guest)?;
+    guest.sh(hang)?;
+    let tx = vss.send_freeze(&[])?;
+    // The backup fails by itself while the disk still hangs, and the other file system is free.
+    answered(
+        "FREEZE with a hung disk",
+        &vss.wait(tx, STEP)?,
+        status::FAIL,
+    )?;
+    released(guest, "the failed FREEZE", guest.clock()?, RELEASED)?;
+    guest.sh("dmsetup resume hung")?;
+    guest.wait_until("the next backup is good", STEP, || {
+        Ok(good_backup(guest).is_ok())
+    })?;
+    stop(guest, Module::Ours, &daemon)?;
+
+    let daemon = start(guest, Module::Stock, Daemon::Debian)?;
+    guest.sh(hang)?;
+    let tx = vss.send_freeze(&[])?;
+    let end = guest.clock()? + 5_000_000;
+    guest.wait_until("5 s have passed", STEP, || Ok(guest.clock()? > end))?;
+    let stuck = guest.writers()?.iter().any(|it| it.in_write_us > 3_000_000);
+    guest.sh("dmsetup resume hung")?;
+    answered(
+        "FREEZE with the peer after the disk came back",
+        &vss.wait(tx, STEP)?,
+        status::OK,
+    )?;
+    answered("THAW with the peer", &vss.thaw(STEP)?, status::OK)?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest.compare(
+        "one disk hangs (module's limit for FREEZE set to 6 s for ours)",
+        "FREEZE 0x80004005 (failed), nobody else is held up",
+        if stuck {
+            "the other file system is frozen for as long as the disk hangs"
+        } else {
+            "the other file system is not held up"
+        },
+    );
+    Ok(())
+}
+
+fn hung_freeze(guest: &Guest) -> Result<()> {
+    const DEADLINE: Duration = Duration::from_secs(3);
+    make_two(guest)?;
+    let vss = guest.vss();
+    load(guest, Module::Ours, &[])?;
+    let daemon = guest.start_daemon_with("deadline = 3")?;
+    wait_for_daemon(guest)?;
+    let sent = guest.clock()?;
+    let tx = freeze_that_hangs(guest, &daemon)?;
+    answered("FREEZE at the deadline", &vss.wait(tx, STEP)?, status::FAIL)?;
+    released(guest, "at the deadline", guest.clock()?, RELEASED)?;
+    let stalls = guest.stalls(sent)?.stalls;
+    for stall in &stalls {
+        let stood = stall.ended_us.map(|ended| ended - stall.began_us);
+        let limit = (DEADLINE + RELEASED).as_micros() as u64;
+        ensure!(
+            stood.is_some_and(|stood| stood < limit),
+            "{} stood still for {stood:?} us, the deadline is {DEADLINE:?}",
+            stall.path
+        );
+    }
+    ensure!(!stalls.is_empty(), "nothing was frozen at all");
+    equal("threads in FIFREEZE", in_fifreeze(guest, &daemon)?, 1)?;
+    answered("THAW later", &vss.thaw(STEP)?, status::FAIL)?;
+
+    // The hung freeze takes effect when its disk is back, and nobody wants it any more.
+    guest.sh(RESUME)?;
+    thawed_in_time(guest, "/mnt/hung")?;
+    guest.wait_until("the next backup is good", STEP, || {
+        Ok(good_backup(guest).is_ok())
+    })
+}
+
+fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
+    make_two(guest)?;
+    let vss = guest.vss();
+    // The module gives up on a daemon that has the device open and is silent.
+    let limits = ["grace_ms=300", "timeout_ms=3000", "freeze_timeout_ms=5000"];
+    load(guest, Module::Ours, &limits)?;
+    for remedy in ["the stop step", "the next start"] {
+        let daemon = guest.start_daemon(Daemon::Ours)?;
+        wait_for_daemon(guest)?;
+        let guard = super::deadman::guard_of(guest, &daemon)?;
+        let tx = freeze_that_hangs(guest, &daemon)?;
+        guest.signal_all(&[daemon.pid, guard], 9)?;
+        // The freeze that hangs cannot be thawed yet, and holds up nobody else. The one who hangs in
+        // it keeps the device, so that the next daemon has to wait.
+        let next = match remedy {
+            "the stop step" => guest.spawn(&["/payload/hv_vss_daemon", "thaw"])?,
+            _ => guest.start_daemon(Daemon::Ours)?,
+        };
+        released(guest, remedy, guest.clock()?, RELEASED * 2)?;
+        answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)?;
+        answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+        // Now it freezes, on behalf of a process that is dead.
+        equal("threads in FIFREEZE", in_fifreeze(guest, &daemon)?, 1)?;
+        guest.sh(RESUME)?;
+        guest.wait(&daemon, STEP)?;
+        thawed_in_time(guest, "/mnt/hung")?;
+        let next = if remedy == "the stop step" {
+            guest.wait(&next, STEP)?;
+            guest.start_daemon(Daemon::Ours)?
+        } else {
+            next
+        };
+        wait_for_daemon(guest)?;
+        answered("THAW, later", &vss.thaw(STEP)?, status::FAIL)?;
+        good_backup(guest)?;
+        guest.signal(&next, 15)?;
+        guest.wait(&next, STEP)?;
+    }
+    Ok(())
+}
+
+fn hung_open(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "mkdir -p /mnt/a /mnt/b && mkfs.ext4 -q -F /dev/ram1 && mkfs.ext4 -q -F /dev/ram2
+              mount /dev/ram1 /mnt/a && mount /dev/ram2 /mnt/b",
+    )?;
+    for path in ["/writer", "/mnt/a/w", "/mnt/b/w"] {
+        guest.writer_start(path)?;
+    }
+    let vss = guest.vss();
+    load(guest, Module::Ours, &[])?;
+    let daemon = guest.start_daemon_with("prepare = 2\ndeadline = 1")?;
+    wait_for_daemon(guest)?;
+    guest.watch_opens("/mnt/b", None)?;
+    let sent = guest.clock()?;
+    let tx = vss.send_freeze(&[])?;
+    answered("FREEZE behind an open", &vss.wait(tx, STEP)?, status::FAIL)?;
+    let held_up = guest.stalls(sent)?;
+    // With what preparation and deadline allow, and some time to see it.
+    ensure!(
+        held_up.now_us - sent < 4_500_000,
+        "FREEZE was failed after {} ms, 3 s are allowed",
+        (held_up.now_us - sent) / 1000
+    );
+    let long = held_up.stalls.iter();
+    let long = long.map(|it| it.ended_us.unwrap_or(held_up.now_us) - it.began_us);
+    ensure!(
+        long.max().is_none_or(|stood| stood < 250_000),
+        "something was frozen: {held_up:?}"
+    );
+    for path in ["/", "/mnt/a"] {
+        refused("FITHAW after the failed FREEZE", guest.thaw(path), "EINVAL")?;
+    }
+    answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
+    // It still hangs, and the daemon still answers: with the truth, at once.
+    answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
+    answered("FREEZE again", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    guest.release_opens()?;
+    guest.wait_until("the next backup is good", STEP, || {
+        Ok(good_backup(guest).is_ok())
+    })?;
+    stop(guest, Module::Ours, &daemon)
+}
+
+fn open_behind_the_freeze(guest: &Guest) -> Result<()> {
+    // The agent watches the first in the table and logs to the second.
+    guest.sh(
+        "mkdir -p /mnt/watched /mnt/log && mkfs.ext4 -q -F /dev/ram1 && mkfs.ext4 -q -F /dev/ram2
+              mount /dev/ram1 /mnt/watched && mount /dev/ram2 /mnt/log",
+    )?;
+    guest.writer_start("/mnt/watched/w")?;
+    guest.writer_start("/mnt/log/w")?;
+    let vss = guest.vss();
+    guest.watch_opens("/mnt/watched", Some("/mnt/log/opens"))?;
+
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    for _ in 0..2 {
+        good_backup(guest)?;
+    }
+    let opens = guest.read("/mnt/log/opens")?;
+    ensure!(
+        opens.contains(&format!("opened by {}", daemon.pid)),
+        "the agent should have judged the daemon's opens, it saw: {opens}"
+    );
+    stop(guest, Module::Ours, &daemon)?;
+
+    let daemon = start(guest, Module::Stock, Daemon::Debian)?;
+    answered("FREEZE with the peer", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until("both stand still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+    })?;
+    let thaw = vss.send(Op::THAW, &SHORT_BODY)?;
+    let end = guest.clock()? + 5_000_000;
+    guest.wait_until("5 s have passed", STEP, || Ok(guest.clock()? > end))?;
+    let stuck = guest.writers()?.iter().all(|it| it.in_write_us > 5_000_000);
+    if stuck {
+        // Only somebody who needs no open there can resolve that.
+        guest.thaw("/mnt/log")?;
+    }
+    let peer = vss.wait(thaw, STEP)?.status();
+    stop(guest, Module::Stock, &daemon)?;
+    guest.compare(
+        "a security agent (fanotify) that logs to a frozen disk judges every open",
+        "FREEZE 0 (success), THAW 0 (success)",
+        &if stuck {
+            "THAW hangs behind its own freeze, 5 s later all is still frozen".to_owned()
+        } else {
+            format!("THAW {}", status_name(peer))
+        },
+    );
+    Ok(())
+}
