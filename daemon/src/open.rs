@@ -6,6 +6,7 @@
 //! parent file system, to whatever was mounted over it, to a FIFO. So nothing is opened that could
 //! block, and what was opened is compared with what was planned before it is used.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -54,6 +55,18 @@ impl PlaceError {
             source,
         }
     }
+
+    /// Whether this is what a mount over the place, or over a folder on the way there, looks like.
+    fn may_be_hidden(&self) -> bool {
+        match self {
+            PlaceError::Other { .. } => true,
+            PlaceError::Special { .. } => false,
+            PlaceError::Open { source, .. } => matches!(
+                source.raw_os_error().map(Errno::from_raw),
+                Some(Errno::ENOENT | Errno::ENOTDIR)
+            ),
+        }
+    }
 }
 
 /// Why a file system could not be opened at all.
@@ -90,8 +103,8 @@ fn list(errors: &[PlaceError]) -> String {
 
 /// Opens `file_system` through the first of its places that still leads to it.
 ///
-/// If none does because other mounts lie over all of them, those are taken away in a private copy
-/// of the namespace, where nobody else notices.
+/// If none does because other mounts lie over all of them, or over folders above, those are taken
+/// away in a private copy of the namespace, where nobody else notices.
 pub fn open_file_system(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenError> {
     let mut tried = Vec::new();
     let proc = ways.proc.as_fd();
@@ -104,8 +117,7 @@ pub fn open_file_system(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd
             Err(source) => tried.push(PlaceError::open(&place.path, source)),
         }
     }
-    let hidden = |e: &PlaceError| matches!(e, PlaceError::Other { .. });
-    if tried.iter().any(hidden) {
+    if tried.iter().any(PlaceError::may_be_hidden) {
         for place in &file_system.places {
             let uncover = || uncover(proc, file_system, place);
             if let Ok(Ok(fd)) = namespaces.within_copy(place.namespace, uncover) {
@@ -140,59 +152,56 @@ fn open_place(
     }
 }
 
-/// In a private copy of a namespace: unmounts whatever `place` leads to, until it leads to
-/// `file_system`. Mounts have other ids in the copy, so its own table is read.
+/// In a private copy of a namespace: unmounts whatever lies over `place`, or over a folder on the
+/// way there, until it leads to `file_system`. Mounts have other ids in the copy, so its own table
+/// is read.
 fn uncover(
     proc: BorrowedFd<'_>,
     file_system: &FileSystem,
     place: &Place,
 ) -> Result<OwnedFd, PlaceError> {
     let path = place.path.as_path();
+    let gone = |errno: Errno| PlaceError::open(path, errno.into());
     loop {
-        let (fd, found) = open_path(proc, path)?;
-        let other = PlaceError::Other {
-            path: path.to_owned(),
-            found: found.dev(),
-        };
-        let Ok(table) = mounts::read(proc, place.namespace) else {
-            return Err(other);
-        };
-        let at = |m: &&Mount| Some(m.id) == found.mount_id;
-        let Some(top) = table.iter().find(at) else {
-            return Err(other);
-        };
-        if top.dev == file_system.dev {
-            return Ok(fd);
+        let table = mounts::read(proc, place.namespace).map_err(|_| gone(Errno::ENOENT))?;
+        let target = table
+            .iter()
+            .find(|m| m.dev == file_system.dev && m.path == path)
+            .ok_or_else(|| gone(Errno::ENOENT))?;
+        if let Ok((fd, found)) = open_path(proc, path) {
+            if found.dev() == file_system.dev || found.mount_id == Some(target.id) {
+                return Ok(fd);
+            }
         }
-        // Each round takes one mount away, and only such as lie over the target: when what is
-        // found is what the target was mounted on, the target is gone.
-        let target = |m: &&Mount| m.dev == file_system.dev && m.path == path;
-        let Some(target) = table.iter().find(target) else {
-            return Err(other);
-        };
-        if is_below(&table, top.id, target.id) {
-            return Err(other);
-        }
-        drop(fd);
+        // Each round takes one mount away, and never one that the target is attached to.
+        let cover = cover(&table, target).ok_or_else(|| gone(Errno::ENOENT))?;
         let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
-        umount2(&top.path, flags).map_err(|e| PlaceError::open(path, e.into()))?;
+        umount2(&cover.path, flags).map_err(gone)?;
     }
 }
 
-/// Whether mount `lower` is among those that mount `upper` is attached to, directly or not.
-fn is_below(table: &[Mount], lower: u64, upper: u64) -> bool {
-    let mut next = upper;
-    // No chain is longer than the table.
-    for _ in 0..table.len() {
-        if next == lower {
-            return true;
+/// The first mount on the way to `target` that does not lead there.
+fn cover<'a>(table: &'a [Mount], target: &Mount) -> Option<&'a Mount> {
+    let way = attached_to(table, target);
+    table
+        .iter()
+        .filter(|m| way.contains(&m.parent) && !way.contains(&m.id))
+        .filter(|m| target.path.starts_with(&m.path))
+        .min_by_key(|m| m.path.components().count())
+}
+
+/// `mount` and all that it is attached to, directly or not.
+fn attached_to(table: &[Mount], mount: &Mount) -> BTreeSet<u64> {
+    let mut way = BTreeSet::new();
+    let mut next = Some(mount);
+    while let Some(mount) = next {
+        // A circle would be a table that contradicts itself.
+        if !way.insert(mount.id) {
+            break;
         }
-        match table.iter().find(|m| m.id == next) {
-            Some(mount) => next = mount.parent,
-            None => return false,
-        }
+        next = table.iter().find(|m| m.id == mount.parent);
     }
-    false
+    way
 }
 
 /// Opens what `path` leads to, if that is a directory or a regular file, and says what it is.
@@ -289,12 +298,31 @@ mod tests {
     }
 
     #[test]
-    fn attachment_is_followed_to_any_depth_and_a_circle_ends() {
+    fn what_lies_over_the_way_is_found_from_the_root_on() {
+        let line = |id: u64, parent: u64, dev: &str, path: &str| {
+            format!("{id} {parent} {dev} / {path} rw - ext4 /dev/x rw\n")
+        };
+        let text = [
+            line(1, 0, "8:1", "/"),
+            line(2, 1, "8:2", "/a/b"),
+            // Over the place itself, over the folder above it, and one that is in nobody's way.
+            line(3, 2, "0:3", "/a/b"),
+            line(4, 1, "0:4", "/a"),
+            line(5, 1, "0:5", "/ab"),
+        ];
+        let table = mounts::parse(text.concat().as_bytes(), 0).unwrap();
+        let cover_of = |table: &[Mount]| cover(table, &table[1]).map(|m| m.id);
+        assert_eq!(cover_of(&table), Some(4));
+        let rest: Vec<Mount> = table.iter().filter(|m| m.id != 4).cloned().collect();
+        assert_eq!(cover_of(&rest), Some(3));
+        let rest: Vec<Mount> = rest.into_iter().filter(|m| m.id != 3).collect();
+        assert_eq!(cover_of(&rest), None);
+    }
+
+    #[test]
+    fn a_circle_of_mounts_ends() {
         let line = |id, parent| format!("{id} {parent} 8:1 / /x rw - ext4 /dev/sda1 rw\n");
-        let text = [line(1, 0), line(2, 1), line(3, 2), line(7, 8), line(8, 7)].concat();
-        let table = mounts::parse(text.as_bytes(), 0).unwrap();
-        assert!(is_below(&table, 1, 3));
-        assert!(!is_below(&table, 3, 1));
-        assert!(!is_below(&table, 1, 7));
+        let table = mounts::parse([line(7, 8), line(8, 7)].concat().as_bytes(), 0).unwrap();
+        assert_eq!(attached_to(&table, &table[0]), BTreeSet::from([7, 8]));
     }
 }
