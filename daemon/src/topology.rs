@@ -178,7 +178,8 @@ fn backing_of(dir: &Path, name: &str) -> Option<Backing> {
 }
 
 /// Judges by the kernel's name for the device and by its place in the device tree: iSCSI disks are
-/// below a `session`, NVMe over fabrics below `nvme-fabrics`.
+/// below a `session`, NVMe over fabrics below `nvme-fabrics`, or below the subsystem that stands for
+/// all paths to it.
 fn served_by_user_space(dir: &Path, name: &str) -> bool {
     const NAMES: [&str; 4] = ["nbd", "ublk", "drbd", "rbd"];
     NAMES.iter().any(|prefix| name.starts_with(prefix))
@@ -186,6 +187,22 @@ fn served_by_user_space(dir: &Path, name: &str) -> bool {
             let part = part.as_os_str().as_bytes();
             part.starts_with(b"session") || part == b"nvme-fabrics"
         })
+        || has_remote_path(dir)
+}
+
+/// Whether a disk of an NVMe subsystem, the folder that it is in, is reached over a network or from
+/// this machine itself: the controllers there name their transport.
+fn has_remote_path(dir: &Path) -> bool {
+    const REMOTE: [&str; 4] = ["tcp", "rdma", "fc", "loop"];
+    let subsystem = dir.parent().filter(|_| {
+        dir.components()
+            .any(|it| it.as_os_str() == "nvme-subsystem")
+    });
+    let mut controllers = subsystem.into_iter().flat_map(list);
+    controllers.any(|controller| {
+        let transport = std::fs::read_to_string(controller.join("transport"));
+        transport.is_ok_and(|it| REMOTE.contains(&it.trim()))
+    })
 }
 
 fn dev_in(dir: &Path) -> Option<DevId> {
