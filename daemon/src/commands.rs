@@ -177,7 +177,9 @@ pub fn freeze_for(
     time: Duration,
     stop: &Stop,
 ) -> Result<(), CommandError> {
-    let guard = Arc::new(Guard::start(&RunDir::new(&config.run_dir))?);
+    let run = RunDir::new(&config.run_dir);
+    run.check()?;
+    let guard = Arc::new(Guard::start(&run)?);
     let setting = Setting {
         config: Arc::new(config),
         log: log.clone(),

@@ -19,7 +19,7 @@ use hv_vss_uapi::{
 use nix::errno::Errno;
 use nix::fcntl::{open, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{fstat, Mode};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// How long the kernel may take to confirm a registration; it does so at once.
@@ -50,12 +50,12 @@ pub enum DeviceError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The answer to the registration is not what the ABI says, so this is some other device.
-    #[error("{path} does not answer a registration as hv_vss does: {what}")]
+    /// It is something else, or the answer to the registration is not what the ABI says.
+    #[error("{path} is not the device of hv_vss: {what}")]
     NotHvVss {
         /// Which path.
         path: PathBuf,
-        /// What came instead.
+        /// What it is, or what it answered.
         what: String,
     },
     /// The device hung up: module unbound, or suspended.
@@ -124,6 +124,14 @@ impl Device {
             path: path.to_owned(),
             source: e.into(),
         })?;
+        // Whatever else it is, nothing must be written to it.
+        let is_device = |mode| mode & libc::S_IFMT == libc::S_IFCHR;
+        if !fstat(&fd).is_ok_and(|stat| is_device(stat.st_mode)) {
+            return Err(DeviceError::NotHvVss {
+                path: path.to_owned(),
+                what: "it is not a character device".into(),
+            });
+        }
         Self::register(fd, path)
     }
 
@@ -163,7 +171,7 @@ impl Device {
             what,
         };
         if !self.is_readable(REGISTER_TIMEOUT_MS.into())? {
-            return Err(strange("nothing".into()));
+            return Err(strange("it does not answer a registration".into()));
         }
         let length = nix::unistd::read(&self.fd, &mut self.buffer)
             .map_err(|e| DeviceError::Read(e.into()))?;
@@ -171,10 +179,13 @@ impl Device {
         match self.abi {
             // The version of the kernel's side, which nothing depends on.
             Abi::V1 if length == size_of::<u32>() => Ok(()),
-            Abi::V1 => Err(strange(format!("{length} bytes instead of 4"))),
+            Abi::V1 => Err(strange(format!(
+                "it answers with {length} bytes instead of 4"
+            ))),
             Abi::V2 => {
-                let reply = Registered::read_from_bytes(reply)
-                    .map_err(|_| strange(format!("{length} bytes instead of 32")))?;
+                let reply = Registered::read_from_bytes(reply).map_err(|_| {
+                    strange(format!("it answers with {length} bytes instead of 32"))
+                })?;
                 let max_frame = reply.max_frame as usize;
                 if reply.frame.kind != frame::REGISTERED
                     || reply.abi_version != ABI_V2

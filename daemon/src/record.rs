@@ -14,9 +14,13 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::statfs::{statfs, FsType, TMPFS_MAGIC};
 use serde::{Deserialize, Serialize};
 
 use crate::mounts::DevId;
+
+/// `RAMFS_MAGIC` of `linux/magic.h`.
+const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
 /// Why the files under `/run` cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +39,12 @@ pub enum RecordError {
     #[error("somebody else holds {path}: another daemon or a rehearsal has frozen something")]
     Locked {
         /// The lock file.
+        path: PathBuf,
+    },
+    /// They would be frozen themselves.
+    #[error("{path}, the run_dir of the configuration, is on a disk; it must be on a tmpfs")]
+    OnDisk {
+        /// The directory.
         path: PathBuf,
     },
     /// The record is not one.
@@ -89,6 +99,26 @@ impl RunDir {
         self.0.join("frozen.json")
     }
 
+    /// Makes the directory, and makes sure that it is in memory: on anything else the record could
+    /// not be changed while that is frozen.
+    pub fn check(&self) -> Result<(), RecordError> {
+        let path = &self.0;
+        self.make()?;
+        let found = statfs(path).map_err(|e| failed("look at", path)(e.into()))?;
+        if [TMPFS_MAGIC, RAMFS_MAGIC].contains(&found.filesystem_type()) {
+            return Ok(());
+        }
+        Err(RecordError::OnDisk { path: path.clone() })
+    }
+
+    fn make(&self) -> Result<(), RecordError> {
+        let made = DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.0);
+        made.map_err(failed("make", &self.0))
+    }
+
     /// Takes the lock, or fails at once with [`RecordError::Locked`].
     pub fn lock(&self) -> Result<Lock, RecordError> {
         let path = self.0.join("lock");
@@ -96,11 +126,7 @@ impl RunDir {
         options.write(true).create(true).truncate(false).mode(0o600);
         let file = match options.open(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                let made = DirBuilder::new()
-                    .recursive(true)
-                    .mode(0o700)
-                    .create(&self.0);
-                made.map_err(failed("make", &self.0))?;
+                self.make()?;
                 options.open(&path)
             }
             other => other,

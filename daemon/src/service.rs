@@ -27,7 +27,7 @@ use crate::device::{Abi, Device, DeviceError, Incoming, Request};
 use crate::guard::{Event, Guard, GuardError};
 use crate::job::{Job, Outcome, Setting, Worker};
 use crate::logbook::{words, Logbook};
-use crate::record::RunDir;
+use crate::record::{RecordError, RunDir};
 
 const DEVICE: Token = Token(0);
 const SIGNALS: Token = Token(1);
@@ -47,6 +47,9 @@ pub enum ServiceError {
     /// Without a guard nothing could ever be frozen.
     #[error(transparent)]
     Guard(#[from] GuardError),
+    /// The directory for lock and record cannot be used.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// The event loop itself failed.
     #[error("the event loop fails to {doing}")]
     Loop {
@@ -136,6 +139,7 @@ impl Service {
         config: Config,
         log: Logbook,
     ) -> Result<Self, ServiceError> {
+        RunDir::new(&config.run_dir).check()?;
         let poll = Poll::new().map_err(failed("open"))?;
         let registry = poll.registry();
         let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(failed("catch signals"))?;
