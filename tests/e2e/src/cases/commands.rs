@@ -2,7 +2,7 @@
 
 //! What an operator does by hand, and what happens when it is done wrong.
 
-use super::{case, load, start, wait_for_daemon, Case};
+use super::{case, load, observe, start, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Module, STEP};
@@ -30,13 +30,23 @@ pub const CASES: &[Case] = &[
         one_at_a_time,
     ),
     case(
+        "commands/thaw",
+        "thaw by hand: nothing to do, and under a backup, which is then not good",
+        thaw,
+    ),
+    case(
+        "commands/configuration",
+        "leave out or choose by path, type and device, with patterns",
+        configuration,
+    ),
+    case(
         "commands/bad-configuration",
-        "a malformed configuration is refused with line and column",
+        "a malformed configuration is refused with line and column, and freezes nothing",
         bad_configuration,
     ),
     case(
         "commands/bad-start",
-        "no device, a wrong one, one in use, no privilege: clear errors",
+        "no device, a wrong one, one in use, no privilege, no place in memory: clear errors",
         bad_start,
     ),
 ];
@@ -139,10 +149,21 @@ fn one_at_a_time(guest: &Guest) -> Result<()> {
     );
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
 
+    let another = guest.try_sh(&format!("{OURS} -n"))?;
+    ensure!(
+        another.status == Some(1) && another.err.contains("busy"),
+        "a second daemon should be refused, it was: {another:?}"
+    );
+
     let rehearsal = guest.spawn(&[OURS, "freeze", "--for", "50s"])?;
     guest.wait_until("the writer stands still", STEP, || {
         Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
     })?;
+    let second = guest.try_sh(&format!("{OURS} freeze --for 1s"))?;
+    ensure!(
+        second.status == Some(1) && second.err.contains("another daemon or a rehearsal"),
+        "a second rehearsal should be refused, it was: {second:?}"
+    );
     answered(
         "FREEZE during a rehearsal",
         &vss.freeze(&[], STEP)?,
@@ -152,6 +173,104 @@ fn one_at_a_time(guest: &Guest) -> Result<()> {
     guest.wait(&rehearsal, STEP)?;
     answered("FREEZE after it", &vss.freeze(&[], STEP)?, status::OK)?;
     answered("THAW", &vss.thaw(STEP)?, status::OK)
+}
+
+fn thaw(guest: &Guest) -> Result<()> {
+    make_one(guest)?;
+    guest.writer_start("/writer")?;
+    guest.writer_start("/mnt/a/w")?;
+    let by_hand = |words: &str| -> Result<()> {
+        let ended = guest.try_sh(&format!("{OURS} thaw"))?;
+        ensure!(
+            ended.status == Some(0) && ended.err.contains(words),
+            "thaw should succeed and say {words:?}, it was: {ended:?}"
+        );
+        Ok(())
+    };
+    by_hand("nothing is recorded as frozen")?;
+    start(guest, Module::Ours, Daemon::Ours)?;
+    let vss = guest.vss();
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until("both writers stand still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+    })?;
+    by_hand("thawed under a process that is still there")?;
+    guest.wait_until("both writers go on", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us < 100_000))
+    })?;
+    answered("THAW after a thaw by hand", &vss.thaw(STEP)?, status::FAIL)?;
+    by_hand("nothing is recorded as frozen")?;
+    answered("FREEZE, the next", &vss.freeze(&[], STEP)?, status::OK)?;
+    answered("THAW of that", &vss.thaw(STEP)?, status::OK)
+}
+
+/// What `list` says would be frozen with this configuration.
+fn chosen(guest: &Guest, config: &str) -> Result<Vec<String>> {
+    guest.sh(&format!("cat >/run/choice.toml <<'END'\n{config}\nEND"))?;
+    let json = guest.sh(&format!("{OURS} -c /run/choice.toml list --json"))?;
+    let json: serde_json::Value = serde_json::from_str(&json)?;
+    let frozen = json["frozen"].as_array().into_iter().flatten();
+    let paths = frozen.map(|it| it["paths"][0].as_str().unwrap_or_default().to_owned());
+    let mut paths: Vec<String> = paths.collect();
+    paths.sort();
+    Ok(paths)
+}
+
+fn configuration(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "mkdir -p /mnt/data-1 /mnt/data-2 /mnt/other && modprobe btrfs
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/data-1
+              mkfs.ext4 -q -F /dev/ram2 && mount /dev/ram2 /mnt/data-2
+              mkfs.btrfs -q -f /dev/ram3 && mount /dev/ram3 /mnt/other",
+    )?;
+    let (one, two, other) = ("/mnt/data-1", "/mnt/data-2", "/mnt/other");
+    let choices: [(&str, &[&str]); 12] = [
+        ("", &["/", one, two, other]),
+        ("[exclude]\npaths = ['/mnt/data-1']", &["/", two, other]),
+        ("[exclude]\npaths = ['/mnt/*-[12]']", &["/", other]),
+        ("[exclude]\ntypes = ['btrfs']", &["/", one, two]),
+        ("[exclude]\ntypes = ['ext?']", &[other]),
+        ("[exclude]\ndevices = ['/dev/ram[13]']", &["/", two]),
+        ("[exclude]\ndevices = ['1:2']", &["/", one, other]),
+        ("[include]\npaths = ['/mnt/*']", &[one, two, other]),
+        ("[include]\ntypes = ['b*']", &[other]),
+        ("[include]\ndevices = ['/dev/ram2', '1:1']", &[one, two]),
+        ("[include]\npaths = ['/']", &["/"]),
+        // What is left out stays out, whatever chooses it.
+        (
+            "[include]\npaths = ['/mnt/data*']\n[exclude]\ndevices = ['/dev/ram1']",
+            &[two],
+        ),
+    ];
+    for (config, expected) in choices {
+        let expected: Vec<String> = expected.iter().map(|it| it.to_string()).collect();
+        equal(config, chosen(guest, config)?, expected)?;
+    }
+    let text = guest.sh(&format!("{OURS} -c /run/choice.toml list"))?;
+    for reason in [
+        "excluded by exclude device /dev/ram1",
+        "excluded by include",
+    ] {
+        ensure!(
+            text.contains(reason),
+            "the list should say {reason:?}:\n{text}"
+        );
+    }
+
+    // And that is what is frozen.
+    for path in ["/mnt/data-1/w", "/mnt/data-2/w", "/mnt/other/w"] {
+        guest.writer_start(path)?;
+    }
+    load(guest, Module::Ours, &[])?;
+    guest.start_daemon_with("[include]\ntypes = ['ext4']\n[exclude]\npaths = ['*-1']")?;
+    wait_for_daemon(guest)?;
+    let seen = observe(guest)?;
+    equal(
+        "what stood still",
+        seen.still,
+        vec!["/mnt/data-2/w".to_owned()],
+    )?;
+    equal("THAW", seen.thaw, Some(status::OK))
 }
 
 fn bad_configuration(guest: &Guest) -> Result<()> {
@@ -166,11 +285,48 @@ fn bad_configuration(guest: &Guest) -> Result<()> {
             "'{command}' should name file, line and column, it was: {ended:?}"
         );
     }
+    for (config, place, words) in [
+        (
+            "strict = true\nstrikt = true",
+            "line 2, column 1",
+            "unknown field",
+        ),
+        (
+            "[exclude]\npath = ['/x']",
+            "line 2, column 1",
+            "unknown field",
+        ),
+        (
+            "\n\ndeadline = 0",
+            "line 3, column 12",
+            "not between 1 and 3600",
+        ),
+        (
+            "parallel = 1000",
+            "line 1, column 12",
+            "not between 1 and 256",
+        ),
+        (
+            "[exclude]\npaths = ['/a', '/b[']",
+            "line 2, column",
+            "not a pattern",
+        ),
+        ("strict true", "line 1, column 8", ""),
+        ("strict = [", "line 1, column", ""),
+    ] {
+        guest.sh(&format!("cat >/run/bad.toml <<'END'\n{config}\nEND"))?;
+        let ended = guest.try_sh(&format!("{OURS} -c /run/bad.toml -n"))?;
+        ensure!(
+            ended.status == Some(1) && ended.err.contains(place) && ended.err.contains(words),
+            "{config:?} should be refused at {place} with {words:?}, it was: {ended:?}"
+        );
+    }
     let ended = guest.try_sh(&format!("{OURS} -c /run/absent.toml list"))?;
     ensure!(
         ended.status == Some(1) && ended.err.contains("/run/absent.toml"),
         "a configuration that is not there should be named, it was: {ended:?}"
     );
+    answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::FAIL)?;
     refused("FITHAW of the root", guest.thaw("/"), "EINVAL")
 }
 
@@ -193,6 +349,30 @@ fn bad_start(guest: &Guest) -> Result<()> {
         &format!("{OURS} -n --device /dev/zero"),
         &["/dev/zero"],
     )?;
+    // Nothing is written to what is no device, and a FIFO is not waited for.
+    guest.sh("echo precious >/run/file && mkfifo /run/fifo")?;
+    for path in ["/run/file", "/run/fifo"] {
+        fails(
+            "a start on something else",
+            &format!("{OURS} -n --device {path}"),
+            &[path, "not a character device"],
+        )?;
+    }
+    fails(
+        "a start on a folder",
+        &format!("{OURS} -n --device /run"),
+        &["cannot open /run", "directory"],
+    )?;
+    equal(
+        "what the file holds",
+        guest.read("/run/file")?.as_str(),
+        "precious\n",
+    )?;
+    fails(
+        "a thaw without privilege",
+        &format!("{SOMEBODY} {OURS} thaw"),
+        &["only root may freeze and thaw"],
+    )?;
     fails(
         "a rehearsal without privilege",
         &format!("{SOMEBODY} {OURS} freeze --for 1s"),
@@ -204,6 +384,14 @@ fn bad_start(guest: &Guest) -> Result<()> {
         &format!("{SOMEBODY} {OURS} -n"),
         &["cannot open /dev/vmbus/hv_vss", "Permission denied"],
     )?;
+    guest.sh("printf \"run_dir = '/root/run'\\n\" >/run/disk.toml")?;
+    for command in ["-n", "freeze --for 1s"] {
+        fails(
+            "a record on a disk",
+            &format!("{OURS} -c /run/disk.toml {command}"),
+            &["/root/run", "on a disk"],
+        )?;
+    }
     guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
     fails(

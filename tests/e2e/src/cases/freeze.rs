@@ -4,7 +4,7 @@
 //! same is done with the stock module and Debian's daemon, and both are noted.
 
 use super::{case, describe, good, load, observe, start, stop, wait_for_daemon, Case, Seen};
-use anyhow::{ensure, Result};
+use anyhow::{bail, ensure, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Module, STEP};
 use hyperv_sim::ic::status;
@@ -19,6 +19,11 @@ pub const CASES: &[Case] = &[
         "freeze/other-namespace",
         "a file system mounted in another mount namespace only stands still",
         other_namespace,
+    ),
+    case(
+        "freeze/namespace-without-process",
+        "so does one in a mount namespace that no process is in",
+        namespace_without_process,
     ),
     case(
         "freeze/device-node-elsewhere",
@@ -39,6 +44,21 @@ pub const CASES: &[Case] = &[
         "freeze/mounted-on-a-file",
         "a file system whose only mount points are a file and a FIFO stands still",
         mounted_on_a_file,
+    ),
+    case(
+        "freeze/hidden-below-a-mount",
+        "a file system whose mount point lies below another mount stands still",
+        hidden_below_a_mount,
+    ),
+    case(
+        "freeze/never-touched",
+        "autofs, FUSE, overlay and tmpfs: not so much as looked at, and in nobody's way",
+        never_touched,
+    ),
+    case(
+        "freeze/vanished-mount",
+        "unmounted after the list was made: its parent is not frozen instead",
+        vanished_mount,
     ),
     case(
         "freeze/bind-mounts",
@@ -69,6 +89,16 @@ pub const CASES: &[Case] = &[
         "freeze/covered-while-frozen",
         "a mount point that is covered or detached while frozen is thawed all the same",
         covered_while_frozen,
+    ),
+    case(
+        "freeze/renamed-while-frozen",
+        "a mount point that is moved or whose folder is renamed while frozen is thawed all the same",
+        renamed_while_frozen,
+    ),
+    case(
+        "freeze/nothing-but-descriptors",
+        "no look-up, log line, file or program between first freeze and last thaw (strace)",
+        nothing_but_descriptors,
     ),
     case(
         "freeze/log-on-the-frozen-root",
@@ -152,6 +182,31 @@ fn other_namespace(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
+fn namespace_without_process(guest: &Guest) -> Result<()> {
+    // What keeps it is a mount of its own file, as with `ip netns` or a paused container.
+    guest.sh("mkdir -p /mnt/a /mnt/ns && mkfs.ext4 -q -F /dev/ram1
+              mount -t tmpfs ns /mnt/ns && mount --make-private /mnt/ns && touch /mnt/ns/kept")?;
+    let holder = guest.spawn(&[
+        "unshare",
+        "--mount=/mnt/ns/kept",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        "mount /dev/ram1 /mnt/a && touch /run/mounted && exec sleep 1000",
+    ])?;
+    guest.wait_until("it is mounted over there", STEP, || {
+        Ok(guest.try_sh("rm /run/mounted")?.status == Some(0))
+    })?;
+    let file = format!("/proc/{}/root/mnt/a/w", holder.pid);
+    guest.writer_start(&file)?;
+    guest.signal(&holder, 9)?;
+    guest.wait(&holder, STEP)?;
+    let seen = ours(guest)?;
+    guest.sh("umount /mnt/ns/kept")?;
+    equal("the backup", &seen, &good(&[&file]))
+}
+
 fn device_node_elsewhere(guest: &Guest) -> Result<()> {
     guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1
               rm -f /run/node; mknod /run/node b 1 1 && mount -t ext4 /run/node /mnt/a")?;
@@ -210,6 +265,149 @@ fn mounted_on_a_file(guest: &Guest) -> Result<()> {
     )?;
     let ours = ours(guest)?;
     equal("the backup", &ours, &good(&["/mnt/a/w"]))
+}
+
+fn hidden_below_a_mount(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/dir/a /mnt/dir/b
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/dir/a
+              mkfs.ext4 -q -F /dev/ram2 && mount /dev/ram2 /mnt/dir/b")?;
+    guest.writer_start("/mnt/dir/a/w")?;
+    guest.writer_start("/mnt/dir/b/w")?;
+    // Of the one the path leads nowhere now, of the other to a folder in memory.
+    guest.sh("mount -t tmpfs cover /mnt/dir && mkdir /mnt/dir/b")?;
+    let ours = ours(guest)?;
+    let peer = peer(guest)?;
+    guest.sh("umount /mnt/dir")?;
+    equal(
+        "the backup",
+        &ours,
+        &good(&["/mnt/dir/a/w", "/mnt/dir/b/w"]),
+    )?;
+    guest.compare(
+        "a mount on the folder above hides two mount points",
+        &describe(&ours),
+        &describe(&peer),
+    );
+    Ok(())
+}
+
+fn never_touched(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe -a autofs4 overlay && mkdir -p /mnt/a /mnt/over /mnt/tmp /mnt/auto /mnt/fuse
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+              mkdir /mnt/a/lower /mnt/a/upper /mnt/a/work
+              mount -t overlay -o lowerdir=/mnt/a/lower,upperdir=/mnt/a/upper,workdir=/mnt/a/work \
+                  over /mnt/over
+              mount -t tmpfs tmp /mnt/tmp && mkfifo /run/auto",
+    )?;
+    // A direct mount of an automounter that has not got round to it yet: each look-up is a request
+    // in its pipe, and waits. And a FUSE mount, named as libfuse does, whose server answers nothing.
+    let automounter = guest.spawn(&[
+        "sh",
+        "-c",
+        "exec 3<>/run/auto && mount -i -t autofs -o fd=3,pgrp=$$,minproto=5,maxproto=5,direct \
+             auto /mnt/auto && touch /run/mounted-1 && exec cat <&3 >/run/requests",
+    ])?;
+    let server = guest.spawn(&[
+        "sh",
+        "-c",
+        "exec 4<>/dev/fuse && mount -i -t fuse -o fd=4,rootmode=40000,user_id=0,group_id=0 \
+             /dev/fuse /mnt/fuse && touch /run/mounted-2 && exec sleep 1000",
+    ])?;
+    guest.wait_until("both are mounted", STEP, || {
+        let both = "cd /run && test -e mounted-1 -a -e mounted-2 && rm mounted-1 mounted-2";
+        Ok(guest.try_sh(both)?.status == Some(0))
+    })?;
+    for path in ["/mnt/a/w", "/mnt/over/w", "/mnt/tmp/w"] {
+        guest.writer_start(path)?;
+    }
+    let ours = ours(guest)?;
+    // What lies in the overlay is in ext4, really.
+    let expected = Seen {
+        moving: vec!["/mnt/tmp/w".into()],
+        ..good(&["/mnt/a/w", "/mnt/over/w"])
+    };
+    equal("the backup", &ours, &expected)?;
+    let requests = "wc -c </run/requests";
+    equal(
+        "bytes of requests to automount",
+        guest.sh(requests)?.trim(),
+        "0",
+    )?;
+
+    let vss = guest.vss();
+    let daemon = start(guest, Module::Stock, Daemon::Debian)?;
+    let tx = vss.send_freeze(&[])?;
+    let end = guest.clock()? + 5_000_000;
+    guest.wait_until("5 s have passed", STEP, || {
+        Ok(vss.try_reply(tx).is_some() || guest.clock()? > end)
+    })?;
+    let peer = match vss.try_reply(tx) {
+        Some(reply) => format!("FREEZE {}", e2e::check::status_name(reply.status())),
+        None => "FREEZE hangs behind the dead server".to_owned(),
+    };
+    // Only now: a look-up is noticed, and waits.
+    for path in ["/mnt/auto", "/mnt/fuse"] {
+        let look = guest.try_sh(&format!("timeout -s KILL 1 ls {path}"))?;
+        ensure!(
+            look.status != Some(0),
+            "a look-up of {path} should wait, it gave {look:?}"
+        );
+    }
+    ensure!(
+        guest.sh(requests)?.trim() != "0",
+        "a look-up of the automount should be a request"
+    );
+    // Without them nobody waits any more.
+    for process in [&automounter, &server] {
+        guest.signal(process, 9)?;
+        guest.wait(process, STEP)?;
+    }
+    vss.wait(tx, STEP)?;
+    for path in ["/mnt/a", "/"] {
+        // What the peer may have frozen before it came to that one.
+        let _ = guest.thaw(path);
+    }
+    stop(guest, Module::Stock, &daemon)?;
+    guest.sh("umount /mnt/auto /mnt/fuse")?;
+    guest.compare(
+        "a FUSE file system (source /dev/fuse) whose server does not answer, an automount point",
+        &describe(&ours),
+        &peer,
+    );
+    Ok(())
+}
+
+fn vanished_mount(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a /mnt/p
+              for n in 1 2 3; do mkfs.ext4 -q -F /dev/ram$n || exit 1; done
+              mount /dev/ram1 /mnt/a && mount /dev/ram2 /mnt/p
+              mkdir /mnt/p/gone && mount /dev/ram3 /mnt/p/gone")?;
+    guest.writer_start("/mnt/a/w")?;
+    guest.writer_start("/mnt/p/w")?;
+    load(guest, Module::Ours, &[])?;
+    // The parent is not to be frozen, so that it shows when it is.
+    let daemon = guest.start_daemon_with("[exclude]\npaths = [\"/mnt/p\"]")?;
+    wait_for_daemon(guest)?;
+    // The daemon opens in the order of the table: the first holds it up after it has made its list.
+    guest.watch_opens("/mnt/a", None)?;
+    let vss = guest.vss();
+    let tx = vss.send_freeze(&[])?;
+    let held_up = format!("grep -q fanotify /proc/{}/task/*/stack", daemon.pid);
+    guest.wait_until("the daemon is held up in an open", STEP, || {
+        Ok(guest.try_sh(&held_up)?.status == Some(0))
+    })?;
+    guest.sh("umount /mnt/p/gone")?;
+    guest.release_opens()?;
+    answered("FREEZE", &vss.wait(tx, STEP)?, status::OK)?;
+    guest.wait_until("/mnt/a stands still", STEP, || {
+        Ok(guest.writers()?.iter().any(|it| it.in_write_us > 300_000))
+    })?;
+    for writer in guest.writers()? {
+        let frozen = writer.in_write_us > 300_000;
+        equal(&writer.path, frozen, writer.path == "/mnt/a/w")?;
+    }
+    answered("THAW", &vss.thaw(STEP)?, status::OK)
 }
 
 fn bind_mounts(guest: &Guest) -> Result<()> {
@@ -390,6 +588,134 @@ fn covered_while_frozen(guest: &Guest) -> Result<()> {
         ),
     );
     stop(guest, Module::Stock, &daemon)
+}
+
+fn renamed_while_frozen(guest: &Guest) -> Result<()> {
+    // The folders are in memory, since those on the root cannot be renamed while it is frozen.
+    guest.sh(
+        "mkdir -p /mnt/t && mount -t tmpfs t /mnt/t && mount --make-private /mnt/t
+              mkdir -p /mnt/t/dir/a /mnt/t/b /mnt/t/moved
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/t/dir/a
+              mkfs.ext4 -q -F /dev/ram2 && mount /dev/ram2 /mnt/t/b",
+    )?;
+    guest.writer_start("/mnt/t/dir/a/w")?;
+    guest.writer_start("/mnt/t/b/w")?;
+    let vss = guest.vss();
+    start(guest, Module::Ours, Daemon::Ours)?;
+    for (before, after) in [("dir", "other"), ("other", "dir")] {
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        guest.wait_until("both writers stand still", STEP, || {
+            Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+        })?;
+        // What was opened as one name has another now, and the old one leads elsewhere. (Not with
+        // mkdir -p, which would try to make /mnt, too, and wait for the thaw.)
+        let rename = format!("cd /mnt/t && mv {before} {after} && mkdir {before} {before}/a");
+        guest.sh(&rename)?;
+        if before == "dir" {
+            guest.sh("mount --move /mnt/t/b /mnt/t/moved")?;
+        } else {
+            guest.sh("mount --move /mnt/t/moved /mnt/t/b")?;
+        }
+        answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+        guest.wait_until("both writers go on", STEP, || {
+            Ok(guest.writers()?.iter().all(|it| it.in_write_us < 100_000))
+        })?;
+        guest.sh(&format!("rm -r /mnt/t/{before}"))?;
+    }
+    Ok(())
+}
+
+/// What a process must not do while the disks may be frozen, by system call: look up a path, make a
+/// file or a process, send a log line.
+const LOOK_UPS: [&str; 28] = [
+    "open",
+    "openat",
+    "openat2",
+    "creat",
+    "stat",
+    "lstat",
+    "newfstatat",
+    "statx",
+    "access",
+    "faccessat",
+    "faccessat2",
+    "readlink",
+    "readlinkat",
+    "execve",
+    "execveat",
+    "fork",
+    "vfork",
+    "clone",
+    "clone3",
+    "mkdir",
+    "mkdirat",
+    "unlink",
+    "unlinkat",
+    "rename",
+    "renameat2",
+    "connect",
+    "sendto",
+    "chdir",
+];
+
+fn nothing_but_descriptors(guest: &Guest) -> Result<()> {
+    make_two(guest)?;
+    guest.writer_start("/writer")?;
+    load(guest, Module::Ours, &[])?;
+    let [program, foreground] = Daemon::Ours.argv();
+    let trace = [
+        "strace",
+        "-f",
+        "-y",
+        "-qq",
+        "-o",
+        "/run/trace",
+        program,
+        foreground,
+    ];
+    let strace = guest.spawn(&trace)?;
+    wait_for_daemon(guest)?;
+    let seen = observe(guest)?;
+    equal("the backup", &seen, &good(&["/writer"]))?;
+    guest.sh("kill $(pidof hv_vss_daemon)")?;
+    guest.wait(&strace, STEP)?;
+    let trace = guest.read("/run/trace")?;
+    let lines: Vec<&str> = trace.lines().collect();
+    // Not those on procfs, by which daemon and guard make sure at their start that all is in memory.
+    let on_disk = |line: &&str, call| line.contains(call) && !line.contains("</proc/");
+    let first = lines.iter().position(|line| on_disk(line, "FIFREEZE"));
+    let last = lines.iter().rposition(|line| on_disk(line, "FITHAW"));
+    let (Some(first), Some(last)) = (first, last) else {
+        bail!("the trace should show a freeze and a thaw:\n{trace}");
+    };
+    let mut calls = 0;
+    for line in lines.get(first..last).unwrap_or_default() {
+        // Process, call and arguments, or `<... call resumed>`.
+        let call = line.split_whitespace().nth(1).unwrap_or_default();
+        let name = call.split('(').next().unwrap_or_default();
+        ensure!(
+            !LOOK_UPS.contains(&name),
+            "while frozen, the daemon did this: {line}"
+        );
+        let writes = ["write", "writev", "pwrite64"].contains(&name);
+        ensure!(
+            !writes || line.contains("</dev/vmbus/hv_vss>") || line.contains("[eventfd]"),
+            "while frozen, the daemon wrote this: {line}"
+        );
+        calls += 1;
+    }
+    // Three freezes, three thaws, two answers at least.
+    ensure!(calls > 8, "there are too few calls to be true:\n{trace}");
+    Ok(())
+}
+
+fn make_two(guest: &Guest) -> Result<()> {
+    guest
+        .sh(
+            "mkdir -p /mnt/a /mnt/b && mkfs.ext4 -q -F /dev/ram1 && mkfs.ext4 -q -F /dev/ram2
+             mount /dev/ram1 /mnt/a && mount /dev/ram2 /mnt/b",
+        )
+        .map(drop)
 }
 
 fn log_on_the_frozen_root(guest: &Guest) -> Result<()> {

@@ -58,7 +58,7 @@ fn make_two(guest: &Guest) -> Result<()> {
 
 /// How many threads of `process` are inside FIFREEZE. A thread that sleeps in the kernel shows its
 /// system call there: number and arguments (proc(5)); 16 is ioctl(2).
-fn in_fifreeze(guest: &Guest, process: &Process) -> Result<usize> {
+pub(super) fn in_fifreeze(guest: &Guest, process: &Process) -> Result<usize> {
     let calls = guest.try_sh(&format!("cat /proc/{}/task/*/syscall", process.pid))?;
     let freezes = calls.out.lines().filter(|line| {
         let mut words = line.split(' ');

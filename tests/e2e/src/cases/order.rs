@@ -3,10 +3,11 @@
 //! In which order our daemon freezes: what lies on a file before the file system that holds the
 //! file, the root last, thaws in reverse.
 
-use super::{case, describe, observe, start, stop, Case};
+use super::hangs::in_fifreeze;
+use super::{case, describe, load, observe, start, stop, wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Context, Result};
-use e2e::check::equal;
-use e2e::guest::{Daemon, Guest, Module};
+use e2e::check::{answered, equal, status_name};
+use e2e::guest::{Daemon, Guest, Module, STEP};
 use hyperv_sim::ic::status;
 
 pub const CASES: &[Case] = &[
@@ -19,6 +20,31 @@ pub const CASES: &[Case] = &[
         "order/dm-on-loop",
         "a device-mapper target on a loop device is frozen before the image's file system",
         dm_on_loop,
+    ),
+    case(
+        "order/partition-of-loop",
+        "a partition of a loop device is frozen before the image's file system",
+        partition_of_loop,
+    ),
+    case(
+        "order/md-on-loop",
+        "a RAID over loop devices is frozen before the images' file system",
+        md_on_loop,
+    ),
+    case(
+        "order/nbd",
+        "what a program serves from a file (nbd) is frozen before that file's file system",
+        nbd,
+    ),
+    case(
+        "order/nvme-fabrics",
+        "an NVMe namespace that the machine serves to itself is frozen before its file's file system",
+        nvme_fabrics,
+    ),
+    case(
+        "order/parallel",
+        "independent file systems are frozen at the same time, as many as configured",
+        parallel,
     ),
     case(
         "order/root-last",
@@ -103,6 +129,171 @@ fn dm_on_loop(guest: &Guest) -> Result<()> {
     equal("writers that stood still", ours.still.len(), 2)?;
     equal("writers that are stuck", ours.stuck.len(), 0)?;
     frozen_in_order(&guest.output(&daemon)?, &["/mnt/volume", "/mnt/disk"])
+}
+
+/// One good backup with ours in which `inner` is frozen before `outer`, and all writers stand still.
+fn inner_before_outer(guest: &Guest, inner: &str, outer: &str) -> Result<Seen> {
+    guest.sh(&format!(
+        "dd if=/dev/zero of={inner}/dirty bs=1M count=10 2>/dev/null"
+    ))?;
+    guest.writer_start(&format!("{inner}/w"))?;
+    guest.writer_start(&format!("{outer}/w"))?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let ours = observe(guest)?;
+    equal("FREEZE", ours.freeze, status::OK)?;
+    equal("THAW", ours.thaw, Some(status::OK))?;
+    equal("writers that stood still", ours.still.len(), 2)?;
+    equal("writers that are stuck", ours.stuck.len(), 0)?;
+    frozen_in_order(&guest.output(&daemon)?, &[inner, outer])?;
+    stop(guest, Module::Ours, &daemon)?;
+    Ok(ours)
+}
+
+fn partition_of_loop(guest: &Guest) -> Result<()> {
+    // The table has one partition: from sector 2048 on, 129024 of them, type 0x83.
+    guest.sh("modprobe loop; mkdir -p /mnt/disk /mnt/part
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/disk
+              cd /mnt/disk && truncate -s 64M image
+              printf '\\0\\0\\0\\0\\203\\0\\0\\0\\0\\10\\0\\0\\0\\370\\1\\0' |
+                  dd of=image bs=1 seek=446 conv=notrunc 2>/dev/null
+              printf '\\125\\252' | dd of=image bs=1 seek=510 conv=notrunc 2>/dev/null
+              device=$(losetup --find --show --partscan image)
+              mkfs.ext4 -q -F ${device}p1 && mount ${device}p1 /mnt/part")?;
+    inner_before_outer(guest, "/mnt/part", "/mnt/disk").map(drop)
+}
+
+fn md_on_loop(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe -a loop raid1; mkdir -p /mnt/disk /mnt/raid
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/disk
+              truncate -s 48M /mnt/disk/one /mnt/disk/two
+              echo md_lab >/sys/module/md_mod/parameters/new_array
+              cd /sys/block/md_lab/md
+              echo none >metadata_version && echo raid1 >level && echo 2 >raid_disks
+              for image in one two; do
+                  device=$(losetup --find --show /mnt/disk/$image)
+                  cat /sys/class/block/${device#/dev/}/dev >new_dev || exit 1
+              done
+              slot=0
+              for device in dev-loop*; do
+                  echo 49152 >$device/size && echo $slot >$device/slot || exit 1
+                  slot=$((slot + 1))
+              done
+              echo 49152 >component_size && echo clean >array_state
+              mkfs.ext4 -q -F /dev/md_lab && mount /dev/md_lab /mnt/raid")?;
+    inner_before_outer(guest, "/mnt/raid", "/mnt/disk")?;
+    guest.writers_stop()?;
+    guest
+        .sh("umount /mnt/raid && echo clear >/sys/block/md_lab/md/array_state")
+        .map(drop)
+}
+
+fn nbd(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe nbd nbds_max=1; mkdir -p /mnt/disk /mnt/nbd
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/disk
+              truncate -s 64M /mnt/disk/image")?;
+    let server = guest.spawn(&["/payload/lab-agent", "nbd", "10809", "/mnt/disk/image"])?;
+    guest.wait_until("the server takes its client", STEP, || {
+        let connect = "nbd-client 127.0.0.1 10809 /dev/nbd0";
+        Ok(guest.try_sh(connect)?.status == Some(0))
+    })?;
+    guest.wait_until("the device has a size", STEP, || {
+        Ok(guest.read("/sys/block/nbd0/size")?.trim() == "131072")
+    })?;
+    guest.sh("mkfs.ext4 -q -F /dev/nbd0 && mount /dev/nbd0 /mnt/nbd")?;
+    let ours = inner_before_outer(guest, "/mnt/nbd", "/mnt/disk")?;
+
+    let daemon = start(guest, Module::Stock, Daemon::Debian)?;
+    let peer = hangs_or_not(guest)?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest.writers_stop()?;
+    guest.sh("umount /mnt/nbd && nbd-client -d /dev/nbd0")?;
+    guest.wait(&server, STEP)?;
+    guest.compare(
+        "a network block device that a program here serves from a file here",
+        &describe(&ours),
+        &peer,
+    );
+    Ok(())
+}
+
+/// One backup of the peer, which may wait for what it has frozen itself.
+fn hangs_or_not(guest: &Guest) -> Result<String> {
+    let vss = guest.vss();
+    guest.sh("dd if=/dev/zero of=/mnt/nbd/dirty bs=1M count=10 conv=notrunc 2>/dev/null")?;
+    let tx = vss.send_freeze(&[])?;
+    let end = guest.clock()? + 5_000_000;
+    guest.wait_until("5 s have passed", STEP, || {
+        Ok(vss.try_reply(tx).is_some() || guest.clock()? > end)
+    })?;
+    if let Some(reply) = vss.try_reply(tx) {
+        let thaw = vss.thaw(STEP)?.status();
+        let (freeze, thaw) = (status_name(reply.status()), status_name(thaw));
+        return Ok(format!("FREEZE {freeze}; THAW {thaw}"));
+    }
+    // The server's file system is what has to be thawed for anything to go on.
+    guest.thaw("/mnt/disk")?;
+    vss.wait(tx, STEP)?;
+    vss.thaw(STEP)?;
+    Ok("FREEZE hangs behind its own freeze, 5 s later all is still frozen".to_owned())
+}
+
+fn nvme_fabrics(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe nvme-loop; mkdir -p /mnt/disk /mnt/nvme
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/disk
+              truncate -s 64M /mnt/disk/image
+              mount -t configfs none /sys/kernel/config && cd /sys/kernel/config/nvmet
+              mkdir subsystems/lab && echo 1 >subsystems/lab/attr_allow_any_host
+              mkdir subsystems/lab/namespaces/1 ports/1
+              echo /mnt/disk/image >subsystems/lab/namespaces/1/device_path
+              echo 1 >subsystems/lab/namespaces/1/enable
+              echo loop >ports/1/addr_trtype && ln -s $PWD/subsystems/lab ports/1/subsystems/lab
+              echo transport=loop,nqn=lab >/dev/nvme-fabrics")?;
+    guest.wait_until("the namespace is there", STEP, || {
+        Ok(guest.try_sh("test -b /dev/nvme0n1")?.status == Some(0))
+    })?;
+    guest.sh("mkfs.ext4 -q -F /dev/nvme0n1 && mount /dev/nvme0n1 /mnt/nvme")?;
+    inner_before_outer(guest, "/mnt/nvme", "/mnt/disk")?;
+    guest.writers_stop()?;
+    guest
+        .sh(
+            "umount /mnt/nvme && echo 1 >/sys/class/nvme/nvme0/delete_controller
+              cd /sys/kernel/config/nvmet && rm ports/1/subsystems/lab && rmdir ports/1
+              rmdir subsystems/lab/namespaces/1 subsystems/lab
+              cd / && umount /sys/kernel/config",
+        )
+        .map(drop)
+}
+
+fn parallel(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe dm-mod; for n in 1 2 3 4; do
+                  dmsetup create hung$n --noudevsync --table \"0 65536 linear /dev/ram$n 0\"
+                  [ -e /dev/mapper/hung$n ] || dmsetup mknodes
+                  mkfs.ext4 -q -F /dev/mapper/hung$n && mkdir -p /mnt/$n || exit 1
+                  mount /dev/mapper/hung$n /mnt/$n || exit 1
+              done")?;
+    load(guest, Module::Ours, &[])?;
+    for (limit, at_once) in [(2, 2), (32, 4)] {
+        let daemon = guest.start_daemon_with(&format!("parallel = {limit}"))?;
+        wait_for_daemon(guest)?;
+        // Each stays in its freeze for as long as its disk hangs.
+        guest.sh("sync; for n in 1 2 3 4; do dmsetup suspend --noflush --nolockfs hung$n; done")?;
+        let tx = guest.vss().send_freeze(&[])?;
+        guest.wait_until("as many freezes as allowed are under way", STEP, || {
+            Ok(in_fifreeze(guest, &daemon)? == at_once)
+        })?;
+        // The threads of the rest, if there are too many, need no longer than these did.
+        let later = guest.clock()? + 500_000;
+        guest.wait_until("half a second has passed", STEP, || {
+            Ok(guest.clock()? > later)
+        })?;
+        equal("freezes under way", in_fifreeze(guest, &daemon)?, at_once)?;
+        guest.sh("for n in 1 2 3 4; do dmsetup resume hung$n; done")?;
+        answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
+        answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+        guest.signal(&daemon, 15)?;
+        guest.wait(&daemon, STEP)?;
+    }
+    Ok(())
 }
 
 fn root_last(guest: &Guest) -> Result<()> {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! The test's hands in the guest: `lab-agent TTY` reads calls from that serial line and does them.
+//! What else it can be is a program of its own each time: [`nbd`].
 //!
 //! It must go on working while every file system is frozen, its own included: its memory is locked
 //! and it opens no file that it was not told to. It decides nothing and checks nothing; what is
@@ -9,6 +10,7 @@
 mod device;
 mod error;
 mod kernel;
+mod nbd;
 mod opens;
 mod process;
 mod sys;
@@ -160,14 +162,23 @@ fn serve(tty: &str) -> Result<(), Error> {
 }
 
 fn main() -> ExitCode {
-    let Some(tty) = std::env::args().nth(1) else {
-        eprintln!("usage: lab-agent TTY");
-        return ExitCode::from(2);
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match arguments[..] {
+        [tty] => serve(tty),
+        ["nbd", port, file] => match port.parse() {
+            Ok(port) => nbd::serve(port, file),
+            Err(_) => Err(Error::Call("that is no port".into())),
+        },
+        _ => {
+            eprintln!("usage: lab-agent TTY | lab-agent nbd PORT FILE");
+            return ExitCode::from(2);
+        }
     };
-    match serve(&tty) {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("lab-agent: {tty}: {error}");
+            eprintln!("lab-agent: {}: {error}", arguments.join(" "));
             ExitCode::FAILURE
         }
     }
