@@ -128,6 +128,9 @@ impl Guard {
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .env_clear()
+            // Its threads allocate next to nothing; by default each sets 64 MiB of addresses aside, all
+            // of which count as locked (mallopt(3)).
+            .env("MALLOC_ARENA_MAX", "1")
             .spawn()
             .map_err(GuardError::Start)?;
         let guard = Guard {
@@ -579,10 +582,15 @@ struct CrewState {
 impl Crew {
     fn start() -> io::Result<Arc<Self>> {
         let crew = Arc::new(Crew::default());
+        let no_file_system = Arc::new(File::open("/proc/self/stat")?);
         for _ in 0..THREADS {
-            let one = Arc::clone(&crew);
+            let (one, no_file_system) = (Arc::clone(&crew), Arc::clone(&no_file_system));
             let builder = thread::Builder::new().stack_size(STACK_BYTES);
-            builder.spawn(move || one.wait_and_work())?;
+            builder.spawn(move || {
+                // It cannot be thawed; this is for the pages of the thread's stack.
+                let _ = sys::thaw(no_file_system.as_fd());
+                one.wait_and_work();
+            })?;
         }
         let incomplete = |state: &mut CrewState| state.free < THREADS;
         let all = crew.changed.wait_while(crew.lock(), incomplete);
@@ -595,10 +603,6 @@ impl Crew {
     }
 
     fn wait_and_work(&self) {
-        // Something that cannot be thawed, for the pages of this thread's stack.
-        if let Ok(file) = File::open("/proc/self/stat") {
-            let _ = sys::thaw(file.as_fd());
-        }
         loop {
             let mut state = self.lock();
             state.free += 1;
