@@ -21,6 +21,7 @@ use anyhow::Result;
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::vss::VERSIONS;
 use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::{Reply, Tx};
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -130,6 +131,17 @@ fn stop(guest: &Guest, module: Module, daemon: &Process) -> Result<()> {
     })?;
     guest.vss().wait_closed(STEP)?;
     Ok(())
+}
+
+/// The answer to a request, if it comes before so much time has passed in the guest.
+fn reply_within(guest: &Guest, tx: Tx, limit: Duration) -> Result<Option<Reply>> {
+    let end = guest.clock()? + limit.as_micros() as u64;
+    let mut reply = None;
+    guest.wait_until("it is answered, or the time is over", limit + STEP, || {
+        reply = guest.vss().try_reply(tx);
+        Ok(reply.is_some() || guest.clock()? > end)
+    })?;
+    Ok(reply)
 }
 
 /// What a backup did to the writers that were running.

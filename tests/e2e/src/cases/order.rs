@@ -4,11 +4,13 @@
 //! file, the root last, thaws in reverse.
 
 use super::hangs::in_fifreeze;
-use super::{case, describe, load, observe, start, stop, wait_for_daemon, Case, Seen};
+use super::{case, describe, load, observe, reply_within, start, stop};
+use super::{wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
 use e2e::guest::{Daemon, Guest, Module, STEP};
 use hyperv_sim::ic::status;
+use std::time::Duration;
 
 pub const CASES: &[Case] = &[
     case(
@@ -178,7 +180,7 @@ fn md_on_loop(guest: &Guest) -> Result<()> {
                   echo 49152 >$device/size && echo $slot >$device/slot || exit 1
                   slot=$((slot + 1))
               done
-              echo 49152 >component_size && echo clean >array_state
+              echo 49152 >component_size && echo active >array_state
               mkfs.ext4 -q -F /dev/md_lab && mount /dev/md_lab /mnt/raid")?;
     inner_before_outer(guest, "/mnt/raid", "/mnt/disk")?;
     guest.writers_stop()?;
@@ -221,11 +223,7 @@ fn hangs_or_not(guest: &Guest) -> Result<String> {
     let vss = guest.vss();
     guest.sh("dd if=/dev/zero of=/mnt/nbd/dirty bs=1M count=10 conv=notrunc 2>/dev/null")?;
     let tx = vss.send_freeze(&[])?;
-    let end = guest.clock()? + 5_000_000;
-    guest.wait_until("5 s have passed", STEP, || {
-        Ok(vss.try_reply(tx).is_some() || guest.clock()? > end)
-    })?;
-    if let Some(reply) = vss.try_reply(tx) {
+    if let Some(reply) = reply_within(guest, tx, Duration::from_secs(5))? {
         let thaw = vss.thaw(STEP)?.status();
         let (freeze, thaw) = (status_name(reply.status()), status_name(thaw));
         return Ok(format!("FREEZE {freeze}; THAW {thaw}"));
@@ -269,13 +267,14 @@ fn parallel(guest: &Guest) -> Result<()> {
                   dmsetup create hung$n --noudevsync --table \"0 65536 linear /dev/ram$n 0\"
                   [ -e /dev/mapper/hung$n ] || dmsetup mknodes
                   mkfs.ext4 -q -F /dev/mapper/hung$n && mkdir -p /mnt/$n || exit 1
-                  mount /dev/mapper/hung$n /mnt/$n || exit 1
+                  mount -o barrier=0 /dev/mapper/hung$n /mnt/$n || exit 1
               done")?;
     load(guest, Module::Ours, &[])?;
     for (limit, at_once) in [(2, 2), (32, 4)] {
         let daemon = guest.start_daemon_with(&format!("parallel = {limit}"))?;
         wait_for_daemon(guest)?;
-        // Each stays in its freeze for as long as its disk hangs.
+        // Each stays in its freeze for as long as its disk hangs. Without barriers a sync of what is
+        // clean has nothing to wait for.
         guest.sh("sync; for n in 1 2 3 4; do dmsetup suspend --noflush --nolockfs hung$n; done")?;
         let tx = guest.vss().send_freeze(&[])?;
         guest.wait_until("as many freezes as allowed are under way", STEP, || {
