@@ -73,7 +73,7 @@ pub struct Config {
     /// How many file systems are written back at a time before the freeze, 1 to 256.
     #[serde(deserialize_with = "threads")]
     pub write_back: usize,
-    /// Where lock and record are kept; it must not be on a disk.
+    /// Where lock and record are kept; it must be on a tmpfs.
     pub run_dir: PathBuf,
     /// What is never frozen.
     pub exclude: Rules,

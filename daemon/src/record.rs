@@ -5,7 +5,8 @@
 //!
 //! `/run` is memory, so both can be used while disks are frozen; and all that happens meanwhile
 //! goes through descriptors opened before, without a look-up. A record that is there but empty
-//! means that the freeze was cut short and that the guard has thawed all of it.
+//! means that the freeze was cut short and that the guard, or an operator, has thawed all of it: the
+//! host has yet to be told.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _};

@@ -295,7 +295,11 @@ fn strike(guest: &Guest, daemon: &Process, guard: i32, death: Death) -> Result<M
         Death::Daemon => (vec![daemon.pid], 9),
         Death::Abort => (vec![daemon.pid], 6),
         Death::Guard => (vec![guard], 9),
-        Death::Both => (vec![daemon.pid, guard], 9),
+        Death::Both => {
+            // Stopped first, so that neither sees the other die, whoever runs in between.
+            let at = guest.signal_all(&[daemon.pid, guard], 19)?;
+            return Ok((at, guest.signal_all(&[daemon.pid, guard], 9)?));
+        }
         Death::Memory => {
             let before = guest.clock()?;
             // There is nothing to reclaim, since all of it is locked: whoever can be killed is.
