@@ -296,9 +296,10 @@ fn strike(guest: &Guest, daemon: &Process, guard: i32, death: Death) -> Result<M
         Death::Abort => (vec![daemon.pid], 6),
         Death::Guard => (vec![guard], 9),
         Death::Both => {
-            // Stopped first, so that neither sees the other die, whoever runs in between.
+            // Stopped first, so that neither sees the other die, whoever runs in between. The guard
+            // goes first: once its parent is dead the kernel lets it go on (an orphaned group).
             let at = guest.signal_all(&[daemon.pid, guard], 19)?;
-            return Ok((at, guest.signal_all(&[daemon.pid, guard], 9)?));
+            return Ok((at, guest.signal_all(&[guard, daemon.pid], 9)?));
         }
         Death::Memory => {
             let before = guest.clock()?;
