@@ -39,9 +39,9 @@ enum Action {
         /// Also write the verdicts to this file, as JSON
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
-        /// How often cases that kill at random moments do so
-        #[arg(long, default_value_t = cases::DEFAULT_ROUNDS)]
-        rounds: u32,
+        /// How often cases that kill at random moments do so [default: 8, or fewer where that does]
+        #[arg(long)]
+        rounds: Option<u32>,
         /// The seed of those moments
         #[arg(long, default_value_t = cases::DEFAULT_SEED)]
         seed: u64,

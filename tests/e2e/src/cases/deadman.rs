@@ -7,11 +7,12 @@
 //! stood still is measured in the guest, by the writers themselves: the way from there to here takes
 //! longer under emulation than what is to be measured.
 
-use super::{case, load, observe, rounds, seed, start, stop, wait_for_daemon, Case};
+use super::{case, load, observe, rounds, rounds_or, seed, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
 use hyperv_sim::ic::status;
+use lab_agent::Writer;
 use std::time::Duration;
 
 /// A case of so many rounds, each of which may take so many seconds.
@@ -99,6 +100,12 @@ pub(super) const RELEASED: Duration = Duration::from_secs(1);
 /// under way, so it is far older when [`RELEASED`] is over.
 const FROZEN_US: u64 = 250_000;
 
+/// How many rounds are not left to chance: death comes while all is frozen.
+const WHILE_FROZEN: u32 = 2;
+
+/// How many rounds do in the default run for what another case has, too.
+const FEW: u32 = 4;
+
 /// Who dies how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Death {
@@ -112,6 +119,15 @@ enum Death {
     Guard,
     /// Both, by SIGKILL.
     Both,
+}
+
+impl Death {
+    fn rounds(self) -> u32 {
+        match self {
+            Death::Daemon | Death::Guard => rounds(),
+            Death::Abort | Death::Memory | Death::Both => rounds_or(FEW),
+        }
+    }
 }
 
 /// When somebody was killed, on the guest's clock: not before the first, not after the second.
@@ -263,7 +279,7 @@ impl Tally {
             "     {} rounds, seed {}: good {}, THAW failed {}, FREEZE failed {}, wrong answers 0; \
              frozen 1 s after {after}: 0; of {} writers stood still, until {} ms after it \
              (median; 99 %: {} ms; longest: {} ms)",
-            rounds(),
+            self.good + self.thaw_failed + self.freeze_failed,
             seed(),
             self.good,
             self.thaw_failed,
@@ -327,14 +343,25 @@ fn deaths(guest: &Guest, module: Module, death: Death) -> Result<Process> {
     let span = good_backup(guest)?;
     let mut random = fastrand::Rng::with_seed(seed());
     let mut tally = Tally::default();
-    for round in 1..=rounds() {
-        let (delay, hold) = (span.mul_f64(random.f64() * 2.0), span.mul_f64(random.f64()));
+    for round in 1..=death.rounds() {
+        let (mut delay, mut hold) = (span.mul_f64(random.f64() * 2.0), span.mul_f64(random.f64()));
+        let frozen = round <= WHILE_FROZEN;
+        if frozen {
+            (delay, hold) = (Duration::ZERO, RELEASED);
+        }
         let guard = guard_of(guest, &daemon)?;
-        let what = format!("round {round}, {death:?} struck {delay:?} after FREEZE was sent");
+        let what = match frozen {
+            true => format!("round {round}, {death:?} struck while all was frozen"),
+            false => format!("round {round}, {death:?} struck {delay:?} after FREEZE was sent"),
+        };
         // The one who kills also looks after the writers, while the host waits for its answers.
         // Nobody can thaw when both are dead, so then that comes later.
         let killer = || -> Result<(Moment, Duration)> {
             std::thread::sleep(delay);
+            guest.wait_until("it is time to strike", STEP, || {
+                let still = |it: &Writer| it.in_write_us > 100_000;
+                Ok(!frozen || guest.writers()?.iter().all(still))
+            })?;
             let moment = strike(guest, &daemon, guard, death)?;
             let took = match death {
                 Death::Both => Duration::ZERO,
@@ -405,7 +432,7 @@ fn out_of_memory(guest: &Guest) -> Result<()> {
     equal(
         "how many the OOM killer has taken",
         kills.and_then(|it| it.parse().ok()),
-        Some(rounds()),
+        Some(Death::Memory.rounds()),
     )?;
     let guard = guard_of(guest, &daemon)?;
     for (who, pid) in [("guard", guard), ("daemon", daemon.pid)] {
@@ -439,7 +466,7 @@ fn stopped(guest: &Guest) -> Result<()> {
     let span = good_backup(guest)?;
     let mut random = fastrand::Rng::with_seed(seed());
     let mut tally = Tally::default();
-    for round in 1..=rounds() {
+    for round in 1..=rounds_or(FEW) {
         let (delay, hold) = (span.mul_f64(random.f64() * 2.0), span.mul_f64(random.f64()));
         let what = format!("round {round}, stopped {delay:?} after FREEZE was sent");
         let stopper = || -> Result<(u64, Duration)> {

@@ -340,7 +340,7 @@ fn never_touched(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
     let tx = vss.send_freeze(&[])?;
-    let early = reply_within(guest, tx, Duration::from_secs(5))?;
+    let early = reply_within(guest, tx, Duration::from_secs(3))?;
     let hangs = early.is_none();
     // Only now: a look-up is noticed, and waits.
     for path in ["/mnt/auto", "/mnt/fuse"] {

@@ -119,8 +119,8 @@ fn hung_device(guest: &Guest) -> Result<()> {
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
     guest.sh(hang)?;
     let tx = vss.send_freeze(&[])?;
-    let early = reply_within(guest, tx, Duration::from_secs(5))?;
-    let stuck = guest.writers()?.iter().any(|it| it.in_write_us > 3_000_000);
+    let early = reply_within(guest, tx, Duration::from_secs(3))?;
+    let stuck = guest.writers()?.iter().any(|it| it.in_write_us > 2_000_000);
     guest.sh("dmsetup resume hung")?;
     let reply = early.map_or_else(|| vss.wait(tx, STEP), Ok)?;
     answered(
@@ -287,8 +287,8 @@ fn open_behind_the_freeze(guest: &Guest) -> Result<()> {
         Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
     })?;
     let thaw = vss.send(Op::THAW, &SHORT_BODY)?;
-    let early = reply_within(guest, thaw, Duration::from_secs(5))?;
-    let stuck = early.is_none() && guest.writers()?.iter().all(|it| it.in_write_us > 5_000_000);
+    let early = reply_within(guest, thaw, Duration::from_secs(3))?;
+    let stuck = early.is_none() && guest.writers()?.iter().all(|it| it.in_write_us > 3_000_000);
     if stuck {
         // Only somebody who needs no open there can resolve that.
         guest.thaw("/mnt/log")?;
@@ -299,7 +299,7 @@ fn open_behind_the_freeze(guest: &Guest) -> Result<()> {
         "a security agent (fanotify) that logs to a frozen disk judges every open",
         "FREEZE 0 (success), THAW 0 (success)",
         &if stuck {
-            "THAW hangs behind its own freeze, 5 s later all is still frozen".to_owned()
+            "THAW hangs behind its own freeze, 3 s later all is still frozen".to_owned()
         } else {
             format!("THAW {}", status_name(peer))
         },

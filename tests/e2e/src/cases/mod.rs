@@ -80,17 +80,22 @@ pub const DEFAULT_ROUNDS: u32 = 8;
 /// The seed if nobody says otherwise.
 pub const DEFAULT_SEED: u64 = 1;
 
-static SCHEDULE: OnceLock<(u32, u64)> = OnceLock::new();
+static SCHEDULE: OnceLock<(Option<u32>, u64)> = OnceLock::new();
 
-/// Sets rounds and seed, once.
-pub fn set_schedule(rounds: u32, seed: u64) {
+/// Sets rounds, if somebody has asked for so many, and seed, once.
+pub fn set_schedule(rounds: Option<u32>, seed: u64) {
     // Only the first call counts; there is one.
     let _ = SCHEDULE.set((rounds, seed));
 }
 
 /// How often cases that kill at random moments do so.
 pub fn rounds() -> u32 {
-    SCHEDULE.get().map_or(DEFAULT_ROUNDS, |it| it.0)
+    rounds_or(DEFAULT_ROUNDS)
+}
+
+/// The same for a case that makes do with `few` if nobody asks.
+fn rounds_or(few: u32) -> u32 {
+    SCHEDULE.get().and_then(|it| it.0).unwrap_or(few)
 }
 
 /// The seed of those moments.

@@ -223,7 +223,7 @@ fn hangs_or_not(guest: &Guest) -> Result<String> {
     let vss = guest.vss();
     guest.sh("dd if=/dev/zero of=/mnt/nbd/dirty bs=1M count=10 conv=notrunc 2>/dev/null")?;
     let tx = vss.send_freeze(&[])?;
-    if let Some(reply) = reply_within(guest, tx, Duration::from_secs(5))? {
+    if let Some(reply) = reply_within(guest, tx, Duration::from_secs(3))? {
         let thaw = vss.thaw(STEP)?.status();
         let (freeze, thaw) = (status_name(reply.status()), status_name(thaw));
         return Ok(format!("FREEZE {freeze}; THAW {thaw}"));
@@ -232,7 +232,7 @@ fn hangs_or_not(guest: &Guest) -> Result<String> {
     guest.thaw("/mnt/disk")?;
     vss.wait(tx, STEP)?;
     vss.thaw(STEP)?;
-    Ok("FREEZE hangs behind its own freeze, 5 s later all is still frozen".to_owned())
+    Ok("FREEZE hangs behind its own freeze, 3 s later all is still frozen".to_owned())
 }
 
 fn nvme_fabrics(guest: &Guest) -> Result<()> {
