@@ -453,7 +453,7 @@ fn out_of_memory(guest: &Guest) -> Result<()> {
 }
 
 fn stopped(guest: &Guest) -> Result<()> {
-    const DEADLINE: Duration = Duration::from_secs(2);
+    const DEADLINE: Duration = Duration::from_secs(1);
     make_writers(guest)?;
     // The module gives up on a daemon that is silent for longer than this.
     load(
@@ -461,7 +461,7 @@ fn stopped(guest: &Guest) -> Result<()> {
         Module::Ours,
         &["freeze_timeout_ms=4000", "timeout_ms=2500"],
     )?;
-    let daemon = guest.start_daemon_with("deadline = 2")?;
+    let daemon = guest.start_daemon_with("deadline = 1")?;
     wait_for_daemon(guest)?;
     let span = good_backup(guest)?;
     let mut random = fastrand::Rng::with_seed(seed());
