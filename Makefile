@@ -49,7 +49,7 @@ demo: lab-module user images ## Back up a stock Debian guest once and print the 
 	@$(LAB)/run.sh --timeout 600 ./e2e demo
 
 .PHONY: test
-test: lint unit e2e ## Lint, unit and layout tests, then every end-to-end case
+test: lint unit fuzz-shortly e2e ## Lint, unit and layout tests, a short fuzz run, then every end-to-end case
 
 .PHONY: lint
 lint: packages ## cargo fmt --check, clippy on the workspace and on the module
@@ -80,6 +80,10 @@ FUZZ_SECONDS ?= 60
 .PHONY: fuzz
 fuzz: packages ## Fuzz the engine, FUZZ_SECONDS for each of four targets
 	@kmod/engine/fuzz/run.sh $(FUZZ_SECONDS)
+
+.PHONY: fuzz-shortly
+fuzz-shortly: packages
+	@kmod/engine/fuzz/run.sh 5
 
 .PHONY: install
 install: ## Install module, daemon, unit, udev rule, man page and header below DESTDIR

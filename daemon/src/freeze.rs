@@ -10,7 +10,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -18,6 +18,9 @@ use nix::errno::Errno;
 use crate::logbook::Logbook;
 use crate::mounts::DevId;
 use crate::pool::Pool;
+
+/// How often one that waits for its turn looks whether all is off.
+const ABORT_TICK: Duration = Duration::from_millis(20);
 
 /// What is done to file systems: the kernel, or a double in unit tests.
 pub trait FsOps: Send + Sync {
@@ -91,8 +94,13 @@ pub enum ThawError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Open,
-    /// Frozen by this session; the call began at this time.
-    Ours(Instant),
+    /// Frozen by this session.
+    Ours {
+        /// When the call began.
+        since: Instant,
+        /// How long it took.
+        took: Duration,
+    },
     /// Somebody else had frozen it before: it counts, and stays theirs.
     Foreign,
     /// It cannot freeze; synced instead.
@@ -108,6 +116,8 @@ pub struct Target {
     pub name: String,
     /// Its wave in the plan, from 0.
     pub wave: usize,
+    /// How long its freeze took the last time.
+    pub usual: Option<Duration>,
     fd: OwnedFd,
     state: Mutex<State>,
 }
@@ -119,6 +129,7 @@ impl Target {
             dev,
             name,
             wave,
+            usual: None,
             fd,
             state: Mutex::new(State::Open),
         }
@@ -126,7 +137,15 @@ impl Target {
 
     /// Whether this session froze it and has not thawed it yet.
     pub fn is_ours(&self) -> bool {
-        matches!(*self.state(), State::Ours(_))
+        matches!(*self.state(), State::Ours { .. })
+    }
+
+    /// How long its freeze took, while it is in force.
+    pub fn took(&self) -> Option<Duration> {
+        match *self.state() {
+            State::Ours { took, .. } => Some(took),
+            _ => None,
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -244,7 +263,7 @@ impl Session {
     /// Freezes wave after wave. On any failure everything is thawed before it returns.
     pub fn freeze(&self) -> Result<Summary, FreezeError> {
         for wave in &self.waves {
-            self.each(wave, usize::MAX, Work::freeze_one);
+            self.freeze_wave(wave);
             if self.work.gave_up() {
                 break;
             }
@@ -258,13 +277,41 @@ impl Session {
         let mut summary = Summary::default();
         for target in &self.work.targets {
             match *target.state() {
-                State::Ours(_) => summary.ours += 1,
+                State::Ours { .. } => summary.ours += 1,
                 State::Foreign => summary.foreign += 1,
                 State::Synced => summary.synced += 1,
                 State::Open | State::Thawed => {}
             }
         }
         Ok(summary)
+    }
+
+    /// Freezes one wave. What is usually quick begins later than what is slow, so that all end at about
+    /// the same time and nobody stands still only because others take longer.
+    fn freeze_wave(&self, wave: &[usize]) {
+        let usual = |i: &usize| self.work.targets.get(*i).and_then(|t| t.usual);
+        let longest = wave.iter().filter_map(usual).max().unwrap_or_default();
+        let mut members: Vec<(usize, Duration)> = wave
+            .iter()
+            // It may take half as long again. What is not known may take long and begins at once.
+            .map(|i| (*i, usual(i).map_or(Duration::MAX, |t| t + t / 2)))
+            .collect();
+        members.sort_by_key(|(_, lead)| std::cmp::Reverse(*lead));
+        let work = Arc::clone(&self.work);
+        let begin = Instant::now();
+        let ended = (Mutex::new(0), Condvar::new());
+        let run_one = move |n: usize| {
+            let Some((index, lead)) = members.get(n).copied() else {
+                return;
+            };
+            work.wait_turn(begin + longest.saturating_sub(lead), n, &ended);
+            if let Some(target) = work.targets.get(index) {
+                work.freeze_one(index, target);
+            }
+            *lock(&ended.0) += 1;
+            ended.1.notify_all();
+        };
+        self.pool.run(wave.len(), usize::MAX, Arc::new(run_one));
     }
 
     /// Thaws what this session froze, the last wave first. Everything is tried, whatever fails.
@@ -329,6 +376,20 @@ impl Work {
         }
     }
 
+    /// Waits until `at`, or until as many have ended as began before: the slow ones were quick this
+    /// time, or it is all off.
+    fn wait_turn(&self, at: Instant, before: usize, (ended, changed): &(Mutex<usize>, Condvar)) {
+        let mut ended = lock(ended);
+        loop {
+            let left = at.saturating_duration_since(Instant::now());
+            if left.is_zero() || *ended >= before || self.gave_up() {
+                return;
+            }
+            let waited = changed.wait_timeout(ended, left.min(ABORT_TICK));
+            ended = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     fn freeze_one(&self, index: usize, target: &Target) {
         if self.gave_up() {
             return;
@@ -336,11 +397,11 @@ impl Work {
         let name = &target.name;
         let start = Instant::now();
         let result = self.ops.freeze(target.as_fd());
-        let took = ms(start.elapsed());
+        let took = start.elapsed();
         match result.map_err(|e| (e.raw_os_error().map(Errno::from_raw), e)) {
             Ok(()) => {
-                *target.state() = State::Ours(start);
-                self.log.info(format!("{name} frozen, took {took}"));
+                *target.state() = State::Ours { since: start, took };
+                self.log.info(format!("{name} frozen, took {}", ms(took)));
                 if self.abort.load(Ordering::SeqCst) {
                     // It hung while the rest was called off; others wait for it now.
                     self.thaw_one(index, target);
@@ -385,7 +446,7 @@ impl Work {
     }
 
     fn thaw_one(&self, _: usize, target: &Target) {
-        let State::Ours(since) = *target.state() else {
+        let State::Ours { since, .. } = *target.state() else {
             return;
         };
         let name = &target.name;
@@ -568,6 +629,34 @@ mod tests {
         let error = s.session.thaw().unwrap_err();
         assert!(error.to_string().ends_with(": /fs0"), "{error}");
         assert!(calls(&s).contains(&("thaw", 1)));
+    }
+
+    /// Makes the session remember how long each freeze took.
+    fn with_usual(mut setup: Setup, usual: &[Option<u64>]) -> Setup {
+        let work = Arc::get_mut(&mut setup.session.work).unwrap();
+        for (target, ms) in work.targets.iter_mut().zip(usual) {
+            target.usual = ms.map(Duration::from_millis);
+        }
+        setup
+    }
+
+    #[test]
+    fn what_is_usually_quick_begins_after_what_is_slow_or_new() {
+        let s = with_usual(
+            setup(&[0; 4], &[], false),
+            &[Some(5), Some(600), None, Some(40)],
+        );
+        s.session.freeze().unwrap();
+        let order = [("freeze", 2), ("freeze", 1), ("freeze", 3), ("freeze", 0)];
+        assert_eq!(calls(&s), order);
+    }
+
+    #[test]
+    fn nobody_waits_for_a_slow_one_that_has_ended() {
+        // An hour is how long the test would take.
+        let s = with_usual(setup(&[0; 2], &[], false), &[Some(1), Some(3_600_000)]);
+        s.session.freeze().unwrap();
+        assert_eq!(calls(&s), [("freeze", 1), ("freeze", 0)]);
     }
 
     #[test]

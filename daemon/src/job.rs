@@ -8,12 +8,14 @@
 //! callback. Between backups that thread has a plan ready for the next one. It knows no host and no
 //! frames.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::Arc;
 use std::thread::Builder;
+use std::time::Duration;
 
 use crate::config::Config;
 use crate::freeze::{FreezeError, Kernel, Limits, Session, Summary, Target, ThawError};
@@ -81,9 +83,13 @@ fn plan_of(machine: &Machine, config: &Config) -> Plan {
     plan(&machine.mounts, &machine.topology, &|f| config.excludes(f))
 }
 
-/// A plan that was made before it is needed.
+/// What is known before it is needed.
 #[derive(Default)]
-struct Prepared(Option<(Vec<Vec<FileSystem>>, Watch)>);
+struct Prepared {
+    plan: Option<(Vec<Vec<FileSystem>>, Watch)>,
+    /// How long the freeze of each file system took the last time.
+    usual: BTreeMap<DevId, Duration>,
+}
 
 impl Prepared {
     /// Makes a plan, unless the one that is there still holds. Nothing comes of it where a later
@@ -92,7 +98,7 @@ impl Prepared {
         if self.ways().is_some() {
             return;
         }
-        self.0 = Watch::look().and_then(|(mut watch, machine)| {
+        self.plan = Watch::look().and_then(|(mut watch, machine)| {
             let Plan { waves, left_out } = plan_of(&machine, config);
             watch
                 .mind(&machine.ways, &left_out)
@@ -102,13 +108,25 @@ impl Prepared {
 
     /// The way to what is planned, if the plan still holds.
     fn ways(&self) -> Option<(&[Vec<FileSystem>], Ways)> {
-        let (waves, watch) = self.0.as_ref()?;
+        let (waves, watch) = self.plan.as_ref()?;
         Some((waves, watch.unchanged()?))
     }
 }
 
 /// Plans, and opens everything that is to be frozen.
 fn gather(config: &Config, log: &Logbook, prepared: &Prepared) -> Result<Vec<Target>, JobError> {
+    let mut targets = open_planned(config, log, prepared)?;
+    for target in &mut targets {
+        target.usual = prepared.usual.get(&target.dev).copied();
+    }
+    Ok(targets)
+}
+
+fn open_planned(
+    config: &Config,
+    log: &Logbook,
+    prepared: &Prepared,
+) -> Result<Vec<Target>, JobError> {
     if let Some((waves, ways)) = prepared.ways() {
         // A mount that was moved is in its table as before, but not where it was.
         if let Ok(targets) = open_all(&ways, waves, config.strict, log) {
@@ -377,7 +395,7 @@ impl Worker {
             while let Ok(order) = orders.recv() {
                 match order {
                     Order::Prepare(config) => prepared.prepare(&config),
-                    Order::Backup(backup) => backup.run(&prepared),
+                    Order::Backup(backup) => backup.run(&mut prepared),
                 }
             }
         };
@@ -410,12 +428,14 @@ impl Worker {
 }
 
 impl Backup {
-    fn run(self, prepared: &Prepared) {
+    fn run(self, prepared: &mut Prepared) {
         match freeze_prepared(&self.setting, &self.abort, prepared) {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
             Ok(frozen) => {
                 (self.tell)(Outcome::Frozen(Ok(frozen.summary)));
                 frozen.settle();
+                let targets = frozen.session.targets().iter();
+                prepared.usual = targets.filter_map(|t| Some((t.dev, t.took()?))).collect();
                 // Both mean the same: the word to thaw, and the loss of whoever could say it.
                 let _ = self.thaw.recv();
                 (self.tell)(Outcome::Thawed(frozen.thaw()));
