@@ -227,6 +227,10 @@ impl Disks {
     /// the guest's memory is dirty, in KiB.
     pub fn prepare(&self, guest: &Guest) -> Result<u64> {
         guest.sh("sync")?;
+        for n in (1..=self.count).filter(|n| self.dirty_mib > 0 && kind(*n) == "btrfs") {
+            // It writes to a new place each time, and a RAM disk keeps the old one's memory.
+            guest.sh(&format!("fstrim /mnt/{n}"))?;
+        }
         if self.dirty_mib > 0 {
             for n in 1..=self.count {
                 guest.sh(&rewrite(n, self.dirty_mib))?;
