@@ -3,7 +3,7 @@
 //! The ACPI tables: the least with which a stock kernel finds its interrupt controllers, its power
 //! button and its VMBus.
 
-use acpi_tables::aml::{Device, Name, Package, Path};
+use acpi_tables::aml::{Device, Name, Package, Path, ResourceTemplate};
 use acpi_tables::fadt::FADTBuilder;
 use acpi_tables::madt::{
     EnabledStatus, IoApic, LocalInterruptController, ProcessorLocalApic, MADT,
@@ -69,7 +69,8 @@ fn bytes(aml: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-/// \_S5, and the device that makes the kernel's VMBus driver bind.
+/// \_S5, and the device that makes the kernel's VMBus driver bind. It needs no resources, but has to
+/// say so: without _CRS the driver's probe fails, and only the bus's suspend and resume show it.
 fn dsdt() -> Vec<u8> {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, OEM_REVISION);
     let zero = 0u8;
@@ -77,7 +78,9 @@ fn dsdt() -> Vec<u8> {
     Name::new(Path::new("_S5_"), &soft_off).to_aml_bytes(&mut dsdt);
     let hid = Name::new(Path::new("_HID"), &"VMBUS");
     let uid = Name::new(Path::new("_UID"), &zero);
-    Device::new(Path::new("_SB_.VMB0"), vec![&hid, &uid]).to_aml_bytes(&mut dsdt);
+    let resources = ResourceTemplate::new(Vec::new());
+    let crs = Name::new(Path::new("_CRS"), &resources);
+    Device::new(Path::new("_SB_.VMB0"), vec![&hid, &uid, &crs]).to_aml_bytes(&mut dsdt);
     dsdt.update_checksum();
     dsdt.as_slice().to_vec()
 }
