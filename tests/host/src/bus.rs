@@ -14,7 +14,7 @@ use crate::synic::{Posted, Registers, SynIc};
 use crate::vm::Exit;
 use crate::vmbus::control::{Effect, Offer, Opening, Server, MESSAGE_PORT};
 use crate::vmbus::protocol::{Guid, VmbusVersion, MAX_MESSAGE};
-use crate::vmbus::ring::{Reader, RingError, Sent, Writer};
+use crate::vmbus::ring::{Descriptor, Field, Reader, RingError, RingMem, Sent, Writer};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -68,8 +68,7 @@ impl ChannelInfo {
 /// A packet that waits for room in the ring.
 struct Outgoing {
     tx: Tx,
-    packet_type: u16,
-    flags: u16,
+    descriptor: Descriptor,
     payload: Vec<u8>,
 }
 
@@ -89,6 +88,27 @@ pub(crate) struct RawReply {
     pub latency: Duration,
 }
 
+/// One of the two rings of a channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The host writes, the guest reads.
+    ToGuest,
+    /// The guest writes, the host reads.
+    FromGuest,
+}
+
+/// What the host does when the guest asks to open a channel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnOpen {
+    /// It opens it.
+    #[default]
+    Open,
+    /// It answers that this has failed.
+    Refuse,
+    /// It does not answer.
+    Ignore,
+}
+
 struct Link {
     reader: Reader<GuestRing>,
     writer: Writer<GuestRing>,
@@ -104,6 +124,8 @@ pub(crate) struct Chan {
     /// Taken back and not yet released.
     pub revoked: bool,
     pub negotiated: Option<Negotiated>,
+    /// What becomes of the next wish to open it.
+    pub on_open: OnOpen,
     outbox: VecDeque<Outgoing>,
     transactions: BTreeMap<Tx, Transaction>,
     strays: VecDeque<Vec<u8>>,
@@ -132,6 +154,7 @@ impl Chan {
             openings: 0,
             revoked: false,
             negotiated: None,
+            on_open: OnOpen::default(),
             outbox: VecDeque::new(),
             transactions: BTreeMap::new(),
             strays: VecDeque::new(),
@@ -165,6 +188,34 @@ impl Chan {
 
     pub(crate) fn take_strays(&mut self) -> Vec<Vec<u8>> {
         self.strays.drain(..).collect()
+    }
+
+    /// Forgets all that was sent and all that came: what comes now answers nothing.
+    pub(crate) fn forget(&mut self) {
+        self.transactions.clear();
+        self.strays.clear();
+    }
+
+    fn ring(&self, side: Side) -> Option<&GuestRing> {
+        let link = self.link.as_ref()?;
+        Some(match side {
+            Side::ToGuest => link.writer.mem(),
+            Side::FromGuest => link.reader.mem(),
+        })
+    }
+
+    /// Writes a header field of a ring as it is; returns what was there.
+    pub(crate) fn poke(&self, side: Side, field: Field, value: u32) -> Option<u32> {
+        let ring = self.ring(side)?;
+        let before = ring.load(field).ok()?;
+        ring.store(field, value).ok()?;
+        Some(before)
+    }
+
+    /// See [`Writer::resync`]; `None` when the channel is not open.
+    pub(crate) fn resync(&mut self) -> Option<bool> {
+        self.outbox.clear();
+        self.link.as_mut()?.writer.resync().ok()
     }
 }
 
@@ -334,13 +385,16 @@ impl Bus {
         self.carry_out(effects);
     }
 
+    pub(crate) fn withhold(&mut self, relid: u32) {
+        self.server.withhold(relid);
+    }
+
     /// Puts a packet on its way; `payload` is made from the transaction that it gets.
     pub(crate) fn send(
         &mut self,
         relid: u32,
         name: &str,
-        packet_type: u16,
-        flags: u16,
+        descriptor: Descriptor,
         payload: impl FnOnce(Tx) -> Vec<u8>,
     ) -> Result<Tx, SendError> {
         let tx = Tx(self.next_tx);
@@ -365,13 +419,26 @@ impl Bus {
         channel.transactions.insert(tx, transaction);
         channel.outbox.push_back(Outgoing {
             tx,
-            packet_type,
-            flags,
+            descriptor,
             payload,
         });
         self.next_tx += 1;
         self.flush_channel(relid);
         Ok(tx)
+    }
+
+    /// Signals the guest on a channel, whether there is something in the ring or not.
+    pub(crate) fn signal_channel(&mut self, relid: u32) {
+        let link = self.channel(relid).and_then(|c| c.link.as_ref());
+        if let Some(target_vp) = link.map(|link| link.target_vp) {
+            self.signal(target_vp, relid);
+        }
+    }
+
+    /// How many pieces of memory the guest shares with the host: two rings in one piece for each
+    /// open channel.
+    pub(crate) fn gpadls(&self) -> usize {
+        self.server.gpadls()
     }
 
     // How it is done.
@@ -422,6 +489,15 @@ impl Bus {
 
     fn opened(&mut self, relid: u32, opening: &Opening) {
         let name = self.name(relid);
+        match self.channel(relid).map(|c| c.on_open).unwrap_or_default() {
+            OnOpen::Open => {}
+            OnOpen::Refuse => {
+                self.note(name, EventKind::OpenRefused);
+                let effects = self.server.open_result(relid, false);
+                return self.carry_out(effects);
+            }
+            OnOpen::Ignore => return self.note(name, EventKind::OpenIgnored),
+        }
         let link = self.link(opening);
         let good = link.is_ok();
         match link {
@@ -526,11 +602,10 @@ impl Bus {
             };
             let Outgoing {
                 tx,
-                packet_type,
-                flags,
+                descriptor,
                 ref payload,
             } = *next;
-            match link.writer.send(packet_type, flags, tx.0, payload) {
+            match link.writer.send_as(descriptor, tx.0, payload) {
                 Ok(Sent::Full) => return,
                 Ok(Sent::Yes { signal }) => {
                     let at = Instant::now();

@@ -5,14 +5,18 @@
 //! What travels in a request's body is not known here; the integration components put their
 //! own handles on top.
 
-use crate::bus::{Chan, ChannelInfo, RawReply, ReplyState, SendError};
+use crate::bus::{Chan, ChannelInfo, OnOpen, RawReply, ReplyState, SendError, Side};
 use crate::event::{Event, EventKind};
 use crate::host::{Host, HostError};
 use crate::ic::{message_type, negotiate_body, parse_negotiated, status};
 use crate::ic::{Envelope, IcHeader, Version};
 use crate::vmbus::protocol::{packet_type, Guid};
-use std::time::Duration;
+use crate::vmbus::ring::{Descriptor, Field};
+use std::time::{Duration, Instant};
 use zerocopy::FromBytes;
+
+/// The descriptor of a proper request.
+const IN_BAND: Descriptor = Descriptor::new(packet_type::DATA_INBAND, 1);
 
 /// Names one packet that was sent: the transaction id in its descriptor, which the guest repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
@@ -128,6 +132,12 @@ impl Channel {
         self.host.change(|bus| bus.rescind(self.info.relid));
     }
 
+    /// Leaves the channel to the guest until that leaves the bus, and does not offer it when it comes
+    /// back: a device that was removed while the guest hibernated.
+    pub fn withhold(&self) {
+        self.host.change(|bus| bus.withhold(self.info.relid));
+    }
+
     /// Offers the channel again. When the guest has yet to release it, the offer follows the release.
     pub fn offer(&self) {
         self.host.change(|bus| bus.offer(self.info.relid));
@@ -149,7 +159,7 @@ impl Channel {
             message: none,
             transaction,
         };
-        let tx = self.send_with("negotiate", packet_type::DATA_INBAND, 1, |tx| {
+        let tx = self.send_with("negotiate", IN_BAND, |tx| {
             envelope(tx.0 as u8).request(&body)
         })?;
         let reply = self.wait(tx, timeout)?;
@@ -194,7 +204,7 @@ impl Channel {
             framework: Version::new(3, 0),
             message: self.info.default_version,
         });
-        self.send_with(name, packet_type::DATA_INBAND, 1, |tx| {
+        self.send_with(name, IN_BAND, |tx| {
             let envelope = Envelope {
                 framework: negotiated.framework,
                 message_type: self.info.message_type,
@@ -207,24 +217,19 @@ impl Channel {
 
     /// Sends these bytes as they are after a proper descriptor: any length, any content.
     pub fn send_raw(&self, bytes: &[u8]) -> Result<Tx, HostError> {
-        self.send_packet(packet_type::DATA_INBAND, 1, bytes)
+        self.send_packet(IN_BAND, bytes)
     }
 
-    /// As [`Channel::send_raw`], with this packet type and these flags in the descriptor.
-    pub fn send_packet(
-        &self,
-        packet_type: u16,
-        packet_flags: u16,
-        bytes: &[u8],
-    ) -> Result<Tx, HostError> {
-        self.send_with("raw", packet_type, packet_flags, |_| bytes.to_vec())
+    /// As [`Channel::send_raw`] with this descriptor, true or not. After one that lies the guest
+    /// reads on in the wrong place until [`Channel::resync`].
+    pub fn send_packet(&self, descriptor: Descriptor, bytes: &[u8]) -> Result<Tx, HostError> {
+        self.send_with("raw", descriptor, |_| bytes.to_vec())
     }
 
     fn send_with(
         &self,
         name: &str,
-        packet_type: u16,
-        flags: u16,
+        descriptor: Descriptor,
         payload: impl FnOnce(Tx) -> Vec<u8>,
     ) -> Result<Tx, HostError> {
         let relid = self.info.relid;
@@ -233,7 +238,7 @@ impl Channel {
             if let Some(error) = self.host.guest_gone(bus, channel, name) {
                 return Err(error);
             }
-            bus.send(relid, name, packet_type, flags, payload)
+            bus.send(relid, name, descriptor, payload)
                 .map_err(|error| match error {
                     SendError::NotOpen => self.not_open(name),
                     SendError::TooLarge { packet, ring } => HostError::TooLarge {
@@ -243,6 +248,64 @@ impl Channel {
                     },
                 })
         })
+    }
+
+    /// What the host does from now on when the guest asks to open the channel.
+    pub fn on_open(&self, what: OnOpen) {
+        self.host.change(|bus| {
+            if let Some(chan) = bus.channel(self.info.relid) {
+                chan.on_open = what;
+            }
+        });
+    }
+
+    /// Writes a field in the header of one of the rings, whoever's field it is, and returns what was
+    /// there. Neither side is signalled.
+    pub fn poke(&self, side: Side, field: Field, value: u32) -> Result<u32, HostError> {
+        let old = self.host.change(|bus| {
+            let chan = bus.channel(self.info.relid)?;
+            chan.poke(side, field, value)
+        });
+        old.ok_or_else(|| self.not_open("a write to the ring's header"))
+    }
+
+    /// Signals the guest, whatever is in the ring.
+    pub fn signal(&self) {
+        self.host.change(|bus| bus.signal_channel(self.info.relid));
+    }
+
+    /// Gives up what was sent and not read, and goes on where the guest reads: after packets or
+    /// indices that lied.
+    pub fn resync(&self, timeout: Duration) -> Result<(), HostError> {
+        // A guest that was led astray may be anywhere in the ring and on the move: it stops at the
+        // index that it is given. That it has stopped is seen when nothing changed in a while.
+        let until = Instant::now() + timeout;
+        let mut settled = 0;
+        while settled < 3 {
+            let done = self
+                .host
+                .change(|bus| bus.channel(self.info.relid)?.resync());
+            match done {
+                Some(true) => settled += 1,
+                Some(false) if Instant::now() < until => settled = 0,
+                Some(false) => {
+                    let channel = self.info.name;
+                    return Err(HostError::Astray { channel });
+                }
+                None => return Err(self.not_open("new start in its ring")),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Forgets all that was sent and came back so far; what comes for it later is a stray.
+    pub fn forget(&self) {
+        self.host.change(|bus| {
+            if let Some(chan) = bus.channel(self.info.relid) {
+                chan.forget();
+            }
+        });
     }
 
     /// Waits until all that was sent is in the guest's ring.

@@ -34,6 +34,10 @@ pub enum EventKind {
         /// Data bytes of the ring towards the guest.
         ring: usize,
     },
+    /// The guest asked to open the channel and was refused, as a test had told the host to do.
+    OpenRefused,
+    /// The guest asked to open the channel and got no answer, as a test had told the host to do.
+    OpenIgnored,
     /// The guest closed the channel.
     Closed,
     /// The host took the channel back.
@@ -83,6 +87,8 @@ impl std::fmt::Display for Event {
             EventKind::Unloaded => f.write_str("guest left the bus"),
             EventKind::Offered => f.write_str("offered"),
             EventKind::Opened { ring } => write!(f, "opened, {ring} bytes of ring"),
+            EventKind::OpenRefused => f.write_str("refused to open"),
+            EventKind::OpenIgnored => f.write_str("asked to open, not answered"),
             EventKind::Closed => f.write_str("closed"),
             EventKind::Rescinded => f.write_str("rescinded"),
             EventKind::Released => f.write_str("released by the guest"),

@@ -98,6 +98,12 @@ pub enum HostError {
         /// How many.
         luns: usize,
     },
+    /// The guest goes on reading in its ring, however often it is shown the end.
+    #[error("{channel}: the guest does not stop reading")]
+    Astray {
+        /// Where.
+        channel: &'static str,
+    },
     /// The guest's answer makes no sense.
     #[error("{channel}: bad reply: {what}")]
     BadReply {
@@ -138,6 +144,7 @@ pub enum HostError {
 const VSS: u32 = 1;
 const HEARTBEAT: u32 = 2;
 const SHUTDOWN: u32 = 3;
+const SECOND_VSS: u32 = 4;
 
 /// The instance GUIDs are this host's own; only the classes are fixed.
 const fn instance(relid: u32) -> Guid {
@@ -149,7 +156,7 @@ const fn instance(relid: u32) -> Guid {
     )
 }
 
-const CHANNELS: [ChannelInfo; 3] = [
+const CHANNELS: [ChannelInfo; 4] = [
     ChannelInfo {
         name: "vss",
         relid: VSS,
@@ -174,6 +181,14 @@ const CHANNELS: [ChannelInfo; 3] = [
         message_type: message_type::SHUTDOWN,
         default_version: Version::new(3, 0),
     },
+    ChannelInfo {
+        name: "second-vss",
+        relid: SECOND_VSS,
+        class: vss::CLASS,
+        instance: instance(SECOND_VSS),
+        message_type: message_type::VSS,
+        default_version: Version::new(5, 0),
+    },
 ];
 
 struct Shared {
@@ -196,11 +211,12 @@ impl Host {
         synic: Arc<SynIc>,
         console: Arc<Console>,
     ) -> Self {
-        let [vss, heartbeat, shutdown] = CHANNELS;
+        let [vss, heartbeat, shutdown, second_vss] = CHANNELS;
         let channels = [
             (vss, config.vss),
             (heartbeat, config.heartbeat),
             (shutdown, config.shutdown),
+            (second_vss, false),
         ];
         let bus = Bus::new(memory, synic, config.vmbus_versions.clone(), &channels);
         Host {
@@ -224,20 +240,32 @@ impl Host {
 
     /// The VSS integration component.
     pub fn vss(&self) -> Vss {
-        let [info, _, _] = CHANNELS;
+        let [info, ..] = CHANNELS;
+        Vss::new(self.channel(info))
+    }
+
+    /// Another device of the same class, which no host has; offered only by [`Channel::offer`].
+    pub fn second_vss(&self) -> Vss {
+        let [_, _, _, info] = CHANNELS;
         Vss::new(self.channel(info))
     }
 
     /// The heartbeat integration component.
     pub fn heartbeat(&self) -> Heartbeat {
-        let [_, info, _] = CHANNELS;
+        let [_, info, ..] = CHANNELS;
         Heartbeat::new(self.channel(info))
     }
 
     /// The shutdown integration component.
     pub fn shutdown(&self) -> Shutdown {
-        let [_, _, info] = CHANNELS;
+        let [_, _, info, _] = CHANNELS;
         Shutdown::new(self.channel(info))
+    }
+
+    /// How many pieces of memory the guest shares with the host (GPADLs): one for each open channel,
+    /// unless it leaks them.
+    pub fn gpadls(&self) -> usize {
+        self.bus().gpadls()
     }
 
     /// All events so far, in the order in which they happened (the oldest are dropped beyond

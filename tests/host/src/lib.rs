@@ -65,8 +65,10 @@ mod threads;
 pub mod vm;
 pub mod vmbus;
 
+pub use bus::{OnOpen, Side};
 pub use channel::{Channel, Negotiated, Reply, Tx};
 pub use event::{Event, EventKind};
 pub use host::{Host, HostConfig, HostError};
 pub use vm::{Exit, Vm, VmConfig, VmError};
 pub use vmbus::protocol::VmbusVersion;
+pub use vmbus::ring::{Descriptor, Field};

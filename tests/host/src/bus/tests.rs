@@ -167,7 +167,7 @@ impl Guest {
 }
 
 fn request(bus: &mut Bus, body: &[u8]) -> Tx {
-    let sent = bus.send(1, "test", 6, 1, |tx| {
+    let sent = bus.send(1, "test", Descriptor::new(6, 1), |tx| {
         let envelope = Envelope {
             framework: Version::new(3, 0),
             message_type: message_type::VSS,
@@ -265,7 +265,9 @@ fn a_request_on_a_channel_that_was_closed_will_not_be_answered() {
     assert!(channel.revoked && !channel.is_open());
     assert!(matches!(channel.take_reply(tx), ReplyState::Closed));
     assert!(matches!(
-        guest.bus.send(1, "late", 6, 1, |_| Vec::new()),
+        guest
+            .bus
+            .send(1, "late", Descriptor::new(6, 1), |_| Vec::new()),
         Err(SendError::NotOpen)
     ));
     guest.bus.offer(1);
@@ -367,7 +369,9 @@ fn a_guest_that_writes_anything_anywhere_is_survived() {
             let value = (random() as u32) >> (random() % 32);
             let at = GuestAddress(page + random() % 128 * 4);
             guest.memory.write_slice(&value.to_le_bytes(), at).unwrap();
-            let _ = guest.bus.send(1, "x", 6, 1, |_| vec![0; 100]);
+            let _ = guest
+                .bus
+                .send(1, "x", Descriptor::new(6, 1), |_| vec![0; 100]);
             guest.signal();
             guest.messages();
         }

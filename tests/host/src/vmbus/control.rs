@@ -167,6 +167,11 @@ impl Server {
         self.connection.as_ref().map(|c| c.version)
     }
 
+    /// GPADLs that the guest has made and not torn down.
+    pub fn gpadls(&self) -> usize {
+        self.gpadls.len()
+    }
+
     /// Takes a message that came on a connection.
     pub fn message(&mut self, connection_id: u32, bytes: &[u8]) -> Vec<Effect> {
         let mut out = Vec::new();
@@ -266,6 +271,13 @@ impl Server {
         self.post(OneId { header, id }, &mut out);
         out.push(Effect::Rescinded(relid));
         out
+    }
+
+    /// Does not offer a channel any more when the guest connects the next time.
+    pub fn withhold(&mut self, relid: u32) {
+        if let Some(channel) = self.channels.get_mut(&relid) {
+            channel.wanted = false;
+        }
     }
 
     /// Answers a guest that asked to open a channel ([`Effect::Opened`]).

@@ -181,6 +181,11 @@ impl<M: RingMem> Reader<M> {
         Ok(Some((packet, signal)))
     }
 
+    /// The ring's memory.
+    pub fn mem(&self) -> &M {
+        &self.mem
+    }
+
     /// Whether the `taken` bytes that were just read out gave a waiting guest the room it needs.
     fn guest_waits_for_room(&self, taken: u32) -> Result<bool, RingError<M::Error>> {
         // The new read index must be visible before the guest's wish is looked at, or both sides
@@ -205,6 +210,31 @@ impl<M: RingMem> Reader<M> {
             self.mem.read(0, second).map_err(RingError::Memory)?;
         }
         Ok(())
+    }
+}
+
+/// What the descriptor of a packet says of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    /// One of [`super::protocol::packet_type`].
+    pub packet_type: u16,
+    /// Flags.
+    pub flags: u16,
+    /// Where the data is said to start, in eights of bytes; where it does when `None`.
+    pub offset8: Option<u16>,
+    /// How long the packet is said to be, in eights of bytes; as long as it is when `None`.
+    pub len8: Option<u16>,
+}
+
+impl Descriptor {
+    /// One that says the truth.
+    pub const fn new(packet_type: u16, flags: u16) -> Self {
+        Descriptor {
+            packet_type,
+            flags,
+            offset8: None,
+            len8: None,
+        }
     }
 }
 
@@ -253,6 +283,17 @@ impl<M: RingMem> Writer<M> {
         transaction: u64,
         payload: &[u8],
     ) -> Result<Sent, RingError<M::Error>> {
+        self.send_as(Descriptor::new(packet_type, flags), transaction, payload)
+    }
+
+    /// As [`Writer::send`] with this descriptor. One that lies makes the guest look for the next
+    /// packet in the wrong place; [`Writer::resync`] makes up for it.
+    pub fn send_as(
+        &mut self,
+        says: Descriptor,
+        transaction: u64,
+        payload: &[u8],
+    ) -> Result<Sent, RingError<M::Error>> {
         let len = self.mem.data_len();
         let padded = payload.len().next_multiple_of(8);
         let size = DESCRIPTOR as usize + padded;
@@ -279,10 +320,10 @@ impl<M: RingMem> Writer<M> {
             }
         }
         let descriptor = PacketDescriptor {
-            packet_type: U16::new(packet_type),
-            offset8: U16::new((DESCRIPTOR / 8) as u16),
-            len8: U16::new(len8),
-            flags: U16::new(flags),
+            packet_type: U16::new(says.packet_type),
+            offset8: U16::new(says.offset8.unwrap_or((DESCRIPTOR / 8) as u16)),
+            len8: U16::new(says.len8.unwrap_or(len8)),
+            flags: U16::new(says.flags),
             transaction: U64::new(transaction),
         };
         let mut bytes = Vec::with_capacity(needed as usize);
@@ -313,6 +354,25 @@ impl<M: RingMem> Writer<M> {
         Ok(Sent::Yes {
             signal: !masked && was_empty,
         })
+    }
+
+    /// Drops what the guest has not read: the next packet goes to where it reads next. The flag says
+    /// whether it had read all.
+    pub fn resync(&mut self) -> Result<bool, RingError<M::Error>> {
+        let read = index(&self.mem, Field::ReadIndex)?;
+        let write = self.mem.load(Field::WriteIndex);
+        let done = read == self.write && write.map_err(RingError::Memory)? == read;
+        self.write = read;
+        self.waiting = false;
+        for (field, value) in [(Field::PendingSendSize, 0), (Field::WriteIndex, read)] {
+            self.mem.store(field, value).map_err(RingError::Memory)?;
+        }
+        Ok(done)
+    }
+
+    /// The ring's memory.
+    pub fn mem(&self) -> &M {
+        &self.mem
     }
 
     fn free(&self) -> Result<u32, RingError<M::Error>> {
@@ -463,6 +523,34 @@ mod tests {
         ring.set(Field::InterruptMask, 1);
         let sent = writer.send(DATA_INBAND, 0, 0, &[]).unwrap();
         assert_eq!(sent, Sent::Yes { signal: false });
+    }
+
+    #[test]
+    fn a_descriptor_says_what_it_is_told_to_and_the_ring_recovers() {
+        let ring = TestRing::new(4096);
+        let mut writer = Writer::new(ring.clone()).unwrap();
+        let mut reader = Reader::new(ring.clone()).unwrap();
+        let lie = Descriptor {
+            offset8: Some(77),
+            len8: Some(0xffff),
+            ..Descriptor::new(DATA_INBAND, 1)
+        };
+        writer.send_as(lie, 9, &[1; 8]).unwrap();
+        assert_eq!(
+            ring.data.borrow()[..8],
+            [6, 0, 77, 0, 0xff, 0xff, 1, 0],
+            "the lie"
+        );
+        assert!(reader.receive().is_err());
+        // The guest has gone on somewhere else.
+        ring.set(Field::ReadIndex, 2048);
+        assert!(!writer.resync().unwrap());
+        assert!(writer.resync().unwrap());
+        assert_eq!(ring.get(Field::WriteIndex), 2048);
+        let mut reader = Reader::new(ring.clone()).unwrap();
+        writer.send(DATA_INBAND, 0, 10, &[2; 8]).unwrap();
+        let (packet, _) = reader.receive().unwrap().expect("a packet");
+        assert_eq!(packet.payload, [2; 8]);
     }
 
     #[test]

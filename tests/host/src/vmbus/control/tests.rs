@@ -246,6 +246,20 @@ fn unload_closes_everything_and_a_new_contact_starts_over() {
 }
 
 #[test]
+fn a_channel_that_is_withheld_stays_until_the_guest_has_left() {
+    let mut server = opened();
+    server.withhold(RELID);
+    assert_eq!(server.gpadls(), 1);
+    let left = server.message(4, &bytes(message::UNLOAD, [0u8; 0]));
+    assert_eq!(left.first(), Some(&Effect::Closed(RELID)));
+    assert_eq!(server.gpadls(), 0);
+    server.message(4, &contact(VmbusVersion::V6_0));
+    let offers = server.message(4, &bytes(message::REQUESTOFFERS, [0u8; 0]));
+    assert_eq!(posted(&offers)[0].0, message::ALLOFFERS_DELIVERED);
+    assert_eq!(posted(&server.offer(RELID))[0].0, message::OFFERCHANNEL);
+}
+
+#[test]
 fn a_contact_without_an_unload_starts_over_too() {
     let mut server = opened();
     let effects = server.message(4, &contact(VmbusVersion::V6_0));
