@@ -4,7 +4,8 @@
 
 use crate::error::Error;
 use crate::lock;
-use lab_agent::{from_hex, to_hex};
+use crate::storm::{self, Plan};
+use lab_agent::{from_hex, to_hex, Storm};
 use nix::poll::{poll, PollFd, PollFlags};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -77,6 +78,11 @@ impl Devices {
             .iter_names()
             .map(|(name, _)| name.to_owned())
             .collect())
+    }
+
+    /// Many writes at once.
+    pub fn storm(&self, handle: u64, plan: &Plan) -> Result<Storm, Error> {
+        storm::run(&*self.get(handle)?, plan)
     }
 
     /// Closes the device.

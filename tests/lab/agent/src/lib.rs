@@ -10,6 +10,7 @@
 //! VSS or of what is tested.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// One line from the test to the agent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -176,6 +177,21 @@ pub enum Command {
         /// Which of `POLLIN`, `POLLOUT` to ask for.
         events: Vec<String>,
     },
+    /// Writes at random to the device, from several threads at once, until all of `writes` are done:
+    /// [`Storm`]. Each write is bytes from nowhere or one of the `templates` with something changed;
+    /// now and then a thread reads or polls instead. Best on a device opened with `nonblock`.
+    DevStorm {
+        /// From [`Command::DevOpen`].
+        handle: u64,
+        /// How many threads.
+        threads: u32,
+        /// How many writes in all.
+        writes: u64,
+        /// What the first thread starts from; the next one from one more, and so on.
+        seed: u64,
+        /// Good messages, in hexadecimal.
+        templates: Vec<String>,
+    },
     /// Closes the device. A read that is blocked on it keeps it open until it returns.
     DevClose {
         /// From [`Command::DevOpen`].
@@ -183,6 +199,17 @@ pub enum Command {
     },
     /// Closes all devices that are open.
     DevCloseAll,
+}
+
+/// What came of a [`Command::DevStorm`]. An errno is counted by its name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Storm {
+    /// Writes that were taken.
+    pub taken: u64,
+    /// Writes that were refused, by errno, or `in part`.
+    pub refused: BTreeMap<String, u64>,
+    /// Reads that returned something.
+    pub read: u64,
 }
 
 /// How a program ended.

@@ -13,10 +13,12 @@ mod kernel;
 mod nbd;
 mod opens;
 mod process;
+mod storm;
 mod sys;
 mod writers;
 
 use crate::error::Error;
+use crate::storm::Plan;
 use lab_agent::{Call, Command, Outcome, Return};
 use nix::sys::mman::{mlockall, MlockAllFlags};
 use nix::sys::termios;
@@ -72,6 +74,16 @@ impl Agent {
                 timeout_ms,
                 events,
             } => json!(self.devices.poll(handle, timeout_ms, &events)?),
+            Command::DevStorm {
+                handle,
+                threads,
+                writes,
+                seed,
+                templates,
+            } => {
+                let storm = Plan::new(threads, writes, seed, &templates)?;
+                json!(self.devices.storm(handle, &storm)?)
+            }
             Command::DevClose { handle } => json!(self.devices.close(handle)?),
             Command::DevCloseAll => json!(self.devices.close_all()),
         })
