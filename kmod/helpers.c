@@ -52,14 +52,14 @@ void hv_vss_trace_negotiated(u16 framework_major, u16 framework_minor, u16 vss_m
 	trace_hv_vss_negotiated(framework_major, framework_minor, vss_major, vss_minor);
 }
 
-void hv_vss_trace_request(u64 id, u8 operation, u32 stage)
+void hv_vss_trace_request(u64 id, u64 transaction, u8 operation, u32 stage)
 {
-	trace_hv_vss_request(id, operation, stage);
+	trace_hv_vss_request(id, transaction, operation, stage);
 }
 
-void hv_vss_trace_answer(u64 id, u8 operation, u32 status, u64 latency_us)
+void hv_vss_trace_answer(u64 id, u64 transaction, u8 operation, u32 status, u64 latency_us)
 {
-	trace_hv_vss_answer(id, operation, status, latency_us);
+	trace_hv_vss_answer(id, transaction, operation, status, latency_us);
 }
 
 void hv_vss_trace_daemon(u32 abi)

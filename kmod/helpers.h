@@ -35,8 +35,8 @@ void hv_vss_timer_arm(struct timer_list *timer, u64 us);
 /* The tracepoints of trace.h, which says what their arguments are. */
 void hv_vss_trace_negotiated(u16 framework_major, u16 framework_minor, u16 vss_major,
 			     u16 vss_minor);
-void hv_vss_trace_request(u64 id, u8 operation, u32 stage);
-void hv_vss_trace_answer(u64 id, u8 operation, u32 status, u64 latency_us);
+void hv_vss_trace_request(u64 id, u64 transaction, u8 operation, u32 stage);
+void hv_vss_trace_answer(u64 id, u64 transaction, u8 operation, u32 status, u64 latency_us);
 void hv_vss_trace_daemon(u32 abi);
 void hv_vss_trace_broken(u64 id, u32 reason);
 void hv_vss_trace_bad_packet(u64 len);

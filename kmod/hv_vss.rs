@@ -380,14 +380,23 @@ impl Service {
         writeln!(out, "framework {}.{}", framework.major, framework.minor)?;
         writeln!(out, "vss {}.{}", vss.major, vss.minor)?;
         writeln!(out, "daemon_abi {abi}")?;
-        writeln!(out, "freeze {freeze}")?;
+        writeln!(out, "freeze_state {freeze}")?;
         let (id, operation) = request.unwrap_or_default();
         writeln!(out, "request {stage} {id} {operation}")?;
         writeln!(out, "open_requests {queued}")?;
         writeln!(out, "negotiations {}", stats.negotiations)?;
         writeln!(out, "registrations {}", stats.registrations)?;
         writeln!(out, "bad_packets {}", stats.bad_packets)?;
-        writeln!(out, "bad_frames {}", stats.bad_frames)?;
+        let engine::BadFrames {
+            malformed,
+            out_of_turn,
+            stale,
+            wrong_operation,
+        } = stats.bad_frames;
+        writeln!(out, "malformed_frames {malformed}")?;
+        writeln!(out, "frames_out_of_turn {out_of_turn}")?;
+        writeln!(out, "stale_frames {stale}")?;
+        writeln!(out, "frames_for_another_operation {wrong_operation}")?;
         writeln!(out, "overruns {}", stats.overruns)?;
         writeln!(out, "unsent {}", stats.unsent)?;
         writeln!(out, "broken_freezes {}", stats.broken)?;

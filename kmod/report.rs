@@ -9,6 +9,7 @@
 use crate::bindings as c;
 use crate::engine::Note;
 use crate::engine::Refusal;
+use crate::engine::Subject;
 use kernel::prelude::*;
 
 /// `pr_warn!`, with one limit over all warnings of the module.
@@ -39,6 +40,25 @@ pub(crate) fn errno(refusal: Refusal) -> Error {
     }
 }
 
+fn request(subject: Subject, stage: u32) {
+    trace!(hv_vss_trace_request(
+        subject.id,
+        subject.transaction,
+        subject.operation,
+        stage
+    ));
+}
+
+fn answer(subject: Subject, status: u32, latency_us: u64) {
+    trace!(hv_vss_trace_answer(
+        subject.id,
+        subject.transaction,
+        subject.operation,
+        status,
+        latency_us
+    ));
+}
+
 /// Reports one note.
 pub(crate) fn note(note: Note) {
     match note {
@@ -57,37 +77,21 @@ pub(crate) fn note(note: Note) {
             trace!(hv_vss_trace_bad_packet(len as u64));
             warn_limited!("dropped a packet of {len} bytes that is no VSS message\n");
         }
-        Note::Received { id, operation } => {
-            trace!(hv_vss_trace_request(
-                id,
-                operation,
-                c::HV_VSS_STAGE_RECEIVED
-            ))
-        }
-        Note::Direct { operation, status } => trace!(hv_vss_trace_answer(0, operation, status, 0)),
-        Note::Held { id, operation } => {
-            trace!(hv_vss_trace_request(id, operation, c::HV_VSS_STAGE_HELD))
-        }
-        Note::Offered { id, operation } => {
-            trace!(hv_vss_trace_request(id, operation, c::HV_VSS_STAGE_OFFERED))
-        }
-        Note::Read { id, operation } => {
-            trace!(hv_vss_trace_request(id, operation, c::HV_VSS_STAGE_READ))
-        }
-        Note::TimedOut { id, operation } => {
-            trace!(hv_vss_trace_request(
-                id,
-                operation,
-                c::HV_VSS_STAGE_TIMED_OUT
-            ));
+        Note::Received(subject) => request(subject, c::HV_VSS_STAGE_RECEIVED),
+        Note::Held(subject) => request(subject, c::HV_VSS_STAGE_HELD),
+        Note::Offered(subject) => request(subject, c::HV_VSS_STAGE_OFFERED),
+        Note::Read(subject) => request(subject, c::HV_VSS_STAGE_READ),
+        Note::TimedOut(subject) => {
+            request(subject, c::HV_VSS_STAGE_TIMED_OUT);
+            let Subject { id, operation, .. } = subject;
             warn_limited!("request {id} (operation {operation}): time is over\n");
         }
+        Note::Direct { subject, status } => answer(subject, status, 0),
         Note::Answered {
-            id,
-            operation,
+            subject,
             status,
             latency_us,
-        } => trace!(hv_vss_trace_answer(id, operation, status, latency_us)),
+        } => answer(subject, status, latency_us),
         Note::NotSent => warn_limited!("an answer could not be sent to the host\n"),
         Note::Registered { abi } => trace!(hv_vss_trace_daemon(abi)),
         Note::Released => trace!(hv_vss_trace_daemon(0)),

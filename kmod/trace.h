@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Tracepoints: one event for each step of a request, with its id. v2 daemons see the same id.
+ * Tracepoints: one event for each step of a request, with its id, which is what a v2 daemon sees, and
+ * the host's own number for it, the transaction id in the descriptor of its packet.
  *
  *	echo 1 > /sys/kernel/tracing/events/hv_vss/enable
  */
@@ -44,47 +45,52 @@ TRACE_EVENT(hv_vss_negotiated,
 );
 
 TRACE_EVENT(hv_vss_request,
-	TP_PROTO(u64 id, u8 operation, u32 stage),
-	TP_ARGS(id, operation, stage),
+	TP_PROTO(u64 id, u64 transaction, u8 operation, u32 stage),
+	TP_ARGS(id, transaction, operation, stage),
 	TP_STRUCT__entry(
 		__field(u64, id)
+		__field(u64, transaction)
 		__field(u8, operation)
 		__field(u32, stage)
 	),
 	TP_fast_assign(
 		__entry->id = id;
+		__entry->transaction = transaction;
 		__entry->operation = operation;
 		__entry->stage = stage;
 	),
-	TP_printk("id=%llu operation=%s stage=%s",
+	TP_printk("id=%llu operation=%s stage=%s transaction=%llu",
 		  __entry->id, hv_vss_operation(__entry->operation),
 		  __print_symbolic(__entry->stage,
 			{ HV_VSS_STAGE_RECEIVED, "received" },
 			{ HV_VSS_STAGE_HELD, "held" },
 			{ HV_VSS_STAGE_OFFERED, "offered" },
 			{ HV_VSS_STAGE_READ, "read" },
-			{ HV_VSS_STAGE_TIMED_OUT, "timed-out" }))
+			{ HV_VSS_STAGE_TIMED_OUT, "timed-out" }),
+		  __entry->transaction)
 );
 
 /* id 0: answered without the daemon. */
 TRACE_EVENT(hv_vss_answer,
-	TP_PROTO(u64 id, u8 operation, u32 status, u64 latency_us),
-	TP_ARGS(id, operation, status, latency_us),
+	TP_PROTO(u64 id, u64 transaction, u8 operation, u32 status, u64 latency_us),
+	TP_ARGS(id, transaction, operation, status, latency_us),
 	TP_STRUCT__entry(
 		__field(u64, id)
+		__field(u64, transaction)
 		__field(u64, latency_us)
 		__field(u32, status)
 		__field(u8, operation)
 	),
 	TP_fast_assign(
 		__entry->id = id;
+		__entry->transaction = transaction;
 		__entry->latency_us = latency_us;
 		__entry->status = status;
 		__entry->operation = operation;
 	),
-	TP_printk("id=%llu operation=%s status=0x%08x latency_us=%llu",
+	TP_printk("id=%llu operation=%s status=0x%08x latency_us=%llu transaction=%llu",
 		  __entry->id, hv_vss_operation(__entry->operation), __entry->status,
-		  __entry->latency_us)
+		  __entry->latency_us, __entry->transaction)
 );
 
 /* abi 0: the daemon is gone. */

@@ -19,6 +19,7 @@ use super::frames::Refusal;
 use super::notes::bump;
 use super::notes::Note;
 use super::notes::Stats;
+use super::notes::Subject;
 use super::uapi::op;
 use super::uapi::status;
 use super::wire;
@@ -123,6 +124,20 @@ struct Request {
     stage: Stage,
     arrived: u64,
     deadline: u64,
+}
+
+impl Request {
+    /// For the notes.
+    fn subject(&self) -> Subject {
+        Subject {
+            id: self.id,
+            transaction: match self.origin {
+                Origin::Host { request_id, .. } => request_id,
+                Origin::Suspend => 0,
+            },
+            operation: self.operation,
+        }
+    }
 }
 
 /// See [`Engine::shape`].
@@ -236,8 +251,13 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         effects: &mut impl Effects,
     ) {
         wire::answer(packet, operation, code);
-        effects.note(Note::Direct {
+        let subject = Subject {
+            id: 0,
+            transaction: request_id,
             operation,
+        };
+        effects.note(Note::Direct {
+            subject,
             status: code,
         });
         self.send(packet, request_id, effects);
@@ -284,7 +304,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             Some(place) => *place = Some(request),
             None => return false,
         }
-        effects.note(Note::Received { id, operation });
+        effects.note(Note::Received(request.subject()));
         true
     }
 
@@ -328,17 +348,16 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             if head.stage != Stage::Queued {
                 return;
             }
-            let (id, operation) = (head.id, head.operation);
             if registered {
                 head.stage = Stage::Offered;
-                head.deadline = after(now, config.time_for(operation));
-                effects.note(Note::Offered { id, operation });
+                head.deadline = after(now, config.time_for(head.operation));
+                effects.note(Note::Offered(head.subject()));
                 return;
             }
             if config.grace_ms > 0 {
                 head.stage = Stage::Held;
                 head.deadline = after(now, config.grace_ms);
-                effects.note(Note::Held { id, operation });
+                effects.note(Note::Held(head.subject()));
                 return;
             }
             self.close_head(now, status::FAIL, effects);
@@ -384,8 +403,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             }
         }
         effects.note(Note::Answered {
-            id,
-            operation,
+            subject: request.subject(),
             status: code,
             latency_us,
         });
@@ -432,9 +450,9 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         if self.deadline().is_none_or(|deadline| now < deadline) {
             return;
         }
-        if let Some(&Request { id, operation, .. }) = self.head() {
-            bump(&mut self.stats.op(operation).timeouts);
-            effects.note(Note::TimedOut { id, operation });
+        if let Some(subject) = self.head().map(Request::subject) {
+            bump(&mut self.stats.op(subject.operation).timeouts);
+            effects.note(Note::TimedOut(subject));
             self.finish(now, status::FAIL, effects);
         }
     }
@@ -479,7 +497,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     ) -> Result<(), Refusal> {
         let result = self.accept(now, bytes, effects);
         if let Err(refusal) = result {
-            bump(&mut self.stats.bad_frames);
+            self.stats.bad_frames.count(refusal);
             effects.note(Note::BadFrame { refusal });
         }
         result
@@ -620,11 +638,10 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
         match token {
             Token::Reply => self.reply_waits = false,
-            Token::Request(id) => {
+            Token::Request(_) => {
                 if let Some(head) = self.head_mut() {
                     head.stage = Stage::Read;
-                    let operation = head.operation;
-                    effects.note(Note::Read { id, operation });
+                    effects.note(Note::Read(head.subject()));
                 }
             }
         }

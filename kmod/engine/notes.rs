@@ -8,7 +8,18 @@ use super::frames::Refusal;
 use super::uapi::op;
 use super::wire::Version;
 
-/// Something that happened, for the log and the tracepoints. Ids are those that a v2 daemon sees.
+/// The request that a note is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Subject {
+    /// The id that a v2 daemon sees; 0 when the daemon has no part in it.
+    pub id: u64,
+    /// The host's own number for it, from the descriptor of its packet; 0 when it is no host's.
+    pub transaction: u64,
+    /// Its operation.
+    pub operation: u8,
+}
+
+/// Something that happened, for the log and the tracepoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Note {
     /// The host and this module agreed on versions.
@@ -26,53 +37,26 @@ pub enum Note {
         len: usize,
     },
     /// A request for the daemon arrived.
-    Received {
-        /// Id of the request.
-        id: u64,
-        /// Its operation.
-        operation: u8,
-    },
+    Received(Subject),
     /// A request was answered at once in here, or refused because there was no room for it.
     Direct {
-        /// Its operation.
-        operation: u8,
+        /// Which, without an id.
+        subject: Subject,
         /// What the host was told.
         status: u32,
     },
     /// There is no daemon: the request waits for one.
-    Held {
-        /// Id of the request.
-        id: u64,
-        /// Its operation.
-        operation: u8,
-    },
+    Held(Subject),
     /// The request can be read by the daemon.
-    Offered {
-        /// Id of the request.
-        id: u64,
-        /// Its operation.
-        operation: u8,
-    },
+    Offered(Subject),
     /// The daemon has read the request.
-    Read {
-        /// Id of the request.
-        id: u64,
-        /// Its operation.
-        operation: u8,
-    },
+    Read(Subject),
     /// The time of the request is over.
-    TimedOut {
-        /// Id of the request.
-        id: u64,
-        /// Its operation.
-        operation: u8,
-    },
+    TimedOut(Subject),
     /// The request is closed: the host was told `status` (nobody was, for a THAW made by suspend).
     Answered {
-        /// Id of the request.
-        id: u64,
-        /// Its operation.
-        operation: u8,
+        /// Which.
+        subject: Subject,
         /// What the host was told.
         status: u32,
         /// From the packet to the answer.
@@ -119,6 +103,31 @@ pub struct OpStats {
     pub max_us: u64,
 }
 
+/// Counters of refused writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BadFrames {
+    /// See [`Refusal::Malformed`].
+    pub malformed: u64,
+    /// See [`Refusal::OutOfTurn`].
+    pub out_of_turn: u64,
+    /// See [`Refusal::Stale`].
+    pub stale: u64,
+    /// See [`Refusal::WrongOperation`].
+    pub wrong_operation: u64,
+}
+
+impl BadFrames {
+    /// Counts one more.
+    pub(super) fn count(&mut self, refusal: Refusal) {
+        bump(match refusal {
+            Refusal::Malformed => &mut self.malformed,
+            Refusal::OutOfTurn => &mut self.out_of_turn,
+            Refusal::Stale => &mut self.stale,
+            Refusal::WrongOperation => &mut self.wrong_operation,
+        });
+    }
+}
+
 /// All counters since the module took the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
@@ -128,8 +137,8 @@ pub struct Stats {
     pub negotiations: u64,
     /// Packets dropped because they were malformed or not for VSS.
     pub bad_packets: u64,
-    /// Writes refused.
-    pub bad_frames: u64,
+    /// Writes refused, for each reason.
+    pub bad_frames: BadFrames,
     /// Requests failed because too many were open.
     pub overruns: u64,
     /// Answers that could not be sent.

@@ -13,7 +13,7 @@
 
 pub mod events;
 
-use hv_vss_engine::{Config, Effects, Engine, Note, Refusal, Shape, Token, QUEUE};
+use hv_vss_engine::{Config, Effects, Engine, Note, Refusal, Shape, Subject, Token, QUEUE};
 use hv_vss_uapi::{self as uapi, op, status};
 use std::collections::BTreeMap;
 use zerocopy::{FromBytes, IntoBytes};
@@ -236,7 +236,7 @@ impl<'a> World<'a> {
         self.out.notes.clear();
         self.engine
             .packet(self.now, &mut copy, request_id, &mut self.out);
-        if let Some(Note::Received { id, .. }) = self.out.notes.first() {
+        if let Some(Note::Received(Subject { id, .. })) = self.out.notes.first() {
             self.waiting.get_mut(&request_id).unwrap().id = Some(*id);
         }
         self.settle();
