@@ -21,9 +21,15 @@ bool hv_vss_channel_is_closed(const struct vmbus_channel *channel)
 	return channel->state == CHANNEL_OPEN_STATE;
 }
 
-void hv_vss_set_max_pkt_size(struct vmbus_channel *channel, u32 size)
+void hv_vss_set_max_pkt_size(struct vmbus_channel *channel, u32 ring_size)
 {
-	channel->max_pkt_size = size;
+	/*
+	 * A packet has a trailer of eight bytes, and one that filled the ring would leave it empty. No
+	 * more than that: from a host whose write index lies outside of the ring, the ring code takes
+	 * this many bytes at a time, and moves on by them and the trailer. It comes back around the
+	 * end of the ring only if that is less than the ring.
+	 */
+	channel->max_pkt_size = ring_size - sizeof(struct hv_ring_buffer) - 2 * sizeof(u64);
 }
 
 void hv_vss_timer_setup(struct timer_list *timer, void (*function)(struct timer_list *))

@@ -16,8 +16,11 @@ u32 hv_vss_ring_size(u32 payload);
 /* Whether vmbus_open() would find @channel as it must be: offered and not open. */
 bool hv_vss_channel_is_closed(const struct vmbus_channel *channel);
 
-/* Largest packet that the ring code will hand out whole; to be set before vmbus_open(). */
-void hv_vss_set_max_pkt_size(struct vmbus_channel *channel, u32 size);
+/*
+ * Lets the ring code hand out every packet that fits a ring of @ring_size bytes, see above; to be
+ * called before vmbus_open().
+ */
+void hv_vss_set_max_pkt_size(struct vmbus_channel *channel, u32 ring_size);
 
 /* timer_setup() without flags: @function runs in softirq context. */
 void hv_vss_timer_setup(struct timer_list *timer, void (*function)(struct timer_list *));

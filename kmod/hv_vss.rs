@@ -237,12 +237,8 @@ impl Service {
 
     /// Opens the channel of `dev`. Sleeps.
     fn start(self: &Arc<Self>, dev: &vmbus::Device<Core<'_>>) -> Result {
-        let sizes = vmbus::Sizes {
-            // CAST: 28 KiB.
-            ring: RING as u32,
-            max_packet: RING as u32,
-        };
-        let channel = Channel::open(dev, sizes, self.clone())?;
+        // CAST: 28 KiB.
+        let channel = Channel::open(dev, RING as u32, self.clone())?;
         // What the host sent before this line is still in the ring, see `on_packets`.
         self.state.lock().channel = Some(channel);
         Ok(())

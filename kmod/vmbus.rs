@@ -293,16 +293,6 @@ pub(crate) trait Listener: Send + Sync + 'static {
     fn on_packets(&self);
 }
 
-/// Sizes of a channel, fixed when it is opened.
-pub(crate) struct Sizes {
-    /// Bytes of packets that each of the two rings holds.
-    pub(crate) ring: u32,
-    /// Largest packet that is handed out whole, its 16-byte descriptor included. The ring code
-    /// cuts longer ones and takes the rest for further packets, so this should be no less than
-    /// `ring`: then nothing longer can arrive.
-    pub(crate) max_packet: u32,
-}
-
 /// The open channel of a device. Dropping it closes it, which sleeps and waits for a callback that
 /// is running; none runs after that.
 ///
@@ -323,7 +313,8 @@ unsafe impl<L: Listener> Send for Channel<L> {}
 unsafe impl<L: Listener> Sync for Channel<L> {}
 
 impl<L: Listener> Channel<L> {
-    /// Opens the channel of `dev`, in one of its driver's callbacks. Sleeps until the host has
+    /// Opens the channel of `dev`, in one of its driver's callbacks, with rings that hold `ring`
+    /// bytes of packets each; whatever fits them is received whole. Sleeps until the host has
     /// answered.
     ///
     /// # Errors
@@ -332,7 +323,7 @@ impl<L: Listener> Channel<L> {
     /// what `vmbus_open` returns.
     pub(crate) fn open(
         dev: &Device<device::Core<'_>>,
-        sizes: Sizes,
+        ring: u32,
         listener: Arc<L>,
     ) -> Result<Self> {
         // SAFETY: By the type invariant this is a valid `struct hv_device`, whose channel is set
@@ -346,10 +337,10 @@ impl<L: Listener> Channel<L> {
         let context = Arc::as_ptr(&listener).cast_mut().cast();
 
         // SAFETY: The function only computes.
-        let ring = unsafe { bindings::hv_vss_ring_size(sizes.ring) };
+        let ring = unsafe { bindings::hv_vss_ring_size(ring) };
 
         // SAFETY: `raw` is valid, and the channel is closed.
-        unsafe { bindings::hv_vss_set_max_pkt_size(raw.as_ptr(), sizes.max_packet) };
+        unsafe { bindings::hv_vss_set_max_pkt_size(raw.as_ptr(), ring) };
 
         // SAFETY: As above. `context` points to a listener that `Self` keeps alive until
         // `vmbus_close` has returned, or this function until the same has happened on error.
