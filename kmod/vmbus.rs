@@ -81,9 +81,12 @@ impl<T: Driver> Adapter<T> {
         let hdev = unsafe { &*hdev.cast::<Device<device::CoreInternal<'_>>>() };
 
         // SAFETY: `DeviceId` is a `#[repr(transparent)]` wrapper of `struct hv_vmbus_device_id`
-        // and does not add additional invariants, so it's safe to transmute. The VMBus always
-        // passes one: for a driver override without a match it is an empty one.
-        let id = unsafe { &*id.cast::<DeviceId>() };
+        // and does not add additional invariants, so it's safe to transmute. The VMBus passes the
+        // id that it finds, for a driver override without a match an empty one, and null if the id
+        // was removed (`remove_id`) after the match.
+        let Some(id) = (unsafe { id.cast::<DeviceId>().as_ref() }) else {
+            return ENODEV.to_errno();
+        };
 
         // SAFETY: `id` is from `T::ID_TABLE`, which is of type `IdArray<_, T::IdInfo>`, or was
         // made by the bus for `new_id` or `driver_override`; those have a zero `driver_data`.
