@@ -165,9 +165,7 @@ impl vmbus::Driver for Driver {
     }
 
     fn resume<'bound>(dev: &'bound vmbus::Device<Core<'_>>, this: Pin<&'bound Data>) -> Result {
-        this.running.0.start(dev)?;
-        this.running.0.resume();
-        Ok(())
+        this.running.0.resume(dev)
     }
 }
 
@@ -286,8 +284,13 @@ impl Service {
         drop(channel);
     }
 
-    /// After the machine has slept and the channel is open again.
-    fn resume(&self) {
+    /// After the machine has slept. A device that the host does not give back is gone: readers see
+    /// an error instead of waiting for ever. Sleeps.
+    fn resume(self: &Arc<Self>, dev: &vmbus::Device<Core<'_>>) -> Result {
+        if self.state.lock().gone {
+            return Err(ENODEV);
+        }
+        self.start(dev).inspect_err(|_| self.stop())?;
         self.with_engine(|engine, now, _| engine.resume(now));
     }
 
@@ -310,6 +313,9 @@ impl Service {
             engine, channel, ..
         } = &mut *state;
         let now = self.now();
+            if state.gone {
+                return;
+            }
         let mut outlet = Outlet {
             channel: channel.as_ref(),
         };
@@ -327,6 +333,7 @@ impl Service {
         if engine.readable() {
             self.changes.notify_all();
         }
+        Ok(())
     }
 
     /// Takes one packet from the ring; false when there is none to be had now.
