@@ -37,6 +37,9 @@ use kernel::new_poll_condvar;
 use kernel::new_spinlock_irq;
 use kernel::prelude::*;
 use kernel::sync::lock::spinlock::SpinLockIrq;
+use kernel::sync::atomic::Acquire;
+use kernel::sync::atomic::AtomicFlag;
+use kernel::sync::atomic::Release;
 use kernel::sync::poll::PollCondVar;
 use kernel::sync::Arc;
 use kernel::sync::Mutex;
@@ -126,6 +129,29 @@ struct Running(Arc<Service>);
 impl Drop for Running {
     fn drop(&mut self) {
         self.0.stop();
+    _only: Only,
+}
+
+/// Whether a device is bound.
+static BOUND: AtomicFlag = AtomicFlag::new(false);
+
+/// The right to be the bound device. A guest has one VSS device, and its node one name: another
+/// that the host may offer is refused before it gets in the way.
+struct Only(());
+
+impl Only {
+    fn claim() -> Result<Self> {
+        if BOUND.xchg(true, Acquire) {
+            return Err(EBUSY);
+        }
+        Ok(Only(()))
+    }
+}
+
+impl Drop for Only {
+    fn drop(&mut self) {
+        BOUND.store(false, Release);
+    }
     }
 }
 
@@ -151,9 +177,12 @@ impl vmbus::Driver for Driver {
                 _folder: folder,
                 _node <- chardev::Registration::new(c"vmbus/hv_vss", 0o600, service),
                 _: { running.0.start(dev)? },
+            let only = Only::claim()?;
             }))
         })
     }
+                // Comes first: what is made first goes last when the rest fails.
+                _only: only,
 
     fn unbind<'bound>(_dev: &'bound vmbus::Device<Core<'_>>, this: Pin<&'bound Data>) {
         this.running.0.stop();
