@@ -13,6 +13,7 @@ mod chardev;
 #[path = "engine/lib.rs"]
 pub mod engine;
 mod report;
+mod sleep;
 mod timer;
 #[path = "../uapi/hv_vss.rs"]
 pub mod uapi;
@@ -36,13 +37,15 @@ use kernel::new_mutex;
 use kernel::new_poll_condvar;
 use kernel::new_spinlock_irq;
 use kernel::prelude::*;
-use kernel::sync::lock::spinlock::SpinLockIrq;
 use kernel::sync::atomic::Acquire;
 use kernel::sync::atomic::AtomicFlag;
 use kernel::sync::atomic::Release;
+use kernel::sync::lock::spinlock::SpinLockIrq;
 use kernel::sync::poll::PollCondVar;
 use kernel::sync::Arc;
+use kernel::sync::CondVarTimeoutResult;
 use kernel::sync::Mutex;
+use kernel::time::msecs_to_jiffies;
 use kernel::time::Instant;
 use kernel::time::Monotonic;
 
@@ -81,6 +84,9 @@ const RING: usize = 7 * 4096;
 /// time for others.
 const BATCH: usize = 16;
 
+/// How long the machine's sleep waits for the daemon to thaw, in milliseconds.
+const THAW_MS: u32 = 5_000;
+
 /// Longest write that is looked at: more than any message or frame has.
 const MAX_WRITE: usize = 64;
 
@@ -117,18 +123,12 @@ kernel::module_device_table!(
 struct Data {
     running: Running,
     #[pin]
+    _sleep: sleep::Registration<Service>,
+    #[pin]
     _state: debugfs::File<Arc<Service>>,
     _folder: debugfs::Dir,
     #[pin]
     _node: chardev::Registration<Service>,
-}
-
-/// Stops the service when it is dropped.
-struct Running(Arc<Service>);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.0.stop();
     _only: Only,
 }
 
@@ -152,6 +152,14 @@ impl Drop for Only {
     fn drop(&mut self) {
         BOUND.store(false, Release);
     }
+}
+
+/// Stops the service when it is dropped.
+struct Running(Arc<Service>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.stop();
     }
 }
 
@@ -169,20 +177,21 @@ impl vmbus::Driver for Driver {
             if dev.class() != VSS_CLASS {
                 return Err(ENODEV);
             }
+            let only = Only::claim()?;
             let service = Service::new()?;
             let folder = debugfs::Dir::new(c"hv_vss");
             Ok(try_pin_init!(Data {
+                // Comes first: what is made first goes last when the rest fails.
+                _only: only,
                 running: Running(service.clone()),
+                _sleep <- sleep::Registration::new(service.clone()),
                 _state <- folder.read_callback_file(c"state", service.clone(), &Service::show),
                 _folder: folder,
                 _node <- chardev::Registration::new(c"vmbus/hv_vss", 0o600, service),
                 _: { running.0.start(dev)? },
-            let only = Only::claim()?;
             }))
         })
     }
-                // Comes first: what is made first goes last when the rest fails.
-                _only: only,
 
     fn unbind<'bound>(_dev: &'bound vmbus::Device<Core<'_>>, this: Pin<&'bound Data>) {
         this.running.0.stop();
@@ -299,6 +308,9 @@ impl Service {
     fn suspend(&self) {
         let channel = {
             let mut state = self.state.lock();
+            if state.gone {
+                return;
+            }
             let State {
                 engine, channel, ..
             } = &mut *state;
@@ -321,6 +333,7 @@ impl Service {
         }
         self.start(dev).inspect_err(|_| self.stop())?;
         self.with_engine(|engine, now, _| engine.resume(now));
+        Ok(())
     }
 
     /// Microseconds since the service was made.
@@ -342,9 +355,6 @@ impl Service {
             engine, channel, ..
         } = &mut *state;
         let now = self.now();
-            if state.gone {
-                return;
-            }
         let mut outlet = Outlet {
             channel: channel.as_ref(),
         };
@@ -359,10 +369,9 @@ impl Service {
             Some(deadline) => Timer::arm(self, deadline.saturating_sub(now)),
             None => Timer::stop(self),
         }
-        if engine.readable() {
+        if engine.readable() || engine.thawed_for_sleep() {
             self.changes.notify_all();
         }
-        Ok(())
     }
 
     /// Takes one packet from the ring; false when there is none to be had now.
@@ -460,6 +469,37 @@ impl Service {
                 return Err(ERESTARTSYS);
             }
         }
+    }
+}
+
+impl sleep::Sleeper for Service {
+    fn before_sleep(&self) {
+        let mut state = self.state.lock();
+        if state.gone || !state.engine.may_be_frozen() {
+            return;
+        }
+        // A daemon that thaws only after the sleep would keep writers waiting in the meantime, some
+        // of them so that they cannot be put to sleep.
+        let State {
+            engine, channel, ..
+        } = &mut *state;
+        let now = self.now();
+        let mut outlet = Outlet {
+            channel: channel.as_ref(),
+        };
+        engine.suspend(now, &mut outlet);
+        self.follow_up(engine, now);
+        let mut left = msecs_to_jiffies(THAW_MS);
+        while !state.gone && !state.engine.thawed_for_sleep() {
+            match self.changes.wait_interruptible_timeout(&mut state, left) {
+                CondVarTimeoutResult::Woken { jiffies } => left = jiffies,
+                CondVarTimeoutResult::Timeout | CondVarTimeoutResult::Signal { .. } => break,
+            }
+        }
+    }
+
+    fn after_sleep(&self) {
+        self.with_engine(|engine, now, _| engine.resume(now));
     }
 }
 

@@ -28,8 +28,9 @@
  * a FREEZE that succeeded and its THAW, the THAW is failed too, since nobody has watched over the
  * freeze; it is still handed to a daemon that has registered by then, so that it can thaw.
  *
- * When the machine hibernates, a registered daemon reads a THAW afterwards that no host has asked
- * for. It answers as always; the registration stays in force.
+ * When the machine is about to sleep while something may be frozen, the daemon reads a THAW that no
+ * host has asked for, and the machine waits some seconds for its answer. When it hibernates, a
+ * registered daemon reads one afterwards, too. It answers as always; the registration stays in force.
  */
 #ifndef HV_VSS_H
 #define HV_VSS_H

@@ -657,8 +657,21 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
     }
 
-    /// The machine is about to sleep and the channel to close: open requests fail, and a
-    /// registered daemon is told to thaw, as mainline does. It reads that THAW after the resume.
+    /// Whether a daemon holds a freeze, or is about to.
+    pub fn may_be_frozen(&self) -> bool {
+        let freezing = |head: &Request| head.stage == Stage::Read && head.operation == op::FREEZE;
+        matches!(self.freeze, Freeze::Held { .. }) || self.head().is_some_and(freezing)
+    }
+
+    /// Whether the daemon has done the THAW of [`Engine::suspend`], or nobody is left to do it.
+    pub fn thawed_for_sleep(&self) -> bool {
+        let thawing = |head: &Request| head.origin == Origin::Suspend;
+        self.suspended && !self.head().is_some_and(thawing)
+    }
+
+    /// The machine is about to sleep: open requests fail, and a registered daemon is told to thaw, as
+    /// mainline does. Comes when user space can still do so, if anything is frozen, and again
+    /// when the channel is about to close; that THAW is read after the resume.
     pub fn suspend(&mut self, now: u64, effects: &mut impl Effects) {
         self.suspended = true;
         self.close(now, effects);
@@ -681,9 +694,12 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
     }
 
-    /// The machine is awake again; the time of what waits begins anew.
+    /// The machine is awake again, which may be told more than once; the time of what waits begins
+    /// anew.
     pub fn resume(&mut self, now: u64) {
-        self.suspended = false;
+        if !core::mem::take(&mut self.suspended) {
+            return;
+        }
         let config = self.config;
         if let Some(head) = self.head_mut() {
             let time = match head.stage {

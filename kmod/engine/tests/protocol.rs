@@ -706,6 +706,59 @@ fn suspend_fails_what_is_open_and_lets_the_daemon_thaw() {
 }
 
 #[test]
+fn a_freeze_can_be_thawed_before_the_sleep() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    assert!(!w.engine.may_be_frozen());
+    w.ask(op::FREEZE);
+    assert!(!w.engine.may_be_frozen(), "nobody has read it");
+    let freeze = w.read().unwrap();
+    assert!(w.engine.may_be_frozen(), "it may have begun");
+    w.answer(freeze, status::OK).unwrap();
+    assert!(w.engine.may_be_frozen());
+
+    // User space still runs: the daemon thaws.
+    w.suspend();
+    assert!(!w.engine.thawed_for_sleep() && !w.engine.may_be_frozen());
+    w.serve(op::THAW, status::OK);
+    assert!(w.engine.thawed_for_sleep());
+    // Then the bus goes; a THAW too many does no harm.
+    w.suspend();
+    assert!(!w.engine.thawed_for_sleep());
+    w.resume();
+    w.resume();
+    w.serve(op::THAW, status::OK);
+    let thaw = w.ask(op::THAW);
+    w.serve(op::THAW, status::OK);
+    assert_eq!(w.answered(thaw), Some(status::FAIL));
+}
+
+#[test]
+fn a_daemon_that_goes_before_the_sleep_holds_nobody_up() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    w.ask(op::FREEZE);
+    w.serve(op::FREEZE, status::OK);
+    w.suspend();
+    w.release();
+    assert!(w.engine.thawed_for_sleep());
+}
+
+#[test]
+fn an_end_of_sleep_that_was_none_moves_no_limit() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    w.ask(op::HOT_BACKUP);
+    let deadline = w.engine.deadline();
+    w.now += SECOND;
+    w.resume();
+    assert_eq!(w.engine.deadline(), deadline);
+}
+
+#[test]
 fn counters_add_up() {
     let mut store = Vec::new();
     let mut w = world(&mut store);

@@ -157,8 +157,9 @@ impl World<'_> {
             Event::Expire => {
                 self.expire();
             }
-            Event::Suspend if !self.suspended => self.suspend(),
-            Event::Resume if self.suspended => self.resume(),
+            // Both may come twice: to user space, and to the bus.
+            Event::Suspend => self.suspend(),
+            Event::Resume => self.resume(),
             Event::Release
             | Event::RegisterV1(_)
             | Event::RegisterV2
@@ -166,9 +167,7 @@ impl World<'_> {
             | Event::Peek
             | Event::Answer(_)
             | Event::Stray(_)
-            | Event::Thawed
-            | Event::Suspend
-            | Event::Resume => {}
+            | Event::Thawed => {}
         }
     }
 
