@@ -113,7 +113,7 @@ struct FileOperations<H: Handler>(PhantomData<H>);
 
 impl<H: Handler> FileOperations<H> {
     const TABLE: bindings::file_operations = bindings::file_operations {
-        owner: kernel::module::this_module::<crate::LocalModule>().as_ptr(),
+        owner: crate::compat::this_module(),
         open: Some(Self::open),
         release: Some(Self::release),
         read_iter: Some(Self::read_iter),

@@ -87,3 +87,23 @@ void hv_vss_trace_bad_frame(int error)
 {
 	trace_hv_vss_bad_frame(error);
 }
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(7, 3, 0)
+unsigned long hv_vss_spin_lock_irqsave(spinlock_t *lock)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(lock, flags);
+	return flags;
+}
+
+bool hv_vss_spin_trylock_irqsave(spinlock_t *lock, unsigned long *flags)
+{
+	return spin_trylock_irqsave(lock, *flags);
+}
+
+void hv_vss_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags)
+{
+	spin_unlock_irqrestore(lock, flags);
+}
+#endif

@@ -7,8 +7,10 @@
 #define HV_VSS_HELPERS_H
 
 #include <linux/hyperv.h>
+#include <linux/spinlock.h>
 #include <linux/timer.h>
 #include <linux/types.h>
+#include <linux/version.h>
 
 /* Bytes to ask vmbus_open() for, so that a ring holds @payload bytes of packets. */
 u32 hv_vss_ring_size(u32 payload);
@@ -47,5 +49,12 @@ void hv_vss_trace_bad_frame(int error);
 
 /* Whether one more warning may be written now: ten in five seconds. */
 bool hv_vss_may_warn(void);
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(7, 3, 0)
+/* For the lock in compat.rs. */
+unsigned long hv_vss_spin_lock_irqsave(spinlock_t *lock);
+bool hv_vss_spin_trylock_irqsave(spinlock_t *lock, unsigned long *flags);
+void hv_vss_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);
+#endif
 
 #endif

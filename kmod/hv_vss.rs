@@ -10,6 +10,7 @@
 
 mod bindings;
 mod chardev;
+mod compat;
 #[path = "engine/lib.rs"]
 pub mod engine;
 mod report;
@@ -20,6 +21,8 @@ pub mod uapi;
 mod vmbus;
 
 use crate::chardev::Readiness;
+use crate::compat::new_spinlock_irq;
+use crate::compat::SpinLockIrq;
 use crate::engine::Config;
 use crate::engine::Effects;
 use crate::engine::Engine;
@@ -35,12 +38,10 @@ use kernel::iov::IovIterDest;
 use kernel::iov::IovIterSource;
 use kernel::new_mutex;
 use kernel::new_poll_condvar;
-use kernel::new_spinlock_irq;
 use kernel::prelude::*;
 use kernel::sync::atomic::Acquire;
 use kernel::sync::atomic::AtomicFlag;
 use kernel::sync::atomic::Release;
-use kernel::sync::lock::spinlock::SpinLockIrq;
 use kernel::sync::poll::PollCondVar;
 use kernel::sync::Arc;
 use kernel::sync::CondVarTimeoutResult;
@@ -109,12 +110,11 @@ impl kernel::InPlaceModule for HvVssModule {
 
 struct Driver;
 
-kernel::module_device_table!(
+compat::device_table!(
     "vmbus",
     vmbus::DeviceId,
     ID_TABLE,
-    <Driver as vmbus::Driver>::IdInfo,
-    [(vmbus::DeviceId::new(VSS_CLASS), ())]
+    [vmbus::DeviceId::new(VSS_CLASS)]
 );
 
 /// What a bound device has. Fields are dropped in this order: first nothing more happens, then what
@@ -164,13 +164,11 @@ impl Drop for Running {
 }
 
 impl vmbus::Driver for Driver {
-    type IdInfo = ();
     type Data<'bound> = Data;
-    const ID_TABLE: vmbus::IdTable<Self::IdInfo> = &ID_TABLE;
+    const ID_TABLE: vmbus::IdTable = &ID_TABLE;
 
     fn probe<'bound>(
         dev: &'bound vmbus::Device<Core<'_>>,
-        _info: Option<&'bound Self::IdInfo>,
     ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
         pin_init::pin_init_scope(move || {
             // `new_id` and `driver_override` can give us any device.
@@ -247,18 +245,18 @@ impl Expire for Service {
 impl Service {
     fn new() -> Result<Arc<Self>> {
         let config = Config {
-            freeze_ms: module_parameters::freeze_timeout_ms.value(),
-            other_ms: module_parameters::timeout_ms.value(),
-            grace_ms: module_parameters::grace_ms.value(),
+            freeze_ms: compat::value(&module_parameters::freeze_timeout_ms),
+            other_ms: compat::value(&module_parameters::timeout_ms),
+            grace_ms: compat::value(&module_parameters::grace_ms),
         };
-        let store = KVVec::zeroed(engine::QUEUE * engine::PACKET_MAX, GFP_KERNEL)?;
+        let store = KVVec::from_elem(0, engine::QUEUE * engine::PACKET_MAX, GFP_KERNEL)?;
         let state = State {
             engine: Engine::new(config, store),
             channel: None,
-            incoming: KVVec::zeroed(RING, GFP_KERNEL)?,
+            incoming: KVVec::from_elem(0, RING, GFP_KERNEL)?,
             gone: false,
         };
-        let outgoing = KVec::zeroed(uapi::MAX_FRAME, GFP_KERNEL)?;
+        let outgoing = KVec::from_elem(0, uapi::MAX_FRAME, GFP_KERNEL)?;
         Arc::pin_init(
             pin_init!(Self {
                 timer <- Timer::new(),

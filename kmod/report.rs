@@ -7,9 +7,13 @@
 //! lock, in any context.
 
 use crate::bindings as c;
+use crate::compat::error;
 use crate::engine::Note;
 use crate::engine::Refusal;
 use crate::engine::Subject;
+use kernel::bindings::EBADMSG;
+use kernel::bindings::EPROTO;
+use kernel::bindings::ESTALE;
 use kernel::prelude::*;
 
 /// `pr_warn!`, with one limit over all warnings of the module.
@@ -34,9 +38,9 @@ macro_rules! trace {
 pub(crate) fn errno(refusal: Refusal) -> Error {
     match refusal {
         Refusal::Malformed => EINVAL,
-        Refusal::OutOfTurn => EPROTO,
-        Refusal::Stale => ESTALE,
-        Refusal::WrongOperation => EBADMSG,
+        Refusal::OutOfTurn => error(EPROTO),
+        Refusal::Stale => error(ESTALE),
+        Refusal::WrongOperation => error(EBADMSG),
     }
 }
 

@@ -14,7 +14,6 @@ use core::ptr::addr_of_mut;
 use core::ptr::NonNull;
 use kernel::device;
 use kernel::device_id::RawDeviceId;
-use kernel::device_id::RawDeviceIdIndex;
 use kernel::driver;
 use kernel::error::from_result;
 use kernel::error::to_result;
@@ -72,7 +71,7 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
 impl<T: Driver> Adapter<T> {
     extern "C" fn probe_callback(
         hdev: *mut bindings::hv_device,
-        id: *const bindings::hv_vmbus_device_id,
+        _id: *const bindings::hv_vmbus_device_id,
     ) -> c_int {
         // SAFETY: The VMBus only ever calls the probe callback with a valid pointer to a
         // `struct hv_device`.
@@ -80,20 +79,8 @@ impl<T: Driver> Adapter<T> {
         // INVARIANT: `hdev` is valid for the duration of `probe_callback()`.
         let hdev = unsafe { &*hdev.cast::<Device<device::CoreInternal<'_>>>() };
 
-        // SAFETY: `DeviceId` is a `#[repr(transparent)]` wrapper of `struct hv_vmbus_device_id`
-        // and does not add additional invariants, so it's safe to transmute. The VMBus passes the
-        // id that it finds, for a driver override without a match an empty one, and null if the id
-        // was removed (`remove_id`) after the match.
-        let Some(id) = (unsafe { id.cast::<DeviceId>().as_ref() }) else {
-            return ENODEV.to_errno();
-        };
-
-        // SAFETY: `id` is from `T::ID_TABLE`, which is of type `IdArray<_, T::IdInfo>`, or was
-        // made by the bus for `new_id` or `driver_override`; those have a zero `driver_data`.
-        let info = unsafe { id.info_unchecked_opt::<T::IdInfo>() };
-
         from_result(|| {
-            let data = T::probe(hdev, info);
+            let data = T::probe(hdev);
 
             hdev.as_ref().set_drvdata(data)?;
             Ok(0)
@@ -167,31 +154,23 @@ unsafe impl RawDeviceId for DeviceId {
     type RawType = bindings::hv_vmbus_device_id;
 }
 
-// SAFETY: `DRIVER_DATA_OFFSET` is the offset to the `driver_data` field.
-unsafe impl RawDeviceIdIndex for DeviceId {
-    const DRIVER_DATA_OFFSET: usize = offset_of!(bindings::hv_vmbus_device_id, driver_data);
-}
-
-/// IdTable type for VMBus drivers.
-pub(crate) type IdTable<T> = &'static dyn kernel::device_id::IdTable<DeviceId, T>;
+/// IdTable type for VMBus drivers. It has no information for each id: a device that is given to the
+/// driver through `new_id` or `driver_override` would come without, so a driver asks for
+/// [`Device::class`].
+pub(crate) type IdTable = &'static dyn kernel::device_id::IdTable<DeviceId, ()>;
 
 /// The VMBus driver trait. All callbacks run in process context and may sleep.
 pub(crate) trait Driver {
-    /// The type holding information about each device id supported by the driver.
-    type IdInfo: 'static;
-
     /// The type of the driver's bus device private data.
     type Data<'bound>: Send + 'bound;
 
     /// The table of device ids supported by the driver.
-    const ID_TABLE: IdTable<Self::IdInfo>;
+    const ID_TABLE: IdTable;
 
-    /// Called when a device matches the driver. `id_info` is `None` for a device that was given to
-    /// the driver through `new_id` or `driver_override`; it may then be of any class, see
-    /// [`Device::class`].
+    /// Called when a device matches the driver. One that was given to the driver through `new_id` or
+    /// `driver_override` may be of any class, see [`Device::class`].
     fn probe<'bound>(
         dev: &'bound Device<device::Core<'_>>,
-        id_info: Option<&'bound Self::IdInfo>,
     ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound;
 
     /// Called when the device is unbound from the driver, also because the host has rescinded it.
