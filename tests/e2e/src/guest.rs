@@ -117,6 +117,7 @@ pub struct Images {
     kernel: PathBuf,
     payload: PathBuf,
     results: PathBuf,
+    patience: u32,
 }
 
 impl Images {
@@ -151,7 +152,13 @@ impl Images {
             kernel: payload.join("vmlinuz"),
             payload: payload.to_owned(),
             results,
+            patience: 1,
         })
+    }
+
+    /// The same with a kernel that is so many times slower than a stock one.
+    pub fn with_patience(self, patience: u32) -> Images {
+        Images { patience, ..self }
     }
 
     /// What makes up the initial RAM file system, one archive after the other.
@@ -161,6 +168,11 @@ impl Images {
             Userland::Systemd => "systemd.cpio",
         };
         vec![self.payload.join(guest), self.payload.join("payload.cpio")]
+    }
+
+    /// How many times longer than usual a boot and a case may take.
+    pub fn patience(&self) -> u32 {
+        self.patience
     }
 
     /// Where files for people go.
@@ -174,6 +186,7 @@ pub struct Guest {
     vm: Arc<Vm>,
     agent: Agent,
     machine: Machine,
+    detectors: Detectors,
     /// The kernel's log is looked at from this record on.
     log_mark: AtomicU64,
     logs: AtomicU64,
@@ -202,21 +215,29 @@ impl Guest {
         config.cmdline.push_str(" oops=panic");
         config.console_log = Some(images.results.join(format!("console-{number}.log")));
         let vm = Arc::new(Vm::start(config).context("the guest cannot be started")?);
-        let agent = Agent::connect(vm.clone(), BOOT).map_err(|error| {
+        let agent = Agent::connect(vm.clone(), BOOT * images.patience).map_err(|error| {
             let tail = vm.console_tail();
             vm.kill();
             anyhow::Error::new(error).context(format!(
                 "the guest's agent did not come up; the console ends:\n{tail}"
             ))
         })?;
-        let guest = Guest {
+        let mut guest = Guest {
             vm,
             agent,
             machine,
+            detectors: Detectors::default(),
             log_mark: AtomicU64::new(0),
             logs: AtomicU64::new(0),
             comparisons: Mutex::default(),
         };
+        guest.detectors = Detectors::of(&guest)?;
+        // A detector that has spoken while the guest booted may have turned itself off.
+        let complaints = guest.complaints()?;
+        if !complaints.is_empty() {
+            guest.vm.kill();
+            bail!("the kernel complained while it booted:\n{complaints}");
+        }
         guest.mark_log()?;
         Ok(guest)
     }
@@ -577,18 +598,27 @@ impl Guest {
         Ok(paths)
     }
 
-    /// What in the kernel's log since the case began must not be there whatever the case does.
+    /// What the kernel holds against the case, in its log and through its detectors, and would hold
+    /// against any.
     fn complaints(&self) -> Result<String> {
-        const WORDS: [&str; 9] = [
+        const WORDS: [&str; 16] = [
             "WARNING:",
             "BUG:",
+            "BUG ",
             "Oops",
             "INFO: task",
             "INFO: rcu",
+            "INFO: lockdep",
+            "INFO: trying to register",
             "cut here",
             "general protection",
             "refcount_t",
-            "lockdep",
+            "UBSAN:",
+            "ODEBUG:",
+            // What makes a detector blind.
+            "Disabling lock debugging",
+            "leak detector disabled",
+            "page allocation failure",
         ];
         let mut text = String::new();
         for record in self.log(6)? {
@@ -597,6 +627,7 @@ impl Guest {
                 text.push('\n');
             }
         }
+        text.push_str(&self.detectors.complaints(self)?);
         Ok(text)
     }
 
@@ -635,6 +666,54 @@ impl Guest {
         text.push_str("the console ends:\n");
         text.push_str(&self.vm.console_tail());
         text
+    }
+}
+
+/// Which of the kernel's own detectors have to be asked, besides the log: those of a debug kernel.
+#[derive(Clone, Copy, Debug, Default)]
+struct Detectors {
+    lockdep: bool,
+    kmemleak: bool,
+}
+
+const LOCKDEP: &str = "/proc/lockdep_stats";
+const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
+
+impl Detectors {
+    /// Those of the kernel that `guest` runs.
+    fn of(guest: &Guest) -> Result<Detectors> {
+        let is_there = |path| match guest.read(path) {
+            Ok(_) => Ok(true),
+            Err(error) if error.errno() == Some("ENOENT") => Ok(false),
+            Err(error) => Err(error),
+        };
+        let detectors = Detectors {
+            lockdep: is_there(LOCKDEP)?,
+            kmemleak: is_there(KMEMLEAK)?,
+        };
+        Ok(detectors)
+    }
+
+    /// What they have found.
+    fn complaints(self, guest: &Guest) -> Result<String> {
+        let mut text = String::new();
+        if self.lockdep {
+            let stats = guest.read(LOCKDEP)?;
+            let line = stats.lines().find(|it| it.contains("debug_locks:"));
+            let on = line.and_then(|it| it.split_whitespace().last());
+            if on != Some("1") {
+                text.push_str(&format!("lockdep is off, {LOCKDEP} says {on:?}\n"));
+            }
+        }
+        if self.kmemleak {
+            // What is younger than 5 s is not reported, and only the second scan believes the first
+            // (Documentation/dev-tools/kmemleak.rst).
+            std::thread::sleep(Duration::from_secs(5));
+            guest.write(KMEMLEAK, "scan")?;
+            guest.write(KMEMLEAK, "scan")?;
+            text.push_str(&guest.read(KMEMLEAK)?);
+        }
+        Ok(text)
     }
 }
 

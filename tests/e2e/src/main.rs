@@ -27,15 +27,15 @@ struct Arguments {
 enum Action {
     /// Name the cases, with one line on each
     List {
-        /// Only cases whose name matches, such as 'pairing/*'
+        /// Only cases whose name matches one of these, such as 'pairing/*'
         #[arg(default_value = "*")]
-        glob: String,
+        globs: Vec<String>,
     },
     /// Run the cases and count them
     Run {
-        /// Only cases whose name matches, such as 'pairing/*'
+        /// Only cases whose name matches one of these, such as 'pairing/*'
         #[arg(default_value = "*")]
-        glob: String,
+        globs: Vec<String>,
         /// Also write the verdicts to this file, as JSON
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
@@ -45,45 +45,53 @@ enum Action {
         /// The seed of those moments
         #[arg(long, default_value_t = cases::DEFAULT_SEED)]
         seed: u64,
+        /// How many times longer than usual a boot and a case may take: for a slow kernel
+        #[arg(long, value_name = "TIMES", default_value_t = 1)]
+        patience: u32,
     },
     /// Back up a guest once, slowly enough to read along
     Demo,
 }
 
-/// The cases whose name matches.
-fn select(glob: &str) -> Result<Vec<cases::Case>> {
-    let pattern = glob::Pattern::new(glob).with_context(|| format!("{glob:?} is no pattern"))?;
+/// The cases whose name matches one of the patterns, in their usual order.
+fn select(globs: &[String]) -> Result<Vec<cases::Case>> {
+    let mut patterns = Vec::new();
+    for glob in globs {
+        patterns.push(glob::Pattern::new(glob).with_context(|| format!("{glob:?} is no pattern"))?);
+    }
     let chosen: Vec<_> = cases::all()
         .into_iter()
-        .filter(|case| pattern.matches(case.name))
+        .filter(|case| patterns.iter().any(|it| it.matches(case.name)))
         .collect();
     ensure!(
         !chosen.is_empty(),
-        "no case is called {glob:?}; see 'e2e list'"
+        "no case is called {}; see 'e2e list'",
+        globs.join(" or ")
     );
     Ok(chosen)
 }
 
 fn perform(action: Action) -> Result<bool> {
     match action {
-        Action::List { glob } => {
-            for case in select(&glob)? {
+        Action::List { globs } => {
+            for case in select(&globs)? {
                 println!("{:38} {}", case.name, case.about);
             }
             Ok(true)
         }
         Action::Run {
-            glob,
+            globs,
             json,
             rounds,
             seed,
+            patience,
         } => {
             cases::set_schedule(rounds, seed);
-            let mut chosen = select(&glob)?;
-            chosen.retain(|case| !case.on_request || case.name == glob);
+            let mut chosen = select(&globs)?;
+            chosen.retain(|case| !case.on_request || globs.iter().any(|glob| glob == case.name));
             // Cases that want the same machine stand together; their order is kept otherwise.
             chosen.sort_by_key(|case| case.machine);
-            let images = guest::Images::prepare(Path::new("."))?;
+            let images = guest::Images::prepare(Path::new("."))?.with_patience(patience);
             let verdicts = runner::run_all(&images, &chosen);
             let json = json.unwrap_or_else(|| images.results().join("e2e.json"));
             runner::write_json(&json, &verdicts)?;
