@@ -12,6 +12,11 @@ DAEMON ?= target/release/hv_vss_daemon
 KVER ?= $(shell modinfo -F vermagic $(MODULE) 2>/dev/null | cut -d ' ' -f 1)
 # Which end-to-end cases to run: a glob over names such as pairing/ours-ours.
 CASE ?= *
+# KERNEL=<name> lets the guest under test run another kernel; tests/lab/lib.sh names them.
+# What `make test-kernels` runs the module's cases on.
+KERNELS ?= 7.3 7.2 testing unstable
+# The cases in which it is the module that is tested.
+MODULE_CASES ?= pairing/* lifecycle/* abi/*
 # CLIPPY=1 lints the module with clippy while it is built.
 CLIPPY ?=
 
@@ -65,6 +70,14 @@ unit: packages ## Unit, property and layout tests: no guest needed
 e2e: lab-module user images ## Run the end-to-end cases that match CASE=<glob>
 	@$(LAB)/run.sh --timeout 2400 ./e2e run '$(CASE)'
 
+.PHONY: test-kernels
+test-kernels: packages user ## Run the module's cases on each kernel in KERNELS
+	@for kernel in $(KERNELS); do \
+		echo "test-kernels: kernel $$kernel"; \
+		KERNEL=$$kernel $(LAB)/module.sh --lab && \
+		KERNEL=$$kernel $(LAB)/run.sh --timeout 2400 ./e2e run $(patsubst %,'%',$(MODULE_CASES)) || exit 1; \
+	done
+
 .PHONY: e2e-list
 e2e-list: packages ## List the end-to-end cases
 	@$(CARGO_BUILD) --quiet --package e2e
@@ -110,4 +123,4 @@ clean: ## Remove all that was built, the build root included
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -22,13 +22,13 @@ inner_tools=(
 # What is needed of them by the cases that a debug kernel is built for.
 case $kernel in debug*) inner_modules=(brd loop hv_utils xfs btrfs) ;; esac
 
-# The part below runs inside the build root, with the kernel's folder at /build, the kernel at /kernel
+# The part below runs inside the build root, with the kernel's folder at /build, the kernel at /chosen
 # and this folder at /lab.
 if [ "${1:-}" = --inside ]; then
-    release=$(cat /kernel/release)
+    release=$(cat /chosen/release)
     modules=/usr/lib/modules/$release
-    [ -e /kernel/lib ] || ln -s usr/lib /kernel/lib
-    depmod --basedir /kernel "$release"
+    [ -e /chosen/lib ] || ln -s usr/lib /chosen/lib
+    depmod --basedir /chosen "$release"
 
     # skeleton DIR: an empty, merged-usr root with busybox under all of its names.
     skeleton() {
@@ -66,7 +66,7 @@ if [ "${1:-}" = --inside ]; then
     add_modules() {
         local dir=$1 file target
         shift
-        modprobe --dirname /kernel --set-version "$release" --show-depends --all "$@" |
+        modprobe --dirname /chosen --set-version "$release" --show-depends --all "$@" |
             sed -n 's/^insmod \([^ ]*\).*/\1/p' | sort -u | while read -r file; do
             target=$dir$modules/${file#*"/modules/$release/"}
             mkdir -p "$(dirname "$target")"
@@ -75,7 +75,7 @@ if [ "${1:-}" = --inside ]; then
             *) cp "$file" "$target" ;;
             esac
         done
-        cp /kernel/usr/lib/modules/"$release"/modules.{builtin,builtin.modinfo,order} "$dir$modules/"
+        cp /chosen/usr/lib/modules/"$release"/modules.{builtin,builtin.modinfo,order} "$dir$modules/"
         depmod --basedir "$dir" "$release"
         # busybox reads the text files; the binary twins would only make the image larger.
         rm -f "$dir$modules"/modules.{*.bin,builtin.modinfo,order,devname,softdep,symbols,weakdep}
@@ -114,6 +114,7 @@ if [ "${1:-}" = --inside ]; then
     done
     # busybox's own shell would take its own mount, losetup ... whatever PATH says
     ln -sf dash "$inner/usr/bin/sh"
+    # The peer's daemon is the default kernel's whatever the kernel: it is linked for this userland.
     add "$inner" /kernel/usr/sbin/hv_vss_daemon
     mv "$inner/kernel/usr/sbin/hv_vss_daemon" "$inner/usr/sbin/"
     rm -r "$inner/kernel"
@@ -121,24 +122,27 @@ if [ "${1:-}" = --inside ]; then
     install -m 0755 /lab/inner/init "$inner/init"
     install -m 0755 /lab/inner/sbin-init "$inner/usr/sbin/init"
     pack "$inner" /build/guest.cpio
-    cp "/kernel/usr/lib/modules/$release/vmlinuz" /build/vmlinuz
+    cp "/chosen/usr/lib/modules/$release/vmlinuz" /build/vmlinuz
     exit 0
 fi
 
-binds=("$choice:/build" "$lab:/lab")
+"$lab/root.sh"
 stamp=image
-kernel_key=
-if [ "$kernel" = "$default_kernel" ]; then
-    "$lab/root.sh"
-else
-    "$lab/kernel.sh"
-    binds+=("$unpacked:/kernel")
+made_by=root
+if [ "$kernel" != "$default_kernel" ]; then
     stamp=image-$kernel
-    kernel_key=$(cat "$build/stamps/kernel-$kernel")
+    made_by=root-$kernel
 fi
-key=$(key_of "$(cat "$build/stamps/root")" "$kernel_key" "$(cat "$root/kernel/version" "$lab/image.sh" "$lab"/inner/* "$lab"/outer/*)")
+# That one is built, not unpacked.
+case $kernel in
+debug*)
+    "$lab/kernel.sh"
+    made_by=kernel-$kernel
+    ;;
+esac
+key=$(key_of "$(cat "$build/stamps/root" "$build/stamps/$made_by" "$unpacked/version" "$lab/image.sh" "$lab"/inner/* "$lab"/outer/*)")
 begin "$stamp" "$choice/guest.cpio" "$key" "making the guests' images"
-say "making the images of the guests"
-quietly image.log in_root "${binds[@]}" -- env KERNEL="$kernel" bash /lab/image.sh --inside
+say "making the images of the guests${KERNEL:+ for $kernel}"
+quietly "$stamp.log" in_root "$choice:/build" "$unpacked:/chosen" "$lab:/lab" -- env KERNEL="$kernel" bash /lab/image.sh --inside
 set_stamp "$stamp" "$key"
 say "done in ${SECONDS}s (guest.cpio: $(($(stat -c %s "$choice/guest.cpio") / 1000000)) MB)"

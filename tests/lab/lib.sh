@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034  # whoever sources it uses some of it
 #
 # What the lab's scripts share: where things are, one line at the start and end of a step, a stamp
 # per product, and the way into the build root. Sourced, never run.
@@ -8,20 +8,31 @@ lab=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$lab/../.." && pwd)
 build=$repo/build
 root=$build/root
-# Which kernel the guest under test runs, KERNEL in the environment: that of the build root (the
-# default), debug or debug-kcsan (debug-kernel.sh). What is made for another than the default lies in
-# a folder of its own, so that nothing is made anew when the choice changes.
+# Which kernel the guest under test runs, KERNEL in the environment:
+#   7.3, 7.2 ...        the newest cloud kernel of that series in trixie's backports; 7.3 is the default
+#   testing, unstable   the newest cloud kernel of that suite, whose compilers are in a root of their own
+#   debug, debug-kcsan  the default's source with the kernel's own detectors (debug-kernel.sh)
+# What is made for another than the default lies in a folder of its own, so that nothing is made anew
+# when the choice changes. The outer guest always runs the default.
 default_kernel=7.3
 kernel=${KERNEL:-$default_kernel}
-choice=$build
-# The kernel as its packages would lay it out: release, version, usr/lib/modules.
-unpacked=$root/kernel
-if [ "$kernel" != "$default_kernel" ]; then
-    choice=$build/kernels/$kernel
-    unpacked=$choice/kernel
-fi
-# The compiler that Debian builds its kernels with.
-export kernel_cc=x86_64-linux-gnu-gcc-14
+# the suite, the root with the compilers, what is made for this kernel, and the kernel as its packages
+# lay it out: release, version, usr/lib/modules, usr/src
+suite=trixie
+tools=$root
+choice=$build/kernels/$kernel
+unpacked=$choice/kernel
+case $kernel in
+"$default_kernel")
+    choice=$build
+    unpacked=$root/kernel
+    ;;
+testing | unstable)
+    suite=$kernel
+    tools=$choice/root
+    unpacked=$tools/kernel
+    ;;
+esac
 me=$(basename "$0" .sh)
 mkdir -p "$build/logs" "$build/stamps"
 
@@ -68,12 +79,13 @@ quietly() {
     }
 }
 
-# enter_root [SOURCE:TARGET]... -- COMMAND...: becomes COMMAND in the build root, with /proc, /dev and
-# the given directories mounted. The mounts live in a namespace of their own and end with it.
-enter_root() {
-    local binds=()
+# enter ROOT [SOURCE:TARGET]... -- COMMAND...: becomes COMMAND in a root, with /proc, /dev and the given
+# directories mounted. The mounts live in a namespace of their own and end with it.
+enter() {
+    local inside=$1 binds=()
+    shift
     while [ "$1" != -- ]; do
-        mkdir -p "$root/${1#*:}"
+        mkdir -p "$inside/${1#*:}"
         binds+=("$1")
         shift
     done
@@ -90,9 +102,24 @@ enter_root() {
         done
         exec env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 \
             TERM=dumb chroot "$root" "$@"
-    ' enter_root "$root" "${#binds[@]}" "${binds[@]}" "$@"
+    ' enter "$inside" "${#binds[@]}" "${binds[@]}" "$@"
 }
+enter_root() { enter "$root" "$@"; }
 in_root() { (enter_root "$@"); }
+# where this kernel's compilers are
+in_tools() { (enter "$tools" "$@"); }
+
+# option CONFIG NAME: the value of an option of a kernel, without quotes.
+option() { sed -n "s/^$2=//p" "$1" | tr -d '"'; }
+
+# compiler_of CONFIG: the C compiler of a kernel, by the name that it was called by.
+compiler_of() {
+    if [ "$(option "$1" CONFIG_CC_IS_CLANG)" = y ]; then
+        echo clang
+    else
+        option "$1" CONFIG_CC_VERSION_TEXT | cut -d ' ' -f 1
+    fi
+}
 
 # config_diff STOCK BUILT: one line per option that differs and matters. Left out are the names a
 # build gives itself: the compiler's text (its version numbers stay in), salt, suffix, and how it

@@ -15,8 +15,8 @@ if [ "${1:-}" = --lab ]; then
     shift
 fi
 
-# The first kernel whose Rust interfaces the module is written for.
-oldest=7.3
+# The first kernel whose Rust interfaces the module knows (kmod/compat.rs).
+oldest=7.2
 release=${KVER:-$(uname -r)}
 headers=${KDIR:-/lib/modules/$release/build}
 
@@ -31,8 +31,6 @@ if [ -z "$only_lab" ] && has_rust; then
         native=1
     fi
 fi
-
-option() { sed -n "s/^$2=//p" "$1" | tr -d '"'; }
 
 # refuse_other_compiler CONFIG RUSTC-TEXT CC-TEXT: Rust metadata is readable by the very rustc that
 # wrote it; of a C compiler the release must be the same.
@@ -56,27 +54,26 @@ $difference"
         break
     done
     # The kernel's own compiler by its own name, if that name is there.
-    cc=${CC:-$(option "$config" CONFIG_CC_VERSION_TEXT | cut -d ' ' -f 1)}
-    tools=()
+    cc=${CC:-$(compiler_of "$config")}
+    arguments=()
     if [ "$(option "$config" CONFIG_CC_IS_CLANG)" = y ]; then
-        tools+=(LLVM=1)
-        cc=${CC:-clang}
+        arguments+=(LLVM=1)
     elif ! command -v "$cc" >/dev/null; then
         cc=gcc
     fi
     for tool in "$cc" "${RUSTC:-rustc}" "${BINDGEN:-bindgen}"; do
         command -v "$tool" >/dev/null || die "refused: $headers needs $tool, which is not installed"
     done
-    tools+=("CC=$cc" "RUSTC=${RUSTC:-rustc}" "BINDGEN=${BINDGEN:-bindgen}")
+    arguments+=("CC=$cc" "RUSTC=${RUSTC:-rustc}" "BINDGEN=${BINDGEN:-bindgen}")
     refuse_other_compiler "$config" "$("${RUSTC:-rustc}" --version)" "$("$cc" --version | head -n 1)"
 else
     "$lab/kernel.sh"
     need_root "building in the build root"
     release=$(cat "$unpacked/release")
-    cc=$kernel_cc
-    [ "$(option "$choice/linux/.config" CONFIG_CC_IS_CLANG)" != y ] || cc=clang
-    refuse_other_compiler "$choice/linux/.config" "$(in_root -- rustc --version)" \
-        "$(in_root -- "$cc" --version | head -n 1)"
+    cc=$(compiler_of "$choice/linux/.config")
+    arguments=("CC=$cc")
+    refuse_other_compiler "$choice/linux/.config" "$(in_tools -- rustc --version)" \
+        "$(in_tools -- "$cc" --version | head -n 1)"
 fi
 
 # The linter takes the compiler's place, so its objects are kept apart.
@@ -96,10 +93,10 @@ SECONDS=0
 
 compile() {
     if [ -n "$native" ]; then
-        make -C "$headers" M="$repo" MO="$output" "${tools[@]}" modules "$@"
+        make -C "$headers" M="$repo" MO="$output" "${arguments[@]}" modules "$@"
     else
-        in_root "$choice/linux:/linux" "$repo:/src" "$output:/output" -- \
-            make -C /linux M=/src MO=/output CC="$cc" modules "$@"
+        in_tools "$choice/linux:/linux" "$repo:/src" "$output:/output" -- \
+            make -C /linux M=/src MO=/output "${arguments[@]}" modules "$@"
     fi
 }
 

@@ -3,23 +3,30 @@
 #
 # Makes build/root: Debian trixie with the kernel's tool chain, QEMU and the tools that go into the
 # guest. Below /kernel in it lie the newest 7.3 cloud kernel of trixie's backports, unpacked and not
-# installed: binary, modules, headers, source, and the Hyper-V daemons of the same version.
+# installed: binary, modules, headers, source, and the Hyper-V daemons of the same version. For
+# another KERNEL (lib.sh) its packages as well, for one of another suite in a root with that suite's
+# tool chain.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-series=$default_kernel
-suite=trixie
 packages=(
     # what the kernel needs; pahole too, or options drop out of its configuration
     gcc-14 gcc libc6-dev make flex bison bc cpio kmod libelf-dev libssl-dev pahole python3-minimal
     rustc rust-src bindgen clang rust-clippy rustfmt bzip2 xz-utils zstd
-    # what runs the outer guest
-    qemu-system-x86
-    # what goes into the guests
-    btrfs-progs busybox-static dmsetup dosfstools e2fsprogs exfatprogs mount strace
-    util-linux xfsprogs
 )
+if [ "$suite" = trixie ]; then
+    packages+=(
+        # what runs the outer guest
+        qemu-system-x86
+        # what goes into the guests
+        btrfs-progs busybox-static dmsetup dosfstools e2fsprogs exfatprogs mount strace
+        util-linux xfsprogs
+    )
+else
+    # which gcc that suite's kernel is built with, its configuration says; it is the suite's own
+    packages=("${packages[@]:1}")
+fi
 options=(
     --variant=apt --mode=root --architectures=amd64
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*'
@@ -27,19 +34,23 @@ options=(
     --aptopt='APT::Install-Recommends "false"' --aptopt='Acquire::Languages "none"'
 )
 
-# The hook of mmdebstrap that unpacks the kernel; apt runs outside, on the new root's lists.
-if [ "${1:-}" = --unpack-kernel ]; then
-    export APT_CONFIG=$MMDEBSTRAP_APT_CONFIG
-    target=$2/kernel
-    release=$(apt-cache pkgnames "linux-binary-$series." |
-        sed -n 's/^linux-binary-\(.*-cloud-amd64\)$/\1/p' | sort --version-sort | tail -n 1)
-    [ -n "$release" ] || die "$suite-backports has no cloud kernel of series $series"
+# unpack_kernel TARGET [PACKAGE]...: the newest cloud kernel that the root's lists have (in trixie, of
+# the series), and further packages of its version. apt runs outside of the root; APT_CONFIG leads it
+# there.
+unpack_kernel() {
+    local target=$1 series='' release version
+    shift
+    [ "$suite" != trixie ] || series=$kernel
+    release=$(apt-cache pkgnames "linux-binary-${series:+$series.}" |
+        sed -n 's/^linux-binary-\([0-9].*-cloud-amd64\)$/\1/p' | sort --version-sort | tail -n 1)
+    [ -n "$release" ] || die "there is no cloud kernel${series:+ of series $series} in $suite and its backports"
     version=$(apt-cache show --no-all-versions "linux-binary-$release" | sed -n 's/^Version: //p')
+    series=$(cut -d . -f 1,2 <<<"$version")
     mkdir -p "$target/debs"
     cd "$target/debs"
     # Signed and unsigned packages are of one source and carry one version.
     apt-get -o APT::Sandbox::User=root download {linux-binary,linux-modules,linux-base,linux-headers}-"$release=$version" \
-        "linux-source-$series=$version" "hyperv-daemons=$version"
+        "linux-source-$series=$version" "${@/%/=$version}"
     for deb in *.deb; do
         dpkg-deb --extract "$deb" "$target"
     done
@@ -47,12 +58,34 @@ if [ "${1:-}" = --unpack-kernel ]; then
     rm -r debs
     printf '%s\n' "$release" >release
     printf '%s\n' "$version" >version
-    chroot "$2" dpkg-query --show gcc-14 rustc rust-src bindgen libclang1-19 pahole binutils >tools
+}
+
+# The hook of mmdebstrap that unpacks the kernel into the new root.
+if [ "${1:-}" = --hook ]; then
+    export APT_CONFIG=$MMDEBSTRAP_APT_CONFIG
+    if [ "$kernel" = "$default_kernel" ]; then
+        unpack_kernel "$2/kernel" hyperv-daemons
+    else
+        unpack_kernel "$2/kernel"
+    fi
+    gcc=$(compiler_of "$2/kernel/usr/lib/modules/$(cat "$2/kernel/release")/config")
+    chroot "$2" dpkg-query --show "${gcc#x86_64-linux-gnu-}" rustc rust-src bindgen 'libclang1-*' pahole binutils \
+        >"$2/kernel/tools"
     exit 0
 fi
 
-key=$(key_of "$series" "$suite" "${packages[@]}" "${options[@]}")
-begin root "$root/kernel/version" "$key" "making the build root"
+# Another kernel of the suite whose root is there.
+if [ "${1:-}" = --unpack ]; then
+    rm -rf "$unpacked"
+    mkdir -p "$choice"
+    printf '%s\n' "Dir \"$root\";" "Dir::State::status \"$root/var/lib/dpkg/status\";" \
+        'APT::Architecture "amd64";' 'APT::Architectures "amd64";' >"$choice/apt.conf"
+    export APT_CONFIG=$choice/apt.conf
+    apt-get update
+    unpack_kernel "$unpacked"
+    cp "$root/kernel/tools" "$unpacked/"
+    exit 0
+fi
 
 # The machine's own mirror: whatever its apt calls Debian, be it a host, a cache or a list of both.
 own_mirror() {
@@ -60,28 +93,53 @@ own_mirror() {
     apt-get indextargets --format '$(LABEL) $(COMPONENT) $(REPO_URI)' 'Created-By: Packages' |
         sed -n 's/^Debian main //p' | head -n 1
 }
-mirror=${DEBIAN_MIRROR:-$(own_mirror)}
-if [ -z "$mirror" ]; then
-    quietly root.log apt-get update
-    mirror=$(own_mirror)
+
+make_root() {
+    local mirror comma line new=$tools.new old=$tools.old sources
+    mirror=${DEBIAN_MIRROR:-$(own_mirror)}
+    if [ -z "$mirror" ]; then
+        quietly "$stamp.log" apt-get update
+        mirror=$(own_mirror)
+    fi
+    [ -n "$mirror" ] || die "apt knows no Debian mirror; name one with DEBIAN_MIRROR=<address>"
+    sources=("deb $mirror $suite main")
+    [ "$suite" != trixie ] || sources+=("deb $mirror $suite-updates main" "deb $mirror $suite-backports main")
+
+    options+=(--aptopt='Acquire::Retries "3"')
+    # How the machine reaches its mirror (a proxy, for one), and whether its apt minds that the mirror
+    # stands still (the signature of testing lapses in a week), holds for the new root as well.
+    while IFS= read -r line; do
+        options+=(--aptopt="$line")
+    done < <(apt-config dump Acquire::http Acquire::https Acquire::Check-Valid-Until Acquire::Check-Date |
+        grep '::.* "..*";$' || true)
+
+    mkdir -p "$(dirname "$tools")"
+    rm -rf --one-file-system "$new" "$old"
+    comma=$(IFS=,; printf '%s' "${packages[*]}")
+    quietly "$stamp.log" mmdebstrap "${options[@]}" --include="$comma" \
+        --customize-hook="KERNEL=$kernel $(printf '%q' "$lab/root.sh") --hook \"\$1\"" \
+        "$suite" "$new" "${sources[@]}"
+    [ ! -e "$tools" ] || mv "$tools" "$old"
+    mv "$new" "$tools"
+    rm -rf --one-file-system "$old"
+}
+
+# QEMU and what goes into the guests come from the default's root.
+[ "$kernel" = "$default_kernel" ] || KERNEL=$default_kernel "$lab/root.sh"
+case $kernel in
+"$default_kernel") stamp=root ;;
+debug*) exit 0 ;;
+*) stamp=root-$kernel ;;
+esac
+key=$(key_of "$kernel" "$suite" "${packages[@]}" "${options[@]}")
+begin "$stamp" "$unpacked/version" "$key" "making the build root"
+
+if [ "$tools" != "$root" ] || [ "$kernel" = "$default_kernel" ]; then
+    say "making the build root (Debian $suite: the tool chain and a kernel)"
+    make_root
+else
+    say "unpacking the newest kernel $kernel"
+    quietly "$stamp.log" "$lab/root.sh" --unpack
 fi
-[ -n "$mirror" ] || die "apt knows no Debian mirror; name one with DEBIAN_MIRROR=<address>"
-
-options+=(--aptopt='Acquire::Retries "3"')
-# How the machine reaches its mirror (a proxy, for one) holds for the new root as well.
-while IFS= read -r line; do
-    options+=(--aptopt="$line")
-done < <(apt-config dump Acquire::http Acquire::https | grep '::.* "..*";$' || true)
-
-say "making the build root (Debian $suite, tool chain, QEMU, kernel $series)"
-rm -rf --one-file-system "$root.new" "$root.old"
-comma=$(IFS=,; printf '%s' "${packages[*]}")
-quietly root.log mmdebstrap "${options[@]}" --include="$comma" \
-    --customize-hook="$(printf '%q' "$lab/root.sh") --unpack-kernel \"\$1\"" \
-    "$suite" "$root.new" \
-    "deb $mirror $suite main" "deb $mirror $suite-updates main" "deb $mirror $suite-backports main"
-[ ! -e "$root" ] || mv "$root" "$root.old"
-mv "$root.new" "$root"
-rm -rf --one-file-system "$root.old"
-set_stamp root "$key"
-say "found kernel $(cat "$root/kernel/release") ($(cat "$root/kernel/version")); done in ${SECONDS}s"
+set_stamp "$stamp" "$key"
+say "found kernel $(cat "$unpacked/release") ($(cat "$unpacked/version")); done in ${SECONDS}s"

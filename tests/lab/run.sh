@@ -5,7 +5,8 @@
 # folder (the test programs, the module, the guest's kernel and initramfs) on a machine whose KVM can
 # play Hyper-V: this one if it can, else an outer guest (with this much memory) under emulation. Its
 # output is shown as it comes and its exit status is ours; what it leaves in results/ is found in
-# FOLDER, build/results unless given (for another KERNEL than the default: in its own folder). Log of the outer guest: build/logs/.
+# FOLDER, build/results unless given (for another KERNEL than the default: in that kernel's folder).
+# Log of the outer guest: build/logs/.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"

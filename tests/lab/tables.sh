@@ -72,7 +72,7 @@ for name; do
         [ ! -s "$work/table" ] || break
     done
     cp "$work/console.log" "$build/logs/tables-$name.log"
-    if [ $status != 0 ] || [ "$(tail -c 2 "$work/table")" != "}" ]; then
+    if [ "$status" != 0 ] || [ "$(tail -c 2 "$work/table")" != "}" ]; then
         tail -n 30 "$work/console.log" >&2
         die "$name was not recorded; the console is in build/logs/tables-$name.log"
     fi
