@@ -163,6 +163,7 @@ impl Agent {
         timeout: Duration,
     ) -> Result<T, CallError> {
         let Pending { id, command } = pending;
+        let timeout = self.vm.host().patience(timeout);
         let until = Instant::now() + timeout;
         let mut answers = lock(&self.shared.answers);
         let outcome = loop {

@@ -170,11 +170,6 @@ impl Images {
         vec![self.payload.join(guest), self.payload.join("payload.cpio")]
     }
 
-    /// How many times longer than usual a boot and a case may take.
-    pub fn patience(&self) -> u32 {
-        self.patience
-    }
-
     /// Where files for people go.
     pub fn results(&self) -> &Path {
         &self.results
@@ -211,11 +206,12 @@ impl Guest {
         config.initrd = images.initrd(machine.userland);
         config.cpus = machine.cpus;
         config.memory_mib = machine.memory_mib;
+        config.host.patience = images.patience;
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");
         config.console_log = Some(images.results.join(format!("console-{number}.log")));
         let vm = Arc::new(Vm::start(config).context("the guest cannot be started")?);
-        let agent = Agent::connect(vm.clone(), BOOT * images.patience).map_err(|error| {
+        let agent = Agent::connect(vm.clone(), BOOT).map_err(|error| {
             let tail = vm.console_tail();
             vm.kill();
             anyhow::Error::new(error).context(format!(
@@ -262,6 +258,11 @@ impl Guest {
         self.vm.host().vss()
     }
 
+    /// A limit for the agent, in milliseconds.
+    fn patience(&self, limit: Duration) -> u64 {
+        self.host().patience(limit).as_millis() as u64
+    }
+
     // --- Commands and files ---
 
     /// Runs a line of shell to its end and returns how that was.
@@ -270,7 +271,7 @@ impl Guest {
         self.agent.call(
             Command::Run {
                 argv: vec!["sh".into(), "-c".into(), script.into()],
-                timeout_ms: limit.as_millis() as u64,
+                timeout_ms: self.patience(limit),
             },
             limit + Duration::from_secs(5),
         )
@@ -331,7 +332,7 @@ impl Guest {
         self.agent.call(
             Command::Wait {
                 pid: process.pid,
-                timeout_ms: limit.as_millis() as u64,
+                timeout_ms: self.patience(limit),
             },
             limit + Duration::from_secs(5),
         )
@@ -360,6 +361,7 @@ impl Guest {
         limit: Duration,
         mut look: impl FnMut() -> Result<bool>,
     ) -> Result<()> {
+        let limit = self.host().patience(limit);
         let until = Instant::now() + limit;
         while !look()? {
             ensure!(
@@ -457,7 +459,7 @@ impl Guest {
 
     /// Ends all writers.
     pub fn writers_stop(&self) -> Result<(), CallError> {
-        let timeout_ms = 5000;
+        let timeout_ms = self.patience(Duration::from_secs(5));
         self.agent.call(Command::WritersStop { timeout_ms }, STEP)
     }
 
@@ -543,7 +545,7 @@ impl Guest {
             if let Err(error) = self.signal_pid(pid, 9) {
                 ensure!(error.errno() == Some("ESRCH"), "{error}");
             }
-            let timeout_ms = 10_000;
+            let timeout_ms = self.patience(Duration::from_secs(10));
             let _: Ended = self.agent.call(Command::Wait { pid, timeout_ms }, STEP)?;
         }
         self.wait_until("no process of a daemon is left", STEP, || {

@@ -45,7 +45,7 @@ enum Action {
         /// The seed of those moments
         #[arg(long, default_value_t = cases::DEFAULT_SEED)]
         seed: u64,
-        /// How many times longer than usual a boot and a case may take: for a slow kernel
+        /// How many times longer than usual everything may take: for a slow kernel
         #[arg(long, value_name = "TIMES", default_value_t = 1)]
         patience: u32,
     },

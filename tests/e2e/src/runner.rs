@@ -56,7 +56,7 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
             }
         };
         let start = Instant::now();
-        let outcome = guest.and_then(|guest| run_one(case, guest, images.patience()));
+        let outcome = guest.and_then(|guest| run_one(case, guest));
         let seconds = start.elapsed().as_secs_f64();
         let mut comparisons = Vec::new();
         let error = match outcome {
@@ -94,8 +94,9 @@ struct Passed {
 }
 
 /// Runs one case. On failure the guest is ended and what it left behind is in the error.
-fn run_one(case: &Case, guest: Guest, patience: u32) -> Result<Passed> {
-    let limit = (CASE_LIMIT + case.per_round * crate::cases::rounds()) * patience;
+fn run_one(case: &Case, guest: Guest) -> Result<Passed> {
+    let limit = CASE_LIMIT + case.per_round * crate::cases::rounds();
+    let limit = guest.host().patience(limit);
     let guest = Arc::new(guest);
     let (tell, told) = channel();
     let run = case.run;

@@ -29,6 +29,9 @@ pub struct HostConfig {
     pub heartbeat: bool,
     /// Whether shutdown is offered from the start.
     pub shutdown: bool,
+    /// How many times longer than asked whoever waits for the guest waits: limits are made for a
+    /// stock kernel.
+    pub patience: u32,
 }
 
 impl Default for HostConfig {
@@ -39,6 +42,7 @@ impl Default for HostConfig {
             vss: true,
             heartbeat: true,
             shutdown: true,
+            patience: 1,
         }
     }
 }
@@ -202,6 +206,7 @@ struct Shared {
 #[derive(Clone)]
 pub struct Host {
     shared: Arc<Shared>,
+    patience: u32,
 }
 
 impl Host {
@@ -225,7 +230,14 @@ impl Host {
                 changed: Condvar::new(),
                 console,
             }),
+            patience: config.patience,
         }
+    }
+
+    /// How long to wait for this guest where one with a stock kernel is given so much time. All
+    /// methods with a limit do that by themselves.
+    pub fn patience(&self, limit: Duration) -> Duration {
+        limit * self.patience
     }
 
     /// Time since the machine was started: the clock of all events.
@@ -300,6 +312,7 @@ impl Host {
         timeout: Duration,
         mut f: impl FnMut(&mut Bus) -> Option<Result<T, HostError>>,
     ) -> Result<T, HostError> {
+        let timeout = self.patience(timeout);
         let start = Instant::now();
         let mut bus = self.bus();
         loop {

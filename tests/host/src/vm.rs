@@ -261,6 +261,7 @@ impl Vm {
 
     /// Waits for the guest's end.
     pub fn wait_exit(&self, timeout: Duration) -> Result<Exit, VmError> {
+        let timeout = self.host.patience(timeout);
         self.ending
             .wait_ended(timeout)
             .ok_or_else(|| VmError::Timeout {
