@@ -16,7 +16,7 @@ CASE ?= *
 # What `make test-kernels` runs the module's cases on.
 KERNELS ?= 7.3 7.2 testing unstable
 # The cases in which it is the module that is tested.
-MODULE_CASES ?= pairing/* lifecycle/* abi/*
+MODULE_CASES ?= pairing/* lifecycle/* abi/* hostile/* suspend/*
 # CLIPPY=1 lints the module with clippy while it is built.
 CLIPPY ?=
 
@@ -77,6 +77,13 @@ test-kernels: packages user ## Run the module's cases on each kernel in KERNELS
 		KERNEL=$$kernel $(LAB)/module.sh --lab && \
 		KERNEL=$$kernel $(LAB)/run.sh --timeout 2400 ./e2e run $(patsubst %,'%',$(MODULE_CASES)) || exit 1; \
 	done
+
+# KERNEL=debug-kcsan looks for data races instead.
+.PHONY: test-debug-kernel
+test-debug-kernel: packages user ## Run them on a kernel with KASAN, lockdep, kmemleak and more
+	@KERNEL=$(or $(KERNEL),debug) $(LAB)/module.sh --lab
+	@KERNEL=$(or $(KERNEL),debug) $(LAB)/run.sh --timeout 7200 ./e2e run --patience 4 \
+		$(patsubst %,'%',$(MODULE_CASES))
 
 .PHONY: e2e-list
 e2e-list: packages ## List the end-to-end cases

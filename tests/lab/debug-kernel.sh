@@ -14,7 +14,6 @@ debug-kcsan) flavour=kcsan ;;
 *) die "KERNEL is $kernel; this builds debug and debug-kcsan" ;;
 esac
 "$lab/root.sh"
-source=$(echo "$root"/kernel/usr/src/linux-source-*.tar.xz)
 fragments=("$lab/debug-kernel.config" "$lab/debug-kernel.$flavour.config")
 linux=$choice/linux
 stock=$root/kernel
@@ -23,14 +22,13 @@ key=$(key_of "$(cat "$stock/version" "$stock/tools" "$lab/debug-kernel.sh" "${fr
 begin "kernel-$kernel" "$unpacked/version" "$key" "building a kernel"
 
 say "building a kernel with $flavour from the source of $(cat "$stock/version"); this takes a quarter of an hour and more"
-mkdir -p "$linux"
 rm -rf "$unpacked"
-# A tree that is there is built on: make knows what an option changes.
-if [ ! -e "$linux/Makefile" ]; then
-    name=$(basename "$source" .tar.xz)
-    in_root "$linux:/linux" -- tar --extract --file "${source#"$root"}" --directory /linux --strip-components 1 \
-        --exclude "$name/arch/[!x]*.[chS]" --exclude "$name/arch/[!x]*.dts*" --exclude "$name/Documentation/*/*" \
-        --exclude "$name/tools/testing/*" --exclude "$name/drivers/gpu/*.[ch]" --exclude "$name/sound/*.c"
+# A tree of this version is built on: make knows what an option changes.
+if [ "$(cat "$linux/source-version" 2>/dev/null)" != "$(cat "$stock/version")" ]; then
+    rm -rf "$linux"
+    mkdir -p "$linux"
+    unpack_source "$stock" "$linux" 'drivers/gpu/*.[ch]'
+    cp "$stock/version" "$linux/source-version"
 fi
 cat "${fragments[@]}" >"$linux/fragment.config"
 printf -- '-%s\n' "$kernel" >"$linux/localversion-lab"
@@ -46,8 +44,6 @@ quietly "kernel-$kernel-install.log" in_linux INSTALL_MOD_PATH=/choice/kernel/us
 
 release=$(cat "$linux/include/config/kernel.release")
 cp "$linux/arch/x86/boot/bzImage" "$unpacked/usr/lib/modules/$release/vmlinuz"
-# The peer's daemon goes into this guest, too.
-install -D "$stock/usr/sbin/hv_vss_daemon" "$unpacked/usr/sbin/hv_vss_daemon"
 printf '%s\n' "$release" >"$unpacked/release"
 cp "$stock/version" "$unpacked/version"
 set_stamp "kernel-$kernel" "$key"

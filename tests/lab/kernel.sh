@@ -28,11 +28,7 @@ rm -rf "$linux"
 mkdir -p "$linux"
 # Most of the source is code that a module's build never reads; what it needs are the headers, the
 # Kconfig files and the build's own tools.
-source=$(basename "$unpacked"/usr/src/linux-source-*.tar.xz)
-name=${source%.tar.xz}
-in_root "$linux:/linux" "$unpacked/usr/src:/packed" -- tar --extract --file "/packed/$source" --directory /linux --strip-components 1 \
-    --exclude "$name/arch/[!x]*.[chS]" --exclude "$name/arch/[!x]*.dts*" --exclude "$name/Documentation/*/*" --exclude "$name/tools/testing/*" \
-    --exclude "$name/drivers/*.c" --exclude "$name/fs/*.c" --exclude "$name/net/*.c" --exclude "$name/sound/*.c"
+unpack_source "$unpacked" "$linux" 'drivers/*.c' 'fs/*.c' 'net/*.c'
 
 in_linux() { in_tools "$linux:/linux" -- make -C /linux CC="$cc" "$@"; }
 

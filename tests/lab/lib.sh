@@ -109,6 +109,20 @@ in_root() { (enter_root "$@"); }
 # where this kernel's compilers are
 in_tools() { (enter "$tools" "$@"); }
 
+# unpack_source KERNEL TARGET [PATTERN]...: the source that came with a kernel, without what none for
+# this machine needs, and without these.
+unpack_source() {
+    local packed=$1/usr/src target=$2 archive name pattern excludes=()
+    shift 2
+    archive=$(basename "$packed"/linux-source-*.tar.xz)
+    name=${archive%.tar.xz}
+    for pattern in 'arch/[!x]*.[chS]' 'arch/[!x]*.dts*' 'Documentation/*/*' 'tools/testing/*' 'sound/*.c' "$@"; do
+        excludes+=(--exclude "$name/$pattern")
+    done
+    in_root "$packed:/packed" "$target:/linux" -- tar --extract --file "/packed/$archive" \
+        --directory /linux --strip-components 1 "${excludes[@]}"
+}
+
 # option CONFIG NAME: the value of an option of a kernel, without quotes.
 option() { sed -n "s/^$2=//p" "$1" | tr -d '"'; }
 
