@@ -30,6 +30,10 @@ if [ "$(cat "$linux/source-version" 2>/dev/null)" != "$(cat "$stock/version")" ]
     unpack_source "$stock" "$linux" 'drivers/gpu/*.[ch]'
     cp "$stock/version" "$linux/source-version"
 fi
+# KCSAN sees only what is compiled for it, and the kernel does not let rustc do that yet: its target
+# has to know of it. module.sh then asks for it.
+[ "$flavour" != kcsan ] ||
+    sed -i 's/\["kcfi", "kernel-address"\]/["kcfi", "kernel-address", "thread"]/' "$linux/scripts/generate_rust_target.rs"
 cat "${fragments[@]}" >"$linux/fragment.config"
 printf -- '-%s\n' "$kernel" >"$linux/localversion-lab"
 

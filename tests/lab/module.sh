@@ -72,6 +72,14 @@ else
     release=$(cat "$unpacked/release")
     cc=$(compiler_of "$choice/linux/.config")
     arguments=("CC=$cc")
+    if [ "$kernel" = debug-kcsan ]; then
+        # What the kernel's build gives to C for KCSAN, and not yet to Rust (see debug-kernel.sh).
+        kcsan=(-Zsanitizer=thread)
+        for option in distinguish-volatile=1 instrument-func-entry-exit=0 compound-read-before-write=1; do
+            kcsan+=("-Cllvm-args=-tsan-$option")
+        done
+        arguments+=("KRUSTFLAGS=${kcsan[*]}")
+    fi
     refuse_other_compiler "$choice/linux/.config" "$(in_tools -- rustc --version)" \
         "$(in_tools -- "$cc" --version | head -n 1)"
 fi

@@ -473,9 +473,10 @@ impl Guest {
     }
 
     /// The kernel's log since the case began: records of at most this level (4: warnings and
-    /// worse; 6: information).
+    /// worse; 6: information). Data races in which our module has no part are left out.
     pub fn log(&self, max_level: u8) -> Result<Vec<Record>, CallError> {
-        Ok(self.kmsg(self.log_mark.load(SeqCst), max_level)?.records)
+        let log = self.kmsg(self.log_mark.load(SeqCst), max_level)?;
+        Ok(without_foreign_races(log.records))
     }
 
     fn kmsg(&self, since: u64, max_level: u8) -> Result<Log, CallError> {
@@ -719,6 +720,30 @@ impl Detectors {
     }
 }
 
+/// The log without those reports of KCSAN that no function of our module is in: the kernel has data
+/// races of its own, such as that of `do_nanosleep` with its timer. A report is between two lines.
+fn without_foreign_races(records: Vec<Record>) -> Vec<Record> {
+    let is_line = |it: &Record| it.text.starts_with("=====");
+    let mut kept = Vec::new();
+    let mut rest = records.as_slice();
+    while let [first, after @ ..] = rest {
+        let race = is_line(first)
+            && after
+                .first()
+                .is_some_and(|it| it.text.starts_with("BUG: KCSAN:"));
+        let len = match after.iter().position(is_line) {
+            Some(end) if race => end + 2,
+            _ => 1,
+        };
+        let (report, next) = rest.split_at(len);
+        if !race || report.iter().any(|it| it.text.contains("[hv_vss]")) {
+            kept.extend_from_slice(report);
+        }
+        rest = next;
+    }
+    kept
+}
+
 /// A path of the mount table with its octal escapes undone.
 fn unescape(path: &str) -> String {
     let mut parts = path.split('\\');
@@ -823,6 +848,43 @@ impl Device<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_race_is_ours_if_our_module_is_in_it() {
+        let log = |lines: &[&str]| -> Vec<Record> {
+            let record = |text: &&str| Record {
+                level: 3,
+                at_us: 0,
+                text: (*text).into(),
+            };
+            lines.iter().map(record).collect()
+        };
+        let text = |records: Vec<Record>| -> Vec<String> {
+            without_foreign_races(records)
+                .into_iter()
+                .map(|it| it.text)
+                .collect()
+        };
+        let theirs = [
+            "=====",
+            "BUG: KCSAN: data-race in a / b",
+            " a+0x1/0x2",
+            "=====",
+        ];
+        let ours = [
+            "=====",
+            "BUG: KCSAN: data-race in a / c",
+            " c+0x1/0x2 [hv_vss]",
+            "=====",
+        ];
+        let other = ["=====", "BUG: KASAN: slab-use-after-free in d", "====="];
+        let all = [&["before"], &theirs[..], &ours, &theirs, &other, &["after"]].concat();
+        let kept = [&["before"], &ours[..], &other, &["after"]].concat();
+        assert_eq!(text(log(&all)), kept);
+        // One that is cut off may be ours.
+        let cut = ["=====", "BUG: KCSAN: data-race in a / b", " a+0x1/0x2"];
+        assert_eq!(text(log(&cut)), cut[1..].to_vec());
+    }
 
     #[test]
     fn a_path_of_the_mount_table_is_unescaped() {
