@@ -21,7 +21,7 @@ bool hv_vss_channel_is_closed(const struct vmbus_channel *channel)
 	return channel->state == CHANNEL_OPEN_STATE;
 }
 
-void hv_vss_set_max_pkt_size(struct vmbus_channel *channel, u32 ring_size)
+void hv_vss_prepare_channel(struct vmbus_channel *channel, u32 ring_size)
 {
 	/*
 	 * A packet has a trailer of eight bytes, and one that filled the ring would leave it empty. No
@@ -30,6 +30,12 @@ void hv_vss_set_max_pkt_size(struct vmbus_channel *channel, u32 ring_size)
 	 * end of the ring only if that is less than the ring.
 	 */
 	channel->max_pkt_size = ring_size - sizeof(struct hv_ring_buffer) - 2 * sizeof(u64);
+
+	/*
+	 * The default, but hv_utils leaves another mode behind, in which the callback is not called
+	 * again for what it has left in the ring.
+	 */
+	set_channel_read_mode(channel, HV_CALL_BATCHED);
 }
 
 void hv_vss_timer_setup(struct timer_list *timer, void (*function)(struct timer_list *))

@@ -19,10 +19,10 @@ u32 hv_vss_ring_size(u32 payload);
 bool hv_vss_channel_is_closed(const struct vmbus_channel *channel);
 
 /*
- * Lets the ring code hand out every packet that fits a ring of @ring_size bytes, see above; to be
- * called before vmbus_open().
+ * Lets the ring code hand out every packet that fits a ring of @ring_size bytes, see above, and call
+ * back as long as there are any; to be called before vmbus_open().
  */
-void hv_vss_set_max_pkt_size(struct vmbus_channel *channel, u32 ring_size);
+void hv_vss_prepare_channel(struct vmbus_channel *channel, u32 ring_size);
 
 /* timer_setup() without flags: @function runs in softirq context. */
 void hv_vss_timer_setup(struct timer_list *timer, void (*function)(struct timer_list *));

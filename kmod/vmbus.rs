@@ -322,7 +322,7 @@ impl<L: Listener> Channel<L> {
         let ring = unsafe { bindings::hv_vss_ring_size(ring) };
 
         // SAFETY: `raw` is valid, and the channel is closed.
-        unsafe { bindings::hv_vss_set_max_pkt_size(raw.as_ptr(), ring) };
+        unsafe { bindings::hv_vss_prepare_channel(raw.as_ptr(), ring) };
 
         // SAFETY: As above. `context` points to a listener that `Self` keeps alive until
         // `vmbus_close` has returned, or this function until the same has happened on error.
@@ -381,7 +381,8 @@ impl<L: Listener> Channel<L> {
                 &mut request_id,
             )
         })?;
-        if len == 0 {
+        // A packet without data is one all the same; hosts number theirs from 1.
+        if len == 0 && request_id == 0 {
             return Ok(None);
         }
         let len = usize::try_from(len).map_err(|_| EINVAL)?;

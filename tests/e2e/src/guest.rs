@@ -10,7 +10,7 @@ use crate::agent::{Agent, CallError, Pending};
 use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
 use hyperv_sim::{Host, Vm, VmConfig};
-use lab_agent::{to_hex, Command, Ended, Log, Record, Stalls, Writer};
+use lab_agent::{to_hex, Command, Ended, Log, Record, Stalls, Storm, Writer};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -209,6 +209,8 @@ impl Guest {
         config.host.patience = images.patience;
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");
+        // An image that is restored at once need not be small.
+        config.cmdline.push_str(" hibernate=nocompress");
         config.console_log = Some(images.results.join(format!("console-{number}.log")));
         let vm = Arc::new(Vm::start(config).context("the guest cannot be started")?);
         let agent = Agent::connect(vm.clone(), BOOT).map_err(|error| {
@@ -828,14 +830,45 @@ impl Device<'_> {
 
     /// `poll(2)` for these events: what was reported within the time.
     pub fn poll(&self, events: &[&str], limit: Duration) -> Result<Vec<String>, CallError> {
-        self.agent.call(
-            Command::DevPoll {
-                handle: self.handle,
-                timeout_ms: limit.as_millis().try_into().unwrap_or(u16::MAX),
-                events: events.iter().map(|it| it.to_string()).collect(),
-            },
-            limit + STEP,
-        )
+        let pending = self.start_poll(events, limit)?;
+        self.finish_poll(pending, limit + STEP)
+    }
+
+    /// Starts a `poll(2)` for these events and does not wait for its return.
+    pub fn start_poll(&self, events: &[&str], limit: Duration) -> Result<Pending, CallError> {
+        self.agent.start(Command::DevPoll {
+            handle: self.handle,
+            timeout_ms: limit.as_millis().try_into().unwrap_or(u16::MAX),
+            events: events.iter().map(|it| it.to_string()).collect(),
+        })
+    }
+
+    /// Waits for the return of a `poll(2)`.
+    pub fn finish_poll(&self, pending: Pending, limit: Duration) -> Result<Vec<String>, CallError> {
+        self.agent.finish(pending, limit)
+    }
+
+    /// Starts `writes` random writes from `threads` threads; some of them are `templates` with a
+    /// change.
+    pub fn start_storm(
+        &self,
+        threads: u32,
+        writes: u64,
+        seed: u64,
+        templates: &[&[u8]],
+    ) -> Result<Pending, CallError> {
+        self.agent.start(Command::DevStorm {
+            handle: self.handle,
+            threads,
+            writes,
+            seed,
+            templates: templates.iter().map(|it| to_hex(it)).collect(),
+        })
+    }
+
+    /// Waits for the end of the writes.
+    pub fn finish_storm(&self, pending: Pending, limit: Duration) -> Result<Storm, CallError> {
+        self.agent.finish(pending, limit)
     }
 
     /// `close(2)`.

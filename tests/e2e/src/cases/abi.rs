@@ -3,16 +3,16 @@
 //! Our module at its two edges: the device, where the case plays the daemon, and the channel, where
 //! it plays hosts that real guests also meet.
 
-use super::{case, Case};
+use super::{case, Case, ModuleState};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Blocking, Daemon, Device, Guest, Module, DEVICE, STEP};
-use hv_vss_uapi::{frame, op, Answer, FrameHdr, FreezeInfo, Register, Registered, Request, VssMsg};
-use hv_vss_uapi::{ABI_V2, MAX_FRAME};
+use hv_vss_uapi::{frame, op, thawed, Answer, FrameHdr, FreezeInfo, Register, Registered, Request};
+use hv_vss_uapi::{Thawed, VssMsg, ABI_V2, MAX_FRAME};
 use hyperv_sim::ic::vss::{vss_flags, Lun, Op, CLASS, SHORT_BODY, VERSIONS};
 use hyperv_sim::ic::{message_type, vss};
 use hyperv_sim::ic::{status, Envelope, IcHeader, Version, FRAMEWORKS, MAX_MESSAGE};
-use hyperv_sim::HostError;
+use hyperv_sim::{HostError, Reply, Tx};
 use std::time::Duration;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -117,6 +117,26 @@ pub const CASES: &[Case] = &[
         "messages of up to 13,312 bytes are answered whole, none wedges the channel",
         long_packets,
     ),
+    case(
+        "abi/early-thaw",
+        "a notice that the freeze has ended fails the host's THAW, and only that one",
+        early_thaw,
+    ),
+    case(
+        "abi/debugfs",
+        "the state file says versions, daemon, request, freeze, counters and latencies",
+        debugfs,
+    ),
+    case(
+        "abi/tracepoints",
+        "each step of a request is traced with its id and the host's transaction",
+        tracepoints,
+    ),
+    case(
+        "abi/modinfo",
+        "modinfo names licence, device class and what each parameter is for",
+        modinfo,
+    ),
 ];
 
 /// A v1 message that registers.
@@ -140,11 +160,19 @@ fn register_v2() -> Register {
     }
 }
 
-fn answer_v2(id: u64, operation: u8, status: u32) -> Answer {
+pub(super) fn answer_v2(id: u64, operation: u8, status: u32) -> Answer {
     Answer {
         frame: frame_header(frame::ANSWER, size_of::<Answer>(), id),
         status,
         operation: operation.into(),
+    }
+}
+
+fn thawed_v2(id: u64, reason: u32) -> Thawed {
+    Thawed {
+        frame: frame_header(frame::THAWED, size_of::<Thawed>(), id),
+        reason,
+        reserved: 0,
     }
 }
 
@@ -157,14 +185,14 @@ fn load_and_negotiate(guest: &Guest, parameters: &[&str]) -> Result<()> {
 }
 
 /// Registers for v2 and reads the reply.
-fn register(device: Device<'_>) -> Result<()> {
+pub(super) fn register(device: Device<'_>) -> Result<()> {
     device.write(register_v2().as_bytes())?;
     let reply = device.read(MAX_FRAME)?;
     equal("bytes of the reply to the registration", reply.len(), 32)
 }
 
 /// Reads one v2 request and what follows it.
-fn read_request(device: Device<'_>) -> Result<(Request, Vec<u8>)> {
+pub(super) fn read_request(device: Device<'_>) -> Result<(Request, Vec<u8>)> {
     let bytes = device.read(MAX_FRAME)?;
     let (request, payload) = Request::read_from_prefix(&bytes)
         .map_err(|_| anyhow::anyhow!("{} bytes are too few for a request", bytes.len()))?;
@@ -734,4 +762,269 @@ fn long_packets(guest: &Guest) -> Result<()> {
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
     equal("packets that answer nothing", vss.take_strays().len(), 0)
+}
+
+/// Sends one request and has the daemon answer it with `status`; its id, and what the host was told.
+fn serve(
+    guest: &Guest,
+    device: Device<'_>,
+    operation: Op,
+    code: u8,
+    status: u32,
+) -> Result<(u64, Tx, Reply)> {
+    let vss = guest.vss();
+    let tx = vss.send(operation, &SHORT_BODY)?;
+    let (request, _) = read_request(device)?;
+    let id = request.frame.id;
+    device.write(answer_v2(id, code, status).as_bytes())?;
+    Ok((id, tx, vss.wait(tx, STEP)?))
+}
+
+fn early_thaw(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let device = guest.open_device(Blocking::Yes)?;
+    register(device)?;
+    let notice = |id, reason| device.write(thawed_v2(id, reason).as_bytes());
+    refused(
+        "a notice without a freeze",
+        notice(1, thawed::DEADLINE),
+        "ESTALE",
+    )?;
+    for reason in thawed::DEADLINE..=thawed::FOREIGN {
+        let (id, _, frozen) = serve(guest, device, Op::FREEZE, op::FREEZE, status::OK)?;
+        answered("FREEZE", &frozen, status::OK)?;
+        refused(
+            "a notice of another freeze",
+            notice(id + 1, reason),
+            "ESTALE",
+        )?;
+        refused("an unknown reason", notice(id, 0), "EINVAL")?;
+        refused("an unknown reason", notice(id, 5), "EINVAL")?;
+        equal("bytes taken of the notice", notice(id, reason)?, 32)?;
+        refused("the notice again", notice(id, reason), "ESTALE")?;
+        // The daemon sees nothing wrong with the THAW; the module does.
+        let (_, _, thaw) = serve(guest, device, Op::THAW, op::THAW, status::OK)?;
+        answered("THAW after the notice", &thaw, status::FAIL)?;
+        let (_, _, frozen) = serve(guest, device, Op::FREEZE, op::FREEZE, status::OK)?;
+        answered("the next FREEZE", &frozen, status::OK)?;
+        let (_, _, thaw) = serve(guest, device, Op::THAW, op::THAW, status::OK)?;
+        answered("its THAW", &thaw, status::OK)?;
+    }
+    Ok(())
+}
+
+fn debugfs(guest: &Guest) -> Result<()> {
+    let vss = guest.vss();
+    let look = |what: &str, name: &str, words: &[&str]| -> Result<()> {
+        let state = ModuleState::of(guest)?;
+        equal(
+            &format!("{name} {what}"),
+            state.words(name)?,
+            words.to_vec(),
+        )
+    };
+    guest.load(Module::Ours, &["grace_ms=20000", "timeout_ms=300"])?;
+    vss.wait_open(STEP)?;
+    let node = guest.sh("stat -c '%a %u:%g' /sys/kernel/debug/hv_vss/state")?;
+    equal("the file's mode", node.trim(), "400 0:0")?;
+    look("before a negotiation", "framework", &["0.0"])?;
+    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    look("after it", "framework", &["3.0"])?;
+    look("after it", "vss", &["5.0"])?;
+    look("after one", "negotiations", &["1"])?;
+
+    // A request in every stage.
+    look("without a request", "request", &["idle", "0", "0"])?;
+    let tx = vss.send(Op::FREEZE, &SHORT_BODY)?;
+    vss.get_dm_info(STEP)?;
+    look("without a daemon", "request", &["held", "1", "5"])?;
+    look("without a daemon", "daemon_abi", &["0"])?;
+    let device = guest.open_device(Blocking::Yes)?;
+    device.write(register_v2().as_bytes())?;
+    look("after the registration", "daemon_abi", &["2"])?;
+    look("after the registration", "registrations", &["1"])?;
+    look("after the registration", "request", &["offered", "1", "5"])?;
+    look("after the registration", "open_requests", &["1"])?;
+    device.read(MAX_FRAME)?;
+    let (request, _) = read_request(device)?;
+    look("after the read", "request", &["read", "1", "5"])?;
+    look("before the answer", "freeze_state", &["none"])?;
+    // The daemon takes its time, so that the latency is one.
+    std::thread::sleep(Duration::from_millis(250));
+    device.write(answer_v2(request.frame.id, op::FREEZE, status::OK).as_bytes())?;
+    let slow = vss.wait(tx, STEP)?;
+    look("after the answer", "request", &["idle", "0", "0"])?;
+    look("after the answer", "freeze_state", &["held"])?;
+    device.write(thawed_v2(1, thawed::OPERATOR).as_bytes())?;
+    look("after the notice", "freeze_state", &["broken"])?;
+    look("after the notice", "broken_freezes", &["1"])?;
+    serve(guest, device, Op::FREEZE, op::FREEZE, status::OK)?;
+    serve(guest, device, Op::FREEZE, op::FREEZE, status::FAIL)?;
+
+    // Requests, failures, time-outs, last and longest latency.
+    let state = ModuleState::of(guest)?;
+    let [requests, failures, timeouts, last, longest] = state.numbers("freeze")?[..] else {
+        anyhow::bail!("freeze should have five numbers");
+    };
+    equal("FREEZE", (requests, failures, timeouts), (3, 1, 0))?;
+    ensure!(
+        longest >= 250_000 && Duration::from_micros(longest) <= slow.latency && last < longest,
+        "the longest FREEZE took the host {:?}, the module says {longest} us; the last took {last} us",
+        slow.latency
+    );
+    let tx = vss.send(Op::THAW, &SHORT_BODY)?;
+    read_request(device)?;
+    answered("THAW without an answer", &vss.wait(tx, STEP)?, status::FAIL)?;
+    let thaw = ModuleState::of(guest)?.numbers("thaw")?;
+    equal("THAW", thaw[..3].to_vec(), vec![1, 1, 1])?;
+    equal(
+        "GET_DM_INFO",
+        ModuleState::of(guest)?.numbers("get_dm_info")?[0],
+        1,
+    )?;
+    vss.op(Op::AUTO_RECOVER, &SHORT_BODY, STEP)?;
+    equal(
+        "AUTO_RECOVER",
+        ModuleState::of(guest)?.numbers("other")?[0],
+        1,
+    )?;
+
+    // What was refused, each for its reason.
+    let tx = vss.send(Op::HOT_BACKUP, &SHORT_BODY)?;
+    let (request, _) = read_request(device)?;
+    let id = request.frame.id;
+    let untimely = register_v2();
+    let (other_id, other_operation) = (
+        answer_v2(id + 1, op::HOT_BACKUP, 0),
+        answer_v2(id, op::THAW, 0),
+    );
+    let writes: [(&[u8], &str, &str); 4] = [
+        (&[0; 7], "EINVAL", "malformed_frames"),
+        (untimely.as_bytes(), "EPROTO", "frames_out_of_turn"),
+        (other_id.as_bytes(), "ESTALE", "stale_frames"),
+        (
+            other_operation.as_bytes(),
+            "EBADMSG",
+            "frames_for_another_operation",
+        ),
+    ];
+    for (bytes, errno, counter) in writes {
+        look("before", counter, &["0"])?;
+        refused(counter, device.write(bytes), errno)?;
+        look("after", counter, &["1"])?;
+    }
+    vss.wait(tx, STEP)?;
+    vss.send_raw(&[0xff; 16])?;
+    vss.get_dm_info(STEP)?;
+    look("after one", "bad_packets", &["1"])?;
+    let many: Vec<_> = (0..6)
+        .map(|_| vss.send(Op::HOT_BACKUP, &SHORT_BODY))
+        .collect::<Result<_, _>>()?;
+    for tx in many {
+        vss.wait(tx, STEP)?;
+    }
+    look("after six at once", "overruns", &["2"])?;
+    device.close()?;
+    look("after the close", "daemon_abi", &["0"])?;
+    guest.unload(Module::Ours)?;
+    let left = guest.try_sh("test -e /sys/kernel/debug/hv_vss")?;
+    ensure!(left.status != Some(0), "nothing should be left in debugfs");
+    Ok(())
+}
+
+fn tracepoints(guest: &Guest) -> Result<()> {
+    const TRACING: &str = "/sys/kernel/tracing";
+    let vss = guest.vss();
+    guest.load(Module::Ours, &["timeout_ms=300", "grace_ms=200"])?;
+    vss.wait_open(STEP)?;
+    guest.sh(&format!(
+        "grep -q tracefs /proc/mounts || mount -t tracefs tracefs {TRACING}
+         echo > {TRACING}/trace; echo 1 > {TRACING}/events/hv_vss/enable"
+    ))?;
+    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    let held = vss.send(Op::HOT_BACKUP, &SHORT_BODY)?;
+    answered("HOT_BACKUP", &vss.wait(held, STEP)?, status::FAIL)?;
+    let info = vss.send(Op::GET_DM_INFO, &SHORT_BODY)?;
+    answered("GET_DM_INFO", &vss.wait(info, STEP)?, status::OK)?;
+    let device = guest.open_device(Blocking::Yes)?;
+    register(device)?;
+    let (freeze_id, freeze, _) = serve(guest, device, Op::FREEZE, op::FREEZE, status::OK)?;
+    device.write(thawed_v2(freeze_id, thawed::FOREIGN).as_bytes())?;
+    let thaw = vss.send(Op::THAW, &SHORT_BODY)?;
+    let (request, _) = read_request(device)?;
+    let thaw_id = request.frame.id;
+    answered("THAW", &vss.wait(thaw, STEP)?, status::FAIL)?;
+    refused("a short write", device.write(&[0; 3]), "EINVAL")?;
+    vss.send_raw(&[0xff; 16])?;
+    vss.get_dm_info(STEP)?;
+    device.close()?;
+    guest.sh(&format!("echo 0 > {TRACING}/events/hv_vss/enable"))?;
+    let trace = guest.read(&format!("{TRACING}/trace"))?;
+    guest.sh(&format!("umount {TRACING}"))?;
+
+    // In this order, with other events in between.
+    let (held, info, freeze, thaw) = (held.0, info.0, freeze.0, thaw.0);
+    let steps = [
+        "hv_vss_negotiated: framework=3.0 vss=5.0".to_owned(),
+        format!("hv_vss_request: id=1 operation=HOT_BACKUP stage=received transaction={held}"),
+        format!("hv_vss_request: id=1 operation=HOT_BACKUP stage=held transaction={held}"),
+        format!("hv_vss_request: id=1 operation=HOT_BACKUP stage=timed-out transaction={held}"),
+        "hv_vss_answer: id=1 operation=HOT_BACKUP status=0x80004005 latency_us=".to_owned(),
+        "hv_vss_answer: id=0 operation=GET_DM_INFO status=0x00000000 latency_us=0".to_owned(),
+        format!("transaction={info}"),
+        "hv_vss_daemon: abi=2".to_owned(),
+        format!(
+            "hv_vss_request: id={freeze_id} operation=FREEZE stage=received transaction={freeze}"
+        ),
+        format!(
+            "hv_vss_request: id={freeze_id} operation=FREEZE stage=offered transaction={freeze}"
+        ),
+        format!("hv_vss_request: id={freeze_id} operation=FREEZE stage=read transaction={freeze}"),
+        format!("hv_vss_answer: id={freeze_id} operation=FREEZE status=0x00000000"),
+        format!("transaction={freeze}"),
+        format!("hv_vss_broken: id={freeze_id} reason=4"),
+        format!("hv_vss_request: id={thaw_id} operation=THAW stage=timed-out transaction={thaw}"),
+        format!("hv_vss_answer: id={thaw_id} operation=THAW status=0x80004005"),
+        "hv_vss_bad_frame: error=-22".to_owned(),
+        "hv_vss_bad_packet: len=16".to_owned(),
+        "hv_vss_daemon: abi=0".to_owned(),
+    ];
+    let mut rest = trace.as_str();
+    for step in &steps {
+        let (_, behind) = rest
+            .split_once(step.as_str())
+            .with_context(|| format!("no {step:?} in its place in\n{trace}"))?;
+        rest = behind;
+    }
+    Ok(())
+}
+
+fn modinfo(guest: &Guest) -> Result<()> {
+    let text = guest.sh("modinfo /payload/hv_vss.ko")?;
+    // Class 35fa2e29-ea23-4236-96ae-3a6ebacba440 as on the wire: udev loads the module for it.
+    let wanted = [
+        ("license", "GPL v2"),
+        ("alias", "vmbus:292efa3523ea364296ae3a6ebacba440"),
+        ("description", "Hyper-V volume shadow copy requests"),
+        (
+            "parm",
+            "freeze_timeout_ms:Time the daemon has for FREEZE, in milliseconds",
+        ),
+        (
+            "parm",
+            "timeout_ms:Time the daemon has for other requests, in milliseconds",
+        ),
+        (
+            "parm",
+            "grace_ms:How long a request waits for a daemon, in milliseconds",
+        ),
+    ];
+    for (field, value) in wanted {
+        let line = |line: &str| line.starts_with(field) && line.contains(value);
+        ensure!(
+            text.lines().any(line),
+            "modinfo should name {field}: {value}; it says\n{text}"
+        );
+    }
+    Ok(())
 }

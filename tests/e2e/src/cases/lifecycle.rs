@@ -2,14 +2,17 @@
 
 //! Parts that come and go: daemons, modules, the device, the guest.
 
-use super::{case, make_file_systems, rounds, Case};
+use super::abi::{answer_v2, read_request, register};
+use super::{backup, case, make_file_systems, rounds, Case, Footprint, ModuleState};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
-use e2e::guest::{Blocking, Daemon, Guest, Machine, Module, STEP};
-use hyperv_sim::ic::vss::{Op, SHORT_BODY, VERSIONS};
+use e2e::guest::{Blocking, Daemon, Device, Guest, Machine, Module, STEP};
+use hv_vss_uapi::{op, MAX_FRAME};
+use hyperv_sim::ic::vss::{Lun, Op, CLASS, SHORT_BODY, VERSIONS};
 use hyperv_sim::ic::{status, FRAMEWORKS};
-use hyperv_sim::Exit;
+use hyperv_sim::{EventKind, Exit, HostError, OnOpen, Tx};
 use std::time::Duration;
+use zerocopy::IntoBytes;
 
 pub const CASES: &[Case] = &[
     case(
@@ -58,6 +61,37 @@ pub const CASES: &[Case] = &[
         |guest| cycle(guest, rescind_offer),
     ),
     case(
+        "lifecycle/ends",
+        "the device goes in each state of a request, in each way: a read and a poll end at once, \
+         the next daemon serves",
+        ends,
+    ),
+    case(
+        "lifecycle/daemon-comes-back",
+        "the device goes under our daemon while it freezes, holds and thaws: nothing stays frozen",
+        daemon_comes_back,
+    ),
+    case(
+        "lifecycle/dying-daemon",
+        "a daemon that is killed with a request in its hands fails it at once",
+        dying_daemon,
+    ),
+    case(
+        "lifecycle/other-class",
+        "devices of another class are refused, whichever way they are handed over",
+        other_class,
+    ),
+    case(
+        "lifecycle/second-device",
+        "a second VSS device is refused while the first is bound, and served when it is not",
+        second_device,
+    ),
+    case(
+        "lifecycle/open-refused",
+        "a host that refuses to open the channel, or never says so and takes it back",
+        open_refused,
+    ),
+    case(
         "lifecycle/hand-over",
         "driver_override moves VSS from hv_utils to us; heartbeat and shutdown stay",
         hand_over,
@@ -89,12 +123,6 @@ const fn cycles(name: &'static str, about: &'static str, run: fn(&Guest) -> Resu
 /// The directory of our VSS device in the guest's sysfs.
 fn sysfs(guest: &Guest) -> String {
     format!("/sys/bus/vmbus/devices/{}", guest.vss().instance())
-}
-
-/// One backup: both requests are answered 0.
-fn backup(guest: &Guest) -> Result<()> {
-    answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
-    answered("THAW", &guest.vss().thaw(STEP)?, status::OK)
 }
 
 fn no_daemon(guest: &Guest) -> Result<()> {
@@ -246,35 +274,16 @@ fn cycle(guest: &Guest, once: fn(&Guest) -> Result<()>) -> Result<()> {
         once(guest)?;
         attached(round)?;
         // What the first cycle took, such as pages for the log, is not taken again.
-        before.get_or_insert(memory_in_use(guest)?);
+        if before.is_none() {
+            before = Some(Footprint::of(guest)?);
+        }
     }
     backup(guest)?;
-    let after = memory_in_use(guest)?;
-    let before = before.unwrap_or(after);
-    println!(
-        "     {} cycles, memory in use {before} -> {after} KiB",
-        rounds()
-    );
-    // One ring is 28 KiB.
-    let limit = 8 * 1024 + 14 * u64::from(rounds());
-    ensure!(
-        after <= before + limit,
-        "memory in use should not grow by more than {limit} KiB, it was {before} KiB and is {after} KiB"
-    );
+    let before = before.context("no cycles were asked for")?;
+    // One ring is 28 KiB; half of one for each cycle would be seen.
+    let after = before.check(guest, 8 * 1024 + 14 * u64::from(rounds()))?;
+    println!("     {} cycles, {before} -> {after}", rounds());
     Ok(())
-}
-
-/// What the guest has in use that is no cache, in KiB.
-fn memory_in_use(guest: &Guest) -> Result<u64> {
-    let text = guest.read("/proc/meminfo")?;
-    let value = |name: &str| {
-        let line = text.lines().find(|line| line.starts_with(name));
-        let value = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
-        value.with_context(|| format!("no {name} in /proc/meminfo"))
-    };
-    let free =
-        value("MemFree:")? + value("Buffers:")? + value("Cached:")? + value("SReclaimable:")?;
-    Ok(value("MemTotal:")?.saturating_sub(free))
 }
 
 fn unbind_rebind(guest: &Guest) -> Result<()> {
@@ -303,6 +312,440 @@ fn rescind_offer(guest: &Guest) -> Result<()> {
     vss.rescind();
     vss.wait_released(STEP)?;
     vss.offer();
+    Ok(())
+}
+
+/// How far things have come when the device goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The channel is open, and that is all.
+    Idle,
+    /// Versions are agreed on.
+    Negotiated,
+    /// A daemon has registered.
+    Registered,
+    /// A request waits for a daemon.
+    Held,
+    /// The daemon could read FREEZE.
+    Offered,
+    /// It has.
+    Read,
+    /// It has answered.
+    Frozen,
+    /// It has read THAW.
+    Thawing,
+}
+
+/// How the device goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// The host takes it back.
+    Rescind,
+    /// The administrator unbinds it.
+    Unbind,
+    /// The administrator reserves it for another driver and unbinds it.
+    Override,
+    /// The module is unloaded, for which the descriptor has to be closed first.
+    Unload,
+}
+
+impl End {
+    const ALL: [End; 4] = [End::Rescind, End::Unbind, End::Override, End::Unload];
+
+    /// Takes the device away; all but [`End::Unload`] with descriptors open.
+    fn take(self, guest: &Guest) -> Result<()> {
+        let vss = guest.vss();
+        let device = vss.instance().to_string();
+        match self {
+            End::Rescind => {
+                vss.rescind();
+                vss.wait_released(STEP)?;
+            }
+            End::Unbind => guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &device)?,
+            End::Override => {
+                guest.write(&format!("{}/driver_override", sysfs(guest)), "none")?;
+                guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &device)?;
+                let bind = guest.write("/sys/bus/vmbus/drivers/hv_vss/bind", &device);
+                refused("a bind of what is another's", bind, "ENODEV")?;
+            }
+            End::Unload => guest.wait_until("the module can be unloaded", STEP, || {
+                Ok(guest.unload(Module::Ours).is_ok())
+            })?,
+        }
+        Ok(vss.wait_closed(STEP)?)
+    }
+
+    /// Gives it back and waits until the module has opened it.
+    fn give_back(self, guest: &Guest) -> Result<()> {
+        let vss = guest.vss();
+        let device = vss.instance().to_string();
+        match self {
+            End::Rescind => vss.offer(),
+            End::Unbind => guest.write("/sys/bus/vmbus/drivers/hv_vss/bind", &device)?,
+            End::Override => {
+                guest.write(&format!("{}/driver_override", sysfs(guest)), "\n")?;
+                guest.write("/sys/bus/vmbus/drivers_probe", &device)?;
+            }
+            End::Unload => guest.load(Module::Ours, &["grace_ms=20000"])?,
+        }
+        Ok(vss.wait_open(STEP)?)
+    }
+}
+
+/// Brings a new device to `stage`, with the agent as the daemon; returns what the host still waits
+/// for.
+fn reach(guest: &Guest, device: Device<'_>, stage: Stage) -> Result<Option<Tx>> {
+    let vss = guest.vss();
+    if stage == Stage::Idle {
+        return Ok(None);
+    }
+    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    match stage {
+        Stage::Idle | Stage::Negotiated => return Ok(None),
+        Stage::Held => {
+            let tx = vss.send_freeze(&[])?;
+            // The guest has answered this, which was sent later, so it has that, too.
+            answered("GET_DM_INFO", &vss.get_dm_info(STEP)?, status::OK)?;
+            return Ok(Some(tx));
+        }
+        Stage::Registered | Stage::Offered | Stage::Read | Stage::Frozen | Stage::Thawing => {}
+    }
+    register(device)?;
+    if stage == Stage::Registered {
+        return Ok(None);
+    }
+    let freeze = vss.send_freeze(&[])?;
+    ensure!(
+        !device.poll(&["POLLIN"], STEP)?.is_empty(),
+        "FREEZE should become readable"
+    );
+    if stage == Stage::Offered {
+        return Ok(Some(freeze));
+    }
+    let (request, _) = read_request(device)?;
+    if stage == Stage::Read {
+        return Ok(Some(freeze));
+    }
+    let answer = answer_v2(request.frame.id, op::FREEZE, status::OK);
+    device.write(answer.as_bytes())?;
+    answered("FREEZE", &vss.wait(freeze, STEP)?, status::OK)?;
+    if stage == Stage::Frozen {
+        return Ok(None);
+    }
+    let thaw = vss.send(Op::THAW, &SHORT_BODY)?;
+    read_request(device)?;
+    Ok(Some(thaw))
+}
+
+fn ends(guest: &Guest) -> Result<()> {
+    let stages = [
+        Stage::Idle,
+        Stage::Negotiated,
+        Stage::Registered,
+        Stage::Held,
+        Stage::Offered,
+        Stage::Read,
+        Stage::Frozen,
+        Stage::Thawing,
+    ];
+    guest.load(Module::Ours, &["grace_ms=20000"])?;
+    guest.vss().wait_open(STEP)?;
+    let mut before = None;
+    for stage in stages {
+        for end in End::ALL {
+            let one = || one_end(guest, stage, end);
+            one().with_context(|| format!("{end:?} in the stage {stage:?}"))?;
+        }
+        if before.is_none() {
+            before = Some(Footprint::of(guest)?);
+        }
+    }
+    let before = before.context("no stages")?;
+    before.check(guest, 4 * 1024)?;
+    Ok(())
+}
+
+fn one_end(guest: &Guest, stage: Stage, end: End) -> Result<()> {
+    let vss = guest.vss();
+    let device = guest.open_device(Blocking::Yes)?;
+    let waited_for = reach(guest, device, stage)?;
+    if end == End::Unload {
+        let refusal = guest.try_sh("rmmod hv_vss")?;
+        ensure!(refusal.status != Some(0), "rmmod should be refused");
+        device.close()?;
+        // Without a daemon the request has its grace time; it must not outlive the module.
+        end.take(guest)?;
+    } else {
+        let poll = device.start_poll(&[], STEP)?;
+        // While there is something to read, a read would not wait.
+        let read = match stage {
+            Stage::Offered => None,
+            _ => Some(device.start_read(MAX_FRAME)?),
+        };
+        // Once for each stage: a call that comes too late to wait would end in the same way.
+        if end == End::Rescind {
+            let place = if read.is_some() {
+                "wait_readable|read_iter"
+            } else {
+                "do_sys_poll"
+            };
+            let look = format!("cat /proc/$(pidof lab-agent)/task/*/stack | grep -qE '{place}'");
+            guest.wait_until("threads of the agent wait for the device", STEP, || {
+                Ok(guest.try_sh(&look)?.status == Some(0))
+            })?;
+        }
+        // Nobody closes the descriptor, and nobody waits for that.
+        end.take(guest)?;
+        if let Some(read) = read {
+            let read = device.finish_read(read, STEP);
+            refused("the read that waited", read, "ENODEV")?;
+        }
+        let mut reported = device.finish_poll(poll, STEP)?;
+        reported.sort();
+        equal(
+            "the poll",
+            reported,
+            vec!["POLLERR".into(), "POLLHUP".into()],
+        )?;
+        refused("another read", device.read(MAX_FRAME), "ENODEV")?;
+        let answer = answer_v2(1, op::FREEZE, status::OK);
+        refused("a late answer", device.write(answer.as_bytes()), "ENODEV")?;
+    }
+    match waited_for.map(|tx| vss.wait(tx, STEP)) {
+        None => {}
+        // What was taken back cannot be answered.
+        Some(Err(HostError::NotOpen { .. })) if end == End::Rescind => {}
+        Some(reply) => answered("what was open", &reply?, status::FAIL)?,
+    }
+
+    end.give_back(guest)?;
+    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    // It is another device: the dead descriptor is not in its way.
+    let next = guest.open_device(Blocking::Yes)?;
+    register(next)?;
+    for (operation, code) in [(Op::FREEZE, op::FREEZE), (Op::THAW, op::THAW)] {
+        let tx = vss.send(operation, &SHORT_BODY)?;
+        let (request, _) = read_request(next)?;
+        let answer = answer_v2(request.frame.id, code, status::OK);
+        next.write(answer.as_bytes())?;
+        answered("the next backup", &vss.wait(tx, STEP)?, status::OK)?;
+    }
+    next.close()?;
+    if end != End::Unload {
+        device.close()?;
+    }
+    Ok(())
+}
+
+fn daemon_comes_back(guest: &Guest) -> Result<()> {
+    make_file_systems(guest)?;
+    guest.load(Module::Ours, &["grace_ms=20000"])?;
+    guest.start_daemon(Daemon::Ours)?;
+    let vss = guest.vss();
+    for path in ["/writer", "/mnt/ext4/w", "/mnt/xfs/w", "/mnt/btrfs/w"] {
+        guest.writer_start(path)?;
+    }
+    for stage in [Stage::Read, Stage::Frozen, Stage::Thawing] {
+        for end in [End::Rescind, End::Unbind, End::Override] {
+            let one = || -> Result<()> {
+                vss.wait_open(STEP)?;
+                vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+                answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
+                let freeze = vss.send_freeze(&[])?;
+                match stage {
+                    Stage::Read => guest.wait_until("the daemon has read FREEZE", STEP, || {
+                        Ok(
+                            ModuleState::of(guest)?.words("request")?.first() == Some(&"read")
+                                || !vss.is_open(),
+                        )
+                    })?,
+                    _ => answered("FREEZE", &vss.wait(freeze, STEP)?, status::OK)?,
+                }
+                if stage == Stage::Thawing {
+                    vss.send(Op::THAW, &SHORT_BODY)?;
+                }
+                end.take(guest)?;
+                let start = guest.writers()?;
+                guest.wait_until("every writer goes on", STEP, || {
+                    let now = guest.writers()?;
+                    let mut pairs = start.iter().zip(&now);
+                    Ok(pairs.all(|(then, now)| now.count > then.count))
+                })?;
+                end.give_back(guest)?;
+                vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+                backup(guest)
+            };
+            one().with_context(|| format!("{end:?} in the stage {stage:?}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn dying_daemon(guest: &Guest) -> Result<()> {
+    // The daemon is stopped with the request, so that nobody but its death can answer.
+    super::load(guest, Module::Ours, &["grace_ms=500"])?;
+    let vss = guest.vss();
+    for read in [false, true] {
+        let daemon = guest.start_daemon(Daemon::Ours)?;
+        super::wait_for_daemon(guest)?;
+        let disks = [Lun::scsi(CLASS, 0, 0, 0)];
+        let tx = if read {
+            // The descriptor is shared with its child: the last one to go counts.
+            let tx = vss.send_freeze(&disks)?;
+            guest.signal(&daemon, 19)?;
+            tx
+        } else {
+            guest.signal(&daemon, 19)?;
+            vss.send_freeze(&disks)?
+        };
+        answered("GET_DM_INFO", &vss.get_dm_info(STEP)?, status::OK)?;
+        guest.signal(&daemon, 9)?;
+        let reply = vss.wait(tx, STEP)?;
+        if !read {
+            answered("FREEZE", &reply, status::FAIL)?;
+        }
+        ensure!(
+            reply.latency < Duration::from_secs(10),
+            "the death should be told at once, it was after {:?}",
+            reply.latency
+        );
+        guest.wait(&daemon, STEP)?;
+    }
+    guest.start_daemon(Daemon::Ours)?;
+    super::wait_for_daemon(guest)?;
+    backup(guest)
+}
+
+fn other_class(guest: &Guest) -> Result<()> {
+    super::load(guest, Module::Ours, &[])?;
+    let heartbeat = guest.host().heartbeat();
+    let device = heartbeat.instance().to_string();
+    let drivers = "/sys/bus/vmbus/drivers";
+    let folder = format!("/sys/bus/vmbus/devices/{device}");
+    let unbound = |what: &str| -> Result<()> {
+        let seen = guest.try_sh(&format!("test -e {folder}/driver"))?;
+        ensure!(
+            seen.status != Some(0),
+            "{what}: the heartbeat should have no driver"
+        );
+        ensure!(
+            !heartbeat.is_open(),
+            "{what}: the heartbeat should be closed"
+        );
+        Ok(())
+    };
+    // By class, for any device; by name, for this one.
+    let class = heartbeat.class().to_string();
+    guest.write(&format!("{drivers}/hv_vss/new_id"), &class)?;
+    unbound("after new_id")?;
+    let bind = guest.write(&format!("{drivers}/hv_vss/bind"), &device);
+    refused("a bind after new_id", bind, "ENODEV")?;
+    guest.write(&format!("{drivers}/hv_vss/remove_id"), &class)?;
+    guest.write(&format!("{folder}/driver_override"), "hv_vss")?;
+    let bind = guest.write(&format!("{drivers}/hv_vss/bind"), &device);
+    refused("a bind after driver_override", bind, "ENODEV")?;
+    unbound("after driver_override")?;
+    guest.write(&format!("{folder}/driver_override"), "\n")?;
+    // Its own driver has it as if nothing had been.
+    guest.load(Module::Stock, &[])?;
+    heartbeat.wait_open(STEP)?;
+    equal("the heartbeat's answer", heartbeat.beat(7, STEP)?.0, 8)?;
+    guest.start_daemon(Daemon::Ours)?;
+    super::wait_for_daemon(guest)?;
+    backup(guest)
+}
+
+fn second_device(guest: &Guest) -> Result<()> {
+    super::load(guest, Module::Ours, &["grace_ms=20000"])?;
+    let (first, second) = (guest.vss(), guest.host().second_vss());
+    guest.start_daemon(Daemon::Ours)?;
+    super::wait_for_daemon(guest)?;
+    second.offer();
+    let device = second.instance().to_string();
+    guest.wait_until("the guest has the second device", STEP, || {
+        let look = format!("test -e /sys/bus/vmbus/devices/{device}");
+        Ok(guest.try_sh(&look)?.status == Some(0))
+    })?;
+    let bind = guest.write("/sys/bus/vmbus/drivers/hv_vss/bind", &device);
+    refused("a bind of the second device", bind, "EBUSY")?;
+    ensure!(!second.is_open(), "the second device should be closed");
+    for word in ["duplicate", "already present"] {
+        let log = guest.log(4)?;
+        let found = log.iter().find(|record| record.text.contains(word));
+        ensure!(found.is_none(), "nothing should get in the way: {found:?}");
+    }
+    backup(guest)?;
+
+    // The daemon moves on with the node.
+    first.rescind();
+    first.wait_released(STEP)?;
+    guest.write("/sys/bus/vmbus/drivers/hv_vss/bind", &device)?;
+    second.wait_open(STEP)?;
+    second.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    answered("FREEZE", &second.freeze(&[], STEP)?, status::OK)?;
+    answered("THAW", &second.thaw(STEP)?, status::OK)?;
+    second.rescind();
+    second.wait_released(STEP)?;
+    first.offer();
+    first.wait_open(STEP)?;
+    first.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    backup(guest)
+}
+
+fn open_refused(guest: &Guest) -> Result<()> {
+    let vss = guest.vss();
+    let device = vss.instance().to_string();
+    let count = |wanted: &EventKind| {
+        let events = vss.events();
+        events.iter().filter(|event| event.kind == *wanted).count()
+    };
+    let nothing_left = |what: &str| -> Result<()> {
+        let left = guest.try_sh("test -e /dev/vmbus/hv_vss || test -e /sys/kernel/debug/hv_vss")?;
+        ensure!(left.status != Some(0), "{what}: no node should be left");
+        let rings = guest.host().gpadls();
+        ensure!(rings == 0, "{what}: {rings} rings are left");
+        Ok(())
+    };
+    for _ in 0..3 {
+        // The answer is no: the probe fails, the module stays.
+        vss.on_open(OnOpen::Refuse);
+        guest.load(Module::Ours, &[])?;
+        equal("refusals", vss.is_open(), false)?;
+        nothing_left("after a refusal")?;
+        let bind = guest.write("/sys/bus/vmbus/drivers/hv_vss/bind", &device);
+        refused("a bind while the host refuses", bind, "EAGAIN")?;
+
+        // There is no answer, and the host takes the channel back while the probe waits.
+        vss.on_open(OnOpen::Ignore);
+        let asked = count(&EventKind::OpenIgnored);
+        let bind = format!("echo {device} > /sys/bus/vmbus/drivers/hv_vss/bind");
+        let binder = guest.spawn(&["sh", "-c", &bind])?;
+        guest.wait_until("the guest asks to open the channel", STEP, || {
+            Ok(count(&EventKind::OpenIgnored) > asked)
+        })?;
+        // By then the device node is there, and somebody may have it open.
+        let early = guest.open_device(Blocking::Yes)?;
+        let read = early.start_read(MAX_FRAME)?;
+        vss.rescind();
+        guest.wait(&binder, STEP)?;
+        refused(
+            "the read of the early",
+            early.finish_read(read, STEP),
+            "ENODEV",
+        )?;
+        vss.wait_released(STEP)?;
+        early.close()?;
+        nothing_left("after a rescind in the middle")?;
+
+        vss.on_open(OnOpen::Open);
+        vss.offer();
+        vss.wait_open(STEP)?;
+        vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+        let daemon = guest.start_daemon(Daemon::Ours)?;
+        super::wait_for_daemon(guest)?;
+        backup(guest)?;
+        super::stop(guest, Module::Ours, &daemon)?;
+    }
     Ok(())
 }
 

@@ -10,14 +10,17 @@ mod commands;
 mod deadman;
 mod freeze;
 mod hangs;
+mod hostile;
 mod lifecycle;
 mod order;
 mod pairing;
 mod peer;
 mod prepared;
+mod suspend;
 mod systemd;
 
-use anyhow::Result;
+use anyhow::{ensure, Context, Result};
+use e2e::check::answered;
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::vss::VERSIONS;
 use hyperv_sim::ic::{status, FRAMEWORKS};
@@ -61,7 +64,9 @@ pub fn all() -> Vec<Case> {
     [
         pairing::CASES,
         lifecycle::CASES,
+        suspend::CASES,
         abi::CASES,
+        hostile::CASES,
         freeze::CASES,
         prepared::CASES,
         order::CASES,
@@ -147,6 +152,93 @@ fn reply_within(guest: &Guest, tx: Tx, limit: Duration) -> Result<Option<Reply>>
         Ok(reply.is_some() || guest.clock()? > end)
     })?;
     Ok(reply)
+}
+
+/// One backup: both requests are answered 0.
+fn backup(guest: &Guest) -> Result<()> {
+    answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
+    answered("THAW", &guest.vss().thaw(STEP)?, status::OK)
+}
+
+/// What our module says of itself: the lines of its file in debugfs, by their first word.
+struct ModuleState(String);
+
+impl ModuleState {
+    fn of(guest: &Guest) -> Result<Self> {
+        Ok(ModuleState(guest.read("/sys/kernel/debug/hv_vss/state")?))
+    }
+
+    /// The words that follow `name`.
+    fn words(&self, name: &str) -> Result<Vec<&str>> {
+        let mut lines = self.0.lines().map(|line| line.split(' '));
+        let found = lines.find_map(|mut words| (words.next() == Some(name)).then_some(words));
+        let found = found.with_context(|| format!("no {name} in debugfs:\n{}", self.0))?;
+        Ok(found.collect())
+    }
+
+    /// The numbers that follow `name`.
+    fn numbers(&self, name: &str) -> Result<Vec<u64>> {
+        let words = self.words(name)?;
+        let numbers: Result<_, _> = words.iter().map(|word| word.parse()).collect();
+        numbers.with_context(|| format!("{name} should have numbers, it has {words:?}"))
+    }
+
+    /// The one number that follows `name`.
+    fn number(&self, name: &str) -> Result<u64> {
+        let numbers = self.numbers(name)?;
+        numbers.first().copied().context("no number")
+    }
+}
+
+/// What a guest holds that a leak would make grow.
+#[derive(Clone, Copy, Debug)]
+struct Footprint {
+    /// Memory in use that is no cache, in KiB.
+    memory: u64,
+    /// What of it is the kernel's own small objects, in KiB.
+    slab: u64,
+    /// Pieces of memory shared with the host: the rings of open channels.
+    gpadls: usize,
+}
+
+impl Footprint {
+    fn of(guest: &Guest) -> Result<Self> {
+        let text = guest.read("/proc/meminfo")?;
+        let value = |name: &str| {
+            let line = text.lines().find(|line| line.starts_with(name));
+            let value = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+            value.with_context(|| format!("no {name} in /proc/meminfo"))
+        };
+        let free =
+            value("MemFree:")? + value("Buffers:")? + value("Cached:")? + value("SReclaimable:")?;
+        Ok(Footprint {
+            memory: value("MemTotal:")?.saturating_sub(free),
+            slab: value("SUnreclaim:")?,
+            gpadls: guest.host().gpadls(),
+        })
+    }
+
+    /// Since then the guest must not have grown by more than `limit` KiB, nor by a single ring;
+    /// returns what it holds now.
+    fn check(self, guest: &Guest, limit: u64) -> Result<Self> {
+        let now = Footprint::of(guest)?;
+        ensure!(
+            now.memory <= self.memory + limit && now.gpadls == self.gpadls,
+            "the guest should not grow by more than {limit} KiB nor by a ring, it did: {self} -> {now}"
+        );
+        Ok(now)
+    }
+}
+
+impl std::fmt::Display for Footprint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Footprint {
+            memory,
+            slab,
+            gpadls,
+        } = self;
+        write!(f, "{memory} KiB in use ({slab} KiB slab, {gpadls} rings)")
+    }
 }
 
 /// What a backup did to the writers that were running.

@@ -6,6 +6,7 @@
 //! spoilt in one place.
 
 use crate::error::Error;
+use crate::STACK;
 use lab_agent::{from_hex, Storm};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
@@ -46,18 +47,18 @@ impl Plan {
 pub fn run(device: &File, plan: &Plan) -> Result<Storm, Error> {
     let mut sum = Storm::default();
     let parts = thread::scope(|scope| {
-        let threads: Vec<_> = (0..u64::from(plan.threads))
-            .map(|number| {
-                // The first threads do what does not divide evenly.
-                let writes = plan.writes / u64::from(plan.threads)
-                    + u64::from(number < plan.writes % u64::from(plan.threads));
-                scope.spawn(move || part(device, plan, number, writes))
-            })
-            .collect();
+        let mut threads = Vec::new();
+        for number in 0..u64::from(plan.threads) {
+            // The first threads do what does not divide evenly.
+            let writes = plan.writes / u64::from(plan.threads)
+                + u64::from(number < plan.writes % u64::from(plan.threads));
+            let small = thread::Builder::new().stack_size(STACK);
+            threads.push(small.spawn_scoped(scope, move || part(device, plan, number, writes))?);
+        }
         let join = |it: thread::ScopedJoinHandle<'_, _>| it.join();
-        threads.into_iter().map(join).collect::<Vec<_>>()
+        Ok::<Vec<_>, Error>(threads.into_iter().map(join).collect())
     });
-    for part in parts {
+    for part in parts? {
         let part = part.map_err(|_| Error::Call("a thread panicked".into()))??;
         sum.taken += part.taken;
         sum.read += part.read;
