@@ -823,7 +823,7 @@ fn debugfs(guest: &Guest) -> Result<()> {
             words.to_vec(),
         )
     };
-    guest.load(Module::Ours, &["grace_ms=20000", "timeout_ms=300"])?;
+    guest.load(Module::Ours, &["grace_ms=20000", "timeout_ms=1500"])?;
     vss.wait_open(STEP)?;
     let node = guest.sh("stat -c '%a %u:%g' /sys/kernel/debug/hv_vss/state")?;
     equal("the file's mode", node.trim(), "400 0:0")?;

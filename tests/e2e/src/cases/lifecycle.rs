@@ -551,13 +551,15 @@ fn daemon_comes_back(guest: &Guest) -> Result<()> {
                 vss.wait_open(STEP)?;
                 vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
                 answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
+                if stage == Stage::Read {
+                    // Something to write back first, so that there is time to see it.
+                    guest.sh("dd if=/dev/zero of=/mnt/xfs/dirty bs=1M count=64 2>/dev/null")?;
+                }
                 let freeze = vss.send_freeze(&[])?;
                 match stage {
                     Stage::Read => guest.wait_until("the daemon has read FREEZE", STEP, || {
-                        Ok(
-                            ModuleState::of(guest)?.words("request")?.first() == Some(&"read")
-                                || !vss.is_open(),
-                        )
+                        let state = ModuleState::of(guest)?;
+                        Ok(state.words("request")?.first() == Some(&"read"))
                     })?,
                     _ => answered("FREEZE", &vss.wait(freeze, STEP)?, status::OK)?,
                 }
@@ -777,6 +779,14 @@ fn hand_over(guest: &Guest) -> Result<()> {
     host.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
     guest.start_daemon(Daemon::Ours)?;
     backup(guest)?;
+    // As many at once as no single run of our callback takes: what hv_utils had set for the channel
+    // must not hold.
+    let many: Vec<_> = (0..64)
+        .map(|_| host.vss().send(Op::GET_DM_INFO, &SHORT_BODY))
+        .collect::<Result<_, _>>()?;
+    for tx in many {
+        answered("one of many", &host.vss().wait(tx, STEP)?, status::OK)?;
+    }
     let (sequence, _) = host.heartbeat().beat(7, STEP)?;
     equal("the heartbeat's answer to 7", sequence, 8)?;
     ensure!(host.shutdown().is_open(), "shutdown should still be open");
