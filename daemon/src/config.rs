@@ -8,8 +8,8 @@
 //! prepare = 300           # seconds that may pass before the first freeze
 //! deadline = 60           # seconds from the first freeze to the thaw, at the latest
 //! parallel = 32           # file systems that are worked on at a time
-//! write_back = 4          # the same for writing back before the freeze; twice the processors,
-//!                         # if that is more
+//! write_back = 5          # the same for writing back before the freeze: 4 and the number of
+//!                         # processors
 //!
 //! [exclude]               # never frozen; patterns with *, ? and [...]
 //! paths = ["/srv/scratch*"]
@@ -88,8 +88,7 @@ impl Default for Config {
             prepare: Duration::from_secs(300),
             deadline: Duration::from_secs(60),
             parallel: 32,
-            write_back: std::thread::available_parallelism()
-                .map_or(4, |n| (2 * n.get()).clamp(4, 256)),
+            write_back: std::thread::available_parallelism().map_or(5, |n| (4 + n.get()).min(256)),
             run_dir: "/run/hv_vss_daemon".into(),
             exclude: Rules::default(),
             include: Rules::default(),
