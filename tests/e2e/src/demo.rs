@@ -6,10 +6,10 @@
 use crate::cases::make_file_systems;
 use anyhow::{Context, Result};
 use e2e::check::{answered, status_name};
-use e2e::guest::{Daemon, Guest, Images, Machine, Module, STEP};
+use e2e::guest::{Daemon, Guest, Images, Machine, Module, Process, STEP};
 use hyperv_sim::ic::vss::{Lun, CLASS, VERSIONS};
 use hyperv_sim::ic::{status, FRAMEWORKS};
-use hyperv_sim::{Event, EventKind};
+use hyperv_sim::{Event, EventKind, Tx};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -72,7 +72,7 @@ fn back_up(guest: &Guest, images: &Images) -> Result<()> {
     std::fs::write(&path, &text).with_context(|| format!("cannot write {}", path.display()))?;
     println!("\n{text}");
 
-    record_strace(guest, images)
+    record_closely(guest, images, &daemon)
 }
 
 /// Host and daemon in one list, in seconds since the host sent FREEZE.
@@ -141,9 +141,11 @@ fn timeline(events: &[Event], log: &str) -> Result<String> {
     Ok(text)
 }
 
-/// A backup with strace on daemon and guard. Two files: every system call, and only those which
-/// the README explains: what goes through the device, and what is done to file systems.
-fn record_strace(guest: &Guest, images: &Images) -> Result<()> {
+/// A backup with strace on daemon and guard, and with the module's tracepoints. Three files: every
+/// system call, only those which the README explains (what goes through the device, and what is done
+/// to file systems), and one request as each of the four sides saw it.
+fn record_closely(guest: &Guest, images: &Images, daemon: &Process) -> Result<()> {
+    const TRACING: &str = "/sys/kernel/tracing";
     let vss = guest.vss();
     let pids = guest.sh("pidof hv_vss_daemon")?;
     let mut argv = vec!["strace", "-f", "-r", "-y", "-o", "/run/strace.txt"];
@@ -156,8 +158,21 @@ fn record_strace(guest: &Guest, images: &Images) -> Result<()> {
             Ok(guest.output(&strace)?.contains(&format!("{pid} attached")))
         })?;
     }
-    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.sh(&format!(
+        "grep -q tracefs /proc/mounts || mount -t tracefs tracefs {TRACING}
+         echo 1 > {TRACING}/events/hv_vss/enable"
+    ))?;
+    let said_before = guest.output(daemon)?.len();
+    let freeze = vss.send_freeze(&[])?;
+    answered("FREEZE", &vss.wait(freeze, STEP)?, status::OK)?;
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    guest.wait_until("the daemon has written its log", STEP, || {
+        let said = guest.output(daemon)?;
+        Ok(said
+            .get(said_before..)
+            .unwrap_or_default()
+            .contains("THAW answered"))
+    })?;
     guest.signal(&strace, 2)?;
     guest.wait(&strace, STEP)?;
 
@@ -171,12 +186,96 @@ fn record_strace(guest: &Guest, images: &Images) -> Result<()> {
         })
         .map(|line| format!("{line}\n"))
         .collect();
-    for (name, text) in [("strace.txt", &telling), ("strace-full.txt", &all)] {
+    let trace = guest.read(&format!("{TRACING}/trace"))?;
+    let said = guest.output(daemon)?;
+    let said = said.get(said_before..).unwrap_or_default();
+    let request = four_sides(freeze, &vss.events(), &trace, &telling, said)?;
+    for (name, text) in [
+        ("strace.txt", &telling),
+        ("strace-full.txt", &all),
+        ("request.txt", &request),
+    ] {
         let path = images.results().join(name);
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    println!("demo: the system calls of one more backup are in results/strace.txt");
+    println!("demo: the system calls of one more backup are in results/strace.txt, and in");
+    println!(
+        "      results/request.txt its FREEZE as host, kernel trace, strace and daemon saw it"
+    );
     Ok(())
+}
+
+/// One FREEZE as host, kernel trace, strace and daemon saw it. What ties them together is the host's
+/// transaction and the id that the module gives the request.
+fn four_sides(tx: Tx, events: &[Event], trace: &str, strace: &str, said: &str) -> Result<String> {
+    let mut text = String::new();
+    for event in events {
+        let at = event.at.as_secs_f64();
+        let _ = match &event.kind {
+            EventKind::Sent {
+                tx: sent,
+                name,
+                bytes,
+            } if *sent == tx => {
+                writeln!(
+                    text,
+                    "host    {at:.6}: {name} sent, {bytes} bytes, transaction {}",
+                    tx.0
+                )
+            }
+            EventKind::Reply { tx: of, status, .. } if *of == tx => {
+                writeln!(
+                    text,
+                    "host    {at:.6}: transaction {} answered, status {status:#x}",
+                    tx.0
+                )
+            }
+            _ => Ok(()),
+        };
+    }
+    let steps = |words: &str| -> Vec<String> {
+        let lines = trace.lines().filter(|line| line.contains(words));
+        // "task-pid [cpu] flags time: event: fields"; of what is before the event, only the time is
+        // of interest.
+        lines
+            .filter_map(|line| {
+                let (before, event) = line.split_once(": hv_vss_")?;
+                Some(format!("{}: hv_vss_{event}", before.rsplit(' ').next()?))
+            })
+            .collect()
+    };
+    let received = format!("transaction={}", tx.0);
+    let first = steps(&received);
+    let id = first
+        .first()
+        .and_then(|line| {
+            line.split_once("id=")?
+                .1
+                .split(' ')
+                .next()?
+                .parse::<u64>()
+                .ok()
+        })
+        .with_context(|| format!("no {received} in the trace:\n{trace}"))?;
+    for line in steps(&format!(": id={id} ")) {
+        let _ = writeln!(text, "trace   {line}");
+    }
+    // Kind, a reserved word and the id, as strace writes small numbers.
+    for kind in [3, 4] {
+        let frame = format!("\\{kind}\\0\\0\\0\\0\\0\\0\\0\\{id:o}\\0\\0\\0\\0\\0\\0\\0");
+        for line in strace.lines().filter(|line| line.contains(&frame)) {
+            let _ = writeln!(text, "strace  {line}");
+        }
+    }
+    let until = |line: &&str| !line.contains("THAW from the host");
+    for line in said.lines().take_while(until) {
+        let _ = writeln!(
+            text,
+            "daemon  {}",
+            line.trim_start_matches("hv_vss_daemon: ")
+        );
+    }
+    Ok(text)
 }
 
 /// strace shows a call that another thread interrupts in two lines; here each is one again, where
@@ -219,5 +318,28 @@ mod tests {
             whole_calls(text),
             ["1 0.1 ioctl(3, FIFREEZE) = 0", "2 0.2 close(4) = 0"]
         );
+    }
+
+    #[test]
+    fn a_request_is_found_by_transaction_and_id() {
+        let trace = "\
+ <idle>-0 [000] ..s1. 9.123456: hv_vss_request: id=4 operation=FREEZE stage=received transaction=17
+ daemon-7 [000] d..1. 9.200000: hv_vss_answer: id=4 operation=FREEZE status=0x0 latency_us=1 transaction=17
+ <idle>-0 [000] ..s1. 9.300000: hv_vss_request: id=5 operation=THAW stage=received transaction=18
+";
+        let strace = "\
+7 0.1 read(3, \"\\2\\0\\0\\0\\234\\30\\0\\0\\3\\0\\0\\0\\0\\0\\0\\0\\4\\0\\0\\0\\0\\0\\0\\0\", 99) = 99
+7 0.2 write(3, \"\\2\\0\\0\\0 \\0\\0\\0\\4\\0\\0\\0\\0\\0\\0\\0\\5\\0\\0\\0\\0\\0\\0\\0\", 32) = 32
+";
+        let said =
+            "hv_vss_daemon: backup 1 +0.1s: FREEZE answered\nhv_vss_daemon: THAW from the host\n";
+        let text = four_sides(Tx(17), &[], trace, strace, said).unwrap();
+        let sides: Vec<&str> = text.lines().map(|line| &line[..6]).collect();
+        assert_eq!(sides, ["trace ", "trace ", "strace", "daemon"]);
+        assert!(
+            text.starts_with("trace   9.123456: hv_vss_request: id=4"),
+            "{text}"
+        );
+        assert!(!text.contains("id=5") && !text.contains("THAW"), "{text}");
     }
 }
