@@ -661,7 +661,7 @@ impl Guest {
                     ));
                 }
                 let logs =
-                    "for f in /run/*.log; do [ -s $f ] && echo \"== $f\" && tail -n 15 $f; done";
+                    "for f in $(ls -t /run/*.log | head -n 6); do echo \"== $f\"; tail -n 15 $f; done";
                 if let Ok(ended) = self.try_sh(logs) {
                     text.push_str(&format!("what programs wrote:\n{}\n", ended.out));
                 }

@@ -236,8 +236,9 @@ fn backup_in_trouble(guest: &Guest, hold: Duration) -> Result<Told> {
             // One write may have returned just before the freeze and been counted after the first look.
             ensure!(
                 last.count <= first.count + 1,
-                "the host was told that the backup is good, but {} was written while frozen",
-                last.path
+                "the host was told that the backup is good, but {} was written {} times while frozen",
+                last.path,
+                last.count - first.count
             );
         }
     }
