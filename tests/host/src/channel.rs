@@ -12,7 +12,7 @@ use crate::ic::{message_type, negotiate_body, parse_negotiated, status};
 use crate::ic::{Envelope, IcHeader, Version};
 use crate::vmbus::protocol::{packet_type, Guid};
 use crate::vmbus::ring::{Descriptor, Field};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use zerocopy::FromBytes;
 
 /// The descriptor of a proper request.
@@ -275,28 +275,12 @@ impl Channel {
     }
 
     /// Gives up what was sent and not read, and goes on where the guest reads: after packets or
-    /// indices that lied.
-    pub fn resync(&self, timeout: Duration) -> Result<(), HostError> {
-        // A guest that was led astray may be anywhere in the ring and on the move: it stops at the
-        // index that it is given. That it has stopped is seen when nothing changed in a while.
-        let until = Instant::now() + timeout;
-        let mut settled = 0;
-        while settled < 3 {
-            let done = self
-                .host
-                .change(|bus| bus.channel(self.info.relid)?.resync());
-            match done {
-                Some(true) => settled += 1,
-                Some(false) if Instant::now() < until => settled = 0,
-                Some(false) => {
-                    let channel = self.info.name;
-                    return Err(HostError::Astray { channel });
-                }
-                None => return Err(self.not_open("new start in its ring")),
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Ok(())
+    /// indices that lied. Says whether the guest had read all; one that was led astray may still be
+    /// on the move, and is shown the end anew by the next call.
+    pub fn resync(&self) -> Result<bool, HostError> {
+        self.host
+            .change(|bus| bus.channel(self.info.relid)?.resync())
+            .ok_or_else(|| self.not_open("new start in its ring"))
     }
 
     /// Forgets all that was sent and came back so far; what comes for it later is a stray.

@@ -102,12 +102,6 @@ pub enum HostError {
         /// How many.
         luns: usize,
     },
-    /// The guest goes on reading in its ring, however often it is shown the end.
-    #[error("{channel}: the guest does not stop reading")]
-    Astray {
-        /// Where.
-        channel: &'static str,
-    },
     /// The guest's answer makes no sense.
     #[error("{channel}: bad reply: {what}")]
     BadReply {

@@ -107,6 +107,13 @@ fn good(random: &mut Rng) -> Vec<u8> {
     envelope.request(&body)
 }
 
+/// Has `hv_utils` answer heartbeats; the VSS device is taken.
+fn with_heartbeat(guest: &Guest) -> Result<()> {
+    guest.load(Module::Stock, &[])?;
+    guest.host().heartbeat().wait_open(STEP)?;
+    Ok(())
+}
+
 /// A number that programs get wrong.
 fn odd_number(random: &mut Rng) -> u32 {
     match random.u8(0..6) {
@@ -176,8 +183,27 @@ fn descriptor(random: &mut Rng) -> Descriptor {
     descriptor
 }
 
+/// Gives up what the host's lies have hidden from the guest or kept it from looking at.
+///
+/// A guest that was led astray may be anywhere in the ring and on the move. It stops at the end that
+/// it is shown, and has stopped when it has read nothing more until after a heartbeat, which the same
+/// processor answers. A host that masks the guest's interrupts keeps them from nobody but itself.
+fn make_up(guest: &Guest) -> Result<()> {
+    let (vss, heartbeat) = (guest.vss(), guest.host().heartbeat());
+    vss.poke(Side::ToGuest, Field::InterruptMask, 0)?;
+    vss.poke(Side::ToGuest, Field::FeatureBits, 1)?;
+    guest.wait_until("the guest has stopped reading", STEP, || {
+        vss.resync()?;
+        heartbeat.beat(0, BOUND)?;
+        Ok(vss.resync()?)
+    })?;
+    vss.forget();
+    Ok(())
+}
+
 /// Sends [`PACKETS`] of them, and looks after every [`BATCH`] whether a good request is answered.
-fn packets_of_a_round(vss: &Vss, random: &mut Rng, slowest: &mut Duration) -> Result<()> {
+fn packets_of_a_round(guest: &Guest, random: &mut Rng, slowest: &mut Duration) -> Result<()> {
+    let vss = guest.vss();
     for _ in 0..PACKETS / BATCH {
         for _ in 0..BATCH {
             vss.send_packet(descriptor(random), &spoilt(random))?;
@@ -191,11 +217,7 @@ fn packets_of_a_round(vss: &Vss, random: &mut Rng, slowest: &mut Duration) -> Re
                 vss.poke(Side::ToGuest, field, odd_number(random))?;
             }
         }
-        // What a lie about a length has hidden from the guest is given up.
-        std::thread::sleep(Duration::from_millis(2));
-        vss.resync(STEP)?;
-        vss.poke(Side::ToGuest, Field::FeatureBits, 1)?;
-        vss.forget();
+        make_up(guest)?;
         let reply = vss.get_dm_info(BOUND)?;
         answered("GET_DM_INFO after a batch", &reply, status::OK)?;
         *slowest = (*slowest).max(reply.latency);
@@ -217,14 +239,14 @@ fn calm(guest: &Guest) -> Result<()> {
 
 fn packets(guest: &Guest) -> Result<()> {
     start(guest, Module::Ours, Daemon::Ours)?;
-    let vss = guest.vss();
+    with_heartbeat(guest)?;
     // The memory that the daemon locks for a freeze is not what leaks.
     backup(guest)?;
     let mut random = Rng::with_seed(seed());
     let mut slowest = Duration::ZERO;
     let mut before = None;
     for _ in 0..rounds() {
-        packets_of_a_round(&vss, &mut random, &mut slowest)?;
+        packets_of_a_round(guest, &mut random, &mut slowest)?;
         if before.is_none() {
             before = Some(Footprint::of(guest)?);
         }
@@ -259,7 +281,7 @@ fn both_sides(guest: &Guest) -> Result<()> {
     // Short times, since nobody answers what the host asks, except by chance; enough for a backup.
     let times = ["timeout_ms=1000", "freeze_timeout_ms=5000", "grace_ms=50"];
     load(guest, Module::Ours, &times)?;
-    let vss = guest.vss();
+    with_heartbeat(guest)?;
     let register = Register {
         frame: frame_header(frame::REGISTER, 0),
         max_version: ABI_V2,
@@ -292,7 +314,7 @@ fn both_sides(guest: &Guest) -> Result<()> {
         // A fresh descriptor: which ABI it is for is settled by the first write that is taken.
         let device = guest.open_device(Blocking::No)?;
         let storm = device.start_storm(4, WRITES, random.u64(..), &templates)?;
-        packets_of_a_round(&vss, &mut random, &mut slowest)?;
+        packets_of_a_round(guest, &mut random, &mut slowest)?;
         let storm = device.finish_storm(storm, STEP * 4)?;
         device.close()?;
         taken += storm.taken;
@@ -356,9 +378,8 @@ fn keep_full(vss: &Vss, packet: &[u8], stop: &AtomicBool, sent: &AtomicU64) -> R
 
 fn flood(guest: &Guest) -> Result<()> {
     start(guest, Module::Ours, Daemon::Ours)?;
-    guest.load(Module::Stock, &[])?;
+    with_heartbeat(guest)?;
     let (vss, heartbeat) = (guest.vss(), guest.host().heartbeat());
-    heartbeat.wait_open(STEP)?;
     // On a tmpfs, which nobody freezes.
     guest.writer_start("/run/flood")?;
     let envelope = |message_type| Envelope {
@@ -487,9 +508,8 @@ const EDGES: [u32; 12] = [
 
 fn ring_header(guest: &Guest) -> Result<()> {
     start(guest, Module::Ours, Daemon::Ours)?;
-    guest.load(Module::Stock, &[])?;
+    with_heartbeat(guest)?;
     let (vss, heartbeat) = (guest.vss(), guest.host().heartbeat());
-    heartbeat.wait_open(STEP)?;
     let mut number = 0;
     let mut alive = |what: &str| -> Result<()> {
         number += 1;
@@ -518,8 +538,7 @@ fn ring_header(guest: &Guest) -> Result<()> {
                 Field::FeatureBits => 1,
             };
             vss.poke(Side::ToGuest, field, calm)?;
-            vss.resync(STEP).with_context(|| what.clone())?;
-            vss.forget();
+            make_up(guest).with_context(|| what.clone())?;
             let reply = vss.get_dm_info(BOUND).with_context(|| what.clone())?;
             answered(&what, &reply, status::OK)?;
         }
@@ -556,6 +575,7 @@ fn packets_seen(guest: &Guest) -> Result<u64> {
 
 fn never_empty(guest: &Guest) -> Result<()> {
     start(guest, Module::Ours, Daemon::Ours)?;
+    with_heartbeat(guest)?;
     let vss = guest.vss();
     // Whatever is read of this is a packet without a proper length.
     vss.send_raw(&vec![0xff; 28_640])?;
@@ -570,6 +590,6 @@ fn never_empty(guest: &Guest) -> Result<()> {
         STEP,
         || Ok(packets_seen(guest)? > before + 12_000),
     )?;
-    vss.resync(STEP)?;
+    make_up(guest)?;
     calm(guest)
 }
