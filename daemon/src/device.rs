@@ -135,7 +135,7 @@ impl Device {
         Self::register(fd, path)
     }
 
-    /// Registers on a descriptor that is open already; `path` is for messages.
+    /// Registers on a descriptor that is open already, and does not block; `path` is for messages.
     pub fn register(fd: OwnedFd, path: &Path) -> Result<Self, DeviceError> {
         let mut device = Device {
             fd,
@@ -206,7 +206,8 @@ impl Device {
 
     /// The next request, or `None` when there is none at the moment.
     pub fn read(&mut self) -> Result<Option<Incoming>, DeviceError> {
-        if !self.is_readable(PollTimeout::ZERO)? {
+        // The read of hv_utils waits whatever the descriptor says.
+        if self.abi == Abi::V1 && !self.is_readable(PollTimeout::ZERO)? {
             return Ok(None);
         }
         let length = match nix::unistd::read(&self.fd, &mut self.buffer) {
@@ -349,6 +350,7 @@ fn decode_v2(bytes: &[u8]) -> Incoming {
 mod tests {
     use super::*;
     use hv_vss_uapi::status;
+    use nix::fcntl::{fcntl, FcntlArg};
     use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
     use std::thread;
     use zerocopy::FromZeros;
@@ -356,7 +358,9 @@ mod tests {
     /// A device and the kernel's end of it. Packets keep their bounds, as with the real device.
     fn pair() -> (OwnedFd, OwnedFd) {
         let kind = SockType::SeqPacket;
-        socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap()
+        let ends = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        fcntl(&ends.0, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        ends
     }
 
     fn receive(kernel: &OwnedFd) -> Vec<u8> {

@@ -128,9 +128,6 @@ impl Guard {
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .env_clear()
-            // Its threads allocate next to nothing; by default each sets 64 MiB of addresses aside, all
-            // of which count as locked (mallopt(3)).
-            .env("MALLOC_ARENA_MAX", "1")
             .spawn()
             .map_err(GuardError::Start)?;
         let guard = Guard {

@@ -250,8 +250,8 @@ fn freeze_prepared(
 /// Whether so much is dirty that writing it back beforehand makes the freeze shorter. With little,
 /// the freeze writes it as fast, and the sync would only delay it.
 fn is_worth_a_sync() -> bool {
-    // The kernel makes up the text as it is read, and both counters stand near its beginning.
-    let mut text = [0; 4096];
+    // The kernel makes up as much of the text as is read, and both counters stand near its beginning.
+    let mut text = [0; 1024];
     let read = File::open("/proc/vmstat").and_then(|mut f| f.read(&mut text));
     let text = text.get(..read.unwrap_or(0)).unwrap_or_default();
     dirty_pages(text).is_none_or(|pages| pages > CLEAN_PAGES)
@@ -377,10 +377,17 @@ enum Order {
     Backup(Box<Backup>),
 }
 
+/// What the event loop tells the worker of a backup under way.
+enum Word {
+    /// The host has its answer: [`Frozen::settle`].
+    Settle,
+    Thaw,
+}
+
 struct Backup {
     setting: Setting,
     abort: Arc<AtomicBool>,
-    thaw: Receiver<()>,
+    words: Receiver<Word>,
     /// Dropped when nothing more is to be done for it.
     over: Sender<()>,
     tell: Box<dyn Fn(Outcome) + Send>,
@@ -412,18 +419,22 @@ impl Worker {
 
     /// Begins a backup. `tell` is called from the worker's thread. `None` when that has died.
     pub fn begin(&self, setting: Setting, tell: impl Fn(Outcome) + Send + 'static) -> Option<Job> {
-        let (thaw, commands) = channel();
+        let (speaker, words) = channel();
         let (sender, over) = channel();
         let abort = Arc::new(AtomicBool::new(false));
         let backup = Backup {
             setting,
             abort: Arc::clone(&abort),
-            thaw: commands,
+            words,
             over: sender,
             tell: Box::new(tell),
         };
         self.orders.send(Order::Backup(Box::new(backup))).ok()?;
-        Some(Job { thaw, abort, over })
+        Some(Job {
+            speaker,
+            abort,
+            over,
+        })
     }
 }
 
@@ -433,12 +444,13 @@ impl Backup {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
             Ok(frozen) => {
                 (self.tell)(Outcome::Frozen(Ok(frozen.summary)));
-                frozen.settle();
+                // The loss of whoever could say it means the same as the word to thaw.
+                while let Ok(Word::Settle) = self.words.recv() {
+                    frozen.settle();
+                }
+                (self.tell)(Outcome::Thawed(frozen.thaw()));
                 let targets = frozen.session.targets().iter();
                 prepared.usual = targets.filter_map(|t| Some((t.dev, t.took()?))).collect();
-                // Both mean the same: the word to thaw, and the loss of whoever could say it.
-                let _ = self.thaw.recv();
-                (self.tell)(Outcome::Thawed(frozen.thaw()));
                 frozen.tidy();
             }
         }
@@ -448,16 +460,25 @@ impl Backup {
 
 /// A backup under way.
 pub struct Job {
-    thaw: Sender<()>,
+    speaker: Sender<Word>,
     abort: Arc<AtomicBool>,
     over: Receiver<()>,
 }
 
 impl Job {
+    /// Says that the host knows of the freeze, and that there is time to do what it need not wait for.
+    pub fn settle(&self) {
+        self.say(Word::Settle);
+    }
+
     /// Asks for the thaw of what is frozen.
     pub fn thaw(&self) {
+        self.say(Word::Thaw);
+    }
+
+    fn say(&self, word: Word) {
         // A job that is over needs no word.
-        let _ = self.thaw.send(());
+        let _ = self.speaker.send(word);
     }
 
     /// Calls the freeze off, under way or in force; what is frozen is thawed.

@@ -173,7 +173,9 @@ fn write(sink: Sink, level: Level, line: &str) {
                 Level::Warning => "warning: ",
                 Level::Info => "",
             };
-            let _ = writeln!(std::io::stderr(), "hv_vss_daemon: {word}{line}");
+            // In one piece: it goes out unbuffered.
+            let text = format!("hv_vss_daemon: {word}{line}\n");
+            let _ = std::io::stderr().write_all(text.as_bytes());
         }
         Sink::Syslog => {
             let severity = match level {

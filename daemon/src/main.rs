@@ -14,7 +14,7 @@ use hv_vss_daemon::config::Config;
 use hv_vss_daemon::device::Device;
 use hv_vss_daemon::logbook::{words, Logbook, Sink};
 use hv_vss_daemon::service::{self, Service};
-use hv_vss_daemon::{guard, job, process};
+use hv_vss_daemon::{guard, job, process, sys};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -73,6 +73,7 @@ fn command() -> Command {
 }
 
 fn main() -> ExitCode {
+    sys::use_one_heap();
     // Not for people, and started with as little memory as can be, so before all else.
     let mut args = std::env::args_os().skip(1);
     if args.next().is_some_and(|a| a == guard::SUBCOMMAND) {

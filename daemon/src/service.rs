@@ -38,6 +38,8 @@ const GUARD: Token = Token(3);
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// How often a dead process is looked after that is still inside the kernel.
 const RECOVERY_PAUSE: Duration = Duration::from_millis(250);
+/// How long a plan that was looked over need not be so again.
+const PREPARED: Duration = Duration::from_secs(1);
 /// How long before the kernel gives up a freeze is called off, so that the host hears why.
 const MARGIN: Duration = Duration::from_secs(2);
 
@@ -115,6 +117,8 @@ pub struct Service {
     device: Option<Device>,
     guard: Option<Arc<Guard>>,
     worker: Worker,
+    /// When the plan for the next backup was last looked over.
+    prepared: Instant,
     /// When to try next to open a device that went away, and the pause after that.
     retry: Option<(Instant, Duration)>,
     phase: Phase,
@@ -154,6 +158,7 @@ impl Service {
             signals,
             device: None,
             guard: None,
+            prepared: Instant::now(),
             worker: Worker::start().map_err(failed("start a thread"))?,
             retry: None,
             phase: Phase::Idle,
@@ -169,7 +174,7 @@ impl Service {
         service.recover();
         service.start_guard()?;
         service.adopt(device)?;
-        service.worker.prepare(&service.config);
+        service.prepare();
         Ok(service)
     }
 
@@ -245,12 +250,15 @@ impl Service {
     }
 
     fn on_guard(&mut self) {
-        let Some(guard) = self.guard.clone() else {
-            return;
-        };
-        let Some(event) = guard.event() else {
-            return;
-        };
+        while let Some(guard) = self.guard.clone() {
+            match guard.event() {
+                Some(event) => self.on_guard_event(&guard, event),
+                None => return,
+            }
+        }
+    }
+
+    fn on_guard_event(&mut self, guard: &Guard, event: Event) {
         if event == Event::Died {
             self.log.error("the guard process died");
             let registry = self.poll.registry();
@@ -281,16 +289,21 @@ impl Service {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 other => other.map_err(failed("wait"))?,
             }
+            let woken = |token| events.iter().any(|event| event.token() == token);
             // What has happened to the freeze comes before what is asked next about it.
             while let Ok(outcome) = self.outcomes.1.try_recv() {
                 self.on_outcome(outcome);
             }
-            if self.signals.pending().next().is_some() {
+            if woken(SIGNALS) && self.signals.pending().next().is_some() {
                 self.stop();
             }
-            self.on_guard();
+            if woken(GUARD) {
+                self.on_guard();
+            }
             self.on_time();
-            self.on_device();
+            if woken(DEVICE) {
+                self.on_device();
+            }
             if self.stopping && matches!(self.phase, Phase::Idle) {
                 self.log.info("stopped, nothing is frozen");
                 return Ok(());
@@ -462,12 +475,12 @@ impl Service {
             op::FREEZE => self.on_freeze(request),
             op::THAW => self.on_thaw(request),
             other => {
+                self.answer(&request, status::OK);
                 self.log
                     .info(format!("{} from the host, acknowledged", name_of(other)));
-                self.answer(&request, status::OK);
-                if other == op::HOT_BACKUP {
+                if other == op::HOT_BACKUP && self.prepared.elapsed() > PREPARED {
                     // The host asks whether it could take a backup, so it may take one soon.
-                    self.worker.prepare(&self.config);
+                    self.prepare();
                 }
             }
         }
@@ -584,6 +597,7 @@ impl Service {
                     summary.ours, summary.foreign, summary.synced
                 );
                 if self.answer(&request, status::OK) {
+                    job.settle();
                     self.log.info(format!("FREEZE answered: {counts}"));
                     let id = request.id;
                     self.phase = Phase::Frozen { job, id };
@@ -642,6 +656,12 @@ impl Service {
         self.log.end_backup();
         self.log.release();
         self.need_guard();
+        self.prepare();
+    }
+
+    /// Has the plan for the next backup looked over.
+    fn prepare(&mut self) {
+        self.prepared = Instant::now();
         self.worker.prepare(&self.config);
     }
 }

@@ -320,6 +320,17 @@ pub fn set_nice(nice: i32) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes all threads allocate from one heap. By default each sets 64 MiB of addresses aside, all of
+/// which count as locked, and gives back none of what it has touched (`mallopt(3)`). To be called
+/// before there are threads.
+pub fn use_one_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt takes integers only, and no other thread allocates meanwhile.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 /// Gives memory that the allocator keeps for later back to the kernel.
 pub fn give_back_memory() {
     #[cfg(target_env = "gnu")]
