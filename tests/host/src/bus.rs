@@ -212,6 +212,12 @@ impl Chan {
         Some(before)
     }
 
+    /// Whether the guest has read all that was sent to it; `None` when the channel is not open.
+    pub(crate) fn is_read(&self) -> Option<bool> {
+        let read = self.link.as_ref()?.writer.is_read().ok()?;
+        Some(self.outbox.is_empty() && read)
+    }
+
     /// See [`Writer::resync`]; `None` when the channel is not open.
     pub(crate) fn resync(&mut self) -> Option<bool> {
         self.outbox.clear();

@@ -274,6 +274,13 @@ impl Channel {
         self.host.change(|bus| bus.signal_channel(self.info.relid));
     }
 
+    /// Whether the guest has read all that was sent to it.
+    pub fn is_read(&self) -> Result<bool, HostError> {
+        self.host
+            .change(|bus| bus.channel(self.info.relid)?.is_read())
+            .ok_or_else(|| self.not_open("look into its ring"))
+    }
+
     /// Gives up what was sent and not read, and goes on where the guest reads: after packets or
     /// indices that lied. Says whether the guest had read all; one that was led astray may still be
     /// on the move, and is shown the end anew by the next call.

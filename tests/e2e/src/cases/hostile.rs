@@ -73,6 +73,9 @@ const WRITES: u64 = 2500;
 /// Packets that are sent before the host waits for the guest.
 const BATCH: u32 = 50;
 
+/// Heartbeats in which a guest has read a batch, unless it was led astray.
+const PATIENCE: u32 = 30;
+
 /// In which a guest that is not starved answers. In calm it takes some milliseconds; the rest is for
 /// the emulation.
 const BOUND: Duration = Duration::from_secs(10);
@@ -165,15 +168,15 @@ fn spoilt(random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
-/// The descriptor of a packet, one in eight with a type or flags that nobody knows, one in sixteen
-/// with a lie about its lengths.
+/// The descriptor of a packet, one in eight with a type or flags that nobody knows, one in
+/// sixty-four with a lie about its lengths, which hides what follows in its batch.
 fn descriptor(random: &mut Rng) -> Descriptor {
     let mut descriptor = Descriptor::new(DATA_INBAND, random.u16(..2));
     if random.u8(0..8) == 0 {
         descriptor.packet_type = random.u16(..20);
         descriptor.flags = random.u16(..);
     }
-    if random.u8(0..16) == 0 {
+    if random.u8(0..64) == 0 {
         let number = odd_number(random) as u16;
         match random.bool() {
             true => descriptor.offset8 = Some(number),
@@ -192,6 +195,14 @@ fn make_up(guest: &Guest) -> Result<()> {
     let (vss, heartbeat) = (guest.vss(), guest.host().heartbeat());
     vss.poke(Side::ToGuest, Field::InterruptMask, 0)?;
     vss.poke(Side::ToGuest, Field::FeatureBits, 1)?;
+    vss.signal();
+    // One that takes longer is lost in the ring.
+    for _ in 0..PATIENCE {
+        if vss.is_read()? {
+            break;
+        }
+        heartbeat.beat(0, BOUND)?;
+    }
     guest.wait_until("the guest has stopped reading", STEP, || {
         vss.resync()?;
         heartbeat.beat(0, BOUND)?;

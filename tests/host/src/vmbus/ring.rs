@@ -356,12 +356,17 @@ impl<M: RingMem> Writer<M> {
         })
     }
 
+    /// Whether the guest has read all that was sent.
+    pub fn is_read(&self) -> Result<bool, RingError<M::Error>> {
+        Ok(index(&self.mem, Field::ReadIndex)? == self.write)
+    }
+
     /// Drops what the guest has not read: the next packet goes to where it reads next. The flag says
     /// whether it had read all.
     pub fn resync(&mut self) -> Result<bool, RingError<M::Error>> {
         let read = index(&self.mem, Field::ReadIndex)?;
         let write = self.mem.load(Field::WriteIndex);
-        let done = read == self.write && write.map_err(RingError::Memory)? == read;
+        let done = self.is_read()? && write.map_err(RingError::Memory)? == read;
         self.write = read;
         self.waiting = false;
         for (field, value) in [(Field::PendingSendSize, 0), (Field::WriteIndex, read)] {
