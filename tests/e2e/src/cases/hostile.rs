@@ -264,13 +264,14 @@ fn packets(guest: &Guest) -> Result<()> {
     }
     calm(guest)?;
     let before = before.context("no rounds were asked for")?;
-    let after = before.check(guest, 16 * 1024)?;
+    let after = before.check(guest, 4 * 1024)?;
     let state = ModuleState::of(guest)?;
     println!(
-        "     {} packets, seed {}: {} dropped, {} negotiations, {} without a place in the queue; \
+        "     {} packets, seed {}, of which the module saw {}: {} dropped, {} negotiations, {} without a place in the queue; \
          a good request took {slowest:?} at most; {before} -> {after}",
         rounds() * PACKETS,
         seed(),
+        packets_seen(guest)?,
         state.number("bad_packets")?,
         state.number("negotiations")?,
         state.number("overruns")?,
@@ -357,14 +358,15 @@ fn both_sides(guest: &Guest) -> Result<()> {
     }
     equal("writes counted as refused", counted, refused)?;
     let before = before.context("two rounds are the least")?;
-    let after = before.check(guest, 16 * 1024)?;
+    let after = before.check(guest, 4 * 1024)?;
     guest.start_daemon(Daemon::Ours)?;
     calm(guest)?;
     println!(
-        "     {} packets and {writes} writes, seed {}: {taken} taken, {read} reads with a message; \
+        "     {} packets, seed {}, of which the module saw {}, and {writes} writes: {taken} taken, {read} reads with a message; \
          a good request took {slowest:?} at most; {before} -> {after}",
         rounds() * PACKETS,
         seed(),
+        packets_seen(guest)?,
     );
     Ok(())
 }

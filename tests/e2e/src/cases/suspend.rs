@@ -4,7 +4,8 @@
 //! back for good (`test_resume`), while the host does its side of it.
 //!
 //! The bus takes part in nothing else: `vmbus_pm` and `vmbus_bus_pm` have callbacks for hibernation
-//! only. The stock kernel has no `pm_test`; `test_resume` goes further than any of its levels.
+//! only. `test_resume` goes further than any level of `pm_test`, which the stock kernel does not have;
+//! where it is there (debug kernels), the levels that reach the bus are gone through as well.
 
 use super::abi::{answer_v2, read_request, register};
 use super::{backup, load, start, wait_for_daemon, Case};
@@ -59,6 +60,27 @@ fn hibernate(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
+/// The levels of `pm_test` in which the bus takes part, where the kernel has them. Its callbacks come
+/// after the level `devices`.
+const LEVELS: [&str; 3] = ["platform", "processors", "core"];
+
+fn levels(guest: &Guest) -> Result<&'static [&'static str]> {
+    let there = guest.try_sh("test -e /sys/power/pm_test")?.status == Some(0);
+    Ok(if there { &LEVELS } else { &[] })
+}
+
+/// Hibernates as far as `level`, and wakes up from there.
+fn hibernate_to(guest: &Guest, level: &str) -> Result<()> {
+    guest.sh(&format!(
+        "echo 1 > /sys/module/suspend/parameters/pm_test_delay
+         echo {level} > /sys/power/pm_test
+         echo shutdown > /sys/power/disk
+         echo disk > /sys/power/state
+         echo none > /sys/power/pm_test"
+    ))?;
+    Ok(())
+}
+
 fn unloads(guest: &Guest) -> usize {
     let events = guest.host().events();
     let unloads = events
@@ -80,6 +102,15 @@ fn hibernate_idle(guest: &Guest) -> Result<()> {
         vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
         answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
         backup(guest)?;
+        for level in levels(guest)? {
+            let (openings, left) = (vss.openings(), unloads(guest));
+            hibernate_to(guest, level)?;
+            equal("how often the guest left the bus", unloads(guest), left + 1)?;
+            vss.wait_openings(openings + 1, STEP)?;
+            vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+            backup(guest)?;
+            println!("     as far as pm_test's {level}");
+        }
         super::stop(guest, Module::Ours, &process)?;
     }
     Ok(())
