@@ -263,7 +263,7 @@ struct Seen {
     moving: Vec<String>,
     /// What the host was told for THAW; `None` when FREEZE had failed.
     thaw: Option<u32>,
-    /// The writers that had not gone on 3 s after that.
+    /// The writers that had not gone on 5 s after that.
     stuck: Vec<String>,
 }
 
@@ -290,10 +290,21 @@ fn observe(guest: &Guest) -> Result<Seen> {
         status::OK => Some(vss.thaw(STEP)?.status()),
         _ => None,
     };
+    Ok(Seen {
+        freeze,
+        still,
+        moving,
+        thaw,
+        stuck: stuck_writers(guest)?,
+    })
+}
+
+/// The writers that do not go on, by file.
+fn stuck_writers(guest: &Guest) -> Result<Vec<String>> {
     let start = guest.writers()?;
     let mut stuck = Vec::new();
     // Not to go on is a result, too.
-    let _ = guest.wait_until("every writer goes on", Duration::from_secs(3), || {
+    let _ = guest.wait_until("every writer goes on", Duration::from_secs(5), || {
         stuck = start
             .iter()
             .zip(&guest.writers()?)
@@ -302,13 +313,7 @@ fn observe(guest: &Guest) -> Result<Seen> {
             .collect();
         Ok(stuck.is_empty())
     });
-    Ok(Seen {
-        freeze,
-        still,
-        moving,
-        thaw,
-        stuck,
-    })
+    Ok(stuck)
 }
 
 /// A good backup: both answered 0, all of these stood still, all went on.

@@ -8,7 +8,7 @@
 //! where it is there (debug kernels), the levels that reach the bus are gone through as well.
 
 use super::abi::{answer_v2, read_request, register};
-use super::{backup, load, start, wait_for_daemon, Case};
+use super::{backup, load, start, stuck_writers, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused, status_name};
 use e2e::guest::{Blocking, Daemon, Guest, Module, STEP};
@@ -16,7 +16,6 @@ use hv_vss_uapi::{op, MAX_FRAME};
 use hyperv_sim::ic::vss::{Op, SHORT_BODY, VERSIONS};
 use hyperv_sim::ic::{status, FRAMEWORKS};
 use hyperv_sim::EventKind;
-use std::time::Duration;
 use zerocopy::IntoBytes;
 
 pub const CASES: &[Case] = &[
@@ -138,18 +137,7 @@ fn sleep_frozen(guest: &Guest, module: Module, daemon: Daemon) -> Result<Slept> 
         Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
     })?;
     hibernate(guest)?;
-    let start = guest.writers()?;
-    let mut stuck = Vec::new();
-    // Not to go on is a result, too.
-    let _ = guest.wait_until("every writer goes on", Duration::from_secs(5), || {
-        stuck = start
-            .iter()
-            .zip(&guest.writers()?)
-            .filter(|(then, now)| now.count == then.count)
-            .map(|(_, now)| now.path.clone())
-            .collect();
-        Ok(stuck.is_empty())
-    });
+    let stuck = stuck_writers(guest)?;
     vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
     let thaw = vss.thaw(STEP)?.status();
     guest.writers_stop()?;
