@@ -213,7 +213,9 @@ impl Device {
         let length = match nix::unistd::read(&self.fd, &mut self.buffer) {
             Ok(0) => return Err(DeviceError::HungUp),
             Ok(length) => length,
-            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(None),
+            Err(Errno::EAGAIN) => return Ok(None),
+            // The loop hears of a request once, so none may be left behind.
+            Err(Errno::EINTR) => return self.read(),
             Err(e) => return Err(DeviceError::Read(e.into())),
         };
         let bytes = self.buffer.get(..length).unwrap_or_default();
