@@ -16,6 +16,7 @@ use hv_vss_uapi::{op, MAX_FRAME};
 use hyperv_sim::ic::vss::{Op, SHORT_BODY, VERSIONS};
 use hyperv_sim::ic::{status, FRAMEWORKS};
 use hyperv_sim::EventKind;
+use std::time::Duration;
 use zerocopy::IntoBytes;
 
 pub const CASES: &[Case] = &[
@@ -47,7 +48,11 @@ pub const CASES: &[Case] = &[
 ];
 
 const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result<()>) -> Case {
-    super::case(name, about, run)
+    Case {
+        // An image of some hundred MiB is made, written and read, with a debug kernel at a crawl.
+        per_round: Duration::from_secs(20),
+        ..super::case(name, about, run)
+    }
 }
 
 /// Hibernates to a ram disk and restores from there.
@@ -71,8 +76,7 @@ fn levels(guest: &Guest) -> Result<&'static [&'static str]> {
 /// Hibernates as far as `level`, and wakes up from there.
 fn hibernate_to(guest: &Guest, level: &str) -> Result<()> {
     guest.sh(&format!(
-        "echo 1 > /sys/module/suspend/parameters/pm_test_delay
-         echo {level} > /sys/power/pm_test
+        "echo {level} > /sys/power/pm_test
          echo shutdown > /sys/power/disk
          echo disk > /sys/power/state
          echo none > /sys/power/pm_test"
@@ -101,18 +105,19 @@ fn hibernate_idle(guest: &Guest) -> Result<()> {
         vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
         answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
         backup(guest)?;
-        for level in levels(guest)? {
-            let (openings, left) = (vss.openings(), unloads(guest));
-            hibernate_to(guest, level)?;
-            equal("how often the guest left the bus", unloads(guest), left + 1)?;
-            vss.wait_openings(openings + 1, STEP)?;
-            vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
-            backup(guest)?;
-            println!("     as far as pm_test's {level}");
-        }
         super::stop(guest, Module::Ours, &process)?;
     }
-    Ok(())
+    let process = start(guest, Module::Ours, Daemon::Ours)?;
+    for level in levels(guest)? {
+        let (openings, left) = (vss.openings(), unloads(guest));
+        hibernate_to(guest, level)?;
+        equal("how often the guest left the bus", unloads(guest), left + 1)?;
+        vss.wait_openings(openings + 1, STEP)?;
+        vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+        backup(guest)?;
+        println!("     as far as pm_test's {level}");
+    }
+    super::stop(guest, Module::Ours, &process)
 }
 
 /// What a hibernation did to a backup that had something frozen.
