@@ -626,11 +626,15 @@ impl Guest {
             "page allocation failure",
         ];
         let mut text = String::new();
+        let mut inside = false;
         for record in self.log(6)? {
-            if WORDS.iter().any(|word| record.text.contains(word)) {
+            // A warning is of use with its call trace only.
+            inside |= record.text.contains("cut here");
+            if inside || WORDS.iter().any(|word| record.text.contains(word)) {
                 text.push_str(&record.text);
                 text.push('\n');
             }
+            inside &= !record.text.contains("end trace");
         }
         text.push_str(&self.detectors.complaints(self)?);
         Ok(text)
