@@ -558,7 +558,8 @@ fn ring_header(guest: &Guest) -> Result<()> {
     }
     // What the guest writes and the host reads. A request in between makes it write; where its answer
     // goes to nobody can say, so the channel is taken back and offered again.
-    for field in fields {
+    // Not the write index: hv_vmbus takes its own from there, and writes wherever the host has it point.
+    for field in fields.into_iter().skip(1) {
         for value in EDGES {
             let what = format!("{field:?} {value:#x} in the ring from the guest");
             vss.poke(Side::FromGuest, field, value)?;
