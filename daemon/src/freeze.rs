@@ -105,7 +105,11 @@ enum State {
     Foreign,
     /// It cannot freeze; synced instead.
     Synced,
-    Thawed,
+    /// It was ours.
+    Thawed {
+        /// How long the freeze took.
+        took: Duration,
+    },
 }
 
 /// One file system to freeze.
@@ -140,11 +144,11 @@ impl Target {
         matches!(*self.state(), State::Ours { .. })
     }
 
-    /// How long its freeze took, while it is in force.
+    /// How long its freeze took, if this session froze it.
     pub fn took(&self) -> Option<Duration> {
         match *self.state() {
-            State::Ours { took, .. } => Some(took),
-            _ => None,
+            State::Ours { took, .. } | State::Thawed { took } => Some(took),
+            State::Open | State::Foreign | State::Synced => None,
         }
     }
 
@@ -280,7 +284,7 @@ impl Session {
                 State::Ours { .. } => summary.ours += 1,
                 State::Foreign => summary.foreign += 1,
                 State::Synced => summary.synced += 1,
-                State::Open | State::Thawed => {}
+                State::Open | State::Thawed { .. } => {}
             }
         }
         Ok(summary)
@@ -446,7 +450,7 @@ impl Work {
     }
 
     fn thaw_one(&self, _: usize, target: &Target) {
-        let State::Ours { since, .. } = *target.state() else {
+        let State::Ours { since, took } = *target.state() else {
             return;
         };
         let name = &target.name;
@@ -454,18 +458,18 @@ impl Work {
         let stood = since.elapsed().as_secs_f64();
         match result.map_err(|e| (e.raw_os_error().map(Errno::from_raw), e)) {
             Ok(()) => {
-                *target.state() = State::Thawed;
+                *target.state() = State::Thawed { took };
                 self.log
                     .info(format!("{name} thawed, was frozen for {stood:.6} s"));
             }
             Err((Some(Errno::EINVAL), _)) if self.abort.load(Ordering::SeqCst) => {
-                *target.state() = State::Thawed;
+                *target.state() = State::Thawed { took };
                 self.log.info(format!(
                     "{name} is thawed already, was frozen for at most {stood:.6} s"
                 ));
             }
             Err((Some(Errno::EINVAL), _)) => {
-                *target.state() = State::Thawed;
+                *target.state() = State::Thawed { took };
                 self.log
                     .error(format!("{name} had been thawed by somebody else before"));
                 lock(&self.early).push(name.clone());
@@ -588,6 +592,15 @@ mod tests {
         let freeze = [("freeze", 1), ("freeze", 0), ("freeze", 2)];
         let thaw = [("thaw", 2), ("thaw", 0), ("thaw", 1)];
         assert_eq!(calls(&s), [sync, freeze, thaw].concat());
+    }
+
+    #[test]
+    fn how_long_a_freeze_took_is_known_when_it_is_over() {
+        let s = setup(&[0, 0], &[("freeze", 1, Errno::EBUSY)], false);
+        s.session.freeze().unwrap();
+        s.session.thaw().unwrap();
+        let known = s.session.targets().iter().map(|t| t.took().is_some());
+        assert_eq!(known.collect::<Vec<_>>(), [true, false]);
     }
 
     #[test]
