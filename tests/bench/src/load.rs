@@ -169,12 +169,12 @@ fn rewrite(n: u32, mib: u32) -> String {
 const WRITE_EVERY_US: u64 = 1000;
 
 impl Disks {
-    /// Starts the writers. Each waits the longer between two writes the more there are.
+    /// Starts the writers. Each writes the less often the more there are.
     pub fn start_writers(&self, guest: &Guest) -> Result<()> {
         let files = self.writers();
-        let pause_us = WRITE_EVERY_US * files.len() as u64;
+        let every_us = WRITE_EVERY_US * files.len() as u64;
         for file in files {
-            guest.writer_start_every(&file, pause_us)?;
+            guest.writer_start_every(&file, every_us)?;
         }
         Ok(())
     }

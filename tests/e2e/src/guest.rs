@@ -437,11 +437,11 @@ impl Guest {
         self.writer_start_every(path, 1000)
     }
 
-    /// The same with another pause between two writes, in microseconds.
-    pub fn writer_start_every(&self, path: &str, pause_us: u64) -> Result<(), CallError> {
+    /// The same with another time between two writes, in microseconds.
+    pub fn writer_start_every(&self, path: &str, every_us: u64) -> Result<(), CallError> {
         let path = path.into();
         self.agent
-            .call(Command::WriterStart { path, pause_us }, STEP)
+            .call(Command::WriterStart { path, every_us }, STEP)
     }
 
     /// How the writers fare, in the order of their start.

@@ -122,13 +122,13 @@ pub enum Command {
     },
     /// Ends the watch and lets everybody pass.
     ReleaseOpens,
-    /// Starts a thread that rewrites the first 512 bytes of a file again and again, with
-    /// `pause_us` between two writes.
+    /// Starts a thread that rewrites the first 512 bytes of a file again and again, each time the
+    /// clock shows a multiple of `every_us`.
     WriterStart {
         /// The file, which is made.
         path: String,
-        /// Microseconds between the end of a write and the start of the next.
-        pause_us: u64,
+        /// In microseconds.
+        every_us: u64,
     },
     /// How the writers fare: a list of [`Writer`]s in the order of their start.
     Writers,

@@ -59,8 +59,8 @@ impl Agent {
             Command::Thaw { path } => json!(sys::thaw(&open_any(&path)?)?),
             Command::WatchOpens { path, log } => json!(self.opens.watch(&path, log.as_deref())?),
             Command::ReleaseOpens => json!(self.opens.release()),
-            Command::WriterStart { path, pause_us } => {
-                json!(self.writers.start(&path, pause_us)?)
+            Command::WriterStart { path, every_us } => {
+                json!(self.writers.start(&path, every_us)?)
             }
             Command::Writers => json!(self.writers.list()),
             Command::Stalls { since_us } => json!(self.writers.stalls(since_us)),
