@@ -312,8 +312,12 @@ impl Session {
             if let Some(target) = work.targets.get(index) {
                 work.freeze_one(index, target);
             }
-            *lock(&ended.0) += 1;
-            ended.1.notify_all();
+            let mut count = lock(&ended.0);
+            *count += 1;
+            // Nobody waits for the last one.
+            if *count < members.len() {
+                ended.1.notify_all();
+            }
         };
         self.pool.run(wave.len(), usize::MAX, Arc::new(run_one));
     }

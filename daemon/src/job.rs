@@ -10,7 +10,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::Arc;
@@ -83,15 +84,24 @@ fn plan_of(machine: &Machine, config: &Config) -> Plan {
     plan(&machine.mounts, &machine.topology, &|f| config.excludes(f))
 }
 
-/// What is known before it is needed.
-#[derive(Default)]
+/// What is known, or open, before it is needed.
 struct Prepared {
     plan: Option<(Vec<Vec<FileSystem>>, Watch)>,
     /// How long the freeze of each file system took the last time.
     usual: BTreeMap<DevId, Duration>,
+    /// `/proc/vmstat`.
+    vmstat: Option<File>,
 }
 
 impl Prepared {
+    fn new() -> Self {
+        Prepared {
+            plan: None,
+            usual: BTreeMap::new(),
+            vmstat: File::open("/proc/vmstat").ok(),
+        }
+    }
+
     /// Makes a plan, unless the one that is there still holds. Nothing comes of it where a later
     /// change would go unnoticed; then each freeze makes its own.
     fn prepare(&mut self, config: &Config) {
@@ -181,7 +191,7 @@ pub struct Frozen {
 /// Freezes everything that a plan for the machine as it is now says. The log is held from just
 /// before the first freeze at the latest.
 pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, JobError> {
-    freeze_prepared(setting, abort, &Prepared::default())
+    freeze_prepared(setting, abort, &Prepared::new())
 }
 
 fn freeze_prepared(
@@ -213,7 +223,7 @@ fn freeze_prepared(
         Box::new(on_foreign),
     )
     .map_err(JobError::Threads)?;
-    if is_worth_a_sync() {
+    if is_worth_a_sync(prepared) {
         // It may take long, and nothing is frozen yet.
         log.release();
         session.sync();
@@ -249,10 +259,11 @@ fn freeze_prepared(
 
 /// Whether so much is dirty that writing it back beforehand makes the freeze shorter. With little,
 /// the freeze writes it as fast, and the sync would only delay it.
-fn is_worth_a_sync() -> bool {
+fn is_worth_a_sync(prepared: &Prepared) -> bool {
     // The kernel makes up as much of the text as is read, and both counters stand near its beginning.
     let mut text = [0; 1024];
-    let read = File::open("/proc/vmstat").and_then(|mut f| f.read(&mut text));
+    let vmstat = prepared.vmstat.as_ref();
+    let read = vmstat.and_then(|file| file.read_at(&mut text, 0).ok());
     let text = text.get(..read.unwrap_or(0)).unwrap_or_default();
     dirty_pages(text).is_none_or(|pages| pages > CLEAN_PAGES)
 }
@@ -398,7 +409,7 @@ impl Worker {
     pub fn start() -> io::Result<Self> {
         let (sender, orders) = channel();
         let body = move || {
-            let mut prepared = Prepared::default();
+            let mut prepared = Prepared::new();
             while let Ok(order) = orders.recv() {
                 match order {
                     Order::Prepare(config) => prepared.prepare(&config),

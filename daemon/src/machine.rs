@@ -7,6 +7,7 @@
 //! [`crate::plan`].
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::fcntl::{open, OFlag};
 use nix::sys::stat::Mode;
@@ -37,7 +38,7 @@ pub enum LookError {
 #[derive(Debug)]
 pub struct Ways {
     /// The root of procfs, usable inside any namespace.
-    pub proc: OwnedFd,
+    pub proc: Arc<OwnedFd>,
     /// The other namespaces.
     pub namespaces: Namespaces,
 }
@@ -67,7 +68,10 @@ impl Machine {
         }
         let topology = topology::read(&mounts);
         Ok(Machine {
-            ways: Ways { proc, namespaces },
+            ways: Ways {
+                proc: Arc::new(proc),
+                namespaces,
+            },
             mounts,
             topology,
         })

@@ -23,6 +23,8 @@ struct State {
     end: usize,
     running: usize,
     most: usize,
+    /// The caller has nothing left to do and waits for the end.
+    waiting: bool,
     closed: bool,
 }
 
@@ -55,7 +57,7 @@ impl Shared {
         step(index);
         let mut state = self.lock();
         state.running -= 1;
-        if state.running == 0 && state.next == state.end {
+        if state.waiting && state.running == 0 && state.next == state.end {
             self.idle.notify_all();
         }
         (state, true)
@@ -121,12 +123,14 @@ impl Pool {
             }
         }
         while state.running > 0 || state.next < state.end {
+            state.waiting = true;
             state = self
                 .shared
                 .idle
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+        state.waiting = false;
         state.step = None;
     }
 }

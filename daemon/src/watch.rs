@@ -15,6 +15,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use nix::fcntl::{open, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
@@ -30,7 +31,7 @@ use crate::sys;
 #[derive(Debug)]
 pub struct Watch {
     /// The root of procfs.
-    proc: OwnedFd,
+    proc: Arc<OwnedFd>,
     /// The own namespace.
     own: File,
     /// Its mount table, on which poll(2) says whether it has changed since it was last asked.
@@ -53,7 +54,7 @@ impl Watch {
         let count = number_in(&uevents).ok()?;
         let machine = Machine::look().ok()?;
         let watch = Watch {
-            proc: machine.ways.proc.try_clone().ok()?,
+            proc: Arc::clone(&machine.ways.proc),
             own: namespaces::own().ok()?,
             table,
             uevents,
@@ -119,7 +120,7 @@ impl Watch {
             return None;
         }
         Some(Ways {
-            proc: self.proc.try_clone().ok()?,
+            proc: Arc::clone(&self.proc),
             namespaces,
         })
     }
