@@ -11,7 +11,7 @@ use super::abi::{answer_v2, read_request, register};
 use super::{backup, load, start, stuck_writers, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused, status_name};
-use e2e::guest::{Blocking, Daemon, Guest, Module, STEP};
+use e2e::guest::{Blocking, Daemon, Guest, Machine, Module, STEP};
 use hv_vss_uapi::{op, MAX_FRAME};
 use hyperv_sim::ic::vss::{Op, SHORT_BODY, VERSIONS};
 use hyperv_sim::ic::{status, FRAMEWORKS};
@@ -51,6 +51,12 @@ const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
     Case {
         // An image of some hundred MiB is made, written and read, with a debug kernel at a crawl.
         per_round: Duration::from_secs(20),
+        // RAM disks take memory while the kernel gathers it for the image. Of what a debug kernel leaves
+        // of less than this, they have been seen to get none.
+        machine: Machine {
+            memory_mib: 2048,
+            ..Machine::ONE_CPU
+        },
         ..super::case(name, about, run)
     }
 }
