@@ -41,6 +41,8 @@ pub struct Machine {
     pub cpus: u8,
     /// Memory in MiB. Ram disks take from it what is written to them, the root included.
     pub memory_mib: u32,
+    /// Size of each ram disk of [`Userland::Lab`] in MiB.
+    pub disk_mib: u32,
     /// What is booted.
     pub userland: Userland,
 }
@@ -50,6 +52,8 @@ impl Machine {
     pub const ONE_CPU: Machine = Machine {
         cpus: 1,
         memory_mib: 1280,
+        // xfs wants 300 MiB at least.
+        disk_mib: 320,
         userland: Userland::Lab,
     };
     /// The same with two CPUs.
@@ -211,6 +215,9 @@ impl Guest {
         config.cmdline.push_str(" oops=panic");
         // An image that is restored at once need not be small.
         config.cmdline.push_str(" hibernate=nocompress");
+        // The kernel does not know it and gives it to init, as a variable.
+        let disk_kib = machine.disk_mib * 1024;
+        config.cmdline.push_str(&format!(" disk_kib={disk_kib}"));
         config.console_log = Some(images.results.join(format!("console-{number}.log")));
         let vm = Arc::new(Vm::start(config).context("the guest cannot be started")?);
         let agent = Agent::connect(vm.clone(), BOOT).map_err(|error| {
