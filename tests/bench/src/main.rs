@@ -32,7 +32,7 @@ struct Arguments {
     /// Only loads whose name matches, such as '*-dirty'
     #[arg(long, value_name = "GLOB", default_value = "*")]
     load: String,
-    /// Rounds under each load: one turn for each stack
+    /// Rounds under each load, one turn for each stack; three times as many for 1-clean
     #[arg(long, value_name = "N", default_value_t = 10)]
     rounds: u32,
 }
@@ -108,6 +108,7 @@ fn run_load(load: &Load, rounds: u32, guest: &Guest, results: &mut Results) -> R
         }
         return Ok(());
     }
+    let rounds = rounds * load.repeat;
     for round in 1..=rounds {
         let mut order = Stack::BOTH;
         if round % 2 == 0 {
