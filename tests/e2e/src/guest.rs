@@ -761,17 +761,17 @@ fn report_len(log: &[Record]) -> usize {
     end.map_or(1, |end| end + 2)
 }
 
-/// Whether a report is of the kernel's own doing:
+/// Whether a report is of the kernel's own doing, with no function of our module in it:
 ///
-/// - a data race without a function of our module, such as that of `do_nanosleep` with its timer;
+/// - a data race, such as that of `do_nanosleep` with its timer;
 /// - lockdep's warning that `hv_suspend` and `hv_resume`, the kernel's own part in the hibernation of
 ///   a guest, patch a static call while interrupts are off. Both are called by the kernel's core, and
 ///   whichever drivers are loaded (seen with 7.3.4).
 fn is_foreign(report: &[Record]) -> bool {
     let is = |what: &str| report.get(1).is_some_and(|it| it.text.starts_with(what));
     let has = |part: &str| report.iter().any(|it| it.text.contains(part));
-    is("BUG: KCSAN:") && !has("[hv_vss]")
-        || is("WARNING: kernel/smp.c:") && (has(" hv_suspend+") || has(" hv_resume+"))
+    let at_sleep = has(" hv_suspend+") || has(" hv_resume+");
+    !has("[hv_vss]") && (is("BUG: KCSAN:") || is("WARNING: kernel/smp.c:") && at_sleep)
 }
 
 /// A path of the mount table with its octal escapes undone.
@@ -939,13 +939,21 @@ mod tests {
             "=====",
         ];
         let other = ["=====", "BUG: KASAN: slab-use-after-free in d", "====="];
-        let warning = |place: &'static str, function: &'static str| {
-            ["--- cut here ---", place, function, "--- end trace 0 ---"]
-        };
+        let warning =
+            |place, function| ["--- cut here ---", place, function, "--- end trace 0 ---"];
         let known = warning("WARNING: kernel/smp.c:917 at e", " hv_suspend+0x1/0x2");
         let place = warning("WARNING: mm/slub.c:1 at e", " hv_suspend+0x1/0x2");
         let function = warning("WARNING: kernel/smp.c:917 at e", " vmbus_open+0x1/0x2");
-        let kept = [&ours[..], &other, &place, &["between"], &function].concat();
+        let through_us = [&known[..3], &[" f+0x1/0x2 [hv_vss]"], &known[3..]].concat();
+        let kept = [
+            &ours[..],
+            &other,
+            &place,
+            &["between"],
+            &function,
+            &through_us,
+        ]
+        .concat();
         let all = [&theirs[..], &ours, &theirs, &other, &known, &kept[7..]].concat();
         assert_eq!(text(log(&all)), kept);
         // One that is cut off may be ours.
