@@ -43,7 +43,7 @@ pub struct Load {
     /// The guest's memory in MiB. RAM disks take what is written to them.
     pub memory_mib: u32,
     /// Rounds for each one that is asked for: what takes some milliseconds differs much from one to the
-    /// next (the medians of ten gave ratios from 0.93 to 1.11 where thirty give 0.98).
+    /// next (the medians of ten gave ratios from 0.93 to 1.16).
     pub repeat: u32,
 }
 
@@ -172,7 +172,7 @@ fn rewrite(n: u32, mib: u32) -> String {
     format!("dd if=/dev/zero of=/mnt/{n}/data bs=1M count={mib} conv=notrunc 2>/dev/null")
 }
 
-/// How often a small writer writes to some file system or other: once in so many microseconds. With
+/// How often small writers write, all taken together: once in so many microseconds on average. With
 /// one writer for each of 33 file systems that write every millisecond, an emulated processor would
 /// do little else.
 const WRITE_EVERY_US: u64 = 1000;

@@ -108,7 +108,7 @@ fn run_load(load: &Load, rounds: u32, guest: &Guest, results: &mut Results) -> R
         }
         return Ok(());
     }
-    let rounds = rounds * load.repeat;
+    let rounds = rounds.saturating_mul(load.repeat);
     for round in 1..=rounds {
         let mut order = Stack::BOTH;
         if round % 2 == 0 {
