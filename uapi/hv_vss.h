@@ -9,14 +9,19 @@
  *  v2  frames that begin with struct hv_vss_frame. A kernel that only knows v1 answers the
  *      registration of v2 with EINVAL: then register as v1 on the same descriptor.
  *
- * All integers are in the machine's byte order. No structure has padding, and each has the same
- * layout for 32-bit and 64-bit programs.
+ * Two byte orders meet here. Every integer in a frame is in the machine's. What the host sent goes
+ * through as it is: struct hv_vss_freeze_info and what is in it are little-endian, as all that
+ * travels on VMBus. (The machines that Linux runs on under Hyper-V are little-endian, so that the two
+ * are the same there.) No structure has padding, and each has the same layout for 32-bit and 64-bit
+ * programs.
  *
- * One process at a time can have the device open; the next one gets EBUSY. One read returns one
+ * One open at a time: the next one gets EBUSY. After fork(), or when the descriptor was passed on
+ * (SCM_RIGHTS), all holders share one registration, one queue of requests and what is held frozen;
+ * what is said of closing below happens when the last of them closes it. One read returns one
  * message, one write is one message. A read into a buffer that is too short gets EINVAL and loses
  * nothing. A write that is refused changes nothing:
  *
- *  EINVAL   wrong length, version, size, kind, reason, or a reserved field that is not zero
+ *  EINVAL   wrong length, version, size, kind, or a reserved field that is not zero
  *  EPROTO   well formed, but not now: anything else before the registration, or a second one
  *  ESTALE   there is no open request with this id that this descriptor has read: it has ended
  *           (time over), or never was; in v1: there is no open request that was read
@@ -24,17 +29,48 @@
  *  ENODEV   the device is gone; a poll says POLLERR and POLLHUP, and a read ENODEV. Close the
  *           descriptor and open the device again when it is back
  *
- * Closing the descriptor with a request open fails that request at once. When it is closed between
- * a FREEZE that succeeded and its THAW, the THAW is failed too, since nobody has watched over the
- * freeze; it is still handed to a daemon that has registered by then, so that it can thaw.
+ * What a request asks of the daemon; it answers each of them, once, with HV_S_OK or an error:
  *
- * When the machine is about to sleep while something may be frozen, the daemon reads a THAW that no
- * host has asked for, and the machine waits some seconds for its answer. When it hibernates, a
- * registered daemon reads one afterwards, too. It answers as always; the registration stays in force.
+ *  VSS_OP_HOT_BACKUP  Could a backup be taken? Nothing is frozen.
+ *  VSS_OP_FREEZE      Have every file system on this machine's disks stand still, with all that was
+ *                     written before on the disk. After HV_S_OK they stay so until THAW.
+ *  VSS_OP_THAW        Let all of them go on. HV_S_OK says that none has gone on before: the backup
+ *                     is good. Comes also when no FREEZE has succeeded, and is then a matter of
+ *                     making sure.
+ *
+ * A THAW may come while the daemon still works on the FREEZE before it, which has then been failed
+ * already: the FREEZE is to be given up, its answer gets ESTALE. Other operations of the host are
+ * answered by the kernel; a daemon fails one that it does not know.
+ *
+ * Closing the descriptor fails the request that was read, and ends what is held. A request that was
+ * not read yet waits a moment for the next daemon. When it is closed between a FREEZE that succeeded
+ * and its THAW, the THAW is failed too, since nobody has watched over the freeze; it is still handed
+ * to a daemon that has registered by then, so that it can thaw.
+ *
+ * When the machine is about to sleep, or when the host cannot be told that a freeze has succeeded,
+ * and something may be frozen, the daemon reads a THAW that no host has asked for. When the machine
+ * hibernates, a registered daemon reads one afterwards, too. It answers as always; the registration
+ * stays in force.
+ *
+ * Held freezes (HV_VSS_FEATURE_HOLD): a v2 daemon can have the kernel freeze for it, with
+ * HV_VSS_IOC_FREEZE. What is held so belongs to this open of the device: nobody else can thaw it, and
+ * the kernel thaws it, the last one first, when the last holder closes the descriptor or dies, when the
+ * deadline passes, when the request that it was for fails or its THAW is answered, before the machine
+ * sleeps, and when the device goes. But for the close and the answered THAW the daemon then reads an
+ * HV_VSS_FRAME_THAWED, and the host's THAW is failed. A daemon that freezes by other means needs none
+ * of this.
+ *
+ * What may change, and what not. A structure grows at its end only, a frame's size says how much there
+ * is: who reads takes what it knows of it and passes over the rest. Kinds, reasons and bits of a
+ * feature word that the reader does not know are passed over, too, save that a notice of a thaw counts
+ * whatever its reason. Reserved fields are written as 0. What needs more than that of the other side
+ * is done only after that side has shown the feature bit for it: the daemon in its registration, the
+ * kernel in the reply. Numbers are never used for something else.
  */
 #ifndef HV_VSS_H
 #define HV_VSS_H
 
+#include <linux/ioctl.h>
 #include <linux/types.h>
 #include <linux/hyperv.h>
 
@@ -46,13 +82,19 @@
 #define HV_VSS_FRAME_REGISTERED		2	/* to the daemon: struct hv_vss_registered */
 #define HV_VSS_FRAME_REQUEST		3	/* to the daemon: struct hv_vss_request */
 #define HV_VSS_FRAME_ANSWER		4	/* to the kernel: struct hv_vss_answer */
-#define HV_VSS_FRAME_THAWED		5	/* to the kernel: struct hv_vss_thawed */
+#define HV_VSS_FRAME_THAWED		5	/* both ways: struct hv_vss_thawed */
 
 /* hv_vss_thawed.reason: */
 #define HV_VSS_THAWED_DEADLINE		1	/* the daemon's own time limit */
 #define HV_VSS_THAWED_OPERATOR		2	/* somebody asked for it */
 #define HV_VSS_THAWED_CRASH		3	/* the daemon or its guard died or failed */
 #define HV_VSS_THAWED_FOREIGN		4	/* another program thawed what the daemon had frozen */
+#define HV_VSS_THAWED_SLEEP		5	/* the machine is about to sleep */
+#define HV_VSS_THAWED_CALLED_OFF	6	/* the host was told that the FREEZE failed */
+#define HV_VSS_THAWED_GONE		7	/* the device went away */
+
+/* Feature bits, in hv_vss_registered.features: */
+#define HV_VSS_FEATURE_HOLD		0x1	/* HV_VSS_IOC_FREEZE and HV_VSS_IOC_THAW */
 
 /* Records in hv_vss_freeze_info.luns. */
 #define HV_VSS_MAX_LUNS			260
@@ -69,30 +111,32 @@ struct hv_vss_frame {
 	__u64 id;		/* the request it belongs to; 0 when it belongs to none */
 };
 
-/* Daemon to kernel, the first write: 32 bytes. */
+/* Daemon to kernel, the first write: 32 bytes or more. */
 struct hv_vss_register {
 	struct hv_vss_frame frame;	/* id 0 */
 	__u32 max_version;		/* highest ABI version that the daemon speaks, at least 2 */
-	__u32 flags;			/* 0 */
+	__u32 features;			/* what the daemon knows; no bit has a meaning yet */
 };
 
-/* Kernel to daemon, the first read: 32 bytes. */
+/* Kernel to daemon, the first read: 40 bytes or more. */
 struct hv_vss_registered {
 	struct hv_vss_frame frame;	/* id 0 */
 	__u32 abi_version;		/* in force from here on */
 	__u32 max_frame;		/* bytes that a read buffer must hold */
+	__u32 features;			/* HV_VSS_FEATURE_...: what this kernel offers */
+	__u32 max_held;			/* file systems that can be held at a time */
 };
 
-/* Kernel to daemon: 48 bytes and payload_size more. */
+/* Kernel to daemon: fixed_size bytes (48 or more) and payload_size more. */
 struct hv_vss_request {
 	struct hv_vss_frame frame;	/* its size includes the payload; id is never 0 */
 	__u32 time_left_ms;		/* counted from the read; then the kernel gives up on it */
 	__u32 payload_size;		/* FREEZE: 0 or a struct hv_vss_freeze_info; else 0 */
 	struct hv_vss_msg msg;		/* msg.vss_hdr.operation says what the host asks */
-	__u32 reserved;			/* 0 */
+	__u32 fixed_size;		/* where the payload begins, counted from the frame's start */
 };
 
-/* Daemon to kernel: 32 bytes. */
+/* Daemon to kernel: 32 bytes or more. */
 struct hv_vss_answer {
 	struct hv_vss_frame frame;	/* with the id of the request */
 	__u32 status;			/* HV_S_OK, HV_E_FAIL or another HRESULT, for the host */
@@ -100,12 +144,14 @@ struct hv_vss_answer {
 };
 
 /*
- * Daemon to kernel: 32 bytes. The freeze has ended before the host's THAW. Tell it as soon as it
- * is known, after the FREEZE was answered and before the THAW is: that THAW is then failed.
+ * The freeze has ended before the host's THAW: 32 bytes or more.
+ *
+ * Daemon to kernel: tell it as soon as it is known, after the FREEZE was answered and before the THAW
+ * is; that THAW is then failed. Kernel to daemon: it has thawed what it held for the daemon.
  */
 struct hv_vss_thawed {
 	struct hv_vss_frame frame;	/* with the id of the FREEZE */
-	__u32 reason;			/* HV_VSS_THAWED_... */
+	__u32 reason;			/* HV_VSS_THAWED_...; one that is not known counts as well */
 	__u32 reserved;			/* 0 */
 };
 
@@ -127,5 +173,49 @@ struct hv_vss_freeze_info {
 	__u32 lun_count;		/* how many of luns count; at most HV_VSS_MAX_LUNS */
 	struct hv_vss_lun luns[HV_VSS_MAX_LUNS];
 };
+
+/*
+ * Freezes the file system of an open descriptor and holds it, until HV_VSS_IOC_THAW or one of the ends
+ * named above. For the FREEZE that the daemon has read and not answered yet, or, with id 0, for
+ * nobody, as in a rehearsal. Returns when it is frozen. The caller can be killed meanwhile, even when the
+ * disk hangs: what comes of the freeze then is undone at once. What others have frozen can be held
+ * beside them: it goes on when the last of them lets go.
+ *
+ *  EBADF       fd is not open
+ *  EBUSY       it is held already, by this daemon or by another exclusive owner
+ *  EINVAL      flags or reserved is not 0, or count is 0 or more than max_held
+ *  ENOSPC      more than the first one's count
+ *  EOPNOTSUPP  this file system has no means to freeze
+ *  EPERM       FIFREEZE would not be allowed either (CAP_SYS_ADMIN for the file system)
+ *  EPROTO      not registered, or as v1
+ *  ESTALE      no such request is open, its time is over, or it was called off
+ *  ENODEV      the device is gone
+ *  EINTR       killed
+ *
+ * and what the file system says, such as EIO and EROFS.
+ */
+struct hv_vss_ioc_freeze {	/* 32 bytes */
+	__u64 id;		/* the request's, or 0 */
+	__s32 fd;		/* open on the file system, in any mode but O_PATH */
+	__u32 flags;		/* 0 */
+	__u32 deadline_ms;	/* with the first: from now until all is thawed; 0: the module's limit */
+	__u32 count;		/* with the first: how many will be held; memory for them is set aside */
+	__u64 reserved;		/* 0 */
+};
+
+/*
+ * Thaws what is held. Returns when it is thawed, or when the caller is killed.
+ *
+ *  EINVAL      it is not held (any more), as FITHAW has it; flags is not 0
+ *
+ * and as above. With fd -1: all that is held, the last one first; 0 also when nothing is.
+ */
+struct hv_vss_ioc_thaw {	/* 8 bytes */
+	__s32 fd;		/* open on the file system, or -1 */
+	__u32 flags;		/* 0 */
+};
+
+#define HV_VSS_IOC_FREEZE		_IOW(0xB9, 0x56, struct hv_vss_ioc_freeze)
+#define HV_VSS_IOC_THAW			_IOW(0xB9, 0x57, struct hv_vss_ioc_thaw)
 
 #endif /* HV_VSS_H */

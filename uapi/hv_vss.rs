@@ -14,8 +14,10 @@
 //! - **v2** is this project's: frames that begin with [`FrameHdr`]. It is offered beside v1; which
 //!   of the two is in force is settled by the first write after open.
 //!
-//! All integers are in the machine's byte order. No structure has padding, and each has the same
-//! layout for 32-bit and 64-bit user space.
+//! Integers are in the machine's byte order, but for those in a [`FreezeInfo`], which are the host's:
+//! little-endian. No structure has padding, and each has the same layout for 32-bit and 64-bit user
+//! space. What may change from version to version, and how each side gets along with a newer one, is
+//! said in `hv_vss.h`.
 #![cfg_attr(not(MODULE), no_std)]
 
 use zerocopy_derive::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -132,7 +134,7 @@ pub mod frame {
     pub const REQUEST: u32 = 3;
     /// Daemon to kernel: [`super::Answer`].
     pub const ANSWER: u32 = 4;
-    /// Daemon to kernel: [`super::Thawed`], a freeze that ended before the host's THAW.
+    /// Both ways: [`super::Thawed`], a freeze that ended before the host's THAW.
     pub const THAWED: u32 = 5;
 }
 
@@ -164,11 +166,17 @@ pub struct Register {
     pub frame: FrameHdr,
     /// Highest ABI version that the daemon speaks.
     pub max_version: u32,
-    /// Zero.
-    pub flags: u32,
+    /// What the daemon knows; no bit has a meaning yet.
+    pub features: u32,
 }
 
-/// `struct hv_vss_registered`: 32 bytes.
+/// Bits of [`Registered::features`].
+pub mod feature {
+    /// [`super::IOC_FREEZE`] and [`super::IOC_THAW`].
+    pub const HOLD: u32 = 1;
+}
+
+/// `struct hv_vss_registered`: 40 bytes.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -180,9 +188,13 @@ pub struct Registered {
     pub abi_version: u32,
     /// Size in bytes of the largest frame that the kernel will queue: what a read buffer must hold.
     pub max_frame: u32,
+    /// Bits of [`feature`]: what this kernel offers.
+    pub features: u32,
+    /// File systems that can be held at a time.
+    pub max_held: u32,
 }
 
-/// `struct hv_vss_request`: 48 bytes, followed by `payload_size` bytes.
+/// `struct hv_vss_request`: `fixed_size` bytes, of which these 48 are known, and `payload_size` more.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -192,12 +204,12 @@ pub struct Request {
     pub frame: FrameHdr,
     /// Milliseconds until the kernel gives up on this request, counted from the read.
     pub time_left_ms: u32,
-    /// Bytes that follow this structure: for FREEZE a [`FreezeInfo`], otherwise 0.
+    /// Bytes that follow the fixed part: for FREEZE a [`FreezeInfo`], otherwise 0.
     pub payload_size: u32,
     /// What the host asks.
     pub msg: VssMsg,
-    /// Zero.
-    pub reserved: u32,
+    /// Where the payload begins, in bytes from the start of the frame.
+    pub fixed_size: u32,
 }
 
 /// `struct hv_vss_answer`: 32 bytes.
@@ -224,9 +236,16 @@ pub mod thawed {
     pub const CRASH: u32 = 3;
     /// Somebody else thawed a file system that the daemon had frozen.
     pub const FOREIGN: u32 = 4;
+    /// The machine is about to sleep.
+    pub const SLEEP: u32 = 5;
+    /// The host was told that the FREEZE failed.
+    pub const CALLED_OFF: u32 = 6;
+    /// The device went away.
+    pub const GONE: u32 = 7;
 }
 
-/// `struct hv_vss_thawed`: 32 bytes. After it the host's THAW is failed.
+/// `struct hv_vss_thawed`: 32 bytes. After it the host's THAW is failed. From the kernel: it has thawed
+/// what it held for the daemon.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -234,11 +253,56 @@ pub mod thawed {
 pub struct Thawed {
     /// Kind [`frame::THAWED`], with the id of the FREEZE request that ended.
     pub frame: FrameHdr,
-    /// One of [`thawed`].
+    /// One of [`thawed`]; one that is not known counts as well.
     pub reason: u32,
     /// Zero.
     pub reserved: u32,
 }
+
+/// `struct hv_vss_ioc_freeze`: 32 bytes, the argument of [`IOC_FREEZE`]. Its errors are in `hv_vss.h`.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct IocFreeze {
+    /// Id of the FREEZE request that it is for; 0 when it is for none.
+    pub id: u64,
+    /// A descriptor on the file system.
+    pub fd: i32,
+    /// Zero.
+    pub flags: u32,
+    /// With the first: milliseconds from now until all is thawed; 0 for the module's own limit.
+    pub deadline_ms: u32,
+    /// With the first: how many will be held at a time.
+    pub count: u32,
+    /// Zero.
+    pub reserved: u64,
+}
+
+/// `struct hv_vss_ioc_thaw`: 8 bytes, the argument of [`IOC_THAW`].
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct IocThaw {
+    /// A descriptor on the file system, or -1 for all that is held.
+    pub fd: i32,
+    /// Zero.
+    pub flags: u32,
+}
+
+/// The type byte of both ioctls.
+pub const IOC_TYPE: u8 = 0xb9;
+
+/// `_IOW(IOC_TYPE, nr, T)` of the kernel's generic `asm/ioctl.h`, as on x86 and arm64.
+const fn iow<T>(nr: u8) -> u32 {
+    (1 << 30) | ((size_of::<T>() as u32) << 16) | ((IOC_TYPE as u32) << 8) | nr as u32
+}
+
+/// Freezes the file system of an open descriptor and holds it ([`IocFreeze`]).
+pub const IOC_FREEZE: u32 = iow::<IocFreeze>(0x56);
+/// Thaws one that is held, or all ([`IocThaw`]).
+pub const IOC_THAW: u32 = iow::<IocThaw>(0x57);
 
 /// LUN records in a [`FreezeInfo`] (`LunCount` is at most this).
 pub const MAX_LUNS: usize = 260;
@@ -285,10 +349,12 @@ pub const MAX_FRAME: usize = size_of::<Request>() + size_of::<FreezeInfo>();
 const _: () = assert!(size_of::<VssMsg>() == 12);
 const _: () = assert!(size_of::<FrameHdr>() == 24);
 const _: () = assert!(size_of::<Register>() == 32);
-const _: () = assert!(size_of::<Registered>() == 32);
+const _: () = assert!(size_of::<Registered>() == 40);
 const _: () = assert!(size_of::<Request>() == 48);
 const _: () = assert!(size_of::<Answer>() == 32);
 const _: () = assert!(size_of::<Thawed>() == 32);
+const _: () = assert!(size_of::<IocFreeze>() == 32);
+const _: () = assert!(size_of::<IocThaw>() == 8);
 const _: () = assert!(size_of::<Lun>() == 24);
 const _: () = assert!(size_of::<FreezeInfo>() == 6252);
 const _: () = assert!(MAX_FRAME == 6300);

@@ -149,7 +149,7 @@ impl Device {
         let register = Register {
             frame: header(frame::REGISTER, size_of::<Register>(), 0),
             max_version: ABI_V2,
-            flags: 0,
+            features: 0,
         };
         match nix::unistd::write(&device.fd, register.as_bytes()) {
             Ok(_) => {}
@@ -183,8 +183,9 @@ impl Device {
                 "it answers with {length} bytes instead of 4"
             ))),
             Abi::V2 => {
-                let reply = Registered::read_from_bytes(reply).map_err(|_| {
-                    strange(format!("it answers with {length} bytes instead of 32"))
+                // A newer kernel may have more to say.
+                let (reply, _) = Registered::read_from_prefix(reply).map_err(|_| {
+                    strange(format!("it answers with {length} bytes instead of 40"))
                 })?;
                 let max_frame = reply.max_frame as usize;
                 if reply.frame.kind != frame::REGISTERED
@@ -329,10 +330,15 @@ fn decode_v2(bytes: &[u8]) -> Incoming {
     if kind != frame::REQUEST {
         return Incoming::Odd(format!("a frame of unknown kind {kind}"));
     }
-    let Ok((request, rest)) = RequestFrame::read_from_prefix(bytes) else {
+    let Ok((request, _)) = RequestFrame::read_from_prefix(bytes) else {
         return Incoming::Odd(format!("a request of {length} bytes, too short"));
     };
-    let Some(payload) = rest.get(..request.payload_size as usize) else {
+    let begin = request.fixed_size as usize;
+    let payload = begin
+        .checked_add(request.payload_size as usize)
+        .filter(|_| begin >= size_of::<RequestFrame>())
+        .and_then(|end| bytes.get(begin..end));
+    let Some(payload) = payload else {
         return Incoming::Odd(format!(
             "a request whose payload of {} bytes is missing",
             request.payload_size
@@ -382,6 +388,8 @@ mod tests {
                 frame: header(frame::REGISTERED, size_of::<Registered>(), 0),
                 abi_version: ABI_V2,
                 max_frame: MAX_FRAME as u32,
+                features: 0,
+                max_held: 0,
             };
             nix::unistd::write(&kernel, reply.as_bytes()).unwrap();
             kernel
@@ -402,7 +410,7 @@ mod tests {
             time_left_ms: 1500,
             payload_size: size_of::<FreezeInfo>() as u32,
             msg: VssMsg::new(op::FREEZE),
-            reserved: 0,
+            fixed_size: size_of::<RequestFrame>() as u32,
         };
         let bytes = [request.as_bytes(), info.as_bytes()].concat();
         nix::unistd::write(&kernel, &bytes).unwrap();
@@ -427,6 +435,7 @@ mod tests {
         let request = RequestFrame {
             frame: header(frame::REQUEST, size_of::<RequestFrame>(), 5),
             payload_size: 8,
+            fixed_size: size_of::<RequestFrame>() as u32,
             ..RequestFrame::new_zeroed()
         };
         let unknown = header(99, size_of::<FrameHdr>(), 0);

@@ -74,7 +74,7 @@ pub(super) fn first(bytes: &[u8]) -> Result<First, Refusal> {
     match header.kind {
         frame::REGISTER => {
             let register = uapi::Register::read_from_bytes(bytes).map_err(malformed)?;
-            if header.id == 0 && register.flags == 0 && register.max_version >= uapi::ABI_V2 {
+            if header.id == 0 && register.max_version >= uapi::ABI_V2 {
                 Ok(First::V2)
             } else {
                 Err(Refusal::Malformed)
@@ -158,6 +158,8 @@ pub(super) fn put_registered(out: &mut [u8]) -> Option<usize> {
         abi_version: uapi::ABI_V2,
         // CAST: 6,300.
         max_frame: uapi::MAX_FRAME as u32,
+        features: 0,
+        max_held: 0,
     };
     put(out, &[reply.as_bytes()])
 }
@@ -182,7 +184,8 @@ pub(super) fn put_request(
         // CAST: a payload is empty or a `FreezeInfo`.
         payload_size: payload.len() as u32,
         msg: VssMsg::new(operation),
-        reserved: 0,
+        // CAST: 48.
+        fixed_size: size_of::<uapi::Request>() as u32,
     };
     put(out, &[request.as_bytes(), payload])
 }

@@ -48,7 +48,7 @@ static int register_daemon(int fd, union buffer *buffer)
 	hello.frame.kind = HV_VSS_FRAME_REGISTER;
 	hello.max_version = HV_VSS_ABI_V2;
 	if (write_all(fd, &hello, sizeof(hello)) == 0) {
-		if (read(fd, buffer, sizeof(*buffer)) != (ssize_t)sizeof(buffer->registered))
+		if (read(fd, buffer, sizeof(*buffer)) < (ssize_t)sizeof(buffer->registered))
 			return -1;
 		return (int)buffer->registered.abi_version;
 	}

@@ -72,7 +72,7 @@ fn layouts() -> Vec<Layout> {
             Register {
                 frame,
                 max_version,
-                flags
+                features
             }
         ),
         layout!(
@@ -80,7 +80,9 @@ fn layouts() -> Vec<Layout> {
             Registered {
                 frame,
                 abi_version,
-                max_frame
+                max_frame,
+                features,
+                max_held
             }
         ),
         layout!(
@@ -90,7 +92,7 @@ fn layouts() -> Vec<Layout> {
                 time_left_ms,
                 payload_size,
                 msg,
-                reserved
+                fixed_size
             }
         ),
         layout!(
@@ -109,6 +111,18 @@ fn layouts() -> Vec<Layout> {
                 reserved
             }
         ),
+        layout!(
+            "hv_vss_ioc_freeze",
+            IocFreeze {
+                id,
+                fd,
+                flags,
+                deadline_ms,
+                count,
+                reserved
+            }
+        ),
+        layout!("hv_vss_ioc_thaw", IocThaw { fd, flags }),
         layout!(
             "hv_vss_lun",
             Lun {
@@ -163,6 +177,12 @@ fn constants() -> Vec<(&'static str, u64)> {
         ("HV_VSS_THAWED_OPERATOR", uapi::thawed::OPERATOR.into()),
         ("HV_VSS_THAWED_CRASH", uapi::thawed::CRASH.into()),
         ("HV_VSS_THAWED_FOREIGN", uapi::thawed::FOREIGN.into()),
+        ("HV_VSS_THAWED_SLEEP", uapi::thawed::SLEEP.into()),
+        ("HV_VSS_THAWED_CALLED_OFF", uapi::thawed::CALLED_OFF.into()),
+        ("HV_VSS_THAWED_GONE", uapi::thawed::GONE.into()),
+        ("HV_VSS_FEATURE_HOLD", uapi::feature::HOLD.into()),
+        ("HV_VSS_IOC_FREEZE", uapi::IOC_FREEZE.into()),
+        ("HV_VSS_IOC_THAW", uapi::IOC_THAW.into()),
         ("HV_VSS_MAX_LUNS", uapi::MAX_LUNS as u64),
         ("HV_VSS_MAX_FRAME", uapi::MAX_FRAME as u64),
     ]
@@ -321,10 +341,11 @@ fn mirror_has_nothing_that_this_test_lacks() {
             .filter(|line| line.trim_start().starts_with(word))
             .count()
     };
-    // Except `DEVICE_NAME`, which C spells as a string where it opens the device.
+    // Except `DEVICE_NAME`, which C spells as a string where it opens the device, and `IOC_TYPE`, which
+    // is part of the ioctls' numbers.
     assert_eq!(
         public("pub const "),
-        constants().len() + 1 + PUBLIC_CONST_FNS
+        constants().len() + 2 + PUBLIC_CONST_FNS
     );
     assert_eq!(public("pub struct "), layouts().len());
 }

@@ -576,9 +576,11 @@ fn the_replies_to_the_registrations() {
     w.open();
     w.register_v2().unwrap();
     let expected = uapi::Registered {
-        frame: frame(uapi::frame::REGISTERED, 32, 0),
+        frame: frame(uapi::frame::REGISTERED, 40, 0),
         abi_version: 2,
         max_frame: 6300,
+        features: 0,
+        max_held: 0,
     };
     assert_eq!(w.read_bytes(), Some(expected.as_bytes().to_vec()));
     assert_eq!(w.read_bytes(), None);

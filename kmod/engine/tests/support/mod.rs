@@ -93,7 +93,7 @@ pub fn register() -> Vec<u8> {
     uapi::Register {
         frame: frame(uapi::frame::REGISTER, 32, 0),
         max_version: 2,
-        flags: 0,
+        features: 0,
     }
     .as_bytes()
     .to_vec()
@@ -284,7 +284,7 @@ impl<'a> World<'a> {
     pub fn daemon_v2(&mut self) {
         assert!(self.open());
         self.register_v2().unwrap();
-        assert_eq!(self.read_bytes().map(|b| b.len()), Some(32));
+        assert_eq!(self.read_bytes().map(|b| b.len()), Some(40));
     }
 
     /// Opens, registers with v1 and reads the reply.

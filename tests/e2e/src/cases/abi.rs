@@ -156,7 +156,7 @@ fn register_v2() -> Register {
     Register {
         frame: frame_header(frame::REGISTER, size_of::<Register>(), 0),
         max_version: ABI_V2,
-        flags: 0,
+        features: 0,
     }
 }
 
@@ -268,14 +268,16 @@ fn v2_registration(guest: &Guest) -> Result<()> {
     device.write(register_v2().as_bytes())?;
     let bytes = device.read(4096)?;
     let reply = Registered::read_from_bytes(&bytes)
-        .map_err(|_| anyhow::anyhow!("the reply has {} bytes, not 32", bytes.len()))?;
+        .map_err(|_| anyhow::anyhow!("the reply has {} bytes, not 40", bytes.len()))?;
     equal(
         "the reply",
         reply,
         Registered {
-            frame: frame_header(frame::REGISTERED, 32, 0),
+            frame: frame_header(frame::REGISTERED, 40, 0),
             abi_version: 2,
             max_frame: 6300,
+            features: 0,
+            max_held: 0,
         },
     )?;
 

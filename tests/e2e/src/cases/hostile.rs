@@ -297,7 +297,7 @@ fn both_sides(guest: &Guest) -> Result<()> {
     let register = Register {
         frame: frame_header(frame::REGISTER, 0),
         max_version: ABI_V2,
-        flags: 0,
+        features: 0,
     };
     let answer = Answer {
         frame: frame_header(frame::ANSWER, 1),
