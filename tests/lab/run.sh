@@ -25,8 +25,9 @@ while [ $# -gt 1 ]; do
     shift 2
 done
 [ $# -gt 0 ] || die "usage: run.sh [--timeout SECONDS] [--memory MIB] [--results FOLDER] COMMAND..."
-# cargo's profile folder that the programs are taken from
-programs=$repo/target/${PROFILE:-release}
+# where cargo puts the lab's programs, and the daemon as it is shipped (PROFILE=lab: in a hurry)
+programs=$repo/target/lab
+daemon=$repo/target/${PROFILE:-release}/hv_vss_daemon
 
 "$lab/image.sh"
 # The outer guest runs the default kernel whatever the one under test.
@@ -54,7 +55,7 @@ trap 'exit 143' TERM HUP
 payload=$work/payload
 mkdir -p "$payload/results"
 missing=()
-for file in "$programs"/{e2e,bench,hyperv-sim,hv_vss_daemon,lab-agent} \
+for file in "$programs"/{e2e,bench,hyperv-sim,lab-agent} "$daemon" \
     "$choice"/{lab/hv_vss.ko,vmlinuz,guest.cpio}; do
     cp "$file" "$payload/" 2>/dev/null || missing+=("${file##*/}")
 done
