@@ -14,9 +14,10 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::cache::make_plan;
 use crate::config::Config;
 use crate::guard::{Event, Guard, GuardError};
-use crate::job::{freeze_all, make_plan, JobError, Setting};
+use crate::job::{freeze_all, JobError, Setting};
 use crate::logbook::Logbook;
 use crate::machine::{LookError, Machine, Table};
 use crate::open::{open_file_system, OpenError};

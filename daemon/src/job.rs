@@ -18,20 +18,15 @@ use std::sync::Arc;
 use std::thread::Builder;
 use std::time::Duration;
 
+use crate::cache::{Cache, GatherError, Gathered, Opened};
 use crate::config::Config;
 use crate::freeze::{FreezeError, Kernel, Limits, Session, Summary, Target, ThawError};
 use crate::guard::{Guard, GuardError};
 use crate::logbook::{words, Logbook, Sink};
-use crate::machine::{LookError, Machine, Ways};
 use crate::mounts::DevId;
-use crate::open::{open_file_system, OpenError};
-use crate::plan::{plan, FileSystem, Plan};
 use crate::record::{Entry, Lock, Record, RecordError, RecordFile, RunDir};
 use crate::sys;
-use crate::watch::Watch;
 
-/// How often the machine is looked at anew when it changed between reading and opening.
-const ATTEMPTS: usize = 5;
 /// Dirty pages on the whole machine (1 MiB) up to which it counts as clean.
 const CLEAN_PAGES: u64 = 256;
 /// Enough for the look-ups; everything large is on the heap.
@@ -40,12 +35,9 @@ const STACK_BYTES: usize = 256 * 1024;
 /// Why a freeze did not come about. Nothing is frozen then.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
-    /// What is mounted could not be found out.
+    /// What is to be frozen could not be had.
     #[error(transparent)]
-    Look(#[from] LookError),
-    /// A file system could not be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
+    Gather(#[from] GatherError),
     /// No threads.
     #[error("cannot start the threads that freeze")]
     Threads(#[source] io::Error),
@@ -73,20 +65,9 @@ pub struct Setting {
     pub for_host: bool,
 }
 
-/// Makes the plan for the machine as it is.
-pub fn make_plan(config: &Config) -> Result<(Machine, Plan), LookError> {
-    let machine = Machine::look()?;
-    let plan = plan_of(&machine, config);
-    Ok((machine, plan))
-}
-
-fn plan_of(machine: &Machine, config: &Config) -> Plan {
-    plan(&machine.mounts, &machine.topology, &|f| config.excludes(f))
-}
-
 /// What is known, or open, before it is needed.
 struct Prepared {
-    plan: Option<(Vec<Vec<FileSystem>>, Watch)>,
+    cache: Cache,
     /// How long the freeze of each file system took the last time.
     usual: BTreeMap<DevId, Duration>,
     /// `/proc/vmstat`.
@@ -96,85 +77,25 @@ struct Prepared {
 impl Prepared {
     fn new() -> Self {
         Prepared {
-            plan: None,
+            cache: Cache::default(),
             usual: BTreeMap::new(),
             vmstat: File::open("/proc/vmstat").ok(),
         }
     }
 
-    /// Makes a plan, unless the one that is there still holds. Nothing comes of it where a later
-    /// change would go unnoticed; then each freeze makes its own.
-    fn prepare(&mut self, config: &Config) {
-        if self.ways().is_some() {
-            return;
+    /// Opens everything that is to be frozen, and says what is not.
+    fn targets(&mut self, config: &Config, log: &Logbook) -> Result<Vec<Target>, GatherError> {
+        let Gathered { targets, missing } = self.cache.gather(config)?;
+        for it in missing {
+            log.warning(it.to_string());
         }
-        self.plan = Watch::look().and_then(|(mut watch, machine)| {
-            let Plan { waves, left_out } = plan_of(&machine, config);
-            watch
-                .mind(&machine.ways, &left_out)
-                .then_some((waves, watch))
-        });
+        let with_usual = |it: Opened| {
+            let mut target = Target::new(it.dev, it.name, it.wave, it.fd);
+            target.usual = self.usual.get(&target.dev).copied();
+            target
+        };
+        Ok(targets.into_iter().map(with_usual).collect())
     }
-
-    /// The way to what is planned, if the plan still holds.
-    fn ways(&self) -> Option<(&[Vec<FileSystem>], Ways)> {
-        let (waves, watch) = self.plan.as_ref()?;
-        Some((waves, watch.unchanged()?))
-    }
-}
-
-/// Plans, and opens everything that is to be frozen.
-fn gather(config: &Config, log: &Logbook, prepared: &Prepared) -> Result<Vec<Target>, JobError> {
-    let mut targets = open_planned(config, log, prepared)?;
-    for target in &mut targets {
-        target.usual = prepared.usual.get(&target.dev).copied();
-    }
-    Ok(targets)
-}
-
-fn open_planned(
-    config: &Config,
-    log: &Logbook,
-    prepared: &Prepared,
-) -> Result<Vec<Target>, JobError> {
-    if let Some((waves, ways)) = prepared.ways() {
-        // A mount that was moved is in its table as before, but not where it was.
-        if let Ok(targets) = open_all(&ways, waves, config.strict, log) {
-            return Ok(targets);
-        }
-    }
-    let mut attempt = 1;
-    loop {
-        let (machine, plan) = make_plan(config)?;
-        match open_all(&machine.ways, &plan.waves, config.strict, log) {
-            Ok(targets) => return Ok(targets),
-            // Something was unmounted meanwhile, most likely.
-            Err(_) if attempt < ATTEMPTS => attempt += 1,
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-fn open_all(
-    ways: &Ways,
-    waves: &[Vec<FileSystem>],
-    strict: bool,
-    log: &Logbook,
-) -> Result<Vec<Target>, OpenError> {
-    let mut targets = Vec::new();
-    for (wave, members) in waves.iter().enumerate() {
-        for file_system in members {
-            let name = file_system.to_string();
-            match open_file_system(ways, file_system) {
-                Ok(fd) => targets.push(Target::new(file_system.dev, name, wave, fd)),
-                Err(error) if error.is_broken() && !strict => {
-                    log.warning(format!("{error}; it is out of order and left out"));
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-    Ok(targets)
 }
 
 /// A freeze in force, with all that has to be undone after it.
@@ -191,13 +112,13 @@ pub struct Frozen {
 /// Freezes everything that a plan for the machine as it is now says. The log is held from just
 /// before the first freeze at the latest.
 pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, JobError> {
-    freeze_prepared(setting, abort, &Prepared::new())
+    freeze_prepared(setting, abort, &mut Prepared::new())
 }
 
 fn freeze_prepared(
     setting: &Setting,
     abort: &Arc<AtomicBool>,
-    prepared: &Prepared,
+    prepared: &mut Prepared,
 ) -> Result<Frozen, JobError> {
     let Setting {
         config, log, guard, ..
@@ -215,7 +136,7 @@ fn freeze_prepared(
         let _ = foreign_guard.forget(index);
     };
     let session = Session::new(
-        gather(config, log, prepared)?,
+        prepared.targets(config, log)?,
         Arc::new(Kernel),
         log.clone(),
         limits,
@@ -412,7 +333,7 @@ impl Worker {
             let mut prepared = Prepared::new();
             while let Ok(order) = orders.recv() {
                 match order {
-                    Order::Prepare(config) => prepared.prepare(&config),
+                    Order::Prepare(config) => prepared.cache.prepare(&config),
                     Order::Backup(backup) => backup.run(&mut prepared),
                 }
             }
