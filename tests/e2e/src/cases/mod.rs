@@ -7,7 +7,9 @@
 
 mod abi;
 mod commands;
+mod control;
 mod deadman;
+mod foreign;
 mod freeze;
 mod hangs;
 mod hostile;
@@ -71,8 +73,10 @@ pub fn all() -> Vec<Case> {
         prepared::CASES,
         order::CASES,
         commands::CASES,
+        control::CASES,
         deadman::CASES,
         hangs::CASES,
+        foreign::CASES,
         peer::CASES,
         systemd::CASES,
     ]
