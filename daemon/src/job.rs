@@ -83,6 +83,14 @@ impl Prepared {
         }
     }
 
+    /// Has the plan for the next backup ready, and says which rules do nothing.
+    fn look_over(&mut self, config: &Config, log: &Logbook) {
+        // Why there is no plan is said when one is needed.
+        for rule in self.cache.prepare(config).unwrap_or_default() {
+            log.warning(format!("the rule to {rule} matches no file system"));
+        }
+    }
+
     /// Opens everything that is to be frozen, and says what is not.
     fn targets(&mut self, config: &Config, log: &Logbook) -> Result<Vec<Target>, GatherError> {
         let Gathered { targets, missing } = self.cache.gather(config)?;
@@ -305,7 +313,7 @@ pub struct Worker {
 }
 
 enum Order {
-    Prepare(Arc<Config>),
+    Prepare(Arc<Config>, Logbook),
     Backup(Box<Backup>),
 }
 
@@ -333,7 +341,7 @@ impl Worker {
             let mut prepared = Prepared::new();
             while let Ok(order) = orders.recv() {
                 match order {
-                    Order::Prepare(config) => prepared.cache.prepare(&config),
+                    Order::Prepare(config, log) => prepared.look_over(&config, &log),
                     Order::Backup(backup) => backup.run(&mut prepared),
                 }
             }
@@ -344,9 +352,10 @@ impl Worker {
     }
 
     /// Has a plan made for the next backup, unless the last one still holds.
-    pub fn prepare(&self, config: &Arc<Config>) {
+    pub fn prepare(&self, config: &Arc<Config>, log: &Logbook) {
         // Without a worker the next backup fails, and that is where it is said.
-        let _ = self.orders.send(Order::Prepare(Arc::clone(config)));
+        let order = Order::Prepare(Arc::clone(config), log.clone());
+        let _ = self.orders.send(order);
     }
 
     /// Begins a backup. `tell` is called from the worker's thread. `None` when that has died.

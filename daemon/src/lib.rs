@@ -29,6 +29,7 @@ pub mod pool;
 pub mod process;
 pub mod record;
 pub mod service;
+pub mod superblocks;
 pub mod sys;
 pub mod topology;
 pub mod watch;

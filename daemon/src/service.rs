@@ -662,7 +662,7 @@ impl Service {
     /// Has the plan for the next backup looked over.
     fn prepare(&mut self) {
         self.prepared = Instant::now();
-        self.worker.prepare(&self.config);
+        self.worker.prepare(&self.config, &self.log);
     }
 }
 
