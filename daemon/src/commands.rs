@@ -4,13 +4,15 @@
 //!
 //! No host takes part. Texts go to standard output, the course of a rehearsal to the log.
 
+use std::collections::BTreeSet;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::cache::make_plan;
+use crate::cache::{survey, GatherError};
 use crate::config::Config;
 use crate::control::{self, ControlError, Method};
 use crate::fifreeze::Fifreeze;
@@ -18,7 +20,8 @@ use crate::guard::{Event, Guard, GuardError};
 use crate::job::{Freezer, JobError, Setting};
 use crate::logbook::{words, Logbook};
 use crate::machine::{LookError, Table};
-use crate::plan::{FileSystem, Plan, Reason};
+use crate::mounts;
+use crate::plan::{FileSystem, Place, Plan, Reason};
 use crate::record::{RecordError, RunDir};
 use crate::recovery::{self, By, Recovered, RecoveryError};
 
@@ -28,6 +31,9 @@ pub enum CommandError {
     /// The machine could not be looked at.
     #[error(transparent)]
     Look(#[from] LookError),
+    /// What is to be frozen could not be opened.
+    #[error(transparent)]
+    Gather(#[from] GatherError),
     /// The rehearsal did not freeze.
     #[error(transparent)]
     Freeze(#[from] JobError),
@@ -54,7 +60,10 @@ pub enum CommandError {
 /// `list --json`: one file system.
 #[derive(Serialize)]
 struct Row<'a> {
+    /// Each path once, the best way first.
     paths: Vec<String>,
+    /// All mounts.
+    mounts: Vec<MountRow>,
     #[serde(rename = "type")]
     fs_type: &'a str,
     source: Option<String>,
@@ -62,51 +71,70 @@ struct Row<'a> {
     /// Counted from 1; absent when it is not frozen.
     #[serde(skip_serializing_if = "Option::is_none")]
     wave: Option<usize>,
-    /// Whether its type is known to have no means to freeze, so that it is only synced.
-    sync_only: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     left_out_because: Option<String>,
+}
+
+/// One mount of it.
+#[derive(Serialize)]
+struct MountRow {
+    /// 0 is the daemon's own namespace.
+    namespace: usize,
+    path: String,
+    /// Whether the whole file system is there, or a whole subvolume.
+    whole: bool,
 }
 
 #[derive(Serialize)]
 struct Listing<'a> {
     frozen: Vec<Row<'a>>,
+    /// What has no means to freeze.
+    synced: Vec<Row<'a>>,
     left_out: Vec<Row<'a>>,
+    /// Rules of the configuration that match nothing.
+    idle_rules: BTreeSet<String>,
 }
 
-/// Types whose superblock has neither hook that FIFREEZE wants (`fs/ioctl.c`), as of Linux 7.3.
-const SYNC_ONLY: [&str; 12] = [
-    "vfat", "msdos", "exfat", "ntfs3", "fuseblk", "hfs", "hfsplus", "minix", "udf", "ufs", "affs",
-    "bfs",
-];
+/// Text as it is, and octal escapes as in the mount table for bytes that are none.
+fn text_of(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        text.push_str(&mounts::escape(chunk.invalid()));
+    }
+    text
+}
 
 fn row<'a>(file_system: &'a FileSystem, wave: Option<usize>, reason: Option<&Reason>) -> Row<'a> {
-    let mut paths: Vec<String> = Vec::new();
-    for place in &file_system.places {
-        let path = place.path.to_string_lossy().into_owned();
-        if !paths.contains(&path) && paths.len() < 16 {
-            paths.push(path);
-        }
-    }
+    let mount = |place: &Place| MountRow {
+        namespace: place.namespace,
+        path: text_of(place.path.as_os_str().as_bytes()),
+        whole: place.whole,
+    };
+    let mounts: Vec<MountRow> = file_system.places.iter().map(mount).collect();
+    let mut seen = BTreeSet::new();
+    let paths = mounts.iter().map(|it| &it.path);
     let source = file_system.source.as_ref();
     Row {
-        paths,
+        paths: paths.filter(|it| seen.insert(*it)).cloned().collect(),
+        mounts,
         fs_type: &file_system.fs_type,
-        source: source.map(|s| s.to_string_lossy().into_owned()),
+        source: source.map(|it| text_of(it.as_bytes())),
         dev: file_system.dev.to_string(),
         wave,
-        sync_only: SYNC_ONLY.contains(&file_system.fs_type.as_str()),
         left_out_because: reason.map(ToString::to_string),
     }
 }
 
-/// What would be frozen, in which order, and what would not and why: as text or as JSON.
+/// What would be frozen, in which order, and what would not and why: as text or as JSON. Everything
+/// is opened as for a backup, so that what cannot be reached is known.
 pub fn list(config: &Config, json: bool) -> Result<String, CommandError> {
-    let (_, plan) = make_plan(config)?;
+    let plan = survey(config)?;
+    let idle_rules = config.idle_rules(&plan);
     if json {
-        return Ok(serde_json::to_string_pretty(&listing(&plan))? + "\n");
+        return Ok(serde_json::to_string_pretty(&listing(&plan, idle_rules))? + "\n");
     }
-    Ok(as_text(&plan))
+    Ok(as_text(&plan, &idle_rules))
 }
 
 /// What [`list`] is made from, as JSON: for reports, and for tests of the plan.
@@ -114,7 +142,7 @@ pub fn table() -> Result<String, CommandError> {
     Ok(serde_json::to_string_pretty(&Table::record()?)? + "\n")
 }
 
-fn listing(plan: &Plan) -> Listing<'_> {
+fn listing(plan: &Plan, idle_rules: BTreeSet<String>) -> Listing<'_> {
     let frozen = plan.waves.iter().enumerate().flat_map(|(wave, members)| {
         let number = Some(wave + 1);
         members.iter().map(move |f| row(f, number, None))
@@ -122,44 +150,40 @@ fn listing(plan: &Plan) -> Listing<'_> {
     let left_out = plan.left_out.iter();
     Listing {
         frozen: frozen.collect(),
+        synced: plan.synced.iter().map(|f| row(f, None, None)).collect(),
         left_out: left_out
             .map(|l| row(&l.file_system, None, Some(&l.reason)))
             .collect(),
+        idle_rules,
     }
 }
 
-fn as_text(plan: &Plan) -> String {
+fn as_text(plan: &Plan, idle_rules: &BTreeSet<String>) -> String {
     let mut text = String::new();
     for (wave, members) in plan.waves.iter().enumerate() {
         text.push_str(&format!("wave {}\n", wave + 1));
         for file_system in members {
-            let sync_only = SYNC_ONLY.contains(&file_system.fs_type.as_str());
-            let note = if sync_only {
-                ": cannot freeze, synced only"
-            } else {
-                ""
-            };
-            text.push_str(&format!("  {file_system}{note}\n"));
+            text.push_str(&format!("  {file_system}\n"));
         }
     }
     if plan.waves.is_empty() {
         text.push_str("nothing to freeze\n");
     }
-    text.push_str("left out\n");
-    let mut without_device: Vec<&str> = Vec::new();
-    for left in &plan.left_out {
-        if left.reason == Reason::NoBlockDevice {
-            let fs_type = left.file_system.fs_type.as_str();
-            if !without_device.contains(&fs_type) {
-                without_device.push(fs_type);
-            }
-        } else {
-            text.push_str(&format!("  {}: {}\n", left.file_system, left.reason));
-        }
+    if !plan.synced.is_empty() {
+        text.push_str("synced, without means to freeze\n");
     }
-    if !without_device.is_empty() {
-        let types = without_device.join(", ");
-        text.push_str(&format!("  {types}: {}\n", Reason::NoBlockDevice));
+    for file_system in &plan.synced {
+        text.push_str(&format!("  {file_system}\n"));
+    }
+    text.push_str("left out\n");
+    for left in &plan.left_out {
+        text.push_str(&format!("  {}: {}\n", left.file_system, left.reason));
+    }
+    if !idle_rules.is_empty() {
+        text.push_str("rules that match nothing\n");
+    }
+    for rule in idle_rules {
+        text.push_str(&format!("  {rule}\n"));
     }
     text
 }

@@ -88,6 +88,14 @@ impl Freezer {
         }
     }
 
+    /// Has the plan for the next backup ready, and says which rules do nothing.
+    fn look_over(&mut self, config: &Config, log: &Logbook) {
+        // Why there is no plan is said when one is needed.
+        for rule in self.cache.prepare(config).unwrap_or_default() {
+            log.warning(format!("the rule to {rule} matches no file system"));
+        }
+    }
+
     /// Freezes everything that a plan for the machine as it is now says. The log is held by whoever
     /// calls, and speaks only as long as nothing is frozen.
     pub fn freeze(&mut self, setting: &Setting) -> Result<Frozen, JobError> {
@@ -256,7 +264,7 @@ pub struct Worker {
 }
 
 enum Order {
-    Prepare(Arc<Config>),
+    Prepare(Arc<Config>, Logbook),
     Backup(Box<Backup>),
 }
 
@@ -283,7 +291,7 @@ impl Worker {
             let mut freezer = Freezer::new();
             while let Ok(order) = orders.recv() {
                 match order {
-                    Order::Prepare(config) => freezer.cache.prepare(&config),
+                    Order::Prepare(config, log) => freezer.look_over(&config, &log),
                     Order::Backup(backup) => backup.run(&mut freezer),
                 }
             }
@@ -294,9 +302,10 @@ impl Worker {
     }
 
     /// Has a plan made for the next backup, unless the last one still holds.
-    pub fn prepare(&self, config: &Arc<Config>) {
+    pub fn prepare(&self, config: &Arc<Config>, log: &Logbook) {
         // Without a worker the next backup fails, and that is where it is said.
-        let _ = self.orders.send(Order::Prepare(Arc::clone(config)));
+        let order = Order::Prepare(Arc::clone(config), log.clone());
+        let _ = self.orders.send(order);
     }
 
     /// Begins a backup, for which the log is held. `tell` is called from the worker's thread. `None`

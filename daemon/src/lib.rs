@@ -39,6 +39,7 @@ pub mod record;
 pub mod recovery;
 pub mod rescue;
 pub mod service;
+pub mod superblocks;
 pub mod sys;
 pub mod topology;
 pub mod watch;

@@ -270,8 +270,7 @@ fn open_entry(
     everything: &Plan,
     entry: &Entry,
 ) -> Result<Option<OwnedFd>, OpenError> {
-    let mut mounted = everything.waves.iter().flatten();
-    let file_system = mounted.find(|f| f.dev == entry.dev);
+    let file_system = everything.file_systems().find(|f| f.dev == entry.dev);
     file_system
         .map(|it| open_file_system(&machine.ways, it))
         .transpose()

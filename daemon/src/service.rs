@@ -509,7 +509,7 @@ impl Hands {
     /// Has the plan for the next backup looked over.
     fn look_over(&mut self) {
         self.prepared = Instant::now();
-        self.worker.prepare(&self.config);
+        self.worker.prepare(&self.config, &self.log);
     }
 
     /// Shows in `systemctl status` what is going on.

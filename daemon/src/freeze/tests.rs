@@ -9,14 +9,17 @@ use std::os::fd::AsRawFd;
 
 const SHORT: Duration = Duration::from_millis(60);
 
+/// What is done to which.
+type Call = (&'static str, usize);
+
 #[derive(Default)]
 struct Double {
-    calls: Mutex<Vec<(&'static str, usize)>>,
+    calls: Mutex<Vec<Call>>,
     numbers: BTreeMap<i32, usize>,
     /// What fails, how, and how often.
-    failures: Mutex<BTreeMap<(&'static str, usize), (Errno, usize)>>,
+    failures: Mutex<BTreeMap<Call, (Errno, usize)>>,
     /// How long a first call takes.
-    slow: Mutex<BTreeMap<(&'static str, usize), Duration>>,
+    slow: Mutex<BTreeMap<Call, Duration>>,
     left: Mutex<Vec<usize>>,
 }
 
@@ -125,7 +128,7 @@ impl Setup {
         self.session.freeze(&mut self.learnt)
     }
 
-    fn calls(&self) -> Vec<(&'static str, usize)> {
+    fn calls(&self) -> Vec<Call> {
         lock(&self.double.calls).clone()
     }
 
