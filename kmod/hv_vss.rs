@@ -248,6 +248,7 @@ impl Service {
             freeze_ms: compat::value(&module_parameters::freeze_timeout_ms),
             other_ms: compat::value(&module_parameters::timeout_ms),
             grace_ms: compat::value(&module_parameters::grace_ms),
+            max_held: 0,
         };
         let store = KVVec::from_elem(0, engine::QUEUE * engine::PACKET_MAX, GFP_KERNEL)?;
         let state = State {
@@ -292,7 +293,7 @@ impl Service {
             let mut outlet = Outlet {
                 channel: channel.as_ref(),
             };
-            engine.close(self.now(), &mut outlet);
+            engine.close(self.now(), uapi::thawed::GONE, &mut outlet);
             *gone = true;
             channel.take()
         };
@@ -302,7 +303,7 @@ impl Service {
         drop(channel);
     }
 
-    /// Before the machine sleeps: the daemon is told to thaw and the channel is closed. Sleeps.
+    /// Before the machine sleeps: what is open is failed and the channel is closed. Sleeps.
     fn suspend(&self) {
         let channel = {
             let mut state = self.state.lock();
@@ -316,7 +317,7 @@ impl Service {
             let mut outlet = Outlet {
                 channel: channel.as_ref(),
             };
-            engine.suspend(now, &mut outlet);
+            engine.close(now, uapi::thawed::SLEEP, &mut outlet);
             self.follow_up(engine, now);
             channel.take()
         };
@@ -329,9 +330,7 @@ impl Service {
         if self.state.lock().gone {
             return Err(ENODEV);
         }
-        self.start(dev).inspect_err(|_| self.stop())?;
-        self.with_engine(|engine, now, _| engine.resume(now));
-        Ok(())
+        self.start(dev).inspect_err(|_| self.stop())
     }
 
     /// Microseconds since the service was made.
@@ -473,7 +472,7 @@ impl Service {
 impl sleep::Sleeper for Service {
     fn before_sleep(&self) {
         let mut state = self.state.lock();
-        if state.gone || !state.engine.may_be_frozen() {
+        if state.gone {
             return;
         }
         // A daemon that thaws only after the sleep would keep writers waiting in the meantime, some
@@ -485,7 +484,7 @@ impl sleep::Sleeper for Service {
         let mut outlet = Outlet {
             channel: channel.as_ref(),
         };
-        engine.suspend(now, &mut outlet);
+        engine.prepare_sleep(now, &mut outlet);
         self.follow_up(engine, now);
         let mut left = msecs_to_jiffies(THAW_MS);
         while !state.gone && !state.engine.thawed_for_sleep() {
@@ -497,7 +496,7 @@ impl sleep::Sleeper for Service {
     }
 
     fn after_sleep(&self) {
-        self.with_engine(|engine, now, _| engine.resume(now));
+        self.with_engine(|engine, _, _| engine.resume());
     }
 }
 
@@ -545,7 +544,7 @@ impl chardev::Handler for Service {
                 return Err(EFAULT);
             }
             // Only now is it the reader's: a read that fails loses nothing.
-            self.with_engine(|engine, _, out| engine.taken(token, out));
+            self.with_engine(|engine, now, out| engine.taken(now, token, out));
             return Ok(len);
         }
     }
@@ -590,6 +589,9 @@ impl Effects for Outlet<'_> {
         self.channel
             .is_some_and(|channel| channel.send(packet, request_id).is_ok())
     }
+
+    /// Nothing is held: `max_held` is 0.
+    fn let_go(&mut self, _reason: u32) {}
 
     fn note(&mut self, note: Note) {
         report::note(note);
