@@ -240,7 +240,7 @@ impl Hold {
                     hold: self.clone(),
                     freeze <- new_work!("hv_vss::freeze"),
                     thaw <- new_delayed_work!("hv_vss::thaw"),
-                    changes <- new_wait_queue!("hv_vss::changes"),
+                    changes <- new_wait_queue!("hv_vss::slot"),
                 }),
                 GFP_KERNEL,
             )?;
@@ -282,6 +282,7 @@ impl Hold {
             }
             mem::swap(&mut state.entries, &mut request.entries);
             for entry in request.entries.drain_all() {
+                // There is room for them.
                 let _ = state.entries.push_within_capacity(entry);
             }
             state.last_series += 1;
@@ -382,9 +383,10 @@ impl Hold {
     ///
     /// `EINTR` when the caller is killed, and what the first file system says that cannot be thawed.
     pub(crate) fn thaw_all(&self) -> Result {
+        // Those that are begun from here on are none of them.
+        let mut before = self.state.lock().last_entry + 1;
         self.let_go();
         let mut result = Ok(());
-        let mut before = u64::MAX;
         loop {
             let watch = {
                 let mut state = self.state.lock();
@@ -447,13 +449,14 @@ impl Hold {
     /// The entry that was begun next after the one with this number.
     pub(crate) fn line_after(&self, number: u64) -> Option<Line> {
         let state = self.state.lock();
-        let entry = state.entries.iter().find(|entry| entry.number > number)?;
+        let next = |entry: &&Entry| entry.number > number && !entry.is_done();
+        let entry = state.entries.iter().find(next)?;
         Some(Line {
             number: entry.number,
             identity: entry.identity,
             stage: entry.stage.name(),
             error: match entry.stage {
-                Stage::Thawing(Some(error)) | Stage::Done(Err(error)) => error.to_errno(),
+                Stage::Thawing(Some(error)) => error.to_errno(),
                 _ => 0,
             },
             id: entry.id,
@@ -596,15 +599,15 @@ struct Task {
     module: Option<ModuleReference>,
     id: u64,
     identity: Identity,
-    /// Whether it is still to be frozen.
-    wanted: bool,
+    /// Where the entry stood.
+    stage: Stage,
 }
 
 impl Slot {
     /// What a worker does for an entry that is being frozen.
     fn do_freeze(self: &Arc<Self>) -> Option<ModuleReference> {
         let task = self.take()?;
-        let result = if task.wanted {
+        let result = if matches!(task.stage, Stage::Freezing) {
             let begun = Instant::<Monotonic>::now();
             let result = task.file_system.freeze(&**self);
             let us = begun.elapsed().as_micros_ceil();
@@ -629,7 +632,9 @@ impl Slot {
         let begun = Instant::<Monotonic>::now();
         let result = task.file_system.thaw(&**self);
         let us = begun.elapsed().as_micros_ceil();
-        report::thawed(task.id, task.identity.device, result, us);
+        // What is tried again and again is said once.
+        let first = matches!(task.stage, Stage::Thawing(None));
+        report::thawed(task.id, task.identity.device, result, us, first);
         match result {
             // `EINVAL` says that it is not frozen for us, which trying again does not change.
             Err(error) if error != EINVAL => self.put_back(task.file_system, |hold, entry| {
@@ -650,7 +655,7 @@ impl Slot {
             module: entry.module.take(),
             id: entry.id,
             identity: entry.identity,
-            wanted: matches!(entry.stage, Stage::Freezing),
+            stage: entry.stage,
         })
     }
 
