@@ -7,8 +7,8 @@
 //! to end, [`machine`] looks at what is mounted ([`mounts`], [`namespaces`]) and on what it stands
 //! ([`topology`]), [`plan`] turns that into an order (a pure function), [`open`] gets a descriptor
 //! for each file system, [`cache`] does both beforehand as far as [`watch`] sees no change, and
-//! [`freeze`] does the work on them. [`guard`] is the process that thaws
-//! when all of this cannot, and [`record`] what is left behind for the next start.
+//! [`freeze`] does the work on them. [`superblocks`] knows what no mount table shows. [`guard`] is the
+//! process that thaws when all of this cannot, and [`record`] what is left behind for the next start.
 //!
 //! It knows nothing of VMBus: what the host says arrives as frames of `uapi/hv_vss.rs`.
 
