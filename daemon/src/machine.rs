@@ -98,7 +98,7 @@ fn of_interest(table: Vec<Mount>) -> impl Iterator<Item = Mount> {
 }
 
 fn alive() -> Result<BTreeSet<Entry>, LookError> {
-    superblocks::entries(&superblocks::types_on_devices()).map_err(LookError::Superblocks)
+    superblocks::entries(&superblocks::types()).map_err(LookError::Superblocks)
 }
 
 /// All that a plan is made from, as it was read, for keeping: the same table gives the same plan.

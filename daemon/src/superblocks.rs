@@ -40,12 +40,15 @@ pub struct Superblock {
     pub devices: Vec<DevId>,
 }
 
-/// The types that the kernel knows and that need a block device.
-pub fn types_on_devices() -> BTreeSet<String> {
+/// The types that need a block device and have a folder there.
+pub fn types() -> BTreeSet<String> {
     let text = fs::read_to_string("/proc/filesystems").unwrap_or_default();
     // Of the others the line begins with "nodev".
     let lines = text.lines().filter_map(|line| line.strip_prefix('\t'));
-    lines.map(|name| name.trim().to_owned()).collect()
+    lines
+        .filter(|name| Path::new(ROOT).join(name).exists())
+        .map(str::to_owned)
+        .collect()
 }
 
 /// What the folders of these types hold. One that does not exist holds nothing.

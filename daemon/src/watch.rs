@@ -180,7 +180,7 @@ impl Default for Kernel {
             own,
             table: File::open(Path::new("/proc").join(mounts::OWN_TABLE)).ok(),
             uevents: File::open("/sys/kernel/uevent_seqnum").ok(),
-            types: superblocks::types_on_devices(),
+            types: superblocks::types(),
         }
     }
 }
@@ -198,7 +198,7 @@ impl Signals for Kernel {
 
     fn look(&mut self) -> Result<Machine, LookError> {
         // A type that is new comes with a module, which is a uevent.
-        self.types = superblocks::types_on_devices();
+        self.types = superblocks::types();
         match &self.proc {
             Some(proc) => Machine::look_through(Arc::clone(proc)),
             None => Machine::look(),

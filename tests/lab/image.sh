@@ -12,15 +12,20 @@ set -euo pipefail
 # Modules of the guest under test: file systems, and devices to put them on.
 inner_modules=(
     brd loop null_blk nbd dm-mod dm-delay dm-snapshot raid1 scsi_debug sd_mod hv_utils hv_storvsc
-    xfs btrfs vfat nls_cp437 nls_ascii nls_utf8 exfat overlay squashfs autofs4 nvme-loop
+    xfs btrfs vfat nls_cp437 nls_ascii nls_utf8 exfat overlay squashfs autofs4 fuse
 )
 inner_tools=(
     mke2fs mkfs.ext4 tune2fs mkfs.xfs xfs_io xfs_freeze mkfs.btrfs btrfs mkfs.vfat mkfs.exfat
     dash blkid findmnt fsfreeze losetup lsblk mount nsenter umount unshare wipefs dmsetup strace
 )
 
+case $kernel in
 # What is needed of them by the cases that a debug kernel is built for.
-case $kernel in debug*) inner_modules=(brd loop hv_utils xfs btrfs) ;; esac
+debug*) inner_modules=(brd loop hv_utils xfs btrfs) ;;
+# It lacks the one that the others have as well.
+6.1) ;;
+*) inner_modules+=(nvme-loop) ;;
+esac
 
 # The part below runs inside the build root, with the kernel's folder at /build, the kernel at /chosen
 # and this folder at /lab.

@@ -10,6 +10,8 @@ build=$repo/build
 root=$build/root
 # Which kernel the guest under test runs, KERNEL in the environment:
 #   7.3, 7.2 ...        the newest cloud kernel of that series in trixie's backports; 7.3 is the default
+#   6.12, 6.1           the newest cloud kernel of trixie itself and of bookworm. They have no Rust, so no
+#                       module of ours: the daemon's cases run with the kernel's own
 #   testing, unstable   the newest cloud kernel of that suite, whose compilers are in a root of their own
 #   debug, debug-kcsan  the default's source with the kernel's own detectors (debug-kernel.sh)
 # What is made for another than the default lies in a folder of its own, so that nothing is made anew
@@ -22,11 +24,15 @@ suite=trixie
 tools=$root
 choice=$build/kernels/$kernel
 unpacked=$choice/kernel
+# the suite of a kernel without Rust
+stock=
 case $kernel in
 "$default_kernel")
     choice=$build
     unpacked=$root/kernel
     ;;
+6.12) stock=trixie ;;
+6.1) stock=bookworm ;;
 testing | unstable)
     suite=$kernel
     tools=$choice/root

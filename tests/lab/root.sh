@@ -87,6 +87,39 @@ if [ "${1:-}" = --unpack ]; then
     exit 0
 fi
 
+# The newest cloud kernel of a release itself: one package, laid out as the others are.
+if [ "${1:-}" = --unpack-stock ]; then
+    mirror=$2
+    lists=$choice/apt
+    rm -rf "$unpacked" "$lists"
+    mkdir -p "$unpacked/usr/lib/modules" "$lists"/{lists,cache}
+    : >"$lists/status"
+    printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n' \
+        "$mirror" "$stock" >"$lists/sources.list"
+    printf '%s\n' "Dir::Etc::SourceList \"$lists/sources.list\";" 'Dir::Etc::SourceParts "-";' \
+        "Dir::State::Lists \"$lists/lists\";" "Dir::State::status \"$lists/status\";" \
+        "Dir::Cache \"$lists/cache\";" 'APT::Architecture "amd64";' 'APT::Architectures "amd64";' \
+        'APT::Sandbox::User "root";' >"$lists/apt.conf"
+    export APT_CONFIG=$lists/apt.conf
+    apt-get update
+    release=$(apt-cache pkgnames "linux-image-$kernel." |
+        sed -n 's/^linux-image-\([0-9].*-cloud-amd64\)$/\1/p' | sort --version-sort | tail -n 1)
+    [ -n "$release" ] || die "there is no cloud kernel of series $kernel in $stock"
+    cd "$unpacked"
+    apt-get download "linux-image-$release"
+    dpkg-deb --extract linux-image-*.deb .
+    dpkg-deb --field linux-image-*.deb Version >version
+    rm linux-image-*.deb
+    # Before trixie modules are in /lib.
+    [ ! -e lib/modules ] || mv lib/modules/"$release" usr/lib/modules/
+    rm -rf lib
+    for file in vmlinuz config; do
+        mv "boot/$file-$release" "usr/lib/modules/$release/$file"
+    done
+    printf '%s\n' "$release" >release
+    exit 0
+fi
+
 # The machine's own mirror: whatever its apt calls Debian, be it a host, a cache or a list of both.
 own_mirror() {
     # shellcheck disable=SC2016  # apt expands these
@@ -94,14 +127,18 @@ own_mirror() {
         sed -n 's/^Debian main //p' | head -n 1
 }
 
-make_root() {
-    local mirror comma line new=$tools.new old=$tools.old sources
+find_mirror() {
     mirror=${DEBIAN_MIRROR:-$(own_mirror)}
     if [ -z "$mirror" ]; then
         quietly "$stamp.log" apt-get update
         mirror=$(own_mirror)
     fi
     [ -n "$mirror" ] || die "apt knows no Debian mirror; name one with DEBIAN_MIRROR=<address>"
+}
+
+make_root() {
+    local mirror comma line new=$tools.new old=$tools.old sources
+    find_mirror
     sources=("deb $mirror $suite main")
     [ "$suite" != trixie ] || sources+=("deb $mirror $suite-updates main" "deb $mirror $suite-backports main")
 
@@ -134,7 +171,11 @@ esac
 key=$(key_of "$kernel" "$suite" "${packages[@]}" "${options[@]}")
 begin "$stamp" "$unpacked/version" "$key" "making the build root"
 
-if [ "$tools" != "$root" ] || [ "$kernel" = "$default_kernel" ]; then
+if [ -n "$stock" ]; then
+    say "unpacking the newest kernel $kernel of $stock"
+    find_mirror
+    quietly "$stamp.log" "$lab/root.sh" --unpack-stock "$mirror"
+elif [ "$tools" != "$root" ] || [ "$kernel" = "$default_kernel" ]; then
     say "making the build root (Debian $suite: the tool chain and a kernel)"
     make_root
 else

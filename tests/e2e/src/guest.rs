@@ -122,6 +122,8 @@ pub struct Images {
     payload: PathBuf,
     results: PathBuf,
     patience: u32,
+    /// Whether our module is there: not every kernel takes it.
+    has_module: bool,
 }
 
 impl Images {
@@ -135,7 +137,9 @@ impl Images {
             .with_context(|| format!("cannot write {}", extra.display()))?;
         let mut archive = crate::cpio::Archive::new(std::io::BufWriter::new(file));
         archive.directory("payload")?;
-        for name in ["lab-agent", "hv_vss.ko", "hv_vss_daemon"] {
+        let has_module = payload.join("hv_vss.ko").exists();
+        let module = has_module.then_some("hv_vss.ko");
+        for name in ["lab-agent", "hv_vss_daemon"].into_iter().chain(module) {
             let path = payload.join(name);
             let bytes = std::fs::read(&path).with_context(|| {
                 format!(
@@ -157,6 +161,7 @@ impl Images {
             payload: payload.to_owned(),
             results,
             patience: 1,
+            has_module,
         })
     }
 
@@ -185,6 +190,7 @@ pub struct Guest {
     vm: Arc<Vm>,
     agent: Agent,
     machine: Machine,
+    module: Module,
     detectors: Detectors,
     /// The kernel's log is looked at from this record on.
     log_mark: AtomicU64,
@@ -231,6 +237,11 @@ impl Guest {
             vm,
             agent,
             machine,
+            module: if images.has_module {
+                Module::Ours
+            } else {
+                Module::Stock
+            },
             detectors: Detectors::default(),
             log_mark: AtomicU64::new(0),
             logs: AtomicU64::new(0),
@@ -250,6 +261,11 @@ impl Guest {
     /// What it was started as.
     pub fn machine(&self) -> Machine {
         self.machine
+    }
+
+    /// Which module serves our daemon here: ours, or on a kernel without it the kernel's own.
+    pub fn module(&self) -> Module {
+        self.module
     }
 
     /// The machine itself.

@@ -6,6 +6,7 @@
 //! only the root (ext4 on `/dev/ram0`) is mounted, `/dev/ram1` and up are free.
 
 mod abi;
+mod broken;
 mod commands;
 mod control;
 mod deadman;
@@ -18,6 +19,7 @@ mod order;
 mod pairing;
 mod peer;
 mod prepared;
+mod scope;
 mod suspend;
 mod systemd;
 
@@ -71,12 +73,14 @@ pub fn all() -> Vec<Case> {
         hostile::CASES,
         freeze::CASES,
         prepared::CASES,
+        scope::CASES,
         order::CASES,
         commands::CASES,
         control::CASES,
         deadman::CASES,
         hangs::CASES,
         foreign::CASES,
+        broken::CASES,
         peer::CASES,
         systemd::CASES,
     ]

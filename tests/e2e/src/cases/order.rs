@@ -63,7 +63,7 @@ fn line_of(log: &str, name: &str, words: &str) -> Result<usize> {
 }
 
 /// Each of `names` must be frozen before the next, and thawed after it.
-fn frozen_in_order(log: &str, names: &[&str]) -> Result<()> {
+pub fn frozen_in_order(log: &str, names: &[&str]) -> Result<()> {
     for pair in names.windows(2) {
         let [inner, outer] = pair else { continue };
         ensure!(
@@ -134,20 +134,20 @@ fn dm_on_loop(guest: &Guest) -> Result<()> {
 }
 
 /// One good backup with ours in which `inner` is frozen before `outer`, and all writers stand still.
-fn inner_before_outer(guest: &Guest, inner: &str, outer: &str) -> Result<Seen> {
+pub fn inner_before_outer(guest: &Guest, inner: &str, outer: &str) -> Result<Seen> {
     guest.sh(&format!(
         "dd if=/dev/zero of={inner}/dirty bs=1M count=10 2>/dev/null"
     ))?;
     guest.writer_start(&format!("{inner}/w"))?;
     guest.writer_start(&format!("{outer}/w"))?;
-    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
     let ours = observe(guest)?;
     equal("FREEZE", ours.freeze, status::OK)?;
     equal("THAW", ours.thaw, Some(status::OK))?;
     equal("writers that stood still", ours.still.len(), 2)?;
     equal("writers that are stuck", ours.stuck.len(), 0)?;
     frozen_in_order(&guest.output(&daemon)?, &[inner, outer])?;
-    stop(guest, Module::Ours, &daemon)?;
+    stop(guest, guest.module(), &daemon)?;
     Ok(ours)
 }
 

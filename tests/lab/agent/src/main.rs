@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! The test's hands in the guest: `lab-agent TTY` reads calls from that serial line and does them.
-//! What else it can be is a program of its own each time: [`nbd`].
+//! What else it can be is a program of its own each time: [`nbd`], [`fuse`].
 //!
 //! It must go on working while every file system is frozen, its own included: its memory is locked
 //! and it opens no file that it was not told to. It decides nothing and checks nothing; what is
@@ -9,6 +9,7 @@
 
 mod device;
 mod error;
+mod fuse;
 mod kernel;
 mod nbd;
 mod opens;
@@ -182,8 +183,14 @@ fn main() -> ExitCode {
             Ok(port) => nbd::serve(port, file),
             Err(_) => Err(Error::Call("that is no port".into())),
         },
+        ["fuse", folder, uid, device] => match uid.parse() {
+            Ok(uid) => fuse::serve(folder, uid, device),
+            Err(_) => Err(Error::Call("that is no user".into())),
+        },
         _ => {
-            eprintln!("usage: lab-agent TTY | lab-agent nbd PORT FILE");
+            eprintln!(
+                "usage: lab-agent TTY | lab-agent nbd PORT FILE | lab-agent fuse FOLDER UID DEVICE"
+            );
             return ExitCode::from(2);
         }
     };

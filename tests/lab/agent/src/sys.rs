@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! FIFREEZE and FITHAW: the agent's only unsafe code.
+//! FIFREEZE, FITHAW and what a change of users keeps: the agent's only unsafe code.
 
 use nix::errno::Errno;
 use std::fs::File;
@@ -25,4 +25,13 @@ pub fn thaw(file: &File) -> Result<(), Errno> {
     let mut unused = 0;
     // SAFETY: as in `freeze`; `ioctl_fsthaw` takes no argument either.
     unsafe { raw::fithaw(file.as_raw_fd(), &mut unused) }.map(drop)
+}
+
+/// Lets this thread's capabilities be as they are when it becomes another user.
+pub fn keep_capabilities() -> Result<(), Errno> {
+    // SECBIT_NO_SETUID_FIXUP of <linux/securebits.h>.
+    const NO_SETUID_FIXUP: nix::libc::c_ulong = 1 << 2;
+    // SAFETY: prctl takes integers here and touches no memory.
+    let ret = unsafe { nix::libc::prctl(nix::libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP) };
+    Errno::result(ret).map(drop)
 }

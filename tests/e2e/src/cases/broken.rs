@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! One file system that is out of order costs nobody else the backup: it is left out and named with
+//! its reason, `list` says so beforehand, and only a strict backup fails.
+
+use super::{case, describe, good, load, observe, start, stop, wait_for_daemon, Case, Seen};
+use anyhow::{ensure, Context, Result};
+use e2e::check::{answered, equal};
+use e2e::guest::{Daemon, Guest, Module, STEP};
+use hyperv_sim::ic::status;
+
+pub const CASES: &[Case] = &[
+    case(
+        "broken/read-only-since-an-error",
+        "ext4 with errors=remount-ro that met an error: left out, the others are frozen",
+        read_only_since_an_error,
+    ),
+    case(
+        "broken/shut-down",
+        "the same with ext4 and xfs that were shut down",
+        shut_down,
+    ),
+    case(
+        "broken/disk-gone",
+        "the same with a disk that was taken away under its file system",
+        disk_gone,
+    ),
+    case(
+        "broken/write-protected",
+        "a disk made read-only under its file system is written to all the same, and stands still",
+        write_protected,
+    ),
+];
+
+/// The healthy one.
+const HEALTHY: &str = "mkdir -p /mnt/good /mnt/bad
+    mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/good";
+
+/// With ours: those with these names are left out and named, `/mnt/good` stands still, a strict backup
+/// fails and names them. Returns what was seen.
+fn left_out(guest: &Guest, names: &[&str]) -> Result<Seen> {
+    guest.writer_start("/mnt/good/w")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let seen = observe(guest)?;
+    equal("the backup", &seen, &good(&["/mnt/good/w"]))?;
+    for name in names {
+        let mut log = String::new();
+        let said = guest.wait_until("it is named", STEP, || {
+            log = guest.output(&daemon)?;
+            let mut lines = log.lines();
+            Ok(lines.any(|line| line.contains(name) && line.contains("left out")))
+        });
+        said.with_context(|| format!("{name} is not named:\n{log}"))?;
+    }
+    stop(guest, guest.module(), &daemon)?;
+
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("strict = true")?;
+    wait_for_daemon(guest)?;
+    let freeze = guest.vss().freeze(&[], STEP)?;
+    answered("FREEZE with strict = true", &freeze, status::FAIL)?;
+    let log = guest.output(&daemon)?;
+    ensure!(
+        names.iter().any(|name| log.contains(name)),
+        "one of {names:?} should be named:\n{log}"
+    );
+    stop(guest, guest.module(), &daemon)?;
+    Ok(seen)
+}
+
+/// `list` says that this one is out of order, and nothing against the healthy one.
+fn listed(guest: &Guest, name: &str, how: &str) -> Result<()> {
+    let list = guest.sh("/payload/hv_vss_daemon list")?;
+    let line = list.lines().find(|line| line.contains(name));
+    ensure!(
+        line.is_some_and(|it| it.contains("out of order") && it.contains(how)),
+        "list should say {how:?} of {name}:\n{list}"
+    );
+    let healthy = list.lines().find(|line| line.contains("/mnt/good"));
+    ensure!(
+        healthy.is_some_and(|it| !it.contains("out of order")),
+        "/mnt/good is in order:\n{list}"
+    );
+    Ok(())
+}
+
+/// The same with the peer, for the comparison.
+fn compare(guest: &Guest, what: &str, ours: &Seen) -> Result<()> {
+    let daemon = start(guest, Module::Stock, Daemon::Debian)?;
+    let peer = observe(guest)?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest.compare(what, &describe(ours), &describe(&peer));
+    Ok(())
+}
+
+fn read_only_since_an_error(guest: &Guest) -> Result<()> {
+    guest.sh(HEALTHY)?;
+    guest.sh(
+        "mkfs.ext4 -q -F /dev/ram2 && mount -o errors=remount-ro /dev/ram2 /mnt/bad
+              echo x >/sys/fs/ext4/ram2/trigger_fs_error",
+    )?;
+    let write = guest.try_sh("touch /mnt/bad/file")?;
+    ensure!(
+        write.status != Some(0),
+        "nothing can be written there: {write:?}"
+    );
+    listed(guest, "/mnt/bad (ext4, 1:2)", "read-only since an error")?;
+    let ours = left_out(guest, &["/mnt/bad (ext4, 1:2)"])?;
+    compare(
+        guest,
+        "one ext4 is read-only since an error, weeks ago",
+        &ours,
+    )
+}
+
+fn shut_down(guest: &Guest) -> Result<()> {
+    guest.sh(HEALTHY)?;
+    guest.sh("modprobe -a xfs btrfs; mkdir -p /mnt/xfs /mnt/btrfs
+              mkfs.ext4 -q -F /dev/ram2 && mount /dev/ram2 /mnt/bad
+              mkfs.xfs -q -f /dev/ram3 && mount /dev/ram3 /mnt/xfs
+              xfs_io -x -c shutdown /mnt/bad && xfs_io -x -c shutdown /mnt/xfs")?;
+    listed(guest, "/mnt/xfs (xfs, 1:3)", "Input/output error")?;
+    let ours = left_out(guest, &["/mnt/bad (ext4, 1:2)", "/mnt/xfs (xfs, 1:3)"])?;
+    compare(guest, "ext4 and xfs that were shut down", &ours)?;
+    // Whoever tidies up cannot even look at it.
+    guest.sh("umount /mnt/xfs").map(drop)
+}
+
+fn disk_gone(guest: &Guest) -> Result<()> {
+    guest.sh(HEALTHY)?;
+    guest.sh("modprobe sd_mod && modprobe scsi_debug dev_size_mb=48")?;
+    guest.wait_until("the disk is there", STEP, || {
+        Ok(guest.try_sh("[ -b /dev/sda ]")?.status == Some(0))
+    })?;
+    guest.sh("mkfs.ext4 -q -F /dev/sda && mount /dev/sda /mnt/bad
+              echo 1 >/sys/block/sda/device/delete")?;
+    guest.wait_until("the disk is gone", STEP, || {
+        Ok(guest.try_sh("[ ! -e /sys/block/sda ]")?.status == Some(0))
+    })?;
+    listed(guest, "/mnt/bad (ext4, 8:0)", "")?;
+    let ours = left_out(guest, &["/mnt/bad (ext4, 8:0)"])?;
+    compare(guest, "a disk was taken away under its file system", &ours)?;
+    guest.sh("umount /mnt/bad && rmmod scsi_debug").map(drop)
+}
+
+fn write_protected(guest: &Guest) -> Result<()> {
+    guest.sh(HEALTHY)?;
+    guest.sh("mkfs.ext4 -q -F /dev/ram2 && mount /dev/ram2 /mnt/bad
+              blockdev --setro /dev/ram2")?;
+    guest.writer_start("/mnt/good/w")?;
+    guest.writer_start("/mnt/bad/w")?;
+    start(guest, guest.module(), Daemon::Ours)?;
+    let seen = observe(guest)?;
+    guest.sh("blockdev --setrw /dev/ram2")?;
+    equal("the backup", &seen, &good(&["/mnt/good/w", "/mnt/bad/w"]))
+}

@@ -1,0 +1,667 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What is written on a block device of the guest stands still, wherever it is mounted and however it
+//! is reached, or it is named.
+//!
+//! Where the peer does otherwise, the same is done with the stock module and Debian's daemon.
+
+use super::order::{frozen_in_order, inner_before_outer};
+use super::{case, describe, good, load, observe, rounds_or, seed, start, stop};
+use super::{wait_for_daemon, Case, Seen};
+use anyhow::{ensure, Context, Result};
+use e2e::check::{answered, equal, refused};
+use e2e::guest::{Daemon, Guest, Module, Process, STEP};
+use hyperv_sim::ic::status;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+pub const CASES: &[Case] = &[
+    case(
+        "scope/rule-and-bind-mount",
+        "a rule that matches a bind mount of a folder elsewhere leaves nothing out, and says so",
+        rule_and_bind_mount,
+    ),
+    case(
+        "scope/left-out-by-rule",
+        "what a rule leaves out is said in each backup's log",
+        left_out_by_rule,
+    ),
+    case(
+        "scope/rules-that-match-nothing",
+        "are named at the start and by list, and so is that nothing is frozen",
+        rules_that_match_nothing,
+    ),
+    case(
+        "scope/mounted-after-hot-backup",
+        "a mount after the last HOT_BACKUP stands still in the first backup and in the second",
+        mounted_after_hot_backup,
+    ),
+    case(
+        "scope/lazily-unmounted",
+        "ext4, xfs and btrfs that were unmounted lazily while in use stand still",
+        lazily_unmounted,
+    ),
+    case(
+        "scope/below-an-overlay-only",
+        "so does what only an overlay still holds, which no process has open",
+        below_an_overlay_only,
+    ),
+    case(
+        "scope/unreachable",
+        "what is in use and cannot be reached is named, and fails a strict backup",
+        unreachable,
+    ),
+    case(
+        "scope/below-fuse",
+        "a disk below a FUSE mount of somebody else stands still, its server stopped or not",
+        below_fuse,
+    ),
+    case(
+        "scope/image-in-a-container",
+        "an image in a container's overlay is frozen before what holds the upper layer",
+        image_in_a_container,
+    ),
+    case(
+        "scope/image-in-a-subvolume",
+        "an image in a btrfs subvolume is frozen before the btrfs",
+        image_in_a_subvolume,
+    ),
+    case(
+        "scope/path-of-another-namespace",
+        "an image is frozen before what holds it, though its path leads elsewhere here",
+        path_of_another_namespace,
+    ),
+    case(
+        "scope/loop-over-a-block-device",
+        "a loop device over a loop device is frozen before the first one's file system",
+        loop_over_a_block_device,
+    ),
+    case(
+        "scope/journal-elsewhere",
+        "ext4 and xfs are frozen before what holds their journal's device",
+        journal_elsewhere,
+    ),
+    case(
+        "scope/not-known-to-be-hardware",
+        "disks that are not known to be hardware are frozen first, the last mounted first",
+        not_known_to_be_hardware,
+    ),
+    Case {
+        per_round: Duration::from_secs(4),
+        ..case(
+            "scope/comes-and-goes",
+            "with mounts and namespaces that come and go all the time each backup is good",
+            comes_and_goes,
+        )
+    },
+    Case {
+        per_round: Duration::from_secs(4),
+        ..case(
+            "scope/any-change",
+            "whatever is mounted, unmounted or remounted in between, each backup freezes what is there",
+            any_change,
+        )
+    },
+];
+
+const OURS: &str = "/payload/hv_vss_daemon";
+
+/// Runs the same backup with the peer's module and daemon.
+fn peer(guest: &Guest) -> Result<Seen> {
+    let daemon = start(guest, Module::Stock, Daemon::Debian)?;
+    let seen = observe(guest)?;
+    stop(guest, Module::Stock, &daemon)?;
+    Ok(seen)
+}
+
+/// Runs it with ours, and leaves nothing loaded.
+fn ours(guest: &Guest) -> Result<Seen> {
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let seen = observe(guest)?;
+    stop(guest, guest.module(), &daemon)?;
+    Ok(seen)
+}
+
+/// Starts ours with a configuration.
+fn start_with(guest: &Guest, config: &str) -> Result<Process> {
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with(config)?;
+    wait_for_daemon(guest)?;
+    Ok(daemon)
+}
+
+/// Waits until the daemon's log has a line with all of these words.
+fn says(guest: &Guest, daemon: &Process, words: &[&str]) -> Result<()> {
+    let has_all = |line: &str| words.iter().all(|word| line.contains(word));
+    let mut log = String::new();
+    let said = guest.wait_until("the daemon says so", STEP, || {
+        log = guest.output(daemon)?;
+        Ok(log.lines().any(has_all))
+    });
+    said.with_context(|| format!("no line with {words:?} in the daemon's log:\n{log}"))
+}
+
+/// A strict backup fails and names why; a backup of ours after that is good again.
+fn strict_names(guest: &Guest, words: &[&str]) -> Result<()> {
+    let daemon = start_with(guest, "strict = true")?;
+    let freeze = guest.vss().freeze(&[], STEP)?;
+    answered("FREEZE with strict = true", &freeze, status::FAIL)?;
+    says(guest, &daemon, &[&["strict"], words].concat())?;
+    stop(guest, guest.module(), &daemon)
+}
+
+/// Makes what is private to a namespace of its own, and waits until that has happened.
+fn in_a_namespace(guest: &Guest, script: &str) -> Result<Process> {
+    let holder = guest.spawn(&[
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        &format!("{script} && touch /run/done && exec sleep 1000"),
+    ])?;
+    guest.wait_until("it is done over there", STEP, || {
+        Ok(guest.try_sh("rm /run/done")?.status == Some(0))
+    })?;
+    Ok(holder)
+}
+
+fn rule_and_bind_mount(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "mkdir -p /mnt/a /mnt/scratch && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+              mkdir /mnt/a/folder",
+    )?;
+    in_a_namespace(guest, "mount --bind /mnt/a/folder /mnt/scratch")?;
+    guest.writer_start("/mnt/a/w")?;
+    let daemon = start_with(guest, "[exclude]\npaths = ['/mnt/scratch*']")?;
+    equal("the backup", &observe(guest)?, &good(&["/mnt/a/w"]))?;
+    says(
+        guest,
+        &daemon,
+        &["exclude path /mnt/scratch*", "no file system"],
+    )?;
+    stop(guest, guest.module(), &daemon)?;
+
+    // Of what is mounted nowhere else, a path over there is as good as any.
+    guest.sh("mkdir -p /mnt/b && mkfs.ext4 -q -F /dev/ram2")?;
+    let there = in_a_namespace(guest, "mount /dev/ram2 /mnt/b")?;
+    guest.writer_start(&format!("/proc/{}/root/mnt/b/w", there.pid))?;
+    let daemon = start_with(guest, "[exclude]\npaths = ['/mnt/b']")?;
+    equal("what stood still", observe(guest)?.still.len(), 1)?;
+    says(
+        guest,
+        &daemon,
+        &["/mnt/b (ext4, 1:2", "left out", "exclude path /mnt/b"],
+    )
+}
+
+fn left_out_by_rule(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
+    let daemon = start_with(guest, "[exclude]\ndevices = ['/dev/ram1']")?;
+    for backup in 1..3 {
+        super::backup(guest)?;
+        let words = "left out: excluded by exclude device /dev/ram1";
+        guest.wait_until("it is said once more", STEP, || {
+            Ok(guest.output(&daemon)?.matches(words).count() == backup)
+        })?;
+    }
+    Ok(())
+}
+
+fn rules_that_match_nothing(guest: &Guest) -> Result<()> {
+    let config = "[include]\npaths = ['/srb/*']\n[exclude]\ntypes = ['ext5', 'ext4']";
+    guest.sh(&format!("cat >/run/typo.toml <<'END'\n{config}\nEND"))?;
+    let list = format!("{OURS} -c /run/typo.toml list");
+    let text = guest.sh(&list)?;
+    ensure!(
+        text.contains("nothing to freeze"),
+        "list should say so:\n{text}"
+    );
+    let json: serde_json::Value = serde_json::from_str(&guest.sh(&format!("{list} --json"))?)?;
+    let idle = serde_json::json!(["exclude type ext5", "include path /srb/*"]);
+    equal("rules that match nothing", &json["idle_rules"], &idle)?;
+    let daemon = start_with(guest, config)?;
+    says(
+        guest,
+        &daemon,
+        &["include path /srb/*", "matches no file system"],
+    )?;
+    says(
+        guest,
+        &daemon,
+        &["exclude type ext5", "matches no file system"],
+    )
+}
+
+fn mounted_after_hot_backup(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1")?;
+    start(guest, guest.module(), Daemon::Ours)?;
+    for _ in 0..2 {
+        answered("HOT_BACKUP", &guest.vss().hot_backup(STEP)?, status::OK)?;
+    }
+    guest.sh("mount /dev/ram1 /mnt/a")?;
+    guest.writer_start("/mnt/a/w")?;
+    for backup in ["the first backup", "the second", "the third"] {
+        equal(backup, &observe(guest)?, &good(&["/mnt/a/w"]))?;
+    }
+    Ok(())
+}
+
+fn lazily_unmounted(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe -a xfs btrfs; mkdir -p /mnt/ext4 /mnt/xfs /mnt/btrfs /mnt/cwd
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/ext4
+              mkfs.xfs -q -f /dev/ram2 && mount /dev/ram2 /mnt/xfs
+              mkfs.btrfs -q -f /dev/ram3 && mount /dev/ram3 /mnt/btrfs
+              mkfs.ext4 -q -F /dev/ram4 && mount /dev/ram4 /mnt/cwd",
+    )?;
+    let mut files = vec!["/mnt/ext4/w", "/mnt/xfs/w", "/mnt/btrfs/w"];
+    for file in &files {
+        guest.writer_start(file)?;
+    }
+    // Of the last one nothing is open but a working directory.
+    let holder = guest.spawn(&[
+        "sh",
+        "-c",
+        "cd /mnt/cwd && touch /run/done && exec sleep 1000",
+    ])?;
+    guest.wait_until("it is in there", STEP, || {
+        Ok(guest.try_sh("rm /run/done")?.status == Some(0))
+    })?;
+    guest.sh(
+        "umount -l /mnt/ext4 && umount -l /mnt/xfs && umount -l /mnt/btrfs && umount -l /mnt/cwd",
+    )?;
+    let in_cwd = format!("/proc/{}/cwd/w", holder.pid);
+    guest.writer_start(&in_cwd)?;
+    files.push(&in_cwd);
+    let list = guest.sh(&format!("{OURS} list"))?;
+    for name in [
+        "ram1 (ext4, 1:1",
+        "ram2 (xfs, 1:2",
+        "(btrfs, 1:3",
+        "ram4 (ext4, 1:4",
+    ] {
+        ensure!(list.contains(name), "list should name {name:?}:\n{list}");
+    }
+    let ours = ours(guest)?;
+    equal("the backup", &ours, &good(&files))?;
+    let peer = peer(guest)?;
+    let tell = |seen: &Seen| describe(seen).replace(&in_cwd, "/mnt/cwd/w");
+    guest.compare(
+        "unmounted lazily while in use: ext4, xfs, btrfs, a working directory",
+        &tell(&ours),
+        &tell(&peer),
+    );
+    guest.writers_stop()?;
+    guest.signal(&holder, 9)?;
+    guest.wait(&holder, STEP)?;
+    // Nothing of ours keeps them.
+    guest.wait_until("they are gone", STEP, || {
+        let look = "ls /sys/fs/ext4/ram1 /sys/fs/xfs/ram2 /sys/fs/ext4/ram4 2>/dev/null";
+        Ok(guest.try_sh(look)?.out.trim().is_empty())
+    })
+}
+
+fn below_an_overlay_only(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe overlay; mkdir -p /mnt/a /mnt/over /mnt/lower
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a && mkdir /mnt/a/upper /mnt/a/work
+              mount -t overlay -o lowerdir=/mnt/lower,upperdir=/mnt/a/upper,workdir=/mnt/a/work \\
+                  over /mnt/over
+              umount -l /mnt/a")?;
+    guest.writer_start("/mnt/over/w")?;
+    let ours = ours(guest)?;
+    equal("the backup", &ours, &good(&["/mnt/over/w"]))?;
+    let peer = peer(guest)?;
+    guest.compare(
+        "the upper layer of an overlay, itself unmounted lazily",
+        &describe(&ours),
+        &describe(&peer),
+    );
+    Ok(())
+}
+
+fn unreachable(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a /mnt/b
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+              mkfs.ext4 -q -F /dev/ram2 && mount /dev/ram2 /mnt/b")?;
+    guest.writer_start("/mnt/a/w")?;
+    guest.writer_start("/mnt/b/w")?;
+    // Neither a path nor a device node leads there.
+    guest.sh("umount -l /mnt/a && rm /dev/ram1")?;
+    let name = "ram1 (ext4, 1:1";
+    let list = guest.sh(&format!("{OURS} list"));
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let seen = observe(guest)?;
+    says(guest, &daemon, &[name, "left out", "cannot be reached"])?;
+    stop(guest, guest.module(), &daemon)?;
+    let strict = strict_names(guest, &[name]);
+    guest.sh("mknod /dev/ram1 b 1 1")?;
+    strict?;
+    let expected = Seen {
+        moving: vec!["/mnt/a/w".into()],
+        ..good(&["/mnt/b/w"])
+    };
+    equal("the backup", &seen, &expected)?;
+    let list = list?;
+    ensure!(
+        list.lines()
+            .any(|line| line.contains(name) && line.contains("cannot be reached")),
+        "list should name it:\n{list}"
+    );
+    Ok(())
+}
+
+fn below_fuse(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/fuse && mkfs.ext4 -q -F /dev/ram1")?;
+    let server = guest.spawn(&[
+        "/payload/lab-agent",
+        "fuse",
+        "/mnt/fuse",
+        "1000",
+        "/dev/ram1",
+    ])?;
+    guest.wait_until("a disk is mounted below FUSE", STEP, || {
+        Ok(guest.output(&server)?.contains("mounted"))
+    })?;
+    let refused = guest.try_sh("ls /mnt/fuse/disk")?;
+    ensure!(
+        refused.err.contains("Permission denied"),
+        "root should not find its way there, it saw: {refused:?}"
+    );
+    let file = format!("/proc/{}/cwd/w", server.pid);
+    guest.writer_start(&file)?;
+    let check = |what: &str| -> Result<Seen> {
+        let ours = ours(guest)?;
+        equal(what, &ours, &good(&[&file]))?;
+        Ok(ours)
+    };
+    let ours = check("the backup")?;
+    let peer = peer(guest)?;
+    guest.signal(&server, 19)?;
+    check("the backup with the server stopped")?;
+    guest.signal(&server, 18)?;
+    guest.writers_stop()?;
+    guest.signal(&server, 9)?;
+    guest.wait(&server, STEP)?;
+    guest.sh("umount -l /mnt/fuse")?;
+    let tell = |seen: &Seen| describe(seen).replace(&file, "the disk");
+    guest.compare(
+        "a disk mounted below a FUSE mount that root may not enter",
+        &tell(&ours),
+        &tell(&peer),
+    );
+    Ok(())
+}
+
+fn image_in_a_container(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe -a overlay loop; mkdir -p /mnt/a /mnt/merged
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a && mkdir /mnt/a/upper /mnt/a/work
+              mount -t overlay -o lowerdir=/,upperdir=/mnt/a/upper,workdir=/mnt/a/work \
+                  over /mnt/merged")?;
+    // The container's root is the overlay, so the image's path is /tmp/disk.img. The guest's own /tmp
+    // is memory.
+    let inside = in_a_namespace(
+        guest,
+        "cd /mnt/merged && mount -t devtmpfs dev dev && mount -t proc proc proc &&
+             mount --bind /run run &&
+             mkdir -p old data && pivot_root . old && umount -l /old &&
+             truncate -s 64M /tmp/disk.img && mkfs.ext4 -q -F /tmp/disk.img &&
+             losetup /dev/loop0 /tmp/disk.img && mount /dev/loop0 /data",
+    )?;
+    let file = format!("/proc/{}/root/data/w", inside.pid);
+    guest.writer_start(&file)?;
+    guest.writer_start("/mnt/a/w")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    equal("the backup", &observe(guest)?, &good(&[&file, "/mnt/a/w"]))?;
+    let log = guest.output(&daemon)?;
+    frozen_in_order(&log, &["/data", "/mnt/a", "/"])
+}
+
+fn image_in_a_subvolume(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe -a btrfs loop; mkdir -p /mnt/pool /mnt/inner
+              mkfs.btrfs -q -f /dev/ram1 && mount /dev/ram1 /mnt/pool
+              btrfs -q subvolume create /mnt/pool/sub
+              truncate -s 48M /mnt/pool/sub/image && mkfs.ext4 -q -F /mnt/pool/sub/image
+              mount -o loop /mnt/pool/sub/image /mnt/inner")?;
+    inner_before_outer(guest, "/mnt/inner", "/mnt/pool").map(drop)
+}
+
+fn path_of_another_namespace(guest: &Guest) -> Result<()> {
+    // /mnt/x/image over there is on ram1; here /mnt/x is on ram2, which holds another of that name.
+    guest.sh("modprobe loop; mkdir -p /mnt/x /mnt/real /mnt/inner
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/real
+              mkfs.ext4 -q -F /dev/ram2 && mount /dev/ram2 /mnt/x && touch /mnt/x/image
+              truncate -s 48M /mnt/real/image && mkfs.ext4 -q -F /mnt/real/image")?;
+    in_a_namespace(
+        guest,
+        "mount --bind /mnt/real /mnt/x && losetup /dev/loop0 /mnt/x/image",
+    )?;
+    guest.sh("mount /dev/loop0 /mnt/inner")?;
+    inner_before_outer(guest, "/mnt/inner", "/mnt/real").map(drop)
+}
+
+fn loop_over_a_block_device(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe loop; mkdir -p /mnt/disk /mnt/inner
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/disk
+              truncate -s 64M /mnt/disk/image && losetup /dev/loop0 /mnt/disk/image
+              losetup --sector-size 4096 /dev/loop1 /dev/loop0
+              mkfs.ext4 -q -F -b 4096 /dev/loop1 && mount /dev/loop1 /mnt/inner")?;
+    inner_before_outer(guest, "/mnt/inner", "/mnt/disk").map(drop)
+}
+
+fn journal_elsewhere(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe -a loop xfs; mkdir -p /mnt/disk /mnt/inner /mnt/xfs
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/disk
+              truncate -s 64M /mnt/disk/journal && losetup /dev/loop0 /mnt/disk/journal
+              truncate -s 96M /mnt/disk/log && losetup /dev/loop1 /mnt/disk/log
+              mke2fs -q -F -O journal_dev -b 4096 /dev/loop0
+              mkfs.ext4 -q -F -b 4096 -J device=/dev/loop0 /dev/ram2 && mount /dev/ram2 /mnt/inner
+              mkfs.xfs -q -f -l logdev=/dev/loop1,size=64m /dev/ram3
+              mount -o logdev=/dev/loop1 /dev/ram3 /mnt/xfs",
+    )?;
+    guest.writer_start("/mnt/xfs/w")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    for path in ["/mnt/disk/w", "/mnt/inner/w"] {
+        guest.writer_start(path)?;
+    }
+    let seen = observe(guest)?;
+    let expected = good(&["/mnt/xfs/w", "/mnt/disk/w", "/mnt/inner/w"]);
+    equal("the backup", &seen, &expected)?;
+    let log = guest.output(&daemon)?;
+    frozen_in_order(&log, &["/mnt/inner", "/mnt/disk"])?;
+    frozen_in_order(&log, &["/mnt/xfs", "/mnt/disk"])?;
+    stop(guest, guest.module(), &daemon)?;
+    guest.writers_stop()?;
+    // The loop devices are let go of first, or the one who tidies up cannot unmount the disk.
+    guest
+        .sh("umount /mnt/inner /mnt/xfs && losetup -D")
+        .map(drop)
+}
+
+fn not_known_to_be_hardware(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/first /mnt/plain /mnt/second
+              modprobe sd_mod && modprobe scsi_debug dev_size_mb=48 num_tgts=2")?;
+    guest.wait_until("both disks are there", STEP, || {
+        Ok(guest.try_sh("[ -b /dev/sda ] && [ -b /dev/sdb ]")?.status == Some(0))
+    })?;
+    guest.sh("mkfs.ext4 -q -F /dev/sda && mount /dev/sda /mnt/first
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/plain
+              mkfs.ext4 -q -F /dev/sdb && mount /dev/sdb /mnt/second")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    super::backup(guest)?;
+    let log = guest.output(&daemon)?;
+    frozen_in_order(&log, &["/mnt/second", "/mnt/first", "/mnt/plain", "/"])?;
+    stop(guest, guest.module(), &daemon)?;
+    guest
+        .sh("umount /mnt/first /mnt/second && rmmod scsi_debug")
+        .map(drop)
+}
+
+fn comes_and_goes(guest: &Guest) -> Result<()> {
+    guest.sh("for n in 1 2 3 4 5; do
+                  mkfs.ext4 -q -F /dev/ram$n && mkdir -p /mnt/$n || exit 1
+              done
+              mount /dev/ram5 /mnt/5")?;
+    guest.writer_start("/mnt/5/w")?;
+    start(guest, guest.module(), Daemon::Ours)?;
+    for n in 1..5 {
+        // What is frozen cannot be unmounted; it is tried again.
+        let script = format!(
+            "while :; do mount /dev/ram{n} /mnt/{n}
+                 until umount /mnt/{n} 2>/dev/null; do sleep 0.1; done; done"
+        );
+        guest.spawn(&["sh", "-c", &script])?;
+        let script = "while :; do unshare --mount true; done";
+        guest.spawn(&["sh", "-c", script])?;
+    }
+    let backups = rounds_or(10);
+    for backup in 0..backups {
+        if backup % 2 == 0 {
+            answered("HOT_BACKUP", &guest.vss().hot_backup(STEP)?, status::OK)?;
+        }
+        let freeze = guest.vss().freeze(&[], STEP)?;
+        answered(&format!("FREEZE {backup}"), &freeze, status::OK)?;
+        guest.wait_until("the one that stays stands still", STEP, || {
+            Ok(guest.writers()?.iter().all(|it| it.in_write_us > 200_000))
+        })?;
+        answered(
+            &format!("THAW {backup}"),
+            &guest.vss().thaw(STEP)?,
+            status::OK,
+        )?;
+    }
+    println!("     {backups} of {backups} backups are good");
+    Ok(())
+}
+
+/// A number that looks random, the same for the same seed.
+struct Dice(u64);
+
+impl Dice {
+    /// From 0 to `sides`, without that.
+    fn roll(&mut self, sides: u64) -> u64 {
+        // xorshift64 of G. Marsaglia.
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % sides
+    }
+}
+
+/// The file systems that are alive and writable, by minor number of their RAM disk.
+fn writable(guest: &Guest, holders: &[Process]) -> Result<BTreeSet<u32>> {
+    let mut tables = vec!["/proc/self/mountinfo".to_owned()];
+    tables.extend(
+        holders
+            .iter()
+            .map(|it| format!("/proc/{}/mountinfo", it.pid)),
+    );
+    let mut way = BTreeMap::new();
+    for table in tables {
+        for line in guest.read(&table)?.lines() {
+            let (mount, superblock) = line.split_once(" - ").context("no options")?;
+            let device = mount.split(' ').nth(2).and_then(|it| it.strip_prefix("1:"));
+            if let Some(minor) = device {
+                let writable = superblock
+                    .split(' ')
+                    .nth(2)
+                    .is_some_and(|it| it.starts_with("rw"));
+                way.insert(minor.parse()?, writable);
+            }
+        }
+    }
+    // What is in no table was left writable.
+    for minor in guest.sh("cd /sys/fs/ext4 && ls -d ram*")?.lines() {
+        let minor = minor.trim_start_matches("ram").parse()?;
+        way.entry(minor).or_insert(true);
+    }
+    Ok(way
+        .into_iter()
+        .filter(|(_, writable)| *writable)
+        .map(|(minor, _)| minor)
+        .collect())
+}
+
+/// Those that the daemon's log says were frozen in the last backup.
+fn frozen(log: &str) -> BTreeSet<u32> {
+    let last = log
+        .rsplit("FREEZE from the host")
+        .next()
+        .unwrap_or_default();
+    let lines = last.lines().filter(|line| line.contains(" frozen, took "));
+    let minor = |line: &str| {
+        let numbers = line.split("(ext4, 1:").nth(1)?;
+        numbers.split([')', ',']).next()?.parse().ok()
+    };
+    lines.filter_map(minor).collect()
+}
+
+fn any_change(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "for n in 1 2 3 4; do mkfs.ext4 -q -F /dev/ram$n && mkdir -p /mnt/$n || exit 1; done",
+    )?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let mut holders: Vec<Process> = Vec::new();
+    let mut dice = Dice(seed().wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut done = Vec::new();
+    for backup in 0..rounds_or(20) {
+        for _ in 0..dice.roll(4) {
+            let n = dice.roll(4) + 1;
+            let here = dice.roll(2) == 0 || holders.is_empty();
+            let place = match holders.get(dice.roll(holders.len().max(1) as u64) as usize) {
+                Some(holder) if !here => format!("nsenter --mount=/proc/{}/ns/mnt ", holder.pid),
+                _ => String::new(),
+            };
+            let script = match dice.roll(10) {
+                0 | 1 => format!("{place}mount /dev/ram{n} /mnt/{n}"),
+                2 => format!("{place}mount -o ro /dev/ram{n} /mnt/{n}"),
+                3 | 4 => format!("{place}umount /mnt/{n}"),
+                5 => format!("{place}umount -l /mnt/{n}"),
+                6 => format!("{place}mount -o remount,rw /mnt/{n}"),
+                7 => format!("{place}mount -o remount,ro /mnt/{n}"),
+                8 if holders.len() < 3 => {
+                    holders.push(in_a_namespace(guest, "true")?);
+                    "a new namespace".to_owned()
+                }
+                9 if !holders.is_empty() => {
+                    let holder = holders.remove(0);
+                    guest.signal(&holder, 9)?;
+                    guest.wait(&holder, STEP)?;
+                    "an end of a namespace".to_owned()
+                }
+                _ => {
+                    answered("HOT_BACKUP", &guest.vss().hot_backup(STEP)?, status::OK)?;
+                    "HOT_BACKUP".to_owned()
+                }
+            };
+            if script.contains("mount") {
+                // Not everything is possible at any time, which is as good.
+                guest.try_sh(&script)?;
+            }
+            done.push(script);
+        }
+        let expected = writable(guest, &holders)?;
+        super::backup(guest)?;
+        let mut seen = BTreeSet::new();
+        let logged = guest.wait_until("all of them are in the log", STEP, || {
+            let log = guest.output(&daemon)?;
+            seen = frozen(&log);
+            Ok(seen.is_superset(&expected))
+        });
+        logged.with_context(|| {
+            format!("backup {backup} froze {seen:?} of {expected:?}, after {done:#?}")
+        })?;
+        let more: BTreeSet<u32> = seen.difference(&expected).copied().collect();
+        for minor in more {
+            // One that is read-only by now has nothing to hold back.
+            refused(
+                "FITHAW of one more",
+                guest.thaw(&format!("/mnt/{minor}")),
+                "EINVAL",
+            )?;
+        }
+    }
+    Ok(())
+}
