@@ -573,3 +573,19 @@ fn wait_readable_unless(fd: BorrowedFd<'_>, deaf: bool, limit: PollTimeout) -> i
         Err(e) => Err(e.into()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_announced_and_has_not_come_is_an_error() {
+        let fd = || OwnedFd::from(File::open("/dev/null").unwrap());
+        let waves = [0u32, 1];
+        let mut armed = Armed::default();
+        assert!(armed.add(vec![fd(), fd()], waves.as_bytes()));
+        assert!(!armed.add(vec![fd()], waves.as_bytes()));
+        assert!(!armed.add(vec![fd(), fd(), fd()], waves.as_bytes()));
+        assert_eq!(armed.members.len(), 2);
+    }
+}

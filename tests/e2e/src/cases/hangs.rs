@@ -21,7 +21,7 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "deadman/hung-freeze",
-        "a FIFREEZE that hangs while others are frozen: those are thawed at the deadline",
+        "a FIFREEZE that hangs: the others go on at once, and the FREEZE fails at the deadline",
         hung_freeze,
     ),
     case(
@@ -68,15 +68,15 @@ pub(super) fn in_fifreeze(guest: &Guest, process: &Process) -> Result<usize> {
     Ok(freezes.count())
 }
 
-/// Sends FREEZE while the disk hangs, and waits until it hangs in FIFREEZE with the other file
-/// system frozen. Nothing is dirty there and it has no barriers, so that a sync beforehand has nothing
-/// to wait for: what a freeze of ext4 writes in any case is its superblock.
+/// Sends FREEZE while the disk hangs, and waits until it hangs in FIFREEZE. Nothing is dirty there and
+/// it has no barriers, so that a sync beforehand has nothing to wait for: what a freeze of ext4 writes in
+/// any case is its superblock.
 fn freeze_that_hangs(guest: &Guest, daemon: &Process) -> Result<Tx> {
     guest.sh(&format!("sync && {SUSPEND}"))?;
     let tx = guest.vss().send_freeze(&[])?;
-    guest.wait_until("one is frozen and one hangs in FIFREEZE", STEP, || {
-        let frozen = guest.writers()?.iter().all(|it| it.in_write_us > 300_000);
-        Ok(frozen && in_fifreeze(guest, daemon)? == 1)
+    guest.wait_until("one hangs in FIFREEZE and the other goes on", STEP, || {
+        let goes_on = guest.writers()?.iter().all(|it| it.in_write_us < 100_000);
+        Ok(in_fifreeze(guest, daemon)? == 1 && goes_on)
     })?;
     Ok(tx)
 }
@@ -143,27 +143,29 @@ fn hung_device(guest: &Guest) -> Result<()> {
 }
 
 fn hung_freeze(guest: &Guest) -> Result<()> {
-    const DEADLINE: Duration = Duration::from_secs(3);
     make_two(guest)?;
     let vss = guest.vss();
-    load(guest, Module::Ours, &[])?;
+    load(guest, Module::Stock, &[])?;
     let daemon = guest.start_daemon_with("deadline = 3")?;
     wait_for_daemon(guest)?;
     let sent = guest.clock()?;
     let tx = freeze_that_hangs(guest, &daemon)?;
     answered("FREEZE at the deadline", &vss.wait(tx, STEP)?, status::FAIL)?;
+    let took = Duration::from_micros(guest.clock()? - sent);
+    ensure!(
+        took < Duration::from_secs(6),
+        "FREEZE was failed after {took:?}, the deadline is 3 s"
+    );
     released(guest, "at the deadline", guest.clock()?, RELEASED)?;
-    let stalls = guest.stalls(sent)?.stalls;
-    for stall in &stalls {
+    for stall in &guest.stalls(sent)?.stalls {
         let stood = stall.ended_us.map(|ended| ended - stall.began_us);
-        let limit = (DEADLINE + RELEASED).as_micros() as u64;
+        let limit = RELEASED.as_micros() as u64;
         ensure!(
             stood.is_some_and(|stood| stood < limit),
-            "{} stood still for {stood:?} us, the deadline is {DEADLINE:?}",
+            "{} stood still for {stood:?} us because of another",
             stall.path
         );
     }
-    ensure!(!stalls.is_empty(), "nothing was frozen at all");
     equal("threads in FIFREEZE", in_fifreeze(guest, &daemon)?, 1)?;
     answered("THAW later", &vss.thaw(STEP)?, status::FAIL)?;
 
@@ -172,15 +174,14 @@ fn hung_freeze(guest: &Guest) -> Result<()> {
     thawed_in_time(guest, "/mnt/hung")?;
     guest.wait_until("the next backup is good", STEP, || {
         Ok(good_backup(guest).is_ok())
-    })
+    })?;
+    stop(guest, Module::Stock, &daemon)
 }
 
 fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
     make_two(guest)?;
     let vss = guest.vss();
-    // The module gives up on a daemon that has the device open and is silent.
-    let limits = ["grace_ms=300", "timeout_ms=3000", "freeze_timeout_ms=5000"];
-    load(guest, Module::Ours, &limits)?;
+    load(guest, Module::Stock, &[])?;
     for remedy in ["the stop step", "the next start"] {
         let daemon = guest.start_daemon(Daemon::Ours)?;
         wait_for_daemon(guest)?;
@@ -194,12 +195,11 @@ fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
             _ => guest.start_daemon(Daemon::Ours)?,
         };
         released(guest, remedy, guest.clock()?, RELEASED * 2)?;
-        answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)?;
-        answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
         // Now it freezes, on behalf of a process that is dead.
         equal("threads in FIFREEZE", in_fifreeze(guest, &daemon)?, 1)?;
         guest.sh(RESUME)?;
         guest.wait(&daemon, STEP)?;
+        answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)?;
         thawed_in_time(guest, "/mnt/hung")?;
         let next = if remedy == "the stop step" {
             guest.wait(&next, STEP)?;
@@ -209,7 +209,9 @@ fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
         };
         wait_for_daemon(guest)?;
         answered("THAW, later", &vss.thaw(STEP)?, status::FAIL)?;
-        good_backup(guest)?;
+        guest.wait_until("the next backup is good", STEP, || {
+            Ok(good_backup(guest).is_ok())
+        })?;
         guest.signal(&next, 15)?;
         guest.wait(&next, STEP)?;
     }

@@ -64,10 +64,10 @@ fn property(guest: &Guest, name: &str) -> Result<String> {
     Ok(guest.sh(&line)?.trim().to_owned())
 }
 
-/// The guard of the daemon that runs.
-fn guard_pid(guest: &Guest, daemon: i32) -> Result<i32> {
+/// The daemon that runs, after its guard, if it has one.
+fn all_of_it(guest: &Guest, daemon: i32) -> Result<String> {
     let children = guest.read(&format!("/proc/{daemon}/task/{daemon}/children"))?;
-    Ok(children.trim().parse()?)
+    Ok(format!("{} {daemon}", children.trim()))
 }
 
 /// Waits until the unit is active with another daemon than `old`, which has then registered, and
@@ -204,7 +204,7 @@ fn stop(guest: &Guest) -> Result<()> {
 }
 
 fn daemon_killed(guest: &Guest) -> Result<()> {
-    // Without the stop step only the guard can thaw.
+    // Without the stop step only the module can thaw, or the guard.
     let pid = begin(guest, "ExecStopPost=")?;
     freeze(guest)?;
     guest.sh(&format!("kill -KILL {pid}"))?;
@@ -217,12 +217,10 @@ fn daemon_killed(guest: &Guest) -> Result<()> {
 fn both_killed(guest: &Guest) -> Result<()> {
     // No next start comes to help.
     let pid = begin(guest, "Restart=no")?;
-    let guard = guard_pid(guest, pid)?;
+    let all = all_of_it(guest, pid)?;
     freeze(guest)?;
     // Stopped first, so that neither sees the other die.
-    guest.sh(&format!(
-        "kill -STOP {guard} {pid}; kill -KILL {guard} {pid}"
-    ))?;
+    guest.sh(&format!("kill -STOP {all}; kill -KILL {all}"))?;
     thawed(guest, "kill -9 of both")?;
     guest.sh(&format!("systemctl start {UNIT}"))?;
     recovered(guest, "kill -9 of both")?;
