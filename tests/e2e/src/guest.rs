@@ -9,8 +9,8 @@
 use crate::agent::{Agent, CallError, Pending};
 use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
-use hyperv_sim::{Host, Vm, VmConfig};
-use lab_agent::{to_hex, Command, Ended, Log, Record, Stalls, Storm, Writer};
+use hyperv_sim::{Host, Vm, VmConfig, VmbusVersion};
+use lab_agent::{to_hex, Command, Ended, Log, Neighbour, Put, Record, Stalls, Storm, Writer};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -45,6 +45,8 @@ pub struct Machine {
     pub disk_mib: u32,
     /// What is booted.
     pub userland: Userland,
+    /// The newest VMBus version that the host speaks; it speaks all before that, too.
+    pub vmbus: VmbusVersion,
 }
 
 impl Machine {
@@ -55,6 +57,7 @@ impl Machine {
         // xfs wants 300 MiB at least.
         disk_mib: 320,
         userland: Userland::Lab,
+        vmbus: VmbusVersion::V6_0,
     };
     /// The same with two CPUs.
     pub const TWO_CPUS: Machine = Machine {
@@ -72,10 +75,13 @@ impl std::fmt::Display for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let plural = if self.cpus == 1 { "" } else { "s" };
         write!(f, "{} CPU{plural}, {} MiB", self.cpus, self.memory_mib)?;
-        match self.userland {
-            Userland::Lab => Ok(()),
-            Userland::Systemd => write!(f, ", systemd"),
+        if self.userland == Userland::Systemd {
+            write!(f, ", systemd")?;
         }
+        if self.vmbus != Machine::ONE_CPU.vmbus {
+            write!(f, ", VMBus {}", self.vmbus)?;
+        }
+        Ok(())
     }
 }
 
@@ -211,8 +217,11 @@ impl Guest {
         config.cpus = machine.cpus;
         config.memory_mib = machine.memory_mib;
         config.host.patience = images.patience;
+        config.host.vmbus_versions.retain(|it| *it <= machine.vmbus);
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");
+        // No record of the kernel's log is overwritten before it is looked at.
+        config.cmdline.push_str(" log_buf_len=4M");
         // An image that is restored at once need not be small.
         config.cmdline.push_str(" hibernate=nocompress");
         // The kernel does not know it and gives it to init, as a variable.
@@ -237,6 +246,13 @@ impl Guest {
             comparisons: Mutex::default(),
         };
         guest.detectors = Detectors::of(&guest)?;
+        // The stock kernel speaks the newest that the host has.
+        let agreed = guest.host().wait_connected(STEP)?;
+        ensure!(
+            agreed == machine.vmbus,
+            "the guest should have agreed on VMBus {}, it did on {agreed}",
+            machine.vmbus
+        );
         // A detector that has spoken while the guest booted may have turned itself off.
         let complaints = guest.complaints()?;
         if !complaints.is_empty() {
@@ -476,6 +492,7 @@ impl Guest {
 
     /// From here on [`Guest::log`] starts.
     pub fn mark_log(&self) -> Result<(), CallError> {
+        // What is lost of the time before does not matter any more.
         let log: Log = self.kmsg(0, 0)?;
         self.log_mark.store(log.next, SeqCst);
         Ok(())
@@ -483,8 +500,13 @@ impl Guest {
 
     /// The kernel's log since the case began: records of at most this level (4: warnings and
     /// worse; 6: information). What the kernel reports of itself alone is left out.
-    pub fn log(&self, max_level: u8) -> Result<Vec<Record>, CallError> {
+    pub fn log(&self, max_level: u8) -> Result<Vec<Record>> {
         let log = self.kmsg(self.log_mark.load(SeqCst), max_level)?;
+        ensure!(
+            log.lost == 0,
+            "{} records of the kernel's log were overwritten before they could be read",
+            log.lost
+        );
         Ok(without_foreign_reports(log.records))
     }
 
@@ -496,17 +518,44 @@ impl Guest {
 
     /// Opens the device of whichever module is loaded.
     pub fn open_device(&self, mode: Blocking) -> Result<Device<'_>, CallError> {
-        let handle = self.agent.call(
-            Command::DevOpen {
-                path: DEVICE.into(),
-                nonblock: mode == Blocking::No,
-            },
-            STEP,
-        )?;
-        Ok(Device {
+        self.open_device_in(None, mode)
+    }
+
+    /// The same in a process that can be killed, from [`Guest::fork`].
+    pub fn open_device_in(
+        &self,
+        pid: Option<i32>,
+        mode: Blocking,
+    ) -> Result<Device<'_>, CallError> {
+        let open = Command::DevOpen {
+            path: DEVICE.into(),
+            nonblock: mode == Blocking::No,
+        };
+        let mut device = Device {
             agent: &self.agent,
-            handle,
-        })
+            pid,
+            handle: 0,
+        };
+        device.handle = self.agent.call(device.asks(open), STEP)?;
+        Ok(device)
+    }
+
+    /// Starts another agent, which dies with all that it holds when it is killed; its pid.
+    pub fn fork(&self) -> Result<i32, CallError> {
+        self.agent.call(Command::Fork, STEP)
+    }
+
+    // --- Neighbours ---
+
+    /// Starts a neighbour who freezes and thaws the file system at `path` without end.
+    pub fn neighbour_start(&self, path: &str) -> Result<(), CallError> {
+        let path = path.into();
+        self.agent.call(Command::NeighbourStart { path }, STEP)
+    }
+
+    /// Ends all neighbours; what each of them has done, in the order of their start.
+    pub fn neighbours_stop(&self) -> Result<Vec<Neighbour>, CallError> {
+        self.agent.call(Command::NeighboursStop, STEP)
     }
 
     // --- For the comparison with the peer ---
@@ -540,6 +589,7 @@ impl Guest {
     /// frozen, no process, mount or module left, no complaint in the kernel's log.
     pub fn tidy(&self) -> Result<()> {
         self.release_opens()?;
+        self.neighbours_stop()?;
         for path in self.mounts()? {
             match self.thaw(&path) {
                 Err(error) if error.errno() == Some("EINVAL") => {}
@@ -549,6 +599,7 @@ impl Guest {
         }
         self.writers_stop()?;
         let _: () = self.agent.call(Command::DevCloseAll, STEP)?;
+        let _: () = self.agent.call(Command::ForksEnd, STEP)?;
         let left: Vec<i32> = self.agent.call(Command::Spawned, STEP)?;
         for pid in left {
             // ESRCH: it has ended by itself.
@@ -813,12 +864,27 @@ pub enum Blocking {
     No,
 }
 
+/// An `ioctl(2)` as the agent is asked to make it.
+#[derive(Clone, Debug)]
+pub struct Ioctl {
+    /// Its number.
+    pub request: u32,
+    /// What its argument points to.
+    pub argument: Vec<u8>,
+    /// The descriptor that goes into that.
+    pub put: Option<Put>,
+    /// Whether the call is made without CAP_SYS_ADMIN.
+    pub unprivileged: bool,
+}
+
 /// The guest's `/dev/vmbus/hv_vss`, held open by the agent: the case is the daemon.
 ///
 /// Every method is one system call. It is not closed when dropped but at the end of the case.
 #[derive(Clone, Copy)]
 pub struct Device<'a> {
     agent: &'a Agent,
+    /// Which agent has it open, if it is another than this.
+    pid: Option<i32>,
     handle: u64,
 }
 
@@ -829,10 +895,22 @@ impl std::fmt::Debug for Device<'_> {
 }
 
 impl Device<'_> {
+    /// The command for the agent that has the device open.
+    fn asks(&self, command: Command) -> Command {
+        match self.pid {
+            Some(pid) => Command::In {
+                pid,
+                does: Box::new(command),
+            },
+            None => command,
+        }
+    }
+
     /// `write(2)`: how many bytes were taken.
     pub fn write(&self, bytes: &[u8]) -> Result<usize, CallError> {
         let (handle, hex) = (self.handle, to_hex(bytes));
-        self.agent.call(Command::DevWrite { handle, hex }, STEP)
+        let write = Command::DevWrite { handle, hex };
+        self.agent.call(self.asks(write), STEP)
     }
 
     /// `read(2)` into a buffer of `len` bytes.
@@ -844,7 +922,8 @@ impl Device<'_> {
     /// Starts a `read(2)` and does not wait for its return.
     pub fn start_read(&self, len: usize) -> Result<Pending, CallError> {
         let handle = self.handle;
-        self.agent.start(Command::DevRead { handle, len })
+        self.agent
+            .start(self.asks(Command::DevRead { handle, len }))
     }
 
     /// Waits for the return of a `read(2)`.
@@ -864,11 +943,11 @@ impl Device<'_> {
 
     /// Starts a `poll(2)` for these events and does not wait for its return.
     pub fn start_poll(&self, events: &[&str], limit: Duration) -> Result<Pending, CallError> {
-        self.agent.start(Command::DevPoll {
+        self.agent.start(self.asks(Command::DevPoll {
             handle: self.handle,
             timeout_ms: limit.as_millis().try_into().unwrap_or(u16::MAX),
             events: events.iter().map(|it| it.to_string()).collect(),
-        })
+        }))
     }
 
     /// Waits for the return of a `poll(2)`.
@@ -885,13 +964,13 @@ impl Device<'_> {
         seed: u64,
         templates: &[&[u8]],
     ) -> Result<Pending, CallError> {
-        self.agent.start(Command::DevStorm {
+        self.agent.start(self.asks(Command::DevStorm {
             handle: self.handle,
             threads,
             writes,
             seed,
             templates: templates.iter().map(|it| to_hex(it)).collect(),
-        })
+        }))
     }
 
     /// Waits for the end of the writes.
@@ -899,10 +978,33 @@ impl Device<'_> {
         self.agent.finish(pending, limit)
     }
 
+    /// `ioctl(2)` with this argument, into which the descriptor goes that is to be put there.
+    pub fn ioctl(&self, call: &Ioctl) -> Result<(), CallError> {
+        let pending = self.start_ioctl(call)?;
+        self.finish_ioctl(pending, STEP)
+    }
+
+    /// Starts an `ioctl(2)` and does not wait for its return.
+    pub fn start_ioctl(&self, call: &Ioctl) -> Result<Pending, CallError> {
+        self.agent.start(self.asks(Command::DevIoctl {
+            handle: self.handle,
+            request: call.request,
+            hex: to_hex(&call.argument),
+            put: call.put.clone(),
+            unprivileged: call.unprivileged,
+        }))
+    }
+
+    /// Waits for the return of an `ioctl(2)`.
+    pub fn finish_ioctl(&self, pending: Pending, limit: Duration) -> Result<(), CallError> {
+        self.agent.finish(pending, limit)
+    }
+
     /// `close(2)`.
     pub fn close(self) -> Result<(), CallError> {
         let handle = self.handle;
-        self.agent.call(Command::DevClose { handle }, STEP)
+        self.agent
+            .call(self.asks(Command::DevClose { handle }), STEP)
     }
 }
 

@@ -13,6 +13,7 @@ mod runner;
 use anyhow::{ensure, Context, Result};
 use clap::{Parser, Subcommand};
 use e2e::guest;
+use hyperv_sim::VmbusVersion;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -48,9 +49,22 @@ enum Action {
         /// How many times longer than usual everything may take: for a slow kernel
         #[arg(long, value_name = "TIMES", default_value_t = 1)]
         patience: u32,
+        /// Virtual CPUs of every guest [default: what each case is made for]
+        #[arg(long)]
+        cpus: Option<u8>,
+        /// The newest VMBus version of every host, such as 4.1 [default: as with --cpus]
+        #[arg(long, value_parser = parse_vmbus)]
+        vmbus: Option<VmbusVersion>,
     },
     /// Back up a guest once, slowly enough to read along
     Demo,
+}
+
+/// The VMBus version of that name.
+fn parse_vmbus(name: &str) -> Result<VmbusVersion, String> {
+    let known = VmbusVersion::ALL;
+    let found = known.into_iter().find(|it| it.to_string() == name);
+    found.ok_or_else(|| format!("the simulated host speaks {known:?}"))
 }
 
 /// The cases whose name matches one of the patterns, in their usual order.
@@ -85,10 +99,16 @@ fn perform(action: Action) -> Result<bool> {
             rounds,
             seed,
             patience,
+            cpus,
+            vmbus,
         } => {
             cases::set_schedule(rounds, seed);
             let mut chosen = select(&globs)?;
             chosen.retain(|case| !case.on_request || globs.iter().any(|glob| glob == case.name));
+            for case in &mut chosen {
+                case.machine.cpus = cpus.unwrap_or(case.machine.cpus);
+                case.machine.vmbus = vmbus.unwrap_or(case.machine.vmbus);
+            }
             // Cases that want the same machine stand together; their order is kept otherwise.
             chosen.sort_by_key(|case| case.machine);
             let images = guest::Images::prepare(Path::new("."))?.with_patience(patience);

@@ -8,6 +8,7 @@
 mod abi;
 mod commands;
 mod deadman;
+mod dialogue;
 mod freeze;
 mod hangs;
 mod hostile;
@@ -66,6 +67,7 @@ pub fn all() -> Vec<Case> {
         lifecycle::CASES,
         suspend::CASES,
         abi::CASES,
+        dialogue::CASES,
         hostile::CASES,
         freeze::CASES,
         prepared::CASES,
