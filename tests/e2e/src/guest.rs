@@ -196,6 +196,8 @@ pub struct Guest {
     log_mark: AtomicU64,
     logs: AtomicU64,
     comparisons: Mutex<Vec<Comparison>>,
+    /// See [`Guest::expect_in_log`].
+    expected: Mutex<Vec<&'static str>>,
 }
 
 /// What ours and the peer did in the same situation: a row of the README's table.
@@ -244,6 +246,7 @@ impl Guest {
             log_mark: AtomicU64::new(0),
             logs: AtomicU64::new(0),
             comparisons: Mutex::default(),
+            expected: Mutex::default(),
         };
         guest.detectors = Detectors::of(&guest)?;
         // The stock kernel speaks the newest that the host has.
@@ -638,6 +641,7 @@ impl Guest {
             "the kernel complained:\n{complaints}"
         );
         self.mark_log()?;
+        self.expected().clear();
         Ok(())
     }
 
@@ -661,39 +665,21 @@ impl Guest {
         Ok(paths)
     }
 
+    /// From here until the end of the case reports of the kernel in which one of these texts stands are
+    /// what the case is about, and not held against it.
+    pub fn expect_in_log(&self, texts: &[&'static str]) {
+        let mut expected = self.expected();
+        expected.extend_from_slice(texts);
+    }
+
+    fn expected(&self) -> std::sync::MutexGuard<'_, Vec<&'static str>> {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What the kernel holds against the case, in its log and through its detectors, and would hold
     /// against any.
     fn complaints(&self) -> Result<String> {
-        const WORDS: [&str; 16] = [
-            "WARNING:",
-            "BUG:",
-            "BUG ",
-            "Oops",
-            "INFO: task",
-            "INFO: rcu",
-            "INFO: lockdep",
-            "INFO: trying to register",
-            "cut here",
-            "general protection",
-            "refcount_t",
-            "UBSAN:",
-            "ODEBUG:",
-            // What makes a detector blind.
-            "Disabling lock debugging",
-            "leak detector disabled",
-            "page allocation failure",
-        ];
-        let mut text = String::new();
-        let mut inside = false;
-        for record in self.log(6)? {
-            // A warning is of use with its call trace only.
-            inside |= record.text.contains("cut here");
-            if inside || WORDS.iter().any(|word| record.text.contains(word)) {
-                text.push_str(&record.text);
-                text.push('\n');
-            }
-            inside &= !record.text.contains("end trace");
-        }
+        let mut text = complaints(&self.log(6)?, &self.expected());
         text.push_str(&self.detectors.complaints(self)?);
         Ok(text)
     }
@@ -782,6 +768,54 @@ impl Detectors {
         }
         Ok(text)
     }
+}
+
+/// The reports in a log that speak of something that is wrong, but for those in which an `expected`
+/// text stands.
+fn complaints(log: &[Record], expected: &[&str]) -> String {
+    const WORDS: [&str; 18] = [
+        "WARNING:",
+        "BUG:",
+        "BUG ",
+        "Oops",
+        "INFO: task",
+        "INFO: rcu",
+        "INFO: lockdep",
+        "INFO: trying to register",
+        "cut here",
+        "general protection",
+        "refcount_t",
+        "UBSAN:",
+        "ODEBUG:",
+        // What makes a detector blind.
+        "Disabling lock debugging",
+        "leak detector disabled",
+        "page allocation failure",
+        // A disk, and what stands on it.
+        "I/O error",
+        "EXT4-fs error",
+    ];
+    // Whose errors (level 3, or worse) are wrong whatever they say.
+    const STORAGE: [&str; 5] = ["EXT4-fs", "JBD2", "XFS", "BTRFS", "device-mapper"];
+    let is_wrong = |it: &Record| {
+        let storage = it.level <= 3 && STORAGE.iter().any(|who| it.text.starts_with(who));
+        storage || WORDS.iter().any(|word| it.text.contains(word))
+    };
+    let is_expected = |it: &Record| expected.iter().any(|text| it.text.contains(text));
+    let mut text = String::new();
+    let mut rest = log;
+    while !rest.is_empty() {
+        // A warning is of use with its call trace only, and expected as a whole.
+        let (report, next) = rest.split_at(report_len(rest));
+        if report.iter().any(is_wrong) && !report.iter().any(is_expected) {
+            for record in report {
+                text.push_str(&record.text);
+                text.push('\n');
+            }
+        }
+        rest = next;
+    }
+    text
 }
 
 /// The log without the reports of the kernel that [are of itself alone](is_foreign).
@@ -1062,6 +1096,60 @@ mod tests {
         let cut = ["=====", "BUG: KCSAN: data-race in a / b", " a+0x1/0x2"];
         assert_eq!(text(log(&cut)), cut);
         assert_eq!(text(log(&known[..3])), known[..3]);
+    }
+
+    #[test]
+    fn errors_of_disks_and_file_systems_are_complaints() {
+        let record = |level, text: &str| Record {
+            level,
+            at_us: 0,
+            text: text.into(),
+        };
+        let log = [
+            record(6, "EXT4-fs (ram1): mounted filesystem r/w"),
+            record(2, "EXT4-fs error (device ram1): ext4_find_entry:1"),
+            record(1, "XFS (ram2): Filesystem has been shut down"),
+            record(5, "XFS (ram2): Mounting V5 Filesystem"),
+            record(3, "BTRFS: error (device ram3) in write_all_supers:4"),
+            record(
+                3,
+                "Buffer I/O error on dev dm-0, logical block 1, lost sync page write",
+            ),
+            record(6, "all is well"),
+        ];
+        let found = complaints(&log, &[]);
+        let found: Vec<&str> = found.lines().collect();
+        let wrong = [&log[1], &log[2], &log[4], &log[5]].map(|it| it.text.as_str());
+        assert_eq!(found, wrong);
+        let found = complaints(&log, &["(ram2)", "I/O error", "device ram"]);
+        assert_eq!(found, "");
+    }
+
+    #[test]
+    fn only_the_expected_report_is_left_out() {
+        let lines = |lines: &[&str]| -> Vec<Record> {
+            let record = |text: &&str| Record {
+                level: 4,
+                at_us: 0,
+                text: (*text).into(),
+            };
+            lines.iter().map(record).collect()
+        };
+        let first = [
+            "--- cut here ---",
+            "WARNING: a",
+            " expected+0x1",
+            "--- end trace ---",
+        ];
+        let second = [
+            "--- cut here ---",
+            "WARNING: b",
+            " other+0x1",
+            "--- end trace ---",
+        ];
+        let log = lines(&[first, second].concat());
+        let found = complaints(&log, &["expected+"]);
+        assert_eq!(found.lines().collect::<Vec<_>>(), second);
     }
 
     #[test]

@@ -193,13 +193,43 @@ pub(super) fn register(device: Device<'_>) -> Result<()> {
     equal("the ABI in force", reply.abi_version, ABI_V2)
 }
 
+/// A frame that a v2 daemon reads.
+#[derive(Clone, Debug)]
+pub(super) enum Received {
+    /// A request and what follows it.
+    Request(Request, Vec<u8>),
+    /// What the module held is thawed.
+    Thawed(Thawed),
+}
+
+impl Received {
+    /// Reads the next one.
+    pub(super) fn read(device: Device<'_>) -> Result<Self> {
+        let bytes = device.read(MAX_FRAME)?;
+        let few = || format!("{} bytes are too few for a frame", bytes.len());
+        let (header, _) = FrameHdr::read_from_prefix(&bytes).ok().with_context(few)?;
+        equal("size of the frame", header.size as usize, bytes.len())?;
+        Ok(match header.kind {
+            frame::THAWED => {
+                let notice = Thawed::read_from_bytes(&bytes).ok();
+                Received::Thawed(notice.with_context(few)?)
+            }
+            kind => {
+                equal("kind of the frame", kind, frame::REQUEST)?;
+                let (request, payload) =
+                    Request::read_from_prefix(&bytes).ok().with_context(few)?;
+                Received::Request(request, payload.to_vec())
+            }
+        })
+    }
+}
+
 /// Reads one v2 request and what follows it.
 pub(super) fn read_request(device: Device<'_>) -> Result<(Request, Vec<u8>)> {
-    let bytes = device.read(MAX_FRAME)?;
-    let (request, payload) = Request::read_from_prefix(&bytes)
-        .map_err(|_| anyhow::anyhow!("{} bytes are too few for a request", bytes.len()))?;
-    equal("kind of the frame", request.frame.kind, frame::REQUEST)?;
-    Ok((request, payload.to_vec()))
+    match Received::read(device)? {
+        Received::Request(request, payload) => Ok((request, payload)),
+        other => anyhow::bail!("a request was due, it is {other:?}"),
+    }
 }
 
 fn device_node(guest: &Guest) -> Result<()> {
