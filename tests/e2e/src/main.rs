@@ -115,8 +115,14 @@ fn perform(action: Action) -> Result<bool> {
             let verdicts = runner::run_all(&images, &chosen);
             let json = json.unwrap_or_else(|| images.results().join("e2e.json"));
             runner::write_json(&json, &verdicts)?;
-            let comparison = images.results().join("comparison.md");
-            runner::write_comparison(&comparison, &verdicts)?;
+            // Only a whole run has the whole table.
+            let whole = cases::all().iter().filter(|it| !it.on_request).count() == chosen.len();
+            let name = if whole {
+                "comparison.md"
+            } else {
+                "comparison-part.md"
+            };
+            runner::write_comparison(&images.results().join(name), &verdicts)?;
             Ok(runner::close(&verdicts))
         }
         Action::Demo => {

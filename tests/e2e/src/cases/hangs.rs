@@ -98,6 +98,14 @@ fn thawed_in_time(guest: &Guest, path: &str) -> Result<()> {
     )
 }
 
+/// The next backup is good, once the daemon has said that what it called off has ended.
+fn good_backup_after(guest: &Guest, daemon: &Process) -> Result<()> {
+    guest.wait_until("what was called off has ended", STEP, || {
+        Ok(guest.output(daemon)?.contains("called off has ended"))
+    })?;
+    good_backup(guest).context("the next backup").map(drop)
+}
+
 fn hung_device(guest: &Guest) -> Result<()> {
     make_two(guest)?;
     let hang = format!("dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null; {HANG}");
@@ -118,8 +126,7 @@ fn hung_device(guest: &Guest) -> Result<()> {
         "the other file system was held up for {ours:?}"
     );
     guest.sh(UNHANG)?;
-    wait_for_daemon(guest)?;
-    good_backup(guest).context("the next backup")?;
+    good_backup_after(guest, &daemon)?;
     stop(guest, Module::Ours, &daemon)?;
 
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
@@ -192,8 +199,7 @@ fn hung_freeze(guest: &Guest, module: Module) -> Result<()> {
     // The hung freeze takes effect when its disk is back, and nobody wants it any more.
     guest.sh(UNHANG)?;
     thawed_in_time(guest, "/mnt/hung")?;
-    wait_for_daemon(guest)?;
-    good_backup(guest).context("the next backup").map(drop)
+    good_backup_after(guest, &daemon)
 }
 
 fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
@@ -271,8 +277,7 @@ fn hung_open(guest: &Guest) -> Result<()> {
     answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
     answered("FREEZE again", &vss.freeze(&[], STEP)?, status::FAIL)?;
     guest.release_opens()?;
-    wait_for_daemon(guest)?;
-    good_backup(guest).context("the next backup")?;
+    good_backup_after(guest, &daemon)?;
     stop(guest, Module::Ours, &daemon)
 }
 
