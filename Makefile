@@ -71,15 +71,14 @@ unit: packages ## Unit, property and layout tests: no guest needed
 
 .PHONY: e2e
 e2e: lab-module user images ## Run the end-to-end cases that match CASE=<glob>
-	@$(LAB)/run.sh --timeout 2400 ./e2e run '$(CASE)'
+	@$(LAB)/e2e.sh --timeout 2400 '$(CASE)'
 
 .PHONY: test-kernels
 test-kernels: packages user ## Run the module's cases on each kernel in KERNELS, on two virtual CPUs
 	@for kernel in $(KERNELS); do \
 		echo "test-kernels: kernel $$kernel"; \
 		KERNEL=$$kernel $(LAB)/module.sh --lab && \
-		KERNEL=$$kernel $(LAB)/run.sh --timeout 4800 ./e2e run --cpus 2 \
-			$(patsubst %,'%',$(MODULE_CASES)) || exit 1; \
+		KERNEL=$$kernel $(LAB)/e2e.sh --timeout 4800 --cpus 2 $(patsubst %,'%',$(MODULE_CASES)) || exit 1; \
 	done
 
 # KERNEL=debug-kcsan looks for data races instead.

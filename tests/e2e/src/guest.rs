@@ -201,7 +201,7 @@ pub struct Guest {
 }
 
 /// What ours and the peer did in the same situation: a row of the README's table.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Comparison {
     /// The situation.
     pub what: String,

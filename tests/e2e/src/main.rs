@@ -9,6 +9,7 @@
 mod cases;
 mod demo;
 mod runner;
+mod shard;
 
 use anyhow::{ensure, Context, Result};
 use clap::{Parser, Subcommand};
@@ -55,6 +56,18 @@ enum Action {
         /// The newest VMBus version of every host, such as 4.1 [default: as with --cpus]
         #[arg(long, value_parser = parse_vmbus)]
         vmbus: Option<VmbusVersion>,
+        /// Run only this part of them, such as 1/2
+        #[arg(long, value_name = "PART")]
+        shard: Option<shard::Shard>,
+    },
+    /// Add up what the parts of a run have left, and count it
+    Sum {
+        /// The verdicts of each part
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// Where to write them together, with what is made from them
+        #[arg(long, value_name = "FOLDER")]
+        results: PathBuf,
     },
     /// Back up a guest once, slowly enough to read along
     Demo,
@@ -85,6 +98,17 @@ fn select(globs: &[String]) -> Result<Vec<cases::Case>> {
     Ok(chosen)
 }
 
+/// Leaves what is for people, and says whether everything passed. The comparison is made from all cases
+/// or not at all.
+fn report(results: &Path, verdicts: &[runner::Verdict]) -> Result<bool> {
+    let ran = |case: &cases::Case| verdicts.iter().any(|it| it.name == case.name);
+    if cases::all().iter().all(|case| case.on_request || ran(case)) {
+        runner::write_comparison(&results.join("comparison.md"), verdicts)?;
+    }
+    runner::print_slowest(verdicts);
+    Ok(runner::close(verdicts))
+}
+
 fn perform(action: Action) -> Result<bool> {
     match action {
         Action::List { globs } => {
@@ -101,6 +125,7 @@ fn perform(action: Action) -> Result<bool> {
             patience,
             cpus,
             vmbus,
+            shard,
         } => {
             cases::set_schedule(rounds, seed);
             let mut chosen = select(&globs)?;
@@ -111,19 +136,19 @@ fn perform(action: Action) -> Result<bool> {
             }
             // Cases that want the same machine stand together; their order is kept otherwise.
             chosen.sort_by_key(|case| case.machine);
+            if let Some(shard) = shard {
+                chosen = shard.of(chosen);
+            }
             let images = guest::Images::prepare(Path::new("."))?.with_patience(patience);
             let verdicts = runner::run_all(&images, &chosen);
             let json = json.unwrap_or_else(|| images.results().join("e2e.json"));
             runner::write_json(&json, &verdicts)?;
-            // Only a whole run has the whole table.
-            let whole = cases::all().iter().filter(|it| !it.on_request).count() == chosen.len();
-            let name = if whole {
-                "comparison.md"
-            } else {
-                "comparison-part.md"
-            };
-            runner::write_comparison(&images.results().join(name), &verdicts)?;
-            Ok(runner::close(&verdicts))
+            report(images.results(), &verdicts)
+        }
+        Action::Sum { files, results } => {
+            let verdicts = shard::collect(&files, &cases::all())?;
+            runner::write_json(&results.join("e2e.json"), &verdicts)?;
+            report(&results, &verdicts)
         }
         Action::Demo => {
             let images = guest::Images::prepare(Path::new("."))?;
