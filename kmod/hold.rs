@@ -5,34 +5,29 @@
 //!
 //! A freeze waits for writers and for the disk, and nothing can end that wait. So kernel workers do
 //! it, and whoever asked for it waits so that it can be killed. Until it is done it can be called off:
-//! then it is undone the moment it comes back. Thaws have a queue of their own, that no hanging freeze
-//! can keep busy, and a worker each, so that one that hangs holds up no other.
+//! then it is undone the moment it comes back. Each freeze and each thaw has a worker of its own, so that
+//! one that hangs holds up no other.
 //!
 //! While anything is frozen memory may not be had, since what would have to be written for it stands
 //! still: all that a freeze and its thaw need is set aside before the first one begins.
 //!
-//! Knows nothing of VMBus, of VSS, nor of who asks. What is frozen is a file system, by the VFS's
-//! exclusive freeze (`FREEZE_EXCL`), which has an owner: the address of its [`Slot`].
-//!
-//! C headers: [`include/linux/fs/super.h`](srctree/include/linux/fs/super.h),
-//! [`include/linux/mount.h`](srctree/include/linux/mount.h)
+//! Knows nothing of VMBus, of VSS, nor of who asks.
 
-use crate::bindings;
 use crate::compat::error;
 use crate::compat::new_spinlock_irq;
-use crate::compat::this_module;
 use crate::compat::SpinLockIrq;
+use crate::file_system::Expedited;
+use crate::file_system::FileSystem;
+use crate::file_system::Identity;
 use crate::report;
 use crate::wait::new_wait_queue;
 use crate::wait::WaitQueue;
 use crate::wait::Waited;
+use crate::workers::ModuleReference;
+use crate::workers::Queues;
 use core::mem;
-use core::ptr::NonNull;
-use kernel::bindings as raw;
-use kernel::error::to_result;
-use kernel::fs::LocalFile;
+use kernel::bindings::ESTALE;
 use kernel::prelude::*;
-use kernel::sync::global_lock;
 use kernel::sync::Arc;
 use kernel::time::msecs_to_jiffies;
 use kernel::time::Instant;
@@ -42,13 +37,11 @@ use kernel::workqueue::impl_has_work;
 use kernel::workqueue::new_delayed_work;
 use kernel::workqueue::new_work;
 use kernel::workqueue::DelayedWork;
-use kernel::workqueue::Queue;
 use kernel::workqueue::Work;
 use kernel::workqueue::WorkItem;
 
-/// File systems that can be held at a time, and freezes that may hang beside them. As many workers
-/// run in parallel: a queue without a CPU of its own allows for four times as many, which it
-/// distributes over the memory nodes.
+/// File systems that can be held at a time, freezes and thaws included that hang since somebody else held.
+/// The queues have room for four times as many, which they distribute over the memory nodes.
 pub(crate) const MAX_HELD: usize = 512;
 
 /// How soon a thaw that has failed is tried again, in milliseconds.
@@ -57,258 +50,6 @@ const RETRY_MS: u32 = 1_000;
 /// Which of a slot's two works is meant.
 const FREEZE: u64 = 0;
 const THAW: u64 = 1;
-
-/// A file system that is kept mounted: an unmount gets `EBUSY`, a lazy one is completed when this is
-/// dropped, which may sleep.
-///
-/// # Invariants
-///
-/// `mount` is a valid mount, and a reference to it is owned.
-pub(crate) struct FileSystem {
-    mount: NonNull<raw::vfsmount>,
-}
-
-// SAFETY: A reference to a mount may be used and dropped by any thread.
-unsafe impl Send for FileSystem {}
-
-impl FileSystem {
-    /// The file system of the caller's open descriptor `fd`.
-    ///
-    /// # Errors
-    ///
-    /// `EBADF` when it is not open, or only a path (`O_PATH`).
-    pub(crate) fn of(fd: i32) -> Result<Self> {
-        let file = LocalFile::fget(u32::try_from(fd).map_err(|_| EBADF)?)?;
-        // The mount, not the file: a descriptor can be sent through itself, and would never be closed.
-        //
-        // SAFETY: The file is open, so it has a mount, which it keeps.
-        let mount = unsafe { raw::mntget(bindings::hv_vss_file_mount(file.as_ptr())) };
-        // INVARIANT: `mntget` has taken a reference.
-        Ok(FileSystem {
-            mount: NonNull::new(mount).ok_or(EBADF)?,
-        })
-    }
-
-    /// Whether the caller may freeze it, and whether it can be frozen, as FIFREEZE has it.
-    ///
-    /// # Errors
-    ///
-    /// `EPERM` or `EOPNOTSUPP`.
-    pub(crate) fn may_freeze(&self) -> Result {
-        // SAFETY: By the type invariant the superblock is alive, and so is its user namespace.
-        if !unsafe { raw::ns_capable((*self.superblock()).s_user_ns, raw::CAP_SYS_ADMIN as c_int) } {
-            return Err(EPERM);
-        }
-        let operations = self.operations();
-        if operations.freeze_fs.is_none() && operations.freeze_super.is_none() {
-            return Err(error(raw::EOPNOTSUPP));
-        }
-        Ok(())
-    }
-
-    /// Freezes it for `owner`. Process context; waits for writers and for the disk.
-    fn freeze(&self, owner: *const Slot) -> Result {
-        let freeze = self.operations().freeze_super.unwrap_or(raw::freeze_super);
-        // SAFETY: By the type invariant the superblock is alive and active. The owner is not null.
-        to_result(unsafe { freeze(self.superblock(), HOLDER, owner.cast()) })
-    }
-
-    /// Undoes a freeze for `owner`. Process context; may wait for the disk.
-    ///
-    /// # Errors
-    ///
-    /// `EINVAL` when it is not frozen for this owner, else what the file system says; it is still
-    /// frozen then.
-    fn thaw(&self, owner: *const Slot) -> Result {
-        let thaw = self.operations().thaw_super.unwrap_or(raw::thaw_super);
-        // SAFETY: As for `freeze`.
-        to_result(unsafe { thaw(self.superblock(), HOLDER, owner.cast()) })
-    }
-
-    fn superblock(&self) -> *mut raw::super_block {
-        // SAFETY: By the type invariant the mount is valid; its superblock does not change.
-        unsafe { (*self.mount.as_ptr()).mnt_sb }
-    }
-
-    fn operations(&self) -> &raw::super_operations {
-        // SAFETY: By the type invariant the superblock is alive; its operations are never null, and
-        // constant.
-        unsafe { &*(*self.superblock()).s_op }
-    }
-
-    fn identity(&self) -> Identity {
-        let superblock = self.superblock();
-        let mut kind = [0; KIND];
-        // SAFETY: By the type invariant the superblock is alive, and with it its type, whose name is a
-        // string.
-        let (device, name) = unsafe {
-            let name = CStr::from_char_ptr((*(*superblock).s_type).name);
-            ((*superblock).s_dev, name)
-        };
-        for (to, from) in kind.iter_mut().zip(name.to_bytes()) {
-            *to = *from;
-        }
-        Identity {
-            superblock: superblock.addr(),
-            device,
-            kind,
-        }
-    }
-}
-
-impl Drop for FileSystem {
-    fn drop(&mut self) {
-        // SAFETY: By the type invariant there is a reference, which ends here.
-        unsafe { raw::mntput(self.mount.as_ptr()) };
-    }
-}
-
-/// Our kind of freeze: only who is named as the owner can undo it, and it nests with those of others.
-const HOLDER: raw::freeze_holder =
-    raw::freeze_holder_FREEZE_HOLDER_KERNEL | raw::freeze_holder_FREEZE_EXCL;
-
-/// Bytes of a file system type's name that are kept.
-const KIND: usize = 16;
-
-/// Which file system it is, for comparing and for printing.
-#[derive(Clone, Copy)]
-struct Identity {
-    /// Address of the superblock.
-    superblock: usize,
-    device: raw::dev_t,
-    /// The name of its type, filled up with zeros.
-    kind: [u8; KIND],
-}
-
-global_lock! {
-    // SAFETY: Initialised in `Workers::new`, which comes before all else.
-    unsafe(uninit) static QUEUES: Mutex<Option<Arc<Queues>>> = None;
-}
-
-/// The module's workqueues. Their work progresses even if there is no memory for another worker.
-struct Queues {
-    freezes: OwnedQueue,
-    thaws: OwnedQueue,
-}
-
-/// There are workqueues as long as this lives. They are the module's, not a device's: a device can go
-/// while a freeze hangs, the module cannot (see [`ModuleReference`]).
-pub(crate) struct Workers(());
-
-impl Workers {
-    /// Makes the workqueues.
-    ///
-    /// # Safety
-    ///
-    /// May be called once, before anything else of this file. What it returns must be dropped last.
-    pub(crate) unsafe fn new() -> Result<Self> {
-        // SAFETY: Guaranteed by the caller.
-        unsafe { QUEUES.init() };
-        let queues = Queues {
-            freezes: OwnedQueue::new(c"hv_vss_freeze")?,
-            thaws: OwnedQueue::new(c"hv_vss_thaw")?,
-        };
-        *QUEUES.lock() = Some(Arc::new(queues, GFP_KERNEL)?);
-        Ok(Workers(()))
-    }
-}
-
-impl Drop for Workers {
-    fn drop(&mut self) {
-        // No other reference is left: no device is bound, no descriptor open, and what a work had it gave
-        // back before its reference to the module.
-        let queues = QUEUES.lock().take();
-        drop(queues);
-    }
-}
-
-/// A workqueue that is destroyed on drop, which waits for what runs in it.
-///
-/// # Invariants
-///
-/// It is a valid workqueue.
-struct OwnedQueue(NonNull<raw::workqueue_struct>);
-
-// SAFETY: Workqueues may be used from any thread.
-unsafe impl Send for OwnedQueue {}
-// SAFETY: Likewise.
-unsafe impl Sync for OwnedQueue {}
-
-impl OwnedQueue {
-    fn new(name: &'static CStr) -> Result<Self> {
-        let flags = raw::wq_flags_WQ_UNBOUND | raw::wq_flags_WQ_MEM_RECLAIM;
-        // SAFETY: The name is a format without arguments.
-        let queue = unsafe {
-            raw::alloc_workqueue_noprof(
-                name.as_char_ptr(),
-                flags,
-                // CAST: 2048.
-                raw::wq_consts_WQ_MAX_ACTIVE as c_int,
-            )
-        };
-        // INVARIANT: It is one if it is not null.
-        NonNull::new(queue).map(OwnedQueue).ok_or(ENOMEM)
-    }
-
-    fn get(&self) -> &Queue {
-        // SAFETY: By the type invariant it is valid for as long as `self` is.
-        unsafe { Queue::from_raw(self.0.as_ptr()) }
-    }
-}
-
-impl Drop for OwnedQueue {
-    fn drop(&mut self) {
-        // SAFETY: By the type invariant it is valid; it is not used any more.
-        unsafe { raw::destroy_workqueue(self.0.as_ptr()) };
-    }
-}
-
-/// Keeps the module from being unloaded. A work has one from when it is queued until all that is left
-/// of it is to return; for that much the end of [`Workers`] waits.
-struct ModuleReference(());
-
-impl ModuleReference {
-    /// A work is queued: takes its reference.
-    fn give() {
-        // SAFETY: The module is in use: either a descriptor of its device is open, or a work has its
-        // reference still, or it is not being unloaded as the device is only now unbound.
-        unsafe { raw::__module_get(this_module()) };
-    }
-
-    /// The work runs: the reference is its own.
-    fn take() -> Self {
-        ModuleReference(())
-    }
-}
-
-impl Drop for ModuleReference {
-    fn drop(&mut self) {
-        // SAFETY: `give` was called for this work.
-        unsafe { raw::module_put(this_module()) };
-    }
-}
-
-/// While there is one, RCU's grace periods are expedited, as the kernel itself does around suspend.
-///
-/// `freeze_super` waits for three of them, one for each kind of writer that it shuts out: nearly all
-/// of the time that a file system takes that has nothing to write. A caller that waits has one, not the
-/// worker, so that a freeze that hangs does not go on with it when its caller is gone.
-struct Expedited(());
-
-impl Expedited {
-    fn new() -> Self {
-        // SAFETY: There are no requirements; they nest.
-        unsafe { bindings::hv_vss_rcu_expedite() };
-        Expedited(())
-    }
-}
-
-impl Drop for Expedited {
-    fn drop(&mut self) {
-        // SAFETY: `new` has been called.
-        unsafe { bindings::hv_vss_rcu_unexpedite() };
-    }
-}
 
 /// All that is held, being frozen or being thawed. Its lock is taken in any context, also below the
 /// lock of whoever uses this.
@@ -356,6 +97,8 @@ struct Entry {
     identity: Identity,
     /// Away while a worker has it in hand, and gone when it is done.
     file_system: Option<FileSystem>,
+    /// The reference of the work that is queued for it.
+    module: Option<ModuleReference>,
     stage: Stage,
     /// When this stage began.
     since: Instant<Monotonic>,
@@ -452,9 +195,8 @@ pub(crate) enum Begun {
 pub(crate) struct Line {
     /// What to ask for the next one with.
     pub(crate) number: u64,
-    /// Device numbers.
-    pub(crate) device: (u32, u32),
-    kind: [u8; KIND],
+    /// Which file system.
+    pub(crate) identity: Identity,
     /// What is being done with it.
     pub(crate) stage: &'static str,
     /// What the last thaw said.
@@ -465,19 +207,9 @@ pub(crate) struct Line {
     pub(crate) for_ms: i64,
 }
 
-impl Line {
-    /// The file system's type.
-    pub(crate) fn kind(&self) -> &str {
-        let end = self.kind.iter().position(|b| *b == 0).unwrap_or(KIND);
-        let name = self.kind.get(..end).unwrap_or_default();
-        core::str::from_utf8(name).unwrap_or("?")
-    }
-}
-
 impl Hold {
     /// Nothing is held.
     pub(crate) fn new() -> Result<Arc<Self>> {
-        let queues = QUEUES.lock().clone().ok_or(ENODEV)?;
         let state = State {
             series: None,
             last_series: 0,
@@ -486,10 +218,10 @@ impl Hold {
             last_entry: 0,
         };
         Arc::pin_init(
-            pin_init!(Self {
+            try_pin_init!(Self {
                 state <- new_spinlock_irq!(state, "hv_vss::hold"),
                 thawed <- new_wait_queue!("hv_vss::thawed"),
-                queues,
+                queues: Queues::get()?,
             }),
             GFP_KERNEL,
         )
@@ -527,7 +259,7 @@ impl Hold {
             Some(file_system) => file_system.identity(),
             None => return Err(EINVAL),
         };
-        let same = |entry: &&mut Entry| entry.identity.superblock == identity.superblock;
+        let same = |entry: &&mut Entry| entry.identity == identity;
         for entry in state.entries.iter_mut().filter(same) {
             match entry.stage {
                 Stage::Freezing | Stage::CalledOff | Stage::Held => return Err(EBUSY),
@@ -561,14 +293,18 @@ impl Hold {
             slot,
             identity,
             file_system: None,
+            module: None,
             stage: Stage::Freezing,
             since: Instant::now(),
             watches: 0,
         };
-        state.entries.push_within_capacity(entry).map_err(|_| ENOSPC)?;
+        state
+            .entries
+            .push_within_capacity(entry)
+            .map_err(|_| ENOSPC)?;
         let entry = state.entries.last_mut().ok_or(ENOSPC)?;
         entry.file_system = request.file_system.take();
-        self.queue_freeze(&entry.slot);
+        self.queue_freeze(entry);
         Ok(Begun::Queued(entry.watch()))
     }
 
@@ -585,7 +321,7 @@ impl Hold {
             Stage::Held => Ok(()),
             Stage::Freezing => Err(EINTR),
             Stage::Done(Err(error)) => Err(error),
-            Stage::CalledOff | Stage::Thawing(_) | Stage::Done(Ok(())) => Err(error(raw::ESTALE)),
+            Stage::CalledOff | Stage::Thawing(_) | Stage::Done(Ok(())) => Err(error(ESTALE)),
         }
     }
 
@@ -612,13 +348,13 @@ impl Hold {
     ///
     /// `EINVAL` when it is not held, `EINTR` when the caller is killed, and what the file system says.
     pub(crate) fn thaw(&self, file_system: &FileSystem) -> Result {
-        let wanted = file_system.superblock().addr();
+        let wanted = file_system.identity();
         let watch = {
             let mut state = self.state.lock();
             let entry = state
                 .entries
                 .iter_mut()
-                .find(|entry| entry.identity.superblock == wanted && !entry.is_done())
+                .find(|entry| entry.identity == wanted && !entry.is_done())
                 .ok_or(EINVAL)?;
             match entry.stage {
                 Stage::Held => self.queue_thaw(entry),
@@ -683,7 +419,11 @@ impl Hold {
 
     /// When all is to be let go, if anything is held.
     pub(crate) fn deadline(&self) -> Option<u64> {
-        self.state.lock().series.as_ref().map(|series| series.deadline)
+        self.state
+            .lock()
+            .series
+            .as_ref()
+            .map(|series| series.deadline)
     }
 
     /// Waits for at most `timeout_ms` until nothing is frozen, or being frozen, here. Process context.
@@ -700,8 +440,7 @@ impl Hold {
         let entry = state.entries.iter().find(|entry| entry.number > number)?;
         Some(Line {
             number: entry.number,
-            device: split(entry.identity.device),
-            kind: entry.identity.kind,
+            identity: entry.identity,
             stage: entry.stage.name(),
             error: match entry.stage {
                 Stage::Thawing(Some(error)) | Stage::Done(Err(error)) => error.to_errno(),
@@ -712,34 +451,38 @@ impl Hold {
         })
     }
 
-    fn queue_freeze(&self, slot: &Arc<Slot>) {
-        ModuleReference::give();
-        if self.queues.freezes.get().enqueue::<_, FREEZE>(slot.clone()).is_err() {
-            // It is queued already, with a reference of its own.
-            drop(ModuleReference::take());
-        }
+    /// Has an entry frozen. Under the lock.
+    fn queue_freeze(&self, entry: &mut Entry) {
+        entry.module = Some(ModuleReference::new());
+        // It is queued: its slot was not in use.
+        let _ = self
+            .queues
+            .freezes()
+            .enqueue::<_, FREEZE>(entry.slot.clone());
     }
 
-    /// Has a held entry thawed. Under the lock.
+    /// Has an entry thawed that is frozen. Under the lock.
     fn queue_thaw(&self, entry: &mut Entry) {
         entry.enter(Stage::Thawing(None));
-        self.queue_thaw_after(&entry.slot, 0);
+        self.queue_thaw_in(entry, 0);
     }
 
-    fn queue_thaw_after(&self, slot: &Arc<Slot>, ms: u32) {
-        let queue = self.queues.thaws.get();
+    fn queue_thaw_in(&self, entry: &mut Entry, ms: u32) {
+        entry.module = Some(ModuleReference::new());
         let delay = msecs_to_jiffies(ms);
-        ModuleReference::give();
-        if queue.enqueue_delayed::<_, THAW>(slot.clone(), delay).is_err() {
-            // As above.
-            drop(ModuleReference::take());
-        }
+        // As above: only a worker that has the entry in hand, or will, could have queued it.
+        let _ = self
+            .queues
+            .thaws()
+            .enqueue_delayed::<_, THAW>(entry.slot.clone(), delay);
     }
 }
 
 impl State {
     fn of_slot(&mut self, slot: &Arc<Slot>) -> Option<&mut Entry> {
-        self.entries.iter_mut().find(|entry| Arc::ptr_eq(&entry.slot, slot))
+        self.entries
+            .iter_mut()
+            .find(|entry| Arc::ptr_eq(&entry.slot, slot))
     }
 
     fn numbered(&mut self, number: u64) -> Option<&mut Entry> {
@@ -820,10 +563,8 @@ impl WorkItem<FREEZE> for Slot {
     type Pointer = Arc<Slot>;
 
     fn run(this: Arc<Slot>) {
-        let module = ModuleReference::take();
-        Slot::do_freeze(&this);
-        // The slot can be the last that knows the queues, and with this work's reference the module may
-        // go: in this order.
+        let module = this.do_freeze();
+        // In this order: when the last work has given back its reference, the module may go.
         drop(this);
         drop(module);
     }
@@ -833,69 +574,78 @@ impl WorkItem<THAW> for Slot {
     type Pointer = Arc<Slot>;
 
     fn run(this: Arc<Slot>) {
-        let module = ModuleReference::take();
-        Slot::do_thaw(&this);
+        let module = this.do_thaw();
         drop(this);
         drop(module);
     }
 }
 
+/// What a worker has in hand.
+struct Task {
+    file_system: FileSystem,
+    module: Option<ModuleReference>,
+    id: u64,
+    identity: Identity,
+    /// Whether it is still to be frozen.
+    wanted: bool,
+}
+
 impl Slot {
     /// What a worker does for an entry that is being frozen.
-    fn do_freeze(this: &Arc<Self>) {
-        let Some((file_system, id, device, wanted)) = this.take() else {
-            return;
-        };
-        let result = if wanted {
+    fn do_freeze(self: &Arc<Self>) -> Option<ModuleReference> {
+        let task = self.take()?;
+        let result = if task.wanted {
             let begun = Instant::<Monotonic>::now();
-            let result = file_system.freeze(Arc::as_ptr(this));
-            report::froze(id, device, result, begun.elapsed().as_micros_ceil());
+            let result = task.file_system.freeze(&**self);
+            let us = begun.elapsed().as_micros_ceil();
+            report::froze(task.id, task.identity.device, result, us);
             result
         } else {
-            Err(error(raw::ESTALE))
+            Err(error(ESTALE))
         };
         match result {
-            Ok(()) => this.put_back(file_system, |hold, entry| match entry.stage {
+            Ok(()) => self.put_back(task.file_system, |hold, entry| match entry.stage {
                 Stage::CalledOff => hold.queue_thaw(entry),
                 _ => entry.enter(Stage::Held),
             }),
-            Err(_) => this.finish(file_system, result),
+            Err(_) => self.finish(task.file_system, result),
         }
+        task.module
     }
 
     /// What a worker does for an entry that is being thawed.
-    fn do_thaw(this: &Arc<Self>) {
-        let Some((file_system, id, device, _)) = this.take() else {
-            return;
-        };
+    fn do_thaw(self: &Arc<Self>) -> Option<ModuleReference> {
+        let task = self.take()?;
         let begun = Instant::<Monotonic>::now();
-        let result = file_system.thaw(Arc::as_ptr(this));
-        report::thawed(id, device, result, begun.elapsed().as_micros_ceil());
+        let result = task.file_system.thaw(&**self);
+        let us = begun.elapsed().as_micros_ceil();
+        report::thawed(task.id, task.identity.device, result, us);
         match result {
             // `EINVAL` says that it is not frozen for us, which trying again does not change.
-            Err(error) if error != EINVAL => this.put_back(file_system, |hold, entry| {
+            Err(error) if error != EINVAL => self.put_back(task.file_system, |hold, entry| {
                 entry.enter(Stage::Thawing(Some(error)));
-                hold.queue_thaw_after(this, RETRY_MS);
+                hold.queue_thaw_in(entry, RETRY_MS);
             }),
-            _ => this.finish(file_system, result),
+            _ => self.finish(task.file_system, result),
         }
+        task.module
     }
 
-    /// Takes the file system in hand: with it, the id, the device numbers, and whether it is to be frozen.
-    fn take(self: &Arc<Self>) -> Option<(FileSystem, u64, (u32, u32), bool)> {
+    /// Takes the entry's file system in hand.
+    fn take(self: &Arc<Self>) -> Option<Task> {
         let mut state = self.hold.state.lock();
         let entry = state.of_slot(self)?;
-        let file_system = entry.file_system.take()?;
-        let wanted = matches!(entry.stage, Stage::Freezing);
-        Some((file_system, entry.id, split(entry.identity.device), wanted))
+        Some(Task {
+            file_system: entry.file_system.take()?,
+            module: entry.module.take(),
+            id: entry.id,
+            identity: entry.identity,
+            wanted: matches!(entry.stage, Stage::Freezing),
+        })
     }
 
     /// Gives the file system back to its entry, which goes on.
-    fn put_back(
-        self: &Arc<Self>,
-        file_system: FileSystem,
-        go_on: impl FnOnce(&Hold, &mut Entry),
-    ) {
+    fn put_back(self: &Arc<Self>, file_system: FileSystem, go_on: impl FnOnce(&Hold, &mut Entry)) {
         let mut state = self.hold.state.lock();
         if let Some(entry) = state.of_slot(self) {
             entry.file_system = Some(file_system);
@@ -919,9 +669,4 @@ impl Slot {
         };
         self.hold.thawed.wake_all();
     }
-}
-
-/// The major and minor number of a device.
-fn split(device: raw::dev_t) -> (u32, u32) {
-    (device >> raw::MINORBITS, device & ((1 << raw::MINORBITS) - 1))
 }

@@ -13,6 +13,7 @@ mod compat;
 mod driver;
 #[path = "engine/lib.rs"]
 pub mod engine;
+mod file_system;
 mod hold;
 mod pm_notifier;
 mod report;
@@ -22,6 +23,7 @@ mod timer;
 pub mod uapi;
 mod vmbus;
 mod wait;
+mod workers;
 
 use kernel::prelude::*;
 
@@ -76,15 +78,15 @@ impl Parameters {
 struct HvVssModule {
     #[pin]
     _driver: kernel::driver::Registration<vmbus::Adapter<driver::Driver>>,
-    _workers: hold::Workers,
+    _workers: workers::Workers,
 }
 
 impl kernel::InPlaceModule for HvVssModule {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            // SAFETY: A module is initialised once. Nothing is done with `hold` before this line, and
-            // nothing after the drop of this field, the last one.
-            _workers: unsafe { hold::Workers::new() }?,
+            // SAFETY: A module is initialised once. Nothing is queued before this line, and nothing
+            // after the drop of this field, the last one.
+            _workers: unsafe { workers::Workers::new() }?,
             _driver <- kernel::driver::Registration::new(
                 <Self as kernel::ModuleMetadata>::NAME,
                 module,

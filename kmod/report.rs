@@ -182,7 +182,13 @@ impl Log {
 
 /// Traces a freeze of the module's own, for request `id`.
 pub(crate) fn froze(id: u64, device: (u32, u32), result: Result, us: i64) {
-    trace!(hv_vss_trace_freeze(id, device.0, device.1, code(result), us));
+    trace!(hv_vss_trace_freeze(
+        id,
+        device.0,
+        device.1,
+        code(result),
+        us
+    ));
 }
 
 /// Traces a thaw of the module's own, and says so when it has failed.
@@ -269,8 +275,8 @@ pub(crate) fn held_head(out: &mut fmt::Formatter<'_>) -> fmt::Result {
 
 /// A line of it: one file system that is frozen, or on the way to or from there.
 pub(crate) fn held(line: &Line, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-    let (major, minor) = line.device;
-    let (kind, stage) = (line.kind(), line.stage);
+    let (major, minor) = line.identity.device;
+    let (kind, stage) = (line.identity.kind(), line.stage);
     writeln!(
         out,
         "{major}:{minor} {kind} {stage} {} {} {}",

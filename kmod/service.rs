@@ -15,9 +15,9 @@ use crate::compat::SpinLockIrq;
 use crate::engine;
 use crate::engine::Effects;
 use crate::engine::Note;
+use crate::file_system::FileSystem;
 use crate::hold;
 use crate::hold::Begun;
-use crate::hold::FileSystem;
 use crate::hold::Hold;
 use crate::pm_notifier;
 use crate::report;
@@ -217,7 +217,9 @@ impl Service {
             let mut state = self.state.lock();
             let device = &mut state.device;
             if !device.gone {
-                self.event(device, &mut log, |engine, now, out| engine.close(now, reason, out));
+                self.event(device, &mut log, |engine, now, out| {
+                    engine.close(now, reason, out)
+                });
                 self.hold.let_go();
                 device.gone = for_good;
             }

@@ -52,10 +52,7 @@ unsafe impl Sync for WaitQueue {}
 
 impl WaitQueue {
     /// A queue that nobody waits in; see [`new_wait_queue`].
-    pub(crate) fn new(
-        name: &'static CStr,
-        key: Pin<&'static LockClassKey>,
-    ) -> impl PinInit<Self> {
+    pub(crate) fn new(name: &'static CStr, key: Pin<&'static LockClassKey>) -> impl PinInit<Self> {
         pin_init!(Self {
             inner <- Opaque::ffi_init(|slot| {
                 // SAFETY: `slot` is valid for writes and pinned; `name` and `key` live for ever.
@@ -72,7 +69,11 @@ impl WaitQueue {
 
     /// Waits until `condition` holds, which is asked at first and after each [`Self::wake_all`].
     /// Process context; `condition` must not sleep.
-    pub(crate) fn wait<F: FnMut() -> bool>(&self, timeout_ms: Option<u32>, mut condition: F) -> Waited {
+    pub(crate) fn wait<F: FnMut() -> bool>(
+        &self,
+        timeout_ms: Option<u32>,
+        mut condition: F,
+    ) -> Waited {
         // SAFETY: The queue is set up. `condition` is alive until the call returns, and is what
         // `ask::<F>` takes; only this thread calls it, and one call at a time.
         let left = unsafe {

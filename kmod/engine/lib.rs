@@ -24,8 +24,10 @@ use crate::uapi;
 use hv_vss_uapi as uapi;
 
 mod frames;
+mod freeze;
 mod machine;
 mod notes;
+mod queue;
 mod wire;
 
 pub use frames::Refusal;
@@ -35,14 +37,14 @@ pub use machine::Engine;
 #[cfg(not(hv_vss_kernel))]
 pub use machine::Shape;
 pub use machine::Token;
-pub use machine::PACKET_MAX;
-pub use machine::QUEUE;
 pub use notes::BadFrames;
 pub use notes::Note;
 pub use notes::OpStats;
 pub use notes::Stats;
 pub use notes::Subject;
 pub use notes::OPS;
+pub use queue::PACKET_MAX;
+pub use queue::QUEUE;
 pub use wire::Version;
 pub use wire::FRAMEWORK_VERSIONS;
 pub use wire::VSS_VERSIONS;
