@@ -70,8 +70,8 @@ struct State {
     last_series: u64,
     /// Series up to this one were somebody else's.
     forgotten: u64,
-    /// In the order in which they were begun; room for [`MAX_HELD`] is there.
-    entries: KVec<Entry>,
+    /// In the order in which they were begun. There is room for all of the series.
+    entries: KVVec<Entry>,
     /// Number of the last entry.
     last_entry: u64,
 }
@@ -167,6 +167,7 @@ pub(crate) struct Request {
     file_system: Option<FileSystem>,
     count: usize,
     spare: KVec<Arc<Slot>>,
+    entries: KVVec<Entry>,
 }
 
 impl Request {
@@ -177,6 +178,7 @@ impl Request {
             file_system: Some(file_system),
             count,
             spare: KVec::new(),
+            entries: KVVec::new(),
         }
     }
 }
@@ -214,7 +216,7 @@ impl Hold {
             series: None,
             last_series: 0,
             forgotten: 0,
-            entries: KVec::with_capacity(MAX_HELD, GFP_KERNEL)?,
+            entries: KVVec::new(),
             last_entry: 0,
         };
         Arc::pin_init(
@@ -229,6 +231,8 @@ impl Hold {
 
     /// Sets memory aside for a series that `request` may begin. Sleeps.
     pub(crate) fn set_aside(self: &Arc<Self>, request: &mut Request) -> Result {
+        let left = self.state.lock().entries.len();
+        request.entries = KVVec::with_capacity(left + request.count, GFP_KERNEL)?;
         let mut spare = KVec::with_capacity(request.count, GFP_KERNEL)?;
         for _ in 0..request.count {
             let slot = Arc::pin_init(
@@ -267,12 +271,18 @@ impl Hold {
                 Stage::Done(_) => {}
             }
         }
-        if state.entries.len() >= MAX_HELD {
-            return Err(ENOSPC);
-        }
         if state.series.is_none() {
-            if request.spare.is_empty() {
+            // What is left over from series before stays on the list.
+            let wanted = state.entries.len() + request.count;
+            if wanted > MAX_HELD {
+                return Err(ENOSPC);
+            }
+            if request.spare.is_empty() || request.entries.capacity() < wanted {
                 return Ok(Begun::First);
+            }
+            mem::swap(&mut state.entries, &mut request.entries);
+            for entry in request.entries.drain_all() {
+                let _ = state.entries.push_within_capacity(entry);
             }
             state.last_series += 1;
             state.series = Some(Series {

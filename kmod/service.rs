@@ -494,7 +494,7 @@ impl chardev::Handler for Service {
         if from.copy_from_iter(bytes) != bytes.len() {
             return Err(EFAULT);
         }
-        self.with_engine(|engine, now, out| engine.write(now, bytes, out))
+        self.with_engine(|engine, now, out| engine.write(now, bytes, whole, out))
             .ok_or(ENODEV)?
             .map_err(report::errno)?;
         Ok(whole)
