@@ -86,8 +86,8 @@ pub trait Effects {
     /// could not be sent.
     fn send(&mut self, packet: &[u8], request_id: u64) -> bool;
     /// Thaws what the module holds for the daemon, without waiting for it; `reason` is one of
-    /// [`thawed`]. Harmless when nothing is held.
-    fn let_go(&mut self, reason: u32);
+    /// [`thawed`]. Returns whether there was anything to thaw.
+    fn let_go(&mut self, reason: u32) -> bool;
     /// Takes note of something that happened.
     fn note(&mut self, note: Note);
 }
@@ -378,7 +378,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         effects: &mut impl Effects,
     ) {
         if ending == Ending::Answered(status::OK) {
-            self.freeze = Freeze::Held { id };
+            self.freeze = Freeze::Held { id, whole: true };
             if sent {
                 return;
             }
@@ -457,12 +457,14 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
     }
 
-    /// Lets go of what the module holds. If that is anything, the daemon is told, and the id is returned
-    /// for which it was held.
+    /// Lets go of what the module holds, and has the daemon told if that is anything. Returns the id for
+    /// which it held something last.
     fn let_go(&mut self, reason: u32, effects: &mut impl Effects) -> Option<u64> {
-        effects.let_go(reason);
+        let held = effects.let_go(reason);
         let id = self.hold.take()?;
-        self.notice = Some((id, reason));
+        if held {
+            self.notice = Some((id, reason));
+        }
         Some(id)
     }
 

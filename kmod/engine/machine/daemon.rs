@@ -15,6 +15,7 @@ use super::wire;
 use super::Effects;
 use super::Ending;
 use super::Engine;
+use super::Freeze;
 use super::Note;
 use super::OwedThaw;
 use super::Request;
@@ -315,6 +316,27 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
         self.alive();
         self.hold = Some(id);
+        Ok(())
+    }
+
+    /// The daemon has the module thaw something that it holds, or `all` of it. Unless the host's THAW is
+    /// in its hands, the freeze for which that is held is not whole from then on.
+    ///
+    /// # Errors
+    ///
+    /// A [`Refusal`] when it may not.
+    pub fn thaw_held(&mut self, all: bool) -> Result<(), Refusal> {
+        if self.daemon != Daemon::V2 {
+            return Err(Refusal::OutOfTurn);
+        }
+        self.alive();
+        let early = self.hold.is_some_and(|id| id != 0) && !self.is_doing(op::THAW);
+        if let Freeze::Held { whole, .. } = &mut self.freeze {
+            *whole &= !early;
+        }
+        if all {
+            self.hold = None;
+        }
         Ok(())
     }
 
