@@ -12,8 +12,9 @@ use super::uapi::status;
 pub(super) enum Freeze {
     /// There is none: the host asked for none, or it ended well, or the host knows that it did not.
     None,
-    /// FREEZE `id` succeeded and its daemon is still there.
-    Held { id: u64 },
+    /// FREEZE `id` succeeded and its daemon is still there. `whole` until that has had the module thaw
+    /// something without waiting for the host's THAW.
+    Held { id: u64, whole: bool },
     /// The host counts on a freeze that did not last until its THAW, or it does not know that its
     /// FREEZE has failed. Every THAW is failed from then on, until a FREEZE ends the matter: one that
     /// succeeds, or, when the host has been `told` by a THAW that failed, any.
@@ -25,15 +26,15 @@ impl Freeze {
     pub(super) fn as_str(self) -> &'static str {
         match self {
             Freeze::None => "none",
-            Freeze::Held { .. } => "held",
-            Freeze::Broken { .. } => "broken",
+            Freeze::Held { whole: true, .. } => "held",
+            Freeze::Held { whole: false, .. } | Freeze::Broken { .. } => "broken",
         }
     }
 
     /// The id of the FREEZE in force.
     pub(super) fn held(self) -> Option<u64> {
         match self {
-            Freeze::Held { id } => Some(id),
+            Freeze::Held { id, .. } => Some(id),
             Freeze::None | Freeze::Broken { .. } => None,
         }
     }
@@ -41,7 +42,9 @@ impl Freeze {
     /// What the host is told for a THAW that the daemon answers with `code`.
     pub(super) fn thaw_status(self, code: u32) -> u32 {
         match self {
-            Freeze::Broken { .. } if code == status::OK => status::FAIL,
+            Freeze::Held { whole: false, .. } | Freeze::Broken { .. } if code == status::OK => {
+                status::FAIL
+            }
             _ => code,
         }
     }

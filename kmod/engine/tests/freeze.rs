@@ -731,6 +731,40 @@ fn the_module_lets_go_when_the_host_has_no_use_for_it_any_more() {
 }
 
 #[test]
+fn what_the_daemon_has_thawed_before_the_hosts_thaw_makes_that_fail() {
+    for (after_thaw, code) in [(false, status::FAIL), (true, status::OK)] {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon_v2();
+        let (_, seen) = holding(&mut w);
+        w.answer(seen, status::OK).unwrap();
+        if !after_thaw {
+            w.thaw_held().unwrap();
+        }
+        let thaw = w.ask(op::THAW);
+        let seen = w.read().unwrap();
+        if after_thaw {
+            w.thaw_held().unwrap();
+        }
+        w.answer(seen, status::OK).unwrap();
+        assert_eq!(w.answered(thaw), Some(code));
+        good_backup(&mut w);
+    }
+}
+
+#[test]
+fn a_daemon_is_not_told_of_what_it_has_thawed() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    assert_eq!(w.thaw_held(), Err(Refusal::OutOfTurn));
+    w.daemon_v2();
+    w.hold(0).unwrap();
+    w.thaw_held().unwrap();
+    w.prepare_sleep();
+    assert!(!w.engine.readable());
+}
+
+#[test]
 fn a_rehearsal_is_nothing_to_the_host() {
     let mut store = Vec::new();
     let mut w = world(&mut store);

@@ -48,6 +48,8 @@ pub enum Event {
     Hold,
     /// ... for nobody.
     Rehearse,
+    /// The daemon has the module thaw that.
+    ThawHeld,
     /// The module thaws that by itself.
     Lose,
     /// The machine prepares to sleep.
@@ -78,7 +80,7 @@ pub enum Stray {
 }
 
 /// Each event once.
-pub const ALL: [Event; 41] = [
+pub const ALL: [Event; 42] = [
     Event::Ask(op::FREEZE),
     Event::Ask(op::THAW),
     Event::Ask(op::HOT_BACKUP),
@@ -115,6 +117,7 @@ pub const ALL: [Event; 41] = [
     Event::Alive,
     Event::Hold,
     Event::Rehearse,
+    Event::ThawHeld,
     Event::Lose,
     Event::PrepareSleep,
     Event::Close,
@@ -229,7 +232,11 @@ impl World<'_> {
                     assert!(self.abi == 2 && self.config.max_held > 0);
                 }
             }
-            Event::Lose => self.lose(thawed::DEADLINE),
+            Event::ThawHeld if self.open => {
+                assert_eq!(self.thaw_held().is_ok(), self.abi == 2);
+            }
+            // The module says so only of what it holds.
+            Event::Lose if self.by_module.is_some() => self.lose(thawed::DEADLINE),
             Event::PrepareSleep => self.prepare_sleep(),
             Event::Close if self.channel => self.close(thawed::SLEEP),
             Event::Reopen => self.channel = true,
@@ -244,6 +251,8 @@ impl World<'_> {
             | Event::Alive
             | Event::Hold
             | Event::Rehearse
+            | Event::ThawHeld
+            | Event::Lose
             | Event::Close
             | Event::Release
             | Event::RegisterV1(_)

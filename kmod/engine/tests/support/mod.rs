@@ -131,6 +131,8 @@ pub struct Recorder {
     pub notes: Vec<Note>,
     pub let_go: Vec<u32>,
     pub ring_full: bool,
+    /// Whether the module holds anything.
+    holds: bool,
 }
 
 impl Effects for Recorder {
@@ -139,8 +141,12 @@ impl Effects for Recorder {
             .push((packet.to_vec(), request_id, !self.ring_full));
         !self.ring_full
     }
-    fn let_go(&mut self, reason: u32) {
-        self.let_go.push(reason);
+    fn let_go(&mut self, reason: u32) -> bool {
+        let held = std::mem::take(&mut self.holds);
+        if held {
+            self.let_go.push(reason);
+        }
+        held
     }
     fn note(&mut self, note: Note) {
         self.notes.push(note);
@@ -210,6 +216,8 @@ pub struct World<'a> {
     by_module: Option<u64>,
     /// What it has to be told of that: the id, and why it has ended.
     untold: Option<(u64, u32)>,
+    /// It is just saying itself that all is thawed.
+    says_so: bool,
     /// It works on a FREEZE that has been failed.
     late: bool,
     /// Nobody serves requests.
@@ -240,6 +248,7 @@ impl<'a> World<'a> {
             own: false,
             by_module: None,
             untold: None,
+            says_so: false,
             late: false,
             quiet: true,
             sleeping: false,
@@ -491,8 +500,7 @@ impl<'a> World<'a> {
         let open = self.is_open(seen);
         let gave_up = seen.operation == op::FREEZE && code != status::OK;
         if open && (seen.operation == op::THAW || gave_up) {
-            // Its own doing, so the module need not tell it.
-            (self.by_module, self.by_daemon, self.own) = (None, false, false);
+            (self.by_daemon, self.own, self.says_so) = (false, false, true);
             self.late &= gave_up;
         }
         // Set first, because the answer leaves within the write. An owed THAW is nobody's.
@@ -509,6 +517,7 @@ impl<'a> World<'a> {
             self.in_hand = None;
         }
         let result = self.write(&bytes);
+        self.says_so = false;
         assert_eq!(result.is_ok(), open, "an answer counts if it is waited for");
         if open && seen.operation == op::FREEZE && code == status::OK {
             self.frozen = Some(seen.id);
@@ -533,12 +542,13 @@ impl<'a> World<'a> {
 
     /// The daemon says that freeze `id` has ended.
     pub fn tell_thawed(&mut self, id: u64, reason: u32) -> Result<(), Refusal> {
-        let held = (self.by_module, self.by_daemon, self.own);
-        (self.by_module, self.by_daemon, self.own) = (None, false, false);
+        let by_daemon = (self.by_daemon, self.own);
+        (self.by_daemon, self.own, self.says_so) = (false, false, true);
         let result = self.write(&thawed(id, reason));
+        self.says_so = false;
         match result {
             Ok(()) => self.spoil(),
-            Err(_) => (self.by_module, self.by_daemon, self.own) = held,
+            Err(_) => (self.by_daemon, self.own) = by_daemon,
         }
         result
     }
@@ -550,6 +560,7 @@ impl<'a> World<'a> {
         if result.is_ok() {
             self.sign_of_life();
             self.by_module = Some(id);
+            self.out.holds = true;
             let own_freeze = |seen: Seen| seen.id == id && seen.operation == op::FREEZE;
             assert!(
                 id == 0 || self.in_hand.is_some_and(own_freeze),
@@ -568,8 +579,25 @@ impl<'a> World<'a> {
         result
     }
 
+    /// The daemon has the module thaw all that it holds.
+    pub fn thaw_held(&mut self) -> Result<(), Refusal> {
+        let result = self.engine.thaw_held(true);
+        if result.is_ok() {
+            self.sign_of_life();
+            let in_hand = self.in_hand.filter(|seen| self.is_open(*seen));
+            let thawing = in_hand.is_some_and(|seen| seen.operation == op::THAW);
+            if self.by_module.is_some_and(|id| id != 0) && !thawing {
+                self.spoil();
+            }
+            (self.by_module, self.out.holds) = (None, false);
+        }
+        self.settle();
+        result
+    }
+
     /// The module thaws by itself what the daemon has in it.
     pub fn lose(&mut self, reason: u32) {
+        self.out.holds = false;
         if let Some(id) = self.by_module.take() {
             self.untold = Some((id, reason));
             if id != 0 {
@@ -694,7 +722,9 @@ impl<'a> World<'a> {
         self.out.let_go.clear();
         if let (Some(reason), Some(id)) = (reason, self.by_module) {
             self.by_module = None;
-            self.untold = Some((id, reason));
+            if !self.says_so {
+                self.untold = Some((id, reason));
+            }
         }
         for (packet, request_id, heard) in std::mem::take(&mut self.out.sent) {
             if packet[12] == 0 {
