@@ -5,29 +5,25 @@
 //! No host takes part. Texts go to standard output, the course of a rehearsal to the log.
 
 use std::collections::BTreeSet;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{channel, Sender};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use crate::cache::{survey, GatherError};
 use crate::config::Config;
+use crate::control::{self, ControlError, Method};
+use crate::fifreeze::Fifreeze;
 use crate::guard::{Event, Guard, GuardError};
-use crate::job::{freeze_all, JobError, Setting};
-use crate::logbook::Logbook;
-use crate::machine::{LookError, Machine, Table};
+use crate::job::{Freezer, JobError, Setting};
+use crate::logbook::{words, Logbook};
+use crate::machine::{LookError, Table};
 use crate::mounts;
-use crate::open::{open_file_system, OpenError};
-use crate::plan::{plan, FileSystem, Place, Plan, Reason};
-use crate::process;
-use crate::record::{Entry, Record, RecordError, RunDir};
-use crate::sys;
+use crate::plan::{FileSystem, Place, Plan, Reason};
+use crate::record::{RecordError, RunDir};
+use crate::recovery::{self, By, Recovered, RecoveryError};
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -47,18 +43,15 @@ pub enum CommandError {
     /// The rehearsal did not thaw cleanly.
     #[error(transparent)]
     Thaw(#[from] crate::freeze::ThawError),
-    /// The guard ended the rehearsal.
-    #[error("the rehearsal was ended by its guard: {0}")]
+    /// The rehearsal did not last.
+    #[error("the rehearsal was ended before its time: {0}")]
     Ended(&'static str),
     /// Record or lock cannot be used.
     #[error(transparent)]
     Record(#[from] RecordError),
-    /// A frozen file system cannot be reached.
+    /// Not all is thawed.
     #[error(transparent)]
-    Open(#[from] OpenError),
-    /// Some could not be thawed; which ones has been said.
-    #[error("{0} file systems could not be thawed")]
-    NotThawed(usize),
+    Recovery(#[from] RecoveryError),
     /// The list cannot be written.
     #[error("cannot write the list")]
     Json(#[from] serde_json::Error),
@@ -195,7 +188,8 @@ fn as_text(plan: &Plan, idle_rules: &BTreeSet<String>) -> String {
     text
 }
 
-/// A rehearsal: freezes as for a backup, stays frozen for `time`, thaws. Sends `stop` to end early.
+/// A rehearsal: freezes as for a backup, stays frozen for `time`, thaws. Sends `stop` to end early. It
+/// goes by itself, beside a daemon that serves: through FIFREEZE, with a guard of its own.
 pub fn freeze_for(
     config: Config,
     log: &Logbook,
@@ -205,51 +199,54 @@ pub fn freeze_for(
     let run = RunDir::new(&config.run_dir);
     run.check()?;
     let guard = Arc::new(Guard::start(&run)?);
+    let deadline = config.deadline;
+    let door = Fifreeze::new(Arc::clone(&guard), run, deadline, false, log.clone());
     let setting = Setting {
         config: Arc::new(config),
         log: log.clone(),
-        guard: Arc::clone(&guard),
-        for_host: false,
+        door: Arc::new(door),
+        abort: Arc::default(),
+        progress: Arc::default(),
     };
-    let abort = Arc::new(AtomicBool::new(false));
-    log.begin_backup(0, Instant::now());
-    let result = rehearse(&setting, &abort, time, stop);
-    log.end_backup();
-    log.release();
+    let held = log.hold(0, Instant::now());
+    let result = rehearse(&setting, &guard, time, stop);
+    drop(held);
     result
 }
 
 fn rehearse(
     setting: &Setting,
-    abort: &Arc<AtomicBool>,
+    guard: &Guard,
     time: Duration,
     stop: &Stop,
 ) -> Result<(), CommandError> {
-    let frozen = freeze_all(setting, abort)?;
+    let frozen = Freezer::new().freeze(setting)?;
     frozen.settle();
     let end = Instant::now() + time;
-    let event = loop {
+    let ended = loop {
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() || stop.wait(left.min(Duration::from_millis(100))) {
             break None;
         }
-        match setting.guard.event() {
+        if !frozen.look_after().is_empty() {
+            break Some("somebody else thawed");
+        }
+        match guard.event() {
             None => {}
-            event => break event,
+            Some(Event::Overdue) => break Some("the deadline passed"),
+            Some(Event::Died) => break Some("its guard died"),
         }
     };
-    if event.is_some() {
+    if ended.is_some() {
         // From here on an early thaw is no surprise.
-        abort.store(true, Ordering::SeqCst);
+        setting.abort.store(true, Ordering::SeqCst);
     }
     let thawed = frozen.thaw();
     frozen.tidy();
-    thawed?;
-    match event {
-        None => Ok(()),
-        Some(Event::Overdue) => Err(CommandError::Ended("the deadline passed")),
-        Some(Event::Died) => Err(CommandError::Ended("it died")),
+    if let Some(why) = ended {
+        return Err(CommandError::Ended(why));
     }
+    Ok(thawed?)
 }
 
 /// The word to end a rehearsal early; clones share it.
@@ -274,156 +271,41 @@ impl Stop {
     }
 }
 
-/// What came of the record of an earlier freeze.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Recovered {
-    /// There was none: no freeze was cut short.
-    Nothing,
-    /// One was cut short; nothing of it is frozen any more.
-    CutShort {
-        /// Whether a host waited for it, whose THAW must now fail.
-        for_host: bool,
-    },
-    /// Whoever froze is still alive, and the record is theirs.
-    InUse,
-}
-
-/// Who thaws what a record lists.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum By {
-    /// An operator, or the stop step of the service: whoever else is at it. A host that waits has
-    /// yet to be told, which is left to the next start.
-    Operator,
-    /// A daemon that starts: unless the owner lives, for that one thaws by itself.
-    Start,
-    /// The same daemon later, while a dead owner is still inside the kernel: only when that is over.
-    Later,
-}
-
-/// Thaws whatever the record lists. Does not return before all of it is thawed, however long that
-/// takes the kernel; what hangs holds up nothing else.
-pub fn thaw(config: &Config, log: &Logbook, by: By) -> Result<Recovered, CommandError> {
-    let run = RunDir::new(&config.run_dir);
-    let Some(record) = run.read()? else {
-        return Ok(Recovered::Nothing);
-    };
-    let for_host = record.for_host;
-    match run.lock() {
-        Ok(lock) => {
-            thaw_record(&record, log)?;
-            if by == By::Operator && for_host {
-                run.empty(&lock)?;
-            } else {
-                run.remove()?;
+/// Thaws whatever an unfinished freeze left frozen in one of `places`: through the daemon that serves,
+/// should it be its freeze, and what is on record.
+pub fn thaw(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
+    let mut nothing = true;
+    let mut failure = None;
+    for run in places {
+        match control::ask(run, Method::Thaw) {
+            Ok(reply) if reply["thawed"] == true => {
+                log.info("the daemon that serves has thawed; its backup fails");
+                nothing = false;
             }
-            Ok(Recovered::CutShort { for_host })
+            Ok(_) | Err(ControlError::Nobody) => {}
+            Err(error) => log.warning(words(&error)),
         }
-        // The owner keeps its record; it finds out that it was thawed.
-        Err(RecordError::Locked { .. }) => {
-            let allowed = match by {
-                By::Operator => true,
-                By::Start => has_ended(record.pid),
-                By::Later => false,
-            };
-            if allowed {
-                thaw_record(&record, log)?;
+        match recovery::thaw(run, log, By::Operator) {
+            Ok(Recovered::Nothing) => {}
+            Ok(Recovered::CutShort) => {
+                log.info("all that was recorded as frozen is thawed");
+                nothing = false;
             }
-            Ok(Recovered::InUse)
-        }
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// Whether a freeze is on record whose owner has ended, though it may still be inside the kernel.
-pub fn owner_has_ended(config: &Config) -> bool {
-    let record = RunDir::new(&config.run_dir).read();
-    matches!(record, Ok(Some(record)) if has_ended(record.pid))
-}
-
-fn has_ended(pid: u32) -> bool {
-    std::fs::read(format!("/proc/{pid}/stat")).map_or(true, |stat| process::has_ended(&stat))
-}
-
-/// How long one that hangs may hold up the next.
-const PATIENCE: Duration = Duration::from_millis(200);
-/// How long those that hang may take in the end.
-const LIMIT: Duration = Duration::from_secs(10);
-
-/// What came of one thaw: its name and what the kernel said.
-type Thawed = (String, io::Result<()>);
-
-fn thaw_record(record: &Record, log: &Logbook) -> Result<(), CommandError> {
-    if record.frozen.is_empty() {
-        return Ok(());
-    }
-    let machine = Machine::look()?;
-    let everything = plan(&machine.mounts, &machine.topology, &|_| None);
-    let (tell, told) = channel();
-    let mut under_way = Vec::new();
-    let mut failed = 0;
-    let mut over = |(name, result): Thawed, under_way: &mut Vec<String>| {
-        under_way.retain(|it| *it != name);
-        match result {
-            Ok(()) => log.info(format!("{name} thawed")),
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-                log.info(format!("{name} is not frozen"));
+            Ok(Recovered::InUse) => {
+                log.warning("thawed under a process that is still there");
+                nothing = false;
             }
-            Err(e) => {
-                log.error(format!("{name} cannot be thawed: {e}"));
-                failed += 1;
-            }
-        }
-    };
-    for entry in record.frozen.iter().rev() {
-        let name = entry.name.clone();
-        match open_entry(&machine, &everything, entry) {
-            Ok(Some(fd)) => {
-                under_way.push(name.clone());
-                if let Err(error) = start_thaw(name.clone(), fd, tell.clone()) {
-                    over((name, Err(error)), &mut under_way);
-                } else if let Ok(thawed) = told.recv_timeout(PATIENCE) {
-                    over(thawed, &mut under_way);
-                }
-            }
-            Ok(None) => log.warning(format!("{name} is not mounted any more")),
-            Err(error) => over((name, Err(io::Error::other(error))), &mut under_way),
+            // Whatever is in the next place is thawed all the same.
+            Err(error) => failure = Some(error),
         }
     }
-    let until = Instant::now() + LIMIT;
-    while !under_way.is_empty() {
-        match told.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            Ok(thawed) => over(thawed, &mut under_way),
-            Err(_) => break,
+    match failure {
+        Some(error) => Err(error.into()),
+        None => {
+            if nothing {
+                log.info("nothing is recorded as frozen");
+            }
+            Ok(())
         }
     }
-    for name in &under_way {
-        log.error(format!(
-            "{name} hangs in the kernel and is thawed when that ends"
-        ));
-    }
-    match failed + under_way.len() {
-        0 => Ok(()),
-        count => Err(CommandError::NotThawed(count)),
-    }
-}
-
-/// Opens what a record lists; `None` when it is not mounted any more.
-fn open_entry(
-    machine: &Machine,
-    everything: &Plan,
-    entry: &Entry,
-) -> Result<Option<OwnedFd>, OpenError> {
-    let file_system = everything.file_systems().find(|f| f.dev == entry.dev);
-    file_system
-        .map(|it| open_file_system(&machine.ways, it))
-        .transpose()
-}
-
-/// Thaws on a thread of its own, which may hang: behind a freeze that does, for one.
-fn start_thaw(name: String, fd: OwnedFd, tell: Sender<Thawed>) -> io::Result<()> {
-    let thaw = move || {
-        // Nobody listens any more when it took too long.
-        let _ = tell.send((name, sys::thaw(fd.as_fd())));
-    };
-    thread::Builder::new().spawn(thaw).map(drop)
 }

@@ -5,8 +5,9 @@
 //!
 //! ```toml
 //! strict = false          # a file system that cannot freeze fails the backup
-//! prepare = 300           # seconds that may pass before the first freeze
+//! prepare = 300           # seconds that looking up what is mounted may take
 //! deadline = 60           # seconds from the first freeze to the thaw, at the latest
+//! give_up = 10            # seconds that one file system may take to freeze
 //! parallel = 32           # file systems that are worked on at a time
 //! write_back = 5          # the same for writing back before the freeze: 4 and the number of
 //!                         # processors
@@ -63,12 +64,15 @@ pub enum ConfigError {
 pub struct Config {
     /// Whether a file system that cannot freeze, or that is out of order, fails the backup.
     pub strict: bool,
-    /// Seconds that looking around and writing back may take before the first freeze, 1 to 3600.
+    /// Seconds that looking up what is mounted may take, 1 to 3600.
     #[serde(deserialize_with = "seconds")]
     pub prepare: Duration,
     /// Seconds from the first freeze to the thaw at the latest, 1 to 3600.
     #[serde(deserialize_with = "seconds")]
     pub deadline: Duration,
+    /// Seconds that one file system may take to freeze, 1 to 3600; then the freeze is given up.
+    #[serde(deserialize_with = "seconds")]
+    pub give_up: Duration,
     /// How many file systems are worked on at a time, 1 to 256.
     #[serde(deserialize_with = "threads")]
     pub parallel: usize,
@@ -89,6 +93,7 @@ impl Default for Config {
             strict: false,
             prepare: Duration::from_secs(300),
             deadline: Duration::from_secs(60),
+            give_up: Duration::from_secs(10),
             parallel: 32,
             write_back: std::thread::available_parallelism().map_or(5, |n| (4 + n.get()).min(256)),
             run_dir: "/run/hv_vss_daemon".into(),

@@ -12,13 +12,21 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::mounts::DevId;
+use hv_vss_uapi::{IocFreeze, IocThaw};
 use nix::errno::Errno;
 use nix::sys::socket::{recvmsg, ControlMessageOwned, MsgFlags};
 
 /// The raw ioctl wrappers that nix generates; all of them are unsafe functions.
 mod ioctl {
+    use nix::sys::ioctl::ioctl_num_type;
+
+    const FREEZE: ioctl_num_type = hv_vss_uapi::IOC_FREEZE as ioctl_num_type;
+    const THAW: ioctl_num_type = hv_vss_uapi::IOC_THAW as ioctl_num_type;
+
     nix::ioctl_readwrite!(fifreeze, b'X', 119, libc::c_int);
     nix::ioctl_readwrite!(fithaw, b'X', 120, libc::c_int);
+    nix::ioctl_write_ptr_bad!(hold, FREEZE, super::IocFreeze);
+    nix::ioctl_write_ptr_bad!(let_go, THAW, super::IocThaw);
     nix::ioctl_read_bad!(loop_get_status64, 0x4C05, super::LoopInfo64);
     nix::ioctl_read!(ns_get_mntns_id, 0xb7, 5, u64);
     nix::ioctl_read!(ns_mnt_get_next, 0xb7, 11, super::MntNsInfo);
@@ -61,6 +69,27 @@ pub fn thaw(fd: BorrowedFd<'_>) -> io::Result<()> {
     let mut unused: libc::c_int = 0;
     // SAFETY: as for `freeze`: an open descriptor, and an argument that is not looked at.
     unsafe { ioctl::fithaw(fd.as_raw_fd(), &mut unused) }?;
+    Ok(())
+}
+
+/// Freezes the file system that `freeze.fd` is open on, for as long as the device of hv_vss that `device`
+/// has open is not closed. Errors are in `uapi/hv_vss.h`.
+pub fn hold(device: BorrowedFd<'_>, freeze: &IocFreeze) -> io::Result<()> {
+    // SAFETY: the device is open for as long as the borrow lives, and the kernel reads one structure of
+    // the size that is part of the number. What `freeze.fd` is, it looks at for itself.
+    unsafe { ioctl::hold(device.as_raw_fd(), freeze) }?;
+    Ok(())
+}
+
+/// Thaws what [`hold`] has frozen on the file system that `fd` is open on. Fails with `EINVAL` when it is
+/// not held (any more).
+pub fn let_go(device: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
+    let thaw = IocThaw {
+        fd: fd.as_raw_fd(),
+        flags: 0,
+    };
+    // SAFETY: as for `hold`: an open device and one structure to read.
+    unsafe { ioctl::let_go(device.as_raw_fd(), &thaw) }?;
     Ok(())
 }
 
@@ -350,8 +379,8 @@ fn new_descriptor(ret: libc::c_long) -> io::Result<OwnedFd> {
 /// Most descriptors that the kernel lets one message carry (`SCM_MAX_FD` of `net/scm.h`).
 pub const MAX_DESCRIPTORS: usize = 253;
 
-/// Receives one packet with the descriptors that came with it. A length of 0 is the end: the other
-/// side is closed.
+/// Receives one packet with the descriptors that came with it, all of them: `EMFILE` when some were
+/// lost on the way. A length of 0 is the end: the other side is closed.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut space = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
     let mut iov = [io::IoSliceMut::new(buffer)];
@@ -368,7 +397,10 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
             );
         }
     }
-    Ok((message.bytes, descriptors))
+    match message.flags.contains(MsgFlags::MSG_CTRUNC) {
+        false => Ok((message.bytes, descriptors)),
+        true => Err(Errno::EMFILE.into()),
+    }
 }
 
 /// Sets how the processor is shared with others (`nice`, -20 to 19) for the calling thread and what

@@ -8,7 +8,9 @@
 mod abi;
 mod broken;
 mod commands;
+mod control;
 mod deadman;
+mod foreign;
 mod freeze;
 mod hangs;
 mod hostile;
@@ -74,9 +76,11 @@ pub fn all() -> Vec<Case> {
         scope::CASES,
         order::CASES,
         commands::CASES,
+        control::CASES,
         deadman::CASES,
         hangs::CASES,
         broken::CASES,
+        foreign::CASES,
         peer::CASES,
         systemd::CASES,
     ]
