@@ -85,8 +85,8 @@ pub fn all() -> Vec<Case> {
         control::CASES,
         deadman::CASES,
         hangs::CASES,
-        foreign::CASES,
         broken::CASES,
+        foreign::CASES,
         peer::CASES,
         systemd::CASES,
     ]
