@@ -560,6 +560,8 @@ fn ended_by_itself(guest: &Guest, what: &str, at: u64) -> Result<()> {
         status::FAIL,
     )?;
     let next = Scripted::start(guest, Abi::V2)?;
+    // The THAW that nobody has done.
+    next.serve(op::THAW, status::OK)?;
     thaw(guest, next, status::FAIL)?;
     good_backup(guest, next)?;
     Ok(next.device.close()?)
@@ -625,6 +627,7 @@ fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
 
     // The next one serves while it hangs, and can have all but that.
     let next = Scripted::start(guest, Abi::V2)?;
+    next.serve(op::THAW, status::OK)?;
     good_backup(guest, next)?;
     let again = hold(next.device, 0, "/mnt/hung");
     refused("a freeze of the one that hangs", again, "EBUSY")?;
@@ -757,6 +760,7 @@ fn called_off(guest: &Guest) -> Result<()> {
         hold(daemon.device, asked.id, "/mnt/a"),
         "ESTALE",
     )?;
+    daemon.serve(op::THAW, status::OK)?;
     good_backup(guest, daemon)?;
 
     // The host gives up on it.
@@ -779,7 +783,7 @@ fn called_off(guest: &Guest) -> Result<()> {
     daemon.answer(&asked, status::FAIL)?;
     answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)?;
     released(guest, "its failure", guest.clock()?, RELEASED)?;
-    is_told(daemon, asked.id, thawed::CALLED_OFF)?;
+    daemon.has_nothing()?;
     thaw(guest, daemon, status::OK)?;
     good_backup(guest, daemon)
 }
@@ -790,7 +794,7 @@ fn thaw_not_answered(guest: &Guest) -> Result<()> {
     let daemon = Scripted::start(guest, Abi::V2)?;
     for what in ["not read", "read and not answered", "failed"] {
         let one = || -> Result<()> {
-            freeze(guest, daemon)?;
+            let frozen = freeze(guest, daemon)?;
             Still::wait(guest, &[])?;
             let tx = send_thaw(guest)?;
             if what != "not read" {
@@ -802,10 +806,12 @@ fn thaw_not_answered(guest: &Guest) -> Result<()> {
             answered("THAW", &vss.wait(tx, STEP)?, status::FAIL)?;
             released(guest, what, guest.clock()?, RELEASED)?;
             equal("what is held", held(guest)?, Vec::new())?;
-            if what == "not read" {
+            if what != "failed" {
+                is_told(daemon, frozen.id, thawed::CALLED_OFF)?;
                 // For a daemon that freezes by other means.
                 daemon.serve(op::THAW, status::OK)?;
             }
+            daemon.has_nothing()?;
             good_backup(guest, daemon)
         };
         one().with_context(|| what.to_owned())?;
