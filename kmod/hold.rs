@@ -70,8 +70,8 @@ struct State {
     last_series: u64,
     /// Series up to this one were somebody else's.
     forgotten: u64,
-    /// In the order in which they were begun; room for [`MAX_HELD`] is there.
-    entries: KVec<Entry>,
+    /// In the order in which they were begun. There is room for all of the series.
+    entries: KVVec<Entry>,
     /// Number of the last entry.
     last_entry: u64,
 }
@@ -167,6 +167,7 @@ pub(crate) struct Request {
     file_system: Option<FileSystem>,
     count: usize,
     spare: KVec<Arc<Slot>>,
+    entries: KVVec<Entry>,
 }
 
 impl Request {
@@ -177,6 +178,7 @@ impl Request {
             file_system: Some(file_system),
             count,
             spare: KVec::new(),
+            entries: KVVec::new(),
         }
     }
 }
@@ -214,7 +216,7 @@ impl Hold {
             series: None,
             last_series: 0,
             forgotten: 0,
-            entries: KVec::with_capacity(MAX_HELD, GFP_KERNEL)?,
+            entries: KVVec::new(),
             last_entry: 0,
         };
         Arc::pin_init(
@@ -229,6 +231,8 @@ impl Hold {
 
     /// Sets memory aside for a series that `request` may begin. Sleeps.
     pub(crate) fn set_aside(self: &Arc<Self>, request: &mut Request) -> Result {
+        let left = self.state.lock().entries.len();
+        request.entries = KVVec::with_capacity(left + request.count, GFP_KERNEL)?;
         let mut spare = KVec::with_capacity(request.count, GFP_KERNEL)?;
         for _ in 0..request.count {
             let slot = Arc::pin_init(
@@ -236,7 +240,7 @@ impl Hold {
                     hold: self.clone(),
                     freeze <- new_work!("hv_vss::freeze"),
                     thaw <- new_delayed_work!("hv_vss::thaw"),
-                    changes <- new_wait_queue!("hv_vss::changes"),
+                    changes <- new_wait_queue!("hv_vss::slot"),
                 }),
                 GFP_KERNEL,
             )?;
@@ -267,12 +271,19 @@ impl Hold {
                 Stage::Done(_) => {}
             }
         }
-        if state.entries.len() >= MAX_HELD {
-            return Err(ENOSPC);
-        }
         if state.series.is_none() {
-            if request.spare.is_empty() {
+            // What is left over from series before stays on the list.
+            let wanted = state.entries.len() + request.count;
+            if wanted > MAX_HELD {
+                return Err(ENOSPC);
+            }
+            if request.spare.is_empty() || request.entries.capacity() < wanted {
                 return Ok(Begun::First);
+            }
+            mem::swap(&mut state.entries, &mut request.entries);
+            for entry in request.entries.drain_all() {
+                // There is room for them.
+                let _ = state.entries.push_within_capacity(entry);
             }
             state.last_series += 1;
             state.series = Some(Series {
@@ -372,9 +383,10 @@ impl Hold {
     ///
     /// `EINTR` when the caller is killed, and what the first file system says that cannot be thawed.
     pub(crate) fn thaw_all(&self) -> Result {
+        // Those that are begun from here on are none of them.
+        let mut before = self.state.lock().last_entry + 1;
         self.let_go();
         let mut result = Ok(());
-        let mut before = u64::MAX;
         loop {
             let watch = {
                 let mut state = self.state.lock();
@@ -437,13 +449,14 @@ impl Hold {
     /// The entry that was begun next after the one with this number.
     pub(crate) fn line_after(&self, number: u64) -> Option<Line> {
         let state = self.state.lock();
-        let entry = state.entries.iter().find(|entry| entry.number > number)?;
+        let next = |entry: &&Entry| entry.number > number && !entry.is_done();
+        let entry = state.entries.iter().find(next)?;
         Some(Line {
             number: entry.number,
             identity: entry.identity,
             stage: entry.stage.name(),
             error: match entry.stage {
-                Stage::Thawing(Some(error)) | Stage::Done(Err(error)) => error.to_errno(),
+                Stage::Thawing(Some(error)) => error.to_errno(),
                 _ => 0,
             },
             id: entry.id,
@@ -586,15 +599,15 @@ struct Task {
     module: Option<ModuleReference>,
     id: u64,
     identity: Identity,
-    /// Whether it is still to be frozen.
-    wanted: bool,
+    /// Where the entry stood.
+    stage: Stage,
 }
 
 impl Slot {
     /// What a worker does for an entry that is being frozen.
     fn do_freeze(self: &Arc<Self>) -> Option<ModuleReference> {
         let task = self.take()?;
-        let result = if task.wanted {
+        let result = if matches!(task.stage, Stage::Freezing) {
             let begun = Instant::<Monotonic>::now();
             let result = task.file_system.freeze(&**self);
             let us = begun.elapsed().as_micros_ceil();
@@ -619,7 +632,9 @@ impl Slot {
         let begun = Instant::<Monotonic>::now();
         let result = task.file_system.thaw(&**self);
         let us = begun.elapsed().as_micros_ceil();
-        report::thawed(task.id, task.identity.device, result, us);
+        // What is tried again and again is said once.
+        let first = matches!(task.stage, Stage::Thawing(None));
+        report::thawed(task.id, task.identity.device, result, us, first);
         match result {
             // `EINVAL` says that it is not frozen for us, which trying again does not change.
             Err(error) if error != EINVAL => self.put_back(task.file_system, |hold, entry| {
@@ -640,7 +655,7 @@ impl Slot {
             module: entry.module.take(),
             id: entry.id,
             identity: entry.identity,
-            wanted: matches!(entry.stage, Stage::Freezing),
+            stage: entry.stage,
         })
     }
 

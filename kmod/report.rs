@@ -191,12 +191,15 @@ pub(crate) fn froze(id: u64, device: (u32, u32), result: Result, us: i64) {
     ));
 }
 
-/// Traces a thaw of the module's own, and says so when it has failed.
-pub(crate) fn thawed(id: u64, device: (u32, u32), result: Result, us: i64) {
+/// Traces a thaw of the module's own, and says so when it has failed for the first time.
+pub(crate) fn thawed(id: u64, device: (u32, u32), result: Result, us: i64, first: bool) {
     trace!(hv_vss_trace_thaw(id, device.0, device.1, code(result), us));
-    if let Err(error) = result {
-        let (major, minor) = device;
-        warn_limited!("file system {major}:{minor} could not be thawed: {error:?}\n");
+    match result {
+        Err(error) if first => {
+            let (major, minor) = device;
+            warn_limited!("file system {major}:{minor} could not be thawed: {error:?}\n");
+        }
+        _ => {}
     }
 }
 

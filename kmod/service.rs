@@ -384,7 +384,13 @@ impl Service {
                 })
                 .ok_or(ENODEV)??;
             match begun {
-                Begun::Queued(watch) => return self.hold.wait_frozen(watch),
+                Begun::Queued(watch) => {
+                    let result = self.hold.wait_frozen(watch);
+                    return match self.state.lock().device.gone {
+                        true => Err(ENODEV),
+                        false => result,
+                    };
+                }
                 Begun::First => self.hold.set_aside(&mut request)?,
                 Begun::After(watch) => self.hold.wait_thawed(watch, Some(limit_ms))?,
             }
@@ -393,6 +399,10 @@ impl Service {
 
     /// Thaws what is held for the daemon.
     fn thaw(&self, asked: &uapi::IocThaw) -> Result {
+        let abi = self.with_engine(|engine, _, _| engine.abi());
+        if abi.ok_or(ENODEV)? != uapi::ABI_V2 {
+            return Err(report::errno(engine::Refusal::OutOfTurn));
+        }
         match (asked.flags, asked.fd) {
             (0, -1) => self.hold.thaw_all(),
             (0, fd) => self.hold.thaw(&FileSystem::of(fd)?),
@@ -494,7 +504,7 @@ impl chardev::Handler for Service {
         if from.copy_from_iter(bytes) != bytes.len() {
             return Err(EFAULT);
         }
-        self.with_engine(|engine, now, out| engine.write(now, bytes, out))
+        self.with_engine(|engine, now, out| engine.write(now, bytes, whole, out))
             .ok_or(ENODEV)?
             .map_err(report::errno)?;
         Ok(whole)
