@@ -7,8 +7,10 @@
 
 mod abi;
 mod commands;
+mod control;
 mod deadman;
 mod dialogue;
+mod foreign;
 mod freeze;
 mod hangs;
 mod hostile;
@@ -77,8 +79,10 @@ pub fn all() -> Vec<Case> {
         prepared::CASES,
         order::CASES,
         commands::CASES,
+        control::CASES,
         deadman::CASES,
         hangs::CASES,
+        foreign::CASES,
         peer::CASES,
         systemd::CASES,
     ]
