@@ -50,6 +50,11 @@ pub const CASES: &[Case] = &[
         dm_suspend,
     ),
     case(
+        "owned/our-daemon",
+        "our daemon holds all that it freezes so: nothing that others do ends the backup",
+        our_daemon,
+    ),
+    case(
         "owned/lazy-unmount",
         "unmounted lazily while held: thawed with the rest, and can be mounted again",
         lazy_unmount,
@@ -285,12 +290,17 @@ fn thaw_by_others(guest: &Guest) -> Result<()> {
 
 /// SysRq-j, to its end.
 fn emergency_thaw(guest: &Guest) -> Result<()> {
+    let complete = || -> Result<usize> {
+        let log = guest.log(6)?;
+        let lines = log
+            .iter()
+            .filter(|it| it.text.contains("Emergency Thaw complete"));
+        Ok(lines.count())
+    };
+    let before = complete()?;
     guest.write("/proc/sysrq-trigger", "j")?;
     guest.wait_until("the emergency thaw is complete", STEP, || {
-        let log = guest.log(6)?;
-        Ok(log
-            .iter()
-            .any(|it| it.text.contains("Emergency Thaw complete")))
+        Ok(complete()? > before)
     })
 }
 
@@ -314,7 +324,6 @@ fn sysrq_j(guest: &Guest) -> Result<()> {
         status::OK,
     )?;
     Still::wait(guest, &[])?;
-    guest.mark_log()?;
     emergency_thaw(guest)?;
     let stuck = stuck_writers(guest)?.len();
     let thaw = guest.vss().thaw(STEP)?.status();
@@ -514,6 +523,44 @@ fn dm_suspend(guest: &Guest) -> Result<()> {
         one().with_context(|| format!("suspended at {suspended}, resumed at {resumed}"))?;
     }
     good_backup(guest, daemon)
+}
+
+fn our_daemon(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    guest.start_daemon(Daemon::Ours)?;
+    super::wait_for_daemon(guest)?;
+    let vss = guest.vss();
+    type Event = (&'static str, fn(&Guest) -> Result<()>);
+    let events: [Event; 5] = [
+        ("fsfreeze -u of each", |guest| {
+            let mut paths = PATHS.into_iter();
+            paths.try_for_each(|path| refused("FITHAW", guest.thaw(path), "EINVAL"))
+        }),
+        ("SysRq-j", emergency_thaw),
+        ("an administrator's freeze and thaw", |guest| {
+            guest.freeze("/mnt/b")?;
+            Ok(guest.thaw("/mnt/b")?)
+        }),
+        ("dmsetup suspend and resume", |guest| {
+            guest.sh(&format!("{SUSPEND} && {RESUME}")).map(drop)
+        }),
+        ("umount -l", |guest| guest.sh("umount -l /mnt/c").map(drop)),
+    ];
+    for (what, happens) in events {
+        let one = || -> Result<()> {
+            answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+            let still = Still::wait(guest, &[])?;
+            // The root, too.
+            equal("how many are held", held(guest)?.len(), PATHS.len() + 1)?;
+            happens(guest)?;
+            still.holds(guest, what)?;
+            answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+            all_go_on(guest, "after THAW")?;
+            equal("what is held", held(guest)?, Vec::new())
+        };
+        one().with_context(|| what.to_owned())?;
+    }
+    Ok(())
 }
 
 fn lazy_unmount(guest: &Guest) -> Result<()> {
