@@ -2,7 +2,8 @@
 
 //! The state machine: requests of the host, the daemon that serves them, and the freeze in between.
 //!
-//! Requests wait in a short queue and are served in order; only the first one, the head, is ever
+//! Here are the host's side, how requests end and what follows from it, time and sleep; the daemon's
+//! side is in `machine/daemon.rs`. Requests wait in a short queue and are served in order; only the first one, the head, is ever
 //! shown to the daemon. These rules hold everywhere:
 //!
 //! - each request is answered once: by the daemon, by the clock, or by what makes an answer of the
@@ -16,10 +17,6 @@
 //!   holds, and a daemon that freezes by itself is given a THAW, whether the host asks for one or not.
 //!   That THAW stays until a daemon has answered it.
 
-use super::frames;
-use super::frames::First;
-use super::frames::Frame;
-use super::frames::Refusal;
 use super::freeze::Freeze;
 use super::notes::bump;
 use super::notes::Note;
@@ -35,6 +32,16 @@ use super::wire;
 use super::wire::Kind;
 use super::wire::Version;
 use core::ops::DerefMut;
+use daemon::Daemon;
+
+#[cfg(not(hv_vss_kernel))]
+mod check;
+mod daemon;
+mod view;
+
+#[cfg(not(hv_vss_kernel))]
+pub use check::Shape;
+pub use daemon::Token;
 
 /// How long things may take, in milliseconds, and how many file systems the module can hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,19 +92,6 @@ pub trait Effects {
     fn note(&mut self, note: Note);
 }
 
-/// Who has the device open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Daemon {
-    /// Nobody.
-    Absent,
-    /// Somebody who has not registered yet.
-    Open,
-    /// A daemon that speaks v1.
-    V1,
-    /// A daemon that speaks v2.
-    V2,
-}
-
 /// A THAW that the daemon has to do though no host waits for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct OwedThaw {
@@ -133,36 +127,6 @@ enum Ending {
     /// There will be no answer. What the daemon may have frozen is thawed, and this is the reason
     /// that it is given, one of [`thawed`].
     Failed(u32),
-}
-
-/// See [`Engine::shape`].
-#[cfg(not(hv_vss_kernel))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Shape {
-    requests: [Option<(u8, Stage)>; super::QUEUE],
-    daemon: Daemon,
-    reply_waits: bool,
-    notice_waits: bool,
-    quiet: bool,
-    holds: bool,
-    freeze: &'static str,
-    told: bool,
-    owed_thaw: Option<bool>,
-    calling_off: bool,
-    sleeping: bool,
-}
-
-/// What [`Engine::peek`] has shown and [`Engine::taken`] takes away.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Token {
-    /// The reply to a registration.
-    Reply,
-    /// The notice that what was held for this request is thawed.
-    Notice(u64),
-    /// The THAW with this id, which no host waits for.
-    Thaw(u64),
-    /// The host's request with this id.
-    Request(u64),
 }
 
 /// The machine. `B` is the store for open packets: it should hold [`super::QUEUE`] times
@@ -396,7 +360,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         });
         match operation {
             op::FREEZE => {
-                self.freeze_ended(now, request.id, request.is_read(), ending, sent, effects)
+                self.freeze_ended(now, request.id, request.is_read(), ending, sent, effects);
             }
             op::THAW => self.thaw_ended(now, ending, code, sent, effects),
             _ => {}
@@ -420,10 +384,13 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             }
         }
         // Whoever gives up a FREEZE thaws what was frozen before, too.
-        let gone = read || !sent;
-        let broken = gone.then(|| self.break_freeze(thawed::CALLED_OFF, effects));
+        let broken = if read || !sent {
+            self.break_freeze(thawed::CALLED_OFF, effects)
+        } else {
+            None
+        };
         self.freeze = self.freeze.after_failed_freeze(sent);
-        match (ending, broken.flatten()) {
+        match (ending, broken) {
             (Ending::Failed(reason), _) if read => {
                 self.calling_off = true;
                 self.let_go(reason, effects);
@@ -501,8 +468,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
 
     /// Has the daemon do a THAW, or the next one if there is none, unless one is in its hands.
     fn owe_thaw(&mut self, now: u64, effects: &mut impl Effects) {
-        let thawing = self.in_hand().is_some_and(|s| s.operation == op::THAW);
-        if thawing || self.owed_thaw.is_some() {
+        if self.owed_thaw.is_some() || self.is_doing(op::THAW) {
             return;
         }
         let owed = OwedThaw {
@@ -603,291 +569,6 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
     }
 
-    // --- The daemon's side ---
-
-    /// Somebody opens the device; false when somebody else has it.
-    pub fn open(&mut self) -> bool {
-        let free = self.daemon == Daemon::Absent;
-        if free {
-            self.daemon = Daemon::Open;
-        }
-        free
-    }
-
-    /// The one who had the device open is gone: what it had read and not answered fails at once, and
-    /// so will the THAW of a freeze that it held. What it had not read waits for the next one.
-    pub fn release(&mut self, now: u64, effects: &mut impl Effects) {
-        if self.registered() {
-            effects.note(Note::Released);
-            if self.queue.head().is_some_and(Request::is_read) {
-                self.end(now, 0, Ending::Failed(thawed::CRASH), effects);
-            }
-            if let Some(id) = self.break_freeze(0, effects) {
-                self.undo(now, id, thawed::CRASH, effects);
-            }
-            self.let_go(thawed::CRASH, effects);
-            self.quiet_since = Some(now);
-        }
-        self.daemon = Daemon::Absent;
-        self.reply_waits = false;
-        self.notice = None;
-        self.calling_off = false;
-        if let Some(owed) = &mut self.owed_thaw {
-            owed.deadline = None;
-        }
-        self.advance(now, effects);
-    }
-
-    /// The daemon shows that it is there: it polls, or begins to read.
-    pub fn alive(&mut self) {
-        if self.registered() {
-            self.quiet_since = None;
-        }
-    }
-
-    /// The daemon writes a registration, an answer or a notice of `size` bytes, which begins with
-    /// `bytes`: all of it, or as much as any frame has that is known here.
-    ///
-    /// # Errors
-    ///
-    /// A [`Refusal`]; nothing has changed then.
-    pub fn write(
-        &mut self,
-        now: u64,
-        bytes: &[u8],
-        size: usize,
-        effects: &mut impl Effects,
-    ) -> Result<(), Refusal> {
-        let result = self.accept(now, bytes, size, effects);
-        match result {
-            Ok(()) => {
-                self.alive();
-                self.advance(now, effects);
-            }
-            Err(refusal) => {
-                self.stats.bad_frames.count(refusal);
-                effects.note(Note::BadFrame { refusal });
-            }
-        }
-        result
-    }
-
-    fn accept(
-        &mut self,
-        now: u64,
-        bytes: &[u8],
-        size: usize,
-        effects: &mut impl Effects,
-    ) -> Result<(), Refusal> {
-        match self.daemon {
-            Daemon::Absent => return Err(Refusal::OutOfTurn),
-            Daemon::Open => {
-                (self.daemon, self.reply_waits) = match frames::first(bytes, size)? {
-                    First::V1 { reply } => (Daemon::V1, reply),
-                    First::V2 => (Daemon::V2, true),
-                };
-                bump(&mut self.stats.registrations);
-                effects.note(Note::Registered { abi: self.abi() });
-            }
-            Daemon::V1 => {
-                // The status lies over the operation, so nothing that a registered daemon writes
-                // may be looked at as a registration.
-                let code = frames::answer_v1(bytes, size)?;
-                self.in_hand().ok_or(Refusal::Stale)?;
-                self.answered(now, code, effects);
-            }
-            Daemon::V2 => match frames::later(bytes, size)? {
-                Frame::Answer {
-                    id,
-                    status,
-                    operation,
-                } => {
-                    let asked = self.in_hand().filter(|asked| asked.id == id);
-                    if asked.ok_or(Refusal::Stale)?.operation != operation {
-                        return Err(Refusal::WrongOperation);
-                    }
-                    self.answered(now, status, effects);
-                }
-                Frame::Thawed { id, reason } => {
-                    if self.freeze != (Freeze::Held { id }) {
-                        return Err(Refusal::Stale);
-                    }
-                    self.break_freeze(reason, effects);
-                    self.thawed(effects);
-                }
-            },
-        }
-        Ok(())
-    }
-
-    /// What the daemon has read and not answered.
-    fn in_hand(&self) -> Option<Subject> {
-        let head = self.queue.head().filter(|head| head.is_read());
-        let owed = self.owed_thaw.filter(OwedThaw::is_read);
-        head.map(Request::subject)
-            .or(owed.map(|owed| owed.subject()))
-    }
-
-    /// The daemon has answered what it has in hand.
-    fn answered(&mut self, now: u64, code: u32, effects: &mut impl Effects) {
-        if self.owed_thaw.is_some_and(|owed| owed.is_read()) {
-            self.owed_thaw_ended(now, code, effects);
-        } else {
-            self.end(now, 0, Ending::Answered(code), effects);
-        }
-    }
-
-    fn registered(&self) -> bool {
-        self.abi() != 0
-    }
-
-    /// The ABI version in force towards the daemon, 0 when none is registered.
-    pub fn abi(&self) -> u32 {
-        match self.daemon {
-            Daemon::Absent | Daemon::Open => 0,
-            Daemon::V1 => 1,
-            Daemon::V2 => 2,
-        }
-    }
-
-    /// Whether a read would find something.
-    pub fn readable(&self) -> bool {
-        self.next_out().is_some()
-    }
-
-    fn next_out(&self) -> Option<Token> {
-        if self.reply_waits {
-            return Some(Token::Reply);
-        }
-        if let Some((id, _)) = self.notice {
-            return Some(Token::Notice(id));
-        }
-        if self.in_hand().is_some() || !self.registered() {
-            return None;
-        }
-        match self.queue.head() {
-            Some(head) if head.stage == Stage::Offered => Some(Token::Request(head.id)),
-            _ => self.owed_thaw.map(|owed| Token::Thaw(owed.id)),
-        }
-    }
-
-    /// Puts what is to be read next into `out`, which should hold [`super::uapi::MAX_FRAME`] bytes.
-    /// Returns its length and the token that [`Engine::taken`] wants once the daemon has it. `None`
-    /// when there is nothing, or when it does not fit.
-    pub fn peek(&mut self, now: u64, out: &mut [u8]) -> Option<(usize, Token)> {
-        let token = self.next_out()?;
-        let v2 = self.daemon == Daemon::V2;
-        let len = match token {
-            Token::Reply if v2 => frames::put_registered(out, self.config.max_held),
-            Token::Reply => frames::put_registered_v1(out),
-            Token::Notice(id) => frames::put_thawed(out, id, self.notice?.1),
-            Token::Thaw(_) if !v2 => frames::put_request_v1(out, op::THAW),
-            Token::Thaw(id) => frames::put_request(out, id, op::THAW, self.config.other_ms, &[]),
-            Token::Request(_) if !v2 => frames::put_request_v1(out, self.queue.head()?.operation),
-            Token::Request(id) => {
-                let head = *self.queue.head()?;
-                let left_ms = self.limit(&head).saturating_sub(now) / 1000;
-                let left_ms = u32::try_from(left_ms).unwrap_or(u32::MAX);
-                let packet = self.queue.packet(&head)?;
-                let payload = match wire::freeze_info(packet) {
-                    Some(info) if head.operation == op::FREEZE => info.as_slice(),
-                    _ => &[],
-                };
-                frames::put_request(out, id, head.operation, left_ms, payload)
-            }
-        };
-        Some((len?, token))
-    }
-
-    /// The daemon has received what [`Engine::peek`] showed. A token of something that has ended
-    /// in the meantime does nothing.
-    pub fn taken(&mut self, now: u64, token: Token, effects: &mut impl Effects) {
-        self.alive();
-        let free = self.in_hand().is_none();
-        match token {
-            Token::Reply => self.reply_waits = false,
-            Token::Notice(id) => {
-                self.notice = self.notice.filter(|notice| notice.0 != id);
-            }
-            Token::Thaw(id) => {
-                let deadline = after(now, self.config.other_ms);
-                let owed = self.owed_thaw.as_mut().filter(|owed| free && owed.id == id);
-                if let Some(owed) = owed {
-                    owed.deadline = Some(deadline);
-                    effects.note(Note::Read(owed.subject()));
-                }
-            }
-            Token::Request(id) => {
-                let head = self.queue.head_mut().filter(|head| free && head.id == id);
-                // A THAW that has come to be owed meanwhile keeps a FREEZE from being begun, but no
-                // HOT_BACKUP from being answered.
-                let in_turn =
-                    |h: &&mut Request| h.stage == Stage::Offered || h.operation == op::HOT_BACKUP;
-                if let Some(head) = head.filter(in_turn) {
-                    head.stage = Stage::Read;
-                    if head.operation == op::THAW {
-                        self.owed_thaw = None;
-                    }
-                    effects.note(Note::Read(head.subject()));
-                }
-            }
-        }
-        self.advance(now, effects);
-    }
-
-    // --- What the module holds ---
-
-    /// The daemon wants the module to freeze a file system for the FREEZE `id`, or, with 0, for
-    /// nobody. Once this is allowed the daemon counts as holding something, until a FREEZE of it
-    /// fails, a THAW ends, or the module lets go.
-    ///
-    /// # Errors
-    ///
-    /// A [`Refusal`] when it may not, or not now.
-    pub fn hold(&mut self, id: u64) -> Result<(), Refusal> {
-        if self.daemon != Daemon::V2 || self.config.max_held == 0 {
-            return Err(Refusal::OutOfTurn);
-        }
-        let asked = self.in_hand();
-        let allowed = match id {
-            // Nothing may be frozen for the host then, or about to be thawed.
-            0 => {
-                let idle = asked.is_none_or(|asked| asked.operation == op::HOT_BACKUP);
-                idle && self.freeze.held().is_none() && self.owed_thaw.is_none()
-            }
-            _ => asked.is_some_and(|asked| asked.id == id && asked.operation == op::FREEZE),
-        };
-        // Nobody counts on what is held for nobody, so its notice may give way to one for a FREEZE, but
-        // not the other way round.
-        if !allowed || self.sleeping || (id == 0 && self.notice.is_some()) {
-            return Err(Refusal::Stale);
-        }
-        self.alive();
-        self.hold = Some(id);
-        Ok(())
-    }
-
-    /// What was held has been thawed by the module itself, for one of the reasons in [`thawed`]. A
-    /// freeze for which it was held is in force no more.
-    pub fn lost(&mut self, now: u64, reason: u32, effects: &mut impl Effects) {
-        let Some(id) = self.hold.take() else {
-            return;
-        };
-        self.notice = Some((id, reason));
-        if id == 0 {
-            return;
-        }
-        let broken = self.break_freeze(reason, effects);
-        if broken.is_some_and(|broken| broken != id) {
-            self.owe_thaw(now, effects);
-        }
-        let asked = self.in_hand();
-        if asked.is_some_and(|asked| asked.operation == op::FREEZE) {
-            self.end(now, 0, Ending::Failed(reason), effects);
-        }
-        self.advance(now, effects);
-    }
-
     // --- The end of a channel, and sleep ---
 
     /// The channel is about to close, for one of the reasons in [`thawed`]: open requests fail, as
@@ -920,144 +601,13 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     /// While the machine prepares to sleep: whether the daemon has thawed what it froze by itself, or
     /// nobody is left to do it.
     pub fn thawed_for_sleep(&self) -> bool {
-        let thawing = self
-            .in_hand()
-            .is_some_and(|asked| asked.operation == op::THAW);
-        let thawed = self.owed_thaw.is_none() && !thawing;
+        let thawed = self.owed_thaw.is_none() && !self.is_doing(op::THAW);
         self.sleeping && (thawed || !self.registered())
     }
 
     /// The machine is awake again and user space runs.
     pub fn resume(&mut self) {
         self.sleeping = false;
-    }
-
-    // --- For those who look ---
-
-    /// Versions agreed with the host: framework, VSS.
-    pub fn versions(&self) -> Option<(Version, Version)> {
-        self.versions
-    }
-
-    /// All counters.
-    pub fn stats(&self) -> &Stats {
-        &self.stats
-    }
-
-    /// Id and operation of the request that is being served.
-    pub fn open_request(&self) -> Option<(u64, u8)> {
-        self.queue.head().map(|head| (head.id, head.operation))
-    }
-
-    /// Number of open requests.
-    pub fn queued(&self) -> usize {
-        self.queue.iter().count()
-    }
-
-    /// The freeze in one word.
-    pub fn freeze_state(&self) -> &'static str {
-        self.freeze.as_str()
-    }
-
-    /// What the daemon is doing with the head, in one word.
-    pub fn stage_name(&self) -> &'static str {
-        match self.queue.head().map(|head| head.stage) {
-            None => "idle",
-            Some(Stage::Queued) => "queued",
-            Some(Stage::Held) => "held",
-            Some(Stage::Offered) => "offered",
-            Some(Stage::Read) => "read",
-        }
-    }
-
-    /// The THAW that the daemon is given without the host asking for one: its id, and whether it has
-    /// been read.
-    pub fn owed_thaw(&self) -> Option<(u64, bool)> {
-        self.owed_thaw.map(|owed| (owed.id, owed.is_read()))
-    }
-
-    /// The state without ids, times and packets, for tests that visit each state once.
-    #[cfg(not(hv_vss_kernel))]
-    pub fn shape(&self) -> Shape {
-        let mut requests = [None; super::QUEUE];
-        for (place, request) in requests.iter_mut().zip(self.queue.iter()) {
-            *place = Some((request.operation, request.stage));
-        }
-        Shape {
-            requests,
-            daemon: self.daemon,
-            reply_waits: self.reply_waits,
-            notice_waits: self.notice.is_some(),
-            quiet: self.quiet_since.is_some(),
-            holds: self.hold.is_some(),
-            freeze: self.freeze.as_str(),
-            told: self.freeze == (Freeze::Broken { told: true }),
-            owed_thaw: self.owed_thaw.map(|owed| owed.is_read()),
-            calling_off: self.calling_off,
-            sleeping: self.sleeping,
-        }
-    }
-
-    /// Checks the invariants of the type; tests call it after each event.
-    ///
-    /// # Errors
-    ///
-    /// Names the one that does not hold.
-    #[cfg(not(hv_vss_kernel))]
-    pub fn check(&self) -> Result<(), &'static str> {
-        self.queue.check()?;
-        let stages = self.queue.iter().map(|r| r.stage).enumerate();
-        for (at, stage) in stages {
-            if at > 0 && stage != Stage::Queued {
-                return Err("not the head, and shown");
-            }
-            if at == 0 && (stage == Stage::Held) == self.registered() {
-                return Err("stage and daemon disagree");
-            }
-        }
-        let head_is_read = self.queue.head().is_some_and(Request::is_read);
-        let owed_is_read = self.owed_thaw.is_some_and(|owed| owed.is_read());
-        let thawing = self
-            .in_hand()
-            .is_some_and(|asked| asked.operation == op::THAW);
-        let held = self.freeze.held().is_some();
-        let holds = self.hold.is_some();
-        let must_not_be = [
-            (head_is_read && owed_is_read, "two things in hand"),
-            (
-                owed_is_read && !self.registered(),
-                "a THAW in nobody's hands",
-            ),
-            (held && !self.registered(), "a freeze without a daemon"),
-            (
-                held && self.owed_thaw.is_some(),
-                "a freeze that is to be thawed",
-            ),
-            (
-                holds && self.daemon != Daemon::V2,
-                "a hold without a daemon",
-            ),
-            (
-                holds && self.notice.is_some_and(|(id, _)| id != 0),
-                "a hold that has ended",
-            ),
-            (
-                (self.reply_waits || self.notice.is_some()) && !self.registered(),
-                "a message for nobody",
-            ),
-            (
-                self.quiet_since.is_none() && !self.registered(),
-                "nobody is there, and is not quiet",
-            ),
-            (
-                self.calling_off && self.owed_thaw.is_none() && !thawing,
-                "a FREEZE that nobody calls off",
-            ),
-        ];
-        match must_not_be.iter().find(|(is, _)| *is) {
-            Some((_, what)) => Err(what),
-            None => Ok(()),
-        }
     }
 }
 

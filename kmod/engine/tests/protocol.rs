@@ -560,6 +560,45 @@ fn first_write_settles_the_abi() {
 }
 
 #[test]
+fn longer_frames_of_a_newer_daemon_are_taken() {
+    // Longer by more than the engine is shown of it.
+    let grown = |frame: Vec<u8>| {
+        let mut frame = [frame, vec![0xee; 100]].concat();
+        let size = frame.len() as u32;
+        frame[4..8].copy_from_slice(&size.to_ne_bytes());
+        frame
+    };
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    let write = |w: &mut World<'_>, frame: Vec<u8>| {
+        let frame = grown(frame);
+        for wrong in [frame.len() - 1, frame.len() + 1] {
+            assert_eq!(w.write_of(&frame[..64], wrong), Err(Refusal::Malformed));
+        }
+        w.write_of(&frame[..64], frame.len())
+    };
+    w.strict = false; // the harness does not see what these bytes say
+    w.open();
+    let mut hello = register();
+    hello[28..32].fill(0xff); // features that nobody knows
+    write(&mut w, hello).unwrap();
+    w.read_bytes().unwrap();
+    let freeze = w.ask(op::FREEZE);
+    let seen = w.read().unwrap();
+    write(&mut w, answer(seen.id, op::FREEZE, status::OK)).unwrap();
+    assert_eq!(w.answered(freeze), Some(status::OK));
+    write(&mut w, thawed(seen.id, 1)).unwrap();
+    assert_eq!(w.engine.freeze_state(), "broken");
+
+    // What a kind means that is not known here nobody knows.
+    let unknown = uapi::Answer {
+        frame: frame(6, 32, 0),
+        ..Default::default()
+    };
+    assert_eq!(w.write(unknown.as_bytes()), Err(Refusal::Malformed));
+}
+
+#[test]
 fn the_replies_to_the_registrations() {
     let mut store = Vec::new();
     let mut w = world(&mut store);
