@@ -169,6 +169,9 @@ pub(super) fn held(guest: &Guest) -> Result<Vec<(String, String)>> {
 /// An ext4 on device-mapper, an xfs and a btrfs.
 const PATHS: [&str; 3] = ["/mnt/a", "/mnt/b", "/mnt/c"];
 
+/// How often each is written to: often enough to see that a writer does not stand still.
+const EVERY_US: u64 = 10_000;
+
 /// Makes and mounts them, with a writer on each, and loads our module.
 fn make(guest: &Guest, parameters: &[&str]) -> Result<()> {
     guest.sh("mkdir -p /mnt/a /mnt/b /mnt/c
@@ -179,7 +182,7 @@ fn make(guest: &Guest, parameters: &[&str]) -> Result<()> {
          mkfs.xfs -q -f /dev/ram2 && mount /dev/ram2 /mnt/b &&
          mkfs.btrfs -q -f /dev/ram3 && mount /dev/ram3 /mnt/c")?;
     for path in PATHS {
-        guest.writer_start(&format!("{path}/w"))?;
+        guest.writer_start_every(&format!("{path}/w"), EVERY_US)?;
     }
     load(guest, Module::Ours, parameters)
 }
@@ -580,7 +583,7 @@ fn lazy_unmount(guest: &Guest) -> Result<()> {
         "mount /dev/mapper/volume /mnt/a && mount /dev/ram2 /mnt/b && mount /dev/ram3 /mnt/c",
     )?;
     for path in PATHS {
-        guest.writer_start(&format!("{path}/w"))?;
+        guest.writer_start_every(&format!("{path}/w"), EVERY_US)?;
     }
     good_backup(guest, daemon)?;
 
@@ -680,7 +683,6 @@ fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
     refused("a freeze of the one that hangs", again, "EBUSY")?;
 
     // It comes back, and is thawed then.
-    guest.writer_start("/run/clock")?;
     guest.sh(UNHANG)?;
     guest.wait_until("nothing is held", Duration::from_secs(2), || {
         Ok(held(guest)?.is_empty())
