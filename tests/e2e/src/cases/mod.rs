@@ -13,6 +13,7 @@ mod hangs;
 mod hostile;
 mod lifecycle;
 mod order;
+mod packages;
 mod pairing;
 mod peer;
 mod prepared;
@@ -75,6 +76,7 @@ pub fn all() -> Vec<Case> {
         hangs::CASES,
         peer::CASES,
         systemd::CASES,
+        packages::CASES,
     ]
     .concat()
 }
