@@ -32,6 +32,10 @@ pub enum Userland {
     Lab,
     /// Debian's systemd, journald, udev and rsyslog, with what `make install` puts in place.
     Systemd,
+    /// The same Debian with nothing of ours; the packages lie in `/payload/packages`.
+    Debian,
+    /// The same with all packages installed before it boots.
+    Packages,
 }
 
 /// What a guest is given.
@@ -69,14 +73,27 @@ impl Machine {
         userland: Userland::Systemd,
         ..Machine::ONE_CPU
     };
+    /// The same without anything of ours.
+    pub const DEBIAN: Machine = Machine {
+        userland: Userland::Debian,
+        ..Machine::ONE_CPU
+    };
+    /// The same with our packages.
+    pub const PACKAGES: Machine = Machine {
+        userland: Userland::Packages,
+        ..Machine::ONE_CPU
+    };
 }
 
 impl std::fmt::Display for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let plural = if self.cpus == 1 { "" } else { "s" };
         write!(f, "{} CPU{plural}, {} MiB", self.cpus, self.memory_mib)?;
-        if self.userland == Userland::Systemd {
-            write!(f, ", systemd")?;
+        match self.userland {
+            Userland::Lab => {}
+            Userland::Systemd => write!(f, ", systemd")?,
+            Userland::Debian => write!(f, ", Debian")?,
+            Userland::Packages => write!(f, ", Debian with our packages")?,
         }
         if self.vmbus != Machine::ONE_CPU.vmbus {
             write!(f, ", VMBus {}", self.vmbus)?;
@@ -162,6 +179,18 @@ impl Images {
                 .with_context(|| format!("cannot read {}", install.display()))?;
         }
         archive.finish()?;
+        let packages = payload.join("packages");
+        if packages.exists() {
+            let extra = payload.join("packages.cpio");
+            let file = std::fs::File::create(&extra)
+                .with_context(|| format!("cannot write {}", extra.display()))?;
+            let mut archive = crate::cpio::Archive::new(std::io::BufWriter::new(file));
+            archive.directory("payload")?;
+            archive
+                .tree("payload/packages", &packages)
+                .with_context(|| format!("cannot read {}", packages.display()))?;
+            archive.finish()?;
+        }
         Ok(Images {
             kernel: payload.join("vmlinuz"),
             payload: payload.to_owned(),
@@ -178,11 +207,14 @@ impl Images {
 
     /// What makes up the initial RAM file system, one archive after the other.
     fn initrd(&self, userland: Userland) -> Vec<PathBuf> {
-        let guest = match userland {
-            Userland::Lab => "guest.cpio",
-            Userland::Systemd => "systemd.cpio",
+        let archives: &[&str] = match userland {
+            Userland::Lab => &["guest.cpio", "payload.cpio"],
+            Userland::Systemd => &["systemd.cpio", "payload.cpio"],
+            Userland::Debian | Userland::Packages => {
+                &["systemd.cpio", "payload.cpio", "packages.cpio"]
+            }
         };
-        vec![self.payload.join(guest), self.payload.join("payload.cpio")]
+        archives.iter().map(|it| self.payload.join(it)).collect()
     }
 
     /// Where files for people go.
@@ -232,7 +264,12 @@ impl Guest {
         config.cmdline.push_str(" log_buf_len=4M");
         // An image that is restored at once need not be small.
         config.cmdline.push_str(" hibernate=nocompress");
-        // The kernel does not know it and gives it to init, as a variable.
+        // The kernel does not know these and gives them to init, as variables.
+        match machine.userland {
+            Userland::Lab | Userland::Systemd => {}
+            Userland::Debian => config.cmdline.push_str(" userland=debian"),
+            Userland::Packages => config.cmdline.push_str(" userland=packages"),
+        }
         let disk_kib = machine.disk_mib * 1024;
         config.cmdline.push_str(&format!(" disk_kib={disk_kib}"));
         config.console_log = Some(images.results.join(format!("console-{number}.log")));

@@ -18,6 +18,7 @@ mod hostile;
 mod lifecycle;
 mod order;
 mod owned;
+mod packages;
 mod pairing;
 mod peer;
 mod prepared;
@@ -89,6 +90,7 @@ pub fn all() -> Vec<Case> {
         foreign::CASES,
         peer::CASES,
         systemd::CASES,
+        packages::CASES,
     ]
     .concat()
 }
