@@ -9,6 +9,7 @@
 use crate::agent::{Agent, CallError, Pending};
 use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
+use hyperv_sim::storage::Controller;
 use hyperv_sim::{Host, Vm, VmConfig};
 use lab_agent::{to_hex, Command, Ended, Log, Record, Stalls, Storm, Writer};
 use std::path::{Path, PathBuf};
@@ -43,6 +44,8 @@ pub struct Machine {
     pub memory_mib: u32,
     /// Size of each ram disk of [`Userland::Lab`] in MiB.
     pub disk_mib: u32,
+    /// SCSI controllers, without disks until a case attaches some and loads the driver.
+    pub scsi_controllers: u8,
     /// What is booted.
     pub userland: Userland,
 }
@@ -54,12 +57,18 @@ impl Machine {
         memory_mib: 1280,
         // xfs wants 300 MiB at least.
         disk_mib: 320,
+        scsi_controllers: 0,
         userland: Userland::Lab,
     };
     /// The same with two CPUs.
     pub const TWO_CPUS: Machine = Machine {
         cpus: 2,
         ..Machine::ONE_CPU
+    };
+    /// Two CPUs and two SCSI controllers.
+    pub const SCSI: Machine = Machine {
+        scsi_controllers: 2,
+        ..Machine::TWO_CPUS
     };
     /// One CPU, and a stock Debian on it.
     pub const SYSTEMD: Machine = Machine {
@@ -72,6 +81,9 @@ impl std::fmt::Display for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let plural = if self.cpus == 1 { "" } else { "s" };
         write!(f, "{} CPU{plural}, {} MiB", self.cpus, self.memory_mib)?;
+        if self.scsi_controllers > 0 {
+            write!(f, ", {} SCSI controllers", self.scsi_controllers)?;
+        }
         match self.userland {
             Userland::Lab => Ok(()),
             Userland::Systemd => write!(f, ", systemd"),
@@ -211,6 +223,7 @@ impl Guest {
         config.cpus = machine.cpus;
         config.memory_mib = machine.memory_mib;
         config.host.patience = images.patience;
+        config.host.scsi_controllers = machine.scsi_controllers;
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");
         // An image that is restored at once need not be small.
@@ -265,6 +278,11 @@ impl Guest {
     /// The host's side of VSS.
     pub fn vss(&self) -> Vss {
         self.vm.host().vss()
+    }
+
+    /// The host's side of its SCSI controllers.
+    pub fn scsi_controllers(&self) -> impl Iterator<Item = Controller> + use<'_> {
+        (0..).map_while(|index| self.host().scsi(index))
     }
 
     /// A limit for the agent, in milliseconds.
@@ -451,6 +469,24 @@ impl Guest {
             .call(Command::WriterStart { path, every_us }, STEP)
     }
 
+    /// Starts a writer of records on `path`, which keeps notes in block `slot` of `notes`, a block
+    /// device: see [`lab_agent::Note`].
+    pub fn recorder_start(
+        &self,
+        path: &str,
+        notes: &str,
+        slot: u64,
+        every_us: u64,
+    ) -> Result<(), CallError> {
+        let command = Command::RecorderStart {
+            path: path.into(),
+            notes: notes.into(),
+            slot,
+            every_us,
+        };
+        self.agent.call(command, STEP)
+    }
+
     /// How the writers fare, in the order of their start.
     pub fn writers(&self) -> Result<Vec<Writer>, CallError> {
         self.agent.call(Command::Writers, STEP)
@@ -577,10 +613,15 @@ impl Guest {
              done
              [ ! -e /sys/module/dm_mod ] || dmsetup remove_all --force
              losetup -D
-             for module in hv_vss hv_utils; do
+             for module in hv_vss hv_utils hv_storvsc; do
                  if grep -q \"^$module \" /proc/modules; then rmmod $module || exit 1; fi
              done
              test ! -e /dev/vmbus/hv_vss")?;
+        for controller in self.scsi_controllers() {
+            for lun in controller.disks().into_keys() {
+                controller.detach(lun);
+            }
+        }
         let complaints = self.complaints()?;
         ensure!(
             complaints.is_empty(),

@@ -8,6 +8,7 @@
 mod abi;
 mod commands;
 mod deadman;
+mod disks;
 mod freeze;
 mod hangs;
 mod hostile;
@@ -16,6 +17,7 @@ mod order;
 mod pairing;
 mod peer;
 mod prepared;
+mod restore;
 mod suspend;
 mod systemd;
 
@@ -75,6 +77,8 @@ pub fn all() -> Vec<Case> {
         hangs::CASES,
         peer::CASES,
         systemd::CASES,
+        disks::CASES,
+        restore::CASES,
     ]
     .concat()
 }
