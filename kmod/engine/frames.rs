@@ -6,6 +6,7 @@
 //! [`First`] or [`Frame`] here, once, and are not looked at again.
 
 use super::uapi;
+use super::uapi::feature;
 use super::uapi::frame;
 use super::uapi::op;
 use super::uapi::thawed;
@@ -152,16 +153,26 @@ pub(super) fn put_registered_v1(out: &mut [u8]) -> Option<usize> {
 }
 
 /// Puts the reply to a v2 registration into `out` and returns its length.
-pub(super) fn put_registered(out: &mut [u8]) -> Option<usize> {
+pub(super) fn put_registered(out: &mut [u8], max_held: u32) -> Option<usize> {
     let reply = uapi::Registered {
         frame: header_for(frame::REGISTERED, size_of::<uapi::Registered>(), 0),
         abi_version: uapi::ABI_V2,
         // CAST: 6,300.
         max_frame: uapi::MAX_FRAME as u32,
-        features: 0,
-        max_held: 0,
+        features: if max_held > 0 { feature::HOLD } else { 0 },
+        max_held,
     };
     put(out, &[reply.as_bytes()])
+}
+
+/// Puts a notice that what was held for FREEZE `id` is thawed into `out` and returns its length.
+pub(super) fn put_thawed(out: &mut [u8], id: u64, reason: u32) -> Option<usize> {
+    let notice = uapi::Thawed {
+        frame: header_for(frame::THAWED, size_of::<uapi::Thawed>(), id),
+        reason,
+        reserved: 0,
+    };
+    put(out, &[notice.as_bytes()])
 }
 
 /// Puts a v1 request into `out` and returns its length.

@@ -22,6 +22,7 @@ use super::notes::Stats;
 use super::notes::Subject;
 use super::uapi::op;
 use super::uapi::status;
+use super::uapi::thawed;
 use super::wire;
 use super::wire::Kind;
 use super::wire::Version;
@@ -43,6 +44,8 @@ pub struct Config {
     pub other_ms: u32,
     /// How long a request waits for a daemon to register; 0 fails it at once, as mainline does.
     pub grace_ms: u32,
+    /// How many file systems the module can hold for the daemon at a time; 0 when it cannot.
+    pub max_held: u32,
 }
 
 impl Default for Config {
@@ -51,16 +54,20 @@ impl Default for Config {
             freeze_ms: 15 * 60 * 1000,
             other_ms: 30 * 1000,
             grace_ms: 5 * 1000,
+            max_held: 0,
         }
     }
 }
 
-/// What the machine asks its surroundings to do. Called in the middle of an event, so neither
-/// method may call back.
+/// What the machine asks its surroundings to do. Called in the middle of an event, so none of
+/// them may call back.
 pub trait Effects {
     /// Sends `packet` to the host as the answer to the VMBus request `request_id`; false when it
     /// could not be sent.
     fn send(&mut self, packet: &[u8], request_id: u64) -> bool;
+    /// Thaws what the module holds for the daemon, without waiting for it; `reason` is one of
+    /// [`thawed`]. Harmless when nothing is held.
+    fn let_go(&mut self, reason: u32);
     /// Takes note of something that happened.
     fn note(&mut self, note: Note);
 }
@@ -141,7 +148,7 @@ impl Request {
 }
 
 /// See [`Engine::shape`].
-#[cfg(not(MODULE))]
+#[cfg(not(hv_vss_kernel))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
     requests: [Option<(u8, Stage, bool)>; QUEUE],
@@ -156,6 +163,8 @@ pub struct Shape {
 pub enum Token {
     /// The reply to a registration.
     Reply,
+    /// The notice that what was held for this request is thawed.
+    Notice(u64),
     /// The request with this id.
     Request(u64),
 }
@@ -176,7 +185,12 @@ pub struct Engine<B> {
     daemon: Daemon,
     reply_waits: bool,
     freeze: Freeze,
-    suspended: bool,
+    /// What the daemon has held last: the id that it gave to [`Engine::hold`].
+    held: Option<u64>,
+    /// What the daemon has to be told: id and reason of a hold that ended.
+    notice: Option<(u64, u32)>,
+    /// From the moment that the machine prepares to sleep until it is awake again.
+    sleeping: bool,
     next_id: u64,
     versions: Option<(Version, Version)>,
     stats: Stats,
@@ -192,7 +206,9 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             daemon: Daemon::Absent,
             reply_waits: false,
             freeze: Freeze::None,
-            suspended: false,
+            held: None,
+            notice: None,
+            sleeping: false,
             next_id: 1,
             versions: None,
             stats: Stats::default(),
@@ -223,6 +239,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
                     None => Note::NotNegotiated,
                 });
                 self.send(packet, request_id, effects);
+            }
+            Kind::Vss(op::FREEZE) if self.sleeping => {
+                bump(&mut self.stats.op(op::FREEZE).requests);
+                bump(&mut self.stats.op(op::FREEZE).failures);
+                self.direct(packet, op::FREEZE, status::FAIL, request_id, effects);
             }
             Kind::Vss(operation @ (op::HOT_BACKUP | op::FREEZE | op::THAW)) => {
                 bump(&mut self.stats.op(operation).requests);
@@ -418,6 +439,9 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     /// Draws the consequences of a request that ends with `code` for the freeze, and returns what
     /// the host is to be told.
     fn settle(&mut self, id: u64, operation: u8, code: u32, effects: &mut impl Effects) -> u32 {
+        if operation == op::THAW || (operation == op::FREEZE && code != status::OK) {
+            self.let_go(thawed::CALLED_OFF, effects);
+        }
         match (operation, self.freeze) {
             (op::FREEZE, _) if code == status::OK => self.freeze = Freeze::Held { id },
             // A daemon rolls a failed freeze back, and the one before with it.
@@ -435,13 +459,16 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         effects.note(Note::Broken { id, reason });
     }
 
+    /// Lets go of what is held; the daemon is told.
+    fn let_go(&mut self, reason: u32, effects: &mut impl Effects) {
+        effects.let_go(reason);
+        self.notice = self.held.take().map(|id| (id, reason)).or(self.notice);
+    }
+
     // --- The clock ---
 
     /// When [`Engine::timer`] has to be called next; `None` when no time is running.
     pub fn deadline(&self) -> Option<u64> {
-        if self.suspended {
-            return None;
-        }
         self.head().map(|head| head.deadline)
     }
 
@@ -474,9 +501,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         let was_registered = self.registered();
         self.daemon = Daemon::Absent;
         self.reply_waits = false;
+        (self.held, self.notice) = (None, None);
         if !was_registered {
             return;
         }
+        effects.let_go(thawed::CRASH);
         effects.note(Note::Released);
         if let Freeze::Held { id } = self.freeze {
             self.break_freeze(id, 0, effects);
@@ -587,6 +616,9 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         if self.reply_waits {
             return Some(Token::Reply);
         }
+        if let Some((id, _)) = self.notice {
+            return Some(Token::Notice(id));
+        }
         self.head()
             .filter(|head| head.stage == Stage::Offered)
             .map(|head| Token::Request(head.id))
@@ -599,8 +631,12 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         let token = self.next_out()?;
         let v2 = self.daemon == Daemon::V2;
         let len = match token {
-            Token::Reply if v2 => frames::put_registered(out),
+            Token::Reply if v2 => frames::put_registered(out, self.config.max_held),
             Token::Reply => frames::put_registered_v1(out),
+            Token::Notice(_) => {
+                let (id, reason) = self.notice?;
+                frames::put_thawed(out, id, reason)
+            }
             Token::Request(_) => {
                 let head = *self.head()?;
                 if v2 {
@@ -632,12 +668,13 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
 
     /// The daemon has received what [`Engine::peek`] showed. A token of something that has ended
     /// in the meantime does nothing.
-    pub fn taken(&mut self, token: Token, effects: &mut impl Effects) {
+    pub fn taken(&mut self, _now: u64, token: Token, effects: &mut impl Effects) {
         if self.next_out() != Some(token) {
             return;
         }
         match token {
             Token::Reply => self.reply_waits = false,
+            Token::Notice(_) => self.notice = None,
             Token::Request(_) => {
                 if let Some(head) = self.head_mut() {
                     head.stage = Stage::Read;
@@ -647,38 +684,85 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
     }
 
-    // --- The end of a channel ---
+    /// The daemon gives a sign of life that is not a message: it polls, or begins to read.
+    pub fn alive(&mut self) {}
 
-    /// The channel is about to close: open requests fail, as long as somebody can hear it.
-    pub fn close(&mut self, now: u64, effects: &mut impl Effects) {
+    // --- What the module holds ---
+
+    /// The daemon wants the module to freeze a file system for the FREEZE `id`, or, with 0, for
+    /// nobody. Once this is allowed the daemon counts as holding something, until the module lets go.
+    ///
+    /// # Errors
+    ///
+    /// A [`Refusal`] when it may not, or not now.
+    pub fn hold(&mut self, id: u64) -> Result<(), Refusal> {
+        if self.daemon != Daemon::V2 || self.config.max_held == 0 {
+            return Err(Refusal::OutOfTurn);
+        }
+        let asked = self.head().filter(|head| head.stage == Stage::Read);
+        let allowed = match id {
+            0 => {
+                let undisturbed = asked.is_none_or(|head| head.operation == op::HOT_BACKUP);
+                undisturbed && !matches!(self.freeze, Freeze::Held { .. })
+            }
+            id => asked.is_some_and(|head| head.id == id && head.operation == op::FREEZE),
+        };
+        if !allowed || self.sleeping || self.notice.is_some() {
+            return Err(Refusal::Stale);
+        }
+        self.held = Some(id);
+        Ok(())
+    }
+
+    /// What was held has been thawed by the module itself, for one of the reasons in [`thawed`].
+    pub fn lost(&mut self, now: u64, reason: u32, effects: &mut impl Effects) {
+        let Some(held) = self.held.take() else {
+            return;
+        };
+        self.notice = Some((held, reason));
+        if let Freeze::Held { id } = self.freeze {
+            self.break_freeze(id, reason, effects);
+        }
+        if self.freezing() {
+            self.finish(now, status::FAIL, effects);
+        }
+    }
+
+    /// Whether the daemon works on a FREEZE.
+    fn freezing(&self) -> bool {
+        self.head()
+            .is_some_and(|head| head.stage == Stage::Read && head.operation == op::FREEZE)
+    }
+
+    // --- The end of a channel, and sleep ---
+
+    /// The channel is about to close, for one of the reasons in [`thawed`]: open requests fail, as
+    /// long as somebody can hear it, and so does the freeze.
+    pub fn close(&mut self, now: u64, reason: u32, effects: &mut impl Effects) {
         self.versions = None;
+        self.let_go(reason, effects);
         while self.head().is_some() {
             self.close_head(now, status::FAIL, effects);
         }
-    }
-
-    /// Whether a daemon holds a freeze, or is about to.
-    pub fn may_be_frozen(&self) -> bool {
-        let freezing = |head: &Request| head.stage == Stage::Read && head.operation == op::FREEZE;
-        matches!(self.freeze, Freeze::Held { .. }) || self.head().is_some_and(freezing)
-    }
-
-    /// Whether the daemon has done the THAW of [`Engine::suspend`], or nobody is left to do it.
-    pub fn thawed_for_sleep(&self) -> bool {
-        let thawing = |head: &Request| head.origin == Origin::Suspend;
-        self.suspended && !self.head().is_some_and(thawing)
-    }
-
-    /// The machine is about to sleep: open requests fail, and a registered daemon is told to thaw, as
-    /// mainline does. Comes when user space can still do so, if anything is frozen, and again
-    /// when the channel is about to close; that THAW is read after the resume.
-    pub fn suspend(&mut self, now: u64, effects: &mut impl Effects) {
-        self.suspended = true;
-        self.close(now, effects);
         if let Freeze::Held { id } = self.freeze {
-            self.break_freeze(id, 0, effects);
+            self.break_freeze(id, reason, effects);
         }
-        if self.registered() {
+    }
+
+    /// The machine is about to sleep, and user space still runs. What is frozen or about to be is
+    /// thawed, and until [`Engine::resume`] every FREEZE fails at once.
+    pub fn prepare_sleep(&mut self, now: u64, effects: &mut impl Effects) {
+        self.sleeping = true;
+        let frozen = matches!(self.freeze, Freeze::Held { .. }) || self.freezing();
+        let held = self.held.is_some();
+        self.let_go(thawed::SLEEP, effects);
+        while self.head().is_some() {
+            self.close_head(now, status::FAIL, effects);
+        }
+        if let Freeze::Held { id } = self.freeze {
+            self.break_freeze(id, thawed::SLEEP, effects);
+        }
+        if frozen && !held && self.registered() {
             let request = Request {
                 id: self.take_id(),
                 operation: op::THAW,
@@ -694,20 +778,16 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
     }
 
-    /// The machine is awake again, which may be told more than once; the time of what waits begins
-    /// anew.
-    pub fn resume(&mut self, now: u64) {
-        if !core::mem::take(&mut self.suspended) {
-            return;
-        }
-        let config = self.config;
-        if let Some(head) = self.head_mut() {
-            let time = match head.stage {
-                Stage::Held => config.grace_ms,
-                Stage::Queued | Stage::Offered | Stage::Read => config.time_for(head.operation),
-            };
-            head.deadline = after(now, time);
-        }
+    /// Whether the daemon has thawed for [`Engine::prepare_sleep`], as far as it had to, or nobody is
+    /// left to do it.
+    pub fn thawed_for_sleep(&self) -> bool {
+        let thawing = |head: &Request| head.origin == Origin::Suspend;
+        self.sleeping && !self.head().is_some_and(thawing)
+    }
+
+    /// The machine is awake again and user space runs.
+    pub fn resume(&mut self) {
+        self.sleeping = false;
     }
 
     // --- For those who look ---
@@ -753,7 +833,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     }
 
     /// The state without ids, times and packets, for tests that visit each state once.
-    #[cfg(not(MODULE))]
+    #[cfg(not(hv_vss_kernel))]
     pub fn shape(&self) -> Shape {
         Shape {
             requests: self
@@ -762,7 +842,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             daemon: self.daemon,
             freeze: self.freeze_state(),
             reply_waits: self.reply_waits,
-            suspended: self.suspended,
+            suspended: self.sleeping,
         }
     }
 
@@ -771,7 +851,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     /// # Errors
     ///
     /// Names the one that does not hold.
-    #[cfg(not(MODULE))]
+    #[cfg(not(hv_vss_kernel))]
     pub fn check(&self) -> Result<(), &'static str> {
         let open = self.queued();
         if self.requests.iter().take(open).any(|r| r.is_none()) {

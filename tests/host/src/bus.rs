@@ -6,7 +6,6 @@
 //! it, so there is no thread in between and a latency is the guest's, not this program's. It does not
 //! know KVM, nor what the devices' packets mean.
 
-use crate::channel::Tx;
 use crate::device::{Device, Outgoing, Place, Wishes};
 use crate::event::{Event, EventKind};
 use crate::guest_ring::{GuestRing, GuestRingError};
@@ -154,7 +153,6 @@ pub(crate) struct Bus {
     /// Messages that wait for the guest's slot.
     messages: VecDeque<(u32, Vec<u8>)>,
     log: VecDeque<Event>,
-    next_tx: u64,
     pub gone: Option<Exit>,
 }
 
@@ -187,7 +185,6 @@ impl Bus {
             channels,
             messages: VecDeque::new(),
             log: VecDeque::new(),
-            next_tx: 1,
             gone: None,
         }
     }
@@ -318,13 +315,6 @@ impl Bus {
         self.server.withhold(relid);
     }
 
-    /// A transaction that no other packet of this host has.
-    pub(crate) fn new_transaction(&mut self) -> Tx {
-        let tx = Tx(self.next_tx);
-        self.next_tx += 1;
-        tx
-    }
-
     /// Puts a packet on its way.
     pub(crate) fn send(&mut self, relid: u32, packet: Outgoing) -> Result<(), SendError> {
         let channel = self.channel(relid).ok_or(SendError::NotOpen)?;
@@ -427,13 +417,18 @@ impl Bus {
         match link {
             Ok(link) => {
                 let ring = link.writer.data_len();
+                let mut wishes = Wishes::default();
                 if let Some(channel) = self.channel(relid) {
                     channel.link = Some(link);
                     channel.openings += 1;
                     channel.outbox.clear();
-                    channel.device.opened(channel.openings);
+                    channel.device.opened(channel.openings, &mut wishes);
                 }
                 self.note(name, EventKind::Opened { ring });
+                for packet in wishes.send {
+                    // One that can never fit is not sent, which the log shows.
+                    let _ = self.send(relid, packet);
+                }
             }
             Err(error) => self.note(name, EventKind::Violation(chain(&error))),
         }

@@ -21,7 +21,7 @@ use std::time::Duration;
 use zerocopy::FromBytes;
 
 /// The descriptor of a proper request.
-const IN_BAND: Descriptor = Descriptor::new(packet_type::DATA_INBAND, 1);
+pub(crate) const IN_BAND: Descriptor = Descriptor::new(packet_type::DATA_INBAND, 1);
 
 /// Names one packet that was sent: the transaction id in its descriptor, which the guest repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
@@ -361,6 +361,12 @@ impl IcChannel {
                 }
             })
         })
+    }
+
+    /// From now on these packets are in the guest's ring, in this order, before it is told that it has
+    /// opened the channel. They are logged as sent, by the name of `greeting`.
+    pub fn greet(&self, packets: &[Vec<u8>]) {
+        self.dialogue(|dialogue| dialogue.greeting = packets.to_vec());
     }
 
     /// Forgets all that was sent and came back so far; what comes for it later is a stray.

@@ -40,7 +40,7 @@ pub(crate) struct Outgoing {
     pub payload: Vec<u8>,
 }
 
-/// What a device wants done when it has looked at a packet.
+/// What a device wants done when it has been opened or has looked at a packet.
 #[derive(Default)]
 pub(crate) struct Wishes {
     /// To be sent, in this order.
@@ -54,8 +54,9 @@ pub(crate) trait Device: Send {
     /// Where it is on the bus.
     fn offer(&self) -> Place;
 
-    /// The guest has opened its channel, for this time since the machine was started.
-    fn opened(&mut self, opening: u64);
+    /// The guest has opened its channel, for this time since the machine was started. It will be told
+    /// so when what the device wants sent is in its ring.
+    fn opened(&mut self, opening: u64, wishes: &mut Wishes);
 
     /// The guest has sent a packet, which was seen at this moment.
     fn packet(&mut self, packet: Packet, at: Instant, wishes: &mut Wishes);

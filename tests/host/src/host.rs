@@ -278,7 +278,8 @@ impl Host {
         console: Arc<Console>,
     ) -> Self {
         let wanted = [config.vss, config.heartbeat, config.shutdown, false];
-        let dialogues: [Arc<Mutex<Dialogue>>; COMPONENTS.len()] = Default::default();
+        let count = Arc::default();
+        let dialogues = COMPONENTS.map(|_| Arc::new(Mutex::new(Dialogue::new(Arc::clone(&count)))));
         let mut devices: Vec<(Box<dyn Device>, bool)> = Vec::new();
         for ((component, dialogue), wanted) in COMPONENTS.iter().zip(&dialogues).zip(wanted) {
             let device = IcDevice::new(component.place, dialogue.clone());

@@ -73,7 +73,7 @@ pub(super) struct Attached {
 }
 
 impl Attached {
-    /// Makes a disk of `mib` MiB with this content and attaches it.
+    /// Makes a disk of `mib` MiB with this content in memory and attaches it.
     pub(super) fn new(
         guest: &Guest,
         controller: u8,
@@ -81,12 +81,24 @@ impl Attached {
         mib: u64,
         content: Image,
     ) -> Result<Self> {
+        Attached::with(guest, controller, lun, |id| {
+            Disk::in_memory(id, mib << 20, content)
+        })
+    }
+
+    /// Attaches the disk that `make` makes.
+    fn with(
+        guest: &Guest,
+        controller: u8,
+        lun: u8,
+        make: impl FnOnce(Guid) -> std::io::Result<Disk>,
+    ) -> Result<Self> {
         let id = Guid::new(0x6469_736b, 0, 0, [0, 0, 0, 0, 0, 0, controller + 1, lun]);
         let controller = guest
             .host()
             .scsi(controller)
             .context("no such controller")?;
-        let disk = Disk::in_memory(id, mib << 20, content).context("cannot make a disk")?;
+        let disk = make(id).context("cannot make a disk")?;
         controller.attach(lun, &disk);
         Ok(Attached {
             disk,

@@ -3,6 +3,7 @@
 //! A guest in memory, which does with rings, pages and hypercalls what Linux does, drives the bus.
 
 use super::*;
+use crate::channel::Tx;
 use crate::ic::device::{self, Dialogue, IcDevice, ReplyState};
 use crate::ic::{message_type, Envelope, Version};
 use crate::vmbus::protocol::{message, GpadlHeader, Guid, InitiateContact, MessageHeader};

@@ -6,12 +6,13 @@
 //! Of the messages it knows the header that names an answer's status, nothing more.
 
 use crate::bus::{lock, Bus, SendError};
-use crate::channel::{Negotiated, Tx};
+use crate::channel::{Negotiated, Tx, IN_BAND};
 use crate::device::{Device, Outgoing, Place, Wishes};
 use crate::event::EventKind;
 use crate::ic::{IcHeader, Version};
 use crate::vmbus::ring::{Descriptor, Packet};
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use zerocopy::FromBytes;
@@ -59,6 +60,10 @@ pub(crate) enum ReplyState {
 pub(crate) struct Dialogue {
     /// What the last negotiation on this opening settled.
     pub negotiated: Option<Negotiated>,
+    /// What is sent before the guest is told that the channel is open.
+    pub greeting: Vec<Vec<u8>>,
+    /// How many transactions there were, on all channels that share this.
+    count: Arc<AtomicU64>,
     open: bool,
     opening: u64,
     transactions: BTreeMap<Tx, Transaction>,
@@ -66,6 +71,30 @@ pub(crate) struct Dialogue {
 }
 
 impl Dialogue {
+    /// One whose transactions have numbers that no other with the same `count` uses.
+    pub(crate) fn new(count: Arc<AtomicU64>) -> Self {
+        Dialogue {
+            count,
+            ..Dialogue::default()
+        }
+    }
+
+    /// Opens the transaction of a packet that is about to be sent.
+    fn begin(&mut self, name: &str) -> Tx {
+        if self.transactions.len() >= KEEP {
+            self.transactions.pop_first();
+        }
+        let tx = Tx(self.count.fetch_add(1, Relaxed) + 1);
+        let transaction = Transaction {
+            name: name.to_string(),
+            opening: self.opening,
+            sent: None,
+            reply: None,
+        };
+        self.transactions.insert(tx, transaction);
+        tx
+    }
+
     pub(crate) fn take_reply(&mut self, tx: Tx) -> ReplyState {
         let Some(transaction) = self.transactions.get_mut(&tx) else {
             return ReplyState::Unknown;
@@ -133,11 +162,18 @@ impl Device for IcDevice {
         self.place
     }
 
-    fn opened(&mut self, opening: u64) {
+    fn opened(&mut self, opening: u64, wishes: &mut Wishes) {
         let mut dialogue = lock(&self.dialogue);
         dialogue.open = true;
         dialogue.opening = opening;
         dialogue.negotiated = None;
+        for payload in dialogue.greeting.clone() {
+            wishes.send.push(Outgoing {
+                transaction: dialogue.begin("greeting").0,
+                descriptor: IN_BAND,
+                payload,
+            });
+        }
     }
 
     fn packet(&mut self, packet: Packet, at: Instant, wishes: &mut Wishes) {
@@ -173,20 +209,7 @@ pub(crate) fn send(
     descriptor: Descriptor,
     payload: impl FnOnce(Tx) -> Vec<u8>,
 ) -> Result<Tx, SendError> {
-    let tx = bus.new_transaction();
-    {
-        let mut dialogue = lock(dialogue);
-        if dialogue.transactions.len() >= KEEP {
-            dialogue.transactions.pop_first();
-        }
-        let transaction = Transaction {
-            name: name.to_string(),
-            opening: dialogue.opening,
-            sent: None,
-            reply: None,
-        };
-        dialogue.transactions.insert(tx, transaction);
-    }
+    let tx = lock(dialogue).begin(name);
     let packet = Outgoing {
         transaction: tx.0,
         descriptor,

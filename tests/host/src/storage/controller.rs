@@ -192,7 +192,7 @@ impl Device for ControllerDevice {
         self.place
     }
 
-    fn opened(&mut self, opening: u64) {
+    fn opened(&mut self, opening: u64, _: &mut Wishes) {
         self.opening = opening;
         self.lease = Lease::new();
         lock(&self.units).stage = Stage::Opened;
@@ -401,7 +401,7 @@ mod tests {
             let units = Arc::<Mutex<Units>>::default();
             let host = WeakHost::nobody();
             let mut device = ControllerDevice::new(PLACE, memory.clone(), host, units);
-            device.opened(1);
+            device.opened(1, &mut Wishes::default());
             Rig { device, memory }
         }
 
@@ -487,7 +487,7 @@ mod tests {
         assert_eq!(status(some), status::INVALID_PARAMETER);
         assert_eq!(status(rig.ask(99, &[], &[])), status::INVALID_PARAMETER);
         rig.device.closed();
-        rig.device.opened(2);
+        rig.device.opened(2, &mut Wishes::default());
         assert_eq!(status(rig.ask(operation::EXECUTE_SRB, &[], &[])), state);
     }
 
