@@ -9,8 +9,8 @@
 use crate::agent::{Agent, CallError, Pending};
 use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
-use hyperv_sim::storage::Controller;
-use hyperv_sim::{Host, Vm, VmConfig, VmbusVersion};
+use hyperv_sim::storage::{Controller, Disk, Image};
+use hyperv_sim::{Guid, Host, Vm, VmConfig, VmbusVersion};
 use lab_agent::{to_hex, Command, Ended, Log, Neighbour, Put, Record, Stalls, Storm, Writer};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -35,6 +35,15 @@ pub enum Userland {
     Systemd,
 }
 
+/// Where a guest of [`Userland::Lab`] has its root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Root {
+    /// On a ram disk.
+    Ram,
+    /// On the first disk of the first SCSI controller: [`Guest::root_disk`].
+    Scsi,
+}
+
 /// What a guest is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Machine {
@@ -46,6 +55,8 @@ pub struct Machine {
     pub disk_mib: u32,
     /// SCSI controllers, without disks until a case attaches some and loads the driver.
     pub scsi_controllers: u8,
+    /// Where its root is.
+    pub root: Root,
     /// What is booted.
     pub userland: Userland,
     /// The newest VMBus version that the host speaks; it speaks all before that, too.
@@ -60,6 +71,7 @@ impl Machine {
         // xfs wants 300 MiB at least.
         disk_mib: 320,
         scsi_controllers: 0,
+        root: Root::Ram,
         userland: Userland::Lab,
         vmbus: VmbusVersion::V6_0,
     };
@@ -72,6 +84,11 @@ impl Machine {
     pub const SCSI: Machine = Machine {
         scsi_controllers: 2,
         ..Machine::TWO_CPUS
+    };
+    /// The same with its root on a SCSI disk.
+    pub const SCSI_ROOT: Machine = Machine {
+        root: Root::Scsi,
+        ..Machine::SCSI
     };
     /// One CPU, and a stock Debian on it.
     pub const SYSTEMD: Machine = Machine {
@@ -86,6 +103,9 @@ impl std::fmt::Display for Machine {
         write!(f, "{} CPU{plural}, {} MiB", self.cpus, self.memory_mib)?;
         if self.scsi_controllers > 0 {
             write!(f, ", {} SCSI controllers", self.scsi_controllers)?;
+        }
+        if self.root == Root::Scsi {
+            f.write_str(", root on the first")?;
         }
         if self.userland == Userland::Systemd {
             write!(f, ", systemd")?;
@@ -135,6 +155,7 @@ pub struct Process {
 }
 
 /// What is needed to start guests: everything lies in the current directory, the payload.
+#[derive(Clone)]
 pub struct Images {
     kernel: PathBuf,
     payload: PathBuf,
@@ -202,7 +223,9 @@ impl Images {
 pub struct Guest {
     vm: Arc<Vm>,
     agent: Agent,
+    images: Images,
     machine: Machine,
+    root_disk: Option<Disk>,
     detectors: Detectors,
     /// The kernel's log is looked at from this record on.
     log_mark: AtomicU64,
@@ -226,6 +249,15 @@ pub struct Comparison {
 impl Guest {
     /// Boots a guest and waits until its agent answers. `number` names its console log.
     pub fn start(images: &Images, machine: Machine, number: u32) -> Result<Guest> {
+        Guest::boot(images, machine, &number.to_string(), Image::default())
+    }
+
+    /// Boots another guest of the kind that this one is, with this content on its root's disk.
+    pub fn start_from(&self, root: Image) -> Result<Guest> {
+        Guest::boot(&self.images, self.machine, "restored", root)
+    }
+
+    fn boot(images: &Images, machine: Machine, name: &str, root: Image) -> Result<Guest> {
         let mut config = VmConfig::new(&images.kernel);
         config.initrd = images.initrd(machine.userland);
         config.cpus = machine.cpus;
@@ -242,8 +274,21 @@ impl Guest {
         // The kernel does not know it and gives it to init, as a variable.
         let disk_kib = machine.disk_mib * 1024;
         config.cmdline.push_str(&format!(" disk_kib={disk_kib}"));
-        config.console_log = Some(images.results.join(format!("console-{number}.log")));
+        config.console_log = Some(images.results.join(format!("console-{name}.log")));
+        if machine.root == Root::Scsi {
+            config.cmdline.push_str(" lab_root=scsi");
+        }
         let vm = Arc::new(Vm::start(config).context("the guest cannot be started")?);
+        let mut root_disk = None;
+        if machine.root == Root::Scsi {
+            // The guest has yet to load its kernel.
+            let id = Guid::new(0x726f_6f74, 0, 0, [0; 8]);
+            let len = u64::from(machine.disk_mib) << 20;
+            let disk = Disk::in_memory(id, len, root).context("cannot make the root's disk")?;
+            let controller = vm.host().scsi(0).context("the root needs a controller")?;
+            controller.attach(0, &disk);
+            root_disk = Some(disk);
+        }
         let agent = Agent::connect(vm.clone(), BOOT).map_err(|error| {
             let tail = vm.console_tail();
             vm.kill();
@@ -254,7 +299,9 @@ impl Guest {
         let mut guest = Guest {
             vm,
             agent,
+            images: images.clone(),
             machine,
+            root_disk,
             detectors: Detectors::default(),
             log_mark: AtomicU64::new(0),
             logs: AtomicU64::new(0),
@@ -297,6 +344,11 @@ impl Guest {
     /// The host's side of VSS.
     pub fn vss(&self) -> Vss {
         self.vm.host().vss()
+    }
+
+    /// The disk with its root, for a machine with [`Root::Scsi`].
+    pub fn root_disk(&self) -> Option<&Disk> {
+        self.root_disk.as_ref()
     }
 
     /// The host's side of its SCSI controllers.

@@ -69,7 +69,6 @@ pub(super) struct Attached {
     pub(super) disk: Disk,
     controller: Controller,
     lun: u8,
-    id: Guid,
 }
 
 impl Attached {
@@ -104,7 +103,15 @@ impl Attached {
             disk,
             controller,
             lun,
-            id,
+        })
+    }
+
+    /// The disk on which the guest's root is.
+    pub(super) fn root(guest: &Guest) -> Result<Self> {
+        Ok(Attached {
+            disk: guest.root_disk().context("the root is elsewhere")?.clone(),
+            controller: guest.host().scsi(0).context("no such controller")?,
+            lun: 0,
         })
     }
 
@@ -133,7 +140,7 @@ impl Attached {
 
     fn find(&self, guest: &Guest) -> Result<Option<String>> {
         // As the guest names what VPD page 0x83 says.
-        let wwid: String = self.id.0[4..]
+        let wwid: String = self.disk.id().0[4..]
             .iter()
             .map(|it| format!("{it:02x}"))
             .collect();
@@ -142,6 +149,11 @@ impl Attached {
         let name = out.trim().split('/').nth(3);
         Ok(name.map(|name| format!("/dev/{name}")))
     }
+}
+
+/// Loads the drivers of controllers and disks. Elsewhere udev loads the second.
+pub(super) fn load_driver(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe sd_mod && modprobe hv_storvsc").map(drop)
 }
 
 /// What the kernel logged at warning level and above since the case began must be nothing.
@@ -154,7 +166,7 @@ fn no_warnings(guest: &Guest) -> Result<()> {
 
 fn one_disk(guest: &Guest) -> Result<()> {
     let attached = Attached::new(guest, 0, 0, 64, Image::default())?;
-    guest.sh("modprobe hv_storvsc")?;
+    load_driver(guest)?;
     let node = attached.node(guest)?;
     let name = node.trim_start_matches("/dev/");
     let attribute = |path: &str| -> Result<String> {
@@ -188,7 +200,7 @@ fn one_disk(guest: &Guest) -> Result<()> {
         "mkdir -p /mnt/a && mkfs.ext4 -q {node} && mount {node} /mnt/a"
     ))?;
     attached.disk.start_log().context("cannot start the log")?;
-    const RECORD: &str = "a record that is looked for on the host's side";
+    const RECORD: &str = "a record that is looked for from outside";
     guest.sh(&format!(
         "echo '{RECORD}' > /mnt/a/record && sync /mnt/a/record"
     ))?;
@@ -256,7 +268,7 @@ fn several(guest: &Guest) -> Result<()> {
             b'D',
         ),
     ];
-    guest.sh("modprobe hv_storvsc")?;
+    load_driver(guest)?;
     for (attached, mib, byte) in &disks {
         let node = attached.node(guest)?;
         let name = node.trim_start_matches("/dev/");
@@ -298,7 +310,7 @@ fn several(guest: &Guest) -> Result<()> {
 }
 
 fn hot_plug(guest: &Guest) -> Result<()> {
-    guest.sh("modprobe hv_storvsc")?;
+    load_driver(guest)?;
     let controller = guest.host().scsi(1).context("no controller")?;
     guest.wait_until("the driver is ready", STEP, || Ok(controller.is_ready()))?;
     for _ in 0..2 {
@@ -309,18 +321,12 @@ fn hot_plug(guest: &Guest) -> Result<()> {
             nodes[0] != nodes[1],
             "two disks should have two nodes: {nodes:?}"
         );
-        // What stays works on while the other goes.
-        guest.writer_start(&nodes[1])?;
         first.detach(guest)?;
-        let before = guest.writers()?;
-        guest.wait_until("the other disk is written to", STEP, || {
-            let now = guest.writers()?;
-            Ok(now
-                .iter()
-                .zip(&before)
-                .all(|(now, then)| now.count > then.count + 10))
-        })?;
-        guest.writers_stop()?;
+        // What stays works on.
+        guest.sh(&format!(
+            "dd if=/dev/zero of={} bs=4k count=16 oflag=direct",
+            nodes[1]
+        ))?;
         second.detach(guest)?;
     }
     Ok(())
@@ -328,57 +334,52 @@ fn hot_plug(guest: &Guest) -> Result<()> {
 
 fn errors(guest: &Guest) -> Result<()> {
     let attached = Attached::new(guest, 0, 0, 8, Image::default())?;
-    guest.sh("modprobe hv_storvsc")?;
+    load_driver(guest)?;
     let node = attached.node(guest)?;
     guest.expect_in_log(&[
-        "I/O error",
         "critical medium error",
         "critical target error",
+        "I/O error",
     ]);
     let fault = |kind| Fault {
         offset: 1 << 20,
         len: 4096,
         ..Fault::all(kind)
     };
-    let read = |at: u64| format!("dd if={node} of=/dev/null bs=4k skip={at} count=1 iflag=direct");
-    let write = |at: u64| format!("dd if=/dev/zero of={node} bs=4k seek={at} count=1 oflag=direct");
+    let read = |at| format!("dd if={node} of=/dev/null bs=4k skip={at} count=1 iflag=direct");
+    let write = |at| format!("dd if=/dev/zero of={node} bs=4k seek={at} count=1 oflag=direct");
     let flush = format!("dd if=/dev/zero of={node} bs=4k count=1 conv=fsync");
     let expect = |what: &str, script: &str, good: bool| -> Result<()> {
         let ended = guest.try_sh(script)?;
-        let seen = ended.status == Some(0);
         ensure!(
-            seen == good,
+            (ended.status == Some(0)) == good,
             "{what} should {}: {}",
             if good { "end well" } else { "fail" },
             ended.err
         );
-        ensure!(
-            good || ended.err.contains("nput/output error"),
-            "{what} should fail with EIO: {}",
-            ended.err
-        );
         Ok(())
     };
-    for (kind, command, sense) in [
-        (
-            Kind::Read,
-            &read as &dyn Fn(u64) -> String,
-            "Unrecovered read error",
-        ),
-        (Kind::Write, &write, "Write error"),
-    ] {
-        attached.disk.set_faults(&[fault(kind)]);
-        expect("the block before", &command(255), true)?;
-        expect("the bad block", &command(256), false)?;
-        expect("the block after", &command(257), true)?;
+    let told = |sense: &str| -> Result<()> {
         let log = guest.log(6)?;
         ensure!(
             log.iter().any(|it| it.text.contains(sense)),
             "the kernel should have been told {sense:?}: {log:#?}"
         );
-    }
+        Ok(())
+    };
+    attached.disk.set_faults(&[fault(Kind::Read)]);
+    expect("a read of the block before", &read(255), true)?;
+    expect("a read of the bad block", &read(256), false)?;
+    expect("a read of the block after", &read(257), true)?;
+    told("Unrecovered read error")?;
+    attached.disk.set_faults(&[fault(Kind::Write)]);
+    expect("a write to the block before", &write(255), true)?;
+    expect("a write to the bad block", &write(256), false)?;
+    expect("a write to the block after", &write(257), true)?;
+    told("Write error")?;
     attached.disk.set_faults(&[Fault::all(Kind::Flush)]);
     expect("a flush", &flush, false)?;
+    told("Internal target failure")?;
     attached.disk.set_faults(&[]);
     expect("a flush without the fault", &flush, true)?;
     expect("the block that was bad", &read(256), true)
@@ -387,7 +388,7 @@ fn errors(guest: &Guest) -> Result<()> {
 fn hang(guest: &Guest) -> Result<()> {
     let hung = Attached::new(guest, 0, 0, 8, Image::default())?;
     let neighbour = Attached::new(guest, 0, 1, 8, Image::default())?;
-    guest.sh("modprobe hv_storvsc")?;
+    load_driver(guest)?;
     let (node, other) = (hung.node(guest)?, neighbour.node(guest)?);
     hung.disk.set_hung(true);
     let write = format!("echo 'late but there' | dd of={node} conv=fsync");
@@ -414,7 +415,7 @@ fn hang(guest: &Guest) -> Result<()> {
 
 fn slow(guest: &Guest) -> Result<()> {
     let attached = Attached::new(guest, 0, 0, 8, Image::default())?;
-    guest.sh("modprobe hv_storvsc")?;
+    load_driver(guest)?;
     let node = attached.node(guest)?;
     let took = |script: String| -> Result<Duration> {
         let start = guest.clock()?;

@@ -184,6 +184,11 @@ impl Disk {
         self.0 .0.changed.notify_all();
     }
 
+    /// What it is told from others by.
+    pub fn id(&self) -> Guid {
+        self.0 .0.unit.id()
+    }
+
     /// Bytes on it.
     pub fn len(&self) -> u64 {
         self.0 .0.unit.blocks() * BLOCK as u64

@@ -214,6 +214,11 @@ impl Unit {
         Unit { blocks, id }
     }
 
+    /// What it is told from others by.
+    pub fn id(&self) -> Guid {
+        self.id
+    }
+
     /// How many blocks it has.
     pub fn blocks(&self) -> u64 {
         self.blocks
