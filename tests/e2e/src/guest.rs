@@ -9,7 +9,8 @@
 use crate::agent::{Agent, CallError, Pending};
 use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
-use hyperv_sim::{Host, Vm, VmConfig, VmbusVersion};
+use hyperv_sim::storage::{Controller, Disk, Image};
+use hyperv_sim::{Guid, Host, Vm, VmConfig, VmbusVersion};
 use lab_agent::{to_hex, Command, Ended, Log, Neighbour, Put, Record, Stalls, Storm, Writer};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -38,6 +39,15 @@ pub enum Userland {
     Packages,
 }
 
+/// Where a guest of [`Userland::Lab`] has its root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Root {
+    /// On a ram disk.
+    Ram,
+    /// On the first disk of the first SCSI controller: [`Guest::root_disk`].
+    Scsi,
+}
+
 /// What a guest is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Machine {
@@ -47,6 +57,10 @@ pub struct Machine {
     pub memory_mib: u32,
     /// Size of each ram disk of [`Userland::Lab`] in MiB.
     pub disk_mib: u32,
+    /// SCSI controllers, without disks until a case attaches some and loads the driver.
+    pub scsi_controllers: u8,
+    /// Where its root is.
+    pub root: Root,
     /// What is booted.
     pub userland: Userland,
     /// The newest VMBus version that the host speaks; it speaks all before that, too.
@@ -60,6 +74,8 @@ impl Machine {
         memory_mib: 1280,
         // xfs wants 300 MiB at least.
         disk_mib: 320,
+        scsi_controllers: 0,
+        root: Root::Ram,
         userland: Userland::Lab,
         vmbus: VmbusVersion::V6_0,
     };
@@ -67,6 +83,16 @@ impl Machine {
     pub const TWO_CPUS: Machine = Machine {
         cpus: 2,
         ..Machine::ONE_CPU
+    };
+    /// Two CPUs and two SCSI controllers.
+    pub const SCSI: Machine = Machine {
+        scsi_controllers: 2,
+        ..Machine::TWO_CPUS
+    };
+    /// The same with its root on a SCSI disk.
+    pub const SCSI_ROOT: Machine = Machine {
+        root: Root::Scsi,
+        ..Machine::SCSI
     };
     /// One CPU, and a stock Debian on it.
     pub const SYSTEMD: Machine = Machine {
@@ -89,6 +115,12 @@ impl std::fmt::Display for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let plural = if self.cpus == 1 { "" } else { "s" };
         write!(f, "{} CPU{plural}, {} MiB", self.cpus, self.memory_mib)?;
+        if self.scsi_controllers > 0 {
+            write!(f, ", {} SCSI controllers", self.scsi_controllers)?;
+        }
+        if self.root == Root::Scsi {
+            f.write_str(", root on the first")?;
+        }
         match self.userland {
             Userland::Lab => {}
             Userland::Systemd => write!(f, ", systemd")?,
@@ -140,6 +172,7 @@ pub struct Process {
 }
 
 /// What is needed to start guests: everything lies in the current directory, the payload.
+#[derive(Clone)]
 pub struct Images {
     kernel: PathBuf,
     payload: PathBuf,
@@ -227,8 +260,10 @@ impl Images {
 pub struct Guest {
     vm: Arc<Vm>,
     agent: Agent,
+    images: Images,
     machine: Machine,
     module: Module,
+    root_disk: Option<Disk>,
     detectors: Detectors,
     /// The kernel's log is looked at from this record on.
     log_mark: AtomicU64,
@@ -252,11 +287,21 @@ pub struct Comparison {
 impl Guest {
     /// Boots a guest and waits until its agent answers. `number` names its console log.
     pub fn start(images: &Images, machine: Machine, number: u32) -> Result<Guest> {
+        Guest::boot(images, machine, &number.to_string(), Image::default())
+    }
+
+    /// Boots another guest of the kind that this one is, with this content on its root's disk.
+    pub fn start_from(&self, root: Image) -> Result<Guest> {
+        Guest::boot(&self.images, self.machine, "restored", root)
+    }
+
+    fn boot(images: &Images, machine: Machine, name: &str, root: Image) -> Result<Guest> {
         let mut config = VmConfig::new(&images.kernel);
         config.initrd = images.initrd(machine.userland);
         config.cpus = machine.cpus;
         config.memory_mib = machine.memory_mib;
         config.host.patience = images.patience;
+        config.host.scsi_controllers = machine.scsi_controllers;
         config.host.vmbus_versions.retain(|it| *it <= machine.vmbus);
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");
@@ -272,8 +317,21 @@ impl Guest {
         }
         let disk_kib = machine.disk_mib * 1024;
         config.cmdline.push_str(&format!(" disk_kib={disk_kib}"));
-        config.console_log = Some(images.results.join(format!("console-{number}.log")));
+        config.console_log = Some(images.results.join(format!("console-{name}.log")));
+        if machine.root == Root::Scsi {
+            config.cmdline.push_str(" lab_root=scsi");
+        }
         let vm = Arc::new(Vm::start(config).context("the guest cannot be started")?);
+        let mut root_disk = None;
+        if machine.root == Root::Scsi {
+            // The guest has yet to load its kernel.
+            let id = Guid::new(0x726f_6f74, 0, 0, [0; 8]);
+            let len = u64::from(machine.disk_mib) << 20;
+            let disk = Disk::in_memory(id, len, root).context("cannot make the root's disk")?;
+            let controller = vm.host().scsi(0).context("the root needs a controller")?;
+            controller.attach(0, &disk);
+            root_disk = Some(disk);
+        }
         let agent = Agent::connect(vm.clone(), BOOT).map_err(|error| {
             let tail = vm.console_tail();
             vm.kill();
@@ -284,12 +342,14 @@ impl Guest {
         let mut guest = Guest {
             vm,
             agent,
+            images: images.clone(),
             machine,
             module: if images.has_module {
                 Module::Ours
             } else {
                 Module::Stock
             },
+            root_disk,
             detectors: Detectors::default(),
             log_mark: AtomicU64::new(0),
             logs: AtomicU64::new(0),
@@ -337,6 +397,16 @@ impl Guest {
     /// The host's side of VSS.
     pub fn vss(&self) -> Vss {
         self.vm.host().vss()
+    }
+
+    /// The disk with its root, for a machine with [`Root::Scsi`].
+    pub fn root_disk(&self) -> Option<&Disk> {
+        self.root_disk.as_ref()
+    }
+
+    /// The host's side of its SCSI controllers.
+    pub fn scsi_controllers(&self) -> impl Iterator<Item = Controller> + use<'_> {
+        (0..).map_while(|index| self.host().scsi(index))
     }
 
     /// A limit for the agent, in milliseconds.
@@ -523,6 +593,24 @@ impl Guest {
             .call(Command::WriterStart { path, every_us }, STEP)
     }
 
+    /// Starts a writer of records on `path`, which keeps notes in block `slot` of `notes`, a block
+    /// device: see [`lab_agent::Note`].
+    pub fn recorder_start(
+        &self,
+        path: &str,
+        notes: &str,
+        slot: u64,
+        every_us: u64,
+    ) -> Result<(), CallError> {
+        let command = Command::RecorderStart {
+            path: path.into(),
+            notes: notes.into(),
+            slot,
+            every_us,
+        };
+        self.agent.call(command, STEP)
+    }
+
     /// How the writers fare, in the order of their start.
     pub fn writers(&self) -> Result<Vec<Writer>, CallError> {
         self.agent.call(Command::Writers, STEP)
@@ -684,10 +772,15 @@ impl Guest {
              done
              [ ! -e /sys/module/dm_mod ] || dmsetup remove_all --force
              losetup -D
-             for module in hv_vss hv_utils; do
+             for module in hv_vss hv_utils hv_storvsc; do
                  if grep -q \"^$module \" /proc/modules; then rmmod $module || exit 1; fi
              done
              test ! -e /dev/vmbus/hv_vss")?;
+        for controller in self.scsi_controllers() {
+            for lun in controller.disks().into_keys() {
+                controller.detach(lun);
+            }
+        }
         let complaints = self.complaints()?;
         ensure!(
             complaints.is_empty(),

@@ -11,6 +11,7 @@ mod commands;
 mod control;
 mod deadman;
 mod dialogue;
+mod disks;
 mod foreign;
 mod freeze;
 mod hangs;
@@ -22,6 +23,7 @@ mod packages;
 mod pairing;
 mod peer;
 mod prepared;
+mod restore;
 mod scope;
 mod sleep;
 mod suspend;
@@ -91,6 +93,8 @@ pub fn all() -> Vec<Case> {
         peer::CASES,
         systemd::CASES,
         packages::CASES,
+        disks::CASES,
+        restore::CASES,
     ]
     .concat()
 }
