@@ -12,8 +12,8 @@ use super::uapi::status;
 pub(super) enum Freeze {
     /// There is none: the host asked for none, or it ended well, or the host knows that it did not.
     None,
-    /// FREEZE `id` succeeded and its daemon is still there. `whole` until that has had the module thaw
-    /// something without waiting for the host's THAW.
+    /// FREEZE `id` succeeded and its daemon is still there. It is `whole` until that daemon has had the
+    /// module thaw something without waiting for the host's THAW; which then breaks it.
     Held { id: u64, whole: bool },
     /// The host counts on a freeze that did not last until its THAW, or it does not know that its
     /// FREEZE has failed. Every THAW is failed from then on, until a FREEZE ends the matter: one that
@@ -39,12 +39,15 @@ impl Freeze {
         }
     }
 
+    /// Whether something is thawed already, of which the daemon may say nothing.
+    pub(super) fn is_torn(self) -> bool {
+        matches!(self, Freeze::Held { whole: false, .. })
+    }
+
     /// What the host is told for a THAW that the daemon answers with `code`.
     pub(super) fn thaw_status(self, code: u32) -> u32 {
         match self {
-            Freeze::Held { whole: false, .. } | Freeze::Broken { .. } if code == status::OK => {
-                status::FAIL
-            }
+            Freeze::Broken { .. } if code == status::OK => status::FAIL,
             _ => code,
         }
     }

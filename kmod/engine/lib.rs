@@ -3,10 +3,10 @@
 //! The VSS protocol as a state machine without I/O.
 //!
 //! Events go in as method calls on [`Engine`]: a packet from the host, bytes written to the device,
-//! a read, the clock, open, release, suspend, resume. What is to be done comes out through
-//! [`Effects`] (packets for the host, notes for log and trace), through return values (a frame for
-//! the reader, an errno for the writer) and through [`Engine::deadline`] (when to call
-//! [`Engine::timer`]).
+//! a read, the clock, open, release, what the module holds, sleep. What is to be done comes out
+//! through [`Effects`] (packets for the host, what to let go, notes for log and trace), through return
+//! values (a frame for the reader, an errno for the writer) and through [`Engine::deadline`] (when to
+//! call [`Engine::timer`]).
 //!
 //! There is no clock, no lock, no allocation and no `unsafe` in here, so every method may be called
 //! from softirq and under a spinlock. The same files are compiled by Kbuild into the module and by

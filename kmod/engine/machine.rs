@@ -2,9 +2,9 @@
 
 //! The state machine: requests of the host, the daemon that serves them, and the freeze in between.
 //!
-//! Here are the host's side, how requests end and what follows from it, time and sleep; the daemon's
-//! side is in `machine/daemon.rs`. Requests wait in a short queue and are served in order; only the first one, the head, is ever
-//! shown to the daemon. These rules hold everywhere:
+//! Requests wait in a short queue and are served in order; only the first one, the head, is ever
+//! shown to the daemon. Here are the host's side, how requests end and what follows from it, time and
+//! sleep; the daemon's side is in `machine/daemon.rs`. These rules hold everywhere:
 //!
 //! - each request is answered once: by the daemon, by the clock, or by what makes an answer of the
 //!   daemon impossible. Its time counts from its arrival;
@@ -92,10 +92,30 @@ pub trait Effects {
     fn note(&mut self, note: Note);
 }
 
+/// A request that has just come.
+struct Arrival<'a> {
+    now: u64,
+    operation: u8,
+    request_id: u64,
+    packet: &'a mut [u8],
+}
+
+impl Arrival<'_> {
+    /// For the notes, without an id.
+    fn subject(&self) -> Subject {
+        Subject {
+            id: 0,
+            transaction: self.request_id,
+            operation: self.operation,
+        }
+    }
+}
+
 /// A THAW that the daemon has to do though no host waits for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct OwedThaw {
     id: u64,
+    /// Since when it is owed.
     since: u64,
     /// Once the daemon has read it: when that is forgotten, so that it can be read again.
     deadline: Option<u64>,
@@ -212,72 +232,56 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             }
             Kind::Vss(operation) => {
                 bump(&mut self.stats.op(operation).requests);
-                self.request(now, operation, packet, request_id, effects);
+                let request = Arrival {
+                    now,
+                    operation,
+                    request_id,
+                    packet,
+                };
+                self.request(request, effects);
             }
         }
     }
 
     /// A request of the host: for the daemon, or answered in here.
-    fn request(
-        &mut self,
-        now: u64,
-        operation: u8,
-        packet: &mut [u8],
-        request_id: u64,
-        effects: &mut impl Effects,
-    ) {
-        match operation {
-            op::HOT_BACKUP => self.enqueue(now, operation, packet, request_id, effects),
-            op::FREEZE if self.sleeping || self.calling_off => {
-                self.refuse(now, operation, packet, request_id, effects);
-            }
-            op::FREEZE => self.enqueue(now, operation, packet, request_id, effects),
+    fn request(&mut self, request: Arrival<'_>, effects: &mut impl Effects) {
+        let now = request.now;
+        match request.operation {
+            op::FREEZE if self.sleeping || self.calling_off => self.refuse(request, effects),
+            op::HOT_BACKUP | op::FREEZE => self.enqueue(request, effects),
             op::THAW => {
                 // The host does not wait for the FREEZE any more, so nobody has to finish it.
                 self.fail_freezes(now, thawed::CALLED_OFF, effects);
-                self.enqueue(now, operation, packet, request_id, effects);
+                self.enqueue(request, effects);
             }
             _ => {
-                self.direct(operation, status::OK, packet, request_id, effects);
+                self.direct(request, status::OK, effects);
             }
         }
         self.advance(now, effects);
     }
 
-    fn enqueue(
-        &mut self,
-        now: u64,
-        operation: u8,
-        packet: &mut [u8],
-        request_id: u64,
-        effects: &mut impl Effects,
-    ) {
+    fn enqueue(&mut self, request: Arrival<'_>, effects: &mut impl Effects) {
+        let Arrival { now, operation, .. } = request;
         let subject = Subject {
             id: self.take_id(),
-            transaction: request_id,
-            operation,
+            ..request.subject()
         };
         let deadline = after(now, self.config.time_for(operation));
-        match self.queue.push(subject, now, deadline, packet) {
+        match self.queue.push(subject, now, deadline, request.packet) {
             Some(()) => effects.note(Note::Received(subject)),
             None => {
                 bump(&mut self.stats.overruns);
-                self.refuse(now, operation, packet, request_id, effects);
+                self.refuse(request, effects);
             }
         }
     }
 
     /// Fails a request that is not even queued.
-    fn refuse(
-        &mut self,
-        now: u64,
-        operation: u8,
-        packet: &mut [u8],
-        request_id: u64,
-        effects: &mut impl Effects,
-    ) {
+    fn refuse(&mut self, request: Arrival<'_>, effects: &mut impl Effects) {
+        let Arrival { now, operation, .. } = request;
         bump(&mut self.stats.op(operation).failures);
-        let sent = self.direct(operation, status::FAIL, packet, request_id, effects);
+        let sent = self.direct(request, status::FAIL, effects);
         let ending = Ending::Failed(thawed::CALLED_OFF);
         match operation {
             op::FREEZE => self.freeze_ended(now, 0, false, ending, sent, effects),
@@ -287,25 +291,13 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     }
 
     /// Answers a request that the daemon has no part in; false when the host cannot hear it.
-    fn direct(
-        &mut self,
-        operation: u8,
-        code: u32,
-        packet: &mut [u8],
-        request_id: u64,
-        effects: &mut impl Effects,
-    ) -> bool {
-        wire::answer(packet, operation, code);
-        let subject = Subject {
-            id: 0,
-            transaction: request_id,
-            operation,
-        };
+    fn direct(&mut self, request: Arrival<'_>, code: u32, effects: &mut impl Effects) -> bool {
+        wire::answer(request.packet, request.operation, code);
         effects.note(Note::Direct {
-            subject,
+            subject: request.subject(),
             status: code,
         });
-        self.send(packet, request_id, effects)
+        self.send(request.packet, request.request_id, effects)
     }
 
     fn send(&mut self, packet: &[u8], request_id: u64, effects: &mut impl Effects) -> bool {
@@ -332,6 +324,9 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             return;
         };
         let operation = request.operation;
+        if operation == op::THAW && self.freeze.is_torn() {
+            self.break_freeze(thawed::CRASH, effects);
+        }
         let code = match ending {
             Ending::Answered(code) if operation == op::THAW => self.freeze.thaw_status(code),
             Ending::Answered(code) => code,

@@ -223,7 +223,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
     }
 
-    /// Puts what is to be read next into `out`, which should hold [`super::super::uapi::MAX_FRAME`] bytes.
+    /// Puts what is to be read next into `out`, which should hold `MAX_FRAME` bytes.
     /// Returns its length and the token that [`Engine::taken`] wants once the daemon has it. `None`
     /// when there is nothing, or when it does not fit.
     pub fn peek(&mut self, now: u64, out: &mut [u8]) -> Option<(usize, Token)> {
