@@ -8,10 +8,12 @@
 //! C header: [`include/linux/hyperv.h`](srctree/include/linux/hyperv.h)
 
 use crate::bindings;
+use crate::compat::error;
 use core::marker::PhantomData;
 use core::mem::offset_of;
 use core::ptr::addr_of_mut;
 use core::ptr::NonNull;
+use kernel::bindings::ENOBUFS;
 use kernel::device;
 use kernel::device_id::RawDeviceId;
 use kernel::driver;
@@ -490,7 +492,7 @@ impl<L: Listener> Channel<L> {
             return Ok(None);
         }
         let len = usize::try_from(len).map_err(|_| EINVAL)?;
-        let packet = buffer.get_mut(..len).ok_or(ENOBUFS)?;
+        let packet = buffer.get_mut(..len).ok_or(error(ENOBUFS))?;
         Ok(Some((packet, request_id)))
     }
 
