@@ -55,8 +55,8 @@ pub(crate) trait Handler: Send + Sync + 'static {
     /// Takes one message, all of `from`, and waits for nothing. `from` is as long as the write was.
     fn write(&self, from: &mut IovIterSource<'_>) -> Result<usize>;
 
-    /// Carries out a command; `argument` is as long as its number says. May take any time as long as the
-    /// caller can be killed.
+    /// Carries out a command; `argument` is as long as its number says. May take any time as long
+    /// as the caller can be killed.
     ///
     /// # Errors
     ///
@@ -231,7 +231,8 @@ impl<H: Handler> FileOperations<H> {
 
     /// # Safety
     ///
-    /// `file` must be a file that [`Self::open`] has prepared, `table` null or a valid `poll_table`.
+    /// `file` must be a file that [`Self::open`] has prepared, `table` null or a valid
+    /// `poll_table`.
     unsafe extern "C" fn poll(
         file: *mut bindings::file,
         table: *mut bindings::poll_table,

@@ -2,8 +2,8 @@
 
 //! A file system, as far as freezing goes.
 //!
-//! The freeze is the VFS's exclusive one (`FREEZE_EXCL`): only who is named as its owner can undo it, and
-//! it nests with those of others. Knows nothing of who wants it, and for how long.
+//! The freeze is the VFS's exclusive one (`FREEZE_EXCL`): only who is named as its owner can undo
+//! it, and it nests with those of others. Knows nothing of who wants it, and for how long.
 //!
 //! C headers: [`include/linux/fs/super.h`](srctree/include/linux/fs/super.h),
 //! [`include/linux/mount.h`](srctree/include/linux/mount.h)
@@ -17,8 +17,8 @@ use kernel::error::to_result;
 use kernel::fs::LocalFile;
 use kernel::prelude::*;
 
-/// A file system that is kept mounted: an unmount gets `EBUSY`, a lazy one is completed when this is
-/// dropped, which may sleep.
+/// A file system that is kept mounted: an unmount gets `EBUSY`, a lazy one is completed when this
+/// is dropped, which may sleep.
 ///
 /// # Invariants
 ///
@@ -38,7 +38,8 @@ impl FileSystem {
     /// `EBADF` when it is not open, or only a path (`O_PATH`).
     pub(crate) fn of(fd: i32) -> Result<Self> {
         let file = LocalFile::fget(u32::try_from(fd).map_err(|_| EBADF)?)?;
-        // The mount, not the file: a descriptor can be sent through itself, and would never be closed.
+        // The mount, not the file: a descriptor can be sent through itself, and would never be
+        // closed.
         //
         // SAFETY: The file is open, so it has a mount, which it keeps.
         let mount = unsafe { raw::mntget(bindings::hv_vss_file_mount(file.as_ptr())) };
@@ -100,8 +101,8 @@ impl FileSystem {
     pub(crate) fn identity(&self) -> Identity {
         let superblock = self.superblock();
         let mut kind = [0; KIND];
-        // SAFETY: By the type invariant the superblock is alive, and with it its type, whose name is a
-        // string.
+        // SAFETY: By the type invariant the superblock is alive, and with it its type, whose name
+        // is a string.
         let (device, name) = unsafe {
             let name = CStr::from_char_ptr((*(*superblock).s_type).name);
             ((*superblock).s_dev, name)
@@ -161,9 +162,9 @@ impl PartialEq for Identity {
 
 /// While there is one, RCU's grace periods are expedited, as the kernel itself does around suspend.
 ///
-/// `freeze_super` waits for three of them, one for each kind of writer that it shuts out: nearly all
-/// of the time that a file system takes that has nothing to write. A caller that waits has one, not the
-/// worker, so that a freeze that hangs does not go on with it when its caller is gone.
+/// `freeze_super` waits for three of them, one for each kind of writer that it shuts out: nearly
+/// all of the time that a file system takes that has nothing to write. A caller that waits has one,
+/// not the worker, so that a freeze that hangs does not go on with it when its caller is gone.
 pub(crate) struct Expedited(());
 
 impl Expedited {

@@ -4,12 +4,12 @@
 //! holder.
 //!
 //! A freeze waits for writers and for the disk, and nothing can end that wait. So kernel workers do
-//! it, and whoever asked for it waits so that it can be killed. Until it is done it can be called off:
-//! then it is undone the moment it comes back. Each freeze and each thaw has a worker of its own, so that
-//! one that hangs holds up no other.
+//! it, and whoever asked for it waits so that it can be killed. Until it is done it can be called
+//! off: then it is undone the moment it comes back. Each freeze and each thaw has a worker of its
+//! own, so that one that hangs holds up no other.
 //!
-//! While anything is frozen memory may not be had, since what would have to be written for it stands
-//! still: all that a freeze and its thaw need is set aside before the first one begins.
+//! While anything is frozen memory may not be had, since what would have to be written for it
+//! stands still: all that a freeze and its thaw need is set aside before the first one begins.
 //!
 //! Knows nothing of VMBus, of VSS, nor of who asks.
 
@@ -40,8 +40,9 @@ use kernel::workqueue::DelayedWork;
 use kernel::workqueue::Work;
 use kernel::workqueue::WorkItem;
 
-/// File systems that can be held at a time, freezes and thaws included that hang since somebody else held.
-/// The queues have room for four times as many, which they distribute over the memory nodes.
+/// File systems that can be held at a time, freezes and thaws included that hang since somebody
+/// else held. The queues have room for four times as many, which they distribute over the memory
+/// nodes.
 pub(crate) const MAX_HELD: usize = 512;
 
 /// How soon a thaw that has failed is tried again, in milliseconds.
@@ -256,8 +257,8 @@ impl Hold {
         Ok(())
     }
 
-    /// Begins a freeze. The first of a series says with `deadline` when all is let go. Any context, so
-    /// that it can be decided and begun under one lock.
+    /// Begins a freeze. The first of a series says with `deadline` when all is let go. Any context,
+    /// so that it can be decided and begun under one lock.
     ///
     /// # Errors
     ///
@@ -346,7 +347,8 @@ impl Hold {
     ///
     /// # Errors
     ///
-    /// `EINTR` when the caller is killed, `EBUSY` when the time is over, and what the file system says.
+    /// `EINTR` when the caller is killed, `EBUSY` when the time is over, and what the file system
+    /// says.
     pub(crate) fn wait_thawed(&self, watch: Watch, timeout_ms: Option<u32>) -> Result {
         let waited = watch.wait(timeout_ms, |stage| {
             stage.is_done() || matches!(stage, Stage::Thawing(Some(_)))
@@ -364,7 +366,8 @@ impl Hold {
     ///
     /// # Errors
     ///
-    /// `EINVAL` when it is not held, `EINTR` when the caller is killed, and what the file system says.
+    /// `EINVAL` when it is not held, `EINTR` when the caller is killed, and what the file system
+    /// says.
     pub(crate) fn thaw(&self, file_system: &FileSystem) -> Result {
         let wanted = file_system.identity();
         let watch = {
@@ -384,12 +387,13 @@ impl Hold {
         self.wait_thawed(watch, None)
     }
 
-    /// Lets all go and waits until what was held is thawed. What is still being frozen may hang, and is
-    /// not waited for. Process context.
+    /// Lets all go and waits until what was held is thawed. What is still being frozen may hang,
+    /// and is not waited for. Process context.
     ///
     /// # Errors
     ///
-    /// `EINTR` when the caller is killed, and what the first file system says that cannot be thawed.
+    /// `EINTR` when the caller is killed, and what the first file system says that cannot be
+    /// thawed.
     pub(crate) fn thaw_all(&self) -> Result {
         // Those that are begun from here on are none of them.
         let mut before = self.state.lock().last_entry + 1;
@@ -417,8 +421,8 @@ impl Hold {
         }
     }
 
-    /// Lets all go: what is held is thawed, the last one first, and what is being frozen as soon as that
-    /// is over. Returns whether there was any. Waits for nothing; any context.
+    /// Lets all go: what is held is thawed, the last one first, and what is being frozen as soon as
+    /// that is over. Returns whether there was any. Waits for nothing; any context.
     pub(crate) fn let_go(&self) -> bool {
         let mut any = false;
         let _spare = {
@@ -452,7 +456,8 @@ impl Hold {
             .map(|series| series.deadline)
     }
 
-    /// Waits for at most `timeout_ms` until nothing is frozen, or being frozen, here. Process context.
+    /// Waits for at most `timeout_ms` until nothing is frozen, or being frozen, here. Process
+    /// context.
     pub(crate) fn wait_idle(&self, timeout_ms: u32) {
         let _ = self.thawed.wait(Some(timeout_ms), || {
             let state = self.state.lock();
@@ -516,8 +521,8 @@ impl State {
         self.entries.iter_mut().find(|entry| entry.number == number)
     }
 
-    /// Removes an entry that is done and that nobody watches. With the last one the series ends; what
-    /// is returned is to be dropped without the lock.
+    /// Removes an entry that is done and that nobody watches. With the last one the series ends;
+    /// what is returned is to be dropped without the lock.
     fn sweep(&mut self, number: u64) -> Option<Series> {
         let over =
             |entry: &Entry| entry.number == number && entry.watches == 0 && entry.stage.is_done();

@@ -3,9 +3,10 @@
 //! `hv_vss.ko`: takes a Hyper-V host's requests to freeze and thaw the guest from the VMBus and
 //! hands them to a daemon that has `/dev/vmbus/hv_vss` open.
 //!
-//! This file is the module: its parts, its parameters, what lives as long as it does. A request comes
-//! in through [`vmbus`], is decided upon in the [`engine`], which [`service`] puts behind a lock, and
-//! is read from [`chardev`]; what the daemon has frozen is in [`hold`]. Layouts are in [`uapi`].
+//! This file is the module: its parts, its parameters, what lives as long as it does. A request
+//! comes in through [`vmbus`], is decided upon in the [`engine`], which [`service`] puts behind a
+//! lock, and is read from [`chardev`]; what the daemon has frozen is in [`hold`]. Layouts are in
+//! [`uapi`].
 
 mod bindings;
 mod chardev;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! PM notifiers: being told that the machine is about to sleep, while user space still runs, and that it
-//! is awake. Without `CONFIG_PM_SLEEP` that never happens.
+//! PM notifiers: being told that the machine is about to sleep, while user space still runs, and
+//! that it is awake. Without `CONFIG_PM_SLEEP` that never happens.
 //!
-//! A bus tells its devices when all processes stand still, which is too late for a request to one of
-//! them. Knows nothing of VSS.
+//! A bus tells its devices when all processes stand still, which is too late for a request to one
+//! of them. Knows nothing of VSS.
 //!
 //! C header: [`include/linux/suspend.h`](srctree/include/linux/suspend.h)
 
@@ -64,8 +64,8 @@ impl<T: Callbacks> Registration<T> {
         _data: *mut c_void,
     ) -> c_int {
         let block = block.cast::<Opaque<bindings::notifier_block>>();
-        // SAFETY: The block is the field `inner` of a `Registration<T>`, since only that is given this
-        // function; it is not dropped before its unregistration, which waits for us.
+        // SAFETY: The block is the field `inner` of a `Registration<T>`, since only that is given
+        // this function; it is not dropped before its unregistration, which waits for us.
         let registration = unsafe { &*kernel::container_of!(block, Registration<T>, inner) };
         // CAST: the actions are small numbers.
         match action as u32 {

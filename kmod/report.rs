@@ -4,8 +4,8 @@
 //!
 //! What a host or a daemon can cause at will must not fill the log: the kernel crate has no
 //! rate-limited macros, so the limit is asked for in C, as are the tracepoints. Traces are called
-//! under locks, in any context. A line for the log, which a slow console may keep for long, waits in a
-//! [`Log`] until the lock is released.
+//! under locks, in any context. A line for the log, which a slow console may keep for long, waits
+//! in a [`Log`] until the lock is released.
 
 use crate::bindings as c;
 use crate::compat::error;
@@ -173,9 +173,7 @@ impl Log {
     pub(crate) fn print(self) {
         self.notes.into_iter().flatten().for_each(print);
         if let Some(error) = self.ring {
-            pr_err!(
-                "the channel's ring is broken ({error:?}): the device is of no use until it is bound anew\n"
-            );
+            pr_err!("the channel's ring is broken ({error:?}): of no use until it is bound anew\n");
         }
     }
 }

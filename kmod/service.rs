@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The service between the host and the daemon: one lock around the [`engine`](crate::engine), and who
-//! calls it when.
+//! The service between the host and the daemon: one lock around the [`engine`](crate::engine), and
+//! who calls it when.
 //!
-//! What is decided is decided in there. [`Service::state`] is taken in process context, in the channel's
-//! tasklet and in the timer's softirq, hence with interrupts off; nothing in it sleeps, and nothing is
-//! printed: what there is to say is kept until it is released. Below it is taken the lock of what is
-//! held, never the other way round.
+//! What is decided is decided in there. [`Service::state`] is taken in process context, in the
+//! channel's tasklet and in the timer's softirq, hence with interrupts off; nothing in it sleeps,
+//! and nothing is printed: what there is to say is kept until it is released. Below it is taken the
+//! lock of what is held, never the other way round.
 
 use crate::chardev;
 use crate::chardev::Readiness;
@@ -57,7 +57,8 @@ const BATCH: usize = 16;
 /// How long the machine's sleep waits for a thaw, in milliseconds.
 const THAW_MS: u32 = 5_000;
 
-/// How long a freeze waits, before it asks anew, for the thaw of the same file system, in milliseconds.
+/// How long a freeze waits, before it asks anew, for the thaw of the same file system, in
+/// milliseconds.
 const AGAIN_MS: u32 = 500;
 
 /// Longest write that is looked at: more than any message or frame has.
@@ -188,9 +189,9 @@ impl Service {
         Ok(())
     }
 
-    /// Ends the service for good: open requests fail, readers and polls see an error, what is held is
-    /// thawed, the channel is closed, no timer runs. Waits for callbacks, never for the daemon nor for
-    /// a disk. Sleeps; may be called again.
+    /// Ends the service for good: open requests fail, readers and polls see an error, what is held
+    /// is thawed, the channel is closed, no timer runs. Waits for callbacks, never for the daemon
+    /// nor for a disk. Sleeps; may be called again.
     pub(crate) fn stop(&self) {
         let channel = self.end_channel(thawed::GONE, true);
         self.changes.notify_all();
@@ -213,7 +214,8 @@ impl Service {
         self.start(dev).inspect_err(|_| self.stop())
     }
 
-    /// Has the engine fail what is open, as long as the host can hear it, and takes the channel away.
+    /// Has the engine fail what is open, as long as the host can hear it, and takes the channel
+    /// away.
     fn end_channel(&self, reason: u32, for_good: bool) -> Option<Channel<Self>> {
         let mut log = Log::new();
         let channel = {
@@ -428,8 +430,8 @@ impl pm_notifier::Callbacks for Service {
             engine.prepare_sleep(now, out);
             out.hold.let_go();
         });
-        // What a daemon has frozen by other means only it can thaw. If it did after the sleep, writers would
-        // wait in the meantime, some of them so that they cannot be put to sleep.
+        // What a daemon has frozen by other means only it can thaw. If it did after the sleep,
+        // writers would wait in the meantime, some of them so that they cannot be put to sleep.
         let mut left = msecs_to_jiffies(THAW_MS);
         let mut state = self.state.lock();
         while !state.device.gone && !state.device.engine.thawed_for_sleep() {

@@ -23,7 +23,8 @@ pub(crate) trait TimerCallback: Sync + Sized {
 ///
 /// # Safety
 ///
-/// - The two functions must be each other's inverse, and lead to a pinned [`Timer<Self>`] inside `Self`.
+/// - The two functions must be each other's inverse, and lead to a pinned [`Timer<Self>`] inside
+///   `Self`.
 /// - Dropping a `Self` must begin with [`Timer::shut_down`], before any field is dropped.
 pub(crate) unsafe trait HasTimer: TimerCallback {
     /// Where the timer of an object is.
@@ -45,8 +46,9 @@ pub(crate) unsafe trait HasTimer: TimerCallback {
 /// Takes the type's `PinnedDrop` for it.
 macro_rules! impl_has_timer {
     ($type:ident . $field:ident) => {
-        // SAFETY: `raw_get_timer` only compiles if the field, and not what it may lead to, is a timer for
-        // this type. The `PinnedDrop` below shows that dropping the object begins with shutting it down.
+        // SAFETY: `raw_get_timer` only compiles if the field, and not what it may lead to, is a
+        // timer for this type. The `PinnedDrop` below shows that dropping the object begins with
+        // shutting it down.
         unsafe impl $crate::timer::HasTimer for $type {
             unsafe fn raw_get_timer(object: *const Self) -> *const $crate::timer::Timer<Self> {
                 // SAFETY: The caller promises that there is an object.
@@ -130,8 +132,8 @@ impl<T: HasTimer> Timer<T> {
     }
 
     extern "C" fn callback(timer: *mut kernel::bindings::timer_list) {
-        // SAFETY: Only timers inside a `T` are armed, see `inside`. It is alive and whole: dropping it begins
-        // with waiting for us.
+        // SAFETY: Only timers inside a `T` are armed, see `inside`. It is alive and whole: dropping
+        // it begins with waiting for us.
         let object = unsafe { &*T::timer_container_of(timer.cast()) };
         object.run();
     }

@@ -8,10 +8,12 @@
 //! C header: [`include/linux/hyperv.h`](srctree/include/linux/hyperv.h)
 
 use crate::bindings;
+use crate::compat::error;
 use core::marker::PhantomData;
 use core::mem::offset_of;
 use core::ptr::addr_of_mut;
 use core::ptr::NonNull;
+use kernel::bindings::ENOBUFS;
 use kernel::device;
 use kernel::device_id::RawDeviceId;
 use kernel::driver;
@@ -123,19 +125,20 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn remove_callback(hdev: *mut bindings::hv_device) {
-        // SAFETY: The VMBus calls `remove` with a valid device, once after a successful probe, and the
-        // driver core holds the device's lock.
+        // SAFETY: The VMBus calls `remove` with a valid device, once after a successful probe, and
+        // the driver core holds the device's lock.
         unsafe { Self::with_data(hdev, T::unbind) }
     }
 
     extern "C" fn suspend_callback(hdev: *mut bindings::hv_device) -> c_int {
-        // SAFETY: The VMBus suspends only devices that it has, whose driver was this one a moment ago.
+        // SAFETY: The VMBus suspends only devices that it has, whose driver was this one a moment
+        // ago.
         let locked = unsafe { Locked::new(hdev) };
         if !locked.is_bound() {
             return 0;
         }
-        // SAFETY: The device is bound to this driver, so its probe has succeeded, and it stays so as long as
-        // it is locked.
+        // SAFETY: The device is bound to this driver, so its probe has succeeded, and it stays so
+        // as long as it is locked.
         unsafe {
             Self::with_data(hdev, |dev, data| {
                 from_result(|| T::suspend(dev, data).map(|()| 0))
@@ -161,8 +164,8 @@ impl<T: Driver> Adapter<T> {
     ///
     /// # Safety
     ///
-    /// `hdev` must be a valid `struct hv_device`, which is locked, on which [`Self::probe_callback`] has
-    /// succeeded and whose private data has not been dropped.
+    /// `hdev` must be a valid `struct hv_device`, which is locked, on which
+    /// [`Self::probe_callback`] has succeeded and whose private data has not been dropped.
     unsafe fn with_data<R>(
         hdev: *mut bindings::hv_device,
         f: impl for<'a> FnOnce(&'a Device<device::Core<'_>>, Pin<&'a T::Data<'a>>) -> R,
@@ -182,9 +185,10 @@ impl<T: Driver> Adapter<T> {
 
 /// A device whose lock is held.
 ///
-/// The driver core locks a device when it probes or removes it, and for a system sleep in all phases but
-/// the one that the VMBus uses, `noirq`. User space stands still then and nothing is probed, but the
-/// host can still rescind a device, whose driver is then unbound by a worker of the bus.
+/// The driver core locks a device when it probes or removes it, and for a system sleep in all
+/// phases but the one that the VMBus uses, `noirq`. User space stands still then and nothing is
+/// probed, but the host can still rescind a device, whose driver is then unbound by a worker of the
+/// bus.
 ///
 /// # Invariants
 ///
@@ -196,7 +200,8 @@ impl Locked {
     ///
     /// # Safety
     ///
-    /// `hdev` must be a valid `struct hv_device` until this is dropped, whose lock the caller does not hold.
+    /// `hdev` must be a valid `struct hv_device` until this is dropped, whose lock the caller does
+    /// not hold.
     unsafe fn new(hdev: *mut bindings::hv_device) -> Self {
         // SAFETY: Guaranteed by the caller.
         let dev = unsafe { &raw mut (*hdev).device };
@@ -255,8 +260,8 @@ pub(crate) trait Driver {
     /// The table of device ids supported by the driver.
     const ID_TABLE: IdTable;
 
-    /// Called when a device matches the driver. One that was given to the driver through `new_id` or
-    /// `driver_override` may be of any class, see [`Device::class`].
+    /// Called when a device matches the driver. One that was given to the driver through `new_id`
+    /// or `driver_override` may be of any class, see [`Device::class`].
     fn probe<'bound>(
         dev: &'bound Device<device::Core<'_>>,
     ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound;
@@ -363,8 +368,8 @@ pub(crate) trait Listener: Send + Sync + 'static {
     fn on_packets(&self);
 }
 
-/// Bytes of the longest packet that can be sent: its descriptor counts itself and them in units of 8
-/// bytes, with 16 bits.
+/// Bytes of the longest packet that can be sent: its descriptor counts itself and them in units of
+/// 8 bytes, with 16 bits.
 const MAX_SEND: usize = u16::MAX as usize * 8 - size_of::<bindings::vmpacket_descriptor>();
 
 /// The open channel of a device. Dropping it closes it, which sleeps and waits for a callback that
@@ -403,8 +408,8 @@ impl<L: Listener> Channel<L> {
         // SAFETY: By the type invariant this is a valid `struct hv_device`, whose channel is set
         // before it is registered.
         let raw = NonNull::new(unsafe { (*dev.as_raw()).channel }).ok_or(ENODEV)?;
-        // SAFETY: `raw` is valid while its device is bound. `Core` says that the device is locked, so
-        // nobody opens or closes the channel meanwhile.
+        // SAFETY: `raw` is valid while its device is bound. `Core` says that the device is locked,
+        // so nobody opens or closes the channel meanwhile.
         if !unsafe { bindings::hv_vss_channel_is_closed(raw.as_ptr()) } {
             return Err(EBUSY);
         }
@@ -461,13 +466,13 @@ impl<L: Listener> Channel<L> {
         longest as usize
     }
 
-    /// Takes one packet from the ring into `buffer`. Returns it and its request id, or `None` when the
-    /// ring is empty. Any context.
+    /// Takes one packet from the ring into `buffer`. Returns it and its request id, or `None` when
+    /// the ring is empty. Any context.
     ///
     /// # Errors
     ///
-    /// `ENOBUFS` when `buffer` is shorter than [`Self::longest_packet`], and the packet longer than it.
-    /// After an error the packet is still in the ring.
+    /// `ENOBUFS` when `buffer` is shorter than [`Self::longest_packet`], and the packet longer than
+    /// it. After an error the packet is still in the ring.
     pub(crate) fn receive<'a>(
         &mut self,
         buffer: &'a mut [u8],
@@ -490,14 +495,14 @@ impl<L: Listener> Channel<L> {
             return Ok(None);
         }
         let len = usize::try_from(len).map_err(|_| EINVAL)?;
-        let packet = buffer.get_mut(..len).ok_or(ENOBUFS)?;
+        let packet = buffer.get_mut(..len).ok_or(error(ENOBUFS))?;
         Ok(Some((packet, request_id)))
     }
 
     /// The listener is not called again for what is left in the ring. To be called by it.
     pub(crate) fn mute(&mut self) {
-        // SAFETY: By the type invariant the channel is open. The mode is a word that the bus looks at after
-        // each callback.
+        // SAFETY: By the type invariant the channel is open. The mode is a word that the bus looks
+        // at after each callback.
         unsafe { bindings::hv_vss_mute_channel(self.raw.as_ptr()) };
     }
 
@@ -505,8 +510,8 @@ impl<L: Listener> Channel<L> {
     ///
     /// # Errors
     ///
-    /// `EAGAIN` when the ring is full, `ENODEV` when the host has rescinded the channel, `EINVAL` when
-    /// the packet is too long for its descriptor.
+    /// `EAGAIN` when the ring is full, `ENODEV` when the host has rescinded the channel, `EINVAL`
+    /// when the packet is too long for its descriptor.
     pub(crate) fn send(&self, packet: &[u8], request_id: u64) -> Result {
         if packet.len() > MAX_SEND {
             return Err(EINVAL);

@@ -2,8 +2,8 @@
 
 //! The module's workqueues, and that the module stays as long as they have work.
 //!
-//! They are the module's, not a device's: a device can go while a freeze hangs. Knows nothing of what is
-//! done in them.
+//! They are the module's, not a device's: a device can go while a freeze hangs. Knows nothing of
+//! what is done in them.
 //!
 //! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
 
@@ -64,15 +64,15 @@ impl Workers {
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        // The last reference: no device is bound, no descriptor is open, and a work gives back its own before
-        // its `ModuleReference`. Waits for works to return that have done so.
+        // The last reference: no device is bound, no descriptor is open, and a work gives back its
+        // own before its `ModuleReference`. Waits for works to return that have done so.
         let queues = QUEUES.lock().take();
         drop(queues);
     }
 }
 
-/// A workqueue that is destroyed on drop, which waits for what runs in it. Its work progresses even if
-/// there is no memory for another worker, and not bound to a CPU.
+/// A workqueue that is destroyed on drop, which waits for what runs in it. Its work progresses even
+/// if there is no memory for another worker, and not bound to a CPU.
 ///
 /// # Invariants
 ///
@@ -113,8 +113,8 @@ impl Drop for OwnedQueue {
     }
 }
 
-/// Keeps the module from being unloaded. A work has one from when it is queued until all that is left of
-/// it is to return; for that much the end of [`Workers`] waits.
+/// Keeps the module from being unloaded. A work has one from when it is queued until all that is
+/// left of it is to return; for that much the end of [`Workers`] waits.
 pub(crate) struct ModuleReference(());
 
 impl ModuleReference {
