@@ -434,7 +434,7 @@ impl Service {
         } else if now >= self.hands.report && job.progress().stage() != Stage::Freezing {
             let text = job.progress().words(now);
             self.hands.log.info(text);
-            self.hands.log.aloud(|| ());
+            self.hands.log.flush();
             self.hands.report = now + REPORT;
         }
     }
