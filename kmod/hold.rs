@@ -117,11 +117,17 @@ enum Stage {
     Held,
     /// A worker thaws it, or will; the last attempt has failed with this.
     Thawing(Option<Error>),
-    /// It is not frozen: how the freeze failed, or how the thaw ended. Removed when nobody watches.
-    Done(Result),
+    /// It was never frozen. This and the next one are removed when nobody watches.
+    Failed(Error),
+    /// It is not frozen any more; that it ended before has failed the thaw.
+    Thawed(Result),
 }
 
 impl Stage {
+    fn is_done(self) -> bool {
+        matches!(self, Stage::Failed(_) | Stage::Thawed(_))
+    }
+
     fn name(self) -> &'static str {
         match self {
             Stage::Freezing => "freezing",
@@ -129,7 +135,7 @@ impl Stage {
             Stage::Held => "held",
             Stage::Thawing(None) => "thawing",
             Stage::Thawing(Some(_)) => "stuck",
-            Stage::Done(_) => "done",
+            Stage::Failed(_) | Stage::Thawed(_) => "done",
         }
     }
 }
@@ -189,7 +195,7 @@ pub(crate) enum Begun {
     Queued(Watch),
     /// It would be the first: call [`Hold::set_aside`] and try again.
     First,
-    /// The same file system is still being thawed: wait for that and try again.
+    /// The same file system has been let go, and is not thawed yet: wait for that and try again.
     After(Watch),
 }
 
@@ -266,9 +272,9 @@ impl Hold {
         let same = |entry: &&mut Entry| entry.identity == identity;
         for entry in state.entries.iter_mut().filter(same) {
             match entry.stage {
-                Stage::Freezing | Stage::CalledOff | Stage::Held => return Err(EBUSY),
-                Stage::Thawing(_) => return Ok(Begun::After(entry.watch())),
-                Stage::Done(_) => {}
+                Stage::Freezing | Stage::Held => return Err(EBUSY),
+                Stage::CalledOff | Stage::Thawing(_) => return Ok(Begun::After(entry.watch())),
+                Stage::Failed(_) | Stage::Thawed(_) => {}
             }
         }
         if state.series.is_none() {
@@ -331,8 +337,8 @@ impl Hold {
         match watch.stage() {
             Stage::Held => Ok(()),
             Stage::Freezing => Err(EINTR),
-            Stage::Done(Err(error)) => Err(error),
-            Stage::CalledOff | Stage::Thawing(_) | Stage::Done(Ok(())) => Err(error(ESTALE)),
+            Stage::Failed(error) => Err(error),
+            Stage::CalledOff | Stage::Thawing(_) | Stage::Thawed(_) => Err(error(ESTALE)),
         }
     }
 
@@ -343,10 +349,11 @@ impl Hold {
     /// `EINTR` when the caller is killed, `EBUSY` when the time is over, and what the file system says.
     pub(crate) fn wait_thawed(&self, watch: Watch, timeout_ms: Option<u32>) -> Result {
         let waited = watch.wait(timeout_ms, |stage| {
-            matches!(stage, Stage::Done(_) | Stage::Thawing(Some(_)))
+            stage.is_done() || matches!(stage, Stage::Thawing(Some(_)))
         });
         match (watch.stage(), waited) {
-            (Stage::Done(result), _) => result,
+            (Stage::Failed(_), _) => Ok(()),
+            (Stage::Thawed(result), _) => result,
             (Stage::Thawing(Some(error)), _) => Err(error),
             (_, Waited::TimedOut) => Err(EBUSY),
             (_, Waited::Done | Waited::Killed) => Err(EINTR),
@@ -365,7 +372,7 @@ impl Hold {
             let entry = state
                 .entries
                 .iter_mut()
-                .find(|entry| entry.identity == wanted && !entry.is_done())
+                .find(|entry| entry.identity == wanted && !entry.stage.is_done())
                 .ok_or(EINVAL)?;
             match entry.stage {
                 Stage::Held => self.queue_thaw(entry),
@@ -377,7 +384,8 @@ impl Hold {
         self.wait_thawed(watch, None)
     }
 
-    /// Lets all go and waits until it is thawed. Process context.
+    /// Lets all go and waits until what was held is thawed. What is still being frozen may hang, and is
+    /// not waited for. Process context.
     ///
     /// # Errors
     ///
@@ -391,8 +399,11 @@ impl Hold {
             let watch = {
                 let mut state = self.state.lock();
                 let forgotten = state.forgotten;
-                let open = |entry: &&mut Entry| entry.series > forgotten && entry.number < before;
-                match state.entries.iter_mut().rev().find(open) {
+                let held = |entry: &&mut Entry| {
+                    let ours = entry.series > forgotten && entry.number < before;
+                    ours && !matches!(entry.stage, Stage::CalledOff)
+                };
+                match state.entries.iter_mut().rev().find(held) {
                     Some(entry) => entry.watch(),
                     None => return result,
                 }
@@ -407,19 +418,22 @@ impl Hold {
     }
 
     /// Lets all go: what is held is thawed, the last one first, and what is being frozen as soon as that
-    /// is over. Waits for nothing; any context.
-    pub(crate) fn let_go(&self) {
+    /// is over. Returns whether there was any. Waits for nothing; any context.
+    pub(crate) fn let_go(&self) -> bool {
+        let mut any = false;
         let _spare = {
             let mut state = self.state.lock();
             for entry in state.entries.iter_mut().rev() {
+                any |= matches!(entry.stage, Stage::Held | Stage::Freezing);
                 match entry.stage {
                     Stage::Held => self.queue_thaw(entry),
                     Stage::Freezing => entry.enter(Stage::CalledOff),
-                    Stage::CalledOff | Stage::Thawing(_) | Stage::Done(_) => {}
+                    Stage::CalledOff | Stage::Thawing(_) | Stage::Failed(_) | Stage::Thawed(_) => {}
                 }
             }
             state.series.take()
         };
+        any
     }
 
     /// The one who held is gone: lets all go, and what still hangs is no concern of the next one.
@@ -442,14 +456,14 @@ impl Hold {
     pub(crate) fn wait_idle(&self, timeout_ms: u32) {
         let _ = self.thawed.wait(Some(timeout_ms), || {
             let state = self.state.lock();
-            state.entries.iter().all(Entry::is_done)
+            state.entries.iter().all(|entry| entry.stage.is_done())
         });
     }
 
     /// The entry that was begun next after the one with this number.
     pub(crate) fn line_after(&self, number: u64) -> Option<Line> {
         let state = self.state.lock();
-        let next = |entry: &&Entry| entry.number > number && !entry.is_done();
+        let next = |entry: &&Entry| entry.number > number && !entry.stage.is_done();
         let entry = state.entries.iter().find(next)?;
         Some(Line {
             number: entry.number,
@@ -505,7 +519,8 @@ impl State {
     /// Removes an entry that is done and that nobody watches. With the last one the series ends; what
     /// is returned is to be dropped without the lock.
     fn sweep(&mut self, number: u64) -> Option<Series> {
-        let over = |entry: &Entry| entry.number == number && entry.watches == 0 && entry.is_done();
+        let over =
+            |entry: &Entry| entry.number == number && entry.watches == 0 && entry.stage.is_done();
         let at = self.entries.iter().position(over)?;
         let entry = self.entries.remove(at).ok()?;
         let series = self.series.as_mut()?;
@@ -522,10 +537,6 @@ impl State {
 }
 
 impl Entry {
-    fn is_done(&self) -> bool {
-        matches!(self.stage, Stage::Done(_))
-    }
-
     /// Enters another stage. Under the lock.
     fn enter(&mut self, stage: Stage) {
         self.stage = stage;
@@ -548,7 +559,7 @@ impl Watch {
         let mut state = self.slot.hold.state.lock();
         match state.numbered(self.number) {
             Some(entry) => entry.stage,
-            None => Stage::Done(Ok(())),
+            None => Stage::Thawed(Ok(())),
         }
     }
 
@@ -607,21 +618,20 @@ impl Slot {
     /// What a worker does for an entry that is being frozen.
     fn do_freeze(self: &Arc<Self>) -> Option<ModuleReference> {
         let task = self.take()?;
-        let result = if matches!(task.stage, Stage::Freezing) {
-            let begun = Instant::<Monotonic>::now();
-            let result = task.file_system.freeze(&**self);
-            let us = begun.elapsed().as_micros_ceil();
-            report::froze(task.id, task.identity.device, result, us);
-            result
-        } else {
-            Err(error(ESTALE))
-        };
+        if matches!(task.stage, Stage::CalledOff) {
+            self.finish(task.file_system, Stage::Failed(error(ESTALE)));
+            return task.module;
+        }
+        let begun = Instant::<Monotonic>::now();
+        let result = task.file_system.freeze(&**self);
+        let us = begun.elapsed().as_micros_ceil();
+        report::froze(task.id, task.identity.device, result, us);
         match result {
             Ok(()) => self.put_back(task.file_system, |hold, entry| match entry.stage {
                 Stage::CalledOff => hold.queue_thaw(entry),
                 _ => entry.enter(Stage::Held),
             }),
-            Err(_) => self.finish(task.file_system, result),
+            Err(error) => self.finish(task.file_system, Stage::Failed(error)),
         }
         task.module
     }
@@ -641,7 +651,7 @@ impl Slot {
                 entry.enter(Stage::Thawing(Some(error)));
                 hold.queue_thaw_in(entry, RETRY_MS);
             }),
-            _ => self.finish(task.file_system, result),
+            _ => self.finish(task.file_system, Stage::Thawed(result)),
         }
         task.module
     }
@@ -669,13 +679,13 @@ impl Slot {
     }
 
     /// The file system is not frozen. It is free to be unmounted when those who wait hear of it.
-    fn finish(self: &Arc<Self>, file_system: FileSystem, result: Result) {
+    fn finish(self: &Arc<Self>, file_system: FileSystem, end: Stage) {
         drop(file_system);
         let _series = {
             let mut state = self.hold.state.lock();
             let number = match state.of_slot(self) {
                 Some(entry) => {
-                    entry.enter(Stage::Done(result));
+                    entry.enter(end);
                     entry.number
                 }
                 None => return,

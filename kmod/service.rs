@@ -57,6 +57,9 @@ const BATCH: usize = 16;
 /// How long the machine's sleep waits for a thaw, in milliseconds.
 const THAW_MS: u32 = 5_000;
 
+/// How long a freeze waits, before it asks anew, for the thaw of the same file system, in milliseconds.
+const AGAIN_MS: u32 = 500;
+
 /// Longest write that is looked at: more than any message or frame has.
 const MAX_WRITE: usize = 64;
 
@@ -112,8 +115,8 @@ impl Effects for Outlet<'_> {
             .is_some_and(|channel| channel.send(packet, request_id).is_ok())
     }
 
-    fn let_go(&mut self, _reason: u32) {
-        self.hold.let_go();
+    fn let_go(&mut self, _reason: u32) -> bool {
+        self.hold.let_go()
     }
 
     fn note(&mut self, note: Note) {
@@ -127,8 +130,8 @@ impl_has_timer!(Service.timer);
 impl TimerCallback for Service {
     fn run(&self) {
         self.with_engine(|engine, now, out| {
-            if out.hold.deadline().is_some_and(|deadline| now >= deadline) {
-                out.hold.let_go();
+            let over = out.hold.deadline().is_some_and(|deadline| now >= deadline);
+            if over && out.hold.let_go() {
                 engine.lost(now, thawed::DEADLINE, out);
             }
             engine.timer(now, out);
@@ -373,6 +376,7 @@ impl Service {
             0 => self.parameters.hold_ms,
             ms => ms.min(self.parameters.hold_ms),
         };
+        let until = self.now().saturating_add(u64::from(limit_ms) * 1000);
         let mut request = hold::Request::new(asked.id, file_system, count);
         loop {
             // Allowed and begun under one lock, so that whoever ends what this is for finds it.
@@ -392,21 +396,28 @@ impl Service {
                     };
                 }
                 Begun::First => self.hold.set_aside(&mut request)?,
-                Begun::After(watch) => self.hold.wait_thawed(watch, Some(limit_ms))?,
+                Begun::After(watch) => match self.hold.wait_thawed(watch, Some(AGAIN_MS)) {
+                    // Perhaps nobody wants it any more: that is asked anew.
+                    Err(error) if error == EBUSY && self.now() < until => {}
+                    result => result?,
+                },
             }
         }
     }
 
     /// Thaws what is held for the daemon.
     fn thaw(&self, asked: &uapi::IocThaw) -> Result {
-        let abi = self.with_engine(|engine, _, _| engine.abi());
-        if abi.ok_or(ENODEV)? != uapi::ABI_V2 {
-            return Err(report::errno(engine::Refusal::OutOfTurn));
-        }
-        match (asked.flags, asked.fd) {
-            (0, -1) => self.hold.thaw_all(),
-            (0, fd) => self.hold.thaw(&FileSystem::of(fd)?),
-            _ => Err(EINVAL),
+        let file_system = match (asked.flags, asked.fd) {
+            (0, -1) => None,
+            (0, fd) => Some(FileSystem::of(fd)?),
+            _ => return Err(EINVAL),
+        };
+        self.with_engine(|engine, _, _| engine.thaw_held(asked.fd == -1))
+            .ok_or(ENODEV)?
+            .map_err(report::errno)?;
+        match file_system {
+            None => self.hold.thaw_all(),
+            Some(file_system) => self.hold.thaw(&file_system),
         }
     }
 }
@@ -460,8 +471,8 @@ impl chardev::Handler for Service {
     fn release(&self) {
         // All of it before the next one can open.
         let done = self.with_engine(|engine, now, out| {
-            out.hold.forget();
             engine.release(now, out);
+            out.hold.forget();
         });
         if done.is_none() {
             self.hold.forget();
