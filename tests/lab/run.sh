@@ -63,6 +63,8 @@ for file in "$programs"/{e2e,bench,hyperv-sim,lab-agent} "$daemon" \
 done
 if [ "$kernel" = "$default_kernel" ] && [ -e "$payload/hv_vss.ko" ] && [ -e "$payload/hv_vss_daemon" ]; then
     cp "$build/systemd.cpio" "$payload/"
+    # what the packages' own cases install
+    if [ -e "$build/dkms/packages" ]; then cp -r "$build/dkms/packages" "$payload/packages"; fi
     # the same programs, where an installation puts them
     quietly install.log make --directory "$repo" install DESTDIR="$payload/install" \
         MODULE="$payload/hv_vss.ko" DAEMON="$payload/hv_vss_daemon"

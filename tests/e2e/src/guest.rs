@@ -9,7 +9,8 @@
 use crate::agent::{Agent, CallError, Pending};
 use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
-use hyperv_sim::{Host, Vm, VmConfig, VmbusVersion};
+use hyperv_sim::storage::{Controller, Disk, Image};
+use hyperv_sim::{Guid, Host, Vm, VmConfig, VmbusVersion};
 use lab_agent::{to_hex, Command, Ended, Log, Neighbour, Put, Record, Stalls, Storm, Writer};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -32,6 +33,19 @@ pub enum Userland {
     Lab,
     /// Debian's systemd, journald, udev and rsyslog, with what `make install` puts in place.
     Systemd,
+    /// The same Debian with nothing of ours; the packages lie in `/payload/packages`.
+    Debian,
+    /// The same with all packages installed before it boots.
+    Packages,
+}
+
+/// Where a guest of [`Userland::Lab`] has its root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Root {
+    /// On a ram disk.
+    Ram,
+    /// On the first disk of the first SCSI controller: [`Guest::root_disk`].
+    Scsi,
 }
 
 /// What a guest is given.
@@ -43,6 +57,10 @@ pub struct Machine {
     pub memory_mib: u32,
     /// Size of each ram disk of [`Userland::Lab`] in MiB.
     pub disk_mib: u32,
+    /// SCSI controllers, without disks until a case attaches some and loads the driver.
+    pub scsi_controllers: u8,
+    /// Where its root is.
+    pub root: Root,
     /// What is booted.
     pub userland: Userland,
     /// The newest VMBus version that the host speaks; it speaks all before that, too.
@@ -56,6 +74,8 @@ impl Machine {
         memory_mib: 1280,
         // xfs wants 300 MiB at least.
         disk_mib: 320,
+        scsi_controllers: 0,
+        root: Root::Ram,
         userland: Userland::Lab,
         vmbus: VmbusVersion::V6_0,
     };
@@ -64,9 +84,29 @@ impl Machine {
         cpus: 2,
         ..Machine::ONE_CPU
     };
+    /// Two CPUs and two SCSI controllers.
+    pub const SCSI: Machine = Machine {
+        scsi_controllers: 2,
+        ..Machine::TWO_CPUS
+    };
+    /// The same with its root on a SCSI disk.
+    pub const SCSI_ROOT: Machine = Machine {
+        root: Root::Scsi,
+        ..Machine::SCSI
+    };
     /// One CPU, and a stock Debian on it.
     pub const SYSTEMD: Machine = Machine {
         userland: Userland::Systemd,
+        ..Machine::ONE_CPU
+    };
+    /// The same without anything of ours.
+    pub const DEBIAN: Machine = Machine {
+        userland: Userland::Debian,
+        ..Machine::ONE_CPU
+    };
+    /// The same with our packages.
+    pub const PACKAGES: Machine = Machine {
+        userland: Userland::Packages,
         ..Machine::ONE_CPU
     };
 }
@@ -75,8 +115,17 @@ impl std::fmt::Display for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let plural = if self.cpus == 1 { "" } else { "s" };
         write!(f, "{} CPU{plural}, {} MiB", self.cpus, self.memory_mib)?;
-        if self.userland == Userland::Systemd {
-            write!(f, ", systemd")?;
+        if self.scsi_controllers > 0 {
+            write!(f, ", {} SCSI controllers", self.scsi_controllers)?;
+        }
+        if self.root == Root::Scsi {
+            f.write_str(", root on the first")?;
+        }
+        match self.userland {
+            Userland::Lab => {}
+            Userland::Systemd => write!(f, ", systemd")?,
+            Userland::Debian => write!(f, ", Debian")?,
+            Userland::Packages => write!(f, ", Debian with our packages")?,
         }
         if self.vmbus != Machine::ONE_CPU.vmbus {
             write!(f, ", VMBus {}", self.vmbus)?;
@@ -123,6 +172,7 @@ pub struct Process {
 }
 
 /// What is needed to start guests: everything lies in the current directory, the payload.
+#[derive(Clone)]
 pub struct Images {
     kernel: PathBuf,
     payload: PathBuf,
@@ -162,6 +212,18 @@ impl Images {
                 .with_context(|| format!("cannot read {}", install.display()))?;
         }
         archive.finish()?;
+        let packages = payload.join("packages");
+        if packages.exists() {
+            let extra = payload.join("packages.cpio");
+            let file = std::fs::File::create(&extra)
+                .with_context(|| format!("cannot write {}", extra.display()))?;
+            let mut archive = crate::cpio::Archive::new(std::io::BufWriter::new(file));
+            archive.directory("payload")?;
+            archive
+                .tree("payload/packages", &packages)
+                .with_context(|| format!("cannot read {}", packages.display()))?;
+            archive.finish()?;
+        }
         Ok(Images {
             kernel: payload.join("vmlinuz"),
             payload: payload.to_owned(),
@@ -178,11 +240,14 @@ impl Images {
 
     /// What makes up the initial RAM file system, one archive after the other.
     fn initrd(&self, userland: Userland) -> Vec<PathBuf> {
-        let guest = match userland {
-            Userland::Lab => "guest.cpio",
-            Userland::Systemd => "systemd.cpio",
+        let archives: &[&str] = match userland {
+            Userland::Lab => &["guest.cpio", "payload.cpio"],
+            Userland::Systemd => &["systemd.cpio", "payload.cpio"],
+            Userland::Debian | Userland::Packages => {
+                &["systemd.cpio", "payload.cpio", "packages.cpio"]
+            }
         };
-        vec![self.payload.join(guest), self.payload.join("payload.cpio")]
+        archives.iter().map(|it| self.payload.join(it)).collect()
     }
 
     /// Where files for people go.
@@ -195,8 +260,10 @@ impl Images {
 pub struct Guest {
     vm: Arc<Vm>,
     agent: Agent,
+    images: Images,
     machine: Machine,
     module: Module,
+    root_disk: Option<Disk>,
     detectors: Detectors,
     /// The kernel's log is looked at from this record on.
     log_mark: AtomicU64,
@@ -220,11 +287,21 @@ pub struct Comparison {
 impl Guest {
     /// Boots a guest and waits until its agent answers. `number` names its console log.
     pub fn start(images: &Images, machine: Machine, number: u32) -> Result<Guest> {
+        Guest::boot(images, machine, &number.to_string(), Image::default())
+    }
+
+    /// Boots another guest of the kind that this one is, with this content on its root's disk.
+    pub fn start_from(&self, root: Image) -> Result<Guest> {
+        Guest::boot(&self.images, self.machine, "restored", root)
+    }
+
+    fn boot(images: &Images, machine: Machine, name: &str, root: Image) -> Result<Guest> {
         let mut config = VmConfig::new(&images.kernel);
         config.initrd = images.initrd(machine.userland);
         config.cpus = machine.cpus;
         config.memory_mib = machine.memory_mib;
         config.host.patience = images.patience;
+        config.host.scsi_controllers = machine.scsi_controllers;
         config.host.vmbus_versions.retain(|it| *it <= machine.vmbus);
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");
@@ -232,11 +309,29 @@ impl Guest {
         config.cmdline.push_str(" log_buf_len=4M");
         // An image that is restored at once need not be small.
         config.cmdline.push_str(" hibernate=nocompress");
-        // The kernel does not know it and gives it to init, as a variable.
+        // The kernel does not know these and gives them to init, as variables.
+        match machine.userland {
+            Userland::Lab | Userland::Systemd => {}
+            Userland::Debian => config.cmdline.push_str(" userland=debian"),
+            Userland::Packages => config.cmdline.push_str(" userland=packages"),
+        }
         let disk_kib = machine.disk_mib * 1024;
         config.cmdline.push_str(&format!(" disk_kib={disk_kib}"));
-        config.console_log = Some(images.results.join(format!("console-{number}.log")));
+        config.console_log = Some(images.results.join(format!("console-{name}.log")));
+        if machine.root == Root::Scsi {
+            config.cmdline.push_str(" lab_root=scsi");
+        }
         let vm = Arc::new(Vm::start(config).context("the guest cannot be started")?);
+        let mut root_disk = None;
+        if machine.root == Root::Scsi {
+            // The guest has yet to load its kernel.
+            let id = Guid::new(0x726f_6f74, 0, 0, [0; 8]);
+            let len = u64::from(machine.disk_mib) << 20;
+            let disk = Disk::in_memory(id, len, root).context("cannot make the root's disk")?;
+            let controller = vm.host().scsi(0).context("the root needs a controller")?;
+            controller.attach(0, &disk);
+            root_disk = Some(disk);
+        }
         let agent = Agent::connect(vm.clone(), BOOT).map_err(|error| {
             let tail = vm.console_tail();
             vm.kill();
@@ -247,12 +342,14 @@ impl Guest {
         let mut guest = Guest {
             vm,
             agent,
+            images: images.clone(),
             machine,
             module: if images.has_module {
                 Module::Ours
             } else {
                 Module::Stock
             },
+            root_disk,
             detectors: Detectors::default(),
             log_mark: AtomicU64::new(0),
             logs: AtomicU64::new(0),
@@ -300,6 +397,16 @@ impl Guest {
     /// The host's side of VSS.
     pub fn vss(&self) -> Vss {
         self.vm.host().vss()
+    }
+
+    /// The disk with its root, for a machine with [`Root::Scsi`].
+    pub fn root_disk(&self) -> Option<&Disk> {
+        self.root_disk.as_ref()
+    }
+
+    /// The host's side of its SCSI controllers.
+    pub fn scsi_controllers(&self) -> impl Iterator<Item = Controller> + use<'_> {
+        (0..).map_while(|index| self.host().scsi(index))
     }
 
     /// A limit for the agent, in milliseconds.
@@ -486,6 +593,24 @@ impl Guest {
             .call(Command::WriterStart { path, every_us }, STEP)
     }
 
+    /// Starts a writer of records on `path`, which keeps notes in block `slot` of `notes`, a block
+    /// device: see [`lab_agent::Note`].
+    pub fn recorder_start(
+        &self,
+        path: &str,
+        notes: &str,
+        slot: u64,
+        every_us: u64,
+    ) -> Result<(), CallError> {
+        let command = Command::RecorderStart {
+            path: path.into(),
+            notes: notes.into(),
+            slot,
+            every_us,
+        };
+        self.agent.call(command, STEP)
+    }
+
     /// How the writers fare, in the order of their start.
     pub fn writers(&self) -> Result<Vec<Writer>, CallError> {
         self.agent.call(Command::Writers, STEP)
@@ -647,10 +772,15 @@ impl Guest {
              done
              [ ! -e /sys/module/dm_mod ] || dmsetup remove_all --force
              losetup -D
-             for module in hv_vss hv_utils; do
+             for module in hv_vss hv_utils hv_storvsc; do
                  if grep -q \"^$module \" /proc/modules; then rmmod $module || exit 1; fi
              done
              test ! -e /dev/vmbus/hv_vss")?;
+        for controller in self.scsi_controllers() {
+            for lun in controller.disks().into_keys() {
+                controller.detach(lun);
+            }
+        }
         let complaints = self.complaints()?;
         ensure!(
             complaints.is_empty(),

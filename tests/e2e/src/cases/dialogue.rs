@@ -400,6 +400,9 @@ fn broken_once(guest: &Guest) -> Result<()> {
                 Abi::V1 => {
                     daemon.device.close()?;
                     daemon = Scripted::start(guest, abi)?;
+                    // So that nothing stays frozen, whatever the host does.
+                    daemon.serve(op::THAW, status::OK)?;
+                    daemon.has_nothing()?;
                 }
                 Abi::V2 => {
                     let notice = thawed_v2(frozen.id, thawed::DEADLINE);

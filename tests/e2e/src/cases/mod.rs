@@ -11,6 +11,7 @@ mod commands;
 mod control;
 mod deadman;
 mod dialogue;
+mod disks;
 mod foreign;
 mod freeze;
 mod hangs;
@@ -18,9 +19,11 @@ mod hostile;
 mod lifecycle;
 mod order;
 mod owned;
+mod packages;
 mod pairing;
 mod peer;
 mod prepared;
+mod restore;
 mod scope;
 mod sleep;
 mod suspend;
@@ -89,6 +92,9 @@ pub fn all() -> Vec<Case> {
         foreign::CASES,
         peer::CASES,
         systemd::CASES,
+        packages::CASES,
+        disks::CASES,
+        restore::CASES,
     ]
     .concat()
 }

@@ -34,11 +34,15 @@ pub const CASES: &[Case] = &[
         "the emergency thaw leaves it frozen",
         sysrq_j,
     ),
-    case(
-        "owned/rude-neighbour",
-        "50 backups beside somebody who freezes and thaws all file systems without end",
-        rude_neighbour,
-    ),
+    Case {
+        // For a hundred backups.
+        per_round: Duration::from_secs(20),
+        ..case(
+            "owned/rude-neighbour",
+            "50 backups beside somebody who freezes and thaws all file systems without end",
+            rude_neighbour,
+        )
+    },
     case(
         "owned/administrator",
         "an administrator's freeze that begins before, during, and ends in the window or after it",
@@ -48,6 +52,11 @@ pub const CASES: &[Case] = &[
         "owned/dm-suspend",
         "a device-mapper suspend and resume (an LVM snapshot) before, in and after the window",
         dm_suspend,
+    ),
+    case(
+        "owned/our-daemon",
+        "our daemon holds all that it freezes so: nothing that others do ends the backup",
+        our_daemon,
     ),
     case(
         "owned/lazy-unmount",
@@ -164,6 +173,9 @@ pub(super) fn held(guest: &Guest) -> Result<Vec<(String, String)>> {
 /// An ext4 on device-mapper, an xfs and a btrfs.
 const PATHS: [&str; 3] = ["/mnt/a", "/mnt/b", "/mnt/c"];
 
+/// How often each is written to: often enough to see that a writer does not stand still.
+const EVERY_US: u64 = 10_000;
+
 /// Makes and mounts them, with a writer on each, and loads our module.
 fn make(guest: &Guest, parameters: &[&str]) -> Result<()> {
     guest.sh("mkdir -p /mnt/a /mnt/b /mnt/c
@@ -174,7 +186,7 @@ fn make(guest: &Guest, parameters: &[&str]) -> Result<()> {
          mkfs.xfs -q -f /dev/ram2 && mount /dev/ram2 /mnt/b &&
          mkfs.btrfs -q -f /dev/ram3 && mount /dev/ram3 /mnt/c")?;
     for path in PATHS {
-        guest.writer_start(&format!("{path}/w"))?;
+        guest.writer_start_every(&format!("{path}/w"), EVERY_US)?;
     }
     load(guest, Module::Ours, parameters)
 }
@@ -285,12 +297,17 @@ fn thaw_by_others(guest: &Guest) -> Result<()> {
 
 /// SysRq-j, to its end.
 fn emergency_thaw(guest: &Guest) -> Result<()> {
+    let complete = || -> Result<usize> {
+        let log = guest.log(6)?;
+        let lines = log
+            .iter()
+            .filter(|it| it.text.contains("Emergency Thaw complete"));
+        Ok(lines.count())
+    };
+    let before = complete()?;
     guest.write("/proc/sysrq-trigger", "j")?;
     guest.wait_until("the emergency thaw is complete", STEP, || {
-        let log = guest.log(6)?;
-        Ok(log
-            .iter()
-            .any(|it| it.text.contains("Emergency Thaw complete")))
+        Ok(complete()? > before)
     })
 }
 
@@ -314,7 +331,6 @@ fn sysrq_j(guest: &Guest) -> Result<()> {
         status::OK,
     )?;
     Still::wait(guest, &[])?;
-    guest.mark_log()?;
     emergency_thaw(guest)?;
     let stuck = stuck_writers(guest)?.len();
     let thaw = guest.vss().thaw(STEP)?.status();
@@ -516,6 +532,44 @@ fn dm_suspend(guest: &Guest) -> Result<()> {
     good_backup(guest, daemon)
 }
 
+fn our_daemon(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    guest.start_daemon(Daemon::Ours)?;
+    super::wait_for_daemon(guest)?;
+    let vss = guest.vss();
+    type Event = (&'static str, fn(&Guest) -> Result<()>);
+    let events: [Event; 5] = [
+        ("fsfreeze -u of each", |guest| {
+            let mut paths = PATHS.into_iter();
+            paths.try_for_each(|path| refused("FITHAW", guest.thaw(path), "EINVAL"))
+        }),
+        ("SysRq-j", emergency_thaw),
+        ("an administrator's freeze and thaw", |guest| {
+            guest.freeze("/mnt/b")?;
+            Ok(guest.thaw("/mnt/b")?)
+        }),
+        ("dmsetup suspend and resume", |guest| {
+            guest.sh(&format!("{SUSPEND} && {RESUME}")).map(drop)
+        }),
+        ("umount -l", |guest| guest.sh("umount -l /mnt/c").map(drop)),
+    ];
+    for (what, happens) in events {
+        let one = || -> Result<()> {
+            answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+            let still = Still::wait(guest, &[])?;
+            // The root, too.
+            equal("how many are held", held(guest)?.len(), PATHS.len() + 1)?;
+            happens(guest)?;
+            still.holds(guest, what)?;
+            answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+            all_go_on(guest, "after THAW")?;
+            equal("what is held", held(guest)?, Vec::new())
+        };
+        one().with_context(|| what.to_owned())?;
+    }
+    Ok(())
+}
+
 fn lazy_unmount(guest: &Guest) -> Result<()> {
     make(guest, &[])?;
     let daemon = Scripted::start(guest, Abi::V2)?;
@@ -533,7 +587,7 @@ fn lazy_unmount(guest: &Guest) -> Result<()> {
         "mount /dev/mapper/volume /mnt/a && mount /dev/ram2 /mnt/b && mount /dev/ram3 /mnt/c",
     )?;
     for path in PATHS {
-        guest.writer_start(&format!("{path}/w"))?;
+        guest.writer_start_every(&format!("{path}/w"), EVERY_US)?;
     }
     good_backup(guest, daemon)?;
 
@@ -560,6 +614,8 @@ fn ended_by_itself(guest: &Guest, what: &str, at: u64) -> Result<()> {
         status::FAIL,
     )?;
     let next = Scripted::start(guest, Abi::V2)?;
+    // The THAW that nobody has done.
+    next.serve(op::THAW, status::OK)?;
     thaw(guest, next, status::FAIL)?;
     good_backup(guest, next)?;
     Ok(next.device.close()?)
@@ -625,12 +681,12 @@ fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
 
     // The next one serves while it hangs, and can have all but that.
     let next = Scripted::start(guest, Abi::V2)?;
+    next.serve(op::THAW, status::OK)?;
     good_backup(guest, next)?;
     let again = hold(next.device, 0, "/mnt/hung");
     refused("a freeze of the one that hangs", again, "EBUSY")?;
 
     // It comes back, and is thawed then.
-    guest.writer_start("/run/clock")?;
     guest.sh(UNHANG)?;
     guest.wait_until("nothing is held", Duration::from_secs(2), || {
         Ok(held(guest)?.is_empty())
@@ -757,6 +813,7 @@ fn called_off(guest: &Guest) -> Result<()> {
         hold(daemon.device, asked.id, "/mnt/a"),
         "ESTALE",
     )?;
+    daemon.serve(op::THAW, status::OK)?;
     good_backup(guest, daemon)?;
 
     // The host gives up on it.
@@ -779,7 +836,7 @@ fn called_off(guest: &Guest) -> Result<()> {
     daemon.answer(&asked, status::FAIL)?;
     answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)?;
     released(guest, "its failure", guest.clock()?, RELEASED)?;
-    is_told(daemon, asked.id, thawed::CALLED_OFF)?;
+    daemon.has_nothing()?;
     thaw(guest, daemon, status::OK)?;
     good_backup(guest, daemon)
 }
@@ -790,7 +847,7 @@ fn thaw_not_answered(guest: &Guest) -> Result<()> {
     let daemon = Scripted::start(guest, Abi::V2)?;
     for what in ["not read", "read and not answered", "failed"] {
         let one = || -> Result<()> {
-            freeze(guest, daemon)?;
+            let frozen = freeze(guest, daemon)?;
             Still::wait(guest, &[])?;
             let tx = send_thaw(guest)?;
             if what != "not read" {
@@ -802,10 +859,12 @@ fn thaw_not_answered(guest: &Guest) -> Result<()> {
             answered("THAW", &vss.wait(tx, STEP)?, status::FAIL)?;
             released(guest, what, guest.clock()?, RELEASED)?;
             equal("what is held", held(guest)?, Vec::new())?;
-            if what == "not read" {
+            if what != "failed" {
+                is_told(daemon, frozen.id, thawed::CALLED_OFF)?;
                 // For a daemon that freezes by other means.
                 daemon.serve(op::THAW, status::OK)?;
             }
+            daemon.has_nothing()?;
             good_backup(guest, daemon)
         };
         one().with_context(|| what.to_owned())?;

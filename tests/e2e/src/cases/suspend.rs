@@ -226,12 +226,14 @@ fn request_open(guest: &Guest) -> Result<()> {
     answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)?;
     refused("the late answer", device.write(late.as_bytes()), "ESTALE")?;
     vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
-    // What the host asks now waits behind the THAW that it did not ask for.
-    let freeze = vss.send_freeze(&[])?;
+    // As long as it may be freezing there is no other FREEZE; then it thaws what no host asks for.
+    let reply = vss.freeze(&[], STEP)?;
+    answered("a FREEZE before its thaw", &reply, status::FAIL)?;
     let (thaw, _) = read_request(device)?;
     equal("the operation", thaw.msg.hdr.operation, op::THAW)?;
     refused("the late answer", device.write(late.as_bytes()), "ESTALE")?;
     device.write(answer_v2(thaw.frame.id, op::THAW, status::OK).as_bytes())?;
+    let freeze = vss.send_freeze(&[])?;
     let (request, _) = read_request(device)?;
     equal("the operation", request.msg.hdr.operation, op::FREEZE)?;
     device.write(answer_v2(request.frame.id, op::FREEZE, status::OK).as_bytes())?;

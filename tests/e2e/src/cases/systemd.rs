@@ -53,7 +53,7 @@ const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
     }
 }
 
-const UNIT: &str = "hv_vss_daemon.service";
+const UNIT: &str = "hv_vss.service";
 
 /// The writer on the frozen root.
 const WRITER: &str = "/var/tmp/writer";
@@ -176,10 +176,7 @@ fn backup(guest: &Guest) -> Result<()> {
         Ok(property(guest, "StatusText")?.ends_with("backup 1 was good"))
     })?;
     for (place, look) in [
-        (
-            "the journal",
-            "journalctl --quiet --boot --unit hv_vss_daemon",
-        ),
+        ("the journal", "journalctl --quiet --boot --unit hv_vss"),
         ("syslog", "cat /var/log/syslog"),
     ] {
         guest.wait_until(&format!("{place} tells of the backup"), STEP, || {
@@ -245,7 +242,7 @@ fn watchdog(guest: &Guest) -> Result<()> {
     guest.sh(&format!("kill -STOP {pid}"))?;
     thawed(guest, "a stopped daemon")?;
     wait_active(guest, pid)?;
-    let text = guest.sh("journalctl --quiet --boot --unit hv_vss_daemon")?;
+    let text = guest.sh("journalctl --quiet --boot --unit hv_vss")?;
     ensure!(
         text.contains("Watchdog timeout"),
         "the journal does not tell of the watchdog:\n{text}"

@@ -130,6 +130,19 @@ pub enum Command {
         /// In microseconds.
         every_us: u64,
     },
+    /// Starts a writer that appends numbered records to a file, each with an fsync of its own, and
+    /// says how far it is on a block device that somebody else reads: see [`Note`]. It is one of the
+    /// writers; its writes are the records.
+    RecorderStart {
+        /// The file, which is made. Each record is its number and a line end, [`RECORD_LEN`] bytes.
+        path: String,
+        /// The block device.
+        notes: String,
+        /// Which of the device's blocks is this writer's.
+        slot: u64,
+        /// From one record to the next, in microseconds.
+        every_us: u64,
+    },
     /// How the writers fare: a list of [`Writer`]s in the order of their start.
     Writers,
     /// The long writes of all writers that had not ended at `since_us` of the agent's clock:
@@ -289,6 +302,49 @@ pub struct Ended {
     pub err: String,
 }
 
+/// Bytes of a record of [`Command::RecorderStart`], the line end included.
+pub const RECORD_LEN: usize = 9;
+
+/// A record: what the file has at its place.
+pub fn record(number: u64) -> String {
+    format!("{number:08}\n")
+}
+
+/// Bytes of a block of notes.
+pub const NOTE_LEN: usize = 512;
+
+/// How far a writer of records is, as it says in its block of the notes: it writes there before it
+/// begins with a record, and again when the fsync of that has returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// The last record that it has begun with.
+    pub begun: u64,
+    /// The last record whose fsync has returned.
+    pub synced: u64,
+}
+
+impl Note {
+    /// The note in a block, if it is one.
+    pub fn parse(block: &[u8]) -> Option<Note> {
+        let number = |at: usize| {
+            let bytes = block.get(at..at + 8)?;
+            Some(u64::from_le_bytes(bytes.try_into().ok()?))
+        };
+        Some(Note {
+            begun: number(0)?,
+            synced: number(8)?,
+        })
+    }
+
+    /// A block with the note.
+    pub fn block(self) -> [u8; NOTE_LEN] {
+        let mut block = [0; NOTE_LEN];
+        block[..8].copy_from_slice(&self.begun.to_le_bytes());
+        block[8..16].copy_from_slice(&self.synced.to_le_bytes());
+        block
+    }
+}
+
 /// How one writer fares. Times are in microseconds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Writer {
@@ -416,6 +472,17 @@ mod tests {
         let line = r#"{"id":7,"errno":"EBUSY"}"#;
         let back: Return = serde_json::from_str(line).expect("as the agent writes it");
         assert!(matches!(back.outcome, Outcome::Errno(name) if name == "EBUSY"));
+    }
+
+    #[test]
+    fn a_note_goes_there_and_back() {
+        let note = Note {
+            begun: 300,
+            synced: 299,
+        };
+        assert_eq!(Note::parse(&note.block()), Some(note));
+        assert_eq!(Note::parse(&[0; 15]), None);
+        assert_eq!(record(7).len(), RECORD_LEN);
     }
 
     #[test]

@@ -69,6 +69,12 @@ impl Agent {
             Command::WriterStart { path, every_us } => {
                 json!(self.writers.start(&path, every_us)?)
             }
+            Command::RecorderStart {
+                path,
+                notes,
+                slot,
+                every_us,
+            } => json!(self.writers.start_recorder(&path, &notes, slot, every_us)?),
             Command::Writers => json!(self.writers.list()),
             Command::Stalls { since_us } => json!(self.writers.stalls(since_us)),
             Command::WritersReset => json!(self.writers.reset()),

@@ -10,7 +10,11 @@ use nix::errno::Errno;
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
-use std::thread::{Builder, JoinHandle};
+use std::thread::{self, Builder, JoinHandle};
+use std::time::Duration;
+
+/// Between a thaw and the next freeze: others come to something, too, on an emulated processor.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// Those that run, in the order of their start.
 #[derive(Default)]
@@ -49,6 +53,7 @@ fn run(file: &File, stop: &AtomicBool) -> Neighbour {
     while !stop.load(SeqCst) {
         count(sys::freeze(file), |it| &mut it.freezes);
         count(sys::thaw(file), |it| &mut it.thaws);
+        thread::sleep(PAUSE);
     }
     done
 }
