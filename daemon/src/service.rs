@@ -324,8 +324,9 @@ impl Service {
             self.start_guard()?;
         }
         if held.is_some() {
-            // Without its other end it ends.
-            self.forget_guard();
+            if let Some(guard) = self.forget_guard() {
+                guard.dismiss();
+            }
         }
         self.poll
             .registry()
