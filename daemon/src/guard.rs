@@ -242,6 +242,13 @@ impl Guard {
         let _ = self.lock_child().wait();
     }
 
+    /// Ends one that is not needed any more. Not to be called while it minds anything.
+    pub fn dismiss(&self) {
+        // If it has ended by itself, so much the better.
+        let _ = self.lock_child().kill();
+        self.bury();
+    }
+
     fn lock_child(&self) -> MutexGuard<'_, Child> {
         self.child.lock().unwrap_or_else(PoisonError::into_inner)
     }

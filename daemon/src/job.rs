@@ -134,6 +134,7 @@ impl Freezer {
             // It may take long, and nothing is frozen yet.
             log.aloud(|| session.sync(&self.learnt));
         }
+        log.seal();
         let summary = session.freeze(&mut self.learnt)?;
         if summary.ours + summary.foreign == 0 {
             if config.strict {
@@ -430,7 +431,7 @@ impl Job {
                 text.push_str(" (freeze_timeout_ms)");
             }
             log.warning(text);
-            log.aloud(|| ());
+            log.flush();
         }
     }
 

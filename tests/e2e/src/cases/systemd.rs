@@ -172,6 +172,9 @@ fn backup(guest: &Guest) -> Result<()> {
     thawed(guest, "THAW")?;
     equal("the daemon", wait_active(guest, 0)?, pid)?;
     equal("restarts", property(guest, "NRestarts")?.as_str(), "0")?;
+    guest.wait_until("the status tells how it went", STEP, || {
+        Ok(property(guest, "StatusText")?.ends_with("backup 1 was good"))
+    })?;
     for (place, look) in [
         ("the journal", "journalctl --quiet --boot --unit hv_vss"),
         ("syslog", "cat /var/log/syslog"),
@@ -191,6 +194,15 @@ fn stop(guest: &Guest) -> Result<()> {
     thawed(guest, "restart")?;
     wait_active(guest, pid)?;
     recovered(guest, "restart")?;
+    // What went wrong stands out by its priority, and nothing else does.
+    let errors = "journalctl --quiet --boot --priority err --unit hv_vss_daemon";
+    let text = guest.sh(errors)?;
+    ensure!(
+        text.contains("the daemon was stopped: thawing before the host said so")
+            && text.contains("THAW from the host fails")
+            && !text.contains("acknowledged"),
+        "these are the errors in the journal:\n{text}"
+    );
     freeze(guest)?;
     guest.sh(&format!("systemctl stop {UNIT}"))?;
     equal("after stop", property(guest, "Result")?.as_str(), "success")?;
