@@ -107,7 +107,7 @@ impl Freezer {
             progress,
         } = setting;
         let Gathered { targets, missing } = self.cache.gather(config)?;
-        for it in missing {
+        for it in &missing {
             log.warning(it.to_string());
         }
         let targets = targets.into_iter();
@@ -134,7 +134,8 @@ impl Freezer {
             // It may take long, and nothing is frozen yet.
             log.aloud(|| session.sync(&self.learnt));
         }
-        let summary = session.freeze(&mut self.learnt)?;
+        let mut summary = session.freeze(&mut self.learnt)?;
+        summary.left_out += missing.len();
         if summary.ours + summary.foreign == 0 {
             if config.strict {
                 session.disarm();
