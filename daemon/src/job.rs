@@ -107,7 +107,7 @@ impl Freezer {
             progress,
         } = setting;
         let Gathered { targets, missing } = self.cache.gather(config)?;
-        for it in missing {
+        for it in &missing {
             log.warning(it.to_string());
         }
         let targets = targets.into_iter();
@@ -135,7 +135,8 @@ impl Freezer {
             log.aloud(|| session.sync(&self.learnt));
         }
         log.seal();
-        let summary = session.freeze(&mut self.learnt)?;
+        let mut summary = session.freeze(&mut self.learnt)?;
+        summary.left_out += missing.len();
         if summary.ours + summary.foreign == 0 {
             if config.strict {
                 session.disarm();
