@@ -16,7 +16,7 @@ CASE ?= *
 # What `make test-kernels` runs the module's cases on.
 KERNELS ?= 7.3 7.2 testing unstable
 # The cases in which it is the module that is tested.
-MODULE_CASES ?= pairing/* lifecycle/* abi/* hostile/* suspend/*
+MODULE_CASES ?= pairing/* lifecycle/* abi/* dialogue/* owned/* hostile/* suspend/* sleep/*
 # CLIPPY=1 lints the module with clippy while it is built.
 CLIPPY ?=
 
@@ -71,21 +71,21 @@ unit: packages ## Unit, property and layout tests: no guest needed
 
 .PHONY: e2e
 e2e: lab-module user images ## Run the end-to-end cases that match CASE=<glob>
-	@$(LAB)/run.sh --timeout 2400 ./e2e run '$(CASE)'
+	@$(LAB)/e2e.sh --timeout 2400 '$(CASE)'
 
 .PHONY: test-kernels
-test-kernels: packages user ## Run the module's cases on each kernel in KERNELS
+test-kernels: packages user ## Run the module's cases on each kernel in KERNELS, on two virtual CPUs
 	@for kernel in $(KERNELS); do \
 		echo "test-kernels: kernel $$kernel"; \
 		KERNEL=$$kernel $(LAB)/module.sh --lab && \
-		KERNEL=$$kernel $(LAB)/run.sh --timeout 2400 ./e2e run $(patsubst %,'%',$(MODULE_CASES)) || exit 1; \
+		KERNEL=$$kernel $(LAB)/e2e.sh --timeout 4800 --cpus 2 $(patsubst %,'%',$(MODULE_CASES)) || exit 1; \
 	done
 
 # KERNEL=debug-kcsan looks for data races instead.
 .PHONY: test-debug-kernel
 test-debug-kernel: packages user ## Run them on a kernel with KASAN, lockdep, kmemleak and more
 	@KERNEL=$(or $(KERNEL),debug) $(LAB)/module.sh --lab
-	@KERNEL=$(or $(KERNEL),debug) $(LAB)/run.sh --timeout 7200 ./e2e run --patience 4 \
+	@KERNEL=$(or $(KERNEL),debug) $(LAB)/run.sh --timeout 14400 ./e2e run --patience 4 --cpus 2 \
 		$(patsubst %,'%',$(MODULE_CASES))
 
 .PHONY: e2e-list

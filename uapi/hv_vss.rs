@@ -18,7 +18,7 @@
 //! little-endian. No structure has padding, and each has the same layout for 32-bit and 64-bit user
 //! space. What may change from version to version, and how each side gets along with a newer one, is
 //! said in `hv_vss.h`.
-#![cfg_attr(not(MODULE), no_std)]
+#![cfg_attr(not(hv_vss_kernel), no_std)]
 
 use zerocopy_derive::{FromBytes, Immutable, IntoBytes, KnownLayout};
 

@@ -4,26 +4,26 @@
 //!
 //! No host takes part. Texts go to standard output, the course of a rehearsal to the log.
 
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{channel, Sender};
+use std::collections::BTreeSet;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::cache::{survey, GatherError};
 use crate::config::Config;
+use crate::control::{self, ControlError, Method};
+use crate::fifreeze::Fifreeze;
 use crate::guard::{Event, Guard, GuardError};
-use crate::job::{freeze_all, make_plan, JobError, Setting};
-use crate::logbook::Logbook;
-use crate::machine::{LookError, Machine, Table};
-use crate::open::{open_file_system, OpenError};
-use crate::plan::{plan, FileSystem, Plan, Reason};
-use crate::process;
-use crate::record::{Entry, Record, RecordError, RunDir};
-use crate::sys;
+use crate::job::{Freezer, JobError, Setting};
+use crate::logbook::{words, Logbook};
+use crate::machine::{LookError, Table};
+use crate::mounts;
+use crate::plan::{FileSystem, Place, Plan, Reason};
+use crate::record::{RecordError, RunDir};
+use crate::recovery::{self, By, Recovered, RecoveryError};
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +31,9 @@ pub enum CommandError {
     /// The machine could not be looked at.
     #[error(transparent)]
     Look(#[from] LookError),
+    /// What is to be frozen could not be opened.
+    #[error(transparent)]
+    Gather(#[from] GatherError),
     /// The rehearsal did not freeze.
     #[error(transparent)]
     Freeze(#[from] JobError),
@@ -40,18 +43,15 @@ pub enum CommandError {
     /// The rehearsal did not thaw cleanly.
     #[error(transparent)]
     Thaw(#[from] crate::freeze::ThawError),
-    /// The guard ended the rehearsal.
-    #[error("the rehearsal was ended by its guard: {0}")]
+    /// The rehearsal did not last.
+    #[error("the rehearsal was ended before its time: {0}")]
     Ended(&'static str),
     /// Record or lock cannot be used.
     #[error(transparent)]
     Record(#[from] RecordError),
-    /// A frozen file system cannot be reached.
+    /// Not all is thawed.
     #[error(transparent)]
-    Open(#[from] OpenError),
-    /// Some could not be thawed; which ones has been said.
-    #[error("{0} file systems could not be thawed")]
-    NotThawed(usize),
+    Recovery(#[from] RecoveryError),
     /// The list cannot be written.
     #[error("cannot write the list")]
     Json(#[from] serde_json::Error),
@@ -60,7 +60,10 @@ pub enum CommandError {
 /// `list --json`: one file system.
 #[derive(Serialize)]
 struct Row<'a> {
+    /// Each path once, the best way first.
     paths: Vec<String>,
+    /// All mounts.
+    mounts: Vec<MountRow>,
     #[serde(rename = "type")]
     fs_type: &'a str,
     source: Option<String>,
@@ -68,51 +71,70 @@ struct Row<'a> {
     /// Counted from 1; absent when it is not frozen.
     #[serde(skip_serializing_if = "Option::is_none")]
     wave: Option<usize>,
-    /// Whether its type is known to have no means to freeze, so that it is only synced.
-    sync_only: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     left_out_because: Option<String>,
+}
+
+/// One mount of it.
+#[derive(Serialize)]
+struct MountRow {
+    /// 0 is the daemon's own namespace.
+    namespace: usize,
+    path: String,
+    /// Whether the whole file system is there, or a whole subvolume.
+    whole: bool,
 }
 
 #[derive(Serialize)]
 struct Listing<'a> {
     frozen: Vec<Row<'a>>,
+    /// What has no means to freeze.
+    synced: Vec<Row<'a>>,
     left_out: Vec<Row<'a>>,
+    /// Rules of the configuration that match nothing.
+    idle_rules: BTreeSet<String>,
 }
 
-/// Types whose superblock has neither hook that FIFREEZE wants (`fs/ioctl.c`), as of Linux 7.3.
-const SYNC_ONLY: [&str; 12] = [
-    "vfat", "msdos", "exfat", "ntfs3", "fuseblk", "hfs", "hfsplus", "minix", "udf", "ufs", "affs",
-    "bfs",
-];
+/// Text as it is, and octal escapes as in the mount table for bytes that are none.
+fn text_of(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        text.push_str(&mounts::escape(chunk.invalid()));
+    }
+    text
+}
 
 fn row<'a>(file_system: &'a FileSystem, wave: Option<usize>, reason: Option<&Reason>) -> Row<'a> {
-    let mut paths: Vec<String> = Vec::new();
-    for place in &file_system.places {
-        let path = place.path.to_string_lossy().into_owned();
-        if !paths.contains(&path) && paths.len() < 16 {
-            paths.push(path);
-        }
-    }
+    let mount = |place: &Place| MountRow {
+        namespace: place.namespace,
+        path: text_of(place.path.as_os_str().as_bytes()),
+        whole: place.whole,
+    };
+    let mounts: Vec<MountRow> = file_system.places.iter().map(mount).collect();
+    let mut seen = BTreeSet::new();
+    let paths = mounts.iter().map(|it| &it.path);
     let source = file_system.source.as_ref();
     Row {
-        paths,
+        paths: paths.filter(|it| seen.insert(*it)).cloned().collect(),
+        mounts,
         fs_type: &file_system.fs_type,
-        source: source.map(|s| s.to_string_lossy().into_owned()),
+        source: source.map(|it| text_of(it.as_bytes())),
         dev: file_system.dev.to_string(),
         wave,
-        sync_only: SYNC_ONLY.contains(&file_system.fs_type.as_str()),
         left_out_because: reason.map(ToString::to_string),
     }
 }
 
-/// What would be frozen, in which order, and what would not and why: as text or as JSON.
+/// What would be frozen, in which order, and what would not and why: as text or as JSON. Everything
+/// is opened as for a backup, so that what cannot be reached is known.
 pub fn list(config: &Config, json: bool) -> Result<String, CommandError> {
-    let (_, plan) = make_plan(config)?;
+    let plan = survey(config)?;
+    let idle_rules = config.idle_rules(&plan);
     if json {
-        return Ok(serde_json::to_string_pretty(&listing(&plan))? + "\n");
+        return Ok(serde_json::to_string_pretty(&listing(&plan, idle_rules))? + "\n");
     }
-    Ok(as_text(&plan))
+    Ok(as_text(&plan, &idle_rules))
 }
 
 /// What [`list`] is made from, as JSON: for reports, and for tests of the plan.
@@ -120,7 +142,7 @@ pub fn table() -> Result<String, CommandError> {
     Ok(serde_json::to_string_pretty(&Table::record()?)? + "\n")
 }
 
-fn listing(plan: &Plan) -> Listing<'_> {
+fn listing(plan: &Plan, idle_rules: BTreeSet<String>) -> Listing<'_> {
     let frozen = plan.waves.iter().enumerate().flat_map(|(wave, members)| {
         let number = Some(wave + 1);
         members.iter().map(move |f| row(f, number, None))
@@ -128,49 +150,46 @@ fn listing(plan: &Plan) -> Listing<'_> {
     let left_out = plan.left_out.iter();
     Listing {
         frozen: frozen.collect(),
+        synced: plan.synced.iter().map(|f| row(f, None, None)).collect(),
         left_out: left_out
             .map(|l| row(&l.file_system, None, Some(&l.reason)))
             .collect(),
+        idle_rules,
     }
 }
 
-fn as_text(plan: &Plan) -> String {
+fn as_text(plan: &Plan, idle_rules: &BTreeSet<String>) -> String {
     let mut text = String::new();
     for (wave, members) in plan.waves.iter().enumerate() {
         text.push_str(&format!("wave {}\n", wave + 1));
         for file_system in members {
-            let sync_only = SYNC_ONLY.contains(&file_system.fs_type.as_str());
-            let note = if sync_only {
-                ": cannot freeze, synced only"
-            } else {
-                ""
-            };
-            text.push_str(&format!("  {file_system}{note}\n"));
+            text.push_str(&format!("  {file_system}\n"));
         }
     }
     if plan.waves.is_empty() {
         text.push_str("nothing to freeze\n");
     }
-    text.push_str("left out\n");
-    let mut without_device: Vec<&str> = Vec::new();
-    for left in &plan.left_out {
-        if left.reason == Reason::NoBlockDevice {
-            let fs_type = left.file_system.fs_type.as_str();
-            if !without_device.contains(&fs_type) {
-                without_device.push(fs_type);
-            }
-        } else {
-            text.push_str(&format!("  {}: {}\n", left.file_system, left.reason));
-        }
+    if !plan.synced.is_empty() {
+        text.push_str("synced, without means to freeze\n");
     }
-    if !without_device.is_empty() {
-        let types = without_device.join(", ");
-        text.push_str(&format!("  {types}: {}\n", Reason::NoBlockDevice));
+    for file_system in &plan.synced {
+        text.push_str(&format!("  {file_system}\n"));
+    }
+    text.push_str("left out\n");
+    for left in &plan.left_out {
+        text.push_str(&format!("  {}: {}\n", left.file_system, left.reason));
+    }
+    if !idle_rules.is_empty() {
+        text.push_str("rules that match nothing\n");
+    }
+    for rule in idle_rules {
+        text.push_str(&format!("  {rule}\n"));
     }
     text
 }
 
-/// A rehearsal: freezes as for a backup, stays frozen for `time`, thaws. Sends `stop` to end early.
+/// A rehearsal: freezes as for a backup, stays frozen for `time`, thaws. Sends `stop` to end early. It
+/// goes by itself, beside a daemon that serves: through FIFREEZE, with a guard of its own.
 pub fn freeze_for(
     config: Config,
     log: &Logbook,
@@ -180,51 +199,54 @@ pub fn freeze_for(
     let run = RunDir::new(&config.run_dir);
     run.check()?;
     let guard = Arc::new(Guard::start(&run)?);
+    let deadline = config.deadline;
+    let door = Fifreeze::new(Arc::clone(&guard), run, deadline, false, log.clone());
     let setting = Setting {
         config: Arc::new(config),
         log: log.clone(),
-        guard: Arc::clone(&guard),
-        for_host: false,
+        door: Arc::new(door),
+        abort: Arc::default(),
+        progress: Arc::default(),
     };
-    let abort = Arc::new(AtomicBool::new(false));
-    log.begin_backup(0, Instant::now());
-    let result = rehearse(&setting, &abort, time, stop);
-    log.end_backup();
-    log.release();
+    let held = log.hold(0, Instant::now());
+    let result = rehearse(&setting, &guard, time, stop);
+    drop(held);
     result
 }
 
 fn rehearse(
     setting: &Setting,
-    abort: &Arc<AtomicBool>,
+    guard: &Guard,
     time: Duration,
     stop: &Stop,
 ) -> Result<(), CommandError> {
-    let frozen = freeze_all(setting, abort)?;
+    let frozen = Freezer::new().freeze(setting)?;
     frozen.settle();
     let end = Instant::now() + time;
-    let event = loop {
+    let ended = loop {
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() || stop.wait(left.min(Duration::from_millis(100))) {
             break None;
         }
-        match setting.guard.event() {
+        if !frozen.look_after().is_empty() {
+            break Some("somebody else thawed");
+        }
+        match guard.event() {
             None => {}
-            event => break event,
+            Some(Event::Overdue) => break Some("the deadline passed"),
+            Some(Event::Died) => break Some("its guard died"),
         }
     };
-    if event.is_some() {
+    if ended.is_some() {
         // From here on an early thaw is no surprise.
-        abort.store(true, Ordering::SeqCst);
+        setting.abort.store(true, Ordering::SeqCst);
     }
     let thawed = frozen.thaw();
     frozen.tidy();
-    thawed?;
-    match event {
-        None => Ok(()),
-        Some(Event::Overdue) => Err(CommandError::Ended("the deadline passed")),
-        Some(Event::Died) => Err(CommandError::Ended("it died")),
+    if let Some(why) = ended {
+        return Err(CommandError::Ended(why));
     }
+    Ok(thawed?)
 }
 
 /// The word to end a rehearsal early; clones share it.
@@ -249,157 +271,41 @@ impl Stop {
     }
 }
 
-/// What came of the record of an earlier freeze.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Recovered {
-    /// There was none: no freeze was cut short.
-    Nothing,
-    /// One was cut short; nothing of it is frozen any more.
-    CutShort {
-        /// Whether a host waited for it, whose THAW must now fail.
-        for_host: bool,
-    },
-    /// Whoever froze is still alive, and the record is theirs.
-    InUse,
-}
-
-/// Who thaws what a record lists.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum By {
-    /// An operator, or the stop step of the service: whoever else is at it. A host that waits has
-    /// yet to be told, which is left to the next start.
-    Operator,
-    /// A daemon that starts: unless the owner lives, for that one thaws by itself.
-    Start,
-    /// The same daemon later, while a dead owner is still inside the kernel: only when that is over.
-    Later,
-}
-
-/// Thaws whatever the record lists. Does not return before all of it is thawed, however long that
-/// takes the kernel; what hangs holds up nothing else.
-pub fn thaw(config: &Config, log: &Logbook, by: By) -> Result<Recovered, CommandError> {
-    let run = RunDir::new(&config.run_dir);
-    let Some(record) = run.read()? else {
-        return Ok(Recovered::Nothing);
-    };
-    let for_host = record.for_host;
-    match run.lock() {
-        Ok(lock) => {
-            thaw_record(&record, log)?;
-            if by == By::Operator && for_host {
-                run.empty(&lock)?;
-            } else {
-                run.remove()?;
+/// Thaws whatever an unfinished freeze left frozen in one of `places`: through the daemon that serves,
+/// should it be its freeze, and what is on record.
+pub fn thaw(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
+    let mut nothing = true;
+    let mut failure = None;
+    for run in places {
+        match control::ask(run, Method::Thaw) {
+            Ok(reply) if reply["thawed"] == true => {
+                log.info("the daemon that serves has thawed; its backup fails");
+                nothing = false;
             }
-            Ok(Recovered::CutShort { for_host })
+            Ok(_) | Err(ControlError::Nobody) => {}
+            Err(error) => log.warning(words(&error)),
         }
-        // The owner keeps its record; it finds out that it was thawed.
-        Err(RecordError::Locked { .. }) => {
-            let allowed = match by {
-                By::Operator => true,
-                By::Start => has_ended(record.pid),
-                By::Later => false,
-            };
-            if allowed {
-                thaw_record(&record, log)?;
+        match recovery::thaw(run, log, By::Operator) {
+            Ok(Recovered::Nothing) => {}
+            Ok(Recovered::CutShort) => {
+                log.info("all that was recorded as frozen is thawed");
+                nothing = false;
             }
-            Ok(Recovered::InUse)
-        }
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// Whether a freeze is on record whose owner has ended, though it may still be inside the kernel.
-pub fn owner_has_ended(config: &Config) -> bool {
-    let record = RunDir::new(&config.run_dir).read();
-    matches!(record, Ok(Some(record)) if has_ended(record.pid))
-}
-
-fn has_ended(pid: u32) -> bool {
-    std::fs::read(format!("/proc/{pid}/stat")).map_or(true, |stat| process::has_ended(&stat))
-}
-
-/// How long one that hangs may hold up the next.
-const PATIENCE: Duration = Duration::from_millis(200);
-/// How long those that hang may take in the end.
-const LIMIT: Duration = Duration::from_secs(10);
-
-/// What came of one thaw: its name and what the kernel said.
-type Thawed = (String, io::Result<()>);
-
-fn thaw_record(record: &Record, log: &Logbook) -> Result<(), CommandError> {
-    if record.frozen.is_empty() {
-        return Ok(());
-    }
-    let machine = Machine::look()?;
-    let everything = plan(&machine.mounts, &machine.topology, &|_| None);
-    let (tell, told) = channel();
-    let mut under_way = Vec::new();
-    let mut failed = 0;
-    let mut over = |(name, result): Thawed, under_way: &mut Vec<String>| {
-        under_way.retain(|it| *it != name);
-        match result {
-            Ok(()) => log.info(format!("{name} thawed")),
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-                log.info(format!("{name} is not frozen"));
+            Ok(Recovered::InUse) => {
+                log.warning("thawed under a process that is still there");
+                nothing = false;
             }
-            Err(e) => {
-                log.error(format!("{name} cannot be thawed: {e}"));
-                failed += 1;
-            }
-        }
-    };
-    for entry in record.frozen.iter().rev() {
-        let name = entry.name.clone();
-        match open_entry(&machine, &everything, entry) {
-            Ok(Some(fd)) => {
-                under_way.push(name.clone());
-                if let Err(error) = start_thaw(name.clone(), fd, tell.clone()) {
-                    over((name, Err(error)), &mut under_way);
-                } else if let Ok(thawed) = told.recv_timeout(PATIENCE) {
-                    over(thawed, &mut under_way);
-                }
-            }
-            Ok(None) => log.warning(format!("{name} is not mounted any more")),
-            Err(error) => over((name, Err(io::Error::other(error))), &mut under_way),
+            // Whatever is in the next place is thawed all the same.
+            Err(error) => failure = Some(error),
         }
     }
-    let until = Instant::now() + LIMIT;
-    while !under_way.is_empty() {
-        match told.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            Ok(thawed) => over(thawed, &mut under_way),
-            Err(_) => break,
+    match failure {
+        Some(error) => Err(error.into()),
+        None => {
+            if nothing {
+                log.info("nothing is recorded as frozen");
+            }
+            Ok(())
         }
     }
-    for name in &under_way {
-        log.error(format!(
-            "{name} hangs in the kernel and is thawed when that ends"
-        ));
-    }
-    match failed + under_way.len() {
-        0 => Ok(()),
-        count => Err(CommandError::NotThawed(count)),
-    }
-}
-
-/// Opens what a record lists; `None` when it is not mounted any more.
-fn open_entry(
-    machine: &Machine,
-    everything: &Plan,
-    entry: &Entry,
-) -> Result<Option<OwnedFd>, OpenError> {
-    let mut mounted = everything.waves.iter().flatten();
-    let file_system = mounted.find(|f| f.dev == entry.dev);
-    file_system
-        .map(|it| open_file_system(&machine.ways, it))
-        .transpose()
-}
-
-/// Thaws on a thread of its own, which may hang: behind a freeze that does, for one.
-fn start_thaw(name: String, fd: OwnedFd, tell: Sender<Thawed>) -> io::Result<()> {
-    let thaw = move || {
-        // Nobody listens any more when it took too long.
-        let _ = tell.send((name, sys::thaw(fd.as_fd())));
-    };
-    thread::Builder::new().spawn(thaw).map(drop)
 }

@@ -5,14 +5,15 @@
 //!
 //! ```toml
 //! strict = false          # a file system that cannot freeze fails the backup
-//! prepare = 300           # seconds that may pass before the first freeze
+//! prepare = 300           # seconds that looking up what is mounted may take
 //! deadline = 60           # seconds from the first freeze to the thaw, at the latest
+//! give_up = 10            # seconds that one file system may take to freeze
 //! parallel = 32           # file systems that are worked on at a time
 //! write_back = 5          # the same for writing back before the freeze: 4 and the number of
 //!                         # processors
 //!
 //! [exclude]               # never frozen; patterns with *, ? and [...]
-//! paths = ["/srv/scratch*"]
+//! paths = ["/srv/scratch*"] # where whole file systems or subvolumes are mounted
 //! types = ["vfat"]
 //! devices = ["/dev/sdb*", "8:32"]
 //!
@@ -22,6 +23,8 @@
 //!
 //! It knows file systems by what an operator sees of them and nothing of freezing.
 
+use std::collections::BTreeSet;
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -29,7 +32,7 @@ use std::time::Duration;
 use glob::{MatchOptions, Pattern};
 use serde::{de::Error as _, Deserialize, Deserializer};
 
-use crate::plan::FileSystem;
+use crate::plan::{FileSystem, Plan};
 
 /// Where the configuration is looked for.
 pub const DEFAULT_PATH: &str = "/etc/hv_vss_daemon.toml";
@@ -61,12 +64,15 @@ pub enum ConfigError {
 pub struct Config {
     /// Whether a file system that cannot freeze, or that is out of order, fails the backup.
     pub strict: bool,
-    /// Seconds that looking around and writing back may take before the first freeze, 1 to 3600.
+    /// Seconds that looking up what is mounted may take, 1 to 3600.
     #[serde(deserialize_with = "seconds")]
     pub prepare: Duration,
     /// Seconds from the first freeze to the thaw at the latest, 1 to 3600.
     #[serde(deserialize_with = "seconds")]
     pub deadline: Duration,
+    /// Seconds that one file system may take to freeze, 1 to 3600; then the freeze is given up.
+    #[serde(deserialize_with = "seconds")]
+    pub give_up: Duration,
     /// How many file systems are worked on at a time, 1 to 256.
     #[serde(deserialize_with = "threads")]
     pub parallel: usize,
@@ -87,6 +93,7 @@ impl Default for Config {
             strict: false,
             prepare: Duration::from_secs(300),
             deadline: Duration::from_secs(60),
+            give_up: Duration::from_secs(10),
             parallel: 32,
             write_back: std::thread::available_parallelism().map_or(5, |n| (4 + n.get()).min(256)),
             run_dir: "/run/hv_vss_daemon".into(),
@@ -118,12 +125,31 @@ fn threads<'de, D: Deserializer<'de>>(d: D) -> Result<usize, D::Error> {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Rules {
-    /// Any path at which it is mounted.
+    /// Any path at which it is mounted as a whole, or a whole subvolume of it: not a folder of it that
+    /// is shown elsewhere. Of other mount namespaces only if it is not mounted in the daemon's.
     paths: Vec<Rule>,
     /// Its type.
     types: Vec<Rule>,
     /// Its source as the mount table names it, or its number as `major:minor`.
     devices: Vec<Rule>,
+}
+
+/// What a rule speaks of.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Path,
+    Type,
+    Device,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Path => "path",
+            Kind::Type => "type",
+            Kind::Device => "device",
+        })
+    }
 }
 
 /// A shell pattern. A `/` is matched like any other character.
@@ -148,6 +174,19 @@ impl Rule {
         };
         self.0.matches_with(text, options)
     }
+
+    /// Whether it fits, as a rule of this kind.
+    fn fits(&self, kind: Kind, file_system: &FileSystem) -> bool {
+        match kind {
+            Kind::Path => paths_of(file_system).any(|path| self.matches(&path.to_string_lossy())),
+            Kind::Type => self.matches(&file_system.fs_type),
+            Kind::Device => {
+                let source = file_system.source.as_deref().unwrap_or_default();
+                self.matches(&source.to_string_lossy())
+                    || self.matches(&file_system.dev.to_string())
+            }
+        }
+    }
 }
 
 impl Rules {
@@ -155,26 +194,37 @@ impl Rules {
         self.paths.is_empty() && self.types.is_empty() && self.devices.is_empty()
     }
 
+    /// All of them, each with what it speaks of.
+    fn each(&self) -> impl Iterator<Item = (Kind, &Rule)> {
+        let paths = self.paths.iter().map(|rule| (Kind::Path, rule));
+        let types = self.types.iter().map(|rule| (Kind::Type, rule));
+        let devices = self.devices.iter().map(|rule| (Kind::Device, rule));
+        paths.chain(types).chain(devices)
+    }
+
     /// The first rule that fits, in words.
     fn find(&self, file_system: &FileSystem) -> Option<String> {
-        let on_path = |rule: &&Rule| {
-            let mut places = file_system.places.iter();
-            places.any(|place| rule.matches(&place.path.to_string_lossy()))
-        };
-        if let Some(rule) = self.paths.iter().find(on_path) {
-            return Some(format!("path {}", rule.0));
-        }
-        let on_type = |rule: &&Rule| rule.matches(&file_system.fs_type);
-        if let Some(rule) = self.types.iter().find(on_type) {
-            return Some(format!("type {}", rule.0));
-        }
-        let source = file_system.source.as_deref().unwrap_or_default();
-        let source = source.to_string_lossy();
-        let number = file_system.dev.to_string();
-        let on_device = |rule: &&Rule| rule.matches(&source) || rule.matches(&number);
-        let rule = self.devices.iter().find(on_device)?;
-        Some(format!("device {}", rule.0))
+        let (kind, rule) = self
+            .each()
+            .find(|(kind, rule)| rule.fits(*kind, file_system))?;
+        Some(format!("{kind} {}", rule.0))
     }
+
+    /// Those that fit none of these, in words.
+    fn idle<'a>(&'a self, plan: &'a Plan) -> impl Iterator<Item = String> + 'a {
+        self.each()
+            .filter(|(kind, rule)| !plan.file_systems().any(|f| rule.fits(*kind, f)))
+            .map(|(kind, rule)| format!("{kind} {}", rule.0))
+    }
+}
+
+/// The paths that a rule may speak of.
+fn paths_of(file_system: &FileSystem) -> impl Iterator<Item = &Path> {
+    let is_here = file_system.places.iter().any(|place| place.namespace == 0);
+    let places = file_system.places.iter();
+    places
+        .filter(move |place| place.whole && (place.namespace == 0 || !is_here))
+        .map(|place| place.path.as_path())
 }
 
 impl Config {
@@ -206,6 +256,13 @@ impl Config {
         let wanted = self.include.is_empty() || self.include.find(file_system).is_some();
         (!wanted).then(|| "include, which names others".to_owned())
     }
+
+    /// The rules that match nothing of what was found, in words: mistyped, or of another machine.
+    pub fn idle_rules(&self, plan: &Plan) -> BTreeSet<String> {
+        let excluding = self.exclude.idle(plan).map(|it| format!("exclude {it}"));
+        let including = self.include.idle(plan).map(|it| format!("include {it}"));
+        excluding.chain(including).collect()
+    }
 }
 
 #[cfg(test)]
@@ -222,16 +279,62 @@ mod tests {
             dev: dev.parse().unwrap(),
             fs_type: fs_type.into(),
             source: Some(source.into()),
-            places: paths
-                .iter()
-                .map(|path| Place {
-                    namespace: 0,
-                    id: 1,
-                    path: path.into(),
-                    covered: false,
-                })
-                .collect(),
+            devices: Vec::new(),
+            places: paths.iter().map(|path| place(0, path, true)).collect(),
         }
+    }
+
+    fn place(namespace: usize, path: &str, whole: bool) -> Place {
+        Place {
+            namespace,
+            id: 1,
+            path: path.into(),
+            whole,
+            walkable: true,
+            hidden: false,
+        }
+    }
+
+    #[test]
+    fn a_path_speaks_of_whole_file_systems_and_of_other_namespaces_last() {
+        let config = parse("exclude.paths = ['/srv/*']").unwrap();
+        let with = |places: Vec<Place>| FileSystem {
+            places,
+            ..file_system(&[], "ext4", "/dev/sda1", "8:1")
+        };
+        let here = |path, whole| place(0, path, whole);
+        let there = |path, whole| place(3, path, whole);
+        for (places, excluded) in [
+            (vec![here("/", true), here("/srv/a", true)], true),
+            // A folder of the root, here and elsewhere.
+            (vec![here("/", true), here("/srv/a", false)], false),
+            (vec![here("/", true), there("/srv/a", true)], false),
+            (vec![there("/srv/a", true), there("/data", true)], true),
+            (vec![there("/srv/a", false)], false),
+            (vec![], false),
+        ] {
+            let found = config.excludes(&with(places.clone()));
+            assert_eq!(found.is_some(), excluded, "{places:?}");
+        }
+    }
+
+    #[test]
+    fn rules_that_match_nothing_are_named() {
+        let config = parse(
+            "exclude = { paths = ['/srv', '/srb'], types = ['zfs'] }\ninclude.devices = ['8:1', '8:2']",
+        )
+        .unwrap();
+        let plan = Plan {
+            waves: vec![vec![file_system(&["/srv"], "ext4", "/dev/sda1", "8:1")]],
+            ..Plan::default()
+        };
+        let idle: Vec<String> = config.idle_rules(&plan).into_iter().collect();
+        let expected = [
+            "exclude path /srb",
+            "exclude type zfs",
+            "include device 8:2",
+        ];
+        assert_eq!(idle, expected);
     }
 
     #[test]

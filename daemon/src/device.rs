@@ -10,11 +10,12 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use hv_vss_uapi::{
-    frame, op, Answer, FrameHdr, FreezeInfo, Register, Registered, Request as RequestFrame, Thawed,
-    VssMsg, ABI_V2, MAX_FRAME,
+    feature, frame, op, Answer, FrameHdr, FreezeInfo, Register, Registered,
+    Request as RequestFrame, Thawed, VssMsg, ABI_V2, MAX_FRAME,
 };
 use nix::errno::Errno;
 use nix::fcntl::{open, OFlag};
@@ -104,15 +105,27 @@ pub struct Request {
 pub enum Incoming {
     /// A request to answer.
     Request(Request),
+    /// The kernel has thawed what it held for the FREEZE with this id; one of `hv_vss_uapi::thawed`.
+    Thawed(u64, u32),
     /// Something that the ABI does not allow or that this version does not know; in words.
     Odd(String),
+}
+
+/// A kernel that freezes for whoever has the device open, and thaws when nobody has.
+#[derive(Clone, Debug)]
+pub struct Hold {
+    /// The device. What is held is so until the last copy of this is gone.
+    pub device: Arc<OwnedFd>,
+    /// How many file systems it can hold at a time.
+    pub most: u32,
 }
 
 /// The open, registered device.
 #[derive(Debug)]
 pub struct Device {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     abi: Abi,
+    hold: Option<Hold>,
     buffer: Vec<u8>,
 }
 
@@ -138,8 +151,9 @@ impl Device {
     /// Registers on a descriptor that is open already, and does not block; `path` is for messages.
     pub fn register(fd: OwnedFd, path: &Path) -> Result<Self, DeviceError> {
         let mut device = Device {
-            fd,
+            fd: Arc::new(fd),
             abi: Abi::V2,
+            hold: None,
             buffer: vec![0; MAX_FRAME],
         };
         let refused = |e: Errno| DeviceError::Register {
@@ -195,6 +209,10 @@ impl Device {
                     return Err(strange(format!("{reply:?}")));
                 }
                 self.buffer.resize(max_frame.max(MAX_FRAME), 0);
+                self.hold = (reply.features & feature::HOLD != 0).then(|| Hold {
+                    device: Arc::clone(&self.fd),
+                    most: reply.max_held,
+                });
                 Ok(())
             }
         }
@@ -203,6 +221,11 @@ impl Device {
     /// Which ABI the kernel took.
     pub fn abi(&self) -> Abi {
         self.abi
+    }
+
+    /// What the kernel offers to hold, if it does.
+    pub fn hold(&self) -> Option<&Hold> {
+        self.hold.as_ref()
     }
 
     /// The next request, or `None` when there is none at the moment.
@@ -327,6 +350,12 @@ fn decode_v2(bytes: &[u8]) -> Incoming {
     if size as usize != length {
         return Incoming::Odd(format!("a frame of {length} bytes that claims {size}"));
     }
+    if kind == frame::THAWED {
+        return match Thawed::read_from_prefix(bytes) {
+            Ok((notice, _)) => Incoming::Thawed(notice.frame.id, notice.reason),
+            Err(_) => Incoming::Odd(format!("a notice of {length} bytes, too short")),
+        };
+    }
     if kind != frame::REQUEST {
         return Incoming::Odd(format!("a frame of unknown kind {kind}"));
     }
@@ -378,8 +407,8 @@ mod tests {
         buffer
     }
 
-    /// A device registered in v2 and the kernel's end of it.
-    fn registered() -> (Device, OwnedFd) {
+    /// A device registered in v2 and the kernel's end of it, which offers `features`.
+    fn registered_with(features: u32) -> (Device, OwnedFd) {
         let (daemon, kernel) = pair();
         let peer = thread::spawn(move || {
             let hello = Register::read_from_bytes(&receive(&kernel)).unwrap();
@@ -388,14 +417,33 @@ mod tests {
                 frame: header(frame::REGISTERED, size_of::<Registered>(), 0),
                 abi_version: ABI_V2,
                 max_frame: MAX_FRAME as u32,
-                features: 0,
-                max_held: 0,
+                features,
+                max_held: 9,
             };
             nix::unistd::write(&kernel, reply.as_bytes()).unwrap();
             kernel
         });
         let device = Device::register(daemon, Path::new("test")).unwrap();
         (device, peer.join().unwrap())
+    }
+
+    fn registered() -> (Device, OwnedFd) {
+        registered_with(0)
+    }
+
+    #[test]
+    fn a_kernel_that_holds_says_how_much_and_what_it_lets_go_of() {
+        assert!(registered().0.hold().is_none());
+        // A newer kernel may offer more.
+        let (mut device, kernel) = registered_with(feature::HOLD | 1 << 20);
+        assert_eq!(device.hold().unwrap().most, 9);
+        let notice = Thawed {
+            frame: header(frame::THAWED, size_of::<Thawed>(), 6),
+            reason: 77,
+            reserved: 0,
+        };
+        nix::unistd::write(&kernel, notice.as_bytes()).unwrap();
+        assert_eq!(device.read().unwrap(), Some(Incoming::Thawed(6, 77)));
     }
 
     #[test]
@@ -440,11 +488,13 @@ mod tests {
         };
         let unknown = header(99, size_of::<FrameHdr>(), 0);
         let long = header(frame::REQUEST, 4000, 1);
+        let short_notice = header(frame::THAWED, size_of::<FrameHdr>(), 1);
         for (bytes, word) in [
             (&request.as_bytes()[..7], "too short for its header"),
             (request.as_bytes(), "payload of 8 bytes is missing"),
             (unknown.as_bytes(), "unknown kind 99"),
             (long.as_bytes(), "claims 4000"),
+            (short_notice.as_bytes(), "a notice of 24 bytes"),
         ] {
             nix::unistd::write(&kernel, bytes).unwrap();
             let Some(Incoming::Odd(text)) = device.read().unwrap() else {

@@ -2,57 +2,45 @@
 
 //! Freezes the planned file systems and thaws exactly those that it froze.
 //!
-//! A [`Session`] owns the descriptors that were opened before the first freeze, and the threads
-//! that work on them. The thaw goes through the same descriptors, so renames and unmounts in
-//! between lose nothing. Dropping a session thaws what is still frozen. It decides no order (that
-//! is [`crate::plan`]) and knows no host.
+//! A [`Session`] owns the descriptors that were opened before the first freeze. The thaw goes through
+//! the same descriptors, so renames and unmounts in between lose nothing. Dropping a session thaws what
+//! is still frozen.
+//!
+//! All is tried wave after wave; what gets in the way is dealt with while nothing is frozen, and then
+//! it is tried again ([`Obstacle`]): nobody stands still because of another's trouble. It decides no
+//! order (that is [`crate::plan`]), does not know what is behind the [`Door`], and knows no host.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
+use crate::door::{Door, DoorError};
 use crate::logbook::Logbook;
 use crate::mounts::DevId;
 use crate::pool::Pool;
+use crate::progress::{Progress, Stage};
 
 /// How often one that waits for its turn looks whether all is off.
 const ABORT_TICK: Duration = Duration::from_millis(20);
-
-/// What is done to file systems: the kernel, or a double in unit tests.
-pub trait FsOps: Send + Sync {
-    /// Writes all dirty data back without freezing.
-    fn sync(&self, fd: BorrowedFd<'_>) -> io::Result<()>;
-    /// Freezes: `EBUSY` when frozen already, `EOPNOTSUPP` when it cannot.
-    fn freeze(&self, fd: BorrowedFd<'_>) -> io::Result<()>;
-    /// Thaws: `EINVAL` when not frozen.
-    fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()>;
-}
-
-/// The real thing.
-#[derive(Clone, Copy, Debug)]
-pub struct Kernel;
-
-impl FsOps for Kernel {
-    fn sync(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        Ok(nix::unistd::syncfs(fd)?)
-    }
-
-    fn freeze(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        crate::sys::freeze(fd)
-    }
-
-    fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        crate::sys::thaw(fd)
-    }
-}
+/// How often it is looked whether it still is.
+const BUSY_TICK: Duration = Duration::from_millis(20);
+/// How often those that are frozen are thawed again because of one that is slow.
+const BACK_OFFS: usize = 3;
+const STACK_BYTES: usize = 64 * 1024;
 
 /// Why a freeze did not come about. By the time it is returned, everything is thawed again.
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {
+    /// Nothing may be frozen at all.
+    #[error(transparent)]
+    Door(#[from] DoorError),
     /// One file system failed to freeze.
     #[error("{name} cannot be frozen")]
     Failed {
@@ -61,12 +49,17 @@ pub enum FreezeError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// One has no means to freeze, and the configuration is strict.
-    #[error("{name} has no means to freeze, and the configuration is strict")]
-    Unfreezable {
+    /// One would have been left out or only synced, and the configuration is strict.
+    #[error("{name} {why}, and the configuration is strict")]
+    Strict {
         /// Which.
         name: String,
+        /// What is wrong with it.
+        why: String,
     },
+    /// There is nothing to freeze, and the configuration is strict.
+    #[error("there is nothing to freeze, and the configuration is strict")]
+    Nothing,
     /// It was called off.
     #[error("the freeze was called off")]
     Aborted,
@@ -94,6 +87,8 @@ pub enum ThawError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Open,
+    /// A thread is inside the call that freezes it.
+    Freezing,
     /// Frozen by this session.
     Ours {
         /// When the call began.
@@ -105,6 +100,10 @@ enum State {
     Foreign,
     /// It cannot freeze; synced instead.
     Synced,
+    /// It cannot freeze, and could not be synced either.
+    Unsynced,
+    /// It is out of order.
+    Broken,
     /// It was ours.
     Thawed {
         /// How long the freeze took.
@@ -121,7 +120,7 @@ pub struct Target {
     /// Its wave in the plan, from 0.
     pub wave: usize,
     /// How long its freeze took the last time.
-    pub usual: Option<Duration>,
+    usual: Option<Duration>,
     fd: OwnedFd,
     state: Mutex<State>,
 }
@@ -144,11 +143,16 @@ impl Target {
         matches!(*self.state(), State::Ours { .. })
     }
 
+    /// Whether it is to be frozen and is not.
+    fn is_due(&self) -> bool {
+        matches!(*self.state(), State::Open | State::Thawed { .. })
+    }
+
     /// How long its freeze took, if this session froze it.
-    pub fn took(&self) -> Option<Duration> {
+    fn took(&self) -> Option<Duration> {
         match *self.state() {
             State::Ours { took, .. } | State::Thawed { took } => Some(took),
-            State::Open | State::Foreign | State::Synced => None,
+            _ => None,
         }
     }
 
@@ -173,27 +177,94 @@ pub struct Summary {
     pub foreign: usize,
     /// Synced, because they cannot freeze.
     pub synced: usize,
+    /// Neither.
+    pub left_out: usize,
 }
 
 /// How a session goes about its work.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Whether a file system that cannot freeze fails the whole.
+    /// Whether a file system that is not frozen fails the whole.
     pub strict: bool,
     /// How many are worked on at a time.
     pub parallel: usize,
     /// How many are written back at a time, before the freeze.
     pub write_back: usize,
+    /// How long the sync of one that cannot freeze may take.
+    pub give_up: Duration,
+    /// How long what somebody else has frozen is waited for, in all.
+    pub patience: Duration,
+    /// How long at least those that are frozen wait for one that is not yet, after all others are.
+    pub lag: Duration,
+}
+
+/// What a session works with.
+#[derive(Clone)]
+pub struct Means {
+    /// Through which it freezes.
+    pub door: Arc<dyn Door>,
+    /// Where to say what happens.
+    pub log: Logbook,
+    /// How to go about it.
+    pub limits: Limits,
+    /// Set at any time, it makes a session stop and thaw.
+    pub abort: Arc<AtomicBool>,
+    /// Where to show what it is at.
+    pub progress: Arc<Progress>,
+    /// The threads that work for it.
+    pub pool: Arc<Pool>,
+}
+
+/// What one freeze leaves for the next to know.
+#[derive(Default)]
+pub struct Learnt {
+    /// How long the freeze of each file system took.
+    usual: BTreeMap<DevId, Duration>,
+    /// What has no means to freeze.
+    unfreezable: BTreeSet<DevId>,
+    /// Those of it whose sync has not returned, as long as the session is there that waits for it.
+    hung: Vec<(DevId, Weak<Work>)>,
+}
+
+impl Learnt {
+    fn hangs(&self, dev: DevId) -> bool {
+        let mut hung = self.hung.iter();
+        hung.any(|(it, session)| *it == dev && session.strong_count() > 0)
+    }
+}
+
+/// What gets in the way of a freeze and is dealt with while nothing is frozen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Obstacle {
+    /// Somebody else has frozen it: that may be over soon.
+    Busy(usize),
+    /// It cannot freeze and is to be synced.
+    Unfreezable(usize),
+    /// It takes so long that the others were thawed again.
+    Slow,
+}
+
+/// How the freeze has gone so far, for the one who looks on.
+struct Pace {
+    /// When the last one was frozen.
+    last: Instant,
+    /// How long any took.
+    longest: Duration,
 }
 
 /// What the workers share.
 struct Work {
     targets: Vec<Target>,
-    ops: Arc<dyn FsOps>,
+    door: Arc<dyn Door>,
     log: Logbook,
-    strict: bool,
+    limits: Limits,
     abort: Arc<AtomicBool>,
-    on_foreign: Box<dyn Fn(usize) + Send + Sync>,
+    progress: Arc<Progress>,
+    armed: Mutex<Instant>,
+    pace: Mutex<Pace>,
+    obstacles: Mutex<Vec<Obstacle>>,
+    /// From then on what is busy is taken for frozen by somebody else.
+    busy_until: Mutex<Option<Instant>>,
     failure: Mutex<Option<FreezeError>>,
     early: Mutex<Vec<String>>,
     thaw_failure: Mutex<Option<ThawError>>,
@@ -203,23 +274,23 @@ struct Work {
 pub struct Session {
     work: Arc<Work>,
     waves: Vec<Vec<usize>>,
-    pool: Pool,
-    write_back: usize,
+    pool: Arc<Pool>,
 }
 
 impl Session {
-    /// Prepares a session on `targets`. Setting `abort` at any time makes it stop and thaw;
-    /// `on_foreign` hears at once of each target that somebody else turns out to have frozen.
-    pub fn new(
-        targets: Vec<Target>,
-        ops: Arc<dyn FsOps>,
-        log: Logbook,
-        limits: Limits,
-        abort: Arc<AtomicBool>,
-        on_foreign: Box<dyn Fn(usize) + Send + Sync>,
-    ) -> io::Result<Self> {
+    /// Prepares a session on `targets`.
+    pub fn new(mut targets: Vec<Target>, means: Means, learnt: &Learnt) -> io::Result<Self> {
+        let Means {
+            door,
+            log,
+            limits,
+            abort,
+            progress,
+            pool,
+        } = means;
         let mut waves: Vec<Vec<usize>> = Vec::new();
-        for (i, target) in targets.iter().enumerate() {
+        for (i, target) in targets.iter_mut().enumerate() {
+            target.usual = learnt.usual.get(&target.dev).copied();
             if waves.len() <= target.wave {
                 waves.resize(target.wave + 1, Vec::new());
             }
@@ -227,18 +298,28 @@ impl Session {
                 wave.push(i);
             }
         }
-        let widest = waves.iter().map(Vec::len).max().unwrap_or(0);
+        // A wave of one needs somebody who looks on only where others stand still meanwhile.
+        if targets.len() > 1 {
+            let widest = waves.iter().map(Vec::len).max().unwrap_or(0);
+            pool.grow(widest.min(limits.parallel))?;
+        }
         Ok(Session {
-            pool: Pool::new(widest.min(limits.parallel).saturating_sub(1))?,
-            write_back: limits.write_back,
+            pool,
             waves,
             work: Arc::new(Work {
                 targets,
-                ops,
+                door,
                 log,
-                strict: limits.strict,
+                limits,
                 abort,
-                on_foreign,
+                progress,
+                armed: Mutex::new(Instant::now()),
+                pace: Mutex::new(Pace {
+                    last: Instant::now(),
+                    longest: Duration::ZERO,
+                }),
+                obstacles: Mutex::new(Vec::new()),
+                busy_until: Mutex::new(None),
                 failure: Mutex::new(None),
                 early: Mutex::new(Vec::new()),
                 thaw_failure: Mutex::new(None),
@@ -251,66 +332,301 @@ impl Session {
         &self.work.targets
     }
 
+    /// When whoever is to thaw in need began to mind the deadline.
+    pub fn armed_at(&self) -> Instant {
+        *lock(&self.work.armed)
+    }
+
+    /// The host knows that all is frozen.
+    pub fn settle(&self) {
+        self.work.door.settle(&self.work.targets);
+    }
+
+    /// Adds to what is known, whatever came of the freeze.
+    pub fn learn(&self, learnt: &mut Learnt) {
+        learnt
+            .hung
+            .retain(|(_, session)| session.strong_count() > 0);
+        for target in &self.work.targets {
+            match *target.state() {
+                State::Ours { .. } | State::Thawed { .. } => {
+                    learnt.unfreezable.remove(&target.dev);
+                }
+                State::Synced | State::Unsynced => {
+                    learnt.unfreezable.insert(target.dev);
+                }
+                State::Open | State::Freezing | State::Foreign | State::Broken => {}
+            }
+            if let Some(took) = target.took() {
+                learnt.usual.insert(target.dev, took);
+            }
+        }
+        // What was unmounted is of no use any more.
+        let there = |dev: &DevId| self.work.targets.iter().any(|t| t.dev == *dev);
+        learnt.usual.retain(|dev, _| there(dev));
+        learnt.unfreezable.retain(there);
+    }
+
     /// Writes back what is dirty while everybody can still write, so that the freeze itself has
     /// little left to flush. Waves keep their order: what a loop device writes lands in the file
     /// system below it.
     ///
     /// Few at a time: a journal is written behind the data of its file system, so a writer that
     /// needs the journal waits until the device has taken that, which is the longer the more share
-    /// the processor or the disk.
-    pub fn sync(&self) {
+    /// the processor or the disk. What is known not to freeze is left to [`Session::freeze`].
+    pub fn sync(&self, learnt: &Learnt) {
+        let most = self.work.limits.write_back;
+        self.work.progress.enter(Stage::Syncing, most);
         for wave in &self.waves {
-            self.each(wave, self.write_back, Work::sync_one);
+            let known = |i: &&usize| {
+                let target = self.work.targets.get(**i);
+                target.is_some_and(|t| learnt.unfreezable.contains(&t.dev))
+            };
+            let wave: Vec<usize> = wave.iter().filter(|i| !known(i)).copied().collect();
+            self.each(&wave, most, Work::sync_one);
         }
     }
 
     /// Freezes wave after wave. On any failure everything is thawed before it returns.
-    pub fn freeze(&self) -> Result<Summary, FreezeError> {
-        for wave in &self.waves {
-            self.freeze_wave(wave);
-            if self.work.gave_up() {
-                break;
-            }
-        }
-        if self.work.gave_up() {
+    pub fn freeze(&self, learnt: &mut Learnt) -> Result<Summary, FreezeError> {
+        let result = self.freeze_or_not(learnt);
+        self.learn(learnt);
+        result
+    }
+
+    fn freeze_or_not(&self, learnt: &mut Learnt) -> Result<Summary, FreezeError> {
+        let work = &self.work;
+        let known = |t: &Target| learnt.unfreezable.contains(&t.dev);
+        let known: Vec<usize> = work.which(known);
+        self.sync_unfreezable(&known, learnt);
+        work.progress.enter(Stage::Freezing, work.targets.len());
+        *lock(&work.armed) = Instant::now();
+        work.door.arm(&work.targets)?;
+        let frozen = self.freeze_armed(&known, learnt);
+        if frozen.is_err() {
             // What went wrong with the thaw is logged; the freeze's own failure is the news.
             let _ = self.thaw();
-            let failure = lock(&self.work.failure).take();
+            self.disarm();
+        }
+        frozen
+    }
+
+    fn freeze_armed(&self, known: &[usize], learnt: &mut Learnt) -> Result<Summary, FreezeError> {
+        let work = &self.work;
+        self.ask_again(known);
+        for attempt in 0.. {
+            *lock(&work.pace) = Pace {
+                last: Instant::now(),
+                longest: Duration::ZERO,
+            };
+            for wave in &self.waves {
+                self.freeze_wave(wave, attempt < BACK_OFFS);
+                if work.gave_up() || !lock(&work.obstacles).is_empty() {
+                    break;
+                }
+            }
+            let obstacles = std::mem::take(&mut *lock(&work.obstacles));
+            if work.gave_up() || obstacles.is_empty() {
+                break;
+            }
+            self.overcome(&obstacles, learnt);
+        }
+        if work.gave_up() {
+            let failure = lock(&work.failure).take();
             return Err(failure.unwrap_or(FreezeError::Aborted));
         }
+        Ok(self.summary())
+    }
+
+    fn summary(&self) -> Summary {
         let mut summary = Summary::default();
         for target in &self.work.targets {
             match *target.state() {
                 State::Ours { .. } => summary.ours += 1,
                 State::Foreign => summary.foreign += 1,
                 State::Synced => summary.synced += 1,
-                State::Open | State::Thawed { .. } => {}
+                State::Unsynced | State::Broken => summary.left_out += 1,
+                State::Open | State::Freezing | State::Thawed { .. } => {}
             }
         }
-        Ok(summary)
+        summary
+    }
+
+    /// Sees to it that what could not freeze the last time still cannot: another file system may have
+    /// its number by now. Nothing is frozen yet.
+    fn ask_again(&self, known: &[usize]) {
+        let targets = known.iter().filter_map(|i| self.work.targets.get(*i));
+        for target in targets.filter(|t| *t.state() == State::Synced) {
+            if self.work.door.freeze(target.as_fd()).is_ok() {
+                *target.state() = State::Ours {
+                    since: Instant::now(),
+                    took: Duration::ZERO,
+                };
+                self.work.take_back(target);
+            }
+        }
+    }
+
+    /// Deals with what got in the way, with nothing frozen but what is first in order anyway.
+    fn overcome(&self, obstacles: &[Obstacle], learnt: &mut Learnt) {
+        let work = &self.work;
+        // What was slow would be so again. With it the next attempt begins, if nothing is above it.
+        let keep = obstacles.iter().all(|it| *it == Obstacle::Slow);
+        for (number, wave) in self.waves.iter().enumerate().rev() {
+            let targets = wave.iter().filter_map(|i| work.targets.get(*i));
+            for target in targets.filter(|t| t.is_ours()) {
+                if !(keep && self.is_first(number)) {
+                    work.take_back(target);
+                }
+            }
+        }
+        let unfreezable = obstacles.iter().filter_map(|it| match it {
+            Obstacle::Unfreezable(index) => Some(*index),
+            Obstacle::Busy(_) | Obstacle::Slow => None,
+        });
+        self.sync_unfreezable(&unfreezable.collect::<Vec<_>>(), learnt);
+        for obstacle in obstacles {
+            if let Obstacle::Busy(index) = obstacle {
+                self.wait_for(*index);
+            }
+        }
+    }
+
+    /// Whether no wave before this one has anything to be frozen.
+    fn is_first(&self, number: usize) -> bool {
+        let before = self.waves.iter().take(number).flatten();
+        let mut before = before.filter_map(|i| self.work.targets.get(*i));
+        !before.any(|t| t.is_due() || t.is_ours())
+    }
+
+    /// Waits until one is not frozen by somebody else any more, or has been for too long to wait for.
+    fn wait_for(&self, index: usize) {
+        let work = &self.work;
+        let Some(target) = work.targets.get(index) else {
+            return;
+        };
+        let now = Instant::now();
+        let until = *lock(&work.busy_until).get_or_insert(now + work.limits.patience);
+        while !work.gave_up() {
+            let since = Instant::now();
+            match work.door.freeze(target.as_fd()) {
+                Err(e) if is(&e, Errno::EBUSY) && Instant::now() < until => {
+                    thread::sleep(BUSY_TICK);
+                }
+                Ok(()) => {
+                    let took = since.elapsed();
+                    *target.state() = State::Ours { since, took };
+                    let waited = ms(now.elapsed());
+                    let name = &target.name;
+                    work.log.info(format!(
+                        "{name} was frozen by somebody else, it is not after {waited}"
+                    ));
+                    if !self.is_first(target.wave) {
+                        work.take_back(target);
+                    }
+                    return;
+                }
+                // The next attempt meets it.
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Syncs what cannot freeze, each on a thread of its own: it may hang. Nothing is frozen.
+    fn sync_unfreezable(&self, indices: &[usize], learnt: &mut Learnt) {
+        let work = &self.work;
+        let (tell, told) = channel();
+        let mut waited_for: Vec<(usize, &Target)> = Vec::new();
+        for index in indices {
+            let index = *index;
+            let Some(target) = work.targets.get(index) else {
+                continue;
+            };
+            if work.limits.strict {
+                work.give_up_on(target, State::Unsynced, "has no means to freeze".into());
+                continue;
+            }
+            if learnt.hangs(target.dev) {
+                let why = "cannot freeze, and its last sync has not returned";
+                work.give_up_on(target, State::Unsynced, why.into());
+                continue;
+            }
+            let (theirs, tell) = (Arc::clone(work), tell.clone());
+            let sync = move || {
+                if let Some(target) = theirs.targets.get(index) {
+                    // Nobody listens any more when it took too long.
+                    let _ = tell.send((index, theirs.door.sync(target.as_fd())));
+                }
+            };
+            let builder = thread::Builder::new().stack_size(STACK_BYTES);
+            match builder.name("syncer".into()).spawn(sync) {
+                Ok(_) => waited_for.push((index, target)),
+                Err(e) => {
+                    let why = format!("cannot freeze, and there is no thread to sync it: {e}");
+                    work.give_up_on(target, State::Unsynced, why);
+                }
+            }
+        }
+        let until = Instant::now() + work.limits.give_up;
+        while !waited_for.is_empty() {
+            let left = until.saturating_duration_since(Instant::now());
+            let Ok((index, result)) = told.recv_timeout(left) else {
+                break;
+            };
+            waited_for.retain(|(it, _)| *it != index);
+            let Some(target) = work.targets.get(index) else {
+                continue;
+            };
+            match result {
+                Ok(()) => {
+                    *target.state() = State::Synced;
+                    let name = &target.name;
+                    work.log.warning(format!(
+                        "{name} has no means to freeze: synced instead, writes to it go on"
+                    ));
+                }
+                Err(e) => {
+                    let why = format!("cannot freeze and cannot be synced: {e}");
+                    work.give_up_on(target, State::Unsynced, why);
+                }
+            }
+        }
+        for (_, target) in waited_for {
+            let limit = work.limits.give_up.as_secs();
+            let why = format!("cannot freeze, and its sync takes longer than {limit} s");
+            work.give_up_on(target, State::Unsynced, why);
+            learnt.hung.push((target.dev, Arc::downgrade(work)));
+        }
     }
 
     /// Freezes one wave. What is usually quick begins later than what is slow, so that all end at about
     /// the same time and nobody stands still only because others take longer.
-    fn freeze_wave(&self, wave: &[usize]) {
-        let usual = |i: &usize| self.work.targets.get(*i).and_then(|t| t.usual);
-        let longest = wave.iter().filter_map(usual).max().unwrap_or_default();
-        let mut members: Vec<(usize, Duration)> = wave
+    fn freeze_wave(&self, wave: &[usize], may_back_off: bool) {
+        let work = &self.work;
+        let target = |i: &usize| work.targets.get(*i);
+        let usual = |i: &usize| target(i).and_then(|t| t.usual);
+        let due: Vec<usize> = wave
+            .iter()
+            .filter(|i| target(i).is_some_and(Target::is_due))
+            .copied()
+            .collect();
+        let longest = due.iter().filter_map(usual).max().unwrap_or_default();
+        let mut members: Vec<(usize, Duration)> = due
             .iter()
             // It may take half as long again. What is not known may take long and begins at once.
             .map(|i| (*i, usual(i).map_or(Duration::MAX, |t| t + t / 2)))
             .collect();
         members.sort_by_key(|(_, lead)| std::cmp::Reverse(*lead));
-        let work = Arc::clone(&self.work);
-        let begin = Instant::now();
+        let (count, begin) = (members.len(), Instant::now());
+        let shared = Arc::clone(work);
         let ended = (Mutex::new(0), Condvar::new());
         let run_one = move |n: usize| {
             let Some((index, lead)) = members.get(n).copied() else {
                 return;
             };
-            work.wait_turn(begin + longest.saturating_sub(lead), n, &ended);
-            if let Some(target) = work.targets.get(index) {
-                work.freeze_one(index, target);
+            shared.wait_turn(begin + longest.saturating_sub(lead), n, &ended);
+            if let Some(target) = shared.targets.get(index) {
+                shared.freeze_one(index, target);
             }
             let mut count = lock(&ended.0);
             *count += 1;
@@ -319,11 +635,75 @@ impl Session {
                 ended.1.notify_all();
             }
         };
-        self.pool.run(wave.len(), usize::MAX, Arc::new(run_one));
+        if count == 1 && !work.targets.iter().any(Target::is_ours) {
+            // Nobody stands still because of it.
+            run_one(0);
+        } else if count > 0 {
+            let step = Arc::new(run_one);
+            let mut may_back_off = may_back_off;
+            self.pool.run_watched(count, step, || {
+                if !may_back_off {
+                    return None;
+                }
+                let at = work.patience_ends(begin, longest);
+                may_back_off = Instant::now() < at;
+                if !may_back_off {
+                    self.back_off();
+                }
+                Some(at)
+            });
+        }
+    }
+
+    /// Lets those go on that stand still only because others take long to freeze.
+    fn back_off(&self) {
+        let work = &self.work;
+        let slow = work.which(|t| *t.state() == State::Freezing);
+        if slow.is_empty() {
+            return;
+        }
+        // From here on no other freeze of this wave begins.
+        lock(&work.obstacles).push(Obstacle::Slow);
+        for wave in self.waves.iter().rev() {
+            let targets = wave.iter().filter_map(|i| work.targets.get(*i));
+            for target in targets.filter(|t| t.is_ours()) {
+                work.take_back(target);
+            }
+        }
+        let slow = slow.iter().filter_map(|i| work.targets.get(*i));
+        let names: Vec<&str> = slow.map(|t| t.name.as_str()).collect();
+        let names = names.join(", ");
+        work.log.info(format!(
+            "{names} takes long to freeze: the others go on until then"
+        ));
+    }
+
+    /// Looks whether all that is frozen still is; names what is not. Only for a door where others can
+    /// thaw it: what they have thawed is frozen again and found out, but has been written meanwhile.
+    pub fn look_after(&self) -> Vec<String> {
+        let work = &self.work;
+        let mut names = Vec::new();
+        for target in &work.targets {
+            let state = *target.state();
+            let is_frozen = matches!(state, State::Ours { .. } | State::Foreign);
+            if is_frozen && work.door.freeze(target.as_fd()).is_ok() {
+                names.push(target.name.clone());
+                if state == State::Foreign {
+                    // It is nobody's any more.
+                    *target.state() = State::Open;
+                    let _ = work.door.thaw(target.as_fd());
+                }
+            }
+        }
+        if !names.is_empty() {
+            lock(&work.early).extend(names.iter().cloned());
+        }
+        names
     }
 
     /// Thaws what this session froze, the last wave first. Everything is tried, whatever fails.
     pub fn thaw(&self) -> Result<(), ThawError> {
+        self.work.ask_foreign();
         for wave in self.waves.iter().rev() {
             self.each(wave, usize::MAX, Work::thaw_one);
         }
@@ -338,13 +718,19 @@ impl Session {
         }
     }
 
-    fn each(&self, wave: &[usize], most: usize, step: fn(&Work, usize, &Target)) {
+    /// Gives up what is needed only as long as anything is frozen. It takes a while, which nobody need
+    /// wait for.
+    pub fn disarm(&self) {
+        let left = self.work.targets.iter().any(Target::is_ours);
+        self.work.door.disarm(left);
+    }
+
+    fn each(&self, wave: &[usize], most: usize, step: fn(&Work, &Target)) {
         let work = Arc::clone(&self.work);
         let members = wave.to_vec();
         let run_one = move |n: usize| {
-            let Some(&index) = members.get(n) else { return };
-            if let Some(target) = work.targets.get(index) {
-                step(&work, index, target);
+            if let Some(target) = members.get(n).and_then(|index| work.targets.get(*index)) {
+                step(&work, target);
             }
         };
         self.pool.run(wave.len(), most, Arc::new(run_one));
@@ -353,8 +739,10 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // Nobody is left to hear of a failure; it is in the log.
-        let _ = self.thaw();
+        if self.work.targets.iter().any(Target::is_ours) {
+            // Nobody is left to hear of a failure; it is in the log.
+            let _ = self.thaw();
+        }
     }
 }
 
@@ -368,19 +756,26 @@ impl Work {
         lock(&self.failure).get_or_insert(error);
     }
 
-    fn sync_one(&self, _: usize, target: &Target) {
+    fn which(&self, pick: impl Fn(&Target) -> bool) -> Vec<usize> {
+        let targets = self.targets.iter().enumerate();
+        targets.filter(|(_, t)| pick(t)).map(|(i, _)| i).collect()
+    }
+
+    fn sync_one(&self, target: &Target) {
         if self.abort.load(Ordering::SeqCst) {
             return;
         }
-        let start = Instant::now();
-        match self.ops.sync(target.as_fd()) {
-            Ok(()) => self
-                .log
-                .info(format!("{} synced in {}", target.name, ms(start.elapsed()))),
+        let (name, start) = (&target.name, Instant::now());
+        self.progress.begin(name, start);
+        let result = self.door.sync(target.as_fd());
+        self.progress.end(name);
+        match result {
+            Ok(()) => {
+                let took = ms(start.elapsed());
+                self.log.info(format!("{name} synced in {took}"));
+            }
             // The freeze will meet the same error, if it matters.
-            Err(e) => self
-                .log
-                .warning(format!("{} cannot be synced: {e}", target.name)),
+            Err(e) => self.log.warning(format!("{name} cannot be synced: {e}")),
         }
     }
 
@@ -398,87 +793,160 @@ impl Work {
         }
     }
 
+    /// How long those that are frozen wait for those of a wave that are not yet.
+    fn patience_ends(&self, begin: Instant, usual: Duration) -> Instant {
+        if !self.targets.iter().any(Target::is_ours) {
+            return Instant::now() + self.limits.lag;
+        }
+        let pace = lock(&self.pace);
+        let expected = begin + usual.max(pace.longest);
+        pace.last.max(expected) + self.limits.lag.max(pace.longest / 2)
+    }
+
     fn freeze_one(&self, index: usize, target: &Target) {
-        if self.gave_up() {
+        if self.gave_up() || !lock(&self.obstacles).is_empty() {
             return;
         }
-        let name = &target.name;
-        let start = Instant::now();
-        let result = self.ops.freeze(target.as_fd());
+        let (name, start) = (&target.name, Instant::now());
+        *target.state() = State::Freezing;
+        self.progress.begin(name, start);
+        let result = self.door.freeze(target.as_fd());
         let took = start.elapsed();
-        match result.map_err(|e| (e.raw_os_error().map(Errno::from_raw), e)) {
+        self.progress.end(name);
+        match result {
             Ok(()) => {
                 *target.state() = State::Ours { since: start, took };
                 self.log.info(format!("{name} frozen, took {}", ms(took)));
+                let mut pace = lock(&self.pace);
+                pace.last = Instant::now();
+                pace.longest = pace.longest.max(took);
+                drop(pace);
                 if self.abort.load(Ordering::SeqCst) {
                     // It hung while the rest was called off; others wait for it now.
-                    self.thaw_one(index, target);
+                    self.thaw_one(target);
+                } else if lock(&self.obstacles).contains(&Obstacle::Slow)
+                    && self.targets.iter().any(|t| *t.state() == State::Freezing)
+                {
+                    // The others were thawed meanwhile because of one that is slower still.
+                    self.take_back(target);
                 }
             }
-            Err((Some(Errno::EBUSY), _)) => {
-                (self.on_foreign)(index);
+            Err(e) => {
+                *target.state() = State::Open;
+                self.meet(index, target, e);
+            }
+        }
+    }
+
+    /// What comes of an error at the freeze of one.
+    fn meet(&self, index: usize, target: &Target, error: io::Error) {
+        let name = &target.name;
+        match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+            Errno::EBUSY if self.is_patient() => {
+                lock(&self.obstacles).push(Obstacle::Busy(index));
+            }
+            Errno::EBUSY if self.door.watched_every().is_some() => {
+                self.door.leave(index);
                 *target.state() = State::Foreign;
                 self.log.warning(format!(
                     "{name} was frozen by somebody else before; it counts and stays theirs"
                 ));
             }
-            Err((Some(Errno::EOPNOTSUPP | Errno::ENOTTY), _)) => self.unfreezable(target),
-            Err((_, source)) => {
-                self.log.error(format!("{name} cannot be frozen: {source}"));
+            Errno::EOPNOTSUPP | Errno::ENOTTY => {
+                lock(&self.obstacles).push(Obstacle::Unfreezable(index));
+            }
+            Errno::EIO
+            | Errno::ENXIO
+            | Errno::ENODEV
+            | Errno::EROFS
+            | Errno::ESHUTDOWN
+            | Errno::EUCLEAN
+            | Errno::EREMOTEIO => {
+                self.give_up_on(target, State::Broken, format!("is out of order: {error}"));
+            }
+            _ => {
+                self.log.error(format!("{name} cannot be frozen: {error}"));
                 self.fail(FreezeError::Failed {
                     name: name.clone(),
-                    source,
+                    source: error,
                 });
             }
         }
     }
 
-    fn unfreezable(&self, target: &Target) {
-        let name = &target.name;
-        if self.strict {
-            self.fail(FreezeError::Unfreezable { name: name.clone() });
-            return;
-        }
-        match self.ops.sync(target.as_fd()) {
-            Ok(()) => {
-                *target.state() = State::Synced;
-                self.log.warning(format!(
-                    "{name} has no means to freeze: synced instead, writes to it go on"
-                ));
-            }
-            Err(source) => self.fail(FreezeError::Failed {
-                name: name.clone(),
-                source,
-            }),
+    /// Whether what is busy is waited for, or has been for long enough.
+    fn is_patient(&self) -> bool {
+        lock(&self.busy_until).is_none_or(|until| Instant::now() < until)
+    }
+
+    /// Leaves one out.
+    fn give_up_on(&self, target: &Target, state: State, why: String) {
+        let name = target.name.clone();
+        *target.state() = state;
+        if self.limits.strict {
+            self.fail(FreezeError::Strict { name, why });
+        } else {
+            self.log.warning(format!("{name} {why}; it is left out"));
         }
     }
 
-    fn thaw_one(&self, _: usize, target: &Target) {
+    /// Thaws one that will be frozen again, so that it may be thawed already.
+    fn take_back(&self, target: &Target) {
+        let State::Ours { took, .. } = *target.state() else {
+            return;
+        };
+        match self.door.thaw(target.as_fd()) {
+            Err(source) if !is(&source, Errno::EINVAL) => {
+                let name = target.name.clone();
+                self.fail(FreezeError::Failed { name, source });
+            }
+            _ => *target.state() = State::Thawed { took },
+        }
+    }
+
+    /// Finds out whether others have thawed meanwhile what they had frozen.
+    fn ask_foreign(&self) {
+        for target in &self.targets {
+            if *target.state() == State::Foreign && self.door.freeze(target.as_fd()).is_ok() {
+                // It is nobody's any more. If it cannot be thawed, that is the news.
+                *target.state() = State::Ours {
+                    since: Instant::now(),
+                    took: Duration::ZERO,
+                };
+                let name = &target.name;
+                self.log
+                    .error(format!("{name} had been thawed by whoever froze it"));
+                lock(&self.early).push(name.clone());
+            }
+        }
+    }
+
+    fn thaw_one(&self, target: &Target) {
         let State::Ours { since, took } = *target.state() else {
             return;
         };
         let name = &target.name;
-        let result = self.ops.thaw(target.as_fd());
+        let result = self.door.thaw(target.as_fd());
         let stood = since.elapsed().as_secs_f64();
-        match result.map_err(|e| (e.raw_os_error().map(Errno::from_raw), e)) {
+        match result {
             Ok(()) => {
                 *target.state() = State::Thawed { took };
                 self.log
                     .info(format!("{name} thawed, was frozen for {stood:.6} s"));
             }
-            Err((Some(Errno::EINVAL), _)) if self.abort.load(Ordering::SeqCst) => {
+            Err(e) if is(&e, Errno::EINVAL) && self.abort.load(Ordering::SeqCst) => {
                 *target.state() = State::Thawed { took };
                 self.log.info(format!(
                     "{name} is thawed already, was frozen for at most {stood:.6} s"
                 ));
             }
-            Err((Some(Errno::EINVAL), _)) => {
+            Err(e) if is(&e, Errno::EINVAL) => {
                 *target.state() = State::Thawed { took };
                 self.log
                     .error(format!("{name} had been thawed by somebody else before"));
                 lock(&self.early).push(name.clone());
             }
-            Err((_, source)) => {
+            Err(source) => {
                 // It stays ours, so that it is tried again when the session is dropped.
                 self.log.error(format!("{name} cannot be thawed: {source}"));
                 lock(&self.thaw_failure).get_or_insert(ThawError::Failed {
@@ -488,6 +956,10 @@ impl Work {
             }
         }
     }
+}
+
+fn is(error: &io::Error, errno: Errno) -> bool {
+    error.raw_os_error() == Some(errno as i32)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -500,196 +972,4 @@ fn ms(time: Duration) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::logbook::Sink;
-    use std::collections::BTreeMap;
-    use std::os::fd::AsRawFd;
-
-    /// Records calls, and fails those it was told to fail. Descriptors stand for file systems.
-    #[derive(Default)]
-    struct Double {
-        calls: Mutex<Vec<(&'static str, usize)>>,
-        numbers: BTreeMap<i32, usize>,
-        failures: BTreeMap<(&'static str, usize), Errno>,
-    }
-
-    impl Double {
-        fn call(&self, what: &'static str, fd: BorrowedFd<'_>) -> io::Result<()> {
-            let number = self.numbers[&fd.as_raw_fd()];
-            lock(&self.calls).push((what, number));
-            match self.failures.get(&(what, number)) {
-                Some(errno) => Err((*errno).into()),
-                None => Ok(()),
-            }
-        }
-    }
-
-    impl FsOps for Double {
-        fn sync(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-            self.call("sync", fd)
-        }
-        fn freeze(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-            self.call("freeze", fd)
-        }
-        fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-            self.call("thaw", fd)
-        }
-    }
-
-    struct Setup {
-        double: Arc<Double>,
-        session: Session,
-        abort: Arc<AtomicBool>,
-        foreign: Arc<Mutex<Vec<usize>>>,
-    }
-
-    /// File systems 0, 1, ... in the given waves, worked on by one thread at a time.
-    fn setup(waves: &[usize], failures: &[(&'static str, usize, Errno)], strict: bool) -> Setup {
-        let mut double = Double::default();
-        let mut targets = Vec::new();
-        for (number, wave) in waves.iter().enumerate() {
-            let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
-            double.numbers.insert(fd.as_raw_fd(), number);
-            let dev = DevId::default();
-            targets.push(Target::new(dev, format!("/fs{number}"), *wave, fd));
-        }
-        for (what, number, errno) in failures {
-            double.failures.insert((what, *number), *errno);
-        }
-        let double = Arc::new(double);
-        let abort = Arc::new(AtomicBool::new(false));
-        let foreign = Arc::new(Mutex::new(Vec::new()));
-        let heard = Arc::clone(&foreign);
-        let session = Session::new(
-            targets,
-            double.clone(),
-            Logbook::new(Sink::Memory),
-            Limits {
-                strict,
-                parallel: 1,
-                write_back: 1,
-            },
-            Arc::clone(&abort),
-            Box::new(move |index| lock(&heard).push(index)),
-        );
-        Setup {
-            double,
-            session: session.unwrap(),
-            abort,
-            foreign,
-        }
-    }
-
-    fn calls(setup: &Setup) -> Vec<(&'static str, usize)> {
-        lock(&setup.double.calls).clone()
-    }
-
-    #[test]
-    fn waves_are_frozen_in_order_and_thawed_in_reverse() {
-        let s = setup(&[1, 0, 2], &[], false);
-        s.session.sync();
-        let summary = s.session.freeze().unwrap();
-        assert_eq!(summary.ours, 3);
-        s.session.thaw().unwrap();
-        let sync = [("sync", 1), ("sync", 0), ("sync", 2)];
-        let freeze = [("freeze", 1), ("freeze", 0), ("freeze", 2)];
-        let thaw = [("thaw", 2), ("thaw", 0), ("thaw", 1)];
-        assert_eq!(calls(&s), [sync, freeze, thaw].concat());
-    }
-
-    #[test]
-    fn how_long_a_freeze_took_is_known_when_it_is_over() {
-        let s = setup(&[0, 0], &[("freeze", 1, Errno::EBUSY)], false);
-        s.session.freeze().unwrap();
-        s.session.thaw().unwrap();
-        let known = s.session.targets().iter().map(|t| t.took().is_some());
-        assert_eq!(known.collect::<Vec<_>>(), [true, false]);
-    }
-
-    #[test]
-    fn a_failure_thaws_what_was_frozen_and_nothing_else() {
-        let s = setup(&[0, 1, 2], &[("freeze", 1, Errno::EIO)], false);
-        let error = s.session.freeze().unwrap_err();
-        assert!(matches!(error, FreezeError::Failed { .. }), "{error}");
-        assert_eq!(calls(&s), [("freeze", 0), ("freeze", 1), ("thaw", 0)]);
-    }
-
-    #[test]
-    fn what_somebody_else_froze_counts_and_stays_theirs() {
-        let s = setup(&[0, 0], &[("freeze", 1, Errno::EBUSY)], false);
-        let summary = s.session.freeze().unwrap();
-        assert_eq!((summary.ours, summary.foreign), (1, 1));
-        assert_eq!(*lock(&s.foreign), [1]);
-        s.session.thaw().unwrap();
-        assert!(!calls(&s).contains(&("thaw", 1)));
-    }
-
-    #[test]
-    fn what_cannot_freeze_is_synced_unless_strict() {
-        let failures = [("freeze", 1, Errno::EOPNOTSUPP)];
-        let s = setup(&[0, 0], &failures, false);
-        let summary = s.session.freeze().unwrap();
-        assert_eq!((summary.ours, summary.synced), (1, 1));
-        assert!(calls(&s).contains(&("sync", 1)));
-
-        let s = setup(&[0, 0], &failures, true);
-        let error = s.session.freeze().unwrap_err();
-        assert!(matches!(error, FreezeError::Unfreezable { .. }), "{error}");
-        assert!(calls(&s).contains(&("thaw", 0)));
-    }
-
-    #[test]
-    fn an_early_thaw_by_somebody_else_is_named() {
-        let s = setup(&[0, 0], &[("thaw", 0, Errno::EINVAL)], false);
-        s.session.freeze().unwrap();
-        let error = s.session.thaw().unwrap_err();
-        assert!(error.to_string().ends_with(": /fs0"), "{error}");
-        assert!(calls(&s).contains(&("thaw", 1)));
-    }
-
-    /// Makes the session remember how long each freeze took.
-    fn with_usual(mut setup: Setup, usual: &[Option<u64>]) -> Setup {
-        let work = Arc::get_mut(&mut setup.session.work).unwrap();
-        for (target, ms) in work.targets.iter_mut().zip(usual) {
-            target.usual = ms.map(Duration::from_millis);
-        }
-        setup
-    }
-
-    #[test]
-    fn what_is_usually_quick_begins_after_what_is_slow_or_new() {
-        let s = with_usual(
-            setup(&[0; 4], &[], false),
-            &[Some(5), Some(600), None, Some(40)],
-        );
-        s.session.freeze().unwrap();
-        let order = [("freeze", 2), ("freeze", 1), ("freeze", 3), ("freeze", 0)];
-        assert_eq!(calls(&s), order);
-    }
-
-    #[test]
-    fn nobody_waits_for_a_slow_one_that_has_ended() {
-        // An hour is how long the test would take.
-        let s = with_usual(setup(&[0; 2], &[], false), &[Some(1), Some(3_600_000)]);
-        s.session.freeze().unwrap();
-        assert_eq!(calls(&s), [("freeze", 1), ("freeze", 0)]);
-    }
-
-    #[test]
-    fn dropping_a_session_thaws() {
-        let s = setup(&[0, 1], &[], false);
-        s.session.freeze().unwrap();
-        let double = Arc::clone(&s.double);
-        drop(s);
-        assert_eq!(lock(&double.calls)[2..], [("thaw", 1), ("thaw", 0)]);
-    }
-
-    #[test]
-    fn a_freeze_that_is_called_off_freezes_nothing() {
-        let s = setup(&[0, 1], &[], false);
-        s.abort.store(true, Ordering::SeqCst);
-        assert!(matches!(s.session.freeze(), Err(FreezeError::Aborted)));
-        assert_eq!(calls(&s), []);
-    }
-}
+mod tests;

@@ -5,29 +5,31 @@
 //! The daemon hands it a copy of each descriptor before the first freeze ([`Guard::arm`]). From
 //! then on the guard thaws everything when the daemon dies (its end of the socket closes, or its
 //! first thread is gone while another still hangs in the kernel) and when the deadline passes,
-//! whatever the daemon does. It reads no table and looks up no path: it knows descriptors, waves
-//! and times, and not what a host is. All that it needs to thaw, threads included, is there before
-//! anything is frozen, since when the daemon falls to the OOM killer there may be no memory.
+//! whatever the daemon does, and at once when the daemon says so. It reads no table and looks up no
+//! path of a disk: it knows descriptors, waves and times, and not what a host is. How it thaws is in
+//! [`crate::rescue`].
+//!
+//! It lives in a session of its own and blocks every signal, so that nothing but SIGKILL, sent to it
+//! alone, takes it before its time. What was not handed over whole is not guarded: then it ends, which
+//! the daemon takes for its death.
 //!
 //! The messages are packets on a Unix socket: a `Message`, for `ADD` and `START` followed by the
 //! wave of each descriptor to thaw as a `u32`.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::SigSet;
 use nix::sys::socket::{
     sendmsg, socketpair, AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType,
 };
@@ -36,7 +38,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::freeze::Target;
 use crate::process;
-use crate::record::{Lock, RecordFile, RunDir};
+use crate::record::{Lock, RunDir};
+use crate::rescue::{self, Crew, Member, Rescue};
 use crate::sys;
 
 /// The name of the guard on the command line of `hv_vss_daemon`; not for people.
@@ -44,8 +47,8 @@ pub const SUBCOMMAND: &str = "guard";
 
 /// Daemon to guard: descriptors that are about to be frozen, more than fit into one message.
 const ADD: u32 = 1;
-/// Daemon to guard: the first freeze follows. Carries the deadline, and as descriptors the record,
-/// the lock and what is about to be frozen.
+/// Daemon to guard: the first freeze follows. Carries the deadline, and as descriptors the lock and
+/// what is about to be frozen.
 const START: u32 = 2;
 /// Daemon to guard: one of them is not the daemon's to thaw.
 const FORGET: u32 = 3;
@@ -57,21 +60,16 @@ const DONE: u32 = 5;
 const READY: u32 = 6;
 /// Guard to daemon: the deadline has passed, everything is being thawed.
 const OVERDUE: u32 = 7;
+/// Daemon to guard: thaw everything now. The daemon does as well, but it may be held up.
+const RELEASE: u32 = 8;
 
-/// Descriptors in `START` that are not to be thawed: record and lock.
-const OWN_DESCRIPTORS: usize = 2;
+/// Descriptors in `START` that are not to be thawed: the lock.
+const OWN_DESCRIPTORS: usize = 1;
 
 /// How long a guard may take to start.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often the guard looks after the daemon while something is frozen.
 const TICK: Duration = Duration::from_millis(100);
-/// How often while it thaws.
-const THAW_TICK: Duration = Duration::from_millis(10);
-/// How long one wave may hold up the thaw of the next.
-const WAVE_LIMIT: Duration = Duration::from_millis(150);
-/// Threads that wait to thaw; more are started when all of them hang.
-const THREADS: usize = 8;
-const STACK_BYTES: usize = 32 * 1024;
 
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -157,7 +155,6 @@ impl Guard {
         &self,
         targets: &[Target],
         deadline: Duration,
-        record: &RecordFile,
         lock: &Lock,
         for_host: bool,
     ) -> Result<(), GuardError> {
@@ -168,7 +165,7 @@ impl Guard {
             self.hand_over(ADD, 0, chunk, &[], 0)?;
             rest = later;
         }
-        let own = [record.file.as_raw_fd(), lock.as_raw_fd()];
+        let own = [lock.as_raw_fd()];
         let deadline = (boot_time() + deadline).as_nanos() as u64;
         self.hand_over(START, for_host.into(), rest, &own, deadline)
     }
@@ -200,6 +197,11 @@ impl Guard {
     /// Says that no further freeze will follow.
     pub fn frozen(&self) -> Result<(), GuardError> {
         self.tell(FROZEN, 0)
+    }
+
+    /// Has it thaw everything now, and whatever becomes frozen from now on until [`Guard::done`].
+    pub fn release(&self) -> Result<(), GuardError> {
+        self.tell(RELEASE, 0)
     }
 
     /// Says that everything is thawed.
@@ -289,15 +291,11 @@ fn boot_time() -> Duration {
 pub fn main(run: &Path) -> Result<(), GuardError> {
     // Only a name for ps(1): the program was started by way of /proc/self/exe.
     let _ = nix::sys::prctl::set_name(c"hv_vss_guard");
-    // A service manager that stops all processes at once must not take the guard before the
-    // daemon; it ends when the daemon does.
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-        signals.add(signal);
-    }
-    signals
-        .thread_block()
-        .map_err(|e| GuardError::Start(e.into()))?;
+    // What is sent to the daemon's group or session, or by a service manager to all processes at once,
+    // must not take the guard before the daemon; it ends when the daemon does.
+    nix::unistd::setsid().map_err(|e| GuardError::Start(e.into()))?;
+    let signals = SigSet::all().thread_block();
+    signals.map_err(|e| GuardError::Start(e.into()))?;
     // Without privilege none of this succeeds, and neither does a freeze.
     let _ = process::escape_oom_killer();
     let _ = process::go_along();
@@ -324,13 +322,6 @@ pub fn main(run: &Path) -> Result<(), GuardError> {
     watch.run()
 }
 
-/// One descriptor in the guard's hands.
-struct Member {
-    fd: OwnedFd,
-    wave: u32,
-    forgotten: AtomicBool,
-}
-
 /// What was handed over for one freeze.
 #[derive(Default)]
 struct Armed {
@@ -341,16 +332,17 @@ struct Armed {
 }
 
 impl Armed {
-    fn add(&mut self, fds: Vec<OwnedFd>, waves: &[u8]) {
+    /// False when not all have come that were announced.
+    fn add(&mut self, fds: Vec<OwnedFd>, waves: &[u8]) -> bool {
         let waves = waves.chunks_exact(size_of::<u32>());
-        let members = fds.into_iter().zip(waves).map(|(fd, wave)| {
-            Arc::new(Member {
-                fd,
-                wave: u32::read_from_bytes(wave).unwrap_or(0),
-                forgotten: AtomicBool::new(false),
-            })
-        });
+        if fds.len() != waves.len() {
+            return false;
+        }
+        let wave = |bytes| u32::read_from_bytes(bytes).unwrap_or(0);
+        let members = fds.into_iter().zip(waves);
+        let members = members.map(|(fd, bytes)| Member::new(fd, wave(bytes)));
         self.members.extend(members);
+        true
     }
 }
 
@@ -358,10 +350,13 @@ impl Armed {
 struct Started {
     deadline: Duration,
     for_host: bool,
-    record: File,
     /// Held until everything is thawed.
     _lock: OwnedFd,
     rescue: Rescue,
+    /// For what the daemon may have frozen after the rescue, before it died.
+    last_rescue: Option<Rescue>,
+    /// The daemon has asked for it.
+    released: bool,
     stage: Stage,
 }
 
@@ -401,9 +396,7 @@ impl Watch<'_> {
             if self.must_thaw() {
                 self.begin_rescue();
             }
-            self.continue_rescue();
-            let stage = self.armed.started.as_ref().map(|it| it.stage);
-            if self.gone && matches!(stage, None | Some(Stage::Thawed)) {
+            if self.continue_rescue() {
                 self.close_record();
                 return Ok(());
             }
@@ -415,7 +408,7 @@ impl Watch<'_> {
             None => return PollTimeout::NONE,
             Some(started) => match started.stage {
                 Stage::Watching => started.deadline.saturating_sub(boot_time()).min(TICK),
-                Stage::Thawing => THAW_TICK,
+                Stage::Thawing => rescue::TICK,
                 Stage::Thawed => return PollTimeout::NONE,
             },
         };
@@ -435,25 +428,37 @@ impl Watch<'_> {
             return;
         };
         match message.kind {
-            ADD => self.armed.add(fds, waves),
+            ADD => self.gone |= !self.armed.add(fds, waves),
             START if fds.len() >= OWN_DESCRIPTORS => {
                 let targets = fds.split_off(OWN_DESCRIPTORS);
-                self.armed.add(targets, waves);
-                if let (Some(lock), Some(record)) = (fds.pop(), fds.pop()) {
-                    self.armed.started = Some(Started {
-                        deadline: Duration::from_nanos(message.value),
-                        for_host: message.for_host != 0,
-                        record: record.into(),
-                        _lock: lock,
-                        rescue: Rescue::new(&self.armed, &self.crew),
-                        stage: Stage::Watching,
-                    });
-                }
+                let Some(lock) = fds.pop().filter(|_| self.armed.add(targets, waves)) else {
+                    self.lose_daemon();
+                    return;
+                };
+                let Armed {
+                    members, settled, ..
+                } = &self.armed;
+                let rescue = || Rescue::new(members, settled, &self.crew);
+                self.armed.started = Some(Started {
+                    deadline: Duration::from_nanos(message.value),
+                    for_host: message.for_host != 0,
+                    _lock: lock,
+                    rescue: rescue(),
+                    last_rescue: Some(rescue()),
+                    released: false,
+                    stage: Stage::Watching,
+                });
             }
+            START => self.lose_daemon(),
             FORGET => {
                 let member = self.armed.members.get(message.value as usize);
                 if let Some(member) = member {
-                    member.forgotten.store(true, Ordering::SeqCst);
+                    member.forget();
+                }
+            }
+            RELEASE => {
+                if let Some(started) = &mut self.armed.started {
+                    started.released = true;
                 }
             }
             FROZEN => self.armed.settled.store(true, Ordering::SeqCst),
@@ -471,8 +476,11 @@ impl Watch<'_> {
         let Some(started) = &self.armed.started else {
             return false;
         };
-        started.stage == Stage::Watching
-            && (self.gone || self.daemon_dead || boot_time() >= started.deadline)
+        started.stage == Stage::Watching && (self.gone || self.daemon_dead || self.is_due(started))
+    }
+
+    fn is_due(&self, started: &Started) -> bool {
+        started.released || boot_time() >= started.deadline
     }
 
     /// Whether the daemon was killed although its end of the socket is still open: that end closes
@@ -486,11 +494,12 @@ impl Watch<'_> {
     }
 
     fn begin_rescue(&mut self) {
-        if let Some(started) = &mut self.armed.started {
-            started.stage = Stage::Thawing;
-            started.rescue.begin();
-        }
-        if !self.gone {
+        let Some(started) = &mut self.armed.started else {
+            return;
+        };
+        started.stage = Stage::Thawing;
+        started.rescue.begin();
+        if !self.gone && !started.released {
             let overdue = Message {
                 kind: OVERDUE,
                 ..Message::default()
@@ -500,13 +509,27 @@ impl Watch<'_> {
         }
     }
 
-    fn continue_rescue(&mut self) {
+    /// Goes on with a rescue, if one is under way. True when the daemon is gone and nothing is left
+    /// frozen.
+    fn continue_rescue(&mut self) -> bool {
         let Some(started) = &mut self.armed.started else {
-            return;
+            return self.gone;
         };
         if started.stage == Stage::Thawing && started.rescue.advance() {
             started.stage = Stage::Thawed;
             started.rescue.end();
+        }
+        if !self.gone || started.stage != Stage::Thawed {
+            return false;
+        }
+        match started.last_rescue.take() {
+            None => true,
+            Some(last) => {
+                started.rescue = last;
+                started.rescue.begin();
+                started.stage = Stage::Thawing;
+                false
+            }
         }
     }
 
@@ -515,30 +538,21 @@ impl Watch<'_> {
         let Some(started) = &self.armed.started else {
             return;
         };
-        // When this fails, the record still lists what was frozen, and the next start finds all
+        // When one of these fails, the record still lists what was frozen, and the next start finds all
         // of it thawed: the same word, only longer.
-        let _ = if started.for_host {
-            started.record.set_len(0).map_err(|_| ())
-        } else {
-            self.run.remove().map_err(|_| ())
+        let word = match started.for_host {
+            true => self.run.leave_word("the daemon died while it had frozen"),
+            false => Ok(()),
         };
+        let _ = word.and_then(|()| self.run.remove());
     }
 
     /// Goes through everything that a rescue needs, so that its pages are in memory: a thaw that
     /// fails, the look at the daemon.
     fn rehearse(&mut self) {
         if let Ok(fd) = File::open("/proc/self/stat") {
-            let member = Member {
-                fd: fd.into(),
-                wave: 0,
-                forgotten: AtomicBool::new(false),
-            };
-            let armed = Armed {
-                members: vec![Arc::new(member)],
-                ..Armed::default()
-            };
-            armed.settled.store(true, Ordering::SeqCst);
-            let mut rescue = Rescue::new(&armed, &self.crew);
+            let settled = Arc::new(AtomicBool::new(true));
+            let mut rescue = Rescue::new(&[Member::new(fd.into(), 0)], &settled, &self.crew);
             rescue.begin();
             while !rescue.advance() {
                 let _ = wait_readable_unless(self.socket, true, PollTimeout::from(1u8));
@@ -557,221 +571,5 @@ fn wait_readable_unless(fd: BorrowedFd<'_>, deaf: bool, limit: PollTimeout) -> i
     match poll(&mut [], limit) {
         Ok(_) | Err(Errno::EINTR) => Ok(false),
         Err(e) => Err(e.into()),
-    }
-}
-
-/// The threads that thaw. They live as long as the guard and wait for a rescue.
-#[derive(Default)]
-struct Crew {
-    state: Mutex<CrewState>,
-    /// A rescue begins, or somebody is free again.
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct CrewState {
-    /// The rescue that is under way.
-    rescue: Option<Arc<Shared>>,
-    /// How many wait for one.
-    free: usize,
-}
-
-impl Crew {
-    fn start() -> io::Result<Arc<Self>> {
-        let crew = Arc::new(Crew::default());
-        let no_file_system = Arc::new(File::open("/proc/self/stat")?);
-        for _ in 0..THREADS {
-            let (one, no_file_system) = (Arc::clone(&crew), Arc::clone(&no_file_system));
-            let builder = thread::Builder::new().stack_size(STACK_BYTES);
-            builder.spawn(move || {
-                // It cannot be thawed; this is for the pages of the thread's stack.
-                let _ = sys::thaw(no_file_system.as_fd());
-                one.wait_and_work();
-            })?;
-        }
-        let incomplete = |state: &mut CrewState| state.free < THREADS;
-        let all = crew.changed.wait_while(crew.lock(), incomplete);
-        drop(all.unwrap_or_else(PoisonError::into_inner));
-        Ok(crew)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, CrewState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait_and_work(&self) {
-        loop {
-            let mut state = self.lock();
-            state.free += 1;
-            self.changed.notify_all();
-            let rescue = loop {
-                if let Some(rescue) = &state.rescue {
-                    break Arc::clone(rescue);
-                }
-                let woken = self.changed.wait(state);
-                state = woken.unwrap_or_else(PoisonError::into_inner);
-            };
-            state.free -= 1;
-            drop(state);
-            rescue.work();
-        }
-    }
-
-    /// Sets all who are free to work; returns how many.
-    fn begin(&self, rescue: &Arc<Shared>) -> usize {
-        let mut state = self.lock();
-        state.rescue = Some(Arc::clone(rescue));
-        self.changed.notify_all();
-        state.free
-    }
-
-    fn end(&self, rescue: &Shared) {
-        // First, so that nobody who comes back from it finds it here.
-        self.lock().rescue = None;
-        rescue.lock().closed = true;
-    }
-}
-
-/// Thaws everything, the last wave first, without ever waiting for what hangs. Made before there is
-/// anything to thaw, so that no memory is wanted then.
-struct Rescue {
-    crew: Arc<Crew>,
-    shared: Arc<Shared>,
-    /// The waves not yet begun, first to last.
-    waves: Vec<Vec<Arc<Member>>>,
-    wave_began: Instant,
-    threads: usize,
-    most_threads: usize,
-}
-
-struct Shared {
-    queue: Mutex<Queue>,
-    settled: Arc<AtomicBool>,
-}
-
-#[derive(Default)]
-struct Queue {
-    waiting: VecDeque<Arc<Member>>,
-    /// Threads that are inside the kernel with one.
-    busy: usize,
-    closed: bool,
-}
-
-impl Rescue {
-    fn new(armed: &Armed, crew: &Arc<Crew>) -> Self {
-        let mut waves: Vec<Vec<Arc<Member>>> = Vec::new();
-        for member in &armed.members {
-            let wave = member.wave as usize;
-            if waves.len() <= wave {
-                waves.resize(wave + 1, Vec::new());
-            }
-            if let Some(wave) = waves.get_mut(wave) {
-                wave.push(Arc::clone(member));
-            }
-        }
-        Rescue {
-            crew: Arc::clone(crew),
-            shared: Arc::new(Shared {
-                queue: Mutex::new(Queue {
-                    waiting: VecDeque::with_capacity(armed.members.len()),
-                    ..Queue::default()
-                }),
-                settled: Arc::clone(&armed.settled),
-            }),
-            waves,
-            wave_began: Instant::now(),
-            threads: 0,
-            most_threads: armed.members.len(),
-        }
-    }
-
-    fn begin(&mut self) {
-        self.threads = self.crew.begin(&self.shared);
-    }
-
-    fn end(&self) {
-        self.crew.end(&self.shared);
-    }
-
-    /// Does what is due. True when everything is thawed that was frozen.
-    fn advance(&mut self) -> bool {
-        let (idle, waiting, busy) = {
-            let queue = self.shared.lock();
-            let idle = queue.waiting.is_empty() && queue.busy == 0;
-            (idle, queue.waiting.len(), queue.busy)
-        };
-        if idle || self.wave_began.elapsed() > WAVE_LIMIT {
-            match self.waves.pop() {
-                Some(wave) => {
-                    self.shared.lock().waiting.extend(wave);
-                    self.wave_began = Instant::now();
-                }
-                None if idle => return true,
-                None => {}
-            }
-        }
-        if waiting > 0 && busy >= self.threads && self.threads < self.most_threads {
-            self.start_thread();
-        }
-        false
-    }
-
-    fn start_thread(&mut self) {
-        self.threads += 1;
-        let shared = Arc::clone(&self.shared);
-        let builder = thread::Builder::new().stack_size(STACK_BYTES);
-        if builder.spawn(move || shared.work()).is_err() {
-            // No memory for a thread: then here, at the risk that it hangs.
-            self.shared.attempt_one();
-        }
-    }
-}
-
-impl Drop for Rescue {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn work(&self) {
-        while !self.lock().closed {
-            if !self.attempt_one() {
-                thread::sleep(THAW_TICK);
-            }
-        }
-    }
-
-    /// Tries to thaw one. False when there is nothing to do at the moment.
-    fn attempt_one(&self) -> bool {
-        let member = {
-            let mut queue = self.lock();
-            let Some(member) = queue.waiting.pop_front() else {
-                return false;
-            };
-            queue.busy += 1;
-            member
-        };
-        // Read before the attempt: what is not frozen now could otherwise become so in between.
-        let settled = self.settled.load(Ordering::SeqCst);
-        let over = member.forgotten.load(Ordering::SeqCst)
-            || match sys::thaw(member.fd.as_fd()).map_err(|e| e.raw_os_error()) {
-                Ok(()) => true,
-                // Not frozen: not any more, or not yet.
-                Err(Some(libc::EINVAL)) => settled,
-                // It cannot freeze either, and nobody without privilege has frozen anything.
-                Err(Some(libc::ENOTTY | libc::EOPNOTSUPP | libc::EPERM)) => true,
-                Err(_) => false,
-            };
-        let mut queue = self.lock();
-        queue.busy -= 1;
-        if !over {
-            queue.waiting.push_back(member);
-        }
-        over
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! One freeze from end to end: look, plan, open, sync, freeze, wait, thaw.
+//! The recipe of one freeze: gather, sync, freeze, wait, thaw.
 //!
 //! All of this may take long or hang (a look-up below a dead network mount, a freeze behind a
 //! security agent), and the event loop must stay able to answer the host. So for a backup it
@@ -8,53 +8,45 @@
 //! callback. Between backups that thread has a plan ready for the next one. It knows no host and no
 //! frames.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
 use std::sync::Arc;
 use std::thread::Builder;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use crate::backup::Begun;
+use crate::cache::{Cache, GatherError, Gathered};
 use crate::config::Config;
-use crate::freeze::{FreezeError, Kernel, Limits, Session, Summary, Target, ThawError};
-use crate::guard::{Guard, GuardError};
-use crate::logbook::{words, Logbook, Sink};
-use crate::machine::{LookError, Machine, Ways};
+use crate::door::Door;
+use crate::fifreeze::Unguarded;
+use crate::freeze::{FreezeError, Learnt, Limits, Means, Session, Summary, Target, ThawError};
+use crate::logbook::{Held, Logbook, Sink};
 use crate::mounts::DevId;
-use crate::open::{open_file_system, OpenError};
-use crate::plan::{plan, FileSystem, Plan};
-use crate::record::{Entry, Lock, Record, RecordError, RecordFile, RunDir};
+use crate::pool::Pool;
+use crate::progress::{Progress, Stage};
 use crate::sys;
-use crate::watch::Watch;
 
-/// How often the machine is looked at anew when it changed between reading and opening.
-const ATTEMPTS: usize = 5;
-/// Dirty pages on the whole machine (1 MiB) up to which it counts as clean.
-const CLEAN_PAGES: u64 = 256;
+/// Dirty pages on the whole machine (64 KiB) up to which it counts as clean.
+const CLEAN_PAGES: u64 = 16;
+/// How long what somebody else has frozen is waited for.
+const BUSY_PATIENCE: Duration = Duration::from_secs(5);
+/// How long at least those that are frozen wait for one that is not yet.
+const LAG: Duration = Duration::from_millis(30);
 /// Enough for the look-ups; everything large is on the heap.
 const STACK_BYTES: usize = 256 * 1024;
 
 /// Why a freeze did not come about. Nothing is frozen then.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
-    /// What is mounted could not be found out.
+    /// What is to be frozen could not be had.
     #[error(transparent)]
-    Look(#[from] LookError),
-    /// A file system could not be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
+    Gather(#[from] GatherError),
     /// No threads.
     #[error("cannot start the threads that freeze")]
     Threads(#[source] io::Error),
-    /// Somebody else freezes, or `/run` cannot be used.
-    #[error(transparent)]
-    Record(#[from] RecordError),
-    /// Without a guard nothing is frozen.
-    #[error(transparent)]
-    Guard(#[from] GuardError),
     /// The freeze itself failed.
     #[error(transparent)]
     Freeze(#[from] FreezeError),
@@ -67,205 +59,103 @@ pub struct Setting {
     pub config: Arc<Config>,
     /// Where to say what happens.
     pub log: Logbook,
-    /// Who thaws if this process cannot.
-    pub guard: Arc<Guard>,
-    /// Whether a host waits, as against a rehearsal.
-    pub for_host: bool,
+    /// Through which it freezes.
+    pub door: Arc<dyn Door>,
+    /// Set at any time, it ends the freeze.
+    pub abort: Arc<AtomicBool>,
+    /// Where to show what it is at.
+    pub progress: Arc<Progress>,
 }
 
-/// Makes the plan for the machine as it is.
-pub fn make_plan(config: &Config) -> Result<(Machine, Plan), LookError> {
-    let machine = Machine::look()?;
-    let plan = plan_of(&machine, config);
-    Ok((machine, plan))
-}
-
-fn plan_of(machine: &Machine, config: &Config) -> Plan {
-    plan(&machine.mounts, &machine.topology, &|f| config.excludes(f))
-}
-
-/// What is known, or open, before it is needed.
-struct Prepared {
-    plan: Option<(Vec<Vec<FileSystem>>, Watch)>,
-    /// How long the freeze of each file system took the last time.
-    usual: BTreeMap<DevId, Duration>,
+/// Whoever freezes, with all that is known, or open, or running, before it is needed.
+pub struct Freezer {
+    cache: Cache,
+    learnt: Learnt,
+    pool: Arc<Pool>,
     /// `/proc/vmstat`.
     vmstat: Option<File>,
 }
 
-impl Prepared {
-    fn new() -> Self {
-        Prepared {
-            plan: None,
-            usual: BTreeMap::new(),
+impl Freezer {
+    /// One who knows nothing yet.
+    #[expect(clippy::new_without_default, reason = "it opens a file")]
+    pub fn new() -> Self {
+        Freezer {
+            cache: Cache::default(),
+            learnt: Learnt::default(),
+            pool: Arc::default(),
             vmstat: File::open("/proc/vmstat").ok(),
         }
     }
 
-    /// Makes a plan, unless the one that is there still holds. Nothing comes of it where a later
-    /// change would go unnoticed; then each freeze makes its own.
-    fn prepare(&mut self, config: &Config) {
-        if self.ways().is_some() {
-            return;
-        }
-        self.plan = Watch::look().and_then(|(mut watch, machine)| {
-            let Plan { waves, left_out } = plan_of(&machine, config);
-            watch
-                .mind(&machine.ways, &left_out)
-                .then_some((waves, watch))
-        });
-    }
-
-    /// The way to what is planned, if the plan still holds.
-    fn ways(&self) -> Option<(&[Vec<FileSystem>], Ways)> {
-        let (waves, watch) = self.plan.as_ref()?;
-        Some((waves, watch.unchanged()?))
-    }
-}
-
-/// Plans, and opens everything that is to be frozen.
-fn gather(config: &Config, log: &Logbook, prepared: &Prepared) -> Result<Vec<Target>, JobError> {
-    let mut targets = open_planned(config, log, prepared)?;
-    for target in &mut targets {
-        target.usual = prepared.usual.get(&target.dev).copied();
-    }
-    Ok(targets)
-}
-
-fn open_planned(
-    config: &Config,
-    log: &Logbook,
-    prepared: &Prepared,
-) -> Result<Vec<Target>, JobError> {
-    if let Some((waves, ways)) = prepared.ways() {
-        // A mount that was moved is in its table as before, but not where it was.
-        if let Ok(targets) = open_all(&ways, waves, config.strict, log) {
-            return Ok(targets);
+    /// Has the plan for the next backup ready, and says which rules do nothing.
+    fn look_over(&mut self, config: &Config, log: &Logbook) {
+        // Why there is no plan is said when one is needed.
+        for rule in self.cache.prepare(config).unwrap_or_default() {
+            log.warning(format!("the rule to {rule} matches no file system"));
         }
     }
-    let mut attempt = 1;
-    loop {
-        let (machine, plan) = make_plan(config)?;
-        match open_all(&machine.ways, &plan.waves, config.strict, log) {
-            Ok(targets) => return Ok(targets),
-            // Something was unmounted meanwhile, most likely.
-            Err(_) if attempt < ATTEMPTS => attempt += 1,
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
 
-fn open_all(
-    ways: &Ways,
-    waves: &[Vec<FileSystem>],
-    strict: bool,
-    log: &Logbook,
-) -> Result<Vec<Target>, OpenError> {
-    let mut targets = Vec::new();
-    for (wave, members) in waves.iter().enumerate() {
-        for file_system in members {
-            let name = file_system.to_string();
-            match open_file_system(ways, file_system) {
-                Ok(fd) => targets.push(Target::new(file_system.dev, name, wave, fd)),
-                Err(error) if error.is_broken() && !strict => {
-                    log.warning(format!("{error}; it is out of order and left out"));
-                }
-                Err(error) => return Err(error),
+    /// Freezes everything that a plan for the machine as it is now says. The log is held by whoever
+    /// calls, and speaks only as long as nothing is frozen.
+    pub fn freeze(&mut self, setting: &Setting) -> Result<Frozen, JobError> {
+        let Setting {
+            config,
+            log,
+            door,
+            abort,
+            progress,
+        } = setting;
+        let Gathered { targets, missing } = self.cache.gather(config)?;
+        for it in missing {
+            log.warning(it.to_string());
+        }
+        let targets = targets.into_iter();
+        let targets: Vec<Target> = targets
+            .map(|it| Target::new(it.dev, it.name, it.wave, it.fd))
+            .collect();
+        let means = Means {
+            door: Arc::clone(door),
+            log: log.clone(),
+            limits: Limits {
+                strict: config.strict,
+                parallel: config.parallel,
+                write_back: config.write_back,
+                give_up: config.give_up,
+                patience: BUSY_PATIENCE,
+                lag: LAG,
+            },
+            abort: Arc::clone(abort),
+            progress: Arc::clone(progress),
+            pool: Arc::clone(&self.pool),
+        };
+        let session = Session::new(targets, means, &self.learnt).map_err(JobError::Threads)?;
+        if self.is_worth_a_sync() {
+            // It may take long, and nothing is frozen yet.
+            log.aloud(|| session.sync(&self.learnt));
+        }
+        let summary = session.freeze(&mut self.learnt)?;
+        if summary.ours + summary.foreign == 0 {
+            if config.strict {
+                session.disarm();
+                return Err(FreezeError::Nothing.into());
             }
+            log.warning("nothing at all is frozen: no file system was found that can be");
         }
+        Ok(Frozen { session, summary })
     }
-    Ok(targets)
-}
 
-/// A freeze in force, with all that has to be undone after it.
-pub struct Frozen {
-    session: Session,
-    /// How many ended how.
-    pub summary: Summary,
-    setting: Setting,
-    run: RunDir,
-    record: RecordFile,
-    lock: Lock,
-}
-
-/// Freezes everything that a plan for the machine as it is now says. The log is held from just
-/// before the first freeze at the latest.
-pub fn freeze_all(setting: &Setting, abort: &Arc<AtomicBool>) -> Result<Frozen, JobError> {
-    freeze_prepared(setting, abort, &Prepared::new())
-}
-
-fn freeze_prepared(
-    setting: &Setting,
-    abort: &Arc<AtomicBool>,
-    prepared: &Prepared,
-) -> Result<Frozen, JobError> {
-    let Setting {
-        config, log, guard, ..
-    } = setting;
-    let run = RunDir::new(&config.run_dir);
-    let lock = run.lock()?;
-    let limits = Limits {
-        strict: config.strict,
-        parallel: config.parallel,
-        write_back: config.write_back,
-    };
-    let foreign_guard = Arc::clone(guard);
-    let on_foreign = move |index| {
-        // A guard that is gone thaws nothing, so there is nothing it would have to forget.
-        let _ = foreign_guard.forget(index);
-    };
-    let session = Session::new(
-        gather(config, log, prepared)?,
-        Arc::new(Kernel),
-        log.clone(),
-        limits,
-        Arc::clone(abort),
-        Box::new(on_foreign),
-    )
-    .map_err(JobError::Threads)?;
-    if is_worth_a_sync(prepared) {
-        // It may take long, and nothing is frozen yet.
-        log.release();
-        session.sync();
+    /// Whether so much is dirty that writing it back beforehand makes the freeze shorter. With little,
+    /// the freeze writes it as fast, and the sync would only delay it.
+    fn is_worth_a_sync(&self) -> bool {
+        // The kernel makes up as much of the text as is read, and both counters stand near its
+        // beginning.
+        let mut text = [0; 1024];
+        let vmstat = self.vmstat.as_ref();
+        let read = vmstat.and_then(|file| file.read_at(&mut text, 0).ok());
+        let text = text.get(..read.unwrap_or(0)).unwrap_or_default();
+        dirty_pages(text).is_none_or(|pages| pages > CLEAN_PAGES)
     }
-    let record = run.write(&record_of(&session, setting.for_host, |_| true), &lock)?;
-    log.hold();
-    let frozen = guard
-        .arm(
-            session.targets(),
-            config.deadline,
-            &record,
-            &lock,
-            setting.for_host,
-        )
-        .map_err(JobError::from)
-        .and_then(|()| Ok(session.freeze()?));
-    match frozen {
-        Ok(summary) => Ok(Frozen {
-            session,
-            summary,
-            setting: setting.clone(),
-            run,
-            record,
-            lock,
-        }),
-        Err(error) => {
-            drop(session);
-            clean_up(guard, &run, log);
-            Err(error)
-        }
-    }
-}
-
-/// Whether so much is dirty that writing it back beforehand makes the freeze shorter. With little,
-/// the freeze writes it as fast, and the sync would only delay it.
-fn is_worth_a_sync(prepared: &Prepared) -> bool {
-    // The kernel makes up as much of the text as is read, and both counters stand near its beginning.
-    let mut text = [0; 1024];
-    let vmstat = prepared.vmstat.as_ref();
-    let read = vmstat.and_then(|file| file.read_at(&mut text, 0).ok());
-    let text = text.get(..read.unwrap_or(0)).unwrap_or_default();
-    dirty_pages(text).is_none_or(|pages| pages > CLEAN_PAGES)
 }
 
 /// Pages that are to be written back or being so, from (the beginning of) `/proc/vmstat`.
@@ -281,48 +171,38 @@ fn dirty_pages(vmstat: &[u8]) -> Option<u64> {
     counter("nr_dirty")?.checked_add(counter("nr_writeback")?)
 }
 
-fn record_of(session: &Session, for_host: bool, listed: fn(&Target) -> bool) -> Record {
-    let targets = session.targets().iter().filter(|t| listed(t));
-    Record {
-        pid: std::process::id(),
-        for_host,
-        frozen: targets
-            .map(|t| Entry {
-                dev: t.dev,
-                name: t.name.clone(),
-            })
-            .collect(),
-    }
-}
-
-/// After the thaw: nothing for the guard to do, nothing for the record to say.
-fn clean_up(guard: &Guard, run: &RunDir, log: &Logbook) {
-    // A guard that is gone is noticed, and replaced, by whoever watches it.
-    let _ = guard.done();
-    if let Err(error) = run.remove() {
-        log.warning(words(&error));
-    }
+/// A freeze in force, with all that has to be undone after it.
+pub struct Frozen {
+    session: Session,
+    /// How many ended how.
+    summary: Summary,
 }
 
 impl Frozen {
-    /// Tells the guard that no further freeze follows, and takes from the record what is not
-    /// frozen or not ours. Apart from [`freeze_all`] because the host need not wait for it.
+    fn begun(&self) -> Begun {
+        let Summary {
+            ours,
+            foreign,
+            synced,
+            left_out,
+        } = self.summary;
+        let counts = format!(
+            "{ours} frozen, {foreign} frozen by others, {synced} only synced, {left_out} left out"
+        );
+        Begun {
+            since: self.session.armed_at(),
+            counts,
+        }
+    }
+
+    /// What need not be done before the host knows.
     pub fn settle(&self) {
-        let Setting {
-            guard,
-            log,
-            for_host,
-            ..
-        } = &self.setting;
-        // A guard that is gone is noticed by whoever watches it.
-        let _ = guard.frozen();
-        if self.summary.foreign + self.summary.synced == 0 {
-            return;
-        }
-        let ours = record_of(&self.session, *for_host, Target::is_ours);
-        if let Err(error) = self.record.rewrite(&ours) {
-            log.warning(words(&error));
-        }
+        self.session.settle();
+    }
+
+    /// Names what others have thawed since.
+    pub fn look_after(&self) -> Vec<String> {
+        self.session.look_after()
     }
 
     /// Thaws what was frozen. Everything is tried, whatever fails. [`Frozen::tidy`] is to follow.
@@ -330,16 +210,10 @@ impl Frozen {
         self.session.thaw()
     }
 
-    /// Gives up what is needed only as long as anything is frozen: the guard's part, the record, the
-    /// lock. It takes a while, which nobody need wait for.
+    /// Gives up what is needed only as long as anything is frozen. It takes a while, which nobody need
+    /// wait for.
     pub fn tidy(self) {
-        if self.session.targets().iter().any(Target::is_ours) {
-            // That stays in the guard's hands and in the record, and nothing else may be frozen
-            // beside it: the lock is kept until this process ends.
-            std::mem::forget(self.lock);
-        } else {
-            clean_up(&self.setting.guard, &self.run, &self.setting.log);
-        }
+        self.session.disarm();
     }
 }
 
@@ -348,21 +222,25 @@ impl Frozen {
 pub fn warm_up() -> io::Result<()> {
     let fd = File::open("/proc/self/stat")?;
     let target = Target::new(DevId::default(), "warm-up".into(), 0, fd.into());
-    let limits = Limits {
-        strict: false,
-        parallel: 2,
-        write_back: 2,
+    let mut learnt = Learnt::default();
+    let means = Means {
+        door: Arc::new(Unguarded),
+        log: Logbook::new(Sink::Memory),
+        limits: Limits {
+            strict: false,
+            parallel: 2,
+            write_back: 2,
+            give_up: Duration::from_secs(1),
+            patience: Duration::ZERO,
+            lag: LAG,
+        },
+        abort: Arc::default(),
+        progress: Arc::default(),
+        pool: Arc::default(),
     };
-    let session = Session::new(
-        vec![target],
-        Arc::new(Kernel),
-        Logbook::new(Sink::Memory),
-        limits,
-        Arc::default(),
-        Box::new(|_| {}),
-    )?;
+    let session = Session::new(vec![target], means, &learnt)?;
     // It fails to freeze anything, which is the point.
-    let _ = session.freeze();
+    let _ = session.freeze(&mut learnt);
     let _ = session.thaw();
     Ok(())
 }
@@ -372,7 +250,9 @@ pub fn warm_up() -> io::Result<()> {
 pub enum Outcome {
     /// The freeze has ended, one way or the other. After a failure nothing is frozen and the job
     /// is over.
-    Frozen(Result<Summary, JobError>),
+    Frozen(Result<Begun, JobError>),
+    /// Others have thawed these.
+    Lost(Vec<String>),
     /// The thaw has ended, and with it the job.
     Thawed(Result<(), ThawError>),
 }
@@ -384,7 +264,7 @@ pub struct Worker {
 }
 
 enum Order {
-    Prepare(Arc<Config>),
+    Prepare(Arc<Config>, Logbook),
     Backup(Box<Backup>),
 }
 
@@ -397,7 +277,6 @@ enum Word {
 
 struct Backup {
     setting: Setting,
-    abort: Arc<AtomicBool>,
     words: Receiver<Word>,
     /// Dropped when nothing more is to be done for it.
     over: Sender<()>,
@@ -409,11 +288,11 @@ impl Worker {
     pub fn start() -> io::Result<Self> {
         let (sender, orders) = channel();
         let body = move || {
-            let mut prepared = Prepared::new();
+            let mut freezer = Freezer::new();
             while let Ok(order) = orders.recv() {
                 match order {
-                    Order::Prepare(config) => prepared.prepare(&config),
-                    Order::Backup(backup) => backup.run(&mut prepared),
+                    Order::Prepare(config, log) => freezer.look_over(&config, &log),
+                    Order::Backup(backup) => backup.run(&mut freezer),
                 }
             }
         };
@@ -423,57 +302,90 @@ impl Worker {
     }
 
     /// Has a plan made for the next backup, unless the last one still holds.
-    pub fn prepare(&self, config: &Arc<Config>) {
+    pub fn prepare(&self, config: &Arc<Config>, log: &Logbook) {
         // Without a worker the next backup fails, and that is where it is said.
-        let _ = self.orders.send(Order::Prepare(Arc::clone(config)));
+        let order = Order::Prepare(Arc::clone(config), log.clone());
+        let _ = self.orders.send(order);
     }
 
-    /// Begins a backup. `tell` is called from the worker's thread. `None` when that has died.
-    pub fn begin(&self, setting: Setting, tell: impl Fn(Outcome) + Send + 'static) -> Option<Job> {
+    /// Begins a backup, for which the log is held. `tell` is called from the worker's thread. `None`
+    /// when that has died.
+    pub fn begin(
+        &self,
+        setting: Setting,
+        held: Held,
+        tell: impl Fn(Outcome) + Send + 'static,
+    ) -> Option<Job> {
         let (speaker, words) = channel();
         let (sender, over) = channel();
-        let abort = Arc::new(AtomicBool::new(false));
         let backup = Backup {
-            setting,
-            abort: Arc::clone(&abort),
+            setting: setting.clone(),
             words,
             over: sender,
             tell: Box::new(tell),
         };
         self.orders.send(Order::Backup(Box::new(backup))).ok()?;
         Some(Job {
+            setting,
             speaker,
-            abort,
             over,
+            held,
         })
     }
 }
 
 impl Backup {
-    fn run(self, prepared: &mut Prepared) {
-        match freeze_prepared(&self.setting, &self.abort, prepared) {
+    fn run(self, freezer: &mut Freezer) {
+        match freezer.freeze(&self.setting) {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
             Ok(frozen) => {
-                (self.tell)(Outcome::Frozen(Ok(frozen.summary)));
-                // The loss of whoever could say it means the same as the word to thaw.
-                while let Ok(Word::Settle) = self.words.recv() {
-                    frozen.settle();
-                }
+                (self.tell)(Outcome::Frozen(Ok(frozen.begun())));
+                self.wait(&frozen);
                 (self.tell)(Outcome::Thawed(frozen.thaw()));
-                let targets = frozen.session.targets().iter();
-                prepared.usual = targets.filter_map(|t| Some((t.dev, t.took()?))).collect();
                 frozen.tidy();
             }
         }
-        drop(self.over);
+        let Backup { setting, over, .. } = self;
+        // The door is closed before anybody hears that it is over.
+        drop(setting);
+        drop(over);
+    }
+
+    /// Waits for the word to thaw.
+    fn wait(&self, frozen: &Frozen) {
+        let every = self.setting.door.watched_every();
+        // At the deadline the guard thaws, and that must be that.
+        let until = frozen.session.armed_at() + self.setting.config.deadline;
+        loop {
+            let watched = every.filter(|pause| Instant::now() + *pause * 4 < until);
+            let word = match watched {
+                None => self
+                    .words
+                    .recv()
+                    .map_err(|_| RecvTimeoutError::Disconnected),
+                Some(pause) => self.words.recv_timeout(pause),
+            };
+            match word {
+                Ok(Word::Settle) => frozen.settle(),
+                // The loss of whoever could say it means the same as the word to thaw.
+                Ok(Word::Thaw) | Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {
+                    let lost = frozen.look_after();
+                    if !lost.is_empty() {
+                        (self.tell)(Outcome::Lost(lost));
+                    }
+                }
+            }
+        }
     }
 }
 
-/// A backup under way.
+/// A backup under way. The log is held until this is gone.
 pub struct Job {
+    setting: Setting,
     speaker: Sender<Word>,
-    abort: Arc<AtomicBool>,
     over: Receiver<()>,
+    held: Held,
 }
 
 impl Job {
@@ -492,16 +404,41 @@ impl Job {
         let _ = self.speaker.send(word);
     }
 
+    /// What it is at.
+    pub fn progress(&self) -> &Progress {
+        &self.setting.progress
+    }
+
     /// Calls the freeze off, under way or in force; what is frozen is thawed.
-    pub fn abort(&self) {
-        self.abort.store(true, Ordering::SeqCst);
+    pub fn call_off(&self) {
+        let Setting {
+            abort,
+            door,
+            log,
+            progress,
+            ..
+        } = &self.setting;
+        abort.store(true, Ordering::SeqCst);
         self.thaw();
+        if progress.stage() == Stage::Freezing {
+            door.let_go();
+        } else {
+            // Whatever hangs there, nothing is frozen, nor will be: it can be said at once.
+            let mut text = format!("called off: {}", progress.words(Instant::now()));
+            if progress.stage() == Stage::Syncing {
+                text.push_str(". How long that may take is up to the host, and to the module");
+                text.push_str(" (freeze_timeout_ms)");
+            }
+            log.warning(text);
+            log.aloud(|| ());
+        }
     }
 
     /// Waits for the end of a job that has told its last outcome.
     pub fn join(self) {
         // Nothing is ever said there; it closes.
         let _ = self.over.recv();
+        drop(self.held);
         sys::give_back_memory();
     }
 }

@@ -3,19 +3,28 @@
 //! Freezes and thaws the file systems of a Linux guest when its Hyper-V host takes a backup.
 //!
 //! The order of reading is the order of a request: [`device`] carries frames from and to the
-//! kernel, [`service`] is the event loop that decides what happens, [`job`] is one backup from end
-//! to end, [`machine`] looks at what is mounted ([`mounts`], [`namespaces`]) and on what it stands
-//! ([`topology`]), [`plan`] turns that into an order (a pure function), [`open`] gets a descriptor
-//! for each file system, and [`freeze`] does the work on them. [`guard`] is the process that thaws
-//! when all of this cannot, and [`record`] what is left behind for the next start.
+//! kernel, [`service`] is the event loop, and [`backup`] decides what happens, as a machine without I/O.
+//! [`job`] is one backup from end to end: [`machine`] looks at what is mounted ([`mounts`],
+//! [`namespaces`]) and on what it stands ([`topology`]), [`plan`] turns that into an order (a pure
+//! function), [`open`] gets a descriptor for each file system, [`cache`] does both beforehand as far as
+//! [`watch`] sees no change, and [`freeze`] does the work on them, through a [`door`]. Behind that is the
+//! module ([`held`]), or where the module has no such thing [`fifreeze`] with its [`guard`], the process
+//! that thaws when all of this cannot, and a [`record`], from which [`recovery`] undoes what is left after a
+//! death.
 //!
 //! It knows nothing of VMBus: what the host says arrives as frames of `uapi/hv_vss.rs`.
 
+pub mod backup;
+pub mod cache;
 pub mod commands;
 pub mod config;
+pub mod control;
 pub mod device;
+pub mod door;
+pub mod fifreeze;
 pub mod freeze;
 pub mod guard;
+pub mod held;
 pub mod job;
 pub mod logbook;
 pub mod machine;
@@ -25,8 +34,12 @@ pub mod open;
 pub mod plan;
 pub mod pool;
 pub mod process;
+pub mod progress;
 pub mod record;
+pub mod recovery;
+pub mod rescue;
 pub mod service;
+pub mod superblocks;
 pub mod sys;
 pub mod topology;
 pub mod watch;

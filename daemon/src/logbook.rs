@@ -3,18 +3,21 @@
 //! The daemon's log: words for an operator, never written while something is frozen.
 //!
 //! A log line that goes to a frozen disk (or to a journal that is on one) would block the daemon
-//! behind its own freeze. So [`Logbook::hold`] makes it keep its lines in memory, with the time
-//! each was said at, and [`Logbook::release`] writes them out after the thaw. It does not know what
-//! the lines mean.
+//! behind its own freeze. So for as long as there is a [`Held`] the lines are kept in memory, with the
+//! time each was said at, and they are written out when it is dropped, after the thaw. It does not
+//! know what the lines mean.
 
 use std::io::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use nix::sys::stat::fstat;
 use nix::syslog::{self, Facility, LogFlags, Severity};
 
-/// Held lines beyond this are counted, not kept: the memory for them is set aside beforehand.
+/// Of the lines that are held beyond this, those of the normal course are counted, not kept.
 const MAX_HELD: usize = 4096;
+/// Room for so many is set aside before anything is frozen.
+const FIRST_HELD: usize = 256;
 
 /// How grave a line is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +35,8 @@ pub enum Level {
 pub enum Sink {
     /// Standard error, one line each.
     Stderr,
+    /// Standard error, when that is the journal: each line begins with its priority (sd-daemon(3)).
+    Journal,
     /// The system log, facility `daemon`.
     Syslog,
     /// Memory only, read back with [`Logbook::held`]: for tests.
@@ -74,25 +79,34 @@ impl Logbook {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From here on each line is stamped with the seconds since `start`, as part of backup `number`.
-    pub fn begin_backup(&self, number: u64, start: Instant) {
+    /// From here on each line is stamped with the seconds since `start`, as part of backup `number`,
+    /// and kept in memory, until what is returned is dropped.
+    pub fn hold(&self, number: u64, start: Instant) -> Held {
         self.inner().backup = Some((number, start));
+        self.keep();
+        Held(self.clone())
     }
 
-    /// Ends the stamping that [`Logbook::begin_backup`] began.
-    pub fn end_backup(&self) {
-        self.inner().backup = None;
-    }
-
-    /// Keeps all further lines in memory, which is reserved here, before anything is frozen.
-    pub fn hold(&self) {
+    fn keep(&self) {
         let mut inner = self.inner();
         inner.holding = true;
-        inner.held.reserve(256);
+        inner.held.reserve(FIRST_HELD);
     }
 
-    /// Writes out what was held and stops holding. To be called only when nothing is frozen.
-    pub fn release(&self) {
+    /// Writes out what is held, and then does `step`, which may take long and says what it does as it
+    /// goes. To be called only while nothing is frozen.
+    pub fn aloud<T>(&self, step: impl FnOnce() -> T) -> T {
+        let held = self.inner().holding;
+        self.release();
+        let result = step();
+        if held {
+            self.keep();
+        }
+        result
+    }
+
+    /// Writes out what is held and stops holding, once nothing is frozen.
+    fn release(&self) {
         let (sink, lines, dropped) = {
             let mut inner = self.inner();
             if inner.sink == Sink::Memory {
@@ -131,7 +145,8 @@ impl Logbook {
         self.say(Level::Info, text.as_ref());
     }
 
-    fn say(&self, level: Level, text: &str) {
+    /// Says something as grave as that.
+    pub fn say(&self, level: Level, text: &str) {
         let mut inner = self.inner();
         let line = match inner.backup {
             Some((number, start)) => {
@@ -144,12 +159,49 @@ impl Logbook {
             let sink = inner.sink;
             drop(inner);
             write(sink, level, &line);
-        } else if inner.held.len() < MAX_HELD {
-            inner.held.push((level, line));
         } else {
-            inner.dropped += 1;
+            inner.keep(level, line);
         }
     }
+}
+
+impl Inner {
+    /// Keeps a line, and a grave one whatever there is already.
+    fn keep(&mut self, level: Level, line: String) {
+        if self.held.len() >= MAX_HELD {
+            self.dropped += 1;
+            let least = self
+                .held
+                .iter()
+                .position(|(level, _)| *level == Level::Info);
+            match least.filter(|_| level != Level::Info) {
+                Some(least) => drop(self.held.remove(least)),
+                None if level == Level::Info => return,
+                // Nothing is dropped for it: all there is is as grave.
+                None => self.dropped -= 1,
+            }
+        }
+        self.held.push((level, line));
+    }
+}
+
+/// The log, held. It is written out when this is dropped: nothing may be frozen by then.
+#[must_use]
+pub struct Held(Logbook);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.inner().backup = None;
+        self.0.release();
+    }
+}
+
+/// Whether standard error is the journal of systemd, which then says so (systemd.exec(5)).
+pub fn stderr_is_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
+        return false;
+    };
+    fstat(std::io::stderr()).is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
 /// An error with its causes, in one line.
@@ -177,14 +229,22 @@ fn write(sink: Sink, level: Level, line: &str) {
             let text = format!("hv_vss_daemon: {word}{line}\n");
             let _ = std::io::stderr().write_all(text.as_bytes());
         }
-        Sink::Syslog => {
-            let severity = match level {
-                Level::Error => Severity::LOG_ERR,
-                Level::Warning => Severity::LOG_WARNING,
-                Level::Info => Severity::LOG_INFO,
-            };
-            let _ = syslog::syslog(severity, line);
+        Sink::Journal => {
+            let priority = severity_of(level) as u8;
+            let text = format!("<{priority}>{line}\n");
+            let _ = std::io::stderr().write_all(text.as_bytes());
         }
+        Sink::Syslog => {
+            let _ = syslog::syslog(severity_of(level), line);
+        }
+    }
+}
+
+fn severity_of(level: Level) -> Severity {
+    match level {
+        Level::Error => Severity::LOG_ERR,
+        Level::Warning => Severity::LOG_WARNING,
+        Level::Info => Severity::LOG_INFO,
     }
 }
 
@@ -195,9 +255,9 @@ mod tests {
     #[test]
     fn lines_of_a_backup_carry_its_clock_and_are_held() {
         let log = Logbook::new(Sink::Memory);
-        log.begin_backup(7, Instant::now());
+        let held = log.hold(7, Instant::now());
         log.warning("/data cannot be frozen");
-        log.end_backup();
+        drop(held);
         log.info("idle");
         let held = log.held();
         assert_eq!(held.len(), 2);
@@ -208,12 +268,28 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_is_counted_not_kept() {
+    fn a_flood_is_counted_not_kept_and_no_error_drowns_in_it() {
         let log = Logbook::new(Sink::Memory);
-        for _ in 0..MAX_HELD + 3 {
+        log.info("first");
+        for _ in 0..MAX_HELD + 2 {
             log.info("again");
         }
-        assert_eq!(log.held().len(), MAX_HELD);
-        assert_eq!(log.inner().dropped, 3);
+        log.error("it hangs");
+        let held = log.held();
+        assert_eq!(held.len(), MAX_HELD);
+        assert_eq!(log.inner().dropped, 4);
+        assert_eq!(held[0].1, "again");
+        assert_eq!(held[MAX_HELD - 1], (Level::Error, "it hangs".into()));
+    }
+
+    #[test]
+    fn nothing_grave_is_dropped_for_something_grave() {
+        let log = Logbook::new(Sink::Memory);
+        for _ in 0..MAX_HELD + 5 {
+            log.error("again");
+        }
+        log.info("again");
+        assert_eq!(log.held().len(), MAX_HELD + 5);
+        assert_eq!(log.inner().dropped, 1);
     }
 }

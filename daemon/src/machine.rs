@@ -6,6 +6,7 @@
 //! and is dropped before anything is frozen. What follows from what it saw is decided in
 //! [`crate::plan`].
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -15,7 +16,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::mounts::{self, Mount, MountsError};
 use crate::namespaces::Namespaces;
-use crate::topology::{self, Topology, ANONYMOUS_TYPES};
+use crate::superblocks::{self, Entry};
+use crate::topology::{self, Topology};
 
 /// Why the machine cannot be looked at.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +31,9 @@ pub enum LookError {
     /// The other namespaces cannot be found.
     #[error("cannot find the mount namespaces")]
     Namespaces(#[source] std::io::Error),
+    /// Which superblocks are alive cannot be found out.
+    #[error("cannot read what /sys/fs says of file systems")]
+    Superblocks(#[source] std::io::Error),
     /// One of them cannot be read, so that there may be file systems nobody knows of.
     #[error("cannot look into another mount namespace")]
     Enter(#[source] std::io::Error),
@@ -45,9 +50,9 @@ pub struct Ways {
 
 /// What was seen, and the way to it.
 #[derive(Debug)]
-pub struct Machine {
+pub struct Machine<W = Ways> {
     /// The way.
-    pub ways: Ways,
+    pub ways: W,
     /// The tables of all namespaces; of the others only what is on block devices.
     pub mounts: Vec<Mount>,
     /// What the block devices stand on.
@@ -57,7 +62,13 @@ pub struct Machine {
 impl Machine {
     /// Reads everything anew.
     pub fn look() -> Result<Self, LookError> {
-        let proc = open_proc()?;
+        Self::look_through(Arc::new(open_proc()?))
+    }
+
+    /// The same for who has a procfs open already.
+    pub fn look_through(proc: Arc<OwnedFd>) -> Result<Self, LookError> {
+        // Before the tables: what vanishes in between is shown by none and has to be open still.
+        let alive = alive()?;
         let namespaces = Namespaces::find().map_err(LookError::Namespaces)?;
         let mut mounts = mounts::read(proc.as_fd(), 0)?;
         for number in 1..=namespaces.count() {
@@ -66,26 +77,28 @@ impl Machine {
                 .map_err(LookError::Enter)??;
             mounts.extend(of_interest(seen));
         }
-        let topology = topology::read(&mounts);
+        let topology = topology::read(&mounts, &superblocks::of(&alive));
         Ok(Machine {
-            ways: Ways {
-                proc: Arc::new(proc),
-                namespaces,
-            },
+            ways: Ways { proc, namespaces },
             mounts,
             topology,
         })
     }
 }
 
-fn open_proc() -> Result<OwnedFd, LookError> {
+/// Opens the root of procfs.
+pub fn open_proc() -> Result<OwnedFd, LookError> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     open("/proc", flags, Mode::empty()).map_err(|e| LookError::Proc(e.into()))
 }
 
 /// Of another namespace's table the rest (overlay, proc, tmpfs, ...) is of no interest.
 fn of_interest(table: Vec<Mount>) -> impl Iterator<Item = Mount> {
-    table.into_iter().filter(on_block_device)
+    table.into_iter().filter(Mount::is_on_disks)
+}
+
+fn alive() -> Result<BTreeSet<Entry>, LookError> {
+    superblocks::entries(&superblocks::types_on_devices()).map_err(LookError::Superblocks)
 }
 
 /// All that a plan is made from, as it was read, for keeping: the same table gives the same plan.
@@ -114,7 +127,7 @@ impl Table {
             let lines = text.split(|&b| b == b'\n').filter(|line| !line.is_empty());
             table.namespaces.push(lines.map(mounts::escape).collect());
         }
-        table.topology = topology::read(&table.mounts()?);
+        table.topology = topology::read(&table.mounts()?, &superblocks::of(&alive()?));
         Ok(table)
     }
 
@@ -130,9 +143,4 @@ impl Table {
         }
         Ok(mounts)
     }
-}
-
-/// Whether a mount's superblock is on a block device of this machine.
-pub fn on_block_device(mount: &Mount) -> bool {
-    mount.dev.major != 0 || ANONYMOUS_TYPES.contains(&mount.fs_type.as_str())
 }

@@ -9,12 +9,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{value_parser, Arg, ArgAction, ArgMatches, Command};
-use hv_vss_daemon::commands::{self, By, Recovered, Stop};
-use hv_vss_daemon::config::Config;
-use hv_vss_daemon::device::Device;
-use hv_vss_daemon::logbook::{words, Logbook, Sink};
+use hv_vss_daemon::commands::{self, Stop};
+use hv_vss_daemon::config::{Config, ConfigError};
+use hv_vss_daemon::logbook::{stderr_is_journal, words, Logbook, Sink};
+use hv_vss_daemon::record::RunDir;
 use hv_vss_daemon::service::{self, Service};
-use hv_vss_daemon::{guard, job, process, sys};
+use hv_vss_daemon::{guard, job, process, recovery, sys};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -48,6 +48,11 @@ fn command() -> Command {
         .help("Print, as JSON, the mount tables and block devices that the plan is made from")
         .action(ArgAction::SetTrue)
         .conflicts_with("json");
+    let run_dir = Arg::new("run-dir")
+        .long("run-dir")
+        .value_name("PATH")
+        .help("The run_dir of whoever froze [default: wherever a daemon may have kept its record]")
+        .value_parser(value_parser!(PathBuf));
     let time = Arg::new("for")
         .long("for")
         .value_name("TIME")
@@ -68,12 +73,15 @@ fn command() -> Command {
             Command::new("freeze")
                 .about("Rehearse: freeze as for a backup, wait, thaw")
                 .arg(time),
-            Command::new("thaw").about("Thaw what an unfinished freeze left frozen"),
+            Command::new("thaw")
+                .about("Thaw what an unfinished freeze left frozen")
+                .arg(run_dir),
         ])
 }
 
 fn main() -> ExitCode {
     sys::use_one_heap();
+    process::abort_on_panic();
     // Not for people, and started with as little memory as can be, so before all else.
     let mut args = std::env::args_os().skip(1);
     if args.next().is_some_and(|a| a == guard::SUBCOMMAND) {
@@ -99,20 +107,29 @@ fn exit_with(result: Result<(), Failure>) -> ExitCode {
 
 fn dispatch() -> Result<(), Failure> {
     let matches = command().get_matches();
-    let config = Config::load(matches.get_one::<PathBuf>("config").map(PathBuf::as_path))?;
+    let config = Config::load(matches.get_one::<PathBuf>("config").map(PathBuf::as_path));
     match matches.subcommand() {
         Some(("list", list)) => {
             let text = match list.get_flag("table") {
                 true => commands::table()?,
-                false => commands::list(&config, list.get_flag("json"))?,
+                false => commands::list(&config?, list.get_flag("json"))?,
             };
             Ok(std::io::stdout().write_all(text.as_bytes())?)
         }
         Some(("freeze", freeze)) => {
             let time = freeze.get_one("for").copied().unwrap_or_default();
-            rehearse(config, time)
+            rehearse(config?, time)
         }
-        Some(("thaw", _)) => thaw(&config),
+        Some(("thaw", thaw)) => {
+            need_root()?;
+            let log = Logbook::new(foreground_sink());
+            if let Err(error) = &config {
+                log.warning(format!("{}; going on without", words(error)));
+            }
+            let asked_for = thaw.get_one("run-dir").cloned();
+            let places = recovery::places(asked_for, config.as_ref());
+            Ok(commands::thaw(&places, &log)?)
+        }
         Some((_, run)) => serve(
             run,
             config,
@@ -122,35 +139,51 @@ fn dispatch() -> Result<(), Failure> {
     }
 }
 
-fn serve(matches: &ArgMatches, config: Config, foreground: bool) -> Result<(), Failure> {
+fn foreground_sink() -> Sink {
+    match stderr_is_journal() {
+        true => Sink::Journal,
+        false => Sink::Stderr,
+    }
+}
+
+fn serve(
+    matches: &ArgMatches,
+    config: Result<Config, ConfigError>,
+    foreground: bool,
+) -> Result<(), Failure> {
     let path = matches
         .get_one::<PathBuf>("device")
         .cloned()
         .unwrap_or_default();
+    let config = match config {
+        Ok(config) => config,
+        Err(error) => {
+            // Whatever is wrong with it, nothing stays frozen for that.
+            let log = Logbook::new(foreground_sink());
+            for run in recovery::places(None, Err(&error)) {
+                if let Err(error) = recovery::thaw(&run, &log, recovery::By::Start) {
+                    log.error(words(&error));
+                }
+            }
+            return Err(error.into());
+        }
+    };
     // Before going to the background, so that whoever starts it sees why it cannot run.
-    let device = match Device::open(&path) {
-        Err(error) if error.is_busy() && commands::owner_has_ended(&config) => None,
-        other => Some(other?),
+    let log = Logbook::new(foreground_sink());
+    let run = RunDir::new(&config.run_dir);
+    let device = service::open_device(&path, &run, &log)?;
+    let log = match foreground {
+        true => log,
+        false => {
+            nix::unistd::daemon(false, false)?;
+            Logbook::new(Sink::Syslog)
+        }
     };
-    if !foreground {
-        nix::unistd::daemon(false, false)?;
-    }
-    let sink = if foreground {
-        Sink::Stderr
-    } else {
-        Sink::Syslog
-    };
-    let log = Logbook::new(sink);
-    harden(&log)?;
-    let device = match device {
-        Some(device) => device,
-        None => service::take_over(&path, &config, &log)?,
-    };
-    let service = Service::new(device, &path, config, log.clone());
-    service
-        .and_then(Service::run)
-        .inspect_err(|error| log.error(words(error)))?;
-    Ok(())
+    let service = harden(&log).and_then(|()| {
+        let service = Service::new(device, &path, config, log.clone())?;
+        Ok(service.run()?)
+    });
+    service.inspect_err(|error| log.error(words(error.as_ref())))
 }
 
 fn need_root() -> Result<(), Failure> {
@@ -175,7 +208,7 @@ fn harden(log: &Logbook) -> Result<(), Failure> {
 }
 
 fn rehearse(config: Config, time: Duration) -> Result<(), Failure> {
-    let log = Logbook::new(Sink::Stderr);
+    let log = Logbook::new(foreground_sink());
     harden(&log)?;
     let stop = Stop::default();
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
@@ -186,15 +219,4 @@ fn rehearse(config: Config, time: Duration) -> Result<(), Failure> {
         }
     });
     Ok(commands::freeze_for(config, &log, time, &stop)?)
-}
-
-fn thaw(config: &Config) -> Result<(), Failure> {
-    need_root()?;
-    let log = Logbook::new(Sink::Stderr);
-    match commands::thaw(config, &log, By::Operator)? {
-        Recovered::Nothing => log.info("nothing is recorded as frozen"),
-        Recovered::CutShort { .. } => log.info("all that was recorded as frozen is thawed"),
-        Recovered::InUse => log.warning("thawed under a process that is still there"),
-    }
-    Ok(())
 }

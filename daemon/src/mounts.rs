@@ -6,11 +6,12 @@
 //! the difference between a mount's and a superblock's options) is put right here. It looks at no
 //! path and opens nothing but the table itself.
 
-use std::ffi::OsString;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use nix::fcntl::{openat, OFlag};
@@ -122,6 +123,56 @@ pub struct Mount {
     pub source: Option<OsString>,
     /// Whether the *superblock* is writable, whatever this mount's own options are.
     pub writable: bool,
+    /// Whether this mount itself was made for writing.
+    pub for_writing: bool,
+    /// Whether the way to its path leads through nothing that another machine or a program has to
+    /// answer for: the look-up cannot be refused or hang there.
+    pub walkable: bool,
+    /// Whether another mount lies over it, or over a folder on the way, so that its path leads
+    /// elsewhere.
+    pub hidden: bool,
+    /// What the file system says of itself: options by name, with their values where they have one.
+    pub options: BTreeMap<String, OsString>,
+}
+
+/// Types whose superblock has an anonymous number although it is on disks, and that can be frozen.
+const ANONYMOUS_TYPES: [&str; 2] = ["btrfs", "bcachefs"];
+/// The same, but nothing can hold them (OpenZFS has neither hook that FIFREEZE wants).
+const NEVER_HELD: &str = "zfs";
+/// Types without a device below which a look-up is the kernel's own affair: memory, and layers.
+const WALKED: [&str; 9] = [
+    "tmpfs", "ramfs", "devtmpfs", "rootfs", "proc", "sysfs", "autofs", "overlay", "aufs",
+];
+
+impl Mount {
+    /// Whether its superblock is on disks of this machine.
+    pub fn is_on_disks(&self) -> bool {
+        let fs_type = self.fs_type.as_str();
+        self.dev.major != 0 || ANONYMOUS_TYPES.contains(&fs_type) || !self.can_be_held()
+    }
+
+    /// False for what is on disks and known to have no means to freeze.
+    pub fn can_be_held(&self) -> bool {
+        self.fs_type != NEVER_HELD
+    }
+
+    /// Whether a look-up inside of it asks nobody but the kernel.
+    fn is_walked(&self) -> bool {
+        let fs_type = self.fs_type.as_str();
+        WALKED.contains(&fs_type) || self.is_on_disks() && fs_type != "fuseblk"
+    }
+
+    /// Whether the whole file system is mounted here, or a whole subvolume of it, and not a folder or
+    /// a file inside.
+    pub fn is_whole(&self) -> bool {
+        let whole = self.option("subvol").unwrap_or(OsStr::new("/"));
+        self.root.as_os_str() == whole
+    }
+
+    /// The value of an option of the superblock, empty for one that has none.
+    pub fn option(&self, name: &str) -> Option<&OsStr> {
+        self.options.get(name).map(OsString::as_os_str)
+    }
 }
 
 /// Where the kernel shows a thread the table of the namespace that it is in.
@@ -157,11 +208,80 @@ pub fn read_text(proc: BorrowedFd<'_>, namespace: usize) -> Result<Vec<u8>, Moun
 
 /// Takes a whole table apart.
 pub fn parse(text: &[u8], namespace: usize) -> Result<Vec<Mount>, MountsError> {
-    text.split(|&b| b == b'\n')
+    let mut mounts = text
+        .split(|&b| b == b'\n')
         .enumerate()
         .filter(|(_, line)| !line.is_empty())
         .map(|(index, line)| parse_line(line, index + 1, namespace))
-        .collect()
+        .collect::<Result<Vec<Mount>, _>>()?;
+    find_ways(&mut mounts);
+    Ok(mounts)
+}
+
+/// Says of each mount whether its path leads to it, and through what.
+fn find_ways(mounts: &mut [Mount]) {
+    let ways: Vec<(bool, bool)> = {
+        let table = Attached::new(mounts);
+        let way = |m: &Mount| (table.is_walkable(m), table.cover(m).is_some());
+        mounts.iter().map(way).collect()
+    };
+    for (mount, (walkable, hidden)) in mounts.iter_mut().zip(ways) {
+        mount.walkable = walkable;
+        mount.hidden = hidden;
+    }
+}
+
+/// A table by what is attached to what.
+pub struct Attached<'a> {
+    by_id: BTreeMap<u64, &'a Mount>,
+    /// By the mount below and the path, the first of those that are attached there.
+    at: BTreeMap<(u64, &'a Path), &'a Mount>,
+}
+
+impl<'a> Attached<'a> {
+    /// Looks over one namespace's whole table.
+    pub fn new(table: &'a [Mount]) -> Self {
+        let mut at = BTreeMap::new();
+        for mount in table.iter().filter(|m| m.parent != m.id) {
+            at.entry((mount.parent, mount.path.as_path()))
+                .or_insert(mount);
+        }
+        Attached {
+            by_id: table.iter().map(|m| (m.id, m)).collect(),
+            at,
+        }
+    }
+
+    /// `mount`'s own id and those of all that it is attached to, directly or not.
+    fn chain(&self, mount: &Mount) -> BTreeSet<u64> {
+        let mut chain = BTreeSet::new();
+        let mut next = Some(mount);
+        while let Some(mount) = next {
+            // A circle would be a table that contradicts itself.
+            if !chain.insert(mount.id) {
+                break;
+            }
+            next = self.by_id.get(&mount.parent).copied();
+        }
+        chain
+    }
+
+    fn is_walkable(&self, mount: &Mount) -> bool {
+        let above = self.chain(mount);
+        let mut above = above.iter().filter(|id| **id != mount.id);
+        above.all(|id| self.by_id.get(id).is_none_or(|m| m.is_walked()))
+    }
+
+    /// The first mount on the way to `mount` that does not lead there.
+    pub fn cover(&self, mount: &Mount) -> Option<&'a Mount> {
+        let chain = self.chain(mount);
+        let prefixes: Vec<&Path> = mount.path.ancestors().collect();
+        prefixes.into_iter().rev().find_map(|prefix| {
+            let attached = |below: &u64| self.at.get(&(*below, prefix)).copied();
+            let mut here = chain.iter().filter_map(attached);
+            here.find(|m| !chain.contains(&m.id))
+        })
+    }
 }
 
 fn parse_line(line: &[u8], number: usize, namespace: usize) -> Result<Mount, MountsError> {
@@ -185,6 +305,14 @@ fn parse_line(line: &[u8], number: usize, namespace: usize) -> Result<Mount, Mou
         fs_type: info.fs_type,
         source: info.mount_source.map(|s| unescape(s.as_bytes())),
         writable: info.super_options.contains_key("rw"),
+        for_writing: info.mount_options.contains_key("rw"),
+        walkable: true,
+        hidden: false,
+        options: info
+            .super_options
+            .into_iter()
+            .map(|(name, value)| (name, unescape(value.unwrap_or_default().as_bytes())))
+            .collect(),
     })
 }
 
@@ -222,7 +350,6 @@ fn unescape(mut text: &[u8]) -> OsString {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     const TABLE: &[u8] = b"\
 22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/nvme0n1p2 rw,errors=remount-ro\n\
@@ -245,6 +372,86 @@ mod tests {
         assert!(mounts[2].writable);
         assert_eq!(mounts[2].namespace, 3);
         assert_eq!(mounts[2].dev.to_string(), "8:17");
+        assert!(!mounts[2].for_writing && mounts[1].for_writing);
+    }
+
+    #[test]
+    fn options_of_the_superblock_have_their_values() {
+        let table =
+            b"1 0 0:9 / /o rw - overlay o rw,lowerdir=/l,upperdir=/u\\040\\134\\054v,volatile\n";
+        let overlay = &parse(table, 0).unwrap()[0];
+        assert_eq!(overlay.option("upperdir"), Some(OsStr::new("/u \\,v")));
+        assert_eq!(overlay.option("volatile"), Some(OsStr::new("")));
+        assert_eq!(overlay.option("workdir"), None);
+    }
+
+    #[test]
+    fn what_is_below_a_program_or_another_machine_is_not_walked_to() {
+        let table = b"\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 0:30 / /run rw - tmpfs tmpfs rw
+3 2 0:31 / /run/user/doc rw - fuse.portal portal rw
+4 3 8:2 / /run/user/doc/disk rw - ext4 /dev/sda2 rw
+5 4 8:3 / /run/user/doc/disk/deep rw - xfs /dev/sda3 rw
+6 1 0:32 / /home rw - nfs4 server:/home rw
+7 6 8:4 / /home/local rw - xfs /dev/sda4 rw
+8 2 8:5 / /run/plain rw - xfs /dev/sda5 rw
+9 1 8:6 / /ntfs rw - fuseblk /dev/sda6 rw
+10 9 8:7 / /ntfs/in rw - xfs /dev/sda7 rw
+";
+        let mounts = parse(table, 0).unwrap();
+        let not: Vec<u64> = mounts
+            .iter()
+            .filter(|m| !m.walkable)
+            .map(|m| m.id)
+            .collect();
+        assert_eq!(not, [4, 5, 7, 10]);
+    }
+
+    #[test]
+    fn what_lies_over_the_way_is_found_from_the_root_on() {
+        let line = |id: u64, parent: u64, dev: &str, path: &str| {
+            format!("{id} {parent} {dev} / {path} rw - ext4 /dev/x rw\n")
+        };
+        let text = [
+            line(1, 0, "8:1", "/"),
+            line(2, 1, "8:2", "/a/b"),
+            // Over the place itself, over the folder above it, and one that is in nobody's way.
+            line(3, 2, "0:3", "/a/b"),
+            line(4, 1, "0:4", "/a"),
+            line(5, 1, "0:5", "/ab"),
+        ];
+        let table = parse(text.concat().as_bytes(), 0).unwrap();
+        let cover_of = |table: &[Mount]| Attached::new(table).cover(&table[1]).map(|m| m.id);
+        assert_eq!(cover_of(&table), Some(4));
+        let rest: Vec<Mount> = table.iter().filter(|m| m.id != 4).cloned().collect();
+        assert_eq!(cover_of(&rest), Some(3));
+        let rest: Vec<Mount> = rest.into_iter().filter(|m| m.id != 3).collect();
+        assert_eq!(cover_of(&rest), None);
+        let hidden: Vec<bool> = table.iter().map(|m| m.hidden).collect();
+        assert_eq!(hidden, [false, true, true, false, false]);
+    }
+
+    #[test]
+    fn a_circle_of_mounts_ends() {
+        let line = |id, parent| format!("{id} {parent} 8:1 / /x rw - ext4 /dev/sda1 rw\n");
+        let table = parse([line(7, 8), line(8, 7)].concat().as_bytes(), 0).unwrap();
+        let chain = Attached::new(&table).chain(&table[0]);
+        assert_eq!(chain, BTreeSet::from([7, 8]));
+    }
+
+    #[test]
+    fn a_folder_is_not_the_whole_and_a_subvolume_is() {
+        let table = b"\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 8:1 /srv /bind rw - ext4 /dev/sda1 rw
+3 1 0:40 /@home /home rw - btrfs /dev/sdb rw,subvolid=256,subvol=/@home
+4 1 0:40 /@home/me /me rw - btrfs /dev/sdb rw,subvolid=256,subvol=/@home
+5 1 0:40 / /top rw - btrfs /dev/sdb rw,subvolid=5,subvol=/
+";
+        let mounts = parse(table, 0).unwrap();
+        let whole: Vec<bool> = mounts.iter().map(Mount::is_whole).collect();
+        assert_eq!(whole, [true, false, true, false, true]);
     }
 
     #[test]

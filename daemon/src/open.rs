@@ -4,11 +4,16 @@
 //!
 //! Between reading the table and opening a path, mounts come and go: the path may lead to the
 //! parent file system, to whatever was mounted over it, to a FIFO. So nothing is opened that could
-//! block, and what was opened is compared with what was planned before it is used.
+//! block, and what was opened is compared with what was planned before it is used. What no path leads
+//! to, or only one that a program or another machine has to answer for, is mounted once more, attached
+//! nowhere.
 
 use std::collections::BTreeSet;
+use std::ffi::{CString, OsStr};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -17,8 +22,9 @@ use nix::mount::{umount2, MntFlags};
 use nix::sys::stat::Mode;
 
 use crate::machine::Ways;
-use crate::mounts::{self, DevId, Mount};
+use crate::mounts::{self, Attached, DevId};
 use crate::plan::{FileSystem, Place};
+use crate::superblocks::{self, Entry};
 use crate::sys::{self, Identity};
 
 /// Why one place could not be used.
@@ -46,6 +52,26 @@ pub enum PlaceError {
         /// Device number of what is there.
         found: DevId,
     },
+    /// The way leads through what a program or another machine has to answer for.
+    #[error("{path} is below what may not answer")]
+    Foreign {
+        /// Which path.
+        path: PathBuf,
+    },
+    /// It cannot be mounted once more.
+    #[error("{device} cannot be mounted once more")]
+    Again {
+        /// Its device.
+        device: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Its device has no node.
+    #[error("no node of device {0} is where it should be")]
+    NoNode(DevId),
+    /// The superblock is gone.
+    #[error("it is mounted no longer")]
+    Gone,
 }
 
 impl PlaceError {
@@ -56,22 +82,28 @@ impl PlaceError {
         }
     }
 
-    /// Whether this is what a mount over the place, or over a folder on the way there, looks like.
-    fn may_be_hidden(&self) -> bool {
+    fn errno(&self) -> Option<Errno> {
         match self {
-            PlaceError::Other { .. } => true,
-            PlaceError::Special { .. } => false,
-            PlaceError::Open { source, .. } => matches!(
-                source.raw_os_error().map(Errno::from_raw),
-                Some(Errno::ENOENT | Errno::ENOTDIR)
-            ),
+            PlaceError::Open { source, .. } | PlaceError::Again { source, .. } => {
+                source.raw_os_error().map(Errno::from_raw)
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether this is what a mount over the place, or over a folder on the way there, looks like, or
+    /// an unmount meanwhile.
+    fn may_be_elsewhere(&self) -> bool {
+        match self {
+            PlaceError::Other { .. } | PlaceError::Gone => true,
+            _ => matches!(self.errno(), Some(Errno::ENOENT | Errno::ENOTDIR)),
         }
     }
 }
 
 /// Why a file system could not be opened at all.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot reach {file_system}: {}", list(.tried))]
+#[error("cannot reach {file_system}: {}", self.tried())]
 pub struct OpenError {
     /// Which, in words.
     pub file_system: String,
@@ -83,33 +115,64 @@ impl OpenError {
     /// Whether the file system itself is out of order (its device failed, or it shut down after an
     /// error), so that nothing can be written to it any more.
     pub fn is_broken(&self) -> bool {
-        self.tried.iter().any(|e| match e {
-            PlaceError::Open { source, .. } => matches!(
-                source.raw_os_error().map(Errno::from_raw),
-                Some(Errno::EIO | Errno::ENXIO | Errno::ENODEV | Errno::ESHUTDOWN | Errno::EUCLEAN)
-            ),
-            _ => false,
-        })
+        let broken = |e: &PlaceError| {
+            let by_path = matches!(e, PlaceError::Open { .. });
+            by_path
+                && matches!(
+                    e.errno(),
+                    Some(
+                        Errno::EIO
+                            | Errno::ENXIO
+                            | Errno::ENODEV
+                            | Errno::ESHUTDOWN
+                            | Errno::EUCLEAN
+                    )
+                )
+        };
+        self.tried.iter().any(broken)
     }
-}
 
-fn list(errors: &[PlaceError]) -> String {
-    let words = errors.iter().map(|e| match e {
-        PlaceError::Open { source, .. } => format!("{e}: {source}"),
-        _ => e.to_string(),
-    });
-    words.collect::<Vec<_>>().join("; ")
+    /// Whether it looks as if it was unmounted or moved since the table was read.
+    pub fn may_be_gone(&self) -> bool {
+        let tried = &self.tried;
+        !self.is_broken() && tried.iter().any(PlaceError::may_be_elsewhere)
+    }
+
+    /// Whether it is this process that lacks something.
+    pub fn is_our_own(&self) -> bool {
+        let lacks = |e: &PlaceError| {
+            matches!(
+                e.errno(),
+                Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
+            )
+        };
+        self.tried.iter().any(lacks)
+    }
+
+    /// What was tried and what came of it, in words.
+    pub fn tried(&self) -> String {
+        let words = self.tried.iter().map(|e| match e {
+            PlaceError::Open { source, .. } | PlaceError::Again { source, .. } => {
+                format!("{e}: {source}")
+            }
+            _ => e.to_string(),
+        });
+        words.collect::<Vec<_>>().join("; ")
+    }
 }
 
 /// Opens `file_system` through the first of its places that still leads to it.
 ///
 /// If none does because other mounts lie over all of them, or over folders above, those are taken
-/// away in a private copy of the namespace, where nobody else notices.
+/// away in a private copy of the namespace, where nobody else notices. If there is no place, or none
+/// that can be walked to, it is mounted once more.
 pub fn open_file_system(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenError> {
     let mut tried = Vec::new();
     let proc = ways.proc.as_fd();
     let namespaces = &ways.namespaces;
-    for place in &file_system.places {
+    let (walkable, foreign): (Vec<&Place>, Vec<&Place>) =
+        file_system.places.iter().partition(|place| place.walkable);
+    for place in walkable.iter().filter(|place| !place.hidden) {
         let opened = namespaces.within(place.namespace, || open_place(proc, file_system, place));
         match opened {
             Ok(Ok(fd)) => return Ok(fd),
@@ -117,18 +180,117 @@ pub fn open_file_system(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd
             Err(source) => tried.push(PlaceError::open(&place.path, source)),
         }
     }
-    if tried.iter().any(PlaceError::may_be_hidden) {
-        for place in &file_system.places {
+    let fail = |tried| OpenError {
+        file_system: file_system.to_string(),
+        tried,
+    };
+    let error = fail(tried);
+    if error.is_broken() || error.is_our_own() {
+        return Err(error);
+    }
+    let OpenError { mut tried, .. } = error;
+    if tried.is_empty() || tried.iter().any(PlaceError::may_be_elsewhere) {
+        for place in walkable {
             let uncover = || uncover(proc, file_system, place);
             if let Ok(Ok(fd)) = namespaces.within_copy(place.namespace, uncover) {
                 return Ok(fd);
             }
         }
     }
-    Err(OpenError {
-        file_system: file_system.to_string(),
-        tried,
+    tried.extend(foreign.iter().map(|place| PlaceError::Foreign {
+        path: place.path.clone(),
+    }));
+    match mount_again(ways, file_system) {
+        Ok(fd) => Ok(fd),
+        Err(error) => {
+            tried.push(error);
+            Err(fail(tried))
+        }
+    }
+}
+
+/// Mounts `file_system` once more and opens its root there. Only while it is alive, or that would be
+/// more than a look.
+fn mount_again(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, PlaceError> {
+    let listed = listed(file_system);
+    let is_alive = || listed.is_some() || is_shown(ways, file_system);
+    if !is_alive() {
+        return Err(PlaceError::Gone);
+    }
+    let device = file_system.devices.first().copied().unwrap_or_default();
+    let node = node_of(device).ok_or(PlaceError::NoNode(device))?;
+    let again = |source| PlaceError::Again {
+        device: node.clone(),
+        source,
+    };
+    let c_string = |text: &OsStr| CString::new(text.as_bytes()).map_err(|e| again(e.into()));
+    let source = c_string(node.as_os_str())?;
+    let mut refused = Errno::ENODEV.into();
+    for fs_type in types_of(file_system) {
+        let fs_type = c_string(OsStr::new(fs_type))?;
+        for read_only in [false, true] {
+            match sys::mount_detached(&fs_type, &source, read_only) {
+                Ok(root) => {
+                    let fd = open_root(&root).map_err(again)?;
+                    // A superblock that is new is not the one that was written to.
+                    let same = listed.is_none() || self::listed(file_system) == listed;
+                    return if same { Ok(fd) } else { Err(PlaceError::Gone) };
+                }
+                Err(error) => refused = error,
+            }
+        }
+    }
+    Err(again(refused))
+}
+
+fn open_root(root: &OwnedFd) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    Ok(openat(root, ".", flags, Mode::empty())?)
+}
+
+/// The types that it may have: the driver of `ext4` serves three.
+fn types_of(file_system: &FileSystem) -> Vec<&str> {
+    match file_system.fs_type.as_str() {
+        "ext4" if file_system.places.is_empty() => vec!["ext4", "ext3", "ext2"],
+        other => vec![other],
+    }
+}
+
+/// What sysfs says of the superblock, if it lists it.
+fn listed(file_system: &FileSystem) -> Option<Entry> {
+    let driver = match file_system.fs_type.as_str() {
+        "ext2" | "ext3" => "ext4",
+        other => other,
+    };
+    let entries = superblocks::entries(&BTreeSet::from([driver.to_owned()])).ok()?;
+    entries.into_iter().find(|entry| {
+        let devices = superblocks::devices_of(entry);
+        devices.iter().any(|dev| file_system.devices.contains(dev))
     })
+}
+
+/// Whether a table still shows it.
+fn is_shown(ways: &Ways, file_system: &FileSystem) -> bool {
+    let in_table = |namespace: usize| {
+        let table = mounts::read(ways.proc.as_fd(), namespace).unwrap_or_default();
+        table.iter().any(|m| m.dev == file_system.dev)
+    };
+    let namespaces: BTreeSet<usize> = file_system.places.iter().map(|p| p.namespace).collect();
+    namespaces.into_iter().any(|n| {
+        let looked = ways.namespaces.within(n, || in_table(n));
+        looked.unwrap_or(false)
+    })
+}
+
+/// The node of a block device, by the name that the kernel has for it.
+fn node_of(device: DevId) -> Option<PathBuf> {
+    let facts = std::fs::read_to_string(superblocks::folder_of(device)?.join("uevent")).ok()?;
+    let name = facts
+        .lines()
+        .find_map(|line| line.strip_prefix("DEVNAME="))?;
+    let node = Path::new("/dev").join(name);
+    let found = std::fs::metadata(&node).ok()?;
+    (DevId::from_raw(found.rdev()) == device).then_some(node)
 }
 
 fn open_place(
@@ -168,40 +330,19 @@ fn uncover(
             .iter()
             .find(|m| m.dev == file_system.dev && m.path == path)
             .ok_or_else(|| gone(Errno::ENOENT))?;
-        if let Ok((fd, found)) = open_path(proc, path) {
-            if found.dev() == file_system.dev || found.mount_id == Some(target.id) {
-                return Ok(fd);
-            }
-        }
+        let Some(cover) = Attached::new(&table).cover(target) else {
+            let (fd, found) = open_path(proc, path)?;
+            let same = found.dev() == file_system.dev || found.mount_id == Some(target.id);
+            return if same {
+                Ok(fd)
+            } else {
+                Err(gone(Errno::ENOENT))
+            };
+        };
         // Each round takes one mount away, and never one that the target is attached to.
-        let cover = cover(&table, target).ok_or_else(|| gone(Errno::ENOENT))?;
         let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
         umount2(&cover.path, flags).map_err(gone)?;
     }
-}
-
-/// The first mount on the way to `target` that does not lead there.
-fn cover<'a>(table: &'a [Mount], target: &Mount) -> Option<&'a Mount> {
-    let way = attached_to(table, target);
-    table
-        .iter()
-        .filter(|m| way.contains(&m.parent) && !way.contains(&m.id))
-        .filter(|m| target.path.starts_with(&m.path))
-        .min_by_key(|m| m.path.components().count())
-}
-
-/// `mount` and all that it is attached to, directly or not.
-fn attached_to(table: &[Mount], mount: &Mount) -> BTreeSet<u64> {
-    let mut way = BTreeSet::new();
-    let mut next = Some(mount);
-    while let Some(mount) = next {
-        // A circle would be a table that contradicts itself.
-        if !way.insert(mount.id) {
-            break;
-        }
-        next = table.iter().find(|m| m.id == mount.parent);
-    }
-    way
 }
 
 /// Opens what `path` leads to, if that is a directory or a regular file, and says what it is.
@@ -246,11 +387,14 @@ mod tests {
             dev,
             fs_type: "ext4".into(),
             source: None,
+            devices: vec![dev],
             places: vec![Place {
                 namespace: 0,
                 id: 0,
                 path: path.to_owned(),
-                covered: false,
+                whole: true,
+                walkable: true,
+                hidden: false,
             }],
         }
     }
@@ -295,34 +439,5 @@ mod tests {
         let planned = file_system(&plain, dev_of(&dir));
         open_place(proc.as_fd(), &planned, &planned.places[0]).unwrap();
         std::fs::remove_dir_all(&dir).unwrap();
-    }
-
-    #[test]
-    fn what_lies_over_the_way_is_found_from_the_root_on() {
-        let line = |id: u64, parent: u64, dev: &str, path: &str| {
-            format!("{id} {parent} {dev} / {path} rw - ext4 /dev/x rw\n")
-        };
-        let text = [
-            line(1, 0, "8:1", "/"),
-            line(2, 1, "8:2", "/a/b"),
-            // Over the place itself, over the folder above it, and one that is in nobody's way.
-            line(3, 2, "0:3", "/a/b"),
-            line(4, 1, "0:4", "/a"),
-            line(5, 1, "0:5", "/ab"),
-        ];
-        let table = mounts::parse(text.concat().as_bytes(), 0).unwrap();
-        let cover_of = |table: &[Mount]| cover(table, &table[1]).map(|m| m.id);
-        assert_eq!(cover_of(&table), Some(4));
-        let rest: Vec<Mount> = table.iter().filter(|m| m.id != 4).cloned().collect();
-        assert_eq!(cover_of(&rest), Some(3));
-        let rest: Vec<Mount> = rest.into_iter().filter(|m| m.id != 3).collect();
-        assert_eq!(cover_of(&rest), None);
-    }
-
-    #[test]
-    fn a_circle_of_mounts_ends() {
-        let line = |id, parent| format!("{id} {parent} 8:1 / /x rw - ext4 /dev/sda1 rw\n");
-        let table = mounts::parse([line(7, 8), line(8, 7)].concat().as_bytes(), 0).unwrap();
-        assert_eq!(attached_to(&table, &table[0]), BTreeSet::from([7, 8]));
     }
 }

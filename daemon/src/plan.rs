@@ -2,14 +2,16 @@
 
 //! Which file systems are frozen, and in which order: a pure function of what was read.
 //!
-//! Each writable superblock on a block device appears once, whichever mounts show it. Waves are
-//! frozen one after the other, the members of a wave at the same time, and thawed in reverse:
+//! Each writable superblock on a block device appears once, whichever mounts show it, and if none
+//! does. Waves are frozen one after the other, the members of a wave at the same time, and thawed in
+//! reverse:
 //!
 //! - a file system whose device is (in the end) a file stands on the file system that holds the
 //!   file, and comes before it;
 //! - what a user-space program serves comes before all that is not, because the program may need
-//!   any of it;
-//! - root comes last, save for what root itself stands on.
+//!   any of it, and one after the other, the last one mounted first, because it may need another such;
+//! - root comes last, save for what root itself stands on. Where root is an overlay, that is what
+//!   holds its upper layer.
 //!
 //! No I/O here: the same table gives the same plan, so recorded tables can be tested.
 
@@ -19,7 +21,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::mounts::{DevId, Mount};
-use crate::topology::{Backing, Topology, ANONYMOUS_TYPES};
+use crate::topology::{Backing, Topology, Unmounted};
 
 /// One place where a file system can be reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,8 +32,12 @@ pub struct Place {
     pub id: u64,
     /// The path in that namespace.
     pub path: PathBuf,
-    /// Whether another mount lies right over it, so that the path leads elsewhere.
-    pub covered: bool,
+    /// As [`Mount::is_whole`].
+    pub whole: bool,
+    /// As [`Mount::walkable`].
+    pub walkable: bool,
+    /// As [`Mount::hidden`].
+    pub hidden: bool,
 }
 
 /// A superblock, once, with all places that show it.
@@ -39,11 +45,13 @@ pub struct Place {
 pub struct FileSystem {
     /// Its device number, which names it.
     pub dev: DevId,
-    /// Its type.
+    /// Its type. Of one that is mounted nowhere its driver's, which may serve several.
     pub fs_type: String,
     /// What was named as its source when it was mounted.
     pub source: Option<OsString>,
-    /// Where it can be reached, the best way first. Never empty.
+    /// The block devices that it is on, as far as they are known.
+    pub devices: Vec<DevId>,
+    /// Where it can be reached, the best way first. Empty when it is mounted nowhere.
     pub places: Vec<Place>,
 }
 
@@ -61,7 +69,12 @@ impl fmt::Display for FileSystem {
                 }
                 write!(f, ")")
             }
-            None => write!(f, "({fs_type}, {dev})"),
+            None => {
+                let source = self.source.as_deref().unwrap_or_default();
+                let source = source.to_string_lossy();
+                write!(f, "{} ({fs_type}, {dev}, ", source.escape_debug())?;
+                write!(f, "in use but mounted nowhere)")
+            }
         }
     }
 }
@@ -75,6 +88,20 @@ pub enum Reason {
     NoBlockDevice,
     /// The configuration says so; the text names the rule.
     Excluded(String),
+    /// It is out of order, so that nothing can be written to it; the text says in what way.
+    Broken(String),
+    /// There is no way to it; the text says what was tried.
+    Unreachable(String),
+}
+
+impl Reason {
+    /// Whether an operator who wants everything frozen has to hear of it.
+    pub fn is_a_loss(&self) -> bool {
+        match self {
+            Reason::Broken(_) | Reason::Unreachable(_) => true,
+            Reason::ReadOnly | Reason::NoBlockDevice | Reason::Excluded(_) => false,
+        }
+    }
 }
 
 impl fmt::Display for Reason {
@@ -83,6 +110,8 @@ impl fmt::Display for Reason {
             Reason::ReadOnly => f.write_str("read-only"),
             Reason::NoBlockDevice => f.write_str("not on a block device"),
             Reason::Excluded(rule) => write!(f, "excluded by {rule}"),
+            Reason::Broken(how) => write!(f, "out of order: {how}"),
+            Reason::Unreachable(why) => write!(f, "cannot be reached: {why}"),
         }
     }
 }
@@ -101,8 +130,19 @@ pub struct LeftOut {
 pub struct Plan {
     /// The waves, first to last.
     pub waves: Vec<Vec<FileSystem>>,
-    /// All else that is mounted.
+    /// On disks here, and with no means to freeze: these are synced before.
+    pub synced: Vec<FileSystem>,
+    /// All else.
     pub left_out: Vec<LeftOut>,
+}
+
+impl Plan {
+    /// All file systems, whatever becomes of them.
+    pub fn file_systems(&self) -> impl Iterator<Item = &FileSystem> {
+        let left_out = self.left_out.iter().map(|it| &it.file_system);
+        let frozen = self.waves.iter().flatten();
+        frozen.chain(&self.synced).chain(left_out)
+    }
 }
 
 /// Makes the plan. `excluded` names the rule by which a file system is left out, if one does.
@@ -113,22 +153,16 @@ pub fn plan(
 ) -> Plan {
     let mut plan = Plan::default();
     let mut chosen = Vec::new();
-    for (file_system, writable) in superblocks(mounts) {
-        let on_block =
-            file_system.dev.major != 0 || ANONYMOUS_TYPES.contains(&file_system.fs_type.as_str());
-        let reason = if !on_block {
-            Some(Reason::NoBlockDevice)
-        } else if !writable {
-            Some(Reason::ReadOnly)
-        } else {
-            excluded(&file_system).map(Reason::Excluded)
-        };
+    for superblock in superblocks(mounts, topology) {
+        let reason = superblock.reason(topology, excluded);
+        let (file_system, held) = (superblock.file_system, superblock.can_be_held);
         match reason {
             Some(reason) => plan.left_out.push(LeftOut {
                 file_system,
                 reason,
             }),
-            None => chosen.push(file_system),
+            None if held => chosen.push(file_system),
+            None => plan.synced.push(file_system),
         }
     }
     let order = Order::new(mounts, topology, &chosen).waves();
@@ -142,43 +176,132 @@ pub fn plan(
     plan
 }
 
-/// Each superblock once, in the order of the table, with whether it is writable.
-fn superblocks(mounts: &[Mount]) -> Vec<(FileSystem, bool)> {
-    let mut found: Vec<(FileSystem, bool)> = Vec::new();
-    let mut index = BTreeMap::new();
-    // A mount is covered when another one is attached to its own root.
-    let covers: BTreeSet<(usize, u64, &Path)> = mounts
-        .iter()
-        .map(|m| (m.namespace, m.parent, m.path.as_path()))
-        .collect();
-    for mount in mounts {
-        let place = Place {
-            namespace: mount.namespace,
-            id: mount.id,
-            path: mount.path.clone(),
-            covered: mount.parent != mount.id
-                && covers.contains(&(mount.namespace, mount.id, mount.path.as_path())),
+/// A superblock with what its mounts say of it.
+struct Superblock {
+    file_system: FileSystem,
+    on_disks: bool,
+    writable: bool,
+    can_be_held: bool,
+    /// In what way it is out of order.
+    trouble: Option<&'static str>,
+}
+
+impl Superblock {
+    /// Why it is not frozen, if it is not.
+    fn reason(
+        &self,
+        topology: &Topology,
+        excluded: &dyn Fn(&FileSystem) -> Option<String>,
+    ) -> Option<Reason> {
+        if !self.on_disks {
+            return Some(Reason::NoBlockDevice);
+        }
+        let trouble = match self.trouble {
+            None if topology.gone.contains(&self.file_system.dev) => Some("its disk is gone"),
+            trouble => trouble,
         };
+        if !self.writable && trouble.is_none() {
+            return Some(Reason::ReadOnly);
+        }
+        let rule = excluded(&self.file_system).map(Reason::Excluded);
+        rule.or_else(|| trouble.map(|it| Reason::Broken(it.to_owned())))
+    }
+}
+
+/// What a mount says of its superblock when that is out of order.
+fn trouble(mount: &Mount) -> Option<&'static str> {
+    if mount.option("shutdown").is_some() {
+        Some("shut down after an error")
+    } else if mount.option("emergency_ro").is_some() {
+        Some("read-only since an error")
+    } else {
+        None
+    }
+}
+
+/// Types that turn their superblock read-only when they meet an error.
+const TURN_READ_ONLY: [&str; 10] = [
+    "ext2", "ext3", "ext4", "btrfs", "f2fs", "nilfs2", "jfs", "vfat", "exfat", "ntfs3",
+];
+
+/// Whether a superblock is read-only although all of its mounts here were made for writing: whoever
+/// makes it so on purpose (`mount -o remount,ro`) makes a mount so, too.
+fn has_turned_read_only(mounts: &[&Mount]) -> bool {
+    let here: Vec<_> = mounts.iter().filter(|m| m.namespace == 0).collect();
+    let turned =
+        |m: &&&Mount| !m.writable && m.for_writing && TURN_READ_ONLY.contains(&m.fs_type.as_str());
+    !here.is_empty() && here.iter().all(turned)
+}
+
+/// Each superblock once, in the order of the table, those that are mounted nowhere last.
+fn superblocks(mounts: &[Mount], topology: &Topology) -> Vec<Superblock> {
+    let mut found: Vec<Vec<&Mount>> = Vec::new();
+    let mut index = BTreeMap::new();
+    for mount in mounts {
         let at = *index.entry(mount.dev).or_insert(found.len());
         match found.get_mut(at) {
-            Some((file_system, _)) => file_system.places.push(place),
-            None => found.push((
-                FileSystem {
-                    dev: mount.dev,
-                    fs_type: mount.fs_type.clone(),
-                    source: mount.source.clone(),
-                    places: vec![place],
-                },
-                mount.writable,
-            )),
+            Some(group) => group.push(mount),
+            None => found.push(vec![mount]),
         }
     }
-    for (file_system, _) in &mut found {
-        file_system
-            .places
-            .sort_by_key(|p| (p.namespace, p.covered, p.path.as_os_str().len()));
+    let mounted = found.iter().filter_map(|group| mounted(group, topology));
+    mounted
+        .chain(topology.unmounted.iter().map(unmounted))
+        .collect()
+}
+
+/// The superblock of these mounts.
+fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
+    let first = group.first()?;
+    let place = |mount: &&Mount| Place {
+        namespace: mount.namespace,
+        id: mount.id,
+        path: mount.path.clone(),
+        whole: mount.is_whole(),
+        walkable: mount.walkable,
+        hidden: mount.hidden,
+    };
+    let mut places: Vec<Place> = group.iter().map(place).collect();
+    places.sort_by_key(|p| {
+        let length = p.path.as_os_str().len();
+        (p.namespace, p.hidden, !p.whole, !p.walkable, length)
+    });
+    let devices = match topology.members.get(&first.dev) {
+        Some(members) => members.clone(),
+        None if first.dev.major == 0 => Vec::new(),
+        None => vec![first.dev],
+    };
+    let turned = has_turned_read_only(group).then_some("read-only since an error");
+    Some(Superblock {
+        file_system: FileSystem {
+            dev: first.dev,
+            fs_type: first.fs_type.clone(),
+            source: first.source.clone(),
+            devices,
+            places,
+        },
+        on_disks: first.is_on_disks(),
+        writable: first.writable,
+        can_be_held: first.can_be_held(),
+        trouble: group.iter().find_map(|m| trouble(m)).or(turned),
+    })
+}
+
+/// One that no mount shows. Whether it is writable shows when it is reached.
+fn unmounted(found: &Unmounted) -> Superblock {
+    Superblock {
+        file_system: FileSystem {
+            dev: found.devices.first().copied().unwrap_or_default(),
+            fs_type: found.fs_type.clone(),
+            source: Some(found.name.clone().into()),
+            devices: found.devices.clone(),
+            places: Vec::new(),
+        },
+        on_disks: true,
+        writable: true,
+        can_be_held: true,
+        trouble: None,
     }
-    found
 }
 
 /// The relation "stands on" between the chosen file systems, by index.
@@ -197,16 +320,12 @@ impl Order {
         let mut order = Order {
             stands_on: Vec::new(),
             user_space: Vec::new(),
-            // Of several mounts on "/", the last one is the one in use.
-            root: mounts
-                .iter()
-                .rfind(|m| m.namespace == 0 && m.path == Path::new("/"))
-                .and_then(|m| by_dev.get(&m.dev).copied()),
+            root: root(mounts).and_then(|dev| by_dev.get(&dev).copied()),
         };
         for (i, file_system) in chosen.iter().enumerate() {
             let mut below = BTreeSet::new();
             let mut user_space = false;
-            for device in devices_below(topology, file_system.dev) {
+            for device in devices_below(topology, file_system) {
                 user_space |= device.user_space;
                 let Some(backing) = &device.backing else {
                     continue;
@@ -253,7 +372,7 @@ impl Order {
     }
 
     /// Every pair (earlier, later), as for each the set of those that come earlier.
-    fn predecessors(&self) -> Vec<BTreeSet<usize>> {
+    fn predecessors(&self, last: &BTreeSet<usize>) -> Vec<BTreeSet<usize>> {
         let count = self.stands_on.len();
         let mut earlier = vec![BTreeSet::new(); count];
         let mut add = |before: usize, after: usize| {
@@ -261,56 +380,78 @@ impl Order {
                 set.insert(before);
             }
         };
-        let under_root = self.root.map(|r| self.foundations(r)).unwrap_or_default();
         for (i, below) in self.stands_on.iter().enumerate() {
             below.iter().for_each(|&j| add(i, j));
-            let Some(root) = self.root else { continue };
-            if i != root && !under_root.contains(&i) {
+            if let Some(root) = self.root.filter(|_| !last.contains(&i)) {
                 add(i, root);
-            }
-        }
-        for (i, _) in self.user_space.iter().enumerate().filter(|(_, &u)| u) {
-            // Root and what is under it stay last even when a program serves them: it then has
-            // nothing else to stand on.
-            if Some(i) == self.root || under_root.contains(&i) {
-                continue;
-            }
-            for (j, _) in self.user_space.iter().enumerate().filter(|(_, &u)| !u) {
-                add(i, j);
             }
         }
         earlier
     }
 
     fn waves(&self) -> Vec<Vec<usize>> {
-        let earlier = self.predecessors();
+        // Root and what is under it stay last even when a program serves them: it then has nothing
+        // else to stand on.
+        let mut last = self.root.map(|r| self.foundations(r)).unwrap_or_default();
+        last.extend(self.root);
+        let earlier = self.predecessors(&last);
+        let all = 0..earlier.len();
+        let is_served = |i: &usize| self.user_space.get(*i) == Some(&true) && !last.contains(i);
+        let (served, others): (BTreeSet<_>, BTreeSet<_>) = all.partition(is_served);
         let mut waves = Vec::new();
-        let mut left: BTreeSet<usize> = (0..earlier.len()).collect();
-        while let Some(&first) = left.first() {
-            let mut wave: Vec<usize> = left
-                .iter()
-                .copied()
-                .filter(|&i| earlier.get(i).is_some_and(|set| set.is_disjoint(&left)))
-                .collect();
-            if wave.is_empty() {
-                // Only a table that contradicts itself has a circle; it is opened anywhere.
-                wave.push(first);
-            }
-            wave.iter().for_each(|i| {
-                left.remove(i);
-            });
-            waves.push(wave);
-        }
+        // What stands on a served one is served, so none of these waits for one of the others.
+        wave_by_wave(served, &earlier, &mut waves, |ready| {
+            ready.last().into_iter().copied().collect()
+        });
+        wave_by_wave(others, &earlier, &mut waves, <[usize]>::to_vec);
         waves
     }
 }
 
-/// All devices that the superblock `dev` is on, to any depth.
-fn devices_below(topology: &Topology, dev: DevId) -> Vec<&crate::topology::Device> {
-    let mut todo = match topology.members.get(&dev) {
-        Some(members) => members.clone(),
-        None => vec![dev],
+/// Puts those of `left` into waves, each of what `choose` takes of those that are ready: nothing of
+/// `left` has to come earlier.
+fn wave_by_wave(
+    mut left: BTreeSet<usize>,
+    earlier: &[BTreeSet<usize>],
+    waves: &mut Vec<Vec<usize>>,
+    choose: impl Fn(&[usize]) -> Vec<usize>,
+) {
+    while let Some(&first) = left.first() {
+        let is_ready = |i: &usize| earlier.get(*i).is_some_and(|set| set.is_disjoint(&left));
+        let mut ready: Vec<usize> = left.iter().copied().filter(is_ready).collect();
+        if ready.is_empty() {
+            // Only a table that contradicts itself has a circle; it is opened anywhere.
+            ready.push(first);
+        }
+        let wave = choose(&ready);
+        wave.iter().for_each(|i| {
+            left.remove(i);
+        });
+        waves.push(wave);
+    }
+}
+
+/// The superblock that holds what is written to the root directory.
+fn root(mounts: &[Mount]) -> Option<DevId> {
+    let here = || mounts.iter().filter(|m| m.namespace == 0);
+    // Of several mounts on "/", the last one is the one in use.
+    let root = here().rfind(|m| m.path == Path::new("/"))?;
+    let Some(upper) = root.option("upperdir") else {
+        return Some(root.dev);
     };
+    // Of equally long ones the last counts: it lies over the others.
+    let below = here().filter(|m| m.id != root.id && Path::new(upper).starts_with(&m.path));
+    let holder = below.max_by_key(|m| m.path.components().count())?;
+    Some(holder.dev)
+}
+
+/// All devices that the superblock is on, to any depth.
+fn devices_below<'a>(
+    topology: &'a Topology,
+    file_system: &FileSystem,
+) -> Vec<&'a crate::topology::Device> {
+    let mut todo = file_system.devices.clone();
+    todo.extend(topology.logs.get(&file_system.dev).into_iter().flatten());
     let mut seen = BTreeSet::new();
     let mut found = Vec::new();
     while let Some(next) = todo.pop() {
@@ -332,36 +473,23 @@ enum Holder {
     Unknown,
 }
 
-/// Which superblock holds the file behind a loop device.
+/// Which superblock holds the file behind a loop device: the one with that number. No path is asked,
+/// which may be of another namespace, or have another file by now.
 fn holder(mounts: &[Mount], topology: &Topology, backing: &Backing) -> Holder {
-    if let Some(dev) = backing.dev {
-        if let Some(&superblock) = topology.aliases.get(&dev) {
-            return Holder::Superblock(superblock);
-        }
-        if dev.major != 0 || mounts.iter().any(|m| m.dev == dev && is_anonymous(m)) {
-            return Holder::Superblock(dev);
-        }
-        if mounts.iter().any(|m| m.dev == dev && is_memory(m)) {
-            return Holder::Memory;
-        }
+    let Some(dev) = backing.dev else {
+        return Holder::Unknown;
+    };
+    if let Some(&superblock) = topology.aliases.get(&dev) {
+        return Holder::Superblock(superblock);
     }
-    // A btrfs subvolume that is not mounted by itself has a number that no table lists, and a
-    // device without a node cannot be asked: then only the path is left.
-    let by_path = mounts
-        .iter()
-        .filter(|m| m.namespace == 0 && backing.path.starts_with(&m.path))
-        // Of equally long ones the last counts: it lies over the others.
-        .max_by_key(|m| m.path.components().count());
-    match by_path {
-        Some(m) if m.dev.major != 0 && backing.dev.is_none() => Holder::Superblock(m.dev),
-        Some(m) if is_anonymous(m) => Holder::Superblock(m.dev),
+    let with_that_number = mounts.iter().find(|m| m.dev == dev);
+    match with_that_number {
+        _ if dev.major != 0 => Holder::Superblock(dev),
+        Some(m) if m.is_on_disks() => Holder::Superblock(dev),
         Some(m) if is_memory(m) => Holder::Memory,
+        // An overlay, or a subvolume or layer that no table lists.
         _ => Holder::Unknown,
     }
-}
-
-fn is_anonymous(mount: &Mount) -> bool {
-    ANONYMOUS_TYPES.contains(&mount.fs_type.as_str())
 }
 
 fn is_memory(mount: &Mount) -> bool {
@@ -465,7 +593,7 @@ mod tests {
         let lower = &plan.waves[0][0];
         assert_eq!(lower.dev, dev("8:2"));
         assert_eq!(lower.places[0].path, Path::new("/other/way"));
-        assert!(lower.places[1].covered);
+        assert!(lower.places[1].hidden);
     }
 
     #[test]
@@ -491,22 +619,132 @@ mod tests {
     }
 
     #[test]
-    fn a_loop_device_that_cannot_be_asked_is_placed_by_its_path() {
+    fn a_loop_device_that_cannot_be_asked_comes_before_all_that_may_hold_its_file() {
+        // Its path would lead to /srv, or to memory, if it were of this namespace.
         let table = "\
 1 0 8:1 / / rw - ext4 /dev/sda1 rw
 2 1 8:2 / /srv rw - ext4 /dev/sda2 rw
 3 1 7:0 / /l rw - ext4 /dev/loop0 rw
 4 1 0:30 / /tmp rw - tmpfs tmpfs rw
 5 1 7:1 / /m rw - ext4 /dev/loop1 rw
+6 1 7:2 / /in-memory rw - ext4 /dev/loop2 rw
 ";
         let topology = topology(vec![
             ("7:0", loop_on("/srv/images/a.img", None)),
-            ("7:1", loop_on("/tmp/b.img", None)),
+            ("7:1", loop_on("/tmp/b.img", Some("0:99"))),
+            ("7:2", loop_on("/tmp/c.img", Some("0:30"))),
         ]);
         assert_eq!(
             waves(table, &topology),
-            [vec!["/l", "/m"], vec!["/srv"], vec!["/"]]
+            [
+                vec!["/m"],
+                vec!["/l"],
+                vec!["/in-memory", "/srv"],
+                vec!["/"]
+            ]
         );
+    }
+
+    #[test]
+    fn what_programs_serve_is_frozen_one_by_one_the_last_mounted_first() {
+        let table = "\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 43:0 / /first rw - ext4 /dev/nbd0 rw
+3 1 8:2 / /plain rw - ext4 /dev/sda2 rw
+4 1 43:1 / /second rw - ext4 /dev/nbd1 rw
+5 1 7:0 / /image rw - ext4 /dev/loop0 rw
+";
+        // The image was mounted last, and yet the second is served from it.
+        let topology = topology(vec![
+            ("43:0", served()),
+            ("43:1", served()),
+            ("7:0", loop_on("/second/img", Some("43:1"))),
+        ]);
+        assert_eq!(
+            waves(table, &topology),
+            [
+                vec!["/image"],
+                vec!["/second"],
+                vec!["/first"],
+                vec!["/plain"],
+                vec!["/"]
+            ]
+        );
+    }
+
+    #[test]
+    fn a_journal_on_another_device_counts_as_below() {
+        let table = "\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 8:2 / /srv rw - ext4 /dev/sda2 rw
+3 1 8:3 / /data rw - ext4 /dev/sda3 rw
+";
+        let mut topology = topology(vec![("7:0", loop_on("/srv/journal", Some("8:2")))]);
+        topology.logs.insert(dev("8:3"), vec![dev("7:0")]);
+        assert_eq!(
+            waves(table, &topology),
+            [vec!["/data"], vec!["/srv"], vec!["/"]]
+        );
+    }
+
+    #[test]
+    fn what_is_mounted_nowhere_is_planned_and_named_by_its_device() {
+        let table = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n";
+        let mut topology = topology(vec![("7:0", loop_on("/img", Some("8:1")))]);
+        topology.unmounted.push(Unmounted {
+            fs_type: "xfs".into(),
+            name: "loop0".into(),
+            devices: vec![dev("7:0")],
+        });
+        let plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &|_| None);
+        let names: Vec<String> = plan.waves.iter().flatten().map(|f| f.to_string()).collect();
+        assert_eq!(
+            names,
+            [
+                "loop0 (xfs, 7:0, in use but mounted nowhere)",
+                "/ (ext4, 8:1)"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_out_of_order_is_left_out_by_name_unless_a_rule_did_so_before() {
+        let table = "\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 8:2 / /errors rw - ext4 /dev/sda2 rw,errors=remount-ro,emergency_ro
+3 1 8:3 / /down rw - ext4 /dev/sda3 rw,shutdown
+4 1 8:4 / /gone rw - xfs /dev/sda4 rw
+5 1 8:5 / /turned rw - ext4 /dev/sda5 ro
+6 1 8:6 / /on-purpose ro - ext4 /dev/sda6 ro
+7 1 8:7 / /image rw - squashfs /dev/sda7 ro
+8 1 8:8 / /unwanted rw - ext4 /dev/sda8 rw,shutdown
+9 1 0:40 / /made-read-only ro - btrfs /dev/sda9 ro
+10 1 0:40 / /bind rw - btrfs /dev/sda9 ro
+";
+        let mut topology = Topology::default();
+        topology.gone.insert(dev("8:4"));
+        let mounts = parse(table.as_bytes(), 0).unwrap();
+        let unwanted = |f: &FileSystem| (f.dev == dev("8:8")).then(|| "a rule".to_owned());
+        let plan = plan(&mounts, &topology, &unwanted);
+        let left_out: Vec<String> = plan
+            .left_out
+            .iter()
+            .map(|l| format!("{}: {}", l.file_system.places[0].path.display(), l.reason))
+            .collect();
+        assert_eq!(
+            left_out,
+            [
+                "/errors: out of order: read-only since an error",
+                "/down: out of order: shut down after an error",
+                "/gone: out of order: its disk is gone",
+                "/turned: out of order: read-only since an error",
+                "/on-purpose: read-only",
+                "/image: read-only",
+                "/unwanted: excluded by a rule",
+                "/bind: read-only",
+            ]
+        );
+        assert_eq!(plan.waves.concat().len(), 1);
     }
 
     #[test]

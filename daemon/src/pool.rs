@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A few threads that live as long as one backup.
+//! A few threads that live as long as the process and work on one thing at a time.
 //!
-//! They are started before the first freeze, because a thread needs memory that may not be had
-//! while file systems are frozen; their stacks are small, because all memory is locked. The caller
-//! of [`Pool::run`] works too, so a pool of no threads is a plain loop. It knows nothing of what it
-//! runs.
+//! They are started before a first freeze, because a thread needs memory that may not be had while
+//! file systems are frozen, and takes longer to start than a clean file system to freeze; their stacks
+//! are small, because all memory is locked. It knows nothing of what it runs.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
 
 /// Enough for an ioctl and a formatted log line.
 const STACK_BYTES: usize = 64 * 1024;
@@ -81,40 +81,35 @@ impl Shared {
     }
 }
 
-/// Threads that wait for steps to run.
+/// Threads that wait for steps to run. One caller at a time has them run some.
+#[derive(Default)]
 pub struct Pool {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Pool {
-    /// Starts `threads` threads, beside which the caller of [`Pool::run`] works as well.
-    pub fn new(threads: usize) -> io::Result<Self> {
-        let mut pool = Pool {
-            shared: Arc::default(),
-            threads: Vec::with_capacity(threads),
-        };
-        for _ in 0..threads {
-            let shared = Arc::clone(&pool.shared);
+    /// Sees to it that there are at least so many threads.
+    pub fn grow(&self, threads: usize) -> io::Result<()> {
+        let mut there = self.threads();
+        while there.len() < threads {
+            let shared = Arc::clone(&self.shared);
             let builder = Builder::new()
                 .name("freezer".into())
                 .stack_size(STACK_BYTES);
-            pool.threads.push(builder.spawn(move || shared.work())?);
+            there.push(builder.spawn(move || shared.work())?);
         }
-        Ok(pool)
+        Ok(())
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs `step` once for each number below `count`, at most `most` at a time, and waits for all of
-    /// them. They are begun in order.
+    /// them. They are begun in order, and the caller works as well.
     pub fn run(&self, count: usize, most: usize, step: Step) {
-        let mut state = self.shared.lock();
-        state.step = Some(step);
-        state.next = 0;
-        state.end = count;
-        state.most = most.max(1);
-        for _ in 1..count.min(most).min(self.threads.len() + 1) {
-            self.shared.work.notify_one();
-        }
+        let mut state = self.begin(count, most.max(1), step, 1);
         loop {
             let (held, ran) = self.shared.run_one(state);
             state = held;
@@ -122,13 +117,53 @@ impl Pool {
                 break;
             }
         }
+        self.finish(state, || None);
+    }
+
+    /// The same, but the caller looks on: `look` is called now and then, at first when it begins, and
+    /// says when to call it again. The pool must have a thread.
+    pub fn run_watched(&self, count: usize, step: Step, look: impl FnMut() -> Option<Instant>) {
+        let state = self.begin(count, usize::MAX, step, 0);
+        self.finish(state, look);
+    }
+
+    /// Has the threads begin, but for so many of the steps.
+    fn begin(&self, count: usize, most: usize, step: Step, own: usize) -> MutexGuard<'_, State> {
+        let threads = self.threads().len();
+        let mut state = self.shared.lock();
+        state.step = Some(step);
+        state.next = 0;
+        state.end = count;
+        state.most = most;
+        for _ in own..count.min(most).min(threads + own) {
+            self.shared.work.notify_one();
+        }
+        state
+    }
+
+    fn finish<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        mut look: impl FnMut() -> Option<Instant>,
+    ) {
+        state.waiting = true;
         while state.running > 0 || state.next < state.end {
-            state.waiting = true;
-            state = self
-                .shared
-                .idle
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            // Not under the lock: it may take a while.
+            drop(state);
+            let again = look();
+            state = self.shared.lock();
+            if state.running == 0 && state.next == state.end {
+                break;
+            }
+            let idle = &self.shared.idle;
+            state = match again {
+                None => idle.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(at) => {
+                    let left = at.saturating_duration_since(Instant::now());
+                    let waited = idle.wait_timeout(state, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
         }
         state.waiting = false;
         state.step = None;
@@ -139,7 +174,7 @@ impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.lock().closed = true;
         self.shared.work.notify_all();
-        for thread in self.threads.drain(..) {
+        for thread in self.threads().drain(..) {
             // A panic in a step has already been printed.
             let _ = thread.join();
         }
@@ -152,10 +187,16 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::Barrier;
 
+    fn pool(threads: usize) -> Pool {
+        let pool = Pool::default();
+        pool.grow(threads).unwrap();
+        pool
+    }
+
     #[test]
     fn each_number_is_run_once_whatever_the_number_of_threads() {
         for threads in [0, 1, 5] {
-            let pool = Pool::new(threads).unwrap();
+            let pool = pool(threads);
             for count in [0, 1, 4, 100] {
                 let hits: Arc<Vec<AtomicUsize>> =
                     Arc::new((0..count).map(|_| AtomicUsize::new(0)).collect());
@@ -174,7 +215,7 @@ mod tests {
 
     #[test]
     fn steps_run_at_the_same_time() {
-        let pool = Pool::new(3).unwrap();
+        let pool = pool(3);
         let all_four = Arc::new(Barrier::new(4));
         pool.run(
             4,
@@ -187,7 +228,7 @@ mod tests {
 
     #[test]
     fn no_more_steps_run_at_the_same_time_than_allowed() {
-        let pool = Pool::new(7).unwrap();
+        let pool = pool(7);
         let (now, peak) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let (running, highest) = (Arc::clone(&now), Arc::clone(&peak));
         pool.run(
@@ -202,5 +243,28 @@ mod tests {
         );
         assert_eq!(now.load(Ordering::SeqCst), 0);
         assert!((1..=3).contains(&peak.load(Ordering::SeqCst)));
+    }
+
+    #[test]
+    fn who_looks_on_is_asked_again_when_it_said_and_never_works() {
+        let pool = pool(2);
+        let (caller, looks) = (std::thread::current().id(), AtomicUsize::new(0));
+        let three_looks = Arc::new(Barrier::new(2));
+        let step = {
+            let three_looks = Arc::clone(&three_looks);
+            Arc::new(move |i| {
+                assert_ne!(std::thread::current().id(), caller);
+                if i == 0 {
+                    three_looks.wait();
+                }
+            })
+        };
+        pool.run_watched(5, step, || {
+            if looks.fetch_add(1, Ordering::SeqCst) == 2 {
+                three_looks.wait();
+            }
+            Some(Instant::now())
+        });
+        assert!(looks.load(Ordering::SeqCst) >= 3);
     }
 }

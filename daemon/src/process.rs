@@ -3,7 +3,7 @@
 //! What the daemon and its guard do to themselves before they may freeze anything: lock their
 //! memory, so that no page has to be read from a frozen disk, and get out of the way of limits.
 
-use std::io;
+use std::io::{self, Write as _};
 
 use nix::sys::mman::{mlockall, MlockAllFlags};
 use nix::sys::resource::{getrlimit, setrlimit, Resource};
@@ -37,6 +37,20 @@ pub fn go_first() -> io::Result<()> {
 /// Takes that back, for one that only waits and must not be in the way.
 pub fn go_along() -> io::Result<()> {
     sys::set_nice(0)
+}
+
+/// Makes a panic in any thread the end of the process: whoever minds what is frozen thaws it then. A
+/// daemon with a thread missing would go on to tell its watchdog that all is well.
+///
+/// Why it panicked goes to the kernel's log. Standard error may be on a disk that is frozen.
+pub fn abort_on_panic() {
+    std::panic::set_hook(Box::new(|panic| {
+        let text = format!("hv_vss_daemon: {panic}\n");
+        let kmsg = std::fs::OpenOptions::new().write(true).open("/dev/kmsg");
+        // There is nobody to tell if that fails.
+        let _ = kmsg.and_then(|mut kmsg| kmsg.write_all(text.as_bytes()));
+        std::process::abort();
+    }));
 }
 
 /// Whether what `/proc/<pid>/stat` says of a process means that it has ended, though a thread of it

@@ -3,14 +3,14 @@
 //! What is kept under `/run` about a freeze: a lock, so that two cannot freeze at once, and a
 //! record of what is frozen, for whoever has to clean up when daemon and guard are both gone.
 //!
-//! `/run` is memory, so both can be used while disks are frozen; and all that happens meanwhile
-//! goes through descriptors opened before, without a look-up. A record that is there but empty
-//! means that the freeze was cut short and that the guard, or an operator, has thawed all of it: the
-//! host has yet to be told.
+//! `/run` is memory, so both can be used while disks are frozen. A record is there from before the
+//! first freeze until all is thawed, and never in between without what it has to say: it is replaced,
+//! not rewritten. Beside it is the word for a later daemon that a freeze has ended before its THAW, so
+//! that this THAW must be failed.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Read as _};
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -100,6 +100,10 @@ impl RunDir {
         self.0.join("frozen.json")
     }
 
+    fn word(&self) -> PathBuf {
+        self.0.join("broken")
+    }
+
     /// Makes the directory, and makes sure that it is in memory: on anything else the record could
     /// not be changed while that is frozen.
     pub fn check(&self) -> Result<(), RecordError> {
@@ -139,83 +143,69 @@ impl RunDir {
         })
     }
 
-    /// Writes `record` anew; the result can be changed without a look-up. Needs the lock.
-    pub fn write(&self, record: &Record, _lock: &Lock) -> Result<RecordFile, RecordError> {
+    /// Writes `record`, or puts it in the place of the one that is there. Needs the lock.
+    pub fn write(&self, record: &Record, _lock: &Lock) -> Result<(), RecordError> {
+        let text = serde_json::to_vec(record).map_err(io::Error::from);
         let path = self.record();
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(failed("open", &path))?;
-        let file = RecordFile { file, path };
-        file.put(record)?;
-        Ok(file)
+        text.and_then(|text| self.replace(&path, &text))
+            .map_err(failed("write", &path))
     }
 
-    /// The record that is there, if one is. An empty one has no entries.
+    fn replace(&self, path: &Path, text: &[u8]) -> io::Result<()> {
+        let new = path.with_extension("new");
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        options.open(&new)?.write_all(text)?;
+        std::fs::rename(&new, path)
+    }
+
+    /// The record that is there, if one is.
     pub fn read(&self) -> Result<Option<Record>, RecordError> {
         let path = self.record();
-        let mut text = String::new();
-        match File::open(&path).and_then(|mut f| f.read_to_string(&mut text)) {
-            Ok(0) => {
-                return Ok(Some(Record {
-                    for_host: true,
-                    ..Record::default()
-                }))
-            }
-            Ok(_) => {}
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(failed("read", &path)(e)),
-        }
+        let Some(text) = read_if_there(&path)? else {
+            return Ok(None);
+        };
         match serde_json::from_str(&text) {
             Ok(record) => Ok(Some(record)),
             Err(source) => Err(RecordError::Malformed { path, source }),
         }
     }
 
-    /// Empties the record: nothing is frozen any more, and a host does not know yet. Needs the
-    /// lock.
-    pub fn empty(&self, _lock: &Lock) -> Result<(), RecordError> {
-        let path = self.record();
-        let file = OpenOptions::new().write(true).open(&path);
-        file.and_then(|file| file.set_len(0))
-            .map_err(failed("empty", &path))
-    }
-
     /// Removes the record: nothing is frozen any more.
     pub fn remove(&self) -> Result<(), RecordError> {
-        let path = self.record();
-        match std::fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", &path)(e)),
-            _ => Ok(()),
-        }
+        remove_if_there(&self.record())
+    }
+
+    /// Leaves word for a later daemon why the THAW that the host has yet to ask for must fail.
+    pub fn leave_word(&self, why: &str) -> Result<(), RecordError> {
+        let path = self.word();
+        self.replace(&path, why.as_bytes())
+            .map_err(failed("write", &path))
+    }
+
+    /// The word that was left, if one was.
+    pub fn word_left(&self) -> Result<Option<String>, RecordError> {
+        read_if_there(&self.word())
+    }
+
+    /// Takes the word back: the host has begun anew.
+    pub fn take_word_back(&self) -> Result<(), RecordError> {
+        remove_if_there(&self.word())
     }
 }
 
-/// The open record of a freeze.
-#[derive(Debug)]
-pub struct RecordFile {
-    /// The descriptor that the guard gets a copy of.
-    pub file: File,
-    path: PathBuf,
+fn read_if_there(path: &Path) -> Result<Option<String>, RecordError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(failed("read", path)(e)),
+    }
 }
 
-impl RecordFile {
-    /// Replaces what it says, through the open descriptor.
-    pub fn rewrite(&self, record: &Record) -> Result<(), RecordError> {
-        let emptied = self.file.set_len(0);
-        emptied.map_err(failed("write", &self.path))?;
-        self.put(record)
-    }
-
-    /// Fills a file that is empty.
-    fn put(&self, record: &Record) -> Result<(), RecordError> {
-        let written = serde_json::to_vec(record)
-            .map_err(io::Error::from)
-            .and_then(|text| self.file.write_all_at(&text, 0));
-        written.map_err(failed("write", &self.path))
+fn remove_if_there(path: &Path) -> Result<(), RecordError> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(e)),
+        _ => Ok(()),
     }
 }
 
@@ -247,25 +237,31 @@ mod tests {
     }
 
     #[test]
-    fn a_record_is_read_as_it_was_written_and_an_emptied_one_has_no_entries() {
+    fn a_record_is_read_as_it_was_written_last_and_the_word_is_another_matter() {
         let scratch = Scratch::new("record");
         let run = RunDir::new(&scratch.0);
         assert_eq!(run.read().unwrap(), None);
         let lock = run.lock().unwrap();
-        let record = Record {
+        let entry = |dev: &str| Entry {
+            dev: dev.parse().unwrap(),
+            name: "/srv (ext4)".into(),
+        };
+        let mut record = Record {
             pid: 7,
             for_host: true,
-            frozen: vec![Entry {
-                dev: "259:3".parse().unwrap(),
-                name: "/srv (ext4, 259:3)".into(),
-            }],
+            frozen: vec![entry("259:3"), entry("259:4")],
         };
-        let file = run.write(&record, &lock).unwrap();
+        run.write(&record, &lock).unwrap();
+        record.frozen.pop();
+        run.write(&record, &lock).unwrap();
         assert_eq!(run.read().unwrap(), Some(record));
-        file.file.set_len(0).unwrap();
-        assert_eq!(run.read().unwrap().unwrap().frozen, []);
+        assert_eq!(run.word_left().unwrap(), None);
+        run.leave_word("it was stopped").unwrap();
         run.remove().unwrap();
         assert_eq!(run.read().unwrap(), None);
+        assert_eq!(run.word_left().unwrap().unwrap(), "it was stopped");
+        run.take_word_back().unwrap();
+        assert_eq!(run.word_left().unwrap(), None);
     }
 
     #[test]

@@ -6,18 +6,27 @@
 //! nothing of what they are used for. Constants come from the kernel's `linux/fs.h`,
 //! `linux/loop.h`, `linux/stat.h` and `linux/nsfs.h`.
 
+use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::mounts::DevId;
+use hv_vss_uapi::{IocFreeze, IocThaw};
 use nix::errno::Errno;
 use nix::sys::socket::{recvmsg, ControlMessageOwned, MsgFlags};
 
 /// The raw ioctl wrappers that nix generates; all of them are unsafe functions.
 mod ioctl {
+    use nix::sys::ioctl::ioctl_num_type;
+
+    const FREEZE: ioctl_num_type = hv_vss_uapi::IOC_FREEZE as ioctl_num_type;
+    const THAW: ioctl_num_type = hv_vss_uapi::IOC_THAW as ioctl_num_type;
+
     nix::ioctl_readwrite!(fifreeze, b'X', 119, libc::c_int);
     nix::ioctl_readwrite!(fithaw, b'X', 120, libc::c_int);
+    nix::ioctl_write_ptr_bad!(hold, FREEZE, super::IocFreeze);
+    nix::ioctl_write_ptr_bad!(let_go, THAW, super::IocThaw);
     nix::ioctl_read_bad!(loop_get_status64, 0x4C05, super::LoopInfo64);
     nix::ioctl_read!(ns_get_mntns_id, 0xb7, 5, u64);
     nix::ioctl_read!(ns_mnt_get_next, 0xb7, 11, super::MntNsInfo);
@@ -63,16 +72,49 @@ pub fn thaw(fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// The `st_dev` of the file behind the loop device that `fd` has open, in the kernel's own
-/// encoding (`huge_encode_dev`), which is also the one of `stat(2)`.
-pub fn loop_backing_dev(fd: BorrowedFd<'_>) -> io::Result<u64> {
+/// Freezes the file system that `freeze.fd` is open on, for as long as the device of hv_vss that `device`
+/// has open is not closed. Errors are in `uapi/hv_vss.h`.
+pub fn hold(device: BorrowedFd<'_>, freeze: &IocFreeze) -> io::Result<()> {
+    // SAFETY: the device is open for as long as the borrow lives, and the kernel reads one structure of
+    // the size that is part of the number. What `freeze.fd` is, it looks at for itself.
+    unsafe { ioctl::hold(device.as_raw_fd(), freeze) }?;
+    Ok(())
+}
+
+/// Thaws what [`hold`] has frozen on the file system that `fd` is open on. Fails with `EINVAL` when it is
+/// not held (any more).
+pub fn let_go(device: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
+    let thaw = IocThaw {
+        fd: fd.as_raw_fd(),
+        flags: 0,
+    };
+    // SAFETY: as for `hold`: an open device and one structure to read.
+    unsafe { ioctl::let_go(device.as_raw_fd(), &thaw) }?;
+    Ok(())
+}
+
+/// What is behind a loop device, with numbers in the kernel's own encoding (`huge_encode_dev`), which
+/// is also the one of `stat(2)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoopBacking {
+    /// `st_dev` of the file.
+    pub dev: u64,
+    /// `st_rdev` of it: 0 unless it is the node of a block device.
+    pub rdev: u64,
+}
+
+/// Asks the loop device that `fd` has open what is behind it. Fails with `ENXIO` when nothing is.
+pub fn loop_backing(fd: BorrowedFd<'_>) -> io::Result<LoopBacking> {
     let mut info = MaybeUninit::<LoopInfo64>::zeroed();
     // SAFETY: the descriptor is open, and the kernel writes at most the 232 bytes that `info` has.
     unsafe { ioctl::loop_get_status64(fd.as_raw_fd(), info.as_mut_ptr()) }?;
     // SAFETY: every field is an integer or an array of integers, for which all bit patterns are
     // valid, and the memory was zeroed before the kernel filled it.
     let info = unsafe { info.assume_init() };
-    Ok(info.lo_device)
+    Ok(LoopBacking {
+        dev: info.lo_device,
+        rdev: info.lo_rdevice,
+    })
 }
 
 /// What [`identify`] says of an open descriptor.
@@ -287,11 +329,58 @@ pub fn superblock_of(mnt_ns_id: u64, mnt_id: u64) -> io::Result<Superblock> {
     })
 }
 
+/// Mounts what is on the block device `source` once more, attached nowhere, and returns the root of
+/// that mount; it is gone when the last descriptor on it is closed. While a superblock of that type is
+/// alive on the device it is the one that is mounted, as it is: the kernel refuses with `EBUSY` what
+/// would change it, be it from writable to read-only or back.
+pub fn mount_detached(fs_type: &CStr, source: &CStr, read_only: bool) -> io::Result<OwnedFd> {
+    const FSOPEN_CLOEXEC: libc::c_uint = 1;
+    const FSCONFIG_SET_FLAG: libc::c_uint = 0;
+    const FSCONFIG_SET_STRING: libc::c_uint = 1;
+    const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
+    const FSMOUNT_CLOEXEC: libc::c_uint = 1;
+    let null = std::ptr::null::<libc::c_char>();
+    // SAFETY: the type is a C string that outlives the call.
+    let ret = unsafe { libc::syscall(libc::SYS_fsopen, fs_type.as_ptr(), FSOPEN_CLOEXEC) };
+    let context = new_descriptor(ret)?;
+    let configure =
+        |command: libc::c_uint, key: *const libc::c_char, value: *const libc::c_char| {
+            let fd = context.as_raw_fd();
+            // SAFETY: key and value are C strings that outlive the call, or null where the command takes
+            // none.
+            let ret = unsafe { libc::syscall(libc::SYS_fsconfig, fd, command, key, value, 0) };
+            Errno::result(ret).map(drop)
+        };
+    configure(FSCONFIG_SET_STRING, c"source".as_ptr(), source.as_ptr())?;
+    if read_only {
+        configure(FSCONFIG_SET_FLAG, c"ro".as_ptr(), null)?;
+    }
+    configure(FSCONFIG_CMD_CREATE, null, null)?;
+    // SAFETY: the call takes a descriptor, which is open, and integers.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_fsmount,
+            context.as_raw_fd(),
+            FSMOUNT_CLOEXEC,
+            0 as libc::c_uint,
+        )
+    };
+    new_descriptor(ret)
+}
+
+/// The descriptor that a raw system call has returned.
+fn new_descriptor(ret: libc::c_long) -> io::Result<OwnedFd> {
+    let raw = Errno::result(ret)?;
+    let raw = RawFd::try_from(raw).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made it for this process; nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
 /// Most descriptors that the kernel lets one message carry (`SCM_MAX_FD` of `net/scm.h`).
 pub const MAX_DESCRIPTORS: usize = 253;
 
-/// Receives one packet with the descriptors that came with it. A length of 0 is the end: the other
-/// side is closed.
+/// Receives one packet with the descriptors that came with it, all of them: `EMFILE` when some were
+/// lost on the way. A length of 0 is the end: the other side is closed.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut space = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
     let mut iov = [io::IoSliceMut::new(buffer)];
@@ -308,7 +397,10 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
             );
         }
     }
-    Ok((message.bytes, descriptors))
+    match message.flags.contains(MsgFlags::MSG_CTRUNC) {
+        false => Ok((message.bytes, descriptors)),
+        true => Err(Errno::EMFILE.into()),
+    }
 }
 
 /// Sets how the processor is shared with others (`nice`, -20 to 19) for the calling thread and what

@@ -6,9 +6,9 @@
 //! Facts only; what follows for the order of freezing is decided in [`crate::plan`]. It opens no
 //! file system that might be frozen: sysfs, and the nodes of loop devices in `/dev`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::mounts::{DevId, Mount};
+use crate::superblocks::{dev_in, folder_of, Superblock};
 use crate::sys;
 
 /// A block device and what is below it.
@@ -24,12 +25,13 @@ use crate::sys;
 pub struct Device {
     /// The kernel's name, such as `dm-3`.
     pub name: String,
-    /// The disk, if this is a partition of one, and the devices below, if it is dm or md.
+    /// The disk, if this is a partition of one, the devices below, if it is dm or md, and the block
+    /// device that a loop device is over.
     pub below: Vec<DevId>,
     /// The file behind a loop device.
     pub backing: Option<Backing>,
-    /// Whether a program in user space may serve it, one that may itself need a file system here:
-    /// nbd, ublk, iSCSI, NVMe over fabrics, drbd, rbd.
+    /// Whether a program in user space may serve it, one that may itself need a file system here
+    /// (nbd, ublk, iSCSI, NVMe over fabrics, drbd, rbd, zvols): whatever is not known to be hardware.
     pub user_space: bool,
 }
 
@@ -42,7 +44,7 @@ pub struct Backing {
     pub path: PathBuf,
 }
 
-/// Block devices by number, and the members of file systems that are on several.
+/// Block devices by number, and what lies between them and the file systems.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Topology {
     /// Every device below a file system of interest.
@@ -51,42 +53,67 @@ pub struct Topology {
     pub members: BTreeMap<DevId, Vec<DevId>>,
     /// Further `st_dev`s of a superblock (btrfs gives each subvolume one), to the superblock's own.
     pub aliases: BTreeMap<DevId, DevId>,
+    /// For superblocks whose journal, log or data is on further devices: which.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub logs: BTreeMap<DevId, Vec<DevId>>,
+    /// Superblocks whose device is no more.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub gone: BTreeSet<DevId>,
+    /// Superblocks that are alive though no table shows them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unmounted: Vec<Unmounted>,
 }
 
-/// File systems whose superblock has an anonymous number although it is on block devices.
-pub const ANONYMOUS_TYPES: [&str; 2] = ["btrfs", "bcachefs"];
+/// A superblock that is alive though no mount table shows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unmounted {
+    /// Its type, or its driver's.
+    pub fs_type: String,
+    /// The kernel's name of its device, or its UUID.
+    pub name: String,
+    /// The devices that it is on. Never empty.
+    pub devices: Vec<DevId>,
+}
 
-/// Reads what is below every file system among `mounts` that may be on block devices.
+/// Reads what is below every file system that may be on block devices: among `mounts`, and those of
+/// `superblocks` that no mount shows.
 ///
 /// What cannot be read is left out: a device may vanish at any time, and an order that lacks one
 /// edge is better than no backup.
-pub fn read(mounts: &[Mount]) -> Topology {
+pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
     let mut topology = Topology::default();
-    let mut groups = None;
-    for mount in mounts.iter().filter(|m| m.writable) {
-        if mount.dev.major != 0 {
-            add(&mut topology, mount.dev);
-        } else if ANONYMOUS_TYPES.contains(&mount.fs_type.as_str()) {
+    for mount in mounts.iter().filter(|m| m.is_on_disks()) {
+        if mount.dev.major == 0 {
             add_alias(&mut topology, mount);
-            if topology.members.contains_key(&mount.dev) {
-                continue;
-            }
-            let groups = groups.get_or_insert_with(btrfs_groups);
-            let members = members_of(mount, groups);
-            for dev in &members {
-                add(&mut topology, *dev);
-            }
-            topology.members.insert(mount.dev, members);
+            topology.members.entry(mount.dev).or_default();
+        } else if mount.writable && folder_of(mount.dev).is_none() && has_sysfs() {
+            topology.gone.insert(mount.dev);
         }
     }
+    assign_members(&mut topology, mounts, superblocks);
+    find_unmounted(&mut topology, mounts, superblocks);
+    find_logs(&mut topology, mounts, superblocks);
+    let own = mounts.iter().filter(|m| m.writable).map(|m| m.dev);
+    let members = topology.members.values().flatten().copied();
+    let unmounted = topology.unmounted.iter().flat_map(|it| it.devices.clone());
+    let logs = topology.logs.values().flatten().copied();
+    let all: BTreeSet<DevId> = own.chain(members).chain(unmounted).chain(logs).collect();
+    for dev in all.into_iter().filter(|dev| dev.major != 0) {
+        add(&mut topology, dev);
+    }
+    find_subvolumes_of_images(&mut topology, mounts);
     topology
 }
 
+fn has_sysfs() -> bool {
+    Path::new("/sys/dev/block").exists()
+}
+
 fn add_alias(topology: &mut Topology, mount: &Mount) {
-    if mount.namespace != 0 {
+    if mount.namespace != 0 || !mount.walkable {
         return;
     }
-    if let Ok(meta) = std::fs::symlink_metadata(&mount.path) {
+    if let Ok(meta) = fs::symlink_metadata(&mount.path) {
         let alias = DevId::from_raw(meta.dev());
         if alias.major == 0 && alias != mount.dev {
             topology.aliases.insert(alias, mount.dev);
@@ -94,47 +121,125 @@ fn add_alias(topology: &mut Topology, mount: &Mount) {
     }
 }
 
-/// The block devices of the file system that `mount` shows: the named source, and for btrfs all
-/// that belong to the same file system.
-fn members_of(mount: &Mount, groups: &[Vec<DevId>]) -> Vec<DevId> {
-    let Some(source) = &mount.source else {
-        return Vec::new();
-    };
-    // bcachefs names all of its devices, with colons between them.
-    let named: Vec<DevId> = source
-        .as_bytes()
-        .split(|&b| b == b':')
-        .filter_map(|part| std::fs::metadata(OsStr::from_bytes(part)).ok())
-        .filter(|meta| meta.file_type().is_block_device())
-        .map(|meta| DevId::from_raw(meta.rdev()))
-        .collect();
-    let group = groups
-        .iter()
-        .find(|group| group.iter().any(|d| named.contains(d)));
-    group.cloned().unwrap_or(named)
+/// Finds the devices of superblocks with an anonymous number: those of the superblock that the named
+/// source belongs to, else the named ones alone.
+fn assign_members(topology: &mut Topology, mounts: &[Mount], superblocks: &[Superblock]) {
+    for (dev, members) in &mut topology.members {
+        for mount in mounts.iter().filter(|m| m.dev == *dev) {
+            let named = named_devices(mount);
+            let group = superblocks
+                .iter()
+                .find(|it| it.devices.iter().any(|d| named.contains(d)));
+            *members = group.map_or(named, |it| it.devices.clone());
+            if !members.is_empty() {
+                break;
+            }
+        }
+    }
 }
 
-/// The devices of each mounted btrfs, from `/sys/fs/btrfs/<uuid>/devices`.
-fn btrfs_groups() -> Vec<Vec<DevId>> {
-    list(Path::new("/sys/fs/btrfs"))
-        .map(|fs| {
-            list(&fs.join("devices"))
-                .filter_map(|d| dev_in(&d))
-                .collect()
-        })
+/// The block devices that a mount names as its source.
+fn named_devices(mount: &Mount) -> Vec<DevId> {
+    let source = mount.source.as_deref().unwrap_or_default();
+    // bcachefs names all of its devices, with colons between them.
+    let parts = source.as_bytes().split(|&b| b == b':');
+    parts
+        .filter_map(|part| device_at(OsStr::from_bytes(part)))
         .collect()
+}
+
+/// The number of the block device whose node is here.
+fn device_at(path: &OsStr) -> Option<DevId> {
+    let meta = fs::metadata(path).ok()?;
+    let is_device = meta.file_type().is_block_device();
+    is_device.then(|| DevId::from_raw(meta.rdev()))
+}
+
+/// Superblocks that no table shows. Where the devices of a mounted one could not be found, it may be
+/// any of its type, and no further one is taken for another.
+fn find_unmounted(topology: &mut Topology, mounts: &[Mount], superblocks: &[Superblock]) {
+    let mut shown: BTreeSet<DevId> = mounts.iter().map(|m| m.dev).collect();
+    shown.extend(topology.members.values().flatten());
+    let unclear = |fs_type: &str| {
+        let mut of_type = mounts.iter().filter(|m| m.fs_type == fs_type);
+        of_type.any(|m| topology.members.get(&m.dev).is_some_and(Vec::is_empty))
+    };
+    let hidden = superblocks
+        .iter()
+        .filter(|it| !it.devices.iter().any(|dev| shown.contains(dev)))
+        .filter(|it| !unclear(&it.fs_type));
+    topology.unmounted = hidden
+        .map(|it| Unmounted {
+            fs_type: it.fs_type.clone(),
+            name: it.name.clone(),
+            devices: it.devices.clone(),
+        })
+        .collect();
+}
+
+/// Journals and logs that have a device of their own: xfs names them among its options, ext4 names
+/// its journal's thread after the device.
+fn find_logs(topology: &mut Topology, mounts: &[Mount], superblocks: &[Superblock]) {
+    for mount in mounts.iter().filter(|m| m.is_on_disks()) {
+        let named = ["logdev", "rtdev"].map(|name| mount.option(name).and_then(device_at));
+        let logs = topology.logs.entry(mount.dev).or_default();
+        for dev in named.into_iter().flatten() {
+            if !logs.contains(&dev) {
+                logs.push(dev);
+            }
+        }
+    }
+    for superblock in superblocks.iter().filter(|it| it.fs_type == "ext4") {
+        if let (Some(dev), Some(journal)) = (superblock.devices.first(), journal_of(superblock)) {
+            topology.logs.entry(*dev).or_default().push(journal);
+        }
+    }
+    topology.logs.retain(|_, devices| !devices.is_empty());
+}
+
+/// The device that holds the journal of an ext4, if it is another. A journal inside is called
+/// `DEVICE-INODE`.
+fn journal_of(superblock: &Superblock) -> Option<DevId> {
+    let folder = Path::new("/sys/fs/ext4").join(&superblock.name);
+    let task = fs::read_to_string(folder.join("journal_task")).ok()?;
+    let name = fs::read_to_string(Path::new("/proc").join(task.trim()).join("comm")).ok()?;
+    let device = name.trim().strip_prefix("jbd2/")?;
+    dev_in(&Path::new("/sys/class/block").join(device))
+}
+
+/// An image in a subvolume that is not mounted by itself has a number that no table lists. The path is
+/// believed where it leads to that very number.
+fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount]) {
+    let listed = |dev: &DevId| mounts.iter().any(|m| m.dev == *dev);
+    let images: Vec<(DevId, PathBuf)> = topology
+        .devices
+        .values()
+        .filter_map(|device| device.backing.as_ref())
+        .filter_map(|backing| Some((backing.dev?, backing.path.clone())))
+        .filter(|(dev, _)| dev.major == 0 && !listed(dev) && !topology.aliases.contains_key(dev))
+        .collect();
+    for (dev, path) in images {
+        let below = mounts
+            .iter()
+            .filter(|m| m.namespace == 0 && path.starts_with(&m.path))
+            // Of equally long ones the last counts: it lies over the others.
+            .max_by_key(|m| m.path.components().count());
+        let Some(mount) = below.filter(|m| m.is_on_disks() && m.dev.major == 0 && m.walkable)
+        else {
+            continue;
+        };
+        if fs::symlink_metadata(&path).is_ok_and(|meta| DevId::from_raw(meta.dev()) == dev) {
+            topology.aliases.insert(dev, mount.dev);
+        }
+    }
 }
 
 fn add(topology: &mut Topology, dev: DevId) {
     if topology.devices.contains_key(&dev) {
         return;
     }
-    let numbers = Path::new("/sys/dev/block");
-    // The link leads to the device's place in the tree, and that place says what it is.
-    let Ok(place) = std::fs::read_link(numbers.join(dev.to_string())) else {
-        return;
-    };
-    let device = describe(&numbers.join(place));
+    let Some(folder) = folder_of(dev) else { return };
+    let device = describe(&folder);
     let below = device.below.clone();
     topology.devices.insert(dev, device);
     for lower in below {
@@ -142,75 +247,103 @@ fn add(topology: &mut Topology, dev: DevId) {
     }
 }
 
+/// The devices that this one is mapped to, if it is dm, md or the like.
+pub fn slaves(dir: &Path) -> Vec<DevId> {
+    list(&dir.join("slaves"))
+        .filter_map(|slave| dev_in(&slave))
+        .collect()
+}
+
 fn describe(dir: &Path) -> Device {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     let disk = dir.parent().filter(|_| dir.join("partition").exists());
-    let below = match disk {
+    let mut below = match disk {
         Some(disk) => dev_in(disk).into_iter().collect(),
-        None => list(&dir.join("slaves"))
-            .filter_map(|slave| dev_in(&slave))
-            .collect(),
+        None => slaves(dir),
     };
+    let mut backing = None;
+    if name.starts_with("loop") {
+        match behind_loop(dir, &name) {
+            Some(Behind::Device(dev)) => below.push(dev),
+            Some(Behind::File(file)) => backing = Some(file),
+            None => {}
+        }
+    }
     Device {
+        user_space: below.is_empty() && backing.is_none() && !is_kernels_own(&name, dir),
         below,
-        backing: backing_of(dir, &name),
-        user_space: served_by_user_space(dir, &name),
+        backing,
         name: name.into_owned(),
     }
 }
 
-fn backing_of(dir: &Path, name: &str) -> Option<Backing> {
-    if !name.starts_with("loop") {
-        return None;
-    }
-    let mut path = std::fs::read(dir.join("loop/backing_file")).ok()?;
+/// What a loop device is over.
+enum Behind {
+    File(Backing),
+    Device(DevId),
+}
+
+fn behind_loop(dir: &Path, name: &str) -> Option<Behind> {
+    let mut path = fs::read(dir.join("loop/backing_file")).ok()?;
     if path.last() == Some(&b'\n') {
         path.pop();
     }
-    let dev = File::open(Path::new("/dev").join(name))
-        .and_then(|node| sys::loop_backing_dev(node.as_fd()))
-        .ok()
-        .map(DevId::from_raw);
-    Some(Backing {
-        dev,
-        path: std::ffi::OsString::from_vec(path).into(),
+    let node = File::open(Path::new("/dev").join(name)).ok();
+    let asked = node.and_then(|node| sys::loop_backing(node.as_fd()).ok());
+    match asked {
+        Some(found) if found.rdev != 0 => Some(Behind::Device(DevId::from_raw(found.rdev))),
+        found => Some(Behind::File(Backing {
+            dev: found.map(|it| DevId::from_raw(it.dev)),
+            path: std::ffi::OsString::from_vec(path).into(),
+        })),
+    }
+}
+
+/// Whether the kernel alone moves the data of a device that stands on no other: a disk on a bus that
+/// is hardware, or memory.
+fn is_kernels_own(name: &str, dir: &Path) -> bool {
+    const MEMORY: [&str; 3] = ["ram", "zram", "nullb"];
+    // Mapped to nothing, or not set up.
+    const MAPPED: [&str; 3] = ["dm-", "md", "loop"];
+    let virtual_ones = MEMORY.iter().chain(&MAPPED);
+    virtual_ones
+        .map(|prefix| name.strip_prefix(prefix))
+        .any(|rest| rest.is_some_and(|it| it.starts_with(|c: char| c.is_ascii_digit())))
+        || is_hardware(dir)
+        || has_local_paths_only(dir)
+}
+
+/// Judges by the place in the device tree: below a bus that is one, and not below the `session` of an
+/// iSCSI initiator, which an adapter on such a bus may have, too.
+fn is_hardware(dir: &Path) -> bool {
+    const BUSES: [&str; 8] = ["pci", "vmbus", "virtio", "xen", "mmc", "nd", "ccw", "vio"];
+    let of_session = |part: &OsStr| part.as_bytes().starts_with(b"session");
+    if dir.components().any(|part| of_session(part.as_os_str())) {
+        return false;
+    }
+    dir.ancestors().any(|device| {
+        let bus = fs::read_link(device.join("subsystem")).ok();
+        let bus = bus.as_deref().and_then(Path::file_name);
+        bus.is_some_and(|it| BUSES.iter().any(|known| it == *known))
     })
 }
 
-/// Judges by the kernel's name for the device and by its place in the device tree: iSCSI disks are
-/// below a `session`, NVMe over fabrics below `nvme-fabrics`, or below the subsystem that stands for
-/// all paths to it.
-fn served_by_user_space(dir: &Path, name: &str) -> bool {
-    const NAMES: [&str; 4] = ["nbd", "ublk", "drbd", "rbd"];
-    NAMES.iter().any(|prefix| name.starts_with(prefix))
-        || dir.components().any(|part| {
-            let part = part.as_os_str().as_bytes();
-            part.starts_with(b"session") || part == b"nvme-fabrics"
-        })
-        || has_remote_path(dir)
-}
-
-/// Whether a disk of an NVMe subsystem, the folder that it is in, is reached over a network or from
-/// this machine itself: the controllers there name their transport.
-fn has_remote_path(dir: &Path) -> bool {
-    const REMOTE: [&str; 4] = ["tcp", "rdma", "fc", "loop"];
+/// Whether a disk of an NVMe subsystem, the folder that it is in, is reached over PCI Express only,
+/// and neither over a network nor from this machine itself: the controllers there name their transport.
+fn has_local_paths_only(dir: &Path) -> bool {
     let subsystem = dir.parent().filter(|_| {
         dir.components()
             .any(|it| it.as_os_str() == "nvme-subsystem")
     });
-    let mut controllers = subsystem.into_iter().flat_map(list);
-    controllers.any(|controller| {
-        let transport = std::fs::read_to_string(controller.join("transport"));
-        transport.is_ok_and(|it| REMOTE.contains(&it.trim()))
-    })
-}
-
-fn dev_in(dir: &Path) -> Option<DevId> {
-    std::fs::read_to_string(dir.join("dev")).ok()?.parse().ok()
+    let controllers = subsystem.into_iter().flat_map(list);
+    let transports: Vec<String> = controllers
+        .filter_map(|it| fs::read_to_string(it.join("transport")).ok())
+        .collect();
+    !transports.is_empty() && transports.iter().all(|it| it.trim() == "pcie")
 }
 
 fn list(dir: &Path) -> impl Iterator<Item = PathBuf> {
-    std::fs::read_dir(dir)
+    fs::read_dir(dir)
         .into_iter()
         .flatten()
         .flatten()

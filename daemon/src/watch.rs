@@ -4,12 +4,14 @@
 //! again without reading all tables anew.
 //!
 //! The kernel is asked for what any change leaves behind: the own mount table knows whether it was
-//! changed since, the other namespaces are told by their newest mount and their count, the read-only
-//! superblocks that were left out are looked at, and each change of a block device is a uevent, which
-//! are counted. Nothing is waited for, so it costs nothing as long as nobody asks; and nothing is
-//! held that would keep a namespace or a mount from vanishing. Kernels before 6.12 do not tell all
-//! of this: there a plan is never used twice.
+//! changed since it was last asked, the other namespaces are told by their newest mount and their
+//! count, what is mounted where no table shows it is listed in sysfs, the read-only superblocks that
+//! were left out are looked at, and each change of a block device is a uevent, which are counted, or
+//! one of what it is mapped to. Nothing is waited for, so it costs nothing as long as nobody asks; and
+//! nothing is held that would keep a namespace or a mount from vanishing. Kernels before 6.12 do not
+//! tell all of this: there a plan is never used twice.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -21,108 +23,244 @@ use nix::fcntl::{open, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::Mode;
 
-use crate::machine::{Machine, Ways};
-use crate::mounts;
+use crate::machine::{self, LookError, Machine, Ways};
+use crate::mounts::{self, DevId};
 use crate::namespaces::{self, Namespaces, State};
-use crate::plan::{FileSystem, LeftOut, Reason};
+use crate::plan::{FileSystem, Plan, Reason};
+use crate::superblocks::{self, Entry};
 use crate::sys;
+use crate::topology;
 
-/// What the machine looked like.
-#[derive(Debug)]
-pub struct Watch {
-    /// The root of procfs.
-    proc: Arc<OwnedFd>,
-    /// The own namespace.
-    own: File,
-    /// Its mount table, on which poll(2) says whether it has changed since it was last asked.
-    table: File,
-    /// `/sys/kernel/uevent_seqnum`, and what it said.
-    uevents: File,
-    count: u64,
-    /// The other namespaces.
-    states: Vec<State>,
-    /// Read-only superblocks that were left out for it: namespace and mount.
-    read_only: Vec<(u64, u64)>,
+/// What tells of changes, and of the machine itself: the kernel, or a model of it in tests.
+pub trait Signals {
+    /// The way to what was seen.
+    type Ways;
+    /// What changes with each mount and unmount in the other namespaces.
+    type States: PartialEq;
+    /// The superblocks that are alive.
+    type Alive: PartialEq;
+    /// A mount by which a superblock can be looked at without reaching it.
+    type At;
+
+    /// Reads everything anew.
+    fn look(&mut self) -> Result<Machine<Self::Ways>, LookError>;
+    /// Whether the own table has changed since this was last asked: each change is told once.
+    fn table_has_changed(&mut self) -> io::Result<bool>;
+    /// How many changes of devices there have been.
+    fn uevents(&mut self) -> io::Result<u64>;
+    /// Which superblocks are alive.
+    fn alive(&mut self) -> io::Result<Self::Alive>;
+    /// The devices that one is mapped to by now.
+    fn slaves(&mut self, dev: DevId) -> Vec<DevId>;
+    /// The way to what is there now.
+    fn ways(&mut self) -> io::Result<Self::Ways>;
+    /// The states of the other namespaces when this way was found; `None` where nobody tells.
+    fn states(ways: &Self::Ways) -> Option<Self::States>;
+    /// Where a file system can be looked at, which is read-only now.
+    fn find(&mut self, ways: &Self::Ways, file_system: &FileSystem) -> Option<Self::At>;
+    /// Whether what is mounted there is still, and is read-only.
+    fn is_read_only(&mut self, at: &Self::At) -> bool;
 }
 
-impl Watch {
-    /// Looks at the machine: what changes from now on is noticed by [`Watch::unchanged`]. `None` where
-    /// that cannot be promised.
-    pub fn look() -> Option<(Self, Machine)> {
-        let table = File::open(Path::new("/proc").join(mounts::OWN_TABLE)).ok()?;
-        let uevents = File::open("/sys/kernel/uevent_seqnum").ok()?;
-        let count = number_in(&uevents).ok()?;
-        let machine = Machine::look().ok()?;
-        let watch = Watch {
-            proc: Arc::clone(&machine.ways.proc),
-            own: namespaces::own().ok()?,
-            table,
-            uevents,
-            count,
-            states: machine.ways.namespaces.states()?.to_vec(),
-            read_only: Vec::new(),
-        };
-        Some((watch, machine))
-    }
+/// What there was to hear before the machine was looked at.
+pub struct Before<S: Signals> {
+    uevents: u64,
+    alive: S::Alive,
+}
 
-    /// Notices as well when one of these becomes writable. False when that cannot be promised.
-    pub fn mind(&mut self, ways: &Ways, left_out: &[LeftOut]) -> bool {
-        let Ok(own) = sys::namespace_id(self.own.as_fd()) else {
-            return false;
-        };
-        for left in left_out.iter().filter(|l| l.reason == Reason::ReadOnly) {
-            let Some(mount) = self.find(own, ways, &left.file_system) else {
-                return false;
-            };
-            self.read_only.push(mount);
-        }
-        true
-    }
-
-    /// Namespace and mount by which a read-only file system can be looked at.
-    fn find(&self, own: u64, ways: &Ways, file_system: &FileSystem) -> Option<(u64, u64)> {
-        file_system.places.iter().find_map(|place| {
-            let namespace = match place.namespace {
-                0 => own,
-                n => self.states.get(n - 1)?.id(),
-            };
-            let mount = ways
-                .namespaces
-                .within(place.namespace, || {
-                    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
-                    let fd = open(&place.path, flags, Mode::empty())?;
-                    sys::unique_mount_id(fd.as_fd())
-                })
-                .ok()?
-                .ok()?;
-            let found = sys::superblock_of(namespace, mount).ok()?;
-            (found.dev == file_system.dev && found.read_only).then_some((namespace, mount))
+impl<S: Signals> Before<S> {
+    /// Listens: what changes from now on is noticed. `None` where that cannot be promised.
+    pub fn listen(signals: &mut S) -> Option<Self> {
+        // What it has to tell is in the tables that are read next.
+        signals.table_has_changed().ok()?;
+        Some(Before {
+            uevents: signals.uevents().ok()?,
+            alive: signals.alive().ok()?,
         })
     }
 
-    /// The way to what was seen, if nothing has changed since.
-    pub fn unchanged(&self) -> Option<Ways> {
-        let changed = PollFlags::POLLPRI;
-        let mut fds = [PollFd::new(self.table.as_fd(), changed)];
-        if poll(&mut fds, PollTimeout::ZERO).ok()? != 0
-            || number_in(&self.uevents).ok()? != self.count
+    /// Completes it with what was seen and with what the plan depends on. `None` where a change of
+    /// that cannot be noticed.
+    pub fn complete(
+        self,
+        signals: &mut S,
+        machine: &Machine<S::Ways>,
+        plan: &Plan,
+    ) -> Option<Marks<S>> {
+        let mut read_only = Vec::new();
+        for left in &plan.left_out {
+            match left.reason {
+                Reason::ReadOnly => {
+                    read_only.push(signals.find(&machine.ways, &left.file_system)?);
+                }
+                // Nothing tells when one is repaired.
+                Reason::Broken(_) | Reason::Unreachable(_) => return None,
+                Reason::NoBlockDevice | Reason::Excluded(_) => {}
+            }
+        }
+        let mut mapped = Vec::new();
+        for (dev, device) in &machine.topology.devices {
+            let slaves = signals.slaves(*dev);
+            if slaves.is_empty() {
+                continue;
+            }
+            if slaves != device.below {
+                return None;
+            }
+            mapped.push((*dev, slaves));
+        }
+        Some(Marks {
+            before: self,
+            states: S::states(&machine.ways)?,
+            mapped,
+            read_only,
+        })
+    }
+}
+
+/// What the machine looked like.
+pub struct Marks<S: Signals> {
+    before: Before<S>,
+    states: S::States,
+    /// What the mapped devices are mapped to.
+    mapped: Vec<(DevId, Vec<DevId>)>,
+    /// Read-only superblocks that were left out for it.
+    read_only: Vec<S::At>,
+}
+
+impl<S: Signals> Marks<S> {
+    /// The marks and the way to what was seen, if nothing has changed since. Otherwise they are gone:
+    /// a change that was heard once is not heard again.
+    pub fn unchanged(self, signals: &mut S) -> Option<(Self, S::Ways)> {
+        if signals.table_has_changed().ok()?
+            || signals.uevents().ok()? != self.before.uevents
+            || signals.alive().ok()? != self.before.alive
         {
             return None;
         }
-        let namespaces = Namespaces::find_beside(&self.own).ok()?;
-        if namespaces.states() != Some(&self.states) {
-            return None;
+        let ways = signals.ways().ok()?;
+        let same = S::states(&ways).is_some_and(|it| it == self.states)
+            && (self.mapped.iter()).all(|(dev, below)| signals.slaves(*dev) == *below)
+            && (self.read_only.iter()).all(|at| signals.is_read_only(at));
+        same.then_some((self, ways))
+    }
+}
+
+/// The kernel's own signals. What cannot be opened tells nothing, and then no plan is kept.
+pub struct Kernel {
+    /// The root of procfs.
+    proc: Option<Arc<OwnedFd>>,
+    /// The own namespace, and its number.
+    own: Option<File>,
+    number: Option<u64>,
+    /// Its mount table, on which poll(2) says whether it has changed since it was last asked.
+    table: Option<File>,
+    /// `/sys/kernel/uevent_seqnum`.
+    uevents: Option<File>,
+    /// The types that list their superblocks.
+    types: BTreeSet<String>,
+}
+
+/// A mount, by the numbers of its namespace and its own.
+pub struct MountAt {
+    namespace: u64,
+    mount: u64,
+    dev: DevId,
+}
+
+impl Default for Kernel {
+    /// Opens what tells.
+    fn default() -> Self {
+        let own = namespaces::own().ok();
+        Kernel {
+            proc: machine::open_proc().ok().map(Arc::new),
+            number: own
+                .as_ref()
+                .and_then(|it| sys::namespace_id(it.as_fd()).ok()),
+            own,
+            table: File::open(Path::new("/proc").join(mounts::OWN_TABLE)).ok(),
+            uevents: File::open("/sys/kernel/uevent_seqnum").ok(),
+            types: superblocks::types_on_devices(),
         }
-        let still = |&(namespace, mount): &(u64, u64)| {
-            sys::superblock_of(namespace, mount).is_ok_and(|found| found.read_only)
-        };
-        if !self.read_only.iter().all(still) {
-            return None;
+    }
+}
+
+/// What there is no way to tell.
+fn told<T>(it: Option<&T>) -> io::Result<&T> {
+    it.ok_or_else(|| io::ErrorKind::Unsupported.into())
+}
+
+impl Signals for Kernel {
+    type Ways = Ways;
+    type States = Vec<State>;
+    type Alive = BTreeSet<Entry>;
+    type At = MountAt;
+
+    fn look(&mut self) -> Result<Machine, LookError> {
+        // A type that is new comes with a module, which is a uevent.
+        self.types = superblocks::types_on_devices();
+        match &self.proc {
+            Some(proc) => Machine::look_through(Arc::clone(proc)),
+            None => Machine::look(),
         }
-        Some(Ways {
-            proc: Arc::clone(&self.proc),
-            namespaces,
+    }
+
+    fn table_has_changed(&mut self) -> io::Result<bool> {
+        let table = told(self.table.as_ref())?;
+        let mut fds = [PollFd::new(table.as_fd(), PollFlags::POLLPRI)];
+        Ok(poll(&mut fds, PollTimeout::ZERO)? != 0)
+    }
+
+    fn uevents(&mut self) -> io::Result<u64> {
+        number_in(told(self.uevents.as_ref())?)
+    }
+
+    fn alive(&mut self) -> io::Result<BTreeSet<Entry>> {
+        superblocks::entries(&self.types)
+    }
+
+    fn slaves(&mut self, dev: DevId) -> Vec<DevId> {
+        superblocks::folder_of(dev).map_or_else(Vec::new, |dir| topology::slaves(&dir))
+    }
+
+    fn ways(&mut self) -> io::Result<Ways> {
+        Ok(Ways {
+            proc: Arc::clone(told(self.proc.as_ref())?),
+            namespaces: Namespaces::find_beside(told(self.own.as_ref())?)?,
         })
+    }
+
+    fn states(ways: &Ways) -> Option<Vec<State>> {
+        ways.namespaces.states().map(<[State]>::to_vec)
+    }
+
+    fn find(&mut self, ways: &Ways, file_system: &FileSystem) -> Option<MountAt> {
+        let states = ways.namespaces.states()?;
+        // A walk through what may hang is not worth it.
+        let mut places = file_system.places.iter().filter(|p| p.walkable);
+        places.find_map(|place| {
+            let namespace = match place.namespace {
+                0 => self.number?,
+                n => states.get(n - 1)?.id(),
+            };
+            let look = || {
+                let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+                let fd = open(&place.path, flags, Mode::empty())?;
+                sys::unique_mount_id(fd.as_fd())
+            };
+            let mount = ways.namespaces.within(place.namespace, look).ok()?.ok()?;
+            let at = MountAt {
+                namespace,
+                mount,
+                dev: file_system.dev,
+            };
+            self.is_read_only(&at).then_some(at)
+        })
+    }
+
+    fn is_read_only(&mut self, at: &MountAt) -> bool {
+        sys::superblock_of(at.namespace, at.mount)
+            .is_ok_and(|found| found.dev == at.dev && found.read_only)
     }
 }
 

@@ -4,8 +4,8 @@
 //! nothing is frozen after what it stands on.
 //!
 //! The tables in `tests/tables` are what `hv_vss_daemon list --table` said on machines that
-//! `tests/lab/tables.sh` had set up; each says in its first lines what it is of. No machine is
-//! looked at here.
+//! `tests/lab/tables.sh` had set up, and, retyped with invented names, what people posted of theirs;
+//! each says in its first lines what it is of. No machine is looked at here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -61,14 +61,14 @@ fn container_host_with_a_disk_that_only_a_container_has_and_images_and_nbd() {
             vec!["/srv/remote"],
             vec!["/boot/efi", "/srv/layer", "/wal"],
             vec!["/srv/registry"],
-            // podman's storage, by its shortest path.
-            vec!["/srv/www"],
+            // podman's storage, by where it is whole and not by a folder of it.
+            vec!["/var/lib/containers"],
             vec!["/"],
         ]
     );
     let wal = named(&plan, "/wal").to_string();
     assert!(wal.contains("in another mount namespace"), "{wal}");
-    assert!(named(&plan, "/srv/www").places.len() > 5);
+    assert!(named(&plan, "/var/lib/containers").places.len() > 5);
     let spaced = |p: &hv_vss_daemon::plan::Place| p.path == Path::new("/var/lib/pg");
     assert!(named(&plan, "/").places.iter().any(spaced));
     let left_out = types_without_device(&plan);
@@ -84,14 +84,16 @@ fn pods_in_namespaces_of_their_own_freeze_each_volume_once_and_before_what_serve
     assert!(table.namespaces.len() > 40 && lines > 450, "{lines} lines");
     let plan = plan_of(&table);
     let found = waves(&plan);
-    assert_eq!(found.len(), 3, "{found:?}");
-    assert_eq!(found[0].len(), 8, "the volumes on iSCSI disks");
-    // Seen at the global mount, in the pod's folder, and inside the pod's own namespace.
-    let volumes = &plan.waves[0];
+    assert_eq!(found.len(), 10, "{found:?}");
+    // The volumes on iSCSI disks, each for itself: seen at the global mount, in the pod's folder, and
+    // inside the pod's own namespace.
     let inside = |f: &FileSystem| f.places.iter().any(|p| p.path == Path::new("/data"));
-    assert!(volumes.iter().all(|f| f.places.len() > 2 && inside(f)));
-    assert_eq!(found[1], ["/var/lib/longhorn"]);
-    assert_eq!(found[2], ["/"]);
+    for wave in &plan.waves[..8] {
+        assert_eq!(wave.len(), 1);
+        assert!(wave.iter().all(|f| f.places.len() > 2 && inside(f)));
+    }
+    assert_eq!(found[8], ["/var/lib/longhorn"]);
+    assert_eq!(found[9], ["/"]);
 }
 
 #[test]
@@ -130,6 +132,100 @@ fn btrfs_with_snapshots_is_one_file_system_however_many_subvolumes_it_shows() {
     );
     let pool = &table.topology.members[&named(&plan, "/pool").dev];
     assert_eq!(pool.len(), 2, "both disks of the pool");
+}
+
+/// The waves of a table, by path, with a mark on what only another namespace has mounted.
+fn waves_of(name: &str) -> Vec<Vec<String>> {
+    let marked = |f: &FileSystem| {
+        let place = &f.places[0];
+        let mark = match place.namespace {
+            0 => String::new(),
+            n => format!("@ns{n}"),
+        };
+        format!("{}{mark}", place.path.display())
+    };
+    let sorted = |wave: &Vec<FileSystem>| {
+        let set: BTreeSet<String> = wave.iter().map(marked).collect();
+        set.into_iter().collect()
+    };
+    plan_of(&recorded(name)).waves.iter().map(sorted).collect()
+}
+
+#[test]
+fn machines_that_people_posted_are_frozen_in_the_right_order() {
+    let cases: [(&str, &[&[&str]]); 10] = [
+        (
+            "image-in-a-container",
+            &[&["/data@ns1"], &["/var/lib/docker"], &["/"]],
+        ),
+        (
+            "loop-over-a-block-device",
+            &[&["/srv/inner"], &["/data"], &["/"]],
+        ),
+        ("zfs-root", &[&["/srv/db"], &["/boot/efi"]]),
+        ("overlayroot", &[&["/data"], &["/media/root-rw"]]),
+        ("ostree-composefs", &[&["/boot/efi", "/sysroot"]]),
+        (
+            "cpanel-virtfs",
+            &[&["/boot", "/boot/efi", "/home", "/tmp"], &["/usr"], &["/"]],
+        ),
+        (
+            "lvm-on-multipath",
+            &[
+                &[
+                    "/boot",
+                    "/boot/efi",
+                    "/u01",
+                    "/var",
+                    "/var/log",
+                    "/var/log/audit",
+                ],
+                &["/"],
+            ],
+        ),
+        (
+            "ubuntu-snaps-lxd",
+            &[
+                &[
+                    "/boot/efi",
+                    "/var/snap/lxd/common/lxd/storage-pools/default@ns1",
+                ],
+                &["/var"],
+                &["/"],
+            ],
+        ),
+        ("microos-read-only-root", &[&["/boot/efi", "/var"], &["/"]]),
+        ("nas-md-lvm-cache", &[&["/volume1", "/volume2"], &["/"]]),
+    ];
+    for (name, expected) in cases {
+        assert_eq!(waves_of(name), expected, "{name}");
+    }
+}
+
+#[test]
+fn zfs_is_on_disks_and_cannot_be_held() {
+    let plan = plan_of(&recorded("zfs-root"));
+    let synced: Vec<String> = plan.synced.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        synced,
+        [
+            "/ (zfs, 0:27)",
+            "/home (zfs, 0:44)",
+            "/var/log (zfs, 0:45)",
+            "/boot (zfs, 0:30)"
+        ]
+    );
+    assert!(!types_without_device(&plan).contains("zfs"));
+}
+
+#[test]
+fn a_dozen_images_without_a_writer_are_left_out() {
+    let plan = plan_of(&recorded("ubuntu-snaps-lxd"));
+    let read_only = plan
+        .left_out
+        .iter()
+        .filter(|l| l.reason == Reason::ReadOnly);
+    assert_eq!(read_only.count(), 12);
 }
 
 /// A random machine: file systems 0.., each on a disk of its own, on a file in one with a smaller
@@ -242,6 +338,17 @@ proptest! {
             for j in (1..served.len()).filter(|&j| !served[j]) {
                 prop_assert!(wave(i) < wave(j), "{i} is served by a program, {j} is not");
             }
+        }
+        // Among those, each for itself and the last mounted first, save for what has to wait until the
+        // one before it is frozen.
+        let mounted = |i: usize| machine.order.iter().position(|&it| it == i);
+        let mut by_wave: Vec<usize> = (1..served.len()).filter(|&i| served[i]).collect();
+        by_wave.sort_by_key(|&i| wave(i));
+        for pair in by_wave.windows(2) {
+            let (a, b) = (pair[0], pair[1]);
+            prop_assert!(wave(a) < wave(b), "{a} and {b} share a wave");
+            let waits = machine.parts[a].0 == Some(b);
+            prop_assert!(mounted(a) > mounted(b) || waits, "{a} was mounted before {b}");
         }
     }
 }

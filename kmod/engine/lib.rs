@@ -15,34 +15,36 @@
 //!
 //! Sources of the numbers: `include/linux/hyperv.h`, `include/uapi/linux/hyperv.h`,
 //! `drivers/hv/hv_snapshot.c` and `drivers/hv/channel_mgmt.c` of Linux 7.3.
-#![cfg_attr(not(MODULE), no_std)]
+#![cfg_attr(not(hv_vss_kernel), no_std)]
 #![forbid(unsafe_code)]
 
-#[cfg(MODULE)]
+#[cfg(hv_vss_kernel)]
 use crate::uapi;
-#[cfg(not(MODULE))]
+#[cfg(not(hv_vss_kernel))]
 use hv_vss_uapi as uapi;
 
 mod frames;
+mod freeze;
 mod machine;
 mod notes;
+mod queue;
 mod wire;
 
 pub use frames::Refusal;
 pub use machine::Config;
 pub use machine::Effects;
 pub use machine::Engine;
-#[cfg(not(MODULE))]
+#[cfg(not(hv_vss_kernel))]
 pub use machine::Shape;
 pub use machine::Token;
-pub use machine::PACKET_MAX;
-pub use machine::QUEUE;
 pub use notes::BadFrames;
 pub use notes::Note;
 pub use notes::OpStats;
 pub use notes::Stats;
 pub use notes::Subject;
 pub use notes::OPS;
+pub use queue::PACKET_MAX;
+pub use queue::QUEUE;
 pub use wire::Version;
 pub use wire::FRAMEWORK_VERSIONS;
 pub use wire::VSS_VERSIONS;

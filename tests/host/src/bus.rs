@@ -6,7 +6,7 @@
 //! it, so there is no thread in between and a latency is the guest's, not this program's. It does not
 //! know KVM, and of the integration components only the header that names a reply's status.
 
-use crate::channel::{Negotiated, Tx};
+use crate::channel::{Negotiated, Tx, IN_BAND};
 use crate::event::{Event, EventKind};
 use crate::guest_ring::{GuestRing, GuestRingError};
 use crate::ic::{IcHeader, Version};
@@ -126,6 +126,8 @@ pub(crate) struct Chan {
     pub negotiated: Option<Negotiated>,
     /// What becomes of the next wish to open it.
     pub on_open: OnOpen,
+    /// What is sent before the guest is told that the channel is open.
+    pub greeting: Vec<Vec<u8>>,
     outbox: VecDeque<Outgoing>,
     transactions: BTreeMap<Tx, Transaction>,
     strays: VecDeque<Vec<u8>>,
@@ -155,6 +157,7 @@ impl Chan {
             revoked: false,
             negotiated: None,
             on_open: OnOpen::default(),
+            greeting: Vec::new(),
             outbox: VecDeque::new(),
             transactions: BTreeMap::new(),
             strays: VecDeque::new(),
@@ -509,13 +512,19 @@ impl Bus {
         match link {
             Ok(link) => {
                 let ring = link.writer.data_len();
+                let mut greeting = Vec::new();
                 if let Some(channel) = self.channel(relid) {
                     channel.link = Some(link);
                     channel.openings += 1;
                     channel.negotiated = None;
                     channel.outbox.clear();
+                    greeting.clone_from(&channel.greeting);
                 }
                 self.note(name, EventKind::Opened { ring });
+                for packet in greeting {
+                    // One that can never fit is not sent, which the log shows.
+                    let _ = self.send(relid, "greeting", IN_BAND, |_| packet);
+                }
             }
             Err(error) => self.note(name, EventKind::Violation(chain(&error))),
         }

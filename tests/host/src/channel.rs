@@ -16,7 +16,7 @@ use std::time::Duration;
 use zerocopy::FromBytes;
 
 /// The descriptor of a proper request.
-const IN_BAND: Descriptor = Descriptor::new(packet_type::DATA_INBAND, 1);
+pub(crate) const IN_BAND: Descriptor = Descriptor::new(packet_type::DATA_INBAND, 1);
 
 /// Names one packet that was sent: the transaction id in its descriptor, which the guest repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
@@ -248,6 +248,16 @@ impl Channel {
                     },
                 })
         })
+    }
+
+    /// From now on these packets are in the guest's ring, in this order, before it is told that it has
+    /// opened the channel. They are logged as sent, by the name of `greeting`.
+    pub fn greet(&self, packets: &[Vec<u8>]) {
+        self.host.change(|bus| {
+            if let Some(chan) = bus.channel(self.info.relid) {
+                chan.greeting = packets.to_vec();
+            }
+        });
     }
 
     /// What the host does from now on when the guest asks to open the channel.

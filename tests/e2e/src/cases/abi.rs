@@ -140,7 +140,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// A v1 message that registers.
-const REGISTER1: VssMsg = VssMsg::new(op::REGISTER1);
+pub(super) const REGISTER1: VssMsg = VssMsg::new(op::REGISTER1);
 
 fn frame_header(kind: u32, size: usize, id: u64) -> FrameHdr {
     FrameHdr {
@@ -168,7 +168,7 @@ pub(super) fn answer_v2(id: u64, operation: u8, status: u32) -> Answer {
     }
 }
 
-fn thawed_v2(id: u64, reason: u32) -> Thawed {
+pub(super) fn thawed_v2(id: u64, reason: u32) -> Thawed {
     Thawed {
         frame: frame_header(frame::THAWED, size_of::<Thawed>(), id),
         reason,
@@ -188,16 +188,48 @@ fn load_and_negotiate(guest: &Guest, parameters: &[&str]) -> Result<()> {
 pub(super) fn register(device: Device<'_>) -> Result<()> {
     device.write(register_v2().as_bytes())?;
     let reply = device.read(MAX_FRAME)?;
-    equal("bytes of the reply to the registration", reply.len(), 32)
+    let reply = Registered::read_from_bytes(&reply)
+        .map_err(|_| anyhow::anyhow!("the reply has {} bytes, not 40", reply.len()))?;
+    equal("the ABI in force", reply.abi_version, ABI_V2)
+}
+
+/// A frame that a v2 daemon reads.
+#[derive(Clone, Debug)]
+pub(super) enum Received {
+    /// A request and what follows it.
+    Request(Request, Vec<u8>),
+    /// What the module held is thawed.
+    Thawed(Thawed),
+}
+
+impl Received {
+    /// Reads the next one.
+    pub(super) fn read(device: Device<'_>) -> Result<Self> {
+        let bytes = device.read(MAX_FRAME)?;
+        let few = || format!("{} bytes are too few for a frame", bytes.len());
+        let (header, _) = FrameHdr::read_from_prefix(&bytes).ok().with_context(few)?;
+        equal("size of the frame", header.size as usize, bytes.len())?;
+        Ok(match header.kind {
+            frame::THAWED => {
+                let notice = Thawed::read_from_bytes(&bytes).ok();
+                Received::Thawed(notice.with_context(few)?)
+            }
+            kind => {
+                equal("kind of the frame", kind, frame::REQUEST)?;
+                let (request, payload) =
+                    Request::read_from_prefix(&bytes).ok().with_context(few)?;
+                Received::Request(request, payload.to_vec())
+            }
+        })
+    }
 }
 
 /// Reads one v2 request and what follows it.
 pub(super) fn read_request(device: Device<'_>) -> Result<(Request, Vec<u8>)> {
-    let bytes = device.read(MAX_FRAME)?;
-    let (request, payload) = Request::read_from_prefix(&bytes)
-        .map_err(|_| anyhow::anyhow!("{} bytes are too few for a request", bytes.len()))?;
-    equal("kind of the frame", request.frame.kind, frame::REQUEST)?;
-    Ok((request, payload.to_vec()))
+    match Received::read(device)? {
+        Received::Request(request, payload) => Ok((request, payload)),
+        other => anyhow::bail!("a request was due, it is {other:?}"),
+    }
 }
 
 fn device_node(guest: &Guest) -> Result<()> {
@@ -490,11 +522,11 @@ fn reads(guest: &Guest) -> Result<()> {
     refused("a read before the registration", device.read(64), "EAGAIN")?;
     device.write(register_v2().as_bytes())?;
     refused(
-        "a read of the reply with 31 bytes",
-        device.read(31),
+        "a read of the reply with 39 bytes",
+        device.read(39),
         "EINVAL",
     )?;
-    equal("bytes of the reply", device.read(32)?.len(), 32)?;
+    equal("bytes of the reply", device.read(40)?.len(), 40)?;
     refused(
         "a read with nothing to read",
         device.read(MAX_FRAME),

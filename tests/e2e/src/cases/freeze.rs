@@ -498,15 +498,19 @@ fn frozen_by_somebody_else(guest: &Guest) -> Result<()> {
 
     guest.freeze("/mnt/a")?;
     let peer = peer(guest)?;
-    let released = guest.thaw("/mnt/a").is_err();
+    let left = super::deadman::was_left_frozen(guest, "/mnt/a")?;
     guest.compare(
         "frozen by an administrator beforehand",
-        "stays frozen after our THAW, until the administrator thaws",
-        if released {
-            "released by the host's THAW"
-        } else {
-            "stays frozen"
-        },
+        &describe(&ours),
+        &format!(
+            "{}, {}",
+            describe(&peer),
+            if left {
+                "still frozen"
+            } else {
+                "the administrator's freeze has gone, too"
+            }
+        ),
     );
     equal("FREEZE with the peer", peer.freeze, status::OK)
 }
@@ -558,10 +562,11 @@ fn covered_while_frozen(guest: &Guest) -> Result<()> {
         Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
     })?;
     guest.sh(disturb)?;
-    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
-    guest.wait_until("both writers go on", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us < 100_000))
-    })?;
+    let told = vss.thaw(STEP)?.status();
+    equal("THAW", told, status::OK)?;
+    let stuck = super::stuck_writers(guest)?;
+    equal("writers that do not go on", &stuck, &Vec::new())?;
+    let ours = format!("THAW {}, thawed", e2e::check::status_name(told));
     guest.writers_stop()?;
     stop(guest, Module::Ours, &daemon)?;
 
@@ -577,10 +582,10 @@ fn covered_while_frozen(guest: &Guest) -> Result<()> {
     guest.sh("mount -t tmpfs cover /mnt/a")?;
     let thaw = vss.thaw(STEP)?.status();
     guest.sh("umount /mnt/a")?;
-    let left = guest.thaw("/mnt/a").is_ok();
+    let left = super::deadman::was_left_frozen(guest, "/mnt/a")?;
     guest.compare(
         "a mount point is covered while frozen",
-        "THAW 0, thawed",
+        &ours,
         &format!(
             "THAW {}, {}",
             e2e::check::status_name(thaw),

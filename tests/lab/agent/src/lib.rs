@@ -192,6 +192,19 @@ pub enum Command {
         /// Good messages, in hexadecimal.
         templates: Vec<String>,
     },
+    /// One ioctl with an argument in memory. Returns nothing.
+    DevIoctl {
+        /// From [`Command::DevOpen`].
+        handle: u64,
+        /// Its number.
+        request: u32,
+        /// The argument in hexadecimal.
+        hex: String,
+        /// A descriptor that goes into the argument.
+        put: Option<Put>,
+        /// Whether the call is made without CAP_SYS_ADMIN.
+        unprivileged: bool,
+    },
     /// Closes the device. A read that is blocked on it keeps it open until it returns.
     DevClose {
         /// From [`Command::DevOpen`].
@@ -199,6 +212,55 @@ pub enum Command {
     },
     /// Closes all devices that are open.
     DevCloseAll,
+    /// Starts a thread that freezes and thaws the file system that holds `path` (FIFREEZE, FITHAW)
+    /// again and again, and thaws it last.
+    NeighbourStart {
+        /// Any path on it.
+        path: String,
+    },
+    /// Ends all such threads: a list of [`Neighbour`]s in the order of their start.
+    NeighboursStop,
+    /// Starts another agent, a process that can be killed, and returns its pid.
+    Fork,
+    /// Kills all such agents and waits until they are gone.
+    ForksEnd,
+    /// Has that agent do something.
+    In {
+        /// From [`Command::Fork`].
+        pid: i32,
+        /// What.
+        does: Box<Command>,
+    },
+}
+
+/// A descriptor in the argument of an ioctl.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Put {
+    /// Where, in bytes from the start; it takes four.
+    pub at: usize,
+    /// Which.
+    pub what: Descriptor,
+}
+
+/// A descriptor, for the time of one call.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Descriptor {
+    /// Of the file or folder with this path, open for reading.
+    Path(String),
+    /// The same with `O_PATH`.
+    PathOnly(String),
+}
+
+/// What one thread of [`Command::NeighbourStart`] has done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Neighbour {
+    /// How often it has frozen.
+    pub freezes: u64,
+    /// How often it has thawed what it had frozen.
+    pub thaws: u64,
+    /// What it was refused, by errno.
+    pub refused: BTreeMap<String, u64>,
 }
 
 /// What came of a [`Command::DevStorm`]. An errno is counted by its name.
@@ -273,6 +335,8 @@ pub struct Stall {
 pub struct Log {
     /// The sequence number that the next record will have.
     pub next: u64,
+    /// How many records were overwritten before they could be read.
+    pub lost: u64,
     /// The records, oldest first.
     pub records: Vec<Record>,
 }
@@ -321,6 +385,30 @@ mod tests {
         };
         let line = serde_json::to_string(&call).expect("plain data");
         assert_eq!(line, r#"{"id":7,"command":"thaw","path":"/"}"#);
+    }
+
+    #[test]
+    fn a_call_for_another_agent_comes_out_as_it_went_in() {
+        let does = Command::DevIoctl {
+            handle: 1,
+            request: 0x4020_b956,
+            hex: "00".into(),
+            put: Some(Put {
+                at: 8,
+                what: Descriptor::Path("/mnt".into()),
+            }),
+            unprivileged: false,
+        };
+        let call = Call {
+            id: 7,
+            command: Command::In {
+                pid: 12,
+                does: Box::new(does),
+            },
+        };
+        let line = serde_json::to_string(&call).expect("plain data");
+        let back: Call = serde_json::from_str(&line).expect("as it was written");
+        assert_eq!(format!("{back:?}"), format!("{call:?}"));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The test's hands in the guest: `lab-agent TTY` reads calls from that serial line and does them.
-//! What else it can be is a program of its own each time: [`nbd`].
+//! The test's hands in the guest: `lab-agent TTY` reads calls from that serial line and does them,
+//! `lab-agent -` from its standard input. What else it can be is a program of its own: [`nbd`].
 //!
 //! It must go on working while every file system is frozen, its own included: its memory is locked
 //! and it opens no file that it was not told to. It decides nothing and checks nothing; what is
@@ -9,8 +9,10 @@
 
 mod device;
 mod error;
+mod fork;
 mod kernel;
 mod nbd;
+mod neighbour;
 mod opens;
 mod process;
 mod storm;
@@ -25,6 +27,7 @@ use nix::sys::termios;
 use serde_json::{json, Value};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::ExitCode;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
@@ -41,6 +44,8 @@ struct Agent {
     writers: writers::Writers,
     devices: device::Devices,
     opens: opens::Opens,
+    neighbours: neighbour::Neighbours,
+    forks: fork::Forks,
 }
 
 impl Agent {
@@ -84,10 +89,33 @@ impl Agent {
                 let storm = Plan::new(threads, writes, seed, &templates)?;
                 json!(self.devices.storm(handle, &storm)?)
             }
+            Command::DevIoctl {
+                handle,
+                request,
+                hex,
+                put,
+                unprivileged,
+            } => {
+                if unprivileged {
+                    // Each call has a thread of its own, which ends with it.
+                    sys::drop_privilege()?;
+                }
+                json!(self.devices.ioctl(handle, request, &hex, put.as_ref())?)
+            }
             Command::DevClose { handle } => json!(self.devices.close(handle)?),
             Command::DevCloseAll => json!(self.devices.close_all()),
+            Command::NeighbourStart { path } => json!(self.neighbours.start(&path)?),
+            Command::NeighboursStop => json!(self.neighbours.stop()?),
+            Command::Fork => json!(self.forks.start()?),
+            Command::ForksEnd => json!(self.forks.end()?),
+            Command::In { pid, does } => self.forks.perform(pid, *does)?,
         })
     }
+}
+
+/// Another descriptor of a standard stream, without its buffer.
+fn duplicate(stream: &impl AsFd) -> Result<File, Error> {
+    Ok(stream.as_fd().try_clone_to_owned()?.into())
 }
 
 /// Opens whatever is at `path` without waiting, as the open of a FIFO would.
@@ -122,18 +150,24 @@ fn send(line: &Mutex<File>, back: &Return) {
     }
 }
 
-fn serve(tty: &str) -> Result<(), Error> {
-    let input = OpenOptions::new()
+/// The serial line as one that carries bytes as they are.
+fn open_tty(tty: &str) -> Result<File, Error> {
+    let line = OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(nix::libc::O_NOCTTY)
         .open(tty)?;
-    let mut mode = termios::tcgetattr(&input)?;
+    let mut mode = termios::tcgetattr(&line)?;
     termios::cfmakeraw(&mut mode);
-    termios::tcsetattr(&input, termios::SetArg::TCSANOW, &mode)?;
+    termios::tcsetattr(&line, termios::SetArg::TCSANOW, &mode)?;
+    Ok(line)
+}
+
+/// Does what is asked for, one thread a call, until the input ends.
+fn serve(input: File, output: File) -> Result<(), Error> {
     mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)?;
 
-    let output = Arc::new(Mutex::new(input.try_clone()?));
+    let output = Arc::new(Mutex::new(output));
     let agent = Arc::new(Agent::default());
     let greeting = json!({ "agent": env!("CARGO_PKG_VERSION") });
     send(
@@ -156,18 +190,14 @@ fn serve(tty: &str) -> Result<(), Error> {
         };
         let (agent, output) = (agent.clone(), output.clone());
         start_thread(move || {
-            let outcome = match agent.perform(call.command) {
-                Ok(value) => Outcome::Done(value),
-                Err(Error::Errno(errno)) => Outcome::Errno(format!("{errno:?}")),
-                Err(error) => Outcome::Failed(error.to_string()),
-            };
-            send(
-                &output,
-                &Return {
-                    id: call.id,
-                    outcome,
+            let back = Return {
+                id: call.id,
+                outcome: match agent.perform(call.command) {
+                    Ok(value) => Outcome::Done(value),
+                    Err(error) => error.outcome(),
                 },
-            );
+            };
+            send(&output, &back);
         })?;
     }
     Ok(())
@@ -177,13 +207,15 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match arguments[..] {
-        [tty] => serve(tty),
+        ["-"] => duplicate(&std::io::stdin())
+            .and_then(|input| serve(input, duplicate(&std::io::stdout())?)),
+        [tty] => open_tty(tty).and_then(|line| serve(line.try_clone()?, line)),
         ["nbd", port, file] => match port.parse() {
             Ok(port) => nbd::serve(port, file),
             Err(_) => Err(Error::Call("that is no port".into())),
         },
         _ => {
-            eprintln!("usage: lab-agent TTY | lab-agent nbd PORT FILE");
+            eprintln!("usage: lab-agent TTY | lab-agent - | lab-agent nbd PORT FILE");
             return ExitCode::from(2);
         }
     };

@@ -1,0 +1,426 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What is decided: one backup after the other, as a state machine without I/O.
+//!
+//! Events are method calls: a request of the host, an outcome of the job that freezes, the word of
+//! whoever thaws when the daemon cannot, time that has passed, a stop. What is to be done about them
+//! leaves through [`Effects`]. Three rules hold, whatever happens in which order:
+//!
+//! - a freeze that did not last is never called good: its THAW fails, until the next FREEZE begins;
+//! - each request is answered once. One that the kernel has withdrawn is not: it shows a daemon only
+//!   one request at a time, so the next one says that the last has ended;
+//! - whatever is frozen has a way out: a time at which it is called off, or a thaw under way.
+//!
+//! It knows no device, no file system and no thread.
+
+use std::borrow::Cow;
+use std::time::{Duration, Instant};
+
+use hv_vss_uapi::{op, status, thawed};
+
+use crate::device::Request;
+use crate::logbook::Level;
+
+/// How long before the kernel gives up a freeze is called off, so that the host hears why.
+const MARGIN: Duration = Duration::from_secs(2);
+/// How much later than whoever else minds the deadline the machine does.
+const SLACK: Duration = Duration::from_secs(1);
+
+/// What the machine asks its surroundings to do. None of it may call back.
+pub trait Effects {
+    /// Answers `request`; false when the kernel does not take the answer.
+    fn answer(&mut self, request: &Request, status: u32) -> bool;
+    /// Tells the kernel that the freeze of request `id` has ended: one of `hv_vss_uapi::thawed`.
+    fn tell_thawed(&mut self, id: u64, reason: u32);
+    /// Begins to freeze. Or says why not.
+    fn begin(&mut self, request: &Request) -> Result<(), String>;
+    /// The host has been told that all is frozen.
+    fn settle(&mut self);
+    /// The job is to thaw what it has frozen.
+    fn thaw(&mut self);
+    /// The job is to give up, whatever it is at, and what is frozen to be thawed.
+    fn call_off(&mut self);
+    /// The job is over and nothing is frozen any more; whether the backup was good.
+    fn finish(&mut self, good: bool);
+    /// Leaves word for a later daemon that a THAW must fail and why, or takes it back.
+    fn remember(&mut self, broken: Option<&str>);
+    /// Makes the plan for a backup that may come soon.
+    fn prepare(&mut self);
+    /// A line for the log.
+    fn say(&mut self, level: Level, text: String);
+}
+
+/// How a freeze came about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Begun {
+    /// When the first file system was about to be frozen.
+    pub since: Instant,
+    /// What is frozen, in words.
+    pub counts: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Phase {
+    Idle,
+    /// The job freezes; the request is open until `give_up`.
+    Freezing {
+        request: Request,
+        give_up: Instant,
+    },
+    /// FREEZE `id` was answered; thawed at `until` if nobody else has by then.
+    Frozen {
+        id: u64,
+        until: Instant,
+    },
+    /// The job thaws; the request is open. `id` is that of the FREEZE.
+    Thawing {
+        id: u64,
+        request: Request,
+    },
+    /// Called off: the job has yet to end, and nobody waits for it.
+    Ending,
+}
+
+/// Why what is (to be) frozen is given up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Break {
+    /// In words.
+    pub why: Cow<'static, str>,
+    /// One of `hv_vss_uapi::thawed`, for a kernel that does not know yet.
+    pub reason: Option<u32>,
+}
+
+/// The machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backup {
+    phase: Phase,
+    /// From the first freeze to the thaw at the latest.
+    deadline: Duration,
+    /// Why the last freeze did not last, until the next FREEZE.
+    broken: Option<Cow<'static, str>>,
+    stopping: bool,
+}
+
+impl Backup {
+    /// A machine at rest. `broken` is the word that an earlier daemon has left, if there is one.
+    pub fn new(deadline: Duration, broken: Option<String>) -> Self {
+        Backup {
+            phase: Phase::Idle,
+            deadline,
+            broken: broken.map(Cow::Owned),
+            stopping: false,
+        }
+    }
+
+    /// Whether no job is under way.
+    pub fn is_idle(&self) -> bool {
+        self.phase == Phase::Idle
+    }
+
+    /// Whether a job freezes.
+    pub fn is_freezing(&self) -> bool {
+        matches!(self.phase, Phase::Freezing { .. })
+    }
+
+    /// Whether the machine was stopped and nothing is left to be done.
+    pub fn is_over(&self) -> bool {
+        self.stopping && self.is_idle()
+    }
+
+    /// What it is at, in a word.
+    pub fn phase(&self) -> &'static str {
+        match self.phase {
+            Phase::Idle => "idle",
+            Phase::Freezing { .. } => "freezing",
+            Phase::Frozen { .. } => "frozen",
+            Phase::Thawing { .. } => "thawing",
+            Phase::Ending => "ending",
+        }
+    }
+
+    /// When [`Backup::time`] is to be called at the latest.
+    pub fn next(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Freezing { give_up, .. } => Some(give_up),
+            Phase::Frozen { until, .. } => Some(until),
+            Phase::Idle | Phase::Thawing { .. } | Phase::Ending => None,
+        }
+    }
+
+    /// What the host asks.
+    pub fn request(&mut self, now: Instant, request: Request, effects: &mut impl Effects) {
+        self.withdraw(effects);
+        match request.operation {
+            op::FREEZE => self.freeze(now, request, effects),
+            op::THAW => self.thaw(request, effects),
+            other => {
+                effects.answer(&request, status::OK);
+                effects.say(
+                    Level::Info,
+                    format!("{} from the host, acknowledged", name_of(other)),
+                );
+                if other == op::HOT_BACKUP && self.is_idle() {
+                    // The host asks whether it could take a backup, so it may take one soon.
+                    effects.prepare();
+                }
+            }
+        }
+    }
+
+    /// A request has come, so the one that is open has ended without us.
+    fn withdraw(&mut self, effects: &mut impl Effects) {
+        let why = match self.phase {
+            Phase::Freezing { .. } => "the host did not wait for the freeze",
+            Phase::Thawing { .. } => "the host did not wait for the thaw",
+            Phase::Idle | Phase::Frozen { .. } | Phase::Ending => return,
+        };
+        effects.call_off();
+        effects.say(Level::Error, format!("{why}; called off"));
+        self.phase = Phase::Ending;
+        self.set_broken(why.into(), effects);
+    }
+
+    fn freeze(&mut self, now: Instant, request: Request, effects: &mut impl Effects) {
+        let refused = match &mut self.phase {
+            _ if self.stopping => "the daemon is being stopped".to_owned(),
+            Phase::Idle => match effects.begin(&request) {
+                Ok(()) => {
+                    let patience = request.time_left.max(MARGIN * 2) - MARGIN;
+                    effects.say(Level::Info, describe(&request));
+                    if self.broken.take().is_some() {
+                        effects.remember(None);
+                    }
+                    let give_up = now + patience;
+                    self.phase = Phase::Freezing { request, give_up };
+                    return;
+                }
+                Err(why) => why,
+            },
+            Phase::Frozen { id, .. } => {
+                *id = request.id;
+                effects.answer(&request, status::OK);
+                let text = "FREEZE from the host, although frozen already";
+                effects.say(Level::Warning, text.into());
+                return;
+            }
+            Phase::Freezing { .. } | Phase::Thawing { .. } | Phase::Ending => {
+                "the last one has not ended".to_owned()
+            }
+        };
+        effects.answer(&request, status::FAIL);
+        let text = format!("FREEZE from the host is refused: {refused}");
+        effects.say(Level::Error, text);
+    }
+
+    fn thaw(&mut self, request: Request, effects: &mut impl Effects) {
+        if let Phase::Frozen { id, .. } = self.phase {
+            effects.thaw();
+            effects.say(Level::Info, describe(&request));
+            self.phase = Phase::Thawing { id, request };
+            return;
+        }
+        match &self.broken {
+            Some(why) => {
+                let text = format!("THAW from the host fails: {why}, so the backup is not good");
+                effects.answer(&request, status::FAIL);
+                effects.say(Level::Error, text);
+            }
+            None => {
+                effects.answer(&request, status::OK);
+                let text = "THAW from the host, but nothing is frozen";
+                effects.say(Level::Info, text.into());
+            }
+        }
+    }
+
+    /// The freeze has ended, with what is frozen or with the reason why nothing is.
+    pub fn frozen(&mut self, result: Result<Begun, String>, effects: &mut impl Effects) {
+        match (std::mem::replace(&mut self.phase, Phase::Idle), result) {
+            (Phase::Freezing { request, .. }, Ok(begun)) => {
+                let counts = begun.counts;
+                if effects.answer(&request, status::OK) {
+                    effects.settle();
+                    effects.say(Level::Info, format!("FREEZE answered: {counts}"));
+                    self.phase = Phase::Frozen {
+                        id: request.id,
+                        until: begun.since + self.deadline + SLACK,
+                    };
+                } else {
+                    // The host was told that it failed, so it will not say THAW.
+                    effects.call_off();
+                    let text = format!("FREEZE came too late ({counts}); thawing");
+                    effects.say(Level::Error, text);
+                    self.phase = Phase::Ending;
+                    self.set_broken("the freeze came too late".into(), effects);
+                }
+            }
+            (Phase::Freezing { request, .. }, Err(why)) => {
+                effects.answer(&request, status::FAIL);
+                let text = format!("FREEZE fails, nothing is left frozen: {why}");
+                effects.say(Level::Error, text);
+                effects.finish(false);
+            }
+            // It got through just before it was called off: its thaw has yet to end.
+            (Phase::Ending, Ok(_)) => self.phase = Phase::Ending,
+            (Phase::Ending, Err(_)) => self.end(effects),
+            (phase @ (Phase::Idle | Phase::Frozen { .. } | Phase::Thawing { .. }), _) => {
+                self.phase = phase;
+                effects.say(Level::Warning, "an outcome of no freeze".into());
+            }
+        }
+    }
+
+    /// The thaw has ended, and with it the job. An error says why the freeze was not a good one.
+    pub fn thawed(&mut self, result: Result<(), String>, effects: &mut impl Effects) {
+        match std::mem::replace(&mut self.phase, Phase::Idle) {
+            Phase::Thawing { request, .. } => {
+                let good = result.is_ok() && self.broken.is_none();
+                let answer = if good { status::OK } else { status::FAIL };
+                let taken = effects.answer(&request, answer);
+                if let Err(why) = result {
+                    effects.say(Level::Error, format!("THAW fails: {why}"));
+                    self.set_broken(why.into(), effects);
+                }
+                let (level, text) = match (good, taken) {
+                    (true, true) => (
+                        Level::Info,
+                        "THAW answered: all that was frozen is thawed, the backup is good",
+                    ),
+                    (false, _) => (
+                        Level::Error,
+                        "THAW answered with failure: the backup is not good",
+                    ),
+                    (true, false) => (
+                        Level::Error,
+                        "all that was frozen is thawed, but the answer to THAW came too late: \
+                         for the host the backup has failed",
+                    ),
+                };
+                effects.say(level, text.into());
+                if good && !taken {
+                    self.set_broken("the answer to its THAW came too late".into(), effects);
+                }
+                effects.finish(good && taken);
+            }
+            Phase::Ending => self.end(effects),
+            phase @ (Phase::Idle | Phase::Freezing { .. } | Phase::Frozen { .. }) => {
+                self.phase = phase;
+                effects.say(Level::Warning, "an outcome of no thaw".into());
+            }
+        }
+    }
+
+    fn end(&mut self, effects: &mut impl Effects) {
+        let text = "the freeze that was called off has ended, nothing is left frozen";
+        effects.say(Level::Info, text.into());
+        effects.finish(false);
+    }
+
+    /// The kernel says that it has thawed what it held for request `id`.
+    pub fn notice(&mut self, id: u64, why: &'static str, effects: &mut impl Effects) {
+        let current = match &self.phase {
+            Phase::Freezing { request, .. } => request.id,
+            Phase::Frozen { id, .. } | Phase::Thawing { id, .. } => *id,
+            // What was called off, it has heard from us.
+            Phase::Idle | Phase::Ending => return,
+        };
+        if id == current {
+            let why = Cow::Borrowed(why);
+            self.end_early(Break { why, reason: None }, effects);
+        }
+    }
+
+    /// Something has happened that ends whatever freeze is under way or in force.
+    pub fn end_early(&mut self, broken: Break, effects: &mut impl Effects) {
+        let Break { why, reason } = broken;
+        match std::mem::replace(&mut self.phase, Phase::Idle) {
+            Phase::Idle => return,
+            Phase::Freezing { request, .. } => {
+                effects.call_off();
+                effects.answer(&request, status::FAIL);
+                let text = format!("FREEZE fails, it is called off: {why}");
+                effects.say(Level::Error, text);
+                self.phase = Phase::Ending;
+            }
+            Phase::Frozen { id, .. } => {
+                if let Some(reason) = reason {
+                    effects.tell_thawed(id, reason);
+                }
+                effects.call_off();
+                let text = format!("{why}: thawing before the host said so");
+                effects.say(Level::Error, text);
+                self.phase = Phase::Ending;
+            }
+            // The thaw is on its way; only its success is no longer worth anything.
+            Phase::Thawing { id, request } => {
+                effects.call_off();
+                self.phase = Phase::Thawing { id, request };
+            }
+            Phase::Ending => self.phase = Phase::Ending,
+        }
+        self.set_broken(why, effects);
+    }
+
+    /// So much time has passed.
+    pub fn time(&mut self, now: Instant, effects: &mut impl Effects) {
+        if self.next().is_none_or(|at| now < at) {
+            return;
+        }
+        let why = match self.phase {
+            Phase::Freezing { .. } => "the host would not wait any longer",
+            _ => "the deadline passed, and whoever was to thaw then has not",
+        };
+        let reason = Some(thawed::DEADLINE);
+        let why = Cow::Borrowed(why);
+        self.end_early(Break { why, reason }, effects);
+    }
+
+    /// No further freeze; [`Backup::is_over`] says when all is thawed.
+    pub fn stop(&mut self, effects: &mut impl Effects) {
+        self.stopping = true;
+        let broken = Break {
+            why: "the daemon was stopped".into(),
+            reason: Some(thawed::OPERATOR),
+        };
+        self.end_early(broken, effects);
+    }
+
+    /// The first reason counts; the others follow from it.
+    fn set_broken(&mut self, why: Cow<'static, str>, effects: &mut impl Effects) {
+        if self.broken.is_none() {
+            effects.remember(Some(&why));
+            self.broken = Some(why);
+        }
+    }
+}
+
+fn describe(request: &Request) -> String {
+    let mut text = format!("{} from the host", name_of(request.operation));
+    if request.id != 0 {
+        text.push_str(&format!(", request {}", request.id));
+    }
+    if let Some(luns) = request.luns {
+        text.push_str(&format!(", {luns} disks in the backup"));
+    }
+    let seconds = request.time_left.as_secs_f64();
+    text.push_str(&format!(", to be answered within {seconds:.1} s"));
+    text
+}
+
+/// What the host's operations are called.
+pub fn name_of(operation: u8) -> Cow<'static, str> {
+    Cow::Borrowed(match operation {
+        op::CREATE => "CREATE",
+        op::DELETE => "DELETE",
+        op::HOT_BACKUP => "HOT_BACKUP",
+        op::GET_DM_INFO => "GET_DM_INFO",
+        op::BU_COMPLETE => "BU_COMPLETE",
+        op::FREEZE => "FREEZE",
+        op::THAW => "THAW",
+        op::AUTO_RECOVER => "AUTO_RECOVER",
+        other => return format!("operation {other}").into(),
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,458 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The three rules, checked in every state that any order of events can reach, and in random orders.
+//!
+//! A [`World`] holds what is true: which requests are open, what the job is at, whether the freeze
+//! has been broken. It judges each effect against that when it happens.
+
+use super::*;
+use proptest::prelude::*;
+use std::collections::HashSet;
+
+/// What may happen next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Event {
+    Freeze,
+    Thaw,
+    HotBackup,
+    /// The job has frozen all, has failed to, has thawed all, has found that somebody else had.
+    JobFrozen,
+    JobFailed,
+    JobThawed,
+    JobThawedBadly,
+    /// The guard, or an operator, thaws.
+    Broken,
+    /// The module has let go of what it held for the last FREEZE, or for an older one.
+    Notice,
+    OldNotice,
+    DeviceLost,
+    /// Until something is due.
+    Time,
+    /// The kernel will not take the next answer.
+    Late,
+    /// There will be no way to freeze.
+    NoDoor,
+    Stop,
+}
+
+const ALL: [Event; 15] = [
+    Event::Freeze,
+    Event::Thaw,
+    Event::HotBackup,
+    Event::JobFrozen,
+    Event::JobFailed,
+    Event::JobThawed,
+    Event::JobThawedBadly,
+    Event::Broken,
+    Event::Notice,
+    Event::OldNotice,
+    Event::DeviceLost,
+    Event::Time,
+    Event::Late,
+    Event::NoDoor,
+    Event::Stop,
+];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Job {
+    None,
+    Freezing,
+    Frozen,
+}
+
+/// What is true outside of the machine.
+#[derive(Clone, Debug)]
+struct Truth {
+    /// The request that was read and not answered.
+    open: Option<Request>,
+    job: Job,
+    /// The job was told to thaw, or to give up.
+    told: bool,
+    /// The host was told that this FREEZE succeeded; no FREEZE since.
+    reported: bool,
+    /// What the host was told is frozen has not been so all the time.
+    broken: bool,
+    /// The word for a later daemon.
+    word: bool,
+    refuse_answer: bool,
+    refuse_begin: bool,
+}
+
+#[derive(Clone, Debug)]
+struct World {
+    machine: Backup,
+    truth: Truth,
+    now: Instant,
+    ids: u64,
+}
+
+impl Effects for Truth {
+    fn answer(&mut self, request: &Request, code: u32) -> bool {
+        let open = self.open.take();
+        let Some(open) = open else {
+            panic!("an answer to {request:?}, which is answered or withdrawn");
+        };
+        assert_eq!(open.id, request.id, "an answer to another request");
+        if std::mem::take(&mut self.refuse_answer) {
+            // The kernel has failed it meanwhile.
+            self.broken |= request.operation == op::THAW;
+            return false;
+        }
+        match (request.operation, code) {
+            (op::FREEZE, status::OK) => {
+                assert_eq!(
+                    self.job,
+                    Job::Frozen,
+                    "FREEZE is good and nothing is frozen"
+                );
+                assert!(!self.told, "FREEZE is good and is being thawed");
+                self.reported = true;
+            }
+            (op::THAW, status::OK) => {
+                assert_eq!(self.job, Job::None, "THAW is good and the job is not over");
+                assert!(
+                    !(self.reported && self.broken),
+                    "good after a freeze that broke"
+                );
+                self.reported = false;
+            }
+            (op::THAW, _) => {
+                assert!(self.broken || !self.reported, "a THAW fails that is good");
+            }
+            _ => {}
+        }
+        true
+    }
+
+    fn tell_thawed(&mut self, id: u64, _reason: u32) {
+        assert!(
+            id != 0 && self.reported,
+            "a notice for a FREEZE that was not good"
+        );
+    }
+
+    fn begin(&mut self, _request: &Request) -> Result<(), String> {
+        assert_eq!(self.job, Job::None, "two jobs");
+        if std::mem::take(&mut self.refuse_begin) {
+            return Err("no door".into());
+        }
+        (self.job, self.told) = (Job::Freezing, false);
+        (self.reported, self.broken) = (false, false);
+        Ok(())
+    }
+
+    fn settle(&mut self) {
+        assert!(self.reported && self.job == Job::Frozen);
+    }
+
+    fn thaw(&mut self) {
+        assert_eq!(self.job, Job::Frozen);
+        self.told = true;
+    }
+
+    fn call_off(&mut self) {
+        assert_ne!(self.job, Job::None, "nothing to call off");
+        self.told = true;
+    }
+
+    fn finish(&mut self, good: bool) {
+        assert!(
+            !(good && self.broken),
+            "called good after a freeze that broke"
+        );
+        assert_eq!(self.job, Job::None, "finished, and the job is not over");
+    }
+
+    fn remember(&mut self, broken: Option<&str>) {
+        self.word = broken.is_some();
+    }
+
+    fn prepare(&mut self) {
+        assert_eq!(
+            self.job,
+            Job::None,
+            "a look-up while something may be frozen"
+        );
+    }
+
+    fn say(&mut self, _level: Level, _text: String) {}
+}
+
+impl World {
+    fn new() -> Self {
+        World {
+            machine: Backup::new(Duration::from_secs(60), None),
+            truth: Truth {
+                open: None,
+                job: Job::None,
+                told: false,
+                reported: false,
+                broken: false,
+                word: false,
+                refuse_answer: false,
+                refuse_begin: false,
+            },
+            now: Instant::now(),
+            ids: 0,
+        }
+    }
+
+    /// What tells two worlds apart, ids and times aside.
+    fn state(&self) -> String {
+        let Truth { open, job, .. } = &self.truth;
+        let Truth {
+            told,
+            reported,
+            broken,
+            refuse_answer,
+            refuse_begin,
+            ..
+        } = self.truth;
+        let operation = open.map(|it| it.operation);
+        let Backup {
+            broken: known,
+            stopping,
+            ..
+        } = &self.machine;
+        let phase = self.machine.phase();
+        format!(
+            "{phase} {} {stopping} {operation:?} {job:?} {told} {reported} {broken} \
+             {refuse_answer} {refuse_begin}",
+            known.is_some()
+        )
+    }
+
+    /// Whether this can happen now.
+    fn may(&self, event: Event) -> bool {
+        let Truth { job, told, .. } = self.truth;
+        match event {
+            Event::JobFrozen | Event::JobFailed => job == Job::Freezing,
+            Event::JobThawed | Event::JobThawedBadly => job == Job::Frozen && told,
+            Event::Time => self.machine.next().is_some(),
+            _ => true,
+        }
+    }
+
+    fn happen(&mut self, event: Event) {
+        if !self.may(event) {
+            return;
+        }
+        let World {
+            machine,
+            truth,
+            now,
+            ids,
+        } = self;
+        let mut ask = |operation, truth: &mut Truth| {
+            *ids += 1;
+            let request = Request {
+                id: *ids,
+                operation,
+                time_left: Duration::from_secs(30),
+                luns: None,
+            };
+            if truth.open.replace(request).is_some() {
+                // The kernel shows one at a time: it has failed the last.
+                truth.broken = true;
+            }
+            request
+        };
+        match event {
+            Event::Freeze => {
+                let request = ask(op::FREEZE, truth);
+                machine.request(*now, request, truth);
+            }
+            Event::Thaw => {
+                let request = ask(op::THAW, truth);
+                machine.request(*now, request, truth);
+            }
+            Event::HotBackup => {
+                let request = ask(op::HOT_BACKUP, truth);
+                machine.request(*now, request, truth);
+            }
+            Event::JobFrozen => {
+                truth.job = Job::Frozen;
+                let begun = Begun {
+                    since: *now,
+                    counts: String::new(),
+                };
+                machine.frozen(Ok(begun), truth);
+            }
+            Event::JobFailed => {
+                truth.job = Job::None;
+                machine.frozen(Err("it cannot".into()), truth);
+            }
+            Event::JobThawed => {
+                truth.job = Job::None;
+                machine.thawed(Ok(()), truth);
+            }
+            Event::JobThawedBadly => {
+                truth.job = Job::None;
+                truth.broken = true;
+                machine.thawed(Err("somebody else had".into()), truth);
+            }
+            Event::Broken => {
+                truth.broken |= truth.job != Job::None;
+                let broken = Break {
+                    why: "an operator".into(),
+                    reason: Some(thawed::OPERATOR),
+                };
+                machine.end_early(broken, truth);
+            }
+            Event::Notice => {
+                truth.broken |= truth.job != Job::None;
+                let id = match &machine.phase {
+                    Phase::Freezing { request, .. } => request.id,
+                    Phase::Frozen { id, .. } | Phase::Thawing { id, .. } => *id,
+                    Phase::Idle | Phase::Ending => *ids,
+                };
+                machine.notice(id, "the module", truth);
+            }
+            Event::OldNotice => machine.notice(0, "the module, of old", truth),
+            Event::DeviceLost => {
+                truth.broken |= truth.job != Job::None;
+                // What was open went with it, and so does what is said to it.
+                let gone = truth.open.take();
+                if let Some(gone) = gone {
+                    truth.open = Some(gone);
+                    truth.refuse_answer = true;
+                }
+                let broken = Break {
+                    why: "the device went away".into(),
+                    reason: None,
+                };
+                machine.end_early(broken, truth);
+                if truth.open.take().is_some() {
+                    truth.refuse_answer = false;
+                }
+                if let Phase::Thawing { request, .. } = &machine.phase {
+                    // Its answer will go nowhere.
+                    truth.open = Some(*request);
+                    truth.refuse_answer = true;
+                }
+            }
+            Event::Time => {
+                let Some(next) = machine.next() else { return };
+                *now = next;
+                truth.broken |= truth.job != Job::None;
+                machine.time(*now, truth);
+            }
+            Event::Late => truth.refuse_answer = true,
+            Event::NoDoor => truth.refuse_begin = true,
+            Event::Stop => {
+                truth.broken |= truth.job != Job::None;
+                machine.stop(truth);
+            }
+        }
+        self.check();
+    }
+
+    fn check(&self) {
+        let World { machine, truth, .. } = self;
+        assert_eq!(
+            truth.job == Job::None,
+            machine.is_idle(),
+            "the machine has lost sight of the job"
+        );
+        assert!(
+            truth.job == Job::None || truth.told || machine.next().is_some(),
+            "frozen without a way out"
+        );
+        // One request waits for the job, or for none.
+        let waits = matches!(
+            machine.phase,
+            Phase::Freezing { .. } | Phase::Thawing { .. }
+        );
+        assert!(
+            truth.open.is_none() || waits,
+            "a request that nobody will answer: {:?}",
+            truth.open
+        );
+        assert_eq!(
+            truth.word,
+            machine.broken.is_some(),
+            "the word that is left is not what is known"
+        );
+    }
+
+    /// From here on nothing happens but what must: it has to come to rest, everything answered.
+    fn drain(mut self) {
+        for _ in 0..4 {
+            match (self.truth.job, self.truth.told) {
+                (Job::None, _) => break,
+                (Job::Freezing, true) => self.happen(Event::JobFrozen),
+                (Job::Frozen, true) => self.happen(Event::JobThawed),
+                (_, false) => self.happen(Event::Time),
+            }
+        }
+        assert!(self.machine.is_idle(), "it does not come to rest");
+        assert_eq!(self.truth.open, None, "a request was not answered");
+    }
+}
+
+#[test]
+fn every_state_keeps_the_rules() {
+    let mut seen = HashSet::new();
+    let mut worlds = vec![World::new()];
+    while let Some(world) = worlds.pop() {
+        if !seen.insert(world.state()) {
+            continue;
+        }
+        world.clone().drain();
+        for event in ALL {
+            let mut next = world.clone();
+            next.happen(event);
+            worlds.push(next);
+        }
+    }
+    assert!(
+        seen.len() > 100,
+        "the walk has stopped early: {} states",
+        seen.len()
+    );
+}
+
+proptest! {
+    #[test]
+    fn any_order_of_events_keeps_the_rules(order in proptest::collection::vec(0..ALL.len(), 0..200)) {
+        let mut world = World::new();
+        for index in order {
+            world.happen(ALL[index]);
+        }
+        world.drain();
+    }
+}
+
+fn after(events: &[Event]) -> World {
+    let mut world = World::new();
+    for event in events {
+        world.happen(*event);
+    }
+    world
+}
+
+#[test]
+fn a_clean_backup_is_good() {
+    use Event::{Freeze, JobFrozen, JobThawed, Thaw};
+    let world = after(&[Freeze, JobFrozen, Thaw, JobThawed]);
+    assert_eq!(world.machine, Backup::new(Duration::from_secs(60), None));
+}
+
+#[test]
+fn a_word_that_an_earlier_daemon_left_fails_the_thaw_and_ends_with_the_next_freeze() {
+    let mut world = World::new();
+    world.machine = Backup::new(Duration::from_secs(60), Some("it was stopped".into()));
+    (world.truth.broken, world.truth.word) = (true, true);
+    world.happen(Event::Thaw);
+    world.happen(Event::Thaw);
+    world.happen(Event::Freeze);
+    assert!(!world.truth.word);
+    world.drain();
+}
+
+#[test]
+fn whoever_minds_the_deadline_has_a_second_more_than_it() {
+    let world = after(&[Event::Freeze, Event::JobFrozen]);
+    let until = world.now + Duration::from_secs(61);
+    assert_eq!(world.machine.next(), Some(until));
+}

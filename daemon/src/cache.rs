@@ -1,0 +1,723 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The plan for the next backup, kept as long as it holds, and the way from it to descriptors.
+//!
+//! The one room that owns "has anything changed": what the [`Signals`] say, and what an open shows
+//! that they did not. Whoever asks gets everything that is to be frozen, open, with the name and the
+//! reason of whatever is not. It freezes nothing.
+
+use std::collections::btree_map::{BTreeMap, Entry};
+use std::collections::BTreeSet;
+use std::fmt;
+use std::os::fd::OwnedFd;
+
+use crate::config::Config;
+use crate::machine::{LookError, Ways};
+use crate::mounts::DevId;
+use crate::open::{open_file_system, OpenError};
+use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason};
+use crate::watch::{Before, Kernel, Marks, Signals};
+
+/// How often the machine is looked at anew when it changed between reading and opening. What was
+/// opened stays open, so only what comes and goes all the time can use them up.
+const ATTEMPTS: usize = 8;
+
+/// Why what is to be frozen cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum GatherError {
+    /// What is mounted could not be found out.
+    #[error(transparent)]
+    Look(#[from] LookError),
+    /// A file system could not be opened for want of something that is this process's own.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// Not everything on disks here can be frozen, and the configuration is strict.
+    #[error("the configuration is strict, and {}", list(.missing))]
+    Strict {
+        /// What cannot.
+        missing: Vec<Missing>,
+    },
+}
+
+fn list(missing: &[Missing]) -> String {
+    let words: Vec<String> = missing.iter().map(ToString::to_string).collect();
+    words.join("; ")
+}
+
+/// A file system that is to be frozen, open.
+#[derive(Debug)]
+pub struct Opened {
+    /// Its superblock.
+    pub dev: DevId,
+    /// For people.
+    pub name: String,
+    /// Its wave in the plan, from 0.
+    pub wave: usize,
+    /// Anything on it.
+    pub fd: OwnedFd,
+}
+
+/// One that an operator should know is not frozen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// Which.
+    pub name: String,
+    /// Why.
+    pub reason: String,
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} is left out: {}", self.name, self.reason)
+    }
+}
+
+/// Everything that a backup needs to have open.
+#[derive(Debug, Default)]
+pub struct Gathered {
+    /// What is to be frozen, by wave. What is known to have no means to freeze is in the first one,
+    /// where it turns out so.
+    pub targets: Vec<Opened>,
+    /// What is on disks here and is not frozen all the same, for the log.
+    pub missing: Vec<Missing>,
+}
+
+/// What a backup would freeze now, and what it would not: the plan, after a try to open each.
+pub fn survey(config: &Config) -> Result<Plan, GatherError> {
+    let (plan, _) = Cache::default().open(config)?;
+    Ok(plan)
+}
+
+/// A plan, and what would show that it no longer holds.
+pub struct Cache<S: Signals = Kernel> {
+    signals: S,
+    plan: Plan,
+    /// Without these the plan is of no use a second time.
+    marks: Option<Marks<S>>,
+    /// The rules that were reported for matching nothing.
+    idle: BTreeSet<String>,
+}
+
+impl<S: Signals> Cache<S> {
+    /// One that will listen to these.
+    pub fn with(signals: S) -> Self {
+        Cache {
+            signals,
+            plan: Plan::default(),
+            marks: None,
+            idle: BTreeSet::new(),
+        }
+    }
+
+    /// Makes a plan, unless the one that is there still holds, and returns the way to what is planned.
+    /// Where a later change would go unnoticed, each call makes one.
+    fn plan(&mut self, config: &Config) -> Result<S::Ways, LookError> {
+        let marks = self.marks.take();
+        if let Some((marks, ways)) = marks.and_then(|it| it.unchanged(&mut self.signals)) {
+            self.marks = Some(marks);
+            return Ok(ways);
+        }
+        let before = Before::listen(&mut self.signals);
+        let machine = self.signals.look()?;
+        self.plan = plan(&machine.mounts, &machine.topology, &|f| config.excludes(f));
+        let complete = |it: Before<S>| it.complete(&mut self.signals, &machine, &self.plan);
+        self.marks = before.and_then(complete);
+        Ok(machine.ways)
+    }
+
+    /// Has a plan ready for the next backup, as far as a later change will not go unnoticed. Returns
+    /// the rules of the configuration that match nothing, once.
+    pub fn prepare(&mut self, config: &Config) -> Result<Vec<String>, LookError> {
+        self.plan(config)?;
+        let idle = config.idle_rules(&self.plan);
+        let news = idle.difference(&self.idle).cloned().collect();
+        self.idle = idle;
+        Ok(news)
+    }
+}
+
+impl Default for Cache {
+    /// One that listens to the kernel.
+    fn default() -> Self {
+        Cache::with(Kernel::default())
+    }
+}
+
+impl Cache {
+    /// Opens everything that is to be frozen, as planned before or anew.
+    pub fn gather(&mut self, config: &Config) -> Result<Gathered, GatherError> {
+        let (plan, mut open) = self.open(config)?;
+        let mut gathered = Gathered::default();
+        let never_held = plan.synced.iter().map(|it| (0, it));
+        let waves = plan.waves.iter().enumerate();
+        let held = waves.flat_map(|(wave, members)| members.iter().map(move |it| (wave, it)));
+        for (wave, file_system) in never_held.chain(held) {
+            gathered
+                .targets
+                .extend(open.remove(&file_system.dev).map(|fd| Opened {
+                    dev: file_system.dev,
+                    name: file_system.to_string(),
+                    wave,
+                    fd,
+                }));
+        }
+        let is_worth_a_word = |it: &&LeftOut| match it.reason {
+            Reason::Excluded(_) | Reason::Broken(_) | Reason::Unreachable(_) => true,
+            Reason::ReadOnly | Reason::NoBlockDevice => false,
+        };
+        let left_out = plan.left_out.iter().filter(is_worth_a_word);
+        gathered.missing = left_out.map(missing).collect();
+        if config.strict {
+            let losses = plan.left_out.iter().filter(|it| it.reason.is_a_loss());
+            let mut losses: Vec<Missing> = losses.map(missing).collect();
+            losses.extend(plan.synced.iter().map(|it| Missing {
+                name: it.to_string(),
+                reason: "it has no means to freeze".into(),
+            }));
+            if !losses.is_empty() {
+                return Err(GatherError::Strict { missing: losses });
+            }
+        }
+        Ok(gathered)
+    }
+
+    /// Opens what the plan says, and returns it without what could not be opened, with the reason.
+    fn open(&mut self, config: &Config) -> Result<(Plan, BTreeMap<DevId, OwnedFd>), GatherError> {
+        let mut open = BTreeMap::new();
+        let mut attempt = 1;
+        loop {
+            let ways = self.plan(config)?;
+            let (plan, has_changed) = open_all(&ways, self.plan.clone(), &mut open)?;
+            if !has_changed {
+                return Ok((plan, open));
+            }
+            // What a path leads to is not always told: a mount that was moved is in its table as before.
+            self.marks = None;
+            if attempt == ATTEMPTS {
+                return Ok((plan, open));
+            }
+            attempt += 1;
+        }
+    }
+}
+
+/// Opens all of `plan` that is not in `open` yet, and moves what cannot be opened to what is left
+/// out. Says as well whether the plan seems to be out of date.
+fn open_all(
+    ways: &Ways,
+    mut plan: Plan,
+    open: &mut BTreeMap<DevId, OwnedFd>,
+) -> Result<(Plan, bool), OpenError> {
+    let mut has_changed = false;
+    let Plan {
+        waves,
+        synced,
+        left_out,
+    } = &mut plan;
+    for members in waves.iter_mut().chain([synced]) {
+        let mut opened = Vec::new();
+        for file_system in std::mem::take(members) {
+            if let Entry::Vacant(place) = open.entry(file_system.dev) {
+                match open_file_system(ways, &file_system) {
+                    Ok(fd) => drop(place.insert(fd)),
+                    Err(error) if error.is_our_own() => return Err(error),
+                    Err(error) => {
+                        has_changed |= error.may_be_gone();
+                        left_out.push(left_out_for(file_system, &error));
+                        continue;
+                    }
+                }
+            }
+            opened.push(file_system);
+        }
+        *members = opened;
+    }
+    waves.retain(|members| !members.is_empty());
+    Ok((plan, has_changed))
+}
+
+fn left_out_for(file_system: FileSystem, error: &OpenError) -> LeftOut {
+    LeftOut {
+        file_system,
+        reason: if error.is_broken() {
+            Reason::Broken(error.tried())
+        } else {
+            Reason::Unreachable(error.tried())
+        },
+    }
+}
+
+fn missing(left: &LeftOut) -> Missing {
+    Missing {
+        name: left.file_system.to_string(),
+        reason: left.reason.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+    use std::io;
+    use std::rc::Rc;
+
+    use proptest::prelude::*;
+
+    use crate::machine::Machine;
+    use crate::mounts::parse;
+    use crate::topology::{Backing, Device, Topology, Unmounted};
+
+    /// File systems are on disks 100:0 and up. Those below 3 are of a type that lists in sysfs what is
+    /// alive.
+    const DISKS: u32 = 6;
+    const LISTED: std::ops::Range<u32> = 0..3;
+
+    fn disk(minor: u32) -> DevId {
+        DevId { major: 100, minor }
+    }
+
+    /// A loop device on a file in the file system with that number.
+    fn image_in(minor: u32) -> DevId {
+        DevId { major: 200, minor }
+    }
+
+    /// A superblock, from its first mount to its last use.
+    #[derive(Clone)]
+    struct Alive {
+        generation: u64,
+        read_only: bool,
+        /// Whether it is in use without a mount that a table shows.
+        held: bool,
+    }
+
+    /// A mount namespace: its number, and its mounts by number, with disk and path.
+    #[derive(Clone, Default)]
+    struct Space {
+        id: u64,
+        mounts: BTreeMap<u64, (u32, String)>,
+    }
+
+    /// A machine as the kernel tells of it; what it does not tell is not told here either.
+    #[derive(Default)]
+    struct Model {
+        /// The own namespace first.
+        spaces: Vec<Space>,
+        alive: BTreeMap<u32, Alive>,
+        /// The disks that are mapped to an image.
+        mapped: BTreeMap<u32, u32>,
+        /// The last number given to anything.
+        last: u64,
+        own_table_has_changed: bool,
+        uevents: u64,
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Mount {
+            space: usize,
+            disk: u32,
+            read_only: bool,
+        },
+        MountNowhere {
+            disk: u32,
+        },
+        Unmount {
+            space: usize,
+            nth: usize,
+            lazily: bool,
+        },
+        Release {
+            disk: u32,
+        },
+        Remount {
+            space: usize,
+            nth: usize,
+            read_only: bool,
+        },
+        Move {
+            space: usize,
+            nth: usize,
+        },
+        NewSpace,
+        EndSpace {
+            space: usize,
+        },
+        /// dm tells of it, md does not.
+        Map {
+            disk: u32,
+            image: Option<u32>,
+            tells: bool,
+        },
+        OtherDevice,
+        Prepare,
+        Backup,
+    }
+
+    impl Model {
+        fn number(&mut self) -> u64 {
+            self.last += 1;
+            self.last
+        }
+
+        fn raise(&mut self, disk: u32, read_only: bool, held: bool) {
+            let generation = self.number();
+            let new = Alive {
+                generation,
+                read_only,
+                held: false,
+            };
+            self.alive.entry(disk).or_insert(new).held |= held;
+        }
+
+        /// Superblocks that nothing uses any more are gone.
+        fn bury(&mut self) {
+            let mounts = self.spaces.iter().flat_map(|it| it.mounts.values());
+            let used: BTreeSet<u32> = mounts.map(|(disk, _)| *disk).collect();
+            self.alive.retain(|disk, it| it.held || used.contains(disk));
+        }
+
+        /// The number of the nth mount in a namespace.
+        fn nth(&self, space: usize, nth: usize) -> Option<u64> {
+            let ids: Vec<u64> = self.spaces.get(space)?.mounts.keys().copied().collect();
+            ids.get(nth % ids.len().max(1)).copied()
+        }
+
+        fn apply(&mut self, step: &Step) {
+            match *step {
+                Step::Mount {
+                    space,
+                    disk,
+                    read_only,
+                } => {
+                    self.raise(disk, read_only, false);
+                    let id = self.number();
+                    if let Some(it) = self.spaces.get_mut(space) {
+                        it.mounts.insert(id, (disk, format!("/m{id}")));
+                        self.own_table_has_changed |= space == 0;
+                    }
+                    self.bury();
+                }
+                Step::MountNowhere { disk } => self.raise(disk, false, true),
+                Step::Unmount { space, nth, lazily } => {
+                    let Some(id) = self.nth(space, nth) else {
+                        return;
+                    };
+                    let gone = self.spaces[space].mounts.remove(&id);
+                    if let Some(it) = gone.and_then(|(disk, _)| self.alive.get_mut(&disk)) {
+                        it.held |= lazily;
+                    }
+                    self.own_table_has_changed |= space == 0;
+                    self.bury();
+                }
+                Step::Release { disk } => {
+                    if let Some(it) = self.alive.get_mut(&disk) {
+                        it.held = false;
+                    }
+                    self.bury();
+                }
+                Step::Remount {
+                    space,
+                    nth,
+                    read_only,
+                } => {
+                    let Some(id) = self.nth(space, nth) else {
+                        return;
+                    };
+                    let disk = self.spaces[space].mounts[&id].0;
+                    if let Some(it) = self.alive.get_mut(&disk) {
+                        it.read_only = read_only;
+                    }
+                    self.own_table_has_changed |= space == 0;
+                }
+                Step::Move { space, nth } => {
+                    let Some(id) = self.nth(space, nth) else {
+                        return;
+                    };
+                    let new = self.number();
+                    if let Some(mount) = self.spaces[space].mounts.get_mut(&id) {
+                        mount.1 = format!("/moved{new}");
+                    }
+                    self.own_table_has_changed |= space == 0;
+                }
+                Step::NewSpace => {
+                    let mut copy = Space {
+                        id: self.number(),
+                        ..Space::default()
+                    };
+                    for mount in self.spaces[0].mounts.clone().into_values() {
+                        copy.mounts.insert(self.number(), mount);
+                    }
+                    self.spaces.push(copy);
+                }
+                Step::EndSpace { space } => {
+                    if space > 0 && space < self.spaces.len() {
+                        self.spaces.remove(space);
+                        self.bury();
+                    }
+                }
+                Step::Map { disk, image, tells } => {
+                    // An image in a file system that was made later would be a circle here.
+                    let image = image.filter(|it| *it < disk);
+                    // What is not mapped does not become so without a word.
+                    if tells || (self.mapped.contains_key(&disk) && image.is_some()) {
+                        self.uevents += u64::from(tells);
+                        match image {
+                            Some(image) => self.mapped.insert(disk, image),
+                            None => self.mapped.remove(&disk),
+                        };
+                    }
+                }
+                Step::OtherDevice => self.uevents += 1,
+                Step::Prepare | Step::Backup => {}
+            }
+        }
+
+        fn tables(&self) -> Vec<String> {
+            let line = |id: &u64, (disk, path): &(u32, String)| {
+                let way = if self.alive[disk].read_only {
+                    "ro"
+                } else {
+                    "rw"
+                };
+                format!("{id} 1 100:{disk} / {path} {way} - ext4 /dev/d{disk} {way}\n")
+            };
+            let table = |it: &Space| it.mounts.iter().map(|(id, m)| line(id, m)).collect();
+            self.spaces.iter().map(table).collect()
+        }
+
+        fn topology(&self) -> Topology {
+            let mut topology = Topology::default();
+            for (&from, &to) in &self.mapped {
+                let below = vec![image_in(to)];
+                topology.devices.insert(
+                    disk(from),
+                    Device {
+                        below,
+                        ..Device::default()
+                    },
+                );
+                let backing = Some(Backing {
+                    dev: Some(disk(to)),
+                    path: "/image".into(),
+                });
+                topology.devices.insert(
+                    image_in(to),
+                    Device {
+                        backing,
+                        ..Device::default()
+                    },
+                );
+            }
+            let mounts = self.spaces.iter().flat_map(|it| it.mounts.values());
+            let shown: BTreeSet<u32> = mounts.map(|(disk, _)| *disk).collect();
+            let listed = self.alive.keys().filter(|disk| LISTED.contains(disk));
+            topology.unmounted = listed
+                .filter(|disk| !shown.contains(disk))
+                .map(|&minor| Unmounted {
+                    fs_type: "ext4".into(),
+                    name: format!("d{minor}"),
+                    devices: vec![disk(minor)],
+                })
+                .collect();
+            topology
+        }
+    }
+
+    #[derive(Clone)]
+    struct Shared(Rc<RefCell<Model>>);
+
+    impl Signals for Shared {
+        type Ways = Vec<(u64, usize, Option<u64>)>;
+        type States = Self::Ways;
+        type Alive = BTreeMap<u32, u64>;
+        type At = (u64, u64);
+
+        fn look(&mut self) -> Result<Machine<Self::Ways>, LookError> {
+            let ways = self.ways().map_err(LookError::Namespaces)?;
+            let model = self.0.borrow();
+            let mut mounts = Vec::new();
+            for (number, table) in model.tables().iter().enumerate() {
+                mounts.extend(parse(table.as_bytes(), number)?);
+            }
+            let topology = model.topology();
+            Ok(Machine {
+                ways,
+                mounts,
+                topology,
+            })
+        }
+
+        fn table_has_changed(&mut self) -> io::Result<bool> {
+            Ok(std::mem::take(
+                &mut self.0.borrow_mut().own_table_has_changed,
+            ))
+        }
+
+        fn uevents(&mut self) -> io::Result<u64> {
+            Ok(self.0.borrow().uevents)
+        }
+
+        fn alive(&mut self) -> io::Result<Self::Alive> {
+            let model = self.0.borrow();
+            let listed = model.alive.iter().filter(|(disk, _)| LISTED.contains(disk));
+            Ok(listed.map(|(disk, it)| (*disk, it.generation)).collect())
+        }
+
+        fn slaves(&mut self, dev: DevId) -> Vec<DevId> {
+            let model = self.0.borrow();
+            let image = model.mapped.get(&dev.minor).filter(|_| dev.major == 100);
+            image.map(|it| image_in(*it)).into_iter().collect()
+        }
+
+        fn ways(&mut self) -> io::Result<Self::Ways> {
+            let model = self.0.borrow();
+            let state = |it: &Space| (it.id, it.mounts.len(), it.mounts.keys().last().copied());
+            Ok(model.spaces.iter().skip(1).map(state).collect())
+        }
+
+        fn states(ways: &Self::Ways) -> Option<Self::States> {
+            Some(ways.clone())
+        }
+
+        fn find(&mut self, ways: &Self::Ways, file_system: &FileSystem) -> Option<(u64, u64)> {
+            let place = file_system.places.first()?;
+            let space = match place.namespace {
+                0 => 0,
+                n => ways.get(n - 1)?.0,
+            };
+            Some((space, place.id))
+        }
+
+        fn is_read_only(&mut self, (space, mount): &(u64, u64)) -> bool {
+            let model = self.0.borrow();
+            let space = model.spaces.iter().find(|it| it.id == *space);
+            let mount = space.and_then(|it| it.mounts.get(mount));
+            mount.is_some_and(|(disk, _)| model.alive[disk].read_only)
+        }
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let (space, nth, disk) = (0..4usize, 0..8usize, 0..DISKS);
+        let image = proptest::option::of(0..DISKS);
+        prop_oneof![
+            4 => (space.clone(), disk.clone(), any::<bool>())
+                .prop_map(|(space, disk, read_only)| Step::Mount { space, disk, read_only }),
+            1 => disk.clone().prop_map(|disk| Step::MountNowhere { disk }),
+            3 => (space.clone(), nth.clone(), any::<bool>())
+                .prop_map(|(space, nth, lazily)| Step::Unmount { space, nth, lazily }),
+            1 => disk.clone().prop_map(|disk| Step::Release { disk }),
+            3 => (space.clone(), nth.clone(), any::<bool>())
+                .prop_map(|(space, nth, read_only)| Step::Remount { space, nth, read_only }),
+            1 => (space.clone(), nth).prop_map(|(space, nth)| Step::Move { space, nth }),
+            1 => Just(Step::NewSpace),
+            1 => space.prop_map(|space| Step::EndSpace { space }),
+            4 => (disk, image, any::<bool>())
+                .prop_map(|(disk, image, tells)| Step::Map { disk, image, tells }),
+            1 => Just(Step::OtherDevice),
+            3 => Just(Step::Prepare),
+            4 => Just(Step::Backup),
+        ]
+    }
+
+    /// What is frozen, and in which wave.
+    fn wave_of(plan: &Plan) -> BTreeMap<u32, usize> {
+        let waves = plan.waves.iter().enumerate();
+        let members = waves.flat_map(|(n, wave)| wave.iter().map(move |it| (it.dev.minor, n)));
+        members.collect()
+    }
+
+    /// What a plan made anew would freeze is frozen, and in an order that is right now. What has become
+    /// read-only since may be among it: there is nothing to hold back.
+    fn check(
+        model: &Model,
+        kept: &BTreeMap<u32, usize>,
+        anew: &BTreeMap<u32, usize>,
+    ) -> Result<(), TestCaseError> {
+        let writable = |disk: &&u32| model.alive.get(disk).is_none_or(|it| !it.read_only);
+        let kept_writable: Vec<&u32> = kept.keys().filter(writable).collect();
+        let anew_writable: Vec<&u32> = anew.keys().filter(writable).collect();
+        prop_assert_eq!(kept_writable, anew_writable);
+        for disk in anew.keys() {
+            prop_assert!(kept.contains_key(disk), "{} is missing", disk);
+        }
+        for (from, to) in &model.mapped {
+            if let (Some(inner), Some(outer)) = (kept.get(from), kept.get(to)) {
+                prop_assert!(inner < outer, "{} is on a file in {}", from, to);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes these steps, and checks at each backup.
+    fn walk(steps: &[Step]) -> Result<(), TestCaseError> {
+        let model = Shared(Rc::new(RefCell::new(Model {
+            spaces: vec![Space::default()],
+            ..Model::default()
+        })));
+        let config = Config::default();
+        let mut cache = Cache::with(model.clone());
+        for step in steps {
+            model.0.borrow_mut().apply(step);
+            match step {
+                Step::Prepare => drop(cache.prepare(&config).unwrap()),
+                Step::Backup => {
+                    cache.plan(&config).unwrap();
+                    let machine = model.clone().look().unwrap();
+                    let anew = plan(&machine.mounts, &machine.topology, &|_| None);
+                    check(&model.0.borrow(), &wave_of(&cache.plan), &wave_of(&anew))?;
+                }
+                _ => {}
+            }
+        }
+        // And a plan that still holds is used, or the whole room would be for nothing.
+        cache.plan(&config).unwrap();
+        let marks = cache.marks.take().unwrap();
+        prop_assert!(marks.unchanged(&mut cache.signals).is_some());
+        Ok(())
+    }
+
+    fn mount(disk: u32) -> Step {
+        Step::Mount {
+            space: 0,
+            disk,
+            read_only: false,
+        }
+    }
+
+    #[test]
+    fn a_mount_after_the_plan_is_in_the_first_backup_and_in_the_second() {
+        let steps = [
+            mount(4),
+            Step::Prepare,
+            mount(5),
+            Step::Backup,
+            Step::Backup,
+        ];
+        walk(&steps).unwrap();
+    }
+
+    #[test]
+    fn a_disk_that_is_mapped_anew_without_a_word_is_in_its_new_place() {
+        let map = |image, tells| Step::Map {
+            disk: 5,
+            image: Some(image),
+            tells,
+        };
+        let mounts = [mount(3), mount(4), mount(5)];
+        let steps = [
+            &mounts[..],
+            &[map(3, true), Step::Backup, map(4, false), Step::Backup],
+        ];
+        walk(&steps.concat()).unwrap();
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(600))]
+        #[test]
+        fn whatever_happens_a_backup_has_the_plan_that_would_be_made_anew(
+            steps in proptest::collection::vec(step(), 1..60)
+        ) {
+            walk(&steps)?;
+        }
+    }
+}

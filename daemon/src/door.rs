@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The door through which file systems are frozen. Behind it is one of two: [`crate::held`], where the
+//! module freezes and answers for the thaw, or [`crate::fifreeze`], where the ioctl that everybody has
+//! does and the guard answers for the thaw. Whoever stands before it need not know which.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use crate::freeze::Target;
+use crate::guard::GuardError;
+use crate::record::RecordError;
+
+/// Why nothing can be frozen.
+#[derive(Debug, thiserror::Error)]
+pub enum DoorError {
+    /// Somebody else freezes, or `/run` cannot be used.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// Without a guard nothing is frozen.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
+    /// More than the module holds.
+    #[error("{wanted} file systems are to be frozen, and the module holds {most} at most")]
+    TooMany {
+        /// How many there are.
+        wanted: usize,
+        /// How many it holds.
+        most: u32,
+    },
+}
+
+/// One freeze goes through it: armed, frozen and thawed any number of times, disarmed.
+pub trait Door: Send + Sync {
+    /// Sees to it that these are thawed whatever becomes of this process. Before the first freeze.
+    fn arm(&self, targets: &[Target]) -> Result<(), DoorError>;
+
+    /// Writes all dirty data back without freezing.
+    fn sync(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(nix::unistd::syncfs(fd)?)
+    }
+
+    /// Freezes: `EBUSY` when it is frozen already, `EOPNOTSUPP` when it cannot.
+    fn freeze(&self, fd: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// Thaws: `EINVAL` when it is not frozen.
+    fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// Target number `index` was frozen by somebody else and is theirs to thaw.
+    fn leave(&self, index: usize);
+
+    /// No further freeze follows, and the host knows of those that were.
+    fn settle(&self, targets: &[Target]);
+
+    /// Thaws all at once, without waiting, while others may still be inside a freeze.
+    fn let_go(&self);
+
+    /// After the thaw. `left` when something of ours is still frozen.
+    fn disarm(&self, left: bool);
+
+    /// How often to look whether what is frozen still is, where others can thaw it.
+    fn watched_every(&self) -> Option<Duration>;
+}

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Freezes by the ioctl that every kernel has, FIFREEZE.
+//!
+//! Anybody can thaw what is frozen so, and nobody does when this process ends. So the guard has a copy
+//! of each descriptor and a deadline, a record lists what is frozen for when both are gone, a lock
+//! keeps others of our kind away, and it is looked after what is frozen while it is.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::door::{Door, DoorError};
+use crate::freeze::Target;
+use crate::guard::Guard;
+use crate::logbook::{words, Logbook};
+use crate::record::{Entry, Lock, Record, RecordError, RunDir};
+use crate::sys;
+
+/// How often it is looked after what is frozen.
+const WATCH: Duration = Duration::from_millis(50);
+
+/// The door, for one freeze.
+pub struct Fifreeze {
+    guard: Arc<Guard>,
+    run: RunDir,
+    deadline: Duration,
+    /// Whether a host waits, as against a rehearsal.
+    for_host: bool,
+    log: Logbook,
+    /// From [`Door::arm`] to [`Door::disarm`].
+    lock: Mutex<Option<Lock>>,
+}
+
+impl Fifreeze {
+    /// Guarded by `guard`, with lock and record in `run`.
+    pub fn new(
+        guard: Arc<Guard>,
+        run: RunDir,
+        deadline: Duration,
+        for_host: bool,
+        log: Logbook,
+    ) -> Self {
+        Fifreeze {
+            guard,
+            run,
+            deadline,
+            for_host,
+            log,
+            lock: Mutex::new(None),
+        }
+    }
+
+    fn record<'a>(&self, targets: impl Iterator<Item = &'a Target>) -> Record {
+        let entry = |target: &Target| Entry {
+            dev: target.dev,
+            name: target.name.clone(),
+        };
+        Record {
+            pid: std::process::id(),
+            for_host: self.for_host,
+            frozen: targets.map(entry).collect(),
+        }
+    }
+
+    fn with_lock<T>(&self, step: impl FnOnce(&mut Option<Lock>) -> T) -> T {
+        // It is whole at any time.
+        step(&mut self.lock.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn say(&self, result: Result<(), RecordError>) {
+        if let Err(error) = result {
+            self.log.warning(words(&error));
+        }
+    }
+}
+
+impl Door for Fifreeze {
+    fn arm(&self, targets: &[Target]) -> Result<(), DoorError> {
+        let lock = self.run.lock()?;
+        self.run.write(&self.record(targets.iter()), &lock)?;
+        let armed = self.guard.arm(targets, self.deadline, &lock, self.for_host);
+        self.with_lock(|it| *it = Some(lock));
+        if armed.is_err() {
+            self.disarm(false);
+        }
+        Ok(armed?)
+    }
+
+    fn freeze(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        sys::freeze(fd)
+    }
+
+    fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        sys::thaw(fd)
+    }
+
+    fn leave(&self, index: usize) {
+        // A guard that is gone thaws nothing, so there is nothing it would have to forget.
+        let _ = self.guard.forget(index);
+    }
+
+    /// Takes from the record what is not frozen or not ours.
+    fn settle(&self, targets: &[Target]) {
+        // A guard that is gone is noticed by whoever watches it.
+        let _ = self.guard.frozen();
+        if targets.iter().all(Target::is_ours) {
+            return;
+        }
+        let ours = self.record(targets.iter().filter(|t| t.is_ours()));
+        self.with_lock(|lock| {
+            if let Some(lock) = lock {
+                self.say(self.run.write(&ours, lock));
+            }
+        });
+    }
+
+    fn let_go(&self) {
+        // As above; and then nobody but the session thaws, behind what holds it up.
+        let _ = self.guard.release();
+    }
+
+    fn disarm(&self, left: bool) {
+        let Some(lock) = self.with_lock(Option::take) else {
+            return;
+        };
+        if left {
+            // That stays in the guard's hands and in the record, and nothing else may be frozen beside
+            // it: the lock is kept until this process ends.
+            std::mem::forget(lock);
+            return;
+        }
+        // A guard that is gone is noticed, and replaced, by whoever watches it.
+        let _ = self.guard.done();
+        self.say(self.run.remove());
+    }
+
+    fn watched_every(&self) -> Option<Duration> {
+        Some(WATCH)
+    }
+}
+
+/// The same ioctls with nobody to mind what is frozen: for what cannot freeze anyway.
+pub struct Unguarded;
+
+impl Door for Unguarded {
+    fn arm(&self, _targets: &[Target]) -> Result<(), DoorError> {
+        Ok(())
+    }
+
+    fn freeze(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        sys::freeze(fd)
+    }
+
+    fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        sys::thaw(fd)
+    }
+
+    fn leave(&self, _index: usize) {}
+
+    fn settle(&self, _targets: &[Target]) {}
+
+    fn let_go(&self) {}
+
+    fn disarm(&self, _left: bool) {}
+
+    fn watched_every(&self) -> Option<Duration> {
+        None
+    }
+}

@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Sessions before a door that records what is done and fails as it is told. Descriptors stand for
+//! file systems.
+
+use super::*;
+use crate::logbook::Sink;
+use std::os::fd::AsRawFd;
+
+const SHORT: Duration = Duration::from_millis(60);
+
+/// What is done to which.
+type Call = (&'static str, usize);
+
+#[derive(Default)]
+struct Double {
+    calls: Mutex<Vec<Call>>,
+    numbers: BTreeMap<i32, usize>,
+    /// What fails, how, and how often.
+    failures: Mutex<BTreeMap<Call, (Errno, usize)>>,
+    /// How long a first call takes.
+    slow: Mutex<BTreeMap<Call, Duration>>,
+    left: Mutex<Vec<usize>>,
+}
+
+impl Double {
+    fn call(&self, what: &'static str, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let number = self.numbers[&fd.as_raw_fd()];
+        lock(&self.calls).push((what, number));
+        let slow = lock(&self.slow).remove(&(what, number));
+        thread::sleep(slow.unwrap_or_default());
+        match lock(&self.failures).get_mut(&(what, number)) {
+            Some((errno, times)) if *times > 0 => {
+                *times -= 1;
+                Err((*errno).into())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Door for Double {
+    fn arm(&self, targets: &[Target]) -> Result<(), DoorError> {
+        assert!(!targets.is_empty());
+        Ok(())
+    }
+    fn sync(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.call("sync", fd)
+    }
+    fn freeze(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.call("freeze", fd)
+    }
+    fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.call("thaw", fd)
+    }
+    fn leave(&self, index: usize) {
+        lock(&self.left).push(index);
+    }
+    fn settle(&self, _targets: &[Target]) {}
+    fn let_go(&self) {}
+    fn disarm(&self, _left: bool) {}
+    fn watched_every(&self) -> Option<Duration> {
+        Some(Duration::ZERO)
+    }
+}
+
+struct Setup {
+    double: Arc<Double>,
+    session: Session,
+    means: Means,
+    learnt: Learnt,
+}
+
+/// What fails: always, or so many times.
+type Failure = (&'static str, usize, Errno, usize);
+const ALWAYS: usize = usize::MAX;
+
+/// File systems 0, 1, ... in the given waves, each with its usual time in milliseconds.
+fn setup_with(waves: &[(usize, Option<u64>)], failures: &[Failure], strict: bool) -> Setup {
+    let mut double = Double::default();
+    let mut targets = Vec::new();
+    let mut learnt = Learnt::default();
+    for (number, (wave, usual)) in waves.iter().enumerate() {
+        let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+        double.numbers.insert(fd.as_raw_fd(), number);
+        let dev: DevId = format!("8:{number}").parse().unwrap();
+        if let Some(ms) = usual {
+            learnt.usual.insert(dev, Duration::from_millis(*ms));
+        }
+        targets.push(Target::new(dev, format!("/fs{number}"), *wave, fd));
+    }
+    for (what, number, errno, times) in failures {
+        lock(&double.failures).insert((what, *number), (*errno, *times));
+    }
+    let double = Arc::new(double);
+    let means = Means {
+        door: double.clone(),
+        log: Logbook::new(Sink::Memory),
+        limits: Limits {
+            strict,
+            parallel: 1,
+            write_back: 1,
+            give_up: SHORT,
+            patience: SHORT,
+            lag: SHORT,
+        },
+        abort: Arc::default(),
+        progress: Arc::default(),
+        pool: Arc::default(),
+    };
+    let session = Session::new(targets, means.clone(), &learnt).unwrap();
+    Setup {
+        double,
+        session,
+        means,
+        learnt,
+    }
+}
+
+/// The same without usual times.
+fn setup(waves: &[usize], failures: &[Failure], strict: bool) -> Setup {
+    let waves: Vec<_> = waves.iter().map(|wave| (*wave, None)).collect();
+    setup_with(&waves, failures, strict)
+}
+
+impl Setup {
+    fn freeze(&mut self) -> Result<Summary, FreezeError> {
+        self.session.freeze(&mut self.learnt)
+    }
+
+    fn calls(&self) -> Vec<Call> {
+        lock(&self.double.calls).clone()
+    }
+
+    fn slow(&self, what: &'static str, number: usize, time: Duration) {
+        lock(&self.double.slow).insert((what, number), time);
+    }
+}
+
+#[test]
+fn waves_are_frozen_in_order_and_thawed_in_reverse() {
+    let mut s = setup(&[1, 0, 2], &[], false);
+    s.session.sync(&s.learnt);
+    let summary = s.freeze().unwrap();
+    assert_eq!(summary.ours, 3);
+    s.session.thaw().unwrap();
+    let sync = [("sync", 1), ("sync", 0), ("sync", 2)];
+    let freeze = [("freeze", 1), ("freeze", 0), ("freeze", 2)];
+    let thaw = [("thaw", 2), ("thaw", 0), ("thaw", 1)];
+    assert_eq!(s.calls(), [sync, freeze, thaw].concat());
+}
+
+#[test]
+fn a_failure_thaws_what_was_frozen_and_nothing_else() {
+    let mut s = setup(&[0, 1, 2], &[("freeze", 1, Errno::ENOMEM, ALWAYS)], false);
+    let error = s.freeze().unwrap_err();
+    assert!(matches!(error, FreezeError::Failed { .. }), "{error}");
+    assert_eq!(s.calls(), [("freeze", 0), ("freeze", 1), ("thaw", 0)]);
+}
+
+#[test]
+fn what_is_out_of_order_is_left_out_unless_strict() {
+    let failures = [("freeze", 1, Errno::EIO, ALWAYS)];
+    let mut s = setup(&[0, 1, 2], &failures, false);
+    let summary = s.freeze().unwrap();
+    assert_eq!((summary.ours, summary.left_out), (2, 1));
+    let said = s.means.log.held();
+    assert!(said
+        .iter()
+        .any(|(_, line)| line.contains("/fs1 is out of order")));
+
+    let mut s = setup(&[0, 1, 2], &failures, true);
+    let error = s.freeze().unwrap_err();
+    assert!(error.to_string().contains("/fs1"), "{error}");
+    assert_eq!(s.calls(), [("freeze", 0), ("freeze", 1), ("thaw", 0)]);
+}
+
+#[test]
+fn what_is_busy_is_waited_for_while_nothing_is_frozen() {
+    let mut s = setup(&[0, 1], &[("freeze", 1, Errno::EBUSY, 2)], false);
+    let summary = s.freeze().unwrap();
+    assert_eq!((summary.ours, summary.foreign), (2, 0));
+    // Between two of its attempts the other one is never frozen.
+    let expected = [
+        ("freeze", 0),
+        ("freeze", 1),
+        ("thaw", 0),
+        ("freeze", 1),
+        ("freeze", 1),
+        ("thaw", 1),
+        ("freeze", 0),
+        ("freeze", 1),
+    ];
+    assert_eq!(s.calls(), expected);
+}
+
+#[test]
+fn what_somebody_else_keeps_frozen_counts_and_stays_theirs() {
+    let mut s = setup(&[0, 0], &[("freeze", 1, Errno::EBUSY, ALWAYS)], false);
+    let summary = s.freeze().unwrap();
+    assert_eq!((summary.ours, summary.foreign), (1, 1));
+    assert_eq!(*lock(&s.double.left), [1]);
+    s.session.thaw().unwrap();
+    assert!(!s.calls().contains(&("thaw", 1)));
+}
+
+#[test]
+fn what_somebody_else_has_let_go_meanwhile_is_named_and_thawed() {
+    for looked_after in [false, true] {
+        let mut s = setup(&[0, 0], &[("freeze", 1, Errno::EBUSY, ALWAYS)], false);
+        s.freeze().unwrap();
+        // Ours is as it was, theirs is not.
+        lock(&s.double.failures).clear();
+        let ours = ("freeze", 0);
+        lock(&s.double.failures).insert(ours, (Errno::EBUSY, ALWAYS));
+        if looked_after {
+            assert_eq!(s.session.look_after(), ["/fs1"]);
+        }
+        let error = s.session.thaw().unwrap_err();
+        assert!(error.to_string().ends_with(": /fs1"), "{error}");
+        assert!(s.calls().ends_with(&[("thaw", 0)]) || s.calls().contains(&("thaw", 0)));
+        assert_eq!(s.calls().iter().filter(|it| **it == ("thaw", 1)).count(), 1);
+    }
+}
+
+#[test]
+fn what_was_thawed_and_is_looked_after_is_named_and_thawed_again() {
+    let mut s = setup(&[0, 0], &[], false);
+    s.freeze().unwrap();
+    lock(&s.double.failures).insert(("freeze", 0), (Errno::EBUSY, ALWAYS));
+    assert_eq!(s.session.look_after(), ["/fs1"]);
+    let error = s.session.thaw().unwrap_err();
+    assert!(error.to_string().ends_with(": /fs1"), "{error}");
+    assert!(s.calls().contains(&("thaw", 1)));
+}
+
+#[test]
+fn what_cannot_freeze_is_synced_with_nothing_frozen_and_known_the_next_time() {
+    let failures = [("freeze", 1, Errno::EOPNOTSUPP, ALWAYS)];
+    let mut s = setup(&[0, 1], &failures, false);
+    let summary = s.freeze().unwrap();
+    assert_eq!((summary.ours, summary.synced), (1, 1));
+    let expected = [
+        ("freeze", 0),
+        ("freeze", 1),
+        ("thaw", 0),
+        ("sync", 1),
+        ("freeze", 0),
+    ];
+    assert_eq!(s.calls(), expected);
+
+    let mut next = setup(&[0, 1], &failures, false);
+    next.learnt = s.learnt;
+    next.session.sync(&next.learnt);
+    next.freeze().unwrap();
+    let expected = [("sync", 0), ("sync", 1), ("freeze", 1), ("freeze", 0)];
+    assert_eq!(next.calls(), expected);
+
+    let mut strict = setup(&[0, 1], &failures, true);
+    let error = strict.freeze().unwrap_err();
+    assert!(error.to_string().contains("no means to freeze"), "{error}");
+    assert_eq!(strict.calls().last(), Some(&("thaw", 0)));
+}
+
+#[test]
+fn what_is_taken_for_unfreezable_and_is_not_is_frozen() {
+    let mut s = setup(&[0, 1], &[], false);
+    s.learnt.unfreezable.insert("8:1".parse().unwrap());
+    let summary = s.freeze().unwrap();
+    assert_eq!((summary.ours, summary.synced), (2, 0));
+    assert!(s.learnt.unfreezable.is_empty());
+}
+
+#[test]
+fn a_sync_that_fails_or_hangs_costs_nobody_else_the_backup() {
+    let unfreezable = ("freeze", 1, Errno::EOPNOTSUPP, ALWAYS);
+    let mut s = setup(
+        &[0, 0],
+        &[unfreezable, ("sync", 1, Errno::EIO, ALWAYS)],
+        false,
+    );
+    let summary = s.freeze().unwrap();
+    assert_eq!((summary.ours, summary.left_out), (1, 1));
+
+    let mut s = setup(&[0, 0], &[unfreezable], false);
+    s.slow("sync", 1, SHORT * 20);
+    let summary = s.freeze().unwrap();
+    assert_eq!((summary.ours, summary.left_out), (1, 1));
+    // As long as it hangs it is not asked to sync again.
+    let mut next = setup(&[0, 0], &[unfreezable], false);
+    next.learnt = std::mem::take(&mut s.learnt);
+    drop(s);
+    let summary = next.freeze().unwrap();
+    assert_eq!((summary.ours, summary.left_out), (1, 1));
+    assert!(!next.calls().contains(&("sync", 1)));
+}
+
+#[test]
+fn those_that_are_frozen_do_not_wait_for_a_slow_one() {
+    let mut s = setup(&[0, 0, 0], &[], false);
+    s.means.pool.grow(3).unwrap();
+    s.slow("freeze", 1, SHORT * 10);
+    let summary = s.freeze().unwrap();
+    assert_eq!(summary.ours, 3);
+    let calls = s.calls();
+    // Once frozen it is kept, and the others join it.
+    assert_eq!(calls.iter().filter(|it| **it == ("freeze", 1)).count(), 1);
+    for quick in [0, 2] {
+        let of_it: Vec<_> = calls.iter().filter(|(_, n)| *n == quick).collect();
+        let expected = [&("freeze", quick), &("thaw", quick), &("freeze", quick)];
+        assert_eq!(of_it, expected);
+    }
+}
+
+#[test]
+fn what_is_above_a_slow_one_is_frozen_before_it_all_the_same() {
+    let mut s = setup(&[0, 1], &[], false);
+    s.slow("freeze", 1, SHORT * 10);
+    s.freeze().unwrap();
+    let expected = [
+        ("freeze", 0),
+        ("freeze", 1),
+        ("thaw", 0),
+        ("thaw", 1),
+        ("freeze", 0),
+        ("freeze", 1),
+    ];
+    assert_eq!(s.calls(), expected);
+}
+
+#[test]
+fn an_early_thaw_by_somebody_else_is_named() {
+    let mut s = setup(&[0, 0], &[("thaw", 0, Errno::EINVAL, ALWAYS)], false);
+    s.freeze().unwrap();
+    let error = s.session.thaw().unwrap_err();
+    assert!(error.to_string().ends_with(": /fs0"), "{error}");
+    assert!(s.calls().contains(&("thaw", 1)));
+}
+
+#[test]
+fn what_is_usually_quick_begins_after_what_is_slow_or_new() {
+    let usual = [Some(5), Some(600), None, Some(40)];
+    let mut s = setup_with(&usual.map(|it| (0, it)), &[], false);
+    s.freeze().unwrap();
+    let order = [("freeze", 2), ("freeze", 1), ("freeze", 3), ("freeze", 0)];
+    assert_eq!(s.calls(), order);
+}
+
+#[test]
+fn nobody_waits_for_a_slow_one_that_has_ended() {
+    // An hour is how long the test would take.
+    let mut s = setup_with(&[(0, Some(1)), (0, Some(3_600_000))], &[], false);
+    s.freeze().unwrap();
+    assert_eq!(s.calls(), [("freeze", 1), ("freeze", 0)]);
+}
+
+#[test]
+fn dropping_a_session_thaws() {
+    let mut s = setup(&[0, 1], &[], false);
+    s.freeze().unwrap();
+    let double = Arc::clone(&s.double);
+    drop(s);
+    assert_eq!(lock(&double.calls)[2..], [("thaw", 1), ("thaw", 0)]);
+}
+
+#[test]
+fn a_freeze_that_is_called_off_freezes_nothing() {
+    let mut s = setup(&[0, 1], &[], false);
+    s.means.abort.store(true, Ordering::SeqCst);
+    assert!(matches!(s.freeze(), Err(FreezeError::Aborted)));
+    assert_eq!(s.calls(), []);
+}

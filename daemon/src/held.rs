@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Freezes that the module holds for whoever has its device open.
+//!
+//! Nobody else can thaw them, and the module does when this process ends, in whatever way, at the
+//! deadline, and before the machine sleeps. So there is nothing to guard and nothing to record.
+
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use hv_vss_uapi::IocFreeze;
+
+use crate::device::Hold;
+use crate::door::{Door, DoorError};
+use crate::freeze::Target;
+use crate::sys;
+
+/// The door, for one FREEZE of the host.
+pub struct Held {
+    hold: Hold,
+    id: u64,
+    deadline: Duration,
+    /// How many are to be frozen, once that is known.
+    count: AtomicU32,
+}
+
+impl Held {
+    /// For the FREEZE with this id.
+    pub fn new(hold: Hold, id: u64, deadline: Duration) -> Self {
+        Held {
+            hold,
+            id,
+            deadline,
+            count: AtomicU32::new(0),
+        }
+    }
+}
+
+impl Door for Held {
+    fn arm(&self, targets: &[Target]) -> Result<(), DoorError> {
+        let count = u32::try_from(targets.len()).unwrap_or(u32::MAX);
+        if count > self.hold.most {
+            return Err(DoorError::TooMany {
+                wanted: targets.len(),
+                most: self.hold.most,
+            });
+        }
+        self.count.store(count, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn freeze(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let freeze = IocFreeze {
+            id: self.id,
+            fd: fd.as_raw_fd(),
+            // Whichever of several threads comes first brings both.
+            deadline_ms: u32::try_from(self.deadline.as_millis()).unwrap_or(u32::MAX),
+            count: self.count.load(Ordering::Relaxed),
+            ..IocFreeze::default()
+        };
+        sys::hold(self.hold.device.as_fd(), &freeze)
+    }
+
+    fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        sys::let_go(self.hold.device.as_fd(), fd)
+    }
+
+    /// It is held beside others, so there is nothing of theirs here.
+    fn leave(&self, _index: usize) {}
+
+    fn settle(&self, _targets: &[Target]) {}
+
+    /// The module does by itself when the FREEZE is failed or told to have ended, which has been done.
+    fn let_go(&self) {}
+
+    fn disarm(&self, _left: bool) {}
+
+    fn watched_every(&self) -> Option<Duration> {
+        None
+    }
+}

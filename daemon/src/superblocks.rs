@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The superblocks that the kernel lists in `/sys/fs`, whether or not any mount table shows them.
+//!
+//! A file system that was unmounted lazily while somebody used it, or that is mounted where no
+//! namespace is, is written to all the same. Those types that can be frozen nearly all say there which
+//! of them are alive: by the kernel's name of the device, or with a list of the devices. It only reads
+//! sysfs and reaches no file system.
+
+use std::collections::BTreeSet;
+use std::fs::{self, DirEntry};
+use std::io;
+use std::os::unix::fs::DirEntryExt;
+use std::path::{Path, PathBuf};
+
+use crate::mounts::DevId;
+
+/// Where they are listed.
+const ROOT: &str = "/sys/fs";
+
+/// One that is alive, or something else in its type's folder.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Entry {
+    /// The folder: the type, or of `ext2` and `ext3` the driver, `ext4`.
+    pub fs_type: String,
+    /// The device, or a UUID.
+    pub name: String,
+    /// The number of its folder, which no other gets.
+    inode: u64,
+}
+
+/// A superblock that is alive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Superblock {
+    /// Its type, as far as [`Entry::fs_type`] has it.
+    pub fs_type: String,
+    /// The device, or a UUID.
+    pub name: String,
+    /// The devices that it is on. Never empty.
+    pub devices: Vec<DevId>,
+}
+
+/// The types that the kernel knows and that need a block device.
+pub fn types_on_devices() -> BTreeSet<String> {
+    let text = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    // Of the others the line begins with "nodev".
+    let lines = text.lines().filter_map(|line| line.strip_prefix('\t'));
+    lines.map(|name| name.trim().to_owned()).collect()
+}
+
+/// What the folders of these types hold. One that does not exist holds nothing.
+pub fn entries(types: &BTreeSet<String>) -> io::Result<BTreeSet<Entry>> {
+    let mut found = BTreeSet::new();
+    for fs_type in types {
+        let folder = match fs::read_dir(Path::new(ROOT).join(fs_type)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            other => other?,
+        };
+        for entry in folder {
+            let entry = entry?;
+            found.insert(Entry {
+                fs_type: fs_type.clone(),
+                name: entry.file_name().to_string_lossy().into_owned(),
+                inode: entry.ino(),
+            });
+        }
+    }
+    Ok(found)
+}
+
+/// Those of `entries` that are superblocks, with their devices.
+pub fn of(entries: &BTreeSet<Entry>) -> Vec<Superblock> {
+    let superblock = |entry: &Entry| {
+        let devices = devices_of(entry);
+        (!devices.is_empty()).then(|| Superblock {
+            fs_type: entry.fs_type.clone(),
+            name: entry.name.clone(),
+            devices,
+        })
+    };
+    entries.iter().filter_map(superblock).collect()
+}
+
+/// The device that it is named after, or those that its folder lists: btrfs in `devices/NAME`,
+/// bcachefs in `dev-NUMBER/block`.
+pub fn devices_of(entry: &Entry) -> Vec<DevId> {
+    let by_name = Path::new("/sys/class/block").join(&entry.name);
+    if let Some(dev) = dev_in(&by_name) {
+        return vec![dev];
+    }
+    let folder = Path::new(ROOT).join(&entry.fs_type).join(&entry.name);
+    let is_member = |it: &DirEntry| it.file_name().as_encoded_bytes().starts_with(b"dev-");
+    let members = list(&folder).filter(is_member);
+    let members = members.map(|it| it.path().join("block"));
+    let listed = list(&folder.join("devices")).map(|it| it.path());
+    let mut devices: Vec<DevId> = listed.chain(members).filter_map(|it| dev_in(&it)).collect();
+    devices.sort_unstable();
+    devices
+}
+
+/// The number in the folder of a block device.
+pub fn dev_in(dir: &Path) -> Option<DevId> {
+    fs::read_to_string(dir.join("dev")).ok()?.parse().ok()
+}
+
+/// Where the folder of the device with this number is, if it exists.
+pub fn folder_of(dev: DevId) -> Option<PathBuf> {
+    let numbers = Path::new("/sys/dev/block");
+    // The link leads to the device's place in the tree, and that place says what it is.
+    let place = fs::read_link(numbers.join(dev.to_string())).ok()?;
+    Some(numbers.join(place))
+}
+
+fn list(dir: &Path) -> impl Iterator<Item = DirEntry> {
+    fs::read_dir(dir).into_iter().flatten().flatten()
+}

@@ -1,0 +1,447 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Others freeze and thaw, too; daemons are stopped and guards; configurations have typing errors. What
+//! the host is told is true all the same, and nothing stays frozen.
+//!
+//! Where the module holds what is frozen nobody else can thaw it, so that much of this is a matter of
+//! FIFREEZE, which is what there is with the stock `hv_utils`.
+
+use super::deadman::{good_backup, guard_of, released, RELEASED};
+use super::{case, load, observe, start, stop, wait_for_daemon, Case};
+use anyhow::{ensure, Result};
+use e2e::check::{answered, equal, refused, status_name};
+use e2e::guest::{Daemon, Guest, Module, Process, STEP};
+use hyperv_sim::ic::status;
+use std::time::Duration;
+
+pub const CASES: &[Case] = &[
+    case(
+        "foreign/suspended-for-a-moment",
+        "a volume suspended when FREEZE comes and resumed a moment later is frozen, stock module",
+        |guest| suspended(guest, Module::Stock),
+    ),
+    case(
+        "foreign/suspended-for-a-moment-ours",
+        "the same with our module",
+        |guest| suspended(guest, Module::Ours),
+    ),
+    case(
+        "foreign/suspended-all-the-time",
+        "suspend and resume in a loop, stock module: never good with a writer moving",
+        |guest| loops(guest, Module::Stock, SUSPEND_LOOP),
+    ),
+    case(
+        "foreign/frozen-all-the-time",
+        "fsfreeze -f and -u in a loop, stock module: never good with a writer moving",
+        |guest| loops(guest, Module::Stock, FREEZE_LOOP),
+    ),
+    case(
+        "foreign/frozen-all-the-time-ours",
+        "the same with our module",
+        |guest| loops(guest, Module::Ours, FREEZE_LOOP),
+    ),
+    case(
+        "foreign/released-in-the-window",
+        "frozen by an administrator before, thawed in the window: THAW fails and names it",
+        released_in_the_window,
+    ),
+    case(
+        "foreign/kept-frozen",
+        "frozen by an administrator all the time: it counts and stays theirs",
+        kept_frozen,
+    ),
+    case(
+        "foreign/quit-key",
+        "SIGQUIT to the group of a rehearsal (Ctrl-\\) leaves nothing frozen",
+        quit_key,
+    ),
+    case(
+        "foreign/stopped-and-started",
+        "stock module: stopped while frozen and started again, the daemon fails the THAW",
+        stopped_and_started,
+    ),
+    case(
+        "foreign/guard-stopped",
+        "the guard is stopped (SIGSTOP) and the host never thaws: the daemon does",
+        guard_stopped,
+    ),
+    case(
+        "foreign/bad-configuration",
+        "daemon and guard killed, the configuration broken: thaw thaws, and so does a start",
+        bad_configuration,
+    ),
+    case(
+        "foreign/nothing-to-freeze",
+        "an [include] that names nothing: said in the log, and fails when strict",
+        nothing_to_freeze,
+    ),
+    case(
+        "foreign/late-answer",
+        "a THAW whose answer comes too late is not called good",
+        late_answer,
+    ),
+    case(
+        "foreign/hung-neighbour",
+        "one that hangs in its freeze is given up, the others go on long before",
+        hung_neighbour,
+    ),
+];
+
+/// How many backups a loop has to spoil.
+const BACKUPS: usize = 12;
+
+const SUSPEND_LOOP: &str = "while :; do
+    dmsetup suspend v; sleep 0.05; dmsetup resume v; sleep 0.05
+done";
+const FREEZE_LOOP: &str = "while :; do
+    fsfreeze -f /mnt/v 2>/dev/null; sleep 0.05; fsfreeze -u /mnt/v 2>/dev/null; sleep 0.05
+done";
+
+/// A volume that can be suspended, and a file system beside it, each with a writer.
+fn make_volume(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe dm-mod; mkdir -p /mnt/a /mnt/v
+              mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+              dmsetup create v --noudevsync --table '0 131072 linear /dev/ram2 0'
+              [ -e /dev/mapper/v ] || dmsetup mknodes
+              mkfs.ext4 -q -F /dev/mapper/v && mount /dev/mapper/v /mnt/v")?;
+    guest.writer_start("/mnt/a/w")?;
+    Ok(guest.writer_start("/mnt/v/w")?)
+}
+
+fn suspended(guest: &Guest, module: Module) -> Result<()> {
+    make_volume(guest)?;
+    let daemon = start(guest, module, Daemon::Ours)?;
+    let seen = with_resume(guest)?;
+    equal(
+        "both answered 0, both stood still",
+        seen,
+        super::good(&["/mnt/a/w", "/mnt/v/w"]),
+    )?;
+    stop(guest, module, &daemon)?;
+    if module == Module::Stock {
+        let peer = start(guest, Module::Stock, Daemon::Debian)?;
+        let seen = with_resume(guest)?;
+        stop(guest, Module::Stock, &peer)?;
+        guest.compare(
+            "a volume is suspended (LVM snapshot) when FREEZE comes, and resumed 1 s later",
+            "waited for, frozen, good",
+            &super::describe(&seen),
+        );
+    }
+    Ok(())
+}
+
+/// A backup that begins while the volume is suspended, which is over a second later.
+fn with_resume(guest: &Guest) -> Result<super::Seen> {
+    guest.sh("dmsetup suspend v")?;
+    let resume = guest.spawn(&["sh", "-c", "sleep 1; dmsetup resume v"])?;
+    let seen = observe(guest)?;
+    guest.wait(&resume, STEP)?;
+    Ok(seen)
+}
+
+fn loops(guest: &Guest, module: Module, rude: &str) -> Result<()> {
+    make_volume(guest)?;
+    load(guest, module, &[])?;
+    guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    let rude = guest.spawn(&["sh", "-c", rude])?;
+    let vss = guest.vss();
+    let (mut good, mut failed) = (0, 0);
+    for number in 1..=BACKUPS {
+        if vss.freeze(&[], STEP)?.status() != status::OK {
+            failed += 1;
+            continue;
+        }
+        let first = guest.writers()?;
+        std::thread::sleep(Duration::from_millis(300));
+        let last = guest.writers()?;
+        let thaw = vss.thaw(STEP)?.status();
+        for (first, last) in first.iter().zip(&last) {
+            // One write may have returned just before the freeze and been counted after the first look.
+            ensure!(
+                thaw != status::OK || last.count <= first.count + 1,
+                "backup {number} was called good, but {} was written {} times while frozen",
+                last.path,
+                last.count - first.count
+            );
+        }
+        match thaw {
+            status::OK => good += 1,
+            _ => failed += 1,
+        }
+    }
+    println!("     {good} backups good with nobody moving, {failed} failed");
+    guest.signal(&rude, 9)?;
+    guest.wait(&rude, STEP)?;
+    guest.sh("dmsetup resume v; fsfreeze -u /mnt/v 2>/dev/null; true")?;
+    guest.wait_until("with the loop gone the next backup is good", STEP, || {
+        Ok(good_backup(guest).is_ok())
+    })
+}
+
+fn released_in_the_window(guest: &Guest) -> Result<()> {
+    make_volume(guest)?;
+    let vss = guest.vss();
+    for (module, freeze, thaw) in [
+        (Module::Stock, status::OK, status::FAIL),
+        // What the module holds beside the administrator stays frozen.
+        (Module::Ours, status::OK, status::OK),
+    ] {
+        let daemon = start(guest, module, Daemon::Ours)?;
+        let held = guest.output(&daemon)?.contains("the module holds");
+        guest.freeze("/mnt/v")?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, freeze)?;
+        guest.thaw("/mnt/v")?;
+        // Long enough for a write, if there can be one.
+        std::thread::sleep(Duration::from_millis(300));
+        let expected = if held { thaw } else { status::FAIL };
+        answered("THAW", &vss.thaw(STEP)?, expected)?;
+        if !held {
+            guest.wait_until("the log names it", STEP, || {
+                let said = guest.output(&daemon)?;
+                Ok(said.contains("error: ") && said.contains("/mnt/v"))
+            })?;
+        }
+        released(guest, "after THAW", guest.clock()?, RELEASED)?;
+        refused("FITHAW after it", guest.thaw("/mnt/v"), "EINVAL")?;
+        stop(guest, module, &daemon)?;
+    }
+    Ok(())
+}
+
+fn kept_frozen(guest: &Guest) -> Result<()> {
+    make_volume(guest)?;
+    for module in [Module::Stock, Module::Ours] {
+        let daemon = start(guest, module, Daemon::Ours)?;
+        guest.freeze("/mnt/v")?;
+        let seen = observe(guest)?;
+        equal("FREEZE", seen.freeze, status::OK)?;
+        equal("THAW", seen.thaw, Some(status::OK))?;
+        equal("who moved in the window", seen.moving, Vec::new())?;
+        equal(
+            "who stands still after it",
+            seen.stuck,
+            vec!["/mnt/v/w".to_owned()],
+        )?;
+        guest.thaw("/mnt/v")?;
+        stop(guest, module, &daemon)?;
+    }
+    Ok(())
+}
+
+fn quit_key(guest: &Guest) -> Result<()> {
+    make_volume(guest)?;
+    for signal in ["QUIT", "INT", "KILL"] {
+        // A group of its own, as a shell with job control gives a command.
+        let line = "setsid /payload/hv_vss_daemon freeze --for 50s";
+        let rehearsal = guest.spawn(&["sh", "-c", line])?;
+        guest.wait_until("both writers stand still", STEP, || {
+            Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+        })?;
+        let at = guest.clock()?;
+        guest.sh(&format!(
+            "pid=$(pidof hv_vss_daemon | tr ' ' '\\n' | head -n 1)
+             group=$(cut -d ' ' -f 5 /proc/$pid/stat)
+             kill -s {signal} -- -$group"
+        ))?;
+        released(guest, &format!("SIG{signal} to the group"), at, RELEASED)?;
+        guest.wait(&rehearsal, STEP)?;
+        for path in ["/", "/mnt/a", "/mnt/v"] {
+            refused("FITHAW after it", guest.thaw(path), "EINVAL")?;
+        }
+    }
+    Ok(())
+}
+
+fn stopped_and_started(guest: &Guest) -> Result<()> {
+    make_volume(guest)?;
+    let vss = guest.vss();
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.signal(&daemon, 15)?;
+    guest.wait(&daemon, STEP)?;
+    released(guest, "the stop", guest.clock()?, RELEASED)?;
+    let daemon = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    answered("THAW after a new start", &vss.thaw(STEP)?, status::FAIL)?;
+    answered("THAW once more", &vss.thaw(STEP)?, status::FAIL)?;
+    good_backup(guest)?;
+    // With that it is forgotten.
+    guest.signal(&daemon, 15)?;
+    guest.wait(&daemon, STEP)?;
+    let daemon = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    answered("THAW of nothing", &vss.thaw(STEP)?, status::OK)?;
+    stop(guest, Module::Stock, &daemon)
+}
+
+fn guard_stopped(guest: &Guest) -> Result<()> {
+    const DEADLINE: Duration = Duration::from_secs(2);
+    make_volume(guest)?;
+    let vss = guest.vss();
+    load(guest, Module::Stock, &[])?;
+    let daemon = guest.start_daemon_with("deadline = 2")?;
+    wait_for_daemon(guest)?;
+    let guard = guard_of(guest, &daemon)?;
+    guest.signal_all(&[guard], 19)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    let frozen = guest.clock()?;
+    // The daemon gives the guard a second.
+    let limit = DEADLINE + RELEASED * 2;
+    released(guest, "the deadline", frozen, limit)?;
+    answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
+    guest.signal_all(&[guard], 18)?;
+    guest.wait_until("the next backup is good", STEP, || {
+        Ok(good_backup(guest).is_ok())
+    })?;
+    stop(guest, Module::Stock, &daemon)
+}
+
+fn bad_configuration(guest: &Guest) -> Result<()> {
+    make_volume(guest)?;
+    let vss = guest.vss();
+    load(guest, Module::Stock, &[])?;
+    guest.sh("printf 'deadline = 50\\n' >/run/typo.toml")?;
+    let with_config = ["/payload/hv_vss_daemon", "-n", "-c", "/run/typo.toml"];
+    for remedy in ["thaw", "-n"] {
+        guest.sh("printf 'deadline = 50\\n' >/run/typo.toml")?;
+        let daemon = guest.spawn(&with_config)?;
+        wait_for_daemon(guest)?;
+        let guard = guard_of(guest, &daemon)?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        guest.signal_all(&[daemon.pid, guard], 19)?;
+        guest.signal_all(&[guard, daemon.pid], 9)?;
+        guest.wait(&daemon, STEP)?;
+        guest.sh("printf 'deadlin = 50\\n' >/run/typo.toml")?;
+        let line = format!("/payload/hv_vss_daemon -c /run/typo.toml {remedy}");
+        let ended = guest.try_sh(&line)?;
+        let expected = if remedy == "thaw" { 0 } else { 1 };
+        ensure!(
+            ended.status == Some(expected) && ended.err.contains("/run/typo.toml"),
+            "'{remedy}' should name the file and end with {expected}, it was: {ended:?}"
+        );
+        released(guest, remedy, guest.clock()?, RELEASED)?;
+        for path in ["/", "/mnt/a", "/mnt/v"] {
+            refused("FITHAW after it", guest.thaw(path), "EINVAL")?;
+        }
+        // The THAW that is still to come fails, with the typing error mended.
+        let daemon = guest.start_daemon(Daemon::Ours)?;
+        wait_for_daemon(guest)?;
+        answered("THAW after all", &vss.thaw(STEP)?, status::FAIL)?;
+        guest.signal(&daemon, 15)?;
+        guest.wait(&daemon, STEP)?;
+    }
+    Ok(())
+}
+
+fn nothing_to_freeze(guest: &Guest) -> Result<()> {
+    let vss = guest.vss();
+    load(guest, Module::Ours, &["grace_ms=300"])?;
+    let typo = "[include]\npaths = ['/srw/*']";
+    let daemon = guest.start_daemon_with(typo)?;
+    wait_for_daemon(guest)?;
+    answered("FREEZE of nothing", &vss.freeze(&[], STEP)?, status::OK)?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    says(guest, &daemon, "warning: ", "nothing at all is frozen")?;
+    guest.signal(&daemon, 15)?;
+    guest.wait(&daemon, STEP)?;
+
+    let daemon = guest.start_daemon_with(&format!("strict = true\n{typo}"))?;
+    wait_for_daemon(guest)?;
+    answered("FREEZE when strict", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    says(guest, &daemon, "error: ", "there is nothing to freeze")
+}
+
+/// Waits for a line of the log with both.
+fn says(guest: &Guest, daemon: &Process, level: &str, words: &str) -> Result<()> {
+    guest.wait_until(&format!("the log says {words:?}"), STEP, || {
+        let said = guest.output(daemon)?;
+        let mut lines = said.lines();
+        Ok(lines.any(|line| line.contains(level) && line.contains(words)))
+    })
+}
+
+fn late_answer(guest: &Guest) -> Result<()> {
+    make_volume(guest)?;
+    let vss = guest.vss();
+    load(guest, Module::Ours, &["timeout_ms=1500"])?;
+    let daemon = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    // ext4 writes its superblock at a thaw, and that takes longer than the module waits.
+    guest.sh("dmsetup suspend --noflush --nolockfs v")?;
+    answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+    guest.sh("dmsetup resume v")?;
+    released(guest, "the resume", guest.clock()?, RELEASED)?;
+    guest.wait_until("the daemon has said how it ended", STEP, || {
+        let said = guest.output(&daemon)?;
+        Ok(said.contains("came too late") || said.contains("the backup is"))
+    })?;
+    let said = guest.output(&daemon)?;
+    ensure!(
+        !said.contains("the backup is good"),
+        "the host was told that it failed, the log says:\n{said}"
+    );
+    guest.wait_until("the next backup is good", STEP, || {
+        Ok(good_backup(guest).is_ok())
+    })?;
+    stop(guest, Module::Ours, &daemon)
+}
+
+fn hung_neighbour(guest: &Guest) -> Result<()> {
+    make_volume(guest)?;
+    guest.writers_stop()?;
+    guest.sh("umount /mnt/v && mount -o barrier=0 /dev/mapper/v /mnt/v")?;
+    guest.writer_start("/mnt/a/w")?;
+    guest.writer_start("/writer")?;
+    let vss = guest.vss();
+    for module in [Module::Stock, Module::Ours] {
+        load(guest, module, &[])?;
+        let daemon = guest.start_daemon_with("give_up = 2")?;
+        wait_for_daemon(guest)?;
+        guest.sh("sync && dmsetup suspend --noflush --nolockfs v")?;
+        guest.writers_reset()?;
+        let sent = guest.clock()?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+        let took = Duration::from_micros(guest.clock()? - sent);
+        let longest = guest.writers()?.iter().map(|it| it.longest_us).max();
+        guest.sh("dmsetup resume v")?;
+        ensure!(
+            took < Duration::from_secs(5),
+            "it should have been given up after 2 s, it was after {took:?}"
+        );
+        ensure!(
+            longest.is_some_and(|it| it < 1_000_000),
+            "a neighbour stood still for {longest:?} us"
+        );
+        answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+        guest.wait_until("the next backup is good", STEP, || {
+            Ok(good_backup(guest).is_ok())
+        })?;
+        // The log is held until the last of it is thawed.
+        says(guest, &daemon, "error: ", "/mnt/v")?;
+        stop(guest, module, &daemon)?;
+    }
+    let daemon = start(guest, Module::Stock, Daemon::Debian)?;
+    guest.sh("sync && dmsetup suspend --noflush --nolockfs v")?;
+    guest.writers_reset()?;
+    let tx = vss.send_freeze(&[])?;
+    let early = super::reply_within(guest, tx, Duration::from_secs(4))?;
+    let longest = guest.writers()?.iter().map(|it| it.longest_us).max();
+    guest.sh("dmsetup resume v")?;
+    let reply = early.map_or_else(|| vss.wait(tx, STEP), Ok)?;
+    let peer = format!(
+        "FREEZE {}, neighbours stood still for {} ms when the disk came back after 4 s",
+        status_name(reply.status()),
+        longest.unwrap_or_default() / 1000
+    );
+    vss.thaw(STEP)?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest.compare(
+        "one file system hangs in its freeze (give_up set to 2 s for ours)",
+        "given up after 2 s and named; its neighbours hardly notice",
+        &peer,
+    );
+    Ok(())
+}
