@@ -48,9 +48,9 @@ config_diff() {
         }' "$1" "$2" | sort
 }
 
-# unpack_source ARCHIVE TARGET [PATTERN]...: a kernel's source without what no build for this machine
+# extract_source ARCHIVE TARGET [PATTERN]...: a kernel's source without what no build for this machine
 # reads, and without these.
-unpack_source() {
+extract_source() {
     local archive=$1 target=$2 name arch pattern excludes=()
     shift 2
     name=$(basename "${archive%.tar.*}")
