@@ -772,10 +772,15 @@ impl Guest {
              done
              [ ! -e /sys/module/dm_mod ] || dmsetup remove_all --force
              losetup -D
-             for module in hv_vss hv_utils hv_storvsc; do
+             for module in hv_vss hv_utils; do
                  if grep -q \"^$module \" /proc/modules; then rmmod $module || exit 1; fi
              done
              test ! -e /dev/vmbus/hv_vss")?;
+        // What is under way on a disk that is gone holds it for a moment longer.
+        self.wait_until("the driver of SCSI disks can be unloaded", STEP, || {
+            let unload = "! grep -q '^hv_storvsc ' /proc/modules || rmmod hv_storvsc";
+            Ok(self.try_sh(unload)?.status == Some(0))
+        })?;
         for controller in self.scsi_controllers() {
             for lun in controller.disks().into_keys() {
                 controller.detach(lun);

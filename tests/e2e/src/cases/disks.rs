@@ -232,7 +232,6 @@ fn one_disk(guest: &Guest) -> Result<()> {
     let out = guest.sh(&format!("mount {node} /mnt/a && cat /mnt/a/record"))?;
     equal("the record on the copy", out.trim(), RECORD)?;
     guest.sh("umount /mnt/a")?;
-    copy.detach(guest)?;
     no_warnings(guest)
 }
 

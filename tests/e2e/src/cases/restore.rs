@@ -178,7 +178,8 @@ impl Stack {
         };
         guest.sh(&format!(
             "modprobe dm-mod; modprobe dm-crypt
-             printf '{table}\\n' | dmsetup create {name} --noudevsync"
+             printf '{table}\\n' | dmsetup create {name} --noudevsync
+             dmsetup mknodes {name}"
         ))?;
         Ok(format!("/dev/mapper/{name}"))
     }
