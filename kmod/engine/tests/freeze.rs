@@ -503,16 +503,21 @@ fn a_thaw_that_is_owed_comes_again_until_it_is_answered() {
     frozen(&mut w);
     w.ask(op::THAW);
     w.pass(30 * SECOND);
+    assert_eq!(w.engine.stage_name(), "offered");
     let first = w.read().unwrap();
     assert_eq!((first.operation, first.time_left_ms), (op::THAW, 30_000));
+    assert_eq!(w.engine.stage_name(), "read");
+    assert_eq!(w.engine.open_request(), Some((first.id, op::THAW)));
     assert!(!w.engine.readable(), "it is in the daemon's hands");
     w.pass(30 * SECOND);
     assert_eq!(w.answer(first, status::OK), Err(Refusal::Stale));
     // Neither does the next daemon get around it.
     w.read().unwrap();
     w.release();
+    assert_eq!(w.engine.stage_name(), "held");
     w.daemon_v1();
     w.serve(op::THAW, status::FAIL);
+    assert_eq!(w.engine.stage_name(), "idle");
     assert!(!w.engine.readable(), "it has tried");
 }
 
