@@ -51,6 +51,12 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
     }
 
+    /// The THAW that the daemon is given without the host asking for one: its id, and whether it has
+    /// been read.
+    pub fn owed_thaw(&self) -> Option<(u64, bool)> {
+        self.owed_thaw.map(|owed| (owed.id, owed.is_read()))
+    }
+
     /// Checks the invariants of the type; tests call it after each event.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 //! What can be seen of the machine from outside. Changes nothing.
 
+use super::op;
 use super::Engine;
 use super::Stage;
 use super::Stats;
@@ -19,11 +20,6 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         &self.stats
     }
 
-    /// Id and operation of the request that is being served.
-    pub fn open_request(&self) -> Option<(u64, u8)> {
-        self.queue.head().map(|head| (head.id, head.operation))
-    }
-
     /// Number of open requests.
     pub fn queued(&self) -> usize {
         self.queue.iter().count()
@@ -34,9 +30,23 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         self.freeze.as_str()
     }
 
-    /// What the daemon is doing with the head, in one word.
+    /// Id and operation of what is being served: the head of the queue, or a THAW that is owed where it is
+    /// that one's turn.
+    pub fn open_request(&self) -> Option<(u64, u8)> {
+        let owed = self.owed_thaw.filter(|_| self.owed_is_next());
+        owed.map(|owed| (owed.id, op::THAW))
+            .or(self.queue.head().map(|head| (head.id, head.operation)))
+    }
+
+    /// What the daemon is doing with it, in one word.
     pub fn stage_name(&self) -> &'static str {
-        match self.queue.head().map(|head| head.stage) {
+        let stage = match self.owed_thaw {
+            Some(owed) if owed.is_read() => Some(Stage::Read),
+            Some(_) if !self.registered() => Some(Stage::Held),
+            Some(_) if self.owed_is_next() => Some(Stage::Offered),
+            _ => self.queue.head().map(|head| head.stage),
+        };
+        match stage {
             None => "idle",
             Some(Stage::Queued) => "queued",
             Some(Stage::Held) => "held",
@@ -45,9 +55,9 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
     }
 
-    /// The THAW that the daemon is given without the host asking for one: its id, and whether it has
-    /// been read.
-    pub fn owed_thaw(&self) -> Option<(u64, bool)> {
-        self.owed_thaw.map(|owed| (owed.id, owed.is_read()))
+    /// Whether the daemon has to do a THAW that is owed before the head of the queue.
+    fn owed_is_next(&self) -> bool {
+        let shown = |stage| matches!(stage, Stage::Offered | Stage::Read);
+        self.owed_thaw.is_some() && !self.queue.head().is_some_and(|head| shown(head.stage))
     }
 }

@@ -125,6 +125,23 @@ fn what_the_daemon_froze_is_thawed_before_the_sleep() {
 }
 
 #[test]
+fn the_hosts_thaw_before_the_sleep_does_for_it() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    frozen(&mut w);
+    let thaw = w.ask(op::THAW);
+    let seen = w.read().unwrap();
+    w.prepare_sleep();
+    assert!(!w.engine.thawed_for_sleep(), "it is only being done");
+    w.answer(seen, status::OK).unwrap();
+    assert!(w.engine.thawed_for_sleep());
+    assert!(!w.engine.readable(), "once is enough");
+    // What was thawed when is not known.
+    assert_eq!(w.answered(thaw), Some(status::FAIL));
+}
+
+#[test]
 fn a_freeze_that_is_being_made_is_called_off_before_the_sleep() {
     let mut store = Vec::new();
     let mut w = world(&mut store);
@@ -486,16 +503,21 @@ fn a_thaw_that_is_owed_comes_again_until_it_is_answered() {
     frozen(&mut w);
     w.ask(op::THAW);
     w.pass(30 * SECOND);
+    assert_eq!(w.engine.stage_name(), "offered");
     let first = w.read().unwrap();
     assert_eq!((first.operation, first.time_left_ms), (op::THAW, 30_000));
+    assert_eq!(w.engine.stage_name(), "read");
+    assert_eq!(w.engine.open_request(), Some((first.id, op::THAW)));
     assert!(!w.engine.readable(), "it is in the daemon's hands");
     w.pass(30 * SECOND);
     assert_eq!(w.answer(first, status::OK), Err(Refusal::Stale));
     // Neither does the next daemon get around it.
     w.read().unwrap();
     w.release();
+    assert_eq!(w.engine.stage_name(), "held");
     w.daemon_v1();
     w.serve(op::THAW, status::FAIL);
+    assert_eq!(w.engine.stage_name(), "idle");
     assert!(!w.engine.readable(), "it has tried");
 }
 
@@ -531,6 +553,21 @@ fn a_thaw_that_is_owed_and_shown_is_not_lost_to_the_hosts() {
     assert_eq!(w.answered(thaw), None);
     w.serve(op::THAW, status::OK);
     assert_eq!(w.answered(thaw), Some(status::FAIL));
+}
+
+#[test]
+fn a_check_that_is_shown_is_not_lost_to_a_thaw_that_is_owed() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    let check = w.ask(op::HOT_BACKUP);
+    let (bytes, token) = w.peek().unwrap();
+    w.send(vss_packet(op::THAW, &[0; 14_000]));
+    w.take(&bytes, token);
+    let seen = w.in_hand.unwrap();
+    w.answer(seen, status::OK).unwrap();
+    assert_eq!(w.answered(check), Some(status::OK));
+    w.serve(op::THAW, status::OK);
 }
 
 // --- A daemon that does not read ---
