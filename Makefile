@@ -16,7 +16,7 @@ CASE ?= *
 # What `make test-kernels` runs the module's cases on.
 KERNELS ?= 7.3 7.2 testing unstable
 # The cases in which it is the module that is tested.
-MODULE_CASES ?= pairing/* lifecycle/* abi/* hostile/* suspend/*
+MODULE_CASES ?= pairing/* lifecycle/* abi/* dialogue/* owned/* hostile/* suspend/* sleep/*
 # Kernels that do not take the module, on which `make test-kernels` runs the daemon's cases with the
 # kernel's own, and which cases those are.
 STOCK_KERNELS ?= 6.12 6.1
@@ -75,25 +75,25 @@ unit: packages ## Unit, property and layout tests: no guest needed
 
 .PHONY: e2e
 e2e: lab-module user images ## Run the end-to-end cases that match CASE=<glob>
-	@$(LAB)/run.sh --timeout 2400 ./e2e run '$(CASE)'
+	@$(LAB)/e2e.sh --timeout 2400 '$(CASE)'
 
 .PHONY: test-kernels
 test-kernels: packages user ## Run the module's cases on each kernel in KERNELS, the daemon's on STOCK_KERNELS
 	@for kernel in $(KERNELS); do \
 		echo "test-kernels: kernel $$kernel"; \
 		KERNEL=$$kernel $(LAB)/module.sh --lab && \
-		KERNEL=$$kernel $(LAB)/run.sh --timeout 2400 ./e2e run $(patsubst %,'%',$(MODULE_CASES)) || exit 1; \
+		KERNEL=$$kernel $(LAB)/e2e.sh --timeout 4800 --cpus 2 $(patsubst %,'%',$(MODULE_CASES)) || exit 1; \
 	done
 	@for kernel in $(STOCK_KERNELS); do \
 		echo "test-kernels: kernel $$kernel with its own module"; \
-		KERNEL=$$kernel $(LAB)/run.sh --timeout 2400 ./e2e run $(patsubst %,'%',$(DAEMON_CASES)) || exit 1; \
+		KERNEL=$$kernel $(LAB)/e2e.sh --timeout 2400 $(patsubst %,'%',$(DAEMON_CASES)) || exit 1; \
 	done
 
 # KERNEL=debug-kcsan looks for data races instead.
 .PHONY: test-debug-kernel
 test-debug-kernel: packages user ## Run them on a kernel with KASAN, lockdep, kmemleak and more
 	@KERNEL=$(or $(KERNEL),debug) $(LAB)/module.sh --lab
-	@KERNEL=$(or $(KERNEL),debug) $(LAB)/run.sh --timeout 7200 ./e2e run --patience 4 \
+	@KERNEL=$(or $(KERNEL),debug) $(LAB)/run.sh --timeout 14400 ./e2e run --patience 4 --cpus 2 \
 		$(patsubst %,'%',$(MODULE_CASES))
 
 .PHONY: e2e-list
@@ -124,16 +124,78 @@ fuzz: packages ## Fuzz the engine, FUZZ_SECONDS for each of four targets
 fuzz-shortly: packages
 	@kmod/engine/fuzz/run.sh 5
 
+# What goes where, for `make install` and for the packages alike: one target per package. Files that
+# name paths or the version are adapted on the way.
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
+LIB = $(DESTDIR)$(PREFIX)/lib
+LIBEXEC = $(DESTDIR)$(PREFIX)/libexec
+SHARE = $(DESTDIR)$(PREFIX)/share
+ADAPT = sed -e 's|/usr/libexec/|$(PREFIX)/libexec/|g' -e 's|^prefix=/usr|prefix=$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|'
+# The daemons of the distributions that give way to ours: Debian's and Ubuntu's, Fedora's, SUSE's.
+OTHER_DAEMONS = hv-vss-daemon hypervvssd hv_vss_daemon
+
+.PHONY: deb
+deb: packages ## Build the Debian packages into build/deb/packages, twice with the same bytes; lintian looks
+	@$(LAB)/deb.sh
+
+.PHONY: dkms
+dkms: deb ## Install them on a clean Debian and have DKMS build the module there
+	@$(LAB)/dkms.sh
+
+# Each is called by its full name, since they need what takes a while to build.
+PACKAGES_CASES = packages/install-to-purge packages/boot packages/no-module
+
+.PHONY: test-packages
+test-packages: dkms lab-module user images ## Install them in a guest, and take backups before and after
+	@$(LAB)/run.sh --timeout 1200 ./e2e run $(PACKAGES_CASES)
+
 .PHONY: install
-install: ## Install module, daemon, unit, udev rule, man page and header below DESTDIR
+install: install-module install-daemon install-dev ## Install module, daemon and header below DESTDIR
+	@[ -n "$(DESTDIR)" ] || depmod $(KVER)
+
+.PHONY: install-module
+install-module:
 	@[ -n "$(KVER)" ] || { echo "install: nothing is built; run 'make' first" >&2; exit 1; }
 	install -D -m 0644 $(MODULE) $(DESTDIR)/lib/modules/$(KVER)/updates/hv_vss.ko
-	install -D -m 0755 $(DAEMON) $(DESTDIR)$(PREFIX)/sbin/hv_vss_daemon
-	install -D -m 0644 daemon/hv_vss_daemon.8 $(DESTDIR)$(PREFIX)/share/man/man8/hv_vss_daemon.8
-	install -D -m 0644 daemon/hv_vss_daemon.service $(DESTDIR)$(PREFIX)/lib/systemd/system/hv_vss_daemon.service
-	install -D -m 0644 daemon/90-hv_vss.rules $(DESTDIR)$(PREFIX)/lib/udev/rules.d/90-hv_vss.rules
-	install -D -m 0644 uapi/hv_vss.h $(DESTDIR)$(PREFIX)/include/linux/hv_vss.h
-	@[ -n "$(DESTDIR)" ] || depmod $(KVER)
+
+.PHONY: install-daemon
+install-daemon:
+	install -D -m 0755 $(DAEMON) $(LIBEXEC)/hv_vss_daemon
+	install -D -m 0755 kmod/hand-over/hv_vss_hand_over $(LIBEXEC)/hv_vss_hand_over
+	install -d $(DESTDIR)$(PREFIX)/sbin
+	ln -sf ../libexec/hv_vss_daemon $(DESTDIR)$(PREFIX)/sbin/hv_vss
+	install -D -m 0644 kmod/hand-over/hv_vss.conf $(LIB)/modprobe.d/hv_vss.conf
+	install -d $(LIB)/udev/rules.d $(LIB)/systemd/system
+	$(ADAPT) kmod/hand-over/60-hv_vss-hand-over.rules >$(LIB)/udev/rules.d/60-hv_vss-hand-over.rules
+	install -m 0644 daemon/90-hv_vss.rules $(LIB)/udev/rules.d/90-hv_vss.rules
+	$(ADAPT) daemon/hv_vss.service >$(LIB)/systemd/system/hv_vss.service
+	for name in $(OTHER_DAEMONS); do \
+		install -D -m 0644 daemon/give-way.conf $(LIB)/systemd/system/$$name.service.d/hv_vss.conf || exit 1; \
+	done
+	install -D -m 0644 daemon/hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss_daemon.8
+	ln -sf hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss.8
+	[ -e $(DESTDIR)/etc/hv_vss_daemon.toml ] || \
+		install -D -m 0644 daemon/hv_vss_daemon.toml $(DESTDIR)/etc/hv_vss_daemon.toml
+
+# The module's source, for DKMS.
+DKMS_SOURCE = $(DESTDIR)$(PREFIX)/src/hv_vss-$(VERSION)
+.PHONY: install-dkms
+install-dkms:
+	install -D -m 0644 -t $(DKMS_SOURCE) Kbuild
+	install -D -m 0644 -t $(DKMS_SOURCE)/kmod kmod/*.rs kmod/*.c kmod/*.h
+	install -D -m 0644 -t $(DKMS_SOURCE)/kmod/engine kmod/engine/*.rs
+	install -D -m 0644 -t $(DKMS_SOURCE)/kmod/dkms kmod/dkms/kernel.sh
+	install -D -m 0755 -t $(DKMS_SOURCE)/kmod/dkms kmod/dkms/build kmod/dkms/prepare
+	install -D -m 0644 -t $(DKMS_SOURCE)/uapi uapi/hv_vss.rs
+	sed 's|#MODULE_VERSION#|$(VERSION)|' kmod/dkms/dkms.conf >$(DKMS_SOURCE)/dkms.conf
+
+.PHONY: install-dev
+install-dev:
+	install -D -m 0644 uapi/hv_vss.h $(DESTDIR)$(PREFIX)/include/hv_vss/hv_vss.h
+	install -d $(SHARE)/pkgconfig $(SHARE)/doc/hv-vss-dev/examples
+	$(ADAPT) uapi/hv-vss.pc >$(SHARE)/pkgconfig/hv-vss.pc
+	sed -e 's|"../hv_vss.h"|<hv_vss.h>|' -e 's|cc -o|cc $$(pkg-config --cflags hv-vss) -o|' \
+		uapi/examples/hv_vss_example.c >$(SHARE)/doc/hv-vss-dev/examples/hv_vss_example.c
 
 .PHONY: clean
 clean: ## Remove all that was built, the build root included

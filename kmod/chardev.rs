@@ -8,12 +8,14 @@
 //!
 //! C header: [`include/linux/miscdevice.h`](srctree/include/linux/miscdevice.h)
 
+use crate::bindings as c;
 use core::marker::PhantomData;
 use kernel::bindings;
 use kernel::error::to_result;
 use kernel::fs::file::flags::O_NONBLOCK;
 use kernel::fs::File;
 use kernel::fs::Kiocb;
+use kernel::ioctl::_IOC_SIZE;
 use kernel::iov::IovIterDest;
 use kernel::iov::IovIterSource;
 use kernel::prelude::*;
@@ -23,6 +25,9 @@ use kernel::sync::Arc;
 use kernel::sync::ArcBorrow;
 use kernel::types::ForeignOwnable;
 use kernel::types::Opaque;
+use kernel::uaccess::UserPtr;
+use kernel::uaccess::UserSlice;
+use kernel::uaccess::UserSliceReader;
 
 /// What a poll reports.
 #[derive(Clone, Copy)]
@@ -47,8 +52,16 @@ pub(crate) trait Handler: Send + Sync + 'static {
     /// error.
     fn read(&self, nonblocking: bool, out: &mut IovIterDest<'_>) -> Result<usize>;
 
-    /// Takes one message, all of `from`. `from` is as long as the write was.
+    /// Takes one message, all of `from`, and waits for nothing. `from` is as long as the write was.
     fn write(&self, from: &mut IovIterSource<'_>) -> Result<usize>;
+
+    /// Carries out a command; `argument` is as long as its number says. May take any time as long
+    /// as the caller can be killed.
+    ///
+    /// # Errors
+    ///
+    /// `ENOTTY` when there is no such command.
+    fn ioctl(&self, command: u32, argument: &mut UserSliceReader) -> Result;
 
     /// What a poll reports now.
     fn readiness(&self) -> Readiness;
@@ -119,6 +132,10 @@ impl<H: Handler> FileOperations<H> {
         read_iter: Some(Self::read_iter),
         write_iter: Some(Self::write_iter),
         poll: Some(Self::poll),
+        unlocked_ioctl: Some(Self::ioctl),
+        // Arguments are pointers to structures without padding or pointers.
+        #[cfg(CONFIG_COMPAT)]
+        compat_ioctl: bindings::compat_ptr_ioctl,
         ..pin_init::zeroed()
     };
 
@@ -142,6 +159,10 @@ impl<H: Handler> FileOperations<H> {
         //
         // SAFETY: The pointers are valid and for a file being opened. This cannot fail.
         unsafe { bindings::stream_open(inode, file) };
+        // Who asks for it with a single call (`RWF_NOWAIT`, io_uring) is not made to wait.
+        //
+        // SAFETY: As above; nobody else has the file yet.
+        unsafe { (*file).f_mode |= c::HV_VSS_FMODE_NOWAIT };
 
         // SAFETY: The open call of a file can access the private data.
         unsafe { (*file).private_data = handler.into_foreign() };
@@ -191,7 +212,27 @@ impl<H: Handler> FileOperations<H> {
 
     /// # Safety
     ///
-    /// `file` must be a file that [`Self::open`] has prepared, `table` null or a valid `poll_table`.
+    /// `file` must be a file that [`Self::open`] has prepared.
+    unsafe extern "C" fn ioctl(
+        file: *mut bindings::file,
+        command: c_uint,
+        argument: c_ulong,
+    ) -> c_long {
+        // SAFETY: `open` set the private data; `release` is not called before this returns.
+        let handler = unsafe { <Arc<H> as ForeignOwnable>::borrow((*file).private_data) };
+        let argument = UserPtr::from_addr(argument);
+        let mut argument = UserSlice::new(argument, _IOC_SIZE(command)).reader();
+        match handler.ioctl(command, &mut argument) {
+            Ok(()) => 0,
+            // CAST: an errno fits.
+            Err(error) => error.to_errno() as c_long,
+        }
+    }
+
+    /// # Safety
+    ///
+    /// `file` must be a file that [`Self::open`] has prepared, `table` null or a valid
+    /// `poll_table`.
     unsafe extern "C" fn poll(
         file: *mut bindings::file,
         table: *mut bindings::poll_table,
@@ -220,8 +261,11 @@ impl<H: Handler> FileOperations<H> {
 fn nonblocking<T: ForeignOwnable>(kiocb: &Kiocb<'_, T>) -> bool {
     // SAFETY: A `Kiocb` wraps a valid `struct kiocb`, whose file is open during the call; there is
     // no active `fdget_pos` region: streams have none.
-    let file = unsafe { File::from_raw_file((*kiocb.as_raw()).ki_filp) };
-    file.flags() & O_NONBLOCK != 0
+    let (flags, file) = unsafe {
+        let kiocb = kiocb.as_raw();
+        ((*kiocb).ki_flags, File::from_raw_file((*kiocb).ki_filp))
+    };
+    flags & c::HV_VSS_IOCB_NOWAIT != 0 || file.flags() & O_NONBLOCK != 0
 }
 
 fn result_of(result: Result<usize>) -> isize {

@@ -2,9 +2,12 @@
 /*
  * C that Rust cannot call by itself; see helpers.h.
  */
+#include <linux/device.h>
 #include <linux/jiffies.h>
 #include <linux/math64.h>
 #include <linux/ratelimit.h>
+#include <linux/rcupdate.h>
+#include <linux/suspend.h>
 
 #include "helpers.h"
 
@@ -36,6 +39,68 @@ void hv_vss_prepare_channel(struct vmbus_channel *channel, u32 ring_size)
 	 * again for what it has left in the ring.
 	 */
 	set_channel_read_mode(channel, HV_CALL_BATCHED);
+}
+
+u32 hv_vss_longest_packet(const struct vmbus_channel *channel)
+{
+	return channel->max_pkt_size;
+}
+
+void hv_vss_mute_channel(struct vmbus_channel *channel)
+{
+	set_channel_read_mode(channel, HV_CALL_DIRECT);
+}
+
+void hv_vss_device_lock(struct device *dev)
+{
+	device_lock(dev);
+}
+
+void hv_vss_device_unlock(struct device *dev)
+{
+	device_unlock(dev);
+}
+
+struct vfsmount *hv_vss_file_mount(const struct file *file)
+{
+	return file->f_path.mnt;
+}
+
+/* Exported for modules, but declared only in kernel/rcu/rcu.h; with tiny RCU there is nothing to do. */
+#ifdef CONFIG_TINY_RCU
+static inline void rcu_expedite_gp(void) { }
+static inline void rcu_unexpedite_gp(void) { }
+#else
+void rcu_expedite_gp(void);
+void rcu_unexpedite_gp(void);
+#endif
+
+void hv_vss_rcu_expedite(void)
+{
+	rcu_expedite_gp();
+}
+
+void hv_vss_rcu_unexpedite(void)
+{
+	rcu_unexpedite_gp();
+}
+
+long hv_vss_wait_killable(struct wait_queue_head *queue, bool (*condition)(void *data), void *data,
+			  u32 timeout_ms, bool forever)
+{
+	long timeout = forever ? MAX_SCHEDULE_TIMEOUT : msecs_to_jiffies(timeout_ms);
+
+	return wait_event_killable_timeout(*queue, condition(data), timeout);
+}
+
+int hv_vss_register_pm_notifier(struct notifier_block *block)
+{
+	return register_pm_notifier(block);
+}
+
+void hv_vss_unregister_pm_notifier(struct notifier_block *block)
+{
+	unregister_pm_notifier(block);
 }
 
 void hv_vss_timer_setup(struct timer_list *timer, void (*function)(struct timer_list *))
@@ -92,6 +157,16 @@ void hv_vss_trace_bad_packet(u64 len)
 void hv_vss_trace_bad_frame(int error)
 {
 	trace_hv_vss_bad_frame(error);
+}
+
+void hv_vss_trace_freeze(u64 id, u32 major, u32 minor, int error, s64 us)
+{
+	trace_hv_vss_freeze(id, major, minor, error, us);
+}
+
+void hv_vss_trace_thaw(u64 id, u32 major, u32 minor, int error, s64 us)
+{
+	trace_hv_vss_thaw(id, major, minor, error, us);
 }
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(7, 3, 0)

@@ -6,11 +6,15 @@
 #ifndef HV_VSS_HELPERS_H
 #define HV_VSS_HELPERS_H
 
+#include <linux/fs.h>
 #include <linux/hyperv.h>
+#include <linux/mount.h>
+#include <linux/notifier.h>
 #include <linux/spinlock.h>
 #include <linux/timer.h>
 #include <linux/types.h>
 #include <linux/version.h>
+#include <linux/wait.h>
 
 /* Bytes to ask vmbus_open() for, so that a ring holds @payload bytes of packets. */
 u32 hv_vss_ring_size(u32 payload);
@@ -23,6 +27,38 @@ bool hv_vss_channel_is_closed(const struct vmbus_channel *channel);
  * back as long as there are any; to be called before vmbus_open().
  */
 void hv_vss_prepare_channel(struct vmbus_channel *channel, u32 ring_size);
+
+/* The longest packet that the ring code hands out from @channel, as prepared. */
+u32 hv_vss_longest_packet(const struct vmbus_channel *channel);
+
+/* No more callbacks for what is left in the ring. From the callback. */
+void hv_vss_mute_channel(struct vmbus_channel *channel);
+
+/* device_lock() and device_unlock(). */
+void hv_vss_device_lock(struct device *dev);
+void hv_vss_device_unlock(struct device *dev);
+
+/* The mount that @file was opened through. */
+struct vfsmount *hv_vss_file_mount(const struct file *file);
+
+/* Bits of kiocb.ki_flags and file.f_mode, whose macros bindgen cannot read. */
+static const int HV_VSS_IOCB_NOWAIT = (__force int)IOCB_NOWAIT;
+static const fmode_t HV_VSS_FMODE_NOWAIT = FMODE_NOWAIT;
+
+/* rcu_expedite_gp() and rcu_unexpedite_gp(). */
+void hv_vss_rcu_expedite(void);
+void hv_vss_rcu_unexpedite(void);
+
+/*
+ * wait_event_killable_timeout(): for @timeout_ms, or @forever, until @condition(@data). Returns 0 when
+ * the time is over, less when the caller is killed.
+ */
+long hv_vss_wait_killable(struct wait_queue_head *queue, bool (*condition)(void *data), void *data,
+			  u32 timeout_ms, bool forever);
+
+/* register_pm_notifier() and unregister_pm_notifier(). */
+int hv_vss_register_pm_notifier(struct notifier_block *block);
+void hv_vss_unregister_pm_notifier(struct notifier_block *block);
 
 /* timer_setup() without flags: @function runs in softirq context. */
 void hv_vss_timer_setup(struct timer_list *timer, void (*function)(struct timer_list *));
@@ -46,6 +82,8 @@ void hv_vss_trace_daemon(u32 abi);
 void hv_vss_trace_broken(u64 id, u32 reason);
 void hv_vss_trace_bad_packet(u64 len);
 void hv_vss_trace_bad_frame(int error);
+void hv_vss_trace_freeze(u64 id, u32 major, u32 minor, int error, s64 us);
+void hv_vss_trace_thaw(u64 id, u32 major, u32 minor, int error, s64 us);
 
 /* Whether one more warning may be written now: ten in five seconds. */
 bool hv_vss_may_warn(void);

@@ -14,32 +14,51 @@ use kernel::prelude::*;
 use kernel::types::Opaque;
 
 /// Whoever is told that a time is over.
-pub(crate) trait Expire: Sync + Sized {
+pub(crate) trait TimerCallback: Sync + Sized {
     /// The timer has expired. Runs in softirq context: must not sleep.
-    fn expired(&self);
+    fn run(&self);
 }
 
 /// An object that contains a [`Timer`]; implemented by [`impl_has_timer`].
 ///
 /// # Safety
 ///
-/// - `OFFSET` must be the offset in bytes of a pinned [`Timer<Self>`] inside `Self`.
+/// - The two functions must be each other's inverse, and lead to a pinned [`Timer<Self>`] inside
+///   `Self`.
 /// - Dropping a `Self` must begin with [`Timer::shut_down`], before any field is dropped.
-pub(crate) unsafe trait HasTimer: Expire {
-    /// Where the timer is.
-    const OFFSET: usize;
+pub(crate) unsafe trait HasTimer: TimerCallback {
+    /// Where the timer of an object is.
+    ///
+    /// # Safety
+    ///
+    /// `object` must point to a `Self`.
+    unsafe fn raw_get_timer(object: *const Self) -> *const Timer<Self>;
+
+    /// Which object a timer is in.
+    ///
+    /// # Safety
+    ///
+    /// `timer` must point to the [`Timer`] inside a `Self`.
+    unsafe fn timer_container_of(timer: *mut Timer<Self>) -> *mut Self;
 }
 
 /// Implements [`HasTimer`] for a pinned type with a pinned field: `impl_has_timer!(Type.field)`.
 /// Takes the type's `PinnedDrop` for it.
 macro_rules! impl_has_timer {
     ($type:ident . $field:ident) => {
-        const _: fn(&$type) -> &$crate::timer::Timer<$type> = |object| &object.$field;
-
-        // SAFETY: The line above shows that the field is a timer for this type, the `PinnedDrop`
-        // below that dropping the object begins with shutting the timer down.
+        // SAFETY: `raw_get_timer` only compiles if the field, and not what it may lead to, is a
+        // timer for this type. The `PinnedDrop` below shows that dropping the object begins with
+        // shutting it down.
         unsafe impl $crate::timer::HasTimer for $type {
-            const OFFSET: usize = ::core::mem::offset_of!($type, $field);
+            unsafe fn raw_get_timer(object: *const Self) -> *const $crate::timer::Timer<Self> {
+                // SAFETY: The caller promises that there is an object.
+                unsafe { ::core::ptr::addr_of!((*object).$field) }
+            }
+
+            unsafe fn timer_container_of(timer: *mut $crate::timer::Timer<Self>) -> *mut Self {
+                // SAFETY: The caller promises that there is an object around the timer.
+                unsafe { ::kernel::container_of!(timer, Self, $field) }
+            }
         }
 
         #[pinned_drop]
@@ -86,12 +105,10 @@ impl<T: HasTimer> Timer<T> {
     /// The C timer inside `object`. Only such a timer is ever armed, so the callback can rely on
     /// there being a `T` around it.
     fn inside(object: &T) -> *mut kernel::bindings::timer_list {
-        // By the safety requirements of `HasTimer` this stays inside `object`, and points to a
-        // `Timer<T>`, whose first field this is (`Opaque` is transparent).
-        core::ptr::from_ref(object)
-            .wrapping_byte_add(T::OFFSET)
-            .cast_mut()
-            .cast()
+        // SAFETY: A reference points to an object.
+        let timer = unsafe { T::raw_get_timer(object) };
+        // `Opaque` is transparent, and the first field.
+        timer.cast_mut().cast()
     }
 
     /// (Re)starts the timer of `object`: it expires not before `us` microseconds from now. Does
@@ -115,9 +132,9 @@ impl<T: HasTimer> Timer<T> {
     }
 
     extern "C" fn callback(timer: *mut kernel::bindings::timer_list) {
-        // SAFETY: Only timers at `OFFSET` inside a `T` are armed, so this points to that `T`. It is
-        // alive and whole: dropping it begins with waiting for us.
-        let object = unsafe { &*timer.byte_sub(T::OFFSET).cast::<T>() };
-        object.expired();
+        // SAFETY: Only timers inside a `T` are armed, see `inside`. It is alive and whole: dropping
+        // it begins with waiting for us.
+        let object = unsafe { &*T::timer_container_of(timer.cast()) };
+        object.run();
     }
 }

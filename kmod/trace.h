@@ -147,6 +147,38 @@ TRACE_EVENT(hv_vss_bad_frame,
 	TP_printk("error=%d", __entry->error)
 );
 
+/* What the module did to one file system for request id, and how long that took. */
+DECLARE_EVENT_CLASS(hv_vss_file_system,
+	TP_PROTO(u64 id, u32 major, u32 minor, int error, s64 us),
+	TP_ARGS(id, major, minor, error, us),
+	TP_STRUCT__entry(
+		__field(u64, id)
+		__field(s64, us)
+		__field(u32, major)
+		__field(u32, minor)
+		__field(int, error)
+	),
+	TP_fast_assign(
+		__entry->id = id;
+		__entry->us = us;
+		__entry->major = major;
+		__entry->minor = minor;
+		__entry->error = error;
+	),
+	TP_printk("id=%llu device=%u:%u error=%d us=%lld", __entry->id, __entry->major,
+		  __entry->minor, __entry->error, __entry->us)
+);
+
+DEFINE_EVENT(hv_vss_file_system, hv_vss_freeze,
+	TP_PROTO(u64 id, u32 major, u32 minor, int error, s64 us),
+	TP_ARGS(id, major, minor, error, us)
+);
+
+DEFINE_EVENT(hv_vss_file_system, hv_vss_thaw,
+	TP_PROTO(u64 id, u32 major, u32 minor, int error, s64 us),
+	TP_ARGS(id, major, minor, error, us)
+);
+
 #endif
 
 /* Outside of the guard: read once for each thing that the tracing core makes of it. */

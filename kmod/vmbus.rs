@@ -8,10 +8,12 @@
 //! C header: [`include/linux/hyperv.h`](srctree/include/linux/hyperv.h)
 
 use crate::bindings;
+use crate::compat::error;
 use core::marker::PhantomData;
 use core::mem::offset_of;
 use core::ptr::addr_of_mut;
 use core::ptr::NonNull;
+use kernel::bindings::ENOBUFS;
 use kernel::device;
 use kernel::device_id::RawDeviceId;
 use kernel::driver;
@@ -22,6 +24,41 @@ use kernel::sync::aref::ARef;
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 use kernel::ThisModule;
+
+/// Asserts that bindgen, which reads the headers with another compiler, lays a structure out as the
+/// kernel's has: its size, and where the fields are that are used in here.
+macro_rules! assert_layout {
+    ($type:ident, $size:ident, $($($field:ident).+ at $offset:ident),*) => {
+        const _: () = assert!(size_of::<bindings::$type>() == bindings::$size as usize);
+        $(const _: () = assert!(
+            offset_of!(bindings::$type, $($field).+) == bindings::$offset as usize
+        );)*
+    };
+}
+
+assert_layout!(
+    hv_driver,
+    HV_VSS_SIZE_DRIVER,
+    name at HV_VSS_DRIVER_NAME,
+    id_table at HV_VSS_DRIVER_ID_TABLE,
+    driver at HV_VSS_DRIVER_DRIVER,
+    probe at HV_VSS_DRIVER_PROBE,
+    remove at HV_VSS_DRIVER_REMOVE,
+    suspend at HV_VSS_DRIVER_SUSPEND,
+    resume at HV_VSS_DRIVER_RESUME
+);
+assert_layout!(
+    hv_device,
+    HV_VSS_SIZE_DEVICE,
+    dev_type at HV_VSS_DEVICE_DEV_TYPE,
+    device at HV_VSS_DEVICE_DEVICE,
+    channel at HV_VSS_DEVICE_CHANNEL
+);
+assert_layout!(
+    hv_vmbus_device_id,
+    HV_VSS_SIZE_DEVICE_ID,
+    guid at HV_VSS_DEVICE_ID_GUID
+);
 
 /// An adapter for the registration of VMBus drivers.
 pub(crate) struct Adapter<T: Driver>(T);
@@ -88,12 +125,20 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn remove_callback(hdev: *mut bindings::hv_device) {
-        // SAFETY: See `with_data`: the VMBus calls `remove` once after a successful probe.
+        // SAFETY: The VMBus calls `remove` with a valid device, once after a successful probe, and
+        // the driver core holds the device's lock.
         unsafe { Self::with_data(hdev, T::unbind) }
     }
 
     extern "C" fn suspend_callback(hdev: *mut bindings::hv_device) -> c_int {
-        // SAFETY: See `with_data`: the VMBus suspends only devices that are bound.
+        // SAFETY: The VMBus suspends only devices that it has, whose driver was this one a moment
+        // ago.
+        let locked = unsafe { Locked::new(hdev) };
+        if !locked.is_bound() {
+            return 0;
+        }
+        // SAFETY: The device is bound to this driver, so its probe has succeeded, and it stays so
+        // as long as it is locked.
         unsafe {
             Self::with_data(hdev, |dev, data| {
                 from_result(|| T::suspend(dev, data).map(|()| 0))
@@ -102,7 +147,12 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn resume_callback(hdev: *mut bindings::hv_device) -> c_int {
-        // SAFETY: See `with_data`: the VMBus resumes only devices that are bound.
+        // SAFETY: As for `suspend_callback`.
+        let locked = unsafe { Locked::new(hdev) };
+        if !locked.is_bound() {
+            return 0;
+        }
+        // SAFETY: As for `suspend_callback`.
         unsafe {
             Self::with_data(hdev, |dev, data| {
                 from_result(|| T::resume(dev, data).map(|()| 0))
@@ -114,15 +164,15 @@ impl<T: Driver> Adapter<T> {
     ///
     /// # Safety
     ///
-    /// `hdev` must be a valid `struct hv_device` on which [`Self::probe_callback`] has succeeded
-    /// and whose private data has not been dropped; the call must come from a bus callback.
+    /// `hdev` must be a valid `struct hv_device`, which is locked, on which
+    /// [`Self::probe_callback`] has succeeded and whose private data has not been dropped.
     unsafe fn with_data<R>(
         hdev: *mut bindings::hv_device,
         f: impl for<'a> FnOnce(&'a Device<device::Core<'_>>, Pin<&'a T::Data<'a>>) -> R,
     ) -> R {
         // SAFETY: Guaranteed by the caller.
         //
-        // INVARIANT: `hdev` is valid for the duration of the callback.
+        // INVARIANT: `hdev` is valid for the duration of this function.
         let hdev = unsafe { &*hdev.cast::<Device<device::CoreInternal<'_>>>() };
 
         // SAFETY: The probe has succeeded, hence it's guaranteed that `Device::set_drvdata()` has
@@ -130,6 +180,49 @@ impl<T: Driver> Adapter<T> {
         let data = unsafe { hdev.as_ref().drvdata_borrow::<T::Data<'_>>() };
 
         f(hdev, data)
+    }
+}
+
+/// A device whose lock is held.
+///
+/// The driver core locks a device when it probes or removes it, and for a system sleep in all
+/// phases but the one that the VMBus uses, `noirq`. User space stands still then and nothing is
+/// probed, but the host can still rescind a device, whose driver is then unbound by a worker of the
+/// bus.
+///
+/// # Invariants
+///
+/// The pointer is valid, and the lock was taken through it.
+struct Locked(NonNull<kernel::bindings::device>);
+
+impl Locked {
+    /// Waits for the lock.
+    ///
+    /// # Safety
+    ///
+    /// `hdev` must be a valid `struct hv_device` until this is dropped, whose lock the caller does
+    /// not hold.
+    unsafe fn new(hdev: *mut bindings::hv_device) -> Self {
+        // SAFETY: Guaranteed by the caller.
+        let dev = unsafe { &raw mut (*hdev).device };
+        // SAFETY: Likewise.
+        unsafe { bindings::hv_vss_device_lock(dev) };
+        // SAFETY: A field of a valid structure has an address.
+        //
+        // INVARIANT: The lock has been taken.
+        Locked(unsafe { NonNull::new_unchecked(dev) })
+    }
+
+    fn is_bound(&self) -> bool {
+        // SAFETY: By the type invariant the device is valid and locked.
+        unsafe { kernel::bindings::device_is_bound(self.0.as_ptr()) }
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the device is valid and locked.
+        unsafe { bindings::hv_vss_device_unlock(self.0.as_ptr()) };
     }
 }
 
@@ -167,8 +260,8 @@ pub(crate) trait Driver {
     /// The table of device ids supported by the driver.
     const ID_TABLE: IdTable;
 
-    /// Called when a device matches the driver. One that was given to the driver through `new_id` or
-    /// `driver_override` may be of any class, see [`Device::class`].
+    /// Called when a device matches the driver. One that was given to the driver through `new_id`
+    /// or `driver_override` may be of any class, see [`Device::class`].
     fn probe<'bound>(
         dev: &'bound Device<device::Core<'_>>,
     ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound;
@@ -275,6 +368,10 @@ pub(crate) trait Listener: Send + Sync + 'static {
     fn on_packets(&self);
 }
 
+/// Bytes of the longest packet that can be sent: its descriptor counts itself and them in units of
+/// 8 bytes, with 16 bits.
+const MAX_SEND: usize = u16::MAX as usize * 8 - size_of::<bindings::vmpacket_descriptor>();
+
 /// The open channel of a device. Dropping it closes it, which sleeps and waits for a callback that
 /// is running; none runs after that.
 ///
@@ -311,8 +408,8 @@ impl<L: Listener> Channel<L> {
         // SAFETY: By the type invariant this is a valid `struct hv_device`, whose channel is set
         // before it is registered.
         let raw = NonNull::new(unsafe { (*dev.as_raw()).channel }).ok_or(ENODEV)?;
-        // SAFETY: `raw` is valid while its device is bound. `Core` says that this is a callback of
-        // the driver, so the device is locked and nobody opens or closes the channel meanwhile.
+        // SAFETY: `raw` is valid while its device is bound. `Core` says that the device is locked,
+        // so nobody opens or closes the channel meanwhile.
         if !unsafe { bindings::hv_vss_channel_is_closed(raw.as_ptr()) } {
             return Err(EBUSY);
         }
@@ -361,13 +458,25 @@ impl<L: Listener> Channel<L> {
         listener.on_packets();
     }
 
-    /// Takes one packet from the ring into `buffer`. Returns its length and its request id, or
-    /// `None` when the ring is empty. Any context.
+    /// Bytes that a buffer must have so that every packet fits.
+    pub(crate) fn longest_packet(&self) -> usize {
+        // SAFETY: By the type invariant the channel is open.
+        let longest = unsafe { bindings::hv_vss_longest_packet(self.raw.as_ptr()) };
+        // CAST: `u32` to `usize`, on 64-bit machines.
+        longest as usize
+    }
+
+    /// Takes one packet from the ring into `buffer`. Returns it and its request id, or `None` when
+    /// the ring is empty. Any context.
     ///
     /// # Errors
     ///
-    /// `ENOBUFS` when `buffer` is too short; the packet then stays in the ring.
-    pub(crate) fn receive(&mut self, buffer: &mut [u8]) -> Result<Option<(usize, u64)>> {
+    /// `ENOBUFS` when `buffer` is shorter than [`Self::longest_packet`], and the packet longer than
+    /// it. After an error the packet is still in the ring.
+    pub(crate) fn receive<'a>(
+        &mut self,
+        buffer: &'a mut [u8],
+    ) -> Result<Option<(&'a mut [u8], u64)>> {
         let (mut len, mut request_id) = (0u32, 0u64);
         let room = u32::try_from(buffer.len()).unwrap_or(u32::MAX);
         // SAFETY: By the type invariant the channel is open; the exclusive reference makes us its
@@ -386,16 +495,29 @@ impl<L: Listener> Channel<L> {
             return Ok(None);
         }
         let len = usize::try_from(len).map_err(|_| EINVAL)?;
-        Ok(Some((len, request_id)))
+        let packet = buffer.get_mut(..len).ok_or(error(ENOBUFS))?;
+        Ok(Some((packet, request_id)))
+    }
+
+    /// The listener is not called again for what is left in the ring. To be called by it.
+    pub(crate) fn mute(&mut self) {
+        // SAFETY: By the type invariant the channel is open. The mode is a word that the bus looks
+        // at after each callback.
+        unsafe { bindings::hv_vss_mute_channel(self.raw.as_ptr()) };
     }
 
     /// Sends `packet` to the host, in-band, as the answer to `request_id`. Any context.
     ///
     /// # Errors
     ///
-    /// `EAGAIN` when the ring is full, `ENODEV` when the host has rescinded the channel.
+    /// `EAGAIN` when the ring is full, `ENODEV` when the host has rescinded the channel, `EINVAL`
+    /// when the packet is too long for its descriptor.
     pub(crate) fn send(&self, packet: &[u8], request_id: u64) -> Result {
-        let len = u32::try_from(packet.len()).map_err(|_| EINVAL)?;
+        if packet.len() > MAX_SEND {
+            return Err(EINVAL);
+        }
+        // CAST: at most `MAX_SEND`.
+        let len = packet.len() as u32;
         // SAFETY: By the type invariant the channel is open. The packet is copied into the ring;
         // the pointer is not const only for the sake of C.
         to_result(unsafe {

@@ -38,34 +38,36 @@
  *                     is good. Comes also when no FREEZE has succeeded, and is then a matter of
  *                     making sure.
  *
- * A THAW may come while the daemon still works on the FREEZE before it, which has then been failed
- * already: the FREEZE is to be given up, its answer gets ESTALE. Other operations of the host are
- * answered by the kernel; a daemon fails one that it does not know.
+ * The daemon has one request in hand at a time: the next one can be read when it is answered or has
+ * failed. Only a THAW may come while the daemon still works on the FREEZE before it, which has then
+ * been failed already: the FREEZE is to be given up, its answer gets ESTALE. Other operations of the
+ * host are answered by the kernel; a daemon fails one that it does not know.
  *
  * Closing the descriptor fails the request that was read, and ends what is held. A request that was
  * not read yet waits a moment for the next daemon. When it is closed between a FREEZE that succeeded
- * and its THAW, the THAW is failed too, since nobody has watched over the freeze; it is still handed
- * to a daemon that has registered by then, so that it can thaw.
+ * and its THAW, the THAW is failed too, since nobody has watched over the freeze.
  *
- * When the machine is about to sleep, or when the host cannot be told that a freeze has succeeded,
- * and something may be frozen, the daemon reads a THAW that no host has asked for. When the machine
- * hibernates, a registered daemon reads one afterwards, too. It answers as always; the registration
- * stays in force.
+ * A THAW need not be the host's. Whatever the daemon may have frozen by itself, and the host has no
+ * use for any more, the daemon is told to thaw: when a FREEZE fails that it has read and not answered,
+ * when the host could not be told of its success, when a THAW of the host fails unanswered, before the
+ * machine sleeps. That THAW stays, across a close, until a daemon has answered it, and may thus be the
+ * first request that a new daemon reads. It is answered as always.
  *
  * Held freezes (HV_VSS_FEATURE_HOLD): a v2 daemon can have the kernel freeze for it, with
  * HV_VSS_IOC_FREEZE. What is held so belongs to this open of the device: nobody else can thaw it, and
  * the kernel thaws it, the last one first, when the last holder closes the descriptor or dies, when the
- * deadline passes, when the request that it was for fails or its THAW is answered, before the machine
- * sleeps, and when the device goes. But for the close and the answered THAW the daemon then reads an
- * HV_VSS_FRAME_THAWED, and the host's THAW is failed. A daemon that freezes by other means needs none
- * of this.
+ * deadline passes, when the FREEZE that it was for fails or its THAW ends, before the machine sleeps,
+ * and when the device goes. But for the close, and for what it has answered or told itself, the daemon
+ * then reads an HV_VSS_FRAME_THAWED, and the host's THAW is failed. A daemon that freezes by other means
+ * needs none of this.
  *
  * What may change, and what not. A structure grows at its end only, a frame's size says how much there
- * is: who reads takes what it knows of it and passes over the rest. Kinds, reasons and bits of a
- * feature word that the reader does not know are passed over, too, save that a notice of a thaw counts
- * whatever its reason. Reserved fields are written as 0. What needs more than that of the other side
- * is done only after that side has shown the feature bit for it: the daemon in its registration, the
- * kernel in the reply. Numbers are never used for something else.
+ * is: who reads takes what it knows of it and passes over the rest. Bits of a feature word that the
+ * reader does not know are passed over, too; a notice of a thaw counts whatever its reason. A frame of a
+ * kind that it does not know is passed over by a daemon, and refused by the kernel, so that the daemon
+ * knows. Reserved fields are written as 0. What needs more than that of the other side is done only
+ * after that side has shown the feature bit for it: the daemon in its registration, the kernel in the
+ * reply. Numbers are never used for something else.
  */
 #ifndef HV_VSS_H
 #define HV_VSS_H
@@ -90,7 +92,7 @@
 #define HV_VSS_THAWED_CRASH		3	/* the daemon or its guard died or failed */
 #define HV_VSS_THAWED_FOREIGN		4	/* another program thawed what the daemon had frozen */
 #define HV_VSS_THAWED_SLEEP		5	/* the machine is about to sleep */
-#define HV_VSS_THAWED_CALLED_OFF	6	/* the host was told that the FREEZE failed */
+#define HV_VSS_THAWED_CALLED_OFF	6	/* the FREEZE has failed, or the THAW after it */
 #define HV_VSS_THAWED_GONE		7	/* the device went away */
 
 /* Feature bits, in hv_vss_registered.features: */
@@ -106,7 +108,7 @@
 struct hv_vss_frame {
 	__u32 version;		/* HV_VSS_ABI_V2 */
 	__u32 size;		/* bytes of the whole frame, this header included */
-	__u32 kind;		/* a reader skips kinds that it does not know */
+	__u32 kind;		/* HV_VSS_FRAME_...; a daemon skips those that it does not know */
 	__u32 reserved;		/* 0 */
 	__u64 id;		/* the request it belongs to; 0 when it belongs to none */
 };
@@ -130,7 +132,7 @@ struct hv_vss_registered {
 /* Kernel to daemon: fixed_size bytes (48 or more) and payload_size more. */
 struct hv_vss_request {
 	struct hv_vss_frame frame;	/* its size includes the payload; id is never 0 */
-	__u32 time_left_ms;		/* counted from the read; then the kernel gives up on it */
+	__u32 time_left_ms;		/* from the read on; then the kernel gives up on it */
 	__u32 payload_size;		/* FREEZE: 0 or a struct hv_vss_freeze_info; else 0 */
 	struct hv_vss_msg msg;		/* msg.vss_hdr.operation says what the host asks */
 	__u32 fixed_size;		/* where the payload begins, counted from the frame's start */
@@ -188,7 +190,8 @@ struct hv_vss_freeze_info {
  *  EOPNOTSUPP  this file system has no means to freeze
  *  EPERM       FIFREEZE would not be allowed either (CAP_SYS_ADMIN for the file system)
  *  EPROTO      not registered, or as v1
- *  ESTALE      no such request is open, its time is over, or it was called off
+ *  ESTALE      no such request is in hand (any more); with id 0: the host is being served, or a notice
+ *              has to be read first; the machine is about to sleep
  *  ENODEV      the device is gone
  *  EINTR       killed
  *

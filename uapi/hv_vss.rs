@@ -18,7 +18,7 @@
 //! little-endian. No structure has padding, and each has the same layout for 32-bit and 64-bit user
 //! space. What may change from version to version, and how each side gets along with a newer one, is
 //! said in `hv_vss.h`.
-#![cfg_attr(not(MODULE), no_std)]
+#![cfg_attr(not(hv_vss_kernel), no_std)]
 
 use zerocopy_derive::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -148,7 +148,7 @@ pub struct FrameHdr {
     pub version: u32,
     /// Size of the whole frame in bytes, this header included.
     pub size: u32,
-    /// One of [`frame`]. A reader skips kinds that it does not know.
+    /// One of [`frame`]. A daemon skips kinds that it does not know.
     pub kind: u32,
     /// Zero.
     pub reserved: u32,
@@ -202,7 +202,7 @@ pub struct Registered {
 pub struct Request {
     /// Kind [`frame::REQUEST`]; its size includes the payload.
     pub frame: FrameHdr,
-    /// Milliseconds until the kernel gives up on this request, counted from the read.
+    /// Milliseconds from the read on until the kernel gives up on this request.
     pub time_left_ms: u32,
     /// Bytes that follow the fixed part: for FREEZE a [`FreezeInfo`], otherwise 0.
     pub payload_size: u32,
@@ -238,7 +238,7 @@ pub mod thawed {
     pub const FOREIGN: u32 = 4;
     /// The machine is about to sleep.
     pub const SLEEP: u32 = 5;
-    /// The host was told that the FREEZE failed.
+    /// The FREEZE has failed, or the THAW after it.
     pub const CALLED_OFF: u32 = 6;
     /// The device went away.
     pub const GONE: u32 = 7;

@@ -98,6 +98,8 @@ pub struct Backup {
     deadline: Duration,
     /// Why the last freeze did not last, until the next FREEZE.
     broken: Option<Cow<'static, str>>,
+    /// The last freeze has ended with its THAW.
+    spent: bool,
     stopping: bool,
 }
 
@@ -108,6 +110,7 @@ impl Backup {
             phase: Phase::Idle,
             deadline,
             broken: broken.map(Cow::Owned),
+            spent: false,
             stopping: false,
         }
     }
@@ -187,6 +190,7 @@ impl Backup {
                 Ok(()) => {
                     let patience = request.time_left.max(MARGIN * 2) - MARGIN;
                     effects.say(Level::Info, describe(&request));
+                    self.spent = false;
                     if self.broken.take().is_some() {
                         effects.remember(None);
                     }
@@ -219,7 +223,11 @@ impl Backup {
             self.phase = Phase::Thawing { id, request };
             return;
         }
-        match &self.broken {
+        // A v1 kernel has a daemon thaw before the machine sleeps with a THAW that looks like the host's.
+        // The host's own is still to come then, and it is not what ended the freeze.
+        let is_second = (self.spent && request.id == 0)
+            .then_some(Cow::Borrowed("the freeze has ended with the THAW before"));
+        match self.broken.as_ref().or(is_second.as_ref()) {
             Some(why) => {
                 let text = format!("THAW from the host fails: {why}, so the backup is not good");
                 effects.answer(&request, status::FAIL);
@@ -297,6 +305,7 @@ impl Backup {
                     ),
                 };
                 effects.say(level, text.into());
+                self.spent = true;
                 if good && !taken {
                     self.set_broken("the answer to its THAW came too late".into(), effects);
                 }

@@ -277,7 +277,12 @@ pub fn thaw(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
     let mut nothing = true;
     let mut failure = None;
     for run in places {
-        match control::ask(run, Method::Thaw) {
+        // One that has ended and is still inside the kernel would not reply.
+        let asked = match recovery::owner_has_ended(run) {
+            true => Err(ControlError::Nobody),
+            false => control::ask(run, Method::Thaw),
+        };
+        match asked {
             Ok(reply) if reply["thawed"] == true => {
                 log.info("the daemon that serves has thawed; its backup fails");
                 nothing = false;

@@ -242,6 +242,13 @@ impl Guard {
         let _ = self.lock_child().wait();
     }
 
+    /// Ends one that is not needed any more. Not to be called while it minds anything.
+    pub fn dismiss(&self) {
+        // If it has ended by itself, so much the better.
+        let _ = self.lock_child().kill();
+        self.bury();
+    }
+
     fn lock_child(&self) -> MutexGuard<'_, Child> {
         self.child.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -571,5 +578,21 @@ fn wait_readable_unless(fd: BorrowedFd<'_>, deaf: bool, limit: PollTimeout) -> i
     match poll(&mut [], limit) {
         Ok(_) | Err(Errno::EINTR) => Ok(false),
         Err(e) => Err(e.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_announced_and_has_not_come_is_an_error() {
+        let fd = || OwnedFd::from(File::open("/dev/null").unwrap());
+        let waves = [0u32, 1];
+        let mut armed = Armed::default();
+        assert!(armed.add(vec![fd(), fd()], waves.as_bytes()));
+        assert!(!armed.add(vec![fd()], waves.as_bytes()));
+        assert!(!armed.add(vec![fd(), fd(), fd()], waves.as_bytes()));
+        assert_eq!(armed.members.len(), 2);
     }
 }

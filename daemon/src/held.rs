@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use hv_vss_uapi::IocFreeze;
+use nix::errno::Errno;
 
 use crate::device::Hold;
 use crate::door::{Door, DoorError};
@@ -64,7 +65,11 @@ impl Door for Held {
     }
 
     fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        sys::let_go(self.hold.device.as_fd(), fd)
+        match sys::let_go(self.hold.device.as_fd(), fd) {
+            // Without its device the module holds nothing.
+            Err(e) if e.raw_os_error() == Some(libc::ENODEV) => Err(Errno::EINVAL.into()),
+            other => other,
+        }
     }
 
     /// It is held beside others, so there is nothing of theirs here.

@@ -134,6 +134,7 @@ impl Freezer {
             // It may take long, and nothing is frozen yet.
             log.aloud(|| session.sync(&self.learnt));
         }
+        log.seal();
         let mut summary = session.freeze(&mut self.learnt)?;
         summary.left_out += missing.len();
         if summary.ours + summary.foreign == 0 {
@@ -431,7 +432,7 @@ impl Job {
                 text.push_str(" (freeze_timeout_ms)");
             }
             log.warning(text);
-            log.aloud(|| ());
+            log.flush();
         }
     }
 

@@ -5,12 +5,12 @@
 //! The order of reading is the order of a request: [`device`] carries frames from and to the
 //! kernel, [`service`] is the event loop, and [`backup`] decides what happens, as a machine without I/O.
 //! [`job`] is one backup from end to end: [`machine`] looks at what is mounted ([`mounts`],
-//! [`namespaces`], [`superblocks`]) and on what it stands ([`topology`]), [`plan`] turns that into an order (a pure
-//! function), [`open`] gets a descriptor for each file system, [`cache`] does both beforehand as far as
-//! [`watch`] sees no change, and [`freeze`] does the work on them, through a [`door`]. Behind that is the
-//! module ([`held`]), or where the module has no such thing [`fifreeze`] with its [`guard`], the process
-//! that thaws when all of this cannot, and a [`record`], from which [`recovery`] undoes what is left after a
-//! death.
+//! [`namespaces`], [`superblocks`]) and on what it stands ([`topology`]), [`plan`] turns that into an
+//! order (a pure function), [`open`] gets a descriptor for each file system, [`cache`] does both
+//! beforehand as far as [`watch`] sees no change, and [`freeze`] does the work on them, through a
+//! [`door`]. Behind that is the module ([`held`]), or where the module has no such thing [`fifreeze`]
+//! with its [`guard`], the process that thaws when all of this cannot, and a [`record`], from which
+//! [`recovery`] undoes what is left after a death. [`control`] is how others ask the daemon.
 //!
 //! It knows nothing of VMBus: what the host says arrives as frames of `uapi/hv_vss.rs`.
 

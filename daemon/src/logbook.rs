@@ -49,6 +49,8 @@ struct Inner {
     backup: Option<(u64, Instant)>,
     held: Vec<(Level, String)>,
     holding: bool,
+    /// What is held may not be written out.
+    sealed: bool,
     dropped: usize,
 }
 
@@ -70,6 +72,7 @@ impl Logbook {
             backup: None,
             held: Vec::new(),
             holding: sink == Sink::Memory,
+            sealed: false,
             dropped: 0,
         })))
     }
@@ -96,33 +99,29 @@ impl Logbook {
     /// Writes out what is held, and then does `step`, which may take long and says what it does as it
     /// goes. To be called only while nothing is frozen.
     pub fn aloud<T>(&self, step: impl FnOnce() -> T) -> T {
-        let held = self.inner().holding;
         self.release();
         let result = step();
-        if held {
-            self.keep();
-        }
+        self.keep();
         result
     }
 
-    /// Writes out what is held and stops holding, once nothing is frozen.
+    /// Writes out what is held so far, unless it is sealed.
+    pub fn flush(&self) {
+        self.inner().write_out();
+    }
+
+    /// From here on nothing is written until what [`Logbook::hold`] returned is dropped. Whoever is at
+    /// it has ended when this returns: file systems can be frozen now.
+    pub fn seal(&self) {
+        self.inner().sealed = true;
+    }
+
+    /// Writes out what was held and stops holding, once nothing is frozen.
     fn release(&self) {
-        let (sink, lines, dropped) = {
-            let mut inner = self.inner();
-            if inner.sink == Sink::Memory {
-                return;
-            }
-            inner.holding = false;
-            let lines = std::mem::take(&mut inner.held);
-            (inner.sink, lines, std::mem::take(&mut inner.dropped))
-        };
-        for (level, line) in &lines {
-            write(sink, *level, line);
-        }
-        if dropped > 0 {
-            let line = format!("{dropped} further lines were not kept while frozen");
-            write(sink, Level::Warning, &line);
-        }
+        let mut inner = self.inner();
+        inner.sealed = false;
+        inner.holding = inner.sink == Sink::Memory;
+        inner.write_out();
     }
 
     /// The lines in memory, oldest first.
@@ -155,17 +154,30 @@ impl Logbook {
             }
             None => text.to_owned(),
         };
-        if !inner.holding {
-            let sink = inner.sink;
-            drop(inner);
-            write(sink, level, &line);
-        } else {
+        if inner.holding {
             inner.keep(level, line);
+        } else {
+            // Under the lock, so that nobody is still at it when it is held or sealed.
+            write(inner.sink, level, &line);
         }
     }
 }
 
 impl Inner {
+    fn write_out(&mut self) {
+        if self.sealed || self.sink == Sink::Memory {
+            return;
+        }
+        for (level, line) in std::mem::take(&mut self.held) {
+            write(self.sink, level, &line);
+        }
+        if self.dropped > 0 {
+            let dropped = std::mem::take(&mut self.dropped);
+            let line = format!("{dropped} further lines were not kept while frozen");
+            write(self.sink, Level::Warning, &line);
+        }
+    }
+
     /// Keeps a line, and a grave one whatever there is already.
     fn keep(&mut self, level: Level, line: String) {
         if self.held.len() >= MAX_HELD {

@@ -69,6 +69,27 @@ pub fn escape_oom_killer() -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::process::ExitStatusExt as _;
+
+    /// The child of the test below.
+    #[test]
+    #[ignore = "it ends the process"]
+    fn panics_in_a_thread() {
+        abort_on_panic();
+        let thread = std::thread::spawn(|| panic!("as it should"));
+        // It does not come to this.
+        let _ = thread.join();
+    }
+
+    #[test]
+    fn a_panic_in_any_thread_ends_the_process() {
+        let this = std::env::current_exe().unwrap();
+        let ended = std::process::Command::new(this)
+            .args(["--exact", "--ignored", "process::tests::panics_in_a_thread"])
+            .output()
+            .unwrap();
+        assert_eq!(ended.status.signal(), Some(libc::SIGABRT), "{ended:?}");
+    }
 
     #[test]
     fn a_zombie_has_ended_whatever_its_name() {

@@ -143,7 +143,7 @@ impl RunDir {
         })
     }
 
-    /// Writes `record`, or puts it in the place of the one that is there. Needs the lock.
+    /// Puts `record` in the place of the one that is there, if one is. Needs the lock.
     pub fn write(&self, record: &Record, _lock: &Lock) -> Result<(), RecordError> {
         let text = serde_json::to_vec(record).map_err(io::Error::from);
         let path = self.record();

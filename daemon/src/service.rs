@@ -324,8 +324,9 @@ impl Service {
             self.start_guard()?;
         }
         if held.is_some() {
-            // Without its other end it ends.
-            self.forget_guard();
+            if let Some(guard) = self.forget_guard() {
+                guard.dismiss();
+            }
         }
         self.poll
             .registry()
@@ -434,7 +435,7 @@ impl Service {
         } else if now >= self.hands.report && job.progress().stage() != Stage::Freezing {
             let text = job.progress().words(now);
             self.hands.log.info(text);
-            self.hands.log.aloud(|| ());
+            self.hands.log.flush();
             self.hands.report = now + REPORT;
         }
     }

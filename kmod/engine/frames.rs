@@ -6,9 +6,9 @@
 //! [`First`] or [`Frame`] here, once, and are not looked at again.
 
 use super::uapi;
+use super::uapi::feature;
 use super::uapi::frame;
 use super::uapi::op;
-use super::uapi::thawed;
 use super::uapi::FrameHdr;
 use super::uapi::VssMsg;
 use zerocopy::FromBytes;
@@ -61,42 +61,49 @@ pub(super) enum Frame {
     Thawed { id: u64, reason: u32 },
 }
 
-/// Parses the first write after open.
-pub(super) fn first(bytes: &[u8]) -> Result<First, Refusal> {
-    if let Ok(msg) = VssMsg::read_from_bytes(bytes) {
+/// Parses the first write after open: `size` bytes, of which `bytes` are here.
+pub(super) fn first(bytes: &[u8], size: usize) -> Result<First, Refusal> {
+    if let Ok(msg) = message_v1(bytes, size) {
         return match msg.hdr.operation {
             op::REGISTER => Ok(First::V1 { reply: false }),
             op::REGISTER1 => Ok(First::V1 { reply: true }),
             _ => Err(Refusal::OutOfTurn),
         };
     }
-    let header = header(bytes)?;
+    let header = header(bytes, size)?;
     match header.kind {
         frame::REGISTER => {
-            let register = uapi::Register::read_from_bytes(bytes).map_err(malformed)?;
+            let (register, _) = uapi::Register::read_from_prefix(bytes).map_err(malformed)?;
             if header.id == 0 && register.max_version >= uapi::ABI_V2 {
                 Ok(First::V2)
             } else {
                 Err(Refusal::Malformed)
             }
         }
-        _ => later(bytes).and(Err(Refusal::OutOfTurn)),
+        _ => later(bytes, size).and(Err(Refusal::OutOfTurn)),
     }
 }
 
 /// Parses a v1 answer and returns its status.
-pub(super) fn answer_v1(bytes: &[u8]) -> Result<u32, Refusal> {
-    let msg = VssMsg::read_from_bytes(bytes).map_err(malformed)?;
-    Ok(msg.status_v1())
+pub(super) fn answer_v1(bytes: &[u8], size: usize) -> Result<u32, Refusal> {
+    message_v1(bytes, size).map(|msg| msg.status_v1())
 }
 
-/// Parses a v2 frame after the registration.
-pub(super) fn later(bytes: &[u8]) -> Result<Frame, Refusal> {
-    let header = header(bytes)?;
+fn message_v1(bytes: &[u8], size: usize) -> Result<VssMsg, Refusal> {
+    match VssMsg::read_from_bytes(bytes) {
+        Ok(msg) if size == bytes.len() => Ok(msg),
+        _ => Err(Refusal::Malformed),
+    }
+}
+
+/// Parses a v2 frame after the registration. What a newer daemon may have put behind the known part
+/// of it is passed over.
+pub(super) fn later(bytes: &[u8], size: usize) -> Result<Frame, Refusal> {
+    let header = header(bytes, size)?;
     match header.kind {
-        frame::REGISTER => first(bytes).and(Err(Refusal::OutOfTurn)),
+        frame::REGISTER => first(bytes, size).and(Err(Refusal::OutOfTurn)),
         frame::ANSWER => {
-            let answer = uapi::Answer::read_from_bytes(bytes).map_err(malformed)?;
+            let (answer, _) = uapi::Answer::read_from_prefix(bytes).map_err(malformed)?;
             Ok(Frame::Answer {
                 id: header.id,
                 status: answer.status,
@@ -104,25 +111,24 @@ pub(super) fn later(bytes: &[u8]) -> Result<Frame, Refusal> {
             })
         }
         frame::THAWED => {
-            let notice = uapi::Thawed::read_from_bytes(bytes).map_err(malformed)?;
-            let known = (thawed::DEADLINE..=thawed::FOREIGN).contains(&notice.reason);
-            if known && notice.reserved == 0 {
-                Ok(Frame::Thawed {
-                    id: header.id,
-                    reason: notice.reason,
-                })
-            } else {
-                Err(Refusal::Malformed)
+            let (notice, _) = uapi::Thawed::read_from_prefix(bytes).map_err(malformed)?;
+            if notice.reserved != 0 {
+                return Err(Refusal::Malformed);
             }
+            // Whatever the reason, the freeze is over.
+            Ok(Frame::Thawed {
+                id: header.id,
+                reason: notice.reason,
+            })
         }
         _ => Err(Refusal::Malformed),
     }
 }
 
-/// The header of a v2 frame, when it describes exactly the bytes that were written.
-fn header(bytes: &[u8]) -> Result<FrameHdr, Refusal> {
+/// The header of a v2 frame, when it describes exactly the `size` bytes that were written.
+fn header(bytes: &[u8], size: usize) -> Result<FrameHdr, Refusal> {
     let (header, _) = FrameHdr::read_from_prefix(bytes).map_err(malformed)?;
-    let whole = usize::try_from(header.size).is_ok_and(|size| size == bytes.len());
+    let whole = usize::try_from(header.size).is_ok_and(|said| said == size);
     if whole && header.version == uapi::ABI_V2 && header.reserved == 0 {
         Ok(header)
     } else {
@@ -152,16 +158,26 @@ pub(super) fn put_registered_v1(out: &mut [u8]) -> Option<usize> {
 }
 
 /// Puts the reply to a v2 registration into `out` and returns its length.
-pub(super) fn put_registered(out: &mut [u8]) -> Option<usize> {
+pub(super) fn put_registered(out: &mut [u8], max_held: u32) -> Option<usize> {
     let reply = uapi::Registered {
         frame: header_for(frame::REGISTERED, size_of::<uapi::Registered>(), 0),
         abi_version: uapi::ABI_V2,
         // CAST: 6,300.
         max_frame: uapi::MAX_FRAME as u32,
-        features: 0,
-        max_held: 0,
+        features: if max_held > 0 { feature::HOLD } else { 0 },
+        max_held,
     };
     put(out, &[reply.as_bytes()])
+}
+
+/// Puts a notice that what was held for FREEZE `id` is thawed into `out` and returns its length.
+pub(super) fn put_thawed(out: &mut [u8], id: u64, reason: u32) -> Option<usize> {
+    let notice = uapi::Thawed {
+        frame: header_for(frame::THAWED, size_of::<uapi::Thawed>(), id),
+        reason,
+        reserved: 0,
+    };
+    put(out, &[notice.as_bytes()])
 }
 
 /// Puts a v1 request into `out` and returns its length.

@@ -3,46 +3,58 @@
 //! The state machine: requests of the host, the daemon that serves them, and the freeze in between.
 //!
 //! Requests wait in a short queue and are served in order; only the first one, the head, is ever
-//! shown to the daemon. Three rules hold everywhere:
+//! shown to the daemon. Here are the host's side, how requests end and what follows from it, time and
+//! sleep; the daemon's side is in `machine/daemon.rs`. These rules hold everywhere:
 //!
-//! - each request is answered once: by the daemon, by the clock, or by the daemon's death;
+//! - each request is answered once: by the daemon, by the clock, or by what makes an answer of the
+//!   daemon impossible. Its time counts from its arrival;
 //! - an answer counts only for a request that this daemon has read and that is still open, so a
 //!   late or stray one can never hit the next request. v1 answers carry no id; there the rule rests
 //!   on the daemon reading and answering in turn, as every v1 daemon does;
-//! - a freeze that did not last is remembered until the next FREEZE succeeds, and every THAW in
-//!   between is failed towards the host, whatever the daemon says of it.
+//! - a freeze that did not last is remembered until the host has been told, and every THAW until
+//!   then is failed, whatever the daemon says of it (see [`Freeze`]);
+//! - what may be frozen and is of no use to the host any more is thawed: the module lets go of what it
+//!   holds, and a daemon that freezes by itself is given a THAW, whether the host asks for one or not.
+//!   That THAW stays until a daemon has answered it.
 
-use super::frames;
-use super::frames::First;
-use super::frames::Frame;
-use super::frames::Refusal;
+use super::freeze::Freeze;
 use super::notes::bump;
 use super::notes::Note;
 use super::notes::Stats;
 use super::notes::Subject;
+use super::queue::Queue;
+use super::queue::Request;
+use super::queue::Stage;
 use super::uapi::op;
 use super::uapi::status;
+use super::uapi::thawed;
 use super::wire;
 use super::wire::Kind;
 use super::wire::Version;
 use core::ops::DerefMut;
+use daemon::Daemon;
 
-/// Requests that may be open at a time. A real host has one; the rest is for hosts that do not wait.
-pub const QUEUE: usize = 4;
+#[cfg(not(hv_vss_kernel))]
+mod check;
+mod daemon;
+mod view;
 
-/// Longest packet in bytes that is kept for an answer: an IC message of 13,312 bytes with its pipe
-/// header, rounded up to the 8 bytes that VMBus counts in. Longer ones are answered at once.
-pub const PACKET_MAX: usize = 13_320;
+#[cfg(not(hv_vss_kernel))]
+pub use check::Shape;
+pub use daemon::Token;
 
-/// How long things may take, in milliseconds.
+/// How long things may take, in milliseconds, and how many file systems the module can hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Time for a FREEZE (mainline: 15 minutes).
     pub freeze_ms: u32,
     /// Time for any other request (mainline: 30 seconds).
     pub other_ms: u32,
-    /// How long a request waits for a daemon to register; 0 fails it at once, as mainline does.
+    /// How long a request waits for a daemon that is not there or does not read; 0 fails it at once,
+    /// as mainline does when no daemon is there.
     pub grace_ms: u32,
+    /// How many file systems the module can hold for the daemon at a time; 0 when it cannot.
+    pub max_held: u32,
 }
 
 impl Default for Config {
@@ -51,132 +63,122 @@ impl Default for Config {
             freeze_ms: 15 * 60 * 1000,
             other_ms: 30 * 1000,
             grace_ms: 5 * 1000,
+            max_held: 0,
         }
     }
 }
 
-/// What the machine asks its surroundings to do. Called in the middle of an event, so neither
-/// method may call back.
+impl Config {
+    /// The time that a request has for `operation`.
+    fn time_for(&self, operation: u8) -> u32 {
+        if operation == op::FREEZE {
+            self.freeze_ms
+        } else {
+            self.other_ms
+        }
+    }
+}
+
+/// What the machine asks its surroundings to do. Called in the middle of an event, so none of
+/// them may call back.
 pub trait Effects {
     /// Sends `packet` to the host as the answer to the VMBus request `request_id`; false when it
     /// could not be sent.
     fn send(&mut self, packet: &[u8], request_id: u64) -> bool;
+    /// Thaws what the module holds for the daemon, without waiting for it; `reason` is one of
+    /// [`thawed`]. Returns whether there was anything to thaw.
+    fn let_go(&mut self, reason: u32) -> bool;
     /// Takes note of something that happened.
     fn note(&mut self, note: Note);
 }
 
-/// Who has the device open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Daemon {
-    /// Nobody.
-    Absent,
-    /// Somebody who has not registered yet.
-    Open,
-    /// A daemon that speaks v1.
-    V1,
-    /// A daemon that speaks v2.
-    V2,
-}
-
-/// The freeze between a FREEZE and its THAW.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Freeze {
-    /// The host asked for none, or it ended well.
-    None,
-    /// FREEZE `id` succeeded and its daemon is still there.
-    Held { id: u64 },
-    /// The last successful FREEZE did not last until its THAW.
-    Broken,
-}
-
-/// How far a request has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Stage {
-    /// Behind another one; has no deadline yet.
-    Queued,
-    /// At the head, but there is no daemon.
-    Held,
-    /// At the head; the daemon may read it.
-    Offered,
-    /// At the head; the daemon has read it.
-    Read,
-}
-
-/// Where a request came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Origin {
-    /// The host: `len` bytes of packet wait in `slot` of the store.
-    Host {
-        slot: usize,
-        len: usize,
-        request_id: u64,
-    },
-    /// Suspend, which lets the daemon thaw. Nobody waits for the answer.
-    Suspend,
-}
-
-/// A request that the daemon has to serve. Times are microseconds of the caller's clock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Request {
-    id: u64,
+/// A request that has just come.
+struct Arrival<'a> {
+    now: u64,
     operation: u8,
-    origin: Origin,
-    stage: Stage,
-    arrived: u64,
-    deadline: u64,
+    request_id: u64,
+    packet: &'a mut [u8],
 }
 
-impl Request {
-    /// For the notes.
+impl Arrival<'_> {
+    /// For the notes, without an id.
     fn subject(&self) -> Subject {
         Subject {
-            id: self.id,
-            transaction: match self.origin {
-                Origin::Host { request_id, .. } => request_id,
-                Origin::Suspend => 0,
-            },
+            id: 0,
+            transaction: self.request_id,
             operation: self.operation,
         }
     }
 }
 
-/// See [`Engine::shape`].
-#[cfg(not(MODULE))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Shape {
-    requests: [Option<(u8, Stage, bool)>; QUEUE],
-    daemon: Daemon,
-    freeze: &'static str,
-    reply_waits: bool,
-    suspended: bool,
-}
-
-/// What [`Engine::peek`] has shown and [`Engine::taken`] takes away.
+/// A THAW that the daemon has to do though no host waits for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Token {
-    /// The reply to a registration.
-    Reply,
-    /// The request with this id.
-    Request(u64),
+struct OwedThaw {
+    id: u64,
+    /// Since when it is owed.
+    since: u64,
+    /// Once the daemon has read it: when that is forgotten, so that it can be read again.
+    deadline: Option<u64>,
 }
 
-/// The machine. `B` is the store for open packets: it should hold [`QUEUE`] times [`PACKET_MAX`]
-/// bytes; a smaller one means a shorter queue.
+impl OwedThaw {
+    fn subject(&self) -> Subject {
+        Subject {
+            id: self.id,
+            transaction: 0,
+            operation: op::THAW,
+        }
+    }
+
+    fn is_read(&self) -> bool {
+        self.deadline.is_some()
+    }
+
+    fn is_over(&self, now: u64) -> bool {
+        self.deadline.is_some_and(|deadline| deadline <= now)
+    }
+}
+
+/// How a request ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// The daemon has answered with this status.
+    Answered(u32),
+    /// There will be no answer. What the daemon may have frozen is thawed, and this is the reason
+    /// that it is given, one of [`thawed`].
+    Failed(u32),
+}
+
+/// The machine. `B` is the store for open packets: it should hold [`super::QUEUE`] times
+/// [`super::PACKET_MAX`] bytes; a smaller one means a shorter queue.
 ///
 /// # Invariants
 ///
-/// - Open requests stand at the front of `requests`, ids ascending, each with a slot of its own.
-/// - The head is [`Stage::Held`] without a registered daemon, [`Stage::Offered`] or [`Stage::Read`]
-///   with one; all others are [`Stage::Queued`].
-/// - [`Freeze::Held`] only with a registered daemon.
+/// - The head is [`Stage::Held`] without a registered daemon, and only then; all behind it are
+///   [`Stage::Queued`].
+/// - The daemon has one thing in hand at a time: a request or a THAW that is owed, read and not
+///   answered. (Beside it there may be a FREEZE that it has yet to give up, see `calling_off`.)
+/// - [`Freeze::Held`] only with a registered daemon, and never while a THAW is owed.
+/// - Something is held only for a registered v2 daemon, and not while it has yet to be told that what
+///   was held for a FREEZE is thawed.
 pub struct Engine<B> {
     config: Config,
-    store: B,
-    requests: [Option<Request>; QUEUE],
+    queue: Queue<B>,
     daemon: Daemon,
     reply_waits: bool,
+    /// Since when nobody serves requests: there is no daemon, or it has let one run out and has not
+    /// been heard of since.
+    quiet_since: Option<u64>,
     freeze: Freeze,
-    suspended: bool,
+    /// The daemon holds something in the module, since [`Engine::hold`] with this id.
+    hold: Option<u64>,
+    /// What the daemon has to be told of a hold that has ended: its id and the reason.
+    notice: Option<(u64, u32)>,
+    owed_thaw: Option<OwedThaw>,
+    /// The daemon works on a FREEZE that has been failed, until it has answered a THAW.
+    calling_off: bool,
+    /// From the moment that the machine prepares to sleep until it is awake again.
+    sleeping: bool,
     next_id: u64,
     versions: Option<(Version, Version)>,
     stats: Stats,
@@ -187,12 +189,16 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     pub fn new(config: Config, store: B) -> Self {
         Engine {
             config,
-            store,
-            requests: [None; QUEUE],
+            queue: Queue::new(store),
             daemon: Daemon::Absent,
             reply_waits: false,
+            quiet_since: Some(0),
             freeze: Freeze::None,
-            suspended: false,
+            hold: None,
+            notice: None,
+            owed_thaw: None,
+            calling_off: false,
+            sleeping: false,
             next_id: 1,
             versions: None,
             stats: Stats::default(),
@@ -224,102 +230,83 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
                 });
                 self.send(packet, request_id, effects);
             }
-            Kind::Vss(operation @ (op::HOT_BACKUP | op::FREEZE | op::THAW)) => {
-                bump(&mut self.stats.op(operation).requests);
-                if self.enqueue(now, operation, packet, request_id, effects) {
-                    self.start_head(now, effects);
-                } else {
-                    bump(&mut self.stats.overruns);
-                    bump(&mut self.stats.op(operation).failures);
-                    self.direct(packet, operation, status::FAIL, request_id, effects);
-                }
-            }
             Kind::Vss(operation) => {
                 bump(&mut self.stats.op(operation).requests);
-                self.direct(packet, operation, status::OK, request_id, effects);
+                let request = Arrival {
+                    now,
+                    operation,
+                    request_id,
+                    packet,
+                };
+                self.request(request, effects);
             }
         }
     }
 
-    /// Answers a request that the daemon has no part in.
-    fn direct(
-        &mut self,
-        packet: &mut [u8],
-        operation: u8,
-        code: u32,
-        request_id: u64,
-        effects: &mut impl Effects,
-    ) {
-        wire::answer(packet, operation, code);
-        let subject = Subject {
-            id: 0,
-            transaction: request_id,
-            operation,
-        };
-        effects.note(Note::Direct {
-            subject,
-            status: code,
-        });
-        self.send(packet, request_id, effects);
+    /// A request of the host: for the daemon, or answered in here.
+    fn request(&mut self, request: Arrival<'_>, effects: &mut impl Effects) {
+        let now = request.now;
+        match request.operation {
+            op::FREEZE if self.sleeping || self.calling_off => self.refuse(request, effects),
+            op::HOT_BACKUP | op::FREEZE => self.enqueue(request, effects),
+            op::THAW => {
+                // The host does not wait for the FREEZE any more, so nobody has to finish it.
+                self.fail_freezes(now, thawed::CALLED_OFF, effects);
+                self.enqueue(request, effects);
+            }
+            _ => {
+                self.direct(request, status::OK, effects);
+            }
+        }
+        self.advance(now, effects);
     }
 
-    fn send(&mut self, packet: &[u8], request_id: u64, effects: &mut impl Effects) {
-        if !effects.send(packet, request_id) {
+    fn enqueue(&mut self, request: Arrival<'_>, effects: &mut impl Effects) {
+        let Arrival { now, operation, .. } = request;
+        let subject = Subject {
+            id: self.take_id(),
+            ..request.subject()
+        };
+        let deadline = after(now, self.config.time_for(operation));
+        match self.queue.push(subject, now, deadline, request.packet) {
+            Some(()) => effects.note(Note::Received(subject)),
+            None => {
+                bump(&mut self.stats.overruns);
+                self.refuse(request, effects);
+            }
+        }
+    }
+
+    /// Fails a request that is not even queued.
+    fn refuse(&mut self, request: Arrival<'_>, effects: &mut impl Effects) {
+        let Arrival { now, operation, .. } = request;
+        bump(&mut self.stats.op(operation).failures);
+        let sent = self.direct(request, status::FAIL, effects);
+        let ending = Ending::Failed(thawed::CALLED_OFF);
+        match operation {
+            op::FREEZE => self.freeze_ended(now, 0, false, ending, sent, effects),
+            op::THAW => self.thaw_ended(now, ending, status::FAIL, sent, effects),
+            _ => {}
+        }
+    }
+
+    /// Answers a request that the daemon has no part in; false when the host cannot hear it.
+    fn direct(&mut self, request: Arrival<'_>, code: u32, effects: &mut impl Effects) -> bool {
+        wire::answer(request.packet, request.operation, code);
+        effects.note(Note::Direct {
+            subject: request.subject(),
+            status: code,
+        });
+        self.send(request.packet, request.request_id, effects)
+    }
+
+    fn send(&mut self, packet: &[u8], request_id: u64, effects: &mut impl Effects) -> bool {
+        let sent = effects.send(packet, request_id);
+        if !sent {
             bump(&mut self.stats.unsent);
             effects.note(Note::NotSent);
         }
-    }
-
-    /// Puts a request at the end of the queue; false when there is no room for it.
-    fn enqueue(
-        &mut self,
-        now: u64,
-        operation: u8,
-        packet: &[u8],
-        request_id: u64,
-        effects: &mut impl Effects,
-    ) -> bool {
-        let Some(slot) = self.free_slot() else {
-            return false;
-        };
-        let len = packet.len();
-        match self.slot(slot).and_then(|s| s.get_mut(..len)) {
-            Some(place) => place.copy_from_slice(packet),
-            None => return false,
-        }
-        let id = self.take_id();
-        let request = Request {
-            id,
-            operation,
-            origin: Origin::Host {
-                slot,
-                len,
-                request_id,
-            },
-            stage: Stage::Queued,
-            arrived: now,
-            deadline: 0,
-        };
-        match self.requests.iter_mut().find(|r| r.is_none()) {
-            Some(place) => *place = Some(request),
-            None => return false,
-        }
-        effects.note(Note::Received(request.subject()));
-        true
-    }
-
-    /// A slot of the store that no open request uses.
-    fn free_slot(&self) -> Option<usize> {
-        (0..QUEUE).find(|slot| {
-            !self.requests.iter().flatten().any(|r| match r.origin {
-                Origin::Host { slot: used, .. } => used == *slot,
-                Origin::Suspend => false,
-            })
-        })
-    }
-
-    fn slot(&mut self, slot: usize) -> Option<&mut [u8]> {
-        self.store.chunks_exact_mut(PACKET_MAX).nth(slot)
+        sent
     }
 
     fn take_id(&mut self) -> u64 {
@@ -329,497 +316,295 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         id
     }
 
-    fn head(&self) -> Option<&Request> {
-        self.requests.first().and_then(|r| r.as_ref())
-    }
+    // --- The end of a request, and what follows from it ---
 
-    fn head_mut(&mut self) -> Option<&mut Request> {
-        self.requests.first_mut().and_then(|r| r.as_mut())
-    }
-
-    // --- The life of the head ---
-
-    /// Shows a fresh head to the daemon, or lets it wait for one. Without grace every request that
-    /// is queued fails here.
-    fn start_head(&mut self, now: u64, effects: &mut impl Effects) {
-        let registered = self.registered();
-        let config = self.config;
-        while let Some(head) = self.head_mut() {
-            if head.stage != Stage::Queued {
-                return;
-            }
-            if registered {
-                head.stage = Stage::Offered;
-                head.deadline = after(now, config.time_for(head.operation));
-                effects.note(Note::Offered(head.subject()));
-                return;
-            }
-            if config.grace_ms > 0 {
-                head.stage = Stage::Held;
-                head.deadline = after(now, config.grace_ms);
-                effects.note(Note::Held(head.subject()));
-                return;
-            }
-            self.close_head(now, status::FAIL, effects);
-        }
-    }
-
-    /// Ends the head with `code` and starts the next one.
-    fn finish(&mut self, now: u64, code: u32, effects: &mut impl Effects) {
-        self.close_head(now, code, effects);
-        self.start_head(now, effects);
-    }
-
-    /// Takes the head from the queue and tells the host how it ended.
-    fn close_head(&mut self, now: u64, mut code: u32, effects: &mut impl Effects) {
-        let Some(request) = self.pop_head() else {
+    /// Ends the request at `at` in the queue and tells the host.
+    fn end(&mut self, now: u64, at: usize, ending: Ending, effects: &mut impl Effects) {
+        let Some(request) = self.queue.remove(at) else {
             return;
         };
-        let Request { id, operation, .. } = request;
+        let operation = request.operation;
+        if operation == op::THAW && self.freeze.is_torn() {
+            self.break_freeze(thawed::CRASH, effects);
+        }
+        let code = match ending {
+            Ending::Answered(code) if operation == op::THAW => self.freeze.thaw_status(code),
+            Ending::Answered(code) => code,
+            Ending::Failed(_) => status::FAIL,
+        };
         let latency_us = now.saturating_sub(request.arrived);
-        if let Origin::Host {
-            slot,
-            len,
-            request_id,
-        } = request.origin
-        {
-            code = self.settle(id, operation, code, effects);
-            let stats = self.stats.op(operation);
-            stats.last_us = latency_us;
-            stats.max_us = stats.max_us.max(latency_us);
-            if code != status::OK {
-                bump(&mut stats.failures);
-            }
-            let sent = self
-                .slot(slot)
-                .and_then(|s| s.get_mut(..len))
-                .is_some_and(|packet| {
-                    wire::answer(packet, operation, code);
-                    effects.send(packet, request_id)
-                });
-            if !sent {
-                bump(&mut self.stats.unsent);
-                effects.note(Note::NotSent);
-            }
+        let stats = self.stats.op(operation);
+        stats.last_us = latency_us;
+        stats.max_us = stats.max_us.max(latency_us);
+        if code != status::OK {
+            bump(&mut stats.failures);
+        }
+        let subject = request.subject();
+        let sent = self.queue.packet(&request).is_some_and(|packet| {
+            wire::answer(packet, operation, code);
+            effects.send(packet, subject.transaction)
+        });
+        if !sent {
+            bump(&mut self.stats.unsent);
+            effects.note(Note::NotSent);
         }
         effects.note(Note::Answered {
-            subject: request.subject(),
+            subject,
             status: code,
             latency_us,
         });
-    }
-
-    fn pop_head(&mut self) -> Option<Request> {
-        let request = self.requests.first_mut().and_then(|r| r.take());
-        self.requests.rotate_left(1);
-        request
-    }
-
-    /// Draws the consequences of a request that ends with `code` for the freeze, and returns what
-    /// the host is to be told.
-    fn settle(&mut self, id: u64, operation: u8, code: u32, effects: &mut impl Effects) -> u32 {
-        match (operation, self.freeze) {
-            (op::FREEZE, _) if code == status::OK => self.freeze = Freeze::Held { id },
-            // A daemon rolls a failed freeze back, and the one before with it.
-            (op::FREEZE, Freeze::Held { id }) => self.break_freeze(id, 0, effects),
-            (op::THAW, Freeze::Broken) if code == status::OK => return status::FAIL,
-            (op::THAW, Freeze::Held { .. }) if code == status::OK => self.freeze = Freeze::None,
+        match operation {
+            op::FREEZE => {
+                self.freeze_ended(now, request.id, request.is_read(), ending, sent, effects);
+            }
+            op::THAW => self.thaw_ended(now, ending, code, sent, effects),
             _ => {}
         }
-        code
     }
 
-    fn break_freeze(&mut self, id: u64, reason: u32, effects: &mut impl Effects) {
-        self.freeze = Freeze::Broken;
+    /// A FREEZE has ended, which the daemon had `read` or not; `sent` says whether the host knows.
+    fn freeze_ended(
+        &mut self,
+        now: u64,
+        id: u64,
+        read: bool,
+        ending: Ending,
+        sent: bool,
+        effects: &mut impl Effects,
+    ) {
+        if ending == Ending::Answered(status::OK) {
+            self.freeze = Freeze::Held { id, whole: true };
+            if sent {
+                return;
+            }
+        }
+        // Whoever gives up a FREEZE thaws what was frozen before, too.
+        let broken = if read || !sent {
+            self.break_freeze(thawed::CALLED_OFF, effects)
+        } else {
+            None
+        };
+        self.freeze = self.freeze.after_failed_freeze(sent);
+        match (ending, broken) {
+            (Ending::Failed(reason), _) if read => {
+                self.calling_off = true;
+                self.let_go(reason, effects);
+                self.owe_thaw(now, effects);
+            }
+            (Ending::Answered(code), _) if code != status::OK => self.thawed(effects),
+            (_, Some(id)) => {
+                self.undo(now, id, thawed::CALLED_OFF, effects);
+                self.fail_freezes(now, thawed::CALLED_OFF, effects);
+            }
+            (_, None) => {}
+        }
+    }
+
+    /// A THAW has ended and the host was told `code`, if it was `sent`. Without an answer of the
+    /// daemon it remains to be done.
+    fn thaw_ended(
+        &mut self,
+        now: u64,
+        ending: Ending,
+        code: u32,
+        sent: bool,
+        effects: &mut impl Effects,
+    ) {
+        self.freeze = self.freeze.after_thaw(code, sent);
+        match ending {
+            Ending::Answered(_) => {
+                self.calling_off = false;
+                self.thawed(effects);
+            }
+            Ending::Failed(reason) => {
+                self.let_go(reason, effects);
+                self.owe_thaw(now, effects);
+            }
+        }
+    }
+
+    /// Fails every FREEZE that is open.
+    fn fail_freezes(&mut self, now: u64, reason: u32, effects: &mut impl Effects) {
+        while let Some(at) = self.queue.position(|r| r.operation == op::FREEZE) {
+            self.end(now, at, Ending::Failed(reason), effects);
+        }
+    }
+
+    /// The freeze in force, if there is one, is in force no more. Returns its id.
+    fn break_freeze(&mut self, reason: u32, effects: &mut impl Effects) -> Option<u64> {
+        let id = self.freeze.held()?;
+        self.freeze = Freeze::Broken { told: false };
         bump(&mut self.stats.broken);
         effects.note(Note::Broken { id, reason });
+        Some(id)
     }
 
-    // --- The clock ---
+    /// The daemon has said that nothing is frozen; what the module may still hold must not stay.
+    fn thawed(&mut self, effects: &mut impl Effects) {
+        self.hold = None;
+        effects.let_go(thawed::CALLED_OFF);
+    }
+
+    /// Has thawed what was frozen for FREEZE `id`: by the module, or else by the daemon.
+    fn undo(&mut self, now: u64, id: u64, reason: u32, effects: &mut impl Effects) {
+        if self.let_go(reason, effects) != Some(id) {
+            self.owe_thaw(now, effects);
+        }
+    }
+
+    /// Lets go of what the module holds, and has the daemon told if that is anything. Returns the id for
+    /// which it held something last.
+    fn let_go(&mut self, reason: u32, effects: &mut impl Effects) -> Option<u64> {
+        let held = effects.let_go(reason);
+        let id = self.hold.take()?;
+        if held {
+            self.notice = Some((id, reason));
+        }
+        Some(id)
+    }
+
+    /// Has the daemon do a THAW, or the next one if there is none, unless one is in its hands.
+    fn owe_thaw(&mut self, now: u64, effects: &mut impl Effects) {
+        if self.owed_thaw.is_some() || self.is_doing(op::THAW) {
+            return;
+        }
+        let owed = OwedThaw {
+            id: self.take_id(),
+            since: now,
+            deadline: None,
+        };
+        effects.note(Note::Received(owed.subject()));
+        self.owed_thaw = Some(owed);
+    }
+
+    /// The daemon has answered the THAW that it owed.
+    fn owed_thaw_ended(&mut self, now: u64, code: u32, effects: &mut impl Effects) {
+        let Some(owed) = self.owed_thaw.take() else {
+            return;
+        };
+        effects.note(Note::Answered {
+            subject: owed.subject(),
+            status: code,
+            latency_us: now.saturating_sub(owed.since),
+        });
+        self.calling_off = false;
+        self.thawed(effects);
+    }
+
+    // --- The clock, and whose turn it is ---
 
     /// When [`Engine::timer`] has to be called next; `None` when no time is running.
     pub fn deadline(&self) -> Option<u64> {
-        if self.suspended {
-            return None;
-        }
-        self.head().map(|head| head.deadline)
+        let requests = self.queue.iter().map(|request| self.limit(request));
+        let owed = self.owed_thaw.and_then(|owed| owed.deadline);
+        requests.chain(owed).min()
     }
 
-    /// The clock has moved. Fails the head if its time is over; harmless at any other time.
-    pub fn timer(&mut self, now: u64, effects: &mut impl Effects) {
-        if self.deadline().is_none_or(|deadline| now < deadline) {
-            return;
+    /// When the time of a request is over, as things are now. While nobody serves requests, those that
+    /// nobody has read have only the grace time.
+    fn limit(&self, request: &Request) -> u64 {
+        match self.quiet_since {
+            Some(since) if !request.is_read() => {
+                let grace = after(request.arrived.max(since), self.config.grace_ms);
+                grace.min(request.deadline)
+            }
+            _ => request.deadline,
         }
-        if let Some(subject) = self.head().map(Request::subject) {
+    }
+
+    /// The clock has moved. Fails what has had its time; harmless at any other time.
+    pub fn timer(&mut self, now: u64, effects: &mut impl Effects) {
+        self.advance(now, effects);
+    }
+
+    /// Fails what has had its time, and says whose turn it is then. Every event ends with this.
+    fn advance(&mut self, now: u64, effects: &mut impl Effects) {
+        if let Some(owed) = self.owed_thaw.filter(|owed| owed.is_over(now)) {
+            effects.note(Note::TimedOut(owed.subject()));
+            self.quiet_since.get_or_insert(now);
+            self.owed_thaw = None;
+            self.owe_thaw(now, effects);
+        }
+        while let Some(at) = self.queue.position(|r| self.limit(r) <= now) {
+            self.time_out(now, at, effects);
+        }
+        self.offer(effects);
+    }
+
+    fn time_out(&mut self, now: u64, at: usize, effects: &mut impl Effects) {
+        if let Some(request) = self.queue.iter().nth(at).filter(|r| r.arrived < now) {
+            let subject = request.subject();
             bump(&mut self.stats.op(subject.operation).timeouts);
             effects.note(Note::TimedOut(subject));
-            self.finish(now, status::FAIL, effects);
+        }
+        self.end(now, at, Ending::Failed(thawed::CALLED_OFF), effects);
+        // What is behind the head has not been shown to the daemon.
+        if at == 0 && self.registered() {
+            self.quiet_since.get_or_insert(now);
         }
     }
 
-    // --- The daemon's side ---
-
-    /// Somebody opens the device; false when somebody else has it.
-    pub fn open(&mut self) -> bool {
-        let free = self.daemon == Daemon::Absent;
-        if free {
-            self.daemon = Daemon::Open;
-        }
-        free
-    }
-
-    /// The one who had the device open is gone: what it had to answer fails at once, and so will
-    /// the THAW of a freeze that it held.
-    pub fn release(&mut self, now: u64, effects: &mut impl Effects) {
-        let was_registered = self.registered();
-        self.daemon = Daemon::Absent;
-        self.reply_waits = false;
-        if !was_registered {
+    /// Shows the head to the daemon when it is its turn. A THAW of the host does for one that is owed.
+    fn offer(&mut self, effects: &mut impl Effects) {
+        let registered = self.registered();
+        let owed = self.owed_thaw;
+        let Some(head) = self.queue.head_mut().filter(|head| !head.is_read()) else {
+            return;
+        };
+        let stage = match owed {
+            _ if !registered => Stage::Held,
+            Some(owed) if owed.is_read() || head.operation != op::THAW => Stage::Queued,
+            _ => Stage::Offered,
+        };
+        if core::mem::replace(&mut head.stage, stage) == stage {
             return;
         }
-        effects.note(Note::Released);
-        if let Freeze::Held { id } = self.freeze {
-            self.break_freeze(id, 0, effects);
-        }
-        self.finish(now, status::FAIL, effects);
-    }
-
-    /// Bytes that the daemon has written: a registration, an answer or a notice.
-    ///
-    /// # Errors
-    ///
-    /// A [`Refusal`]; nothing has changed then.
-    pub fn write(
-        &mut self,
-        now: u64,
-        bytes: &[u8],
-        effects: &mut impl Effects,
-    ) -> Result<(), Refusal> {
-        let result = self.accept(now, bytes, effects);
-        if let Err(refusal) = result {
-            self.stats.bad_frames.count(refusal);
-            effects.note(Note::BadFrame { refusal });
-        }
-        result
-    }
-
-    fn accept(
-        &mut self,
-        now: u64,
-        bytes: &[u8],
-        effects: &mut impl Effects,
-    ) -> Result<(), Refusal> {
-        match self.daemon {
-            Daemon::Absent => return Err(Refusal::OutOfTurn),
-            Daemon::Open => {
-                let first = frames::first(bytes)?;
-                self.register(now, first, effects);
-            }
-            Daemon::V1 => {
-                // The status lies over the operation, so nothing that a registered daemon writes
-                // may be looked at as a registration.
-                let code = frames::answer_v1(bytes)?;
-                self.open_read(None)?;
-                self.finish(now, code, effects);
-            }
-            Daemon::V2 => match frames::later(bytes)? {
-                Frame::Answer {
-                    id,
-                    status,
-                    operation,
-                } => {
-                    if self.open_read(Some(id))? != operation {
-                        return Err(Refusal::WrongOperation);
-                    }
-                    self.finish(now, status, effects);
-                }
-                Frame::Thawed { id, reason } => {
-                    if self.freeze != (Freeze::Held { id }) {
-                        return Err(Refusal::Stale);
-                    }
-                    self.break_freeze(id, reason, effects);
-                }
-            },
-        }
-        Ok(())
-    }
-
-    /// The operation of the head, if the daemon has read it and it has this id.
-    fn open_read(&self, id: Option<u64>) -> Result<u8, Refusal> {
-        self.head()
-            .filter(|head| head.stage == Stage::Read && id.is_none_or(|id| id == head.id))
-            .map(|head| head.operation)
-            .ok_or(Refusal::Stale)
-    }
-
-    fn register(&mut self, now: u64, first: First, effects: &mut impl Effects) {
-        (self.daemon, self.reply_waits) = match first {
-            First::V1 { reply } => (Daemon::V1, reply),
-            First::V2 => (Daemon::V2, true),
-        };
-        bump(&mut self.stats.registrations);
-        effects.note(Note::Registered { abi: self.abi() });
-        if let Some(head) = self.head_mut() {
-            head.stage = Stage::Queued;
-        }
-        self.start_head(now, effects);
-    }
-
-    fn registered(&self) -> bool {
-        self.abi() != 0
-    }
-
-    /// The ABI version in force towards the daemon, 0 when none is registered.
-    pub fn abi(&self) -> u32 {
-        match self.daemon {
-            Daemon::Absent | Daemon::Open => 0,
-            Daemon::V1 => 1,
-            Daemon::V2 => 2,
+        match stage {
+            Stage::Held => effects.note(Note::Held(head.subject())),
+            Stage::Offered => effects.note(Note::Offered(head.subject())),
+            Stage::Queued | Stage::Read => {}
         }
     }
 
-    /// Whether a read would find something.
-    pub fn readable(&self) -> bool {
-        self.next_out().is_some()
-    }
+    // --- The end of a channel, and sleep ---
 
-    fn next_out(&self) -> Option<Token> {
-        if self.reply_waits {
-            return Some(Token::Reply);
-        }
-        self.head()
-            .filter(|head| head.stage == Stage::Offered)
-            .map(|head| Token::Request(head.id))
-    }
-
-    /// Puts what is to be read next into `out`, which should hold [`super::uapi::MAX_FRAME`] bytes.
-    /// Returns its length and the token that [`Engine::taken`] wants once the daemon has it. `None`
-    /// when there is nothing, or when it does not fit.
-    pub fn peek(&mut self, now: u64, out: &mut [u8]) -> Option<(usize, Token)> {
-        let token = self.next_out()?;
-        let v2 = self.daemon == Daemon::V2;
-        let len = match token {
-            Token::Reply if v2 => frames::put_registered(out),
-            Token::Reply => frames::put_registered_v1(out),
-            Token::Request(_) => {
-                let head = *self.head()?;
-                if v2 {
-                    let left_ms = head.deadline.saturating_sub(now) / 1000;
-                    let left_ms = u32::try_from(left_ms).unwrap_or(u32::MAX);
-                    let payload = self.payload(&head);
-                    frames::put_request(out, head.id, head.operation, left_ms, payload)
-                } else {
-                    frames::put_request_v1(out, head.operation)
-                }
-            }
-        };
-        Some((len?, token))
-    }
-
-    /// The bytes that follow a v2 request.
-    fn payload(&mut self, request: &Request) -> &[u8] {
-        let packet = match request.origin {
-            Origin::Host { slot, len, .. } if request.operation == op::FREEZE => {
-                self.slot(slot).and_then(|s| s.get(..len))
-            }
-            _ => None,
-        };
-        match packet.and_then(wire::freeze_info) {
-            Some(info) => info,
-            None => &[],
-        }
-    }
-
-    /// The daemon has received what [`Engine::peek`] showed. A token of something that has ended
-    /// in the meantime does nothing.
-    pub fn taken(&mut self, token: Token, effects: &mut impl Effects) {
-        if self.next_out() != Some(token) {
-            return;
-        }
-        match token {
-            Token::Reply => self.reply_waits = false,
-            Token::Request(_) => {
-                if let Some(head) = self.head_mut() {
-                    head.stage = Stage::Read;
-                    effects.note(Note::Read(head.subject()));
-                }
-            }
-        }
-    }
-
-    // --- The end of a channel ---
-
-    /// The channel is about to close: open requests fail, as long as somebody can hear it.
-    pub fn close(&mut self, now: u64, effects: &mut impl Effects) {
+    /// The channel is about to close, for one of the reasons in [`thawed`]: open requests fail, as
+    /// long as somebody can hear it, and the freeze is in force no more.
+    pub fn close(&mut self, now: u64, reason: u32, effects: &mut impl Effects) {
         self.versions = None;
-        while self.head().is_some() {
-            self.close_head(now, status::FAIL, effects);
+        while self.queue.head().is_some() {
+            self.end(now, 0, Ending::Failed(reason), effects);
         }
+        self.give_up(now, reason, effects);
     }
 
-    /// Whether a daemon holds a freeze, or is about to.
-    pub fn may_be_frozen(&self) -> bool {
-        let freezing = |head: &Request| head.stage == Stage::Read && head.operation == op::FREEZE;
-        matches!(self.freeze, Freeze::Held { .. }) || self.head().is_some_and(freezing)
+    /// The machine is about to sleep, and user space still runs: what is frozen or about to be is
+    /// thawed, and until [`Engine::resume`] every FREEZE fails at once.
+    pub fn prepare_sleep(&mut self, now: u64, effects: &mut impl Effects) {
+        self.sleeping = true;
+        self.fail_freezes(now, thawed::SLEEP, effects);
+        self.give_up(now, thawed::SLEEP, effects);
     }
 
-    /// Whether the daemon has done the THAW of [`Engine::suspend`], or nobody is left to do it.
+    /// Nothing is to be frozen or held from here on.
+    fn give_up(&mut self, now: u64, reason: u32, effects: &mut impl Effects) {
+        if let Some(id) = self.break_freeze(reason, effects) {
+            self.undo(now, id, reason, effects);
+        }
+        self.let_go(reason, effects);
+        self.advance(now, effects);
+    }
+
+    /// While the machine prepares to sleep: whether the daemon has thawed what it froze by itself, or
+    /// nobody is left to do it.
     pub fn thawed_for_sleep(&self) -> bool {
-        let thawing = |head: &Request| head.origin == Origin::Suspend;
-        self.suspended && !self.head().is_some_and(thawing)
+        let thawed = self.owed_thaw.is_none() && !self.is_doing(op::THAW);
+        self.sleeping && (thawed || !self.registered())
     }
 
-    /// The machine is about to sleep: open requests fail, and a registered daemon is told to thaw, as
-    /// mainline does. Comes when user space can still do so, if anything is frozen, and again
-    /// when the channel is about to close; that THAW is read after the resume.
-    pub fn suspend(&mut self, now: u64, effects: &mut impl Effects) {
-        self.suspended = true;
-        self.close(now, effects);
-        if let Freeze::Held { id } = self.freeze {
-            self.break_freeze(id, 0, effects);
-        }
-        if self.registered() {
-            let request = Request {
-                id: self.take_id(),
-                operation: op::THAW,
-                origin: Origin::Suspend,
-                stage: Stage::Queued,
-                arrived: now,
-                deadline: 0,
-            };
-            if let Some(place) = self.requests.first_mut() {
-                *place = Some(request);
-            }
-            self.start_head(now, effects);
-        }
-    }
-
-    /// The machine is awake again, which may be told more than once; the time of what waits begins
-    /// anew.
-    pub fn resume(&mut self, now: u64) {
-        if !core::mem::take(&mut self.suspended) {
-            return;
-        }
-        let config = self.config;
-        if let Some(head) = self.head_mut() {
-            let time = match head.stage {
-                Stage::Held => config.grace_ms,
-                Stage::Queued | Stage::Offered | Stage::Read => config.time_for(head.operation),
-            };
-            head.deadline = after(now, time);
-        }
-    }
-
-    // --- For those who look ---
-
-    /// Versions agreed with the host: framework, VSS.
-    pub fn versions(&self) -> Option<(Version, Version)> {
-        self.versions
-    }
-
-    /// All counters.
-    pub fn stats(&self) -> &Stats {
-        &self.stats
-    }
-
-    /// Id and operation of the request that is being served.
-    pub fn open_request(&self) -> Option<(u64, u8)> {
-        self.head().map(|head| (head.id, head.operation))
-    }
-
-    /// Number of open requests.
-    pub fn queued(&self) -> usize {
-        self.requests.iter().flatten().count()
-    }
-
-    /// The freeze in one word.
-    pub fn freeze_state(&self) -> &'static str {
-        match self.freeze {
-            Freeze::None => "none",
-            Freeze::Held { .. } => "held",
-            Freeze::Broken => "broken",
-        }
-    }
-
-    /// What the daemon is doing with the head, in one word.
-    pub fn stage_name(&self) -> &'static str {
-        match self.head().map(|head| head.stage) {
-            None => "idle",
-            Some(Stage::Queued) => "queued",
-            Some(Stage::Held) => "held",
-            Some(Stage::Offered) => "offered",
-            Some(Stage::Read) => "read",
-        }
-    }
-
-    /// The state without ids, times and packets, for tests that visit each state once.
-    #[cfg(not(MODULE))]
-    pub fn shape(&self) -> Shape {
-        Shape {
-            requests: self
-                .requests
-                .map(|r| r.map(|r| (r.operation, r.stage, r.origin == Origin::Suspend))),
-            daemon: self.daemon,
-            freeze: self.freeze_state(),
-            reply_waits: self.reply_waits,
-            suspended: self.suspended,
-        }
-    }
-
-    /// Checks the invariants of the type; tests call it after each event.
-    ///
-    /// # Errors
-    ///
-    /// Names the one that does not hold.
-    #[cfg(not(MODULE))]
-    pub fn check(&self) -> Result<(), &'static str> {
-        let open = self.queued();
-        if self.requests.iter().take(open).any(|r| r.is_none()) {
-            return Err("a gap in the queue");
-        }
-        let mut last_id = 0;
-        let mut slots = [false; QUEUE];
-        for (at, request) in self.requests.iter().flatten().enumerate() {
-            if request.id <= last_id {
-                return Err("ids do not ascend");
-            }
-            last_id = request.id;
-            if (at > 0) != (request.stage == Stage::Queued) {
-                return Err("stage and place disagree");
-            }
-            if at == 0 && (request.stage == Stage::Held) == self.registered() {
-                return Err("stage and daemon disagree");
-            }
-            if let Origin::Host { slot, len, .. } = request.origin {
-                if len > PACKET_MAX {
-                    return Err("a packet longer than its slot");
-                }
-                match slots.get_mut(slot) {
-                    Some(used) if !*used => *used = true,
-                    _ => return Err("a slot used twice"),
-                }
-            } else if !self.registered() || at > 0 {
-                return Err("a THAW of suspend without a daemon or behind others");
-            }
-        }
-        if matches!(self.freeze, Freeze::Held { .. }) && !self.registered() {
-            return Err("a freeze without a daemon");
-        }
-        if self.reply_waits && !self.registered() {
-            return Err("a reply without a registration");
-        }
-        Ok(())
-    }
-}
-
-impl Config {
-    /// The time that the daemon has for `operation`.
-    fn time_for(&self, operation: u8) -> u32 {
-        if operation == op::FREEZE {
-            self.freeze_ms
-        } else {
-            self.other_ms
-        }
+    /// The machine is awake again and user space runs.
+    pub fn resume(&mut self) {
+        self.sleeping = false;
     }
 }
 

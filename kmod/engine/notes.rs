@@ -36,7 +36,7 @@ pub enum Note {
         /// Length of the packet.
         len: usize,
     },
-    /// A request for the daemon arrived.
+    /// A request for the daemon arrived; without a transaction it is a THAW that nobody asked for.
     Received(Subject),
     /// A request was answered at once in here, or refused because there was no room for it.
     Direct {
@@ -53,13 +53,13 @@ pub enum Note {
     Read(Subject),
     /// The time of the request is over.
     TimedOut(Subject),
-    /// The request is closed: the host was told `status` (nobody was, for a THAW made by suspend).
+    /// The request is closed: the host was told `status` (nobody was, for a THAW that was owed).
     Answered {
         /// Which.
         subject: Subject,
         /// What the host was told.
         status: u32,
-        /// From the packet to the answer.
+        /// From its arrival to the answer.
         latency_us: u64,
     },
     /// A packet could not be sent: no room in the ring, or no channel.
@@ -75,7 +75,7 @@ pub enum Note {
     Broken {
         /// Id of the FREEZE.
         id: u64,
-        /// One of [`super::uapi::thawed`], or 0 when the daemon went away or a second FREEZE failed.
+        /// One of [`super::uapi::thawed`], or what the daemon gave as such.
         reason: u32,
     },
     /// A write of the daemon was refused.

@@ -175,9 +175,9 @@ fn best(ours: &[Version], theirs: &[WireVersion]) -> Option<Version> {
         .copied()
 }
 
-/// What follows the VSS header of a FREEZE (little-endian, as VMBus machines are), or `None` when the message is too short to
-/// have one or counts more disks than it can hold. The list only helps the daemon to choose, so a
-/// bad one does not fail the backup.
+/// What follows the VSS header of a FREEZE (little-endian, as VMBus machines are), or `None` when the
+/// message is too short to have one or counts more disks than it can hold. The list only helps the
+/// daemon to choose, so a bad one does not fail the backup.
 pub(super) fn freeze_info(packet: &[u8]) -> Option<&[u8; size_of::<uapi::FreezeInfo>()]> {
     let bytes = packet.get(FLAGS..)?.first_chunk()?;
     let count = bytes.get(8..)?.first_chunk()?;

@@ -11,11 +11,11 @@ set -euo pipefail
 
 # Modules of the guest under test: file systems, and devices to put them on.
 inner_modules=(
-    brd loop null_blk nbd dm-mod dm-delay dm-snapshot raid1 scsi_debug sd_mod hv_utils hv_storvsc
-    xfs btrfs vfat nls_cp437 nls_ascii nls_utf8 exfat overlay squashfs autofs4 fuse
+    brd loop null_blk nbd dm-mod dm-crypt dm-delay dm-snapshot raid1 scsi_debug sd_mod hv_utils hv_storvsc
+    xfs btrfs vfat nls_cp437 nls_ascii nls_utf8 exfat overlay squashfs autofs4 fuse nvme-loop
 )
 inner_tools=(
-    mke2fs mkfs.ext4 tune2fs mkfs.xfs xfs_io xfs_freeze mkfs.btrfs btrfs mkfs.vfat mkfs.exfat
+    mke2fs mkfs.ext4 tune2fs dumpe2fs e2fsck mkfs.xfs xfs_io xfs_freeze xfs_logprint xfs_repair mkfs.btrfs btrfs mkfs.vfat mkfs.exfat
     dash blkid findmnt fsfreeze losetup lsblk mount nsenter umount unshare wipefs dmsetup strace
 )
 

@@ -7,6 +7,11 @@
 lab=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$lab/../.." && pwd)
 build=$repo/build
+# What a kernel's build says of itself. Inside of a root this folder is alone, and nobody asks.
+if [ -e "$repo/kmod/dkms" ]; then
+    # shellcheck source=kmod/dkms/kernel.sh
+    . "$repo/kmod/dkms/kernel.sh"
+fi
 root=$build/root
 # Which kernel the guest under test runs, KERNEL in the environment:
 #   7.3, 7.2 ...        the newest cloud kernel of that series in trixie's backports; 7.3 is the default
@@ -127,40 +132,4 @@ unpack_source() {
     done
     in_root "$packed:/packed" "$target:/linux" -- tar --extract --file "/packed/$archive" \
         --directory /linux --strip-components 1 "${excludes[@]}"
-}
-
-# option CONFIG NAME: the value of an option of a kernel, without quotes.
-option() { sed -n "s/^$2=//p" "$1" | tr -d '"'; }
-
-# compiler_of CONFIG: the C compiler of a kernel, by the name that it was called by.
-compiler_of() {
-    if [ "$(option "$1" CONFIG_CC_IS_CLANG)" = y ]; then
-        echo clang
-    else
-        option "$1" CONFIG_CC_VERSION_TEXT | cut -d ' ' -f 1
-    fi
-}
-
-# config_diff STOCK BUILT: one line per option that differs and matters. Left out are the names a
-# build gives itself: the compiler's text (its version numbers stay in), salt, suffix, and how it
-# signs.
-config_diff() {
-    awk '
-        /^# CONFIG_[A-Za-z0-9_]+ is not set$/ { name = $2; value = "n" }
-        /^CONFIG_/ { name = substr($0, 1, index($0, "=") - 1); value = substr($0, index($0, "=") + 1) }
-        !/^(# )?CONFIG_/ { next }
-        name ~ /^CONFIG_(CC_VERSION_TEXT|LOCALVERSION|BUILD_SALT|SYSTEM_[A-Z_]*_KEYS)$/ { next }
-        name ~ /^CONFIG_(MODULE_SIG_ALL|MODULE_SIG_KEY[A-Z0-9_]*|OPENSSL_SUPPORTS_ML_DSA)$/ { next }
-        FNR == NR { stock[name] = value; next }
-        { built[name] = value }
-        END {
-            for (name in stock) seen[name]
-            for (name in built) seen[name]
-            for (name in seen) {
-                # An option whose dependencies are missing is not listed; to the code it is off.
-                s = name in stock ? stock[name] : "n"
-                b = name in built ? built[name] : "n"
-                if (s != b) print name ": the kernel has " s ", this build " b
-            }
-        }' "$1" "$2" | sort
 }

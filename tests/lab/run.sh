@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: GPL-2.0-only
 #
-# run.sh [--timeout SECONDS] [--memory MIB] [--results FOLDER] COMMAND...: runs COMMAND in the payload
+# run.sh [--timeout SECONDS] [--memory MIB] [--results FOLDER] [--name NAME] COMMAND...: runs COMMAND in the payload
 # folder (the test programs, the module, the guest's kernel and initramfs) on a machine whose KVM can
 # play Hyper-V: this one if it can, else an outer guest (with this much memory) under emulation. Its
 # output is shown as it comes and its exit status is ours; what it leaves in results/ is found in
 # FOLDER, build/results unless given (for another KERNEL than the default: in that kernel's folder).
-# Log of the outer guest: build/logs/.
+# Log of the outer guest: build/logs/, where NAME tells runs side by side apart.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -15,16 +15,18 @@ limit=600
 # the outer guest's, if there is one
 memory=4096
 results=$choice/results
+name=outer
 while [ $# -gt 1 ]; do
     case $1 in
     --timeout) limit=$2 ;;
     --memory) memory=$2 ;;
     --results) results=$2 ;;
+    --name) name=$2 ;;
     *) break ;;
     esac
     shift 2
 done
-[ $# -gt 0 ] || die "usage: run.sh [--timeout SECONDS] [--memory MIB] [--results FOLDER] COMMAND..."
+[ $# -gt 0 ] || die "usage: run.sh [--timeout SECONDS] [--memory MIB] [--results FOLDER] [--name NAME] COMMAND..."
 # where cargo puts the lab's programs, and the daemon as it is shipped (PROFILE=lab: in a hurry)
 programs=$repo/target/lab
 daemon=$repo/target/${PROFILE:-release}/hv_vss_daemon
@@ -61,6 +63,8 @@ for file in "$programs"/{e2e,bench,hyperv-sim,lab-agent} "$daemon" \
 done
 if [ "$kernel" = "$default_kernel" ] && [ -e "$payload/hv_vss.ko" ] && [ -e "$payload/hv_vss_daemon" ]; then
     cp "$build/systemd.cpio" "$payload/"
+    # what the packages' own cases install
+    if [ -e "$build/dkms/packages" ]; then cp -r "$build/dkms/packages" "$payload/packages"; fi
     # the same programs, where an installation puts them
     quietly install.log make --directory "$repo" install DESTDIR="$payload/install" \
         MODULE="$payload/hv_vss.ko" DAEMON="$payload/hv_vss_daemon"
@@ -128,7 +132,8 @@ run_outer() {
     truncate --size 512M "$work/results.disk"
     enter_root "$build:/build" "$work:/run.work" -- setpriv --pdeathsig TERM \
         timeout --foreground --kill-after 10 $((limit + grace)) \
-        setpriv --pdeathsig KILL taskset --cpu-list "$cpu" "${machine[@]}" </dev/null 2>"$work/qemu.log" &
+        setpriv --pdeathsig KILL taskset --cpu-list "$cpu" "${machine[@]}" \
+        </dev/null 2>"$work/qemu.log" > >(tee "$work/output") &
     child=$!
     ended=0
     frozen=
@@ -147,10 +152,14 @@ run_outer() {
 for attempt in 1 2 3; do
     run_outer
     [ -n "$frozen" ] || break
-    say "the emulator froze: no sign of life from the outer guest for $silence s (attempt $attempt of 3)" >&2
+    kept=$name-console.frozen-$attempt.log
+    cp "$console" "$build/logs/$kept"
+    say "the emulator froze: no sign of life from the outer guest for $silence s (attempt $attempt of 3, build/logs/$kept)" >&2
+    # What has failed is not tried again.
+    if grep -q '^FAIL ' "$work/output"; then break; fi
 done
-mv "$console" "$build/logs/outer-console.log"
-mv "$work/qemu.log" "$build/logs/qemu.log"
+mv "$console" "$build/logs/$name-console.log"
+mv "$work/qemu.log" "$build/logs/$name-qemu.log"
 
 marker=$(head -c 512 "$work/results.disk" | tr -d '\0')
 case $marker in
@@ -163,15 +172,16 @@ case $marker in
     keep_results
     # busybox's timeout ends what it stops with TERM, or KILL if that was not enough
     case $status in 137 | 143) say "stopped after its limit of ${limit}s" ;; esac
+    [ "$attempt" = 1 ] || say "this was attempt $attempt: the emulator had frozen before" >&2
     exit "$status"
     ;;
 esac
-cat "$build/logs/qemu.log" >&2
-tail -n 40 "$build/logs/outer-console.log" >&2
+cat "$build/logs/$name-qemu.log" >&2
+tail -n 40 "$build/logs/$name-console.log" >&2
 [ -z "$frozen" ] || ended=frozen
 case $ended in
-frozen) what="froze in each of 3 attempts" ;;
+frozen) what="froze in each of $attempt attempts" ;;
 124 | 137) what="hung and was ended $grace s after its limit of $limit s" ;;
 *) what="ended without an end marker (QEMU's status: $ended)" ;;
 esac
-die "the outer guest $what; its console is above and in build/logs/outer-console.log"
+die "the outer guest $what; its console is above and in build/logs/$name-console.log"

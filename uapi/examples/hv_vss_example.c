@@ -1,34 +1,50 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * A daemon in one page: registers with /dev/vmbus/hv_vss, prints each request of the host and
- * answers it with success. IT FREEZES NOTHING, so a backup that it answers is not consistent: it
- * shows the interface, no more.
+ * A daemon in a few pages: registers with /dev/vmbus/hv_vss, prints each request of the host, and
+ * has the kernel freeze the file systems of the given paths from FREEZE to THAW.
  *
- *     cc -o hv_vss_example hv_vss_example.c && ./hv_vss_example
+ *     cc -o hv_vss_example hv_vss_example.c && ./hv_vss_example [-d DEVICE] PATH...
  *
- * Speaks v2 and falls back to v1 on a kernel that only knows that. The device can be given as
- * argument.
+ * It shows the interface, no more: the backup is consistent for the given file systems only, and a
+ * program that runs while they are frozen must not wait for them, not even to write a log.
+ *
+ * Where the kernel cannot hold a freeze (v1, or v2 without HV_VSS_FEATURE_HOLD) it says so and fails
+ * each FREEZE, because a success would be a lie.
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include "../hv_vss.h"
 
-/* What a read can return: aligned for every frame. */
-union buffer {
+/* What a read can return; a newer kernel's frames may be longer. */
+union message {
+	struct hv_vss_frame frame;
 	struct hv_vss_registered registered;
 	struct hv_vss_request request;
-	struct hv_vss_msg msg;
-	unsigned char bytes[HV_VSS_MAX_FRAME];
+	struct hv_vss_thawed thawed;
+	struct hv_vss_msg v1;
+	__u32 reply_v1;
+};
+
+struct daemon {
+	int device;
+	int abi;		/* 1 or 2 */
+	int can_hold;
+	int *targets;		/* a descriptor for each path */
+	unsigned int count;
+	union message *message;	/* what was read last */
+	size_t room;		/* its size in bytes */
 };
 
 static int complain(const char *what)
 {
 	fprintf(stderr, "hv_vss_example: %s: %s\n", what, strerror(errno));
-	return 1;
+	return -1;
 }
 
 static int write_all(int fd, const void *message, size_t size)
@@ -36,99 +52,235 @@ static int write_all(int fd, const void *message, size_t size)
 	return write(fd, message, size) == (ssize_t)size ? 0 : -1;
 }
 
-/* Returns the ABI version in force, or -1. */
-static int register_daemon(int fd, union buffer *buffer)
+/* Opens the paths; closed again by the kernel when the program ends. */
+static int open_targets(struct daemon *d, char **paths, int count)
+{
+	d->targets = (int *)calloc((size_t)count, sizeof(*d->targets));
+	if (!d->targets)
+		return complain("memory");
+	for (d->count = 0; d->count < (unsigned int)count; d->count++) {
+		const char *path = paths[d->count];
+
+		d->targets[d->count] = open(path, O_RDONLY | O_NONBLOCK);
+		if (d->targets[d->count] < 0)
+			return complain(path);
+	}
+	return 0;
+}
+
+static int register_v1(struct daemon *d)
+{
+	struct hv_vss_msg hello;
+
+	memset(&hello, 0, sizeof(hello));
+	hello.vss_hdr.operation = VSS_OP_REGISTER1;
+	if (write_all(d->device, &hello, sizeof(hello)) != 0)
+		return -1;
+	if (read(d->device, d->message, d->room) != (ssize_t)sizeof(d->message->reply_v1))
+		return -1;
+	d->abi = 1;
+	return 0;
+}
+
+/* Registers as v2, or as v1 with a kernel that only knows that. */
+static int register_daemon(struct daemon *d)
 {
 	struct hv_vss_register hello;
-	struct hv_vss_msg hello_v1;
+	struct hv_vss_registered *reply;
+	ssize_t got;
 
 	memset(&hello, 0, sizeof(hello));
 	hello.frame.version = HV_VSS_ABI_V2;
 	hello.frame.size = sizeof(hello);
 	hello.frame.kind = HV_VSS_FRAME_REGISTER;
 	hello.max_version = HV_VSS_ABI_V2;
-	if (write_all(fd, &hello, sizeof(hello)) == 0) {
-		if (read(fd, buffer, sizeof(*buffer)) < (ssize_t)sizeof(buffer->registered))
-			return -1;
-		return (int)buffer->registered.abi_version;
-	}
-	if (errno != EINVAL)
-		return -1;
+	if (write_all(d->device, &hello, sizeof(hello)) != 0)
+		return errno == EINVAL ? register_v1(d) : -1;
 
-	memset(&hello_v1, 0, sizeof(hello_v1));
-	hello_v1.vss_hdr.operation = VSS_OP_REGISTER1;
-	if (write_all(fd, &hello_v1, sizeof(hello_v1)) != 0)
+	got = read(d->device, d->message, d->room);
+	reply = &d->message->registered;
+	if (got < (ssize_t)sizeof(*reply) || reply->frame.kind != HV_VSS_FRAME_REGISTERED)
 		return -1;
-	return read(fd, buffer, sizeof(*buffer)) == (ssize_t)sizeof(__u32) ? 1 : -1;
+	d->abi = (int)reply->abi_version;
+	d->can_hold = (reply->features & HV_VSS_FEATURE_HOLD) && reply->max_held >= d->count;
+	if (reply->max_frame > d->room) {
+		size_t room = reply->max_frame;
+		union message *longer = (union message *)realloc(d->message, room);
+
+		if (!longer)
+			return -1;
+		d->message = longer;
+		d->room = room;
+	}
+	return 0;
 }
 
-static int serve_v1(int fd, union buffer *buffer)
+/* Thaws all that is held; 0 also when nothing is. */
+static int thaw(struct daemon *d)
+{
+	struct hv_vss_ioc_thaw all = { -1, 0 };
+
+	if (d->can_hold && ioctl(d->device, HV_VSS_IOC_THAW, &all) != 0)
+		return complain("thaw");
+	return 0;
+}
+
+static int freeze(struct daemon *d, __u64 id)
+{
+	unsigned int i;
+	int why;
+
+	if (!d->can_hold)
+		return -1;
+	for (i = 0; i < d->count; i++) {
+		struct hv_vss_ioc_freeze target;
+
+		memset(&target, 0, sizeof(target));
+		target.id = id;
+		target.fd = d->targets[i];
+		target.count = d->count;
+		/* EBUSY: two of the paths are on one file system. (Or another one holds it.) */
+		if (ioctl(d->device, HV_VSS_IOC_FREEZE, &target) == 0)
+			continue;
+		why = errno;
+		thaw(d);
+		errno = why;
+		return complain("freeze");
+	}
+	return 0;
+}
+
+/* Does what is asked and returns the status for the host. */
+static __u32 serve(struct daemon *d, int operation, __u64 id)
+{
+	switch (operation) {
+	case VSS_OP_HOT_BACKUP:
+		return HV_S_OK;
+	case VSS_OP_FREEZE:
+		return freeze(d, id) == 0 ? HV_S_OK : HV_E_FAIL;
+	case VSS_OP_THAW:
+		return thaw(d) == 0 ? HV_S_OK : HV_E_FAIL;
+	default:
+		return HV_E_FAIL;
+	}
+}
+
+static int next_v1(struct daemon *d)
 {
 	struct hv_vss_msg answer;
+	int operation;
+	ssize_t got = read(d->device, d->message, d->room);
 
-	for (;;) {
-		if (read(fd, buffer, sizeof(*buffer)) != (ssize_t)sizeof(buffer->msg))
-			return complain("read");
-		printf("operation %d\n", buffer->msg.vss_hdr.operation);
-		fflush(stdout);
-
-		memset(&answer, 0, sizeof(answer));
-		answer.error = HV_S_OK;
-		if (write_all(fd, &answer, sizeof(answer)) != 0)
-			return complain("write");
-	}
+	if (got != (ssize_t)sizeof(d->message->v1))
+		return complain("read");
+	operation = d->message->v1.vss_hdr.operation;
+	memset(&answer, 0, sizeof(answer));
+	answer.error = serve(d, operation, 0);
+	printf("operation %d: answered 0x%x\n", operation, (unsigned int)answer.error);
+	if (write_all(d->device, &answer, sizeof(answer)) != 0)
+		return complain("write");
+	return 0;
 }
 
-static int serve_v2(int fd, union buffer *buffer)
+static void print_request(const struct hv_vss_request *request)
 {
-	const struct hv_vss_request *request = &buffer->request;
-	const struct hv_vss_freeze_info *info;
+	const char *payload = (const char *)request + request->fixed_size;
+	struct hv_vss_freeze_info info;
+
+	printf("request %llu: operation %d, %u ms left", (unsigned long long)request->frame.id,
+	       request->msg.vss_hdr.operation, (unsigned int)request->time_left_ms);
+	if (request->payload_size >= sizeof(info)) {
+		memcpy(&info, payload, sizeof(info));
+		/* Little-endian, as the host sent them; so are the machines that this runs on. */
+		printf(", backup type %u, %u disks", (unsigned int)info.backup_type,
+		       (unsigned int)info.lun_count);
+	}
+	printf("\n");
+}
+
+static int answer_request(struct daemon *d)
+{
+	const struct hv_vss_request *request = &d->message->request;
 	struct hv_vss_answer answer;
 
-	for (;;) {
-		ssize_t got = read(fd, buffer, sizeof(*buffer));
+	/* Printed before, not while anything is frozen. */
+	print_request(request);
+	fflush(stdout);
 
-		if (got < 0)
-			return complain("read");
-		if (got < (ssize_t)sizeof(*request) || request->frame.kind != HV_VSS_FRAME_REQUEST)
-			continue;
-		printf("request %llu: operation %d, %u ms left",
-		       (unsigned long long)request->frame.id, request->msg.vss_hdr.operation,
-		       (unsigned int)request->time_left_ms);
-		if (request->payload_size == sizeof(*info)) {
-			info = (const struct hv_vss_freeze_info *)(const void *)(request + 1);
-			printf(", backup type %u, %u disks", (unsigned int)info->backup_type,
-			       (unsigned int)info->lun_count);
-		}
-		printf("\n");
+	memset(&answer, 0, sizeof(answer));
+	answer.frame.version = HV_VSS_ABI_V2;
+	answer.frame.size = sizeof(answer);
+	answer.frame.kind = HV_VSS_FRAME_ANSWER;
+	answer.frame.id = request->frame.id;
+	answer.operation = request->msg.vss_hdr.operation;
+	answer.status = serve(d, request->msg.vss_hdr.operation, request->frame.id);
+	if (write_all(d->device, &answer, sizeof(answer)) == 0)
+		return 0;
+	if (errno != ESTALE)
+		return complain("write");
+	/* Too late, the host has been told so; and what was held has been thawed. */
+	return 0;
+}
+
+static int next_v2(struct daemon *d)
+{
+	ssize_t got = read(d->device, d->message, d->room);
+
+	if (got < 0)
+		return complain("read");
+	if (got < (ssize_t)sizeof(d->message->frame))
+		return 0;
+	switch (d->message->frame.kind) {
+	case HV_VSS_FRAME_REQUEST:
+		return answer_request(d);
+	case HV_VSS_FRAME_THAWED:
+		printf("request %llu: thawed early, reason %u\n",
+		       (unsigned long long)d->message->frame.id,
+		       (unsigned int)d->message->thawed.reason);
 		fflush(stdout);
-
-		memset(&answer, 0, sizeof(answer));
-		answer.frame.version = HV_VSS_ABI_V2;
-		answer.frame.size = sizeof(answer);
-		answer.frame.kind = HV_VSS_FRAME_ANSWER;
-		answer.frame.id = request->frame.id;
-		answer.status = HV_S_OK;
-		answer.operation = request->msg.vss_hdr.operation;
-		/* ESTALE: our answer was too late, the host has been told so. Go on. */
-		if (write_all(fd, &answer, sizeof(answer)) != 0 && errno != ESTALE)
-			return complain("write");
+		return 0;
+	default:
+		return 0;
 	}
 }
 
 int main(int argc, char **argv)
 {
-	static union buffer buffer;
-	const char *device = argc > 1 ? argv[1] : "/dev/vmbus/hv_vss";
-	int fd = open(device, O_RDWR);
-	int abi;
+	const char *device = "/dev/vmbus/hv_vss";
+	struct daemon d;
+	int first = 1;
 
-	if (fd < 0)
-		return complain(device);
-	abi = register_daemon(fd, &buffer);
-	if (abi < 0)
-		return complain("registration");
-	printf("registered, ABI v%d; this example freezes nothing\n", abi);
+	memset(&d, 0, sizeof(d));
+	if (argc > 2 && strcmp(argv[1], "-d") == 0) {
+		device = argv[2];
+		first = 3;
+	}
+	if (argc <= first) {
+		fprintf(stderr, "usage: %s [-d DEVICE] PATH...\n", argv[0]);
+		return 2;
+	}
+	if (open_targets(&d, argv + first, argc - first) != 0)
+		return 1;
+
+	d.room = HV_VSS_MAX_FRAME;
+	d.message = (union message *)malloc(d.room);
+	d.device = open(device, O_RDWR);
+	if (!d.message || d.device < 0) {
+		complain(device);
+		return 1;
+	}
+	if (register_daemon(&d) != 0) {
+		complain("registration");
+		return 1;
+	}
+	if (d.can_hold)
+		printf("registered, ABI v%d: holds %u file systems from FREEZE to THAW\n", d.abi, d.count);
+	else
+		printf("registered, ABI v%d: this kernel does not hold freezes, or not so many; "
+		       "every FREEZE is failed\n", d.abi);
 	fflush(stdout);
-	return abi == 1 ? serve_v1(fd, &buffer) : serve_v2(fd, &buffer);
+
+	while ((d.abi == 1 ? next_v1(&d) : next_v2(&d)) == 0)
+		;
+	return 1;
 }

@@ -76,6 +76,8 @@ struct Truth {
     word: bool,
     refuse_answer: bool,
     refuse_begin: bool,
+    /// The last answer.
+    said: Option<u32>,
 }
 
 #[derive(Clone, Debug)]
@@ -88,6 +90,7 @@ struct World {
 
 impl Effects for Truth {
     fn answer(&mut self, request: &Request, code: u32) -> bool {
+        self.said = Some(code);
         let open = self.open.take();
         let Some(open) = open else {
             panic!("an answer to {request:?}, which is answered or withdrawn");
@@ -191,6 +194,7 @@ impl World {
                 word: false,
                 refuse_answer: false,
                 refuse_begin: false,
+                said: None,
             },
             now: Instant::now(),
             ids: 0,
@@ -212,11 +216,12 @@ impl World {
         let Backup {
             broken: known,
             stopping,
+            spent,
             ..
         } = &self.machine;
         let phase = self.machine.phase();
         format!(
-            "{phase} {} {stopping} {operation:?} {job:?} {told} {reported} {broken} \
+            "{phase} {} {stopping} {spent} {operation:?} {job:?} {told} {reported} {broken} \
              {refuse_answer} {refuse_begin}",
             known.is_some()
         )
@@ -435,7 +440,38 @@ fn after(events: &[Event]) -> World {
 fn a_clean_backup_is_good() {
     use Event::{Freeze, JobFrozen, JobThawed, Thaw};
     let world = after(&[Freeze, JobFrozen, Thaw, JobThawed]);
-    assert_eq!(world.machine, Backup::new(Duration::from_secs(60), None));
+    let rest = Backup {
+        spent: true,
+        ..Backup::new(Duration::from_secs(60), None)
+    };
+    assert_eq!(world.machine, rest);
+}
+
+#[test]
+fn in_v1_a_second_thaw_fails_for_the_first_may_have_been_the_kernels() {
+    let mut world = after(&[
+        Event::Freeze,
+        Event::JobFrozen,
+        Event::Thaw,
+        Event::JobThawed,
+    ]);
+    let thaw = Request {
+        id: 0,
+        operation: op::THAW,
+        time_left: Duration::from_secs(30),
+        luns: None,
+    };
+    world.truth.open = Some(thaw);
+    // What the model does not know of.
+    world.truth.broken = true;
+    world.machine.request(world.now, thaw, &mut world.truth);
+    assert_eq!(world.truth.said, Some(status::FAIL));
+    world.happen(Event::Freeze);
+    world.happen(Event::JobFailed);
+    world.truth.open = Some(thaw);
+    world.truth.broken = false;
+    world.machine.request(world.now, thaw, &mut world.truth);
+    assert_eq!(world.truth.said, Some(status::OK));
 }
 
 #[test]

@@ -23,6 +23,17 @@ fn replay<'a>(config: Config, store: &'a mut [u8], path: &[Event]) -> World<'a> 
     world
 }
 
+/// Says which way has led to a promise that was broken.
+struct Way<'a>(&'a [Event], Event);
+
+impl Drop for Way<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("after {:?}: {:?}", self.0, self.1);
+        }
+    }
+}
+
 /// Returns how many states there are, and the longest way to one.
 fn walk(config: Config) -> (usize, usize) {
     let mut store = vec![0u8; QUEUE * PACKET_MAX];
@@ -36,7 +47,9 @@ fn walk(config: Config) -> (usize, usize) {
             replay(config, &mut store, &path).drain();
             for event in ALL {
                 let mut world = replay(config, &mut store, &path);
+                let way = Way(&path, event);
                 world.happen(event);
+                drop(way);
                 if seen.insert(world.state()) {
                     paths.push([&path[..], &[event]].concat());
                 }
@@ -48,7 +61,10 @@ fn walk(config: Config) -> (usize, usize) {
 
 #[test]
 fn every_state_keeps_the_promises() {
-    let (states, depth) = walk(Config::default());
+    let (states, depth) = walk(Config {
+        max_held: 16,
+        ..Config::default()
+    });
     println!("{states} states, the farthest {depth} events away");
     assert!(states > 1000, "the walk has stopped early: {states} states");
 }

@@ -230,6 +230,11 @@ fn describe(command: &Command) -> String {
         Command::DevWrite { hex, .. } => {
             format!("write of {} bytes to the device", hex.len() / 2)
         }
+        Command::DevIoctl { request, put, .. } => match put {
+            Some(put) => format!("ioctl {request:#x} of the device with {:?}", put.what),
+            None => format!("ioctl {request:#x} of the device"),
+        },
+        Command::In { pid, does } => format!("{} (in {pid})", describe(does)),
         other => format!("{other:?}"),
     }
 }

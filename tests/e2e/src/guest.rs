@@ -9,8 +9,9 @@
 use crate::agent::{Agent, CallError, Pending};
 use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
-use hyperv_sim::{Host, Vm, VmConfig};
-use lab_agent::{to_hex, Command, Ended, Log, Record, Stalls, Storm, Writer};
+use hyperv_sim::storage::{Controller, Disk, Image};
+use hyperv_sim::{Guid, Host, Vm, VmConfig, VmbusVersion};
+use lab_agent::{to_hex, Command, Ended, Log, Neighbour, Put, Record, Stalls, Storm, Writer};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,6 +33,19 @@ pub enum Userland {
     Lab,
     /// Debian's systemd, journald, udev and rsyslog, with what `make install` puts in place.
     Systemd,
+    /// The same Debian with nothing of ours; the packages lie in `/payload/packages`.
+    Debian,
+    /// The same with all packages installed before it boots.
+    Packages,
+}
+
+/// Where a guest of [`Userland::Lab`] has its root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Root {
+    /// On a ram disk.
+    Ram,
+    /// On the first disk of the first SCSI controller: [`Guest::root_disk`].
+    Scsi,
 }
 
 /// What a guest is given.
@@ -43,8 +57,14 @@ pub struct Machine {
     pub memory_mib: u32,
     /// Size of each ram disk of [`Userland::Lab`] in MiB.
     pub disk_mib: u32,
+    /// SCSI controllers, without disks until a case attaches some and loads the driver.
+    pub scsi_controllers: u8,
+    /// Where its root is.
+    pub root: Root,
     /// What is booted.
     pub userland: Userland,
+    /// The newest VMBus version that the host speaks; it speaks all before that, too.
+    pub vmbus: VmbusVersion,
 }
 
 impl Machine {
@@ -54,16 +74,39 @@ impl Machine {
         memory_mib: 1280,
         // xfs wants 300 MiB at least.
         disk_mib: 320,
+        scsi_controllers: 0,
+        root: Root::Ram,
         userland: Userland::Lab,
+        vmbus: VmbusVersion::V6_0,
     };
     /// The same with two CPUs.
     pub const TWO_CPUS: Machine = Machine {
         cpus: 2,
         ..Machine::ONE_CPU
     };
+    /// Two CPUs and two SCSI controllers.
+    pub const SCSI: Machine = Machine {
+        scsi_controllers: 2,
+        ..Machine::TWO_CPUS
+    };
+    /// The same with its root on a SCSI disk.
+    pub const SCSI_ROOT: Machine = Machine {
+        root: Root::Scsi,
+        ..Machine::SCSI
+    };
     /// One CPU, and a stock Debian on it.
     pub const SYSTEMD: Machine = Machine {
         userland: Userland::Systemd,
+        ..Machine::ONE_CPU
+    };
+    /// The same without anything of ours.
+    pub const DEBIAN: Machine = Machine {
+        userland: Userland::Debian,
+        ..Machine::ONE_CPU
+    };
+    /// The same with our packages.
+    pub const PACKAGES: Machine = Machine {
+        userland: Userland::Packages,
         ..Machine::ONE_CPU
     };
 }
@@ -72,10 +115,22 @@ impl std::fmt::Display for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let plural = if self.cpus == 1 { "" } else { "s" };
         write!(f, "{} CPU{plural}, {} MiB", self.cpus, self.memory_mib)?;
-        match self.userland {
-            Userland::Lab => Ok(()),
-            Userland::Systemd => write!(f, ", systemd"),
+        if self.scsi_controllers > 0 {
+            write!(f, ", {} SCSI controllers", self.scsi_controllers)?;
         }
+        if self.root == Root::Scsi {
+            f.write_str(", root on the first")?;
+        }
+        match self.userland {
+            Userland::Lab => {}
+            Userland::Systemd => write!(f, ", systemd")?,
+            Userland::Debian => write!(f, ", Debian")?,
+            Userland::Packages => write!(f, ", Debian with our packages")?,
+        }
+        if self.vmbus != Machine::ONE_CPU.vmbus {
+            write!(f, ", VMBus {}", self.vmbus)?;
+        }
+        Ok(())
     }
 }
 
@@ -117,6 +172,7 @@ pub struct Process {
 }
 
 /// What is needed to start guests: everything lies in the current directory, the payload.
+#[derive(Clone)]
 pub struct Images {
     kernel: PathBuf,
     payload: PathBuf,
@@ -156,6 +212,18 @@ impl Images {
                 .with_context(|| format!("cannot read {}", install.display()))?;
         }
         archive.finish()?;
+        let packages = payload.join("packages");
+        if packages.exists() {
+            let extra = payload.join("packages.cpio");
+            let file = std::fs::File::create(&extra)
+                .with_context(|| format!("cannot write {}", extra.display()))?;
+            let mut archive = crate::cpio::Archive::new(std::io::BufWriter::new(file));
+            archive.directory("payload")?;
+            archive
+                .tree("payload/packages", &packages)
+                .with_context(|| format!("cannot read {}", packages.display()))?;
+            archive.finish()?;
+        }
         Ok(Images {
             kernel: payload.join("vmlinuz"),
             payload: payload.to_owned(),
@@ -172,11 +240,14 @@ impl Images {
 
     /// What makes up the initial RAM file system, one archive after the other.
     fn initrd(&self, userland: Userland) -> Vec<PathBuf> {
-        let guest = match userland {
-            Userland::Lab => "guest.cpio",
-            Userland::Systemd => "systemd.cpio",
+        let archives: &[&str] = match userland {
+            Userland::Lab => &["guest.cpio", "payload.cpio"],
+            Userland::Systemd => &["systemd.cpio", "payload.cpio"],
+            Userland::Debian | Userland::Packages => {
+                &["systemd.cpio", "payload.cpio", "packages.cpio"]
+            }
         };
-        vec![self.payload.join(guest), self.payload.join("payload.cpio")]
+        archives.iter().map(|it| self.payload.join(it)).collect()
     }
 
     /// Where files for people go.
@@ -189,17 +260,21 @@ impl Images {
 pub struct Guest {
     vm: Arc<Vm>,
     agent: Agent,
+    images: Images,
     machine: Machine,
     module: Module,
+    root_disk: Option<Disk>,
     detectors: Detectors,
     /// The kernel's log is looked at from this record on.
     log_mark: AtomicU64,
     logs: AtomicU64,
     comparisons: Mutex<Vec<Comparison>>,
+    /// See [`Guest::expect_in_log`].
+    expected: Mutex<Vec<&'static str>>,
 }
 
 /// What ours and the peer did in the same situation: a row of the README's table.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Comparison {
     /// The situation.
     pub what: String,
@@ -212,20 +287,51 @@ pub struct Comparison {
 impl Guest {
     /// Boots a guest and waits until its agent answers. `number` names its console log.
     pub fn start(images: &Images, machine: Machine, number: u32) -> Result<Guest> {
+        Guest::boot(images, machine, &number.to_string(), Image::default())
+    }
+
+    /// Boots another guest of the kind that this one is, with this content on its root's disk.
+    pub fn start_from(&self, root: Image) -> Result<Guest> {
+        Guest::boot(&self.images, self.machine, "restored", root)
+    }
+
+    fn boot(images: &Images, machine: Machine, name: &str, root: Image) -> Result<Guest> {
         let mut config = VmConfig::new(&images.kernel);
         config.initrd = images.initrd(machine.userland);
         config.cpus = machine.cpus;
         config.memory_mib = machine.memory_mib;
         config.host.patience = images.patience;
+        config.host.scsi_controllers = machine.scsi_controllers;
+        config.host.vmbus_versions.retain(|it| *it <= machine.vmbus);
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");
+        // No record of the kernel's log is overwritten before it is looked at.
+        config.cmdline.push_str(" log_buf_len=4M");
         // An image that is restored at once need not be small.
         config.cmdline.push_str(" hibernate=nocompress");
-        // The kernel does not know it and gives it to init, as a variable.
+        // The kernel does not know these and gives them to init, as variables.
+        match machine.userland {
+            Userland::Lab | Userland::Systemd => {}
+            Userland::Debian => config.cmdline.push_str(" userland=debian"),
+            Userland::Packages => config.cmdline.push_str(" userland=packages"),
+        }
         let disk_kib = machine.disk_mib * 1024;
         config.cmdline.push_str(&format!(" disk_kib={disk_kib}"));
-        config.console_log = Some(images.results.join(format!("console-{number}.log")));
+        config.console_log = Some(images.results.join(format!("console-{name}.log")));
+        if machine.root == Root::Scsi {
+            config.cmdline.push_str(" lab_root=scsi");
+        }
         let vm = Arc::new(Vm::start(config).context("the guest cannot be started")?);
+        let mut root_disk = None;
+        if machine.root == Root::Scsi {
+            // The guest has yet to load its kernel.
+            let id = Guid::new(0x726f_6f74, 0, 0, [0; 8]);
+            let len = u64::from(machine.disk_mib) << 20;
+            let disk = Disk::in_memory(id, len, root).context("cannot make the root's disk")?;
+            let controller = vm.host().scsi(0).context("the root needs a controller")?;
+            controller.attach(0, &disk);
+            root_disk = Some(disk);
+        }
         let agent = Agent::connect(vm.clone(), BOOT).map_err(|error| {
             let tail = vm.console_tail();
             vm.kill();
@@ -236,18 +342,28 @@ impl Guest {
         let mut guest = Guest {
             vm,
             agent,
+            images: images.clone(),
             machine,
             module: if images.has_module {
                 Module::Ours
             } else {
                 Module::Stock
             },
+            root_disk,
             detectors: Detectors::default(),
             log_mark: AtomicU64::new(0),
             logs: AtomicU64::new(0),
             comparisons: Mutex::default(),
+            expected: Mutex::default(),
         };
         guest.detectors = Detectors::of(&guest)?;
+        // The stock kernel speaks the newest that the host has.
+        let agreed = guest.host().wait_connected(STEP)?;
+        ensure!(
+            agreed == machine.vmbus,
+            "the guest should have agreed on VMBus {}, it did on {agreed}",
+            machine.vmbus
+        );
         // A detector that has spoken while the guest booted may have turned itself off.
         let complaints = guest.complaints()?;
         if !complaints.is_empty() {
@@ -281,6 +397,16 @@ impl Guest {
     /// The host's side of VSS.
     pub fn vss(&self) -> Vss {
         self.vm.host().vss()
+    }
+
+    /// The disk with its root, for a machine with [`Root::Scsi`].
+    pub fn root_disk(&self) -> Option<&Disk> {
+        self.root_disk.as_ref()
+    }
+
+    /// The host's side of its SCSI controllers.
+    pub fn scsi_controllers(&self) -> impl Iterator<Item = Controller> + use<'_> {
+        (0..).map_while(|index| self.host().scsi(index))
     }
 
     /// A limit for the agent, in milliseconds.
@@ -467,6 +593,24 @@ impl Guest {
             .call(Command::WriterStart { path, every_us }, STEP)
     }
 
+    /// Starts a writer of records on `path`, which keeps notes in block `slot` of `notes`, a block
+    /// device: see [`lab_agent::Note`].
+    pub fn recorder_start(
+        &self,
+        path: &str,
+        notes: &str,
+        slot: u64,
+        every_us: u64,
+    ) -> Result<(), CallError> {
+        let command = Command::RecorderStart {
+            path: path.into(),
+            notes: notes.into(),
+            slot,
+            every_us,
+        };
+        self.agent.call(command, STEP)
+    }
+
     /// How the writers fare, in the order of their start.
     pub fn writers(&self) -> Result<Vec<Writer>, CallError> {
         self.agent.call(Command::Writers, STEP)
@@ -492,6 +636,7 @@ impl Guest {
 
     /// From here on [`Guest::log`] starts.
     pub fn mark_log(&self) -> Result<(), CallError> {
+        // What is lost of the time before does not matter any more.
         let log: Log = self.kmsg(0, 0)?;
         self.log_mark.store(log.next, SeqCst);
         Ok(())
@@ -499,8 +644,13 @@ impl Guest {
 
     /// The kernel's log since the case began: records of at most this level (4: warnings and
     /// worse; 6: information). What the kernel reports of itself alone is left out.
-    pub fn log(&self, max_level: u8) -> Result<Vec<Record>, CallError> {
+    pub fn log(&self, max_level: u8) -> Result<Vec<Record>> {
         let log = self.kmsg(self.log_mark.load(SeqCst), max_level)?;
+        ensure!(
+            log.lost == 0,
+            "{} records of the kernel's log were overwritten before they could be read",
+            log.lost
+        );
         Ok(without_foreign_reports(log.records))
     }
 
@@ -512,17 +662,44 @@ impl Guest {
 
     /// Opens the device of whichever module is loaded.
     pub fn open_device(&self, mode: Blocking) -> Result<Device<'_>, CallError> {
-        let handle = self.agent.call(
-            Command::DevOpen {
-                path: DEVICE.into(),
-                nonblock: mode == Blocking::No,
-            },
-            STEP,
-        )?;
-        Ok(Device {
+        self.open_device_in(None, mode)
+    }
+
+    /// The same in a process that can be killed, from [`Guest::fork`].
+    pub fn open_device_in(
+        &self,
+        pid: Option<i32>,
+        mode: Blocking,
+    ) -> Result<Device<'_>, CallError> {
+        let open = Command::DevOpen {
+            path: DEVICE.into(),
+            nonblock: mode == Blocking::No,
+        };
+        let mut device = Device {
             agent: &self.agent,
-            handle,
-        })
+            pid,
+            handle: 0,
+        };
+        device.handle = self.agent.call(device.asks(open), STEP)?;
+        Ok(device)
+    }
+
+    /// Starts another agent, which dies with all that it holds when it is killed; its pid.
+    pub fn fork(&self) -> Result<i32, CallError> {
+        self.agent.call(Command::Fork, STEP)
+    }
+
+    // --- Neighbours ---
+
+    /// Starts a neighbour who freezes and thaws the file system at `path` without end.
+    pub fn neighbour_start(&self, path: &str) -> Result<(), CallError> {
+        let path = path.into();
+        self.agent.call(Command::NeighbourStart { path }, STEP)
+    }
+
+    /// Ends all neighbours; what each of them has done, in the order of their start.
+    pub fn neighbours_stop(&self) -> Result<Vec<Neighbour>, CallError> {
+        self.agent.call(Command::NeighboursStop, STEP)
     }
 
     // --- For the comparison with the peer ---
@@ -556,6 +733,7 @@ impl Guest {
     /// frozen, no process, mount or module left, no complaint in the kernel's log.
     pub fn tidy(&self) -> Result<()> {
         self.release_opens()?;
+        self.neighbours_stop()?;
         for path in self.mounts()? {
             match self.thaw(&path) {
                 Err(error) if error.errno() == Some("EINVAL") => {}
@@ -565,6 +743,7 @@ impl Guest {
         }
         self.writers_stop()?;
         let _: () = self.agent.call(Command::DevCloseAll, STEP)?;
+        let _: () = self.agent.call(Command::ForksEnd, STEP)?;
         let left: Vec<i32> = self.agent.call(Command::Spawned, STEP)?;
         for pid in left {
             // ESRCH: it has ended by itself.
@@ -597,12 +776,23 @@ impl Guest {
                  if grep -q \"^$module \" /proc/modules; then rmmod $module || exit 1; fi
              done
              test ! -e /dev/vmbus/hv_vss")?;
+        // What is under way on a disk that is gone holds it for a moment longer.
+        self.wait_until("the driver of SCSI disks can be unloaded", STEP, || {
+            let unload = "! grep -q '^hv_storvsc ' /proc/modules || rmmod hv_storvsc";
+            Ok(self.try_sh(unload)?.status == Some(0))
+        })?;
+        for controller in self.scsi_controllers() {
+            for lun in controller.disks().into_keys() {
+                controller.detach(lun);
+            }
+        }
         let complaints = self.complaints()?;
         ensure!(
             complaints.is_empty(),
             "the kernel complained:\n{complaints}"
         );
         self.mark_log()?;
+        self.expected().clear();
         Ok(())
     }
 
@@ -626,39 +816,21 @@ impl Guest {
         Ok(paths)
     }
 
+    /// From here until the end of the case reports of the kernel in which one of these texts stands are
+    /// what the case is about, and not held against it.
+    pub fn expect_in_log(&self, texts: &[&'static str]) {
+        let mut expected = self.expected();
+        expected.extend_from_slice(texts);
+    }
+
+    fn expected(&self) -> std::sync::MutexGuard<'_, Vec<&'static str>> {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What the kernel holds against the case, in its log and through its detectors, and would hold
     /// against any.
     fn complaints(&self) -> Result<String> {
-        const WORDS: [&str; 16] = [
-            "WARNING:",
-            "BUG:",
-            "BUG ",
-            "Oops",
-            "INFO: task",
-            "INFO: rcu",
-            "INFO: lockdep",
-            "INFO: trying to register",
-            "cut here",
-            "general protection",
-            "refcount_t",
-            "UBSAN:",
-            "ODEBUG:",
-            // What makes a detector blind.
-            "Disabling lock debugging",
-            "leak detector disabled",
-            "page allocation failure",
-        ];
-        let mut text = String::new();
-        let mut inside = false;
-        for record in self.log(6)? {
-            // A warning is of use with its call trace only.
-            inside |= record.text.contains("cut here");
-            if inside || WORDS.iter().any(|word| record.text.contains(word)) {
-                text.push_str(&record.text);
-                text.push('\n');
-            }
-            inside &= !record.text.contains("end trace");
-        }
+        let mut text = complaints(&self.log(6)?, &self.expected());
         text.push_str(&self.detectors.complaints(self)?);
         Ok(text)
     }
@@ -749,6 +921,54 @@ impl Detectors {
     }
 }
 
+/// The reports in a log that speak of something that is wrong, but for those in which an `expected`
+/// text stands.
+fn complaints(log: &[Record], expected: &[&str]) -> String {
+    const WORDS: [&str; 18] = [
+        "WARNING:",
+        "BUG:",
+        "BUG ",
+        "Oops",
+        "INFO: task",
+        "INFO: rcu",
+        "INFO: lockdep",
+        "INFO: trying to register",
+        "cut here",
+        "general protection",
+        "refcount_t",
+        "UBSAN:",
+        "ODEBUG:",
+        // What makes a detector blind.
+        "Disabling lock debugging",
+        "leak detector disabled",
+        "page allocation failure",
+        // A disk, and what stands on it.
+        "I/O error",
+        "EXT4-fs error",
+    ];
+    // Whose errors (level 3, or worse) are wrong whatever they say.
+    const STORAGE: [&str; 5] = ["EXT4-fs", "JBD2", "XFS", "BTRFS", "device-mapper"];
+    let is_wrong = |it: &Record| {
+        let storage = it.level <= 3 && STORAGE.iter().any(|who| it.text.starts_with(who));
+        storage || WORDS.iter().any(|word| it.text.contains(word))
+    };
+    let is_expected = |it: &Record| expected.iter().any(|text| it.text.contains(text));
+    let mut text = String::new();
+    let mut rest = log;
+    while !rest.is_empty() {
+        // A warning is of use with its call trace only, and expected as a whole.
+        let (report, next) = rest.split_at(report_len(rest));
+        if report.iter().any(is_wrong) && !report.iter().any(is_expected) {
+            for record in report {
+                text.push_str(&record.text);
+                text.push('\n');
+            }
+        }
+        rest = next;
+    }
+    text
+}
+
 /// The log without the reports of the kernel that [are of itself alone](is_foreign).
 fn without_foreign_reports(records: Vec<Record>) -> Vec<Record> {
     let mut kept = Vec::new();
@@ -829,12 +1049,27 @@ pub enum Blocking {
     No,
 }
 
+/// An `ioctl(2)` as the agent is asked to make it.
+#[derive(Clone, Debug)]
+pub struct Ioctl {
+    /// Its number.
+    pub request: u32,
+    /// What its argument points to.
+    pub argument: Vec<u8>,
+    /// The descriptor that goes into that.
+    pub put: Option<Put>,
+    /// Whether the call is made without CAP_SYS_ADMIN.
+    pub unprivileged: bool,
+}
+
 /// The guest's `/dev/vmbus/hv_vss`, held open by the agent: the case is the daemon.
 ///
 /// Every method is one system call. It is not closed when dropped but at the end of the case.
 #[derive(Clone, Copy)]
 pub struct Device<'a> {
     agent: &'a Agent,
+    /// Which agent has it open, if it is another than this.
+    pid: Option<i32>,
     handle: u64,
 }
 
@@ -845,10 +1080,22 @@ impl std::fmt::Debug for Device<'_> {
 }
 
 impl Device<'_> {
+    /// The command for the agent that has the device open.
+    fn asks(&self, command: Command) -> Command {
+        match self.pid {
+            Some(pid) => Command::In {
+                pid,
+                does: Box::new(command),
+            },
+            None => command,
+        }
+    }
+
     /// `write(2)`: how many bytes were taken.
     pub fn write(&self, bytes: &[u8]) -> Result<usize, CallError> {
         let (handle, hex) = (self.handle, to_hex(bytes));
-        self.agent.call(Command::DevWrite { handle, hex }, STEP)
+        let write = Command::DevWrite { handle, hex };
+        self.agent.call(self.asks(write), STEP)
     }
 
     /// `read(2)` into a buffer of `len` bytes.
@@ -860,7 +1107,8 @@ impl Device<'_> {
     /// Starts a `read(2)` and does not wait for its return.
     pub fn start_read(&self, len: usize) -> Result<Pending, CallError> {
         let handle = self.handle;
-        self.agent.start(Command::DevRead { handle, len })
+        self.agent
+            .start(self.asks(Command::DevRead { handle, len }))
     }
 
     /// Waits for the return of a `read(2)`.
@@ -880,11 +1128,11 @@ impl Device<'_> {
 
     /// Starts a `poll(2)` for these events and does not wait for its return.
     pub fn start_poll(&self, events: &[&str], limit: Duration) -> Result<Pending, CallError> {
-        self.agent.start(Command::DevPoll {
+        self.agent.start(self.asks(Command::DevPoll {
             handle: self.handle,
             timeout_ms: limit.as_millis().try_into().unwrap_or(u16::MAX),
             events: events.iter().map(|it| it.to_string()).collect(),
-        })
+        }))
     }
 
     /// Waits for the return of a `poll(2)`.
@@ -901,13 +1149,13 @@ impl Device<'_> {
         seed: u64,
         templates: &[&[u8]],
     ) -> Result<Pending, CallError> {
-        self.agent.start(Command::DevStorm {
+        self.agent.start(self.asks(Command::DevStorm {
             handle: self.handle,
             threads,
             writes,
             seed,
             templates: templates.iter().map(|it| to_hex(it)).collect(),
-        })
+        }))
     }
 
     /// Waits for the end of the writes.
@@ -915,10 +1163,33 @@ impl Device<'_> {
         self.agent.finish(pending, limit)
     }
 
+    /// `ioctl(2)` with this argument, into which the descriptor goes that is to be put there.
+    pub fn ioctl(&self, call: &Ioctl) -> Result<(), CallError> {
+        let pending = self.start_ioctl(call)?;
+        self.finish_ioctl(pending, STEP)
+    }
+
+    /// Starts an `ioctl(2)` and does not wait for its return.
+    pub fn start_ioctl(&self, call: &Ioctl) -> Result<Pending, CallError> {
+        self.agent.start(self.asks(Command::DevIoctl {
+            handle: self.handle,
+            request: call.request,
+            hex: to_hex(&call.argument),
+            put: call.put.clone(),
+            unprivileged: call.unprivileged,
+        }))
+    }
+
+    /// Waits for the return of an `ioctl(2)`.
+    pub fn finish_ioctl(&self, pending: Pending, limit: Duration) -> Result<(), CallError> {
+        self.agent.finish(pending, limit)
+    }
+
     /// `close(2)`.
     pub fn close(self) -> Result<(), CallError> {
         let handle = self.handle;
-        self.agent.call(Command::DevClose { handle }, STEP)
+        self.agent
+            .call(self.asks(Command::DevClose { handle }), STEP)
     }
 }
 
@@ -976,6 +1247,60 @@ mod tests {
         let cut = ["=====", "BUG: KCSAN: data-race in a / b", " a+0x1/0x2"];
         assert_eq!(text(log(&cut)), cut);
         assert_eq!(text(log(&known[..3])), known[..3]);
+    }
+
+    #[test]
+    fn errors_of_disks_and_file_systems_are_complaints() {
+        let record = |level, text: &str| Record {
+            level,
+            at_us: 0,
+            text: text.into(),
+        };
+        let log = [
+            record(6, "EXT4-fs (ram1): mounted filesystem r/w"),
+            record(2, "EXT4-fs error (device ram1): ext4_find_entry:1"),
+            record(1, "XFS (ram2): Filesystem has been shut down"),
+            record(5, "XFS (ram2): Mounting V5 Filesystem"),
+            record(3, "BTRFS: error (device ram3) in write_all_supers:4"),
+            record(
+                3,
+                "Buffer I/O error on dev dm-0, logical block 1, lost sync page write",
+            ),
+            record(6, "all is well"),
+        ];
+        let found = complaints(&log, &[]);
+        let found: Vec<&str> = found.lines().collect();
+        let wrong = [&log[1], &log[2], &log[4], &log[5]].map(|it| it.text.as_str());
+        assert_eq!(found, wrong);
+        let found = complaints(&log, &["(ram2)", "I/O error", "device ram"]);
+        assert_eq!(found, "");
+    }
+
+    #[test]
+    fn only_the_expected_report_is_left_out() {
+        let lines = |lines: &[&str]| -> Vec<Record> {
+            let record = |text: &&str| Record {
+                level: 4,
+                at_us: 0,
+                text: (*text).into(),
+            };
+            lines.iter().map(record).collect()
+        };
+        let first = [
+            "--- cut here ---",
+            "WARNING: a",
+            " expected+0x1",
+            "--- end trace ---",
+        ];
+        let second = [
+            "--- cut here ---",
+            "WARNING: b",
+            " other+0x1",
+            "--- end trace ---",
+        ];
+        let log = lines(&[first, second].concat());
+        let found = complaints(&log, &["expected+"]);
+        assert_eq!(found.lines().collect::<Vec<_>>(), second);
     }
 
     #[test]

@@ -9,10 +9,12 @@
 mod cases;
 mod demo;
 mod runner;
+mod shard;
 
 use anyhow::{ensure, Context, Result};
 use clap::{Parser, Subcommand};
 use e2e::guest;
+use hyperv_sim::VmbusVersion;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -48,9 +50,34 @@ enum Action {
         /// How many times longer than usual everything may take: for a slow kernel
         #[arg(long, value_name = "TIMES", default_value_t = 1)]
         patience: u32,
+        /// Virtual CPUs of every guest [default: what each case is made for]
+        #[arg(long)]
+        cpus: Option<u8>,
+        /// The newest VMBus version of every host, such as 4.1 [default: as with --cpus]
+        #[arg(long, value_parser = parse_vmbus)]
+        vmbus: Option<VmbusVersion>,
+        /// Run only this part of them, such as 1/2
+        #[arg(long, value_name = "PART")]
+        shard: Option<shard::Shard>,
+    },
+    /// Add up what the parts of a run have left, and count it
+    Sum {
+        /// The verdicts of each part
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// Where to write them together, with what is made from them
+        #[arg(long, value_name = "FOLDER")]
+        results: PathBuf,
     },
     /// Back up a guest once, slowly enough to read along
     Demo,
+}
+
+/// The VMBus version of that name.
+fn parse_vmbus(name: &str) -> Result<VmbusVersion, String> {
+    let known = VmbusVersion::ALL;
+    let found = known.into_iter().find(|it| it.to_string() == name);
+    found.ok_or_else(|| format!("the simulated host speaks {known:?}"))
 }
 
 /// The cases whose name matches one of the patterns, in their usual order.
@@ -71,6 +98,17 @@ fn select(globs: &[String]) -> Result<Vec<cases::Case>> {
     Ok(chosen)
 }
 
+/// Leaves what is for people, and says whether everything passed. The comparison is made from all cases
+/// or not at all.
+fn report(results: &Path, verdicts: &[runner::Verdict]) -> Result<bool> {
+    let ran = |case: &cases::Case| verdicts.iter().any(|it| it.name == case.name);
+    if cases::all().iter().all(|case| case.on_request || ran(case)) {
+        runner::write_comparison(&results.join("comparison.md"), verdicts)?;
+    }
+    runner::print_slowest(verdicts);
+    Ok(runner::close(verdicts))
+}
+
 fn perform(action: Action) -> Result<bool> {
     match action {
         Action::List { globs } => {
@@ -85,19 +123,32 @@ fn perform(action: Action) -> Result<bool> {
             rounds,
             seed,
             patience,
+            cpus,
+            vmbus,
+            shard,
         } => {
             cases::set_schedule(rounds, seed);
             let mut chosen = select(&globs)?;
             chosen.retain(|case| !case.on_request || globs.iter().any(|glob| glob == case.name));
+            for case in &mut chosen {
+                case.machine.cpus = cpus.unwrap_or(case.machine.cpus);
+                case.machine.vmbus = vmbus.unwrap_or(case.machine.vmbus);
+            }
             // Cases that want the same machine stand together; their order is kept otherwise.
             chosen.sort_by_key(|case| case.machine);
+            if let Some(shard) = shard {
+                chosen = shard.of(chosen);
+            }
             let images = guest::Images::prepare(Path::new("."))?.with_patience(patience);
             let verdicts = runner::run_all(&images, &chosen);
             let json = json.unwrap_or_else(|| images.results().join("e2e.json"));
             runner::write_json(&json, &verdicts)?;
-            let comparison = images.results().join("comparison.md");
-            runner::write_comparison(&comparison, &verdicts)?;
-            Ok(runner::close(&verdicts))
+            report(images.results(), &verdicts)
+        }
+        Action::Sum { files, results } => {
+            let verdicts = shard::collect(&files, &cases::all())?;
+            runner::write_json(&results.join("e2e.json"), &verdicts)?;
+            report(&results, &verdicts)
         }
         Action::Demo => {
             let images = guest::Images::prepare(Path::new("."))?;

@@ -10,7 +10,7 @@ use crate::cases::Case;
 use anyhow::{anyhow, Context, Result};
 use e2e::guest::{Comparison, Guest, Images};
 use hyperv_sim::Exit;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::mpsc::{channel, RecvTimeoutError};
@@ -24,9 +24,10 @@ const CASE_LIMIT: Duration = Duration::from_secs(90);
 const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// How one case went.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Verdict {
-    name: &'static str,
+    /// The case's.
+    pub name: String,
     passed: bool,
     seconds: f64,
     error: Option<String>,
@@ -76,7 +77,7 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
             }
         };
         verdicts.push(Verdict {
-            name: case.name,
+            name: case.name.to_string(),
             passed: error.is_none(),
             seconds,
             error,
@@ -148,6 +149,19 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
         .map(String::as_str)
         .or_else(|| panic.downcast_ref::<&str>().copied());
     format!("the case panicked: {}", text.unwrap_or("no message"))
+}
+
+/// How many of the slowest cases are named.
+const SLOWEST: usize = 10;
+
+/// Names the cases that took longest.
+pub fn print_slowest(verdicts: &[Verdict]) {
+    let mut slowest: Vec<&Verdict> = verdicts.iter().collect();
+    slowest.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+    println!("the slowest cases:");
+    for verdict in slowest.iter().take(SLOWEST) {
+        println!("{:7.1} s  {}", verdict.seconds, verdict.name);
+    }
 }
 
 /// Prints the closing line and says whether everything passed.

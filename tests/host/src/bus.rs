@@ -4,25 +4,24 @@
 //!
 //! Virtual CPUs come in with hypercalls, tests with wishes; each carries out at once what follows from
 //! it, so there is no thread in between and a latency is the guest's, not this program's. It does not
-//! know KVM, and of the integration components only the header that names a reply's status.
+//! know KVM, nor what the devices' packets mean.
 
-use crate::channel::{Negotiated, Tx};
+use crate::device::{Device, Outgoing, Place, Wishes};
 use crate::event::{Event, EventKind};
 use crate::guest_ring::{GuestRing, GuestRingError};
-use crate::ic::{IcHeader, Version};
 use crate::synic::{Posted, Registers, SynIc};
 use crate::vm::Exit;
 use crate::vmbus::control::{Effect, Offer, Opening, Server, MESSAGE_PORT};
-use crate::vmbus::protocol::{Guid, VmbusVersion, MAX_MESSAGE};
-use crate::vmbus::ring::{Descriptor, Field, Reader, RingError, RingMem, Sent, Writer};
-use std::collections::{BTreeMap, VecDeque};
+use crate::vmbus::protocol::{VmbusVersion, MAX_MESSAGE};
+use crate::vmbus::ring::{Field, Reader, RingError, RingMem, Sent, Writer};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::little_endian::U32;
 use zerocopy::FromBytes;
 
-/// How many events, unasked packets and open transactions are kept; beyond that the oldest go.
+/// How many events are kept; beyond that the oldest go.
 const KEEP: usize = 100_000;
 
 /// Type of a VMBus message in a SynIC slot.
@@ -43,49 +42,6 @@ mod hypercall {
 /// Takes a lock whose holder cannot have left half-done work that matters.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What a channel is, for good.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct ChannelInfo {
-    pub name: &'static str,
-    pub relid: u32,
-    pub class: Guid,
-    pub instance: Guid,
-    /// Type of its messages.
-    pub message_type: u16,
-    /// Message version of requests before any negotiation.
-    pub default_version: Version,
-}
-
-impl ChannelInfo {
-    /// The connection on which the guest signals it.
-    fn connection_id(&self) -> u32 {
-        0x1_0000 + self.relid
-    }
-}
-
-/// A packet that waits for room in the ring.
-struct Outgoing {
-    tx: Tx,
-    descriptor: Descriptor,
-    payload: Vec<u8>,
-}
-
-/// A packet that was sent, or is about to be.
-struct Transaction {
-    name: String,
-    /// Which opening of the channel it belongs to.
-    opening: u64,
-    sent: Option<Instant>,
-    reply: Option<RawReply>,
-}
-
-/// An answer as it came.
-pub(crate) struct RawReply {
-    pub bytes: Vec<u8>,
-    pub at: Instant,
-    pub latency: Duration,
 }
 
 /// One of the two rings of a channel.
@@ -117,27 +73,17 @@ struct Link {
 
 /// One channel and what is going on there.
 pub(crate) struct Chan {
-    pub info: ChannelInfo,
+    device: Box<dyn Device>,
+    place: Place,
     link: Option<Link>,
     /// How often the guest has opened it.
     pub openings: u64,
     /// Taken back and not yet released.
     pub revoked: bool,
-    pub negotiated: Option<Negotiated>,
     /// What becomes of the next wish to open it.
     pub on_open: OnOpen,
+    /// Packets that wait for room in the ring.
     outbox: VecDeque<Outgoing>,
-    transactions: BTreeMap<Tx, Transaction>,
-    strays: VecDeque<Vec<u8>>,
-}
-
-/// What asking for a reply can bring.
-pub(crate) enum ReplyState {
-    Here(RawReply),
-    NotYet,
-    /// The channel was closed since the request.
-    Closed,
-    Unknown,
 }
 
 /// Why a packet cannot be sent.
@@ -147,17 +93,15 @@ pub(crate) enum SendError {
 }
 
 impl Chan {
-    fn new(info: ChannelInfo) -> Self {
+    fn new(device: Box<dyn Device>) -> Self {
         Chan {
-            info,
+            place: device.offer(),
+            device,
             link: None,
             openings: 0,
             revoked: false,
-            negotiated: None,
             on_open: OnOpen::default(),
             outbox: VecDeque::new(),
-            transactions: BTreeMap::new(),
-            strays: VecDeque::new(),
         }
     }
 
@@ -168,32 +112,6 @@ impl Chan {
     /// Whether packets still wait for room.
     pub(crate) fn has_unsent(&self) -> bool {
         !self.outbox.is_empty()
-    }
-
-    pub(crate) fn take_reply(&mut self, tx: Tx) -> ReplyState {
-        let closed = self.link.is_none();
-        let Some(transaction) = self.transactions.get_mut(&tx) else {
-            return ReplyState::Unknown;
-        };
-        if let Some(reply) = transaction.reply.take() {
-            self.transactions.remove(&tx);
-            return ReplyState::Here(reply);
-        }
-        if closed || transaction.opening != self.openings {
-            self.transactions.remove(&tx);
-            return ReplyState::Closed;
-        }
-        ReplyState::NotYet
-    }
-
-    pub(crate) fn take_strays(&mut self) -> Vec<Vec<u8>> {
-        self.strays.drain(..).collect()
-    }
-
-    /// Forgets all that was sent and all that came: what comes now answers nothing.
-    pub(crate) fn forget(&mut self) {
-        self.transactions.clear();
-        self.strays.clear();
     }
 
     fn ring(&self, side: Side) -> Option<&GuestRing> {
@@ -235,36 +153,38 @@ pub(crate) struct Bus {
     /// Messages that wait for the guest's slot.
     messages: VecDeque<(u32, Vec<u8>)>,
     log: VecDeque<Event>,
-    next_tx: u64,
     pub gone: Option<Exit>,
 }
 
 impl Bus {
-    /// A bus with these channels, each offered from the start or not.
+    /// A bus with these devices, each offered from the start or not.
     pub(crate) fn new(
         memory: GuestMemoryMmap,
         synic: Arc<SynIc>,
         versions: Vec<VmbusVersion>,
-        channels: &[(ChannelInfo, bool)],
+        devices: Vec<(Box<dyn Device>, bool)>,
     ) -> Self {
-        let offers = channels.iter().map(|(info, wanted)| {
+        let mut offers = Vec::new();
+        let mut channels = Vec::new();
+        for (device, wanted) in devices {
+            let channel = Chan::new(device);
             let offer = Offer {
-                relid: info.relid,
-                class: info.class,
-                instance: info.instance,
-                connection_id: info.connection_id(),
+                relid: channel.place.relid,
+                class: channel.place.class,
+                instance: channel.place.instance,
+                connection_id: channel.place.connection_id(),
             };
-            (offer, *wanted)
-        });
+            offers.push((offer, wanted));
+            channels.push(channel);
+        }
         Bus {
             started: Instant::now(),
             memory,
             synic,
             server: Server::new(versions, offers),
-            channels: channels.iter().map(|(info, _)| Chan::new(*info)).collect(),
+            channels,
             messages: VecDeque::new(),
             log: VecDeque::new(),
-            next_tx: 1,
             gone: None,
         }
     }
@@ -282,7 +202,7 @@ impl Bus {
     }
 
     pub(crate) fn channel(&mut self, relid: u32) -> Option<&mut Chan> {
-        self.channels.iter_mut().find(|c| c.info.relid == relid)
+        self.channels.iter_mut().find(|c| c.place.relid == relid)
     }
 
     pub(crate) fn note(&mut self, channel: &'static str, kind: EventKind) {
@@ -298,7 +218,7 @@ impl Bus {
     }
 
     fn name(&mut self, relid: u32) -> &'static str {
-        self.channel(relid).map_or("vmbus", |c| c.info.name)
+        self.channel(relid).map_or("vmbus", |c| c.place.name)
     }
 
     // What the virtual CPUs bring.
@@ -365,14 +285,14 @@ impl Bus {
     }
 
     fn signal_event(&mut self, connection_id: u32) -> u64 {
-        let info = self
+        let place = self
             .channels
             .iter()
-            .map(|c| c.info)
-            .find(|info| info.connection_id() == connection_id);
-        match info {
-            Some(info) => {
-                self.service(info.relid);
+            .map(|c| c.place)
+            .find(|place| place.connection_id() == connection_id);
+        match place {
+            Some(place) => {
+                self.service(place.relid);
                 hypercall::SUCCESS
             }
             None => hypercall::INVALID_CONNECTION_ID,
@@ -395,42 +315,30 @@ impl Bus {
         self.server.withhold(relid);
     }
 
-    /// Puts a packet on its way; `payload` is made from the transaction that it gets.
-    pub(crate) fn send(
-        &mut self,
-        relid: u32,
-        name: &str,
-        descriptor: Descriptor,
-        payload: impl FnOnce(Tx) -> Vec<u8>,
-    ) -> Result<Tx, SendError> {
-        let tx = Tx(self.next_tx);
+    /// Puts a packet on its way.
+    pub(crate) fn send(&mut self, relid: u32, packet: Outgoing) -> Result<(), SendError> {
         let channel = self.channel(relid).ok_or(SendError::NotOpen)?;
         let link = channel.link.as_ref().ok_or(SendError::NotOpen)?;
-        let payload = payload(tx);
         let ring = link.writer.data_len();
         // Descriptor and trailer; a ring is never filled entirely.
-        let packet = 16 + payload.len().next_multiple_of(8) + 8;
-        if packet >= ring {
-            return Err(SendError::TooLarge { packet, ring });
+        let bytes = 16 + packet.payload.len().next_multiple_of(8) + 8;
+        if bytes >= ring {
+            return Err(SendError::TooLarge {
+                packet: bytes,
+                ring,
+            });
         }
-        if channel.transactions.len() >= KEEP {
-            channel.transactions.pop_first();
-        }
-        let transaction = Transaction {
-            name: name.to_string(),
-            opening: channel.openings,
-            sent: None,
-            reply: None,
-        };
-        channel.transactions.insert(tx, transaction);
-        channel.outbox.push_back(Outgoing {
-            tx,
-            descriptor,
-            payload,
-        });
-        self.next_tx += 1;
+        channel.outbox.push_back(packet);
         self.flush_channel(relid);
-        Ok(tx)
+        Ok(())
+    }
+
+    /// The same for what belongs to one opening of the channel: without effect when that is over.
+    pub(crate) fn send_within(&mut self, relid: u32, opening: u64, packet: Outgoing) {
+        if self.channel(relid).is_some_and(|c| c.openings == opening) {
+            // One that was closed in the meantime has nobody to tell.
+            let _ = self.send(relid, packet);
+        }
     }
 
     /// Signals the guest on a channel, whether there is something in the ring or not.
@@ -509,13 +417,18 @@ impl Bus {
         match link {
             Ok(link) => {
                 let ring = link.writer.data_len();
+                let mut wishes = Wishes::default();
                 if let Some(channel) = self.channel(relid) {
                     channel.link = Some(link);
                     channel.openings += 1;
-                    channel.negotiated = None;
                     channel.outbox.clear();
+                    channel.device.opened(channel.openings, &mut wishes);
                 }
                 self.note(name, EventKind::Opened { ring });
+                for packet in wishes.send {
+                    // One that can never fit is not sent, which the log shows.
+                    let _ = self.send(relid, packet);
+                }
             }
             Err(error) => self.note(name, EventKind::Violation(chain(&error))),
         }
@@ -539,8 +452,8 @@ impl Bus {
     fn close(&mut self, relid: u32) {
         if let Some(channel) = self.channel(relid) {
             channel.link = None;
-            channel.negotiated = None;
             channel.outbox.clear();
+            channel.device.closed();
         }
     }
 
@@ -574,15 +487,19 @@ impl Bus {
             let Some(channel) = self.channel(relid) else {
                 return;
             };
-            let name = channel.info.name;
+            let name = channel.place.name;
             let Some(link) = &mut channel.link else {
                 return;
             };
             match link.reader.receive() {
                 Ok(Some((packet, room))) => {
                     let target_vp = link.target_vp;
-                    let kind = channel.arrived(Tx(packet.transaction), packet.payload, at);
-                    self.note_at(at, name, kind);
+                    let mut wishes = Wishes::default();
+                    channel.device.packet(packet, at, &mut wishes);
+                    channel.outbox.extend(wishes.send);
+                    for kind in wishes.notes {
+                        self.note_at(at, name, kind);
+                    }
                     if room {
                         self.signal(target_vp, relid);
                     }
@@ -602,33 +519,26 @@ impl Bus {
             let Some(channel) = self.channel(relid) else {
                 return;
             };
-            let name = channel.info.name;
+            let name = channel.place.name;
             let (Some(link), Some(next)) = (&mut channel.link, channel.outbox.front()) else {
                 return;
             };
             let Outgoing {
-                tx,
+                transaction,
                 descriptor,
                 ref payload,
             } = *next;
-            match link.writer.send_as(descriptor, tx.0, payload) {
+            match link.writer.send_as(descriptor, transaction, payload) {
                 Ok(Sent::Full) => return,
                 Ok(Sent::Yes { signal }) => {
                     let at = Instant::now();
                     let target_vp = link.target_vp;
                     let bytes = payload.len();
                     channel.outbox.pop_front();
-                    let mut what = String::new();
-                    if let Some(transaction) = channel.transactions.get_mut(&tx) {
-                        transaction.sent = Some(at);
-                        what.clone_from(&transaction.name);
+                    let note = channel.device.sent(transaction, bytes, at);
+                    if let Some(kind) = note {
+                        self.note_at(at, name, kind);
                     }
-                    let kind = EventKind::Sent {
-                        tx,
-                        name: what,
-                        bytes,
-                    };
-                    self.note_at(at, name, kind);
                     if signal {
                         self.signal(target_vp, relid);
                     }
@@ -656,32 +566,6 @@ impl Bus {
             }
             Err(error) => self.note("vmbus", EventKind::Violation(chain(&error))),
         }
-    }
-}
-
-impl Chan {
-    /// Files a packet from the guest and says what it was.
-    fn arrived(&mut self, tx: Tx, bytes: Vec<u8>, at: Instant) -> EventKind {
-        let header = IcHeader::read_from_prefix(&bytes).ok();
-        let transaction = self.transactions.get_mut(&tx);
-        if let (Some((header, _)), Some(transaction)) = (header, transaction) {
-            if let (Some(sent), None) = (transaction.sent, &transaction.reply) {
-                let latency = at.saturating_duration_since(sent);
-                transaction.reply = Some(RawReply { bytes, at, latency });
-                return EventKind::Reply {
-                    tx,
-                    name: transaction.name.clone(),
-                    status: header.status.get(),
-                    latency,
-                };
-            }
-        }
-        if self.strays.len() >= KEEP {
-            self.strays.pop_front();
-        }
-        let len = bytes.len();
-        self.strays.push_back(bytes);
-        EventKind::Stray { tx, bytes: len }
     }
 }
 

@@ -1,22 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The handle of one channel: negotiation, requests, raw packets, rescind and offer.
+//! The handles of channels: [`Channel`] for what all have (open, rescind, offer), [`IcChannel`] for
+//! those on which the host asks and the guest answers (negotiation, requests, raw packets).
 //!
 //! What travels in a request's body is not known here; the integration components put their
 //! own handles on top.
 
-use crate::bus::{Chan, ChannelInfo, OnOpen, RawReply, ReplyState, SendError, Side};
+use crate::bus::{lock, Chan, OnOpen, SendError, Side};
+use crate::device::Place;
 use crate::event::{Event, EventKind};
 use crate::host::{Host, HostError};
+use crate::ic::device::{self, Component, Dialogue, RawReply, ReplyState};
 use crate::ic::{message_type, negotiate_body, parse_negotiated, status};
 use crate::ic::{Envelope, IcHeader, Version};
 use crate::vmbus::protocol::{packet_type, Guid};
 use crate::vmbus::ring::{Descriptor, Field};
+use std::ops::Deref;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use zerocopy::FromBytes;
 
 /// The descriptor of a proper request.
-const IN_BAND: Descriptor = Descriptor::new(packet_type::DATA_INBAND, 1);
+pub(crate) const IN_BAND: Descriptor = Descriptor::new(packet_type::DATA_INBAND, 1);
 
 /// Names one packet that was sent: the transaction id in its descriptor, which the guest repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
@@ -63,23 +68,23 @@ impl Reply {
 #[derive(Clone)]
 pub struct Channel {
     pub(crate) host: Host,
-    pub(crate) info: ChannelInfo,
+    pub(crate) place: Place,
 }
 
 impl Channel {
-    /// `vss`, `heartbeat` or `shutdown`.
+    /// `vss`, `heartbeat`, `shutdown` or `scsi-0` and so on.
     pub fn name(&self) -> &'static str {
-        self.info.name
+        self.place.name
     }
 
     /// Class GUID of the device.
     pub fn class(&self) -> Guid {
-        self.info.class
+        self.place.class
     }
 
     /// Instance GUID, as in the name of the guest's directory below `/sys/bus/vmbus/devices`.
     pub fn instance(&self) -> Guid {
-        self.info.instance
+        self.place.instance
     }
 
     /// Whether the guest has the channel open now.
@@ -91,11 +96,6 @@ impl Channel {
     /// was closed and opened again.
     pub fn openings(&self) -> u64 {
         self.with(|chan| chan.openings)
-    }
-
-    /// What the last negotiation on this opening settled.
-    pub fn negotiated(&self) -> Option<Negotiated> {
-        self.with(|chan| chan.negotiated)
     }
 
     /// Waits until the guest has the channel open (its driver is bound).
@@ -129,18 +129,132 @@ impl Channel {
 
     /// Takes the channel back from the guest, open or not. Without effect on one that is not offered.
     pub fn rescind(&self) {
-        self.host.change(|bus| bus.rescind(self.info.relid));
+        self.host.change(|bus| bus.rescind(self.place.relid));
     }
 
     /// Leaves the channel to the guest until that leaves the bus, and does not offer it when it comes
     /// back: a device that was removed while the guest hibernated.
     pub fn withhold(&self) {
-        self.host.change(|bus| bus.withhold(self.info.relid));
+        self.host.change(|bus| bus.withhold(self.place.relid));
     }
 
     /// Offers the channel again. When the guest has yet to release it, the offer follows the release.
     pub fn offer(&self) {
-        self.host.change(|bus| bus.offer(self.info.relid));
+        self.host.change(|bus| bus.offer(self.place.relid));
+    }
+
+    /// What the host does from now on when the guest asks to open the channel.
+    pub fn on_open(&self, what: OnOpen) {
+        self.host.change(|bus| {
+            if let Some(chan) = bus.channel(self.place.relid) {
+                chan.on_open = what;
+            }
+        });
+    }
+
+    /// Writes a field in the header of one of the rings, whoever's field it is, and returns what was
+    /// there. Neither side is signalled.
+    pub fn poke(&self, side: Side, field: Field, value: u32) -> Result<u32, HostError> {
+        let old = self.host.change(|bus| {
+            let chan = bus.channel(self.place.relid)?;
+            chan.poke(side, field, value)
+        });
+        old.ok_or_else(|| self.not_open("a write to the ring's header"))
+    }
+
+    /// Signals the guest, whatever is in the ring.
+    pub fn signal(&self) {
+        self.host.change(|bus| bus.signal_channel(self.place.relid));
+    }
+
+    /// Whether the guest has read all that was sent to it.
+    pub fn is_read(&self) -> Result<bool, HostError> {
+        self.host
+            .change(|bus| bus.channel(self.place.relid)?.is_read())
+            .ok_or_else(|| self.not_open("look into its ring"))
+    }
+
+    /// Gives up what was sent and not read, and goes on where the guest reads: after packets or
+    /// indices that lied. Says whether the guest had read all; one that was led astray may still be
+    /// on the move, and is shown the end anew by the next call.
+    pub fn resync(&self) -> Result<bool, HostError> {
+        self.host
+            .change(|bus| bus.channel(self.place.relid)?.resync())
+            .ok_or_else(|| self.not_open("new start in its ring"))
+    }
+
+    /// Waits until all that was sent is in the guest's ring.
+    pub fn wait_sent(&self, timeout: Duration) -> Result<(), HostError> {
+        self.wait_chan("room for the packets", timeout, |chan| {
+            (!chan.has_unsent()).then_some(Ok(()))
+        })
+    }
+
+    /// The events of this channel.
+    pub fn events(&self) -> Vec<Event> {
+        let bus = self.host.bus();
+        let events = bus.log().filter(|event| event.channel == self.place.name);
+        events.cloned().collect()
+    }
+
+    fn with<T: Default>(&self, f: impl FnOnce(&Chan) -> T) -> T {
+        let mut bus = self.host.bus();
+        bus.channel(self.place.relid)
+            .map(|chan| f(chan))
+            .unwrap_or_default()
+    }
+
+    fn wait_chan(
+        &self,
+        what: &str,
+        timeout: Duration,
+        mut f: impl FnMut(&Chan) -> Option<Result<(), HostError>>,
+    ) -> Result<(), HostError> {
+        self.host.wait_for(self.place.name, what, timeout, |bus| {
+            bus.channel(self.place.relid).and_then(|chan| f(chan))
+        })
+    }
+
+    fn not_open(&self, what: &str) -> HostError {
+        HostError::NotOpen {
+            channel: self.place.name,
+            what: what.to_string(),
+        }
+    }
+}
+
+/// The channel of an integration component. All that a [`Channel`] can do, it can do too.
+#[derive(Clone)]
+pub struct IcChannel {
+    channel: Channel,
+    component: Component,
+    dialogue: Arc<Mutex<Dialogue>>,
+}
+
+impl Deref for IcChannel {
+    type Target = Channel;
+
+    fn deref(&self) -> &Channel {
+        &self.channel
+    }
+}
+
+impl IcChannel {
+    pub(crate) fn new(
+        channel: Channel,
+        component: Component,
+        dialogue: Arc<Mutex<Dialogue>>,
+    ) -> Self {
+        IcChannel {
+            channel,
+            component,
+            dialogue,
+        }
+    }
+
+    /// What the last negotiation on this opening settled.
+    pub fn negotiated(&self) -> Option<Negotiated> {
+        self.dialogue(|dialogue| dialogue.negotiated)
     }
 
     /// Offers these versions and returns the guest's choice, which later requests carry.
@@ -164,20 +278,18 @@ impl Channel {
         })?;
         let reply = self.wait(tx, timeout)?;
         let chosen = parse_negotiated(reply.body()).map_err(|what| HostError::BadReply {
-            channel: self.info.name,
+            channel: self.place.name,
             what,
         })?;
         let chosen = chosen.map(|(framework, message)| Negotiated { framework, message });
         self.host.change(|bus| {
-            bus.note(self.info.name, EventKind::Negotiated(chosen));
-            if let Some(chan) = bus.channel(self.info.relid) {
-                chan.negotiated = chosen;
-            }
+            bus.note(self.place.name, EventKind::Negotiated(chosen));
+            lock(&self.dialogue).negotiated = chosen;
         });
         match chosen {
             Some(chosen) if reply.status() == status::OK => Ok(chosen),
             _ => Err(HostError::NegotiationRefused {
-                channel: self.info.name,
+                channel: self.place.name,
                 frameworks: frameworks.to_vec(),
                 messages: messages.to_vec(),
             }),
@@ -202,12 +314,12 @@ impl Channel {
     pub fn send_request(&self, name: &str, body: &[u8]) -> Result<Tx, HostError> {
         let negotiated = self.negotiated().unwrap_or(Negotiated {
             framework: Version::new(3, 0),
-            message: self.info.default_version,
+            message: self.component.default_version,
         });
         self.send_with(name, IN_BAND, |tx| {
             let envelope = Envelope {
                 framework: negotiated.framework,
-                message_type: self.info.message_type,
+                message_type: self.component.message_type,
                 message: negotiated.message,
                 transaction: tx.0 as u8,
             };
@@ -232,93 +344,46 @@ impl Channel {
         descriptor: Descriptor,
         payload: impl FnOnce(Tx) -> Vec<u8>,
     ) -> Result<Tx, HostError> {
-        let relid = self.info.relid;
-        let channel = self.info.name;
+        let relid = self.place.relid;
+        let channel = self.place.name;
         self.host.change(|bus| {
             if let Some(error) = self.host.guest_gone(bus, channel, name) {
                 return Err(error);
             }
-            bus.send(relid, name, descriptor, payload)
-                .map_err(|error| match error {
+            device::send(bus, relid, &self.dialogue, name, descriptor, payload).map_err(|error| {
+                match error {
                     SendError::NotOpen => self.not_open(name),
                     SendError::TooLarge { packet, ring } => HostError::TooLarge {
                         channel,
                         packet,
                         ring,
                     },
-                })
+                }
+            })
         })
     }
 
-    /// What the host does from now on when the guest asks to open the channel.
-    pub fn on_open(&self, what: OnOpen) {
-        self.host.change(|bus| {
-            if let Some(chan) = bus.channel(self.info.relid) {
-                chan.on_open = what;
-            }
-        });
-    }
-
-    /// Writes a field in the header of one of the rings, whoever's field it is, and returns what was
-    /// there. Neither side is signalled.
-    pub fn poke(&self, side: Side, field: Field, value: u32) -> Result<u32, HostError> {
-        let old = self.host.change(|bus| {
-            let chan = bus.channel(self.info.relid)?;
-            chan.poke(side, field, value)
-        });
-        old.ok_or_else(|| self.not_open("a write to the ring's header"))
-    }
-
-    /// Signals the guest, whatever is in the ring.
-    pub fn signal(&self) {
-        self.host.change(|bus| bus.signal_channel(self.info.relid));
-    }
-
-    /// Whether the guest has read all that was sent to it.
-    pub fn is_read(&self) -> Result<bool, HostError> {
-        self.host
-            .change(|bus| bus.channel(self.info.relid)?.is_read())
-            .ok_or_else(|| self.not_open("look into its ring"))
-    }
-
-    /// Gives up what was sent and not read, and goes on where the guest reads: after packets or
-    /// indices that lied. Says whether the guest had read all; one that was led astray may still be
-    /// on the move, and is shown the end anew by the next call.
-    pub fn resync(&self) -> Result<bool, HostError> {
-        self.host
-            .change(|bus| bus.channel(self.info.relid)?.resync())
-            .ok_or_else(|| self.not_open("new start in its ring"))
+    /// From now on these packets are in the guest's ring, in this order, before it is told that it has
+    /// opened the channel. They are logged as sent, by the name of `greeting`.
+    pub fn greet(&self, packets: &[Vec<u8>]) {
+        self.dialogue(|dialogue| dialogue.greeting = packets.to_vec());
     }
 
     /// Forgets all that was sent and came back so far; what comes for it later is a stray.
     pub fn forget(&self) {
-        self.host.change(|bus| {
-            if let Some(chan) = bus.channel(self.info.relid) {
-                chan.forget();
-            }
-        });
-    }
-
-    /// Waits until all that was sent is in the guest's ring.
-    pub fn wait_sent(&self, timeout: Duration) -> Result<(), HostError> {
-        self.wait_chan("room for the packets", timeout, |chan| {
-            (!chan.has_unsent()).then_some(Ok(()))
-        })
+        self.dialogue(Dialogue::forget);
     }
 
     /// Waits for the answer to `tx`, and takes it: an answer can be had once.
     pub fn wait(&self, tx: Tx, timeout: Duration) -> Result<Reply, HostError> {
         let what = format!("answer to transaction {}", tx.0);
         let unknown = HostError::UnknownTransaction {
-            channel: self.info.name,
+            channel: self.place.name,
             tx,
         };
         let mut unknown = Some(unknown);
-        let (raw, at) = self.host.wait_for(self.info.name, &what, timeout, |bus| {
-            let Some(chan) = bus.channel(self.info.relid) else {
-                return unknown.take().map(Err);
-            };
-            match chan.take_reply(tx) {
+        let (raw, at) = self.host.wait_for(self.place.name, &what, timeout, |bus| {
+            match lock(&self.dialogue).take_reply(tx) {
                 ReplyState::Here(raw) => {
                     let at = bus.since_start(raw.at);
                     Some(Ok((raw, at)))
@@ -333,8 +398,8 @@ impl Channel {
 
     /// The answer to `tx` if it has come, without waiting.
     pub fn try_reply(&self, tx: Tx) -> Option<Reply> {
-        let mut bus = self.host.bus();
-        match bus.channel(self.info.relid)?.take_reply(tx) {
+        let bus = self.host.bus();
+        match lock(&self.dialogue).take_reply(tx) {
             ReplyState::Here(raw) => {
                 let at = bus.since_start(raw.at);
                 self.reply(raw, at).ok()
@@ -346,7 +411,7 @@ impl Channel {
     fn reply(&self, raw: RawReply, at: Duration) -> Result<Reply, HostError> {
         let (header, _) =
             IcHeader::read_from_prefix(&raw.bytes).map_err(|_| HostError::BadReply {
-                channel: self.info.name,
+                channel: self.place.name,
                 what: "too short for its headers",
             })?;
         Ok(Reply {
@@ -359,41 +424,12 @@ impl Channel {
 
     /// The packets from the guest that answer nothing, taken.
     pub fn take_strays(&self) -> Vec<Vec<u8>> {
-        let mut bus = self.host.bus();
-        bus.channel(self.info.relid)
-            .map(Chan::take_strays)
-            .unwrap_or_default()
+        self.dialogue(Dialogue::take_strays)
     }
 
-    /// The events of this channel.
-    pub fn events(&self) -> Vec<Event> {
-        let bus = self.host.bus();
-        let events = bus.log().filter(|event| event.channel == self.info.name);
-        events.cloned().collect()
-    }
-
-    fn with<T: Default>(&self, f: impl FnOnce(&Chan) -> T) -> T {
-        let mut bus = self.host.bus();
-        bus.channel(self.info.relid)
-            .map(|chan| f(chan))
-            .unwrap_or_default()
-    }
-
-    fn wait_chan(
-        &self,
-        what: &str,
-        timeout: Duration,
-        mut f: impl FnMut(&Chan) -> Option<Result<(), HostError>>,
-    ) -> Result<(), HostError> {
-        self.host.wait_for(self.info.name, what, timeout, |bus| {
-            bus.channel(self.info.relid).and_then(|chan| f(chan))
-        })
-    }
-
-    fn not_open(&self, what: &str) -> HostError {
-        HostError::NotOpen {
-            channel: self.info.name,
-            what: what.to_string(),
-        }
+    /// Looks at what was asked and answered, while nothing moves on the bus.
+    fn dialogue<T>(&self, f: impl FnOnce(&mut Dialogue) -> T) -> T {
+        let _bus = self.host.bus();
+        f(&mut lock(&self.dialogue))
     }
 }

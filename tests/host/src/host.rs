@@ -2,18 +2,22 @@
 
 //! The host that a test holds: what it offers, what can go wrong with it, and waiting for it.
 
-use crate::bus::{lock, Bus, ChannelInfo};
-use crate::channel::{Channel, Tx};
+use crate::bus::{lock, Bus};
+use crate::channel::{Channel, IcChannel, Tx};
 use crate::console::Console;
+use crate::device::{Device, Outgoing, Place};
 use crate::event::{Event, EventKind};
+use crate::ic::device::{Component, Dialogue, IcDevice};
 use crate::ic::heartbeat::{self, Heartbeat};
 use crate::ic::shutdown::{self, Shutdown};
 use crate::ic::vss::{self, Vss};
 use crate::ic::{message_type, Version};
+use crate::storage::controller::{ControllerDevice, Units};
+use crate::storage::{vstor, Controller};
 use crate::synic::{Registers, SynIc};
 use crate::vm::Exit;
 use crate::vmbus::protocol::{Guid, VmbusVersion};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
 
@@ -29,22 +33,31 @@ pub struct HostConfig {
     pub heartbeat: bool,
     /// Whether shutdown is offered from the start.
     pub shutdown: bool,
+    /// How many SCSI controllers there are, without disks at first; at most
+    /// [`HostConfig::MAX_SCSI_CONTROLLERS`].
+    pub scsi_controllers: u8,
     /// How many times longer than asked whoever waits for the guest waits: limits are made for a
     /// stock kernel.
     pub patience: u32,
 }
 
 impl Default for HostConfig {
-    /// All versions, all components.
+    /// All versions, all components, no disks.
     fn default() -> Self {
         HostConfig {
             vmbus_versions: VmbusVersion::ALL.to_vec(),
             vss: true,
             heartbeat: true,
             shutdown: true,
+            scsi_controllers: 0,
             patience: 1,
         }
     }
+}
+
+impl HostConfig {
+    /// As many as a machine of a real host can have.
+    pub const MAX_SCSI_CONTROLLERS: u8 = SCSI_NAMES.len() as u8;
 }
 
 /// What can go wrong between host and guest.
@@ -143,6 +156,9 @@ const VSS: u32 = 1;
 const HEARTBEAT: u32 = 2;
 const SHUTDOWN: u32 = 3;
 const SECOND_VSS: u32 = 4;
+const FIRST_SCSI: u32 = 5;
+
+const SCSI_NAMES: [&str; 4] = ["scsi-0", "scsi-1", "scsi-2", "scsi-3"];
 
 /// The instance GUIDs are this host's own; only the classes are fixed.
 const fn instance(relid: u32) -> Guid {
@@ -154,46 +170,97 @@ const fn instance(relid: u32) -> Guid {
     )
 }
 
-const CHANNELS: [ChannelInfo; 4] = [
-    ChannelInfo {
-        name: "vss",
-        relid: VSS,
-        class: vss::CLASS,
-        instance: instance(VSS),
-        message_type: message_type::VSS,
-        default_version: Version::new(5, 0),
-    },
-    ChannelInfo {
-        name: "heartbeat",
-        relid: HEARTBEAT,
-        class: heartbeat::CLASS,
-        instance: instance(HEARTBEAT),
-        message_type: message_type::HEARTBEAT,
-        default_version: Version::new(3, 0),
-    },
-    ChannelInfo {
-        name: "shutdown",
-        relid: SHUTDOWN,
-        class: shutdown::CLASS,
-        instance: instance(SHUTDOWN),
-        message_type: message_type::SHUTDOWN,
-        default_version: Version::new(3, 0),
-    },
-    ChannelInfo {
-        name: "second-vss",
-        relid: SECOND_VSS,
-        class: vss::CLASS,
-        instance: instance(SECOND_VSS),
-        message_type: message_type::VSS,
-        default_version: Version::new(5, 0),
-    },
+const fn component(
+    name: &'static str,
+    relid: u32,
+    class: Guid,
+    message_type: u16,
+    default_version: Version,
+) -> Component {
+    Component {
+        place: Place {
+            name,
+            relid,
+            class,
+            instance: instance(relid),
+        },
+        message_type,
+        default_version,
+    }
+}
+
+const COMPONENTS: [Component; 4] = [
+    component(
+        "vss",
+        VSS,
+        vss::CLASS,
+        message_type::VSS,
+        Version::new(5, 0),
+    ),
+    component(
+        "heartbeat",
+        HEARTBEAT,
+        heartbeat::CLASS,
+        message_type::HEARTBEAT,
+        Version::new(3, 0),
+    ),
+    component(
+        "shutdown",
+        SHUTDOWN,
+        shutdown::CLASS,
+        message_type::SHUTDOWN,
+        Version::new(3, 0),
+    ),
+    component(
+        "second-vss",
+        SECOND_VSS,
+        vss::CLASS,
+        message_type::VSS,
+        Version::new(5, 0),
+    ),
 ];
+
+/// The place of a SCSI controller.
+fn scsi_place(index: u8) -> Option<Place> {
+    let name = SCSI_NAMES.get(usize::from(index))?;
+    let relid = FIRST_SCSI + u32::from(index);
+    Some(Place {
+        name,
+        relid,
+        class: vstor::CLASS,
+        instance: instance(relid),
+    })
+}
 
 struct Shared {
     bus: Mutex<Bus>,
     /// Notified after every change of the bus.
     changed: Condvar,
+    /// What was asked and answered on the components' channels, in the order of [`COMPONENTS`].
+    dialogues: [Arc<Mutex<Dialogue>>; COMPONENTS.len()],
+    /// The disks of the SCSI controllers.
+    units: Vec<Arc<Mutex<Units>>>,
     console: Arc<Console>,
+}
+
+/// A handle that does not keep the host alive: for the threads of its devices.
+#[derive(Clone)]
+pub(crate) struct WeakHost(Weak<Shared>);
+
+impl WeakHost {
+    /// A handle of no host: what is sent goes nowhere.
+    #[cfg(test)]
+    pub(crate) fn nobody() -> Self {
+        WeakHost(Weak::new())
+    }
+
+    /// Sends what belongs to one opening of a channel, if that is not over.
+    pub(crate) fn send_within(&self, relid: u32, opening: u64, packet: Outgoing) {
+        if let Some(shared) = self.0.upgrade() {
+            lock(&shared.bus).send_within(relid, opening, packet);
+            shared.changed.notify_all();
+        }
+    }
 }
 
 /// The host's side of one guest's VMBus. Clones are handles to the same.
@@ -210,20 +277,34 @@ impl Host {
         synic: Arc<SynIc>,
         console: Arc<Console>,
     ) -> Self {
-        let [vss, heartbeat, shutdown, second_vss] = CHANNELS;
-        let channels = [
-            (vss, config.vss),
-            (heartbeat, config.heartbeat),
-            (shutdown, config.shutdown),
-            (second_vss, false),
-        ];
-        let bus = Bus::new(memory, synic, config.vmbus_versions.clone(), &channels);
-        Host {
-            shared: Arc::new(Shared {
+        let wanted = [config.vss, config.heartbeat, config.shutdown, false];
+        let count = Arc::default();
+        let dialogues = COMPONENTS.map(|_| Arc::new(Mutex::new(Dialogue::new(Arc::clone(&count)))));
+        let mut devices: Vec<(Box<dyn Device>, bool)> = Vec::new();
+        for ((component, dialogue), wanted) in COMPONENTS.iter().zip(&dialogues).zip(wanted) {
+            let device = IcDevice::new(component.place, dialogue.clone());
+            devices.push((Box::new(device), wanted));
+        }
+        let shared = Arc::new_cyclic(|weak| {
+            let mut units = Vec::new();
+            for place in (0..config.scsi_controllers).map_while(scsi_place) {
+                let disks = Arc::<Mutex<Units>>::default();
+                let host = WeakHost(weak.clone());
+                let device = ControllerDevice::new(place, memory.clone(), host, disks.clone());
+                devices.push((Box::new(device), true));
+                units.push(disks);
+            }
+            let bus = Bus::new(memory, synic, config.vmbus_versions.clone(), devices);
+            Shared {
                 bus: Mutex::new(bus),
                 changed: Condvar::new(),
+                dialogues,
+                units,
                 console,
-            }),
+            }
+        });
+        Host {
+            shared,
             patience: config.patience,
         }
     }
@@ -246,26 +327,33 @@ impl Host {
 
     /// The VSS integration component.
     pub fn vss(&self) -> Vss {
-        let [info, ..] = CHANNELS;
-        Vss::new(self.channel(info))
+        Vss::new(self.component::<0>())
     }
 
     /// Another device of the same class, which no host has; offered only by [`Channel::offer`].
     pub fn second_vss(&self) -> Vss {
-        let [_, _, _, info] = CHANNELS;
-        Vss::new(self.channel(info))
+        Vss::new(self.component::<3>())
     }
 
     /// The heartbeat integration component.
     pub fn heartbeat(&self) -> Heartbeat {
-        let [_, info, ..] = CHANNELS;
-        Heartbeat::new(self.channel(info))
+        Heartbeat::new(self.component::<1>())
     }
 
     /// The shutdown integration component.
     pub fn shutdown(&self) -> Shutdown {
-        let [_, _, info, _] = CHANNELS;
-        Shutdown::new(self.channel(info))
+        Shutdown::new(self.component::<2>())
+    }
+
+    /// A SCSI controller, by its number from 0 on.
+    pub fn scsi(&self, index: u8) -> Option<Controller> {
+        let units = self.shared.units.get(usize::from(index))?.clone();
+        Some(Controller::new(self.channel(scsi_place(index)?), units))
+    }
+
+    /// Where a moment is on the clock of all events.
+    pub fn time_of(&self, moment: Instant) -> Duration {
+        self.bus().since_start(moment)
     }
 
     /// How many pieces of memory the guest shares with the host (GPADLs): one for each open channel,
@@ -280,10 +368,20 @@ impl Host {
         self.bus().log().cloned().collect()
     }
 
-    fn channel(&self, info: ChannelInfo) -> Channel {
+    fn component<const N: usize>(&self) -> IcChannel {
+        let (component, dialogue) = const {
+            assert!(N < COMPONENTS.len());
+            (COMPONENTS[N], N)
+        };
+        let channel = self.channel(component.place);
+        let dialogue = self.shared.dialogues[dialogue].clone();
+        IcChannel::new(channel, component, dialogue)
+    }
+
+    fn channel(&self, place: Place) -> Channel {
         Channel {
             host: self.clone(),
-            info,
+            place,
         }
     }
 

@@ -5,9 +5,10 @@
 //! [`Vm::start`] boots a stock Linux kernel on KVM's Hyper-V interface and stands on the other side
 //! of the guest's VMBus: [`Vm::host`] gives handles to the integration components that it offers
 //! (VSS, heartbeat, shutdown), with which a test negotiates, sends requests, sends nonsense, or takes
-//! the device away.
+//! the device away, and to SCSI controllers, on which a test puts disks that it can slow down, break,
+//! copy and ask what was written to them.
 //!
-//! It knows the wire (VMBus, the integration components' messages) and nothing of the driver or
+//! It knows the wire (VMBus, the messages of its devices) and nothing of the driver or
 //! the daemon in the guest: anyone who writes a VMBus driver can use it.
 //!
 //! ```no_run
@@ -40,9 +41,11 @@
 //! | `kvm` | the only unsafe code: raw ioctls and the exit union | all else |
 //! | `synic` | message slots and event flags in guest memory | VMBus |
 //! | [`vmbus`] | layouts, control messages as a state machine without I/O, rings | memory, KVM |
-//! | `bus`, `guest_ring` | the two tied together under one lock | the components' bodies |
+//! | `bus`, `guest_ring` | the two tied together under one lock | what packets mean |
+//! | `device` | what the bus and a device on it are to each other | any device |
 //! | [`host`], [`channel`], [`event`] | the handles that a test holds, and the log | KVM |
-//! | [`ic`] | the integration components' messages | how they travel |
+//! | [`ic`] | the integration components: their messages, what was asked and answered | rings |
+//! | [`storage`] | SCSI controllers and disks: protocol, commands, content, write log | rings |
 
 #![deny(unsafe_code)]
 
@@ -52,6 +55,7 @@ mod bus;
 pub mod channel;
 mod console;
 pub mod cpu;
+mod device;
 mod devices;
 pub mod event;
 mod guest_ring;
@@ -60,15 +64,16 @@ pub mod ic;
 #[expect(unsafe_code, reason = "KVM needs it; see there")]
 mod kvm;
 pub mod probe;
+pub mod storage;
 mod synic;
 mod threads;
 pub mod vm;
 pub mod vmbus;
 
 pub use bus::{OnOpen, Side};
-pub use channel::{Channel, Negotiated, Reply, Tx};
+pub use channel::{Channel, IcChannel, Negotiated, Reply, Tx};
 pub use event::{Event, EventKind};
 pub use host::{Host, HostConfig, HostError};
 pub use vm::{Exit, Vm, VmConfig, VmError};
-pub use vmbus::protocol::VmbusVersion;
+pub use vmbus::protocol::{Guid, VmbusVersion};
 pub use vmbus::ring::{Descriptor, Field};

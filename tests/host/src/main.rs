@@ -8,7 +8,9 @@
 use clap::{Parser, Subcommand};
 use hyperv_sim::ic::vss::{message, vss_flags, Op, Vss, SHORT_BODY, VERSIONS};
 use hyperv_sim::ic::{message_type, status, Envelope, Version, FRAMEWORKS};
-use hyperv_sim::{probe, Exit, HostError, Reply, Vm, VmConfig, VmError};
+use hyperv_sim::storage::Disk;
+use hyperv_sim::{probe, Exit, Guid, HostError, Reply, Vm, VmConfig, VmError};
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -48,6 +50,10 @@ struct Run {
     /// Memory in MiB.
     #[arg(long, default_value_t = 512)]
     memory: u32,
+    /// A file that is a disk of the guest, on one SCSI controller in the order in which they are given.
+    /// The guest writes to it.
+    #[arg(long)]
+    disk: Vec<PathBuf>,
     /// VSS versions to offer.
     #[arg(long, value_delimiter = ',', value_parser = version, default_values_t = VERSIONS)]
     versions: Vec<Version>,
@@ -76,6 +82,8 @@ enum Error {
     Vm(#[from] VmError),
     #[error(transparent)]
     Host(#[from] HostError),
+    #[error("cannot use {} as a disk", path.display())]
+    Disk { path: PathBuf, source: io::Error },
     #[error("cannot read the standard input")]
     Input(#[source] io::Error),
     #[error("cannot write to the guest's ttyS1")]
@@ -130,7 +138,9 @@ impl Run {
         config.cpus = self.cpus;
         config.memory_mib = self.memory;
         config.console_to_stdout = true;
+        config.host.scsi_controllers = u8::from(!self.disk.is_empty());
         let vm = Vm::start(config)?;
+        self.attach_disks(&vm)?;
         let result = if self.backup {
             self.backup(&vm)
         } else {
@@ -142,6 +152,24 @@ impl Run {
             }
         }
         result
+    }
+
+    /// The guest has yet to load its kernel, so it finds them all.
+    fn attach_disks(&self, vm: &Vm) -> Result<(), Error> {
+        let Some(controller) = vm.host().scsi(0) else {
+            return Ok(());
+        };
+        for (path, lun) in self.disk.iter().zip(0..=u8::MAX) {
+            let failed = |source| Error::Disk {
+                path: path.clone(),
+                source,
+            };
+            let file = File::options().read(true).write(true).open(path);
+            let id = Guid::new(0x6469_736b, 0, 0, [0, 0, 0, 0, 0, 0, 0, lun]);
+            let disk = Disk::in_file(id, file.map_err(failed)?).map_err(failed)?;
+            controller.attach(lun, &disk);
+        }
+        Ok(())
     }
 
     fn timeout(&self) -> Duration {

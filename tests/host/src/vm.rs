@@ -199,6 +199,12 @@ impl Vm {
             VmConfig::MAX_MEMORY_MIB,
         )?;
         check("cpus", config.cpus.into(), 1, VmConfig::MAX_CPUS.into())?;
+        check(
+            "scsi_controllers",
+            config.host.scsi_controllers.into(),
+            0,
+            HostConfig::MAX_SCSI_CONTROLLERS.into(),
+        )?;
         let console = console(&config)?;
         let memory = memory(config.memory_mib)?;
         let entry = boot::load(

@@ -23,7 +23,7 @@ fuzz_target!(|input: (Vec<&[u8]>, Vec<&[u8]>)| {
         world.strict = false;
         world.open();
         for bytes in input.0 {
-            let _ = world.write(bytes);
+            let _ = world.write_of(&bytes[..bytes.len().min(64)], bytes.len());
         }
         if world.engine.abi() == 0 {
             world.register_v1(op::REGISTER1).expect("a registration");
@@ -33,7 +33,7 @@ fuzz_target!(|input: (Vec<&[u8]>, Vec<&[u8]>)| {
             let operations = [op::FREEZE, op::HOT_BACKUP, op::THAW];
             world.ask(operations[at % 3]);
             world.read();
-            let _ = world.write(bytes);
+            let _ = world.write_of(&bytes[..bytes.len().min(64)], bytes.len());
         }
         world.drain();
     });

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Any bytes as writes of a v2 daemon, before and after its registration, with requests in between.
+//! Any bytes as writes of a v2 daemon, before and after its registration, with requests in between
+//! and a module that holds for it. As in the module, the engine sees no more of a write than its first
+//! 64 bytes.
 
 #![no_main]
 
@@ -18,12 +20,16 @@ std::thread_local! {
 
 fuzz_target!(|input: (Vec<&[u8]>, Vec<&[u8]>)| {
     STORE.with_borrow_mut(|store| {
-        let mut world = World::new(Config::default(), store);
+        let config = Config {
+            max_held: 16,
+            ..Config::default()
+        };
+        let mut world = World::new(config, store);
         // What random bytes say of a request is known to nobody.
         world.strict = false;
         world.open();
         for bytes in input.0 {
-            let _ = world.write(bytes);
+            let _ = world.write_of(&bytes[..bytes.len().min(64)], bytes.len());
         }
         if world.engine.abi() == 0 {
             world.register_v2().expect("a registration");
@@ -32,8 +38,10 @@ fuzz_target!(|input: (Vec<&[u8]>, Vec<&[u8]>)| {
         for (at, bytes) in input.1.into_iter().enumerate() {
             let operations = [op::FREEZE, op::HOT_BACKUP, op::THAW];
             world.ask(operations[at % 3]);
-            world.read();
-            let _ = world.write(bytes);
+            if let Some(seen) = world.read() {
+                let _ = world.hold(seen.id);
+            }
+            let _ = world.write_of(&bytes[..bytes.len().min(64)], bytes.len());
         }
         world.drain();
     });

@@ -17,11 +17,12 @@ std::thread_local! {
 }
 
 fuzz_target!(|bytes: &[u8]| {
-    let Some((grace, events)) = bytes.split_first() else {
+    let Some((kind, events)) = bytes.split_first() else {
         return;
     };
     let config = Config {
-        grace_ms: u32::from(grace % 2) * 5000,
+        grace_ms: u32::from(kind % 2) * 5000,
+        max_held: u32::from(kind / 2 % 2) * 16,
         ..Config::default()
     };
     STORE.with_borrow_mut(|store| {

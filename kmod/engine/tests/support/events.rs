@@ -4,7 +4,7 @@
 
 use super::{vss_packet, World};
 use hv_vss_engine::Refusal;
-use hv_vss_uapi::{op, status};
+use hv_vss_uapi::{op, status, thawed};
 
 /// Something that happens. What does not apply in a state (a release of a closed device) is passed
 /// over.
@@ -17,13 +17,15 @@ pub enum Event {
     /// The host sends what is no VSS message.
     Junk,
     /// The host sends a request longer than is kept.
-    OverLong,
+    OverLong(u8),
     Open,
     Release,
     /// v1, with a reply or without.
     RegisterV1(bool),
     RegisterV2,
     Read,
+    /// The daemon reads, and before it has what it is given the host sends a THAW.
+    SlowRead,
     /// A read that fails after the engine has shown the frame.
     Peek,
     /// The daemon answers what it has read last.
@@ -36,7 +38,25 @@ pub enum Event {
     Tick,
     /// Time passes until the next limit.
     Expire,
-    Suspend,
+    /// As the last two, with a host that cannot hear it.
+    AnswerUnheard(Verdict),
+    ExpireUnheard,
+    OverLongUnheard(u8),
+    /// The daemon polls.
+    Alive,
+    /// The daemon has the module freeze something for the FREEZE in hand.
+    Hold,
+    /// ... for nobody.
+    Rehearse,
+    /// The daemon has the module thaw that.
+    ThawHeld,
+    /// The module thaws that by itself.
+    Lose,
+    /// The machine prepares to sleep.
+    PrepareSleep,
+    /// The channel closes for the sleep, and is opened again before the machine is awake.
+    Close,
+    Reopen,
     Resume,
 }
 
@@ -55,23 +75,27 @@ pub enum Stray {
     V1,
     Thawed,
     Empty,
+    /// A hold for a request that is not in hand.
+    Hold,
 }
 
 /// Each event once.
-pub const ALL: [Event; 27] = [
+pub const ALL: [Event; 42] = [
     Event::Ask(op::FREEZE),
     Event::Ask(op::THAW),
     Event::Ask(op::HOT_BACKUP),
     Event::Ask(op::GET_DM_INFO),
     Event::Negotiate,
     Event::Junk,
-    Event::OverLong,
+    Event::OverLong(op::FREEZE),
+    Event::OverLong(op::THAW),
     Event::Open,
     Event::Release,
     Event::RegisterV1(true),
     Event::RegisterV1(false),
     Event::RegisterV2,
     Event::Read,
+    Event::SlowRead,
     Event::Peek,
     Event::Answer(Verdict::Ok),
     Event::Answer(Verdict::Fail),
@@ -81,21 +105,46 @@ pub const ALL: [Event; 27] = [
     Event::Stray(Stray::V1),
     Event::Stray(Stray::Thawed),
     Event::Stray(Stray::Empty),
+    Event::Stray(Stray::Hold),
     Event::Thawed,
     Event::Tick,
     Event::Expire,
-    Event::Suspend,
+    Event::AnswerUnheard(Verdict::Ok),
+    Event::AnswerUnheard(Verdict::Fail),
+    Event::ExpireUnheard,
+    Event::OverLongUnheard(op::FREEZE),
+    Event::OverLongUnheard(op::THAW),
+    Event::Alive,
+    Event::Hold,
+    Event::Rehearse,
+    Event::ThawHeld,
+    Event::Lose,
+    Event::PrepareSleep,
+    Event::Close,
+    Event::Reopen,
     Event::Resume,
 ];
 
 impl World<'_> {
     /// Lets `event` happen; the promises are checked on the way.
     pub fn happen(&mut self, event: Event) {
+        let heard = match event {
+            Event::AnswerUnheard(verdict) => Event::Answer(verdict),
+            Event::ExpireUnheard => Event::Expire,
+            Event::OverLongUnheard(operation) => Event::OverLong(operation),
+            event => return self.happen_heard(event),
+        };
+        self.out.ring_full = true;
+        self.happen_heard(heard);
+        self.out.ring_full = false;
+    }
+
+    fn happen_heard(&mut self, event: Event) {
         match event {
-            Event::Ask(operation) => {
-                self.ask(operation);
+            Event::Ask(operation) if self.channel => {
+                self.send(vss_packet(operation, &[0xaa; 16]));
             }
-            Event::Negotiate => {
+            Event::Negotiate if self.channel => {
                 let before = self.answers.len();
                 self.send(super::negotiation(&[(3, 0)], &[(5, 0)]));
                 assert_eq!(
@@ -104,12 +153,13 @@ impl World<'_> {
                     "negotiation waits for nobody"
                 );
             }
-            Event::Junk => {
+            Event::Junk if self.channel => {
                 self.send(vec![0xff; 24]);
             }
-            Event::OverLong => {
-                let request = self.send(vss_packet(op::FREEZE, &[0; 14_000]));
-                assert_eq!(self.answered(request), Some(status::FAIL));
+            Event::OverLong(operation) if self.channel => {
+                let request = self.send(vss_packet(operation, &[0; 14_000]));
+                let heard = (!self.out.ring_full).then_some(status::FAIL);
+                assert_eq!(self.answered(request), heard);
             }
             Event::Open => {
                 self.open();
@@ -131,8 +181,17 @@ impl World<'_> {
                 let fresh = self.abi == 0;
                 assert_eq!(self.register_v2().is_ok(), fresh);
             }
-            Event::Read if self.open => {
+            // A v1 daemon reads and answers in turn.
+            Event::Read if self.open && (self.abi == 2 || self.in_hand.is_none()) => {
                 self.read_bytes();
+            }
+            Event::SlowRead if self.open && self.channel => {
+                if self.abi == 2 || self.in_hand.is_none() {
+                    if let Some((bytes, token)) = self.peek() {
+                        self.ask(op::THAW);
+                        self.take(&bytes, token);
+                    }
+                }
             }
             Event::Peek if self.open => {
                 let mut buffer = [0; hv_vss_uapi::MAX_FRAME];
@@ -157,13 +216,49 @@ impl World<'_> {
             Event::Expire => {
                 self.expire();
             }
-            // Both may come twice: to user space, and to the bus.
-            Event::Suspend => self.suspend(),
+            Event::Alive if self.open => self.alive(),
+            Event::Hold if self.open => {
+                if let Some(seen) = self.in_hand {
+                    let freezes = seen.operation == op::FREEZE && self.is_open(seen);
+                    // A daemon that freezes by itself does not use the module as well.
+                    if !self.own || !freezes {
+                        let allowed = self.config.max_held > 0 && self.abi == 2 && freezes;
+                        assert_eq!(self.hold(seen.id).is_ok(), allowed);
+                    }
+                }
+            }
+            Event::Rehearse if self.open => {
+                if self.hold(0).is_ok() {
+                    assert!(self.abi == 2 && self.config.max_held > 0);
+                }
+            }
+            Event::ThawHeld if self.open => {
+                assert_eq!(self.thaw_held().is_ok(), self.abi == 2);
+            }
+            // The module says so only of what it holds.
+            Event::Lose if self.by_module.is_some() => self.lose(thawed::DEADLINE),
+            Event::PrepareSleep => self.prepare_sleep(),
+            Event::Close if self.channel => self.close(thawed::SLEEP),
+            Event::Reopen => self.channel = true,
             Event::Resume => self.resume(),
-            Event::Release
+            Event::AnswerUnheard(_)
+            | Event::ExpireUnheard
+            | Event::OverLongUnheard(_)
+            | Event::Ask(_)
+            | Event::Negotiate
+            | Event::Junk
+            | Event::OverLong(_)
+            | Event::Alive
+            | Event::Hold
+            | Event::Rehearse
+            | Event::ThawHeld
+            | Event::Lose
+            | Event::Close
+            | Event::Release
             | Event::RegisterV1(_)
             | Event::RegisterV2
             | Event::Read
+            | Event::SlowRead
             | Event::Peek
             | Event::Answer(_)
             | Event::Stray(_)
@@ -184,6 +279,10 @@ impl World<'_> {
             Stray::V1 => vec![0; 12],
             Stray::Thawed => super::thawed(u64::MAX, 1),
             Stray::Empty => Vec::new(),
+            Stray::Hold => {
+                assert!(self.hold(id.wrapping_add(1)).is_err());
+                return;
+            }
         };
         let refused: Result<(), Refusal> = self.write(&bytes);
         assert!(refused.is_err(), "{stray:?} was taken");

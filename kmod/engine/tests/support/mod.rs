@@ -6,14 +6,18 @@
 //! daemon see:
 //!
 //! - a request is answered once, by its own bytes with status, flags and body flags set;
-//! - its status is the one that the daemon gave for it, or "failed" when the daemon gave none;
-//! - a THAW is answered with success only if the last successful FREEZE was still in force;
-//! - with the clock alone, every request comes to its end.
+//! - its status is the one that the daemon gave for it, or "failed" when the daemon gave none, or when
+//!   it is a THAW and the host counts on a freeze that did not last;
+//! - that happens within its time, and, as long as nobody serves requests, within the grace time;
+//! - what is frozen has a way out: a freeze in force ends with the host's THAW, one that is being made
+//!   with its time; all else is thawed by the module, or by a THAW that the daemon can read;
+//! - a daemon for which the module has thawed something reads that, once;
+//! - a machine that prepares to sleep is told that all is thawed only when it is.
 #![allow(dead_code)] // each test file uses its part
 
 pub mod events;
 
-use hv_vss_engine::{Config, Effects, Engine, Note, Refusal, Shape, Subject, Token, QUEUE};
+use hv_vss_engine::{Config, Effects, Engine, Note, Refusal, Token};
 use hv_vss_uapi::{self as uapi, op, status};
 use std::collections::BTreeMap;
 use zerocopy::{FromBytes, IntoBytes};
@@ -122,15 +126,27 @@ pub fn thawed(id: u64, reason: u32) -> Vec<u8> {
 /// Writes down what the engine asks for.
 #[derive(Default)]
 pub struct Recorder {
-    pub sent: Vec<(Vec<u8>, u64)>,
+    /// What the host has heard, and what it could not hear.
+    pub sent: Vec<(Vec<u8>, u64, bool)>,
     pub notes: Vec<Note>,
+    pub let_go: Vec<u32>,
     pub ring_full: bool,
+    /// Whether the module holds anything.
+    holds: bool,
 }
 
 impl Effects for Recorder {
     fn send(&mut self, packet: &[u8], request_id: u64) -> bool {
-        self.sent.push((packet.to_vec(), request_id));
+        self.sent
+            .push((packet.to_vec(), request_id, !self.ring_full));
         !self.ring_full
+    }
+    fn let_go(&mut self, reason: u32) -> bool {
+        let held = std::mem::take(&mut self.holds);
+        if held {
+            self.let_go.push(reason);
+        }
+        held
     }
     fn note(&mut self, note: Note) {
         self.notes.push(note);
@@ -141,8 +157,12 @@ impl Effects for Recorder {
 struct Waiting {
     packet: Vec<u8>,
     operation: u8,
+    arrived: u64,
+    /// Nobody has served requests since it arrived.
+    quiet: bool,
     /// The id that the engine gave it, if it is one for the daemon.
     id: Option<u64>,
+    read: bool,
     /// What the daemon has said of it, once it has.
     verdict: Option<u32>,
 }
@@ -155,6 +175,19 @@ pub struct Seen {
     pub operation: u8,
     pub time_left_ms: u32,
     pub payload: usize,
+}
+
+/// What the host believes of its freeze, and what it would be wrong to tell it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Backup {
+    /// It has no freeze, or knows that it has ended.
+    None,
+    /// It was told that its FREEZE succeeded, and that is still so.
+    Good,
+    /// That is not so any more, or it waits in vain to be told how its FREEZE ended.
+    Spoilt,
+    /// It was told so by a THAW that failed.
+    Told,
 }
 
 /// Host, engine and daemon. Times are microseconds.
@@ -174,11 +207,23 @@ pub struct World<'a> {
     pub in_hand: Option<Seen>,
     /// The id of the last successful FREEZE that the daemon knows of.
     pub frozen: Option<u64>,
-    /// The last successful FREEZE is still in force, as far as anyone can know.
-    in_force: bool,
-    /// Since the last successful FREEZE something has ended it.
-    spoilt: bool,
-    suspended: bool,
+    backup: Backup,
+    /// The daemon may have frozen something by itself.
+    by_daemon: bool,
+    /// It has, and has said so.
+    own: bool,
+    /// What it has in the module: the id that it gave for it.
+    by_module: Option<u64>,
+    /// What it has to be told of that: the id, and why it has ended.
+    untold: Option<(u64, u32)>,
+    /// It is just saying itself that all is thawed.
+    says_so: bool,
+    /// It works on a FREEZE that has been failed.
+    late: bool,
+    /// Nobody serves requests.
+    quiet: bool,
+    sleeping: bool,
+    pub channel: bool,
     /// Off when the daemon writes bytes that this harness does not understand.
     pub strict: bool,
 }
@@ -198,37 +243,55 @@ impl<'a> World<'a> {
             open: false,
             in_hand: None,
             frozen: None,
-            in_force: false,
-            spoilt: false,
-            suspended: false,
+            backup: Backup::None,
+            by_daemon: false,
+            own: false,
+            by_module: None,
+            untold: None,
+            says_so: false,
+            late: false,
+            quiet: true,
+            sleeping: false,
+            channel: true,
             strict: true,
         }
     }
 
     /// The state of everything, without ids, times and packets.
-    pub fn state(&self) -> (Shape, Option<u8>, [bool; 4]) {
+    pub fn state(&self) -> impl std::hash::Hash + Eq {
         (
             self.engine.shape(),
-            self.in_hand.map(|seen| seen.operation),
+            self.in_hand
+                .map(|seen| (seen.operation, self.is_open(seen))),
+            self.backup,
             [
                 self.frozen.is_some(),
-                self.in_force,
-                self.spoilt,
-                self.suspended,
+                self.by_daemon,
+                self.own,
+                self.late,
+                self.by_module.is_some(),
+                self.channel,
             ],
         )
     }
+
+    // --- The host ---
 
     /// The host sends `packet`; returns its request id.
     pub fn send(&mut self, packet: Vec<u8>) -> u64 {
         let request_id = self.next_request;
         self.next_request += 1;
         let mut copy = packet.clone();
-        if hv_vss_expects_answer(&packet) {
+        let vss = is_vss(&packet);
+        let operation = if vss { packet[28] } else { u8::MAX };
+        if vss {
             let waiting = Waiting {
-                operation: packet[28],
+                operation,
                 packet,
+                arrived: self.now,
+                quiet: self.quiet,
                 id: None,
+                read: false,
                 verdict: None,
             };
             self.waiting.insert(request_id, waiting);
@@ -236,10 +299,19 @@ impl<'a> World<'a> {
         self.out.notes.clear();
         self.engine
             .packet(self.now, &mut copy, request_id, &mut self.out);
-        if let Some(Note::Received(Subject { id, .. })) = self.out.notes.first() {
-            self.waiting.get_mut(&request_id).unwrap().id = Some(*id);
+        for note in &self.out.notes {
+            match note {
+                Note::Received(subject) if subject.transaction == request_id => {
+                    self.waiting.get_mut(&request_id).unwrap().id = Some(subject.id);
+                }
+                _ => {}
+            }
         }
         self.settle();
+        if self.strict && operation == op::THAW {
+            let open = self.waiting.values().filter(|w| w.operation == op::FREEZE);
+            assert_eq!(open.count(), 0, "a FREEZE is open behind which a THAW came");
+        }
         request_id
     }
 
@@ -254,6 +326,8 @@ impl<'a> World<'a> {
         found.next().map(|(_, packet)| status_of(packet))
     }
 
+    // --- The daemon ---
+
     pub fn open(&mut self) -> bool {
         let opened = self.engine.open();
         assert_eq!(opened, !self.open, "one opener at a time");
@@ -264,12 +338,17 @@ impl<'a> World<'a> {
 
     pub fn release(&mut self) {
         assert!(self.open, "only what is open can be released");
-        if self.abi != 0 && self.in_force {
-            self.spoilt = true;
+        if self.abi != 0 {
+            self.spoil();
+            // Those that wait do so for the next daemon from now on.
+            self.sign_of_life();
+            self.quiet = true;
         }
-        (self.open, self.abi, self.in_hand, self.frozen) = (false, 0, None, None);
+        (self.open, self.in_hand, self.frozen, self.late) = (false, None, None, false);
         self.engine.release(self.now, &mut self.out);
         self.settle();
+        assert_eq!(self.by_module, None, "held for nobody");
+        self.untold = None;
     }
 
     pub fn register_v1(&mut self, operation: u8) -> Result<(), Refusal> {
@@ -294,13 +373,29 @@ impl<'a> World<'a> {
         assert_eq!(self.read_bytes(), Some(129u32.to_ne_bytes().to_vec()));
     }
 
+    /// A daemon that speaks this version.
+    pub fn daemon(&mut self, abi: u32) {
+        match abi {
+            1 => self.daemon_v1(),
+            _ => self.daemon_v2(),
+        }
+    }
+
     /// A write as it comes; a refused one must leave no trace in the state.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), Refusal> {
+        self.write_of(bytes, bytes.len())
+    }
+
+    /// A write of `size` bytes of which the engine sees only the first ones.
+    pub fn write_of(&mut self, bytes: &[u8], size: usize) -> Result<(), Refusal> {
         let before = (self.engine.shape(), self.engine.deadline());
-        let result = self.engine.write(self.now, bytes, &mut self.out);
-        if result.is_err() {
-            let after = (self.engine.shape(), self.engine.deadline());
-            assert!(before == after, "a refused write changed something");
+        let result = self.engine.write(self.now, bytes, size, &mut self.out);
+        match result {
+            Ok(()) => self.sign_of_life(),
+            Err(_) => {
+                let after = (self.engine.shape(), self.engine.deadline());
+                assert!(before == after, "a refused write changed something");
+            }
         }
         self.settle();
         result
@@ -308,24 +403,68 @@ impl<'a> World<'a> {
 
     /// What a read with a large buffer returns.
     pub fn read_bytes(&mut self) -> Option<Vec<u8>> {
+        let (bytes, token) = self.peek()?;
+        self.take(&bytes, token);
+        Some(bytes)
+    }
+
+    /// The first half of a read: what there is.
+    pub fn peek(&mut self) -> Option<(Vec<u8>, Token)> {
         let mut buffer = vec![0u8; uapi::MAX_FRAME];
         let shown = self.engine.peek(self.now, &mut buffer);
         assert_eq!(shown.is_some(), self.engine.readable());
         let (len, token) = shown?;
         buffer.truncate(len);
-        self.engine.taken(token, &mut self.out);
-        self.settle();
-        if let Token::Request(id) = token {
-            self.in_hand = Some(self.parse(&buffer, id));
-        }
-        Some(buffer)
+        Some((buffer, token))
     }
 
-    /// Reads a request.
+    /// The second half of a read: the daemon has it.
+    pub fn take(&mut self, bytes: &[u8], token: Token) {
+        self.engine.taken(self.now, token, &mut self.out);
+        self.sign_of_life();
+        match token {
+            Token::Reply => {}
+            Token::Notice(_) => self.read_notice(bytes),
+            Token::Thaw(id) => self.in_hand = Some(self.parse(bytes, id)),
+            Token::Request(id) if self.waiting.values().all(|w| w.id != Some(id)) => {
+                // It has ended in the meantime, so its answer will be refused.
+                self.in_hand = Some(self.parse(bytes, id));
+            }
+            Token::Request(id) => {
+                let seen = self.parse(bytes, id);
+                self.in_hand = Some(seen);
+                if self.strict && seen.operation == op::FREEZE {
+                    assert!(!self.late, "one FREEZE on top of another");
+                    assert!(!self.sleeping, "a FREEZE while the machine goes to sleep");
+                    self.by_daemon = true;
+                }
+                let asked = self.waiting.values_mut().find(|w| w.id == Some(id));
+                asked.expect("only what is open can be read").read = true;
+            }
+        }
+        self.settle();
+    }
+
+    /// Reads until there is a request.
     pub fn read(&mut self) -> Option<Seen> {
         self.in_hand = None;
-        self.read_bytes()?;
+        while self.in_hand.is_none() {
+            self.read_bytes()?;
+        }
         self.in_hand
+    }
+
+    /// Checks the notice of a hold that has ended.
+    fn read_notice(&mut self, bytes: &[u8]) {
+        let notice = uapi::Thawed::read_from_bytes(bytes).unwrap();
+        assert_eq!(notice.frame.kind, uapi::frame::THAWED);
+        assert_eq!(notice.frame.size as usize, bytes.len());
+        let untold = self.untold.expect("a notice is due, and once");
+        // One for a FREEZE may have taken the place of one for nobody that was just being read.
+        if notice.frame.id != 0 || untold.0 == 0 {
+            assert_eq!((notice.frame.id, notice.reason), untold);
+            self.untold = None;
+        }
     }
 
     fn parse(&self, bytes: &[u8], id: u64) -> Seen {
@@ -350,35 +489,39 @@ impl<'a> World<'a> {
         }
     }
 
+    /// Whether the host, or the engine itself, still waits for the answer to `seen`.
+    pub fn is_open(&self, seen: Seen) -> bool {
+        self.engine.owed_thaw() == Some((seen.id, true))
+            || self.waiting.values().any(|w| w.id == Some(seen.id))
+    }
+
     /// The daemon answers `seen` with `code`.
     pub fn answer(&mut self, seen: Seen, code: u32) -> Result<(), Refusal> {
-        // Set first, because the answer leaves within the write. A THAW made by suspend is nobody's.
+        let open = self.is_open(seen);
+        let gave_up = seen.operation == op::FREEZE && code != status::OK;
+        if open && (seen.operation == op::THAW || gave_up) {
+            (self.by_daemon, self.own, self.says_so) = (false, false, true);
+            self.late &= gave_up;
+        }
+        // Set first, because the answer leaves within the write. An owed THAW is nobody's.
         let mut asked = self.waiting.values_mut();
-        let verdict = asked
-            .find(|w| w.id == Some(seen.id))
-            .map(|w| &mut w.verdict);
-        if let Some(verdict) = verdict {
-            *verdict = Some(code);
+        if let Some(asked) = asked.find(|w| w.id == Some(seen.id)) {
+            asked.verdict = Some(code);
         }
         let bytes = if self.abi == 1 {
             uapi::VssMsg::answer_v1(code).as_bytes().to_vec()
         } else {
             answer(seen.id, seen.operation, code)
         };
+        if self.in_hand == Some(seen) {
+            self.in_hand = None;
+        }
         let result = self.write(&bytes);
-        match result {
-            Ok(()) => {
-                if seen.operation == op::FREEZE && code == status::OK {
-                    self.frozen = Some(seen.id);
-                }
-                self.in_hand = None;
-            }
-            Err(_) => {
-                let mut asked = self.waiting.values_mut();
-                if let Some(waiting) = asked.find(|w| w.id == Some(seen.id)) {
-                    waiting.verdict = None;
-                }
-            }
+        self.says_so = false;
+        assert_eq!(result.is_ok(), open, "an answer counts if it is waited for");
+        if open && seen.operation == op::FREEZE && code == status::OK {
+            self.frozen = Some(seen.id);
+            self.own = self.by_daemon;
         }
         result
     }
@@ -399,18 +542,113 @@ impl<'a> World<'a> {
 
     /// The daemon says that freeze `id` has ended.
     pub fn tell_thawed(&mut self, id: u64, reason: u32) -> Result<(), Refusal> {
+        let by_daemon = (self.by_daemon, self.own);
+        (self.by_daemon, self.own, self.says_so) = (false, false, true);
         let result = self.write(&thawed(id, reason));
-        if result.is_ok() {
-            self.spoilt = true;
+        self.says_so = false;
+        match result {
+            Ok(()) => self.spoil(),
+            Err(_) => (self.by_daemon, self.own) = by_daemon,
         }
         result
     }
 
+    /// The daemon wants to have something frozen by the module.
+    pub fn hold(&mut self, id: u64) -> Result<(), Refusal> {
+        let before = self.engine.shape();
+        let result = self.engine.hold(id);
+        if result.is_ok() {
+            self.sign_of_life();
+            self.by_module = Some(id);
+            self.out.holds = true;
+            let own_freeze = |seen: Seen| seen.id == id && seen.operation == op::FREEZE;
+            assert!(
+                id == 0 || self.in_hand.is_some_and(own_freeze),
+                "held for another request"
+            );
+            assert!(!self.sleeping, "held while the machine goes to sleep");
+            // It uses one way or the other.
+            self.by_daemon &= id == 0;
+        } else {
+            assert!(
+                before == self.engine.shape(),
+                "a refused hold changed something"
+            );
+        }
+        self.settle();
+        result
+    }
+
+    /// The daemon has the module thaw all that it holds.
+    pub fn thaw_held(&mut self) -> Result<(), Refusal> {
+        let result = self.engine.thaw_held(true);
+        if result.is_ok() {
+            self.sign_of_life();
+            let in_hand = self.in_hand.filter(|seen| self.is_open(*seen));
+            let thawing = in_hand.is_some_and(|seen| seen.operation == op::THAW);
+            if self.by_module.is_some_and(|id| id != 0) && !thawing {
+                self.spoil();
+            }
+            (self.by_module, self.out.holds) = (None, false);
+        }
+        self.settle();
+        result
+    }
+
+    /// The module thaws by itself what the daemon has in it.
+    pub fn lose(&mut self, reason: u32) {
+        self.out.holds = false;
+        if let Some(id) = self.by_module.take() {
+            self.untold = Some((id, reason));
+            if id != 0 {
+                self.spoil();
+            }
+        }
+        self.engine.lost(self.now, reason, &mut self.out);
+        self.settle();
+    }
+
+    /// Whether the module holds anything for the daemon.
+    pub fn holds(&self) -> bool {
+        self.by_module.is_some()
+    }
+
+    pub fn alive(&mut self) {
+        self.engine.alive();
+        if self.abi != 0 {
+            self.sign_of_life();
+        }
+        self.settle();
+    }
+
+    fn sign_of_life(&mut self) {
+        self.quiet = false;
+        for waiting in self.waiting.values_mut() {
+            waiting.quiet = false;
+        }
+    }
+
+    // --- The clock and the machine ---
+
     /// Time passes and the timer runs, as it would.
     pub fn pass(&mut self, us: u64) {
-        self.now += us;
+        let end = self.now + us;
+        while let Some(next) = self.engine.deadline().filter(|next| *next < end) {
+            assert!(next > self.now, "what is over has been left");
+            self.tick(next);
+        }
+        self.tick(end);
+    }
+
+    fn tick(&mut self, now: u64) {
+        self.now = now;
+        let first = self.waiting.values().find_map(|w| w.id);
         self.engine.timer(self.now, &mut self.out);
         self.settle();
+        let over = |id| self.waiting.values().all(|w| w.id != Some(id));
+        if self.abi != 0 && first.is_some_and(over) {
+            self.quiet = true;
+        }
     }
 
     /// Time passes until the engine wanted to be called; false when no time is running.
@@ -422,33 +660,44 @@ impl<'a> World<'a> {
         true
     }
 
-    pub fn suspend(&mut self) {
-        self.suspended = true;
-        self.in_hand = None;
-        if self.in_force {
-            self.spoilt = true;
-        }
-        self.engine.suspend(self.now, &mut self.out);
+    /// The machine prepares to sleep.
+    pub fn prepare_sleep(&mut self) {
+        self.sleeping = true;
+        self.spoil();
+        self.engine.prepare_sleep(self.now, &mut self.out);
         self.settle();
+        assert_eq!(self.by_module, None, "held in the sleep");
+        let freezes = self.waiting.values().filter(|w| w.operation == op::FREEZE);
+        assert_eq!(freezes.count(), 0, "a FREEZE is left open in the sleep");
+    }
+
+    /// The channel closes.
+    pub fn close(&mut self, reason: u32) {
+        self.spoil();
+        self.engine.close(self.now, reason, &mut self.out);
+        self.settle();
+        assert_eq!(self.by_module, None, "held without a channel");
         assert!(
             self.waiting.is_empty(),
-            "a request is left open in the sleep"
+            "a request is left open without a channel"
         );
+        self.channel = false;
     }
 
     pub fn resume(&mut self) {
-        self.suspended = false;
-        self.engine.resume(self.now);
+        self.sleeping = false;
+        self.channel = true;
+        self.engine.resume();
         self.settle();
     }
 
     /// Lets the clock end everything, and checks that it does so in time.
     pub fn drain(&mut self) {
-        if self.suspended {
+        if self.sleeping {
             self.resume();
         }
         let longest = u64::from(self.config.freeze_ms.max(self.config.other_ms));
-        let limit = self.now + (longest + u64::from(self.config.grace_ms)) * 1000 * QUEUE as u64;
+        let limit = self.now + longest * 1000;
         while self.expire() {
             assert!(self.now <= limit, "a request outlives its time");
         }
@@ -456,11 +705,28 @@ impl<'a> World<'a> {
         assert_eq!(self.engine.queued(), 0);
     }
 
+    // --- The promises ---
+
+    /// Something has ended the freeze that the host counts on.
+    fn spoil(&mut self) {
+        if self.backup == Backup::Good {
+            self.backup = Backup::Spoilt;
+        }
+    }
+
     /// Checks what was sent, and the engine's own invariants.
     fn settle(&mut self) {
         self.engine.check().expect("an invariant");
         self.abi = self.engine.abi();
-        for (packet, request_id) in std::mem::take(&mut self.out.sent) {
+        let reason = self.out.let_go.first().copied();
+        self.out.let_go.clear();
+        if let (Some(reason), Some(id)) = (reason, self.by_module) {
+            self.by_module = None;
+            if !self.says_so {
+                self.untold = Some((id, reason));
+            }
+        }
+        for (packet, request_id, heard) in std::mem::take(&mut self.out.sent) {
             if packet[12] == 0 {
                 self.answers.push((request_id, packet));
                 continue; // a negotiation; its own tests look at it
@@ -469,12 +735,19 @@ impl<'a> World<'a> {
                 .waiting
                 .remove(&request_id)
                 .expect("an answer to a request that waits, and only one");
-            self.check_answer(&waiting, &packet);
-            self.answers.push((request_id, packet));
+            self.check_answer(&waiting, &packet, heard);
+            if heard {
+                self.answers.push((request_id, packet));
+            }
+        }
+        let in_hand = self.in_hand.filter(|seen| seen.operation == op::FREEZE);
+        self.late |= self.open && in_hand.is_some_and(|seen| !self.is_open(seen));
+        if self.strict {
+            self.check_ways_out();
         }
     }
 
-    fn check_answer(&mut self, request: &Waiting, packet: &[u8]) {
+    fn check_answer(&mut self, request: &Waiting, packet: &[u8], heard: bool) {
         if !self.strict {
             return;
         }
@@ -494,34 +767,87 @@ impl<'a> World<'a> {
         }
         assert!(expected == packet, "the answer is the request's own bytes");
 
+        let time_ms = match request.operation {
+            op::FREEZE => self.config.freeze_ms,
+            _ => self.config.other_ms,
+        };
+        let limit_ms = match request.quiet {
+            true => time_ms.min(self.config.grace_ms),
+            false => time_ms,
+        };
+        let late = self.now - request.arrived > u64::from(limit_ms) * 1000;
+        assert!(!late, "an answer after its time");
+
+        let verdict = request.verdict.unwrap_or(status::FAIL);
         match request.operation {
-            op::FREEZE | op::THAW | op::HOT_BACKUP => {
-                let verdict = request.verdict.unwrap_or(status::FAIL);
-                let spoilt_thaw = request.operation == op::THAW && self.spoilt;
-                if spoilt_thaw {
-                    assert_ne!(code, status::OK, "a broken backup reported as good");
-                }
-                assert!(
-                    code == verdict || (spoilt_thaw && code == status::FAIL),
-                    "status {code:#x}, the daemon said {verdict:#x}"
-                );
+            op::FREEZE => {
+                assert_eq!(code, verdict, "what the host is told of its FREEZE");
+                self.after_freeze(request, code, heard);
             }
+            op::THAW => {
+                let spoilt = matches!(self.backup, Backup::Spoilt | Backup::Told);
+                let expected = match verdict {
+                    status::OK if spoilt => status::FAIL,
+                    verdict => verdict,
+                };
+                assert_eq!(code, expected, "what the host is told of its THAW");
+                self.backup = match self.backup {
+                    Backup::None => Backup::None,
+                    Backup::Good if code == status::OK => Backup::None,
+                    Backup::Good | Backup::Spoilt if heard => Backup::Told,
+                    Backup::Good | Backup::Spoilt => Backup::Spoilt,
+                    Backup::Told => Backup::Told,
+                };
+            }
+            op::HOT_BACKUP => assert_eq!(code, verdict),
             _ => assert_eq!(code, status::OK),
         }
-        match request.operation {
-            op::FREEZE if code == status::OK => (self.in_force, self.spoilt) = (true, false),
-            // The daemon rolled it back, and with it what was frozen before. A FREEZE that never
-            // reached the daemon does not count.
-            op::FREEZE if self.in_force && self.engine.freeze_state() == "broken" => {
-                self.spoilt = true;
-            }
-            op::THAW if code == status::OK => self.in_force = false,
-            _ => {}
+    }
+
+    fn after_freeze(&mut self, request: &Waiting, code: u32, heard: bool) {
+        if code == status::OK && heard {
+            self.backup = Backup::Good;
+            return;
+        }
+        // The daemon gives it up, and with it what was frozen before.
+        if request.read {
+            self.spoil();
+        }
+        if !heard {
+            self.backup = Backup::Spoilt;
+        } else if self.backup == Backup::Told {
+            self.backup = Backup::None;
+        }
+    }
+
+    /// Nothing stays frozen that nobody would thaw.
+    fn check_ways_out(&self) {
+        let in_hand = self.in_hand.filter(|seen| self.is_open(*seen));
+        let making = in_hand.is_some_and(|seen| seen.operation == op::FREEZE);
+        let thawing = in_hand.is_some_and(|seen| seen.operation == op::THAW);
+        let good = self.backup == Backup::Good;
+        let owed = self.engine.owed_thaw().is_some();
+        if making || thawing {
+            assert!(self.engine.deadline().is_some(), "no clock runs");
+        }
+        assert!(
+            !self.by_daemon || good || making || thawing || owed,
+            "frozen, and nobody is told to thaw"
+        );
+        let rehearsal = self.by_module == Some(0);
+        assert!(
+            self.by_module.is_none() || good || making || rehearsal,
+            "held for nothing"
+        );
+        if self.engine.thawed_for_sleep() {
+            assert!(self.sleeping);
+            assert!(!self.by_daemon || self.abi == 0, "sleeps while frozen");
+            assert_eq!(self.by_module, None, "sleeps while something is held");
         }
     }
 }
 
 /// Whether a packet of these tests is a VSS message that has to be answered.
-fn hv_vss_expects_answer(packet: &[u8]) -> bool {
+fn is_vss(packet: &[u8]) -> bool {
     packet.len() >= 36 && packet[12..14] == [5, 0]
 }

@@ -26,7 +26,7 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "commands/one-at-a-time",
-        "a rehearsal during a backup is refused, and a backup during a rehearsal fails",
+        "stock module: a rehearsal during a backup is refused, a backup during a rehearsal fails",
         one_at_a_time,
     ),
     case(
@@ -139,7 +139,7 @@ fn rehearsal_ended_early(guest: &Guest) -> Result<()> {
 fn one_at_a_time(guest: &Guest) -> Result<()> {
     make_one(guest)?;
     guest.writer_start("/mnt/a/w")?;
-    start(guest, Module::Ours, Daemon::Ours)?;
+    start(guest, Module::Stock, Daemon::Ours)?;
     let vss = guest.vss();
 
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;

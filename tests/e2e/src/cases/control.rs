@@ -4,7 +4,7 @@
 //! what is frozen.
 
 use super::deadman::{released, RELEASED};
-use super::{case, observe, start, stop, Case};
+use super::{case, load, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Module, STEP};
@@ -25,6 +25,11 @@ pub const CASES: &[Case] = &[
         "control/rehearsal",
         "a rehearsal beside a daemon that serves freezes and thaws, and the next backup is good",
         rehearsal,
+    ),
+    case(
+        "control/hand-over",
+        "from the stock module to ours under a running daemon: it freezes by what each offers",
+        hand_over,
     ),
     case(
         "control/footprint",
@@ -120,6 +125,31 @@ fn rehearsal(guest: &Guest) -> Result<()> {
         stop(guest, module, &daemon)?;
     }
     Ok(())
+}
+
+fn hand_over(guest: &Guest) -> Result<()> {
+    make_one(guest)?;
+    let guards = || -> Result<usize> {
+        let pids = guest.try_sh("pidof hv_vss_guard")?.out;
+        Ok(pids.split_whitespace().count())
+    };
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    let both = super::good(&["/writer", "/mnt/a/w"]);
+    equal(
+        "a backup with the stock module",
+        observe(guest)?,
+        both.clone(),
+    )?;
+    equal("guards with the stock module", guards()?, 1)?;
+    guest.unload(Module::Stock)?;
+    guest.vss().wait_closed(STEP)?;
+    load(guest, Module::Ours, &[])?;
+    wait_for_daemon(guest)?;
+    equal("a backup with ours", observe(guest)?, both)?;
+    let said = guest.output(&daemon)?;
+    let holds = said.contains("the module holds what is frozen");
+    equal("guards with ours", guards()?, usize::from(!holds))?;
+    stop(guest, Module::Ours, &daemon)
 }
 
 fn footprint(guest: &Guest) -> Result<()> {

@@ -234,17 +234,14 @@ fn quit_key(guest: &Guest) -> Result<()> {
     make_volume(guest)?;
     for signal in ["QUIT", "INT", "KILL"] {
         // A group of its own, as a shell with job control gives a command.
-        let line = "setsid /payload/hv_vss_daemon freeze --for 50s";
+        let line = "exec setsid sh -c 'echo $$ >/run/group; \
+                    exec /payload/hv_vss_daemon freeze --for 50s'";
         let rehearsal = guest.spawn(&["sh", "-c", line])?;
         guest.wait_until("both writers stand still", STEP, || {
             Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
         })?;
         let at = guest.clock()?;
-        guest.sh(&format!(
-            "pid=$(pidof hv_vss_daemon | tr ' ' '\\n' | head -n 1)
-             group=$(cut -d ' ' -f 5 /proc/$pid/stat)
-             kill -s {signal} -- -$group"
-        ))?;
+        guest.sh(&format!("kill -s {signal} -- -$(cat /run/group)"))?;
         released(guest, &format!("SIG{signal} to the group"), at, RELEASED)?;
         guest.wait(&rehearsal, STEP)?;
         for path in ["/", "/mnt/a", "/mnt/v"] {

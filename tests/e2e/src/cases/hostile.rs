@@ -7,7 +7,7 @@
 //! and in one case [`WRITES`] writes besides.
 
 use super::{backup, load, rounds, seed, start, wait_for_daemon};
-use super::{Case, Footprint, ModuleState};
+use super::{Case, Growth, ModuleState};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Blocking, Daemon, Guest, Machine, Module, STEP};
@@ -255,20 +255,17 @@ fn packets(guest: &Guest) -> Result<()> {
     backup(guest)?;
     let mut random = Rng::with_seed(seed());
     let mut slowest = Duration::ZERO;
-    let mut before = None;
+    let mut growth = Growth::default();
     for _ in 0..rounds() {
         packets_of_a_round(guest, &mut random, &mut slowest)?;
-        if before.is_none() {
-            before = Some(Footprint::of(guest)?);
-        }
+        growth.look(guest)?;
     }
     calm(guest)?;
-    let before = before.context("no rounds were asked for")?;
-    let after = before.check(guest, 4 * 1024)?;
+    let growth = growth.check()?;
     let state = ModuleState::of(guest)?;
     println!(
         "     {} packets, seed {}, of which the module saw {}: {} dropped, {} negotiations, {} without a place in the queue; \
-         a good request took {slowest:?} at most; {before} -> {after}",
+         a good request took {slowest:?} at most; {growth}",
         rounds() * PACKETS,
         seed(),
         packets_seen(guest)?,
@@ -321,8 +318,8 @@ fn both_sides(guest: &Guest) -> Result<()> {
     let mut random = Rng::with_seed(seed());
     let mut slowest = Duration::ZERO;
     let (mut taken, mut refused, mut read) = (0, 0, 0);
-    let mut before = None;
-    for round in 0..rounds() {
+    let mut growth = Growth::default();
+    for _ in 0..rounds() {
         // A fresh descriptor: which ABI it is for is settled by the first write that is taken.
         let device = guest.open_device(Blocking::No)?;
         let storm = device.start_storm(4, WRITES, random.u64(..), &templates)?;
@@ -339,9 +336,7 @@ fn both_sides(guest: &Guest) -> Result<()> {
                 "a write should be refused with one of {known:?}, not with {errno}"
             );
         }
-        if before.is_none() && round > 0 {
-            before = Some(Footprint::of(guest)?);
-        }
+        growth.look(guest)?;
     }
     let writes = u64::from(rounds()) * WRITES;
     equal("writes taken or refused", taken + refused, writes)?;
@@ -357,14 +352,13 @@ fn both_sides(guest: &Guest) -> Result<()> {
         counted += state.number(counter)?;
     }
     equal("writes counted as refused", counted, refused)?;
-    let before = before.context("two rounds are the least")?;
-    let after = before.check(guest, 4 * 1024)?;
+    let growth = growth.check()?;
     guest.start_daemon(Daemon::Ours)?;
     calm(guest)?;
     println!(
         "     {} packets, seed {}, of which the module saw {}, and {writes} writes: \
          {taken} taken, {read} reads with a message; \
-         a good request took {slowest:?} at most; {before} -> {after}",
+         a good request took {slowest:?} at most; {growth}",
         rounds() * PACKETS,
         seed(),
         packets_seen(guest)?,

@@ -3,7 +3,7 @@
 //! In which order our daemon freezes: what lies on a file before the file system that holds the
 //! file, the root last, thaws in reverse.
 
-use super::hangs::in_fifreeze;
+use super::hangs::in_freeze;
 use super::{case, describe, load, observe, reply_within, start, stop};
 use super::{wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Context, Result};
@@ -278,14 +278,14 @@ fn parallel(guest: &Guest) -> Result<()> {
         guest.sh("sync; for n in 1 2 3 4; do dmsetup suspend --noflush --nolockfs hung$n; done")?;
         let tx = guest.vss().send_freeze(&[])?;
         guest.wait_until("as many freezes as allowed are under way", STEP, || {
-            Ok(in_fifreeze(guest, &daemon)? == at_once)
+            Ok(in_freeze(guest, &daemon)? == at_once)
         })?;
         // The threads of the rest, if there are too many, need no longer than these did.
         let later = guest.clock()? + 500_000;
         guest.wait_until("half a second has passed", STEP, || {
             Ok(guest.clock()? > later)
         })?;
-        equal("freezes under way", in_fifreeze(guest, &daemon)?, at_once)?;
+        equal("freezes under way", in_freeze(guest, &daemon)?, at_once)?;
         guest.sh("for n in 1 2 3 4; do dmsetup resume hung$n; done")?;
         answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
         answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;

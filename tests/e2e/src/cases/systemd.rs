@@ -53,7 +53,7 @@ const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
     }
 }
 
-const UNIT: &str = "hv_vss_daemon.service";
+const UNIT: &str = "hv_vss.service";
 
 /// The writer on the frozen root.
 const WRITER: &str = "/var/tmp/writer";
@@ -64,10 +64,10 @@ fn property(guest: &Guest, name: &str) -> Result<String> {
     Ok(guest.sh(&line)?.trim().to_owned())
 }
 
-/// The guard of the daemon that runs.
-fn guard_pid(guest: &Guest, daemon: i32) -> Result<i32> {
+/// The daemon that runs, after its guard, if it has one.
+fn all_of_it(guest: &Guest, daemon: i32) -> Result<String> {
     let children = guest.read(&format!("/proc/{daemon}/task/{daemon}/children"))?;
-    Ok(children.trim().parse()?)
+    Ok(format!("{} {daemon}", children.trim()))
 }
 
 /// Waits until the unit is active with another daemon than `old`, which has then registered, and
@@ -172,11 +172,11 @@ fn backup(guest: &Guest) -> Result<()> {
     thawed(guest, "THAW")?;
     equal("the daemon", wait_active(guest, 0)?, pid)?;
     equal("restarts", property(guest, "NRestarts")?.as_str(), "0")?;
+    guest.wait_until("the status tells how it went", STEP, || {
+        Ok(property(guest, "StatusText")?.ends_with("backup 1 was good"))
+    })?;
     for (place, look) in [
-        (
-            "the journal",
-            "journalctl --quiet --boot --unit hv_vss_daemon",
-        ),
+        ("the journal", "journalctl --quiet --boot --unit hv_vss"),
         ("syslog", "cat /var/log/syslog"),
     ] {
         guest.wait_until(&format!("{place} tells of the backup"), STEP, || {
@@ -194,6 +194,15 @@ fn stop(guest: &Guest) -> Result<()> {
     thawed(guest, "restart")?;
     wait_active(guest, pid)?;
     recovered(guest, "restart")?;
+    // What went wrong stands out by its priority, and nothing else does.
+    let errors = "journalctl --quiet --boot --priority err --unit hv_vss_daemon";
+    let text = guest.sh(errors)?;
+    ensure!(
+        text.contains("the daemon was stopped: thawing before the host said so")
+            && text.contains("THAW from the host fails")
+            && !text.contains("acknowledged"),
+        "these are the errors in the journal:\n{text}"
+    );
     freeze(guest)?;
     guest.sh(&format!("systemctl stop {UNIT}"))?;
     equal("after stop", property(guest, "Result")?.as_str(), "success")?;
@@ -204,7 +213,7 @@ fn stop(guest: &Guest) -> Result<()> {
 }
 
 fn daemon_killed(guest: &Guest) -> Result<()> {
-    // Without the stop step only the guard can thaw.
+    // Without the stop step only the module can thaw, or the guard.
     let pid = begin(guest, "ExecStopPost=")?;
     freeze(guest)?;
     guest.sh(&format!("kill -KILL {pid}"))?;
@@ -217,12 +226,10 @@ fn daemon_killed(guest: &Guest) -> Result<()> {
 fn both_killed(guest: &Guest) -> Result<()> {
     // No next start comes to help.
     let pid = begin(guest, "Restart=no")?;
-    let guard = guard_pid(guest, pid)?;
+    let all = all_of_it(guest, pid)?;
     freeze(guest)?;
     // Stopped first, so that neither sees the other die.
-    guest.sh(&format!(
-        "kill -STOP {guard} {pid}; kill -KILL {guard} {pid}"
-    ))?;
+    guest.sh(&format!("kill -STOP {all}; kill -KILL {all}"))?;
     thawed(guest, "kill -9 of both")?;
     guest.sh(&format!("systemctl start {UNIT}"))?;
     recovered(guest, "kill -9 of both")?;
@@ -235,7 +242,7 @@ fn watchdog(guest: &Guest) -> Result<()> {
     guest.sh(&format!("kill -STOP {pid}"))?;
     thawed(guest, "a stopped daemon")?;
     wait_active(guest, pid)?;
-    let text = guest.sh("journalctl --quiet --boot --unit hv_vss_daemon")?;
+    let text = guest.sh("journalctl --quiet --boot --unit hv_vss")?;
     ensure!(
         text.contains("Watchdog timeout"),
         "the journal does not tell of the watchdog:\n{text}"

@@ -3,21 +3,21 @@
 //! A guest in memory, which does with rings, pages and hypercalls what Linux does, drives the bus.
 
 use super::*;
-use crate::ic::{message_type, Envelope};
-use crate::vmbus::protocol::{message, GpadlHeader, InitiateContact, MessageHeader};
+use crate::channel::Tx;
+use crate::ic::device::{self, Dialogue, IcDevice, ReplyState};
+use crate::ic::{message_type, Envelope, Version};
+use crate::vmbus::protocol::{message, GpadlHeader, Guid, InitiateContact, MessageHeader};
 use crate::vmbus::protocol::{OpenChannel, PAGE_SIZE};
-use crate::vmbus::ring::{Field, RingMem};
+use crate::vmbus::ring::{Descriptor, Field, RingMem};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 use zerocopy::little_endian::{U16, U64};
 use zerocopy::{Immutable, IntoBytes};
 
-const INFO: ChannelInfo = ChannelInfo {
+const PLACE: Place = Place {
     name: "vss",
     relid: 1,
     class: crate::ic::vss::CLASS,
     instance: Guid([9; 16]),
-    message_type: message_type::VSS,
-    default_version: Version::new(5, 0),
 };
 const CONNECTION_ID: u64 = 0x1_0001;
 const SIMP: u64 = 0x1000;
@@ -29,6 +29,7 @@ const PAGES: [u64; 8] = [8, 9, 10, 11, 12, 13, 14, 15];
 /// A guest that lives in this thread: it does with memory and hypercalls what Linux does.
 struct Guest {
     bus: Bus,
+    dialogue: Arc<Mutex<Dialogue>>,
     memory: GuestMemoryMmap,
     interrupt: EventFd,
 }
@@ -41,7 +42,9 @@ impl Guest {
         let raise = interrupt.try_clone().unwrap();
         let synic = Arc::new(SynIc::new(memory.clone(), vec![raise]));
         let versions = VmbusVersion::ALL.to_vec();
-        let mut bus = Bus::new(memory.clone(), synic, versions, &[(INFO, true)]);
+        let dialogue = Arc::<Mutex<Dialogue>>::default();
+        let device = Box::new(IcDevice::new(PLACE, dialogue.clone()));
+        let mut bus = Bus::new(memory.clone(), synic, versions, vec![(device, true)]);
         let registers = Registers {
             control: 1,
             message_page: SIMP | 1,
@@ -50,6 +53,7 @@ impl Guest {
         bus.synic_changed(0, registers);
         Guest {
             bus,
+            dialogue,
             memory,
             interrupt,
         }
@@ -159,6 +163,28 @@ impl Guest {
         u32::from_le_bytes(word)
     }
 
+    fn send(&mut self, name: &str, payload: impl FnOnce(Tx) -> Vec<u8>) -> Result<Tx, SendError> {
+        let descriptor = Descriptor::new(6, 1);
+        device::send(&mut self.bus, 1, &self.dialogue, name, descriptor, payload)
+    }
+
+    fn request(&mut self, body: &[u8]) -> Tx {
+        let sent = self.send("test", |tx| {
+            let envelope = Envelope {
+                framework: Version::new(3, 0),
+                message_type: message_type::VSS,
+                message: Version::new(5, 0),
+                transaction: tx.0 as u8,
+            };
+            envelope.request(body)
+        });
+        sent.unwrap_or_else(|_| panic!("the channel is open and the packet fits"))
+    }
+
+    fn take_reply(&self, tx: Tx) -> ReplyState {
+        lock(&self.dialogue).take_reply(tx)
+    }
+
     fn violations(&self) -> usize {
         let log = self.bus.log();
         log.filter(|event| matches!(event.kind, EventKind::Violation(_)))
@@ -166,25 +192,12 @@ impl Guest {
     }
 }
 
-fn request(bus: &mut Bus, body: &[u8]) -> Tx {
-    let sent = bus.send(1, "test", Descriptor::new(6, 1), |tx| {
-        let envelope = Envelope {
-            framework: Version::new(3, 0),
-            message_type: message_type::VSS,
-            message: Version::new(5, 0),
-            transaction: tx.0 as u8,
-        };
-        envelope.request(body)
-    });
-    sent.unwrap_or_else(|_| panic!("the channel is open and the packet fits"))
-}
-
 #[test]
 fn a_request_reaches_the_guest_and_its_answer_comes_back() {
     let mut guest = Guest::new();
     guest.connect();
     let (mut reader, mut writer) = guest.open();
-    let tx = request(&mut guest.bus, &[5; 6260]);
+    let tx = guest.request(&[5; 6260]);
     assert_eq!(guest.take_events(), 1 << 1);
     let (packet, _) = reader.receive().unwrap().expect("the request");
     assert_eq!(packet.payload.len(), 6288);
@@ -194,12 +207,11 @@ fn a_request_reaches_the_guest_and_its_answer_comes_back() {
     answer[20..24].copy_from_slice(&7u32.to_le_bytes());
     writer.send(6, 0, packet.transaction, &answer).unwrap();
     assert_eq!(guest.signal(), hypercall::SUCCESS);
-    let channel = guest.bus.channel(1).unwrap();
-    let ReplyState::Here(reply) = channel.take_reply(tx) else {
+    let ReplyState::Here(reply) = guest.take_reply(tx) else {
         panic!("the answer is here");
     };
     assert_eq!(reply.bytes, answer);
-    assert!(matches!(channel.take_reply(tx), ReplyState::Unknown));
+    assert!(matches!(guest.take_reply(tx), ReplyState::Unknown));
     let kinds: Vec<_> = guest.bus.log().map(|e| e.kind.clone()).collect();
     assert!(matches!(
         kinds.as_slice(),
@@ -218,9 +230,9 @@ fn requests_overlap_and_those_without_room_follow_in_order() {
     let mut guest = Guest::new();
     guest.connect();
     let (mut reader, mut writer) = guest.open();
-    let first = request(&mut guest.bus, &[1; 6260]);
-    let second = request(&mut guest.bus, &[2; 6260]);
-    let third = request(&mut guest.bus, &[3; 32]);
+    let first = guest.request(&[1; 6260]);
+    let second = guest.request(&[2; 6260]);
+    let third = guest.request(&[3; 32]);
     assert!(guest.bus.channel(1).unwrap().has_unsent());
     let mut seen = Vec::new();
     for _ in 0..3 {
@@ -235,10 +247,9 @@ fn requests_overlap_and_those_without_room_follow_in_order() {
     }
     guest.signal();
     assert_eq!(seen, [first, second, third]);
-    let channel = guest.bus.channel(1).unwrap();
-    assert!(!channel.has_unsent());
+    assert!(!guest.bus.channel(1).unwrap().has_unsent());
     for tx in seen {
-        assert!(matches!(channel.take_reply(tx), ReplyState::Here(_)));
+        assert!(matches!(guest.take_reply(tx), ReplyState::Here(_)));
     }
 }
 
@@ -249,8 +260,8 @@ fn a_packet_that_answers_nothing_is_kept_as_a_stray() {
     let (_reader, mut writer) = guest.open();
     writer.send(6, 0, 4711, b"nonsense").unwrap();
     guest.signal();
-    let channel = guest.bus.channel(1).unwrap();
-    assert_eq!(channel.take_strays(), [b"nonsense".to_vec()]);
+    let strays = lock(&guest.dialogue).take_strays();
+    assert_eq!(strays, [b"nonsense".to_vec()]);
 }
 
 #[test]
@@ -258,16 +269,14 @@ fn a_request_on_a_channel_that_was_closed_will_not_be_answered() {
     let mut guest = Guest::new();
     guest.connect();
     let _rings = guest.open();
-    let tx = request(&mut guest.bus, &[1; 32]);
+    let tx = guest.request(&[1; 32]);
     guest.bus.rescind(1);
     assert_eq!(guest.messages(), [message::RESCIND_CHANNELOFFER]);
     let channel = guest.bus.channel(1).unwrap();
     assert!(channel.revoked && !channel.is_open());
-    assert!(matches!(channel.take_reply(tx), ReplyState::Closed));
+    assert!(matches!(guest.take_reply(tx), ReplyState::Closed));
     assert!(matches!(
-        guest
-            .bus
-            .send(1, "late", Descriptor::new(6, 1), |_| Vec::new()),
+        guest.send("late", |_| Vec::new()),
         Err(SendError::NotOpen)
     ));
     guest.bus.offer(1);
@@ -369,9 +378,7 @@ fn a_guest_that_writes_anything_anywhere_is_survived() {
             let value = (random() as u32) >> (random() % 32);
             let at = GuestAddress(page + random() % 128 * 4);
             guest.memory.write_slice(&value.to_le_bytes(), at).unwrap();
-            let _ = guest
-                .bus
-                .send(1, "x", Descriptor::new(6, 1), |_| vec![0; 100]);
+            let _ = guest.send("x", |_| vec![0; 100]);
             guest.signal();
             guest.messages();
         }

@@ -2,7 +2,7 @@
 
 //! The host side of the heartbeat integration component (`struct heartbeat_msg_data`).
 
-use crate::channel::Channel;
+use crate::channel::IcChannel;
 use crate::host::HostError;
 use crate::ic::{Version, FRAMEWORKS};
 use crate::vmbus::protocol::Guid;
@@ -34,22 +34,22 @@ pub struct Beat {
 
 const _: () = assert!(size_of::<Beat>() == 40);
 
-/// The heartbeat channel. All that a [`Channel`] can do, it can do too.
+/// The heartbeat channel. All that an [`IcChannel`] can do, it can do too.
 #[derive(Clone)]
 pub struct Heartbeat {
-    channel: Channel,
+    channel: IcChannel,
 }
 
 impl Deref for Heartbeat {
-    type Target = Channel;
+    type Target = IcChannel;
 
-    fn deref(&self) -> &Channel {
+    fn deref(&self) -> &IcChannel {
         &self.channel
     }
 }
 
 impl Heartbeat {
-    pub(crate) fn new(channel: Channel) -> Self {
+    pub(crate) fn new(channel: IcChannel) -> Self {
         Heartbeat { channel }
     }
 

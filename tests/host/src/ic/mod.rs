@@ -2,9 +2,10 @@
 
 //! What all integration components have in common: the header, status codes and negotiation.
 //!
-//! Layouts only; nothing here knows how a packet travels. Constants are those of
+//! Layouts only, but for the device; nothing here knows how a packet travels. Constants are those of
 //! `include/linux/hyperv.h` and of openvmm's `hyperv_ic_protocol`. All integers are little-endian.
 
+pub(crate) mod device;
 pub mod heartbeat;
 pub mod shutdown;
 pub mod vss;

@@ -2,7 +2,7 @@
 
 //! The host side of the shutdown integration component (`struct shutdown_msg_data`).
 
-use crate::channel::{Channel, Reply};
+use crate::channel::{IcChannel, Reply};
 use crate::host::HostError;
 use crate::ic::{Version, FRAMEWORKS};
 use crate::vmbus::protocol::Guid;
@@ -64,22 +64,22 @@ pub struct ShutdownBody {
 
 const _: () = assert!(size_of::<ShutdownBody>() == 2060);
 
-/// The shutdown channel. All that a [`Channel`] can do, it can do too.
+/// The shutdown channel. All that an [`IcChannel`] can do, it can do too.
 #[derive(Clone)]
 pub struct Shutdown {
-    channel: Channel,
+    channel: IcChannel,
 }
 
 impl Deref for Shutdown {
-    type Target = Channel;
+    type Target = IcChannel;
 
-    fn deref(&self) -> &Channel {
+    fn deref(&self) -> &IcChannel {
         &self.channel
     }
 }
 
 impl Shutdown {
-    pub(crate) fn new(channel: Channel) -> Self {
+    pub(crate) fn new(channel: IcChannel) -> Self {
         Shutdown { channel }
     }
 

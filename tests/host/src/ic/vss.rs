@@ -5,7 +5,7 @@
 //! Layouts are those of `include/uapi/linux/hyperv.h` (short messages) and of openvmm's
 //! `hyperv_ic_protocol::vss` (FREEZE with its list of disks).
 
-use crate::channel::{Channel, Reply, Tx};
+use crate::channel::{IcChannel, Reply, Tx};
 use crate::host::HostError;
 use crate::ic::Version;
 use crate::vmbus::protocol::Guid;
@@ -187,25 +187,25 @@ pub fn message(op: Op, rest: &[u8]) -> Vec<u8> {
 /// The 24 zero bytes that follow the header of a short message.
 pub const SHORT_BODY: [u8; SHORT_MESSAGE - 8] = [0; SHORT_MESSAGE - 8];
 
-/// The VSS channel. All that a [`Channel`] can do, it can do too.
+/// The VSS channel. All that an [`IcChannel`] can do, it can do too.
 ///
 /// Requests go out with the versions of the last negotiation on this opening of the channel, or
 /// with framework 3.0 and VSS 5.0 before any.
 #[derive(Clone)]
 pub struct Vss {
-    channel: Channel,
+    channel: IcChannel,
 }
 
 impl Deref for Vss {
-    type Target = Channel;
+    type Target = IcChannel;
 
-    fn deref(&self) -> &Channel {
+    fn deref(&self) -> &IcChannel {
         &self.channel
     }
 }
 
 impl Vss {
-    pub(crate) fn new(channel: Channel) -> Self {
+    pub(crate) fn new(channel: IcChannel) -> Self {
         Vss { channel }
     }
 

@@ -111,6 +111,8 @@ pub const MAX_MESSAGE: usize = 240;
 pub mod packet_type {
     /// Data that follows the descriptor (`VM_PKT_DATA_INBAND`).
     pub const DATA_INBAND: u16 = 6;
+    /// Data, and before it a list of pages that the sender lends (`VM_PKT_DATA_USING_GPA_DIRECT`).
+    pub const DATA_USING_GPA_DIRECT: u16 = 9;
     /// Completion (`VM_PKT_COMP`).
     pub const COMPLETION: u16 = 11;
 }

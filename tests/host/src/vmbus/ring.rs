@@ -93,7 +93,9 @@ pub struct Packet {
     pub flags: u16,
     /// Transaction id.
     pub transaction: u64,
-    /// What follows the descriptor, padded to a multiple of 8 bytes.
+    /// What is between the descriptor and the data: the list of pages of a packet that lends some.
+    pub extra: Vec<u8>,
+    /// The data, padded to a multiple of 8 bytes.
     pub payload: Vec<u8>,
 }
 
@@ -165,6 +167,8 @@ impl<M: RingMem> Reader<M> {
         if offset < DESCRIPTOR || offset > size || size + TRAILER > available {
             return Err(bad(&descriptor));
         }
+        let mut extra = vec![0; (offset - DESCRIPTOR) as usize];
+        self.copy_out(wrap(self.read, DESCRIPTOR, len), &mut extra)?;
         let mut payload = vec![0; (size - offset) as usize];
         self.copy_out(wrap(self.read, offset, len), &mut payload)?;
         self.read = wrap(self.read, size + TRAILER, len);
@@ -175,6 +179,7 @@ impl<M: RingMem> Reader<M> {
             packet_type: descriptor.packet_type.get(),
             flags: descriptor.flags.get(),
             transaction: descriptor.transaction.get(),
+            extra,
             payload,
         };
         let signal = self.guest_waits_for_room(size + TRAILER)?;

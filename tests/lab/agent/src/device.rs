@@ -3,14 +3,14 @@
 //! Devices that the test works itself, one system call a time.
 
 use crate::error::Error;
-use crate::lock;
 use crate::storm::{self, Plan};
-use lab_agent::{from_hex, to_hex, Storm};
+use crate::{lock, sys};
+use lab_agent::{from_hex, to_hex, Descriptor, Put, Storm};
 use nix::poll::{poll, PollFd, PollFlags};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, Mutex};
 
@@ -78,6 +78,37 @@ impl Devices {
             .iter_names()
             .map(|(name, _)| name.to_owned())
             .collect())
+    }
+
+    /// One ioctl.
+    pub fn ioctl(
+        &self,
+        handle: u64,
+        request: u32,
+        hex: &str,
+        put: Option<&Put>,
+    ) -> Result<(), Error> {
+        let file = self.get(handle)?;
+        let mut argument = from_hex(hex).ok_or_else(|| Error::Call("not hexadecimal".into()))?;
+        let Some(Put { at, what }) = put else {
+            return Ok(sys::ioctl(&file, request, &argument)?);
+        };
+        // It is open until the call returns.
+        let (path, flags) = match what {
+            Descriptor::Path(path) => (path, nix::libc::O_NONBLOCK),
+            Descriptor::PathOnly(path) => (path, nix::libc::O_PATH),
+        };
+        let target = OpenOptions::new()
+            .read(true)
+            .custom_flags(flags)
+            .open(path)?;
+        let number = target.as_raw_fd().to_ne_bytes();
+        let place = argument
+            .get_mut(*at..)
+            .and_then(|it| it.get_mut(..number.len()));
+        let place = place.ok_or_else(|| Error::Call("no place for the descriptor".into()))?;
+        place.copy_from_slice(&number);
+        Ok(sys::ioctl(&file, request, &argument)?)
     }
 
     /// Many writes at once.

@@ -2,6 +2,7 @@
 
 //! Why a call could not be done.
 
+use lab_agent::Outcome;
 use nix::errno::Errno;
 
 /// Why a call could not be done.
@@ -13,9 +14,23 @@ pub enum Error {
     /// The call itself makes no sense.
     #[error("{0}")]
     Call(String),
-    /// Neither of the two.
+    /// Another agent could not do it, and says so.
+    #[error("{0:?}")]
+    Told(Outcome),
+    /// None of these.
     #[error("{0}")]
     Io(std::io::Error),
+}
+
+impl Error {
+    /// What the test is told.
+    pub fn outcome(self) -> Outcome {
+        match self {
+            Error::Errno(errno) => Outcome::Errno(format!("{errno:?}")),
+            Error::Told(outcome) => outcome,
+            error => Outcome::Failed(error.to_string()),
+        }
+    }
 }
 
 impl From<std::io::Error> for Error {

@@ -32,7 +32,7 @@ pub fn log(since: u64, max_level: u8) -> Result<Log, Error> {
         .open("/dev/kmsg")?;
     let mut log = Log {
         next: since,
-        records: Vec::new(),
+        ..Log::default()
     };
     // Larger than any record (PRINTK_MESSAGE_MAX is 2048); one read returns one record.
     let mut buffer = [0; 8192];
@@ -41,7 +41,8 @@ pub fn log(since: u64, max_level: u8) -> Result<Log, Error> {
             Ok(0) => break,
             Ok(len) => len,
             Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-            // EPIPE: the record was overwritten; the next read gives the oldest that is left.
+            // EPIPE: the record was overwritten; the next read gives the oldest that is left, whose
+            // number says how many are missing.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => continue,
             Err(error) => return Err(error.into()),
         };
@@ -50,6 +51,7 @@ pub fn log(since: u64, max_level: u8) -> Result<Log, Error> {
             continue;
         };
         if sequence >= since {
+            log.lost += sequence - log.next;
             log.next = sequence + 1;
             if record.level <= max_level {
                 log.records.push(record);

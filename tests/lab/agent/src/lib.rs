@@ -130,6 +130,19 @@ pub enum Command {
         /// In microseconds.
         every_us: u64,
     },
+    /// Starts a writer that appends numbered records to a file, each with an fsync of its own, and
+    /// says how far it is on a block device that somebody else reads: see [`Note`]. It is one of the
+    /// writers; its writes are the records.
+    RecorderStart {
+        /// The file, which is made. Each record is its number and a line end, [`RECORD_LEN`] bytes.
+        path: String,
+        /// The block device.
+        notes: String,
+        /// Which of the device's blocks is this writer's.
+        slot: u64,
+        /// From one record to the next, in microseconds.
+        every_us: u64,
+    },
     /// How the writers fare: a list of [`Writer`]s in the order of their start.
     Writers,
     /// The long writes of all writers that had not ended at `since_us` of the agent's clock:
@@ -192,6 +205,19 @@ pub enum Command {
         /// Good messages, in hexadecimal.
         templates: Vec<String>,
     },
+    /// One ioctl with an argument in memory. Returns nothing.
+    DevIoctl {
+        /// From [`Command::DevOpen`].
+        handle: u64,
+        /// Its number.
+        request: u32,
+        /// The argument in hexadecimal.
+        hex: String,
+        /// A descriptor that goes into the argument.
+        put: Option<Put>,
+        /// Whether the call is made without CAP_SYS_ADMIN.
+        unprivileged: bool,
+    },
     /// Closes the device. A read that is blocked on it keeps it open until it returns.
     DevClose {
         /// From [`Command::DevOpen`].
@@ -199,6 +225,55 @@ pub enum Command {
     },
     /// Closes all devices that are open.
     DevCloseAll,
+    /// Starts a thread that freezes and thaws the file system that holds `path` (FIFREEZE, FITHAW)
+    /// again and again, and thaws it last.
+    NeighbourStart {
+        /// Any path on it.
+        path: String,
+    },
+    /// Ends all such threads: a list of [`Neighbour`]s in the order of their start.
+    NeighboursStop,
+    /// Starts another agent, a process that can be killed, and returns its pid.
+    Fork,
+    /// Kills all such agents and waits until they are gone.
+    ForksEnd,
+    /// Has that agent do something.
+    In {
+        /// From [`Command::Fork`].
+        pid: i32,
+        /// What.
+        does: Box<Command>,
+    },
+}
+
+/// A descriptor in the argument of an ioctl.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Put {
+    /// Where, in bytes from the start; it takes four.
+    pub at: usize,
+    /// Which.
+    pub what: Descriptor,
+}
+
+/// A descriptor, for the time of one call.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Descriptor {
+    /// Of the file or folder with this path, open for reading.
+    Path(String),
+    /// The same with `O_PATH`.
+    PathOnly(String),
+}
+
+/// What one thread of [`Command::NeighbourStart`] has done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Neighbour {
+    /// How often it has frozen.
+    pub freezes: u64,
+    /// How often it has thawed what it had frozen.
+    pub thaws: u64,
+    /// What it was refused, by errno.
+    pub refused: BTreeMap<String, u64>,
 }
 
 /// What came of a [`Command::DevStorm`]. An errno is counted by its name.
@@ -225,6 +300,49 @@ pub struct Ended {
     pub out: String,
     /// Its standard error, likewise.
     pub err: String,
+}
+
+/// Bytes of a record of [`Command::RecorderStart`], the line end included.
+pub const RECORD_LEN: usize = 9;
+
+/// A record: what the file has at its place.
+pub fn record(number: u64) -> String {
+    format!("{number:08}\n")
+}
+
+/// Bytes of a block of notes.
+pub const NOTE_LEN: usize = 512;
+
+/// How far a writer of records is, as it says in its block of the notes: it writes there before it
+/// begins with a record, and again when the fsync of that has returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// The last record that it has begun with.
+    pub begun: u64,
+    /// The last record whose fsync has returned.
+    pub synced: u64,
+}
+
+impl Note {
+    /// The note in a block, if it is one.
+    pub fn parse(block: &[u8]) -> Option<Note> {
+        let number = |at: usize| {
+            let bytes = block.get(at..at + 8)?;
+            Some(u64::from_le_bytes(bytes.try_into().ok()?))
+        };
+        Some(Note {
+            begun: number(0)?,
+            synced: number(8)?,
+        })
+    }
+
+    /// A block with the note.
+    pub fn block(self) -> [u8; NOTE_LEN] {
+        let mut block = [0; NOTE_LEN];
+        block[..8].copy_from_slice(&self.begun.to_le_bytes());
+        block[8..16].copy_from_slice(&self.synced.to_le_bytes());
+        block
+    }
 }
 
 /// How one writer fares. Times are in microseconds.
@@ -273,6 +391,8 @@ pub struct Stall {
 pub struct Log {
     /// The sequence number that the next record will have.
     pub next: u64,
+    /// How many records were overwritten before they could be read.
+    pub lost: u64,
     /// The records, oldest first.
     pub records: Vec<Record>,
 }
@@ -324,10 +444,45 @@ mod tests {
     }
 
     #[test]
+    fn a_call_for_another_agent_comes_out_as_it_went_in() {
+        let does = Command::DevIoctl {
+            handle: 1,
+            request: 0x4020_b956,
+            hex: "00".into(),
+            put: Some(Put {
+                at: 8,
+                what: Descriptor::Path("/mnt".into()),
+            }),
+            unprivileged: false,
+        };
+        let call = Call {
+            id: 7,
+            command: Command::In {
+                pid: 12,
+                does: Box::new(does),
+            },
+        };
+        let line = serde_json::to_string(&call).expect("plain data");
+        let back: Call = serde_json::from_str(&line).expect("as it was written");
+        assert_eq!(format!("{back:?}"), format!("{call:?}"));
+    }
+
+    #[test]
     fn a_return_says_how_it_went() {
         let line = r#"{"id":7,"errno":"EBUSY"}"#;
         let back: Return = serde_json::from_str(line).expect("as the agent writes it");
         assert!(matches!(back.outcome, Outcome::Errno(name) if name == "EBUSY"));
+    }
+
+    #[test]
+    fn a_note_goes_there_and_back() {
+        let note = Note {
+            begun: 300,
+            synced: 299,
+        };
+        assert_eq!(Note::parse(&note.block()), Some(note));
+        assert_eq!(Note::parse(&[0; 15]), None);
+        assert_eq!(record(7).len(), RECORD_LEN);
     }
 
     #[test]

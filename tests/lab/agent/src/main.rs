@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The test's hands in the guest: `lab-agent TTY` reads calls from that serial line and does them.
-//! What else it can be is a program of its own each time: [`nbd`], [`fuse`].
+//! The test's hands in the guest: `lab-agent TTY` reads calls from that serial line and does them,
+//! `lab-agent -` from its standard input. What else it can be is a program of its own each time:
+//! [`nbd`], [`fuse`].
 //!
 //! It must go on working while every file system is frozen, its own included: its memory is locked
 //! and it opens no file that it was not told to. It decides nothing and checks nothing; what is
@@ -9,9 +10,11 @@
 
 mod device;
 mod error;
+mod fork;
 mod fuse;
 mod kernel;
 mod nbd;
+mod neighbour;
 mod opens;
 mod process;
 mod storm;
@@ -26,6 +29,7 @@ use nix::sys::termios;
 use serde_json::{json, Value};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::ExitCode;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
@@ -42,6 +46,8 @@ struct Agent {
     writers: writers::Writers,
     devices: device::Devices,
     opens: opens::Opens,
+    neighbours: neighbour::Neighbours,
+    forks: fork::Forks,
 }
 
 impl Agent {
@@ -63,6 +69,12 @@ impl Agent {
             Command::WriterStart { path, every_us } => {
                 json!(self.writers.start(&path, every_us)?)
             }
+            Command::RecorderStart {
+                path,
+                notes,
+                slot,
+                every_us,
+            } => json!(self.writers.start_recorder(&path, &notes, slot, every_us)?),
             Command::Writers => json!(self.writers.list()),
             Command::Stalls { since_us } => json!(self.writers.stalls(since_us)),
             Command::WritersReset => json!(self.writers.reset()),
@@ -85,10 +97,33 @@ impl Agent {
                 let storm = Plan::new(threads, writes, seed, &templates)?;
                 json!(self.devices.storm(handle, &storm)?)
             }
+            Command::DevIoctl {
+                handle,
+                request,
+                hex,
+                put,
+                unprivileged,
+            } => {
+                if unprivileged {
+                    // Each call has a thread of its own, which ends with it.
+                    sys::drop_privilege()?;
+                }
+                json!(self.devices.ioctl(handle, request, &hex, put.as_ref())?)
+            }
             Command::DevClose { handle } => json!(self.devices.close(handle)?),
             Command::DevCloseAll => json!(self.devices.close_all()),
+            Command::NeighbourStart { path } => json!(self.neighbours.start(&path)?),
+            Command::NeighboursStop => json!(self.neighbours.stop()?),
+            Command::Fork => json!(self.forks.start()?),
+            Command::ForksEnd => json!(self.forks.end()?),
+            Command::In { pid, does } => self.forks.perform(pid, *does)?,
         })
     }
+}
+
+/// Another descriptor of a standard stream, without its buffer.
+fn duplicate(stream: &impl AsFd) -> Result<File, Error> {
+    Ok(stream.as_fd().try_clone_to_owned()?.into())
 }
 
 /// Opens whatever is at `path` without waiting, as the open of a FIFO would.
@@ -123,18 +158,24 @@ fn send(line: &Mutex<File>, back: &Return) {
     }
 }
 
-fn serve(tty: &str) -> Result<(), Error> {
-    let input = OpenOptions::new()
+/// The serial line as one that carries bytes as they are.
+fn open_tty(tty: &str) -> Result<File, Error> {
+    let line = OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(nix::libc::O_NOCTTY)
         .open(tty)?;
-    let mut mode = termios::tcgetattr(&input)?;
+    let mut mode = termios::tcgetattr(&line)?;
     termios::cfmakeraw(&mut mode);
-    termios::tcsetattr(&input, termios::SetArg::TCSANOW, &mode)?;
+    termios::tcsetattr(&line, termios::SetArg::TCSANOW, &mode)?;
+    Ok(line)
+}
+
+/// Does what is asked for, one thread a call, until the input ends.
+fn serve(input: File, output: File) -> Result<(), Error> {
     mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)?;
 
-    let output = Arc::new(Mutex::new(input.try_clone()?));
+    let output = Arc::new(Mutex::new(output));
     let agent = Arc::new(Agent::default());
     let greeting = json!({ "agent": env!("CARGO_PKG_VERSION") });
     send(
@@ -157,18 +198,14 @@ fn serve(tty: &str) -> Result<(), Error> {
         };
         let (agent, output) = (agent.clone(), output.clone());
         start_thread(move || {
-            let outcome = match agent.perform(call.command) {
-                Ok(value) => Outcome::Done(value),
-                Err(Error::Errno(errno)) => Outcome::Errno(format!("{errno:?}")),
-                Err(error) => Outcome::Failed(error.to_string()),
-            };
-            send(
-                &output,
-                &Return {
-                    id: call.id,
-                    outcome,
+            let back = Return {
+                id: call.id,
+                outcome: match agent.perform(call.command) {
+                    Ok(value) => Outcome::Done(value),
+                    Err(error) => error.outcome(),
                 },
-            );
+            };
+            send(&output, &back);
         })?;
     }
     Ok(())
@@ -178,7 +215,9 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match arguments[..] {
-        [tty] => serve(tty),
+        ["-"] => duplicate(&std::io::stdin())
+            .and_then(|input| serve(input, duplicate(&std::io::stdout())?)),
+        [tty] => open_tty(tty).and_then(|line| serve(line.try_clone()?, line)),
         ["nbd", port, file] => match port.parse() {
             Ok(port) => nbd::serve(port, file),
             Err(_) => Err(Error::Call("that is no port".into())),
@@ -189,7 +228,8 @@ fn main() -> ExitCode {
         },
         _ => {
             eprintln!(
-                "usage: lab-agent TTY | lab-agent nbd PORT FILE | lab-agent fuse FOLDER UID DEVICE"
+                "usage: lab-agent TTY | lab-agent - | lab-agent nbd PORT FILE | \
+                 lab-agent fuse FOLDER UID DEVICE"
             );
             return ExitCode::from(2);
         }

@@ -1,10 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! FIFREEZE, FITHAW and what a change of users keeps: the agent's only unsafe code.
+//! Ioctls, capabilities of a thread and what a change of users keeps: the agent's only unsafe code.
 
 use nix::errno::Errno;
+use nix::libc;
 use std::fs::File;
 use std::os::fd::AsRawFd;
+
+/// Bytes of the longest argument that the number of an ioctl can name (`_IOC_SIZEBITS`).
+const LONGEST: usize = 1 << 14;
+
+/// `_LINUX_CAPABILITY_VERSION_3` and `CAP_SYS_ADMIN` of `<linux/capability.h>`.
+const CAPABILITY_VERSION: u32 = 0x2008_0522;
+const CAP_SYS_ADMIN: u32 = 21;
 
 mod raw {
     // The numbers of FIFREEZE and FITHAW in <linux/fs.h>.
@@ -34,4 +42,31 @@ pub fn keep_capabilities() -> Result<(), Errno> {
     // SAFETY: prctl takes integers here and touches no memory.
     let ret = unsafe { nix::libc::prctl(nix::libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP) };
     Errno::result(ret).map(drop)
+}
+
+/// Any ioctl with a pointer to this argument, of which nothing comes back.
+pub fn ioctl(file: &File, request: u32, argument: &[u8]) -> Result<(), Errno> {
+    let mut buffer = [0u8; LONGEST];
+    let start = buffer.get_mut(..argument.len()).ok_or(Errno::E2BIG)?;
+    start.copy_from_slice(argument);
+    // SAFETY: the descriptor is open for as long as `file` is borrowed. Whatever the number, a driver
+    // reads or writes no more behind the pointer than the number can name, and so much is there.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), request.into(), buffer.as_mut_ptr()) };
+    Errno::result(result).map(drop)
+}
+
+/// Takes CAP_SYS_ADMIN from the calling thread, and from no other.
+pub fn drop_privilege() -> Result<(), Errno> {
+    // Version and thread, then effective, permitted and inheritable bits 0 to 31, then 32 to 63.
+    let mut header = [CAPABILITY_VERSION, 0];
+    let mut sets = [0u32; 6];
+    // SAFETY: with this version the kernel reads two words of the header and writes six of the sets.
+    let got = unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) };
+    Errno::result(got)?;
+    for low in sets.iter_mut().take(3) {
+        *low &= !(1 << CAP_SYS_ADMIN);
+    }
+    // SAFETY: as above; it reads the sets.
+    let set = unsafe { libc::syscall(libc::SYS_capset, header.as_mut_ptr(), sets.as_ptr()) };
+    Errno::result(set).map(drop)
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Threads that rewrite a small file without end, and how long each write takes them.
+//! Threads that write without end, and how long each write takes them: most rewrite a small file,
+//! those with records append to one, sync it and keep notes of how far they are.
 //!
 //! A write into a frozen file system does not return until the thaw: the age of the write in
 //! progress is how a test sees that a writer stands still. Each writer also notes when its long
@@ -8,10 +9,11 @@
 
 use crate::error::Error;
 use crate::{clock_us, lock, start_thread};
-use lab_agent::{Stall, Stalls, Writer, STALL_US};
+use lab_agent::{record, Note, Stall, Stalls, Writer, NOTE_LEN, STALL_US};
 use std::collections::VecDeque;
-use std::fs::OpenOptions;
-use std::os::unix::fs::FileExt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -19,6 +21,10 @@ use std::time::{Duration, Instant};
 
 /// Bytes of each write.
 const BLOCK: usize = 512;
+
+/// A block where a device can fetch it directly.
+#[repr(align(4096))]
+struct Aligned([u8; NOTE_LEN]);
 
 /// How many long writes of each writer are kept; the oldest goes first.
 const KEPT: usize = 64;
@@ -38,6 +44,31 @@ struct State {
 }
 
 impl State {
+    fn new(path: &str) -> Arc<State> {
+        Arc::new(State {
+            path: path.to_owned(),
+            count: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
+            longest_us: AtomicU64::new(0),
+            began_us: AtomicU64::new(0),
+            long: Mutex::new(VecDeque::with_capacity(KEPT)),
+            stop: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+        })
+    }
+
+    /// Does one write, and notes when it began and how it ended.
+    fn write(&self, write: impl FnOnce() -> io::Result<()>) {
+        let began = clock_us();
+        self.began_us.store(began, SeqCst);
+        let result = write();
+        self.ended(began, clock_us());
+        match result {
+            Ok(()) => self.count.fetch_add(1, SeqCst),
+            Err(_) => self.errors.fetch_add(1, SeqCst),
+        };
+    }
+
     /// Notes a write that has ended.
     fn ended(&self, began: u64, ended: u64) {
         self.longest_us.fetch_max(ended - began, SeqCst);
@@ -85,33 +116,58 @@ impl Writers {
             .create(true)
             .truncate(true)
             .open(path)?;
-        let state = Arc::new(State {
-            path: path.to_owned(),
-            count: AtomicU64::new(0),
-            errors: AtomicU64::new(0),
-            longest_us: AtomicU64::new(0),
-            began_us: AtomicU64::new(0),
-            long: Mutex::new(VecDeque::with_capacity(KEPT)),
-            stop: AtomicBool::new(false),
-            stopped: AtomicBool::new(false),
-        });
+        let state = State::new(path);
         lock(&self.all).push(state.clone());
         start_thread(move || {
             let mut block = [0; BLOCK];
             while !state.stop.load(SeqCst) {
                 block = block.map(|byte: u8| byte.wrapping_add(1));
-                let began = clock_us();
-                state.began_us.store(began, SeqCst);
-                let result = file.write_all_at(&block, 0);
-                state.ended(began, clock_us());
-                match result {
-                    Ok(()) => state.count.fetch_add(1, SeqCst),
-                    Err(_) => state.errors.fetch_add(1, SeqCst),
-                };
+                state.write(|| file.write_all_at(&block, 0));
                 // At the same moments as all who write as often, so that one interrupt wakes them: on
                 // an emulated processor that costs more than a write.
                 let gone = clock_us().checked_rem(every_us).unwrap_or(0);
                 thread::sleep(Duration::from_micros(every_us - gone));
+            }
+            state.stopped.store(true, SeqCst);
+        })
+    }
+
+    /// Makes the file and starts a writer of records, which keeps notes in a block of a device.
+    pub fn start_recorder(
+        &self,
+        path: &str,
+        notes: &str,
+        slot: u64,
+        every_us: u64,
+    ) -> Result<(), Error> {
+        let mut file = File::create(path)?;
+        // What is noted is with the device when the write returns, and waits for nothing else.
+        let notes = OpenOptions::new()
+            .write(true)
+            .custom_flags(nix::libc::O_DIRECT)
+            .open(notes)?;
+        let state = State::new(path);
+        lock(&self.all).push(state.clone());
+        start_thread(move || {
+            let mut note = Note {
+                begun: 0,
+                synced: 0,
+            };
+            let keep = |note: Note| {
+                let block = Aligned(note.block());
+                notes.write_all_at(&block.0, slot * NOTE_LEN as u64)
+            };
+            // After an error nothing is known of what is on the disk: it says so and ends.
+            while !state.stop.load(SeqCst) && state.errors.load(SeqCst) == 0 {
+                note.begun += 1;
+                state.write(|| {
+                    keep(note)?;
+                    file.write_all(record(note.begun).as_bytes())?;
+                    file.sync_all()?;
+                    note.synced = note.begun;
+                    keep(note)
+                });
+                thread::sleep(Duration::from_micros(every_us));
             }
             state.stopped.store(true, SeqCst);
         })

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The driver of the VSS device: what a bound device has, and in which order that comes and goes.
+//!
+//! Knows nothing of requests: it makes the [`Service`] and tells it what the bus says.
+
+use crate::chardev;
+use crate::compat;
+use crate::pm_notifier;
+use crate::service::Service;
+use crate::vmbus;
+use kernel::debugfs;
+use kernel::device::Core;
+use kernel::prelude::*;
+use kernel::sync::atomic::Acquire;
+use kernel::sync::atomic::AtomicFlag;
+use kernel::sync::atomic::Release;
+use kernel::sync::Arc;
+
+/// Class of the VSS device, 35fa2e29-ea23-4236-96ae-3a6ebacba440 (`HV_VSS_GUID`), as on the wire.
+const VSS_CLASS: [u8; 16] = [
+    0x29, 0x2e, 0xfa, 0x35, 0x23, 0xea, 0x36, 0x42, 0x96, 0xae, 0x3a, 0x6e, 0xba, 0xcb, 0xa4, 0x40,
+];
+
+pub(crate) struct Driver;
+
+compat::device_table!(
+    "vmbus",
+    vmbus::DeviceId,
+    ID_TABLE,
+    [vmbus::DeviceId::new(VSS_CLASS)]
+);
+
+/// What a bound device has. Fields are dropped in this order: first nothing more happens, then what
+/// can be seen of it goes.
+#[pin_data]
+pub(crate) struct Data {
+    running: Running,
+    #[pin]
+    _sleep: pm_notifier::Registration<Service>,
+    #[pin]
+    _state: debugfs::File<Arc<Service>>,
+    #[pin]
+    _held: debugfs::File<Arc<Service>>,
+    #[pin]
+    _parameters: debugfs::File<Arc<Service>>,
+    _folder: debugfs::Dir,
+    #[pin]
+    _node: chardev::Registration<Service>,
+    _only: Only,
+}
+
+/// Whether a device is bound.
+static BOUND: AtomicFlag = AtomicFlag::new(false);
+
+/// The right to be the bound device. A guest has one VSS device, and its node one name: another
+/// that the host may offer is refused before it gets in the way.
+struct Only(());
+
+impl Only {
+    fn claim() -> Result<Self> {
+        if BOUND.xchg(true, Acquire) {
+            return Err(EBUSY);
+        }
+        Ok(Only(()))
+    }
+}
+
+impl Drop for Only {
+    fn drop(&mut self) {
+        BOUND.store(false, Release);
+    }
+}
+
+/// Stops the service when it is dropped.
+struct Running(Arc<Service>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+impl vmbus::Driver for Driver {
+    type Data<'bound> = Data;
+    const ID_TABLE: vmbus::IdTable = &ID_TABLE;
+
+    fn probe<'bound>(
+        dev: &'bound vmbus::Device<Core<'_>>,
+    ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
+        pin_init::pin_init_scope(move || {
+            // `new_id` and `driver_override` can give us any device.
+            if dev.class() != VSS_CLASS {
+                return Err(ENODEV);
+            }
+            let only = Only::claim()?;
+            let service = Service::new()?;
+            let folder = debugfs::Dir::new(c"hv_vss");
+            Ok(try_pin_init!(Data {
+                // Comes first: what is made first goes last when the rest fails.
+                _only: only,
+                running: Running(service.clone()),
+                _sleep <- pm_notifier::Registration::new(service.clone()),
+                _state <- folder.read_callback_file(c"state", service.clone(), &Service::show_state),
+                _held <- folder.read_callback_file(c"held", service.clone(), &Service::show_held),
+                _parameters <- folder.read_callback_file(
+                    c"parameters",
+                    service.clone(),
+                    &Service::show_parameters,
+                ),
+                _folder: folder,
+                _node <- chardev::Registration::new(c"vmbus/hv_vss", 0o600, service),
+                _: { running.0.start(dev)? },
+            }))
+        })
+    }
+
+    fn unbind<'bound>(_dev: &'bound vmbus::Device<Core<'_>>, this: Pin<&'bound Data>) {
+        this.running.0.stop();
+    }
+
+    fn suspend<'bound>(_dev: &'bound vmbus::Device<Core<'_>>, this: Pin<&'bound Data>) -> Result {
+        this.running.0.suspend();
+        Ok(())
+    }
+
+    fn resume<'bound>(dev: &'bound vmbus::Device<Core<'_>>, this: Pin<&'bound Data>) -> Result {
+        this.running.0.resume(dev)
+    }
+}

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! For tests: the state as a value, and the invariants as a function. Not part of the module.
+
+use super::super::QUEUE;
+use super::daemon::Daemon;
+use super::op;
+use super::Engine;
+use super::Freeze;
+use super::Request;
+use super::Stage;
+use core::ops::DerefMut;
+
+/// See [`Engine::shape`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Shape {
+    requests: [Option<(u8, Stage)>; QUEUE],
+    daemon: Daemon,
+    reply_waits: bool,
+    notice_waits: bool,
+    quiet: bool,
+    holds: bool,
+    freeze: &'static str,
+    held: bool,
+    told: bool,
+    owed_thaw: Option<bool>,
+    calling_off: bool,
+    sleeping: bool,
+}
+
+impl<B: DerefMut<Target = [u8]>> Engine<B> {
+    /// The state without ids, times and packets, for tests that visit each state once.
+    pub fn shape(&self) -> Shape {
+        let mut requests = [None; QUEUE];
+        for (place, request) in requests.iter_mut().zip(self.queue.iter()) {
+            *place = Some((request.operation, request.stage));
+        }
+        Shape {
+            requests,
+            daemon: self.daemon,
+            reply_waits: self.reply_waits,
+            notice_waits: self.notice.is_some(),
+            quiet: self.quiet_since.is_some(),
+            holds: self.hold.is_some(),
+            freeze: self.freeze.as_str(),
+            held: self.freeze.held().is_some(),
+            told: self.freeze == (Freeze::Broken { told: true }),
+            owed_thaw: self.owed_thaw.map(|owed| owed.is_read()),
+            calling_off: self.calling_off,
+            sleeping: self.sleeping,
+        }
+    }
+
+    /// Checks the invariants of the type; tests call it after each event.
+    ///
+    /// # Errors
+    ///
+    /// Names the one that does not hold.
+    pub fn check(&self) -> Result<(), &'static str> {
+        self.queue.check()?;
+        let stages = self.queue.iter().map(|r| r.stage).enumerate();
+        for (at, stage) in stages {
+            if at > 0 && stage != Stage::Queued {
+                return Err("not the head, and shown");
+            }
+            if at == 0 && (stage == Stage::Held) == self.registered() {
+                return Err("stage and daemon disagree");
+            }
+        }
+        let must = |holds: bool, or: &'static str| if holds { Ok(()) } else { Err(or) };
+        let registered = self.registered();
+        let head_is_read = self.queue.head().is_some_and(Request::is_read);
+        let owed_is_read = self.owed_thaw.is_some_and(|owed| owed.is_read());
+        let thaw_to_come = self.owed_thaw.is_some() || self.is_doing(op::THAW);
+        let held = self.freeze.held().is_some();
+        let holds = self.hold.is_some();
+        must(!(head_is_read && owed_is_read), "two things in hand")?;
+        must(registered || !owed_is_read, "a THAW in nobody's hands")?;
+        must(registered || !held, "a freeze without a daemon")?;
+        must(self.owed_thaw.is_none() || !held, "a freeze and its THAW")?;
+        must(
+            self.daemon == Daemon::V2 || !holds,
+            "a hold without a daemon",
+        )?;
+        let ended = self.notice.is_some_and(|(id, _)| id != 0);
+        must(!(holds && ended), "a hold that has ended")?;
+        let message = self.reply_waits || self.notice.is_some();
+        must(registered || !message, "a message for nobody")?;
+        must(
+            registered || self.quiet_since.is_some(),
+            "nobody, and not quiet",
+        )?;
+        must(
+            thaw_to_come || !self.calling_off,
+            "a FREEZE called off by nothing",
+        )
+    }
+}

@@ -1,0 +1,783 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What the host is told of its freeze, and that whatever is frozen is thawed: one rule a test.
+
+mod support;
+
+use hv_vss_engine::{Config, Refusal, PACKET_MAX, QUEUE};
+use hv_vss_uapi::{self as uapi, op, status, thawed};
+use support::*;
+use zerocopy::{FromBytes, IntoBytes};
+
+const SECOND: u64 = 1_000_000;
+
+/// The module's own times, and a module that can hold.
+const CONFIG: Config = Config {
+    freeze_ms: 900_000,
+    other_ms: 30_000,
+    grace_ms: 5_000,
+    max_held: 16,
+};
+
+fn world(store: &mut Vec<u8>) -> World<'_> {
+    world_with(store, CONFIG)
+}
+
+fn world_with(store: &mut Vec<u8>, config: Config) -> World<'_> {
+    store.resize(QUEUE * PACKET_MAX, 0);
+    World::new(config, store)
+}
+
+/// A FREEZE that succeeds, and the id that the daemon knows it by.
+fn frozen(w: &mut World<'_>) -> u64 {
+    let freeze = w.ask(op::FREEZE);
+    let seen = w.serve(op::FREEZE, status::OK);
+    assert_eq!(w.answered(freeze), Some(status::OK));
+    seen.id
+}
+
+/// A FREEZE for which the daemon has the module hold something; it is read and not answered.
+fn holding(w: &mut World<'_>) -> (u64, Seen) {
+    let freeze = w.ask(op::FREEZE);
+    let seen = w.read().unwrap();
+    w.hold(seen.id).unwrap();
+    (freeze, seen)
+}
+
+/// The next backup is a good one.
+fn good_backup(w: &mut World<'_>) {
+    for operation in [op::HOT_BACKUP, op::FREEZE, op::THAW] {
+        let request = w.ask(operation);
+        w.serve(operation, status::OK);
+        assert_eq!(w.answered(request), Some(status::OK));
+    }
+}
+
+/// The notice that the daemon reads next.
+fn notice(w: &mut World<'_>) -> (u64, u32) {
+    let bytes = w.read_bytes().expect("something to read");
+    let notice = uapi::Thawed::read_from_bytes(&bytes).expect("a notice");
+    (notice.frame.id, notice.reason)
+}
+
+// --- Sleep ---
+
+#[test]
+fn a_freeze_on_the_way_to_sleep_fails_at_once() {
+    for abi in [0, 1, 2] {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        if abi > 0 {
+            w.daemon(abi);
+        }
+        // Nothing is frozen.
+        w.prepare_sleep();
+        assert!(w.engine.thawed_for_sleep());
+        let freeze = w.ask(op::FREEZE);
+        assert_eq!(w.answered(freeze), Some(status::FAIL));
+        assert!(!w.engine.readable());
+        if abi > 0 {
+            let check = w.ask(op::HOT_BACKUP);
+            w.serve(op::HOT_BACKUP, status::OK);
+            assert_eq!(w.answered(check), Some(status::OK), "that can be served");
+            w.resume();
+            good_backup(&mut w);
+        }
+    }
+}
+
+#[test]
+fn a_channel_that_is_opened_again_does_not_end_the_sleep() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    w.prepare_sleep();
+    w.close(thawed::SLEEP);
+    // The image is written; user space stands still.
+    w.channel = true;
+    let freeze = w.ask(op::FREEZE);
+    assert_eq!(w.answered(freeze), Some(status::FAIL));
+}
+
+#[test]
+fn what_the_daemon_froze_is_thawed_before_the_sleep() {
+    for abi in [1, 2] {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon(abi);
+        frozen(&mut w);
+        w.prepare_sleep();
+        assert!(!w.engine.thawed_for_sleep());
+        w.read().unwrap();
+        assert!(!w.engine.thawed_for_sleep(), "it is only being done");
+        let thaw = w.in_hand.unwrap();
+        assert_eq!(thaw.operation, op::THAW);
+        w.answer(thaw, status::OK).unwrap();
+        assert!(w.engine.thawed_for_sleep());
+        w.close(thawed::SLEEP);
+        w.resume();
+        assert!(!w.engine.readable(), "once is enough");
+        let thaw = w.ask(op::THAW);
+        w.serve(op::THAW, status::OK);
+        assert_eq!(w.answered(thaw), Some(status::FAIL), "it did not last");
+        good_backup(&mut w);
+    }
+}
+
+#[test]
+fn a_freeze_that_is_being_made_is_called_off_before_the_sleep() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    let freeze = w.ask(op::FREEZE);
+    let seen = w.read().unwrap();
+    w.prepare_sleep();
+    assert_eq!(w.answered(freeze), Some(status::FAIL));
+    assert!(!w.engine.thawed_for_sleep());
+    assert_eq!(w.answer(seen, status::OK), Err(Refusal::Stale));
+    w.serve(op::THAW, status::OK);
+    assert!(w.engine.thawed_for_sleep());
+}
+
+#[test]
+fn a_freeze_that_ran_out_holds_up_the_sleep_until_it_is_thawed() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    w.ask(op::FREEZE);
+    w.read().unwrap();
+    w.pass(900 * SECOND);
+    w.prepare_sleep();
+    assert!(!w.engine.thawed_for_sleep(), "the daemon still works on it");
+    w.serve(op::THAW, status::OK);
+    assert!(w.engine.thawed_for_sleep());
+}
+
+#[test]
+fn a_daemon_that_did_not_thaw_in_time_does_so_after_the_sleep() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v1();
+    frozen(&mut w);
+    w.prepare_sleep();
+    w.close(thawed::SLEEP);
+    w.now += 3600 * SECOND;
+    w.resume();
+    w.serve(op::THAW, status::OK);
+}
+
+#[test]
+fn a_daemon_that_goes_before_the_sleep_holds_nobody_up() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    frozen(&mut w);
+    w.prepare_sleep();
+    w.release();
+    assert!(w.engine.thawed_for_sleep());
+}
+
+#[test]
+fn what_the_module_holds_is_thawed_without_asking_the_daemon() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    let (_, seen) = holding(&mut w);
+    w.answer(seen, status::OK).unwrap();
+    w.prepare_sleep();
+    assert!(w.engine.thawed_for_sleep());
+    assert_eq!(notice(&mut w), (seen.id, thawed::SLEEP));
+    assert!(!w.engine.readable());
+}
+
+// --- THAW behind FREEZE ---
+
+#[test]
+fn a_thaw_behind_an_open_freeze_calls_it_off() {
+    for abi in [1, 2] {
+        for read in [false, true] {
+            let mut store = Vec::new();
+            let mut w = world(&mut store);
+            w.daemon(abi);
+            let freeze = w.ask(op::FREEZE);
+            let making = if read { w.read() } else { None };
+            let thaw = w.ask(op::THAW);
+            assert_eq!(w.answered(freeze), Some(status::FAIL), "at once");
+            assert_eq!(w.answered(thaw), None);
+            if abi == 1 {
+                // Reads no further before it has answered.
+                if let Some(making) = making {
+                    assert_eq!(w.answer(making, status::OK), Err(Refusal::Stale));
+                }
+            }
+            let calling_off = w.read().unwrap();
+            assert_eq!(calling_off.operation, op::THAW, "at once, too");
+            if let (2, Some(making)) = (abi, making) {
+                assert_eq!(w.answer(making, status::OK), Err(Refusal::Stale));
+            }
+            w.answer(calling_off, status::OK).unwrap();
+            // The host knows that it has no freeze; this says that all goes on.
+            assert_eq!(w.answered(thaw), Some(status::OK));
+            assert!(!w.engine.readable(), "one THAW is enough");
+            good_backup(&mut w);
+        }
+    }
+}
+
+#[test]
+fn a_thaw_that_calls_off_a_second_freeze_fails_if_it_broke_the_first() {
+    for (read, thaw_says) in [(false, status::OK), (true, status::FAIL)] {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon_v2();
+        frozen(&mut w);
+        let second = w.ask(op::FREEZE);
+        if read {
+            w.read().unwrap();
+        }
+        let thaw = w.ask(op::THAW);
+        assert_eq!(w.answered(second), Some(status::FAIL));
+        w.serve(op::THAW, status::OK);
+        assert_eq!(w.answered(thaw), Some(thaw_says), "read: {read}");
+    }
+}
+
+#[test]
+fn a_thaw_that_cannot_be_queued_calls_off_a_freeze_all_the_same() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    let freeze = w.ask(op::FREEZE);
+    w.read().unwrap();
+    let thaw = w.send(vss_packet(op::THAW, &[0; 14_000]));
+    assert_eq!(w.answered(freeze), Some(status::FAIL));
+    assert_eq!(w.answered(thaw), Some(status::FAIL));
+    w.serve(op::THAW, status::OK);
+    good_backup(&mut w);
+}
+
+#[test]
+fn no_freeze_on_top_of_one_that_the_daemon_still_works_on() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    w.ask(op::FREEZE);
+    let late = w.read().unwrap();
+    w.pass(900 * SECOND);
+    let second = w.ask(op::FREEZE);
+    assert_eq!(w.answered(second), Some(status::FAIL), "at once");
+    assert_eq!(w.answer(late, status::OK), Err(Refusal::Stale));
+    let third = w.ask(op::FREEZE);
+    assert_eq!(w.answered(third), Some(status::FAIL), "it may be frozen");
+    w.serve(op::THAW, status::OK);
+    good_backup(&mut w);
+}
+
+// --- The time ---
+
+#[test]
+fn the_time_counts_from_the_arrival() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    // 4.9 s of grace, then a daemon that reads and does not answer.
+    let request = w.ask(op::HOT_BACKUP);
+    w.pass(4_900_000);
+    w.daemon_v2();
+    assert_eq!(w.read().unwrap().time_left_ms, 25_100);
+    w.pass(25_100_000 - 1);
+    assert_eq!(w.answered(request), None);
+    w.pass(1);
+    assert_eq!(w.answered(request), Some(status::FAIL));
+}
+
+#[test]
+fn the_time_counts_while_others_are_served() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    w.ask(op::FREEZE);
+    let making = w.read().unwrap();
+    w.pass(10 * SECOND);
+    let first = w.ask(op::HOT_BACKUP);
+    w.pass(10 * SECOND);
+    let second = w.ask(op::HOT_BACKUP);
+    w.pass(20 * SECOND);
+    assert_eq!(w.answered(first), Some(status::FAIL), "in the queue");
+    w.answer(making, status::OK).unwrap();
+    assert_eq!(w.read().unwrap().time_left_ms, 10_000);
+    w.pass(10 * SECOND);
+    assert_eq!(w.answered(second), Some(status::FAIL));
+}
+
+// --- What could not be sent ---
+
+#[test]
+fn a_success_that_the_host_did_not_hear_is_none() {
+    for abi in [1, 2] {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon(abi);
+        w.ask(op::FREEZE);
+        w.out.ring_full = true;
+        w.serve(op::FREEZE, status::OK);
+        w.out.ring_full = false;
+        assert_eq!(w.engine.freeze_state(), "broken");
+        assert_eq!(w.engine.stats().broken, 1);
+        w.serve(op::THAW, status::OK);
+        let thaw = w.ask(op::THAW);
+        w.serve(op::THAW, status::OK);
+        assert_eq!(w.answered(thaw), Some(status::FAIL));
+        good_backup(&mut w);
+    }
+}
+
+#[test]
+fn a_hold_of_which_the_host_did_not_hear_is_let_go() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    let (_, seen) = holding(&mut w);
+    w.out.ring_full = true;
+    w.answer(seen, status::OK).unwrap();
+    w.out.ring_full = false;
+    assert_eq!(notice(&mut w), (seen.id, thawed::CALLED_OFF));
+    assert!(!w.engine.readable(), "the module has thawed");
+}
+
+#[test]
+fn a_failure_that_the_host_did_not_hear_makes_no_thaw_good() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    w.ask(op::FREEZE);
+    w.out.ring_full = true;
+    w.serve(op::FREEZE, status::FAIL);
+    w.out.ring_full = false;
+    let thaw = w.ask(op::THAW);
+    w.serve(op::THAW, status::OK);
+    assert_eq!(w.answered(thaw), Some(status::FAIL));
+}
+
+// --- Told once ---
+
+#[test]
+fn a_freeze_that_broke_is_told_once() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    let id = frozen(&mut w);
+    w.tell_thawed(id, thawed::DEADLINE).unwrap();
+    let told = w.ask(op::THAW);
+    w.serve(op::THAW, status::OK);
+    assert_eq!(w.answered(told), Some(status::FAIL));
+
+    // The next FREEZE fails, and the THAW only cleans up after it.
+    let freeze = w.ask(op::FREEZE);
+    w.serve(op::FREEZE, status::FAIL);
+    assert_eq!(w.answered(freeze), Some(status::FAIL));
+    let thaw = w.ask(op::THAW);
+    w.serve(op::THAW, status::OK);
+    assert_eq!(w.answered(thaw), Some(status::OK));
+}
+
+#[test]
+fn a_freeze_that_broke_is_told_by_a_thaw_and_by_nothing_less() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    let id = frozen(&mut w);
+    w.tell_thawed(id, thawed::DEADLINE).unwrap();
+    // Neither by a FREEZE that fails nor by a THAW that is not heard.
+    for heard in [false, true] {
+        w.ask(op::FREEZE);
+        w.serve(op::FREEZE, status::FAIL);
+        w.out.ring_full = !heard;
+        let thaw = w.ask(op::THAW);
+        w.serve(op::THAW, status::OK);
+        w.out.ring_full = false;
+        assert_eq!(w.answered(thaw), heard.then_some(status::FAIL));
+    }
+    let again = w.ask(op::THAW);
+    w.serve(op::THAW, status::OK);
+    assert_eq!(w.answered(again), Some(status::FAIL), "as often as asked");
+}
+
+#[test]
+fn a_thaw_that_failed_is_not_good_when_it_is_asked_again() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    frozen(&mut w);
+    for (code, told) in [(0x1234, 0x1234), (status::OK, status::FAIL)] {
+        let thaw = w.ask(op::THAW);
+        w.serve(op::THAW, code);
+        assert_eq!(w.answered(thaw), Some(told));
+    }
+    good_backup(&mut w);
+}
+
+// --- THAWs that nobody read ---
+
+#[test]
+fn a_thaw_that_ran_out_is_still_done() {
+    for abi in [1, 2] {
+        for read in [false, true] {
+            let mut store = Vec::new();
+            let mut w = world(&mut store);
+            w.daemon(abi);
+            frozen(&mut w);
+            let thaw = w.ask(op::THAW);
+            let seen = if read { w.read() } else { None };
+            w.pass(30 * SECOND);
+            assert_eq!(w.answered(thaw), Some(status::FAIL));
+            if let Some(seen) = seen {
+                assert_eq!(w.answer(seen, status::OK), Err(Refusal::Stale));
+            }
+            w.pass(3600 * SECOND);
+            w.serve(op::THAW, status::OK);
+            assert!(!w.engine.readable());
+            good_backup(&mut w);
+        }
+    }
+}
+
+#[test]
+fn a_thaw_for_which_there_is_no_daemon_waits_for_one() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v1();
+    frozen(&mut w);
+    w.release();
+    let thaw = w.ask(op::THAW);
+    w.pass(5 * SECOND);
+    assert_eq!(w.answered(thaw), Some(status::FAIL));
+    w.daemon_v1();
+    w.serve(op::THAW, status::OK);
+    good_backup(&mut w);
+}
+
+#[test]
+fn what_a_daemon_leaves_frozen_the_next_one_thaws() {
+    for making in [false, true] {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon_v1();
+        if making {
+            w.ask(op::FREEZE);
+            w.read().unwrap();
+        } else {
+            frozen(&mut w);
+        }
+        w.release();
+        w.daemon_v2();
+        // This FREEZE waits until that is done.
+        let freeze = w.ask(op::FREEZE);
+        w.serve(op::THAW, status::OK);
+        w.serve(op::FREEZE, status::OK);
+        assert_eq!(w.answered(freeze), Some(status::OK));
+    }
+}
+
+#[test]
+fn a_thaw_that_is_owed_comes_again_until_it_is_answered() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    frozen(&mut w);
+    w.ask(op::THAW);
+    w.pass(30 * SECOND);
+    let first = w.read().unwrap();
+    assert_eq!((first.operation, first.time_left_ms), (op::THAW, 30_000));
+    assert!(!w.engine.readable(), "it is in the daemon's hands");
+    w.pass(30 * SECOND);
+    assert_eq!(w.answer(first, status::OK), Err(Refusal::Stale));
+    // Neither does the next daemon get around it.
+    w.read().unwrap();
+    w.release();
+    w.daemon_v1();
+    w.serve(op::THAW, status::FAIL);
+    assert!(!w.engine.readable(), "it has tried");
+}
+
+#[test]
+fn the_hosts_thaw_does_for_one_that_is_owed() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    frozen(&mut w);
+    w.ask(op::THAW);
+    w.pass(30 * SECOND);
+    let thaw = w.ask(op::THAW);
+    w.serve(op::THAW, status::OK);
+    assert_eq!(w.answered(thaw), Some(status::FAIL));
+    assert!(!w.engine.readable());
+}
+
+#[test]
+fn a_thaw_that_is_owed_and_shown_is_not_lost_to_the_hosts() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    frozen(&mut w);
+    w.ask(op::THAW);
+    w.pass(30 * SECOND);
+    // The host asks while the daemon's read is on its way.
+    let (bytes, token) = w.peek().unwrap();
+    let thaw = w.ask(op::THAW);
+    w.take(&bytes, token);
+    assert!(!w.engine.readable(), "one at a time");
+    let shown = w.in_hand.unwrap();
+    w.answer(shown, status::OK).unwrap();
+    assert_eq!(w.answered(thaw), None);
+    w.serve(op::THAW, status::OK);
+    assert_eq!(w.answered(thaw), Some(status::FAIL));
+}
+
+// --- A daemon that does not read ---
+
+#[test]
+fn a_daemon_that_let_one_run_out_costs_no_further_30_seconds() {
+    for grace_ms in [0, 5_000] {
+        for operation in [op::HOT_BACKUP, op::FREEZE, op::THAW] {
+            let mut store = Vec::new();
+            let mut w = world_with(&mut store, Config { grace_ms, ..CONFIG });
+            w.daemon_v2();
+            let first = w.ask(op::HOT_BACKUP);
+            w.pass(30 * SECOND);
+            assert_eq!(w.answered(first), Some(status::FAIL));
+            w.pass(60 * SECOND);
+            let next = w.ask(operation);
+            w.pass(u64::from(grace_ms) * 1000);
+            assert_eq!(w.answered(next), Some(status::FAIL));
+        }
+    }
+}
+
+#[test]
+fn those_that_wait_behind_one_that_ran_out_cost_no_further_30_seconds() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    w.ask(op::HOT_BACKUP);
+    w.pass(29 * SECOND);
+    let next = w.ask(op::HOT_BACKUP);
+    w.pass(6 * SECOND);
+    assert_eq!(w.answered(next), Some(status::FAIL));
+}
+
+#[test]
+fn a_daemon_that_is_heard_of_again_has_its_full_time() {
+    type Sign = fn(&mut World<'_>);
+    let signs: [(&str, Sign); 3] = [
+        ("polls", |w| w.alive()),
+        ("holds", |w| w.hold(0).unwrap()),
+        ("registers anew", |w| {
+            w.release();
+            w.daemon_v2();
+        }),
+    ];
+    for (name, sign) in signs {
+        let mut store = Vec::new();
+        let mut w = world_with(
+            &mut store,
+            Config {
+                grace_ms: 0,
+                ..CONFIG
+            },
+        );
+        w.daemon_v2();
+        w.ask(op::HOT_BACKUP);
+        w.pass(30 * SECOND);
+        sign(&mut w);
+        let request = w.ask(op::HOT_BACKUP);
+        w.pass(30 * SECOND - 1);
+        assert_eq!(w.answered(request), None, "a daemon that {name}");
+    }
+    // Within the grace time a read is enough.
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    w.ask(op::HOT_BACKUP);
+    w.pass(30 * SECOND);
+    let request = w.ask(op::HOT_BACKUP);
+    w.pass(4 * SECOND);
+    let seen = w.read().unwrap();
+    w.pass(20 * SECOND);
+    w.answer(seen, status::OK).unwrap();
+    assert_eq!(w.answered(request), Some(status::OK));
+}
+
+// --- What the module holds ---
+
+#[test]
+fn the_module_holds_for_a_v2_daemon_and_an_open_freeze() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    assert_eq!(w.hold(0), Err(Refusal::OutOfTurn), "nobody is there");
+    w.daemon_v1();
+    assert_eq!(w.hold(0), Err(Refusal::OutOfTurn), "v1");
+    w.release();
+    w.open();
+    assert_eq!(w.hold(0), Err(Refusal::OutOfTurn), "not registered");
+    w.register_v2().unwrap();
+    w.read_bytes().unwrap();
+    w.ask(op::FREEZE);
+    assert_eq!(w.hold(1), Err(Refusal::Stale), "not read");
+    let seen = w.read().unwrap();
+    assert_eq!(w.hold(0), Err(Refusal::Stale), "the host is served");
+    assert_eq!(w.hold(seen.id + 1), Err(Refusal::Stale));
+    w.hold(seen.id).unwrap();
+    w.hold(seen.id).unwrap();
+    w.answer(seen, status::OK).unwrap();
+    assert_eq!(w.hold(seen.id), Err(Refusal::Stale), "answered");
+    assert_eq!(w.hold(0), Err(Refusal::Stale), "frozen");
+    w.ask(op::THAW);
+    w.serve(op::THAW, status::OK);
+    w.hold(0).unwrap();
+    w.prepare_sleep();
+    assert_eq!(notice(&mut w), (0, thawed::SLEEP));
+    assert_eq!(w.hold(0), Err(Refusal::Stale), "the machine sleeps");
+}
+
+#[test]
+fn a_module_that_cannot_hold_does_not_offer_it() {
+    for (max_held, features) in [(0, 0), (16, uapi::feature::HOLD)] {
+        let mut store = Vec::new();
+        let mut w = world_with(&mut store, Config { max_held, ..CONFIG });
+        w.open();
+        w.register_v2().unwrap();
+        let expected = uapi::Registered {
+            frame: frame(uapi::frame::REGISTERED, 40, 0),
+            abi_version: 2,
+            max_frame: 6300,
+            features,
+            max_held,
+        };
+        assert_eq!(w.read_bytes(), Some(expected.as_bytes().to_vec()));
+        assert_eq!(w.hold(0).is_ok(), max_held > 0);
+    }
+}
+
+#[test]
+fn a_freeze_ends_when_the_module_thaws_by_itself() {
+    for answered in [false, true] {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon_v2();
+        let (freeze, seen) = holding(&mut w);
+        if answered {
+            w.answer(seen, status::OK).unwrap();
+        }
+        w.lose(thawed::DEADLINE);
+        assert_eq!(notice(&mut w), (seen.id, thawed::DEADLINE));
+        let code = if answered { status::OK } else { status::FAIL };
+        assert_eq!(w.answered(freeze), Some(code));
+        w.lose(thawed::DEADLINE);
+        let thaw = w.ask(op::THAW);
+        w.serve(op::THAW, status::OK);
+        let code = if answered { status::FAIL } else { status::OK };
+        assert_eq!(w.answered(thaw), Some(code));
+        assert!(!w.engine.readable(), "told once");
+        good_backup(&mut w);
+    }
+}
+
+#[test]
+fn the_module_lets_go_when_the_host_has_no_use_for_it_any_more() {
+    type End = (&'static str, Option<u32>, fn(&mut World<'_>, Seen));
+    let ends: [End; 7] = [
+        ("failed", None, |w, seen| {
+            w.answer(seen, status::FAIL).unwrap();
+        }),
+        ("answered and thawed", None, |w, seen| {
+            w.answer(seen, status::OK).unwrap();
+            w.ask(op::THAW);
+            w.serve(op::THAW, status::OK);
+        }),
+        ("told as thawed", None, |w, seen| {
+            w.answer(seen, status::OK).unwrap();
+            w.tell_thawed(seen.id, thawed::FOREIGN).unwrap();
+        }),
+        ("out of time", Some(thawed::CALLED_OFF), |w, _| {
+            w.pass(900 * SECOND);
+        }),
+        ("called off", Some(thawed::CALLED_OFF), |w, _| {
+            w.ask(op::THAW);
+        }),
+        (
+            "with a THAW out of time",
+            Some(thawed::CALLED_OFF),
+            |w, seen| {
+                w.answer(seen, status::OK).unwrap();
+                w.ask(op::THAW);
+                w.pass(30 * SECOND);
+            },
+        ),
+        ("without a channel", Some(thawed::GONE), |w, seen| {
+            w.answer(seen, status::OK).unwrap();
+            w.close(thawed::GONE);
+        }),
+    ];
+    for (name, told, end) in ends {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon_v2();
+        let (_, seen) = holding(&mut w);
+        end(&mut w, seen);
+        assert!(!w.holds(), "still held: {name}");
+        match told {
+            Some(reason) => assert_eq!(notice(&mut w), (seen.id, reason), "{name}"),
+            None => assert!(!w.engine.readable(), "nothing to tell: {name}"),
+        }
+    }
+}
+
+#[test]
+fn what_the_daemon_has_thawed_before_the_hosts_thaw_makes_that_fail() {
+    for (after_thaw, code) in [(false, status::FAIL), (true, status::OK)] {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon_v2();
+        let (_, seen) = holding(&mut w);
+        w.answer(seen, status::OK).unwrap();
+        if !after_thaw {
+            w.thaw_held().unwrap();
+        }
+        let thaw = w.ask(op::THAW);
+        let seen = w.read().unwrap();
+        if after_thaw {
+            w.thaw_held().unwrap();
+        }
+        w.answer(seen, status::OK).unwrap();
+        assert_eq!(w.answered(thaw), Some(code));
+        assert_eq!(w.engine.stats().broken, u64::from(!after_thaw));
+        good_backup(&mut w);
+    }
+}
+
+#[test]
+fn a_daemon_is_not_told_of_what_it_has_thawed() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    assert_eq!(w.thaw_held(), Err(Refusal::OutOfTurn));
+    w.daemon_v2();
+    w.hold(0).unwrap();
+    w.thaw_held().unwrap();
+    w.prepare_sleep();
+    assert!(!w.engine.readable());
+}
+
+#[test]
+fn a_rehearsal_is_nothing_to_the_host() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    w.hold(0).unwrap();
+    let freeze = w.ask(op::FREEZE);
+    let seen = w.read().unwrap();
+    w.lose(thawed::DEADLINE);
+    w.hold(seen.id).unwrap();
+    w.answer(seen, status::OK).unwrap();
+    assert_eq!(w.answered(freeze), Some(status::OK));
+    assert_eq!(notice(&mut w), (0, thawed::DEADLINE));
+}

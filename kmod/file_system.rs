@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A file system, as far as freezing goes.
+//!
+//! The freeze is the VFS's exclusive one (`FREEZE_EXCL`): only who is named as its owner can undo
+//! it, and it nests with those of others. Knows nothing of who wants it, and for how long.
+//!
+//! C headers: [`include/linux/fs/super.h`](srctree/include/linux/fs/super.h),
+//! [`include/linux/mount.h`](srctree/include/linux/mount.h)
+
+use crate::bindings;
+use crate::compat::error;
+use core::ptr;
+use core::ptr::NonNull;
+use kernel::bindings as raw;
+use kernel::error::to_result;
+use kernel::fs::LocalFile;
+use kernel::prelude::*;
+
+/// A file system that is kept mounted: an unmount gets `EBUSY`, a lazy one is completed when this
+/// is dropped, which may sleep.
+///
+/// # Invariants
+///
+/// `mount` is a valid mount, and a reference to it is owned.
+pub(crate) struct FileSystem {
+    mount: NonNull<raw::vfsmount>,
+}
+
+// SAFETY: A reference to a mount may be used and dropped by any thread.
+unsafe impl Send for FileSystem {}
+
+impl FileSystem {
+    /// The file system of the caller's open descriptor `fd`.
+    ///
+    /// # Errors
+    ///
+    /// `EBADF` when it is not open, or only a path (`O_PATH`).
+    pub(crate) fn of(fd: i32) -> Result<Self> {
+        let file = LocalFile::fget(u32::try_from(fd).map_err(|_| EBADF)?)?;
+        // The mount, not the file: a descriptor can be sent through itself, and would never be
+        // closed.
+        //
+        // SAFETY: The file is open, so it has a mount, which it keeps.
+        let mount = unsafe { raw::mntget(bindings::hv_vss_file_mount(file.as_ptr())) };
+        // INVARIANT: `mntget` has taken a reference.
+        Ok(FileSystem {
+            mount: NonNull::new(mount).ok_or(EBADF)?,
+        })
+    }
+
+    /// Whether the caller may freeze it, and whether it can be frozen, as FIFREEZE has it.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` or `EOPNOTSUPP`.
+    pub(crate) fn may_freeze(&self) -> Result {
+        // SAFETY: By the type invariant the superblock is alive, and so is its user namespace.
+        if !unsafe { raw::ns_capable((*self.superblock()).s_user_ns, raw::CAP_SYS_ADMIN as c_int) }
+        {
+            return Err(EPERM);
+        }
+        let operations = self.operations();
+        if operations.freeze_fs.is_none() && operations.freeze_super.is_none() {
+            return Err(error(raw::EOPNOTSUPP));
+        }
+        Ok(())
+    }
+
+    /// Freezes it for `owner`. Process context; waits for writers and for the disk.
+    pub(crate) fn freeze<T>(&self, owner: &T) -> Result {
+        let freeze = self.operations().freeze_super.unwrap_or(raw::freeze_super);
+        // SAFETY: By the type invariant the superblock is alive and active. The owner is not null.
+        to_result(unsafe { freeze(self.superblock(), HOLDER, ptr::from_ref(owner).cast()) })
+    }
+
+    /// Undoes a freeze for `owner`. Process context; may wait for the disk.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` when it is not frozen for this owner, else what the file system says; it is still
+    /// frozen then.
+    pub(crate) fn thaw<T>(&self, owner: &T) -> Result {
+        let thaw = self.operations().thaw_super.unwrap_or(raw::thaw_super);
+        // SAFETY: As for `freeze`.
+        to_result(unsafe { thaw(self.superblock(), HOLDER, ptr::from_ref(owner).cast()) })
+    }
+
+    fn superblock(&self) -> *mut raw::super_block {
+        // SAFETY: By the type invariant the mount is valid; its superblock does not change.
+        unsafe { (*self.mount.as_ptr()).mnt_sb }
+    }
+
+    fn operations(&self) -> &raw::super_operations {
+        // SAFETY: By the type invariant the superblock is alive; its operations are never null, and
+        // constant.
+        unsafe { &*(*self.superblock()).s_op }
+    }
+
+    /// Which one it is.
+    pub(crate) fn identity(&self) -> Identity {
+        let superblock = self.superblock();
+        let mut kind = [0; KIND];
+        // SAFETY: By the type invariant the superblock is alive, and with it its type, whose name
+        // is a string.
+        let (device, name) = unsafe {
+            let name = CStr::from_char_ptr((*(*superblock).s_type).name);
+            ((*superblock).s_dev, name)
+        };
+        for (to, from) in kind.iter_mut().zip(name.to_bytes()) {
+            *to = *from;
+        }
+        Identity {
+            superblock: superblock.addr(),
+            device: (
+                device >> raw::MINORBITS,
+                device & ((1 << raw::MINORBITS) - 1),
+            ),
+            kind,
+        }
+    }
+}
+
+impl Drop for FileSystem {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant there is a reference, which ends here.
+        unsafe { raw::mntput(self.mount.as_ptr()) };
+    }
+}
+
+/// Our kind of freeze.
+const HOLDER: raw::freeze_holder =
+    raw::freeze_holder_FREEZE_HOLDER_KERNEL | raw::freeze_holder_FREEZE_EXCL;
+
+/// Bytes of a file system type's name that are kept.
+const KIND: usize = 16;
+
+/// Which file system it is, for comparing and for printing.
+#[derive(Clone, Copy)]
+pub(crate) struct Identity {
+    superblock: usize,
+    /// The numbers of its device.
+    pub(crate) device: (u32, u32),
+    /// The name of its type, filled up with zeros.
+    kind: [u8; KIND],
+}
+
+impl Identity {
+    /// The name of its type.
+    pub(crate) fn kind(&self) -> &str {
+        let end = self.kind.iter().position(|b| *b == 0).unwrap_or(KIND);
+        let name = self.kind.get(..end).unwrap_or_default();
+        core::str::from_utf8(name).unwrap_or("?")
+    }
+}
+
+impl PartialEq for Identity {
+    fn eq(&self, other: &Self) -> bool {
+        self.superblock == other.superblock
+    }
+}
+
+/// While there is one, RCU's grace periods are expedited, as the kernel itself does around suspend.
+///
+/// `freeze_super` waits for three of them, one for each kind of writer that it shuts out: nearly
+/// all of the time that a file system takes that has nothing to write. A caller that waits has one,
+/// not the worker, so that a freeze that hangs does not go on with it when its caller is gone.
+pub(crate) struct Expedited(());
+
+impl Expedited {
+    /// They are expedited.
+    pub(crate) fn new() -> Self {
+        // SAFETY: There are no requirements; they nest.
+        unsafe { bindings::hv_vss_rcu_expedite() };
+        Expedited(())
+    }
+}
+
+impl Drop for Expedited {
+    fn drop(&mut self) {
+        // SAFETY: `new` has been called.
+        unsafe { bindings::hv_vss_rcu_unexpedite() };
+    }
+}

@@ -1,0 +1,556 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The service between the host and the daemon: one lock around the [`engine`](crate::engine), and
+//! who calls it when.
+//!
+//! What is decided is decided in there. [`Service::state`] is taken in process context, in the
+//! channel's tasklet and in the timer's softirq, hence with interrupts off; nothing in it sleeps,
+//! and nothing is printed: what there is to say is kept until it is released. Below it is taken the
+//! lock of what is held, never the other way round.
+
+use crate::chardev;
+use crate::chardev::Readiness;
+use crate::compat::new_spinlock_irq;
+use crate::compat::SpinLockIrq;
+use crate::engine;
+use crate::engine::Effects;
+use crate::engine::Note;
+use crate::file_system::FileSystem;
+use crate::hold;
+use crate::hold::Begun;
+use crate::hold::Hold;
+use crate::pm_notifier;
+use crate::report;
+use crate::report::Log;
+use crate::timer::impl_has_timer;
+use crate::timer::Timer;
+use crate::timer::TimerCallback;
+use crate::uapi;
+use crate::uapi::thawed;
+use crate::vmbus;
+use crate::vmbus::Channel;
+use crate::Parameters;
+use kernel::device::Core;
+use kernel::fmt;
+use kernel::iov::IovIterDest;
+use kernel::iov::IovIterSource;
+use kernel::new_mutex;
+use kernel::new_poll_condvar;
+use kernel::prelude::*;
+use kernel::sync::poll::PollCondVar;
+use kernel::sync::Arc;
+use kernel::sync::CondVarTimeoutResult;
+use kernel::sync::Mutex;
+use kernel::time::msecs_to_jiffies;
+use kernel::time::Instant;
+use kernel::time::Monotonic;
+use kernel::uaccess::UserSliceReader;
+
+/// Bytes of packets that a ring holds: two requests of the greatest length that hosts send (an IC
+/// message of 13,312 bytes), and with its header page as much as the allocator gives in one piece.
+const RING: u32 = 7 * 4096;
+
+/// Packets taken in one run of the tasklet; the rest waits for the next, so that a flood leaves
+/// time for others.
+const BATCH: usize = 16;
+
+/// How long the machine's sleep waits for a thaw, in milliseconds.
+const THAW_MS: u32 = 5_000;
+
+/// How long a freeze waits, before it asks anew, for the thaw of the same file system, in
+/// milliseconds.
+const AGAIN_MS: u32 = 500;
+
+/// Longest write that is looked at: more than any message or frame has.
+const MAX_WRITE: usize = 64;
+
+/// What all who have the engine share: its packets wait in memory that is allocated in one piece.
+type Engine = engine::Engine<KVVec<u8>>;
+
+/// Shared by the bound device, its channel and open descriptors.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Service {
+    #[pin]
+    timer: Timer<Service>,
+    #[pin]
+    state: SpinLockIrq<State>,
+    /// Notified when a read or poll may see something new.
+    #[pin]
+    changes: PollCondVar,
+    /// Where a frame lies between the engine and the reader; also makes readers take turns.
+    #[pin]
+    outgoing: Mutex<KVec<u8>>,
+    /// What the module has frozen for the daemon.
+    hold: Arc<Hold>,
+    parameters: Parameters,
+    /// The engine's clock starts here.
+    born: Instant<Monotonic>,
+}
+
+/// What the lock protects.
+struct State {
+    device: Device,
+    /// Private copy of the packet in hand.
+    incoming: KVVec<u8>,
+}
+
+/// The device, as far as there is one.
+struct Device {
+    engine: Engine,
+    /// `None` before start, while suspended and after stop.
+    channel: Option<Channel<Service>>,
+    /// It is gone; descriptors that are still open only see errors.
+    gone: bool,
+}
+
+/// Where the engine's effects go.
+struct Outlet<'a> {
+    channel: Option<&'a Channel<Service>>,
+    hold: &'a Hold,
+    log: &'a mut Log,
+}
+
+impl Effects for Outlet<'_> {
+    fn send(&mut self, packet: &[u8], request_id: u64) -> bool {
+        self.channel
+            .is_some_and(|channel| channel.send(packet, request_id).is_ok())
+    }
+
+    fn let_go(&mut self, _reason: u32) -> bool {
+        self.hold.let_go()
+    }
+
+    fn note(&mut self, note: Note) {
+        report::trace(note);
+        self.log.keep(note);
+    }
+}
+
+impl_has_timer!(Service.timer);
+
+impl TimerCallback for Service {
+    fn run(&self) {
+        self.with_engine(|engine, now, out| {
+            let over = out.hold.deadline().is_some_and(|deadline| now >= deadline);
+            if over && out.hold.let_go() {
+                engine.lost(now, thawed::DEADLINE, out);
+            }
+            engine.timer(now, out);
+        });
+    }
+}
+
+impl Service {
+    pub(crate) fn new() -> Result<Arc<Self>> {
+        let parameters = Parameters::get();
+        let config = engine::Config {
+            freeze_ms: parameters.freeze_timeout_ms,
+            other_ms: parameters.timeout_ms,
+            grace_ms: parameters.grace_ms,
+            // CAST: 512.
+            max_held: hold::MAX_HELD as u32,
+        };
+        let store = KVVec::from_elem(0, engine::QUEUE * engine::PACKET_MAX, GFP_KERNEL)?;
+        let state = State {
+            device: Device {
+                engine: Engine::new(config, store),
+                channel: None,
+                gone: false,
+            },
+            incoming: KVVec::new(),
+        };
+        let outgoing = KVec::from_elem(0, uapi::MAX_FRAME, GFP_KERNEL)?;
+        let hold = Hold::new()?;
+        Arc::pin_init(
+            pin_init!(Self {
+                timer <- Timer::new(),
+                state <- new_spinlock_irq!(state, "hv_vss::state"),
+                changes <- new_poll_condvar!("hv_vss::changes"),
+                outgoing <- new_mutex!(outgoing, "hv_vss::outgoing"),
+                hold,
+                parameters,
+                born: Instant::now(),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Opens the channel of `dev`. Sleeps.
+    pub(crate) fn start(self: &Arc<Self>, dev: &vmbus::Device<Core<'_>>) -> Result {
+        let channel = Channel::open(dev, RING, self.clone())?;
+        let mut incoming = KVVec::from_elem(0, channel.longest_packet(), GFP_KERNEL)?;
+        {
+            let mut state = self.state.lock();
+            core::mem::swap(&mut state.incoming, &mut incoming);
+            state.device.channel = Some(channel);
+        }
+        // What the host has sent by now is still in the ring, and it may send nothing more.
+        vmbus::Listener::on_packets(&**self);
+        Ok(())
+    }
+
+    /// Ends the service for good: open requests fail, readers and polls see an error, what is held
+    /// is thawed, the channel is closed, no timer runs. Waits for callbacks, never for the daemon
+    /// nor for a disk. Sleeps; may be called again.
+    pub(crate) fn stop(&self) {
+        let channel = self.end_channel(thawed::GONE, true);
+        self.changes.notify_all();
+        Timer::shut_down(self);
+        // Closing sleeps, so it happens here and not under the lock.
+        drop(channel);
+    }
+
+    /// Before the machine sleeps: what is open is failed and the channel is closed. Sleeps.
+    pub(crate) fn suspend(&self) {
+        drop(self.end_channel(thawed::SLEEP, false));
+    }
+
+    /// After the machine has slept. A device that the host does not give back is gone: readers see
+    /// an error instead of waiting for ever. Sleeps.
+    pub(crate) fn resume(self: &Arc<Self>, dev: &vmbus::Device<Core<'_>>) -> Result {
+        if self.state.lock().device.gone {
+            return Err(ENODEV);
+        }
+        self.start(dev).inspect_err(|_| self.stop())
+    }
+
+    /// Has the engine fail what is open, as long as the host can hear it, and takes the channel
+    /// away.
+    fn end_channel(&self, reason: u32, for_good: bool) -> Option<Channel<Self>> {
+        let mut log = Log::new();
+        let channel = {
+            let mut state = self.state.lock();
+            let device = &mut state.device;
+            if !device.gone {
+                self.event(device, &mut log, |engine, now, out| {
+                    engine.close(now, reason, out)
+                });
+                self.hold.let_go();
+                device.gone = for_good;
+            }
+            device.channel.take()
+        };
+        log.print();
+        channel
+    }
+
+    /// Microseconds since the service was made.
+    fn now(&self) -> u64 {
+        u64::try_from(self.born.elapsed().as_nanos() / 1000).unwrap_or(0)
+    }
+
+    /// Lets the engine handle one event and does what follows from it; `None` when the device is
+    /// gone. Any context.
+    fn with_engine<R>(
+        &self,
+        event: impl FnOnce(&mut Engine, u64, &mut Outlet<'_>) -> R,
+    ) -> Option<R> {
+        let mut log = Log::new();
+        let result = {
+            let mut state = self.state.lock();
+            if state.device.gone {
+                return None;
+            }
+            self.event(&mut state.device, &mut log, event)
+        };
+        log.print();
+        Some(result)
+    }
+
+    /// As [`Self::with_engine`], for who has the lock.
+    fn event<R>(
+        &self,
+        device: &mut Device,
+        log: &mut Log,
+        event: impl FnOnce(&mut Engine, u64, &mut Outlet<'_>) -> R,
+    ) -> R {
+        let now = self.now();
+        let mut outlet = Outlet {
+            channel: device.channel.as_ref(),
+            hold: &self.hold,
+            log,
+        };
+        let engine = &mut device.engine;
+        let result = event(engine, now, &mut outlet);
+        let held_until = self.hold.deadline();
+        let next = match (engine.deadline(), held_until) {
+            (Some(one), Some(other)) => Some(one.min(other)),
+            (one, other) => one.or(other),
+        };
+        match next {
+            Some(deadline) => Timer::arm(self, deadline.saturating_sub(now)),
+            None => Timer::stop(self),
+        }
+        if engine.readable() || engine.thawed_for_sleep() {
+            self.changes.notify_all();
+        }
+        result
+    }
+
+    /// Takes one packet from the ring; false when there is none to be had now.
+    fn take_packet(&self) -> bool {
+        let mut log = Log::new();
+        let more = {
+            let mut state = self.state.lock();
+            let State { device, incoming } = &mut *state;
+            let Some(channel) = device.channel.as_mut().filter(|_| !device.gone) else {
+                return false;
+            };
+            let received = channel.receive(incoming);
+            if received.is_err() {
+                // Nothing comes out of this ring any more, and the bus would call again and again.
+                channel.mute();
+            }
+            match received {
+                Ok(Some((packet, request_id))) => {
+                    self.event(device, &mut log, |engine, now, out| {
+                        engine.packet(now, packet, request_id, out);
+                    });
+                    true
+                }
+                Ok(None) => false,
+                Err(error) => {
+                    self.event(device, &mut log, |engine, now, out| {
+                        engine.close(now, thawed::GONE, out);
+                    });
+                    device.gone = true;
+                    self.changes.notify_all();
+                    log.ring_failed(error);
+                    false
+                }
+            }
+        };
+        log.print();
+        more
+    }
+
+    /// The text of the `state` file in debugfs.
+    pub(crate) fn show_state(self: &Arc<Self>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let snapshot = report::Snapshot::of(&self.state.lock().device.engine);
+        snapshot.write(out)
+    }
+
+    /// The text of the `held` file in debugfs.
+    pub(crate) fn show_held(self: &Arc<Self>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        report::held_head(out)?;
+        let mut last = 0;
+        while let Some(line) = self.hold.line_after(last) {
+            last = line.number;
+            report::held(&line, out)?;
+        }
+        Ok(())
+    }
+
+    /// The text of the `parameters` file in debugfs.
+    pub(crate) fn show_parameters(self: &Arc<Self>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        report::parameters(&self.parameters, out)
+    }
+
+    /// Waits until a read would find something.
+    fn wait_readable(&self, nonblocking: bool) -> Result {
+        self.with_engine(|engine, _, _| engine.alive());
+        let mut state = self.state.lock();
+        loop {
+            if state.device.gone {
+                return Err(ENODEV);
+            }
+            if state.device.engine.readable() {
+                return Ok(());
+            }
+            if nonblocking {
+                return Err(EAGAIN);
+            }
+            if self.changes.wait_interruptible(&mut state) {
+                return Err(ERESTARTSYS);
+            }
+        }
+    }
+
+    /// Freezes a file system for the daemon and holds it.
+    fn freeze(&self, asked: &uapi::IocFreeze) -> Result {
+        let count = usize::try_from(asked.count).map_err(|_| EINVAL)?;
+        if asked.flags != 0 || asked.reserved != 0 || !(1..=hold::MAX_HELD).contains(&count) {
+            return Err(EINVAL);
+        }
+        let file_system = FileSystem::of(asked.fd)?;
+        file_system.may_freeze()?;
+        let limit_ms = match asked.deadline_ms {
+            0 => self.parameters.hold_ms,
+            ms => ms.min(self.parameters.hold_ms),
+        };
+        let until = self.now().saturating_add(u64::from(limit_ms) * 1000);
+        let mut request = hold::Request::new(asked.id, file_system, count);
+        loop {
+            // Allowed and begun under one lock, so that whoever ends what this is for finds it.
+            let begun = self
+                .with_engine(|engine, now, _| {
+                    engine.hold(asked.id).map_err(report::errno)?;
+                    let deadline = now.saturating_add(u64::from(limit_ms) * 1000);
+                    self.hold.begin(&mut request, deadline)
+                })
+                .ok_or(ENODEV)??;
+            match begun {
+                Begun::Queued(watch) => {
+                    let result = self.hold.wait_frozen(watch);
+                    return match self.state.lock().device.gone {
+                        true => Err(ENODEV),
+                        false => result,
+                    };
+                }
+                Begun::First => self.hold.set_aside(&mut request)?,
+                Begun::After(watch) => match self.hold.wait_thawed(watch, Some(AGAIN_MS)) {
+                    // Perhaps nobody wants it any more: that is asked anew.
+                    Err(error) if error == EBUSY && self.now() < until => {}
+                    result => result?,
+                },
+            }
+        }
+    }
+
+    /// Thaws what is held for the daemon.
+    fn thaw(&self, asked: &uapi::IocThaw) -> Result {
+        let file_system = match (asked.flags, asked.fd) {
+            (0, -1) => None,
+            (0, fd) => Some(FileSystem::of(fd)?),
+            _ => return Err(EINVAL),
+        };
+        self.with_engine(|engine, _, _| engine.thaw_held(asked.fd == -1))
+            .ok_or(ENODEV)?
+            .map_err(report::errno)?;
+        match file_system {
+            None => self.hold.thaw_all(),
+            Some(file_system) => self.hold.thaw(&file_system),
+        }
+    }
+}
+
+impl pm_notifier::Callbacks for Service {
+    fn prepare(&self) {
+        self.with_engine(|engine, now, out| {
+            engine.prepare_sleep(now, out);
+            out.hold.let_go();
+        });
+        // What a daemon has frozen by other means only it can thaw. If it did after the sleep,
+        // writers would wait in the meantime, some of them so that they cannot be put to sleep.
+        let mut left = msecs_to_jiffies(THAW_MS);
+        let mut state = self.state.lock();
+        while !state.device.gone && !state.device.engine.thawed_for_sleep() {
+            match self.changes.wait_interruptible_timeout(&mut state, left) {
+                CondVarTimeoutResult::Woken { jiffies } => left = jiffies,
+                CondVarTimeoutResult::Timeout | CondVarTimeoutResult::Signal { .. } => break,
+            }
+        }
+        drop(state);
+        self.hold.wait_idle(THAW_MS);
+    }
+
+    fn post(&self) {
+        self.with_engine(|engine, _, _| engine.resume());
+    }
+}
+
+impl vmbus::Listener for Service {
+    fn on_packets(&self) {
+        // Before `start` has stored the channel, and after `stop` has taken it, packets stay in
+        // the ring; the bus calls again while there are any.
+        for _ in 0..BATCH {
+            if !self.take_packet() {
+                break;
+            }
+        }
+    }
+}
+
+impl chardev::Handler for Service {
+    fn open(&self) -> Result {
+        match self.with_engine(|engine, _, _| engine.open()) {
+            Some(true) => Ok(()),
+            Some(false) => Err(EBUSY),
+            None => Err(ENODEV),
+        }
+    }
+
+    fn release(&self) {
+        // All of it before the next one can open.
+        let done = self.with_engine(|engine, now, out| {
+            engine.release(now, out);
+            out.hold.forget();
+        });
+        if done.is_none() {
+            self.hold.forget();
+        }
+    }
+
+    fn read(&self, nonblocking: bool, out: &mut IovIterDest<'_>) -> Result<usize> {
+        loop {
+            self.wait_readable(nonblocking)?;
+            let mut outgoing = if nonblocking {
+                self.outgoing.try_lock().ok_or(EAGAIN)?
+            } else {
+                self.outgoing.lock()
+            };
+            // Another reader may have been faster, or the request has ended.
+            let Some((len, token)) = self
+                .with_engine(|engine, now, _| engine.peek(now, &mut outgoing))
+                .ok_or(ENODEV)?
+            else {
+                continue;
+            };
+            let frame = outgoing.get(..len).ok_or(EINVAL)?;
+            if out.len() < len {
+                return Err(EINVAL);
+            }
+            if out.copy_to_iter(frame) != len {
+                return Err(EFAULT);
+            }
+            // Only now is it the reader's: a read that fails loses nothing.
+            self.with_engine(|engine, now, out| engine.taken(now, token, out));
+            return Ok(len);
+        }
+    }
+
+    fn write(&self, from: &mut IovIterSource<'_>) -> Result<usize> {
+        // Of a write that is too long only so much is looked at that the engine refuses it.
+        let whole = from.len();
+        let mut buffer = [0u8; MAX_WRITE];
+        let bytes = buffer.get_mut(..whole.min(MAX_WRITE)).ok_or(EINVAL)?;
+        if from.copy_from_iter(bytes) != bytes.len() {
+            return Err(EFAULT);
+        }
+        self.with_engine(|engine, now, out| engine.write(now, bytes, whole, out))
+            .ok_or(ENODEV)?
+            .map_err(report::errno)?;
+        Ok(whole)
+    }
+
+    fn ioctl(&self, command: u32, argument: &mut UserSliceReader) -> Result {
+        match command {
+            uapi::IOC_FREEZE => self.freeze(&read(argument)?),
+            uapi::IOC_THAW => self.thaw(&read(argument)?),
+            _ => Err(ENOTTY),
+        }
+    }
+
+    fn readiness(&self) -> Readiness {
+        self.with_engine(|engine, _, _| engine.alive());
+        let state = self.state.lock();
+        if state.device.gone {
+            Readiness::Gone
+        } else if state.device.engine.readable() {
+            Readiness::Readable
+        } else {
+            Readiness::Idle
+        }
+    }
+
+    fn changes(&self) -> &PollCondVar {
+        &self.changes
+    }
+}
+
+/// Reads the argument of an ioctl.
+fn read<T: FromBytes + IntoBytes>(argument: &mut UserSliceReader) -> Result<T> {
+    let mut value = T::new_zeroed();
+    argument.read_slice(value.as_mut_bytes())?;
+    Ok(value)
+}

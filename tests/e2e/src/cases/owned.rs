@@ -1,0 +1,1036 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A freeze that the module holds for the daemon's descriptor: what others do with the file system does
+//! not end it, and whatever ends the daemon, the device or the time ends it, at once and for all.
+//!
+//! Each case is one thing that happens between a host's FREEZE and its THAW: what the writers see of
+//! it, and what the host is told. The case is the daemon, so that every ioctl is its own.
+
+use super::abi::Received;
+use super::deadman::{make_hung, released, HANG, RELEASED, UNHANG};
+use super::dialogue::{send_thaw, Abi, Asked, Scripted};
+use super::suspend::{self, hibernate};
+use super::{case, load, start, stop, stuck_writers, Case};
+use anyhow::{ensure, Context, Result};
+use e2e::agent::CallError;
+use e2e::check::{answered, equal, refused, status_name};
+use e2e::guest::{Blocking, Daemon, Device, Guest, Ioctl, Module, STEP};
+use hv_vss_uapi::{op, thawed, IocFreeze, IocThaw, IOC_FREEZE, IOC_THAW};
+use hyperv_sim::ic::vss::VERSIONS;
+use hyperv_sim::ic::{status, FRAMEWORKS};
+use lab_agent::{Descriptor, Put};
+use std::mem::offset_of;
+use std::time::Duration;
+use zerocopy::IntoBytes;
+
+pub const CASES: &[Case] = &[
+    case(
+        "owned/thaw-by-others",
+        "fsfreeze -u gets EINVAL, and nothing goes on before the host's THAW",
+        thaw_by_others,
+    ),
+    case(
+        "owned/sysrq-j",
+        "the emergency thaw leaves it frozen",
+        sysrq_j,
+    ),
+    Case {
+        // For a hundred backups.
+        per_round: Duration::from_secs(20),
+        ..case(
+            "owned/rude-neighbour",
+            "50 backups beside somebody who freezes and thaws all file systems without end",
+            rude_neighbour,
+        )
+    },
+    case(
+        "owned/administrator",
+        "an administrator's freeze that begins before, during, and ends in the window or after it",
+        administrator,
+    ),
+    case(
+        "owned/dm-suspend",
+        "a device-mapper suspend and resume (an LVM snapshot) before, in and after the window",
+        dm_suspend,
+    ),
+    case(
+        "owned/our-daemon",
+        "our daemon holds all that it freezes so: nothing that others do ends the backup",
+        our_daemon,
+    ),
+    case(
+        "owned/lazy-unmount",
+        "unmounted lazily while held: thawed with the rest, and can be mounted again",
+        lazy_unmount,
+    ),
+    case(
+        "owned/closed",
+        "the last close of the device thaws all, and the host's THAW is failed",
+        closed,
+    ),
+    case(
+        "owned/killed",
+        "so does kill -9",
+        killed,
+    ),
+    case(
+        "owned/killed-in-a-hung-freeze",
+        "killed inside a freeze that hangs: gone at once, all else thawed, the hung one when it comes back",
+        killed_in_a_hung_freeze,
+    ),
+    case(
+        "owned/device-gone",
+        "unbound or rescinded while held: thawed before the device is gone",
+        device_gone,
+    ),
+    suspend::case(
+        "owned/hibernated",
+        "hibernation while held: thawed before, without the daemon's help",
+        hibernated,
+    ),
+    case(
+        "owned/deadline",
+        "thawed at the daemon's deadline, and at the module's; the host's THAW is failed",
+        deadline,
+    ),
+    case(
+        "owned/called-off",
+        "a FREEZE that fails, for whatever reason, lets go what was held for it",
+        called_off,
+    ),
+    case(
+        "owned/thaw-not-answered",
+        "a THAW that its daemon does not read, fails or does not answer lets go all the same",
+        thaw_not_answered,
+    ),
+    case(
+        "owned/one-by-one",
+        "each can be thawed alone, and another one frozen in its place",
+        one_by_one,
+    ),
+    case(
+        "owned/errors",
+        "both ioctls refuse what FIFREEZE would, and what is out of turn",
+        errors,
+    ),
+];
+
+/// A freeze of the file system at `path` for the request with this id.
+fn freezing(id: u64, path: &str) -> (IocFreeze, Option<Put>) {
+    let argument = IocFreeze {
+        id,
+        count: PATHS.len() as u32,
+        ..IocFreeze::default()
+    };
+    let put = Put {
+        at: offset_of!(IocFreeze, fd),
+        what: Descriptor::Path(path.into()),
+    };
+    (argument, Some(put))
+}
+
+fn freeze_ioctl((argument, put): (IocFreeze, Option<Put>)) -> Ioctl {
+    Ioctl {
+        request: IOC_FREEZE,
+        argument: argument.as_bytes().to_vec(),
+        put,
+        unprivileged: false,
+    }
+}
+
+/// A thaw of the file system at `path`, or of all.
+fn thaw_ioctl(path: Option<&str>) -> Ioctl {
+    Ioctl {
+        request: IOC_THAW,
+        argument: IocThaw { fd: -1, flags: 0 }.as_bytes().to_vec(),
+        put: path.map(|path| Put {
+            at: offset_of!(IocThaw, fd),
+            what: Descriptor::Path(path.into()),
+        }),
+        unprivileged: false,
+    }
+}
+
+/// Has the module freeze and hold the file system at `path`.
+fn hold(device: Device<'_>, id: u64, path: &str) -> Result<(), CallError> {
+    device.ioctl(&freeze_ioctl(freezing(id, path)))
+}
+
+/// What the module says that it holds, or is freezing or thawing: device and state of each.
+pub(super) fn held(guest: &Guest) -> Result<Vec<(String, String)>> {
+    let text = guest.read("/sys/kernel/debug/hv_vss/held")?;
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    let entry = |line: &str| {
+        let mut words = line.split(' ').map(str::to_owned);
+        let (device, _type, state) = (words.next(), words.next(), words.next());
+        device
+            .zip(state)
+            .with_context(|| format!("in debugfs: {line}"))
+    };
+    lines.map(entry).collect()
+}
+
+/// An ext4 on device-mapper, an xfs and a btrfs.
+const PATHS: [&str; 3] = ["/mnt/a", "/mnt/b", "/mnt/c"];
+
+/// How often each is written to: often enough to see that a writer does not stand still.
+const EVERY_US: u64 = 10_000;
+
+/// Makes and mounts them, with a writer on each, and loads our module.
+fn make(guest: &Guest, parameters: &[&str]) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a /mnt/b /mnt/c
+         modprobe dm-mod; modprobe xfs; modprobe btrfs
+         dmsetup create volume --noudevsync --table '0 131072 linear /dev/ram1 0'
+         [ -e /dev/mapper/volume ] || dmsetup mknodes
+         mkfs.ext4 -q -F /dev/mapper/volume && mount /dev/mapper/volume /mnt/a &&
+         mkfs.xfs -q -f /dev/ram2 && mount /dev/ram2 /mnt/b &&
+         mkfs.btrfs -q -f /dev/ram3 && mount /dev/ram3 /mnt/c")?;
+    for path in PATHS {
+        guest.writer_start_every(&format!("{path}/w"), EVERY_US)?;
+    }
+    load(guest, Module::Ours, parameters)
+}
+
+/// A host's FREEZE for which all of [`PATHS`] are held, answered with success; what was asked.
+fn freeze(guest: &Guest, daemon: Scripted<'_>) -> Result<Asked> {
+    let tx = guest.vss().send_freeze(&[])?;
+    let asked = daemon.take(op::FREEZE)?;
+    for path in PATHS {
+        hold(daemon.device, asked.id, path).with_context(|| format!("to hold {path}"))?;
+    }
+    daemon.answer(&asked, status::OK)?;
+    answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
+    Ok(asked)
+}
+
+/// A host's THAW: all is let go, and what the host is told then.
+fn thaw(guest: &Guest, daemon: Scripted<'_>, told: u32) -> Result<()> {
+    let tx = send_thaw(guest)?;
+    let asked = daemon.take(op::THAW)?;
+    daemon.device.ioctl(&thaw_ioctl(None))?;
+    daemon.answer(&asked, status::OK)?;
+    answered("THAW", &guest.vss().wait(tx, STEP)?, told)?;
+    equal("what is held after THAW", held(guest)?, Vec::new())
+}
+
+/// Writers that stand still, and how often they have written until then.
+struct Still(Vec<(String, u64)>);
+
+impl Still {
+    /// Waits until all writers but `without` stand still.
+    fn wait(guest: &Guest, without: &[&str]) -> Result<Still> {
+        let mut still = Vec::new();
+        guest.wait_until("every writer stands still", STEP, || {
+            let writers = guest.writers()?;
+            let mut frozen = writers.iter().filter(|it| !without.contains(&&*it.path));
+            let all = frozen.clone().all(|it| it.in_write_us > 300_000);
+            still = frozen
+                .by_ref()
+                .map(|it| (it.path.clone(), it.count))
+                .collect();
+            Ok(all)
+        })?;
+        Ok(Still(still))
+    }
+
+    /// None of them has written since, nor does within some time from now.
+    fn holds(&self, guest: &Guest, what: &str) -> Result<()> {
+        let until = guest.clock()? + 300_000;
+        guest.wait_until("some time has passed", STEP, || Ok(guest.clock()? > until))?;
+        let writers = guest.writers()?;
+        for (path, count) in &self.0 {
+            let now = writers
+                .iter()
+                .find(|it| it.path == *path)
+                .context("no writer")?;
+            ensure!(
+                now.count == *count && now.in_write_us > 300_000,
+                "{what}: {path} should stand still, it was written {} times more",
+                now.count - count
+            );
+        }
+        Ok(())
+    }
+}
+
+/// All writers go on.
+fn all_go_on(guest: &Guest, what: &str) -> Result<()> {
+    equal(what, stuck_writers(guest)?, Vec::new())
+}
+
+/// The next backup is good: all stand still for all of it.
+fn good_backup(guest: &Guest, daemon: Scripted<'_>) -> Result<()> {
+    freeze(guest, daemon)?;
+    Still::wait(guest, &[])?.holds(guest, "in the next backup")?;
+    thaw(guest, daemon, status::OK)?;
+    all_go_on(guest, "after the next backup")
+}
+
+/// The daemon is told that what the module held for it is thawed.
+fn is_told(daemon: Scripted<'_>, id: u64, reason: u32) -> Result<()> {
+    match Received::read(daemon.device)? {
+        Received::Thawed(notice) => {
+            equal("the notice", (notice.frame.id, notice.reason), (id, reason))
+        }
+        Received::Request(request, _) => anyhow::bail!("a notice was due, it is {request:?}"),
+    }
+}
+
+fn thaw_by_others(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    freeze(guest, daemon)?;
+    let still = Still::wait(guest, &[])?;
+    for path in PATHS {
+        refused(&format!("FITHAW of {path}"), guest.thaw(path), "EINVAL")?;
+        let tool = guest.try_sh(&format!("fsfreeze -u {path}"))?;
+        ensure!(
+            tool.status == Some(1) && tool.err.contains("Invalid argument"),
+            "fsfreeze -u {path} should be refused, it was: {tool:?}"
+        );
+    }
+    still.holds(guest, "after fsfreeze -u")?;
+    thaw(guest, daemon, status::OK)?;
+    all_go_on(guest, "after THAW")?;
+    good_backup(guest, daemon)
+}
+
+/// SysRq-j, to its end.
+fn emergency_thaw(guest: &Guest) -> Result<()> {
+    let complete = || -> Result<usize> {
+        let log = guest.log(6)?;
+        let lines = log
+            .iter()
+            .filter(|it| it.text.contains("Emergency Thaw complete"));
+        Ok(lines.count())
+    };
+    let before = complete()?;
+    guest.write("/proc/sysrq-trigger", "j")?;
+    guest.wait_until("the emergency thaw is complete", STEP, || {
+        Ok(complete()? > before)
+    })
+}
+
+fn sysrq_j(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    freeze(guest, daemon)?;
+    let still = Still::wait(guest, &[])?;
+    emergency_thaw(guest)?;
+    still.holds(guest, "after SysRq-j")?;
+    thaw(guest, daemon, status::OK)?;
+    all_go_on(guest, "after THAW")?;
+    good_backup(guest, daemon)?;
+    daemon.device.close()?;
+    guest.unload(Module::Ours)?;
+
+    let peer = start(guest, Module::Stock, Daemon::Debian)?;
+    answered(
+        "FREEZE with the peer",
+        &guest.vss().freeze(&[], STEP)?,
+        status::OK,
+    )?;
+    Still::wait(guest, &[])?;
+    emergency_thaw(guest)?;
+    let stuck = stuck_writers(guest)?.len();
+    let thaw = guest.vss().thaw(STEP)?.status();
+    stop(guest, Module::Stock, &peer)?;
+    guest.compare(
+        "SysRq-j (emergency thaw) while frozen",
+        "stays frozen, THAW 0 (success)",
+        &format!(
+            "{} of {} file systems go on, THAW {}",
+            PATHS.len() - stuck,
+            PATHS.len(),
+            status_name(thaw)
+        ),
+    );
+    Ok(())
+}
+
+/// Whether a writer has gone on during the time that the host would take its snapshot.
+fn moves_in_window(guest: &Guest) -> Result<bool> {
+    let first = guest.writers()?;
+    std::thread::sleep(Duration::from_millis(100));
+    let last = guest.writers()?;
+    // One write may have returned just before the freeze and been counted after the first look.
+    let mut pairs = first.iter().zip(&last);
+    Ok(pairs.any(|(first, last)| last.count > first.count + 1))
+}
+
+fn rude_neighbour(guest: &Guest) -> Result<()> {
+    const ROUNDS: u32 = 50;
+    make(guest, &[])?;
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    for path in PATHS {
+        guest.neighbour_start(path)?;
+    }
+    for round in 1..=ROUNDS {
+        let one = || -> Result<()> {
+            freeze(guest, daemon)?;
+            ensure!(!moves_in_window(guest)?, "a writer went on while frozen");
+            thaw(guest, daemon, status::OK)
+        };
+        one().with_context(|| format!("backup {round}"))?;
+    }
+    for (path, done) in PATHS.iter().zip(guest.neighbours_stop()?) {
+        ensure!(
+            done.freezes > 0 && done.thaws == done.freezes,
+            "the neighbour of {path} should have frozen and thawed: {done:?}"
+        );
+        println!("     {path}: {done:?}");
+    }
+    all_go_on(guest, "at the end")?;
+    daemon.device.close()?;
+    guest.unload(Module::Ours)?;
+
+    // FIFREEZE beside FIFREEZE.
+    let peer = start(guest, Module::Stock, Daemon::Debian)?;
+    for path in PATHS {
+        guest.neighbour_start(path)?;
+    }
+    let (mut good, mut wrong) = (0, 0);
+    for _ in 0..ROUNDS {
+        if guest.vss().freeze(&[], STEP)?.status() == status::OK {
+            let moved = moves_in_window(guest)?;
+            let thaw = guest.vss().thaw(STEP)?.status();
+            good += u32::from(thaw == status::OK);
+            wrong += u32::from(thaw == status::OK && moved);
+        }
+    }
+    guest.neighbours_stop()?;
+    // Who was frozen by whom is anybody's guess.
+    for path in PATHS {
+        guest.thaw(path).or_else(|error| match error.errno() {
+            Some("EINVAL") => Ok(()),
+            _ => Err(error),
+        })?;
+    }
+    stop(guest, Module::Stock, &peer)?;
+    guest.compare(
+        "a neighbour freezes and thaws all file systems without end, 50 backups",
+        "50 called good, a writer went on in 0 of them",
+        &format!("{good} called good, a writer went on in {wrong} of them"),
+    );
+    Ok(())
+}
+
+fn administrator(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    let daemon = Scripted::start(guest, Abi::V2)?;
+
+    // From before the window until after it.
+    guest.freeze("/mnt/a")?;
+    freeze(guest, daemon)?;
+    Still::wait(guest, &[])?.holds(guest, "frozen before")?;
+    thaw(guest, daemon, status::OK)?;
+    equal(
+        "still frozen",
+        stuck_writers(guest)?,
+        vec!["/mnt/a/w".into()],
+    )?;
+    guest.thaw("/mnt/a")?;
+    all_go_on(guest, "after the administrator's thaw")?;
+
+    // From before the window until in it.
+    guest.freeze("/mnt/a")?;
+    freeze(guest, daemon)?;
+    let still = Still::wait(guest, &[])?;
+    guest.thaw("/mnt/a")?;
+    still.holds(guest, "frozen before, and thawed in the window")?;
+    thaw(guest, daemon, status::OK)?;
+    all_go_on(guest, "after THAW")?;
+
+    // All in the window.
+    freeze(guest, daemon)?;
+    let still = Still::wait(guest, &[])?;
+    guest.freeze("/mnt/a")?;
+    guest.thaw("/mnt/a")?;
+    still.holds(guest, "frozen and thawed in the window")?;
+    thaw(guest, daemon, status::OK)?;
+    all_go_on(guest, "after THAW")?;
+
+    // From in the window until after it.
+    freeze(guest, daemon)?;
+    let still = Still::wait(guest, &[])?;
+    guest.freeze("/mnt/a")?;
+    still.holds(guest, "frozen in the window")?;
+    thaw(guest, daemon, status::OK)?;
+    equal(
+        "still frozen",
+        stuck_writers(guest)?,
+        vec!["/mnt/a/w".into()],
+    )?;
+    guest.thaw("/mnt/a")?;
+    all_go_on(guest, "after the administrator's thaw")?;
+    daemon.device.close()?;
+    guest.unload(Module::Ours)?;
+
+    let peer = start(guest, Module::Stock, Daemon::Debian)?;
+    guest.freeze("/mnt/a")?;
+    let frozen = guest.vss().freeze(&[], STEP)?.status();
+    let mut text = format!("FREEZE {}", status_name(frozen));
+    if frozen == status::OK {
+        Still::wait(guest, &[])?;
+        guest.thaw("/mnt/a")?;
+        let goes_on = !stuck_writers(guest)?.contains(&"/mnt/a/w".to_owned());
+        let words = if goes_on {
+            "goes on in the backup"
+        } else {
+            "stays frozen"
+        };
+        let thaw = guest.vss().thaw(STEP)?.status();
+        text.push_str(&format!(", {words}, THAW {}", status_name(thaw)));
+    } else {
+        guest.thaw("/mnt/a")?;
+    }
+    stop(guest, Module::Stock, &peer)?;
+    guest.compare(
+        "frozen by an administrator beforehand, who thaws it during the backup",
+        "FREEZE 0 (success), stays frozen, THAW 0 (success)",
+        &text,
+    );
+    Ok(())
+}
+
+const SUSPEND: &str = "dmsetup suspend volume";
+const RESUME: &str = "dmsetup resume volume";
+
+fn dm_suspend(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    // When the device is suspended and when it is resumed: before FREEZE, in the window, after THAW.
+    for (suspended, resumed) in [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2)] {
+        let at = |moment: u32| -> Result<()> {
+            if suspended == moment {
+                guest.sh(SUSPEND)?;
+            }
+            if resumed == moment {
+                guest.sh(RESUME)?;
+            }
+            Ok(())
+        };
+        let one = || -> Result<()> {
+            at(0)?;
+            freeze(guest, daemon)?;
+            let still = Still::wait(guest, &[])?;
+            at(1)?;
+            still.holds(guest, "in the window")?;
+            thaw(guest, daemon, status::OK)?;
+            if resumed == 2 {
+                equal(
+                    "with the device suspended",
+                    stuck_writers(guest)?,
+                    vec!["/mnt/a/w".into()],
+                )?;
+            }
+            at(2)?;
+            all_go_on(guest, "after all")
+        };
+        one().with_context(|| format!("suspended at {suspended}, resumed at {resumed}"))?;
+    }
+    good_backup(guest, daemon)
+}
+
+fn our_daemon(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    guest.start_daemon(Daemon::Ours)?;
+    super::wait_for_daemon(guest)?;
+    let vss = guest.vss();
+    type Event = (&'static str, fn(&Guest) -> Result<()>);
+    let events: [Event; 5] = [
+        ("fsfreeze -u of each", |guest| {
+            let mut paths = PATHS.into_iter();
+            paths.try_for_each(|path| refused("FITHAW", guest.thaw(path), "EINVAL"))
+        }),
+        ("SysRq-j", emergency_thaw),
+        ("an administrator's freeze and thaw", |guest| {
+            guest.freeze("/mnt/b")?;
+            Ok(guest.thaw("/mnt/b")?)
+        }),
+        ("dmsetup suspend and resume", |guest| {
+            guest.sh(&format!("{SUSPEND} && {RESUME}")).map(drop)
+        }),
+        ("umount -l", |guest| guest.sh("umount -l /mnt/c").map(drop)),
+    ];
+    for (what, happens) in events {
+        let one = || -> Result<()> {
+            answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+            let still = Still::wait(guest, &[])?;
+            // The root, too.
+            equal("how many are held", held(guest)?.len(), PATHS.len() + 1)?;
+            happens(guest)?;
+            still.holds(guest, what)?;
+            answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+            all_go_on(guest, "after THAW")?;
+            equal("what is held", held(guest)?, Vec::new())
+        };
+        one().with_context(|| what.to_owned())?;
+    }
+    Ok(())
+}
+
+fn lazy_unmount(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    freeze(guest, daemon)?;
+    let still = Still::wait(guest, &[])?;
+    for path in PATHS {
+        guest.sh(&format!("umount -l {path}"))?;
+    }
+    still.holds(guest, "after umount -l")?;
+    thaw(guest, daemon, status::OK)?;
+    all_go_on(guest, "after THAW")?;
+    // With the last writer the file systems end, and can come back.
+    guest.writers_stop()?;
+    guest.sh(
+        "mount /dev/mapper/volume /mnt/a && mount /dev/ram2 /mnt/b && mount /dev/ram3 /mnt/c",
+    )?;
+    for path in PATHS {
+        guest.writer_start_every(&format!("{path}/w"), EVERY_US)?;
+    }
+    good_backup(guest, daemon)?;
+
+    // Nobody is inside but what is held: it keeps the file system.
+    guest.writers_stop()?;
+    hold(daemon.device, 0, "/mnt/a")?;
+    let unmount = guest.try_sh("umount /mnt/a")?;
+    ensure!(
+        unmount.err.contains("busy"),
+        "an unmount should find it busy: {unmount:?}"
+    );
+    daemon.device.ioctl(&thaw_ioctl(Some("/mnt/a")))?;
+    guest.sh("umount /mnt/a").map(drop)
+}
+
+/// After `at` on the guest's clock all went on within [`RELEASED`], and the host's THAW is failed,
+/// once nobody is left and by the next daemon; whose next backup is good.
+fn ended_by_itself(guest: &Guest, what: &str, at: u64) -> Result<()> {
+    released(guest, what, at, RELEASED)?;
+    equal("what is held", held(guest)?, Vec::new())?;
+    answered(
+        "THAW without a daemon",
+        &guest.vss().thaw(STEP)?,
+        status::FAIL,
+    )?;
+    let next = Scripted::start(guest, Abi::V2)?;
+    // The THAW that nobody has done.
+    next.serve(op::THAW, status::OK)?;
+    thaw(guest, next, status::FAIL)?;
+    good_backup(guest, next)?;
+    Ok(next.device.close()?)
+}
+
+fn closed(guest: &Guest) -> Result<()> {
+    make(guest, &["grace_ms=300"])?;
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    freeze(guest, daemon)?;
+    Still::wait(guest, &[])?;
+    let at = guest.clock()?;
+    daemon.device.close()?;
+    ended_by_itself(guest, "the close", at)
+}
+
+fn killed(guest: &Guest) -> Result<()> {
+    make(guest, &["grace_ms=300"])?;
+    let pid = guest.fork()?;
+    let daemon = Scripted::start_in(guest, Some(pid), Abi::V2)?;
+    freeze(guest, daemon)?;
+    Still::wait(guest, &[])?;
+    let at = guest.signal_all(&[pid], 9)?;
+    ended_by_itself(guest, "kill -9", at)
+}
+
+fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
+    make(guest, &["grace_ms=300"])?;
+    make_hung(guest)?;
+    let hung = guest.sh("stat -c %Hd:%Ld /mnt/hung")?.trim().to_owned();
+    let state_of_hung = || -> Result<Option<String>> {
+        let held = held(guest)?;
+        Ok(held.into_iter().find(|it| it.0 == hung).map(|it| it.1))
+    };
+    let pid = guest.fork()?;
+    let daemon = Scripted::start_in(guest, Some(pid), Abi::V2)?;
+    guest.sh(HANG)?;
+    let tx = guest.vss().send_freeze(&[])?;
+    let asked = daemon.take(op::FREEZE)?;
+    for path in ["/mnt/a", "/mnt/b", "/mnt/hung"] {
+        let mut call = freezing(asked.id, path);
+        call.0.count = 4;
+        let pending = daemon.device.start_ioctl(&freeze_ioctl(call))?;
+        if path != "/mnt/hung" {
+            daemon.device.finish_ioctl(pending, STEP)?;
+        }
+    }
+    guest.wait_until("the third one hangs", STEP, || {
+        Ok(state_of_hung()?.as_deref() == Some("freezing"))
+    })?;
+    // One that comes after it is not held up.
+    let mut fourth = freezing(asked.id, "/mnt/c");
+    fourth.0.count = 4;
+    daemon.device.ioctl(&freeze_ioctl(fourth))?;
+    Still::wait(guest, &[])?;
+
+    let at = guest.signal_all(&[pid], 9)?;
+    released(guest, "kill -9 in a hung freeze", at, RELEASED)?;
+    answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::FAIL)?;
+    let left = guest.try_sh(&format!("test -e /proc/{pid}"))?;
+    ensure!(left.status != Some(0), "the killed process should be gone");
+    let called_off = vec![(hung.clone(), "called-off".to_owned())];
+    equal("what is held", held(guest)?, called_off)?;
+
+    // The next one serves while it hangs, and can have all but that.
+    let next = Scripted::start(guest, Abi::V2)?;
+    next.serve(op::THAW, status::OK)?;
+    good_backup(guest, next)?;
+    let again = hold(next.device, 0, "/mnt/hung");
+    refused("a freeze of the one that hangs", again, "EBUSY")?;
+
+    // It comes back, and is thawed then.
+    guest.sh(UNHANG)?;
+    guest.wait_until("nothing is held", Duration::from_secs(2), || {
+        Ok(held(guest)?.is_empty())
+    })?;
+    refused("FITHAW of what hung", guest.thaw("/mnt/hung"), "EINVAL")?;
+    guest.sh("touch /mnt/hung/file && sync")?;
+    hold(next.device, 0, "/mnt/hung")?;
+    next.device.ioctl(&thaw_ioctl(None))?;
+    Ok(())
+}
+
+fn device_gone(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    let vss = guest.vss();
+    let name = vss.instance().to_string();
+    for by_host in [false, true] {
+        let one = || -> Result<()> {
+            let daemon = Scripted::start(guest, Abi::V2)?;
+            freeze(guest, daemon)?;
+            Still::wait(guest, &[])?;
+            let at = guest.clock()?;
+            if by_host {
+                vss.rescind();
+                vss.wait_released(STEP)?;
+            } else {
+                guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &name)?;
+                vss.wait_closed(STEP)?;
+            }
+            // The descriptor is still open.
+            released(guest, "the end of the device", at, RELEASED)?;
+            refused("a read", daemon.device.read(64), "ENODEV")?;
+            refused("a freeze", hold(daemon.device, 0, "/mnt/a"), "ENODEV")?;
+            refused("a thaw", daemon.device.ioctl(&thaw_ioctl(None)), "ENODEV")?;
+            daemon.device.close()?;
+            if by_host {
+                vss.offer();
+            } else {
+                guest.write("/sys/bus/vmbus/drivers/hv_vss/bind", &name)?;
+            }
+            vss.wait_open(STEP)?;
+            vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+            let next = Scripted::start(guest, Abi::V2)?;
+            good_backup(guest, next)?;
+            Ok(next.device.close()?)
+        };
+        one().with_context(|| format!("taken back by the host: {by_host}"))?;
+    }
+    Ok(())
+}
+
+fn hibernated(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    let vss = guest.vss();
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    let asked = freeze(guest, daemon)?;
+    let still = Still::wait(guest, &[])?;
+    hibernate(guest)?;
+    all_go_on(guest, "after the sleep")?;
+    drop(still);
+    equal("what is held", held(guest)?, Vec::new())?;
+    is_told(daemon, asked.id, thawed::SLEEP)?;
+    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    thaw(guest, daemon, status::FAIL)?;
+    good_backup(guest, daemon)
+}
+
+fn deadline(guest: &Guest) -> Result<()> {
+    make(guest, &["hold_ms=2500"])?;
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    // That of the daemon, then that of the module, which is the limit for the daemon's, too.
+    for (given_ms, limit_ms) in [(1500, 1500), (0, 2500), (60_000, 2500)] {
+        let one = || -> Result<()> {
+            let tx = guest.vss().send_freeze(&[])?;
+            let asked = daemon.take(op::FREEZE)?;
+            let began = guest.clock()?;
+            for path in PATHS {
+                let mut call = freezing(asked.id, path);
+                call.0.deadline_ms = given_ms;
+                daemon.device.ioctl(&freeze_ioctl(call))?;
+            }
+            daemon.answer(&asked, status::OK)?;
+            answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
+            let limit = Duration::from_millis(limit_ms);
+            released(guest, "the deadline", began, limit + RELEASED)?;
+            let stalls = guest.stalls(began)?.stalls;
+            let ended = stalls.iter().filter_map(|it| it.ended_us);
+            let first = ended.min().context("nothing was frozen")?;
+            ensure!(
+                first >= began + u64::from(limit_ms as u32) * 1000,
+                "the first went on after {} ms, {limit_ms} were given",
+                (first - began) / 1000
+            );
+            is_told(daemon, asked.id, thawed::DEADLINE)?;
+            thaw(guest, daemon, status::FAIL)
+        };
+        one().with_context(|| format!("deadline_ms={given_ms}, hold_ms=2500"))?;
+    }
+    good_backup(guest, daemon)
+}
+
+/// A host's FREEZE that is read and for which all is held, but which is not answered.
+fn freeze_unanswered(guest: &Guest, daemon: Scripted<'_>) -> Result<(hyperv_sim::Tx, Asked)> {
+    let tx = guest.vss().send_freeze(&[])?;
+    let asked = daemon.take(op::FREEZE)?;
+    for path in PATHS {
+        hold(daemon.device, asked.id, path)?;
+    }
+    Still::wait(guest, &[])?;
+    Ok((tx, asked))
+}
+
+fn called_off(guest: &Guest) -> Result<()> {
+    make(guest, &["freeze_timeout_ms=8000"])?;
+    let vss = guest.vss();
+    let daemon = Scripted::start(guest, Abi::V2)?;
+
+    // Its time is over.
+    let (tx, asked) = freeze_unanswered(guest, daemon)?;
+    answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)?;
+    released(guest, "the end of its time", guest.clock()?, RELEASED)?;
+    is_told(daemon, asked.id, thawed::CALLED_OFF)?;
+    refused(
+        "more for it",
+        hold(daemon.device, asked.id, "/mnt/a"),
+        "ESTALE",
+    )?;
+    daemon.serve(op::THAW, status::OK)?;
+    good_backup(guest, daemon)?;
+
+    // The host gives up on it.
+    let (tx, asked) = freeze_unanswered(guest, daemon)?;
+    let thaw_tx = send_thaw(guest)?;
+    answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)?;
+    released(guest, "a THAW behind it", guest.clock()?, RELEASED)?;
+    refused(
+        "more for it",
+        hold(daemon.device, asked.id, "/mnt/a"),
+        "ESTALE",
+    )?;
+    is_told(daemon, asked.id, thawed::CALLED_OFF)?;
+    daemon.serve(op::THAW, status::OK)?;
+    answered("THAW", &vss.wait(thaw_tx, STEP)?, status::OK)?;
+    good_backup(guest, daemon)?;
+
+    // The daemon fails it.
+    let (tx, asked) = freeze_unanswered(guest, daemon)?;
+    daemon.answer(&asked, status::FAIL)?;
+    answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)?;
+    released(guest, "its failure", guest.clock()?, RELEASED)?;
+    daemon.has_nothing()?;
+    thaw(guest, daemon, status::OK)?;
+    good_backup(guest, daemon)
+}
+
+fn thaw_not_answered(guest: &Guest) -> Result<()> {
+    make(guest, &["timeout_ms=2500"])?;
+    let vss = guest.vss();
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    for what in ["not read", "read and not answered", "failed"] {
+        let one = || -> Result<()> {
+            let frozen = freeze(guest, daemon)?;
+            Still::wait(guest, &[])?;
+            let tx = send_thaw(guest)?;
+            if what != "not read" {
+                let asked = daemon.take(op::THAW)?;
+                if what == "failed" {
+                    daemon.answer(&asked, status::FAIL)?;
+                }
+            }
+            answered("THAW", &vss.wait(tx, STEP)?, status::FAIL)?;
+            released(guest, what, guest.clock()?, RELEASED)?;
+            equal("what is held", held(guest)?, Vec::new())?;
+            if what != "failed" {
+                is_told(daemon, frozen.id, thawed::CALLED_OFF)?;
+                // For a daemon that freezes by other means.
+                daemon.serve(op::THAW, status::OK)?;
+            }
+            daemon.has_nothing()?;
+            good_backup(guest, daemon)
+        };
+        one().with_context(|| what.to_owned())?;
+    }
+    Ok(())
+}
+
+fn one_by_one(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    // A rehearsal: for no request.
+    for path in PATHS {
+        hold(daemon.device, 0, path)?;
+    }
+    let still = Still::wait(guest, &[])?;
+    let states: Vec<_> = held(guest)?.into_iter().map(|it| it.1).collect();
+    equal(
+        "the states in debugfs",
+        states,
+        vec!["held".to_owned(); PATHS.len()],
+    )?;
+    still.holds(guest, "in a rehearsal")?;
+    for (number, path) in PATHS.iter().enumerate() {
+        daemon.device.ioctl(&thaw_ioctl(Some(path)))?;
+        let stuck = stuck_writers(guest)?;
+        equal("frozen still", stuck.len(), PATHS.len() - number - 1)?;
+        let again = daemon.device.ioctl(&thaw_ioctl(Some(path)));
+        refused("a thaw of what is not held", again, "EINVAL")?;
+        if number == 0 {
+            // Its place is free again.
+            hold(daemon.device, 0, path)?;
+            Still::wait(guest, &[])?;
+            daemon.device.ioctl(&thaw_ioctl(Some(path)))?;
+        }
+    }
+    equal("what is held", held(guest)?, Vec::new())?;
+    daemon
+        .device
+        .ioctl(&thaw_ioctl(None))
+        .context("a thaw of nothing")?;
+    good_backup(guest, daemon)
+}
+
+fn errors(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    guest.writers_stop()?;
+    guest.sh(
+        "mkdir -p /mnt/ro /mnt/bind /mnt/tmp && mount -t tmpfs t /mnt/tmp
+         mkfs.ext4 -q -F /dev/ram4 && mount -o ro /dev/ram4 /mnt/ro
+         mount --bind /mnt/a /mnt/bind",
+    )?;
+
+    // Who has not registered as v2 cannot hold anything.
+    let device = guest.open_device(Blocking::Yes)?;
+    refused(
+        "a freeze before the registration",
+        hold(device, 0, "/mnt/a"),
+        "EPROTO",
+    )?;
+    refused(
+        "a thaw before it",
+        device.ioctl(&thaw_ioctl(None)),
+        "EPROTO",
+    )?;
+    device.close()?;
+    let v1 = Scripted::start(guest, Abi::V1)?;
+    refused("a freeze as v1", hold(v1.device, 0, "/mnt/a"), "EPROTO")?;
+    v1.device.close()?;
+
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    let device = daemon.device;
+    let change = |errno: &str, what: &str, spoil: fn(&mut Ioctl)| -> Result<()> {
+        let mut call = freeze_ioctl(freezing(0, "/mnt/a"));
+        spoil(&mut call);
+        refused(what, device.ioctl(&call), errno)?;
+        equal("what is held after it", held(guest)?, Vec::new())
+    };
+    change("EBADF", "a freeze of descriptor -1", |it| {
+        let argument = IocFreeze {
+            fd: -1,
+            count: 3,
+            ..IocFreeze::default()
+        };
+        *it = freeze_ioctl((argument, None));
+    })?;
+    change("EBADF", "a freeze of a descriptor that is not open", |it| {
+        let argument = IocFreeze {
+            fd: 900,
+            count: 3,
+            ..IocFreeze::default()
+        };
+        *it = freeze_ioctl((argument, None));
+    })?;
+    change("EBADF", "a freeze by O_PATH", |it| {
+        if let Some(put) = &mut it.put {
+            put.what = Descriptor::PathOnly("/mnt/a".into());
+        }
+    })?;
+    change("EOPNOTSUPP", "a freeze of tmpfs", |it| {
+        if let Some(put) = &mut it.put {
+            put.what = Descriptor::Path("/mnt/tmp".into());
+        }
+    })?;
+    change("EPERM", "a freeze without CAP_SYS_ADMIN", |it| {
+        it.unprivileged = true
+    })?;
+    change("ENOTTY", "another ioctl", |it| it.request += 7)?;
+    // FIFREEZE, which is for file systems.
+    change("ENOTTY", "FIFREEZE of the device", |it| {
+        it.request = 0xc004_5877
+    })?;
+    let invalid: [(&str, fn(&mut IocFreeze)); 4] = [
+        ("with flags", |it| it.flags = 1),
+        ("with the reserved field set", |it| it.reserved = 1),
+        ("for a count of 0", |it| it.count = 0),
+        ("for a count beyond max_held", |it| it.count = 1 << 20),
+    ];
+    for (what, spoil) in invalid {
+        let (mut argument, put) = freezing(0, "/mnt/a");
+        spoil(&mut argument);
+        let result = device.ioctl(&freeze_ioctl((argument, put)));
+        refused(&format!("a freeze {what}"), result, "EINVAL")?;
+    }
+    change("ESTALE", "a freeze for a request that never was", |it| {
+        *it = freeze_ioctl(freezing(1 << 40, "/mnt/a"));
+    })?;
+
+    // What is read-only can be frozen; what is frozen cannot be again, by whichever mount.
+    hold(device, 0, "/mnt/ro")?;
+    hold(device, 0, "/mnt/a")?;
+    refused("a second freeze", hold(device, 0, "/mnt/a"), "EBUSY")?;
+    refused(
+        "a freeze by another mount",
+        hold(device, 0, "/mnt/bind"),
+        "EBUSY",
+    )?;
+    hold(device, 0, "/mnt/b")?;
+    refused("more than were named", hold(device, 0, "/mnt/c"), "ENOSPC")?;
+    let mut flags = thaw_ioctl(Some("/mnt/a"));
+    flags.argument = IocThaw { fd: -1, flags: 1 }.as_bytes().to_vec();
+    refused("a thaw with flags", device.ioctl(&flags), "EINVAL")?;
+    refused(
+        "a thaw of another",
+        device.ioctl(&thaw_ioctl(Some("/mnt/c"))),
+        "EINVAL",
+    )?;
+    device.ioctl(&thaw_ioctl(Some("/mnt/bind")))?;
+    device.ioctl(&thaw_ioctl(None))?;
+    equal("what is held after all", held(guest)?, Vec::new())?;
+
+    // A request that was not read, one that was, and one that has ended.
+    let tx = guest.vss().send_freeze(&[])?;
+    daemon.is_offered()?;
+    let asked = daemon.take(op::FREEZE)?;
+    refused(
+        "for the next one",
+        hold(device, asked.id + 1, "/mnt/a"),
+        "ESTALE",
+    )?;
+    hold(device, asked.id, "/mnt/a")?;
+    daemon.answer(&asked, status::OK)?;
+    answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
+    refused(
+        "after its answer",
+        hold(device, asked.id, "/mnt/b"),
+        "ESTALE",
+    )?;
+    thaw(guest, daemon, status::OK)
+}

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The Debian packages on a stock Debian that has hyperv-daemons, with real dpkg, DKMS, udev and systemd.
+//!
+//! The module was built by DKMS beforehand (`tests/lab/dkms.sh`), since the guest has no compiler; here
+//! DKMS installs it. Who serves is seen from the device's driver and from which unit is active.
+
+use super::Case;
+use anyhow::{ensure, Context, Result};
+use e2e::check::equal;
+use e2e::guest::{Guest, Machine, STEP};
+use hyperv_sim::ic::vss::VERSIONS;
+use hyperv_sim::ic::{status, FRAMEWORKS};
+use std::time::Duration;
+
+pub const CASES: &[Case] = &[
+    case(
+        "packages/install-to-purge",
+        "beside hyperv-daemons: daemon, module, upgrade and removal amid backups, purge; good backups after each",
+        Machine::DEBIAN,
+        install_to_purge,
+    ),
+    case(
+        "packages/boot",
+        "installed before the boot: the device is ours whichever module comes first, the rest stays with hv_utils",
+        Machine::PACKAGES,
+        boot,
+    ),
+    case(
+        "packages/no-module",
+        "a kernel without the module: the stock driver serves our daemon, and the journal says why",
+        Machine::PACKAGES,
+        no_module,
+    ),
+];
+
+const fn case(
+    name: &'static str,
+    about: &'static str,
+    machine: Machine,
+    run: fn(&Guest) -> Result<()>,
+) -> Case {
+    Case {
+        name,
+        about,
+        machine,
+        // dpkg, perl and systemd are slow in an emulated machine.
+        per_round: Duration::from_secs(30),
+        // `make test-packages`: what they install takes a while to build.
+        on_request: true,
+        run,
+    }
+}
+
+const OURS: &str = "hv_vss.service";
+const THEIRS: &str = "hv-vss-daemon.service";
+
+/// Where the packages lie.
+const PACKAGES: &str = "/payload/packages";
+
+/// What is missing of what DKMS would compile with is of no use here.
+fn install(guest: &Guest, packages: &str) -> Result<()> {
+    let line = format!("cd {PACKAGES} && dpkg --install --force-depends {packages} 2>&1");
+    guest.sh(&line).map(drop)
+}
+
+/// The driver that has the VSS device.
+fn driver(guest: &Guest) -> Result<String> {
+    let device = guest.vss().instance();
+    let line = format!("basename $(readlink /sys/bus/vmbus/devices/{device}/driver)");
+    Ok(guest.sh(&line)?.trim().to_owned())
+}
+
+/// Waits until `unit` serves, on the device of `module`, with the other unit inactive, and sees a good
+/// backup with the root at a standstill.
+fn serves(guest: &Guest, unit: &str, module: &str) -> Result<()> {
+    let other = if unit == OURS { THEIRS } else { OURS };
+    let is_active = |unit: &str| -> Result<bool> {
+        let line = format!("systemctl show --property=ActiveState --value {unit}");
+        Ok(guest.sh(&line)?.trim() == "active")
+    };
+    guest.wait_until(&format!("{unit} is active"), STEP, || is_active(unit))?;
+    ensure!(
+        !is_active(other)?,
+        "{other} should not be active beside {unit}"
+    );
+    guest.vss().wait_open(STEP)?;
+    equal("the device's driver", driver(guest)?.as_str(), module)?;
+    guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    guest.wait_until("a daemon is there", STEP, || {
+        Ok(guest.vss().hot_backup(STEP)?.status() == status::OK)
+    })?;
+    guest.writer_start("/var/tmp/writer")?;
+    let seen = super::observe(guest);
+    guest.writers_stop()?;
+    equal(
+        &format!("a backup by {unit} and {module}"),
+        seen?,
+        super::good(&["/var/tmp/writer"]),
+    )
+}
+
+/// Runs `line` while the host takes one backup after the other, each of which may fail; none may hold it
+/// up, and nothing may stay frozen.
+fn amid_backups(guest: &Guest, line: &str) -> Result<()> {
+    let vss = guest.vss();
+    let work = guest.spawn(&["sh", "-c", line])?;
+    let mut taken = 0;
+    let stat = format!("/proc/{}/stat", work.pid);
+    guest.wait_until(&format!("this ends amid backups: {line}"), STEP * 3, || {
+        // The channel closes while the device changes hands. Who has it then knows no version yet.
+        let soon = Duration::from_secs(5);
+        let ready = vss.negotiated().is_some()
+            || vss.is_open() && vss.negotiate(&FRAMEWORKS, &VERSIONS, soon).is_ok();
+        if ready && vss.freeze(&[], STEP).is_ok() {
+            taken += 1;
+            // An error: it has closed since.
+            let _ = vss.thaw(STEP);
+        }
+        Ok(guest.read(&stat)?.contains(") Z "))
+    })?;
+    let ended = guest.wait(&work, STEP)?;
+    let output = guest.output(&work)?;
+    ensure!(
+        ended.status == Some(0),
+        "this should succeed amid backups: {line}\n{output}"
+    );
+    ensure!(taken > 0, "no backup was taken during: {line}");
+    Ok(())
+}
+
+/// What hv_utils keeps: shutdown and the heartbeat.
+fn rest_is_stock(guest: &Guest) -> Result<()> {
+    let host = guest.host();
+    host.heartbeat().wait_open(STEP)?;
+    let (sequence, _) = host.heartbeat().beat(7, STEP)?;
+    equal("the heartbeat's answer to 7", sequence, 8)?;
+    ensure!(host.shutdown().is_open(), "shutdown should be open");
+    Ok(())
+}
+
+/// Back to a guest without modules and daemons.
+fn end(guest: &Guest) -> Result<()> {
+    guest.try_sh(&format!("systemctl stop {OURS} {THEIRS}"))?;
+    // A helper may hold the device for a moment longer.
+    guest.wait_until("the modules can be unloaded", STEP, || {
+        let unload = "for module in hv_vss hv_utils; do
+                          [ ! -e /sys/module/$module ] || rmmod $module || exit 1
+                      done";
+        Ok(guest.try_sh(unload)?.status == Some(0))
+    })
+}
+
+fn install_to_purge(guest: &Guest) -> Result<()> {
+    install(guest, "dkms_*.deb hyperv-daemons_*.deb")?;
+    guest.sh("modprobe hv_utils")?;
+    serves(guest, THEIRS, "hv_utils")?;
+    let before = files(guest)?;
+
+    // The daemon alone is a whole product.
+    install(guest, "hv-vss-daemon_*.deb")?;
+    serves(guest, OURS, "hv_utils")?;
+    equal(
+        "KVP's unit",
+        guest
+            .sh("systemctl show --property=LoadState,DropInPaths hv-kvp-daemon")?
+            .trim(),
+        "LoadState=loaded\nDropInPaths=",
+    )?;
+
+    // The module has the device at once.
+    install(guest, "hv-vss-dkms_*.deb")?;
+    serves(guest, OURS, "hv_vss")?;
+    rest_is_stock(guest)?;
+
+    let again = format!(
+        "cd {PACKAGES} && dpkg --install --force-depends hv-vss-daemon_*.deb hv-vss-dkms_*.deb"
+    );
+    amid_backups(guest, &again)?;
+    serves(guest, OURS, "hv_vss")?;
+
+    amid_backups(guest, "dpkg --remove hv-vss-dkms hv-vss-daemon")?;
+    serves(guest, THEIRS, "hv_utils")?;
+    ensure!(
+        guest.try_sh("grep -q '^hv_vss ' /proc/modules")?.status == Some(1),
+        "hv_vss should be unloaded"
+    );
+    rest_is_stock(guest)?;
+
+    guest.sh("dpkg --purge hv-vss-dkms hv-vss-daemon 2>&1")?;
+    equal(
+        "what is left after purge",
+        files(guest)?.as_str(),
+        before.as_str(),
+    )?;
+    end(guest)
+}
+
+/// The files that have anything to do with us, by name.
+fn files(guest: &Guest) -> Result<String> {
+    guest.sh("find /etc /usr /var /run /opt -xdev -name '*hv[-_]vss*' ! -name '*.dkms.tar.gz' ! -path '/sys/*' | sort")
+}
+
+fn boot(guest: &Guest) -> Result<()> {
+    serves(guest, OURS, "hv_vss")?;
+    rest_is_stock(guest)?;
+    // hv_utils comes first by name, and brings hv_vss.
+    end(guest)?;
+    guest.sh("modprobe hv_utils")?;
+    serves(guest, OURS, "hv_vss")?;
+    // hv_utils has the device already, as from an initramfs, when udev sees it.
+    end(guest)?;
+    guest.sh("insmod $(modinfo -n hv_utils)")?;
+    guest.vss().wait_open(STEP)?;
+    equal(
+        "the driver before udev",
+        driver(guest)?.as_str(),
+        "hv_utils",
+    )?;
+    cold_plug(guest)?;
+    serves(guest, OURS, "hv_vss")?;
+    rest_is_stock(guest)?;
+    let overridden = guest.sh("cat /sys/bus/vmbus/devices/*/driver_override | sort -u")?;
+    equal("what is overridden", overridden.trim(), "(null)")?;
+    end(guest)
+}
+
+/// What udev does with the device when the real root takes over.
+fn cold_plug(guest: &Guest) -> Result<()> {
+    let device = guest.vss().instance();
+    let line = format!("udevadm trigger --settle --action=add /sys/bus/vmbus/devices/{device}");
+    guest.sh(&line).map(drop)
+}
+
+fn no_module(guest: &Guest) -> Result<()> {
+    serves(guest, OURS, "hv_vss")?;
+    end(guest)?;
+    guest.sh("mv $(modinfo -n hv_vss) /root/ && depmod")?;
+    cold_plug(guest)?;
+    guest.sh("modprobe hv_utils")?;
+    serves(guest, OURS, "hv_utils")?;
+    let release = guest.sh("uname -r")?;
+    let line = format!(
+        "hv_vss is not built for kernel {}: its headers",
+        release.trim()
+    );
+    guest.wait_until("the journal says why", STEP, || {
+        let text = guest.sh("journalctl --quiet --boot --identifier hv_vss_hand_over")?;
+        Ok(text.contains(&line))
+    })?;
+    // Put back, it is taken into use.
+    guest
+        .sh("mv /root/hv_vss.ko* /usr/lib/modules/$(uname -r)/updates/dkms/ && depmod")
+        .context("the module was in updates/dkms")?;
+    cold_plug(guest)?;
+    serves(guest, OURS, "hv_vss")?;
+    end(guest)
+}

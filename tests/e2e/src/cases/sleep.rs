@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The window before the machine sleeps: from the moment when it says that it will (`PM_*_PREPARE`) a
+//! FREEZE would have file systems stand still in a machine that has no clock running.
+//!
+//! The way there leads through a sync. A disk that hangs keeps the machine in it for as long as the
+//! case wants, with all of user space still running. There is no swap, so that the machine leaves the
+//! bus, finds no place for its image, and comes back.
+
+use super::deadman::{backup_in_trouble, make_writers};
+use super::dialogue::{Abi, Scripted};
+use super::suspend::{self, unloads};
+use super::{load, rounds_or, seed, start, stuck_writers, wait_for_daemon, Case};
+use anyhow::{ensure, Context, Result};
+use e2e::check::{answered, equal, refused};
+use e2e::guest::{Daemon, Guest, Module, Process, STEP};
+use hv_vss_uapi::op;
+use hyperv_sim::ic::vss::VERSIONS;
+use hyperv_sim::ic::{status, FRAMEWORKS};
+use std::time::Duration;
+
+pub const CASES: &[Case] = &[
+    suspend::case(
+        "sleep/freeze-in-the-window",
+        "a FREEZE that comes while the machine goes to sleep is failed at once",
+        freeze_in_the_window,
+    ),
+    suspend::case(
+        "sleep/freeze-that-ran-out",
+        "a daemon that still works on a FREEZE whose time ran out is told to thaw before the sleep",
+        freeze_that_ran_out,
+    ),
+    suspend::case(
+        "sleep/freeze-open",
+        "so is one that works on a FREEZE; the sleep waits for it, the host does not",
+        freeze_open,
+    ),
+    suspend::case(
+        "sleep/backups-all-the-time",
+        "backups one after the other while the machine sleeps: none is called good that was not",
+        backups_all_the_time,
+    ),
+];
+
+/// In which the host is told what it is told at once.
+const AT_ONCE: Duration = Duration::from_millis(1500);
+
+/// A machine that is on its way to sleep.
+struct Window {
+    process: Process,
+    unloads: usize,
+    openings: u64,
+}
+
+impl Window {
+    /// Sends the machine to sleep.
+    fn begin(guest: &Guest) -> Result<Window> {
+        guest.sh("modprobe dm-mod; mkdir -p /mnt/hung
+             dmsetup create hung --noudevsync --table '0 65536 linear /dev/ram6 0'
+             [ -e /dev/mapper/hung ] || dmsetup mknodes
+             mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync
+             dd if=/dev/zero of=/mnt/hung/dirty bs=64k count=1 2>/dev/null
+             dmsetup suspend --noflush --nolockfs hung
+             echo shutdown > /sys/power/disk")?;
+        let (unloads, openings) = (unloads(guest), guest.vss().openings());
+        let process = guest.spawn(&["sh", "-c", "echo disk > /sys/power/state"])?;
+        Ok(Window {
+            process,
+            unloads,
+            openings,
+        })
+    }
+
+    /// Waits until all who want to be told were told of it.
+    fn wait(&self, guest: &Guest) -> Result<()> {
+        let stack = format!("/proc/{}/stack", self.process.pid);
+        guest.wait_until("the machine syncs before it sleeps", STEP, || {
+            let stack = guest.read(&stack)?;
+            Ok(stack.contains("pm_sleep_fs_sync") || stack.contains("ksys_sync"))
+        })
+    }
+
+    /// Lets the machine sleep, and waits until it is back.
+    fn end(self, guest: &Guest) -> Result<()> {
+        guest.sh("dmsetup resume hung")?;
+        guest.wait(&self.process, STEP * 2)?;
+        equal(
+            "how often it has left the bus",
+            unloads(guest),
+            self.unloads + 1,
+        )?;
+        guest.vss().wait_openings(self.openings + 1, STEP)?;
+        guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+        guest
+            .sh("umount /mnt/hung && dmsetup remove hung")
+            .map(drop)
+    }
+}
+
+/// FREEZE is failed at once, and the daemon hears nothing of it.
+fn freeze_fails(guest: &Guest, daemon: Scripted<'_>) -> Result<()> {
+    let tx = guest.vss().send_freeze(&[])?;
+    let reply = guest.vss().wait(tx, AT_ONCE * 2)?;
+    answered("FREEZE in the window", &reply, status::FAIL)?;
+    ensure!(
+        reply.latency < guest.host().patience(AT_ONCE),
+        "FREEZE in the window was failed after {:?}",
+        reply.latency
+    );
+    daemon.has_nothing()
+}
+
+fn freeze_in_the_window(guest: &Guest) -> Result<()> {
+    load(guest, Module::Ours, &[])?;
+    for abi in Abi::BOTH {
+        let one = || -> Result<()> {
+            let daemon = Scripted::start(guest, abi)?;
+            daemon.good_backup(guest)?;
+            // Nothing is frozen, and nothing is asked.
+            let window = Window::begin(guest)?;
+            window.wait(guest)?;
+            for _ in 0..2 {
+                freeze_fails(guest, daemon)?;
+            }
+            window.end(guest)?;
+            after_the_sleep(guest, daemon)?;
+            Ok(daemon.device.close()?)
+        };
+        one().with_context(|| format!("{abi:?}"))?;
+    }
+    Ok(())
+}
+
+/// Nothing is left to do after the sleep, and all is as before.
+fn after_the_sleep(guest: &Guest, daemon: Scripted<'_>) -> Result<()> {
+    daemon.has_nothing()?;
+    daemon.good_backup(guest)
+}
+
+fn freeze_that_ran_out(guest: &Guest) -> Result<()> {
+    load(guest, Module::Ours, &["freeze_timeout_ms=1500"])?;
+    for abi in Abi::BOTH {
+        let one = || -> Result<()> {
+            let daemon = Scripted::start(guest, abi)?;
+            let tx = guest.vss().send_freeze(&[])?;
+            let freezing = daemon.take(op::FREEZE)?;
+            answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::FAIL)?;
+            // For all that is known the daemon freezes one file system after the other.
+            let window = Window::begin(guest)?;
+            daemon.serve(op::THAW, status::OK)?;
+            window.wait(guest)?;
+            let late = daemon.answer(&freezing, status::OK);
+            refused("the late answer to FREEZE", late, "ESTALE")?;
+            freeze_fails(guest, daemon)?;
+            window.end(guest)?;
+            after_the_sleep(guest, daemon)?;
+            Ok(daemon.device.close()?)
+        };
+        one().with_context(|| format!("{abi:?}"))?;
+    }
+    Ok(())
+}
+
+fn freeze_open(guest: &Guest) -> Result<()> {
+    load(guest, Module::Ours, &[])?;
+    for abi in Abi::BOTH {
+        let one = || -> Result<()> {
+            let daemon = Scripted::start(guest, abi)?;
+            let tx = guest.vss().send_freeze(&[])?;
+            let freezing = daemon.take(op::FREEZE)?;
+            let window = Window::begin(guest)?;
+            let reply = guest.vss().wait(tx, STEP)?;
+            answered("the FREEZE that was open", &reply, status::FAIL)?;
+            let late = daemon.answer(&freezing, status::OK);
+            refused("the late answer to FREEZE", late, "ESTALE")?;
+            // The machine waits for the daemon; another FREEZE does not.
+            let thawing = daemon.take(op::THAW)?;
+            freeze_fails(guest, daemon)?;
+            daemon.answer(&thawing, status::OK)?;
+            window.wait(guest)?;
+            freeze_fails(guest, daemon)?;
+            window.end(guest)?;
+            after_the_sleep(guest, daemon)?;
+            Ok(daemon.device.close()?)
+        };
+        one().with_context(|| format!("{abi:?}"))?;
+    }
+    Ok(())
+}
+
+fn backups_all_the_time(guest: &Guest) -> Result<()> {
+    make_writers(guest)?;
+    start(guest, Module::Ours, Daemon::Ours)?;
+    let vss = guest.vss();
+    let mut random = fastrand::Rng::with_seed(seed());
+    let (mut good, mut refused, mut broken) = (0, 0, 0);
+    for round in 1..=rounds_or(3) {
+        let (unloads_before, openings) = (unloads(guest), vss.openings());
+        // At a random moment of a series of backups the machine goes to sleep.
+        let delay = Duration::from_millis(random.u64(..1500));
+        let sleeper = || -> Result<Process> {
+            std::thread::sleep(delay);
+            let sleep = "echo shutdown > /sys/power/disk; echo disk > /sys/power/state";
+            Ok(guest.spawn(&["sh", "-c", sleep])?)
+        };
+        let mut backups = || -> Result<()> {
+            // Until it has left the bus: what is asked later waits until it is back.
+            while unloads(guest) == unloads_before && vss.is_open() {
+                let told = match backup_in_trouble(guest, Duration::from_millis(50)) {
+                    Ok(told) => told,
+                    // The channel has gone in the middle; nothing was called good.
+                    Err(error) if closed_in_between(&error) => break,
+                    Err(error) => return Err(error),
+                };
+                match told {
+                    told if told.is_good() => good += 1,
+                    told if told.was_frozen() => broken += 1,
+                    _ => refused += 1,
+                }
+            }
+            Ok(())
+        };
+        let what = format!("sleep number {round}");
+        let process = std::thread::scope(|scope| {
+            let sleeper = scope.spawn(sleeper);
+            let result = backups();
+            let process = sleeper.join().map_err(|_| anyhow::anyhow!("it panicked"))?;
+            result.and(process)
+        });
+        let process = process.with_context(|| what.clone())?;
+        guest.wait(&process, STEP * 2)?;
+        vss.wait_openings(openings + 1, STEP)?;
+        vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+        equal(&what, stuck_writers(guest)?, Vec::new())?;
+        wait_for_daemon(guest)?;
+        super::backup(guest).with_context(|| what)?;
+    }
+    println!(
+        "     good {good}, FREEZE failed {refused}, THAW failed {broken}, seed {}",
+        seed()
+    );
+    ensure!(good > 0, "no backup was good before the machine slept");
+    Ok(())
+}
+
+/// Whether a backup could not be carried out since the channel was closed meanwhile.
+fn closed_in_between(error: &anyhow::Error) -> bool {
+    let cause = error.downcast_ref::<hyperv_sim::HostError>();
+    matches!(cause, Some(hyperv_sim::HostError::NotOpen { .. }))
+}

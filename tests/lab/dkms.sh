@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# Installs the packages on a clean Debian (trixie with its backports) as an administrator would, and has
+# DKMS build the module there for the backports' kernel; then what must be refused, and what must be
+# gone in the end. Leaves in build/dkms/packages what the guests of packages/* install: the packages, DKMS and
+# Debian's daemons, and the module in DKMS's own form for one that was built elsewhere.
+set -euo pipefail
+# shellcheck source=tests/lab/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+machine=$build/dkms.root
+out=$build/dkms
+options=(
+    --variant=apt --mode=root --architectures=amd64
+    --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*'
+    --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-include=/usr/share/doc/hv-vss-dev/*'
+    --dpkgopt=force-unsafe-io
+)
+
+# The part below runs on that machine, with the packages in /debs and what is to be kept in /out.
+if [ "${1:-}" = --inside ]; then
+    release=$2
+    export DEBIAN_FRONTEND=noninteractive
+    source=linux-source-$(cut -d . -f 1,2 <<<"$release")
+    apt() { apt-get --yes -o APT::Sandbox::User=root -o APT::Install-Recommends=false -o Acquire::Retries=3 "$@"; }
+    check() { # check WHAT COMMAND...
+        local what=$1
+        shift
+        if "$@"; then echo "ok   $what"; else
+            echo "FAIL $what" >&2
+            exit 1
+        fi
+    }
+    says() { grep -q -- "$1" "$2"; }
+    modules() { find /lib/modules -name 'hv_vss.ko*'; }
+    left() { find /etc /usr /var /run /opt -xdev -path /var/lib/apt -prune -o -name '*hv[-_]vss*' -print; }
+
+    apt update
+    # Also the stock kernel of trixie, which is too old for the module: it is left out, and that is all.
+    apt install linux-headers-cloud-amd64
+    # The source is what the module's package recommends; other recommendations take long and add nothing.
+    check "the kernel's source is recommended" says "$source" <(dpkg-deb --field /debs/hv-vss-dkms_*.deb Recommends)
+    apt install "$source" pkgconf /debs/hv-vss-daemon_*.deb /debs/hv-vss-dkms_*.deb /debs/hv-vss-dev_*.deb | tee /tmp/install
+    check "the old kernel is left out, with the reason" says 'is not built for kernel 6.*: it is older than 7.2' /tmp/install
+    check "nothing is built yet" [ -z "$(modules)" ]
+    # A kernel comes.
+    apt install "linux-headers-$release"
+    check "built and installed with the kernel" says "installed" <(dkms status -m hv_vss -k "$release")
+    check "for that kernel" [ "$(modinfo -k "$release" -F vermagic hv_vss | cut -d ' ' -f 1)" = "$release" ]
+    check "nothing of the tree is left" [ ! -e /var/lib/dkms/hv_vss/*/build ]
+    check "no reason against it" [ -z "$(/usr/src/hv_vss-*/kmod/dkms/build --why-not "$release")" ]
+    version=$(dpkg-query --show --showformat '${Version}' hv-vss-dkms)
+    dkms mktarball --binaries-only -m hv_vss -v "$version" -k "$release" \
+        --archive "/out/packages/hv_vss-$version.dkms.tar.gz"
+    cp "$(modinfo -k "$release" -F filename hv_vss)" /out/
+
+    # What cannot be built says why, and breaks no package.
+    apt remove "$source"
+    apt install --reinstall /debs/hv-vss-dkms_*.deb | tee /tmp/install
+    check "without the source there is no module" [ -z "$(modules)" ]
+    check "and the reason is told" says "is not built for kernel $release: .*install $source" /tmp/install
+    check "the package is installed all the same" says '^ii' <(dpkg-query --show --showformat '${db:Status-Abbrev}\n' hv-vss-dkms)
+
+    check "the header's example compiles" sh -c \
+        'gcc -Wall -Werror $(pkg-config --cflags hv-vss) -o /tmp/example /usr/share/doc/hv-vss-dev/examples/hv_vss_example.c'
+    apt purge hv-vss-daemon hv-vss-dkms hv-vss-dev
+    check "nothing is left after purge" [ -z "$(left)" ]
+
+    cd /out/packages
+    cp /debs/hv-vss-daemon_*.deb /debs/hv-vss-dkms_*.deb .
+    apt download dkms hyperv-daemons/trixie-backports
+    exit 0
+fi
+
+"$lab/root.sh"
+"$lab/deb.sh"
+release=$(cat "$root/kernel/release")
+key=$(key_of "$release" "$(cat "$build/stamps/deb" "$lab/dkms.sh")" "${options[@]}")
+begin dkms "$out/packages" "$key" "building the module with DKMS"
+say "building the module with DKMS on a clean Debian"
+rm -rf --one-file-system "$machine" "$out"
+mkdir -p "$out/packages"
+quietly dkms-root.log mmdebstrap "${options[@]}" --aptopt="$root/etc/apt/apt.conf.d/99mmdebstrap" \
+    trixie "$machine" "$root/etc/apt/sources.list"
+on_machine() { (enter "$machine" "$@"); }
+quietly dkms.log on_machine "$out:/out" "$build/deb/packages:/debs" "$lab:/lab" -- \
+    bash /lab/dkms.sh --inside "$release"
+grep --text '^ok   ' "$build/logs/dkms.log"
+rm -rf --one-file-system "$machine"
+set_stamp dkms "$key"
+say "done in ${SECONDS}s"
