@@ -17,6 +17,10 @@ CASE ?= *
 KERNELS ?= 7.3 7.2 testing unstable
 # The cases in which it is the module that is tested.
 MODULE_CASES ?= pairing/* lifecycle/* abi/* dialogue/* owned/* hostile/* suspend/* sleep/*
+# Kernels that do not take the module, on which `make test-kernels` runs the daemon's cases with the
+# kernel's own, and which cases those are.
+STOCK_KERNELS ?= 6.12 6.1
+DAEMON_CASES ?= scope/* broken/*
 # CLIPPY=1 lints the module with clippy while it is built.
 CLIPPY ?=
 
@@ -74,11 +78,15 @@ e2e: lab-module user images ## Run the end-to-end cases that match CASE=<glob>
 	@$(LAB)/e2e.sh --timeout 2400 '$(CASE)'
 
 .PHONY: test-kernels
-test-kernels: packages user ## Run the module's cases on each kernel in KERNELS, on two virtual CPUs
+test-kernels: packages user ## Run the module's cases on each kernel in KERNELS, the daemon's on STOCK_KERNELS
 	@for kernel in $(KERNELS); do \
 		echo "test-kernels: kernel $$kernel"; \
 		KERNEL=$$kernel $(LAB)/module.sh --lab && \
 		KERNEL=$$kernel $(LAB)/e2e.sh --timeout 4800 --cpus 2 $(patsubst %,'%',$(MODULE_CASES)) || exit 1; \
+	done
+	@for kernel in $(STOCK_KERNELS); do \
+		echo "test-kernels: kernel $$kernel with its own module"; \
+		KERNEL=$$kernel $(LAB)/e2e.sh --timeout 2400 $(patsubst %,'%',$(DAEMON_CASES)) || exit 1; \
 	done
 
 # KERNEL=debug-kcsan looks for data races instead.
