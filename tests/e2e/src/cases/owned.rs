@@ -976,7 +976,8 @@ fn errors(guest: &Guest) -> Result<()> {
     change("ENOTTY", "FIFREEZE of the device", |it| {
         it.request = 0xc004_5877
     })?;
-    let invalid: [(&str, fn(&mut IocFreeze)); 4] = [
+    type Spoilt = (&'static str, fn(&mut IocFreeze));
+    let invalid: [Spoilt; 4] = [
         ("with flags", |it| it.flags = 1),
         ("with the reserved field set", |it| it.reserved = 1),
         ("for a count of 0", |it| it.count = 0),
