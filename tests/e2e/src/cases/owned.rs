@@ -644,7 +644,14 @@ fn killed(guest: &Guest) -> Result<()> {
 fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
     make(guest, &["grace_ms=300"])?;
     make_hung(guest)?;
-    let hung = guest.sh("stat -c %Hd:%Ld /mnt/hung")?.trim().to_owned();
+    // Fields of Documentation/filesystems/proc.rst: id, parent, device, root, mount point.
+    let mounts = guest.read("/proc/self/mountinfo")?;
+    let mut lines = mounts
+        .lines()
+        .map(|line| line.split(' ').collect::<Vec<_>>());
+    let line = lines.find(|fields| fields.get(4) == Some(&"/mnt/hung"));
+    let hung = line.and_then(|fields| fields.get(2).map(|it| it.to_string()));
+    let hung = hung.context("/mnt/hung is not mounted")?;
     let state_of_hung = || -> Result<Option<String>> {
         let held = held(guest)?;
         Ok(held.into_iter().find(|it| it.0 == hung).map(|it| it.1))
