@@ -779,7 +779,11 @@ fn deadline(guest: &Guest) -> Result<()> {
             let limit = Duration::from_millis(limit_ms);
             released(guest, "the deadline", began, limit + RELEASED)?;
             let stalls = guest.stalls(began)?.stalls;
-            let ended = stalls.iter().filter_map(|it| it.ended_us);
+            // A write that is merely slow has not waited for a thaw.
+            let frozen = |ended: &u64, began: u64| *ended > began + 250_000;
+            let ended = stalls
+                .iter()
+                .filter_map(|it| it.ended_us.filter(|ended| frozen(ended, it.began_us)));
             let first = ended.min().context("nothing was frozen")?;
             ensure!(
                 first >= began + u64::from(limit_ms as u32) * 1000,
