@@ -96,7 +96,8 @@ const fn on_all(name: &'static str, vmbus: VmbusVersion, run: fn(&Guest) -> Resu
 }
 
 fn run_all(guest: &Guest) -> Result<()> {
-    let all: [(&str, fn(&Guest) -> Result<()>); 9] = [
+    type Named = (&'static str, fn(&Guest) -> Result<()>);
+    let all: [Named; 9] = [
         ("grace-counts", grace_counts),
         ("queueing-counts", queueing_counts),
         ("thaw-behind-freeze", thaw_behind_freeze),

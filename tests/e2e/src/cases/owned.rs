@@ -644,7 +644,14 @@ fn killed(guest: &Guest) -> Result<()> {
 fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
     make(guest, &["grace_ms=300"])?;
     make_hung(guest)?;
-    let hung = guest.sh("stat -c %Hd:%Ld /mnt/hung")?.trim().to_owned();
+    // Fields of Documentation/filesystems/proc.rst: id, parent, device, root, mount point.
+    let mounts = guest.read("/proc/self/mountinfo")?;
+    let mut lines = mounts
+        .lines()
+        .map(|line| line.split(' ').collect::<Vec<_>>());
+    let line = lines.find(|fields| fields.get(4) == Some(&"/mnt/hung"));
+    let hung = line.and_then(|fields| fields.get(2).map(|it| it.to_string()));
+    let hung = hung.context("/mnt/hung is not mounted")?;
     let state_of_hung = || -> Result<Option<String>> {
         let held = held(guest)?;
         Ok(held.into_iter().find(|it| it.0 == hung).map(|it| it.1))
@@ -772,7 +779,11 @@ fn deadline(guest: &Guest) -> Result<()> {
             let limit = Duration::from_millis(limit_ms);
             released(guest, "the deadline", began, limit + RELEASED)?;
             let stalls = guest.stalls(began)?.stalls;
-            let ended = stalls.iter().filter_map(|it| it.ended_us);
+            // A write that is merely slow has not waited for a thaw.
+            let frozen = |ended: &u64, began: u64| *ended > began + 250_000;
+            let ended = stalls
+                .iter()
+                .filter_map(|it| it.ended_us.filter(|ended| frozen(ended, it.began_us)));
             let first = ended.min().context("nothing was frozen")?;
             ensure!(
                 first >= began + u64::from(limit_ms as u32) * 1000,
@@ -976,7 +987,8 @@ fn errors(guest: &Guest) -> Result<()> {
     change("ENOTTY", "FIFREEZE of the device", |it| {
         it.request = 0xc004_5877
     })?;
-    let invalid: [(&str, fn(&mut IocFreeze)); 4] = [
+    type Spoilt = (&'static str, fn(&mut IocFreeze));
+    let invalid: [Spoilt; 4] = [
         ("with flags", |it| it.flags = 1),
         ("with the reserved field set", |it| it.reserved = 1),
         ("for a count of 0", |it| it.count = 0),
