@@ -63,6 +63,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         per_round: Duration::from_secs(60),
+        on_request: true,
         ..case(
             "restore/backup-after-backup",
             "six file systems on slow disks, some on volumes: every copy of every backup restores",
