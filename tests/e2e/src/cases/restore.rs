@@ -23,32 +23,32 @@ use lab_agent::{record, Note, NOTE_LEN, RECORD_LEN};
 use std::time::{Duration, Instant};
 
 pub const CASES: &[Case] = &[
-    case(
+    long(
         "restore/ext4",
         "a copy of a busy ext4, made between FREEZE and THAW, restores without replay, repair or loss",
         |guest| ours_and_peer(guest, Format::Ext4),
     ),
-    case(
+    long(
         "restore/xfs",
         "so does one of xfs",
         |guest| ours_and_peer(guest, Format::Xfs),
     ),
-    case(
+    long(
         "restore/btrfs",
         "so does one of btrfs",
         |guest| ours_and_peer(guest, Format::Btrfs),
     ),
-    case(
+    long(
         "restore/checkers-ext4",
         "its judges refuse a copy without a freeze, one that lacks a write, and a torn one",
         |guest| bad_copies(guest, Format::Ext4),
     ),
-    case(
+    long(
         "restore/checkers-xfs",
         "so do those of xfs",
         |guest| bad_copies(guest, Format::Xfs),
     ),
-    case(
+    long(
         "restore/checkers-btrfs",
         "so do those of btrfs",
         |guest| bad_copies(guest, Format::Btrfs),
@@ -63,6 +63,7 @@ pub const CASES: &[Case] = &[
     },
     Case {
         per_round: Duration::from_secs(60),
+        on_request: true,
         ..case(
             "restore/backup-after-backup",
             "six file systems on slow disks, some on volumes: every copy of every backup restores",
@@ -70,6 +71,15 @@ pub const CASES: &[Case] = &[
         )
     },
 ];
+
+/// A case that puts several disks on and takes them off again, for which the guest scans its bus each
+/// time: it may take longer than most.
+const fn long(name: &'static str, about: &'static str, run: fn(&Guest) -> Result<()>) -> Case {
+    Case {
+        per_round: Duration::from_secs(15),
+        ..case(name, about, run)
+    }
+}
 
 /// What a file system is made as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
