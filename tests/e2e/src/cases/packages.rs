@@ -55,6 +55,9 @@ const fn case(
 const OURS: &str = "hv_vss.service";
 const THEIRS: &str = "hv-vss-daemon.service";
 
+/// Between two backups that something else goes on beside.
+const PAUSE: Duration = Duration::from_secs(2);
+
 /// Where the packages lie.
 const PACKAGES: &str = "/payload/packages";
 
@@ -107,7 +110,7 @@ fn amid_backups(guest: &Guest, line: &str) -> Result<()> {
     let work = guest.spawn(&["sh", "-c", line])?;
     let mut taken = 0;
     let stat = format!("/proc/{}/stat", work.pid);
-    guest.wait_until(&format!("this ends amid backups: {line}"), STEP * 3, || {
+    guest.wait_until(&format!("this ends amid backups: {line}"), STEP * 4, || {
         // The channel closes while the device changes hands. Who has it then knows no version yet.
         let soon = Duration::from_secs(5);
         let ready = vss.negotiated().is_some()
@@ -117,6 +120,8 @@ fn amid_backups(guest: &Guest, line: &str) -> Result<()> {
             // An error: it has closed since.
             let _ = vss.thaw(STEP);
         }
+        // Back to back they would hold up the work for most of its time: it writes to the root.
+        std::thread::sleep(PAUSE);
         Ok(guest.read(&stat)?.contains(") Z "))
     })?;
     let ended = guest.wait(&work, STEP)?;
