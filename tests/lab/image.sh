@@ -12,7 +12,7 @@ set -euo pipefail
 # Modules of the guest under test: file systems, and devices to put them on.
 inner_modules=(
     brd loop null_blk nbd dm-mod dm-crypt dm-delay dm-snapshot raid1 scsi_debug sd_mod hv_utils hv_storvsc
-    xfs btrfs vfat nls_cp437 nls_ascii nls_utf8 exfat overlay squashfs autofs4 fuse nvme-loop
+    xfs btrfs vfat nls_cp437 nls_ascii nls_utf8 exfat overlay squashfs autofs4 fuse
 )
 inner_tools=(
     mke2fs mkfs.ext4 tune2fs dumpe2fs e2fsck mkfs.xfs xfs_io xfs_freeze xfs_logprint xfs_repair mkfs.btrfs btrfs mkfs.vfat mkfs.exfat
