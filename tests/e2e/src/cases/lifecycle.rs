@@ -61,12 +61,16 @@ pub const CASES: &[Case] = &[
         "the host takes VSS back and offers it again and again, with a daemon attached",
         |guest| cycle(guest, rescind_offer),
     ),
-    case(
+    Case {
+        // 24 ends, each with a module or a device that comes back.
+        per_round: Duration::from_secs(20),
+        ..case(
         "lifecycle/ends",
         "the device goes in each state of a request, in each way: a read and a poll end at once, \
          the next daemon serves",
         ends,
-    ),
+    )
+    },
     case(
         "lifecycle/daemon-comes-back",
         "the device goes under our daemon while it freezes, holds and thaws: nothing stays frozen",
@@ -604,6 +608,10 @@ fn dying_daemon(guest: &Guest) -> Result<()> {
                 (after < at_once) == is_read,
                 "{abi:?}, FREEZE was read: {is_read}; it was failed {after:?} after the death"
             );
+            if is_read {
+                // It may have frozen something, so the next one is told to thaw.
+                Scripted::start(guest, abi)?.serve(op::THAW, status::OK)?;
+            }
         }
     }
     guest.start_daemon(Daemon::Ours)?;
