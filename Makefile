@@ -61,7 +61,10 @@ demo: lab-module user images ## Back up a stock Debian guest once and print the 
 	@$(LAB)/run.sh --timeout 600 ./e2e demo
 
 .PHONY: test
-test: lint unit fuzz-shortly e2e ## Lint, unit and layout tests, a short fuzz run, then every end-to-end case
+test: lint unit fuzz-shortly e2e ## Lint, unit and layout tests, a short fuzz run, then the end-to-end cases
+
+.PHONY: test-all
+test-all: lint unit fuzz e2e-all ## The same with a longer fuzz run and the long cases as well
 
 .PHONY: lint
 lint: packages ## cargo fmt --check, clippy on the workspace and on the module
@@ -76,6 +79,10 @@ unit: packages ## Unit, property and layout tests: no guest needed
 .PHONY: e2e
 e2e: lab-module user images ## Run the end-to-end cases that match CASE=<glob>
 	@$(LAB)/e2e.sh --timeout 2400 '$(CASE)'
+
+.PHONY: e2e-all
+e2e-all: lab-module user images
+	@$(LAB)/e2e.sh --timeout 14400 --all '$(CASE)'
 
 .PHONY: test-kernels
 test-kernels: packages user ## Run the module's cases on each kernel in KERNELS, the daemon's on STOCK_KERNELS

@@ -4,11 +4,13 @@
 //! what is frozen.
 
 use super::deadman::{released, RELEASED};
-use super::{case, load, observe, start, stop, wait_for_daemon, Case};
+use super::lifecycle::take_over;
+use super::{case, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Module, STEP};
-use hyperv_sim::ic::status;
+use hyperv_sim::ic::vss::VERSIONS;
+use hyperv_sim::ic::{status, FRAMEWORKS};
 
 pub const CASES: &[Case] = &[
     case(
@@ -141,15 +143,17 @@ fn hand_over(guest: &Guest) -> Result<()> {
         both.clone(),
     )?;
     equal("guards with the stock module", guards()?, 1)?;
-    guest.unload(Module::Stock)?;
-    guest.vss().wait_closed(STEP)?;
-    load(guest, Module::Ours, &[])?;
+    // Its descriptor keeps hv_utils loaded, but not bound.
+    guest.load(Module::Ours, &[])?;
+    take_over(guest)?;
+    guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
     wait_for_daemon(guest)?;
     equal("a backup with ours", observe(guest)?, both)?;
     let said = guest.output(&daemon)?;
     let holds = said.contains("the module holds what is frozen");
     equal("guards with ours", guards()?, usize::from(!holds))?;
-    stop(guest, Module::Ours, &daemon)
+    stop(guest, Module::Ours, &daemon)?;
+    guest.unload(Module::Stock).map(drop)
 }
 
 fn footprint(guest: &Guest) -> Result<()> {

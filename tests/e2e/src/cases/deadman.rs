@@ -174,7 +174,7 @@ pub(super) fn guard_of(guest: &Guest, daemon: &Process) -> Result<i32> {
 }
 
 /// Sees to it that no writer stands still any more when `limit` has passed since `from_us` of the
-/// guest's clock. Returns how long after `from_us` the last of those went on that stood still then,
+/// guest's clock; longer on a machine that is busy elsewhere, as for every limit. Returns how long after `from_us` the last of those went on that stood still then,
 /// zero when none did.
 pub(super) fn released(
     guest: &Guest,
@@ -182,6 +182,7 @@ pub(super) fn released(
     from_us: u64,
     limit: Duration,
 ) -> Result<Duration> {
+    let limit = guest.host().patience(limit);
     let mark = from_us + limit.as_micros() as u64;
     let mut seen = guest.stalls(from_us)?;
     while seen.now_us <= mark {
@@ -636,14 +637,14 @@ fn host_never_thaws(guest: &Guest) -> Result<()> {
     let frozen = guest.clock()?;
     let limit = Duration::from_secs(2) + RELEASED;
     released(guest, "a deadline of 2 s", frozen, limit)?;
-    // From the first freeze on, which is what the first writer sees.
+    // The deadline counts from the first freeze on; a writer may have come to it a little later.
     let stalls = guest.stalls(frozen)?.stalls;
     let lengths = stalls
         .iter()
         .filter_map(|it| Some(it.ended_us? - it.began_us));
     let longest = Duration::from_micros(lengths.max().unwrap_or_default());
     ensure!(
-        longest > Duration::from_millis(1900) && longest < limit,
+        longest > Duration::from_secs(1) && longest < limit,
         "a writer stood still for {longest:?} at most, with a deadline of 2 s"
     );
     let late = vss.thaw(STEP)?.status();

@@ -40,6 +40,18 @@ use std::time::Duration;
 
 pub use pairing::make_file_systems;
 
+/// In which runs a case is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// In each.
+    Always,
+    /// In those of all cases (`--all`, `make test-all`): it is long, and a shorter one of its kind is in
+    /// each.
+    All,
+    /// In none: it wants what is made for it alone.
+    Named,
+}
+
 /// One case.
 #[derive(Clone)]
 pub struct Case {
@@ -51,10 +63,20 @@ pub struct Case {
     pub machine: Machine,
     /// What each round of a case that has rounds may take.
     pub per_round: Duration,
-    /// Whether it runs only when called by its full name.
-    pub on_request: bool,
+    /// In which runs it is, besides those that name it in full.
+    pub when: When,
     /// The case itself.
     pub run: fn(&Guest) -> Result<()>,
+}
+
+impl Case {
+    /// The same, in runs of all cases only.
+    const fn long(self) -> Case {
+        Case {
+            when: When::All,
+            ..self
+        }
+    }
 }
 
 /// A case for a guest with one virtual CPU.
@@ -64,7 +86,7 @@ const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
         about,
         machine: Machine::ONE_CPU,
         per_round: Duration::ZERO,
-        on_request: false,
+        when: When::Always,
         run,
     }
 }
