@@ -138,7 +138,13 @@ fn after_the_sleep(guest: &Guest, daemon: Scripted<'_>) -> Result<()> {
 }
 
 fn freeze_that_ran_out(guest: &Guest) -> Result<()> {
-    load(guest, Module::Ours, &["freeze_timeout_ms=1500"])?;
+    // Enough for the backups that are to be good.
+    let limit = guest.host().patience(Duration::from_secs(4)).as_millis();
+    load(
+        guest,
+        Module::Ours,
+        &[&format!("freeze_timeout_ms={limit}")],
+    )?;
     for abi in Abi::BOTH {
         let one = || -> Result<()> {
             let daemon = Scripted::start(guest, abi)?;
