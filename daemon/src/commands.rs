@@ -290,7 +290,12 @@ pub fn thaw(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
             Ok(_) | Err(ControlError::Nobody) => {}
             Err(error) => log.warning(words(&error)),
         }
-        match recovery::thaw(run, log, By::Operator) {
+        let mut thawed = recovery::thaw(run, log, By::Operator);
+        if matches!(thawed, Ok(Recovered::InUse)) && recovery::owner_has_ended(run) {
+            log.warning("the process that had frozen is dead, but inside the kernel: waiting for it to come out");
+            thawed = recovery::outlast(run, log);
+        }
+        match thawed {
             Ok(Recovered::Nothing) => {}
             Ok(Recovered::CutShort) => {
                 log.info("all that was recorded as frozen is thawed");
