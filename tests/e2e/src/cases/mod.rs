@@ -26,6 +26,7 @@ mod prepared;
 mod restore;
 mod scope;
 mod sleep;
+mod slow;
 mod suspend;
 mod systemd;
 
@@ -116,6 +117,7 @@ pub fn all() -> Vec<Case> {
         systemd::CASES,
         packages::CASES,
         disks::CASES,
+        slow::CASES,
         restore::CASES,
     ]
     .concat()
