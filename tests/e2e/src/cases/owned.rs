@@ -703,7 +703,10 @@ fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
     Still::wait(guest, &[])?.holds(guest, "in the next backup")?;
     thaw_but(guest, next, status::OK, called_off)?;
     all_go_on(guest, "after the next backup")?;
-    let again = hold(next.device, 0, "/mnt/hung");
+    // For that it waits, until its own deadline.
+    let mut again = freezing(0, "/mnt/hung");
+    again.0.deadline_ms = 1000;
+    let again = next.device.ioctl(&freeze_ioctl(again));
     refused("a freeze of the one that hangs", again, "EBUSY")?;
 
     // It comes back, and is thawed then.
