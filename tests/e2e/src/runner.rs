@@ -9,6 +9,7 @@
 use crate::cases::Case;
 use anyhow::{anyhow, Context, Result};
 use e2e::guest::{Comparison, Guest, Images};
+use e2e::speed;
 use hyperv_sim::Exit;
 use serde::{Deserialize, Serialize};
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -49,8 +50,9 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
                 if guest.is_ok() {
                     let took = start.elapsed().as_secs_f64();
                     println!(
-                        "     guest {booted} ({}) is up after {took:.1} s",
-                        case.machine
+                        "     guest {booted} ({}) is up after {took:.1} s, a piece of work takes {:.1?}",
+                        case.machine,
+                        speed::measure()
                     );
                 }
                 guest

@@ -17,6 +17,11 @@ const TIMES: usize = 5;
 
 /// How many times slower this machine is now than one that is quiet; 1 if it is not.
 pub fn slowness() -> f64 {
+    (measure().as_secs_f64() / USUAL.as_secs_f64()).max(1.0)
+}
+
+/// What [`work`] takes now.
+pub fn measure() -> Duration {
     let mut times = [Duration::ZERO; TIMES];
     for time in &mut times {
         let start = Instant::now();
@@ -24,7 +29,7 @@ pub fn slowness() -> f64 {
         *time = start.elapsed();
     }
     times.sort();
-    (times[TIMES / 2].as_secs_f64() / USUAL.as_secs_f64()).max(1.0)
+    times[TIMES / 2]
 }
 
 /// Some arithmetic of which no step can begin before the one before has ended.
