@@ -97,11 +97,15 @@ pub const CASES: &[Case] = &[
         "a mount point that is moved or whose folder is renamed while frozen is thawed all the same",
         renamed_while_frozen,
     ),
-    case(
-        "freeze/nothing-but-descriptors",
-        "no look-up, log line, file or program between first freeze and last thaw (strace)",
-        nothing_but_descriptors,
-    ),
+    Case {
+        // Every call is stopped twice for strace, in all threads.
+        per_round: Duration::from_secs(15),
+        ..case(
+            "freeze/nothing-but-descriptors",
+            "no look-up, log line, file or program between first freeze and last thaw (strace)",
+            nothing_but_descriptors,
+        )
+    },
     case(
         "freeze/log-on-the-frozen-root",
         "log and binary on the frozen root do not block the daemon",
