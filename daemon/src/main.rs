@@ -202,6 +202,7 @@ fn harden(log: &Logbook) -> Result<(), Failure> {
     if let Err(error) = process::go_first() {
         log.warning(format!("cannot go before others on the processor: {error}"));
     }
+    process::leave_no_dump().map_err(|e| format!("cannot forgo a dump of core: {e}"))?;
     process::lock_memory().map_err(|e| format!("cannot lock the memory: {e}"))?;
     job::warm_up()?;
     Ok(())

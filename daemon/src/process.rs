@@ -39,6 +39,13 @@ pub fn go_along() -> io::Result<()> {
     sys::set_nice(0)
 }
 
+/// Dies at once when it dies: without a dump of core. That would be written to what this process has frozen,
+/// by itself or by the program that the kernel starts for it, and until then neither its device is closed
+/// nor its guard told.
+pub fn leave_no_dump() -> io::Result<()> {
+    Ok(nix::sys::prctl::set_dumpable(false)?)
+}
+
 /// Makes a panic in any thread the end of the process: whoever minds what is frozen thaws it then. A
 /// daemon with a thread missing would go on to tell its watchdog that all is well.
 ///

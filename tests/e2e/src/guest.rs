@@ -872,6 +872,13 @@ impl Guest {
                 if let Ok(ended) = self.try_sh(logs) {
                     text.push_str(&format!("what programs wrote:\n{}\n", ended.out));
                 }
+                let ours = "for pid in $(pidof hv_vss_daemon hv_vss_guard); do
+                                echo \"== $pid\"; cut -d ' ' -f 2-6 /proc/$pid/stat; grep ^Sig /proc/$pid/status
+                                for t in /proc/$pid/task/*/stack; do head -n 4 $t; echo; done
+                            done";
+                if let Ok(ended) = self.try_sh(ours) {
+                    text.push_str(&format!("where ours are:\n{}\n", ended.out));
+                }
             }
             Err(error) => text.push_str(&format!("the guest does not answer: {error}\n")),
         }

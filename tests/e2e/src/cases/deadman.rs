@@ -346,13 +346,21 @@ impl Tally {
 const GROUP: &str = "/sys/fs/cgroup/vss";
 
 fn start_daemon(guest: &Guest, death: Death) -> Result<Process> {
-    if death != Death::Memory {
-        return guest.start_daemon(Daemon::Ours);
-    }
-    guest.write(&format!("{GROUP}/memory.max"), "max")?;
+    let enter = match death {
+        Death::Memory => {
+            guest.write(&format!("{GROUP}/memory.max"), "max")?;
+            format!("echo $$ >{GROUP}/cgroup.procs")
+        }
+        // With a dump of core as large as it likes, which would go to the frozen root.
+        Death::Abort => "ulimit -c unlimited && cd /".to_owned(),
+        _ => return guest.start_daemon(Daemon::Ours),
+    };
     let [program, foreground] = Daemon::Ours.argv();
-    let enter = format!("echo $$ >{GROUP}/cgroup.procs && exec {program} {foreground}");
-    guest.spawn(&["sh", "-c", &enter])
+    guest.spawn(&[
+        "sh",
+        "-c",
+        &format!("{enter} && exec {program} {foreground}"),
+    ])
 }
 
 /// Who is to die.
