@@ -174,6 +174,7 @@ install-daemon:
 	done
 	install -D -m 0644 daemon/hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss_daemon.8
 	ln -sf hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss.8
+	install -d $(DESTDIR)/etc/hv_vss/hooks.d
 	[ -e $(DESTDIR)/etc/hv_vss_daemon.toml ] || \
 		install -D -m 0644 daemon/hv_vss_daemon.toml $(DESTDIR)/etc/hv_vss_daemon.toml
 

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::cache::{survey, GatherError};
+use crate::calls;
 use crate::config::Config;
 use crate::control::{self, ControlError, Method};
 use crate::fifreeze::Fifreeze;
@@ -302,6 +303,14 @@ pub fn thaw(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
             }
             // Whatever is in the next place is thawed all the same.
             Err(error) => failure = Some(error),
+        }
+        match calls::recover(run, log) {
+            Ok(false) => {}
+            Ok(true) => {
+                log.info("hooks that were called are let go");
+                nothing = false;
+            }
+            Err(error) => failure = Some(error.into()),
         }
     }
     match failure {

@@ -19,6 +19,12 @@
 //!
 //! [include]               # if anything is listed here, nothing else is frozen
 //! paths = ["/srv/*"]
+//!
+//! [hooks]                 # programs in /etc/hv_vss/hooks.d, and by choice
+//! qemu = false            # those of the QEMU guest agent
+//! open_vm_tools = false   # those of open-vm-tools
+//! limit = 30              # seconds that each call may take
+//! optional = []           # patterns of names: those that may fail
 //! ```
 //!
 //! It knows file systems by what an operator sees of them and nothing of freezing.
@@ -32,6 +38,7 @@ use std::time::Duration;
 use glob::{MatchOptions, Pattern};
 use serde::{de::Error as _, Deserialize, Deserializer};
 
+use crate::hooks::Hook;
 use crate::plan::{FileSystem, Plan};
 
 /// Where the configuration is looked for.
@@ -85,6 +92,8 @@ pub struct Config {
     pub exclude: Rules,
     /// If anything is named here, only that is frozen.
     pub include: Rules,
+    /// Which programs take part.
+    pub hooks: HookRules,
 }
 
 impl Default for Config {
@@ -99,7 +108,42 @@ impl Default for Config {
             run_dir: "/run/hv_vss_daemon".into(),
             exclude: Rules::default(),
             include: Rules::default(),
+            hooks: HookRules::default(),
         }
+    }
+}
+
+/// Which hooks are called, and how.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HookRules {
+    /// Whether those of the QEMU guest agent are.
+    pub qemu: bool,
+    /// Whether those of open-vm-tools are.
+    pub open_vm_tools: bool,
+    /// Seconds that each call may take, 1 to 3600.
+    #[serde(deserialize_with = "seconds")]
+    pub limit: Duration,
+    /// The names of those that may fail.
+    optional: Vec<Rule>,
+}
+
+impl Default for HookRules {
+    fn default() -> Self {
+        HookRules {
+            qemu: false,
+            open_vm_tools: false,
+            limit: Duration::from_secs(30),
+            optional: Vec::new(),
+        }
+    }
+}
+
+impl HookRules {
+    /// Whether there is a backup without it.
+    pub fn is_optional(&self, hook: &Hook) -> bool {
+        let name = hook.path.file_name().unwrap_or_default().to_string_lossy();
+        self.optional.iter().any(|rule| rule.matches(&name))
     }
 }
 

@@ -17,13 +17,18 @@ use std::sync::Arc;
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
+use hv_vss_uapi::Lun;
+
 use crate::backup::Begun;
 use crate::cache::{Cache, GatherError, Gathered};
+use crate::calls::Context;
 use crate::config::Config;
 use crate::door::Door;
 use crate::fifreeze::Unguarded;
 use crate::freeze::{FreezeError, Learnt, Limits, Means, Session, Summary, Target, ThawError};
+use crate::hooks::{self, Found, HookError};
 use crate::logbook::{Held, Logbook, Sink};
+use crate::machine::LookError;
 use crate::mounts::DevId;
 use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
@@ -44,6 +49,15 @@ pub enum JobError {
     /// What is to be frozen could not be had.
     #[error(transparent)]
     Gather(#[from] GatherError),
+    /// Which hooks there are is not known.
+    #[error(transparent)]
+    Hooks(#[from] HookError),
+    /// What the hooks are to be told could not be had.
+    #[error(transparent)]
+    Look(#[from] LookError),
+    /// It was called off while hooks were called.
+    #[error("the freeze was called off")]
+    CalledOff,
     /// No threads.
     #[error("cannot start the threads that freeze")]
     Threads(#[source] io::Error),
@@ -250,6 +264,8 @@ pub fn warm_up() -> io::Result<()> {
 /// What the event loop hears from a job.
 #[derive(Debug)]
 pub enum Outcome {
+    /// There are hooks to be called first. It waits for [`Job::go_on`].
+    Hooks(Vec<Found>, Context),
     /// The freeze has ended, one way or the other. After a failure nothing is frozen and the job
     /// is over.
     Frozen(Result<Begun, JobError>),
@@ -270,8 +286,21 @@ enum Order {
     Backup(Box<Backup>),
 }
 
+/// What the host says of a backup.
+#[derive(Clone, Debug, Default)]
+pub struct About {
+    /// The number of its FREEZE.
+    pub request: u64,
+    /// Its kind, in the host's own number.
+    pub backup_type: Option<u32>,
+    /// The disks that it is of.
+    pub disks: Vec<Lun>,
+}
+
 /// What the event loop tells the worker of a backup under way.
 enum Word {
+    /// All hooks are ready.
+    GoOn,
     /// The host has its answer: [`Frozen::settle`].
     Settle,
     Thaw,
@@ -279,6 +308,8 @@ enum Word {
 
 struct Backup {
     setting: Setting,
+    /// What the host says of it.
+    about: About,
     words: Receiver<Word>,
     /// Dropped when nothing more is to be done for it.
     over: Sender<()>,
@@ -315,6 +346,7 @@ impl Worker {
     pub fn begin(
         &self,
         setting: Setting,
+        about: About,
         held: Held,
         tell: impl Fn(Outcome) + Send + 'static,
     ) -> Option<Job> {
@@ -322,6 +354,7 @@ impl Worker {
         let (sender, over) = channel();
         let backup = Backup {
             setting: setting.clone(),
+            about,
             words,
             over: sender,
             tell: Box::new(tell),
@@ -338,7 +371,8 @@ impl Worker {
 
 impl Backup {
     fn run(self, freezer: &mut Freezer) {
-        match freezer.freeze(&self.setting) {
+        let quiesced = self.quiesce(freezer);
+        match quiesced.and_then(|()| freezer.freeze(&self.setting)) {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
             Ok(frozen) => {
                 (self.tell)(Outcome::Frozen(Ok(frozen.begun())));
@@ -351,6 +385,34 @@ impl Backup {
         // The door is closed before anybody hears that it is over.
         drop(setting);
         drop(over);
+    }
+
+    /// Has the hooks called, if there are any, and waits until they are ready.
+    fn quiesce(&self, freezer: &mut Freezer) -> Result<(), JobError> {
+        let Setting {
+            config, progress, ..
+        } = &self.setting;
+        let found = hooks::find(&config.hooks)?;
+        if found.is_empty() {
+            return Ok(());
+        }
+        let file_systems = freezer.cache.planned(config)?;
+        let About {
+            request,
+            backup_type,
+            disks,
+        } = &self.about;
+        let disks = hooks::names_of_disks(disks);
+        let context = Context::new(*request, *backup_type, &disks, &file_systems);
+        progress.enter(Stage::Hooks, found.len());
+        (self.tell)(Outcome::Hooks(found, context));
+        match self.words.recv() {
+            Ok(Word::GoOn) => {
+                progress.enter(Stage::Looking, 0);
+                Ok(())
+            }
+            _ => Err(JobError::CalledOff),
+        }
     }
 
     /// Waits for the word to thaw.
@@ -369,6 +431,8 @@ impl Backup {
             };
             match word {
                 Ok(Word::Settle) => frozen.settle(),
+                // Nobody says that twice.
+                Ok(Word::GoOn) => {}
                 // The loss of whoever could say it means the same as the word to thaw.
                 Ok(Word::Thaw) | Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {
@@ -391,6 +455,11 @@ pub struct Job {
 }
 
 impl Job {
+    /// Says that all hooks are ready.
+    pub fn go_on(&self) {
+        self.say(Word::GoOn);
+    }
+
     /// Says that the host knows of the freeze, and that there is time to do what it need not wait for.
     pub fn settle(&self) {
         self.say(Word::Settle);
@@ -407,7 +476,7 @@ impl Job {
     }
 
     /// What it is at.
-    pub fn progress(&self) -> &Progress {
+    pub fn progress(&self) -> &Arc<Progress> {
         &self.setting.progress
     }
 

@@ -10,12 +10,14 @@
 //! beforehand as far as [`watch`] sees no change, and [`freeze`] does the work on them, through a
 //! [`door`]. Behind that is the module ([`held`]), or where the module has no such thing [`fifreeze`]
 //! with its [`guard`], the process that thaws when all of this cannot, and a [`record`], from which
-//! [`recovery`] undoes what is left after a death. [`control`] is how others ask the daemon.
+//! [`recovery`] undoes what is left after a death. [`hooks`] are an administrator's programs that take
+//! part, and [`calls`] calls them. [`control`] is how others ask the daemon.
 //!
 //! It knows nothing of VMBus: what the host says arrives as frames of `uapi/hv_vss.rs`.
 
 pub mod backup;
 pub mod cache;
+pub mod calls;
 pub mod commands;
 pub mod config;
 pub mod control;
@@ -25,6 +27,7 @@ pub mod fifreeze;
 pub mod freeze;
 pub mod guard;
 pub mod held;
+pub mod hooks;
 pub mod job;
 pub mod logbook;
 pub mod machine;

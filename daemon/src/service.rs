@@ -23,7 +23,8 @@ use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
-use crate::backup::{name_of, Backup, Break, Effects};
+use crate::backup::{name_of, Backup, Break, Effects, Verdict};
+use crate::calls::{Calling, Context, HookOutcome, Means};
 use crate::config::Config;
 use crate::control::{Client, Control, Method};
 use crate::device::{Abi, Device, DeviceError, Incoming, Request};
@@ -31,7 +32,8 @@ use crate::door::Door;
 use crate::fifreeze::Fifreeze;
 use crate::guard::{Event, Guard, GuardError};
 use crate::held::Held;
-use crate::job::{Job, Outcome, Setting, Worker};
+use crate::hooks::Found;
+use crate::job::{About, Job, Outcome, Setting, Worker};
 use crate::logbook::{words, Level, Logbook};
 use crate::progress::Stage;
 use crate::record::{RecordError, RunDir};
@@ -116,11 +118,17 @@ fn notify(log: &Logbook, states: &[NotifyState<'_>]) {
     }
 }
 
+/// What comes from the threads that do what takes time.
+enum News {
+    Job(Outcome),
+    Hooks(HookOutcome),
+}
+
 /// The running daemon.
 pub struct Service {
     poll: Poll,
     signals: Signals,
-    outcomes: Receiver<Outcome>,
+    outcomes: Receiver<News>,
     machine: Backup,
     hands: Hands,
     control: Control,
@@ -145,10 +153,12 @@ struct Hands {
     /// When to try next to open a device that went away, and the pause after that.
     retry: Option<(Instant, Duration)>,
     job: Option<Job>,
+    /// From the first call of a hook to the last.
+    calling: Option<Calling>,
     /// When the log says next what the freeze is at.
     report: Instant,
     recovery: Recovery,
-    tell: (Sender<Outcome>, Arc<Waker>),
+    tell: (Sender<News>, Arc<Waker>),
     backups: u64,
     /// How the last backup went.
     last: String,
@@ -176,10 +186,19 @@ impl Service {
         let mut recovery = Recovery::start(&run, &log);
         let broken = recovery.broken.take();
         let (sender, outcomes) = channel();
+        let tell = (sender, Arc::new(waker));
+        let left = Calling::recover(&run, &log, teller(&tell, News::Hooks));
+        let calling = left.unwrap_or_else(|error| {
+            log.error(format!("hooks that a dead daemon has called: {error}"));
+            None
+        });
+        if calling.is_some() {
+            log.warning("a dead daemon has left hooks that are now let go");
+        }
         let mut service = Service {
             signals,
             outcomes,
-            machine: Backup::new(config.deadline, broken),
+            machine: Backup::new(config.deadline, broken, calling.is_some()),
             hands: Hands {
                 path: path.to_owned(),
                 run,
@@ -191,9 +210,10 @@ impl Service {
                 prepared: Instant::now(),
                 retry: None,
                 job: None,
+                calling,
                 report: Instant::now(),
                 recovery,
-                tell: (sender, Arc::new(waker)),
+                tell,
                 backups: 0,
                 last: "no backup yet".into(),
             },
@@ -220,8 +240,11 @@ impl Service {
             }
             let woken = |token| events.iter().any(|event| event.token() == token);
             // What has happened to the freeze comes before what is asked next about it.
-            while let Ok(outcome) = self.outcomes.try_recv() {
-                self.on_outcome(outcome);
+            while let Ok(news) = self.outcomes.try_recv() {
+                match news {
+                    News::Job(outcome) => self.on_outcome(outcome),
+                    News::Hooks(outcome) => self.on_hooks(outcome),
+                }
             }
             if woken(SIGNALS) && self.signals.pending().next().is_some() {
                 self.stop();
@@ -451,6 +474,14 @@ impl Service {
 
     fn on_outcome(&mut self, outcome: Outcome) {
         match outcome {
+            // One that was called off by then has ended.
+            Outcome::Hooks(found, context) if self.machine.is_freezing() => {
+                if let Err(error) = self.hands.call(found, context) {
+                    let why = format!("hooks cannot be called: {error}");
+                    self.machine.quiesced(Err(why), &mut self.hands);
+                }
+            }
+            Outcome::Hooks(..) => {}
             Outcome::Frozen(result) => {
                 let result = result.map_err(|error| words(&error));
                 self.machine.frozen(result, &mut self.hands);
@@ -462,6 +493,18 @@ impl Service {
             Outcome::Thawed(result) => {
                 let result = result.map_err(|error| words(&error));
                 self.machine.thawed(result, &mut self.hands);
+            }
+        }
+    }
+
+    fn on_hooks(&mut self, outcome: HookOutcome) {
+        match outcome {
+            HookOutcome::Quiesced(result) => self.machine.quiesced(result, &mut self.hands),
+            HookOutcome::Released(_) => {
+                if let Some(calling) = self.hands.calling.take() {
+                    calling.join();
+                }
+                self.machine.released(&mut self.hands);
             }
         }
     }
@@ -506,7 +549,35 @@ fn why_thawed(reason: u32) -> &'static str {
     }
 }
 
+/// Says to the event loop, from another thread, what `wrap` makes of it.
+fn teller<T: Send + 'static>(
+    (sender, waker): &(Sender<News>, Arc<Waker>),
+    wrap: fn(T) -> News,
+) -> impl Fn(T) + Send + 'static {
+    let (sender, waker) = (sender.clone(), Arc::clone(waker));
+    move |outcome| {
+        // Both fail only when the loop is gone, and then nobody is left to tell.
+        let _ = sender.send(wrap(outcome));
+        let _ = waker.wake();
+    }
+}
+
 impl Hands {
+    /// Calls hooks, for which the job waits.
+    fn call(&mut self, hooks: Vec<Found>, context: Context) -> Result<(), String> {
+        let progress = self.job.as_ref().map(|job| Arc::clone(job.progress()));
+        let means = Means {
+            run: self.run.clone(),
+            log: self.log.clone(),
+            limit: self.config.hooks.limit,
+            context,
+        };
+        let tell = teller(&self.tell, News::Hooks);
+        let calling = Calling::start(hooks, means, progress.unwrap_or_default(), tell)?;
+        self.calling = Some(calling);
+        Ok(())
+    }
+
     /// Has the plan for the next backup looked over.
     fn look_over(&mut self) {
         self.prepared = Instant::now();
@@ -562,12 +633,15 @@ impl Effects for Hands {
         let now = Instant::now();
         // Words can wait until the host has its answer.
         let held = self.log.hold(self.backups + 1, now);
-        let (sender, waker) = self.tell.clone();
-        let tell = move |outcome| {
-            // Both fail only when the loop is gone, and then nobody is left to tell.
-            let _ = sender.send(outcome);
-            let _ = waker.wake();
+        let about = About {
+            request: request.id,
+            backup_type: request.backup_type,
+            disks: self
+                .device
+                .as_ref()
+                .map_or_else(Vec::new, |it| it.disks().to_vec()),
         };
+        let tell = teller(&self.tell, News::Job);
         let setting = Setting {
             config: Arc::clone(&self.config),
             log: self.log.clone(),
@@ -575,7 +649,7 @@ impl Effects for Hands {
             abort: Arc::default(),
             progress: Arc::default(),
         };
-        let job = self.worker.begin(setting, held, tell);
+        let job = self.worker.begin(setting, about, held, tell);
         self.job = Some(job.ok_or("the thread that freezes has died")?);
         self.backups += 1;
         self.report = now + REPORT;
@@ -601,14 +675,30 @@ impl Effects for Hands {
         }
     }
 
-    fn finish(&mut self, good: bool) {
+    fn go_on(&mut self) {
+        if let Some(job) = &self.job {
+            job.go_on();
+        }
+    }
+
+    fn finish(&mut self, verdict: Verdict) {
         if let Some(job) = self.job.take() {
             job.join();
         }
-        let how = if good { "was good" } else { "failed" };
+        let how = match verdict {
+            Verdict::Good => "was good",
+            Verdict::Broken | Verdict::Failed => "failed",
+        };
         self.last = format!("backup {} {how}", self.backups);
         self.show("idle");
         self.look_over();
+    }
+
+    fn release(&mut self, verdict: Verdict) -> bool {
+        if let Some(calling) = &self.calling {
+            calling.release(verdict);
+        }
+        self.calling.is_some()
     }
 
     fn remember(&mut self, broken: Option<&str>) {
