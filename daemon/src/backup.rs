@@ -18,6 +18,7 @@ use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
 use hv_vss_uapi::{op, status, thawed};
+use serde::{Deserialize, Serialize};
 
 use crate::device::Request;
 use crate::logbook::Level;
@@ -41,10 +42,12 @@ pub trait Effects {
     fn thaw(&mut self);
     /// The job is to give up, whatever it is at, and what is frozen to be thawed.
     fn call_off(&mut self);
+    /// There will be no backup for this FREEZE, and why.
+    fn refused(&mut self, request: &Request, why: &str);
     /// The job, which waits for the hooks, is to go on and freeze.
     fn go_on(&mut self);
-    /// The job is over and nothing is frozen any more.
-    fn finish(&mut self, verdict: Verdict);
+    /// The job is over and nothing is frozen any more; why the backup is not good.
+    fn finish(&mut self, verdict: Verdict, why: Option<&str>);
     /// After [`Effects::finish`]: whatever hook was called is to be let go; false when there is none, else
     /// [`Backup::released`] follows.
     fn release(&mut self, verdict: Verdict) -> bool;
@@ -57,7 +60,8 @@ pub trait Effects {
 }
 
 /// How a backup went, as far as this machine can tell.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Verdict {
     /// All was frozen from the answer to FREEZE until THAW.
     Good,
@@ -334,7 +338,7 @@ impl Backup {
                 effects.answer(&request, status::FAIL);
                 let text = format!("FREEZE fails, nothing is left frozen: {why}");
                 effects.say(Level::Error, text);
-                self.over(Verdict::Failed, effects);
+                self.over(Verdict::Failed, Some(why.into()), effects);
             }
             // It got through just before it was called off: its thaw has yet to end.
             (Phase::Ending(verdict), Ok(_)) => self.phase = Phase::Ending(verdict),
@@ -381,7 +385,8 @@ impl Backup {
                     true => Verdict::Good,
                     false => Verdict::Broken,
                 };
-                self.over(verdict, effects);
+                let why = self.broken.clone();
+                self.over(verdict, why, effects);
             }
             Phase::Ending(verdict) => self.end(verdict, effects),
             phase => {
@@ -394,11 +399,17 @@ impl Backup {
     fn end(&mut self, verdict: Verdict, effects: &mut impl Effects) {
         let text = "the freeze that was called off has ended, nothing is left frozen";
         effects.say(Level::Info, text.into());
-        self.over(verdict, effects);
+        let why = self.broken.clone();
+        self.over(verdict, why, effects);
     }
 
-    fn over(&mut self, verdict: Verdict, effects: &mut impl Effects) {
-        effects.finish(verdict);
+    fn over(
+        &mut self,
+        verdict: Verdict,
+        why: Option<Cow<'static, str>>,
+        effects: &mut impl Effects,
+    ) {
+        effects.finish(verdict, why.as_deref());
         if effects.release(verdict) {
             self.phase = Phase::Releasing(None);
         }
@@ -492,6 +503,7 @@ fn refuse(request: &Request, why: &str, effects: &mut impl Effects) {
     effects.answer(request, status::FAIL);
     let text = format!("FREEZE from the host is refused: {why}");
     effects.say(Level::Error, text);
+    effects.refused(request, why);
 }
 
 fn describe(request: &Request) -> String {

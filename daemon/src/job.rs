@@ -25,7 +25,9 @@ use crate::calls::Context;
 use crate::config::Config;
 use crate::door::Door;
 use crate::fifreeze::Unguarded;
-use crate::freeze::{FreezeError, Learnt, Limits, Means, Session, Summary, Target, ThawError};
+use crate::freeze::{
+    FreezeError, Learnt, Limits, Means, Session, Stay, Summary, Target, ThawError,
+};
 use crate::hooks::{self, Found, HookError};
 use crate::logbook::{Held, Logbook, Sink};
 use crate::machine::LookError;
@@ -84,6 +86,8 @@ pub struct Setting {
 /// Whoever freezes, with all that is known, or open, or running, before it is needed.
 pub struct Freezer {
     cache: Cache,
+    /// By which the plan was made that is in the cache.
+    config: Arc<Config>,
     learnt: Learnt,
     pool: Arc<Pool>,
     /// `/proc/vmstat`.
@@ -96,6 +100,7 @@ impl Freezer {
     pub fn new() -> Self {
         Freezer {
             cache: Cache::default(),
+            config: Arc::default(),
             learnt: Learnt::default(),
             pool: Arc::default(),
             vmstat: File::open("/proc/vmstat").ok(),
@@ -103,10 +108,19 @@ impl Freezer {
     }
 
     /// Has the plan for the next backup ready, and says which rules do nothing.
-    fn look_over(&mut self, config: &Config, log: &Logbook) {
+    fn look_over(&mut self, config: &Arc<Config>, log: &Logbook) {
+        self.go_by(config);
         // Why there is no plan is said when one is needed.
         for rule in self.cache.prepare(config).unwrap_or_default() {
             log.warning(format!("the rule to {rule} matches no file system"));
+        }
+    }
+
+    /// From here on this is the configuration.
+    fn go_by(&mut self, config: &Arc<Config>) {
+        if !Arc::ptr_eq(&self.config, config) {
+            self.config = Arc::clone(config);
+            self.cache = Cache::default();
         }
     }
 
@@ -120,6 +134,7 @@ impl Freezer {
             abort,
             progress,
         } = setting;
+        self.go_by(config);
         let Gathered { targets, missing } = self.cache.gather(config)?;
         for it in &missing {
             log.warning(it.to_string());
@@ -271,8 +286,8 @@ pub enum Outcome {
     Frozen(Result<Begun, JobError>),
     /// Others have thawed these.
     Lost(Vec<String>),
-    /// The thaw has ended, and with it the job.
-    Thawed(Result<(), ThawError>),
+    /// The thaw has ended, and with it the job; what has become of each file system.
+    Thawed(Result<(), ThawError>, Vec<Stay>),
 }
 
 /// The thread on which backups happen, one after the other. It lives as long as the process: a thread
@@ -283,6 +298,7 @@ pub struct Worker {
 
 enum Order {
     Prepare(Arc<Config>, Logbook),
+    Do(Box<dyn FnOnce() + Send>),
     Backup(Box<Backup>),
 }
 
@@ -325,6 +341,7 @@ impl Worker {
             while let Ok(order) = orders.recv() {
                 match order {
                     Order::Prepare(config, log) => freezer.look_over(&config, &log),
+                    Order::Do(step) => step(),
                     Order::Backup(backup) => backup.run(&mut freezer),
                 }
             }
@@ -339,6 +356,12 @@ impl Worker {
         // Without a worker the next backup fails, and that is where it is said.
         let order = Order::Prepare(Arc::clone(config), log.clone());
         let _ = self.orders.send(order);
+    }
+
+    /// Does what needs a disk, once nothing is frozen.
+    pub fn later(&self, step: impl FnOnce() + Send + 'static) {
+        // As above.
+        let _ = self.orders.send(Order::Do(Box::new(step)));
     }
 
     /// Begins a backup, for which the log is held. `tell` is called from the worker's thread. `None`
@@ -377,7 +400,8 @@ impl Backup {
             Ok(frozen) => {
                 (self.tell)(Outcome::Frozen(Ok(frozen.begun())));
                 self.wait(&frozen);
-                (self.tell)(Outcome::Thawed(frozen.thaw()));
+                let result = frozen.thaw();
+                (self.tell)(Outcome::Thawed(result, frozen.session.account()));
                 frozen.tidy();
             }
         }
@@ -396,6 +420,7 @@ impl Backup {
         if found.is_empty() {
             return Ok(());
         }
+        freezer.go_by(config);
         let file_systems = freezer.cache.planned(config)?;
         let About {
             request,

@@ -20,24 +20,26 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use sd_notify::NotifyState;
 use serde_json::json;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
 use crate::backup::{name_of, Backup, Break, Effects, Verdict};
-use crate::calls::{Calling, Context, HookOutcome, Means};
-use crate::config::Config;
+use crate::calls::{Called, Calling, Context, HookOutcome, Means};
+use crate::config::{Config, ConfigError};
 use crate::control::{Client, Control, Method};
 use crate::device::{Abi, Device, DeviceError, Incoming, Request};
 use crate::door::Door;
 use crate::fifreeze::Fifreeze;
 use crate::guard::{Event, Guard, GuardError};
 use crate::held::Held;
+use crate::history::{Draft, Entry, History};
 use crate::hooks::Found;
 use crate::job::{About, Job, Outcome, Setting, Worker};
 use crate::logbook::{words, Level, Logbook};
 use crate::progress::Stage;
 use crate::record::{RecordError, RunDir};
 use crate::recovery::{self, Recovery};
+use crate::sys;
 
 const DEVICE: Token = Token(0);
 const SIGNALS: Token = Token(1);
@@ -122,6 +124,7 @@ fn notify(log: &Logbook, states: &[NotifyState<'_>]) {
 enum News {
     Job(Outcome),
     Hooks(HookOutcome),
+    Config(Box<Result<Config, ConfigError>>),
 }
 
 /// The running daemon.
@@ -134,6 +137,8 @@ pub struct Service {
     control: Control,
     /// Those who wait to hear that all is thawed.
     waiting: Vec<Client>,
+    /// Those who wait to hear whether a configuration is in force.
+    reloading: Vec<Client>,
     stopping: bool,
     /// How often the service manager wants to hear from us, and when next.
     watchdog: Option<(Duration, Instant)>,
@@ -144,6 +149,8 @@ struct Hands {
     path: PathBuf,
     run: RunDir,
     config: Arc<Config>,
+    /// From where it is read again.
+    config_path: Option<PathBuf>,
     log: Logbook,
     device: Option<Device>,
     guard: Option<Arc<Guard>>,
@@ -160,24 +167,28 @@ struct Hands {
     recovery: Recovery,
     tell: (Sender<News>, Arc<Waker>),
     backups: u64,
+    /// What is to be remembered of the one under way.
+    draft: Option<Draft>,
     /// How the last backup went.
     last: String,
 }
 
 impl Service {
     /// Serves `device`, which was opened from `path` and is opened from there again should it go
-    /// away. What an earlier daemon left frozen is thawed first.
+    /// away, by `config`, which was read from `config_path`. What an earlier daemon left frozen is thawed first.
     pub fn new(
         device: Device,
         path: &Path,
         config: Config,
+        config_path: Option<PathBuf>,
         log: Logbook,
     ) -> Result<Self, ServiceError> {
         let run = RunDir::new(&config.run_dir);
         run.check()?;
         let poll = Poll::new().map_err(failed("open"))?;
         let registry = poll.registry();
-        let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(failed("catch signals"))?;
+        let mut signals =
+            Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed("catch signals"))?;
         registry
             .register(&mut signals, SIGNALS, Interest::READABLE)
             .map_err(failed("watch signals"))?;
@@ -203,6 +214,7 @@ impl Service {
                 path: path.to_owned(),
                 run,
                 config: Arc::new(config),
+                config_path,
                 log,
                 device: None,
                 guard: None,
@@ -215,10 +227,12 @@ impl Service {
                 recovery,
                 tell,
                 backups: 0,
+                draft: None,
                 last: "no backup yet".into(),
             },
             control,
             waiting: Vec::new(),
+            reloading: Vec::new(),
             stopping: false,
             watchdog: sd_notify::watchdog_enabled().map(|limit| (limit / 2, Instant::now())),
             poll,
@@ -244,10 +258,16 @@ impl Service {
                 match news {
                     News::Job(outcome) => self.on_outcome(outcome),
                     News::Hooks(outcome) => self.on_hooks(outcome),
+                    News::Config(loaded) => self.on_config(*loaded),
                 }
             }
-            if woken(SIGNALS) && self.signals.pending().next().is_some() {
-                self.stop();
+            if woken(SIGNALS) {
+                for signal in self.signals.pending().collect::<Vec<_>>() {
+                    match signal {
+                        SIGHUP => self.hands.reload(),
+                        _ => self.stop(),
+                    }
+                }
             }
             if woken(GUARD) {
                 self.on_guard();
@@ -490,7 +510,10 @@ impl Service {
                 let why = format!("somebody else thawed {}", names.join(", "));
                 self.end_early(why.into(), Some(thawed::FOREIGN));
             }
-            Outcome::Thawed(result) => {
+            Outcome::Thawed(result, stays) => {
+                if let Some(draft) = &mut self.hands.draft {
+                    draft.thawed(stays);
+                }
                 let result = result.map_err(|error| words(&error));
                 self.machine.thawed(result, &mut self.hands);
             }
@@ -500,17 +523,53 @@ impl Service {
     fn on_hooks(&mut self, outcome: HookOutcome) {
         match outcome {
             HookOutcome::Quiesced(result) => self.machine.quiesced(result, &mut self.hands),
-            HookOutcome::Released(_) => {
+            HookOutcome::Released(called) => {
                 if let Some(calling) = self.hands.calling.take() {
                     calling.join();
                 }
+                self.hands.remember_backup(called);
                 self.machine.released(&mut self.hands);
             }
         }
     }
 
+    /// Goes by another configuration, or, when it is not one, by the one that there is.
+    fn on_config(&mut self, loaded: Result<Config, ConfigError>) {
+        let hands = &mut self.hands;
+        let reply = match loaded {
+            Ok(mut config) => {
+                let run_dir = hands.config.run_dir.clone();
+                let kept = config.run_dir != run_dir;
+                if kept {
+                    let text = "run_dir changes with the next start, not before";
+                    hands.log.warning(text);
+                }
+                config.run_dir = run_dir;
+                self.machine.set_deadline(config.deadline);
+                hands.config = Arc::new(config);
+                hands.log.info("the configuration is read again");
+                hands.look_over();
+                json!({ "reloaded": true, "needs_restart": if kept { vec!["run_dir"] } else { vec![] } })
+            }
+            Err(error) => {
+                let error = words(&error);
+                hands
+                    .log
+                    .error(format!("{error}; the configuration stays as it was"));
+                json!({ "reloaded": false, "error": error })
+            }
+        };
+        for client in std::mem::take(&mut self.reloading) {
+            self.control.reply(client, reply.clone());
+        }
+    }
+
     fn on_call(&mut self, client: Client, method: Method) {
         match method {
+            Method::Reload => {
+                self.reloading.push(client);
+                self.hands.reload();
+            }
             Method::Thaw if self.machine.is_idle() => {
                 self.control.reply(client, json!({ "thawed": false }));
             }
@@ -525,8 +584,11 @@ impl Service {
                     Some(_) => "held",
                     None => "fifreeze",
                 });
+                let now = Instant::now();
+                let job = hands.job.as_ref().filter(|_| self.machine.is_freezing());
                 let status = json!({
                     "phase": self.machine.phase(),
+                    "doing": job.map(|it| it.progress().words(now)),
                     "door": door,
                     "backups": hands.backups,
                     "last": hands.last,
@@ -576,6 +638,38 @@ impl Hands {
         let calling = Calling::start(hooks, means, progress.unwrap_or_default(), tell)?;
         self.calling = Some(calling);
         Ok(())
+    }
+
+    /// A backup that may be remembered.
+    fn draft(&self, request: &Request) -> Draft {
+        let is_held = self.device.as_ref().is_some_and(|it| it.hold().is_some());
+        Draft::new(request.id, request.backup_type, request.luns, is_held)
+    }
+
+    /// Puts what came of the backup that has ended into the history, with all calls of hooks.
+    fn remember_backup(&mut self, called: Vec<Called>) {
+        if let Some(draft) = self.draft.take() {
+            self.write_down(draft.finish(called));
+        }
+    }
+
+    fn write_down(&self, entry: Entry) {
+        let history = History::new(&self.config.state_dir);
+        let log = self.log.clone();
+        self.worker.later(move || {
+            if let Err(error) = history.add(&entry) {
+                log.warning(words(&error));
+            }
+            sys::give_back_memory();
+        });
+    }
+
+    /// Has the configuration read again, as soon as nothing is frozen.
+    fn reload(&mut self) {
+        let tell = teller(&self.tell, |it| News::Config(Box::new(it)));
+        let path = self.config_path.clone();
+        self.worker
+            .later(move || tell(Config::load(path.as_deref())));
     }
 
     /// Has the plan for the next backup looked over.
@@ -649,6 +743,7 @@ impl Effects for Hands {
             abort: Arc::default(),
             progress: Arc::default(),
         };
+        self.draft = Some(self.draft(request));
         let job = self.worker.begin(setting, about, held, tell);
         self.job = Some(job.ok_or("the thread that freezes has died")?);
         self.backups += 1;
@@ -659,6 +754,9 @@ impl Effects for Hands {
     fn settle(&mut self) {
         if let Some(job) = &self.job {
             job.settle();
+        }
+        if let Some(draft) = &mut self.draft {
+            draft.answered();
         }
         self.show("frozen");
     }
@@ -675,13 +773,22 @@ impl Effects for Hands {
         }
     }
 
+    fn refused(&mut self, request: &Request, why: &str) {
+        let mut draft = self.draft(request);
+        draft.ended(Verdict::Failed, Some(format!("refused: {why}")));
+        self.write_down(draft.finish(Vec::new()));
+    }
+
     fn go_on(&mut self) {
         if let Some(job) = &self.job {
             job.go_on();
         }
     }
 
-    fn finish(&mut self, verdict: Verdict) {
+    fn finish(&mut self, verdict: Verdict, why: Option<&str>) {
+        if let Some(draft) = &mut self.draft {
+            draft.ended(verdict, why.map(str::to_owned));
+        }
         if let Some(job) = self.job.take() {
             job.join();
         }
@@ -695,8 +802,9 @@ impl Effects for Hands {
     }
 
     fn release(&mut self, verdict: Verdict) -> bool {
-        if let Some(calling) = &self.calling {
-            calling.release(verdict);
+        match &self.calling {
+            Some(calling) => calling.release(verdict),
+            None => self.remember_backup(Vec::new()),
         }
         self.calling.is_some()
     }

@@ -187,6 +187,13 @@ impl Effects for Truth {
         self.told = true;
     }
 
+    fn refused(&mut self, request: &Request, _why: &str) {
+        assert_eq!(request.operation, op::FREEZE);
+        // It may have come too late for the kernel.
+        let said = self.said;
+        assert_eq!(said, Some(status::FAIL), "refused and not told so");
+    }
+
     fn go_on(&mut self) {
         assert_eq!(
             self.hooks,
@@ -197,7 +204,12 @@ impl Effects for Truth {
         self.job = Job::Freezing;
     }
 
-    fn finish(&mut self, verdict: Verdict) {
+    fn finish(&mut self, verdict: Verdict, why: Option<&str>) {
+        assert_eq!(
+            verdict != Verdict::Good,
+            why.is_some(),
+            "what is not good has a reason"
+        );
         assert!(
             !(verdict == Verdict::Good && self.broken),
             "called good after a freeze that broke"
