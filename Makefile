@@ -181,8 +181,10 @@ install-daemon:
 	done
 	install -D -m 0644 daemon/hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss_daemon.8
 	ln -sf hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss.8
-	[ -e $(DESTDIR)/etc/hv_vss_daemon.toml ] || \
-		install -D -m 0644 daemon/hv_vss_daemon.toml $(DESTDIR)/etc/hv_vss_daemon.toml
+	install -d $(DESTDIR)/etc/hv_vss/hooks.d
+	install -d $(DESTDIR)/etc/hv_vss/daemon.toml.d
+	[ -e $(DESTDIR)/etc/hv_vss/daemon.toml ] || \
+		install -m 0644 daemon/hv_vss_daemon.toml $(DESTDIR)/etc/hv_vss/daemon.toml
 
 # The module's source, for DKMS.
 DKMS_SOURCE = $(DESTDIR)$(PREFIX)/src/hv_vss-$(VERSION)

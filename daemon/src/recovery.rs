@@ -104,7 +104,7 @@ pub fn thaw(run: &RunDir, log: &Logbook, by: By) -> Result<Recovered, RecoveryEr
         Err(RecordError::Locked { .. }) => {
             let allowed = match by {
                 By::Operator => true,
-                By::Start => has_ended(record.pid),
+                By::Start => process::is_dead(record.pid),
                 By::Later => false,
             };
             if allowed {
@@ -130,11 +130,7 @@ pub fn outlast(run: &RunDir, log: &Logbook) -> Result<Recovered, RecoveryError> 
 
 /// Whether a freeze is on record whose owner has ended, though it may still be inside the kernel.
 pub fn owner_has_ended(run: &RunDir) -> bool {
-    matches!(run.read(), Ok(Some(record)) if has_ended(record.pid))
-}
-
-fn has_ended(pid: u32) -> bool {
-    std::fs::read(format!("/proc/{pid}/stat")).map_or(true, |stat| process::has_ended(&stat))
+    matches!(run.read(), Ok(Some(record)) if process::is_dead(record.pid))
 }
 
 /// The recovery of a daemon that starts. It may go on for longer than the start.

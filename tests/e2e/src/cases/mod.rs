@@ -15,6 +15,7 @@ mod disks;
 mod foreign;
 mod freeze;
 mod hangs;
+mod hooks;
 mod hostile;
 mod lifecycle;
 mod order;
@@ -109,6 +110,7 @@ pub fn all() -> Vec<Case> {
         order::CASES,
         commands::CASES,
         control::CASES,
+        hooks::CASES,
         deadman::CASES,
         hangs::CASES,
         broken::CASES,
