@@ -36,6 +36,7 @@ use crate::history::{Draft, Entry, History};
 use crate::hooks::Found;
 use crate::job::{About, Job, Outcome, Setting, Worker};
 use crate::logbook::{words, Level, Logbook};
+use crate::process;
 use crate::progress::Stage;
 use crate::record::{RecordError, RunDir};
 use crate::recovery::{self, Recovery};
@@ -160,6 +161,9 @@ struct Hands {
     /// When to try next to open a device that went away, and the pause after that.
     retry: Option<(Instant, Duration)>,
     job: Option<Job>,
+    /// Whether this thread goes before all others, as those that freeze always do. Only while others may
+    /// wait for what is frozen: a host that asks without end must not take the processor from them.
+    is_ahead: bool,
     /// From the first call of a hook to the last.
     calling: Option<Calling>,
     /// When the log says next what the freeze is at.
@@ -227,6 +231,7 @@ impl Service {
                 recovery,
                 tell,
                 backups: 0,
+                is_ahead: true,
                 draft: None,
                 last: "no backup yet".into(),
             },
@@ -293,6 +298,10 @@ impl Service {
 
     /// What is done, and may only be done, while nothing is frozen.
     fn rest(&mut self) {
+        if std::mem::take(&mut self.hands.is_ahead) {
+            // What was refused at the start, and said, is refused here.
+            let _ = process::go_along();
+        }
         for client in std::mem::take(&mut self.waiting) {
             self.control.reply(client, json!({ "thawed": true }));
         }
@@ -748,6 +757,7 @@ impl Effects for Hands {
         self.job = Some(job.ok_or("the thread that freezes has died")?);
         self.backups += 1;
         self.report = now + REPORT;
+        self.is_ahead = process::go_first().is_ok();
         Ok(())
     }
 

@@ -123,7 +123,7 @@ impl Attached {
     /// Takes it off its controller and waits until the guest has done the same.
     pub(super) fn detach(self, guest: &Guest) -> Result<()> {
         self.controller.detach(self.lun);
-        guest.wait_until("the guest has no such disk any more", STEP, || {
+        guest.wait_until("the guest has no such disk any more", STEP * 2, || {
             Ok(self.find(guest)?.is_none())
         })
     }
