@@ -182,9 +182,9 @@ install-daemon:
 DKMS_SOURCE = $(DESTDIR)$(PREFIX)/src/hv_vss-$(VERSION)
 .PHONY: install-dkms
 install-dkms:
-	install -D -m 0644 -t $(DKMS_SOURCE) Kbuild
-	install -D -m 0644 -t $(DKMS_SOURCE)/kmod kmod/*.rs kmod/*.c kmod/*.h
-	install -D -m 0644 -t $(DKMS_SOURCE)/kmod/engine kmod/engine/*.rs
+	for file in Kbuild $$(find kmod -name '*.[ch]' -o -name '*.rs' | grep -v '^kmod/engine/\(fuzz\|tests\)/'); do \
+		install -D -m 0644 $$file $(DKMS_SOURCE)/$$file || exit 1; \
+	done
 	install -D -m 0644 -t $(DKMS_SOURCE)/kmod/dkms kmod/dkms/kernel.sh
 	install -D -m 0755 -t $(DKMS_SOURCE)/kmod/dkms kmod/dkms/build kmod/dkms/prepare
 	install -D -m 0644 -t $(DKMS_SOURCE)/uapi uapi/hv_vss.rs
