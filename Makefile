@@ -150,7 +150,7 @@ dkms: deb ## Install them on a clean Debian and have DKMS build the module there
 	@$(LAB)/dkms.sh
 
 # Each is called by its full name, since they need what takes a while to build.
-PACKAGES_CASES = packages/install-to-purge packages/boot packages/no-module
+PACKAGES_CASES = $(addprefix packages/,install-to-purge boot no-module disabled mainline-daemon unknown-key)
 
 .PHONY: test-packages
 test-packages: dkms lab-module user images ## Install them in a guest, and take backups before and after
@@ -181,6 +181,7 @@ install-daemon:
 	done
 	install -D -m 0644 daemon/hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss_daemon.8
 	ln -sf hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss.8
+	install -D -m 0644 daemon/hv_vss_daemon.toml.5 $(SHARE)/man/man5/hv_vss_daemon.toml.5
 	install -d $(DESTDIR)/etc/hv_vss/hooks.d
 	install -d $(DESTDIR)/etc/hv_vss/daemon.toml.d
 	[ -e $(DESTDIR)/etc/hv_vss/daemon.toml ] || \
@@ -190,9 +191,9 @@ install-daemon:
 DKMS_SOURCE = $(DESTDIR)$(PREFIX)/src/hv_vss-$(VERSION)
 .PHONY: install-dkms
 install-dkms:
-	install -D -m 0644 -t $(DKMS_SOURCE) Kbuild
-	install -D -m 0644 -t $(DKMS_SOURCE)/kmod kmod/*.rs kmod/*.c kmod/*.h
-	install -D -m 0644 -t $(DKMS_SOURCE)/kmod/engine kmod/engine/*.rs
+	for file in Kbuild $$(find kmod -name '*.[ch]' -o -name '*.rs' | grep -v '^kmod/engine/\(fuzz\|tests\)/'); do \
+		install -D -m 0644 $$file $(DKMS_SOURCE)/$$file || exit 1; \
+	done
 	install -D -m 0644 -t $(DKMS_SOURCE)/kmod/dkms kmod/dkms/kernel.sh
 	install -D -m 0755 -t $(DKMS_SOURCE)/kmod/dkms kmod/dkms/build kmod/dkms/prepare
 	install -D -m 0644 -t $(DKMS_SOURCE)/uapi uapi/hv_vss.rs
@@ -201,6 +202,7 @@ install-dkms:
 .PHONY: install-dev
 install-dev:
 	install -D -m 0644 uapi/hv_vss.h $(DESTDIR)$(PREFIX)/include/hv_vss/hv_vss.h
+	install -D -m 0644 uapi/hv_vss.4 $(SHARE)/man/man4/hv_vss.4
 	install -d $(SHARE)/pkgconfig $(SHARE)/doc/hv-vss-dev/examples
 	$(ADAPT) uapi/hv-vss.pc >$(SHARE)/pkgconfig/hv-vss.pc
 	sed -e 's|"../hv_vss.h"|<hv_vss.h>|' -e 's|cc -o|cc $$(pkg-config --cflags hv-vss) -o|' \

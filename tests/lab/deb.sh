@@ -47,7 +47,7 @@ make_packages() {
     local folder=$out/$1
     rm -rf "$folder"
     mkdir -p "$folder/source/.cargo"
-    tar -C "$repo" --exclude ./kmod/engine/fuzz/target -c "${sources[@]/#/./}" | tar -C "$folder/source" -x
+    tar -C "$folder/source" -xf "$out/source.tar"
     mv "$folder/source/.debian" "$folder/source/debian"
     cat >"$folder/source/.cargo/config.toml" <<'END'
 [source.crates-io]
@@ -56,7 +56,7 @@ replace-with = "crates"
 directory = "/crates"
 END
     quietly "deb-$1.log" in_deb_root "$folder:/$1" "$build/crates:/crates" -- \
-        env --chdir "/$1/source" CARGO_HOME=/tmp/cargo \
+        env --chdir "/$1/source" CARGO_HOME=/tmp/cargo-"$1" \
         dpkg-buildpackage --build=binary --no-sign --no-pre-clean
     rm -rf "$folder/source"
 }
@@ -68,8 +68,14 @@ key=$(key_of "$(cat "$build/stamps/deb-root" "$lab/deb.sh")" \
     "$(cd "$repo" && find "${sources[@]}" -path '*/fuzz/target' -prune -o -path tests -prune -o -type f -print0 | sort -z | xargs -0 sha256sum)")
 begin deb "$out/packages" "$key" "building the packages"
 say "building the packages"
-make_packages first
-make_packages once-again
+mkdir -p "$out"
+# Once for both: the sources may be worked on meanwhile.
+tar -C "$repo" --exclude ./kmod/engine/fuzz/target -cf "$out/source.tar" "${sources[@]/#/./}"
+make_packages first &
+make_packages once-again &
+failed=
+for run in $(jobs -p); do wait "$run" || failed=1; done
+[ -z "$failed" ] || exit 1
 for deb in "$out"/first/*.deb; do
     cmp "$deb" "$out/once-again/${deb##*/}" || die "refused: built twice, ${deb##*/} differs"
 done
@@ -77,6 +83,6 @@ quietly lintian.log in_deb_root "$out/first:/first" -- sh -c 'lintian --fail-on 
 rm -rf "$out/packages"
 mkdir "$out/packages"
 mv "$out"/first/*.deb "$out/packages/"
-rm -rf "$out/first" "$out/once-again"
+rm -rf "$out/first" "$out/once-again" "$out/source.tar"
 set_stamp deb "$key"
 say "done in ${SECONDS}s: $(cd "$out/packages" && echo ./*.deb)"

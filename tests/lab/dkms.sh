@@ -55,6 +55,20 @@ if [ "${1:-}" = --inside ]; then
         --archive "/out/packages/hv_vss-$version.dkms.tar.gz"
     cp "$(modinfo -k "$release" -F filename hv_vss)" /out/
 
+    check "the header's example compiles" sh -c \
+        'gcc -Wall -Werror $(pkg-config --cflags hv-vss) -o /tmp/example /usr/share/doc/hv-vss-dev/examples/hv_vss_example.c'
+    tar --extract --file "/usr/src/$source.tar.xz" --directory /tmp --occurrence=1 "$source/tools/hv/hv_vss_daemon.c"
+    check "Linux's own daemon compiles with the header" sh -c \
+        'gcc -Wall -Werror $(pkg-config --cflags hv-vss) -include hv_vss.h -o /out/packages/hv_vss_daemon "$1"' \
+        sh "/tmp/$source/tools/hv/hv_vss_daemon.c"
+
+    # Rust metadata is of use to the very compiler that wrote it.
+    printf '#!/bin/sh\necho rustc 1.90.0 of another distribution\n' >/usr/local/bin/rustc
+    chmod +x /usr/local/bin/rustc
+    check "another compiler is refused" says "the compiler here is 'rustc 1.90.0" \
+        <(/usr/src/hv_vss-*/kmod/dkms/build --why-not "$release")
+    rm /usr/local/bin/rustc
+
     # What cannot be built says why, and breaks no package.
     apt remove "$source"
     apt install --reinstall /debs/hv-vss-dkms_*.deb | tee /tmp/install
@@ -62,8 +76,6 @@ if [ "${1:-}" = --inside ]; then
     check "and the reason is told" says "is not built for kernel $release: .*install $source" /tmp/install
     check "the package is installed all the same" says '^ii' <(dpkg-query --show --showformat '${db:Status-Abbrev}\n' hv-vss-dkms)
 
-    check "the header's example compiles" sh -c \
-        'gcc -Wall -Werror $(pkg-config --cflags hv-vss) -o /tmp/example /usr/share/doc/hv-vss-dev/examples/hv_vss_example.c'
     apt purge hv-vss-daemon hv-vss-dkms hv-vss-dev
     check "nothing is left after purge" [ -z "$(left)" ]
 
