@@ -7,7 +7,6 @@
 //! guest must look like between two cases stands in [`Guest::tidy`].
 
 use crate::agent::{Agent, CallError, Pending};
-use crate::speed;
 use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
 use hyperv_sim::storage::{Controller, Disk, Image};
@@ -21,7 +20,7 @@ use std::time::{Duration, Instant};
 /// For one step that takes milliseconds on real hardware: emulation is slow and uneven.
 pub const STEP: Duration = Duration::from_secs(30);
 
-/// How long a guest may take to boot.
+/// How long a guest may take to boot at most.
 const BOOT: Duration = Duration::from_secs(150);
 
 /// Where the device of both modules is.
@@ -110,6 +109,17 @@ impl Machine {
         userland: Userland::Packages,
         ..Machine::ONE_CPU
     };
+}
+
+impl Machine {
+    /// How long it takes to boot at most under emulation on a processor that has nothing else to do. All
+    /// limits are made for that, and grow with what a boot takes.
+    fn usual_boot(&self) -> Duration {
+        Duration::from_secs(match self.userland {
+            Userland::Lab => 25,
+            Userland::Systemd | Userland::Debian | Userland::Packages => 60,
+        })
+    }
 }
 
 impl std::fmt::Display for Machine {
@@ -292,12 +302,6 @@ impl Guest {
         Guest::boot(images, machine, &number.to_string(), Image::default())
     }
 
-    /// Fits all limits from now on to how busy this machine is elsewhere.
-    pub fn mind_the_speed(&self) {
-        let patience = self.images.patience * speed::slowness();
-        self.host().set_patience(patience);
-    }
-
     /// Boots another guest of the kind that this one is, with this content on its root's disk.
     pub fn start_from(&self, root: Image) -> Result<Guest> {
         Guest::boot(&self.images, self.machine, "restored", root)
@@ -308,7 +312,7 @@ impl Guest {
         config.initrd = images.initrd(machine.userland);
         config.cpus = machine.cpus;
         config.memory_mib = machine.memory_mib;
-        config.host.patience = images.patience * speed::slowness();
+        config.host.patience = images.patience;
         config.host.scsi_controllers = machine.scsi_controllers;
         config.host.vmbus_versions.retain(|it| *it <= machine.vmbus);
         // An oops ends the guest at once, so that it is reported where it happened.
@@ -329,6 +333,7 @@ impl Guest {
         if machine.root == Root::Scsi {
             config.cmdline.push_str(" lab_root=scsi");
         }
+        let start = Instant::now();
         let vm = Arc::new(Vm::start(config).context("the guest cannot be started")?);
         let mut root_disk = None;
         if machine.root == Root::Scsi {
@@ -347,6 +352,9 @@ impl Guest {
                 "the guest's agent did not come up; the console ends:\n{tail}"
             ))
         })?;
+        // Where that took long everything does, and nothing is wrong.
+        let slowness = start.elapsed().as_secs_f64() / machine.usual_boot().as_secs_f64();
+        vm.host().set_patience(slowness.max(images.patience));
         let mut guest = Guest {
             vm,
             agent,

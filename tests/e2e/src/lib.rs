@@ -10,4 +10,3 @@ pub mod agent;
 pub mod check;
 mod cpio;
 pub mod guest;
-pub mod speed;
