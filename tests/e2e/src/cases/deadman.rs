@@ -52,7 +52,8 @@ pub const CASES: &[Case] = &[
         "deadman/daemon-out-of-memory",
         "the OOM killer takes the daemon at random moments",
         |guest| out_of_memory(guest, Module::Ours),
-    ),
+    )
+    .long(),
     rounds_of(
         8,
         "deadman/daemon-out-of-memory-stock-module",

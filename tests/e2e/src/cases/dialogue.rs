@@ -93,6 +93,7 @@ const fn on_all(name: &'static str, vmbus: VmbusVersion, run: fn(&Guest) -> Resu
             run,
         )
     }
+    .long()
 }
 
 fn run_all(guest: &Guest) -> Result<()> {

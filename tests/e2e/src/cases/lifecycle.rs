@@ -70,7 +70,7 @@ pub const CASES: &[Case] = &[
          the next daemon serves",
         ends,
     )
-    },
+    }.long(),
     case(
         "lifecycle/daemon-comes-back",
         "the device goes under our daemon while it freezes, holds and thaws: nothing stays frozen",

@@ -41,7 +41,7 @@ pub const CASES: &[Case] = &[
             "backups beside somebody who freezes and thaws all file systems without end",
             rude_neighbour,
         )
-    },
+    }.long(),
     case(
         "owned/administrator",
         "an administrator's freeze that begins before, during, and ends in the window or after it",
@@ -51,7 +51,7 @@ pub const CASES: &[Case] = &[
         "owned/dm-suspend",
         "a device-mapper suspend and resume (an LVM snapshot) before, in and after the window",
         dm_suspend,
-    ),
+    ).long(),
     case(
         "owned/our-daemon",
         "our daemon holds all that it freezes so: nothing that others do ends the backup",

@@ -47,12 +47,12 @@ pub const CASES: &[Case] = &[
         "restore/checkers-xfs",
         "so do those of xfs",
         |guest| bad_copies(guest, Format::Xfs),
-    ),
+    ).long(),
     long(
         "restore/checkers-btrfs",
         "so do those of btrfs",
         |guest| bad_copies(guest, Format::Btrfs),
-    ),
+    ).long(),
     Case {
         machine: Machine::SCSI_ROOT,
         ..case(

@@ -93,7 +93,7 @@ pub const CASES: &[Case] = &[
             "with mounts and namespaces that come and go all the time each backup is good",
             comes_and_goes,
         )
-    },
+    }.long(),
     Case {
         per_round: Duration::from_secs(4),
         ..case(
@@ -101,7 +101,7 @@ pub const CASES: &[Case] = &[
             "whatever is mounted, unmounted or remounted in between, each backup freezes what is there",
             any_change,
         )
-    },
+    }.long(),
 ];
 
 const OURS: &str = "/payload/hv_vss_daemon";

@@ -39,7 +39,8 @@ pub const CASES: &[Case] = &[
         "sleep/backups-all-the-time",
         "backups one after the other while the machine sleeps: none is called good that was not",
         backups_all_the_time,
-    ),
+    )
+    .long(),
 ];
 
 /// In which the host is told what it is told at once.
