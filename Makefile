@@ -61,7 +61,10 @@ demo: lab-module user images ## Back up a stock Debian guest once and print the 
 	@$(LAB)/run.sh --timeout 600 ./e2e demo
 
 .PHONY: test
-test: lint unit fuzz-shortly e2e ## Lint, unit and layout tests, a short fuzz run, then every end-to-end case
+test: lint unit fuzz-shortly e2e ## Lint, unit and layout tests, a short fuzz run, then the end-to-end cases
+
+.PHONY: test-all
+test-all: lint unit fuzz e2e-all ## The same with a longer fuzz run and the long cases as well
 
 .PHONY: lint
 lint: packages ## cargo fmt --check, clippy on the workspace and on the module
@@ -76,6 +79,10 @@ unit: packages ## Unit, property and layout tests: no guest needed
 .PHONY: e2e
 e2e: lab-module user images ## Run the end-to-end cases that match CASE=<glob>
 	@$(LAB)/e2e.sh --timeout 2400 '$(CASE)'
+
+.PHONY: e2e-all
+e2e-all: lab-module user images
+	@$(LAB)/e2e.sh --timeout 14400 --all '$(CASE)'
 
 .PHONY: test-kernels
 test-kernels: packages user ## Run the module's cases on each kernel in KERNELS, the daemon's on STOCK_KERNELS
@@ -175,8 +182,10 @@ install-daemon:
 	install -D -m 0644 daemon/hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss_daemon.8
 	ln -sf hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss.8
 	install -D -m 0644 daemon/hv_vss_daemon.toml.5 $(SHARE)/man/man5/hv_vss_daemon.toml.5
-	[ -e $(DESTDIR)/etc/hv_vss_daemon.toml ] || \
-		install -D -m 0644 daemon/hv_vss_daemon.toml $(DESTDIR)/etc/hv_vss_daemon.toml
+	install -d $(DESTDIR)/etc/hv_vss/hooks.d
+	install -d $(DESTDIR)/etc/hv_vss/daemon.toml.d
+	[ -e $(DESTDIR)/etc/hv_vss/daemon.toml ] || \
+		install -m 0644 daemon/hv_vss_daemon.toml $(DESTDIR)/etc/hv_vss/daemon.toml
 
 # The module's source, for DKMS.
 DKMS_SOURCE = $(DESTDIR)$(PREFIX)/src/hv_vss-$(VERSION)

@@ -2,14 +2,15 @@
 
 //! What is decided: one backup after the other, as a state machine without I/O.
 //!
-//! Events are method calls: a request of the host, an outcome of the job that freezes, the word of
-//! whoever thaws when the daemon cannot, time that has passed, a stop. What is to be done about them
-//! leaves through [`Effects`]. Three rules hold, whatever happens in which order:
+//! Events are method calls: a request of the host, an outcome of the job that freezes or of the hooks,
+//! the word of whoever thaws when the daemon cannot, time that has passed, a stop. What is to be done
+//! about them leaves through [`Effects`]. Four rules hold, whatever happens in which order:
 //!
 //! - a freeze that did not last is never called good: its THAW fails, until the next FREEZE begins;
 //! - each request is answered once. One that the kernel has withdrawn is not: it shows a daemon only
 //!   one request at a time, so the next one says that the last has ended;
-//! - whatever is frozen has a way out: a time at which it is called off, or a thaw under way.
+//! - whatever is frozen has a way out: a time at which it is called off, or a thaw under way;
+//! - nothing is frozen before all hooks are ready for it, and hooks are let go after all is thawed.
 //!
 //! It knows no device, no file system and no thread.
 
@@ -17,6 +18,7 @@ use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
 use hv_vss_uapi::{op, status, thawed};
+use serde::{Deserialize, Serialize};
 
 use crate::device::Request;
 use crate::logbook::Level;
@@ -40,14 +42,33 @@ pub trait Effects {
     fn thaw(&mut self);
     /// The job is to give up, whatever it is at, and what is frozen to be thawed.
     fn call_off(&mut self);
-    /// The job is over and nothing is frozen any more; whether the backup was good.
-    fn finish(&mut self, good: bool);
+    /// There will be no backup for this FREEZE, and why.
+    fn refused(&mut self, request: &Request, why: &str);
+    /// The job, which waits for the hooks, is to go on and freeze.
+    fn go_on(&mut self);
+    /// The job is over and nothing is frozen any more; why the backup is not good.
+    fn finish(&mut self, verdict: Verdict, why: Option<&str>);
+    /// After [`Effects::finish`]: whatever hook was called is to be let go; false when there is none, else
+    /// [`Backup::released`] follows.
+    fn release(&mut self, verdict: Verdict) -> bool;
     /// Leaves word for a later daemon that a THAW must fail and why, or takes it back.
     fn remember(&mut self, broken: Option<&str>);
     /// Makes the plan for a backup that may come soon.
     fn prepare(&mut self);
     /// A line for the log.
     fn say(&mut self, level: Level, text: String);
+}
+
+/// How a backup went, as far as this machine can tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// All was frozen from the answer to FREEZE until THAW.
+    Good,
+    /// FREEZE was good, and the freeze did not last until THAW.
+    Broken,
+    /// FREEZE was not good.
+    Failed,
 }
 
 /// How a freeze came about.
@@ -62,7 +83,7 @@ pub struct Begun {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Phase {
     Idle,
-    /// The job freezes; the request is open until `give_up`.
+    /// The job freezes, or waits for hooks; the request is open until `give_up`.
     Freezing {
         request: Request,
         give_up: Instant,
@@ -78,7 +99,9 @@ enum Phase {
         request: Request,
     },
     /// Called off: the job has yet to end, and nobody waits for it.
-    Ending,
+    Ending(Verdict),
+    /// Nothing is frozen; hooks have yet to end. A FREEZE may wait for that, until then.
+    Releasing(Option<(Request, Instant)>),
 }
 
 /// Why what is (to be) frozen is given up.
@@ -104,10 +127,14 @@ pub struct Backup {
 }
 
 impl Backup {
-    /// A machine at rest. `broken` is the word that an earlier daemon has left, if there is one.
-    pub fn new(deadline: Duration, broken: Option<String>) -> Self {
+    /// A machine at rest. `broken` is the word that an earlier daemon has left, if there is one; whether
+    /// it has left hooks, too, that are being let go.
+    pub fn new(deadline: Duration, broken: Option<String>, releasing: bool) -> Self {
         Backup {
-            phase: Phase::Idle,
+            phase: match releasing {
+                true => Phase::Releasing(None),
+                false => Phase::Idle,
+            },
             deadline,
             broken: broken.map(Cow::Owned),
             spent: false,
@@ -115,9 +142,14 @@ impl Backup {
         }
     }
 
+    /// From the next FREEZE on.
+    pub fn set_deadline(&mut self, deadline: Duration) {
+        self.deadline = deadline;
+    }
+
     /// Whether no job is under way.
     pub fn is_idle(&self) -> bool {
-        self.phase == Phase::Idle
+        matches!(self.phase, Phase::Idle | Phase::Releasing(_))
     }
 
     /// Whether a job freezes.
@@ -127,7 +159,7 @@ impl Backup {
 
     /// Whether the machine was stopped and nothing is left to be done.
     pub fn is_over(&self) -> bool {
-        self.stopping && self.is_idle()
+        self.stopping && self.phase == Phase::Idle
     }
 
     /// What it is at, in a word.
@@ -137,16 +169,17 @@ impl Backup {
             Phase::Freezing { .. } => "freezing",
             Phase::Frozen { .. } => "frozen",
             Phase::Thawing { .. } => "thawing",
-            Phase::Ending => "ending",
+            Phase::Ending(_) => "ending",
+            Phase::Releasing(_) => "releasing",
         }
     }
 
     /// When [`Backup::time`] is to be called at the latest.
     pub fn next(&self) -> Option<Instant> {
         match self.phase {
-            Phase::Freezing { give_up, .. } => Some(give_up),
+            Phase::Freezing { give_up, .. } | Phase::Releasing(Some((_, give_up))) => Some(give_up),
             Phase::Frozen { until, .. } => Some(until),
-            Phase::Idle | Phase::Thawing { .. } | Phase::Ending => None,
+            Phase::Idle | Phase::Thawing { .. } | Phase::Ending(_) | Phase::Releasing(None) => None,
         }
     }
 
@@ -172,48 +205,87 @@ impl Backup {
 
     /// A request has come, so the one that is open has ended without us.
     fn withdraw(&mut self, effects: &mut impl Effects) {
-        let why = match self.phase {
-            Phase::Freezing { .. } => "the host did not wait for the freeze",
-            Phase::Thawing { .. } => "the host did not wait for the thaw",
-            Phase::Idle | Phase::Frozen { .. } | Phase::Ending => return,
+        let (why, verdict) = match self.phase {
+            Phase::Freezing { .. } => ("the host did not wait for the freeze", Verdict::Failed),
+            Phase::Thawing { .. } => ("the host did not wait for the thaw", Verdict::Broken),
+            Phase::Releasing(Some(_)) => {
+                self.phase = Phase::Releasing(None);
+                let text = "the host did not wait for the hooks of the last backup";
+                return effects.say(Level::Error, text.into());
+            }
+            Phase::Idle | Phase::Frozen { .. } | Phase::Ending(_) | Phase::Releasing(None) => {
+                return
+            }
         };
         effects.call_off();
         effects.say(Level::Error, format!("{why}; called off"));
-        self.phase = Phase::Ending;
+        self.phase = Phase::Ending(verdict);
         self.set_broken(why.into(), effects);
     }
 
     fn freeze(&mut self, now: Instant, request: Request, effects: &mut impl Effects) {
+        let patience = request.time_left.max(MARGIN * 2) - MARGIN;
+        let give_up = now + patience;
         let refused = match &mut self.phase {
-            _ if self.stopping => "the daemon is being stopped".to_owned(),
-            Phase::Idle => match effects.begin(&request) {
-                Ok(()) => {
-                    let patience = request.time_left.max(MARGIN * 2) - MARGIN;
-                    effects.say(Level::Info, describe(&request));
-                    self.spent = false;
-                    if self.broken.take().is_some() {
-                        effects.remember(None);
-                    }
-                    let give_up = now + patience;
-                    self.phase = Phase::Freezing { request, give_up };
-                    return;
-                }
-                Err(why) => why,
-            },
+            _ if self.stopping => "the daemon is being stopped",
+            Phase::Idle => return self.begin(request, give_up, effects),
+            Phase::Releasing(waiting) => {
+                *waiting = Some((request, give_up));
+                let text = "FREEZE from the host waits for the hooks of the last backup";
+                return effects.say(Level::Info, text.into());
+            }
             Phase::Frozen { id, .. } => {
                 *id = request.id;
                 effects.answer(&request, status::OK);
                 let text = "FREEZE from the host, although frozen already";
-                effects.say(Level::Warning, text.into());
-                return;
+                return effects.say(Level::Warning, text.into());
             }
-            Phase::Freezing { .. } | Phase::Thawing { .. } | Phase::Ending => {
-                "the last one has not ended".to_owned()
+            Phase::Freezing { .. } | Phase::Thawing { .. } | Phase::Ending(_) => {
+                "the last one has not ended"
             }
         };
-        effects.answer(&request, status::FAIL);
-        let text = format!("FREEZE from the host is refused: {refused}");
-        effects.say(Level::Error, text);
+        refuse(&request, refused, effects);
+    }
+
+    fn begin(&mut self, request: Request, give_up: Instant, effects: &mut impl Effects) {
+        if let Err(why) = effects.begin(&request) {
+            return refuse(&request, &why, effects);
+        }
+        effects.say(Level::Info, describe(&request));
+        self.spent = false;
+        if self.broken.take().is_some() {
+            effects.remember(None);
+        }
+        self.phase = Phase::Freezing { request, give_up };
+    }
+
+    /// The hooks are ready for the freeze, or one that is required is not.
+    pub fn quiesced(&mut self, result: Result<(), String>, effects: &mut impl Effects) {
+        let Phase::Freezing { request, .. } = self.phase else {
+            // It was called off meanwhile.
+            return;
+        };
+        match result {
+            Ok(()) => effects.go_on(),
+            Err(why) => {
+                effects.call_off();
+                effects.answer(&request, status::FAIL);
+                effects.say(Level::Error, format!("FREEZE fails: {why}"));
+                self.phase = Phase::Ending(Verdict::Failed);
+                self.set_broken(why.into(), effects);
+            }
+        }
+    }
+
+    /// All hooks have been let go.
+    pub fn released(&mut self, effects: &mut impl Effects) {
+        let Phase::Releasing(waiting) = self.phase else {
+            return effects.say(Level::Warning, "an outcome of no hooks".into());
+        };
+        self.phase = Phase::Idle;
+        if let Some((request, give_up)) = waiting {
+            self.begin(request, give_up, effects);
+        }
     }
 
     fn thaw(&mut self, request: Request, effects: &mut impl Effects) {
@@ -258,7 +330,7 @@ impl Backup {
                     effects.call_off();
                     let text = format!("FREEZE came too late ({counts}); thawing");
                     effects.say(Level::Error, text);
-                    self.phase = Phase::Ending;
+                    self.phase = Phase::Ending(Verdict::Failed);
                     self.set_broken("the freeze came too late".into(), effects);
                 }
             }
@@ -266,12 +338,12 @@ impl Backup {
                 effects.answer(&request, status::FAIL);
                 let text = format!("FREEZE fails, nothing is left frozen: {why}");
                 effects.say(Level::Error, text);
-                effects.finish(false);
+                self.over(Verdict::Failed, Some(why.into()), effects);
             }
             // It got through just before it was called off: its thaw has yet to end.
-            (Phase::Ending, Ok(_)) => self.phase = Phase::Ending,
-            (Phase::Ending, Err(_)) => self.end(effects),
-            (phase @ (Phase::Idle | Phase::Frozen { .. } | Phase::Thawing { .. }), _) => {
+            (Phase::Ending(verdict), Ok(_)) => self.phase = Phase::Ending(verdict),
+            (Phase::Ending(verdict), Err(_)) => self.end(verdict, effects),
+            (phase, _) => {
                 self.phase = phase;
                 effects.say(Level::Warning, "an outcome of no freeze".into());
             }
@@ -309,20 +381,38 @@ impl Backup {
                 if good && !taken {
                     self.set_broken("the answer to its THAW came too late".into(), effects);
                 }
-                effects.finish(good && taken);
+                let verdict = match good && taken {
+                    true => Verdict::Good,
+                    false => Verdict::Broken,
+                };
+                let why = self.broken.clone();
+                self.over(verdict, why, effects);
             }
-            Phase::Ending => self.end(effects),
-            phase @ (Phase::Idle | Phase::Freezing { .. } | Phase::Frozen { .. }) => {
+            Phase::Ending(verdict) => self.end(verdict, effects),
+            phase => {
                 self.phase = phase;
                 effects.say(Level::Warning, "an outcome of no thaw".into());
             }
         }
     }
 
-    fn end(&mut self, effects: &mut impl Effects) {
+    fn end(&mut self, verdict: Verdict, effects: &mut impl Effects) {
         let text = "the freeze that was called off has ended, nothing is left frozen";
         effects.say(Level::Info, text.into());
-        effects.finish(false);
+        let why = self.broken.clone();
+        self.over(verdict, why, effects);
+    }
+
+    fn over(
+        &mut self,
+        verdict: Verdict,
+        why: Option<Cow<'static, str>>,
+        effects: &mut impl Effects,
+    ) {
+        effects.finish(verdict, why.as_deref());
+        if effects.release(verdict) {
+            self.phase = Phase::Releasing(None);
+        }
     }
 
     /// The kernel says that it has thawed what it held for request `id`.
@@ -331,7 +421,7 @@ impl Backup {
             Phase::Freezing { request, .. } => request.id,
             Phase::Frozen { id, .. } | Phase::Thawing { id, .. } => *id,
             // What was called off, it has heard from us.
-            Phase::Idle | Phase::Ending => return,
+            Phase::Idle | Phase::Ending(_) | Phase::Releasing(_) => return,
         };
         if id == current {
             let why = Cow::Borrowed(why);
@@ -349,7 +439,7 @@ impl Backup {
                 effects.answer(&request, status::FAIL);
                 let text = format!("FREEZE fails, it is called off: {why}");
                 effects.say(Level::Error, text);
-                self.phase = Phase::Ending;
+                self.phase = Phase::Ending(Verdict::Failed);
             }
             Phase::Frozen { id, .. } => {
                 if let Some(reason) = reason {
@@ -358,14 +448,19 @@ impl Backup {
                 effects.call_off();
                 let text = format!("{why}: thawing before the host said so");
                 effects.say(Level::Error, text);
-                self.phase = Phase::Ending;
+                self.phase = Phase::Ending(Verdict::Broken);
             }
             // The thaw is on its way; only its success is no longer worth anything.
             Phase::Thawing { id, request } => {
                 effects.call_off();
                 self.phase = Phase::Thawing { id, request };
             }
-            Phase::Ending => self.phase = Phase::Ending,
+            Phase::Ending(verdict) => self.phase = Phase::Ending(verdict),
+            Phase::Releasing(waiting) => {
+                self.phase = Phase::Releasing(None);
+                let Some((request, _)) = waiting else { return };
+                return refuse(&request, &why, effects);
+            }
         }
         self.set_broken(why, effects);
     }
@@ -377,6 +472,7 @@ impl Backup {
         }
         let why = match self.phase {
             Phase::Freezing { .. } => "the host would not wait any longer",
+            Phase::Releasing(_) => "the hooks of the last backup have not ended in time",
             _ => "the deadline passed, and whoever was to thaw then has not",
         };
         let reason = Some(thawed::DEADLINE);
@@ -401,6 +497,13 @@ impl Backup {
             self.broken = Some(why);
         }
     }
+}
+
+fn refuse(request: &Request, why: &str, effects: &mut impl Effects) {
+    effects.answer(request, status::FAIL);
+    let text = format!("FREEZE from the host is refused: {why}");
+    effects.say(Level::Error, text);
+    effects.refused(request, why);
 }
 
 fn describe(request: &Request) -> String {

@@ -144,6 +144,14 @@ impl Default for Cache {
 }
 
 impl Cache {
+    /// What is to be frozen as it is mounted now, by the paths that an operator knows.
+    pub fn planned(&mut self, config: &Config) -> Result<Vec<String>, LookError> {
+        self.plan(config)?;
+        let members = self.plan.waves.iter().flatten();
+        let paths = members.filter_map(|it| it.places.first());
+        Ok(paths.map(|it| it.path.to_string_lossy().into()).collect())
+    }
+
     /// Opens everything that is to be frozen, as planned before or anew.
     pub fn gather(&mut self, config: &Config) -> Result<Gathered, GatherError> {
         let (plan, mut open) = self.open(config)?;

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What an operator can do by hand: `list`, `freeze --for` and `thaw`.
+//! What an operator can do by hand: `status`, `history`, `check`, `list`, `freeze --for`, `reload` and
+//! `thaw`.
 //!
 //! No host takes part. Texts go to standard output, the course of a rehearsal to the log.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -13,10 +16,13 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::cache::{survey, GatherError};
-use crate::config::Config;
+use crate::calls;
+use crate::check;
+use crate::config::{Config, ConfigError};
 use crate::control::{self, ControlError, Method};
 use crate::fifreeze::Fifreeze;
 use crate::guard::{Event, Guard, GuardError};
+use crate::history::{History, HistoryError};
 use crate::job::{Freezer, JobError, Setting};
 use crate::logbook::{words, Logbook};
 use crate::machine::{LookError, Table};
@@ -24,6 +30,8 @@ use crate::mounts;
 use crate::plan::{FileSystem, Place, Plan, Reason};
 use crate::record::{RecordError, RunDir};
 use crate::recovery::{self, By, Recovered, RecoveryError};
+use crate::report::{self, Outcome, Status};
+use crate::timeline::{self, TimelineError};
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +60,29 @@ pub enum CommandError {
     /// Not all is thawed.
     #[error(transparent)]
     Recovery(#[from] RecoveryError),
+    /// What is remembered cannot be read.
+    #[error(transparent)]
+    History(#[from] HistoryError),
+    /// There is no such backup.
+    #[error("backup number {0}, counted from the last, is not remembered")]
+    NotRemembered(usize),
+    /// It cannot be drawn.
+    #[error(transparent)]
+    Timeline(#[from] TimelineError),
+    /// What was drawn cannot be written.
+    #[error("cannot write {path}")]
+    Write {
+        /// Where to.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// There is no daemon to ask.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// It goes by the configuration that it had.
+    #[error("{0}; the daemon that serves goes by the configuration that it had")]
+    NotReloaded(String),
     /// The list cannot be written.
     #[error("cannot write the list")]
     Json(#[from] serde_json::Error),
@@ -271,6 +302,87 @@ impl Stop {
     }
 }
 
+/// Has the daemon that serves read its configuration again.
+pub fn reload(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
+    let reply = control::ask_first(places, Method::Reload)?;
+    if reply["reloaded"] != true {
+        let why = reply["error"].as_str().unwrap_or("it does not say why");
+        return Err(CommandError::NotReloaded(why.to_owned()));
+    }
+    log.info("the configuration is in force");
+    for key in reply["needs_restart"].as_array().into_iter().flatten() {
+        log.warning(format!(
+            "{} changes with the next start",
+            key.as_str().unwrap_or_default()
+        ));
+    }
+    Ok(())
+}
+
+/// What the daemon is at and how the last backup went, as text or as JSON.
+pub fn status(
+    config: &Config,
+    places: &[RunDir],
+    json: bool,
+) -> Result<(String, Outcome), CommandError> {
+    let daemon = match control::ask_first(places, Method::Status) {
+        Ok(reply) => Some(reply),
+        Err(ControlError::Nobody) => None,
+        Err(error) => return Err(error.into()),
+    };
+    let history = History::new(&config.state_dir).read()?;
+    let status = Status {
+        daemon: daemon.as_ref(),
+        last: history.last(),
+    };
+    let text = match json {
+        true => as_json(&status)?,
+        false => status.table(),
+    };
+    Ok((text, status.outcome()))
+}
+
+/// The backups that are remembered, as text or as JSON.
+pub fn history(config: &Config, json: bool) -> Result<(String, Outcome), CommandError> {
+    let all = History::new(&config.state_dir).read()?;
+    let text = match json {
+        true => as_json(&all)?,
+        false => report::history(&all),
+    };
+    Ok((text, report::outcome_of(&all)))
+}
+
+/// Draws the backup with this number, counted from the last, as a timeline into a file.
+pub fn draw(config: &Config, number: usize, file: &Path) -> Result<(), CommandError> {
+    let all = History::new(&config.state_dir).read()?;
+    let entry = all.iter().rev().nth(number.saturating_sub(1));
+    let entry = entry.ok_or(CommandError::NotRemembered(number))?;
+    let svg = timeline::draw(entry)?;
+    std::fs::write(file, svg).map_err(|source| CommandError::Write {
+        path: file.to_owned(),
+        source,
+    })
+}
+
+/// What a backup needs, looked at for real short of freezing, as text or as JSON.
+pub fn check(
+    device: &Path,
+    places: &[RunDir],
+    config: Result<&Config, &ConfigError>,
+    json: bool,
+) -> Result<(String, Outcome), CommandError> {
+    let all = check::check(device, places, config);
+    let text = match json {
+        true => as_json(&all)?,
+        false => report::check(&all),
+    };
+    Ok((text, report::outcome_of_check(&all)))
+}
+
+fn as_json(what: &impl Serialize) -> Result<String, CommandError> {
+    Ok(serde_json::to_string_pretty(what)? + "\n")
+}
+
 /// Thaws whatever an unfinished freeze left frozen in one of `places`: through the daemon that serves,
 /// should it be its freeze, and what is on record.
 pub fn thaw(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
@@ -290,7 +402,12 @@ pub fn thaw(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
             Ok(_) | Err(ControlError::Nobody) => {}
             Err(error) => log.warning(words(&error)),
         }
-        match recovery::thaw(run, log, By::Operator) {
+        let mut thawed = recovery::thaw(run, log, By::Operator);
+        if matches!(thawed, Ok(Recovered::InUse)) && recovery::owner_has_ended(run) {
+            log.warning("the process that had frozen is dead, but inside the kernel: waiting for it to come out");
+            thawed = recovery::outlast(run, log);
+        }
+        match thawed {
             Ok(Recovered::Nothing) => {}
             Ok(Recovered::CutShort) => {
                 log.info("all that was recorded as frozen is thawed");
@@ -302,6 +419,14 @@ pub fn thaw(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
             }
             // Whatever is in the next place is thawed all the same.
             Err(error) => failure = Some(error),
+        }
+        match calls::recover(run, log) {
+            Ok(false) => {}
+            Ok(true) => {
+                log.info("hooks that were called are let go");
+                nothing = false;
+            }
+            Err(error) => failure = Some(error.into()),
         }
     }
     match failure {

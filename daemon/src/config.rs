@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The configuration file, `/etc/hv_vss_daemon.toml`: what to leave out, how long to wait, how
-//! strict to be. Without one, everything has the default that [`Config::default`] shows.
+//! The configuration, `/etc/hv_vss/daemon.toml`: what to leave out, how long to wait, how strict to be.
+//! Without one, everything has the default that [`Config::default`] shows. What the files in
+//! `daemon.toml.d` beside it say, in the order of their names, takes the place of what was said before,
+//! key by key.
 //!
 //! ```toml
 //! strict = false          # a file system that cannot freeze fails the backup
@@ -19,6 +21,12 @@
 //!
 //! [include]               # if anything is listed here, nothing else is frozen
 //! paths = ["/srv/*"]
+//!
+//! [hooks]                 # programs in /etc/hv_vss/hooks.d, and by choice
+//! qemu = false            # those of the QEMU guest agent
+//! open_vm_tools = false   # those of open-vm-tools
+//! limit = 30              # seconds that each call may take
+//! optional = []           # patterns of names: those that may fail
 //! ```
 //!
 //! It knows file systems by what an operator sees of them and nothing of freezing.
@@ -31,11 +39,13 @@ use std::time::Duration;
 
 use glob::{MatchOptions, Pattern};
 use serde::{de::Error as _, Deserialize, Deserializer};
+use toml::{Table, Value};
 
+use crate::hooks::Hook;
 use crate::plan::{FileSystem, Plan};
 
 /// Where the configuration is looked for.
-pub const DEFAULT_PATH: &str = "/etc/hv_vss_daemon.toml";
+pub const DEFAULT_PATH: &str = "/etc/hv_vss/daemon.toml";
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -81,10 +91,14 @@ pub struct Config {
     pub write_back: usize,
     /// Where lock and record are kept; it must be on a tmpfs.
     pub run_dir: PathBuf,
+    /// Where the history is kept.
+    pub state_dir: PathBuf,
     /// What is never frozen.
     pub exclude: Rules,
     /// If anything is named here, only that is frozen.
     pub include: Rules,
+    /// Which programs take part.
+    pub hooks: HookRules,
 }
 
 impl Default for Config {
@@ -97,9 +111,45 @@ impl Default for Config {
             parallel: 32,
             write_back: std::thread::available_parallelism().map_or(5, |n| (4 + n.get()).min(256)),
             run_dir: "/run/hv_vss_daemon".into(),
+            state_dir: "/var/lib/hv_vss".into(),
             exclude: Rules::default(),
             include: Rules::default(),
+            hooks: HookRules::default(),
         }
+    }
+}
+
+/// Which hooks are called, and how.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HookRules {
+    /// Whether those of the QEMU guest agent are.
+    pub qemu: bool,
+    /// Whether those of open-vm-tools are.
+    pub open_vm_tools: bool,
+    /// Seconds that each call may take, 1 to 3600.
+    #[serde(deserialize_with = "seconds")]
+    pub limit: Duration,
+    /// The names of those that may fail.
+    optional: Vec<Rule>,
+}
+
+impl Default for HookRules {
+    fn default() -> Self {
+        HookRules {
+            qemu: false,
+            open_vm_tools: false,
+            limit: Duration::from_secs(30),
+            optional: Vec::new(),
+        }
+    }
+}
+
+impl HookRules {
+    /// Whether there is a backup without it.
+    pub fn is_optional(&self, hook: &Hook) -> bool {
+        let name = hook.path.file_name().unwrap_or_default().to_string_lossy();
+        self.optional.iter().any(|rule| rule.matches(&name))
     }
 }
 
@@ -231,18 +281,26 @@ impl Config {
     /// Reads the configuration at `path`; without a path the default one, which need not exist.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
-        match std::fs::read_to_string(file) {
-            Ok(text) => Self::parse(&text, file),
-            Err(e) if path.is_none() && e.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
-            Err(source) => Err(ConfigError::Read {
-                path: file.to_owned(),
-                source,
-            }),
+        let mut all = match std::fs::read_to_string(file) {
+            Ok(text) => Self::parse(&text, file)?,
+            Err(e) if path.is_none() && e.kind() == io::ErrorKind::NotFound => Table::new(),
+            Err(source) => return Err(cannot_read(file)(source)),
+        };
+        for drop_in in drop_ins(file)? {
+            let text = std::fs::read_to_string(&drop_in).map_err(cannot_read(&drop_in))?;
+            merge(&mut all, Self::parse(&text, &drop_in)?);
         }
+        Self::deserialize(all).map_err(|source| ConfigError::Parse {
+            path: file.to_owned(),
+            source,
+        })
     }
 
-    fn parse(text: &str, file: &Path) -> Result<Self, ConfigError> {
-        toml::from_str(text).map_err(|source| ConfigError::Parse {
+    /// What a file says, when all of it is what it should be.
+    fn parse(text: &str, file: &Path) -> Result<Table, ConfigError> {
+        // By itself, for only so an error knows its line.
+        let parsed = toml::from_str::<Self>(text).and_then(|_| toml::from_str(text));
+        parsed.map_err(|source| ConfigError::Parse {
             path: file.to_owned(),
             source,
         })
@@ -265,13 +323,84 @@ impl Config {
     }
 }
 
+fn cannot_read(path: &Path) -> impl FnOnce(io::Error) -> ConfigError + '_ {
+    move |source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// The files `*.toml` in the folder `<file>.d`, in the order of their names.
+fn drop_ins(file: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+    let mut folder = file.as_os_str().to_owned();
+    folder.push(".d");
+    let folder = Path::new(&folder);
+    let entries = match std::fs::read_dir(folder) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(cannot_read(folder))?,
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(cannot_read(folder))?.path();
+        if path.extension().is_some_and(|it| it == "toml") {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// Puts what `later` says in the place of what is there.
+fn merge(all: &mut Table, later: Table) {
+    for (key, value) in later {
+        match (all.get_mut(&key), value) {
+            (Some(Value::Table(there)), Value::Table(value)) => merge(there, value),
+            (_, value) => drop(all.insert(key, value)),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::plan::Place;
 
     fn parse(text: &str) -> Result<Config, String> {
-        Config::parse(text, Path::new("test.toml")).map_err(|e| crate::logbook::words(&e))
+        let table = Config::parse(text, Path::new("test.toml"));
+        let table = table.map_err(|e| crate::logbook::words(&e))?;
+        Config::deserialize(table).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn what_a_later_file_says_takes_the_place_of_what_was_said_before_key_by_key() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-config-{}", std::process::id()));
+        let file = dir.join("daemon.toml");
+        let drop_ins = dir.join("daemon.toml.d");
+        std::fs::create_dir_all(&drop_ins).unwrap();
+        let put = |path: &Path, text: &str| std::fs::write(path, text).unwrap();
+        put(
+            &file,
+            "strict = true\ndeadline = 7\nexclude = { types = ['vfat'], paths = ['/a'] }",
+        );
+        put(&drop_ins.join("20.toml"), "deadline = 9\nhooks.limit = 5");
+        put(
+            &drop_ins.join("10.toml"),
+            "deadline = 8\nexclude.paths = []",
+        );
+        put(&drop_ins.join("30.toml.bak"), "nonsense");
+        let config = Config::load(Some(&file)).unwrap();
+        assert!(config.strict);
+        assert_eq!(config.deadline, Duration::from_secs(9));
+        assert_eq!(config.hooks.limit, Duration::from_secs(5));
+        let fs_type = |it| file_system(&["/a"], it, "/dev/sda1", "8:1");
+        assert_eq!(config.excludes(&fs_type("ext4")), None);
+        assert!(config.excludes(&fs_type("vfat")).is_some());
+        put(&drop_ins.join("40.toml"), "strict = true\n\ndeadlin = 1\n");
+        let error = Config::load(Some(&file)).unwrap_err();
+        let error = crate::logbook::words(&error);
+        assert!(error.contains("40.toml"), "{error}");
+        assert!(error.contains("line 3, column 1"), "{error}");
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 
     fn file_system(paths: &[&str], fs_type: &str, source: &str, dev: &str) -> FileSystem {

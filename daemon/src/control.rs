@@ -33,16 +33,19 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub enum Method {
     /// End the freeze that is under way or in force; the reply comes when all is thawed.
     Thaw,
+    /// Read the configuration again; the reply comes when it is in force, or is none.
+    Reload,
     /// What is the daemon at?
     Status,
 }
 
 impl Method {
-    const ALL: [Method; 2] = [Method::Thaw, Method::Status];
+    const ALL: [Method; 3] = [Method::Thaw, Method::Reload, Method::Status];
 
     fn name(self) -> String {
         let method = match self {
             Method::Thaw => "Thaw",
+            Method::Reload => "Reload",
             Method::Status => "Status",
         };
         format!("{INTERFACE}.{method}")
@@ -90,6 +93,13 @@ pub fn ask(run: &RunDir, method: Method) -> Result<Value, ControlError> {
         Some(parameters) if reply.get("error").is_none() => Ok(parameters.clone()),
         _ => Err(ControlError::Refused(reply.to_string())),
     }
+}
+
+/// What the daemon replies that serves, whichever of these is its run directory.
+pub fn ask_first(places: &[RunDir], method: Method) -> Result<Value, ControlError> {
+    let asked = places.iter().map(|run| ask(run, method));
+    let mut heard = asked.filter(|it| !matches!(it, Err(ControlError::Nobody)));
+    heard.next().unwrap_or(Err(ControlError::Nobody))
 }
 
 fn message(value: &Value) -> Vec<u8> {

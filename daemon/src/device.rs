@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hv_vss_uapi::{
-    feature, frame, op, Answer, FrameHdr, FreezeInfo, Register, Registered,
+    feature, frame, op, Answer, FrameHdr, FreezeInfo, Lun, Register, Registered,
     Request as RequestFrame, Thawed, VssMsg, ABI_V2, MAX_FRAME,
 };
 use nix::errno::Errno;
@@ -96,8 +96,10 @@ pub struct Request {
     pub operation: u8,
     /// How long the kernel waits for the answer, counted from the read.
     pub time_left: Duration,
-    /// How many disks the host will snapshot, if it said.
+    /// How many disks the host will snapshot, if it said; [`Device::disks`] has them.
     pub luns: Option<u32>,
+    /// What kind of backup it will be, in the host's own number, if it said.
+    pub backup_type: Option<u32>,
 }
 
 /// What a read brought.
@@ -127,6 +129,8 @@ pub struct Device {
     abi: Abi,
     hold: Option<Hold>,
     buffer: Vec<u8>,
+    /// Of the last request that had such a list.
+    disks: Vec<Lun>,
 }
 
 impl Device {
@@ -155,6 +159,7 @@ impl Device {
             abi: Abi::V2,
             hold: None,
             buffer: vec![0; MAX_FRAME],
+            disks: Vec::new(),
         };
         let refused = |e: Errno| DeviceError::Register {
             path: path.to_owned(),
@@ -245,8 +250,20 @@ impl Device {
         let bytes = self.buffer.get(..length).unwrap_or_default();
         Ok(Some(match self.abi {
             Abi::V1 => decode_v1(bytes),
-            Abi::V2 => decode_v2(bytes),
+            Abi::V2 => {
+                let (incoming, info) = decode_v2(bytes);
+                if let Some(info) = info {
+                    let luns = info.luns.iter().take(info.lun_count as usize);
+                    self.disks = luns.copied().collect();
+                }
+                incoming
+            }
         }))
+    }
+
+    /// The disks that the last FREEZE was for, as far as the host has said.
+    pub fn disks(&self) -> &[Lun] {
+        &self.disks
     }
 
     fn is_readable(&self, timeout: PollTimeout) -> Result<bool, DeviceError> {
@@ -336,31 +353,41 @@ fn decode_v1(bytes: &[u8]) -> Incoming {
             V1_TIME
         },
         luns: None,
+        backup_type: None,
     })
 }
 
-fn decode_v2(bytes: &[u8]) -> Incoming {
+/// A frame, and what the host said with it of the backup, if it did.
+fn decode_v2(bytes: &[u8]) -> (Incoming, Option<FreezeInfo>) {
+    match request_v2(bytes) {
+        Ok((request, info)) => (Incoming::Request(request), info),
+        Err(other) => (other, None),
+    }
+}
+
+fn request_v2(bytes: &[u8]) -> Result<(Request, Option<FreezeInfo>), Incoming> {
+    let odd = |what: String| Err(Incoming::Odd(what));
     let length = bytes.len();
     let Ok((frame_header, _)) = FrameHdr::read_from_prefix(bytes) else {
-        return Incoming::Odd(format!(
+        return odd(format!(
             "a frame of {length} bytes, too short for its header"
         ));
     };
     let FrameHdr { size, kind, .. } = frame_header;
     if size as usize != length {
-        return Incoming::Odd(format!("a frame of {length} bytes that claims {size}"));
+        return odd(format!("a frame of {length} bytes that claims {size}"));
     }
     if kind == frame::THAWED {
         return match Thawed::read_from_prefix(bytes) {
-            Ok((notice, _)) => Incoming::Thawed(notice.frame.id, notice.reason),
-            Err(_) => Incoming::Odd(format!("a notice of {length} bytes, too short")),
+            Ok((notice, _)) => Err(Incoming::Thawed(notice.frame.id, notice.reason)),
+            Err(_) => odd(format!("a notice of {length} bytes, too short")),
         };
     }
     if kind != frame::REQUEST {
-        return Incoming::Odd(format!("a frame of unknown kind {kind}"));
+        return odd(format!("a frame of unknown kind {kind}"));
     }
     let Ok((request, _)) = RequestFrame::read_from_prefix(bytes) else {
-        return Incoming::Odd(format!("a request of {length} bytes, too short"));
+        return odd(format!("a request of {length} bytes, too short"));
     };
     let begin = request.fixed_size as usize;
     let payload = begin
@@ -368,19 +395,21 @@ fn decode_v2(bytes: &[u8]) -> Incoming {
         .filter(|_| begin >= size_of::<RequestFrame>())
         .and_then(|end| bytes.get(begin..end));
     let Some(payload) = payload else {
-        return Incoming::Odd(format!(
+        return odd(format!(
             "a request whose payload of {} bytes is missing",
             request.payload_size
         ));
     };
-    Incoming::Request(Request {
+    let info = FreezeInfo::read_from_prefix(payload).ok();
+    let info = info.map(|(info, _)| info);
+    let request = Request {
         id: request.frame.id,
         operation: request.msg.hdr.operation,
         time_left: Duration::from_millis(request.time_left_ms.into()),
-        luns: FreezeInfo::read_from_prefix(payload)
-            .ok()
-            .map(|(info, _)| info.lun_count),
-    })
+        luns: info.map(|it| it.lun_count),
+        backup_type: info.map(|it| it.backup_type),
+    };
+    Ok((request, info))
 }
 
 #[cfg(test)]
@@ -453,6 +482,8 @@ mod tests {
         assert_eq!(device.read().unwrap(), None);
         let mut info = FreezeInfo::new_zeroed();
         info.lun_count = 3;
+        info.backup_type = 2;
+        info.luns[2].lun = 9;
         let request = RequestFrame {
             frame: header(frame::REQUEST, MAX_FRAME, 77),
             time_left_ms: 1500,
@@ -469,6 +500,9 @@ mod tests {
         assert_eq!(request.operation, op::FREEZE);
         assert_eq!(request.time_left, Duration::from_millis(1500));
         assert_eq!(request.luns, Some(3));
+        assert_eq!(request.backup_type, Some(2));
+        let luns: Vec<u8> = device.disks().iter().map(|it| it.lun).collect();
+        assert_eq!(luns, [0, 0, 9]);
 
         device.answer(&request, status::FAIL).unwrap();
         let answer = Answer::read_from_bytes(&receive(&kernel)).unwrap();

@@ -20,6 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
 
 use crate::door::{Door, DoorError};
 use crate::logbook::Logbook;
@@ -106,9 +107,48 @@ enum State {
     Broken,
     /// It was ours.
     Thawed {
+        /// When the call that froze it began.
+        since: Instant,
         /// How long the freeze took.
         took: Duration,
+        /// When it was thawed at the latest.
+        until: Instant,
     },
+}
+
+/// From now on it is thawed.
+fn thawed(since: Instant, took: Duration) -> State {
+    let until = Instant::now();
+    State::Thawed { since, took, until }
+}
+
+/// Whether a file system was frozen for a backup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum How {
+    /// It was.
+    Frozen,
+    /// By somebody else.
+    Foreign,
+    /// It was synced, for want of means to freeze.
+    Synced,
+    /// Neither.
+    LeftOut,
+}
+
+/// What became of one file system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stay {
+    /// For people.
+    pub name: String,
+    /// Whether it was frozen.
+    pub how: How,
+    /// When it was about to be frozen.
+    pub since: Option<Instant>,
+    /// How long that took.
+    pub took: Option<Duration>,
+    /// When it was thawed.
+    pub until: Option<Instant>,
 }
 
 /// One file system to freeze.
@@ -148,10 +188,31 @@ impl Target {
         matches!(*self.state(), State::Open | State::Thawed { .. })
     }
 
+    fn account(&self) -> Stay {
+        let (how, since, took, until) = match *self.state() {
+            State::Ours { since, took } => (How::Frozen, Some(since), Some(took), None),
+            State::Thawed { since, took, until } => {
+                (How::Frozen, Some(since), Some(took), Some(until))
+            }
+            State::Foreign => (How::Foreign, None, None, None),
+            State::Synced => (How::Synced, None, None, None),
+            State::Open | State::Freezing | State::Unsynced | State::Broken => {
+                (How::LeftOut, None, None, None)
+            }
+        };
+        Stay {
+            name: self.name.clone(),
+            how,
+            since,
+            took,
+            until,
+        }
+    }
+
     /// How long its freeze took, if this session froze it.
     fn took(&self) -> Option<Duration> {
         match *self.state() {
-            State::Ours { took, .. } | State::Thawed { took } => Some(took),
+            State::Ours { took, .. } | State::Thawed { took, .. } => Some(took),
             _ => None,
         }
     }
@@ -330,6 +391,11 @@ impl Session {
     /// The file systems, in the order in which they were given.
     pub fn targets(&self) -> &[Target] {
         &self.work.targets
+    }
+
+    /// What has become of each file system.
+    pub fn account(&self) -> Vec<Stay> {
+        self.work.targets.iter().map(Target::account).collect()
     }
 
     /// When whoever is to thaw in need began to mind the deadline.
@@ -892,7 +958,7 @@ impl Work {
 
     /// Thaws one that will be frozen again, so that it may be thawed already.
     fn take_back(&self, target: &Target) {
-        let State::Ours { took, .. } = *target.state() else {
+        let State::Ours { since, took } = *target.state() else {
             return;
         };
         match self.door.thaw(target.as_fd()) {
@@ -900,7 +966,7 @@ impl Work {
                 let name = target.name.clone();
                 self.fail(FreezeError::Failed { name, source });
             }
-            _ => *target.state() = State::Thawed { took },
+            _ => *target.state() = thawed(since, took),
         }
     }
 
@@ -930,18 +996,18 @@ impl Work {
         let stood = since.elapsed().as_secs_f64();
         match result {
             Ok(()) => {
-                *target.state() = State::Thawed { took };
+                *target.state() = thawed(since, took);
                 self.log
                     .info(format!("{name} thawed, was frozen for {stood:.6} s"));
             }
             Err(e) if is(&e, Errno::EINVAL) && self.abort.load(Ordering::SeqCst) => {
-                *target.state() = State::Thawed { took };
+                *target.state() = thawed(since, took);
                 self.log.info(format!(
                     "{name} is thawed already, was frozen for at most {stood:.6} s"
                 ));
             }
             Err(e) if is(&e, Errno::EINVAL) => {
-                *target.state() = State::Thawed { took };
+                *target.state() = thawed(since, took);
                 self.log
                     .error(format!("{name} had been thawed by somebody else before"));
                 lock(&self.early).push(name.clone());

@@ -306,6 +306,7 @@ pub fn main(run: &Path) -> Result<(), GuardError> {
     // Without privilege none of this succeeds, and neither does a freeze.
     let _ = process::escape_oom_killer();
     let _ = process::go_along();
+    let _ = process::leave_no_dump();
     let _ = process::raise_descriptor_limit();
     process::lock_memory().map_err(GuardError::Start)?;
     let stdin = io::stdin();

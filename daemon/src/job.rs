@@ -17,13 +17,20 @@ use std::sync::Arc;
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
+use hv_vss_uapi::Lun;
+
 use crate::backup::Begun;
 use crate::cache::{Cache, GatherError, Gathered};
+use crate::calls::Context;
 use crate::config::Config;
 use crate::door::Door;
 use crate::fifreeze::Unguarded;
-use crate::freeze::{FreezeError, Learnt, Limits, Means, Session, Summary, Target, ThawError};
+use crate::freeze::{
+    FreezeError, Learnt, Limits, Means, Session, Stay, Summary, Target, ThawError,
+};
+use crate::hooks::{self, Found, HookError};
 use crate::logbook::{Held, Logbook, Sink};
+use crate::machine::LookError;
 use crate::mounts::DevId;
 use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
@@ -44,6 +51,15 @@ pub enum JobError {
     /// What is to be frozen could not be had.
     #[error(transparent)]
     Gather(#[from] GatherError),
+    /// Which hooks there are is not known.
+    #[error(transparent)]
+    Hooks(#[from] HookError),
+    /// What the hooks are to be told could not be had.
+    #[error(transparent)]
+    Look(#[from] LookError),
+    /// It was called off while hooks were called.
+    #[error("the freeze was called off")]
+    CalledOff,
     /// No threads.
     #[error("cannot start the threads that freeze")]
     Threads(#[source] io::Error),
@@ -70,6 +86,8 @@ pub struct Setting {
 /// Whoever freezes, with all that is known, or open, or running, before it is needed.
 pub struct Freezer {
     cache: Cache,
+    /// By which the plan was made that is in the cache.
+    config: Arc<Config>,
     learnt: Learnt,
     pool: Arc<Pool>,
     /// `/proc/vmstat`.
@@ -82,6 +100,7 @@ impl Freezer {
     pub fn new() -> Self {
         Freezer {
             cache: Cache::default(),
+            config: Arc::default(),
             learnt: Learnt::default(),
             pool: Arc::default(),
             vmstat: File::open("/proc/vmstat").ok(),
@@ -89,10 +108,19 @@ impl Freezer {
     }
 
     /// Has the plan for the next backup ready, and says which rules do nothing.
-    fn look_over(&mut self, config: &Config, log: &Logbook) {
+    fn look_over(&mut self, config: &Arc<Config>, log: &Logbook) {
+        self.go_by(config);
         // Why there is no plan is said when one is needed.
         for rule in self.cache.prepare(config).unwrap_or_default() {
             log.warning(format!("the rule to {rule} matches no file system"));
+        }
+    }
+
+    /// From here on this is the configuration.
+    fn go_by(&mut self, config: &Arc<Config>) {
+        if !Arc::ptr_eq(&self.config, config) {
+            self.config = Arc::clone(config);
+            self.cache = Cache::default();
         }
     }
 
@@ -106,6 +134,7 @@ impl Freezer {
             abort,
             progress,
         } = setting;
+        self.go_by(config);
         let Gathered { targets, missing } = self.cache.gather(config)?;
         for it in &missing {
             log.warning(it.to_string());
@@ -250,13 +279,15 @@ pub fn warm_up() -> io::Result<()> {
 /// What the event loop hears from a job.
 #[derive(Debug)]
 pub enum Outcome {
+    /// There are hooks to be called first. It waits for [`Job::go_on`].
+    Hooks(Vec<Found>, Context),
     /// The freeze has ended, one way or the other. After a failure nothing is frozen and the job
     /// is over.
     Frozen(Result<Begun, JobError>),
     /// Others have thawed these.
     Lost(Vec<String>),
-    /// The thaw has ended, and with it the job.
-    Thawed(Result<(), ThawError>),
+    /// The thaw has ended, and with it the job; what has become of each file system.
+    Thawed(Result<(), ThawError>, Vec<Stay>),
 }
 
 /// The thread on which backups happen, one after the other. It lives as long as the process: a thread
@@ -267,11 +298,25 @@ pub struct Worker {
 
 enum Order {
     Prepare(Arc<Config>, Logbook),
+    Do(Box<dyn FnOnce() + Send>),
     Backup(Box<Backup>),
+}
+
+/// What the host says of a backup.
+#[derive(Clone, Debug, Default)]
+pub struct About {
+    /// The number of its FREEZE.
+    pub request: u64,
+    /// Its kind, in the host's own number.
+    pub backup_type: Option<u32>,
+    /// The disks that it is of.
+    pub disks: Vec<Lun>,
 }
 
 /// What the event loop tells the worker of a backup under way.
 enum Word {
+    /// All hooks are ready.
+    GoOn,
     /// The host has its answer: [`Frozen::settle`].
     Settle,
     Thaw,
@@ -279,6 +324,8 @@ enum Word {
 
 struct Backup {
     setting: Setting,
+    /// What the host says of it.
+    about: About,
     words: Receiver<Word>,
     /// Dropped when nothing more is to be done for it.
     over: Sender<()>,
@@ -294,6 +341,7 @@ impl Worker {
             while let Ok(order) = orders.recv() {
                 match order {
                     Order::Prepare(config, log) => freezer.look_over(&config, &log),
+                    Order::Do(step) => step(),
                     Order::Backup(backup) => backup.run(&mut freezer),
                 }
             }
@@ -310,11 +358,18 @@ impl Worker {
         let _ = self.orders.send(order);
     }
 
+    /// Does what needs a disk, once nothing is frozen.
+    pub fn later(&self, step: impl FnOnce() + Send + 'static) {
+        // As above.
+        let _ = self.orders.send(Order::Do(Box::new(step)));
+    }
+
     /// Begins a backup, for which the log is held. `tell` is called from the worker's thread. `None`
     /// when that has died.
     pub fn begin(
         &self,
         setting: Setting,
+        about: About,
         held: Held,
         tell: impl Fn(Outcome) + Send + 'static,
     ) -> Option<Job> {
@@ -322,6 +377,7 @@ impl Worker {
         let (sender, over) = channel();
         let backup = Backup {
             setting: setting.clone(),
+            about,
             words,
             over: sender,
             tell: Box::new(tell),
@@ -338,12 +394,14 @@ impl Worker {
 
 impl Backup {
     fn run(self, freezer: &mut Freezer) {
-        match freezer.freeze(&self.setting) {
+        let quiesced = self.quiesce(freezer);
+        match quiesced.and_then(|()| freezer.freeze(&self.setting)) {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
             Ok(frozen) => {
                 (self.tell)(Outcome::Frozen(Ok(frozen.begun())));
                 self.wait(&frozen);
-                (self.tell)(Outcome::Thawed(frozen.thaw()));
+                let result = frozen.thaw();
+                (self.tell)(Outcome::Thawed(result, frozen.session.account()));
                 frozen.tidy();
             }
         }
@@ -351,6 +409,35 @@ impl Backup {
         // The door is closed before anybody hears that it is over.
         drop(setting);
         drop(over);
+    }
+
+    /// Has the hooks called, if there are any, and waits until they are ready.
+    fn quiesce(&self, freezer: &mut Freezer) -> Result<(), JobError> {
+        let Setting {
+            config, progress, ..
+        } = &self.setting;
+        let found = hooks::find(&config.hooks)?;
+        if found.is_empty() {
+            return Ok(());
+        }
+        freezer.go_by(config);
+        let file_systems = freezer.cache.planned(config)?;
+        let About {
+            request,
+            backup_type,
+            disks,
+        } = &self.about;
+        let disks = hooks::names_of_disks(disks);
+        let context = Context::new(*request, *backup_type, &disks, &file_systems);
+        progress.enter(Stage::Hooks, found.len());
+        (self.tell)(Outcome::Hooks(found, context));
+        match self.words.recv() {
+            Ok(Word::GoOn) => {
+                progress.enter(Stage::Looking, 0);
+                Ok(())
+            }
+            _ => Err(JobError::CalledOff),
+        }
     }
 
     /// Waits for the word to thaw.
@@ -369,6 +456,8 @@ impl Backup {
             };
             match word {
                 Ok(Word::Settle) => frozen.settle(),
+                // Nobody says that twice.
+                Ok(Word::GoOn) => {}
                 // The loss of whoever could say it means the same as the word to thaw.
                 Ok(Word::Thaw) | Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {
@@ -391,6 +480,11 @@ pub struct Job {
 }
 
 impl Job {
+    /// Says that all hooks are ready.
+    pub fn go_on(&self) {
+        self.say(Word::GoOn);
+    }
+
     /// Says that the host knows of the freeze, and that there is time to do what it need not wait for.
     pub fn settle(&self) {
         self.say(Word::Settle);
@@ -407,7 +501,7 @@ impl Job {
     }
 
     /// What it is at.
-    pub fn progress(&self) -> &Progress {
+    pub fn progress(&self) -> &Arc<Progress> {
         &self.setting.progress
     }
 

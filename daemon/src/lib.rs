@@ -10,12 +10,16 @@
 //! beforehand as far as [`watch`] sees no change, and [`freeze`] does the work on them, through a
 //! [`door`]. Behind that is the module ([`held`]), or where the module has no such thing [`fifreeze`]
 //! with its [`guard`], the process that thaws when all of this cannot, and a [`record`], from which
-//! [`recovery`] undoes what is left after a death. [`control`] is how others ask the daemon.
+//! [`recovery`] undoes what is left after a death. [`hooks`] are an administrator's programs that take
+//! part, and [`calls`] calls them. [`history`] remembers what came of each backup. [`control`] is how
+//! others ask the daemon; [`check`], [`report`] and [`timeline`] are what an operator is told.
 //!
 //! It knows nothing of VMBus: what the host says arrives as frames of `uapi/hv_vss.rs`.
 
 pub mod backup;
 pub mod cache;
+pub mod calls;
+pub mod check;
 pub mod commands;
 pub mod config;
 pub mod control;
@@ -25,6 +29,8 @@ pub mod fifreeze;
 pub mod freeze;
 pub mod guard;
 pub mod held;
+pub mod history;
+pub mod hooks;
 pub mod job;
 pub mod logbook;
 pub mod machine;
@@ -37,9 +43,11 @@ pub mod process;
 pub mod progress;
 pub mod record;
 pub mod recovery;
+pub mod report;
 pub mod rescue;
 pub mod service;
 pub mod superblocks;
 pub mod sys;
+pub mod timeline;
 pub mod topology;
 pub mod watch;

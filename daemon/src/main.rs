@@ -13,8 +13,9 @@ use hv_vss_daemon::commands::{self, Stop};
 use hv_vss_daemon::config::{Config, ConfigError};
 use hv_vss_daemon::logbook::{stderr_is_journal, words, Logbook, Sink};
 use hv_vss_daemon::record::RunDir;
+use hv_vss_daemon::report::Outcome;
 use hv_vss_daemon::service::{self, Service};
-use hv_vss_daemon::{guard, job, process, recovery, sys};
+use hv_vss_daemon::{check, guard, job, process, recovery, sys};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -36,7 +37,7 @@ fn command() -> Command {
         .short('c')
         .long("config")
         .value_name("FILE")
-        .help("The configuration [default: /etc/hv_vss_daemon.toml, if it exists]")
+        .help("The configuration [default: /etc/hv_vss/daemon.toml, if it exists]")
         .value_parser(value_parser!(PathBuf))
         .global(true);
     let json = Arg::new("json")
@@ -48,6 +49,18 @@ fn command() -> Command {
         .help("Print, as JSON, the mount tables and block devices that the plan is made from")
         .action(ArgAction::SetTrue)
         .conflicts_with("json");
+    let svg = Arg::new("svg")
+        .long("svg")
+        .value_name("FILE")
+        .help("Draw one backup as a timeline into FILE instead")
+        .value_parser(value_parser!(PathBuf))
+        .conflicts_with("json");
+    let number = Arg::new("number")
+        .long("number")
+        .value_name("N")
+        .help("Which, counted from the last [default: 1]")
+        .value_parser(value_parser!(usize))
+        .requires("svg");
     let run_dir = Arg::new("run-dir")
         .long("run-dir")
         .value_name("PATH")
@@ -67,12 +80,23 @@ fn command() -> Command {
             Command::new("run")
                 .about("Serve the host's requests (the default)")
                 .args([no_daemon, device]),
+            Command::new("status")
+                .about("Show what the daemon is at and how the last backup went")
+                .arg(json.clone()),
+            Command::new("history")
+                .about("Show the last backups: when, of what type, how they went, and why")
+                .args([json.clone(), svg, number]),
+            Command::new("check")
+                .about("Look at everything that a backup needs, short of freezing")
+                .args([json.clone()]),
             Command::new("list")
                 .about("Show what would be frozen, in which order, and what would not and why")
                 .args([json, table]),
             Command::new("freeze")
                 .about("Rehearse: freeze as for a backup, wait, thaw")
                 .arg(time),
+            Command::new("reload")
+                .about("Have the daemon that serves read its configuration again"),
             Command::new("thaw")
                 .about("Thaw what an unfinished freeze left frozen")
                 .arg(run_dir),
@@ -86,14 +110,16 @@ fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
     if args.next().is_some_and(|a| a == guard::SUBCOMMAND) {
         let run_dir = args.next().unwrap_or_default();
-        return exit_with(guard::main(Path::new(&run_dir)).map_err(Failure::from));
+        return exit_with(done(
+            guard::main(Path::new(&run_dir)).map_err(Failure::from),
+        ));
     }
     exit_with(dispatch())
 }
 
-fn exit_with(result: Result<(), Failure>) -> ExitCode {
+fn exit_with(result: Result<ExitCode, Failure>) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             let _ = writeln!(
                 std::io::stderr(),
@@ -105,20 +131,41 @@ fn exit_with(result: Result<(), Failure>) -> ExitCode {
     }
 }
 
-fn dispatch() -> Result<(), Failure> {
+/// What is asked for when the daemon is asked goes by whatever there is.
+fn or_default(config: &Result<Config, ConfigError>) -> Config {
+    config
+        .as_ref()
+        .map_or_else(|_| Config::default(), Config::clone)
+}
+
+fn path_of(matches: &ArgMatches, name: &str) -> PathBuf {
+    matches
+        .get_one::<PathBuf>(name)
+        .cloned()
+        .unwrap_or_default()
+}
+
+/// Prints what was asked for; the exit status says the same to a script.
+fn print((text, outcome): (String, Outcome)) -> Result<ExitCode, Failure> {
+    std::io::stdout().write_all(text.as_bytes())?;
+    Ok(ExitCode::from(outcome as u8))
+}
+
+fn dispatch() -> Result<ExitCode, Failure> {
     let matches = command().get_matches();
-    let config = Config::load(matches.get_one::<PathBuf>("config").map(PathBuf::as_path));
+    let config_path = matches.get_one::<PathBuf>("config").cloned();
+    let config = Config::load(config_path.as_deref());
     match matches.subcommand() {
         Some(("list", list)) => {
             let text = match list.get_flag("table") {
                 true => commands::table()?,
                 false => commands::list(&config?, list.get_flag("json"))?,
             };
-            Ok(std::io::stdout().write_all(text.as_bytes())?)
+            print((text, Outcome::Well))
         }
         Some(("freeze", freeze)) => {
             let time = freeze.get_one("for").copied().unwrap_or_default();
-            rehearse(config?, time)
+            done(rehearse(config?, time))
         }
         Some(("thaw", thaw)) => {
             need_root()?;
@@ -128,15 +175,56 @@ fn dispatch() -> Result<(), Failure> {
             }
             let asked_for = thaw.get_one("run-dir").cloned();
             let places = recovery::places(asked_for, config.as_ref());
-            Ok(commands::thaw(&places, &log)?)
+            done(commands::thaw(&places, &log).map_err(Failure::from))
         }
-        Some((_, run)) => serve(
+        Some(("status", status)) => {
+            need_root()?;
+            let places = recovery::places(None, config.as_ref());
+            print(commands::status(
+                &or_default(&config),
+                &places,
+                status.get_flag("json"),
+            )?)
+        }
+        Some(("history", history)) => {
+            need_root()?;
+            let config = or_default(&config);
+            match history.get_one::<PathBuf>("svg") {
+                Some(file) => {
+                    let number = history.get_one("number").copied().unwrap_or(1);
+                    Ok(commands::draw(&config, number, file).map(|()| ExitCode::SUCCESS)?)
+                }
+                None => print(commands::history(&config, history.get_flag("json"))?),
+            }
+        }
+        Some(("check", check)) => {
+            need_root()?;
+            let device = path_of(&matches, "device");
+            let places = recovery::places(None, config.as_ref());
+            let json = check.get_flag("json");
+            print(commands::check(&device, &places, config.as_ref(), json)?)
+        }
+        Some(("reload", _)) => {
+            need_root()?;
+            let log = Logbook::new(foreground_sink());
+            let places = recovery::places(None, config.as_ref());
+            done(commands::reload(&places, &log).map_err(Failure::from))
+        }
+        Some((_, run)) => done(serve(
             run,
+            config_path,
             config,
             run.get_flag("no-daemon") || matches.get_flag("no-daemon"),
-        ),
-        None => serve(&matches, config, matches.get_flag("no-daemon")),
+        )),
+        None => {
+            let foreground = matches.get_flag("no-daemon");
+            done(serve(&matches, config_path, config, foreground))
+        }
     }
+}
+
+fn done(result: Result<(), Failure>) -> Result<ExitCode, Failure> {
+    result.map(|()| ExitCode::SUCCESS)
 }
 
 fn foreground_sink() -> Sink {
@@ -148,13 +236,11 @@ fn foreground_sink() -> Sink {
 
 fn serve(
     matches: &ArgMatches,
+    config_path: Option<PathBuf>,
     config: Result<Config, ConfigError>,
     foreground: bool,
 ) -> Result<(), Failure> {
-    let path = matches
-        .get_one::<PathBuf>("device")
-        .cloned()
-        .unwrap_or_default();
+    let path = path_of(matches, "device");
     let config = match config {
         Ok(config) => config,
         Err(error) => {
@@ -171,7 +257,13 @@ fn serve(
     // Before going to the background, so that whoever starts it sees why it cannot run.
     let log = Logbook::new(foreground_sink());
     let run = RunDir::new(&config.run_dir);
-    let device = service::open_device(&path, &run, &log)?;
+    let device =
+        service::open_device(&path, &run, &log).map_err(|error| {
+            match check::why_no_device(&path) {
+                Some(why) => Failure::from(why),
+                None => error.into(),
+            }
+        })?;
     let log = match foreground {
         true => log,
         false => {
@@ -180,7 +272,7 @@ fn serve(
         }
     };
     let service = harden(&log).and_then(|()| {
-        let service = Service::new(device, &path, config, log.clone())?;
+        let service = Service::new(device, &path, config, config_path, log.clone())?;
         Ok(service.run()?)
     });
     service.inspect_err(|error| log.error(words(error.as_ref())))
@@ -202,6 +294,7 @@ fn harden(log: &Logbook) -> Result<(), Failure> {
     if let Err(error) = process::go_first() {
         log.warning(format!("cannot go before others on the processor: {error}"));
     }
+    process::leave_no_dump().map_err(|e| format!("cannot forgo a dump of core: {e}"))?;
     process::lock_memory().map_err(|e| format!("cannot lock the memory: {e}"))?;
     job::warm_up()?;
     Ok(())

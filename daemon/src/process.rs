@@ -39,6 +39,13 @@ pub fn go_along() -> io::Result<()> {
     sys::set_nice(0)
 }
 
+/// Dies at once when it dies: without a dump of core. That would be written to what this process has frozen,
+/// by itself or by the program that the kernel starts for it, and until then neither its device is closed
+/// nor its guard told.
+pub fn leave_no_dump() -> io::Result<()> {
+    Ok(nix::sys::prctl::set_dumpable(false)?)
+}
+
 /// Makes a panic in any thread the end of the process: whoever minds what is frozen thaws it then. A
 /// daemon with a thread missing would go on to tell its watchdog that all is well.
 ///
@@ -59,6 +66,25 @@ pub fn has_ended(stat: &[u8]) -> bool {
     // The name, in parentheses, may itself hold any character; the state follows it.
     let after = stat.iter().rposition(|&b| b == b')').unwrap_or(0);
     matches!(stat.get(after + 2), Some(b'Z' | b'X' | b'x') | None)
+}
+
+/// Whether there is no such process, or only what is left of it.
+pub fn is_dead(pid: u32) -> bool {
+    std::fs::read(format!("/proc/{pid}/stat")).map_or(true, |stat| has_ended(&stat))
+}
+
+/// When a process that has not ended was started, in ticks since the machine was: with its number it
+/// tells it from any other.
+pub fn start_of(pid: u32) -> Option<u64> {
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    (!has_ended(&stat)).then(|| start_in(&stat))?
+}
+
+/// Field 22 of `/proc/<pid>/stat`, counted from 1; the name, field 2, may hold any character.
+fn start_in(stat: &[u8]) -> Option<u64> {
+    let after = stat.iter().rposition(|&b| b == b')')?;
+    let rest = std::str::from_utf8(stat.get(after + 1..)?).ok()?;
+    rest.split_whitespace().nth(19)?.parse().ok()
 }
 
 /// Makes the kernel never choose this process when memory runs out (proc(5), `oom_score_adj`).
@@ -89,6 +115,15 @@ mod tests {
             .output()
             .unwrap();
         assert_eq!(ended.status.signal(), Some(libc::SIGABRT), "{ended:?}");
+    }
+
+    #[test]
+    fn the_start_of_a_process_is_read_whatever_its_name() {
+        let stat = b"7 (x) y) S 1 7 7 0 -1 1 2 3 4 5 6 7 8 9 20 0 1 0 4711 99 100";
+        assert_eq!(start_in(stat), Some(4711));
+        assert_eq!(start_in(b"7 (x) S 1"), None);
+        assert!(start_of(std::process::id()).is_some());
+        assert!(is_dead(u32::MAX));
     }
 
     #[test]

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 pub enum Stage {
     /// What is mounted is looked up and opened.
     Looking,
+    /// Hooks are called; nothing is frozen yet.
+    Hooks,
     /// What is dirty is written back; nothing is frozen yet.
     Syncing,
     /// From here on something may be frozen.
@@ -91,6 +93,7 @@ impl Progress {
         let inner = self.inner();
         let doing = match inner.stage {
             Stage::Looking => "looking up what is mounted",
+            Stage::Hooks => "calling hooks",
             Stage::Syncing => "writing back",
             Stage::Freezing => "freezing",
         };

@@ -6,7 +6,7 @@
 //! `/run` is memory, so both can be used while disks are frozen. A record is there from before the
 //! first freeze until all is thawed, and never in between without what it has to say: it is replaced,
 //! not rewritten. Beside it is the word for a later daemon that a freeze has ended before its THAW, so
-//! that this THAW must be failed.
+//! that this THAW must be failed, and the record of hooks that were called and have to be let go.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -16,8 +16,9 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{statfs, FsType, TMPFS_MAGIC};
-use serde::{Deserialize, Serialize};
+use serde::{de::DeserializeOwned, Deserialize, Serialize};
 
+use crate::calls::HookRecord;
 use crate::mounts::DevId;
 
 /// `RAMFS_MAGIC` of `linux/magic.h`.
@@ -49,7 +50,7 @@ pub enum RecordError {
         path: PathBuf,
     },
     /// The record is not one.
-    #[error("{path} is not a record of frozen file systems")]
+    #[error("{path} is not a record of ours")]
     Malformed {
         /// The record.
         path: PathBuf,
@@ -100,6 +101,10 @@ impl RunDir {
         self.0.join("frozen.json")
     }
 
+    fn hooks(&self) -> PathBuf {
+        self.0.join("hooks.json")
+    }
+
     fn word(&self) -> PathBuf {
         self.0.join("broken")
     }
@@ -126,7 +131,16 @@ impl RunDir {
 
     /// Takes the lock, or fails at once with [`RecordError::Locked`].
     pub fn lock(&self) -> Result<Lock, RecordError> {
-        let path = self.0.join("lock");
+        self.lock_file("lock")
+    }
+
+    /// The same for calling hooks, which goes on beyond a freeze.
+    pub fn lock_hooks(&self) -> Result<Lock, RecordError> {
+        self.lock_file("hooks.lock")
+    }
+
+    fn lock_file(&self, name: &str) -> Result<Lock, RecordError> {
+        let path = self.0.join(name);
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(false).mode(0o600);
         let file = match options.open(&path) {
@@ -145,10 +159,13 @@ impl RunDir {
 
     /// Puts `record` in the place of the one that is there, if one is. Needs the lock.
     pub fn write(&self, record: &Record, _lock: &Lock) -> Result<(), RecordError> {
-        let text = serde_json::to_vec(record).map_err(io::Error::from);
-        let path = self.record();
-        text.and_then(|text| self.replace(&path, &text))
-            .map_err(failed("write", &path))
+        self.write_json(&self.record(), record)
+    }
+
+    fn write_json(&self, path: &Path, what: &impl Serialize) -> Result<(), RecordError> {
+        let text = serde_json::to_vec(what).map_err(io::Error::from);
+        text.and_then(|text| self.replace(path, &text))
+            .map_err(failed("write", path))
     }
 
     fn replace(&self, path: &Path, text: &[u8]) -> io::Result<()> {
@@ -161,14 +178,23 @@ impl RunDir {
 
     /// The record that is there, if one is.
     pub fn read(&self) -> Result<Option<Record>, RecordError> {
-        let path = self.record();
-        let Some(text) = read_if_there(&path)? else {
-            return Ok(None);
-        };
-        match serde_json::from_str(&text) {
-            Ok(record) => Ok(Some(record)),
-            Err(source) => Err(RecordError::Malformed { path, source }),
-        }
+        read_json(self.record())
+    }
+
+    /// Puts `record` in the place of what is there of hooks. Needs the lock for them, unless it is that of
+    /// a dead process.
+    pub fn write_hooks(&self, record: &HookRecord) -> Result<(), RecordError> {
+        self.write_json(&self.hooks(), record)
+    }
+
+    /// What is there of hooks.
+    pub fn read_hooks(&self) -> Result<Option<HookRecord>, RecordError> {
+        read_json(self.hooks())
+    }
+
+    /// All hooks have been let go.
+    pub fn remove_hooks(&self) -> Result<(), RecordError> {
+        remove_if_there(&self.hooks())
     }
 
     /// Removes the record: nothing is frozen any more.
@@ -191,6 +217,16 @@ impl RunDir {
     /// Takes the word back: the host has begun anew.
     pub fn take_word_back(&self) -> Result<(), RecordError> {
         remove_if_there(&self.word())
+    }
+}
+
+fn read_json<T: DeserializeOwned>(path: PathBuf) -> Result<Option<T>, RecordError> {
+    let Some(text) = read_if_there(&path)? else {
+        return Ok(None);
+    };
+    match serde_json::from_str(&text) {
+        Ok(found) => Ok(Some(found)),
+        Err(source) => Err(RecordError::Malformed { path, source }),
     }
 }
 

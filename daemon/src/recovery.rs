@@ -104,7 +104,7 @@ pub fn thaw(run: &RunDir, log: &Logbook, by: By) -> Result<Recovered, RecoveryEr
         Err(RecordError::Locked { .. }) => {
             let allowed = match by {
                 By::Operator => true,
-                By::Start => has_ended(record.pid),
+                By::Start => process::is_dead(record.pid),
                 By::Later => false,
             };
             if allowed {
@@ -116,13 +116,21 @@ pub fn thaw(run: &RunDir, log: &Logbook, by: By) -> Result<Recovered, RecoveryEr
     }
 }
 
-/// Whether a freeze is on record whose owner has ended, though it may still be inside the kernel.
-pub fn owner_has_ended(run: &RunDir) -> bool {
-    matches!(run.read(), Ok(Some(record)) if has_ended(record.pid))
+/// Waits for an owner that has ended but is still inside the kernel, and thaws then: what it freezes
+/// there nobody else would thaw.
+pub fn outlast(run: &RunDir, log: &Logbook) -> Result<Recovered, RecoveryError> {
+    loop {
+        thread::sleep(PAUSE);
+        match thaw(run, log, By::Later)? {
+            Recovered::InUse => {}
+            over => return Ok(over),
+        }
+    }
 }
 
-fn has_ended(pid: u32) -> bool {
-    std::fs::read(format!("/proc/{pid}/stat")).map_or(true, |stat| process::has_ended(&stat))
+/// Whether a freeze is on record whose owner has ended, though it may still be inside the kernel.
+pub fn owner_has_ended(run: &RunDir) -> bool {
+    matches!(run.read(), Ok(Some(record)) if process::is_dead(record.pid))
 }
 
 /// The recovery of a daemon that starts. It may go on for longer than the start.
@@ -171,23 +179,12 @@ impl Recovery {
         recovery
     }
 
-    /// Waits for a dead owner that is still inside the kernel: what it freezes there nobody else
-    /// would thaw.
+    /// Has a thread [`outlast`] a dead owner.
     fn wait(&mut self, run: RunDir, log: Logbook) {
         let theirs = log.clone();
-        let wait = move || loop {
-            thread::sleep(PAUSE);
-            match thaw(&run, &theirs, By::Later) {
-                Ok(Recovered::InUse) => {}
-                Ok(Recovered::Nothing | Recovered::CutShort) => {
-                    theirs.info("the freeze of another process is undone");
-                    return;
-                }
-                Err(error) => {
-                    theirs.error(words(&error));
-                    return;
-                }
-            }
+        let wait = move || match outlast(&run, &theirs) {
+            Ok(_) => theirs.info("the freeze of another process is undone"),
+            Err(error) => theirs.error(words(&error)),
         };
         match thread::Builder::new().name("recovery".into()).spawn(wait) {
             Ok(thread) => self.thread = Some(thread),

@@ -20,22 +20,27 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use sd_notify::NotifyState;
 use serde_json::json;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
-use crate::backup::{name_of, Backup, Break, Effects};
-use crate::config::Config;
+use crate::backup::{name_of, Backup, Break, Effects, Verdict};
+use crate::calls::{Called, Calling, Context, HookOutcome, Means};
+use crate::config::{Config, ConfigError};
 use crate::control::{Client, Control, Method};
 use crate::device::{Abi, Device, DeviceError, Incoming, Request};
 use crate::door::Door;
 use crate::fifreeze::Fifreeze;
 use crate::guard::{Event, Guard, GuardError};
 use crate::held::Held;
-use crate::job::{Job, Outcome, Setting, Worker};
+use crate::history::{Draft, Entry, History};
+use crate::hooks::Found;
+use crate::job::{About, Job, Outcome, Setting, Worker};
 use crate::logbook::{words, Level, Logbook};
+use crate::process;
 use crate::progress::Stage;
 use crate::record::{RecordError, RunDir};
 use crate::recovery::{self, Recovery};
+use crate::sys;
 
 const DEVICE: Token = Token(0);
 const SIGNALS: Token = Token(1);
@@ -116,16 +121,25 @@ fn notify(log: &Logbook, states: &[NotifyState<'_>]) {
     }
 }
 
+/// What comes from the threads that do what takes time.
+enum News {
+    Job(Outcome),
+    Hooks(HookOutcome),
+    Config(Box<Result<Config, ConfigError>>),
+}
+
 /// The running daemon.
 pub struct Service {
     poll: Poll,
     signals: Signals,
-    outcomes: Receiver<Outcome>,
+    outcomes: Receiver<News>,
     machine: Backup,
     hands: Hands,
     control: Control,
     /// Those who wait to hear that all is thawed.
     waiting: Vec<Client>,
+    /// Those who wait to hear whether a configuration is in force.
+    reloading: Vec<Client>,
     stopping: bool,
     /// How often the service manager wants to hear from us, and when next.
     watchdog: Option<(Duration, Instant)>,
@@ -136,6 +150,8 @@ struct Hands {
     path: PathBuf,
     run: RunDir,
     config: Arc<Config>,
+    /// From where it is read again.
+    config_path: Option<PathBuf>,
     log: Logbook,
     device: Option<Device>,
     guard: Option<Arc<Guard>>,
@@ -145,29 +161,38 @@ struct Hands {
     /// When to try next to open a device that went away, and the pause after that.
     retry: Option<(Instant, Duration)>,
     job: Option<Job>,
+    /// Whether this thread goes before all others, as those that freeze always do. Only while others may
+    /// wait for what is frozen: a host that asks without end must not take the processor from them.
+    is_ahead: bool,
+    /// From the first call of a hook to the last.
+    calling: Option<Calling>,
     /// When the log says next what the freeze is at.
     report: Instant,
     recovery: Recovery,
-    tell: (Sender<Outcome>, Arc<Waker>),
+    tell: (Sender<News>, Arc<Waker>),
     backups: u64,
+    /// What is to be remembered of the one under way.
+    draft: Option<Draft>,
     /// How the last backup went.
     last: String,
 }
 
 impl Service {
     /// Serves `device`, which was opened from `path` and is opened from there again should it go
-    /// away. What an earlier daemon left frozen is thawed first.
+    /// away, by `config`, which was read from `config_path`. What an earlier daemon left frozen is thawed first.
     pub fn new(
         device: Device,
         path: &Path,
         config: Config,
+        config_path: Option<PathBuf>,
         log: Logbook,
     ) -> Result<Self, ServiceError> {
         let run = RunDir::new(&config.run_dir);
         run.check()?;
         let poll = Poll::new().map_err(failed("open"))?;
         let registry = poll.registry();
-        let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(failed("catch signals"))?;
+        let mut signals =
+            Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed("catch signals"))?;
         registry
             .register(&mut signals, SIGNALS, Interest::READABLE)
             .map_err(failed("watch signals"))?;
@@ -176,14 +201,24 @@ impl Service {
         let mut recovery = Recovery::start(&run, &log);
         let broken = recovery.broken.take();
         let (sender, outcomes) = channel();
+        let tell = (sender, Arc::new(waker));
+        let left = Calling::recover(&run, &log, teller(&tell, News::Hooks));
+        let calling = left.unwrap_or_else(|error| {
+            log.error(format!("hooks that a dead daemon has called: {error}"));
+            None
+        });
+        if calling.is_some() {
+            log.warning("a dead daemon has left hooks that are now let go");
+        }
         let mut service = Service {
             signals,
             outcomes,
-            machine: Backup::new(config.deadline, broken),
+            machine: Backup::new(config.deadline, broken, calling.is_some()),
             hands: Hands {
                 path: path.to_owned(),
                 run,
                 config: Arc::new(config),
+                config_path,
                 log,
                 device: None,
                 guard: None,
@@ -191,14 +226,18 @@ impl Service {
                 prepared: Instant::now(),
                 retry: None,
                 job: None,
+                calling,
                 report: Instant::now(),
                 recovery,
-                tell: (sender, Arc::new(waker)),
+                tell,
                 backups: 0,
+                is_ahead: true,
+                draft: None,
                 last: "no backup yet".into(),
             },
             control,
             waiting: Vec::new(),
+            reloading: Vec::new(),
             stopping: false,
             watchdog: sd_notify::watchdog_enabled().map(|limit| (limit / 2, Instant::now())),
             poll,
@@ -220,11 +259,20 @@ impl Service {
             }
             let woken = |token| events.iter().any(|event| event.token() == token);
             // What has happened to the freeze comes before what is asked next about it.
-            while let Ok(outcome) = self.outcomes.try_recv() {
-                self.on_outcome(outcome);
+            while let Ok(news) = self.outcomes.try_recv() {
+                match news {
+                    News::Job(outcome) => self.on_outcome(outcome),
+                    News::Hooks(outcome) => self.on_hooks(outcome),
+                    News::Config(loaded) => self.on_config(*loaded),
+                }
             }
-            if woken(SIGNALS) && self.signals.pending().next().is_some() {
-                self.stop();
+            if woken(SIGNALS) {
+                for signal in self.signals.pending().collect::<Vec<_>>() {
+                    match signal {
+                        SIGHUP => self.hands.reload(),
+                        _ => self.stop(),
+                    }
+                }
             }
             if woken(GUARD) {
                 self.on_guard();
@@ -250,6 +298,10 @@ impl Service {
 
     /// What is done, and may only be done, while nothing is frozen.
     fn rest(&mut self) {
+        if std::mem::take(&mut self.hands.is_ahead) {
+            // What was refused at the start, and said, is refused here.
+            let _ = process::go_along();
+        }
         for client in std::mem::take(&mut self.waiting) {
             self.control.reply(client, json!({ "thawed": true }));
         }
@@ -451,6 +503,14 @@ impl Service {
 
     fn on_outcome(&mut self, outcome: Outcome) {
         match outcome {
+            // One that was called off by then has ended.
+            Outcome::Hooks(found, context) if self.machine.is_freezing() => {
+                if let Err(error) = self.hands.call(found, context) {
+                    let why = format!("hooks cannot be called: {error}");
+                    self.machine.quiesced(Err(why), &mut self.hands);
+                }
+            }
+            Outcome::Hooks(..) => {}
             Outcome::Frozen(result) => {
                 let result = result.map_err(|error| words(&error));
                 self.machine.frozen(result, &mut self.hands);
@@ -459,15 +519,66 @@ impl Service {
                 let why = format!("somebody else thawed {}", names.join(", "));
                 self.end_early(why.into(), Some(thawed::FOREIGN));
             }
-            Outcome::Thawed(result) => {
+            Outcome::Thawed(result, stays) => {
+                if let Some(draft) = &mut self.hands.draft {
+                    draft.thawed(stays);
+                }
                 let result = result.map_err(|error| words(&error));
                 self.machine.thawed(result, &mut self.hands);
             }
         }
     }
 
+    fn on_hooks(&mut self, outcome: HookOutcome) {
+        match outcome {
+            HookOutcome::Quiesced(result) => self.machine.quiesced(result, &mut self.hands),
+            HookOutcome::Released(called) => {
+                if let Some(calling) = self.hands.calling.take() {
+                    calling.join();
+                }
+                self.hands.remember_backup(called);
+                self.machine.released(&mut self.hands);
+            }
+        }
+    }
+
+    /// Goes by another configuration, or, when it is not one, by the one that there is.
+    fn on_config(&mut self, loaded: Result<Config, ConfigError>) {
+        let hands = &mut self.hands;
+        let reply = match loaded {
+            Ok(mut config) => {
+                let run_dir = hands.config.run_dir.clone();
+                let kept = config.run_dir != run_dir;
+                if kept {
+                    let text = "run_dir changes with the next start, not before";
+                    hands.log.warning(text);
+                }
+                config.run_dir = run_dir;
+                self.machine.set_deadline(config.deadline);
+                hands.config = Arc::new(config);
+                hands.log.info("the configuration is read again");
+                hands.look_over();
+                json!({ "reloaded": true, "needs_restart": if kept { vec!["run_dir"] } else { vec![] } })
+            }
+            Err(error) => {
+                let error = words(&error);
+                hands
+                    .log
+                    .error(format!("{error}; the configuration stays as it was"));
+                json!({ "reloaded": false, "error": error })
+            }
+        };
+        for client in std::mem::take(&mut self.reloading) {
+            self.control.reply(client, reply.clone());
+        }
+    }
+
     fn on_call(&mut self, client: Client, method: Method) {
         match method {
+            Method::Reload => {
+                self.reloading.push(client);
+                self.hands.reload();
+            }
             Method::Thaw if self.machine.is_idle() => {
                 self.control.reply(client, json!({ "thawed": false }));
             }
@@ -482,8 +593,11 @@ impl Service {
                     Some(_) => "held",
                     None => "fifreeze",
                 });
+                let now = Instant::now();
+                let job = hands.job.as_ref().filter(|_| self.machine.is_freezing());
                 let status = json!({
                     "phase": self.machine.phase(),
+                    "doing": job.map(|it| it.progress().words(now)),
                     "door": door,
                     "backups": hands.backups,
                     "last": hands.last,
@@ -506,7 +620,67 @@ fn why_thawed(reason: u32) -> &'static str {
     }
 }
 
+/// Says to the event loop, from another thread, what `wrap` makes of it.
+fn teller<T: Send + 'static>(
+    (sender, waker): &(Sender<News>, Arc<Waker>),
+    wrap: fn(T) -> News,
+) -> impl Fn(T) + Send + 'static {
+    let (sender, waker) = (sender.clone(), Arc::clone(waker));
+    move |outcome| {
+        // Both fail only when the loop is gone, and then nobody is left to tell.
+        let _ = sender.send(wrap(outcome));
+        let _ = waker.wake();
+    }
+}
+
 impl Hands {
+    /// Calls hooks, for which the job waits.
+    fn call(&mut self, hooks: Vec<Found>, context: Context) -> Result<(), String> {
+        let progress = self.job.as_ref().map(|job| Arc::clone(job.progress()));
+        let means = Means {
+            run: self.run.clone(),
+            log: self.log.clone(),
+            limit: self.config.hooks.limit,
+            context,
+        };
+        let tell = teller(&self.tell, News::Hooks);
+        let calling = Calling::start(hooks, means, progress.unwrap_or_default(), tell)?;
+        self.calling = Some(calling);
+        Ok(())
+    }
+
+    /// A backup that may be remembered.
+    fn draft(&self, request: &Request) -> Draft {
+        let is_held = self.device.as_ref().is_some_and(|it| it.hold().is_some());
+        Draft::new(request.id, request.backup_type, request.luns, is_held)
+    }
+
+    /// Puts what came of the backup that has ended into the history, with all calls of hooks.
+    fn remember_backup(&mut self, called: Vec<Called>) {
+        if let Some(draft) = self.draft.take() {
+            self.write_down(draft.finish(called));
+        }
+    }
+
+    fn write_down(&self, entry: Entry) {
+        let history = History::new(&self.config.state_dir);
+        let log = self.log.clone();
+        self.worker.later(move || {
+            if let Err(error) = history.add(&entry) {
+                log.warning(words(&error));
+            }
+            sys::give_back_memory();
+        });
+    }
+
+    /// Has the configuration read again, as soon as nothing is frozen.
+    fn reload(&mut self) {
+        let tell = teller(&self.tell, |it| News::Config(Box::new(it)));
+        let path = self.config_path.clone();
+        self.worker
+            .later(move || tell(Config::load(path.as_deref())));
+    }
+
     /// Has the plan for the next backup looked over.
     fn look_over(&mut self) {
         self.prepared = Instant::now();
@@ -562,12 +736,15 @@ impl Effects for Hands {
         let now = Instant::now();
         // Words can wait until the host has its answer.
         let held = self.log.hold(self.backups + 1, now);
-        let (sender, waker) = self.tell.clone();
-        let tell = move |outcome| {
-            // Both fail only when the loop is gone, and then nobody is left to tell.
-            let _ = sender.send(outcome);
-            let _ = waker.wake();
+        let about = About {
+            request: request.id,
+            backup_type: request.backup_type,
+            disks: self
+                .device
+                .as_ref()
+                .map_or_else(Vec::new, |it| it.disks().to_vec()),
         };
+        let tell = teller(&self.tell, News::Job);
         let setting = Setting {
             config: Arc::clone(&self.config),
             log: self.log.clone(),
@@ -575,16 +752,21 @@ impl Effects for Hands {
             abort: Arc::default(),
             progress: Arc::default(),
         };
-        let job = self.worker.begin(setting, held, tell);
+        self.draft = Some(self.draft(request));
+        let job = self.worker.begin(setting, about, held, tell);
         self.job = Some(job.ok_or("the thread that freezes has died")?);
         self.backups += 1;
         self.report = now + REPORT;
+        self.is_ahead = process::go_first().is_ok();
         Ok(())
     }
 
     fn settle(&mut self) {
         if let Some(job) = &self.job {
             job.settle();
+        }
+        if let Some(draft) = &mut self.draft {
+            draft.answered();
         }
         self.show("frozen");
     }
@@ -601,14 +783,40 @@ impl Effects for Hands {
         }
     }
 
-    fn finish(&mut self, good: bool) {
+    fn refused(&mut self, request: &Request, why: &str) {
+        let mut draft = self.draft(request);
+        draft.ended(Verdict::Failed, Some(format!("refused: {why}")));
+        self.write_down(draft.finish(Vec::new()));
+    }
+
+    fn go_on(&mut self) {
+        if let Some(job) = &self.job {
+            job.go_on();
+        }
+    }
+
+    fn finish(&mut self, verdict: Verdict, why: Option<&str>) {
+        if let Some(draft) = &mut self.draft {
+            draft.ended(verdict, why.map(str::to_owned));
+        }
         if let Some(job) = self.job.take() {
             job.join();
         }
-        let how = if good { "was good" } else { "failed" };
+        let how = match verdict {
+            Verdict::Good => "was good",
+            Verdict::Broken | Verdict::Failed => "failed",
+        };
         self.last = format!("backup {} {how}", self.backups);
         self.show("idle");
         self.look_over();
+    }
+
+    fn release(&mut self, verdict: Verdict) -> bool {
+        match &self.calling {
+            Some(calling) => calling.release(verdict),
+            None => self.remember_backup(Vec::new()),
+        }
+        self.calling.is_some()
     }
 
     fn remember(&mut self, broken: Option<&str>) {

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: GPL-2.0-only
 #
-# e2e.sh [--timeout SECONDS] [--cpus COUNT] GLOB...: runs the end-to-end cases that match, in as many parts side by side as
-# this machine has processors, up to four, and adds up what came of them. Each part is a run.sh with one
-# processor to itself, which is all that its emulator uses. A run of few cases is not divided. COUNT is of
-# the guests' virtual CPUs, where a case is not to have what it is made for.
+# e2e.sh [--timeout SECONDS] [--cpus COUNT] [--all] GLOB...: runs the end-to-end cases that match, with --all
+# also the long ones, in as many parts side by side as this machine has processors, up to four, and adds up
+# what came of them. Each part is a run.sh with one processor to itself, which is all that its emulator uses.
+# A run of few cases is not divided. COUNT is of the guests' virtual CPUs, where a case is not to have what
+# it is made for.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -13,13 +14,20 @@ limit=2400
 options=()
 while [ $# -gt 1 ]; do
     case $1 in
-    --timeout) limit=$2 ;;
-    --cpus) options=(--cpus "$2") ;;
+    --timeout)
+        limit=$2
+        shift
+        ;;
+    --cpus)
+        options+=(--cpus "$2")
+        shift
+        ;;
+    --all) options+=(--all) ;;
     *) break ;;
     esac
-    shift 2
+    shift
 done
-[ $# -gt 0 ] || die "usage: e2e.sh [--timeout SECONDS] [--cpus COUNT] GLOB..."
+[ $# -gt 0 ] || die "usage: e2e.sh [--timeout SECONDS] [--cpus COUNT] [--all] GLOB..."
 e2e=$repo/target/lab/e2e
 
 mapfile -t cpus < <(taskset --cpu-list --pid $$ | sed 's/.*: //' | tr ',' '\n' |

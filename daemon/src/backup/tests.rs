@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The three rules, checked in every state that any order of events can reach, and in random orders.
+//! The four rules, checked in every state that any order of events can reach, and in random orders.
 //!
 //! A [`World`] holds what is true: which requests are open, what the job is at, whether the freeze
 //! has been broken. It judges each effect against that when it happens.
@@ -20,6 +20,11 @@ enum Event {
     JobFailed,
     JobThawed,
     JobThawedBadly,
+    /// The job has found hooks and waits; they are ready, or one is not; all have been let go.
+    HooksFound,
+    HooksReady,
+    HookFailed,
+    HooksReleased,
     /// The guard, or an operator, thaws.
     Broken,
     /// The module has let go of what it held for the last FREEZE, or for an older one.
@@ -35,7 +40,7 @@ enum Event {
     Stop,
 }
 
-const ALL: [Event; 15] = [
+const ALL: [Event; 19] = [
     Event::Freeze,
     Event::Thaw,
     Event::HotBackup,
@@ -43,6 +48,10 @@ const ALL: [Event; 15] = [
     Event::JobFailed,
     Event::JobThawed,
     Event::JobThawedBadly,
+    Event::HooksFound,
+    Event::HooksReady,
+    Event::HookFailed,
+    Event::HooksReleased,
     Event::Broken,
     Event::Notice,
     Event::OldNotice,
@@ -57,7 +66,19 @@ const ALL: [Event; 15] = [
 enum Job {
     None,
     Freezing,
+    /// Until it is told to go on, or to give up.
+    Waiting,
     Frozen,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Hooks {
+    /// None is called, or all have been let go.
+    None,
+    Calling,
+    Ready,
+    Failed,
+    Releasing,
 }
 
 /// What is true outside of the machine.
@@ -66,6 +87,7 @@ struct Truth {
     /// The request that was read and not answered.
     open: Option<Request>,
     job: Job,
+    hooks: Hooks,
     /// The job was told to thaw, or to give up.
     told: bool,
     /// The host was told that this FREEZE succeeded; no FREEZE since.
@@ -109,6 +131,8 @@ impl Effects for Truth {
                     "FREEZE is good and nothing is frozen"
                 );
                 assert!(!self.told, "FREEZE is good and is being thawed");
+                let are_quiet = matches!(self.hooks, Hooks::None | Hooks::Ready);
+                assert!(are_quiet, "FREEZE is good and hooks are {:?}", self.hooks);
                 self.reported = true;
             }
             (op::THAW, status::OK) => {
@@ -136,6 +160,11 @@ impl Effects for Truth {
 
     fn begin(&mut self, _request: &Request) -> Result<(), String> {
         assert_eq!(self.job, Job::None, "two jobs");
+        assert_eq!(
+            self.hooks,
+            Hooks::None,
+            "the hooks of the last are not let go"
+        );
         if std::mem::take(&mut self.refuse_begin) {
             return Err("no door".into());
         }
@@ -158,12 +187,51 @@ impl Effects for Truth {
         self.told = true;
     }
 
-    fn finish(&mut self, good: bool) {
+    fn refused(&mut self, request: &Request, _why: &str) {
+        assert_eq!(request.operation, op::FREEZE);
+        // It may have come too late for the kernel.
+        let said = self.said;
+        assert_eq!(said, Some(status::FAIL), "refused and not told so");
+    }
+
+    fn go_on(&mut self) {
+        assert_eq!(
+            self.hooks,
+            Hooks::Ready,
+            "it goes on and the hooks are not ready"
+        );
+        assert_eq!(self.job, Job::Waiting);
+        self.job = Job::Freezing;
+    }
+
+    fn finish(&mut self, verdict: Verdict, why: Option<&str>) {
+        assert_eq!(
+            verdict != Verdict::Good,
+            why.is_some(),
+            "what is not good has a reason"
+        );
         assert!(
-            !(good && self.broken),
+            !(verdict == Verdict::Good && self.broken),
             "called good after a freeze that broke"
         );
         assert_eq!(self.job, Job::None, "finished, and the job is not over");
+    }
+
+    fn release(&mut self, verdict: Verdict) -> bool {
+        assert_eq!(
+            self.job,
+            Job::None,
+            "hooks are let go and the job is not over"
+        );
+        assert!(
+            !(verdict == Verdict::Good && self.broken),
+            "hooks are told of a good backup"
+        );
+        if self.hooks == Hooks::None {
+            return false;
+        }
+        self.hooks = Hooks::Releasing;
+        true
     }
 
     fn remember(&mut self, broken: Option<&str>) {
@@ -184,10 +252,11 @@ impl Effects for Truth {
 impl World {
     fn new() -> Self {
         World {
-            machine: Backup::new(Duration::from_secs(60), None),
+            machine: Backup::new(Duration::from_secs(60), None, false),
             truth: Truth {
                 open: None,
                 job: Job::None,
+                hooks: Hooks::None,
                 told: false,
                 reported: false,
                 broken: false,
@@ -201,9 +270,19 @@ impl World {
         }
     }
 
+    /// One in which an earlier daemon has left hooks that are let go.
+    fn with_hooks_left() -> Self {
+        let mut world = World::new();
+        world.machine = Backup::new(Duration::from_secs(60), None, true);
+        world.truth.hooks = Hooks::Releasing;
+        world
+    }
+
     /// What tells two worlds apart, ids and times aside.
     fn state(&self) -> String {
-        let Truth { open, job, .. } = &self.truth;
+        let Truth {
+            open, job, hooks, ..
+        } = &self.truth;
         let Truth {
             told,
             reported,
@@ -221,7 +300,7 @@ impl World {
         } = &self.machine;
         let phase = self.machine.phase();
         format!(
-            "{phase} {} {stopping} {spent} {operation:?} {job:?} {told} {reported} {broken} \
+            "{phase} {} {stopping} {spent} {operation:?} {job:?} {hooks:?} {told} {reported} {broken} \
              {refuse_answer} {refuse_begin}",
             known.is_some()
         )
@@ -229,9 +308,16 @@ impl World {
 
     /// Whether this can happen now.
     fn may(&self, event: Event) -> bool {
-        let Truth { job, told, .. } = self.truth;
+        let Truth {
+            job, hooks, told, ..
+        } = self.truth;
         match event {
-            Event::JobFrozen | Event::JobFailed => job == Job::Freezing,
+            Event::JobFrozen => job == Job::Freezing,
+            Event::JobFailed => job == Job::Freezing || (job == Job::Waiting && told),
+            // One that was called off by then is not called any hook for.
+            Event::HooksFound => job == Job::Freezing && hooks == Hooks::None && !told,
+            Event::HooksReady | Event::HookFailed => hooks == Hooks::Calling,
+            Event::HooksReleased => hooks == Hooks::Releasing,
             Event::JobThawed | Event::JobThawedBadly => job == Job::Frozen && told,
             Event::Time => self.machine.next().is_some(),
             _ => true,
@@ -255,6 +341,7 @@ impl World {
                 operation,
                 time_left: Duration::from_secs(30),
                 luns: None,
+                backup_type: None,
             };
             if truth.open.replace(request).is_some() {
                 // The kernel shows one at a time: it has failed the last.
@@ -296,6 +383,19 @@ impl World {
                 truth.broken = true;
                 machine.thawed(Err("somebody else had".into()), truth);
             }
+            Event::HooksFound => (truth.job, truth.hooks) = (Job::Waiting, Hooks::Calling),
+            Event::HooksReady => {
+                truth.hooks = Hooks::Ready;
+                machine.quiesced(Ok(()), truth);
+            }
+            Event::HookFailed => {
+                truth.hooks = Hooks::Failed;
+                machine.quiesced(Err("a hook failed".into()), truth);
+            }
+            Event::HooksReleased => {
+                truth.hooks = Hooks::None;
+                machine.released(truth);
+            }
             Event::Broken => {
                 truth.broken |= truth.job != Job::None;
                 let broken = Break {
@@ -309,7 +409,7 @@ impl World {
                 let id = match &machine.phase {
                     Phase::Freezing { request, .. } => request.id,
                     Phase::Frozen { id, .. } | Phase::Thawing { id, .. } => *id,
-                    Phase::Idle | Phase::Ending => *ids,
+                    Phase::Idle | Phase::Ending(_) | Phase::Releasing(_) => *ids,
                 };
                 machine.notice(id, "the module", truth);
             }
@@ -363,10 +463,15 @@ impl World {
             truth.job == Job::None || truth.told || machine.next().is_some(),
             "frozen without a way out"
         );
-        // One request waits for the job, or for none.
+        assert!(
+            truth.job != Job::None || matches!(truth.hooks, Hooks::None | Hooks::Releasing),
+            "hooks that nobody lets go: {:?}",
+            truth.hooks
+        );
+        // One request waits for the job or the hooks, or for none.
         let waits = matches!(
             machine.phase,
-            Phase::Freezing { .. } | Phase::Thawing { .. }
+            Phase::Freezing { .. } | Phase::Thawing { .. } | Phase::Releasing(Some(_))
         );
         assert!(
             truth.open.is_none() || waits,
@@ -382,23 +487,25 @@ impl World {
 
     /// From here on nothing happens but what must: it has to come to rest, everything answered.
     fn drain(mut self) {
-        for _ in 0..4 {
+        for _ in 0..6 {
             match (self.truth.job, self.truth.told) {
-                (Job::None, _) => break,
+                (Job::None, _) => self.happen(Event::HooksReleased),
                 (Job::Freezing, true) => self.happen(Event::JobFrozen),
+                (Job::Waiting, true) => self.happen(Event::JobFailed),
                 (Job::Frozen, true) => self.happen(Event::JobThawed),
                 (_, false) => self.happen(Event::Time),
             }
         }
-        assert!(self.machine.is_idle(), "it does not come to rest");
+        assert_eq!(self.machine.phase, Phase::Idle, "it does not come to rest");
         assert_eq!(self.truth.open, None, "a request was not answered");
+        assert_eq!(self.truth.hooks, Hooks::None, "a hook was not let go");
     }
 }
 
 #[test]
 fn every_state_keeps_the_rules() {
     let mut seen = HashSet::new();
-    let mut worlds = vec![World::new()];
+    let mut worlds = vec![World::new(), World::with_hooks_left()];
     while let Some(world) = worlds.pop() {
         if !seen.insert(world.state()) {
             continue;
@@ -442,7 +549,7 @@ fn a_clean_backup_is_good() {
     let world = after(&[Freeze, JobFrozen, Thaw, JobThawed]);
     let rest = Backup {
         spent: true,
-        ..Backup::new(Duration::from_secs(60), None)
+        ..Backup::new(Duration::from_secs(60), None, false)
     };
     assert_eq!(world.machine, rest);
 }
@@ -460,6 +567,7 @@ fn in_v1_a_second_thaw_fails_for_the_first_may_have_been_the_kernels() {
         operation: op::THAW,
         time_left: Duration::from_secs(30),
         luns: None,
+        backup_type: None,
     };
     world.truth.open = Some(thaw);
     // What the model does not know of.
@@ -477,7 +585,11 @@ fn in_v1_a_second_thaw_fails_for_the_first_may_have_been_the_kernels() {
 #[test]
 fn a_word_that_an_earlier_daemon_left_fails_the_thaw_and_ends_with_the_next_freeze() {
     let mut world = World::new();
-    world.machine = Backup::new(Duration::from_secs(60), Some("it was stopped".into()));
+    world.machine = Backup::new(
+        Duration::from_secs(60),
+        Some("it was stopped".into()),
+        false,
+    );
     (world.truth.broken, world.truth.word) = (true, true);
     world.happen(Event::Thaw);
     world.happen(Event::Thaw);
@@ -491,4 +603,17 @@ fn whoever_minds_the_deadline_has_a_second_more_than_it() {
     let world = after(&[Event::Freeze, Event::JobFrozen]);
     let until = world.now + Duration::from_secs(61);
     assert_eq!(world.machine.next(), Some(until));
+}
+
+#[test]
+fn a_freeze_waits_for_the_hooks_of_the_last_backup_and_then_begins() {
+    use Event::{Freeze, HooksFound, HooksReady, HooksReleased, JobFrozen, JobThawed, Thaw};
+    let mut world = after(&[Freeze, HooksFound, HooksReady, JobFrozen, Thaw, JobThawed]);
+    assert_eq!(world.truth.said, Some(status::OK));
+    assert_eq!(world.machine.phase(), "releasing");
+    world.happen(Freeze);
+    assert_eq!(world.truth.job, Job::None);
+    world.happen(HooksReleased);
+    assert_eq!(world.truth.job, Job::Freezing);
+    world.drain();
 }

@@ -228,7 +228,8 @@ fn describe(command: &Command) -> String {
         Command::DevOpen { path, .. } => format!("open of {path}"),
         Command::DevRead { len, .. } => format!("read of {len} bytes from the device"),
         Command::DevWrite { hex, .. } => {
-            format!("write of {} bytes to the device", hex.len() / 2)
+            let len = lab_agent::from_hex(hex).map_or(0, |it| it.len());
+            format!("write of {len} bytes to the device")
         }
         Command::DevIoctl { request, put, .. } => match put {
             Some(put) => format!("ioctl {request:#x} of the device with {:?}", put.what),

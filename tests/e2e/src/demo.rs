@@ -17,8 +17,8 @@ use std::time::Duration;
 /// For how long the demonstration's host keeps the guest frozen, at least.
 const SNAPSHOT: Duration = Duration::from_millis(500);
 
-/// Boots a guest, backs it up and prints the timeline; leaves `timeline.txt` and `strace.txt`, a
-/// second backup under strace, in the results.
+/// Boots a guest, backs it up and prints the timeline; leaves `timeline.txt`, `timeline.svg` as the
+/// daemon's history draws it, and `strace.txt`, a second backup under strace, in the results.
 pub fn run(images: &Images) -> Result<()> {
     println!("demo: booting a stock Debian guest on the simulated host");
     let guest = Guest::start(images, Machine::ONE_CPU, 1)?;
@@ -71,6 +71,13 @@ fn back_up(guest: &Guest, images: &Images) -> Result<()> {
     let path = images.results().join("timeline.txt");
     std::fs::write(&path, &text).with_context(|| format!("cannot write {}", path.display()))?;
     println!("\n{text}");
+    let draw = "/payload/hv_vss_daemon history --svg /run/timeline.svg";
+    guest.wait_until("the backup is remembered and drawn", STEP, || {
+        Ok(guest.try_sh(draw)?.status == Some(0))
+    })?;
+    let path = images.results().join("timeline.svg");
+    std::fs::write(&path, guest.read("/run/timeline.svg")?)
+        .with_context(|| format!("cannot write {}", path.display()))?;
 
     record_closely(guest, images, &daemon)
 }

@@ -7,6 +7,7 @@
 //! guest must look like between two cases stands in [`Guest::tidy`].
 
 use crate::agent::{Agent, CallError, Pending};
+use crate::speed;
 use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
 use hyperv_sim::storage::{Controller, Disk, Image};
@@ -21,7 +22,7 @@ use std::time::{Duration, Instant};
 pub const STEP: Duration = Duration::from_secs(30);
 
 /// How long a guest may take to boot.
-const BOOT: Duration = Duration::from_secs(75);
+const BOOT: Duration = Duration::from_secs(150);
 
 /// Where the device of both modules is.
 pub const DEVICE: &str = "/dev/vmbus/hv_vss";
@@ -190,7 +191,7 @@ pub struct Images {
     kernel: PathBuf,
     payload: PathBuf,
     results: PathBuf,
-    patience: u32,
+    patience: f64,
     /// Whether our module is there: not every kernel takes it.
     has_module: bool,
 }
@@ -241,13 +242,14 @@ impl Images {
             kernel: payload.join("vmlinuz"),
             payload: payload.to_owned(),
             results,
-            patience: 1,
+            patience: 1.0,
             has_module,
         })
     }
 
     /// The same with a kernel that is so many times slower than a stock one.
     pub fn with_patience(self, patience: u32) -> Images {
+        let patience = f64::from(patience);
         Images { patience, ..self }
     }
 
@@ -303,6 +305,12 @@ impl Guest {
         Guest::boot(images, machine, &number.to_string(), Image::default())
     }
 
+    /// Fits all limits from now on to how busy this machine is elsewhere.
+    pub fn mind_the_speed(&self) {
+        let patience = self.images.patience * speed::slowness();
+        self.host().set_patience(patience);
+    }
+
     /// Boots another guest of the kind that this one is, with this content on its root's disk.
     pub fn start_from(&self, root: Image) -> Result<Guest> {
         Guest::boot(&self.images, self.machine, "restored", root)
@@ -313,7 +321,7 @@ impl Guest {
         config.initrd = images.initrd(machine.userland);
         config.cpus = machine.cpus;
         config.memory_mib = machine.memory_mib;
-        config.host.patience = images.patience;
+        config.host.patience = images.patience * speed::slowness();
         config.host.scsi_controllers = machine.scsi_controllers;
         config.host.vmbus_versions.retain(|it| *it <= machine.vmbus);
         // An oops ends the guest at once, so that it is reported where it happened.
@@ -879,6 +887,13 @@ impl Guest {
                     "for f in $(ls -t /run/*.log | head -n 6); do echo \"== $f\"; tail -n 15 $f; done";
                 if let Ok(ended) = self.try_sh(logs) {
                     text.push_str(&format!("what programs wrote:\n{}\n", ended.out));
+                }
+                let ours = "for pid in $(pidof hv_vss_daemon hv_vss_guard); do
+                                echo \"== $pid\"; cut -d ' ' -f 2-6 /proc/$pid/stat; grep ^Sig /proc/$pid/status
+                                for t in /proc/$pid/task/*/stack; do head -n 4 $t; echo; done
+                            done";
+                if let Ok(ended) = self.try_sh(ours) {
+                    text.push_str(&format!("where ours are:\n{}\n", ended.out));
                 }
             }
             Err(error) => text.push_str(&format!("the guest does not answer: {error}\n")),

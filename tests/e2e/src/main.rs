@@ -12,6 +12,7 @@ mod runner;
 mod shard;
 
 use anyhow::{ensure, Context, Result};
+use cases::When;
 use clap::{Parser, Subcommand};
 use e2e::guest;
 use hyperv_sim::VmbusVersion;
@@ -56,6 +57,9 @@ enum Action {
         /// The newest VMBus version of every host, such as 4.1 [default: as with --cpus]
         #[arg(long, value_parser = parse_vmbus)]
         vmbus: Option<VmbusVersion>,
+        /// Also the long ones, which otherwise run when named in full
+        #[arg(long)]
+        all: bool,
         /// Run only this part of them, such as 1/2
         #[arg(long, value_name = "PART")]
         shard: Option<shard::Shard>,
@@ -102,7 +106,8 @@ fn select(globs: &[String]) -> Result<Vec<cases::Case>> {
 /// or not at all.
 fn report(results: &Path, verdicts: &[runner::Verdict]) -> Result<bool> {
     let ran = |case: &cases::Case| verdicts.iter().any(|it| it.name == case.name);
-    if cases::all().iter().all(|case| case.on_request || ran(case)) {
+    let is_whole = |case: &cases::Case| case.when != When::Always || ran(case);
+    if cases::all().iter().all(is_whole) {
         runner::write_comparison(&results.join("comparison.md"), verdicts)?;
     }
     runner::print_slowest(verdicts);
@@ -125,11 +130,15 @@ fn perform(action: Action) -> Result<bool> {
             patience,
             cpus,
             vmbus,
+            all,
             shard,
         } => {
             cases::set_schedule(rounds, seed);
             let mut chosen = select(&globs)?;
-            chosen.retain(|case| !case.on_request || globs.iter().any(|glob| glob == case.name));
+            chosen.retain(|case| {
+                let wanted = case.when == When::Always || (all && case.when == When::All);
+                wanted || globs.iter().any(|glob| glob == case.name)
+            });
             for case in &mut chosen {
                 case.machine.cpus = cpus.unwrap_or(case.machine.cpus);
                 case.machine.vmbus = vmbus.unwrap_or(case.machine.vmbus);

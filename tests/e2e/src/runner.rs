@@ -9,6 +9,7 @@
 use crate::cases::Case;
 use anyhow::{anyhow, Context, Result};
 use e2e::guest::{Comparison, Guest, Images};
+use e2e::speed;
 use hyperv_sim::Exit;
 use serde::{Deserialize, Serialize};
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -49,8 +50,9 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
                 if guest.is_ok() {
                     let took = start.elapsed().as_secs_f64();
                     println!(
-                        "     guest {booted} ({}) is up after {took:.1} s",
-                        case.machine
+                        "     guest {booted} ({}) is up after {took:.1} s, a piece of work takes {:.1?}",
+                        case.machine,
+                        speed::measure()
                     );
                 }
                 guest
@@ -96,6 +98,7 @@ struct Passed {
 
 /// Runs one case. On failure the guest is ended and what it left behind is in the error.
 fn run_one(case: &Case, guest: Guest) -> Result<Passed> {
+    guest.mind_the_speed();
     let limit = CASE_LIMIT + case.per_round * crate::cases::rounds();
     let limit = guest.host().patience(limit);
     let guest = Arc::new(guest);
@@ -164,11 +167,15 @@ pub fn print_slowest(verdicts: &[Verdict]) {
     }
 }
 
-/// Prints the closing line and says whether everything passed.
+/// Prints the closing lines and says whether everything passed. Of a case that failed they have what
+/// it said first, for whoever sees no more than the end.
 pub fn close(verdicts: &[Verdict]) -> bool {
     let failed = verdicts.iter().filter(|it| !it.passed).count();
-    for verdict in verdicts.iter().filter(|it| !it.passed) {
-        println!("failed: {}", verdict.name);
+    for verdict in verdicts {
+        if let Some(error) = &verdict.error {
+            let first = error.lines().next().unwrap_or_default();
+            println!("failed: {}: {first}", verdict.name);
+        }
     }
     println!("{} passed, {failed} failed", verdicts.len() - failed);
     failed == 0

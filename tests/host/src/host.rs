@@ -17,6 +17,7 @@ use crate::storage::{vstor, Controller};
 use crate::synic::{Registers, SynIc};
 use crate::vm::Exit;
 use crate::vmbus::protocol::{Guid, VmbusVersion};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
@@ -37,8 +38,8 @@ pub struct HostConfig {
     /// [`HostConfig::MAX_SCSI_CONTROLLERS`].
     pub scsi_controllers: u8,
     /// How many times longer than asked whoever waits for the guest waits: limits are made for a
-    /// stock kernel.
-    pub patience: u32,
+    /// stock kernel on a machine that is not busy elsewhere.
+    pub patience: f64,
 }
 
 impl Default for HostConfig {
@@ -50,7 +51,7 @@ impl Default for HostConfig {
             heartbeat: true,
             shutdown: true,
             scsi_controllers: 0,
-            patience: 1,
+            patience: 1.0,
         }
     }
 }
@@ -241,6 +242,8 @@ struct Shared {
     /// The disks of the SCSI controllers.
     units: Vec<Arc<Mutex<Units>>>,
     console: Arc<Console>,
+    /// See [`HostConfig::patience`]; the bits of an `f64`.
+    patience: AtomicU64,
 }
 
 /// A handle that does not keep the host alive: for the threads of its devices.
@@ -267,7 +270,6 @@ impl WeakHost {
 #[derive(Clone)]
 pub struct Host {
     shared: Arc<Shared>,
-    patience: u32,
 }
 
 impl Host {
@@ -301,18 +303,22 @@ impl Host {
                 dialogues,
                 units,
                 console,
+                patience: AtomicU64::new(config.patience.to_bits()),
             }
         });
-        Host {
-            shared,
-            patience: config.patience,
-        }
+        Host { shared }
     }
 
     /// How long to wait for this guest where one with a stock kernel is given so much time. All
     /// methods with a limit do that by themselves.
     pub fn patience(&self, limit: Duration) -> Duration {
-        limit * self.patience
+        limit.mul_f64(f64::from_bits(self.shared.patience.load(Ordering::Relaxed)))
+    }
+
+    /// Changes [`HostConfig::patience`], for what begins to wait from now on.
+    pub fn set_patience(&self, patience: f64) {
+        let bits = patience.to_bits();
+        self.shared.patience.store(bits, Ordering::Relaxed);
     }
 
     /// Time since the machine was started: the clock of all events.

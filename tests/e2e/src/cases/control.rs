@@ -4,11 +4,13 @@
 //! what is frozen.
 
 use super::deadman::{released, RELEASED};
-use super::{case, load, observe, start, stop, wait_for_daemon, Case};
+use super::lifecycle::take_over;
+use super::{case, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused};
-use e2e::guest::{Daemon, Guest, Module, STEP};
-use hyperv_sim::ic::status;
+use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
+use hyperv_sim::ic::vss::VERSIONS;
+use hyperv_sim::ic::{status, FRAMEWORKS};
 
 pub const CASES: &[Case] = &[
     case(
@@ -31,6 +33,32 @@ pub const CASES: &[Case] = &[
         "from the stock module to ours under a running daemon: it freezes by what each offers",
         hand_over,
     ),
+    case(
+        "control/status-and-history",
+        "status while idle, frozen, after a backup that failed, without a daemon; the history says when, how \
+         and why, survives the daemon, and is drawn; each outcome has its exit status",
+        status_and_history,
+    ),
+    case(
+        "control/check",
+        "check names what would fail a backup and what is known to be trouble, and so does a start that \
+         cannot be",
+        check,
+    ),
+    case(
+        "control/reload",
+        "reload by hand and by SIGHUP: another rule is in force with the next backup; a bad file, named \
+         with line and column, changes nothing",
+        reload,
+    ),
+    Case {
+        machine: Machine::SYSTEMD,
+        ..case(
+            "control/systemctl-reload",
+            "systemctl reload puts a drop-in in force; with a bad one it fails and the journal says where",
+            systemctl_reload,
+        )
+    },
     case(
         "control/footprint",
         "held by the module: one process of 3.5 MiB at most; else a guard beside it",
@@ -141,15 +169,243 @@ fn hand_over(guest: &Guest) -> Result<()> {
         both.clone(),
     )?;
     equal("guards with the stock module", guards()?, 1)?;
-    guest.unload(Module::Stock)?;
-    guest.vss().wait_closed(STEP)?;
-    load(guest, Module::Ours, &[])?;
+    // Its descriptor keeps hv_utils loaded, but not bound.
+    guest.load(Module::Ours, &[])?;
+    take_over(guest)?;
+    guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
     wait_for_daemon(guest)?;
     equal("a backup with ours", observe(guest)?, both)?;
     let said = guest.output(&daemon)?;
     let holds = said.contains("the module holds what is frozen");
     equal("guards with ours", guards()?, usize::from(!holds))?;
-    stop(guest, Module::Ours, &daemon)
+    stop(guest, Module::Ours, &daemon)?;
+    guest.unload(Module::Stock).map(drop)
+}
+
+/// The program with these words must end so; returns what it has printed.
+fn asked(guest: &Guest, words: &str, code: i32) -> Result<String> {
+    let ended = guest.try_sh(&format!("/payload/hv_vss_daemon {words}"))?;
+    ensure!(
+        ended.status == Some(code),
+        "{words} should end with {code}, it was: {ended:?}"
+    );
+    Ok(ended.out + &ended.err)
+}
+
+fn status_and_history(guest: &Guest) -> Result<()> {
+    make_one(guest)?;
+    let vss = guest.vss();
+    guest.sh("rm -rf /etc/hv_vss /var/lib/hv_vss")?;
+    asked(guest, "status", 3)?;
+    equal(
+        "no history",
+        asked(guest, "history --json", 0)?.trim(),
+        "[]",
+    )?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let text = asked(guest, "status", 0)?;
+    ensure!(text.contains("none is remembered"), "{text}");
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    let text = asked(guest, "status", 5)?;
+    ensure!(text.contains("frozen"), "{text}");
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    let remembered = |number: usize| {
+        let mut all = serde_json::Value::Null;
+        guest.wait_until("the backup is remembered", STEP, || {
+            let out = guest.try_sh("/payload/hv_vss_daemon history --json")?.out;
+            all = serde_json::from_str(&out)?;
+            Ok(all.as_array().map(Vec::len) == Some(number))
+        })?;
+        Ok::<_, anyhow::Error>(all)
+    };
+    let all = remembered(1)?;
+    let names: Vec<&str> = all[0]["file_systems"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|it| it["name"].as_str())
+        .collect();
+    ensure!(
+        all[0]["result"] == "good"
+            && names.len() == 2
+            && names[0].starts_with("/mnt/a (ext4")
+            && names[1].starts_with("/ (ext4"),
+        "what is remembered: {all}"
+    );
+    asked(guest, "status", 0)?;
+    // One whose hook fails.
+    guest.sh("mkdir -p /etc/hv_vss/hooks.d
+         printf '#!/bin/sh\\n[ $1 != freeze ]\\n' >/etc/hv_vss/hooks.d/10-a
+         chmod 755 /etc/hv_vss/hooks.d/10-a")?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    let all = remembered(2)?;
+    ensure!(
+        all[1]["result"] == "failed"
+            && all[1]["why"] == "hook 10-a: it failed with exit status 1"
+            && all[1]["hooks"].as_array().map(Vec::len) == Some(2),
+        "what is remembered: {all}"
+    );
+    let text = asked(guest, "history", 4)?;
+    ensure!(
+        text.lines().count() == 3 && text.contains("exit status 1"),
+        "{text}"
+    );
+    asked(guest, "status", 4)?;
+    stop(guest, guest.module(), &daemon)?;
+    asked(guest, "status", 3)?;
+    asked(guest, "history", 4)?;
+    for (number, word) in [(2, "/mnt/a (ext4"), (1, "hook 10-a")] {
+        asked(
+            guest,
+            &format!("history --svg /run/a.svg --number {number}"),
+            0,
+        )?;
+        let svg = guest.read("/run/a.svg")?;
+        ensure!(svg.starts_with("<svg") && svg.contains(word), "{svg}");
+    }
+    asked(guest, "history --svg /run/a.svg --number 3", 1)?;
+    guest.sh("rm -rf /etc/hv_vss /var/lib/hv_vss").map(drop)
+}
+
+fn check(guest: &Guest) -> Result<()> {
+    make_one(guest)?;
+    guest.sh("rm -rf /etc/hv_vss; mkdir -p /etc/hv_vss/hooks.d")?;
+    let says = |text: &str, words: &[&str]| {
+        for word in words {
+            ensure!(
+                text.contains(word),
+                "check should say {word:?}, it said:\n{text}"
+            );
+        }
+        Ok(())
+    };
+    let text = asked(guest, "check", 6)?;
+    says(&text, &["PROBLEM", "no driver is loaded: modprobe hv_vss"])?;
+    let text = asked(guest, "run -n", 1)?;
+    says(&text, &["no /dev/vmbus/hv_vss: no driver is loaded"])?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let text = asked(guest, "check", 0)?;
+    says(&text, &["serves /dev/vmbus/hv_vss", "2 are to be frozen"])?;
+    guest.sh("echo 10 >/proc/sys/kernel/hung_task_timeout_secs
+         echo 1 >/proc/sys/kernel/hung_task_panic")?;
+    guest.watch_opens("/mnt/a", Some("/run/opens"))?;
+    guest.sh("echo 'exclude.types = [\"zfs\"]' >/etc/hv_vss/daemon.toml")?;
+    let text = asked(guest, "check", 7);
+    guest.release_opens()?;
+    guest.sh("echo 0 >/proc/sys/kernel/hung_task_panic
+         echo 120 >/proc/sys/kernel/hung_task_timeout_secs")?;
+    says(
+        &text?,
+        &[
+            "hung_task_panic",
+            "(fanotify)",
+            "exclude type zfs matches no file system",
+        ],
+    )?;
+    guest.sh(
+        "touch /etc/hv_vss/hooks.d/10-a; chmod 777 /etc/hv_vss/hooks.d/10-a
+         echo 'deadline = 0' >/etc/hv_vss/daemon.toml",
+    )?;
+    let text = asked(guest, "check", 6)?;
+    says(
+        &text,
+        &["10-a is not run", "others than root", "line 1, column 12"],
+    )?;
+    let json = asked(guest, "check --json", 6)?;
+    let all: serde_json::Value = serde_json::from_str(&json)?;
+    let problems = all.as_array().into_iter().flatten();
+    let problems = problems.filter(|it| it["grade"] == "problem").count();
+    equal("problems in JSON", problems, 2)?;
+    guest.sh("rm -rf /etc/hv_vss")?;
+    stop(guest, guest.module(), &daemon)
+}
+
+fn reload(guest: &Guest) -> Result<()> {
+    const RELOAD: &str = "/payload/hv_vss_daemon reload";
+    const FOLDER: &str = "/etc/hv_vss/daemon.toml.d";
+    make_one(guest)?;
+    guest.sh(&format!("rm -rf /etc/hv_vss; mkdir -p {FOLDER}"))?;
+    let put = |path: &str, text: &str| guest.sh(&format!("printf '{text}' >{path}"));
+    let all = super::good(&["/writer", "/mnt/a/w"]);
+    let root_alone = super::Seen {
+        still: vec!["/writer".into()],
+        moving: vec!["/mnt/a/w".into()],
+        ..all.clone()
+    };
+    put("/etc/hv_vss/daemon.toml", "strict = false\\n")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    equal("a backup by the file", observe(guest)?, all.clone())?;
+    put(
+        &format!("{FOLDER}/10-a.toml"),
+        "exclude.paths = [\"/mnt/a\"]\\n",
+    )?;
+    equal("a backup before the reload", observe(guest)?, all.clone())?;
+    guest.sh(RELOAD)?;
+    equal("a backup after it", observe(guest)?, root_alone.clone())?;
+    put(
+        &format!("{FOLDER}/20-b.toml"),
+        "exclude.paths = []\\ndeadlin = 5\\n",
+    )?;
+    let ended = guest.try_sh(RELOAD)?;
+    ensure!(
+        ended.status == Some(1)
+            && ended.err.contains("20-b.toml")
+            && ended.err.contains("line 2, column 1"),
+        "reload should say what is wrong, it was: {ended:?}"
+    );
+    equal("a backup after a bad one", observe(guest)?, root_alone)?;
+    put(
+        &format!("{FOLDER}/20-b.toml"),
+        "exclude.paths = []\\nrun_dir = \"/run/other\"\\n",
+    )?;
+    guest.signal(&daemon, 1)?;
+    guest.wait_until(
+        "it has read it again and said what it cannot do",
+        STEP,
+        || {
+            let said = guest.output(&daemon)?;
+            Ok(said.contains("run_dir changes with the next start")
+                && said.matches("the configuration is read again").count() == 2)
+        },
+    )?;
+    equal("a backup after SIGHUP", observe(guest)?, all)?;
+    guest.sh("rm -rf /etc/hv_vss")?;
+    stop(guest, guest.module(), &daemon)
+}
+
+fn systemctl_reload(guest: &Guest) -> Result<()> {
+    const JOURNAL: &str = "journalctl --quiet --boot --unit hv_vss";
+    guest.sh("modprobe hv_vss")?;
+    guest.wait_until("the service serves", STEP, || {
+        let status = guest.try_sh("/usr/sbin/hv_vss status --json")?;
+        Ok(status.status == Some(0) && status.out.contains("held"))
+    })?;
+    let put = |text: &str| {
+        guest.sh(&format!(
+            "mkdir -p /etc/hv_vss/daemon.toml.d
+             echo '{text}' >/etc/hv_vss/daemon.toml.d/test.toml"
+        ))
+    };
+    put("deadline = 30")?;
+    guest.sh("systemctl reload hv_vss")?;
+    put("deadline = x")?;
+    let ended = guest.try_sh("systemctl reload hv_vss")?;
+    ensure!(
+        ended.status != Some(0),
+        "systemctl reload should fail with a bad file: {ended:?}"
+    );
+    guest.wait_until("the journal says where", STEP, || {
+        let text = guest.sh(JOURNAL)?;
+        Ok(text.contains("the configuration is read again")
+            && text.contains("test.toml")
+            && text.contains("line 1, column 12")
+            && text.contains("the configuration stays as it was"))
+    })?;
+    let active = guest.sh("systemctl is-active hv_vss")?;
+    equal("the service", active.trim(), "active")?;
+    guest
+        .sh("rm /etc/hv_vss/daemon.toml.d/test.toml; systemctl stop hv_vss")
+        .map(drop)
 }
 
 fn footprint(guest: &Guest) -> Result<()> {

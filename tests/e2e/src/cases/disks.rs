@@ -3,7 +3,7 @@
 //! The host's SCSI disks, as the stock `hv_storvsc` and `sd` drivers find them: they are the judges
 //! of the host. Nothing here is about backups.
 
-use super::Case;
+use super::{Case, When};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{equal, refused};
 use e2e::guest::{Guest, Machine, STEP};
@@ -59,7 +59,7 @@ pub(super) const fn case(
         about,
         machine: Machine::SCSI,
         per_round: Duration::ZERO,
-        on_request: false,
+        when: When::Always,
         run,
     }
 }
@@ -123,7 +123,7 @@ impl Attached {
     /// Takes it off its controller and waits until the guest has done the same.
     pub(super) fn detach(self, guest: &Guest) -> Result<()> {
         self.controller.detach(self.lun);
-        guest.wait_until("the guest has no such disk any more", STEP, || {
+        guest.wait_until("the guest has no such disk any more", STEP * 2, || {
             Ok(self.find(guest)?.is_none())
         })
     }

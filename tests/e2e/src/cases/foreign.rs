@@ -240,8 +240,8 @@ fn quit_key(guest: &Guest) -> Result<()> {
         guest.wait_until("both writers stand still", STEP, || {
             Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
         })?;
-        let at = guest.clock()?;
         guest.sh(&format!("kill -s {signal} -- -$(cat /run/group)"))?;
+        let at = guest.clock()?;
         released(guest, &format!("SIG{signal} to the group"), at, RELEASED)?;
         guest.wait(&rehearsal, STEP)?;
         for path in ["/", "/mnt/a", "/mnt/v"] {

@@ -158,7 +158,7 @@ fn hung_device(guest: &Guest) -> Result<()> {
 }
 
 /// The longest time that a writer stood still since then, or has until now.
-fn longest_stall(guest: &Guest, since: u64) -> Result<Duration> {
+pub(super) fn longest_stall(guest: &Guest, since: u64) -> Result<Duration> {
     let seen = guest.stalls(since)?;
     let stood = seen.stalls.iter();
     let stood = stood.map(|it| it.ended_us.unwrap_or(seen.now_us) - it.began_us);

@@ -7,7 +7,7 @@
 //! and in one case [`WRITES`] writes besides.
 
 use super::{backup, load, rounds, seed, start, wait_for_daemon};
-use super::{Case, Growth, ModuleState};
+use super::{Case, Growth, ModuleState, When};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Blocking, Daemon, Guest, Machine, Module, STEP};
@@ -61,7 +61,7 @@ const fn storm(name: &'static str, about: &'static str, run: fn(&Guest) -> Resul
         about,
         machine: Machine::ONE_CPU,
         per_round: Duration::from_secs(6),
-        on_request: false,
+        when: When::Always,
         run,
     }
 }
@@ -429,7 +429,7 @@ fn flood(guest: &Guest) -> Result<()> {
                     }
                     slowest = slowest.max(info.latency).max(check.latency);
                 }
-                guest.wait_until("a process has written 50 times", BOUND, || {
+                guest.wait_until("a process has written 50 times", STEP, || {
                     Ok(writes(guest)? > start + 50)
                 })?;
                 guest.wait_until("it is a flood", STEP, || Ok(sent.load(SeqCst) > 3000))

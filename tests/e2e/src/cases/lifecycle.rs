@@ -4,7 +4,7 @@
 
 use super::abi::{answer_v2, read_request, register};
 use super::dialogue::{Abi, Scripted};
-use super::{backup, case, make_file_systems, rounds, Case, Growth, ModuleState};
+use super::{backup, case, make_file_systems, rounds, Case, Growth, ModuleState, When};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Blocking, Daemon, Device, Guest, Machine, Module, STEP};
@@ -120,7 +120,7 @@ const fn cycles(name: &'static str, about: &'static str, run: fn(&Guest) -> Resu
         about,
         machine: Machine::ONE_CPU,
         per_round: Duration::from_secs(6),
-        on_request: false,
+        when: When::Always,
         run,
     }
 }
@@ -610,7 +610,9 @@ fn dying_daemon(guest: &Guest) -> Result<()> {
             );
             if is_read {
                 // It may have frozen something, so the next one is told to thaw.
-                Scripted::start(guest, abi)?.serve(op::THAW, status::OK)?;
+                let next = Scripted::start(guest, abi)?;
+                next.serve(op::THAW, status::OK)?;
+                next.device.close()?;
             }
         }
     }
@@ -752,6 +754,16 @@ fn open_refused(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
+/// Gives our module, which is loaded, the device that `hv_utils` has, and waits until it is open.
+pub(super) fn take_over(guest: &Guest) -> Result<()> {
+    let (sysfs, device) = (sysfs(guest), guest.vss().instance().to_string());
+    guest.write(&format!("{sysfs}/driver_override"), "hv_vss")?;
+    guest.write("/sys/bus/vmbus/drivers/hv_utils/unbind", &device)?;
+    guest.vss().wait_closed(STEP)?;
+    guest.write("/sys/bus/vmbus/drivers_probe", &device)?;
+    Ok(guest.vss().wait_open(STEP)?)
+}
+
 fn hand_over(guest: &Guest) -> Result<()> {
     let host = guest.host();
     guest.load(Module::Stock, &[])?;
@@ -768,12 +780,8 @@ fn hand_over(guest: &Guest) -> Result<()> {
     // Ours does not take away what another driver has.
     guest.load(Module::Ours, &["grace_ms=20000"])?;
     equal("the driver of VSS still", driver(guest)?.trim(), "hv_utils")?;
+    take_over(guest)?;
     let (sysfs, device) = (sysfs(guest), host.vss().instance().to_string());
-    guest.write(&format!("{sysfs}/driver_override"), "hv_vss")?;
-    guest.write("/sys/bus/vmbus/drivers/hv_utils/unbind", &device)?;
-    host.vss().wait_closed(STEP)?;
-    guest.write("/sys/bus/vmbus/drivers_probe", &device)?;
-    host.vss().wait_open(STEP)?;
     equal("the driver of VSS after", driver(guest)?.trim(), "hv_vss")?;
 
     // A backup goes through ours, the others never noticed.

@@ -5,7 +5,7 @@
 //! The module was built by DKMS beforehand (`tests/lab/dkms.sh`), since the guest has no compiler; here
 //! DKMS installs it. Who serves is seen from the device's driver and from which unit is active.
 
-use super::Case;
+use super::{Case, When};
 use anyhow::{ensure, Context, Result};
 use e2e::check::equal;
 use e2e::guest::{Guest, Machine, STEP};
@@ -67,7 +67,7 @@ const fn case(
         // dpkg, perl and systemd are slow in an emulated machine.
         per_round: Duration::from_secs(30),
         // `make test-packages`: what they install takes a while to build.
-        on_request: true,
+        when: When::Named,
         run,
     }
 }

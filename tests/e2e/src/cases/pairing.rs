@@ -32,14 +32,14 @@ pub const CASES: &[Case] = &[
         |guest| backup(guest, Module::Stock, Daemon::Debian),
     ),
     Case {
-        name: "pairing/ours-ours-two-cpus",
-        about: "the same on two virtual CPUs (runs only when called by name)",
         machine: Machine::TWO_CPUS,
-        per_round: Duration::ZERO,
-        // Two emulated CPUs are too much for a slow machine.
-        on_request: true,
-        run: |guest| backup(guest, Module::Ours, Daemon::Ours),
-    },
+        ..case(
+            "pairing/ours-ours-two-cpus",
+            "the same on two virtual CPUs",
+            |guest| backup(guest, Module::Ours, Daemon::Ours),
+        )
+    }
+    .long(),
 ];
 
 /// Makes and mounts an ext4, an xfs and a btrfs file system, on `/mnt/ext4` and so on.

@@ -63,13 +63,13 @@ pub const CASES: &[Case] = &[
     },
     Case {
         per_round: Duration::from_secs(60),
-        on_request: true,
         ..case(
             "restore/backup-after-backup",
             "six file systems on slow disks, some on volumes: every copy of every backup restores",
             one_after_the_other,
         )
-    },
+    }
+    .long(),
 ];
 
 /// A case that puts several disks on and takes them off again, for which the guest scans its bus each

@@ -138,7 +138,13 @@ fn after_the_sleep(guest: &Guest, daemon: Scripted<'_>) -> Result<()> {
 }
 
 fn freeze_that_ran_out(guest: &Guest) -> Result<()> {
-    load(guest, Module::Ours, &["freeze_timeout_ms=1500"])?;
+    // Enough for the backups that are to be good.
+    let limit = guest.host().patience(Duration::from_secs(4)).as_millis();
+    load(
+        guest,
+        Module::Ours,
+        &[&format!("freeze_timeout_ms={limit}")],
+    )?;
     for abi in Abi::BOTH {
         let one = || -> Result<()> {
             let daemon = Scripted::start(guest, abi)?;
@@ -215,7 +221,11 @@ fn backups_all_the_time(guest: &Guest) -> Result<()> {
                 match told {
                     told if told.is_good() => good += 1,
                     told if told.was_frozen() => broken += 1,
-                    _ => refused += 1,
+                    _ => {
+                        refused += 1;
+                        // A guest that is asked without a pause does not get to sleep.
+                        std::thread::sleep(Duration::from_millis(200));
+                    }
                 }
             }
             Ok(())
@@ -228,7 +238,7 @@ fn backups_all_the_time(guest: &Guest) -> Result<()> {
             result.and(process)
         });
         let process = process.with_context(|| what.clone())?;
-        guest.wait(&process, STEP * 2)?;
+        guest.wait(&process, STEP * 4)?;
         vss.wait_openings(openings + 1, STEP)?;
         vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
         equal(&what, stuck_writers(guest)?, Vec::new())?;

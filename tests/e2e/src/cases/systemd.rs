@@ -5,7 +5,7 @@
 //!
 //! What the guest has of ours is what `make install` puts in place, enabled before it boots.
 
-use super::Case;
+use super::{Case, When};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, status_name};
 use e2e::guest::{Guest, Machine, STEP};
@@ -48,7 +48,7 @@ const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
         about,
         machine: Machine::SYSTEMD,
         per_round: Duration::ZERO,
-        on_request: false,
+        when: When::Always,
         run,
     }
 }

@@ -408,30 +408,60 @@ pub struct Record {
     pub text: String,
 }
 
-/// Bytes as two hexadecimal digits each.
+/// Zeros in a row from which on [`to_hex`] says how many there are: each byte on the line costs the guest
+/// an exit to its monitor, and frames are mostly zeros.
+const RUN: usize = 8;
+
+/// Bytes as two hexadecimal digits each, and long runs of zeros as their number in parentheses.
 pub fn to_hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    let mut text = String::new();
+    // Writing to a String cannot fail.
+    for group in bytes.chunk_by(|a, b| (*a == 0) == (*b == 0)) {
+        if group.len() >= RUN && group.first() == Some(&0) {
+            let _ = write!(text, "({})", group.len());
+        } else {
+            group.iter().for_each(|byte| {
+                let _ = write!(text, "{byte:02x}");
+            });
+        }
+    }
+    text
 }
 
 /// The bytes behind [`to_hex`], or `None` when the text is not such.
 pub fn from_hex(text: &str) -> Option<Vec<u8>> {
-    if text.len() % 2 != 0 || !text.is_ascii() {
-        return None;
+    let mut bytes = Vec::new();
+    let mut rest = text;
+    while !rest.is_empty() {
+        if let Some(run) = rest.strip_prefix('(') {
+            let (count, after) = run.split_once(')')?;
+            bytes.resize(bytes.len() + count.parse::<usize>().ok()?, 0);
+            rest = after;
+        } else {
+            let (byte, after) = rest.split_at_checked(2)?;
+            bytes.push(u8::from_str_radix(byte, 16).ok()?);
+            rest = after;
+        }
     }
-    (0..text.len())
-        .step_by(2)
-        .map(|at| u8::from_str_radix(text.get(at..at + 2)?, 16).ok())
-        .collect()
+    Some(bytes)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bytes_survive_the_line_and_zeros_are_cheap() {
+        let long = [&[7][..], &[0; 6000], &[1, 0, 0, 2], &[0; 8]].concat();
+        assert_eq!(to_hex(&long), "07(6000)01000002(8)");
+        for bytes in [&[][..], &[0], &[0; 7], &[0xff; 20], &long] {
+            assert_eq!(from_hex(&to_hex(bytes)).as_deref(), Some(bytes));
+        }
+        for bad in ["0", "0g", "(", "(8", "(x)", "00)", "\u{e4}"] {
+            assert_eq!(from_hex(bad), None, "{bad}");
+        }
+    }
 
     #[test]
     fn a_call_is_one_flat_object() {

@@ -214,6 +214,9 @@ fn serve(input: File, output: File) -> Result<(), Error> {
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    if let Err(error) = sys::heed_signals() {
+        eprintln!("lab-agent: signals: {error}");
+    }
     let result = match arguments[..] {
         ["-"] => duplicate(&std::io::stdin())
             .and_then(|input| serve(input, duplicate(&std::io::stdout())?)),

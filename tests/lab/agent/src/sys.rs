@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Ioctls, capabilities of a thread and what a change of users keeps: the agent's only unsafe code.
+//! Ioctls, signals, capabilities of a thread and what a change of users keeps: the agent's only unsafe
+//! code.
 
 use nix::errno::Errno;
 use nix::libc;
@@ -33,6 +34,17 @@ pub fn thaw(file: &File) -> Result<(), Errno> {
     let mut unused = 0;
     // SAFETY: as in `freeze`; `ioctl_fsthaw` takes no argument either.
     unsafe { raw::fithaw(file.as_raw_fd(), &mut unused) }.map(drop)
+}
+
+/// Lets what is started from here on be interrupted as from a terminal: a shell starts what is to run in the
+/// background with both signals ignored, and that is passed on.
+pub fn heed_signals() -> Result<(), Errno> {
+    use nix::sys::signal::{signal, SigHandler::SigDfl, Signal};
+    for it in [Signal::SIGINT, Signal::SIGQUIT] {
+        // SAFETY: no handler is set, so none can do what a handler may not.
+        unsafe { signal(it, SigDfl) }?;
+    }
+    Ok(())
 }
 
 /// Lets this thread's capabilities be as they are when it becomes another user.

@@ -1,0 +1,660 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Calls hooks: one after the other with `freeze`, and, after the thaw, each that was started with
+//! `thaw`, the last one first.
+//!
+//! It has a thread of its own, for as long as there are hooks to be called or to be let go, and waits on
+//! nothing but time, a process, what that writes and the word to let go. Each call has a process group
+//! of its own; when its time is over all of it is killed. What a hook writes is read all the time, since
+//! one that stays over the freeze would hang otherwise, and is logged after the thaw. A record of what
+//! is to be let go is in the run directory, for whoever comes after a death. It freezes nothing and
+//! decides of no backup.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{fcntl, FcntlArg, OFlag};
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::signal::{killpg, Signal};
+use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
+use nix::unistd::{pipe2, Pid};
+use serde::{Deserialize, Serialize};
+
+use crate::backup::Verdict;
+use crate::hooks::{Found, Hook, Verb};
+use crate::logbook::{words, Logbook};
+use crate::process;
+use crate::progress::Progress;
+use crate::record::{Lock, RecordError, RunDir};
+use crate::sys;
+
+/// Bytes of what a call writes that are kept.
+const MOST_OUTPUT: usize = 8192;
+/// How long what was killed may take to end.
+const GRACE: Duration = Duration::from_secs(2);
+/// Where hooks find programs.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const STACK_BYTES: usize = 128 * 1024;
+
+/// What a backup is about, for whoever is called, as environment variables.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Context(Vec<(String, String)>);
+
+impl Context {
+    /// Lists have blanks between their elements, and octal escapes for blanks within, as in the mount
+    /// table.
+    pub fn new(
+        request: u64,
+        backup_type: Option<u32>,
+        disks: &[String],
+        file_systems: &[String],
+    ) -> Self {
+        let backup_type = match backup_type {
+            // Of Msvm_VirtualSystemSnapshotSettingData; the message itself is not documented.
+            Some(1) => "full".into(),
+            Some(2) => "copy".into(),
+            Some(other) => other.to_string(),
+            None => String::new(),
+        };
+        let list = |all: &[String]| {
+            let escaped = all.iter().map(|it| escape(it));
+            escaped.collect::<Vec<_>>().join(" ")
+        };
+        let variable = |name: &str, value: String| (format!("HV_VSS_{name}"), value);
+        Context(vec![
+            variable("REQUEST", request.to_string()),
+            variable("BACKUP_TYPE", backup_type),
+            variable("DISKS", list(disks)),
+            variable("FILE_SYSTEMS", list(file_systems)),
+        ])
+    }
+}
+
+fn escape(text: &str) -> String {
+    let escaped = |c: char| match c {
+        ' ' | '\t' | '\n' | '\\' => format!("\\{:03o}", u32::from(c)),
+        other => other.into(),
+    };
+    text.chars().map(escaped).collect()
+}
+
+/// How the last backup is named in the environment of a call.
+fn word_for(verdict: Option<Verdict>) -> &'static str {
+    match verdict {
+        Some(Verdict::Good) => "good",
+        Some(Verdict::Broken) => "broken",
+        Some(Verdict::Failed) => "failed",
+        None => "unknown",
+    }
+}
+
+/// A hook that was called with `freeze`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owed {
+    /// Which.
+    pub hook: Hook,
+    /// The process of that call, with the time of its start, once it is known.
+    pub process: Option<(u32, u64)>,
+}
+
+/// Hooks that are to be let go, on record for whoever comes after a death.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookRecord {
+    /// The process that has called them.
+    pub pid: u32,
+    /// What it has told them.
+    pub context: Context,
+    /// Milliseconds that each call may take.
+    pub limit_ms: u64,
+    /// In the order of their calls.
+    pub owed: Vec<Owed>,
+}
+
+/// One call that has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Called {
+    /// The hook's name.
+    pub name: String,
+    /// What it was called with.
+    pub verb: Verb,
+    /// When.
+    pub since: Instant,
+    /// How long it took.
+    pub took: Duration,
+    /// What was wrong with it.
+    pub fault: Option<String>,
+}
+
+/// What the event loop hears.
+#[derive(Debug)]
+pub enum HookOutcome {
+    /// All are ready, or one that is required is not.
+    Quiesced(Result<(), String>),
+    /// All have been let go; these are all calls.
+    Released(Vec<Called>),
+}
+
+/// What a call needs.
+#[derive(Clone)]
+pub struct Means {
+    /// Where the record is.
+    pub run: RunDir,
+    /// Where to say what happens.
+    pub log: Logbook,
+    /// How long each call may take.
+    pub limit: Duration,
+    /// What the hooks are told.
+    pub context: Context,
+}
+
+/// The hooks of one backup, from the first call to the last.
+pub struct Calling {
+    word: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+impl Calling {
+    /// Calls `hooks` with `freeze`. `tell` is called from another thread.
+    pub fn start(
+        hooks: Vec<Found>,
+        means: Means,
+        progress: Arc<Progress>,
+        tell: impl Fn(HookOutcome) + Send + 'static,
+    ) -> Result<Self, String> {
+        let lock = means.run.lock_hooks().map_err(|error| words(&error))?;
+        let (word, theirs) = UnixStream::pair().map_err(|e| e.to_string())?;
+        let body = move || {
+            let mut calls = Calls::new(means, Some(theirs), Some(lock));
+            let result = calls.freeze(hooks, &progress);
+            if calls.word.is_none() {
+                tell(HookOutcome::Quiesced(result));
+            }
+            let verdict = calls.wait();
+            tell(HookOutcome::Released(calls.thaw(verdict)));
+        };
+        Self::spawn(word, body)
+    }
+
+    /// Lets go what somebody who has died has called, as far as it is on record in `run`.
+    pub fn recover(
+        run: &RunDir,
+        log: &Logbook,
+        tell: impl Fn(HookOutcome) + Send + 'static,
+    ) -> Result<Option<Self>, String> {
+        let left = Calls::left(run, log).map_err(|error| words(&error))?;
+        let Some(mut calls) = left else {
+            return Ok(None);
+        };
+        let (word, _) = UnixStream::pair().map_err(|e| e.to_string())?;
+        Self::spawn(word, move || tell(HookOutcome::Released(calls.thaw(None)))).map(Some)
+    }
+
+    fn spawn(word: UnixStream, body: impl FnOnce() + Send + 'static) -> Result<Self, String> {
+        let builder = Builder::new().name("hooks".into()).stack_size(STACK_BYTES);
+        let thread = builder.spawn(body).map_err(|e| e.to_string())?;
+        Ok(Calling { word, thread })
+    }
+
+    /// Lets them go, now that nothing is frozen any more. A call under way is killed first.
+    pub fn release(&self, verdict: Verdict) {
+        // It fails only when the thread has ended, and with it everything.
+        let _ = (&self.word).write_all(&[verdict as u8]);
+    }
+
+    /// Waits for the end of those that have told that they are released.
+    pub fn join(self) {
+        // A panic has ended the process.
+        let _ = self.thread.join();
+    }
+}
+
+/// Lets go what somebody who has died has called, before it returns; whether there was any.
+pub fn recover(run: &RunDir, log: &Logbook) -> Result<bool, RecordError> {
+    let left = Calls::left(run, log)?;
+    Ok(left.map(|mut calls| calls.thaw(None)).is_some())
+}
+
+/// What a call writes, as far as it is kept.
+struct Output {
+    /// Whose it is, for the log.
+    who: String,
+    /// Until nobody can write any more.
+    pipe: Option<File>,
+    kept: Vec<u8>,
+    lost: usize,
+}
+
+impl Output {
+    /// Takes what has come.
+    fn drain(&mut self) {
+        let mut part = [0; 1024];
+        while let Some(pipe) = &mut self.pipe {
+            match pipe.read(&mut part) {
+                Ok(0) => self.pipe = None,
+                Ok(n) => {
+                    let room = MOST_OUTPUT.saturating_sub(self.kept.len()).min(n);
+                    self.kept.extend(part.iter().take(room));
+                    self.lost += n - room;
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => self.pipe = None,
+            }
+        }
+    }
+}
+
+/// How a call ended.
+enum End {
+    Good,
+    Bad(String),
+    /// The word to let go has come first.
+    CutShort,
+}
+
+struct Calls {
+    means: Means,
+    /// From whoever has all thawed.
+    words: Option<UnixStream>,
+    word: Option<Option<Verdict>>,
+    /// Held from the first call to the last, unless it is that of a dead process.
+    _lock: Option<Lock>,
+    record: HookRecord,
+    /// The processes of the calls with `freeze`. They are not reaped before they are let go: a process
+    /// group has its number as long as its first process is there.
+    children: Vec<Option<Child>>,
+    outputs: Vec<Output>,
+    called: Vec<Called>,
+}
+
+impl Calls {
+    fn new(means: Means, words: Option<UnixStream>, lock: Option<Lock>) -> Self {
+        let record = HookRecord {
+            pid: std::process::id(),
+            context: means.context.clone(),
+            limit_ms: u64::try_from(means.limit.as_millis()).unwrap_or(u64::MAX),
+            owed: Vec::new(),
+        };
+        Calls {
+            means,
+            words,
+            word: None,
+            _lock: lock,
+            record,
+            children: Vec::new(),
+            outputs: Vec::new(),
+            called: Vec::new(),
+        }
+    }
+
+    /// What a dead process has on record; none whose owner lives, for that one lets go by itself.
+    fn left(run: &RunDir, log: &Logbook) -> Result<Option<Self>, RecordError> {
+        if run.read_hooks()?.is_none() {
+            return Ok(None);
+        }
+        let lock = match run.lock_hooks() {
+            Ok(lock) => Some(lock),
+            // A thread of a dead process that is inside the kernel keeps it.
+            Err(RecordError::Locked { .. }) => None,
+            Err(error) => return Err(error),
+        };
+        // Who held the lock until now may have let go meanwhile.
+        let Some(mut record) = run.read_hooks()? else {
+            return Ok(None);
+        };
+        if lock.is_none() && !process::is_dead(record.pid) {
+            return Ok(None);
+        }
+        let means = Means {
+            run: run.clone(),
+            log: log.clone(),
+            limit: Duration::from_millis(record.limit_ms),
+            context: record.context.clone(),
+        };
+        for owed in &record.owed {
+            let Some((pid, start)) = owed.process else {
+                continue;
+            };
+            if process::start_of(pid) == Some(start) {
+                let name = owed.hook.name();
+                log.warning(format!(
+                    "hook {name} of a dead daemon is still at freeze: killed"
+                ));
+                kill_and_wait(pid);
+            }
+        }
+        // It was fit when it was called first, which may be long ago.
+        record.owed.retain(|owed| {
+            let fault = owed.hook.fault();
+            if let Some(fault) = &fault {
+                let name = owed.hook.name();
+                log.error(format!("hook {name} is not let go, it is not run: {fault}"));
+            }
+            fault.is_none()
+        });
+        let children = record.owed.iter().map(|_| None).collect();
+        Ok(Some(Calls {
+            record,
+            children,
+            ..Calls::new(means, None, lock)
+        }))
+    }
+
+    /// Calls all of them with `freeze`, until one fails that is required.
+    fn freeze(&mut self, hooks: Vec<Found>, progress: &Progress) -> Result<(), String> {
+        for found in hooks {
+            let name = found.hook.name();
+            progress.begin(&name, Instant::now());
+            let end = match found.fault {
+                Some(fault) => End::Bad(format!("it is not run: {fault}")),
+                None => self.call_to_freeze(found.hook),
+            };
+            progress.end(&name);
+            match end {
+                End::Good => {}
+                End::CutShort => break,
+                End::Bad(why) if found.required => return Err(format!("hook {name}: {why}")),
+                End::Bad(why) => {
+                    let text = format!("hook {name}, which is optional: {why}");
+                    self.means.log.warning(text);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn call_to_freeze(&mut self, hook: Hook) -> End {
+        // From here on it is let go, whatever happens.
+        self.record.owed.push(Owed {
+            hook: hook.clone(),
+            process: None,
+        });
+        self.children.push(None);
+        if let Err(error) = self.means.run.write_hooks(&self.record) {
+            self.record.owed.pop();
+            self.children.pop();
+            return End::Bad(words(&error));
+        }
+        let since = Instant::now();
+        let end = match self.spawn(&hook, Verb::Freeze, None) {
+            Ok((child, pidfd)) => {
+                if let Some(owed) = self.record.owed.last_mut() {
+                    let pid = child.id();
+                    owed.process = process::start_of(pid).map(|start| (pid, start));
+                }
+                // Without it there is only nobody to kill after a death.
+                if let Err(error) = self.means.run.write_hooks(&self.record) {
+                    self.means.log.warning(words(&error));
+                }
+                let end = self.watch(&child, &pidfd, true);
+                if let Some(last) = self.children.last_mut() {
+                    *last = Some(child);
+                }
+                end
+            }
+            Err(error) => {
+                self.record.owed.pop();
+                self.children.pop();
+                End::Bad(format!("it cannot be started: {error}"))
+            }
+        };
+        self.note(&hook, Verb::Freeze, since, &end);
+        end
+    }
+
+    /// Until the word to let go comes, which may have come already. Returns how the backup went.
+    fn wait(&mut self) -> Option<Verdict> {
+        loop {
+            if let Some(verdict) = self.word {
+                return verdict;
+            }
+            self.look(None, None);
+        }
+    }
+
+    /// Lets all go, the last one first.
+    fn thaw(&mut self, verdict: Option<Verdict>) -> Vec<Called> {
+        self.say_output();
+        while let Some(owed) = self.record.owed.last().cloned() {
+            let verb = owed.hook.release(verdict);
+            let name = owed.hook.name();
+            let since = Instant::now();
+            let (end, child) = match self.spawn(&owed.hook, verb, Some(verdict)) {
+                Ok((child, pidfd)) => (self.watch(&child, &pidfd, false), Some(child)),
+                Err(error) => (End::Bad(format!("it cannot be started: {error}")), None),
+            };
+            self.note(&owed.hook, verb, since, &end);
+            self.say_output();
+            let first = self.children.pop().flatten();
+            if let End::Bad(why) = &end {
+                let log = &self.means.log;
+                log.error(format!("hook {name}, {}: {why}", verb.as_str()));
+                // A session that it keeps ends with it.
+                for child in [&first, &child].into_iter().flatten() {
+                    kill(child.id());
+                }
+            }
+            for mut child in [first, child].into_iter().flatten() {
+                // One that cannot be killed is left behind.
+                let _ = child.try_wait();
+            }
+            self.record.owed.pop();
+            let done = match self.record.owed.is_empty() {
+                true => self.means.run.remove_hooks(),
+                false => self.means.run.write_hooks(&self.record),
+            };
+            if let Err(error) = done {
+                self.means.log.warning(words(&error));
+            }
+        }
+        self.say_output();
+        std::mem::take(&mut self.called)
+    }
+
+    fn note(&mut self, hook: &Hook, verb: Verb, since: Instant, end: &End) {
+        let (name, took) = (hook.name(), since.elapsed());
+        let fault = match end {
+            End::Good => None,
+            End::Bad(why) => Some(why.clone()),
+            End::CutShort => Some("called off".into()),
+        };
+        let how = fault.as_deref().unwrap_or("ended well");
+        let (word, seconds) = (verb.as_str(), took.as_secs_f64());
+        let text = format!("hook {name}, {word}: {how} after {seconds:.3} s");
+        self.means.log.info(text);
+        self.called.push(Called {
+            name,
+            verb,
+            since,
+            took,
+            fault,
+        });
+    }
+
+    fn spawn(
+        &mut self,
+        hook: &Hook,
+        verb: Verb,
+        verdict: Option<Option<Verdict>>,
+    ) -> io::Result<(Child, OwnedFd)> {
+        let (ours, theirs) = pipe2(OFlag::O_CLOEXEC)?;
+        fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        let Context(variables) = &self.means.context;
+        let mut command = Command::new(&hook.path);
+        command
+            .arg(verb.as_str())
+            .current_dir("/")
+            .env_clear()
+            .env("PATH", PATH)
+            .envs(variables.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(theirs.try_clone()?)
+            .stderr(theirs)
+            .process_group(0);
+        for name in ["LANG", "TZ"] {
+            if let Some(value) = std::env::var_os(name) {
+                command.env(name, value);
+            }
+        }
+        if let Some(verdict) = verdict {
+            command.env("HV_VSS_OUTCOME", OsStr::new(word_for(verdict)));
+        }
+        sys::start_as_an_ordinary_process(&mut command);
+        let mut child = command.spawn()?;
+        let pidfd = match sys::pidfd_open(child.id()) {
+            Ok(pidfd) => pidfd,
+            Err(error) => {
+                kill(child.id());
+                child.wait()?;
+                return Err(error);
+            }
+        };
+        self.outputs.push(Output {
+            who: format!("hook {}, {}", hook.name(), verb.as_str()),
+            pipe: Some(ours.into()),
+            kept: Vec::with_capacity(MOST_OUTPUT),
+            lost: 0,
+        });
+        Ok((child, pidfd))
+    }
+
+    /// Waits for the end of a call, within its time; `may_end` when the word to let go ends it.
+    fn watch(&mut self, child: &Child, pidfd: &OwnedFd, may_end: bool) -> End {
+        let limit = self.means.limit;
+        let mut until = Instant::now() + limit;
+        let mut killed: Option<End> = None;
+        loop {
+            if self.look(Some(pidfd), Some(until)) {
+                return killed.unwrap_or_else(|| how_it_ended(child.id()));
+            }
+            if may_end && self.word.is_some() && killed.is_none() {
+                killed = Some(End::CutShort);
+            } else if Instant::now() < until {
+                continue;
+            } else if let Some(end) = killed {
+                let pid = child.id();
+                let text = format!("process {pid} of a hook was killed and does not end");
+                self.means.log.error(text);
+                return end;
+            } else {
+                let seconds = limit.as_secs_f64();
+                let text = format!("killed, it took longer than {seconds} s (hooks.limit)");
+                killed = Some(End::Bad(text));
+            }
+            kill(child.id());
+            until = Instant::now() + GRACE;
+        }
+    }
+
+    /// Waits until something happens: to this process, to a pipe, the word to let go; and deals with
+    /// all but the first. Returns whether the process has ended.
+    fn look(&mut self, process: Option<&OwnedFd>, until: Option<Instant>) -> bool {
+        let left = until.map(|it| it.saturating_duration_since(Instant::now()));
+        let timeout = match left {
+            // Rounded up: it is not looked at over and over in the last millisecond.
+            Some(left) => PollTimeout::try_from(left + Duration::from_millis(1)),
+            None => Ok(PollTimeout::NONE),
+        };
+        let waits_for_word = self.words.as_ref().filter(|_| self.word.is_none());
+        let pipes = self.outputs.iter().filter_map(|it| it.pipe.as_ref());
+        let all = process.map(|it| it.as_fd()).into_iter();
+        let all = all.chain(waits_for_word.map(|it| it.as_fd()));
+        let all = all.chain(pipes.map(|it| it.as_fd()));
+        let mut fds: Vec<PollFd> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let happened = poll(&mut fds, timeout.unwrap_or(PollTimeout::MAX));
+        let is_set = |fd: Option<&PollFd>| fd.and_then(PollFd::any).unwrap_or(false);
+        let mut fds = fds.iter();
+        let has_ended = process.is_some() && is_set(fds.next());
+        let has_word = waits_for_word.is_some() && is_set(fds.next());
+        if matches!(happened, Ok(0) | Err(Errno::EINTR)) {
+            return false;
+        }
+        if has_word {
+            self.hear();
+        }
+        for output in &mut self.outputs {
+            output.drain();
+        }
+        has_ended
+    }
+
+    fn hear(&mut self) {
+        let mut byte = [0];
+        let read = self.words.as_mut().map(|it| it.read(&mut byte));
+        let all = [Verdict::Good, Verdict::Broken, Verdict::Failed];
+        let verdict = all.into_iter().find(|it| *it as u8 == byte[0]);
+        // The loss of whoever could say it means the same as the word.
+        self.word = Some(verdict.filter(|_| matches!(read, Some(Ok(1)))));
+    }
+
+    /// Logs what has been written so far. Nothing is frozen.
+    fn say_output(&mut self) {
+        for output in &mut self.outputs {
+            output.drain();
+            let kept = std::mem::take(&mut output.kept);
+            let who = &output.who;
+            for line in String::from_utf8_lossy(&kept).lines() {
+                let line: String = line.chars().filter(|c| !c.is_control()).collect();
+                self.means.log.info(format!("{who}: {line}"));
+            }
+            match std::mem::take(&mut output.lost) {
+                0 => {}
+                lost => {
+                    let text = format!("{who}: {lost} further bytes were not kept");
+                    self.means.log.info(text);
+                }
+            }
+        }
+        self.outputs.retain(|it| it.pipe.is_some());
+    }
+}
+
+/// Kills a whole process group, whose first process has not been reaped.
+fn kill(group: u32) {
+    if let Ok(group) = i32::try_from(group) {
+        // It fails when all of it has ended.
+        let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+    }
+}
+
+/// The same for one that is somebody else's child.
+fn kill_and_wait(group: u32) {
+    let Ok(pidfd) = sys::pidfd_open(group) else {
+        return;
+    };
+    kill(group);
+    let until = Instant::now() + GRACE;
+    let mut left = GRACE;
+    while !left.is_zero() {
+        let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+        if !matches!(poll(&mut fds, timeout), Err(Errno::EINTR)) {
+            return;
+        }
+        left = until.saturating_duration_since(Instant::now());
+    }
+}
+
+/// How a child ended, which is not reaped by that.
+fn how_it_ended(pid: u32) -> End {
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | WaitPidFlag::WNOHANG;
+    let pid = Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX));
+    match waitid(Id::Pid(pid), flags) {
+        Ok(WaitStatus::Exited(_, 0)) => End::Good,
+        Ok(WaitStatus::Exited(_, code)) => End::Bad(format!("it failed with exit status {code}")),
+        Ok(WaitStatus::Signaled(_, signal, _)) => End::Bad(format!("it was killed by {signal}")),
+        other => End::Bad(format!("its end is not known: {other:?}")),
+    }
+}
+
+#[cfg(test)]
+mod tests;

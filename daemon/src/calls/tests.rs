@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Real programs, called as a backup calls them.
+
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use std::sync::mpsc::{channel, Receiver};
+
+use super::*;
+use crate::hooks::Contract;
+use crate::logbook::Sink;
+
+/// Longer than any step of a test takes.
+const LONG: Duration = Duration::from_secs(60);
+
+/// A folder with hooks, a run directory, and a file in which the hooks note what they are told.
+struct Scene {
+    dir: PathBuf,
+    log: Logbook,
+    outcomes: Option<Receiver<HookOutcome>>,
+}
+
+impl Scene {
+    fn new(name: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("hv-vss-calls-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(dir.join("run")).unwrap();
+        Scene {
+            dir,
+            log: Logbook::new(Sink::Memory),
+            outcomes: None,
+        }
+    }
+
+    fn hook(&self, name: &str, body: &str) -> Found {
+        let path = self.dir.join(name);
+        let notes = self.dir.join("notes");
+        let script = format!("#!/bin/sh\nnotes={}\n{body}\n", notes.display());
+        // Not by rename: the kernel would find it busy if another test forked while it was written.
+        let new = self.dir.join("new");
+        std::fs::write(&new, script).unwrap();
+        std::fs::set_permissions(&new, Permissions::from_mode(0o755)).unwrap();
+        std::fs::rename(new, &path).unwrap();
+        Found {
+            hook: Hook {
+                path,
+                contract: Contract::OpenVmTools,
+            },
+            required: true,
+            fault: None,
+        }
+    }
+
+    fn run(&self) -> RunDir {
+        RunDir::new(self.dir.join("run"))
+    }
+
+    fn start(&mut self, hooks: Vec<Found>, limit: Duration) -> Calling {
+        let (sender, outcomes) = channel();
+        self.outcomes = Some(outcomes);
+        let means = Means {
+            run: self.run(),
+            log: self.log.clone(),
+            limit,
+            context: Context::new(
+                7,
+                Some(2),
+                &["/dev/sdb".into()],
+                &["/".into(), "/a b".into()],
+            ),
+        };
+        let tell = move |outcome| sender.send(outcome).unwrap();
+        Calling::start(hooks, means, Arc::default(), tell).unwrap()
+    }
+
+    fn quiesced(&self) -> Result<(), String> {
+        match self.outcomes.as_ref().unwrap().recv_timeout(LONG).unwrap() {
+            HookOutcome::Quiesced(result) => result,
+            HookOutcome::Released(called) => panic!("released: {called:?}"),
+        }
+    }
+
+    fn released(&self) -> Vec<Called> {
+        match self.outcomes.as_ref().unwrap().recv_timeout(LONG).unwrap() {
+            HookOutcome::Released(called) => called,
+            HookOutcome::Quiesced(result) => panic!("quiesced: {result:?}"),
+        }
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let text = std::fs::read_to_string(self.dir.join("notes")).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    fn log(&self) -> String {
+        let lines = self.log.held().into_iter().map(|(_, line)| line);
+        lines.collect::<Vec<_>>().join("\n")
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+const NOTE: &str = "echo \"${0##*/} $1 $HV_VSS_OUTCOME\" >>$notes";
+
+#[test]
+fn hooks_are_called_in_order_and_let_go_in_reverse_and_told_what_it_is_about() {
+    let mut scene = Scene::new("order");
+    let told =
+        "printf '%s %s %s %s\\n' \"$HV_VSS_REQUEST\" \"$HV_VSS_BACKUP_TYPE\" \"$HV_VSS_DISKS\" \
+            \"$HV_VSS_FILE_SYSTEMS\" >>$notes
+        echo ready; echo careful >&2";
+    let hooks = vec![
+        scene.hook("10-a", NOTE),
+        scene.hook("20-b", &format!("{NOTE}; {told}")),
+    ];
+    let calling = scene.start(hooks, LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    let about = "7 copy /dev/sdb / /a\\040b";
+    assert_eq!(scene.notes(), ["10-a freeze ", "20-b freeze ", about]);
+    // What was called is on record, and what it said is not logged as long as all may be frozen.
+    assert_eq!(scene.run().read_hooks().unwrap().unwrap().owed.len(), 2);
+    assert!(!scene.log().contains("careful"), "{}", scene.log());
+    calling.release(Verdict::Good);
+    let called = scene.released();
+    calling.join();
+    let notes = scene.notes();
+    assert_eq!(notes[3..], ["20-b thaw good", about, "10-a thaw good"]);
+    assert_eq!(called.len(), 4);
+    assert!(called.iter().all(|it| it.fault.is_none()), "{called:?}");
+    assert_eq!(scene.run().read_hooks().unwrap(), None);
+    scene.run().lock_hooks().unwrap();
+    let log = scene.log();
+    assert!(
+        log.contains("hook 20-b, freeze: ready\nhook 20-b, freeze: careful"),
+        "{log}"
+    );
+}
+
+#[test]
+fn what_was_started_is_let_go_including_the_one_that_failed_and_the_rest_is_not_called() {
+    let mut scene = Scene::new("failing");
+    let hooks = vec![
+        scene.hook("10-a", NOTE),
+        scene.hook("20-b", &format!("{NOTE}; [ $1 != freeze ] || exit 3")),
+        scene.hook("30-c", NOTE),
+    ];
+    let calling = scene.start(hooks, LONG);
+    let why = scene.quiesced().unwrap_err();
+    assert_eq!(why, "hook 20-b: it failed with exit status 3");
+    calling.release(Verdict::Failed);
+    scene.released();
+    assert_eq!(
+        scene.notes(),
+        [
+            "10-a freeze ",
+            "20-b freeze ",
+            "20-b freezeFail failed",
+            "10-a freezeFail failed"
+        ]
+    );
+}
+
+#[test]
+fn one_that_is_optional_may_fail_and_one_that_must_not_run_is_not_run() {
+    let mut scene = Scene::new("optional");
+    let mut optional = scene.hook("10-a", &format!("{NOTE}; exit 1"));
+    optional.required = false;
+    let mut unfit = scene.hook("20-b", NOTE);
+    unfit.fault = Some("others may write".into());
+    let calling = scene.start(vec![optional, unfit, scene.hook("30-c", NOTE)], LONG);
+    let why = scene.quiesced().unwrap_err();
+    assert_eq!(why, "hook 20-b: it is not run: others may write");
+    calling.release(Verdict::Failed);
+    scene.released();
+    assert_eq!(scene.notes(), ["10-a freeze ", "10-a freezeFail failed"]);
+}
+
+#[test]
+fn a_hung_hook_is_killed_with_all_it_has_started() {
+    let mut scene = Scene::new("hung");
+    let body = format!("{NOTE}; [ $1 != freeze ] || {{ sleep 1000 & echo $! >>$notes; wait; }}");
+    let hooks = vec![scene.hook("10-a", &body)];
+    let calling = scene.start(hooks, Duration::from_millis(500));
+    let why = scene.quiesced().unwrap_err();
+    assert!(
+        why.starts_with("hook 10-a: killed, it took longer than 0.5 s"),
+        "{why}"
+    );
+    calling.release(Verdict::Failed);
+    let called = scene.released();
+    assert!(called[0].took < LONG / 2, "{called:?}");
+    let notes = scene.notes();
+    assert_eq!(notes[0], "10-a freeze ");
+    assert_eq!(notes[2], "10-a freezeFail failed");
+    let child: u32 = notes[1].parse().unwrap();
+    let until = Instant::now() + LONG;
+    while !process::is_dead(child) {
+        assert!(Instant::now() < until, "what it had started goes on");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn the_word_to_let_go_ends_a_call_under_way() {
+    let mut scene = Scene::new("word");
+    let body = format!("{NOTE}; [ $1 != freeze ] || sleep 1000");
+    let hooks = vec![scene.hook("10-a", &body), scene.hook("20-b", NOTE)];
+    let calling = scene.start(hooks, LONG);
+    let until = Instant::now() + LONG;
+    while scene.notes().is_empty() {
+        assert!(Instant::now() < until, "it is not called");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    calling.release(Verdict::Failed);
+    // Nobody hears that it is quiesced.
+    let called = scene.released();
+    assert_eq!(called[0].fault.as_deref(), Some("called off"));
+    assert_eq!(scene.notes(), ["10-a freeze ", "10-a freezeFail failed"]);
+}
+
+#[test]
+fn one_that_stays_may_write_as_much_as_it_likes_and_is_killed_when_its_thaw_fails() {
+    let mut scene = Scene::new("stays");
+    // More than a pipe takes, so that it comes to its end only if somebody reads.
+    let stays =
+        "(head -c 300000 /dev/zero; echo written >>$notes; exec sleep 1000) & echo $! >>$notes";
+    let body = format!("if [ $1 = freeze ]; then {stays}; else exit 1; fi");
+    let hooks = vec![scene.hook("10-a", &body)];
+    let calling = scene.start(hooks, LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    let until = Instant::now() + LONG;
+    while !scene.notes().iter().any(|it| it == "written") {
+        assert!(Instant::now() < until, "it hangs in a write");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    calling.release(Verdict::Good);
+    let called = scene.released();
+    assert_eq!(
+        called[1].fault.as_deref(),
+        Some("it failed with exit status 1")
+    );
+    let lost = 300_000 - MOST_OUTPUT;
+    let log = scene.log();
+    assert!(
+        log.contains(&format!("{lost} further bytes were not kept")),
+        "{log}"
+    );
+    let notes = scene.notes();
+    let child: u32 = notes.iter().find_map(|it| it.parse().ok()).unwrap();
+    let until = Instant::now() + LONG;
+    while !process::is_dead(child) {
+        assert!(Instant::now() < until, "its session goes on");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// What is left of a daemon that died: its record, and nobody who holds the lock.
+#[test]
+fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
+    // Everything on the way to it is root's: that is looked at, since it may be long ago.
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let scene = Scene::new("dead");
+    let run = scene.run();
+    let sleeper = Command::new("sleep").arg("1000").process_group(0).spawn();
+    let mut sleeper = sleeper.unwrap();
+    let hook = |path: &str| Hook {
+        path: path.into(),
+        contract: Contract::Qemu,
+    };
+    let owed = |path: &str, process| Owed {
+        hook: hook(path),
+        process,
+    };
+    let start = process::start_of(sleeper.id()).unwrap();
+    let record = HookRecord {
+        pid: u32::MAX,
+        context: Context::default(),
+        limit_ms: 60_000,
+        owed: vec![
+            owed("/bin/true", Some((sleeper.id(), start))),
+            // Another process has got that number meanwhile.
+            owed("/bin/echo", Some((std::process::id(), start + 1))),
+            owed(&scene.dir.join("unfit").to_string_lossy(), None),
+        ],
+    };
+    run.write_hooks(&record).unwrap();
+    assert!(recover(&run, &scene.log).unwrap());
+    let log = scene.log();
+    assert!(
+        log.contains("hook true of a dead daemon is still at freeze: killed"),
+        "{log}"
+    );
+    assert!(log.contains("hook echo, thaw: thaw"), "{log}");
+    assert!(log.contains("hook true, thaw: ended well"), "{log}");
+    assert!(log.contains("hook unfit is not let go"), "{log}");
+    assert!(!sleeper.wait().unwrap().success());
+    assert!(!recover(&run, &scene.log).unwrap());
+    // As long as somebody lives who has called, nobody else lets go.
+    let record = HookRecord {
+        pid: std::process::id(),
+        ..record
+    };
+    run.write_hooks(&record).unwrap();
+    let lock = run.lock_hooks().unwrap();
+    assert!(!recover(&run, &scene.log).unwrap());
+    drop(lock);
+    assert!(recover(&run, &scene.log).unwrap());
+}

@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What a backup needs, looked at for real short of freezing: `check`, and what is to be done when the
+//! device is not there.
+//!
+//! Each look is one function that returns findings in words for an operator. None of it changes anything.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::cache::survey;
+use crate::config::{Config, ConfigError};
+use crate::control::{ask_first, ControlError, Method};
+use crate::hooks;
+use crate::logbook::words;
+use crate::plan::Reason;
+use crate::record::RunDir;
+
+/// `HV_VSS_GUID` of the kernel's `include/linux/hyperv.h`, as sysfs writes it.
+const VSS_CLASS: &str = "{35fa2e29-ea23-4236-96ae-3a6ebacba440}";
+const VMBUS: &str = "/sys/bus/vmbus/devices";
+
+/// How grave a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Grade {
+    /// As it should be.
+    Ok,
+    /// A backup can be taken; an operator should know of this.
+    Warning,
+    /// No backup can be taken, or it would fail.
+    Problem,
+}
+
+/// What was seen of one thing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// Which thing.
+    pub what: &'static str,
+    /// How grave it is.
+    pub grade: Grade,
+    /// In words.
+    pub text: String,
+}
+
+fn finding(what: &'static str, grade: Grade, text: impl Into<String>) -> Finding {
+    let text = text.into();
+    Finding { what, grade, text }
+}
+
+/// Everything that a backup needs. `places` is where a daemon may have its run directory.
+pub fn check(
+    device: &Path,
+    places: &[RunDir],
+    config: Result<&Config, &ConfigError>,
+) -> Vec<Finding> {
+    let mut all = vec![daemon(device, places)];
+    let config = match config {
+        Ok(config) => {
+            all.push(finding("configuration", Grade::Ok, "valid"));
+            config
+        }
+        Err(error) => {
+            all.push(finding("configuration", Grade::Problem, words(error)));
+            &Config::default()
+        }
+    };
+    all.extend(run_dir(config));
+    all.extend(file_systems(config));
+    all.extend(hooks_found(config));
+    all.extend(hung_task(config));
+    all.extend(fanotify());
+    all.extend(iscsi());
+    all
+}
+
+fn daemon(device: &Path, places: &[RunDir]) -> Finding {
+    let found = |grade, text: String| finding("daemon", grade, text);
+    match ask_first(places, Method::Status) {
+        Ok(status) if status["door"].is_null() => {
+            let why = why_no_device(device).unwrap_or_else(|| "the device went away".into());
+            found(Grade::Problem, format!("it runs and waits: {why}"))
+        }
+        Ok(status) => {
+            let holds = match status["door"] == "held" {
+                true => "the module holds what is frozen",
+                false => "freezes through FIFREEZE, with a guard",
+            };
+            found(Grade::Ok, format!("serves {}; {holds}", device.display()))
+        }
+        Err(ControlError::Nobody) => {
+            let why = why_no_device(device);
+            let why = why.unwrap_or_else(|| "no daemon serves: systemctl start hv_vss".into());
+            found(Grade::Problem, why)
+        }
+        Err(error) => found(Grade::Problem, words(&error)),
+    }
+}
+
+/// Why the device is not there, and what to do about it; `None` when it is.
+pub fn why_no_device(device: &Path) -> Option<String> {
+    if device.exists() {
+        return None;
+    }
+    let name = device.display();
+    let because = |why: &str| Some(format!("no {name}: {why}"));
+    let Ok(devices) = fs::read_dir(VMBUS) else {
+        return because("this is not a guest of Hyper-V, or the kernel has no VMBus");
+    };
+    let is_vss = |path: &Path| {
+        fs::read_to_string(path.join("class_id")).is_ok_and(|it| it.trim() == VSS_CLASS)
+    };
+    let mut paths = devices.filter_map(|it| Some(it.ok()?.path()));
+    let Some(vss) = paths.find(|it| is_vss(it)) else {
+        return because(
+            "the host does not offer it: switch on \"Backup (volume shadow copy)\" in the \
+             integration services of this machine",
+        );
+    };
+    match fs::read_link(vss.join("driver")) {
+        Ok(driver) => {
+            let driver = driver.file_name().unwrap_or_default().to_string_lossy();
+            because(&format!(
+                "the driver {driver} has it and shows no device, see dmesg"
+            ))
+        }
+        Err(_) => because("no driver is loaded: modprobe hv_vss, or modprobe hv_utils"),
+    }
+}
+
+fn run_dir(config: &Config) -> Option<Finding> {
+    let error = RunDir::new(&config.run_dir).check().err()?;
+    Some(finding("run_dir", Grade::Problem, words(&error)))
+}
+
+fn file_systems(config: &Config) -> Vec<Finding> {
+    const WHAT: &str = "file systems";
+    let plan = match survey(config) {
+        Ok(plan) => plan,
+        Err(error) => return vec![finding(WHAT, Grade::Problem, words(&error))],
+    };
+    let count = plan.waves.iter().flatten().count();
+    let (grade, text) = match count {
+        0 if config.strict => (Grade::Problem, "there is nothing to freeze".into()),
+        0 => (Grade::Warning, "there is nothing to freeze".into()),
+        _ => {
+            let waves = plan.waves.len();
+            (
+                Grade::Ok,
+                format!("{count} are to be frozen, or synced if one cannot, in {waves} waves"),
+            )
+        }
+    };
+    let mut all = vec![finding(WHAT, grade, text)];
+    let loss = match config.strict {
+        true => Grade::Problem,
+        false => Grade::Warning,
+    };
+    for left in &plan.left_out {
+        let grade = match left.reason {
+            Reason::Excluded(_) => Grade::Ok,
+            Reason::Broken(_) | Reason::Unreachable(_) => loss,
+            Reason::ReadOnly | Reason::NoBlockDevice => continue,
+        };
+        let text = format!("{} is left out: {}", left.file_system, left.reason);
+        all.push(finding(WHAT, grade, text));
+    }
+    for synced in &plan.synced {
+        let text = format!("{synced} has no means to freeze and is synced");
+        all.push(finding(WHAT, loss, text));
+    }
+    for rule in config.idle_rules(&plan) {
+        let text = format!("the rule to {rule} matches no file system");
+        all.push(finding(WHAT, Grade::Warning, text));
+    }
+    all
+}
+
+fn hooks_found(config: &Config) -> Vec<Finding> {
+    let found = match hooks::find(&config.hooks) {
+        Ok(found) => found,
+        Err(error) => return vec![finding("hooks", Grade::Problem, words(&error))],
+    };
+    let look = |it: hooks::Found| {
+        let path = it.hook.path.display();
+        match (it.fault, it.required) {
+            (None, true) => finding("hooks", Grade::Ok, format!("{path}, required")),
+            (None, false) => finding("hooks", Grade::Ok, format!("{path}, optional")),
+            (Some(fault), required) => {
+                let grade = match required {
+                    true => Grade::Problem,
+                    false => Grade::Warning,
+                };
+                finding("hooks", grade, format!("{path} is not run: {fault}"))
+            }
+        }
+    };
+    found.into_iter().map(look).collect()
+}
+
+/// A kernel that panics when a writer waits for long.
+fn hung_task(config: &Config) -> Option<Finding> {
+    let number = |name: &str| {
+        let text = fs::read_to_string(Path::new("/proc/sys/kernel").join(name)).ok()?;
+        text.trim().parse::<u64>().ok()
+    };
+    let (panics, after) = (
+        number("hung_task_panic")?,
+        number("hung_task_timeout_secs")?,
+    );
+    let deadline = config.deadline.as_secs();
+    (panics != 0 && after != 0 && after <= deadline).then(|| {
+        let text = format!(
+            "kernel.hung_task_panic is set and who writes may wait for {deadline} s (deadline): the \
+             machine panics after {after} s (kernel.hung_task_timeout_secs)"
+        );
+        finding("kernel", Grade::Warning, text)
+    })
+}
+
+/// Programs that are asked about each open, and may write before they answer.
+fn fanotify() -> Option<Finding> {
+    let mut names = BTreeSet::new();
+    for process in fs::read_dir("/proc").ok()?.flatten() {
+        let path = process.path();
+        let Ok(infos) = fs::read_dir(path.join("fdinfo")) else {
+            continue;
+        };
+        let asks = |it: fs::DirEntry| {
+            fs::read_to_string(it.path()).is_ok_and(|text| asks_for_permission(&text))
+        };
+        if infos.flatten().any(asks) {
+            let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
+            names.insert(name.trim().escape_debug().to_string());
+        }
+    }
+    let names: Vec<String> = names.into_iter().collect();
+    (!names.is_empty()).then(|| {
+        let text = format!(
+            "{} is asked about every open (fanotify): if it writes to a frozen disk before it answers, \
+             all who open files wait",
+            names.join(", ")
+        );
+        finding("fanotify", Grade::Warning, text)
+    })
+}
+
+/// Whether what `/proc/<pid>/fdinfo/<fd>` says is of a group that is asked for permission: a mark has one
+/// of `FAN_OPEN_PERM`, `FAN_ACCESS_PERM`, `FAN_OPEN_EXEC_PERM` of `linux/fanotify.h`.
+fn asks_for_permission(fdinfo: &str) -> bool {
+    const PERMISSION: u64 = 0x1_0000 | 0x2_0000 | 0x4_0000;
+    let marks = fdinfo.lines().filter(|it| it.starts_with("fanotify "));
+    let masks = marks.filter_map(|line| {
+        let mask = line.split(' ').find_map(|it| it.strip_prefix("mask:"))?;
+        u64::from_str_radix(mask, 16).ok()
+    });
+    masks.into_iter().any(|mask| mask & PERMISSION != 0)
+}
+
+/// Disks that are frozen here and are in no snapshot of the host.
+fn iscsi() -> Option<Finding> {
+    let sessions = fs::read_dir("/sys/class/iscsi_session").ok()?.count();
+    (sessions > 0).then(|| {
+        let text = format!(
+            "{sessions} iSCSI sessions: what is on their disks is frozen, and in no snapshot of the host"
+        );
+        finding("iSCSI", Grade::Warning, text)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_that_is_asked_for_permission_is_told_from_one_that_only_hears() {
+        let group = "pos:\t0\nflags:\t02\nfanotify flags:10 event-flags:8000\n";
+        let hears = "fanotify ino:2 sdev:800001 mflags:0 mask:8 ignored_mask:0 fhandle-bytes:8\n";
+        let asks = "fanotify mnt_id:1d mflags:0 mask:10001 ignored_mask:40000000\n";
+        assert!(!asks_for_permission(group));
+        assert!(!asks_for_permission(&format!("{group}{hears}")));
+        assert!(asks_for_permission(&format!("{group}{hears}{asks}")));
+        let ignored = "fanotify mnt_id:1d mflags:0 mask:8 ignored_mask:10000\n";
+        assert!(!asks_for_permission(ignored));
+    }
+
+    #[test]
+    fn a_device_that_is_there_is_no_trouble_and_one_that_is_not_is_explained() {
+        assert_eq!(why_no_device(Path::new("/dev/null")), None);
+        let why = why_no_device(Path::new("/dev/vmbus/none at all")).unwrap();
+        assert!(why.starts_with("no /dev/vmbus/none at all: "), "{why}");
+    }
+
+    #[test]
+    fn an_invalid_configuration_is_a_problem_and_the_rest_is_looked_at_all_the_same() {
+        let error = Config::load(Some("/dev/null/no.toml".as_ref())).unwrap_err();
+        let all = check(Path::new("/dev/null/none"), &[], Err(&error));
+        let grade = |what| all.iter().find(|it| it.what == what).map(|it| it.grade);
+        assert_eq!(grade("configuration"), Some(Grade::Problem));
+        assert_eq!(grade("daemon"), Some(Grade::Problem));
+        assert!(grade("file systems").is_some());
+    }
+}

@@ -1,0 +1,399 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Hooks: programs of an administrator that make applications ready for a freeze, and what makes one
+//! fit to be run by root.
+//!
+//! Three contracts that people have, each called with one argument: that of the QEMU guest agent,
+//! `freeze` and `thaw`; the same for our own folder; and that of open-vm-tools, which has `freezeFail`
+//! instead of `thaw` where the freeze did not come about. It finds them and runs none.
+
+use std::fs::Metadata;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use hv_vss_uapi::Lun;
+use serde::{Deserialize, Serialize};
+
+use crate::backup::Verdict;
+use crate::config::HookRules;
+
+/// Our own folder.
+pub const FOLDER: &str = "/etc/hv_vss/hooks.d";
+/// What the dispatcher of the QEMU guest agent runs, and that dispatcher.
+const QEMU_FOLDER: &str = "/etc/qemu/fsfreeze-hook.d";
+const QEMU_HOOK: &str = "/etc/qemu/fsfreeze-hook";
+/// Where open-vm-tools has its.
+const OPEN_VM_TOOLS_FOLDER: &str = "/etc/vmware-tools/backupScripts.d";
+
+/// How many links a path may lead over (`MAXSYMLINKS` of the kernel).
+const MOST_LINKS: usize = 40;
+
+/// Why it is not known which hooks there are.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot read {folder}, which may have hooks")]
+pub struct HookError {
+    folder: PathBuf,
+    source: io::Error,
+}
+
+/// What a hook is called with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Contract {
+    /// `freeze`, `thaw`.
+    Qemu,
+    /// `freeze`, `thaw` or `freezeFail`.
+    OpenVmTools,
+}
+
+/// The argument of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Verb {
+    /// Be ready.
+    #[serde(rename = "freeze")]
+    Freeze,
+    /// It is over.
+    #[serde(rename = "thaw")]
+    Thaw,
+    /// It has not come about.
+    #[serde(rename = "freezeFail")]
+    FreezeFail,
+}
+
+impl Verb {
+    /// As the program sees it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Verb::Freeze => "freeze",
+            Verb::Thaw => "thaw",
+            Verb::FreezeFail => "freezeFail",
+        }
+    }
+}
+
+/// A program that is to be called.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hook {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What it is called with.
+    pub contract: Contract,
+}
+
+impl Hook {
+    /// What it is called in the log.
+    pub fn name(&self) -> String {
+        // Escaped, so that a newline in a name cannot forge a log line.
+        let name = self.path.file_name().unwrap_or(self.path.as_os_str());
+        name.to_string_lossy().escape_debug().to_string()
+    }
+
+    /// What lets it go after a backup that went so; `None` when nobody can tell.
+    pub fn release(&self, verdict: Option<Verdict>) -> Verb {
+        match (self.contract, verdict) {
+            (Contract::OpenVmTools, Some(Verdict::Failed)) => Verb::FreezeFail,
+            _ => Verb::Thaw,
+        }
+    }
+
+    /// Why root must not run it, if so: it, or a folder on the way to it, is somebody else's, or others
+    /// may write to it.
+    pub fn fault(&self) -> Option<String> {
+        let mut at = self.path.clone();
+        for _ in 0..MOST_LINKS {
+            if let Some(fault) = fault_on_the_way_to(&at) {
+                return Some(fault);
+            }
+            match std::fs::read_link(&at) {
+                Ok(target) => at = at.parent().unwrap_or(Path::new("/")).join(target),
+                // No link: this is the file itself, and this its folders without links in between.
+                Err(_) => {
+                    return match at.canonicalize() {
+                        Ok(real) => fault_on_the_way_to(&real),
+                        Err(error) => Some(format!("{}: {error}", at.display())),
+                    }
+                }
+            }
+        }
+        Some(format!("{} leads over too many links", self.path.display()))
+    }
+}
+
+fn fault_on_the_way_to(path: &Path) -> Option<String> {
+    path.ancestors().find_map(|at| {
+        let fault = match std::fs::symlink_metadata(at) {
+            Ok(found) => fault_of(&found)?,
+            Err(error) => error.to_string(),
+        };
+        Some(format!("{}: {fault}", at.display()))
+    })
+}
+
+fn fault_of(found: &Metadata) -> Option<String> {
+    fault_of_owner_and_mode(found.uid(), found.mode())
+}
+
+fn fault_of_owner_and_mode(owner: u32, mode: u32) -> Option<String> {
+    if owner != 0 {
+        return Some(format!("it belongs to user {owner} and not to root"));
+    }
+    // A link has no permissions of its own; whoever could replace it needs those of its folder.
+    let is_link = mode & libc::S_IFMT == libc::S_IFLNK;
+    let others = libc::S_IWGRP | libc::S_IWOTH;
+    (!is_link && mode & others != 0).then(|| "others than root may write to it".to_owned())
+}
+
+/// One that was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Which.
+    pub hook: Hook,
+    /// Whether there is no backup without it.
+    pub required: bool,
+    /// Why it must not be run, if so.
+    pub fault: Option<String>,
+}
+
+/// The hooks to be called, in their order: that of their names, folder after folder.
+pub fn find(rules: &HookRules) -> Result<Vec<Found>, HookError> {
+    let mut hooks = in_folder(Path::new(FOLDER), Contract::Qemu)?;
+    if rules.qemu {
+        let mut theirs = in_folder(Path::new(QEMU_FOLDER), Contract::Qemu)?;
+        if theirs.is_empty() && is_program(Path::new(QEMU_HOOK)) {
+            theirs.push(Hook {
+                path: QEMU_HOOK.into(),
+                contract: Contract::Qemu,
+            });
+        }
+        hooks.extend(theirs);
+    }
+    if rules.open_vm_tools {
+        let folder = Path::new(OPEN_VM_TOOLS_FOLDER);
+        hooks.extend(in_folder(folder, Contract::OpenVmTools)?);
+    }
+    let found = hooks.into_iter().map(|hook| Found {
+        required: !rules.is_optional(&hook),
+        fault: hook.fault(),
+        hook,
+    });
+    Ok(found.collect())
+}
+
+fn in_folder(folder: &Path, contract: Contract) -> Result<Vec<Hook>, HookError> {
+    let failed = |source| HookError {
+        folder: folder.to_owned(),
+        source,
+    };
+    let entries = match std::fs::read_dir(folder) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(failed)?,
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(failed)?.path();
+        if !is_left_behind(&path) && is_program(&path) {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    let hooks = paths.into_iter().map(|path| Hook { path, contract });
+    Ok(hooks.collect())
+}
+
+fn is_program(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|it| it.is_file() && it.mode() & 0o111 != 0)
+}
+
+/// What editors and packages leave beside a file: the names that the dispatcher of the QEMU guest agent
+/// passes over, and hidden ones.
+fn is_left_behind(path: &Path) -> bool {
+    const ENDS: [&str; 15] = [
+        "~",
+        ".bk",
+        ".bak",
+        ".orig",
+        ".rpmnew",
+        ".rpmorig",
+        ".rpmsave",
+        ".sample",
+        ".dpkg-old",
+        ".dpkg-new",
+        ".dpkg-tmp",
+        ".dpkg-dist",
+        ".dpkg-bak",
+        ".dpkg-backup",
+        ".dpkg-remove",
+    ];
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.starts_with('.') || ENDS.iter().any(|end| name.ends_with(end))
+}
+
+/// The disks of a backup as this machine names them, such as `/dev/sdb`; one that it does not know, as
+/// controller, target and unit.
+pub fn names_of_disks(luns: &[Lun]) -> Vec<String> {
+    luns.iter().map(name_of_disk).collect()
+}
+
+fn name_of_disk(lun: &Lun) -> String {
+    let controller = guid(&lun.controller);
+    let unit = format!("{}:{}:{}", lun.port, lun.target, lun.lun);
+    let found = block_device(&controller, &unit);
+    found.unwrap_or_else(|| format!("{controller}:{unit}"))
+}
+
+/// The disk that sysfs has at this place of this controller.
+fn block_device(controller: &str, unit: &str) -> Option<String> {
+    let bus = Path::new("/sys/bus/vmbus/devices").join(controller);
+    let host = only_name(&bus, |name| name.starts_with("host"))?;
+    let number = host.strip_prefix("host")?;
+    let (target, _) = unit.rsplit_once(':')?;
+    let scsi = bus.join(&host).join(format!("target{number}:{target}"));
+    let block = scsi.join(format!("{number}:{unit}")).join("block");
+    Some(format!("/dev/{}", only_name(&block, |_| true)?))
+}
+
+fn only_name(folder: &Path, is_it: impl Fn(&str) -> bool) -> Option<String> {
+    let entries = std::fs::read_dir(folder).ok()?;
+    let mut names = entries.filter_map(|it| it.ok()?.file_name().into_string().ok());
+    names.find(|it| is_it(it))
+}
+
+/// A GUID as sysfs writes it; its first three fields are little-endian.
+fn guid(bytes: &[u8; 16]) -> String {
+    let [a, b, c, d, e, f, g, h, rest @ ..] = bytes;
+    let rest: String = rest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let (node, clock) = (rest.get(4..), rest.get(..4));
+    format!(
+        "{d:02x}{c:02x}{b:02x}{a:02x}-{f:02x}{e:02x}-{h:02x}{g:02x}-{}-{}",
+        clock.unwrap_or_default(),
+        node.unwrap_or_default()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{symlink, PermissionsExt as _};
+
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let dir = std::env::temp_dir().join(format!("hv-vss-{name}-{}", std::process::id()));
+            std::fs::create_dir_all(&dir).unwrap();
+            Scratch(dir)
+        }
+
+        fn file(&self, name: &str, mode: u32) -> PathBuf {
+            let path = self.0.join(name);
+            std::fs::write(&path, "#!/bin/sh\n").unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            path
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn programs_are_found_in_the_order_of_their_names_and_leftovers_are_not() {
+        let scratch = Scratch::new("hooks-found");
+        for name in ["20-b", "10-a", "30-c"] {
+            scratch.file(name, 0o755);
+        }
+        scratch.file("40-not-executable", 0o644);
+        for name in [".hidden", "10-a~", "10-a.dpkg-old", "10-a.sample"] {
+            scratch.file(name, 0o755);
+        }
+        std::fs::create_dir(scratch.0.join("50-folder")).unwrap();
+        let found = in_folder(&scratch.0, Contract::Qemu).unwrap();
+        let names: Vec<String> = found.iter().map(Hook::name).collect();
+        assert_eq!(names, ["10-a", "20-b", "30-c"]);
+        let none = in_folder(&scratch.0.join("nothing"), Contract::Qemu).unwrap();
+        assert_eq!(none, []);
+        assert!(in_folder(&scratch.0.join("10-a"), Contract::Qemu).is_err());
+    }
+
+    #[test]
+    fn only_what_nobody_but_root_may_write_is_fit() {
+        for (owner, mode, word) in [
+            (0, 0o100755, None),
+            (0, 0o040755, None),
+            (0, 0o120777, None),
+            (0, 0o100775, Some("others than root")),
+            (0, 0o100757, Some("others than root")),
+            // A sticky folder, too: whoever is first makes the file.
+            (0, 0o041777, Some("others than root")),
+            (1000, 0o100755, Some("user 1000")),
+            (1000, 0o120777, Some("user 1000")),
+        ] {
+            let fault = fault_of_owner_and_mode(owner, mode);
+            match word {
+                None => assert_eq!(fault, None, "{owner} {mode:o}"),
+                Some(word) => assert!(fault.unwrap().contains(word), "{owner} {mode:o}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_whole_way_to_a_hook_is_looked_at() {
+        // Whatever is below is in a folder where everybody may write.
+        let scratch = Scratch::new("hooks-way");
+        let target = scratch.file("10-a", 0o755);
+        let hook = |path: PathBuf| Hook {
+            path,
+            contract: Contract::Qemu,
+        };
+        let fault = hook(target.clone()).fault().unwrap();
+        let way = std::env::temp_dir();
+        assert!(fault.starts_with(&format!("{}", way.display())), "{fault}");
+        let link = scratch.0.join("link");
+        symlink("/bin/sh", &link).unwrap();
+        let fault = hook(link).fault();
+        assert!(fault.is_some(), "the link itself can be replaced");
+        // What root alone has, links in between or not.
+        if nix::unistd::geteuid().is_root() {
+            assert_eq!(hook("/bin/sh".into()).fault(), None);
+        }
+        let gone = hook("/bin/no such hook".into()).fault().unwrap();
+        assert!(gone.contains("No such file"), "{gone}");
+    }
+
+    #[test]
+    fn each_contract_has_its_word_for_the_end() {
+        let hook = |contract| Hook {
+            path: "/x/10-a".into(),
+            contract,
+        };
+        for (contract, verdict, verb) in [
+            (Contract::Qemu, Some(Verdict::Good), "thaw"),
+            (Contract::Qemu, Some(Verdict::Failed), "thaw"),
+            (Contract::OpenVmTools, Some(Verdict::Good), "thaw"),
+            (Contract::OpenVmTools, Some(Verdict::Broken), "thaw"),
+            (Contract::OpenVmTools, Some(Verdict::Failed), "freezeFail"),
+            (Contract::OpenVmTools, None, "thaw"),
+        ] {
+            assert_eq!(hook(contract).release(verdict).as_str(), verb);
+        }
+    }
+
+    #[test]
+    fn a_disk_that_is_not_known_is_named_by_its_place() {
+        let lun = Lun {
+            bus_type: 1,
+            controller: [
+                0x29, 0x2e, 0xfa, 0x35, 0x23, 0xea, 0x36, 0x42, 0x96, 0xae, 0x3a, 0x6e, 0xba, 0xcb,
+                0xa4, 0x40,
+            ],
+            target: 1,
+            lun: 7,
+            ..Lun::default()
+        };
+        let expected = "35fa2e29-ea23-4236-96ae-3a6ebacba440:0:1:7";
+        assert_eq!(names_of_disks(&[lun]), [expected]);
+    }
+}

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What `status`, `history` and `check` print: tables for people, and the exit status that goes with each
+//! outcome. It looks at nothing by itself.
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::backup::Verdict;
+use crate::check::{Finding, Grade};
+use crate::freeze::How;
+use crate::history::Entry;
+
+/// With which status a program ends that was asked something. They are in hv_vss_daemon(8).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Outcome {
+    /// All is well.
+    Well = 0,
+    /// No daemon serves.
+    NoDaemon = 3,
+    /// The last backup was not good.
+    LastNotGood = 4,
+    /// A backup is under way.
+    UnderWay = 5,
+    /// No backup can be taken, or it would fail.
+    Problem = 6,
+    /// A backup can be taken; there are warnings.
+    Warning = 7,
+}
+
+/// What `status` tells.
+#[derive(Debug, Serialize)]
+pub struct Status<'a> {
+    /// What the daemon replies; `None` when there is none.
+    pub daemon: Option<&'a Value>,
+    /// The last backup of the history.
+    pub last: Option<&'a Entry>,
+}
+
+impl Status<'_> {
+    /// The exit status.
+    pub fn outcome(&self) -> Outcome {
+        let last_is_good = self.last.is_none_or(|it| it.result == Verdict::Good);
+        match self.daemon.map(|it| &it["phase"]) {
+            None => Outcome::NoDaemon,
+            Some(phase) if phase != "idle" => Outcome::UnderWay,
+            Some(_) if !last_is_good => Outcome::LastNotGood,
+            Some(_) => Outcome::Well,
+        }
+    }
+
+    /// For people.
+    pub fn table(&self) -> String {
+        let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+        let mut rows = Vec::new();
+        match self.daemon {
+            None => rows.push(["daemon".into(), "none serves".into()]),
+            Some(daemon) => {
+                let freezes = match daemon["door"].as_str() {
+                    Some("held") => "serves; the module holds what is frozen",
+                    Some(_) => "serves; freezes through FIFREEZE, with a guard",
+                    None => "runs and waits for the device",
+                };
+                rows.push(["daemon".into(), freezes.into()]);
+                rows.push(["phase".into(), text(&daemon["phase"])]);
+                if daemon["doing"].is_string() {
+                    rows.push(["doing".into(), text(&daemon["doing"])]);
+                }
+            }
+        }
+        let last = self.last.map(|it| {
+            let why = it.why.as_ref().map(|it| format!(": {it}"));
+            let result = word_for(it.result);
+            format!("{}, {result}{}", it.at, why.unwrap_or_default())
+        });
+        let last = last.unwrap_or_else(|| "none is remembered".into());
+        rows.push(["last backup".into(), last]);
+        align(&rows)
+    }
+}
+
+/// The exit status of `history`.
+pub fn outcome_of(history: &[Entry]) -> Outcome {
+    match history.last().map(|it| it.result) {
+        None | Some(Verdict::Good) => Outcome::Well,
+        Some(Verdict::Broken | Verdict::Failed) => Outcome::LastNotGood,
+    }
+}
+
+/// What `history` prints for people: the oldest first, numbered from the newest.
+pub fn history(all: &[Entry]) -> String {
+    let mut rows = vec![[
+        "no".into(),
+        "when".into(),
+        "type".into(),
+        "result".into(),
+        "answered".into(),
+        "frozen for".into(),
+        "frozen".into(),
+        "hooks".into(),
+        "why".into(),
+    ]];
+    for (number, entry) in (1..=all.len()).rev().zip(all) {
+        let kind = match entry.backup_type {
+            Some(1) => "full".into(),
+            Some(2) => "copy".into(),
+            Some(other) => other.to_string(),
+            None => "-".into(),
+        };
+        let frozen = entry.file_systems.iter();
+        let frozen = frozen.filter(|it| it.how == How::Frozen);
+        let since = frozen.clone().filter_map(|it| it.since_us).min();
+        let until = frozen.clone().filter_map(|it| it.until_us).max();
+        let stood = since
+            .zip(until)
+            .map(|(since, until)| until.saturating_sub(since));
+        rows.push([
+            number.to_string(),
+            entry.at.clone(),
+            kind,
+            word_for(entry.result).into(),
+            seconds(entry.answered_us),
+            seconds(stood),
+            frozen.count().to_string(),
+            entry.hooks.len().to_string(),
+            entry.why.clone().unwrap_or_default(),
+        ]);
+    }
+    align(&rows)
+}
+
+/// What `check` prints for people.
+pub fn check(all: &[Finding]) -> String {
+    let row = |it: &Finding| {
+        let grade = match it.grade {
+            Grade::Ok => "ok",
+            Grade::Warning => "warning",
+            Grade::Problem => "PROBLEM",
+        };
+        [grade.to_owned(), it.what.to_owned(), it.text.clone()]
+    };
+    align(&all.iter().map(row).collect::<Vec<_>>())
+}
+
+/// The exit status of `check`.
+pub fn outcome_of_check(all: &[Finding]) -> Outcome {
+    match all.iter().map(|it| it.grade).max() {
+        None | Some(Grade::Ok) => Outcome::Well,
+        Some(Grade::Warning) => Outcome::Warning,
+        Some(Grade::Problem) => Outcome::Problem,
+    }
+}
+
+fn word_for(result: Verdict) -> &'static str {
+    match result {
+        Verdict::Good => "good",
+        Verdict::Broken => "broken",
+        Verdict::Failed => "failed",
+    }
+}
+
+fn seconds(us: Option<u64>) -> String {
+    us.map_or_else(|| "-".into(), |us| format!("{:.3} s", us as f64 / 1e6))
+}
+
+/// Columns as wide as what is in them, but for the last.
+fn align<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(|it| it.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..N).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            line.push_str(&format!("{cell:width$}  "));
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::history::tests::example;
+    use serde_json::json;
+
+    #[test]
+    fn each_outcome_has_its_exit_status() {
+        let good = Entry {
+            result: Verdict::Good,
+            ..example()
+        };
+        let idle = json!({ "phase": "idle", "door": "held" });
+        let frozen = json!({ "phase": "frozen", "door": "held" });
+        for (daemon, last, outcome) in [
+            (None, Some(&good), Outcome::NoDaemon),
+            (Some(&idle), None, Outcome::Well),
+            (Some(&idle), Some(&good), Outcome::Well),
+            (Some(&idle), Some(&example()), Outcome::LastNotGood),
+            (Some(&frozen), Some(&good), Outcome::UnderWay),
+        ] {
+            let status = Status { daemon, last };
+            assert_eq!(status.outcome(), outcome, "{status:?}");
+        }
+        assert_eq!(outcome_of(&[]), Outcome::Well);
+        assert_eq!(outcome_of(&[good.clone(), example()]), Outcome::LastNotGood);
+        assert_eq!(outcome_of(&[example(), good]), Outcome::Well);
+    }
+
+    #[test]
+    fn a_table_has_its_columns_under_each_other() {
+        let table = history(&[example(), example()]);
+        let lines: Vec<&str> = table.lines().collect();
+        let place = |line: &str, word: &str| line.find(word).unwrap();
+        assert_eq!(place(lines[0], "result"), place(lines[1], "broken"));
+        assert_eq!(place(lines[0], "frozen for"), place(lines[1], "0.100 s"));
+        assert_eq!(
+            place(lines[0], "why"),
+            place(lines[2], "the deadline passed")
+        );
+        assert!(
+            lines[1].starts_with('2') && lines[2].starts_with('1'),
+            "{table}"
+        );
+    }
+}

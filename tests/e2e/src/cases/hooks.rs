@@ -1,0 +1,492 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Hooks: programs of an administrator that are called before the freeze and let go after the thaw.
+//!
+//! Each hook here notes what it is told in a file in memory, and writes to the disk that is frozen, as a
+//! database would.
+
+use super::{case, good, load, observe, start, stop, wait_for_daemon, Case};
+use anyhow::{ensure, Result};
+use e2e::check::{answered, equal};
+use e2e::guest::{Daemon, Guest, Module, Process, STEP};
+use hyperv_sim::ic::status;
+use hyperv_sim::ic::vss::Lun;
+use hyperv_sim::Guid;
+use std::time::Duration;
+
+pub const CASES: &[Case] = &[
+    case(
+        "hooks/backup",
+        "both modules: called in order before the freeze, let go in reverse after it, told what it is \
+         about; what they say is logged after the thaw",
+        backup,
+    ),
+    case(
+        "hooks/failing",
+        "one that is required fails: so does FREEZE, and all that were started are let go; one that is \
+         optional may fail",
+        failing,
+    ),
+    case(
+        "hooks/hung",
+        "one that hangs is killed at its limit with all it has started, and let go",
+        hung,
+    ),
+    case(
+        "hooks/the-hosts-limit",
+        "the host's time is over first: FREEZE fails in time, and what hangs is killed and let go",
+        the_hosts_limit,
+    ),
+    case(
+        "hooks/slow-thaw",
+        "one that takes long to let go holds up neither the thaw nor the answer; the next FREEZE waits",
+        slow_thaw,
+    ),
+    case(
+        "hooks/killed",
+        "the daemon is killed while a hook is at freeze, and while all is frozen: the next start lets go, \
+         once; so does thaw by hand",
+        killed,
+    ),
+    case(
+        "hooks/unfit",
+        "a file that others than root may write is not run, and no backup is called good without it",
+        unfit,
+    ),
+    case(
+        "hooks/other-contracts",
+        "by choice those of the QEMU guest agent and of open-vm-tools are called, as they are by these",
+        other_contracts,
+    ),
+];
+
+const FOLDER: &str = "/etc/hv_vss/hooks.d";
+/// What each hook does first.
+const NOTE: &str = "echo \"${0##*/} $1 $HV_VSS_OUTCOME\" >>/run/notes; echo x >/mnt/a/${0##*/}";
+
+/// An empty folder for hooks, a file system for them to write to, and writers on it and on the root.
+fn prepare(guest: &Guest) -> Result<()> {
+    guest.sh(&format!(
+        "rm -rf /etc/hv_vss /etc/qemu /etc/vmware-tools /run/notes; mkdir -p {FOLDER}
+         mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a"
+    ))?;
+    guest.writer_start("/writer")?;
+    Ok(guest.writer_start("/mnt/a/w")?)
+}
+
+/// Ends the daemon once all hooks are let go.
+fn stop_at_rest(guest: &Guest, module: Module, daemon: &Process) -> Result<()> {
+    guest.wait_until("all hooks are let go", STEP, || {
+        let left = guest.try_sh("test ! -e /run/hv_vss_daemon/hooks.json")?;
+        Ok(left.status == Some(0))
+    })?;
+    stop(guest, module, daemon)
+}
+
+/// Back to a guest without hooks.
+fn end(guest: &Guest) -> Result<()> {
+    let line = "rm -rf /etc/hv_vss /etc/qemu /etc/vmware-tools /run/notes";
+    guest.sh(line).map(drop)
+}
+
+fn hook_at(guest: &Guest, path: &str, body: &str) -> Result<()> {
+    guest
+        .sh(&format!(
+            "mkdir -p $(dirname {path})
+             cat >{path} <<'END'\n#!/bin/sh\n{NOTE}\n{body}\nEND\nchmod 755 {path}"
+        ))
+        .map(drop)
+}
+
+fn hook(guest: &Guest, name: &str, body: &str) -> Result<()> {
+    hook_at(guest, &format!("{FOLDER}/{name}"), body)
+}
+
+/// What the hooks have noted so far, which is forgotten by that.
+fn notes(guest: &Guest) -> Result<Vec<String>> {
+    let text = guest.sh("cat /run/notes 2>/dev/null; rm -f /run/notes")?;
+    Ok(text.lines().map(str::to_owned).collect())
+}
+
+/// Waits until the hooks have noted this.
+fn noted(guest: &Guest, what: &str, expected: &[&str]) -> Result<()> {
+    let mut seen = Vec::new();
+    let enough = guest.wait_until(what, STEP, || {
+        let text = guest.sh("cat /run/notes 2>/dev/null || true")?;
+        seen = text.lines().map(str::to_owned).collect();
+        Ok(seen.len() >= expected.len())
+    });
+    ensure!(
+        enough.is_ok() && seen == expected,
+        "{what}: expected {expected:?}, saw {seen:?}"
+    );
+    guest.sh("rm /run/notes").map(drop)
+}
+
+fn start_with(guest: &Guest, module: Module, parameters: &[&str], config: &str) -> Result<Process> {
+    load(guest, module, parameters)?;
+    let daemon = guest.start_daemon_with(config)?;
+    wait_for_daemon(guest)?;
+    Ok(daemon)
+}
+
+/// A backup that is good, in which both writers stand still.
+fn good_backup(guest: &Guest, what: &str) -> Result<()> {
+    equal(what, observe(guest)?, good(&["/writer", "/mnt/a/w"]))
+}
+
+fn backup(guest: &Guest) -> Result<()> {
+    prepare(guest)?;
+    let vss = guest.vss();
+    for module in [Module::Stock, Module::Ours] {
+        hook(guest, "10-a", "")?;
+        let about = "printf '%s|%s|%s|%s\\n' \"$HV_VSS_REQUEST\" \"$HV_VSS_BACKUP_TYPE\" \
+                     \"$HV_VSS_DISKS\" \"$HV_VSS_FILE_SYSTEMS\" >>/run/about; echo I am ready";
+        hook(guest, "20-b", about)?;
+        hook(guest, "30-c~", "")?;
+        guest.sh("rm -f /run/about")?;
+        let daemon = start(guest, module, Daemon::Ours)?;
+        let id = Guid::new(0x1234_5678, 0x9abc, 0xdef0, [1, 2, 3, 4, 5, 6, 7, 8]);
+        let luns = [Lun::scsi(id, 0, 1, 2)];
+        answered("FREEZE", &vss.freeze(&luns, STEP)?, status::OK)?;
+        noted(
+            guest,
+            "before the freeze",
+            &["10-a freeze ", "20-b freeze "],
+        )?;
+        let told = guest.sh("cat /run/about")?;
+        let words: Vec<&str> = told.trim_end().split('|').collect();
+        let disk = match module {
+            // It has no words for that.
+            Module::Stock => "",
+            Module::Ours => "12345678-9abc-def0-0102-030405060708:0:1:2",
+        };
+        let kind = if module == Module::Ours { "0" } else { "" };
+        ensure!(
+            words.get(1..) == Some(&[kind, disk, "/mnt/a /"][..])
+                && (module == Module::Stock) == (words.first() == Some(&"0")),
+            "{module:?}: a hook was told {told:?}"
+        );
+        guest.wait_until("both writers stand still", STEP, || {
+            Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+        })?;
+        equal("hooks while frozen", notes(guest)?.len(), 0)?;
+        let said = guest.output(&daemon)?;
+        ensure!(!said.contains("I am ready"), "said while frozen:\n{said}");
+        answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+        let expected = ["20-b thaw good", "10-a thaw good"];
+        noted(guest, "after the thaw", &expected)?;
+        guest.wait_until("what they said is logged", STEP, || {
+            Ok(guest
+                .output(&daemon)?
+                .contains("hook 20-b, freeze: I am ready"))
+        })?;
+        good_backup(guest, "the next backup")?;
+        stop_at_rest(guest, module, &daemon)?;
+        guest.sh("rm -f /run/notes")?;
+    }
+    end(guest)
+}
+
+fn failing(guest: &Guest) -> Result<()> {
+    prepare(guest)?;
+    let vss = guest.vss();
+    hook(guest, "10-a", "")?;
+    hook(
+        guest,
+        "20-b",
+        "[ $1 != freeze ] || { echo no such table; exit 7; }",
+    )?;
+    hook(guest, "30-c", "")?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    let expected = [
+        "10-a freeze ",
+        "20-b freeze ",
+        "20-b thaw failed",
+        "10-a thaw failed",
+    ];
+    noted(guest, "a backup that fails", &expected)?;
+    guest.wait_until("the log says why", STEP, || {
+        let said = guest.output(&daemon)?;
+        Ok(
+            said.contains("FREEZE fails: hook 20-b: it failed with exit status 7")
+                && said.contains("hook 20-b, freeze: no such table"),
+        )
+    })?;
+    equal(
+        "writers that stand still",
+        super::stuck_writers(guest)?,
+        vec![],
+    )?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+
+    let config = "[hooks]\noptional = ['20-*']";
+    let daemon = start_with(guest, Module::Ours, &[], config)?;
+    good_backup(guest, "a backup with that one optional")?;
+    let expected = [
+        "10-a freeze ",
+        "20-b freeze ",
+        "30-c freeze ",
+        "30-c thaw good",
+        "20-b thaw good",
+        "10-a thaw good",
+    ];
+    noted(guest, "with one optional", &expected)?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+    end(guest)
+}
+
+/// A hook that hangs at freeze, in a child.
+const HANGS: &str = "[ $1 != freeze ] || { sleep 4711 & wait; }";
+
+/// Waits until nothing of [`HANGS`] is left.
+fn nothing_hangs(guest: &Guest) -> Result<()> {
+    guest.wait_until("what the hook had started is gone", STEP, || {
+        let found = guest.try_sh("grep -l 4711 /proc/[0-9]*/cmdline 2>/dev/null | grep -v self")?;
+        let pids = found.out.lines().filter(|it| {
+            let command = guest.read(it).unwrap_or_default();
+            command.starts_with("sleep")
+        });
+        Ok(pids.count() == 0)
+    })
+}
+
+fn hung(guest: &Guest) -> Result<()> {
+    prepare(guest)?;
+    let vss = guest.vss();
+    hook(guest, "10-a", "")?;
+    hook(guest, "20-b", HANGS)?;
+    let daemon = start_with(guest, Module::Ours, &[], "[hooks]\nlimit = 2")?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    let expected = [
+        "10-a freeze ",
+        "20-b freeze ",
+        "20-b thaw failed",
+        "10-a thaw failed",
+    ];
+    noted(guest, "a hook that hangs", &expected)?;
+    nothing_hangs(guest)?;
+    let said = guest.output(&daemon)?;
+    ensure!(
+        said.contains("hook 20-b: killed, it took longer than 2 s (hooks.limit)"),
+        "the log should say why:\n{said}"
+    );
+    hook(guest, "20-b", "")?;
+    good_backup(guest, "the next backup")?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+    end(guest)
+}
+
+fn the_hosts_limit(guest: &Guest) -> Result<()> {
+    prepare(guest)?;
+    let vss = guest.vss();
+    hook(guest, "20-b", HANGS)?;
+    let daemon = start_with(
+        guest,
+        Module::Ours,
+        &["freeze_timeout_ms=6000"],
+        "[hooks]\nlimit = 3600",
+    )?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    let expected = ["20-b freeze ", "20-b thaw failed"];
+    noted(guest, "a hook that hangs", &expected)?;
+    nothing_hangs(guest)?;
+    let said = guest.output(&daemon)?;
+    ensure!(
+        said.contains("called off: the host would not wait any longer")
+            && !said.contains("the answer to FREEZE was refused"),
+        "the daemon should have answered before its time was over:\n{said}"
+    );
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+    end(guest)
+}
+
+fn slow_thaw(guest: &Guest) -> Result<()> {
+    prepare(guest)?;
+    let vss = guest.vss();
+    // It lets go when it is told to.
+    let waits = "[ $1 != thaw ] || until [ -e /run/let-go ]; do sleep 0.1; done";
+    hook(guest, "10-a", waits)?;
+    guest.sh("rm -f /run/let-go")?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    good_backup(guest, "a backup with a hook that is slow to let go")?;
+    noted(guest, "a slow hook", &["10-a freeze ", "10-a thaw good"])?;
+    let freeze = vss.send_freeze(&[])?;
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(
+        vss.try_reply(freeze).is_none(),
+        "FREEZE should wait for the hook of the last backup"
+    );
+    equal(
+        "writers that stand still",
+        super::stuck_writers(guest)?,
+        vec![],
+    )?;
+    guest.sh("touch /run/let-go")?;
+    let reply = super::reply_within(guest, freeze, STEP)?;
+    ensure!(
+        reply.is_some_and(|it| it.status() == status::OK),
+        "FREEZE should be good after all"
+    );
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    noted(guest, "after it", &["10-a freeze ", "10-a thaw good"])?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+    end(guest)
+}
+
+fn killed(guest: &Guest) -> Result<()> {
+    prepare(guest)?;
+    let vss = guest.vss();
+    hook(guest, "10-a", "")?;
+    for module in [Module::Stock, Module::Ours] {
+        // While one is at freeze.
+        hook(guest, "20-b", HANGS)?;
+        let daemon = start(guest, module, Daemon::Ours)?;
+        let freeze = vss.send_freeze(&[])?;
+        noted(guest, "at freeze", &["10-a freeze ", "20-b freeze "])?;
+        guest.signal(&daemon, 9)?;
+        guest.wait(&daemon, STEP)?;
+        let daemon = guest.start_daemon(Daemon::Ours)?;
+        let expected = ["20-b thaw unknown", "10-a thaw unknown"];
+        noted(guest, "the next start lets go", &expected)?;
+        nothing_hangs(guest)?;
+        let reply = super::reply_within(guest, freeze, STEP * 2)?;
+        ensure!(
+            reply.is_some_and(|it| it.status() != status::OK),
+            "{module:?}: FREEZE should fail, its daemon was killed"
+        );
+        // While all is frozen.
+        hook(guest, "20-b", "")?;
+        wait_for_daemon(guest)?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        noted(
+            guest,
+            "before the freeze",
+            &["10-a freeze ", "20-b freeze "],
+        )?;
+        guest.signal(&daemon, 9)?;
+        guest.wait(&daemon, STEP)?;
+        super::deadman::released(
+            guest,
+            "the daemon was killed",
+            guest.clock()?,
+            super::deadman::RELEASED,
+        )?;
+        let ended = guest.try_sh("/payload/hv_vss_daemon thaw")?;
+        ensure!(
+            ended.status == Some(0) && ended.err.contains("hooks that were called are let go"),
+            "thaw by hand should let go, it was: {ended:?}"
+        );
+        noted(guest, "thaw by hand", &expected)?;
+        let daemon = guest.start_daemon(Daemon::Ours)?;
+        wait_for_daemon(guest)?;
+        equal("hooks after that", notes(guest)?.len(), 0)?;
+        answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+        good_backup(guest, "the next backup")?;
+        guest.sh("rm -f /run/notes")?;
+        stop_at_rest(guest, module, &daemon)?;
+    }
+    end(guest)
+}
+
+fn unfit(guest: &Guest) -> Result<()> {
+    prepare(guest)?;
+    let vss = guest.vss();
+    hook(guest, "10-a", "")?;
+    hook(guest, "20-b", "")?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    for (what, spoil, mend, word) in [
+        (
+            "a file that its group may write",
+            format!("chmod 775 {FOLDER}/20-b"),
+            format!("chmod 755 {FOLDER}/20-b"),
+            "others than root may write to it",
+        ),
+        (
+            "a file of somebody else",
+            format!("chown 1000 {FOLDER}/20-b"),
+            format!("chown 0 {FOLDER}/20-b"),
+            "it belongs to user 1000",
+        ),
+        (
+            "a folder in which others may write",
+            format!("chmod 777 {FOLDER}; rm {FOLDER}/10-a"),
+            format!("chmod 755 {FOLDER}"),
+            "hooks.d: others than root may write to it",
+        ),
+    ] {
+        guest.sh(&spoil)?;
+        answered(what, &vss.freeze(&[], STEP)?, status::FAIL)?;
+        guest.wait_until("the log says why", STEP, || {
+            let said = guest.output(&daemon)?;
+            Ok(said.contains("hook 20-b: it is not run") && said.contains(word))
+        })?;
+        guest.wait_until("all is over", STEP, || {
+            let said = guest.sh("/payload/hv_vss_daemon thaw 2>&1")?;
+            Ok(said.contains("nothing is recorded"))
+        })?;
+        let told = notes(guest)?;
+        ensure!(
+            !told.iter().any(|it| it.starts_with("20-b")),
+            "{what}: it was run: {told:?}"
+        );
+        guest.sh(&mend)?;
+    }
+    good_backup(guest, "the next backup")?;
+    noted(
+        guest,
+        "the next backup",
+        &["20-b freeze ", "20-b thaw good"],
+    )?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+    end(guest)
+}
+
+fn other_contracts(guest: &Guest) -> Result<()> {
+    prepare(guest)?;
+    let vss = guest.vss();
+    hook(guest, "10-ours", "")?;
+    let qemu = "/etc/qemu/fsfreeze-hook";
+    hook_at(guest, qemu, "")?;
+    let tools = "/etc/vmware-tools/backupScripts.d";
+    hook_at(guest, &format!("{tools}/10-tools"), "")?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    good_backup(guest, "a backup with ours alone")?;
+    noted(
+        guest,
+        "ours alone",
+        &["10-ours freeze ", "10-ours thaw good"],
+    )?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+
+    let config = "hooks = { qemu = true, open_vm_tools = true }";
+    let daemon = start_with(guest, Module::Ours, &[], config)?;
+    good_backup(guest, "a backup with all")?;
+    let expected = [
+        "10-ours freeze ",
+        "fsfreeze-hook freeze ",
+        "10-tools freeze ",
+        "10-tools thaw good",
+        "fsfreeze-hook thaw good",
+        "10-ours thaw good",
+    ];
+    noted(guest, "all", &expected)?;
+    // Instead of the dispatcher of the QEMU guest agent, what that would run; and a freeze that fails.
+    hook_at(guest, &format!("{qemu}.d/10-qemu"), "")?;
+    hook_at(guest, &format!("{tools}/20-fails"), "[ $1 != freeze ]")?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    let expected = [
+        "10-ours freeze ",
+        "10-qemu freeze ",
+        "10-tools freeze ",
+        "20-fails freeze ",
+        "20-fails freezeFail failed",
+        "10-tools freezeFail failed",
+        "10-qemu thaw failed",
+        "10-ours thaw failed",
+    ];
+    noted(guest, "a freeze that fails", &expected)?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+    end(guest)
+}

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A disk with much to write on a machine whose other disks have nothing to do: what it has to write is
+//! written before anything is frozen, so its neighbours hardly notice.
+//!
+//! The disks are the host's, and it says how many bytes a second they take. How long that holds up a
+//! writer elsewhere is compared with how long FREEZE takes, which is mostly that.
+
+use super::disks::{case, load_driver, Attached};
+use super::hangs::longest_stall;
+use super::{load, start, stop, wait_for_daemon, Case};
+use anyhow::{ensure, Result};
+use e2e::check::{answered, equal};
+use e2e::guest::{Daemon, Guest, Module, STEP};
+use hyperv_sim::ic::status;
+use hyperv_sim::storage::Image;
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+pub const CASES: &[Case] = &[
+    case(
+        "slow/much-to-write",
+        "a slow ext4 with 24 MiB in memory: its quick neighbours do not wait until that is written",
+        much_to_write,
+    ),
+    case(
+        "slow/new-files",
+        "the same with thousands of new files on an xfs",
+        new_files,
+    ),
+    case(
+        "slow/cannot-freeze",
+        "a slow vfat with much in memory is synced before anything is frozen",
+        cannot_freeze,
+    ),
+    case(
+        "slow/longer-than-prepare",
+        "what takes longer to write than `prepare` is waited for: the host's time is the limit",
+        longer_than_prepare,
+    ),
+];
+
+/// What a slow disk takes in a second.
+const SLOW: u64 = 4 << 20;
+
+/// The neighbours of the slow one.
+const QUICK: [&str; 3] = ["/mnt/a/w", "/mnt/b/w", "/mnt/c/w"];
+
+/// A disk of `mib` MiB that becomes slow when it is told to, with a file system of this kind on
+/// `/mnt/slow`, beside three quick ext4 with writers.
+fn make(guest: &Guest, mib: u64, make: &str) -> Result<Attached> {
+    let disk = Attached::new(guest, 0, 0, mib, Image::default())?;
+    load_driver(guest)?;
+    let node = disk.node(guest)?;
+    guest.sh(&format!(
+        "modprobe -a xfs vfat nls_cp437 nls_ascii; mkdir -p /mnt/slow
+         {make} {node} && mount {node} /mnt/slow
+         for n in 1=a 2=b 3=c; do
+             mkdir -p /mnt/${{n#*=}} && mkfs.ext4 -q -F /dev/ram${{n%=*}} &&
+                 mount /dev/ram${{n%=*}} /mnt/${{n#*=}} || exit 1
+         done
+         sync"
+    ))?;
+    for path in QUICK {
+        guest.writer_start(path)?;
+    }
+    Ok(disk)
+}
+
+/// What came of a backup, in the guest's time.
+struct Course {
+    /// From the request to the answer.
+    freeze: Duration,
+    /// The longest that a quick neighbour's writer stood still until that answer.
+    stall: Duration,
+}
+
+/// Dirties the slow one, backs up, and sees to it that the answer is good.
+fn back_up(guest: &Guest, disk: &Attached, dirty: &str) -> Result<Course> {
+    guest.sh("echo 3000 > /proc/sys/vm/dirty_writeback_centisecs")?;
+    guest.sh(dirty)?;
+    disk.disk.set_bandwidth(NonZeroU64::new(SLOW));
+    let sent = guest.clock()?;
+    let tx = guest.vss().send_freeze(&[])?;
+    let reply = guest.vss().wait(tx, STEP * 2)?;
+    let stall = longest_stall(guest, sent)?;
+    answered("FREEZE", &reply, status::OK)?;
+    answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+    disk.disk.set_bandwidth(None);
+    Ok(Course {
+        freeze: reply.latency,
+        stall,
+    })
+}
+
+/// A backup with ours: the neighbours stood still for a small part of the time.
+fn hardly_noticed(guest: &Guest, disk: &Attached, dirty: &str) -> Result<Course> {
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let course = back_up(guest, disk, dirty)?;
+    let Course { freeze, stall } = course;
+    println!("     FREEZE took {freeze:.1?}, a neighbour stood still for {stall:.1?} at most");
+    // Or the disk was not slow, and there was nothing to notice.
+    ensure!(
+        freeze > Duration::from_secs(2),
+        "FREEZE took {freeze:?} only"
+    );
+    ensure!(
+        stall < freeze / 3,
+        "a neighbour stood still for {stall:?} of the {freeze:?} that FREEZE took"
+    );
+    stop(guest, Module::Ours, &daemon)?;
+    Ok(course)
+}
+
+/// The same with ours and the peer.
+fn compared(guest: &Guest, disk: &Attached, what: &str, dirty: &str) -> Result<()> {
+    let ours = hardly_noticed(guest, disk, dirty)?;
+    let daemon = start(guest, Module::Stock, Daemon::Debian)?;
+    let peer = back_up(guest, disk, dirty)?;
+    stop(guest, Module::Stock, &daemon)?;
+    let words = |course: &Course| {
+        format!(
+            "a writer elsewhere stands still for {:.0} % of the {:.1} s that FREEZE takes",
+            100.0 * course.stall.as_secs_f64() / course.freeze.as_secs_f64(),
+            course.freeze.as_secs_f64()
+        )
+    };
+    guest.compare(what, &words(&ours), &words(&peer));
+    Ok(())
+}
+
+fn much_to_write(guest: &Guest) -> Result<()> {
+    let disk = make(guest, 128, "mkfs.ext4 -q -F")?;
+    let dirty = "dd if=/dev/zero of=/mnt/slow/file bs=24M count=1 2>/dev/null";
+    compared(
+        guest,
+        &disk,
+        "a slow disk (4 MiB/s) has 24 MiB to write back, three others have nothing",
+        dirty,
+    )
+}
+
+fn new_files(guest: &Guest) -> Result<()> {
+    let disk = make(guest, 320, "mkfs.xfs -q -f")?;
+    let dirty = "mkdir -p /mnt/slow/d && cd /mnt/slow/d && n=0
+                 while [ $n -lt 2000 ]; do echo $n > $n; n=$((n + 1)); done
+                 dd if=/dev/zero of=all bs=8M count=1 2>/dev/null";
+    hardly_noticed(guest, &disk, dirty).map(drop)
+}
+
+fn cannot_freeze(guest: &Guest) -> Result<()> {
+    let disk = make(guest, 64, "mkfs.vfat")?;
+    let dirty = "dd if=/dev/zero of=/mnt/slow/file bs=16M count=1 2>/dev/null";
+    hardly_noticed(guest, &disk, dirty).map(drop)
+}
+
+fn longer_than_prepare(guest: &Guest) -> Result<()> {
+    let disk = make(guest, 128, "mkfs.ext4 -q -F")?;
+    load(guest, Module::Ours, &[])?;
+    let daemon = guest.start_daemon_with("prepare = 1")?;
+    wait_for_daemon(guest)?;
+    let dirty = "dd if=/dev/zero of=/mnt/slow/file bs=24M count=1 2>/dev/null";
+    let course = back_up(guest, &disk, dirty)?;
+    ensure!(
+        course.freeze > Duration::from_secs(2),
+        "FREEZE took {:?} only, `prepare` is 1 s",
+        course.freeze
+    );
+    let log = guest.output(&daemon)?;
+    let frozen = log.lines().find(|it| it.contains("FREEZE answered"));
+    let all = frozen.map(|it| it.contains("5 frozen"));
+    equal("whether all five are frozen", all, Some(true))?;
+    stop(guest, Module::Ours, &daemon)
+}
