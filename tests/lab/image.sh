@@ -67,23 +67,11 @@ if [ "${1:-}" = --inside ]; then
         done
     }
 
-    # add_modules DIR NAME...: the modules and what they depend on, unpacked, with their index.
-    add_modules() {
-        local dir=$1 file target
-        shift
-        modprobe --dirname /chosen --set-version "$release" --show-depends --all "$@" |
-            sed -n 's/^insmod \([^ ]*\).*/\1/p' | sort -u | while read -r file; do
-            target=$dir$modules/${file#*"/modules/$release/"}
-            mkdir -p "$(dirname "$target")"
-            case $file in
-            *.xz) xz -dc "$file" >"${target%.xz}" ;;
-            *) cp "$file" "$target" ;;
-            esac
-        done
-        cp /chosen/usr/lib/modules/"$release"/modules.{builtin,builtin.modinfo,order} "$dir$modules/"
-        depmod --basedir "$dir" "$release"
+    # guest_modules DIR NAME...: modules of the kernel under test.
+    guest_modules() {
+        add_modules /chosen "$@"
         # busybox reads the text files; the binary twins would only make the image larger.
-        rm -f "$dir$modules"/modules.{*.bin,builtin.modinfo,order,devname,softdep,symbols,weakdep}
+        rm -f "$1$modules"/modules.{*.bin,builtin.modinfo,order,devname,softdep,symbols,weakdep}
     }
 
     # pack DIR FILE: an initramfs. Uncompressed: where the processor is emulated, and emulated twice,
@@ -102,7 +90,7 @@ if [ "${1:-}" = --inside ]; then
         outer=/tmp/outer
         skeleton "$outer"
         add "$outer" "${libraries[@]}"
-        add_modules "$outer" kvm-amd
+        guest_modules "$outer" kvm-amd
         install -m 0755 /lab/outer/init "$outer/init"
         pack "$outer" /build/outer.cpio
     fi
@@ -123,7 +111,7 @@ if [ "${1:-}" = --inside ]; then
     add "$inner" /kernel/usr/sbin/hv_vss_daemon
     mv "$inner/kernel/usr/sbin/hv_vss_daemon" "$inner/usr/sbin/"
     rm -r "$inner/kernel"
-    add_modules "$inner" "${inner_modules[@]}"
+    guest_modules "$inner" "${inner_modules[@]}"
     install -m 0755 /lab/inner/init "$inner/init"
     install -m 0755 /lab/inner/sbin-init "$inner/usr/sbin/init"
     pack "$inner" /build/guest.cpio

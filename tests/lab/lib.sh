@@ -133,3 +133,22 @@ unpack_source() {
     in_root "$packed:/packed" "$target:/linux" -- tar --extract --file "/packed/$archive" \
         --directory /linux --strip-components 1 "${excludes[@]}"
 }
+
+# add_modules KERNEL DIR NAME...: modules of a kernel as it lies in $unpacked, and what they depend on,
+# unpacked, with their index.
+add_modules() {
+    local from=$1 dir=$2 modules file target
+    modules=/usr/lib/modules/$(cat "$from/release")
+    shift 2
+    modprobe --dirname "$from" --set-version "${modules##*/}" --show-depends --all "$@" |
+        sed -n 's/^insmod \([^ ]*\).*/\1/p' | sort -u | while read -r file; do
+        target=$dir$modules/${file#*"/${modules##*/}/"}
+        mkdir -p "$(dirname "$target")"
+        case $file in
+        *.xz) xz -dc "$file" >"${target%.xz}" ;;
+        *) cp "$file" "$target" ;;
+        esac
+    done
+    cp "$from$modules"/modules.{builtin,builtin.modinfo,order} "$dir$modules/"
+    depmod --basedir "$dir" "${modules##*/}"
+}

@@ -19,8 +19,9 @@ options=(
     --dpkgopt=force-unsafe-io
     --aptopt='APT::Install-Recommends "false"'
 )
-# The device's driver, the peer's, and what a case mounts beside the root.
-modules=(brd hv_utils)
+# Where the root may be, which the initramfs needs as well, and the peer's driver.
+root_modules=(brd sd_mod hv_storvsc)
+modules=("${root_modules[@]}" hv_utils)
 # Units that only cost time in an emulated machine without a console, a network or a user.
 masked=(
     getty@.service serial-getty@.service systemd-logind.service systemd-networkd.service
@@ -36,25 +37,15 @@ masked=(
 if [ "${1:-}" = --inside ]; then
     release=$(cat /kernel/release)
     target=/build/systemd.root
-    kernel=$target/usr/lib/modules/$release
-    mkdir -p "$kernel"
-    modprobe --dirname /kernel --set-version "$release" --show-depends --all "${modules[@]}" |
-        sed -n 's/^insmod \([^ ]*\).*/\1/p' | sort -u | while read -r file; do
-        install -D -m 0644 "$file" "$kernel/${file#*"/modules/$release/"}"
-    done
-    cp /kernel/usr/lib/modules/"$release"/modules.{builtin,builtin.modinfo,order} "$kernel/"
-    depmod --basedir "$target" "$release"
+    add_modules /kernel "$target" "${modules[@]}"
 
     ramfs=/tmp/systemd.ramfs
     rm -rf "$ramfs"
-    mkdir -p "$ramfs"/{bin,dev,proc,sys}
+    mkdir -p "$ramfs"/{bin,dev,proc,sys,usr/lib}
+    ln -s usr/lib "$ramfs/lib"
     cp /usr/bin/busybox "$ramfs/bin/"
     install -m 0755 /lab/systemd/init "$ramfs/init"
-    brd=$(find "$kernel" -name 'brd.ko*')
-    case $brd in
-    *.xz) xz -dc "$brd" >"$ramfs/brd.ko" ;;
-    *) cp "$brd" "$ramfs/brd.ko" ;;
-    esac
+    add_modules /kernel "$ramfs" "${root_modules[@]}"
     # What is on it, and as much again as the tests write.
     size=$(($(du -sm "$target" | cut -f 1) * 11 / 10 + 48))
     mke2fs -q -t ext4 -b 4096 -J size=4 -O ^resize_inode -d "$target" "$ramfs/root.ext4" "${size}M"

@@ -39,7 +39,7 @@ pub enum Userland {
     Packages,
 }
 
-/// Where a guest of [`Userland::Lab`] has its root.
+/// Where a guest has its root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Root {
     /// On a ram disk.
@@ -55,7 +55,7 @@ pub struct Machine {
     pub cpus: u8,
     /// Memory in MiB. Ram disks take from it what is written to them, the root included.
     pub memory_mib: u32,
-    /// Size of each ram disk of [`Userland::Lab`] in MiB.
+    /// Size of each ram disk of [`Userland::Lab`] in MiB, and of a root on a SCSI disk.
     pub disk_mib: u32,
     /// SCSI controllers, without disks until a case attaches some and loads the driver.
     pub scsi_controllers: u8,
@@ -63,6 +63,8 @@ pub struct Machine {
     pub root: Root,
     /// What is booted.
     pub userland: Userland,
+    /// Whether its kernel takes only modules that are signed with a key that it knows, as with Secure Boot.
+    pub signed_modules: bool,
     /// The newest VMBus version that the host speaks; it speaks all before that, too.
     pub vmbus: VmbusVersion,
 }
@@ -77,6 +79,7 @@ impl Machine {
         scsi_controllers: 0,
         root: Root::Ram,
         userland: Userland::Lab,
+        signed_modules: false,
         vmbus: VmbusVersion::V6_0,
     };
     /// The same with two CPUs.
@@ -99,15 +102,22 @@ impl Machine {
         userland: Userland::Systemd,
         ..Machine::ONE_CPU
     };
-    /// The same without anything of ours.
+    /// The same without anything of ours, on a disk that outlives it.
     pub const DEBIAN: Machine = Machine {
         userland: Userland::Debian,
+        scsi_controllers: 1,
+        root: Root::Scsi,
         ..Machine::ONE_CPU
     };
     /// The same with our packages.
     pub const PACKAGES: Machine = Machine {
         userland: Userland::Packages,
         ..Machine::ONE_CPU
+    };
+    /// The same with a kernel that takes signed modules only.
+    pub const SIGNED_PACKAGES: Machine = Machine {
+        signed_modules: true,
+        ..Machine::PACKAGES
     };
 }
 
@@ -137,6 +147,9 @@ impl std::fmt::Display for Machine {
             Userland::Systemd => write!(f, ", systemd")?,
             Userland::Debian => write!(f, ", Debian")?,
             Userland::Packages => write!(f, ", Debian with our packages")?,
+        }
+        if self.signed_modules {
+            f.write_str(", signed modules only")?;
         }
         if self.vmbus != Machine::ONE_CPU.vmbus {
             write!(f, ", VMBus {}", self.vmbus)?;
@@ -326,6 +339,9 @@ impl Guest {
             Userland::Lab | Userland::Systemd => {}
             Userland::Debian => config.cmdline.push_str(" userland=debian"),
             Userland::Packages => config.cmdline.push_str(" userland=packages"),
+        }
+        if machine.signed_modules {
+            config.cmdline.push_str(" module.sig_enforce=1");
         }
         let disk_kib = machine.disk_mib * 1024;
         config.cmdline.push_str(&format!(" disk_kib={disk_kib}"));

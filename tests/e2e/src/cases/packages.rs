@@ -11,12 +11,14 @@ use e2e::check::equal;
 use e2e::guest::{Guest, Machine, STEP};
 use hyperv_sim::ic::vss::VERSIONS;
 use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::Exit;
 use std::time::Duration;
 
 pub const CASES: &[Case] = &[
     case(
         "packages/install-to-purge",
-        "beside hyperv-daemons: daemon, module, upgrade and removal amid backups, purge; good backups after each",
+        "beside hyperv-daemons: daemon, module, reboot, upgrade and removal amid backups, purge; good backups after \
+         each",
         Machine::DEBIAN,
         install_to_purge,
     ),
@@ -31,6 +33,24 @@ pub const CASES: &[Case] = &[
         "a kernel without the module: the stock driver serves our daemon, and the journal says why",
         Machine::PACKAGES,
         no_module,
+    ),
+    case(
+        "packages/disabled",
+        "where an administrator disables ours, Debian's daemon serves, and an upgrade of ours leaves it alone",
+        Machine::PACKAGES,
+        disabled,
+    ),
+    case(
+        "packages/mainline-daemon",
+        "Linux's own daemon, compiled against our header from today's source, serves our module unchanged",
+        Machine::PACKAGES,
+        mainline_daemon,
+    ),
+    case(
+        "packages/unknown-key",
+        "a kernel that does not know the key of our module: the stock driver serves, the journal says what to do",
+        Machine::SIGNED_PACKAGES,
+        unknown_key,
     ),
 ];
 
@@ -156,6 +176,16 @@ fn end(guest: &Guest) -> Result<()> {
     })
 }
 
+/// Shuts the guest down as an administrator does, and boots another from what is on its disk then.
+fn reboot(guest: &Guest) -> Result<Guest> {
+    // It does not answer that.
+    let _ = guest.spawn(&["systemctl", "poweroff"]);
+    let exit = guest.vm().wait_exit(STEP * 2)?;
+    equal("how the guest ended", exit, Exit::PowerOff)?;
+    let disk = guest.root_disk().context("its root is elsewhere")?;
+    guest.start_from(disk.snapshot()?)
+}
+
 fn install_to_purge(guest: &Guest) -> Result<()> {
     install(guest, "dkms_*.deb hyperv-daemons_*.deb")?;
     guest.sh("modprobe hv_utils")?;
@@ -173,8 +203,11 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
         "LoadState=loaded\nDropInPaths=",
     )?;
 
-    // The module has the device at once.
+    // The module has the device at once, and after the next boot.
     install(guest, "hv-vss-dkms_*.deb")?;
+    serves(guest, OURS, "hv_vss")?;
+    rest_is_stock(guest)?;
+    let guest = &reboot(guest)?;
     serves(guest, OURS, "hv_vss")?;
     rest_is_stock(guest)?;
 
@@ -198,7 +231,8 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
         files(guest)?.as_str(),
         before.as_str(),
     )?;
-    end(guest)
+    guest.vm().kill();
+    Ok(())
 }
 
 /// The files that have anything to do with us, by name.
@@ -237,6 +271,14 @@ fn cold_plug(guest: &Guest) -> Result<()> {
     guest.sh(&line).map(drop)
 }
 
+/// Waits until the journal has this of the hand-over.
+fn journal_says(guest: &Guest, line: &str) -> Result<()> {
+    guest.wait_until(&format!("the journal says: {line}"), STEP, || {
+        let text = guest.sh("journalctl --quiet --boot --identifier hv_vss_hand_over")?;
+        Ok(text.contains(line))
+    })
+}
+
 fn no_module(guest: &Guest) -> Result<()> {
     serves(guest, OURS, "hv_vss")?;
     end(guest)?;
@@ -249,15 +291,54 @@ fn no_module(guest: &Guest) -> Result<()> {
         "hv_vss is not built for kernel {}: its headers",
         release.trim()
     );
-    guest.wait_until("the journal says why", STEP, || {
-        let text = guest.sh("journalctl --quiet --boot --identifier hv_vss_hand_over")?;
-        Ok(text.contains(&line))
-    })?;
+    journal_says(guest, &line)?;
     // Put back, it is taken into use.
     guest
         .sh("mv /root/hv_vss.ko* /usr/lib/modules/$(uname -r)/updates/dkms/ && depmod")
         .context("the module was in updates/dkms")?;
     cold_plug(guest)?;
     serves(guest, OURS, "hv_vss")?;
+    end(guest)
+}
+
+fn disabled(guest: &Guest) -> Result<()> {
+    serves(guest, OURS, "hv_vss")?;
+    guest.sh(&format!(
+        "systemctl disable --now {OURS} 2>&1 && systemctl start {THEIRS}"
+    ))?;
+    serves(guest, THEIRS, "hv_vss")?;
+    install(guest, "hv-vss-daemon_*.deb")?;
+    serves(guest, THEIRS, "hv_vss")?;
+    guest.sh(&format!(
+        "systemctl stop {THEIRS} && systemctl enable --now {OURS} 2>&1"
+    ))?;
+    serves(guest, OURS, "hv_vss")?;
+    end(guest)
+}
+
+fn mainline_daemon(guest: &Guest) -> Result<()> {
+    serves(guest, OURS, "hv_vss")?;
+    guest.sh(&format!("systemctl stop {OURS}"))?;
+    let daemon = guest.spawn(&[&format!("{PACKAGES}/hv_vss_daemon"), "-n"])?;
+    super::wait_for_daemon(guest)?;
+    let state = super::ModuleState::of(guest)?;
+    equal("its protocol", state.words("daemon_abi")?, vec!["1"])?;
+    guest.writer_start("/var/tmp/writer")?;
+    let seen = super::observe(guest);
+    guest.writers_stop()?;
+    equal(
+        "a backup by Linux's own daemon",
+        seen?,
+        super::good(&["/var/tmp/writer"]),
+    )?;
+    guest.signal(&daemon, 15)?;
+    guest.wait(&daemon, STEP)?;
+    end(guest)
+}
+
+fn unknown_key(guest: &Guest) -> Result<()> {
+    serves(guest, OURS, "hv_utils")?;
+    rest_is_stock(guest)?;
+    journal_says(guest, "Secure Boot: the kernel does not know the key")?;
     end(guest)
 }

@@ -195,8 +195,8 @@ fn stop(guest: &Guest) -> Result<()> {
     wait_active(guest, pid)?;
     recovered(guest, "restart")?;
     // What went wrong stands out by its priority, and nothing else does.
-    let errors = "journalctl --quiet --boot --priority err --unit hv_vss_daemon";
-    let text = guest.sh(errors)?;
+    let errors = format!("journalctl --quiet --boot --priority err --unit {UNIT}");
+    let text = guest.sh(&errors)?;
     ensure!(
         text.contains("the daemon was stopped: thawing before the host said so")
             && text.contains("THAW from the host fails")
