@@ -305,6 +305,10 @@ impl Stop {
 /// Has the daemon that serves read its configuration again.
 pub fn reload(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
     let reply = control::ask_first(places, Method::Reload)?;
+    if reply["reloaded"] == "later" {
+        log.info("a backup is under way: the configuration is read after it, see the log");
+        return Ok(());
+    }
     if reply["reloaded"] != true {
         let why = reply["error"].as_str().unwrap_or("it does not say why");
         return Err(CommandError::NotReloaded(why.to_owned()));

@@ -39,7 +39,6 @@ use std::time::Duration;
 
 use glob::{MatchOptions, Pattern};
 use serde::{de::Error as _, Deserialize, Deserializer};
-use toml::{Table, Value};
 
 use crate::hooks::Hook;
 use crate::plan::{FileSystem, Plan};
@@ -69,25 +68,19 @@ pub enum ConfigError {
 }
 
 /// What an operator can choose.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, Debug)]
 pub struct Config {
     /// Whether a file system that cannot freeze, or that is out of order, fails the backup.
     pub strict: bool,
     /// Seconds that looking up what is mounted may take, 1 to 3600.
-    #[serde(deserialize_with = "seconds")]
     pub prepare: Duration,
     /// Seconds from the first freeze to the thaw at the latest, 1 to 3600.
-    #[serde(deserialize_with = "seconds")]
     pub deadline: Duration,
     /// Seconds that one file system may take to freeze, 1 to 3600; then the freeze is given up.
-    #[serde(deserialize_with = "seconds")]
     pub give_up: Duration,
     /// How many file systems are worked on at a time, 1 to 256.
-    #[serde(deserialize_with = "threads")]
     pub parallel: usize,
     /// How many file systems are written back at a time before the freeze, 1 to 256.
-    #[serde(deserialize_with = "threads")]
     pub write_back: usize,
     /// Where lock and record are kept; it must be on a tmpfs.
     pub run_dir: PathBuf,
@@ -120,15 +113,13 @@ impl Default for Config {
 }
 
 /// Which hooks are called, and how.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, Debug)]
 pub struct HookRules {
     /// Whether those of the QEMU guest agent are.
     pub qemu: bool,
     /// Whether those of open-vm-tools are.
     pub open_vm_tools: bool,
     /// Seconds that each call may take, 1 to 3600.
-    #[serde(deserialize_with = "seconds")]
     pub limit: Duration,
     /// The names of those that may fail.
     optional: Vec<Rule>,
@@ -153,18 +144,93 @@ impl HookRules {
     }
 }
 
-fn seconds<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
+/// What one file says.
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Layer {
+    strict: Option<bool>,
+    #[serde(deserialize_with = "seconds")]
+    prepare: Option<Duration>,
+    #[serde(deserialize_with = "seconds")]
+    deadline: Option<Duration>,
+    #[serde(deserialize_with = "seconds")]
+    give_up: Option<Duration>,
+    #[serde(deserialize_with = "threads")]
+    parallel: Option<usize>,
+    #[serde(deserialize_with = "threads")]
+    write_back: Option<usize>,
+    run_dir: Option<PathBuf>,
+    state_dir: Option<PathBuf>,
+    exclude: RulesLayer,
+    include: RulesLayer,
+    hooks: HooksLayer,
+}
+
+/// What it says of file systems.
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RulesLayer {
+    paths: Option<Vec<Rule>>,
+    types: Option<Vec<Rule>>,
+    devices: Option<Vec<Rule>>,
+}
+
+/// What it says of hooks.
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct HooksLayer {
+    qemu: Option<bool>,
+    open_vm_tools: Option<bool>,
+    #[serde(deserialize_with = "seconds")]
+    limit: Option<Duration>,
+    optional: Option<Vec<Rule>>,
+}
+
+impl Layer {
+    /// Puts what it says in the place of what was said before.
+    fn apply(self, config: &mut Config) {
+        put(&mut config.strict, self.strict);
+        put(&mut config.prepare, self.prepare);
+        put(&mut config.deadline, self.deadline);
+        put(&mut config.give_up, self.give_up);
+        put(&mut config.parallel, self.parallel);
+        put(&mut config.write_back, self.write_back);
+        put(&mut config.run_dir, self.run_dir);
+        put(&mut config.state_dir, self.state_dir);
+        for (rules, layer) in [
+            (&mut config.exclude, self.exclude),
+            (&mut config.include, self.include),
+        ] {
+            put(&mut rules.paths, layer.paths);
+            put(&mut rules.types, layer.types);
+            put(&mut rules.devices, layer.devices);
+        }
+        let hooks = &mut config.hooks;
+        put(&mut hooks.qemu, self.hooks.qemu);
+        put(&mut hooks.open_vm_tools, self.hooks.open_vm_tools);
+        put(&mut hooks.limit, self.hooks.limit);
+        put(&mut hooks.optional, self.hooks.optional);
+    }
+}
+
+fn put<T>(place: &mut T, said: Option<T>) {
+    if let Some(value) = said {
+        *place = value;
+    }
+}
+
+fn seconds<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Duration>, D::Error> {
     match u64::deserialize(d)? {
-        s @ 1..=3600 => Ok(Duration::from_secs(s)),
+        s @ 1..=3600 => Ok(Some(Duration::from_secs(s))),
         other => Err(D::Error::custom(format!(
             "{other} is not between 1 and 3600 seconds"
         ))),
     }
 }
 
-fn threads<'de, D: Deserializer<'de>>(d: D) -> Result<usize, D::Error> {
+fn threads<'de, D: Deserializer<'de>>(d: D) -> Result<Option<usize>, D::Error> {
     match usize::deserialize(d)? {
-        n @ 1..=256 => Ok(n),
+        n @ 1..=256 => Ok(Some(n)),
         other => Err(D::Error::custom(format!(
             "{other} is not between 1 and 256"
         ))),
@@ -172,8 +238,7 @@ fn threads<'de, D: Deserializer<'de>>(d: D) -> Result<usize, D::Error> {
 }
 
 /// A set of file systems, by any of three properties.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, Debug, Default)]
 pub struct Rules {
     /// Any path at which it is mounted as a whole, or a whole subvolume of it: not a folder of it that
     /// is shown elsewhere. Of other mount namespaces only if it is not mounted in the daemon's.
@@ -281,29 +346,17 @@ impl Config {
     /// Reads the configuration at `path`; without a path the default one, which need not exist.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
-        let mut all = match std::fs::read_to_string(file) {
-            Ok(text) => Self::parse(&text, file)?,
-            Err(e) if path.is_none() && e.kind() == io::ErrorKind::NotFound => Table::new(),
+        let mut config = Self::default();
+        match std::fs::read_to_string(file) {
+            Ok(text) => parse(&text, file)?.apply(&mut config),
+            Err(e) if path.is_none() && e.kind() == io::ErrorKind::NotFound => {}
             Err(source) => return Err(cannot_read(file)(source)),
-        };
+        }
         for drop_in in drop_ins(file)? {
             let text = std::fs::read_to_string(&drop_in).map_err(cannot_read(&drop_in))?;
-            merge(&mut all, Self::parse(&text, &drop_in)?);
+            parse(&text, &drop_in)?.apply(&mut config);
         }
-        Self::deserialize(all).map_err(|source| ConfigError::Parse {
-            path: file.to_owned(),
-            source,
-        })
-    }
-
-    /// What a file says, when all of it is what it should be.
-    fn parse(text: &str, file: &Path) -> Result<Table, ConfigError> {
-        // By itself, for only so an error knows its line.
-        let parsed = toml::from_str::<Self>(text).and_then(|_| toml::from_str(text));
-        parsed.map_err(|source| ConfigError::Parse {
-            path: file.to_owned(),
-            source,
-        })
+        Ok(config)
     }
 
     /// The rule by which `file_system` is not to be frozen, if there is one.
@@ -321,6 +374,13 @@ impl Config {
         let including = self.include.idle(plan).map(|it| format!("include {it}"));
         excluding.chain(including).collect()
     }
+}
+
+fn parse(text: &str, file: &Path) -> Result<Layer, ConfigError> {
+    toml::from_str(text).map_err(|source| ConfigError::Parse {
+        path: file.to_owned(),
+        source,
+    })
 }
 
 fn cannot_read(path: &Path) -> impl FnOnce(io::Error) -> ConfigError + '_ {
@@ -350,25 +410,18 @@ fn drop_ins(file: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     Ok(paths)
 }
 
-/// Puts what `later` says in the place of what is there.
-fn merge(all: &mut Table, later: Table) {
-    for (key, value) in later {
-        match (all.get_mut(&key), value) {
-            (Some(Value::Table(there)), Value::Table(value)) => merge(there, value),
-            (_, value) => drop(all.insert(key, value)),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::plan::Place;
 
     fn parse(text: &str) -> Result<Config, String> {
-        let table = Config::parse(text, Path::new("test.toml"));
-        let table = table.map_err(|e| crate::logbook::words(&e))?;
-        Config::deserialize(table).map_err(|e| e.to_string())
+        let layer = super::parse(text, Path::new("test.toml"));
+        let mut config = Config::default();
+        layer
+            .map_err(|e| crate::logbook::words(&e))?
+            .apply(&mut config);
+        Ok(config)
     }
 
     #[test]

@@ -33,7 +33,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub enum Method {
     /// End the freeze that is under way or in force; the reply comes when all is thawed.
     Thaw,
-    /// Read the configuration again; the reply comes when it is in force, or is none.
+    /// Read the configuration again; the reply comes when it is in force, or is none, or at once during
+    /// a backup.
     Reload,
     /// What is the daemon at?
     Status,

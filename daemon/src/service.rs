@@ -576,8 +576,12 @@ impl Service {
     fn on_call(&mut self, client: Client, method: Method) {
         match method {
             Method::Reload => {
-                self.reloading.push(client);
                 self.hands.reload();
+                match self.machine.is_idle() {
+                    true => self.reloading.push(client),
+                    // It would take longer than anybody waits.
+                    false => self.control.reply(client, json!({ "reloaded": "later" })),
+                }
             }
             Method::Thaw if self.machine.is_idle() => {
                 self.control.reply(client, json!({ "thawed": false }));
