@@ -39,21 +39,25 @@ if [ "${1:-}" = --inside ]; then
     apt update
     # Also the stock kernel of trixie, which is too old for the module: it is left out, and that is all.
     apt install linux-headers-cloud-amd64
-    # The source is what the module's package recommends; other recommendations take long and add nothing.
+    # The source is what the module's package recommends, and openssl, to sign with, what dkms does; other
+    # recommendations take long and add nothing.
     check "the kernel's source is recommended" says "$source" <(dpkg-deb --field /debs/hv-vss-dkms_*.deb Recommends)
-    apt install "$source" pkgconf /debs/hv-vss-daemon_*.deb /debs/hv-vss-dkms_*.deb /debs/hv-vss-dev_*.deb | tee /tmp/install
+    apt install "$source" openssl pkgconf /debs/hv-vss-daemon_*.deb /debs/hv-vss-dkms_*.deb /debs/hv-vss-dev_*.deb | tee /tmp/install
     check "the old kernel is left out, with the reason" says 'is not built for kernel 6.*: it is older than 7.2' /tmp/install
     check "nothing is built yet" [ -z "$(modules)" ]
     # A kernel comes.
     apt install "linux-headers-$release"
     check "built and installed with the kernel" says "installed" <(dkms status -m hv_vss -k "$release")
-    check "for that kernel" [ "$(modinfo -k "$release" -F vermagic hv_vss | cut -d ' ' -f 1)" = "$release" ]
+    # Headers alone give depmod nothing to make an index of, so it is looked for by its path.
+    module=$(modules)
+    check "for that kernel" [ "$(modinfo -F vermagic "$module" | cut -d ' ' -f 1)" = "$release" ]
+    check "signed" [ -n "$(modinfo -F signer "$module")" ]
     check "nothing of the tree is left" [ ! -e /var/lib/dkms/hv_vss/*/build ]
     check "no reason against it" [ -z "$(/usr/src/hv_vss-*/kmod/dkms/build --why-not "$release")" ]
     version=$(dpkg-query --show --showformat '${Version}' hv-vss-dkms)
     dkms mktarball --binaries-only -m hv_vss -v "$version" -k "$release" \
         --archive "/out/packages/hv_vss-$version.dkms.tar.gz"
-    cp "$(modinfo -k "$release" -F filename hv_vss)" /out/
+    cp "$module" /out/
 
     check "the header's example compiles" sh -c \
         'gcc -Wall -Werror $(pkg-config --cflags hv-vss) -o /tmp/example /usr/share/doc/hv-vss-dev/examples/hv_vss_example.c'
@@ -63,11 +67,11 @@ if [ "${1:-}" = --inside ]; then
         sh "/tmp/$source/tools/hv/hv_vss_daemon.c"
 
     # Rust metadata is of use to the very compiler that wrote it.
-    printf '#!/bin/sh\necho rustc 1.90.0 of another distribution\n' >/usr/local/bin/rustc
-    chmod +x /usr/local/bin/rustc
+    mkdir /tmp/other
+    printf '#!/bin/sh\necho rustc 1.90.0 of another distribution\n' >/tmp/other/rustc
+    chmod +x /tmp/other/rustc
     check "another compiler is refused" says "the compiler here is 'rustc 1.90.0" \
-        <(/usr/src/hv_vss-*/kmod/dkms/build --why-not "$release")
-    rm /usr/local/bin/rustc
+        <(PATH=/tmp/other:$PATH /usr/src/hv_vss-*/kmod/dkms/build --why-not "$release")
 
     # What cannot be built says why, and breaks no package.
     apt remove "$source"
