@@ -4,7 +4,7 @@
 //! what is frozen.
 
 use super::deadman::{released, RELEASED};
-use super::lifecycle::take_over;
+use super::lifecycle::{end_override, take_over};
 use super::{case, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused};
@@ -179,6 +179,7 @@ fn hand_over(guest: &Guest) -> Result<()> {
     let holds = said.contains("the module holds what is frozen");
     equal("guards with ours", guards()?, usize::from(!holds))?;
     stop(guest, Module::Ours, &daemon)?;
+    end_override(guest)?;
     guest.unload(Module::Stock).map(drop)
 }
 

@@ -764,6 +764,12 @@ pub(super) fn take_over(guest: &Guest) -> Result<()> {
     Ok(guest.vss().wait_open(STEP)?)
 }
 
+/// Takes back that the device is for our module only.
+pub(super) fn end_override(guest: &Guest) -> Result<()> {
+    guest.write(&format!("{}/driver_override", sysfs(guest)), "\n")?;
+    Ok(())
+}
+
 fn hand_over(guest: &Guest) -> Result<()> {
     let host = guest.host();
     guest.load(Module::Stock, &[])?;
@@ -781,7 +787,7 @@ fn hand_over(guest: &Guest) -> Result<()> {
     guest.load(Module::Ours, &["grace_ms=20000"])?;
     equal("the driver of VSS still", driver(guest)?.trim(), "hv_utils")?;
     take_over(guest)?;
-    let (sysfs, device) = (sysfs(guest), host.vss().instance().to_string());
+    let device = host.vss().instance().to_string();
     equal("the driver of VSS after", driver(guest)?.trim(), "hv_vss")?;
 
     // A backup goes through ours, the others never noticed.
@@ -801,7 +807,7 @@ fn hand_over(guest: &Guest) -> Result<()> {
     ensure!(host.shutdown().is_open(), "shutdown should still be open");
 
     // And back: without the override the device is anybody's again.
-    guest.write(&format!("{sysfs}/driver_override"), "\n")?;
+    end_override(guest)?;
     guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &device)?;
     host.vss().wait_closed(STEP)?;
     guest.write("/sys/bus/vmbus/drivers/hv_utils/bind", &device)?;
