@@ -59,7 +59,8 @@ pub const CASES: &[Case] = &[
         "deadman/daemon-out-of-memory-stock-module",
         "the same with the stock hv_utils: it cannot take the guard",
         |guest| out_of_memory(guest, Module::Stock),
-    ),
+    )
+    .long(),
     rounds_of(
         8,
         "deadman/guard-killed",
@@ -83,7 +84,8 @@ pub const CASES: &[Case] = &[
         "deadman/daemon-stopped",
         "SIGSTOP of the daemon at random moments: thawed at the deadline",
         stopped,
-    ),
+    )
+    .long(),
     case(
         "deadman/host-never-thaws",
         "thawed at the deadline, and the host's late THAW is failed",

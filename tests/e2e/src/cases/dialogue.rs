@@ -59,12 +59,14 @@ pub const CASES: &[Case] = &[
         "dialogue/stopped-at-thaw",
         "so a daemon that was stopped thaws when it goes on: ours, Debian's, and the peer",
         stopped_at_thaw,
-    ),
+    )
+    .long(),
     case(
         "dialogue/silent-daemon",
         "a daemon that let one request run out is not waited for again until it reads",
         silent_daemon,
-    ),
+    )
+    .long(),
     case(
         "dialogue/at-open",
         "what the host sends before the probe has ended is served",

@@ -25,12 +25,14 @@ pub const CASES: &[Case] = &[
         "disks/several",
         "four disks on two controllers, in memory and in a file: each has its own data and size",
         several,
-    ),
+    )
+    .long(),
     case(
         "disks/hot-plug",
         "a disk that is attached is found, one that is detached is gone, also below its driver",
         hot_plug,
-    ),
+    )
+    .long(),
     case(
         "disks/errors",
         "what a disk cannot read, write or flush fails with its sense data, all else goes on",

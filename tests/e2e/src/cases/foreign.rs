@@ -84,7 +84,8 @@ pub const CASES: &[Case] = &[
         "foreign/hung-neighbour",
         "one that hangs in its freeze is given up, the others go on long before",
         hung_neighbour,
-    ),
+    )
+    .long(),
 ];
 
 /// How many backups a loop has to spoil.

@@ -36,12 +36,12 @@ pub const CASES: &[Case] = &[
         "hooks/the-hosts-limit",
         "the host's time is over first: FREEZE fails in time, and what hangs is killed and let go",
         the_hosts_limit,
-    ),
+    ).long(),
     case(
         "hooks/slow-thaw",
         "one that takes long to let go holds up neither the thaw nor the answer; the next FREEZE waits",
         slow_thaw,
-    ),
+    ).long(),
     case(
         "hooks/killed",
         "the daemon is killed while a hook is at freeze, and while all is frozen: the next start lets go, \
@@ -52,12 +52,12 @@ pub const CASES: &[Case] = &[
         "hooks/unfit",
         "a file that others than root may write is not run, and no backup is called good without it",
         unfit,
-    ),
+    ).long(),
     case(
         "hooks/other-contracts",
         "by choice those of the QEMU guest agent and of open-vm-tools are called, as they are by these",
         other_contracts,
-    ),
+    ).long(),
 ];
 
 const FOLDER: &str = "/etc/hv_vss/hooks.d";

@@ -75,7 +75,7 @@ pub const CASES: &[Case] = &[
         "lifecycle/daemon-comes-back",
         "the device goes under our daemon while it freezes, holds and thaws: nothing stays frozen",
         daemon_comes_back,
-    ),
+    ).long(),
     case(
         "lifecycle/dying-daemon",
         "a daemon that is killed with a request in its hands fails it at once, an unread one waits",

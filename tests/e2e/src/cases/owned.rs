@@ -96,17 +96,17 @@ pub const CASES: &[Case] = &[
         "owned/called-off",
         "a FREEZE that fails, for whatever reason, lets go what was held for it",
         called_off,
-    ),
+    ).long(),
     case(
         "owned/thaw-not-answered",
         "a THAW that its daemon does not read, fails or does not answer lets go all the same",
         thaw_not_answered,
-    ),
+    ).long(),
     case(
         "owned/one-by-one",
         "each can be thawed alone, and another one frozen in its place",
         one_by_one,
-    ),
+    ).long(),
     case(
         "owned/errors",
         "both ioctls refuse what FIFREEZE would, and what is out of turn",

@@ -32,17 +32,17 @@ pub const CASES: &[Case] = &[
         "restore/xfs",
         "so does one of xfs",
         |guest| ours_and_peer(guest, Format::Xfs),
-    ),
+    ).long(),
     long(
         "restore/btrfs",
         "so does one of btrfs",
         |guest| ours_and_peer(guest, Format::Btrfs),
-    ),
+    ).long(),
     long(
         "restore/checkers-ext4",
         "its judges refuse a copy without a freeze, one that lacks a write, and a torn one",
         |guest| bad_copies(guest, Format::Ext4),
-    ),
+    ).long(),
     long(
         "restore/checkers-xfs",
         "so do those of xfs",

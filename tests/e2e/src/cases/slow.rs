@@ -27,7 +27,8 @@ pub const CASES: &[Case] = &[
         "slow/new-files",
         "the same with thousands of new files on an xfs",
         new_files,
-    ),
+    )
+    .long(),
     case(
         "slow/cannot-freeze",
         "a slow vfat with much in memory is synced before anything is frozen",

@@ -44,7 +44,8 @@ pub const CASES: &[Case] = &[
         "suspend/host-keeps-vss",
         "a host that does not give VSS back: readers see an error, a rebind brings it back",
         host_keeps_vss,
-    ),
+    )
+    .long(),
 ];
 
 pub(super) const fn case(
