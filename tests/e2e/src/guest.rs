@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 pub const STEP: Duration = Duration::from_secs(30);
 
 /// How long a guest may take to boot at most.
-const BOOT: Duration = Duration::from_secs(150);
+const BOOT: Duration = Duration::from_secs(300);
 
 /// Where the device of both modules is.
 pub const DEVICE: &str = "/dev/vmbus/hv_vss";
