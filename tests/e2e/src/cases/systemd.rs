@@ -29,7 +29,7 @@ pub const CASES: &[Case] = &[
         "systemd/daemon-killed",
         "kill -9 of the daemon while frozen: the guard outlives it and thaws, the service comes back",
         daemon_killed,
-    ),
+    ).long(),
     case(
         "systemd/both-killed",
         "kill -9 of daemon and guard while frozen: the unit's stop step thaws from a frozen root",
@@ -39,7 +39,7 @@ pub const CASES: &[Case] = &[
         "systemd/watchdog",
         "a stopped daemon is noticed by the watchdog while frozen: all thawed, restarted",
         watchdog,
-    ),
+    ).long(),
 ];
 
 const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result<()>) -> Case {
