@@ -58,7 +58,7 @@ pub const CASES: &[Case] = &[
             "systemctl reload puts a drop-in in force; with a bad one it fails and the journal says where",
             systemctl_reload,
         )
-    },
+    }.long(),
     case(
         "control/footprint",
         "held by the module: one process of 3.5 MiB at most; else a guard beside it",

@@ -135,8 +135,8 @@ enum Death {
 impl Death {
     fn rounds(self) -> u32 {
         match self {
-            Death::Daemon | Death::Guard | Death::All => rounds(),
-            Death::Abort | Death::Memory | Death::Both => rounds_or(FEW),
+            Death::All => rounds(),
+            _ => rounds_or(FEW),
         }
     }
 }
@@ -536,7 +536,8 @@ fn killed_while_a_disk_hangs(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
     let mut random = fastrand::Rng::with_seed(seed());
     let (mut stood, mut longest) = (0, Duration::ZERO);
-    for round in 1..=rounds() {
+    let rounds = rounds_or(FEW);
+    for round in 1..=rounds {
         let delay = match round {
             // In the freeze that hangs, while those beside it are held or let go to wait for it.
             ..=WHILE_FROZEN => None,
@@ -576,7 +577,7 @@ fn killed_while_a_disk_hangs(guest: &Guest) -> Result<()> {
     }
     println!(
         "     {} rounds, seed {}: writers stood still in {stood}, until {} ms after the death at most",
-        rounds(),
+        rounds,
         seed(),
         longest.as_millis()
     );

@@ -49,7 +49,8 @@ pub const CASES: &[Case] = &[
         "foreign/kept-frozen",
         "frozen by an administrator all the time: it counts and stays theirs",
         kept_frozen,
-    ),
+    )
+    .long(),
     case(
         "foreign/quit-key",
         "SIGQUIT to the group of a rehearsal (Ctrl-\\) leaves nothing frozen",

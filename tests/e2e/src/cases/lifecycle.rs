@@ -55,7 +55,7 @@ pub const CASES: &[Case] = &[
         "lifecycle/unload-load",
         "the module is unloaded and loaded again and again, under a daemon that stays",
         |guest| cycle(guest, unload_load),
-    ),
+    ).long(),
     cycles(
         "lifecycle/rescind-offer",
         "the host takes VSS back and offers it again and again, with a daemon attached",

@@ -38,7 +38,8 @@ pub const CASES: &[Case] = &[
         "slow/longer-than-prepare",
         "what takes longer to write than `prepare` is waited for: the host's time is the limit",
         longer_than_prepare,
-    ),
+    )
+    .long(),
 ];
 
 /// What a slow disk takes in a second.

@@ -29,12 +29,14 @@ pub const CASES: &[Case] = &[
         "suspend/frozen",
         "thawed before the guest hibernates, the host's THAW is failed, the next backup is good",
         frozen,
-    ),
+    )
+    .long(),
     case(
         "suspend/request-open",
         "what is open when the machine sleeps is failed; late answers hit nothing",
         request_open,
-    ),
+    )
+    .long(),
     case(
         "suspend/daemon-stopped",
         "hibernation does not wait for a daemon that is stopped while it holds a freeze",

@@ -24,7 +24,7 @@ pub const CASES: &[Case] = &[
         "systemd/stop",
         "systemctl stop and restart while frozen: all thawed, the host's THAW is failed",
         stop,
-    ),
+    ).long(),
     case(
         "systemd/daemon-killed",
         "kill -9 of the daemon while frozen: the guard outlives it and thaws, the service comes back",
@@ -34,7 +34,7 @@ pub const CASES: &[Case] = &[
         "systemd/both-killed",
         "kill -9 of daemon and guard while frozen: the unit's stop step thaws from a frozen root",
         both_killed,
-    ),
+    ).long(),
     case(
         "systemd/watchdog",
         "a stopped daemon is noticed by the watchdog while frozen: all thawed, restarted",
