@@ -6,7 +6,7 @@
 //! The disks are the host's, and it says how many bytes a second they take. How long that holds up a
 //! writer elsewhere is compared with how long FREEZE takes, which is mostly that.
 
-use super::disks::{case, load_driver, Attached};
+use super::disks::{self, load_driver, Attached};
 use super::hangs::longest_stall;
 use super::{load, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
@@ -25,7 +25,7 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "slow/new-files",
-        "the same with thousands of new files on an xfs",
+        "the same with hundreds of new files on an xfs",
         new_files,
     )
     .long(),
@@ -41,6 +41,14 @@ pub const CASES: &[Case] = &[
     )
     .long(),
 ];
+
+/// A case that waits for a slow disk, twice where the peer does as well.
+const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result<()>) -> Case {
+    Case {
+        per_round: Duration::from_secs(10),
+        ..disks::case(name, about, run)
+    }
+}
 
 /// What a slow disk takes in a second.
 const SLOW: u64 = 4 << 20;
@@ -145,7 +153,7 @@ fn much_to_write(guest: &Guest) -> Result<()> {
 fn new_files(guest: &Guest) -> Result<()> {
     let disk = make(guest, 320, "mkfs.xfs -q -f")?;
     let dirty = "mkdir -p /mnt/slow/d && cd /mnt/slow/d && n=0
-                 while [ $n -lt 2000 ]; do echo $n > $n; n=$((n + 1)); done
+                 while [ $n -lt 500 ]; do echo $n > $n; n=$((n + 1)); done
                  dd if=/dev/zero of=all bs=8M count=1 2>/dev/null";
     hardly_noticed(guest, &disk, dirty).map(drop)
 }
