@@ -19,7 +19,8 @@ pub const CASES: &[Case] = &[
         "broken/shut-down",
         "the same with ext4 and xfs that were shut down",
         shut_down,
-    ),
+    )
+    .long(),
     case(
         "broken/disk-gone",
         "the same with a disk that was taken away under its file system",

@@ -38,7 +38,8 @@ pub const CASES: &[Case] = &[
         "commands/configuration",
         "leave out or choose by path, type and device, with patterns",
         configuration,
-    ),
+    )
+    .long(),
     case(
         "commands/bad-configuration",
         "a malformed configuration is refused with line and column, and freezes nothing",

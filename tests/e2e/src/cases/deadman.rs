@@ -95,7 +95,8 @@ pub const CASES: &[Case] = &[
         "deadman/terminated-while-frozen",
         "SIGTERM while frozen thaws first; the host's THAW is failed",
         terminated_while_frozen,
-    ),
+    )
+    .long(),
 ];
 
 /// The files of the writers: on two file systems and the root.

@@ -29,7 +29,8 @@ pub const CASES: &[Case] = &[
         "foreign/suspended-all-the-time",
         "suspend and resume in a loop, stock module: never good with a writer moving",
         |guest| loops(guest, Module::Stock, SUSPEND_LOOP),
-    ),
+    )
+    .long(),
     case(
         "foreign/frozen-all-the-time",
         "fsfreeze -f and -u in a loop, stock module: never good with a writer moving",
@@ -39,7 +40,8 @@ pub const CASES: &[Case] = &[
         "foreign/frozen-all-the-time-ours",
         "the same with our module",
         |guest| loops(guest, Module::Ours, FREEZE_LOOP),
-    ),
+    )
+    .long(),
     case(
         "foreign/released-in-the-window",
         "frozen by an administrator before, thawed in the window: THAW fails and names it",
@@ -60,7 +62,8 @@ pub const CASES: &[Case] = &[
         "foreign/stopped-and-started",
         "stock module: stopped while frozen and started again, the daemon fails the THAW",
         stopped_and_started,
-    ),
+    )
+    .long(),
     case(
         "foreign/guard-stopped",
         "the guard is stopped (SIGSTOP) and the host never thaws: the daemon does",
@@ -70,7 +73,8 @@ pub const CASES: &[Case] = &[
         "foreign/bad-configuration",
         "daemon and guard killed, the configuration broken: thaw thaws, and so does a start",
         bad_configuration,
-    ),
+    )
+    .long(),
     case(
         "foreign/nothing-to-freeze",
         "an [include] that names nothing: said in the log, and fails when strict",

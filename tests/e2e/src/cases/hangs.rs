@@ -20,7 +20,8 @@ pub const CASES: &[Case] = &[
         "deadman/hung-device",
         "a disk that hangs fails the backup in time and holds up nobody else",
         hung_device,
-    ),
+    )
+    .long(),
     case(
         "deadman/hung-freeze",
         "a freeze that hangs fails at the deadline, and the others hardly stand still for it",

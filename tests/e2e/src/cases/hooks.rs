@@ -31,7 +31,7 @@ pub const CASES: &[Case] = &[
         "hooks/hung",
         "one that hangs is killed at its limit with all it has started, and let go",
         hung,
-    ),
+    ).long(),
     case(
         "hooks/the-hosts-limit",
         "the host's time is over first: FREEZE fails in time, and what hangs is killed and let go",
@@ -47,7 +47,7 @@ pub const CASES: &[Case] = &[
         "the daemon is killed while a hook is at freeze, and while all is frozen: the next start lets go, \
          once; so does thaw by hand",
         killed,
-    ),
+    ).long(),
     case(
         "hooks/unfit",
         "a file that others than root may write is not run, and no backup is called good without it",

@@ -33,7 +33,7 @@ pub const CASES: &[Case] = &[
         "owned/sysrq-j",
         "the emergency thaw leaves it frozen",
         sysrq_j,
-    ),
+    ).long(),
     Case {
         per_round: Duration::from_secs(30),
         ..case(
@@ -46,7 +46,7 @@ pub const CASES: &[Case] = &[
         "owned/administrator",
         "an administrator's freeze that begins before, during, and ends in the window or after it",
         administrator,
-    ),
+    ).long(),
     case(
         "owned/dm-suspend",
         "a device-mapper suspend and resume (an LVM snapshot) before, in and after the window",
@@ -91,7 +91,7 @@ pub const CASES: &[Case] = &[
         "owned/deadline",
         "thawed at the daemon's deadline, and at the module's; the host's THAW is failed",
         deadline,
-    ),
+    ).long(),
     case(
         "owned/called-off",
         "a FREEZE that fails, for whatever reason, lets go what was held for it",

@@ -60,7 +60,7 @@ pub const CASES: &[Case] = &[
             "a guest boots from the copy of a busy root, without replay, repair or loss",
             root,
         )
-    },
+    }.long(),
     Case {
         per_round: Duration::from_secs(60),
         ..case(

@@ -22,7 +22,8 @@ pub const CASES: &[Case] = &[
         "slow/much-to-write",
         "a slow ext4 with 24 MiB in memory: its quick neighbours do not wait until that is written",
         much_to_write,
-    ),
+    )
+    .long(),
     case(
         "slow/new-files",
         "the same with hundreds of new files on an xfs",

@@ -41,7 +41,8 @@ pub const CASES: &[Case] = &[
         "suspend/daemon-stopped",
         "hibernation does not wait for a daemon that is stopped while it holds a freeze",
         daemon_stopped,
-    ),
+    )
+    .long(),
     case(
         "suspend/host-keeps-vss",
         "a host that does not give VSS back: readers see an error, a rebind brings it back",

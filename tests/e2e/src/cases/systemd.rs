@@ -19,7 +19,7 @@ pub const CASES: &[Case] = &[
         "started at boot; a good backup with journald, syslog and the daemon's program frozen, a watchdog \
          shorter than the freeze, and the log lines after it",
         backup,
-    ),
+    ).long(),
     case(
         "systemd/stop",
         "systemctl stop and restart while frozen: all thawed, the host's THAW is failed",
