@@ -99,7 +99,7 @@ mod tests {
 
     /// The child of the test below.
     #[test]
-    #[ignore = "it ends the process"]
+    #[ignore = "it ends the process: the test below runs it in one of its own"]
     fn panics_in_a_thread() {
         abort_on_panic();
         let thread = std::thread::spawn(|| panic!("as it should"));
