@@ -99,10 +99,11 @@ fn thawed_in_time(guest: &Guest, path: &str) -> Result<()> {
     )
 }
 
-/// The next backup is good, once the daemon has said that what it called off has ended.
+/// The next backup is good, once the daemon has said that the last one is over. Whether that called
+/// the freeze off, or heard from the freeze itself that the module had, is a race.
 fn good_backup_after(guest: &Guest, daemon: &Process) -> Result<()> {
-    guest.wait_until("what was called off has ended", STEP, || {
-        Ok(guest.output(daemon)?.contains("called off has ended"))
+    guest.wait_until("the failed freeze is over", STEP, || {
+        Ok(guest.output(daemon)?.contains("nothing is left frozen"))
     })?;
     good_backup(guest).context("the next backup").map(drop)
 }
