@@ -53,6 +53,8 @@ pub struct Opened {
     pub name: String,
     /// Its wave in the plan, from 0.
     pub wave: usize,
+    /// The block devices that it is on, as far as they are known.
+    pub devices: Vec<DevId>,
     /// Anything on it.
     pub fd: OwnedFd,
 }
@@ -166,6 +168,7 @@ impl Cache {
                     dev: file_system.dev,
                     name: file_system.to_string(),
                     wave,
+                    devices: file_system.devices.clone(),
                     fd,
                 }));
         }

@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
@@ -27,6 +27,7 @@ use crate::logbook::Logbook;
 use crate::mounts::DevId;
 use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
+use crate::writes::Writes;
 
 /// How often one that waits for its turn looks whether all is off.
 const ABORT_TICK: Duration = Duration::from_millis(20);
@@ -69,7 +70,7 @@ pub enum FreezeError {
 /// Why a thaw was not the clean end of a backup. Nothing that could be thawed is left frozen.
 #[derive(Debug, thiserror::Error)]
 pub enum ThawError {
-    /// Somebody else had thawed some of them before.
+    /// Somebody else had thawed some of them before, for good or for a while.
     #[error("thawed by somebody else while the backup was running: {}", .names.join(", "))]
     Early {
         /// Which.
@@ -162,6 +163,10 @@ pub struct Target {
     /// How long its freeze took the last time.
     usual: Option<Duration>,
     fd: OwnedFd,
+    /// What was written to its devices, where that tells whether it was frozen all the time.
+    writes: Writes,
+    /// That, when it was frozen.
+    written: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -174,8 +179,26 @@ impl Target {
             wave,
             usual: None,
             fd,
+            writes: Writes::default(),
+            written: AtomicU64::new(0),
             state: Mutex::new(State::Open),
         }
+    }
+
+    /// From its freeze to its thaw nothing may be written there.
+    pub fn with_writes(self, writes: Writes) -> Self {
+        Target { writes, ..self }
+    }
+
+    /// It is frozen, by this session or by somebody else.
+    fn set_frozen(&self, state: State) {
+        self.written.store(self.writes.sectors(), Ordering::SeqCst);
+        *self.state() = state;
+    }
+
+    /// Whether anything was written since then: somebody has thawed it for a while.
+    fn was_written(&self) -> bool {
+        self.writes.sectors() != self.written.load(Ordering::SeqCst)
     }
 
     /// Whether this session froze it and has not thawed it yet.
@@ -581,7 +604,7 @@ impl Session {
                 }
                 Ok(()) => {
                     let took = since.elapsed();
-                    *target.state() = State::Ours { since, took };
+                    target.set_frozen(State::Ours { since, took });
                     let waited = ms(now.elapsed());
                     let name = &target.name;
                     work.log.info(format!(
@@ -761,8 +784,8 @@ impl Session {
                 }
             }
         }
-        if !names.is_empty() {
-            lock(&work.early).extend(names.iter().cloned());
+        for name in &names {
+            work.note_early(name);
         }
         names
     }
@@ -881,7 +904,7 @@ impl Work {
         self.progress.end(name);
         match result {
             Ok(()) => {
-                *target.state() = State::Ours { since: start, took };
+                target.set_frozen(State::Ours { since: start, took });
                 self.log.info(format!("{name} frozen, took {}", ms(took)));
                 let mut pace = lock(&self.pace);
                 pace.last = Instant::now();
@@ -913,7 +936,7 @@ impl Work {
             }
             Errno::EBUSY if self.door.watched_every().is_some() => {
                 self.door.leave(index);
-                *target.state() = State::Foreign;
+                target.set_frozen(State::Foreign);
                 self.log.warning(format!(
                     "{name} was frozen by somebody else before; it counts and stays theirs"
                 ));
@@ -970,19 +993,41 @@ impl Work {
         }
     }
 
+    /// One was not frozen all the time.
+    fn note_early(&self, name: &str) {
+        let mut early = lock(&self.early);
+        if !early.iter().any(|it| it == name) {
+            early.push(name.into());
+        }
+    }
+
+    /// The same, found out by what was written.
+    fn note_written(&self, name: &str) {
+        self.log.error(format!(
+            "{name} was written to while it should have been frozen: somebody had thawed it for a while"
+        ));
+        self.note_early(name);
+    }
+
     /// Finds out whether others have thawed meanwhile what they had frozen.
     fn ask_foreign(&self) {
         for target in &self.targets {
-            if *target.state() == State::Foreign && self.door.freeze(target.as_fd()).is_ok() {
+            if *target.state() != State::Foreign {
+                continue;
+            }
+            let name = &target.name;
+            let was_written = target.was_written();
+            if self.door.freeze(target.as_fd()).is_ok() {
                 // It is nobody's any more. If it cannot be thawed, that is the news.
                 *target.state() = State::Ours {
                     since: Instant::now(),
                     took: Duration::ZERO,
                 };
-                let name = &target.name;
                 self.log
                     .error(format!("{name} had been thawed by whoever froze it"));
-                lock(&self.early).push(name.clone());
+                self.note_early(name);
+            } else if was_written {
+                self.note_written(name);
             }
         }
     }
@@ -992,6 +1037,7 @@ impl Work {
             return;
         };
         let name = &target.name;
+        let was_written = target.was_written();
         let result = self.door.thaw(target.as_fd());
         let stood = since.elapsed().as_secs_f64();
         match result {
@@ -999,6 +1045,9 @@ impl Work {
                 *target.state() = thawed(since, took);
                 self.log
                     .info(format!("{name} thawed, was frozen for {stood:.6} s"));
+                if was_written && !self.abort.load(Ordering::SeqCst) {
+                    self.note_written(name);
+                }
             }
             Err(e) if is(&e, Errno::EINVAL) && self.abort.load(Ordering::SeqCst) => {
                 *target.state() = thawed(since, took);
@@ -1010,7 +1059,7 @@ impl Work {
                 *target.state() = thawed(since, took);
                 self.log
                     .error(format!("{name} had been thawed by somebody else before"));
-                lock(&self.early).push(name.clone());
+                self.note_early(name);
             }
             Err(source) => {
                 // It stays ours, so that it is tried again when the session is dropped.

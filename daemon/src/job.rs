@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use hv_vss_uapi::Lun;
 
 use crate::backup::Begun;
-use crate::cache::{Cache, GatherError, Gathered};
+use crate::cache::{Cache, GatherError, Gathered, Opened};
 use crate::calls::Context;
 use crate::config::Config;
 use crate::door::Door;
@@ -35,6 +35,7 @@ use crate::mounts::DevId;
 use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
 use crate::sys;
+use crate::writes::{self, Writes};
 
 /// Dirty pages on the whole machine (64 KiB) up to which it counts as clean.
 const CLEAN_PAGES: u64 = 16;
@@ -139,10 +140,10 @@ impl Freezer {
         for it in &missing {
             log.warning(it.to_string());
         }
-        let targets = targets.into_iter();
-        let targets: Vec<Target> = targets
-            .map(|it| Target::new(it.dev, it.name, it.wave, it.fd))
-            .collect();
+        let targets: Vec<Target> = match door.watched_every() {
+            Some(_) => look_out_for_writes(targets, log),
+            None => targets.into_iter().map(target).collect(),
+        };
         let means = Means {
             door: Arc::clone(door),
             log: log.clone(),
@@ -187,6 +188,32 @@ impl Freezer {
         let text = text.get(..read.unwrap_or(0)).unwrap_or_default();
         dirty_pages(text).is_none_or(|pages| pages > CLEAN_PAGES)
     }
+}
+
+fn target(opened: Opened) -> Target {
+    Target::new(opened.dev, opened.name, opened.wave, opened.fd)
+}
+
+/// Where others can thaw, what is written tells of it, unless the kernel itself writes there.
+fn look_out_for_writes(targets: Vec<Opened>, log: &Logbook) -> Vec<Target> {
+    let swapped_to = writes::swapped_to();
+    // A subvolume of btrfs has a number of its own.
+    let is_swap = |it: &Opened| {
+        let mut files = swapped_to.iter();
+        files.any(|dev| *dev == it.dev || (dev.major == 0 && it.dev.major == 0))
+    };
+    let each = targets.into_iter().map(|it| {
+        if is_swap(&it) {
+            let name = &it.name;
+            log.info(format!(
+                "{name} has a file that is swapped to: if others thaw it for less than a moment                  while it is frozen, that is not seen"
+            ));
+            return target(it);
+        }
+        let writes = Writes::of(&it.devices);
+        target(it).with_writes(writes)
+    });
+    each.collect()
 }
 
 /// Pages that are to be written back or being so, from (the beginning of) `/proc/vmstat`.

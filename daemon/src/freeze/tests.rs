@@ -370,3 +370,31 @@ fn a_freeze_that_is_called_off_freezes_nothing() {
     assert!(matches!(s.freeze(), Err(FreezeError::Aborted)));
     assert_eq!(s.calls(), []);
 }
+
+#[test]
+fn what_was_written_while_it_was_frozen_had_been_thawed_for_a_while() {
+    for writes_go_on in [false, true] {
+        let path =
+            std::env::temp_dir().join(format!("hv_vss-stat-{}-{writes_go_on}", std::process::id()));
+        std::fs::write(&path, "0 0 0 0 0 0 8 0").unwrap();
+        let stat = std::fs::File::open(&path).unwrap();
+        let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+        let mut double = Double::default();
+        double.numbers.insert(fd.as_raw_fd(), 0);
+        let target = Target::new("8:0".parse().unwrap(), "/fs0".into(), 0, fd)
+            .with_writes(Writes::from(vec![stat]));
+        let means = Means {
+            door: Arc::new(double),
+            ..setup(&[0], &[], false).means
+        };
+        let mut learnt = Learnt::default();
+        let session = Session::new(vec![target], means, &learnt).unwrap();
+        session.freeze(&mut learnt).unwrap();
+        if writes_go_on {
+            std::fs::write(&path, "0 0 0 0 0 0 9 0").unwrap();
+        }
+        let thaw = session.thaw();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(thaw.is_err(), writes_go_on, "{thaw:?}");
+    }
+}

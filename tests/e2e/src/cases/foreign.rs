@@ -48,6 +48,11 @@ pub const CASES: &[Case] = &[
         released_in_the_window,
     ),
     case(
+        "foreign/thawed-for-a-moment",
+        "thawed and frozen again between two looks, stock module: THAW fails and names it",
+        thawed_for_a_moment,
+    ),
+    case(
         "foreign/kept-frozen",
         "frozen by an administrator all the time: it counts and stays theirs",
         kept_frozen,
@@ -214,6 +219,53 @@ fn released_in_the_window(guest: &Guest) -> Result<()> {
         stop(guest, module, &daemon)?;
     }
     Ok(())
+}
+
+fn thawed_for_a_moment(guest: &Guest) -> Result<()> {
+    make_volume(guest)?;
+    let vss = guest.vss();
+    let mut told = Vec::new();
+    for daemon in [Daemon::Ours, Daemon::Debian] {
+        let process = start(guest, Module::Stock, daemon)?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        // While it is stopped it cannot look, however often it does.
+        guest.signal(&process, 19)?;
+        let before = count_of(guest, "/mnt/v/w")?;
+        guest.thaw("/mnt/v")?;
+        guest.wait_until("the writer has gone on", STEP, || {
+            Ok(count_of(guest, "/mnt/v/w")? > before + 1)
+        })?;
+        guest.freeze("/mnt/v")?;
+        guest.signal(&process, 18)?;
+        let thaw = vss.thaw(STEP)?.status();
+        released(guest, "after THAW", guest.clock()?, RELEASED)?;
+        told.push(format!(
+            "a writer goes on in the window; THAW {}",
+            status_name(thaw)
+        ));
+        if daemon == Daemon::Ours {
+            equal("THAW", thaw, status::FAIL)?;
+            guest.wait_until("the log names it", STEP, || {
+                let said = guest.output(&process)?;
+                Ok(said.contains("/mnt/v") && said.contains("was written to"))
+            })?;
+            good_backup(guest)?;
+        }
+        stop(guest, Module::Stock, &process)?;
+    }
+    guest.compare(
+        "an administrator thaws one file system for a moment and freezes it again, stock hv_utils",
+        told.first().map_or("", String::as_str),
+        told.last().map_or("", String::as_str),
+    );
+    Ok(())
+}
+
+/// How often the writer of this file has written.
+fn count_of(guest: &Guest, path: &str) -> Result<u64> {
+    let writers = guest.writers()?;
+    let mut counts = writers.iter().filter(|it| it.path == path);
+    Ok(counts.next().map_or(0, |it| it.count))
 }
 
 fn kept_frozen(guest: &Guest) -> Result<()> {

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! How much was written to what a file system is on, as the counters of its block devices say.
+//!
+//! With FIFREEZE anybody can thaw and freeze again between two looks, and then no look at the freeze
+//! shows it. What was written in between does. Facts only; what follows is decided in
+//! [`crate::freeze`].
+
+use std::fs::{self, File, Metadata};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+
+use crate::mounts::DevId;
+
+/// Where `Documentation/block/stat.rst` has "write sectors" in a line of `stat`. The kernel adds to it
+/// before whoever waits for the write hears of its end. Discards and flushes are counted elsewhere.
+const WRITE_SECTORS: usize = 6;
+
+/// The counters behind one file system, open. A device that has none, or whose queue does not count
+/// (`iostats`), adds nothing.
+#[derive(Debug, Default)]
+pub struct Writes(Vec<File>);
+
+impl Writes {
+    /// Those of these devices.
+    pub fn of(devices: &[DevId]) -> Self {
+        let stat = |dev: &DevId| File::open(format!("/sys/dev/block/{dev}/stat")).ok();
+        Writes::from(devices.iter().filter_map(stat).collect::<Vec<_>>())
+    }
+
+    /// How many sectors were written since they were set up.
+    pub fn sectors(&self) -> u64 {
+        self.0.iter().filter_map(sectors_of).sum()
+    }
+}
+
+impl From<Vec<File>> for Writes {
+    /// Those that these files show, each a `stat` of sysfs.
+    fn from(stats: Vec<File>) -> Self {
+        Writes(stats)
+    }
+}
+
+fn sectors_of(stat: &File) -> Option<u64> {
+    // Seventeen numbers of at most twenty digits.
+    let mut text = [0; 512];
+    let read = stat.read_at(&mut text, 0).ok()?;
+    parse(std::str::from_utf8(text.get(..read)?).ok()?)
+}
+
+fn parse(stat: &str) -> Option<u64> {
+    stat.split_ascii_whitespace()
+        .nth(WRITE_SECTORS)?
+        .parse()
+        .ok()
+}
+
+/// `st_dev` of each file that the kernel swaps to: pages go there at any time, past the file system and
+/// its freeze.
+pub fn swapped_to() -> Vec<DevId> {
+    let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    let dev = |meta: Metadata| DevId::from_raw(meta.dev());
+    files_in(&swaps)
+        .filter_map(|path| fs::metadata(path).ok())
+        .map(dev)
+        .collect()
+}
+
+/// The files among the lines of `/proc/swaps`; in a path with blanks these are escaped, and it is not
+/// found.
+fn files_in(swaps: &str) -> impl Iterator<Item = &str> {
+    swaps.lines().filter_map(|line| {
+        let mut words = line.split_ascii_whitespace();
+        let path = words.next()?;
+        (words.next()? == "file").then_some(path)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sectors_written_are_the_seventh_number() {
+        let line = "    5198     1200   402116     3121     9001      800   331072     5233        0     4100     8354        0        0        0        0        0        0\n";
+        assert_eq!(parse(line), Some(331_072));
+        assert_eq!(parse("1 2 3"), None);
+    }
+
+    #[test]
+    fn of_what_is_swapped_to_only_the_files_count() {
+        let swaps = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n\
+                     /dev/sda2                               partition\t999420\t\t0\t\t-2\n\
+                     /swap/file                              file\t\t999420\t\t0\t\t-3\n";
+        assert_eq!(files_in(swaps).collect::<Vec<_>>(), ["/swap/file"]);
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_adds_nothing() {
+        assert_eq!(Writes::of(&[DevId::default()]).sectors(), 0);
+    }
+}
