@@ -34,8 +34,8 @@ pub trait Effects {
     fn answer(&mut self, request: &Request, status: u32) -> bool;
     /// Tells the kernel that the freeze of request `id` has ended: one of `hv_vss_uapi::thawed`.
     fn tell_thawed(&mut self, id: u64, reason: u32);
-    /// Begins to freeze. Or says why not.
-    fn begin(&mut self, request: &Request) -> Result<(), String>;
+    /// Begins to freeze, with `text` as the first line of this backup's log. Or says why not.
+    fn begin(&mut self, request: &Request, text: String) -> Result<(), String>;
     /// The host has been told that all is frozen.
     fn settle(&mut self);
     /// The job is to thaw what it has frozen.
@@ -248,10 +248,9 @@ impl Backup {
     }
 
     fn begin(&mut self, request: Request, give_up: Instant, effects: &mut impl Effects) {
-        if let Err(why) = effects.begin(&request) {
+        if let Err(why) = effects.begin(&request, describe(&request)) {
             return refuse(&request, &why, effects);
         }
-        effects.say(Level::Info, describe(&request));
         self.spent = false;
         if self.broken.take().is_some() {
             effects.remember(None);

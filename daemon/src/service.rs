@@ -732,7 +732,7 @@ impl Effects for Hands {
         }
     }
 
-    fn begin(&mut self, request: &Request) -> Result<(), String> {
+    fn begin(&mut self, request: &Request, text: String) -> Result<(), String> {
         if !self.recovery.is_over() {
             return Err("the freeze of another process is not undone".into());
         }
@@ -740,6 +740,7 @@ impl Effects for Hands {
         let now = Instant::now();
         // Words can wait until the host has its answer.
         let held = self.log.hold(self.backups + 1, now);
+        self.log.info(text);
         let about = About {
             request: request.id,
             backup_type: request.backup_type,

@@ -158,7 +158,7 @@ impl Effects for Truth {
         );
     }
 
-    fn begin(&mut self, _request: &Request) -> Result<(), String> {
+    fn begin(&mut self, _request: &Request, _text: String) -> Result<(), String> {
         assert_eq!(self.job, Job::None, "two jobs");
         assert_eq!(
             self.hooks,
