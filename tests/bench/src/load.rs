@@ -4,8 +4,12 @@
 //!
 //! Setting a load up is all done by visible commands in the guest. Does not know what is measured.
 
+use crate::stack::Stack;
 use anyhow::{ensure, Context, Result};
-use e2e::guest::Guest;
+use e2e::guest::{Guest, Process, STEP};
+use hyperv_sim::storage::{Disk, Image};
+use hyperv_sim::Guid;
+use std::num::NonZeroU64;
 
 /// What a load has the host ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +33,45 @@ pub struct Disks {
     pub dirty_mib: u32,
     /// Bind mounts, spread over them.
     pub binds: u32,
+    /// What they are on.
+    pub on: On,
+    /// What writes to them all the time.
+    pub writers: Writers,
 }
+
+/// What the file systems are on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum On {
+    /// Each on a RAM disk of its own: ext4, xfs and btrfs in turn.
+    #[default]
+    RamDisks,
+    /// The same, all of them ext4.
+    RamDisksExt4,
+    /// All on one SCSI disk of the host, which takes so many bytes a second.
+    OneDisk(u64),
+}
+
+/// What writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Writers {
+    /// A small writer on each.
+    #[default]
+    Small,
+    /// The same, with an fsync after each write.
+    Fsync,
+    /// Small ones, and on the first file system one that dirties as much as it can.
+    Dirtier,
+}
+
+/// What most loads have of each.
+const NONE: Disks = Disks {
+    count: 0,
+    write_delay_ms: 0,
+    dirty_mib: 0,
+    binds: 0,
+    on: On::RamDisks,
+    writers: Writers::Small,
+};
 
 /// One load.
 #[derive(Clone, Copy, Debug)]
@@ -45,21 +87,33 @@ pub struct Load {
     /// Rounds for each one that is asked for: what takes some milliseconds differs much from one to the
     /// next (the medians of ten gave ratios from 0.93 to 1.16).
     pub repeat: u32,
+    /// Who takes turns.
+    pub stacks: &'static [Stack],
 }
 
+impl Load {
+    /// SCSI controllers that the guest needs.
+    pub fn scsi_controllers(&self) -> u8 {
+        match self.work {
+            Work::Freeze(disks) => u8::from(matches!(disks.on, On::OneDisk(_))),
+            Work::HotBackup | Work::Idle => 0,
+        }
+    }
+}
+
+const BOTH: &[Stack] = &[Stack::Ours, Stack::Peer];
+/// Where nothing is dirty, steps count, and the guard has some.
+const ALL: &[Stack] = &[Stack::Ours, Stack::Guarded, Stack::Peer];
+
 /// All loads, in the order in which they are run.
-pub const LOADS: [Load; 6] = [
+pub const LOADS: [Load; 10] = [
     Load {
         name: "1-clean",
         about: "one clean ext4 file system, the root",
-        work: Work::Freeze(Disks {
-            count: 0,
-            write_delay_ms: 0,
-            dirty_mib: 0,
-            binds: 0,
-        }),
+        work: Work::Freeze(NONE),
         memory_mib: 1280,
         repeat: 3,
+        stacks: ALL,
     },
     Load {
         name: "8-dirty",
@@ -68,10 +122,11 @@ pub const LOADS: [Load; 6] = [
             count: 8,
             write_delay_ms: 20,
             dirty_mib: 32,
-            binds: 0,
+            ..NONE
         }),
         memory_mib: 3072,
         repeat: 1,
+        stacks: BOTH,
     },
     Load {
         name: "32-dirty",
@@ -80,22 +135,76 @@ pub const LOADS: [Load; 6] = [
             count: 32,
             write_delay_ms: 20,
             dirty_mib: 32,
-            binds: 0,
+            ..NONE
         }),
         memory_mib: 3072,
         repeat: 1,
+        stacks: BOTH,
+    },
+    Load {
+        name: "256-clean",
+        about: "256 clean ext4 file systems",
+        work: Work::Freeze(Disks {
+            count: 256,
+            on: On::RamDisksExt4,
+            ..NONE
+        }),
+        memory_mib: 3072,
+        repeat: 1,
+        stacks: ALL,
     },
     Load {
         name: "2000-binds",
         about: "16 clean file systems and 2000 bind mounts",
         work: Work::Freeze(Disks {
             count: 16,
-            write_delay_ms: 0,
-            dirty_mib: 0,
             binds: 2000,
+            ..NONE
         }),
         memory_mib: 3072,
         repeat: 1,
+        stacks: BOTH,
+    },
+    Load {
+        name: "shared-disk",
+        about: "4 file systems on one disk that takes 8 MiB/s, 6 MiB dirty in each",
+        work: Work::Freeze(Disks {
+            count: 4,
+            dirty_mib: 6,
+            on: On::OneDisk(8 << 20),
+            ..NONE
+        }),
+        memory_mib: 1280,
+        repeat: 1,
+        stacks: BOTH,
+    },
+    Load {
+        name: "fsync",
+        about: "4 file systems, 5 ms per write, 16 MiB dirty in each, writers that fsync",
+        work: Work::Freeze(Disks {
+            count: 4,
+            write_delay_ms: 5,
+            dirty_mib: 16,
+            writers: Writers::Fsync,
+            ..NONE
+        }),
+        memory_mib: 1280,
+        repeat: 1,
+        stacks: BOTH,
+    },
+    Load {
+        name: "dirtier",
+        about: "4 file systems, 5 ms per write, 16 MiB dirty in each, one dirtied all the time",
+        work: Work::Freeze(Disks {
+            count: 4,
+            write_delay_ms: 5,
+            dirty_mib: 16,
+            writers: Writers::Dirtier,
+            ..NONE
+        }),
+        memory_mib: 1280,
+        repeat: 1,
+        stacks: BOTH,
     },
     Load {
         name: "hot-backup",
@@ -103,6 +212,7 @@ pub const LOADS: [Load; 6] = [
         work: Work::HotBackup,
         memory_mib: 1280,
         repeat: 1,
+        stacks: BOTH,
     },
     Load {
         name: "idle",
@@ -110,12 +220,58 @@ pub const LOADS: [Load; 6] = [
         work: Work::Idle,
         memory_mib: 1280,
         repeat: 1,
+        stacks: ALL,
     },
 ];
 
-/// The type of file system number `n`.
-fn kind(n: u32) -> &'static str {
-    ["btrfs", "ext4", "xfs"][n as usize % 3]
+/// The one disk is this large, and each file system on it has an equal part: xfs wants 300 MiB.
+const PART_MIB: u32 = 320;
+
+impl Disks {
+    /// The type of file system number `n`.
+    fn kind(&self, n: u32) -> &'static str {
+        match self.on {
+            On::RamDisksExt4 => "ext4",
+            On::RamDisks | On::OneDisk(_) => ["btrfs", "ext4", "xfs"][n as usize % 3],
+        }
+    }
+
+    /// Commands that set `device` to what file system `n` is on.
+    fn device(&self, n: u32) -> String {
+        match self.on {
+            On::RamDisks | On::RamDisksExt4 => format!(
+                "[ -b /dev/ram{n} ] || mknod /dev/ram{n} b 1 {n}
+                 device=/dev/ram{n}\n"
+            ),
+            On::OneDisk(_) => {
+                let (from, len) = ((n - 1) * PART_MIB * 2048, PART_MIB * 2048);
+                format!(
+                    "dmsetup --noudevsync --noudevrules create part{n} \\
+                         --table '0 {len} linear /dev/sda {from}' || exit 1
+                     device=/dev/dm-$(dmsetup info --columns --noheadings -o minor part{n})\n"
+                )
+            }
+        }
+    }
+
+    /// The disk that all are on, without its limit.
+    fn attach(&self, guest: &Guest) -> Result<Option<Disk>> {
+        let On::OneDisk(_) = self.on else {
+            return Ok(None);
+        };
+        let len = u64::from(PART_MIB * self.count) << 20;
+        let id = Guid::new(0x6265_6e63, 0, 0, [0; 8]);
+        let disk = Disk::in_memory(id, len, Image::default())?;
+        let controller = guest.scsi_controllers().next();
+        controller
+            .context("the guest has no SCSI controller")?
+            .attach(0, &disk);
+        guest.sh("modprobe sd_mod && modprobe hv_storvsc")?;
+        guest.wait_until("the guest has found the disk", STEP * 2, || {
+            Ok(guest.try_sh("[ -b /dev/sda ]")?.status == Some(0))
+        })?;
+        Ok(Some(disk))
+    }
 }
 
 /// Makes the file system whose files a round rewrites, mounted on `/mnt/<n>`.
@@ -132,7 +288,7 @@ fn make(n: u32, disks: &Disks) -> String {
         dirty_mib,
         ..
     } = disks;
-    let kind = kind(n);
+    let kind = disks.kind(n);
     let mkfs = match kind {
         // Blocks as on a disk of real size: for one this small mkfs would choose 1 KiB.
         "ext4" => "mkfs.ext4 -q -F -b 4096 -E lazy_itable_init=1,lazy_journal_init=1",
@@ -144,11 +300,8 @@ fn make(n: u32, disks: &Disks) -> String {
     // more memory, and the usual checksum, for which processors have an instruction, takes an
     // emulated one 0.3 s for 32 MiB.
     let options = if kind == "btrfs" { "-o nodatacow" } else { "" };
-    let mut script = format!(
-        "[ -b /dev/ram{n} ] || mknod /dev/ram{n} b 1 {n}
-         device=/dev/ram{n}
-         mkdir -p /mnt/{n} && {mkfs} $device || exit 1\n"
-    );
+    let mut script = disks.device(n);
+    script.push_str(&format!("mkdir -p /mnt/{n} && {mkfs} $device || exit 1\n"));
     if *dirty_mib > 0 {
         script.push_str(&format!(
             "mount -t {kind} {options} $device /mnt/{n} && {} && umount /mnt/{n} || exit 1\n",
@@ -157,7 +310,7 @@ fn make(n: u32, disks: &Disks) -> String {
     }
     if *write_delay_ms > 0 {
         script.push_str(&format!(
-            "size=$(cat /sys/class/block/ram{n}/size)
+            "size=$(cat /sys/class/block/${{device#/dev/}}/size)
              dmsetup --noudevsync --noudevrules create slow{n} --table \"0 $size delay $device 0 50 \\
                  $device 0 {write_delay_ms}\" || exit 1
              device=/dev/dm-$(dmsetup info --columns --noheadings -o minor slow{n})\n"
@@ -178,22 +331,39 @@ fn rewrite(n: u32, mib: u32) -> String {
 const WRITE_EVERY_US: u64 = 1000;
 
 impl Disks {
-    /// Starts the writers. Each writes the less often the more there are.
-    pub fn start_writers(&self, guest: &Guest) -> Result<()> {
-        let files = self.writers();
-        let every_us = WRITE_EVERY_US * files.len() as u64;
-        for file in files {
-            guest.writer_start_every(&file, every_us)?;
+    /// Starts the writers. Each writes the less often the more there are. What they are is to be given
+    /// to [`Disks::stop_writers`].
+    pub fn start_writers(&self, guest: &Guest) -> Result<Option<Process>> {
+        let folders = self.folders();
+        let every_us = WRITE_EVERY_US * folders.len() as u64;
+        for folder in folders {
+            let file = format!("{}/writer", folder.trim_end_matches('/'));
+            match self.writers {
+                Writers::Fsync => guest.syncing_writer_start(&file, every_us)?,
+                Writers::Small | Writers::Dirtier => guest.writer_start_every(&file, every_us)?,
+            }
+        }
+        if self.writers != Writers::Dirtier {
+            return Ok(None);
+        }
+        let line = format!("while :; do {}; done", rewrite(1, self.dirty_mib));
+        Ok(Some(guest.spawn(&["sh", "-c", &line])?))
+    }
+
+    /// Ends them.
+    pub fn stop_writers(&self, guest: &Guest, dirtier: Option<Process>) -> Result<()> {
+        guest.writers_stop()?;
+        if let Some(dirtier) = dirtier {
+            guest.signal(&dirtier, 9)?;
+            guest.wait(&dirtier, STEP * 2)?;
         }
         Ok(())
     }
 
-    /// The file that a small writer rewrites, for each file system and the root.
-    fn writers(&self) -> Vec<String> {
-        let others = (1..=self.count).map(|n| format!("/mnt/{n}/writer"));
-        std::iter::once("/writer".to_string())
-            .chain(others)
-            .collect()
+    /// Where each file system is mounted, the root as well.
+    pub fn folders(&self) -> Vec<String> {
+        let others = (1..=self.count).map(|n| format!("/mnt/{n}"));
+        std::iter::once("/".to_string()).chain(others).collect()
     }
 
     /// Makes and mounts everything.
@@ -202,13 +372,17 @@ impl Disks {
             // Into the kernel before the first mkfs, so that its time is seen to be theirs.
             guest.sh("modprobe xfs && modprobe btrfs")?;
         }
+        let disk = self.attach(guest)?;
         for n in 1..=self.count {
             guest.sh(&make(n, self))?;
             println!(
                 "bench: file system {n} of {} ({}) is there",
                 self.count,
-                kind(n)
+                self.kind(n)
             );
+        }
+        if let (Some(disk), On::OneDisk(bandwidth)) = (disk, self.on) {
+            disk.set_bandwidth(NonZeroU64::new(bandwidth));
         }
         if self.dirty_mib > 0 {
             // What is dirty stays so until somebody asks for it to be written.
@@ -270,14 +444,11 @@ mod tests {
     }
 
     #[test]
-    fn every_file_system_has_a_writer_and_so_has_the_root() {
+    fn every_file_system_has_a_folder_and_so_has_the_root() {
         let disks = Disks {
             count: 2,
             ..Disks::default()
         };
-        assert_eq!(
-            disks.writers(),
-            ["/writer", "/mnt/1/writer", "/mnt/2/writer"]
-        );
+        assert_eq!(disks.folders(), ["/", "/mnt/1", "/mnt/2"]);
     }
 }

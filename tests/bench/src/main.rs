@@ -20,7 +20,7 @@ use e2e::guest::{Guest, Images, Machine};
 use load::{Load, Work, LOADS};
 use measure::Sample;
 use report::{ms, Results};
-use stack::{Rig, Stack};
+use stack::Rig;
 use stats::Turn;
 use std::path::Path;
 use std::process::ExitCode;
@@ -68,6 +68,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         let start = Instant::now();
         let machine = Machine {
             memory_mib: load.memory_mib,
+            scsi_controllers: load.scsi_controllers(),
             ..Machine::ONE_CPU
         };
         let guest = Guest::start(&images, machine, number as u32 + 1)?;
@@ -100,7 +101,7 @@ fn run_load(load: &Load, rounds: u32, guest: &Guest, results: &mut Results) -> R
     }
     let mut rig = Rig::new(guest)?;
     if load.work == Work::Idle {
-        for stack in Stack::BOTH {
+        for &stack in load.stacks {
             rig.switch(stack)?;
             let idle = measure::idle(&rig)?;
             println!("bench: {}: {stack} {idle:?}", load.name);
@@ -110,10 +111,8 @@ fn run_load(load: &Load, rounds: u32, guest: &Guest, results: &mut Results) -> R
     }
     let rounds = rounds.saturating_mul(load.repeat);
     for round in 1..=rounds {
-        let mut order = Stack::BOTH;
-        if round % 2 == 0 {
-            order.reverse();
-        }
+        let mut order = load.stacks.to_vec();
+        order.rotate_left(round as usize % load.stacks.len());
         for stack in order {
             rig.switch(stack)?;
             let sample = match load.work {
@@ -122,7 +121,7 @@ fn run_load(load: &Load, rounds: u32, guest: &Guest, results: &mut Results) -> R
             };
             let sample = sample.with_context(|| format!("round {round}, {stack}"))?;
             println!(
-                "bench: {} {round}/{rounds} {stack:5}{}",
+                "bench: {} {round}/{rounds} {stack:7}{}",
                 load.name,
                 in_words(&sample)
             );
@@ -136,6 +135,10 @@ fn run_load(load: &Load, rounds: u32, guest: &Guest, results: &mut Results) -> R
                 stack,
                 sample,
             });
+        }
+        if let Work::Freeze(disks) = load.work {
+            let limit = measure::limit(guest, &disks)?;
+            results.limits.entry(load.name).or_default().push(limit);
         }
     }
     Ok(())

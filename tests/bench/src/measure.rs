@@ -5,7 +5,7 @@
 //! Latencies are the host's, from the moment when the request was in the guest's ring to the
 //! arrival of the answer. Stalls are the guest's, as its writers saw them. Nothing is judged here.
 
-use crate::load::Disks;
+use crate::load::{Disks, Writers};
 use crate::stack::Rig;
 use anyhow::{ensure, Context, Result};
 use e2e::check::answered;
@@ -46,7 +46,7 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
     answered("the first THAW", &vss.thaw(LIMIT)?, status::OK)?;
 
     let dirty_kib = disks.prepare(guest)?;
-    disks.start_writers(guest)?;
+    let dirtier = disks.start_writers(guest)?;
     guest.wait_until("every writer writes", STEP * 2, || {
         Ok(guest.writers()?.iter().all(|it| it.count > 10))
     })?;
@@ -57,21 +57,37 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
     let freeze = vss.wait(freeze, LIMIT)?;
     let thaw = vss.wait(thaw, LIMIT)?;
     let stalls = stalls(guest)?;
-    guest.writers_stop()?;
+    let p99_us = guest.writers()?.iter().map(|it| it.p99_us).max();
+    disks.stop_writers(guest, dirtier)?;
     answered("FREEZE", &freeze, status::OK)?;
     answered("THAW", &thaw, status::OK)?;
 
     let worst = stalls.values().copied().fold(0.0, f64::max);
+    let mut seconds = BTreeMap::from([
+        ("stall", worst),
+        ("freeze", freeze.latency.as_secs_f64()),
+        // THAW lay in the ring while FREEZE was served.
+        ("thaw", (thaw.at - freeze.at).as_secs_f64()),
+    ]);
+    if disks.writers == Writers::Fsync {
+        seconds.insert("fsync-p99", p99_us.unwrap_or(0) as f64 / 1e6);
+    }
     Ok(Sample {
-        seconds: BTreeMap::from([
-            ("stall", worst),
-            ("freeze", freeze.latency.as_secs_f64()),
-            // THAW lay in the ring while FREEZE was served.
-            ("thaw", (thaw.at - freeze.at).as_secs_f64()),
-        ]),
+        seconds,
         stalls,
         dirty_kib,
     })
+}
+
+/// The least that any stack can do in this guest, in seconds: of all file systems the longest that one
+/// takes to be frozen and thawed when it is clean and alone.
+pub fn limit(guest: &Guest, disks: &Disks) -> Result<f64> {
+    guest.sh("sync")?;
+    let mut longest = Duration::ZERO;
+    for folder in disks.folders() {
+        longest = longest.max(guest.freeze_and_thaw(&folder)?);
+    }
+    Ok(longest.as_secs_f64())
 }
 
 /// The longest write of each writer, taken once the write that it stood still in has ended.

@@ -24,7 +24,7 @@ pub fn draw(path: &Path, turns: &[Turn], rows: &[Comparison]) -> Result<()> {
 
 fn colour(stack: Stack) -> RGBColor {
     match stack {
-        Stack::Ours => OURS,
+        Stack::Ours | Stack::Guarded => OURS,
         Stack::Peer => PEER,
     }
 }

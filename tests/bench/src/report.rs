@@ -17,6 +17,8 @@ use std::path::Path;
 pub struct Results {
     /// The turns, in the order in which they were taken.
     pub turns: Vec<Turn>,
+    /// For each load and round the least that any stack could do, in seconds.
+    pub limits: BTreeMap<&'static str, Vec<f64>>,
     /// What the daemons cost while they wait.
     pub idle: BTreeMap<Stack, Idle>,
     /// What the daemons wrote; ours says how long each step took.
@@ -24,12 +26,13 @@ pub struct Results {
 }
 
 impl Results {
-    /// Writes `summary.json`, `rounds.json`, `idle.json`, `table.txt`, `bench.svg` and `daemons.log`.
+    /// Writes `summary.json`, `rounds.json`, `limits.json`, `idle.json`, `table.txt`, `bench.svg` and `daemons.log`.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        let rows = compare(&self.turns);
+        let rows = compare(&self.turns, &self.limits);
         if !rows.is_empty() {
             write_json(folder, "summary.json", &rows)?;
             write_json(folder, "rounds.json", &self.turns)?;
+            write_json(folder, "limits.json", &self.limits)?;
             let path = folder.join("bench.svg");
             crate::plot::draw(&path, &self.turns, &rows)
                 .with_context(|| format!("cannot draw {}", path.display()))?;
@@ -43,17 +46,19 @@ impl Results {
 
     /// The table for people.
     pub fn table(&self) -> String {
-        let rows = compare(&self.turns);
+        let rows = compare(&self.turns, &self.limits);
         let mut text = String::new();
         if !rows.is_empty() {
             text.push_str(
-                "Medians, then the range; ratio = ours / peer. stall: the longest write of a small\n\
-                 writer, on the file system where it was longest.\n\n",
+                "Medians. stall: the longest write of a small writer, on the file system where it was\n\
+                 longest. guarded: our daemon on the stock hv_utils. ratio: ours / peer, and the range of\n\
+                 95 % of it (paired bootstrap). limit: our stall / the longest freeze and thaw of any of\n\
+                 these file systems when it is clean and alone.\n\n",
             );
             let _ = writeln!(
                 text,
-                "{:12} {:9} {:>10} {:>10} {:>6}   {:21}   {:21} {:>6}",
-                "load", "metric", "ours", "peer", "ratio", "ours, range", "peer, range", "rounds"
+                "{:12} {:9} {:>10} {:>10} {:>10} {:>6}   {:13} {:>6} {:>6}",
+                "load", "metric", "ours", "guarded", "peer", "ratio", "95 %", "limit", "rounds"
             );
             for row in &rows {
                 self.line(&mut text, row);
@@ -80,19 +85,20 @@ impl Results {
     }
 
     fn line(&self, text: &mut String, row: &Comparison) {
-        let of = |stack| values(&self.turns, row.load, stack, row.metric);
-        let (ours, peer) = (of(Stack::Ours), of(Stack::Peer));
+        let of = |stack| values(&self.turns, row.load, stack, row.metric).len();
+        let [low, high] = row.interval;
         let _ = writeln!(
             text,
-            "{:12} {:9} {:>10} {:>10} {:>6.3}   {:21}   {:21} {:>6}",
+            "{:12} {:9} {:>10} {:>10} {:>10} {:>6.3}   {low:.3}-{high:<7.3} {:>6} {:>6}",
             row.load,
             row.metric,
             ms(row.ours),
+            row.guarded.map_or_else(String::new, ms),
             ms(row.peer),
             row.ratio,
-            range(&ours),
-            range(&peer),
-            ours.len().min(peer.len())
+            row.limit_ratio
+                .map_or_else(String::new, |it| format!("{it:.2}")),
+            of(Stack::Ours).min(of(Stack::Peer))
         );
     }
 }
@@ -100,12 +106,6 @@ impl Results {
 /// Seconds as people read them here.
 pub fn ms(seconds: f64) -> String {
     format!("{:.1} ms", seconds * 1000.0)
-}
-
-fn range(values: &[f64]) -> String {
-    let low = values.iter().copied().fold(f64::INFINITY, f64::min);
-    let high = values.iter().copied().fold(0.0, f64::max);
-    format!("{:.1}-{}", low * 1000.0, ms(high))
 }
 
 fn write_json(folder: &Path, name: &str, value: &impl Serialize) -> Result<()> {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The two things that are compared, and how a running guest changes from one to the other.
+//! What is compared, and how a running guest changes from one to the next.
 //!
 //! Both modules stay loaded; the VSS device is moved between their drivers through sysfs, so that
 //! nothing else in the guest changes from one turn to the next. Does not know what is measured.
@@ -17,25 +17,24 @@ use serde::Serialize;
 pub enum Stack {
     /// `hv_vss.ko` and `hv_vss_daemon` of this project.
     Ours,
+    /// The stock `hv_utils` and our daemon, which has a guard there.
+    Guarded,
     /// The stock `hv_utils` and Debian's `hv_vss_daemon`.
     Peer,
 }
 
 impl Stack {
-    /// Both, in the order in which tables name them.
-    pub const BOTH: [Stack; 2] = [Stack::Ours, Stack::Peer];
-
     /// The name of the VMBus driver in sysfs.
     fn driver(self) -> &'static str {
         match self {
             Stack::Ours => "hv_vss",
-            Stack::Peer => "hv_utils",
+            Stack::Guarded | Stack::Peer => "hv_utils",
         }
     }
 
     fn daemon(self) -> Daemon {
         match self {
-            Stack::Ours => Daemon::Ours,
+            Stack::Ours | Stack::Guarded => Daemon::Ours,
             Stack::Peer => Daemon::Debian,
         }
     }
@@ -45,6 +44,7 @@ impl std::fmt::Display for Stack {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.pad(match self {
             Stack::Ours => "ours",
+            Stack::Guarded => "guarded",
             Stack::Peer => "peer",
         })
     }
@@ -53,6 +53,7 @@ impl std::fmt::Display for Stack {
 /// A guest with both modules loaded, one of which has the device.
 pub struct Rig<'a> {
     guest: &'a Guest,
+    /// Whose driver has the device.
     bound: Stack,
     daemon: Option<Process>,
 }
@@ -78,7 +79,7 @@ impl<'a> Rig<'a> {
     /// Gives the device to `stack`, and starts its daemon. When this returns a request was served.
     pub fn switch(&mut self, stack: Stack) -> Result<()> {
         self.stop_daemon()?;
-        if stack != self.bound {
+        if stack.driver() != self.bound.driver() {
             self.bind(stack)?;
         }
         let vss = self.guest.vss();

@@ -5,14 +5,14 @@
 use crate::measure::Sample;
 use crate::stack::Stack;
 use serde::Serialize;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// One turn of one stack.
 #[derive(Debug, Serialize)]
 pub struct Turn {
     /// Under which load.
     pub load: &'static str,
-    /// Counted from 1; both stacks have one turn in each round.
+    /// Counted from 1; each stack has one turn in each round.
     pub round: u32,
     /// Whose turn.
     pub stack: Stack,
@@ -21,19 +21,52 @@ pub struct Turn {
     pub sample: Sample,
 }
 
-/// One line of `summary.json`.
+/// One line of `summary.json`. Medians are in seconds.
 #[derive(Debug, PartialEq, Serialize)]
 pub struct Comparison {
     /// The load.
     pub load: &'static str,
     /// What was measured.
     pub metric: &'static str,
-    /// Median of our turns, in seconds.
+    /// Median of our turns.
     pub ours: f64,
-    /// Median of the peer's, in seconds.
+    /// Median of those of our daemon with its guard, on the stock module, where it had turns.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guarded: Option<f64>,
+    /// Median of the peer's.
     pub peer: f64,
     /// `ours / peer`.
     pub ratio: f64,
+    /// In which range 95 % of the ratios are that come of drawing as many rounds out of these
+    /// (bootstrap; what a round gave both stays together).
+    pub interval: [f64; 2],
+    /// In the rows of `stall`: ours, divided by the least that any stack could do in that guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit_ratio: Option<f64>,
+}
+
+/// How often rounds are drawn.
+const DRAWS: usize = 2000;
+
+/// [`Comparison::interval`].
+fn interval(ours: &[f64], peer: &[f64]) -> [f64; 2] {
+    let rounds: Vec<(f64, f64)> = ours.iter().copied().zip(peer.iter().copied()).collect();
+    // The same figures give the same interval.
+    let mut rng = fastrand::Rng::with_seed(1);
+    let mut ratio = || {
+        let drawn = rounds.iter().filter_map(|_| rng.choice(&rounds).copied());
+        let (ours, peer): (Vec<f64>, Vec<f64>) = drawn.unzip();
+        median(&ours) / median(&peer)
+    };
+    let mut ratios: Vec<f64> = (0..DRAWS).map(|_| ratio()).collect();
+    ratios.sort_by(f64::total_cmp);
+    let at = |share: usize| {
+        ratios
+            .get(DRAWS * share / 1000)
+            .copied()
+            .unwrap_or_default()
+    };
+    [at(25), at(974)]
 }
 
 /// The middle value, or the mean of the middle two; 0 of nothing.
@@ -49,7 +82,7 @@ pub fn median(values: &[f64]) -> f64 {
 }
 
 /// The order in which people read metrics.
-const METRICS: [&str; 5] = ["stall", "freeze", "thaw", "roundtrip", "cpu"];
+const METRICS: [&str; 6] = ["stall", "fsync-p99", "freeze", "thaw", "roundtrip", "cpu"];
 
 /// All values of one metric.
 pub fn values(turns: &[Turn], load: &str, stack: Stack, metric: &str) -> Vec<f64> {
@@ -60,8 +93,9 @@ pub fn values(turns: &[Turn], load: &str, stack: Stack, metric: &str) -> Vec<f64
         .collect()
 }
 
-/// Medians of everything that was measured, loads in the order of their turns.
-pub fn compare(turns: &[Turn]) -> Vec<Comparison> {
+/// Medians of everything that was measured, loads in the order of their turns. `limits` are the least that
+/// was possible in each round.
+pub fn compare(turns: &[Turn], limits: &BTreeMap<&str, Vec<f64>>) -> Vec<Comparison> {
     let mut seen = BTreeSet::new();
     let loads = turns.iter().map(|it| it.load).filter(|it| seen.insert(*it));
     let mut rows = Vec::new();
@@ -72,13 +106,19 @@ pub fn compare(turns: &[Turn]) -> Vec<Comparison> {
             if ours.is_empty() || peer.is_empty() {
                 continue;
             }
+            let guarded = values(turns, load, Stack::Guarded, metric);
+            let interval = interval(&ours, &peer);
             let (ours, peer) = (median(&ours), median(&peer));
+            let limit = limits.get(load).filter(|_| metric == "stall");
             rows.push(Comparison {
                 load,
                 metric,
                 ours,
+                guarded: (!guarded.is_empty()).then(|| median(&guarded)),
                 peer,
                 ratio: ours / peer,
+                interval,
+                limit_ratio: limit.map(|it| ours / median(it)),
             });
         }
     }
@@ -88,7 +128,6 @@ pub fn compare(turns: &[Turn]) -> Vec<Comparison> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeMap;
 
     fn turn(round: u32, stack: Stack, stall: f64) -> Turn {
         Turn {
@@ -110,6 +149,14 @@ mod tests {
     }
 
     #[test]
+    fn an_interval_is_as_wide_as_the_rounds_differ() {
+        let peer = [2.0; 9];
+        assert_eq!(interval(&[1.0; 9], &peer), [0.5, 0.5]);
+        let [low, high] = interval(&[1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0], &peer);
+        assert_eq!((low, high), (0.5, 1.5));
+    }
+
+    #[test]
     fn a_ratio_is_that_of_the_medians() {
         let turns = [
             turn(1, Stack::Ours, 1.0),
@@ -121,11 +168,15 @@ mod tests {
             load: "some",
             metric: "stall",
             ours: 2.0,
+            guarded: None,
             peer: 4.0,
             ratio: 0.5,
+            interval: [0.5, 0.5],
+            limit_ratio: Some(4.0),
         };
-        assert_eq!(compare(&turns), [expected]);
+        let limits = BTreeMap::from([("some", vec![0.5])]);
+        assert_eq!(compare(&turns, &limits), [expected]);
         // One side alone is no comparison.
-        assert_eq!(compare(&turns[..1]), []);
+        assert_eq!(compare(&turns[..1], &limits), []);
     }
 }

@@ -601,6 +601,14 @@ impl Guest {
         self.agent.call(Command::Thaw { path: path.into() }, STEP)
     }
 
+    /// FIFREEZE and FITHAW of the file system that `path` is on, and how long both took.
+    pub fn freeze_and_thaw(&self, path: &str) -> Result<Duration, CallError> {
+        let command = Command::FreezeAndThaw { path: path.into() };
+        self.agent
+            .call(command, STEP * 2)
+            .map(Duration::from_micros)
+    }
+
     /// From now on each open on the mount at `path` waits, as behind a security agent: until that
     /// has written a line to `log`, or without a log until [`Guest::release_opens`].
     pub fn watch_opens(&self, path: &str, log: Option<&str>) -> Result<(), CallError> {
@@ -620,9 +628,21 @@ impl Guest {
 
     /// The same with another time between two writes, in microseconds.
     pub fn writer_start_every(&self, path: &str, every_us: u64) -> Result<(), CallError> {
-        let path = path.into();
-        self.agent
-            .call(Command::WriterStart { path, every_us }, STEP)
+        self.start_writer(path, every_us, false)
+    }
+
+    /// The same with an fsync after each write.
+    pub fn syncing_writer_start(&self, path: &str, every_us: u64) -> Result<(), CallError> {
+        self.start_writer(path, every_us, true)
+    }
+
+    fn start_writer(&self, path: &str, every_us: u64, fsync: bool) -> Result<(), CallError> {
+        let command = Command::WriterStart {
+            path: path.into(),
+            every_us,
+            fsync,
+        };
+        self.agent.call(command, STEP)
     }
 
     /// Starts a writer of records on `path`, which keeps notes in block `slot` of `notes`, a block
@@ -653,7 +673,7 @@ impl Guest {
         self.agent.call(Command::Stalls { since_us }, STEP)
     }
 
-    /// Forgets the longest write of every writer.
+    /// Forgets how long the writes of every writer took.
     pub fn writers_reset(&self) -> Result<(), CallError> {
         self.agent.call(Command::WritersReset, STEP)
     }

@@ -122,13 +122,20 @@ pub enum Command {
     },
     /// Ends the watch and lets everybody pass.
     ReleaseOpens,
-    /// Starts a thread that rewrites the first 512 bytes of a file again and again, each time the
-    /// clock shows a multiple of `every_us`.
+    /// Freezes a file system and thaws it at once; returns how long both took, in microseconds.
+    FreezeAndThaw {
+        /// Any path on it.
+        path: String,
+    },
+    /// Starts a thread that rewrites the first 512 bytes of a file again and again, once in
+    /// `every_us`, each at another moment than the others.
     WriterStart {
         /// The file, which is made.
         path: String,
         /// In microseconds.
         every_us: u64,
+        /// Whether each write is followed by an fsync, which counts as a part of it.
+        fsync: bool,
     },
     /// Starts a writer that appends numbered records to a file, each with an fsync of its own, and
     /// says how far it is on a block device that somebody else reads: see [`Note`]. It is one of the
@@ -151,7 +158,7 @@ pub enum Command {
         /// From when on.
         since_us: u64,
     },
-    /// Forgets the longest write of every writer, so that the next one is the first that counts.
+    /// Forgets how long the writes of every writer took, so that the next one is the first that counts.
     WritersReset,
     /// Ends all writers and forgets them. Fails when one is still inside a write after
     /// `timeout_ms`; that one stays.
@@ -356,6 +363,8 @@ pub struct Writer {
     pub errors: u64,
     /// The longest write so far, the one in progress included.
     pub longest_us: u64,
+    /// Of a hundred writes that have ended, 99 took no longer.
+    pub p99_us: u64,
     /// For how long the write in progress has been going on; 0 between two writes.
     pub in_write_us: u64,
 }

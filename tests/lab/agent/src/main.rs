@@ -66,9 +66,18 @@ impl Agent {
             Command::Thaw { path } => json!(sys::thaw(&open_any(&path)?)?),
             Command::WatchOpens { path, log } => json!(self.opens.watch(&path, log.as_deref())?),
             Command::ReleaseOpens => json!(self.opens.release()),
-            Command::WriterStart { path, every_us } => {
-                json!(self.writers.start(&path, every_us)?)
+            Command::FreezeAndThaw { path } => {
+                let file = open_any(&path)?;
+                let begin = clock_us();
+                sys::freeze(&file)?;
+                sys::thaw(&file)?;
+                json!(clock_us() - begin)
             }
+            Command::WriterStart {
+                path,
+                every_us,
+                fsync,
+            } => json!(self.writers.start(&path, every_us, fsync)?),
             Command::RecorderStart {
                 path,
                 notes,

@@ -28,6 +28,8 @@ struct Aligned([u8; NOTE_LEN]);
 
 /// How many long writes of each writer are kept; the oldest goes first.
 const KEPT: usize = 64;
+/// How many writes are remembered by how long they took.
+const TIMES: usize = 1 << 16;
 
 /// What a writer and its readers share. Times are those of the agent's clock.
 struct State {
@@ -35,6 +37,8 @@ struct State {
     count: AtomicU64,
     errors: AtomicU64,
     longest_us: AtomicU64,
+    /// How long the first writes took that have ended.
+    times: Mutex<Vec<u64>>,
     /// When the write in progress began, 0 between two writes.
     began_us: AtomicU64,
     /// The long writes that have ended: when each began and ended.
@@ -50,6 +54,7 @@ impl State {
             count: AtomicU64::new(0),
             errors: AtomicU64::new(0),
             longest_us: AtomicU64::new(0),
+            times: Mutex::new(Vec::new()),
             began_us: AtomicU64::new(0),
             long: Mutex::new(VecDeque::with_capacity(KEPT)),
             stop: AtomicBool::new(false),
@@ -72,6 +77,11 @@ impl State {
     /// Notes a write that has ended.
     fn ended(&self, began: u64, ended: u64) {
         self.longest_us.fetch_max(ended - began, SeqCst);
+        let mut times = lock(&self.times);
+        if times.len() < TIMES {
+            times.push(ended - began);
+        }
+        drop(times);
         if ended - began >= STALL_US {
             let mut long = lock(&self.long);
             if long.len() == KEPT {
@@ -81,6 +91,14 @@ impl State {
         }
         // Last, so that a long write is always seen as one of the two.
         self.began_us.store(0, SeqCst);
+    }
+
+    /// What 99 of a hundred writes did not take longer than; 0 of none.
+    fn p99_us(&self) -> u64 {
+        let mut times = lock(&self.times).clone();
+        times.sort_unstable();
+        let index = (times.len() * 99).div_ceil(100).saturating_sub(1);
+        times.get(index).copied().unwrap_or(0)
     }
 
     /// The long writes that had not ended at `since`.
@@ -110,22 +128,31 @@ pub struct Writers {
 
 impl Writers {
     /// Makes the file and starts its writer.
-    pub fn start(&self, path: &str, every_us: u64) -> Result<(), Error> {
+    pub fn start(&self, path: &str, every_us: u64, fsync: bool) -> Result<(), Error> {
         let file = OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(true)
             .open(path)?;
         let state = State::new(path);
-        lock(&self.all).push(state.clone());
+        let mut all = lock(&self.all);
+        // The golden ratio spreads any number of them evenly.
+        let phase = (all.len() as f64 * 0.618_034).fract() * every_us as f64;
+        let phase = phase as u64;
+        all.push(state.clone());
+        drop(all);
         start_thread(move || {
             let mut block = [0; BLOCK];
             while !state.stop.load(SeqCst) {
                 block = block.map(|byte: u8| byte.wrapping_add(1));
-                state.write(|| file.write_all_at(&block, 0));
-                // At the same moments as all who write as often, so that one interrupt wakes them: on
-                // an emulated processor that costs more than a write.
-                let gone = clock_us().checked_rem(every_us).unwrap_or(0);
+                state.write(|| {
+                    file.write_all_at(&block, 0)?;
+                    if fsync {
+                        file.sync_data()?;
+                    }
+                    Ok(())
+                });
+                let gone = (clock_us() + phase).checked_rem(every_us).unwrap_or(0);
                 thread::sleep(Duration::from_micros(every_us - gone));
             }
             state.stopped.store(true, SeqCst);
@@ -190,6 +217,7 @@ impl Writers {
                     count: state.count.load(SeqCst),
                     errors: state.errors.load(SeqCst),
                     longest_us: state.longest_us.load(SeqCst).max(in_write_us),
+                    p99_us: state.p99_us(),
                     in_write_us,
                 }
             })
@@ -207,10 +235,12 @@ impl Writers {
         }
     }
 
-    /// Forgets the longest write of each.
+    /// Forgets how long the writes of each took.
     pub fn reset(&self) {
-        let all = lock(&self.all);
-        all.iter().for_each(|it| it.longest_us.store(0, SeqCst));
+        for state in lock(&self.all).iter() {
+            state.longest_us.store(0, SeqCst);
+            lock(&state.times).clear();
+        }
     }
 
     /// Ends all writers.
