@@ -103,7 +103,7 @@ impl Default for Config {
             give_up: Duration::from_secs(10),
             parallel: 32,
             write_back: std::thread::available_parallelism().map_or(5, |n| (4 + n.get()).min(256)),
-            run_dir: "/run/hv_vss_daemon".into(),
+            run_dir: "/run/hv_vss".into(),
             state_dir: "/var/lib/hv_vss".into(),
             exclude: Rules::default(),
             include: Rules::default(),

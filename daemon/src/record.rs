@@ -79,7 +79,7 @@ pub struct Record {
     pub frozen: Vec<Entry>,
 }
 
-/// The directory that holds both, usually `/run/hv_vss_daemon`.
+/// The directory that holds both, usually `/run/hv_vss`.
 #[derive(Clone, Debug)]
 pub struct RunDir(PathBuf);
 

@@ -14,7 +14,7 @@ use std::num::NonZeroU64;
 /// What a load has the host ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// FREEZE and THAW, sent back to back.
+    /// FREEZE, and THAW as soon as it is answered.
     Freeze(Disks),
     /// HOT_BACKUP, which freezes nothing: the way from host to daemon and back.
     HotBackup,

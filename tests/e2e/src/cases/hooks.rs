@@ -77,7 +77,7 @@ fn prepare(guest: &Guest) -> Result<()> {
 /// Ends the daemon once all hooks are let go.
 fn stop_at_rest(guest: &Guest, module: Module, daemon: &Process) -> Result<()> {
     guest.wait_until("all hooks are let go", STEP, || {
-        let left = guest.try_sh("test ! -e /run/hv_vss_daemon/hooks.json")?;
+        let left = guest.try_sh("test ! -e /run/hv_vss/hooks.json")?;
         Ok(left.status == Some(0))
     })?;
     stop(guest, module, daemon)
