@@ -78,6 +78,8 @@ pub struct Begun {
     pub since: Instant,
     /// What is frozen, in words.
     pub counts: String,
+    /// The file systems that are, by name.
+    pub names: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

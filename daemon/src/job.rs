@@ -26,7 +26,7 @@ use crate::config::Config;
 use crate::door::Door;
 use crate::fifreeze::Unguarded;
 use crate::freeze::{
-    FreezeError, Learnt, Limits, Means, Session, Stay, Summary, Target, ThawError,
+    FreezeError, How, Learnt, Limits, Means, Session, Stay, Summary, Target, ThawError,
 };
 use crate::hooks::{self, Found, HookError};
 use crate::logbook::{Held, Logbook, Sink};
@@ -247,9 +247,12 @@ impl Frozen {
         let counts = format!(
             "{ours} frozen, {foreign} frozen by others, {synced} only synced, {left_out} left out"
         );
+        let stays = self.session.account().into_iter();
+        let frozen = stays.filter(|it| matches!(it.how, How::Frozen | How::Foreign));
         Begun {
             since: self.session.armed_at(),
             counts,
+            names: frozen.map(|it| it.name).collect(),
         }
     }
 

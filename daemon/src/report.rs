@@ -67,6 +67,8 @@ impl Status<'_> {
                 if daemon["doing"].is_string() {
                     rows.push(["doing".into(), text(&daemon["doing"])]);
                 }
+                let frozen = daemon["frozen"].as_array().into_iter().flatten();
+                rows.extend(frozen.map(|it| ["frozen".into(), text(it)]));
             }
         }
         let last = self.last.map(|it| {

@@ -161,6 +161,8 @@ struct Hands {
     /// When to try next to open a device that went away, and the pause after that.
     retry: Option<(Instant, Duration)>,
     job: Option<Job>,
+    /// What is frozen, by name.
+    held: Vec<String>,
     /// Whether this thread goes before all others, as those that freeze always do. Only while others may
     /// wait for what is frozen: a host that asks without end must not take the processor from them.
     is_ahead: bool,
@@ -233,6 +235,7 @@ impl Service {
                 backups: 0,
                 is_ahead: true,
                 draft: None,
+                held: Vec::new(),
                 last: "no backup yet".into(),
             },
             control,
@@ -511,7 +514,10 @@ impl Service {
                 }
             }
             Outcome::Hooks(..) => {}
-            Outcome::Frozen(result) => {
+            Outcome::Frozen(mut result) => {
+                if let Ok(begun) = &mut result {
+                    self.hands.held = std::mem::take(&mut begun.names);
+                }
                 let result = result.map_err(|error| words(&error));
                 self.machine.frozen(result, &mut self.hands);
             }
@@ -603,6 +609,7 @@ impl Service {
                     "phase": self.machine.phase(),
                     "doing": job.map(|it| it.progress().words(now)),
                     "door": door,
+                    "frozen": hands.held,
                     "backups": hands.backups,
                     "last": hands.last,
                 });
@@ -807,6 +814,7 @@ impl Effects for Hands {
         if let Some(job) = self.job.take() {
             job.join();
         }
+        self.held.clear();
         let how = match verdict {
             Verdict::Good => "was good",
             Verdict::Broken | Verdict::Failed => "failed",

@@ -367,6 +367,7 @@ impl World {
                 let begun = Begun {
                     since: *now,
                     counts: String::new(),
+                    names: Vec::new(),
                 };
                 machine.frozen(Ok(begun), truth);
             }

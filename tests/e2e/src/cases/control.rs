@@ -208,8 +208,19 @@ fn status_and_history(guest: &Guest) -> Result<()> {
     ensure!(text.contains("none is remembered"), "{text}");
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     let text = asked(guest, "status", 5)?;
-    ensure!(text.contains("frozen"), "{text}");
+    let is_named = |name: &str| {
+        let mut lines = text.lines();
+        lines.any(|line| line.starts_with("frozen ") && line.contains(name))
+    };
+    ensure!(is_named(" /mnt/a (") && is_named(" / ("), "{text}");
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    guest.wait_until("nothing is held any more", STEP, || {
+        let out = guest.try_sh("/payload/hv_vss_daemon status --json")?.out;
+        let status: serde_json::Value = serde_json::from_str(&out)?;
+        Ok(status["daemon"]["frozen"]
+            .as_array()
+            .is_some_and(Vec::is_empty))
+    })?;
     let remembered = |number: usize| {
         let mut all = serde_json::Value::Null;
         guest.wait_until("the backup is remembered", STEP, || {
