@@ -55,6 +55,8 @@ pub struct Opened {
     pub wave: usize,
     /// The block devices that it is on, as far as they are known.
     pub devices: Vec<DevId>,
+    /// The disks below those.
+    pub disks: Vec<DevId>,
     /// Anything on it.
     pub fd: OwnedFd,
 }
@@ -169,6 +171,7 @@ impl Cache {
                     name: file_system.to_string(),
                     wave,
                     devices: file_system.devices.clone(),
+                    disks: file_system.disks.clone(),
                     fd,
                 }));
         }

@@ -462,6 +462,7 @@ mod tests {
             fs_type: fs_type.into(),
             source: Some(source.into()),
             devices: Vec::new(),
+            disks: Vec::new(),
             places: paths.iter().map(|path| place(0, path, true)).collect(),
         }
     }

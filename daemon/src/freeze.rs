@@ -160,6 +160,8 @@ pub struct Target {
     pub name: String,
     /// Its wave in the plan, from 0.
     pub wave: usize,
+    /// The disks that it is on, perhaps with others.
+    disks: Vec<DevId>,
     /// How long its freeze took the last time.
     usual: Option<Duration>,
     fd: OwnedFd,
@@ -177,12 +179,18 @@ impl Target {
             dev,
             name,
             wave,
+            disks: Vec::new(),
             usual: None,
             fd,
             writes: Writes::default(),
             written: AtomicU64::new(0),
             state: Mutex::new(State::Open),
         }
+    }
+
+    /// What is on the same disks is written back one after the other.
+    pub fn with_disks(self, disks: Vec<DevId>) -> Self {
+        Target { disks, ..self }
     }
 
     /// From its freeze to its thaw nothing may be written there.
@@ -460,9 +468,9 @@ impl Session {
     /// little left to flush. Waves keep their order: what a loop device writes lands in the file
     /// system below it.
     ///
-    /// Few at a time: a journal is written behind the data of its file system, so a writer that
-    /// needs the journal waits until the device has taken that, which is the longer the more share
-    /// the processor or the disk. What is known not to freeze is left to [`Session::freeze`].
+    /// Few at a time, and of those on one disk one at a time: a journal is written behind the data of
+    /// its file system, so a writer that needs the journal waits until the device has taken that, which
+    /// is the longer the more share the processor or the disk. What is known not to freeze is left to [`Session::freeze`].
     pub fn sync(&self, learnt: &Learnt) {
         let most = self.work.limits.write_back;
         self.work.progress.enter(Stage::Syncing, most);
@@ -472,8 +480,37 @@ impl Session {
                 target.is_some_and(|t| learnt.unfreezable.contains(&t.dev))
             };
             let wave: Vec<usize> = wave.iter().filter(|i| !known(i)).copied().collect();
-            self.each(&wave, most, Work::sync_one);
+            let (lanes, work) = (self.lanes(&wave), Arc::clone(&self.work));
+            let count = lanes.len();
+            let sync_lane = move |n: usize| {
+                let members = lanes.get(n).into_iter().flatten();
+                let targets = members.filter_map(|i| work.targets.get(*i));
+                targets.for_each(|target| work.sync_one(target));
+            };
+            self.pool.run(count, most, Arc::new(sync_lane));
         }
+    }
+
+    /// Divides these so that no two groups have a disk in common.
+    fn lanes(&self, wave: &[usize]) -> Vec<Vec<usize>> {
+        let mut lanes: Vec<(Vec<usize>, Vec<DevId>)> = Vec::new();
+        for index in wave {
+            let Some(target) = self.work.targets.get(*index) else {
+                continue;
+            };
+            let shares =
+                |(_, disks): &(_, Vec<DevId>)| target.disks.iter().any(|d| disks.contains(d));
+            let (joined, apart): (Vec<_>, Vec<_>) = lanes.into_iter().partition(shares);
+            lanes = apart;
+            let (mut members, mut disks) = (Vec::new(), target.disks.clone());
+            for (theirs, on) in joined {
+                members.extend(theirs);
+                disks.extend(on);
+            }
+            members.push(*index);
+            lanes.push((members, disks));
+        }
+        lanes.into_iter().map(|(members, _)| members).collect()
     }
 
     /// Freezes wave after wave. On any failure everything is thawed before it returns.

@@ -191,7 +191,15 @@ impl Freezer {
 }
 
 fn target(opened: Opened) -> Target {
-    Target::new(opened.dev, opened.name, opened.wave, opened.fd)
+    let Opened {
+        dev,
+        name,
+        wave,
+        disks,
+        fd,
+        ..
+    } = opened;
+    Target::new(dev, name, wave, fd).with_disks(disks)
 }
 
 /// Where others can thaw, what is written tells of it, unless the kernel itself writes there.

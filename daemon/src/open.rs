@@ -388,6 +388,7 @@ mod tests {
             fs_type: "ext4".into(),
             source: None,
             devices: vec![dev],
+            disks: Vec::new(),
             places: vec![Place {
                 namespace: 0,
                 id: 0,

@@ -51,6 +51,8 @@ pub struct FileSystem {
     pub source: Option<OsString>,
     /// The block devices that it is on, as far as they are known.
     pub devices: Vec<DevId>,
+    /// The lowest devices below those, which others may have a part of as well.
+    pub disks: Vec<DevId>,
     /// Where it can be reached, the best way first. Empty when it is mounted nowhere.
     pub places: Vec<Place>,
 }
@@ -155,7 +157,10 @@ pub fn plan(
     let mut chosen = Vec::new();
     for superblock in superblocks(mounts, topology) {
         let reason = superblock.reason(topology, excluded);
-        let (file_system, held) = (superblock.file_system, superblock.can_be_held);
+        let (mut file_system, held) = (superblock.file_system, superblock.can_be_held);
+        let below = devices_below(topology, &file_system).into_iter();
+        let lowest = below.filter(|(_, device)| device.below.is_empty());
+        file_system.disks = lowest.map(|(dev, _)| dev).collect();
         match reason {
             Some(reason) => plan.left_out.push(LeftOut {
                 file_system,
@@ -278,6 +283,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
             fs_type: first.fs_type.clone(),
             source: first.source.clone(),
             devices,
+            disks: Vec::new(),
             places,
         },
         on_disks: first.is_on_disks(),
@@ -295,6 +301,7 @@ fn unmounted(found: &Unmounted) -> Superblock {
             fs_type: found.fs_type.clone(),
             source: Some(found.name.clone().into()),
             devices: found.devices.clone(),
+            disks: Vec::new(),
             places: Vec::new(),
         },
         on_disks: true,
@@ -325,7 +332,7 @@ impl Order {
         for (i, file_system) in chosen.iter().enumerate() {
             let mut below = BTreeSet::new();
             let mut user_space = false;
-            for device in devices_below(topology, file_system) {
+            for (_, device) in devices_below(topology, file_system) {
                 user_space |= device.user_space;
                 let Some(backing) = &device.backing else {
                     continue;
@@ -449,7 +456,7 @@ fn root(mounts: &[Mount]) -> Option<DevId> {
 fn devices_below<'a>(
     topology: &'a Topology,
     file_system: &FileSystem,
-) -> Vec<&'a crate::topology::Device> {
+) -> Vec<(DevId, &'a crate::topology::Device)> {
     let mut todo = file_system.devices.clone();
     todo.extend(topology.logs.get(&file_system.dev).into_iter().flatten());
     let mut seen = BTreeSet::new();
@@ -460,7 +467,7 @@ fn devices_below<'a>(
         }
         if let Some(device) = topology.devices.get(&next) {
             todo.extend(&device.below);
-            found.push(device);
+            found.push((next, device));
         }
     }
     found
@@ -685,6 +692,24 @@ mod tests {
             waves(table, &topology),
             [vec!["/data"], vec!["/srv"], vec!["/"]]
         );
+    }
+
+    #[test]
+    fn the_disks_are_the_lowest_devices() {
+        let part = Device {
+            below: vec![dev("8:0")],
+            ..Device::default()
+        };
+        let topology = topology(vec![
+            ("8:0", Device::default()),
+            ("8:1", part.clone()),
+            ("8:2", part),
+        ]);
+        let table = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n\
+                     2 1 8:2 / /srv rw - xfs /dev/sda2 rw\n";
+        let plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &|_| None);
+        let disks: Vec<_> = plan.file_systems().map(|it| it.disks.clone()).collect();
+        assert_eq!(disks, [vec![dev("8:0")], vec![dev("8:0")]]);
     }
 
     #[test]

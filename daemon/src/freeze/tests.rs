@@ -398,3 +398,17 @@ fn what_was_written_while_it_was_frozen_had_been_thawed_for_a_while() {
         assert_eq!(thaw.is_err(), writes_go_on, "{thaw:?}");
     }
 }
+
+#[test]
+fn what_is_on_one_disk_is_in_one_lane() {
+    let disks: [&[&str]; 6] = [&["8:0"], &["8:16"], &["8:0"], &[], &["8:32", "8:16"], &[]];
+    let targets = disks.iter().map(|disks| {
+        let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+        let disks = disks.iter().map(|it| it.parse().unwrap()).collect();
+        Target::new(DevId::default(), "/fs".into(), 0, fd).with_disks(disks)
+    });
+    let (means, learnt) = (setup(&[0], &[], false).means, Learnt::default());
+    let session = Session::new(targets.collect(), means, &learnt).unwrap();
+    let lanes = session.lanes(&[0, 1, 2, 3, 4, 5]);
+    assert_eq!(lanes, [vec![0, 2], vec![3], vec![1, 4], vec![5]]);
+}
