@@ -195,6 +195,14 @@ impl Cache {
         Ok(gathered)
     }
 
+    /// Whether what was left out for being read-only still is, as far as the kernel tells.
+    pub fn is_read_only_still(&mut self) -> bool {
+        let Cache { signals, marks, .. } = self;
+        marks
+            .as_ref()
+            .is_none_or(|it| it.is_read_only_still(signals))
+    }
+
     /// Opens what the plan says, and returns it without what could not be opened, with the reason.
     fn open(&mut self, config: &Config) -> Result<(Plan, BTreeMap<DevId, OwnedFd>), GatherError> {
         let mut open = BTreeMap::new();

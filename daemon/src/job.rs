@@ -34,6 +34,7 @@ use crate::machine::LookError;
 use crate::mounts::DevId;
 use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
+use crate::superblocks::{Listed, Lists};
 use crate::sys;
 use crate::writes::{self, Writes};
 
@@ -43,6 +44,8 @@ const CLEAN_PAGES: u64 = 16;
 const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long at least those that are frozen wait for one that is not yet.
 const LAG: Duration = Duration::from_millis(30);
+/// How often it is begun anew because a file system came meanwhile.
+const ATTEMPTS: usize = 3;
 /// Enough for the look-ups; everything large is on the heap.
 const STACK_BYTES: usize = 256 * 1024;
 
@@ -67,6 +70,9 @@ pub enum JobError {
     /// The freeze itself failed.
     #[error(transparent)]
     Freeze(#[from] FreezeError),
+    /// What was to be frozen was never all there was.
+    #[error("file systems came or became writable while it was being frozen, {ATTEMPTS} times")]
+    Restless,
 }
 
 /// What a freeze needs to know and to have.
@@ -91,6 +97,8 @@ pub struct Freezer {
     config: Arc<Config>,
     learnt: Learnt,
     pool: Arc<Pool>,
+    /// `None` where the kernel does not tell.
+    superblocks: Option<Lists>,
     /// `/proc/vmstat`.
     vmstat: Option<File>,
 }
@@ -104,6 +112,7 @@ impl Freezer {
             config: Arc::default(),
             learnt: Learnt::default(),
             pool: Arc::default(),
+            superblocks: Lists::open().ok(),
             vmstat: File::open("/proc/vmstat").ok(),
         }
     }
@@ -125,9 +134,46 @@ impl Freezer {
         }
     }
 
-    /// Freezes everything that a plan for the machine as it is now says. The log is held by whoever
-    /// calls, and speaks only as long as nothing is frozen.
+    /// Freezes everything that a plan for the machine as it is now says. What comes while that is under
+    /// way is in no plan, so then it is begun anew. The log is held by whoever calls, and speaks only as
+    /// long as nothing is frozen.
     pub fn freeze(&mut self, setting: &Setting) -> Result<Frozen, JobError> {
+        for _ in 0..ATTEMPTS {
+            if let Some(frozen) = self.try_to_freeze(setting)? {
+                return Ok(frozen);
+            }
+            setting
+                .log
+                .info("a file system has come meanwhile: it is begun anew");
+            // What was in memory only is written: nothing is frozen.
+            setting.log.aloud(|| ());
+        }
+        Err(JobError::Restless)
+    }
+
+    /// What superblocks there are, as the kernel lists them.
+    fn listed(&mut self) -> Option<Listed> {
+        let listed = |it: &Option<Lists>| it.as_ref().and_then(|it| it.read().ok().flatten());
+        listed(&self.superblocks).or_else(|| {
+            self.superblocks = Lists::open().ok();
+            listed(&self.superblocks)
+        })
+    }
+
+    /// Whether nothing can be written that could not be when this was listed.
+    fn is_all_there(&mut self, before: &Option<Listed>) -> bool {
+        let now = self.superblocks.as_ref().map(Lists::read);
+        let same = match now {
+            // Nobody tells, now as then.
+            None => true,
+            Some(Ok(now)) => now == *before,
+            Some(Err(_)) => before.is_none(),
+        };
+        same && self.cache.is_read_only_still()
+    }
+
+    /// One attempt at it. `None` when something came meanwhile; nothing is frozen then.
+    fn try_to_freeze(&mut self, setting: &Setting) -> Result<Option<Frozen>, JobError> {
         let Setting {
             config,
             log,
@@ -136,6 +182,7 @@ impl Freezer {
             progress,
         } = setting;
         self.go_by(config);
+        let before = self.listed();
         let Gathered { targets, missing } = self.cache.gather(config)?;
         for it in &missing {
             log.warning(it.to_string());
@@ -163,9 +210,22 @@ impl Freezer {
         if self.is_worth_a_sync() {
             // It may take long, and nothing is frozen yet.
             log.aloud(|| session.sync(&self.learnt));
+            if !self.is_all_there(&before) {
+                return Ok(None);
+            }
         }
         log.seal();
         let mut summary = session.freeze(&mut self.learnt)?;
+        if !self.is_all_there(&before) {
+            let thawed = session.thaw();
+            session.disarm();
+            return match thawed {
+                Err(ThawError::Failed { name, source }) => {
+                    Err(FreezeError::Failed { name, source }.into())
+                }
+                Ok(()) | Err(ThawError::Early { .. }) => Ok(None),
+            };
+        }
         summary.left_out += missing.len();
         if summary.ours + summary.foreign == 0 {
             if config.strict {
@@ -174,7 +234,7 @@ impl Freezer {
             }
             log.warning("nothing at all is frozen: no file system was found that can be");
         }
-        Ok(Frozen { session, summary })
+        Ok(Some(Frozen { session, summary }))
     }
 
     /// Whether so much is dirty that writing it back beforehand makes the freeze shorter. With little,

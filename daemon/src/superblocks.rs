@@ -8,12 +8,14 @@
 //! sysfs and reaches no file system.
 
 use std::collections::BTreeSet;
-use std::fs::{self, DirEntry};
+use std::fs::{self, DirEntry, File};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::DirEntryExt;
 use std::path::{Path, PathBuf};
 
 use crate::mounts::DevId;
+use crate::sys;
 
 /// Where they are listed.
 const ROOT: &str = "/sys/fs";
@@ -49,6 +51,48 @@ pub fn types() -> BTreeSet<String> {
         .filter(|name| Path::new(ROOT).join(name).exists())
         .map(str::to_owned)
         .collect()
+}
+
+/// The folders of these types, open: whether one has come or gone can be told from them even while the
+/// root is frozen, since nothing is looked up.
+pub struct Lists {
+    root: File,
+    /// What that listed when they were opened: a type that is new has a folder that is new.
+    types: Vec<u8>,
+    lists: Vec<File>,
+}
+
+/// What was listed at some time. Two that are equal list the same superblocks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listed(Vec<u8>);
+
+impl Lists {
+    /// Opens the folders of all types that are there.
+    pub fn open() -> io::Result<Self> {
+        let root = File::open(ROOT)?;
+        let mut known = Vec::new();
+        sys::list_folder(root.as_fd(), &mut known)?;
+        // One whose type is gone by now lists nothing.
+        let folder = |name: String| File::open(Path::new(ROOT).join(name)).ok();
+        Ok(Lists {
+            root,
+            types: known,
+            lists: types().into_iter().filter_map(folder).collect(),
+        })
+    }
+
+    /// What they list now. `None` where there are more types by now.
+    pub fn read(&self) -> io::Result<Option<Listed>> {
+        let mut all = Vec::with_capacity(2 * self.types.len());
+        sys::list_folder(self.root.as_fd(), &mut all)?;
+        if all != self.types {
+            return Ok(None);
+        }
+        for list in &self.lists {
+            sys::list_folder(list.as_fd(), &mut all)?;
+        }
+        Ok(Some(Listed(all)))
+    }
 }
 
 /// What the folders of these types hold. One that does not exist holds nothing.

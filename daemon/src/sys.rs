@@ -55,6 +55,31 @@ struct LoopInfo64 {
 
 const _: () = assert!(size_of::<LoopInfo64>() == 232);
 
+/// Adds what an open folder lists, as the kernel writes it: `struct linux_dirent64` after
+/// `struct linux_dirent64`, of getdents(2). Nothing is opened or looked up for it.
+pub fn list_folder(folder: BorrowedFd<'_>, into: &mut Vec<u8>) -> io::Result<()> {
+    // Enough for a hundred names at a time.
+    let mut chunk = [0_u8; 4096];
+    nix::unistd::lseek(folder, 0, nix::unistd::Whence::SeekSet)?;
+    loop {
+        // SAFETY: the kernel writes at most so many bytes as it is told `chunk` has, and no other
+        // reference to them is used meanwhile.
+        let read = unsafe {
+            libc::syscall(
+                libc::SYS_getdents64,
+                folder.as_raw_fd(),
+                chunk.as_mut_ptr(),
+                chunk.len(),
+            )
+        };
+        let read = usize::try_from(read).map_err(|_| Errno::last())?;
+        match chunk.get(..read) {
+            Some([]) | None => return Ok(()),
+            Some(entries) => into.extend_from_slice(entries),
+        }
+    }
+}
+
 /// Freezes the file system that `fd` is on (`FIFREEZE`): flushes it and lets writers wait.
 ///
 /// Fails with `EBUSY` when it is frozen already and with `EOPNOTSUPP` when it cannot freeze.

@@ -141,8 +141,13 @@ impl<S: Signals> Marks<S> {
         let ways = signals.ways().ok()?;
         let same = S::states(&ways).is_some_and(|it| it == self.states)
             && (self.mapped.iter()).all(|(dev, below)| signals.slaves(*dev) == *below)
-            && (self.read_only.iter()).all(|at| signals.is_read_only(at));
+            && self.is_read_only_still(signals);
         same.then_some((self, ways))
+    }
+
+    /// Whether what was left out for being read-only still is.
+    pub fn is_read_only_still(&self, signals: &mut S) -> bool {
+        self.read_only.iter().all(|at| signals.is_read_only(at))
     }
 }
 

@@ -6,8 +6,10 @@
 //! Each case lets the daemon prepare (HOT_BACKUP has it look whether its plan still holds), makes one
 //! change that the plan cannot know of, and backs up.
 
-use super::{case, good, observe, start, Case};
-use anyhow::Result;
+use super::deadman::{make_hung, HANG, UNHANG};
+use super::hangs::in_freeze;
+use super::{case, good, observe, start, stop, Case};
+use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, STEP};
 use hyperv_sim::ic::status;
@@ -32,6 +34,16 @@ pub const CASES: &[Case] = &[
         "freeze/moved-since",
         "a file system that was moved to another directory stands still",
         moved_since,
+    ),
+    case(
+        "freeze/mounted-while-it-syncs",
+        "a file system that is mounted while another is written back stands still",
+        |guest| mounted_meanwhile(guest, Stage::Syncing),
+    ),
+    case(
+        "freeze/mounted-while-it-freezes",
+        "a file system that is mounted while another is being frozen stands still",
+        |guest| mounted_meanwhile(guest, Stage::Freezing),
     ),
     case(
         "freeze/stacked-since",
@@ -81,6 +93,48 @@ fn mounted_since(guest: &Guest) -> Result<()> {
         &observe(guest)?,
         &good(&["/mnt/b/w", "/mnt/c/w"]),
     )
+}
+
+/// What the daemon waits for when the file system comes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Syncing,
+    Freezing,
+}
+
+fn mounted_meanwhile(guest: &Guest, stage: Stage) -> Result<()> {
+    make_hung(guest)?;
+    guest.sh("mkdir -p /mnt/b && mkfs.ext4 -q -F /dev/ram2")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    prepare(guest)?;
+    if stage == Stage::Syncing {
+        guest.sh("dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null")?;
+    } else {
+        guest.sh("sync")?;
+    }
+    guest.sh(HANG)?;
+    let vss = guest.vss();
+    let freeze = vss.send_freeze(&[])?;
+    guest.wait_until("it waits for the disk that hangs", STEP, || {
+        let out = guest.try_sh("/payload/hv_vss_daemon status --json")?.out;
+        let status: serde_json::Value = serde_json::from_str(&out)?;
+        let doing = status["daemon"]["doing"].as_str().unwrap_or_default();
+        Ok(doing.contains("/mnt/hung"))
+    })?;
+    equal(
+        "threads in a freeze",
+        in_freeze(guest, &daemon)?,
+        usize::from(stage == Stage::Freezing),
+    )?;
+    guest.sh("mount /dev/ram2 /mnt/b")?;
+    guest.writer_start("/mnt/b/w")?;
+    guest.sh(UNHANG)?;
+    answered("FREEZE", &vss.wait(freeze, STEP)?, status::OK)?;
+    // A second one is answered with what is frozen.
+    equal("the backup", &observe(guest)?, &good(&["/mnt/b/w"]))?;
+    let said = guest.output(&daemon)?;
+    ensure!(said.contains("begun anew"), "{said}");
+    stop(guest, guest.module(), &daemon)
 }
 
 fn mounted_elsewhere_since(guest: &Guest) -> Result<()> {
