@@ -251,7 +251,8 @@ fn rehearse(
     time: Duration,
     stop: &Stop,
 ) -> Result<(), CommandError> {
-    let frozen = Freezer::new().freeze(setting)?;
+    let mut freezer = Freezer::new();
+    let frozen = freezer.freeze(setting)?;
     frozen.settle();
     let end = Instant::now() + time;
     let ended = loop {
@@ -272,7 +273,7 @@ fn rehearse(
         // From here on an early thaw is no surprise.
         setting.abort.store(true, Ordering::SeqCst);
     }
-    let thawed = frozen.thaw();
+    let thawed = freezer.thaw(&frozen, setting);
     frozen.tidy();
     if let Some(why) = ended {
         return Err(CommandError::Ended(why));

@@ -76,6 +76,12 @@ pub enum ThawError {
         /// Which.
         names: Vec<String>,
     },
+    /// They were mounted after the freeze, and the configuration is strict.
+    #[error("mounted while the rest was frozen, and the configuration is strict: {}", .names.join(", "))]
+    Late {
+        /// Which.
+        names: Vec<String>,
+    },
     /// The kernel refuses.
     #[error("{name} cannot be thawed")]
     Failed {

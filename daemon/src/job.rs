@@ -223,7 +223,7 @@ impl Freezer {
                 Err(ThawError::Failed { name, source }) => {
                     Err(FreezeError::Failed { name, source }.into())
                 }
-                Ok(()) | Err(ThawError::Early { .. }) => Ok(None),
+                Ok(()) | Err(ThawError::Early { .. } | ThawError::Late { .. }) => Ok(None),
             };
         }
         summary.left_out += missing.len();
@@ -234,7 +234,32 @@ impl Freezer {
             }
             log.warning("nothing at all is frozen: no file system was found that can be");
         }
-        Ok(Some(Frozen { session, summary }))
+        Ok(Some(Frozen {
+            session,
+            summary,
+            before,
+        }))
+    }
+
+    /// Thaws what was frozen; everything is tried, whatever fails, and [`Frozen::tidy`] is to follow.
+    /// Names what was mounted meanwhile: that is on a disk and was not frozen.
+    pub fn thaw(&self, frozen: &Frozen, setting: &Setting) -> Result<(), ThawError> {
+        let now = self.superblocks.as_ref().and_then(|it| it.read().ok());
+        let thawed = frozen.session.thaw();
+        let names = match (&frozen.before, now) {
+            (Some(before), Some(Some(now))) => now.since(before),
+            (Some(_), Some(None)) => vec!["one of a new type".into()],
+            _ => Vec::new(),
+        };
+        for name in &names {
+            setting.log.warning(format!(
+                "{name} was mounted while the rest was frozen, and was not frozen"
+            ));
+        }
+        match names.is_empty() || !setting.config.strict {
+            true => thawed,
+            false => thawed.and(Err(ThawError::Late { names })),
+        }
     }
 
     /// Whether so much is dirty that writing it back beforehand makes the freeze shorter. With little,
@@ -302,6 +327,8 @@ pub struct Frozen {
     session: Session,
     /// How many ended how.
     summary: Summary,
+    /// What superblocks there were before.
+    before: Option<Listed>,
 }
 
 impl Frozen {
@@ -332,11 +359,6 @@ impl Frozen {
     /// Names what others have thawed since.
     pub fn look_after(&self) -> Vec<String> {
         self.session.look_after()
-    }
-
-    /// Thaws what was frozen. Everything is tried, whatever fails. [`Frozen::tidy`] is to follow.
-    pub fn thaw(&self) -> Result<(), ThawError> {
-        self.session.thaw()
     }
 
     /// Gives up what is needed only as long as anything is frozen. It takes a while, which nobody need
@@ -498,7 +520,7 @@ impl Backup {
             Ok(frozen) => {
                 (self.tell)(Outcome::Frozen(Ok(frozen.begun())));
                 self.wait(&frozen);
-                let result = frozen.thaw();
+                let result = freezer.thaw(&frozen, &self.setting);
                 (self.tell)(Outcome::Thawed(result, frozen.session.account()));
                 frozen.tidy();
             }

@@ -66,6 +66,29 @@ pub struct Lists {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Listed(Vec<u8>);
 
+impl Listed {
+    /// The names of those that were not there before: the device, or a UUID.
+    pub fn since(&self, before: &Listed) -> Vec<String> {
+        let then: BTreeSet<(u64, &[u8])> = before.folders().collect();
+        let new = self.folders().filter(|it| !then.contains(it));
+        new.map(|(_, name)| String::from_utf8_lossy(name).into_owned())
+            .collect()
+    }
+
+    /// Number and name of each folder that is listed.
+    fn folders(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        // `struct linux_dirent64`: d_ino, d_off, d_reclen, d_type, and the name up to a zero.
+        let mut rest = self.0.as_slice();
+        std::iter::from_fn(move || {
+            let inode = u64::from_ne_bytes(rest.get(..8)?.try_into().ok()?);
+            let len = u16::from_ne_bytes(rest.get(16..18)?.try_into().ok()?);
+            let name = rest.get(19..usize::from(len))?.split(|&b| b == 0).next()?;
+            rest = rest.get(usize::from(len)..)?;
+            Some((inode, name))
+        })
+    }
+}
+
 impl Lists {
     /// Opens the folders of all types that are there.
     pub fn open() -> io::Result<Self> {
@@ -160,4 +183,29 @@ pub fn folder_of(dev: DevId) -> Option<PathBuf> {
 
 fn list(dir: &Path) -> impl Iterator<Item = DirEntry> {
     fs::read_dir(dir).into_iter().flatten().flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_come_is_told_from_two_listings() {
+        let folder = std::env::temp_dir().join(format!("hv_vss-lists-{}", std::process::id()));
+        fs::create_dir_all(folder.join("sda1")).unwrap();
+        let open = File::open(&folder).unwrap();
+        let list = || {
+            let mut all = Vec::new();
+            sys::list_folder(open.as_fd(), &mut all).unwrap();
+            Listed(all)
+        };
+        let before = list();
+        assert_eq!(list(), before);
+        fs::create_dir(folder.join("sdb1")).unwrap();
+        let after = list();
+        assert_ne!(after, before);
+        assert_eq!(after.since(&before), ["sdb1"]);
+        assert!(before.since(&after).is_empty());
+        fs::remove_dir_all(&folder).unwrap();
+    }
 }

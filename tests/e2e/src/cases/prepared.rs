@@ -8,7 +8,7 @@
 
 use super::deadman::{make_hung, HANG, UNHANG};
 use super::hangs::in_freeze;
-use super::{case, good, observe, start, stop, Case};
+use super::{case, good, load, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, STEP};
@@ -44,6 +44,11 @@ pub const CASES: &[Case] = &[
         "freeze/mounted-while-it-freezes",
         "a file system that is mounted while another is being frozen stands still",
         |guest| mounted_meanwhile(guest, Stage::Freezing),
+    ),
+    case(
+        "freeze/mounted-while-frozen",
+        "a file system that is mounted before THAW is named in the log, and fails THAW when strict",
+        mounted_while_frozen,
     ),
     case(
         "freeze/stacked-since",
@@ -135,6 +140,30 @@ fn mounted_meanwhile(guest: &Guest, stage: Stage) -> Result<()> {
     let said = guest.output(&daemon)?;
     ensure!(said.contains("begun anew"), "{said}");
     stop(guest, guest.module(), &daemon)
+}
+
+fn mounted_while_frozen(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/b && mkfs.ext4 -q -F /dev/ram2")?;
+    let vss = guest.vss();
+    for module in [Module::Ours, Module::Stock] {
+        for (line, expected) in [
+            ("strict = false", status::OK),
+            ("strict = true", status::FAIL),
+        ] {
+            load(guest, module, &[])?;
+            let daemon = guest.start_daemon_with(line)?;
+            wait_for_daemon(guest)?;
+            answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+            guest.sh("busybox mount -t ext4 -n /dev/ram2 /mnt/b")?;
+            answered(line, &vss.thaw(STEP)?, expected)?;
+            guest.wait_until("the log names it", STEP, || {
+                Ok(guest.output(&daemon)?.contains("ram2 was mounted while"))
+            })?;
+            guest.sh("umount /mnt/b")?;
+            stop(guest, module, &daemon)?;
+        }
+    }
+    Ok(())
 }
 
 fn mounted_elsewhere_since(guest: &Guest) -> Result<()> {
