@@ -103,6 +103,10 @@ test-debug-kernel: packages user ## Run them on a kernel with KASAN, lockdep, km
 	@KERNEL=$(or $(KERNEL),debug) $(LAB)/run.sh --timeout 14400 ./e2e run --patience 4 --cpus 2 \
 		$(patsubst %,'%',$(MODULE_CASES))
 
+.PHONY: module-arm64
+module-arm64: packages ## Cross-build the module for Debian's arm64 kernel; it cannot be run here
+	@$(LAB)/arm64.sh
+
 .PHONY: e2e-list
 e2e-list: packages ## List the end-to-end cases
 	@$(CARGO_LAB) --quiet
