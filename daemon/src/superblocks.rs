@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, DirEntry, File};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::DirEntryExt;
+use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::mounts::DevId;
@@ -57,8 +57,9 @@ pub fn types() -> BTreeSet<String> {
 /// root is frozen, since nothing is looked up.
 pub struct Lists {
     root: File,
-    /// What that listed when they were opened: a type that is new has a folder that is new.
-    types: Vec<u8>,
+    /// How many folders that had when they were opened: a type that is new has a new one, and hardly any
+    /// ever goes.
+    types: u64,
     lists: Vec<File>,
 }
 
@@ -93,24 +94,21 @@ impl Lists {
     /// Opens the folders of all types that are there.
     pub fn open() -> io::Result<Self> {
         let root = File::open(ROOT)?;
-        let mut known = Vec::new();
-        sys::list_folder(root.as_fd(), &mut known)?;
         // One whose type is gone by now lists nothing.
         let folder = |name: String| File::open(Path::new(ROOT).join(name)).ok();
         Ok(Lists {
+            types: root.metadata()?.nlink(),
             root,
-            types: known,
             lists: types().into_iter().filter_map(folder).collect(),
         })
     }
 
     /// What they list now. `None` where there are more types by now.
     pub fn read(&self) -> io::Result<Option<Listed>> {
-        let mut all = Vec::with_capacity(2 * self.types.len());
-        sys::list_folder(self.root.as_fd(), &mut all)?;
-        if all != self.types {
+        if self.root.metadata()?.nlink() != self.types {
             return Ok(None);
         }
+        let mut all = Vec::with_capacity(4096);
         for list in &self.lists {
             sys::list_folder(list.as_fd(), &mut all)?;
         }

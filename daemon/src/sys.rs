@@ -60,6 +60,8 @@ const _: () = assert!(size_of::<LoopInfo64>() == 232);
 pub fn list_folder(folder: BorrowedFd<'_>, into: &mut Vec<u8>) -> io::Result<()> {
     // Enough for a hundred names at a time.
     let mut chunk = [0_u8; 4096];
+    // The kernel stops where the next one does not fit.
+    let largest = size_of::<libc::dirent64>();
     nix::unistd::lseek(folder, 0, nix::unistd::Whence::SeekSet)?;
     loop {
         // SAFETY: the kernel writes at most so many bytes as it is told `chunk` has, and no other
@@ -76,6 +78,9 @@ pub fn list_folder(folder: BorrowedFd<'_>, into: &mut Vec<u8>) -> io::Result<()>
         match chunk.get(..read) {
             Some([]) | None => return Ok(()),
             Some(entries) => into.extend_from_slice(entries),
+        }
+        if read + largest <= chunk.len() {
+            return Ok(());
         }
     }
 }
