@@ -182,6 +182,7 @@ install-daemon:
 	install -D -m 0644 daemon/hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss_daemon.8
 	ln -sf hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss.8
 	install -D -m 0644 daemon/hv_vss_daemon.toml.5 $(SHARE)/man/man5/hv_vss_daemon.toml.5
+	install -D -m 0755 -t $(SHARE)/hv_vss/hooks daemon/hooks/*
 	install -d $(DESTDIR)/etc/hv_vss/hooks.d
 	install -d $(DESTDIR)/etc/hv_vss/daemon.toml.d
 	[ -e $(DESTDIR)/etc/hv_vss/daemon.toml ] || \
