@@ -130,7 +130,9 @@ impl Server {
     fn command(self) -> &'static str {
         match self {
             Server::MariaDb => {
-                "mkdir -p /run/mysqld && chown mysql: /run/mysqld
+                // The hook's client reads what an administrator has for his.
+                "printf '[client]\\nskip-ssl\\n' >/root/.my.cnf
+                 mkdir -p /run/mysqld && chown mysql: /run/mysqld
                  exec mariadbd --no-defaults --user=mysql --datadir=/mnt/db/data --skip-networking --skip-ssl \
                      --log-bin=binlog --server-id=1 --myisam-recover-options=OFF --innodb-buffer-pool-size=32M \
                      --innodb-log-file-size=4M --innodb-data-file-path=ibdata1:4M:autoextend \
@@ -151,6 +153,7 @@ impl Server {
             Server::MariaDb => &[
                 "mariadb",
                 "--no-defaults",
+                "--skip-ssl",
                 "--batch",
                 "--skip-column-names",
                 "--unbuffered",
@@ -585,7 +588,9 @@ enum Victim {
 
 /// Prints the process of the client with the hook's session.
 const CLIENT: &str = "for pid in $(pidof mariadb); do
-                          [ $(cut -d ' ' -f 4 /proc/$pid/stat) != $(pidof timeout) ] || echo $pid
+                          case \" $(pidof timeout) \" in
+                          *\" $(cut -d ' ' -f 4 /proc/$pid/stat) \"*) echo $pid ;;
+                          esac
                       done";
 
 impl Victim {
