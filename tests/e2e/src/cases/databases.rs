@@ -704,11 +704,12 @@ fn never_thawed(guest: &Guest) -> Result<()> {
     let rig = Rig::new(guest, Server::MariaDb)?;
     for hangs in [false, true] {
         answered("FREEZE", &guest.vss().freeze(&[], STEP * 2)?, status::OK)?;
+        guest.signal(&daemon, 9)?;
+        guest.wait(&daemon, STEP)?;
+        // Not before: the kernel hangs up on what is stopped when its process group loses its parent.
         if hangs {
             guest.sh(&format!("kill -STOP $(pidof timeout) $({CLIENT})"))?;
         }
-        guest.signal(&daemon, 9)?;
-        guest.wait(&daemon, STEP)?;
         let thawed = guest.clock()?;
         // All is thawed, and the server is still locked.
         guest.wait_until("the sessions wait for the server", STEP, || {
