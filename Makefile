@@ -160,6 +160,15 @@ PACKAGES_CASES = $(addprefix packages/,install-to-purge boot no-module disabled 
 test-packages: dkms lab-module user images ## Install them in a guest, and take backups before and after
 	@$(LAB)/run.sh --timeout 1200 ./e2e run $(PACKAGES_CASES)
 
+# By their full names, for the same reason.
+DATABASES_CASES = $(addprefix databases/,mariadb mariadb-without-hook mariadb-killed mariadb-never-thawed \
+	mariadb-long-statement postgresql postgresql-without-hook postgresql-killed)
+
+.PHONY: test-databases
+test-databases: lab-module user images ## Back up MariaDB and PostgreSQL under load, restore them, and kill what can be
+	@$(LAB)/databases.sh
+	@$(LAB)/run.sh --timeout 2400 ./e2e run $(DATABASES_CASES)
+
 .PHONY: install
 install: install-module install-daemon install-dev ## Install module, daemon and header below DESTDIR
 	@[ -n "$(DESTDIR)" ] || depmod $(KVER)
@@ -186,6 +195,7 @@ install-daemon:
 	install -D -m 0644 daemon/hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss_daemon.8
 	ln -sf hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss.8
 	install -D -m 0644 daemon/hv_vss_daemon.toml.5 $(SHARE)/man/man5/hv_vss_daemon.toml.5
+	install -D -m 0755 -t $(SHARE)/hv_vss/hooks daemon/hooks/*
 	install -d $(DESTDIR)/etc/hv_vss/hooks.d
 	install -d $(DESTDIR)/etc/hv_vss/daemon.toml.d
 	[ -e $(DESTDIR)/etc/hv_vss/daemon.toml ] || \

@@ -63,6 +63,10 @@ for file in "$programs"/{e2e,bench,hyperv-sim,lab-agent} "$daemon" \
 done
 if [ "$kernel" = "$default_kernel" ] && [ -e "$payload/hv_vss.ko" ] && [ -e "$payload/hv_vss_daemon" ]; then
     cp "$build/systemd.cpio" "$payload/"
+    # what databases/* have over it: large, and for nobody else
+    case $* in
+    *databases/*) cp "$build/databases.cpio" "$payload/" 2>/dev/null || missing+=(databases.cpio) ;;
+    esac
     # what the packages' own cases install
     if [ -e "$build/dkms/packages" ]; then cp -r "$build/dkms/packages" "$payload/packages"; fi
     # the same programs, where an installation puts them

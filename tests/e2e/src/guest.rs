@@ -31,6 +31,8 @@ pub const DEVICE: &str = "/dev/vmbus/hv_vss";
 pub enum Userland {
     /// The lab's own process 1, with nothing beside the agent.
     Lab,
+    /// The same with the servers of MariaDB and PostgreSQL, and a fresh data folder of each in `/srv`.
+    Databases,
     /// Debian's systemd, journald, udev and rsyslog, with what `make install` puts in place.
     Systemd,
     /// The same Debian with nothing of ours; the packages lie in `/payload/packages`.
@@ -97,6 +99,12 @@ impl Machine {
         root: Root::Scsi,
         ..Machine::SCSI
     };
+    /// Two CPUs and two SCSI controllers, with databases.
+    pub const DATABASES: Machine = Machine {
+        userland: Userland::Databases,
+        memory_mib: 2048,
+        ..Machine::SCSI
+    };
     /// One CPU, and a stock Debian on it.
     pub const SYSTEMD: Machine = Machine {
         userland: Userland::Systemd,
@@ -127,6 +135,7 @@ impl Machine {
     fn usual_boot(&self) -> Duration {
         Duration::from_secs(match self.userland {
             Userland::Lab => 25,
+            Userland::Databases => 40,
             Userland::Systemd | Userland::Debian | Userland::Packages => 60,
         })
     }
@@ -144,6 +153,7 @@ impl std::fmt::Display for Machine {
         }
         match self.userland {
             Userland::Lab => {}
+            Userland::Databases => write!(f, ", databases")?,
             Userland::Systemd => write!(f, ", systemd")?,
             Userland::Debian => write!(f, ", Debian")?,
             Userland::Packages => write!(f, ", Debian with our packages")?,
@@ -267,6 +277,7 @@ impl Images {
     fn initrd(&self, userland: Userland) -> Vec<PathBuf> {
         let archives: &[&str] = match userland {
             Userland::Lab => &["guest.cpio", "payload.cpio"],
+            Userland::Databases => &["guest.cpio", "databases.cpio", "payload.cpio"],
             Userland::Systemd => &["systemd.cpio", "payload.cpio"],
             Userland::Debian | Userland::Packages => {
                 &["systemd.cpio", "payload.cpio", "packages.cpio"]
@@ -336,7 +347,7 @@ impl Guest {
         config.cmdline.push_str(" hibernate=nocompress");
         // The kernel does not know these and gives them to init, as variables.
         match machine.userland {
-            Userland::Lab | Userland::Systemd => {}
+            Userland::Lab | Userland::Databases | Userland::Systemd => {}
             Userland::Debian => config.cmdline.push_str(" userland=debian"),
             Userland::Packages => config.cmdline.push_str(" userland=packages"),
         }
@@ -656,6 +667,26 @@ impl Guest {
     ) -> Result<(), CallError> {
         let command = Command::RecorderStart {
             path: path.into(),
+            notes: notes.into(),
+            slot,
+            every_us,
+        };
+        self.agent.call(command, STEP)
+    }
+
+    /// Starts a session with a database that commits rows and keeps notes in the same way: see
+    /// [`Command::CommitterStart`].
+    pub fn committer_start(
+        &self,
+        argv: &[&str],
+        statement: &str,
+        notes: &str,
+        slot: u64,
+        every_us: u64,
+    ) -> Result<(), CallError> {
+        let command = Command::CommitterStart {
+            argv: argv.iter().map(|it| it.to_string()).collect(),
+            statement: statement.into(),
             notes: notes.into(),
             slot,
             every_us,

@@ -9,6 +9,7 @@ mod abi;
 mod broken;
 mod commands;
 mod control;
+mod databases;
 mod deadman;
 mod dialogue;
 mod disks;
@@ -121,6 +122,7 @@ pub fn all() -> Vec<Case> {
         disks::CASES,
         slow::CASES,
         restore::CASES,
+        databases::CASES,
     ]
     .concat()
 }

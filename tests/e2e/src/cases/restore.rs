@@ -227,7 +227,7 @@ struct Rig {
 
 /// The controller and the first unit for copies; the last unit is for the notes.
 const COPIES: (u8, u8) = (1, 32);
-const NOTES: (u8, u8) = (1, 63);
+pub(super) const NOTES: (u8, u8) = (1, 63);
 
 impl Rig {
     /// Makes a file system of each format, mounts it and lets writers loose on it.
@@ -444,14 +444,14 @@ impl Copy {
 
 /// Which records a copy must have and may have: these and all before them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Expected {
-    least: u64,
-    most: u64,
+pub(super) struct Expected {
+    pub(super) least: u64,
+    pub(super) most: u64,
 }
 
 impl Expected {
     /// What the notes of one writer say about a moment; `is_before` whether something was before it.
-    fn at(notes: &[Entry], slot: u64, is_before: impl Fn(Instant) -> bool) -> Expected {
+    pub(super) fn at(notes: &[Entry], slot: u64, is_before: impl Fn(Instant) -> bool) -> Expected {
         let mut expected = Expected { least: 0, most: 0 };
         for entry in notes {
             let Change::Write { offset, data, .. } = &entry.change else {

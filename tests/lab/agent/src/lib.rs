@@ -150,6 +150,20 @@ pub enum Command {
         /// From one record to the next, in microseconds.
         every_us: u64,
     },
+    /// Starts a session with a database that commits one numbered row after the other, and says how far
+    /// it is as [`Command::RecorderStart`] does. It is one of the writers; its writes are the rows.
+    CommitterStart {
+        /// The client, which does what is written to it and writes its results, a line each.
+        argv: Vec<String>,
+        /// What commits a row and then prints its number, in one line; `{}` stands for the number.
+        statement: String,
+        /// The block device.
+        notes: String,
+        /// Which of the device's blocks is this session's.
+        slot: u64,
+        /// From one row to the next, in microseconds.
+        every_us: u64,
+    },
     /// How the writers fare: a list of [`Writer`]s in the order of their start.
     Writers,
     /// The long writes of all writers that had not ended at `since_us` of the agent's clock:

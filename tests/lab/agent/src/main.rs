@@ -23,6 +23,7 @@ mod writers;
 
 use crate::error::Error;
 use crate::storm::Plan;
+use crate::writers::Notes;
 use lab_agent::{Call, Command, Outcome, Return};
 use nix::sys::mman::{mlockall, MlockAllFlags};
 use nix::sys::termios;
@@ -83,7 +84,22 @@ impl Agent {
                 notes,
                 slot,
                 every_us,
-            } => json!(self.writers.start_recorder(&path, &notes, slot, every_us)?),
+            } => {
+                let notes = Notes::open(&notes, slot)?;
+                json!(self.writers.start_recorder(&path, notes, every_us)?)
+            }
+            Command::CommitterStart {
+                argv,
+                statement,
+                notes,
+                slot,
+                every_us,
+            } => {
+                let notes = Notes::open(&notes, slot)?;
+                json!(self
+                    .writers
+                    .start_committer(&argv, &statement, notes, every_us)?)
+            }
             Command::Writers => json!(self.writers.list()),
             Command::Stalls { since_us } => json!(self.writers.stalls(since_us)),
             Command::WritersReset => json!(self.writers.reset()),

@@ -22,7 +22,8 @@ use std::time::{Duration, Instant};
 /// waits for a frozen file system cannot be killed.
 const KILL_GRACE: Duration = Duration::from_secs(1);
 
-fn command(argv: &[String]) -> Result<Command, Error> {
+/// What starts a program, in a process group of its own.
+pub fn command(argv: &[String]) -> Result<Command, Error> {
     let (program, arguments) = argv
         .split_first()
         .ok_or_else(|| Error::Call("no program named".into()))?;

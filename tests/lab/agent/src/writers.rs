@@ -1,19 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! Threads that write without end, and how long each write takes them: most rewrite a small file,
-//! those with records append to one, sync it and keep notes of how far they are.
+//! those with records append to one and sync it, or have a database commit rows, and keep notes of how
+//! far they are.
 //!
 //! A write into a frozen file system does not return until the thaw: the age of the write in
 //! progress is how a test sees that a writer stands still. Each writer also notes when its long
 //! writes began and ended, which a test can ask for afterwards.
 
 use crate::error::Error;
+use crate::process::command;
 use crate::{clock_us, lock, start_thread};
 use lab_agent::{record, Note, Stall, Stalls, Writer, NOTE_LEN, STALL_US};
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -25,6 +28,30 @@ const BLOCK: usize = 512;
 /// A block where a device can fetch it directly.
 #[repr(align(4096))]
 struct Aligned([u8; NOTE_LEN]);
+
+/// Where a writer of records says how far it is: see [`Note`].
+pub struct Notes {
+    device: File,
+    slot: u64,
+}
+
+impl Notes {
+    /// In this block of a device. What is noted is with the device when the write returns, and waits for
+    /// nothing else.
+    pub fn open(device: &str, slot: u64) -> Result<Notes, Error> {
+        let device = OpenOptions::new()
+            .write(true)
+            .custom_flags(nix::libc::O_DIRECT)
+            .open(device)?;
+        Ok(Notes { device, slot })
+    }
+
+    fn keep(&self, note: Note) -> io::Result<()> {
+        let block = Aligned(note.block());
+        self.device
+            .write_all_at(&block.0, self.slot * NOTE_LEN as u64)
+    }
+}
 
 /// How many long writes of each writer are kept; the oldest goes first.
 const KEPT: usize = 64;
@@ -120,6 +147,51 @@ impl State {
     }
 }
 
+/// A database's client program, which answers a line with a line.
+struct Client {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Client {
+    fn start(argv: &[String]) -> Result<Client, Error> {
+        let mut child = command(argv)?
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(Error::Call("a client without pipes".into()));
+        };
+        let output = BufReader::new(output);
+        Ok(Client {
+            child,
+            input,
+            output,
+        })
+    }
+
+    /// Has it do `line` and waits until it answers `expected`.
+    fn ask(&mut self, line: &str, expected: &str) -> io::Result<()> {
+        writeln!(self.input, "{line}")?;
+        let mut answer = String::new();
+        self.output.read_line(&mut answer)?;
+        if answer.trim_end() == expected {
+            Ok(())
+        } else {
+            Err(io::Error::other(answer))
+        }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        // It fails when it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// The writers, in the order of their start.
 #[derive(Default)]
 pub struct Writers {
@@ -159,43 +231,59 @@ impl Writers {
         })
     }
 
-    /// Makes the file and starts a writer of records, which keeps notes in a block of a device.
-    pub fn start_recorder(
+    /// Makes the file and starts a writer of records, which keeps notes.
+    pub fn start_recorder(&self, path: &str, notes: Notes, every_us: u64) -> Result<(), Error> {
+        let mut file = File::create(path)?;
+        self.start_numbered(path, notes, every_us, move |number| {
+            file.write_all(record(number).as_bytes())?;
+            file.sync_all()
+        })
+    }
+
+    /// Starts a session that commits rows through the client `argv`, and keeps notes.
+    pub fn start_committer(
         &self,
-        path: &str,
-        notes: &str,
-        slot: u64,
+        argv: &[String],
+        statement: &str,
+        notes: Notes,
         every_us: u64,
     ) -> Result<(), Error> {
-        let mut file = File::create(path)?;
-        // What is noted is with the device when the write returns, and waits for nothing else.
-        let notes = OpenOptions::new()
-            .write(true)
-            .custom_flags(nix::libc::O_DIRECT)
-            .open(notes)?;
-        let state = State::new(path);
+        let mut client = Client::start(argv)?;
+        let (name, statement) = (statement.to_owned(), statement.to_owned());
+        self.start_numbered(&name, notes, every_us, move |number| {
+            let number = number.to_string();
+            client.ask(&statement.replace("{}", &number), &number)
+        })
+    }
+
+    /// Starts a writer called `name` that does `sync` for one number after the other.
+    fn start_numbered(
+        &self,
+        name: &str,
+        notes: Notes,
+        every_us: u64,
+        mut sync: impl FnMut(u64) -> io::Result<()> + Send + 'static,
+    ) -> Result<(), Error> {
+        let state = State::new(name);
         lock(&self.all).push(state.clone());
         start_thread(move || {
             let mut note = Note {
                 begun: 0,
                 synced: 0,
             };
-            let keep = |note: Note| {
-                let block = Aligned(note.block());
-                notes.write_all_at(&block.0, slot * NOTE_LEN as u64)
-            };
             // After an error nothing is known of what is on the disk: it says so and ends.
             while !state.stop.load(SeqCst) && state.errors.load(SeqCst) == 0 {
                 note.begun += 1;
                 state.write(|| {
-                    keep(note)?;
-                    file.write_all(record(note.begun).as_bytes())?;
-                    file.sync_all()?;
+                    notes.keep(note)?;
+                    sync(note.begun)?;
                     note.synced = note.begun;
-                    keep(note)
+                    notes.keep(note)
                 });
                 thread::sleep(Duration::from_micros(every_us));
             }
+            // Whatever it holds ends before anybody hears that it has.
+            drop(sync);
             state.stopped.store(true, SeqCst);
         })
     }
