@@ -18,6 +18,7 @@ mod hangs;
 mod hooks;
 mod hostile;
 mod lifecycle;
+mod matrix;
 mod order;
 mod owned;
 mod packages;
@@ -121,6 +122,7 @@ pub fn all() -> Vec<Case> {
         disks::CASES,
         slow::CASES,
         restore::CASES,
+        matrix::CASES,
     ]
     .concat()
 }
