@@ -33,9 +33,11 @@ impl Message {
 /// A request, and what came of it.
 struct Asked {
     message: Message,
+    /// As long as there may be an answer.
     tx: Option<Tx>,
-    /// `None` as long as there is no answer.
     told: Option<u32>,
+    /// The host had to wait longer than it waits.
+    late: bool,
     /// For a THAW that ends a window: what was written in it.
     written: Vec<String>,
 }
@@ -88,12 +90,13 @@ impl<'a> Dialogue<'a> {
             message,
             tx: Some(tx),
             told: None,
+            late: false,
             written,
         });
         Ok(true)
     }
 
-    /// Waits for what is open, each at most so long.
+    /// Waits for what is open, each at most so long. What comes later is heard by the next call.
     pub fn listen(&mut self, limit: Duration) -> Result<()> {
         for at in 0..self.asked.len() {
             let Some(asked) = self.asked.get_mut(at) else {
@@ -102,9 +105,13 @@ impl<'a> Dialogue<'a> {
             let Some(tx) = asked.tx.take() else { continue };
             match self.guest.vss().wait(tx, limit) {
                 Ok(reply) => asked.told = Some(reply.status()),
+                Err(HostError::Timeout { .. }) => {
+                    asked.tx = Some(tx);
+                    asked.late = true;
+                    continue;
+                }
                 Err(
-                    HostError::Timeout { .. }
-                    | HostError::NotOpen { .. }
+                    HostError::NotOpen { .. }
                     | HostError::GuestGone { .. }
                     | HostError::UnknownTransaction { .. },
                 ) => {}
@@ -188,7 +195,11 @@ impl<'a> Dialogue<'a> {
                 Some(other) => format!("{other:#x}"),
                 None => "none".to_owned(),
             };
-            format!("{} {told}", it.message.letter())
+            let late = match it.told.is_some() && it.late {
+                true => "late ",
+                false => "",
+            };
+            format!("{} {late}{told}", it.message.letter())
         };
         let words: Vec<String> = self.asked.iter().map(word).collect();
         words.join(", ")

@@ -5,7 +5,7 @@
 
 use super::dialogue::{Dialogue, Message};
 use super::stage::{Hold, Stage};
-use super::{Lab, Stack};
+use super::{start_writers, Lab, Stack, FILES};
 use crate::cases::deadman::{all_of_ours, guard_of, strike, Death, GROUP, HANG, RELEASED, UNHANG};
 use crate::cases::disks::{load_driver, Attached};
 use anyhow::{ensure, Context, Result};
@@ -34,6 +34,8 @@ pub enum Fault {
     ThawLate,
     ThawTwice,
     FreezeTwice,
+    ShutDown,
+    Panic,
 }
 
 /// What is under way because of it, until [`Fault::end`].
@@ -68,6 +70,8 @@ impl Fault {
             Fault::ThawLate => "THAW late",
             Fault::ThawTwice => "THAW twice",
             Fault::FreezeTwice => "FREEZE twice",
+            Fault::ShutDown => "shutdown, asked for by the host",
+            Fault::Panic => "panic",
         }
     }
 
@@ -99,9 +103,15 @@ impl Fault {
             | Fault::ThawLate
             | Fault::FreezeTwice
             | Fault::ThawTwice
-            | Fault::DiskAdded => DEADLINE + RELEASED,
+            | Fault::DiskAdded => DEADLINE + RELEASED * 2,
             Fault::Hibernated | Fault::DiskHung | Fault::DiskGone => STEP,
+            Fault::ShutDown | Fault::Panic => STEP,
         }
+    }
+
+    /// Whether the machine does not outlive it.
+    pub fn ends_machine(self) -> bool {
+        matches!(self, Fault::ShutDown | Fault::Panic)
     }
 
     /// Whether the host says THAW at all.
@@ -194,10 +204,20 @@ impl Fault {
             Fault::FreezeTwice => {
                 dialogue.ask(Message::Freeze)?;
             }
+            Fault::ShutDown => guest.host().shutdown().power_off(STEP)?,
+            Fault::Panic => {
+                // The agent hardly comes to say that it has begun.
+                let line = "echo c >/proc/sysrq-trigger";
+                let begun = guest.spawn(&["sh", "-c", line]);
+                ensure!(
+                    begun.is_ok() || guest.vm().exit().is_some(),
+                    "the guest does not panic: {begun:?}"
+                );
+            }
         }
-        // A daemon that is stopped stays where it is, and a disk that hangs does so.
+        // A daemon that is stopped stays where it is, a disk that hangs does so, a machine ends as it is.
         let stays = match self {
-            Fault::Stopped => true,
+            Fault::Stopped | Fault::ShutDown | Fault::Panic => true,
             Fault::DiskHung => matches!(hold, Hold::Disk),
             _ => under_way.released,
         };
@@ -242,14 +262,22 @@ impl Fault {
                 let disk = under_way.disk.context("no disk was added")?;
                 disk.detach(guest)?;
             }
+            Fault::DiskGone => {
+                // Nothing more is to be seen of the writer there.
+                guest.writers_stop()?;
+                let others = FILES.into_iter().filter(|it| !self.blocks(it));
+                start_writers(guest, others)?;
+                lab.restart_if_dead()?;
+            }
             Fault::GuardKilled
             | Fault::Hibernated
             | Fault::DiskHung
-            | Fault::DiskGone
             | Fault::ThawLost
             | Fault::ThawLate
             | Fault::ThawTwice
             | Fault::FreezeTwice => lab.restart_if_dead()?,
+            // Nobody is left.
+            Fault::ShutDown | Fault::Panic => {}
         }
         Ok(())
     }
@@ -271,8 +299,8 @@ impl Fault {
     }
 }
 
-/// Leaves the daemon no memory, and returns once the OOM killer has taken it. Who does that loops in the
-/// kernel until the dead have gone, and must not take the processor from the tracer that lets them go.
+/// Leaves the daemon no memory, and returns once the OOM killer has taken it. Whoever does that waits until
+/// the dead have gone, and a tracer keeps them until it ends.
 fn use_up_memory(guest: &Guest) -> Result<Process> {
     let kills = || -> Result<u64> {
         let events = guest.read(&format!("{GROUP}/memory.events"))?;
@@ -282,7 +310,7 @@ fn use_up_memory(guest: &Guest) -> Result<Process> {
     };
     let before = kills()?;
     let line = format!("echo 0 >{GROUP}/memory.max");
-    let process = guest.spawn(&["nice", "-n", "19", "sh", "-c", &line])?;
+    let process = guest.spawn(&["sh", "-c", &line])?;
     guest.wait_until("the OOM killer has taken one", STEP, || {
         Ok(kills()? > before)
     })?;

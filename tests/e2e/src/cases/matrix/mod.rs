@@ -20,8 +20,10 @@ use e2e::guest::{Cell, Daemon, Guest, Machine, Module, Process, STEP};
 use fault::{Fault, DEADLINE};
 use hyperv_sim::ic::vss::VERSIONS;
 use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::storage::Image;
+use hyperv_sim::Exit;
 use lab_agent::Stall;
-use stage::{end_hooks, Stage};
+use stage::{end_hooks, Hold, Stage};
 use std::time::Duration;
 
 /// A case in which `run` has one fault meet each stage.
@@ -90,6 +92,8 @@ pub const CASES: &[Case] = cases!(
     "thaw-late", "the host says THAW after the deadline", Machine::ONE_CPU, Fault::ThawLate;
     "thaw-twice", "a THAW more at each stage", Machine::ONE_CPU, Fault::ThawTwice;
     "freeze-twice", "a FREEZE more at each stage", Machine::ONE_CPU, Fault::FreezeTwice;
+    "shut-down", "the host shuts the guest down at each stage", Machine::ONE_CPU, Fault::ShutDown;
+    "panic", "the guest panics at each stage", Machine::ONE_CPU, Fault::Panic;
 );
 
 /// Whose module and daemon.
@@ -130,6 +134,13 @@ const EVERY_US: u64 = 10_000;
 /// How long the host waits for an answer.
 const HOST: Duration = Duration::from_secs(12);
 
+fn start_writers(guest: &Guest, files: impl IntoIterator<Item = &'static str>) -> Result<()> {
+    for file in files {
+        guest.writer_start_every(file, EVERY_US)?;
+    }
+    Ok(())
+}
+
 /// What the cells of one row go through, one after the other.
 pub struct Lab<'a> {
     guest: &'a Guest,
@@ -144,10 +155,13 @@ impl<'a> Lab<'a> {
         fault::prepare(guest, fault, stack.module())?;
         guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
         make_hung(guest)?;
-        for file in FILES {
-            guest.writer_start_every(file, EVERY_US)?;
-        }
+        start_writers(guest, FILES)?;
         load(guest, stack.module(), Lab::parameters(stack))?;
+        if fault == Fault::ShutDown {
+            // Whichever has VSS, this serves the host's wish to shut down.
+            guest.load(Module::Stock, &[])?;
+            guest.host().shutdown().wait_open(STEP)?;
+        }
         let daemon = Lab::spawn(guest, stack, fault)?;
         let lab = Lab {
             guest,
@@ -245,7 +259,8 @@ impl<'a> Lab<'a> {
     /// Everything new, so that the next cell begins as the first one did.
     fn begin_again(&mut self) -> Result<()> {
         let guest = self.guest;
-        end_hooks(guest)?;
+        // Where a cell was left in the middle, the daemon is held still.
+        guest.sh("if pidof strace; then kill -9 $(pidof strace); fi; dmsetup resume hung")?;
         // ESRCH: it is dead.
         let _ = guest.signal(&self.daemon, 18);
         let _ = guest.signal(&self.daemon, 9);
@@ -253,6 +268,7 @@ impl<'a> Lab<'a> {
         for path in FILE_SYSTEMS {
             while guest.thaw(path).is_ok() {}
         }
+        end_hooks(guest)?;
         guest.wait_until("the module can be unloaded", STEP, || {
             Ok(guest.unload(self.stack.module()).is_ok())
         })?;
@@ -271,10 +287,7 @@ impl<'a> Lab<'a> {
         guest.writers_stop()?;
         guest.sh("umount /mnt/hung && dmsetup remove hung")?;
         make_hung(guest)?;
-        for file in FILES {
-            guest.writer_start_every(file, EVERY_US)?;
-        }
-        Ok(())
+        start_writers(guest, FILES)
     }
 }
 
@@ -298,17 +311,23 @@ fn cell(lab: &mut Lab<'_>, stage: Stage) -> Result<Seen> {
     let under_way = fault.begin(lab, &mut dialogue, &hold)?;
     if fault == Fault::ThawLate {
         dialogue.finish(HOST, false)?;
-        let over = struck + (DEADLINE + RELEASED).as_micros() as u64;
-        guest.wait_until("the deadline is over", STEP, || Ok(guest.clock()? > over))?;
+        wait_for_deadline(guest)?;
     }
     dialogue.finish(HOST, fault.host_says_thaw())?;
     if fault == Fault::ThawLost {
-        let over = struck + (DEADLINE + RELEASED).as_micros() as u64;
-        guest.wait_until("the deadline is over", STEP, || Ok(guest.clock()? > over))?;
+        wait_for_deadline(guest)?;
     }
-    // Before anybody comes to help.
-    let mut standing = Standing::after(guest, fault, stage, struck)?;
-    let ended = fault.end(lab, &hold, under_way);
+    // Before anybody comes to help, but for what nobody else can end.
+    let (mut standing, ended) = match fault {
+        Fault::BothKilled => {
+            let ended = fault.end(lab, &hold, under_way);
+            (Standing::after(guest, fault, stage, struck)?, ended)
+        }
+        _ => {
+            let standing = Standing::after(guest, fault, stage, struck)?;
+            (standing, fault.end(lab, &hold, under_way))
+        }
+    };
     if ended.is_ok() && fault.host_says_thaw() {
         // Of the device that was away.
         let asked = dialogue.len();
@@ -317,8 +336,10 @@ fn cell(lab: &mut Lab<'_>, stage: Stage) -> Result<Seen> {
             standing = Standing::after(guest, fault, stage, struck)?;
         }
     }
-    end_hooks(guest)?;
-    let (on, after) = standing.words(&dialogue);
+    if matches!(hold, Hold::Hook(_)) {
+        end_hooks(guest)?;
+    }
+    let (on, after) = standing.words(&dialogue, fault);
     let mut wrong = dialogue.wrong();
     if let Some(path) = &standing.stuck {
         wrong.push(format!("{path} was still frozen"));
@@ -354,6 +375,44 @@ fn cell(lab: &mut Lab<'_>, stage: Stage) -> Result<Seen> {
     })
 }
 
+/// By then whatever is frozen now has to be thawed.
+fn wait_for_deadline(guest: &Guest) -> Result<()> {
+    let over = guest.clock()? + (DEADLINE + RELEASED).as_micros() as u64;
+    guest.wait_until("the deadline is over", STEP, || Ok(guest.clock()? > over))
+}
+
+/// One stage, and the end of the machine: what the host hears of it. Each wants a machine of its own, whose
+/// boot is the next backup's.
+fn end_at(first: &Guest, fault: Fault, stack: Stack, stage: Stage) -> Result<Seen> {
+    let guest = &first.start_from(Image::default())?;
+    let lab = Lab::set_up(guest, stack, fault)?;
+    let mut dialogue = Dialogue::new(guest);
+    let hold = stage
+        .reach(guest, lab.stack, &lab.daemon, &mut dialogue)
+        .context("the stage is not reached")?;
+    fault.begin(&lab, &mut dialogue, &hold)?;
+    let exit = guest.vm().wait_exit(STEP * 2)?;
+    dialogue.listen(STEP)?;
+    let unloaded = match suspend::unloads(guest) {
+        0 => "without UNLOAD",
+        _ => "with UNLOAD",
+    };
+    let how = match exit {
+        Exit::PowerOff => "off".to_owned(),
+        Exit::Crash { .. } => format!("crash reported, {unloaded}"),
+        other => bail!("the guest should not end so: {other:?}"),
+    };
+    let told = dialogue.words();
+    Ok(Seen {
+        words: match told.as_str() {
+            "" => how,
+            told => format!("{told}; {how}"),
+        },
+        on: None,
+        wrong: dialogue.wrong(),
+    })
+}
+
 /// Whether a backup was good, and all stood still for it that can.
 fn is_good(fault: Fault, seen: &super::Seen) -> bool {
     let is_there = |path: &&str| !(fault == Fault::DiskGone && fault.blocks(path));
@@ -381,26 +440,27 @@ struct Standing {
 impl Standing {
     /// Looks once whatever could thaw has had its time.
     fn after(guest: &Guest, fault: Fault, stage: Stage, struck: u64) -> Result<Standing> {
-        let counts = |stall: &Stall, now: u64| {
-            let hung = fault.blocks(&stall.path)
-                || (stage.has_hung_disk() && stall.path.starts_with("/mnt/hung/"));
-            !hung && stall.ended_us.unwrap_or(now) > stall.began_us + FROZEN_US
+        let by_disk = |stall: &Stall| {
+            let hung = stage.has_hung_disk() && stall.path.starts_with("/mnt/hung/");
+            fault.blocks(&stall.path) || hung
         };
         let end = guest.clock()? + guest.host().patience(RELEASED).as_micros() as u64;
         loop {
             let seen = guest.stalls(struck)?;
             let mut stalls = seen.stalls;
-            stalls.retain(|stall| counts(stall, seen.now_us));
+            stalls.retain(|stall| !by_disk(stall));
+            if seen.now_us <= end && stalls.iter().any(|it| it.ended_us.is_none()) {
+                std::thread::sleep(Duration::from_millis(20));
+                continue;
+            }
+            stalls.retain(|it| it.ended_us.unwrap_or(seen.now_us) > it.began_us + FROZEN_US);
             let stuck = stalls.iter().find(|it| it.ended_us.is_none());
             let stuck = stuck.map(|it| it.path.clone());
-            if stuck.is_none() || seen.now_us > end {
-                return Ok(Standing {
-                    struck,
-                    stalls,
-                    stuck,
-                });
-            }
-            std::thread::sleep(Duration::from_millis(20));
+            return Ok(Standing {
+                struck,
+                stalls,
+                stuck,
+            });
         }
     }
 
@@ -417,7 +477,7 @@ impl Standing {
     }
 
     /// How long after the fault the last writer went on, and that in words.
-    fn words(&self, dialogue: &Dialogue<'_>) -> (Option<Duration>, String) {
+    fn words(&self, dialogue: &Dialogue<'_>, fault: Fault) -> (Option<Duration>, String) {
         let Some(last) = self.last() else {
             let words = match self.stuck {
                 Some(_) => "frozen",
@@ -429,6 +489,7 @@ impl Standing {
         let words = match () {
             () if self.stuck.is_some() => "frozen".to_owned(),
             () if !self.by_itself(dialogue) => "on with THAW".to_owned(),
+            () if fault == Fault::BothKilled => "on with the next start".to_owned(),
             () if on < Duration::from_secs(1) => "on at once".to_owned(),
             () => format!("on after {} s", on.as_secs()),
         };
@@ -438,12 +499,12 @@ impl Standing {
 
 /// All stages of one fault.
 fn row(guest: &Guest, fault: Fault, stack: Stack) -> Result<()> {
-    let mut lab = Lab::set_up(guest, stack, fault)?;
+    let mut lab = match fault.ends_machine() {
+        true => None,
+        false => Some(Lab::set_up(guest, stack, fault)?),
+    };
     let mut wrong = Vec::new();
-    for stage in Stage::ALL {
-        if !fault.is_of(stage) {
-            continue;
-        }
+    for stage in Stage::ALL.into_iter().filter(|stage| fault.is_of(*stage)) {
         for other in Stack::ALL {
             // Where only one has it.
             if other != stack && fault.only_of() == Some(stack) {
@@ -454,11 +515,13 @@ fn row(guest: &Guest, fault: Fault, stack: Stack) -> Result<()> {
             note(guest, fault, stage, stack, NONE, None);
             continue;
         }
-        let at = format!("{}, {}", fault.words(), stage.words());
-        let seen = cell(&mut lab, stage).and_then(|seen| {
-            guest.check_log()?;
-            Ok(seen)
-        });
+        let seen = match &mut lab {
+            Some(lab) => cell(lab, stage).and_then(|seen| {
+                guest.check_log()?;
+                Ok(seen)
+            }),
+            None => end_at(guest, fault, stack, stage),
+        };
         let problems = match seen {
             Ok(seen) => {
                 println!("     {}: {} ({:?})", stage.words(), seen.words, seen.on);
@@ -468,15 +531,20 @@ fn row(guest: &Guest, fault: Fault, stack: Stack) -> Result<()> {
             Err(error) => vec![format!("{error:#}")],
         };
         if !problems.is_empty() {
-            println!("     wrong: {}", problems.join("; "));
-            wrong.push(format!("{at}: {}", problems.join("; ")));
+            let problem = problems.join("; ");
+            println!("     {}: wrong: {problem}", stage.words());
+            wrong.push(format!("{}, {}: {problem}", fault.words(), stage.words()));
         }
+        let Some(lab) = &mut lab else { continue };
         if !problems.is_empty() || fault == Fault::DiskGone {
-            lab.begin_again()
-                .with_context(|| format!("{at}, and the guest cannot be used further"))?;
+            lab.begin_again().with_context(|| {
+                format!("the guest cannot be used further; {}", wrong.join("; "))
+            })?;
         }
     }
-    lab.end()?;
+    if let Some(lab) = lab {
+        lab.end()?;
+    }
     // What is the peer's is shown, not judged.
     if stack != Stack::Peer && !wrong.is_empty() {
         bail!("{}", wrong.join("\n"));
