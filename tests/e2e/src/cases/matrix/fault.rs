@@ -236,10 +236,10 @@ impl Fault {
     /// disks that there are.
     pub fn end(self, lab: &mut Lab<'_>, hold: &Hold, under_way: UnderWay) -> Result<()> {
         let guest = lab.guest;
-        if self == Fault::DiskHung {
+        if self == Fault::DiskHung && !matches!(hold, Hold::Disk) {
             guest.sh(UNHANG)?;
         }
-        if !under_way.released && !(self == Fault::DiskHung && matches!(hold, Hold::Disk)) {
+        if !under_way.released {
             hold.release(guest)?;
         }
         match self {
