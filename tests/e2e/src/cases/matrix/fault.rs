@@ -288,7 +288,7 @@ impl Fault {
             guest.wait_until("the group is empty", STEP, || {
                 Ok(guest.try_sh(&format!("rmdir {GROUP}"))?.status == Some(0))
             })?;
-            guest.sh("umount /sys/fs/cgroup")?;
+            guest.sh("umount /sys/fs/cgroup; cat /run/printk >/proc/sys/kernel/printk")?;
         }
         Ok(())
     }
@@ -321,9 +321,11 @@ fn use_up_memory(guest: &Guest) -> Result<Process> {
 pub fn prepare(guest: &Guest, fault: Fault, module: Module) -> Result<()> {
     match fault {
         Fault::OutOfMemory => {
+            // Whoever writes its long report to the console takes the processor from all others.
             guest.sh(&format!(
                 "mount -t cgroup2 none /sys/fs/cgroup
-                 echo +memory >/sys/fs/cgroup/cgroup.subtree_control && mkdir {GROUP}"
+                 echo +memory >/sys/fs/cgroup/cgroup.subtree_control && mkdir {GROUP}
+                 cat /proc/sys/kernel/printk >/run/printk && echo 1 >/proc/sys/kernel/printk"
             ))?;
         }
         Fault::DiskAdded => {
