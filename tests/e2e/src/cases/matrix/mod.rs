@@ -14,7 +14,7 @@ mod stage;
 use super::deadman::{make_hung, FROZEN_US, GROUP, RELEASED};
 use super::{case, load, observe, suspend, wait_for_daemon, Case};
 use crate::table::NONE;
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use dialogue::Dialogue;
 use e2e::guest::{Cell, Daemon, Guest, Machine, Module, Process, STEP};
 use fault::{Fault, DEADLINE};
@@ -46,6 +46,14 @@ const fn one(
 macro_rules! cases {
     ($($name:literal, $about:literal, $machine:expr, $fault:expr;)*) => {
         &[
+            Case {
+                per_round: Duration::from_secs(10),
+                ..case(
+                    "matrix/few",
+                    "three faults at four stages: what the host is told is true, nothing stays frozen",
+                    few,
+                )
+            },
             $(one(concat!("matrix/", $name), $about, $machine, |guest| {
                 row(guest, $fault, Stack::Ours)
             }),)*
@@ -495,6 +503,26 @@ impl Standing {
         };
         (Some(on), words)
     }
+}
+
+/// A few cells, for each run: three faults at four stages each, with what is ours.
+fn few(guest: &Guest) -> Result<()> {
+    const STAGES: [Stage; 4] = [
+        Stage::FreezeRead,
+        Stage::AllFrozen,
+        Stage::Frozen,
+        Stage::ThawRead,
+    ];
+    let mut lab = Lab::set_up(guest, Stack::Ours, Fault::DaemonKilled)?;
+    for fault in [Fault::DaemonKilled, Fault::Unbound, Fault::FreezeTwice] {
+        lab.fault = fault;
+        for stage in STAGES {
+            let seen = cell(&mut lab, stage)?;
+            let at = format!("{}, {}", fault.words(), stage.words());
+            ensure!(seen.wrong.is_empty(), "{at}: {}", seen.wrong.join("; "));
+        }
+    }
+    lab.end()
 }
 
 /// All stages of one fault.
