@@ -494,12 +494,15 @@ impl Standing {
             return (None, words.to_owned());
         };
         let on = Duration::from_micros(last.saturating_sub(self.struck));
+        // Else it was a deadline that came after it.
+        let sent = dialogue.thaw_sent().unwrap_or_default();
+        let is_soon = last < sent + RELEASED.as_micros() as u64;
         let words = match () {
             () if self.stuck.is_some() => "frozen".to_owned(),
-            () if !self.by_itself(dialogue) => "on with THAW".to_owned(),
             () if fault == Fault::BothKilled => "on with the next start".to_owned(),
+            () if !self.by_itself(dialogue) && is_soon => "on with THAW".to_owned(),
             () if on < Duration::from_secs(1) => "on at once".to_owned(),
-            () => format!("on after {} s", on.as_secs()),
+            () => format!("on after {:.0} s", on.as_secs_f64()),
         };
         (Some(on), words)
     }
