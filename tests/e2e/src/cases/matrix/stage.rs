@@ -268,6 +268,10 @@ END
         if self == Stage::Thawed {
             dialogue.listen(STEP)?;
         }
+        if self == Stage::AllFrozen {
+            // So that it shows who stands still already.
+            dialogue.take_snapshot()?;
+        }
         Ok(hold)
     }
 }
