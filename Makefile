@@ -112,12 +112,15 @@ e2e-list: packages ## List the end-to-end cases
 	@$(CARGO_LAB) --quiet
 	@target/lab/e2e list
 
-.PHONY: comparison
+# Both tables of the README are what a run has left in build/results.
+.PHONY: comparison matrix
 comparison: ## Put what the last whole e2e run saw of the peer into the README
-	@awk 'FNR == NR { table = table $$0 "\n"; next } \
-	    /^<!-- end of comparison -->/ { skip = 0 } \
+matrix: ## Put what the last run of all matrix/* saw into the README
+comparison matrix:
+	@awk -v name=$@ 'FNR == NR { table = table $$0 "\n"; next } \
+	    $$0 == "<!-- end of " name " -->" { skip = 0 } \
 	    !skip { print } \
-	    /^<!-- comparison:/ { printf "%s", table; skip = 1 }' build/results/comparison.md README.md >build/README.md
+	    index($$0, "<!-- " name ":") == 1 { printf "%s", table; skip = 1 }' build/results/$@.md README.md >build/README.md
 	@cat build/README.md >README.md
 
 .PHONY: bench

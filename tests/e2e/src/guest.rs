@@ -305,6 +305,7 @@ pub struct Guest {
     log_mark: AtomicU64,
     logs: AtomicU64,
     comparisons: Mutex<Vec<Comparison>>,
+    cells: Mutex<Vec<Cell>>,
     /// See [`Guest::expect_in_log`].
     expected: Mutex<Vec<&'static str>>,
 }
@@ -318,6 +319,21 @@ pub struct Comparison {
     pub ours: String,
     /// What the stock `hv_utils` and Debian's daemon did.
     pub peer: String,
+}
+
+/// What came of one fault at one stage of a backup: a cell of the README's matrix.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Cell {
+    /// What went wrong.
+    pub fault: String,
+    /// How far the backup had come.
+    pub stage: String,
+    /// Whose module and daemon.
+    pub stack: String,
+    /// What the host was told, when writers went on, how the next backup was.
+    pub seen: String,
+    /// How long after the fault the last writer went on that stood still.
+    pub on_ms: Option<u64>,
 }
 
 impl Guest {
@@ -397,6 +413,7 @@ impl Guest {
             log_mark: AtomicU64::new(0),
             logs: AtomicU64::new(0),
             comparisons: Mutex::default(),
+            cells: Mutex::default(),
             expected: Mutex::default(),
         };
         guest.detectors = Detectors::of(&guest)?;
@@ -810,6 +827,18 @@ impl Guest {
         std::mem::take(&mut rows)
     }
 
+    /// Notes what came of a fault at a stage.
+    pub fn note_cell(&self, cell: Cell) {
+        let mut cells = self.cells.lock().unwrap_or_else(PoisonError::into_inner);
+        cells.push(cell);
+    }
+
+    /// Takes what was noted since the last call.
+    pub fn take_cells(&self) -> Vec<Cell> {
+        let mut cells = self.cells.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut cells)
+    }
+
     // --- Between two cases ---
 
     /// Brings the guest back to how it was before the case and makes sure that it is so: nothing
@@ -869,14 +898,19 @@ impl Guest {
                 controller.detach(lun);
             }
         }
+        self.check_log()?;
+        self.expected().clear();
+        Ok(())
+    }
+
+    /// The kernel has not complained since the case began, or since the last call.
+    pub fn check_log(&self) -> Result<()> {
         let complaints = self.complaints()?;
         ensure!(
             complaints.is_empty(),
             "the kernel complained:\n{complaints}"
         );
-        self.mark_log()?;
-        self.expected().clear();
-        Ok(())
+        Ok(self.mark_log()?)
     }
 
     /// One mount point of every file system on a block device.

@@ -10,6 +10,7 @@ mod cases;
 mod demo;
 mod runner;
 mod shard;
+mod table;
 
 use anyhow::{ensure, Context, Result};
 use cases::When;
@@ -102,13 +103,20 @@ fn select(globs: &[String]) -> Result<Vec<cases::Case>> {
     Ok(chosen)
 }
 
-/// Leaves what is for people, and says whether everything passed. The comparison is made from all cases
-/// or not at all.
+/// Leaves what is for people, and says whether everything passed. Comparison and matrix are each made from
+/// all of their cases or not at all.
 fn report(results: &Path, verdicts: &[runner::Verdict]) -> Result<bool> {
     let ran = |case: &cases::Case| verdicts.iter().any(|it| it.name == case.name);
     let is_whole = |case: &cases::Case| case.when != When::Always || ran(case);
     if cases::all().iter().all(is_whole) {
         runner::write_comparison(&results.join("comparison.md"), verdicts)?;
+    }
+    let is_cell = |case: &cases::Case| case.name.starts_with("matrix/");
+    if cases::all().iter().filter(|it| is_cell(it)).all(ran) {
+        let cells: Vec<_> = verdicts.iter().flat_map(|it| &it.cells).collect();
+        let path = results.join("matrix.md");
+        std::fs::write(&path, table::matrix(&cells))
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
     runner::print_slowest(verdicts);
     Ok(runner::close(verdicts))

@@ -8,7 +8,7 @@
 
 use crate::cases::Case;
 use anyhow::{anyhow, Context, Result};
-use e2e::guest::{Comparison, Guest, Images};
+use e2e::guest::{Cell, Comparison, Guest, Images};
 use hyperv_sim::Exit;
 use serde::{Deserialize, Serialize};
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -32,6 +32,9 @@ pub struct Verdict {
     seconds: f64,
     error: Option<String>,
     comparisons: Vec<Comparison>,
+    /// Of the matrix.
+    #[serde(default)]
+    pub cells: Vec<Cell>,
 }
 
 /// Runs `cases` and returns how each went.
@@ -59,11 +62,12 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
         let start = Instant::now();
         let outcome = guest.and_then(|guest| run_one(case, guest));
         let seconds = start.elapsed().as_secs_f64();
-        let mut comparisons = Vec::new();
+        let (mut comparisons, mut cells) = (Vec::new(), Vec::new());
         let error = match outcome {
             Ok(passed) => {
                 idle = passed.guest;
                 comparisons = passed.comparisons;
+                cells = passed.cells;
                 println!("ok   {} ({seconds:.1} s)", case.name);
                 None
             }
@@ -82,6 +86,7 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
             seconds,
             error,
             comparisons,
+            cells,
         });
     }
     verdicts
@@ -92,6 +97,7 @@ struct Passed {
     /// `None` when the case has ended its guest on purpose.
     guest: Option<Guest>,
     comparisons: Vec<Comparison>,
+    cells: Vec<Cell>,
 }
 
 /// Runs one case. On failure the guest is ended and what it left behind is in the error.
@@ -133,6 +139,7 @@ fn run_one(case: &Case, guest: Guest) -> Result<Passed> {
     match result {
         Ok(()) => Ok(Passed {
             comparisons: guest.take_comparisons(),
+            cells: guest.take_cells(),
             guest: Arc::into_inner(guest).filter(|guest| guest.vm().exit().is_none()),
         }),
         Err(error) => {

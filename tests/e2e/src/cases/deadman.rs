@@ -108,7 +108,7 @@ pub(super) const RELEASED: Duration = Duration::from_secs(1);
 /// A write that is older than this is held up by a freeze: no other has been seen to take a third
 /// of it. What a death leaves frozen was frozen before it, or at once after it by a call that was
 /// under way, so it is far older when [`RELEASED`] is over.
-const FROZEN_US: u64 = 250_000;
+pub(super) const FROZEN_US: u64 = 250_000;
 
 /// How many rounds are not left to chance: death comes while all is frozen.
 const WHILE_FROZEN: u32 = 2;
@@ -118,7 +118,7 @@ const FEW: u32 = 4;
 
 /// Who dies how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Death {
+pub(super) enum Death {
     /// The daemon, by SIGKILL.
     Daemon,
     /// The daemon, by SIGABRT.
@@ -143,7 +143,7 @@ impl Death {
 }
 
 /// When somebody was killed, on the guest's clock: not before the first, not after the second.
-type Moment = (u64, u64);
+pub(super) type Moment = (u64, u64);
 
 pub(super) fn make_writers(guest: &Guest) -> Result<()> {
     guest.sh(
@@ -157,7 +157,7 @@ pub(super) fn make_writers(guest: &Guest) -> Result<()> {
 }
 
 /// All processes of a daemon: itself and whatever it has started.
-fn all_of_ours(guest: &Guest, daemon: &Process) -> Result<Vec<i32>> {
+pub(super) fn all_of_ours(guest: &Guest, daemon: &Process) -> Result<Vec<i32>> {
     let children = format!("/proc/{pid}/task/{pid}/children", pid = daemon.pid);
     let mut pids = vec![daemon.pid];
     for pid in guest.read(&children)?.split_whitespace() {
@@ -347,7 +347,7 @@ impl Tally {
 }
 
 /// Where the daemon and its guard live when the OOM killer is to take them.
-const GROUP: &str = "/sys/fs/cgroup/vss";
+pub(super) const GROUP: &str = "/sys/fs/cgroup/vss";
 
 fn start_daemon(guest: &Guest, death: Death) -> Result<Process> {
     let enter = match death {
@@ -379,7 +379,7 @@ fn victims(guest: &Guest, daemon: &Process, death: Death) -> Result<Vec<i32>> {
 }
 
 /// Kills them as `death` says.
-fn strike(guest: &Guest, victims: &[i32], death: Death) -> Result<Moment> {
+pub(super) fn strike(guest: &Guest, victims: &[i32], death: Death) -> Result<Moment> {
     let signal = match death {
         Death::Daemon | Death::Guard => 9,
         Death::Abort => 6,

@@ -19,6 +19,7 @@ mod hangs;
 mod hooks;
 mod hostile;
 mod lifecycle;
+mod matrix;
 mod order;
 mod owned;
 mod packages;
@@ -123,6 +124,7 @@ pub fn all() -> Vec<Case> {
         slow::CASES,
         restore::CASES,
         databases::CASES,
+        matrix::CASES,
     ]
     .concat()
 }

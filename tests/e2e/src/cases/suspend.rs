@@ -51,6 +51,14 @@ pub const CASES: &[Case] = &[
     .long(),
 ];
 
+/// The memory of a debug kernel is there three times: itself, its image, and the RAM disk to which that
+/// is written.
+pub(super) const MACHINE: Machine = Machine {
+    memory_mib: 3072,
+    disk_mib: 1024,
+    ..Machine::ONE_CPU
+};
+
 pub(super) const fn case(
     name: &'static str,
     about: &'static str,
@@ -59,13 +67,7 @@ pub(super) const fn case(
     Case {
         // An image of some hundred MiB is made, written and read, with a debug kernel at a crawl.
         per_round: Duration::from_secs(20),
-        // The memory of a debug kernel is there three times: itself, its image, and the RAM disk to which
-        // that is written.
-        machine: Machine {
-            memory_mib: 3072,
-            disk_mib: 1024,
-            ..Machine::ONE_CPU
-        },
+        machine: MACHINE,
         ..super::case(name, about, run)
     }
 }
@@ -179,7 +181,7 @@ fn sleep_frozen(guest: &Guest, module: Module, daemon: Daemon) -> Result<Slept> 
 /// thaw does, is put away; and `filesystems_thaw` takes back the freeze of the kernel from every file
 /// system and is surprised to find another one instead (`may_unfreeze`). Each once in a boot, and for a
 /// plain `fsfreeze`, too.
-const SLEPT_FROZEN: [&str; 2] = ["__set_task_frozen", "thaw_super_locked"];
+pub(super) const SLEPT_FROZEN: [&str; 2] = ["__set_task_frozen", "thaw_super_locked"];
 
 /// Whether it has warned of that.
 fn warned_of_frozen_sleep(guest: &Guest) -> Result<bool> {

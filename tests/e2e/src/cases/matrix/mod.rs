@@ -1,0 +1,595 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Every stage of one backup times every fault: what the host is told, when the writers go on, and
+//! whether the next backup is good.
+//!
+//! A cell asserts nothing of what it is set up to be; it says what was seen, for the table. What must
+//! hold in each is judged here for what is ours: no backup is called good in whose window something was
+//! written, nothing is answered twice, nothing stays frozen without a way out, the next backup is good.
+
+mod dialogue;
+mod fault;
+mod stage;
+
+use super::deadman::{make_hung, FROZEN_US, GROUP, RELEASED};
+use super::{case, load, observe, suspend, wait_for_daemon, Case};
+use crate::table::NONE;
+use anyhow::{bail, ensure, Context, Result};
+use dialogue::Dialogue;
+use e2e::guest::{Cell, Daemon, Guest, Machine, Module, Process, STEP};
+use fault::{Fault, DEADLINE};
+use hyperv_sim::ic::vss::VERSIONS;
+use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::storage::Image;
+use hyperv_sim::Exit;
+use lab_agent::Stall;
+use stage::{end_hooks, Hold, Stage};
+use std::time::Duration;
+
+/// A case in which `run` has one fault meet each stage.
+const fn one(
+    name: &'static str,
+    about: &'static str,
+    machine: Machine,
+    run: fn(&Guest) -> Result<()>,
+) -> Case {
+    Case {
+        machine,
+        // For each of 8 rounds: all stages are gone through once.
+        per_round: Duration::from_secs(60),
+        ..case(name, about, run)
+    }
+    .long()
+}
+
+/// Three cases for each fault: with what is ours, with our daemon on the stock module, with the peer.
+macro_rules! cases {
+    ($($name:literal, $about:literal, $machine:expr, $fault:expr;)*) => {
+        &[
+            Case {
+                per_round: Duration::from_secs(10),
+                ..case(
+                    "matrix/few",
+                    "three faults at four stages: what the host is told is true, nothing stays frozen",
+                    few,
+                )
+            },
+            $(one(concat!("matrix/", $name), $about, $machine, |guest| {
+                row(guest, $fault, Stack::Ours)
+            }),)*
+            one(
+                "matrix/guard-killed",
+                "kill -9 of the guard at each stage, our daemon on the stock module",
+                Machine::ONE_CPU,
+                |guest| row(guest, Fault::GuardKilled, Stack::OursOnStock),
+            ),
+            one(
+                "matrix/both-killed",
+                "kill -9 of daemon and guard at each stage, our daemon on the stock module",
+                Machine::ONE_CPU,
+                |guest| row(guest, Fault::BothKilled, Stack::OursOnStock),
+            ),
+            $(one(
+                concat!("matrix/", $name, "-stock-module"),
+                concat!($about, ", our daemon on the stock module"),
+                $machine,
+                |guest| row(guest, $fault, Stack::OursOnStock),
+            ),)*
+            $(one(
+                concat!("matrix/", $name, "-peer"),
+                concat!($about, ", the peer"),
+                $machine,
+                |guest| row(guest, $fault, Stack::Peer),
+            ),)*
+        ]
+    };
+}
+
+pub const CASES: &[Case] = cases!(
+    "daemon-killed", "kill -9 of the daemon at each stage", Machine::ONE_CPU, Fault::DaemonKilled;
+    "terminated", "SIGTERM to the daemon at each stage", Machine::ONE_CPU, Fault::Terminated;
+    "stopped", "SIGSTOP of the daemon at each stage", Machine::ONE_CPU, Fault::Stopped;
+    "out-of-memory", "the OOM killer takes the daemon at each stage", Machine::ONE_CPU, Fault::OutOfMemory;
+    "unbound", "the device is unbound at each stage", Machine::ONE_CPU, Fault::Unbound;
+    "rescinded", "the host takes the device back at each stage", Machine::ONE_CPU, Fault::Rescinded;
+    "hibernated", "the machine hibernates at each stage", suspend::MACHINE, Fault::Hibernated;
+    "disk-hung", "a disk hangs from each stage on", Machine::ONE_CPU, Fault::DiskHung;
+    "disk-gone", "a disk is gone at each stage", Machine::ONE_CPU, Fault::DiskGone;
+    "disk-added", "a disk is added at each stage", Machine::SCSI, Fault::DiskAdded;
+    "thaw-lost", "the host never says THAW", Machine::ONE_CPU, Fault::ThawLost;
+    "thaw-late", "the host says THAW after the deadline", Machine::ONE_CPU, Fault::ThawLate;
+    "thaw-twice", "a THAW more at each stage", Machine::ONE_CPU, Fault::ThawTwice;
+    "freeze-twice", "a FREEZE more at each stage", Machine::ONE_CPU, Fault::FreezeTwice;
+    "shut-down", "the host shuts the guest down at each stage", Machine::ONE_CPU, Fault::ShutDown;
+    "panic", "the guest panics at each stage", Machine::ONE_CPU, Fault::Panic;
+);
+
+/// Whose module and daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stack {
+    Ours,
+    OursOnStock,
+    Peer,
+}
+
+impl Stack {
+    const ALL: [Stack; 3] = [Stack::Ours, Stack::OursOnStock, Stack::Peer];
+
+    fn module(self) -> Module {
+        match self {
+            Stack::Ours => Module::Ours,
+            Stack::OursOnStock | Stack::Peer => Module::Stock,
+        }
+    }
+
+    /// As the table has it.
+    fn words(self) -> &'static str {
+        match self {
+            Stack::Ours => "ours",
+            Stack::OursOnStock => "our daemon, stock hv_utils",
+            Stack::Peer => "stock hv_utils, Debian's daemon",
+        }
+    }
+}
+
+/// The file systems that are frozen, by their mount points.
+const FILE_SYSTEMS: &[&str] = &["/mnt/a", "/mnt/hung", "/"];
+
+/// A writer on each: how often is enough to see that it does not stand still.
+const FILES: [&str; 3] = ["/writer", "/mnt/a/w", "/mnt/hung/w"];
+const EVERY_US: u64 = 10_000;
+
+/// How long the host waits for an answer.
+const HOST: Duration = Duration::from_secs(12);
+
+fn start_writers(guest: &Guest, files: impl IntoIterator<Item = &'static str>) -> Result<()> {
+    for file in files {
+        guest.writer_start_every(file, EVERY_US)?;
+    }
+    Ok(())
+}
+
+/// What the cells of one row go through, one after the other.
+pub struct Lab<'a> {
+    guest: &'a Guest,
+    stack: Stack,
+    fault: Fault,
+    daemon: Process,
+}
+
+impl<'a> Lab<'a> {
+    /// Two file systems beside the root, a writer on each, module and daemon.
+    fn set_up(guest: &'a Guest, stack: Stack, fault: Fault) -> Result<Self> {
+        fault::prepare(guest, fault, stack.module())?;
+        guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
+        make_hung(guest)?;
+        start_writers(guest, FILES)?;
+        load(guest, stack.module(), Lab::parameters(stack))?;
+        if fault == Fault::ShutDown {
+            // Whichever has VSS, this serves the host's wish to shut down.
+            guest.load(Module::Stock, &[])?;
+            guest.host().shutdown().wait_open(STEP)?;
+        }
+        let daemon = Lab::spawn(guest, stack, fault)?;
+        let lab = Lab {
+            guest,
+            stack,
+            fault,
+            daemon,
+        };
+        lab.first_backup()?;
+        Ok(lab)
+    }
+
+    /// Short enough to be waited for; a daemon that is held for a look is not given up.
+    fn parameters(stack: Stack) -> &'static [&'static str] {
+        match stack {
+            Stack::Ours => &["grace_ms=300", "freeze_timeout_ms=10000", "timeout_ms=6000"],
+            Stack::OursOnStock | Stack::Peer => &[],
+        }
+    }
+
+    fn spawn(guest: &Guest, stack: Stack, fault: Fault) -> Result<Process> {
+        let deadline = match fault {
+            Fault::Stopped | Fault::ThawLost | Fault::ThawLate => DEADLINE,
+            _ => Duration::from_secs(60),
+        };
+        // One thread that freezes is one whose calls can be counted.
+        let config = format!(
+            "parallel = 1\ngive_up = 4\ndeadline = {}",
+            deadline.as_secs()
+        );
+        const CONFIG: &str = "/run/matrix.toml";
+        guest.sh(&format!("cat >{CONFIG} <<'END'\n{config}\nEND"))?;
+        let [program, foreground] = match stack {
+            Stack::Peer => Daemon::Debian.argv(),
+            _ => Daemon::Ours.argv(),
+        };
+        let options = match stack {
+            Stack::Peer => String::new(),
+            _ => format!("-c {CONFIG}"),
+        };
+        let enter = match fault {
+            Fault::OutOfMemory => {
+                guest.write(&format!("{GROUP}/memory.max"), "max")?;
+                format!("echo $$ >{GROUP}/cgroup.procs && ")
+            }
+            _ => String::new(),
+        };
+        let line = format!("{enter}exec {program} {foreground} {options}");
+        guest.spawn(&["sh", "-c", &line])
+    }
+
+    /// The directory of the driver in sysfs.
+    fn driver(&self) -> &'static str {
+        match self.stack.module() {
+            Module::Ours => "/sys/bus/vmbus/drivers/hv_vss",
+            Module::Stock => "/sys/bus/vmbus/drivers/hv_utils",
+        }
+    }
+
+    fn start_daemon(&mut self) -> Result<()> {
+        self.daemon = Lab::spawn(self.guest, self.stack, self.fault)?;
+        wait_for_daemon(self.guest)
+    }
+
+    /// Starts it again if it has ended.
+    fn restart_if_dead(&mut self) -> Result<()> {
+        match self.guest.wait(&self.daemon, Duration::ZERO) {
+            Ok(_) => self.start_daemon(),
+            Err(error) if error.errno() == Some("EAGAIN") => wait_for_daemon(self.guest),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The device is there again.
+    fn come_back(&mut self) -> Result<()> {
+        let vss = self.guest.vss();
+        vss.wait_open(STEP)?;
+        vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+        self.restart_if_dead()
+    }
+
+    /// After it the daemon has all its threads, and a plan.
+    fn first_backup(&self) -> Result<()> {
+        wait_for_daemon(self.guest)?;
+        super::backup(self.guest).context("the backup before the first fault")
+    }
+
+    /// Leaves a guest as it was found, but for what any case leaves.
+    fn end(&self) -> Result<()> {
+        end_hooks(self.guest)?;
+        self.guest.signal(&self.daemon, 9)?;
+        self.guest.wait(&self.daemon, STEP)?;
+        self.fault.clean_up(self.guest)
+    }
+
+    /// Everything new, so that the next cell begins as the first one did.
+    fn begin_again(&mut self) -> Result<()> {
+        let guest = self.guest;
+        // Where a cell was left in the middle, the daemon is held still.
+        guest.sh("if pidof strace; then kill -9 $(pidof strace); fi; dmsetup resume hung")?;
+        // ESRCH: it is dead.
+        let _ = guest.signal(&self.daemon, 18);
+        let _ = guest.signal(&self.daemon, 9);
+        guest.wait(&self.daemon, STEP)?;
+        for path in FILE_SYSTEMS {
+            while guest.thaw(path).is_ok() {}
+        }
+        end_hooks(guest)?;
+        guest.wait_until("the module can be unloaded", STEP, || {
+            Ok(guest.unload(self.stack.module()).is_ok())
+        })?;
+        guest.vss().wait_closed(STEP)?;
+        if self.fault == Fault::DiskGone {
+            self.new_disk()?;
+        }
+        load(guest, self.stack.module(), Lab::parameters(self.stack))?;
+        self.start_daemon()?;
+        self.first_backup()
+    }
+
+    /// A disk in place of the one that is gone.
+    fn new_disk(&self) -> Result<()> {
+        let guest = self.guest;
+        guest.writers_stop()?;
+        guest.sh("umount /mnt/hung && dmsetup remove hung")?;
+        make_hung(guest)?;
+        start_writers(guest, FILES)
+    }
+}
+
+/// What was seen of one cell.
+struct Seen {
+    words: String,
+    /// How long after the fault the last writer went on that stood still, if one did.
+    on: Option<Duration>,
+    /// Against the rules.
+    wrong: Vec<String>,
+}
+
+/// One stage, one fault.
+fn cell(lab: &mut Lab<'_>, stage: Stage) -> Result<Seen> {
+    let (guest, fault) = (lab.guest, lab.fault);
+    let mut dialogue = Dialogue::new(guest);
+    let hold = stage
+        .reach(guest, lab.stack, &lab.daemon, &mut dialogue)
+        .context("the stage is not reached")?;
+    let struck = guest.clock()?;
+    let under_way = fault.begin(lab, &mut dialogue, &hold)?;
+    if fault == Fault::ThawLate {
+        dialogue.finish(HOST, false)?;
+        wait_for_deadline(guest)?;
+    }
+    dialogue.finish(HOST, fault.host_says_thaw())?;
+    if fault == Fault::ThawLost {
+        wait_for_deadline(guest)?;
+    }
+    // Before anybody comes to help, but for what nobody else can end.
+    let (mut standing, ended) = match fault {
+        Fault::BothKilled => {
+            let ended = fault.end(lab, &hold, under_way);
+            (Standing::after(guest, fault, stage, struck)?, ended)
+        }
+        _ => {
+            let standing = Standing::after(guest, fault, stage, struck)?;
+            (standing, fault.end(lab, &hold, under_way))
+        }
+    };
+    if ended.is_ok() && fault.host_says_thaw() {
+        // Of the device that was away.
+        let asked = dialogue.len();
+        dialogue.finish(HOST, true)?;
+        if dialogue.len() > asked && standing.stalls.is_empty() {
+            standing = Standing::after(guest, fault, stage, struck)?;
+        }
+    }
+    if matches!(hold, Hold::Hook(_)) {
+        end_hooks(guest)?;
+    }
+    let (on, after) = standing.words(&dialogue, fault);
+    let mut wrong = dialogue.wrong();
+    if let Some(path) = &standing.stuck {
+        wrong.push(format!("{path} was still frozen"));
+    }
+    if standing.by_itself(&dialogue)
+        && on.is_some_and(|on| on > guest.host().patience(fault.way_out()))
+    {
+        wrong.push(format!("writers went on {on:?} after it"));
+    }
+
+    let next = match ended.and_then(|()| observe(guest)) {
+        Ok(next) => {
+            let good = is_good(fault, &next);
+            if !good {
+                wrong.push(format!("the next backup: {}", super::describe(&next)));
+            }
+            if good {
+                "next good"
+            } else {
+                "next not good"
+            }
+        }
+        Err(error) => {
+            wrong.push(format!("the next backup: {error:#}"));
+            "no next backup"
+        }
+    };
+    let told = dialogue.words();
+    Ok(Seen {
+        words: format!("{told}; {after}; {next}"),
+        on,
+        wrong,
+    })
+}
+
+/// By then whatever is frozen now has to be thawed.
+fn wait_for_deadline(guest: &Guest) -> Result<()> {
+    let over = guest.clock()? + (DEADLINE + RELEASED).as_micros() as u64;
+    guest.wait_until("the deadline is over", STEP, || Ok(guest.clock()? > over))
+}
+
+/// One stage, and the end of the machine: what the host hears of it. Each wants a machine of its own, whose
+/// boot is the next backup's.
+fn end_at(first: &Guest, fault: Fault, stack: Stack, stage: Stage) -> Result<Seen> {
+    let guest = &first.start_from(Image::default())?;
+    let lab = Lab::set_up(guest, stack, fault)?;
+    let mut dialogue = Dialogue::new(guest);
+    let hold = stage
+        .reach(guest, lab.stack, &lab.daemon, &mut dialogue)
+        .context("the stage is not reached")?;
+    fault.begin(&lab, &mut dialogue, &hold)?;
+    let exit = guest.vm().wait_exit(STEP * 2)?;
+    dialogue.listen(STEP)?;
+    let unloaded = match suspend::unloads(guest) {
+        0 => "without UNLOAD",
+        _ => "with UNLOAD",
+    };
+    let how = match exit {
+        Exit::PowerOff => "off".to_owned(),
+        Exit::Crash { .. } => format!("crash reported, {unloaded}"),
+        other => bail!("the guest should not end so: {other:?}"),
+    };
+    let told = dialogue.words();
+    Ok(Seen {
+        words: match told.as_str() {
+            "" => how,
+            told => format!("{told}; {how}"),
+        },
+        on: None,
+        wrong: dialogue.wrong(),
+    })
+}
+
+/// Whether a backup was good, and all stood still for it that can.
+fn is_good(fault: Fault, seen: &super::Seen) -> bool {
+    let is_there = |path: &&str| !(fault == Fault::DiskGone && fault.blocks(path));
+    let mut expected: Vec<&str> = FILES.into_iter().filter(is_there).collect();
+    let still = seen.still.iter().map(String::as_str);
+    let mut still: Vec<&str> = still.filter(is_there).collect();
+    expected.sort_unstable();
+    still.sort_unstable();
+    seen.freeze == status::OK
+        && seen.thaw == Some(status::OK)
+        && seen.stuck.iter().all(|it| !is_there(&it.as_str()))
+        && still == expected
+}
+
+/// Who stood still after the fault.
+struct Standing {
+    /// When that was.
+    struck: u64,
+    /// Long writes that had not ended when it happened.
+    stalls: Vec<Stall>,
+    /// A file whose writer stood still at the end of it.
+    stuck: Option<String>,
+}
+
+impl Standing {
+    /// Looks once whatever could thaw has had its time.
+    fn after(guest: &Guest, fault: Fault, stage: Stage, struck: u64) -> Result<Standing> {
+        let by_disk = |stall: &Stall| {
+            let hung = stage.has_hung_disk() && stall.path.starts_with("/mnt/hung/");
+            fault.blocks(&stall.path) || hung
+        };
+        let end = guest.clock()? + guest.host().patience(RELEASED).as_micros() as u64;
+        loop {
+            let seen = guest.stalls(struck)?;
+            let mut stalls = seen.stalls;
+            stalls.retain(|stall| !by_disk(stall));
+            if seen.now_us <= end && stalls.iter().any(|it| it.ended_us.is_none()) {
+                std::thread::sleep(Duration::from_millis(20));
+                continue;
+            }
+            stalls.retain(|it| it.ended_us.unwrap_or(seen.now_us) > it.began_us + FROZEN_US);
+            let stuck = stalls.iter().find(|it| it.ended_us.is_none());
+            let stuck = stuck.map(|it| it.path.clone());
+            return Ok(Standing {
+                struck,
+                stalls,
+                stuck,
+            });
+        }
+    }
+
+    fn last(&self) -> Option<u64> {
+        self.stalls.iter().filter_map(|it| it.ended_us).max()
+    }
+
+    /// Whether it was not the host's THAW that let the last one go on.
+    fn by_itself(&self, dialogue: &Dialogue<'_>) -> bool {
+        // One that was sent before the fault is what this is about.
+        let sent = dialogue.thaw_sent().filter(|sent| *sent > self.struck);
+        self.last()
+            .is_some_and(|last| sent.is_none_or(|sent| last < sent))
+    }
+
+    /// How long after the fault the last writer went on, and that in words.
+    fn words(&self, dialogue: &Dialogue<'_>, fault: Fault) -> (Option<Duration>, String) {
+        let Some(last) = self.last() else {
+            let words = match self.stuck {
+                Some(_) => "frozen",
+                None => "nobody stands still",
+            };
+            return (None, words.to_owned());
+        };
+        let on = Duration::from_micros(last.saturating_sub(self.struck));
+        // Else it was a deadline that came after it.
+        let sent = dialogue.thaw_sent().unwrap_or_default();
+        let is_soon = last < sent + RELEASED.as_micros() as u64;
+        let words = match () {
+            () if self.stuck.is_some() => "frozen".to_owned(),
+            () if fault == Fault::BothKilled => "on with the next start".to_owned(),
+            () if !self.by_itself(dialogue) && is_soon => "on with THAW".to_owned(),
+            () if on < Duration::from_secs(1) => "on at once".to_owned(),
+            () => format!("on after {:.0} s", on.as_secs_f64()),
+        };
+        (Some(on), words)
+    }
+}
+
+/// A few cells, for each run: three faults at four stages each, with what is ours.
+fn few(guest: &Guest) -> Result<()> {
+    const STAGES: [Stage; 4] = [
+        Stage::FreezeRead,
+        Stage::AllFrozen,
+        Stage::Frozen,
+        Stage::ThawRead,
+    ];
+    let mut lab = Lab::set_up(guest, Stack::Ours, Fault::DaemonKilled)?;
+    for fault in [Fault::DaemonKilled, Fault::Unbound, Fault::FreezeTwice] {
+        lab.fault = fault;
+        for stage in STAGES {
+            let seen = cell(&mut lab, stage)?;
+            let at = format!("{}, {}", fault.words(), stage.words());
+            ensure!(seen.wrong.is_empty(), "{at}: {}", seen.wrong.join("; "));
+        }
+    }
+    lab.end()
+}
+
+/// All stages of one fault.
+fn row(guest: &Guest, fault: Fault, stack: Stack) -> Result<()> {
+    let mut lab = match fault.ends_machine() {
+        true => None,
+        false => Some(Lab::set_up(guest, stack, fault)?),
+    };
+    let mut wrong = Vec::new();
+    for stage in Stage::ALL.into_iter().filter(|stage| fault.is_of(*stage)) {
+        for other in Stack::ALL {
+            // Where only one has it.
+            if other != stack && fault.only_of() == Some(stack) {
+                note(guest, fault, stage, other, NONE, None);
+            }
+        }
+        if !stage.is_of(stack) {
+            note(guest, fault, stage, stack, NONE, None);
+            continue;
+        }
+        let seen = match &mut lab {
+            Some(lab) => cell(lab, stage).and_then(|seen| {
+                guest.check_log()?;
+                Ok(seen)
+            }),
+            None => end_at(guest, fault, stack, stage),
+        };
+        let problems = match seen {
+            Ok(seen) => {
+                println!("     {}: {} ({:?})", stage.words(), seen.words, seen.on);
+                note(guest, fault, stage, stack, &seen.words, seen.on);
+                seen.wrong
+            }
+            Err(error) => vec![format!("{error:#}")],
+        };
+        if !problems.is_empty() {
+            let problem = problems.join("; ");
+            println!("     {}: wrong: {problem}", stage.words());
+            wrong.push(format!("{}, {}: {problem}", fault.words(), stage.words()));
+        }
+        let Some(lab) = &mut lab else { continue };
+        if !problems.is_empty() || fault == Fault::DiskGone {
+            lab.begin_again().with_context(|| {
+                format!("the guest cannot be used further; {}", wrong.join("; "))
+            })?;
+        }
+    }
+    if let Some(lab) = lab {
+        lab.end()?;
+    }
+    // What is the peer's is shown, not judged.
+    if stack != Stack::Peer && !wrong.is_empty() {
+        bail!("{}", wrong.join("\n"));
+    }
+    Ok(())
+}
+
+/// For the table.
+fn note(guest: &Guest, fault: Fault, stage: Stage, stack: Stack, seen: &str, on: Option<Duration>) {
+    guest.note_cell(Cell {
+        fault: fault.words().to_owned(),
+        stage: stage.words().to_owned(),
+        stack: stack.words().to_owned(),
+        seen: seen.to_owned(),
+        on_ms: on.map(|it| it.as_millis() as u64),
+    });
+}
