@@ -607,7 +607,10 @@ impl Job {
 
     /// Says that the host knows of the freeze, and that there is time to do what it need not wait for.
     pub fn settle(&self) {
-        self.say(Word::Settle);
+        // Where nobody else can thaw there is nothing to do, and nobody is woken for it: writers wait.
+        if self.setting.door.watched_every().is_some() {
+            self.say(Word::Settle);
+        }
     }
 
     /// Asks for the thaw of what is frozen.
