@@ -151,9 +151,15 @@ impl Freezer {
         Err(JobError::Restless)
     }
 
-    /// What superblocks there are, as the kernel lists them.
+    /// What superblocks there are, as the kernel lists them. [`Freezer::is_all_there`] can follow.
     fn listed(&mut self) -> Option<Listed> {
-        let listed = |it: &Option<Lists>| it.as_ref().and_then(|it| it.read().ok().flatten());
+        let listed = |it: &Option<Lists>| {
+            let lists = it.as_ref()?;
+            lists.rewind().ok()?;
+            let listed = lists.read().ok()?;
+            lists.rewind().ok()?;
+            listed
+        };
         listed(&self.superblocks).or_else(|| {
             self.superblocks = Lists::open().ok();
             listed(&self.superblocks)
@@ -210,7 +216,7 @@ impl Freezer {
         if self.is_worth_a_sync() {
             // It may take long, and nothing is frozen yet.
             log.aloud(|| session.sync(&self.learnt));
-            if !self.is_all_there(&before) {
+            if self.listed() != before {
                 return Ok(None);
             }
         }
@@ -244,8 +250,10 @@ impl Freezer {
     /// Thaws what was frozen; everything is tried, whatever fails, and [`Frozen::tidy`] is to follow.
     /// Names what was mounted meanwhile: that is on a disk and was not frozen.
     pub fn thaw(&self, frozen: &Frozen, setting: &Setting) -> Result<(), ThawError> {
-        let now = self.superblocks.as_ref().and_then(|it| it.read().ok());
         let thawed = frozen.session.thaw();
+        // Only now, since writers wait no longer: what has come in the last moment is named as well.
+        let now = self.superblocks.as_ref();
+        let now = now.and_then(|it| it.rewind().and_then(|()| it.read()).ok());
         let names = match (&frozen.before, now) {
             (Some(before), Some(Some(now))) => now.since(before),
             (Some(_), Some(None)) => vec!["one of a new type".into()],

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, DirEntry, File};
-use std::io;
+use std::io::{self, Seek};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -103,7 +103,13 @@ impl Lists {
         })
     }
 
-    /// What they list now. `None` where there are more types by now.
+    /// Has [`Lists::read`] begin at the beginning. It is apart because that counts while writers wait.
+    pub fn rewind(&self) -> io::Result<()> {
+        let mut lists = self.lists.iter();
+        lists.try_for_each(|mut list| list.rewind())
+    }
+
+    /// What they list now, after [`Lists::rewind`]. `None` where there are more types by now.
     pub fn read(&self) -> io::Result<Option<Listed>> {
         if self.root.metadata()?.nlink() != self.types {
             return Ok(None);
@@ -194,6 +200,7 @@ mod tests {
         let open = File::open(&folder).unwrap();
         let list = || {
             let mut all = Vec::new();
+            (&open).rewind().unwrap();
             sys::list_folder(open.as_fd(), &mut all).unwrap();
             Listed(all)
         };

@@ -55,14 +55,13 @@ struct LoopInfo64 {
 
 const _: () = assert!(size_of::<LoopInfo64>() == 232);
 
-/// Adds what an open folder lists, as the kernel writes it: `struct linux_dirent64` after
+/// Adds what an open folder lists from where it was read last on, as the kernel writes it: `struct linux_dirent64` after
 /// `struct linux_dirent64`, of getdents(2). Nothing is opened or looked up for it.
 pub fn list_folder(folder: BorrowedFd<'_>, into: &mut Vec<u8>) -> io::Result<()> {
     // Enough for a hundred names at a time.
     let mut chunk = [0_u8; 4096];
     // The kernel stops where the next one does not fit.
     let largest = size_of::<libc::dirent64>();
-    nix::unistd::lseek(folder, 0, nix::unistd::Whence::SeekSet)?;
     loop {
         // SAFETY: the kernel writes at most so many bytes as it is told `chunk` has, and no other
         // reference to them is used meanwhile.
