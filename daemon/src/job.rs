@@ -188,6 +188,7 @@ impl Freezer {
             progress,
         } = setting;
         self.go_by(config);
+        progress.enter(Stage::Looking, 0);
         let before = self.listed();
         let Gathered { targets, missing } = self.cache.gather(config)?;
         for it in &missing {
@@ -307,7 +308,8 @@ fn look_out_for_writes(targets: Vec<Opened>, log: &Logbook) -> Vec<Target> {
         if is_swap(&it) {
             let name = &it.name;
             log.info(format!(
-                "{name} has a file that is swapped to: if others thaw it for less than a moment                  while it is frozen, that is not seen"
+                "{name} has a file that is swapped to: if others thaw it for a moment and freeze it \
+                 again, that is not seen"
             ));
             return target(it);
         }

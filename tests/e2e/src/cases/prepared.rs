@@ -38,12 +38,17 @@ pub const CASES: &[Case] = &[
     case(
         "freeze/mounted-while-it-syncs",
         "a file system that is mounted while another is written back stands still",
-        |guest| mounted_meanwhile(guest, Stage::Syncing),
+        |guest| mounted_meanwhile(guest, Module::Ours, Stage::Syncing),
     ),
     case(
         "freeze/mounted-while-it-freezes",
         "a file system that is mounted while another is being frozen stands still",
-        |guest| mounted_meanwhile(guest, Stage::Freezing),
+        |guest| mounted_meanwhile(guest, Module::Ours, Stage::Freezing),
+    ),
+    case(
+        "freeze/mounted-while-it-freezes-stock-module",
+        "the same with the stock hv_utils and FIFREEZE",
+        |guest| mounted_meanwhile(guest, Module::Stock, Stage::Freezing),
     ),
     case(
         "freeze/mounted-while-frozen",
@@ -107,10 +112,10 @@ enum Stage {
     Freezing,
 }
 
-fn mounted_meanwhile(guest: &Guest, stage: Stage) -> Result<()> {
+fn mounted_meanwhile(guest: &Guest, module: Module, stage: Stage) -> Result<()> {
     make_hung(guest)?;
     guest.sh("mkdir -p /mnt/b && mkfs.ext4 -q -F /dev/ram2")?;
-    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let daemon = start(guest, module, Daemon::Ours)?;
     prepare(guest)?;
     if stage == Stage::Syncing {
         guest.sh("dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null")?;
@@ -139,7 +144,7 @@ fn mounted_meanwhile(guest: &Guest, stage: Stage) -> Result<()> {
     equal("the backup", &observe(guest)?, &good(&["/mnt/b/w"]))?;
     let said = guest.output(&daemon)?;
     ensure!(said.contains("begun anew"), "{said}");
-    stop(guest, guest.module(), &daemon)
+    stop(guest, module, &daemon)
 }
 
 fn mounted_while_frozen(guest: &Guest) -> Result<()> {
