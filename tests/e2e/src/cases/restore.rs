@@ -62,7 +62,7 @@ pub const CASES: &[Case] = &[
         )
     }.long(),
     Case {
-        per_round: Duration::from_secs(60),
+        per_round: Duration::from_secs(600),
         ..case(
             "restore/backup-after-backup",
             "six file systems on slow disks, some on volumes: every copy of every backup restores",
