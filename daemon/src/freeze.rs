@@ -476,7 +476,8 @@ impl Session {
     ///
     /// Few at a time, and of those on one disk one at a time: a journal is written behind the data of
     /// its file system, so a writer that needs the journal waits until the device has taken that, which
-    /// is the longer the more share the processor or the disk. What is known not to freeze is left to [`Session::freeze`].
+    /// is the longer the more share the processor or the disk. What is known not to freeze is left to
+    /// [`Session::freeze`].
     pub fn sync(&self, learnt: &Learnt) {
         let most = self.work.limits.write_back;
         self.work.progress.enter(Stage::Syncing, most);

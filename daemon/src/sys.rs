@@ -55,8 +55,8 @@ struct LoopInfo64 {
 
 const _: () = assert!(size_of::<LoopInfo64>() == 232);
 
-/// Adds what an open folder lists from where it was read last on, as the kernel writes it: `struct linux_dirent64` after
-/// `struct linux_dirent64`, of getdents(2). Nothing is opened or looked up for it.
+/// Adds what an open folder lists from where it was read last on, as the kernel writes it: one
+/// `struct linux_dirent64` of getdents(2) after the other. Nothing is opened or looked up for it.
 pub fn list_folder(folder: BorrowedFd<'_>, into: &mut Vec<u8>) -> io::Result<()> {
     // Enough for a hundred names at a time.
     let mut chunk = [0_u8; 4096];
