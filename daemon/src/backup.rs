@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use hv_vss_uapi::{op, status, thawed};
 use serde::{Deserialize, Serialize};
 
-use crate::device::Request;
+use crate::device::{About, Request};
 use crate::logbook::Level;
 
 /// How long before the kernel gives up a freeze is called off, so that the host hears why.
@@ -512,12 +512,59 @@ fn describe(request: &Request) -> String {
     if request.id != 0 {
         text.push_str(&format!(", request {}", request.id));
     }
-    if let Some(luns) = request.luns {
-        text.push_str(&format!(", {luns} disks in the backup"));
+    if let Some(about) = request.about {
+        text.push_str(&format!(", {}", words_about(about)));
     }
     let seconds = request.time_left.as_secs_f64();
     text.push_str(&format!(", to be answered within {seconds:.1} s"));
     text
+}
+
+fn words_about(about: About) -> String {
+    let About {
+        luns,
+        backup_type,
+        flags,
+    } = about;
+    let kind = match backup_type {
+        UNDEFINED => "a backup".into(),
+        FULL | COPY => format!("a {} backup", name_of_type(backup_type)),
+        other => format!("a backup of type {other}"),
+    };
+    let disks = match luns {
+        1 => "1 disk".into(),
+        other => format!("{other} disks"),
+    };
+    let bit = |bit, words: &'static str| (flags & bit != 0).then(|| words.to_owned());
+    let others = flags & !(AUTO_RECOVERY | SHARED_DISKS);
+    let flags = [
+        bit(AUTO_RECOVERY, "with auto-recovery"),
+        bit(SHARED_DISKS, "shared disks among them"),
+        (others != 0).then(|| format!("flags {others:#x}")),
+    ];
+    let parts = [Some(format!("{kind} of {disks}"))]
+        .into_iter()
+        .chain(flags);
+    parts.flatten().collect::<Vec<_>>().join(", ")
+}
+
+// Of Msvm_VirtualSystemSnapshotSettingData, whose GuestBackupType has the same words; the message itself
+// is not documented.
+const UNDEFINED: u32 = 0;
+const FULL: u32 = 1;
+const COPY: u32 = 2;
+
+// IC_VSS_FREEZE_FLAGS, which a host's own symbols name.
+const AUTO_RECOVERY: u32 = 1;
+const SHARED_DISKS: u32 = 2;
+
+/// What the host's types of backup are called; its number for one that is not known.
+pub fn name_of_type(backup_type: u32) -> Cow<'static, str> {
+    match backup_type {
+        FULL => "full".into(),
+        COPY => "copy".into(),
+        other => other.to_string().into(),
+    }
 }
 
 /// What the host's operations are called.

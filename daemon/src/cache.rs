@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
 use crate::open::{open_file_system, OpenError};
-use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason};
+use crate::plan::{plan, FileSystem, LeftOut, Listed, Plan, Reason};
 use crate::watch::{Before, Kernel, Marks, Signals};
 
 /// How often the machine is looked at anew when it changed between reading and opening. What was
@@ -84,11 +84,15 @@ pub struct Gathered {
     pub targets: Vec<Opened>,
     /// What is on disks here and is not frozen all the same, for the log.
     pub missing: Vec<Missing>,
+    /// The disks that the host backs up, each with what is on it, for the log.
+    pub disks: Vec<String>,
+    /// Why it is not only for those disks though it was to be.
+    pub not_only_listed: Option<String>,
 }
 
 /// What a backup would freeze now, and what it would not: the plan, after a try to open each.
 pub fn survey(config: &Config) -> Result<Plan, GatherError> {
-    let (plan, _) = Cache::default().open(config)?;
+    let (plan, ..) = Cache::default().open(config, &[])?;
     Ok(plan)
 }
 
@@ -147,19 +151,56 @@ impl Default for Cache {
     }
 }
 
+/// What is to be frozen, by the paths that an operator knows, and the nodes of the disks that the host
+/// backs up; of a disk that is not known, its address.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Planned {
+    /// As they are mounted now.
+    pub paths: Vec<String>,
+    /// Such as `/dev/sdb`.
+    pub disks: Vec<String>,
+}
+
 impl Cache {
-    /// What is to be frozen as it is mounted now, by the paths that an operator knows.
-    pub fn planned(&mut self, config: &Config) -> Result<Vec<String>, LookError> {
+    /// What a backup of the disks with these addresses is to freeze.
+    pub fn planned(&mut self, config: &Config, disks: &[String]) -> Result<Planned, LookError> {
         self.plan(config)?;
-        let members = self.plan.waves.iter().flatten();
+        let (plan, listed) = self.plan_of(config, disks);
+        let members = plan.waves.iter().flatten();
         let paths = members.filter_map(|it| it.places.first());
-        Ok(paths.map(|it| it.path.to_string_lossy().into()).collect())
+        let known = plan
+            .disks
+            .iter()
+            .filter(|(dev, _)| listed.disks.contains(dev));
+        let nodes = known.map(|(_, disk)| format!("/dev/{}", disk.name));
+        Ok(Planned {
+            paths: paths.map(|it| it.path.to_string_lossy().into()).collect(),
+            disks: nodes.chain(listed.strange).collect(),
+        })
     }
 
-    /// Opens everything that is to be frozen, as planned before or anew.
-    pub fn gather(&mut self, config: &Config) -> Result<Gathered, GatherError> {
-        let (plan, mut open) = self.open(config)?;
-        let mut gathered = Gathered::default();
+    /// The plan for a backup of the disks with these addresses, and those disks.
+    fn plan_of(&self, config: &Config, disks: &[String]) -> (Plan, Listed) {
+        let mut plan = self.plan.clone();
+        let listed = plan.find(disks);
+        if config.listed_disks_only && why_not_only(disks, &listed).is_none() {
+            plan.leave_out_all_but(&listed.disks);
+        }
+        (plan, listed)
+    }
+
+    /// Opens everything that is to be frozen, as planned before or anew, for a backup of the disks with
+    /// these addresses.
+    pub fn gather(&mut self, config: &Config, disks: &[String]) -> Result<Gathered, GatherError> {
+        let (plan, listed, mut open) = self.open(config, disks)?;
+        let mut gathered = Gathered {
+            not_only_listed: why_not_only(disks, &listed).filter(|_| config.listed_disks_only),
+            ..Gathered::default()
+        };
+        let known = listed.disks.iter().map(|dev| plan.words_for(*dev));
+        let strange = listed.strange.iter();
+        let strange = strange.map(|it| format!("{it}, which is no disk that is known here"));
+        gathered.disks = known.chain(strange).collect();
         let never_held = plan.synced.iter().map(|it| (0, it));
         let waves = plan.waves.iter().enumerate();
         let held = waves.flat_map(|(wave, members)| members.iter().map(move |it| (wave, it)));
@@ -176,7 +217,10 @@ impl Cache {
                 }));
         }
         let is_worth_a_word = |it: &&LeftOut| match it.reason {
-            Reason::Excluded(_) | Reason::Broken(_) | Reason::Unreachable(_) => true,
+            Reason::Excluded(_)
+            | Reason::Broken(_)
+            | Reason::Unreachable(_)
+            | Reason::Elsewhere => true,
             Reason::ReadOnly | Reason::NoBlockDevice => false,
         };
         let left_out = plan.left_out.iter().filter(is_worth_a_word);
@@ -203,24 +247,41 @@ impl Cache {
             .is_none_or(|it| it.is_read_only_still(signals))
     }
 
-    /// Opens what the plan says, and returns it without what could not be opened, with the reason.
-    fn open(&mut self, config: &Config) -> Result<(Plan, BTreeMap<DevId, OwnedFd>), GatherError> {
+    /// Opens what the plan for these disks says, and returns it without what could not be opened, with
+    /// the reason.
+    fn open(&mut self, config: &Config, disks: &[String]) -> Result<Open, GatherError> {
         let mut open = BTreeMap::new();
         let mut attempt = 1;
         loop {
             let ways = self.plan(config)?;
-            let (plan, has_changed) = open_all(&ways, self.plan.clone(), &mut open)?;
+            let (plan, listed) = self.plan_of(config, disks);
+            let (plan, has_changed) = open_all(&ways, plan, &mut open)?;
             if !has_changed {
-                return Ok((plan, open));
+                return Ok((plan, listed, open));
             }
             // What a path leads to is not always told: a mount that was moved is in its table as before.
             self.marks = None;
             if attempt == ATTEMPTS {
-                return Ok((plan, open));
+                return Ok((plan, listed, open));
             }
             attempt += 1;
         }
     }
+}
+
+/// A plan, the disks that it is for, and the descriptors of what is in it.
+type Open = (Plan, Listed, BTreeMap<DevId, OwnedFd>);
+
+/// Why a backup that is to be of its disks only is of all, if it is: whoever leaves out what might be in
+/// the backup makes a bad one.
+fn why_not_only(disks: &[String], listed: &Listed) -> Option<String> {
+    if disks.is_empty() {
+        return Some("nobody says which disks the backup is of: it is for all".into());
+    }
+    let strange = listed.strange.first()?;
+    Some(format!(
+        "{strange} is no disk that is known here: the backup is for all"
+    ))
 }
 
 /// Opens all of `plan` that is not in `open` yet, and moves what cannot be opened to what is left
@@ -235,6 +296,7 @@ fn open_all(
         waves,
         synced,
         left_out,
+        ..
     } = &mut plan;
     for members in waves.iter_mut().chain([synced]) {
         let mut opened = Vec::new();

@@ -29,7 +29,7 @@ use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::{pipe2, Pid};
 use serde::{Deserialize, Serialize};
 
-use crate::backup::Verdict;
+use crate::backup::{name_of_type, Verdict};
 use crate::hooks::{Found, Hook, Verb};
 use crate::logbook::{words, Logbook};
 use crate::process;
@@ -58,13 +58,7 @@ impl Context {
         disks: &[String],
         file_systems: &[String],
     ) -> Self {
-        let backup_type = match backup_type {
-            // Of Msvm_VirtualSystemSnapshotSettingData; the message itself is not documented.
-            Some(1) => "full".into(),
-            Some(2) => "copy".into(),
-            Some(other) => other.to_string(),
-            None => String::new(),
-        };
+        let backup_type = backup_type.map_or("".into(), name_of_type);
         let list = |all: &[String]| {
             let escaped = all.iter().map(|it| escape(it));
             escaped.collect::<Vec<_>>().join(" ")
@@ -72,7 +66,7 @@ impl Context {
         let variable = |name: &str, value: String| (format!("HV_VSS_{name}"), value);
         Context(vec![
             variable("REQUEST", request.to_string()),
-            variable("BACKUP_TYPE", backup_type),
+            variable("BACKUP_TYPE", backup_type.into()),
             variable("DISKS", list(disks)),
             variable("FILE_SYSTEMS", list(file_systems)),
         ])

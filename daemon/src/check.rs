@@ -165,7 +165,7 @@ fn file_systems(config: &Config) -> Vec<Finding> {
     };
     for left in &plan.left_out {
         let grade = match left.reason {
-            Reason::Excluded(_) => Grade::Ok,
+            Reason::Excluded(_) | Reason::Elsewhere => Grade::Ok,
             Reason::Broken(_) | Reason::Unreachable(_) => loss,
             Reason::ReadOnly | Reason::NoBlockDevice => continue,
         };

@@ -6,6 +6,7 @@
 //! No host takes part. Texts go to standard output, the course of a rehearsal to the log.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -26,8 +27,8 @@ use crate::history::{History, HistoryError};
 use crate::job::{Freezer, JobError, Setting};
 use crate::logbook::{words, Logbook};
 use crate::machine::{LookError, Table};
-use crate::mounts;
-use crate::plan::{FileSystem, Place, Plan, Reason};
+use crate::mounts::{self, DevId};
+use crate::plan::{Disk, FileSystem, Listed, Place, Plan, Reason};
 use crate::record::{RecordError, RunDir};
 use crate::recovery::{self, By, Recovered, RecoveryError};
 use crate::report::{self, Outcome, Status};
@@ -99,6 +100,8 @@ struct Row<'a> {
     fs_type: &'a str,
     source: Option<String>,
     dev: String,
+    /// The disks that it is on, by name; empty when they are not known.
+    disks: Vec<&'a str>,
     /// Counted from 1; absent when it is not frozen.
     #[serde(skip_serializing_if = "Option::is_none")]
     wave: Option<usize>,
@@ -116,6 +119,40 @@ struct MountRow {
     whole: bool,
 }
 
+/// One disk.
+#[derive(Serialize)]
+struct DiskRow<'a> {
+    /// The kernel's.
+    name: &'a str,
+    dev: String,
+    /// Where the host has it, as `controller:port:target:unit`; absent when it is none of the host's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    address: Option<&'a str>,
+    /// Whether the last backup was of it; absent when that is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    in_last_backup: Option<bool>,
+    /// What is on it, frozen or not.
+    file_systems: Vec<String>,
+}
+
+impl fmt::Display for DiskRow<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({}", self.name, self.dev)?;
+        match self.address {
+            Some(address) => write!(f, ", the host's {address}")?,
+            None => write!(f, ", none of the host's")?,
+        }
+        if self.in_last_backup == Some(true) {
+            write!(f, ", in the last backup")?;
+        }
+        write!(f, ")")?;
+        match self.file_systems.is_empty() {
+            true => Ok(()),
+            false => write!(f, ": {}", self.file_systems.join(", ")),
+        }
+    }
+}
+
 #[derive(Serialize)]
 struct Listing<'a> {
     frozen: Vec<Row<'a>>,
@@ -124,6 +161,9 @@ struct Listing<'a> {
     left_out: Vec<Row<'a>>,
     /// Rules of the configuration that match nothing.
     idle_rules: BTreeSet<String>,
+    disks: Vec<DiskRow<'a>>,
+    /// Whether a backup freezes only what is on the disks that the host names.
+    listed_disks_only: bool,
 }
 
 /// Text as it is, and octal escapes as in the mount table for bytes that are none.
@@ -136,7 +176,12 @@ fn text_of(bytes: &[u8]) -> String {
     text
 }
 
-fn row<'a>(file_system: &'a FileSystem, wave: Option<usize>, reason: Option<&Reason>) -> Row<'a> {
+fn row<'a>(
+    plan: &'a Plan,
+    file_system: &'a FileSystem,
+    wave: Option<usize>,
+    reason: Option<&Reason>,
+) -> Row<'a> {
     let mount = |place: &Place| MountRow {
         namespace: place.namespace,
         path: text_of(place.path.as_os_str().as_bytes()),
@@ -146,12 +191,14 @@ fn row<'a>(file_system: &'a FileSystem, wave: Option<usize>, reason: Option<&Rea
     let mut seen = BTreeSet::new();
     let paths = mounts.iter().map(|it| &it.path);
     let source = file_system.source.as_ref();
+    let disks = file_system.disks.iter().filter_map(|it| plan.disks.get(it));
     Row {
         paths: paths.filter(|it| seen.insert(*it)).cloned().collect(),
         mounts,
         fs_type: &file_system.fs_type,
         source: source.map(|it| text_of(it.as_bytes())),
         dev: file_system.dev.to_string(),
+        disks: disks.map(|it| it.name.as_str()).collect(),
         wave,
         left_out_because: reason.map(ToString::to_string),
     }
@@ -161,11 +208,17 @@ fn row<'a>(file_system: &'a FileSystem, wave: Option<usize>, reason: Option<&Rea
 /// is opened as for a backup, so that what cannot be reached is known.
 pub fn list(config: &Config, json: bool) -> Result<String, CommandError> {
     let plan = survey(config)?;
-    let idle_rules = config.idle_rules(&plan);
-    if json {
-        return Ok(serde_json::to_string_pretty(&listing(&plan, idle_rules))? + "\n");
+    // What is not remembered, or not for everybody to read, is missing in the list.
+    let last = History::new(&config.state_dir).read().ok();
+    let last = last
+        .and_then(|it| it.into_iter().last())
+        .filter(|it| it.disks.is_some());
+    let listed = last.map(|it| plan.find(&it.listed));
+    let listing = listing(&plan, listed.as_ref(), config);
+    match json {
+        true => as_json(&listing),
+        false => Ok(as_text(&plan, &listing)),
     }
-    Ok(as_text(&plan, &idle_rules))
 }
 
 /// What [`list`] is made from, as JSON: for reports, and for tests of the plan.
@@ -173,23 +226,36 @@ pub fn table() -> Result<String, CommandError> {
     Ok(serde_json::to_string_pretty(&Table::record()?)? + "\n")
 }
 
-fn listing(plan: &Plan, idle_rules: BTreeSet<String>) -> Listing<'_> {
+fn listing<'a>(plan: &'a Plan, listed: Option<&Listed>, config: &Config) -> Listing<'a> {
     let frozen = plan.waves.iter().enumerate().flat_map(|(wave, members)| {
         let number = Some(wave + 1);
-        members.iter().map(move |f| row(f, number, None))
+        members.iter().map(move |f| row(plan, f, number, None))
     });
+    let disk = |(dev, disk): (&DevId, &'a Disk)| DiskRow {
+        name: &disk.name,
+        dev: dev.to_string(),
+        address: disk.address.as_deref(),
+        in_last_backup: listed.map(|it| it.disks.contains(dev)),
+        file_systems: plan.on_disk(*dev).map(ToString::to_string).collect(),
+    };
     let left_out = plan.left_out.iter();
     Listing {
         frozen: frozen.collect(),
-        synced: plan.synced.iter().map(|f| row(f, None, None)).collect(),
-        left_out: left_out
-            .map(|l| row(&l.file_system, None, Some(&l.reason)))
+        synced: plan
+            .synced
+            .iter()
+            .map(|f| row(plan, f, None, None))
             .collect(),
-        idle_rules,
+        left_out: left_out
+            .map(|l| row(plan, &l.file_system, None, Some(&l.reason)))
+            .collect(),
+        idle_rules: config.idle_rules(plan),
+        disks: plan.disks.iter().map(disk).collect(),
+        listed_disks_only: config.listed_disks_only,
     }
 }
 
-fn as_text(plan: &Plan, idle_rules: &BTreeSet<String>) -> String {
+fn as_text(plan: &Plan, listing: &Listing<'_>) -> String {
     let mut text = String::new();
     for (wave, members) in plan.waves.iter().enumerate() {
         text.push_str(&format!("wave {}\n", wave + 1));
@@ -210,6 +276,15 @@ fn as_text(plan: &Plan, idle_rules: &BTreeSet<String>) -> String {
     for left in &plan.left_out {
         text.push_str(&format!("  {}: {}\n", left.file_system, left.reason));
     }
+    text.push_str("disks");
+    if listing.listed_disks_only {
+        text.push_str("; of a backup only what is on those that the host names is frozen");
+    }
+    text.push('\n');
+    for disk in &listing.disks {
+        text.push_str(&format!("  {disk}\n"));
+    }
+    let idle_rules = &listing.idle_rules;
     if !idle_rules.is_empty() {
         text.push_str("rules that match nothing\n");
     }
@@ -238,6 +313,7 @@ pub fn freeze_for(
         door: Arc::new(door),
         abort: Arc::default(),
         progress: Arc::default(),
+        disks: Vec::new(),
     };
     let held = log.hold(0, Instant::now());
     let result = rehearse(&setting, &guard, time, stop);

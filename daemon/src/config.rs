@@ -7,6 +7,7 @@
 //!
 //! ```toml
 //! strict = false          # a file system that cannot freeze fails the backup
+//! listed_disks_only = false # freeze only what is on the disks that the host backs up
 //! prepare = 300           # seconds that looking up what is mounted may take
 //! deadline = 60           # seconds from the first freeze to the thaw, at the latest
 //! give_up = 10            # seconds that one file system may take to freeze
@@ -72,6 +73,8 @@ pub enum ConfigError {
 pub struct Config {
     /// Whether a file system that cannot freeze, or that is out of order, fails the backup.
     pub strict: bool,
+    /// Whether only that is frozen which has a part of the disks that the host backs up.
+    pub listed_disks_only: bool,
     /// Seconds that looking up what is mounted may take, 1 to 3600.
     pub prepare: Duration,
     /// Seconds from the first freeze to the thaw at the latest, 1 to 3600.
@@ -98,6 +101,7 @@ impl Default for Config {
     fn default() -> Self {
         Config {
             strict: false,
+            listed_disks_only: false,
             prepare: Duration::from_secs(300),
             deadline: Duration::from_secs(60),
             give_up: Duration::from_secs(10),
@@ -149,6 +153,7 @@ impl HookRules {
 #[serde(default, deny_unknown_fields)]
 struct Layer {
     strict: Option<bool>,
+    listed_disks_only: Option<bool>,
     #[serde(deserialize_with = "seconds")]
     prepare: Option<Duration>,
     #[serde(deserialize_with = "seconds")]
@@ -190,6 +195,7 @@ impl Layer {
     /// Puts what it says in the place of what was said before.
     fn apply(self, config: &mut Config) {
         put(&mut config.strict, self.strict);
+        put(&mut config.listed_disks_only, self.listed_disks_only);
         put(&mut config.prepare, self.prepare);
         put(&mut config.deadline, self.deadline);
         put(&mut config.give_up, self.give_up);

@@ -96,10 +96,19 @@ pub struct Request {
     pub operation: u8,
     /// How long the kernel waits for the answer, counted from the read.
     pub time_left: Duration,
-    /// How many disks the host will snapshot, if it said; [`Device::disks`] has them.
-    pub luns: Option<u32>,
-    /// What kind of backup it will be, in the host's own number, if it said.
-    pub backup_type: Option<u32>,
+    /// What the host says of the backup, if it does.
+    pub about: Option<About>,
+}
+
+/// What a host says of a backup, in its own numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct About {
+    /// How many disks it will snapshot; [`Device::disks`] has them.
+    pub luns: u32,
+    /// What kind of backup it will be.
+    pub backup_type: u32,
+    /// What is to be minded.
+    pub flags: u32,
 }
 
 /// What a read brought.
@@ -352,8 +361,7 @@ fn decode_v1(bytes: &[u8]) -> Incoming {
         } else {
             V1_TIME
         },
-        luns: None,
-        backup_type: None,
+        about: None,
     })
 }
 
@@ -406,8 +414,11 @@ fn request_v2(bytes: &[u8]) -> Result<(Request, Option<FreezeInfo>), Incoming> {
         id: request.frame.id,
         operation: request.msg.hdr.operation,
         time_left: Duration::from_millis(request.time_left_ms.into()),
-        luns: info.map(|it| it.lun_count),
-        backup_type: info.map(|it| it.backup_type),
+        about: info.map(|it| About {
+            luns: it.lun_count,
+            backup_type: it.backup_type,
+            flags: it.flags,
+        }),
     };
     Ok((request, info))
 }
@@ -483,6 +494,7 @@ mod tests {
         let mut info = FreezeInfo::new_zeroed();
         info.lun_count = 3;
         info.backup_type = 2;
+        info.flags = 1;
         info.luns[2].lun = 9;
         let request = RequestFrame {
             frame: header(frame::REQUEST, MAX_FRAME, 77),
@@ -499,8 +511,12 @@ mod tests {
         assert_eq!(request.id, 77);
         assert_eq!(request.operation, op::FREEZE);
         assert_eq!(request.time_left, Duration::from_millis(1500));
-        assert_eq!(request.luns, Some(3));
-        assert_eq!(request.backup_type, Some(2));
+        let about = About {
+            luns: 3,
+            backup_type: 2,
+            flags: 1,
+        };
+        assert_eq!(request.about, Some(about));
         let luns: Vec<u8> = device.disks().iter().map(|it| it.lun).collect();
         assert_eq!(luns, [0, 0, 9]);
 

@@ -42,7 +42,10 @@ pub struct Entry {
     pub backup_type: Option<u32>,
     /// How many disks the host said that it would take a snapshot of.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub disks: Option<u32>,
+    pub disks: Option<usize>,
+    /// Where those are: `controller:port:target:unit`.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub listed: Vec<String>,
     /// Whether the module held what was frozen, as against FIFREEZE.
     pub held: bool,
     /// How it went.
@@ -103,15 +106,21 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// One that begins now.
-    pub fn new(request: u64, backup_type: Option<u32>, disks: Option<u32>, held: bool) -> Self {
+    /// One that begins now, of disks with these addresses, if the host has said which.
+    pub fn new(
+        request: u64,
+        backup_type: Option<u32>,
+        listed: Option<Vec<String>>,
+        held: bool,
+    ) -> Self {
         Draft {
             start: Instant::now(),
             entry: Entry {
                 at: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
                 request,
                 backup_type,
-                disks,
+                disks: listed.as_ref().map(Vec::len),
+                listed: listed.unwrap_or_default(),
                 held,
                 result: Verdict::Failed,
                 why: None,
@@ -250,7 +259,7 @@ pub(crate) mod tests {
 
     /// A backup of one file system with one hook.
     pub(crate) fn example() -> Entry {
-        let mut draft = Draft::new(7, Some(2), Some(1), true);
+        let mut draft = Draft::new(7, Some(2), Some(vec!["host:0:0:1".into()]), true);
         let at = |ms| draft.start + Duration::from_millis(ms);
         let called = |verb, since, fault: Option<&str>| Called {
             name: "10-a".into(),

@@ -12,7 +12,6 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use hv_vss_uapi::Lun;
 use serde::{Deserialize, Serialize};
 
 use crate::backup::Verdict;
@@ -229,48 +228,6 @@ fn is_left_behind(path: &Path) -> bool {
     name.starts_with('.') || ENDS.iter().any(|end| name.ends_with(end))
 }
 
-/// The disks of a backup as this machine names them, such as `/dev/sdb`; one that it does not know, as
-/// controller, target and unit.
-pub fn names_of_disks(luns: &[Lun]) -> Vec<String> {
-    luns.iter().map(name_of_disk).collect()
-}
-
-fn name_of_disk(lun: &Lun) -> String {
-    let controller = guid(&lun.controller);
-    let unit = format!("{}:{}:{}", lun.port, lun.target, lun.lun);
-    let found = block_device(&controller, &unit);
-    found.unwrap_or_else(|| format!("{controller}:{unit}"))
-}
-
-/// The disk that sysfs has at this place of this controller.
-fn block_device(controller: &str, unit: &str) -> Option<String> {
-    let bus = Path::new("/sys/bus/vmbus/devices").join(controller);
-    let host = only_name(&bus, |name| name.starts_with("host"))?;
-    let number = host.strip_prefix("host")?;
-    let (target, _) = unit.rsplit_once(':')?;
-    let scsi = bus.join(&host).join(format!("target{number}:{target}"));
-    let block = scsi.join(format!("{number}:{unit}")).join("block");
-    Some(format!("/dev/{}", only_name(&block, |_| true)?))
-}
-
-fn only_name(folder: &Path, is_it: impl Fn(&str) -> bool) -> Option<String> {
-    let entries = std::fs::read_dir(folder).ok()?;
-    let mut names = entries.filter_map(|it| it.ok()?.file_name().into_string().ok());
-    names.find(|it| is_it(it))
-}
-
-/// A GUID as sysfs writes it; its first three fields are little-endian.
-fn guid(bytes: &[u8; 16]) -> String {
-    let [a, b, c, d, e, f, g, h, rest @ ..] = bytes;
-    let rest: String = rest.iter().map(|byte| format!("{byte:02x}")).collect();
-    let (node, clock) = (rest.get(4..), rest.get(..4));
-    format!(
-        "{d:02x}{c:02x}{b:02x}{a:02x}-{f:02x}{e:02x}-{h:02x}{g:02x}-{}-{}",
-        clock.unwrap_or_default(),
-        node.unwrap_or_default()
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -379,21 +336,5 @@ mod tests {
         ] {
             assert_eq!(hook(contract).release(verdict).as_str(), verb);
         }
-    }
-
-    #[test]
-    fn a_disk_that_is_not_known_is_named_by_its_place() {
-        let lun = Lun {
-            bus_type: 1,
-            controller: [
-                0x29, 0x2e, 0xfa, 0x35, 0x23, 0xea, 0x36, 0x42, 0x96, 0xae, 0x3a, 0x6e, 0xba, 0xcb,
-                0xa4, 0x40,
-            ],
-            target: 1,
-            lun: 7,
-            ..Lun::default()
-        };
-        let expected = "35fa2e29-ea23-4236-96ae-3a6ebacba440:0:1:7";
-        assert_eq!(names_of_disks(&[lun]), [expected]);
     }
 }

@@ -17,8 +17,6 @@ use std::sync::Arc;
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use hv_vss_uapi::Lun;
-
 use crate::backup::Begun;
 use crate::cache::{Cache, GatherError, Gathered, Opened};
 use crate::calls::Context;
@@ -88,6 +86,8 @@ pub struct Setting {
     pub abort: Arc<AtomicBool>,
     /// Where to show what it is at.
     pub progress: Arc<Progress>,
+    /// The addresses of the disks that the host backs up, as far as it has said.
+    pub disks: Vec<String>,
 }
 
 /// Whoever freezes, with all that is known, or open, or running, before it is needed.
@@ -186,13 +186,23 @@ impl Freezer {
             door,
             abort,
             progress,
+            disks,
         } = setting;
         self.go_by(config);
         progress.enter(Stage::Looking, 0);
         let before = self.listed();
-        let Gathered { targets, missing } = self.cache.gather(config)?;
-        for it in &missing {
-            log.warning(it.to_string());
+        let Gathered {
+            targets,
+            missing,
+            disks,
+            not_only_listed,
+        } = self.cache.gather(config, disks)?;
+        for it in &disks {
+            log.info(format!("in the backup: {it}"));
+        }
+        let missing_words = missing.iter().map(ToString::to_string);
+        for it in not_only_listed.into_iter().chain(missing_words) {
+            log.warning(it);
         }
         let targets: Vec<Target> = match door.watched_every() {
             Some(_) => look_out_for_writes(targets, log),
@@ -439,8 +449,6 @@ pub struct About {
     pub request: u64,
     /// Its kind, in the host's own number.
     pub backup_type: Option<u32>,
-    /// The disks that it is of.
-    pub disks: Vec<Lun>,
 }
 
 /// What the event loop tells the worker of a backup under way.
@@ -544,21 +552,22 @@ impl Backup {
     /// Has the hooks called, if there are any, and waits until they are ready.
     fn quiesce(&self, freezer: &mut Freezer) -> Result<(), JobError> {
         let Setting {
-            config, progress, ..
+            config,
+            progress,
+            disks,
+            ..
         } = &self.setting;
         let found = hooks::find(&config.hooks)?;
         if found.is_empty() {
             return Ok(());
         }
         freezer.go_by(config);
-        let file_systems = freezer.cache.planned(config)?;
+        let planned = freezer.cache.planned(config, disks)?;
         let About {
             request,
             backup_type,
-            disks,
         } = &self.about;
-        let disks = hooks::names_of_disks(disks);
-        let context = Context::new(*request, *backup_type, &disks, &file_systems);
+        let context = Context::new(*request, *backup_type, &planned.disks, &planned.paths);
         progress.enter(Stage::Hooks, found.len());
         (self.tell)(Outcome::Hooks(found, context));
         match self.words.recv() {

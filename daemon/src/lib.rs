@@ -25,6 +25,7 @@ pub mod commands;
 pub mod config;
 pub mod control;
 pub mod device;
+pub mod disks;
 pub mod door;
 pub mod fifreeze;
 pub mod freeze;

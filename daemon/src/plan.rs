@@ -51,7 +51,8 @@ pub struct FileSystem {
     pub source: Option<OsString>,
     /// The block devices that it is on, as far as they are known.
     pub devices: Vec<DevId>,
-    /// The lowest devices below those, which others may have a part of as well.
+    /// The lowest devices below those, and below what holds a file that it is on. Others may have a
+    /// part of them as well. Empty when they are not known.
     pub disks: Vec<DevId>,
     /// Where it can be reached, the best way first. Empty when it is mounted nowhere.
     pub places: Vec<Place>,
@@ -94,6 +95,8 @@ pub enum Reason {
     Broken(String),
     /// There is no way to it; the text says what was tried.
     Unreachable(String),
+    /// None of the disks that the host backs up has a part of it.
+    Elsewhere,
 }
 
 impl Reason {
@@ -101,7 +104,9 @@ impl Reason {
     pub fn is_a_loss(&self) -> bool {
         match self {
             Reason::Broken(_) | Reason::Unreachable(_) => true,
-            Reason::ReadOnly | Reason::NoBlockDevice | Reason::Excluded(_) => false,
+            Reason::ReadOnly | Reason::NoBlockDevice | Reason::Excluded(_) | Reason::Elsewhere => {
+                false
+            }
         }
     }
 }
@@ -114,6 +119,7 @@ impl fmt::Display for Reason {
             Reason::Excluded(rule) => write!(f, "excluded by {rule}"),
             Reason::Broken(how) => write!(f, "out of order: {how}"),
             Reason::Unreachable(why) => write!(f, "cannot be reached: {why}"),
+            Reason::Elsewhere => f.write_str("on no disk of this backup"),
         }
     }
 }
@@ -136,9 +142,81 @@ pub struct Plan {
     pub synced: Vec<FileSystem>,
     /// All else.
     pub left_out: Vec<LeftOut>,
+    /// The disks that the host gives, and all others that something here is on.
+    pub disks: BTreeMap<DevId, Disk>,
+}
+
+/// A disk, as far as it matters which one it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// The kernel's name.
+    pub name: String,
+    /// Where the host has it, if it is one of the host's.
+    pub address: Option<String>,
+    /// Whether what is on it may lie on another disk of this machine: a program may serve it.
+    pub is_served: bool,
+}
+
+/// Of which disks a backup is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listed {
+    /// By number, those that are known.
+    pub disks: BTreeSet<DevId>,
+    /// The addresses of those that are not.
+    pub strange: Vec<String>,
 }
 
 impl Plan {
+    /// Looks up disks that the host has named by their addresses.
+    pub fn find(&self, addresses: &[String]) -> Listed {
+        let mut listed = Listed::default();
+        for address in addresses {
+            let is_it = |(_, disk): &(&DevId, &Disk)| disk.address.as_ref() == Some(address);
+            match self.disks.iter().find(is_it) {
+                Some((dev, _)) => drop(listed.disks.insert(*dev)),
+                None => listed.strange.push(address.clone()),
+            }
+        }
+        listed
+    }
+
+    /// A disk by the path of its node, and what is on it, in words.
+    pub fn words_for(&self, dev: DevId) -> String {
+        let name = self.disks.get(&dev).map_or("?", |it| &it.name);
+        let names: Vec<String> = self.on_disk(dev).map(ToString::to_string).collect();
+        match names.is_empty() {
+            true => format!("/dev/{name}, without a file system in use"),
+            false => format!("/dev/{name} with {}", names.join(", ")),
+        }
+    }
+
+    /// What is on a disk, frozen or not.
+    pub fn on_disk(&self, dev: DevId) -> impl Iterator<Item = &FileSystem> {
+        self.file_systems()
+            .filter(move |it| it.disks.contains(&dev))
+    }
+
+    /// Leaves out what has no part of any of these disks. Where that is not certain, it stays.
+    pub fn leave_out_all_but(&mut self, disks: &BTreeSet<DevId>) {
+        let is_other = |dev: &DevId| {
+            let disk = self.disks.get(dev);
+            !disks.contains(dev) && disk.is_some_and(|it| !it.is_served)
+        };
+        let is_elsewhere = |it: &FileSystem| !it.disks.is_empty() && it.disks.iter().all(is_other);
+        let mut elsewhere = Vec::new();
+        for members in self.waves.iter_mut().chain([&mut self.synced]) {
+            let (out, stay) = std::mem::take(members).into_iter().partition(is_elsewhere);
+            *members = stay;
+            elsewhere.extend::<Vec<FileSystem>>(out);
+        }
+        self.waves.retain(|members| !members.is_empty());
+        self.left_out
+            .extend(elsewhere.into_iter().map(|file_system| LeftOut {
+                file_system,
+                reason: Reason::Elsewhere,
+            }));
+    }
+
     /// All file systems, whatever becomes of them.
     pub fn file_systems(&self) -> impl Iterator<Item = &FileSystem> {
         let left_out = self.left_out.iter().map(|it| &it.file_system);
@@ -155,12 +233,21 @@ pub fn plan(
 ) -> Plan {
     let mut plan = Plan::default();
     let mut chosen = Vec::new();
-    for superblock in superblocks(mounts, topology) {
+    let superblocks = superblocks(mounts, topology);
+    let below = Below {
+        mounts,
+        topology,
+        by_dev: by_dev(&superblocks),
+    };
+    let disks: Vec<_> = superblocks
+        .iter()
+        .map(|it| below.disks(&it.file_system))
+        .collect();
+    plan.disks = below.describe(disks.iter().flatten());
+    for (superblock, disks) in superblocks.into_iter().zip(disks) {
         let reason = superblock.reason(topology, excluded);
         let (mut file_system, held) = (superblock.file_system, superblock.can_be_held);
-        let below = devices_below(topology, &file_system).into_iter();
-        let lowest = below.filter(|(_, device)| device.below.is_empty());
-        file_system.disks = lowest.map(|(dev, _)| dev).collect();
+        file_system.disks = disks.into_iter().collect();
         match reason {
             Some(reason) => plan.left_out.push(LeftOut {
                 file_system,
@@ -473,6 +560,77 @@ fn devices_below<'a>(
     found
 }
 
+/// The superblocks by their number.
+fn by_dev(superblocks: &[Superblock]) -> BTreeMap<DevId, &FileSystem> {
+    let each = superblocks.iter().map(|it| &it.file_system);
+    each.map(|it| (it.dev, it)).collect()
+}
+
+/// The way down from file systems to disks.
+struct Below<'a> {
+    mounts: &'a [Mount],
+    topology: &'a Topology,
+    by_dev: BTreeMap<DevId, &'a FileSystem>,
+}
+
+impl Below<'_> {
+    /// As [`FileSystem::disks`].
+    fn disks(&self, file_system: &FileSystem) -> BTreeSet<DevId> {
+        let mut disks = BTreeSet::new();
+        let mut seen = BTreeSet::from([file_system.dev]);
+        let mut todo = vec![file_system];
+        while let Some(next) = todo.pop() {
+            for (dev, device) in devices_below(self.topology, next) {
+                if !device.below.is_empty() {
+                    continue;
+                }
+                match device.backing.as_ref().and_then(|it| self.holder(it)) {
+                    Some(holder) if !seen.insert(holder.dev) => {}
+                    Some(holder) => todo.push(holder),
+                    None => drop(disks.insert(dev)),
+                }
+            }
+        }
+        disks
+    }
+
+    /// What holds the file behind a loop device, if that is known and is on disks.
+    fn holder(&self, backing: &Backing) -> Option<&FileSystem> {
+        match holder(self.mounts, self.topology, backing) {
+            Holder::Superblock(dev) => self.by_dev.get(&dev).copied(),
+            Holder::Memory | Holder::Unknown => None,
+        }
+    }
+
+    /// The disks that the host gives, and these.
+    fn describe<'b>(&self, others: impl Iterator<Item = &'b DevId>) -> BTreeMap<DevId, Disk> {
+        let Topology { devices, disks, .. } = self.topology;
+        let hosts = disks.iter().map(|(dev, it)| {
+            let disk = Disk {
+                name: it.name.clone(),
+                address: Some(it.address.clone()),
+                is_served: false,
+            };
+            (*dev, disk)
+        });
+        let others = others.filter(|dev| !disks.contains_key(dev));
+        let others = others.filter_map(|dev| {
+            let device = devices.get(dev)?;
+            // A file that is not in memory lies somewhere on the others.
+            let is_file = device.backing.as_ref().is_some_and(|it| {
+                !matches!(holder(self.mounts, self.topology, it), Holder::Memory)
+            });
+            let disk = Disk {
+                name: device.name.clone(),
+                address: None,
+                is_served: device.user_space || is_file,
+            };
+            Some((*dev, disk))
+        });
+        hosts.chain(others).collect()
+    }
+}
+
 enum Holder {
     Superblock(DevId),
     /// Not on a disk at all.
@@ -710,6 +868,78 @@ mod tests {
         let plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &|_| None);
         let disks: Vec<_> = plan.file_systems().map(|it| it.disks.clone()).collect();
         assert_eq!(disks, [vec![dev("8:0")], vec![dev("8:0")]]);
+    }
+
+    /// A disk of the host and one more, partitions and a mapped device on the first, an image on that, one
+    /// of unknown place and one in memory; a log on the first, of what is on the second.
+    fn two_disks_and_images() -> Plan {
+        let mut topology = topology(vec![
+            ("8:0", disk(&[])),
+            ("8:1", disk(&["8:0"])),
+            ("253:0", disk(&["8:1"])),
+            ("8:16", disk(&[])),
+            ("8:32", disk(&[])),
+            ("8:33", disk(&["8:0"])),
+            ("7:0", loop_on("/srv/img", Some("253:0"))),
+            ("7:1", loop_on("/away/img", None)),
+            ("7:2", loop_on("/run/img", Some("0:9"))),
+        ]);
+        for (number, name) in [("8:0", "sda"), ("8:16", "sdb"), ("8:48", "sdd")] {
+            let found = crate::disks::Disk {
+                name: name.into(),
+                address: format!("host:{number}"),
+            };
+            topology.disks.insert(dev(number), found);
+        }
+        topology.logs.insert(dev("8:32"), vec![dev("8:33")]);
+        let table = "\
+1 0 8:16 / / rw - ext4 /dev/sdb rw
+2 1 253:0 / /srv rw - xfs /dev/dm-0 rw
+3 1 7:0 / /image rw - ext4 /dev/loop0 rw
+4 1 7:1 / /unknown rw - ext4 /dev/loop1 rw
+5 1 0:9 / /run rw - tmpfs tmpfs rw
+6 1 7:2 / /in-memory rw - ext4 /dev/loop2 rw
+7 1 8:32 / /log-elsewhere rw - xfs /dev/sdc rw
+";
+        plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &|_| None)
+    }
+
+    #[test]
+    fn what_is_on_a_disk_is_also_what_is_on_files_there() {
+        let plan = two_disks_and_images();
+        let on = |number| -> Vec<String> {
+            let found = plan.on_disk(dev(number));
+            found
+                .map(|it| it.places[0].path.display().to_string())
+                .collect()
+        };
+        let mut on_first = on("8:0");
+        on_first.sort();
+        assert_eq!(on_first, ["/image", "/log-elsewhere", "/srv"]);
+        assert_eq!(on("8:16"), ["/"]);
+        assert!(on("8:48").is_empty());
+        let listed = plan.find(&["host:8:48".into(), "host:9".into(), "host:8:0".into()]);
+        assert_eq!(listed.disks, BTreeSet::from([dev("8:0"), dev("8:48")]));
+        assert_eq!(listed.strange, ["host:9"]);
+    }
+
+    #[test]
+    fn of_some_disks_only_what_has_no_part_of_them_is_left_out() {
+        let mut plan = two_disks_and_images();
+        plan.leave_out_all_but(&BTreeSet::from([dev("8:0")]));
+        let mut frozen: Vec<String> = plan
+            .waves
+            .iter()
+            .flatten()
+            .map(|it| it.places[0].path.display().to_string())
+            .collect();
+        frozen.sort();
+        assert_eq!(frozen, ["/image", "/log-elsewhere", "/srv", "/unknown"]);
+        let elsewhere = plan.left_out.iter();
+        let elsewhere = elsewhere.filter(|it| it.reason == Reason::Elsewhere);
+        let mut names: Vec<String> = elsewhere.map(|it| it.file_system.to_string()).collect();
+        names.sort();
+        assert_eq!(names, ["/ (ext4, 8:16)", "/in-memory (ext4, 7:2)"]);
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::backup::Verdict;
+use crate::backup::{name_of_type, Verdict};
 use crate::check::{Finding, Grade};
 use crate::freeze::How;
 use crate::history::Entry;
@@ -78,6 +78,8 @@ impl Status<'_> {
         });
         let last = last.unwrap_or_else(|| "none is remembered".into());
         rows.push(["last backup".into(), last]);
+        let disks = self.last.into_iter().flat_map(|it| &it.listed);
+        rows.extend(disks.map(|it| ["of the disk".into(), it.clone()]));
         align(&rows)
     }
 }
@@ -104,12 +106,7 @@ pub fn history(all: &[Entry]) -> String {
         "why".into(),
     ]];
     for (number, entry) in (1..=all.len()).rev().zip(all) {
-        let kind = match entry.backup_type {
-            Some(1) => "full".into(),
-            Some(2) => "copy".into(),
-            Some(other) => other.to_string(),
-            None => "-".into(),
-        };
+        let kind = entry.backup_type.map_or("-".into(), name_of_type);
         let frozen = entry.file_systems.iter();
         let frozen = frozen.filter(|it| it.how == How::Frozen);
         let since = frozen.clone().filter_map(|it| it.since_us).min();
@@ -120,7 +117,7 @@ pub fn history(all: &[Entry]) -> String {
         rows.push([
             number.to_string(),
             entry.at.clone(),
-            kind,
+            kind.into(),
             word_for(entry.result).into(),
             seconds(entry.answered_us),
             seconds(stood),

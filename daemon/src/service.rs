@@ -28,6 +28,7 @@ use crate::calls::{Called, Calling, Context, HookOutcome, Means};
 use crate::config::{Config, ConfigError};
 use crate::control::{Client, Control, Method};
 use crate::device::{Abi, Device, DeviceError, Incoming, Request};
+use crate::disks;
 use crate::door::Door;
 use crate::fifreeze::Fifreeze;
 use crate::guard::{Event, Guard, GuardError};
@@ -663,7 +664,17 @@ impl Hands {
     /// A backup that may be remembered.
     fn draft(&self, request: &Request) -> Draft {
         let is_held = self.device.as_ref().is_some_and(|it| it.hold().is_some());
-        Draft::new(request.id, request.backup_type, request.luns, is_held)
+        let about = request.about;
+        let kind = about.map(|it| it.backup_type);
+        let disks = about.map(|_| self.disks_of(request));
+        Draft::new(request.id, kind, disks, is_held)
+    }
+
+    /// The addresses of the disks that it is for.
+    fn disks_of(&self, request: &Request) -> Vec<String> {
+        let device = self.device.as_ref().filter(|_| request.about.is_some());
+        let luns = device.map_or(&[][..], Device::disks);
+        luns.iter().map(disks::address_of).collect()
     }
 
     /// Puts what came of the backup that has ended into the history, with all calls of hooks.
@@ -750,11 +761,7 @@ impl Effects for Hands {
         self.log.info(text);
         let about = About {
             request: request.id,
-            backup_type: request.backup_type,
-            disks: self
-                .device
-                .as_ref()
-                .map_or_else(Vec::new, |it| it.disks().to_vec()),
+            backup_type: request.about.map(|it| it.backup_type),
         };
         let tell = teller(&self.tell, News::Job);
         let setting = Setting {
@@ -763,6 +770,7 @@ impl Effects for Hands {
             door,
             abort: Arc::default(),
             progress: Arc::default(),
+            disks: self.disks_of(request),
         };
         self.draft = Some(self.draft(request));
         let job = self.worker.begin(setting, about, held, tell);

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::disks::{self, Disk};
 use crate::mounts::{DevId, Mount};
 use crate::superblocks::{dev_in, folder_of, Superblock};
 use crate::sys;
@@ -56,6 +57,9 @@ pub struct Topology {
     /// For superblocks whose journal, log or data is on further devices: which.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub logs: BTreeMap<DevId, Vec<DevId>>,
+    /// The disks that the host gives, whatever is on them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub disks: BTreeMap<DevId, Disk>,
     /// Superblocks whose device is no more.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub gone: BTreeSet<DevId>,
@@ -81,7 +85,10 @@ pub struct Unmounted {
 /// What cannot be read is left out: a device may vanish at any time, and an order that lacks one
 /// edge is better than no backup.
 pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
-    let mut topology = Topology::default();
+    let mut topology = Topology {
+        disks: disks::of_host(),
+        ..Topology::default()
+    };
     for mount in mounts.iter().filter(|m| m.is_on_disks()) {
         if mount.dev.major == 0 {
             add_alias(&mut topology, mount);

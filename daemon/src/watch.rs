@@ -95,7 +95,7 @@ impl<S: Signals> Before<S> {
                 }
                 // Nothing tells when one is repaired.
                 Reason::Broken(_) | Reason::Unreachable(_) => return None,
-                Reason::NoBlockDevice | Reason::Excluded(_) => {}
+                Reason::NoBlockDevice | Reason::Excluded(_) | Reason::Elsewhere => {}
             }
         }
         let mut mapped = Vec::new();

@@ -340,8 +340,7 @@ impl World {
                 id: *ids,
                 operation,
                 time_left: Duration::from_secs(30),
-                luns: None,
-                backup_type: None,
+                about: None,
             };
             if truth.open.replace(request).is_some() {
                 // The kernel shows one at a time: it has failed the last.
@@ -567,8 +566,7 @@ fn in_v1_a_second_thaw_fails_for_the_first_may_have_been_the_kernels() {
         id: 0,
         operation: op::THAW,
         time_left: Duration::from_secs(30),
-        luns: None,
-        backup_type: None,
+        about: None,
     };
     world.truth.open = Some(thaw);
     // What the model does not know of.

@@ -36,7 +36,7 @@ mod systemd;
 use anyhow::{ensure, Context, Result};
 use e2e::check::answered;
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
-use hyperv_sim::ic::vss::VERSIONS;
+use hyperv_sim::ic::vss::{Lun, VERSIONS};
 use hyperv_sim::ic::{status, FRAMEWORKS};
 use hyperv_sim::{Reply, Tx};
 use std::sync::OnceLock;
@@ -346,8 +346,13 @@ struct Seen {
 /// One backup, with a look at every writer in between: it stands still when it has been inside one
 /// write for 300 ms, it goes on when it has ended ten more.
 fn observe(guest: &Guest) -> Result<Seen> {
+    observe_backup_of(guest, &[])
+}
+
+/// The same, where the host backs up these disks.
+fn observe_backup_of(guest: &Guest, disks: &[Lun]) -> Result<Seen> {
     let vss = guest.vss();
-    let freeze = vss.freeze(&[], STEP)?.status();
+    let freeze = vss.freeze(disks, STEP)?.status();
     let start = guest.writers()?;
     let (mut still, mut moving) = (Vec::new(), Vec::new());
     guest.wait_until("every writer stands still or goes on", STEP, || {

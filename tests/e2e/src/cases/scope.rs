@@ -5,15 +5,20 @@
 //!
 //! Where the peer does otherwise, the same is done with the stock module and Debian's daemon.
 
+use super::disks::{self, Attached};
 use super::order::{frozen_in_order, inner_before_outer};
-use super::{case, describe, good, load, observe, rounds_or, seed, start, stop};
+use super::{case, describe, good, load, observe, observe_backup_of, rounds_or, seed, start, stop};
 use super::{wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
 use hyperv_sim::ic::status;
+use hyperv_sim::ic::vss::{FreezeBody, Lun, Op};
+use hyperv_sim::storage::Image;
+use hyperv_sim::Guid;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
+use zerocopy::IntoBytes;
 
 pub const CASES: &[Case] = &[
     case(
@@ -85,6 +90,16 @@ pub const CASES: &[Case] = &[
         "scope/not-known-to-be-hardware",
         "disks that are not known to be hardware are frozen first, the last mounted first",
         not_known_to_be_hardware,
+    ),
+    disks::case(
+        "scope/which-disks",
+        "log, list and status say which disks the host backs up, and what is on them",
+        which_disks,
+    ),
+    disks::case(
+        "scope/listed-disks-only",
+        "as an option only what is on those disks stands still; all does where that is not certain",
+        listed_disks_only,
     ),
     Case {
         per_round: Duration::from_secs(4),
@@ -650,4 +665,172 @@ fn any_change(guest: &Guest) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Two disks of the host: an ext4 on the first; on the second a volume of the device mapper with an xfs,
+/// and in that an image with an ext4.
+struct TwoDisks {
+    disks: [Attached; 2],
+    nodes: [String; 2],
+}
+
+/// Writers on the root, which is on no disk of the host, on the first disk, and twice on the second.
+const ON_ROOT: &str = "/w";
+const ON_FIRST: &str = "/mnt/a/w";
+const ON_SECOND: [&str; 2] = ["/mnt/lv/w", "/mnt/image/w"];
+
+impl TwoDisks {
+    fn new(guest: &Guest) -> Result<Self> {
+        disks::load_driver(guest)?;
+        let disks = [
+            Attached::new(guest, 0, 0, 64, Image::default())?,
+            Attached::new(guest, 1, 3, 512, Image::default())?,
+        ];
+        let nodes = [disks[0].node(guest)?, disks[1].node(guest)?];
+        let [first, second] = &nodes;
+        guest.sh(&format!(
+            "modprobe -a xfs loop dm_mod; mkdir -p /mnt/a /mnt/lv /mnt/image
+             mkfs.ext4 -q -F {first} && mount {first} /mnt/a
+             dmsetup create lv --table \"0 $(blockdev --getsz {second}) linear {second} 0\"
+             mkfs.xfs -q -f /dev/mapper/lv && mount /dev/mapper/lv /mnt/lv
+             truncate -s 64M /mnt/lv/image && mkfs.ext4 -q -F /mnt/lv/image
+             mount -o loop /mnt/lv/image /mnt/image"
+        ))?;
+        for file in [ON_ROOT, ON_FIRST].iter().chain(&ON_SECOND) {
+            guest.writer_start(file)?;
+        }
+        Ok(TwoDisks { disks, nodes })
+    }
+
+    /// How a FREEZE names the second one.
+    fn second(&self) -> Lun {
+        self.disks[1].in_backup()
+    }
+}
+
+/// A disk that no guest has.
+fn strange() -> Lun {
+    Lun::scsi(Guid::new(0x7374_7261, 0, 0, [0; 8]), 0, 0, 9)
+}
+
+/// All of these writers stood still, the others went on.
+fn still_are(seen: &Seen, files: &[&str]) -> Result<()> {
+    let mut still: Vec<&str> = seen.still.iter().map(String::as_str).collect();
+    let mut files = files.to_vec();
+    still.sort_unstable();
+    files.sort_unstable();
+    equal("who stood still", still, files)?;
+    let told = (seen.freeze, seen.thaw, seen.stuck.len());
+    equal(
+        "the answers, and who is stuck",
+        told,
+        (status::OK, Some(status::OK), 0),
+    )
+}
+
+fn all_files() -> Vec<&'static str> {
+    [&[ON_ROOT, ON_FIRST], &ON_SECOND[..]].concat()
+}
+
+fn which_disks(guest: &Guest) -> Result<()> {
+    let two = TwoDisks::new(guest)?;
+    let [first, second] = &two.nodes;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    // By default all stands still, whichever disks it is.
+    let seen = observe_backup_of(guest, &[two.second(), strange()])?;
+    still_are(&seen, &all_files())?;
+    let on_second = format!("in the backup: {second} with ");
+    says(guest, &daemon, &["a backup of 2 disks"])?;
+    says(
+        guest,
+        &daemon,
+        &[&on_second, "/mnt/lv (xfs", "/mnt/image (ext4"],
+    )?;
+    says(
+        guest,
+        &daemon,
+        &["in the backup: ", ":0:0:9", "no disk that is known"],
+    )?;
+    let log = guest.output(&daemon)?;
+    let on_first = format!("in the backup: {first}");
+    ensure!(!log.contains(&on_first), "{first} is in no backup:\n{log}");
+
+    let list = guest.sh(&format!("{OURS} list --json"))?;
+    let list: serde_json::Value = serde_json::from_str(&list)?;
+    for (node, on, in_last) in [(first, 1, false), (second, 2, true)] {
+        let rows = list["disks"].as_array().context("no disks")?;
+        let name = node.trim_start_matches("/dev/");
+        let row = rows
+            .iter()
+            .find(|it| it["name"] == name)
+            .context("no row")?;
+        equal(node, &row["in_last_backup"], &serde_json::json!(in_last))?;
+        let found = row["file_systems"].as_array().map(Vec::len);
+        equal("file systems there", found, Some(on))?;
+    }
+    let text = guest.sh(&format!("{OURS} list"))?;
+    let line = text.lines().find(|it| it.contains("in the last backup"));
+    let line = line.context("list should say which disk was in the last backup")?;
+    ensure!(line.contains("/mnt/lv (xfs"), "and what is on it: {line}");
+    let place = ":0:0:3";
+    ensure!(line.contains(place), "and where the host has it: {line}");
+    let status = guest.sh(&format!("{OURS} status"))?;
+    ensure!(
+        status.contains(place),
+        "status should name the disks:\n{status}"
+    );
+
+    // Type and flags as a host sends them.
+    for (backup_type, flags, words) in [
+        (1, 0, "a full backup of 1 disk, to be"),
+        (2, 1, "a copy backup of 1 disk, with auto-recovery, to be"),
+        (
+            7,
+            0x12,
+            "a backup of type 7 of 1 disk, shared disks among them, flags 0x10, to be",
+        ),
+    ] {
+        let body = FreezeBody::new(backup_type, flags, &[two.second()]).context("one fits")?;
+        let freeze = guest.vss().op(Op::FREEZE, body.as_bytes(), STEP)?;
+        answered("FREEZE", &freeze, status::OK)?;
+        answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+        says(guest, &daemon, &[words])?;
+    }
+    Ok(())
+}
+
+fn listed_disks_only(guest: &Guest) -> Result<()> {
+    let two = TwoDisks::new(guest)?;
+    let daemon = start_with(guest, "listed_disks_only = true\nstrict = true")?;
+    let seen = observe_backup_of(guest, &[two.second()])?;
+    still_are(&seen, &ON_SECOND)?;
+    let elsewhere = "left out: on no disk of this backup";
+    says(guest, &daemon, &["/mnt/a (ext4", elsewhere])?;
+    says(guest, &daemon, &["/ (ext4", elsewhere])?;
+    let seen = observe_backup_of(guest, &[two.disks[0].in_backup()])?;
+    still_are(&seen, &[ON_FIRST])?;
+    let both = two.disks.each_ref().map(Attached::in_backup);
+    let seen = observe_backup_of(guest, &both)?;
+    still_are(&seen, &[&[ON_FIRST], &ON_SECOND[..]].concat())?;
+    // What might be in the backup is never left out.
+    let seen = observe_backup_of(guest, &[two.second(), strange()])?;
+    still_are(&seen, &all_files())?;
+    says(
+        guest,
+        &daemon,
+        &["no disk that is known here: the backup is for all"],
+    )?;
+    let seen = observe_backup_of(guest, &[])?;
+    still_are(&seen, &all_files())?;
+    says(guest, &daemon, &["nobody says which disks", "for all"])?;
+    stop(guest, guest.module(), &daemon)?;
+
+    // The stock module passes no list on.
+    load(guest, Module::Stock, &[])?;
+    let daemon = guest.start_daemon_with("listed_disks_only = true")?;
+    wait_for_daemon(guest)?;
+    let seen = observe_backup_of(guest, &[two.second()])?;
+    still_are(&seen, &all_files())?;
+    says(guest, &daemon, &["nobody says which disks", "for all"])?;
+    stop(guest, Module::Stock, &daemon)
 }
