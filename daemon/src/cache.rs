@@ -15,7 +15,8 @@ use crate::config::Config;
 use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
 use crate::open::{open_file_system, OpenError};
-use crate::plan::{plan, FileSystem, LeftOut, Listed, Plan, Reason};
+use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope};
+use crate::superblocks::Listed;
 use crate::watch::{Before, Kernel, Marks, Signals};
 
 /// How often the machine is looked at anew when it changed between reading and opening. What was
@@ -57,6 +58,8 @@ pub struct Opened {
     pub devices: Vec<DevId>,
     /// The disks below those.
     pub disks: Vec<DevId>,
+    /// As [`FileSystem::stands_on`].
+    pub stands_on: Option<BTreeSet<DevId>>,
     /// Anything on it.
     pub fd: OwnedFd,
 }
@@ -88,6 +91,8 @@ pub struct Gathered {
     pub disks: Vec<String>,
     /// Why it is not only for those disks though it was to be.
     pub not_only_listed: Option<String>,
+    /// What superblocks there were before it was planned; `None` if nobody tells.
+    pub alive: Option<Listed>,
 }
 
 /// What a backup would freeze now, and what it would not: the plan, after a try to open each.
@@ -102,6 +107,8 @@ pub struct Cache<S: Signals = Kernel> {
     plan: Plan,
     /// Without these the plan is of no use a second time.
     marks: Option<Marks<S>>,
+    /// The superblocks that there were before it was made, as far as anybody tells.
+    alive: Option<S::Alive>,
     /// The rules that were reported for matching nothing.
     idle: BTreeSet<String>,
 }
@@ -113,6 +120,7 @@ impl<S: Signals> Cache<S> {
             signals,
             plan: Plan::default(),
             marks: None,
+            alive: None,
             idle: BTreeSet::new(),
         }
     }
@@ -126,6 +134,10 @@ impl<S: Signals> Cache<S> {
             return Ok(ways);
         }
         let before = Before::listen(&mut self.signals);
+        self.alive = match &before {
+            Some(before) => Some(before.alive().clone()),
+            None => self.signals.alive().ok(),
+        };
         let machine = self.signals.look()?;
         self.plan = plan(&machine.mounts, &machine.topology, &|f| config.excludes(f));
         let complete = |it: Before<S>| it.complete(&mut self.signals, &machine, &self.plan);
@@ -165,40 +177,41 @@ impl Cache {
     /// What a backup of the disks with these addresses is to freeze.
     pub fn planned(&mut self, config: &Config, disks: &[String]) -> Result<Planned, LookError> {
         self.plan(config)?;
-        let (plan, listed) = self.plan_of(config, disks);
+        let (plan, scope) = self.plan_of(config, disks);
         let members = plan.waves.iter().flatten();
         let paths = members.filter_map(|it| it.places.first());
         let known = plan
             .disks
             .iter()
-            .filter(|(dev, _)| listed.disks.contains(dev));
+            .filter(|(dev, _)| scope.disks.contains(dev));
         let nodes = known.map(|(_, disk)| format!("/dev/{}", disk.name));
         Ok(Planned {
             paths: paths.map(|it| it.path.to_string_lossy().into()).collect(),
-            disks: nodes.chain(listed.strange).collect(),
+            disks: nodes.chain(scope.strange).collect(),
         })
     }
 
     /// The plan for a backup of the disks with these addresses, and those disks.
-    fn plan_of(&self, config: &Config, disks: &[String]) -> (Plan, Listed) {
+    fn plan_of(&self, config: &Config, disks: &[String]) -> (Plan, Scope) {
         let mut plan = self.plan.clone();
-        let listed = plan.find(disks);
-        if config.listed_disks_only && why_not_only(disks, &listed).is_none() {
-            plan.leave_out_all_but(&listed.disks);
+        let scope = plan.find(disks);
+        if config.listed_disks_only && why_not_only(disks, &scope).is_none() {
+            plan.leave_out_all_but(&scope.disks);
         }
-        (plan, listed)
+        (plan, scope)
     }
 
     /// Opens everything that is to be frozen, as planned before or anew, for a backup of the disks with
     /// these addresses.
     pub fn gather(&mut self, config: &Config, disks: &[String]) -> Result<Gathered, GatherError> {
-        let (plan, listed, mut open) = self.open(config, disks)?;
+        let (plan, scope, mut open) = self.open(config, disks)?;
         let mut gathered = Gathered {
-            not_only_listed: why_not_only(disks, &listed).filter(|_| config.listed_disks_only),
+            not_only_listed: why_not_only(disks, &scope).filter(|_| config.listed_disks_only),
+            alive: self.alive.clone(),
             ..Gathered::default()
         };
-        let known = listed.disks.iter().map(|dev| plan.words_for(*dev));
-        let strange = listed.strange.iter();
+        let known = scope.disks.iter().map(|dev| plan.words_for(*dev));
+        let strange = scope.strange.iter();
         let strange = strange.map(|it| format!("{it}, which is no disk that is known here"));
         gathered.disks = known.chain(strange).collect();
         let never_held = plan.synced.iter().map(|it| (0, it));
@@ -213,6 +226,7 @@ impl Cache {
                     wave,
                     devices: file_system.devices.clone(),
                     disks: file_system.disks.clone(),
+                    stands_on: file_system.stands_on.clone(),
                     fd,
                 }));
         }
@@ -239,12 +253,19 @@ impl Cache {
         Ok(gathered)
     }
 
-    /// Whether what was left out for being read-only still is, as far as the kernel tells.
-    pub fn is_read_only_still(&mut self) -> bool {
+    /// What superblocks there are now; `None` if nobody tells.
+    pub fn alive_now(&mut self) -> Option<Listed> {
+        self.signals.alive().ok()
+    }
+
+    /// Whether nothing can be written that could not be with these superblocks: there are the same, and
+    /// what was left out for being read-only still is, as far as the kernel tells. No path is looked up.
+    pub fn is_all_there(&mut self, alive: &Option<Listed>) -> bool {
         let Cache { signals, marks, .. } = self;
-        marks
-            .as_ref()
-            .is_none_or(|it| it.is_read_only_still(signals))
+        signals.are_alive(alive)
+            && marks
+                .as_ref()
+                .is_none_or(|it| it.is_read_only_still(signals))
     }
 
     /// Opens what the plan for these disks says, and returns it without what could not be opened, with
@@ -254,15 +275,15 @@ impl Cache {
         let mut attempt = 1;
         loop {
             let ways = self.plan(config)?;
-            let (plan, listed) = self.plan_of(config, disks);
+            let (plan, scope) = self.plan_of(config, disks);
             let (plan, has_changed) = open_all(&ways, plan, &mut open)?;
             if !has_changed {
-                return Ok((plan, listed, open));
+                return Ok((plan, scope, open));
             }
             // What a path leads to is not always told: a mount that was moved is in its table as before.
             self.marks = None;
             if attempt == ATTEMPTS {
-                return Ok((plan, listed, open));
+                return Ok((plan, scope, open));
             }
             attempt += 1;
         }
@@ -270,15 +291,15 @@ impl Cache {
 }
 
 /// A plan, the disks that it is for, and the descriptors of what is in it.
-type Open = (Plan, Listed, BTreeMap<DevId, OwnedFd>);
+type Open = (Plan, Scope, BTreeMap<DevId, OwnedFd>);
 
 /// Why a backup that is to be of its disks only is of all, if it is: whoever leaves out what might be in
 /// the backup makes a bad one.
-fn why_not_only(disks: &[String], listed: &Listed) -> Option<String> {
+fn why_not_only(disks: &[String], scope: &Scope) -> Option<String> {
     if disks.is_empty() {
         return Some("nobody says which disks the backup is of: it is for all".into());
     }
-    let strange = listed.strange.first()?;
+    let strange = scope.strange.first()?;
     Some(format!(
         "{strange} is no disk that is known here: the backup is for all"
     ))

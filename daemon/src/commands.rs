@@ -28,7 +28,7 @@ use crate::job::{Freezer, JobError, Setting};
 use crate::logbook::{words, Logbook};
 use crate::machine::{LookError, Table};
 use crate::mounts::{self, DevId};
-use crate::plan::{Disk, FileSystem, Listed, Place, Plan, Reason};
+use crate::plan::{Disk, FileSystem, Place, Plan, Reason, Scope};
 use crate::record::{RecordError, RunDir};
 use crate::recovery::{self, By, Recovered, RecoveryError};
 use crate::report::{self, Outcome, Status};
@@ -213,8 +213,8 @@ pub fn list(config: &Config, json: bool) -> Result<String, CommandError> {
     let last = last
         .and_then(|it| it.into_iter().last())
         .filter(|it| it.disks.is_some());
-    let listed = last.map(|it| plan.find(&it.listed));
-    let listing = listing(&plan, listed.as_ref(), config);
+    let scope = last.map(|it| plan.find(&it.listed));
+    let listing = listing(&plan, scope.as_ref(), config);
     match json {
         true => as_json(&listing),
         false => Ok(as_text(&plan, &listing)),
@@ -226,7 +226,7 @@ pub fn table() -> Result<String, CommandError> {
     Ok(serde_json::to_string_pretty(&Table::record()?)? + "\n")
 }
 
-fn listing<'a>(plan: &'a Plan, listed: Option<&Listed>, config: &Config) -> Listing<'a> {
+fn listing<'a>(plan: &'a Plan, scope: Option<&Scope>, config: &Config) -> Listing<'a> {
     let frozen = plan.waves.iter().enumerate().flat_map(|(wave, members)| {
         let number = Some(wave + 1);
         members.iter().map(move |f| row(plan, f, number, None))
@@ -235,7 +235,7 @@ fn listing<'a>(plan: &'a Plan, listed: Option<&Listed>, config: &Config) -> List
         name: &disk.name,
         dev: dev.to_string(),
         address: disk.address.as_deref(),
-        in_last_backup: listed.map(|it| it.disks.contains(dev)),
+        in_last_backup: scope.map(|it| it.disks.contains(dev)),
         file_systems: plan.on_disk(*dev).map(ToString::to_string).collect(),
     };
     let left_out = plan.left_out.iter();

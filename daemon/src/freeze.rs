@@ -168,6 +168,8 @@ pub struct Target {
     pub wave: usize,
     /// The disks that it is on, perhaps with others.
     disks: Vec<DevId>,
+    /// The file systems that hold what it is on; `None` where that may be any.
+    stands_on: Option<BTreeSet<DevId>>,
     /// How long its freeze took the last time.
     usual: Option<Duration>,
     fd: OwnedFd,
@@ -186,6 +188,7 @@ impl Target {
             name,
             wave,
             disks: Vec::new(),
+            stands_on: None,
             usual: None,
             fd,
             writes: Writes::default(),
@@ -197,6 +200,19 @@ impl Target {
     /// What is on the same disks is written back one after the other.
     pub fn with_disks(self, disks: Vec<DevId>) -> Self {
         Target { disks, ..self }
+    }
+
+    /// It is on files of these file systems.
+    pub fn standing_on(self, stands_on: Option<BTreeSet<DevId>>) -> Self {
+        Target { stands_on, ..self }
+    }
+
+    /// Whether it may be written only while `other` is.
+    fn may_stand_on(&self, other: &Target) -> bool {
+        match &self.stands_on {
+            Some(known) => known.contains(&other.dev),
+            None => self.wave < other.wave,
+        }
     }
 
     /// From its freeze to its thaw nothing may be written there.
@@ -788,23 +804,27 @@ impl Session {
         }
     }
 
-    /// Lets those go on that stand still only because others take long to freeze.
+    /// Lets those go on that stand still only because others take long to freeze: not those that stand on
+    /// one of these. A thaw writes, and that would wait until the other is thawed again.
     fn back_off(&self) {
         let work = &self.work;
         let slow = work.which(|t| *t.state() == State::Freezing);
-        if slow.is_empty() {
+        let slow: Vec<&Target> = slow.iter().filter_map(|i| work.targets.get(*i)).collect();
+        let may_go = |t: &&Target| t.is_ours() && !slow.iter().any(|it| t.may_stand_on(it));
+        let waves = self.waves.iter().rev().flatten();
+        let free: Vec<&Target> = waves
+            .filter_map(|i| work.targets.get(*i))
+            .filter(may_go)
+            .collect();
+        if slow.is_empty() || free.is_empty() {
             return;
         }
         // From here on no other freeze of this wave begins.
         lock(&work.obstacles).push(Obstacle::Slow);
-        for wave in self.waves.iter().rev() {
-            let targets = wave.iter().filter_map(|i| work.targets.get(*i));
-            for target in targets.filter(|t| t.is_ours()) {
-                work.take_back(target);
-            }
+        for target in free {
+            work.take_back(target);
         }
-        let slow = slow.iter().filter_map(|i| work.targets.get(*i));
-        let names: Vec<&str> = slow.map(|t| t.name.as_str()).collect();
+        let names: Vec<&str> = slow.iter().map(|t| t.name.as_str()).collect();
         let names = names.join(", ");
         work.log.info(format!(
             "{names} takes long to freeze: the others go on until then"

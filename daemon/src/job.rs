@@ -32,7 +32,7 @@ use crate::machine::LookError;
 use crate::mounts::DevId;
 use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
-use crate::superblocks::{Listed, Lists};
+use crate::superblocks::Listed;
 use crate::sys;
 use crate::writes::{self, Writes};
 
@@ -97,8 +97,6 @@ pub struct Freezer {
     config: Arc<Config>,
     learnt: Learnt,
     pool: Arc<Pool>,
-    /// `None` where the kernel does not tell.
-    superblocks: Option<Lists>,
     /// `/proc/vmstat`.
     vmstat: Option<File>,
 }
@@ -112,7 +110,6 @@ impl Freezer {
             config: Arc::default(),
             learnt: Learnt::default(),
             pool: Arc::default(),
-            superblocks: Lists::open().ok(),
             vmstat: File::open("/proc/vmstat").ok(),
         }
     }
@@ -151,33 +148,6 @@ impl Freezer {
         Err(JobError::Restless)
     }
 
-    /// What superblocks there are, as the kernel lists them. [`Freezer::is_all_there`] can follow.
-    fn listed(&mut self) -> Option<Listed> {
-        let listed = |it: &Option<Lists>| {
-            let lists = it.as_ref()?;
-            lists.rewind().ok()?;
-            let listed = lists.read().ok()?;
-            lists.rewind().ok()?;
-            listed
-        };
-        listed(&self.superblocks).or_else(|| {
-            self.superblocks = Lists::open().ok();
-            listed(&self.superblocks)
-        })
-    }
-
-    /// Whether nothing can be written that could not be when this was listed.
-    fn is_all_there(&mut self, before: &Option<Listed>) -> bool {
-        let now = self.superblocks.as_ref().map(Lists::read);
-        let same = match now {
-            // Nobody tells, now as then.
-            None => true,
-            Some(Ok(now)) => now == *before,
-            Some(Err(_)) => before.is_none(),
-        };
-        same && self.cache.is_read_only_still()
-    }
-
     /// One attempt at it. `None` when something came meanwhile; nothing is frozen then.
     fn try_to_freeze(&mut self, setting: &Setting) -> Result<Option<Frozen>, JobError> {
         let Setting {
@@ -190,12 +160,12 @@ impl Freezer {
         } = setting;
         self.go_by(config);
         progress.enter(Stage::Looking, 0);
-        let before = self.listed();
         let Gathered {
             targets,
             missing,
             disks,
             not_only_listed,
+            alive,
         } = self.cache.gather(config, disks)?;
         for it in &disks {
             log.info(format!("in the backup: {it}"));
@@ -227,13 +197,13 @@ impl Freezer {
         if self.is_worth_a_sync() {
             // It may take long, and nothing is frozen yet.
             log.aloud(|| session.sync(&self.learnt));
-            if self.listed() != before {
+            if self.cache.alive_now() != alive {
                 return Ok(None);
             }
         }
         log.seal();
         let mut summary = session.freeze(&mut self.learnt)?;
-        if !self.is_all_there(&before) {
+        if !self.cache.is_all_there(&alive) {
             let thawed = session.thaw();
             session.disarm();
             return match thawed {
@@ -254,20 +224,17 @@ impl Freezer {
         Ok(Some(Frozen {
             session,
             summary,
-            before,
+            alive,
         }))
     }
 
     /// Thaws what was frozen; everything is tried, whatever fails, and [`Frozen::tidy`] is to follow.
     /// Names what was mounted meanwhile: that is on a disk and was not frozen.
-    pub fn thaw(&self, frozen: &Frozen, setting: &Setting) -> Result<(), ThawError> {
+    pub fn thaw(&mut self, frozen: &Frozen, setting: &Setting) -> Result<(), ThawError> {
         let thawed = frozen.session.thaw();
         // Only now, since writers wait no longer: what has come in the last moment is named as well.
-        let now = self.superblocks.as_ref();
-        let now = now.and_then(|it| it.rewind().and_then(|()| it.read()).ok());
-        let names = match (&frozen.before, now) {
-            (Some(before), Some(Some(now))) => now.since(before),
-            (Some(_), Some(None)) => vec!["one of a new type".into()],
+        let names = match (&frozen.alive, self.cache.alive_now()) {
+            (Some(before), Some(now)) => now.since(before),
             _ => Vec::new(),
         };
         for name in &names {
@@ -300,10 +267,12 @@ fn target(opened: Opened) -> Target {
         name,
         wave,
         disks,
+        stands_on,
         fd,
         ..
     } = opened;
-    Target::new(dev, name, wave, fd).with_disks(disks)
+    let target = Target::new(dev, name, wave, fd).with_disks(disks);
+    target.standing_on(stands_on)
 }
 
 /// Where others can thaw, what is written tells of it, unless the kernel itself writes there.
@@ -348,7 +317,7 @@ pub struct Frozen {
     /// How many ended how.
     summary: Summary,
     /// What superblocks there were before.
-    before: Option<Listed>,
+    alive: Option<Listed>,
 }
 
 impl Frozen {

@@ -389,6 +389,7 @@ mod tests {
             source: None,
             devices: vec![dev],
             disks: Vec::new(),
+            stands_on: None,
             places: vec![Place {
                 namespace: 0,
                 id: 0,

@@ -54,6 +54,9 @@ pub struct FileSystem {
     /// The lowest devices below those, and below what holds a file that it is on. Others may have a
     /// part of them as well. Empty when they are not known.
     pub disks: Vec<DevId>,
+    /// The other superblocks that hold what it is on, to any depth, of those that are frozen. `None` where
+    /// that may be any.
+    pub stands_on: Option<BTreeSet<DevId>>,
     /// Where it can be reached, the best way first. Empty when it is mounted nowhere.
     pub places: Vec<Place>,
 }
@@ -159,7 +162,7 @@ pub struct Disk {
 
 /// Of which disks a backup is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Listed {
+pub struct Scope {
     /// By number, those that are known.
     pub disks: BTreeSet<DevId>,
     /// The addresses of those that are not.
@@ -168,16 +171,16 @@ pub struct Listed {
 
 impl Plan {
     /// Looks up disks that the host has named by their addresses.
-    pub fn find(&self, addresses: &[String]) -> Listed {
-        let mut listed = Listed::default();
+    pub fn find(&self, addresses: &[String]) -> Scope {
+        let mut scope = Scope::default();
         for address in addresses {
             let is_it = |(_, disk): &(&DevId, &Disk)| disk.address.as_ref() == Some(address);
             match self.disks.iter().find(is_it) {
-                Some((dev, _)) => drop(listed.disks.insert(*dev)),
-                None => listed.strange.push(address.clone()),
+                Some((dev, _)) => drop(scope.disks.insert(*dev)),
+                None => scope.strange.push(address.clone()),
             }
         }
-        listed
+        scope
     }
 
     /// A disk by the path of its node, and what is on it, in words.
@@ -257,7 +260,14 @@ pub fn plan(
             None => plan.synced.push(file_system),
         }
     }
-    let order = Order::new(mounts, topology, &chosen).waves();
+    let order = Order::new(mounts, topology, &chosen);
+    let stand_on: Vec<_> = (0..chosen.len())
+        .map(|i| order.stands_on(i, &chosen))
+        .collect();
+    for (file_system, stands_on) in chosen.iter_mut().zip(stand_on) {
+        file_system.stands_on = stands_on;
+    }
+    let order = order.waves();
     let mut chosen: Vec<_> = chosen.into_iter().map(Some).collect();
     for wave in order {
         let members = wave
@@ -371,6 +381,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
             source: first.source.clone(),
             devices,
             disks: Vec::new(),
+            stands_on: None,
             places,
         },
         on_disks: first.is_on_disks(),
@@ -389,6 +400,7 @@ fn unmounted(found: &Unmounted) -> Superblock {
             source: Some(found.name.clone().into()),
             devices: found.devices.clone(),
             disks: Vec::new(),
+            stands_on: None,
             places: Vec::new(),
         },
         on_disks: true,
@@ -449,6 +461,15 @@ impl Order {
                 *flag |= inherits;
             }
         }
+    }
+
+    /// As [`FileSystem::stands_on`].
+    fn stands_on(&self, i: usize, chosen: &[FileSystem]) -> Option<BTreeSet<DevId>> {
+        if self.user_space.get(i) == Some(&true) {
+            return None;
+        }
+        let below = self.foundations(i).into_iter();
+        Some(below.filter_map(|j| Some(chosen.get(j)?.dev)).collect())
     }
 
     /// All that `i` stands on, to any depth.
@@ -918,9 +939,9 @@ mod tests {
         assert_eq!(on_first, ["/image", "/log-elsewhere", "/srv"]);
         assert_eq!(on("8:16"), ["/"]);
         assert!(on("8:48").is_empty());
-        let listed = plan.find(&["host:8:48".into(), "host:9".into(), "host:8:0".into()]);
-        assert_eq!(listed.disks, BTreeSet::from([dev("8:0"), dev("8:48")]));
-        assert_eq!(listed.strange, ["host:9"]);
+        let scope = plan.find(&["host:8:48".into(), "host:9".into(), "host:8:0".into()]);
+        assert_eq!(scope.disks, BTreeSet::from([dev("8:0"), dev("8:48")]));
+        assert_eq!(scope.strange, ["host:9"]);
     }
 
     #[test]

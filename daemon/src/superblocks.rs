@@ -53,7 +53,7 @@ pub fn types() -> BTreeSet<String> {
         .collect()
 }
 
-/// The folders of these types, open: whether one has come or gone can be told from them even while the
+/// The folders of all types, open: whether one has come or gone can be told from them even while the
 /// root is frozen, since nothing is looked up.
 pub struct Lists {
     root: File,

@@ -11,7 +11,6 @@
 //! nothing is held that would keep a namespace or a mount from vanishing. Kernels before 6.12 do not
 //! tell all of this: there a plan is never used twice.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,7 +26,7 @@ use crate::machine::{self, LookError, Machine, Ways};
 use crate::mounts::{self, DevId};
 use crate::namespaces::{self, Namespaces, State};
 use crate::plan::{FileSystem, Plan, Reason};
-use crate::superblocks::{self, Entry};
+use crate::superblocks::{self, Listed, Lists};
 use crate::sys;
 use crate::topology;
 
@@ -38,7 +37,7 @@ pub trait Signals {
     /// What changes with each mount and unmount in the other namespaces.
     type States: PartialEq;
     /// The superblocks that are alive.
-    type Alive: PartialEq;
+    type Alive: PartialEq + Clone;
     /// A mount by which a superblock can be looked at without reaching it.
     type At;
 
@@ -77,6 +76,11 @@ impl<S: Signals> Before<S> {
             uevents: signals.uevents().ok()?,
             alive: signals.alive().ok()?,
         })
+    }
+
+    /// The superblocks that there were.
+    pub fn alive(&self) -> &S::Alive {
+        &self.alive
     }
 
     /// Completes it with what was seen and with what the plan depends on. `None` where a change of
@@ -162,8 +166,8 @@ pub struct Kernel {
     table: Option<File>,
     /// `/sys/kernel/uevent_seqnum`.
     uevents: Option<File>,
-    /// The types that list their superblocks.
-    types: BTreeSet<String>,
+    /// Where superblocks are listed.
+    lists: Option<Lists>,
 }
 
 /// A mount, by the numbers of its namespace and its own.
@@ -185,7 +189,19 @@ impl Default for Kernel {
             own,
             table: File::open(Path::new("/proc").join(mounts::OWN_TABLE)).ok(),
             uevents: File::open("/sys/kernel/uevent_seqnum").ok(),
-            types: superblocks::types(),
+            lists: Lists::open().ok(),
+        }
+    }
+}
+
+impl Kernel {
+    /// The same superblocks are alive, as far as anybody tells. Nothing is looked up for it, so that it can
+    /// be asked once after each [`Signals::alive`] while all is frozen.
+    pub fn are_alive(&self, then: &Option<Listed>) -> bool {
+        match self.lists.as_ref().map(Lists::read) {
+            None => true,
+            Some(Ok(now)) => now == *then,
+            Some(Err(_)) => then.is_none(),
         }
     }
 }
@@ -198,12 +214,10 @@ fn told<T>(it: Option<&T>) -> io::Result<&T> {
 impl Signals for Kernel {
     type Ways = Ways;
     type States = Vec<State>;
-    type Alive = BTreeSet<Entry>;
+    type Alive = Listed;
     type At = MountAt;
 
     fn look(&mut self) -> Result<Machine, LookError> {
-        // A type that is new comes with a module, which is a uevent.
-        self.types = superblocks::types();
         match &self.proc {
             Some(proc) => Machine::look_through(Arc::clone(proc)),
             None => Machine::look(),
@@ -220,8 +234,19 @@ impl Signals for Kernel {
         number_in(told(self.uevents.as_ref())?)
     }
 
-    fn alive(&mut self) -> io::Result<BTreeSet<Entry>> {
-        superblocks::entries(&self.types)
+    fn alive(&mut self) -> io::Result<Listed> {
+        let lists = told(self.lists.as_ref())?;
+        let listed = lists.rewind().and_then(|()| lists.read())?;
+        let listed = match listed {
+            Some(it) => it,
+            // There is a new type.
+            None => {
+                let lists = self.lists.insert(Lists::open()?);
+                told(lists.read()?.as_ref())?.clone()
+            }
+        };
+        told(self.lists.as_ref())?.rewind()?;
+        Ok(listed)
     }
 
     fn slaves(&mut self, dev: DevId) -> Vec<DevId> {

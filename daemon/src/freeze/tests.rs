@@ -77,6 +77,16 @@ const ALWAYS: usize = usize::MAX;
 
 /// File systems 0, 1, ... in the given waves, each with its usual time in milliseconds.
 fn setup_with(waves: &[(usize, Option<u64>)], failures: &[Failure], strict: bool) -> Setup {
+    setup_on(waves, &[], failures, strict)
+}
+
+/// The same, where each stands on what is named for it, if anything is.
+fn setup_on(
+    waves: &[(usize, Option<u64>)],
+    stand_on: &[Option<&[&str]>],
+    failures: &[Failure],
+    strict: bool,
+) -> Setup {
     let mut double = Double::default();
     let mut targets = Vec::new();
     let mut learnt = Learnt::default();
@@ -87,7 +97,10 @@ fn setup_with(waves: &[(usize, Option<u64>)], failures: &[Failure], strict: bool
         if let Some(ms) = usual {
             learnt.usual.insert(dev, Duration::from_millis(*ms));
         }
-        targets.push(Target::new(dev, format!("/fs{number}"), *wave, fd));
+        let stands_on = stand_on.get(number).copied().unwrap_or(Some(&[]));
+        let stands_on = stands_on.map(|it| it.iter().map(|dev| dev.parse().unwrap()).collect());
+        let target = Target::new(dev, format!("/fs{number}"), *wave, fd);
+        targets.push(target.standing_on(stands_on));
     }
     for (what, number, errno, times) in failures {
         lock(&double.failures).insert((what, *number), (*errno, *times));
@@ -313,7 +326,36 @@ fn those_that_are_frozen_do_not_wait_for_a_slow_one() {
 }
 
 #[test]
-fn what_is_above_a_slow_one_is_frozen_before_it_all_the_same() {
+fn what_stands_on_a_slow_one_is_not_thawed_while_that_freezes() {
+    // 0 stands on 4, nobody knows what 1 stands on, 2 stands on nothing, 3 on 0, and so on 4.
+    let on: &[&str] = &["8:4"];
+    let stand_on = [Some(on), None, Some(&[]), Some(&["8:0", "8:4"]), Some(&[])];
+    let waves = [1, 0, 1, 0, 2].map(|wave| (wave, None));
+    let mut s = setup_on(&waves, &stand_on, &[], false);
+    s.slow("freeze", 4, SHORT * 10);
+    s.freeze().unwrap();
+    let calls = s.calls();
+    let of = |number| -> Vec<&str> {
+        let mine = calls.iter().filter(|(_, n)| *n == number);
+        mine.map(|(what, _)| *what).collect()
+    };
+    for kept in [0, 1, 3] {
+        let first = of(kept)[0];
+        assert_eq!(first, "freeze");
+        let thaw = calls.iter().position(|it| *it == ("thaw", kept));
+        let slow_thaw = calls.iter().position(|it| *it == ("thaw", 4));
+        assert!(thaw.is_none() || thaw > slow_thaw, "{calls:?}");
+    }
+    assert_eq!(of(2), ["freeze", "thaw", "freeze"]);
+    let summary = s.session.summary();
+    assert_eq!(summary.ours, 5);
+    // And in order in the end.
+    let last = |number| calls.iter().rposition(|it| *it == ("freeze", number));
+    assert!(last(3) < last(0) && last(0) < last(4), "{calls:?}");
+}
+
+#[test]
+fn what_comes_before_a_slow_one_is_frozen_before_it_all_the_same() {
     let mut s = setup(&[0, 1], &[], false);
     s.slow("freeze", 1, SHORT * 10);
     s.freeze().unwrap();

@@ -690,10 +690,12 @@ impl TwoDisks {
         let [first, second] = &nodes;
         guest.sh(&format!(
             "modprobe -a xfs loop dm_mod; mkdir -p /mnt/a /mnt/lv /mnt/image
-             mkfs.ext4 -q -F {first} && mount {first} /mnt/a
-             dmsetup create lv --table \"0 $(blockdev --getsz {second}) linear {second} 0\"
-             mkfs.xfs -q -f /dev/mapper/lv && mount /dev/mapper/lv /mnt/lv
-             truncate -s 64M /mnt/lv/image && mkfs.ext4 -q -F /mnt/lv/image
+             mkfs.ext4 -q -F {first} && mount {first} /mnt/a &&
+             dmsetup create lv --noudevsync \
+                 --table \"0 $(blockdev --getsz {second}) linear {second} 0\" &&
+             {{ [ -e /dev/mapper/lv ] || dmsetup mknodes; }} &&
+             mkfs.xfs -q -f /dev/mapper/lv && mount /dev/mapper/lv /mnt/lv &&
+             truncate -s 64M /mnt/lv/image && mkfs.ext4 -q -F /mnt/lv/image &&
              mount -o loop /mnt/lv/image /mnt/image"
         ))?;
         for file in [ON_ROOT, ON_FIRST].iter().chain(&ON_SECOND) {

@@ -8,7 +8,7 @@
 
 use super::disks::{self, load_driver, Attached};
 use super::hangs::longest_stall;
-use super::{load, start, stop, wait_for_daemon, Case};
+use super::{load, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, STEP};
@@ -41,6 +41,11 @@ pub const CASES: &[Case] = &[
         longer_than_prepare,
     )
     .long(),
+    case(
+        "slow/image-on-a-slow-one",
+        "an image in what is slow to freeze stays frozen meanwhile, all others go on; on both modules",
+        image_on_a_slow_one,
+    ),
 ];
 
 /// A case that waits for a slow disk, twice where the peer does as well.
@@ -182,4 +187,36 @@ fn longer_than_prepare(guest: &Guest) -> Result<()> {
     let all = frozen.map(|it| it.contains("5 frozen"));
     equal("whether all five are frozen", all, Some(true))?;
     stop(guest, Module::Ours, &daemon)
+}
+
+/// The thaw of the image writes to the file system below it, which is being frozen: it would wait for that
+/// to be thawed, and whoever waits for the thaw does not come to that.
+fn image_on_a_slow_one(guest: &Guest) -> Result<()> {
+    let disk = make(guest, 128, "mkfs.ext4 -q -F")?;
+    // Without barriers the image is quick itself: it has its writes in memory, as a page of the other.
+    guest.sh(
+        "modprobe loop && mkdir -p /mnt/image && truncate -s 32M /mnt/slow/image &&
+         mkfs.ext4 -q -F /mnt/slow/image &&
+         mount -o loop,barrier=0 /mnt/slow/image /mnt/image && sync",
+    )?;
+    for file in ["/mnt/slow/w", "/mnt/image/w"] {
+        guest.writer_start(file)?;
+    }
+    for module in [Module::Ours, Module::Stock] {
+        let daemon = start(guest, module, Daemon::Ours)?;
+        disk.disk.set_delay(Duration::from_millis(150));
+        for _ in 0..2 {
+            let seen = observe(guest)?;
+            let told = (seen.freeze, seen.thaw, seen.moving.len(), seen.stuck.len());
+            let expected = (status::OK, Some(status::OK), 0, 0);
+            equal("the answers, who went on, who is stuck", told, expected)?;
+        }
+        disk.disk.set_delay(Duration::ZERO);
+        // Or nobody was to be let go.
+        let log = guest.output(&daemon)?;
+        let let_go = "/mnt/slow (ext4, 8:0) takes long to freeze";
+        ensure!(log.contains(let_go), "it should be slow:\n{log}");
+        stop(guest, module, &daemon)?;
+    }
+    Ok(())
 }
