@@ -100,11 +100,14 @@ enum Phase {
         id: u64,
         request: Request,
     },
-    /// Called off: the job has yet to end, and nobody waits for it.
-    Ending(Verdict),
-    /// Nothing is frozen; hooks have yet to end. A FREEZE may wait for that, until then.
-    Releasing(Option<(Request, Instant)>),
+    /// Called off: the job has yet to end. The next FREEZE may wait for that.
+    Ending(Verdict, Waiting),
+    /// Nothing is frozen; hooks have yet to end. The next FREEZE may wait for that.
+    Releasing(Waiting),
 }
+
+/// A FREEZE that waits for the end of the last one, until then.
+type Waiting = Option<(Request, Instant)>;
 
 /// Why what is (to be) frozen is given up.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -171,7 +174,7 @@ impl Backup {
             Phase::Freezing { .. } => "freezing",
             Phase::Frozen { .. } => "frozen",
             Phase::Thawing { .. } => "thawing",
-            Phase::Ending(_) => "ending",
+            Phase::Ending(..) => "ending",
             Phase::Releasing(_) => "releasing",
         }
     }
@@ -179,9 +182,14 @@ impl Backup {
     /// When [`Backup::time`] is to be called at the latest.
     pub fn next(&self) -> Option<Instant> {
         match self.phase {
-            Phase::Freezing { give_up, .. } | Phase::Releasing(Some((_, give_up))) => Some(give_up),
+            Phase::Freezing { give_up, .. }
+            | Phase::Ending(_, Some((_, give_up)))
+            | Phase::Releasing(Some((_, give_up))) => Some(give_up),
             Phase::Frozen { until, .. } => Some(until),
-            Phase::Idle | Phase::Thawing { .. } | Phase::Ending(_) | Phase::Releasing(None) => None,
+            Phase::Idle
+            | Phase::Thawing { .. }
+            | Phase::Ending(_, None)
+            | Phase::Releasing(None) => None,
         }
     }
 
@@ -210,18 +218,24 @@ impl Backup {
         let (why, verdict) = match self.phase {
             Phase::Freezing { .. } => ("the host did not wait for the freeze", Verdict::Failed),
             Phase::Thawing { .. } => ("the host did not wait for the thaw", Verdict::Broken),
+            Phase::Ending(verdict, Some(_)) => {
+                self.phase = Phase::Ending(verdict, None);
+                let text = "the host did not wait for the end of the last backup";
+                return effects.say(Level::Error, text.into());
+            }
             Phase::Releasing(Some(_)) => {
                 self.phase = Phase::Releasing(None);
                 let text = "the host did not wait for the hooks of the last backup";
                 return effects.say(Level::Error, text.into());
             }
-            Phase::Idle | Phase::Frozen { .. } | Phase::Ending(_) | Phase::Releasing(None) => {
-                return
-            }
+            Phase::Idle
+            | Phase::Frozen { .. }
+            | Phase::Ending(_, None)
+            | Phase::Releasing(None) => return,
         };
         effects.call_off();
         effects.say(Level::Error, format!("{why}; called off"));
-        self.phase = Phase::Ending(verdict);
+        self.phase = Phase::Ending(verdict, None);
         self.set_broken(why.into(), effects);
     }
 
@@ -231,6 +245,11 @@ impl Backup {
         let refused = match &mut self.phase {
             _ if self.stopping => "the daemon is being stopped",
             Phase::Idle => return self.begin(request, give_up, effects),
+            Phase::Ending(_, waiting) => {
+                *waiting = Some((request, give_up));
+                let text = "FREEZE from the host waits for the end of the last one";
+                return effects.say(Level::Info, text.into());
+            }
             Phase::Releasing(waiting) => {
                 *waiting = Some((request, give_up));
                 let text = "FREEZE from the host waits for the hooks of the last backup";
@@ -242,9 +261,8 @@ impl Backup {
                 let text = "FREEZE from the host, although frozen already";
                 return effects.say(Level::Warning, text.into());
             }
-            Phase::Freezing { .. } | Phase::Thawing { .. } | Phase::Ending(_) => {
-                "the last one has not ended"
-            }
+            // The one that was open is withdrawn by then.
+            Phase::Freezing { .. } | Phase::Thawing { .. } => "the last one has not ended",
         };
         refuse(&request, refused, effects);
     }
@@ -272,7 +290,7 @@ impl Backup {
                 effects.call_off();
                 effects.answer(&request, status::FAIL);
                 effects.say(Level::Error, format!("FREEZE fails: {why}"));
-                self.phase = Phase::Ending(Verdict::Failed);
+                self.phase = Phase::Ending(Verdict::Failed, None);
                 self.set_broken(why.into(), effects);
             }
         }
@@ -331,7 +349,7 @@ impl Backup {
                     effects.call_off();
                     let text = format!("FREEZE came too late ({counts}); thawing");
                     effects.say(Level::Error, text);
-                    self.phase = Phase::Ending(Verdict::Failed);
+                    self.phase = Phase::Ending(Verdict::Failed, None);
                     self.set_broken("the freeze came too late".into(), effects);
                 }
             }
@@ -339,11 +357,11 @@ impl Backup {
                 effects.answer(&request, status::FAIL);
                 let text = format!("FREEZE fails, nothing is left frozen: {why}");
                 effects.say(Level::Error, text);
-                self.over(Verdict::Failed, Some(why.into()), effects);
+                self.over(Verdict::Failed, Some(why.into()), None, effects);
             }
             // It got through just before it was called off: its thaw has yet to end.
-            (Phase::Ending(verdict), Ok(_)) => self.phase = Phase::Ending(verdict),
-            (Phase::Ending(verdict), Err(_)) => self.end(verdict, effects),
+            (phase @ Phase::Ending(..), Ok(_)) => self.phase = phase,
+            (Phase::Ending(verdict, waiting), Err(_)) => self.end(verdict, waiting, effects),
             (phase, _) => {
                 self.phase = phase;
                 effects.say(Level::Warning, "an outcome of no freeze".into());
@@ -387,9 +405,9 @@ impl Backup {
                     false => Verdict::Broken,
                 };
                 let why = self.broken.clone();
-                self.over(verdict, why, effects);
+                self.over(verdict, why, None, effects);
             }
-            Phase::Ending(verdict) => self.end(verdict, effects),
+            Phase::Ending(verdict, waiting) => self.end(verdict, waiting, effects),
             phase => {
                 self.phase = phase;
                 effects.say(Level::Warning, "an outcome of no thaw".into());
@@ -397,22 +415,25 @@ impl Backup {
         }
     }
 
-    fn end(&mut self, verdict: Verdict, effects: &mut impl Effects) {
+    fn end(&mut self, verdict: Verdict, waiting: Waiting, effects: &mut impl Effects) {
         let text = "the freeze that was called off has ended, nothing is left frozen";
         effects.say(Level::Info, text.into());
         let why = self.broken.clone();
-        self.over(verdict, why, effects);
+        self.over(verdict, why, waiting, effects);
     }
 
     fn over(
         &mut self,
         verdict: Verdict,
         why: Option<Cow<'static, str>>,
+        waiting: Waiting,
         effects: &mut impl Effects,
     ) {
         effects.finish(verdict, why.as_deref());
         if effects.release(verdict) {
-            self.phase = Phase::Releasing(None);
+            self.phase = Phase::Releasing(waiting);
+        } else if let Some((request, give_up)) = waiting {
+            self.begin(request, give_up, effects);
         }
     }
 
@@ -422,7 +443,7 @@ impl Backup {
             Phase::Freezing { request, .. } => request.id,
             Phase::Frozen { id, .. } | Phase::Thawing { id, .. } => *id,
             // What was called off, it has heard from us.
-            Phase::Idle | Phase::Ending(_) | Phase::Releasing(_) => return,
+            Phase::Idle | Phase::Ending(..) | Phase::Releasing(_) => return,
         };
         if id == current {
             let why = Cow::Borrowed(why);
@@ -440,7 +461,7 @@ impl Backup {
                 effects.answer(&request, status::FAIL);
                 let text = format!("FREEZE fails, it is called off: {why}");
                 effects.say(Level::Error, text);
-                self.phase = Phase::Ending(Verdict::Failed);
+                self.phase = Phase::Ending(Verdict::Failed, None);
             }
             Phase::Frozen { id, .. } => {
                 if let Some(reason) = reason {
@@ -449,18 +470,20 @@ impl Backup {
                 effects.call_off();
                 let text = format!("{why}: thawing before the host said so");
                 effects.say(Level::Error, text);
-                self.phase = Phase::Ending(Verdict::Broken);
+                self.phase = Phase::Ending(Verdict::Broken, None);
             }
             // The thaw is on its way; only its success is no longer worth anything.
             Phase::Thawing { id, request } => {
                 effects.call_off();
                 self.phase = Phase::Thawing { id, request };
             }
-            Phase::Ending(verdict) => self.phase = Phase::Ending(verdict),
+            Phase::Ending(verdict, waiting) => {
+                self.phase = Phase::Ending(verdict, None);
+                return refuse_waiting(waiting, &why, effects);
+            }
             Phase::Releasing(waiting) => {
                 self.phase = Phase::Releasing(None);
-                let Some((request, _)) = waiting else { return };
-                return refuse(&request, &why, effects);
+                return refuse_waiting(waiting, &why, effects);
             }
         }
         self.set_broken(why, effects);
@@ -473,6 +496,7 @@ impl Backup {
         }
         let why = match self.phase {
             Phase::Freezing { .. } => "the host would not wait any longer",
+            Phase::Ending(..) => "the last one has not ended in time",
             Phase::Releasing(_) => "the hooks of the last backup have not ended in time",
             _ => "the deadline passed, and whoever was to thaw then has not",
         };
@@ -497,6 +521,12 @@ impl Backup {
             effects.remember(Some(&why));
             self.broken = Some(why);
         }
+    }
+}
+
+fn refuse_waiting(waiting: Waiting, why: &str, effects: &mut impl Effects) {
+    if let Some((request, _)) = waiting {
+        refuse(&request, why, effects);
     }
 }
 

@@ -409,7 +409,7 @@ impl World {
                 let id = match &machine.phase {
                     Phase::Freezing { request, .. } => request.id,
                     Phase::Frozen { id, .. } | Phase::Thawing { id, .. } => *id,
-                    Phase::Idle | Phase::Ending(_) | Phase::Releasing(_) => *ids,
+                    Phase::Idle | Phase::Ending(..) | Phase::Releasing(_) => *ids,
                 };
                 machine.notice(id, "the module", truth);
             }
@@ -471,7 +471,10 @@ impl World {
         // One request waits for the job or the hooks, or for none.
         let waits = matches!(
             machine.phase,
-            Phase::Freezing { .. } | Phase::Thawing { .. } | Phase::Releasing(Some(_))
+            Phase::Freezing { .. }
+                | Phase::Thawing { .. }
+                | Phase::Ending(_, Some(_))
+                | Phase::Releasing(Some(_))
         );
         assert!(
             truth.open.is_none() || waits,
@@ -615,4 +618,26 @@ fn a_freeze_waits_for_the_hooks_of_the_last_backup_and_then_begins() {
     world.happen(HooksReleased);
     assert_eq!(world.truth.job, Job::Freezing);
     world.drain();
+}
+
+#[test]
+fn a_freeze_waits_for_the_end_of_one_that_was_called_off_and_then_begins() {
+    use Event::{Broken, Freeze, JobFailed, Thaw, Time};
+    let mut world = after(&[Freeze, Broken]);
+    assert_eq!(world.truth.said, Some(status::FAIL));
+    world.happen(Freeze);
+    assert_eq!(world.machine.phase(), "ending");
+    assert!(world.truth.open.is_some());
+    world.happen(JobFailed);
+    assert_eq!(world.machine.phase(), "freezing");
+    world.drain();
+    // It does not wait for good, and not against the host's will.
+    for (event, said) in [(Time, Some(status::FAIL)), (Thaw, Some(status::FAIL))] {
+        let mut world = after(&[Freeze, Broken, Freeze]);
+        world.happen(event);
+        assert_eq!(world.truth.said, said, "{event:?}");
+        assert_eq!(world.machine.phase(), "ending");
+        world.happen(JobFailed);
+        assert_eq!(world.machine.phase(), "idle");
+    }
 }
