@@ -402,6 +402,7 @@ impl Session {
             progress,
             pool,
         } = means;
+        delay_the_lone(&mut targets);
         let mut waves: Vec<Vec<usize>> = Vec::new();
         for (i, target) in targets.iter_mut().enumerate() {
             target.usual = learnt.usual.get(&target.dev).copied();
@@ -887,6 +888,22 @@ impl Session {
             }
         };
         self.pool.run(wave.len(), most, Arc::new(run_one));
+    }
+}
+
+/// Moves what stands on nothing and has nothing on it to the last wave but one; in the last is the root. One
+/// that is slow holds up only those that are frozen before it.
+fn delay_the_lone(targets: &mut [Target]) {
+    let last = targets.iter().map(|t| t.wave).max().unwrap_or(0);
+    let known = targets.iter().filter_map(|t| t.stands_on.as_ref());
+    let below: BTreeSet<DevId> = known.flatten().copied().collect();
+    let is_lone = |t: &&mut Target| {
+        t.stands_on.as_ref().is_some_and(BTreeSet::is_empty) && !below.contains(&t.dev)
+    };
+    for target in targets.iter_mut().filter(is_lone) {
+        if target.wave < last {
+            target.wave = last - 1;
+        }
     }
 }
 

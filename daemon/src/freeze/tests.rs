@@ -80,7 +80,7 @@ fn setup_with(waves: &[(usize, Option<u64>)], failures: &[Failure], strict: bool
     setup_on(waves, &[], failures, strict)
 }
 
-/// The same, where each stands on what is named for it, if anything is.
+/// The same, where each stands on what is named for it; on what others do, nobody knows.
 fn setup_on(
     waves: &[(usize, Option<u64>)],
     stand_on: &[Option<&[&str]>],
@@ -97,7 +97,7 @@ fn setup_on(
         if let Some(ms) = usual {
             learnt.usual.insert(dev, Duration::from_millis(*ms));
         }
-        let stands_on = stand_on.get(number).copied().unwrap_or(Some(&[]));
+        let stands_on = stand_on.get(number).copied().flatten();
         let stands_on = stands_on.map(|it| it.iter().map(|dev| dev.parse().unwrap()).collect());
         let target = Target::new(dev, format!("/fs{number}"), *wave, fd);
         targets.push(target.standing_on(stands_on));
@@ -355,8 +355,27 @@ fn what_stands_on_a_slow_one_is_not_thawed_while_that_freezes() {
 }
 
 #[test]
+fn what_has_nothing_to_do_with_the_others_is_frozen_as_late_as_can_be() {
+    // 1 stands on 2, 3 is the root; nobody knows what 4 stands on.
+    let on: &[&str] = &["8:2"];
+    let nothing: Option<&[&str]> = Some(&[]);
+    let stand_on = [nothing, Some(on), nothing, nothing, None];
+    let waves = [1, 1, 2, 3, 0].map(|wave| (wave, None));
+    let mut s = setup_on(&waves, &stand_on, &[], false);
+    s.freeze().unwrap();
+    let frozen: Vec<usize> = s.calls().iter().map(|(_, n)| *n).collect();
+    assert_eq!(frozen[..2], [4, 1]);
+    assert_eq!(
+        BTreeSet::from([frozen[2], frozen[3]]),
+        BTreeSet::from([0, 2])
+    );
+    assert_eq!(frozen[4..], [3]);
+}
+
+#[test]
 fn what_comes_before_a_slow_one_is_frozen_before_it_all_the_same() {
-    let mut s = setup(&[0, 1], &[], false);
+    let waves = [(0, None), (1, None)];
+    let mut s = setup_on(&waves, &[Some(&[]), Some(&[])], &[], false);
     s.slow("freeze", 1, SHORT * 10);
     s.freeze().unwrap();
     let expected = [

