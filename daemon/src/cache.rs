@@ -16,7 +16,7 @@ use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
 use crate::open::{open_file_system, OpenError};
 use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope};
-use crate::superblocks::Listed;
+use crate::superblocks::{long_operations, Listed};
 use crate::watch::{Before, Kernel, Marks, Signals};
 
 /// How often the machine is looked at anew when it changed between reading and opening. What was
@@ -234,7 +234,8 @@ impl Cache {
             Reason::Excluded(_)
             | Reason::Broken(_)
             | Reason::Unreachable(_)
-            | Reason::Elsewhere => true,
+            | Reason::Elsewhere
+            | Reason::Busy(_) => true,
             Reason::ReadOnly | Reason::NoBlockDevice => false,
         };
         let left_out = plan.left_out.iter().filter(is_worth_a_word);
@@ -275,7 +276,8 @@ impl Cache {
         let mut attempt = 1;
         loop {
             let ways = self.plan(config)?;
-            let (plan, scope) = self.plan_of(config, disks);
+            let (mut plan, scope) = self.plan_of(config, disks);
+            leave_out_busy(&mut plan);
             let (plan, has_changed) = open_all(&ways, plan, &mut open)?;
             if !has_changed {
                 return Ok((plan, scope, open));
@@ -288,6 +290,20 @@ impl Cache {
             attempt += 1;
         }
     }
+}
+
+/// Leaves out what would not freeze before something else has ended.
+fn leave_out_busy(plan: &mut Plan) {
+    if !plan.waves.iter().flatten().any(|it| it.fs_type == "btrfs") {
+        return;
+    }
+    let busy = long_operations();
+    plan.leave_out(|file_system| {
+        let devices = &file_system.devices;
+        let mut busy = busy.iter();
+        let found = busy.find(|(of, _)| of.iter().any(|dev| devices.contains(dev)));
+        found.map(|(_, operation)| Reason::Busy(operation.clone()))
+    });
 }
 
 /// A plan, the disks that it is for, and the descriptors of what is in it.

@@ -166,7 +166,7 @@ fn file_systems(config: &Config) -> Vec<Finding> {
     for left in &plan.left_out {
         let grade = match left.reason {
             Reason::Excluded(_) | Reason::Elsewhere => Grade::Ok,
-            Reason::Broken(_) | Reason::Unreachable(_) => loss,
+            Reason::Broken(_) | Reason::Unreachable(_) | Reason::Busy(_) => loss,
             Reason::ReadOnly | Reason::NoBlockDevice => continue,
         };
         let text = format!("{} is left out: {}", left.file_system, left.reason);

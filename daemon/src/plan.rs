@@ -100,13 +100,16 @@ pub enum Reason {
     Unreachable(String),
     /// None of the disks that the host backs up has a part of it.
     Elsewhere,
+    /// It would not freeze before something else has ended, and its writers would wait for that; the text
+    /// says what.
+    Busy(String),
 }
 
 impl Reason {
     /// Whether an operator who wants everything frozen has to hear of it.
     pub fn is_a_loss(&self) -> bool {
         match self {
-            Reason::Broken(_) | Reason::Unreachable(_) => true,
+            Reason::Broken(_) | Reason::Unreachable(_) | Reason::Busy(_) => true,
             Reason::ReadOnly | Reason::NoBlockDevice | Reason::Excluded(_) | Reason::Elsewhere => {
                 false
             }
@@ -123,6 +126,9 @@ impl fmt::Display for Reason {
             Reason::Broken(how) => write!(f, "out of order: {how}"),
             Reason::Unreachable(why) => write!(f, "cannot be reached: {why}"),
             Reason::Elsewhere => f.write_str("on no disk of this backup"),
+            Reason::Busy(with) => {
+                write!(f, "busy: it cannot be frozen before its {with} has ended")
+            }
         }
     }
 }
@@ -201,23 +207,32 @@ impl Plan {
 
     /// Leaves out what has no part of any of these disks. Where that is not certain, it stays.
     pub fn leave_out_all_but(&mut self, disks: &BTreeSet<DevId>) {
+        let known = std::mem::take(&mut self.disks);
         let is_other = |dev: &DevId| {
-            let disk = self.disks.get(dev);
+            let disk = known.get(dev);
             !disks.contains(dev) && disk.is_some_and(|it| !it.is_served)
         };
-        let is_elsewhere = |it: &FileSystem| !it.disks.is_empty() && it.disks.iter().all(is_other);
-        let mut elsewhere = Vec::new();
+        self.leave_out(|it| {
+            let is_elsewhere = !it.disks.is_empty() && it.disks.iter().all(is_other);
+            is_elsewhere.then_some(Reason::Elsewhere)
+        });
+        self.disks = known;
+    }
+
+    /// Leaves out whatever there is a reason for.
+    pub fn leave_out(&mut self, why: impl Fn(&FileSystem) -> Option<Reason>) {
         for members in self.waves.iter_mut().chain([&mut self.synced]) {
-            let (out, stay) = std::mem::take(members).into_iter().partition(is_elsewhere);
-            *members = stay;
-            elsewhere.extend::<Vec<FileSystem>>(out);
+            for file_system in std::mem::take(members) {
+                match why(&file_system) {
+                    None => members.push(file_system),
+                    Some(reason) => self.left_out.push(LeftOut {
+                        file_system,
+                        reason,
+                    }),
+                }
+            }
         }
         self.waves.retain(|members| !members.is_empty());
-        self.left_out
-            .extend(elsewhere.into_iter().map(|file_system| LeftOut {
-                file_system,
-                reason: Reason::Elsewhere,
-            }));
     }
 
     /// All file systems, whatever becomes of them.

@@ -162,7 +162,7 @@ pub fn devices_of(entry: &Entry) -> Vec<DevId> {
     if let Some(dev) = dev_in(&by_name) {
         return vec![dev];
     }
-    let folder = Path::new(ROOT).join(&entry.fs_type).join(&entry.name);
+    let folder = folder_for(entry);
     let is_member = |it: &DirEntry| it.file_name().as_encoded_bytes().starts_with(b"dev-");
     let members = list(&folder).filter(is_member);
     let members = members.map(|it| it.path().join("block"));
@@ -170,6 +170,27 @@ pub fn devices_of(entry: &Entry) -> Vec<DevId> {
     let mut devices: Vec<DevId> = listed.chain(members).filter_map(|it| dev_in(&it)).collect();
     devices.sort_unstable();
     devices
+}
+
+fn folder_for(entry: &Entry) -> PathBuf {
+    Path::new(ROOT).join(&entry.fs_type).join(&entry.name)
+}
+
+/// Superblocks that are at something which holds their write gate until it ends, so that a freeze would
+/// wait for that, and all writers for the freeze: their devices, and what it is. btrfs says so of a balance
+/// and its like.
+pub fn long_operations() -> Vec<(Vec<DevId>, String)> {
+    let entries = entries(&BTreeSet::from(["btrfs".to_owned()])).unwrap_or_default();
+    let operation = |entry: &Entry| {
+        let path = folder_for(entry).join("exclusive_operation");
+        let said = fs::read_to_string(path).ok()?;
+        match said.trim() {
+            // The last is over in a moment.
+            "none" | "balance paused" | "swap activate" => None,
+            operation => Some((devices_of(entry), operation.to_owned())),
+        }
+    };
+    entries.iter().filter_map(operation).collect()
 }
 
 /// The number in the folder of a block device.

@@ -99,7 +99,11 @@ impl<S: Signals> Before<S> {
                 }
                 // Nothing tells when one is repaired.
                 Reason::Broken(_) | Reason::Unreachable(_) => return None,
-                Reason::NoBlockDevice | Reason::Excluded(_) | Reason::Elsewhere => {}
+                // The last two are of one backup only.
+                Reason::NoBlockDevice
+                | Reason::Excluded(_)
+                | Reason::Elsewhere
+                | Reason::Busy(_) => {}
             }
         }
         let mut mapped = Vec::new();

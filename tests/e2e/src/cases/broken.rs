@@ -3,11 +3,14 @@
 //! One file system that is out of order costs nobody else the backup: it is left out and named with
 //! its reason, `list` says so beforehand, and only a strict backup fails.
 
+use super::disks::{self, load_driver, Attached};
 use super::{case, describe, good, load, observe, start, stop, wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, STEP};
 use hyperv_sim::ic::status;
+use hyperv_sim::storage::Image;
+use std::time::Duration;
 
 pub const CASES: &[Case] = &[
     case(
@@ -30,6 +33,11 @@ pub const CASES: &[Case] = &[
         "broken/write-protected",
         "a disk made read-only under its file system is written to all the same, and stands still",
         write_protected,
+    ),
+    disks::case(
+        "broken/btrfs-balance",
+        "a btrfs that is being balanced is left out, and its writers go on; then it is frozen again",
+        btrfs_balance,
     ),
 ];
 
@@ -161,4 +169,78 @@ fn write_protected(guest: &Guest) -> Result<()> {
     let seen = observe(guest)?;
     guest.sh("blockdev --setrw /dev/ram2")?;
     equal("the backup", &seen, &good(&["/mnt/good/w", "/mnt/bad/w"]))
+}
+
+/// A balance holds the write gate from its beginning to its end: a freeze would wait for it, and every
+/// writer for the freeze.
+fn btrfs_balance(guest: &Guest) -> Result<()> {
+    let disk = Attached::new(guest, 0, 0, 256, Image::default())?;
+    load_driver(guest)?;
+    let node = disk.node(guest)?;
+    guest.sh(HEALTHY)?;
+    guest.sh(&format!(
+        "modprobe btrfs && mkfs.btrfs -q -f {node} && mount {node} /mnt/bad &&
+         dd if=/dev/zero of=/mnt/bad/file bs=1M count=48 2>/dev/null && sync"
+    ))?;
+    guest.writer_start("/mnt/bad/w")?;
+    let balance = |guest: &Guest| -> Result<_> {
+        disk.disk.set_delay(Duration::from_millis(300));
+        let line = "exec btrfs balance start --full-balance /mnt/bad";
+        let process = guest.spawn(&["sh", "-c", line])?;
+        guest.wait_until("it is being balanced", STEP, || {
+            let said = guest.sh("cat /sys/fs/btrfs/*-*/exclusive_operation")?;
+            Ok(said.trim() == "balance")
+        })?;
+        Ok(process)
+    };
+    let end = |process| -> Result<()> {
+        disk.disk.set_delay(Duration::ZERO);
+        guest.sh("btrfs balance cancel /mnt/bad; true")?;
+        guest.wait(&process, STEP * 2)?;
+        Ok(())
+    };
+    let process = balance(guest)?;
+    let name = "/mnt/bad (btrfs, ";
+    let list = guest.sh("/payload/hv_vss_daemon list")?;
+    let line = list.lines().find(|line| line.contains(name));
+    ensure!(
+        line.is_some_and(|it| it.contains("busy") && it.contains("balance")),
+        "list should say that it is busy:\n{list}"
+    );
+    guest.writer_start("/mnt/good/w")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let seen = observe(guest)?;
+    let told = (seen.freeze, seen.thaw, seen.stuck.len());
+    equal(
+        "the answers, who is stuck",
+        told,
+        (status::OK, Some(status::OK), 0),
+    )?;
+    equal(
+        "who stood still",
+        &seen.still,
+        &vec!["/mnt/good/w".to_owned()],
+    )?;
+    let log = guest.output(&daemon)?;
+    let mut lines = log.lines();
+    ensure!(
+        lines.any(|it| it.contains(name) && it.contains("left out: busy")),
+        "it should be named:\n{log}"
+    );
+    // Or the balance had ended before.
+    let said = guest.sh("cat /sys/fs/btrfs/*-*/exclusive_operation")?;
+    equal("what it is at", said.trim(), "balance")?;
+    end(process)?;
+    let seen = observe(guest)?;
+    equal("who stands still after it", seen.still.len(), 2)?;
+    stop(guest, guest.module(), &daemon)?;
+
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("strict = true")?;
+    wait_for_daemon(guest)?;
+    let process = balance(guest)?;
+    let freeze = guest.vss().freeze(&[], STEP)?;
+    answered("FREEZE with strict = true", &freeze, status::FAIL)?;
+    end(process)?;
+    stop(guest, guest.module(), &daemon)
 }
