@@ -92,10 +92,11 @@ impl Fault {
         match self {
             Fault::DaemonKilled
             | Fault::Terminated
-            | Fault::OutOfMemory
             | Fault::Unbound
             | Fault::Rescinded
             | Fault::GuardKilled => RELEASED,
+            // The kernel tries to do without a death first.
+            Fault::OutOfMemory => RELEASED * 2,
             // By the next start, which takes a while.
             Fault::BothKilled => STEP,
             Fault::Stopped
