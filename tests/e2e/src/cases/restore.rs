@@ -12,7 +12,7 @@
 //! orders notes, writes and answers. `restore/checkers-*` give the same judges copies that are bad.
 
 use super::disks::{case, load_driver, Attached};
-use super::{rounds_or, start, stop, Case};
+use super::{load, rounds_or, start, stop, wait_for_daemon, Case};
 use anyhow::{bail, ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
@@ -61,6 +61,11 @@ pub const CASES: &[Case] = &[
             root,
         )
     }.long(),
+    long(
+        "restore/lost-thaw",
+        "the host never says THAW: until the deadline nothing is written, and a copy from then restores",
+        lost_thaw,
+    ).long(),
     Case {
         per_round: Duration::from_secs(600),
         ..case(
@@ -383,6 +388,82 @@ impl Rig {
         self.stop_logs();
         Ok(backup)
     }
+}
+
+/// A THAW that gets lost. A host that copies a disk at any moment from the answer on has what the log has
+/// until then: with nothing written before the deadline that is one and the same copy all the time.
+fn lost_thaw(guest: &Guest) -> Result<()> {
+    const KINDS: [(Format, Stack); 3] = [
+        (Format::Ext4, Stack::Disk),
+        (Format::Xfs, Stack::Disk),
+        (Format::Btrfs, Stack::Disk),
+    ];
+    const DEADLINE: Duration = Duration::from_secs(5);
+    for module in [Module::Ours, Module::Stock] {
+        load(guest, module, &[])?;
+        let process = guest.start_daemon_with(&format!("deadline = {}", DEADLINE.as_secs()))?;
+        wait_for_daemon(guest)?;
+        let mut rig = Rig::new(guest, &KINDS, Duration::ZERO)?;
+        let host = guest.host();
+        let luns: Vec<_> = rig.disks().map(Attached::in_backup).collect();
+        let bases = rig.start_logs()?;
+        rig.wait_for_progress(guest, 3)?;
+        let freeze = guest.vss().freeze(&luns, STEP)?;
+        answered("FREEZE", &freeze, status::OK)?;
+        rig.wait_for_progress(guest, 3)?;
+        answered("THAW", &guest.vss().thaw(STEP)?, status::FAIL)?;
+        let notes = rig.notes.disk.log();
+        let mut copies = Vec::new();
+        for ((volume, attached), base) in rig.volumes.iter().zip(rig.disks()).zip(bases) {
+            let mut log = attached.disk.log();
+            let is_after = |entry: &Entry| host.time_of(entry.ended) > freeze.at;
+            let first = log.iter().find(|it| it.is_write() && is_after(it));
+            let first = first.context("nothing was written after the deadline")?;
+            let still = host.time_of(first.arrived).saturating_sub(freeze.at);
+            println!(
+                "     {module:?}, {}: FREEZE took {:.1?}, the first write came {still:.1?} after it",
+                volume.format.name(),
+                freeze.latency
+            );
+            // The deadline counts from the first freeze on.
+            ensure!(
+                still + freeze.latency >= DEADLINE,
+                "it was written {still:?} after the answer, which took {:?}",
+                freeze.latency
+            );
+            log.retain(|entry| !is_after(entry));
+            copies.push(Copy {
+                format: volume.format,
+                stack: volume.stack,
+                parts: vec![Part {
+                    image: log::replay(&base, &log),
+                    base,
+                    log,
+                }],
+                written: 0,
+                expected: Expected::at(&notes, volume.slot, |moment| {
+                    host.time_of(moment) < freeze.at
+                }),
+            });
+        }
+        rig.stop_logs();
+        rig.stop(guest)?;
+        stop(guest, module, &process)?;
+        let all: Vec<_> = copies.iter().collect();
+        for (copy, verdict) in all.iter().zip(judge(guest, &all)?) {
+            ensure!(
+                verdict.objections().is_empty() && copy.expected.least > 0,
+                "{module:?}, {:?}, {:?}: {verdict:#?}",
+                copy.format,
+                copy.expected
+            );
+        }
+        for attached in rig.volumes.into_iter().flat_map(|it| it.disks) {
+            attached.detach(guest)?;
+        }
+        rig.notes.detach(guest)?;
+    }
+    Ok(())
 }
 
 /// How many of these entries changed the disk while `within` says so.
