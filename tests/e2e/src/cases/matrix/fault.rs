@@ -103,8 +103,9 @@ impl Fault {
             | Fault::ThawLost
             | Fault::ThawLate
             | Fault::FreezeTwice
-            | Fault::ThawTwice
-            | Fault::DiskAdded => DEADLINE + RELEASED * 2,
+            | Fault::ThawTwice => DEADLINE + RELEASED * 2,
+            // Until the guest has found it, the daemon is held where it was.
+            Fault::DiskAdded => STEP,
             Fault::Hibernated | Fault::DiskHung | Fault::DiskGone => STEP,
             Fault::ShutDown | Fault::Panic => STEP,
         }
