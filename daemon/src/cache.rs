@@ -91,6 +91,8 @@ pub struct Gathered {
     pub disks: Vec<String>,
     /// Why it is not only for those disks though it was to be.
     pub not_only_listed: Option<String>,
+    /// The disks of the backup that nothing should be written to once all is frozen, by number and node.
+    pub at_rest: Vec<(DevId, String)>,
     /// What superblocks there were before it was planned; `None` if nobody tells.
     pub alive: Option<Listed>,
 }
@@ -208,6 +210,7 @@ impl Cache {
         let mut gathered = Gathered {
             not_only_listed: why_not_only(disks, &scope).filter(|_| config.listed_disks_only),
             alive: self.alive.clone(),
+            at_rest: plan.at_rest(&scope),
             ..Gathered::default()
         };
         let known = scope.disks.iter().map(|dev| plan.words_for(*dev));

@@ -82,6 +82,12 @@ pub enum ThawError {
         /// Which.
         names: Vec<String>,
     },
+    /// Something that no freeze holds has written, and the configuration is strict.
+    #[error("written to while all on it was frozen, and the configuration is strict: {}", .nodes.join(", "))]
+    Written {
+        /// To which disks.
+        nodes: Vec<String>,
+    },
     /// The kernel refuses.
     #[error("{name} cannot be thawed")]
     Failed {
@@ -586,6 +592,15 @@ impl Session {
             return Err(failure.unwrap_or(FreezeError::Aborted));
         }
         Ok(self.summary())
+    }
+
+    /// Whether something on that disk is not frozen although it was to be.
+    pub fn goes_on_on(&self, disk: &DevId) -> bool {
+        let mut targets = self.work.targets.iter();
+        targets.any(|target| {
+            let is_frozen = matches!(*target.state(), State::Ours { .. } | State::Foreign);
+            !is_frozen && target.disks.contains(disk)
+        })
     }
 
     fn summary(&self) -> Summary {

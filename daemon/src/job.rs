@@ -8,6 +8,7 @@
 //! callback. Between backups that thread has a plan ready for the next one. It knows no host and no
 //! frames.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -34,7 +35,8 @@ use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
 use crate::superblocks::Listed;
 use crate::sys;
-use crate::writes::{self, Writes};
+use crate::topology;
+use crate::writes::{self, AtRest, Writes};
 
 /// Dirty pages on the whole machine (64 KiB) up to which it counts as clean.
 const CLEAN_PAGES: u64 = 16;
@@ -166,7 +168,9 @@ impl Freezer {
             disks,
             not_only_listed,
             alive,
+            at_rest,
         } = self.cache.gather(config, disks)?;
+        let mut at_rest = AtRest::new(without_swap(at_rest, &targets));
         for it in &disks {
             log.info(format!("in the backup: {it}"));
         }
@@ -210,9 +214,10 @@ impl Freezer {
                 Err(ThawError::Failed { name, source }) => {
                     Err(FreezeError::Failed { name, source }.into())
                 }
-                Ok(()) | Err(ThawError::Early { .. } | ThawError::Late { .. }) => Ok(None),
+                Ok(()) | Err(_) => Ok(None),
             };
         }
+        at_rest.begin(|disk| session.goes_on_on(disk));
         summary.left_out += missing.len();
         if summary.ours + summary.foreign == 0 {
             if config.strict {
@@ -225,12 +230,14 @@ impl Freezer {
             session,
             summary,
             alive,
+            at_rest,
         }))
     }
 
     /// Thaws what was frozen; everything is tried, whatever fails, and [`Frozen::tidy`] is to follow.
     /// Names what was mounted meanwhile: that is on a disk and was not frozen.
     pub fn thaw(&mut self, frozen: &Frozen, setting: &Setting) -> Result<(), ThawError> {
+        let nodes = frozen.at_rest.written();
         let thawed = frozen.session.thaw();
         // Only now, since writers wait no longer: what has come in the last moment is named as well.
         let names = match (&frozen.alive, self.cache.alive_now()) {
@@ -242,9 +249,17 @@ impl Freezer {
                 "{name} was mounted while the rest was frozen, and was not frozen"
             ));
         }
-        match names.is_empty() || !setting.config.strict {
-            true => thawed,
-            false => thawed.and(Err(ThawError::Late { names })),
+        for node in &nodes {
+            setting.log.warning(format!(
+                "something was written to {node} while all that is known to be on it was frozen: by a \
+                 program that has the disk itself open, or by what is in no mount table"
+            ));
+        }
+        match (names.is_empty(), nodes.is_empty()) {
+            _ if !setting.config.strict => thawed,
+            (true, true) => thawed,
+            (false, _) => thawed.and(Err(ThawError::Late { names })),
+            (true, false) => thawed.and(Err(ThawError::Written { nodes })),
         }
     }
 
@@ -259,6 +274,21 @@ impl Freezer {
         let text = text.get(..read.unwrap_or(0)).unwrap_or_default();
         dirty_pages(text).is_none_or(|pages| pages > CLEAN_PAGES)
     }
+}
+
+/// Without those that the kernel swaps to: that is in no file system, and nobody misses it in a copy.
+fn without_swap(disks: Vec<(DevId, String)>, targets: &[Opened]) -> Vec<(DevId, String)> {
+    if disks.is_empty() {
+        return disks;
+    }
+    let files = writes::swapped_to();
+    let below_files = targets.iter().filter(|it| files.contains(&it.dev));
+    let below_files = below_files.flat_map(|it| it.disks.iter().copied());
+    let wholes = writes::swapped_to_as_a_whole();
+    let below_wholes = wholes.into_iter().flat_map(topology::lowest_below);
+    let swapped: BTreeSet<DevId> = below_files.chain(below_wholes).collect();
+    let disks = disks.into_iter();
+    disks.filter(|(dev, _)| !swapped.contains(dev)).collect()
 }
 
 fn target(opened: Opened) -> Target {
@@ -318,6 +348,8 @@ pub struct Frozen {
     summary: Summary,
     /// What superblocks there were before.
     alive: Option<Listed>,
+    /// Disks that should not be written to meanwhile.
+    at_rest: AtRest,
 }
 
 impl Frozen {

@@ -164,6 +164,9 @@ pub struct Disk {
     pub address: Option<String>,
     /// Whether what is on it may lie on another disk of this machine: a program may serve it.
     pub is_served: bool,
+    /// Whether nothing between it and the file systems on it writes by itself, as md, thin volumes and
+    /// caches do.
+    pub is_plain: bool,
 }
 
 /// Of which disks a backup is.
@@ -203,6 +206,28 @@ impl Plan {
     pub fn on_disk(&self, dev: DevId) -> impl Iterator<Item = &FileSystem> {
         self.file_systems()
             .filter(move |it| it.disks.contains(&dev))
+    }
+
+    /// Those disks of a backup, by number and node, to which nothing should be written once all is frozen
+    /// that is planned: no file system on them goes on. Where the host has named none, those of the host.
+    pub fn at_rest(&self, scope: &Scope) -> Vec<(DevId, String)> {
+        let is_of_it = |dev: &DevId, disk: &Disk| match scope.disks.is_empty() {
+            true => disk.address.is_some(),
+            false => scope.disks.contains(dev),
+        };
+        let goes_on = |it: &LeftOut| !matches!(it.reason, Reason::ReadOnly | Reason::NoBlockDevice);
+        let left_out = self.left_out.iter().filter(|it| goes_on(it));
+        let left_out = left_out.map(|it| &it.file_system);
+        let moving: BTreeSet<DevId> = left_out
+            .chain(&self.synced)
+            .flat_map(|it| it.disks.iter().copied())
+            .collect();
+        let disks = self.disks.iter();
+        let at_rest = disks
+            .filter(|(dev, disk)| disk.is_plain && is_of_it(dev, disk) && !moving.contains(dev));
+        at_rest
+            .map(|(dev, disk)| (*dev, format!("/dev/{}", disk.name)))
+            .collect()
     }
 
     /// Leaves out what has no part of any of these disks. Where that is not certain, it stays.
@@ -262,6 +287,13 @@ pub fn plan(
         .map(|it| below.disks(&it.file_system))
         .collect();
     plan.disks = below.describe(disks.iter().flatten());
+    for file_system in superblocks.iter().map(|it| &it.file_system) {
+        for dev in below.disks_that_change_by_themselves(file_system) {
+            if let Some(disk) = plan.disks.get_mut(&dev) {
+                disk.is_plain = false;
+            }
+        }
+    }
     for (superblock, disks) in superblocks.into_iter().zip(disks) {
         let reason = superblock.reason(topology, excluded);
         let (mut file_system, held) = (superblock.file_system, superblock.can_be_held);
@@ -630,6 +662,29 @@ impl Below<'_> {
         disks
     }
 
+    /// The lowest devices of it, if something above them writes by itself: md, and what the device mapper
+    /// has in more than one layer (thin volumes, caches, RAID, snapshots).
+    fn disks_that_change_by_themselves(&self, file_system: &FileSystem) -> BTreeSet<DevId> {
+        let below = devices_below(self.topology, file_system);
+        let is_mapped = |dev: &DevId| {
+            let lower = self.topology.devices.get(dev);
+            lower.is_some_and(|it| it.name.starts_with("dm-"))
+        };
+        let is_alive = |device: &crate::topology::Device| match device.name.as_str() {
+            name if name.starts_with("dm-") => device.below.iter().any(is_mapped),
+            name => {
+                let is_partition = matches!(device.below.as_slice(), [disk]
+                    if self.topology.devices.get(disk).is_some_and(|it| name.starts_with(&it.name)));
+                !device.below.is_empty() && !is_partition
+            }
+        };
+        if !below.iter().any(|(_, device)| is_alive(device)) {
+            return BTreeSet::new();
+        }
+        let lowest = below.iter().filter(|(_, device)| device.below.is_empty());
+        lowest.map(|(dev, _)| *dev).collect()
+    }
+
     /// What holds the file behind a loop device, if that is known and is on disks.
     fn holder(&self, backing: &Backing) -> Option<&FileSystem> {
         match holder(self.mounts, self.topology, backing) {
@@ -646,6 +701,7 @@ impl Below<'_> {
                 name: it.name.clone(),
                 address: Some(it.address.clone()),
                 is_served: false,
+                is_plain: true,
             };
             (*dev, disk)
         });
@@ -660,6 +716,7 @@ impl Below<'_> {
                 name: device.name.clone(),
                 address: None,
                 is_served: device.user_space || is_file,
+                is_plain: true,
             };
             Some((*dev, disk))
         });
@@ -976,6 +1033,53 @@ mod tests {
         let mut names: Vec<String> = elsewhere.map(|it| it.file_system.to_string()).collect();
         names.sort();
         assert_eq!(names, ["/ (ext4, 8:16)", "/in-memory (ext4, 7:2)"]);
+    }
+
+    #[test]
+    fn a_disk_is_at_rest_if_all_on_it_is_frozen_and_nothing_in_between_writes_by_itself() {
+        let named = |name: &str, below: &[&str]| Device {
+            name: name.into(),
+            ..disk(below)
+        };
+        let mut topology = topology(vec![
+            ("8:0", named("sda", &[])),
+            ("8:1", named("sda1", &["8:0"])),
+            ("253:0", named("dm-0", &["8:1"])),
+            ("8:16", named("sdb", &[])),
+            ("9:0", named("md0", &["8:16"])),
+            ("8:32", named("sdc", &[])),
+            ("8:64", named("sde", &[])),
+            ("253:1", named("dm-1", &["8:64"])),
+            ("253:2", named("dm-2", &["253:1"])),
+        ]);
+        for (number, name) in [
+            ("8:0", "sda"),
+            ("8:16", "sdb"),
+            ("8:32", "sdc"),
+            ("8:48", "sdd"),
+            ("8:64", "sde"),
+        ] {
+            let found = crate::disks::Disk {
+                name: name.into(),
+                address: format!("host:{number}"),
+            };
+            topology.disks.insert(dev(number), found);
+        }
+        let table = "\
+1 0 253:0 / / rw - ext4 /dev/dm-0 rw
+2 1 9:0 / /md rw - ext4 /dev/md0 rw
+3 1 8:32 / /excluded rw - ext4 /dev/sdc rw
+4 1 253:2 / /thin rw - ext4 /dev/dm-2 rw
+";
+        let rule = |it: &FileSystem| (it.dev == dev("8:32")).then(|| "a rule".to_owned());
+        let plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &rule);
+        let nodes = |scope: &Scope| -> Vec<String> {
+            let at_rest = plan.at_rest(scope).into_iter();
+            at_rest.map(|(_, node)| node).collect()
+        };
+        assert_eq!(nodes(&Scope::default()), ["/dev/sda", "/dev/sdd"]);
+        let scope = plan.find(&["host:8:48".into(), "host:8:64".into()]);
+        assert_eq!(nodes(&scope), ["/dev/sdd"]);
     }
 
     #[test]

@@ -241,6 +241,15 @@ fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount]) {
     }
 }
 
+/// The lowest devices below one, itself if it stands on none.
+pub fn lowest_below(dev: DevId) -> Vec<DevId> {
+    let mut topology = Topology::default();
+    add(&mut topology, dev);
+    let lowest = topology.devices.into_iter();
+    let lowest = lowest.filter(|(_, device)| device.below.is_empty());
+    lowest.map(|(dev, _)| dev).collect()
+}
+
 fn add(topology: &mut Topology, dev: DevId) {
     if topology.devices.contains_key(&dev) {
         return;

@@ -54,24 +54,73 @@ fn parse(stat: &str) -> Option<u64> {
         .ok()
 }
 
+/// Disks that nothing should be written to for a while, by their nodes.
+#[derive(Debug, Default)]
+pub struct AtRest(Vec<Disk>);
+
+#[derive(Debug)]
+struct Disk {
+    dev: DevId,
+    node: String,
+    writes: Writes,
+    /// What was written until [`AtRest::begin`].
+    before: u64,
+}
+
+impl AtRest {
+    /// These, from [`AtRest::begin`] on.
+    pub fn new(disks: impl IntoIterator<Item = (DevId, String)>) -> Self {
+        let disk = |(dev, node)| Disk {
+            writes: Writes::of(&[dev]),
+            dev,
+            node,
+            before: 0,
+        };
+        AtRest(disks.into_iter().map(disk).collect())
+    }
+
+    /// From now on; not those on which something goes on.
+    pub fn begin(&mut self, goes_on: impl Fn(&DevId) -> bool) {
+        self.0.retain(|disk| !goes_on(&disk.dev));
+        for disk in &mut self.0 {
+            disk.before = disk.writes.sectors();
+        }
+    }
+
+    /// Those that something was written to since.
+    pub fn written(&self) -> Vec<String> {
+        let written = self.0.iter();
+        let written = written.filter(|disk| disk.writes.sectors() != disk.before);
+        written.map(|disk| disk.node.clone()).collect()
+    }
+}
+
 /// `st_dev` of each file that the kernel swaps to: pages go there at any time, past the file system and
 /// its freeze.
 pub fn swapped_to() -> Vec<DevId> {
+    swaps("file", |meta| meta.dev())
+}
+
+/// The partitions and disks that it swaps to.
+pub fn swapped_to_as_a_whole() -> Vec<DevId> {
+    swaps("partition", |meta| meta.rdev())
+}
+
+fn swaps(kind: &str, dev: fn(&Metadata) -> u64) -> Vec<DevId> {
     let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
-    let dev = |meta: Metadata| DevId::from_raw(meta.dev());
-    files_in(&swaps)
+    of_kind(&swaps, kind)
         .filter_map(|path| fs::metadata(path).ok())
-        .map(dev)
+        .map(|meta| DevId::from_raw(dev(&meta)))
         .collect()
 }
 
-/// The files among the lines of `/proc/swaps`; in a path with blanks these are escaped, and it is not
-/// found.
-fn files_in(swaps: &str) -> impl Iterator<Item = &str> {
-    swaps.lines().filter_map(|line| {
+/// Those of a kind among the lines of `/proc/swaps`; in a path with blanks these are escaped, and it is
+/// not found.
+fn of_kind<'a>(swaps: &'a str, kind: &'a str) -> impl Iterator<Item = &'a str> {
+    swaps.lines().filter_map(move |line| {
         let mut words = line.split_ascii_whitespace();
         let path = words.next()?;
-        (words.next()? == "file").then_some(path)
+        (words.next()? == kind).then_some(path)
     })
 }
 
@@ -87,11 +136,13 @@ mod tests {
     }
 
     #[test]
-    fn of_what_is_swapped_to_only_the_files_count() {
+    fn what_is_swapped_to_is_told_by_its_kind() {
         let swaps = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n\
                      /dev/sda2                               partition\t999420\t\t0\t\t-2\n\
                      /swap/file                              file\t\t999420\t\t0\t\t-3\n";
-        assert_eq!(files_in(swaps).collect::<Vec<_>>(), ["/swap/file"]);
+        assert_eq!(of_kind(swaps, "file").collect::<Vec<_>>(), ["/swap/file"]);
+        let partitions: Vec<_> = of_kind(swaps, "partition").collect();
+        assert_eq!(partitions, ["/dev/sda2"]);
     }
 
     #[test]

@@ -101,6 +101,11 @@ pub const CASES: &[Case] = &[
         "as an option only what is on those disks stands still; all does where that is not certain",
         listed_disks_only,
     ),
+    disks::case(
+        "scope/raw-writer",
+        "what a program writes to a disk of the backup itself is named, and fails a strict backup",
+        raw_writer,
+    ),
     Case {
         // For each of 8 rounds: all are made and mounted twice.
         per_round: Duration::from_secs(60),
@@ -844,6 +849,71 @@ fn listed_disks_only(guest: &Guest) -> Result<()> {
     let seen = observe_backup_of(guest, &[two.second()])?;
     still_are(&seen, &all_files())?;
     says(guest, &daemon, &["nobody says which disks", "for all"])?;
+    stop(guest, Module::Stock, &daemon)
+}
+
+fn raw_writer(guest: &Guest) -> Result<()> {
+    disks::load_driver(guest)?;
+    let disks = [
+        Attached::new(guest, 0, 0, 64, Image::default())?,
+        Attached::new(guest, 1, 0, 64, Image::default())?,
+    ];
+    let [first, second] = [disks[0].node(guest)?, disks[1].node(guest)?];
+    guest.sh(&format!(
+        "mkdir -p /mnt/a && mkfs.ext4 -q -F {first} && mount {first} /mnt/a"
+    ))?;
+    guest.writer_start("/mnt/a/w")?;
+    let write = format!(
+        "while :; do
+             dd if=/dev/zero of={second} bs=4k count=1 conv=notrunc oflag=direct 2>/dev/null
+         done"
+    );
+    let writer = guest.spawn(&["sh", "-c", &write])?;
+    let [on_first, on_second] = disks.each_ref().map(Attached::in_backup);
+    let says_written =
+        |log: &str, node: &str| log.contains(&format!("was written to {node} while"));
+
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let seen = observe_backup_of(guest, &[on_first])?;
+    equal("a backup of the other disk", &seen, &good(&["/mnt/a/w"]))?;
+    let log = guest.output(&daemon)?;
+    ensure!(!log.contains("was written to"), "nothing was:\n{log}");
+    let seen = observe_backup_of(guest, &[on_first, on_second])?;
+    equal("a backup of both disks", &seen, &good(&["/mnt/a/w"]))?;
+    says(guest, &daemon, &[&format!("was written to {second} while")])?;
+    let log = guest.output(&daemon)?;
+    ensure!(!says_written(&log, &first), "not to {first}:\n{log}");
+    stop(guest, guest.module(), &daemon)?;
+
+    let daemon = start_with(guest, "strict = true")?;
+    let seen = observe_backup_of(guest, &[on_first, on_second])?;
+    let told = (seen.freeze, seen.thaw);
+    equal(
+        "FREEZE and THAW, strict",
+        told,
+        (status::OK, Some(status::FAIL)),
+    )?;
+    guest.signal(&writer, 9)?;
+    guest.wait(&writer, STEP)?;
+    let seen = observe_backup_of(guest, &[on_first, on_second])?;
+    equal("strict, without a writer", &seen, &good(&["/mnt/a/w"]))?;
+    stop(guest, guest.module(), &daemon)?;
+
+    // The stock module does not say which disks: all of the host's are looked at.
+    load(guest, Module::Stock, &[])?;
+    let daemon = guest.start_daemon_with("strict = true")?;
+    wait_for_daemon(guest)?;
+    equal("the stock module", &observe(guest)?, &good(&["/mnt/a/w"]))?;
+    let writer = guest.spawn(&["sh", "-c", &write])?;
+    let seen = observe(guest)?;
+    let told = (seen.freeze, seen.thaw);
+    equal(
+        "with a writer again",
+        told,
+        (status::OK, Some(status::FAIL)),
+    )?;
+    guest.signal(&writer, 9)?;
+    guest.wait(&writer, STEP)?;
     stop(guest, Module::Stock, &daemon)
 }
 

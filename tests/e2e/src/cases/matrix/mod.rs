@@ -564,6 +564,13 @@ fn row(guest: &Guest, fault: Fault, stack: Stack) -> Result<()> {
         if !problems.is_empty() {
             let problem = problems.join("; ");
             println!("     {}: wrong: {problem}", stage.words());
+            if let Some(lab) = &lab {
+                let log = guest.output(&lab.daemon).unwrap_or_default();
+                let lines: Vec<&str> = log.lines().rev().take(20).collect();
+                for line in lines.iter().rev() {
+                    println!("       {line}");
+                }
+            }
             wrong.push(format!("{}, {}: {problem}", fault.words(), stage.words()));
         }
         let Some(lab) = &mut lab else { continue };
