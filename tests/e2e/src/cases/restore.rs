@@ -398,7 +398,7 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
         (Format::Xfs, Stack::Disk),
         (Format::Btrfs, Stack::Disk),
     ];
-    const DEADLINE: Duration = Duration::from_secs(5);
+    const DEADLINE: Duration = Duration::from_secs(20);
     for module in [Module::Ours, Module::Stock] {
         load(guest, module, &[])?;
         let process = guest.start_daemon_with(&format!("deadline = {}", DEADLINE.as_secs()))?;
