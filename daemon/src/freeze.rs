@@ -347,6 +347,11 @@ pub struct Learnt {
 }
 
 impl Learnt {
+    /// Whether it had no means to freeze the last time.
+    pub fn is_unfreezable(&self, dev: DevId) -> bool {
+        self.unfreezable.contains(&dev)
+    }
+
     fn hangs(&self, dev: DevId) -> bool {
         let mut hung = self.hung.iter();
         hung.any(|(it, session)| *it == dev && session.strong_count() > 0)
@@ -594,9 +599,10 @@ impl Session {
         Ok(self.summary())
     }
 
-    /// Whether something on that disk is not frozen although it was to be.
-    pub fn goes_on_on(&self, disk: &DevId) -> bool {
-        let mut targets = self.work.targets.iter();
+    /// Whether something on that disk is not frozen although it was to be, other than these.
+    pub fn goes_on_on(&self, disk: &DevId, but: &BTreeSet<DevId>) -> bool {
+        let targets = self.work.targets.iter();
+        let mut targets = targets.filter(|it| !but.contains(&it.dev));
         targets.any(|target| {
             let is_frozen = matches!(*target.state(), State::Ours { .. } | State::Foreign);
             !is_frozen && target.disks.contains(disk)

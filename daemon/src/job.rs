@@ -170,7 +170,16 @@ impl Freezer {
             alive,
             at_rest,
         } = self.cache.gather(config, disks)?;
-        let mut at_rest = AtRest::new(without_swap(at_rest, &targets));
+        let learnt = &self.learnt;
+        let known = |it: &&Opened| learnt.is_unfreezable(it.dev);
+        let others = |disk: DevId| {
+            let on_it = targets.iter().filter(known);
+            let on_it = on_it.filter(|it| it.disks.contains(&disk));
+            on_it.flat_map(|it| it.devices.iter().copied()).collect()
+        };
+        let at_rest = without_swap(at_rest, &targets).into_iter();
+        let mut at_rest = AtRest::new(at_rest.map(|(dev, node)| (dev, node, others(dev))));
+        let known: BTreeSet<DevId> = targets.iter().filter(known).map(|it| it.dev).collect();
         for it in &disks {
             log.info(format!("in the backup: {it}"));
         }
@@ -217,7 +226,7 @@ impl Freezer {
                 Ok(()) | Err(_) => Ok(None),
             };
         }
-        at_rest.begin(|disk| session.goes_on_on(disk));
+        at_rest.begin(|disk| session.goes_on_on(disk, &known));
         summary.left_out += missing.len();
         if summary.ours + summary.foreign == 0 {
             if config.strict {

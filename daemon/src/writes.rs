@@ -63,15 +63,36 @@ struct Disk {
     dev: DevId,
     node: String,
     writes: Writes,
-    /// What was written until [`AtRest::begin`].
+    /// The devices on it that are written to all the same.
+    others: Writes,
+    /// What was written until [`AtRest::begin`], without that.
     before: u64,
 }
 
+impl Disk {
+    /// What was written to it, but for the others. Those may be written to meanwhile, so it is counted until
+    /// they are not, or often enough.
+    fn sectors(&self) -> u64 {
+        let mut others = self.others.sectors();
+        for _ in 0..8 {
+            let all = self.writes.sectors();
+            let now = self.others.sectors();
+            if now == others {
+                return all.wrapping_sub(others);
+            }
+            others = now;
+        }
+        // Nobody can tell.
+        self.before
+    }
+}
+
 impl AtRest {
-    /// These, from [`AtRest::begin`] on.
-    pub fn new(disks: impl IntoIterator<Item = (DevId, String)>) -> Self {
-        let disk = |(dev, node)| Disk {
+    /// These, from [`AtRest::begin`] on, each with the devices on it that are written to all the same.
+    pub fn new(disks: impl IntoIterator<Item = (DevId, String, Vec<DevId>)>) -> Self {
+        let disk = |(dev, node, others): (DevId, String, Vec<DevId>)| Disk {
             writes: Writes::of(&[dev]),
+            others: Writes::of(&others),
             dev,
             node,
             before: 0,
@@ -79,18 +100,18 @@ impl AtRest {
         AtRest(disks.into_iter().map(disk).collect())
     }
 
-    /// From now on; not those on which something goes on.
+    /// From now on; not those on which something else goes on.
     pub fn begin(&mut self, goes_on: impl Fn(&DevId) -> bool) {
         self.0.retain(|disk| !goes_on(&disk.dev));
         for disk in &mut self.0 {
-            disk.before = disk.writes.sectors();
+            disk.before = disk.sectors();
         }
     }
 
     /// Those that something was written to since.
     pub fn written(&self) -> Vec<String> {
         let written = self.0.iter();
-        let written = written.filter(|disk| disk.writes.sectors() != disk.before);
+        let written = written.filter(|disk| disk.sectors() != disk.before);
         written.map(|disk| disk.node.clone()).collect()
     }
 }
@@ -143,6 +164,35 @@ mod tests {
         assert_eq!(of_kind(swaps, "file").collect::<Vec<_>>(), ["/swap/file"]);
         let partitions: Vec<_> = of_kind(swaps, "partition").collect();
         assert_eq!(partitions, ["/dev/sda2"]);
+    }
+
+    #[test]
+    fn what_is_known_to_go_on_is_not_counted() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-writes-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let put = |name: &str, sectors: u64| {
+            let path = dir.join(name);
+            fs::write(&path, format!("0 0 0 0 0 0 {sectors} 0\n")).unwrap();
+            Writes::from(vec![File::open(path).unwrap()])
+        };
+        let disk = Disk {
+            dev: DevId::default(),
+            node: "/dev/sda".into(),
+            writes: put("disk", 100),
+            others: put("partition", 40),
+            before: 0,
+        };
+        let mut at_rest = AtRest(vec![disk]);
+        at_rest.begin(|_| false);
+        put("disk", 108);
+        put("partition", 48);
+        assert!(at_rest.written().is_empty());
+        put("disk", 116);
+        assert_eq!(at_rest.written(), ["/dev/sda"]);
+        at_rest.begin(|_| true);
+        put("disk", 124);
+        assert!(at_rest.written().is_empty());
+        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

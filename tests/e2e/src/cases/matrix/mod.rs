@@ -184,7 +184,11 @@ impl<'a> Lab<'a> {
     /// Short enough to be waited for; a daemon that is held for a look is not given up.
     fn parameters(stack: Stack) -> &'static [&'static str] {
         match stack {
-            Stack::Ours => &["grace_ms=1000", "freeze_timeout_ms=10000", "timeout_ms=6000"],
+            Stack::Ours => &[
+                "grace_ms=1000",
+                "freeze_timeout_ms=10000",
+                "timeout_ms=6000",
+            ],
             Stack::OursOnStock | Stack::Peer => &[],
         }
     }
