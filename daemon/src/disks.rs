@@ -18,7 +18,7 @@ use crate::superblocks::dev_in;
 
 /// A disk that the host gives.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Disk {
+pub struct HostDisk {
     /// The kernel's name, such as `sda`.
     pub name: String,
     /// Where it is: `GUID:port:target:unit`.
@@ -26,12 +26,12 @@ pub struct Disk {
 }
 
 /// All of them, by number. What is not found at the moment is missing, as in [`crate::topology::read`].
-pub fn of_host() -> BTreeMap<DevId, Disk> {
+pub fn of_host() -> BTreeMap<DevId, HostDisk> {
     const ALL: &str = "/sys/block";
     let entries = fs::read_dir(ALL).into_iter().flatten().flatten();
     let disk = |entry: fs::DirEntry| {
         let place = fs::read_link(entry.path()).ok()?;
-        let disk = Disk {
+        let disk = HostDisk {
             name: entry.file_name().into_string().ok()?,
             address: address_of_place(&place)?,
         };

@@ -20,8 +20,9 @@ use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use crate::ground::{devices_below, holder, Disk, Ground, Holder};
 use crate::mounts::{DevId, Mount};
-use crate::topology::{Backing, Topology, Unmounted};
+use crate::topology::{Topology, Unmounted};
 
 /// One place where a file system can be reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -155,20 +156,6 @@ pub struct Plan {
     pub disks: BTreeMap<DevId, Disk>,
 }
 
-/// A disk, as far as it matters which one it is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Disk {
-    /// The kernel's name.
-    pub name: String,
-    /// Where the host has it, if it is one of the host's.
-    pub address: Option<String>,
-    /// Whether what is on it may lie on another disk of this machine: a program may serve it.
-    pub is_served: bool,
-    /// Whether nothing between it and the file systems on it writes by itself, as md, thin volumes and
-    /// caches do.
-    pub is_plain: bool,
-}
-
 /// Of which disks a backup is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scope {
@@ -277,23 +264,14 @@ pub fn plan(
     let mut plan = Plan::default();
     let mut chosen = Vec::new();
     let superblocks = superblocks(mounts, topology);
-    let below = Below {
-        mounts,
-        topology,
-        by_dev: by_dev(&superblocks),
-    };
+    let devices = superblocks.iter().map(|it| &it.file_system);
+    let devices = devices.map(|it| (it.dev, it.devices.as_slice())).collect();
+    let ground = Ground::new(mounts, topology, devices);
     let disks: Vec<_> = superblocks
         .iter()
-        .map(|it| below.disks(&it.file_system))
+        .map(|it| ground.disks(it.file_system.dev))
         .collect();
-    plan.disks = below.describe(disks.iter().flatten());
-    for file_system in superblocks.iter().map(|it| &it.file_system) {
-        for dev in below.disks_that_change_by_themselves(file_system) {
-            if let Some(disk) = plan.disks.get_mut(&dev) {
-                disk.is_plain = false;
-            }
-        }
-    }
+    plan.disks = ground.describe(&disks);
     for (superblock, disks) in superblocks.into_iter().zip(disks) {
         let reason = superblock.reason(topology, excluded);
         let (mut file_system, held) = (superblock.file_system, superblock.can_be_held);
@@ -478,7 +456,7 @@ impl Order {
         for (i, file_system) in chosen.iter().enumerate() {
             let mut below = BTreeSet::new();
             let mut user_space = false;
-            for (_, device) in devices_below(topology, file_system) {
+            for (_, device) in devices_below(topology, file_system.dev, &file_system.devices) {
                 user_space |= device.user_space;
                 let Some(backing) = &device.backing else {
                     continue;
@@ -607,158 +585,11 @@ fn root(mounts: &[Mount]) -> Option<DevId> {
     Some(holder.dev)
 }
 
-/// All devices that the superblock is on, to any depth.
-fn devices_below<'a>(
-    topology: &'a Topology,
-    file_system: &FileSystem,
-) -> Vec<(DevId, &'a crate::topology::Device)> {
-    let mut todo = file_system.devices.clone();
-    todo.extend(topology.logs.get(&file_system.dev).into_iter().flatten());
-    let mut seen = BTreeSet::new();
-    let mut found = Vec::new();
-    while let Some(next) = todo.pop() {
-        if !seen.insert(next) {
-            continue;
-        }
-        if let Some(device) = topology.devices.get(&next) {
-            todo.extend(&device.below);
-            found.push((next, device));
-        }
-    }
-    found
-}
-
-/// The superblocks by their number.
-fn by_dev(superblocks: &[Superblock]) -> BTreeMap<DevId, &FileSystem> {
-    let each = superblocks.iter().map(|it| &it.file_system);
-    each.map(|it| (it.dev, it)).collect()
-}
-
-/// The way down from file systems to disks.
-struct Below<'a> {
-    mounts: &'a [Mount],
-    topology: &'a Topology,
-    by_dev: BTreeMap<DevId, &'a FileSystem>,
-}
-
-impl Below<'_> {
-    /// As [`FileSystem::disks`].
-    fn disks(&self, file_system: &FileSystem) -> BTreeSet<DevId> {
-        let mut disks = BTreeSet::new();
-        let mut seen = BTreeSet::from([file_system.dev]);
-        let mut todo = vec![file_system];
-        while let Some(next) = todo.pop() {
-            for (dev, device) in devices_below(self.topology, next) {
-                if !device.below.is_empty() {
-                    continue;
-                }
-                match device.backing.as_ref().and_then(|it| self.holder(it)) {
-                    Some(holder) if !seen.insert(holder.dev) => {}
-                    Some(holder) => todo.push(holder),
-                    None => drop(disks.insert(dev)),
-                }
-            }
-        }
-        disks
-    }
-
-    /// The lowest devices of it, if something above them writes by itself: md, and what the device mapper
-    /// has in more than one layer (thin volumes, caches, RAID, snapshots).
-    fn disks_that_change_by_themselves(&self, file_system: &FileSystem) -> BTreeSet<DevId> {
-        let below = devices_below(self.topology, file_system);
-        let is_mapped = |dev: &DevId| {
-            let lower = self.topology.devices.get(dev);
-            lower.is_some_and(|it| it.name.starts_with("dm-"))
-        };
-        let is_alive = |device: &crate::topology::Device| match device.name.as_str() {
-            name if name.starts_with("dm-") => device.below.iter().any(is_mapped),
-            name => {
-                let is_partition = matches!(device.below.as_slice(), [disk]
-                    if self.topology.devices.get(disk).is_some_and(|it| name.starts_with(&it.name)));
-                !device.below.is_empty() && !is_partition
-            }
-        };
-        if !below.iter().any(|(_, device)| is_alive(device)) {
-            return BTreeSet::new();
-        }
-        let lowest = below.iter().filter(|(_, device)| device.below.is_empty());
-        lowest.map(|(dev, _)| *dev).collect()
-    }
-
-    /// What holds the file behind a loop device, if that is known and is on disks.
-    fn holder(&self, backing: &Backing) -> Option<&FileSystem> {
-        match holder(self.mounts, self.topology, backing) {
-            Holder::Superblock(dev) => self.by_dev.get(&dev).copied(),
-            Holder::Memory | Holder::Unknown => None,
-        }
-    }
-
-    /// The disks that the host gives, and these.
-    fn describe<'b>(&self, others: impl Iterator<Item = &'b DevId>) -> BTreeMap<DevId, Disk> {
-        let Topology { devices, disks, .. } = self.topology;
-        let hosts = disks.iter().map(|(dev, it)| {
-            let disk = Disk {
-                name: it.name.clone(),
-                address: Some(it.address.clone()),
-                is_served: false,
-                is_plain: true,
-            };
-            (*dev, disk)
-        });
-        let others = others.filter(|dev| !disks.contains_key(dev));
-        let others = others.filter_map(|dev| {
-            let device = devices.get(dev)?;
-            // A file that is not in memory lies somewhere on the others.
-            let is_file = device.backing.as_ref().is_some_and(|it| {
-                !matches!(holder(self.mounts, self.topology, it), Holder::Memory)
-            });
-            let disk = Disk {
-                name: device.name.clone(),
-                address: None,
-                is_served: device.user_space || is_file,
-                is_plain: true,
-            };
-            Some((*dev, disk))
-        });
-        hosts.chain(others).collect()
-    }
-}
-
-enum Holder {
-    Superblock(DevId),
-    /// Not on a disk at all.
-    Memory,
-    Unknown,
-}
-
-/// Which superblock holds the file behind a loop device: the one with that number. No path is asked,
-/// which may be of another namespace, or have another file by now.
-fn holder(mounts: &[Mount], topology: &Topology, backing: &Backing) -> Holder {
-    let Some(dev) = backing.dev else {
-        return Holder::Unknown;
-    };
-    if let Some(&superblock) = topology.aliases.get(&dev) {
-        return Holder::Superblock(superblock);
-    }
-    let with_that_number = mounts.iter().find(|m| m.dev == dev);
-    match with_that_number {
-        _ if dev.major != 0 => Holder::Superblock(dev),
-        Some(m) if m.is_on_disks() => Holder::Superblock(dev),
-        Some(m) if is_memory(m) => Holder::Memory,
-        // An overlay, or a subvolume or layer that no table lists.
-        _ => Holder::Unknown,
-    }
-}
-
-fn is_memory(mount: &Mount) -> bool {
-    matches!(mount.fs_type.as_str(), "tmpfs" | "ramfs" | "devtmpfs")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::mounts::parse;
-    use crate::topology::Device;
+    use crate::topology::{Backing, Device};
 
     fn dev(text: &str) -> DevId {
         text.parse().unwrap()
@@ -978,7 +809,7 @@ mod tests {
             ("7:2", loop_on("/run/img", Some("0:9"))),
         ]);
         for (number, name) in [("8:0", "sda"), ("8:16", "sdb"), ("8:48", "sdd")] {
-            let found = crate::disks::Disk {
+            let found = crate::disks::HostDisk {
                 name: name.into(),
                 address: format!("host:{number}"),
             };
@@ -1059,7 +890,7 @@ mod tests {
             ("8:48", "sdd"),
             ("8:64", "sde"),
         ] {
-            let found = crate::disks::Disk {
+            let found = crate::disks::HostDisk {
                 name: name.into(),
                 address: format!("host:{number}"),
             };

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::disks::{self, Disk};
+use crate::disks::{self, HostDisk};
 use crate::mounts::{DevId, Mount};
 use crate::superblocks::{dev_in, folder_of, Superblock};
 use crate::sys;
@@ -59,7 +59,7 @@ pub struct Topology {
     pub logs: BTreeMap<DevId, Vec<DevId>>,
     /// The disks that the host gives, whatever is on them.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub disks: BTreeMap<DevId, Disk>,
+    pub disks: BTreeMap<DevId, HostDisk>,
     /// Superblocks whose device is no more.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub gone: BTreeSet<DevId>,
