@@ -8,13 +8,12 @@
 //! [`namespaces`], [`superblocks`]) and on what it stands ([`topology`], and the host's [`disks`]), [`plan`]
 //! turns that into an order (a pure function, as is [`ground`], the way down to the disks), [`open`] gets
 //! a descriptor for each file system, [`cache`] does both beforehand as far as [`watch`] sees no change,
-//! and [`freeze`] does the work on them, through a [`door`]. Behind that is the module ([`held`]), or where the module has no such thing [`fifreeze`]
-//! with its [`guard`], the process that thaws when all of this cannot, and a [`record`], from which
-//! [`recovery`] undoes what is left after a death; [`writes`] show whether others thawed meanwhile, or
-//! wrote to a disk itself.
-//! [`hooks`] are an administrator's programs that take part, and [`calls`] calls them. [`history`]
-//! remembers what came of each backup. [`control`] is how others ask the daemon; [`check`], [`report`]
-//! and [`timeline`] are what an operator is told.
+//! and [`freeze`] does the work on them, through a [`door`]. Behind that is the module ([`held`]), or where
+//! the module has no such thing [`fifreeze`] with its [`guard`], the process that thaws when all of this
+//! cannot, and a [`record`], from which [`recovery`] undoes what is left after a death; [`writes`] show
+//! whether others thawed meanwhile, or wrote to a disk itself. [`hooks`] are an administrator's programs
+//! that take part, and [`calls`] calls them. [`history`] remembers what came of each backup. [`control`] is
+//! how others ask the daemon; [`check`], [`report`] and [`timeline`] are what an operator is told.
 //!
 //! It knows nothing of VMBus: what the host says arrives as frames of `uapi/hv_vss.rs`.
 
