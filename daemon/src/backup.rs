@@ -477,16 +477,30 @@ impl Backup {
                 effects.call_off();
                 self.phase = Phase::Thawing { id, request };
             }
-            Phase::Ending(verdict, waiting) => {
-                self.phase = Phase::Ending(verdict, None);
-                return refuse_waiting(waiting, &why, effects);
-            }
-            Phase::Releasing(waiting) => {
-                self.phase = Phase::Releasing(None);
-                return refuse_waiting(waiting, &why, effects);
+            // That has been ended before, and the next one has nothing to do with it.
+            phase @ (Phase::Ending(..) | Phase::Releasing(_)) => {
+                self.phase = phase;
+                return;
             }
         }
         self.set_broken(why, effects);
+    }
+
+    /// What the host has asked went with its device.
+    pub fn device_lost(&mut self, effects: &mut impl Effects) {
+        let why = "the device went away";
+        self.refuse_waiting(why, effects);
+        let (why, reason) = (why.into(), None);
+        self.end_early(Break { why, reason }, effects);
+    }
+
+    fn refuse_waiting(&mut self, why: &str, effects: &mut impl Effects) {
+        let (Phase::Ending(_, waiting) | Phase::Releasing(waiting)) = &mut self.phase else {
+            return;
+        };
+        if let Some((request, _)) = waiting.take() {
+            refuse(&request, why, effects);
+        }
     }
 
     /// So much time has passed.
@@ -495,9 +509,14 @@ impl Backup {
             return;
         }
         let why = match self.phase {
+            Phase::Ending(..) => {
+                return self.refuse_waiting("the last one has not ended in time", effects)
+            }
+            Phase::Releasing(_) => {
+                let why = "the hooks of the last backup have not ended in time";
+                return self.refuse_waiting(why, effects);
+            }
             Phase::Freezing { .. } => "the host would not wait any longer",
-            Phase::Ending(..) => "the last one has not ended in time",
-            Phase::Releasing(_) => "the hooks of the last backup have not ended in time",
             _ => "the deadline passed, and whoever was to thaw then has not",
         };
         let reason = Some(thawed::DEADLINE);
@@ -508,8 +527,10 @@ impl Backup {
     /// No further freeze; [`Backup::is_over`] says when all is thawed.
     pub fn stop(&mut self, effects: &mut impl Effects) {
         self.stopping = true;
+        let why = "the daemon was stopped";
+        self.refuse_waiting(why, effects);
         let broken = Break {
-            why: "the daemon was stopped".into(),
+            why: why.into(),
             reason: Some(thawed::OPERATOR),
         };
         self.end_early(broken, effects);
@@ -521,12 +542,6 @@ impl Backup {
             effects.remember(Some(&why));
             self.broken = Some(why);
         }
-    }
-}
-
-fn refuse_waiting(waiting: Waiting, why: &str, effects: &mut impl Effects) {
-    if let Some((request, _)) = waiting {
-        refuse(&request, why, effects);
     }
 }
 

@@ -365,11 +365,12 @@ impl Service {
                     guard.bury();
                 }
             }
-            self.end_early(why.into(), Some(reason));
+            self.end_early(why.into(), reason);
         }
     }
 
-    fn end_early(&mut self, why: std::borrow::Cow<'static, str>, reason: Option<u32>) {
+    fn end_early(&mut self, why: std::borrow::Cow<'static, str>, reason: u32) {
+        let reason = Some(reason);
         self.machine
             .end_early(Break { why, reason }, &mut self.hands);
     }
@@ -446,7 +447,7 @@ impl Service {
         let text = format!("{}; opening it again", words(error));
         self.hands.log.warning(text);
         self.hands.retry = Some((Instant::now(), BACK_OFF.0));
-        self.end_early("the device went away".into(), None);
+        self.machine.device_lost(&mut self.hands);
     }
 
     fn on_time(&mut self) {
@@ -483,11 +484,11 @@ impl Service {
         if let Some(names) = job.progress().stuck(now, limit) {
             let seconds = limit.as_secs();
             let why = format!("{names} takes longer than {seconds} s to freeze (give_up)");
-            self.end_early(why.into(), Some(thawed::DEADLINE));
+            self.end_early(why.into(), thawed::DEADLINE);
         } else if job.progress().looks_for(now, self.hands.config.prepare) {
             let seconds = self.hands.config.prepare.as_secs();
             let why = format!("looking up what is mounted takes longer than {seconds} s (prepare)");
-            self.end_early(why.into(), Some(thawed::DEADLINE));
+            self.end_early(why.into(), thawed::DEADLINE);
         } else if now >= self.hands.report && job.progress().stage() != Stage::Freezing {
             let text = job.progress().words(now);
             self.hands.log.info(text);
@@ -524,7 +525,7 @@ impl Service {
             }
             Outcome::Lost(names) => {
                 let why = format!("somebody else thawed {}", names.join(", "));
-                self.end_early(why.into(), Some(thawed::FOREIGN));
+                self.end_early(why.into(), thawed::FOREIGN);
             }
             Outcome::Thawed(result, stays) => {
                 if let Some(draft) = &mut self.hands.draft {
@@ -595,7 +596,7 @@ impl Service {
             }
             Method::Thaw => {
                 let why = "an operator asked for the thaw";
-                self.end_early(why.into(), Some(thawed::OPERATOR));
+                self.end_early(why.into(), thawed::OPERATOR);
                 self.waiting.push(client);
             }
             Method::Status => {
