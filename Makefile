@@ -115,7 +115,7 @@ e2e-list: packages ## List the end-to-end cases
 # Both tables of the README are what a run has left in build/results.
 .PHONY: comparison matrix
 comparison: ## Put what the last whole e2e run saw of the peer into the README
-matrix: ## Put what the last run of all matrix/* saw into the README
+matrix: ## Put what the last run of matrix/* saw into the README
 comparison matrix:
 	@awk -v name=$@ 'FNR == NR { table = table $$0 "\n"; next } \
 	    $$0 == "<!-- end of " name " -->" { skip = 0 } \

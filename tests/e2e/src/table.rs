@@ -8,9 +8,6 @@ use e2e::guest::Cell;
 /// What stands where a stack has no such stage or fault; it breaks no row apart.
 pub const NONE: &str = "-";
 
-/// What stands where a cell was not run.
-const UNKNOWN: &str = "?";
-
 /// What stands where another stack does what the first one does.
 const SAME: &str = "the same";
 
@@ -52,13 +49,12 @@ impl<'a> Row<'a> {
     }
 }
 
-/// The table.
-pub fn matrix(cells: &[&Cell]) -> String {
-    let stacks = once(cells.iter().map(|it| it.stack.as_str()));
+/// The table of those faults that were run with all of these stacks, or that the others do not have.
+pub fn matrix(cells: &[&Cell], stacks: &[&str]) -> String {
     let stages = once(cells.iter().map(|it| it.stage.as_str()));
     let mut text = format!("| fault | at these stages | {} |\n", stacks.join(" | "));
     text.push_str(&format!("| --- | ---{} |\n", " | ---".repeat(stacks.len())));
-    for fault in once(cells.iter().map(|it| it.fault.as_str())) {
+    'faults: for fault in once(cells.iter().map(|it| it.fault.as_str())) {
         let mut rows: Vec<Row<'_>> = Vec::new();
         for stage in &stages {
             let here = |it: &&&Cell| it.fault == fault && it.stage == *stage;
@@ -67,10 +63,12 @@ pub fn matrix(cells: &[&Cell]) -> String {
             }
             let seen = stacks.iter().map(|stack| {
                 let mut here = cells.iter().filter(here);
-                let cell = here.find(|it| it.stack == *stack);
-                cell.map_or(UNKNOWN, |it| it.seen.as_str())
+                here.find(|it| it.stack == *stack)
+                    .map(|it| it.seen.as_str())
             });
-            let seen: Vec<&str> = seen.collect();
+            let Some(seen) = seen.collect::<Option<Vec<&str>>>() else {
+                continue 'faults;
+            };
             let taken = rows.last_mut().is_some_and(|row| row.take(stage, &seen));
             if !taken {
                 let (first, last) = (*stage, *stage);
@@ -83,9 +81,9 @@ pub fn matrix(cells: &[&Cell]) -> String {
                 true => row.first.to_owned(),
                 false => format!("{} ... {}", row.first, row.last),
             };
-            let ours = row.seen.first().copied().unwrap_or(UNKNOWN);
+            let ours = row.seen.first().copied().unwrap_or(NONE);
             let mut others = row.seen.iter().skip(1).map(|it| match *it == ours {
-                true if ours != NONE && ours != UNKNOWN => SAME,
+                true if ours != NONE => SAME,
                 _ => it,
             });
             let mut line = vec![name, &at, ours];
@@ -117,6 +115,7 @@ mod tests {
             cell("dead", "2", "ours", "a"),
             cell("dead", "3", "ours", "a"),
             cell("dead", "4", "ours", "b"),
+            // Of the peer nothing is known there.
             cell("late", "4", "ours", "b"),
             cell("dead", "1", "peer", "a"),
             cell("dead", "2", "peer", NONE),
@@ -129,8 +128,7 @@ mod tests {
 | --- | --- | --- | --- |
 | dead | 1 ... 3 | a | the same |
 |  | 4 | b | c |
-| late | 4 | b | ? |
 ";
-        assert_eq!(matrix(&cells), expected);
+        assert_eq!(matrix(&cells, &["ours", "peer"]), expected);
     }
 }

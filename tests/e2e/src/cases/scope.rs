@@ -971,10 +971,10 @@ fn three_hundred(guest: &Guest) -> Result<()> {
     // All that is in it lies at its beginning.
     let sectors = EACH_MIB << 11;
     let on_mapper = format!(
-        "dd if=one of={node} bs=1M count=2 seek=$((n * {EACH_MIB})) conv=notrunc 2>/dev/null &&
-         dmsetup create m$n --noudevsync \
+        "dmsetup create m$n --noudevsync \
              --table \"0 {sectors} linear {node} $((n * {sectors}))\" &&
          {{ [ -e /dev/mapper/m$n ] || dmsetup mknodes m$n; }} &&
+         dd if=one of=/dev/mapper/m$n bs=1M count=2 conv=notrunc 2>/dev/null &&
          mkdir -p m$n && mount /dev/mapper/m$n m$n"
     );
     let on_loop = format!(

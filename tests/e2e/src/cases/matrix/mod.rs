@@ -113,7 +113,8 @@ pub enum Stack {
 }
 
 impl Stack {
-    const ALL: [Stack; 3] = [Stack::Ours, Stack::OursOnStock, Stack::Peer];
+    /// Ours first.
+    pub const ALL: [Stack; 3] = [Stack::Ours, Stack::OursOnStock, Stack::Peer];
 
     fn module(self) -> Module {
         match self {
@@ -123,7 +124,7 @@ impl Stack {
     }
 
     /// As the table has it.
-    fn words(self) -> &'static str {
+    pub fn words(self) -> &'static str {
         match self {
             Stack::Ours => "ours",
             Stack::OursOnStock => "our daemon, stock hv_utils",
