@@ -10,6 +10,7 @@ use std::fs;
 use std::path::Path;
 
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::cache::survey;
 use crate::config::{Config, ConfigError};
@@ -57,7 +58,8 @@ pub fn check(
     places: &[RunDir],
     config: Result<&Config, &ConfigError>,
 ) -> Vec<Finding> {
-    let mut all = vec![daemon(device, places)];
+    let status = ask_first(places, Method::Status);
+    let mut all = vec![daemon(device, &status)];
     let config = match config {
         Ok(config) => {
             all.push(finding("configuration", Grade::Ok, "valid"));
@@ -69,7 +71,9 @@ pub fn check(
         }
     };
     all.extend(run_dir(config));
-    all.extend(file_systems(config));
+    let door = status.as_ref().ok();
+    all.extend(listed_disks(config, door));
+    all.extend(file_systems(config, door));
     all.extend(hooks_found(config));
     all.extend(hung_task(config));
     all.extend(fanotify());
@@ -77,9 +81,9 @@ pub fn check(
     all
 }
 
-fn daemon(device: &Path, places: &[RunDir]) -> Finding {
+fn daemon(device: &Path, status: &Result<Value, ControlError>) -> Finding {
     let found = |grade, text: String| finding("daemon", grade, text);
-    match ask_first(places, Method::Status) {
+    match status {
         Ok(status) if status["door"].is_null() => {
             let why = why_no_device(device).unwrap_or_else(|| "the device went away".into());
             found(Grade::Problem, format!("it runs and waits: {why}"))
@@ -96,8 +100,17 @@ fn daemon(device: &Path, places: &[RunDir]) -> Finding {
             let why = why.unwrap_or_else(|| "no daemon serves: systemctl start hv_vss".into());
             found(Grade::Problem, why)
         }
-        Err(error) => found(Grade::Problem, words(&error)),
+        Err(error) => found(Grade::Problem, words(error)),
     }
+}
+
+/// Whether anybody says which disks those are, if that matters.
+fn listed_disks(config: &Config, status: Option<&Value>) -> Option<Finding> {
+    let is_stock = status.is_some_and(|it| it["door"] == "fifreeze");
+    (config.listed_disks_only && is_stock).then(|| {
+        let text = "listed_disks_only does nothing: hv_utils passes no list on, and all is frozen";
+        finding("configuration", Grade::Warning, text)
+    })
 }
 
 /// Why the device is not there, and what to do about it; `None` when it is.
@@ -140,14 +153,23 @@ fn run_dir(config: &Config) -> Option<Finding> {
     Some(finding("run_dir", Grade::Problem, words(&error)))
 }
 
-fn file_systems(config: &Config) -> Vec<Finding> {
+fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
     const WHAT: &str = "file systems";
     let plan = match survey(config) {
         Ok(plan) => plan,
         Err(error) => return vec![finding(WHAT, Grade::Problem, words(&error))],
     };
     let count = plan.waves.iter().flatten().count();
+    let most = status.and_then(|it| it["most"].as_u64());
     let (grade, text) = match count {
+        _ if most.is_some_and(|most| count as u64 > most) => (
+            Grade::Problem,
+            format!(
+                "{count} are to be frozen, and the module holds no more than {}: leave some out, or use \
+                 the stock hv_utils",
+                most.unwrap_or_default()
+            ),
+        ),
         0 if config.strict => (Grade::Problem, "there is nothing to freeze".into()),
         0 => (Grade::Warning, "there is nothing to freeze".into()),
         _ => {

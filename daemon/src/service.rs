@@ -605,12 +605,14 @@ impl Service {
                     Some(_) => "held",
                     None => "fifreeze",
                 });
+                let most = hands.device.as_ref().and_then(|it| Some(it.hold()?.most));
                 let now = Instant::now();
                 let job = hands.job.as_ref().filter(|_| self.machine.is_freezing());
                 let status = json!({
                     "phase": self.machine.phase(),
                     "doing": job.map(|it| it.progress().words(now)),
                     "door": door,
+                    "most": most,
                     "frozen": hands.held,
                     "backups": hands.backups,
                     "last": hands.last,

@@ -328,8 +328,16 @@ fn check(guest: &Guest) -> Result<()> {
     let problems = all.as_array().into_iter().flatten();
     let problems = problems.filter(|it| it["grade"] == "problem").count();
     equal("problems in JSON", problems, 2)?;
+    stop(guest, guest.module(), &daemon)?;
+
+    guest.sh(
+        "rm -rf /etc/hv_vss/hooks.d; echo 'listed_disks_only = true' >/etc/hv_vss/daemon.toml",
+    )?;
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    let text = asked(guest, "check", 7)?;
+    says(&text, &["listed_disks_only does nothing"])?;
     guest.sh("rm -rf /etc/hv_vss")?;
-    stop(guest, guest.module(), &daemon)
+    stop(guest, Module::Stock, &daemon)
 }
 
 fn reload(guest: &Guest) -> Result<()> {
