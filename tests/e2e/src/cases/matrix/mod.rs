@@ -491,14 +491,19 @@ impl Standing {
 
     /// How long after the fault the last writer went on, and that in words.
     fn words(&self, dialogue: &Dialogue<'_>, fault: Fault) -> (Option<Duration>, String) {
-        let Some(last) = self.last() else {
+        let ended = self
+            .stalls
+            .iter()
+            .filter_map(|it| Some((it.ended_us?, it.began_us)));
+        let Some((last, began)) = ended.max() else {
             let words = match self.stuck {
                 Some(_) => "frozen",
                 None => "nobody stands still",
             };
             return (None, words.to_owned());
         };
-        let on = Duration::from_micros(last.saturating_sub(self.struck));
+        // One that came later, because of what was held up until then, counts from its own beginning.
+        let on = Duration::from_micros(last.saturating_sub(self.struck.max(began)));
         // Else it was a deadline that came after it.
         let sent = dialogue.thaw_sent().unwrap_or_default();
         let is_soon = last < sent + RELEASED.as_micros() as u64;
