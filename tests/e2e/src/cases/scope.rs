@@ -107,16 +107,6 @@ pub const CASES: &[Case] = &[
         raw_writer,
     ),
     Case {
-        // For each of 8 rounds: all are made and mounted twice.
-        per_round: Duration::from_secs(60),
-        ..disks::case(
-            "scope/three-hundred",
-            "300 ext4 on the device mapper, then 300 on loop devices: all are frozen, and thawed",
-            three_hundred,
-        )
-    }
-    .long(),
-    Case {
         per_round: Duration::from_secs(4),
         ..case(
             "scope/comes-and-goes",
@@ -915,102 +905,4 @@ fn raw_writer(guest: &Guest) -> Result<()> {
     guest.signal(&writer, 9)?;
     guest.wait(&writer, STEP)?;
     stop(guest, Module::Stock, &daemon)
-}
-
-/// How many that are, and MiB of each.
-const MANY: usize = 300;
-const EACH_MIB: usize = 4;
-
-/// Does something for each `$n` of them, some at a time: all at once takes longer than a call may.
-fn for_each_of_many(guest: &Guest, script: &str) -> Result<()> {
-    for first in (0..MANY).step_by(20) {
-        let last = (first + 20).min(MANY) - 1;
-        guest.sh(&format!(
-            "cd /mnt; for n in $(seq {first} {last}); do {script} || exit 1; done"
-        ))?;
-    }
-    Ok(())
-}
-
-/// A good backup of all that there are, and how long it took.
-fn back_up_many(guest: &Guest, module: Module, daemon: Daemon, frozen: usize) -> Result<String> {
-    let process = start(guest, module, daemon)?;
-    // With the first one, what has to be found out is.
-    let first = observe(guest)?;
-    let freeze = guest.vss().freeze(&[], STEP * 4)?;
-    let thaw = guest.vss().thaw(STEP * 4)?;
-    answered("FREEZE", &freeze, status::OK)?;
-    answered("THAW", &thaw, status::OK)?;
-    equal("who is stuck", &first.stuck, &Vec::new())?;
-    if daemon == Daemon::Ours {
-        equal("who stands still", first.still.len(), 2)?;
-        says(
-            guest,
-            &process,
-            &["FREEZE answered", &format!("{frozen} frozen, ")],
-        )?;
-    }
-    stop(guest, module, &process)?;
-    Ok(format!(
-        "FREEZE in {:.1} s, THAW in {:.1} s, {} of 2 writers stand still",
-        freeze.latency.as_secs_f64(),
-        thaw.latency.as_secs_f64(),
-        first.still.len(),
-    ))
-}
-
-fn three_hundred(guest: &Guest) -> Result<()> {
-    let all = u64::try_from(MANY * EACH_MIB)?;
-    let disk = Attached::new(guest, 0, 0, all + 64, Image::default())?;
-    disks::load_driver(guest)?;
-    let node = disk.node(guest)?;
-    guest.sh(&format!(
-        "modprobe -a dm_mod loop; mkdir -p /mnt && mount -t tmpfs tmpfs /mnt && cd /mnt &&
-         truncate -s {EACH_MIB}M one && mkfs.ext4 -q -F -b 1024 -E packed_meta_blocks=1 one"
-    ))?;
-    // All that is in it lies at its beginning.
-    let sectors = EACH_MIB << 11;
-    let on_mapper = format!(
-        "dmsetup create m$n --noudevsync \
-             --table \"0 {sectors} linear {node} $((n * {sectors}))\" &&
-         {{ [ -e /dev/mapper/m$n ] || dmsetup mknodes m$n; }} &&
-         dd if=one of=/dev/mapper/m$n bs=1M count=2 conv=notrunc 2>/dev/null &&
-         mkdir -p m$n && mount /dev/mapper/m$n m$n"
-    );
-    let on_loop = format!(
-        "truncate -s {EACH_MIB}M all/$n &&
-         dd if=one of=all/$n bs=1M count=2 conv=notrunc 2>/dev/null &&
-         mkdir -p m$n && mount -o loop all/$n m$n"
-    );
-    for (what, before, make, clean_up, others) in [
-        (
-            "on the device mapper",
-            String::new(),
-            on_mapper,
-            "umount m$n && dmsetup remove --noudevsync m$n",
-            1,
-        ),
-        (
-            "on loop devices",
-            format!("mkfs.ext4 -q -F {node} && mkdir -p /mnt/all && mount {node} /mnt/all"),
-            on_loop,
-            "umount m$n",
-            2,
-        ),
-    ] {
-        guest.sh(&before)?;
-        for_each_of_many(guest, &make)?;
-        guest.sh("sync")?;
-        let last = format!("/mnt/m{}/w", MANY - 1);
-        for file in ["/mnt/m0/w", &last] {
-            guest.writer_start(file)?;
-        }
-        let ours = back_up_many(guest, guest.module(), Daemon::Ours, MANY + others)?;
-        let peer = back_up_many(guest, Module::Stock, Daemon::Debian, MANY + others)?;
-        println!("     {what}: ours {ours}; the peer {peer}");
-        guest.compare(&format!("{MANY} ext4 {what}"), &ours, &peer);
-        guest.writers_stop()?;
-        for_each_of_many(guest, clean_up)?;
-    }
-    guest.sh("umount /mnt/all && cd / && umount /mnt").map(drop)
 }
