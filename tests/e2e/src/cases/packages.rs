@@ -280,6 +280,8 @@ fn journal_says(guest: &Guest, line: &str) -> Result<()> {
 }
 
 fn no_module(guest: &Guest) -> Result<()> {
+    // The case before has left no module loaded.
+    cold_plug(guest)?;
     serves(guest, OURS, "hv_vss")?;
     end(guest)?;
     guest.sh("mv $(modinfo -n hv_vss) /root/ && depmod")?;
@@ -302,6 +304,8 @@ fn no_module(guest: &Guest) -> Result<()> {
 }
 
 fn disabled(guest: &Guest) -> Result<()> {
+    // The case before has left no module loaded.
+    cold_plug(guest)?;
     serves(guest, OURS, "hv_vss")?;
     guest.sh(&format!(
         "systemctl disable --now {OURS} 2>&1 && systemctl start {THEIRS}"
@@ -317,6 +321,8 @@ fn disabled(guest: &Guest) -> Result<()> {
 }
 
 fn mainline_daemon(guest: &Guest) -> Result<()> {
+    // The case before has left no module loaded.
+    cold_plug(guest)?;
     serves(guest, OURS, "hv_vss")?;
     guest.sh(&format!("systemctl stop {OURS}"))?;
     let daemon = guest.spawn(&[&format!("{PACKAGES}/hv_vss_daemon"), "-n"])?;
