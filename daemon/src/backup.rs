@@ -27,6 +27,8 @@ use crate::logbook::Level;
 const MARGIN: Duration = Duration::from_secs(2);
 /// How much later than whoever else minds the deadline the machine does.
 const SLACK: Duration = Duration::from_secs(1);
+/// How long a FREEZE waits for the end of one that was called off. Most end at once; what hangs may never.
+const LAST: Duration = Duration::from_secs(5);
 
 /// What the machine asks its surroundings to do. None of it may call back.
 pub trait Effects {
@@ -246,7 +248,7 @@ impl Backup {
             _ if self.stopping => "the daemon is being stopped",
             Phase::Idle => return self.begin(request, give_up, effects),
             Phase::Ending(_, waiting) => {
-                *waiting = Some((request, give_up));
+                *waiting = Some((request, give_up.min(now + LAST)));
                 let text = "FREEZE from the host waits for the end of the last one";
                 return effects.say(Level::Info, text.into());
             }
