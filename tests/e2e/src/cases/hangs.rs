@@ -272,7 +272,7 @@ fn hung_open(guest: &Guest) -> Result<()> {
         refused("FITHAW after the failed FREEZE", guest.thaw(path), "EINVAL")?;
     }
     answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
-    // It still hangs, and the daemon still answers: with the truth, at once.
+    // It still hangs, and the daemon still answers: with the truth, and soon.
     answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
     answered("FREEZE again", &vss.freeze(&[], STEP)?, status::FAIL)?;
     guest.release_opens()?;

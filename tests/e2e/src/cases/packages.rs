@@ -83,8 +83,13 @@ const PACKAGES: &str = "/payload/packages";
 
 /// What is missing of what DKMS would compile with is of no use here.
 fn install(guest: &Guest, packages: &str) -> Result<()> {
-    let line = format!("cd {PACKAGES} && dpkg --install --force-depends {packages} 2>&1");
-    guest.sh(&line).map(drop)
+    let line = format!("cd {PACKAGES} && exec dpkg --install --force-depends {packages}");
+    let dpkg = guest.spawn(&["sh", "-c", &line])?;
+    // Debian's daemons are started by their package, and systemd waits 90 s for a device that is not there.
+    let status = guest.wait(&dpkg, STEP * 6)?;
+    let said = || guest.output(&dpkg).unwrap_or_default();
+    ensure!(status.status == Some(0), "{line}: {status:?}\n{}", said());
+    Ok(())
 }
 
 /// The driver that has the VSS device.

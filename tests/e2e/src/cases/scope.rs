@@ -855,7 +855,7 @@ fn raw_writer(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/a/w")?;
     let write = format!(
         "while :; do
-             dd if=/dev/zero of={second} bs=4k count=1 conv=notrunc oflag=direct 2>/dev/null
+             dd if=/dev/zero of={second} bs=4k conv=notrunc oflag=direct 2>/dev/null
          done"
     );
     let writer = guest.spawn(&["sh", "-c", &write])?;
