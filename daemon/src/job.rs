@@ -246,8 +246,12 @@ impl Freezer {
     /// Thaws what was frozen; everything is tried, whatever fails, and [`Frozen::tidy`] is to follow.
     /// Names what was mounted meanwhile: that is on a disk and was not frozen.
     pub fn thaw(&mut self, frozen: &Frozen, setting: &Setting) -> Result<(), ThawError> {
-        let nodes = frozen.at_rest.written();
+        let mut nodes = frozen.at_rest.written();
         let thawed = frozen.session.thaw();
+        if thawed.is_err() || setting.abort.load(Ordering::SeqCst) {
+            // It was not frozen all the time, so it may have been any writer.
+            nodes.clear();
+        }
         // Only now, since writers wait no longer: what has come in the last moment is named as well.
         let names = match (&frozen.alive, self.cache.alive_now()) {
             (Some(before), Some(now)) => now.since(before),

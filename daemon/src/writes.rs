@@ -65,25 +65,24 @@ struct Disk {
     writes: Writes,
     /// The devices on it that are written to all the same.
     others: Writes,
-    /// What was written until [`AtRest::begin`], without that.
-    before: u64,
+    /// What was written until [`AtRest::begin`], without that; `None` when nobody could tell.
+    before: Option<u64>,
 }
 
 impl Disk {
     /// What was written to it, but for the others. Those may be written to meanwhile, so it is counted until
     /// they are not, or often enough.
-    fn sectors(&self) -> u64 {
+    fn sectors(&self) -> Option<u64> {
         let mut others = self.others.sectors();
         for _ in 0..8 {
             let all = self.writes.sectors();
             let now = self.others.sectors();
             if now == others {
-                return all.wrapping_sub(others);
+                return Some(all.wrapping_sub(others));
             }
             others = now;
         }
-        // Nobody can tell.
-        self.before
+        None
     }
 }
 
@@ -95,7 +94,7 @@ impl AtRest {
             others: Writes::of(&others),
             dev,
             node,
-            before: 0,
+            before: None,
         };
         AtRest(disks.into_iter().map(disk).collect())
     }
@@ -111,7 +110,10 @@ impl AtRest {
     /// Those that something was written to since.
     pub fn written(&self) -> Vec<String> {
         let written = self.0.iter();
-        let written = written.filter(|disk| disk.sectors() != disk.before);
+        let written = written.filter(|disk| {
+            let both = disk.before.zip(disk.sectors());
+            both.is_some_and(|(before, now)| now != before)
+        });
         written.map(|disk| disk.node.clone()).collect()
     }
 }
@@ -180,7 +182,7 @@ mod tests {
             node: "/dev/sda".into(),
             writes: put("disk", 100),
             others: put("partition", 40),
-            before: 0,
+            before: None,
         };
         let mut at_rest = AtRest(vec![disk]);
         at_rest.begin(|_| false);
