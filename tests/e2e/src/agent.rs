@@ -5,7 +5,7 @@
 //! Knows the contract of the lab-agent crate and nothing of what is asked over it.
 
 use hyperv_sim::{Vm, VmError};
-use lab_agent::{Call, Command, Outcome, Return};
+use lab_agent::{Call, Command, Ended, Outcome, Return};
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -15,6 +15,15 @@ use std::time::{Duration, Instant};
 
 /// How often a wait looks whether the guest still lives.
 const LOOK: Duration = Duration::from_millis(200);
+
+/// How long the agent may take to say what sleeps in its guest's kernel.
+const STUCK: Duration = Duration::from_secs(10);
+
+/// Prints a line for each task that nothing can interrupt: its name and the innermost functions.
+const SLEEPERS: &str = "for task in /proc/[0-9]*/task/*; do
+    grep -qs '(disk sleep)' $task/status || continue
+    echo \"$(cat $task/comm):\" $(sed -n '1,5s/.* \\([a-z_0-9]*\\)+.*/\\1/p' $task/stack)
+done | sort | uniq -c | head -n 20";
 
 /// What can become of a call other than being done.
 #[derive(Debug, thiserror::Error)]
@@ -36,12 +45,14 @@ pub enum CallError {
         text: String,
     },
     /// The agent did not answer.
-    #[error("{command}: no answer from the guest's agent within {after:?}")]
+    #[error("{command}: no answer from the guest's agent within {after:?}; {stuck}")]
     Timeout {
         /// What was asked.
         command: String,
         /// How long was waited.
         after: Duration,
+        /// What sleeps in the guest's kernel then.
+        stuck: String,
     },
     /// The guest has ended.
     #[error("{command}: the guest has ended ({how})")]
@@ -120,11 +131,17 @@ impl Agent {
         };
         std::thread::spawn(move || {
             for text in input.lines().map_while(Result::ok) {
-                // A line that is no answer is noise on the serial port; who waits for an answer
-                // will say that it did not come.
-                if let Ok(back) = serde_json::from_str::<Return>(&text) {
-                    lock(&shared.answers).by_id.insert(back.id, back.outcome);
-                    shared.changed.notify_all();
+                // Whoever waits for an answer will say that it did not come; this says why.
+                match serde_json::from_str::<Return>(&text) {
+                    Ok(Return {
+                        id: 0,
+                        outcome: Outcome::Failed(what),
+                    }) => eprintln!("the guest's agent: {what}"),
+                    Ok(back) => {
+                        lock(&shared.answers).by_id.insert(back.id, back.outcome);
+                        shared.changed.notify_all();
+                    }
+                    Err(error) => eprintln!("not an answer of the agent ({error}): {text}"),
                 }
             }
             lock(&shared.answers).closed = true;
@@ -162,6 +179,34 @@ impl Agent {
         pending: Pending,
         timeout: Duration,
     ) -> Result<T, CallError> {
+        let mut result = self.await_answer(pending, timeout);
+        if let Err(CallError::Timeout { stuck, .. }) = &mut result {
+            *stuck = self.sleepers();
+        }
+        result
+    }
+
+    /// What sleeps in the guest's kernel, in one line.
+    fn sleepers(&self) -> String {
+        let timeout_ms = self.vm.host().patience(STUCK).as_millis() as u64;
+        let asked = self.start(Command::Run {
+            argv: vec!["sh".into(), "-c".into(), SLEEPERS.into()],
+            timeout_ms,
+        });
+        match asked.and_then(|pending| self.await_answer::<Ended>(pending, STUCK * 2)) {
+            Ok(ended) => {
+                let lines: Vec<&str> = ended.out.lines().map(str::trim).collect();
+                format!("asleep in the guest's kernel: [{}]", lines.join("; "))
+            }
+            Err(_) => "nor does it answer anything else".to_string(),
+        }
+    }
+
+    fn await_answer<T: DeserializeOwned>(
+        &self,
+        pending: Pending,
+        timeout: Duration,
+    ) -> Result<T, CallError> {
         let Pending { id, command } = pending;
         let timeout = self.vm.host().patience(timeout);
         let until = Instant::now() + timeout;
@@ -181,7 +226,12 @@ impl Agent {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let after = timeout;
-                return Err(CallError::Timeout { command, after });
+                let stuck = String::new();
+                return Err(CallError::Timeout {
+                    command,
+                    after,
+                    stuck,
+                });
             }
             (answers, _) = self
                 .shared
