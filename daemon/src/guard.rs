@@ -397,7 +397,7 @@ impl Watch<'_> {
             let readable = wait_readable_unless(self.socket, self.gone, self.pause())
                 .map_err(GuardError::Gone)?;
             if readable {
-                self.hear();
+                self.hear_all()?;
             } else if self.armed.started.is_some() {
                 self.daemon_dead = self.daemon_is_dead();
             }
@@ -422,6 +422,18 @@ impl Watch<'_> {
         };
         // Rounded up, or the last millisecond would be spent spinning.
         PollTimeout::try_from(pause + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
+    }
+
+    /// Hears all that the daemon has said before anything is done about it: after a stop, what it
+    /// thawed itself long ago would be thawed here, and with it what it has frozen since.
+    fn hear_all(&mut self) -> Result<(), GuardError> {
+        loop {
+            self.hear();
+            let more = wait_readable_unless(self.socket, self.gone, PollTimeout::ZERO);
+            if !more.map_err(GuardError::Gone)? {
+                return Ok(());
+            }
+        }
     }
 
     fn hear(&mut self) {
