@@ -7,8 +7,7 @@
 
 use anyhow::{ensure, Context, Result};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
-use hyperv_sim::ic::vss::VERSIONS;
-use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::ic::status;
 use serde::Serialize;
 
 /// A kernel module with its daemon.
@@ -83,7 +82,7 @@ impl<'a> Rig<'a> {
             self.bind(stack)?;
         }
         let vss = self.guest.vss();
-        vss.negotiate_once(&FRAMEWORKS, &VERSIONS, STEP)?;
+        vss.agree_once(STEP)?;
         self.daemon = Some(self.guest.start_daemon(stack.daemon())?);
         self.guest.wait_until(
             "HOT_BACKUP is answered 0: the daemon is there",

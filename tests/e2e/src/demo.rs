@@ -7,8 +7,8 @@ use crate::cases::make_file_systems;
 use anyhow::{Context, Result};
 use e2e::check::{answered, status_name};
 use e2e::guest::{Daemon, Guest, Images, Machine, Module, Process, STEP};
-use hyperv_sim::ic::vss::{Lun, CLASS, VERSIONS};
-use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::ic::status;
+use hyperv_sim::ic::vss::{Lun, CLASS};
 use hyperv_sim::{Event, EventKind, Tx};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -40,7 +40,7 @@ fn back_up(guest: &Guest, images: &Images) -> Result<()> {
     guest.load(Module::Ours, &[])?;
     let vss = guest.vss();
     vss.wait_open(STEP)?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     let daemon = guest.start_daemon(Daemon::Ours)?;
     answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
 

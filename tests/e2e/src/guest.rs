@@ -10,7 +10,7 @@ use crate::agent::{Agent, CallError, Pending};
 use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
 use hyperv_sim::storage::{Controller, Disk, Image};
-use hyperv_sim::{Guid, Host, Vm, VmConfig, VmbusVersion};
+use hyperv_sim::{Guid, Host, Profile, Vm, VmConfig};
 use lab_agent::{to_hex, Command, Ended, Log, Neighbour, Put, Record, Stalls, Storm, Writer};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -67,8 +67,8 @@ pub struct Machine {
     pub userland: Userland,
     /// Whether its kernel takes only modules that are signed with a key that it knows, as with Secure Boot.
     pub signed_modules: bool,
-    /// The newest VMBus version that the host speaks; it speaks all before that, too.
-    pub vmbus: VmbusVersion,
+    /// What kind of host there is.
+    pub host: Profile,
 }
 
 impl Machine {
@@ -82,7 +82,7 @@ impl Machine {
         root: Root::Ram,
         userland: Userland::Lab,
         signed_modules: false,
-        vmbus: VmbusVersion::V6_0,
+        host: Profile::CURRENT,
     };
     /// The same with two CPUs.
     pub const TWO_CPUS: Machine = Machine {
@@ -161,8 +161,12 @@ impl std::fmt::Display for Machine {
         if self.signed_modules {
             f.write_str(", signed modules only")?;
         }
-        if self.vmbus != Machine::ONE_CPU.vmbus {
-            write!(f, ", VMBus {}", self.vmbus)?;
+        if self.host != Profile::CURRENT {
+            write!(
+                f,
+                ", host {} with VMBus {}",
+                self.host.name, self.host.vmbus
+            )?;
         }
         Ok(())
     }
@@ -303,6 +307,8 @@ pub struct Guest {
     detectors: Detectors,
     /// The kernel's log is looked at from this record on.
     log_mark: AtomicU64,
+    /// The host's log is looked at from this moment of its clock on.
+    host_mark: Mutex<Duration>,
     logs: AtomicU64,
     comparisons: Mutex<Vec<Comparison>>,
     cells: Mutex<Vec<Cell>>,
@@ -354,7 +360,7 @@ impl Guest {
         config.memory_mib = machine.memory_mib;
         config.host.patience = images.patience;
         config.host.scsi_controllers = machine.scsi_controllers;
-        config.host.vmbus_versions.retain(|it| *it <= machine.vmbus);
+        config.host.profile = machine.host;
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");
         // No record of the kernel's log is overwritten before it is looked at.
@@ -411,6 +417,7 @@ impl Guest {
             root_disk,
             detectors: Detectors::default(),
             log_mark: AtomicU64::new(0),
+            host_mark: Mutex::default(),
             logs: AtomicU64::new(0),
             comparisons: Mutex::default(),
             cells: Mutex::default(),
@@ -420,9 +427,9 @@ impl Guest {
         // The stock kernel speaks the newest that the host has.
         let agreed = guest.host().wait_connected(STEP)?;
         ensure!(
-            agreed == machine.vmbus,
+            agreed == machine.host.vmbus,
             "the guest should have agreed on VMBus {}, it did on {agreed}",
-            machine.vmbus
+            machine.host.vmbus
         );
         // A detector that has spoken while the guest booted may have turned itself off.
         let complaints = guest.complaints()?;
@@ -739,6 +746,7 @@ impl Guest {
         // What is lost of the time before does not matter any more.
         let log: Log = self.kmsg(0, 0)?;
         self.log_mark.store(log.next, SeqCst);
+        *self.host_mark() = self.host().now();
         Ok(())
     }
 
@@ -903,12 +911,12 @@ impl Guest {
         Ok(())
     }
 
-    /// The kernel has not complained since the case began, or since the last call.
+    /// Neither the kernel nor the host has complained since the case began, or since the last call.
     pub fn check_log(&self) -> Result<()> {
         let complaints = self.complaints()?;
         ensure!(
             complaints.is_empty(),
-            "the kernel complained:\n{complaints}"
+            "the kernel or the host complained:\n{complaints}"
         );
         Ok(self.mark_log()?)
     }
@@ -933,11 +941,17 @@ impl Guest {
         Ok(paths)
     }
 
-    /// From here until the end of the case reports of the kernel in which one of these texts stands are
+    /// From here until the end of the case reports of the kernel or the host in which one of these texts stands are
     /// what the case is about, and not held against it.
     pub fn expect_in_log(&self, texts: &[&'static str]) {
         let mut expected = self.expected();
         expected.extend_from_slice(texts);
+    }
+
+    fn host_mark(&self) -> std::sync::MutexGuard<'_, Duration> {
+        self.host_mark
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn expected(&self) -> std::sync::MutexGuard<'_, Vec<&'static str>> {
@@ -945,10 +959,16 @@ impl Guest {
     }
 
     /// What the kernel holds against the case, in its log and through its detectors, and would hold
-    /// against any.
+    /// against any; and what the host holds against the kernel.
     fn complaints(&self) -> Result<String> {
         let mut text = complaints(&self.log(6)?, &self.expected());
         text.push_str(&self.detectors.complaints(self)?);
+        for event in self.host().violations(*self.host_mark()) {
+            let line = format!("{event}\n");
+            if !self.expected().iter().any(|it| line.contains(it)) {
+                text.push_str(&line);
+            }
+        }
         Ok(text)
     }
 

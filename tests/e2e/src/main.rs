@@ -14,9 +14,10 @@ mod table;
 
 use anyhow::{ensure, Context, Result};
 use cases::When;
+use clap::builder::PossibleValuesParser;
 use clap::{Parser, Subcommand};
 use e2e::guest;
-use hyperv_sim::VmbusVersion;
+use hyperv_sim::Profile;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -55,9 +56,10 @@ enum Action {
         /// Virtual CPUs of every guest [default: what each case is made for]
         #[arg(long)]
         cpus: Option<u8>,
-        /// The newest VMBus version of every host, such as 4.1 [default: as with --cpus]
-        #[arg(long, value_parser = parse_vmbus)]
-        vmbus: Option<VmbusVersion>,
+        /// The kind of every host [default: as with --cpus]
+        #[arg(long, value_name = "KIND",
+              value_parser = PossibleValuesParser::new(Profile::ALL.map(|it| it.name)))]
+        host: Option<String>,
         /// Also the long ones, which otherwise run when named in full
         #[arg(long)]
         all: bool,
@@ -76,13 +78,6 @@ enum Action {
     },
     /// Back up a guest once, slowly enough to read along
     Demo,
-}
-
-/// The VMBus version of that name.
-fn parse_vmbus(name: &str) -> Result<VmbusVersion, String> {
-    let known = VmbusVersion::ALL;
-    let found = known.into_iter().find(|it| it.to_string() == name);
-    found.ok_or_else(|| format!("the simulated host speaks {known:?}"))
 }
 
 /// The cases whose name matches one of the patterns, in their usual order.
@@ -137,7 +132,7 @@ fn perform(action: Action) -> Result<bool> {
             seed,
             patience,
             cpus,
-            vmbus,
+            host,
             all,
             shard,
         } => {
@@ -147,9 +142,12 @@ fn perform(action: Action) -> Result<bool> {
                 let wanted = case.when == When::Always || (all && case.when == When::All);
                 wanted || globs.iter().any(|glob| glob == case.name)
             });
+            let host = Profile::ALL
+                .into_iter()
+                .find(|it| host.as_deref() == Some(it.name));
             for case in &mut chosen {
                 case.machine.cpus = cpus.unwrap_or(case.machine.cpus);
-                case.machine.vmbus = vmbus.unwrap_or(case.machine.vmbus);
+                case.machine.host = host.unwrap_or(case.machine.host);
             }
             // Cases that want the same machine stand together; their order is kept otherwise.
             chosen.sort_by_key(|case| case.machine);

@@ -173,6 +173,7 @@ impl Bus {
                 class: channel.place.class,
                 instance: channel.place.instance,
                 connection_id: channel.place.connection_id(),
+                pipe: channel.place.pipe,
             };
             offers.push((offer, wanted));
             channels.push(channel);
@@ -525,10 +526,11 @@ impl Bus {
             };
             let Outgoing {
                 transaction,
+                id,
                 descriptor,
                 ref payload,
             } = *next;
-            match link.writer.send_as(descriptor, transaction, payload) {
+            match link.writer.send_as(descriptor, id, payload) {
                 Ok(Sent::Full) => return,
                 Ok(Sent::Yes { signal }) => {
                     let at = Instant::now();

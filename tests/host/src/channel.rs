@@ -7,21 +7,18 @@
 //! own handles on top.
 
 use crate::bus::{lock, Chan, OnOpen, SendError, Side};
-use crate::device::Place;
+use crate::device::{Outgoing, Place};
 use crate::event::{Event, EventKind};
 use crate::host::{Host, HostError};
 use crate::ic::device::{self, Component, Dialogue, RawReply, ReplyState};
-use crate::ic::{message_type, negotiate_body, parse_negotiated, status};
+use crate::ic::{parse_negotiated, status};
 use crate::ic::{Envelope, IcHeader, Version};
-use crate::vmbus::protocol::{packet_type, Guid};
+use crate::vmbus::protocol::Guid;
 use crate::vmbus::ring::{Descriptor, Field};
 use std::ops::Deref;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use zerocopy::FromBytes;
-
-/// The descriptor of a proper request.
-pub(crate) const IN_BAND: Descriptor = Descriptor::new(packet_type::DATA_INBAND, 1);
 
 /// Names one packet that was sent: the transaction id in its descriptor, which the guest repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
@@ -257,25 +254,51 @@ impl IcChannel {
         self.dialogue(|dialogue| dialogue.negotiated)
     }
 
-    /// Offers these versions and returns the guest's choice, which later requests carry.
+    /// Agrees with the guest on the versions that a host of this kind offers, and returns the guest's
+    /// choice, which later requests carry.
+    pub fn agree(&self, timeout: Duration) -> Result<Negotiated, HostError> {
+        let (first, frameworks, versions) = self.dialogue(|dialogue| {
+            let first = dialogue.first_offer.take();
+            (first, dialogue.frameworks, dialogue.versions)
+        });
+        match first {
+            Some(tx) => self.agreed(tx, frameworks, versions, timeout),
+            None => self.negotiate(frameworks, versions, timeout),
+        }
+    }
+
+    /// As [`IcChannel::agree`], unless this opening of the channel has been negotiated.
+    pub fn agree_once(&self, timeout: Duration) -> Result<Negotiated, HostError> {
+        match self.negotiated() {
+            Some(negotiated) => Ok(negotiated),
+            None => self.agree(timeout),
+        }
+    }
+
+    /// As [`IcChannel::agree`] with these versions.
     pub fn negotiate(
         &self,
         frameworks: &[Version],
         messages: &[Version],
         timeout: Duration,
     ) -> Result<Negotiated, HostError> {
-        // The guest looks at the lists only; the versions in the header mean nothing yet.
-        let none = Version::new(0, 0);
-        let body = negotiate_body(frameworks, messages);
-        let envelope = |transaction| Envelope {
-            framework: none,
-            message_type: message_type::NEGOTIATE,
-            message: none,
-            transaction,
-        };
-        let tx = self.send_with("negotiate", IN_BAND, |tx| {
-            envelope(tx.0 as u8).request(&body)
+        let tx = self.send_with("negotiate", |dialogue| {
+            let descriptor = dialogue.descriptor();
+            dialogue.request("negotiate", descriptor, |dialogue, tx| {
+                dialogue.offer(frameworks, messages, tx)
+            })
         })?;
+        self.agreed(tx, frameworks, messages, timeout)
+    }
+
+    /// Waits for the answer to an offer of these versions.
+    fn agreed(
+        &self,
+        tx: Tx,
+        frameworks: &[Version],
+        messages: &[Version],
+        timeout: Duration,
+    ) -> Result<Negotiated, HostError> {
         let reply = self.wait(tx, timeout)?;
         let chosen = parse_negotiated(reply.body()).map_err(|what| HostError::BadReply {
             channel: self.place.name,
@@ -296,19 +319,6 @@ impl IcChannel {
         }
     }
 
-    /// As [`Channel::negotiate`], unless this opening of the channel has been negotiated.
-    pub fn negotiate_once(
-        &self,
-        frameworks: &[Version],
-        messages: &[Version],
-        timeout: Duration,
-    ) -> Result<Negotiated, HostError> {
-        match self.negotiated() {
-            Some(negotiated) => Ok(negotiated),
-            None => self.negotiate(frameworks, messages, timeout),
-        }
-    }
-
     /// Sends a request with this IC body and does not wait: requests may overlap. When the ring is
     /// full the packet waits for room (see [`Channel::wait_sent`]). `name` is for the log.
     pub fn send_request(&self, name: &str, body: &[u8]) -> Result<Tx, HostError> {
@@ -316,33 +326,41 @@ impl IcChannel {
             framework: Version::new(3, 0),
             message: self.component.default_version,
         });
-        self.send_with(name, IN_BAND, |tx| {
-            let envelope = Envelope {
-                framework: negotiated.framework,
-                message_type: self.component.message_type,
-                message: negotiated.message,
-                transaction: tx.0 as u8,
-            };
-            envelope.request(body)
+        let message_type = self.component.message_type;
+        self.send_with(name, |dialogue| {
+            let descriptor = dialogue.descriptor();
+            dialogue.request(name, descriptor, |dialogue, tx| {
+                let envelope = Envelope {
+                    framework: negotiated.framework,
+                    message_type,
+                    message: negotiated.message,
+                    transaction: dialogue.message_id(tx),
+                };
+                envelope.request(body)
+            })
         })
     }
 
     /// Sends these bytes as they are after a proper descriptor: any length, any content.
     pub fn send_raw(&self, bytes: &[u8]) -> Result<Tx, HostError> {
-        self.send_packet(IN_BAND, bytes)
+        self.send_with("raw", |dialogue| {
+            let descriptor = dialogue.descriptor();
+            dialogue.raw("raw", descriptor, |_, _| bytes.to_vec())
+        })
     }
 
     /// As [`Channel::send_raw`] with this descriptor, true or not. After one that lies the guest
     /// reads on in the wrong place until [`Channel::resync`].
     pub fn send_packet(&self, descriptor: Descriptor, bytes: &[u8]) -> Result<Tx, HostError> {
-        self.send_with("raw", descriptor, |_| bytes.to_vec())
+        self.send_with("raw", |dialogue| {
+            dialogue.raw("raw", descriptor, |_, _| bytes.to_vec())
+        })
     }
 
     fn send_with(
         &self,
         name: &str,
-        descriptor: Descriptor,
-        payload: impl FnOnce(Tx) -> Vec<u8>,
+        packet: impl FnOnce(&mut Dialogue) -> Outgoing,
     ) -> Result<Tx, HostError> {
         let relid = self.place.relid;
         let channel = self.place.name;
@@ -350,15 +368,13 @@ impl IcChannel {
             if let Some(error) = self.host.guest_gone(bus, channel, name) {
                 return Err(error);
             }
-            device::send(bus, relid, &self.dialogue, name, descriptor, payload).map_err(|error| {
-                match error {
-                    SendError::NotOpen => self.not_open(name),
-                    SendError::TooLarge { packet, ring } => HostError::TooLarge {
-                        channel,
-                        packet,
-                        ring,
-                    },
-                }
+            device::send(bus, relid, &self.dialogue, packet).map_err(|error| match error {
+                SendError::NotOpen => self.not_open(name),
+                SendError::TooLarge { packet, ring } => HostError::TooLarge {
+                    channel,
+                    packet,
+                    ring,
+                },
             })
         })
     }

@@ -23,6 +23,8 @@ pub(crate) struct Place {
     pub class: Guid,
     /// Which one.
     pub instance: Guid,
+    /// Whether it is offered as a message pipe.
+    pub pipe: bool,
 }
 
 impl Place {
@@ -35,7 +37,10 @@ impl Place {
 /// A packet on its way to the guest.
 #[derive(Debug)]
 pub(crate) struct Outgoing {
+    /// By this the device knows it again in [`Device::sent`].
     pub transaction: u64,
+    /// The transaction id in its descriptor.
+    pub id: u64,
     pub descriptor: Descriptor,
     pub payload: Vec<u8>,
 }

@@ -12,6 +12,7 @@ use crate::ic::heartbeat::{self, Heartbeat};
 use crate::ic::shutdown::{self, Shutdown};
 use crate::ic::vss::{self, Vss};
 use crate::ic::{message_type, Version};
+use crate::profile::{Carriage, Profile};
 use crate::storage::controller::{ControllerDevice, Units};
 use crate::storage::{vstor, Controller};
 use crate::synic::{Registers, SynIc};
@@ -25,9 +26,8 @@ use vm_memory::GuestMemoryMmap;
 /// What the host offers.
 #[derive(Clone, Debug)]
 pub struct HostConfig {
-    /// The VMBus versions that it accepts. Without any from 5.0 on it has no connection 4 either, as
-    /// an older host.
-    pub vmbus_versions: Vec<VmbusVersion>,
+    /// What kind of host it is.
+    pub profile: Profile,
     /// Whether VSS is offered from the start (else after [`Channel::offer`]).
     pub vss: bool,
     /// Whether the heartbeat is offered from the start.
@@ -43,10 +43,10 @@ pub struct HostConfig {
 }
 
 impl Default for HostConfig {
-    /// All versions, all components, no disks.
+    /// The newest of everything, all components, no disks.
     fn default() -> Self {
         HostConfig {
-            vmbus_versions: VmbusVersion::ALL.to_vec(),
+            profile: Profile::CURRENT,
             vss: true,
             heartbeat: true,
             shutdown: true,
@@ -177,6 +177,7 @@ const fn component(
     class: Guid,
     message_type: u16,
     default_version: Version,
+    versions: fn(&Profile) -> &'static [Version],
 ) -> Component {
     Component {
         place: Place {
@@ -184,9 +185,11 @@ const fn component(
             relid,
             class,
             instance: instance(relid),
+            pipe: false,
         },
         message_type,
         default_version,
+        versions,
     }
 }
 
@@ -197,6 +200,7 @@ const COMPONENTS: [Component; 4] = [
         vss::CLASS,
         message_type::VSS,
         Version::new(5, 0),
+        |profile| profile.vss,
     ),
     component(
         "heartbeat",
@@ -204,6 +208,7 @@ const COMPONENTS: [Component; 4] = [
         heartbeat::CLASS,
         message_type::HEARTBEAT,
         Version::new(3, 0),
+        |_| &heartbeat::VERSIONS,
     ),
     component(
         "shutdown",
@@ -211,6 +216,7 @@ const COMPONENTS: [Component; 4] = [
         shutdown::CLASS,
         message_type::SHUTDOWN,
         Version::new(3, 0),
+        |_| &shutdown::VERSIONS,
     ),
     component(
         "second-vss",
@@ -218,6 +224,7 @@ const COMPONENTS: [Component; 4] = [
         vss::CLASS,
         message_type::VSS,
         Version::new(5, 0),
+        |profile| profile.vss,
     ),
 ];
 
@@ -230,6 +237,7 @@ fn scsi_place(index: u8) -> Option<Place> {
         relid,
         class: vstor::CLASS,
         instance: instance(relid),
+        pipe: false,
     })
 }
 
@@ -242,6 +250,7 @@ struct Shared {
     /// The disks of the SCSI controllers.
     units: Vec<Arc<Mutex<Units>>>,
     console: Arc<Console>,
+    profile: Profile,
     /// See [`HostConfig::patience`]; the bits of an `f64`.
     patience: AtomicU64,
 }
@@ -281,10 +290,19 @@ impl Host {
     ) -> Self {
         let wanted = [config.vss, config.heartbeat, config.shutdown, false];
         let count = Arc::default();
-        let dialogues = COMPONENTS.map(|_| Arc::new(Mutex::new(Dialogue::new(Arc::clone(&count)))));
+        let profile = config.profile;
+        let dialogues = COMPONENTS.map(|component| {
+            let dialogue =
+                Dialogue::new(Arc::clone(&count), &profile, (component.versions)(&profile));
+            Arc::new(Mutex::new(dialogue))
+        });
         let mut devices: Vec<(Box<dyn Device>, bool)> = Vec::new();
         for ((component, dialogue), wanted) in COMPONENTS.iter().zip(&dialogues).zip(wanted) {
-            let device = IcDevice::new(component.place, dialogue.clone());
+            let place = Place {
+                pipe: profile.carriage == Carriage::Pipe,
+                ..component.place
+            };
+            let device = IcDevice::new(place, dialogue.clone());
             devices.push((Box::new(device), wanted));
         }
         let shared = Arc::new_cyclic(|weak| {
@@ -296,17 +314,25 @@ impl Host {
                 devices.push((Box::new(device), true));
                 units.push(disks);
             }
-            let bus = Bus::new(memory, synic, config.vmbus_versions.clone(), devices);
+            let mut versions = VmbusVersion::ALL.to_vec();
+            versions.retain(|it| *it <= profile.vmbus);
+            let bus = Bus::new(memory, synic, versions, devices);
             Shared {
                 bus: Mutex::new(bus),
                 changed: Condvar::new(),
                 dialogues,
                 units,
                 console,
+                profile,
                 patience: AtomicU64::new(config.patience.to_bits()),
             }
         });
         Host { shared }
+    }
+
+    /// What kind of host it is.
+    pub fn profile(&self) -> &Profile {
+        &self.shared.profile
     }
 
     /// How long to wait for this guest where one with a stock kernel is given so much time. All
@@ -372,6 +398,14 @@ impl Host {
     /// 100,000).
     pub fn events(&self) -> Vec<Event> {
         self.bus().log().cloned().collect()
+    }
+
+    /// The rules that the guest has broken since then on the clock of [`Host::now`], an answer that is
+    /// none among them.
+    pub fn violations(&self, since: Duration) -> Vec<Event> {
+        let bus = self.bus();
+        let broken = |it: &&Event| it.at >= since && matches!(it.kind, EventKind::Violation(_));
+        bus.log().filter(broken).cloned().collect()
     }
 
     fn component<const N: usize>(&self) -> IcChannel {

@@ -12,7 +12,7 @@
 //! the daemon in the guest: anyone who writes a VMBus driver can use it.
 //!
 //! ```no_run
-//! use hyperv_sim::{ic, Vm, VmConfig, VmbusVersion};
+//! use hyperv_sim::{Vm, VmConfig};
 //! use std::time::Duration;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -22,7 +22,7 @@
 //! let vm = Vm::start(config)?;
 //! let vss = vm.host().vss();
 //! vss.wait_open(minute)?;
-//! vss.negotiate(&ic::FRAMEWORKS, &ic::vss::VERSIONS, minute)?;
+//! vss.agree(minute)?;
 //! let frozen = vss.freeze(&[], minute)?;
 //! println!("the guest says {:#x} after {:?}", frozen.status(), frozen.latency);
 //! vss.thaw(minute)?;
@@ -44,6 +44,7 @@
 //! | `bus`, `guest_ring` | the two tied together under one lock | what packets mean |
 //! | `device` | what the bus and a device on it are to each other | any device |
 //! | [`host`], [`channel`], [`event`] | the handles that a test holds, and the log | KVM |
+//! | [`profile`] | the kinds of hosts that there are | how they are played |
 //! | [`ic`] | the integration components: their messages, what was asked and answered | rings |
 //! | [`storage`] | SCSI controllers and disks: protocol, commands, content, write log | rings |
 
@@ -64,6 +65,7 @@ pub mod ic;
 #[expect(unsafe_code, reason = "KVM needs it; see there")]
 mod kvm;
 pub mod probe;
+pub mod profile;
 pub mod storage;
 mod synic;
 mod threads;
@@ -74,6 +76,7 @@ pub use bus::{OnOpen, Side};
 pub use channel::{Channel, IcChannel, Negotiated, Reply, Tx};
 pub use event::{Event, EventKind};
 pub use host::{Host, HostConfig, HostError};
+pub use profile::{Carriage, Profile};
 pub use vm::{Exit, Vm, VmConfig, VmError};
 pub use vmbus::protocol::{Guid, VmbusVersion};
 pub use vmbus::ring::{Descriptor, Field};

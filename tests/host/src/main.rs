@@ -5,11 +5,12 @@
 //! `probe` says whether this machine can run it; `run` boots a guest, shows its console, and backs
 //! it up or does what is typed.
 
+use clap::builder::PossibleValuesParser;
 use clap::{Parser, Subcommand};
-use hyperv_sim::ic::vss::{message, vss_flags, Op, Vss, SHORT_BODY, VERSIONS};
+use hyperv_sim::ic::vss::{message, vss_flags, Op, Vss, SHORT_BODY};
 use hyperv_sim::ic::{message_type, status, Envelope, Version, FRAMEWORKS};
 use hyperv_sim::storage::Disk;
-use hyperv_sim::{probe, Exit, Guid, HostError, Reply, Vm, VmConfig, VmError};
+use hyperv_sim::{probe, Exit, Guid, HostError, Profile, Reply, Vm, VmConfig, VmError};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -54,8 +55,12 @@ struct Run {
     /// The guest writes to it.
     #[arg(long)]
     disk: Vec<PathBuf>,
-    /// VSS versions to offer.
-    #[arg(long, value_delimiter = ',', value_parser = version, default_values_t = VERSIONS)]
+    /// The kind of host to be.
+    #[arg(long, value_name = "KIND", default_value = Profile::CURRENT.name,
+          value_parser = PossibleValuesParser::new(Profile::ALL.map(|it| it.name)))]
+    host: String,
+    /// VSS versions to offer instead of those of that kind of host.
+    #[arg(long, value_delimiter = ',', value_parser = version)]
     versions: Vec<Version>,
     /// Backs the guest up once (HOT_BACKUP until the guest is ready, FREEZE, THAW), powers it off and
     /// leaves. The exit status says whether the guest agreed to all of it. Without this, commands
@@ -139,6 +144,8 @@ impl Run {
         config.memory_mib = self.memory;
         config.console_to_stdout = true;
         config.host.scsi_controllers = u8::from(!self.disk.is_empty());
+        let known = Profile::ALL.into_iter().find(|it| it.name == self.host);
+        config.host.profile = known.unwrap_or_default();
         let vm = Vm::start(config)?;
         self.attach_disks(&vm)?;
         let result = if self.backup {
@@ -178,7 +185,10 @@ impl Run {
 
     fn negotiate(&self, vss: &Vss) -> Result<(), HostError> {
         vss.wait_open(self.timeout())?;
-        let chosen = vss.negotiate(&FRAMEWORKS, &self.versions, self.timeout())?;
+        let chosen = match self.versions.as_slice() {
+            [] => vss.agree(self.timeout())?,
+            versions => vss.negotiate(&FRAMEWORKS, versions, self.timeout())?,
+        };
         println!(
             "host: the guest speaks framework {} and VSS {}",
             chosen.framework, chosen.message

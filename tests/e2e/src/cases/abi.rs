@@ -11,7 +11,7 @@ use hv_vss_uapi::{
     feature, frame, op, thawed, Answer, FrameHdr, FreezeInfo, Register, Registered, Request,
 };
 use hv_vss_uapi::{Thawed, VssMsg, ABI_V2, MAX_FRAME};
-use hyperv_sim::ic::vss::{vss_flags, Lun, Op, CLASS, SHORT_BODY, VERSIONS};
+use hyperv_sim::ic::vss::{vss_flags, Lun, Op, CLASS, SHORT_BODY};
 use hyperv_sim::ic::{message_type, vss};
 use hyperv_sim::ic::{status, Envelope, IcHeader, Version, FRAMEWORKS, MAX_MESSAGE};
 use hyperv_sim::{HostError, Reply, Tx};
@@ -182,7 +182,7 @@ pub(super) fn thawed_v2(id: u64, reason: u32) -> Thawed {
 fn load_and_negotiate(guest: &Guest, parameters: &[&str]) -> Result<()> {
     guest.load(Module::Ours, parameters)?;
     guest.vss().wait_open(STEP)?;
-    guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    guest.vss().agree(STEP)?;
     Ok(())
 }
 
@@ -700,7 +700,7 @@ fn old_host(guest: &Guest, only: Version) -> Result<()> {
         Err(error) => return Err(error.into()),
         Ok(agreed) => anyhow::bail!("{only} should be refused, the guest agreed to {agreed:?}"),
     }
-    let agreed = vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    let agreed = vss.agree(STEP)?;
     equal("VSS version afterwards", agreed.message, Version::new(5, 0))
 }
 
@@ -904,7 +904,7 @@ fn debugfs(guest: &Guest) -> Result<()> {
     let node = guest.sh("stat -c '%a %u:%g' /sys/kernel/debug/hv_vss/state")?;
     equal("the file's mode", node.trim(), "400 0:0")?;
     look("before a negotiation", "framework", &["0.0"])?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     look("after it", "framework", &["3.0"])?;
     look("after it", "vss", &["5.0"])?;
     look("after one", "negotiations", &["1"])?;
@@ -1018,7 +1018,7 @@ fn tracepoints(guest: &Guest) -> Result<()> {
         "grep -q tracefs /proc/mounts || mount -t tracefs tracefs {TRACING}
          echo > {TRACING}/trace; echo 1 > {TRACING}/events/hv_vss/enable"
     ))?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     let held = vss.send(Op::HOT_BACKUP, &SHORT_BODY)?;
     answered("HOT_BACKUP", &vss.wait(held, STEP)?, status::FAIL)?;
     let info = vss.send(Op::GET_DM_INFO, &SHORT_BODY)?;

@@ -9,8 +9,7 @@ use super::{case, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
-use hyperv_sim::ic::vss::VERSIONS;
-use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::ic::status;
 
 pub const CASES: &[Case] = &[
     case(
@@ -172,7 +171,7 @@ fn hand_over(guest: &Guest) -> Result<()> {
     // Its descriptor keeps hv_utils loaded, but not bound.
     guest.load(Module::Ours, &[])?;
     take_over(guest)?;
-    guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    guest.vss().agree(STEP)?;
     wait_for_daemon(guest)?;
     equal("a backup with ours", observe(guest)?, both)?;
     let said = guest.output(&daemon)?;

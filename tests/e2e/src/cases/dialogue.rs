@@ -15,7 +15,7 @@ use hv_vss_uapi::{op, thawed, VssMsg, MAX_FRAME};
 use hyperv_sim::ic::vss::{message, Op, SHORT_BODY, VERSIONS};
 use hyperv_sim::ic::{message_type, negotiate_body, parse_negotiated, status};
 use hyperv_sim::ic::{Envelope, Version, FRAMEWORKS};
-use hyperv_sim::{EventKind, Field, Reply, Side, Tx, VmbusVersion};
+use hyperv_sim::{EventKind, Field, Profile, Reply, Side, Tx};
 use std::time::Duration;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -72,19 +72,20 @@ pub const CASES: &[Case] = &[
         "what the host sends before the probe has ended is served",
         at_open,
     ),
-    on_all("dialogue/vmbus-4.0", VmbusVersion::V4_0, run_all),
-    on_all("dialogue/vmbus-4.1", VmbusVersion::V4_1, run_all),
-    on_all("dialogue/vmbus-5.0", VmbusVersion::V5_0, run_all),
-    on_all("dialogue/vmbus-5.2", VmbusVersion::V5_2, run_all),
-    on_all("dialogue/vmbus-5.3", VmbusVersion::V5_3, run_all),
-    on_all("dialogue/vmbus-6.0", VmbusVersion::V6_0, run_all),
+    on_all("dialogue/server-2012-r2", Profile::SERVER_2012_R2),
+    on_all("dialogue/server-2016", Profile::SERVER_2016),
+    on_all("dialogue/windows-10-rs3", Profile::WINDOWS_10_RS3),
+    on_all("dialogue/server-2019", Profile::SERVER_2019),
+    on_all("dialogue/server-2022", Profile::SERVER_2022),
+    on_all("dialogue/current", Profile::CURRENT),
+    on_all("dialogue/openvmm", Profile::OPENVMM),
 ];
 
-/// A case on two CPUs, with a host of this VMBus version.
-const fn on_all(name: &'static str, vmbus: VmbusVersion, run: fn(&Guest) -> Result<()>) -> Case {
+/// A case on two CPUs, with a host of this kind.
+const fn on_all(name: &'static str, host: Profile) -> Case {
     Case {
         machine: Machine {
-            vmbus,
+            host,
             ..Machine::TWO_CPUS
         },
         // As many as there are in `run_all`; the rounds of others do not matter here.
@@ -92,7 +93,7 @@ const fn on_all(name: &'static str, vmbus: VmbusVersion, run: fn(&Guest) -> Resu
         ..case(
             name,
             "all of these but those with real daemons, on two virtual CPUs, with such a host",
-            run,
+            run_all,
         )
     }
     .long()

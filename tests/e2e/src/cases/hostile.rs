@@ -239,7 +239,7 @@ fn packets_of_a_round(guest: &Guest, random: &mut Rng, slowest: &mut Duration) -
 /// After a storm: what may have been left frozen is thawed, and a backup is good.
 fn calm(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     wait_for_daemon(guest)?;
     // Whether there is something to thaw, and whether it still can be called good, is open.
     vss.thaw(STEP)?;

@@ -9,8 +9,8 @@ use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Blocking, Daemon, Device, Guest, Machine, Module, STEP};
 use hv_vss_uapi::{op, MAX_FRAME};
-use hyperv_sim::ic::vss::{Lun, Op, CLASS, SHORT_BODY, VERSIONS};
-use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::ic::status;
+use hyperv_sim::ic::vss::{Lun, Op, CLASS, SHORT_BODY};
 use hyperv_sim::{EventKind, Exit, HostError, OnOpen, Tx};
 use std::time::Duration;
 use zerocopy::IntoBytes;
@@ -136,7 +136,7 @@ fn no_daemon(guest: &Guest) -> Result<()> {
     for grace_ms in [0, 1200] {
         guest.load(Module::Ours, &[&format!("grace_ms={grace_ms}")])?;
         vss.wait_open(STEP)?;
-        vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+        vss.agree(STEP)?;
         for operation in [Op::FREEZE, Op::THAW, Op::HOT_BACKUP] {
             let reply = vss.op(operation, &SHORT_BODY, STEP)?;
             answered(
@@ -163,7 +163,7 @@ fn daemon_comes_late(guest: &Guest) -> Result<()> {
     guest.load(Module::Ours, &["grace_ms=20000"])?;
     let vss = guest.vss();
     vss.wait_open(STEP)?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     for daemon in [Daemon::Ours, Daemon::Debian] {
         let tx = vss.send(Op::HOT_BACKUP, &SHORT_BODY)?;
         // The guest has answered GET_DM_INFO, which was sent later: the first request waits.
@@ -185,7 +185,7 @@ fn daemon_killed_while_frozen(guest: &Guest) -> Result<()> {
     guest.load(Module::Ours, &["grace_ms=500"])?;
     let vss = guest.vss();
     vss.wait_open(STEP)?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     let first = guest.start_daemon(Daemon::Ours)?;
     guest.wait_until(
         "HOT_BACKUP is answered 0: the daemon is there",
@@ -221,7 +221,7 @@ fn daemon_restarted(guest: &Guest) -> Result<()> {
     guest.load(Module::Ours, &[])?;
     let vss = guest.vss();
     vss.wait_open(STEP)?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     for signal in [15, 9, 15] {
         let daemon = guest.start_daemon(Daemon::Ours)?;
         backup(guest)?;
@@ -236,7 +236,7 @@ fn reload(guest: &Guest) -> Result<()> {
     for _ in 0..5 {
         guest.load(Module::Ours, &[])?;
         vss.wait_open(STEP)?;
-        vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+        vss.agree(STEP)?;
         let daemon = guest.start_daemon(Daemon::Ours)?;
         backup(guest)?;
         guest.signal(&daemon, 15)?;
@@ -270,7 +270,7 @@ fn cycle(guest: &Guest, once: fn(&Guest) -> Result<()>) -> Result<()> {
     let vss = guest.vss();
     let attached = |round: u32| {
         vss.wait_open(STEP)?;
-        vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+        vss.agree(STEP)?;
         let what = format!("HOT_BACKUP after cycle {round}");
         answered(&what, &vss.hot_backup(STEP)?, status::OK)
     };
@@ -401,7 +401,7 @@ fn reach(guest: &Guest, device: Device<'_>, stage: Stage) -> Result<Option<Tx>> 
     if stage == Stage::Idle {
         return Ok(None);
     }
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     match stage {
         Stage::Idle | Stage::Negotiated => return Ok(None),
         Stage::Held => {
@@ -519,7 +519,7 @@ fn one_end(guest: &Guest, stage: Stage, end: End) -> Result<()> {
     }
 
     end.give_back(guest)?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     // It is another device: the dead descriptor is not in its way.
     let next = guest.open_device(Blocking::Yes)?;
     register(next)?;
@@ -549,7 +549,7 @@ fn daemon_comes_back(guest: &Guest) -> Result<()> {
         for end in [End::Rescind, End::Unbind, End::Override] {
             let one = || -> Result<()> {
                 vss.wait_open(STEP)?;
-                vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+                vss.agree(STEP)?;
                 answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
                 if stage == Stage::Read {
                     // Something to write back first, so that there is time to see it.
@@ -574,7 +574,7 @@ fn daemon_comes_back(guest: &Guest) -> Result<()> {
                     Ok(pairs.all(|(then, now)| now.count > then.count))
                 })?;
                 end.give_back(guest)?;
-                vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+                vss.agree(STEP)?;
                 backup(guest)
             };
             one().with_context(|| format!("{end:?} in the stage {stage:?}"))?;
@@ -686,14 +686,14 @@ fn second_device(guest: &Guest) -> Result<()> {
     first.wait_released(STEP)?;
     guest.write("/sys/bus/vmbus/drivers/hv_vss/bind", &device)?;
     second.wait_open(STEP)?;
-    second.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    second.agree(STEP)?;
     answered("FREEZE", &second.freeze(&[], STEP)?, status::OK)?;
     answered("THAW", &second.thaw(STEP)?, status::OK)?;
     second.rescind();
     second.wait_released(STEP)?;
     first.offer();
     first.wait_open(STEP)?;
-    first.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    first.agree(STEP)?;
     backup(guest)
 }
 
@@ -745,7 +745,7 @@ fn open_refused(guest: &Guest) -> Result<()> {
         vss.on_open(OnOpen::Open);
         vss.offer();
         vss.wait_open(STEP)?;
-        vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+        vss.agree(STEP)?;
         let daemon = guest.start_daemon(Daemon::Ours)?;
         super::wait_for_daemon(guest)?;
         backup(guest)?;
@@ -791,7 +791,7 @@ fn hand_over(guest: &Guest) -> Result<()> {
     equal("the driver of VSS after", driver(guest)?.trim(), "hv_vss")?;
 
     // A backup goes through ours, the others never noticed.
-    host.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    host.vss().agree(STEP)?;
     guest.start_daemon(Daemon::Ours)?;
     backup(guest)?;
     // As many at once as no single run of our callback takes: what hv_utils had set for the channel
@@ -860,7 +860,7 @@ fn shutdown(guest: &Guest) -> Result<()> {
     let host = guest.host();
     host.vss().wait_open(STEP)?;
     host.shutdown().wait_open(STEP)?;
-    host.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    host.vss().agree(STEP)?;
     guest.start_daemon(Daemon::Ours)?;
     backup(guest)?;
     host.shutdown().power_off(STEP)?;

@@ -36,8 +36,8 @@ mod systemd;
 use anyhow::{ensure, Context, Result};
 use e2e::check::answered;
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
-use hyperv_sim::ic::vss::{Lun, VERSIONS};
-use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::ic::status;
+use hyperv_sim::ic::vss::Lun;
 use hyperv_sim::{Reply, Tx};
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -163,7 +163,7 @@ fn seed() -> u64 {
 fn load(guest: &Guest, module: Module, parameters: &[&str]) -> Result<()> {
     guest.load(module, parameters)?;
     guest.vss().wait_open(STEP)?;
-    guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    guest.vss().agree(STEP)?;
     Ok(())
 }
 

@@ -16,8 +16,7 @@ use e2e::agent::CallError;
 use e2e::check::{answered, equal, refused, status_name};
 use e2e::guest::{Blocking, Daemon, Device, Guest, Ioctl, Module, STEP};
 use hv_vss_uapi::{op, thawed, IocFreeze, IocThaw, IOC_FREEZE, IOC_THAW};
-use hyperv_sim::ic::vss::VERSIONS;
-use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::ic::status;
 use lab_agent::{Descriptor, Put};
 use std::mem::offset_of;
 use std::time::Duration;
@@ -750,7 +749,7 @@ fn device_gone(guest: &Guest) -> Result<()> {
                 guest.write("/sys/bus/vmbus/drivers/hv_vss/bind", &name)?;
             }
             vss.wait_open(STEP)?;
-            vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+            vss.agree(STEP)?;
             let next = Scripted::start(guest, Abi::V2)?;
             good_backup(guest, next)?;
             Ok(next.device.close()?)
@@ -771,7 +770,7 @@ fn hibernated(guest: &Guest) -> Result<()> {
     drop(still);
     equal("what is held", held(guest)?, Vec::new())?;
     is_told(daemon, asked.id, thawed::SLEEP)?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     thaw(guest, daemon, status::FAIL)?;
     good_backup(guest, daemon)
 }

@@ -9,8 +9,7 @@ use super::{Case, When};
 use anyhow::{ensure, Context, Result};
 use e2e::check::equal;
 use e2e::guest::{Guest, Machine, STEP};
-use hyperv_sim::ic::vss::VERSIONS;
-use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::ic::status;
 use hyperv_sim::Exit;
 use std::time::Duration;
 
@@ -114,7 +113,7 @@ fn serves(guest: &Guest, unit: &str, module: &str) -> Result<()> {
     );
     guest.vss().wait_open(STEP)?;
     equal("the device's driver", driver(guest)?.as_str(), module)?;
-    guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    guest.vss().agree(STEP)?;
     guest.wait_until("a daemon is there", STEP, || {
         Ok(guest.vss().hot_backup(STEP)?.status() == status::OK)
     })?;
@@ -138,8 +137,7 @@ fn amid_backups(guest: &Guest, line: &str) -> Result<()> {
     guest.wait_until(&format!("this ends amid backups: {line}"), STEP * 4, || {
         // The channel closes while the device changes hands. Who has it then knows no version yet.
         let soon = Duration::from_secs(5);
-        let ready = vss.negotiated().is_some()
-            || vss.is_open() && vss.negotiate(&FRAMEWORKS, &VERSIONS, soon).is_ok();
+        let ready = vss.negotiated().is_some() || vss.is_open() && vss.agree(soon).is_ok();
         if ready && vss.freeze(&[], STEP).is_ok() {
             taken += 1;
             // An error: it has closed since.

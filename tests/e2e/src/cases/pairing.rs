@@ -6,8 +6,8 @@ use super::{case, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
-use hyperv_sim::ic::vss::{Lun, Op, CLASS, SHORT_BODY, VERSIONS};
-use hyperv_sim::ic::{status, Version, FRAMEWORKS};
+use hyperv_sim::ic::vss::{Lun, Op, CLASS, SHORT_BODY};
+use hyperv_sim::ic::{status, Version};
 use std::time::Duration;
 
 pub const CASES: &[Case] = &[
@@ -64,7 +64,7 @@ fn backup(guest: &Guest, module: Module, daemon: Daemon) -> Result<()> {
     guest.load(module, &[])?;
     let vss = guest.vss();
     vss.wait_open(STEP)?;
-    let agreed = vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    let agreed = vss.agree(STEP)?;
     equal("framework version", agreed.framework, Version::new(3, 0))?;
     equal("VSS version", agreed.message, Version::new(5, 0))?;
 

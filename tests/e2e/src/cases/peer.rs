@@ -7,7 +7,7 @@ use super::{case, make_file_systems, Case};
 use anyhow::{bail, ensure, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Module, STEP};
-use hyperv_sim::ic::vss::{vss_flags, Op, SHORT_BODY, VERSIONS};
+use hyperv_sim::ic::vss::{vss_flags, Op, SHORT_BODY};
 use hyperv_sim::ic::{status, Version, FRAMEWORKS};
 use hyperv_sim::HostError;
 use std::time::Duration;
@@ -48,7 +48,7 @@ pub const CASES: &[Case] = &[
 fn start(guest: &Guest) -> Result<()> {
     guest.load(Module::Stock, &[])?;
     guest.vss().wait_open(STEP)?;
-    guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    guest.vss().agree(STEP)?;
     Ok(())
 }
 
@@ -113,7 +113,7 @@ fn daemon_killed_while_frozen(guest: &Guest) -> Result<()> {
     guest.load(Module::Stock, &[])?;
     let vss = guest.vss();
     vss.wait_open(STEP)?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     let daemon = guest.start_daemon(Daemon::Debian)?;
     guest.wait_until(
         "HOT_BACKUP is answered 0: the daemon is there",

@@ -15,8 +15,7 @@ use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
 use hv_vss_uapi::op;
-use hyperv_sim::ic::vss::VERSIONS;
-use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::ic::status;
 use std::time::Duration;
 
 pub const CASES: &[Case] = &[
@@ -91,7 +90,7 @@ impl Window {
             self.unloads + 1,
         )?;
         guest.vss().wait_openings(self.openings + 1, STEP)?;
-        guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+        guest.vss().agree(STEP)?;
         guest
             .sh("umount /mnt/hung && dmsetup remove hung")
             .map(drop)
@@ -241,7 +240,7 @@ fn backups_all_the_time(guest: &Guest) -> Result<()> {
         let process = process.with_context(|| what.clone())?;
         guest.wait(&process, STEP * 4)?;
         vss.wait_openings(openings + 1, STEP)?;
-        vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+        vss.agree(STEP)?;
         equal(&what, stuck_writers(guest)?, Vec::new())?;
         wait_for_daemon(guest)?;
         super::backup(guest).with_context(|| what)?;

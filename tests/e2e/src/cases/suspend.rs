@@ -13,8 +13,8 @@ use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused, status_name};
 use e2e::guest::{Blocking, Daemon, Guest, Machine, Module, STEP};
 use hv_vss_uapi::{op, MAX_FRAME};
-use hyperv_sim::ic::vss::{Op, SHORT_BODY, VERSIONS};
-use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::ic::status;
+use hyperv_sim::ic::vss::{Op, SHORT_BODY};
 use hyperv_sim::EventKind;
 use std::time::Duration;
 use zerocopy::IntoBytes;
@@ -122,7 +122,7 @@ fn hibernate_idle(guest: &Guest) -> Result<()> {
         // Once for the image, and once more to restore it.
         equal("how often the guest left the bus", unloads(guest), left + 2)?;
         vss.wait_openings(openings + 2, STEP)?;
-        vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+        vss.agree(STEP)?;
         answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
         backup(guest)?;
         super::stop(guest, Module::Ours, &process)?;
@@ -133,7 +133,7 @@ fn hibernate_idle(guest: &Guest) -> Result<()> {
         hibernate_to(guest, level)?;
         equal("how often the guest left the bus", unloads(guest), left + 1)?;
         vss.wait_openings(openings + 1, STEP)?;
-        vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+        vss.agree(STEP)?;
         backup(guest)?;
         println!("     as far as pm_test's {level}");
     }
@@ -163,7 +163,7 @@ fn sleep_frozen(guest: &Guest, module: Module, daemon: Daemon) -> Result<Slept> 
     })?;
     hibernate(guest)?;
     let stuck = stuck_writers(guest)?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     let thaw = vss.thaw(STEP)?.status();
     guest.writers_stop()?;
     wait_for_daemon(guest)?;
@@ -231,7 +231,7 @@ fn request_open(guest: &Guest) -> Result<()> {
     hibernate(guest)?;
     answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)?;
     refused("the late answer", device.write(late.as_bytes()), "ESTALE")?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     // As long as it may be freezing there is no other FREEZE; then it thaws what no host asks for.
     let reply = vss.freeze(&[], STEP)?;
     answered("a FREEZE before its thaw", &reply, status::FAIL)?;
@@ -258,7 +258,7 @@ fn daemon_stopped(guest: &Guest) -> Result<()> {
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     guest.signal(&daemon, 19)?;
     hibernate(guest)?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     let reply = vss.hot_backup(STEP)?;
     answered("HOT_BACKUP while it is stopped", &reply, status::FAIL)?;
     guest.signal(&daemon, 18)?;
@@ -292,7 +292,7 @@ fn host_keeps_vss(guest: &Guest) -> Result<()> {
     guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &name)?;
     guest.write("/sys/bus/vmbus/drivers/hv_vss/bind", &name)?;
     vss.wait_open(STEP)?;
-    vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    vss.agree(STEP)?;
     guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
     backup(guest)

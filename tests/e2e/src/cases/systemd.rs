@@ -9,8 +9,7 @@ use super::{Case, When};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, status_name};
 use e2e::guest::{Guest, Machine, STEP};
-use hyperv_sim::ic::vss::VERSIONS;
-use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::ic::status;
 use std::time::Duration;
 
 pub const CASES: &[Case] = &[
@@ -102,7 +101,7 @@ fn begin(guest: &Guest, drop_in: &str) -> Result<i32> {
         pid = wait_active(guest, pid)?;
     }
     guest.vss().wait_open(STEP)?;
-    guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+    guest.vss().agree(STEP)?;
     guest.writer_start(WRITER)?;
     guest.spawn(&["sh", "-c", "while :; do logger flood; sleep 0.2; done"])?;
     Ok(pid)

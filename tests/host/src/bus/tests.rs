@@ -6,9 +6,10 @@ use super::*;
 use crate::channel::Tx;
 use crate::ic::device::{self, Dialogue, IcDevice, ReplyState};
 use crate::ic::{message_type, Envelope, Version};
+use crate::profile::Profile;
 use crate::vmbus::protocol::{message, GpadlHeader, Guid, InitiateContact, MessageHeader};
 use crate::vmbus::protocol::{OpenChannel, PAGE_SIZE};
-use crate::vmbus::ring::{Descriptor, Field, RingMem};
+use crate::vmbus::ring::{Field, RingMem};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 use zerocopy::little_endian::{U16, U64};
 use zerocopy::{Immutable, IntoBytes};
@@ -18,6 +19,7 @@ const PLACE: Place = Place {
     relid: 1,
     class: crate::ic::vss::CLASS,
     instance: Guid([9; 16]),
+    pipe: false,
 };
 const CONNECTION_ID: u64 = 0x1_0001;
 const SIMP: u64 = 0x1000;
@@ -36,13 +38,19 @@ struct Guest {
 
 impl Guest {
     fn new() -> Self {
+        Guest::of(&Profile::CURRENT)
+    }
+
+    /// The guest of such a host.
+    fn of(profile: &Profile) -> Self {
         let ranges = [(GuestAddress(0), 32 * PAGE_SIZE)];
         let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
         let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
         let raise = interrupt.try_clone().unwrap();
         let synic = Arc::new(SynIc::new(memory.clone(), vec![raise]));
         let versions = VmbusVersion::ALL.to_vec();
-        let dialogue = Arc::<Mutex<Dialogue>>::default();
+        let dialogue = Dialogue::new(Arc::default(), profile, profile.vss);
+        let dialogue = Arc::new(Mutex::new(dialogue));
         let device = Box::new(IcDevice::new(PLACE, dialogue.clone()));
         let mut bus = Bus::new(memory.clone(), synic, versions, vec![(device, true)]);
         let registers = Registers {
@@ -163,20 +171,25 @@ impl Guest {
         u32::from_le_bytes(word)
     }
 
-    fn send(&mut self, name: &str, payload: impl FnOnce(Tx) -> Vec<u8>) -> Result<Tx, SendError> {
-        let descriptor = Descriptor::new(6, 1);
-        device::send(&mut self.bus, 1, &self.dialogue, name, descriptor, payload)
+    fn send(&mut self, payload: &[u8]) -> Result<Tx, SendError> {
+        device::send(&mut self.bus, 1, &self.dialogue, |dialogue| {
+            let descriptor = dialogue.descriptor();
+            dialogue.raw("test", descriptor, |_, _| payload.to_vec())
+        })
     }
 
     fn request(&mut self, body: &[u8]) -> Tx {
-        let sent = self.send("test", |tx| {
-            let envelope = Envelope {
-                framework: Version::new(3, 0),
-                message_type: message_type::VSS,
-                message: Version::new(5, 0),
-                transaction: tx.0 as u8,
-            };
-            envelope.request(body)
+        let sent = device::send(&mut self.bus, 1, &self.dialogue, |dialogue| {
+            let descriptor = dialogue.descriptor();
+            dialogue.request("test", descriptor, |dialogue, tx| {
+                let envelope = Envelope {
+                    framework: Version::new(3, 0),
+                    message_type: message_type::VSS,
+                    message: Version::new(5, 0),
+                    transaction: dialogue.message_id(tx),
+                };
+                envelope.request(body)
+            })
         });
         sent.unwrap_or_else(|_| panic!("the channel is open and the packet fits"))
     }
@@ -205,6 +218,7 @@ fn a_request_reaches_the_guest_and_its_answer_comes_back() {
 
     let mut answer = packet.payload;
     answer[20..24].copy_from_slice(&7u32.to_le_bytes());
+    answer[25] = 5;
     writer.send(6, 0, packet.transaction, &answer).unwrap();
     assert_eq!(guest.signal(), hypercall::SUCCESS);
     let ReplyState::Here(reply) = guest.take_reply(tx) else {
@@ -236,10 +250,11 @@ fn requests_overlap_and_those_without_room_follow_in_order() {
     assert!(guest.bus.channel(1).unwrap().has_unsent());
     let mut seen = Vec::new();
     for _ in 0..3 {
-        let (packet, room) = reader.receive().unwrap().expect("a request");
+        let (mut packet, room) = reader.receive().unwrap().expect("a request");
         seen.push(Tx(packet.transaction));
+        packet.payload[25] = 5;
         writer
-            .send(6, 0, packet.transaction, &packet.payload[..28])
+            .send(6, 0, packet.transaction, &packet.payload)
             .unwrap();
         if room {
             guest.signal();
@@ -247,6 +262,7 @@ fn requests_overlap_and_those_without_room_follow_in_order() {
     }
     guest.signal();
     assert_eq!(seen, [first, second, third]);
+    assert_eq!(guest.violations(), 0);
     assert!(!guest.bus.channel(1).unwrap().has_unsent());
     for tx in seen {
         assert!(matches!(guest.take_reply(tx), ReplyState::Here(_)));
@@ -262,6 +278,57 @@ fn a_packet_that_answers_nothing_is_kept_as_a_stray() {
     guest.signal();
     let strays = lock(&guest.dialogue).take_strays();
     assert_eq!(strays, [b"nonsense".to_vec()]);
+    assert_eq!(guest.violations(), 1);
+    // What comes late for something that was given up is one, too, but nobody's fault.
+    let tx = guest.request(&[1; 32]);
+    lock(&guest.dialogue).forget();
+    writer.send(6, 0, tx.0, b"nonsense").unwrap();
+    guest.signal();
+    assert_eq!(lock(&guest.dialogue).take_strays().len(), 1);
+    assert_eq!(guest.violations(), 1);
+}
+
+#[test]
+fn an_answer_that_repeats_its_request_wrongly_is_held_against_the_guest() {
+    let mut guest = Guest::new();
+    guest.connect();
+    let (mut reader, mut writer) = guest.open();
+    let tx = guest.request(&[1; 32]);
+    let (mut packet, _) = reader.receive().unwrap().expect("a request");
+    // The flags of a request, as if it were sent back untouched.
+    writer.send(6, 0, tx.0, &packet.payload).unwrap();
+    guest.signal();
+    assert_eq!(guest.violations(), 1);
+    assert!(matches!(guest.take_reply(tx), ReplyState::Here(_)));
+    // And now once more: it has been answered.
+    packet.payload[25] = 5;
+    writer.send(6, 0, tx.0, &packet.payload).unwrap();
+    guest.signal();
+    assert_eq!(guest.violations(), 2);
+}
+
+#[test]
+fn a_host_of_pipes_speaks_first_and_without_transactions() {
+    let mut guest = Guest::of(&Profile::OPENVMM);
+    guest.connect();
+    let (mut reader, mut writer) = guest.open();
+    let offer = lock(&guest.dialogue)
+        .first_offer
+        .expect("an offer of versions");
+    let (first, second) = (guest.request(&[1; 32]), guest.request(&[2; 32]));
+    for tx in [offer, first, second] {
+        let (mut packet, _) = reader.receive().unwrap().expect("a message");
+        assert_eq!((packet.transaction, packet.flags), (0, 0));
+        assert_eq!(packet.payload[24], 0, "the message's own id");
+        packet.payload[25] = 5;
+        writer.send(6, 0, 0, &packet.payload).unwrap();
+        guest.signal();
+        assert!(matches!(guest.take_reply(tx), ReplyState::Here(_)));
+    }
+    assert_eq!(guest.violations(), 0);
+    writer.send(6, 0, 0, b"nonsense").unwrap();
+    guest.signal();
+    assert_eq!(guest.violations(), 1);
 }
 
 #[test]
@@ -275,10 +342,7 @@ fn a_request_on_a_channel_that_was_closed_will_not_be_answered() {
     let channel = guest.bus.channel(1).unwrap();
     assert!(channel.revoked && !channel.is_open());
     assert!(matches!(guest.take_reply(tx), ReplyState::Closed));
-    assert!(matches!(
-        guest.send("late", |_| Vec::new()),
-        Err(SendError::NotOpen)
-    ));
+    assert!(matches!(guest.send(&[]), Err(SendError::NotOpen)));
     guest.bus.offer(1);
     guest.post(message::RELID_RELEASED, [U32::new(1)], &[]);
     assert_eq!(guest.messages(), [message::OFFERCHANNEL]);
@@ -378,7 +442,7 @@ fn a_guest_that_writes_anything_anywhere_is_survived() {
             let value = (random() as u32) >> (random() % 32);
             let at = GuestAddress(page + random() % 128 * 4);
             guest.memory.write_slice(&value.to_le_bytes(), at).unwrap();
-            let _ = guest.send("x", |_| vec![0; 100]);
+            let _ = guest.send(&[0; 100]);
             guest.signal();
             guest.messages();
         }

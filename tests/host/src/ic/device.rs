@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! An integration component as a device: it sends requests when a test wants it to, and files what
-//! the guest sends as answers or as strays.
+//! An integration component as a device: it sends requests when a test wants it to, judges what the
+//! guest sends, and files it as answers or as strays.
 //!
-//! Of the messages it knows the header that names an answer's status, nothing more.
+//! Of the messages it knows the header and the offer of versions, nothing more.
 
 use crate::bus::{lock, Bus, SendError};
-use crate::channel::{Negotiated, Tx, IN_BAND};
+use crate::channel::{Negotiated, Tx};
 use crate::device::{Device, Outgoing, Place, Wishes};
 use crate::event::EventKind;
-use crate::ic::{IcHeader, Version};
+use crate::ic::judge::judge;
+use crate::ic::{message_type, negotiate_body, Envelope, IcHeader, Version};
+use crate::profile::{Carriage, Profile};
+use crate::vmbus::protocol::packet_type;
 use crate::vmbus::ring::{Descriptor, Packet};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -20,19 +23,27 @@ use zerocopy::FromBytes;
 /// How many unasked packets and open transactions are kept; beyond that the oldest go.
 const KEEP: usize = 100_000;
 
+/// In a descriptor: the sender wants to know when the packet is dealt with
+/// (`VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED`).
+const COMPLETION_REQUESTED: u16 = 1;
+
 /// What an integration component is, for good.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) struct Component {
     pub place: Place,
     /// Type of its messages.
     pub message_type: u16,
     /// Message version of requests before any negotiation.
     pub default_version: Version,
+    /// The message versions that it offers in a host of this kind.
+    pub versions: fn(&Profile) -> &'static [Version],
 }
 
 /// A packet that was sent, or is about to be.
 struct Transaction {
     name: String,
+    /// What an answer has to repeat; `None` for a packet that is not to be judged by.
+    request: Option<IcHeader>,
     /// Which opening of the channel it belongs to.
     opening: u64,
     sent: Option<Instant>,
@@ -56,8 +67,15 @@ pub(crate) enum ReplyState {
 }
 
 /// What was asked over one channel and what came back. It is looked at under the bus's lock.
-#[derive(Default)]
 pub(crate) struct Dialogue {
+    /// The framework versions that are offered.
+    pub frameworks: &'static [Version],
+    /// The message versions that are offered.
+    pub versions: &'static [Version],
+    pub carriage: Carriage,
+    /// The offer that was in the ring when the guest opened the channel, if nobody has waited for its
+    /// answer.
+    pub first_offer: Option<Tx>,
     /// What the last negotiation on this opening settled.
     pub negotiated: Option<Negotiated>,
     /// What is sent before the guest is told that the channel is open.
@@ -67,16 +85,63 @@ pub(crate) struct Dialogue {
     open: bool,
     opening: u64,
     transactions: BTreeMap<Tx, Transaction>,
+    /// What comes for this one or one before it is not held against the guest.
+    forgotten: Option<Tx>,
     strays: VecDeque<Vec<u8>>,
 }
 
 impl Dialogue {
-    /// One whose transactions have numbers that no other with the same `count` uses.
-    pub(crate) fn new(count: Arc<AtomicU64>) -> Self {
+    /// One whose transactions have numbers that no other with the same `count` uses, of a component
+    /// that offers these message versions.
+    pub(crate) fn new(
+        count: Arc<AtomicU64>,
+        profile: &Profile,
+        versions: &'static [Version],
+    ) -> Self {
         Dialogue {
+            frameworks: profile.frameworks,
+            versions,
+            carriage: profile.carriage,
+            first_offer: None,
+            negotiated: None,
+            greeting: Vec::new(),
             count,
-            ..Dialogue::default()
+            open: false,
+            opening: 0,
+            transactions: BTreeMap::new(),
+            forgotten: None,
+            strays: VecDeque::new(),
         }
+    }
+
+    /// The descriptor of a proper request.
+    pub(crate) fn descriptor(&self) -> Descriptor {
+        let completion = match self.carriage {
+            Carriage::Packets => COMPLETION_REQUESTED,
+            Carriage::Pipe => 0,
+        };
+        Descriptor::new(packet_type::DATA_INBAND, completion)
+    }
+
+    /// The transaction id of a message.
+    pub(crate) fn message_id(&self, tx: Tx) -> u8 {
+        match self.carriage {
+            Carriage::Packets => tx.0 as u8,
+            Carriage::Pipe => 0,
+        }
+    }
+
+    /// The offer of these versions as a message.
+    pub(crate) fn offer(&self, frameworks: &[Version], messages: &[Version], tx: Tx) -> Vec<u8> {
+        // The guest looks at the lists only; the versions in the header mean nothing yet.
+        let none = Version::new(0, 0);
+        let envelope = Envelope {
+            framework: none,
+            message_type: message_type::NEGOTIATE,
+            message: none,
+            transaction: self.message_id(tx),
+        };
+        envelope.request(&negotiate_body(frameworks, messages))
     }
 
     /// Opens the transaction of a packet that is about to be sent.
@@ -87,12 +152,49 @@ impl Dialogue {
         let tx = Tx(self.count.fetch_add(1, Relaxed) + 1);
         let transaction = Transaction {
             name: name.to_string(),
+            request: None,
             opening: self.opening,
             sent: None,
             reply: None,
         };
         self.transactions.insert(tx, transaction);
         tx
+    }
+
+    /// A packet with its transaction opened, in which `payload` makes what is after the descriptor.
+    /// Its answer is not judged.
+    pub(crate) fn raw(
+        &mut self,
+        name: &str,
+        descriptor: Descriptor,
+        payload: impl FnOnce(&Dialogue, Tx) -> Vec<u8>,
+    ) -> Outgoing {
+        let tx = self.begin(name);
+        let id = match self.carriage {
+            Carriage::Packets => tx.0,
+            Carriage::Pipe => 0,
+        };
+        Outgoing {
+            transaction: tx.0,
+            id,
+            descriptor,
+            payload: payload(self, tx),
+        }
+    }
+
+    /// The same for a proper message, whose answer is judged.
+    pub(crate) fn request(
+        &mut self,
+        name: &str,
+        descriptor: Descriptor,
+        payload: impl FnOnce(&Dialogue, Tx) -> Vec<u8>,
+    ) -> Outgoing {
+        let packet = self.raw(name, descriptor, payload);
+        if let Some(transaction) = self.transactions.get_mut(&Tx(packet.transaction)) {
+            let header = IcHeader::read_from_prefix(&packet.payload).ok();
+            transaction.request = header.map(|(header, _)| header);
+        }
+        packet
     }
 
     pub(crate) fn take_reply(&mut self, tx: Tx) -> ReplyState {
@@ -116,32 +218,65 @@ impl Dialogue {
 
     /// Forgets all that was sent and all that came: what comes now answers nothing.
     pub(crate) fn forget(&mut self) {
+        self.forgotten = Some(Tx(self.count.load(Relaxed)));
         self.transactions.clear();
         self.strays.clear();
     }
 
-    /// Files a packet from the guest and says what it was.
-    fn arrived(&mut self, tx: Tx, bytes: Vec<u8>, at: Instant) -> EventKind {
-        let header = IcHeader::read_from_prefix(&bytes).ok();
+    /// Which transaction a packet from the guest belongs to, if to any.
+    fn belongs_to(&self, packet: &Packet) -> Tx {
+        let waits = |it: &Transaction| {
+            it.opening == self.opening && it.sent.is_some() && it.reply.is_none()
+        };
+        match self.carriage {
+            Carriage::Packets => Tx(packet.transaction),
+            // Answers come in the order of their requests.
+            Carriage::Pipe => {
+                let oldest = self.transactions.iter().find(|(_, it)| waits(it));
+                oldest.map_or(Tx(0), |(tx, _)| *tx)
+            }
+        }
+    }
+
+    /// Files a packet from the guest, and says what it was and what is wrong with it.
+    fn arrived(&mut self, packet: Packet, at: Instant, notes: &mut Vec<EventKind>) {
+        let tx = self.belongs_to(&packet);
+        let header = IcHeader::read_from_prefix(&packet.payload).ok();
         let transaction = self.transactions.get_mut(&tx);
         if let (Some((header, _)), Some(transaction)) = (header, transaction) {
             if let (Some(sent), None) = (transaction.sent, &transaction.reply) {
+                if let Some(Err(wrong)) = transaction.request.map(|it| judge(&it, &packet)) {
+                    let what = format!("{}: {wrong}", transaction.name);
+                    notes.push(EventKind::Violation(what));
+                }
                 let latency = at.saturating_duration_since(sent);
-                transaction.reply = Some(RawReply { bytes, at, latency });
-                return EventKind::Reply {
+                transaction.reply = Some(RawReply {
+                    bytes: packet.payload,
+                    at,
+                    latency,
+                });
+                notes.push(EventKind::Reply {
                     tx,
                     name: transaction.name.clone(),
                     status: header.status.get(),
                     latency,
-                };
+                });
+                return;
             }
         }
         if self.strays.len() >= KEEP {
             self.strays.pop_front();
         }
-        let len = bytes.len();
-        self.strays.push_back(bytes);
-        EventKind::Stray { tx, bytes: len }
+        let bytes = packet.payload.len();
+        self.strays.push_back(packet.payload);
+        notes.push(EventKind::Stray { tx, bytes });
+        if !self.forgotten.is_some_and(|last| tx <= last) {
+            let what = format!(
+                "a packet of {bytes} bytes answers nothing (transaction {})",
+                tx.0
+            );
+            notes.push(EventKind::Violation(what));
+        }
     }
 }
 
@@ -164,22 +299,32 @@ impl Device for IcDevice {
 
     fn opened(&mut self, opening: u64, wishes: &mut Wishes) {
         let mut dialogue = lock(&self.dialogue);
+        let Dialogue {
+            frameworks,
+            versions,
+            ..
+        } = *dialogue;
         dialogue.open = true;
         dialogue.opening = opening;
         dialogue.negotiated = None;
+        dialogue.first_offer = None;
+        let descriptor = dialogue.descriptor();
         for payload in dialogue.greeting.clone() {
-            wishes.send.push(Outgoing {
-                transaction: dialogue.begin("greeting").0,
-                descriptor: IN_BAND,
-                payload,
+            wishes
+                .send
+                .push(dialogue.request("greeting", descriptor, |_, _| payload));
+        }
+        if dialogue.greeting.is_empty() && dialogue.carriage == Carriage::Pipe {
+            let offer = dialogue.request("negotiate", descriptor, |dialogue, tx| {
+                dialogue.offer(frameworks, versions, tx)
             });
+            dialogue.first_offer = Some(Tx(offer.transaction));
+            wishes.send.push(offer);
         }
     }
 
     fn packet(&mut self, packet: Packet, at: Instant, wishes: &mut Wishes) {
-        let tx = Tx(packet.transaction);
-        let kind = lock(&self.dialogue).arrived(tx, packet.payload, at);
-        wishes.notes.push(kind);
+        lock(&self.dialogue).arrived(packet, at, &mut wishes.notes);
     }
 
     fn sent(&mut self, transaction: u64, bytes: usize, at: Instant) -> Option<EventKind> {
@@ -199,22 +344,15 @@ impl Device for IcDevice {
     }
 }
 
-/// Puts a packet on its way and opens the transaction that its answer belongs to; `payload` is made
-/// from the transaction.
+/// Puts a packet on its way that [`Dialogue::request`] or [`Dialogue::raw`] has made.
 pub(crate) fn send(
     bus: &mut Bus,
     relid: u32,
     dialogue: &Mutex<Dialogue>,
-    name: &str,
-    descriptor: Descriptor,
-    payload: impl FnOnce(Tx) -> Vec<u8>,
+    packet: impl FnOnce(&mut Dialogue) -> Outgoing,
 ) -> Result<Tx, SendError> {
-    let tx = lock(dialogue).begin(name);
-    let packet = Outgoing {
-        transaction: tx.0,
-        descriptor,
-        payload: payload(tx),
-    };
+    let packet = packet(&mut lock(dialogue));
+    let tx = Tx(packet.transaction);
     let result = bus.send(relid, packet);
     if result.is_err() {
         lock(dialogue).transactions.remove(&tx);

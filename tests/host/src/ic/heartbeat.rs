@@ -4,7 +4,7 @@
 
 use crate::channel::IcChannel;
 use crate::host::HostError;
-use crate::ic::{Version, FRAMEWORKS};
+use crate::ic::Version;
 use crate::vmbus::protocol::Guid;
 use std::ops::Deref;
 use std::time::Duration;
@@ -56,8 +56,7 @@ impl Heartbeat {
     /// Sends one beat with number `sequence` and returns the number and the time of the answer,
     /// negotiating first when the channel has not been negotiated since it was opened.
     pub fn beat(&self, sequence: u64, timeout: Duration) -> Result<(u64, Duration), HostError> {
-        self.channel
-            .negotiate_once(&FRAMEWORKS, &VERSIONS, timeout)?;
+        self.channel.agree_once(timeout)?;
         let beat = Beat {
             sequence: U64::new(sequence),
             reserved: [U32::new(0); 8],

@@ -7,6 +7,7 @@
 
 pub(crate) mod device;
 pub mod heartbeat;
+mod judge;
 pub mod shutdown;
 pub mod vss;
 
@@ -15,7 +16,18 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// A version of the framework or of a component's messages.
 #[derive(
-    Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
 )]
 #[repr(C)]
 pub struct Version {

@@ -4,7 +4,7 @@
 
 use crate::channel::{IcChannel, Reply};
 use crate::host::HostError;
-use crate::ic::{Version, FRAMEWORKS};
+use crate::ic::Version;
 use crate::vmbus::protocol::Guid;
 use std::ops::Deref;
 use std::time::Duration;
@@ -86,8 +86,7 @@ impl Shutdown {
     /// Asks the guest for `action` and returns its answer (status 0: it will), negotiating first when
     /// the channel has not been negotiated since it was opened.
     pub fn request(&self, action: Action, timeout: Duration) -> Result<Reply, HostError> {
-        self.channel
-            .negotiate_once(&FRAMEWORKS, &VERSIONS, timeout)?;
+        self.channel.agree_once(timeout)?;
         let body = ShutdownBody {
             reason: U32::new(0),
             timeout_s: U32::new(0),

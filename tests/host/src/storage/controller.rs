@@ -302,6 +302,7 @@ impl Completion {
 fn completion(transaction: u64, payload: Vec<u8>) -> Outgoing {
     Outgoing {
         transaction,
+        id: transaction,
         descriptor: Descriptor::new(packet_type::COMPLETION, 0),
         payload,
     }
@@ -366,6 +367,7 @@ impl Controller {
             let packet = Outgoing {
                 // Of no transaction of the guest's.
                 transaction: 0,
+                id: 0,
                 descriptor: Descriptor::new(packet_type::DATA_INBAND, 0),
                 payload: vstor::message(operation::ENUMERATE_BUS, status::SUCCESS, &[]),
             };
@@ -387,6 +389,7 @@ mod tests {
         relid: 5,
         class: vstor::CLASS,
         instance: Guid([5; 16]),
+        pipe: false,
     };
 
     /// A controller with a guest's memory, and no bus behind it.

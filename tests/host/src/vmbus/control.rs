@@ -39,6 +39,8 @@ pub struct Offer {
     pub instance: Guid,
     /// The connection on which the guest signals.
     pub connection_id: u32,
+    /// Whether it is a message pipe.
+    pub pipe: bool,
 }
 
 /// A channel that the guest opened.
@@ -350,14 +352,18 @@ impl Server {
         }
         channel.state = State::Offered;
         let offer = channel.offer;
+        let mut user_defined = [0; 120];
+        if offer.pipe {
+            user_defined[..4].copy_from_slice(&PIPE_MESSAGE.to_le_bytes());
+        }
         let message = OfferChannel {
             header: MessageHeader::new(message::OFFERCHANNEL),
             class: offer.class,
             instance: offer.instance,
             reserved: [U64::new(0); 2],
-            flags: U16::new(0),
+            flags: U16::new(if offer.pipe { NAMED_PIPE_MODE } else { 0 }),
             mmio_megabytes: U16::new(0),
-            user_defined: [0; 120],
+            user_defined,
             sub_channel_index: U16::new(0),
             reserved2: U16::new(0),
             relid: U32::new(relid),

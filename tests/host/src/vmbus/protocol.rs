@@ -219,6 +219,13 @@ pub struct VersionResponse {
 
 const _: () = assert!(size_of::<VersionResponse>() == 16);
 
+/// In [`OfferChannel::flags`]: the channel is a pipe (`VMBUS_CHANNEL_NAMED_PIPE_MODE`).
+pub const NAMED_PIPE_MODE: u16 = 0x10;
+
+/// What the user-defined part of a pipe's offer begins with when it carries messages
+/// (`VMBUS_PIPE_TYPE_MESSAGE`).
+pub const PIPE_MESSAGE: u32 = 4;
+
 /// `struct vmbus_channel_offer_channel`.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]

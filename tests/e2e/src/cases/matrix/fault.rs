@@ -10,8 +10,6 @@ use crate::cases::deadman::{all_of_ours, guard_of, strike, Death, GROUP, HANG, R
 use crate::cases::disks::{load_driver, Attached};
 use anyhow::{ensure, Context, Result};
 use e2e::guest::{Guest, Module, Process, STEP};
-use hyperv_sim::ic::vss::VERSIONS;
-use hyperv_sim::ic::FRAMEWORKS;
 use hyperv_sim::storage::Image;
 use std::time::Duration;
 
@@ -179,7 +177,7 @@ impl Fault {
                 ensure!(left <= 1, "it left the bus {left} times");
                 if left == 1 {
                     guest.vss().wait_open(STEP)?;
-                    guest.vss().negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+                    guest.vss().agree(STEP)?;
                 }
             }
             Fault::DiskHung => {

@@ -18,8 +18,7 @@ use anyhow::{bail, ensure, Context, Result};
 use dialogue::Dialogue;
 use e2e::guest::{Cell, Daemon, Guest, Machine, Module, Process, STEP};
 use fault::{Fault, DEADLINE};
-use hyperv_sim::ic::vss::VERSIONS;
-use hyperv_sim::ic::{status, FRAMEWORKS};
+use hyperv_sim::ic::status;
 use hyperv_sim::storage::Image;
 use hyperv_sim::Exit;
 use lab_agent::Stall;
@@ -251,7 +250,7 @@ impl<'a> Lab<'a> {
     fn come_back(&mut self) -> Result<()> {
         let vss = self.guest.vss();
         vss.wait_open(STEP)?;
-        vss.negotiate(&FRAMEWORKS, &VERSIONS, STEP)?;
+        vss.agree(STEP)?;
         self.restart_if_dead()
     }
 

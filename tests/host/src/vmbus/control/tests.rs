@@ -12,6 +12,7 @@ fn server() -> Server {
         class: crate::ic::vss::CLASS,
         instance: Guid::new(1, 2, 3, [4; 8]),
         connection_id: 0x1_0005,
+        pipe: false,
     };
     Server::new(VmbusVersion::ALL.to_vec(), [(offer, true)])
 }

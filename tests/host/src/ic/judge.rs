@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What a strict host expects of an answer: that it repeats its request but for what an answer says.
+
+use crate::ic::{flags, message_type, IcHeader};
+use crate::vmbus::protocol::packet_type;
+use crate::vmbus::ring::Packet;
+use zerocopy::FromBytes;
+
+/// Bytes of `struct vmbuspipe_hdr`, and of `struct icmsg_hdr`.
+const PIPE_HEADER: usize = 8;
+const IC_HEADER: usize = size_of::<IcHeader>() - PIPE_HEADER;
+
+/// What is wrong with `answer` as one to `request`, if anything, in words.
+pub(crate) fn judge(request: &IcHeader, answer: &Packet) -> Result<(), String> {
+    let Ok((header, _)) = IcHeader::read_from_prefix(&answer.payload) else {
+        return Err(format!(
+            "an answer of {} bytes has no room for its headers",
+            answer.payload.len()
+        ));
+    };
+    let must = |what: &str, seen: String, expected: String| match seen == expected {
+        true => Ok(()),
+        false => Err(format!(
+            "the {what} of an answer is {seen}, it should be {expected}"
+        )),
+    };
+    let number = |it: usize| it.to_string();
+    must(
+        "packet type",
+        answer.packet_type.to_string(),
+        packet_type::DATA_INBAND.to_string(),
+    )?;
+    let pipe_size = header.pipe_size.get() as usize;
+    must(
+        "pipe flags",
+        header.pipe_flags.to_string(),
+        request.pipe_flags.to_string(),
+    )?;
+    must(
+        "length in the ring",
+        number(answer.payload.len()),
+        number(PIPE_HEADER.saturating_add(pipe_size).next_multiple_of(8)),
+    )?;
+    must(
+        "pipe size",
+        header.pipe_size.to_string(),
+        request.pipe_size.to_string(),
+    )?;
+    // The versions that were chosen take less room than those that were offered, and Linux says so here
+    // and nowhere else.
+    let fits = IC_HEADER + usize::from(header.message_size.get()) <= pipe_size;
+    if request.message_type.get() != message_type::NEGOTIATE || !fits {
+        must(
+            "message size",
+            header.message_size.to_string(),
+            request.message_size.to_string(),
+        )?;
+    }
+    must(
+        "message type",
+        header.message_type.to_string(),
+        request.message_type.to_string(),
+    )?;
+    must(
+        "framework version",
+        header.framework.to_string(),
+        request.framework.to_string(),
+    )?;
+    must(
+        "message version",
+        header.message.to_string(),
+        request.message.to_string(),
+    )?;
+    must(
+        "transaction id",
+        header.transaction.to_string(),
+        request.transaction.to_string(),
+    )?;
+    must(
+        "flags",
+        header.flags.to_string(),
+        (flags::TRANSACTION | flags::RESPONSE).to_string(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ic::{Envelope, Version};
+
+    fn request(message_type: u16) -> Vec<u8> {
+        let envelope = Envelope {
+            framework: Version::new(3, 0),
+            message_type,
+            message: Version::new(5, 0),
+            transaction: 9,
+        };
+        envelope.request(&[0; 33])
+    }
+
+    /// The answer that the request becomes when the guest changes nothing but the flags, and then this.
+    fn judged(change: impl FnOnce(&mut Packet)) -> Result<(), String> {
+        judged_as(message_type::VSS, change)
+    }
+
+    fn judged_as(message_type: u16, change: impl FnOnce(&mut Packet)) -> Result<(), String> {
+        let mut payload = request(message_type);
+        let (header, _) = IcHeader::read_from_prefix(&payload).unwrap();
+        payload[25] = flags::TRANSACTION | flags::RESPONSE;
+        payload.resize(payload.len().next_multiple_of(8), 0);
+        let mut packet = Packet {
+            packet_type: packet_type::DATA_INBAND,
+            flags: 0,
+            transaction: 9,
+            extra: Vec::new(),
+            payload,
+        };
+        change(&mut packet);
+        judge(&header, &packet)
+    }
+
+    #[test]
+    fn a_request_sent_back_with_the_flags_of_an_answer_is_one() {
+        assert_eq!(judged(|_| {}), Ok(()));
+        assert_eq!(judged(|packet| packet.payload[20] = 5), Ok(()), "a status");
+        assert_eq!(judged(|packet| packet.payload[30] = 5), Ok(()), "the body");
+    }
+
+    #[test]
+    fn each_byte_of_the_headers_but_the_status_counts() {
+        for byte in (0..26).filter(|byte| !(20..24).contains(byte)) {
+            let wrong = judged(|packet| packet.payload[byte] ^= 0x40);
+            assert!(wrong.is_err(), "byte {byte}");
+        }
+    }
+
+    #[test]
+    fn the_versions_chosen_may_be_less_than_those_offered_but_not_more() {
+        let shrink = |packet: &mut Packet| packet.payload[18] -= 1;
+        let grow = |packet: &mut Packet| packet.payload[18] += 1;
+        assert!(judged(shrink).is_err());
+        assert_eq!(judged_as(message_type::NEGOTIATE, shrink), Ok(()));
+        assert!(judged_as(message_type::NEGOTIATE, grow).is_err());
+    }
+
+    #[test]
+    fn one_cut_short_or_of_another_kind_is_none() {
+        assert!(judged(|packet| packet.payload.truncate(24)).is_err());
+        assert!(judged(|packet| packet.payload.truncate(56)).is_err());
+        assert!(judged(|packet| packet.payload.extend([0; 8])).is_err());
+        assert!(judged(|packet| packet.packet_type = packet_type::COMPLETION).is_err());
+    }
+}
