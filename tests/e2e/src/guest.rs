@@ -556,6 +556,16 @@ impl Guest {
         )
     }
 
+    /// Whether a program has ended.
+    pub fn has_ended(&self, process: &Process) -> Result<bool, CallError> {
+        Ok(!self.running()?.contains(&process.pid))
+    }
+
+    /// The programs that were started and have not ended.
+    fn running(&self) -> Result<Vec<i32>, CallError> {
+        self.agent.call(Command::Spawned, STEP)
+    }
+
     /// What a program has written so far.
     pub fn output(&self, process: &Process) -> Result<String, CallError> {
         self.read(&process.log)
@@ -864,8 +874,7 @@ impl Guest {
         self.writers_stop()?;
         let _: () = self.agent.call(Command::DevCloseAll, STEP)?;
         let _: () = self.agent.call(Command::ForksEnd, STEP)?;
-        let left: Vec<i32> = self.agent.call(Command::Spawned, STEP)?;
-        for pid in left {
+        for pid in self.running()? {
             // ESRCH: it has ended by itself.
             if let Err(error) = self.signal_pid(pid, 9) {
                 ensure!(error.errno() == Some("ESRCH"), "{error}");

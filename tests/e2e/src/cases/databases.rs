@@ -250,7 +250,6 @@ impl Server {
     /// Starts it from what is on the mounted disk and waits until it serves.
     fn start(self, guest: &Guest) -> Result<Process> {
         let process = guest.spawn(&["sh", "-c", self.command()])?;
-        let stat = format!("/proc/{}/stat", process.pid);
         // A client that asks again and again would slow it down.
         let ready = match self {
             Server::MariaDb => "ready for connections",
@@ -258,8 +257,7 @@ impl Server {
         };
         guest.wait_until(&format!("{self:?} serves"), STEP * 4, || {
             let said = guest.output(&process)?;
-            let is_there = guest.read(&stat).is_ok_and(|it| !it.contains(") Z "));
-            ensure!(is_there, "{self:?} has ended: {said}");
+            ensure!(!guest.has_ended(&process)?, "{self:?} has ended: {said}");
             Ok(said.contains(ready))
         })?;
         Ok(process)

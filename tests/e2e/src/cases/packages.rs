@@ -133,7 +133,6 @@ fn amid_backups(guest: &Guest, line: &str) -> Result<()> {
     let vss = guest.vss();
     let work = guest.spawn(&["sh", "-c", line])?;
     let mut taken = 0;
-    let stat = format!("/proc/{}/stat", work.pid);
     guest.wait_until(&format!("this ends amid backups: {line}"), STEP * 4, || {
         // The channel closes while the device changes hands. Who has it then knows no version yet.
         let soon = Duration::from_secs(5);
@@ -145,7 +144,7 @@ fn amid_backups(guest: &Guest, line: &str) -> Result<()> {
         }
         // Back to back they would hold up the work for most of its time: it writes to the root.
         std::thread::sleep(PAUSE);
-        Ok(guest.read(&stat)?.contains(") Z "))
+        Ok(guest.has_ended(&work)?)
     })?;
     let ended = guest.wait(&work, STEP)?;
     let output = guest.output(&work)?;

@@ -270,7 +270,7 @@ impl Dialogue {
         let bytes = packet.payload.len();
         self.strays.push_back(packet.payload);
         notes.push(EventKind::Stray { tx, bytes });
-        if !self.forgotten.is_some_and(|last| tx <= last) {
+        if self.forgotten.is_none_or(|last| tx > last) {
             let what = format!(
                 "a packet of {bytes} bytes answers nothing (transaction {})",
                 tx.0
