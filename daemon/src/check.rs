@@ -17,6 +17,7 @@ use crate::config::{Config, ConfigError};
 use crate::control::{ask_first, ControlError, Method};
 use crate::hooks;
 use crate::logbook::words;
+use crate::moving::Layers;
 use crate::plan::Reason;
 use crate::record::RunDir;
 
@@ -196,6 +197,11 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
     }
     for synced in &plan.synced {
         let text = format!("{synced} has no means to freeze and is synced");
+        all.push(finding(WHAT, loss, text));
+    }
+    let devices = plan.waves.iter().flatten().flat_map(|it| &it.devices);
+    for layer in Layers::below(devices).at_work() {
+        let text = format!("{layer} copies from disk to disk, which no freeze holds back");
         all.push(finding(WHAT, loss, text));
     }
     for rule in config.idle_rules(&plan) {

@@ -59,6 +59,12 @@ pub enum FreezeError {
         /// What is wrong with it.
         why: String,
     },
+    /// Something below what is to be frozen goes on, and the configuration is strict.
+    #[error("data is moved from disk to disk, and the configuration is strict: {}", .layers.join(", "))]
+    Moving {
+        /// What does.
+        layers: Vec<String>,
+    },
     /// There is nothing to freeze, and the configuration is strict.
     #[error("there is nothing to freeze, and the configuration is strict")]
     Nothing,
@@ -87,6 +93,12 @@ pub enum ThawError {
     Written {
         /// To which disks.
         nodes: Vec<String>,
+    },
+    /// Something below what was frozen has begun, and the configuration is strict.
+    #[error("data was moved from disk to disk, and the configuration is strict: {}", .layers.join(", "))]
+    Moving {
+        /// What did.
+        layers: Vec<String>,
     },
     /// The kernel refuses.
     #[error("{name} cannot be thawed")]

@@ -31,6 +31,7 @@ use crate::hooks::{self, Found, HookError};
 use crate::logbook::{Held, Logbook, Sink};
 use crate::machine::LookError;
 use crate::mounts::DevId;
+use crate::moving::Layers;
 use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
 use crate::superblocks::Listed;
@@ -170,6 +171,13 @@ impl Freezer {
             alive,
             at_rest,
         } = self.cache.gather(config, disks)?;
+        let layers = Layers::below(targets.iter().flat_map(|it| &it.devices));
+        let moving = layers.at_work();
+        if config.strict && !moving.is_empty() {
+            let layers = moving.into_iter().collect();
+            return Err(FreezeError::Moving { layers }.into());
+        }
+        warn_of_moving(&moving, log);
         let learnt = &self.learnt;
         let known = |it: &&Opened| learnt.is_unfreezable(it.dev);
         let others = |disk: DevId| {
@@ -240,6 +248,8 @@ impl Freezer {
             summary,
             alive,
             at_rest,
+            layers,
+            moving,
         }))
     }
 
@@ -247,6 +257,8 @@ impl Freezer {
     /// Names what was mounted meanwhile: that is on a disk and was not frozen.
     pub fn thaw(&mut self, frozen: &Frozen, setting: &Setting) -> Result<(), ThawError> {
         let mut nodes = frozen.at_rest.written();
+        let moving = frozen.layers.at_work();
+        let begun: BTreeSet<String> = moving.difference(&frozen.moving).cloned().collect();
         let thawed = frozen.session.thaw();
         if thawed.is_err() || setting.abort.load(Ordering::SeqCst) {
             // It was not frozen all the time, so it may have been any writer.
@@ -268,11 +280,16 @@ impl Freezer {
                  program that has the disk itself open, or by what is in no mount table"
             ));
         }
-        match (names.is_empty(), nodes.is_empty()) {
+        warn_of_moving(&begun, &setting.log);
+        match (names.is_empty(), nodes.is_empty(), begun.is_empty()) {
             _ if !setting.config.strict => thawed,
-            (true, true) => thawed,
-            (false, _) => thawed.and(Err(ThawError::Late { names })),
-            (true, false) => thawed.and(Err(ThawError::Written { nodes })),
+            (true, true, true) => thawed,
+            (false, _, _) => thawed.and(Err(ThawError::Late { names })),
+            (true, false, _) => thawed.and(Err(ThawError::Written { nodes })),
+            (true, true, false) => {
+                let layers = begun.into_iter().collect();
+                thawed.and(Err(ThawError::Moving { layers }))
+            }
         }
     }
 
@@ -286,6 +303,15 @@ impl Freezer {
         let read = vmstat.and_then(|file| file.read_at(&mut text, 0).ok());
         let text = text.get(..read.unwrap_or(0)).unwrap_or_default();
         dirty_pages(text).is_none_or(|pages| pages > CLEAN_PAGES)
+    }
+}
+
+fn warn_of_moving(layers: &BTreeSet<String>, log: &Logbook) {
+    for layer in layers {
+        log.warning(format!(
+            "{layer} copies from disk to disk while what is on it is frozen: copies of those disks that are \
+             not of one moment may not fit together"
+        ));
     }
 }
 
@@ -363,6 +389,9 @@ pub struct Frozen {
     alive: Option<Listed>,
     /// Disks that should not be written to meanwhile.
     at_rest: AtRest,
+    /// What may move data from disk to disk below it, and what did so before.
+    layers: Layers,
+    moving: BTreeSet<String>,
 }
 
 impl Frozen {

@@ -11,8 +11,8 @@
 //! and [`freeze`] does the work on them, through a [`door`]. Behind that is the module ([`held`]), or where
 //! the module has no such thing [`fifreeze`] with its [`guard`], the process that thaws when all of this
 //! cannot, and a [`record`], from which [`recovery`] undoes what is left after a death; [`writes`] show
-//! whether others thawed meanwhile, or wrote to a disk itself. [`hooks`] are an administrator's programs
-//! that take part, and [`calls`] calls them. [`history`] remembers what came of each backup. [`control`] is
+//! whether others thawed meanwhile, or wrote to a disk itself, and [`moving`] what copies from disk to disk
+//! below it all. [`hooks`] are an administrator's programs that take part, and [`calls`] calls them. [`history`] remembers what came of each backup. [`control`] is
 //! how others ask the daemon; [`check`], [`report`] and [`timeline`] are what an operator is told.
 //!
 //! It knows nothing of VMBus: what the host says arrives as frames of `uapi/hv_vss.rs`.
@@ -38,6 +38,7 @@ pub mod job;
 pub mod logbook;
 pub mod machine;
 pub mod mounts;
+pub mod moving;
 pub mod namespaces;
 pub mod open;
 pub mod plan;

@@ -39,6 +39,11 @@ pub const CASES: &[Case] = &[
         "a btrfs that is being balanced is left out, and its writers go on; then it is frozen again",
         btrfs_balance,
     ),
+    case(
+        "broken/md-repair",
+        "an md that copies from disk to disk below a frozen file system is named; strict fails",
+        md_repair,
+    ),
 ];
 
 /// The healthy one.
@@ -243,4 +248,68 @@ fn btrfs_balance(guest: &Guest) -> Result<()> {
     answered("FREEZE with strict = true", &freeze, status::FAIL)?;
     end(process)?;
     stop(guest, guest.module(), &daemon)
+}
+
+/// A RAID 1 of two disks, under ext4 on /mnt/bad.
+const RAID: &str = "modprobe raid1 && mkdir -p /mnt/bad &&
+    echo md_lab >/sys/module/md_mod/parameters/new_array &&
+    cd /sys/block/md_lab/md &&
+    echo none >metadata_version && echo raid1 >level && echo 2 >raid_disks &&
+    for disk in ram2 ram3; do
+        cat /sys/class/block/$disk/dev >new_dev && echo 65536 >dev-$disk/size || exit 1
+    done &&
+    echo 0 >dev-ram2/slot && echo 1 >dev-ram3/slot && echo none >resync_start &&
+    echo 65536 >component_size && echo active >array_state &&
+    echo 1 >sync_speed_min && mkfs.ext4 -q -F /dev/md_lab && mount /dev/md_lab /mnt/bad";
+
+/// What the log says of it.
+const COPIES: &str = "md_lab (repair) copies from disk to disk";
+
+fn md_repair(guest: &Guest) -> Result<()> {
+    let vss = guest.vss();
+    guest.sh(HEALTHY)?;
+    guest.sh(RAID)?;
+    for path in ["/mnt/good/w", "/mnt/bad/w"] {
+        guest.writer_start(path)?;
+    }
+    let act = |action: &str| -> Result<()> {
+        // While it holds itself back it hears nothing.
+        let speed = if action == "idle" { 200_000 } else { 1 };
+        guest.sh(&format!(
+            "cd /sys/block/md_lab/md && echo {speed} >sync_speed_max && echo {action} >sync_action"
+        ))?;
+        guest.wait_until("md does as it is told", STEP, || {
+            let now = guest.read("/sys/block/md_lab/md/sync_action")?;
+            Ok(now.trim() == action)
+        })
+    };
+    // It can be frozen as ever, and is; what goes on below is said.
+    act("repair")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let all = good(&["/mnt/good/w", "/mnt/bad/w"]);
+    equal("the backup", observe(guest)?, all.clone())?;
+    guest.wait_until("it is named", STEP, || {
+        Ok(guest.output(&daemon)?.contains(COPIES))
+    })?;
+    let check = guest.try_sh("/payload/hv_vss_daemon check")?.out;
+    ensure!(check.contains(COPIES), "check should name it:\n{check}");
+    stop(guest, guest.module(), &daemon)?;
+
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("strict = true")?;
+    wait_for_daemon(guest)?;
+    let freeze = vss.freeze(&[], STEP)?;
+    answered("FREEZE with strict = true", &freeze, status::FAIL)?;
+    act("idle")?;
+    equal("the next backup", observe(guest)?, all)?;
+    // It begins in the window.
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    act("repair")?;
+    answered("THAW with strict = true", &vss.thaw(STEP)?, status::FAIL)?;
+    act("idle")?;
+    stop(guest, guest.module(), &daemon)?;
+    guest.writers_stop()?;
+    guest
+        .sh("umount /mnt/bad && echo clear >/sys/block/md_lab/md/array_state")
+        .map(drop)
 }

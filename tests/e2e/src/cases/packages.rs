@@ -63,8 +63,8 @@ const fn case(
         name,
         about,
         machine,
-        // dpkg, perl and systemd are slow in an emulated machine.
-        per_round: Duration::from_secs(30),
+        // dpkg, perl and systemd are slow in an emulated machine, and one case goes through all of it.
+        per_round: Duration::from_secs(90),
         // `make test-packages`: what they install takes a while to build.
         when: When::Named,
         run,
