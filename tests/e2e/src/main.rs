@@ -8,6 +8,7 @@
 
 mod cases;
 mod demo;
+mod emulation;
 mod runner;
 mod shard;
 mod table;

@@ -7,6 +7,7 @@
 //! case is about.
 
 use crate::cases::Case;
+use crate::emulation::impossible_interrupt;
 use anyhow::{anyhow, Context, Result};
 use e2e::guest::{Cell, Comparison, Guest, Images};
 use hyperv_sim::Exit;
@@ -145,7 +146,10 @@ fn run_one(case: &Case, guest: Guest) -> Result<Passed> {
         Err(error) => {
             let report = guest.post_mortem();
             guest.vm().kill();
-            Err(anyhow!("{error:#}\n{report}"))
+            let told = impossible_interrupt(&guest.vm().console()).map(|line| {
+                format!("the fault of the emulation: an interrupt with interrupts off ({line}): ")
+            });
+            Err(anyhow!("{}{error:#}\n{report}", told.unwrap_or_default()))
         }
     }
 }
