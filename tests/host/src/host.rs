@@ -10,6 +10,7 @@ use crate::event::{Event, EventKind};
 use crate::ic::device::{Component, Dialogue, IcDevice};
 use crate::ic::heartbeat::{self, Heartbeat};
 use crate::ic::shutdown::{self, Shutdown};
+use crate::ic::timesync::{self, TimeSync};
 use crate::ic::vss::{self, Vss};
 use crate::ic::{message_type, Version};
 use crate::profile::{Carriage, Profile};
@@ -34,6 +35,8 @@ pub struct HostConfig {
     pub heartbeat: bool,
     /// Whether shutdown is offered from the start.
     pub shutdown: bool,
+    /// Whether time synchronisation is offered from the start.
+    pub timesync: bool,
     /// How many SCSI controllers there are, without disks at first; at most
     /// [`HostConfig::MAX_SCSI_CONTROLLERS`].
     pub scsi_controllers: u8,
@@ -50,6 +53,7 @@ impl Default for HostConfig {
             vss: true,
             heartbeat: true,
             shutdown: true,
+            timesync: true,
             scsi_controllers: 0,
             patience: 1.0,
         }
@@ -158,6 +162,7 @@ const HEARTBEAT: u32 = 2;
 const SHUTDOWN: u32 = 3;
 const SECOND_VSS: u32 = 4;
 const FIRST_SCSI: u32 = 5;
+const TIMESYNC: u32 = FIRST_SCSI + SCSI_NAMES.len() as u32;
 
 const SCSI_NAMES: [&str; 4] = ["scsi-0", "scsi-1", "scsi-2", "scsi-3"];
 
@@ -193,7 +198,7 @@ const fn component(
     }
 }
 
-const COMPONENTS: [Component; 4] = [
+const COMPONENTS: [Component; 5] = [
     component(
         "vss",
         VSS,
@@ -225,6 +230,14 @@ const COMPONENTS: [Component; 4] = [
         message_type::VSS,
         Version::new(5, 0),
         |profile| profile.vss,
+    ),
+    component(
+        "timesync",
+        TIMESYNC,
+        timesync::CLASS,
+        message_type::TIMESYNC,
+        Version::new(3, 0),
+        |_| &timesync::VERSIONS,
     ),
 ];
 
@@ -288,7 +301,13 @@ impl Host {
         synic: Arc<SynIc>,
         console: Arc<Console>,
     ) -> Self {
-        let wanted = [config.vss, config.heartbeat, config.shutdown, false];
+        let wanted = [
+            config.vss,
+            config.heartbeat,
+            config.shutdown,
+            false,
+            config.timesync,
+        ];
         let count = Arc::default();
         let profile = config.profile;
         let dialogues = COMPONENTS.map(|component| {
@@ -375,6 +394,11 @@ impl Host {
     /// The shutdown integration component.
     pub fn shutdown(&self) -> Shutdown {
         Shutdown::new(self.component::<2>())
+    }
+
+    /// The time synchronisation integration component.
+    pub fn timesync(&self) -> TimeSync {
+        TimeSync::new(self.component::<4>())
     }
 
     /// A SCSI controller, by its number from 0 on.

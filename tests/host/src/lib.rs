@@ -4,7 +4,7 @@
 //!
 //! [`Vm::start`] boots a stock Linux kernel on KVM's Hyper-V interface and stands on the other side
 //! of the guest's VMBus: [`Vm::host`] gives handles to the integration components that it offers
-//! (VSS, heartbeat, shutdown), with which a test negotiates, sends requests, sends nonsense, or takes
+//! (VSS, heartbeat, shutdown, time synchronisation), with which a test negotiates, sends requests, sends nonsense, or takes
 //! the device away, and to SCSI controllers, on which a test puts disks that it can slow down, break,
 //! copy and ask what was written to them.
 //!

@@ -18,6 +18,7 @@ mod freeze;
 mod hangs;
 mod hooks;
 mod hostile;
+mod judges;
 mod lifecycle;
 mod matrix;
 mod order;
@@ -119,6 +120,7 @@ pub fn all() -> Vec<Case> {
         broken::CASES,
         foreign::CASES,
         peer::CASES,
+        judges::CASES,
         systemd::CASES,
         packages::CASES,
         disks::CASES,

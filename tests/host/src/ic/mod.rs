@@ -9,6 +9,7 @@ pub(crate) mod device;
 pub mod heartbeat;
 mod judge;
 pub mod shutdown;
+pub mod timesync;
 pub mod vss;
 
 use zerocopy::little_endian::{U16, U32};
