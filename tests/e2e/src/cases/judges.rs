@@ -78,23 +78,22 @@ fn uio(guest: &Guest) -> Result<()> {
     guest.sh("rmmod uio_hv_generic uio").map(drop)
 }
 
-/// How long each file system was frozen for, in all of the backups that the history has once they are so
-/// many.
-fn frozen_for(guest: &Guest, backups: usize) -> Result<Vec<Duration>> {
-    let mut entries = Vec::new();
-    guest.wait_until("the backup is remembered", STEP, || {
-        let said = guest.sh("/payload/hv_vss_daemon history --json")?;
-        entries = serde_json::from_str::<Vec<serde_json::Value>>(&said)?;
-        Ok(entries.len() == backups)
-    })?;
-    let all = entries
+/// All backups that are remembered.
+fn history(guest: &Guest) -> Result<Vec<serde_json::Value>> {
+    let said = guest.try_sh("/payload/hv_vss_daemon history --json")?;
+    Ok(serde_json::from_str(&said.out)?)
+}
+
+/// How long each file system was frozen for in any backup of that history.
+fn frozen_for(history: &[serde_json::Value]) -> Vec<Duration> {
+    let all = history
         .iter()
         .filter_map(|it| it["file_systems"].as_array());
     let time = |it: &serde_json::Value| {
         let until = it["until_us"].as_u64()?;
         Some(Duration::from_micros(until - it["since_us"].as_u64()?))
     };
-    Ok(all.flatten().filter_map(time).collect())
+    all.flatten().filter_map(time).collect()
 }
 
 fn time_set_while_frozen(guest: &Guest, module: Module) -> Result<()> {
@@ -106,8 +105,8 @@ fn time_set_while_frozen(guest: &Guest, module: Module) -> Result<()> {
     guest.sh("modprobe hv_utils")?;
     let daemon = guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
-    let times = [SystemTime::now() + HOUR, SystemTime::now() - HOUR];
-    for (number, time) in times.into_iter().enumerate() {
+    for time in [SystemTime::now() + HOUR, SystemTime::now() - HOUR] {
+        let before = history(guest)?.len();
         answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
         set_clock(guest, time)?;
         guest.wait_until("the writer stands still", STEP, || {
@@ -115,7 +114,10 @@ fn time_set_while_frozen(guest: &Guest, module: Module) -> Result<()> {
         })?;
         answered("THAW", &vss.thaw(STEP)?, status::OK)?;
         equal("who is stuck", stuck_writers(guest)?, Vec::new())?;
-        let times = frozen_for(guest, number + 1)?;
+        guest.wait_until("the backup is remembered", STEP, || {
+            Ok(history(guest)?.len() > before)
+        })?;
+        let times = frozen_for(&history(guest)?);
         ensure!(!times.is_empty(), "the history names no file system");
         for time in times {
             ensure!(time < HOUR / 2, "the history says: frozen for {time:?}");

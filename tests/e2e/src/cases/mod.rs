@@ -20,6 +20,7 @@ mod hooks;
 mod hostile;
 mod judges;
 mod lifecycle;
+mod lis;
 mod matrix;
 mod order;
 mod owned;
@@ -121,6 +122,7 @@ pub fn all() -> Vec<Case> {
         foreign::CASES,
         peer::CASES,
         judges::CASES,
+        lis::CASES,
         systemd::CASES,
         packages::CASES,
         disks::CASES,

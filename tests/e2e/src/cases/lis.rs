@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Microsoft's own cases for this service, named as they were (Linux Integration Services, later LISA:
+//! `VSS-BACKUP...`; deleted in August 2020), as far as a guest can tell that they are run. What was looked
+//! for then was that the backup completed and that a file was there in what it restored; here it is looked
+//! for that all stands still for it and goes on, which `restore/*` shows to be what a restore wants.
+//!
+//! Not here: those that differ only on the host's side (a differencing disk, Secure Boot, a checkpoint of
+//! either kind), squashfs, iSCSI, and the machine that is paused.
+
+use super::disks::{load_driver, Attached};
+use super::{case, good, load, observe, start, stop, wait_for_daemon, Case, Seen};
+use anyhow::{ensure, Result};
+use e2e::check::{answered, equal};
+use e2e::guest::{Daemon, Guest, Machine, STEP};
+use hyperv_sim::ic::status;
+use hyperv_sim::storage::Image;
+
+pub const CASES: &[Case] = &[
+    on_disks(
+        "lis/vss-backuprestore-multifs-vhdx",
+        "three disks with ext4, xfs and btrfs, mounted",
+        multi_fs,
+    ),
+    on_disks(
+        "lis/vss-backuprestore-iso-nonetwork",
+        "an ISO 9660 disk is mounted, and the network is down",
+        iso_no_network,
+    ),
+    on_disks(
+        "lis/vss-backup-restore-mount-multi-paths",
+        "one partition is mounted at two paths",
+        multi_paths,
+    ),
+    on_disks(
+        "lis/vss-backup-restore-diskstress",
+        "a disk is written to without a pause",
+        disk_stress,
+    ),
+    on_disks(
+        "lis/vss-backup-change-hypervvssd",
+        "no good backup while the daemon is stopped, a good one when it is started again",
+        change_daemon,
+    ),
+    on_disks(
+        "lis/vss-backup-disable-enable-vss",
+        "the service is switched off on the host, and on again",
+        disable_enable,
+    ),
+    on_disks(
+        "lis/vss-backup-restore-fail",
+        "one file system is frozen by hand: it is in the backup and stays frozen",
+        frozen_by_hand,
+    ),
+];
+
+const fn on_disks(name: &'static str, about: &'static str, run: fn(&Guest) -> Result<()>) -> Case {
+    Case {
+        machine: Machine::SCSI,
+        ..case(name, about, run)
+    }
+    .long()
+}
+
+/// A disk with this file system, mounted there, and somebody who writes to it.
+fn mounted(guest: &Guest, lun: u8, mkfs: &str, at: &str) -> Result<Attached> {
+    let disk = Attached::new(guest, 0, lun, 384, Image::default())?;
+    load_driver(guest)?;
+    let node = disk.node(guest)?;
+    guest.sh(&format!(
+        "mkdir -p {at} && {mkfs} {node} && mount {node} {at}"
+    ))?;
+    guest.writer_start(&format!("{at}/w"))?;
+    Ok(disk)
+}
+
+fn ext4(guest: &Guest) -> Result<Attached> {
+    mounted(guest, 0, "mkfs.ext4 -q -F", "/mnt/a")
+}
+
+/// A whole backup with our daemon on the guest's module.
+fn backed_up(guest: &Guest) -> Result<Seen> {
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let seen = observe(guest)?;
+    stop(guest, guest.module(), &daemon)?;
+    Ok(seen)
+}
+
+fn multi_fs(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe -a xfs btrfs")?;
+    let _disks = [
+        mounted(guest, 0, "mkfs.ext4 -q -F", "/mnt/ext4")?,
+        mounted(guest, 1, "mkfs.xfs -q -f", "/mnt/xfs")?,
+        mounted(guest, 2, "mkfs.btrfs -q -f", "/mnt/btrfs")?,
+    ];
+    let seen = backed_up(guest)?;
+    equal(
+        "the backup",
+        seen,
+        good(&["/mnt/ext4/w", "/mnt/xfs/w", "/mnt/btrfs/w"]),
+    )
+}
+
+/// The smallest ISO 9660 there is (ECMA-119): a volume descriptor, the end of those, and an empty root.
+fn iso() -> Vec<u8> {
+    const SECTOR: usize = 2048;
+    const ROOT: u8 = 18;
+    let both = |number: u32| [number.to_le_bytes(), number.to_be_bytes()].concat();
+    let both16 = |number: u16| [number.to_le_bytes(), number.to_be_bytes()].concat();
+    // A record of 34 bytes: where the folder is and how long, its flags, and a name of one byte.
+    let record = |name: u8| {
+        let mut it = vec![34, 0];
+        it.extend(both(ROOT.into()));
+        it.extend(both(SECTOR as u32));
+        it.extend([0; 7]);
+        it.extend([2, 0, 0]);
+        it.extend(both16(1));
+        it.extend([1, name]);
+        it
+    };
+    let mut image = vec![0; 20 * SECTOR];
+    let mut put = |sector: usize, offset: usize, bytes: &[u8]| {
+        let from = sector * SECTOR + offset;
+        image[from..from + bytes.len()].copy_from_slice(bytes);
+    };
+    put(16, 0, b"\x01CD001\x01");
+    put(16, 80, &both(20));
+    put(16, 120, &both16(1));
+    put(16, 124, &both16(1));
+    put(16, 128, &both16(SECTOR as u16));
+    put(16, 156, &record(0));
+    put(16, 881, &[1]);
+    put(17, 0, b"\xffCD001\x01");
+    put(ROOT.into(), 0, &[record(0), record(1)].concat());
+    image
+}
+
+fn iso_no_network(guest: &Guest) -> Result<()> {
+    let _disk = ext4(guest)?;
+    let mut content = Image::default();
+    content.write(0, &iso());
+    let dvd = Attached::new(guest, 0, 1, 1, content)?;
+    let node = dvd.node(guest)?;
+    guest.sh(&format!(
+        "ip link set lo down; modprobe isofs && mkdir -p /mnt/dvd &&
+         mount -t iso9660 -o ro {node} /mnt/dvd"
+    ))?;
+    equal("the backup", backed_up(guest)?, good(&["/mnt/a/w"]))
+}
+
+fn multi_paths(guest: &Guest) -> Result<()> {
+    let disk = ext4(guest)?;
+    let node = disk.node(guest)?;
+    guest.sh(&format!("mkdir -p /mnt/b && mount {node} /mnt/b"))?;
+    guest.writer_start("/mnt/b/v")?;
+    let seen = backed_up(guest)?;
+    equal("the backup", seen, good(&["/mnt/a/w", "/mnt/b/v"]))
+}
+
+fn disk_stress(guest: &Guest) -> Result<()> {
+    let _disk = ext4(guest)?;
+    let line = "exec 2>/dev/null; while :; do
+        dd if=/dev/zero of=/mnt/a/large bs=64k count=512 && sync /mnt/a/large
+    done";
+    let stress = guest.spawn(&["sh", "-c", line])?;
+    let seen = backed_up(guest)?;
+    guest.signal(&stress, 9)?;
+    equal("the backup", seen, good(&["/mnt/a/w"]))
+}
+
+fn change_daemon(guest: &Guest) -> Result<()> {
+    let _disk = ext4(guest)?;
+    let module = guest.module();
+    let daemon = start(guest, module, Daemon::Ours)?;
+    guest.signal(&daemon, 15)?;
+    guest.wait(&daemon, STEP)?;
+    let freeze = guest.vss().freeze(&[], STEP)?;
+    answered("FREEZE without a daemon", &freeze, status::FAIL)?;
+    let daemon = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    equal("the next backup", observe(guest)?, good(&["/mnt/a/w"]))?;
+    stop(guest, module, &daemon)
+}
+
+fn disable_enable(guest: &Guest) -> Result<()> {
+    let _disk = ext4(guest)?;
+    let vss = guest.vss();
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    vss.rescind();
+    vss.wait_released(STEP)?;
+    ensure!(!vss.is_open(), "the service is off, and the channel open");
+    vss.offer();
+    vss.wait_open(STEP)?;
+    vss.agree(STEP)?;
+    wait_for_daemon(guest)?;
+    equal("the next backup", observe(guest)?, good(&["/mnt/a/w"]))?;
+    stop(guest, guest.module(), &daemon)
+}
+
+fn frozen_by_hand(guest: &Guest) -> Result<()> {
+    let _disks = [
+        ext4(guest)?,
+        mounted(guest, 1, "mkfs.ext4 -q -F", "/mnt/b")?,
+    ];
+    guest.freeze("/mnt/b")?;
+    let expected = Seen {
+        stuck: vec!["/mnt/b/w".into()],
+        ..good(&["/mnt/a/w", "/mnt/b/w"])
+    };
+    let seen = backed_up(guest);
+    guest.thaw("/mnt/b")?;
+    equal("the backup", seen?, expected)
+}
