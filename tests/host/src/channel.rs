@@ -283,8 +283,7 @@ impl IcChannel {
         timeout: Duration,
     ) -> Result<Negotiated, HostError> {
         let tx = self.send_with("negotiate", |dialogue| {
-            let descriptor = dialogue.descriptor();
-            dialogue.request("negotiate", descriptor, |dialogue, tx| {
+            dialogue.request("negotiate", |dialogue, tx| {
                 dialogue.offer(frameworks, messages, tx)
             })
         })?;
@@ -328,8 +327,7 @@ impl IcChannel {
         });
         let message_type = self.component.message_type;
         self.send_with(name, |dialogue| {
-            let descriptor = dialogue.descriptor();
-            dialogue.request(name, descriptor, |dialogue, tx| {
+            dialogue.request(name, |dialogue, tx| {
                 let envelope = Envelope {
                     framework: negotiated.framework,
                     message_type,

@@ -180,8 +180,7 @@ impl Guest {
 
     fn request(&mut self, body: &[u8]) -> Tx {
         let sent = device::send(&mut self.bus, 1, &self.dialogue, |dialogue| {
-            let descriptor = dialogue.descriptor();
-            dialogue.request("test", descriptor, |dialogue, tx| {
+            dialogue.request("test", |dialogue, tx| {
                 let envelope = Envelope {
                     framework: Version::new(3, 0),
                     message_type: message_type::VSS,

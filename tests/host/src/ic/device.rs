@@ -114,7 +114,7 @@ impl Dialogue {
         }
     }
 
-    /// The descriptor of a proper request.
+    /// The descriptor of a proper message.
     pub(crate) fn descriptor(&self) -> Descriptor {
         let completion = match self.carriage {
             Carriage::Packets => COMPLETION_REQUESTED,
@@ -182,14 +182,13 @@ impl Dialogue {
         }
     }
 
-    /// The same for a proper message, whose answer is judged.
+    /// The same for a proper message with its proper descriptor, whose answer is judged.
     pub(crate) fn request(
         &mut self,
         name: &str,
-        descriptor: Descriptor,
         payload: impl FnOnce(&Dialogue, Tx) -> Vec<u8>,
     ) -> Outgoing {
-        let packet = self.raw(name, descriptor, payload);
+        let packet = self.raw(name, self.descriptor(), payload);
         if let Some(transaction) = self.transactions.get_mut(&Tx(packet.transaction)) {
             let header = IcHeader::read_from_prefix(&packet.payload).ok();
             transaction.request = header.map(|(header, _)| header);
@@ -308,14 +307,12 @@ impl Device for IcDevice {
         dialogue.opening = opening;
         dialogue.negotiated = None;
         dialogue.first_offer = None;
-        let descriptor = dialogue.descriptor();
         for payload in dialogue.greeting.clone() {
-            wishes
-                .send
-                .push(dialogue.request("greeting", descriptor, |_, _| payload));
+            let packet = dialogue.request("greeting", |_, _| payload);
+            wishes.send.push(packet);
         }
         if dialogue.greeting.is_empty() && dialogue.carriage == Carriage::Pipe {
-            let offer = dialogue.request("negotiate", descriptor, |dialogue, tx| {
+            let offer = dialogue.request("negotiate", |dialogue, tx| {
                 dialogue.offer(frameworks, versions, tx)
             });
             dialogue.first_offer = Some(Tx(offer.transaction));
