@@ -10,16 +10,38 @@
 //! would tell; those are not looked at.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 
 use crate::mounts::DevId;
 use crate::superblocks::folder_of;
 use crate::topology::{lowest_below, slaves};
 
-/// The devices that may be at such a thing, by their folders in sysfs.
+/// The devices that may be at such a thing. What they say is open, so that no path has to be looked up
+/// to hear it again.
 #[derive(Debug, Default)]
-pub struct Layers(Vec<PathBuf>);
+pub struct Layers(Vec<Layer>);
+
+#[derive(Debug)]
+struct Layer {
+    /// The kernel's name.
+    name: String,
+    sign: Sign,
+}
+
+/// By what it is known that something goes on.
+#[derive(Debug)]
+enum Sign {
+    /// One of these words in a file of sysfs.
+    Word(File, &'static [&'static str]),
+    /// The device exists.
+    Presence(&'static str),
+}
+
+/// "check" only reads; "repair" writes what it finds wrong.
+const MD: &[&str] = &["resync", "recover", "reshape", "repair"];
+const BCACHE: &[&str] = &["dirty"];
 
 impl Layers {
     /// Those below these devices, themselves among them, as far as they stand on more than one disk.
@@ -36,7 +58,7 @@ impl Layers {
             };
             let lower = slaves(&folder);
             if !lower.is_empty() && lowest_below(dev).len() > 1 {
-                layers.push(folder);
+                layers.extend(layer(&folder));
             }
             todo.extend(lower);
         }
@@ -45,35 +67,41 @@ impl Layers {
 
     /// Those that are at it now, and at what.
     pub fn at_work(&self) -> BTreeSet<String> {
-        let words = self.0.iter().filter_map(|folder| {
-            let name = folder.file_name()?.to_string_lossy();
-            Some(format!("{name} ({})", at_work(folder)?))
+        let words = self.0.iter().filter_map(|layer| {
+            let what = match &layer.sign {
+                Sign::Presence(what) => (*what).to_owned(),
+                Sign::Word(file, words) => word(file).filter(|it| words.contains(&it.as_str()))?,
+            };
+            Some(format!("{} ({what})", layer.name))
         });
         words.collect()
     }
 }
 
-/// What the device with this folder copies by itself, if anything.
-fn at_work(folder: &Path) -> Option<String> {
-    let read = |name: &str| {
-        let text = fs::read_to_string(folder.join(name)).ok()?;
-        Some(text.trim().to_owned())
-    };
-    // "check" reads only; "repair" writes what it finds wrong.
-    let md = read("md/sync_action")
-        .filter(|it| matches!(it.as_str(), "resync" | "recover" | "reshape" | "repair"));
-    let bcache = || {
-        let dirty = read("bcache/state").filter(|it| it == "dirty");
-        dirty.map(|_| "write-back".to_owned())
-    };
+/// The device with this folder, if it is of a kind that copies by itself.
+fn layer(folder: &Path) -> Option<Layer> {
+    let open = |name: &str| File::open(folder.join(name)).ok();
+    let md = || Some(Sign::Word(open("md/sync_action")?, MD));
+    let bcache = || Some(Sign::Word(open("bcache/state")?, BCACHE));
     let lvm = || {
+        let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
         let name = read("dm/name")?;
-        let (_, volume) = name.rsplit_once('-')?;
+        let (_, volume) = name.trim_end().rsplit_once('-')?;
         let number = volume.strip_prefix("pvmove")?;
         let is_its = read("dm/uuid")?.starts_with("LVM-") && number.parse::<u32>().is_ok();
-        is_its.then(|| "pvmove".to_owned())
+        is_its.then_some(Sign::Presence("pvmove"))
     };
-    md.or_else(bcache).or_else(lvm)
+    Some(Layer {
+        name: folder.file_name()?.to_string_lossy().into(),
+        sign: md().or_else(bcache).or_else(lvm)?,
+    })
+}
+
+fn word(file: &File) -> Option<String> {
+    let mut text = [0; 32];
+    let read = file.read_at(&mut text, 0).ok()?;
+    let text = String::from_utf8_lossy(text.get(..read)?);
+    Some(text.trim().to_owned())
 }
 
 #[cfg(test)]
@@ -103,11 +131,18 @@ mod tests {
         let names = [
             "md0", "md1", "md2", "bcache0", "bcache1", "dm-0", "dm-1", "dm-2", "sda",
         ];
-        let layers = Layers(names.map(|it| root.join(it)).to_vec());
-        let seen: Vec<String> = layers.at_work().into_iter().collect();
+        let layers = names.iter().filter_map(|it| layer(&root.join(it)));
+        let layers = Layers(layers.collect());
+        let seen = |layers: &Layers| layers.at_work().into_iter().collect::<Vec<_>>();
         assert_eq!(
-            seen,
-            ["bcache0 (write-back)", "dm-0 (pvmove)", "md0 (resync)"]
+            seen(&layers),
+            ["bcache0 (dirty)", "dm-0 (pvmove)", "md0 (resync)"]
+        );
+        put("md1/md/sync_action", "recover");
+        put("md0/md/sync_action", "idle");
+        assert_eq!(
+            seen(&layers),
+            ["bcache0 (dirty)", "dm-0 (pvmove)", "md1 (recover)"]
         );
         fs::remove_dir_all(&root).unwrap();
     }
