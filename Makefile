@@ -161,7 +161,7 @@ PACKAGES_CASES = $(addprefix packages/,install-to-purge boot no-module disabled 
 
 .PHONY: test-packages
 test-packages: dkms lab-module user images ## Install them in a guest, and take backups before and after
-	@$(LAB)/run.sh --timeout 1200 ./e2e run $(PACKAGES_CASES)
+	@$(LAB)/run.sh --timeout 2400 ./e2e run $(PACKAGES_CASES)
 
 # By their full names, for the same reason.
 DATABASES_CASES = $(addprefix databases/,mariadb mariadb-without-hook mariadb-killed mariadb-never-thawed \

@@ -6,6 +6,11 @@
 /// is one: its line. No processor does that. QEMU's emulation of nested virtualisation does, once in
 /// many hours, and delivers the same interrupt twice: the guest then runs in its kernel with the base
 /// register of user space, and ends.
+///
+/// As its source reads (not proven): `helper_vmrun` leaves the vector that it has injected as the pending
+/// exception, and when another thread kicks the processor's before anything else clears that, as the one
+/// that frees what is read under RCU does, it is delivered again, this time as an exception, which also
+/// sets RF in the flags of the second frame.
 pub fn impossible_interrupt(console: &str) -> Option<&str> {
     let mut lines = console.lines();
     while let Some(line) = lines.next() {
