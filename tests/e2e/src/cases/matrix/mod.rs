@@ -20,7 +20,7 @@ use e2e::guest::{Cell, Daemon, Guest, Machine, Module, Process, STEP};
 use fault::{Fault, DEADLINE};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::Image;
-use hyperv_sim::Exit;
+use hyperv_sim::{Exit, VmError};
 use lab_agent::Stall;
 use stage::{end_hooks, Hold, Stage};
 use std::time::Duration;
@@ -403,16 +403,21 @@ fn end_at(first: &Guest, fault: Fault, stack: Stack, stage: Stage) -> Result<See
         .reach(guest, lab.stack, &lab.daemon, &mut dialogue)
         .context("the stage is not reached")?;
     fault.begin(&lab, &mut dialogue, &hold)?;
-    let exit = guest.vm().wait_exit(STEP * 2)?;
+    let exit = match guest.vm().wait_exit(STEP * 2) {
+        // Every way to end writes back what is dirty, and waits for the disk that hangs.
+        Err(VmError::Timeout { .. }) if stage == Stage::FreezeHangs => None,
+        exit => Some(exit?),
+    };
     dialogue.listen(STEP)?;
     let unloaded = match suspend::unloads(guest) {
         0 => "without UNLOAD",
         _ => "with UNLOAD",
     };
     let how = match exit {
-        Exit::PowerOff => "off".to_owned(),
-        Exit::Crash { .. } => format!("crash reported, {unloaded}"),
-        other => bail!("the guest should not end so: {other:?}"),
+        None => "waits for the disk".to_owned(),
+        Some(Exit::PowerOff) => "off".to_owned(),
+        Some(Exit::Crash { .. }) => format!("crash reported, {unloaded}"),
+        Some(other) => bail!("the guest should not end so: {other:?}"),
     };
     let told = dialogue.words();
     Ok(Seen {
