@@ -8,7 +8,7 @@
 
 use super::deadman::{good_backup, guard_of, released, RELEASED};
 use super::{case, load, observe, start, stop, wait_for_daemon, Case};
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused, status_name};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
 use hyperv_sim::ic::status;
@@ -186,9 +186,9 @@ fn loops(guest: &Guest, module: Module, rude: &str) -> Result<()> {
     guest.signal(&rude, 9)?;
     guest.wait(&rude, STEP)?;
     guest.sh("dmsetup resume v; fsfreeze -u /mnt/v 2>/dev/null; true")?;
-    guest.wait_until("with the loop gone the next backup is good", STEP, || {
-        Ok(good_backup(guest).is_ok())
-    })
+    good_backup(guest)
+        .map(drop)
+        .context("the first backup without the loop")
 }
 
 fn released_in_the_window(guest: &Guest) -> Result<()> {
@@ -347,9 +347,11 @@ fn guard_stopped(guest: &Guest) -> Result<()> {
     released(guest, "the deadline", frozen, limit)?;
     answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
     guest.signal_all(&[guard], 18)?;
-    guest.wait_until("the next backup is good", STEP, || {
-        Ok(good_backup(guest).is_ok())
+    // What it had not heard yet holds the lock.
+    guest.wait_until("nobody holds a lock", STEP, || {
+        Ok(!guest.read("/proc/locks")?.contains("FLOCK"))
     })?;
+    good_backup(guest).context("the next backup")?;
     stop(guest, Module::Stock, &daemon)
 }
 
@@ -438,9 +440,7 @@ fn late_answer(guest: &Guest) -> Result<()> {
         !said.contains("the backup is good"),
         "the host was told that it failed, the log says:\n{said}"
     );
-    guest.wait_until("the next backup is good", STEP, || {
-        Ok(good_backup(guest).is_ok())
-    })?;
+    good_backup(guest).context("the next backup")?;
     stop(guest, Module::Ours, &daemon)
 }
 
@@ -471,9 +471,7 @@ fn hung_neighbour(guest: &Guest) -> Result<()> {
             "a neighbour stood still for {longest:?} us"
         );
         answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
-        guest.wait_until("the next backup is good", STEP, || {
-            Ok(good_backup(guest).is_ok())
-        })?;
+        good_backup(guest).context("the next backup")?;
         // The log is held until the last of it is thawed.
         says(guest, &daemon, "error: ", "/mnt/v")?;
         stop(guest, module, &daemon)?;
