@@ -556,6 +556,12 @@ impl Guest {
         )
     }
 
+    /// Whether nothing in it answers any more, though it has not ended.
+    pub fn stands_still(&self) -> bool {
+        let answer = self.agent.call::<u64>(Command::Clock, STEP);
+        matches!(answer, Err(CallError::Timeout { .. })) && self.vm.exit().is_none()
+    }
+
     /// Whether a program has ended.
     pub fn has_ended(&self, process: &Process) -> Result<bool, CallError> {
         Ok(!self.running()?.contains(&process.pid))

@@ -32,10 +32,26 @@ pub struct Verdict {
     passed: bool,
     seconds: f64,
     error: Option<String>,
+    /// Whether it was begun again on another machine: see [`Failed::Machine`].
+    #[serde(default)]
+    again: bool,
     comparisons: Vec<Comparison>,
     /// Of the matrix.
     #[serde(default)]
     pub cells: Vec<Cell>,
+}
+
+/// How often in one run a case is begun again: machines that stand still more often are no accident.
+const MOST_AGAIN: usize = 2;
+
+/// Why a case has not passed.
+enum Failed {
+    /// It was not as it should be.
+    Case(anyhow::Error),
+    /// Its machine has stood still: no program in it answers anything, or its processor did what none
+    /// does. The emulation has been seen to do that once in some hundred cases. Nothing is known of the
+    /// case then; it is begun once more, elsewhere, and the last lines say so.
+    Machine(anyhow::Error),
 }
 
 /// Runs `cases` and returns how each went.
@@ -61,7 +77,24 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
             }
         };
         let start = Instant::now();
-        let outcome = guest.and_then(|guest| run_one(case, guest));
+        let mut outcome = guest
+            .map_err(Failed::Case)
+            .and_then(|guest| run_one(case, guest));
+        let taken = verdicts.iter().filter(|it: &&Verdict| it.again).count();
+        let again = match &outcome {
+            Err(Failed::Machine(error)) if taken < MOST_AGAIN => {
+                println!("     the machine of {} stands still: {error:#}", case.name);
+                booted += 1;
+                println!("     again on guest {booted}");
+                true
+            }
+            _ => false,
+        };
+        if again {
+            outcome = Guest::start(images, case.machine, booted)
+                .map_err(Failed::Case)
+                .and_then(|guest| run_one(case, guest));
+        }
         let seconds = start.elapsed().as_secs_f64();
         let (mut comparisons, mut cells) = (Vec::new(), Vec::new());
         let error = match outcome {
@@ -72,7 +105,7 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
                 println!("ok   {} ({seconds:.1} s)", case.name);
                 None
             }
-            Err(error) => {
+            Err(Failed::Case(error) | Failed::Machine(error)) => {
                 let error = format!("{error:#}");
                 println!("FAIL {} ({seconds:.1} s)", case.name);
                 for line in error.lines() {
@@ -86,6 +119,7 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
             passed: error.is_none(),
             seconds,
             error,
+            again,
             comparisons,
             cells,
         });
@@ -102,7 +136,7 @@ struct Passed {
 }
 
 /// Runs one case. On failure the guest is ended and what it left behind is in the error.
-fn run_one(case: &Case, guest: Guest) -> Result<Passed> {
+fn run_one(case: &Case, guest: Guest) -> Result<Passed, Failed> {
     let limit = CASE_LIMIT + case.per_round * crate::cases::rounds();
     let limit = guest.host().patience(limit);
     let guest = Arc::new(guest);
@@ -119,6 +153,7 @@ fn run_one(case: &Case, guest: Guest) -> Result<Passed> {
         Ok(result) => result,
         Err(RecvTimeoutError::Disconnected) => Err(anyhow!("the case ended without a word")),
         Err(RecvTimeoutError::Timeout) => {
+            let still = guest.stands_still();
             let report = guest.post_mortem();
             guest.vm().kill();
             // With the guest gone every wait of the case ends in an error, which says where it was.
@@ -126,9 +161,11 @@ fn run_one(case: &Case, guest: Guest) -> Result<Passed> {
                 Ok(Err(error)) => format!("it was here: {error:#}"),
                 _ => "it did not even stop when its guest was ended".to_string(),
             };
-            return Err(anyhow!(
-                "the case did not end within {limit:?}; {place}\n{report}"
-            ));
+            let error = anyhow!("the case did not end within {limit:?}; {place}\n{report}");
+            return Err(match still {
+                true => Failed::Machine(error),
+                false => Failed::Case(error),
+            });
         }
     };
     let _ = worker.join();
@@ -144,12 +181,17 @@ fn run_one(case: &Case, guest: Guest) -> Result<Passed> {
             guest: Arc::into_inner(guest).filter(|guest| guest.vm().exit().is_none()),
         }),
         Err(error) => {
+            let still = guest.stands_still();
             let report = guest.post_mortem();
             guest.vm().kill();
-            let told = impossible_interrupt(&guest.vm().console()).map(|line| {
-                format!("the fault of the emulation: an interrupt with interrupts off ({line}): ")
-            });
-            Err(anyhow!("{}{error:#}\n{report}", told.unwrap_or_default()))
+            let console = guest.vm().console();
+            Err(match impossible_interrupt(&console) {
+                Some(line) => Failed::Machine(anyhow!(
+                    "an interrupt with interrupts off ({line}): {error:#}\n{report}"
+                )),
+                None if still => Failed::Machine(anyhow!("{error:#}\n{report}")),
+                None => Failed::Case(anyhow!("{error:#}\n{report}")),
+            })
         }
     }
 }
@@ -184,6 +226,10 @@ pub fn close(verdicts: &[Verdict]) -> bool {
             let first = error.lines().next().unwrap_or_default();
             println!("failed: {}: {first}", verdict.name);
         }
+    }
+    for verdict in verdicts.iter().filter(|it| it.again) {
+        let name = &verdict.name;
+        println!("begun again, since its first machine stood still: {name} (console-*.log)");
     }
     println!("{} passed, {failed} failed", verdicts.len() - failed);
     failed == 0
