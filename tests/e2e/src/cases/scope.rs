@@ -91,16 +91,23 @@ pub const CASES: &[Case] = &[
         "disks that are not known to be hardware are frozen first, the last mounted first",
         not_known_to_be_hardware,
     ),
-    disks::case(
-        "scope/which-disks",
-        "log, list and status say which disks the host backs up, and what is on them",
-        which_disks,
-    ),
-    disks::case(
-        "scope/listed-disks-only",
-        "as an option only what is on those disks stands still; all does where that is not certain",
-        listed_disks_only,
-    ),
+    Case {
+        // Disks come and go, with both modules.
+        per_round: Duration::from_secs(8),
+        ..disks::case(
+            "scope/which-disks",
+            "log, list and status say which disks the host backs up, and what is on them",
+            which_disks,
+        )
+    },
+    Case {
+        per_round: Duration::from_secs(8),
+        ..disks::case(
+            "scope/listed-disks-only",
+            "as an option only what is on those disks stands still; all does where that is not certain",
+            listed_disks_only,
+        )
+    },
     disks::case(
         "scope/raw-writer",
         "what a program writes to a disk of the backup itself is named, and fails a strict backup",
