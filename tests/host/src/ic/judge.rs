@@ -5,11 +5,11 @@
 use crate::ic::{flags, message_type, IcHeader};
 use crate::vmbus::protocol::packet_type;
 use crate::vmbus::ring::Packet;
+use std::fmt::Display;
 use zerocopy::FromBytes;
 
-/// Bytes of `struct vmbuspipe_hdr`, and of `struct icmsg_hdr`.
+/// Bytes of `struct vmbuspipe_hdr`.
 const PIPE_HEADER: usize = 8;
-const IC_HEADER: usize = size_of::<IcHeader>() - PIPE_HEADER;
 
 /// What is wrong with `answer` as one to `request`, if anything, in words.
 pub(crate) fn judge(request: &IcHeader, answer: &Packet) -> Result<(), String> {
@@ -19,69 +19,42 @@ pub(crate) fn judge(request: &IcHeader, answer: &Packet) -> Result<(), String> {
             answer.payload.len()
         ));
     };
-    let must = |what: &str, seen: String, expected: String| match seen == expected {
-        true => Ok(()),
-        false => Err(format!(
-            "the {what} of an answer is {seen}, it should be {expected}"
-        )),
-    };
-    let number = |it: usize| it.to_string();
-    must(
-        "packet type",
-        answer.packet_type.to_string(),
-        packet_type::DATA_INBAND.to_string(),
-    )?;
     let pipe_size = header.pipe_size.get() as usize;
-    must(
-        "pipe flags",
-        header.pipe_flags.to_string(),
-        request.pipe_flags.to_string(),
-    )?;
-    must(
-        "length in the ring",
-        number(answer.payload.len()),
-        number(PIPE_HEADER.saturating_add(pipe_size).next_multiple_of(8)),
-    )?;
-    must(
-        "pipe size",
-        header.pipe_size.to_string(),
-        request.pipe_size.to_string(),
-    )?;
+    let in_ring = PIPE_HEADER.saturating_add(pipe_size).next_multiple_of(8);
     // The versions that were chosen take less room than those that were offered, and Linux says so here
     // and nowhere else.
-    let fits = IC_HEADER + usize::from(header.message_size.get()) <= pipe_size;
-    if request.message_type.get() != message_type::NEGOTIATE || !fits {
-        must(
-            "message size",
-            header.message_size.to_string(),
-            request.message_size.to_string(),
-        )?;
+    let is_shorter = request.message_type.get() == message_type::NEGOTIATE
+        && header.message_size < request.message_size;
+    let message_size = match is_shorter {
+        true => header.message_size,
+        false => request.message_size,
+    };
+    let answers = flags::TRANSACTION | flags::RESPONSE;
+    let expected: [(&str, &dyn Display, &dyn Display); 10] = [
+        (
+            "packet type",
+            &answer.packet_type,
+            &packet_type::DATA_INBAND,
+        ),
+        ("length in the ring", &answer.payload.len(), &in_ring),
+        ("pipe flags", &header.pipe_flags, &request.pipe_flags),
+        ("pipe size", &header.pipe_size, &request.pipe_size),
+        ("message size", &header.message_size, &message_size),
+        ("message type", &header.message_type, &request.message_type),
+        ("framework version", &header.framework, &request.framework),
+        ("message version", &header.message, &request.message),
+        ("transaction id", &header.transaction, &request.transaction),
+        ("flags", &header.flags, &answers),
+    ];
+    for (what, seen, expected) in expected {
+        let (seen, expected) = (seen.to_string(), expected.to_string());
+        if seen != expected {
+            return Err(format!(
+                "the {what} of an answer is {seen}, it should be {expected}"
+            ));
+        }
     }
-    must(
-        "message type",
-        header.message_type.to_string(),
-        request.message_type.to_string(),
-    )?;
-    must(
-        "framework version",
-        header.framework.to_string(),
-        request.framework.to_string(),
-    )?;
-    must(
-        "message version",
-        header.message.to_string(),
-        request.message.to_string(),
-    )?;
-    must(
-        "transaction id",
-        header.transaction.to_string(),
-        request.transaction.to_string(),
-    )?;
-    must(
-        "flags",
-        header.flags.to_string(),
-        (flags::TRANSACTION | flags::RESPONSE).to_string(),
-    )
+    Ok(())
 }
 
 #[cfg(test)]
