@@ -97,21 +97,22 @@ mod tests {
     use super::*;
     use std::os::unix::process::ExitStatusExt as _;
 
-    /// The child of the test below.
-    #[test]
-    #[ignore = "it ends the process: the test below runs it in one of its own"]
-    fn panics_in_a_thread() {
-        abort_on_panic();
-        let thread = std::thread::spawn(|| panic!("as it should"));
-        // It does not come to this.
-        let _ = thread.join();
-    }
-
     #[test]
     fn a_panic_in_any_thread_ends_the_process() {
+        // It is run once more, in a process of its own, by itself.
+        const CHILD: &str = "HV_VSS_TEST_PANICS";
+        const NAME: &str = "process::tests::a_panic_in_any_thread_ends_the_process";
+        if std::env::var_os(CHILD).is_some() {
+            abort_on_panic();
+            let thread = std::thread::spawn(|| panic!("as it should"));
+            // It does not come to this.
+            let _ = thread.join();
+            return;
+        }
         let this = std::env::current_exe().unwrap();
         let ended = std::process::Command::new(this)
-            .args(["--exact", "--ignored", "process::tests::panics_in_a_thread"])
+            .args(["--exact", NAME])
+            .env(CHILD, "1")
             .output()
             .unwrap();
         assert_eq!(ended.status.signal(), Some(libc::SIGABRT), "{ended:?}");
