@@ -68,6 +68,8 @@ const OWN_DESCRIPTORS: usize = 1;
 
 /// How long a guard may take to start.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// Messages that are heard before the deadline is looked at again, however many there are.
+const MOST_AT_ONCE: usize = 1024;
 /// How often the guard looks after the daemon while something is frozen.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -427,13 +429,14 @@ impl Watch<'_> {
     /// Hears all that the daemon has said before anything is done about it: after a stop, what it
     /// thawed itself long ago would be thawed here, and with it what it has frozen since.
     fn hear_all(&mut self) -> Result<(), GuardError> {
-        loop {
+        for _ in 0..MOST_AT_ONCE {
             self.hear();
             let more = wait_readable_unless(self.socket, self.gone, PollTimeout::ZERO);
             if !more.map_err(GuardError::Gone)? {
-                return Ok(());
+                break;
             }
         }
+        Ok(())
     }
 
     fn hear(&mut self) {
