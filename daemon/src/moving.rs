@@ -16,7 +16,7 @@ use std::path::Path;
 
 use crate::mounts::DevId;
 use crate::superblocks::folder_of;
-use crate::topology::{lowest_below, slaves};
+use crate::topology::{all_below, lowest_below};
 
 /// The devices that may be at such a thing. What they say is open, so that no path has to be looked up
 /// to hear it again.
@@ -28,6 +28,8 @@ struct Layer {
     /// The kernel's name.
     name: String,
     sign: Sign,
+    /// bcache's cache does not count as what it stands on.
+    has_a_disk_unseen: bool,
 }
 
 /// By what it is known that something goes on.
@@ -46,23 +48,12 @@ const BCACHE: &[&str] = &["dirty"];
 impl Layers {
     /// Those below these devices, themselves among them, as far as they stand on more than one disk.
     pub fn below<'a>(devices: impl IntoIterator<Item = &'a DevId>) -> Self {
-        let mut todo: Vec<DevId> = devices.into_iter().copied().collect();
-        let mut seen = BTreeSet::new();
-        let mut layers = Vec::new();
-        while let Some(dev) = todo.pop() {
-            if !seen.insert(dev) {
-                continue;
-            }
-            let Some(folder) = folder_of(dev) else {
-                continue;
-            };
-            let lower = slaves(&folder);
-            if !lower.is_empty() && lowest_below(dev).len() > 1 {
-                layers.extend(layer(&folder));
-            }
-            todo.extend(lower);
-        }
-        Layers(layers)
+        let all = all_below(devices.into_iter().copied());
+        let layers = all.into_keys().filter_map(|dev| {
+            let layer = layer(&folder_of(dev)?)?;
+            (layer.has_a_disk_unseen || lowest_below(dev).len() > 1).then_some(layer)
+        });
+        Layers(layers.collect())
     }
 
     /// Those that are at it now, and at what.
@@ -81,8 +72,16 @@ impl Layers {
 /// The device with this folder, if it is of a kind that copies by itself.
 fn layer(folder: &Path) -> Option<Layer> {
     let open = |name: &str| File::open(folder.join(name)).ok();
+    let name = folder.file_name()?.to_string_lossy();
+    // The disk below it has that file, too.
+    let is_bcache = name.starts_with("bcache");
     let md = || Some(Sign::Word(open("md/sync_action")?, MD));
-    let bcache = || Some(Sign::Word(open("bcache/state")?, BCACHE));
+    let bcache = || {
+        Some(Sign::Word(
+            open("bcache/state").filter(|_| is_bcache)?,
+            BCACHE,
+        ))
+    };
     let lvm = || {
         let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
         let name = read("dm/name")?;
@@ -92,8 +91,9 @@ fn layer(folder: &Path) -> Option<Layer> {
         is_its.then_some(Sign::Presence("pvmove"))
     };
     Some(Layer {
-        name: folder.file_name()?.to_string_lossy().into(),
         sign: md().or_else(bcache).or_else(lvm)?,
+        has_a_disk_unseen: is_bcache,
+        name: name.into(),
     })
 }
 
@@ -127,7 +127,7 @@ mod tests {
         put("dm-1/dm/uuid", "");
         put("dm-2/dm/name", "vg-pvmoves");
         put("dm-2/dm/uuid", "LVM-abc");
-        put("sda/size", "8");
+        put("sda/bcache/state", "dirty");
         let names = [
             "md0", "md1", "md2", "bcache0", "bcache1", "dm-0", "dm-1", "dm-2", "sda",
         ];

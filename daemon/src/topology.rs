@@ -241,11 +241,18 @@ fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount]) {
     }
 }
 
+/// These devices and all that they stand on, to any depth.
+pub fn all_below(devices: impl IntoIterator<Item = DevId>) -> BTreeMap<DevId, Device> {
+    let mut topology = Topology::default();
+    for dev in devices {
+        add(&mut topology, dev);
+    }
+    topology.devices
+}
+
 /// The lowest devices below one, itself if it stands on none.
 pub fn lowest_below(dev: DevId) -> Vec<DevId> {
-    let mut topology = Topology::default();
-    add(&mut topology, dev);
-    let lowest = topology.devices.into_iter();
+    let lowest = all_below([dev]).into_iter();
     let lowest = lowest.filter(|(_, device)| device.below.is_empty());
     lowest.map(|(dev, _)| dev).collect()
 }
