@@ -61,10 +61,10 @@ demo: lab-module user images ## Back up a stock Debian guest once and print the 
 	@$(LAB)/run.sh --timeout 600 ./e2e demo
 
 .PHONY: test
-test: lint unit fuzz-shortly e2e ## Lint, unit and layout tests, a short fuzz run, then the end-to-end cases
+test: lint unit wire fuzz-shortly e2e ## Lint, unit and layout tests, a short fuzz run, then the end-to-end cases
 
 .PHONY: test-all
-test-all: lint unit fuzz e2e-all ## The same with a longer fuzz run and the long cases as well
+test-all: lint unit wire fuzz e2e-all ## The same with a longer fuzz run and the long cases as well
 
 .PHONY: lint
 lint: packages ## cargo fmt --check, clippy on the workspace and on the module
@@ -75,6 +75,11 @@ lint: packages ## cargo fmt --check, clippy on the workspace and on the module
 .PHONY: unit
 unit: packages ## Unit, property and layout tests: no guest needed
 	cargo test --locked --workspace
+
+.PHONY: wire
+wire: packages ## Compare what the simulated host says on the wire with the kernel's own source
+	@$(LAB)/wire.sh
+	HV_WIRE_BINDINGS='$(CURDIR)/build/wire.rs' cargo test --locked --package hyperv-sim --test wire
 
 .PHONY: e2e
 e2e: lab-module user images ## Run the end-to-end cases that match CASE=<glob>

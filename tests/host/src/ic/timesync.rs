@@ -25,23 +25,23 @@ pub const VERSIONS: [Version; 2] = [Version::new(1, 0), Version::new(3, 0)];
 
 /// The flag of a message after which the guest's clock is set, however far it is off
 /// (`ICTIMESYNCFLAG_SYNC`).
-const SYNC: u8 = 1;
+pub const SYNC: u8 = 1;
 
 /// From the beginning of 1601, where the host's time begins, to that of 1970 (`WLTIMEDELTA`).
-const BEFORE_UNIX: Duration = Duration::from_secs(11_644_473_600);
+pub const BEFORE_UNIX: Duration = Duration::from_secs(11_644_473_600);
 
 /// `struct ictimesync_data`.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct Sample {
+pub struct Sample {
     /// The host's time in units of 100 ns since 1601.
-    parent_time: U64,
+    pub parent_time: U64,
     /// Zero.
-    child_time: U64,
+    pub child_time: U64,
     /// Zero.
-    round_trip_time: U64,
+    pub round_trip_time: U64,
     /// [`SYNC`] or another.
-    flags: u8,
+    pub flags: u8,
 }
 
 const _: () = assert!(size_of::<Sample>() == 25);
