@@ -174,8 +174,15 @@ DATABASES_CASES = $(addprefix databases/,mariadb mariadb-without-hook mariadb-ki
 
 .PHONY: test-databases
 test-databases: lab-module user images ## Back up MariaDB and PostgreSQL under load, restore them, and kill what can be
-	@$(LAB)/databases.sh
+	@$(LAB)/programs.sh databases
 	@$(LAB)/run.sh --timeout 2400 ./e2e run $(DATABASES_CASES)
+
+VOLUMES_CASES = $(addprefix volumes/,lvm md luks under-fio)
+
+.PHONY: test-volumes
+test-volumes: lab-module user images ## Back up LVM, md and LUKS under load and fio, and restore every copy
+	@$(LAB)/programs.sh volumes
+	@$(LAB)/run.sh --timeout 2400 ./e2e run $(VOLUMES_CASES)
 
 .PHONY: install
 install: install-module install-daemon install-dev ## Install module, daemon and header below DESTDIR

@@ -63,10 +63,12 @@ for file in "$programs"/{e2e,bench,hyperv-sim,lab-agent} "$daemon" \
 done
 if [ "$kernel" = "$default_kernel" ] && [ -e "$payload/hv_vss.ko" ] && [ -e "$payload/hv_vss_daemon" ]; then
     cp "$build/systemd.cpio" "$payload/"
-    # what databases/* have over it: large, and for nobody else
-    case $* in
-    *databases/*) cp "$build/databases.cpio" "$payload/" 2>/dev/null || missing+=(databases.cpio) ;;
-    esac
+    # what these have over it (programs.sh): large, and for nobody else
+    for over in databases volumes; do
+        case $* in
+        *$over/*) cp "$build/$over.cpio" "$payload/" 2>/dev/null || missing+=("$over.cpio") ;;
+        esac
+    done
     # what the packages' own cases install
     if [ -e "$build/dkms/packages" ]; then cp -r "$build/dkms/packages" "$payload/packages"; fi
     # the same programs, where an installation puts them

@@ -33,6 +33,8 @@ pub enum Userland {
     Lab,
     /// The same with the servers of MariaDB and PostgreSQL, and a fresh data folder of each in `/srv`.
     Databases,
+    /// The same with the tools of LVM, md and LUKS, and fio.
+    Volumes,
     /// Debian's systemd, journald, udev and rsyslog, with what `make install` puts in place.
     Systemd,
     /// The same Debian with nothing of ours; the packages lie in `/payload/packages`.
@@ -113,6 +115,11 @@ impl Machine {
     /// The same without anything of ours, on a disk that outlives it.
     pub const DEBIAN: Machine = Machine {
         userland: Userland::Debian,
+    /// The same with the tools for volumes.
+    pub const VOLUMES: Machine = Machine {
+        userland: Userland::Volumes,
+        ..Machine::DATABASES
+    };
         scsi_controllers: 1,
         root: Root::Scsi,
         ..Machine::ONE_CPU
@@ -135,7 +142,7 @@ impl Machine {
     fn usual_boot(&self) -> Duration {
         Duration::from_secs(match self.userland {
             Userland::Lab => 25,
-            Userland::Databases => 40,
+            Userland::Databases | Userland::Volumes => 40,
             Userland::Systemd | Userland::Debian | Userland::Packages => 60,
         })
     }
@@ -165,6 +172,7 @@ impl std::fmt::Display for Machine {
             write!(
                 f,
                 ", host {} with VMBus {}",
+            Userland::Volumes => write!(f, ", tools for volumes")?,
                 self.host.name, self.host.vmbus
             )?;
         }
@@ -293,6 +301,7 @@ impl Images {
     /// Where files for people go.
     pub fn results(&self) -> &Path {
         &self.results
+            Userland::Volumes => &["guest.cpio", "volumes.cpio", "payload.cpio"],
     }
 }
 
@@ -369,7 +378,7 @@ impl Guest {
         config.cmdline.push_str(" hibernate=nocompress");
         // The kernel does not know these and gives them to init, as variables.
         match machine.userland {
-            Userland::Lab | Userland::Databases | Userland::Systemd => {}
+            Userland::Lab | Userland::Databases | Userland::Volumes | Userland::Systemd => {}
             Userland::Debian => config.cmdline.push_str(" userland=debian"),
             Userland::Packages => config.cmdline.push_str(" userland=packages"),
         }
@@ -756,6 +765,11 @@ impl Guest {
     }
 
     // --- The kernel's log ---
+    /// Lets all writers rest between two writes, or go on.
+    pub fn writers_rest(&self, rest: bool) -> Result<(), CallError> {
+        self.agent.call(Command::WritersRest { rest }, STEP)
+    }
+
 
     /// From here on [`Guest::log`] starts.
     pub fn mark_log(&self) -> Result<(), CallError> {

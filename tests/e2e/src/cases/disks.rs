@@ -124,10 +124,21 @@ impl Attached {
 
     /// Takes it off its controller and waits until the guest has done the same.
     pub(super) fn detach(self, guest: &Guest) -> Result<()> {
-        self.controller.detach(self.lun);
-        guest.wait_until("the guest has no such disk any more", STEP * 2, || {
-            Ok(self.find(guest)?.is_none())
-        })
+        Attached::detach_all(guest, [self])
+    }
+
+    /// The same with several, for which the guest then looks once and not for each.
+    pub(super) fn detach_all(guest: &Guest, all: impl IntoIterator<Item = Self>) -> Result<()> {
+        let all: Vec<_> = all.into_iter().collect();
+        for it in &all {
+            it.controller.detach(it.lun);
+        }
+        for it in &all {
+            guest.wait_until("the guest has no such disk any more", STEP * 2, || {
+                Ok(it.find(guest)?.is_none())
+            })?;
+        }
+        Ok(())
     }
 
     /// Its node in the guest, once the guest has found it.

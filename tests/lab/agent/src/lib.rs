@@ -172,6 +172,11 @@ pub enum Command {
         /// From when on.
         since_us: u64,
     },
+    /// Lets all writers rest between two writes, or go on.
+    WritersRest {
+        /// Whether they are to rest.
+        rest: bool,
+    },
     /// Forgets how long the writes of every writer took, so that the next one is the first that counts.
     WritersReset,
     /// Ends all writers and forgets them. Fails when one is still inside a write after

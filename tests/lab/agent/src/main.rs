@@ -102,6 +102,7 @@ impl Agent {
             }
             Command::Writers => json!(self.writers.list()),
             Command::Stalls { since_us } => json!(self.writers.stalls(since_us)),
+            Command::WritersRest { rest } => json!(self.writers.rest(rest)),
             Command::WritersReset => json!(self.writers.reset()),
             Command::WritersStop { timeout_ms } => json!(self.writers.stop(timeout_ms)?),
             Command::DevOpen { path, nonblock } => json!(self.devices.open(&path, nonblock)?),

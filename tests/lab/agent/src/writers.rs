@@ -70,6 +70,7 @@ struct State {
     began_us: AtomicU64,
     /// The long writes that have ended: when each began and ended.
     long: Mutex<VecDeque<(u64, u64)>>,
+    rests: AtomicBool,
     stop: AtomicBool,
     stopped: AtomicBool,
 }
@@ -84,9 +85,18 @@ impl State {
             times: Mutex::new(Vec::new()),
             began_us: AtomicU64::new(0),
             long: Mutex::new(VecDeque::with_capacity(KEPT)),
+            rests: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
         })
+    }
+
+    /// What is between two writes.
+    fn sleep(&self, time: Duration) {
+        thread::sleep(time);
+        while self.rests.load(SeqCst) && !self.stop.load(SeqCst) {
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Does one write, and notes when it began and how it ended.
@@ -225,7 +235,7 @@ impl Writers {
                     Ok(())
                 });
                 let gone = (clock_us() + phase).checked_rem(every_us).unwrap_or(0);
-                thread::sleep(Duration::from_micros(every_us - gone));
+                state.sleep(Duration::from_micros(every_us - gone));
             }
             state.stopped.store(true, SeqCst);
         })
@@ -280,7 +290,7 @@ impl Writers {
                     note.synced = note.begun;
                     notes.keep(note)
                 });
-                thread::sleep(Duration::from_micros(every_us));
+                state.sleep(Duration::from_micros(every_us));
             }
             // Whatever it holds ends before anybody hears that it has.
             drop(sync);
@@ -320,6 +330,13 @@ impl Writers {
         Stalls {
             now_us: clock_us(),
             stalls,
+        }
+    }
+
+    /// Lets all of them rest between two writes, or go on.
+    pub fn rest(&self, rest: bool) {
+        for state in lock(&self.all).iter() {
+            state.rests.store(rest, SeqCst);
         }
     }
 

@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! File systems under load, and a backup of their disks.
+
+use super::super::disks::{load_driver, Attached};
+use super::volume::{Format, Stack};
+use anyhow::{bail, Context, Result};
+use e2e::check::answered;
+use e2e::guest::{Guest, Process, STEP};
+use hyperv_sim::ic::status;
+use hyperv_sim::storage::{Change, Entry, Image};
+use lab_agent::{Note, NOTE_LEN};
+use std::time::{Duration, Instant};
+
+/// A file system on disks of its own, with a writer of records.
+pub(super) struct Volume {
+    pub(super) format: Format,
+    pub(super) stack: Stack,
+    pub(super) disks: Vec<Attached>,
+    pub(super) path: String,
+    pub(super) slot: u64,
+}
+
+impl Volume {
+    pub(super) fn records(&self) -> String {
+        format!("{}/records", self.path)
+    }
+}
+
+/// File systems under load.
+pub(super) struct Rig {
+    pub(super) volumes: Vec<Volume>,
+    /// The disk with the writers' notes. No file system is on it, and no backup has it.
+    pub(super) notes: Attached,
+    pub(super) load: Vec<Process>,
+}
+
+/// The controller and the first unit for copies; the last unit is for the notes.
+pub(super) const COPIES: (u8, u8) = (1, 32);
+pub(in crate::cases) const NOTES: (u8, u8) = (1, 63);
+
+impl Rig {
+    /// Makes a file system of each format, mounts it and lets writers loose on it.
+    pub(super) fn new(guest: &Guest, kinds: &[(Format, Stack)], delay: Duration) -> Result<Rig> {
+        let notes = Attached::new(guest, NOTES.0, NOTES.1, 1, Image::default())?;
+        let mut number = 0..;
+        let mut all = Vec::new();
+        for (format, stack) in kinds {
+            let mut disks = Vec::new();
+            for number in number.by_ref().take(stack.disks()) {
+                // On either controller in turn.
+                let (controller, lun, mib) = (number % 2, number / 2, format.size());
+                let disk = Attached::new(guest, controller, lun, mib, Image::default())?;
+                disks.push(disk);
+            }
+            all.push(disks);
+        }
+        load_driver(guest)?;
+        guest.sh("modprobe xfs; modprobe btrfs; mkdir -p /mnt/copy")?;
+        let mut rig = Rig {
+            volumes: Vec::new(),
+            notes,
+            load: Vec::new(),
+        };
+        for ((&(format, stack), disks), slot) in kinds.iter().zip(all).zip(0..) {
+            let name = format!("{}-{slot}", format.name());
+            let nodes: Result<Vec<_>> = disks.iter().map(|it| it.node(guest)).collect();
+            let node = stack.make(guest, &name, &nodes?)?;
+            let (path, make) = (format!("/mnt/{name}"), format.make());
+            guest.sh(&format!(
+                "mkdir -p {path}/ && {make} {node} && mount {node} {path} && sync"
+            ))?;
+            disks.iter().for_each(|it| it.disk.set_delay(delay));
+            rig.volumes.push(Volume {
+                format,
+                stack,
+                disks,
+                path,
+                slot,
+            });
+        }
+        rig.start_load(guest)?;
+        Ok(rig)
+    }
+
+    /// Lets writers loose on all volumes.
+    pub(super) fn start_load(&mut self, guest: &Guest) -> Result<()> {
+        let notes = self.notes.node(guest)?;
+        for volume in &self.volumes {
+            let path = &volume.path;
+            guest.recorder_start(&volume.records(), &notes, volume.slot, 10_000)?;
+            guest.writer_start_every(&format!("{path}/w"), 5_000)?;
+            let churn = format!(
+                "mkdir {path}/churn && cd {path}/churn
+                 while :; do
+                     n=$((n % 40 + 1)); echo $n > $n; echo $n >> all; mv $n at-$n
+                     [ $n -lt 40 ] || rm at-* all
+                     sleep 0.05
+                 done"
+            );
+            self.load.push(guest.spawn(&["sh", "-c", &churn])?);
+        }
+        self.wait_for_progress(guest, 10)
+    }
+
+    /// Lets fio loose on all volumes as well: reads and writes at random places, synced now and then.
+    pub(super) fn start_fio(&mut self, guest: &Guest) -> Result<()> {
+        let mut command = "fio --rw=randrw --bs=4k --size=6m --fsync=16 --ioengine=psync --thread \
+            --rate_iops=40 --time_based --runtime=1000h"
+            .to_owned();
+        for volume in &self.volumes {
+            let (slot, path) = (volume.slot, &volume.path);
+            command += &format!(" --name=on-{slot} --directory={path}");
+        }
+        let words: Vec<_> = command.split_whitespace().collect();
+        self.load.push(guest.spawn(&words)?);
+        guest
+            .wait_until("fio writes everywhere", STEP * 4, || {
+                let ls = self
+                    .volumes
+                    .iter()
+                    .map(|it| format!("{}/on-{}.0.0 ", it.path, it.slot));
+                Ok(guest
+                    .try_sh(&format!("ls {}", ls.collect::<String>()))?
+                    .status
+                    == Some(0))
+            })
+            .context("fio")
+    }
+
+    /// Waits until every writer has done so many more writes.
+    pub(super) fn wait_for_progress(&self, guest: &Guest, writes: u64) -> Result<()> {
+        let start = guest.writers()?;
+        guest.wait_until("every writer goes on", STEP, || {
+            let now = guest.writers()?;
+            let mut both = start.iter().zip(&now);
+            Ok(both.all(|(then, now)| now.count >= then.count + writes))
+        })
+    }
+
+    /// Lets the load rest, for what would take for ever beside it, or go on.
+    pub(super) fn rest(&self, guest: &Guest, rest: bool) -> Result<()> {
+        for process in &self.load {
+            guest.signal(process, if rest { 19 } else { 18 })?;
+        }
+        Ok(guest.writers_rest(rest)?)
+    }
+
+    /// Ends the load, unmounts all and takes the volumes apart.
+    pub(super) fn stop(&mut self, guest: &Guest) -> Result<()> {
+        for process in self.load.drain(..) {
+            guest.signal(&process, 9)?;
+            guest.wait(&process, STEP)?;
+        }
+        guest.writers_stop()?;
+        for volume in &self.volumes {
+            // What a killed shell had started may be there for a moment.
+            guest.wait_until("it can be unmounted", STEP, || {
+                let ended = guest.try_sh(&format!("umount {}", volume.path))?;
+                Ok(ended.status == Some(0))
+            })?;
+            let name = volume.path.trim_start_matches("/mnt/");
+            volume.stack.close(guest, name)?;
+        }
+        // Or the kernel takes a copy for the device that it knows.
+        guest.sh("btrfs device scan --forget >/dev/null")?;
+        Ok(())
+    }
+
+    /// Takes all disks away.
+    pub(super) fn detach(self, guest: &Guest) -> Result<()> {
+        let disks = self.volumes.into_iter().flat_map(|it| it.disks);
+        Attached::detach_all(guest, disks.chain([self.notes]))
+    }
+
+    /// Starts the write logs of all disks.
+    pub(super) fn start_logs(&self) -> Result<Vec<Image>> {
+        self.notes.disk.start_log()?;
+        let logs = self.disks().map(|it| it.disk.start_log());
+        logs.collect::<Result<_, _>>().context("cannot copy a disk")
+    }
+
+    pub(super) fn stop_logs(&self) {
+        self.notes.disk.stop_log();
+        self.disks().for_each(|it| it.disk.stop_log());
+    }
+
+    /// All disks with file systems.
+    pub(super) fn disks(&self) -> impl Iterator<Item = &Attached> {
+        self.volumes.iter().flat_map(|it| &it.disks)
+    }
+
+    /// One backup of all disks.
+    pub(super) fn back_up(&self, guest: &Guest) -> Result<Backup> {
+        let host = guest.host();
+        let luns: Vec<_> = self.disks().map(Attached::in_backup).collect();
+        let bases = self.start_logs()?;
+        self.wait_for_progress(guest, 3)?;
+
+        let freeze = guest.vss().freeze(&luns, STEP)?;
+        let images: Result<Vec<_>, _> = self.disks().map(|it| it.disk.snapshot()).collect();
+        answered("FREEZE", &freeze, status::OK)?;
+        // A real host takes its time, too.
+        std::thread::sleep(Duration::from_millis(300));
+        let thawing = host.now();
+        answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+
+        self.wait_for_progress(guest, 1)?;
+        let notes = self.notes.disk.log();
+        let mut parts = bases.into_iter().zip(images?);
+        let mut copies = Vec::new();
+        for volume in &self.volumes {
+            let mut copy = Copy {
+                format: volume.format,
+                stack: volume.stack,
+                parts: Vec::new(),
+                written: 0,
+                expected: Expected::at(&notes, volume.slot, |moment| {
+                    host.time_of(moment) < freeze.at
+                }),
+            };
+            for (attached, (base, image)) in volume.disks.iter().zip(parts.by_ref()) {
+                let mut log = attached.disk.log();
+                copy.written += written_within(&log, volume.stack.metadata(&image), |entry| {
+                    let (arrived, ended) = (host.time_of(entry.arrived), host.time_of(entry.ended));
+                    ended > freeze.at && arrived < thawing
+                });
+                log.retain(|entry| host.time_of(entry.ended) <= freeze.at);
+                copy.parts.push(Part { base, log, image });
+            }
+            copies.push(copy);
+        }
+        let backup = Backup { copies };
+        self.stop_logs();
+        Ok(backup)
+    }
+}
+
+/// How many of these entries changed the disk behind its first `metadata` bytes while `within` says so.
+pub(super) fn written_within(
+    log: &[Entry],
+    metadata: u64,
+    within: impl Fn(&Entry) -> bool,
+) -> usize {
+    let changes_data = |entry: &Entry| match entry.change {
+        Change::Write { offset, .. } | Change::Discard { offset, .. } => offset >= metadata,
+        Change::Flush => false,
+    };
+    log.iter()
+        .filter(|entry| changes_data(entry) && within(entry))
+        .count()
+}
+
+/// What a backup brought.
+pub(super) struct Backup {
+    pub(super) copies: Vec<Copy>,
+}
+
+/// The copy of a volume, and what is known of it.
+#[derive(Clone)]
+pub(super) struct Copy {
+    pub(super) format: Format,
+    pub(super) stack: Stack,
+    /// Disk by disk.
+    pub(super) parts: Vec<Part>,
+    /// How often the disks were written to between the answer and THAW.
+    pub(super) written: usize,
+    pub(super) expected: Expected,
+}
+
+/// The copy of a disk.
+#[derive(Clone)]
+pub(super) struct Part {
+    /// The disk when the log was started.
+    pub(super) base: Image,
+    /// What was written from then on to the answer.
+    pub(super) log: Vec<Entry>,
+    /// The copy itself.
+    pub(super) image: Image,
+}
+
+impl Copy {
+    /// The copy of its only disk.
+    pub(super) fn only_part(&self) -> Result<&Part> {
+        match self.parts.as_slice() {
+            [part] => Ok(part),
+            parts => bail!("{} disks", parts.len()),
+        }
+    }
+
+    /// The same with another content of its only disk.
+    pub(super) fn with(&self, image: Image) -> Result<Copy> {
+        let part = Part {
+            image,
+            ..self.only_part()?.clone()
+        };
+        Ok(Copy {
+            parts: vec![part],
+            ..self.clone()
+        })
+    }
+}
+
+/// Which records a copy must have and may have: these and all before them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::cases) struct Expected {
+    pub(in crate::cases) least: u64,
+    pub(in crate::cases) most: u64,
+}
+
+impl Expected {
+    /// What the notes of one writer say about a moment; `is_before` whether something was before it.
+    pub(in crate::cases) fn at(
+        notes: &[Entry],
+        slot: u64,
+        is_before: impl Fn(Instant) -> bool,
+    ) -> Expected {
+        let mut expected = Expected { least: 0, most: 0 };
+        for entry in notes {
+            let Change::Write { offset, data, .. } = &entry.change else {
+                continue;
+            };
+            let Some(note) = Note::parse(data).filter(|_| *offset == slot * NOTE_LEN as u64) else {
+                continue;
+            };
+            // Synced, and then noted; noted, and then begun.
+            if is_before(entry.arrived) {
+                expected.least = note.synced;
+            }
+            if is_before(entry.ended) {
+                expected.most = note.begun;
+            }
+        }
+        expected
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_are_ordered_by_when_they_came_and_when_they_were_there() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let note = |slot: u64, arrived, ended, begun, synced| Entry {
+            arrived: at(arrived),
+            ended: at(ended),
+            change: Change::Write {
+                offset: slot * NOTE_LEN as u64,
+                data: Note { begun, synced }.block().into(),
+                fua: false,
+            },
+        };
+        let notes = [
+            note(1, 10, 11, 7, 6),
+            note(0, 12, 13, 50, 50),
+            note(1, 20, 30, 7, 7),
+            note(1, 40, 50, 8, 7),
+        ];
+        let expected = |ms| Expected::at(&notes, 1, |moment| moment < at(ms));
+        assert_eq!(expected(5), Expected { least: 0, most: 0 });
+        assert_eq!(expected(15), Expected { least: 6, most: 7 });
+        assert_eq!(expected(25), Expected { least: 7, most: 7 });
+        // Begun is what was noted before; what is being noted has not begun.
+        assert_eq!(expected(45), Expected { least: 7, most: 7 });
+        assert_eq!(expected(60), Expected { least: 7, most: 8 });
+    }
+}

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What is backed up: a file system, and what it stands on.
+
+use anyhow::Result;
+use e2e::guest::Guest;
+use hyperv_sim::storage::Image;
+
+/// What a file system is made as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Format {
+    Ext4,
+    Xfs,
+    Btrfs,
+}
+
+impl Format {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Format::Ext4 => "ext4",
+            Format::Xfs => "xfs",
+            Format::Btrfs => "btrfs",
+        }
+    }
+
+    /// MiB of its disk.
+    pub(super) fn size(self) -> u64 {
+        match self {
+            Format::Ext4 => 64,
+            // The least that mkfs.xfs takes is 300.
+            Format::Xfs => 320,
+            Format::Btrfs => 160,
+        }
+    }
+
+    pub(super) fn make(self) -> &'static str {
+        match self {
+            Format::Ext4 => "mkfs.ext4 -q -F",
+            Format::Xfs => "mkfs.xfs -q -f",
+            Format::Btrfs => "mkfs.btrfs -q -f",
+        }
+    }
+
+    /// Options with which a mount reads what is there, and replays nothing.
+    pub(super) fn read_only(self) -> &'static str {
+        match self {
+            Format::Ext4 => "ro,noload",
+            Format::Xfs => "ro,norecovery,nouuid",
+            Format::Btrfs => "ro,rescue=nologreplay",
+        }
+    }
+
+    /// Prints what of the journal on `$n` had to be replayed; nothing if it is empty.
+    pub(super) fn journal(self) -> &'static str {
+        match self {
+            Format::Ext4 => "dumpe2fs -h $n 2>&1 | grep -o needs_recovery",
+            // What a frozen xfs leaves in its log are superblocks, which cover it.
+            Format::Xfs => {
+                "xfs_logprint -t $n 2>&1 | grep -E '^[A-Z]+:|Buffer:|BUF DATA|ERROR|failed' |
+                     grep -vE '^(TRANS|BUF):|SUPER Block Buffer:' | head -n 3"
+            }
+            Format::Btrfs => {
+                "btrfs inspect-internal dump-super $n 2>&1 | grep -E '^log_root\\s' | grep -v '\\s0$'"
+            }
+        }
+    }
+
+    /// Checks what is on `$n`.
+    pub(super) fn check(self) -> &'static str {
+        match self {
+            Format::Ext4 => "e2fsck -f -n $n",
+            // The sums in its superblock are set right by the next mount, so that comes first.
+            Format::Xfs => {
+                "mount -t xfs -o nouuid $n /mnt/copy && umount /mnt/copy && xfs_repair -n $n"
+            }
+            Format::Btrfs => "btrfs check --readonly $n",
+        }
+    }
+}
+
+/// What a file system stands on, made with the tools that administrators have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stack {
+    /// A disk.
+    Disk,
+    /// A logical volume over two disks.
+    Lvm,
+    /// A mirror of two disks.
+    Md,
+    /// A disk with everything on it encrypted.
+    Luks,
+}
+
+/// Nobody in the guest would answer if they told udev.
+const NO_UDEV: &str = "export DM_DISABLE_UDEV=1 MDADM_NO_UDEV=1";
+
+impl Stack {
+    pub(super) fn disks(self) -> usize {
+        match self {
+            Stack::Disk | Stack::Luks => 1,
+            Stack::Lvm | Stack::Md => 2,
+        }
+    }
+
+    /// Makes it of these disks; the node of the whole.
+    pub(super) fn make(self, guest: &Guest, name: &str, nodes: &[String]) -> Result<String> {
+        let all = nodes.join(" ");
+        match self {
+            Stack::Disk => Ok(String::new()),
+            Stack::Lvm => guest.sh(&format!(
+                "set -e; {NO_UDEV}
+                 modprobe dm-mod
+                 mkdir -p /run/lock/lvm
+                 printf '%s\\n' 'devices {{ use_devicesfile=0 obtain_device_list_from_udev=0' \
+                     'global_filter=[ \"a|^/dev/sd|\", \"r|.*|\" ] }}' \
+                     'activation {{ udev_sync=0 udev_rules=0 monitoring=0 }}' >/etc/lvm/lvmlocal.conf
+                 lvm pvcreate -q -y {all}
+                 lvm vgcreate -q {name} {all}
+                 lvm lvcreate -q -y -l 100%FREE -n data {name}"
+            )),
+            Stack::Md => guest.sh(&format!(
+                "{NO_UDEV}
+                 mdadm --create /dev/md/{name} --quiet --run --level=1 --raid-devices=2 --metadata=1.2 \
+                     --bitmap=internal --assume-clean {all}"
+            )),
+            Stack::Luks => guest.sh(&format!(
+                "set -e; {NO_UDEV}
+                 modprobe dm-crypt
+                 printf {PASSPHRASE} | cryptsetup luksFormat -q --type luks2 --pbkdf pbkdf2 \
+                     --pbkdf-force-iterations 1000 {all} -
+                 {}",
+                self.open_encrypted(name, &all)
+            )),
+        }?;
+        Ok(self.node(name, nodes))
+    }
+
+    /// Puts it together from copies of its disks, beside the original; the node of the whole.
+    pub(super) fn open_copy(self, guest: &Guest, name: &str, nodes: &[String]) -> Result<String> {
+        let all = nodes.join(" ");
+        match self {
+            Stack::Disk => Ok(String::new()),
+            Stack::Lvm => {
+                guest.sh(&format!("{NO_UDEV}; lvm vgimportclone -q -n {name} {all}"))?;
+                guest.sh(&format!("{NO_UDEV}; lvm vgchange -q -ay {name}"))
+            }
+            Stack::Md => guest.sh(&format!(
+                "{NO_UDEV}
+                 mdadm --assemble /dev/md/{name} --quiet --run --update=uuid {all}"
+            )),
+            Stack::Luks => guest.sh(&format!("{NO_UDEV}; {}", self.open_encrypted(name, &all))),
+        }?;
+        Ok(self.node(name, nodes))
+    }
+
+    /// How many bytes at the front of a disk are not the file system's and may change while it is frozen: md
+    /// notes there a while later that nothing is being written any more.
+    pub(super) fn metadata(self, disk: &Image) -> u64 {
+        // Of the superblock of version 1.2 (linux/raid/md_p.h, mdp_superblock_1): in sectors.
+        const DATA_OFFSET: u64 = 4096 + 128;
+        let mut sectors = [0; 8];
+        if self == Stack::Md {
+            disk.read(DATA_OFFSET, &mut sectors);
+        }
+        u64::from_le_bytes(sectors) << 9
+    }
+
+    /// Takes it apart again.
+    pub(super) fn close(self, guest: &Guest, name: &str) -> Result<()> {
+        let command = match self {
+            Stack::Disk => return Ok(()),
+            Stack::Lvm => format!("lvm vgchange -q -an {name}"),
+            Stack::Md => format!("mdadm --stop --quiet /dev/md/{name}"),
+            Stack::Luks => format!("cryptsetup close {name}"),
+        };
+        guest.sh(&format!("{NO_UDEV}; {command}")).map(drop)
+    }
+
+    fn open_encrypted(self, name: &str, node: &str) -> String {
+        format!("printf {PASSPHRASE} | cryptsetup open --key-file - {node} {name}")
+    }
+
+    fn node(self, name: &str, nodes: &[String]) -> String {
+        match self {
+            Stack::Disk => nodes.concat(),
+            Stack::Lvm => format!("/dev/{name}/data"),
+            Stack::Md => format!("/dev/md/{name}"),
+            Stack::Luks => format!("/dev/mapper/{name}"),
+        }
+    }
+}
+
+const PASSPHRASE: &str = "sesame";
