@@ -63,6 +63,8 @@ pub struct Machine {
     pub disk_mib: u32,
     /// SCSI controllers, without disks until a case attaches some and loads the driver.
     pub scsi_controllers: u8,
+    /// Whether the host has dynamic memory for it.
+    pub balloon: bool,
     /// Where its root is.
     pub root: Root,
     /// What is booted.
@@ -81,6 +83,7 @@ impl Machine {
         // xfs wants 300 MiB at least.
         disk_mib: 320,
         scsi_controllers: 0,
+        balloon: false,
         root: Root::Ram,
         userland: Userland::Lab,
         signed_modules: false,
@@ -89,6 +92,11 @@ impl Machine {
     /// The same with two CPUs.
     pub const TWO_CPUS: Machine = Machine {
         cpus: 2,
+        ..Machine::ONE_CPU
+    };
+    /// One CPU, and memory that the host can take.
+    pub const BALLOON: Machine = Machine {
+        balloon: true,
         ..Machine::ONE_CPU
     };
     /// Two CPUs and two SCSI controllers.
@@ -107,6 +115,11 @@ impl Machine {
         memory_mib: 2048,
         ..Machine::SCSI
     };
+    /// The same with the tools for volumes.
+    pub const VOLUMES: Machine = Machine {
+        userland: Userland::Volumes,
+        ..Machine::DATABASES
+    };
     /// One CPU, and a stock Debian on it.
     pub const SYSTEMD: Machine = Machine {
         userland: Userland::Systemd,
@@ -115,11 +128,6 @@ impl Machine {
     /// The same without anything of ours, on a disk that outlives it.
     pub const DEBIAN: Machine = Machine {
         userland: Userland::Debian,
-    /// The same with the tools for volumes.
-    pub const VOLUMES: Machine = Machine {
-        userland: Userland::Volumes,
-        ..Machine::DATABASES
-    };
         scsi_controllers: 1,
         root: Root::Scsi,
         ..Machine::ONE_CPU
@@ -158,9 +166,13 @@ impl std::fmt::Display for Machine {
         if self.root == Root::Scsi {
             f.write_str(", root on the first")?;
         }
+        if self.balloon {
+            f.write_str(", dynamic memory")?;
+        }
         match self.userland {
             Userland::Lab => {}
             Userland::Databases => write!(f, ", databases")?,
+            Userland::Volumes => write!(f, ", tools for volumes")?,
             Userland::Systemd => write!(f, ", systemd")?,
             Userland::Debian => write!(f, ", Debian")?,
             Userland::Packages => write!(f, ", Debian with our packages")?,
@@ -172,7 +184,6 @@ impl std::fmt::Display for Machine {
             write!(
                 f,
                 ", host {} with VMBus {}",
-            Userland::Volumes => write!(f, ", tools for volumes")?,
                 self.host.name, self.host.vmbus
             )?;
         }
@@ -290,6 +301,7 @@ impl Images {
         let archives: &[&str] = match userland {
             Userland::Lab => &["guest.cpio", "payload.cpio"],
             Userland::Databases => &["guest.cpio", "databases.cpio", "payload.cpio"],
+            Userland::Volumes => &["guest.cpio", "volumes.cpio", "payload.cpio"],
             Userland::Systemd => &["systemd.cpio", "payload.cpio"],
             Userland::Debian | Userland::Packages => {
                 &["systemd.cpio", "payload.cpio", "packages.cpio"]
@@ -301,7 +313,6 @@ impl Images {
     /// Where files for people go.
     pub fn results(&self) -> &Path {
         &self.results
-            Userland::Volumes => &["guest.cpio", "volumes.cpio", "payload.cpio"],
     }
 }
 
@@ -369,6 +380,7 @@ impl Guest {
         config.memory_mib = machine.memory_mib;
         config.host.patience = images.patience;
         config.host.scsi_controllers = machine.scsi_controllers;
+        config.host.balloon = machine.balloon;
         config.host.profile = machine.host;
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");
@@ -753,6 +765,11 @@ impl Guest {
         self.agent.call(Command::Stalls { since_us }, STEP)
     }
 
+    /// Lets all writers rest between two writes, or go on.
+    pub fn writers_rest(&self, rest: bool) -> Result<(), CallError> {
+        self.agent.call(Command::WritersRest { rest }, STEP)
+    }
+
     /// Forgets how long the writes of every writer took.
     pub fn writers_reset(&self) -> Result<(), CallError> {
         self.agent.call(Command::WritersReset, STEP)
@@ -765,11 +782,6 @@ impl Guest {
     }
 
     // --- The kernel's log ---
-    /// Lets all writers rest between two writes, or go on.
-    pub fn writers_rest(&self, rest: bool) -> Result<(), CallError> {
-        self.agent.call(Command::WritersRest { rest }, STEP)
-    }
-
 
     /// From here on [`Guest::log`] starts.
     pub fn mark_log(&self) -> Result<(), CallError> {

@@ -69,7 +69,7 @@ pub struct Channel {
 }
 
 impl Channel {
-    /// `vss`, `heartbeat`, `shutdown` or `scsi-0` and so on.
+    /// `vss`, `heartbeat`, `shutdown`, `balloon` or `scsi-0` and so on.
     pub fn name(&self) -> &'static str {
         self.place.name
     }
@@ -212,10 +212,21 @@ impl Channel {
         })
     }
 
-    fn not_open(&self, what: &str) -> HostError {
+    pub(crate) fn not_open(&self, what: &str) -> HostError {
         HostError::NotOpen {
             channel: self.place.name,
             what: what.to_string(),
+        }
+    }
+
+    pub(crate) fn not_sent(&self, what: &str, error: SendError) -> HostError {
+        match error {
+            SendError::NotOpen => self.not_open(what),
+            SendError::TooLarge { packet, ring } => HostError::TooLarge {
+                channel: self.place.name,
+                packet,
+                ring,
+            },
         }
     }
 }
@@ -366,14 +377,8 @@ impl IcChannel {
             if let Some(error) = self.host.guest_gone(bus, channel, name) {
                 return Err(error);
             }
-            device::send(bus, relid, &self.dialogue, packet).map_err(|error| match error {
-                SendError::NotOpen => self.not_open(name),
-                SendError::TooLarge { packet, ring } => HostError::TooLarge {
-                    channel,
-                    packet,
-                    ring,
-                },
-            })
+            device::send(bus, relid, &self.dialogue, packet)
+                .map_err(|error| self.not_sent(name, error))
         })
     }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 pub struct Event {
     /// When, on the clock of [`crate::Host::now`].
     pub at: Duration,
-    /// On which channel: `vss`, `heartbeat`, `shutdown`, or `vmbus` for the bus itself.
+    /// On which channel: `vss`, `heartbeat`, `shutdown`, `balloon`, or `vmbus` for the bus itself.
     pub channel: &'static str,
     /// What.
     pub kind: EventKind,

@@ -2,6 +2,7 @@
 
 //! The host that a test holds: what it offers, what can go wrong with it, and waiting for it.
 
+use crate::balloon::{self, Account, Balloon, BalloonDevice};
 use crate::bus::{lock, Bus};
 use crate::channel::{Channel, IcChannel, Tx};
 use crate::console::Console;
@@ -37,6 +38,8 @@ pub struct HostConfig {
     pub shutdown: bool,
     /// Whether time synchronisation is offered from the start.
     pub timesync: bool,
+    /// Whether dynamic memory is offered from the start.
+    pub balloon: bool,
     /// How many SCSI controllers there are, without disks at first; at most
     /// [`HostConfig::MAX_SCSI_CONTROLLERS`].
     pub scsi_controllers: u8,
@@ -46,7 +49,7 @@ pub struct HostConfig {
 }
 
 impl Default for HostConfig {
-    /// The newest of everything, all components, no disks.
+    /// The newest of everything, all components, no dynamic memory, no disks.
     fn default() -> Self {
         HostConfig {
             profile: Profile::CURRENT,
@@ -54,6 +57,7 @@ impl Default for HostConfig {
             heartbeat: true,
             shutdown: true,
             timesync: true,
+            balloon: false,
             scsi_controllers: 0,
             patience: 1.0,
         }
@@ -163,6 +167,7 @@ const SHUTDOWN: u32 = 3;
 const SECOND_VSS: u32 = 4;
 const FIRST_SCSI: u32 = 5;
 const TIMESYNC: u32 = FIRST_SCSI + SCSI_NAMES.len() as u32;
+const BALLOON: u32 = TIMESYNC + 1;
 
 const SCSI_NAMES: [&str; 4] = ["scsi-0", "scsi-1", "scsi-2", "scsi-3"];
 
@@ -241,6 +246,14 @@ const COMPONENTS: [Component; 5] = [
     ),
 ];
 
+const BALLOON_PLACE: Place = Place {
+    name: "balloon",
+    relid: BALLOON,
+    class: balloon::message::CLASS,
+    instance: instance(BALLOON),
+    pipe: false,
+};
+
 /// The place of a SCSI controller.
 fn scsi_place(index: u8) -> Option<Place> {
     let name = SCSI_NAMES.get(usize::from(index))?;
@@ -260,6 +273,8 @@ struct Shared {
     changed: Condvar,
     /// What was asked and answered on the components' channels, in the order of [`COMPONENTS`].
     dialogues: [Arc<Mutex<Dialogue>>; COMPONENTS.len()],
+    /// The memory that the host has of the guest's.
+    balloon: Arc<Account>,
     /// The disks of the SCSI controllers.
     units: Vec<Arc<Mutex<Units>>>,
     console: Arc<Console>,
@@ -324,6 +339,9 @@ impl Host {
             let device = IcDevice::new(place, dialogue.clone());
             devices.push((Box::new(device), wanted));
         }
+        let balloon = Arc::<Account>::default();
+        let device = BalloonDevice::new(BALLOON_PLACE, memory.clone(), balloon.clone());
+        devices.push((Box::new(device), config.balloon));
         let shared = Arc::new_cyclic(|weak| {
             let mut units = Vec::new();
             for place in (0..config.scsi_controllers).map_while(scsi_place) {
@@ -340,6 +358,7 @@ impl Host {
                 bus: Mutex::new(bus),
                 changed: Condvar::new(),
                 dialogues,
+                balloon,
                 units,
                 console,
                 profile,
@@ -399,6 +418,12 @@ impl Host {
     /// The time synchronisation integration component.
     pub fn timesync(&self) -> TimeSync {
         TimeSync::new(self.component::<4>())
+    }
+
+    /// Dynamic memory.
+    pub fn balloon(&self) -> Balloon {
+        let account = self.shared.balloon.clone();
+        Balloon::new(self.channel(BALLOON_PLACE), account)
     }
 
     /// A SCSI controller, by its number from 0 on.

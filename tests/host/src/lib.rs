@@ -5,8 +5,8 @@
 //! [`Vm::start`] boots a stock Linux kernel on KVM's Hyper-V interface and stands on the other side
 //! of the guest's VMBus: [`Vm::host`] gives handles to the integration components that it offers
 //! (VSS, heartbeat, shutdown, time synchronisation), with which a test negotiates, sends requests, sends nonsense, or takes
-//! the device away, and to SCSI controllers, on which a test puts disks that it can slow down, break,
-//! copy and ask what was written to them.
+//! the device away, to dynamic memory, with which it takes the guest's memory and gives it back, and to SCSI
+//! controllers, on which a test puts disks that it can slow down, break, copy and ask what was written to them.
 //!
 //! It knows the wire (VMBus, the messages of its devices) and nothing of the driver or
 //! the daemon in the guest: anyone who writes a VMBus driver can use it.
@@ -46,11 +46,13 @@
 //! | [`host`], [`channel`], [`event`] | the handles that a test holds, and the log | KVM |
 //! | [`profile`] | the kinds of hosts that there are | how they are played |
 //! | [`ic`] | the integration components: their messages, what was asked and answered | rings |
+//! | [`balloon`] | dynamic memory: its messages, what the host has of the guest's | rings |
 //! | [`storage`] | SCSI controllers and disks: protocol, commands, content, write log | rings |
 
 #![deny(unsafe_code)]
 
 mod acpi;
+pub mod balloon;
 pub mod boot;
 mod bus;
 pub mod channel;
@@ -72,6 +74,7 @@ mod threads;
 pub mod vm;
 pub mod vmbus;
 
+pub use balloon::Balloon;
 pub use bus::{OnOpen, Side};
 pub use channel::{Channel, IcChannel, Negotiated, Reply, Tx};
 pub use event::{Event, EventKind};

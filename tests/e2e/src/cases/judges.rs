@@ -4,11 +4,12 @@
 //! nothing to complain of. And what else a host does to a guest while it backs it up.
 
 use super::deadman::{released, RELEASED};
-use super::{case, load, stop, stuck_writers, wait_for_daemon, Case};
-use anyhow::{ensure, Result};
+use super::{case, good, load, observe, start, stop, stuck_writers, wait_for_daemon, Case};
+use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
-use e2e::guest::{Daemon, Guest, Module, STEP};
+use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
+use hyperv_sim::Balloon;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 pub const CASES: &[Case] = &[
@@ -32,6 +33,22 @@ pub const CASES: &[Case] = &[
         "the same with the stock module and the guard",
         |guest| time_set_while_frozen(guest, Module::Stock),
     ),
+    Case {
+        machine: Machine::BALLOON,
+        ..case(
+            "judges/balloon",
+            "hv_balloon reports the guest's memory, gives the host of it and has it back; a backup in between is good",
+            balloon,
+        )
+    },
+    Case {
+        machine: Machine::BALLOON,
+        ..case(
+            "judges/balloon-while-frozen",
+            "the host takes memory while all is frozen, and gives it back while all is frozen: THAW is good",
+            balloon_while_frozen,
+        )
+    },
 ];
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -142,4 +159,168 @@ fn time_set_while_frozen(guest: &Guest, module: Module) -> Result<()> {
     answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
     set_clock(guest, SystemTime::now())?;
     stop(guest, module, &daemon)
+}
+
+/// Pages that the host takes: 64 MiB, which the guest gives in pieces of 2 MiB, and so many single ones
+/// that neither their list nor that of what comes back fits in one message.
+const PAGES: u32 = (64 << 20) / 4096 + 511;
+/// The same in KiB, as all numbers of /proc/meminfo.
+const TAKEN: u64 = PAGES as u64 * 4;
+/// By so much those may be off that change by themselves.
+const NOISE: u64 = 16 << 10;
+
+/// What /proc/meminfo says, in KiB.
+#[derive(Debug)]
+struct Memory {
+    total: u64,
+    /// With what each CPU keeps for itself, which is most of what comes back page by page.
+    free: u64,
+    available: u64,
+    committed: u64,
+}
+
+impl Memory {
+    fn of(guest: &Guest) -> Result<Memory> {
+        let text = guest.read("/proc/meminfo")?;
+        let number = |name: &str| -> Result<u64> {
+            let line = text.lines().find(|line| line.starts_with(name));
+            let value = line.and_then(|line| line.split_whitespace().nth(1));
+            let value = value.with_context(|| format!("no {name} in /proc/meminfo"))?;
+            Ok(value.parse()?)
+        };
+        let mut kept = 0;
+        for line in guest.read("/proc/zoneinfo")?.lines() {
+            if let Some(pages) = line.trim_start().strip_prefix("count:") {
+                kept += pages.trim().parse::<u64>()? * 4;
+            }
+        }
+        Ok(Memory {
+            total: number("MemTotal:")?,
+            free: number("MemFree:")? + kept,
+            available: number("MemAvailable:")?,
+            committed: number("Committed_AS:")?,
+        })
+    }
+}
+
+/// The guest's next report must be of the memory that /proc/meminfo tells of.
+fn reports_its_memory(guest: &Guest, balloon: &Balloon) -> Result<()> {
+    let before = Memory::of(guest)?;
+    let status = balloon.wait_status(STEP)?;
+    let memory = Memory::of(guest)?;
+    let text = format!("{status:?} between {before:?} and {memory:?}");
+    let (available, committed) = (status.available_pages * 4, status.committed_pages * 4);
+    let low = before.available.min(memory.available);
+    let high = before.available.max(memory.available);
+    ensure!(
+        (low - NOISE..high + NOISE).contains(&available),
+        "available: {text}"
+    );
+    // It adds what is taken, and what it wants to keep (compute_balloon_floor()): of a guest of this size
+    // 104 MiB and an eighth.
+    let keeps = (104 << 10) + memory.total / 8;
+    let expected = memory.committed + balloon.taken_pages() * 4 + keeps;
+    ensure!(
+        committed.abs_diff(expected) < NOISE,
+        "committed, not {expected} KiB: {text}"
+    );
+    Ok(())
+}
+
+/// Neither the driver nor anybody else has warned, but for ours, which is out of tree.
+fn no_warning(guest: &Guest) -> Result<()> {
+    for record in guest.log(4)? {
+        ensure!(
+            record
+                .text
+                .starts_with("hv_vss: loading out-of-tree module"),
+            "the kernel warned: {}",
+            record.text
+        );
+    }
+    Ok(())
+}
+
+/// A writer on a file system of its own, our module and daemon, and the driver of dynamic memory.
+fn with_balloon(guest: &Guest) -> Result<(Balloon, Process)> {
+    guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
+    guest.writer_start("/mnt/a/w")?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let balloon = guest.host().balloon();
+    // Without the parameter it says nothing for its first 45 s. Once loaded, it stays.
+    guest.sh(&format!(
+        "if [ -e /sys/module/hv_balloon ]; then
+             echo {} >/sys/bus/vmbus/drivers/hv_balloon/bind
+         else
+             modprobe hv_balloon pressure_report_delay=0
+         fi",
+        balloon.instance()
+    ))?;
+    let can = balloon.wait_ready(STEP)?;
+    ensure!(can.balloon, "it should give memory: {can:?}");
+    Ok((balloon, daemon))
+}
+
+/// Ends what that has started.
+fn without_balloon(guest: &Guest, balloon: &Balloon, daemon: &Process) -> Result<()> {
+    guest.sh(&format!(
+        "echo {} >/sys/bus/vmbus/drivers/hv_balloon/unbind",
+        balloon.instance()
+    ))?;
+    balloon.wait_closed(STEP)?;
+    no_warning(guest)?;
+    stop(guest, Module::Ours, daemon)
+}
+
+fn balloon(guest: &Guest) -> Result<()> {
+    let (balloon, daemon) = with_balloon(guest)?;
+    reports_its_memory(guest, &balloon)?;
+
+    // What is written to a RAM disk takes memory, and the backup will write what is dirty.
+    guest.sh("sync")?;
+    let before = Memory::of(guest)?;
+    equal("pages", balloon.take(PAGES, STEP)?, PAGES.into())?;
+    let without = Memory::of(guest)?;
+    let text = format!("{before:?}, then {without:?}");
+    ensure!(without.total == before.total - TAKEN, "the total: {text}");
+    let gone = before.free.saturating_sub(without.free);
+    ensure!(
+        gone.abs_diff(TAKEN) < NOISE,
+        "{gone} KiB less are free: {text}"
+    );
+    reports_its_memory(guest, &balloon)?;
+    equal(
+        "a backup without them",
+        observe(guest)?,
+        good(&["/mnt/a/w"]),
+    )?;
+
+    equal("pages back", balloon.give_back(STEP)?, PAGES.into())?;
+    equal("pages of the host's", balloon.taken_pages(), 0)?;
+    let after = Memory::of(guest)?;
+    let text = format!("{before:?}, then {after:?}");
+    ensure!(after.total == before.total, "the total: {text}");
+    ensure!(after.free + NOISE > before.free, "what is free: {text}");
+    reports_its_memory(guest, &balloon)?;
+    without_balloon(guest, &balloon, &daemon)
+}
+
+fn balloon_while_frozen(guest: &Guest) -> Result<()> {
+    let (balloon, daemon) = with_balloon(guest)?;
+    let vss = guest.vss();
+    for take in [true, false] {
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        let moved = match take {
+            true => balloon.take(PAGES, STEP)?,
+            false => balloon.give_back(STEP)?,
+        };
+        equal("pages", moved, PAGES.into())?;
+        balloon.wait_status(STEP)?;
+        guest.wait_until("the writer stands still", STEP, || {
+            Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+        })?;
+        answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+        equal("who is stuck", stuck_writers(guest)?, Vec::new())?;
+    }
+    without_balloon(guest, &balloon, &daemon)
 }
