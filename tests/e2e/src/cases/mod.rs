@@ -34,6 +34,7 @@ mod sleep;
 mod slow;
 mod suspend;
 mod systemd;
+mod tp_qemu;
 
 use anyhow::{ensure, Context, Result};
 use e2e::check::answered;
@@ -123,6 +124,7 @@ pub fn all() -> Vec<Case> {
         peer::CASES,
         judges::CASES,
         lis::CASES,
+        tp_qemu::CASES,
         systemd::CASES,
         packages::CASES,
         disks::CASES,

@@ -103,11 +103,12 @@ impl Rig {
         self.wait_for_progress(guest, 10)
     }
 
-    /// Lets fio loose on all volumes as well: reads and writes at random places, synced now and then.
+    /// Lets fio loose on all volumes as well: writes at random places, synced now and then.
     pub(super) fn start_fio(&mut self, guest: &Guest) -> Result<()> {
-        let mut command = "fio --rw=randrw --bs=4k --size=6m --fsync=16 --ioengine=psync --thread \
-            --rate_iops=40 --time_based --runtime=1000h"
-            .to_owned();
+        let mut command =
+            "fio --rw=randwrite --bs=4k --size=6m --create_on_open=1 --fsync=16 --ioengine=psync \
+            --thread --rate_iops=40 --time_based --runtime=1000h"
+                .to_owned();
         for volume in &self.volumes {
             let (slot, path) = (volume.slot, &volume.path);
             command += &format!(" --name=on-{slot} --directory={path}");
@@ -131,7 +132,7 @@ impl Rig {
     /// Waits until every writer has done so many more writes.
     pub(super) fn wait_for_progress(&self, guest: &Guest, writes: u64) -> Result<()> {
         let start = guest.writers()?;
-        guest.wait_until("every writer goes on", STEP, || {
+        guest.wait_until("every writer goes on", STEP * 4, || {
             let now = guest.writers()?;
             let mut both = start.iter().zip(&now);
             Ok(both.all(|(then, now)| now.count >= then.count + writes))
