@@ -116,7 +116,7 @@ impl Rig {
         let words: Vec<_> = command.split_whitespace().collect();
         self.load.push(guest.spawn(&words)?);
         guest
-            .wait_until("fio writes everywhere", STEP * 4, || {
+            .wait_until("fio writes everywhere", STEP * 10, || {
                 let ls = self
                     .volumes
                     .iter()
