@@ -182,7 +182,7 @@ VOLUMES_CASES = $(addprefix volumes/,lvm md luks under-fio)
 .PHONY: test-volumes
 test-volumes: lab-module user images ## Back up LVM, md and LUKS under load and fio, and restore every copy
 	@$(LAB)/programs.sh volumes
-	@$(LAB)/run.sh --timeout 2400 ./e2e run $(VOLUMES_CASES)
+	@$(LAB)/run.sh --timeout 3600 ./e2e run $(VOLUMES_CASES)
 
 .PHONY: install
 install: install-module install-daemon install-dev ## Install module, daemon and header below DESTDIR

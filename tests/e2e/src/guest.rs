@@ -310,6 +310,11 @@ impl Images {
         archives.iter().map(|it| self.payload.join(it)).collect()
     }
 
+    /// Whether our module is there.
+    pub fn has_module(&self) -> bool {
+        self.has_module
+    }
+
     /// Where files for people go.
     pub fn results(&self) -> &Path {
         &self.results

@@ -62,6 +62,7 @@ pub(super) const fn case(
         machine: Machine::SCSI,
         per_round: Duration::ZERO,
         when: When::Always,
+        asks_our_module: false,
         run,
     }
 }

@@ -62,6 +62,7 @@ const fn storm(name: &'static str, about: &'static str, run: fn(&Guest) -> Resul
         machine: Machine::ONE_CPU,
         per_round: Duration::from_secs(6),
         when: When::Always,
+        asks_our_module: false,
         run,
     }
 }

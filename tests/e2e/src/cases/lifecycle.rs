@@ -121,6 +121,7 @@ const fn cycles(name: &'static str, about: &'static str, run: fn(&Guest) -> Resu
         machine: Machine::ONE_CPU,
         per_round: Duration::from_secs(6),
         when: When::Always,
+        asks_our_module: false,
         run,
     }
 }

@@ -73,6 +73,8 @@ pub struct Case {
     pub per_round: Duration,
     /// In which runs it is, besides those that name it in full.
     pub when: When,
+    /// Whether it asks for what our module alone tells: it is left out on a kernel that does not take that.
+    pub asks_our_module: bool,
     /// The case itself.
     pub run: fn(&Guest) -> Result<()>,
 }
@@ -82,6 +84,14 @@ impl Case {
     const fn long(self) -> Case {
         Case {
             when: When::All,
+            ..self
+        }
+    }
+
+    /// The same, with a question that our module alone answers.
+    const fn asking_our_module(self) -> Case {
+        Case {
+            asks_our_module: true,
             ..self
         }
     }
@@ -95,6 +105,7 @@ const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
         machine: Machine::ONE_CPU,
         per_round: Duration::ZERO,
         when: When::Always,
+        asks_our_module: false,
         run,
     }
 }

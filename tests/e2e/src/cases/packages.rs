@@ -67,6 +67,7 @@ const fn case(
         per_round: Duration::from_secs(90),
         // `make test-packages`: what they install takes a while to build.
         when: When::Named,
+        asks_our_module: false,
         run,
     }
 }

@@ -99,7 +99,8 @@ pub const CASES: &[Case] = &[
             "log, list and status say which disks the host backs up, and what is on them",
             which_disks,
         )
-    },
+    }
+    .asking_our_module(),
     Case {
         per_round: Duration::from_secs(8),
         ..disks::case(
@@ -107,12 +108,14 @@ pub const CASES: &[Case] = &[
             "as an option only what is on those disks stands still; all does where that is not certain",
             listed_disks_only,
         )
-    },
+    }
+    .asking_our_module(),
     disks::case(
         "scope/raw-writer",
         "what a program writes to a disk of the backup itself is named, and fails a strict backup",
         raw_writer,
-    ),
+    )
+    .asking_our_module(),
     Case {
         per_round: Duration::from_secs(4),
         ..case(

@@ -48,6 +48,7 @@ const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
         machine: Machine::SYSTEMD,
         per_round: Duration::ZERO,
         when: When::Always,
+        asks_our_module: false,
         run,
     }
 }

@@ -109,22 +109,21 @@ impl Rig {
             "fio --rw=randwrite --bs=4k --size=6m --create_on_open=1 --fsync=16 --ioengine=psync \
             --thread --rate_iops=40 --time_based --runtime=1000h"
                 .to_owned();
-        for volume in &self.volumes {
-            let (slot, path) = (volume.slot, &volume.path);
-            command += &format!(" --name=on-{slot} --directory={path}");
+        let files: Vec<String> = self
+            .volumes
+            .iter()
+            .map(|it| format!("{}/fio", it.path))
+            .collect();
+        for file in &files {
+            command += &format!(" --name={file} --filename={file}");
         }
         let words: Vec<_> = command.split_whitespace().collect();
         self.load.push(guest.spawn(&words)?);
+        let look = files.iter().map(|it| format!("test -s {it}"));
+        let look = look.collect::<Vec<_>>().join(" && ");
         guest
             .wait_until("fio writes everywhere", STEP * 10, || {
-                let ls = self
-                    .volumes
-                    .iter()
-                    .map(|it| format!("{}/on-{}.0.0 ", it.path, it.slot));
-                Ok(guest
-                    .try_sh(&format!("ls {}", ls.collect::<String>()))?
-                    .status
-                    == Some(0))
+                Ok(guest.try_sh(&look)?.status == Some(0))
             })
             .context("fio")
     }
