@@ -147,7 +147,7 @@ fn shut_down(guest: &Guest) -> Result<()> {
 }
 
 fn disk_gone(guest: &Guest) -> Result<()> {
-    guest.expect_in_log(&["(sda)", "dev sda", "for sda-8"]);
+    guest.expect_in_log(&["(sda)", "(device sda)", "dev sda", "for sda-8"]);
     guest.sh(HEALTHY)?;
     guest.sh("modprobe sd_mod && modprobe scsi_debug dev_size_mb=48")?;
     guest.wait_until("the disk is there", STEP, || {
