@@ -10,6 +10,7 @@
 //!
 //! Writers keep notes of their records on a disk that is not part of the backup, so the host's clock
 //! orders notes, writes and answers. `restore/checkers-*` give the same judges copies that are bad.
+//! `volumes/*` is the same on what administrators make of disks, with their tools.
 
 mod judge;
 mod rig;

@@ -106,8 +106,8 @@ impl Rig {
     /// Lets fio loose on all volumes as well: writes at random places, synced now and then.
     pub(super) fn start_fio(&mut self, guest: &Guest) -> Result<()> {
         let mut command =
-            "fio --rw=randwrite --bs=4k --size=6m --create_on_open=1 --fsync=16 --ioengine=psync \
-            --thread --rate_iops=40 --time_based --runtime=1000h"
+            "fio --rw=randwrite --bs=4k --size=6m --create_on_open=1 --fallocate=none --disk_util=0 --fsync=16 \
+            --ioengine=psync --thread --rate_iops=40 --time_based --runtime=1000h"
                 .to_owned();
         let files: Vec<String> = self
             .volumes
@@ -121,8 +121,9 @@ impl Rig {
         self.load.push(guest.spawn(&words)?);
         let look = files.iter().map(|it| format!("test -s {it}"));
         let look = look.collect::<Vec<_>>().join(" && ");
+        // It is large: to load it and to measure its clock takes minutes where all is emulated.
         guest
-            .wait_until("fio writes everywhere", STEP * 10, || {
+            .wait_until("fio writes everywhere", STEP * 20, || {
                 Ok(guest.try_sh(&look)?.status == Some(0))
             })
             .context("fio")
