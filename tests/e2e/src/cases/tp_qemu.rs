@@ -124,8 +124,7 @@ fn hotplug_frozen(guest: &Guest) -> Result<()> {
     stop(guest, guest.module(), &daemon)
 }
 
-/// There the unmount succeeds, and what is frozen has no path any more by which the agent could thaw it. Our
-/// daemon has it open until it is thawed.
+/// There the unmount is expected to succeed. Our daemon has open what it has frozen, until it is thawed.
 fn umount_frozen(guest: &Guest) -> Result<()> {
     let disk = mounted(guest, "/mnt/a")?;
     let node = disk.node(guest)?;

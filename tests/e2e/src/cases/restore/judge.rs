@@ -105,8 +105,12 @@ fn judge_mirror(copy: &Copy) -> Option<String> {
         return None;
     };
     let (mut one, mut other) = ([0; CHUNK], [0; CHUNK]);
-    let from = copy.stack.metadata(&first.image);
-    let mut places = (from..copy.format.size() << 20).step_by(CHUNK);
+    let (from, end) = (copy.stack.metadata(&first.image), copy.format.size() << 20);
+    // Or there would be nothing to compare.
+    if from == 0 || from >= end {
+        return Some(format!("md's superblock has its data at byte {from}"));
+    }
+    let mut places = (from..end).step_by(CHUNK);
     let place = places.find(|place| {
         first.image.read(*place, &mut one);
         second.image.read(*place, &mut other);
@@ -187,5 +191,11 @@ mod tests {
         let last = (Format::Ext4.size() << 20) - 1;
         assert!(judge_mirror(&copy(Stack::Md, Some(last))).is_some());
         assert_eq!(judge_mirror(&copy(Stack::Lvm, Some(last))), None);
+        let mut blank = copy(Stack::Md, None);
+        blank
+            .parts
+            .iter_mut()
+            .for_each(|it| it.image = Image::default());
+        assert!(judge_mirror(&blank).is_some());
     }
 }
