@@ -41,9 +41,9 @@ use kernel::workqueue::Work;
 use kernel::workqueue::WorkItem;
 
 /// File systems that can be held at a time, freezes and thaws included that hang since somebody
-/// else held. The queues have room for four times as many, which they distribute over the memory
-/// nodes.
-pub(crate) const MAX_HELD: usize = 512;
+/// else held: as many as a queue has in hand at a time (`WQ_MAX_ACTIVE`). It distributes those over
+/// the memory nodes, so one waits for another only when all of a node's share hang.
+pub(crate) const MAX_HELD: usize = 2048;
 
 /// How soon a thaw that has failed is tried again, in milliseconds.
 const RETRY_MS: u32 = 1_000;

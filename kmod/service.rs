@@ -37,6 +37,8 @@ use kernel::iov::IovIterSource;
 use kernel::new_mutex;
 use kernel::new_poll_condvar;
 use kernel::prelude::*;
+use kernel::sync::atomic::AtomicFlag;
+use kernel::sync::atomic::Relaxed;
 use kernel::sync::poll::PollCondVar;
 use kernel::sync::Arc;
 use kernel::sync::CondVarTimeoutResult;
@@ -63,6 +65,10 @@ const AGAIN_MS: u32 = 500;
 
 /// Longest write that is looked at: more than any message or frame has.
 const MAX_WRITE: usize = 64;
+
+/// The device is gone while the host counted on a freeze; should it come back, the THAW fails. There is one
+/// device at a time.
+static UNTOLD: AtomicFlag = AtomicFlag::new(false);
 
 /// What all who have the engine share: its packets wait in memory that is allocated in one piece.
 type Engine = engine::Engine<KVVec<u8>>;
@@ -101,6 +107,14 @@ struct Device {
     channel: Option<Channel<Service>>,
     /// It is gone; descriptors that are still open only see errors.
     gone: bool,
+}
+
+impl Device {
+    /// It is gone from here on, with its engine closed.
+    fn leave(&mut self) {
+        self.gone = true;
+        UNTOLD.store(self.engine.is_untold(), Relaxed);
+    }
 }
 
 /// Where the engine's effects go.
@@ -147,13 +161,13 @@ impl Service {
             freeze_ms: parameters.freeze_timeout_ms,
             other_ms: parameters.timeout_ms,
             grace_ms: parameters.grace_ms,
-            // CAST: 512.
+            // CAST: 2048.
             max_held: hold::MAX_HELD as u32,
         };
         let store = KVVec::from_elem(0, engine::QUEUE * engine::PACKET_MAX, GFP_KERNEL)?;
         let state = State {
             device: Device {
-                engine: Engine::new(config, store),
+                engine: Engine::new(config, store, UNTOLD.xchg(false, Relaxed)),
                 channel: None,
                 gone: false,
             },
@@ -226,7 +240,9 @@ impl Service {
                     engine.close(now, reason, out)
                 });
                 self.hold.let_go();
-                device.gone = for_good;
+                if for_good {
+                    device.leave();
+                }
             }
             device.channel.take()
         };
@@ -313,7 +329,7 @@ impl Service {
                     self.event(device, &mut log, |engine, now, out| {
                         engine.close(now, thawed::GONE, out);
                     });
-                    device.gone = true;
+                    device.leave();
                     self.changes.notify_all();
                     log.ring_failed(error);
                     false

@@ -54,8 +54,10 @@ impl Workers {
         // SAFETY: Guaranteed by the caller.
         unsafe { QUEUES.init() };
         let queues = Queues {
-            freezes: OwnedQueue::new(c"hv_vss_freeze")?,
-            thaws: OwnedQueue::new(c"hv_vss_thaw")?,
+            // A freeze waits for whatever its file system waits for, also for work of queues that
+            // make no such promise; with this flag the kernel does not warn of that.
+            freezes: OwnedQueue::new(c"hv_vss_freeze", raw::wq_flags___WQ_LEGACY)?,
+            thaws: OwnedQueue::new(c"hv_vss_thaw", 0)?,
         };
         *QUEUES.lock() = Some(Arc::new(queues, GFP_KERNEL)?);
         Ok(Workers(()))
@@ -72,7 +74,8 @@ impl Drop for Workers {
 }
 
 /// A workqueue that is destroyed on drop, which waits for what runs in it. Its work progresses even
-/// if there is no memory for another worker, and not bound to a CPU.
+/// if there is no memory for another worker, is not bound to a CPU, and goes before what other
+/// threads do: writers wait for it.
 ///
 /// # Invariants
 ///
@@ -85,8 +88,12 @@ unsafe impl Send for OwnedQueue {}
 unsafe impl Sync for OwnedQueue {}
 
 impl OwnedQueue {
-    fn new(name: &'static CStr) -> Result<Self> {
-        let flags = raw::wq_flags_WQ_UNBOUND | raw::wq_flags_WQ_MEM_RECLAIM;
+    /// A queue of that name, with these flags besides.
+    fn new(name: &'static CStr, flags: raw::wq_flags) -> Result<Self> {
+        let flags = flags
+            | raw::wq_flags_WQ_UNBOUND
+            | raw::wq_flags_WQ_MEM_RECLAIM
+            | raw::wq_flags_WQ_HIGHPRI;
         // SAFETY: The name is a format without arguments.
         let queue = unsafe {
             raw::alloc_workqueue_noprof(

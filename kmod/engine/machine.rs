@@ -185,15 +185,19 @@ pub struct Engine<B> {
 }
 
 impl<B: DerefMut<Target = [u8]>> Engine<B> {
-    /// A machine with nobody on either side.
-    pub fn new(config: Config, store: B) -> Self {
+    /// A machine with nobody on either side. `untold` is what [`Engine::is_untold`] said of the one that
+    /// served the host before.
+    pub fn new(config: Config, store: B, untold: bool) -> Self {
         Engine {
             config,
             queue: Queue::new(store),
             daemon: Daemon::Absent,
             reply_waits: false,
             quiet_since: Some(0),
-            freeze: Freeze::None,
+            freeze: match untold {
+                true => Freeze::Broken { told: false },
+                false => Freeze::None,
+            },
             hold: None,
             notice: None,
             owed_thaw: None,
@@ -453,13 +457,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     }
 
     /// Lets go of what the module holds, and has the daemon told if that is anything. Returns the id for
-    /// which it held something last.
+    /// which it did: a daemon that could hold nothing may have frozen by itself.
     fn let_go(&mut self, reason: u32, effects: &mut impl Effects) -> Option<u64> {
         let held = effects.let_go(reason);
-        let id = self.hold.take()?;
-        if held {
-            self.notice = Some((id, reason));
-        }
+        let id = self.hold.take().filter(|_| held)?;
+        self.notice = Some((id, reason));
         Some(id)
     }
 
@@ -593,6 +595,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
         self.let_go(reason, effects);
         self.advance(now, effects);
+    }
+
+    /// Whether the host counts on a freeze that did not last, and has not been told by a THAW that failed.
+    pub fn is_untold(&self) -> bool {
+        self.freeze == Freeze::Broken { told: false }
     }
 
     /// While the machine prepares to sleep: whether the daemon has thawed what it froze by itself, or

@@ -60,6 +60,36 @@ fn notice(w: &mut World<'_>) -> (u64, u32) {
     (notice.frame.id, notice.reason)
 }
 
+// --- The next device ---
+
+#[test]
+fn a_freeze_that_broke_with_the_device_is_told_by_the_next_one() {
+    for answered in [true, false] {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon(1);
+        let freeze = w.ask(op::FREEZE);
+        let seen = w.read().unwrap();
+        if answered {
+            w.answer(seen, status::OK).unwrap();
+        }
+        w.close(thawed::GONE);
+        assert_eq!(w.answered(freeze) == Some(status::OK), answered);
+        assert_eq!(w.engine.is_untold(), answered);
+        if !answered {
+            continue;
+        }
+        let mut store = vec![0; QUEUE * PACKET_MAX];
+        let mut w = World::after_one_that_broke(CONFIG, &mut store);
+        w.daemon(1);
+        let thaw = w.ask(op::THAW);
+        w.serve(op::THAW, status::OK);
+        assert_eq!(w.answered(thaw), Some(status::FAIL), "it did not last");
+        assert!(!w.engine.is_untold());
+        good_backup(&mut w);
+    }
+}
+
 // --- Sleep ---
 
 #[test]
@@ -122,6 +152,23 @@ fn what_the_daemon_froze_is_thawed_before_the_sleep() {
         assert_eq!(w.answered(thaw), Some(status::FAIL), "it did not last");
         good_backup(&mut w);
     }
+}
+
+#[test]
+fn a_daemon_that_could_hold_nothing_has_frozen_by_itself() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon(2);
+    let freeze = w.ask(op::FREEZE);
+    let seen = w.read().unwrap();
+    // The kernel then had no room for it, or somebody else had it.
+    w.engine.hold(seen.id).unwrap();
+    w.answer(seen, status::OK).unwrap();
+    assert_eq!(w.answered(freeze), Some(status::OK));
+    w.prepare_sleep();
+    assert!(!w.engine.thawed_for_sleep());
+    w.serve(op::THAW, status::OK);
+    assert!(w.engine.thawed_for_sleep());
 }
 
 #[test]

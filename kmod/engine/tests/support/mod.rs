@@ -230,8 +230,17 @@ pub struct World<'a> {
 
 impl<'a> World<'a> {
     pub fn new(config: Config, store: &'a mut [u8]) -> Self {
+        World::after(config, store, Backup::None)
+    }
+
+    /// The device has come back after one on whose freeze the host counted.
+    pub fn after_one_that_broke(config: Config, store: &'a mut [u8]) -> Self {
+        World::after(config, store, Backup::Spoilt)
+    }
+
+    fn after(config: Config, store: &'a mut [u8], backup: Backup) -> Self {
         World {
-            engine: Engine::new(config, store),
+            engine: Engine::new(config, store, backup == Backup::Spoilt),
             config,
             now: 1_000_000,
             out: Recorder::default(),
@@ -243,7 +252,7 @@ impl<'a> World<'a> {
             open: false,
             in_hand: None,
             frozen: None,
-            backup: Backup::None,
+            backup,
             by_daemon: false,
             own: false,
             by_module: None,

@@ -311,7 +311,7 @@ fn v2_registration(guest: &Guest) -> Result<()> {
             abi_version: 2,
             max_frame: 6300,
             features: feature::HOLD,
-            max_held: 512,
+            max_held: 2048,
         },
     )?;
 

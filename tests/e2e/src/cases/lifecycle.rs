@@ -524,12 +524,20 @@ fn one_end(guest: &Guest, stage: Stage, end: End) -> Result<()> {
     // It is another device: the dead descriptor is not in its way.
     let next = guest.open_device(Blocking::Yes)?;
     register(next)?;
-    for (operation, code) in [(Op::FREEZE, op::FREEZE), (Op::THAW, op::THAW)] {
+    let serve = |operation, code| {
         let tx = vss.send(operation, &SHORT_BODY)?;
         let (request, _) = read_request(next)?;
         let answer = answer_v2(request.frame.id, code, status::OK);
         next.write(answer.as_bytes())?;
-        answered("the next backup", &vss.wait(tx, STEP)?, status::OK)?;
+        anyhow::Ok(vss.wait(tx, STEP)?)
+    };
+    if stage == Stage::Frozen && end != End::Unload {
+        // The daemon of now knows nothing of a freeze that was to last until then.
+        let thaw = serve(Op::THAW, op::THAW)?;
+        answered("the THAW of a freeze that broke", &thaw, status::FAIL)?;
+    }
+    for (operation, code) in [(Op::FREEZE, op::FREEZE), (Op::THAW, op::THAW)] {
+        answered("the next backup", &serve(operation, code)?, status::OK)?;
     }
     next.close()?;
     if end != End::Unload {
