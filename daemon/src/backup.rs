@@ -38,6 +38,8 @@ pub trait Effects {
     fn tell_thawed(&mut self, id: u64, reason: u32);
     /// Begins to freeze, with `text` as the first line of this backup's log. Or says why not.
     fn begin(&mut self, request: &Request, text: String) -> Result<(), String>;
+    /// Whether what is frozen is all that this other FREEZE asks for.
+    fn covers(&self, request: &Request) -> bool;
     /// The host has been told that all is frozen.
     fn settle(&mut self);
     /// The job is to thaw what it has frozen.
@@ -242,6 +244,14 @@ impl Backup {
     }
 
     fn freeze(&mut self, now: Instant, request: Request, effects: &mut impl Effects) {
+        if matches!(self.phase, Phase::Frozen { .. }) && !effects.covers(&request) {
+            // Then it is frozen anew, with what is missing.
+            let broken = Break {
+                why: "the host has begun another backup".into(),
+                reason: Some(thawed::CALLED_OFF),
+            };
+            self.end_early(broken, effects);
+        }
         let patience = request.time_left.max(MARGIN * 2) - MARGIN;
         let give_up = now + patience;
         let refused = match &mut self.phase {

@@ -68,6 +68,9 @@ pub enum DeviceError {
     /// A write failed.
     #[error("cannot write to the device")]
     Write(#[source] io::Error),
+    /// The kernel has answered the request itself, and has another one.
+    #[error("the request has ended without it")]
+    Withdrawn,
 }
 
 impl DeviceError {
@@ -292,6 +295,8 @@ impl Device {
     /// Tells the kernel, and so the host, how `request` ended: one of `hv_vss_uapi::status`.
     pub fn answer(&self, request: &Request, status: u32) -> Result<(), DeviceError> {
         match self.abi {
+            // hv_utils shows one request at a time and takes any answer for one to that.
+            Abi::V1 if self.is_readable(PollTimeout::ZERO)? => Err(DeviceError::Withdrawn),
             Abi::V1 => self.write(VssMsg::answer_v1(status).as_bytes()),
             Abi::V2 => {
                 let answer = Answer {
@@ -567,6 +572,39 @@ mod tests {
         let (mut device, kernel) = registered();
         drop(kernel);
         assert!(matches!(device.read(), Err(DeviceError::HungUp)));
+    }
+
+    #[test]
+    fn a_v1_answer_never_goes_to_the_next_request() {
+        let (daemon, kernel) = pair();
+        let mut device = Device {
+            fd: Arc::new(daemon),
+            abi: Abi::V1,
+            hold: None,
+            buffer: vec![0; MAX_FRAME],
+            disks: Vec::new(),
+        };
+        let ask = |operation| {
+            nix::unistd::write(&kernel, VssMsg::new(operation).as_bytes()).unwrap();
+        };
+        ask(op::HOT_BACKUP);
+        let Ok(Some(Incoming::Request(first))) = device.read() else {
+            panic!("no request");
+        };
+        // The kernel has answered that one itself meanwhile.
+        ask(op::FREEZE);
+        let late = device.answer(&first, status::OK);
+        assert!(matches!(late, Err(DeviceError::Withdrawn)), "{late:?}");
+        let mut buffer = [0; MAX_FRAME];
+        fcntl(&kernel, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        let written = nix::unistd::read(&kernel, &mut buffer);
+        assert_eq!(written, Err(Errno::EAGAIN), "FREEZE has an answer");
+        let Ok(Some(Incoming::Request(freeze))) = device.read() else {
+            panic!("no request");
+        };
+        assert_eq!(freeze.operation, op::FREEZE);
+        device.answer(&freeze, status::OK).unwrap();
+        assert_eq!(receive(&kernel), VssMsg::answer_v1(status::OK).as_bytes());
     }
 
     #[test]

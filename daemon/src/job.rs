@@ -33,6 +33,7 @@ use crate::machine::LookError;
 use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::pool::Pool;
+use crate::process;
 use crate::progress::{Progress, Stage};
 use crate::superblocks::Listed;
 use crate::sys;
@@ -223,6 +224,8 @@ impl Freezer {
             }
         }
         log.seal();
+        // Where that is not allowed it takes longer.
+        let _ = process::go_first();
         let mut summary = session.freeze(&mut self.learnt)?;
         if !self.cache.is_all_there(&alive) {
             let thawed = session.thaw();
@@ -518,6 +521,8 @@ impl Worker {
     pub fn start() -> io::Result<Self> {
         let (sender, orders) = channel();
         let body = move || {
+            // Nobody waits for it until it freezes, and what it does before is not urgent to others.
+            let _ = process::go_along();
             let mut freezer = Freezer::new();
             while let Ok(order) = orders.recv() {
                 match order {
@@ -586,6 +591,7 @@ impl Backup {
                 frozen.tidy();
             }
         }
+        let _ = process::go_along();
         let Backup { setting, over, .. } = self;
         // The door is closed before anybody hears that it is over.
         drop(setting);
@@ -683,6 +689,17 @@ impl Job {
     fn say(&self, word: Word) {
         // A job that is over needs no word.
         let _ = self.speaker.send(word);
+    }
+
+    /// Whether it freezes all that a backup of these disks asks for; none are all that there are.
+    pub fn covers(&self, disks: &[String]) -> bool {
+        let Setting {
+            config, disks: its, ..
+        } = &self.setting;
+        let mut disks = disks.iter();
+        !config.listed_disks_only
+            || its.is_empty()
+            || (disks.len() > 0 && disks.all(|disk| its.contains(disk)))
     }
 
     /// What it is at.

@@ -784,6 +784,11 @@ impl Effects for Hands {
         Ok(())
     }
 
+    fn covers(&self, request: &Request) -> bool {
+        let disks = self.disks_of(request);
+        self.job.as_ref().is_some_and(|job| job.covers(&disks))
+    }
+
     fn settle(&mut self) {
         if let Some(job) = &self.job {
             job.settle();

@@ -13,6 +13,8 @@ use std::collections::HashSet;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Event {
     Freeze,
+    /// For more than what is frozen, or about to be.
+    FreezeMore,
     Thaw,
     HotBackup,
     /// The job has frozen all, has failed to, has thawed all, has found that somebody else had.
@@ -40,8 +42,9 @@ enum Event {
     Stop,
 }
 
-const ALL: [Event; 19] = [
+const ALL: [Event; 20] = [
     Event::Freeze,
+    Event::FreezeMore,
     Event::Thaw,
     Event::HotBackup,
     Event::JobFrozen,
@@ -94,6 +97,8 @@ struct Truth {
     reported: bool,
     /// What the host was told is frozen has not been so all the time.
     broken: bool,
+    /// The job is for all that the host has asked for.
+    covers: bool,
     /// The word for a later daemon.
     word: bool,
     refuse_answer: bool,
@@ -131,6 +136,7 @@ impl Effects for Truth {
                     "FREEZE is good and nothing is frozen"
                 );
                 assert!(!self.told, "FREEZE is good and is being thawed");
+                assert!(self.covers, "FREEZE is good and was for more");
                 let are_quiet = matches!(self.hooks, Hooks::None | Hooks::Ready);
                 assert!(are_quiet, "FREEZE is good and hooks are {:?}", self.hooks);
                 self.reported = true;
@@ -170,7 +176,12 @@ impl Effects for Truth {
         }
         (self.job, self.told) = (Job::Freezing, false);
         (self.reported, self.broken) = (false, false);
+        self.covers = true;
         Ok(())
+    }
+
+    fn covers(&self, _request: &Request) -> bool {
+        self.covers
     }
 
     fn settle(&mut self) {
@@ -260,6 +271,7 @@ impl World {
                 told: false,
                 reported: false,
                 broken: false,
+                covers: true,
                 word: false,
                 refuse_answer: false,
                 refuse_begin: false,
@@ -287,6 +299,7 @@ impl World {
             told,
             reported,
             broken,
+            covers,
             refuse_answer,
             refuse_begin,
             ..
@@ -300,7 +313,7 @@ impl World {
         } = &self.machine;
         let phase = self.machine.phase();
         format!(
-            "{phase} {} {stopping} {spent} {operation:?} {job:?} {hooks:?} {told} {reported} {broken} \
+            "{phase} {} {stopping} {spent} {operation:?} {job:?} {hooks:?} {told} {reported} {broken} {covers} \
              {refuse_answer} {refuse_begin}",
             known.is_some()
         )
@@ -351,6 +364,12 @@ impl World {
         match event {
             Event::Freeze => {
                 let request = ask(op::FREEZE, truth);
+                machine.request(*now, request, truth);
+            }
+            Event::FreezeMore => {
+                let request = ask(op::FREEZE, truth);
+                truth.covers = truth.job == Job::None;
+                truth.broken |= truth.job == Job::Frozen;
                 machine.request(*now, request, truth);
             }
             Event::Thaw => {
