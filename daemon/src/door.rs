@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::freeze::Target;
@@ -31,14 +32,17 @@ pub enum DoorError {
     },
 }
 
+/// Writes all dirty data of a file system back without freezing.
+pub type Syncer = Arc<dyn Fn(BorrowedFd<'_>) -> io::Result<()> + Send + Sync>;
+
 /// One freeze goes through it: armed, frozen and thawed any number of times, disarmed.
 pub trait Door: Send + Sync {
     /// Sees to it that these are thawed whatever becomes of this process. Before the first freeze.
     fn arm(&self, targets: &[Target]) -> Result<(), DoorError>;
 
-    /// Writes all dirty data back without freezing.
-    fn sync(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        Ok(nix::unistd::syncfs(fd)?)
+    /// What syncs. It has nothing of the door, so that one that hangs for good keeps nothing of it open.
+    fn syncer(&self) -> Syncer {
+        Arc::new(|fd| Ok(nix::unistd::syncfs(fd)?))
     }
 
     /// Freezes: `EBUSY` when it is frozen already, `EOPNOTSUPP` when it cannot.

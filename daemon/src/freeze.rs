@@ -12,9 +12,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{channel, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,17 +22,20 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::door::{Door, DoorError};
+use crate::door::{Door, DoorError, Syncer};
 use crate::logbook::Logbook;
 use crate::mounts::DevId;
 use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
+use crate::sys;
 use crate::writes::Writes;
 
 /// How often one that waits for its turn looks whether all is off.
 const ABORT_TICK: Duration = Duration::from_millis(20);
 /// How often it is looked whether it still is.
 const BUSY_TICK: Duration = Duration::from_millis(20);
+/// How long the thaw of a wave may hold up that of the next.
+const THAW_TIME: Duration = Duration::from_millis(500);
 /// How often those that are frozen are thawed again because of one that is slow.
 const BACK_OFFS: usize = 3;
 const STACK_BYTES: usize = 64 * 1024;
@@ -354,8 +357,8 @@ pub struct Learnt {
     usual: BTreeMap<DevId, Duration>,
     /// What has no means to freeze.
     unfreezable: BTreeSet<DevId>,
-    /// Those of it whose sync has not returned, as long as the session is there that waits for it.
-    hung: Vec<(DevId, Weak<Work>)>,
+    /// Those of it whose sync has not returned, as long as its thread is there.
+    hung: Vec<(DevId, Weak<()>)>,
 }
 
 impl Learnt {
@@ -366,7 +369,7 @@ impl Learnt {
 
     fn hangs(&self, dev: DevId) -> bool {
         let mut hung = self.hung.iter();
-        hung.any(|(it, session)| *it == dev && session.strong_count() > 0)
+        hung.any(|(it, thread)| *it == dev && thread.strong_count() > 0)
     }
 }
 
@@ -487,9 +490,7 @@ impl Session {
 
     /// Adds to what is known, whatever came of the freeze.
     pub fn learn(&self, learnt: &mut Learnt) {
-        learnt
-            .hung
-            .retain(|(_, session)| session.strong_count() > 0);
+        learnt.hung.retain(|(_, thread)| thread.strong_count() > 0);
         for target in &self.work.targets {
             match *target.state() {
                 State::Ours { .. } | State::Thawed { .. } => {
@@ -715,11 +716,12 @@ impl Session {
         }
     }
 
-    /// Syncs what cannot freeze, each on a thread of its own: it may hang. Nothing is frozen.
+    /// Syncs what cannot freeze, each on a thread of its own: it may hang, also when all else is frozen.
+    /// Nothing is frozen yet.
     fn sync_unfreezable(&self, indices: &[usize], learnt: &mut Learnt) {
         let work = &self.work;
         let (tell, told) = channel();
-        let mut waited_for: Vec<(usize, &Target)> = Vec::new();
+        let mut waited_for: Vec<(usize, &Target, Weak<()>)> = Vec::new();
         for index in indices {
             let index = *index;
             let Some(target) = work.targets.get(index) else {
@@ -734,16 +736,8 @@ impl Session {
                 work.give_up_on(target, State::Unsynced, why.into());
                 continue;
             }
-            let (theirs, tell) = (Arc::clone(work), tell.clone());
-            let sync = move || {
-                if let Some(target) = theirs.targets.get(index) {
-                    // Nobody listens any more when it took too long.
-                    let _ = tell.send((index, theirs.door.sync(target.as_fd())));
-                }
-            };
-            let builder = thread::Builder::new().stack_size(STACK_BYTES);
-            match builder.name("syncer".into()).spawn(sync) {
-                Ok(_) => waited_for.push((index, target)),
+            match sync_apart(target.as_fd(), work.door.syncer(), index, tell.clone()) {
+                Ok(thread) => waited_for.push((index, target, thread)),
                 Err(e) => {
                     let why = format!("cannot freeze, and there is no thread to sync it: {e}");
                     work.give_up_on(target, State::Unsynced, why);
@@ -756,7 +750,7 @@ impl Session {
             let Ok((index, result)) = told.recv_timeout(left) else {
                 break;
             };
-            waited_for.retain(|(it, _)| *it != index);
+            waited_for.retain(|(it, ..)| *it != index);
             let Some(target) = work.targets.get(index) else {
                 continue;
             };
@@ -774,11 +768,11 @@ impl Session {
                 }
             }
         }
-        for (_, target) in waited_for {
+        for (_, target, thread) in waited_for {
             let limit = work.limits.give_up.as_secs();
             let why = format!("cannot freeze, and its sync takes longer than {limit} s");
             work.give_up_on(target, State::Unsynced, why);
-            learnt.hung.push((target.dev, Arc::downgrade(work)));
+            learnt.hung.push((target.dev, thread));
         }
     }
 
@@ -888,12 +882,23 @@ impl Session {
         names
     }
 
-    /// Thaws what this session froze, the last wave first. Everything is tried, whatever fails.
+    /// Thaws what this session froze, the last wave first. Everything is tried, whatever fails, and a thaw
+    /// that hangs holds up the others for a moment only.
     pub fn thaw(&self) -> Result<(), ThawError> {
         self.work.ask_foreign();
-        for wave in self.waves.iter().rev() {
-            self.each(wave, usize::MAX, Work::thaw_one);
+        let waves = self.waves.iter().rev().filter(|wave| !wave.is_empty());
+        let (mut members, mut ends) = (Vec::<usize>::new(), Vec::new());
+        for wave in waves {
+            members.extend(wave);
+            ends.push(members.len());
         }
+        let work = Arc::clone(&self.work);
+        let thaw_one = move |n: usize| {
+            let target = members.get(n).and_then(|index| work.targets.get(*index));
+            target.into_iter().for_each(|it| work.thaw_one(it));
+        };
+        self.pool
+            .run_in_stages(&ends, THAW_TIME, Arc::new(thaw_one));
         if let Some(failure) = lock(&self.work.thaw_failure).take() {
             return Err(failure);
         }
@@ -911,17 +916,35 @@ impl Session {
         let left = self.work.targets.iter().any(Target::is_ours);
         self.work.door.disarm(left);
     }
+}
 
-    fn each(&self, wave: &[usize], most: usize, step: fn(&Work, &Target)) {
-        let work = Arc::clone(&self.work);
-        let members = wave.to_vec();
-        let run_one = move |n: usize| {
-            if let Some(target) = members.get(n).and_then(|index| work.targets.get(*index)) {
-                step(&work, target);
-            }
-        };
-        self.pool.run(wave.len(), most, Arc::new(run_one));
-    }
+/// Begins to sync what is open as `fd`, on a thread that tells when it is done, with `index`. It has no other
+/// descriptor: the device of the module, or the guard's line, must not stay open with a sync that hangs when
+/// the process has died. As long as the thread is there, so is what is returned.
+fn sync_apart(
+    fd: BorrowedFd<'_>,
+    sync: Syncer,
+    index: usize,
+    tell: Sender<(usize, io::Result<()>)>,
+) -> io::Result<Weak<()>> {
+    let life = Arc::new(());
+    let alive = Arc::downgrade(&life);
+    let (begin, begun) = channel();
+    let number = fd.as_raw_fd();
+    let body = move || {
+        let _life = life;
+        let kept = sys::keep_only(number);
+        // Nobody is left to hear of either when it took too long.
+        let _ = begin.send(kept.as_ref().map(drop).map_err(io::Error::kind));
+        if let Ok(fd) = kept {
+            let _ = tell.send((index, sync(fd.as_fd())));
+        }
+    };
+    let builder = thread::Builder::new().stack_size(STACK_BYTES);
+    builder.name("syncer".into()).spawn(body)?;
+    // Until then `fd` must not be closed.
+    begun.recv().map_err(io::Error::other)??;
+    Ok(alive)
 }
 
 /// Moves what stands on nothing and has nothing on it to the last wave but one; in the last is the root. One
@@ -970,7 +993,7 @@ impl Work {
         }
         let (name, start) = (&target.name, Instant::now());
         self.progress.begin(name, start);
-        let result = self.door.sync(target.as_fd());
+        let result = self.door.syncer()(target.as_fd());
         self.progress.end(name);
         match result {
             Ok(()) => {

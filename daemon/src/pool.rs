@@ -9,7 +9,7 @@
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::process;
 
@@ -116,7 +116,44 @@ impl Pool {
     /// Runs `step` once for each number below `count`, at most `most` at a time, and waits for all of
     /// them. They are begun in order, and the caller works as well.
     pub fn run(&self, count: usize, most: usize, step: Step) {
-        let mut state = self.begin(count, most.max(1), step, 1);
+        let state = self.begin(count, most.max(1), step, 1);
+        self.work_along(state);
+    }
+
+    /// The same, but the caller looks on: `look` is called now and then, at first when it begins, and
+    /// says when to call it again. The pool must have a thread.
+    pub fn run_watched(&self, count: usize, step: Step, look: impl FnMut() -> Option<Instant>) {
+        let state = self.begin(count, usize::MAX, step, 0);
+        self.finish(state, look);
+    }
+
+    /// The same, stage by stage: each ends before one of these numbers, the last at the last of them. One
+    /// begins when the one before it has ended, or has had so much `time`. The caller works in the last.
+    pub fn run_in_stages(&self, ends: &[usize], time: Duration, step: Step) {
+        let Some((last, before)) = ends.split_last() else {
+            return;
+        };
+        let Some((first, between)) = before.split_first() else {
+            return self.run(*last, usize::MAX, step);
+        };
+        let mut state = self.begin(*first, usize::MAX, step, 0);
+        for end in between.iter().chain([last]) {
+            state.waiting = true;
+            let has_not_ended = |state: &mut State| state.running > 0 || state.next < state.end;
+            let idle = &self.shared.idle;
+            let waited = idle.wait_timeout_while(state, time, has_not_ended);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state.waiting = false;
+            for _ in state.end..*end {
+                self.shared.work.notify_one();
+            }
+            state.end = *end;
+        }
+        self.work_along(state);
+    }
+
+    /// Has the caller do what is left, and waits for the rest.
+    fn work_along<'a>(&'a self, mut state: MutexGuard<'a, State>) {
         loop {
             let (held, ran) = self.shared.run_one(state);
             state = held;
@@ -125,13 +162,6 @@ impl Pool {
             }
         }
         self.finish(state, || None);
-    }
-
-    /// The same, but the caller looks on: `look` is called now and then, at first when it begins, and
-    /// says when to call it again. The pool must have a thread.
-    pub fn run_watched(&self, count: usize, step: Step, look: impl FnMut() -> Option<Instant>) {
-        let state = self.begin(count, usize::MAX, step, 0);
-        self.finish(state, look);
     }
 
     /// Has the threads begin, but for so many of the steps.
@@ -250,6 +280,37 @@ mod tests {
         );
         assert_eq!(now.load(Ordering::SeqCst), 0);
         assert!((1..=3).contains(&peak.load(Ordering::SeqCst)));
+    }
+
+    #[test]
+    fn a_stage_waits_for_the_one_before_but_not_for_long() {
+        let pool = pool(2);
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let gate = Arc::new(Barrier::new(2));
+        let step = {
+            let (seen, gate) = (Arc::clone(&seen), Arc::clone(&gate));
+            Arc::new(move |i| {
+                seen.lock().unwrap().push(i);
+                // The second of the first stage hangs until the last of all is there.
+                if i == 1 || i == 4 {
+                    gate.wait();
+                }
+            })
+        };
+        pool.run_in_stages(&[2, 3, 5], Duration::from_millis(20), step);
+        let seen = seen.lock().unwrap().clone();
+        assert_eq!(seen[2], 2, "{seen:?}");
+        assert_eq!(seen.len(), 5);
+        let quick = Arc::new(Mutex::new(Vec::new()));
+        let order = Arc::clone(&quick);
+        let step = Arc::new(move |i| {
+            std::thread::yield_now();
+            order.lock().unwrap().push(i);
+        });
+        pool.run_in_stages(&[2, 3, 5], Duration::from_secs(60), step);
+        let quick = quick.lock().unwrap().clone();
+        assert_eq!(quick[2], 2, "{quick:?}");
+        assert_eq!(quick.len(), 5);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::process::Command;
 use crate::mounts::DevId;
 use hv_vss_uapi::{IocFreeze, IocThaw};
 use nix::errno::Errno;
+use nix::sched::{unshare, CloneFlags};
 use nix::sys::socket::{recvmsg, ControlMessageOwned, MsgFlags};
 
 /// The raw ioctl wrappers that nix generates; all of them are unsafe functions.
@@ -441,6 +442,25 @@ pub fn set_nice(nice: i32) -> io::Result<()> {
     let ret = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
     Errno::result(ret)?;
     Ok(())
+}
+
+/// Gives the calling thread a table of descriptors of its own, with none in it but that with this number,
+/// which is returned. What the others have open ends with them then, even if this thread hangs in the kernel
+/// for good. It must not have anything else that closes a descriptor when it is dropped.
+pub fn keep_only(number: RawFd) -> io::Result<OwnedFd> {
+    const NO_FLAGS: libc::c_uint = 0;
+    let kept = libc::c_uint::try_from(number).map_err(|_| Errno::EBADF)?;
+    unshare(CloneFlags::CLONE_FILES)?;
+    let below = kept.checked_sub(1).map(|last| (0, last));
+    for (first, last) in below.into_iter().chain([(kept + 1, libc::c_uint::MAX)]) {
+        // SAFETY: the call takes integers only. What it closes are this thread's own copies.
+        let ret = unsafe { libc::syscall(libc::SYS_close_range, first, last, NO_FLAGS) };
+        Errno::result(ret)?;
+    }
+    // SAFETY: the call takes integers only.
+    Errno::result(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
+    // SAFETY: it is open, and the only one in this thread's own table.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// A descriptor that is readable when that process has ended. Fails with `ENOSYS` before Linux 5.3.

@@ -14,6 +14,7 @@ type Call = (&'static str, usize);
 
 #[derive(Default)]
 struct Double {
+    this: Weak<Double>,
     calls: Mutex<Vec<Call>>,
     numbers: BTreeMap<i32, usize>,
     /// What fails, how, and how often.
@@ -44,8 +45,9 @@ impl Door for Double {
         assert!(!targets.is_empty());
         Ok(())
     }
-    fn sync(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        self.call("sync", fd)
+    fn syncer(&self) -> Syncer {
+        let this = self.this.upgrade().unwrap();
+        Arc::new(move |fd| this.call("sync", fd))
     }
     fn freeze(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.call("freeze", fd)
@@ -105,7 +107,10 @@ fn setup_on(
     for (what, number, errno, times) in failures {
         lock(&double.failures).insert((what, *number), (*errno, *times));
     }
-    let double = Arc::new(double);
+    let double = Arc::new_cyclic(|this| Double {
+        this: this.clone(),
+        ..double
+    });
     let means = Means {
         door: double.clone(),
         log: Logbook::new(Sink::Memory),
@@ -323,6 +328,24 @@ fn those_that_are_frozen_do_not_wait_for_a_slow_one() {
         let expected = [&("freeze", quick), &("thaw", quick), &("freeze", quick)];
         assert_eq!(of_it, expected);
     }
+}
+
+#[test]
+fn a_thaw_that_hangs_does_not_hold_up_those_that_come_after() {
+    let mut s = setup(&[0, 1, 1, 2], &[], false);
+    assert!(s.session.freeze(&mut s.learnt).is_ok());
+    s.slow("thaw", 3, THAW_TIME * 4);
+    s.session.thaw().unwrap();
+    let until: Vec<Instant> = s
+        .session
+        .account()
+        .iter()
+        .map(|it| it.until.unwrap())
+        .collect();
+    assert!(until[0] < until[3] && until[1] < until[3], "{until:?}");
+    let calls = s.calls();
+    let first = calls.iter().find(|call| call.0 == "thaw");
+    assert_eq!(first, Some(&("thaw", 3)), "{calls:?}");
 }
 
 #[test]

@@ -33,9 +33,24 @@ pub const CASES: &[Case] = &[
         |guest| hung_freeze(guest, Module::Stock),
     ),
     case(
+        "deadman/hung-thaw",
+        "a thaw that hangs on its disk holds up no image on another one, which comes after it",
+        |guest| hung_thaw(guest, Module::Ours),
+    ),
+    case(
+        "deadman/hung-thaw-stock-module",
+        "the same with the stock hv_utils and FITHAW",
+        |guest| hung_thaw(guest, Module::Stock),
+    ),
+    case(
         "deadman/both-killed-in-a-hung-freeze",
         "daemon and guard killed inside a FIFREEZE that hangs: all is thawed, the rest at once",
         both_killed_in_a_hung_freeze,
+    ),
+    case(
+        "deadman/killed-beside-a-hung-sync",
+        "a daemon killed while its sync of a vfat hangs: the rest goes on, the next daemon serves",
+        killed_beside_a_hung_sync,
     ),
     case(
         "deadman/hung-open",
@@ -199,6 +214,66 @@ fn hung_freeze(guest: &Guest, module: Module) -> Result<()> {
     guest.sh(UNHANG)?;
     thawed_in_time(guest, "/mnt/hung")?;
     good_backup_after(guest, &daemon)
+}
+
+fn hung_thaw(guest: &Guest, module: Module) -> Result<()> {
+    make_two(guest)?;
+    // It is frozen before what it lies on, and so thawed after all of that wave.
+    guest.sh(
+        "modprobe loop; mkdir -p /mnt/inner && truncate -s 40M /mnt/a/image &&
+              mkfs.ext4 -q -F /mnt/a/image && mount -o loop /mnt/a/image /mnt/inner",
+    )?;
+    guest.writer_start("/mnt/inner/w")?;
+    let vss = guest.vss();
+    let daemon = start(guest, module, Daemon::Ours)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    // To thaw ext4 writes its superblock.
+    guest.sh(HANG)?;
+    let tx = vss.send(Op::THAW, &SHORT_BODY)?;
+    released(guest, "one hangs in its thaw", guest.clock()?, RELEASED * 2)?;
+    ensure!(
+        vss.try_reply(tx).is_none(),
+        "THAW should wait for the one that hangs"
+    );
+    guest.sh(UNHANG)?;
+    answered("THAW", &vss.wait(tx, STEP)?, status::OK)?;
+    good_backup(guest)?;
+    stop(guest, module, &daemon)
+}
+
+fn killed_beside_a_hung_sync(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe -a dm-mod vfat nls_cp437 nls_ascii; mkdir -p /mnt/a /mnt/hung
+         mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+         dmsetup create hung --noudevsync --table '0 131072 linear /dev/ram4 0'
+         [ -e /dev/mapper/hung ] || dmsetup mknodes
+         mkfs.vfat /dev/mapper/hung >/dev/null && mount -t vfat /dev/mapper/hung /mnt/hung && sync",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    let vss = guest.vss();
+    load(guest, Module::Ours, &[])?;
+    let daemon = guest.start_daemon_with("give_up = 1")?;
+    wait_for_daemon(guest)?;
+    // From then on it knows that this one cannot freeze.
+    good_backup(guest)?;
+    guest.sh(&format!(
+        "dd if=/dev/zero of=/mnt/hung/dirty bs=64k count=4 2>/dev/null; {HANG}"
+    ))?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.signal(&daemon, 9)?;
+    released(guest, "a sync hangs", guest.clock()?, RELEASED)?;
+    // What is left of it has nothing open.
+    let next = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+    ensure!(
+        !guest.has_ended(&daemon)?,
+        "the sync should hang until its disk is back"
+    );
+    guest.sh(UNHANG)?;
+    guest.wait(&daemon, STEP)?;
+    good_backup(guest)?;
+    stop(guest, Module::Ours, &next)
 }
 
 fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
