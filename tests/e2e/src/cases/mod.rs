@@ -21,6 +21,7 @@ mod hostile;
 mod judges;
 mod lifecycle;
 mod lis;
+mod many;
 mod matrix;
 mod order;
 mod owned;
@@ -135,6 +136,7 @@ pub fn all() -> Vec<Case> {
         peer::CASES,
         judges::CASES,
         lis::CASES,
+        many::CASES,
         tp_qemu::CASES,
         systemd::CASES,
         packages::CASES,

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A machine with hundreds of file systems, as one that runs containers has.
+
+use super::disks::{load_driver, Attached};
+use super::{start, stop, Case, When};
+use anyhow::{ensure, Context, Result};
+use e2e::check::answered;
+use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
+use hyperv_sim::ic::status;
+use hyperv_sim::storage::Image;
+use std::time::Duration;
+
+pub const CASES: &[Case] = &[Case {
+    name: "many/600",
+    about: "300 ext4 on device-mapper volumes and 300 on loop devices, both modules and the peer",
+    machine: Machine::SCSI,
+    per_round: Duration::from_secs(100),
+    when: When::All,
+    asks_our_module: false,
+    run: six_hundred,
+}];
+
+/// Of each kind.
+const COUNT: u32 = 300;
+/// Made by one command, which has a limit of its own.
+const AT_A_TIME: usize = 20;
+/// Large enough for a journal.
+const MIB: u32 = 4;
+
+fn six_hundred(guest: &Guest) -> Result<()> {
+    load_driver(guest)?;
+    let size = u64::from(COUNT * MIB) + 64;
+    let volumes = Attached::new(guest, 0, 0, size, Image::default())?.node(guest)?;
+    let images = Attached::new(guest, 1, 0, size, Image::default())?.node(guest)?;
+    guest.sh(&format!(
+        "modprobe -a loop dm_mod; mkdir -p /mnt/images /mnt/v /mnt/l &&
+         mkfs.ext4 -q -F {images} && mount {images} /mnt/images"
+    ))?;
+    let sectors = MIB * 2048;
+    let numbers: Vec<u32> = (1..=COUNT).collect();
+    for some in numbers.chunks(AT_A_TIME) {
+        let (first, last) = (some[0], some[some.len() - 1]);
+        guest.sh(&format!(
+            "for n in $(seq {first} {last}); do
+                 mkdir -p /mnt/v/$n /mnt/l/$n
+                 dmsetup create v$n --noudevsync --table \"0 {sectors} linear {volumes} $((n * {sectors}))\" &&
+                 {{ [ -e /dev/mapper/v$n ] || dmsetup mknodes v$n; }} &&
+                 mkfs.ext4 -q -F /dev/mapper/v$n && mount /dev/mapper/v$n /mnt/v/$n || exit 1
+             done"
+        ))?;
+        guest.sh(&format!(
+            "for n in $(seq {first} {last}); do
+                 truncate -s {MIB}M /mnt/images/$n && mkfs.ext4 -q -F /mnt/images/$n &&
+                 mount -o loop /mnt/images/$n /mnt/l/$n || exit 1
+             done"
+        ))?;
+    }
+    for path in ["/w", "/mnt/v/7/w", "/mnt/l/7/w"] {
+        guest.writer_start(path)?;
+    }
+    // With the root, and what holds the images.
+    let ours = 2 * COUNT + 2;
+    let each = |time: Duration, count: u32| time.as_secs_f64() * 1e3 / f64::from(count);
+    let mut seen = Vec::new();
+    let stacks = [
+        (Module::Ours, Daemon::Ours, ours),
+        (Module::Stock, Daemon::Ours, ours),
+        (Module::Stock, Daemon::Debian, COUNT + 2),
+    ];
+    for (module, daemon, count) in stacks {
+        let process = start(guest, module, daemon)?;
+        guest.sh("sync")?;
+        let (freeze, thaw) = backup(guest)?;
+        if daemon == Daemon::Ours {
+            let log = guest.output(&process)?;
+            let words = format!("FREEZE answered: {count} frozen");
+            ensure!(log.contains(&words), "not {words:?}:\n{log}");
+        }
+        let words = format!(
+            "FREEZE {:.1} s, {:.1} ms for each of {count}; THAW {:.1} s, {:.1} ms",
+            freeze.as_secs_f64(),
+            each(freeze, count),
+            thaw.as_secs_f64(),
+            each(thaw, count),
+        );
+        println!("     {module:?}, {daemon:?}: {words}");
+        seen.push(words);
+        stop(guest, module, &process)?;
+    }
+    guest.compare("300 ext4 on LVM and 300 in image files", &seen[0], &seen[2]);
+    guest.writers_stop()?;
+    Ok(())
+}
+
+/// A good backup in which all writers that are to stand still do; how long its two steps took.
+fn backup(guest: &Guest) -> Result<(Duration, Duration)> {
+    let vss = guest.vss();
+    let limit = STEP * 20;
+    let freeze = vss.freeze(&[], limit)?;
+    answered("FREEZE", &freeze, status::OK)?;
+    let thaw = vss.thaw(limit).context("THAW")?;
+    answered("THAW", &thaw, status::OK)?;
+    Ok((freeze.latency, thaw.latency))
+}
