@@ -11,6 +11,8 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::os::fd::OwnedFd;
 
+use nix::sys::statvfs::{fstatvfs, FsFlags};
+
 use crate::config::Config;
 use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
@@ -343,6 +345,14 @@ fn open_all(
         for file_system in std::mem::take(members) {
             if let Entry::Vacant(place) = open.entry(file_system.dev) {
                 match open_file_system(ways, &file_system) {
+                    // No table shows it, so only now it can be asked.
+                    Ok(fd) if file_system.places.is_empty() && is_read_only(&fd) => {
+                        left_out.push(LeftOut {
+                            file_system,
+                            reason: Reason::ReadOnly,
+                        });
+                        continue;
+                    }
                     Ok(fd) => drop(place.insert(fd)),
                     Err(error) if error.is_our_own() => return Err(error),
                     Err(error) => {
@@ -358,6 +368,11 @@ fn open_all(
     }
     waves.retain(|members| !members.is_empty());
     Ok((plan, has_changed))
+}
+
+/// Whether this is on a read-only superblock, or a read-only mount.
+fn is_read_only(fd: &OwnedFd) -> bool {
+    fstatvfs(fd).is_ok_and(|found| found.flags().contains(FsFlags::ST_RDONLY))
 }
 
 fn left_out_for(file_system: FileSystem, error: &OpenError) -> LeftOut {

@@ -228,7 +228,9 @@ fn mount_again(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, PlaceEr
     let mut refused = Errno::ENODEV.into();
     for fs_type in types_of(file_system) {
         let fs_type = c_string(OsStr::new(fs_type))?;
-        for read_only in [false, true] {
+        // Read-only first: that never changes a superblock that is alive. btrfs would make a read-only one
+        // writable where it is asked for a writable mount.
+        for read_only in [true, false] {
             match sys::mount_detached(&fs_type, &source, read_only) {
                 Ok(root) => {
                     let fd = open_root(&root).map_err(again)?;

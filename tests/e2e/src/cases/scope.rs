@@ -47,6 +47,11 @@ pub const CASES: &[Case] = &[
         lazily_unmounted,
     ),
     case(
+        "scope/lazily-unmounted-read-only",
+        "a read-only btrfs that was unmounted lazily stays read-only, whoever looks at it",
+        lazily_unmounted_read_only,
+    ),
+    case(
         "scope/below-an-overlay-only",
         "so does what only an overlay still holds, which no process has open",
         below_an_overlay_only,
@@ -331,6 +336,38 @@ fn lazily_unmounted(guest: &Guest) -> Result<()> {
         let look = "ls /sys/fs/ext4/ram1 /sys/fs/xfs/ram2 /sys/fs/ext4/ram4 2>/dev/null";
         Ok(guest.try_sh(look)?.out.trim().is_empty())
     })
+}
+
+fn lazily_unmounted_read_only(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe btrfs; mkdir -p /mnt/btrfs /mnt/again
+              mkfs.btrfs -q -f /dev/ram1 && mount -o ro /dev/ram1 /mnt/btrfs")?;
+    let holder = guest.spawn(&[
+        "sh",
+        "-c",
+        "cd /mnt/btrfs && touch /run/done && exec sleep 1000",
+    ])?;
+    guest.wait_until("it is in there", STEP, || {
+        Ok(guest.try_sh("rm /run/done")?.status == Some(0))
+    })?;
+    guest.sh("umount -l /mnt/btrfs")?;
+    let list = guest.sh(&format!("{OURS} list"))?;
+    let line = list.lines().find(|it| it.contains("(btrfs, 1:1"));
+    ensure!(
+        line.is_some_and(|it| it.contains("read-only")),
+        "list should say what it is:\n{list}"
+    );
+    let seen = ours(guest)?;
+    equal("the backup", &seen, &good(&[]))?;
+    guest.sh("mount -o ro /dev/ram1 /mnt/again")?;
+    let line = guest.sh("grep ' /mnt/again ' /proc/self/mountinfo")?;
+    ensure!(
+        line.contains(" /dev/ram1 ro"),
+        "the superblock should be read-only as before: {line}"
+    );
+    guest.sh("umount /mnt/again")?;
+    guest.signal(&holder, 9)?;
+    guest.wait(&holder, STEP)?;
+    Ok(())
 }
 
 fn below_an_overlay_only(guest: &Guest) -> Result<()> {
