@@ -1058,13 +1058,25 @@ impl Work {
             Errno::EOPNOTSUPP | Errno::ENOTTY => {
                 lock(&self.obstacles).push(Obstacle::Unfreezable(index));
             }
+            // The file system's own words, and what a disk that fails a write-back makes of it
+            // (`blk_errors` of the kernel).
             Errno::EIO
             | Errno::ENXIO
             | Errno::ENODEV
             | Errno::EROFS
             | Errno::ESHUTDOWN
             | Errno::EUCLEAN
-            | Errno::EREMOTEIO => {
+            | Errno::EREMOTEIO
+            | Errno::ETIMEDOUT
+            | Errno::ETIME
+            | Errno::ENOLINK
+            | Errno::ENODATA
+            | Errno::EILSEQ
+            | Errno::EBADE => {
+                self.give_up_on(target, State::Broken, format!("is out of order: {error}"));
+            }
+            // A thin volume whose pool is full; the module says so of itself.
+            Errno::ENOSPC if self.door.watched_every().is_some() => {
                 self.give_up_on(target, State::Broken, format!("is out of order: {error}"));
             }
             _ => {
