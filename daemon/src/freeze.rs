@@ -82,8 +82,8 @@ pub enum ThawError {
         /// Which.
         names: Vec<String>,
     },
-    /// They were mounted after the freeze, and the configuration is strict.
-    #[error("mounted while the rest was frozen, and the configuration is strict: {}", .names.join(", "))]
+    /// They were mounted or made writable after the freeze, and the configuration is strict.
+    #[error("mounted or made writable while the rest was frozen, and the configuration is strict: {}", .names.join(", "))]
     Late {
         /// Which.
         names: Vec<String>,

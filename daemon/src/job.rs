@@ -218,13 +218,14 @@ impl Freezer {
         if self.is_worth_a_sync() {
             // It may take long, and nothing is frozen yet.
             log.aloud(|| session.sync(&self.learnt));
-            if self.cache.alive_now() != alive {
+            let now = self.cache.alive_now();
+            if Listed::has_news(alive.as_ref(), now.as_ref()) {
                 return Ok(None);
             }
         }
         log.seal();
         let mut summary = session.freeze(&mut self.learnt)?;
-        if !self.cache.is_all_there(&alive) {
+        if !self.cache.is_all_there(alive.as_ref()) {
             let thawed = session.thaw();
             session.disarm();
             return match thawed {
@@ -254,7 +255,7 @@ impl Freezer {
     }
 
     /// Thaws what was frozen; everything is tried, whatever fails, and [`Frozen::tidy`] is to follow.
-    /// Names what was mounted meanwhile: that is on a disk and was not frozen.
+    /// Names what was mounted or made writable meanwhile: that is on a disk and was not frozen.
     pub fn thaw(&mut self, frozen: &Frozen, setting: &Setting) -> Result<(), ThawError> {
         let mut nodes = frozen.at_rest.written();
         let moving = frozen.layers.at_work();
@@ -265,15 +266,19 @@ impl Freezer {
             nodes.clear();
         }
         // Only now, since writers wait no longer: what has come in the last moment is named as well.
-        let names = match (&frozen.alive, self.cache.alive_now()) {
+        let mounted = match (&frozen.alive, self.cache.alive_now()) {
             (Some(before), Some(now)) => now.since(before),
             _ => Vec::new(),
         };
-        for name in &names {
+        let writable = self.cache.writable_now();
+        let mounted_words = mounted.iter().map(|it| format!("{it} was mounted"));
+        let writable_words = writable.iter().map(|it| format!("{it} was made writable"));
+        for words in mounted_words.chain(writable_words) {
             setting.log.warning(format!(
-                "{name} was mounted while the rest was frozen, and was not frozen"
+                "{words} while the rest was frozen, and was not frozen"
             ));
         }
+        let names: Vec<String> = mounted.into_iter().chain(writable).collect();
         for node in &nodes {
             setting.log.warning(format!(
                 "something was written to {node} while all that is known to be on it was frozen: by a \
