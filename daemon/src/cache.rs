@@ -10,13 +10,15 @@ use std::collections::btree_map::{BTreeMap, Entry};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::statvfs::{fstatvfs, FsFlags};
 
 use crate::config::Config;
 use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
-use crate::open::{open_file_system, OpenError};
+use crate::open::{open_within, OpenError};
 use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope};
 use crate::superblocks::{long_operations, Listed};
 use crate::watch::{Before, Kernel, Marks, ReadOnly, Signals};
@@ -289,10 +291,10 @@ impl Cache {
         let mut open = BTreeMap::new();
         let mut attempt = 1;
         loop {
-            let ways = self.plan(config)?;
+            let ways = Arc::new(self.plan(config)?);
             let (mut plan, scope) = self.plan_of(config, disks);
             leave_out_busy(&mut plan);
-            let (plan, has_changed) = open_all(&ways, plan, &mut open)?;
+            let (plan, has_changed) = open_all(config.give_up, &ways, plan, &mut open)?;
             if !has_changed {
                 return Ok((plan, scope, open));
             }
@@ -336,9 +338,11 @@ fn why_not_only(disks: &[String], scope: &Scope) -> Option<String> {
 }
 
 /// Opens all of `plan` that is not in `open` yet, and moves what cannot be opened to what is left
-/// out. Says as well whether the plan seems to be out of date.
+/// out. Says as well whether the plan seems to be out of date. What a program serves has so much time to
+/// be opened.
 fn open_all(
-    ways: &Ways,
+    limit: Duration,
+    ways: &Arc<Ways>,
     mut plan: Plan,
     open: &mut BTreeMap<DevId, OwnedFd>,
 ) -> Result<(Plan, bool), OpenError> {
@@ -353,7 +357,7 @@ fn open_all(
         let mut opened = Vec::new();
         for file_system in std::mem::take(members) {
             if let Entry::Vacant(place) = open.entry(file_system.dev) {
-                match open_file_system(ways, &file_system) {
+                match open_within(limit, ways, &file_system) {
                     // No table shows it, so only now it can be asked.
                     Ok(fd) if file_system.places.is_empty() && is_read_only(&fd) => {
                         left_out.push(LeftOut {

@@ -117,7 +117,8 @@ fn has_sysfs() -> bool {
 }
 
 fn add_alias(topology: &mut Topology, mount: &Mount) {
-    if mount.namespace != 0 || !mount.walkable {
+    // Nor is looked up what lies over it, whose server may be dead.
+    if mount.namespace != 0 || !mount.walkable || mount.hidden {
         return;
     }
     if let Ok(meta) = fs::symlink_metadata(&mount.path) {
@@ -231,8 +232,9 @@ fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount]) {
             .filter(|m| m.namespace == 0 && path.starts_with(&m.path))
             // Of equally long ones the last counts: it lies over the others.
             .max_by_key(|m| m.path.components().count());
-        let Some(mount) = below.filter(|m| m.is_on_disks() && m.dev.major == 0 && m.walkable)
-        else {
+        let is_reached = |m: &&Mount| m.walkable && !m.hidden;
+        let below = below.filter(|m| m.is_on_disks() && m.dev.major == 0);
+        let Some(mount) = below.filter(is_reached) else {
             continue;
         };
         if fs::symlink_metadata(&path).is_ok_and(|meta| DevId::from_raw(meta.dev()) == dev) {

@@ -299,8 +299,9 @@ impl Signals for Kernel {
 
     fn find(&mut self, ways: &Ways, file_system: &FileSystem) -> Option<MountAt> {
         let states = ways.namespaces.states()?;
-        // A walk through what may hang is not worth it.
-        let mut places = file_system.places.iter().filter(|p| p.walkable);
+        // A walk through what may hang, or to what lies over it, is not worth it.
+        let places = file_system.places.iter();
+        let mut places = places.filter(|p| p.walkable && !p.hidden);
         places.find_map(|place| {
             let namespace = match place.namespace {
                 0 => self.number?,

@@ -67,6 +67,16 @@ pub const CASES: &[Case] = &[
         below_fuse,
     ),
     case(
+        "scope/covered-by-fuse",
+        "so does a btrfs that a FUSE mount lies over whose server does not answer",
+        covered_by_fuse,
+    ),
+    case(
+        "scope/silent-server",
+        "a disk served by a program that does not answer is left out by name, and costs nobody else",
+        silent_server,
+    ),
+    case(
         "scope/image-in-a-container",
         "an image in a container's overlay is frozen before what holds the upper layer",
         image_in_a_container,
@@ -459,6 +469,58 @@ fn below_fuse(guest: &Guest) -> Result<()> {
         &tell(&peer),
     );
     Ok(())
+}
+
+/// Mounts FUSE with these arguments of mount(8); whoever serves it answers nothing.
+fn silent_fuse(guest: &Guest, arguments: &str) -> Result<Process> {
+    let script = format!(
+        "exec 4<>/dev/fuse && mount -i -o fd=4,rootmode=40000,user_id=0,group_id=0 {arguments} &&
+             touch /run/done && exec sleep 1000"
+    );
+    let server = guest.spawn(&["sh", "-c", &script])?;
+    guest.wait_until("it is mounted", STEP, || {
+        Ok(guest.try_sh("rm /run/done")?.status == Some(0))
+    })?;
+    Ok(server)
+}
+
+/// Ends it, so that whoever waits for it waits no longer.
+fn end(guest: &Guest, server: &Process, path: &str) -> Result<()> {
+    guest.signal(server, 9)?;
+    guest.wait(server, STEP)?;
+    guest.sh(&format!("umount -l {path}")).map(drop)
+}
+
+fn covered_by_fuse(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe -a btrfs fuse; mkdir -p /mnt/a && mkfs.btrfs -q -f /dev/ram1 &&
+              mount /dev/ram1 /mnt/a && btrfs -q subvolume create /mnt/a/sub && umount /mnt/a &&
+              mount -o subvol=sub /dev/ram1 /mnt/a",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    let server = silent_fuse(guest, "-t fuse far:/home /mnt/a")?;
+    let seen = ours(guest);
+    end(guest, &server, "/mnt/a")?;
+    equal("the backup", &seen?, &good(&["/mnt/a/w"]))
+}
+
+fn silent_server(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe fuse; mkdir -p /mnt/a /mnt/served && mkfs.ext4 -q -F /dev/ram1 &&
+              mount /dev/ram1 /mnt/a",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    let server = silent_fuse(guest, "-t fuseblk /dev/ram2 /mnt/served")?;
+    let daemon = start_with(guest, "give_up = 1")?;
+    let words = ["/mnt/served (fuseblk, 1:2)", "its server does not answer"];
+    let seen: Result<Vec<Seen>> = (0..2).map(|_| observe(guest)).collect();
+    let said = says(guest, &daemon, &words);
+    end(guest, &server, "/mnt/served")?;
+    for backup in seen? {
+        equal("each backup", &backup, &good(&["/mnt/a/w"]))?;
+    }
+    said?;
+    stop(guest, guest.module(), &daemon)
 }
 
 fn image_in_a_container(guest: &Guest) -> Result<()> {
