@@ -16,6 +16,7 @@ use std::time::Duration;
 use nix::sys::statvfs::{fstatvfs, FsFlags};
 
 use crate::config::Config;
+use crate::ground::Watched;
 use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
 use crate::open::{open_within, OpenError};
@@ -62,6 +63,8 @@ pub struct Opened {
     pub devices: Vec<DevId>,
     /// The disks below those.
     pub disks: Vec<DevId>,
+    /// As [`FileSystem::below`].
+    pub below: Option<BTreeSet<DevId>>,
     /// As [`FileSystem::stands_on`].
     pub stands_on: Option<BTreeSet<DevId>>,
     /// Anything on it.
@@ -95,8 +98,8 @@ pub struct Gathered {
     pub disks: Vec<String>,
     /// Why it is not only for those disks though it was to be.
     pub not_only_listed: Option<String>,
-    /// The disks of the backup that nothing should be written to once all is frozen, by number and node.
-    pub at_rest: Vec<(DevId, String)>,
+    /// The devices of the backup's disks that nothing should be written to once all is frozen.
+    pub at_rest: Vec<Watched>,
     /// What superblocks there were before it was planned; `None` if nobody tells.
     pub alive: Option<Listed>,
 }
@@ -240,6 +243,7 @@ impl Cache {
                     wave,
                     devices: file_system.devices.clone(),
                     disks: file_system.disks.clone(),
+                    below: file_system.below.clone(),
                     stands_on: file_system.stands_on.clone(),
                     fd,
                 }));

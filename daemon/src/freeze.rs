@@ -23,6 +23,7 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::door::{Door, DoorError};
+use crate::ground::Watched;
 use crate::logbook::Logbook;
 use crate::mounts::DevId;
 use crate::pool::Pool;
@@ -186,6 +187,8 @@ pub struct Target {
     pub wave: usize,
     /// The disks that it is on, perhaps with others.
     disks: Vec<DevId>,
+    /// Those and all devices in between; `None` where it may have a part of any other.
+    below: Option<BTreeSet<DevId>>,
     /// The file systems that hold what it is on; `None` where that may be any.
     stands_on: Option<BTreeSet<DevId>>,
     /// How long its freeze took the last time.
@@ -206,6 +209,7 @@ impl Target {
             name,
             wave,
             disks: Vec::new(),
+            below: None,
             stands_on: None,
             usual: None,
             fd,
@@ -218,6 +222,11 @@ impl Target {
     /// What is on the same disks is written back one after the other.
     pub fn with_disks(self, disks: Vec<DevId>) -> Self {
         Target { disks, ..self }
+    }
+
+    /// What is written to it is written to these devices, and no others.
+    pub fn with_all_below(self, below: Option<BTreeSet<DevId>>) -> Self {
+        Target { below, ..self }
     }
 
     /// It is on files of these file systems.
@@ -611,13 +620,14 @@ impl Session {
         Ok(self.summary())
     }
 
-    /// Whether something on that disk is not frozen although it was to be, other than these.
-    pub fn goes_on_on(&self, disk: &DevId, but: &BTreeSet<DevId>) -> bool {
+    /// Whether something that may be on that device is not frozen although it was to be, other than these.
+    pub fn goes_on_on(&self, device: &Watched, but: &BTreeSet<DevId>) -> bool {
         let targets = self.work.targets.iter();
         let mut targets = targets.filter(|it| !but.contains(&it.dev));
         targets.any(|target| {
             let is_frozen = matches!(*target.state(), State::Ours { .. } | State::Foreign);
-            !is_frozen && target.disks.contains(disk)
+            let below = target.below.as_ref();
+            !is_frozen && below.is_none_or(|below| device.counts(below))
         })
     }
 

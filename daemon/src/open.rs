@@ -442,6 +442,7 @@ mod tests {
             source: None,
             devices: vec![dev],
             disks: Vec::new(),
+            below: None,
             stands_on: None,
             places: vec![Place {
                 namespace: 0,

@@ -131,6 +131,12 @@ pub const CASES: &[Case] = &[
         raw_writer,
     )
     .asking_our_module(),
+    disks::case(
+        "scope/raw-writer-on-layers",
+        "the same on a volume of layers; what RAID copies by itself is not taken for it",
+        raw_writer_on_layers,
+    )
+    .asking_our_module(),
     Case {
         per_round: Duration::from_secs(4),
         ..case(
@@ -1012,4 +1018,92 @@ fn raw_writer(guest: &Guest) -> Result<()> {
     guest.signal(&writer, 9)?;
     guest.wait(&writer, STEP)?;
     stop(guest, Module::Stock, &daemon)
+}
+
+fn raw_writer_on_layers(guest: &Guest) -> Result<()> {
+    disks::load_driver(guest)?;
+    let attached = |lun, mib| Attached::new(guest, lun / 2, lun, mib, Image::default());
+    // The writer is not at its end before the case is.
+    let disks = [attached(0, 1024)?, attached(1, 80)?, attached(2, 80)?];
+    let nodes = [
+        disks[0].node(guest)?,
+        disks[1].node(guest)?,
+        disks[2].node(guest)?,
+    ];
+    let [layered, first, second] = &nodes;
+    guest.sh(&format!(
+        "modprobe dm_mod; mkdir -p /mnt/a
+         make() {{ dmsetup create $1 --noudevsync --table \"0 $2 linear $3 $4\"
+             [ -e /dev/mapper/$1 ] || dmsetup mknodes; }}
+         make under $(blockdev --getsz {layered}) {layered} 0 &&
+         make used 131072 /dev/mapper/under 0 &&
+         make spare $(($(blockdev --getsz {layered}) - 131072)) /dev/mapper/under 131072 &&
+         mkfs.ext4 -q -F /dev/mapper/used && mount /dev/mapper/used /mnt/a"
+    ))?;
+    guest.writer_start("/mnt/a/w")?;
+    let all = [disks[0].in_backup()];
+    let write = [
+        "dd",
+        "if=/dev/zero",
+        "of=/dev/mapper/spare",
+        "bs=4k",
+        "oflag=direct",
+    ];
+    let spare = guest.sh("dmsetup info -c --noheadings -o blkdevname spare")?;
+    let writer = guest.spawn(&write)?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let seen = observe_backup_of(guest, &all)?;
+    equal("the backup", &seen, &good(&["/mnt/a/w"]))?;
+    let words = format!("was written to /dev/{} while", spare.trim());
+    says(guest, &daemon, &[&words])?;
+    let log = guest.output(&daemon)?;
+    equal(
+        "what was written to",
+        log.matches("was written to").count(),
+        1,
+    )?;
+    stop(guest, guest.module(), &daemon)?;
+
+    let daemon = start_with(guest, "strict = true")?;
+    let seen = observe_backup_of(guest, &all)?;
+    let told = (seen.freeze, seen.thaw);
+    equal("strict", told, (status::OK, Some(status::FAIL)))?;
+    guest.signal(&writer, 9)?;
+    guest.wait(&writer, STEP)?;
+    let seen = observe_backup_of(guest, &all)?;
+    equal("strict, without a writer", &seen, &good(&["/mnt/a/w"]))?;
+    stop(guest, guest.module(), &daemon)?;
+
+    // A RAID whose halves differ where there are no files, and are made alike in the window.
+    let halves = [first, second].map(|it| it.trim_start_matches("/dev/"));
+    guest.sh(&super::broken::raid(halves))?;
+    guest.sh(&format!(
+        "dd if=/dev/urandom of={second} bs=1M seek=60 count=2 oflag=direct 2>/dev/null"
+    ))?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let both = [disks[1].in_backup(), disks[2].in_backup()];
+    let written = || {
+        guest.sh(&format!(
+            "awk '{{ print $7 }}' /sys/block/{}/stat",
+            halves[1]
+        ))
+    };
+    answered("FREEZE", &guest.vss().freeze(&both, STEP)?, status::OK)?;
+    let before = written()?;
+    guest
+        .sh("cd /sys/block/md_lab/md && echo 200000 >sync_speed_max && echo repair >sync_action")?;
+    guest.wait_until("md has written to the second half", STEP, || {
+        Ok(written()? != before)
+    })?;
+    answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+    says(guest, &daemon, &["the backup is good"])?;
+    let log = guest.output(&daemon)?;
+    ensure!(!log.contains("was written to"), "nobody else did:\n{log}");
+    stop(guest, guest.module(), &daemon)?;
+    guest.writers_stop()?;
+    guest.sh("echo idle >/sys/block/md_lab/md/sync_action")?;
+    guest.sh(super::broken::NO_RAID)?;
+    guest
+        .sh("umount /mnt/a && dmsetup remove spare && dmsetup remove used && dmsetup remove under")
+        .map(drop)
 }
