@@ -10,14 +10,19 @@ use std::collections::btree_map::{BTreeMap, Entry};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::statvfs::{fstatvfs, FsFlags};
 
 use crate::config::Config;
+use crate::ground::Watched;
 use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
-use crate::open::{open_file_system, OpenError};
+use crate::open::{open_within, OpenError};
 use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope};
 use crate::superblocks::{long_operations, Listed};
-use crate::watch::{Before, Kernel, Marks, Signals};
+use crate::watch::{Before, Kernel, Marks, ReadOnly, Signals};
 
 /// How often the machine is looked at anew when it changed between reading and opening. What was
 /// opened stays open, so only what comes and goes all the time can use them up.
@@ -58,6 +63,8 @@ pub struct Opened {
     pub devices: Vec<DevId>,
     /// The disks below those.
     pub disks: Vec<DevId>,
+    /// As [`FileSystem::below`].
+    pub below: Option<BTreeSet<DevId>>,
     /// As [`FileSystem::stands_on`].
     pub stands_on: Option<BTreeSet<DevId>>,
     /// Anything on it.
@@ -91,8 +98,8 @@ pub struct Gathered {
     pub disks: Vec<String>,
     /// Why it is not only for those disks though it was to be.
     pub not_only_listed: Option<String>,
-    /// The disks of the backup that nothing should be written to once all is frozen, by number and node.
-    pub at_rest: Vec<(DevId, String)>,
+    /// The devices of the backup's disks that nothing should be written to once all is frozen.
+    pub at_rest: Vec<Watched>,
     /// What superblocks there were before it was planned; `None` if nobody tells.
     pub alive: Option<Listed>,
 }
@@ -109,6 +116,8 @@ pub struct Cache<S: Signals = Kernel> {
     plan: Plan,
     /// Without these the plan is of no use a second time.
     marks: Option<Marks<S>>,
+    /// What it leaves out for being read-only.
+    read_only: ReadOnly<S>,
     /// The superblocks that there were before it was made, as far as anybody tells.
     alive: Option<S::Alive>,
     /// The rules that were reported for matching nothing.
@@ -122,6 +131,7 @@ impl<S: Signals> Cache<S> {
             signals,
             plan: Plan::default(),
             marks: None,
+            read_only: ReadOnly::default(),
             alive: None,
             idle: BTreeSet::new(),
         }
@@ -131,7 +141,9 @@ impl<S: Signals> Cache<S> {
     /// Where a later change would go unnoticed, each call makes one.
     fn plan(&mut self, config: &Config) -> Result<S::Ways, LookError> {
         let marks = self.marks.take();
-        if let Some((marks, ways)) = marks.and_then(|it| it.unchanged(&mut self.signals)) {
+        if let Some((marks, ways)) =
+            marks.and_then(|it| it.unchanged(&mut self.signals, &self.read_only))
+        {
             self.marks = Some(marks);
             return Ok(ways);
         }
@@ -142,7 +154,9 @@ impl<S: Signals> Cache<S> {
         };
         let machine = self.signals.look()?;
         self.plan = plan(&machine.mounts, &machine.topology, &|f| config.excludes(f));
-        let complete = |it: Before<S>| it.complete(&mut self.signals, &machine, &self.plan);
+        self.read_only = ReadOnly::of(&mut self.signals, &machine.ways, &self.plan);
+        let (signals, read_only) = (&mut self.signals, &self.read_only);
+        let complete = |it: Before<S>| it.complete(signals, &machine, &self.plan, read_only);
         self.marks = before.and_then(complete);
         Ok(machine.ways)
     }
@@ -229,6 +243,7 @@ impl Cache {
                     wave,
                     devices: file_system.devices.clone(),
                     disks: file_system.disks.clone(),
+                    below: file_system.below.clone(),
                     stands_on: file_system.stands_on.clone(),
                     fd,
                 }));
@@ -262,14 +277,16 @@ impl Cache {
         self.signals.alive().ok()
     }
 
-    /// Whether nothing can be written that could not be with these superblocks: there are the same, and
-    /// what was left out for being read-only still is, as far as the kernel tells. No path is looked up.
-    pub fn is_all_there(&mut self, alive: &Option<Listed>) -> bool {
-        let Cache { signals, marks, .. } = self;
-        signals.are_alive(alive)
-            && marks
-                .as_ref()
-                .is_none_or(|it| it.is_read_only_still(signals))
+    /// Whether nothing can be written that could not be with these superblocks: there is no other, and
+    /// what was left out for being read-only is not writable, as far as the kernel tells. No path is looked
+    /// up.
+    pub fn is_all_there(&mut self, alive: Option<&Listed>) -> bool {
+        !self.signals.has_news(alive) && self.writable_now().is_empty()
+    }
+
+    /// The names of what was left out for being read-only and is writable by now.
+    pub fn writable_now(&mut self) -> Vec<String> {
+        self.read_only.writable_now(&mut self.signals)
     }
 
     /// Opens what the plan for these disks says, and returns it without what could not be opened, with
@@ -278,10 +295,10 @@ impl Cache {
         let mut open = BTreeMap::new();
         let mut attempt = 1;
         loop {
-            let ways = self.plan(config)?;
+            let ways = Arc::new(self.plan(config)?);
             let (mut plan, scope) = self.plan_of(config, disks);
             leave_out_busy(&mut plan);
-            let (plan, has_changed) = open_all(&ways, plan, &mut open)?;
+            let (plan, has_changed) = open_all(config.give_up, &ways, plan, &mut open)?;
             if !has_changed {
                 return Ok((plan, scope, open));
             }
@@ -325,9 +342,11 @@ fn why_not_only(disks: &[String], scope: &Scope) -> Option<String> {
 }
 
 /// Opens all of `plan` that is not in `open` yet, and moves what cannot be opened to what is left
-/// out. Says as well whether the plan seems to be out of date.
+/// out. Says as well whether the plan seems to be out of date. What a program serves has so much time to
+/// be opened.
 fn open_all(
-    ways: &Ways,
+    limit: Duration,
+    ways: &Arc<Ways>,
     mut plan: Plan,
     open: &mut BTreeMap<DevId, OwnedFd>,
 ) -> Result<(Plan, bool), OpenError> {
@@ -342,7 +361,15 @@ fn open_all(
         let mut opened = Vec::new();
         for file_system in std::mem::take(members) {
             if let Entry::Vacant(place) = open.entry(file_system.dev) {
-                match open_file_system(ways, &file_system) {
+                match open_within(limit, ways, &file_system) {
+                    // No table shows it, so only now it can be asked.
+                    Ok(fd) if file_system.places.is_empty() && is_read_only(&fd) => {
+                        left_out.push(LeftOut {
+                            file_system,
+                            reason: Reason::ReadOnly,
+                        });
+                        continue;
+                    }
                     Ok(fd) => drop(place.insert(fd)),
                     Err(error) if error.is_our_own() => return Err(error),
                     Err(error) => {
@@ -358,6 +385,11 @@ fn open_all(
     }
     waves.retain(|members| !members.is_empty());
     Ok((plan, has_changed))
+}
+
+/// Whether this is on a read-only superblock, or a read-only mount.
+fn is_read_only(fd: &OwnedFd) -> bool {
+    fstatvfs(fd).is_ok_and(|found| found.flags().contains(FsFlags::ST_RDONLY))
 }
 
 fn left_out_for(file_system: FileSystem, error: &OpenError) -> LeftOut {
@@ -433,6 +465,8 @@ mod tests {
         last: u64,
         own_table_has_changed: bool,
         uevents: u64,
+        /// A disk whose file system has shut down.
+        shut_down: Option<u32>,
     }
 
     #[derive(Clone, Debug)]
@@ -603,7 +637,11 @@ mod tests {
                 } else {
                     "rw"
                 };
-                format!("{id} 1 100:{disk} / {path} {way} - ext4 /dev/d{disk} {way}\n")
+                let state = match self.shut_down {
+                    Some(it) if it == *disk => ",shutdown",
+                    _ => "",
+                };
+                format!("{id} 1 100:{disk} / {path} {way} - ext4 /dev/d{disk} {way}{state}\n")
             };
             let table = |it: &Space| it.mounts.iter().map(|(id, m)| line(id, m)).collect();
             self.spaces.iter().map(table).collect()
@@ -712,11 +750,11 @@ mod tests {
             Some((space, place.id))
         }
 
-        fn is_read_only(&mut self, (space, mount): &(u64, u64)) -> bool {
+        fn is_read_only(&mut self, (space, mount): &(u64, u64)) -> Option<bool> {
             let model = self.0.borrow();
-            let space = model.spaces.iter().find(|it| it.id == *space);
-            let mount = space.and_then(|it| it.mounts.get(mount));
-            mount.is_some_and(|(disk, _)| model.alive[disk].read_only)
+            let space = model.spaces.iter().find(|it| it.id == *space)?;
+            let (disk, _) = space.mounts.get(mount)?;
+            Some(model.alive[disk].read_only)
         }
     }
 
@@ -796,7 +834,9 @@ mod tests {
         // And a plan that still holds is used, or the whole room would be for nothing.
         cache.plan(&config).unwrap();
         let marks = cache.marks.take().unwrap();
-        prop_assert!(marks.unchanged(&mut cache.signals).is_some());
+        prop_assert!(marks
+            .unchanged(&mut cache.signals, &cache.read_only)
+            .is_some());
         Ok(())
     }
 
@@ -818,6 +858,41 @@ mod tests {
             Step::Backup,
         ];
         walk(&steps).unwrap();
+    }
+
+    #[test]
+    fn what_becomes_writable_is_named_though_another_is_out_of_order_and_an_unmount_is_not() {
+        let model = Shared(Rc::new(RefCell::new(Model {
+            spaces: vec![Space::default()],
+            shut_down: Some(4),
+            ..Model::default()
+        })));
+        let mut cache = Cache::with(model.clone());
+        let read_only = |disk| Step::Mount {
+            space: 0,
+            disk,
+            read_only: true,
+        };
+        let apply = |step: &Step| model.0.borrow_mut().apply(step);
+        [mount(4), read_only(5), read_only(3)]
+            .iter()
+            .for_each(apply);
+        cache.prepare(&Config::default()).unwrap();
+        assert!(cache.marks.is_none(), "nothing tells when it is repaired");
+        let writable = |cache: &mut Cache<Shared>| cache.read_only.writable_now(&mut cache.signals);
+        assert!(writable(&mut cache).is_empty());
+        apply(&Step::Remount {
+            space: 0,
+            nth: 1,
+            read_only: false,
+        });
+        assert_eq!(writable(&mut cache), ["/m4 (ext4, 100:5)"]);
+        apply(&Step::Unmount {
+            space: 0,
+            nth: 1,
+            lazily: false,
+        });
+        assert!(writable(&mut cache).is_empty());
     }
 
     #[test]

@@ -469,6 +469,7 @@ mod tests {
             source: Some(source.into()),
             devices: Vec::new(),
             disks: Vec::new(),
+            below: None,
             stands_on: None,
             places: paths.iter().map(|path| place(0, path, true)).collect(),
         }

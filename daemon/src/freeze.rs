@@ -23,6 +23,7 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::door::{Door, DoorError, Syncer};
+use crate::ground::Watched;
 use crate::logbook::Logbook;
 use crate::mounts::DevId;
 use crate::pool::Pool;
@@ -85,8 +86,8 @@ pub enum ThawError {
         /// Which.
         names: Vec<String>,
     },
-    /// They were mounted after the freeze, and the configuration is strict.
-    #[error("mounted while the rest was frozen, and the configuration is strict: {}", .names.join(", "))]
+    /// They were mounted or made writable after the freeze, and the configuration is strict.
+    #[error("mounted or made writable while the rest was frozen, and the configuration is strict: {}", .names.join(", "))]
     Late {
         /// Which.
         names: Vec<String>,
@@ -189,6 +190,8 @@ pub struct Target {
     pub wave: usize,
     /// The disks that it is on, perhaps with others.
     disks: Vec<DevId>,
+    /// Those and all devices in between; `None` where it may have a part of any other.
+    below: Option<BTreeSet<DevId>>,
     /// The file systems that hold what it is on; `None` where that may be any.
     stands_on: Option<BTreeSet<DevId>>,
     /// How long its freeze took the last time.
@@ -209,6 +212,7 @@ impl Target {
             name,
             wave,
             disks: Vec::new(),
+            below: None,
             stands_on: None,
             usual: None,
             fd,
@@ -221,6 +225,11 @@ impl Target {
     /// What is on the same disks is written back one after the other.
     pub fn with_disks(self, disks: Vec<DevId>) -> Self {
         Target { disks, ..self }
+    }
+
+    /// What is written to it is written to these devices, and no others.
+    pub fn with_all_below(self, below: Option<BTreeSet<DevId>>) -> Self {
+        Target { below, ..self }
     }
 
     /// It is on files of these file systems.
@@ -612,13 +621,14 @@ impl Session {
         Ok(self.summary())
     }
 
-    /// Whether something on that disk is not frozen although it was to be, other than these.
-    pub fn goes_on_on(&self, disk: &DevId, but: &BTreeSet<DevId>) -> bool {
+    /// Whether something that may be on that device is not frozen although it was to be, other than these.
+    pub fn goes_on_on(&self, device: &Watched, but: &BTreeSet<DevId>) -> bool {
         let targets = self.work.targets.iter();
         let mut targets = targets.filter(|it| !but.contains(&it.dev));
         targets.any(|target| {
             let is_frozen = matches!(*target.state(), State::Ours { .. } | State::Foreign);
-            !is_frozen && target.disks.contains(disk)
+            let below = target.below.as_ref();
+            !is_frozen && below.is_none_or(|below| device.counts(below))
         })
     }
 
@@ -1081,13 +1091,25 @@ impl Work {
             Errno::EOPNOTSUPP | Errno::ENOTTY => {
                 lock(&self.obstacles).push(Obstacle::Unfreezable(index));
             }
+            // The file system's own words, and what a disk that fails a write-back makes of it
+            // (`blk_errors` of the kernel).
             Errno::EIO
             | Errno::ENXIO
             | Errno::ENODEV
             | Errno::EROFS
             | Errno::ESHUTDOWN
             | Errno::EUCLEAN
-            | Errno::EREMOTEIO => {
+            | Errno::EREMOTEIO
+            | Errno::ETIMEDOUT
+            | Errno::ETIME
+            | Errno::ENOLINK
+            | Errno::ENODATA
+            | Errno::EILSEQ
+            | Errno::EBADE => {
+                self.give_up_on(target, State::Broken, format!("is out of order: {error}"));
+            }
+            // A thin volume whose pool is full; the module says so of itself.
+            Errno::ENOSPC if self.door.watched_every().is_some() => {
                 self.give_up_on(target, State::Broken, format!("is out of order: {error}"));
             }
             _ => {

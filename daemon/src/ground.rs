@@ -6,6 +6,7 @@
 //! A pure function of what was read, for [`crate::plan`].
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use crate::mounts::{DevId, Mount};
 use crate::topology::{Backing, Device, Topology};
@@ -17,11 +18,49 @@ pub struct Disk {
     pub name: String,
     /// Where the host has it, if it is one of the host's.
     pub address: Option<String>,
-    /// Whether what is on it may lie on another disk of this machine: a program may serve it.
-    pub is_served: bool,
-    /// Whether nothing between it and the file systems on it writes by itself, as md, thin volumes and
-    /// caches do.
-    pub is_plain: bool,
+    /// The devices whose counters tell whether something was written there past the file systems, if it is
+    /// one of the host's: itself, if nothing between it and them writes by itself, as md, thin volumes and
+    /// caches do. Else the topmost ones: what is written by itself goes to those below only.
+    pub watched: Vec<Watched>,
+}
+
+/// A device by whose counter it is told that something was written to it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Watched {
+    /// Its number.
+    pub dev: DevId,
+    /// The kernel's name.
+    pub name: String,
+    /// The partitions on it, where what is written to those does not count.
+    pub without: Vec<DevId>,
+}
+
+impl Watched {
+    /// Whether it counts what is written to something that is on these devices, all that there are down to
+    /// the disks.
+    pub fn counts(&self, below: &BTreeSet<DevId>) -> bool {
+        below.contains(&self.dev) && !self.without.iter().any(|it| below.contains(it))
+    }
+}
+
+impl fmt::Display for Watched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "/dev/{}", self.name)?;
+        match self.without.is_empty() {
+            true => Ok(()),
+            false => f.write_str(" outside of its partitions"),
+        }
+    }
+}
+
+/// What a superblock is on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Footing {
+    /// The lowest devices below it, and below whatever holds a file that it is on. Empty when nothing is
+    /// known of them.
+    pub disks: BTreeSet<DevId>,
+    /// Those and all that is between; `None` where it may have a part of any other as well.
+    pub below: Option<BTreeSet<DevId>>,
 }
 
 /// All devices that a superblock is on, to any depth: those of its own, and its journals and logs.
@@ -106,23 +145,48 @@ impl<'a> Ground<'a> {
         devices_below(self.topology, superblock, devices)
     }
 
-    /// The lowest devices below a superblock, and below whatever holds a file that it is on. Empty when
-    /// nothing is known of them.
-    pub fn disks(&self, superblock: DevId) -> BTreeSet<DevId> {
-        let mut disks = BTreeSet::new();
+    /// What a superblock is on.
+    pub fn of(&self, superblock: DevId) -> Footing {
+        let (mut disks, mut all) = (BTreeSet::new(), BTreeSet::new());
+        let mut is_certain = true;
         let mut seen = BTreeSet::from([superblock]);
         let mut todo = vec![superblock];
         while let Some(next) = todo.pop() {
-            let below = self.below(next).into_iter();
-            for (dev, device) in below.filter(|(_, device)| device.below.is_empty()) {
+            is_certain &= !self.topology.unclear.contains(&next);
+            for (dev, device) in self.below(next) {
+                all.insert(dev);
+                if !device.below.is_empty() {
+                    continue;
+                }
                 match device.backing.as_ref().and_then(|it| self.holder(it)) {
                     Some(holder) if !seen.insert(holder) => {}
                     Some(holder) => todo.push(holder),
-                    None => drop(disks.insert(dev)),
+                    None => {
+                        is_certain &= !self.is_served(device);
+                        disks.insert(dev);
+                    }
                 }
             }
         }
-        disks
+        is_certain &= !disks.is_empty();
+        if self.topology.gone.contains(&superblock) {
+            // Nothing is written there any more.
+            (all, is_certain) = (BTreeSet::from([superblock]), true);
+        }
+        Footing {
+            disks,
+            below: is_certain.then_some(all),
+        }
+    }
+
+    /// Whether what is on such a disk may lie on another one of this machine: a program may serve it, or it
+    /// is a file that is not in memory.
+    fn is_served(&self, disk: &Device) -> bool {
+        let is_file = disk
+            .backing
+            .as_ref()
+            .is_some_and(|it| !matches!(holder(self.mounts, self.topology, it), Holder::Memory));
+        disk.user_space || is_file
     }
 
     /// What holds the file behind a loop device, if that is one of these superblocks.
@@ -133,8 +197,8 @@ impl<'a> Ground<'a> {
         }
     }
 
-    /// The disks that the host gives, and all of these.
-    pub fn describe(&self, disks: &[BTreeSet<DevId>]) -> BTreeMap<DevId, Disk> {
+    /// The disks that the host gives, and all those of these.
+    pub fn describe(&self, footings: &[Footing]) -> BTreeMap<DevId, Disk> {
         let restless: BTreeSet<DevId> = self
             .devices
             .keys()
@@ -144,27 +208,51 @@ impl<'a> Ground<'a> {
             let disk = Disk {
                 name: it.name.clone(),
                 address: Some(it.address.clone()),
-                is_served: false,
-                is_plain: !restless.contains(dev),
+                watched: match restless.contains(dev) {
+                    true => self.topmost(*dev),
+                    false => vec![Watched {
+                        dev: *dev,
+                        name: it.name.clone(),
+                        without: Vec::new(),
+                    }],
+                },
             };
             (*dev, disk)
         });
-        let others = disks.iter().flatten().filter_map(|dev| {
-            let device = self.topology.devices.get(dev)?;
-            // A file that is not in memory lies somewhere on the others.
-            let is_file = device.backing.as_ref().is_some_and(|it| {
-                !matches!(holder(self.mounts, self.topology, it), Holder::Memory)
-            });
+        let others = footings.iter().flat_map(|it| &it.disks);
+        let others = others.filter_map(|dev| {
             let disk = Disk {
-                name: device.name.clone(),
+                name: self.topology.devices.get(dev)?.name.clone(),
                 address: None,
-                is_served: device.user_space || is_file,
-                is_plain: !restless.contains(dev),
+                watched: Vec::new(),
             };
             Some((*dev, disk))
         });
         // Of two that are the same one the last stays.
         others.chain(hosts).collect()
+    }
+
+    /// The devices above a disk that nothing is above, and what lies outside of the partitions of those that
+    /// have some.
+    fn topmost(&self, disk: DevId) -> Vec<Watched> {
+        let mut todo = vec![disk];
+        let (mut seen, mut topmost) = (BTreeSet::new(), Vec::new());
+        while let Some(dev) = todo.pop() {
+            let Some(above) = self.topology.above.get(&dev).filter(|_| seen.insert(dev)) else {
+                continue;
+            };
+            todo.extend(above.partitions.iter().chain(&above.holders));
+            // What a holder of the whole writes to partitions goes past them.
+            if above.holders.is_empty() {
+                topmost.push(Watched {
+                    dev,
+                    name: above.name.clone(),
+                    without: above.partitions.clone(),
+                });
+            }
+        }
+        topmost.sort_unstable();
+        topmost
     }
 
     /// The lowest devices of it, if something above them writes by itself: md, and what the device mapper

@@ -27,6 +27,7 @@ use crate::fifreeze::Unguarded;
 use crate::freeze::{
     FreezeError, How, Learnt, Limits, Means, Session, Stay, Summary, Target, ThawError,
 };
+use crate::ground::Watched;
 use crate::hooks::{self, Found, HookError};
 use crate::logbook::{Held, Logbook, Sink};
 use crate::machine::LookError;
@@ -181,13 +182,21 @@ impl Freezer {
         warn_of_moving(&moving, log);
         let learnt = &self.learnt;
         let known = |it: &&Opened| learnt.is_unfreezable(it.dev);
-        let others = |disk: DevId| {
-            let on_it = targets.iter().filter(known);
-            let on_it = on_it.filter(|it| it.disks.contains(&disk));
+        let others = |watched: &Watched| {
+            let counts = |it: &&Opened| it.below.as_ref().is_some_and(|it| watched.counts(it));
+            let on_it = targets.iter().filter(known).filter(counts);
             on_it.flat_map(|it| it.devices.iter().copied()).collect()
         };
-        let at_rest = without_swap(at_rest, &targets).into_iter();
-        let mut at_rest = AtRest::new(at_rest.map(|(dev, node)| (dev, node, others(dev))));
+        let is_anywhere = |it: &Opened| it.below.is_none();
+        let at_rest = match targets.iter().filter(known).any(is_anywhere) {
+            true => Vec::new(),
+            false => without_swap(at_rest, &targets),
+        };
+        let at_rest = at_rest.into_iter().map(|it| {
+            let others = others(&it);
+            (it, others)
+        });
+        let mut at_rest = AtRest::new(at_rest);
         let known: BTreeSet<DevId> = targets.iter().filter(known).map(|it| it.dev).collect();
         for it in &disks {
             log.info(format!("in the backup: {it}"));
@@ -219,7 +228,8 @@ impl Freezer {
         if self.is_worth_a_sync() {
             // It may take long, and nothing is frozen yet.
             log.aloud(|| session.sync(&self.learnt));
-            if self.cache.alive_now() != alive {
+            let now = self.cache.alive_now();
+            if Listed::has_news(alive.as_ref(), now.as_ref()) {
                 return Ok(None);
             }
         }
@@ -227,7 +237,7 @@ impl Freezer {
         // Where that is not allowed it takes longer.
         let _ = process::go_first();
         let mut summary = session.freeze(&mut self.learnt)?;
-        if !self.cache.is_all_there(&alive) {
+        if !self.cache.is_all_there(alive.as_ref()) {
             let thawed = session.thaw();
             session.disarm();
             return match thawed {
@@ -237,7 +247,7 @@ impl Freezer {
                 Ok(()) | Err(_) => Ok(None),
             };
         }
-        at_rest.begin(|disk| session.goes_on_on(disk, &known));
+        at_rest.begin(|device| session.goes_on_on(device, &known));
         summary.left_out += missing.len();
         if summary.ours + summary.foreign == 0 {
             if config.strict {
@@ -257,7 +267,7 @@ impl Freezer {
     }
 
     /// Thaws what was frozen; everything is tried, whatever fails, and [`Frozen::tidy`] is to follow.
-    /// Names what was mounted meanwhile: that is on a disk and was not frozen.
+    /// Names what was mounted or made writable meanwhile: that is on a disk and was not frozen.
     pub fn thaw(&mut self, frozen: &Frozen, setting: &Setting) -> Result<(), ThawError> {
         let mut nodes = frozen.at_rest.written();
         let moving = frozen.layers.at_work();
@@ -268,15 +278,19 @@ impl Freezer {
             nodes.clear();
         }
         // Only now, since writers wait no longer: what has come in the last moment is named as well.
-        let names = match (&frozen.alive, self.cache.alive_now()) {
+        let mounted = match (&frozen.alive, self.cache.alive_now()) {
             (Some(before), Some(now)) => now.since(before),
             _ => Vec::new(),
         };
-        for name in &names {
+        let writable = self.cache.writable_now();
+        let mounted_words = mounted.iter().map(|it| format!("{it} was mounted"));
+        let writable_words = writable.iter().map(|it| format!("{it} was made writable"));
+        for words in mounted_words.chain(writable_words) {
             setting.log.warning(format!(
-                "{name} was mounted while the rest was frozen, and was not frozen"
+                "{words} while the rest was frozen, and was not frozen"
             ));
         }
+        let names: Vec<String> = mounted.into_iter().chain(writable).collect();
         for node in &nodes {
             setting.log.warning(format!(
                 "something was written to {node} while all that is known to be on it was frozen: by a \
@@ -319,18 +333,28 @@ fn warn_of_moving(layers: &BTreeSet<String>, log: &Logbook) {
 }
 
 /// Without those that the kernel swaps to: that is in no file system, and nobody misses it in a copy.
-fn without_swap(disks: Vec<(DevId, String)>, targets: &[Opened]) -> Vec<(DevId, String)> {
-    if disks.is_empty() {
-        return disks;
+fn without_swap(watched: Vec<Watched>, targets: &[Opened]) -> Vec<Watched> {
+    if watched.is_empty() {
+        return watched;
     }
     let files = writes::swapped_to();
-    let below_files = targets.iter().filter(|it| files.contains(&it.dev));
-    let below_files = below_files.flat_map(|it| it.disks.iter().copied());
-    let wholes = writes::swapped_to_as_a_whole();
-    let below_wholes = wholes.into_iter().flat_map(topology::lowest_below);
-    let swapped: BTreeSet<DevId> = below_files.chain(below_wholes).collect();
-    let disks = disks.into_iter();
-    disks.filter(|(dev, _)| !swapped.contains(dev)).collect()
+    let below_files = targets.iter().filter(|it| has_swap(it, &files));
+    let below_files: Option<Vec<_>> = below_files.map(|it| it.below.clone()).collect();
+    let Some(mut swapped) = below_files else {
+        return Vec::new();
+    };
+    let wholes = writes::swapped_to_as_a_whole().into_iter();
+    swapped.extend(wholes.map(|dev| topology::all_below([dev]).into_keys().collect()));
+    let is_swapped = |it: &Watched| swapped.iter().any(|below| it.counts(below));
+    let watched = watched.into_iter();
+    watched.filter(|it| !is_swapped(it)).collect()
+}
+
+/// Whether one of these files that are swapped to, by the number of their file system, may be there: a
+/// subvolume of btrfs has a number of its own.
+fn has_swap(opened: &Opened, files: &[DevId]) -> bool {
+    let mut files = files.iter();
+    files.any(|dev| *dev == opened.dev || (dev.major == 0 && opened.dev.major == 0))
 }
 
 fn target(opened: Opened) -> Target {
@@ -339,24 +363,20 @@ fn target(opened: Opened) -> Target {
         name,
         wave,
         disks,
+        below,
         stands_on,
         fd,
         ..
     } = opened;
     let target = Target::new(dev, name, wave, fd).with_disks(disks);
-    target.standing_on(stands_on)
+    target.with_all_below(below).standing_on(stands_on)
 }
 
 /// Where others can thaw, what is written tells of it, unless the kernel itself writes there.
 fn look_out_for_writes(targets: Vec<Opened>, log: &Logbook) -> Vec<Target> {
     let swapped_to = writes::swapped_to();
-    // A subvolume of btrfs has a number of its own.
-    let is_swap = |it: &Opened| {
-        let mut files = swapped_to.iter();
-        files.any(|dev| *dev == it.dev || (dev.major == 0 && it.dev.major == 0))
-    };
     let each = targets.into_iter().map(|it| {
-        if is_swap(&it) {
+        if has_swap(&it, &swapped_to) {
             let name = &it.name;
             log.info(format!(
                 "{name} has a file that is swapped to: if others thaw it for a moment and freeze it \

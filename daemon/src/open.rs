@@ -15,6 +15,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{open, openat, OFlag};
@@ -26,6 +30,11 @@ use crate::mounts::{self, Attached, DevId};
 use crate::plan::{FileSystem, Place};
 use crate::superblocks::{self, Entry};
 use crate::sys::{self, Identity};
+
+/// The type that is on a disk and served by a program.
+const SERVED: &str = "fuseblk";
+/// Enough for a look-up.
+const STACK_BYTES: usize = 128 * 1024;
 
 /// Why one place could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +81,9 @@ pub enum PlaceError {
     /// The superblock is gone.
     #[error("it is mounted no longer")]
     Gone,
+    /// The program that serves it has to be asked, and says nothing.
+    #[error("its server does not answer")]
+    Silent,
 }
 
 impl PlaceError {
@@ -161,6 +173,45 @@ impl OpenError {
     }
 }
 
+/// Opens `file_system`, which a program may serve: the kernel asks it first. Then that takes no longer than
+/// `limit`, and is not tried again as long as it has not come back.
+pub fn open_within(
+    limit: Duration,
+    ways: &Arc<Ways>,
+    file_system: &FileSystem,
+) -> Result<OwnedFd, OpenError> {
+    /// Those that have not come back.
+    static HUNG: Mutex<BTreeSet<DevId>> = Mutex::new(BTreeSet::new());
+    // It is whole after each change.
+    let hung = || HUNG.lock().unwrap_or_else(PoisonError::into_inner);
+    if file_system.fs_type != SERVED {
+        return open_file_system(ways, file_system);
+    }
+    let fail = |error| OpenError {
+        file_system: file_system.to_string(),
+        tried: vec![error],
+    };
+    if !hung().insert(file_system.dev) {
+        return Err(fail(PlaceError::Silent));
+    }
+    let (tell, told) = channel();
+    let (ways, asked) = (Arc::clone(ways), file_system.clone());
+    let open = move || {
+        let opened = open_file_system(&ways, &asked);
+        hung().remove(&asked.dev);
+        // Nobody listens any more when it took too long.
+        let _ = tell.send(opened);
+    };
+    let thread = thread::Builder::new().name("open".into());
+    if let Err(source) = thread.stack_size(STACK_BYTES).spawn(open) {
+        hung().remove(&file_system.dev);
+        let path = file_system.places.first().map(|it| it.path.clone());
+        return Err(fail(PlaceError::open(&path.unwrap_or_default(), source)));
+    }
+    let silent = |_| Err(fail(PlaceError::Silent));
+    told.recv_timeout(limit).unwrap_or_else(silent)
+}
+
 /// Opens `file_system` through the first of its places that still leads to it.
 ///
 /// If none does because other mounts lie over all of them, or over folders above, those are taken
@@ -228,7 +279,9 @@ fn mount_again(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, PlaceEr
     let mut refused = Errno::ENODEV.into();
     for fs_type in types_of(file_system) {
         let fs_type = c_string(OsStr::new(fs_type))?;
-        for read_only in [false, true] {
+        // Read-only first: that never changes a superblock that is alive. btrfs would make a read-only one
+        // writable where it is asked for a writable mount.
+        for read_only in [true, false] {
             match sys::mount_detached(&fs_type, &source, read_only) {
                 Ok(root) => {
                     let fd = open_root(&root).map_err(again)?;
@@ -389,6 +442,7 @@ mod tests {
             source: None,
             devices: vec![dev],
             disks: Vec::new(),
+            below: None,
             stands_on: None,
             places: vec![Place {
                 namespace: 0,

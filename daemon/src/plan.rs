@@ -20,7 +20,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use crate::ground::{devices_below, holder, Disk, Ground, Holder};
+use crate::ground::{devices_below, holder, Disk, Ground, Holder, Watched};
 use crate::mounts::{DevId, Mount};
 use crate::topology::{Topology, Unmounted};
 
@@ -55,6 +55,8 @@ pub struct FileSystem {
     /// The lowest devices below those, and below what holds a file that it is on. Others may have a
     /// part of them as well. Empty when they are not known.
     pub disks: Vec<DevId>,
+    /// Those and all devices in between; `None` where it may have a part of any other as well.
+    pub below: Option<BTreeSet<DevId>>,
     /// The other superblocks that hold what it is on, to any depth, of those that are frozen. `None` where
     /// that may be any.
     pub stands_on: Option<BTreeSet<DevId>>,
@@ -195,40 +197,35 @@ impl Plan {
             .filter(move |it| it.disks.contains(&dev))
     }
 
-    /// Those disks of a backup, by number and node, to which nothing should be written once all is frozen
-    /// that is planned: no file system on them goes on. Where the host has named none, those of the host.
-    pub fn at_rest(&self, scope: &Scope) -> Vec<(DevId, String)> {
-        let is_of_it = |dev: &DevId, disk: &Disk| match scope.disks.is_empty() {
+    /// Those devices of the disks of a backup to which nothing should be written once all is frozen that is
+    /// planned: no file system on them goes on. Where the host has named no disks, those of all its disks.
+    pub fn at_rest(&self, scope: &Scope) -> Vec<Watched> {
+        let goes_on = |it: &LeftOut| !matches!(it.reason, Reason::ReadOnly | Reason::NoBlockDevice);
+        let left_out = self.left_out.iter().filter(|it| goes_on(it));
+        let moving = left_out.map(|it| &it.file_system).chain(&self.synced);
+        let moving: Option<Vec<_>> = moving.map(|it| it.below.as_ref()).collect();
+        let Some(moving) = moving else {
+            // It may be any disk that is written to.
+            return Vec::new();
+        };
+        let is_of_it = |(dev, disk): &(&DevId, &Disk)| match scope.disks.is_empty() {
             true => disk.address.is_some(),
             false => scope.disks.contains(dev),
         };
-        let goes_on = |it: &LeftOut| !matches!(it.reason, Reason::ReadOnly | Reason::NoBlockDevice);
-        let left_out = self.left_out.iter().filter(|it| goes_on(it));
-        let left_out = left_out.map(|it| &it.file_system);
-        let moving: BTreeSet<DevId> = left_out
-            .chain(&self.synced)
-            .flat_map(|it| it.disks.iter().copied())
-            .collect();
-        let disks = self.disks.iter();
-        let at_rest = disks
-            .filter(|(dev, disk)| disk.is_plain && is_of_it(dev, disk) && !moving.contains(dev));
-        at_rest
-            .map(|(dev, disk)| (*dev, format!("/dev/{}", disk.name)))
-            .collect()
+        let disks = self.disks.iter().filter(is_of_it);
+        let watched: BTreeSet<&Watched> = disks.flat_map(|(_, disk)| &disk.watched).collect();
+        let at_rest = watched.into_iter();
+        let at_rest = at_rest.filter(|it| !moving.iter().any(|below| it.counts(below)));
+        at_rest.cloned().collect()
     }
 
     /// Leaves out what has no part of any of these disks. Where that is not certain, it stays.
     pub fn leave_out_all_but(&mut self, disks: &BTreeSet<DevId>) {
-        let known = std::mem::take(&mut self.disks);
-        let is_other = |dev: &DevId| {
-            let disk = known.get(dev);
-            !disks.contains(dev) && disk.is_some_and(|it| !it.is_served)
-        };
         self.leave_out(|it| {
-            let is_elsewhere = !it.disks.is_empty() && it.disks.iter().all(is_other);
+            let is_elsewhere =
+                it.below.is_some() && !it.disks.iter().any(|dev| disks.contains(dev));
             is_elsewhere.then_some(Reason::Elsewhere)
         });
-        self.disks = known;
     }
 
     /// Leaves out whatever there is a reason for.
@@ -267,15 +264,16 @@ pub fn plan(
     let devices = superblocks.iter().map(|it| &it.file_system);
     let devices = devices.map(|it| (it.dev, it.devices.as_slice())).collect();
     let ground = Ground::new(mounts, topology, devices);
-    let disks: Vec<_> = superblocks
+    let footings: Vec<_> = superblocks
         .iter()
-        .map(|it| ground.disks(it.file_system.dev))
+        .map(|it| ground.of(it.file_system.dev))
         .collect();
-    plan.disks = ground.describe(&disks);
-    for (superblock, disks) in superblocks.into_iter().zip(disks) {
+    plan.disks = ground.describe(&footings);
+    for (superblock, footing) in superblocks.into_iter().zip(footings) {
         let reason = superblock.reason(topology, excluded);
         let (mut file_system, held) = (superblock.file_system, superblock.can_be_held);
-        file_system.disks = disks.into_iter().collect();
+        file_system.disks = footing.disks.into_iter().collect();
+        file_system.below = footing.below;
         match reason {
             Some(reason) => plan.left_out.push(LeftOut {
                 file_system,
@@ -406,6 +404,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
             source: first.source.clone(),
             devices,
             disks: Vec::new(),
+            below: None,
             stands_on: None,
             places,
         },
@@ -425,6 +424,7 @@ fn unmounted(found: &Unmounted) -> Superblock {
             source: Some(found.name.clone().into()),
             devices: found.devices.clone(),
             disks: Vec::new(),
+            below: None,
             stands_on: None,
             places: Vec::new(),
         },
@@ -906,11 +906,92 @@ mod tests {
         let plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &rule);
         let nodes = |scope: &Scope| -> Vec<String> {
             let at_rest = plan.at_rest(scope).into_iter();
-            at_rest.map(|(_, node)| node).collect()
+            at_rest.map(|it| it.to_string()).collect()
         };
         assert_eq!(nodes(&Scope::default()), ["/dev/sda", "/dev/sdd"]);
         let scope = plan.find(&["host:8:48".into(), "host:8:64".into()]);
         assert_eq!(nodes(&scope), ["/dev/sdd"]);
+    }
+
+    #[test]
+    fn of_a_disk_below_layers_that_write_by_themselves_the_topmost_devices_are_at_rest() {
+        let named = |name: &str, below: &[&str]| Device {
+            name: name.into(),
+            ..disk(below)
+        };
+        let mut topology = topology(vec![
+            ("8:0", named("sda", &[])),
+            ("8:1", named("sda1", &["8:0"])),
+            ("253:0", named("dm-0", &["8:1"])),
+            ("253:1", named("dm-1", &["253:0"])),
+        ]);
+        let host_disk = crate::disks::HostDisk {
+            name: "sda".into(),
+            address: "host:sda".into(),
+        };
+        topology.disks.insert(dev("8:0"), host_disk);
+        for (number, name, partitions, holders) in [
+            ("8:0", "sda", &["8:1"][..], &[][..]),
+            ("8:1", "sda1", &[], &["253:0"]),
+            ("253:0", "dm-0", &[], &["253:1", "253:2", "253:3"]),
+            ("253:1", "dm-1", &[], &[]),
+            ("253:2", "dm-2", &[], &[]),
+            ("253:3", "dm-3", &[], &[]),
+        ] {
+            let numbers = |all: &[&str]| all.iter().map(|it| dev(it)).collect();
+            let above = crate::topology::Above {
+                name: name.into(),
+                partitions: numbers(partitions),
+                holders: numbers(holders),
+            };
+            topology.above.insert(dev(number), above);
+        }
+        let mounts = parse(b"1 0 253:1 / / rw - ext4 /dev/dm-1 rw\n", 0).unwrap();
+        let at_rest = |topology: &Topology, rule: &dyn Fn(&FileSystem) -> Option<String>| {
+            plan(&mounts, topology, rule).at_rest(&Scope::default())
+        };
+        let words = |all: &[Watched]| all.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let all = at_rest(&topology, &|_| None);
+        let outside = "/dev/sda outside of its partitions";
+        assert_eq!(
+            words(&all),
+            [outside, "/dev/dm-1", "/dev/dm-2", "/dev/dm-3"]
+        );
+        // What is known to be written to.
+        let swap = ["253:2", "253:0", "8:1", "8:0"].map(dev).into();
+        let mut but_swap = all;
+        but_swap.retain(|it| !it.counts(&swap));
+        assert_eq!(words(&but_swap), [outside, "/dev/dm-1", "/dev/dm-3"]);
+        let excluded = at_rest(&topology, &|_| Some("a rule".into()));
+        assert_eq!(words(&excluded), [outside, "/dev/dm-2", "/dev/dm-3"]);
+        // What holds the whole disk writes past its partitions.
+        let whole = topology.above.get_mut(&dev("8:0")).unwrap();
+        whole.holders.push(dev("253:3"));
+        let multipath = at_rest(&topology, &|_| None);
+        assert_eq!(words(&multipath), ["/dev/dm-1", "/dev/dm-2", "/dev/dm-3"]);
+    }
+
+    #[test]
+    fn what_may_have_a_part_of_any_disk_is_never_left_out_for_others() {
+        let table = "\
+1 0 8:0 / / rw - ext4 /dev/sda rw
+2 1 8:16 / /several rw - f2fs /dev/sdb rw
+3 1 8:32 / /one rw - ext4 /dev/sdc rw
+";
+        let mut topology = topology(vec![
+            ("8:0", disk(&[])),
+            ("8:16", disk(&[])),
+            ("8:32", disk(&[])),
+        ]);
+        topology.unclear.insert(dev("8:16"));
+        let mut plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &|_| None);
+        plan.leave_out_all_but(&BTreeSet::from([dev("8:0")]));
+        let left_out: Vec<String> = plan
+            .left_out
+            .iter()
+            .map(|it| it.file_system.to_string())
+            .collect();
+        assert_eq!(left_out, ["/one (ext4, 8:32)"]);
     }
 
     #[test]

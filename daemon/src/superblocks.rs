@@ -76,6 +76,15 @@ impl Listed {
             .collect()
     }
 
+    /// Whether there may be one that was not there before. One that has gone is no news; nobody tells where
+    /// one of the two is missing.
+    pub fn has_news(before: Option<&Listed>, now: Option<&Listed>) -> bool {
+        match (before, now) {
+            (Some(before), Some(now)) => !now.since(before).is_empty(),
+            (before, now) => before.is_some() != now.is_some(),
+        }
+    }
+
     /// Number and name of each folder that is listed.
     fn folders(&self) -> impl Iterator<Item = (u64, &[u8])> {
         // `struct linux_dirent64`: d_ino, d_off, d_reclen, d_type, and the name up to a zero.
@@ -232,6 +241,11 @@ mod tests {
         assert_ne!(after, before);
         assert_eq!(after.since(&before), ["sdb1"]);
         assert!(before.since(&after).is_empty());
+        let has_news = |before, now| Listed::has_news(before, now);
+        assert!(has_news(Some(&before), Some(&after)));
+        assert!(!has_news(Some(&after), Some(&before)), "one has gone");
+        assert!(!has_news(None, None));
+        assert!(has_news(Some(&before), None) && has_news(None, Some(&before)));
         fs::remove_dir_all(&folder).unwrap();
     }
 }

@@ -363,8 +363,9 @@ pub fn superblock_of(mnt_ns_id: u64, mnt_id: u64) -> io::Result<Superblock> {
 
 /// Mounts what is on the block device `source` once more, attached nowhere, and returns the root of
 /// that mount; it is gone when the last descriptor on it is closed. While a superblock of that type is
-/// alive on the device it is the one that is mounted, as it is: the kernel refuses with `EBUSY` what
-/// would change it, be it from writable to read-only or back.
+/// alive on the device it is the one that is mounted. What would change it, be it from writable to
+/// read-only or back, most types refuse with `EBUSY`; btrfs takes a writable one for `read_only` as well,
+/// as it is, but makes a read-only one writable for the other.
 pub fn mount_detached(fs_type: &CStr, source: &CStr, read_only: bool) -> io::Result<OwnedFd> {
     const FSOPEN_CLOEXEC: libc::c_uint = 1;
     const FSCONFIG_SET_FLAG: libc::c_uint = 0;

@@ -60,12 +60,29 @@ pub struct Topology {
     /// The disks that the host gives, whatever is on them.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub disks: BTreeMap<DevId, HostDisk>,
+    /// What is made of those disks, to any depth: what is directly above each device.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub above: BTreeMap<DevId, Above>,
+    /// Superblocks that may have a part of further devices, which nobody names.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub unclear: BTreeSet<DevId>,
     /// Superblocks whose device is no more.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub gone: BTreeSet<DevId>,
     /// Superblocks that are alive though no table shows them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unmounted: Vec<Unmounted>,
+}
+
+/// What is directly above a block device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Above {
+    /// The kernel's name of that device.
+    pub name: String,
+    /// Its partitions.
+    pub partitions: Vec<DevId>,
+    /// The devices of dm, md and the like that are mapped to it.
+    pub holders: Vec<DevId>,
 }
 
 /// A superblock that is alive though no mount table shows it.
@@ -109,7 +126,32 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
         add(&mut topology, dev);
     }
     find_subvolumes_of_images(&mut topology, mounts);
+    for dev in topology.disks.keys().copied().collect::<Vec<_>>() {
+        add_above(&mut topology.above, dev);
+    }
     topology
+}
+
+/// This device and all that is made of it.
+fn add_above(all: &mut BTreeMap<DevId, Above>, dev: DevId) {
+    let Some(folder) = folder_of(dev).filter(|_| !all.contains_key(&dev)) else {
+        return;
+    };
+    let numbers = |found: Vec<PathBuf>| found.iter().filter_map(|it| dev_in(it)).collect();
+    let partitions = list(&folder).filter(|it| it.join("partition").exists());
+    let above = Above {
+        name: name_of(&folder),
+        partitions: numbers(partitions.collect()),
+        holders: numbers(list(&folder.join("holders")).collect()),
+    };
+    let next = [above.partitions.as_slice(), &above.holders].concat();
+    all.insert(dev, above);
+    next.into_iter().for_each(|dev| add_above(all, dev));
+}
+
+fn name_of(folder: &Path) -> String {
+    let name = folder.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
 }
 
 fn has_sysfs() -> bool {
@@ -117,7 +159,8 @@ fn has_sysfs() -> bool {
 }
 
 fn add_alias(topology: &mut Topology, mount: &Mount) {
-    if mount.namespace != 0 || !mount.walkable {
+    // Nor is looked up what lies over it, whose server may be dead.
+    if mount.namespace != 0 || !mount.walkable || mount.hidden {
         return;
     }
     if let Ok(meta) = fs::symlink_metadata(&mount.path) {
@@ -184,18 +227,28 @@ fn find_unmounted(topology: &mut Topology, mounts: &[Mount], superblocks: &[Supe
         .collect();
 }
 
-/// Journals and logs that have a device of their own: xfs names them among its options, ext4 names
-/// its journal's thread after the device.
+/// Journals, logs and data that have a device of their own: xfs names them among its options, ext4 names
+/// its journal's thread after the device. f2fs tells of its first device only, and without a mount xfs
+/// tells of none.
 fn find_logs(topology: &mut Topology, mounts: &[Mount], superblocks: &[Superblock]) {
     for mount in mounts.iter().filter(|m| m.is_on_disks()) {
-        let named = ["logdev", "rtdev"].map(|name| mount.option(name).and_then(device_at));
-        let logs = topology.logs.entry(mount.dev).or_default();
-        for dev in named.into_iter().flatten() {
-            if !logs.contains(&dev) {
-                logs.push(dev);
+        let named = ["logdev", "rtdev"].into_iter();
+        for path in named.filter_map(|name| mount.option(name)) {
+            let logs = topology.logs.entry(mount.dev).or_default();
+            match device_at(path) {
+                Some(dev) if logs.contains(&dev) => {}
+                Some(dev) => logs.push(dev),
+                None => drop(topology.unclear.insert(mount.dev)),
             }
         }
+        if mount.fs_type == "f2fs" {
+            topology.unclear.insert(mount.dev);
+        }
     }
+    let unmounted = topology.unmounted.iter();
+    let unmounted = unmounted.filter(|it| ["f2fs", "xfs"].contains(&it.fs_type.as_str()));
+    let unclear = unmounted.filter_map(|it| it.devices.first());
+    topology.unclear.extend(unclear);
     for superblock in superblocks.iter().filter(|it| it.fs_type == "ext4") {
         if let (Some(dev), Some(journal)) = (superblock.devices.first(), journal_of(superblock)) {
             topology.logs.entry(*dev).or_default().push(journal);
@@ -231,8 +284,9 @@ fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount]) {
             .filter(|m| m.namespace == 0 && path.starts_with(&m.path))
             // Of equally long ones the last counts: it lies over the others.
             .max_by_key(|m| m.path.components().count());
-        let Some(mount) = below.filter(|m| m.is_on_disks() && m.dev.major == 0 && m.walkable)
-        else {
+        let is_reached = |m: &&Mount| m.walkable && !m.hidden;
+        let below = below.filter(|m| m.is_on_disks() && m.dev.major == 0);
+        let Some(mount) = below.filter(is_reached) else {
             continue;
         };
         if fs::symlink_metadata(&path).is_ok_and(|meta| DevId::from_raw(meta.dev()) == dev) {

@@ -25,7 +25,7 @@ use nix::sys::stat::Mode;
 use crate::machine::{self, LookError, Machine, Ways};
 use crate::mounts::{self, DevId};
 use crate::namespaces::{self, Namespaces, State};
-use crate::plan::{FileSystem, Plan, Reason};
+use crate::plan::{FileSystem, LeftOut, Plan, Reason};
 use crate::superblocks::{self, Listed, Lists};
 use crate::sys;
 use crate::topology;
@@ -57,8 +57,8 @@ pub trait Signals {
     fn states(ways: &Self::Ways) -> Option<Self::States>;
     /// Where a file system can be looked at, which is read-only now.
     fn find(&mut self, ways: &Self::Ways, file_system: &FileSystem) -> Option<Self::At>;
-    /// Whether what is mounted there is still, and is read-only.
-    fn is_read_only(&mut self, at: &Self::At) -> bool;
+    /// Whether what is mounted there is read-only; `None` when it is mounted there no longer.
+    fn is_read_only(&mut self, at: &Self::At) -> Option<bool>;
 }
 
 /// What there was to hear before the machine was looked at.
@@ -90,17 +90,16 @@ impl<S: Signals> Before<S> {
         signals: &mut S,
         machine: &Machine<S::Ways>,
         plan: &Plan,
+        read_only: &ReadOnly<S>,
     ) -> Option<Marks<S>> {
-        let mut read_only = Vec::new();
         for left in &plan.left_out {
             match left.reason {
-                Reason::ReadOnly => {
-                    read_only.push(signals.find(&machine.ways, &left.file_system)?);
-                }
                 // Nothing tells when one is repaired.
                 Reason::Broken(_) | Reason::Unreachable(_) => return None,
+                Reason::ReadOnly if !read_only.has(&left.file_system) => return None,
                 // The last two are of one backup only.
-                Reason::NoBlockDevice
+                Reason::ReadOnly
+                | Reason::NoBlockDevice
                 | Reason::Excluded(_)
                 | Reason::Elsewhere
                 | Reason::Busy(_) => {}
@@ -121,7 +120,6 @@ impl<S: Signals> Before<S> {
             before: self,
             states: S::states(&machine.ways)?,
             mapped,
-            read_only,
         })
     }
 }
@@ -132,14 +130,12 @@ pub struct Marks<S: Signals> {
     states: S::States,
     /// What the mapped devices are mapped to.
     mapped: Vec<(DevId, Vec<DevId>)>,
-    /// Read-only superblocks that were left out for it.
-    read_only: Vec<S::At>,
 }
 
 impl<S: Signals> Marks<S> {
     /// The marks and the way to what was seen, if nothing has changed since. Otherwise they are gone:
     /// a change that was heard once is not heard again.
-    pub fn unchanged(self, signals: &mut S) -> Option<(Self, S::Ways)> {
+    pub fn unchanged(self, signals: &mut S, read_only: &ReadOnly<S>) -> Option<(Self, S::Ways)> {
         if signals.table_has_changed().ok()?
             || signals.uevents().ok()? != self.before.uevents
             || signals.alive().ok()? != self.before.alive
@@ -149,13 +145,49 @@ impl<S: Signals> Marks<S> {
         let ways = signals.ways().ok()?;
         let same = S::states(&ways).is_some_and(|it| it == self.states)
             && (self.mapped.iter()).all(|(dev, below)| signals.slaves(*dev) == *below)
-            && self.is_read_only_still(signals);
+            && read_only.is_as_it_was(signals);
         same.then_some((self, ways))
     }
+}
 
-    /// Whether what was left out for being read-only still is.
-    pub fn is_read_only_still(&self, signals: &mut S) -> bool {
-        self.read_only.iter().all(|at| signals.is_read_only(at))
+/// Read-only superblocks that were left out for it, with their names, as far as they can be looked at
+/// without reaching them.
+pub struct ReadOnly<S: Signals>(Vec<(DevId, String, S::At)>);
+
+impl<S: Signals> Default for ReadOnly<S> {
+    /// None.
+    fn default() -> Self {
+        ReadOnly(Vec::new())
+    }
+}
+
+impl<S: Signals> ReadOnly<S> {
+    /// Those of a plan.
+    pub fn of(signals: &mut S, ways: &S::Ways, plan: &Plan) -> Self {
+        let left_out = plan.left_out.iter();
+        let left_out = left_out.filter(|it| it.reason == Reason::ReadOnly);
+        let found = left_out.filter_map(|LeftOut { file_system, .. }| {
+            let at = signals.find(ways, file_system)?;
+            Some((file_system.dev, file_system.to_string(), at))
+        });
+        ReadOnly(found.collect())
+    }
+
+    fn has(&self, file_system: &FileSystem) -> bool {
+        self.0.iter().any(|(dev, ..)| *dev == file_system.dev)
+    }
+
+    /// Whether all of them are mounted and read-only still.
+    fn is_as_it_was(&self, signals: &mut S) -> bool {
+        let mut all = self.0.iter();
+        all.all(|(_, _, at)| signals.is_read_only(at) == Some(true))
+    }
+
+    /// The names of those that are writable by now. One that was unmounted is not.
+    pub fn writable_now(&self, signals: &mut S) -> Vec<String> {
+        let all = self.0.iter();
+        let writable = all.filter(|(_, _, at)| signals.is_read_only(at) == Some(false));
+        writable.map(|(_, name, _)| name.clone()).collect()
     }
 }
 
@@ -199,14 +231,11 @@ impl Default for Kernel {
 }
 
 impl Kernel {
-    /// The same superblocks are alive, as far as anybody tells. Nothing is looked up for it, so that it can
-    /// be asked once after each [`Signals::alive`] while all is frozen.
-    pub fn are_alive(&self, then: &Option<Listed>) -> bool {
-        match self.lists.as_ref().map(Lists::read) {
-            None => true,
-            Some(Ok(now)) => now == *then,
-            Some(Err(_)) => then.is_none(),
-        }
+    /// Whether there may be a superblock that was not there then, as far as anybody tells. Nothing is looked
+    /// up for it, so that it can be asked once after each [`Signals::alive`] while all is frozen.
+    pub fn has_news(&self, then: Option<&Listed>) -> bool {
+        let now = self.lists.as_ref().map(|it| it.read().ok().flatten());
+        now.is_some_and(|now| Listed::has_news(then, now.as_ref()))
     }
 }
 
@@ -270,8 +299,9 @@ impl Signals for Kernel {
 
     fn find(&mut self, ways: &Ways, file_system: &FileSystem) -> Option<MountAt> {
         let states = ways.namespaces.states()?;
-        // A walk through what may hang is not worth it.
-        let mut places = file_system.places.iter().filter(|p| p.walkable);
+        // A walk through what may hang, or to what lies over it, is not worth it.
+        let places = file_system.places.iter();
+        let mut places = places.filter(|p| p.walkable && !p.hidden);
         places.find_map(|place| {
             let namespace = match place.namespace {
                 0 => self.number?,
@@ -288,13 +318,13 @@ impl Signals for Kernel {
                 mount,
                 dev: file_system.dev,
             };
-            self.is_read_only(&at).then_some(at)
+            (self.is_read_only(&at) == Some(true)).then_some(at)
         })
     }
 
-    fn is_read_only(&mut self, at: &MountAt) -> bool {
-        sys::superblock_of(at.namespace, at.mount)
-            .is_ok_and(|found| found.dev == at.dev && found.read_only)
+    fn is_read_only(&mut self, at: &MountAt) -> Option<bool> {
+        let found = sys::superblock_of(at.namespace, at.mount).ok()?;
+        (found.dev == at.dev).then_some(found.read_only)
     }
 }
 

@@ -7,8 +7,9 @@
 //! [`crate::freeze`].
 
 use std::fs::{self, File, Metadata};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 
+use crate::ground::Watched;
 use crate::mounts::DevId;
 
 /// Where `Documentation/block/stat.rst` has "write sectors" in a line of `stat`. The kernel adds to it
@@ -54,14 +55,13 @@ fn parse(stat: &str) -> Option<u64> {
         .ok()
 }
 
-/// Disks that nothing should be written to for a while, by their nodes.
+/// Devices that nothing should be written to for a while.
 #[derive(Debug, Default)]
 pub struct AtRest(Vec<Disk>);
 
 #[derive(Debug)]
 struct Disk {
-    dev: DevId,
-    node: String,
+    watched: Watched,
     writes: Writes,
     /// The devices on it that are written to all the same.
     others: Writes,
@@ -88,20 +88,22 @@ impl Disk {
 
 impl AtRest {
     /// These, from [`AtRest::begin`] on, each with the devices on it that are written to all the same.
-    pub fn new(disks: impl IntoIterator<Item = (DevId, String, Vec<DevId>)>) -> Self {
-        let disk = |(dev, node, others): (DevId, String, Vec<DevId>)| Disk {
-            writes: Writes::of(&[dev]),
-            others: Writes::of(&others),
-            dev,
-            node,
-            before: None,
+    pub fn new(watched: impl IntoIterator<Item = (Watched, Vec<DevId>)>) -> Self {
+        let disk = |(watched, mut others): (Watched, Vec<DevId>)| {
+            others.extend(&watched.without);
+            Disk {
+                writes: Writes::of(&[watched.dev]),
+                others: Writes::of(&others),
+                watched,
+                before: None,
+            }
         };
-        AtRest(disks.into_iter().map(disk).collect())
+        AtRest(watched.into_iter().map(disk).collect())
     }
 
     /// From now on; not those on which something else goes on.
-    pub fn begin(&mut self, goes_on: impl Fn(&DevId) -> bool) {
-        self.0.retain(|disk| !goes_on(&disk.dev));
+    pub fn begin(&mut self, goes_on: impl Fn(&Watched) -> bool) {
+        self.0.retain(|disk| !goes_on(&disk.watched));
         for disk in &mut self.0 {
             disk.before = disk.sectors();
         }
@@ -114,7 +116,7 @@ impl AtRest {
             let both = disk.before.zip(disk.sectors());
             both.is_some_and(|(before, now)| now != before)
         });
-        written.map(|disk| disk.node.clone()).collect()
+        written.map(|disk| disk.watched.to_string()).collect()
     }
 }
 
@@ -124,9 +126,19 @@ pub fn swapped_to() -> Vec<DevId> {
     swaps("file", |meta| meta.dev())
 }
 
-/// The partitions and disks that it swaps to.
+/// The partitions and disks that it swaps to, and those that zram writes to when memory is short.
 pub fn swapped_to_as_a_whole() -> Vec<DevId> {
-    swaps("partition", |meta| meta.rdev())
+    let behind_zram = |entry: fs::DirEntry| {
+        let path = fs::read_to_string(entry.path().join("backing_dev")).ok()?;
+        let meta = fs::metadata(path.trim_end()).ok()?;
+        meta.file_type()
+            .is_block_device()
+            .then(|| DevId::from_raw(meta.rdev()))
+    };
+    let all = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let mut found = swaps("partition", |meta| meta.rdev());
+    found.extend(all.filter_map(behind_zram));
+    found
 }
 
 fn swaps(kind: &str, dev: fn(&Metadata) -> u64) -> Vec<DevId> {
@@ -178,8 +190,11 @@ mod tests {
             Writes::from(vec![File::open(path).unwrap()])
         };
         let disk = Disk {
-            dev: DevId::default(),
-            node: "/dev/sda".into(),
+            watched: Watched {
+                dev: DevId::default(),
+                name: "sda".into(),
+                without: Vec::new(),
+            },
             writes: put("disk", 100),
             others: put("partition", 40),
             before: None,

@@ -10,9 +10,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use hv_vss_daemon::disks::HostDisk;
 use hv_vss_daemon::machine::Table;
 use hv_vss_daemon::mounts::{parse, DevId, Mount};
-use hv_vss_daemon::plan::{plan, FileSystem, Plan, Reason};
+use hv_vss_daemon::plan::{plan, FileSystem, Plan, Reason, Scope};
 use hv_vss_daemon::topology::{Backing, Device, Topology};
 use proptest::prelude::*;
 
@@ -216,6 +217,23 @@ fn zfs_is_on_disks_and_cannot_be_held() {
         ]
     );
     assert!(!types_without_device(&plan).contains("zfs"));
+}
+
+#[test]
+fn where_nobody_knows_the_disks_of_what_goes_on_none_of_them_is_at_rest() {
+    let mut table = recorded("zfs-root");
+    let disk = HostDisk {
+        name: "sdz".into(),
+        address: "host:sdz".into(),
+    };
+    let number = "65:144".parse().unwrap();
+    table.topology.disks.insert(number, disk);
+    let at_rest = |table: &Table| plan_of(table).at_rest(&Scope::default()).len();
+    assert_eq!(at_rest(&table), 0, "the pool may be on any disk");
+    for lines in &mut table.namespaces {
+        lines.retain(|line| !line.contains(" - zfs "));
+    }
+    assert_eq!(at_rest(&table), 1);
 }
 
 #[test]

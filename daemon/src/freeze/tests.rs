@@ -22,6 +22,8 @@ struct Double {
     /// How long a first call takes.
     slow: Mutex<BTreeMap<Call, Duration>>,
     left: Mutex<Vec<usize>>,
+    /// As [`Door::watched_every`].
+    watched_every: Option<Duration>,
 }
 
 impl Double {
@@ -62,7 +64,7 @@ impl Door for Double {
     fn let_go(&self) {}
     fn disarm(&self, _left: bool) {}
     fn watched_every(&self) -> Option<Duration> {
-        Some(Duration::ZERO)
+        self.watched_every
     }
 }
 
@@ -89,7 +91,21 @@ fn setup_on(
     failures: &[Failure],
     strict: bool,
 ) -> Setup {
-    let mut double = Double::default();
+    let double = Double {
+        watched_every: Some(Duration::ZERO),
+        ..Double::default()
+    };
+    setup_before(double, waves, stand_on, failures, strict)
+}
+
+/// The same before a door that is like this one.
+fn setup_before(
+    mut double: Double,
+    waves: &[(usize, Option<u64>)],
+    stand_on: &[Option<&[&str]>],
+    failures: &[Failure],
+    strict: bool,
+) -> Setup {
     let mut targets = Vec::new();
     let mut learnt = Learnt::default();
     for (number, (wave, usual)) in waves.iter().enumerate() {
@@ -191,6 +207,29 @@ fn what_is_out_of_order_is_left_out_unless_strict() {
     let error = s.freeze().unwrap_err();
     assert!(error.to_string().contains("/fs1"), "{error}");
     assert_eq!(s.calls(), [("freeze", 0), ("freeze", 1), ("thaw", 0)]);
+}
+
+#[test]
+fn a_disk_that_fails_in_whatever_way_costs_nobody_else_the_backup() {
+    for errno in [
+        Errno::ETIMEDOUT,
+        Errno::ETIME,
+        Errno::ENOLINK,
+        Errno::ENODATA,
+        Errno::EILSEQ,
+        Errno::EBADE,
+        Errno::ENOSPC,
+    ] {
+        let mut s = setup(&[0, 1], &[("freeze", 0, errno, ALWAYS)], false);
+        let summary = s.freeze().unwrap();
+        assert_eq!((summary.ours, summary.left_out), (1, 1), "{errno}");
+    }
+    // Of the module this is the word for having no room.
+    let failures = [("freeze", 0, Errno::ENOSPC, ALWAYS)];
+    let waves = [(0, None), (1, None)];
+    let mut s = setup_before(Double::default(), &waves, &[], &failures, false);
+    let error = s.freeze().unwrap_err();
+    assert!(matches!(error, FreezeError::Failed { .. }), "{error}");
 }
 
 #[test]

@@ -250,17 +250,24 @@ fn btrfs_balance(guest: &Guest) -> Result<()> {
     stop(guest, guest.module(), &daemon)
 }
 
-/// A RAID 1 of two disks, under ext4 on /mnt/bad.
-const RAID: &str = "modprobe raid1 && mkdir -p /mnt/bad &&
-    echo md_lab >/sys/module/md_mod/parameters/new_array &&
-    cd /sys/block/md_lab/md &&
-    echo none >metadata_version && echo raid1 >level && echo 2 >raid_disks &&
-    for disk in ram2 ram3; do
-        cat /sys/class/block/$disk/dev >new_dev && echo 65536 >dev-$disk/size || exit 1
-    done &&
-    echo 0 >dev-ram2/slot && echo 1 >dev-ram3/slot && echo none >resync_start &&
-    echo 65536 >component_size && echo active >array_state &&
-    echo 1 >sync_speed_min && mkfs.ext4 -q -F /dev/md_lab && mount /dev/md_lab /mnt/bad";
+/// Makes a RAID 1 of two disks, by their names, under ext4 on /mnt/bad.
+pub(super) fn raid([first, second]: [&str; 2]) -> String {
+    format!(
+        "modprobe raid1 && mkdir -p /mnt/bad &&
+         echo md_lab >/sys/module/md_mod/parameters/new_array &&
+         cd /sys/block/md_lab/md &&
+         echo none >metadata_version && echo raid1 >level && echo 2 >raid_disks &&
+         for disk in {first} {second}; do
+             cat /sys/class/block/$disk/dev >new_dev && echo 65536 >dev-$disk/size || exit 1
+         done &&
+         echo 0 >dev-{first}/slot && echo 1 >dev-{second}/slot && echo none >resync_start &&
+         echo 65536 >component_size && echo active >array_state &&
+         echo 1 >sync_speed_min && mkfs.ext4 -q -F /dev/md_lab && mount /dev/md_lab /mnt/bad"
+    )
+}
+
+/// Takes it away again.
+pub(super) const NO_RAID: &str = "umount /mnt/bad && echo clear >/sys/block/md_lab/md/array_state";
 
 /// What the log says of it.
 const COPIES: &str = "md_lab (repair) copies from disk to disk";
@@ -268,7 +275,7 @@ const COPIES: &str = "md_lab (repair) copies from disk to disk";
 fn md_repair(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
     guest.sh(HEALTHY)?;
-    guest.sh(RAID)?;
+    guest.sh(&raid(["ram2", "ram3"]))?;
     for path in ["/mnt/good/w", "/mnt/bad/w"] {
         guest.writer_start(path)?;
     }
@@ -309,7 +316,5 @@ fn md_repair(guest: &Guest) -> Result<()> {
     act("idle")?;
     stop(guest, guest.module(), &daemon)?;
     guest.writers_stop()?;
-    guest
-        .sh("umount /mnt/bad && echo clear >/sys/block/md_lab/md/array_state")
-        .map(drop)
+    guest.sh(NO_RAID).map(drop)
 }

@@ -11,8 +11,9 @@ use super::hangs::in_freeze;
 use super::{case, good, load, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
-use e2e::guest::{Daemon, Guest, Module, STEP};
+use e2e::guest::{Daemon, Guest, Module, Process, STEP};
 use hyperv_sim::ic::status;
+use hyperv_sim::Tx;
 
 pub const CASES: &[Case] = &[
     case(
@@ -29,6 +30,11 @@ pub const CASES: &[Case] = &[
         "freeze/writable-since",
         "a read-only file system that has become writable through another namespace stands still",
         writable_since,
+    ),
+    case(
+        "freeze/writable-while-frozen",
+        "one that becomes writable before THAW is named, and fails THAW when strict; an unmount does not",
+        writable_while_frozen,
     ),
     case(
         "freeze/moved-since",
@@ -49,6 +55,16 @@ pub const CASES: &[Case] = &[
         "freeze/mounted-while-it-freezes-stock-module",
         "the same with the stock hv_utils and FIFREEZE",
         |guest| mounted_meanwhile(guest, Module::Stock, Stage::Freezing),
+    ),
+    case(
+        "freeze/unmounted-while-it-syncs",
+        "a file system that is unmounted while another is written back has nothing begun anew",
+        |guest| unmounted_meanwhile(guest, Stage::Syncing),
+    ),
+    case(
+        "freeze/unmounted-while-it-freezes",
+        "the same while another is being frozen",
+        |guest| unmounted_meanwhile(guest, Stage::Freezing),
     ),
     case(
         "freeze/mounted-while-frozen",
@@ -112,19 +128,15 @@ enum Stage {
     Freezing,
 }
 
-fn mounted_meanwhile(guest: &Guest, module: Module, stage: Stage) -> Result<()> {
-    make_hung(guest)?;
-    guest.sh("mkdir -p /mnt/b && mkfs.ext4 -q -F /dev/ram2")?;
-    let daemon = start(guest, module, Daemon::Ours)?;
-    prepare(guest)?;
+/// Has the host ask for a freeze and waits until the daemon is at that stage with a disk that hangs.
+fn hang_in(guest: &Guest, daemon: &Process, stage: Stage) -> Result<Tx> {
     if stage == Stage::Syncing {
         guest.sh("dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null")?;
     } else {
         guest.sh("sync")?;
     }
     guest.sh(HANG)?;
-    let vss = guest.vss();
-    let freeze = vss.send_freeze(&[])?;
+    let freeze = guest.vss().send_freeze(&[])?;
     guest.wait_until("it waits for the disk that hangs", STEP, || {
         let out = guest.try_sh("/payload/hv_vss_daemon status --json")?.out;
         let status: serde_json::Value = serde_json::from_str(&out)?;
@@ -133,18 +145,48 @@ fn mounted_meanwhile(guest: &Guest, module: Module, stage: Stage) -> Result<()> 
     })?;
     equal(
         "threads in a freeze",
-        in_freeze(guest, &daemon)?,
+        in_freeze(guest, daemon)?,
         usize::from(stage == Stage::Freezing),
     )?;
+    Ok(freeze)
+}
+
+fn mounted_meanwhile(guest: &Guest, module: Module, stage: Stage) -> Result<()> {
+    make_hung(guest)?;
+    guest.sh("mkdir -p /mnt/b && mkfs.ext4 -q -F /dev/ram2")?;
+    let daemon = start(guest, module, Daemon::Ours)?;
+    prepare(guest)?;
+    let freeze = hang_in(guest, &daemon, stage)?;
     guest.sh("mount /dev/ram2 /mnt/b")?;
     guest.writer_start("/mnt/b/w")?;
     guest.sh(UNHANG)?;
-    answered("FREEZE", &vss.wait(freeze, STEP)?, status::OK)?;
+    answered("FREEZE", &guest.vss().wait(freeze, STEP)?, status::OK)?;
     // A second one is answered with what is frozen.
     equal("the backup", &observe(guest)?, &good(&["/mnt/b/w"]))?;
     let said = guest.output(&daemon)?;
     ensure!(said.contains("begun anew"), "{said}");
     stop(guest, module, &daemon)
+}
+
+fn unmounted_meanwhile(guest: &Guest, stage: Stage) -> Result<()> {
+    make_hung(guest)?;
+    // What is writable is open meanwhile, and what is read-only is looked at.
+    guest.sh(
+        "mkdir -p /mnt/b /mnt/c && mkfs.ext4 -q -F /dev/ram2 && mkfs.ext4 -q -F /dev/ram3
+              mount /dev/ram2 /mnt/b && mount -o ro /dev/ram3 /mnt/c",
+    )?;
+    load(guest, Module::Ours, &[])?;
+    let daemon = guest.start_daemon_with("[exclude]\npaths = ['/mnt/b']")?;
+    wait_for_daemon(guest)?;
+    prepare(guest)?;
+    let freeze = hang_in(guest, &daemon, stage)?;
+    guest.sh("umount /mnt/b && umount /mnt/c && [ ! -e /sys/fs/ext4/ram2 ]")?;
+    guest.sh(UNHANG)?;
+    answered("FREEZE", &guest.vss().wait(freeze, STEP)?, status::OK)?;
+    answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+    let said = guest.output(&daemon)?;
+    ensure!(!said.contains("begun anew"), "{said}");
+    stop(guest, Module::Ours, &daemon)
 }
 
 fn mounted_while_frozen(guest: &Guest) -> Result<()> {
@@ -221,6 +263,38 @@ fn writable_since(guest: &Guest) -> Result<()> {
     )?;
     guest.writer_start("/mnt/a/w")?;
     equal("the backup", &observe(guest)?, &good(&["/mnt/a/w"]))
+}
+
+fn writable_while_frozen(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "mkdir -p /mnt/a /mnt/b && mkfs.ext4 -q -F /dev/ram1 && mkfs.ext4 -q -F /dev/ram2
+              mount -o ro /dev/ram1 /mnt/a",
+    )?;
+    let vss = guest.vss();
+    for (line, expected) in [
+        ("strict = false", status::OK),
+        ("strict = true", status::FAIL),
+    ] {
+        load(guest, Module::Ours, &[])?;
+        let daemon = guest.start_daemon_with(line)?;
+        wait_for_daemon(guest)?;
+        guest.sh("mount -o ro /dev/ram2 /mnt/b")?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        guest.sh("umount /mnt/b")?;
+        answered("THAW after an unmount", &vss.thaw(STEP)?, status::OK)?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        guest.sh("busybox mount -o remount,rw /mnt/a")?;
+        answered(line, &vss.thaw(STEP)?, expected)?;
+        guest.wait_until("the log names it, and nothing else", STEP, || {
+            let log = guest.output(&daemon)?;
+            let names = |it: &&str| it.contains("while the rest was frozen, and was not frozen");
+            let named: Vec<&str> = log.lines().filter(names).collect();
+            Ok(named.len() == 1 && named[0].contains("/mnt/a (ext4, 1:1) was made writable"))
+        })?;
+        guest.sh("mount -o remount,ro /mnt/a")?;
+        stop(guest, Module::Ours, &daemon)?;
+    }
+    Ok(())
 }
 
 fn moved_since(guest: &Guest) -> Result<()> {

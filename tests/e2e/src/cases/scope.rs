@@ -47,6 +47,11 @@ pub const CASES: &[Case] = &[
         lazily_unmounted,
     ),
     case(
+        "scope/lazily-unmounted-read-only",
+        "a read-only btrfs that was unmounted lazily stays read-only, whoever looks at it",
+        lazily_unmounted_read_only,
+    ),
+    case(
         "scope/below-an-overlay-only",
         "so does what only an overlay still holds, which no process has open",
         below_an_overlay_only,
@@ -60,6 +65,16 @@ pub const CASES: &[Case] = &[
         "scope/below-fuse",
         "a disk below a FUSE mount of somebody else stands still, its server stopped or not",
         below_fuse,
+    ),
+    case(
+        "scope/covered-by-fuse",
+        "so does a btrfs that a FUSE mount lies over whose server does not answer",
+        covered_by_fuse,
+    ),
+    case(
+        "scope/silent-server",
+        "a disk served by a program that does not answer is left out by name, and costs nobody else",
+        silent_server,
     ),
     case(
         "scope/image-in-a-container",
@@ -114,6 +129,12 @@ pub const CASES: &[Case] = &[
         "scope/raw-writer",
         "what a program writes to a disk of the backup itself is named, and fails a strict backup",
         raw_writer,
+    )
+    .asking_our_module(),
+    disks::case(
+        "scope/raw-writer-on-layers",
+        "the same on a volume of layers; what RAID copies by itself is not taken for it",
+        raw_writer_on_layers,
     )
     .asking_our_module(),
     Case {
@@ -333,6 +354,38 @@ fn lazily_unmounted(guest: &Guest) -> Result<()> {
     })
 }
 
+fn lazily_unmounted_read_only(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe btrfs; mkdir -p /mnt/btrfs /mnt/again
+              mkfs.btrfs -q -f /dev/ram1 && mount -o ro /dev/ram1 /mnt/btrfs")?;
+    let holder = guest.spawn(&[
+        "sh",
+        "-c",
+        "cd /mnt/btrfs && touch /run/done && exec sleep 1000",
+    ])?;
+    guest.wait_until("it is in there", STEP, || {
+        Ok(guest.try_sh("rm /run/done")?.status == Some(0))
+    })?;
+    guest.sh("umount -l /mnt/btrfs")?;
+    let list = guest.sh(&format!("{OURS} list"))?;
+    let line = list.lines().find(|it| it.contains("(btrfs, 1:1"));
+    ensure!(
+        line.is_some_and(|it| it.contains("read-only")),
+        "list should say what it is:\n{list}"
+    );
+    let seen = ours(guest)?;
+    equal("the backup", &seen, &good(&[]))?;
+    guest.sh("mount -o ro /dev/ram1 /mnt/again")?;
+    let line = guest.sh("grep ' /mnt/again ' /proc/self/mountinfo")?;
+    ensure!(
+        line.contains(" /dev/ram1 ro"),
+        "the superblock should be read-only as before: {line}"
+    );
+    guest.sh("umount /mnt/again")?;
+    guest.signal(&holder, 9)?;
+    guest.wait(&holder, STEP)?;
+    Ok(())
+}
+
 fn below_an_overlay_only(guest: &Guest) -> Result<()> {
     guest.sh("modprobe overlay; mkdir -p /mnt/a /mnt/over /mnt/lower
               mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a && mkdir /mnt/a/upper /mnt/a/work
@@ -422,6 +475,58 @@ fn below_fuse(guest: &Guest) -> Result<()> {
         &tell(&peer),
     );
     Ok(())
+}
+
+/// Mounts FUSE with these arguments of mount(8); whoever serves it answers nothing.
+fn silent_fuse(guest: &Guest, arguments: &str) -> Result<Process> {
+    let script = format!(
+        "exec 4<>/dev/fuse && mount -i -o fd=4,rootmode=40000,user_id=0,group_id=0 {arguments} &&
+             touch /run/done && exec sleep 1000"
+    );
+    let server = guest.spawn(&["sh", "-c", &script])?;
+    guest.wait_until("it is mounted", STEP, || {
+        Ok(guest.try_sh("rm /run/done")?.status == Some(0))
+    })?;
+    Ok(server)
+}
+
+/// Ends it, so that whoever waits for it waits no longer.
+fn end(guest: &Guest, server: &Process, path: &str) -> Result<()> {
+    guest.signal(server, 9)?;
+    guest.wait(server, STEP)?;
+    guest.sh(&format!("umount -l {path}")).map(drop)
+}
+
+fn covered_by_fuse(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe -a btrfs fuse; mkdir -p /mnt/a && mkfs.btrfs -q -f /dev/ram1 &&
+              mount /dev/ram1 /mnt/a && btrfs -q subvolume create /mnt/a/sub && umount /mnt/a &&
+              mount -o subvol=sub /dev/ram1 /mnt/a",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    let server = silent_fuse(guest, "-t fuse far:/home /mnt/a")?;
+    let seen = ours(guest);
+    end(guest, &server, "/mnt/a")?;
+    equal("the backup", &seen?, &good(&["/mnt/a/w"]))
+}
+
+fn silent_server(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe fuse; mkdir -p /mnt/a /mnt/served && mkfs.ext4 -q -F /dev/ram1 &&
+              mount /dev/ram1 /mnt/a",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    let server = silent_fuse(guest, "-t fuseblk /dev/ram2 /mnt/served")?;
+    let daemon = start_with(guest, "give_up = 1")?;
+    let words = ["/mnt/served (fuseblk, 1:2)", "its server does not answer"];
+    let seen: Result<Vec<Seen>> = (0..2).map(|_| observe(guest)).collect();
+    let said = says(guest, &daemon, &words);
+    end(guest, &server, "/mnt/served")?;
+    for backup in seen? {
+        equal("each backup", &backup, &good(&["/mnt/a/w"]))?;
+    }
+    said?;
+    stop(guest, guest.module(), &daemon)
 }
 
 fn image_in_a_container(guest: &Guest) -> Result<()> {
@@ -913,4 +1018,92 @@ fn raw_writer(guest: &Guest) -> Result<()> {
     guest.signal(&writer, 9)?;
     guest.wait(&writer, STEP)?;
     stop(guest, Module::Stock, &daemon)
+}
+
+fn raw_writer_on_layers(guest: &Guest) -> Result<()> {
+    disks::load_driver(guest)?;
+    let attached = |lun, mib| Attached::new(guest, lun / 2, lun, mib, Image::default());
+    // The writer is not at its end before the case is.
+    let disks = [attached(0, 1024)?, attached(1, 80)?, attached(2, 80)?];
+    let nodes = [
+        disks[0].node(guest)?,
+        disks[1].node(guest)?,
+        disks[2].node(guest)?,
+    ];
+    let [layered, first, second] = &nodes;
+    guest.sh(&format!(
+        "modprobe dm_mod; mkdir -p /mnt/a
+         make() {{ dmsetup create $1 --noudevsync --table \"0 $2 linear $3 $4\"
+             [ -e /dev/mapper/$1 ] || dmsetup mknodes; }}
+         make under $(blockdev --getsz {layered}) {layered} 0 &&
+         make used 131072 /dev/mapper/under 0 &&
+         make spare $(($(blockdev --getsz {layered}) - 131072)) /dev/mapper/under 131072 &&
+         mkfs.ext4 -q -F /dev/mapper/used && mount /dev/mapper/used /mnt/a"
+    ))?;
+    guest.writer_start("/mnt/a/w")?;
+    let all = [disks[0].in_backup()];
+    let write = [
+        "dd",
+        "if=/dev/zero",
+        "of=/dev/mapper/spare",
+        "bs=4k",
+        "oflag=direct",
+    ];
+    let spare = guest.sh("dmsetup info -c --noheadings -o blkdevname spare")?;
+    let writer = guest.spawn(&write)?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let seen = observe_backup_of(guest, &all)?;
+    equal("the backup", &seen, &good(&["/mnt/a/w"]))?;
+    let words = format!("was written to /dev/{} while", spare.trim());
+    says(guest, &daemon, &[&words])?;
+    let log = guest.output(&daemon)?;
+    equal(
+        "what was written to",
+        log.matches("was written to").count(),
+        1,
+    )?;
+    stop(guest, guest.module(), &daemon)?;
+
+    let daemon = start_with(guest, "strict = true")?;
+    let seen = observe_backup_of(guest, &all)?;
+    let told = (seen.freeze, seen.thaw);
+    equal("strict", told, (status::OK, Some(status::FAIL)))?;
+    guest.signal(&writer, 9)?;
+    guest.wait(&writer, STEP)?;
+    let seen = observe_backup_of(guest, &all)?;
+    equal("strict, without a writer", &seen, &good(&["/mnt/a/w"]))?;
+    stop(guest, guest.module(), &daemon)?;
+
+    // A RAID whose halves differ where there are no files, and are made alike in the window.
+    let halves = [first, second].map(|it| it.trim_start_matches("/dev/"));
+    guest.sh(&super::broken::raid(halves))?;
+    guest.sh(&format!(
+        "dd if=/dev/urandom of={second} bs=1M seek=60 count=2 oflag=direct 2>/dev/null"
+    ))?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let both = [disks[1].in_backup(), disks[2].in_backup()];
+    let written = || {
+        guest.sh(&format!(
+            "awk '{{ print $7 }}' /sys/block/{}/stat",
+            halves[1]
+        ))
+    };
+    answered("FREEZE", &guest.vss().freeze(&both, STEP)?, status::OK)?;
+    let before = written()?;
+    guest
+        .sh("cd /sys/block/md_lab/md && echo 200000 >sync_speed_max && echo repair >sync_action")?;
+    guest.wait_until("md has written to the second half", STEP, || {
+        Ok(written()? != before)
+    })?;
+    answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+    says(guest, &daemon, &["the backup is good"])?;
+    let log = guest.output(&daemon)?;
+    ensure!(!log.contains("was written to"), "nobody else did:\n{log}");
+    stop(guest, guest.module(), &daemon)?;
+    guest.writers_stop()?;
+    guest.sh("echo idle >/sys/block/md_lab/md/sync_action")?;
+    guest.sh(super::broken::NO_RAID)?;
+    guest
+        .sh("umount /mnt/a && dmsetup remove spare && dmsetup remove used && dmsetup remove under")
+        .map(drop)
 }
