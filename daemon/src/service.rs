@@ -273,7 +273,10 @@ impl Service {
             if woken(SIGNALS) {
                 for signal in self.signals.pending().collect::<Vec<_>>() {
                     match signal {
-                        SIGHUP => self.hands.reload(),
+                        SIGHUP => {
+                            // Why not, it has said.
+                            let _ = self.hands.reload();
+                        }
                         _ => self.stop(),
                     }
                 }
@@ -584,12 +587,13 @@ impl Service {
     fn on_call(&mut self, client: Client, method: Method) {
         match method {
             Method::Reload => {
-                self.hands.reload();
-                match self.machine.is_idle() {
-                    true => self.reloading.push(client),
+                let reply = match self.hands.reload() {
+                    Err(why) => json!({ "reloaded": false, "error": why }),
+                    Ok(()) if self.machine.is_idle() => return self.reloading.push(client),
                     // It would take longer than anybody waits.
-                    false => self.control.reply(client, json!({ "reloaded": "later" })),
-                }
+                    Ok(()) => json!({ "reloaded": "later" }),
+                };
+                self.control.reply(client, reply);
             }
             Method::Thaw if self.machine.is_idle() => {
                 self.control.reply(client, json!({ "thawed": false }));
@@ -690,20 +694,32 @@ impl Hands {
     fn write_down(&self, entry: Entry) {
         let history = History::new(&self.config.state_dir);
         let log = self.log.clone();
-        self.worker.later(move || {
+        let is_taken = self.worker.later(move || {
             if let Err(error) = history.add(&entry) {
                 log.warning(words(&error));
             }
             sys::give_back_memory();
         });
+        if !is_taken {
+            let folder = self.config.state_dir.display();
+            self.log.warning(format!(
+                "{folder}, or the configuration, does not let itself be used: this backup is not in the \
+                 history"
+            ));
+        }
     }
 
-    /// Has the configuration read again, as soon as nothing is frozen.
-    fn reload(&mut self) {
+    /// Has the configuration read again, as soon as nothing is frozen; or says why not.
+    fn reload(&mut self) -> Result<(), &'static str> {
         let tell = teller(&self.tell, |it| News::Config(Box::new(it)));
         let path = self.config_path.clone();
-        self.worker
-            .later(move || tell(Config::load(path.as_deref())));
+        let read = move || tell(Config::load(path.as_deref()));
+        if self.worker.later(read) {
+            return Ok(());
+        }
+        let why = "the configuration is not read: a disk does not let itself be used";
+        self.log.warning(why);
+        Err(why)
     }
 
     /// Has the plan for the next backup looked over.
