@@ -52,12 +52,17 @@ pub fn leave_no_dump() -> io::Result<()> {
 /// Why it panicked goes to the kernel's log. Standard error may be on a disk that is frozen.
 pub fn abort_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
-        let text = format!("hv_vss_daemon: {panic}\n");
-        let kmsg = std::fs::OpenOptions::new().write(true).open("/dev/kmsg");
-        // There is nobody to tell if that fails.
-        let _ = kmsg.and_then(|mut kmsg| kmsg.write_all(text.as_bytes()));
+        tell_kernel(&panic.to_string());
         std::process::abort();
     }));
+}
+
+/// Puts a line into the kernel's log, which waits for no disk.
+pub fn tell_kernel(text: &str) {
+    let text = format!("hv_vss_daemon: {text}\n");
+    let kmsg = std::fs::OpenOptions::new().write(true).open("/dev/kmsg");
+    // There is nobody to tell if that fails.
+    let _ = kmsg.and_then(|mut kmsg| kmsg.write_all(text.as_bytes()));
 }
 
 /// Whether what `/proc/<pid>/stat` says of a process means that it has ended, though a thread of it

@@ -176,6 +176,8 @@ struct Hands {
     backups: u64,
     /// What is to be remembered of the one under way.
     draft: Option<Draft>,
+    /// What is going on, as it was last shown.
+    doing: String,
     /// How the last backup went.
     last: String,
 }
@@ -237,6 +239,7 @@ impl Service {
                 is_ahead: true,
                 draft: None,
                 held: Vec::new(),
+                doing: String::new(),
                 last: "no backup yet".into(),
             },
             control,
@@ -614,7 +617,7 @@ impl Service {
                 let job = hands.job.as_ref().filter(|_| self.machine.is_freezing());
                 let status = json!({
                     "phase": self.machine.phase(),
-                    "doing": job.map(|it| it.progress().words(now)),
+                    "doing": job.map(|it| it.progress().words(now)).or(hands.inside()),
                     "door": door,
                     "most": most,
                     "frozen": hands.held,
@@ -729,9 +732,16 @@ impl Hands {
     }
 
     /// Shows in `systemctl status` what is going on.
-    fn show(&self, what: &str) {
-        let text = format!("{what}; {}", self.last);
+    fn show(&mut self, what: impl Into<String>) {
+        self.doing = what.into();
+        let text = format!("{}; {}", self.doing, self.last);
         notify(&self.log, &[NotifyState::Status(&text)]);
+    }
+
+    /// What a freeze that was called off is still at.
+    fn inside(&self) -> Option<String> {
+        let names = self.job.as_ref()?.progress().under_way()?;
+        Some(format!("called off, still inside the freeze of {names}"))
     }
 
     /// The door for this freeze, if there is one.
@@ -825,12 +835,23 @@ impl Effects for Hands {
         if let Some(job) = &self.job {
             job.call_off();
         }
+        if let Some(inside) = self.inside() {
+            // Nobody knows for how long, and until then the log says nothing.
+            process::tell_kernel(&inside);
+            self.show(inside);
+        }
     }
 
     fn refused(&mut self, request: &Request, why: &str) {
         let mut draft = self.draft(request);
         draft.ended(Verdict::Failed, Some(format!("refused: {why}")));
         self.write_down(draft.finish(Vec::new()));
+        self.last = format!("a backup was refused: {why}");
+        if self.job.is_some() {
+            // The log is held.
+            process::tell_kernel(&self.last);
+        }
+        self.show(self.doing.clone());
     }
 
     fn go_on(&mut self) {
