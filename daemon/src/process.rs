@@ -68,9 +68,13 @@ pub fn tell_kernel(text: &str) {
 /// Whether what `/proc/<pid>/stat` says of a process means that it has ended, though a thread of it
 /// may still be inside the kernel.
 pub fn has_ended(stat: &[u8]) -> bool {
-    // The name, in parentheses, may itself hold any character; the state follows it.
+    matches!(state_in(stat), Some(b'Z' | b'X' | b'x') | None)
+}
+
+/// The name, field 2, is in parentheses and may itself hold any character; the state follows it.
+fn state_in(stat: &[u8]) -> Option<u8> {
     let after = stat.iter().rposition(|&b| b == b')').unwrap_or(0);
-    matches!(stat.get(after + 2), Some(b'Z' | b'X' | b'x') | None)
+    stat.get(after + 2).copied()
 }
 
 /// Whether there is no such process, or only what is left of it.
@@ -83,6 +87,12 @@ pub fn is_dead(pid: u32) -> bool {
 pub fn start_of(pid: u32) -> Option<u64> {
     let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
     (!has_ended(&stat)).then(|| start_in(&stat))?
+}
+
+/// Whether that process, and not another of its number, is stopped: by a signal or by a tracer.
+pub fn is_stopped((pid, start): (u32, u64)) -> bool {
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
+    start_in(&stat) == Some(start) && matches!(state_in(&stat), Some(b'T' | b't'))
 }
 
 /// Field 22 of `/proc/<pid>/stat`, counted from 1; the name, field 2, may hold any character.
