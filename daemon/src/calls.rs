@@ -5,12 +5,13 @@
 //!
 //! It has a thread of its own, for as long as there are hooks to be called or to be let go, and waits on
 //! nothing but time, a process, what that writes and the word to let go. Each call has a process group
-//! of its own; when its time is over all of it is killed. What a hook writes is read all the time, since
+//! of its own; when its time is over all of it is killed. It begins as this very program, which is in
+//! memory, and becomes the hook then: to get at that may take as long as anything. What a hook writes is read all the time, since
 //! one that stays over the freeze would hang otherwise, and is logged after the thaw. A record of what
 //! is to be let go is in the run directory, for whoever comes after a death. It freezes nothing and
 //! decides of no backup.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
@@ -36,6 +37,9 @@ use crate::process;
 use crate::progress::Progress;
 use crate::record::{Lock, RecordError, RunDir};
 use crate::sys;
+
+/// What a hook begins as, on the command line of `hv_vss_daemon`; not for people.
+pub const SUBCOMMAND: &str = "hook";
 
 /// Bytes of what a call writes that are kept.
 const MOST_OUTPUT: usize = 8192;
@@ -483,8 +487,11 @@ impl Calls {
         let (ours, theirs) = pipe2(OFlag::O_CLOEXEC)?;
         fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let Context(variables) = &self.means.context;
-        let mut command = Command::new(&hook.path);
+        let mut command = Command::new("/proc/self/exe");
         command
+            .arg0("hv_vss_daemon")
+            .arg(SUBCOMMAND)
+            .arg(&hook.path)
             .arg(verb.as_str())
             .current_dir("/")
             .env_clear()
@@ -609,6 +616,19 @@ impl Calls {
             }
         }
         self.outputs.retain(|it| it.pipe.is_some());
+    }
+}
+
+/// Becomes the first of `args`, called with the others. It returns only when that fails, with the exit
+/// status that a shell has then.
+pub fn become_hook(mut args: impl Iterator<Item = OsString>) -> u8 {
+    let path = args.next().unwrap_or_default();
+    let error = Command::new(&path).args(args).exec();
+    // It goes into the log; if not, the exit status says as much.
+    let _ = writeln!(io::stderr(), "it cannot be run: {error}");
+    match error.kind() {
+        io::ErrorKind::NotFound => 127,
+        _ => 126,
     }
 }
 

@@ -59,6 +59,7 @@ impl Fifreeze {
         };
         Record {
             pid: std::process::id(),
+            guard: self.guard.process(),
             for_host: self.for_host,
             frozen: targets.map(entry).collect(),
         }

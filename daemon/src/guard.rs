@@ -112,6 +112,7 @@ pub enum Event {
 pub struct Guard {
     socket: OwnedFd,
     child: Mutex<Child>,
+    process: Option<(u32, u64)>,
 }
 
 impl Guard {
@@ -130,8 +131,10 @@ impl Guard {
             .env_clear()
             .spawn()
             .map_err(GuardError::Start)?;
+        let pid = child.id();
         let guard = Guard {
             socket,
+            process: process::start_of(pid).map(|start| (pid, start)),
             child: Mutex::new(child),
         };
         let limit = PollTimeout::try_from(START_TIMEOUT).unwrap_or(PollTimeout::MAX);
@@ -145,9 +148,9 @@ impl Guard {
         }
     }
 
-    /// Its process id.
-    pub fn pid(&self) -> u32 {
-        self.lock_child().id()
+    /// Its process, with the time of its start.
+    pub fn process(&self) -> Option<(u32, u64)> {
+        self.process
     }
 
     /// Makes it responsible for `targets` from now until [`Guard::done`]; it thaws them at the

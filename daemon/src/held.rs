@@ -61,7 +61,13 @@ impl Door for Held {
             count: self.count.load(Ordering::Relaxed),
             ..IocFreeze::default()
         };
-        sys::hold(self.hold.device.as_fd(), &freeze)
+        match sys::hold(self.hold.device.as_fd(), &freeze) {
+            // That is no fault of a file system: none is tried any more.
+            Err(e) if e.raw_os_error() == Some(libc::ENODEV) => {
+                Err(io::Error::other("the device has gone away"))
+            }
+            other => other,
+        }
     }
 
     fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {

@@ -29,6 +29,7 @@ use crate::freeze::{
 };
 use crate::ground::Watched;
 use crate::hooks::{self, Found, HookError};
+use crate::later::Later;
 use crate::logbook::{Held, Logbook, Sink};
 use crate::machine::LookError;
 use crate::mounts::DevId;
@@ -500,11 +501,11 @@ pub enum Outcome {
 /// takes longer to start than a clean file system to freeze.
 pub struct Worker {
     orders: Sender<Order>,
+    later: Later,
 }
 
 enum Order {
     Prepare(Arc<Config>, Logbook),
-    Do(Box<dyn FnOnce() + Send>),
     Backup(Box<Backup>),
 }
 
@@ -531,6 +532,8 @@ struct Backup {
     /// What the host says of it.
     about: About,
     words: Receiver<Word>,
+    /// It rests meanwhile.
+    later: Later,
     /// Dropped when nothing more is to be done for it.
     over: Sender<()>,
     tell: Box<dyn Fn(Outcome) + Send>,
@@ -547,14 +550,16 @@ impl Worker {
             while let Ok(order) = orders.recv() {
                 match order {
                     Order::Prepare(config, log) => freezer.look_over(&config, &log),
-                    Order::Do(step) => step(),
                     Order::Backup(backup) => backup.run(&mut freezer),
                 }
             }
         };
         let builder = Builder::new().name("backup".into()).stack_size(STACK_BYTES);
         builder.spawn(body)?;
-        Ok(Worker { orders: sender })
+        Ok(Worker {
+            orders: sender,
+            later: Later::start()?,
+        })
     }
 
     /// Has a plan made for the next backup, unless the last one still holds.
@@ -564,10 +569,10 @@ impl Worker {
         let _ = self.orders.send(order);
     }
 
-    /// Does what needs a disk, once nothing is frozen.
-    pub fn later(&self, step: impl FnOnce() + Send + 'static) {
-        // As above.
-        let _ = self.orders.send(Order::Do(Box::new(step)));
+    /// Does what needs a disk, once nothing is frozen; false when so much waits for a disk already that it
+    /// is not done.
+    pub fn later(&self, step: impl FnOnce() + Send + 'static) -> bool {
+        self.later.add(step)
     }
 
     /// Begins a backup, for which the log is held. `tell` is called from the worker's thread. `None`
@@ -585,6 +590,7 @@ impl Worker {
             setting: setting.clone(),
             about,
             words,
+            later: self.later.clone(),
             over: sender,
             tell: Box::new(tell),
         };
@@ -592,6 +598,7 @@ impl Worker {
         Some(Job {
             setting,
             speaker,
+            later: self.later.clone(),
             over,
             held,
         })
@@ -600,6 +607,7 @@ impl Worker {
 
 impl Backup {
     fn run(self, freezer: &mut Freezer) {
+        self.later.rest();
         let quiesced = self.quiesce(freezer);
         match quiesced.and_then(|()| freezer.freeze(&self.setting)) {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
@@ -612,6 +620,7 @@ impl Backup {
             }
         }
         let _ = process::go_along();
+        self.later.go_on();
         let Backup { setting, over, .. } = self;
         // The door is closed before anybody hears that it is over.
         drop(setting);
@@ -683,6 +692,7 @@ impl Backup {
 pub struct Job {
     setting: Setting,
     speaker: Sender<Word>,
+    later: Later,
     over: Receiver<()>,
     held: Held,
 }
@@ -738,6 +748,8 @@ impl Job {
         } = &self.setting;
         abort.store(true, Ordering::SeqCst);
         self.thaw();
+        // Whatever hangs now, what others may want to know of it is written down.
+        self.later.go_on();
         if progress.stage() == Stage::Freezing {
             door.let_go();
         } else {

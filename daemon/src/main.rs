@@ -3,6 +3,7 @@
 //! The command line of `hv_vss_daemon`. All work is done by the library.
 
 use std::error::Error;
+use std::ffi::OsStr;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -15,7 +16,7 @@ use hv_vss_daemon::logbook::{stderr_is_journal, words, Logbook, Sink};
 use hv_vss_daemon::record::RunDir;
 use hv_vss_daemon::report::Outcome;
 use hv_vss_daemon::service::{self, Service};
-use hv_vss_daemon::{check, guard, job, process, recovery, sys};
+use hv_vss_daemon::{calls, check, guard, job, process, recovery, sys};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -108,13 +109,16 @@ fn main() -> ExitCode {
     process::abort_on_panic();
     // Not for people, and started with as little memory as can be, so before all else.
     let mut args = std::env::args_os().skip(1);
-    if args.next().is_some_and(|a| a == guard::SUBCOMMAND) {
-        let run_dir = args.next().unwrap_or_default();
-        return exit_with(done(
-            guard::main(Path::new(&run_dir)).map_err(Failure::from),
-        ));
+    match args.next().as_deref().and_then(OsStr::to_str) {
+        Some(guard::SUBCOMMAND) => {
+            let run_dir = args.next().unwrap_or_default();
+            exit_with(done(
+                guard::main(Path::new(&run_dir)).map_err(Failure::from),
+            ))
+        }
+        Some(calls::SUBCOMMAND) => calls::become_hook(args).into(),
+        _ => exit_with(dispatch()),
     }
-    exit_with(dispatch())
 }
 
 fn exit_with(result: Result<ExitCode, Failure>) -> ExitCode {

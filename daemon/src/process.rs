@@ -52,20 +52,29 @@ pub fn leave_no_dump() -> io::Result<()> {
 /// Why it panicked goes to the kernel's log. Standard error may be on a disk that is frozen.
 pub fn abort_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
-        let text = format!("hv_vss_daemon: {panic}\n");
-        let kmsg = std::fs::OpenOptions::new().write(true).open("/dev/kmsg");
-        // There is nobody to tell if that fails.
-        let _ = kmsg.and_then(|mut kmsg| kmsg.write_all(text.as_bytes()));
+        tell_kernel(&panic.to_string());
         std::process::abort();
     }));
+}
+
+/// Puts a line into the kernel's log, which waits for no disk.
+pub fn tell_kernel(text: &str) {
+    let text = format!("hv_vss_daemon: {text}\n");
+    let kmsg = std::fs::OpenOptions::new().write(true).open("/dev/kmsg");
+    // There is nobody to tell if that fails.
+    let _ = kmsg.and_then(|mut kmsg| kmsg.write_all(text.as_bytes()));
 }
 
 /// Whether what `/proc/<pid>/stat` says of a process means that it has ended, though a thread of it
 /// may still be inside the kernel.
 pub fn has_ended(stat: &[u8]) -> bool {
-    // The name, in parentheses, may itself hold any character; the state follows it.
+    matches!(state_in(stat), Some(b'Z' | b'X' | b'x') | None)
+}
+
+/// The name, field 2, is in parentheses and may itself hold any character; the state follows it.
+fn state_in(stat: &[u8]) -> Option<u8> {
     let after = stat.iter().rposition(|&b| b == b')').unwrap_or(0);
-    matches!(stat.get(after + 2), Some(b'Z' | b'X' | b'x') | None)
+    stat.get(after + 2).copied()
 }
 
 /// Whether there is no such process, or only what is left of it.
@@ -78,6 +87,12 @@ pub fn is_dead(pid: u32) -> bool {
 pub fn start_of(pid: u32) -> Option<u64> {
     let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
     (!has_ended(&stat)).then(|| start_in(&stat))?
+}
+
+/// Whether that process, and not another of its number, is stopped: by a signal or by a tracer.
+pub fn is_stopped((pid, start): (u32, u64)) -> bool {
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
+    start_in(&stat) == Some(start) && matches!(state_in(&stat), Some(b'T' | b't'))
 }
 
 /// Field 22 of `/proc/<pid>/stat`, counted from 1; the name, field 2, may hold any character.

@@ -88,6 +88,11 @@ impl Progress {
         (inner.stage == Stage::Freezing && !names.is_empty()).then(|| names.join(", "))
     }
 
+    /// What a freeze is inside of now.
+    pub fn under_way(&self) -> Option<String> {
+        self.stuck(Instant::now(), Duration::ZERO)
+    }
+
     /// In words, such as "writing back for 12 s, 3 done, still at /srv (ext4)".
     pub fn words(&self, now: Instant) -> String {
         let inner = self.inner();

@@ -73,6 +73,8 @@ pub struct Entry {
 pub struct Record {
     /// The process that froze.
     pub pid: u32,
+    /// Its guard, with the time of its start.
+    pub guard: Option<(u32, u64)>,
     /// Whether a host waits for it, as against a rehearsal.
     pub for_host: bool,
     /// In the order of the freeze.
@@ -83,7 +85,8 @@ pub struct Record {
 #[derive(Clone, Debug)]
 pub struct RunDir(PathBuf);
 
-/// The lock, held. Its descriptor may be handed on; the lock ends with the last one.
+/// The lock, held. A copy of its descriptor may be handed on. When this is dropped, the lock ends for all
+/// who have one; when its process dies, it ends with the last one.
 pub type Lock = Flock<File>;
 
 impl RunDir {
@@ -284,6 +287,7 @@ mod tests {
         };
         let mut record = Record {
             pid: 7,
+            guard: Some((8, 4711)),
             for_host: true,
             frozen: vec![entry("259:3"), entry("259:4")],
         };

@@ -12,6 +12,9 @@ use std::sync::mpsc::{channel, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+
 use crate::config::{Config, ConfigError};
 use crate::logbook::{words, Logbook};
 use crate::machine::{LookError, Machine};
@@ -110,10 +113,26 @@ pub fn thaw(run: &RunDir, log: &Logbook, by: By) -> Result<Recovered, RecoveryEr
             if allowed {
                 thaw_record(&record, log)?;
             }
+            // By then, what is on record is thawed, now or by the first of several calls.
+            free_lock(&record, log);
             Ok(Recovered::InUse)
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// A guard that is stopped has a copy of the lock, and would never let go of it. With its daemon dead and
+/// all thawed it has nothing left to do.
+fn free_lock(record: &Record, log: &Logbook) {
+    let stopped = record.guard.filter(|it| process::is_stopped(*it));
+    let Some((pid, _)) = stopped.filter(|_| process::is_dead(record.pid)) else {
+        return;
+    };
+    let text = format!("process {pid}, the guard of a dead daemon, is stopped: killed");
+    log.warning(text);
+    let pid = Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX));
+    // It fails when it has just ended.
+    let _ = kill(pid, Signal::SIGKILL);
 }
 
 /// Waits for an owner that has ended but is still inside the kernel, and thaws then: what it freezes
@@ -285,6 +304,55 @@ fn start_thaw(name: String, fd: OwnedFd, tell: Sender<Thawed>) -> io::Result<()>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::logbook::Sink;
+    use std::os::unix::process::ExitStatusExt as _;
+    use std::process::{Child, Command};
+
+    #[test]
+    fn a_guard_that_is_stopped_does_not_outlive_its_daemon_and_one_that_is_not_does() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-recovery-{}", std::process::id()));
+        let run = RunDir::new(&dir);
+        let log = Logbook::new(Sink::Memory);
+        let lock = run.lock().unwrap();
+        let mut guard = Command::new("sleep").arg("1000").spawn().unwrap();
+        let start = process::start_of(guard.id()).unwrap();
+        let thaw_with = |guard: &mut Child, pid, start| {
+            let record = Record {
+                pid,
+                guard: Some((guard.id(), start)),
+                ..Record::default()
+            };
+            run.write(&record, &lock).unwrap();
+            assert_eq!(thaw(&run, &log, By::Operator).unwrap(), Recovered::InUse);
+            guard.try_wait().unwrap()
+        };
+        let dead = u32::MAX;
+        assert_eq!(
+            thaw_with(&mut guard, dead, start),
+            None,
+            "it is not stopped"
+        );
+        let pid = Pid::from_raw(guard.id().try_into().unwrap());
+        kill(pid, Signal::SIGSTOP).unwrap();
+        let until = Instant::now() + Duration::from_secs(60);
+        while !process::is_stopped((guard.id(), start)) {
+            assert!(Instant::now() < until, "it does not stop");
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(
+            thaw_with(&mut guard, std::process::id(), start),
+            None,
+            "it is minded"
+        );
+        assert_eq!(
+            thaw_with(&mut guard, dead, start + 1),
+            None,
+            "it is another"
+        );
+        let _ = thaw_with(&mut guard, dead, start);
+        assert_eq!(guard.wait().unwrap().signal(), Some(libc::SIGKILL));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 
     #[test]
     fn a_record_is_looked_for_where_a_daemon_may_have_left_it_whatever_the_configuration() {

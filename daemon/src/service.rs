@@ -176,6 +176,8 @@ struct Hands {
     backups: u64,
     /// What is to be remembered of the one under way.
     draft: Option<Draft>,
+    /// What is going on, as it was last shown.
+    doing: String,
     /// How the last backup went.
     last: String,
 }
@@ -237,6 +239,7 @@ impl Service {
                 is_ahead: true,
                 draft: None,
                 held: Vec::new(),
+                doing: String::new(),
                 last: "no backup yet".into(),
             },
             control,
@@ -273,7 +276,10 @@ impl Service {
             if woken(SIGNALS) {
                 for signal in self.signals.pending().collect::<Vec<_>>() {
                     match signal {
-                        SIGHUP => self.hands.reload(),
+                        SIGHUP => {
+                            // Why not, it has said.
+                            let _ = self.hands.reload();
+                        }
                         _ => self.stop(),
                     }
                 }
@@ -584,12 +590,13 @@ impl Service {
     fn on_call(&mut self, client: Client, method: Method) {
         match method {
             Method::Reload => {
-                self.hands.reload();
-                match self.machine.is_idle() {
-                    true => self.reloading.push(client),
+                let reply = match self.hands.reload() {
+                    Err(why) => json!({ "reloaded": false, "error": why }),
+                    Ok(()) if self.machine.is_idle() => return self.reloading.push(client),
                     // It would take longer than anybody waits.
-                    false => self.control.reply(client, json!({ "reloaded": "later" })),
-                }
+                    Ok(()) => json!({ "reloaded": "later" }),
+                };
+                self.control.reply(client, reply);
             }
             Method::Thaw if self.machine.is_idle() => {
                 self.control.reply(client, json!({ "thawed": false }));
@@ -610,7 +617,7 @@ impl Service {
                 let job = hands.job.as_ref().filter(|_| self.machine.is_freezing());
                 let status = json!({
                     "phase": self.machine.phase(),
-                    "doing": job.map(|it| it.progress().words(now)),
+                    "doing": job.map(|it| it.progress().words(now)).or(hands.inside()),
                     "door": door,
                     "most": most,
                     "frozen": hands.held,
@@ -690,20 +697,32 @@ impl Hands {
     fn write_down(&self, entry: Entry) {
         let history = History::new(&self.config.state_dir);
         let log = self.log.clone();
-        self.worker.later(move || {
+        let is_taken = self.worker.later(move || {
             if let Err(error) = history.add(&entry) {
                 log.warning(words(&error));
             }
             sys::give_back_memory();
         });
+        if !is_taken {
+            let folder = self.config.state_dir.display();
+            self.log.warning(format!(
+                "{folder}, or the configuration, does not let itself be used: this backup is not in the \
+                 history"
+            ));
+        }
     }
 
-    /// Has the configuration read again, as soon as nothing is frozen.
-    fn reload(&mut self) {
+    /// Has the configuration read again, as soon as nothing is frozen; or says why not.
+    fn reload(&mut self) -> Result<(), &'static str> {
         let tell = teller(&self.tell, |it| News::Config(Box::new(it)));
         let path = self.config_path.clone();
-        self.worker
-            .later(move || tell(Config::load(path.as_deref())));
+        let read = move || tell(Config::load(path.as_deref()));
+        if self.worker.later(read) {
+            return Ok(());
+        }
+        let why = "the configuration is not read: a disk does not let itself be used";
+        self.log.warning(why);
+        Err(why)
     }
 
     /// Has the plan for the next backup looked over.
@@ -713,9 +732,16 @@ impl Hands {
     }
 
     /// Shows in `systemctl status` what is going on.
-    fn show(&self, what: &str) {
-        let text = format!("{what}; {}", self.last);
+    fn show(&mut self, what: impl Into<String>) {
+        self.doing = what.into();
+        let text = format!("{}; {}", self.doing, self.last);
         notify(&self.log, &[NotifyState::Status(&text)]);
+    }
+
+    /// What a freeze that was called off is still at.
+    fn inside(&self) -> Option<String> {
+        let names = self.job.as_ref()?.progress().under_way()?;
+        Some(format!("called off, still inside the freeze of {names}"))
     }
 
     /// The door for this freeze, if there is one.
@@ -809,12 +835,23 @@ impl Effects for Hands {
         if let Some(job) = &self.job {
             job.call_off();
         }
+        if let Some(inside) = self.inside() {
+            // Nobody knows for how long, and until then the log says nothing.
+            process::tell_kernel(&inside);
+            self.show(inside);
+        }
     }
 
     fn refused(&mut self, request: &Request, why: &str) {
         let mut draft = self.draft(request);
         draft.ended(Verdict::Failed, Some(format!("refused: {why}")));
         self.write_down(draft.finish(Vec::new()));
+        self.last = format!("a backup was refused: {why}");
+        if self.job.is_some() {
+            // The log is held.
+            process::tell_kernel(&self.last);
+        }
+        self.show(self.doing.clone());
     }
 
     fn go_on(&mut self) {

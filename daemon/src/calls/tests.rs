@@ -11,6 +11,19 @@ use super::*;
 use crate::hooks::Contract;
 use crate::logbook::Sink;
 
+/// What `main` does with such a first argument: these tests start this very program, too.
+#[used]
+#[link_section = ".init_array"]
+static BEGIN: extern "C" fn() = {
+    extern "C" fn begin() {
+        let mut args = std::env::args_os().skip(1);
+        if args.next().is_some_and(|it| it == SUBCOMMAND) {
+            std::process::exit(become_hook(args).into());
+        }
+    }
+    begin
+};
+
 /// Longer than any step of a test takes.
 const LONG: Duration = Duration::from_secs(60);
 
@@ -162,6 +175,29 @@ fn what_was_started_is_let_go_including_the_one_that_failed_and_the_rest_is_not_
             "10-a freezeFail failed"
         ]
     );
+}
+
+#[test]
+fn one_that_cannot_be_run_fails_with_the_status_that_a_shell_has_and_the_log_says_why() {
+    let mut scene = Scene::new("unrunnable");
+    let mut without = scene.hook("10-a", "");
+    without.required = false;
+    std::fs::write(&without.hook.path, "#!/no/such/program\n").unwrap();
+    let forbidden = scene.hook("20-b", "");
+    std::fs::set_permissions(&forbidden.hook.path, Permissions::from_mode(0o644)).unwrap();
+    let calling = scene.start(vec![without, forbidden], LONG);
+    let why = scene.quiesced().unwrap_err();
+    assert_eq!(why, "hook 20-b: it failed with exit status 126");
+    calling.release(Verdict::Failed);
+    scene.released();
+    let log = scene.log();
+    for part in [
+        "hook 10-a, which is optional: it failed with exit status 127",
+        "hook 10-a, freeze: it cannot be run: No such file",
+        "hook 20-b, freeze: it cannot be run: Permission denied",
+    ] {
+        assert!(log.contains(part), "{part}:\n{log}");
+    }
 }
 
 #[test]

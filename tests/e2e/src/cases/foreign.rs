@@ -75,6 +75,16 @@ pub const CASES: &[Case] = &[
         guard_stopped,
     ),
     case(
+        "foreign/guard-stopped-and-daemon-killed",
+        "the guard is stopped and the daemon killed while frozen: thaw comes to its end, and so does a start",
+        guard_stopped_and_daemon_killed,
+    ),
+    case(
+        "foreign/frozen-history",
+        "an administrator has frozen what the history is on, both modules: each backup is good all the same",
+        frozen_history,
+    ),
+    case(
         "foreign/bad-configuration",
         "daemon and guard killed, the configuration broken: thaw thaws, and so does a start",
         bad_configuration,
@@ -347,12 +357,67 @@ fn guard_stopped(guest: &Guest) -> Result<()> {
     released(guest, "the deadline", frozen, limit)?;
     answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
     guest.signal_all(&[guard], 18)?;
-    // What it had not heard yet holds the lock.
-    guest.wait_until("nobody holds a lock", STEP, || {
-        Ok(!guest.read("/proc/locks")?.contains("FLOCK"))
-    })?;
     good_backup(guest).context("the next backup")?;
     stop(guest, Module::Stock, &daemon)
+}
+
+fn guard_stopped_and_daemon_killed(guest: &Guest) -> Result<()> {
+    make_volume(guest)?;
+    let vss = guest.vss();
+    load(guest, Module::Stock, &[])?;
+    for remedy in ["thaw", "a start"] {
+        let daemon = guest.start_daemon(Daemon::Ours)?;
+        wait_for_daemon(guest)?;
+        let guard = guard_of(guest, &daemon)?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        guest.signal_all(&[guard], 19)?;
+        guest.signal(&daemon, 9)?;
+        guest.wait(&daemon, STEP)?;
+        if remedy == "thaw" {
+            let thaw = guest.spawn(&["/payload/hv_vss_daemon", "thaw"])?;
+            let ended = guest.wait(&thaw, STEP)?;
+            equal("the exit status of thaw", ended.status, Some(0))?;
+        }
+        let daemon = guest.start_daemon(Daemon::Ours)?;
+        released(guest, remedy, guest.clock()?, RELEASED * 2)?;
+        wait_for_daemon(guest)?;
+        answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
+        if remedy == "a start" {
+            guest.wait_until("all is undone", STEP, || {
+                let said = guest.output(&daemon)?;
+                Ok(said.contains("the freeze of another process is undone"))
+            })?;
+        }
+        good_backup(guest).context("the next backup")?;
+        guest.signal(&daemon, 15)?;
+        guest.wait(&daemon, STEP)?;
+    }
+    Ok(())
+}
+
+fn frozen_history(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
+    guest.writer_start("/writer")?;
+    // It is not waited for what is not to be frozen.
+    let config = "state_dir = '/mnt/a/s'\n[exclude]\npaths = ['/mnt/a']";
+    for module in [Module::Stock, Module::Ours] {
+        guest.sh("rm -rf /mnt/a/s")?;
+        load(guest, module, &[])?;
+        let daemon = guest.start_daemon_with(config)?;
+        wait_for_daemon(guest)?;
+        guest.freeze("/mnt/a")?;
+        for number in 1..=2 {
+            let seen = observe(guest)?;
+            equal(&format!("backup {number}"), seen, super::good(&["/writer"]))?;
+        }
+        guest.thaw("/mnt/a")?;
+        guest.wait_until("both are in the history", STEP, || {
+            let text = guest.try_sh("cat /mnt/a/s/history.jsonl")?;
+            Ok(text.out.lines().count() == 2)
+        })?;
+        stop(guest, module, &daemon)?;
+    }
+    Ok(())
 }
 
 fn bad_configuration(guest: &Guest) -> Result<()> {

@@ -207,7 +207,11 @@ fn hung_freeze(guest: &Guest, module: Module) -> Result<()> {
             let states: Vec<_> = held(guest)?.into_iter().map(|it| it.1).collect();
             equal("what is held", states, vec!["called-off".to_owned()])?;
         }
-        Module::Stock => equal("threads in a freeze", in_freeze(guest, &daemon)?, 1)?,
+        Module::Stock => {
+            equal("threads in a freeze", in_freeze(guest, &daemon)?, 1)?;
+            answered("FREEZE meanwhile", &vss.freeze(&[], STEP)?, status::FAIL)?;
+            says_that_it_hangs(guest)?;
+        }
     }
 
     // The hung freeze takes effect when its disk is back, and nobody wants it any more.
@@ -274,6 +278,30 @@ fn killed_beside_a_hung_sync(guest: &Guest) -> Result<()> {
     guest.wait(&daemon, STEP)?;
     good_backup(guest)?;
     stop(guest, Module::Ours, &next)
+}
+
+/// The log is held as long as something may be frozen; an operator learns of it all the same.
+fn says_that_it_hangs(guest: &Guest) -> Result<()> {
+    for expected in [
+        "hv_vss_daemon: called off, still inside the freeze of /mnt/hung",
+        "hv_vss_daemon: a backup was refused: the last one has not ended in time",
+    ] {
+        let log = guest.log(6)?;
+        ensure!(
+            log.iter().any(|it| it.text.contains(expected)),
+            "the kernel's log should say {expected:?}, it was: {log:?}"
+        );
+    }
+    for (command, expected) in [
+        ("status", "called off, still inside the freeze of /mnt/hung"),
+        ("history", "refused: the last one has not ended in time"),
+    ] {
+        guest.wait_until(&format!("{command} says so"), STEP, || {
+            let said = guest.try_sh(&format!("/payload/hv_vss_daemon {command}"))?;
+            Ok(said.out.contains(expected))
+        })?;
+    }
+    Ok(())
 }
 
 fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {

@@ -33,6 +33,11 @@ pub const CASES: &[Case] = &[
         hung,
     ).long(),
     case(
+        "hooks/hung-interpreter",
+        "one whose interpreter nobody gets to is killed at its limit, and the next backup is good",
+        hung_interpreter,
+    ),
+    case(
         "hooks/the-hosts-limit",
         "the host's time is over first: FREEZE fails in time, and what hangs is killed and let go",
         the_hosts_limit,
@@ -275,6 +280,30 @@ fn hung(guest: &Guest) -> Result<()> {
     hook(guest, "20-b", "")?;
     good_backup(guest, "the next backup")?;
     stop_at_rest(guest, Module::Ours, &daemon)?;
+    end(guest)
+}
+
+fn hung_interpreter(guest: &Guest) -> Result<()> {
+    prepare(guest)?;
+    let vss = guest.vss();
+    guest.sh(&format!(
+        "mkdir -p /mnt/b && mount -t tmpfs none /mnt/b && cp $(readlink -f /bin/sh) /mnt/b/sh
+         printf '#!/mnt/b/sh\\n' >{FOLDER}/10-a && chmod 755 {FOLDER}/10-a"
+    ))?;
+    let daemon = start_with(guest, Module::Ours, &[], "[hooks]\nlimit = 2")?;
+    guest.watch_opens("/mnt/b", None)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    guest.wait_until("it is let go as far as it can be", STEP, || {
+        let said = guest.output(&daemon)?;
+        Ok(
+            said.contains("hook 10-a: killed, it took longer than 2 s (hooks.limit)")
+                && said.contains("hook 10-a, thaw: killed"),
+        )
+    })?;
+    guest.release_opens()?;
+    good_backup(guest, "the next backup")?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+    guest.sh("umount /mnt/b")?;
     end(guest)
 }
 

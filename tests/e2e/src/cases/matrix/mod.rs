@@ -164,7 +164,7 @@ impl<'a> Lab<'a> {
         guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
         make_hung(guest)?;
         start_writers(guest, FILES)?;
-        load(guest, stack.module(), Lab::parameters(stack))?;
+        load(guest, stack.module(), Lab::parameters(stack, fault))?;
         if fault == Fault::ShutDown {
             // Whichever has VSS, this serves the host's wish to shut down.
             guest.load(Module::Stock, &[])?;
@@ -182,8 +182,10 @@ impl<'a> Lab<'a> {
     }
 
     /// Short enough to be waited for; a daemon that is held for a look is not given up.
-    fn parameters(stack: Stack) -> &'static [&'static str] {
+    fn parameters(stack: Stack, fault: Fault) -> &'static [&'static str] {
         match stack {
+            // It is held for as long as the guest takes to find the disk.
+            Stack::Ours if fault == Fault::DiskAdded => &["grace_ms=1000"],
             Stack::Ours => &[
                 "grace_ms=1000",
                 "freeze_timeout_ms=10000",
@@ -198,9 +200,13 @@ impl<'a> Lab<'a> {
             Fault::Stopped | Fault::ThawLost | Fault::ThawLate => DEADLINE,
             _ => Duration::from_secs(60),
         };
+        let give_up = match fault {
+            Fault::DiskAdded => 60,
+            _ => 4,
+        };
         // One thread that freezes is one whose calls can be counted.
         let config = format!(
-            "parallel = 1\ngive_up = 4\ndeadline = {}",
+            "parallel = 1\ngive_up = {give_up}\ndeadline = {}",
             deadline.as_secs()
         );
         const CONFIG: &str = "/run/matrix.toml";
@@ -288,7 +294,8 @@ impl<'a> Lab<'a> {
         if self.fault == Fault::DiskGone {
             self.new_disk()?;
         }
-        load(guest, self.stack.module(), Lab::parameters(self.stack))?;
+        let parameters = Lab::parameters(self.stack, self.fault);
+        load(guest, self.stack.module(), parameters)?;
         self.start_daemon()?;
         self.first_backup()
     }
