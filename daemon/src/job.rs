@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{channel, sync_channel, Receiver, RecvTimeoutError, Sender, SyncSender};
 use std::sync::Arc;
 use std::thread::Builder;
 use std::time::{Duration, Instant};
@@ -29,7 +29,6 @@ use crate::freeze::{
 };
 use crate::ground::Watched;
 use crate::hooks::{self, Found, HookError};
-use crate::later::Later;
 use crate::logbook::{Held, Logbook, Sink};
 use crate::machine::LookError;
 use crate::mounts::DevId;
@@ -52,6 +51,9 @@ const LAG: Duration = Duration::from_millis(30);
 const ATTEMPTS: usize = 3;
 /// Enough for the look-ups; everything large is on the heap.
 const STACK_BYTES: usize = 256 * 1024;
+const LATER_STACK_BYTES: usize = 128 * 1024;
+/// What may wait for a disk. It is more only when that hangs.
+const MOST_LATER: usize = 16;
 
 /// Why a freeze did not come about. Nothing is frozen then.
 #[derive(Debug, thiserror::Error)]
@@ -501,11 +503,18 @@ pub enum Outcome {
 /// takes longer to start than a clean file system to freeze.
 pub struct Worker {
     orders: Sender<Order>,
-    later: Later,
+    /// To a thread of its own: a disk may hang, or be frozen by somebody else for as long as they like, and
+    /// no backup waits for that.
+    later: SyncSender<Look>,
 }
+
+/// What needs a disk; what it returns is to be done then.
+type Look = Box<dyn FnOnce() -> Then + Send>;
+type Then = Box<dyn FnOnce() + Send>;
 
 enum Order {
     Prepare(Arc<Config>, Logbook),
+    Do(Then),
     Backup(Box<Backup>),
 }
 
@@ -532,8 +541,6 @@ struct Backup {
     /// What the host says of it.
     about: About,
     words: Receiver<Word>,
-    /// It rests meanwhile.
-    later: Later,
     /// Dropped when nothing more is to be done for it.
     over: Sender<()>,
     tell: Box<dyn Fn(Outcome) + Send>,
@@ -550,15 +557,30 @@ impl Worker {
             while let Ok(order) = orders.recv() {
                 match order {
                     Order::Prepare(config, log) => freezer.look_over(&config, &log),
+                    Order::Do(then) => then(),
                     Order::Backup(backup) => backup.run(&mut freezer),
                 }
             }
         };
         let builder = Builder::new().name("backup".into()).stack_size(STACK_BYTES);
         builder.spawn(body)?;
+        let (later, looks) = sync_channel::<Look>(MOST_LATER);
+        let orders = sender.clone();
+        let body = move || {
+            let _ = process::go_along();
+            // Standard input is nothing of ours. Should it hang when the process dies, and be it behind a
+            // freeze of ours, all else is closed; where the kernel cannot do that, it is as before.
+            let _kept = sys::keep_only(0);
+            for look in looks {
+                // Without a worker nobody is left to tell.
+                let _ = orders.send(Order::Do(look()));
+            }
+        };
+        let builder = Builder::new().name("later".into());
+        builder.stack_size(LATER_STACK_BYTES).spawn(body)?;
         Ok(Worker {
             orders: sender,
-            later: Later::start()?,
+            later,
         })
     }
 
@@ -569,10 +591,18 @@ impl Worker {
         let _ = self.orders.send(order);
     }
 
-    /// Does what needs a disk, once nothing is frozen; false when so much waits for a disk already that it
-    /// is not done.
-    pub fn later(&self, step: impl FnOnce() + Send + 'static) -> bool {
-        self.later.add(step)
+    /// Has `look`, which needs a disk and no descriptor that is open already, done when that can be had, and
+    /// `then`, which needs none, when no backup is under way. False when too much waits already.
+    pub fn later<T: Send + 'static>(
+        &self,
+        look: impl FnOnce() -> T + Send + 'static,
+        then: impl FnOnce(T) + Send + 'static,
+    ) -> bool {
+        let look = || -> Then {
+            let seen = look();
+            Box::new(move || then(seen))
+        };
+        self.later.try_send(Box::new(look)).is_ok()
     }
 
     /// Begins a backup, for which the log is held. `tell` is called from the worker's thread. `None`
@@ -590,7 +620,6 @@ impl Worker {
             setting: setting.clone(),
             about,
             words,
-            later: self.later.clone(),
             over: sender,
             tell: Box::new(tell),
         };
@@ -598,7 +627,6 @@ impl Worker {
         Some(Job {
             setting,
             speaker,
-            later: self.later.clone(),
             over,
             held,
         })
@@ -607,7 +635,6 @@ impl Worker {
 
 impl Backup {
     fn run(self, freezer: &mut Freezer) {
-        self.later.rest();
         let quiesced = self.quiesce(freezer);
         match quiesced.and_then(|()| freezer.freeze(&self.setting)) {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
@@ -620,7 +647,6 @@ impl Backup {
             }
         }
         let _ = process::go_along();
-        self.later.go_on();
         let Backup { setting, over, .. } = self;
         // The door is closed before anybody hears that it is over.
         drop(setting);
@@ -692,7 +718,6 @@ impl Backup {
 pub struct Job {
     setting: Setting,
     speaker: Sender<Word>,
-    later: Later,
     over: Receiver<()>,
     held: Held,
 }
@@ -748,8 +773,6 @@ impl Job {
         } = &self.setting;
         abort.store(true, Ordering::SeqCst);
         self.thaw();
-        // Whatever hangs now, what others may want to know of it is written down.
-        self.later.go_on();
         if progress.stage() == Stage::Freezing {
             door.let_go();
         } else {
@@ -776,6 +799,38 @@ impl Job {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Longer than any step of a test takes.
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn what_hangs_on_a_disk_holds_up_only_what_needs_one_as_well_and_keeps_nothing_open() {
+        let worker = Worker::start().unwrap();
+        let (tell, told) = channel();
+        let (release, hang) = channel::<()>();
+        let begun = tell.clone();
+        let look = move || {
+            // With the one by which they are counted.
+            let open = std::fs::read_dir("/proc/thread-self/fd").map(Iterator::count);
+            begun.send(open.unwrap()).unwrap();
+            let _ = hang.recv();
+        };
+        assert!(worker.later(look, drop));
+        assert_eq!(told.recv_timeout(LONG), Ok(2));
+        let taken = (10..).take_while(|number| {
+            let (tell, number) = (tell.clone(), *number);
+            worker.later(move || number, move |it| tell.send(it).unwrap())
+        });
+        assert_eq!(taken.count(), MOST_LATER);
+        // The thread that freezes does not wait.
+        let done = Order::Do(Box::new(move || tell.send(0).unwrap()));
+        worker.orders.send(done).unwrap();
+        assert_eq!(told.recv_timeout(LONG), Ok(0));
+        drop(release);
+        for number in 0..MOST_LATER {
+            assert_eq!(told.recv_timeout(LONG), Ok(10 + number));
+        }
+    }
 
     #[test]
     fn dirty_pages_are_those_to_be_written_and_those_being_written() {

@@ -13,7 +13,7 @@
 //! cannot, and a [`record`], from which [`recovery`] undoes what is left after a death; [`writes`] show
 //! whether others thawed meanwhile, or wrote to a disk itself, and [`moving`] what copies from disk to disk
 //! below it all. [`hooks`] are an administrator's programs that take part, and [`calls`] calls them.
-//! [`history`] remembers what came of each backup; it is written [`later`]. [`control`] is
+//! [`history`] remembers what came of each backup. [`control`] is
 //! how others ask the daemon; [`check`], [`report`] and [`timeline`] are what an operator is told.
 //!
 //! It knows nothing of VMBus: what the host says arrives as frames of `uapi/hv_vss.rs`.
@@ -36,7 +36,6 @@ pub mod held;
 pub mod history;
 pub mod hooks;
 pub mod job;
-pub mod later;
 pub mod logbook;
 pub mod machine;
 pub mod mounts;

@@ -697,13 +697,13 @@ impl Hands {
     fn write_down(&self, entry: Entry) {
         let history = History::new(&self.config.state_dir);
         let log = self.log.clone();
-        let is_taken = self.worker.later(move || {
-            if let Err(error) = history.add(&entry) {
+        let added = move |done| {
+            if let Err(error) = done {
                 log.warning(words(&error));
             }
             sys::give_back_memory();
-        });
-        if !is_taken {
+        };
+        if !self.worker.later(move || history.add(&entry), added) {
             let folder = self.config.state_dir.display();
             self.log.warning(format!(
                 "{folder}, or the configuration, does not let itself be used: this backup is not in the \
@@ -716,8 +716,8 @@ impl Hands {
     fn reload(&mut self) -> Result<(), &'static str> {
         let tell = teller(&self.tell, |it| News::Config(Box::new(it)));
         let path = self.config_path.clone();
-        let read = move || tell(Config::load(path.as_deref()));
-        if self.worker.later(read) {
+        let read = move || Config::load(path.as_deref());
+        if self.worker.later(read, tell) {
             return Ok(());
         }
         let why = "the configuration is not read: a disk does not let itself be used";
