@@ -33,7 +33,7 @@ use crate::door::Door;
 use crate::fifreeze::Fifreeze;
 use crate::guard::{Event, Guard, GuardError};
 use crate::held::Held;
-use crate::history::{Draft, Entry, History};
+use crate::history::{Draft, Entry, History, HistoryError, Unfinished};
 use crate::hooks::Found;
 use crate::job::{About, Job, Outcome, Setting, Worker};
 use crate::logbook::{words, Level, Logbook};
@@ -56,6 +56,8 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fr
 const PREPARED: Duration = Duration::from_secs(1);
 /// How often it is looked what a freeze is at.
 const LOOK: Duration = Duration::from_millis(500);
+/// How long a stop waits for the last entry of the history. The next start adds what it does not see there.
+const LAST_ENTRY: Duration = Duration::from_secs(5);
 /// How often the log says so while nothing is frozen.
 const REPORT: Duration = Duration::from_secs(10);
 
@@ -176,6 +178,10 @@ struct Hands {
     backups: u64,
     /// What is to be remembered of the one under way.
     draft: Option<Draft>,
+    /// The same for a later daemon.
+    unfinished: Unfinished,
+    /// Closes when the last entry of the history is written.
+    written: Option<Receiver<()>>,
     /// How the last backup went.
     last: String,
 }
@@ -219,7 +225,7 @@ impl Service {
             machine: Backup::new(config.deadline, broken, calling.is_some()),
             hands: Hands {
                 path: path.to_owned(),
-                run,
+                run: run.clone(),
                 config: Arc::new(config),
                 config_path,
                 log,
@@ -236,6 +242,8 @@ impl Service {
                 backups: 0,
                 is_ahead: true,
                 draft: None,
+                unfinished: Unfinished::new(&run),
+                written: None,
                 held: Vec::new(),
                 last: "no backup yet".into(),
             },
@@ -246,6 +254,7 @@ impl Service {
             watchdog: sd_notify::watchdog_enabled().map(|limit| (limit / 2, Instant::now())),
             poll,
         };
+        service.hands.remember_what_is_left();
         service.adopt(device)?;
         service.hands.look_over();
         Ok(service)
@@ -294,6 +303,10 @@ impl Service {
                 self.rest();
             }
             if self.machine.is_over() {
+                if let Some(written) = self.hands.written.take() {
+                    // Nothing is ever said there; it closes.
+                    let _ = written.recv_timeout(LAST_ENTRY);
+                }
                 self.hands.log.info("stopped, nothing is frozen");
                 return Ok(());
             }
@@ -683,19 +696,48 @@ impl Hands {
     /// Puts what came of the backup that has ended into the history, with all calls of hooks.
     fn remember_backup(&mut self, called: Vec<Called>) {
         if let Some(draft) = self.draft.take() {
-            self.write_down(draft.finish(called));
+            let unfinished = self.unfinished.clone();
+            self.write_down(draft.finish(called), move || unfinished.remove());
         }
     }
 
-    fn write_down(&self, entry: Entry) {
+    /// Puts into the history what an earlier daemon has not.
+    fn remember_what_is_left(&mut self) {
+        let unfinished = self.unfinished.clone();
+        match unfinished.left() {
+            Ok(None) => {}
+            Ok(Some(entry)) => self.write_down(entry, move || unfinished.remove()),
+            // It would say the same at each start.
+            Err(error) => {
+                self.log.warning(words(&error));
+                self.warn(unfinished.remove());
+            }
+        }
+    }
+
+    /// Does `then` once the history has the entry.
+    fn write_down(
+        &mut self,
+        entry: Entry,
+        then: impl FnOnce() -> Result<(), HistoryError> + Send + 'static,
+    ) {
         let history = History::new(&self.config.state_dir);
         let log = self.log.clone();
+        let (writing, written) = channel();
+        self.written = Some(written);
         self.worker.later(move || {
-            if let Err(error) = history.add(&entry) {
+            if let Err(error) = history.add(&entry).and_then(|()| then()) {
                 log.warning(words(&error));
             }
+            drop(writing);
             sys::give_back_memory();
         });
+    }
+
+    fn warn(&self, done: Result<(), HistoryError>) {
+        if let Err(error) = done {
+            self.log.warning(words(&error));
+        }
     }
 
     /// Has the configuration read again, as soon as nothing is frozen.
@@ -775,7 +817,16 @@ impl Effects for Hands {
             progress: Arc::default(),
             disks: self.disks_of(request),
         };
-        self.draft = Some(self.draft(request));
+        let draft = self.draft(request);
+        let (unfinished, entry) = (self.unfinished.clone(), draft.so_far().clone());
+        let log = self.log.clone();
+        // On the worker, since the last one may be on its way into the history there.
+        self.worker.later(move || {
+            if let Err(error) = unfinished.begin(&entry) {
+                log.warning(words(&error));
+            }
+        });
+        self.draft = Some(draft);
         let job = self.worker.begin(setting, about, held, tell);
         self.job = Some(job.ok_or("the thread that freezes has died")?);
         self.backups += 1;
@@ -789,7 +840,8 @@ impl Effects for Hands {
             job.settle();
         }
         if let Some(draft) = &mut self.draft {
-            draft.answered();
+            let us = draft.answered();
+            self.warn(self.unfinished.answered(us));
         }
         self.show("frozen");
     }
@@ -809,7 +861,7 @@ impl Effects for Hands {
     fn refused(&mut self, request: &Request, why: &str) {
         let mut draft = self.draft(request);
         draft.ended(Verdict::Failed, Some(format!("refused: {why}")));
-        self.write_down(draft.finish(Vec::new()));
+        self.write_down(draft.finish(Vec::new()), || Ok(()));
     }
 
     fn go_on(&mut self) {
@@ -821,6 +873,9 @@ impl Effects for Hands {
     fn finish(&mut self, verdict: Verdict, why: Option<&str>) {
         if let Some(draft) = &mut self.draft {
             draft.ended(verdict, why.map(str::to_owned));
+            // Hooks may yet take long.
+            let noted = self.unfinished.put(draft.so_far());
+            self.warn(noted);
         }
         if let Some(job) = self.job.take() {
             job.join();
