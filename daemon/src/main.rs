@@ -131,11 +131,19 @@ fn exit_with(result: Result<ExitCode, Failure>) -> ExitCode {
     }
 }
 
-/// What is asked for when the daemon is asked goes by whatever there is.
+/// What is asked for when the daemon is asked goes by whatever there is, and says so.
 fn or_default(config: &Result<Config, ConfigError>) -> Config {
-    config
-        .as_ref()
-        .map_or_else(|_| Config::default(), Config::clone)
+    match config {
+        Ok(config) => config.clone(),
+        Err(error) => {
+            go_on_without(error, &Logbook::new(foreground_sink()));
+            Config::default()
+        }
+    }
+}
+
+fn go_on_without(error: &ConfigError, log: &Logbook) {
+    log.warning(format!("{}; going on without", words(error)));
 }
 
 fn path_of(matches: &ArgMatches, name: &str) -> PathBuf {
@@ -171,7 +179,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
             need_root()?;
             let log = Logbook::new(foreground_sink());
             if let Err(error) = &config {
-                log.warning(format!("{}; going on without", words(error)));
+                go_on_without(error, &log);
             }
             let asked_for = thaw.get_one("run-dir").cloned();
             let places = recovery::places(asked_for, config.as_ref());
@@ -207,8 +215,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
         Some(("reload", _)) => {
             need_root()?;
             let log = Logbook::new(foreground_sink());
-            let places = recovery::places(None, config.as_ref());
-            done(commands::reload(&places, &log).map_err(Failure::from))
+            done(commands::reload(config, &log).map_err(Failure::from))
         }
         Some((_, run)) => done(serve(
             run,
