@@ -320,3 +320,30 @@ fn rehearse(config: Config, time: Duration) -> Result<(), Failure> {
     });
     Ok(commands::freeze_for(config, &log, time, &stop)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap_complete::Shell;
+
+    /// Those that are installed were made so, and are made again with `HV_VSS_WRITE_COMPLETIONS` set.
+    #[test]
+    fn the_shells_complete_what_the_command_line_has() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("completions");
+        for (shell, name) in [
+            (Shell::Bash, "hv_vss.bash"),
+            (Shell::Zsh, "_hv_vss"),
+            (Shell::Fish, "hv_vss.fish"),
+        ] {
+            let mut made = Vec::new();
+            // By the name that it has in PATH.
+            clap_complete::generate(shell, &mut command(), "hv_vss", &mut made);
+            let file = folder.join(name);
+            if std::env::var_os("HV_VSS_WRITE_COMPLETIONS").is_some() {
+                std::fs::write(&file, &made).unwrap();
+            }
+            let installed = std::fs::read(&file).unwrap();
+            assert!(installed == made, "{} is not up to date", file.display());
+        }
+    }
+}
