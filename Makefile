@@ -191,11 +191,10 @@ test-volumes: lab-module user images ## Back up LVM, md and LUKS under load and 
 install: install-module install-daemon install-dev ## Install module, daemon and header below DESTDIR
 	@[ -n "$(DESTDIR)" ] || { depmod $(KVER) && $(NEXT); }
 
-# It changes no service: that is the administrator's.
+# It starts and stops nothing: that is the administrator's.
 NEXT = printf '%s\n' 'Installed, and nothing is started. To serve from now on and after each boot:' \
-	'  systemctl daemon-reload && udevadm control --reload' \
-	'  systemctl disable --now $(OTHER_DAEMONS)  # where they are' \
-	'  systemctl enable hv_vss' \
+	'  systemctl daemon-reload && udevadm control --reload && systemctl enable hv_vss' \
+	'  systemctl stop NAME, if the distribution has a daemon that runs: $(OTHER_DAEMONS)' \
 	'  $(PREFIX)/libexec/hv_vss_hand_over take && udevadm trigger --subsystem-match=misc' \
 	'  systemctl start hv_vss && $(PREFIX)/sbin/hv_vss check'
 
