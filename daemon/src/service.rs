@@ -180,6 +180,8 @@ struct Hands {
     draft: Option<Draft>,
     /// The same for a later daemon.
     unfinished: Unfinished,
+    /// Whether an earlier one may have left that.
+    left: bool,
     /// Closes when the last entry of the history is written.
     written: Option<Receiver<()>>,
     /// How the last backup went.
@@ -243,6 +245,7 @@ impl Service {
                 is_ahead: true,
                 draft: None,
                 unfinished: Unfinished::new(&run),
+                left: true,
                 written: None,
                 held: Vec::new(),
                 last: "no backup yet".into(),
@@ -701,8 +704,12 @@ impl Hands {
         }
     }
 
-    /// Puts into the history what an earlier daemon has not.
+    /// Puts into the history what an earlier daemon has not, unless what that has frozen still is.
     fn remember_what_is_left(&mut self) {
+        if !self.left || !matches!(self.run.read(), Ok(None)) {
+            return;
+        }
+        self.left = false;
         let unfinished = self.unfinished.clone();
         match unfinished.left() {
             Ok(None) => {}
@@ -800,6 +807,8 @@ impl Effects for Hands {
             return Err("the freeze of another process is not undone".into());
         }
         let door = self.door(request)?;
+        self.remember_what_is_left();
+        self.left = false;
         let now = Instant::now();
         // Words can wait until the host has its answer.
         let held = self.log.hold(self.backups + 1, now);
