@@ -150,6 +150,8 @@ LIB = $(DESTDIR)$(PREFIX)/lib
 LIBEXEC = $(DESTDIR)$(PREFIX)/libexec
 SHARE = $(DESTDIR)$(PREFIX)/share
 ADAPT = sed -e 's|/usr/libexec/|$(PREFIX)/libexec/|g' -e 's|^prefix=/usr|prefix=$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|'
+# Where zsh looks for what completes a command; packages of Debian have a folder of their own.
+ZSH_FUNCTIONS ?= site-functions
 # The daemons of the distributions that give way to ours: Debian's and Ubuntu's, Fedora's, SUSE's.
 OTHER_DAEMONS = hv-vss-daemon hypervvssd hv_vss_daemon
 
@@ -162,7 +164,8 @@ dkms: deb ## Install them on a clean Debian and have DKMS build the module there
 	@$(LAB)/dkms.sh
 
 # Each is called by its full name, since they need what takes a while to build.
-PACKAGES_CASES = $(addprefix packages/,install-to-purge boot no-module disabled mainline-daemon unknown-key)
+PACKAGES_CASES = $(addprefix packages/,install-to-purge installed-amid-a-freeze boot no-module disabled masked \
+	blacklisted mainline-daemon unknown-key)
 
 .PHONY: test-packages
 test-packages: dkms lab-module user images ## Install them in a guest, and take backups before and after
@@ -186,7 +189,14 @@ test-volumes: lab-module user images ## Back up LVM, md and LUKS under load and 
 
 .PHONY: install
 install: install-module install-daemon install-dev ## Install module, daemon and header below DESTDIR
-	@[ -n "$(DESTDIR)" ] || depmod $(KVER)
+	@[ -n "$(DESTDIR)" ] || { depmod $(KVER) && $(NEXT); }
+
+# It starts and stops nothing: that is the administrator's.
+NEXT = printf '%s\n' 'Installed, and nothing is started. To serve from now on and after each boot:' \
+	'  systemctl daemon-reload && udevadm control --reload && systemctl enable hv_vss' \
+	'  systemctl stop NAME, if the distribution has a daemon that runs: $(OTHER_DAEMONS)' \
+	'  $(PREFIX)/libexec/hv_vss_hand_over take && udevadm trigger --subsystem-match=misc' \
+	'  systemctl start hv_vss && $(PREFIX)/sbin/hv_vss check'
 
 .PHONY: install-module
 install-module:
@@ -210,6 +220,9 @@ install-daemon:
 	install -D -m 0644 daemon/hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss_daemon.8
 	ln -sf hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss.8
 	install -D -m 0644 daemon/hv_vss_daemon.toml.5 $(SHARE)/man/man5/hv_vss_daemon.toml.5
+	install -D -m 0644 daemon/completions/hv_vss.bash $(SHARE)/bash-completion/completions/hv_vss
+	install -D -m 0644 daemon/completions/_hv_vss $(SHARE)/zsh/$(ZSH_FUNCTIONS)/_hv_vss
+	install -D -m 0644 daemon/completions/hv_vss.fish $(SHARE)/fish/vendor_completions.d/hv_vss.fish
 	install -D -m 0755 -t $(SHARE)/hv_vss/hooks daemon/hooks/*
 	install -d $(DESTDIR)/etc/hv_vss/hooks.d
 	install -d $(DESTDIR)/etc/hv_vss/daemon.toml.d

@@ -98,7 +98,15 @@ fn daemon(device: &Path, status: &Result<Value, ControlError>) -> Finding {
         }
         Err(ControlError::Nobody) => {
             let why = why_no_device(device);
-            let why = why.unwrap_or_else(|| "no daemon serves: systemctl start hv_vss".into());
+            let why = why.unwrap_or_else(|| match who_has(device) {
+                // Ours may well run and wait for it.
+                Some(who) => format!(
+                    "no daemon of ours serves: {who} has {}; once that has ended, ours takes it, or \
+                     systemctl start hv_vss",
+                    device.display()
+                ),
+                None => "no daemon serves: systemctl start hv_vss".into(),
+            });
             found(Grade::Problem, why)
         }
         Err(error) => found(Grade::Problem, words(error)),
@@ -143,6 +151,19 @@ pub fn why_no_device(device: &Path) -> Option<String> {
         }
         Err(_) => because("no driver is loaded: modprobe hv_vss, or modprobe hv_utils"),
     }
+}
+
+/// The program that has the device open, if one has. Only links are read, for what they lead to may hang.
+fn who_has(device: &Path) -> Option<String> {
+    fs::read_dir("/proc").ok()?.flatten().find_map(|process| {
+        // There is /proc/self, too.
+        let pid: u32 = process.file_name().to_str()?.parse().ok()?;
+        let path = process.path();
+        let mut opened = fs::read_dir(path.join("fd")).ok()?.flatten();
+        opened.find(|it| fs::read_link(it.path()).is_ok_and(|at| at == device))?;
+        let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
+        Some(format!("{} (process {pid})", name.trim().escape_debug()))
+    })
 }
 
 fn run_dir(config: &Config) -> Option<Finding> {
@@ -230,7 +251,13 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
             }
         }
     };
-    found.into_iter().map(look).collect()
+    let mut all: Vec<Finding> = found.into_iter().map(look).collect();
+    // Whoever put it there may have meant it to be called.
+    for path in hooks::not_executable(&config.hooks).unwrap_or_default() {
+        let text = format!("{} is not called: it is not executable", path.display());
+        all.push(finding("hooks", Grade::Warning, text));
+    }
+    all
 }
 
 /// A kernel that panics when a writer waits for long.
@@ -324,6 +351,20 @@ mod tests {
         assert_eq!(why_no_device(Path::new("/dev/null")), None);
         let why = why_no_device(Path::new("/dev/vmbus/none at all")).unwrap();
         assert!(why.starts_with("no /dev/vmbus/none at all: "), "{why}");
+    }
+
+    #[test]
+    fn whoever_has_the_device_is_named() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-device-{}", std::process::id()));
+        assert_eq!(who_has(&dir), None);
+        let file = fs::File::create(&dir).unwrap();
+        let who = who_has(&dir).unwrap();
+        assert!(
+            who.ends_with(&format!("(process {})", std::process::id())),
+            "{who}"
+        );
+        drop(file);
+        fs::remove_file(&dir).unwrap();
     }
 
     #[test]

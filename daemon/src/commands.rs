@@ -82,6 +82,9 @@ pub enum CommandError {
     /// There is no daemon to ask.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// Where it might be asked is not known.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// It goes by the configuration that it had.
     #[error("{0}; the daemon that serves goes by the configuration that it had")]
     NotReloaded(String),
@@ -381,8 +384,13 @@ impl Stop {
 }
 
 /// Has the daemon that serves read its configuration again.
-pub fn reload(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
-    let reply = control::ask_first(places, Method::Reload)?;
+pub fn reload(config: Result<Config, ConfigError>, log: &Logbook) -> Result<(), CommandError> {
+    let places = recovery::places(None, config.as_ref());
+    let reply = match (control::ask_first(&places, Method::Reload), config) {
+        // It may be in a run_dir that only this configuration tells of.
+        (Err(ControlError::Nobody), Err(error)) => return Err(error.into()),
+        (asked, _) => asked?,
+    };
     if reply["reloaded"] == "later" {
         log.info("a backup is under way: the configuration is read after it, see the log");
         return Ok(());

@@ -396,7 +396,7 @@ fn cannot_read(path: &Path) -> impl FnOnce(io::Error) -> ConfigError + '_ {
     }
 }
 
-/// The files `*.toml` in the folder `<file>.d`, in the order of their names.
+/// The files `*.toml` in the folder `<file>.d` that are not hidden, in the order of their names.
 fn drop_ins(file: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     let mut folder = file.as_os_str().to_owned();
     folder.push(".d");
@@ -408,7 +408,9 @@ fn drop_ins(file: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     let mut paths = Vec::new();
     for entry in entries {
         let path = entry.map_err(cannot_read(folder))?.path();
-        if path.extension().is_some_and(|it| it == "toml") {
+        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+        // What an editor has open, or an archive of another system has brought, is hidden.
+        if name.ends_with(b".toml") && !name.starts_with(b".") {
             paths.push(path);
         }
     }
@@ -447,6 +449,7 @@ mod tests {
             "deadline = 8\nexclude.paths = []",
         );
         put(&drop_ins.join("30.toml.bak"), "nonsense");
+        put(&drop_ins.join(".40.toml"), "nonsense");
         let config = Config::load(Some(&file)).unwrap();
         assert!(config.strict);
         assert_eq!(config.deadline, Duration::from_secs(9));

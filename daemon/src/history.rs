@@ -3,12 +3,15 @@
 //! What is remembered of backups: when, of what kind, how it went, and the time of each file system and
 //! hook. One JSON object a line, in a file that survives restarts and stays small.
 //!
-//! It is on a disk, so it is written and read only while nothing is frozen. It knows no host.
+//! It is on a disk, so it is written and read only while nothing is frozen. What is known of a backup under
+//! way is kept in memory until then ([`Unfinished`]), for the next daemon should this one die. It knows no
+//! host.
 
-use std::fs::{DirBuilder, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::fs::{DirBuilder, File, Metadata, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -17,13 +20,14 @@ use crate::backup::Verdict;
 use crate::calls::Called;
 use crate::freeze::{How, Stay};
 use crate::hooks::Verb;
+use crate::record::RunDir;
 
 /// Bytes that the file may have before the older half is forgotten: hundreds of backups.
 const MOST_BYTES: u64 = 1 << 20;
 
 /// Why it cannot be written or read.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {doing} the history {path}")]
+#[error("cannot {doing} {path}, of the history")]
 pub struct HistoryError {
     doing: &'static str,
     path: PathBuf,
@@ -137,9 +141,16 @@ impl Draft {
         u64::try_from(passed.as_micros()).unwrap_or(u64::MAX)
     }
 
-    /// The host has its answer to FREEZE.
-    pub fn answered(&mut self) {
-        self.entry.answered_us = Some(self.us(Instant::now()));
+    /// The host has its answer to FREEZE. Returns when, in microseconds from the beginning.
+    pub fn answered(&mut self) -> u64 {
+        let us = self.us(Instant::now());
+        self.entry.answered_us = Some(us);
+        us
+    }
+
+    /// What is known of it so far.
+    pub fn so_far(&self) -> &Entry {
+        &self.entry
     }
 
     /// What became of the file systems.
@@ -193,18 +204,19 @@ impl History {
         }
     }
 
-    fn text(&self) -> io::Result<String> {
-        match std::fs::read_to_string(&self.0) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+    fn bytes(&self) -> io::Result<Vec<u8>> {
+        match std::fs::read(&self.0) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
             other => other,
         }
     }
 
-    /// All that is remembered, the oldest first. What is not understood is passed over: a later version
-    /// may have written it.
+    /// All that is remembered, the oldest first. A line that is not understood is passed over: a later
+    /// version may have written it, or the machine died meanwhile.
     pub fn read(&self) -> Result<Vec<Entry>, HistoryError> {
-        let text = self.text().map_err(self.failed("read"))?;
-        let entries = text.lines().map(serde_json::from_str);
+        let bytes = self.bytes().map_err(self.failed("read"))?;
+        let lines = bytes.split(|&byte| byte == b'\n');
+        let entries = lines.map(serde_json::from_slice);
         Ok(entries.filter_map(Result::ok).collect())
     }
 
@@ -226,19 +238,23 @@ impl History {
         let mut line = serde_json::to_string(entry)?;
         line.push('\n');
         let mut options = OpenOptions::new();
-        let mut file = options
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&self.0)?;
+        options.read(true).append(true).create(true).mode(0o600);
+        let mut file = options.open(&self.0)?;
+        // The last one may have been cut off, by a full disk or by the death of the machine.
+        if let Some(end) = file.metadata()?.len().checked_sub(1) {
+            let mut last = [0];
+            file.read_exact_at(&mut last, end)?;
+            if last != *b"\n" {
+                line.insert(0, '\n');
+            }
+        }
         file.write_all(line.as_bytes())?;
         Ok(file.metadata()?.len())
     }
 
     /// The file is there as it was or as it is to be, whenever the machine dies.
     fn forget_older_half(&self) -> io::Result<()> {
-        let text = self.text()?;
-        let bytes = text.as_bytes();
+        let bytes = self.bytes()?;
         let half = bytes.len() / 2;
         let newline = bytes.iter().skip(half).position(|&byte| byte == b'\n');
         let from = newline.map_or(0, |at| half + at + 1);
@@ -249,6 +265,116 @@ impl History {
         file.write_all(bytes.get(from..).unwrap_or_default())?;
         file.sync_all()?;
         std::fs::rename(&new, &self.0)
+    }
+}
+
+/// What is known of the backup under way, in the run directory, which is in memory: so it can be written
+/// while disks are frozen. It is there from before anything is frozen until the history has the entry, and
+/// whoever finds it at a start has to see to that.
+#[derive(Debug)]
+pub struct Unfinished {
+    path: PathBuf,
+    /// What was put there or found there last.
+    file: Option<Arc<File>>,
+}
+
+impl Unfinished {
+    /// That in this run directory.
+    pub fn new(run: &RunDir) -> Self {
+        Unfinished {
+            path: run.path().join("backup.json"),
+            file: None,
+        }
+    }
+
+    fn failed(&self, doing: &'static str) -> impl FnOnce(io::Error) -> HistoryError {
+        let path = self.path.clone();
+        move |source| HistoryError {
+            doing,
+            path,
+            source,
+        }
+    }
+
+    /// A backup begins; should this be all that is ever known, the daemon has died before FREEZE was
+    /// answered.
+    pub fn begin(&mut self, entry: &Entry) -> Result<(), HistoryError> {
+        let why = Some("the daemon died during it".into());
+        self.put(&Entry {
+            result: Verdict::Failed,
+            why,
+            ..entry.clone()
+        })
+    }
+
+    /// FREEZE was answered, so many microseconds after the beginning. While all is frozen this takes no
+    /// further memory and looks up no path.
+    pub fn answered(&self, us: u64) -> Result<(), HistoryError> {
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
+        let written = file.as_ref().write_all(us.to_string().as_bytes());
+        written.map_err(self.failed("write"))
+    }
+
+    /// How it went is known.
+    pub fn put(&mut self, entry: &Entry) -> Result<(), HistoryError> {
+        let new = self.path.with_extension("new");
+        let write = || {
+            let mut line = serde_json::to_vec(entry)?;
+            line.push(b'\n');
+            let mut options = OpenOptions::new();
+            options.write(true).create(true).truncate(true).mode(0o600);
+            let mut file = options.open(&new)?;
+            file.write_all(&line)?;
+            std::fs::rename(&new, &self.path)?;
+            Ok(file)
+        };
+        self.file = Some(Arc::new(write().map_err(self.failed("write"))?));
+        Ok(())
+    }
+
+    /// What an earlier daemon has left, if anything.
+    pub fn left(&mut self) -> Result<Option<Entry>, HistoryError> {
+        let mut file = match File::open(&self.path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(self.failed("read"))?,
+        };
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(self.failed("read"))?;
+        self.file = Some(Arc::new(file));
+        let text = String::from_utf8_lossy(&bytes);
+        let (line, answered) = text.split_once('\n').unwrap_or((&text, ""));
+        let entry = serde_json::from_str(line).map_err(io::Error::from);
+        let mut entry: Entry = entry.map_err(self.failed("read"))?;
+        if let Ok(us) = answered.parse() {
+            // What it had frozen is thawed by its death, and its THAW fails.
+            entry.result = Verdict::Broken;
+            entry.answered_us = Some(us);
+            entry.ended_us = us;
+        }
+        Ok(Some(entry))
+    }
+
+    /// What removes it once the history has the entry, unless another backup has begun by then.
+    pub fn remover(&self) -> impl FnOnce() -> Result<(), HistoryError> + Send + 'static {
+        let (path, failed) = (self.path.clone(), self.failed("remove"));
+        let file = self.file.clone();
+        move || {
+            let remove = || {
+                let inode = |it: io::Result<Metadata>| it.map(|it| it.ino());
+                let its = file.map(|it| inode(it.metadata())).transpose()?;
+                if its.is_some_and(|its| inode(std::fs::metadata(&path)).is_ok_and(|it| it != its))
+                {
+                    return Ok(());
+                }
+                std::fs::remove_file(&path)
+            };
+            match remove() {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed(e)),
+                _ => Ok(()),
+            }
+        }
     }
 }
 
@@ -327,11 +453,50 @@ pub(crate) mod tests {
         // The older ones have gone, and none in between.
         assert!(all[0] > 0 && all.len() > 40, "{all:?}");
         assert_eq!(all, (all[0]..150).collect::<Vec<_>>());
-        std::fs::write(&history.0, "{\"of\": \"a later version\"}\n").unwrap();
+        // Cut off, and with what is no text.
+        let spoilt = b"{\"of\": \"a later version\"}\n{\"at\": \"\xff";
+        std::fs::write(&history.0, spoilt).unwrap();
         history.add(&entry(7)).unwrap();
         let all = history.read().unwrap();
         assert_eq!(all.len(), 1);
         assert_eq!(all[0].request, 7);
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_is_known_of_a_backup_that_death_ended_follows_from_how_far_it_had_come() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-unfinished-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let mut unfinished = Unfinished::new(&RunDir::new(&dir));
+        // As the next daemon sees it.
+        let left = || Unfinished::new(&RunDir::new(&dir)).left().unwrap();
+        assert_eq!(left(), None);
+        let mut draft = Draft::new(7, None, None, true);
+        unfinished.begin(draft.so_far()).unwrap();
+        let seen = left().unwrap();
+        assert_eq!((seen.request, seen.result), (7, Verdict::Failed));
+        assert_eq!(seen.why.as_deref(), Some("the daemon died during it"));
+        assert_eq!(seen.answered_us, None);
+        let us = draft.answered();
+        unfinished.answered(us).unwrap();
+        let seen = left().unwrap();
+        assert_eq!(seen.result, Verdict::Broken);
+        assert_eq!(seen.answered_us, Some(us));
+        // Only the history has not heard of it.
+        draft.ended(Verdict::Good, None);
+        unfinished.put(draft.so_far()).unwrap();
+        let seen = left().unwrap();
+        assert_eq!((seen.result, seen.why), (Verdict::Good, None));
+        // The next one begins before the history has this.
+        let remove = unfinished.remover();
+        unfinished
+            .begin(Draft::new(8, None, None, true).so_far())
+            .unwrap();
+        remove().unwrap();
+        assert_eq!(left().unwrap().request, 8);
+        unfinished.remover()().unwrap();
+        assert_eq!(left(), None);
+        unfinished.remover()().unwrap();
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

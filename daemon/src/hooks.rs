@@ -155,6 +155,8 @@ pub struct Found {
 }
 
 /// The hooks to be called, in their order: that of their names, folder after folder.
+///
+/// What cannot be looked at, such as a link that leads nowhere, is one of them: its fault says what is wrong.
 pub fn find(rules: &HookRules) -> Result<Vec<Found>, HookError> {
     let mut hooks = in_folder(Path::new(FOLDER), Contract::Qemu)?;
     if rules.qemu {
@@ -179,7 +181,30 @@ pub fn find(rules: &HookRules) -> Result<Vec<Found>, HookError> {
     Ok(found.collect())
 }
 
+/// Files in the places of hooks that are not called, since they are not executable.
+pub fn not_executable(rules: &HookRules) -> Result<Vec<PathBuf>, HookError> {
+    let mut paths = candidates(Path::new(FOLDER))?;
+    if rules.qemu {
+        paths.extend(candidates(Path::new(QEMU_FOLDER))?);
+        paths.push(QEMU_HOOK.into());
+    }
+    if rules.open_vm_tools {
+        paths.extend(candidates(Path::new(OPEN_VM_TOOLS_FOLDER))?);
+    }
+    let is_file = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|it| it.is_file());
+    paths.retain(|path| is_file(path) && !is_program(path));
+    Ok(paths)
+}
+
 fn in_folder(folder: &Path, contract: Contract) -> Result<Vec<Hook>, HookError> {
+    let paths = candidates(folder)?.into_iter();
+    let paths = paths.filter(|path| is_program(path));
+    let hooks = paths.map(|path| Hook { path, contract });
+    Ok(hooks.collect())
+}
+
+/// What is in a folder of hooks, in the order of the names.
+fn candidates(folder: &Path) -> Result<Vec<PathBuf>, HookError> {
     let failed = |source| HookError {
         folder: folder.to_owned(),
         source,
@@ -191,17 +216,23 @@ fn in_folder(folder: &Path, contract: Contract) -> Result<Vec<Hook>, HookError> 
     let mut paths = Vec::new();
     for entry in entries {
         let path = entry.map_err(failed)?.path();
-        if !is_left_behind(&path) && is_program(&path) {
+        if !is_left_behind(&path) {
             paths.push(path);
         }
     }
     paths.sort();
-    let hooks = paths.into_iter().map(|path| Hook { path, contract });
-    Ok(hooks.collect())
+    Ok(paths)
 }
 
+/// Whether it is to be called. A file that is there and cannot be looked at was meant to be.
 fn is_program(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|it| it.is_file() && it.mode() & 0o111 != 0)
+    match std::fs::metadata(path) {
+        Ok(found) => found.is_file() && found.mode() & 0o111 != 0,
+        Err(_) => match std::fs::symlink_metadata(path) {
+            Ok(_) => true,
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        },
+    }
 }
 
 /// What editors and packages leave beside a file: the names that the dispatcher of the QEMU guest agent
@@ -273,6 +304,20 @@ mod tests {
         let none = in_folder(&scratch.0.join("nothing"), Contract::Qemu).unwrap();
         assert_eq!(none, []);
         assert!(in_folder(&scratch.0.join("10-a"), Contract::Qemu).is_err());
+    }
+
+    #[test]
+    fn a_link_that_leads_nowhere_is_a_hook_with_a_fault() {
+        let scratch = Scratch::new("hooks-nowhere");
+        scratch.file("10-a", 0o755);
+        symlink("gone", scratch.0.join("20-nowhere")).unwrap();
+        symlink("30-itself", scratch.0.join("30-itself")).unwrap();
+        symlink("10-a/in a file", scratch.0.join("40-no-folder")).unwrap();
+        let found = in_folder(&scratch.0, Contract::Qemu).unwrap();
+        let names: Vec<String> = found.iter().map(Hook::name).collect();
+        assert_eq!(names, ["10-a", "20-nowhere", "30-itself", "40-no-folder"]);
+        assert!(found[1..].iter().all(|it| it.fault().is_some()));
+        assert!(!is_program(&scratch.0.join("50-nothing")));
     }
 
     #[test]

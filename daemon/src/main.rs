@@ -135,11 +135,19 @@ fn exit_with(result: Result<ExitCode, Failure>) -> ExitCode {
     }
 }
 
-/// What is asked for when the daemon is asked goes by whatever there is.
+/// What is asked for when the daemon is asked goes by whatever there is, and says so.
 fn or_default(config: &Result<Config, ConfigError>) -> Config {
-    config
-        .as_ref()
-        .map_or_else(|_| Config::default(), Config::clone)
+    match config {
+        Ok(config) => config.clone(),
+        Err(error) => {
+            go_on_without(error, &Logbook::new(foreground_sink()));
+            Config::default()
+        }
+    }
+}
+
+fn go_on_without(error: &ConfigError, log: &Logbook) {
+    log.warning(format!("{}; going on without", words(error)));
 }
 
 fn path_of(matches: &ArgMatches, name: &str) -> PathBuf {
@@ -175,7 +183,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
             need_root()?;
             let log = Logbook::new(foreground_sink());
             if let Err(error) = &config {
-                log.warning(format!("{}; going on without", words(error)));
+                go_on_without(error, &log);
             }
             let asked_for = thaw.get_one("run-dir").cloned();
             let places = recovery::places(asked_for, config.as_ref());
@@ -211,8 +219,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
         Some(("reload", _)) => {
             need_root()?;
             let log = Logbook::new(foreground_sink());
-            let places = recovery::places(None, config.as_ref());
-            done(commands::reload(&places, &log).map_err(Failure::from))
+            done(commands::reload(config, &log).map_err(Failure::from))
         }
         Some((_, run)) => done(serve(
             run,
@@ -316,4 +323,31 @@ fn rehearse(config: Config, time: Duration) -> Result<(), Failure> {
         }
     });
     Ok(commands::freeze_for(config, &log, time, &stop)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap_complete::Shell;
+
+    /// Those that are installed were made so, and are made again with `HV_VSS_WRITE_COMPLETIONS` set.
+    #[test]
+    fn the_shells_complete_what_the_command_line_has() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("completions");
+        for (shell, name) in [
+            (Shell::Bash, "hv_vss.bash"),
+            (Shell::Zsh, "_hv_vss"),
+            (Shell::Fish, "hv_vss.fish"),
+        ] {
+            let mut made = Vec::new();
+            // By the name that it has in PATH.
+            clap_complete::generate(shell, &mut command(), "hv_vss", &mut made);
+            let file = folder.join(name);
+            if std::env::var_os("HV_VSS_WRITE_COMPLETIONS").is_some() {
+                std::fs::write(&file, &made).unwrap();
+            }
+            let installed = std::fs::read(&file).unwrap();
+            assert!(installed == made, "{} is not up to date", file.display());
+        }
+    }
 }

@@ -17,7 +17,7 @@ use crate::history::Entry;
 pub enum Outcome {
     /// All is well.
     Well = 0,
-    /// No daemon serves.
+    /// No daemon serves: there is none, or it waits for the device.
     NoDaemon = 3,
     /// The last backup was not good.
     LastNotGood = 4,
@@ -45,9 +45,15 @@ impl Status<'_> {
         match self.daemon.map(|it| &it["phase"]) {
             None => Outcome::NoDaemon,
             Some(phase) if phase != "idle" => Outcome::UnderWay,
+            Some(_) if self.waits() => Outcome::NoDaemon,
             Some(_) if !last_is_good => Outcome::LastNotGood,
             Some(_) => Outcome::Well,
         }
+    }
+
+    /// Whether the daemon has no device.
+    fn waits(&self) -> bool {
+        self.daemon.is_some_and(|it| it["door"].is_null())
     }
 
     /// For people.
@@ -196,12 +202,14 @@ mod tests {
         };
         let idle = json!({ "phase": "idle", "door": "held" });
         let frozen = json!({ "phase": "frozen", "door": "held" });
+        let waits = json!({ "phase": "idle", "door": null });
         for (daemon, last, outcome) in [
             (None, Some(&good), Outcome::NoDaemon),
             (Some(&idle), None, Outcome::Well),
             (Some(&idle), Some(&good), Outcome::Well),
             (Some(&idle), Some(&example()), Outcome::LastNotGood),
             (Some(&frozen), Some(&good), Outcome::UnderWay),
+            (Some(&waits), Some(&good), Outcome::NoDaemon),
         ] {
             let status = Status { daemon, last };
             assert_eq!(status.outcome(), outcome, "{status:?}");

@@ -33,7 +33,7 @@ use crate::door::Door;
 use crate::fifreeze::Fifreeze;
 use crate::guard::{Event, Guard, GuardError};
 use crate::held::Held;
-use crate::history::{Draft, Entry, History};
+use crate::history::{Draft, Entry, History, HistoryError, Unfinished};
 use crate::hooks::Found;
 use crate::job::{About, Job, Outcome, Setting, Worker};
 use crate::logbook::{words, Level, Logbook};
@@ -56,6 +56,8 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fr
 const PREPARED: Duration = Duration::from_secs(1);
 /// How often it is looked what a freeze is at.
 const LOOK: Duration = Duration::from_millis(500);
+/// How long a stop waits for the last entry of the history. The next start adds what it does not see there.
+const LAST_ENTRY: Duration = Duration::from_secs(5);
 /// How often the log says so while nothing is frozen.
 const REPORT: Duration = Duration::from_secs(10);
 
@@ -178,6 +180,12 @@ struct Hands {
     draft: Option<Draft>,
     /// What is going on, as it was last shown.
     doing: String,
+    /// What is to be remembered of the one under way, for a later daemon.
+    unfinished: Unfinished,
+    /// Whether an earlier one may have left that.
+    left: bool,
+    /// Closes when the last entry of the history is written.
+    written: Option<Receiver<()>>,
     /// How the last backup went.
     last: String,
 }
@@ -221,7 +229,7 @@ impl Service {
             machine: Backup::new(config.deadline, broken, calling.is_some()),
             hands: Hands {
                 path: path.to_owned(),
-                run,
+                run: run.clone(),
                 config: Arc::new(config),
                 config_path,
                 log,
@@ -238,6 +246,9 @@ impl Service {
                 backups: 0,
                 is_ahead: true,
                 draft: None,
+                unfinished: Unfinished::new(&run),
+                left: true,
+                written: None,
                 held: Vec::new(),
                 doing: String::new(),
                 last: "no backup yet".into(),
@@ -249,6 +260,7 @@ impl Service {
             watchdog: sd_notify::watchdog_enabled().map(|limit| (limit / 2, Instant::now())),
             poll,
         };
+        service.hands.remember_what_is_left();
         service.adopt(device)?;
         service.hands.look_over();
         Ok(service)
@@ -300,6 +312,10 @@ impl Service {
                 self.rest();
             }
             if self.machine.is_over() {
+                if let Some(written) = self.hands.written.take() {
+                    // Nothing is ever said there; it closes.
+                    let _ = written.recv_timeout(LAST_ENTRY);
+                }
                 self.hands.log.info("stopped, nothing is frozen");
                 return Ok(());
             }
@@ -690,17 +706,47 @@ impl Hands {
     /// Puts what came of the backup that has ended into the history, with all calls of hooks.
     fn remember_backup(&mut self, called: Vec<Called>) {
         if let Some(draft) = self.draft.take() {
-            self.write_down(draft.finish(called));
+            let remove = self.unfinished.remover();
+            self.write_down(draft.finish(called), remove);
         }
     }
 
-    fn write_down(&self, entry: Entry) {
+    /// Puts into the history what an earlier daemon has not, unless what that has frozen still is.
+    fn remember_what_is_left(&mut self) {
+        if !self.left || !matches!(self.run.read(), Ok(None)) {
+            return;
+        }
+        self.left = false;
+        match self.unfinished.left() {
+            Ok(None) => {}
+            Ok(Some(entry)) => {
+                let remove = self.unfinished.remover();
+                self.write_down(entry, remove);
+            }
+            // It would say the same at each start.
+            Err(error) => {
+                self.log.warning(words(&error));
+                let removed = self.unfinished.remover()();
+                self.warn(removed);
+            }
+        }
+    }
+
+    /// Does `then` once the history has the entry.
+    fn write_down(
+        &mut self,
+        entry: Entry,
+        then: impl FnOnce() -> Result<(), HistoryError> + Send + 'static,
+    ) {
         let history = History::new(&self.config.state_dir);
         let log = self.log.clone();
-        let added = move |done| {
-            if let Err(error) = done {
+        let (writing, written) = channel::<()>();
+        self.written = Some(written);
+        let added = move |done: Result<(), HistoryError>| {
+            if let Err(error) = done.and_then(|()| then()) {
                 log.warning(words(&error));
             }
+            drop(writing);
             sys::give_back_memory();
         };
         if !self.worker.later(move || history.add(&entry), added) {
@@ -709,6 +755,12 @@ impl Hands {
                 "{folder}, or the configuration, does not let itself be used: this backup is not in the \
                  history"
             ));
+        }
+    }
+
+    fn warn(&self, done: Result<(), HistoryError>) {
+        if let Err(error) = done {
+            self.log.warning(words(&error));
         }
     }
 
@@ -784,6 +836,8 @@ impl Effects for Hands {
             return Err("the freeze of another process is not undone".into());
         }
         let door = self.door(request)?;
+        self.remember_what_is_left();
+        self.left = false;
         let now = Instant::now();
         // Words can wait until the host has its answer.
         let held = self.log.hold(self.backups + 1, now);
@@ -801,7 +855,10 @@ impl Effects for Hands {
             progress: Arc::default(),
             disks: self.disks_of(request),
         };
-        self.draft = Some(self.draft(request));
+        let draft = self.draft(request);
+        let noted = self.unfinished.begin(draft.so_far());
+        self.warn(noted);
+        self.draft = Some(draft);
         let job = self.worker.begin(setting, about, held, tell);
         self.job = Some(job.ok_or("the thread that freezes has died")?);
         self.backups += 1;
@@ -820,7 +877,8 @@ impl Effects for Hands {
             job.settle();
         }
         if let Some(draft) = &mut self.draft {
-            draft.answered();
+            let us = draft.answered();
+            self.warn(self.unfinished.answered(us));
         }
         self.show("frozen");
     }
@@ -845,7 +903,7 @@ impl Effects for Hands {
     fn refused(&mut self, request: &Request, why: &str) {
         let mut draft = self.draft(request);
         draft.ended(Verdict::Failed, Some(format!("refused: {why}")));
-        self.write_down(draft.finish(Vec::new()));
+        self.write_down(draft.finish(Vec::new()), || Ok(()));
         self.last = format!("a backup was refused: {why}");
         if self.job.is_some() {
             // The log is held.
@@ -863,6 +921,9 @@ impl Effects for Hands {
     fn finish(&mut self, verdict: Verdict, why: Option<&str>) {
         if let Some(draft) = &mut self.draft {
             draft.ended(verdict, why.map(str::to_owned));
+            // Hooks may yet take long.
+            let noted = self.unfinished.put(draft.so_far());
+            self.warn(noted);
         }
         if let Some(job) = self.job.take() {
             job.join();

@@ -39,6 +39,11 @@ pub const CASES: &[Case] = &[
         status_and_history,
     ),
     case(
+        "control/ended-amid-a-backup",
+        "a backup that a stop or the death of the daemon ends is in the history, once, and status says so",
+        ended_amid_a_backup,
+    ),
+    case(
         "control/check",
         "check names what would fail a backup and what is known to be trouble, and so does a start that \
          cannot be",
@@ -220,16 +225,7 @@ fn status_and_history(guest: &Guest) -> Result<()> {
             .as_array()
             .is_some_and(Vec::is_empty))
     })?;
-    let remembered = |number: usize| {
-        let mut all = serde_json::Value::Null;
-        guest.wait_until("the backup is remembered", STEP, || {
-            let out = guest.try_sh("/payload/hv_vss_daemon history --json")?.out;
-            all = serde_json::from_str(&out)?;
-            Ok(all.as_array().map(Vec::len) == Some(number))
-        })?;
-        Ok::<_, anyhow::Error>(all)
-    };
-    let all = remembered(1)?;
+    let all = remembered(guest, 1)?;
     let names: Vec<&str> = all[0]["file_systems"]
         .as_array()
         .into_iter()
@@ -249,7 +245,7 @@ fn status_and_history(guest: &Guest) -> Result<()> {
          printf '#!/bin/sh\\n[ $1 != freeze ]\\n' >/etc/hv_vss/hooks.d/10-a
          chmod 755 /etc/hv_vss/hooks.d/10-a")?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
-    let all = remembered(2)?;
+    let all = remembered(guest, 2)?;
     ensure!(
         all[1]["result"] == "failed"
             && all[1]["why"] == "hook 10-a: it failed with exit status 1"
@@ -278,6 +274,55 @@ fn status_and_history(guest: &Guest) -> Result<()> {
     guest.sh("rm -rf /etc/hv_vss /var/lib/hv_vss").map(drop)
 }
 
+/// The history, once it has so many entries.
+fn remembered(guest: &Guest, number: usize) -> Result<serde_json::Value> {
+    let mut all = serde_json::Value::Null;
+    guest.wait_until("the backup is remembered", STEP, || {
+        let out = guest.try_sh("/payload/hv_vss_daemon history --json")?.out;
+        all = serde_json::from_str(&out)?;
+        Ok(all.as_array().map(Vec::len) == Some(number))
+    })?;
+    Ok(all)
+}
+
+fn ended_amid_a_backup(guest: &Guest) -> Result<()> {
+    make_one(guest)?;
+    let vss = guest.vss();
+    guest.sh("rm -rf /etc/hv_vss /var/lib/hv_vss")?;
+    let mut daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let mut number = 0;
+    for (signal, why) in [
+        (15, "the daemon was stopped"),
+        (9, "the daemon died during it"),
+    ] {
+        observe(guest)?;
+        number += 1;
+        remembered(guest, number)?;
+        asked(guest, "status", 0)?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        guest.signal(&daemon, signal)?;
+        guest.wait(&daemon, STEP)?;
+        number += 1;
+        if signal == 15 {
+            // There need not be another start.
+            let all: serde_json::Value = serde_json::from_str(&asked(guest, "history --json", 4)?)?;
+            equal("entries", all.as_array().map(Vec::len), Some(number))?;
+        }
+        daemon = guest.start_daemon(Daemon::Ours)?;
+        wait_for_daemon(guest)?;
+        answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
+        let all = remembered(guest, number)?;
+        let last = &all[number - 1];
+        ensure!(
+            last["result"] == "broken" && last["why"] == why,
+            "what is remembered: {last}"
+        );
+        asked(guest, "status", 4)?;
+    }
+    stop(guest, guest.module(), &daemon)?;
+    guest.sh("rm -rf /var/lib/hv_vss").map(drop)
+}
+
 fn check(guest: &Guest) -> Result<()> {
     make_one(guest)?;
     guest.sh("rm -rf /etc/hv_vss; mkdir -p /etc/hv_vss/hooks.d")?;
@@ -301,6 +346,7 @@ fn check(guest: &Guest) -> Result<()> {
          echo 1 >/proc/sys/kernel/hung_task_panic")?;
     guest.watch_opens("/mnt/a", Some("/run/opens"))?;
     guest.sh("echo 'exclude.types = [\"zfs\"]' >/etc/hv_vss/daemon.toml")?;
+    guest.sh("touch /etc/hv_vss/hooks.d/20-b")?;
     let text = asked(guest, "check", 7);
     guest.release_opens()?;
     guest.sh("echo 0 >/proc/sys/kernel/hung_task_panic
@@ -311,6 +357,7 @@ fn check(guest: &Guest) -> Result<()> {
             "hung_task_panic",
             "(fanotify)",
             "exclude type zfs matches no file system",
+            "20-b is not called: it is not executable",
         ],
     )?;
     guest.sh(
@@ -336,7 +383,18 @@ fn check(guest: &Guest) -> Result<()> {
     let text = asked(guest, "check", 7)?;
     says(&text, &["listed_disks_only does nothing"])?;
     guest.sh("rm -rf /etc/hv_vss")?;
-    stop(guest, Module::Stock, &daemon)
+    stop(guest, Module::Stock, &daemon)?;
+
+    let theirs = start(guest, Module::Stock, Daemon::Debian)?;
+    let text = asked(guest, "check", 6)?;
+    says(
+        &text,
+        &[
+            "no daemon of ours serves",
+            &format!("(process {}) has /dev/vmbus/hv_vss", theirs.pid),
+        ],
+    )?;
+    stop(guest, Module::Stock, &theirs)
 }
 
 fn reload(guest: &Guest) -> Result<()> {
@@ -388,8 +446,16 @@ fn reload(guest: &Guest) -> Result<()> {
         },
     )?;
     equal("a backup after SIGHUP", observe(guest)?, all)?;
-    guest.sh("rm -rf /etc/hv_vss")?;
-    stop(guest, guest.module(), &daemon)
+    stop(guest, guest.module(), &daemon)?;
+    // Where a daemon would be, only this file says.
+    put(
+        "/etc/hv_vss/daemon.toml",
+        "run_dir = \"/run/other\"\ndeadline = 0\n",
+    )?;
+    guest.sh(&format!("rm -rf {FOLDER}"))?;
+    let text = asked(guest, "reload", 1)?;
+    ensure!(text.contains("line 2, column 12"), "{text}");
+    guest.sh("rm -rf /etc/hv_vss").map(drop)
 }
 
 fn systemctl_reload(guest: &Guest) -> Result<()> {

@@ -55,7 +55,8 @@ pub const CASES: &[Case] = &[
     ).long(),
     case(
         "hooks/unfit",
-        "a file that others than root may write is not run, and no backup is called good without it",
+        "a file that others than root may write, or that cannot be found behind its link, is not run, and no \
+         backup is called good without it",
         unfit,
     ).long(),
     case(
@@ -437,6 +438,12 @@ fn unfit(guest: &Guest) -> Result<()> {
             format!("chown 1000 {FOLDER}/20-b"),
             format!("chown 0 {FOLDER}/20-b"),
             "it belongs to user 1000",
+        ),
+        (
+            "a link that leads nowhere",
+            format!("mv {FOLDER}/20-b /run/20-b; ln -s /run/nowhere {FOLDER}/20-b"),
+            format!("mv /run/20-b {FOLDER}/20-b"),
+            "/run/nowhere: No such file",
         ),
         (
             "a folder in which others may write",

@@ -7,7 +7,7 @@
 
 use super::{Case, When};
 use anyhow::{ensure, Context, Result};
-use e2e::check::equal;
+use e2e::check::{answered, equal};
 use e2e::guest::{Guest, Machine, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::Exit;
@@ -38,6 +38,24 @@ pub const CASES: &[Case] = &[
         "where an administrator disables ours, Debian's daemon serves, and an upgrade of ours leaves it alone",
         Machine::PACKAGES,
         disabled,
+    ),
+    case(
+        "packages/masked",
+        "where an administrator masks ours, Debian's daemon serves, and an upgrade of ours leaves it alone",
+        Machine::PACKAGES,
+        masked,
+    ),
+    case(
+        "packages/installed-amid-a-freeze",
+        "our daemon is installed while Debian's holds a freeze: all is thawed, and the host's THAW is failed",
+        Machine::DEBIAN,
+        installed_amid_a_freeze,
+    ),
+    case(
+        "packages/blacklisted",
+        "where an administrator blacklists our module, the stock driver keeps the device, and the journal says so",
+        Machine::PACKAGES,
+        blacklisted,
     ),
     case(
         "packages/mainline-daemon",
@@ -320,6 +338,84 @@ fn disabled(guest: &Guest) -> Result<()> {
         "systemctl stop {THEIRS} && systemctl enable --now {OURS} 2>&1"
     ))?;
     serves(guest, OURS, "hv_vss")?;
+    end(guest)
+}
+
+fn masked(guest: &Guest) -> Result<()> {
+    // The case before has left no module loaded.
+    cold_plug(guest)?;
+    serves(guest, OURS, "hv_vss")?;
+    guest.sh(&format!(
+        "systemctl mask --now {OURS} 2>&1 && systemctl start {THEIRS}"
+    ))?;
+    serves(guest, THEIRS, "hv_vss")?;
+    install(guest, "hv-vss-daemon_*.deb")?;
+    serves(guest, THEIRS, "hv_vss")?;
+    guest.sh(&format!(
+        "systemctl stop {THEIRS} && systemctl unmask {OURS} 2>&1 && systemctl start {OURS}"
+    ))?;
+    serves(guest, OURS, "hv_vss")?;
+    // With ours in force, theirs stays away again.
+    guest.sh(&format!("systemctl start {THEIRS}"))?;
+    serves(guest, OURS, "hv_vss")?;
+    end(guest)
+}
+
+fn installed_amid_a_freeze(guest: &Guest) -> Result<()> {
+    install(guest, "dkms_*.deb hyperv-daemons_*.deb")?;
+    guest.sh("modprobe hv_utils")?;
+    serves(guest, THEIRS, "hv_utils")?;
+    // Unpacked before: what is frozen then is not the disk that dpkg writes to.
+    guest.sh(&format!(
+        "cd {PACKAGES} && dpkg --unpack --force-depends hv-vss-daemon_*.deb
+         mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a"
+    ))?;
+    guest.writer_start("/var/tmp/writer")?;
+    guest.writer_start("/mnt/a/w")?;
+    let vss = guest.vss();
+    // Its part that stops theirs, by itself: dpkg would wait for the root before it.
+    let script = "/var/lib/dpkg/info/hv-vss-daemon.postinst";
+    let configure = guest.spawn(&[
+        "sh",
+        "-c",
+        &format!(
+            "cp {script} /run/postinst && until [ -e /run/frozen ]; do sleep 0.2; done
+             DPKG_MAINTSCRIPT_PACKAGE=hv-vss-daemon exec sh /run/postinst configure"
+        ),
+    ])?;
+    guest.wait_until("the script is ready", STEP, || {
+        Ok(guest.try_sh("test -e /run/postinst")?.status == Some(0))
+    })?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.sh("touch /run/frozen")?;
+    guest.wait(&configure, STEP * 2)?;
+    guest.wait_until("both writers go on", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us < 100_000))
+    })?;
+    vss.wait_open(STEP)?;
+    vss.agree(STEP)?;
+    // Without a daemon it would fail in any case.
+    guest.wait_until("ours is there", STEP, || {
+        Ok(vss.hot_backup(STEP)?.status() == status::OK)
+    })?;
+    answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+    guest.writers_stop()?;
+    guest.sh("umount /mnt/a; dpkg --configure --force-depends hv-vss-daemon 2>&1")?;
+    serves(guest, OURS, "hv_utils")?;
+    guest.vm().kill();
+    Ok(())
+}
+
+fn blacklisted(guest: &Guest) -> Result<()> {
+    // The case before has left no module loaded. A soft dependency loads what is blacklisted; without that
+    // it is up to the hand-over alone.
+    guest
+        .sh("insmod $(modinfo -n hv_utils) && echo blacklist hv_vss >/etc/modprobe.d/test.conf")?;
+    guest.vss().wait_open(STEP)?;
+    cold_plug(guest)?;
+    serves(guest, OURS, "hv_utils")?;
+    journal_says(guest, "hv_vss is blacklisted")?;
+    guest.sh("rm /etc/modprobe.d/test.conf")?;
     end(guest)
 }
 
