@@ -176,7 +176,9 @@ fn unmounted_meanwhile(guest: &Guest, stage: Stage) -> Result<()> {
               mount /dev/ram2 /mnt/b && mount -o ro /dev/ram3 /mnt/c",
     )?;
     load(guest, Module::Ours, &[])?;
-    let daemon = guest.start_daemon_with("[exclude]\npaths = ['/mnt/b']")?;
+    // It hangs for as long as the guest takes for the unmounts, however slow that is.
+    let config = "give_up = 600\n[exclude]\npaths = ['/mnt/b']";
+    let daemon = guest.start_daemon_with(config)?;
     wait_for_daemon(guest)?;
     prepare(guest)?;
     let freeze = hang_in(guest, &daemon, stage)?;
