@@ -45,7 +45,8 @@ pub const CASES: &[Case] = &[
         "slow/image-on-a-slow-one",
         "an image in what is slow to freeze stays frozen meanwhile, all others go on; on both modules",
         image_on_a_slow_one,
-    ),
+    )
+    .long(),
 ];
 
 /// A case that waits for a slow disk, twice where the peer does as well.
