@@ -227,6 +227,8 @@ impl Freezer {
             progress: Arc::clone(progress),
             pool: Arc::clone(&self.pool),
         };
+        // With the threads that it may start. Where that is not allowed it takes longer.
+        let _ = process::go_first();
         let session = Session::new(targets, means, &self.learnt).map_err(JobError::Threads)?;
         if self.is_worth_a_sync() {
             // It may take long, and nothing is frozen yet.
@@ -237,8 +239,6 @@ impl Freezer {
             }
         }
         log.seal();
-        // Where that is not allowed it takes longer.
-        let _ = process::go_first();
         let mut summary = session.freeze(&mut self.learnt)?;
         if !self.cache.is_all_there(alive.as_ref()) {
             let thawed = session.thaw();

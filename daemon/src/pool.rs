@@ -11,8 +11,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::process;
-
 /// Enough for an ioctl and a formatted log line.
 const STACK_BYTES: usize = 64 * 1024;
 
@@ -99,12 +97,7 @@ impl Pool {
             let builder = Builder::new()
                 .name("freezer".into())
                 .stack_size(STACK_BYTES);
-            let body = move || {
-                // Others wait for what it does; where that is not allowed it takes longer.
-                let _ = process::go_first();
-                shared.work();
-            };
-            there.push(builder.spawn(body)?);
+            there.push(builder.spawn(move || shared.work())?);
         }
         Ok(())
     }
