@@ -9,7 +9,7 @@
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::collections::BTreeSet;
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
 use crate::open::{open_within, OpenError};
 use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope};
-use crate::superblocks::{long_operations, Listed};
+use crate::superblocks::{long_operations, waits_for_scrub, Listed};
 use crate::watch::{Before, Kernel, Marks, ReadOnly, Signals};
 
 /// How often the machine is looked at anew when it changed between reading and opening. What was
@@ -367,6 +367,13 @@ fn open_all(
                         left_out.push(LeftOut {
                             file_system,
                             reason: Reason::ReadOnly,
+                        });
+                        continue;
+                    }
+                    Ok(fd) if file_system.fs_type == "btrfs" && waits_for_scrub(fd.as_fd()) => {
+                        left_out.push(LeftOut {
+                            file_system,
+                            reason: Reason::Busy("scrub".into()),
                         });
                         continue;
                     }

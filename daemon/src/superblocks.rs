@@ -10,7 +10,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, DirEntry, File};
 use std::io::{self, Seek};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -202,6 +202,23 @@ pub fn long_operations() -> Vec<(Vec<DevId>, String)> {
     entries.iter().filter_map(operation).collect()
 }
 
+/// Since when the freeze of a btrfs ends a scrub (`should_cancel_scrub` in `fs/btrfs/scrub.c`). Before, it
+/// waits for it, which takes hours, and nothing but the version tells.
+const FREEZE_ENDS_SCRUB: (u32, u32) = (6, 19);
+
+/// Whether a btrfs, open, is being scrubbed and cannot be frozen before that has ended.
+pub fn waits_for_scrub(fd: BorrowedFd<'_>) -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    version_in(&release).is_some_and(|it| it < FREEZE_ENDS_SCRUB)
+        && sys::is_scrubbed(fd).unwrap_or(false)
+}
+
+/// Of a release such as "6.12.117+deb13-amd64" the first two numbers.
+fn version_in(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
 /// The number in the folder of a block device.
 pub fn dev_in(dir: &Path) -> Option<DevId> {
     fs::read_to_string(dir.join("dev")).ok()?.parse().ok()
@@ -222,6 +239,13 @@ fn list(dir: &Path) -> impl Iterator<Item = DirEntry> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_release_tells_its_version() {
+        assert_eq!(version_in("6.12.117+deb13-amd64\n"), Some((6, 12)));
+        assert_eq!(version_in("7.4-rc1"), Some((7, 4)));
+        assert_eq!(version_in("strange"), None);
+    }
 
     #[test]
     fn what_has_come_is_told_from_two_listings() {

@@ -4,7 +4,7 @@
 //!
 //! This is the only file of the daemon that holds `unsafe`. It knows descriptors and numbers, and
 //! nothing of what they are used for. Constants come from the kernel's `linux/fs.h`,
-//! `linux/loop.h`, `linux/stat.h` and `linux/nsfs.h`.
+//! `linux/loop.h`, `linux/btrfs.h`, `linux/stat.h` and `linux/nsfs.h`.
 
 use std::ffi::CStr;
 use std::io;
@@ -31,9 +31,25 @@ mod ioctl {
     nix::ioctl_write_ptr_bad!(hold, FREEZE, super::IocFreeze);
     nix::ioctl_write_ptr_bad!(let_go, THAW, super::IocThaw);
     nix::ioctl_read_bad!(loop_get_status64, 0x4C05, super::LoopInfo64);
+    nix::ioctl_read!(btrfs_fs_info, 0x94, 31, super::BtrfsFsInfo);
+    nix::ioctl_readwrite!(btrfs_scrub_progress, 0x94, 29, super::BtrfsScrub);
     nix::ioctl_read!(ns_get_mntns_id, 0xb7, 5, u64);
     nix::ioctl_read!(ns_mnt_get_next, 0xb7, 11, super::MntNsInfo);
     nix::ioctl_read!(ns_mnt_get_prev, 0xb7, 12, super::MntNsInfo);
+}
+
+/// `struct btrfs_ioctl_fs_info_args` of `linux/btrfs.h`, which is 1024 bytes long, as is the next one.
+#[repr(C)]
+struct BtrfsFsInfo {
+    max_id: u64,
+    rest: [u64; 127],
+}
+
+/// `struct btrfs_ioctl_scrub_args`.
+#[repr(C)]
+struct BtrfsScrub {
+    devid: u64,
+    rest: [u64; 127],
 }
 
 /// `struct loop_info64` of `linux/loop.h`.
@@ -123,6 +139,30 @@ pub fn let_go(device: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: as for `hold`: an open device and one structure to read.
     unsafe { ioctl::let_go(device.as_raw_fd(), &thaw) }?;
     Ok(())
+}
+
+/// Whether any device of the btrfs that `fd` is open on is being scrubbed. Takes `CAP_SYS_ADMIN`.
+pub fn is_scrubbed(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut info = BtrfsFsInfo {
+        max_id: 0,
+        rest: [0; 127],
+    };
+    // SAFETY: an open descriptor and one structure of the size that the number tells the kernel.
+    unsafe { ioctl::btrfs_fs_info(fd.as_raw_fd(), &mut info) }?;
+    for devid in 1..=info.max_id {
+        let mut scrub = BtrfsScrub {
+            devid,
+            rest: [0; 127],
+        };
+        // SAFETY: likewise.
+        match unsafe { ioctl::btrfs_scrub_progress(fd.as_raw_fd(), &mut scrub) } {
+            Ok(_) => return Ok(true),
+            // None of it, and no such device.
+            Err(Errno::ENOTCONN | Errno::ENODEV) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(false)
 }
 
 /// What is behind a loop device, with numbers in the kernel's own encoding (`huge_encode_dev`), which

@@ -39,6 +39,11 @@ pub const CASES: &[Case] = &[
         "a btrfs that is being balanced is left out, and its writers go on; then it is frozen again",
         btrfs_balance,
     ),
+    disks::case(
+        "broken/btrfs-scrub",
+        "a btrfs that is being scrubbed is left out where its freeze would wait for that, else frozen",
+        btrfs_scrub,
+    ),
     case(
         "broken/md-repair",
         "an md that copies from disk to disk below a frozen file system is named; strict fails",
@@ -254,7 +259,7 @@ fn btrfs_balance(guest: &Guest) -> Result<()> {
 pub(super) fn raid([first, second]: [&str; 2]) -> String {
     format!(
         "modprobe raid1 && mkdir -p /mnt/bad &&
-         echo md_lab >/sys/module/md_mod/parameters/new_array &&
+         {{ [ -e /sys/block/md_lab ] || echo md_lab >/sys/module/md_mod/parameters/new_array; }} &&
          cd /sys/block/md_lab/md &&
          echo none >metadata_version && echo raid1 >level && echo 2 >raid_disks &&
          for disk in {first} {second}; do
@@ -266,11 +271,57 @@ pub(super) fn raid([first, second]: [&str; 2]) -> String {
     )
 }
 
-/// Takes it away again.
-pub(super) const NO_RAID: &str = "umount /mnt/bad && echo clear >/sys/block/md_lab/md/array_state";
+/// Takes it away again. The kernel gives up the name a moment later.
+pub(super) const NO_RAID: &str =
+    "umount /mnt/bad && echo clear >/sys/block/md_lab/md/array_state &&
+    while [ -e /sys/block/md_lab ]; do sleep 0.1; done";
 
 /// What the log says of it.
 const COPIES: &str = "md_lab (repair) copies from disk to disk";
+
+fn btrfs_scrub(guest: &Guest) -> Result<()> {
+    let disk = Attached::new(guest, 0, 0, 256, Image::default())?;
+    load_driver(guest)?;
+    let node = disk.node(guest)?;
+    guest.sh(HEALTHY)?;
+    guest.sh(&format!(
+        "modprobe btrfs && mkfs.btrfs -q -f {node} && mount {node} /mnt/bad &&
+         dd if=/dev/urandom of=/mnt/bad/file bs=1M count=64 2>/dev/null && sync"
+    ))?;
+    guest.writer_start("/mnt/good/w")?;
+    guest.writer_start("/mnt/bad/w")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    disk.disk.set_delay(Duration::from_millis(400));
+    let scrub = guest.spawn(&["sh", "-c", "exec btrfs scrub start -B /mnt/bad 2>&1"])?;
+    guest.wait_until("it is being scrubbed", STEP, || {
+        let status = guest.try_sh("btrfs scrub status /mnt/bad")?;
+        Ok(status.out.contains("running"))
+    })?;
+    let seen = observe(guest)?;
+    disk.disk.set_delay(Duration::ZERO);
+    guest.wait(&scrub, STEP * 4)?;
+    let said = guest.output(&scrub)?;
+    let log = guest.output(&daemon)?;
+    let words = "busy: it cannot be frozen before its scrub has ended";
+    if said.contains("aborted") {
+        equal("the backup", &seen, &good(&["/mnt/good/w", "/mnt/bad/w"]))?;
+        ensure!(!log.contains(words), "it was frozen:\n{log}");
+    } else {
+        let told = (seen.freeze, seen.thaw, seen.stuck.len());
+        equal(
+            "the answers, and who is stuck",
+            told,
+            (status::OK, Some(status::OK), 0),
+        )?;
+        equal(
+            "who stood still",
+            &seen.still,
+            &vec!["/mnt/good/w".to_owned()],
+        )?;
+        ensure!(log.contains(words), "it should be named:\n{log}");
+    }
+    stop(guest, guest.module(), &daemon)
+}
 
 fn md_repair(guest: &Guest) -> Result<()> {
     let vss = guest.vss();

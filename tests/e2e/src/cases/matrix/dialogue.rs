@@ -179,10 +179,11 @@ impl<'a> Dialogue<'a> {
                 )
             })
             .collect();
-        let strays = self.guest.vss().take_strays().len();
-        if strays > 0 {
-            wrong.push(format!("{strays} packets that answer nothing"));
-        }
+        let strays = self.guest.vss().take_strays();
+        let strays = strays
+            .iter()
+            .map(|it| format!("answers nothing: {it:02x?}"));
+        wrong.extend(strays);
         wrong
     }
 
