@@ -4,7 +4,7 @@
 
 use super::disks::{load_driver, Attached};
 use super::{start, stop, Case, When};
-use anyhow::{ensure, Context, Result};
+use anyhow::{Context, Result};
 use e2e::check::answered;
 use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
 use hyperv_sim::ic::status;
@@ -73,9 +73,10 @@ fn six_hundred(guest: &Guest) -> Result<()> {
         guest.sh("sync")?;
         let (freeze, thaw) = backup(guest)?;
         if daemon == Daemon::Ours {
-            let log = guest.output(&process)?;
             let words = format!("FREEZE answered: {count} frozen");
-            ensure!(log.contains(&words), "not {words:?}:\n{log}");
+            guest.wait_until("the log says that all are frozen", STEP, || {
+                Ok(guest.output(&process)?.contains(&words))
+            })?;
         }
         let words = format!(
             "FREEZE {:.1} s, {:.1} ms for each of {count}; THAW {:.1} s, {:.1} ms",
