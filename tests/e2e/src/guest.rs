@@ -931,7 +931,9 @@ impl Guest {
                 .trim()
                 .is_empty())
         })?;
-        self.sh("sync
+        // As after a boot: the next daemon is no heir of those that were killed.
+        self.sh("rm -rf /run/hv_vss
+             sync
              while grep -q ' /mnt/' /proc/mounts; do
                  path=$(grep ' /mnt/' /proc/mounts | tail -n 1 | cut -d ' ' -f 2)
                  path=$(printf %b \"$path\")

@@ -271,10 +271,8 @@ pub(super) fn raid([first, second]: [&str; 2]) -> String {
     )
 }
 
-/// Takes it away again. The kernel gives up the name a moment later.
-pub(super) const NO_RAID: &str =
-    "umount /mnt/bad && echo clear >/sys/block/md_lab/md/array_state &&
-    while [ -e /sys/block/md_lab ]; do sleep 0.1; done";
+/// Takes it away again, but for its name.
+pub(super) const NO_RAID: &str = "umount /mnt/bad && echo clear >/sys/block/md_lab/md/array_state";
 
 /// What the log says of it.
 const COPIES: &str = "md_lab (repair) copies from disk to disk";

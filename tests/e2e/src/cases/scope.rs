@@ -931,6 +931,20 @@ fn listed_disks_only(guest: &Guest) -> Result<()> {
     says(guest, &daemon, &["/ (ext4", elsewhere])?;
     let seen = observe_backup_of(guest, &[two.disks[0].in_backup()])?;
     still_are(&seen, &[ON_FIRST])?;
+    // Another backup, though the host has said no THAW of the last: what is frozen is not what it asks for.
+    let vss = guest.vss();
+    let [first, _] = two.disks.each_ref().map(Attached::in_backup);
+    for disk in [two.second(), first] {
+        answered("FREEZE", &vss.freeze(&[disk], STEP)?, status::OK)?;
+    }
+    guest.wait_until("the first disk alone stands still", STEP, || {
+        let still = |path: &str, us: u64| path == ON_FIRST && us > 300_000;
+        let moving = |path: &str, us: u64| path != ON_FIRST && us < 100_000;
+        let writers = guest.writers()?;
+        let mut writers = writers.iter().map(|it| (it.path.as_str(), it.in_write_us));
+        Ok(writers.all(|(path, us)| still(path, us) || moving(path, us)))
+    })?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
     let both = two.disks.each_ref().map(Attached::in_backup);
     let seen = observe_backup_of(guest, &both)?;
     still_are(&seen, &[&[ON_FIRST], &ON_SECOND[..]].concat())?;
