@@ -43,7 +43,8 @@ pub const CASES: &[Case] = &[
         "broken/btrfs-scrub",
         "a btrfs that is being scrubbed is left out where its freeze would wait for that, else frozen",
         btrfs_scrub,
-    ),
+    )
+    .long(),
     case(
         "broken/md-repair",
         "an md that copies from disk to disk below a frozen file system is named; strict fails",
