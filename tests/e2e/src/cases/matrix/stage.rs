@@ -123,7 +123,8 @@ impl Stage {
     /// which it thaws, so that one cannot be told from the other.
     pub fn is_of(self, stack: Stack) -> bool {
         match stack {
-            Stack::Ours => true,
+            // The root is thawed by whichever thread is free.
+            Stack::Ours => self != Stage::NoneThawed,
             Stack::OursOnStock => !matches!(self, Stage::NoneThawed | Stage::SomeThawed),
             Stack::Peer => !matches!(self, Stage::Hooks | Stage::Syncing | Stage::Thawed),
         }
@@ -193,7 +194,8 @@ impl Stage {
             Stage::FreezeHangs => Way::Disk,
             Stage::AllFrozen | Stage::AllThawed => device("write", false),
             Stage::NoneThawed => ioctl(Thread::Backup, 1),
-            Stage::SomeThawed => ioctl(Thread::Backup, 2),
+            // Ours: that thread works in the last wave only.
+            Stage::SomeThawed => ioctl(Thread::Backup, if stack == Stack::Peer { 2 } else { 1 }),
             Stage::Thawed => Way::Hook("thaw"),
         }
     }
