@@ -400,8 +400,7 @@ fn installed_amid_a_freeze(guest: &Guest) -> Result<()> {
     guest.writers_stop()?;
     guest.sh("dpkg --configure --force-depends hv-vss-daemon 2>&1")?;
     serves(guest, OURS, "hv_utils")?;
-    guest.vm().kill();
-    Ok(())
+    end(guest)
 }
 
 fn blacklisted(guest: &Guest) -> Result<()> {
