@@ -135,7 +135,9 @@ pub fn swapped_to_as_a_whole() -> Vec<DevId> {
             .is_block_device()
             .then(|| DevId::from_raw(meta.rdev()))
     };
+    let is_zram = |it: &fs::DirEntry| it.file_name().as_encoded_bytes().starts_with(b"zram");
     let all = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let all = all.filter(is_zram);
     let mut found = swaps("partition", |meta| meta.rdev());
     found.extend(all.filter_map(behind_zram));
     found

@@ -197,12 +197,17 @@ fn end(guest: &Guest) -> Result<()> {
     })
 }
 
-/// Shuts the guest down as an administrator does, and boots another from what is on its disk then.
-fn reboot(guest: &Guest) -> Result<Guest> {
+/// Shuts the guest down as an administrator does.
+fn power_off(guest: &Guest) -> Result<()> {
     // It does not answer that.
     let _ = guest.spawn(&["systemctl", "poweroff"]);
     let exit = guest.vm().wait_exit(STEP * 2)?;
-    equal("how the guest ended", exit, Exit::PowerOff)?;
+    equal("how the guest ended", exit, Exit::PowerOff)
+}
+
+/// The same, and boots another from what is on its disk then.
+fn reboot(guest: &Guest) -> Result<Guest> {
+    power_off(guest)?;
     let disk = guest.root_disk().context("its root is elsewhere")?;
     guest.start_from(disk.snapshot()?)
 }
@@ -400,7 +405,7 @@ fn installed_amid_a_freeze(guest: &Guest) -> Result<()> {
     guest.writers_stop()?;
     guest.sh("dpkg --configure --force-depends hv-vss-daemon 2>&1")?;
     serves(guest, OURS, "hv_utils")?;
-    end(guest)
+    power_off(guest)
 }
 
 fn blacklisted(guest: &Guest) -> Result<()> {
