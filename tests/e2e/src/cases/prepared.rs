@@ -186,6 +186,10 @@ fn unmounted_meanwhile(guest: &Guest, stage: Stage) -> Result<()> {
     guest.sh(UNHANG)?;
     answered("FREEZE", &guest.vss().wait(freeze, STEP)?, status::OK)?;
     answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+    // The log is written when all is over.
+    guest.wait_until("the log ends", STEP, || {
+        Ok(guest.output(&daemon)?.contains("the backup is good"))
+    })?;
     let said = guest.output(&daemon)?;
     ensure!(!said.contains("begun anew"), "{said}");
     stop(guest, Module::Ours, &daemon)

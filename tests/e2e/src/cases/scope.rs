@@ -993,6 +993,7 @@ fn raw_writer(guest: &Guest) -> Result<()> {
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
     let seen = observe_backup_of(guest, &[on_first])?;
     equal("a backup of the other disk", &seen, &good(&["/mnt/a/w"]))?;
+    says(guest, &daemon, &["the backup is good"])?;
     let log = guest.output(&daemon)?;
     ensure!(!log.contains("was written to"), "nothing was:\n{log}");
     let seen = observe_backup_of(guest, &[on_first, on_second])?;
