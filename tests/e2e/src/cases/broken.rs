@@ -10,6 +10,7 @@ use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::Image;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 pub const CASES: &[Case] = &[
@@ -256,27 +257,33 @@ fn btrfs_balance(guest: &Guest) -> Result<()> {
     stop(guest, guest.module(), &daemon)
 }
 
-/// Makes a RAID 1 of two disks, by their names, under ext4 on /mnt/bad.
-pub(super) fn raid([first, second]: [&str; 2]) -> String {
-    format!(
-        "modprobe raid1 && mkdir -p /mnt/bad &&
-         {{ [ -e /sys/block/md_lab ] || echo md_lab >/sys/module/md_mod/parameters/new_array; }} &&
-         cd /sys/block/md_lab/md &&
+/// Makes a RAID 1 of two disks, by their names, under ext4 on /mnt/bad, and says what it is called:
+/// otherwise each time, as md takes a name away some time after it was told to.
+pub(super) fn raid(guest: &Guest, [first, second]: [&str; 2]) -> Result<String> {
+    static MADE: AtomicU32 = AtomicU32::new(0);
+    let name = format!("md_lab{}", MADE.fetch_add(1, Ordering::Relaxed));
+    guest.sh(&format!(
+        "modprobe raid1 && mkdir -p /mnt/bad && echo {name} >/sys/module/md_mod/parameters/new_array &&
+         cd /sys/block/{name}/md &&
          echo none >metadata_version && echo raid1 >level && echo 2 >raid_disks &&
          for disk in {first} {second}; do
              cat /sys/class/block/$disk/dev >new_dev && echo 65536 >dev-$disk/size || exit 1
          done &&
          echo 0 >dev-{first}/slot && echo 1 >dev-{second}/slot && echo none >resync_start &&
          echo 65536 >component_size && echo active >array_state &&
-         echo 1 >sync_speed_min && mkfs.ext4 -q -F /dev/md_lab && mount /dev/md_lab /mnt/bad"
-    )
+         echo 1 >sync_speed_min && mkfs.ext4 -q -F /dev/{name} && mount /dev/{name} /mnt/bad"
+    ))?;
+    Ok(name)
 }
 
-/// Takes it away again, but for its name.
-pub(super) const NO_RAID: &str = "umount /mnt/bad && echo clear >/sys/block/md_lab/md/array_state";
-
-/// What the log says of it.
-const COPIES: &str = "md_lab (repair) copies from disk to disk";
+/// Takes it away again.
+pub(super) fn no_raid(guest: &Guest, name: &str) -> Result<()> {
+    guest
+        .sh(&format!(
+            "umount /mnt/bad && echo clear >/sys/block/{name}/md/array_state"
+        ))
+        .map(drop)
+}
 
 fn btrfs_scrub(guest: &Guest) -> Result<()> {
     guest.sh(HEALTHY)?;
@@ -323,7 +330,8 @@ fn btrfs_scrub(guest: &Guest) -> Result<()> {
 fn md_repair(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
     guest.sh(HEALTHY)?;
-    guest.sh(&raid(["ram2", "ram3"]))?;
+    let array = raid(guest, ["ram2", "ram3"])?;
+    let copies = format!("{array} (repair) copies from disk to disk");
     for path in ["/mnt/good/w", "/mnt/bad/w"] {
         guest.writer_start(path)?;
     }
@@ -331,10 +339,10 @@ fn md_repair(guest: &Guest) -> Result<()> {
         // While it holds itself back it hears nothing.
         let speed = if action == "idle" { 200_000 } else { 1 };
         guest.sh(&format!(
-            "cd /sys/block/md_lab/md && echo {speed} >sync_speed_max && echo {action} >sync_action"
+            "cd /sys/block/{array}/md && echo {speed} >sync_speed_max && echo {action} >sync_action"
         ))?;
         guest.wait_until("md does as it is told", STEP, || {
-            let now = guest.read("/sys/block/md_lab/md/sync_action")?;
+            let now = guest.read(&format!("/sys/block/{array}/md/sync_action"))?;
             Ok(now.trim() == action)
         })
     };
@@ -344,10 +352,10 @@ fn md_repair(guest: &Guest) -> Result<()> {
     let all = good(&["/mnt/good/w", "/mnt/bad/w"]);
     equal("the backup", observe(guest)?, all.clone())?;
     guest.wait_until("it is named", STEP, || {
-        Ok(guest.output(&daemon)?.contains(COPIES))
+        Ok(guest.output(&daemon)?.contains(&copies))
     })?;
     let check = guest.try_sh("/payload/hv_vss_daemon check")?.out;
-    ensure!(check.contains(COPIES), "check should name it:\n{check}");
+    ensure!(check.contains(&copies), "check should name it:\n{check}");
     stop(guest, guest.module(), &daemon)?;
 
     load(guest, guest.module(), &[])?;
@@ -364,5 +372,5 @@ fn md_repair(guest: &Guest) -> Result<()> {
     act("idle")?;
     stop(guest, guest.module(), &daemon)?;
     guest.writers_stop()?;
-    guest.sh(NO_RAID).map(drop)
+    no_raid(guest, &array)
 }

@@ -1091,7 +1091,7 @@ fn raw_writer_on_layers(guest: &Guest) -> Result<()> {
 
     // A RAID whose halves differ where there are no files, and are made alike in the window.
     let halves = [first, second].map(|it| it.trim_start_matches("/dev/"));
-    guest.sh(&super::broken::raid(halves))?;
+    let array = super::broken::raid(guest, halves)?;
     guest.sh(&format!(
         "dd if=/dev/urandom of={second} bs=1M seek=60 count=2 oflag=direct 2>/dev/null"
     ))?;
@@ -1105,8 +1105,9 @@ fn raw_writer_on_layers(guest: &Guest) -> Result<()> {
     };
     answered("FREEZE", &guest.vss().freeze(&both, STEP)?, status::OK)?;
     let before = written()?;
-    guest
-        .sh("cd /sys/block/md_lab/md && echo 200000 >sync_speed_max && echo repair >sync_action")?;
+    guest.sh(&format!(
+        "cd /sys/block/{array}/md && echo 200000 >sync_speed_max && echo repair >sync_action"
+    ))?;
     guest.wait_until("md has written to the second half", STEP, || {
         Ok(written()? != before)
     })?;
@@ -1116,8 +1117,8 @@ fn raw_writer_on_layers(guest: &Guest) -> Result<()> {
     ensure!(!log.contains("was written to"), "nobody else did:\n{log}");
     stop(guest, guest.module(), &daemon)?;
     guest.writers_stop()?;
-    guest.sh("echo idle >/sys/block/md_lab/md/sync_action")?;
-    guest.sh(super::broken::NO_RAID)?;
+    guest.sh(&format!("echo idle >/sys/block/{array}/md/sync_action"))?;
+    super::broken::no_raid(guest, &array)?;
     guest
         .sh("umount /mnt/a && dmsetup remove spare && dmsetup remove used && dmsetup remove under")
         .map(drop)
