@@ -79,6 +79,7 @@ fi
 
 keep_results() {
     rm -rf "$results"
+    mkdir -p "$(dirname "$results")"
     mv "$payload/results" "$results"
 }
 
