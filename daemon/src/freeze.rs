@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
@@ -199,8 +199,8 @@ pub struct Target {
     fd: OwnedFd,
     /// What was written to its devices, where that tells whether it was frozen all the time.
     writes: Writes,
-    /// That, when it was frozen.
-    written: AtomicU64,
+    /// That, when it was frozen; `None` when nobody could tell.
+    written: Mutex<Option<u64>>,
     state: Mutex<State>,
 }
 
@@ -217,7 +217,7 @@ impl Target {
             usual: None,
             fd,
             writes: Writes::default(),
-            written: AtomicU64::new(0),
+            written: Mutex::default(),
             state: Mutex::new(State::Open),
         }
     }
@@ -252,13 +252,15 @@ impl Target {
 
     /// It is frozen, by this session or by somebody else.
     fn set_frozen(&self, state: State) {
-        self.written.store(self.writes.sectors(), Ordering::SeqCst);
+        *lock(&self.written) = self.writes.sectors();
         *self.state() = state;
     }
 
-    /// Whether anything was written since then: somebody has thawed it for a while.
+    /// Whether anything was written since then: somebody has thawed it for a while. A disk that has gone
+    /// does not tell.
     fn was_written(&self) -> bool {
-        self.writes.sectors() != self.written.load(Ordering::SeqCst)
+        let both = lock(&self.written).zip(self.writes.sectors());
+        both.is_some_and(|(then, now)| now != then)
     }
 
     /// Whether this session froze it and has not thawed it yet.

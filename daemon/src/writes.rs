@@ -28,9 +28,10 @@ impl Writes {
         Writes::from(devices.iter().filter_map(stat).collect::<Vec<_>>())
     }
 
-    /// How many sectors were written since they were set up.
-    pub fn sectors(&self) -> u64 {
-        self.0.iter().filter_map(sectors_of).sum()
+    /// How many sectors were written since they were set up. `None` once one of them has gone: what is left
+    /// of the sum would be less than before, and that is nobody's write.
+    pub fn sectors(&self) -> Option<u64> {
+        self.0.iter().map(sectors_of).sum()
     }
 }
 
@@ -73,10 +74,10 @@ impl Disk {
     /// What was written to it, but for the others. Those may be written to meanwhile, so it is counted until
     /// they are not, or often enough.
     fn sectors(&self) -> Option<u64> {
-        let mut others = self.others.sectors();
+        let mut others = self.others.sectors()?;
         for _ in 0..8 {
-            let all = self.writes.sectors();
-            let now = self.others.sectors();
+            let all = self.writes.sectors()?;
+            let now = self.others.sectors()?;
             if now == others {
                 return Some(all.wrapping_sub(others));
             }
@@ -216,6 +217,36 @@ mod tests {
 
     #[test]
     fn a_device_that_is_not_there_adds_nothing() {
-        assert_eq!(Writes::of(&[DevId::default()]).sectors(), 0);
+        assert_eq!(Writes::of(&[DevId::default()]).sectors(), Some(0));
+    }
+
+    #[test]
+    fn a_disk_that_goes_meanwhile_was_not_written_to() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-gone-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let put = |name: &str, text: &str| {
+            let path = dir.join(name);
+            fs::write(&path, text).unwrap();
+            Writes::from(vec![File::open(path).unwrap()])
+        };
+        let stat = "0 0 0 0 0 0 100 0\n";
+        for goes in ["disk", "partition"] {
+            let disk = Disk {
+                watched: Watched {
+                    dev: DevId::default(),
+                    name: "sda".into(),
+                    without: Vec::new(),
+                },
+                writes: put("disk", stat),
+                others: put("partition", stat),
+                before: None,
+            };
+            let mut at_rest = AtRest(vec![disk]);
+            at_rest.begin(|_| false);
+            // As little can be read of it as of the file of a device that is gone.
+            put(goes, "");
+            assert!(at_rest.written().is_empty(), "{goes}");
+        }
+        fs::remove_dir_all(&dir).unwrap();
     }
 }
