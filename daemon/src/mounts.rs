@@ -139,6 +139,8 @@ pub struct Mount {
 const ANONYMOUS_TYPES: [&str; 2] = ["btrfs", "bcachefs"];
 /// The same, but nothing can hold them (OpenZFS has neither hook that FIFREEZE wants).
 const NEVER_HELD: &str = "zfs";
+/// The type that is on a disk and served by a program, which may add its own name after a point.
+const SERVED: &str = "fuseblk";
 /// Types without a device below which a look-up is the kernel's own affair: memory, and layers.
 const WALKED: [&str; 9] = [
     "tmpfs", "ramfs", "devtmpfs", "rootfs", "proc", "sysfs", "autofs", "overlay", "aufs",
@@ -159,7 +161,7 @@ impl Mount {
     /// Whether a look-up inside of it asks nobody but the kernel.
     fn is_walked(&self) -> bool {
         let fs_type = self.fs_type.as_str();
-        WALKED.contains(&fs_type) || self.is_on_disks() && fs_type != "fuseblk"
+        WALKED.contains(&fs_type) || self.is_on_disks() && !is_served(fs_type)
     }
 
     /// Whether the whole file system is mounted here, or a whole subvolume of it, and not a folder or
@@ -173,6 +175,12 @@ impl Mount {
     pub fn option(&self, name: &str) -> Option<&OsStr> {
         self.options.get(name).map(OsString::as_os_str)
     }
+}
+
+/// Whether what is of this type is on a disk and a program has to answer for it.
+pub fn is_served(fs_type: &str) -> bool {
+    let rest = fs_type.strip_prefix(SERVED);
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 /// Where the kernel shows a thread the table of the namespace that it is in.
@@ -398,6 +406,8 @@ mod tests {
 8 2 8:5 / /run/plain rw - xfs /dev/sda5 rw
 9 1 8:6 / /ntfs rw - fuseblk /dev/sda6 rw
 10 9 8:7 / /ntfs/in rw - xfs /dev/sda7 rw
+11 1 8:8 / /named rw - fuseblk.ntfs /dev/sda8 rw
+12 11 8:9 / /named/in rw - xfs /dev/sda9 rw
 ";
         let mounts = parse(table, 0).unwrap();
         let not: Vec<u64> = mounts
@@ -405,7 +415,13 @@ mod tests {
             .filter(|m| !m.walkable)
             .map(|m| m.id)
             .collect();
-        assert_eq!(not, [4, 5, 7, 10]);
+        assert_eq!(not, [4, 5, 7, 10, 12]);
+    }
+
+    #[test]
+    fn what_a_program_serves_may_be_called_after_it() {
+        assert!(is_served("fuseblk") && is_served("fuseblk.exfat-fuse"));
+        assert!(!is_served("fuseblkx") && !is_served("fuse.sshfs") && !is_served("ntfs3"));
     }
 
     #[test]

@@ -31,8 +31,6 @@ use crate::plan::{FileSystem, Place};
 use crate::superblocks::{self, Entry};
 use crate::sys::{self, Identity};
 
-/// The type that is on a disk and served by a program.
-const SERVED: &str = "fuseblk";
 /// Enough for a look-up.
 const STACK_BYTES: usize = 128 * 1024;
 
@@ -184,7 +182,7 @@ pub fn open_within(
     static HUNG: Mutex<BTreeSet<DevId>> = Mutex::new(BTreeSet::new());
     // It is whole after each change.
     let hung = || HUNG.lock().unwrap_or_else(PoisonError::into_inner);
-    if file_system.fs_type != SERVED {
+    if !mounts::is_served(&file_system.fs_type) {
         return open_file_system(ways, file_system);
     }
     let fail = |error| OpenError {
