@@ -309,6 +309,8 @@ struct Superblock {
     can_be_held: bool,
     /// In what way it is out of order.
     trouble: Option<&'static str>,
+    /// Why nobody can reach it.
+    unreachable: Option<&'static str>,
 }
 
 impl Superblock {
@@ -329,7 +331,11 @@ impl Superblock {
             return Some(Reason::ReadOnly);
         }
         let rule = excluded(&self.file_system).map(Reason::Excluded);
-        rule.or_else(|| trouble.map(|it| Reason::Broken(it.to_owned())))
+        let trouble = trouble.map(|it| Reason::Broken(it.to_owned()));
+        let unreachable = self
+            .unreachable
+            .map(|it| Reason::Unreachable(it.to_owned()));
+        rule.or(trouble).or(unreachable)
     }
 }
 
@@ -370,8 +376,17 @@ fn superblocks(mounts: &[Mount], topology: &Topology) -> Vec<Superblock> {
         }
     }
     let mounted = found.iter().filter_map(|group| mounted(group, topology));
+    let unclear = |found| {
+        Superblock {
+        unreachable: Some(
+            "of this and others of its type one at least is mounted nowhere, and nobody tells which",
+        ),
+        ..unmounted(found)
+    }
+    };
     mounted
         .chain(topology.unmounted.iter().map(unmounted))
+        .chain(topology.unclear_unmounted.iter().map(unclear))
         .collect()
 }
 
@@ -412,6 +427,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
         writable: first.writable,
         can_be_held: first.can_be_held(),
         trouble: group.iter().find_map(|m| trouble(m)).or(turned),
+        unreachable: None,
     })
 }
 
@@ -432,6 +448,7 @@ fn unmounted(found: &Unmounted) -> Superblock {
         writable: true,
         can_be_held: true,
         trouble: None,
+        unreachable: None,
     }
 }
 
@@ -1012,6 +1029,24 @@ mod tests {
                 "/ (ext4, 8:1)"
             ]
         );
+    }
+
+    #[test]
+    fn what_may_be_mounted_nowhere_is_a_loss() {
+        let table = "1 0 0:40 / / rw - btrfs /dev/root rw\n";
+        let mut topology = Topology::default();
+        topology.members.insert(dev("0:40"), Vec::new());
+        topology.unclear_unmounted = ["8:1", "8:2"]
+            .map(|number| Unmounted {
+                fs_type: "btrfs".into(),
+                name: number.into(),
+                devices: vec![dev(number)],
+            })
+            .into();
+        let plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &|_| None);
+        assert_eq!(plan.waves.concat().len(), 1);
+        assert_eq!(plan.left_out.len(), 2);
+        assert!(plan.left_out.iter().all(|it| it.reason.is_a_loss()));
     }
 
     #[test]

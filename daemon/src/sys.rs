@@ -42,7 +42,9 @@ mod ioctl {
 #[repr(C)]
 struct BtrfsFsInfo {
     max_id: u64,
-    rest: [u64; 127],
+    num_devices: u64,
+    fsid: [u8; 16],
+    rest: [u64; 124],
 }
 
 /// `struct btrfs_ioctl_scrub_args`.
@@ -141,15 +143,26 @@ pub fn let_go(device: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether any device of the btrfs that `fd` is open on is being scrubbed. Takes `CAP_SYS_ADMIN`.
-pub fn is_scrubbed(fd: BorrowedFd<'_>) -> io::Result<bool> {
+fn btrfs_fs_info(fd: BorrowedFd<'_>) -> io::Result<BtrfsFsInfo> {
     let mut info = BtrfsFsInfo {
         max_id: 0,
-        rest: [0; 127],
+        num_devices: 0,
+        fsid: [0; 16],
+        rest: [0; 124],
     };
     // SAFETY: an open descriptor and one structure of the size that the number tells the kernel.
     unsafe { ioctl::btrfs_fs_info(fd.as_raw_fd(), &mut info) }?;
-    for devid in 1..=info.max_id {
+    Ok(info)
+}
+
+/// The UUID of the btrfs that `fd` is open on. Any other file system does not know the question.
+pub fn btrfs_uuid(fd: BorrowedFd<'_>) -> io::Result<[u8; 16]> {
+    Ok(btrfs_fs_info(fd)?.fsid)
+}
+
+/// Whether any device of the btrfs that `fd` is open on is being scrubbed. Takes `CAP_SYS_ADMIN`.
+pub fn is_scrubbed(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    for devid in 1..=btrfs_fs_info(fd)?.max_id {
         let mut scrub = BtrfsScrub {
             devid,
             rest: [0; 127],

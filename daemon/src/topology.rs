@@ -14,6 +14,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{open, OFlag};
+use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
 use crate::disks::{self, HostDisk};
@@ -72,6 +74,10 @@ pub struct Topology {
     /// Superblocks that are alive though no table shows them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unmounted: Vec<Unmounted>,
+    /// Superblocks of which some are mounted by a name that leads to no device, and at least one is not
+    /// mounted: nobody tells which.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unclear_unmounted: Vec<Unmounted>,
 }
 
 /// What is directly above a block device.
@@ -119,7 +125,9 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
     find_logs(&mut topology, mounts, superblocks);
     let own = mounts.iter().filter(|m| m.writable).map(|m| m.dev);
     let members = topology.members.values().flatten().copied();
-    let unmounted = topology.unmounted.iter().flat_map(|it| it.devices.clone());
+    let unmounted = topology.unmounted.iter();
+    let unmounted = unmounted.chain(&topology.unclear_unmounted);
+    let unmounted = unmounted.flat_map(|it| it.devices.clone());
     let logs = topology.logs.values().flatten().copied();
     let all: BTreeSet<DevId> = own.chain(members).chain(unmounted).chain(logs).collect();
     for dev in all.into_iter().filter(|dev| dev.major != 0) {
@@ -172,7 +180,8 @@ fn add_alias(topology: &mut Topology, mount: &Mount) {
 }
 
 /// Finds the devices of superblocks with an anonymous number: those of the superblock that the named
-/// source belongs to, else the named ones alone.
+/// source belongs to, else the named ones alone. Where the name leads to no device (`/dev/root`, a node
+/// that was removed), those of the one that the file system says it is.
 fn assign_members(topology: &mut Topology, mounts: &[Mount], superblocks: &[Superblock]) {
     for (dev, members) in &mut topology.members {
         for mount in mounts.iter().filter(|m| m.dev == *dev) {
@@ -185,7 +194,42 @@ fn assign_members(topology: &mut Topology, mounts: &[Mount], superblocks: &[Supe
                 break;
             }
         }
+        if members.is_empty() {
+            let of_it = mounts.iter().filter(|m| m.dev == *dev);
+            let uuid = of_it.into_iter().find_map(uuid_at);
+            let it = superblocks
+                .iter()
+                .find(|it| Some(&it.name) == uuid.as_ref());
+            *members = it.map_or_else(Vec::new, |it| it.devices.clone());
+        }
     }
+}
+
+/// The UUID of a btrfs that is mounted here, as sysfs writes it.
+fn uuid_at(mount: &Mount) -> Option<String> {
+    let can_be_asked = mount.namespace == 0 && mount.walkable && !mount.hidden;
+    if mount.fs_type != "btrfs" || !can_be_asked {
+        return None;
+    }
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let fd = open(&mount.path, flags, Mode::empty()).ok()?;
+    let found = sys::identify(fd.as_fd()).ok()?;
+    let uuid = sys::btrfs_uuid(fd.as_fd()).ok()?;
+    (found.mount_id == Some(mount.id)).then(|| in_words(uuid))
+}
+
+/// A UUID in the form that everybody writes.
+fn in_words(uuid: [u8; 16]) -> String {
+    let digits: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+    let part = |at| digits.get(at).unwrap_or_default();
+    [
+        part(0..8),
+        part(8..12),
+        part(12..16),
+        part(16..20),
+        part(20..32),
+    ]
+    .join("-")
 }
 
 /// The block devices that a mount names as its source.
@@ -205,26 +249,38 @@ fn device_at(path: &OsStr) -> Option<DevId> {
     is_device.then(|| DevId::from_raw(meta.rdev()))
 }
 
-/// Superblocks that no table shows. Where the devices of a mounted one could not be found, it may be
-/// any of its type, and no further one is taken for another.
+/// Superblocks that no table shows. Where the devices of mounted ones could not be found, these may be any
+/// of their type that no table shows; if there are more, the rest is mounted nowhere.
 fn find_unmounted(topology: &mut Topology, mounts: &[Mount], superblocks: &[Superblock]) {
     let mut shown: BTreeSet<DevId> = mounts.iter().map(|m| m.dev).collect();
     shown.extend(topology.members.values().flatten());
-    let unclear = |fs_type: &str| {
-        let mut of_type = mounts.iter().filter(|m| m.fs_type == fs_type);
-        of_type.any(|m| topology.members.get(&m.dev).is_some_and(Vec::is_empty))
-    };
-    let hidden = superblocks
-        .iter()
-        .filter(|it| !it.devices.iter().any(|dev| shown.contains(dev)))
-        .filter(|it| !unclear(&it.fs_type));
-    topology.unmounted = hidden
-        .map(|it| Unmounted {
+    let mut hidden: BTreeMap<&str, Vec<Unmounted>> = BTreeMap::new();
+    for it in superblocks {
+        if it.devices.iter().any(|dev| shown.contains(dev)) {
+            continue;
+        }
+        hidden.entry(&it.fs_type).or_default().push(Unmounted {
             fs_type: it.fs_type.clone(),
             name: it.name.clone(),
             devices: it.devices.clone(),
-        })
-        .collect();
+        });
+    }
+    let without_devices = |fs_type: &str| {
+        let of_type = mounts.iter().filter(|m| m.fs_type == fs_type);
+        let members = |dev: &DevId| topology.members.get(dev);
+        let unknown = of_type.filter(|m| members(&m.dev).is_some_and(Vec::is_empty));
+        unknown.map(|m| m.dev).collect::<BTreeSet<_>>().len()
+    };
+    let (mut certain, mut unclear) = (Vec::new(), Vec::new());
+    for (fs_type, found) in hidden {
+        match without_devices(fs_type) {
+            0 => certain.extend(found),
+            count if found.len() > count => unclear.extend(found),
+            _ => {}
+        }
+    }
+    topology.unmounted = certain;
+    topology.unclear_unmounted = unclear;
 }
 
 /// Journals, logs and data that have a device of their own: xfs names them among its options, ext4 names
@@ -425,4 +481,49 @@ fn list(dir: &Path) -> impl Iterator<Item = PathBuf> {
         .flatten()
         .flatten()
         .map(|entry| entry.path())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mounts::parse;
+
+    fn superblock(name: &str, dev: &str) -> Superblock {
+        Superblock {
+            fs_type: "btrfs".into(),
+            name: name.into(),
+            devices: vec![dev.parse().unwrap()],
+        }
+    }
+
+    #[test]
+    fn one_more_than_is_mounted_is_mounted_nowhere_though_nobody_tells_which() {
+        let mounts = parse(b"1 0 0:40 / / rw - btrfs /dev/root rw\n", 0).unwrap();
+        let found = |superblocks: &[Superblock], members: &[&str]| {
+            let mut topology = Topology::default();
+            let members = members.iter().map(|it| it.parse().unwrap()).collect();
+            topology.members.insert("0:40".parse().unwrap(), members);
+            find_unmounted(&mut topology, &mounts, superblocks);
+            let names = |all: Vec<Unmounted>| all.into_iter().map(|it| it.name).collect::<Vec<_>>();
+            (names(topology.unmounted), names(topology.unclear_unmounted))
+        };
+        let (one, other) = (superblock("one", "8:1"), superblock("other", "8:2"));
+        let none: Vec<String> = Vec::new();
+        assert_eq!(found(&[one.clone()], &[]), (none.clone(), none.clone()));
+        let both = vec!["one".to_owned(), "other".into()];
+        assert_eq!(
+            found(&[one.clone(), other.clone()], &[]),
+            (none.clone(), both)
+        );
+        assert_eq!(found(&[one, other], &["8:1"]), (vec!["other".into()], none));
+    }
+
+    #[test]
+    fn a_uuid_is_written_as_in_sysfs() {
+        let mut uuid = [0; 16];
+        (0x10..)
+            .zip(&mut uuid)
+            .for_each(|(value, byte)| *byte = value);
+        assert_eq!(in_words(uuid), "10111213-1415-1617-1819-1a1b1c1d1e1f");
+    }
 }

@@ -47,6 +47,11 @@ pub const CASES: &[Case] = &[
         lazily_unmounted,
     ),
     case(
+        "scope/lazily-unmounted-beside-a-lost-node",
+        "so does a btrfs beside another that is mounted by a node that is no more",
+        lazily_unmounted_beside_a_lost_node,
+    ),
+    case(
         "scope/lazily-unmounted-read-only",
         "a read-only btrfs that was unmounted lazily stays read-only, whoever looks at it",
         lazily_unmounted_read_only,
@@ -352,6 +357,24 @@ fn lazily_unmounted(guest: &Guest) -> Result<()> {
         let look = "ls /sys/fs/ext4/ram1 /sys/fs/xfs/ram2 /sys/fs/ext4/ram4 2>/dev/null";
         Ok(guest.try_sh(look)?.out.trim().is_empty())
     })
+}
+
+fn lazily_unmounted_beside_a_lost_node(guest: &Guest) -> Result<()> {
+    // The kernel must not know a better name for it than the one that is no more.
+    guest.sh("modprobe btrfs; mkdir -p /mnt/a /mnt/b
+         mkfs.btrfs -q -f /dev/ram1 && mkfs.btrfs -q -f /dev/ram2 && btrfs device scan --forget &&
+         mknod /dev/lost b 1 1 && mount /dev/lost /mnt/a && rm /dev/lost &&
+         mount /dev/ram2 /mnt/b && grep -q ' - btrfs /dev/lost ' /proc/self/mountinfo")?;
+    guest.writer_start("/mnt/a/w")?;
+    guest.writer_start("/mnt/b/w")?;
+    guest.sh("umount -l /mnt/b")?;
+    let daemon = start_with(guest, "strict = true")?;
+    equal(
+        "the backup",
+        &observe(guest)?,
+        &good(&["/mnt/a/w", "/mnt/b/w"]),
+    )?;
+    stop(guest, guest.module(), &daemon)
 }
 
 fn lazily_unmounted_read_only(guest: &Guest) -> Result<()> {
