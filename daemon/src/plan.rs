@@ -355,13 +355,22 @@ const TURN_READ_ONLY: [&str; 10] = [
     "ext2", "ext3", "ext4", "btrfs", "f2fs", "nilfs2", "jfs", "vfat", "exfat", "ntfs3",
 ];
 
-/// Whether a superblock is read-only although all of its mounts here were made for writing: whoever
-/// makes it so on purpose (`mount -o remount,ro`) makes a mount so, too.
-fn has_turned_read_only(mounts: &[&Mount]) -> bool {
-    let here: Vec<_> = mounts.iter().filter(|m| m.namespace == 0).collect();
-    let turned =
-        |m: &&&Mount| !m.writable && m.for_writing && TURN_READ_ONLY.contains(&m.fs_type.as_str());
-    !here.is_empty() && here.iter().all(turned)
+/// Whether a superblock is read-only although its mounts here, or where there is none here those elsewhere,
+/// were made for writing: whoever makes it so on purpose (`mount -o remount,ro`) makes a mount so, too. But
+/// a mount of its own may be read-only, and a superblock below one that is not; where ext4 says whether there
+/// was an error, that decides.
+fn has_turned_read_only(mounts: &[&Mount], errors: Option<u64>) -> bool {
+    let turns = |m: &&Mount| !m.writable && TURN_READ_ONLY.contains(&m.fs_type.as_str());
+    if !mounts.iter().all(turns) {
+        return false;
+    }
+    let is_here = |m: &&&Mount| m.namespace == 0;
+    let any_here = mounts.iter().any(|m| is_here(&m));
+    let mut asked = mounts.iter().filter(|m| !any_here || is_here(m));
+    match errors {
+        Some(count) => count > 0 && asked.any(|m| m.for_writing),
+        None => asked.all(|m| m.for_writing),
+    }
 }
 
 /// Each superblock once, in the order of the table, those that are mounted nowhere last.
@@ -411,7 +420,8 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
         None if first.dev.major == 0 => Vec::new(),
         None => vec![first.dev],
     };
-    let turned = has_turned_read_only(group).then_some("read-only since an error");
+    let errors = topology.errors.get(&first.dev).copied();
+    let turned = has_turned_read_only(group, errors).then_some("read-only since an error");
     Some(Superblock {
         file_system: FileSystem {
             dev: first.dev,
@@ -1029,6 +1039,40 @@ mod tests {
                 "/ (ext4, 8:1)"
             ]
         );
+    }
+
+    #[test]
+    fn whether_there_was_an_error_is_asked_where_mounts_do_not_tell() {
+        let here = "\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 8:2 / /turned rw - ext4 /dev/sda2 ro
+3 1 8:2 /a /bind ro - ext4 /dev/sda2 ro
+4 1 8:3 / /made-read-only ro - ext4 /dev/sda3 ro
+5 1 8:3 /a /made rw - ext4 /dev/sda3 ro
+6 1 8:4 / /only-the-superblock rw - ext4 /dev/sda4 ro
+7 1 8:5 / /fsck-was-never-run ro - ext4 /dev/sda5 ro
+8 1 8:8 / /unknown rw - ext4 /dev/sda8 ro
+9 1 8:8 /a /unknown-bind ro - ext4 /dev/sda8 ro
+";
+        let there = "\
+11 0 8:6 / /in-a-container rw - xfs /dev/sda6 rw
+12 11 8:7 / /turned-there rw - btrfs /dev/sda7 ro
+13 11 8:9 / /read-only-there ro - ext4 /dev/sda9 ro
+";
+        let mut mounts = parse(here.as_bytes(), 0).unwrap();
+        mounts.extend(parse(there.as_bytes(), 1).unwrap());
+        let mut topology = Topology::default();
+        for (number, count) in [("8:2", 1), ("8:3", 0), ("8:4", 0), ("8:5", 7)] {
+            topology.errors.insert(dev(number), count);
+        }
+        let plan = plan(&mounts, &topology, &|_| None);
+        let broken = plan.left_out.iter();
+        let broken = broken.filter(|it| matches!(it.reason, Reason::Broken(_)));
+        let paths: Vec<_> = broken
+            .map(|it| it.file_system.places[0].path.display().to_string())
+            .collect();
+        assert_eq!(paths, ["/turned", "/turned-there"]);
+        assert_eq!(plan.left_out.len(), 7);
     }
 
     #[test]

@@ -68,6 +68,9 @@ pub struct Topology {
     /// Superblocks that may have a part of further devices, which nobody names.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub unclear: BTreeSet<DevId>,
+    /// How many errors ext4 remembers of a superblock that is read-only, on a disk that is not.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub errors: BTreeMap<DevId, u64>,
     /// Superblocks whose device is no more.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub gone: BTreeSet<DevId>,
@@ -120,6 +123,7 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
             topology.gone.insert(mount.dev);
         }
     }
+    find_errors(&mut topology, mounts);
     assign_members(&mut topology, mounts, superblocks);
     find_unmounted(&mut topology, mounts, superblocks);
     find_logs(&mut topology, mounts, superblocks);
@@ -160,6 +164,25 @@ fn add_above(all: &mut BTreeMap<DevId, Above>, dev: DevId) {
 fn name_of(folder: &Path) -> String {
     let name = folder.file_name().unwrap_or_default();
     name.to_string_lossy().into_owned()
+}
+
+/// A disk that is read-only itself takes no note of an error, so nothing is said of what is on one.
+fn find_errors(topology: &mut Topology, mounts: &[Mount]) {
+    let is_ext4 = |m: &&Mount| ["ext2", "ext3", "ext4"].contains(&m.fs_type.as_str());
+    for dev in mounts
+        .iter()
+        .filter(is_ext4)
+        .filter(|m| !m.writable)
+        .map(|m| m.dev)
+    {
+        let read = |path: PathBuf| fs::read_to_string(path).ok();
+        let count = folder_of(dev).and_then(|disk| {
+            let entry = Path::new("/sys/fs/ext4").join(name_of(&disk));
+            let count = read(entry.join("errors_count"))?.trim().parse().ok()?;
+            (read(disk.join("ro"))?.trim() == "0").then_some(count)
+        });
+        topology.errors.extend(count.map(|count| (dev, count)));
+    }
 }
 
 fn has_sysfs() -> bool {
