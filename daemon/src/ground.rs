@@ -20,7 +20,7 @@ pub struct Disk {
     pub address: Option<String>,
     /// The devices whose counters tell whether something was written there past the file systems, if it is
     /// one of the host's: itself, if nothing between it and them writes by itself, as md, thin volumes and
-    /// caches do. Else the topmost ones: what is written by itself goes to those below only.
+    /// caches may. Else the topmost ones: what is written by itself goes to those below only.
     pub watched: Vec<Watched>,
 }
 
@@ -51,6 +51,16 @@ impl fmt::Display for Watched {
             false => f.write_str(" outside of its partitions"),
         }
     }
+}
+
+/// How the UUIDs begin of what the device mapper has in one layer and that writes only what it is given to
+/// write: volumes of LVM, encryption, several paths to a disk. An integrity device, which writes its journal
+/// or bitmap seconds later, has another (`CRYPT-INTEGRITY`), and what somebody has mapped by hand has none.
+const QUIET: [&str; 5] = ["LVM-", "CRYPT-LUKS", "CRYPT-PLAIN", "CRYPT-BITLK", "mpath-"];
+
+fn is_quiet(device: &Device) -> bool {
+    let uuid = device.mapper_uuid.as_deref().unwrap_or_default();
+    QUIET.iter().any(|kind| uuid.starts_with(kind))
 }
 
 /// What a superblock is on.
@@ -255,8 +265,9 @@ impl<'a> Ground<'a> {
         topmost
     }
 
-    /// The lowest devices of it, if something above them writes by itself: md, and what the device mapper
-    /// has in more than one layer (thin volumes, caches, RAID, snapshots).
+    /// The lowest devices of it, if something above them may write by itself: md, what the device mapper
+    /// has in more than one layer (thin volumes, caches, RAID, snapshots), and in one layer whatever is not
+    /// known to be [`QUIET`].
     fn disks_that_change_by_themselves(&self, superblock: DevId) -> BTreeSet<DevId> {
         let below = self.below(superblock);
         let lower = |device: &Device| {
@@ -267,7 +278,7 @@ impl<'a> Ground<'a> {
         let changes =
             |device: &Device| match (device.name.starts_with("dm-"), lower(device).as_slice()) {
                 (_, []) => false,
-                (true, below) => below.iter().any(|it| it.starts_with("dm-")),
+                (true, below) => !is_quiet(device) || below.iter().any(|it| it.starts_with("dm-")),
                 // A partition is called after its disk.
                 (false, [disk]) => !device.name.starts_with(disk.as_str()),
                 (false, _) => true,

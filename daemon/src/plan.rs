@@ -897,6 +897,7 @@ mod tests {
     fn a_disk_is_at_rest_if_all_on_it_is_frozen_and_nothing_in_between_writes_by_itself() {
         let named = |name: &str, below: &[&str]| Device {
             name: name.into(),
+            mapper_uuid: name.starts_with("dm-").then(|| "LVM-0".into()),
             ..disk(below)
         };
         let mut topology = topology(vec![
@@ -909,6 +910,14 @@ mod tests {
             ("8:64", named("sde", &[])),
             ("253:1", named("dm-1", &["8:64"])),
             ("253:2", named("dm-2", &["253:1"])),
+            ("8:80", named("sdf", &[])),
+            (
+                "253:3",
+                Device {
+                    mapper_uuid: Some("CRYPT-INTEGRITY-x".into()),
+                    ..named("dm-3", &["8:80"])
+                },
+            ),
         ]);
         for (number, name) in [
             ("8:0", "sda"),
@@ -916,6 +925,7 @@ mod tests {
             ("8:32", "sdc"),
             ("8:48", "sdd"),
             ("8:64", "sde"),
+            ("8:80", "sdf"),
         ] {
             let found = crate::disks::HostDisk {
                 name: name.into(),
@@ -928,6 +938,7 @@ mod tests {
 2 1 9:0 / /md rw - ext4 /dev/md0 rw
 3 1 8:32 / /excluded rw - ext4 /dev/sdc rw
 4 1 253:2 / /thin rw - ext4 /dev/dm-2 rw
+5 1 253:3 / /integrity rw - ext4 /dev/dm-3 rw
 ";
         let rule = |it: &FileSystem| (it.dev == dev("8:32")).then(|| "a rule".to_owned());
         let plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &rule);

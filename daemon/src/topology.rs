@@ -28,6 +28,9 @@ use crate::sys;
 pub struct Device {
     /// The kernel's name, such as `dm-3`.
     pub name: String,
+    /// What a device of the device mapper is called by whoever made it, with its kind before it: `LVM-`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mapper_uuid: Option<String>,
     /// The disk, if this is a partition of one, the devices below, if it is dm or md, and the block
     /// device that a loop device is over.
     pub below: Vec<DevId>,
@@ -427,6 +430,7 @@ fn describe(dir: &Path) -> Device {
     }
     Device {
         user_space: below.is_empty() && backing.is_none() && !is_kernels_own(&name, dir),
+        mapper_uuid: fs::read_to_string(dir.join("dm/uuid")).ok(),
         below,
         backing,
         name: name.into_owned(),
