@@ -17,9 +17,11 @@ use crate::config::{Config, ConfigError};
 use crate::control::{ask_first, ControlError, Method};
 use crate::hooks;
 use crate::logbook::words;
+use crate::mounts::DevId;
 use crate::moving::Layers;
-use crate::plan::Reason;
+use crate::plan::{Plan, Reason, Scope};
 use crate::record::RunDir;
+use crate::topology;
 
 /// `HV_VSS_GUID` of the kernel's `include/linux/hyperv.h`, as sysfs writes it.
 const VSS_CLASS: &str = "{35fa2e29-ea23-4236-96ae-3a6ebacba440}";
@@ -216,7 +218,7 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
         let text = format!("{} is left out: {}", left.file_system, left.reason);
         all.push(finding(WHAT, grade, text));
     }
-    for synced in &plan.synced {
+    for synced in plan.only_synced() {
         let text = format!("{synced} has no means to freeze and is synced");
         all.push(finding(WHAT, loss, text));
     }
@@ -225,11 +227,80 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
         let text = format!("{layer} copies from disk to disk, which no freeze holds back");
         all.push(finding(WHAT, loss, text));
     }
+    all.extend(raw_writers(&plan));
     for rule in config.idle_rules(&plan) {
         let text = format!("the rule to {rule} matches no file system");
         all.push(finding(WHAT, Grade::Warning, text));
     }
     all
+}
+
+/// Programs that may write to a disk past its file systems, where a backup would name that.
+fn raw_writers(plan: &Plan) -> Vec<Finding> {
+    let at_rest = plan.at_rest(&Scope::default());
+    let mut devices: BTreeSet<DevId> = at_rest
+        .iter()
+        .flat_map(|it| match it.without.is_empty() {
+            true => topology::all_above(it.dev),
+            false => BTreeSet::from([it.dev]),
+        })
+        .collect();
+    // A program may serve these, and they are named already.
+    for synced in plan.only_synced() {
+        devices.retain(|dev| !synced.devices.contains(dev));
+    }
+    let is_it = |node: &Path| {
+        let dev = topology::device_at(node.as_os_str());
+        dev.is_some_and(|dev| devices.contains(&dev))
+    };
+    let found = match devices.is_empty() {
+        true => BTreeSet::new(),
+        false => open_for_writing(is_it),
+    };
+    let words = |found: String| {
+        let text = format!(
+            "{found} for writing: no freeze holds that back, and if anything is written in a backup it is \
+             named, and fails it if strict"
+        );
+        finding("disks", Grade::Warning, text)
+    };
+    found.into_iter().map(words).collect()
+}
+
+/// Who has which of these nodes open to write there, in words. Only links are read, and what they name is
+/// looked up in `/dev` only.
+fn open_for_writing(is_it: impl Fn(&Path) -> bool) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let name = process.file_name();
+        let Some(pid) = name.to_str().and_then(|it| it.parse::<u32>().ok()) else {
+            continue;
+        };
+        let path = process.path();
+        let opened = fs::read_dir(path.join("fd")).into_iter().flatten();
+        for fd in opened.flatten() {
+            let Ok(node) = fs::read_link(fd.path()) else {
+                continue;
+            };
+            if !node.starts_with("/dev") || !is_it(&node) {
+                continue;
+            }
+            let info = path.join("fdinfo").join(fd.file_name());
+            if fs::read_to_string(info).is_ok_and(|text| is_for_writing(&text)) {
+                let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
+                let (name, node) = (name.trim().escape_debug(), node.display());
+                found.insert(format!("{name} (process {pid}) has {node} open"));
+            }
+        }
+    }
+    found
+}
+
+/// Whether what `/proc/<pid>/fdinfo/<fd>` says is of what was opened for writing.
+fn is_for_writing(fdinfo: &str) -> bool {
+    let flags = fdinfo.lines().find_map(|it| it.strip_prefix("flags:"));
+    let flags = flags.and_then(|it| i32::from_str_radix(it.trim(), 8).ok());
+    flags.is_some_and(|it| it & libc::O_ACCMODE != libc::O_RDONLY)
 }
 
 fn hooks_found(config: &Config) -> Vec<Finding> {
@@ -344,6 +415,26 @@ mod tests {
         assert!(asks_for_permission(&format!("{group}{hears}{asks}")));
         let ignored = "fanotify mnt_id:1d mflags:0 mask:8 ignored_mask:10000\n";
         assert!(!asks_for_permission(ignored));
+    }
+
+    #[test]
+    fn whoever_has_a_node_open_for_writing_is_named() {
+        // Nobody else in here has it open.
+        let node = Path::new("/dev/full");
+        let who = || {
+            let own = format!("(process {}) has /dev/full open", std::process::id());
+            let found = open_for_writing(|it| it == node);
+            found.iter().any(|it| it.ends_with(&own))
+        };
+        let reads = fs::File::open(node).unwrap();
+        assert!(!who());
+        let writes = fs::OpenOptions::new().write(true).open(node).unwrap();
+        assert!(who());
+        drop((reads, writes));
+        assert!(!who());
+        assert!(is_for_writing("pos:\t0\nflags:\t0100002\nmnt_id:\t15\n"));
+        // Only its path (O_PATH) is open.
+        assert!(!is_for_writing("pos:\t0\nflags:\t012100000\n"));
     }
 
     #[test]

@@ -230,10 +230,21 @@ pub fn table() -> Result<String, CommandError> {
     Ok(serde_json::to_string_pretty(&Table::record()?)? + "\n")
 }
 
+/// The waves of what has means to freeze.
+fn waves(plan: &Plan) -> Vec<Vec<&FileSystem>> {
+    let waves = plan.waves.iter().map(|members| {
+        let members = members.iter().filter(|it| it.has_means_to_freeze());
+        members.collect::<Vec<_>>()
+    });
+    waves.filter(|members| !members.is_empty()).collect()
+}
+
 fn listing<'a>(plan: &'a Plan, scope: Option<&Scope>, config: &Config) -> Listing<'a> {
-    let frozen = plan.waves.iter().enumerate().flat_map(|(wave, members)| {
+    let frozen = waves(plan).into_iter().enumerate();
+    let frozen = frozen.flat_map(|(wave, members)| {
         let number = Some(wave + 1);
-        members.iter().map(move |f| row(plan, f, number, None))
+        let members = members.into_iter();
+        members.map(move |f| row(plan, f, number, None))
     });
     let disk = |(dev, disk): (&DevId, &'a Disk)| DiskRow {
         name: &disk.name,
@@ -246,8 +257,7 @@ fn listing<'a>(plan: &'a Plan, scope: Option<&Scope>, config: &Config) -> Listin
     Listing {
         frozen: frozen.collect(),
         synced: plan
-            .synced
-            .iter()
+            .only_synced()
             .map(|f| row(plan, f, None, None))
             .collect(),
         left_out: left_out
@@ -261,19 +271,20 @@ fn listing<'a>(plan: &'a Plan, scope: Option<&Scope>, config: &Config) -> Listin
 
 fn as_text(plan: &Plan, listing: &Listing<'_>) -> String {
     let mut text = String::new();
-    for (wave, members) in plan.waves.iter().enumerate() {
+    let waves = waves(plan);
+    for (wave, members) in waves.iter().enumerate() {
         text.push_str(&format!("wave {}\n", wave + 1));
         for file_system in members {
             text.push_str(&format!("  {file_system}\n"));
         }
     }
-    if plan.waves.is_empty() {
+    if waves.is_empty() {
         text.push_str("nothing to freeze\n");
     }
-    if !plan.synced.is_empty() {
+    if !listing.synced.is_empty() {
         text.push_str("synced, without means to freeze\n");
     }
-    for file_system in &plan.synced {
+    for file_system in plan.only_synced() {
         text.push_str(&format!("  {file_system}\n"));
     }
     text.push_str("left out\n");

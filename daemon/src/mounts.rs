@@ -139,6 +139,11 @@ pub struct Mount {
 const ANONYMOUS_TYPES: [&str; 2] = ["btrfs", "bcachefs"];
 /// The same, but nothing can hold them (OpenZFS has neither hook that FIFREEZE wants).
 const NEVER_HELD: &str = "zfs";
+/// Types of which any kernel from 6.1 on can freeze a superblock: those that have one of the two hooks that
+/// FIFREEZE wants. No kernel tells without being asked to freeze.
+const FREEZE: [&str; 11] = [
+    "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "jfs", "nilfs2", "gfs2", "reiserfs", "bcachefs",
+];
 /// The type that is on a disk and served by a program, which may add its own name after a point.
 const SERVED: &str = "fuseblk";
 /// Types without a device below which a look-up is the kernel's own affair: memory, and layers.
@@ -175,6 +180,11 @@ impl Mount {
     pub fn option(&self, name: &str) -> Option<&OsStr> {
         self.options.get(name).map(OsString::as_os_str)
     }
+}
+
+/// Whether what is of this type has means to freeze, as far as is known before it is tried.
+pub fn has_means_to_freeze(fs_type: &str) -> bool {
+    FREEZE.contains(&fs_type)
 }
 
 /// Whether what is of this type is on a disk and a program has to answer for it.

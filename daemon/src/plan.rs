@@ -21,7 +21,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::ground::{devices_below, holder, Disk, Ground, Holder, Watched};
-use crate::mounts::{DevId, Mount};
+use crate::mounts::{has_means_to_freeze, DevId, Mount};
 use crate::topology::{Topology, Unmounted};
 
 /// One place where a file system can be reached.
@@ -62,6 +62,13 @@ pub struct FileSystem {
     pub stands_on: Option<BTreeSet<DevId>>,
     /// Where it can be reached, the best way first. Empty when it is mounted nowhere.
     pub places: Vec<Place>,
+}
+
+impl FileSystem {
+    /// As far as is known before it is tried. Whatever is on a block device is tried all the same.
+    pub fn has_means_to_freeze(&self) -> bool {
+        has_means_to_freeze(&self.fs_type)
+    }
 }
 
 impl fmt::Display for FileSystem {
@@ -242,6 +249,13 @@ impl Plan {
             }
         }
         self.waves.retain(|members| !members.is_empty());
+    }
+
+    /// What is synced for want of means to freeze, as far as is known before it is tried.
+    pub fn only_synced(&self) -> impl Iterator<Item = &FileSystem> {
+        let frozen = self.waves.iter().flatten();
+        let without_means = frozen.filter(|it| !it.has_means_to_freeze());
+        self.synced.iter().chain(without_means)
     }
 
     /// All file systems, whatever becomes of them.

@@ -147,6 +147,13 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
     topology
 }
 
+/// This device and all that is made of it, to any depth.
+pub fn all_above(dev: DevId) -> BTreeSet<DevId> {
+    let mut all = BTreeMap::new();
+    add_above(&mut all, dev);
+    all.into_keys().collect()
+}
+
 /// This device and all that is made of it.
 fn add_above(all: &mut BTreeMap<DevId, Above>, dev: DevId) {
     let Some(folder) = folder_of(dev).filter(|_| !all.contains_key(&dev)) else {
@@ -269,7 +276,7 @@ fn named_devices(mount: &Mount) -> Vec<DevId> {
 }
 
 /// The number of the block device whose node is here.
-fn device_at(path: &OsStr) -> Option<DevId> {
+pub fn device_at(path: &OsStr) -> Option<DevId> {
     let meta = fs::metadata(path).ok()?;
     let is_device = meta.file_type().is_block_device();
     is_device.then(|| DevId::from_raw(meta.rdev()))

@@ -2,7 +2,7 @@
 
 //! What an operator does by hand, and what happens when it is done wrong.
 
-use super::{case, load, observe, start, wait_for_daemon, Case};
+use super::{case, load, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Module, STEP};
@@ -13,6 +13,11 @@ pub const CASES: &[Case] = &[
         "commands/list",
         "list shows order and reasons, as text and JSON, and freezes nothing",
         list,
+    ),
+    case(
+        "commands/check-strict-vfat",
+        "check and list say what cannot freeze before a strict backup fails of it",
+        check_strict_vfat,
     ),
     case(
         "commands/rehearsal",
@@ -63,10 +68,16 @@ fn make_one(guest: &Guest) -> Result<()> {
         .map(drop)
 }
 
+fn make_vfat(guest: &Guest) -> Result<()> {
+    guest
+        .sh("mkdir -p /mnt/vfat && modprobe -a vfat nls_cp437 nls_ascii
+              mkfs.vfat /dev/ram2 >/dev/null && mount -t vfat /dev/ram2 /mnt/vfat")
+        .map(drop)
+}
+
 fn list(guest: &Guest) -> Result<()> {
     make_one(guest)?;
-    guest.sh("mkdir -p /mnt/vfat && modprobe -a vfat nls_cp437 nls_ascii
-              mkfs.vfat /dev/ram2 >/dev/null && mount -t vfat /dev/ram2 /mnt/vfat")?;
+    make_vfat(guest)?;
     let text = guest.sh(&format!("{OURS} list"))?;
     let place = |word: &str| text.find(word);
     ensure!(
@@ -77,10 +88,10 @@ fn list(guest: &Guest) -> Result<()> {
         place("tmpfs") > place("left out") && place("left out").is_some(),
         "tmpfs should be left out:\n{text}"
     );
-    // That it cannot freeze is known when it was tried.
     ensure!(
-        place("/mnt/vfat (vfat").is_some() && place("/mnt/vfat (vfat") < place("left out"),
-        "vfat is on a disk:\n{text}"
+        place("/mnt/vfat (vfat") > place("synced, without means")
+            && place("/mnt/vfat (vfat") < place("left out"),
+        "vfat is on a disk and cannot freeze:\n{text}"
     );
     let json = guest.sh(&format!("{OURS} list --json"))?;
     let json: serde_json::Value = serde_json::from_str(&json)?;
@@ -89,8 +100,40 @@ fn list(guest: &Guest) -> Result<()> {
         &json["frozen"][0]["paths"][0],
         &"/mnt/a".into(),
     )?;
+    equal(
+        "what is only synced",
+        &json["synced"][0]["paths"][0],
+        &"/mnt/vfat".into(),
+    )?;
     for path in ["/", "/mnt/a"] {
         refused("FITHAW after the list", guest.thaw(path), "EINVAL")?;
+    }
+    Ok(())
+}
+
+fn check_strict_vfat(guest: &Guest) -> Result<()> {
+    make_one(guest)?;
+    make_vfat(guest)?;
+    // Warning and problem, as the exit status has them.
+    for (strict, status, freeze) in [(false, 7, status::OK), (true, 6, status::FAIL)] {
+        load(guest, guest.module(), &[])?;
+        let daemon = guest.start_daemon_with(&format!("strict = {strict}"))?;
+        wait_for_daemon(guest)?;
+        guest.sh(&format!("echo 'strict = {strict}' >/run/strict.toml"))?;
+        let check = guest.try_sh(&format!("{OURS} -c /run/strict.toml check"))?;
+        let says = check
+            .out
+            .contains("/mnt/vfat (vfat, 1:2) has no means to freeze");
+        ensure!(
+            check.status == Some(status) && says,
+            "check should name it and end with {status}, strict = {strict}: {check:?}"
+        );
+        let vss = guest.vss();
+        answered("FREEZE", &vss.freeze(&[], STEP)?, freeze)?;
+        if freeze == status::OK {
+            answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+        }
+        stop(guest, guest.module(), &daemon)?;
     }
     Ok(())
 }

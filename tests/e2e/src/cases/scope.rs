@@ -1019,6 +1019,12 @@ fn raw_writer(guest: &Guest) -> Result<()> {
     says(guest, &daemon, &["the backup is good"])?;
     let log = guest.output(&daemon)?;
     ensure!(!log.contains("was written to"), "nothing was:\n{log}");
+    let check = guest.try_sh(&format!("{OURS} check"))?;
+    let words = format!("dd (process {}) has {second} open for writing", writer.pid);
+    ensure!(
+        check.status == Some(7) && check.out.contains(&words),
+        "check should say so beforehand: {check:?}"
+    );
     let seen = observe_backup_of(guest, &[on_first, on_second])?;
     equal("a backup of both disks", &seen, &good(&["/mnt/a/w"]))?;
     says(guest, &daemon, &[&format!("was written to {second} while")])?;
