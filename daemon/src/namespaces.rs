@@ -23,7 +23,8 @@ use crate::sys::{self, MntNsInfo};
 /// from 1.
 #[derive(Debug, Default)]
 pub struct Namespaces {
-    others: Vec<OwnedFd>,
+    /// `None` where one is not needed.
+    others: Vec<Option<OwnedFd>>,
     /// One for each of the others, on kernels that tell.
     states: Option<Vec<State>>,
 }
@@ -59,7 +60,7 @@ impl Namespaces {
         match listed(own.as_fd()) {
             Ok(found) => Ok(found),
             Err(_) => Ok(Namespaces {
-                others: of_processes(own)?,
+                others: of_processes(own)?.into_iter().map(Some).collect(),
                 states: None,
             }),
         }
@@ -69,6 +70,28 @@ impl Namespaces {
     /// do not tell (before 6.12).
     pub fn states(&self) -> Option<&[State]> {
         self.states.as_deref()
+    }
+
+    /// This one alone, under its number, for who may hang in it: as long as one is open, so is all that is
+    /// mounted there.
+    pub fn only(&self, number: usize) -> io::Result<Self> {
+        let mut others = Vec::new();
+        if number != 0 {
+            let it = self.other(number)?.try_clone_to_owned()?;
+            others.resize_with(number - 1, || None);
+            others.push(Some(it));
+        }
+        Ok(Namespaces {
+            others,
+            states: None,
+        })
+    }
+
+    fn other(&self, number: usize) -> io::Result<BorrowedFd<'_>> {
+        let it = number
+            .checked_sub(1)
+            .and_then(|n| self.others.get(n)?.as_ref());
+        Ok(it.ok_or(io::ErrorKind::NotFound)?.as_fd())
     }
 
     /// How many there are.
@@ -84,9 +107,9 @@ impl Namespaces {
         if number == 0 {
             return Ok(work());
         }
-        let namespace = self.others.get(number - 1).ok_or(io::ErrorKind::NotFound)?;
+        let namespace = self.other(number)?;
         on_a_thread(move || {
-            enter(namespace.as_fd())?;
+            enter(namespace)?;
             Ok(work())
         })
     }
@@ -100,11 +123,11 @@ impl Namespaces {
     ) -> io::Result<T> {
         let namespace = match number {
             0 => None,
-            n => Some(self.others.get(n - 1).ok_or(io::ErrorKind::NotFound)?),
+            n => Some(self.other(n)?),
         };
         on_a_thread(move || {
             match namespace {
-                Some(namespace) => enter(namespace.as_fd())?,
+                Some(namespace) => enter(namespace)?,
                 None => unshare(CloneFlags::CLONE_FS)?,
             }
             unshare(CloneFlags::CLONE_NEWNS)?;
@@ -147,7 +170,7 @@ fn listed(own: BorrowedFd<'_>) -> io::Result<Namespaces> {
         let begin = found.others.len();
         loop {
             let from = match found.others.get(begin..) {
-                Some([.., last]) => last.as_fd(),
+                Some([.., Some(last)]) => last.as_fd(),
                 _ => own,
             };
             let Some((next, info)) = sys::neighbour_namespace(from, after)? else {
@@ -157,7 +180,7 @@ fn listed(own: BorrowedFd<'_>) -> io::Result<Namespaces> {
                 (Some(states), Ok(newest)) => states.push(State { info, newest }),
                 _ => states = None,
             }
-            found.others.push(next);
+            found.others.push(Some(next));
         }
     }
     found.states = states;
@@ -185,4 +208,25 @@ fn of_processes(own: &File) -> io::Result<Vec<OwnedFd>> {
         }
     }
     Ok(others)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_one_that_may_hang_no_other_is_kept_open() {
+        let any = || Some(OwnedFd::from(own().unwrap()));
+        let all = Namespaces {
+            others: vec![any(), any(), any()],
+            states: None,
+        };
+        for number in 0..=3 {
+            let only = all.only(number).unwrap();
+            let open = (1..=3).filter(|it| only.other(*it).is_ok());
+            let expected = (number != 0).then_some(number);
+            assert_eq!(open.collect::<Vec<_>>(), Vec::from_iter(expected));
+        }
+        assert!(all.only(4).is_err());
+    }
 }

@@ -172,10 +172,11 @@ impl OpenError {
 }
 
 /// Opens `file_system`, which a program may serve: the kernel asks it first. Then that takes no longer than
-/// `limit`, and is not tried again as long as it has not come back.
+/// `limit`, and is not tried again as long as it has not come back. It is asked in one namespace only: the
+/// others, and what is mounted there, must not stay because of a thread that hangs.
 pub fn open_within(
     limit: Duration,
-    ways: &Arc<Ways>,
+    ways: &Ways,
     file_system: &FileSystem,
 ) -> Result<OwnedFd, OpenError> {
     /// Those that have not come back.
@@ -189,11 +190,19 @@ pub fn open_within(
         file_system: file_system.to_string(),
         tried: vec![error],
     };
+    let first = file_system.places.first();
+    let path = first.map(|it| it.path.clone()).unwrap_or_default();
+    let namespace = first.map_or(0, |it| it.namespace);
+    let mut asked = file_system.clone();
+    asked.places.retain(|it| it.namespace == namespace);
+    let namespaces = ways.namespaces.only(namespace);
+    let namespaces = namespaces.map_err(|source| fail(PlaceError::open(&path, source)))?;
+    let proc = Arc::clone(&ways.proc);
+    let ways = Ways { proc, namespaces };
     if !hung().insert(file_system.dev) {
         return Err(fail(PlaceError::Silent));
     }
     let (tell, told) = channel();
-    let (ways, asked) = (Arc::clone(ways), file_system.clone());
     let open = move || {
         let opened = open_file_system(&ways, &asked);
         hung().remove(&asked.dev);
@@ -203,8 +212,7 @@ pub fn open_within(
     let thread = thread::Builder::new().name("open".into());
     if let Err(source) = thread.stack_size(STACK_BYTES).spawn(open) {
         hung().remove(&file_system.dev);
-        let path = file_system.places.first().map(|it| it.path.clone());
-        return Err(fail(PlaceError::open(&path.unwrap_or_default(), source)));
+        return Err(fail(PlaceError::open(&path, source)));
     }
     let silent = |_| Err(fail(PlaceError::Silent));
     told.recv_timeout(limit).unwrap_or_else(silent)

@@ -535,16 +535,24 @@ fn covered_by_fuse(guest: &Guest) -> Result<()> {
 
 fn silent_server(guest: &Guest) -> Result<()> {
     guest.sh(
-        "modprobe fuse; mkdir -p /mnt/a /mnt/served && mkfs.ext4 -q -F /dev/ram1 &&
-              mount /dev/ram1 /mnt/a",
+        "modprobe fuse; mkdir -p /mnt/a /mnt/served /mnt/there && mkfs.ext4 -q -F /dev/ram1 &&
+              mount /dev/ram1 /mnt/a && mkfs.ext4 -q -F /dev/ram3",
     )?;
     guest.writer_start("/mnt/a/w")?;
     let server = silent_fuse(guest, "-t fuseblk /dev/ram2 /mnt/served")?;
+    let there = in_a_namespace(guest, "mount /dev/ram3 /mnt/there")?;
     let daemon = start_with(guest, "give_up = 1")?;
     let words = ["/mnt/served (fuseblk, 1:2)", "its server does not answer"];
     let seen: Result<Vec<Seen>> = (0..2).map(|_| observe(guest)).collect();
     let said = says(guest, &daemon, &words);
+    // The thread that hangs holds no namespace, and nothing that is mounted there.
+    guest.signal(&there, 9)?;
+    guest.wait(&there, STEP)?;
+    let gone = guest.wait_until("what only a container had mounted is gone", STEP, || {
+        Ok(guest.try_sh("[ -e /sys/fs/ext4/ram3 ]")?.status != Some(0))
+    });
     end(guest, &server, "/mnt/served")?;
+    gone?;
     for backup in seen? {
         equal("each backup", &backup, &good(&["/mnt/a/w"]))?;
     }
