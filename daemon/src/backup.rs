@@ -110,8 +110,17 @@ enum Phase {
     Releasing(Waiting),
 }
 
-/// A FREEZE that waits for the end of the last one, until then.
-type Waiting = Option<(Request, Instant)>;
+/// A FREEZE that waits for the end of the last one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Waiter {
+    request: Request,
+    /// How long it waits for a job that was called off.
+    patience: Instant,
+    /// When the host does not wait any longer, be it for that or for the freeze.
+    give_up: Instant,
+}
+
+type Waiting = Option<Waiter>;
 
 /// Why what is (to be) frozen is given up.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -186,9 +195,10 @@ impl Backup {
     /// When [`Backup::time`] is to be called at the latest.
     pub fn next(&self) -> Option<Instant> {
         match self.phase {
-            Phase::Freezing { give_up, .. }
-            | Phase::Ending(_, Some((_, give_up)))
-            | Phase::Releasing(Some((_, give_up))) => Some(give_up),
+            Phase::Freezing { give_up, .. } | Phase::Releasing(Some(Waiter { give_up, .. })) => {
+                Some(give_up)
+            }
+            Phase::Ending(_, Some(Waiter { patience, .. })) => Some(patience),
             Phase::Frozen { until, .. } => Some(until),
             Phase::Idle
             | Phase::Thawing { .. }
@@ -254,16 +264,21 @@ impl Backup {
         }
         let patience = request.time_left.max(MARGIN * 2) - MARGIN;
         let give_up = now + patience;
+        let waiter = Waiter {
+            request,
+            patience: give_up.min(now + LAST),
+            give_up,
+        };
         let refused = match &mut self.phase {
             _ if self.stopping => "the daemon is being stopped",
             Phase::Idle => return self.begin(request, give_up, effects),
             Phase::Ending(_, waiting) => {
-                *waiting = Some((request, give_up.min(now + LAST)));
+                *waiting = Some(waiter);
                 let text = "FREEZE from the host waits for the end of the last one";
                 return effects.say(Level::Info, text.into());
             }
             Phase::Releasing(waiting) => {
-                *waiting = Some((request, give_up));
+                *waiting = Some(waiter);
                 let text = "FREEZE from the host waits for the hooks of the last backup";
                 return effects.say(Level::Info, text.into());
             }
@@ -314,8 +329,8 @@ impl Backup {
             return effects.say(Level::Warning, "an outcome of no hooks".into());
         };
         self.phase = Phase::Idle;
-        if let Some((request, give_up)) = waiting {
-            self.begin(request, give_up, effects);
+        if let Some(it) = waiting {
+            self.begin(it.request, it.give_up, effects);
         }
     }
 
@@ -444,8 +459,8 @@ impl Backup {
         effects.finish(verdict, why.as_deref());
         if effects.release(verdict) {
             self.phase = Phase::Releasing(waiting);
-        } else if let Some((request, give_up)) = waiting {
-            self.begin(request, give_up, effects);
+        } else if let Some(it) = waiting {
+            self.begin(it.request, it.give_up, effects);
         }
     }
 
@@ -510,8 +525,8 @@ impl Backup {
         let (Phase::Ending(_, waiting) | Phase::Releasing(waiting)) = &mut self.phase else {
             return;
         };
-        if let Some((request, _)) = waiting.take() {
-            refuse(&request, why, effects);
+        if let Some(it) = waiting.take() {
+            refuse(&it.request, why, effects);
         }
     }
 

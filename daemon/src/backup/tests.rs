@@ -658,3 +658,33 @@ fn a_freeze_waits_for_the_end_of_one_that_was_called_off_and_then_begins() {
         assert_eq!(world.machine.phase(), "idle");
     }
 }
+
+#[test]
+fn a_freeze_that_has_waited_has_as_long_as_the_host_waits() {
+    use Event::{Broken, Freeze, FreezeMore, HooksFound, HooksReady, HooksReleased};
+    use Event::{JobFailed, JobFrozen, JobThawed};
+    let limit = Duration::from_secs(30) - MARGIN;
+    for events in [
+        &[Freeze, JobFrozen, FreezeMore, JobThawed][..],
+        &[Freeze, Broken, Freeze, JobFailed],
+        &[
+            Freeze,
+            HooksFound,
+            HooksReady,
+            Broken,
+            Freeze,
+            JobFailed,
+            HooksReleased,
+        ],
+    ] {
+        let world = after(events);
+        assert_eq!(world.machine.phase(), "freezing", "{events:?}");
+        assert_eq!(world.machine.next(), Some(world.now + limit), "{events:?}");
+    }
+    // What is waited for meanwhile has less time, but for hooks.
+    let world = after(&[Freeze, Broken, Freeze]);
+    assert_eq!(world.machine.next(), Some(world.now + LAST));
+    let world = after(&[Freeze, HooksFound, HooksReady, Broken, Freeze, JobFailed]);
+    assert_eq!(world.machine.phase(), "releasing");
+    assert_eq!(world.machine.next(), Some(world.now + limit));
+}
