@@ -4,6 +4,7 @@
 //! not: a disk, a freeze, an open.
 
 use super::deadman::{good_backup, make_hung, released, HANG, RELEASED, UNHANG};
+use super::hooks::{self, hook, noted};
 use super::owned::held;
 use super::{case, load, reply_within, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Context, Result};
@@ -34,7 +35,7 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "deadman/hung-thaw",
-        "a thaw that hangs on its disk holds up no image on another one, which comes after it",
+        "a thaw that hangs on its disk holds up no image on another one, which comes after it, and no hook",
         |guest| hung_thaw(guest, Module::Ours),
     ),
     case(
@@ -44,7 +45,7 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "deadman/both-killed-in-a-hung-freeze",
-        "daemon and guard killed inside a FIFREEZE that hangs: all is thawed, the rest at once",
+        "daemon and guard killed inside a FIFREEZE that hangs: all is thawed and let go, the rest at once",
         both_killed_in_a_hung_freeze,
     ),
     case(
@@ -228,6 +229,7 @@ fn hung_thaw(guest: &Guest, module: Module) -> Result<()> {
               mkfs.ext4 -q -F /mnt/a/image && mount -o loop /mnt/a/image /mnt/inner",
     )?;
     guest.writer_start("/mnt/inner/w")?;
+    hook(guest, "10-a", "")?;
     let vss = guest.vss();
     let daemon = start(guest, module, Daemon::Ours)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
@@ -235,6 +237,9 @@ fn hung_thaw(guest: &Guest, module: Module) -> Result<()> {
     guest.sh(HANG)?;
     let tx = vss.send(Op::THAW, &SHORT_BODY)?;
     released(guest, "one hangs in its thaw", guest.clock()?, RELEASED * 2)?;
+    // Nobody can tell yet whether that will be a good backup.
+    let expected = ["10-a freeze ", "10-a thaw unknown"];
+    noted(guest, "a hook beside what hangs", &expected)?;
     ensure!(
         vss.try_reply(tx).is_none(),
         "THAW should wait for the one that hangs"
@@ -242,7 +247,10 @@ fn hung_thaw(guest: &Guest, module: Module) -> Result<()> {
     guest.sh(UNHANG)?;
     answered("THAW", &vss.wait(tx, STEP)?, status::OK)?;
     good_backup(guest)?;
-    stop(guest, module, &daemon)
+    let expected = ["10-a freeze ", "10-a thaw good"];
+    noted(guest, "a hook of the next backup", &expected)?;
+    stop(guest, module, &daemon)?;
+    hooks::end(guest)
 }
 
 fn killed_beside_a_hung_sync(guest: &Guest) -> Result<()> {
@@ -306,6 +314,7 @@ fn says_that_it_hangs(guest: &Guest) -> Result<()> {
 
 fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
     make_two(guest)?;
+    hook(guest, "10-a", "")?;
     let vss = guest.vss();
     load(guest, Module::Stock, &[])?;
     for remedy in ["the stop step", "the next start"] {
@@ -321,6 +330,8 @@ fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
             _ => guest.start_daemon(Daemon::Ours)?,
         };
         released(guest, remedy, guest.clock()?, RELEASED * 2)?;
+        let expected = ["10-a freeze ", "10-a thaw unknown"];
+        noted(guest, remedy, &expected)?;
         // When it is over, it has frozen on behalf of a process that is dead.
         equal("threads in a freeze", in_freeze(guest, &daemon)?, 1)?;
         guest.sh(UNHANG)?;
@@ -338,8 +349,10 @@ fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
         good_backup(guest)?;
         guest.signal(&next, 15)?;
         guest.wait(&next, STEP)?;
+        let expected = ["10-a freeze ", "10-a thaw good"];
+        noted(guest, "a hook of the next backup", &expected)?;
     }
-    Ok(())
+    hooks::end(guest)
 }
 
 fn hung_open(guest: &Guest) -> Result<()> {
