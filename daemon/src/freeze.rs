@@ -10,11 +10,11 @@
 //! it is tried again ([`Obstacle`]): nobody stands still because of another's trouble. It decides no
 //! order (that is [`crate::plan`]), does not know what is behind the [`Door`], and knows no host.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{channel, Sender};
+use std::sync::mpsc::{channel, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,13 +22,13 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::door::{Door, DoorError, Syncer};
+use crate::apart::Apart;
+use crate::door::{Door, DoorError};
 use crate::ground::Watched;
 use crate::logbook::Logbook;
 use crate::mounts::DevId;
 use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
-use crate::sys;
 use crate::writes::Writes;
 
 /// How often one that waits for its turn looks whether all is off.
@@ -39,7 +39,6 @@ const BUSY_TICK: Duration = Duration::from_millis(20);
 const THAW_TIME: Duration = Duration::from_millis(500);
 /// How often those that are frozen are thawed again because of one that is slow.
 const BACK_OFFS: usize = 3;
-const STACK_BYTES: usize = 64 * 1024;
 
 /// Why a freeze did not come about. By the time it is returned, everything is thawed again.
 #[derive(Debug, thiserror::Error)]
@@ -357,6 +356,8 @@ pub struct Means {
     pub progress: Arc<Progress>,
     /// The threads that work for it.
     pub pool: Arc<Pool>,
+    /// Those that sync.
+    pub apart: Arc<Apart>,
 }
 
 /// What one freeze leaves for the next to know.
@@ -366,7 +367,7 @@ pub struct Learnt {
     usual: BTreeMap<DevId, Duration>,
     /// What has no means to freeze.
     unfreezable: BTreeSet<DevId>,
-    /// Those of it whose sync has not returned, as long as its thread is there.
+    /// Whose sync has not returned, as long as its thread is there.
     hung: Vec<(DevId, Weak<()>)>,
 }
 
@@ -424,6 +425,7 @@ pub struct Session {
     work: Arc<Work>,
     waves: Vec<Vec<usize>>,
     pool: Arc<Pool>,
+    apart: Arc<Apart>,
 }
 
 impl Session {
@@ -436,6 +438,7 @@ impl Session {
             abort,
             progress,
             pool,
+            apart,
         } = means;
         delay_the_lone(&mut targets);
         let mut waves: Vec<Vec<usize>> = Vec::new();
@@ -455,6 +458,7 @@ impl Session {
         }
         Ok(Session {
             pool,
+            apart,
             waves,
             work: Arc::new(Work {
                 targets,
@@ -528,7 +532,10 @@ impl Session {
     /// its file system, so a writer that needs the journal waits until the device has taken that, which
     /// is the longer the more share the processor or the disk. What is known not to freeze is left to
     /// [`Session::freeze`].
-    pub fn sync(&self, learnt: &Learnt) {
+    ///
+    /// A disk may hang: when it is called off, what has not returned is left behind, and nobody begins it
+    /// anew before it has.
+    pub fn sync(&self, learnt: &mut Learnt) {
         let most = self.work.limits.write_back;
         self.work.progress.enter(Stage::Syncing, most);
         for wave in &self.waves {
@@ -537,15 +544,85 @@ impl Session {
                 target.is_some_and(|t| learnt.unfreezable.contains(&t.dev))
             };
             let wave: Vec<usize> = wave.iter().filter(|i| !known(i)).copied().collect();
-            let (lanes, work) = (self.lanes(&wave), Arc::clone(&self.work));
-            let count = lanes.len();
-            let sync_lane = move |n: usize| {
-                let members = lanes.get(n).into_iter().flatten();
-                let targets = members.filter_map(|i| work.targets.get(*i));
-                targets.for_each(|target| work.sync_one(target));
-            };
-            self.pool.run(count, most, Arc::new(sync_lane));
+            self.sync_lanes(self.lanes(&wave), most.max(1), learnt);
         }
+    }
+
+    /// So many lanes at a time, each from its first member to its last.
+    fn sync_lanes(&self, lanes: Vec<Vec<usize>>, most: usize, learnt: &mut Learnt) {
+        let work = &self.work;
+        let (tell, told) = channel();
+        let mut waiting: VecDeque<_> = lanes.into_iter().map(VecDeque::from).collect();
+        let mut under_way: Vec<Syncing<'_>> = Vec::new();
+        while !work.abort.load(Ordering::SeqCst) {
+            while under_way.len() < most {
+                let Some(mut lane) = waiting.pop_front() else {
+                    break;
+                };
+                let index = lane.pop_front();
+                let target = index.and_then(|index| work.targets.get(index));
+                if let Some((index, target)) = index.zip(target) {
+                    let since = Instant::now();
+                    work.progress.begin(&target.name, since);
+                    under_way.push(Syncing {
+                        index,
+                        target,
+                        since,
+                        thread: None,
+                        rest: lane,
+                    });
+                }
+            }
+            if under_way.is_empty() {
+                return;
+            }
+            let due = under_way.iter_mut().filter(|it| it.thread.is_none());
+            for it in due.filter(|it| !learnt.hangs(it.target.dev)) {
+                it.thread = Some(self.begin_sync(it.index, it.target, &tell));
+            }
+            let (index, result) = match told.recv_timeout(ABORT_TICK) {
+                Ok(ended) => ended,
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => continue,
+            };
+            let Some(at) = under_way.iter().position(|it| it.index == index) else {
+                continue;
+            };
+            let ended = under_way.swap_remove(at);
+            work.note_sync(ended.target, ended.since, result);
+            waiting.push_front(ended.rest);
+        }
+        for it in under_way {
+            learnt
+                .hung
+                .extend(it.thread.map(|thread| (it.target.dev, thread)));
+        }
+    }
+
+    /// Begins to sync one on a thread that tells when it is done, with `index`.
+    fn begin_sync(&self, index: usize, target: &Target, tell: &Sender<Synced>) -> Weak<()> {
+        self.sync_apart(index, target, tell).unwrap_or_else(|_| {
+            // No memory for a thread, or a kernel without the call: then here, at the risk that it hangs.
+            let result = self.work.door.syncer()(target.as_fd());
+            // It is heard below.
+            let _ = tell.send((index, result));
+            Weak::new()
+        })
+    }
+
+    /// The same where there is such a thread.
+    fn sync_apart(
+        &self,
+        index: usize,
+        target: &Target,
+        tell: &Sender<Synced>,
+    ) -> io::Result<Weak<()>> {
+        let (sync, tell) = (self.work.door.syncer(), tell.clone());
+        self.apart.hand_over(&[target.as_fd()], move |fds| {
+            for fd in fds {
+                // Nobody is left to hear of it when it took too long.
+                let _ = tell.send((index, sync(fd.as_fd())));
+            }
+        })
     }
 
     /// Divides these so that no two groups have a disk in common.
@@ -730,6 +807,9 @@ impl Session {
     /// Nothing is frozen yet.
     fn sync_unfreezable(&self, indices: &[usize], learnt: &mut Learnt) {
         let work = &self.work;
+        if work.gave_up() {
+            return;
+        }
         let (tell, told) = channel();
         let mut waited_for: Vec<(usize, &Target, Weak<()>)> = Vec::new();
         for index in indices {
@@ -746,7 +826,7 @@ impl Session {
                 work.give_up_on(target, State::Unsynced, why.into());
                 continue;
             }
-            match sync_apart(target.as_fd(), work.door.syncer(), index, tell.clone()) {
+            match self.sync_apart(index, target, &tell) {
                 Ok(thread) => waited_for.push((index, target, thread)),
                 Err(e) => {
                     let why = format!("cannot freeze, and there is no thread to sync it: {e}");
@@ -755,10 +835,13 @@ impl Session {
             }
         }
         let until = Instant::now() + work.limits.give_up;
-        while !waited_for.is_empty() {
+        while !waited_for.is_empty() && !work.abort.load(Ordering::SeqCst) {
             let left = until.saturating_duration_since(Instant::now());
-            let Ok((index, result)) = told.recv_timeout(left) else {
-                break;
+            let Ok((index, result)) = told.recv_timeout(left.min(ABORT_TICK)) else {
+                if left.is_zero() {
+                    break;
+                }
+                continue;
             };
             waited_for.retain(|(it, ..)| *it != index);
             let Some(target) = work.targets.get(index) else {
@@ -928,33 +1011,18 @@ impl Session {
     }
 }
 
-/// Begins to sync what is open as `fd`, on a thread that tells when it is done, with `index`. It has no other
-/// descriptor: the device of the module, or the guard's line, must not stay open with a sync that hangs when
-/// the process has died. As long as the thread is there, so is what is returned.
-fn sync_apart(
-    fd: BorrowedFd<'_>,
-    sync: Syncer,
+/// One whose sync has returned, and what of it.
+type Synced = (usize, io::Result<()>);
+
+/// One whose sync is under way, or about to be.
+struct Syncing<'a> {
     index: usize,
-    tell: Sender<(usize, io::Result<()>)>,
-) -> io::Result<Weak<()>> {
-    let life = Arc::new(());
-    let alive = Arc::downgrade(&life);
-    let (begin, begun) = channel();
-    let number = fd.as_raw_fd();
-    let body = move || {
-        let _life = life;
-        let kept = sys::keep_only(number);
-        // Nobody is left to hear of either when it took too long.
-        let _ = begin.send(kept.as_ref().map(drop).map_err(io::Error::kind));
-        if let Ok(fd) = kept {
-            let _ = tell.send((index, sync(fd.as_fd())));
-        }
-    };
-    let builder = thread::Builder::new().stack_size(STACK_BYTES);
-    builder.name("syncer".into()).spawn(body)?;
-    // Until then `fd` must not be closed.
-    begun.recv().map_err(io::Error::other)??;
-    Ok(alive)
+    target: &'a Target,
+    since: Instant,
+    /// There as long as it is; `None` while an earlier sync of the same is waited for.
+    thread: Option<Weak<()>>,
+    /// What is to be synced after it.
+    rest: VecDeque<usize>,
 }
 
 /// Moves what stands on nothing and has nothing on it to the last wave but one; in the last is the root. One
@@ -997,17 +1065,12 @@ impl Work {
         targets.filter(|(_, t)| pick(t)).map(|(i, _)| i).collect()
     }
 
-    fn sync_one(&self, target: &Target) {
-        if self.abort.load(Ordering::SeqCst) {
-            return;
-        }
-        let (name, start) = (&target.name, Instant::now());
-        self.progress.begin(name, start);
-        let result = self.door.syncer()(target.as_fd());
+    fn note_sync(&self, target: &Target, since: Instant, result: io::Result<()>) {
+        let name = &target.name;
         self.progress.end(name);
         match result {
             Ok(()) => {
-                let took = ms(start.elapsed());
+                let took = ms(since.elapsed());
                 self.log.info(format!("{name} synced in {took}"));
             }
             // The freeze will meet the same error, if it matters.

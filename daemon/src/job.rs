@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
+use crate::apart::Apart;
 use crate::backup::Begun;
 use crate::cache::{Cache, GatherError, Gathered, Opened};
 use crate::calls::Context;
@@ -105,6 +106,7 @@ pub struct Freezer {
     config: Arc<Config>,
     learnt: Learnt,
     pool: Arc<Pool>,
+    apart: Arc<Apart>,
     /// `/proc/vmstat`.
     vmstat: Option<File>,
 }
@@ -118,6 +120,7 @@ impl Freezer {
             config: Arc::default(),
             learnt: Learnt::default(),
             pool: Arc::default(),
+            apart: Arc::default(),
             vmstat: File::open("/proc/vmstat").ok(),
         }
     }
@@ -226,13 +229,14 @@ impl Freezer {
             abort: Arc::clone(abort),
             progress: Arc::clone(progress),
             pool: Arc::clone(&self.pool),
+            apart: Arc::clone(&self.apart),
         };
         // With the threads that it may start. Where that is not allowed it takes longer.
         let _ = process::go_first();
         let session = Session::new(targets, means, &self.learnt).map_err(JobError::Threads)?;
         if self.is_worth_a_sync() {
             // It may take long, and nothing is frozen yet.
-            log.aloud(|| session.sync(&self.learnt));
+            log.aloud(|| session.sync(&mut self.learnt));
             let now = self.cache.alive_now();
             if Listed::has_news(alive.as_ref(), now.as_ref()) {
                 return Ok(None);
@@ -477,6 +481,7 @@ pub fn warm_up() -> io::Result<()> {
         abort: Arc::default(),
         progress: Arc::default(),
         pool: Arc::default(),
+        apart: Arc::default(),
     };
     let session = Session::new(vec![target], means, &learnt)?;
     // It fails to freeze anything, which is the point.

@@ -4,8 +4,10 @@
 //! file systems.
 
 use super::*;
+use crate::door::Syncer;
 use crate::logbook::Sink;
-use std::os::fd::AsRawFd;
+use nix::sys::stat::fstat;
+use nix::unistd::pipe;
 
 const SHORT: Duration = Duration::from_millis(60);
 
@@ -16,7 +18,8 @@ type Call = (&'static str, usize);
 struct Double {
     this: Weak<Double>,
     calls: Mutex<Vec<Call>>,
-    numbers: BTreeMap<i32, usize>,
+    /// By the number that each has for the kernel, whatever the descriptor.
+    numbers: BTreeMap<u64, usize>,
     /// What fails, how, and how often.
     failures: Mutex<BTreeMap<Call, (Errno, usize)>>,
     /// How long a first call takes.
@@ -26,9 +29,18 @@ struct Double {
     watched_every: Option<Duration>,
 }
 
+/// What stands for a file system.
+fn stand_in() -> OwnedFd {
+    pipe().unwrap().0
+}
+
+fn inode_of(fd: impl AsFd) -> u64 {
+    fstat(fd).unwrap().st_ino
+}
+
 impl Double {
     fn call(&self, what: &'static str, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let number = self.numbers[&fd.as_raw_fd()];
+        let number = self.numbers[&inode_of(fd)];
         lock(&self.calls).push((what, number));
         let slow = lock(&self.slow).remove(&(what, number));
         thread::sleep(slow.unwrap_or_default());
@@ -109,8 +121,8 @@ fn setup_before(
     let mut targets = Vec::new();
     let mut learnt = Learnt::default();
     for (number, (wave, usual)) in waves.iter().enumerate() {
-        let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
-        double.numbers.insert(fd.as_raw_fd(), number);
+        let fd = stand_in();
+        double.numbers.insert(inode_of(&fd), number);
         let dev: DevId = format!("8:{number}").parse().unwrap();
         if let Some(ms) = usual {
             learnt.usual.insert(dev, Duration::from_millis(*ms));
@@ -141,6 +153,7 @@ fn setup_before(
         abort: Arc::default(),
         progress: Arc::default(),
         pool: Arc::default(),
+        apart: Arc::default(),
     };
     let session = Session::new(targets, means.clone(), &learnt).unwrap();
     Setup {
@@ -174,7 +187,7 @@ impl Setup {
 #[test]
 fn waves_are_frozen_in_order_and_thawed_in_reverse() {
     let mut s = setup(&[1, 0, 2], &[], false);
-    s.session.sync(&s.learnt);
+    s.session.sync(&mut s.learnt);
     let summary = s.freeze().unwrap();
     assert_eq!(summary.ours, 3);
     s.session.thaw().unwrap();
@@ -308,7 +321,7 @@ fn what_cannot_freeze_is_synced_with_nothing_frozen_and_known_the_next_time() {
 
     let mut next = setup(&[0, 1], &failures, false);
     next.learnt = s.learnt;
-    next.session.sync(&next.learnt);
+    next.session.sync(&mut next.learnt);
     next.freeze().unwrap();
     let expected = [("sync", 0), ("sync", 1), ("freeze", 1), ("freeze", 0)];
     assert_eq!(next.calls(), expected);
@@ -350,6 +363,33 @@ fn a_sync_that_fails_or_hangs_costs_nobody_else_the_backup() {
     let summary = next.freeze().unwrap();
     assert_eq!((summary.ours, summary.left_out), (1, 1));
     assert!(!next.calls().contains(&("sync", 1)));
+}
+
+#[test]
+fn a_sync_that_hangs_ends_when_it_is_called_off_and_is_not_begun_again_before_it_returns() {
+    let mut s = setup(&[0, 0], &[], false);
+    s.slow("sync", 0, SHORT * 10);
+    let abort = Arc::clone(&s.means.abort);
+    let double = Arc::clone(&s.double);
+    let call_off = thread::spawn(move || {
+        while lock(&double.calls).is_empty() {
+            thread::yield_now();
+        }
+        abort.store(true, Ordering::SeqCst);
+    });
+    let begun = Instant::now();
+    s.session.sync(&mut s.learnt);
+    assert!(matches!(s.freeze(), Err(FreezeError::Aborted)));
+    assert!(begun.elapsed() < SHORT * 8, "{:?}", begun.elapsed());
+    call_off.join().unwrap();
+    assert_eq!(s.calls(), [("sync", 0)]);
+    // The next one is of the other only, or waits.
+    let mut other = setup(&[0, 0], &[], false);
+    other.learnt = std::mem::take(&mut s.learnt);
+    assert!(other.learnt.hangs("8:0".parse().unwrap()));
+    other.session.sync(&mut other.learnt);
+    assert!(begun.elapsed() >= SHORT * 10, "{:?}", begun.elapsed());
+    assert_eq!(other.calls(), [("sync", 0), ("sync", 1)]);
 }
 
 #[test]
@@ -501,9 +541,9 @@ fn what_was_written_while_it_was_frozen_had_been_thawed_for_a_while() {
             std::env::temp_dir().join(format!("hv_vss-stat-{}-{writes_go_on}", std::process::id()));
         std::fs::write(&path, "0 0 0 0 0 0 8 0").unwrap();
         let stat = std::fs::File::open(&path).unwrap();
-        let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+        let fd = stand_in();
         let mut double = Double::default();
-        double.numbers.insert(fd.as_raw_fd(), 0);
+        double.numbers.insert(inode_of(&fd), 0);
         let target = Target::new("8:0".parse().unwrap(), "/fs0".into(), 0, fd)
             .with_writes(Writes::from(vec![stat]));
         let means = Means {
@@ -526,7 +566,7 @@ fn what_was_written_while_it_was_frozen_had_been_thawed_for_a_while() {
 fn what_is_on_one_disk_is_in_one_lane() {
     let disks: [&[&str]; 6] = [&["8:0"], &["8:16"], &["8:0"], &[], &["8:32", "8:16"], &[]];
     let targets = disks.iter().map(|disks| {
-        let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+        let fd = stand_in();
         let disks = disks.iter().map(|it| it.parse().unwrap()).collect();
         Target::new(DevId::default(), "/fs".into(), 0, fd).with_disks(disks)
     });
