@@ -54,6 +54,12 @@ pub const CASES: &[Case] = &[
         killed_beside_a_hung_sync,
     ),
     case(
+        "deadman/hung-sync",
+        "a sync of an ext4 that hangs: without that disk the next backup is good, and so is that of the \
+         next daemon",
+        hung_sync,
+    ),
+    case(
         "deadman/hung-open",
         "an open that a security agent holds up fails the backup in time, with nothing frozen",
         hung_open,
@@ -285,6 +291,46 @@ fn killed_beside_a_hung_sync(guest: &Guest) -> Result<()> {
     guest.sh(UNHANG)?;
     guest.wait(&daemon, STEP)?;
     good_backup(guest)?;
+    stop(guest, Module::Ours, &next)
+}
+
+fn hung_sync(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "rm -rf /etc/hv_vss; modprobe dm-mod; mkdir -p /etc/hv_vss /mnt/a /mnt/hung
+         mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+         dmsetup create hung --noudevsync --table '0 131072 linear /dev/ram4 0'
+         [ -e /dev/mapper/hung ] || dmsetup mknodes
+         mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    let vss = guest.vss();
+    load(guest, Module::Ours, &["freeze_timeout_ms=5000"])?;
+    let daemon = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    guest.sh(&format!(
+        "dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null; {HANG}"
+    ))?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    ensure!(
+        guest.output(&daemon)?.contains("called off: writing back"),
+        "it should hang in the sync"
+    );
+    guest.sh(
+        "echo 'exclude.paths = [\"/mnt/hung\"]' >/etc/hv_vss/daemon.toml
+         /payload/hv_vss_daemon reload",
+    )?;
+    good_backup(guest).context("without the disk that hangs")?;
+    guest.signal(&daemon, 9)?;
+    // What is left of it has nothing open.
+    let next = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    ensure!(
+        !guest.has_ended(&daemon)?,
+        "the sync should hang until its disk is back"
+    );
+    good_backup(guest).context("of the next daemon")?;
+    guest.sh(&format!("{UNHANG}; rm -rf /etc/hv_vss"))?;
+    guest.wait(&daemon, STEP)?;
     stop(guest, Module::Ours, &next)
 }
 
