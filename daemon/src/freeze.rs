@@ -37,6 +37,8 @@ const ABORT_TICK: Duration = Duration::from_millis(20);
 const BUSY_TICK: Duration = Duration::from_millis(20);
 /// How long the thaw of a wave may hold up that of the next.
 const THAW_TIME: Duration = Duration::from_millis(500);
+/// How long a look whether all is still frozen is waited for.
+const LOOK_TIME: Duration = Duration::from_millis(200);
 /// How often those that are frozen are thawed again because of one that is slow.
 const BACK_OFFS: usize = 3;
 
@@ -201,6 +203,8 @@ pub struct Target {
     /// That, when it was frozen.
     written: AtomicU64,
     state: Mutex<State>,
+    /// Held by whoever thaws it or looks after it, so that none is taken for the other.
+    turn: Mutex<()>,
 }
 
 impl Target {
@@ -218,6 +222,7 @@ impl Target {
             writes: Writes::default(),
             written: AtomicU64::new(0),
             state: Mutex::new(State::Open),
+            turn: Mutex::new(()),
         }
     }
 
@@ -356,6 +361,8 @@ pub struct Means {
     pub progress: Arc<Progress>,
     /// The threads that work for it.
     pub pool: Arc<Pool>,
+    /// And what works beside those.
+    pub aside: Arc<Pool>,
     /// Those that sync.
     pub apart: Arc<Apart>,
 }
@@ -416,6 +423,8 @@ struct Work {
     /// From then on what is busy is taken for frozen by somebody else.
     busy_until: Mutex<Option<Instant>>,
     failure: Mutex<Option<FreezeError>>,
+    /// What was found not to be frozen any more, and has not been told yet.
+    lost: Mutex<Vec<String>>,
     early: Mutex<Vec<String>>,
     thaw_failure: Mutex<Option<ThawError>>,
 }
@@ -425,6 +434,7 @@ pub struct Session {
     work: Arc<Work>,
     waves: Vec<Vec<usize>>,
     pool: Arc<Pool>,
+    aside: Arc<Pool>,
     apart: Arc<Apart>,
 }
 
@@ -438,6 +448,7 @@ impl Session {
             abort,
             progress,
             pool,
+            aside,
             apart,
         } = means;
         delay_the_lone(&mut targets);
@@ -456,8 +467,12 @@ impl Session {
             let widest = waves.iter().map(Vec::len).max().unwrap_or(0);
             pool.grow(widest.min(limits.parallel))?;
         }
+        if targets.len() > 1 || door.watched_every().is_some() {
+            aside.grow(1)?;
+        }
         Ok(Session {
             pool,
+            aside,
             apart,
             waves,
             work: Arc::new(Work {
@@ -475,6 +490,7 @@ impl Session {
                 obstacles: Mutex::new(Vec::new()),
                 busy_until: Mutex::new(None),
                 failure: Mutex::new(None),
+                lost: Mutex::new(Vec::new()),
                 early: Mutex::new(Vec::new()),
                 thaw_failure: Mutex::new(None),
             }),
@@ -740,17 +756,11 @@ impl Session {
 
     /// Deals with what got in the way, with nothing frozen but what is first in order anyway.
     fn overcome(&self, obstacles: &[Obstacle], learnt: &mut Learnt) {
-        let work = &self.work;
         // What was slow would be so again. With it the next attempt begins, if nothing is above it.
         let keep = obstacles.iter().all(|it| *it == Obstacle::Slow);
-        for (number, wave) in self.waves.iter().enumerate().rev() {
-            let targets = wave.iter().filter_map(|i| work.targets.get(*i));
-            for target in targets.filter(|t| t.is_ours()) {
-                if !(keep && self.is_first(number)) {
-                    work.take_back(target);
-                }
-            }
-        }
+        let stages =
+            self.stages(|target| target.is_ours() && !(keep && self.is_first(target.wave)));
+        self.run_stages(&self.pool, stages, Work::take_back);
         let unfreezable = obstacles.iter().filter_map(|it| match it {
             Obstacle::Unfreezable(index) => Some(*index),
             Obstacle::Busy(_) | Obstacle::Slow => None,
@@ -932,19 +942,14 @@ impl Session {
         let slow = work.which(|t| *t.state() == State::Freezing);
         let slow: Vec<&Target> = slow.iter().filter_map(|i| work.targets.get(*i)).collect();
         let may_go = |t: &&Target| t.is_ours() && !slow.iter().any(|it| t.may_stand_on(it));
-        let waves = self.waves.iter().rev().flatten();
-        let free: Vec<&Target> = waves
-            .filter_map(|i| work.targets.get(*i))
-            .filter(may_go)
-            .collect();
-        if slow.is_empty() || free.is_empty() {
+        let free = self.stages(|target| may_go(&target));
+        if slow.is_empty() || free.ends.is_empty() {
             return;
         }
         // From here on no other freeze of this wave begins.
         lock(&work.obstacles).push(Obstacle::Slow);
-        for target in free {
-            work.take_back(target);
-        }
+        // The others are at the freeze.
+        self.run_stages(&self.aside, free, Work::take_back);
         let names: Vec<&str> = slow.iter().map(|t| t.name.as_str()).collect();
         let names = names.join(", ");
         work.log.info(format!(
@@ -954,44 +959,49 @@ impl Session {
 
     /// Looks whether all that is frozen still is; names what is not. Only for a door where others can
     /// thaw it: what they have thawed is frozen again and found out, but has been written meanwhile.
+    ///
+    /// A look may hang, behind somebody who syncs a disk that does, and whoever asks has a THAW to hear. What
+    /// it finds is told later then.
     pub fn look_after(&self) -> Vec<String> {
-        let work = &self.work;
-        let mut names = Vec::new();
-        for target in &work.targets {
-            let state = *target.state();
-            let is_frozen = matches!(state, State::Ours { .. } | State::Foreign);
-            if is_frozen && work.door.freeze(target.as_fd()).is_ok() {
-                names.push(target.name.clone());
-                if state == State::Foreign {
-                    // It is nobody's any more.
-                    *target.state() = State::Open;
-                    let _ = work.door.thaw(target.as_fd());
-                }
-            }
+        let work = Arc::clone(&self.work);
+        self.aside
+            .run_within(LOOK_TIME, move || work.look_after_all());
+        std::mem::take(&mut *lock(&self.work.lost))
+    }
+
+    /// What is to be done to these, the last wave first.
+    fn stages(&self, pick: impl Fn(&Target) -> bool) -> Stages {
+        let mut stages = Stages::default();
+        for wave in self.waves.iter().rev() {
+            let targets = wave.iter().copied();
+            stages.add(targets.filter(|i| self.work.targets.get(*i).is_some_and(&pick)));
         }
-        for name in &names {
-            work.note_early(name);
-        }
-        names
+        stages
+    }
+
+    /// Does that. One that hangs holds up the others for a moment only.
+    fn run_stages(&self, pool: &Pool, stages: Stages, step: fn(&Work, &Target)) {
+        let Stages { members, ends } = stages;
+        let work = Arc::clone(&self.work);
+        let run_one = move |n: usize| {
+            let target = members.get(n).and_then(|index| work.targets.get(*index));
+            target.into_iter().for_each(|it| step(&work, it));
+        };
+        pool.run_in_stages(&ends, THAW_TIME, Arc::new(run_one));
     }
 
     /// Thaws what this session froze, the last wave first. Everything is tried, whatever fails, and a thaw
     /// that hangs holds up the others for a moment only.
     pub fn thaw(&self) -> Result<(), ThawError> {
-        self.work.ask_foreign();
-        let waves = self.waves.iter().rev().filter(|wave| !wave.is_empty());
-        let (mut members, mut ends) = (Vec::<usize>::new(), Vec::new());
-        for wave in waves {
-            members.extend(wave);
-            ends.push(members.len());
-        }
-        let work = Arc::clone(&self.work);
-        let thaw_one = move |n: usize| {
-            let target = members.get(n).and_then(|index| work.targets.get(*index));
-            target.into_iter().for_each(|it| work.thaw_one(it));
-        };
-        self.pool
-            .run_in_stages(&ends, THAW_TIME, Arc::new(thaw_one));
+        let is_foreign = |target: &Target| *target.state() == State::Foreign;
+        let mut stages = Stages::default();
+        stages.add(self.work.which(is_foreign).into_iter());
+        let ours = self.stages(|target| !is_foreign(target));
+        stages.then(ours);
+        self.run_stages(&self.pool, stages, |work, target| {
+            work.ask_foreign(target);
+            work.thaw_one(target);
+        });
         if let Some(failure) = lock(&self.work.thaw_failure).take() {
             return Err(failure);
         }
@@ -1008,6 +1018,31 @@ impl Session {
     pub fn disarm(&self) {
         let left = self.work.targets.iter().any(Target::is_ours);
         self.work.door.disarm(left);
+    }
+}
+
+/// Targets, by number, and how many of them each stage ends with.
+#[derive(Default)]
+struct Stages {
+    members: Vec<usize>,
+    ends: Vec<usize>,
+}
+
+impl Stages {
+    /// These are one more, unless there are none.
+    fn add(&mut self, members: impl Iterator<Item = usize>) {
+        let before = self.members.len();
+        self.members.extend(members);
+        if self.members.len() > before {
+            self.ends.push(self.members.len());
+        }
+    }
+
+    /// And these follow.
+    fn then(&mut self, other: Stages) {
+        let before = self.members.len();
+        self.members.extend(other.members);
+        self.ends.extend(other.ends.iter().map(|end| before + end));
     }
 }
 
@@ -1206,7 +1241,11 @@ impl Work {
         let State::Ours { since, took } = *target.state() else {
             return;
         };
-        match self.door.thaw(target.as_fd()) {
+        // It may hang, as a freeze may.
+        self.progress.begin(&target.name, Instant::now());
+        let result = self.door.thaw(target.as_fd());
+        self.progress.end(&target.name);
+        match result {
             Err(source) if !is(&source, Errno::EINVAL) => {
                 let name = target.name.clone();
                 self.fail(FreezeError::Failed { name, source });
@@ -1231,30 +1270,48 @@ impl Work {
         self.note_early(name);
     }
 
-    /// Finds out whether others have thawed meanwhile what they had frozen.
-    fn ask_foreign(&self) {
+    /// Finds out what is not frozen any more.
+    fn look_after_all(&self) {
         for target in &self.targets {
-            if *target.state() != State::Foreign {
-                continue;
-            }
-            let name = &target.name;
-            let was_written = target.was_written();
-            if self.door.freeze(target.as_fd()).is_ok() {
-                // It is nobody's any more. If it cannot be thawed, that is the news.
-                *target.state() = State::Ours {
-                    since: Instant::now(),
-                    took: Duration::ZERO,
-                };
-                self.log
-                    .error(format!("{name} had been thawed by whoever froze it"));
-                self.note_early(name);
-            } else if was_written {
-                self.note_written(name);
+            let _turn = lock(&target.turn);
+            let state = *target.state();
+            let is_frozen = matches!(state, State::Ours { .. } | State::Foreign);
+            if is_frozen && self.door.freeze(target.as_fd()).is_ok() {
+                if state == State::Foreign {
+                    // It is nobody's any more.
+                    *target.state() = State::Open;
+                    let _ = self.door.thaw(target.as_fd());
+                }
+                self.note_early(&target.name);
+                lock(&self.lost).push(target.name.clone());
             }
         }
     }
 
+    /// Finds out whether others have thawed meanwhile what they had frozen.
+    fn ask_foreign(&self, target: &Target) {
+        let _turn = lock(&target.turn);
+        if *target.state() != State::Foreign {
+            return;
+        }
+        let name = &target.name;
+        let was_written = target.was_written();
+        if self.door.freeze(target.as_fd()).is_ok() {
+            // It is nobody's any more. If it cannot be thawed, that is the news.
+            *target.state() = State::Ours {
+                since: Instant::now(),
+                took: Duration::ZERO,
+            };
+            self.log
+                .error(format!("{name} had been thawed by whoever froze it"));
+            self.note_early(name);
+        } else if was_written {
+            self.note_written(name);
+        }
+    }
+
     fn thaw_one(&self, target: &Target) {
+        let _turn = lock(&target.turn);
         let State::Ours { since, took } = *target.state() else {
             return;
         };

@@ -106,6 +106,7 @@ pub struct Freezer {
     config: Arc<Config>,
     learnt: Learnt,
     pool: Arc<Pool>,
+    aside: Arc<Pool>,
     apart: Arc<Apart>,
     /// `/proc/vmstat`.
     vmstat: Option<File>,
@@ -120,6 +121,7 @@ impl Freezer {
             config: Arc::default(),
             learnt: Learnt::default(),
             pool: Arc::default(),
+            aside: Arc::default(),
             apart: Arc::default(),
             vmstat: File::open("/proc/vmstat").ok(),
         }
@@ -229,6 +231,7 @@ impl Freezer {
             abort: Arc::clone(abort),
             progress: Arc::clone(progress),
             pool: Arc::clone(&self.pool),
+            aside: Arc::clone(&self.aside),
             apart: Arc::clone(&self.apart),
         };
         // With the threads that it may start. Where that is not allowed it takes longer.
@@ -481,6 +484,7 @@ pub fn warm_up() -> io::Result<()> {
         abort: Arc::default(),
         progress: Arc::default(),
         pool: Arc::default(),
+        aside: Arc::default(),
         apart: Arc::default(),
     };
     let session = Session::new(vec![target], means, &learnt)?;

@@ -153,6 +153,7 @@ fn setup_before(
         abort: Arc::default(),
         progress: Arc::default(),
         pool: Arc::default(),
+        aside: Arc::default(),
         apart: Arc::default(),
     };
     let session = Session::new(targets, means.clone(), &learnt).unwrap();
@@ -425,6 +426,92 @@ fn a_thaw_that_hangs_does_not_hold_up_those_that_come_after() {
     let calls = s.calls();
     let first = calls.iter().find(|call| call.0 == "thaw");
     assert_eq!(first, Some(&("thaw", 3)), "{calls:?}");
+}
+
+#[test]
+fn a_thaw_that_hangs_does_not_hold_up_those_that_are_taken_back_after_it() {
+    // What is busy has the others taken back, and so has what is slow.
+    for (failures, slow) in [
+        (&[("freeze", 0, Errno::EBUSY, 1)][..], None),
+        (&[], Some(0)),
+    ] {
+        // With one thread they are one after the other.
+        let waves = [(1, None), (0, None), (0, None)];
+        let stand_on = [Some(&[][..]), Some(&[]), Some(&[])];
+        let mut s = setup_on(&waves, &stand_on, failures, false);
+        if let Some(number) = slow {
+            s.slow("freeze", number, SHORT * 40);
+        }
+        let hang = THAW_TIME * 3;
+        s.slow("thaw", 1, hang);
+        let (progress, done) = (
+            Arc::clone(&s.means.progress),
+            Arc::new(AtomicBool::new(false)),
+        );
+        let over = Arc::clone(&done);
+        let look = thread::spawn(move || {
+            let mut seen = false;
+            while !over.load(Ordering::SeqCst) {
+                seen |= progress
+                    .stuck(Instant::now(), THAW_TIME)
+                    .is_some_and(|it| it.contains("/fs1"));
+                thread::sleep(Duration::from_millis(5));
+            }
+            seen
+        });
+        let double = Arc::clone(&s.double);
+        let watch = thread::spawn(move || {
+            let when = |call: Call| loop {
+                if lock(&double.calls).contains(&call) {
+                    return Instant::now();
+                }
+                thread::yield_now();
+            };
+            let hung = when(("thaw", 1));
+            when(("thaw", 2)) - hung
+        });
+        let begun = Instant::now();
+        s.freeze().unwrap();
+        assert!(begun.elapsed() >= hang);
+        done.store(true, Ordering::SeqCst);
+        let waited = watch.join().unwrap();
+        assert!(waited < hang - THAW_TIME / 2, "{waited:?}");
+        assert!(look.join().unwrap(), "what hangs is not shown");
+    }
+}
+
+#[test]
+fn a_look_that_hangs_holds_up_no_thaw_and_is_not_taken_for_one() {
+    let mut s = setup(&[0, 0, 1], &[], false);
+    s.freeze().unwrap();
+    // All are still frozen, and one look takes long to find out.
+    for number in 0..3 {
+        lock(&s.double.failures).insert(("freeze", number), (Errno::EBUSY, ALWAYS));
+    }
+    let hang = LOOK_TIME * 5;
+    s.slow("freeze", 1, hang);
+    let begun = Instant::now();
+    for _ in 0..2 {
+        assert!(s.session.look_after().is_empty());
+    }
+    assert!(begun.elapsed() < hang / 2, "{:?}", begun.elapsed());
+    s.session.thaw().unwrap();
+    let until: Vec<Instant> = s
+        .session
+        .account()
+        .iter()
+        .map(|it| it.until.unwrap())
+        .collect();
+    assert!(until[0] - begun < hang, "{until:?}");
+    assert!(until[2] - begun < hang, "{until:?}");
+    assert!(until[1] - begun >= hang, "{until:?}");
+    // What one of them has frozen again is thawed, and told.
+    let mut s = setup(&[0, 0], &[], false);
+    s.freeze().unwrap();
+    s.slow("freeze", 0, hang);
+    assert!(s.session.look_after().is_empty());
+    assert!(s.session.thaw().is_err());
+    assert_eq!(s.calls().iter().rfind(|(_, n)| *n == 0), Some(&("thaw", 0)));
 }
 
 #[test]
