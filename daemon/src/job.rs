@@ -280,9 +280,10 @@ impl Freezer {
     /// Names what was mounted or made writable meanwhile: that is on a disk and was not frozen.
     pub fn thaw(&mut self, frozen: &Frozen, setting: &Setting) -> Result<(), ThawError> {
         let mut nodes = frozen.at_rest.written();
+        let thawed = frozen.session.thaw();
+        // It may wait for a lock that is held as long as a disk is waited for.
         let moving = frozen.layers.at_work();
         let begun: BTreeSet<String> = moving.difference(&frozen.moving).cloned().collect();
-        let thawed = frozen.session.thaw();
         if thawed.is_err() || setting.abort.load(Ordering::SeqCst) {
             // It was not frozen all the time, so it may have been any writer.
             nodes.clear();
