@@ -423,6 +423,8 @@ struct Work {
     /// From then on what is busy is taken for frozen by somebody else.
     busy_until: Mutex<Option<Instant>>,
     failure: Mutex<Option<FreezeError>>,
+    /// What had no room, on its disk or in the module.
+    no_room: Mutex<Option<String>>,
     /// What was found not to be frozen any more, and has not been told yet.
     lost: Mutex<Vec<String>>,
     early: Mutex<Vec<String>>,
@@ -490,6 +492,7 @@ impl Session {
                 obstacles: Mutex::new(Vec::new()),
                 busy_until: Mutex::new(None),
                 failure: Mutex::new(None),
+                no_room: Mutex::new(None),
                 lost: Mutex::new(Vec::new()),
                 early: Mutex::new(Vec::new()),
                 thaw_failure: Mutex::new(None),
@@ -711,7 +714,14 @@ impl Session {
             let failure = lock(&work.failure).take();
             return Err(failure.unwrap_or(FreezeError::Aborted));
         }
-        Ok(self.summary())
+        let summary = self.summary();
+        match lock(&work.no_room).take() {
+            Some(name) if summary.ours == 0 => Err(FreezeError::Failed {
+                name,
+                source: Errno::ENOSPC.into(),
+            }),
+            _ => Ok(summary),
+        }
     }
 
     /// Whether something that may be on that device is not frozen although it was to be, other than these.
@@ -1189,33 +1199,27 @@ impl Work {
             Errno::EOPNOTSUPP | Errno::ENOTTY => {
                 lock(&self.obstacles).push(Obstacle::Unfreezable(index));
             }
-            // The file system's own words, and what a disk that fails a write-back makes of it
-            // (`blk_errors` of the kernel).
-            Errno::EIO
-            | Errno::ENXIO
-            | Errno::ENODEV
-            | Errno::EROFS
-            | Errno::ESHUTDOWN
-            | Errno::EUCLEAN
-            | Errno::EREMOTEIO
-            | Errno::ETIMEDOUT
-            | Errno::ETIME
-            | Errno::ENOLINK
-            | Errno::ENODATA
-            | Errno::EILSEQ
-            | Errno::EBADE => {
-                self.give_up_on(target, State::Broken, format!("is out of order: {error}"));
-            }
-            // A thin volume whose pool is full; the module says so of itself.
-            Errno::ENOSPC if self.door.watched_every().is_some() => {
-                self.give_up_on(target, State::Broken, format!("is out of order: {error}"));
-            }
-            _ => {
+            // What is ours, and would be the same with any other.
+            Errno::EBADF
+            | Errno::EPERM
+            | Errno::EPROTO
+            | Errno::ESTALE
+            | Errno::EINTR
+            | Errno::ENOMEM
+            | Errno::UnknownErrno => {
                 self.log.error(format!("{name} cannot be frozen: {error}"));
                 self.fail(FreezeError::Failed {
                     name: name.clone(),
                     source: error,
                 });
+            }
+            // The file system's own words, and what a disk that fails a write-back makes of it: nobody has a
+            // list of those. One of them the module says as well, when it has no room for any.
+            errno => {
+                if errno == Errno::ENOSPC {
+                    *lock(&self.no_room) = Some(name.clone());
+                }
+                self.give_up_on(target, State::Broken, format!("is out of order: {error}"));
             }
         }
     }

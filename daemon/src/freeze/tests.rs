@@ -233,15 +233,39 @@ fn a_disk_that_fails_in_whatever_way_costs_nobody_else_the_backup() {
         Errno::EILSEQ,
         Errno::EBADE,
         Errno::ENOSPC,
+        Errno::EINVAL,
+        Errno::EBADMSG,
+        Errno::ENODEV,
     ] {
-        let mut s = setup(&[0, 1], &[("freeze", 0, errno, ALWAYS)], false);
-        let summary = s.freeze().unwrap();
-        assert_eq!((summary.ours, summary.left_out), (1, 1), "{errno}");
+        // Before either door.
+        for watched_every in [None, Some(Duration::ZERO)] {
+            let double = Double {
+                watched_every,
+                ..Double::default()
+            };
+            let failures = [("freeze", 0, errno, ALWAYS)];
+            let waves = [(0, None), (1, None)];
+            let mut s = setup_before(double, &waves, &[], &failures, false);
+            let summary = s.freeze().unwrap();
+            assert_eq!((summary.ours, summary.left_out), (1, 1), "{errno}");
+            let mut s = setup(&[0, 1], &failures, true);
+            let error = s.freeze().unwrap_err();
+            assert!(matches!(error, FreezeError::Strict { .. }), "{error}");
+        }
     }
-    // Of the module this is the word for having no room.
-    let failures = [("freeze", 0, Errno::ENOSPC, ALWAYS)];
-    let waves = [(0, None), (1, None)];
-    let mut s = setup_before(Double::default(), &waves, &[], &failures, false);
+}
+
+#[test]
+fn what_is_our_own_fault_is_nobody_elses() {
+    for errno in [Errno::EBADF, Errno::EPERM, Errno::EPROTO, Errno::ESTALE] {
+        let mut s = setup(&[0, 1], &[("freeze", 1, errno, ALWAYS)], false);
+        let error = s.freeze().unwrap_err();
+        assert!(matches!(error, FreezeError::Failed { .. }), "{error}");
+        assert_eq!(s.calls().last(), Some(&("thaw", 0)));
+    }
+    // The module has no room for any, which is not the same as a disk that has none.
+    let failures = [0, 1].map(|number| ("freeze", number, Errno::ENOSPC, ALWAYS));
+    let mut s = setup(&[0, 1], &failures, false);
     let error = s.freeze().unwrap_err();
     assert!(matches!(error, FreezeError::Failed { .. }), "{error}");
 }
