@@ -181,6 +181,9 @@ pub struct Stay {
     pub until: Option<Instant>,
 }
 
+/// What a file system, open, is at that its freeze would wait for, and all its writers with it, in words.
+pub type Busy = Box<dyn Fn(BorrowedFd<'_>) -> Option<String> + Send + Sync>;
+
 /// One file system to freeze.
 pub struct Target {
     /// Its superblock.
@@ -197,6 +200,8 @@ pub struct Target {
     stands_on: Option<BTreeSet<DevId>>,
     /// How long its freeze took the last time.
     usual: Option<Duration>,
+    /// Tells what it is at that a freeze would wait for, if it is of a kind that may be.
+    busy: Option<Busy>,
     fd: OwnedFd,
     /// What was written to its devices, where that tells whether it was frozen all the time.
     writes: Writes,
@@ -218,6 +223,7 @@ impl Target {
             below: None,
             stands_on: None,
             usual: None,
+            busy: None,
             fd,
             writes: Writes::default(),
             written: AtomicU64::new(0),
@@ -239,6 +245,12 @@ impl Target {
     /// It is on files of these file systems.
     pub fn standing_on(self, stands_on: Option<BTreeSet<DevId>>) -> Self {
         Target { stands_on, ..self }
+    }
+
+    /// As long as this has something to tell, it is not to be frozen.
+    pub fn asked(self, busy: Busy) -> Self {
+        let busy = Some(busy);
+        Target { busy, ..self }
     }
 
     /// Whether it may be written only while `other` is.
@@ -694,6 +706,7 @@ impl Session {
         let work = &self.work;
         self.ask_again(known);
         for attempt in 0.. {
+            self.leave_out_busy();
             *lock(&work.pace) = Pace {
                 last: Instant::now(),
                 longest: Duration::ZERO,
@@ -721,6 +734,21 @@ impl Session {
                 source: Errno::ENOSPC.into(),
             }),
             _ => Ok(summary),
+        }
+    }
+
+    /// Leaves out what has begun something since it was planned that a freeze would wait for. Whoever is asked
+    /// may need memory, so only with nothing frozen.
+    fn leave_out_busy(&self) {
+        let work = &self.work;
+        if work.targets.iter().any(Target::is_ours) {
+            return;
+        }
+        for target in work.targets.iter().filter(|it| it.is_due()) {
+            let why = target.busy.as_ref().and_then(|busy| busy(target.as_fd()));
+            if let Some(why) = why {
+                work.give_up_on(target, State::Broken, format!("is {why}"));
+            }
         }
     }
 

@@ -271,6 +271,60 @@ fn what_is_our_own_fault_is_nobody_elses() {
 }
 
 #[test]
+fn what_has_begun_something_long_meanwhile_is_left_out_of_the_next_attempt() {
+    for strict in [false, true] {
+        let failures = [("freeze", 1, Errno::EBUSY, 1)];
+        let mut s = setup(&[0], &failures, strict);
+        let asked = Arc::new(AtomicU64::new(0));
+        let begins = Arc::clone(&asked);
+        // From the second attempt on.
+        let busy = move |_: BorrowedFd<'_>| {
+            let before = begins.fetch_add(1, Ordering::SeqCst);
+            (before > 0).then(|| "busy: at something long".to_owned())
+        };
+        let fds = [stand_in(), stand_in()];
+        let mut double = Double::default();
+        for (number, fd) in fds.iter().enumerate() {
+            double.numbers.insert(inode_of(fd), number);
+        }
+        for (what, number, errno, times) in failures {
+            lock(&double.failures).insert((what, number), (errno, times));
+        }
+        let double = Arc::new(double);
+        let [first, second] = fds;
+        let target = |number, fd| {
+            Target::new(
+                DevId {
+                    major: 8,
+                    minor: number,
+                },
+                format!("/fs{number}"),
+                number as usize,
+                fd,
+            )
+        };
+        let targets = vec![target(0, first).asked(Box::new(busy)), target(1, second)];
+        let door = double.clone();
+        s.means = Means { door, ..s.means };
+        s.session = Session::new(targets, s.means.clone(), &s.learnt).unwrap();
+        let result = s.freeze();
+        assert_eq!(asked.load(Ordering::SeqCst), 2);
+        let calls = lock(&double.calls).clone();
+        assert_eq!(calls.iter().filter(|it| **it == ("freeze", 0)).count(), 1);
+        match strict {
+            false => {
+                let summary = result.unwrap();
+                assert_eq!((summary.ours, summary.left_out), (1, 1));
+            }
+            true => {
+                let error = result.unwrap_err().to_string();
+                assert!(error.contains("/fs0 is busy"), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn what_is_busy_is_waited_for_while_nothing_is_frozen() {
     let mut s = setup(&[0, 1], &[("freeze", 1, Errno::EBUSY, 2)], false);
     let summary = s.freeze().unwrap();
