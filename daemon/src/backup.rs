@@ -10,7 +10,8 @@
 //! - each request is answered once. One that the kernel has withdrawn is not: it shows a daemon only
 //!   one request at a time, so the next one says that the last has ended;
 //! - whatever is frozen has a way out: a time at which it is called off, or a thaw under way;
-//! - nothing is frozen before all hooks are ready for it, and hooks are let go after all is thawed.
+//! - nothing is frozen before all hooks are ready for it, and hooks are let go after all is thawed, but for
+//!   what hangs.
 //!
 //! It knows no device, no file system and no thread.
 
@@ -29,6 +30,9 @@ const MARGIN: Duration = Duration::from_secs(2);
 const SLACK: Duration = Duration::from_secs(1);
 /// How long a FREEZE waits for the end of one that was called off. Most end at once; what hangs may never.
 const LAST: Duration = Duration::from_secs(5);
+/// How long hooks are kept once the job is to thaw or to give up. What is not over by then hangs, and all else
+/// is thawed.
+const KEEP: Duration = Duration::from_secs(3);
 
 /// What the machine asks its surroundings to do. None of it may call back.
 pub trait Effects {
@@ -52,9 +56,10 @@ pub trait Effects {
     fn go_on(&mut self);
     /// The job is over and nothing is frozen any more; why the backup is not good.
     fn finish(&mut self, verdict: Verdict, why: Option<&str>);
-    /// After [`Effects::finish`]: whatever hook was called is to be let go; false when there is none, else
-    /// [`Backup::released`] follows.
-    fn release(&mut self, verdict: Verdict) -> bool;
+    /// Whatever hook was called is to be let go, after [`Effects::finish`] or, with all thawed but what hangs,
+    /// before it; `None` when nobody can tell yet how the backup went. False when none is left, else
+    /// [`Backup::released`] follows, once.
+    fn release(&mut self, verdict: Option<Verdict>) -> bool;
     /// Leaves word for a later daemon that a THAW must fail and why, or takes it back.
     fn remember(&mut self, broken: Option<&str>);
     /// Makes the plan for a backup that may come soon.
@@ -103,15 +108,32 @@ enum Phase {
     Thawing {
         id: u64,
         request: Request,
+        kept: Kept,
     },
     /// Called off: the job has yet to end. The next FREEZE may wait for that.
-    Ending(Verdict, Waiting),
+    Ending {
+        verdict: Verdict,
+        waiting: Waiting,
+        kept: Kept,
+    },
     /// Nothing is frozen; hooks have yet to end. The next FREEZE may wait for that.
     Releasing(Waiting),
 }
 
-/// A FREEZE that waits for the end of the last one, until then.
-type Waiting = Option<(Request, Instant)>;
+/// A FREEZE that waits for the end of the last one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Waiter {
+    request: Request,
+    /// How long it waits for a job that was called off.
+    patience: Instant,
+    /// When the host does not wait any longer, be it for that or for the freeze.
+    give_up: Instant,
+}
+
+type Waiting = Option<Waiter>;
+
+/// Until when hooks are kept although the job does not end; `None` from then on.
+type Kept = Option<Instant>;
 
 /// Why what is (to be) frozen is given up.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -178,7 +200,7 @@ impl Backup {
             Phase::Freezing { .. } => "freezing",
             Phase::Frozen { .. } => "frozen",
             Phase::Thawing { .. } => "thawing",
-            Phase::Ending(..) => "ending",
+            Phase::Ending { .. } => "ending",
             Phase::Releasing(_) => "releasing",
         }
     }
@@ -186,23 +208,25 @@ impl Backup {
     /// When [`Backup::time`] is to be called at the latest.
     pub fn next(&self) -> Option<Instant> {
         match self.phase {
-            Phase::Freezing { give_up, .. }
-            | Phase::Ending(_, Some((_, give_up)))
-            | Phase::Releasing(Some((_, give_up))) => Some(give_up),
+            Phase::Freezing { give_up, .. } | Phase::Releasing(Some(Waiter { give_up, .. })) => {
+                Some(give_up)
+            }
+            Phase::Ending { waiting, kept, .. } => {
+                let patience = waiting.map(|it| it.patience);
+                patience.into_iter().chain(kept).min()
+            }
+            Phase::Thawing { kept, .. } => kept,
             Phase::Frozen { until, .. } => Some(until),
-            Phase::Idle
-            | Phase::Thawing { .. }
-            | Phase::Ending(_, None)
-            | Phase::Releasing(None) => None,
+            Phase::Idle | Phase::Releasing(None) => None,
         }
     }
 
     /// What the host asks.
     pub fn request(&mut self, now: Instant, request: Request, effects: &mut impl Effects) {
-        self.withdraw(effects);
+        self.withdraw(now, effects);
         match request.operation {
             op::FREEZE => self.freeze(now, request, effects),
-            op::THAW => self.thaw(request, effects),
+            op::THAW => self.thaw(now, request, effects),
             other => {
                 effects.answer(&request, status::OK);
                 effects.say(
@@ -218,28 +242,37 @@ impl Backup {
     }
 
     /// A request has come, so the one that is open has ended without us.
-    fn withdraw(&mut self, effects: &mut impl Effects) {
-        let (why, verdict) = match self.phase {
-            Phase::Freezing { .. } => ("the host did not wait for the freeze", Verdict::Failed),
-            Phase::Thawing { .. } => ("the host did not wait for the thaw", Verdict::Broken),
-            Phase::Ending(verdict, Some(_)) => {
-                self.phase = Phase::Ending(verdict, None);
+    fn withdraw(&mut self, now: Instant, effects: &mut impl Effects) {
+        let (why, verdict, kept) = match &mut self.phase {
+            Phase::Freezing { .. } => {
+                let why = "the host did not wait for the freeze";
+                (why, Verdict::Failed, Some(now + KEEP))
+            }
+            Phase::Thawing { kept, .. } => {
+                let why = "the host did not wait for the thaw";
+                (why, Verdict::Broken, *kept)
+            }
+            Phase::Ending { waiting, .. } if waiting.is_some() => {
+                *waiting = None;
                 let text = "the host did not wait for the end of the last backup";
                 return effects.say(Level::Error, text.into());
             }
-            Phase::Releasing(Some(_)) => {
-                self.phase = Phase::Releasing(None);
+            Phase::Releasing(waiting) if waiting.is_some() => {
+                *waiting = None;
                 let text = "the host did not wait for the hooks of the last backup";
                 return effects.say(Level::Error, text.into());
             }
-            Phase::Idle
-            | Phase::Frozen { .. }
-            | Phase::Ending(_, None)
-            | Phase::Releasing(None) => return,
+            Phase::Idle | Phase::Frozen { .. } | Phase::Ending { .. } | Phase::Releasing(_) => {
+                return
+            }
         };
         effects.call_off();
         effects.say(Level::Error, format!("{why}; called off"));
-        self.phase = Phase::Ending(verdict, None);
+        self.phase = Phase::Ending {
+            verdict,
+            waiting: None,
+            kept,
+        };
         self.set_broken(why.into(), effects);
     }
 
@@ -250,20 +283,25 @@ impl Backup {
                 why: "the host has begun another backup".into(),
                 reason: Some(thawed::CALLED_OFF),
             };
-            self.end_early(broken, effects);
+            self.end_early(now, broken, effects);
         }
         let patience = request.time_left.max(MARGIN * 2) - MARGIN;
         let give_up = now + patience;
+        let waiter = Waiter {
+            request,
+            patience: give_up.min(now + LAST),
+            give_up,
+        };
         let refused = match &mut self.phase {
             _ if self.stopping => "the daemon is being stopped",
             Phase::Idle => return self.begin(request, give_up, effects),
-            Phase::Ending(_, waiting) => {
-                *waiting = Some((request, give_up.min(now + LAST)));
+            Phase::Ending { waiting, .. } => {
+                *waiting = Some(waiter);
                 let text = "FREEZE from the host waits for the end of the last one";
                 return effects.say(Level::Info, text.into());
             }
             Phase::Releasing(waiting) => {
-                *waiting = Some((request, give_up));
+                *waiting = Some(waiter);
                 let text = "FREEZE from the host waits for the hooks of the last backup";
                 return effects.say(Level::Info, text.into());
             }
@@ -291,7 +329,12 @@ impl Backup {
     }
 
     /// The hooks are ready for the freeze, or one that is required is not.
-    pub fn quiesced(&mut self, result: Result<(), String>, effects: &mut impl Effects) {
+    pub fn quiesced(
+        &mut self,
+        now: Instant,
+        result: Result<(), String>,
+        effects: &mut impl Effects,
+    ) {
         let Phase::Freezing { request, .. } = self.phase else {
             // It was called off meanwhile.
             return;
@@ -302,7 +345,7 @@ impl Backup {
                 effects.call_off();
                 effects.answer(&request, status::FAIL);
                 effects.say(Level::Error, format!("FREEZE fails: {why}"));
-                self.phase = Phase::Ending(Verdict::Failed, None);
+                self.phase = called_off(now, Verdict::Failed);
                 self.set_broken(why.into(), effects);
             }
         }
@@ -310,20 +353,24 @@ impl Backup {
 
     /// All hooks have been let go.
     pub fn released(&mut self, effects: &mut impl Effects) {
-        let Phase::Releasing(waiting) = self.phase else {
-            return effects.say(Level::Warning, "an outcome of no hooks".into());
+        let waiting = match self.phase {
+            Phase::Releasing(waiting) => waiting,
+            // What hangs has yet to end.
+            Phase::Thawing { kept: None, .. } | Phase::Ending { kept: None, .. } => return,
+            _ => return effects.say(Level::Warning, "an outcome of no hooks".into()),
         };
         self.phase = Phase::Idle;
-        if let Some((request, give_up)) = waiting {
-            self.begin(request, give_up, effects);
+        if let Some(it) = waiting {
+            self.begin(it.request, it.give_up, effects);
         }
     }
 
-    fn thaw(&mut self, request: Request, effects: &mut impl Effects) {
+    fn thaw(&mut self, now: Instant, request: Request, effects: &mut impl Effects) {
         if let Phase::Frozen { id, .. } = self.phase {
             effects.thaw();
             effects.say(Level::Info, describe(&request));
-            self.phase = Phase::Thawing { id, request };
+            let kept = Some(now + KEEP);
+            self.phase = Phase::Thawing { id, request, kept };
             return;
         }
         // A v1 kernel has a daemon thaw before the machine sleeps with a THAW that looks like the host's.
@@ -345,7 +392,12 @@ impl Backup {
     }
 
     /// The freeze has ended, with what is frozen or with the reason why nothing is.
-    pub fn frozen(&mut self, result: Result<Begun, String>, effects: &mut impl Effects) {
+    pub fn frozen(
+        &mut self,
+        now: Instant,
+        result: Result<Begun, String>,
+        effects: &mut impl Effects,
+    ) {
         match (std::mem::replace(&mut self.phase, Phase::Idle), result) {
             (Phase::Freezing { request, .. }, Ok(begun)) => {
                 let counts = begun.counts;
@@ -361,7 +413,7 @@ impl Backup {
                     effects.call_off();
                     let text = format!("FREEZE came too late ({counts}); thawing");
                     effects.say(Level::Error, text);
-                    self.phase = Phase::Ending(Verdict::Failed, None);
+                    self.phase = called_off(now, Verdict::Failed);
                     self.set_broken("the freeze came too late".into(), effects);
                 }
             }
@@ -372,8 +424,13 @@ impl Backup {
                 self.over(Verdict::Failed, Some(why.into()), None, effects);
             }
             // It got through just before it was called off: its thaw has yet to end.
-            (phase @ Phase::Ending(..), Ok(_)) => self.phase = phase,
-            (Phase::Ending(verdict, waiting), Err(_)) => self.end(verdict, waiting, effects),
+            (phase @ Phase::Ending { .. }, Ok(_)) => self.phase = phase,
+            (
+                Phase::Ending {
+                    verdict, waiting, ..
+                },
+                Err(_),
+            ) => self.end(verdict, waiting, effects),
             (phase, _) => {
                 self.phase = phase;
                 effects.say(Level::Warning, "an outcome of no freeze".into());
@@ -419,7 +476,9 @@ impl Backup {
                 let why = self.broken.clone();
                 self.over(verdict, why, None, effects);
             }
-            Phase::Ending(verdict, waiting) => self.end(verdict, waiting, effects),
+            Phase::Ending {
+                verdict, waiting, ..
+            } => self.end(verdict, waiting, effects),
             phase => {
                 self.phase = phase;
                 effects.say(Level::Warning, "an outcome of no thaw".into());
@@ -442,29 +501,29 @@ impl Backup {
         effects: &mut impl Effects,
     ) {
         effects.finish(verdict, why.as_deref());
-        if effects.release(verdict) {
+        if effects.release(Some(verdict)) {
             self.phase = Phase::Releasing(waiting);
-        } else if let Some((request, give_up)) = waiting {
-            self.begin(request, give_up, effects);
+        } else if let Some(it) = waiting {
+            self.begin(it.request, it.give_up, effects);
         }
     }
 
     /// The kernel says that it has thawed what it held for request `id`.
-    pub fn notice(&mut self, id: u64, why: &'static str, effects: &mut impl Effects) {
+    pub fn notice(&mut self, now: Instant, id: u64, why: &'static str, effects: &mut impl Effects) {
         let current = match &self.phase {
             Phase::Freezing { request, .. } => request.id,
             Phase::Frozen { id, .. } | Phase::Thawing { id, .. } => *id,
             // What was called off, it has heard from us.
-            Phase::Idle | Phase::Ending(..) | Phase::Releasing(_) => return,
+            Phase::Idle | Phase::Ending { .. } | Phase::Releasing(_) => return,
         };
         if id == current {
             let why = Cow::Borrowed(why);
-            self.end_early(Break { why, reason: None }, effects);
+            self.end_early(now, Break { why, reason: None }, effects);
         }
     }
 
     /// Something has happened that ends whatever freeze is under way or in force.
-    pub fn end_early(&mut self, broken: Break, effects: &mut impl Effects) {
+    pub fn end_early(&mut self, now: Instant, broken: Break, effects: &mut impl Effects) {
         let Break { why, reason } = broken;
         match std::mem::replace(&mut self.phase, Phase::Idle) {
             Phase::Idle => return,
@@ -473,7 +532,7 @@ impl Backup {
                 effects.answer(&request, status::FAIL);
                 let text = format!("FREEZE fails, it is called off: {why}");
                 effects.say(Level::Error, text);
-                self.phase = Phase::Ending(Verdict::Failed, None);
+                self.phase = called_off(now, Verdict::Failed);
             }
             Phase::Frozen { id, .. } => {
                 if let Some(reason) = reason {
@@ -482,15 +541,15 @@ impl Backup {
                 effects.call_off();
                 let text = format!("{why}: thawing before the host said so");
                 effects.say(Level::Error, text);
-                self.phase = Phase::Ending(Verdict::Broken, None);
+                self.phase = called_off(now, Verdict::Broken);
             }
             // The thaw is on its way; only its success is no longer worth anything.
-            Phase::Thawing { id, request } => {
+            phase @ Phase::Thawing { .. } => {
                 effects.call_off();
-                self.phase = Phase::Thawing { id, request };
+                self.phase = phase;
             }
             // That has been ended before, and the next one has nothing to do with it.
-            phase @ (Phase::Ending(..) | Phase::Releasing(_)) => {
+            phase @ (Phase::Ending { .. } | Phase::Releasing(_)) => {
                 self.phase = phase;
                 return;
             }
@@ -499,19 +558,19 @@ impl Backup {
     }
 
     /// What the host has asked went with its device.
-    pub fn device_lost(&mut self, effects: &mut impl Effects) {
+    pub fn device_lost(&mut self, now: Instant, effects: &mut impl Effects) {
         let why = "the device went away";
         self.refuse_waiting(why, effects);
         let (why, reason) = (why.into(), None);
-        self.end_early(Break { why, reason }, effects);
+        self.end_early(now, Break { why, reason }, effects);
     }
 
     fn refuse_waiting(&mut self, why: &str, effects: &mut impl Effects) {
-        let (Phase::Ending(_, waiting) | Phase::Releasing(waiting)) = &mut self.phase else {
+        let (Phase::Ending { waiting, .. } | Phase::Releasing(waiting)) = &mut self.phase else {
             return;
         };
-        if let Some((request, _)) = waiting.take() {
-            refuse(&request, why, effects);
+        if let Some(it) = waiting.take() {
+            refuse(&it.request, why, effects);
         }
     }
 
@@ -520,9 +579,25 @@ impl Backup {
         if self.next().is_none_or(|at| now < at) {
             return;
         }
-        let why = match self.phase {
-            Phase::Ending(..) => {
-                return self.refuse_waiting("the last one has not ended in time", effects)
+        let why = match &mut self.phase {
+            Phase::Ending {
+                verdict,
+                waiting,
+                kept,
+            } => {
+                if kept.take_if(|at| *at <= now).is_some() {
+                    let_go_beside_what_hangs(Some(*verdict), effects);
+                }
+                if waiting.is_some_and(|it| it.patience <= now) {
+                    self.refuse_waiting("the last one has not ended in time", effects);
+                }
+                return;
+            }
+            Phase::Thawing { kept, .. } => {
+                *kept = None;
+                // It may be good yet, if the host waits for as long.
+                let verdict = self.broken.as_ref().map(|_| Verdict::Broken);
+                return let_go_beside_what_hangs(verdict, effects);
             }
             Phase::Releasing(_) => {
                 let why = "the hooks of the last backup have not ended in time";
@@ -533,11 +608,11 @@ impl Backup {
         };
         let reason = Some(thawed::DEADLINE);
         let why = Cow::Borrowed(why);
-        self.end_early(Break { why, reason }, effects);
+        self.end_early(now, Break { why, reason }, effects);
     }
 
     /// No further freeze; [`Backup::is_over`] says when all is thawed.
-    pub fn stop(&mut self, effects: &mut impl Effects) {
+    pub fn stop(&mut self, now: Instant, effects: &mut impl Effects) {
         self.stopping = true;
         let why = "the daemon was stopped";
         self.refuse_waiting(why, effects);
@@ -545,7 +620,7 @@ impl Backup {
             why: why.into(),
             reason: Some(thawed::OPERATOR),
         };
-        self.end_early(broken, effects);
+        self.end_early(now, broken, effects);
     }
 
     /// The first reason counts; the others follow from it.
@@ -554,6 +629,22 @@ impl Backup {
             effects.remember(Some(&why));
             self.broken = Some(why);
         }
+    }
+}
+
+/// The phase of a job that was called off just now.
+fn called_off(now: Instant, verdict: Verdict) -> Phase {
+    Phase::Ending {
+        verdict,
+        waiting: None,
+        kept: Some(now + KEEP),
+    }
+}
+
+fn let_go_beside_what_hangs(verdict: Option<Verdict>, effects: &mut impl Effects) {
+    if effects.release(verdict) {
+        let text = "not all has ended, and what has not hangs: hooks are let go without it";
+        effects.say(Level::Warning, text.into());
     }
 }
 

@@ -57,6 +57,8 @@ pub struct Opened {
     pub dev: DevId,
     /// For people.
     pub name: String,
+    /// Its type.
+    pub fs_type: String,
     /// Its wave in the plan, from 0.
     pub wave: usize,
     /// The block devices that it is on, as far as they are known.
@@ -240,6 +242,7 @@ impl Cache {
                 .extend(open.remove(&file_system.dev).map(|fd| Opened {
                     dev: file_system.dev,
                     name: file_system.to_string(),
+                    fs_type: file_system.fs_type.clone(),
                     wave,
                     devices: file_system.devices.clone(),
                     disks: file_system.disks.clone(),

@@ -43,6 +43,8 @@ pub const SUBCOMMAND: &str = "hook";
 
 /// Bytes of what a call writes that are kept.
 const MOST_OUTPUT: usize = 8192;
+/// The word to let go when nobody can tell how the backup went: no [`Verdict`] is that one.
+const NOT_KNOWN: u8 = u8::MAX;
 /// How long what was killed may take to end.
 const GRACE: Duration = Duration::from_secs(2);
 /// Where hooks find programs.
@@ -202,10 +204,17 @@ impl Calling {
         Ok(Calling { word, thread })
     }
 
-    /// Lets them go, now that nothing is frozen any more. A call under way is killed first.
-    pub fn release(&self, verdict: Verdict) {
+    /// Lets them go, now that nothing is frozen any more but what hangs; `None` when nobody can tell how the
+    /// backup went. A call under way is killed first. Only the first word counts.
+    pub fn release(&self, verdict: Option<Verdict>) {
+        let word = verdict.map_or(NOT_KNOWN, |it| it as u8);
         // It fails only when the thread has ended, and with it everything.
-        let _ = (&self.word).write_all(&[verdict as u8]);
+        let _ = (&self.word).write_all(&[word]);
+    }
+
+    /// Whether all have been let go.
+    pub fn is_over(&self) -> bool {
+        self.thread.is_finished()
     }
 
     /// Waits for the end of those that have told that they are released.

@@ -484,6 +484,15 @@ fn as_json(what: &impl Serialize) -> Result<String, CommandError> {
     Ok(serde_json::to_string_pretty(what)? + "\n")
 }
 
+/// Lets go what somebody who has died has called; whether there was any.
+fn let_go_hooks(run: &RunDir, log: &Logbook) -> Result<bool, RecoveryError> {
+    let were_there = calls::recover(run, log)?;
+    if were_there {
+        log.info("hooks that were called are let go");
+    }
+    Ok(were_there)
+}
+
 /// Thaws whatever an unfinished freeze left frozen in one of `places`: through the daemon that serves,
 /// should it be its freeze, and what is on record.
 pub fn thaw(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
@@ -506,6 +515,11 @@ pub fn thaw(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
         let mut thawed = recovery::thaw(run, log, By::Operator);
         if matches!(thawed, Ok(Recovered::InUse)) && recovery::owner_has_ended(run) {
             log.warning("the process that had frozen is dead, but inside the kernel: waiting for it to come out");
+            // Applications must not wait for that.
+            match let_go_hooks(run, log) {
+                Ok(were_there) => nothing &= !were_there,
+                Err(error) => failure = Some(error),
+            }
             thawed = recovery::outlast(run, log);
         }
         match thawed {
@@ -521,13 +535,9 @@ pub fn thaw(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
             // Whatever is in the next place is thawed all the same.
             Err(error) => failure = Some(error),
         }
-        match calls::recover(run, log) {
-            Ok(false) => {}
-            Ok(true) => {
-                log.info("hooks that were called are let go");
-                nothing = false;
-            }
-            Err(error) => failure = Some(error.into()),
+        match let_go_hooks(run, log) {
+            Ok(were_there) => nothing &= !were_there,
+            Err(error) => failure = Some(error),
         }
     }
     match failure {

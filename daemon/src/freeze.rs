@@ -10,11 +10,11 @@
 //! it is tried again ([`Obstacle`]): nobody stands still because of another's trouble. It decides no
 //! order (that is [`crate::plan`]), does not know what is behind the [`Door`], and knows no host.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{channel, Sender};
+use std::sync::mpsc::{channel, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,13 +22,13 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::door::{Door, DoorError, Syncer};
+use crate::apart::Apart;
+use crate::door::{Door, DoorError};
 use crate::ground::Watched;
 use crate::logbook::Logbook;
 use crate::mounts::DevId;
 use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
-use crate::sys;
 use crate::writes::Writes;
 
 /// How often one that waits for its turn looks whether all is off.
@@ -37,9 +37,10 @@ const ABORT_TICK: Duration = Duration::from_millis(20);
 const BUSY_TICK: Duration = Duration::from_millis(20);
 /// How long the thaw of a wave may hold up that of the next.
 const THAW_TIME: Duration = Duration::from_millis(500);
+/// How long a look whether all is still frozen is waited for.
+const LOOK_TIME: Duration = Duration::from_millis(200);
 /// How often those that are frozen are thawed again because of one that is slow.
 const BACK_OFFS: usize = 3;
-const STACK_BYTES: usize = 64 * 1024;
 
 /// Why a freeze did not come about. By the time it is returned, everything is thawed again.
 #[derive(Debug, thiserror::Error)]
@@ -180,6 +181,9 @@ pub struct Stay {
     pub until: Option<Instant>,
 }
 
+/// What a file system, open, is at that its freeze would wait for, and all its writers with it, in words.
+pub type Busy = Box<dyn Fn(BorrowedFd<'_>) -> Option<String> + Send + Sync>;
+
 /// One file system to freeze.
 pub struct Target {
     /// Its superblock.
@@ -196,12 +200,16 @@ pub struct Target {
     stands_on: Option<BTreeSet<DevId>>,
     /// How long its freeze took the last time.
     usual: Option<Duration>,
+    /// Tells what it is at that a freeze would wait for, if it is of a kind that may be.
+    busy: Option<Busy>,
     fd: OwnedFd,
     /// What was written to its devices, where that tells whether it was frozen all the time.
     writes: Writes,
     /// That, when it was frozen; `None` when nobody could tell.
     written: Mutex<Option<u64>>,
     state: Mutex<State>,
+    /// Held by whoever thaws it or looks after it, so that none is taken for the other.
+    turn: Mutex<()>,
 }
 
 impl Target {
@@ -215,10 +223,12 @@ impl Target {
             below: None,
             stands_on: None,
             usual: None,
+            busy: None,
             fd,
             writes: Writes::default(),
             written: Mutex::default(),
             state: Mutex::new(State::Open),
+            turn: Mutex::new(()),
         }
     }
 
@@ -235,6 +245,12 @@ impl Target {
     /// It is on files of these file systems.
     pub fn standing_on(self, stands_on: Option<BTreeSet<DevId>>) -> Self {
         Target { stands_on, ..self }
+    }
+
+    /// As long as this has something to tell, it is not to be frozen.
+    pub fn asked(self, busy: Busy) -> Self {
+        let busy = Some(busy);
+        Target { busy, ..self }
     }
 
     /// Whether it may be written only while `other` is.
@@ -359,6 +375,10 @@ pub struct Means {
     pub progress: Arc<Progress>,
     /// The threads that work for it.
     pub pool: Arc<Pool>,
+    /// And what works beside those.
+    pub aside: Arc<Pool>,
+    /// Those that sync.
+    pub apart: Arc<Apart>,
 }
 
 /// What one freeze leaves for the next to know.
@@ -368,7 +388,7 @@ pub struct Learnt {
     usual: BTreeMap<DevId, Duration>,
     /// What has no means to freeze.
     unfreezable: BTreeSet<DevId>,
-    /// Those of it whose sync has not returned, as long as its thread is there.
+    /// Whose sync has not returned, as long as its thread is there.
     hung: Vec<(DevId, Weak<()>)>,
 }
 
@@ -417,6 +437,10 @@ struct Work {
     /// From then on what is busy is taken for frozen by somebody else.
     busy_until: Mutex<Option<Instant>>,
     failure: Mutex<Option<FreezeError>>,
+    /// What had no room, on its disk or in the module.
+    no_room: Mutex<Option<String>>,
+    /// What was found not to be frozen any more, and has not been told yet.
+    lost: Mutex<Vec<String>>,
     early: Mutex<Vec<String>>,
     thaw_failure: Mutex<Option<ThawError>>,
 }
@@ -426,6 +450,8 @@ pub struct Session {
     work: Arc<Work>,
     waves: Vec<Vec<usize>>,
     pool: Arc<Pool>,
+    aside: Arc<Pool>,
+    apart: Arc<Apart>,
 }
 
 impl Session {
@@ -438,6 +464,8 @@ impl Session {
             abort,
             progress,
             pool,
+            aside,
+            apart,
         } = means;
         delay_the_lone(&mut targets);
         let mut waves: Vec<Vec<usize>> = Vec::new();
@@ -455,8 +483,13 @@ impl Session {
             let widest = waves.iter().map(Vec::len).max().unwrap_or(0);
             pool.grow(widest.min(limits.parallel))?;
         }
+        if targets.len() > 1 || door.watched_every().is_some() {
+            aside.grow(1)?;
+        }
         Ok(Session {
             pool,
+            aside,
+            apart,
             waves,
             work: Arc::new(Work {
                 targets,
@@ -473,6 +506,8 @@ impl Session {
                 obstacles: Mutex::new(Vec::new()),
                 busy_until: Mutex::new(None),
                 failure: Mutex::new(None),
+                no_room: Mutex::new(None),
+                lost: Mutex::new(Vec::new()),
                 early: Mutex::new(Vec::new()),
                 thaw_failure: Mutex::new(None),
             }),
@@ -530,7 +565,10 @@ impl Session {
     /// its file system, so a writer that needs the journal waits until the device has taken that, which
     /// is the longer the more share the processor or the disk. What is known not to freeze is left to
     /// [`Session::freeze`].
-    pub fn sync(&self, learnt: &Learnt) {
+    ///
+    /// A disk may hang: when it is called off, what has not returned is left behind, and nobody begins it
+    /// anew before it has.
+    pub fn sync(&self, learnt: &mut Learnt) {
         let most = self.work.limits.write_back;
         self.work.progress.enter(Stage::Syncing, most);
         for wave in &self.waves {
@@ -539,15 +577,85 @@ impl Session {
                 target.is_some_and(|t| learnt.unfreezable.contains(&t.dev))
             };
             let wave: Vec<usize> = wave.iter().filter(|i| !known(i)).copied().collect();
-            let (lanes, work) = (self.lanes(&wave), Arc::clone(&self.work));
-            let count = lanes.len();
-            let sync_lane = move |n: usize| {
-                let members = lanes.get(n).into_iter().flatten();
-                let targets = members.filter_map(|i| work.targets.get(*i));
-                targets.for_each(|target| work.sync_one(target));
-            };
-            self.pool.run(count, most, Arc::new(sync_lane));
+            self.sync_lanes(self.lanes(&wave), most.max(1), learnt);
         }
+    }
+
+    /// So many lanes at a time, each from its first member to its last.
+    fn sync_lanes(&self, lanes: Vec<Vec<usize>>, most: usize, learnt: &mut Learnt) {
+        let work = &self.work;
+        let (tell, told) = channel();
+        let mut waiting: VecDeque<_> = lanes.into_iter().map(VecDeque::from).collect();
+        let mut under_way: Vec<Syncing<'_>> = Vec::new();
+        while !work.abort.load(Ordering::SeqCst) {
+            while under_way.len() < most {
+                let Some(mut lane) = waiting.pop_front() else {
+                    break;
+                };
+                let index = lane.pop_front();
+                let target = index.and_then(|index| work.targets.get(index));
+                if let Some((index, target)) = index.zip(target) {
+                    let since = Instant::now();
+                    work.progress.begin(&target.name, since);
+                    under_way.push(Syncing {
+                        index,
+                        target,
+                        since,
+                        thread: None,
+                        rest: lane,
+                    });
+                }
+            }
+            if under_way.is_empty() {
+                return;
+            }
+            let due = under_way.iter_mut().filter(|it| it.thread.is_none());
+            for it in due.filter(|it| !learnt.hangs(it.target.dev)) {
+                it.thread = Some(self.begin_sync(it.index, it.target, &tell));
+            }
+            let (index, result) = match told.recv_timeout(ABORT_TICK) {
+                Ok(ended) => ended,
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => continue,
+            };
+            let Some(at) = under_way.iter().position(|it| it.index == index) else {
+                continue;
+            };
+            let ended = under_way.swap_remove(at);
+            work.note_sync(ended.target, ended.since, result);
+            waiting.push_front(ended.rest);
+        }
+        for it in under_way {
+            learnt
+                .hung
+                .extend(it.thread.map(|thread| (it.target.dev, thread)));
+        }
+    }
+
+    /// Begins to sync one on a thread that tells when it is done, with `index`.
+    fn begin_sync(&self, index: usize, target: &Target, tell: &Sender<Synced>) -> Weak<()> {
+        self.sync_apart(index, target, tell).unwrap_or_else(|_| {
+            // No memory for a thread, or a kernel without the call: then here, at the risk that it hangs.
+            let result = self.work.door.syncer()(target.as_fd());
+            // It is heard below.
+            let _ = tell.send((index, result));
+            Weak::new()
+        })
+    }
+
+    /// The same where there is such a thread.
+    fn sync_apart(
+        &self,
+        index: usize,
+        target: &Target,
+        tell: &Sender<Synced>,
+    ) -> io::Result<Weak<()>> {
+        let (sync, tell) = (self.work.door.syncer(), tell.clone());
+        self.apart.hand_over(&[target.as_fd()], move |fds| {
+            for fd in fds {
+                // Nobody is left to hear of it when it took too long.
+                let _ = tell.send((index, sync(fd.as_fd())));
+            }
+        })
     }
 
     /// Divides these so that no two groups have a disk in common.
@@ -600,6 +708,7 @@ impl Session {
         let work = &self.work;
         self.ask_again(known);
         for attempt in 0.. {
+            self.leave_out_busy();
             *lock(&work.pace) = Pace {
                 last: Instant::now(),
                 longest: Duration::ZERO,
@@ -620,7 +729,29 @@ impl Session {
             let failure = lock(&work.failure).take();
             return Err(failure.unwrap_or(FreezeError::Aborted));
         }
-        Ok(self.summary())
+        let summary = self.summary();
+        match lock(&work.no_room).take() {
+            Some(name) if summary.ours == 0 => Err(FreezeError::Failed {
+                name,
+                source: Errno::ENOSPC.into(),
+            }),
+            _ => Ok(summary),
+        }
+    }
+
+    /// Leaves out what has begun something since it was planned that a freeze would wait for. Whoever is asked
+    /// may need memory, so only with nothing frozen.
+    fn leave_out_busy(&self) {
+        let work = &self.work;
+        if work.targets.iter().any(Target::is_ours) {
+            return;
+        }
+        for target in work.targets.iter().filter(|it| it.is_due()) {
+            let why = target.busy.as_ref().and_then(|busy| busy(target.as_fd()));
+            if let Some(why) = why {
+                work.give_up_on(target, State::Broken, format!("is {why}"));
+            }
+        }
     }
 
     /// Whether something that may be on that device is not frozen although it was to be, other than these.
@@ -665,17 +796,11 @@ impl Session {
 
     /// Deals with what got in the way, with nothing frozen but what is first in order anyway.
     fn overcome(&self, obstacles: &[Obstacle], learnt: &mut Learnt) {
-        let work = &self.work;
         // What was slow would be so again. With it the next attempt begins, if nothing is above it.
         let keep = obstacles.iter().all(|it| *it == Obstacle::Slow);
-        for (number, wave) in self.waves.iter().enumerate().rev() {
-            let targets = wave.iter().filter_map(|i| work.targets.get(*i));
-            for target in targets.filter(|t| t.is_ours()) {
-                if !(keep && self.is_first(number)) {
-                    work.take_back(target);
-                }
-            }
-        }
+        let stages =
+            self.stages(|target| target.is_ours() && !(keep && self.is_first(target.wave)));
+        self.run_stages(&self.pool, stages, Work::take_back);
         let unfreezable = obstacles.iter().filter_map(|it| match it {
             Obstacle::Unfreezable(index) => Some(*index),
             Obstacle::Busy(_) | Obstacle::Slow => None,
@@ -732,6 +857,9 @@ impl Session {
     /// Nothing is frozen yet.
     fn sync_unfreezable(&self, indices: &[usize], learnt: &mut Learnt) {
         let work = &self.work;
+        if work.gave_up() {
+            return;
+        }
         let (tell, told) = channel();
         let mut waited_for: Vec<(usize, &Target, Weak<()>)> = Vec::new();
         for index in indices {
@@ -748,7 +876,7 @@ impl Session {
                 work.give_up_on(target, State::Unsynced, why.into());
                 continue;
             }
-            match sync_apart(target.as_fd(), work.door.syncer(), index, tell.clone()) {
+            match self.sync_apart(index, target, &tell) {
                 Ok(thread) => waited_for.push((index, target, thread)),
                 Err(e) => {
                     let why = format!("cannot freeze, and there is no thread to sync it: {e}");
@@ -757,10 +885,13 @@ impl Session {
             }
         }
         let until = Instant::now() + work.limits.give_up;
-        while !waited_for.is_empty() {
+        while !waited_for.is_empty() && !work.abort.load(Ordering::SeqCst) {
             let left = until.saturating_duration_since(Instant::now());
-            let Ok((index, result)) = told.recv_timeout(left) else {
-                break;
+            let Ok((index, result)) = told.recv_timeout(left.min(ABORT_TICK)) else {
+                if left.is_zero() {
+                    break;
+                }
+                continue;
             };
             waited_for.retain(|(it, ..)| *it != index);
             let Some(target) = work.targets.get(index) else {
@@ -851,19 +982,14 @@ impl Session {
         let slow = work.which(|t| *t.state() == State::Freezing);
         let slow: Vec<&Target> = slow.iter().filter_map(|i| work.targets.get(*i)).collect();
         let may_go = |t: &&Target| t.is_ours() && !slow.iter().any(|it| t.may_stand_on(it));
-        let waves = self.waves.iter().rev().flatten();
-        let free: Vec<&Target> = waves
-            .filter_map(|i| work.targets.get(*i))
-            .filter(may_go)
-            .collect();
-        if slow.is_empty() || free.is_empty() {
+        let free = self.stages(|target| may_go(&target));
+        if slow.is_empty() || free.ends.is_empty() {
             return;
         }
         // From here on no other freeze of this wave begins.
         lock(&work.obstacles).push(Obstacle::Slow);
-        for target in free {
-            work.take_back(target);
-        }
+        // The others are at the freeze.
+        self.run_stages(&self.aside, free, Work::take_back);
         let names: Vec<&str> = slow.iter().map(|t| t.name.as_str()).collect();
         let names = names.join(", ");
         work.log.info(format!(
@@ -873,44 +999,49 @@ impl Session {
 
     /// Looks whether all that is frozen still is; names what is not. Only for a door where others can
     /// thaw it: what they have thawed is frozen again and found out, but has been written meanwhile.
+    ///
+    /// A look may hang, behind somebody who syncs a disk that does, and whoever asks has a THAW to hear. What
+    /// it finds is told later then.
     pub fn look_after(&self) -> Vec<String> {
-        let work = &self.work;
-        let mut names = Vec::new();
-        for target in &work.targets {
-            let state = *target.state();
-            let is_frozen = matches!(state, State::Ours { .. } | State::Foreign);
-            if is_frozen && work.door.freeze(target.as_fd()).is_ok() {
-                names.push(target.name.clone());
-                if state == State::Foreign {
-                    // It is nobody's any more.
-                    *target.state() = State::Open;
-                    let _ = work.door.thaw(target.as_fd());
-                }
-            }
+        let work = Arc::clone(&self.work);
+        self.aside
+            .run_within(LOOK_TIME, move || work.look_after_all());
+        std::mem::take(&mut *lock(&self.work.lost))
+    }
+
+    /// What is to be done to these, the last wave first.
+    fn stages(&self, pick: impl Fn(&Target) -> bool) -> Stages {
+        let mut stages = Stages::default();
+        for wave in self.waves.iter().rev() {
+            let targets = wave.iter().copied();
+            stages.add(targets.filter(|i| self.work.targets.get(*i).is_some_and(&pick)));
         }
-        for name in &names {
-            work.note_early(name);
-        }
-        names
+        stages
+    }
+
+    /// Does that. One that hangs holds up the others for a moment only.
+    fn run_stages(&self, pool: &Pool, stages: Stages, step: fn(&Work, &Target)) {
+        let Stages { members, ends } = stages;
+        let work = Arc::clone(&self.work);
+        let run_one = move |n: usize| {
+            let target = members.get(n).and_then(|index| work.targets.get(*index));
+            target.into_iter().for_each(|it| step(&work, it));
+        };
+        pool.run_in_stages(&ends, THAW_TIME, Arc::new(run_one));
     }
 
     /// Thaws what this session froze, the last wave first. Everything is tried, whatever fails, and a thaw
     /// that hangs holds up the others for a moment only.
     pub fn thaw(&self) -> Result<(), ThawError> {
-        self.work.ask_foreign();
-        let waves = self.waves.iter().rev().filter(|wave| !wave.is_empty());
-        let (mut members, mut ends) = (Vec::<usize>::new(), Vec::new());
-        for wave in waves {
-            members.extend(wave);
-            ends.push(members.len());
-        }
-        let work = Arc::clone(&self.work);
-        let thaw_one = move |n: usize| {
-            let target = members.get(n).and_then(|index| work.targets.get(*index));
-            target.into_iter().for_each(|it| work.thaw_one(it));
-        };
-        self.pool
-            .run_in_stages(&ends, THAW_TIME, Arc::new(thaw_one));
+        let is_foreign = |target: &Target| *target.state() == State::Foreign;
+        let mut stages = Stages::default();
+        stages.add(self.work.which(is_foreign).into_iter());
+        let ours = self.stages(|target| !is_foreign(target));
+        stages.then(ours);
+        self.run_stages(&self.pool, stages, |work, target| {
+            work.ask_foreign(target);
+            work.thaw_one(target);
+        });
         if let Some(failure) = lock(&self.work.thaw_failure).take() {
             return Err(failure);
         }
@@ -930,33 +1061,43 @@ impl Session {
     }
 }
 
-/// Begins to sync what is open as `fd`, on a thread that tells when it is done, with `index`. It has no other
-/// descriptor: the device of the module, or the guard's line, must not stay open with a sync that hangs when
-/// the process has died. As long as the thread is there, so is what is returned.
-fn sync_apart(
-    fd: BorrowedFd<'_>,
-    sync: Syncer,
-    index: usize,
-    tell: Sender<(usize, io::Result<()>)>,
-) -> io::Result<Weak<()>> {
-    let life = Arc::new(());
-    let alive = Arc::downgrade(&life);
-    let (begin, begun) = channel();
-    let number = fd.as_raw_fd();
-    let body = move || {
-        let _life = life;
-        let kept = sys::keep_only(number);
-        // Nobody is left to hear of either when it took too long.
-        let _ = begin.send(kept.as_ref().map(drop).map_err(io::Error::kind));
-        if let Ok(fd) = kept {
-            let _ = tell.send((index, sync(fd.as_fd())));
+/// Targets, by number, and how many of them each stage ends with.
+#[derive(Default)]
+struct Stages {
+    members: Vec<usize>,
+    ends: Vec<usize>,
+}
+
+impl Stages {
+    /// These are one more, unless there are none.
+    fn add(&mut self, members: impl Iterator<Item = usize>) {
+        let before = self.members.len();
+        self.members.extend(members);
+        if self.members.len() > before {
+            self.ends.push(self.members.len());
         }
-    };
-    let builder = thread::Builder::new().stack_size(STACK_BYTES);
-    builder.name("syncer".into()).spawn(body)?;
-    // Until then `fd` must not be closed.
-    begun.recv().map_err(io::Error::other)??;
-    Ok(alive)
+    }
+
+    /// And these follow.
+    fn then(&mut self, other: Stages) {
+        let before = self.members.len();
+        self.members.extend(other.members);
+        self.ends.extend(other.ends.iter().map(|end| before + end));
+    }
+}
+
+/// One whose sync has returned, and what of it.
+type Synced = (usize, io::Result<()>);
+
+/// One whose sync is under way, or about to be.
+struct Syncing<'a> {
+    index: usize,
+    target: &'a Target,
+    since: Instant,
+    /// There as long as it is; `None` while an earlier sync of the same is waited for.
+    thread: Option<Weak<()>>,
+    /// What is to be synced after it.
+    rest: VecDeque<usize>,
 }
 
 /// Moves what stands on nothing and has nothing on it to the last wave but one; in the last is the root. One
@@ -999,17 +1140,12 @@ impl Work {
         targets.filter(|(_, t)| pick(t)).map(|(i, _)| i).collect()
     }
 
-    fn sync_one(&self, target: &Target) {
-        if self.abort.load(Ordering::SeqCst) {
-            return;
-        }
-        let (name, start) = (&target.name, Instant::now());
-        self.progress.begin(name, start);
-        let result = self.door.syncer()(target.as_fd());
+    fn note_sync(&self, target: &Target, since: Instant, result: io::Result<()>) {
+        let name = &target.name;
         self.progress.end(name);
         match result {
             Ok(()) => {
-                let took = ms(start.elapsed());
+                let took = ms(since.elapsed());
                 self.log.info(format!("{name} synced in {took}"));
             }
             // The freeze will meet the same error, if it matters.
@@ -1093,33 +1229,27 @@ impl Work {
             Errno::EOPNOTSUPP | Errno::ENOTTY => {
                 lock(&self.obstacles).push(Obstacle::Unfreezable(index));
             }
-            // The file system's own words, and what a disk that fails a write-back makes of it
-            // (`blk_errors` of the kernel).
-            Errno::EIO
-            | Errno::ENXIO
-            | Errno::ENODEV
-            | Errno::EROFS
-            | Errno::ESHUTDOWN
-            | Errno::EUCLEAN
-            | Errno::EREMOTEIO
-            | Errno::ETIMEDOUT
-            | Errno::ETIME
-            | Errno::ENOLINK
-            | Errno::ENODATA
-            | Errno::EILSEQ
-            | Errno::EBADE => {
-                self.give_up_on(target, State::Broken, format!("is out of order: {error}"));
-            }
-            // A thin volume whose pool is full; the module says so of itself.
-            Errno::ENOSPC if self.door.watched_every().is_some() => {
-                self.give_up_on(target, State::Broken, format!("is out of order: {error}"));
-            }
-            _ => {
+            // What is ours, and would be the same with any other.
+            Errno::EBADF
+            | Errno::EPERM
+            | Errno::EPROTO
+            | Errno::ESTALE
+            | Errno::EINTR
+            | Errno::ENOMEM
+            | Errno::UnknownErrno => {
                 self.log.error(format!("{name} cannot be frozen: {error}"));
                 self.fail(FreezeError::Failed {
                     name: name.clone(),
                     source: error,
                 });
+            }
+            // The file system's own words, and what a disk that fails a write-back makes of it: nobody has a
+            // list of those. One of them the module says as well, when it has no room for any.
+            errno => {
+                if errno == Errno::ENOSPC {
+                    *lock(&self.no_room) = Some(name.clone());
+                }
+                self.give_up_on(target, State::Broken, format!("is out of order: {error}"));
             }
         }
     }
@@ -1145,7 +1275,11 @@ impl Work {
         let State::Ours { since, took } = *target.state() else {
             return;
         };
-        match self.door.thaw(target.as_fd()) {
+        // It may hang, as a freeze may.
+        self.progress.begin(&target.name, Instant::now());
+        let result = self.door.thaw(target.as_fd());
+        self.progress.end(&target.name);
+        match result {
             Err(source) if !is(&source, Errno::EINVAL) => {
                 let name = target.name.clone();
                 self.fail(FreezeError::Failed { name, source });
@@ -1170,30 +1304,48 @@ impl Work {
         self.note_early(name);
     }
 
-    /// Finds out whether others have thawed meanwhile what they had frozen.
-    fn ask_foreign(&self) {
+    /// Finds out what is not frozen any more.
+    fn look_after_all(&self) {
         for target in &self.targets {
-            if *target.state() != State::Foreign {
-                continue;
-            }
-            let name = &target.name;
-            let was_written = target.was_written();
-            if self.door.freeze(target.as_fd()).is_ok() {
-                // It is nobody's any more. If it cannot be thawed, that is the news.
-                *target.state() = State::Ours {
-                    since: Instant::now(),
-                    took: Duration::ZERO,
-                };
-                self.log
-                    .error(format!("{name} had been thawed by whoever froze it"));
-                self.note_early(name);
-            } else if was_written {
-                self.note_written(name);
+            let _turn = lock(&target.turn);
+            let state = *target.state();
+            let is_frozen = matches!(state, State::Ours { .. } | State::Foreign);
+            if is_frozen && self.door.freeze(target.as_fd()).is_ok() {
+                if state == State::Foreign {
+                    // It is nobody's any more.
+                    *target.state() = State::Open;
+                    let _ = self.door.thaw(target.as_fd());
+                }
+                self.note_early(&target.name);
+                lock(&self.lost).push(target.name.clone());
             }
         }
     }
 
+    /// Finds out whether others have thawed meanwhile what they had frozen.
+    fn ask_foreign(&self, target: &Target) {
+        let _turn = lock(&target.turn);
+        if *target.state() != State::Foreign {
+            return;
+        }
+        let name = &target.name;
+        let was_written = target.was_written();
+        if self.door.freeze(target.as_fd()).is_ok() {
+            // It is nobody's any more. If it cannot be thawed, that is the news.
+            *target.state() = State::Ours {
+                since: Instant::now(),
+                took: Duration::ZERO,
+            };
+            self.log
+                .error(format!("{name} had been thawed by whoever froze it"));
+            self.note_early(name);
+        } else if was_written {
+            self.note_written(name);
+        }
+    }
+
     fn thaw_one(&self, target: &Target) {
+        let _turn = lock(&target.turn);
         let State::Ours { since, took } = *target.state() else {
             return;
         };

@@ -39,6 +39,15 @@ impl Held {
     }
 }
 
+fn is_no_device(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENODEV)
+}
+
+/// Whether it is the device of the module that has gone away, by what that says to a thaw of what is not held.
+fn is_gone(said: io::Result<()>) -> bool {
+    said.is_err_and(|error| is_no_device(&error))
+}
+
 impl Door for Held {
     fn arm(&self, targets: &[Target]) -> Result<(), DoorError> {
         let count = u32::try_from(targets.len()).unwrap_or(u32::MAX);
@@ -61,9 +70,11 @@ impl Door for Held {
             count: self.count.load(Ordering::Relaxed),
             ..IocFreeze::default()
         };
-        match sys::hold(self.hold.device.as_fd(), &freeze) {
-            // That is no fault of a file system: none is tried any more.
-            Err(e) if e.raw_os_error() == Some(libc::ENODEV) => {
+        let device = self.hold.device.as_fd();
+        match sys::hold(device, &freeze) {
+            // A disk that has gone says the same. It is not held, so that this only asks.
+            Err(e) if is_no_device(&e) && is_gone(sys::let_go(device, fd)) => {
+                // That is no fault of a file system: none is tried any more.
                 Err(io::Error::other("the device has gone away"))
             }
             other => other,
@@ -73,7 +84,7 @@ impl Door for Held {
     fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         match sys::let_go(self.hold.device.as_fd(), fd) {
             // Without its device the module holds nothing.
-            Err(e) if e.raw_os_error() == Some(libc::ENODEV) => Err(Errno::EINVAL.into()),
+            Err(e) if is_no_device(&e) => Err(Errno::EINVAL.into()),
             other => other,
         }
     }

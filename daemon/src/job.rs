@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
+use crate::apart::Apart;
 use crate::backup::Begun;
 use crate::cache::{Cache, GatherError, Gathered, Opened};
 use crate::calls::Context;
@@ -33,10 +34,11 @@ use crate::logbook::{Held, Logbook, Sink};
 use crate::machine::LookError;
 use crate::mounts::DevId;
 use crate::moving::Layers;
+use crate::plan::Reason;
 use crate::pool::Pool;
 use crate::process;
 use crate::progress::{Progress, Stage};
-use crate::superblocks::Listed;
+use crate::superblocks::{self, Listed};
 use crate::sys;
 use crate::topology;
 use crate::writes::{self, AtRest, Writes};
@@ -47,7 +49,7 @@ const CLEAN_PAGES: u64 = 16;
 const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long at least those that are frozen wait for one that is not yet.
 const LAG: Duration = Duration::from_millis(30);
-/// How often it is begun anew because a file system came meanwhile.
+/// How often it is begun anew because a file system came while others were being frozen.
 const ATTEMPTS: usize = 3;
 /// Enough for the look-ups; everything large is on the heap.
 const STACK_BYTES: usize = 256 * 1024;
@@ -98,6 +100,33 @@ pub struct Setting {
     pub disks: Vec<String>,
 }
 
+/// What came of an attempt. Nothing is frozen but when it is done.
+enum Tried<T> {
+    Done(T),
+    /// Something came during the sync.
+    Synced,
+    /// Something came during the freeze.
+    InVain,
+}
+
+/// Makes attempts until one is done. A sync takes as long as a disk does, and meanwhile something may always
+/// come: what has is frozen at once, without another.
+fn until_it_is<T>(
+    mut attempt: impl FnMut(bool) -> Result<Tried<T>, JobError>,
+) -> Result<T, JobError> {
+    let mut attempts = 0;
+    let mut may_sync = true;
+    while attempts < ATTEMPTS {
+        match attempt(may_sync)? {
+            Tried::Done(it) => return Ok(it),
+            Tried::Synced => {}
+            Tried::InVain => attempts += 1,
+        }
+        may_sync = false;
+    }
+    Err(JobError::Restless)
+}
+
 /// Whoever freezes, with all that is known, or open, or running, before it is needed.
 pub struct Freezer {
     cache: Cache,
@@ -105,6 +134,8 @@ pub struct Freezer {
     config: Arc<Config>,
     learnt: Learnt,
     pool: Arc<Pool>,
+    aside: Arc<Pool>,
+    apart: Arc<Apart>,
     /// `/proc/vmstat`.
     vmstat: Option<File>,
 }
@@ -118,6 +149,8 @@ impl Freezer {
             config: Arc::default(),
             learnt: Learnt::default(),
             pool: Arc::default(),
+            aside: Arc::default(),
+            apart: Arc::default(),
             vmstat: File::open("/proc/vmstat").ok(),
         }
     }
@@ -143,21 +176,25 @@ impl Freezer {
     /// way is in no plan, so then it is begun anew. The log is held by whoever calls, and speaks only as
     /// long as nothing is frozen.
     pub fn freeze(&mut self, setting: &Setting) -> Result<Frozen, JobError> {
-        for _ in 0..ATTEMPTS {
-            if let Some(frozen) = self.try_to_freeze(setting)? {
-                return Ok(frozen);
+        until_it_is(|may_sync| {
+            let tried = self.try_to_freeze(setting, may_sync)?;
+            if !matches!(tried, Tried::Done(_)) {
+                setting
+                    .log
+                    .info("a file system has come meanwhile: it is begun anew");
+                // What was in memory only is written: nothing is frozen.
+                setting.log.aloud(|| ());
             }
-            setting
-                .log
-                .info("a file system has come meanwhile: it is begun anew");
-            // What was in memory only is written: nothing is frozen.
-            setting.log.aloud(|| ());
-        }
-        Err(JobError::Restless)
+            Ok(tried)
+        })
     }
 
-    /// One attempt at it. `None` when something came meanwhile; nothing is frozen then.
-    fn try_to_freeze(&mut self, setting: &Setting) -> Result<Option<Frozen>, JobError> {
+    /// One attempt at it, after a sync if it may be.
+    fn try_to_freeze(
+        &mut self,
+        setting: &Setting,
+        may_sync: bool,
+    ) -> Result<Tried<Frozen>, JobError> {
         let Setting {
             config,
             log,
@@ -226,16 +263,18 @@ impl Freezer {
             abort: Arc::clone(abort),
             progress: Arc::clone(progress),
             pool: Arc::clone(&self.pool),
+            aside: Arc::clone(&self.aside),
+            apart: Arc::clone(&self.apart),
         };
         // With the threads that it may start. Where that is not allowed it takes longer.
         let _ = process::go_first();
         let session = Session::new(targets, means, &self.learnt).map_err(JobError::Threads)?;
-        if self.is_worth_a_sync() {
+        if may_sync && self.is_worth_a_sync() {
             // It may take long, and nothing is frozen yet.
-            log.aloud(|| session.sync(&self.learnt));
+            log.aloud(|| session.sync(&mut self.learnt));
             let now = self.cache.alive_now();
             if Listed::has_news(alive.as_ref(), now.as_ref()) {
-                return Ok(None);
+                return Ok(Tried::Synced);
             }
         }
         log.seal();
@@ -247,7 +286,7 @@ impl Freezer {
                 Err(ThawError::Failed { name, source }) => {
                     Err(FreezeError::Failed { name, source }.into())
                 }
-                Ok(()) | Err(_) => Ok(None),
+                Ok(()) | Err(_) => Ok(Tried::InVain),
             };
         }
         at_rest.begin(|device| session.goes_on_on(device, &known));
@@ -259,7 +298,7 @@ impl Freezer {
             }
             log.warning("nothing at all is frozen: no file system was found that can be");
         }
-        Ok(Some(Frozen {
+        Ok(Tried::Done(Frozen {
             session,
             summary,
             alive,
@@ -273,9 +312,10 @@ impl Freezer {
     /// Names what was mounted or made writable meanwhile: that is on a disk and was not frozen.
     pub fn thaw(&mut self, frozen: &Frozen, setting: &Setting) -> Result<(), ThawError> {
         let mut nodes = frozen.at_rest.written();
+        let thawed = frozen.session.thaw();
+        // It may wait for a lock that is held as long as a disk is waited for.
         let moving = frozen.layers.at_work();
         let begun: BTreeSet<String> = moving.difference(&frozen.moving).cloned().collect();
-        let thawed = frozen.session.thaw();
         if thawed.is_err() || setting.abort.load(Ordering::SeqCst) {
             // It was not frozen all the time, so it may have been any writer.
             nodes.clear();
@@ -369,10 +409,18 @@ fn target(opened: Opened) -> Target {
         below,
         stands_on,
         fd,
-        ..
+        fs_type,
+        devices,
     } = opened;
     let target = Target::new(dev, name, wave, fd).with_disks(disks);
-    target.with_all_below(below).standing_on(stands_on)
+    let target = target.with_all_below(below).standing_on(stands_on);
+    match fs_type.as_str() {
+        "btrfs" => target.asked(Box::new(move |fd| {
+            let operation = superblocks::at_work_on(&devices, fd)?;
+            Some(Reason::Busy(operation).to_string())
+        })),
+        _ => target,
+    }
 }
 
 /// Where others can thaw, what is written tells of it, unless the kernel itself writes there.
@@ -477,6 +525,8 @@ pub fn warm_up() -> io::Result<()> {
         abort: Arc::default(),
         progress: Arc::default(),
         pool: Arc::default(),
+        aside: Arc::default(),
+        apart: Arc::default(),
     };
     let session = Session::new(vec![target], means, &learnt)?;
     // It fails to freeze anything, which is the point.
@@ -830,6 +880,26 @@ mod tests {
         for number in 0..MOST_LATER {
             assert_eq!(told.recv_timeout(LONG), Ok(10 + number));
         }
+    }
+
+    #[test]
+    fn what_comes_during_a_sync_is_frozen_without_another_and_is_no_attempt_in_vain() {
+        let run = |mut came: Vec<Tried<()>>| {
+            let mut syncs = Vec::new();
+            let result = until_it_is(|may_sync| {
+                syncs.push(may_sync);
+                Ok(came.remove(0))
+            });
+            (result.is_ok(), syncs)
+        };
+        let (synced, in_vain) = (|| Tried::Synced, || Tried::InVain);
+        assert_eq!(run(vec![Tried::Done(())]), (true, vec![true]));
+        let once = run(vec![synced(), Tried::Done(())]);
+        assert_eq!(once, (true, vec![true, false]));
+        let long = run(vec![synced(), in_vain(), in_vain(), Tried::Done(())]);
+        assert_eq!(long, (true, vec![true, false, false, false]));
+        let in_vain = vec![in_vain(), in_vain(), in_vain()];
+        assert_eq!(run(in_vain), (false, vec![true, false, false]));
     }
 
     #[test]

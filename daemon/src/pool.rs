@@ -28,6 +28,13 @@ struct State {
     closed: bool,
 }
 
+impl State {
+    /// Whether all steps have ended.
+    fn is_over(&self) -> bool {
+        self.running == 0 && self.next == self.end
+    }
+}
+
 #[derive(Default)]
 struct Shared {
     state: Mutex<State>,
@@ -57,7 +64,7 @@ impl Shared {
         step(index);
         let mut state = self.lock();
         state.running -= 1;
-        if state.waiting && state.running == 0 && state.next == state.end {
+        if state.waiting && state.is_over() {
             self.idle.notify_all();
         }
         (state, true)
@@ -121,28 +128,67 @@ impl Pool {
     }
 
     /// The same, stage by stage: each ends before one of these numbers, the last at the last of them. One
-    /// begins when the one before it has ended, or has had so much `time`. The caller works in the last.
+    /// begins when the one before it has ended, or has had so much `time`; then there are more threads,
+    /// should those that are there hang. The caller takes the very last step, if nobody waits for another.
     pub fn run_in_stages(&self, ends: &[usize], time: Duration, step: Step) {
-        let Some((last, before)) = ends.split_last() else {
-            return;
-        };
-        let Some((first, between)) = before.split_first() else {
-            return self.run(*last, usize::MAX, step);
-        };
-        let mut state = self.begin(*first, usize::MAX, step, 0);
-        for end in between.iter().chain([last]) {
-            state.waiting = true;
-            let has_not_ended = |state: &mut State| state.running > 0 || state.next < state.end;
-            let idle = &self.shared.idle;
-            let waited = idle.wait_timeout_while(state, time, has_not_ended);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            state.waiting = false;
+        let Some(last) = ends.last() else { return };
+        let mut state = self.begin(0, usize::MAX, step, 0);
+        for end in ends {
+            if end == last && state.next + 1 == *end {
+                state.end = *end;
+                return self.work_along(state);
+            }
             for _ in state.end..*end {
                 self.shared.work.notify_one();
             }
             state.end = *end;
+            if self.threads().is_empty() {
+                state = self.help(state);
+            }
+            loop {
+                state.waiting = true;
+                let idle = &self.shared.idle;
+                let waited = idle.wait_timeout_while(state, time, |state| !state.is_over());
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                state.waiting = false;
+                if !state.is_over() {
+                    state = self.help(state);
+                }
+                if end != last || state.is_over() {
+                    break;
+                }
+            }
         }
-        self.work_along(state);
+        state.step = None;
+    }
+
+    /// Starts as many threads more as hang, for what waits because of that.
+    fn help<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        let waiting = state.end - state.next;
+        let more = state.running.max(1).min(waiting);
+        // A thread begins with the lock.
+        drop(state);
+        let there = self.threads().len();
+        // Without memory for a thread it takes longer.
+        let _ = self.grow(there + more);
+        self.shared.lock()
+    }
+
+    /// Has a thread run `step`, unless what was begun so before is not over, and waits for its end, but not for
+    /// longer than that. Whether it is over. The pool must have a thread.
+    pub fn run_within(&self, time: Duration, step: impl Fn() + Send + Sync + 'static) -> bool {
+        let state = self.shared.lock();
+        if !state.is_over() {
+            return false;
+        }
+        drop(state);
+        let mut state = self.begin(1, 1, Arc::new(move |_| step()), 0);
+        state.waiting = true;
+        let idle = &self.shared.idle;
+        let waited = idle.wait_timeout_while(state, time, |state| !state.is_over());
+        state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        state.waiting = false;
+        state.is_over()
     }
 
     /// Has the caller do what is left, and waits for the rest.
@@ -177,12 +223,12 @@ impl Pool {
         mut look: impl FnMut() -> Option<Instant>,
     ) {
         state.waiting = true;
-        while state.running > 0 || state.next < state.end {
+        while !state.is_over() {
             // Not under the lock: it may take a while.
             drop(state);
             let again = look();
             state = self.shared.lock();
-            if state.running == 0 && state.next == state.end {
+            if state.is_over() {
                 break;
             }
             let idle = &self.shared.idle;
@@ -304,6 +350,43 @@ mod tests {
         let quick = quick.lock().unwrap().clone();
         assert_eq!(quick[2], 2, "{quick:?}");
         assert_eq!(quick.len(), 5);
+    }
+
+    #[test]
+    fn those_that_hang_use_up_no_threads() {
+        let pool = pool(1);
+        let gate = Arc::new(Barrier::new(3));
+        let step = {
+            let gate = Arc::clone(&gate);
+            Arc::new(move |i| {
+                // Two hang until the last is there.
+                if i != 2 {
+                    gate.wait();
+                }
+            })
+        };
+        pool.run_in_stages(&[2, 4], Duration::from_millis(20), step);
+        // And in one stage.
+        let step = Arc::new(move |i| {
+            if i != 3 {
+                gate.wait();
+            }
+        });
+        pool.run_in_stages(&[4], Duration::from_millis(20), step);
+    }
+
+    #[test]
+    fn what_hangs_is_waited_for_no_longer_than_that_and_nothing_is_begun_beside_it() {
+        let pool = pool(1);
+        let gate = Arc::new(Barrier::new(2));
+        let theirs = Arc::clone(&gate);
+        let hang = move || drop(theirs.wait());
+        assert!(!pool.run_within(Duration::from_millis(20), hang));
+        assert!(!pool.run_within(Duration::from_secs(60), || unreachable!()));
+        gate.wait();
+        while !pool.run_within(Duration::from_secs(60), || ()) {
+            std::thread::yield_now();
+        }
     }
 
     #[test]

@@ -86,11 +86,21 @@ fn failed(doing: &'static str) -> impl FnOnce(io::Error) -> ServiceError {
 
 /// Opens the device at `path`. One that is busy is waited for, where that will be over: when a dead
 /// daemon keeps it that is still inside the kernel, and for as long as it takes if a service manager has
-/// started us. What can be thawed of what a dead one has frozen is thawed meanwhile.
+/// started us. What can be thawed of what a dead one has frozen is thawed meanwhile, and its hooks are let go.
 pub fn open_device(path: &Path, run: &RunDir, log: &Logbook) -> Result<Device, DeviceError> {
     let managed = std::env::var_os("NOTIFY_SOCKET").is_some();
     let mut said = false;
+    let mut left: Option<Calling> = None;
     loop {
+        if left.take_if(|it| it.is_over()).is_some() {
+            log.info("the hooks that a dead daemon has left are let go");
+        }
+        if left.is_some() {
+            // A request that came meanwhile could not be served.
+            thread::sleep(recovery::PAUSE);
+            notify(log, &[NotifyState::Watchdog]);
+            continue;
+        }
         let dead = match Device::open(path) {
             Err(error) if error.is_busy() => match recovery::owner_has_ended(run) {
                 false if !managed => return Err(error),
@@ -110,11 +120,29 @@ pub fn open_device(path: &Path, run: &RunDir, log: &Logbook) -> Result<Device, D
                 if let Err(error) = recovery::thaw(run, log, recovery::By::Start) {
                     log.error(words(&error));
                 }
+                // Applications must not wait for what hangs in the kernel.
+                left = let_go_what_is_left(run, log, drop);
             }
         }
         thread::sleep(recovery::PAUSE);
         notify(log, &[NotifyState::Watchdog]);
     }
+}
+
+/// Lets go what a dead daemon has called, if it has left any hooks.
+fn let_go_what_is_left(
+    run: &RunDir,
+    log: &Logbook,
+    tell: impl Fn(HookOutcome) + Send + 'static,
+) -> Option<Calling> {
+    let left = Calling::recover(run, log, tell).unwrap_or_else(|error| {
+        log.error(format!("hooks that a dead daemon has called: {error}"));
+        None
+    });
+    if left.is_some() {
+        log.warning("a dead daemon has left hooks that are now let go");
+    }
+    left
 }
 
 /// Tells the service manager, if there is one.
@@ -171,6 +199,8 @@ struct Hands {
     is_ahead: bool,
     /// From the first call of a hook to the last.
     calling: Option<Calling>,
+    /// All calls of hooks of a backup under way that have been let go already, beside what hangs.
+    called: Vec<Called>,
     /// When the log says next what the freeze is at.
     report: Instant,
     recovery: Recovery,
@@ -215,14 +245,7 @@ impl Service {
         let broken = recovery.broken.take();
         let (sender, outcomes) = channel();
         let tell = (sender, Arc::new(waker));
-        let left = Calling::recover(&run, &log, teller(&tell, News::Hooks));
-        let calling = left.unwrap_or_else(|error| {
-            log.error(format!("hooks that a dead daemon has called: {error}"));
-            None
-        });
-        if calling.is_some() {
-            log.warning("a dead daemon has left hooks that are now let go");
-        }
+        let calling = let_go_what_is_left(&run, &log, teller(&tell, News::Hooks));
         let mut service = Service {
             signals,
             outcomes,
@@ -240,6 +263,7 @@ impl Service {
                 retry: None,
                 job: None,
                 calling,
+                called: Vec::new(),
                 report: Instant::now(),
                 recovery,
                 tell,
@@ -393,8 +417,9 @@ impl Service {
 
     fn end_early(&mut self, why: std::borrow::Cow<'static, str>, reason: u32) {
         let reason = Some(reason);
+        let broken = Break { why, reason };
         self.machine
-            .end_early(Break { why, reason }, &mut self.hands);
+            .end_early(Instant::now(), broken, &mut self.hands);
     }
 
     fn adopt(&mut self, device: Device) -> Result<(), ServiceError> {
@@ -446,7 +471,8 @@ impl Service {
                         .request(Instant::now(), request, &mut self.hands);
                 }
                 Ok(Some(Incoming::Thawed(id, reason))) => {
-                    self.machine.notice(id, why_thawed(reason), &mut self.hands);
+                    let (now, why) = (Instant::now(), why_thawed(reason));
+                    self.machine.notice(now, id, why, &mut self.hands);
                 }
                 Ok(Some(Incoming::Odd(what))) => {
                     let text = format!("the kernel sent {what}; ignored");
@@ -469,7 +495,7 @@ impl Service {
         let text = format!("{}; opening it again", words(error));
         self.hands.log.warning(text);
         self.hands.retry = Some((Instant::now(), BACK_OFF.0));
-        self.machine.device_lost(&mut self.hands);
+        self.machine.device_lost(Instant::now(), &mut self.hands);
     }
 
     fn on_time(&mut self) {
@@ -525,16 +551,17 @@ impl Service {
             notify(&self.hands.log, &[NotifyState::Stopping]);
         }
         self.stopping = true;
-        self.machine.stop(&mut self.hands);
+        self.machine.stop(Instant::now(), &mut self.hands);
     }
 
     fn on_outcome(&mut self, outcome: Outcome) {
+        let now = Instant::now();
         match outcome {
             // One that was called off by then has ended.
             Outcome::Hooks(found, context) if self.machine.is_freezing() => {
                 if let Err(error) = self.hands.call(found, context) {
                     let why = format!("hooks cannot be called: {error}");
-                    self.machine.quiesced(Err(why), &mut self.hands);
+                    self.machine.quiesced(now, Err(why), &mut self.hands);
                 }
             }
             Outcome::Hooks(..) => {}
@@ -543,7 +570,7 @@ impl Service {
                     self.hands.held = std::mem::take(&mut begun.names);
                 }
                 let result = result.map_err(|error| words(&error));
-                self.machine.frozen(result, &mut self.hands);
+                self.machine.frozen(now, result, &mut self.hands);
             }
             Outcome::Lost(names) => {
                 let why = format!("somebody else thawed {}", names.join(", "));
@@ -561,12 +588,18 @@ impl Service {
 
     fn on_hooks(&mut self, outcome: HookOutcome) {
         match outcome {
-            HookOutcome::Quiesced(result) => self.machine.quiesced(result, &mut self.hands),
+            HookOutcome::Quiesced(result) => {
+                self.machine
+                    .quiesced(Instant::now(), result, &mut self.hands);
+            }
             HookOutcome::Released(called) => {
                 if let Some(calling) = self.hands.calling.take() {
                     calling.join();
                 }
-                self.hands.remember_backup(called);
+                self.hands.called = called;
+                if self.hands.job.is_none() {
+                    self.hands.remember_backup();
+                }
                 self.machine.released(&mut self.hands);
             }
         }
@@ -704,7 +737,8 @@ impl Hands {
     }
 
     /// Puts what came of the backup that has ended into the history, with all calls of hooks.
-    fn remember_backup(&mut self, called: Vec<Called>) {
+    fn remember_backup(&mut self) {
+        let called = std::mem::take(&mut self.called);
         if let Some(draft) = self.draft.take() {
             let remove = self.unfinished.remover();
             self.write_down(draft.finish(called), remove);
@@ -938,10 +972,12 @@ impl Effects for Hands {
         self.look_over();
     }
 
-    fn release(&mut self, verdict: Verdict) -> bool {
+    fn release(&mut self, verdict: Option<Verdict>) -> bool {
         match &self.calling {
             Some(calling) => calling.release(verdict),
-            None => self.remember_backup(Vec::new()),
+            None if self.job.is_none() => self.remember_backup(),
+            // That is to be finished first.
+            None => {}
         }
         self.calling.is_some()
     }

@@ -202,6 +202,14 @@ pub fn long_operations() -> Vec<(Vec<DevId>, String)> {
     entries.iter().filter_map(operation).collect()
 }
 
+/// What a btrfs on these devices, open, is at that its freeze would wait for.
+pub fn at_work_on(devices: &[DevId], fd: BorrowedFd<'_>) -> Option<String> {
+    let is_it = |of: &[DevId]| of.iter().any(|dev| devices.contains(dev));
+    let mut all = long_operations().into_iter();
+    let operation = all.find_map(|(of, operation)| is_it(&of).then_some(operation));
+    operation.or_else(|| waits_for_scrub(fd).then(|| "scrub".into()))
+}
+
 /// Since when the freeze of a btrfs ends a scrub (`should_cancel_scrub` in `fs/btrfs/scrub.c`). Before, it
 /// waits for it, which takes hours, and nothing but the version tells.
 const FREEZE_ENDS_SCRUB: (u32, u32) = (6, 19);

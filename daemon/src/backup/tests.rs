@@ -228,14 +228,13 @@ impl Effects for Truth {
         assert_eq!(self.job, Job::None, "finished, and the job is not over");
     }
 
-    fn release(&mut self, verdict: Verdict) -> bool {
-        assert_eq!(
-            self.job,
-            Job::None,
-            "hooks are let go and the job is not over"
+    fn release(&mut self, verdict: Option<Verdict>) -> bool {
+        assert!(
+            self.job == Job::None || self.told,
+            "hooks are let go and the job is neither over nor to be so"
         );
         assert!(
-            !(verdict == Verdict::Good && self.broken),
+            !(verdict == Some(Verdict::Good) && (self.broken || self.job != Job::None)),
             "hooks are told of a good backup"
         );
         if self.hooks == Hooks::None {
@@ -312,8 +311,12 @@ impl World {
             ..
         } = &self.machine;
         let phase = self.machine.phase();
+        let kept = match &self.machine.phase {
+            Phase::Ending { kept, .. } | Phase::Thawing { kept, .. } => kept.is_some(),
+            _ => false,
+        };
         format!(
-            "{phase} {} {stopping} {spent} {operation:?} {job:?} {hooks:?} {told} {reported} {broken} {covers} \
+            "{phase} {kept} {} {stopping} {spent} {operation:?} {job:?} {hooks:?} {told} {reported} {broken} {covers} \
              {refuse_answer} {refuse_begin}",
             known.is_some()
         )
@@ -387,11 +390,11 @@ impl World {
                     counts: String::new(),
                     names: Vec::new(),
                 };
-                machine.frozen(Ok(begun), truth);
+                machine.frozen(*now, Ok(begun), truth);
             }
             Event::JobFailed => {
                 truth.job = Job::None;
-                machine.frozen(Err("it cannot".into()), truth);
+                machine.frozen(*now, Err("it cannot".into()), truth);
             }
             Event::JobThawed => {
                 truth.job = Job::None;
@@ -405,11 +408,11 @@ impl World {
             Event::HooksFound => (truth.job, truth.hooks) = (Job::Waiting, Hooks::Calling),
             Event::HooksReady => {
                 truth.hooks = Hooks::Ready;
-                machine.quiesced(Ok(()), truth);
+                machine.quiesced(*now, Ok(()), truth);
             }
             Event::HookFailed => {
                 truth.hooks = Hooks::Failed;
-                machine.quiesced(Err("a hook failed".into()), truth);
+                machine.quiesced(*now, Err("a hook failed".into()), truth);
             }
             Event::HooksReleased => {
                 truth.hooks = Hooks::None;
@@ -421,18 +424,18 @@ impl World {
                     why: "an operator".into(),
                     reason: Some(thawed::OPERATOR),
                 };
-                machine.end_early(broken, truth);
+                machine.end_early(*now, broken, truth);
             }
             Event::Notice => {
                 truth.broken |= truth.job != Job::None;
                 let id = match &machine.phase {
                     Phase::Freezing { request, .. } => request.id,
                     Phase::Frozen { id, .. } | Phase::Thawing { id, .. } => *id,
-                    Phase::Idle | Phase::Ending(..) | Phase::Releasing(_) => *ids,
+                    Phase::Idle | Phase::Ending { .. } | Phase::Releasing(_) => *ids,
                 };
-                machine.notice(id, "the module", truth);
+                machine.notice(*now, id, "the module", truth);
             }
-            Event::OldNotice => machine.notice(0, "the module, of old", truth),
+            Event::OldNotice => machine.notice(*now, 0, "the module, of old", truth),
             Event::DeviceLost => {
                 truth.broken |= truth.job != Job::None;
                 // What was open went with it, and so does what is said to it.
@@ -441,7 +444,7 @@ impl World {
                     truth.open = Some(gone);
                     truth.refuse_answer = true;
                 }
-                machine.device_lost(truth);
+                machine.device_lost(*now, truth);
                 if truth.open.take().is_some() {
                     truth.refuse_answer = false;
                 }
@@ -454,14 +457,16 @@ impl World {
             Event::Time => {
                 let Some(next) = machine.next() else { return };
                 *now = next;
-                truth.broken |= truth.job != Job::None;
+                // What hangs in its thaw may be good yet.
+                let is_thawing = matches!(machine.phase, Phase::Thawing { .. });
+                truth.broken |= truth.job != Job::None && !is_thawing;
                 machine.time(*now, truth);
             }
             Event::Late => truth.refuse_answer = true,
             Event::NoDoor => truth.refuse_begin = true,
             Event::Stop => {
                 truth.broken |= truth.job != Job::None;
-                machine.stop(truth);
+                machine.stop(*now, truth);
             }
         }
         self.check();
@@ -488,7 +493,10 @@ impl World {
             machine.phase,
             Phase::Freezing { .. }
                 | Phase::Thawing { .. }
-                | Phase::Ending(_, Some(_))
+                | Phase::Ending {
+                    waiting: Some(_),
+                    ..
+                }
                 | Phase::Releasing(Some(_))
         );
         assert!(
@@ -650,11 +658,79 @@ fn a_freeze_waits_for_the_end_of_one_that_was_called_off_and_then_begins() {
     world.drain();
     // It does not wait for good, and not against the host's will.
     for (event, said) in [(Time, Some(status::FAIL)), (Thaw, Some(status::FAIL))] {
-        let mut world = after(&[Freeze, Broken, Freeze]);
+        let mut world = after(&[Freeze, Broken, Freeze, Time]);
         world.happen(event);
         assert_eq!(world.truth.said, said, "{event:?}");
         assert_eq!(world.machine.phase(), "ending");
         world.happen(JobFailed);
         assert_eq!(world.machine.phase(), "idle");
+    }
+}
+
+#[test]
+fn a_freeze_that_has_waited_has_as_long_as_the_host_waits() {
+    use Event::{Broken, Freeze, FreezeMore, HooksFound, HooksReady, HooksReleased};
+    use Event::{JobFailed, JobFrozen, JobThawed};
+    let limit = Duration::from_secs(30) - MARGIN;
+    for events in [
+        &[Freeze, JobFrozen, FreezeMore, JobThawed][..],
+        &[Freeze, Broken, Freeze, JobFailed],
+        &[
+            Freeze,
+            HooksFound,
+            HooksReady,
+            Broken,
+            Freeze,
+            JobFailed,
+            HooksReleased,
+        ],
+    ] {
+        let world = after(events);
+        assert_eq!(world.machine.phase(), "freezing", "{events:?}");
+        assert_eq!(world.machine.next(), Some(world.now + limit), "{events:?}");
+    }
+    // What is waited for meanwhile has less time, but for hooks.
+    let mut world = after(&[Freeze, Broken, Freeze]);
+    let came = world.now;
+    world.happen(Event::Time);
+    assert_eq!(world.machine.next(), Some(came + LAST));
+    let world = after(&[Freeze, HooksFound, HooksReady, Broken, Freeze, JobFailed]);
+    assert_eq!(world.machine.phase(), "releasing");
+    assert_eq!(world.machine.next(), Some(world.now + limit));
+}
+
+#[test]
+fn hooks_are_let_go_beside_what_hangs_and_the_next_freeze_waits_for_both() {
+    use Event::{Broken, Freeze, HooksFound, HooksReady, HooksReleased};
+    use Event::{JobFailed, JobFrozen, JobThawed, Thaw, Time};
+    let begun = [Freeze, HooksFound, HooksReady];
+    for (events, end) in [
+        (&[JobFrozen, Thaw][..], JobThawed),
+        (&[JobFrozen, Broken], JobThawed),
+        (&[Broken], JobFailed),
+    ] {
+        let events = [&begun[..], events].concat();
+        for hooks_end_first in [false, true] {
+            let mut world = after(&events);
+            let called = world.now;
+            assert_eq!(world.truth.hooks, Hooks::Ready, "{events:?}");
+            world.happen(Time);
+            assert_eq!(world.now, called + KEEP);
+            assert_eq!(world.truth.hooks, Hooks::Releasing, "{events:?}");
+            let ends = match hooks_end_first {
+                true => [HooksReleased, end],
+                false => [end, HooksReleased],
+            };
+            world.happen(ends[0]);
+            assert_ne!(world.machine.phase(), "idle", "{events:?}, {ends:?}");
+            world.happen(ends[1]);
+            assert_eq!(world.machine.phase(), "idle", "{events:?}, {ends:?}");
+            // What was good in the end is told so.
+            let good = events.contains(&Thaw);
+            let said = if good { status::OK } else { status::FAIL };
+            if events.contains(&Thaw) || end == JobFailed {
+                assert_eq!(world.truth.said, Some(said), "{events:?}");
+            }
+        }
     }
 }

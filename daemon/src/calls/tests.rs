@@ -137,7 +137,7 @@ fn hooks_are_called_in_order_and_let_go_in_reverse_and_told_what_it_is_about() {
     // What was called is on record, and what it said is not logged as long as all may be frozen.
     assert_eq!(scene.run().read_hooks().unwrap().unwrap().owed.len(), 2);
     assert!(!scene.log().contains("careful"), "{}", scene.log());
-    calling.release(Verdict::Good);
+    calling.release(Some(Verdict::Good));
     let called = scene.released();
     calling.join();
     let notes = scene.notes();
@@ -164,7 +164,7 @@ fn what_was_started_is_let_go_including_the_one_that_failed_and_the_rest_is_not_
     let calling = scene.start(hooks, LONG);
     let why = scene.quiesced().unwrap_err();
     assert_eq!(why, "hook 20-b: it failed with exit status 3");
-    calling.release(Verdict::Failed);
+    calling.release(Some(Verdict::Failed));
     scene.released();
     assert_eq!(
         scene.notes(),
@@ -188,7 +188,7 @@ fn one_that_cannot_be_run_fails_with_the_status_that_a_shell_has_and_the_log_say
     let calling = scene.start(vec![without, forbidden], LONG);
     let why = scene.quiesced().unwrap_err();
     assert_eq!(why, "hook 20-b: it failed with exit status 126");
-    calling.release(Verdict::Failed);
+    calling.release(Some(Verdict::Failed));
     scene.released();
     let log = scene.log();
     for part in [
@@ -210,7 +210,7 @@ fn one_that_is_optional_may_fail_and_one_that_must_not_run_is_not_run() {
     let calling = scene.start(vec![optional, unfit, scene.hook("30-c", NOTE)], LONG);
     let why = scene.quiesced().unwrap_err();
     assert_eq!(why, "hook 20-b: it is not run: others may write");
-    calling.release(Verdict::Failed);
+    calling.release(Some(Verdict::Failed));
     scene.released();
     assert_eq!(scene.notes(), ["10-a freeze ", "10-a freezeFail failed"]);
 }
@@ -226,7 +226,7 @@ fn a_hung_hook_is_killed_with_all_it_has_started() {
         why.starts_with("hook 10-a: killed, it took longer than 0.5 s"),
         "{why}"
     );
-    calling.release(Verdict::Failed);
+    calling.release(Some(Verdict::Failed));
     let called = scene.released();
     assert!(called[0].took < LONG / 2, "{called:?}");
     let notes = scene.notes();
@@ -251,7 +251,7 @@ fn the_word_to_let_go_ends_a_call_under_way() {
         assert!(Instant::now() < until, "it is not called");
         std::thread::sleep(Duration::from_millis(5));
     }
-    calling.release(Verdict::Failed);
+    calling.release(Some(Verdict::Failed));
     // Nobody hears that it is quiesced.
     let called = scene.released();
     assert_eq!(called[0].fault.as_deref(), Some("called off"));
@@ -273,7 +273,7 @@ fn one_that_stays_may_write_as_much_as_it_likes_and_is_killed_when_its_thaw_fail
         assert!(Instant::now() < until, "it hangs in a write");
         std::thread::sleep(Duration::from_millis(5));
     }
-    calling.release(Verdict::Good);
+    calling.release(Some(Verdict::Good));
     let called = scene.released();
     assert_eq!(
         called[1].fault.as_deref(),

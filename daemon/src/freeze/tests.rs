@@ -4,8 +4,11 @@
 //! file systems.
 
 use super::*;
+use crate::door::Syncer;
 use crate::logbook::Sink;
-use std::os::fd::AsRawFd;
+use nix::sys::stat::fstat;
+use nix::unistd::pipe;
+use std::sync::atomic::AtomicU64;
 
 const SHORT: Duration = Duration::from_millis(60);
 
@@ -16,7 +19,8 @@ type Call = (&'static str, usize);
 struct Double {
     this: Weak<Double>,
     calls: Mutex<Vec<Call>>,
-    numbers: BTreeMap<i32, usize>,
+    /// By the number that each has for the kernel, whatever the descriptor.
+    numbers: BTreeMap<u64, usize>,
     /// What fails, how, and how often.
     failures: Mutex<BTreeMap<Call, (Errno, usize)>>,
     /// How long a first call takes.
@@ -26,9 +30,18 @@ struct Double {
     watched_every: Option<Duration>,
 }
 
+/// What stands for a file system.
+fn stand_in() -> OwnedFd {
+    pipe().unwrap().0
+}
+
+fn inode_of(fd: impl AsFd) -> u64 {
+    fstat(fd).unwrap().st_ino
+}
+
 impl Double {
     fn call(&self, what: &'static str, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let number = self.numbers[&fd.as_raw_fd()];
+        let number = self.numbers[&inode_of(fd)];
         lock(&self.calls).push((what, number));
         let slow = lock(&self.slow).remove(&(what, number));
         thread::sleep(slow.unwrap_or_default());
@@ -109,8 +122,8 @@ fn setup_before(
     let mut targets = Vec::new();
     let mut learnt = Learnt::default();
     for (number, (wave, usual)) in waves.iter().enumerate() {
-        let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
-        double.numbers.insert(fd.as_raw_fd(), number);
+        let fd = stand_in();
+        double.numbers.insert(inode_of(&fd), number);
         let dev: DevId = format!("8:{number}").parse().unwrap();
         if let Some(ms) = usual {
             learnt.usual.insert(dev, Duration::from_millis(*ms));
@@ -141,6 +154,8 @@ fn setup_before(
         abort: Arc::default(),
         progress: Arc::default(),
         pool: Arc::default(),
+        aside: Arc::default(),
+        apart: Arc::default(),
     };
     let session = Session::new(targets, means.clone(), &learnt).unwrap();
     Setup {
@@ -174,7 +189,7 @@ impl Setup {
 #[test]
 fn waves_are_frozen_in_order_and_thawed_in_reverse() {
     let mut s = setup(&[1, 0, 2], &[], false);
-    s.session.sync(&s.learnt);
+    s.session.sync(&mut s.learnt);
     let summary = s.freeze().unwrap();
     assert_eq!(summary.ours, 3);
     s.session.thaw().unwrap();
@@ -219,17 +234,95 @@ fn a_disk_that_fails_in_whatever_way_costs_nobody_else_the_backup() {
         Errno::EILSEQ,
         Errno::EBADE,
         Errno::ENOSPC,
+        Errno::EINVAL,
+        Errno::EBADMSG,
+        Errno::ENODEV,
     ] {
-        let mut s = setup(&[0, 1], &[("freeze", 0, errno, ALWAYS)], false);
-        let summary = s.freeze().unwrap();
-        assert_eq!((summary.ours, summary.left_out), (1, 1), "{errno}");
+        // Before either door.
+        for watched_every in [None, Some(Duration::ZERO)] {
+            let double = Double {
+                watched_every,
+                ..Double::default()
+            };
+            let failures = [("freeze", 0, errno, ALWAYS)];
+            let waves = [(0, None), (1, None)];
+            let mut s = setup_before(double, &waves, &[], &failures, false);
+            let summary = s.freeze().unwrap();
+            assert_eq!((summary.ours, summary.left_out), (1, 1), "{errno}");
+            let mut s = setup(&[0, 1], &failures, true);
+            let error = s.freeze().unwrap_err();
+            assert!(matches!(error, FreezeError::Strict { .. }), "{error}");
+        }
     }
-    // Of the module this is the word for having no room.
-    let failures = [("freeze", 0, Errno::ENOSPC, ALWAYS)];
-    let waves = [(0, None), (1, None)];
-    let mut s = setup_before(Double::default(), &waves, &[], &failures, false);
+}
+
+#[test]
+fn what_is_our_own_fault_is_nobody_elses() {
+    for errno in [Errno::EBADF, Errno::EPERM, Errno::EPROTO, Errno::ESTALE] {
+        let mut s = setup(&[0, 1], &[("freeze", 1, errno, ALWAYS)], false);
+        let error = s.freeze().unwrap_err();
+        assert!(matches!(error, FreezeError::Failed { .. }), "{error}");
+        assert_eq!(s.calls().last(), Some(&("thaw", 0)));
+    }
+    // The module has no room for any, which is not the same as a disk that has none.
+    let failures = [0, 1].map(|number| ("freeze", number, Errno::ENOSPC, ALWAYS));
+    let mut s = setup(&[0, 1], &failures, false);
     let error = s.freeze().unwrap_err();
     assert!(matches!(error, FreezeError::Failed { .. }), "{error}");
+}
+
+#[test]
+fn what_has_begun_something_long_meanwhile_is_left_out_of_the_next_attempt() {
+    for strict in [false, true] {
+        let failures = [("freeze", 1, Errno::EBUSY, 1)];
+        let mut s = setup(&[0], &failures, strict);
+        let asked = Arc::new(AtomicU64::new(0));
+        let begins = Arc::clone(&asked);
+        // From the second attempt on.
+        let busy = move |_: BorrowedFd<'_>| {
+            let before = begins.fetch_add(1, Ordering::SeqCst);
+            (before > 0).then(|| "busy: at something long".to_owned())
+        };
+        let fds = [stand_in(), stand_in()];
+        let mut double = Double::default();
+        for (number, fd) in fds.iter().enumerate() {
+            double.numbers.insert(inode_of(fd), number);
+        }
+        for (what, number, errno, times) in failures {
+            lock(&double.failures).insert((what, number), (errno, times));
+        }
+        let double = Arc::new(double);
+        let [first, second] = fds;
+        let target = |number, fd| {
+            Target::new(
+                DevId {
+                    major: 8,
+                    minor: number,
+                },
+                format!("/fs{number}"),
+                number as usize,
+                fd,
+            )
+        };
+        let targets = vec![target(0, first).asked(Box::new(busy)), target(1, second)];
+        let door = double.clone();
+        s.means = Means { door, ..s.means };
+        s.session = Session::new(targets, s.means.clone(), &s.learnt).unwrap();
+        let result = s.freeze();
+        assert_eq!(asked.load(Ordering::SeqCst), 2);
+        let calls = lock(&double.calls).clone();
+        assert_eq!(calls.iter().filter(|it| **it == ("freeze", 0)).count(), 1);
+        match strict {
+            false => {
+                let summary = result.unwrap();
+                assert_eq!((summary.ours, summary.left_out), (1, 1));
+            }
+            true => {
+                let error = result.unwrap_err().to_string();
+                assert!(error.contains("/fs0 is busy"), "{error}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -308,7 +401,7 @@ fn what_cannot_freeze_is_synced_with_nothing_frozen_and_known_the_next_time() {
 
     let mut next = setup(&[0, 1], &failures, false);
     next.learnt = s.learnt;
-    next.session.sync(&next.learnt);
+    next.session.sync(&mut next.learnt);
     next.freeze().unwrap();
     let expected = [("sync", 0), ("sync", 1), ("freeze", 1), ("freeze", 0)];
     assert_eq!(next.calls(), expected);
@@ -353,6 +446,33 @@ fn a_sync_that_fails_or_hangs_costs_nobody_else_the_backup() {
 }
 
 #[test]
+fn a_sync_that_hangs_ends_when_it_is_called_off_and_is_not_begun_again_before_it_returns() {
+    let mut s = setup(&[0, 0], &[], false);
+    s.slow("sync", 0, SHORT * 10);
+    let abort = Arc::clone(&s.means.abort);
+    let double = Arc::clone(&s.double);
+    let call_off = thread::spawn(move || {
+        while lock(&double.calls).is_empty() {
+            thread::yield_now();
+        }
+        abort.store(true, Ordering::SeqCst);
+    });
+    let begun = Instant::now();
+    s.session.sync(&mut s.learnt);
+    assert!(matches!(s.freeze(), Err(FreezeError::Aborted)));
+    assert!(begun.elapsed() < SHORT * 8, "{:?}", begun.elapsed());
+    call_off.join().unwrap();
+    assert_eq!(s.calls(), [("sync", 0)]);
+    // The next one is of the other only, or waits.
+    let mut other = setup(&[0, 0], &[], false);
+    other.learnt = std::mem::take(&mut s.learnt);
+    assert!(other.learnt.hangs("8:0".parse().unwrap()));
+    other.session.sync(&mut other.learnt);
+    assert!(begun.elapsed() >= SHORT * 10, "{:?}", begun.elapsed());
+    assert_eq!(other.calls(), [("sync", 0), ("sync", 1)]);
+}
+
+#[test]
 fn those_that_are_frozen_do_not_wait_for_a_slow_one() {
     let mut s = setup(&[0, 0, 0], &[], false);
     s.means.pool.grow(3).unwrap();
@@ -385,6 +505,92 @@ fn a_thaw_that_hangs_does_not_hold_up_those_that_come_after() {
     let calls = s.calls();
     let first = calls.iter().find(|call| call.0 == "thaw");
     assert_eq!(first, Some(&("thaw", 3)), "{calls:?}");
+}
+
+#[test]
+fn a_thaw_that_hangs_does_not_hold_up_those_that_are_taken_back_after_it() {
+    // What is busy has the others taken back, and so has what is slow.
+    for (failures, slow) in [
+        (&[("freeze", 0, Errno::EBUSY, 1)][..], None),
+        (&[], Some(0)),
+    ] {
+        // With one thread they are one after the other.
+        let waves = [(1, None), (0, None), (0, None)];
+        let stand_on = [Some(&[][..]), Some(&[]), Some(&[])];
+        let mut s = setup_on(&waves, &stand_on, failures, false);
+        if let Some(number) = slow {
+            s.slow("freeze", number, SHORT * 40);
+        }
+        let hang = THAW_TIME * 3;
+        s.slow("thaw", 1, hang);
+        let (progress, done) = (
+            Arc::clone(&s.means.progress),
+            Arc::new(AtomicBool::new(false)),
+        );
+        let over = Arc::clone(&done);
+        let look = thread::spawn(move || {
+            let mut seen = false;
+            while !over.load(Ordering::SeqCst) {
+                seen |= progress
+                    .stuck(Instant::now(), THAW_TIME)
+                    .is_some_and(|it| it.contains("/fs1"));
+                thread::sleep(Duration::from_millis(5));
+            }
+            seen
+        });
+        let double = Arc::clone(&s.double);
+        let watch = thread::spawn(move || {
+            let when = |call: Call| loop {
+                if lock(&double.calls).contains(&call) {
+                    return Instant::now();
+                }
+                thread::yield_now();
+            };
+            let hung = when(("thaw", 1));
+            when(("thaw", 2)) - hung
+        });
+        let begun = Instant::now();
+        s.freeze().unwrap();
+        assert!(begun.elapsed() >= hang);
+        done.store(true, Ordering::SeqCst);
+        let waited = watch.join().unwrap();
+        assert!(waited < hang - THAW_TIME / 2, "{waited:?}");
+        assert!(look.join().unwrap(), "what hangs is not shown");
+    }
+}
+
+#[test]
+fn a_look_that_hangs_holds_up_no_thaw_and_is_not_taken_for_one() {
+    let mut s = setup(&[0, 0, 1], &[], false);
+    s.freeze().unwrap();
+    // All are still frozen, and one look takes long to find out.
+    for number in 0..3 {
+        lock(&s.double.failures).insert(("freeze", number), (Errno::EBUSY, ALWAYS));
+    }
+    let hang = LOOK_TIME * 5;
+    s.slow("freeze", 1, hang);
+    let begun = Instant::now();
+    for _ in 0..2 {
+        assert!(s.session.look_after().is_empty());
+    }
+    assert!(begun.elapsed() < hang / 2, "{:?}", begun.elapsed());
+    s.session.thaw().unwrap();
+    let until: Vec<Instant> = s
+        .session
+        .account()
+        .iter()
+        .map(|it| it.until.unwrap())
+        .collect();
+    assert!(until[0] - begun < hang, "{until:?}");
+    assert!(until[2] - begun < hang, "{until:?}");
+    assert!(until[1] - begun >= hang, "{until:?}");
+    // What one of them has frozen again is thawed, and told.
+    let mut s = setup(&[0, 0], &[], false);
+    s.freeze().unwrap();
+    s.slow("freeze", 0, hang);
+    assert!(s.session.look_after().is_empty());
+    assert!(s.session.thaw().is_err());
+    assert_eq!(s.calls().iter().rfind(|(_, n)| *n == 0), Some(&("thaw", 0)));
 }
 
 #[test]
@@ -509,9 +715,9 @@ fn what_was_written_while_it_was_frozen_had_been_thawed_for_a_while() {
             std::env::temp_dir().join(format!("hv_vss-stat-{}-{number}", std::process::id()));
         std::fs::write(&path, "0 0 0 0 0 0 8 0").unwrap();
         let stat = std::fs::File::open(&path).unwrap();
-        let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+        let fd = stand_in();
         let mut double = Double::default();
-        double.numbers.insert(fd.as_raw_fd(), 0);
+        double.numbers.insert(inode_of(&fd), 0);
         let target = Target::new("8:0".parse().unwrap(), "/fs0".into(), 0, fd)
             .with_writes(Writes::from(vec![stat]));
         let means = Means {
@@ -532,7 +738,7 @@ fn what_was_written_while_it_was_frozen_had_been_thawed_for_a_while() {
 fn what_is_on_one_disk_is_in_one_lane() {
     let disks: [&[&str]; 6] = [&["8:0"], &["8:16"], &["8:0"], &[], &["8:32", "8:16"], &[]];
     let targets = disks.iter().map(|disks| {
-        let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+        let fd = stand_in();
         let disks = disks.iter().map(|it| it.parse().unwrap()).collect();
         Target::new(DevId::default(), "/fs".into(), 0, fd).with_disks(disks)
     });

@@ -4,6 +4,7 @@
 //! not: a disk, a freeze, an open.
 
 use super::deadman::{good_backup, make_hung, released, HANG, RELEASED, UNHANG};
+use super::hooks::{self, hook, noted};
 use super::owned::held;
 use super::{case, load, reply_within, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Context, Result};
@@ -34,7 +35,7 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "deadman/hung-thaw",
-        "a thaw that hangs on its disk holds up no image on another one, which comes after it",
+        "a thaw that hangs on its disk holds up no image on another one, which comes after it, and no hook",
         |guest| hung_thaw(guest, Module::Ours),
     ),
     case(
@@ -44,13 +45,19 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "deadman/both-killed-in-a-hung-freeze",
-        "daemon and guard killed inside a FIFREEZE that hangs: all is thawed, the rest at once",
+        "daemon and guard killed inside a FIFREEZE that hangs: all is thawed and let go, the rest at once",
         both_killed_in_a_hung_freeze,
     ),
     case(
         "deadman/killed-beside-a-hung-sync",
         "a daemon killed while its sync of a vfat hangs: the rest goes on, the next daemon serves",
         killed_beside_a_hung_sync,
+    ),
+    case(
+        "deadman/hung-sync",
+        "a sync of an ext4 that hangs: without that disk the next backup is good, and so is that of the \
+         next daemon",
+        hung_sync,
     ),
     case(
         "deadman/hung-open",
@@ -228,6 +235,7 @@ fn hung_thaw(guest: &Guest, module: Module) -> Result<()> {
               mkfs.ext4 -q -F /mnt/a/image && mount -o loop /mnt/a/image /mnt/inner",
     )?;
     guest.writer_start("/mnt/inner/w")?;
+    hook(guest, "10-a", "")?;
     let vss = guest.vss();
     let daemon = start(guest, module, Daemon::Ours)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
@@ -235,6 +243,9 @@ fn hung_thaw(guest: &Guest, module: Module) -> Result<()> {
     guest.sh(HANG)?;
     let tx = vss.send(Op::THAW, &SHORT_BODY)?;
     released(guest, "one hangs in its thaw", guest.clock()?, RELEASED * 2)?;
+    // Nobody can tell yet whether that will be a good backup.
+    let expected = ["10-a freeze ", "10-a thaw unknown"];
+    noted(guest, "a hook beside what hangs", &expected)?;
     ensure!(
         vss.try_reply(tx).is_none(),
         "THAW should wait for the one that hangs"
@@ -242,7 +253,10 @@ fn hung_thaw(guest: &Guest, module: Module) -> Result<()> {
     guest.sh(UNHANG)?;
     answered("THAW", &vss.wait(tx, STEP)?, status::OK)?;
     good_backup(guest)?;
-    stop(guest, module, &daemon)
+    let expected = ["10-a freeze ", "10-a thaw good"];
+    noted(guest, "a hook of the next backup", &expected)?;
+    stop(guest, module, &daemon)?;
+    hooks::end(guest)
 }
 
 fn killed_beside_a_hung_sync(guest: &Guest) -> Result<()> {
@@ -280,6 +294,46 @@ fn killed_beside_a_hung_sync(guest: &Guest) -> Result<()> {
     stop(guest, Module::Ours, &next)
 }
 
+fn hung_sync(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "rm -rf /etc/hv_vss; modprobe dm-mod; mkdir -p /etc/hv_vss /mnt/a /mnt/hung
+         mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+         dmsetup create hung --noudevsync --table '0 131072 linear /dev/ram4 0'
+         [ -e /dev/mapper/hung ] || dmsetup mknodes
+         mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    let vss = guest.vss();
+    load(guest, Module::Ours, &["freeze_timeout_ms=5000"])?;
+    let daemon = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    guest.sh(&format!(
+        "dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null; {HANG}"
+    ))?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    ensure!(
+        guest.output(&daemon)?.contains("called off: writing back"),
+        "it should hang in the sync"
+    );
+    guest.sh(
+        "echo 'exclude.paths = [\"/mnt/hung\"]' >/etc/hv_vss/daemon.toml
+         /payload/hv_vss_daemon reload",
+    )?;
+    good_backup(guest).context("without the disk that hangs")?;
+    guest.signal(&daemon, 9)?;
+    // What is left of it has nothing open.
+    let next = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    ensure!(
+        !guest.has_ended(&daemon)?,
+        "the sync should hang until its disk is back"
+    );
+    good_backup(guest).context("of the next daemon")?;
+    guest.sh(&format!("{UNHANG}; rm -rf /etc/hv_vss"))?;
+    guest.wait(&daemon, STEP)?;
+    stop(guest, Module::Ours, &next)
+}
+
 /// The log is held as long as something may be frozen; an operator learns of it all the same.
 fn says_that_it_hangs(guest: &Guest) -> Result<()> {
     for expected in [
@@ -306,6 +360,7 @@ fn says_that_it_hangs(guest: &Guest) -> Result<()> {
 
 fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
     make_two(guest)?;
+    hook(guest, "10-a", "")?;
     let vss = guest.vss();
     load(guest, Module::Stock, &[])?;
     for remedy in ["the stop step", "the next start"] {
@@ -321,6 +376,8 @@ fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
             _ => guest.start_daemon(Daemon::Ours)?,
         };
         released(guest, remedy, guest.clock()?, RELEASED * 2)?;
+        let expected = ["10-a freeze ", "10-a thaw unknown"];
+        noted(guest, remedy, &expected)?;
         // When it is over, it has frozen on behalf of a process that is dead.
         equal("threads in a freeze", in_freeze(guest, &daemon)?, 1)?;
         guest.sh(UNHANG)?;
@@ -338,8 +395,10 @@ fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
         good_backup(guest)?;
         guest.signal(&next, 15)?;
         guest.wait(&next, STEP)?;
+        let expected = ["10-a freeze ", "10-a thaw good"];
+        noted(guest, "a hook of the next backup", &expected)?;
     }
-    Ok(())
+    hooks::end(guest)
 }
 
 fn hung_open(guest: &Guest) -> Result<()> {

@@ -90,7 +90,7 @@ fn stop_at_rest(guest: &Guest, module: Module, daemon: &Process) -> Result<()> {
 }
 
 /// Back to a guest without hooks.
-fn end(guest: &Guest) -> Result<()> {
+pub(super) fn end(guest: &Guest) -> Result<()> {
     let line = "rm -rf /etc/hv_vss /etc/qemu /etc/vmware-tools /run/notes";
     guest.sh(line).map(drop)
 }
@@ -104,7 +104,8 @@ fn hook_at(guest: &Guest, path: &str, body: &str) -> Result<()> {
         .map(drop)
 }
 
-fn hook(guest: &Guest, name: &str, body: &str) -> Result<()> {
+/// Makes a hook, which writes to `/mnt/a` as well.
+pub(super) fn hook(guest: &Guest, name: &str, body: &str) -> Result<()> {
     hook_at(guest, &format!("{FOLDER}/{name}"), body)
 }
 
@@ -115,7 +116,7 @@ fn notes(guest: &Guest) -> Result<Vec<String>> {
 }
 
 /// Waits until the hooks have noted this.
-fn noted(guest: &Guest, what: &str, expected: &[&str]) -> Result<()> {
+pub(super) fn noted(guest: &Guest, what: &str, expected: &[&str]) -> Result<()> {
     let mut seen = Vec::new();
     let enough = guest.wait_until(what, STEP, || {
         let text = guest.sh("cat /run/notes 2>/dev/null || true")?;

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Threads that have nothing open but what they are handed, each with a table of descriptors of its own.
+//!
+//! A call that hangs in the kernel cannot be ended, and as long as its thread is there, so is all that this
+//! thread has open, also when the process has died: the device of the module, the guard's line. What may hang
+//! on a disk is done here, and whoever had it done waits for as long as they like. A thread that has come
+//! back is used again. It knows nothing of what it runs.
+
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread::Builder;
+
+use nix::sys::socket::{
+    sendmsg, socketpair, AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType,
+};
+
+use crate::sys;
+
+const STACK_BYTES: usize = 64 * 1024;
+
+type Step = Box<dyn FnOnce(Vec<OwnedFd>) + Send>;
+
+/// The threads. They end with this, each when what it is at has ended.
+#[derive(Default)]
+pub struct Apart(Mutex<Vec<Helper>>);
+
+struct Helper {
+    /// Over which it is handed descriptors.
+    line: OwnedFd,
+    steps: Sender<Step>,
+    /// What it is at, or was.
+    last: Weak<()>,
+}
+
+impl Apart {
+    /// Has `step` done with copies of these descriptors, by a thread that has no others. As long as it is at
+    /// that, so is what is returned. `step` must not own a descriptor: it would close another one.
+    pub fn hand_over(
+        &self,
+        fds: &[BorrowedFd<'_>],
+        step: impl FnOnce(Vec<OwnedFd>) + Send + 'static,
+    ) -> io::Result<Weak<()>> {
+        // It is whole after each line below.
+        let mut helpers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = helpers.iter().position(|it| it.last.strong_count() == 0);
+        let mut helper = match free {
+            Some(index) => helpers.swap_remove(index),
+            None => Helper::start()?,
+        };
+        // One that does not take it ends.
+        helper.send(fds)?;
+        let life = Arc::new(());
+        helper.last = Arc::downgrade(&life);
+        let alive = helper.last.clone();
+        let step = move |fds| {
+            step(fds);
+            drop(life);
+        };
+        let sent = helper.steps.send(Box::new(step));
+        sent.map_err(|_| io::Error::other("the thread has ended"))?;
+        helpers.push(helper);
+        Ok(alive)
+    }
+}
+
+impl Helper {
+    fn start() -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (line, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        let (steps, orders) = channel();
+        let (begin, begun) = channel();
+        let number = theirs.as_raw_fd();
+        let body = move || {
+            let kept = sys::keep_only(number);
+            // Whoever waits for it is there.
+            let _ = begin.send(kept.as_ref().map(drop).map_err(io::Error::kind));
+            if let Ok(line) = kept {
+                work(&line, &orders);
+            }
+        };
+        let builder = Builder::new().name("apart".into()).stack_size(STACK_BYTES);
+        builder.spawn(body)?;
+        // Until then `theirs` must not be closed.
+        begun.recv().map_err(io::Error::other)??;
+        Ok(Helper {
+            line,
+            steps,
+            last: Weak::new(),
+        })
+    }
+
+    fn send(&self, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let raw: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let byte = [io::IoSlice::new(&[0])];
+        sendmsg::<()>(
+            self.line.as_raw_fd(),
+            &byte,
+            &rights,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )?;
+        Ok(())
+    }
+}
+
+fn work(line: &OwnedFd, orders: &Receiver<Step>) {
+    while let Ok(step) = orders.recv() {
+        // They were sent before the word.
+        let Ok((_, fds)) = sys::receive(line.as_fd(), &mut [0]) else {
+            return;
+        };
+        step(fds);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    /// Longer than any step of a test takes.
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_thread_has_open_what_it_was_handed_and_is_used_again_when_it_has_come_back() {
+        let apart = Apart::default();
+        let (tell, told) = channel();
+        let (let_go, hang) = channel::<()>();
+        let (ours, theirs) = nix::unistd::pipe().unwrap();
+        let count = || std::fs::read_dir("/proc/thread-self/fd").map(Iterator::count);
+        let thread = || nix::unistd::gettid();
+        let first = tell.clone();
+        let hung = apart
+            .hand_over(&[ours.as_fd(), theirs.as_fd()], move |fds| {
+                first.send((fds.len(), count().unwrap(), thread())).unwrap();
+                let _ = hang.recv();
+            })
+            .unwrap();
+        let (handed, open, hanging) = told.recv_timeout(LONG).unwrap();
+        // With its line, and the one by which they are counted.
+        assert_eq!((handed, open), (2, 4));
+        let mut last = None;
+        for _ in 0..2 {
+            let tell = tell.clone();
+            let alive = apart
+                .hand_over(&[ours.as_fd()], move |fds| {
+                    tell.send((fds.len(), count().unwrap(), thread())).unwrap();
+                })
+                .unwrap();
+            let (handed, open, thread) = told.recv_timeout(LONG).unwrap();
+            assert_eq!((handed, open), (1, 3));
+            assert_ne!(thread, hanging);
+            assert!(last.replace(thread).is_none_or(|last| last == thread));
+            let until = Instant::now() + LONG;
+            while alive.strong_count() > 0 {
+                assert!(Instant::now() < until, "it does not come back");
+                std::thread::yield_now();
+            }
+        }
+        assert_eq!(hung.strong_count(), 1);
+        drop(let_go);
+    }
+}
