@@ -68,14 +68,23 @@ enum Action {
         #[arg(long, value_name = "PART")]
         shard: Option<shard::Shard>,
     },
-    /// Add up what the parts of a run have left, and count it
+    /// Add up what the parts of a run have left, and count it; no case may be missing
     Sum {
-        /// The verdicts of each part
-        #[arg(required = true)]
-        files: Vec<PathBuf>,
+        /// The cases that the run was of, as they were named to it
+        #[arg(default_value = "*")]
+        globs: Vec<String>,
+        /// The verdicts of a part, one for each
+        #[arg(long = "part", value_name = "FILE", required = true)]
+        parts: Vec<PathBuf>,
         /// Where to write them together, with what is made from them
         #[arg(long, value_name = "FOLDER")]
         results: PathBuf,
+        /// Also the long ones, as it was told
+        #[arg(long)]
+        all: bool,
+        /// Its kernel does not take our module
+        #[arg(long)]
+        stock: bool,
     },
     /// Back up a guest once, slowly enough to read along
     Demo,
@@ -99,10 +108,32 @@ fn select(globs: &[String]) -> Result<Vec<cases::Case>> {
     Ok(chosen)
 }
 
+/// The cases of a run: those of [`select`] that are in each run, with `all` also the long ones, and
+/// those that are named in full. Without our module there are none that ask it, and it says so.
+fn choose(globs: &[String], all: bool, has_module: bool) -> Result<Vec<cases::Case>> {
+    let mut chosen = select(globs)?;
+    chosen.retain(|case| {
+        let wanted = case.when == When::Always || (all && case.when == When::All);
+        wanted || globs.iter().any(|glob| glob == case.name)
+    });
+    if !has_module {
+        chosen.retain(|case| {
+            if case.asks_our_module {
+                println!("left out, for want of our module: {}", case.name);
+            }
+            !case.asks_our_module
+        });
+    }
+    Ok(chosen)
+}
+
 /// Leaves what is for people, and says whether everything passed. The comparison is made from all of its cases
 /// or not at all, the matrix from all of a fault.
 fn report(results: &Path, verdicts: &[runner::Verdict]) -> Result<bool> {
-    let ran = |case: &cases::Case| verdicts.iter().any(|it| it.name == case.name);
+    let ran = |case: &cases::Case| {
+        let mut verdicts = verdicts.iter();
+        verdicts.any(|it| it.name == case.name && it.was_run())
+    };
     let is_whole = |case: &cases::Case| case.when != When::Always || ran(case);
     if cases::all().iter().all(is_whole) {
         runner::write_comparison(&results.join("comparison.md"), verdicts)?;
@@ -138,20 +169,8 @@ fn perform(action: Action) -> Result<bool> {
             shard,
         } => {
             cases::set_schedule(rounds, seed);
-            let mut chosen = select(&globs)?;
-            chosen.retain(|case| {
-                let wanted = case.when == When::Always || (all && case.when == When::All);
-                wanted || globs.iter().any(|glob| glob == case.name)
-            });
             let images = guest::Images::prepare(Path::new("."))?.with_patience(patience);
-            if !images.has_module() {
-                chosen.retain(|case| {
-                    if case.asks_our_module {
-                        println!("left out, for want of our module: {}", case.name);
-                    }
-                    !case.asks_our_module
-                });
-            }
+            let mut chosen = choose(&globs, all, images.has_module())?;
             let host = Profile::ALL
                 .into_iter()
                 .find(|it| host.as_deref() == Some(it.name));
@@ -169,8 +188,15 @@ fn perform(action: Action) -> Result<bool> {
             runner::write_json(&json, &verdicts)?;
             report(images.results(), &verdicts)
         }
-        Action::Sum { files, results } => {
-            let verdicts = shard::collect(&files, &cases::all())?;
+        Action::Sum {
+            globs,
+            parts,
+            results,
+            all,
+            stock,
+        } => {
+            let expected = choose(&globs, all, !stock)?;
+            let verdicts = shard::collect(&parts, &expected)?;
             runner::write_json(&results.join("e2e.json"), &verdicts)?;
             report(&results, &verdicts)
         }

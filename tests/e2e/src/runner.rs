@@ -41,6 +41,39 @@ pub struct Verdict {
     pub cells: Vec<Cell>,
 }
 
+/// What the verdict on a case says that has none.
+const MISSING: &str = "it was not run, or its run did not end";
+
+impl Verdict {
+    /// Of a case that was to be run, and of which no run has left a word.
+    pub fn missing(name: &str) -> Verdict {
+        Verdict {
+            name: name.to_string(),
+            passed: false,
+            seconds: 0.0,
+            error: Some(MISSING.into()),
+            again: false,
+            comparisons: Vec::new(),
+            cells: Vec::new(),
+        }
+    }
+
+    /// Whether there is anything to say of the case.
+    pub fn was_run(&self) -> bool {
+        self.error.as_deref() != Some(MISSING)
+    }
+
+    /// Of a case that passed at once.
+    #[cfg(test)]
+    pub fn passed(name: &str) -> Verdict {
+        Verdict {
+            passed: true,
+            error: None,
+            ..Verdict::missing(name)
+        }
+    }
+}
+
 /// How often in one run a case is begun again: machines that stand still more often are no accident.
 const MOST_AGAIN: usize = 2;
 
