@@ -286,11 +286,13 @@ fn says_that_it_hangs(guest: &Guest) -> Result<()> {
         "hv_vss_daemon: called off, still inside the freeze of /mnt/hung",
         "hv_vss_daemon: a backup was refused: the last one has not ended in time",
     ] {
-        let log = guest.log(6)?;
-        ensure!(
-            log.iter().any(|it| it.text.contains(expected)),
-            "the kernel's log should say {expected:?}, it was: {log:?}"
-        );
+        // The host has its answer before.
+        let mut log = Vec::new();
+        let said = guest.wait_until("the kernel's log says so", STEP, || {
+            log = guest.log(6)?;
+            Ok(log.iter().any(|it| it.text.contains(expected)))
+        });
+        said.with_context(|| format!("it should say {expected:?}, it was: {log:?}"))?;
     }
     for (command, expected) in [
         ("status", "called off, still inside the freeze of /mnt/hung"),

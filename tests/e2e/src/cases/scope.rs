@@ -7,8 +7,8 @@
 
 use super::disks::{self, Attached};
 use super::order::{frozen_in_order, inner_before_outer};
-use super::{case, describe, good, load, observe, observe_backup_of, rounds_or, seed, start, stop};
-use super::{wait_for_daemon, Case, Seen};
+use super::{case, describe, good, load, logged, logged_all, observe, observe_backup_of};
+use super::{rounds_or, seed, start, stop, wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
@@ -549,7 +549,7 @@ fn image_in_a_container(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/a/w")?;
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
     equal("the backup", &observe(guest)?, &good(&[&file, "/mnt/a/w"]))?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     frozen_in_order(&log, &["/data", "/mnt/a", "/"])
 }
 
@@ -604,7 +604,7 @@ fn journal_elsewhere(guest: &Guest) -> Result<()> {
     let seen = observe(guest)?;
     let expected = good(&["/mnt/xfs/w", "/mnt/disk/w", "/mnt/inner/w"]);
     equal("the backup", &seen, &expected)?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     frozen_in_order(&log, &["/mnt/inner", "/mnt/disk"])?;
     frozen_in_order(&log, &["/mnt/xfs", "/mnt/disk"])?;
     stop(guest, guest.module(), &daemon)?;
@@ -626,7 +626,7 @@ fn not_known_to_be_hardware(guest: &Guest) -> Result<()> {
               mkfs.ext4 -q -F /dev/sdb && mount /dev/sdb /mnt/second")?;
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
     super::backup(guest)?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     frozen_in_order(&log, &["/mnt/second", "/mnt/first", "/mnt/plain", "/"])?;
     stop(guest, guest.module(), &daemon)?;
     guest
@@ -873,7 +873,7 @@ fn which_disks(guest: &Guest) -> Result<()> {
         &daemon,
         &["in the backup: ", ":0:0:9", "no disk that is known"],
     )?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     let on_first = format!("in the backup: {first}");
     ensure!(!log.contains(&on_first), "{first} is in no backup:\n{log}");
 
@@ -993,13 +993,12 @@ fn raw_writer(guest: &Guest) -> Result<()> {
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
     let seen = observe_backup_of(guest, &[on_first])?;
     equal("a backup of the other disk", &seen, &good(&["/mnt/a/w"]))?;
-    says(guest, &daemon, &["the backup is good"])?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     ensure!(!log.contains("was written to"), "nothing was:\n{log}");
     let seen = observe_backup_of(guest, &[on_first, on_second])?;
     equal("a backup of both disks", &seen, &good(&["/mnt/a/w"]))?;
-    says(guest, &daemon, &[&format!("was written to {second} while")])?;
-    let log = guest.output(&daemon)?;
+    let log = logged_all(guest, &daemon, 2)?;
+    ensure!(says_written(&log, &second), "to {second}:\n{log}");
     ensure!(!says_written(&log, &first), "not to {first}:\n{log}");
     stop(guest, guest.module(), &daemon)?;
 
@@ -1070,8 +1069,8 @@ fn raw_writer_on_layers(guest: &Guest) -> Result<()> {
     let seen = observe_backup_of(guest, &all)?;
     equal("the backup", &seen, &good(&["/mnt/a/w"]))?;
     let words = format!("was written to /dev/{} while", spare.trim());
-    says(guest, &daemon, &[&words])?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
+    ensure!(log.contains(&words), "no {words:?}:\n{log}");
     equal(
         "what was written to",
         log.matches("was written to").count(),
@@ -1112,8 +1111,7 @@ fn raw_writer_on_layers(guest: &Guest) -> Result<()> {
         Ok(written()? != before)
     })?;
     answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
-    says(guest, &daemon, &["the backup is good"])?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     ensure!(!log.contains("was written to"), "nobody else did:\n{log}");
     stop(guest, guest.module(), &daemon)?;
     guest.writers_stop()?;
