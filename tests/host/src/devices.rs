@@ -37,6 +37,8 @@ const CMOS: std::ops::RangeInclusive<u16> = 0x70..=0x71;
 const AGENT_BUFFER: usize = 1 << 20;
 /// How many bytes from the guest are collected before the stream gets them, unless a line ends.
 const AGENT_BATCH: usize = 4096;
+/// How long a byte may lie in the agent's port before the guest is told of it again.
+const UNREAD: Duration = Duration::from_secs(1);
 /// How long an unfinished line from the guest waits for its rest.
 const AGENT_PATIENCE: Duration = Duration::from_millis(20);
 
@@ -211,16 +213,41 @@ struct AgentPort {
     serial: Serial<Line, NoEvents, AgentWriter>,
     /// Bytes for the guest that the port has no room for.
     incoming: VecDeque<u8>,
+    /// How many bytes the guest has read.
+    read: u64,
+    /// The same when it was last looked whether it reads.
+    read_before: Option<u64>,
+    /// How often it was told again.
+    raised_again: u64,
 }
 
 impl AgentPort {
+    fn is_empty(&self) -> bool {
+        self.serial.fifo_capacity() >= FIFO_SIZE
+    }
+
+    /// Raises the interrupt again when the byte in the port is the one that was there at the last look.
+    ///
+    /// An interrupt that is lost on its way is not raised again by itself: one is pending as far as the
+    /// port knows, and nothing is put into it before that byte was read. The line would be dead for good,
+    /// and a guest whose line is dead cannot be told from one that is dead itself.
+    fn look(&mut self) {
+        let waits = !self.is_empty();
+        if waits && self.read_before == Some(self.read) {
+            self.raised_again += 1;
+            // One that cannot be raised is tried again at the next look.
+            let _ = self.serial.interrupt_evt().trigger();
+        }
+        self.read_before = waits.then_some(self.read);
+    }
+
     /// Puts the next byte into the port when it is empty.
     ///
     /// One at a time, although the port has room for 64: vm-superio takes its interrupt back with
     /// the first byte that is read, whatever is left. A guest that reads a bounded number of bytes
     /// in one interrupt (Linux: 256) would leave the rest for ever.
     fn refill(&mut self) {
-        if self.serial.fifo_capacity() < FIFO_SIZE {
+        if !self.is_empty() {
             return;
         }
         let Some(byte) = self.incoming.front() else {
@@ -229,7 +256,7 @@ impl AgentPort {
         // An error is an interrupt that could not be raised; what is in the port stays there, and
         // the guest reads it at its next chance.
         let _ = self.serial.enqueue_raw_bytes(&[*byte]);
-        if self.serial.fifo_capacity() < FIFO_SIZE {
+        if !self.is_empty() {
             self.incoming.pop_front();
         }
     }
@@ -253,6 +280,9 @@ impl Ports {
         let agent = AgentPort {
             serial: Serial::new(Line(com2), AgentWriter(agent_out.clone())),
             incoming: VecDeque::new(),
+            read: 0,
+            read_before: None,
+            raised_again: 0,
         };
         Ports {
             console: Mutex::new(Serial::new(Line(com1), console)),
@@ -273,6 +303,7 @@ impl Ports {
             let mut agent = lock(&self.agent);
             for byte in data {
                 *byte = agent.serial.read(offset);
+                agent.read += u64::from(offset == 0);
                 if offset == 0 && !agent.incoming.is_empty() {
                     agent.refill();
                     self.agent_room.notify_all();
@@ -318,14 +349,41 @@ impl Ports {
         PortEffect::None
     }
 
+    /// How often the guest had to be told again that a byte waits in the agent's port.
+    pub(crate) fn raised_again(&self) -> u64 {
+        lock(&self.agent).raised_again
+    }
+
+    /// How the agent's port is, in words.
+    pub(crate) fn agent_state(&self) -> String {
+        let agent = lock(&self.agent);
+        let port = agent.serial.state();
+        format!(
+            "{} bytes in it and {} behind it, {} read; IIR {:#x}, IER {:#x}, LSR {:#x}; its interrupt \
+             was raised again {} times",
+            port.in_buffer.len(),
+            agent.incoming.len(),
+            agent.read,
+            port.interrupt_identification,
+            port.interrupt_enable,
+            port.line_status,
+            agent.raised_again
+        )
+    }
+
     /// Carries bytes from the stream to the guest until the stream ends.
     pub(crate) fn pump_in(&self, mut stream: UnixStream) -> io::Result<()> {
         let mut chunk = [0; 4096];
+        stream.set_read_timeout(Some(UNREAD))?;
         loop {
             let len = match stream.read(&mut chunk) {
                 Ok(0) => return Ok(()),
                 Ok(len) => len,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    lock(&self.agent).look();
+                    continue;
+                }
                 Err(error) => return Err(error),
             };
             let mut agent = lock(&self.agent);
@@ -335,9 +393,10 @@ impl Ports {
                 }
                 agent = self
                     .agent_room
-                    .wait_timeout(agent, Duration::from_secs(1))
+                    .wait_timeout(agent, UNREAD)
                     .unwrap_or_else(PoisonError::into_inner)
                     .0;
+                agent.look();
             }
             agent.incoming.extend(chunk.get(..len).unwrap_or_default());
             agent.refill();
@@ -468,6 +527,39 @@ mod tests {
             ports.read(COM2, &mut byte);
             got.push(byte[0]);
         }
+    }
+
+    #[test]
+    fn an_interrupt_that_is_lost_is_raised_again() {
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let console = Arc::new(Console::new(None, false).unwrap());
+        let other = EventFd::new(EFD_NONBLOCK).unwrap();
+        let ports = Ports::new(ConsoleWriter(console), other, line.try_clone().unwrap());
+        let ports = Arc::new(ports);
+        // As a guest does that wants to hear of bytes.
+        ports.write(COM2 + 1, &[1]);
+        let raised = || {
+            let until = std::time::Instant::now() + 10 * UNREAD;
+            while std::time::Instant::now() < until {
+                if line.read().is_ok() {
+                    return true;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            false
+        };
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let ports_in = ports.clone();
+        let reader = std::thread::spawn(move || ports_in.pump_in(ours));
+        theirs.write_all(b"call\n").unwrap();
+        assert!(raised(), "for the first byte");
+        // That one is lost: nobody reads.
+        assert!(raised(), "again");
+        assert_eq!(drain(&ports), b"call\n");
+        assert_eq!(ports.raised_again(), 1);
+        ports.close();
+        theirs.shutdown(std::net::Shutdown::Both).unwrap();
+        reader.join().unwrap().unwrap();
     }
 
     #[test]
