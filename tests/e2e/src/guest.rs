@@ -321,6 +321,42 @@ impl Images {
     }
 }
 
+/// A guest in which no program answers, though it has not ended.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("no program in the guest answers; its kernel {}\n{seen}", if *kernel_answers { "does" } else { "does not either" })]
+pub struct Standstill {
+    /// Whether its kernel does: then it is no dead machine.
+    pub kernel_answers: bool,
+    /// What is to be seen from outside.
+    pub seen: String,
+}
+
+/// How long between two looks at a guest that stands still.
+const APART: Duration = Duration::from_secs(1);
+
+/// How long a guest that was told to may take to print where it is.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+
+impl Standstill {
+    /// Looks at one. It ends by that, with the call trace of a processor on its console if that listens.
+    fn of(vm: &Vm) -> Standstill {
+        let heartbeat = vm.host().heartbeat();
+        // Whatever is loaded: the kernel gives back a device that is taken away.
+        heartbeat.rescind();
+        let kernel_answers = heartbeat.wait_released(STEP / 6).is_ok();
+        let mut seen = vm.look_inside();
+        std::thread::sleep(APART);
+        seen.push_str("a moment later:\n");
+        seen.push_str(&vm.interrupt());
+        // It is over either way.
+        let _ = vm.wait_exit(LAST_WORDS);
+        Standstill {
+            kernel_answers,
+            seen,
+        }
+    }
+}
+
 /// A running guest.
 pub struct Guest {
     vm: Arc<Vm>,
@@ -389,6 +425,8 @@ impl Guest {
         config.host.profile = machine.host;
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");
+        // One that stands still says where, when it is asked: see [`Standstill`].
+        config.cmdline.push_str(" unknown_nmi_panic");
         // No record of the kernel's log is overwritten before it is looked at.
         config.cmdline.push_str(" log_buf_len=4M");
         // An image that is restored at once need not be small.
@@ -421,11 +459,17 @@ impl Guest {
             root_disk = Some(disk);
         }
         let agent = Agent::connect(vm.clone(), BOOT).map_err(|error| {
+            let still = matches!(error, CallError::Timeout { .. }) && vm.exit().is_none();
+            let still = still.then(|| Standstill::of(&vm));
             let tail = vm.console_tail();
             vm.kill();
-            anyhow::Error::new(error).context(format!(
+            let error = anyhow::Error::new(error).context(format!(
                 "the guest's agent did not come up; the console ends:\n{tail}"
-            ))
+            ));
+            match still {
+                Some(still) => error.context(still),
+                None => error,
+            }
         })?;
         // Where that took long everything does, and nothing is wrong.
         let slowness = start.elapsed().as_secs_f64() / machine.usual_boot().as_secs_f64();
@@ -480,6 +524,11 @@ impl Guest {
     /// Which module serves our daemon here: ours, or on a kernel without it the kernel's own.
     pub fn module(&self) -> Module {
         self.module
+    }
+
+    /// How often its agent had to be told again that it is called.
+    pub fn raised_again(&self) -> u64 {
+        self.vm.raised_again()
     }
 
     /// The machine itself.
@@ -587,10 +636,18 @@ impl Guest {
         )
     }
 
-    /// Whether nothing in it answers any more, though it has not ended.
-    pub fn stands_still(&self) -> bool {
-        let answer = self.agent.call::<u64>(Command::Clock, STEP);
-        matches!(answer, Err(CallError::Timeout { .. })) && self.vm.exit().is_none()
+    /// Whether no program in it answers any more, though it has not ended, and what is to be seen of it
+    /// then. Afterwards it is of no use.
+    pub fn standstill(&self) -> Option<Standstill> {
+        // One that was found silent a moment ago is not waited for once more.
+        let limit = match self.agent.is_silent() {
+            true => STEP / 6,
+            false => STEP,
+        };
+        if self.agent.answers(limit) || self.vm.exit().is_some() {
+            return None;
+        }
+        Some(Standstill::of(&self.vm))
     }
 
     /// Whether a program has ended.
@@ -1038,7 +1095,11 @@ impl Guest {
                 event.kind
             ));
         }
-        match self.log(6) {
+        let log = match self.agent.is_silent() {
+            true => Err(anyhow::anyhow!("it was asked before")),
+            false => self.log(6),
+        };
+        match log {
             Ok(records) => {
                 text.push_str("the guest's kernel log since the case began, its end:\n");
                 for record in records.iter().skip(records.len().saturating_sub(25)) {
