@@ -198,7 +198,9 @@ fn btrfs_balance(guest: &Guest) -> Result<()> {
     ))?;
     guest.writer_start("/mnt/bad/w")?;
     let balance = |guest: &Guest| -> Result<_> {
-        disk.disk.set_delay(Duration::from_millis(300));
+        // It is to outlast what the guest does meanwhile, however slow that is.
+        let delay = guest.host().patience(Duration::from_millis(300));
+        disk.disk.set_delay(delay);
         let line = "exec btrfs balance start --full-balance /mnt/bad";
         let process = guest.spawn(&["sh", "-c", line])?;
         guest.wait_until("it is being balanced", STEP, || {

@@ -125,17 +125,23 @@ pub const CASES: &[Case] = &[
         )
     }
     .asking_our_module(),
-    disks::case(
-        "scope/raw-writer",
-        "what a program writes to a disk of the backup itself is named, and fails a strict backup",
-        raw_writer,
-    )
+    Case {
+        per_round: Duration::from_secs(8),
+        ..disks::case(
+            "scope/raw-writer",
+            "what a program writes to a disk of the backup itself is named, and fails a strict backup",
+            raw_writer,
+        )
+    }
     .asking_our_module(),
-    disks::case(
-        "scope/raw-writer-on-layers",
-        "the same on a volume of layers; what RAID copies by itself is not taken for it",
-        raw_writer_on_layers,
-    )
+    Case {
+        per_round: Duration::from_secs(8),
+        ..disks::case(
+            "scope/raw-writer-on-layers",
+            "the same on a volume of layers; what RAID copies by itself is not taken for it",
+            raw_writer_on_layers,
+        )
+    }
     .asking_our_module(),
     Case {
         per_round: Duration::from_secs(4),
