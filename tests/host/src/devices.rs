@@ -33,6 +33,10 @@ const KEYBOARD_RESET: u8 = 0xfe;
 /// The clock chip, which is not there.
 const CMOS: std::ops::RangeInclusive<u16> = 0x70..=0x71;
 
+/// Why there is an NMI (port B of the PC): for none of these errors of memory or bus.
+const NMI_REASON: u16 = 0x61;
+const NMI_ERRORS: u8 = 0xc0;
+
 /// Bytes that may wait between the agent's stream and the serial port, in either direction.
 const AGENT_BUFFER: usize = 1 << 20;
 /// How many bytes from the guest are collected before the stream gets them, unless a line ends.
@@ -314,6 +318,7 @@ impl Ports {
                 *byte = match port {
                     KEYBOARD_DATA | KEYBOARD => 0,
                     port if CMOS.contains(&port) => 0,
+                    NMI_REASON => !NMI_ERRORS,
                     port => self.power.read(port).unwrap_or(0xff),
                 };
             }
@@ -491,6 +496,8 @@ mod tests {
         ports.read(KEYBOARD, &mut bytes[..1]);
         assert_eq!(bytes[0], 0);
         ports.read(0xffff, &mut bytes);
+        ports.read(NMI_REASON, &mut bytes[..1]);
+        assert_eq!(bytes[0], 0x3f);
     }
 
     #[test]
