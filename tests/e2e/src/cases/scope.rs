@@ -807,11 +807,11 @@ const ON_SECOND: [&str; 2] = ["/mnt/lv/w", "/mnt/image/w"];
 
 impl TwoDisks {
     fn new(guest: &Guest) -> Result<Self> {
-        disks::load_driver(guest)?;
         let disks = [
             Attached::new(guest, 0, 0, 64, Image::default())?,
             Attached::new(guest, 1, 3, 512, Image::default())?,
         ];
+        disks::load_driver(guest)?;
         let nodes = [disks[0].node(guest)?, disks[1].node(guest)?];
         let [first, second] = &nodes;
         guest.sh(&format!(
@@ -978,12 +978,12 @@ fn listed_disks_only(guest: &Guest) -> Result<()> {
 }
 
 fn raw_writer(guest: &Guest) -> Result<()> {
-    disks::load_driver(guest)?;
     let disks = [
         Attached::new(guest, 0, 0, 64, Image::default())?,
         // The writer is not at its end before the case is.
         Attached::new(guest, 1, 0, 1024, Image::default())?,
     ];
+    disks::load_driver(guest)?;
     let [first, second] = [disks[0].node(guest)?, disks[1].node(guest)?];
     guest.sh(&format!(
         "mkdir -p /mnt/a && mkfs.ext4 -q -F {first} && mount {first} /mnt/a"
@@ -1041,10 +1041,10 @@ fn raw_writer(guest: &Guest) -> Result<()> {
 }
 
 fn raw_writer_on_layers(guest: &Guest) -> Result<()> {
-    disks::load_driver(guest)?;
     let attached = |lun, mib| Attached::new(guest, lun / 2, lun, mib, Image::default());
     // The writer is not at its end before the case is.
     let disks = [attached(0, 1024)?, attached(1, 80)?, attached(2, 80)?];
+    disks::load_driver(guest)?;
     let nodes = [
         disks[0].node(guest)?,
         disks[1].node(guest)?,
