@@ -300,7 +300,7 @@ fn describe(command: &Command) -> String {
             _ => argv.join(" "),
         },
         Command::Spawn { argv, .. } => argv.join(" "),
-        Command::Read { path } => format!("reading {path}"),
+        Command::Read { path } | Command::ReadOn { path, .. } => format!("reading {path}"),
         Command::Write { path, text } => format!("writing {text:?} to {path}"),
         Command::Freeze { path } => format!("FIFREEZE of {path}"),
         Command::Thaw { path } => format!("FITHAW of {path}"),

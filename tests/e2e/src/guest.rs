@@ -11,7 +11,10 @@ use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
 use hyperv_sim::storage::{Controller, Disk, Image};
 use hyperv_sim::{Guid, Host, Profile, Vm, VmConfig, VmbusVersion};
-use lab_agent::{to_hex, Command, Ended, Log, Neighbour, Put, Record, Stalls, Storm, Writer};
+use lab_agent::{
+    to_hex, Command, Ended, Log, Neighbour, Piece, Put, Record, Stalls, Storm, Writer,
+};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,6 +28,9 @@ const BOOT: Duration = Duration::from_secs(300);
 
 /// Where the device of both modules is.
 pub const DEVICE: &str = "/dev/vmbus/hv_vss";
+
+/// What brings a guest back to how it was, in its shell.
+const TIDY: &str = include_str!("tidy.sh");
 
 /// What runs in a guest above the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -76,7 +82,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// What nearly every case wants.
+    /// What nearly every case wants, with memory that the host could take: a device more, of which
+    /// nobody hears before a driver is loaded.
     pub const ONE_CPU: Machine = Machine {
         cpus: 1,
         memory_mib: 1280,
@@ -262,6 +269,7 @@ impl Images {
             })?;
             archive.file(&format!("payload/{name}"), &bytes)?;
         }
+        archive.file("payload/tidy", TIDY.as_bytes())?;
         let install = payload.join("install");
         if install.exists() {
             archive
@@ -371,6 +379,8 @@ pub struct Guest {
     /// The host's log is looked at from this moment of its clock on.
     host_mark: Mutex<Duration>,
     logs: AtomicU64,
+    /// What is known of the files that programs write to.
+    outputs: Mutex<BTreeMap<String, Piece>>,
     comparisons: Mutex<Vec<Comparison>>,
     cells: Mutex<Vec<Cell>>,
     /// See [`Guest::expect_in_log`].
@@ -489,6 +499,7 @@ impl Guest {
             log_mark: AtomicU64::new(0),
             host_mark: Mutex::default(),
             logs: AtomicU64::new(0),
+            outputs: Mutex::default(),
             comparisons: Mutex::default(),
             cells: Mutex::default(),
             expected: Mutex::default(),
@@ -660,9 +671,19 @@ impl Guest {
         self.agent.call(Command::Spawned, STEP)
     }
 
-    /// What a program has written so far.
+    /// What a program has written so far. What was read before is not read again: it is looked at again
+    /// and again, and the line to the guest is slow.
     pub fn output(&self, process: &Process) -> Result<String, CallError> {
-        self.read(&process.log)
+        let mut outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = outputs.entry(process.log.clone()).or_default();
+        let read = Command::ReadOn {
+            path: process.log.clone(),
+            from: known.next,
+        };
+        let more: Piece = self.agent.call(read, STEP)?;
+        known.text.push_str(&more.text);
+        known.next = more.next;
+        Ok(known.text.clone())
     }
 
     /// The text of a file.
@@ -981,35 +1002,10 @@ impl Guest {
             let timeout_ms = self.patience(Duration::from_secs(10));
             let _: Ended = self.agent.call(Command::Wait { pid, timeout_ms }, STEP)?;
         }
-        self.wait_until("no process of a daemon is left", STEP, || {
-            Ok(self
-                .try_sh("pidof hv_vss_daemon hv_vss_guard")?
-                .out
-                .trim()
-                .is_empty())
-        })?;
-        // As after a boot: the next daemon is no heir of those that were killed.
-        self.sh("rm -rf /run/hv_vss
-             sync
-             while grep -q ' /mnt/' /proc/mounts; do
-                 path=$(grep ' /mnt/' /proc/mounts | tail -n 1 | cut -d ' ' -f 2)
-                 path=$(printf %b \"$path\")
-                 umount \"$path\" && continue
-                 # A volume or loop device without a mount may still hold a file there.
-                 [ ! -e /sys/module/dm_mod ] || dmsetup remove_all --force
-                 losetup -D
-                 umount \"$path\" || exit 1
-             done
-             [ ! -e /sys/module/dm_mod ] || dmsetup remove_all --force
-             losetup -D
-             for module in hv_vss hv_utils; do
-                 if grep -q \"^$module \" /proc/modules; then rmmod $module || exit 1; fi
-             done
-             test ! -e /dev/vmbus/hv_vss")?;
-        // What is under way on a disk that is gone holds it for a moment longer.
-        self.wait_until("the driver of SCSI disks can be unloaded", STEP, || {
-            let unload = "! grep -q '^hv_storvsc ' /proc/modules || rmmod hv_storvsc";
-            Ok(self.try_sh(unload)?.status == Some(0))
+        // The other userlands have the agent alone.
+        self.sh(match self.machine.userland {
+            Userland::Lab | Userland::Databases | Userland::Volumes => ". /payload/tidy",
+            Userland::Systemd | Userland::Debian | Userland::Packages => TIDY,
         })?;
         for controller in self.scsi_controllers() {
             for lun in controller.disks().into_keys() {
@@ -1018,6 +1014,8 @@ impl Guest {
         }
         self.check_log()?;
         self.expected().clear();
+        let mut outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
+        outputs.clear();
         Ok(())
     }
 
