@@ -34,8 +34,12 @@ daemon=$repo/target/${PROFILE:-release}/hv_vss_daemon
 "$lab/image.sh"
 # The outer guest runs the default kernel whatever the one under test.
 [ "$kernel" = "$default_kernel" ] || KERNEL=$default_kernel "$lab/image.sh"
-# The guest with systemd is for the default kernel only.
-[ "$kernel" != "$default_kernel" ] || "$lab/systemd.sh"
+# What the guests are made of besides: large, and only where there is a case for it.
+archives=
+if [ "$1 ${2:-}" = "./e2e run" ] && [ "$kernel" = "$default_kernel" ] && [ -x "$programs/e2e" ]; then
+    archives=$("$programs/e2e" run --archives "${@:3}")
+fi
+case $archives in *systemd.cpio*) "$lab/systemd.sh" ;; esac
 
 [ -w "$build" ] || need_root "writing to build/"
 # What a killed run could not take away itself; the name tells whose it was.
@@ -62,15 +66,16 @@ for file in "$programs"/{e2e,bench,hyperv-sim,lab-agent} "$daemon" \
     cp "$file" "$payload/" 2>/dev/null || missing+=("${file##*/}")
 done
 if [ "$kernel" = "$default_kernel" ] && [ -e "$payload/hv_vss.ko" ] && [ -e "$payload/hv_vss_daemon" ]; then
-    cp "$build/systemd.cpio" "$payload/"
-    # what these have over it (programs.sh): large, and for nobody else
-    for over in databases volumes; do
-        case $* in
-        *$over/*) cp "$build/$over.cpio" "$payload/" 2>/dev/null || missing+=("$over.cpio") ;;
+    # systemd.sh and programs.sh have made them
+    for over in systemd databases volumes; do
+        case $archives in
+        *$over.cpio*) cp "$build/$over.cpio" "$payload/" 2>/dev/null || missing+=("$over.cpio") ;;
         esac
     done
     # what the packages' own cases install
-    if [ -e "$build/dkms/packages" ]; then cp -r "$build/dkms/packages" "$payload/packages"; fi
+    case $archives in
+    *packages.cpio*) cp -r "$build/dkms/packages" "$payload/packages" 2>/dev/null || missing+=(packages) ;;
+    esac
     # the same programs, where an installation puts them
     quietly install.log make --directory "$repo" install DESTDIR="$payload/install" \
         MODULE="$payload/hv_vss.ko" DAEMON="$payload/hv_vss_daemon"

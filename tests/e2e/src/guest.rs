@@ -49,6 +49,21 @@ pub enum Userland {
     Packages,
 }
 
+impl Userland {
+    /// The archives that make it up, in the payload. Those of our own programs are made there.
+    pub fn archives(self) -> &'static [&'static str] {
+        match self {
+            Userland::Lab => &["guest.cpio", "payload.cpio"],
+            Userland::Databases => &["guest.cpio", "databases.cpio", "payload.cpio"],
+            Userland::Volumes => &["guest.cpio", "volumes.cpio", "payload.cpio"],
+            Userland::Systemd => &["systemd.cpio", "payload.cpio"],
+            Userland::Debian | Userland::Packages => {
+                &["systemd.cpio", "payload.cpio", "packages.cpio"]
+            }
+        }
+    }
+}
+
 /// Where a guest has its root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Root {
@@ -301,16 +316,8 @@ impl Images {
 
     /// What makes up the initial RAM file system, one archive after the other.
     fn initrd(&self, userland: Userland) -> Vec<PathBuf> {
-        let archives: &[&str] = match userland {
-            Userland::Lab => &["guest.cpio", "payload.cpio"],
-            Userland::Databases => &["guest.cpio", "databases.cpio", "payload.cpio"],
-            Userland::Volumes => &["guest.cpio", "volumes.cpio", "payload.cpio"],
-            Userland::Systemd => &["systemd.cpio", "payload.cpio"],
-            Userland::Debian | Userland::Packages => {
-                &["systemd.cpio", "payload.cpio", "packages.cpio"]
-            }
-        };
-        archives.iter().map(|it| self.payload.join(it)).collect()
+        let archives = userland.archives().iter();
+        archives.map(|it| self.payload.join(it)).collect()
     }
 
     /// Whether our module is there.

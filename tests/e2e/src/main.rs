@@ -19,6 +19,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Parser, Subcommand};
 use e2e::guest;
 use hyperv_sim::Profile;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -67,6 +68,9 @@ enum Action {
         /// Run only this part of them, such as 1/2
         #[arg(long, value_name = "PART")]
         shard: Option<shard::Shard>,
+        /// Run nothing, and name the archives that the guests are made of
+        #[arg(long)]
+        archives: bool,
     },
     /// Add up what the parts of a run have left, and count it; no case may be missing
     Sum {
@@ -127,6 +131,12 @@ fn choose(globs: &[String], all: bool, has_module: bool) -> Result<Vec<cases::Ca
     Ok(chosen)
 }
 
+/// What the guests of these cases are made of.
+fn archives_of(cases: &[cases::Case]) -> BTreeSet<&'static str> {
+    let all = cases.iter().map(|it| it.machine.userland.archives());
+    all.flatten().copied().collect()
+}
+
 /// Leaves what is for people, and says whether everything passed. The comparison is made from all of its cases
 /// or not at all, the matrix from all of a fault.
 fn report(results: &Path, verdicts: &[runner::Verdict]) -> Result<bool> {
@@ -167,7 +177,14 @@ fn perform(action: Action) -> Result<bool> {
             host,
             all,
             shard,
+            archives,
         } => {
+            if archives {
+                for name in archives_of(&choose(&globs, all, true)?) {
+                    println!("{name}");
+                }
+                return Ok(true);
+            }
             cases::set_schedule(rounds, seed);
             let images = guest::Images::prepare(Path::new("."))?.with_patience(patience);
             let mut chosen = choose(&globs, all, images.has_module())?;
@@ -216,5 +233,23 @@ fn main() -> ExitCode {
             eprintln!("e2e: {error:#}");
             ExitCode::from(2)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_large_is_asked_for_by_those_who_need_it() {
+        let archives = |globs: &[&str], all| {
+            let globs: Vec<String> = globs.iter().map(|it| it.to_string()).collect();
+            archives_of(&choose(&globs, all, true).unwrap())
+        };
+        let ours = ["guest.cpio", "payload.cpio"];
+        assert_eq!(archives(&["pairing/*"], false), ours.into());
+        assert!(archives(&["systemd/*"], true).contains("systemd.cpio"));
+        assert!(archives(&["databases/mariadb"], false).contains("databases.cpio"));
+        assert!(archives(&["packages/boot"], false).contains("packages.cpio"));
     }
 }
