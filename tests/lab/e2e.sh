@@ -85,5 +85,9 @@ runs=()
 for ((part = 1; part <= parts; part++)); do of+=(--part "$results/part-$part/e2e.json"); done
 status=0
 "$e2e" sum --results "$results" "${of[@]}" "$@" || status=$?
+for ((part = 1; part <= parts; part++)); do
+    attempt=$(cat "$results/part-$part/attempt" 2>/dev/null) || continue
+    say "part $part: this was attempt $attempt, the emulator had frozen before"
+done
 [ -z "$failed" ] || die "a part of the run did not end (status $failed); its console is in build/logs"
 exit "$status"

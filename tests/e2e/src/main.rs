@@ -9,6 +9,7 @@
 mod cases;
 mod demo;
 mod emulation;
+mod kept;
 mod runner;
 mod shard;
 mod table;
@@ -200,9 +201,18 @@ fn perform(action: Action) -> Result<bool> {
             if let Some(shard) = shard {
                 chosen = shard.of(chosen);
             }
-            let verdicts = runner::run_all(&images, &chosen);
             let json = json.unwrap_or_else(|| images.results().join("e2e.json"));
-            runner::write_json(&json, &verdicts)?;
+            let kept = kept::Kept::named()?;
+            let before = kept.as_ref().map_or_else(Vec::new, kept::Kept::read);
+            if !before.is_empty() {
+                println!("an attempt before this one has run {} cases", before.len());
+            }
+            // Whatever becomes of the next case.
+            let keep = |verdicts: &[runner::Verdict]| -> Result<()> {
+                runner::write_json(&json, verdicts)?;
+                kept.as_ref().map_or(Ok(()), |kept| kept.write(verdicts))
+            };
+            let verdicts = runner::run_all(&images, &chosen, before, keep)?;
             report(images.results(), &verdicts)
         }
         Action::Sum {

@@ -100,9 +100,15 @@ enum Failed {
     },
 }
 
-/// Runs `cases` and returns how each went.
-pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
-    let mut verdicts = Vec::new();
+/// Runs `cases`, but for those that have a verdict already, and returns how each went. What is known is
+/// given to `keep` after each, before anybody is told.
+pub fn run_all(
+    images: &Images,
+    cases: &[Case],
+    before: Vec<Verdict>,
+    keep: impl Fn(&[Verdict]) -> Result<()>,
+) -> Result<Vec<Verdict>> {
+    let mut verdicts = before;
     let mut idle: Option<Guest> = None;
     let mut booted = 0;
     let mut start_one = |case: &Case| {
@@ -117,6 +123,9 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
         Ok(guest)
     };
     for case in cases {
+        if verdicts.iter().any(|it| it.name == case.name) {
+            continue;
+        }
         let guest = match idle.take().filter(|guest| guest.machine() == case.machine) {
             Some(guest) => Ok(guest),
             None => start_one(case),
@@ -151,29 +160,31 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
                 idle = passed.guest;
                 comparisons = passed.comparisons;
                 cells = passed.cells;
-                println!("ok   {} ({seconds:.1} s)", case.name);
                 None
             }
-            Err(Failed::Case(error) | Failed::Machine { error, .. }) => {
-                let error = format!("{error:#}");
-                println!("FAIL {} ({seconds:.1} s)", case.name);
-                for line in error.lines() {
-                    println!("     {line}");
-                }
-                Some(error)
-            }
+            Err(Failed::Case(error) | Failed::Machine { error, .. }) => Some(format!("{error:#}")),
         };
         verdicts.push(Verdict {
             name: case.name.to_string(),
             passed: error.is_none(),
             seconds,
-            error,
+            error: error.clone(),
             again,
             comparisons,
             cells,
         });
+        keep(&verdicts)?;
+        match error {
+            None => println!("ok   {} ({seconds:.1} s)", case.name),
+            Some(error) => {
+                println!("FAIL {} ({seconds:.1} s)", case.name);
+                for line in error.lines() {
+                    println!("     {line}");
+                }
+            }
+        }
     }
-    verdicts
+    Ok(verdicts)
 }
 
 /// Why a guest is not there: it may have stood still as well as any that runs a case.
