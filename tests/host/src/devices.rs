@@ -41,8 +41,8 @@ const NMI_ERRORS: u8 = 0xc0;
 const AGENT_BUFFER: usize = 1 << 20;
 /// How many bytes from the guest are collected before the stream gets them, unless a line ends.
 const AGENT_BATCH: usize = 4096;
-/// How long a byte may lie in the agent's port before the guest is told of it again.
-const UNREAD: Duration = Duration::from_secs(1);
+/// How long the agent's port may wait for the guest before that is told again.
+const UNHEARD: Duration = Duration::from_secs(1);
 /// How long an unfinished line from the guest waits for its rest.
 const AGENT_PATIENCE: Duration = Duration::from_millis(20);
 
@@ -217,10 +217,10 @@ struct AgentPort {
     serial: Serial<Line, NoEvents, AgentWriter>,
     /// Bytes for the guest that the port has no room for.
     incoming: VecDeque<u8>,
-    /// How many bytes the guest has read.
-    read: u64,
-    /// The same when it was last looked whether it reads.
-    read_before: Option<u64>,
+    /// How often the guest has turned to the port.
+    accesses: u64,
+    /// The same when the port was last seen to wait for it.
+    waited_at: Option<u64>,
     /// How often it was told again.
     raised_again: u64,
 }
@@ -230,19 +230,32 @@ impl AgentPort {
         self.serial.fifo_capacity() >= FIFO_SIZE
     }
 
-    /// Raises the interrupt again when the byte in the port is the one that was there at the last look.
+    /// Whether it waits for the guest to take its interrupt: there is a byte for the guest, or room for
+    /// one of it, and it wants to know.
+    fn waits(&self) -> bool {
+        const RECEIVED: u8 = 1 << 0;
+        const ROOM: u8 = 1 << 1;
+        const ROOM_PENDING: u8 = 1 << 1;
+        let port = self.serial.state();
+        let has_room = port.interrupt_identification & ROOM_PENDING != 0;
+        port.interrupt_enable & RECEIVED != 0 && !self.is_empty()
+            || port.interrupt_enable & ROOM != 0 && has_room
+    }
+
+    /// Raises the interrupt again when the guest has not turned to the port since the last look, though
+    /// that waits for it.
     ///
     /// An interrupt that is lost on its way is not raised again by itself: one is pending as far as the
-    /// port knows, and nothing is put into it before that byte was read. The line would be dead for good,
+    /// port knows, and nothing is put into it before its byte was read. The line would be dead for good,
     /// and a guest whose line is dead cannot be told from one that is dead itself.
     fn look(&mut self) {
-        let waits = !self.is_empty();
-        if waits && self.read_before == Some(self.read) {
+        let waits = self.waits();
+        if waits && self.waited_at == Some(self.accesses) {
             self.raised_again += 1;
             // One that cannot be raised is tried again at the next look.
             let _ = self.serial.interrupt_evt().trigger();
         }
-        self.read_before = waits.then_some(self.read);
+        self.waited_at = waits.then_some(self.accesses);
     }
 
     /// Puts the next byte into the port when it is empty.
@@ -284,8 +297,8 @@ impl Ports {
         let agent = AgentPort {
             serial: Serial::new(Line(com2), AgentWriter(agent_out.clone())),
             incoming: VecDeque::new(),
-            read: 0,
-            read_before: None,
+            accesses: 0,
+            waited_at: None,
             raised_again: 0,
         };
         Ports {
@@ -305,9 +318,9 @@ impl Ports {
             data.iter_mut().for_each(|byte| *byte = serial.read(offset));
         } else if let Some(offset) = within(port, COM2) {
             let mut agent = lock(&self.agent);
+            agent.accesses += 1;
             for byte in data {
                 *byte = agent.serial.read(offset);
-                agent.read += u64::from(offset == 0);
                 if offset == 0 && !agent.incoming.is_empty() {
                     agent.refill();
                     self.agent_room.notify_all();
@@ -335,6 +348,7 @@ impl Ports {
             }
         } else if let Some(offset) = within(port, COM2) {
             let mut agent = lock(&self.agent);
+            agent.accesses += 1;
             for byte in data {
                 let _ = agent.serial.write(offset, *byte);
             }
@@ -354,7 +368,7 @@ impl Ports {
         PortEffect::None
     }
 
-    /// How often the guest had to be told again that a byte waits in the agent's port.
+    /// How often the guest had to be told again that the agent's port waits for it.
     pub(crate) fn raised_again(&self) -> u64 {
         lock(&self.agent).raised_again
     }
@@ -364,11 +378,11 @@ impl Ports {
         let agent = lock(&self.agent);
         let port = agent.serial.state();
         format!(
-            "{} bytes in it and {} behind it, {} read; IIR {:#x}, IER {:#x}, LSR {:#x}; its interrupt \
+            "{} bytes in it and {} behind it, {} accesses; IIR {:#x}, IER {:#x}, LSR {:#x}; its interrupt \
              was raised again {} times",
             port.in_buffer.len(),
             agent.incoming.len(),
-            agent.read,
+            agent.accesses,
             port.interrupt_identification,
             port.interrupt_enable,
             port.line_status,
@@ -379,7 +393,7 @@ impl Ports {
     /// Carries bytes from the stream to the guest until the stream ends.
     pub(crate) fn pump_in(&self, mut stream: UnixStream) -> io::Result<()> {
         let mut chunk = [0; 4096];
-        stream.set_read_timeout(Some(UNREAD))?;
+        stream.set_read_timeout(Some(UNHEARD))?;
         loop {
             let len = match stream.read(&mut chunk) {
                 Ok(0) => return Ok(()),
@@ -398,7 +412,7 @@ impl Ports {
                 }
                 agent = self
                     .agent_room
-                    .wait_timeout(agent, UNREAD)
+                    .wait_timeout(agent, UNHEARD)
                     .unwrap_or_else(PoisonError::into_inner)
                     .0;
                 agent.look();
@@ -546,7 +560,7 @@ mod tests {
         // As a guest does that wants to hear of bytes.
         ports.write(COM2 + 1, &[1]);
         let raised = || {
-            let until = std::time::Instant::now() + 10 * UNREAD;
+            let until = std::time::Instant::now() + 10 * UNHEARD;
             while std::time::Instant::now() < until {
                 if line.read().is_ok() {
                     return true;
@@ -564,6 +578,13 @@ mod tests {
         assert!(raised(), "again");
         assert_eq!(drain(&ports), b"call\n");
         assert_eq!(ports.raised_again(), 1);
+        // The same where it has room for what the guest wants to say.
+        ports.write(COM2 + 1, &[3]);
+        assert!(raised(), "for room");
+        assert!(raised(), "for room, again");
+        let mut byte = [0];
+        ports.read(COM2 + 2, &mut byte);
+        assert_eq!(byte[0] & 3, 2);
         ports.close();
         theirs.shutdown(std::net::Shutdown::Both).unwrap();
         reader.join().unwrap().unwrap();

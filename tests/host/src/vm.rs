@@ -295,8 +295,8 @@ impl Vm {
         self.ending.wait_ended(Duration::MAX);
     }
 
-    /// How often the guest had to be told again that there is something for it on the second serial port:
-    /// each time an interrupt was lost, or the guest was slow.
+    /// How often the guest had to be told again that its second serial port waits for it: each time an
+    /// interrupt was lost, or the guest was slow.
     pub fn raised_again(&self) -> u64 {
         self.ports.raised_again()
     }
