@@ -347,6 +347,9 @@ const APART: Duration = Duration::from_secs(1);
 /// How long a guest that was told to may take to print where it is.
 const LAST_WORDS: Duration = Duration::from_secs(10);
 
+/// How much of that is shown.
+const MOST_SAID: usize = 16 << 10;
+
 impl Standstill {
     /// Looks at one. It ends by that, with the call trace of a processor on its console if that listens.
     fn of(vm: &Vm) -> Standstill {
@@ -356,10 +359,15 @@ impl Standstill {
         let kernel_answers = heartbeat.wait_released(STEP / 6).is_ok();
         let mut seen = vm.look_inside();
         std::thread::sleep(APART);
+        let before = vm.console();
         seen.push_str("a moment later:\n");
         seen.push_str(&vm.interrupt());
         // It is over either way.
         let _ = vm.wait_exit(LAST_WORDS);
+        let after = vm.console();
+        let said = after.strip_prefix(before.as_str()).unwrap_or_default();
+        seen.push_str("what its console said to that:\n");
+        seen.extend(said.chars().take(MOST_SAID));
         Standstill {
             kernel_answers,
             seen,
@@ -437,8 +445,10 @@ impl Guest {
         config.host.profile = machine.host;
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");
-        // One that stands still says where, when it is asked: see [`Standstill`].
-        config.cmdline.push_str(" unknown_nmi_panic");
+        // One that stands still says where, when it is asked, and who waits there: see [`Standstill`].
+        config
+            .cmdline
+            .push_str(" unknown_nmi_panic panic_sys_info=all_bt,blocked_tasks");
         // No record of the kernel's log is overwritten before it is looked at.
         config.cmdline.push_str(" log_buf_len=4M");
         // An image that is restored at once need not be small.
