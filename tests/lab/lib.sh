@@ -48,9 +48,10 @@ me=$(basename "$0" .sh)
 mkdir -p "$build/logs" "$build/stamps"
 
 say() { printf '%s: %s\n' "$me" "$*"; }
+# 1 is for what a command has found, as test cases that failed; this for one that could not do its work
 die() {
     printf '%s: %s\n' "$me" "$*" >&2
-    exit 1
+    exit 3
 }
 
 # Steps that mount or chroot need root; the message is the line to copy.

@@ -34,8 +34,12 @@ daemon=$repo/target/${PROFILE:-release}/hv_vss_daemon
 "$lab/image.sh"
 # The outer guest runs the default kernel whatever the one under test.
 [ "$kernel" = "$default_kernel" ] || KERNEL=$default_kernel "$lab/image.sh"
-# The guest with systemd is for the default kernel only.
-[ "$kernel" != "$default_kernel" ] || "$lab/systemd.sh"
+# What the guests are made of besides: large, and only where there is a case for it.
+archives=
+if [ "$1 ${2:-}" = "./e2e run" ] && [ "$kernel" = "$default_kernel" ] && [ -x "$programs/e2e" ]; then
+    archives=$("$programs/e2e" run --archives "${@:3}")
+fi
+case $archives in *systemd.cpio*) "$lab/systemd.sh" ;; esac
 
 [ -w "$build" ] || need_root "writing to build/"
 # What a killed run could not take away itself; the name tells whose it was.
@@ -62,15 +66,16 @@ for file in "$programs"/{e2e,bench,hyperv-sim,lab-agent} "$daemon" \
     cp "$file" "$payload/" 2>/dev/null || missing+=("${file##*/}")
 done
 if [ "$kernel" = "$default_kernel" ] && [ -e "$payload/hv_vss.ko" ] && [ -e "$payload/hv_vss_daemon" ]; then
-    cp "$build/systemd.cpio" "$payload/"
-    # what these have over it (programs.sh): large, and for nobody else
-    for over in databases volumes; do
-        case $* in
-        *$over/*) cp "$build/$over.cpio" "$payload/" 2>/dev/null || missing+=("$over.cpio") ;;
+    # systemd.sh and programs.sh have made them
+    for over in systemd databases volumes; do
+        case $archives in
+        *$over.cpio*) cp "$build/$over.cpio" "$payload/" 2>/dev/null || missing+=("$over.cpio") ;;
         esac
     done
     # what the packages' own cases install
-    if [ -e "$build/dkms/packages" ]; then cp -r "$build/dkms/packages" "$payload/packages"; fi
+    case $archives in
+    *packages.cpio*) cp -r "$build/dkms/packages" "$payload/packages" 2>/dev/null || missing+=(packages) ;;
+    esac
     # the same programs, where an installation puts them
     quietly install.log make --directory "$repo" install DESTDIR="$payload/install" \
         MODULE="$payload/hv_vss.ko" DAEMON="$payload/hv_vss_daemon"
@@ -124,7 +129,6 @@ machine=(
     qemu-system-x86_64 -accel tcg,thread=multi -cpu qemu64,+svm,+npt,+nrip-save,+rdrand
     -M q35 -m "$memory" -smp 1 -display none -monitor none -nodefaults -no-reboot
     -kernel /build/vmlinuz -initrd /run.work/initrd
-    -append "console=ttyS0 panic=-1 lab.timeout=$limit"
     -drive file=/run.work/results.disk,format=raw,if=none,id=results,cache=unsafe
     -device nvme,serial=results,drive=results
     -serial file:/run.work/console.log -serial stdio
@@ -134,12 +138,14 @@ machine=(
 # was kept to one CPU: halted for good, with nothing pending), and it is ended.
 silence=90
 run_outer() {
+    local left=$((limit - SECONDS + begun))
     : >"$console"
-    truncate --size 0 "$work/results.disk"
-    truncate --size 512M "$work/results.disk"
+    # of an attempt before it nothing counts but the verdicts, at the end (outer/init)
+    dd if=/dev/zero of="$work/results.disk" bs=512 count=1 conv=notrunc status=none
     enter_root "$build:/build" "$work:/run.work" -- setpriv --pdeathsig TERM \
-        timeout --foreground --kill-after 10 $((limit + grace)) \
+        timeout --foreground --kill-after 10 $((left + grace)) \
         setpriv --pdeathsig KILL taskset --cpu-list "$cpu" "${machine[@]}" \
+        -append "console=ttyS0 panic=-1 lab.timeout=$left" \
         </dev/null 2>"$work/qemu.log" > >(tee "$work/output") &
     child=$!
     ended=0
@@ -156,14 +162,19 @@ run_outer() {
     child=
 }
 
+truncate --size 512M "$work/results.disk"
+begun=$SECONDS
+# All attempts together have the limit, and the last of them a minute of it at least.
 for attempt in 1 2 3; do
     run_outer
     [ -n "$frozen" ] || break
     kept=$name-console.frozen-$attempt.log
     cp "$console" "$build/logs/$kept"
     say "the emulator froze: no sign of life from the outer guest for $silence s (attempt $attempt of 3, build/logs/$kept)" >&2
-    # What has failed is not tried again.
-    if grep -q '^FAIL ' "$work/output"; then break; fi
+    [ $((limit - SECONDS + begun)) -ge 60 ] || break
+    # Of the end-to-end cases only those are run that have no verdict yet; of another command all is run
+    # again, unless something has failed.
+    if [ "$1 ${2:-}" != "./e2e run" ] && grep -q '^FAIL ' "$work/output"; then break; fi
 done
 mv "$console" "$build/logs/$name-console.log"
 mv "$work/qemu.log" "$build/logs/$name-qemu.log"
@@ -176,6 +187,8 @@ case $marker in
     # tar stops reading at its end mark, long before the end of the disk
     { tail -c +513 "$work/results.disk" || true; } 2>/dev/null |
         tar --extract --directory "$payload" --no-same-owner
+    # for whoever adds up the parts of a run
+    [ "$attempt" = 1 ] || echo "$attempt" >"$payload/results/attempt"
     keep_results
     # busybox's timeout ends what it stops with TERM, or KILL if that was not enough
     case $status in 137 | 143) say "stopped after its limit of ${limit}s" ;; esac

@@ -19,6 +19,9 @@ const LOOK: Duration = Duration::from_millis(200);
 /// How long the agent may take to say what sleeps in its guest's kernel.
 const STUCK: Duration = Duration::from_secs(10);
 
+/// What is said of one that does not answer that either.
+const SILENT: &str = "nor does it answer anything else";
+
 /// Prints a line for each task that nothing can interrupt: its name and the innermost functions.
 const SLEEPERS: &str = "for task in /proc/[0-9]*/task/*; do
     grep -qs '(disk sleep)' $task/status || continue
@@ -98,6 +101,10 @@ pub struct Pending {
 #[derive(Default)]
 struct Answers {
     by_id: BTreeMap<u64, Outcome>,
+    /// Lines that have come.
+    heard: u64,
+    /// What that was when a last question went without an answer.
+    silent_at: Option<u64>,
     closed: bool,
 }
 
@@ -131,6 +138,7 @@ impl Agent {
         };
         std::thread::spawn(move || {
             for text in input.lines().map_while(Result::ok) {
+                lock(&shared.answers).heard += 1;
                 // Whoever waits for an answer will say that it did not come; this says why.
                 match serde_json::from_str::<Return>(&text) {
                     Ok(Return {
@@ -181,9 +189,26 @@ impl Agent {
     ) -> Result<T, CallError> {
         let mut result = self.await_answer(pending, timeout);
         if let Err(CallError::Timeout { stuck, .. }) = &mut result {
-            *stuck = self.sleepers();
+            *stuck = match self.is_silent() {
+                true => SILENT.to_string(),
+                false => self.sleepers(),
+            };
         }
         result
+    }
+
+    /// Whether it did not answer when it was asked what hangs, nor has since: then nobody need wait for it
+    /// any more.
+    pub fn is_silent(&self) -> bool {
+        let answers = lock(&self.shared.answers);
+        answers.silent_at == Some(answers.heard)
+    }
+
+    /// Whether it answers within this time, where nobody asks what hangs if it does not.
+    pub fn answers(&self, timeout: Duration) -> bool {
+        let asked = self.start(Command::Clock);
+        let answer = asked.and_then(|pending| self.await_answer::<u64>(pending, timeout));
+        !matches!(answer, Err(CallError::Timeout { .. }))
     }
 
     /// What sleeps in the guest's kernel, in one line.
@@ -198,7 +223,11 @@ impl Agent {
                 let lines: Vec<&str> = ended.out.lines().map(str::trim).collect();
                 format!("asleep in the guest's kernel: [{}]", lines.join("; "))
             }
-            Err(_) => "nor does it answer anything else".to_string(),
+            Err(_) => {
+                let mut answers = lock(&self.shared.answers);
+                answers.silent_at = Some(answers.heard);
+                SILENT.to_string()
+            }
         }
     }
 
@@ -271,7 +300,7 @@ fn describe(command: &Command) -> String {
             _ => argv.join(" "),
         },
         Command::Spawn { argv, .. } => argv.join(" "),
-        Command::Read { path } => format!("reading {path}"),
+        Command::Read { path } | Command::ReadOn { path, .. } => format!("reading {path}"),
         Command::Write { path, text } => format!("writing {text:?} to {path}"),
         Command::Freeze { path } => format!("FIFREEZE of {path}"),
         Command::Thaw { path } => format!("FITHAW of {path}"),

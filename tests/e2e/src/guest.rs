@@ -11,7 +11,10 @@ use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
 use hyperv_sim::storage::{Controller, Disk, Image};
 use hyperv_sim::{Guid, Host, Profile, Vm, VmConfig, VmbusVersion};
-use lab_agent::{to_hex, Command, Ended, Log, Neighbour, Put, Record, Stalls, Storm, Writer};
+use lab_agent::{
+    to_hex, Command, Ended, Log, Neighbour, Piece, Put, Record, Stalls, Storm, Writer,
+};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,6 +28,9 @@ const BOOT: Duration = Duration::from_secs(300);
 
 /// Where the device of both modules is.
 pub const DEVICE: &str = "/dev/vmbus/hv_vss";
+
+/// What brings a guest back to how it was, in its shell.
+const TIDY: &str = include_str!("tidy.sh");
 
 /// What runs in a guest above the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,6 +47,21 @@ pub enum Userland {
     Debian,
     /// The same with all packages installed before it boots.
     Packages,
+}
+
+impl Userland {
+    /// The archives that make it up, in the payload. Those of our own programs are made there.
+    pub fn archives(self) -> &'static [&'static str] {
+        match self {
+            Userland::Lab => &["guest.cpio", "payload.cpio"],
+            Userland::Databases => &["guest.cpio", "databases.cpio", "payload.cpio"],
+            Userland::Volumes => &["guest.cpio", "volumes.cpio", "payload.cpio"],
+            Userland::Systemd => &["systemd.cpio", "payload.cpio"],
+            Userland::Debian | Userland::Packages => {
+                &["systemd.cpio", "payload.cpio", "packages.cpio"]
+            }
+        }
+    }
 }
 
 /// Where a guest has its root.
@@ -76,14 +97,15 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// What nearly every case wants.
+    /// What nearly every case wants, with memory that the host could take: a device more, of which
+    /// nobody hears before a driver is loaded.
     pub const ONE_CPU: Machine = Machine {
         cpus: 1,
         memory_mib: 1280,
         // xfs wants 300 MiB at least.
         disk_mib: 320,
         scsi_controllers: 0,
-        balloon: false,
+        balloon: true,
         root: Root::Ram,
         userland: Userland::Lab,
         signed_modules: false,
@@ -92,11 +114,7 @@ impl Machine {
     /// The same with two CPUs.
     pub const TWO_CPUS: Machine = Machine {
         cpus: 2,
-        ..Machine::ONE_CPU
-    };
-    /// One CPU, and memory that the host can take.
-    pub const BALLOON: Machine = Machine {
-        balloon: true,
+        balloon: false,
         ..Machine::ONE_CPU
     };
     /// Two CPUs and two SCSI controllers.
@@ -123,6 +141,8 @@ impl Machine {
     /// One CPU, and a stock Debian on it.
     pub const SYSTEMD: Machine = Machine {
         userland: Userland::Systemd,
+        // udev would load its driver.
+        balloon: false,
         ..Machine::ONE_CPU
     };
     /// The same without anything of ours, on a disk that outlives it.
@@ -130,12 +150,12 @@ impl Machine {
         userland: Userland::Debian,
         scsi_controllers: 1,
         root: Root::Scsi,
-        ..Machine::ONE_CPU
+        ..Machine::SYSTEMD
     };
     /// The same with our packages.
     pub const PACKAGES: Machine = Machine {
         userland: Userland::Packages,
-        ..Machine::ONE_CPU
+        ..Machine::SYSTEMD
     };
     /// The same with a kernel that takes signed modules only.
     pub const SIGNED_PACKAGES: Machine = Machine {
@@ -165,9 +185,6 @@ impl std::fmt::Display for Machine {
         }
         if self.root == Root::Scsi {
             f.write_str(", root on the first")?;
-        }
-        if self.balloon {
-            f.write_str(", dynamic memory")?;
         }
         match self.userland {
             Userland::Lab => {}
@@ -262,6 +279,7 @@ impl Images {
             })?;
             archive.file(&format!("payload/{name}"), &bytes)?;
         }
+        archive.file("payload/tidy", TIDY.as_bytes())?;
         let install = payload.join("install");
         if install.exists() {
             archive
@@ -298,16 +316,8 @@ impl Images {
 
     /// What makes up the initial RAM file system, one archive after the other.
     fn initrd(&self, userland: Userland) -> Vec<PathBuf> {
-        let archives: &[&str] = match userland {
-            Userland::Lab => &["guest.cpio", "payload.cpio"],
-            Userland::Databases => &["guest.cpio", "databases.cpio", "payload.cpio"],
-            Userland::Volumes => &["guest.cpio", "volumes.cpio", "payload.cpio"],
-            Userland::Systemd => &["systemd.cpio", "payload.cpio"],
-            Userland::Debian | Userland::Packages => {
-                &["systemd.cpio", "payload.cpio", "packages.cpio"]
-            }
-        };
-        archives.iter().map(|it| self.payload.join(it)).collect()
+        let archives = userland.archives().iter();
+        archives.map(|it| self.payload.join(it)).collect()
     }
 
     /// Whether our module is there.
@@ -318,6 +328,50 @@ impl Images {
     /// Where files for people go.
     pub fn results(&self) -> &Path {
         &self.results
+    }
+}
+
+/// A guest in which no program answers, though it has not ended.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("no program in the guest answers; its kernel {}\n{seen}", if *kernel_answers { "does" } else { "does not either" })]
+pub struct Standstill {
+    /// Whether its kernel does: then it is no dead machine.
+    pub kernel_answers: bool,
+    /// What is to be seen from outside.
+    pub seen: String,
+}
+
+/// How long between two looks at a guest that stands still.
+const APART: Duration = Duration::from_secs(1);
+
+/// How long a guest that was told to may take to print where it is.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+
+/// How much of that is shown.
+const MOST_SAID: usize = 16 << 10;
+
+impl Standstill {
+    /// Looks at one. It ends by that, with the call trace of a processor on its console if that listens.
+    fn of(vm: &Vm) -> Standstill {
+        let heartbeat = vm.host().heartbeat();
+        // Whatever is loaded: the kernel gives back a device that is taken away.
+        heartbeat.rescind();
+        let kernel_answers = heartbeat.wait_released(STEP / 6).is_ok();
+        let mut seen = vm.look_inside();
+        std::thread::sleep(APART);
+        let before = vm.console();
+        seen.push_str("a moment later:\n");
+        seen.push_str(&vm.interrupt());
+        // It is over either way.
+        let _ = vm.wait_exit(LAST_WORDS);
+        let after = vm.console();
+        let said = after.strip_prefix(before.as_str()).unwrap_or_default();
+        seen.push_str("what its console said to that:\n");
+        seen.extend(said.chars().take(MOST_SAID));
+        Standstill {
+            kernel_answers,
+            seen,
+        }
     }
 }
 
@@ -335,6 +389,8 @@ pub struct Guest {
     /// The host's log is looked at from this moment of its clock on.
     host_mark: Mutex<Duration>,
     logs: AtomicU64,
+    /// What is known of the files that programs write to.
+    outputs: Mutex<BTreeMap<String, Piece>>,
     comparisons: Mutex<Vec<Comparison>>,
     cells: Mutex<Vec<Cell>>,
     /// See [`Guest::expect_in_log`].
@@ -389,6 +445,10 @@ impl Guest {
         config.host.profile = machine.host;
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");
+        // One that stands still says where, when it is asked, and who waits there: see [`Standstill`].
+        config
+            .cmdline
+            .push_str(" unknown_nmi_panic panic_sys_info=all_bt,blocked_tasks");
         // No record of the kernel's log is overwritten before it is looked at.
         config.cmdline.push_str(" log_buf_len=4M");
         // An image that is restored at once need not be small.
@@ -421,11 +481,17 @@ impl Guest {
             root_disk = Some(disk);
         }
         let agent = Agent::connect(vm.clone(), BOOT).map_err(|error| {
+            let still = matches!(error, CallError::Timeout { .. }) && vm.exit().is_none();
+            let still = still.then(|| Standstill::of(&vm));
             let tail = vm.console_tail();
             vm.kill();
-            anyhow::Error::new(error).context(format!(
+            let error = anyhow::Error::new(error).context(format!(
                 "the guest's agent did not come up; the console ends:\n{tail}"
-            ))
+            ));
+            match still {
+                Some(still) => error.context(still),
+                None => error,
+            }
         })?;
         // Where that took long everything does, and nothing is wrong.
         let slowness = start.elapsed().as_secs_f64() / machine.usual_boot().as_secs_f64();
@@ -445,6 +511,7 @@ impl Guest {
             log_mark: AtomicU64::new(0),
             host_mark: Mutex::default(),
             logs: AtomicU64::new(0),
+            outputs: Mutex::default(),
             comparisons: Mutex::default(),
             cells: Mutex::default(),
             expected: Mutex::default(),
@@ -480,6 +547,11 @@ impl Guest {
     /// Which module serves our daemon here: ours, or on a kernel without it the kernel's own.
     pub fn module(&self) -> Module {
         self.module
+    }
+
+    /// How often its agent had to be told again that it is called.
+    pub fn raised_again(&self) -> u64 {
+        self.vm.raised_again()
     }
 
     /// The machine itself.
@@ -587,10 +659,18 @@ impl Guest {
         )
     }
 
-    /// Whether nothing in it answers any more, though it has not ended.
-    pub fn stands_still(&self) -> bool {
-        let answer = self.agent.call::<u64>(Command::Clock, STEP);
-        matches!(answer, Err(CallError::Timeout { .. })) && self.vm.exit().is_none()
+    /// Whether no program in it answers any more, though it has not ended, and what is to be seen of it
+    /// then. Afterwards it is of no use.
+    pub fn standstill(&self) -> Option<Standstill> {
+        // One that was found silent a moment ago is not waited for once more.
+        let limit = match self.agent.is_silent() {
+            true => STEP / 6,
+            false => STEP,
+        };
+        if self.agent.answers(limit) || self.vm.exit().is_some() {
+            return None;
+        }
+        Some(Standstill::of(&self.vm))
     }
 
     /// Whether a program has ended.
@@ -603,9 +683,19 @@ impl Guest {
         self.agent.call(Command::Spawned, STEP)
     }
 
-    /// What a program has written so far.
+    /// What a program has written so far. What was read before is not read again: it is looked at again
+    /// and again, and the line to the guest is slow.
     pub fn output(&self, process: &Process) -> Result<String, CallError> {
-        self.read(&process.log)
+        let mut outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = outputs.entry(process.log.clone()).or_default();
+        let read = Command::ReadOn {
+            path: process.log.clone(),
+            from: known.next,
+        };
+        let more: Piece = self.agent.call(read, STEP)?;
+        known.text.push_str(&more.text);
+        known.next = more.next;
+        Ok(known.text.clone())
     }
 
     /// The text of a file.
@@ -924,35 +1014,10 @@ impl Guest {
             let timeout_ms = self.patience(Duration::from_secs(10));
             let _: Ended = self.agent.call(Command::Wait { pid, timeout_ms }, STEP)?;
         }
-        self.wait_until("no process of a daemon is left", STEP, || {
-            Ok(self
-                .try_sh("pidof hv_vss_daemon hv_vss_guard")?
-                .out
-                .trim()
-                .is_empty())
-        })?;
-        // As after a boot: the next daemon is no heir of those that were killed.
-        self.sh("rm -rf /run/hv_vss
-             sync
-             while grep -q ' /mnt/' /proc/mounts; do
-                 path=$(grep ' /mnt/' /proc/mounts | tail -n 1 | cut -d ' ' -f 2)
-                 path=$(printf %b \"$path\")
-                 umount \"$path\" && continue
-                 # A volume or loop device without a mount may still hold a file there.
-                 [ ! -e /sys/module/dm_mod ] || dmsetup remove_all --force
-                 losetup -D
-                 umount \"$path\" || exit 1
-             done
-             [ ! -e /sys/module/dm_mod ] || dmsetup remove_all --force
-             losetup -D
-             for module in hv_vss hv_utils; do
-                 if grep -q \"^$module \" /proc/modules; then rmmod $module || exit 1; fi
-             done
-             test ! -e /dev/vmbus/hv_vss")?;
-        // What is under way on a disk that is gone holds it for a moment longer.
-        self.wait_until("the driver of SCSI disks can be unloaded", STEP, || {
-            let unload = "! grep -q '^hv_storvsc ' /proc/modules || rmmod hv_storvsc";
-            Ok(self.try_sh(unload)?.status == Some(0))
+        // The other userlands have the agent alone.
+        self.sh(match self.machine.userland {
+            Userland::Lab | Userland::Databases | Userland::Volumes => ". /payload/tidy",
+            Userland::Systemd | Userland::Debian | Userland::Packages => TIDY,
         })?;
         for controller in self.scsi_controllers() {
             for lun in controller.disks().into_keys() {
@@ -961,6 +1026,8 @@ impl Guest {
         }
         self.check_log()?;
         self.expected().clear();
+        let mut outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
+        outputs.clear();
         Ok(())
     }
 
@@ -1038,7 +1105,11 @@ impl Guest {
                 event.kind
             ));
         }
-        match self.log(6) {
+        let log = match self.agent.is_silent() {
+            true => Err(anyhow::anyhow!("it was asked before")),
+            false => self.log(6),
+        };
+        match log {
             Ok(records) => {
                 text.push_str("the guest's kernel log since the case began, its end:\n");
                 for record in records.iter().skip(records.len().saturating_sub(25)) {

@@ -9,6 +9,7 @@
 mod cases;
 mod demo;
 mod emulation;
+mod kept;
 mod runner;
 mod shard;
 mod table;
@@ -19,6 +20,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Parser, Subcommand};
 use e2e::guest;
 use hyperv_sim::Profile;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -67,15 +69,27 @@ enum Action {
         /// Run only this part of them, such as 1/2
         #[arg(long, value_name = "PART")]
         shard: Option<shard::Shard>,
+        /// Run nothing, and name the archives that the guests are made of
+        #[arg(long)]
+        archives: bool,
     },
-    /// Add up what the parts of a run have left, and count it
+    /// Add up what the parts of a run have left, and count it; no case may be missing
     Sum {
-        /// The verdicts of each part
-        #[arg(required = true)]
-        files: Vec<PathBuf>,
+        /// The cases that the run was of, as they were named to it
+        #[arg(default_value = "*")]
+        globs: Vec<String>,
+        /// The verdicts of a part, one for each
+        #[arg(long = "part", value_name = "FILE", required = true)]
+        parts: Vec<PathBuf>,
         /// Where to write them together, with what is made from them
         #[arg(long, value_name = "FOLDER")]
         results: PathBuf,
+        /// Also the long ones, as it was told
+        #[arg(long)]
+        all: bool,
+        /// Its kernel does not take our module
+        #[arg(long)]
+        stock: bool,
     },
     /// Back up a guest once, slowly enough to read along
     Demo,
@@ -99,10 +113,38 @@ fn select(globs: &[String]) -> Result<Vec<cases::Case>> {
     Ok(chosen)
 }
 
+/// The cases of a run: those of [`select`] that are in each run, with `all` also the long ones, and
+/// those that are named in full. Without our module there are none that ask it, and it says so.
+fn choose(globs: &[String], all: bool, has_module: bool) -> Result<Vec<cases::Case>> {
+    let mut chosen = select(globs)?;
+    chosen.retain(|case| {
+        let wanted = case.when == When::Always || (all && case.when == When::All);
+        wanted || globs.iter().any(|glob| glob == case.name)
+    });
+    if !has_module {
+        chosen.retain(|case| {
+            if case.asks_our_module {
+                println!("left out, for want of our module: {}", case.name);
+            }
+            !case.asks_our_module
+        });
+    }
+    Ok(chosen)
+}
+
+/// What the guests of these cases are made of.
+fn archives_of(cases: &[cases::Case]) -> BTreeSet<&'static str> {
+    let all = cases.iter().map(|it| it.machine.userland.archives());
+    all.flatten().copied().collect()
+}
+
 /// Leaves what is for people, and says whether everything passed. The comparison is made from all of its cases
 /// or not at all, the matrix from all of a fault.
 fn report(results: &Path, verdicts: &[runner::Verdict]) -> Result<bool> {
-    let ran = |case: &cases::Case| verdicts.iter().any(|it| it.name == case.name);
+    let ran = |case: &cases::Case| {
+        let mut verdicts = verdicts.iter();
+        verdicts.any(|it| it.name == case.name && it.was_run())
+    };
     let is_whole = |case: &cases::Case| case.when != When::Always || ran(case);
     if cases::all().iter().all(is_whole) {
         runner::write_comparison(&results.join("comparison.md"), verdicts)?;
@@ -136,22 +178,17 @@ fn perform(action: Action) -> Result<bool> {
             host,
             all,
             shard,
+            archives,
         } => {
-            cases::set_schedule(rounds, seed);
-            let mut chosen = select(&globs)?;
-            chosen.retain(|case| {
-                let wanted = case.when == When::Always || (all && case.when == When::All);
-                wanted || globs.iter().any(|glob| glob == case.name)
-            });
-            let images = guest::Images::prepare(Path::new("."))?.with_patience(patience);
-            if !images.has_module() {
-                chosen.retain(|case| {
-                    if case.asks_our_module {
-                        println!("left out, for want of our module: {}", case.name);
-                    }
-                    !case.asks_our_module
-                });
+            if archives {
+                for name in archives_of(&choose(&globs, all, true)?) {
+                    println!("{name}");
+                }
+                return Ok(true);
             }
+            cases::set_schedule(rounds, seed);
+            let images = guest::Images::prepare(Path::new("."))?.with_patience(patience);
+            let mut chosen = choose(&globs, all, images.has_module())?;
             let host = Profile::ALL
                 .into_iter()
                 .find(|it| host.as_deref() == Some(it.name));
@@ -164,13 +201,29 @@ fn perform(action: Action) -> Result<bool> {
             if let Some(shard) = shard {
                 chosen = shard.of(chosen);
             }
-            let verdicts = runner::run_all(&images, &chosen);
             let json = json.unwrap_or_else(|| images.results().join("e2e.json"));
-            runner::write_json(&json, &verdicts)?;
+            let kept = kept::Kept::named()?;
+            let before = kept.as_ref().map_or_else(Vec::new, kept::Kept::read);
+            if !before.is_empty() {
+                println!("an attempt before this one has run {} cases", before.len());
+            }
+            // Whatever becomes of the next case.
+            let keep = |verdicts: &[runner::Verdict]| -> Result<()> {
+                runner::write_json(&json, verdicts)?;
+                kept.as_ref().map_or(Ok(()), |kept| kept.write(verdicts))
+            };
+            let verdicts = runner::run_all(&images, &chosen, before, keep)?;
             report(images.results(), &verdicts)
         }
-        Action::Sum { files, results } => {
-            let verdicts = shard::collect(&files, &cases::all())?;
+        Action::Sum {
+            globs,
+            parts,
+            results,
+            all,
+            stock,
+        } => {
+            let expected = choose(&globs, all, !stock)?;
+            let verdicts = shard::collect(&parts, &expected)?;
             runner::write_json(&results.join("e2e.json"), &verdicts)?;
             report(&results, &verdicts)
         }
@@ -190,5 +243,23 @@ fn main() -> ExitCode {
             eprintln!("e2e: {error:#}");
             ExitCode::from(2)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_large_is_asked_for_by_those_who_need_it() {
+        let archives = |globs: &[&str], all| {
+            let globs: Vec<String> = globs.iter().map(|it| it.to_string()).collect();
+            archives_of(&choose(&globs, all, true).unwrap())
+        };
+        let ours = ["guest.cpio", "payload.cpio"];
+        assert_eq!(archives(&["pairing/*"], false), ours.into());
+        assert!(archives(&["systemd/*"], true).contains("systemd.cpio"));
+        assert!(archives(&["databases/mariadb"], false).contains("databases.cpio"));
+        assert!(archives(&["packages/boot"], false).contains("packages.cpio"));
     }
 }

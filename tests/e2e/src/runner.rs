@@ -9,7 +9,7 @@
 use crate::cases::Case;
 use crate::emulation::impossible_interrupt;
 use anyhow::{anyhow, Context, Result};
-use e2e::guest::{Cell, Comparison, Guest, Images};
+use e2e::guest::{Cell, Comparison, Guest, Images, Standstill};
 use hyperv_sim::Exit;
 use serde::{Deserialize, Serialize};
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -32,13 +32,55 @@ pub struct Verdict {
     passed: bool,
     seconds: f64,
     error: Option<String>,
-    /// Whether it was begun again on another machine: see [`Failed::Machine`].
+    /// What became of the first machine when the case was begun again on another: see [`Failed::Machine`].
     #[serde(default)]
-    again: bool,
+    again: Option<Again>,
     comparisons: Vec<Comparison>,
     /// Of the matrix.
     #[serde(default)]
     pub cells: Vec<Cell>,
+}
+
+/// A machine on which a case could not be judged.
+#[derive(Debug, Serialize, Deserialize)]
+struct Again {
+    /// What was seen there.
+    error: String,
+    /// Whether its kernel went on.
+    kernel_answered: bool,
+}
+
+/// What the verdict on a case says that has none.
+const MISSING: &str = "it was not run, or its run did not end";
+
+impl Verdict {
+    /// Of a case that was to be run, and of which no run has left a word.
+    pub fn missing(name: &str) -> Verdict {
+        Verdict {
+            name: name.to_string(),
+            passed: false,
+            seconds: 0.0,
+            error: Some(MISSING.into()),
+            again: None,
+            comparisons: Vec::new(),
+            cells: Vec::new(),
+        }
+    }
+
+    /// Whether there is anything to say of the case.
+    pub fn was_run(&self) -> bool {
+        self.error.as_deref() != Some(MISSING)
+    }
+
+    /// Of a case that passed at once.
+    #[cfg(test)]
+    pub fn passed(name: &str) -> Verdict {
+        Verdict {
+            passed: true,
+            error: None,
+            ..Verdict::missing(name)
+        }
+    }
 }
 
 /// How often in one run a case is begun again: machines that stand still more often are no accident.
@@ -51,49 +93,65 @@ enum Failed {
     /// Its machine has stood still: no program in it answers anything, or its processor did what none
     /// does. The emulation has been seen to do that once in some hundred cases. Nothing is known of the
     /// case then; it is begun once more, elsewhere, and the last lines say so.
-    Machine(anyhow::Error),
+    Machine {
+        error: anyhow::Error,
+        /// Whether its kernel went on: then it may be the case's doing after all.
+        kernel_answers: bool,
+    },
 }
 
-/// Runs `cases` and returns how each went.
-pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
-    let mut verdicts = Vec::new();
+/// Runs `cases`, but for those that have a verdict already, and returns how each went. What is known is
+/// given to `keep` after each, before anybody is told.
+pub fn run_all(
+    images: &Images,
+    cases: &[Case],
+    before: Vec<Verdict>,
+    keep: impl Fn(&[Verdict]) -> Result<()>,
+) -> Result<Vec<Verdict>> {
+    let mut verdicts = before;
     let mut idle: Option<Guest> = None;
     let mut booted = 0;
+    let mut start_one = |case: &Case| {
+        booted += 1;
+        let start = Instant::now();
+        let guest = Guest::start(images, case.machine, booted).map_err(not_started)?;
+        let took = start.elapsed().as_secs_f64();
+        println!(
+            "     guest {booted} ({}) is up after {took:.1} s",
+            case.machine
+        );
+        Ok(guest)
+    };
     for case in cases {
+        if verdicts.iter().any(|it| it.name == case.name) {
+            continue;
+        }
         let guest = match idle.take().filter(|guest| guest.machine() == case.machine) {
             Some(guest) => Ok(guest),
-            None => {
-                booted += 1;
-                let start = Instant::now();
-                let guest = Guest::start(images, case.machine, booted);
-                if guest.is_ok() {
-                    let took = start.elapsed().as_secs_f64();
-                    println!(
-                        "     guest {booted} ({}) is up after {took:.1} s",
-                        case.machine
-                    );
-                }
-                guest
-            }
+            None => start_one(case),
         };
         let start = Instant::now();
-        let mut outcome = guest
-            .map_err(Failed::Case)
-            .and_then(|guest| run_one(case, guest));
-        let taken = verdicts.iter().filter(|it: &&Verdict| it.again).count();
+        let mut outcome = guest.and_then(|guest| run_one(case, guest));
+        let taken = verdicts
+            .iter()
+            .filter(|it: &&Verdict| it.again.is_some())
+            .count();
         let again = match &outcome {
-            Err(Failed::Machine(error)) if taken < MOST_AGAIN => {
+            Err(Failed::Machine {
+                error,
+                kernel_answers,
+            }) if taken < MOST_AGAIN => {
                 println!("     the machine of {} stands still: {error:#}", case.name);
-                booted += 1;
-                println!("     again on guest {booted}");
-                true
+                println!("     {} again on another", case.name);
+                Some(Again {
+                    error: format!("{error:#}"),
+                    kernel_answered: *kernel_answers,
+                })
             }
-            _ => false,
+            _ => None,
         };
-        if again {
-            outcome = Guest::start(images, case.machine, booted)
-                .map_err(Failed::Case)
-                .and_then(|guest| run_one(case, guest));
+        if again.is_some() {
+            outcome = start_one(case).and_then(|guest| run_one(case, guest));
         }
         let seconds = start.elapsed().as_secs_f64();
         let (mut comparisons, mut cells) = (Vec::new(), Vec::new());
@@ -102,29 +160,49 @@ pub fn run_all(images: &Images, cases: &[Case]) -> Vec<Verdict> {
                 idle = passed.guest;
                 comparisons = passed.comparisons;
                 cells = passed.cells;
-                println!("ok   {} ({seconds:.1} s)", case.name);
                 None
             }
-            Err(Failed::Case(error) | Failed::Machine(error)) => {
-                let error = format!("{error:#}");
-                println!("FAIL {} ({seconds:.1} s)", case.name);
-                for line in error.lines() {
-                    println!("     {line}");
-                }
-                Some(error)
-            }
+            Err(Failed::Case(error) | Failed::Machine { error, .. }) => Some(format!("{error:#}")),
         };
         verdicts.push(Verdict {
             name: case.name.to_string(),
             passed: error.is_none(),
             seconds,
-            error,
+            error: error.clone(),
             again,
             comparisons,
             cells,
         });
+        keep(&verdicts)?;
+        match error {
+            None => println!("ok   {} ({seconds:.1} s)", case.name),
+            Some(error) => {
+                println!("FAIL {} ({seconds:.1} s)", case.name);
+                for line in error.lines() {
+                    println!("     {line}");
+                }
+            }
+        }
     }
-    verdicts
+    Ok(verdicts)
+}
+
+/// Why a guest is not there: it may have stood still as well as any that runs a case.
+fn not_started(error: anyhow::Error) -> Failed {
+    let text = format!("{error:#}");
+    if let Some(line) = impossible_interrupt(&text) {
+        return Failed::Machine {
+            error: anyhow!("an interrupt with interrupts off ({line}): {text}"),
+            kernel_answers: false,
+        };
+    }
+    match error.downcast_ref::<Standstill>() {
+        Some(still) => Failed::Machine {
+            kernel_answers: still.kernel_answers,
+            error,
+        },
+        None => Failed::Case(error),
+    }
 }
 
 /// What a case that passed leaves.
@@ -139,6 +217,7 @@ struct Passed {
 fn run_one(case: &Case, guest: Guest) -> Result<Passed, Failed> {
     let limit = CASE_LIMIT + case.per_round * crate::cases::rounds();
     let limit = guest.host().patience(limit);
+    let raised = guest.raised_again();
     let guest = Arc::new(guest);
     let (tell, told) = channel();
     let run = case.run;
@@ -153,7 +232,7 @@ fn run_one(case: &Case, guest: Guest) -> Result<Passed, Failed> {
         Ok(result) => result,
         Err(RecvTimeoutError::Disconnected) => Err(anyhow!("the case ended without a word")),
         Err(RecvTimeoutError::Timeout) => {
-            let still = guest.stands_still();
+            let still = guest.standstill();
             let report = guest.post_mortem();
             guest.vm().kill();
             // With the guest gone every wait of the case ends in an error, which says where it was.
@@ -161,14 +240,15 @@ fn run_one(case: &Case, guest: Guest) -> Result<Passed, Failed> {
                 Ok(Err(error)) => format!("it was here: {error:#}"),
                 _ => "it did not even stop when its guest was ended".to_string(),
             };
-            let error = anyhow!("the case did not end within {limit:?}; {place}\n{report}");
-            return Err(match still {
-                true => Failed::Machine(error),
-                false => Failed::Case(error),
-            });
+            let error = anyhow!("the case did not end within {limit:?}; {place}");
+            return Err(failed(error, still, &report));
         }
     };
     let _ = worker.join();
+    let raised = guest.raised_again() - raised;
+    if raised > 0 {
+        println!("     the agent had to be called again {raised} times: an interrupt was lost, or the guest slow");
+    }
     let result = result.and_then(|()| match guest.vm().exit() {
         None => guest.tidy().context("afterwards the guest was not clean"),
         Some(Exit::PowerOff) => Ok(()),
@@ -181,18 +261,31 @@ fn run_one(case: &Case, guest: Guest) -> Result<Passed, Failed> {
             guest: Arc::into_inner(guest).filter(|guest| guest.vm().exit().is_none()),
         }),
         Err(error) => {
-            let still = guest.stands_still();
+            let still = guest.standstill();
             let report = guest.post_mortem();
             guest.vm().kill();
             let console = guest.vm().console();
             Err(match impossible_interrupt(&console) {
-                Some(line) => Failed::Machine(anyhow!(
-                    "an interrupt with interrupts off ({line}): {error:#}\n{report}"
-                )),
-                None if still => Failed::Machine(anyhow!("{error:#}\n{report}")),
-                None => Failed::Case(anyhow!("{error:#}\n{report}")),
+                Some(line) => Failed::Machine {
+                    error: anyhow!(
+                        "an interrupt with interrupts off ({line}): {error:#}\n{report}"
+                    ),
+                    kernel_answers: false,
+                },
+                None => failed(error, still, &report),
             })
         }
+    }
+}
+
+/// How it failed, with what was seen of its guest.
+fn failed(error: anyhow::Error, still: Option<Standstill>, report: &str) -> Failed {
+    match still {
+        Some(still) => Failed::Machine {
+            error: anyhow!("{error:#}\n{still}\n{report}"),
+            kernel_answers: still.kernel_answers,
+        },
+        None => Failed::Case(anyhow!("{error:#}\n{report}")),
     }
 }
 
@@ -227,12 +320,44 @@ pub fn close(verdicts: &[Verdict]) -> bool {
             println!("failed: {}: {first}", verdict.name);
         }
     }
-    for verdict in verdicts.iter().filter(|it| it.again) {
-        let name = &verdict.name;
-        println!("begun again, since its first machine stood still: {name} (console-*.log)");
+    let mut answered: Vec<&str> = Vec::new();
+    for verdict in verdicts {
+        let (name, Some(again)) = (&verdict.name, &verdict.again) else {
+            continue;
+        };
+        let kernel = match again.kernel_answered {
+            true => "but for its kernel",
+            false => "and its kernel with it",
+        };
+        println!(
+            "begun again, since its first machine stood still, {kernel}: {name} (console-*.log)"
+        );
+        if again.kernel_answered {
+            answered.push(area(name));
+        }
+    }
+    let again = verdicts.iter().filter(|it| it.again.is_some()).count();
+    let mut accident = true;
+    if again > MOST_AGAIN {
+        accident = false;
+        println!("failed: {again} machines stood still in one run, more than {MOST_AGAIN} are no accident");
+    }
+    answered.sort_unstable();
+    for same in answered.chunk_by(|a, b| a == b).filter(|it| it.len() > 1) {
+        accident = false;
+        println!(
+            "failed: in {}/* no program answered {} times where the kernel did: that is no accident",
+            same[0],
+            same.len()
+        );
     }
     println!("{} passed, {failed} failed", verdicts.len() - failed);
-    failed == 0
+    failed == 0 && accident
+}
+
+/// The area of a case.
+fn area(name: &str) -> &str {
+    name.split('/').next().unwrap_or(name)
 }
 
 /// Writes what ours and the peer were seen to do as a table in Markdown.
@@ -250,4 +375,51 @@ pub fn write_comparison(path: &Path, verdicts: &[Verdict]) -> Result<()> {
 pub fn write_json(path: &Path, verdicts: &[Verdict]) -> Result<()> {
     let text = serde_json::to_string_pretty(verdicts)?;
     std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn again(name: &str, kernel_answered: bool) -> Verdict {
+        let error = String::new();
+        Verdict {
+            again: Some(Again {
+                error,
+                kernel_answered,
+            }),
+            ..Verdict::passed(name)
+        }
+    }
+
+    #[test]
+    fn machines_that_stand_still_are_an_accident_up_to_twice_in_all() {
+        let passed = || Verdict::passed("c/d");
+        assert!(close(&[passed(), again("a/b", false), again("a/c", false)]));
+        let three = [("a/b", false), ("b/c", false), ("c/e", false)];
+        assert!(!close(&three.map(|(name, kernel)| again(name, kernel))));
+    }
+
+    #[test]
+    fn where_the_kernel_goes_on_twice_in_an_area_is_none() {
+        assert!(close(&[again("a/b", true), again("b/c", true)]));
+        assert!(close(&[again("a/b", true), again("a/c", false)]));
+        assert!(!close(&[again("a/b", true), again("a/c", true)]));
+    }
+
+    #[test]
+    fn a_machine_that_stands_still_while_it_boots_is_told_from_one_that_fails() {
+        let kernel_answers = true;
+        let seen = String::new();
+        let still = anyhow!("no greeting").context(Standstill {
+            kernel_answers,
+            seen,
+        });
+        let still = not_started(still.context("guest 3"));
+        let Failed::Machine { kernel_answers, .. } = still else {
+            panic!("it stood still");
+        };
+        assert!(kernel_answers);
+        assert!(matches!(not_started(anyhow!("a panic")), Failed::Case(_)));
+    }
 }

@@ -7,7 +7,8 @@
 
 use crate::cases::Case;
 use crate::runner::Verdict;
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, Context, Result};
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -57,22 +58,38 @@ impl Shard {
     }
 }
 
-/// The verdicts that runs side by side have written, in the order of the list of cases.
-pub fn collect(files: &[PathBuf], order: &[Case]) -> Result<Vec<Verdict>> {
+/// The verdicts that runs side by side have written, in the order of `expected`: the cases that they were to
+/// run, each of which is in one of them. One that is in none has failed, whatever became of its run.
+pub fn collect(files: &[PathBuf], expected: &[Case]) -> Result<Vec<Verdict>> {
     let mut verdicts: Vec<Verdict> = Vec::new();
     for file in files {
-        let text = std::fs::read_to_string(file)
-            .with_context(|| format!("cannot read {}: that run did not end", file.display()))?;
-        let more: Vec<Verdict> = serde_json::from_str(&text)
-            .with_context(|| format!("{} is no list of verdicts", file.display()))?;
-        verdicts.extend(more);
+        match std::fs::read_to_string(file) {
+            Ok(text) => {
+                let more: Vec<Verdict> = serde_json::from_str(&text)
+                    .with_context(|| format!("{} is no list of verdicts", file.display()))?;
+                verdicts.extend(more);
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                println!(
+                    "a part of the run has not ended: there is no {}",
+                    file.display()
+                );
+            }
+            Err(error) => bail!("cannot read {}: {error}", file.display()),
+        }
     }
-    let place = |verdict: &Verdict| order.iter().position(|case| case.name == verdict.name);
+    let place = |verdict: &Verdict| expected.iter().position(|case| case.name == verdict.name);
+    if let Some(stray) = verdicts.iter().find(|it| place(it).is_none()) {
+        bail!("nobody asked for {}", stray.name);
+    }
+    for case in expected {
+        match verdicts.iter().filter(|it| it.name == case.name).count() {
+            0 => verdicts.push(Verdict::missing(case.name)),
+            1 => {}
+            _ => bail!("{} was run twice", case.name),
+        }
+    }
     verdicts.sort_by_key(place);
-    ensure!(
-        verdicts.windows(2).all(|pair| pair[0].name != pair[1].name),
-        "a case was run twice"
-    );
     Ok(verdicts)
 }
 
@@ -94,6 +111,39 @@ mod tests {
             }
             assert_eq!(seen.len(), cases.len());
         }
+    }
+
+    #[test]
+    fn a_part_that_is_missing_fails_its_cases() {
+        let folder = std::env::temp_dir().join(format!("e2e-sum-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let cases: Vec<Case> = crate::cases::all().into_iter().take(12).collect();
+        let files: Vec<PathBuf> = (0..2)
+            .map(|number| {
+                let file = folder.join(format!("{number}.json"));
+                let part = (Shard { number, of: 2 }).of(cases.clone());
+                let verdicts: Vec<Verdict> =
+                    part.iter().map(|it| Verdict::passed(it.name)).collect();
+                crate::runner::write_json(&file, &verdicts).unwrap();
+                file
+            })
+            .collect();
+        let whole = collect(&files, &cases).unwrap();
+        let names: Vec<&str> = whole.iter().map(|it| it.name.as_str()).collect();
+        assert_eq!(names, cases.iter().map(|it| it.name).collect::<Vec<_>>());
+        assert!(crate::runner::close(&whole));
+        // A file that was never written, and one that nobody has named.
+        std::fs::remove_file(&files[1]).unwrap();
+        for files in [&files[..], &files[..1]] {
+            let half = collect(files, &cases).unwrap();
+            assert_eq!(half.len(), cases.len());
+            assert!(!crate::runner::close(&half));
+        }
+        let twice = collect(&[files[0].clone(), files[0].clone()], &cases);
+        assert!(twice.is_err_and(|it| it.to_string().contains("twice")));
+        let stray = collect(&files[..1], &cases[..1]);
+        assert!(stray.is_err_and(|it| it.to_string().contains("nobody")));
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]

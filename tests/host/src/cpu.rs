@@ -8,9 +8,10 @@
 use crate::boot::{Entry, BOOT_GDT, PML4};
 use kvm_bindings::{
     kvm_cpuid_entry2, kvm_enable_cap, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, CpuId, Msrs,
-    KVM_CAP_HYPERV_SYNIC2,
+    KVM_CAP_HYPERV_SYNIC2, KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE,
 };
 use kvm_ioctls::VcpuFd;
+use libc::c_char;
 use vmm_sys_util::{errno, fam};
 
 /// Why a virtual CPU could not be set up.
@@ -236,8 +237,66 @@ fn set_registers(vcpu: &VcpuFd, entry: &Entry) -> Result<(), CpuError> {
 /// The values of the crash MSRs (`HV_X64_MSR_CRASH_P0` and the next four), zero when unreadable.
 pub(crate) fn crash_parameters(vcpu: &VcpuFd) -> [u64; 5] {
     const CRASH_P0: u32 = 0x4000_0100;
-    let mut values = [0; 5];
-    let entries: Vec<kvm_msr_entry> = (CRASH_P0..)
+    msrs(vcpu, CRASH_P0)
+}
+
+/// What is to be seen of a virtual CPU from outside, in words: where it is, whether it takes interrupts and
+/// which wait or are being served, and whether its timer has been due.
+pub(crate) fn describe(vcpu: &VcpuFd) -> String {
+    // TIME_REF_COUNT, and STIMER0_CONFIG with STIMER0_COUNT.
+    const REFERENCE: u32 = 0x4000_0020;
+    const STIMER0: u32 = 0x4000_00b0;
+    const ISR: usize = 0x100;
+    const IRR: usize = 0x200;
+    let regs = vcpu.get_regs().unwrap_or_default();
+    let mut text = format!("at {:#x}, flags {:#x}", regs.rip, regs.rflags);
+    if let Ok(state) = vcpu.get_mp_state() {
+        text.push_str(match state.mp_state {
+            KVM_MP_STATE_RUNNABLE => ", runnable",
+            KVM_MP_STATE_HALTED => ", halted",
+            _ => ", neither runnable nor halted",
+        });
+    }
+    if let Ok(events) = vcpu.get_vcpu_events() {
+        text.push_str(&format!(
+            ", injected: exception {} ({}), interrupt {} ({}), NMI {}/{}",
+            events.exception.nr,
+            events.exception.injected,
+            events.interrupt.nr,
+            events.interrupt.injected,
+            events.nmi.injected,
+            events.nmi.pending
+        ));
+    }
+    if let Ok(apic) = vcpu.get_lapic() {
+        for (what, at) in [("waiting", IRR), ("being served", ISR)] {
+            text.push_str(&format!(", {what}: {:x?}", vectors(&apic.regs, at)));
+        }
+    }
+    let [now] = msrs(vcpu, REFERENCE);
+    let [config, due] = msrs(vcpu, STIMER0);
+    text.push_str(&format!(
+        ", timer {config:#x} due in {} us",
+        (due.wrapping_sub(now) as i64) / 10
+    ));
+    text
+}
+
+/// The vectors whose bits are set in the register of a local APIC that begins at `at`: 32 of its 256 bits
+/// in every 16 bytes.
+fn vectors(regs: &[c_char], at: usize) -> Vec<usize> {
+    let is_set = |vector: &usize| {
+        let byte = at + vector / 32 * 16 + vector % 32 / 8;
+        let byte = regs.get(byte).copied().unwrap_or_default() as u8;
+        byte & 1 << (vector % 8) != 0
+    };
+    (0..256).filter(is_set).collect()
+}
+
+/// The values of the MSRs from `first` on, zero when unreadable.
+fn msrs<const COUNT: usize>(vcpu: &VcpuFd, first: u32) -> [u64; COUNT] {
+    let mut values = [0; COUNT];
+    let entries: Vec<kvm_msr_entry> = (first..)
         .take(values.len())
         .map(|index| kvm_msr_entry {
             index,
@@ -267,6 +326,16 @@ mod tests {
             edx: value,
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn vectors_of_a_local_apic() {
+        let mut regs = [0; 1024];
+        for (byte, bit) in [(0x200, 0), (0x211, 3), (0x273, 7)] {
+            regs[byte] = (1u8 << bit) as c_char;
+        }
+        assert_eq!(vectors(&regs, 0x200), [0, 32 + 8 + 3, 255]);
+        assert!(vectors(&regs, 0x100).is_empty());
     }
 
     #[test]

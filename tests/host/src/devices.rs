@@ -33,10 +33,16 @@ const KEYBOARD_RESET: u8 = 0xfe;
 /// The clock chip, which is not there.
 const CMOS: std::ops::RangeInclusive<u16> = 0x70..=0x71;
 
+/// Why there is an NMI (port B of the PC): for none of these errors of memory or bus.
+const NMI_REASON: u16 = 0x61;
+const NMI_ERRORS: u8 = 0xc0;
+
 /// Bytes that may wait between the agent's stream and the serial port, in either direction.
 const AGENT_BUFFER: usize = 1 << 20;
 /// How many bytes from the guest are collected before the stream gets them, unless a line ends.
 const AGENT_BATCH: usize = 4096;
+/// How long the agent's port may wait for the guest before that is told again.
+const UNHEARD: Duration = Duration::from_secs(1);
 /// How long an unfinished line from the guest waits for its rest.
 const AGENT_PATIENCE: Duration = Duration::from_millis(20);
 
@@ -211,16 +217,54 @@ struct AgentPort {
     serial: Serial<Line, NoEvents, AgentWriter>,
     /// Bytes for the guest that the port has no room for.
     incoming: VecDeque<u8>,
+    /// How often the guest has turned to the port.
+    accesses: u64,
+    /// The same when the port was last seen to wait for it.
+    waited_at: Option<u64>,
+    /// How often it was told again.
+    raised_again: u64,
 }
 
 impl AgentPort {
+    fn is_empty(&self) -> bool {
+        self.serial.fifo_capacity() >= FIFO_SIZE
+    }
+
+    /// Whether it waits for the guest to take its interrupt: there is a byte for the guest, or room for
+    /// one of it, and it wants to know.
+    fn waits(&self) -> bool {
+        const RECEIVED: u8 = 1 << 0;
+        const ROOM: u8 = 1 << 1;
+        const ROOM_PENDING: u8 = 1 << 1;
+        let port = self.serial.state();
+        let has_room = port.interrupt_identification & ROOM_PENDING != 0;
+        port.interrupt_enable & RECEIVED != 0 && !self.is_empty()
+            || port.interrupt_enable & ROOM != 0 && has_room
+    }
+
+    /// Raises the interrupt again when the guest has not turned to the port since the last look, though
+    /// that waits for it.
+    ///
+    /// An interrupt that is lost on its way is not raised again by itself: one is pending as far as the
+    /// port knows, and nothing is put into it before its byte was read. The line would be dead for good,
+    /// and a guest whose line is dead cannot be told from one that is dead itself.
+    fn look(&mut self) {
+        let waits = self.waits();
+        if waits && self.waited_at == Some(self.accesses) {
+            self.raised_again += 1;
+            // One that cannot be raised is tried again at the next look.
+            let _ = self.serial.interrupt_evt().trigger();
+        }
+        self.waited_at = waits.then_some(self.accesses);
+    }
+
     /// Puts the next byte into the port when it is empty.
     ///
     /// One at a time, although the port has room for 64: vm-superio takes its interrupt back with
     /// the first byte that is read, whatever is left. A guest that reads a bounded number of bytes
     /// in one interrupt (Linux: 256) would leave the rest for ever.
     fn refill(&mut self) {
-        if self.serial.fifo_capacity() < FIFO_SIZE {
+        if !self.is_empty() {
             return;
         }
         let Some(byte) = self.incoming.front() else {
@@ -229,7 +273,7 @@ impl AgentPort {
         // An error is an interrupt that could not be raised; what is in the port stays there, and
         // the guest reads it at its next chance.
         let _ = self.serial.enqueue_raw_bytes(&[*byte]);
-        if self.serial.fifo_capacity() < FIFO_SIZE {
+        if !self.is_empty() {
             self.incoming.pop_front();
         }
     }
@@ -253,6 +297,9 @@ impl Ports {
         let agent = AgentPort {
             serial: Serial::new(Line(com2), AgentWriter(agent_out.clone())),
             incoming: VecDeque::new(),
+            accesses: 0,
+            waited_at: None,
+            raised_again: 0,
         };
         Ports {
             console: Mutex::new(Serial::new(Line(com1), console)),
@@ -271,6 +318,7 @@ impl Ports {
             data.iter_mut().for_each(|byte| *byte = serial.read(offset));
         } else if let Some(offset) = within(port, COM2) {
             let mut agent = lock(&self.agent);
+            agent.accesses += 1;
             for byte in data {
                 *byte = agent.serial.read(offset);
                 if offset == 0 && !agent.incoming.is_empty() {
@@ -283,6 +331,7 @@ impl Ports {
                 *byte = match port {
                     KEYBOARD_DATA | KEYBOARD => 0,
                     port if CMOS.contains(&port) => 0,
+                    NMI_REASON => !NMI_ERRORS,
                     port => self.power.read(port).unwrap_or(0xff),
                 };
             }
@@ -299,6 +348,7 @@ impl Ports {
             }
         } else if let Some(offset) = within(port, COM2) {
             let mut agent = lock(&self.agent);
+            agent.accesses += 1;
             for byte in data {
                 let _ = agent.serial.write(offset, *byte);
             }
@@ -318,14 +368,41 @@ impl Ports {
         PortEffect::None
     }
 
+    /// How often the guest had to be told again that the agent's port waits for it.
+    pub(crate) fn raised_again(&self) -> u64 {
+        lock(&self.agent).raised_again
+    }
+
+    /// How the agent's port is, in words.
+    pub(crate) fn agent_state(&self) -> String {
+        let agent = lock(&self.agent);
+        let port = agent.serial.state();
+        format!(
+            "{} bytes in it and {} behind it, {} accesses; IIR {:#x}, IER {:#x}, LSR {:#x}; its interrupt \
+             was raised again {} times",
+            port.in_buffer.len(),
+            agent.incoming.len(),
+            agent.accesses,
+            port.interrupt_identification,
+            port.interrupt_enable,
+            port.line_status,
+            agent.raised_again
+        )
+    }
+
     /// Carries bytes from the stream to the guest until the stream ends.
     pub(crate) fn pump_in(&self, mut stream: UnixStream) -> io::Result<()> {
         let mut chunk = [0; 4096];
+        stream.set_read_timeout(Some(UNHEARD))?;
         loop {
             let len = match stream.read(&mut chunk) {
                 Ok(0) => return Ok(()),
                 Ok(len) => len,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    lock(&self.agent).look();
+                    continue;
+                }
                 Err(error) => return Err(error),
             };
             let mut agent = lock(&self.agent);
@@ -335,9 +412,10 @@ impl Ports {
                 }
                 agent = self
                     .agent_room
-                    .wait_timeout(agent, Duration::from_secs(1))
+                    .wait_timeout(agent, UNHEARD)
                     .unwrap_or_else(PoisonError::into_inner)
                     .0;
+                agent.look();
             }
             agent.incoming.extend(chunk.get(..len).unwrap_or_default());
             agent.refill();
@@ -432,6 +510,8 @@ mod tests {
         ports.read(KEYBOARD, &mut bytes[..1]);
         assert_eq!(bytes[0], 0);
         ports.read(0xffff, &mut bytes);
+        ports.read(NMI_REASON, &mut bytes[..1]);
+        assert_eq!(bytes[0], 0x3f);
     }
 
     #[test]
@@ -468,6 +548,46 @@ mod tests {
             ports.read(COM2, &mut byte);
             got.push(byte[0]);
         }
+    }
+
+    #[test]
+    fn an_interrupt_that_is_lost_is_raised_again() {
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let console = Arc::new(Console::new(None, false).unwrap());
+        let other = EventFd::new(EFD_NONBLOCK).unwrap();
+        let ports = Ports::new(ConsoleWriter(console), other, line.try_clone().unwrap());
+        let ports = Arc::new(ports);
+        // As a guest does that wants to hear of bytes.
+        ports.write(COM2 + 1, &[1]);
+        let raised = || {
+            let until = std::time::Instant::now() + 10 * UNHEARD;
+            while std::time::Instant::now() < until {
+                if line.read().is_ok() {
+                    return true;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            false
+        };
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let ports_in = ports.clone();
+        let reader = std::thread::spawn(move || ports_in.pump_in(ours));
+        theirs.write_all(b"call\n").unwrap();
+        assert!(raised(), "for the first byte");
+        // That one is lost: nobody reads.
+        assert!(raised(), "again");
+        assert_eq!(drain(&ports), b"call\n");
+        assert_eq!(ports.raised_again(), 1);
+        // The same where it has room for what the guest wants to say.
+        ports.write(COM2 + 1, &[3]);
+        assert!(raised(), "for room");
+        assert!(raised(), "for room, again");
+        let mut byte = [0];
+        ports.read(COM2 + 2, &mut byte);
+        assert_eq!(byte[0] & 3, 2);
+        ports.close();
+        theirs.shutdown(std::net::Shutdown::Both).unwrap();
+        reader.join().unwrap().unwrap();
     }
 
     #[test]

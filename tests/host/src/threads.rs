@@ -15,10 +15,12 @@ use crate::kvm::{self, HypervExit};
 use crate::vm::{event, kvm_error, system_error, Exit, VmError};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
@@ -119,12 +121,63 @@ impl Drop for StopOnPanic {
     }
 }
 
+/// The virtual CPUs' threads, and what they say of themselves when they are asked.
+#[derive(Default)]
+pub(crate) struct Cpus {
+    /// Empty once the machine stops.
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// How often they were asked.
+    asked: AtomicU64,
+    /// Whether each is to take an NMI besides.
+    nmi: AtomicBool,
+    said: Mutex<BTreeMap<u32, String>>,
+}
+
+/// How long a virtual CPU may take to leave the guest and say how it is.
+const SAY: Duration = Duration::from_secs(2);
+
+impl Cpus {
+    /// Has each virtual CPU leave the guest for a moment and say how it is there, by number; with `nmi`
+    /// each takes one when it goes back.
+    pub(crate) fn ask(&self, nmi: bool) -> BTreeMap<u32, String> {
+        let threads = lock(&self.threads);
+        lock(&self.said).clear();
+        self.nmi.store(nmi, SeqCst);
+        self.asked.fetch_add(1, SeqCst);
+        let until = Instant::now() + SAY;
+        while lock(&self.said).len() < threads.len() && Instant::now() < until {
+            // A signal that comes just before KVM_RUN is lost, so it is repeated.
+            for thread in threads.iter().filter(|it| !it.is_finished()) {
+                let _ = thread.kill(SIGRTMIN());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        lock(&self.said).clone()
+    }
+
+    /// Called by each virtual CPU's thread between two runs of the guest.
+    fn answer(&self, index: u32, vcpu: &VcpuFd, answered: &mut u64, exits: u64) {
+        let asked = self.asked.load(SeqCst);
+        if *answered == asked {
+            return;
+        }
+        *answered = asked;
+        let text = format!("{}, {exits} exits", cpu::describe(vcpu));
+        if self.nmi.load(SeqCst) {
+            // A guest that cannot take it says no more than it did before.
+            let _ = vcpu.nmi();
+        }
+        lock(&self.said).insert(index, text);
+    }
+}
+
 /// What the threads share.
 #[derive(Clone)]
 pub(crate) struct Machine {
     pub host: Host,
     pub ports: Arc<Ports>,
     pub ending: Arc<Ending>,
+    pub cpus: Arc<Cpus>,
     /// Both are kept for as long as a thread may run the guest.
     pub _vm: Arc<VmFd>,
     pub _memory: GuestMemoryMmap,
@@ -166,18 +219,20 @@ impl Machine {
         helpers.push(spawn("agent-out", move || {
             let _ = ports.pump_out(agent_out);
         })?);
-        let mut threads = Vec::new();
+        let cpus = self.cpus.clone();
+        let mut threads = lock(&cpus.threads);
         for (index, vcpu) in (0u32..).zip(vcpus) {
             let machine = self.clone();
             let name = format!("vcpu-{index}");
             threads.push(spawn(&name, move || machine.run_vcpu(index, vcpu))?);
         }
+        drop(threads);
         spawn("reaper", move || {
             let exit = self.ending.wait_stop();
             // From here on every virtual CPU that leaves the guest stays out of it.
             self.ending.stop(exit.clone());
             self.ports.close();
-            for thread in threads {
+            for thread in std::mem::take(&mut *lock(&self.cpus.threads)) {
                 // A signal that comes just before KVM_RUN is lost, so it is repeated.
                 while !thread.is_finished() {
                     let _ = thread.kill(SIGRTMIN());
@@ -202,7 +257,10 @@ impl Machine {
     /// Runs the guest on one virtual CPU until the machine stops.
     fn run_vcpu(&self, index: u32, mut vcpu: VcpuFd) {
         let _guard = StopOnPanic(self.ending.clone());
+        let (mut answered, mut exits) = (0, 0);
         while !self.ending.is_stopping() {
+            self.cpus.answer(index, &vcpu, &mut answered, exits);
+            exits += 1;
             if let Some(exit) = self.step(index, &mut vcpu) {
                 self.ending.stop(exit);
             }

@@ -11,13 +11,14 @@ use crate::devices::{Ports, COM1_IRQ, COM2_IRQ};
 use crate::host::{Host, HostConfig};
 use crate::kvm;
 use crate::synic::{SynIc, SINT};
-use crate::threads::{Ending, Machine};
+use crate::threads::{Cpus, Ending, Machine};
 use kvm_bindings::{
     kvm_irq_routing_entry, kvm_irq_routing_hv_sint, kvm_irq_routing_irqchip, KvmIrqRouting,
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQ_ROUTING_HV_SINT,
     KVM_IRQ_ROUTING_IRQCHIP, KVM_MAX_CPUID_ENTRIES,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -186,6 +187,8 @@ pub struct Vm {
     console: Arc<Console>,
     agent: UnixStream,
     ending: Arc<Ending>,
+    cpus: Arc<Cpus>,
+    ports: Arc<Ports>,
     reaper: Option<JoinHandle<()>>,
 }
 
@@ -235,18 +238,22 @@ impl Vm {
         let (ours, agent) = UnixStream::pair().map_err(system_error("create a socket pair"))?;
         let machine = Machine {
             host: host.clone(),
-            ports,
+            ports: ports.clone(),
             ending: Arc::default(),
+            cpus: Arc::default(),
             _vm: Arc::new(vm),
             _memory: memory,
         };
         let ending = machine.ending.clone();
+        let cpus = machine.cpus.clone();
         let reaper = machine.spawn(vcpus, acknowledgements, ours, console.clone())?;
         Ok(Vm {
             host,
             console,
             agent,
             ending,
+            cpus,
+            ports,
             reaper: Some(reaper),
         })
     }
@@ -286,6 +293,33 @@ impl Vm {
     pub fn kill(&self) {
         self.ending.stop(Exit::Killed);
         self.ending.wait_ended(Duration::MAX);
+    }
+
+    /// How often the guest had to be told again that its second serial port waits for it: each time an
+    /// interrupt was lost, or the guest was slow.
+    pub fn raised_again(&self) -> u64 {
+        self.ports.raised_again()
+    }
+
+    /// Where its virtual CPUs are, and how its second serial port is, in words: for a guest that does not
+    /// answer.
+    pub fn look_inside(&self) -> String {
+        self.words(self.cpus.ask(false))
+    }
+
+    /// The same, and each virtual CPU takes an NMI when it goes back to the guest. One with
+    /// `unknown_nmi_panic` on its command line ends with its call trace on the console.
+    pub fn interrupt(&self) -> String {
+        self.words(self.cpus.ask(true))
+    }
+
+    fn words(&self, cpus: BTreeMap<u32, String>) -> String {
+        let mut text = String::new();
+        for (index, state) in cpus {
+            text.push_str(&format!("virtual CPU {index}: {state}\n"));
+        }
+        text.push_str(&format!("the agent's port: {}\n", self.ports.agent_state()));
+        text
     }
 
     /// All text of the first serial port (its first parts are dropped beyond some MiB).

@@ -4,7 +4,9 @@
 //! its reason, `list` says so beforehand, and only a strict backup fails.
 
 use super::disks::{self, load_driver, Attached};
-use super::{case, describe, good, load, observe, start, stop, wait_for_daemon, Case, Seen};
+use super::{
+    case, describe, good, load, logged, observe, start, stop, wait_for_daemon, Case, Seen,
+};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, STEP};
@@ -196,7 +198,9 @@ fn btrfs_balance(guest: &Guest) -> Result<()> {
     ))?;
     guest.writer_start("/mnt/bad/w")?;
     let balance = |guest: &Guest| -> Result<_> {
-        disk.disk.set_delay(Duration::from_millis(300));
+        // It is to outlast what the guest does meanwhile, however slow that is.
+        let delay = guest.host().patience(Duration::from_millis(300));
+        disk.disk.set_delay(delay);
         let line = "exec btrfs balance start --full-balance /mnt/bad";
         let process = guest.spawn(&["sh", "-c", line])?;
         guest.wait_until("it is being balanced", STEP, || {
@@ -233,7 +237,7 @@ fn btrfs_balance(guest: &Guest) -> Result<()> {
         &seen.still,
         &vec!["/mnt/good/w".to_owned()],
     )?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     let mut lines = log.lines();
     ensure!(
         lines.any(|it| it.contains(name) && it.contains("left out: busy")),
@@ -305,7 +309,7 @@ fn btrfs_scrub(guest: &Guest) -> Result<()> {
     guest.sh("echo 0 >$(echo /sys/fs/btrfs/*-*/devinfo/1/scrub_speed_max)")?;
     guest.wait(&scrub, STEP * 4)?;
     let said = guest.output(&scrub)?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     let words = "busy: it cannot be frozen before its scrub has ended";
     if said.contains("aborted") {
         equal("the backup", &seen, &good(&["/mnt/good/w", "/mnt/bad/w"]))?;

@@ -5,7 +5,7 @@
 
 use super::deadman::{released, RELEASED};
 use super::lifecycle::{end_override, take_over};
-use super::{case, observe, start, stop, wait_for_daemon, Case};
+use super::{case, logged_all, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
@@ -179,7 +179,7 @@ fn hand_over(guest: &Guest) -> Result<()> {
     guest.vss().agree(STEP)?;
     wait_for_daemon(guest)?;
     equal("a backup with ours", observe(guest)?, both)?;
-    let said = guest.output(&daemon)?;
+    let said = logged_all(guest, &daemon, 2)?;
     let holds = said.contains("the module holds what is frozen");
     equal("guards with ours", guards()?, usize::from(!holds))?;
     stop(guest, Module::Ours, &daemon)?;

@@ -3,7 +3,7 @@
 //! Which file systems our daemon freezes, and whose freeze it is. Where the peer does otherwise, the
 //! same is done with the stock module and Debian's daemon, and both are noted.
 
-use super::{case, describe, good, load, observe, reply_within, start, stop};
+use super::{case, describe, good, load, logged, observe, reply_within, start, stop};
 use super::{wait_for_daemon, Case, Seen};
 use anyhow::{bail, ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
@@ -445,7 +445,7 @@ fn cannot_freeze(guest: &Guest) -> Result<()> {
         ..good(&["/mnt/a/w"])
     };
     equal("the backup", &ours, &expected)?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     ensure!(
         log.contains("/mnt/exfat") && log.contains("synced instead"),
         "the daemon should say that exfat was only synced; it said:\n{log}"

@@ -112,7 +112,8 @@ fn freeze_that_hangs(guest: &Guest, daemon: &Process) -> Result<Tx> {
 
 /// [`RELEASED`] from now on the file system at `path` must not be frozen.
 fn thawed_in_time(guest: &Guest, path: &str) -> Result<()> {
-    let mark = guest.clock()? + RELEASED.as_micros() as u64;
+    let limit = guest.host().patience(RELEASED);
+    let mark = guest.clock()? + limit.as_micros() as u64;
     guest.wait_until("the time is over", STEP, || Ok(guest.clock()? > mark))?;
     refused(
         "FITHAW when all should be thawed",
@@ -201,7 +202,7 @@ fn hung_freeze(guest: &Guest, module: Module) -> Result<()> {
     released(guest, "at the deadline", guest.clock()?, RELEASED)?;
     for stall in &guest.stalls(sent)?.stalls {
         let stood = stall.ended_us.map(|ended| ended - stall.began_us);
-        let limit = RELEASED.as_micros() as u64;
+        let limit = guest.host().patience(RELEASED).as_micros() as u64;
         ensure!(
             stood.is_some_and(|stood| stood < limit),
             "{} stood still for {stood:?} us because of another",
@@ -340,11 +341,13 @@ fn says_that_it_hangs(guest: &Guest) -> Result<()> {
         "hv_vss_daemon: called off, still inside the freeze of /mnt/hung",
         "hv_vss_daemon: a backup was refused: the last one has not ended in time",
     ] {
-        let log = guest.log(6)?;
-        ensure!(
-            log.iter().any(|it| it.text.contains(expected)),
-            "the kernel's log should say {expected:?}, it was: {log:?}"
-        );
+        // The host has its answer before.
+        let mut log = Vec::new();
+        let said = guest.wait_until("the kernel's log says so", STEP, || {
+            log = guest.log(6)?;
+            Ok(log.iter().any(|it| it.text.contains(expected)))
+        });
+        said.with_context(|| format!("it should say {expected:?}, it was: {log:?}"))?;
     }
     for (command, expected) in [
         ("status", "called off, still inside the freeze of /mnt/hung"),
@@ -419,8 +422,9 @@ fn hung_open(guest: &Guest) -> Result<()> {
     answered("FREEZE behind an open", &vss.wait(tx, STEP)?, status::FAIL)?;
     let held_up = guest.stalls(sent)?;
     // With what preparation and deadline allow, and some time to see it.
+    let limit = guest.host().patience(Duration::from_millis(4500));
     ensure!(
-        held_up.now_us - sent < 4_500_000,
+        held_up.now_us - sent < limit.as_micros() as u64,
         "FREEZE was failed after {} ms, 3 s are allowed",
         (held_up.now_us - sent) / 1000
     );

@@ -5,7 +5,7 @@
 //! Each hook here notes what it is told in a file in memory, and writes to the disk that is frozen, as a
 //! database would.
 
-use super::{case, good, load, observe, start, stop, wait_for_daemon, Case};
+use super::{case, good, load, logged, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
@@ -274,7 +274,7 @@ fn hung(guest: &Guest) -> Result<()> {
     ];
     noted(guest, "a hook that hangs", &expected)?;
     nothing_hangs(guest)?;
-    let said = guest.output(&daemon)?;
+    let said = logged(guest, &daemon)?;
     ensure!(
         said.contains("hook 20-b: killed, it took longer than 2 s (hooks.limit)"),
         "the log should say why:\n{said}"
@@ -323,7 +323,7 @@ fn the_hosts_limit(guest: &Guest) -> Result<()> {
     let expected = ["20-b freeze ", "20-b thaw failed"];
     noted(guest, "a hook that hangs", &expected)?;
     nothing_hangs(guest)?;
-    let said = guest.output(&daemon)?;
+    let said = logged(guest, &daemon)?;
     ensure!(
         said.contains("called off: the host would not wait any longer")
             && !said.contains("the answer to FREEZE was refused"),

@@ -593,7 +593,12 @@ fn daemon_comes_back(guest: &Guest) -> Result<()> {
 }
 
 fn dying_daemon(guest: &Guest) -> Result<()> {
-    super::load(guest, Module::Ours, &["grace_ms=2500"])?;
+    let grace = guest.host().patience(Duration::from_millis(2500));
+    super::load(
+        guest,
+        Module::Ours,
+        &[&format!("grace_ms={}", grace.as_millis())],
+    )?;
     let vss = guest.vss();
     let disks = [Lun::scsi(CLASS, 0, 0, 0)];
     for abi in Abi::BOTH {
@@ -612,9 +617,8 @@ fn dying_daemon(guest: &Guest) -> Result<()> {
             answered("FREEZE of the dead", &reply, status::FAIL)?;
             // What it had in hand fails with it; what it had not waits for another one.
             let after = reply.at.saturating_sub(killed);
-            let at_once = guest.host().patience(Duration::from_secs(2));
             ensure!(
-                (after < at_once) == is_read,
+                (after < grace.mul_f64(0.8)) == is_read,
                 "{abi:?}, FREEZE was read: {is_read}; it was failed {after:?} after the death"
             );
             if is_read {

@@ -230,6 +230,37 @@ fn backup(guest: &Guest) -> Result<()> {
     answered("THAW", &guest.vss().thaw(STEP)?, status::OK)
 }
 
+/// How the daemon closes a backup in its log, whichever way that went.
+const CLOSING: [&str; 4] = [
+    "the backup is good",
+    "the backup is not good",
+    "for the host the backup has failed",
+    "nothing is left frozen",
+];
+
+/// How many backups are over, as this log has it.
+fn closed(log: &str) -> usize {
+    let closes = |line: &&str| CLOSING.iter().any(|words| line.contains(words));
+    log.lines().filter(closes).count()
+}
+
+/// The daemon's log once the first backup that it made is over. The host has its answer before: the
+/// lines of a backup are written when nothing is frozen any more.
+fn logged(guest: &Guest, daemon: &Process) -> Result<String> {
+    logged_all(guest, daemon, 1)
+}
+
+/// The same once so many backups are over.
+fn logged_all(guest: &Guest, daemon: &Process, backups: usize) -> Result<String> {
+    let mut log = String::new();
+    let over = guest.wait_until("the daemon has logged how it went", STEP, || {
+        log = guest.output(daemon)?;
+        Ok(closed(&log) >= backups)
+    });
+    over.with_context(|| format!("of {backups} backups, so many are over:\n{log}"))?;
+    Ok(log)
+}
+
 /// What our module says of itself: the lines of its file in debugfs, by their first word.
 struct ModuleState(String);
 
@@ -449,6 +480,16 @@ fn describe(seen: &Seen) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_backup_is_over_with_its_last_line() {
+        let begun = "info: FREEZE from the host\ninfo: /mnt/a (ext4, 1:1) frozen, took 2 ms\n";
+        assert_eq!(closed(begun), 0);
+        let good = "info: THAW answered: all that was frozen is thawed, the backup is good\n";
+        let failed = "error: FREEZE fails, nothing is left frozen: /mnt/a: EIO\n";
+        assert_eq!(closed(&[begun, good, begun].concat()), 1);
+        assert_eq!(closed(&[begun, good, begun, failed].concat()), 2);
+    }
 
     #[test]
     fn a_leak_is_told_from_noise() {

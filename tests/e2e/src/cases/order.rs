@@ -4,7 +4,7 @@
 //! file, the root last, thaws in reverse.
 
 use super::hangs::in_freeze;
-use super::{case, describe, load, observe, reply_within, start, stop};
+use super::{case, describe, load, logged, observe, reply_within, start, stop};
 use super::{wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
@@ -95,7 +95,7 @@ fn loop_on_loop(guest: &Guest) -> Result<()> {
     equal("THAW", ours.thaw, Some(status::OK))?;
     equal("writers that stood still", ours.still.len(), 3)?;
     equal("writers that are stuck", ours.stuck.len(), 0)?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     frozen_in_order(&log, &["/mnt/inner", "/mnt/image", "/mnt/disk"])?;
     stop(guest, Module::Ours, &daemon)?;
 
@@ -130,7 +130,7 @@ fn dm_on_loop(guest: &Guest) -> Result<()> {
     equal("THAW", ours.thaw, Some(status::OK))?;
     equal("writers that stood still", ours.still.len(), 2)?;
     equal("writers that are stuck", ours.stuck.len(), 0)?;
-    frozen_in_order(&guest.output(&daemon)?, &["/mnt/volume", "/mnt/disk"])
+    frozen_in_order(&logged(guest, &daemon)?, &["/mnt/volume", "/mnt/disk"])
 }
 
 /// One good backup with ours in which `inner` is frozen before `outer`, and all writers stand still.
@@ -146,7 +146,7 @@ pub fn inner_before_outer(guest: &Guest, inner: &str, outer: &str) -> Result<See
     equal("THAW", ours.thaw, Some(status::OK))?;
     equal("writers that stood still", ours.still.len(), 2)?;
     equal("writers that are stuck", ours.stuck.len(), 0)?;
-    frozen_in_order(&guest.output(&daemon)?, &[inner, outer])?;
+    frozen_in_order(&logged(guest, &daemon)?, &[inner, outer])?;
     stop(guest, guest.module(), &daemon)?;
     Ok(ours)
 }
@@ -303,7 +303,7 @@ fn root_last(guest: &Guest) -> Result<()> {
     let daemon = start(guest, Module::Ours, Daemon::Ours)?;
     let seen = observe(guest)?;
     equal("THAW", seen.thaw, Some(status::OK))?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     frozen_in_order(&log, &["/mnt/a", "/"])?;
     frozen_in_order(&log, &["/mnt/b", "/"])
 }

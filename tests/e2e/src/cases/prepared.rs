@@ -8,7 +8,7 @@
 
 use super::deadman::{make_hung, HANG, UNHANG};
 use super::hangs::in_freeze;
-use super::{case, good, load, observe, start, stop, wait_for_daemon, Case};
+use super::{case, good, load, logged, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
@@ -163,7 +163,7 @@ fn mounted_meanwhile(guest: &Guest, module: Module, stage: Stage) -> Result<()> 
     answered("FREEZE", &guest.vss().wait(freeze, STEP)?, status::OK)?;
     // A second one is answered with what is frozen.
     equal("the backup", &observe(guest)?, &good(&["/mnt/b/w"]))?;
-    let said = guest.output(&daemon)?;
+    let said = logged(guest, &daemon)?;
     ensure!(said.contains("begun anew"), "{said}");
     stop(guest, module, &daemon)
 }
@@ -186,11 +186,7 @@ fn unmounted_meanwhile(guest: &Guest, stage: Stage) -> Result<()> {
     guest.sh(UNHANG)?;
     answered("FREEZE", &guest.vss().wait(freeze, STEP)?, status::OK)?;
     answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
-    // The log is written when all is over.
-    guest.wait_until("the log ends", STEP, || {
-        Ok(guest.output(&daemon)?.contains("the backup is good"))
-    })?;
-    let said = guest.output(&daemon)?;
+    let said = logged(guest, &daemon)?;
     ensure!(!said.contains("begun anew"), "{said}");
     stop(guest, Module::Ours, &daemon)
 }
@@ -332,7 +328,7 @@ fn stacked_since(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/mapped/w")?;
     let files = ["/mnt/disk/w", "/mnt/mapped/w"];
     equal("the backup", &observe(guest)?, &good(&files))?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     let last = log
         .rsplit("FREEZE from the host")
         .next()

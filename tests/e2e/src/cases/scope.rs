@@ -7,8 +7,8 @@
 
 use super::disks::{self, Attached};
 use super::order::{frozen_in_order, inner_before_outer};
-use super::{case, describe, good, load, observe, observe_backup_of, rounds_or, seed, start, stop};
-use super::{wait_for_daemon, Case, Seen};
+use super::{case, describe, good, load, logged, logged_all, observe, observe_backup_of};
+use super::{rounds_or, seed, start, stop, wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
@@ -130,17 +130,23 @@ pub const CASES: &[Case] = &[
         )
     }
     .asking_our_module(),
-    disks::case(
-        "scope/raw-writer",
-        "what a program writes to a disk of the backup itself is named, and fails a strict backup",
-        raw_writer,
-    )
+    Case {
+        per_round: Duration::from_secs(8),
+        ..disks::case(
+            "scope/raw-writer",
+            "what a program writes to a disk of the backup itself is named, and fails a strict backup",
+            raw_writer,
+        )
+    }
     .asking_our_module(),
-    disks::case(
-        "scope/raw-writer-on-layers",
-        "the same on a volume of layers; what RAID copies by itself is not taken for it",
-        raw_writer_on_layers,
-    )
+    Case {
+        per_round: Duration::from_secs(8),
+        ..disks::case(
+            "scope/raw-writer-on-layers",
+            "the same on a volume of layers; what RAID copies by itself is not taken for it",
+            raw_writer_on_layers,
+        )
+    }
     .asking_our_module(),
     Case {
         per_round: Duration::from_secs(4),
@@ -580,7 +586,7 @@ fn image_in_a_container(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/a/w")?;
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
     equal("the backup", &observe(guest)?, &good(&[&file, "/mnt/a/w"]))?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     frozen_in_order(&log, &["/data", "/mnt/a", "/"])
 }
 
@@ -635,7 +641,7 @@ fn journal_elsewhere(guest: &Guest) -> Result<()> {
     let seen = observe(guest)?;
     let expected = good(&["/mnt/xfs/w", "/mnt/disk/w", "/mnt/inner/w"]);
     equal("the backup", &seen, &expected)?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     frozen_in_order(&log, &["/mnt/inner", "/mnt/disk"])?;
     frozen_in_order(&log, &["/mnt/xfs", "/mnt/disk"])?;
     stop(guest, guest.module(), &daemon)?;
@@ -657,7 +663,7 @@ fn not_known_to_be_hardware(guest: &Guest) -> Result<()> {
               mkfs.ext4 -q -F /dev/sdb && mount /dev/sdb /mnt/second")?;
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
     super::backup(guest)?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     frozen_in_order(&log, &["/mnt/second", "/mnt/first", "/mnt/plain", "/"])?;
     stop(guest, guest.module(), &daemon)?;
     guest
@@ -832,11 +838,11 @@ const ON_SECOND: [&str; 2] = ["/mnt/lv/w", "/mnt/image/w"];
 
 impl TwoDisks {
     fn new(guest: &Guest) -> Result<Self> {
-        disks::load_driver(guest)?;
         let disks = [
             Attached::new(guest, 0, 0, 64, Image::default())?,
             Attached::new(guest, 1, 3, 512, Image::default())?,
         ];
+        disks::load_driver(guest)?;
         let nodes = [disks[0].node(guest)?, disks[1].node(guest)?];
         let [first, second] = &nodes;
         guest.sh(&format!(
@@ -904,7 +910,7 @@ fn which_disks(guest: &Guest) -> Result<()> {
         &daemon,
         &["in the backup: ", ":0:0:9", "no disk that is known"],
     )?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     let on_first = format!("in the backup: {first}");
     ensure!(!log.contains(&on_first), "{first} is in no backup:\n{log}");
 
@@ -1003,12 +1009,12 @@ fn listed_disks_only(guest: &Guest) -> Result<()> {
 }
 
 fn raw_writer(guest: &Guest) -> Result<()> {
-    disks::load_driver(guest)?;
     let disks = [
         Attached::new(guest, 0, 0, 64, Image::default())?,
         // The writer is not at its end before the case is.
         Attached::new(guest, 1, 0, 1024, Image::default())?,
     ];
+    disks::load_driver(guest)?;
     let [first, second] = [disks[0].node(guest)?, disks[1].node(guest)?];
     guest.sh(&format!(
         "mkdir -p /mnt/a && mkfs.ext4 -q -F {first} && mount {first} /mnt/a"
@@ -1024,8 +1030,7 @@ fn raw_writer(guest: &Guest) -> Result<()> {
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
     let seen = observe_backup_of(guest, &[on_first])?;
     equal("a backup of the other disk", &seen, &good(&["/mnt/a/w"]))?;
-    says(guest, &daemon, &["the backup is good"])?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     ensure!(!log.contains("was written to"), "nothing was:\n{log}");
     let check = guest.try_sh(&format!("{OURS} check"))?;
     let words = format!("dd (process {}) has {second} open for writing", writer.pid);
@@ -1035,8 +1040,8 @@ fn raw_writer(guest: &Guest) -> Result<()> {
     );
     let seen = observe_backup_of(guest, &[on_first, on_second])?;
     equal("a backup of both disks", &seen, &good(&["/mnt/a/w"]))?;
-    says(guest, &daemon, &[&format!("was written to {second} while")])?;
-    let log = guest.output(&daemon)?;
+    let log = logged_all(guest, &daemon, 2)?;
+    ensure!(says_written(&log, &second), "to {second}:\n{log}");
     ensure!(!says_written(&log, &first), "not to {first}:\n{log}");
     stop(guest, guest.module(), &daemon)?;
 
@@ -1073,10 +1078,10 @@ fn raw_writer(guest: &Guest) -> Result<()> {
 }
 
 fn raw_writer_on_layers(guest: &Guest) -> Result<()> {
-    disks::load_driver(guest)?;
     let attached = |lun, mib| Attached::new(guest, lun / 2, lun, mib, Image::default());
     // The writer is not at its end before the case is.
     let disks = [attached(0, 1024)?, attached(1, 80)?, attached(2, 80)?];
+    disks::load_driver(guest)?;
     let nodes = [
         disks[0].node(guest)?,
         disks[1].node(guest)?,
@@ -1107,8 +1112,8 @@ fn raw_writer_on_layers(guest: &Guest) -> Result<()> {
     let seen = observe_backup_of(guest, &all)?;
     equal("the backup", &seen, &good(&["/mnt/a/w"]))?;
     let words = format!("was written to /dev/{} while", spare.trim());
-    says(guest, &daemon, &[&words])?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
+    ensure!(log.contains(&words), "no {words:?}:\n{log}");
     equal(
         "what was written to",
         log.matches("was written to").count(),
@@ -1149,8 +1154,7 @@ fn raw_writer_on_layers(guest: &Guest) -> Result<()> {
         Ok(written()? != before)
     })?;
     answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
-    says(guest, &daemon, &["the backup is good"])?;
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     ensure!(!log.contains("was written to"), "nobody else did:\n{log}");
     stop(guest, guest.module(), &daemon)?;
     guest.writers_stop()?;

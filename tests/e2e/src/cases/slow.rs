@@ -8,7 +8,7 @@
 
 use super::disks::{self, load_driver, Attached};
 use super::hangs::longest_stall;
-use super::{load, observe, start, stop, wait_for_daemon, Case};
+use super::{load, logged, logged_all, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, STEP};
@@ -183,7 +183,7 @@ fn longer_than_prepare(guest: &Guest) -> Result<()> {
         "FREEZE took {:?} only, `prepare` is 1 s",
         course.freeze
     );
-    let log = guest.output(&daemon)?;
+    let log = logged(guest, &daemon)?;
     let frozen = log.lines().find(|it| it.contains("FREEZE answered"));
     let all = frozen.map(|it| it.contains("5 frozen"));
     equal("whether all five are frozen", all, Some(true))?;
@@ -214,7 +214,7 @@ fn image_on_a_slow_one(guest: &Guest) -> Result<()> {
             equal("the answers, who went on, who is stuck", told, expected)?;
         }
         disk.disk.set_delay(Duration::ZERO);
-        logs.push_str(&guest.output(&daemon)?);
+        logs.push_str(&logged_all(guest, &daemon, 2)?);
         stop(guest, module, &daemon)?;
     }
     // Or nobody was to be let go. Each time is too much to ask: others may have been slower.

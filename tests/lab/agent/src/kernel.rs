@@ -3,9 +3,9 @@
 //! Files of the kernel: its log, and text in proc and sysfs.
 
 use crate::error::Error;
-use lab_agent::{Log, Record};
+use lab_agent::{Log, Piece, Record};
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 
 /// The most that is read of one file: the serial line is slow.
@@ -16,6 +16,29 @@ pub fn read_file(path: &str) -> Result<String, Error> {
     let mut bytes = Vec::new();
     File::open(path)?.take(MAX_TEXT).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The text of a file from that byte on, as far as it has come: what is not UTF-8 is replaced, but for a
+/// character at the end whose rest is on its way.
+pub fn read_on(path: &str, from: u64) -> Result<Piece, Error> {
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(from))?;
+    let mut bytes = Vec::new();
+    file.take(MAX_TEXT).read_to_end(&mut bytes)?;
+    let cut = match bytes.utf8_chunks().last() {
+        Some(last) if cut_off(last.invalid()) => last.invalid().len(),
+        _ => 0,
+    };
+    bytes.truncate(bytes.len() - cut);
+    Ok(Piece {
+        next: from + bytes.len() as u64,
+        text: String::from_utf8_lossy(&bytes).into_owned(),
+    })
+}
+
+/// Whether these bytes, which are no character, begin one.
+fn cut_off(bytes: &[u8]) -> bool {
+    std::str::from_utf8(bytes).is_err_and(|error| error.error_len().is_none())
 }
 
 /// Writes `text` to an existing file in one write.
@@ -79,6 +102,29 @@ fn parse(line: &str) -> Option<(u64, Record)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_grows_is_read_piece_by_piece() {
+        let path = std::env::temp_dir().join(format!("lab-agent-{}", std::process::id()));
+        let path = path.to_str().unwrap();
+        let mut file = File::create(path).unwrap();
+        // "ü" comes in two halves, and 0xff is nothing at all.
+        let mut next = 0;
+        let pieces: [(&[u8], &str); 4] = [
+            (b"one \xff\n", "one \u{fffd}\n"),
+            (b"f\xc3", "f"),
+            (b"\xbcnf", "\u{fc}nf"),
+            (b"", ""),
+        ];
+        for (bytes, text) in pieces {
+            file.write_all(bytes).unwrap();
+            let piece = read_on(path, next).unwrap();
+            assert_eq!(piece.text, text);
+            next = piece.next;
+        }
+        assert_eq!(next, 11);
+        std::fs::remove_file(path).unwrap();
+    }
 
     #[test]
     fn a_record_of_the_log_is_taken_apart() {

@@ -87,6 +87,13 @@ pub enum Command {
         /// Which.
         path: String,
     },
+    /// The text of a file from some byte on, as a [`Piece`]: of one that only grows.
+    ReadOn {
+        /// Which.
+        path: String,
+        /// That byte.
+        from: u64,
+    },
     /// Writes text to a file in one write, without creating it: for sysfs and the like.
     Write {
         /// Which.
@@ -412,6 +419,15 @@ pub struct Stall {
     pub began_us: u64,
     /// When it ended, if it has.
     pub ended_us: Option<u64>,
+}
+
+/// A piece of a file that grows.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Piece {
+    /// The byte behind it.
+    pub next: u64,
+    /// Its text.
+    pub text: String,
 }
 
 /// A piece of the kernel's log.

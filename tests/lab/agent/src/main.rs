@@ -61,6 +61,7 @@ impl Agent {
             Command::Wait { pid, timeout_ms } => json!(self.processes.wait(pid, timeout_ms)?),
             Command::Spawned => json!(self.processes.running()),
             Command::Read { path } => json!(kernel::read_file(&path)?),
+            Command::ReadOn { path, from } => json!(kernel::read_on(&path, from)?),
             Command::Write { path, text } => json!(kernel::write_file(&path, &text)?),
             Command::Kmsg { since, max_level } => json!(kernel::log(since, max_level)?),
             Command::Freeze { path } => json!(sys::freeze(&open_any(&path)?)?),
