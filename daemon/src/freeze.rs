@@ -1076,8 +1076,9 @@ impl Session {
     /// Gives up what is needed only as long as anything is frozen. It takes a while, which nobody need
     /// wait for.
     pub fn disarm(&self) {
-        let left = self.work.targets.iter().any(Target::is_ours);
-        self.work.door.disarm(left);
+        let left = self.work.targets.iter().filter(|it| it.is_ours());
+        let left: Vec<BorrowedFd<'_>> = left.map(AsFd::as_fd).collect();
+        self.work.door.disarm(&left);
     }
 }
 

@@ -76,7 +76,7 @@ impl Door for Double {
     }
     fn settle(&self, _targets: &[Target]) {}
     fn let_go(&self) {}
-    fn disarm(&self, _left: bool) {}
+    fn disarm(&self, _left: &[BorrowedFd<'_>]) {}
     fn watched_every(&self) -> Option<Duration> {
         self.watched_every
     }
