@@ -60,8 +60,8 @@ pub trait Door: Send + Sync {
     /// Thaws all at once, without waiting, while others may still be inside a freeze.
     fn let_go(&self);
 
-    /// After the thaw. `left` when something of ours is still frozen.
-    fn disarm(&self, left: bool);
+    /// After the thaw. What the kernel has refused to thaw is `left`: that is still ours.
+    fn disarm(&self, left: &[BorrowedFd<'_>]);
 
     /// How often to look whether what is frozen still is, where others can thaw it.
     fn watched_every(&self) -> Option<Duration>;

@@ -7,8 +7,9 @@
 //! keeps others of our kind away, and it is looked after what is frozen while it is.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, Builder};
 use std::time::Duration;
 
 use crate::door::{Door, DoorError};
@@ -20,6 +21,9 @@ use crate::sys;
 
 /// How often it is looked after what is frozen.
 const WATCH: Duration = Duration::from_millis(50);
+/// How often it is tried again to thaw what could not be.
+const RETRY: Duration = Duration::from_secs(1);
+const STACK_BYTES: usize = 64 * 1024;
 
 /// The door, for one freeze.
 pub struct Fifreeze {
@@ -77,6 +81,36 @@ impl Fifreeze {
     }
 }
 
+/// What ends with the last thaw.
+struct Over {
+    guard: Arc<Guard>,
+    run: RunDir,
+    log: Logbook,
+    lock: Lock,
+}
+
+impl Over {
+    fn let_go(self) {
+        // A guard that is gone is noticed, and replaced, by whoever watches it.
+        let _ = self.guard.done();
+        if let Err(error) = self.run.remove() {
+            self.log.warning(words(&error));
+        }
+        drop(self.lock);
+    }
+}
+
+/// Tries to thaw these until all are, by whomever.
+fn go_on(mut left: Vec<OwnedFd>, pause: Duration, thaw: impl Fn(BorrowedFd<'_>) -> io::Result<()>) {
+    while !left.is_empty() {
+        thread::sleep(pause);
+        left.retain(|fd| {
+            let said = thaw(fd.as_fd()).map_err(|e| e.raw_os_error());
+            !matches!(said, Ok(()) | Err(Some(libc::EINVAL)))
+        });
+    }
+}
+
 impl Door for Fifreeze {
     fn arm(&self, targets: &[Target]) -> Result<(), DoorError> {
         let lock = self.run.lock()?;
@@ -84,7 +118,7 @@ impl Door for Fifreeze {
         let armed = self.guard.arm(targets, self.deadline, &lock, self.for_host);
         self.with_lock(|it| *it = Some(lock));
         if armed.is_err() {
-            self.disarm(false);
+            self.disarm(&[]);
         }
         Ok(armed?)
     }
@@ -122,19 +156,35 @@ impl Door for Fifreeze {
         let _ = self.guard.release();
     }
 
-    fn disarm(&self, left: bool) {
+    fn disarm(&self, left: &[BorrowedFd<'_>]) {
         let Some(lock) = self.with_lock(Option::take) else {
             return;
         };
-        if left {
-            // That stays in the guard's hands and in the record, and nothing else may be frozen beside
-            // it: the lock is kept until this process ends.
-            std::mem::forget(lock);
-            return;
+        let over = Over {
+            guard: Arc::clone(&self.guard),
+            run: self.run.clone(),
+            log: self.log.clone(),
+            lock,
+        };
+        if left.is_empty() {
+            return over.let_go();
         }
-        // A guard that is gone is noticed, and replaced, by whoever watches it.
-        let _ = self.guard.done();
-        self.say(self.run.remove());
+        // That stays in the guard's hands and in the record, and nothing else may be frozen beside it: the
+        // lock is kept until it is thawed.
+        let copies: io::Result<Vec<OwnedFd>> =
+            left.iter().map(|it| it.try_clone_to_owned()).collect();
+        let thaw = move |left| {
+            go_on(left, RETRY, sys::thaw);
+            over.log
+                .warning("what could not be thawed is thawed at last");
+            over.let_go();
+        };
+        let builder = Builder::new().name("left".into()).stack_size(STACK_BYTES);
+        let begun = copies.and_then(|left| builder.spawn(move || thaw(left)));
+        if let Err(error) = begun {
+            self.log
+                .error(format!("what is left is not tried again: {error}"));
+        }
     }
 
     fn watched_every(&self) -> Option<Duration> {
@@ -164,9 +214,35 @@ impl Door for Unguarded {
 
     fn let_go(&self) {}
 
-    fn disarm(&self, _left: bool) {}
+    fn disarm(&self, _left: &[BorrowedFd<'_>]) {}
 
     fn watched_every(&self) -> Option<Duration> {
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+    use std::os::fd::AsRawFd as _;
+
+    #[test]
+    fn what_cannot_be_thawed_is_tried_again_until_it_is() {
+        let fds: Vec<OwnedFd> = (0..2).map(|_| nix::unistd::pipe().unwrap().0).collect();
+        let stubborn = fds[0].as_raw_fd();
+        let calls = RefCell::new(Vec::new());
+        go_on(fds, Duration::ZERO, |fd| {
+            let is_stubborn = fd.as_raw_fd() == stubborn;
+            calls.borrow_mut().push(is_stubborn);
+            let times = calls.borrow().iter().filter(|it| **it).count();
+            match (is_stubborn, times) {
+                (true, 1 | 2) => Err(nix::Error::EIO.into()),
+                // By somebody else meanwhile.
+                (true, _) => Err(nix::Error::EINVAL.into()),
+                (false, _) => Ok(()),
+            }
+        });
+        assert_eq!(calls.into_inner(), [true, false, true, true]);
     }
 }

@@ -29,6 +29,7 @@ use crate::logbook::Logbook;
 use crate::mounts::DevId;
 use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
+use crate::sys;
 use crate::writes::Writes;
 
 /// How often one that waits for its turn looks whether all is off.
@@ -452,6 +453,8 @@ pub struct Session {
     pool: Arc<Pool>,
     aside: Arc<Pool>,
     apart: Arc<Apart>,
+    /// Dropped when all else is.
+    closed_last: Vec<Sender<()>>,
 }
 
 impl Session {
@@ -490,6 +493,7 @@ impl Session {
             pool,
             aside,
             apart,
+            closed_last: Vec::new(),
             waves,
             work: Arc::new(Work {
                 targets,
@@ -1053,11 +1057,30 @@ impl Session {
         }
     }
 
+    /// Has copies of all descriptors closed after these, elsewhere. The last one that is closed on what was
+    /// unmounted meanwhile unmounts it in fact, and waits for its disk.
+    fn leave_copies(&self) -> Vec<Sender<()>> {
+        let fds: Vec<BorrowedFd<'_>> = self.work.targets.iter().map(AsFd::as_fd).collect();
+        let leave = |fds: &[BorrowedFd<'_>]| {
+            let (closed, last) = channel::<()>();
+            let close = move |fds| {
+                // Nothing is ever said there; it closes.
+                let _ = last.recv();
+                drop(fds);
+            };
+            // Without a thread for it they are closed here.
+            self.apart.hand_over(fds, close).ok().map(|_| closed)
+        };
+        let chunks = fds.chunks(sys::MAX_DESCRIPTORS);
+        chunks.filter_map(leave).collect()
+    }
+
     /// Gives up what is needed only as long as anything is frozen. It takes a while, which nobody need
     /// wait for.
     pub fn disarm(&self) {
-        let left = self.work.targets.iter().any(Target::is_ours);
-        self.work.door.disarm(left);
+        let left = self.work.targets.iter().filter(|it| it.is_ours());
+        let left: Vec<BorrowedFd<'_>> = left.map(AsFd::as_fd).collect();
+        self.work.door.disarm(&left);
     }
 }
 
@@ -1122,6 +1145,7 @@ impl Drop for Session {
             // Nobody is left to hear of a failure; it is in the log.
             let _ = self.thaw();
         }
+        self.closed_last = self.leave_copies();
     }
 }
 

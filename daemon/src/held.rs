@@ -97,7 +97,8 @@ impl Door for Held {
     /// The module does by itself when the FREEZE is failed or told to have ended, which has been done.
     fn let_go(&self) {}
 
-    fn disarm(&self, _left: bool) {}
+    /// The module goes on by itself with what is left.
+    fn disarm(&self, _left: &[BorrowedFd<'_>]) {}
 
     fn watched_every(&self) -> Option<Duration> {
         None

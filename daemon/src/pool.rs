@@ -25,6 +25,8 @@ struct State {
     most: usize,
     /// The caller has nothing left to do and waits for the end.
     waiting: bool,
+    /// Nobody waits for the end any more: the step is dropped by who comes to it.
+    left: bool,
     closed: bool,
 }
 
@@ -66,6 +68,9 @@ impl Shared {
         state.running -= 1;
         if state.waiting && state.is_over() {
             self.idle.notify_all();
+        }
+        if state.left && state.is_over() {
+            state.step = None;
         }
         (state, true)
     }
@@ -188,7 +193,11 @@ impl Pool {
         let waited = idle.wait_timeout_while(state, time, |state| !state.is_over());
         state = waited.unwrap_or_else(PoisonError::into_inner).0;
         state.waiting = false;
-        state.is_over()
+        state.left = !state.is_over();
+        if !state.left {
+            state.step = None;
+        }
+        !state.left
     }
 
     /// Has the caller do what is left, and waits for the rest.
@@ -208,6 +217,7 @@ impl Pool {
         let threads = self.threads().len();
         let mut state = self.shared.lock();
         state.step = Some(step);
+        state.left = false;
         state.next = 0;
         state.end = count;
         state.most = most;
@@ -380,7 +390,9 @@ mod tests {
         let pool = pool(1);
         let gate = Arc::new(Barrier::new(2));
         let theirs = Arc::clone(&gate);
-        let hang = move || drop(theirs.wait());
+        let hang = move || {
+            theirs.wait();
+        };
         assert!(!pool.run_within(Duration::from_millis(20), hang));
         assert!(!pool.run_within(Duration::from_secs(60), || unreachable!()));
         gate.wait();

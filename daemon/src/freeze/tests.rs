@@ -28,6 +28,8 @@ struct Double {
     left: Mutex<Vec<usize>>,
     /// As [`Door::watched_every`].
     watched_every: Option<Duration>,
+    /// As [`Limits::lag`], if it is not short.
+    lag: Option<Duration>,
 }
 
 /// What stands for a file system.
@@ -75,7 +77,7 @@ impl Door for Double {
     }
     fn settle(&self, _targets: &[Target]) {}
     fn let_go(&self) {}
-    fn disarm(&self, _left: bool) {}
+    fn disarm(&self, _left: &[BorrowedFd<'_>]) {}
     fn watched_every(&self) -> Option<Duration> {
         self.watched_every
     }
@@ -149,7 +151,7 @@ fn setup_before(
             write_back: 1,
             give_up: SHORT,
             patience: SHORT,
-            lag: SHORT,
+            lag: double.lag.unwrap_or(SHORT),
         },
         abort: Arc::default(),
         progress: Arc::default(),
@@ -517,7 +519,12 @@ fn a_thaw_that_hangs_does_not_hold_up_those_that_are_taken_back_after_it() {
         // With one thread they are one after the other.
         let waves = [(1, None), (0, None), (0, None)];
         let stand_on = [Some(&[][..]), Some(&[]), Some(&[])];
-        let mut s = setup_on(&waves, &stand_on, failures, false);
+        // A machine that is busy elsewhere is not slow.
+        let double = Double {
+            lag: Some(THAW_TIME),
+            ..Double::default()
+        };
+        let mut s = setup_before(double, &waves, &stand_on, failures, false);
         if let Some(number) = slow {
             s.slow("freeze", number, SHORT * 40);
         }
@@ -690,6 +697,27 @@ fn dropping_a_session_thaws() {
     let double = Arc::clone(&s.double);
     drop(s);
     assert_eq!(lock(&double.calls)[2..], [("thaw", 1), ("thaw", 0)]);
+}
+
+#[test]
+fn what_is_closed_last_is_not_closed_by_the_one_that_freezes() {
+    let mut s = setup(&[0, 0], &[], false);
+    s.freeze().unwrap();
+    // A copy of a descriptor that nobody has closed yet: as long as the helper has its own.
+    let (ours, theirs) = pipe().unwrap();
+    let target = Target::new(DevId::default(), "/fs".into(), 0, ours);
+    let session = Session::new(vec![target], s.means.clone(), &s.learnt).unwrap();
+    let sigpipe_or_not = || nix::unistd::write(&theirs, b"x").is_ok();
+    let copies = session.leave_copies();
+    assert_eq!(copies.len(), 1);
+    drop(session);
+    assert!(sigpipe_or_not(), "it is open elsewhere");
+    drop(copies);
+    let until = Instant::now() + Duration::from_secs(60);
+    while sigpipe_or_not() {
+        assert!(Instant::now() < until, "it is not closed");
+        thread::yield_now();
+    }
 }
 
 #[test]

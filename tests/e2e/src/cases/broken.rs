@@ -3,13 +3,14 @@
 //! One file system that is out of order costs nobody else the backup: it is left out and named with
 //! its reason, `list` says so beforehand, and only a strict backup fails.
 
+use super::deadman::{make_hung, HANG, UNHANG};
 use super::disks::{self, load_driver, Attached};
 use super::{
     case, describe, good, load, logged, observe, start, stop, wait_for_daemon, Case, Seen,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
-use e2e::guest::{Daemon, Guest, Module, STEP};
+use e2e::guest::{Daemon, Guest, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::Image;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -41,6 +42,11 @@ pub const CASES: &[Case] = &[
         "broken/btrfs-balance",
         "a btrfs that is being balanced is left out, and its writers go on; then it is frozen again",
         btrfs_balance,
+    ),
+    disks::case(
+        "broken/balance-begins-in-the-sync",
+        "the same with a balance that begins while another file system is written back",
+        balance_begins_in_the_sync,
     ),
     case(
         "broken/btrfs-scrub",
@@ -185,37 +191,89 @@ fn write_protected(guest: &Guest) -> Result<()> {
     equal("the backup", &seen, &good(&["/mnt/good/w", "/mnt/bad/w"]))
 }
 
+/// Makes a btrfs on that disk, with something to be balanced.
+fn make_btrfs(guest: &Guest, disk: &Attached) -> Result<()> {
+    let node = disk.node(guest)?;
+    guest.sh(HEALTHY)?;
+    guest
+        .sh(&format!(
+            "modprobe btrfs && mkfs.btrfs -q -f {node} && mount {node} /mnt/bad &&
+             dd if=/dev/zero of=/mnt/bad/file bs=1M count=48 2>/dev/null && sync"
+        ))
+        .map(drop)
+}
+
+/// Has it balanced, slowly.
+fn begin_balance(guest: &Guest, disk: &Attached) -> Result<Process> {
+    // It is to outlast what the guest does meanwhile, however slow that is.
+    let delay = guest.host().patience(Duration::from_millis(300));
+    disk.disk.set_delay(delay);
+    let line = "exec btrfs balance start --full-balance /mnt/bad";
+    let process = guest.spawn(&["sh", "-c", line])?;
+    guest.wait_until("it is being balanced", STEP, || is_balanced(guest))?;
+    Ok(process)
+}
+
+fn is_balanced(guest: &Guest) -> Result<bool> {
+    let said = guest.sh("cat /sys/fs/btrfs/*-*/exclusive_operation")?;
+    Ok(said.trim() == "balance")
+}
+
+fn end_balance(guest: &Guest, disk: &Attached, process: &Process) -> Result<()> {
+    disk.disk.set_delay(Duration::ZERO);
+    guest.sh("btrfs balance cancel /mnt/bad; true")?;
+    guest.wait(process, STEP * 2)?;
+    Ok(())
+}
+
+fn balance_begins_in_the_sync(guest: &Guest) -> Result<()> {
+    let disk = Attached::new(guest, 0, 0, 256, Image::default())?;
+    load_driver(guest)?;
+    make_btrfs(guest, &disk)?;
+    make_hung(guest)?;
+    guest.writer_start("/mnt/good/w")?;
+    guest.writer_start("/mnt/bad/w")?;
+    let vss = guest.vss();
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    guest.sh(&format!(
+        "dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null; {HANG}"
+    ))?;
+    let tx = vss.send_freeze(&[])?;
+    guest.wait_until("only the one that hangs is written back", STEP, || {
+        let said = guest.sh("/payload/hv_vss_daemon status")?;
+        Ok(said.contains("still at /mnt/hung") && !said.contains("/mnt/bad"))
+    })?;
+    let process = begin_balance(guest, &disk)?;
+    guest.sh(UNHANG)?;
+    answered("FREEZE", &vss.wait(tx, STEP)?, status::OK)?;
+    let before = guest.writers()?;
+    guest.wait_until("one stands still, the other goes on", STEP, || {
+        let mut pairs = before.iter().zip(guest.writers()?);
+        Ok(pairs.all(|(then, now)| match now.path.as_str() {
+            "/mnt/bad/w" => now.count > then.count + 10,
+            _ => now.in_write_us > 300_000,
+        }))
+    })?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    ensure!(is_balanced(guest)?, "the balance had ended before");
+    let mut log = String::new();
+    let said = guest.wait_until("it is named", STEP, || {
+        log = guest.output(&daemon)?;
+        Ok(log.contains("before its balance has ended; it is left out"))
+    });
+    said.with_context(|| format!("it is not named:\n{log}"))?;
+    end_balance(guest, &disk, &process)?;
+    stop(guest, guest.module(), &daemon)
+}
+
 /// A balance holds the write gate from its beginning to its end: a freeze would wait for it, and every
 /// writer for the freeze.
 fn btrfs_balance(guest: &Guest) -> Result<()> {
     let disk = Attached::new(guest, 0, 0, 256, Image::default())?;
     load_driver(guest)?;
-    let node = disk.node(guest)?;
-    guest.sh(HEALTHY)?;
-    guest.sh(&format!(
-        "modprobe btrfs && mkfs.btrfs -q -f {node} && mount {node} /mnt/bad &&
-         dd if=/dev/zero of=/mnt/bad/file bs=1M count=48 2>/dev/null && sync"
-    ))?;
+    make_btrfs(guest, &disk)?;
     guest.writer_start("/mnt/bad/w")?;
-    let balance = |guest: &Guest| -> Result<_> {
-        // It is to outlast what the guest does meanwhile, however slow that is.
-        let delay = guest.host().patience(Duration::from_millis(300));
-        disk.disk.set_delay(delay);
-        let line = "exec btrfs balance start --full-balance /mnt/bad";
-        let process = guest.spawn(&["sh", "-c", line])?;
-        guest.wait_until("it is being balanced", STEP, || {
-            let said = guest.sh("cat /sys/fs/btrfs/*-*/exclusive_operation")?;
-            Ok(said.trim() == "balance")
-        })?;
-        Ok(process)
-    };
-    let end = |process| -> Result<()> {
-        disk.disk.set_delay(Duration::ZERO);
-        guest.sh("btrfs balance cancel /mnt/bad; true")?;
-        guest.wait(&process, STEP * 2)?;
-        Ok(())
-    };
-    let process = balance(guest)?;
+    let process = begin_balance(guest, &disk)?;
     let name = "/mnt/bad (btrfs, ";
     let list = guest.sh("/payload/hv_vss_daemon list")?;
     let line = list.lines().find(|line| line.contains(name));
@@ -244,9 +302,8 @@ fn btrfs_balance(guest: &Guest) -> Result<()> {
         "it should be named:\n{log}"
     );
     // Or the balance had ended before.
-    let said = guest.sh("cat /sys/fs/btrfs/*-*/exclusive_operation")?;
-    equal("what it is at", said.trim(), "balance")?;
-    end(process)?;
+    ensure!(is_balanced(guest)?, "the balance had ended before");
+    end_balance(guest, &disk, &process)?;
     let seen = observe(guest)?;
     equal("who stands still after it", seen.still.len(), 2)?;
     stop(guest, guest.module(), &daemon)?;
@@ -254,10 +311,10 @@ fn btrfs_balance(guest: &Guest) -> Result<()> {
     load(guest, guest.module(), &[])?;
     let daemon = guest.start_daemon_with("strict = true")?;
     wait_for_daemon(guest)?;
-    let process = balance(guest)?;
+    let process = begin_balance(guest, &disk)?;
     let freeze = guest.vss().freeze(&[], STEP)?;
     answered("FREEZE with strict = true", &freeze, status::FAIL)?;
-    end(process)?;
+    end_balance(guest, &disk, &process)?;
     stop(guest, guest.module(), &daemon)
 }
 

@@ -60,6 +60,16 @@ pub const CASES: &[Case] = &[
         hung_sync,
     ),
     case(
+        "deadman/hung-look-stock-module",
+        "a look after what is frozen that hangs behind a sync holds up no thaw but its own",
+        hung_look,
+    ),
+    case(
+        "deadman/unmounted-on-a-hung-disk",
+        "what was unmounted while frozen, and hangs when it is closed, holds up no answer",
+        unmounted_on_a_hung_disk,
+    ),
+    case(
         "deadman/hung-open",
         "an open that a security agent holds up fails the backup in time, with nothing frozen",
         hung_open,
@@ -333,6 +343,63 @@ fn hung_sync(guest: &Guest) -> Result<()> {
     guest.sh(&format!("{UNHANG}; rm -rf /etc/hv_vss"))?;
     guest.wait(&daemon, STEP)?;
     stop(guest, Module::Ours, &next)
+}
+
+fn hung_look(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe dm-mod; mkdir -p /mnt/a /mnt/hung
+         mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+         dmsetup create hung --noudevsync --table '0 131072 linear /dev/ram4 0'
+         [ -e /dev/mapper/hung ] || dmsetup mknodes
+         mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync")?;
+    guest.writer_start("/mnt/a/w")?;
+    let vss = guest.vss();
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.sh(HANG)?;
+    // It waits for its disk, and whoever asks about that file system waits for it.
+    let sync = guest.spawn(&["sync"])?;
+    guest.wait_until("a look hangs", STEP, || {
+        let mut hangs = true;
+        for _ in 0..5 {
+            hangs &= in_freeze(guest, &daemon)? == 1;
+        }
+        Ok(hangs)
+    })?;
+    let tx = vss.send(Op::THAW, &SHORT_BODY)?;
+    released(guest, "a look hangs", guest.clock()?, RELEASED * 2)?;
+    ensure!(
+        vss.try_reply(tx).is_none(),
+        "THAW should wait for the one that hangs"
+    );
+    guest.sh(UNHANG)?;
+    answered("THAW", &vss.wait(tx, STEP)?, status::OK)?;
+    guest.wait(&sync, STEP)?;
+    good_backup(guest)?;
+    stop(guest, Module::Stock, &daemon)
+}
+
+fn unmounted_on_a_hung_disk(guest: &Guest) -> Result<()> {
+    // Its thaw writes nothing, and to unmount it does.
+    guest.sh("modprobe -a dm-mod xfs; mkdir -p /mnt/a /mnt/hung
+         mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+         dmsetup create hung --noudevsync --table '0 131072 linear /dev/ram4 0'
+         [ -e /dev/mapper/hung ] || dmsetup mknodes
+         mkfs.xfs -q -f /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync")?;
+    guest.writer_start("/mnt/a/w")?;
+    let vss = guest.vss();
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.sh(&format!("umount -l /mnt/hung && {HANG}"))?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
+    let said = guest.sh("/payload/hv_vss_daemon status")?;
+    ensure!(said.contains("idle"), "it should be at rest:\n{said}");
+    guest.sh(UNHANG)?;
+    guest.wait_until("it is unmounted", STEP, || {
+        Ok(guest.try_sh("[ ! -e /sys/fs/xfs/dm-* ]")?.status == Some(0))
+    })?;
+    good_backup(guest)?;
+    stop(guest, guest.module(), &daemon)
 }
 
 /// The log is held as long as something may be frozen; an operator learns of it all the same.
