@@ -383,6 +383,17 @@ fn check(guest: &Guest) -> Result<()> {
     let text = asked(guest, "check", 7)?;
     says(&text, &["listed_disks_only does nothing"])?;
     guest.sh("rm -rf /etc/hv_vss")?;
+    asked(guest, "check", 0)?;
+    // The package for DKMS is installed, and there are no headers.
+    guest.sh(
+        "mkdir -p /usr/src/hv_vss-1/kmod/dkms && cd /usr/src/hv_vss-1/kmod/dkms
+         printf '#!/bin/sh\\necho \"not built for $2: no headers\"\\n' >build && chmod 755 build",
+    )?;
+    let text = asked(guest, "check", 7);
+    guest.sh("rm -rf /usr/src/hv_vss-1")?;
+    let release = guest.sh("uname -r")?;
+    let line = format!("not built for {}: no headers", release.trim());
+    says(&text?, &[&line])?;
     stop(guest, Module::Stock, &daemon)?;
 
     let theirs = start(guest, Module::Stock, Daemon::Debian)?;
