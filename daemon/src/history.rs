@@ -7,11 +7,11 @@
 //! way is kept in memory until then ([`Unfinished`]), for the next daemon should this one die. It knows no
 //! host.
 
-use std::fs::{DirBuilder, File, Metadata, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -271,11 +271,41 @@ impl History {
 /// What is known of the backup under way, in the run directory, which is in memory: so it can be written
 /// while disks are frozen. It is there from before anything is frozen until the history has the entry, and
 /// whoever finds it at a start has to see to that.
+///
+/// A FREEZE waits for the first word of it, so the file stays open, empty, from one backup to the next, and
+/// that word is a single write.
 #[derive(Debug)]
 pub struct Unfinished {
     path: PathBuf,
-    /// What was put there or found there last.
-    file: Option<Arc<File>>,
+    /// Shared with whoever empties it.
+    page: Arc<Mutex<Page>>,
+}
+
+/// The file, and what is in it.
+#[derive(Debug, Default)]
+struct Page {
+    file: Option<File>,
+    /// Bytes that are in it.
+    length: u64,
+    /// Counts what was put there.
+    edition: u64,
+}
+
+impl Page {
+    fn is_blank(&self) -> bool {
+        let file = self.file.as_ref().filter(|_| self.length == 0);
+        // Nobody would find what is written to one that somebody has removed.
+        file.and_then(|it| it.metadata().ok())
+            .is_some_and(|it| it.nlink() > 0)
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if let Some(file) = &self.file {
+            file.write_all_at(bytes, self.length)?;
+            self.length += bytes.len() as u64;
+        }
+        Ok(())
+    }
 }
 
 impl Unfinished {
@@ -283,8 +313,13 @@ impl Unfinished {
     pub fn new(run: &RunDir) -> Self {
         Unfinished {
             path: run.path().join("backup.json"),
-            file: None,
+            page: Arc::default(),
         }
+    }
+
+    fn page(&self) -> MutexGuard<'_, Page> {
+        // It is whole after each change.
+        self.page.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn failed(&self, doing: &'static str) -> impl FnOnce(io::Error) -> HistoryError {
@@ -300,49 +335,70 @@ impl Unfinished {
     /// answered.
     pub fn begin(&mut self, entry: &Entry) -> Result<(), HistoryError> {
         let why = Some("the daemon died during it".into());
-        self.put(&Entry {
+        let entry = Entry {
             result: Verdict::Failed,
             why,
             ..entry.clone()
-        })
+        };
+        let mut page = self.page();
+        if !page.is_blank() {
+            drop(page);
+            return self.put(&entry);
+        }
+        page.edition += 1;
+        let written = line_of(&entry).and_then(|it| page.append(&it));
+        written.map_err(self.failed("write"))
     }
 
     /// FREEZE was answered, so many microseconds after the beginning. While all is frozen this takes no
     /// further memory and looks up no path.
     pub fn answered(&self, us: u64) -> Result<(), HistoryError> {
-        let Some(file) = &self.file else {
-            return Ok(());
-        };
-        let written = file.as_ref().write_all(us.to_string().as_bytes());
+        let written = self.page().append(us.to_string().as_bytes());
         written.map_err(self.failed("write"))
     }
 
-    /// How it went is known.
+    /// How it went is known. What was there before is there until this is, whole.
     pub fn put(&mut self, entry: &Entry) -> Result<(), HistoryError> {
         let new = self.path.with_extension("new");
         let write = || {
-            let mut line = serde_json::to_vec(entry)?;
-            line.push(b'\n');
+            let line = line_of(entry)?;
             let mut options = OpenOptions::new();
             options.write(true).create(true).truncate(true).mode(0o600);
             let mut file = options.open(&new)?;
             file.write_all(&line)?;
             std::fs::rename(&new, &self.path)?;
-            Ok(file)
+            Ok((file, line.len() as u64))
         };
-        self.file = Some(Arc::new(write().map_err(self.failed("write"))?));
+        let (file, length) = write().map_err(self.failed("write"))?;
+        let mut page = self.page();
+        *page = Page {
+            file: Some(file),
+            length,
+            edition: page.edition + 1,
+        };
         Ok(())
     }
 
     /// What an earlier daemon has left, if anything.
     pub fn left(&mut self) -> Result<Option<Entry>, HistoryError> {
-        let mut file = match File::open(&self.path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            other => other.map_err(self.failed("read"))?,
+        let read = || {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).mode(0o600);
+            let mut file = options.open(&self.path)?;
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes)?;
+            Ok((file, bytes))
         };
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).map_err(self.failed("read"))?;
-        self.file = Some(Arc::new(file));
+        let (file, bytes) = read().map_err(self.failed("read"))?;
+        let mut page = self.page();
+        *page = Page {
+            file: Some(file),
+            length: bytes.len() as u64,
+            edition: page.edition + 1,
+        };
+        if bytes.is_empty() {
+            return Ok(None);
+        }
         let text = String::from_utf8_lossy(&bytes);
         let (line, answered) = text.split_once('\n').unwrap_or((&text, ""));
         let entry = serde_json::from_str(line).map_err(io::Error::from);
@@ -356,26 +412,28 @@ impl Unfinished {
         Ok(Some(entry))
     }
 
-    /// What removes it once the history has the entry, unless another backup has begun by then.
-    pub fn remover(&self) -> impl FnOnce() -> Result<(), HistoryError> + Send + 'static {
-        let (path, failed) = (self.path.clone(), self.failed("remove"));
-        let file = self.file.clone();
+    /// What empties it once the history has the entry, unless another backup has begun by then.
+    pub fn eraser(&self) -> impl FnOnce() -> Result<(), HistoryError> + Send + 'static {
+        let (page, failed) = (Arc::clone(&self.page), self.failed("empty"));
+        let edition = self.page().edition;
         move || {
-            let remove = || {
-                let inode = |it: io::Result<Metadata>| it.map(|it| it.ino());
-                let its = file.map(|it| inode(it.metadata())).transpose()?;
-                if its.is_some_and(|its| inode(std::fs::metadata(&path)).is_ok_and(|it| it != its))
-                {
-                    return Ok(());
-                }
-                std::fs::remove_file(&path)
-            };
-            match remove() {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed(e)),
-                _ => Ok(()),
+            let mut page = page.lock().unwrap_or_else(PoisonError::into_inner);
+            if page.edition != edition {
+                return Ok(());
             }
+            if let Some(file) = &page.file {
+                file.set_len(0).map_err(failed)?;
+            }
+            page.length = 0;
+            Ok(())
         }
     }
+}
+
+fn line_of(entry: &Entry) -> io::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(entry)?;
+    line.push(b'\n');
+    Ok(line)
 }
 
 #[cfg(test)]
@@ -488,15 +546,29 @@ pub(crate) mod tests {
         let seen = left().unwrap();
         assert_eq!((seen.result, seen.why), (Verdict::Good, None));
         // The next one begins before the history has this.
-        let remove = unfinished.remover();
+        let erase = unfinished.eraser();
         unfinished
             .begin(Draft::new(8, None, None, true).so_far())
             .unwrap();
-        remove().unwrap();
+        erase().unwrap();
         assert_eq!(left().unwrap().request, 8);
-        unfinished.remover()().unwrap();
+        unfinished.eraser()().unwrap();
         assert_eq!(left(), None);
-        unfinished.remover()().unwrap();
+        unfinished.eraser()().unwrap();
+        // The next one finds the file as it is, and is written to that and to no other.
+        let file = || std::fs::metadata(dir.join("backup.json")).unwrap();
+        let before = file().ino();
+        let mut draft = Draft::new(9, None, None, true);
+        unfinished.begin(draft.so_far()).unwrap();
+        unfinished.answered(draft.answered()).unwrap();
+        let seen = left().unwrap();
+        assert_eq!((seen.request, seen.result), (9, Verdict::Broken));
+        assert_eq!(file().ino(), before);
+        unfinished.eraser()().unwrap();
+        // Unless somebody has removed it.
+        std::fs::remove_file(dir.join("backup.json")).unwrap();
+        unfinished.begin(draft.so_far()).unwrap();
+        assert_eq!(left().unwrap().request, 9);
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -706,8 +706,8 @@ impl Hands {
     /// Puts what came of the backup that has ended into the history, with all calls of hooks.
     fn remember_backup(&mut self, called: Vec<Called>) {
         if let Some(draft) = self.draft.take() {
-            let remove = self.unfinished.remover();
-            self.write_down(draft.finish(called), remove);
+            let erase = self.unfinished.eraser();
+            self.write_down(draft.finish(called), erase);
         }
     }
 
@@ -720,14 +720,14 @@ impl Hands {
         match self.unfinished.left() {
             Ok(None) => {}
             Ok(Some(entry)) => {
-                let remove = self.unfinished.remover();
-                self.write_down(entry, remove);
+                let erase = self.unfinished.eraser();
+                self.write_down(entry, erase);
             }
             // It would say the same at each start.
             Err(error) => {
                 self.log.warning(words(&error));
-                let removed = self.unfinished.remover()();
-                self.warn(removed);
+                let erased = self.unfinished.eraser()();
+                self.warn(erased);
             }
         }
     }
