@@ -332,7 +332,7 @@ fn rehearse(
     stop: &Stop,
 ) -> Result<(), CommandError> {
     let mut freezer = Freezer::new();
-    let frozen = freezer.freeze(setting)?;
+    let mut frozen = freezer.freeze(setting)?;
     frozen.settle();
     let end = Instant::now() + time;
     let ended = loop {
@@ -353,7 +353,7 @@ fn rehearse(
         // From here on an early thaw is no surprise.
         setting.abort.store(true, Ordering::SeqCst);
     }
-    let thawed = freezer.thaw(&frozen, setting);
+    let thawed = freezer.thaw(&mut frozen, setting);
     frozen.tidy();
     if let Some(why) = ended {
         return Err(CommandError::Ended(why));
@@ -420,11 +420,13 @@ pub fn status(
         Err(ControlError::Nobody) => None,
         Err(error) => return Err(error.into()),
     };
-    let history = History::new(&config.state_dir).read()?;
-    let status = Status {
-        daemon: daemon.as_ref(),
-        last: history.last(),
+    let told = daemon.as_ref().and_then(report::last_of);
+    let history = match History::new(&config.state_dir).read() {
+        // The daemon knows of the last one by itself.
+        Err(_) if told.is_some() => Vec::new(),
+        other => other?,
     };
+    let status = Status::new(daemon.as_ref(), &history, told.as_ref());
     let text = match json {
         true => as_json(&status)?,
         false => status.table(),

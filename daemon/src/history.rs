@@ -17,9 +17,11 @@ use std::time::{Instant, SystemTime};
 use serde::{Deserialize, Serialize};
 
 use crate::backup::Verdict;
+use crate::cache::Missing;
 use crate::calls::Called;
 use crate::freeze::{How, Stay};
 use crate::hooks::Verb;
+use crate::job::Account;
 use crate::record::RunDir;
 
 /// Bytes that the file may have before the older half is forgotten: hundreds of backups.
@@ -62,10 +64,40 @@ pub struct Entry {
     pub answered_us: Option<u64>,
     /// When all was over but the hooks.
     pub ended_us: u64,
-    /// In the order of the plan.
+    /// In the order of the plan, and what that has left out.
     pub file_systems: Vec<FileSystem>,
+    /// What there is to say against it, good as it may be.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub warnings: Vec<String>,
     /// In the order of their calls.
     pub hooks: Vec<HookCall>,
+}
+
+impl Entry {
+    /// The same without what may be long: what went as it should, and the most of all else.
+    pub fn in_short(&self) -> Self {
+        const MOST: usize = 16;
+        let left_out = self.left_out().take(MOST).cloned();
+        let warnings = self.warnings.iter().take(MOST).cloned();
+        Entry {
+            file_systems: left_out.collect(),
+            warnings: warnings.collect(),
+            hooks: Vec::new(),
+            ..self.clone()
+        }
+    }
+
+    /// What was not frozen, nor synced.
+    pub fn left_out(&self) -> impl Iterator<Item = &FileSystem> {
+        let all = self.file_systems.iter();
+        all.filter(|it| it.how == How::LeftOut)
+    }
+
+    /// Whether both are of the same backup.
+    pub fn is_of_the_same(&self, other: &Entry) -> bool {
+        let marks = |it: &Entry| (it.at.clone(), it.request, it.ended_us);
+        marks(self) == marks(other)
+    }
 }
 
 /// What became of one file system.
@@ -75,6 +107,9 @@ pub struct FileSystem {
     pub name: String,
     /// Whether it was frozen.
     pub how: How,
+    /// Why it was left out, where the plan has done that.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<String>,
     /// When it was about to be frozen.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub since_us: Option<u64>,
@@ -131,6 +166,7 @@ impl Draft {
                 answered_us: None,
                 ended_us: 0,
                 file_systems: Vec::new(),
+                warnings: Vec::new(),
                 hooks: Vec::new(),
             },
         }
@@ -154,15 +190,27 @@ impl Draft {
     }
 
     /// What became of the file systems.
-    pub fn thawed(&mut self, stays: Vec<Stay>) {
-        let file_system = |stay: Stay| FileSystem {
+    pub fn thawed(&mut self, account: Account) {
+        let stayed = |stay: Stay| FileSystem {
             name: stay.name,
             how: stay.how,
+            reason: None,
             since_us: stay.since.map(|at| self.us(at)),
             took_us: stay.took.map(|it| it.as_micros() as u64),
             until_us: stay.until.map(|at| self.us(at)),
         };
-        self.entry.file_systems = stays.into_iter().map(file_system).collect();
+        let missing = |it: Missing| FileSystem {
+            name: it.name,
+            how: How::LeftOut,
+            reason: Some(it.reason),
+            since_us: None,
+            took_us: None,
+            until_us: None,
+        };
+        let stays = account.stays.into_iter().map(stayed);
+        let missing = account.missing.into_iter().map(missing);
+        self.entry.file_systems = stays.chain(missing).collect();
+        self.entry.warnings = account.warnings;
     }
 
     /// All is over but the hooks.
@@ -464,7 +512,14 @@ pub(crate) mod tests {
             until: Some(at(200)),
         };
         draft.answered();
-        draft.thawed(vec![stay]);
+        draft.thawed(Account {
+            stays: vec![stay],
+            missing: vec![Missing {
+                name: "/bad (xfs, 8:2)".into(),
+                reason: "out of order".into(),
+            }],
+            warnings: vec!["/new was mounted".into()],
+        });
         draft.ended(Verdict::Broken, Some("the deadline passed".into()));
         draft.finish(hooks)
     }
@@ -472,13 +527,16 @@ pub(crate) mod tests {
     #[test]
     fn times_count_from_the_beginning() {
         let entry = example();
-        let [file_system] = &entry.file_systems[..] else {
+        let [file_system, missing] = &entry.file_systems[..] else {
             panic!("{entry:?}");
         };
         assert_eq!(file_system.since_us, Some(100_000));
         assert_eq!(file_system.took_us, Some(2_000));
         assert_eq!(file_system.until_us, Some(200_000));
         assert_eq!(entry.hooks[1].since_us, 300_000);
+        assert_eq!((missing.how, missing.since_us), (How::LeftOut, None));
+        assert_eq!(missing.reason.as_deref(), Some("out of order"));
+        assert_eq!(entry.left_out().collect::<Vec<_>>(), [missing]);
         let text = serde_json::to_string(&entry).unwrap();
         assert!(text.contains(r#""result":"broken""#), "{text}");
         assert!(text.contains(r#""how":"frozen""#), "{text}");

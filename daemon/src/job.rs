@@ -19,7 +19,7 @@ use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use crate::backup::Begun;
-use crate::cache::{Cache, GatherError, Gathered, Opened};
+use crate::cache::{Cache, GatherError, Gathered, Missing, Opened};
 use crate::calls::Context;
 use crate::config::Config;
 use crate::door::Door;
@@ -182,7 +182,8 @@ impl Freezer {
             let layers = moving.into_iter().collect();
             return Err(FreezeError::Moving { layers }.into());
         }
-        warn_of_moving(&moving, log);
+        let mut warnings = Warnings::new(log);
+        warnings.of_moving(&moving);
         let learnt = &self.learnt;
         let known = |it: &&Opened| learnt.is_unfreezable(it.dev);
         let others = |watched: &Watched| {
@@ -204,9 +205,11 @@ impl Freezer {
         for it in &disks {
             log.info(format!("in the backup: {it}"));
         }
-        let missing_words = missing.iter().map(ToString::to_string);
-        for it in not_only_listed.into_iter().chain(missing_words) {
-            log.warning(it);
+        if let Some(why) = not_only_listed {
+            warnings.add(why);
+        }
+        for it in &missing {
+            log.warning(it.to_string());
         }
         let targets: Vec<Target> = match door.watched_every() {
             Some(_) => look_out_for_writes(targets, log),
@@ -257,7 +260,7 @@ impl Freezer {
                 session.disarm();
                 return Err(FreezeError::Nothing.into());
             }
-            log.warning("nothing at all is frozen: no file system was found that can be");
+            warnings.add("nothing at all is frozen: no file system was found that can be".into());
         }
         Ok(Some(Frozen {
             session,
@@ -266,12 +269,14 @@ impl Freezer {
             at_rest,
             layers,
             moving,
+            missing,
+            warnings: warnings.all,
         }))
     }
 
     /// Thaws what was frozen; everything is tried, whatever fails, and [`Frozen::tidy`] is to follow.
     /// Names what was mounted or made writable meanwhile: that is on a disk and was not frozen.
-    pub fn thaw(&mut self, frozen: &Frozen, setting: &Setting) -> Result<(), ThawError> {
+    pub fn thaw(&mut self, frozen: &mut Frozen, setting: &Setting) -> Result<(), ThawError> {
         let mut nodes = frozen.at_rest.written();
         let moving = frozen.layers.at_work();
         let begun: BTreeSet<String> = moving.difference(&frozen.moving).cloned().collect();
@@ -288,19 +293,21 @@ impl Freezer {
         let writable = self.cache.writable_now();
         let mounted_words = mounted.iter().map(|it| format!("{it} was mounted"));
         let writable_words = writable.iter().map(|it| format!("{it} was made writable"));
+        let mut warnings = Warnings::new(&setting.log);
         for words in mounted_words.chain(writable_words) {
-            setting.log.warning(format!(
+            warnings.add(format!(
                 "{words} while the rest was frozen, and was not frozen"
             ));
         }
         let names: Vec<String> = mounted.into_iter().chain(writable).collect();
         for node in &nodes {
-            setting.log.warning(format!(
+            warnings.add(format!(
                 "something was written to {node} while all that is known to be on it was frozen: by a \
                  program that has the disk itself open, or by what is in no mount table"
             ));
         }
-        warn_of_moving(&begun, &setting.log);
+        warnings.of_moving(&begun);
+        frozen.warnings.append(&mut warnings.all);
         match (names.is_empty(), nodes.is_empty(), begun.is_empty()) {
             _ if !setting.config.strict => thawed,
             (true, true, true) => thawed,
@@ -326,12 +333,30 @@ impl Freezer {
     }
 }
 
-fn warn_of_moving(layers: &BTreeSet<String>, log: &Logbook) {
-    for layer in layers {
-        log.warning(format!(
-            "{layer} copies from disk to disk while what is on it is frozen: copies of those disks that are \
-             not of one moment may not fit together"
-        ));
+/// Warnings that are said and kept: with them a good backup is not all that it might be.
+struct Warnings<'a> {
+    log: &'a Logbook,
+    all: Vec<String>,
+}
+
+impl<'a> Warnings<'a> {
+    fn new(log: &'a Logbook) -> Self {
+        let all = Vec::new();
+        Warnings { log, all }
+    }
+
+    fn add(&mut self, text: String) {
+        self.log.warning(&text);
+        self.all.push(text);
+    }
+
+    fn of_moving(&mut self, layers: &BTreeSet<String>) {
+        for layer in layers {
+            self.add(format!(
+                "{layer} copies from disk to disk while what is on it is frozen: copies of those disks that are \
+                 not of one moment may not fit together"
+            ));
+        }
     }
 }
 
@@ -418,6 +443,21 @@ pub struct Frozen {
     /// What may move data from disk to disk below it, and what did so before.
     layers: Layers,
     moving: BTreeSet<String>,
+    /// What is not among it by the plan.
+    missing: Vec<Missing>,
+    /// What there is to say against it.
+    warnings: Vec<String>,
+}
+
+/// What came of a backup, for people.
+#[derive(Debug, Default)]
+pub struct Account {
+    /// What has become of each file system that was to be frozen.
+    pub stays: Vec<Stay>,
+    /// What was left out before.
+    pub missing: Vec<Missing>,
+    /// What else there is to say against it.
+    pub warnings: Vec<String>,
 }
 
 impl Frozen {
@@ -437,6 +477,14 @@ impl Frozen {
             since: self.session.armed_at(),
             counts,
             names: frozen.map(|it| it.name).collect(),
+        }
+    }
+
+    fn account(&mut self) -> Account {
+        Account {
+            stays: self.session.account(),
+            missing: std::mem::take(&mut self.missing),
+            warnings: std::mem::take(&mut self.warnings),
         }
     }
 
@@ -495,8 +543,8 @@ pub enum Outcome {
     Frozen(Result<Begun, JobError>),
     /// Others have thawed these.
     Lost(Vec<String>),
-    /// The thaw has ended, and with it the job; what has become of each file system.
-    Thawed(Result<(), ThawError>, Vec<Stay>),
+    /// The thaw has ended, and with it the job; what has come of it.
+    Thawed(Result<(), ThawError>, Account),
 }
 
 /// The thread on which backups happen, one after the other. It lives as long as the process: a thread
@@ -638,11 +686,11 @@ impl Backup {
         let quiesced = self.quiesce(freezer);
         match quiesced.and_then(|()| freezer.freeze(&self.setting)) {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
-            Ok(frozen) => {
+            Ok(mut frozen) => {
                 (self.tell)(Outcome::Frozen(Ok(frozen.begun())));
                 self.wait(&frozen);
-                let result = freezer.thaw(&frozen, &self.setting);
-                (self.tell)(Outcome::Thawed(result, frozen.session.account()));
+                let result = freezer.thaw(&mut frozen, &self.setting);
+                (self.tell)(Outcome::Thawed(result, frozen.account()));
                 frozen.tidy();
             }
         }

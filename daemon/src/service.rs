@@ -188,6 +188,8 @@ struct Hands {
     written: Option<Receiver<()>>,
     /// How the last backup went.
     last: String,
+    /// What the history is to have of it, if it lets itself be written.
+    last_entry: Option<Entry>,
 }
 
 impl Service {
@@ -252,6 +254,7 @@ impl Service {
                 held: Vec::new(),
                 doing: String::new(),
                 last: "no backup yet".into(),
+                last_entry: None,
             },
             control,
             waiting: Vec::new(),
@@ -549,9 +552,9 @@ impl Service {
                 let why = format!("somebody else thawed {}", names.join(", "));
                 self.end_early(why.into(), thawed::FOREIGN);
             }
-            Outcome::Thawed(result, stays) => {
+            Outcome::Thawed(result, account) => {
                 if let Some(draft) = &mut self.hands.draft {
-                    draft.thawed(stays);
+                    draft.thawed(account);
                 }
                 let result = result.map_err(|error| words(&error));
                 self.machine.thawed(result, &mut self.hands);
@@ -639,6 +642,7 @@ impl Service {
                     "frozen": hands.held,
                     "backups": hands.backups,
                     "last": hands.last,
+                    "last_backup": hands.last_entry,
                 });
                 self.control.reply(client, status);
             }
@@ -738,6 +742,7 @@ impl Hands {
         entry: Entry,
         then: impl FnOnce() -> Result<(), HistoryError> + Send + 'static,
     ) {
+        self.last_entry = Some(entry.in_short());
         let history = History::new(&self.config.state_dir);
         let log = self.log.clone();
         let (writing, written) = channel::<()>();

@@ -39,6 +39,11 @@ pub const CASES: &[Case] = &[
         status_and_history,
     ),
     case(
+        "control/history-not-written",
+        "where the history cannot be written, status says of the last backup what the daemon knows",
+        history_not_written,
+    ),
+    case(
         "control/ended-amid-a-backup",
         "a backup that a stop or the death of the daemon ends is in the history, once, and status says so",
         ended_amid_a_backup,
@@ -272,6 +277,41 @@ fn status_and_history(guest: &Guest) -> Result<()> {
     }
     asked(guest, "history --svg /run/a.svg --number 3", 1)?;
     guest.sh("rm -rf /etc/hv_vss /var/lib/hv_vss").map(drop)
+}
+
+fn history_not_written(guest: &Guest) -> Result<()> {
+    const HOOK: &str = "/etc/hv_vss/hooks.d/10-a";
+    make_one(guest)?;
+    let vss = guest.vss();
+    guest.sh(
+        "rm -rf /etc/hv_vss /var/lib/hv_vss; mkdir -p /etc/hv_vss/hooks.d /var/lib/hv_vss
+         mount -t tmpfs none /var/lib/hv_vss",
+    )?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    observe(guest)?;
+    remembered(guest, 1)?;
+    guest.sh(&format!(
+        "mount -o remount,ro /var/lib/hv_vss
+         printf '#!/bin/sh\\n[ $1 != freeze ]\\n' >{HOOK} && chmod 755 {HOOK}"
+    ))?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    guest.wait_until("the log says that it is not in the history", STEP, || {
+        Ok(guest.output(&daemon)?.contains("of the history"))
+    })?;
+    let text = asked(guest, "status", 4)?;
+    ensure!(
+        text.contains("exit status 1") && text.contains("does not have this backup"),
+        "status should go by what the daemon knows:\n{text}"
+    );
+    // With room again it has the next one.
+    guest.sh(&format!("mount -o remount,rw /var/lib/hv_vss && rm {HOOK}"))?;
+    observe(guest)?;
+    remembered(guest, 2)?;
+    asked(guest, "status", 0)?;
+    stop(guest, guest.module(), &daemon)?;
+    guest
+        .sh("umount /var/lib/hv_vss && rm -rf /etc/hv_vss /var/lib/hv_vss")
+        .map(drop)
 }
 
 /// The history, once it has so many entries.
