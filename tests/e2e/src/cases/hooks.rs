@@ -67,6 +67,8 @@ pub const CASES: &[Case] = &[
 ];
 
 const FOLDER: &str = "/etc/hv_vss/hooks.d";
+/// There as long as a hook has yet to be let go.
+pub(super) const OWED: &str = "/run/hv_vss/hooks.json";
 /// What each hook does first.
 const NOTE: &str = "echo \"${0##*/} $1 $HV_VSS_OUTCOME\" >>/run/notes; echo x >/mnt/a/${0##*/}";
 
@@ -83,7 +85,7 @@ fn prepare(guest: &Guest) -> Result<()> {
 /// Ends the daemon once all hooks are let go.
 fn stop_at_rest(guest: &Guest, module: Module, daemon: &Process) -> Result<()> {
     guest.wait_until("all hooks are let go", STEP, || {
-        let left = guest.try_sh("test ! -e /run/hv_vss/hooks.json")?;
+        let left = guest.try_sh(&format!("test ! -e {OWED}"))?;
         Ok(left.status == Some(0))
     })?;
     stop(guest, module, daemon)
