@@ -332,13 +332,17 @@ impl Calls {
         }
         // It was fit when it was called first, which may be long ago.
         record.owed.retain(|owed| {
-            let fault = owed.hook.fault();
+            let fault = owed.hook.fault_in_time();
             if let Some(fault) = &fault {
                 let name = owed.hook.name();
                 log.error(format!("hook {name} is not let go, it is not run: {fault}"));
             }
             fault.is_none()
         });
+        if record.owed.is_empty() {
+            // Nothing of it is said, or waited for, once more.
+            run.remove_hooks()?;
+        }
         let children = record.owed.iter().map(|_| None).collect();
         Ok(Some(Calls {
             record,

@@ -295,7 +295,8 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
 }
 
 fn hooks_found(config: &Config) -> Vec<Finding> {
-    let found = match hooks::find(&config.hooks) {
+    let mut scout = hooks::Scout::default();
+    let found = match hooks::find(&mut scout, &config.hooks) {
         Ok(found) => found,
         Err(error) => return vec![finding("hooks", Grade::Problem, words(&error))],
     };
@@ -315,7 +316,7 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
     };
     let mut all: Vec<Finding> = found.into_iter().map(look).collect();
     // Whoever put it there may have meant it to be called.
-    for path in hooks::not_executable(&config.hooks).unwrap_or_default() {
+    for path in hooks::not_executable(&mut scout, &config.hooks).unwrap_or_default() {
         let text = format!("{} is not called: it is not executable", path.display());
         all.push(finding("hooks", Grade::Warning, text));
     }

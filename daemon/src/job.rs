@@ -28,7 +28,7 @@ use crate::freeze::{
     FreezeError, How, Learnt, Limits, Means, Session, Stay, Summary, Target, ThawError,
 };
 use crate::ground::Watched;
-use crate::hooks::{self, Found, HookError};
+use crate::hooks::{self, Found, HookError, Scout};
 use crate::logbook::{Held, Logbook, Sink};
 use crate::machine::LookError;
 use crate::mounts::DevId;
@@ -105,6 +105,8 @@ pub struct Freezer {
     config: Arc<Config>,
     learnt: Learnt,
     pool: Arc<Pool>,
+    /// Who looks up hooks.
+    scout: Scout,
     /// `/proc/vmstat`.
     vmstat: Option<File>,
 }
@@ -118,6 +120,7 @@ impl Freezer {
             config: Arc::default(),
             learnt: Learnt::default(),
             pool: Arc::default(),
+            scout: Scout::default(),
             vmstat: File::open("/proc/vmstat").ok(),
         }
     }
@@ -125,6 +128,8 @@ impl Freezer {
     /// Has the plan for the next backup ready, and says which rules do nothing.
     fn look_over(&mut self, config: &Arc<Config>, log: &Logbook) {
         self.go_by(config);
+        // What hangs is known then when hooks are to be called.
+        let _ = hooks::find(&mut self.scout, &config.hooks);
         // Why there is no plan is said when one is needed.
         for rule in self.cache.prepare(config).unwrap_or_default() {
             log.warning(format!("the rule to {rule} matches no file system"));
@@ -709,7 +714,7 @@ impl Backup {
             disks,
             ..
         } = &self.setting;
-        let found = hooks::find(&config.hooks)?;
+        let found = hooks::find(&mut freezer.scout, &config.hooks)?;
         if found.is_empty() {
             return Ok(());
         }

@@ -38,6 +38,12 @@ pub const CASES: &[Case] = &[
         hung_interpreter,
     ),
     case(
+        "hooks/hung-look-up",
+        "a link into a file system that does not answer: an optional hook costs nobody the backup, a required \
+         one that alone, and no later start",
+        hung_look_up,
+    ).long(),
+    case(
         "hooks/the-hosts-limit",
         "the host's time is over first: FREEZE fails in time, and what hangs is killed and let go",
         the_hosts_limit,
@@ -307,6 +313,48 @@ fn hung_interpreter(guest: &Guest) -> Result<()> {
     good_backup(guest, "the next backup")?;
     stop_at_rest(guest, Module::Ours, &daemon)?;
     guest.sh("umount /mnt/b")?;
+    end(guest)
+}
+
+fn hung_look_up(guest: &Guest) -> Result<()> {
+    prepare(guest)?;
+    let vss = guest.vss();
+    guest.sh("modprobe fuse; mkdir -p /mnt/dead")?;
+    let server = super::scope::silent_fuse(guest, "-t fuse /dev/fuse /mnt/dead")?;
+    guest.sh(&format!("ln -s /mnt/dead/hook {FOLDER}/10-a"))?;
+    hook(guest, "20-b", "")?;
+    let silent = "/etc/hv_vss/hooks.d/10-a cannot be looked up: it does not answer";
+    let says = |daemon: &Process| {
+        guest.wait_until("it is named", STEP, || {
+            Ok(guest.output(daemon)?.contains(silent))
+        })
+    };
+    let daemon = start_with(guest, Module::Ours, &[], "")?;
+    answered(
+        "FREEZE with a required one",
+        &vss.freeze(&[], STEP)?,
+        status::FAIL,
+    )?;
+    says(&daemon)?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+    let daemon = start_with(guest, Module::Ours, &[], "[hooks]\noptional = [\"10-a\"]")?;
+    good_backup(guest, "a backup with an optional one")?;
+    says(&daemon)?;
+    // It was called, and the daemon dies then: the next one has to look it up as well.
+    let owed = format!(
+        "{{\"pid\":{},\"context\":[],\"limit_ms\":2000,\"owed\":[{{\"hook\":{{\"path\":\"{FOLDER}/10-a\",\
+         \"contract\":\"qemu\"}},\"process\":null}}]}}",
+        daemon.pid
+    );
+    guest.signal(&daemon, 9)?;
+    guest.wait(&daemon, STEP)?;
+    guest.sh(&format!("echo '{owed}' >{OWED}"))?;
+    let daemon = guest.start_daemon_with("[hooks]\noptional = [\"10-a\"]")?;
+    wait_for_daemon(guest)?;
+    says(&daemon)?;
+    good_backup(guest, "a backup after the next start")?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+    super::scope::end(guest, &server, "/mnt/dead")?;
     end(guest)
 }
 
