@@ -165,7 +165,9 @@ fn print((text, outcome): (String, Outcome)) -> Result<ExitCode, Failure> {
 
 fn dispatch() -> Result<ExitCode, Failure> {
     let matches = command().get_matches();
-    let config_path = matches.get_one::<PathBuf>("config").cloned();
+    // It is read again from wherever the daemon is then.
+    let config_path = matches.get_one::<PathBuf>("config");
+    let config_path = config_path.map(std::path::absolute).transpose()?;
     let config = Config::load(config_path.as_deref());
     match matches.subcommand() {
         Some(("list", list)) => {
@@ -251,7 +253,8 @@ fn serve(
     config: Result<Config, ConfigError>,
     foreground: bool,
 ) -> Result<(), Failure> {
-    let path = path_of(matches, "device");
+    // In the background it is elsewhere.
+    let path = std::path::absolute(path_of(matches, "device"))?;
     let config = match config {
         Ok(config) => config,
         Err(error) => {
