@@ -559,6 +559,8 @@ pub struct Worker {
     /// To a thread of its own: a disk may hang, or be frozen by somebody else for as long as they like, and
     /// no backup waits for that.
     later: SyncSender<Look>,
+    /// To another one, if it was ever needed: what is asked of it may cure what the first one hangs in.
+    aside: Option<SyncSender<Look>>,
 }
 
 /// What needs a disk; what it returns is to be done then.
@@ -617,8 +619,18 @@ impl Worker {
         };
         let builder = Builder::new().name("backup".into()).stack_size(STACK_BYTES);
         builder.spawn(body)?;
-        let (later, looks) = sync_channel::<Look>(MOST_LATER);
-        let orders = sender.clone();
+        let later = Self::line("later", &sender)?;
+        Ok(Worker {
+            orders: sender,
+            later,
+            aside: None,
+        })
+    }
+
+    /// To a new thread that looks and hands on what is to be done then.
+    fn line(name: &str, orders: &Sender<Order>) -> io::Result<SyncSender<Look>> {
+        let (sender, looks) = sync_channel::<Look>(MOST_LATER);
+        let orders = orders.clone();
         let body = move || {
             let _ = process::go_along();
             // Standard input is nothing of ours. Should it hang when the process dies, and be it behind a
@@ -629,12 +641,9 @@ impl Worker {
                 let _ = orders.send(Order::Do(look()));
             }
         };
-        let builder = Builder::new().name("later".into());
+        let builder = Builder::new().name(name.into());
         builder.stack_size(LATER_STACK_BYTES).spawn(body)?;
-        Ok(Worker {
-            orders: sender,
-            later,
-        })
+        Ok(sender)
     }
 
     /// Has a plan made for the next backup, unless the last one still holds.
@@ -651,11 +660,20 @@ impl Worker {
         look: impl FnOnce() -> T + Send + 'static,
         then: impl FnOnce(T) + Send + 'static,
     ) -> bool {
-        let look = || -> Then {
-            let seen = look();
-            Box::new(move || then(seen))
-        };
-        self.later.try_send(Box::new(look)).is_ok()
+        self.later.try_send(in_two(look, then)).is_ok()
+    }
+
+    /// The same, whatever [`Worker::later`] hangs in.
+    pub fn aside<T: Send + 'static>(
+        &mut self,
+        look: impl FnOnce() -> T + Send + 'static,
+        then: impl FnOnce(T) + Send + 'static,
+    ) -> bool {
+        if self.aside.is_none() {
+            self.aside = Self::line("aside", &self.orders).ok();
+        }
+        let aside = self.aside.as_ref();
+        aside.is_some_and(|it| it.try_send(in_two(look, then)).is_ok())
     }
 
     /// Begins a backup, for which the log is held. `tell` is called from the worker's thread. `None`
@@ -684,6 +702,16 @@ impl Worker {
             held,
         })
     }
+}
+
+fn in_two<T: Send + 'static>(
+    look: impl FnOnce() -> T + Send + 'static,
+    then: impl FnOnce(T) + Send + 'static,
+) -> Look {
+    Box::new(|| {
+        let seen = look();
+        Box::new(move || then(seen))
+    })
 }
 
 impl Backup {
@@ -858,7 +886,7 @@ mod tests {
 
     #[test]
     fn what_hangs_on_a_disk_holds_up_only_what_needs_one_as_well_and_keeps_nothing_open() {
-        let worker = Worker::start().unwrap();
+        let mut worker = Worker::start().unwrap();
         let (tell, told) = channel();
         let (release, hang) = channel::<()>();
         let begun = tell.clone();
@@ -875,6 +903,10 @@ mod tests {
             worker.later(move || number, move |it| tell.send(it).unwrap())
         });
         assert_eq!(taken.count(), MOST_LATER);
+        // What may be the cure does not wait.
+        let cure = tell.clone();
+        assert!(worker.aside(|| 1, move |it| cure.send(it).unwrap()));
+        assert_eq!(told.recv_timeout(LONG), Ok(1));
         // The thread that freezes does not wait.
         let done = Order::Do(Box::new(move || tell.send(0).unwrap()));
         worker.orders.send(done).unwrap();

@@ -757,8 +757,7 @@ impl Hands {
         if !self.worker.later(move || history.add(&entry), added) {
             let folder = self.config.state_dir.display();
             self.log.warning(format!(
-                "{folder}, or the configuration, does not let itself be used: this backup is not in the \
-                 history"
+                "{folder} does not let itself be used: this backup is not in the history"
             ));
         }
     }
@@ -774,7 +773,8 @@ impl Hands {
         let tell = teller(&self.tell, |it| News::Config(Box::new(it)));
         let path = self.config_path.clone();
         let read = move || Config::load(path.as_deref());
-        if self.worker.later(read, tell) {
+        // The setting that cures what the history hangs in may be in it.
+        if self.worker.aside(read, tell) {
             return Ok(());
         }
         let why = "the configuration is not read: a disk does not let itself be used";
