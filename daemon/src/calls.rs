@@ -43,6 +43,8 @@ pub const SUBCOMMAND: &str = "hook";
 
 /// Bytes of what a call writes that are kept.
 const MOST_OUTPUT: usize = 8192;
+/// Reads of a pipe at a time, of 1 KiB each.
+const MOST_READS: usize = 64;
 /// How long what was killed may take to end.
 const GRACE: Duration = Duration::from_secs(2);
 /// Where hooks find programs.
@@ -232,10 +234,12 @@ struct Output {
 }
 
 impl Output {
-    /// Takes what has come.
+    /// Takes what has come, but no more at a time than a pipe holds: who writes without end must not keep this
+    /// thread from all else.
     fn drain(&mut self) {
         let mut part = [0; 1024];
-        while let Some(pipe) = &mut self.pipe {
+        for _ in 0..MOST_READS {
+            let Some(pipe) = &mut self.pipe else { return };
             match pipe.read(&mut part) {
                 Ok(0) => self.pipe = None,
                 Ok(n) => {

@@ -224,7 +224,14 @@ fn who_has(device: &Path) -> Option<String> {
         let mut opened = fs::read_dir(path.join("fd")).ok()?.flatten();
         opened.find(|it| fs::read_link(it.path()).is_ok_and(|at| at == device))?;
         let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
-        Some(format!("{} (process {pid})", name.trim().escape_debug()))
+        // Daemons of several distributions have one name.
+        let program = fs::read_link(path.join("exe")).ok();
+        let program = program.map(|it| format!(", {}", it.display().to_string().escape_debug()));
+        Some(format!(
+            "{} (process {pid}{})",
+            name.trim().escape_debug(),
+            program.unwrap_or_default()
+        ))
     })
 }
 
@@ -449,8 +456,10 @@ mod tests {
         assert_eq!(who_has(&dir), None);
         let file = fs::File::create(&dir).unwrap();
         let who = who_has(&dir).unwrap();
+        let program = std::env::current_exe().unwrap();
+        let (pid, program) = (std::process::id(), program.display());
         assert!(
-            who.ends_with(&format!("(process {})", std::process::id())),
+            who.ends_with(&format!(" (process {pid}, {program})")),
             "{who}"
         );
         drop(file);

@@ -22,6 +22,10 @@ use signal_hook::iterator::Signals;
 
 type Failure = Box<dyn Error>;
 
+/// What takes root, in words.
+const FREEZE: &str = "freeze and thaw file systems";
+const ASK: &str = "ask the daemon";
+
 fn command() -> Command {
     let device = Arg::new("device")
         .long("device")
@@ -182,7 +186,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
             done(rehearse(config?, time))
         }
         Some(("thaw", thaw)) => {
-            need_root()?;
+            need_root(FREEZE)?;
             let log = Logbook::new(foreground_sink());
             if let Err(error) = &config {
                 go_on_without(error, &log);
@@ -192,7 +196,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
             done(commands::thaw(&places, &log).map_err(Failure::from))
         }
         Some(("status", status)) => {
-            need_root()?;
+            need_root(ASK)?;
             let places = recovery::places(None, config.as_ref());
             print(commands::status(
                 &or_default(&config),
@@ -201,7 +205,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
             )?)
         }
         Some(("history", history)) => {
-            need_root()?;
+            need_root("read the history of backups")?;
             let config = or_default(&config);
             match history.get_one::<PathBuf>("svg") {
                 Some(file) => {
@@ -212,14 +216,14 @@ fn dispatch() -> Result<ExitCode, Failure> {
             }
         }
         Some(("check", check)) => {
-            need_root()?;
+            need_root("look at all that a backup needs")?;
             let device = path_of(&matches, "device");
             let places = recovery::places(None, config.as_ref());
             let json = check.get_flag("json");
             print(commands::check(&device, &places, config.as_ref(), json)?)
         }
         Some(("reload", _)) => {
-            need_root()?;
+            need_root(ASK)?;
             let log = Logbook::new(foreground_sink());
             done(commands::reload(config, &log).map_err(Failure::from))
         }
@@ -292,16 +296,17 @@ fn serve(
     service.inspect_err(|error| log.error(words(error.as_ref())))
 }
 
-fn need_root() -> Result<(), Failure> {
+/// `what` is what takes root, in words.
+fn need_root(what: &str) -> Result<(), Failure> {
     if nix::unistd::geteuid().is_root() {
         return Ok(());
     }
-    Err("only root may freeze and thaw file systems".into())
+    Err(format!("only root may {what}").into())
 }
 
 /// Must succeed before anything may be frozen, save for what only makes things easier.
 fn harden(log: &Logbook) -> Result<(), Failure> {
-    need_root()?;
+    need_root(FREEZE)?;
     if let Err(error) = process::raise_descriptor_limit() {
         log.warning(format!("cannot raise the limit of open files: {error}"));
     }

@@ -442,7 +442,8 @@ fn check(guest: &Guest) -> Result<()> {
         &text,
         &[
             "no daemon of ours serves",
-            &format!("(process {}) has /dev/vmbus/hv_vss", theirs.pid),
+            &format!("(process {}, /", theirs.pid),
+            ") has /dev/vmbus/hv_vss",
         ],
     )?;
     stop(guest, Module::Stock, &theirs)
