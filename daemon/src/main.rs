@@ -26,6 +26,9 @@ type Failure = Box<dyn Error>;
 const FREEZE: &str = "freeze and thaw file systems";
 const ASK: &str = "ask the daemon";
 
+/// How long the end waits for the log.
+const LAST_LINES: Duration = Duration::from_secs(2);
+
 fn command() -> Command {
     let device = Arg::new("device")
         .long("device")
@@ -289,11 +292,16 @@ fn serve(
             Logbook::new(Sink::Syslog)
         }
     };
+    if let Err(error) = log.write_behind() {
+        log.warning(format!("who reads the log may hold up all: {error}"));
+    }
     let service = harden(&log).and_then(|()| {
         let service = Service::new(device, &path, config, config_path, log.clone())?;
         Ok(service.run()?)
     });
-    service.inspect_err(|error| log.error(words(error.as_ref())))
+    let service = service.inspect_err(|error| log.error(words(error.as_ref())));
+    log.drain(LAST_LINES);
+    service
 }
 
 /// `what` is what takes root, in words.

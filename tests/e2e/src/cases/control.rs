@@ -69,6 +69,11 @@ pub const CASES: &[Case] = &[
         )
     }.long(),
     case(
+        "control/log-not-read",
+        "a system log that is stopped holds up no backup, and has all of them once it goes on",
+        log_not_read,
+    ),
+    case(
         "control/footprint",
         "held by the module: one process of 3.5 MiB at most; else a guard beside it",
         footprint,
@@ -543,6 +548,41 @@ fn systemctl_reload(guest: &Guest) -> Result<()> {
     guest
         .sh("rm /etc/hv_vss/daemon.toml.d/test.toml; systemctl stop hv_vss")
         .map(drop)
+}
+
+fn log_not_read(guest: &Guest) -> Result<()> {
+    make_one(guest)?;
+    let syslogd = guest.spawn(&["syslogd", "-n", "-O", "/run/messages"])?;
+    guest.wait_until("the system log is there", STEP, || {
+        Ok(guest.try_sh("test -S /dev/log")?.status == Some(0))
+    })?;
+    super::load(guest, guest.module(), &[])?;
+    guest.sh("/payload/hv_vss_daemon")?;
+    wait_for_daemon(guest)?;
+    guest.signal(&syslogd, 19)?;
+    let both = super::good(&["/writer", "/mnt/a/w"]);
+    // It has room for some ten lines.
+    for _ in 0..3 {
+        equal("a backup", observe(guest)?, both.clone())?;
+    }
+    asked(guest, "status", 0)?;
+    guest.signal(&syslogd, 18)?;
+    guest.wait_until("the log has them", STEP, || {
+        let text = guest.read("/run/messages")?;
+        Ok(text.matches("the backup is good").count() == 3)
+    })?;
+    // It ends, too, while nobody takes what it says last.
+    guest.signal(&syslogd, 19)?;
+    for _ in 0..3 {
+        equal("a backup", observe(guest)?, both.clone())?;
+    }
+    guest.sh("kill $(pidof hv_vss_daemon)")?;
+    guest.wait_until("the daemon has ended", STEP, || {
+        Ok(guest.try_sh("pidof hv_vss_daemon")?.status != Some(0))
+    })?;
+    guest.signal(&syslogd, 9)?;
+    guest.wait(&syslogd, STEP)?;
+    guest.sh("rm -f /run/messages").map(drop)
 }
 
 fn footprint(guest: &Guest) -> Result<()> {
