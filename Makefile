@@ -157,7 +157,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 LIB = $(DESTDIR)$(PREFIX)/lib
 LIBEXEC = $(DESTDIR)$(PREFIX)/libexec
 SHARE = $(DESTDIR)$(PREFIX)/share
-ADAPT = sed -e 's|/usr/libexec/|$(PREFIX)/libexec/|g' -e 's|^prefix=/usr|prefix=$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|'
+ADAPT = sed -e 's|/usr/libexec/|$(PREFIX)/libexec/|g' -e 's|/usr/share/|$(PREFIX)/share/|g' -e 's|^prefix=/usr|prefix=$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|'
 # Where zsh looks for what completes a command; packages of Debian have a folder of their own.
 ZSH_FUNCTIONS ?= site-functions
 # The daemons of the distributions that give way to ours: Debian's and Ubuntu's, Fedora's, SUSE's.
@@ -225,7 +225,8 @@ install-daemon:
 	for name in $(OTHER_DAEMONS); do \
 		install -D -m 0644 daemon/give-way.conf $(LIB)/systemd/system/$$name.service.d/hv_vss.conf || exit 1; \
 	done
-	install -D -m 0644 daemon/hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss_daemon.8
+	install -d $(SHARE)/man/man8
+	$(ADAPT) daemon/hv_vss_daemon.8 >$(SHARE)/man/man8/hv_vss_daemon.8
 	ln -sf hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss.8
 	install -D -m 0644 daemon/hv_vss_daemon.toml.5 $(SHARE)/man/man5/hv_vss_daemon.toml.5
 	install -D -m 0644 daemon/completions/hv_vss.bash $(SHARE)/bash-completion/completions/hv_vss
@@ -245,14 +246,17 @@ install-dkms:
 		install -D -m 0644 $$file $(DKMS_SOURCE)/$$file || exit 1; \
 	done
 	install -D -m 0644 -t $(DKMS_SOURCE)/kmod/dkms kmod/dkms/kernel.sh
-	install -D -m 0755 -t $(DKMS_SOURCE)/kmod/dkms kmod/dkms/build kmod/dkms/prepare
+	$(ADAPT) kmod/dkms/build >$(DKMS_SOURCE)/kmod/dkms/build
+	chmod 0755 $(DKMS_SOURCE)/kmod/dkms/build
+	install -D -m 0755 -t $(DKMS_SOURCE)/kmod/dkms kmod/dkms/prepare
 	install -D -m 0644 -t $(DKMS_SOURCE)/uapi uapi/hv_vss.rs
 	sed 's|#MODULE_VERSION#|$(VERSION)|' kmod/dkms/dkms.conf >$(DKMS_SOURCE)/dkms.conf
 
 .PHONY: install-dev
 install-dev:
 	install -D -m 0644 uapi/hv_vss.h $(DESTDIR)$(PREFIX)/include/hv_vss/hv_vss.h
-	install -D -m 0644 uapi/hv_vss.4 $(SHARE)/man/man4/hv_vss.4
+	install -d $(SHARE)/man/man4
+	$(ADAPT) uapi/hv_vss.4 >$(SHARE)/man/man4/hv_vss.4
 	install -d $(SHARE)/pkgconfig $(SHARE)/doc/hv-vss-dev/examples
 	$(ADAPT) uapi/hv-vss.pc >$(SHARE)/pkgconfig/hv-vss.pc
 	sed -e 's|"../hv_vss.h"|<hv_vss.h>|' -e 's|cc -o|cc $$(pkg-config --cflags hv-vss) -o|' \

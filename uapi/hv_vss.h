@@ -186,7 +186,8 @@ struct hv_vss_freeze_info {
  *  EBADF       fd is not open
  *  EBUSY       it is held already, by this daemon or by another exclusive owner
  *  EINVAL      flags or reserved is not 0, or count is 0 or more than max_held
- *  ENOSPC      more than the first one's count
+ *  ENOSPC      more than the first one's count; or, at the first one, what is left of an earlier series
+ *              and count are more than max_held together
  *  EOPNOTSUPP  this file system has no means to freeze
  *  EPERM       FIFREEZE would not be allowed either (CAP_SYS_ADMIN for the file system)
  *  EPROTO      not registered, or as v1

@@ -45,6 +45,8 @@ pub const SUBCOMMAND: &str = "hook";
 const MOST_OUTPUT: usize = 8192;
 /// The word to let go when nobody can tell how the backup went: no [`Verdict`] is that one.
 const NOT_KNOWN: u8 = u8::MAX;
+/// Reads of a pipe at a time, of 1 KiB each.
+const MOST_READS: usize = 64;
 /// How long what was killed may take to end.
 const GRACE: Duration = Duration::from_secs(2);
 /// Where hooks find programs.
@@ -241,10 +243,12 @@ struct Output {
 }
 
 impl Output {
-    /// Takes what has come.
+    /// Takes what has come, but no more at a time than a pipe holds: who writes without end must not keep this
+    /// thread from all else.
     fn drain(&mut self) {
         let mut part = [0; 1024];
-        while let Some(pipe) = &mut self.pipe {
+        for _ in 0..MOST_READS {
+            let Some(pipe) = &mut self.pipe else { return };
             match pipe.read(&mut part) {
                 Ok(0) => self.pipe = None,
                 Ok(n) => {
@@ -341,13 +345,17 @@ impl Calls {
         }
         // It was fit when it was called first, which may be long ago.
         record.owed.retain(|owed| {
-            let fault = owed.hook.fault();
+            let fault = owed.hook.fault_in_time();
             if let Some(fault) = &fault {
                 let name = owed.hook.name();
                 log.error(format!("hook {name} is not let go, it is not run: {fault}"));
             }
             fault.is_none()
         });
+        if record.owed.is_empty() {
+            // Nothing of it is said, or waited for, once more.
+            run.remove_hooks()?;
+        }
         let children = record.owed.iter().map(|_| None).collect();
         Ok(Some(Calls {
             record,

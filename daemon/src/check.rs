@@ -7,7 +7,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use serde::Serialize;
 use serde_json::Value;
@@ -26,6 +27,8 @@ use crate::topology;
 /// `HV_VSS_GUID` of the kernel's `include/linux/hyperv.h`, as sysfs writes it.
 const VSS_CLASS: &str = "{35fa2e29-ea23-4236-96ae-3a6ebacba440}";
 const VMBUS: &str = "/sys/bus/vmbus/devices";
+/// Where DKMS has the sources of modules, ours among them if its package is installed.
+const SOURCES: &str = "/usr/src";
 
 /// How grave a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -75,6 +78,7 @@ pub fn check(
     };
     all.extend(run_dir(config));
     let door = status.as_ref().ok();
+    all.extend(module_missed(door));
     all.extend(listed_disks(config, door));
     all.extend(file_systems(config, door));
     all.extend(hooks_found(config));
@@ -124,6 +128,55 @@ fn listed_disks(config: &Config, status: Option<&Value>) -> Option<Finding> {
     })
 }
 
+/// Why the stock driver serves where our module was asked for, by its package for DKMS.
+fn module_missed(status: Option<&Value>) -> Option<Finding> {
+    status.filter(|it| it["door"] == "fifreeze")?;
+    let build = newest_build(Path::new(SOURCES))?;
+    if vss_device().and_then(|it| driver_of(&it)).as_deref() == Some("hv_vss") {
+        return None;
+    }
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
+    let has_module = || {
+        let mut modinfo = Command::new("modinfo");
+        let modinfo = modinfo.arg("hv_vss").stdin(Stdio::null());
+        let ended = modinfo.stdout(Stdio::null()).stderr(Stdio::null()).status();
+        ended.is_ok_and(|it| it.success())
+    };
+    let text = why_missed(&build, release.trim(), has_module);
+    Some(finding("module", Grade::Warning, text))
+}
+
+/// What the newest of the packages builds the module with.
+fn newest_build(sources: &Path) -> Option<PathBuf> {
+    let version = |it: &fs::DirEntry| -> Option<Vec<u64>> {
+        let name = it.file_name();
+        let version = name.to_str()?.strip_prefix("hv_vss-")?;
+        let numbers = version.split(|it: char| !it.is_ascii_digit());
+        Some(numbers.filter_map(|it| it.parse().ok()).collect())
+    };
+    let folders = fs::read_dir(sources).ok()?.flatten();
+    let builds = folders.filter_map(|it| Some((version(&it)?, it.path().join("kmod/dkms/build"))));
+    let (_, newest) = builds.filter(|(_, it)| it.exists()).max()?;
+    Some(newest)
+}
+
+/// In one line, as the hand-over has it in the log.
+fn why_missed(build: &Path, release: &str, has_module: impl FnOnce() -> bool) -> String {
+    if has_module() {
+        return "hv_vss is built and hv_utils serves: it is blacklisted, the kernel does not know its key \
+                (Secure Boot), or the device was not handed over; /usr/libexec/hv_vss_hand_over take says \
+                which"
+            .into();
+    }
+    let mut asked = Command::new(build);
+    let asked = asked.arg("--why-not").arg(release).stdin(Stdio::null());
+    let said = asked.output().map(|it| it.stdout).unwrap_or_default();
+    match String::from_utf8_lossy(&said).lines().last() {
+        None => format!("hv_vss is not built for kernel {release}; see 'dkms status hv_vss'"),
+        Some(why) => why.chars().filter(|it| !it.is_control()).collect(),
+    }
+}
+
 /// Why the device is not there, and what to do about it; `None` when it is.
 pub fn why_no_device(device: &Path) -> Option<String> {
     if device.exists() {
@@ -131,28 +184,37 @@ pub fn why_no_device(device: &Path) -> Option<String> {
     }
     let name = device.display();
     let because = |why: &str| Some(format!("no {name}: {why}"));
-    let Ok(devices) = fs::read_dir(VMBUS) else {
+    if !Path::new(VMBUS).exists() {
         return because("this is not a guest of Hyper-V, or the kernel has no VMBus");
-    };
-    let is_vss = |path: &Path| {
-        fs::read_to_string(path.join("class_id")).is_ok_and(|it| it.trim() == VSS_CLASS)
-    };
-    let mut paths = devices.filter_map(|it| Some(it.ok()?.path()));
-    let Some(vss) = paths.find(|it| is_vss(it)) else {
+    }
+    let Some(vss) = vss_device() else {
         return because(
             "the host does not offer it: switch on \"Backup (volume shadow copy)\" in the \
              integration services of this machine",
         );
     };
-    match fs::read_link(vss.join("driver")) {
-        Ok(driver) => {
-            let driver = driver.file_name().unwrap_or_default().to_string_lossy();
-            because(&format!(
-                "the driver {driver} has it and shows no device, see dmesg"
-            ))
-        }
-        Err(_) => because("no driver is loaded: modprobe hv_vss, or modprobe hv_utils"),
+    match driver_of(&vss) {
+        Some(driver) => because(&format!(
+            "the driver {driver} has it and shows no device, see dmesg"
+        )),
+        None => because("no driver is loaded: modprobe hv_vss, or modprobe hv_utils"),
     }
+}
+
+/// The VSS device of the VMBus, if the host offers it.
+fn vss_device() -> Option<PathBuf> {
+    let is_vss = |path: &PathBuf| {
+        fs::read_to_string(path.join("class_id")).is_ok_and(|it| it.trim() == VSS_CLASS)
+    };
+    let devices = fs::read_dir(VMBUS).ok()?.flatten();
+    devices.map(|it| it.path()).find(is_vss)
+}
+
+/// The driver that has a device of the VMBus.
+fn driver_of(device: &Path) -> Option<String> {
+    let driver = fs::read_link(device.join("driver")).ok()?;
+    let name = driver.file_name().unwrap_or_default();
+    Some(name.to_string_lossy().into_owned())
 }
 
 /// The program that has the device open, if one has. Only links are read, for what they lead to may hang.
@@ -164,7 +226,14 @@ fn who_has(device: &Path) -> Option<String> {
         let mut opened = fs::read_dir(path.join("fd")).ok()?.flatten();
         opened.find(|it| fs::read_link(it.path()).is_ok_and(|at| at == device))?;
         let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
-        Some(format!("{} (process {pid})", name.trim().escape_debug()))
+        // Daemons of several distributions have one name.
+        let program = fs::read_link(path.join("exe")).ok();
+        let program = program.map(|it| format!(", {}", it.display().to_string().escape_debug()));
+        Some(format!(
+            "{} (process {pid}{})",
+            name.trim().escape_debug(),
+            program.unwrap_or_default()
+        ))
     })
 }
 
@@ -304,7 +373,8 @@ fn is_for_writing(fdinfo: &str) -> bool {
 }
 
 fn hooks_found(config: &Config) -> Vec<Finding> {
-    let found = match hooks::find(&config.hooks) {
+    let mut scout = hooks::Scout::default();
+    let found = match hooks::find(&mut scout, &config.hooks) {
         Ok(found) => found,
         Err(error) => return vec![finding("hooks", Grade::Problem, words(&error))],
     };
@@ -324,7 +394,7 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
     };
     let mut all: Vec<Finding> = found.into_iter().map(look).collect();
     // Whoever put it there may have meant it to be called.
-    for path in hooks::not_executable(&config.hooks).unwrap_or_default() {
+    for path in hooks::not_executable(&mut scout, &config.hooks).unwrap_or_default() {
         let text = format!("{} is not called: it is not executable", path.display());
         all.push(finding("hooks", Grade::Warning, text));
     }
@@ -445,13 +515,42 @@ mod tests {
     }
 
     #[test]
+    fn a_module_that_was_asked_for_and_is_not_there_is_explained_by_the_newest_package() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-sources-{}", std::process::id()));
+        assert_eq!(newest_build(&dir), None);
+        for version in ["0.9.0", "0.10.0", "0.2.0"] {
+            let folder = dir.join(format!("hv_vss-{version}")).join("kmod/dkms");
+            fs::create_dir_all(&folder).unwrap();
+            let says = format!("#!/bin/sh\necho \"{version} $*: 'its' headers are missing\"\n");
+            fs::write(folder.join("build"), says).unwrap();
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+            fs::set_permissions(folder.join("build"), mode).unwrap();
+        }
+        // Of which nothing but a part is left.
+        fs::create_dir_all(dir.join("hv_vss-1.0.0")).unwrap();
+        let build = newest_build(&dir).unwrap();
+        assert_eq!(
+            why_missed(&build, "7.3.4", || false),
+            "0.10.0 --why-not 7.3.4: 'its' headers are missing"
+        );
+        let built = why_missed(&build, "7.3.4", || true);
+        assert!(built.contains("blacklisted"), "{built}");
+        fs::write(&build, "#!/bin/sh\n").unwrap();
+        let nothing = why_missed(&build, "7.3.4", || false);
+        assert!(nothing.contains("not built for kernel 7.3.4"), "{nothing}");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
     fn whoever_has_the_device_is_named() {
         let dir = std::env::temp_dir().join(format!("hv-vss-device-{}", std::process::id()));
         assert_eq!(who_has(&dir), None);
         let file = fs::File::create(&dir).unwrap();
         let who = who_has(&dir).unwrap();
+        let program = std::env::current_exe().unwrap();
+        let (pid, program) = (std::process::id(), program.display());
         assert!(
-            who.ends_with(&format!("(process {})", std::process::id())),
+            who.ends_with(&format!(" (process {pid}, {program})")),
             "{who}"
         );
         drop(file);

@@ -15,6 +15,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::cache::{survey, GatherError};
 use crate::calls;
@@ -343,7 +344,7 @@ fn rehearse(
     stop: &Stop,
 ) -> Result<(), CommandError> {
     let mut freezer = Freezer::new();
-    let frozen = freezer.freeze(setting)?;
+    let mut frozen = freezer.freeze(setting)?;
     frozen.settle();
     let end = Instant::now() + time;
     let ended = loop {
@@ -364,7 +365,7 @@ fn rehearse(
         // From here on an early thaw is no surprise.
         setting.abort.store(true, Ordering::SeqCst);
     }
-    let thawed = freezer.thaw(&frozen, setting);
+    let thawed = freezer.thaw(&mut frozen, setting);
     frozen.tidy();
     if let Some(why) = ended {
         return Err(CommandError::Ended(why));
@@ -397,12 +398,22 @@ impl Stop {
 /// Has the daemon that serves read its configuration again.
 pub fn reload(config: Result<Config, ConfigError>, log: &Logbook) -> Result<(), CommandError> {
     let places = recovery::places(None, config.as_ref());
-    let reply = match (control::ask_first(&places, Method::Reload), config) {
+    match (control::ask_first(&places, Method::Reload), config) {
         // It may be in a run_dir that only this configuration tells of.
-        (Err(ControlError::Nobody), Err(error)) => return Err(error.into()),
-        (asked, _) => asked?,
-    };
+        (Err(ControlError::Nobody), Err(error)) => Err(error.into()),
+        (asked, config) => reloaded(&asked?, config, log),
+    }
+}
+
+/// What came of it.
+fn reloaded(
+    reply: &Value,
+    config: Result<Config, ConfigError>,
+    log: &Logbook,
+) -> Result<(), CommandError> {
     if reply["reloaded"] == "later" {
+        // By then nobody listens to what the daemon says of it.
+        config?;
         log.info("a backup is under way: the configuration is read after it, see the log");
         return Ok(());
     }
@@ -431,11 +442,13 @@ pub fn status(
         Err(ControlError::Nobody) => None,
         Err(error) => return Err(error.into()),
     };
-    let history = History::new(&config.state_dir).read()?;
-    let status = Status {
-        daemon: daemon.as_ref(),
-        last: history.last(),
+    let told = daemon.as_ref().and_then(report::last_of);
+    let history = match History::new(&config.state_dir).read() {
+        // The daemon knows of the last one by itself.
+        Err(_) if told.is_some() => Vec::new(),
+        other => other?,
     };
+    let status = Status::new(daemon.as_ref(), &history, told.as_ref());
     let text = match json {
         true => as_json(&status)?,
         false => status.table(),
@@ -548,5 +561,27 @@ pub fn thaw(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
             }
             Ok(())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::logbook::Sink;
+    use serde_json::json;
+
+    #[test]
+    fn what_will_not_be_a_configuration_after_the_backup_is_none_now() {
+        let log = Logbook::new(Sink::Memory);
+        let bad = || Config::load(Some("/dev/null/no.toml".as_ref()));
+        let later = json!({ "reloaded": "later" });
+        assert!(reloaded(&later, Ok(Config::default()), &log).is_ok());
+        let error = reloaded(&later, bad(), &log).unwrap_err();
+        assert!(matches!(error, CommandError::Config(_)), "{error}");
+        // Whoever has read it knows better.
+        let now = json!({ "reloaded": true });
+        assert!(reloaded(&now, bad(), &log).is_ok());
+        let refused = json!({ "reloaded": false, "error": "x" });
+        assert!(reloaded(&refused, Ok(Config::default()), &log).is_err());
     }
 }

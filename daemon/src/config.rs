@@ -164,7 +164,9 @@ struct Layer {
     parallel: Option<usize>,
     #[serde(deserialize_with = "threads")]
     write_back: Option<usize>,
+    #[serde(deserialize_with = "absolute")]
     run_dir: Option<PathBuf>,
+    #[serde(deserialize_with = "absolute")]
     state_dir: Option<PathBuf>,
     exclude: RulesLayer,
     include: RulesLayer,
@@ -239,6 +241,18 @@ fn threads<'de, D: Deserializer<'de>>(d: D) -> Result<Option<usize>, D::Error> {
         n @ 1..=256 => Ok(Some(n)),
         other => Err(D::Error::custom(format!(
             "{other} is not between 1 and 256"
+        ))),
+    }
+}
+
+/// The daemon, its guard and whoever asks them need not be at the same place.
+fn absolute<'de, D: Deserializer<'de>>(d: D) -> Result<Option<PathBuf>, D::Error> {
+    let path = PathBuf::deserialize(d)?;
+    match path.is_absolute() {
+        true => Ok(Some(path)),
+        false => Err(D::Error::custom(format!(
+            "{} is not an absolute path",
+            path.display()
         ))),
     }
 }
@@ -593,6 +607,7 @@ mod tests {
                 "unknown field `deadlin`",
             ),
             ("deadline = 0\n", 1, 12, "not between 1 and 3600"),
+            ("state_dir = 'here'\n", 1, 13, "not an absolute path"),
             ("\n\nparallel = 'x'\n", 3, 12, "invalid type"),
             ("[exclude]\npaths = ['/a[']\n", 2, 9, "not a pattern"),
             ("strict = \n", 1, 10, ""),

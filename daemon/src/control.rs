@@ -113,11 +113,30 @@ fn message(value: &Value) -> Vec<u8> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Client(usize);
 
+/// What there is of one of them.
+#[derive(Debug)]
+struct Line {
+    stream: UnixStream,
+    /// What has come of a call.
+    text: Vec<u8>,
+    /// Calls that wait for their reply.
+    pending: usize,
+    /// No more calls will come.
+    is_ended: bool,
+}
+
+impl Line {
+    fn is_over(&self) -> bool {
+        self.is_ended && self.pending == 0
+    }
+}
+
 /// The daemon's end.
 #[derive(Debug)]
 pub struct Control {
     listener: UnixListener,
-    clients: BTreeMap<Client, (UnixStream, Vec<u8>)>,
+    /// The one that came first is the first.
+    clients: BTreeMap<Client, Line>,
     /// The listener's; those of the clients follow.
     token: usize,
     next: usize,
@@ -157,23 +176,47 @@ impl Control {
         while let Ok((mut stream, _)) = self.listener.accept() {
             let peer = getsockopt(&stream, PeerCredentials);
             let is_root = peer.is_ok_and(|peer| peer.uid() == 0);
+            if !is_root || !self.make_room() {
+                continue;
+            }
             let token = Token(self.next);
             let registered = registry.register(&mut stream, token, Interest::READABLE);
-            if is_root && self.clients.len() < MOST_CLIENTS && registered.is_ok() {
+            if registered.is_ok() {
                 self.next += 1;
-                self.clients.insert(Client(token.0), (stream, Vec::new()));
+                let line = Line {
+                    stream,
+                    text: Vec::new(),
+                    pending: 0,
+                    is_ended: false,
+                };
+                self.clients.insert(Client(token.0), line);
             }
         }
     }
 
+    /// Whoever only stays must not keep others out: of those that wait for nothing the oldest has to go.
+    fn make_room(&mut self) -> bool {
+        if self.clients.len() < MOST_CLIENTS {
+            return true;
+        }
+        let mut waits_for_nothing = self.clients.iter().filter(|(_, line)| line.pending == 0);
+        let oldest = waits_for_nothing.next().map(|(client, _)| *client);
+        oldest.and_then(|it| self.clients.remove(&it)).is_some()
+    }
+
     fn hear(&mut self, client: Client) -> Vec<(Client, Method)> {
-        let Some((stream, text)) = self.clients.get_mut(&client) else {
+        let Some(line) = self.clients.get_mut(&client) else {
             return Vec::new();
         };
+        let Line { stream, text, .. } = line;
         let mut part = [0; 512];
-        let open = loop {
+        let can_be_heard = loop {
             match stream.read(&mut part) {
-                Ok(0) => break false,
+                // It may still wait for replies.
+                Ok(0) => {
+                    line.is_ended = true;
+                    break true;
+                }
                 Ok(n) => text.extend(part.iter().take(n)),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break true,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -188,7 +231,8 @@ impl Control {
             let call: Vec<u8> = text.drain(..=end).take(end).collect();
             calls.push(call);
         }
-        if !open {
+        line.pending += calls.len();
+        if !can_be_heard || line.is_over() {
             self.clients.remove(&client);
             return Vec::new();
         }
@@ -208,12 +252,14 @@ impl Control {
     }
 
     fn send(&mut self, client: Client, value: &Value) {
-        let Some((stream, _)) = self.clients.get_mut(&client) else {
+        let Some(line) = self.clients.get_mut(&client) else {
             return;
         };
+        line.pending = line.pending.saturating_sub(1);
         let text = message(value);
+        let is_sent = matches!(line.stream.write(&text), Ok(n) if n == text.len());
         // One that does not read its replies gets none.
-        if !matches!(stream.write(&text), Ok(n) if n == text.len()) {
+        if !is_sent || line.is_over() {
             self.clients.remove(&client);
         }
     }
@@ -236,6 +282,90 @@ fn understood(call: &[u8]) -> Result<Method, Value> {
 mod tests {
     use super::*;
     use mio::{Events, Poll};
+    use std::net::Shutdown;
+
+    fn connect(run: &RunDir) -> std::os::unix::net::UnixStream {
+        std::os::unix::net::UnixStream::connect(path(run)).unwrap()
+    }
+
+    /// Replies to whoever asks, until `asking` has ended, and returns what that returns.
+    fn serve<T>(control: &mut Control, poll: &mut Poll, asking: std::thread::JoinHandle<T>) -> T {
+        let mut events = Events::with_capacity(8);
+        while !asking.is_finished() {
+            let tick = Some(Duration::from_millis(20));
+            poll.poll(&mut events, tick).unwrap();
+            for event in &events {
+                for (client, method) in control.ready(poll.registry(), event.token()) {
+                    assert_eq!(method, Method::Status);
+                    control.reply(client, json!({ "phase": "idle" }));
+                }
+            }
+        }
+        asking.join().unwrap()
+    }
+
+    #[test]
+    fn who_says_no_more_is_replied_to_and_who_only_stays_keeps_nobody_out() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-clients-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let run = RunDir::new(&dir);
+        let mut poll = Poll::new().unwrap();
+        let mut control = Control::listen(&run, poll.registry(), Token(7)).unwrap();
+        let theirs = run.clone();
+        let asking = std::thread::spawn(move || {
+            let call = message(&json!({ "method": Method::Status.name() }));
+            let mut stream = connect(&theirs);
+            // Two calls, and a part of one.
+            let calls = [&call[..], &call, b"{"].concat();
+            stream.write_all(&calls).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+            let mut replies = String::new();
+            stream.read_to_string(&mut replies).unwrap();
+            let idle: Vec<_> = (0..MOST_CLIENTS).map(|_| connect(&theirs)).collect();
+            let asked = (0..MOST_CLIENTS).map(|_| ask(&theirs, Method::Status).is_ok());
+            let asked: Vec<bool> = asked.collect();
+            drop(idle);
+            (replies, asked)
+        });
+        let (replies, asked) = serve(&mut control, &mut poll, asking);
+        assert_eq!(replies.matches("idle").count(), 2, "{replies}");
+        assert!(asked.iter().all(|it| *it), "{asked:?}");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn who_waits_for_a_reply_is_not_sent_away() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-waits-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let run = RunDir::new(&dir);
+        let mut poll = Poll::new().unwrap();
+        let mut control = Control::listen(&run, poll.registry(), Token(7)).unwrap();
+        let mut events = Events::with_capacity(64);
+        let mut asked = Vec::new();
+        let mut streams = Vec::new();
+        for _ in 0..MOST_CLIENTS {
+            let mut stream = connect(&run);
+            let call = message(&json!({ "method": Method::Thaw.name() }));
+            stream.write_all(&call).unwrap();
+            streams.push(stream);
+        }
+        while asked.len() < MOST_CLIENTS {
+            poll.poll(&mut events, None).unwrap();
+            for event in &events {
+                asked.extend(control.ready(poll.registry(), event.token()));
+            }
+        }
+        let mut late = connect(&run);
+        control.accept(poll.registry());
+        assert_eq!(late.read(&mut [0; 8]).unwrap(), 0, "there is no room");
+        for (client, _) in asked {
+            control.reply(client, json!({ "thawed": true }));
+        }
+        for stream in &mut streams {
+            assert!(stream.read(&mut [0; 8]).unwrap() > 0);
+        }
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 
     #[test]
     fn a_call_is_replied_to_and_an_unknown_one_refused() {
@@ -260,18 +390,7 @@ mod tests {
                 String::from_utf8_lossy(&reply[..length]).into_owned(),
             )
         });
-        let mut events = Events::with_capacity(8);
-        while !asking.is_finished() {
-            let tick = Some(Duration::from_millis(20));
-            poll.poll(&mut events, tick).unwrap();
-            for event in &events {
-                for (client, method) in control.ready(poll.registry(), event.token()) {
-                    assert_eq!(method, Method::Status);
-                    control.reply(client, json!({ "phase": "idle" }));
-                }
-            }
-        }
-        let (known, unknown) = asking.join().unwrap();
+        let (known, unknown) = serve(&mut control, &mut poll, asking);
         assert_eq!(known.unwrap()["phase"], "idle");
         assert!(unknown.contains("MethodNotFound"), "{unknown}");
         assert!(unknown.contains("org.hv_vss.Daemon.Dance"), "{unknown}");

@@ -7,19 +7,21 @@
 //! way is kept in memory until then ([`Unfinished`]), for the next daemon should this one die. It knows no
 //! host.
 
-use std::fs::{DirBuilder, File, Metadata, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
 use crate::backup::Verdict;
+use crate::cache::Missing;
 use crate::calls::Called;
 use crate::freeze::{How, Stay};
 use crate::hooks::Verb;
+use crate::job::Account;
 use crate::record::RunDir;
 
 /// Bytes that the file may have before the older half is forgotten: hundreds of backups.
@@ -62,10 +64,40 @@ pub struct Entry {
     pub answered_us: Option<u64>,
     /// When all was over but the hooks.
     pub ended_us: u64,
-    /// In the order of the plan.
+    /// In the order of the plan, and what that has left out.
     pub file_systems: Vec<FileSystem>,
+    /// What there is to say against it, good as it may be.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub warnings: Vec<String>,
     /// In the order of their calls.
     pub hooks: Vec<HookCall>,
+}
+
+impl Entry {
+    /// The same without what may be long: what went as it should, and the most of all else.
+    pub fn in_short(&self) -> Self {
+        const MOST: usize = 16;
+        let left_out = self.left_out().take(MOST).cloned();
+        let warnings = self.warnings.iter().take(MOST).cloned();
+        Entry {
+            file_systems: left_out.collect(),
+            warnings: warnings.collect(),
+            hooks: Vec::new(),
+            ..self.clone()
+        }
+    }
+
+    /// What was not frozen, nor synced.
+    pub fn left_out(&self) -> impl Iterator<Item = &FileSystem> {
+        let all = self.file_systems.iter();
+        all.filter(|it| it.how == How::LeftOut)
+    }
+
+    /// Whether both are of the same backup.
+    pub fn is_of_the_same(&self, other: &Entry) -> bool {
+        let marks = |it: &Entry| (it.at.clone(), it.request, it.ended_us);
+        marks(self) == marks(other)
+    }
 }
 
 /// What became of one file system.
@@ -75,6 +107,9 @@ pub struct FileSystem {
     pub name: String,
     /// Whether it was frozen.
     pub how: How,
+    /// Why it was left out, where the plan has done that.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<String>,
     /// When it was about to be frozen.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub since_us: Option<u64>,
@@ -131,6 +166,7 @@ impl Draft {
                 answered_us: None,
                 ended_us: 0,
                 file_systems: Vec::new(),
+                warnings: Vec::new(),
                 hooks: Vec::new(),
             },
         }
@@ -154,15 +190,27 @@ impl Draft {
     }
 
     /// What became of the file systems.
-    pub fn thawed(&mut self, stays: Vec<Stay>) {
-        let file_system = |stay: Stay| FileSystem {
+    pub fn thawed(&mut self, account: Account) {
+        let stayed = |stay: Stay| FileSystem {
             name: stay.name,
             how: stay.how,
+            reason: None,
             since_us: stay.since.map(|at| self.us(at)),
             took_us: stay.took.map(|it| it.as_micros() as u64),
             until_us: stay.until.map(|at| self.us(at)),
         };
-        self.entry.file_systems = stays.into_iter().map(file_system).collect();
+        let missing = |it: Missing| FileSystem {
+            name: it.name,
+            how: How::LeftOut,
+            reason: Some(it.reason),
+            since_us: None,
+            took_us: None,
+            until_us: None,
+        };
+        let stays = account.stays.into_iter().map(stayed);
+        let missing = account.missing.into_iter().map(missing);
+        self.entry.file_systems = stays.chain(missing).collect();
+        self.entry.warnings = account.warnings;
     }
 
     /// All is over but the hooks.
@@ -271,11 +319,41 @@ impl History {
 /// What is known of the backup under way, in the run directory, which is in memory: so it can be written
 /// while disks are frozen. It is there from before anything is frozen until the history has the entry, and
 /// whoever finds it at a start has to see to that.
+///
+/// A FREEZE waits for the first word of it, so the file stays open, empty, from one backup to the next, and
+/// that word is a single write.
 #[derive(Debug)]
 pub struct Unfinished {
     path: PathBuf,
-    /// What was put there or found there last.
-    file: Option<Arc<File>>,
+    /// Shared with whoever empties it.
+    page: Arc<Mutex<Page>>,
+}
+
+/// The file, and what is in it.
+#[derive(Debug, Default)]
+struct Page {
+    file: Option<File>,
+    /// Bytes that are in it.
+    length: u64,
+    /// Counts what was put there.
+    edition: u64,
+}
+
+impl Page {
+    fn is_blank(&self) -> bool {
+        let file = self.file.as_ref().filter(|_| self.length == 0);
+        // Nobody would find what is written to one that somebody has removed.
+        file.and_then(|it| it.metadata().ok())
+            .is_some_and(|it| it.nlink() > 0)
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if let Some(file) = &self.file {
+            file.write_all_at(bytes, self.length)?;
+            self.length += bytes.len() as u64;
+        }
+        Ok(())
+    }
 }
 
 impl Unfinished {
@@ -283,8 +361,13 @@ impl Unfinished {
     pub fn new(run: &RunDir) -> Self {
         Unfinished {
             path: run.path().join("backup.json"),
-            file: None,
+            page: Arc::default(),
         }
+    }
+
+    fn page(&self) -> MutexGuard<'_, Page> {
+        // It is whole after each change.
+        self.page.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn failed(&self, doing: &'static str) -> impl FnOnce(io::Error) -> HistoryError {
@@ -300,49 +383,70 @@ impl Unfinished {
     /// answered.
     pub fn begin(&mut self, entry: &Entry) -> Result<(), HistoryError> {
         let why = Some("the daemon died during it".into());
-        self.put(&Entry {
+        let entry = Entry {
             result: Verdict::Failed,
             why,
             ..entry.clone()
-        })
+        };
+        let mut page = self.page();
+        if !page.is_blank() {
+            drop(page);
+            return self.put(&entry);
+        }
+        page.edition += 1;
+        let written = line_of(&entry).and_then(|it| page.append(&it));
+        written.map_err(self.failed("write"))
     }
 
     /// FREEZE was answered, so many microseconds after the beginning. While all is frozen this takes no
     /// further memory and looks up no path.
     pub fn answered(&self, us: u64) -> Result<(), HistoryError> {
-        let Some(file) = &self.file else {
-            return Ok(());
-        };
-        let written = file.as_ref().write_all(us.to_string().as_bytes());
+        let written = self.page().append(us.to_string().as_bytes());
         written.map_err(self.failed("write"))
     }
 
-    /// How it went is known.
+    /// How it went is known. What was there before is there until this is, whole.
     pub fn put(&mut self, entry: &Entry) -> Result<(), HistoryError> {
         let new = self.path.with_extension("new");
         let write = || {
-            let mut line = serde_json::to_vec(entry)?;
-            line.push(b'\n');
+            let line = line_of(entry)?;
             let mut options = OpenOptions::new();
             options.write(true).create(true).truncate(true).mode(0o600);
             let mut file = options.open(&new)?;
             file.write_all(&line)?;
             std::fs::rename(&new, &self.path)?;
-            Ok(file)
+            Ok((file, line.len() as u64))
         };
-        self.file = Some(Arc::new(write().map_err(self.failed("write"))?));
+        let (file, length) = write().map_err(self.failed("write"))?;
+        let mut page = self.page();
+        *page = Page {
+            file: Some(file),
+            length,
+            edition: page.edition + 1,
+        };
         Ok(())
     }
 
     /// What an earlier daemon has left, if anything.
     pub fn left(&mut self) -> Result<Option<Entry>, HistoryError> {
-        let mut file = match File::open(&self.path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            other => other.map_err(self.failed("read"))?,
+        let read = || {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).mode(0o600);
+            let mut file = options.open(&self.path)?;
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes)?;
+            Ok((file, bytes))
         };
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).map_err(self.failed("read"))?;
-        self.file = Some(Arc::new(file));
+        let (file, bytes) = read().map_err(self.failed("read"))?;
+        let mut page = self.page();
+        *page = Page {
+            file: Some(file),
+            length: bytes.len() as u64,
+            edition: page.edition + 1,
+        };
+        if bytes.is_empty() {
+            return Ok(None);
+        }
         let text = String::from_utf8_lossy(&bytes);
         let (line, answered) = text.split_once('\n').unwrap_or((&text, ""));
         let entry = serde_json::from_str(line).map_err(io::Error::from);
@@ -356,26 +460,28 @@ impl Unfinished {
         Ok(Some(entry))
     }
 
-    /// What removes it once the history has the entry, unless another backup has begun by then.
-    pub fn remover(&self) -> impl FnOnce() -> Result<(), HistoryError> + Send + 'static {
-        let (path, failed) = (self.path.clone(), self.failed("remove"));
-        let file = self.file.clone();
+    /// What empties it once the history has the entry, unless another backup has begun by then.
+    pub fn eraser(&self) -> impl FnOnce() -> Result<(), HistoryError> + Send + 'static {
+        let (page, failed) = (Arc::clone(&self.page), self.failed("empty"));
+        let edition = self.page().edition;
         move || {
-            let remove = || {
-                let inode = |it: io::Result<Metadata>| it.map(|it| it.ino());
-                let its = file.map(|it| inode(it.metadata())).transpose()?;
-                if its.is_some_and(|its| inode(std::fs::metadata(&path)).is_ok_and(|it| it != its))
-                {
-                    return Ok(());
-                }
-                std::fs::remove_file(&path)
-            };
-            match remove() {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed(e)),
-                _ => Ok(()),
+            let mut page = page.lock().unwrap_or_else(PoisonError::into_inner);
+            if page.edition != edition {
+                return Ok(());
             }
+            if let Some(file) = &page.file {
+                file.set_len(0).map_err(failed)?;
+            }
+            page.length = 0;
+            Ok(())
         }
     }
+}
+
+fn line_of(entry: &Entry) -> io::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(entry)?;
+    line.push(b'\n');
+    Ok(line)
 }
 
 #[cfg(test)]
@@ -406,7 +512,14 @@ pub(crate) mod tests {
             until: Some(at(200)),
         };
         draft.answered();
-        draft.thawed(vec![stay]);
+        draft.thawed(Account {
+            stays: vec![stay],
+            missing: vec![Missing {
+                name: "/bad (xfs, 8:2)".into(),
+                reason: "out of order".into(),
+            }],
+            warnings: vec!["/new was mounted".into()],
+        });
         draft.ended(Verdict::Broken, Some("the deadline passed".into()));
         draft.finish(hooks)
     }
@@ -414,13 +527,16 @@ pub(crate) mod tests {
     #[test]
     fn times_count_from_the_beginning() {
         let entry = example();
-        let [file_system] = &entry.file_systems[..] else {
+        let [file_system, missing] = &entry.file_systems[..] else {
             panic!("{entry:?}");
         };
         assert_eq!(file_system.since_us, Some(100_000));
         assert_eq!(file_system.took_us, Some(2_000));
         assert_eq!(file_system.until_us, Some(200_000));
         assert_eq!(entry.hooks[1].since_us, 300_000);
+        assert_eq!((missing.how, missing.since_us), (How::LeftOut, None));
+        assert_eq!(missing.reason.as_deref(), Some("out of order"));
+        assert_eq!(entry.left_out().collect::<Vec<_>>(), [missing]);
         let text = serde_json::to_string(&entry).unwrap();
         assert!(text.contains(r#""result":"broken""#), "{text}");
         assert!(text.contains(r#""how":"frozen""#), "{text}");
@@ -488,15 +604,29 @@ pub(crate) mod tests {
         let seen = left().unwrap();
         assert_eq!((seen.result, seen.why), (Verdict::Good, None));
         // The next one begins before the history has this.
-        let remove = unfinished.remover();
+        let erase = unfinished.eraser();
         unfinished
             .begin(Draft::new(8, None, None, true).so_far())
             .unwrap();
-        remove().unwrap();
+        erase().unwrap();
         assert_eq!(left().unwrap().request, 8);
-        unfinished.remover()().unwrap();
+        unfinished.eraser()().unwrap();
         assert_eq!(left(), None);
-        unfinished.remover()().unwrap();
+        unfinished.eraser()().unwrap();
+        // The next one finds the file as it is, and is written to that and to no other.
+        let file = || std::fs::metadata(dir.join("backup.json")).unwrap();
+        let before = file().ino();
+        let mut draft = Draft::new(9, None, None, true);
+        unfinished.begin(draft.so_far()).unwrap();
+        unfinished.answered(draft.answered()).unwrap();
+        let seen = left().unwrap();
+        assert_eq!((seen.request, seen.result), (9, Verdict::Broken));
+        assert_eq!(file().ino(), before);
+        unfinished.eraser()().unwrap();
+        // Unless somebody has removed it.
+        std::fs::remove_file(dir.join("backup.json")).unwrap();
+        unfinished.begin(draft.so_far()).unwrap();
+        assert_eq!(left().unwrap().request, 9);
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -6,16 +6,25 @@
 //! Three contracts that people have, each called with one argument: that of the QEMU guest agent,
 //! `freeze` and `thaw`; the same for our own folder; and that of open-vm-tools, which has `freezeFail`
 //! instead of `thaw` where the freeze did not come about. It finds them and runs none.
+//!
+//! A hook may be a link to anywhere, also into a dead network mount. So whatever is looked up is looked up
+//! on a thread of its own ([`Scout`]), and what does not answer in time is a hook that is not fit.
 
+use std::collections::BTreeSet;
 use std::fs::Metadata;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{channel, Sender};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::backup::Verdict;
 use crate::config::HookRules;
+use crate::sys;
 
 /// Our own folder.
 pub const FOLDER: &str = "/etc/hv_vss/hooks.d";
@@ -27,6 +36,10 @@ const OPEN_VM_TOOLS_FOLDER: &str = "/etc/vmware-tools/backupScripts.d";
 
 /// How many links a path may lead over (`MAXSYMLINKS` of the kernel).
 const MOST_LINKS: usize = 40;
+
+/// How long one look-up may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+const STACK_BYTES: usize = 128 * 1024;
 
 /// Why it is not known which hooks there are.
 #[derive(Debug, thiserror::Error)]
@@ -97,8 +110,18 @@ impl Hook {
     }
 
     /// Why root must not run it, if so: it, or a folder on the way to it, is somebody else's, or others
-    /// may write to it.
-    pub fn fault(&self) -> Option<String> {
+    /// may write to it; or it does not let itself be looked up.
+    pub fn fault_in_time(&self) -> Option<String> {
+        let hook = self.clone();
+        let looked = Scout::default().ask(&self.path, move || hook.fault());
+        looked.unwrap_or_else(|error| Some(self.silent(&error)))
+    }
+
+    fn silent(&self, error: &io::Error) -> String {
+        format!("{} cannot be looked up: {error}", self.path.display())
+    }
+
+    fn fault(&self) -> Option<String> {
         let mut at = self.path.clone();
         for _ in 0..MOST_LINKS {
             if let Some(fault) = fault_on_the_way_to(&at) {
@@ -157,65 +180,161 @@ pub struct Found {
 /// The hooks to be called, in their order: that of their names, folder after folder.
 ///
 /// What cannot be looked at, such as a link that leads nowhere, is one of them: its fault says what is wrong.
-pub fn find(rules: &HookRules) -> Result<Vec<Found>, HookError> {
-    let mut hooks = in_folder(Path::new(FOLDER), Contract::Qemu)?;
+pub fn find(scout: &mut Scout, rules: &HookRules) -> Result<Vec<Found>, HookError> {
+    let mut hooks = in_folder(scout, Path::new(FOLDER), Contract::Qemu)?;
     if rules.qemu {
-        let mut theirs = in_folder(Path::new(QEMU_FOLDER), Contract::Qemu)?;
-        if theirs.is_empty() && is_program(Path::new(QEMU_HOOK)) {
-            theirs.push(Hook {
-                path: QEMU_HOOK.into(),
-                contract: Contract::Qemu,
-            });
+        let mut theirs = in_folder(scout, Path::new(QEMU_FOLDER), Contract::Qemu)?;
+        if theirs.is_empty() {
+            theirs.extend(judge(scout, QEMU_HOOK.into(), Contract::Qemu));
         }
         hooks.extend(theirs);
     }
     if rules.open_vm_tools {
         let folder = Path::new(OPEN_VM_TOOLS_FOLDER);
-        hooks.extend(in_folder(folder, Contract::OpenVmTools)?);
+        hooks.extend(in_folder(scout, folder, Contract::OpenVmTools)?);
     }
-    let found = hooks.into_iter().map(|hook| Found {
+    let found = hooks.into_iter().map(|(hook, fault)| Found {
         required: !rules.is_optional(&hook),
-        fault: hook.fault(),
+        fault,
         hook,
     });
     Ok(found.collect())
 }
 
 /// Files in the places of hooks that are not called, since they are not executable.
-pub fn not_executable(rules: &HookRules) -> Result<Vec<PathBuf>, HookError> {
-    let mut paths = candidates(Path::new(FOLDER))?;
+pub fn not_executable(scout: &mut Scout, rules: &HookRules) -> Result<Vec<PathBuf>, HookError> {
+    let mut paths = candidates(scout, Path::new(FOLDER))?;
     if rules.qemu {
-        paths.extend(candidates(Path::new(QEMU_FOLDER))?);
+        paths.extend(candidates(scout, Path::new(QEMU_FOLDER))?);
         paths.push(QEMU_HOOK.into());
     }
     if rules.open_vm_tools {
-        paths.extend(candidates(Path::new(OPEN_VM_TOOLS_FOLDER))?);
+        paths.extend(candidates(scout, Path::new(OPEN_VM_TOOLS_FOLDER))?);
     }
-    let is_file = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|it| it.is_file());
-    paths.retain(|path| is_file(path) && !is_program(path));
+    let is_file = |path: &Path| std::fs::metadata(path).is_ok_and(|it| it.is_file());
+    paths.retain(|path| {
+        let at = path.clone();
+        let looked = scout.ask(path, move || is_file(&at) && !is_program(&at));
+        looked.unwrap_or(false)
+    });
     Ok(paths)
 }
 
-fn in_folder(folder: &Path, contract: Contract) -> Result<Vec<Hook>, HookError> {
-    let paths = candidates(folder)?.into_iter();
-    let paths = paths.filter(|path| is_program(path));
-    let hooks = paths.map(|path| Hook { path, contract });
-    Ok(hooks.collect())
+/// A hook and why it must not be run, if so.
+type Judged = (Hook, Option<String>);
+
+fn in_folder(
+    scout: &mut Scout,
+    folder: &Path,
+    contract: Contract,
+) -> Result<Vec<Judged>, HookError> {
+    let paths = candidates(scout, folder)?.into_iter();
+    Ok(paths.filter_map(|it| judge(scout, it, contract)).collect())
+}
+
+/// `None` if it is not to be called.
+fn judge(scout: &mut Scout, path: PathBuf, contract: Contract) -> Option<Judged> {
+    let hook = Hook { path, contract };
+    let its = hook.clone();
+    let look = move || is_program(&its.path).then(|| its.fault());
+    let fault = match scout.ask(&hook.path, look) {
+        Ok(fault) => fault?,
+        Err(error) => Some(hook.silent(&error)),
+    };
+    Some((hook, fault))
+}
+
+/// Has things looked up on another thread, which has no descriptor of this process open and is left behind
+/// when it hangs. One that has come back is used again.
+pub struct Scout {
+    limit: Duration,
+    /// To the thread, if there is one that has come back.
+    looks: Option<Sender<Look>>,
+}
+
+type Look = Box<dyn FnOnce() + Send>;
+
+impl Default for Scout {
+    fn default() -> Self {
+        Scout {
+            limit: PATIENCE,
+            looks: None,
+        }
+    }
+}
+
+impl Scout {
+    /// What `look` finds at `path`. Where it takes longer than the limit, it is not tried again as long as
+    /// it has not come back.
+    fn ask<T: Send + 'static>(
+        &mut self,
+        path: &Path,
+        look: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<T> {
+        /// Those that have not come back.
+        static HUNG: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+        fn hung() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+            // It is whole after each change.
+            HUNG.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+        let silent = || io::Error::new(io::ErrorKind::TimedOut, "it does not answer");
+        let looks = match self.looks.take() {
+            Some(looks) => looks,
+            None => Self::start()?,
+        };
+        if !hung().insert(path.to_owned()) {
+            self.looks = Some(looks);
+            return Err(silent());
+        }
+        let (tell, told) = channel();
+        let at = path.to_owned();
+        let step = move || {
+            let seen = look();
+            hung().remove(&at);
+            // Nobody listens any more when it took too long.
+            let _ = tell.send(seen);
+        };
+        // It waits for the next one: it has come back from the last.
+        let sent = looks.send(Box::new(step));
+        sent.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+        let seen = told.recv_timeout(self.limit).map_err(|_| silent())?;
+        self.looks = Some(looks);
+        Ok(seen)
+    }
+
+    fn start() -> io::Result<Sender<Look>> {
+        let (sender, looks) = channel::<Look>();
+        let body = move || {
+            // As with all that may hang: should this process die, nothing of it stays open for that.
+            let _kept = sys::keep_only(0);
+            for look in looks {
+                look();
+            }
+        };
+        let builder = Builder::new().name("hook".into()).stack_size(STACK_BYTES);
+        builder.spawn(body)?;
+        Ok(sender)
+    }
 }
 
 /// What is in a folder of hooks, in the order of the names.
-fn candidates(folder: &Path) -> Result<Vec<PathBuf>, HookError> {
-    let failed = |source| HookError {
+fn candidates(scout: &mut Scout, folder: &Path) -> Result<Vec<PathBuf>, HookError> {
+    let at = folder.to_owned();
+    let paths = scout.ask(folder, move || paths_in(&at));
+    paths.and_then(|it| it).map_err(|source| HookError {
         folder: folder.to_owned(),
         source,
-    };
+    })
+}
+
+fn paths_in(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let entries = match std::fs::read_dir(folder) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other.map_err(failed)?,
+        other => other?,
     };
     let mut paths = Vec::new();
     for entry in entries {
-        let path = entry.map_err(failed)?.path();
+        let path = entry?.path();
         if !is_left_behind(&path) {
             paths.push(path);
         }
@@ -287,6 +406,41 @@ mod tests {
         }
     }
 
+    fn found_in(folder: &Path) -> Result<Vec<Judged>, HookError> {
+        in_folder(&mut Scout::default(), folder, Contract::Qemu)
+    }
+
+    #[test]
+    fn what_does_not_answer_is_left_behind_and_holds_up_nothing_else() {
+        let (release, hang) = channel::<()>();
+        let mut scout = Scout {
+            limit: Duration::from_millis(50),
+            looks: None,
+        };
+        let here = |name: &str| std::env::temp_dir().join(format!("hv-vss-scout-{name}"));
+        let error = scout.ask(&here("dead"), move || {
+            let _ = hang.recv();
+        });
+        assert_eq!(error.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        // As long as it hangs it is not tried again, by nobody.
+        let mut scouts = [scout, Scout::default()];
+        for scout in &mut scouts {
+            let again = scout.ask(&here("dead"), || ());
+            let error: io::Error = again.map(|()| "tried").unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        }
+        let [_, scout] = &mut scouts;
+        // With the one by which they are counted, and standard input.
+        let open = || std::fs::read_dir("/proc/thread-self/fd").map(Iterator::count);
+        assert_eq!(scout.ask(&here("other"), open).unwrap().unwrap(), 2);
+        drop(release);
+        let since = std::time::Instant::now();
+        while scout.ask(&here("dead"), || ()).is_err() {
+            assert!(since.elapsed() < Duration::from_secs(60));
+            std::thread::yield_now();
+        }
+    }
+
     #[test]
     fn programs_are_found_in_the_order_of_their_names_and_leftovers_are_not() {
         let scratch = Scratch::new("hooks-found");
@@ -298,12 +452,12 @@ mod tests {
             scratch.file(name, 0o755);
         }
         std::fs::create_dir(scratch.0.join("50-folder")).unwrap();
-        let found = in_folder(&scratch.0, Contract::Qemu).unwrap();
-        let names: Vec<String> = found.iter().map(Hook::name).collect();
+        let found = found_in(&scratch.0).unwrap();
+        let names: Vec<String> = found.iter().map(|(hook, _)| hook.name()).collect();
         assert_eq!(names, ["10-a", "20-b", "30-c"]);
-        let none = in_folder(&scratch.0.join("nothing"), Contract::Qemu).unwrap();
+        let none = found_in(&scratch.0.join("nothing")).unwrap();
         assert_eq!(none, []);
-        assert!(in_folder(&scratch.0.join("10-a"), Contract::Qemu).is_err());
+        assert!(found_in(&scratch.0.join("10-a")).is_err());
     }
 
     #[test]
@@ -313,10 +467,10 @@ mod tests {
         symlink("gone", scratch.0.join("20-nowhere")).unwrap();
         symlink("30-itself", scratch.0.join("30-itself")).unwrap();
         symlink("10-a/in a file", scratch.0.join("40-no-folder")).unwrap();
-        let found = in_folder(&scratch.0, Contract::Qemu).unwrap();
-        let names: Vec<String> = found.iter().map(Hook::name).collect();
+        let found = found_in(&scratch.0).unwrap();
+        let names: Vec<String> = found.iter().map(|(hook, _)| hook.name()).collect();
         assert_eq!(names, ["10-a", "20-nowhere", "30-itself", "40-no-folder"]);
-        assert!(found[1..].iter().all(|it| it.fault().is_some()));
+        assert!(found[1..].iter().all(|(_, fault)| fault.is_some()));
         assert!(!is_program(&scratch.0.join("50-nothing")));
     }
 

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use crate::apart::Apart;
 use crate::backup::Begun;
-use crate::cache::{Cache, GatherError, Gathered, Opened};
+use crate::cache::{Cache, GatherError, Gathered, Missing, Opened};
 use crate::calls::Context;
 use crate::config::Config;
 use crate::door::Door;
@@ -29,7 +29,7 @@ use crate::freeze::{
     FreezeError, How, Learnt, Limits, Means, Session, Stay, Summary, Target, ThawError,
 };
 use crate::ground::Watched;
-use crate::hooks::{self, Found, HookError};
+use crate::hooks::{self, Found, HookError, Scout};
 use crate::logbook::{Held, Logbook, Sink};
 use crate::machine::LookError;
 use crate::mounts::DevId;
@@ -136,6 +136,8 @@ pub struct Freezer {
     pool: Arc<Pool>,
     aside: Arc<Pool>,
     apart: Arc<Apart>,
+    /// Who looks up hooks.
+    scout: Scout,
     /// `/proc/vmstat`.
     vmstat: Option<File>,
 }
@@ -151,6 +153,7 @@ impl Freezer {
             pool: Arc::default(),
             aside: Arc::default(),
             apart: Arc::default(),
+            scout: Scout::default(),
             vmstat: File::open("/proc/vmstat").ok(),
         }
     }
@@ -158,6 +161,8 @@ impl Freezer {
     /// Has the plan for the next backup ready, and says which rules do nothing.
     fn look_over(&mut self, config: &Arc<Config>, log: &Logbook) {
         self.go_by(config);
+        // What hangs is known then when hooks are to be called.
+        let _ = hooks::find(&mut self.scout, &config.hooks);
         // Why there is no plan is said when one is needed.
         for rule in self.cache.prepare(config).unwrap_or_default() {
             log.warning(format!("the rule to {rule} matches no file system"));
@@ -219,7 +224,8 @@ impl Freezer {
             let layers = moving.into_iter().collect();
             return Err(FreezeError::Moving { layers }.into());
         }
-        warn_of_moving(&moving, log);
+        let mut warnings = Warnings::new(log);
+        warnings.of_moving(&moving);
         let learnt = &self.learnt;
         let known = |it: &&Opened| learnt.is_unfreezable(it.dev);
         let others = |watched: &Watched| {
@@ -241,9 +247,11 @@ impl Freezer {
         for it in &disks {
             log.info(format!("in the backup: {it}"));
         }
-        let missing_words = missing.iter().map(ToString::to_string);
-        for it in not_only_listed.into_iter().chain(missing_words) {
-            log.warning(it);
+        if let Some(why) = not_only_listed {
+            warnings.add(why);
+        }
+        for it in &missing {
+            log.warning(it.to_string());
         }
         let targets: Vec<Target> = match door.watched_every() {
             Some(_) => look_out_for_writes(targets, log),
@@ -296,7 +304,7 @@ impl Freezer {
                 session.disarm();
                 return Err(FreezeError::Nothing.into());
             }
-            log.warning("nothing at all is frozen: no file system was found that can be");
+            warnings.add("nothing at all is frozen: no file system was found that can be".into());
         }
         Ok(Tried::Done(Frozen {
             session,
@@ -305,12 +313,14 @@ impl Freezer {
             at_rest,
             layers,
             moving,
+            missing,
+            warnings: warnings.all,
         }))
     }
 
     /// Thaws what was frozen; everything is tried, whatever fails, and [`Frozen::tidy`] is to follow.
     /// Names what was mounted or made writable meanwhile: that is on a disk and was not frozen.
-    pub fn thaw(&mut self, frozen: &Frozen, setting: &Setting) -> Result<(), ThawError> {
+    pub fn thaw(&mut self, frozen: &mut Frozen, setting: &Setting) -> Result<(), ThawError> {
         let mut nodes = frozen.at_rest.written();
         let thawed = frozen.session.thaw();
         // It may wait for a lock that is held as long as a disk is waited for.
@@ -328,19 +338,21 @@ impl Freezer {
         let writable = self.cache.writable_now();
         let mounted_words = mounted.iter().map(|it| format!("{it} was mounted"));
         let writable_words = writable.iter().map(|it| format!("{it} was made writable"));
+        let mut warnings = Warnings::new(&setting.log);
         for words in mounted_words.chain(writable_words) {
-            setting.log.warning(format!(
+            warnings.add(format!(
                 "{words} while the rest was frozen, and was not frozen"
             ));
         }
         let names: Vec<String> = mounted.into_iter().chain(writable).collect();
         for node in &nodes {
-            setting.log.warning(format!(
+            warnings.add(format!(
                 "something was written to {node} while all that is known to be on it was frozen: by a \
                  program that has the disk itself open, or by what is in no mount table"
             ));
         }
-        warn_of_moving(&begun, &setting.log);
+        warnings.of_moving(&begun);
+        frozen.warnings.append(&mut warnings.all);
         match (names.is_empty(), nodes.is_empty(), begun.is_empty()) {
             _ if !setting.config.strict => thawed,
             (true, true, true) => thawed,
@@ -366,12 +378,30 @@ impl Freezer {
     }
 }
 
-fn warn_of_moving(layers: &BTreeSet<String>, log: &Logbook) {
-    for layer in layers {
-        log.warning(format!(
-            "{layer} copies from disk to disk while what is on it is frozen: copies of those disks that are \
-             not of one moment may not fit together"
-        ));
+/// Warnings that are said and kept: with them a good backup is not all that it might be.
+struct Warnings<'a> {
+    log: &'a Logbook,
+    all: Vec<String>,
+}
+
+impl<'a> Warnings<'a> {
+    fn new(log: &'a Logbook) -> Self {
+        let all = Vec::new();
+        Warnings { log, all }
+    }
+
+    fn add(&mut self, text: String) {
+        self.log.warning(&text);
+        self.all.push(text);
+    }
+
+    fn of_moving(&mut self, layers: &BTreeSet<String>) {
+        for layer in layers {
+            self.add(format!(
+                "{layer} copies from disk to disk while what is on it is frozen: copies of those disks that are \
+                 not of one moment may not fit together"
+            ));
+        }
     }
 }
 
@@ -466,6 +496,21 @@ pub struct Frozen {
     /// What may move data from disk to disk below it, and what did so before.
     layers: Layers,
     moving: BTreeSet<String>,
+    /// What is not among it by the plan.
+    missing: Vec<Missing>,
+    /// What there is to say against it.
+    warnings: Vec<String>,
+}
+
+/// What came of a backup, for people.
+#[derive(Debug, Default)]
+pub struct Account {
+    /// What has become of each file system that was to be frozen.
+    pub stays: Vec<Stay>,
+    /// What was left out before.
+    pub missing: Vec<Missing>,
+    /// What else there is to say against it.
+    pub warnings: Vec<String>,
 }
 
 impl Frozen {
@@ -485,6 +530,14 @@ impl Frozen {
             since: self.session.armed_at(),
             counts,
             names: frozen.map(|it| it.name).collect(),
+        }
+    }
+
+    fn account(&mut self) -> Account {
+        Account {
+            stays: self.session.account(),
+            missing: std::mem::take(&mut self.missing),
+            warnings: std::mem::take(&mut self.warnings),
         }
     }
 
@@ -545,8 +598,8 @@ pub enum Outcome {
     Frozen(Result<Begun, JobError>),
     /// Others have thawed these.
     Lost(Vec<String>),
-    /// The thaw has ended, and with it the job; what has become of each file system.
-    Thawed(Result<(), ThawError>, Vec<Stay>),
+    /// The thaw has ended, and with it the job; what has come of it.
+    Thawed(Result<(), ThawError>, Account),
 }
 
 /// The thread on which backups happen, one after the other. It lives as long as the process: a thread
@@ -556,6 +609,8 @@ pub struct Worker {
     /// To a thread of its own: a disk may hang, or be frozen by somebody else for as long as they like, and
     /// no backup waits for that.
     later: SyncSender<Look>,
+    /// To another one, if it was ever needed: what is asked of it may cure what the first one hangs in.
+    aside: Option<SyncSender<Look>>,
 }
 
 /// What needs a disk; what it returns is to be done then.
@@ -614,8 +669,18 @@ impl Worker {
         };
         let builder = Builder::new().name("backup".into()).stack_size(STACK_BYTES);
         builder.spawn(body)?;
-        let (later, looks) = sync_channel::<Look>(MOST_LATER);
-        let orders = sender.clone();
+        let later = Self::line("later", &sender)?;
+        Ok(Worker {
+            orders: sender,
+            later,
+            aside: None,
+        })
+    }
+
+    /// To a new thread that looks and hands on what is to be done then.
+    fn line(name: &str, orders: &Sender<Order>) -> io::Result<SyncSender<Look>> {
+        let (sender, looks) = sync_channel::<Look>(MOST_LATER);
+        let orders = orders.clone();
         let body = move || {
             let _ = process::go_along();
             // Standard input is nothing of ours. Should it hang when the process dies, and be it behind a
@@ -626,12 +691,9 @@ impl Worker {
                 let _ = orders.send(Order::Do(look()));
             }
         };
-        let builder = Builder::new().name("later".into());
+        let builder = Builder::new().name(name.into());
         builder.stack_size(LATER_STACK_BYTES).spawn(body)?;
-        Ok(Worker {
-            orders: sender,
-            later,
-        })
+        Ok(sender)
     }
 
     /// Has a plan made for the next backup, unless the last one still holds.
@@ -648,11 +710,20 @@ impl Worker {
         look: impl FnOnce() -> T + Send + 'static,
         then: impl FnOnce(T) + Send + 'static,
     ) -> bool {
-        let look = || -> Then {
-            let seen = look();
-            Box::new(move || then(seen))
-        };
-        self.later.try_send(Box::new(look)).is_ok()
+        self.later.try_send(in_two(look, then)).is_ok()
+    }
+
+    /// The same, whatever [`Worker::later`] hangs in.
+    pub fn aside<T: Send + 'static>(
+        &mut self,
+        look: impl FnOnce() -> T + Send + 'static,
+        then: impl FnOnce(T) + Send + 'static,
+    ) -> bool {
+        if self.aside.is_none() {
+            self.aside = Self::line("aside", &self.orders).ok();
+        }
+        let aside = self.aside.as_ref();
+        aside.is_some_and(|it| it.try_send(in_two(look, then)).is_ok())
     }
 
     /// Begins a backup, for which the log is held. `tell` is called from the worker's thread. `None`
@@ -683,16 +754,26 @@ impl Worker {
     }
 }
 
+fn in_two<T: Send + 'static>(
+    look: impl FnOnce() -> T + Send + 'static,
+    then: impl FnOnce(T) + Send + 'static,
+) -> Look {
+    Box::new(|| {
+        let seen = look();
+        Box::new(move || then(seen))
+    })
+}
+
 impl Backup {
     fn run(self, freezer: &mut Freezer) {
         let quiesced = self.quiesce(freezer);
         match quiesced.and_then(|()| freezer.freeze(&self.setting)) {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
-            Ok(frozen) => {
+            Ok(mut frozen) => {
                 (self.tell)(Outcome::Frozen(Ok(frozen.begun())));
                 self.wait(&frozen);
-                let result = freezer.thaw(&frozen, &self.setting);
-                (self.tell)(Outcome::Thawed(result, frozen.session.account()));
+                let result = freezer.thaw(&mut frozen, &self.setting);
+                (self.tell)(Outcome::Thawed(result, frozen.account()));
                 frozen.tidy();
             }
         }
@@ -711,7 +792,7 @@ impl Backup {
             disks,
             ..
         } = &self.setting;
-        let found = hooks::find(&config.hooks)?;
+        let found = hooks::find(&mut freezer.scout, &config.hooks)?;
         if found.is_empty() {
             return Ok(());
         }
@@ -855,7 +936,7 @@ mod tests {
 
     #[test]
     fn what_hangs_on_a_disk_holds_up_only_what_needs_one_as_well_and_keeps_nothing_open() {
-        let worker = Worker::start().unwrap();
+        let mut worker = Worker::start().unwrap();
         let (tell, told) = channel();
         let (release, hang) = channel::<()>();
         let begun = tell.clone();
@@ -872,6 +953,10 @@ mod tests {
             worker.later(move || number, move |it| tell.send(it).unwrap())
         });
         assert_eq!(taken.count(), MOST_LATER);
+        // What may be the cure does not wait.
+        let cure = tell.clone();
+        assert!(worker.aside(|| 1, move |it| cure.send(it).unwrap()));
+        assert_eq!(told.recv_timeout(LONG), Ok(1));
         // The thread that freezes does not wait.
         let done = Order::Do(Box::new(move || tell.send(0).unwrap()));
         worker.orders.send(done).unwrap();

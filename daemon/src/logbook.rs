@@ -6,14 +6,25 @@
 //! behind its own freeze. So for as long as there is a [`Held`] the lines are kept in memory, with the
 //! time each was said at, and they are written out when it is dropped, after the thaw. It does not
 //! know what the lines mean.
+//!
+//! Whoever takes the lines may stop to do so: a system log that is stopped, a pipe that nobody reads. So while
+//! the daemon serves, a thread of its own writes them ([`Logbook::write_behind`]), and nobody else waits for that.
 
-use std::io::Write as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::collections::VecDeque;
+use std::io::{self, Write as _};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
+use std::time::{Duration, Instant};
 
 use nix::sys::stat::fstat;
 use nix::syslog::{self, Facility, LogFlags, Severity};
 
+use crate::process;
+use crate::sys;
+
+/// How long a line may take to be written before nobody waits for it.
+const PATIENCE: Duration = Duration::from_millis(100);
+const STACK_BYTES: usize = 128 * 1024;
 /// Of the lines that are held beyond this, those of the normal course are counted, not kept.
 const MAX_HELD: usize = 4096;
 /// Room for so many is set aside before anything is frozen.
@@ -47,16 +58,30 @@ struct Inner {
     sink: Sink,
     /// Name and start of the backup under way; lines said meanwhile carry its clock.
     backup: Option<(u64, Instant)>,
-    held: Vec<(Level, String)>,
+    held: VecDeque<(Level, String)>,
     holding: bool,
     /// What is held may not be written out.
     sealed: bool,
     dropped: usize,
+    /// Whether another thread writes.
+    is_behind: bool,
+    /// Of the lines that are held so many, the first ones, are to be written by it.
+    due: usize,
+    /// Since when it is at a line.
+    writing: Option<Instant>,
+}
+
+struct Shared {
+    inner: Mutex<Inner>,
+    /// There is something to be written.
+    is_due: Condvar,
+    /// A line is written.
+    is_written: Condvar,
 }
 
 /// A handle to the one log of the process; clones share it.
 #[derive(Clone)]
-pub struct Logbook(Arc<Mutex<Inner>>);
+pub struct Logbook(Arc<Shared>);
 
 impl Logbook {
     /// A log that writes to `sink`.
@@ -67,19 +92,84 @@ impl Logbook {
             // every daemon.
             let _ = syslog::openlog(Some(c"hv_vss_daemon"), flags, Facility::LOG_DAEMON);
         }
-        Logbook(Arc::new(Mutex::new(Inner {
+        let inner = Inner {
             sink,
             backup: None,
-            held: Vec::new(),
+            held: VecDeque::new(),
             holding: sink == Sink::Memory,
             sealed: false,
             dropped: 0,
-        })))
+            is_behind: false,
+            due: 0,
+            writing: None,
+        };
+        Logbook(Arc::new(Shared {
+            inner: Mutex::new(inner),
+            is_due: Condvar::new(),
+            is_written: Condvar::new(),
+        }))
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
         // A thread that panicked while it held the lock left whole lines behind.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From here on another thread writes, in the same order, for as long as the process lives.
+    pub fn write_behind(&self) -> io::Result<()> {
+        let log = self.clone();
+        let body = move || {
+            // Nobody waits for it.
+            let _ = process::go_along();
+            // Should it hang on a disk when the process dies, all else is closed. A system log has a
+            // descriptor of its own, which nobody tells.
+            let _kept = match log.inner().sink {
+                Sink::Stderr | Sink::Journal => sys::keep_only(libc::STDERR_FILENO).ok(),
+                Sink::Syslog | Sink::Memory => None,
+            };
+            log.write_what_is_due();
+        };
+        let builder = Builder::new().name("log".into()).stack_size(STACK_BYTES);
+        builder.spawn(body)?;
+        self.inner().is_behind = true;
+        Ok(())
+    }
+
+    fn write_what_is_due(&self) {
+        let mut inner = self.inner();
+        loop {
+            let Some((level, line)) = inner.take_due() else {
+                let waited = self.0.is_due.wait(inner);
+                inner = waited.unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            inner.writing = Some(Instant::now());
+            let sink = inner.sink;
+            drop(inner);
+            write(sink, level, &line);
+            inner = self.inner();
+            inner.writing = None;
+            self.0.is_written.notify_all();
+        }
+    }
+
+    /// Waits until all is written, but no longer than `limit`: to be called before the process ends.
+    pub fn drain(&self, limit: Duration) {
+        let until = Instant::now() + limit;
+        let mut inner = self.inner();
+        while inner.due > 0 || inner.writing.is_some() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            inner = self.wait(inner, left);
+        }
+    }
+
+    /// Waits for a line to be written.
+    fn wait<'a>(&self, inner: MutexGuard<'a, Inner>, limit: Duration) -> MutexGuard<'a, Inner> {
+        let waited = self.0.is_written.wait_timeout(inner, limit);
+        waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// From here on each line is stamped with the seconds since `start`, as part of backup `number`,
@@ -108,12 +198,21 @@ impl Logbook {
     /// Writes out what is held so far, unless it is sealed.
     pub fn flush(&self) {
         self.inner().write_out();
+        self.0.is_due.notify_one();
     }
 
-    /// From here on nothing is written until what [`Logbook::hold`] returned is dropped. Whoever is at
-    /// it has ended when this returns: file systems can be frozen now.
+    /// From here on no line is begun until what [`Logbook::hold`] returned is dropped. Whoever is at one has
+    /// ended when this returns, or hangs in it and holds nobody up: file systems can be frozen now.
     pub fn seal(&self) {
-        self.inner().sealed = true;
+        let mut inner = self.inner();
+        inner.sealed = true;
+        while let Some(since) = inner.writing {
+            let left = PATIENCE.saturating_sub(since.elapsed());
+            if left.is_zero() {
+                return;
+            }
+            inner = self.wait(inner, left);
+        }
     }
 
     /// Writes out what was held and stops holding, once nothing is frozen.
@@ -122,11 +221,13 @@ impl Logbook {
         inner.sealed = false;
         inner.holding = inner.sink == Sink::Memory;
         inner.write_out();
+        drop(inner);
+        self.0.is_due.notify_one();
     }
 
     /// The lines in memory, oldest first.
     pub fn held(&self) -> Vec<(Level, String)> {
-        self.inner().held.clone()
+        self.inner().held.iter().cloned().collect()
     }
 
     /// Says that something failed.
@@ -156,6 +257,10 @@ impl Logbook {
         };
         if inner.holding {
             inner.keep(level, line);
+        } else if inner.is_behind {
+            inner.keep(level, line);
+            inner.due = inner.held.len();
+            self.0.is_due.notify_one();
         } else {
             // Under the lock, so that nobody is still at it when it is held or sealed.
             write(inner.sink, level, &line);
@@ -168,14 +273,30 @@ impl Inner {
         if self.sealed || self.sink == Sink::Memory {
             return;
         }
+        if self.is_behind {
+            self.due = self.held.len();
+            return;
+        }
         for (level, line) in std::mem::take(&mut self.held) {
             write(self.sink, level, &line);
         }
         if self.dropped > 0 {
             let dropped = std::mem::take(&mut self.dropped);
-            let line = format!("{dropped} further lines were not kept while frozen");
-            write(self.sink, Level::Warning, &line);
+            write(self.sink, Level::Warning, &not_kept(dropped));
         }
+    }
+
+    /// The next line that may be written.
+    fn take_due(&mut self) -> Option<(Level, String)> {
+        if self.sealed {
+            return None;
+        }
+        if self.held.is_empty() && self.dropped > 0 {
+            let line = not_kept(std::mem::take(&mut self.dropped));
+            return Some((Level::Warning, line));
+        }
+        self.due = self.due.checked_sub(1)?;
+        self.held.pop_front()
     }
 
     /// Keeps a line, and a grave one whatever there is already.
@@ -187,14 +308,21 @@ impl Inner {
                 .iter()
                 .position(|(level, _)| *level == Level::Info);
             match least.filter(|_| level != Level::Info) {
-                Some(least) => drop(self.held.remove(least)),
+                Some(least) => {
+                    self.held.remove(least);
+                    self.due -= usize::from(least < self.due);
+                }
                 None if level == Level::Info => return,
                 // Nothing is dropped for it: all there is is as grave.
                 None => self.dropped -= 1,
             }
         }
-        self.held.push((level, line));
+        self.held.push_back((level, line));
     }
+}
+
+fn not_kept(lines: usize) -> String {
+    format!("{lines} further lines were not kept while they could not be written")
 }
 
 /// The log, held. It is written out when this is dropped: nothing may be frozen by then.
@@ -292,6 +420,83 @@ mod tests {
         assert_eq!(log.inner().dropped, 4);
         assert_eq!(held[0].1, "again");
         assert_eq!(held[MAX_HELD - 1], (Level::Error, "it hangs".into()));
+    }
+
+    /// Runs the test of this name once more, in a process of its own, which logs into a pipe.
+    fn with_a_pipe(name: &str) -> std::process::Child {
+        let this = std::env::current_exe().unwrap();
+        std::process::Command::new(this)
+            .args(["--exact", &format!("logbook::tests::{name}"), "--nocapture"])
+            .env(CHILD, "1")
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
+    const CHILD: &str = "HV_VSS_TEST_LOGS";
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_pipe_that_nobody_reads_holds_up_nobody() {
+        if std::env::var_os(CHILD).is_some() {
+            let log = Logbook::new(Sink::Stderr);
+            log.write_behind().unwrap();
+            // More than a pipe takes, and more than is kept.
+            for number in 0..3 {
+                let held = log.hold(number, Instant::now());
+                for _ in 0..MAX_HELD {
+                    log.info("the normal course of events");
+                }
+                log.flush();
+                log.seal();
+                log.error("something fails");
+                drop(held);
+            }
+            log.drain(Duration::from_millis(50));
+            assert_eq!(log.held().last().unwrap().0, Level::Error);
+            assert!(log.held().len() <= MAX_HELD + 1);
+            std::process::exit(7);
+        }
+        let mut child = with_a_pipe("a_pipe_that_nobody_reads_holds_up_nobody");
+        let until = Instant::now() + LONG;
+        let ended = loop {
+            match child.try_wait().unwrap() {
+                None if Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
+                ended => break ended,
+            }
+        };
+        let _ = child.kill();
+        assert_eq!(ended.expect("it hangs").code(), Some(7));
+    }
+
+    #[test]
+    fn what_another_thread_writes_is_all_and_in_its_order() {
+        if std::env::var_os(CHILD).is_some() {
+            let log = Logbook::new(Sink::Stderr);
+            log.write_behind().unwrap();
+            log.info("line 0");
+            let held = log.hold(1, Instant::now());
+            log.info("line 1");
+            log.aloud(|| log.info("line 2"));
+            log.seal();
+            log.info("line 3");
+            log.flush();
+            std::thread::sleep(Duration::from_millis(20));
+            // What may have been before it is sealed is not known.
+            assert!(log.held().iter().any(|(_, line)| line.ends_with("line 3")));
+            drop(held);
+            log.info("line 4");
+            log.drain(LONG);
+            std::process::exit(7);
+        }
+        let child = with_a_pipe("what_another_thread_writes_is_all_and_in_its_order");
+        let ended = child.wait_with_output().unwrap();
+        let text = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(7), "{text}");
+        let ends = text.lines().filter_map(|it| it.split_once("line "));
+        let ends: Vec<&str> = ends.map(|(_, number)| number).collect();
+        assert_eq!(ends, ["0", "1", "2", "3", "4"], "{text}");
     }
 
     #[test]

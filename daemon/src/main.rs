@@ -22,6 +22,13 @@ use signal_hook::iterator::Signals;
 
 type Failure = Box<dyn Error>;
 
+/// What takes root, in words.
+const FREEZE: &str = "freeze and thaw file systems";
+const ASK: &str = "ask the daemon";
+
+/// How long the end waits for the log.
+const LAST_LINES: Duration = Duration::from_secs(2);
+
 fn command() -> Command {
     let device = Arg::new("device")
         .long("device")
@@ -165,7 +172,9 @@ fn print((text, outcome): (String, Outcome)) -> Result<ExitCode, Failure> {
 
 fn dispatch() -> Result<ExitCode, Failure> {
     let matches = command().get_matches();
-    let config_path = matches.get_one::<PathBuf>("config").cloned();
+    // It is read again from wherever the daemon is then.
+    let config_path = matches.get_one::<PathBuf>("config");
+    let config_path = config_path.map(std::path::absolute).transpose()?;
     let config = Config::load(config_path.as_deref());
     match matches.subcommand() {
         Some(("list", list)) => {
@@ -180,7 +189,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
             done(rehearse(config?, time))
         }
         Some(("thaw", thaw)) => {
-            need_root()?;
+            need_root(FREEZE)?;
             let log = Logbook::new(foreground_sink());
             if let Err(error) = &config {
                 go_on_without(error, &log);
@@ -190,7 +199,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
             done(commands::thaw(&places, &log).map_err(Failure::from))
         }
         Some(("status", status)) => {
-            need_root()?;
+            need_root(ASK)?;
             let places = recovery::places(None, config.as_ref());
             print(commands::status(
                 &or_default(&config),
@@ -199,7 +208,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
             )?)
         }
         Some(("history", history)) => {
-            need_root()?;
+            need_root("read the history of backups")?;
             let config = or_default(&config);
             match history.get_one::<PathBuf>("svg") {
                 Some(file) => {
@@ -210,14 +219,14 @@ fn dispatch() -> Result<ExitCode, Failure> {
             }
         }
         Some(("check", check)) => {
-            need_root()?;
+            need_root("look at all that a backup needs")?;
             let device = path_of(&matches, "device");
             let places = recovery::places(None, config.as_ref());
             let json = check.get_flag("json");
             print(commands::check(&device, &places, config.as_ref(), json)?)
         }
         Some(("reload", _)) => {
-            need_root()?;
+            need_root(ASK)?;
             let log = Logbook::new(foreground_sink());
             done(commands::reload(config, &log).map_err(Failure::from))
         }
@@ -251,7 +260,8 @@ fn serve(
     config: Result<Config, ConfigError>,
     foreground: bool,
 ) -> Result<(), Failure> {
-    let path = path_of(matches, "device");
+    // In the background it is elsewhere.
+    let path = std::path::absolute(path_of(matches, "device"))?;
     let config = match config {
         Ok(config) => config,
         Err(error) => {
@@ -282,23 +292,29 @@ fn serve(
             Logbook::new(Sink::Syslog)
         }
     };
+    if let Err(error) = log.write_behind() {
+        log.warning(format!("who reads the log may hold up all: {error}"));
+    }
     let service = harden(&log).and_then(|()| {
         let service = Service::new(device, &path, config, config_path, log.clone())?;
         Ok(service.run()?)
     });
-    service.inspect_err(|error| log.error(words(error.as_ref())))
+    let service = service.inspect_err(|error| log.error(words(error.as_ref())));
+    log.drain(LAST_LINES);
+    service
 }
 
-fn need_root() -> Result<(), Failure> {
+/// `what` is what takes root, in words.
+fn need_root(what: &str) -> Result<(), Failure> {
     if nix::unistd::geteuid().is_root() {
         return Ok(());
     }
-    Err("only root may freeze and thaw file systems".into())
+    Err(format!("only root may {what}").into())
 }
 
 /// Must succeed before anything may be frozen, save for what only makes things easier.
 fn harden(log: &Logbook) -> Result<(), Failure> {
-    need_root()?;
+    need_root(FREEZE)?;
     if let Err(error) = process::raise_descriptor_limit() {
         log.warning(format!("cannot raise the limit of open files: {error}"));
     }

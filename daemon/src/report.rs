@@ -3,7 +3,7 @@
 //! What `status`, `history` and `check` print: tables for people, and the exit status that goes with each
 //! outcome. It looks at nothing by itself.
 
-use serde::Serialize;
+use serde::{Deserialize as _, Serialize};
 use serde_json::Value;
 
 use crate::backup::{name_of_type, Verdict};
@@ -34,11 +34,30 @@ pub enum Outcome {
 pub struct Status<'a> {
     /// What the daemon replies; `None` when there is none.
     pub daemon: Option<&'a Value>,
-    /// The last backup of the history.
+    /// The last backup.
     pub last: Option<&'a Entry>,
+    /// Whether the history has that one.
+    pub is_remembered: bool,
 }
 
-impl Status<'_> {
+/// The last backup as the daemon tells of it, if it has seen one.
+pub fn last_of(daemon: &Value) -> Option<Entry> {
+    Entry::deserialize(daemon.get("last_backup")?).ok()
+}
+
+impl<'a> Status<'a> {
+    /// By what the daemon replies, the history, and the last backup of which the daemon tells: the history
+    /// has more of that, but does not have it when it could not be written.
+    pub fn new(daemon: Option<&'a Value>, history: &'a [Entry], told: Option<&'a Entry>) -> Self {
+        let has = |told: &&Entry| history.iter().any(|it| it.is_of_the_same(told));
+        let newer = told.filter(|it| !has(it));
+        Status {
+            daemon,
+            last: newer.or(history.last()),
+            is_remembered: newer.is_none(),
+        }
+    }
+
     /// The exit status.
     pub fn outcome(&self) -> Outcome {
         let last_is_good = self.last.is_none_or(|it| it.result == Verdict::Good);
@@ -84,8 +103,20 @@ impl Status<'_> {
         });
         let last = last.unwrap_or_else(|| "none is remembered".into());
         rows.push(["last backup".into(), last]);
+        if !self.is_remembered {
+            let text = "does not have this backup, or not yet: see the log";
+            rows.push(["history".into(), text.into()]);
+        }
         let disks = self.last.into_iter().flat_map(|it| &it.listed);
         rows.extend(disks.map(|it| ["of the disk".into(), it.clone()]));
+        let left_out = self.last.into_iter().flat_map(Entry::left_out);
+        rows.extend(left_out.map(|it| {
+            let reason = it.reason.as_ref().map(|it| format!(": {it}"));
+            let text = format!("{}{}", it.name, reason.unwrap_or_default());
+            ["left out".into(), text]
+        }));
+        let warnings = self.last.into_iter().flat_map(|it| &it.warnings);
+        rows.extend(warnings.map(|it| ["warning".into(), it.clone()]));
         align(&rows)
     }
 }
@@ -108,6 +139,8 @@ pub fn history(all: &[Entry]) -> String {
         "answered".into(),
         "frozen for".into(),
         "frozen".into(),
+        "left out".into(),
+        "warnings".into(),
         "hooks".into(),
         "why".into(),
     ]];
@@ -128,6 +161,8 @@ pub fn history(all: &[Entry]) -> String {
             seconds(entry.answered_us),
             seconds(stood),
             frozen.count().to_string(),
+            entry.left_out().count().to_string(),
+            entry.warnings.len().to_string(),
             entry.hooks.len().to_string(),
             entry.why.clone().unwrap_or_default(),
         ]);
@@ -204,19 +239,79 @@ mod tests {
         let frozen = json!({ "phase": "frozen", "door": "held" });
         let waits = json!({ "phase": "idle", "door": null });
         for (daemon, last, outcome) in [
-            (None, Some(&good), Outcome::NoDaemon),
+            (None, Some(good.clone()), Outcome::NoDaemon),
             (Some(&idle), None, Outcome::Well),
-            (Some(&idle), Some(&good), Outcome::Well),
-            (Some(&idle), Some(&example()), Outcome::LastNotGood),
-            (Some(&frozen), Some(&good), Outcome::UnderWay),
-            (Some(&waits), Some(&good), Outcome::NoDaemon),
+            (Some(&idle), Some(good.clone()), Outcome::Well),
+            (Some(&idle), Some(example()), Outcome::LastNotGood),
+            (Some(&frozen), Some(good.clone()), Outcome::UnderWay),
+            (Some(&waits), Some(good.clone()), Outcome::NoDaemon),
         ] {
-            let status = Status { daemon, last };
+            let status = Status::new(daemon, last.as_slice(), None);
             assert_eq!(status.outcome(), outcome, "{status:?}");
         }
         assert_eq!(outcome_of(&[]), Outcome::Well);
         assert_eq!(outcome_of(&[good.clone(), example()]), Outcome::LastNotGood);
         assert_eq!(outcome_of(&[example(), good]), Outcome::Well);
+    }
+
+    #[test]
+    fn a_backup_that_the_history_lacks_counts_all_the_same() {
+        let good = Entry {
+            at: "2026-01-01T00:00:00Z".into(),
+            result: Verdict::Good,
+            ..example()
+        };
+        let broken = Entry {
+            at: "2026-01-02T00:00:00Z".into(),
+            ..example()
+        };
+        let reply = |last: Option<&Entry>| {
+            let last = last.map(Entry::in_short);
+            json!({ "phase": "idle", "door": "held", "last_backup": last })
+        };
+        for (remembered, told, outcome, is_remembered) in [
+            (
+                Some(good.clone()),
+                Some(&broken),
+                Outcome::LastNotGood,
+                false,
+            ),
+            (None, Some(&broken), Outcome::LastNotGood, false),
+            (
+                Some(broken.clone()),
+                Some(&broken),
+                Outcome::LastNotGood,
+                true,
+            ),
+            (Some(broken.clone()), Some(&good), Outcome::Well, false),
+            // It has seen none since it was started.
+            (Some(broken.clone()), None, Outcome::LastNotGood, true),
+            (None, None, Outcome::Well, true),
+        ] {
+            let daemon = reply(told);
+            let told = last_of(&daemon);
+            let status = Status::new(Some(&daemon), remembered.as_slice(), told.as_ref());
+            assert_eq!(status.outcome(), outcome, "{status:?}");
+            assert_eq!(status.is_remembered, is_remembered, "{status:?}");
+            let says = status.table().contains("does not have this backup");
+            assert_eq!(says, !is_remembered);
+        }
+        // What was left out is named from either.
+        let daemon = reply(Some(&broken));
+        let told = last_of(&daemon);
+        for history in [&[][..], &[broken.clone()][..]] {
+            let table = Status::new(Some(&daemon), history, told.as_ref()).table();
+            for row in ["/bad (xfs, 8:2): out of order", "/new was mounted"] {
+                assert!(table.contains(row), "{table}");
+            }
+        }
+        // Of what the history has, no time is lost.
+        let short = broken.in_short();
+        let all = [broken.clone(), good.clone()];
+        let status = Status::new(None, &all, Some(&short));
+        assert_eq!(status.last, Some(&good), "it came while that was asked for");
+        let status = Status::new(None, &all[..1], Some(&short));
+        assert_eq!(status.last, Some(&broken));
     }
 
     #[test]
@@ -226,6 +321,14 @@ mod tests {
         let place = |line: &str, word: &str| line.find(word).unwrap();
         assert_eq!(place(lines[0], "result"), place(lines[1], "broken"));
         assert_eq!(place(lines[0], "frozen for"), place(lines[1], "0.100 s"));
+        assert_eq!(
+            lines[1]
+                .get(place(lines[0], "left out")..)
+                .unwrap()
+                .chars()
+                .next(),
+            Some('1')
+        );
         assert_eq!(
             place(lines[0], "why"),
             place(lines[2], "the deadline passed")

@@ -218,6 +218,8 @@ struct Hands {
     written: Option<Receiver<()>>,
     /// How the last backup went.
     last: String,
+    /// What the history is to have of it, if it lets itself be written.
+    last_entry: Option<Entry>,
 }
 
 impl Service {
@@ -276,6 +278,7 @@ impl Service {
                 held: Vec::new(),
                 doing: String::new(),
                 last: "no backup yet".into(),
+                last_entry: None,
             },
             control,
             waiting: Vec::new(),
@@ -576,9 +579,9 @@ impl Service {
                 let why = format!("somebody else thawed {}", names.join(", "));
                 self.end_early(why.into(), thawed::FOREIGN);
             }
-            Outcome::Thawed(result, stays) => {
+            Outcome::Thawed(result, account) => {
                 if let Some(draft) = &mut self.hands.draft {
-                    draft.thawed(stays);
+                    draft.thawed(account);
                 }
                 let result = result.map_err(|error| words(&error));
                 self.machine.thawed(result, &mut self.hands);
@@ -672,6 +675,7 @@ impl Service {
                     "frozen": hands.held,
                     "backups": hands.backups,
                     "last": hands.last,
+                    "last_backup": hands.last_entry,
                 });
                 self.control.reply(client, status);
             }
@@ -740,8 +744,8 @@ impl Hands {
     fn remember_backup(&mut self) {
         let called = std::mem::take(&mut self.called);
         if let Some(draft) = self.draft.take() {
-            let remove = self.unfinished.remover();
-            self.write_down(draft.finish(called), remove);
+            let erase = self.unfinished.eraser();
+            self.write_down(draft.finish(called), erase);
         }
     }
 
@@ -754,14 +758,14 @@ impl Hands {
         match self.unfinished.left() {
             Ok(None) => {}
             Ok(Some(entry)) => {
-                let remove = self.unfinished.remover();
-                self.write_down(entry, remove);
+                let erase = self.unfinished.eraser();
+                self.write_down(entry, erase);
             }
             // It would say the same at each start.
             Err(error) => {
                 self.log.warning(words(&error));
-                let removed = self.unfinished.remover()();
-                self.warn(removed);
+                let erased = self.unfinished.eraser()();
+                self.warn(erased);
             }
         }
     }
@@ -772,6 +776,7 @@ impl Hands {
         entry: Entry,
         then: impl FnOnce() -> Result<(), HistoryError> + Send + 'static,
     ) {
+        self.last_entry = Some(entry.in_short());
         let history = History::new(&self.config.state_dir);
         let log = self.log.clone();
         let (writing, written) = channel::<()>();
@@ -786,8 +791,7 @@ impl Hands {
         if !self.worker.later(move || history.add(&entry), added) {
             let folder = self.config.state_dir.display();
             self.log.warning(format!(
-                "{folder}, or the configuration, does not let itself be used: this backup is not in the \
-                 history"
+                "{folder} does not let itself be used: this backup is not in the history"
             ));
         }
     }
@@ -803,7 +807,8 @@ impl Hands {
         let tell = teller(&self.tell, |it| News::Config(Box::new(it)));
         let path = self.config_path.clone();
         let read = move || Config::load(path.as_deref());
-        if self.worker.later(read, tell) {
+        // The setting that cures what the history hangs in may be in it.
+        if self.worker.aside(read, tell) {
             return Ok(());
         }
         let why = "the configuration is not read: a disk does not let itself be used";

@@ -86,6 +86,7 @@ fn row_of(file_system: &FileSystem) -> Row {
         since_us,
         took_us,
         until_us,
+        ..
     } = file_system;
     let mut bars = Vec::new();
     if let (Some(since), Some(took)) = (since_us, took_us) {
@@ -206,7 +207,10 @@ mod tests {
         };
         let rows = rows(&entry);
         let names: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
-        assert_eq!(names, ["hook 10-a", "/srv (ext4, 8:1)"]);
+        assert_eq!(
+            names,
+            ["hook 10-a", "/srv (ext4, 8:1)", "/bad (xfs, 8:2), left out"]
+        );
         let expected = [(10_000, 40_000, HOOK), (300_000, 330_000, BAD)];
         assert_eq!(rows[0].bars, expected);
         let expected = [(100_000, 102_000, FREEZING), (102_000, 200_000, FROZEN)];

@@ -13,6 +13,7 @@ use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::Image;
+use serde_json::Value;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -80,6 +81,17 @@ fn left_out(guest: &Guest, names: &[&str]) -> Result<Seen> {
             Ok(lines.any(|line| line.contains(name) && line.contains("left out")))
         });
         said.with_context(|| format!("{name} is not named:\n{log}"))?;
+        remembered(guest, &format!("{name} as left out"), |last| {
+            let all = last["file_systems"].as_array().into_iter().flatten();
+            let mut all = all.filter(|it| it["how"] == "left-out");
+            all.any(|it| it["name"].as_str().is_some_and(|it| it.contains(name)))
+        })?;
+        let status = guest.try_sh("/payload/hv_vss_daemon status")?.out;
+        let is_named = |it: &str| it.starts_with("left out") && it.contains(name);
+        ensure!(
+            status.lines().any(is_named),
+            "status should name {name}:\n{status}"
+        );
     }
     stop(guest, guest.module(), &daemon)?;
 
@@ -95,6 +107,17 @@ fn left_out(guest: &Guest, names: &[&str]) -> Result<Seen> {
     })?;
     stop(guest, guest.module(), &daemon)?;
     Ok(seen)
+}
+
+/// Waits until the history has this of the last backup.
+fn remembered(guest: &Guest, what: &str, has: impl Fn(&Value) -> bool) -> Result<()> {
+    let mut all = Value::Null;
+    let waited = guest.wait_until(&format!("the history has {what}"), STEP, || {
+        all = serde_json::from_str(&guest.try_sh("/payload/hv_vss_daemon history --json")?.out)?;
+        let last = all.as_array().and_then(|it| it.last());
+        Ok(last.is_some_and(&has))
+    });
+    waited.with_context(|| format!("the history is: {all}"))
 }
 
 /// `list` says that this one is out of order, and nothing against the healthy one.
@@ -414,6 +437,10 @@ fn md_repair(guest: &Guest) -> Result<()> {
     equal("the backup", observe(guest)?, all.clone())?;
     guest.wait_until("it is named", STEP, || {
         Ok(guest.output(&daemon)?.contains(&copies))
+    })?;
+    remembered(guest, "the warning", |last| {
+        let mut all = last["warnings"].as_array().into_iter().flatten();
+        all.any(|it| it.as_str().is_some_and(|it| it.contains(&copies)))
     })?;
     let check = guest.try_sh("/payload/hv_vss_daemon check")?.out;
     ensure!(check.contains(&copies), "check should name it:\n{check}");

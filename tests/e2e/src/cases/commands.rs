@@ -423,6 +423,18 @@ fn bad_start(guest: &Guest) -> Result<()> {
         &format!("{SOMEBODY} {OURS} freeze --for 1s"),
         &["only root may freeze"],
     )?;
+    for (command, words) in [
+        ("status", "only root may ask the daemon"),
+        ("reload", "only root may ask the daemon"),
+        ("history", "only root may read the history"),
+        ("check", "only root may look at all"),
+    ] {
+        fails(
+            "a question without privilege",
+            &format!("{SOMEBODY} {OURS} {command}"),
+            &[words],
+        )?;
+    }
     load(guest, Module::Ours, &[])?;
     fails(
         "a start without privilege",

@@ -39,6 +39,11 @@ pub const CASES: &[Case] = &[
         status_and_history,
     ),
     case(
+        "control/history-not-written",
+        "where the history cannot be written, status says of the last backup what the daemon knows",
+        history_not_written,
+    ),
+    case(
         "control/ended-amid-a-backup",
         "a backup that a stop or the death of the daemon ends is in the history, once, and status says so",
         ended_amid_a_backup,
@@ -63,6 +68,11 @@ pub const CASES: &[Case] = &[
             systemctl_reload,
         )
     }.long(),
+    case(
+        "control/log-not-read",
+        "a system log that is stopped holds up no backup, and has all of them once it goes on",
+        log_not_read,
+    ),
     case(
         "control/footprint",
         "held by the module: one process of 3.5 MiB at most; else a guard beside it",
@@ -274,6 +284,41 @@ fn status_and_history(guest: &Guest) -> Result<()> {
     guest.sh("rm -rf /etc/hv_vss /var/lib/hv_vss").map(drop)
 }
 
+fn history_not_written(guest: &Guest) -> Result<()> {
+    const HOOK: &str = "/etc/hv_vss/hooks.d/10-a";
+    make_one(guest)?;
+    let vss = guest.vss();
+    guest.sh(
+        "rm -rf /etc/hv_vss /var/lib/hv_vss; mkdir -p /etc/hv_vss/hooks.d /var/lib/hv_vss
+         mount -t tmpfs none /var/lib/hv_vss",
+    )?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    observe(guest)?;
+    remembered(guest, 1)?;
+    guest.sh(&format!(
+        "mount -o remount,ro /var/lib/hv_vss
+         printf '#!/bin/sh\\n[ $1 != freeze ]\\n' >{HOOK} && chmod 755 {HOOK}"
+    ))?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    guest.wait_until("the log says that it is not in the history", STEP, || {
+        Ok(guest.output(&daemon)?.contains("of the history"))
+    })?;
+    let text = asked(guest, "status", 4)?;
+    ensure!(
+        text.contains("exit status 1") && text.contains("does not have this backup"),
+        "status should go by what the daemon knows:\n{text}"
+    );
+    // With room again it has the next one.
+    guest.sh(&format!("mount -o remount,rw /var/lib/hv_vss && rm {HOOK}"))?;
+    observe(guest)?;
+    remembered(guest, 2)?;
+    asked(guest, "status", 0)?;
+    stop(guest, guest.module(), &daemon)?;
+    guest
+        .sh("umount /var/lib/hv_vss && rm -rf /etc/hv_vss /var/lib/hv_vss")
+        .map(drop)
+}
+
 /// The history, once it has so many entries.
 fn remembered(guest: &Guest, number: usize) -> Result<serde_json::Value> {
     let mut all = serde_json::Value::Null;
@@ -383,6 +428,17 @@ fn check(guest: &Guest) -> Result<()> {
     let text = asked(guest, "check", 7)?;
     says(&text, &["listed_disks_only does nothing"])?;
     guest.sh("rm -rf /etc/hv_vss")?;
+    asked(guest, "check", 0)?;
+    // The package for DKMS is installed, and there are no headers.
+    guest.sh(
+        "mkdir -p /usr/src/hv_vss-1/kmod/dkms && cd /usr/src/hv_vss-1/kmod/dkms
+         printf '#!/bin/sh\\necho \"not built for $2: no headers\"\\n' >build && chmod 755 build",
+    )?;
+    let text = asked(guest, "check", 7);
+    guest.sh("rm -rf /usr/src/hv_vss-1")?;
+    let release = guest.sh("uname -r")?;
+    let line = format!("not built for {}: no headers", release.trim());
+    says(&text?, &[&line])?;
     stop(guest, Module::Stock, &daemon)?;
 
     let theirs = start(guest, Module::Stock, Daemon::Debian)?;
@@ -391,7 +447,8 @@ fn check(guest: &Guest) -> Result<()> {
         &text,
         &[
             "no daemon of ours serves",
-            &format!("(process {}) has /dev/vmbus/hv_vss", theirs.pid),
+            &format!("(process {}, /", theirs.pid),
+            ") has /dev/vmbus/hv_vss",
         ],
     )?;
     stop(guest, Module::Stock, &theirs)
@@ -491,6 +548,41 @@ fn systemctl_reload(guest: &Guest) -> Result<()> {
     guest
         .sh("rm /etc/hv_vss/daemon.toml.d/test.toml; systemctl stop hv_vss")
         .map(drop)
+}
+
+fn log_not_read(guest: &Guest) -> Result<()> {
+    make_one(guest)?;
+    let syslogd = guest.spawn(&["syslogd", "-n", "-O", "/run/messages"])?;
+    guest.wait_until("the system log is there", STEP, || {
+        Ok(guest.try_sh("test -S /dev/log")?.status == Some(0))
+    })?;
+    super::load(guest, guest.module(), &[])?;
+    guest.sh("/payload/hv_vss_daemon")?;
+    wait_for_daemon(guest)?;
+    guest.signal(&syslogd, 19)?;
+    let both = super::good(&["/writer", "/mnt/a/w"]);
+    // It has room for some ten lines.
+    for _ in 0..3 {
+        equal("a backup", observe(guest)?, both.clone())?;
+    }
+    asked(guest, "status", 0)?;
+    guest.signal(&syslogd, 18)?;
+    guest.wait_until("the log has them", STEP, || {
+        let text = guest.read("/run/messages")?;
+        Ok(text.matches("the backup is good").count() == 3)
+    })?;
+    // It ends, too, while nobody takes what it says last.
+    guest.signal(&syslogd, 19)?;
+    for _ in 0..3 {
+        equal("a backup", observe(guest)?, both.clone())?;
+    }
+    guest.sh("kill $(pidof hv_vss_daemon)")?;
+    guest.wait_until("the daemon has ended", STEP, || {
+        Ok(guest.try_sh("pidof hv_vss_daemon")?.status != Some(0))
+    })?;
+    guest.signal(&syslogd, 9)?;
+    guest.wait(&syslogd, STEP)?;
+    guest.sh("rm -f /run/messages").map(drop)
 }
 
 fn footprint(guest: &Guest) -> Result<()> {

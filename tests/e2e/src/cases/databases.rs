@@ -9,6 +9,7 @@
 //! Nothing may leave a server locked, whoever dies and whenever.
 
 use super::disks::{case, load_driver, Attached};
+use super::hooks::OWED;
 use super::restore::{Expected, NOTES};
 use super::{rounds, seed, start, stop, wait_for_daemon, Case, When};
 use anyhow::{bail, ensure, Context, Result};
@@ -494,8 +495,9 @@ fn remove_hooks(guest: &Guest) -> Result<()> {
 /// Waits until whatever was called is let go.
 fn let_go(guest: &Guest) -> Result<()> {
     guest.wait_until("all hooks are let go", STEP, || {
-        let left = guest
-            .try_sh("test ! -e /run/hv_vss_daemon/hooks.json -a ! -e /run/hv_vss_hooks/mariadb")?;
+        let left = guest.try_sh(&format!(
+            "test ! -e {OWED} -a ! -e /run/hv_vss_hooks/mariadb"
+        ))?;
         Ok(left.status == Some(0))
     })
 }

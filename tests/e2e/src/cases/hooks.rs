@@ -38,6 +38,12 @@ pub const CASES: &[Case] = &[
         hung_interpreter,
     ),
     case(
+        "hooks/hung-look-up",
+        "a link into a file system that does not answer: an optional hook costs nobody the backup, a required \
+         one that alone, and no later start",
+        hung_look_up,
+    ).long(),
+    case(
         "hooks/the-hosts-limit",
         "the host's time is over first: FREEZE fails in time, and what hangs is killed and let go",
         the_hosts_limit,
@@ -67,6 +73,8 @@ pub const CASES: &[Case] = &[
 ];
 
 const FOLDER: &str = "/etc/hv_vss/hooks.d";
+/// There as long as a hook has yet to be let go.
+pub(super) const OWED: &str = "/run/hv_vss/hooks.json";
 /// What each hook does first.
 const NOTE: &str = "echo \"${0##*/} $1 $HV_VSS_OUTCOME\" >>/run/notes; echo x >/mnt/a/${0##*/}";
 
@@ -83,7 +91,7 @@ fn prepare(guest: &Guest) -> Result<()> {
 /// Ends the daemon once all hooks are let go.
 fn stop_at_rest(guest: &Guest, module: Module, daemon: &Process) -> Result<()> {
     guest.wait_until("all hooks are let go", STEP, || {
-        let left = guest.try_sh("test ! -e /run/hv_vss/hooks.json")?;
+        let left = guest.try_sh(&format!("test ! -e {OWED}"))?;
         Ok(left.status == Some(0))
     })?;
     stop(guest, module, daemon)
@@ -306,6 +314,48 @@ fn hung_interpreter(guest: &Guest) -> Result<()> {
     good_backup(guest, "the next backup")?;
     stop_at_rest(guest, Module::Ours, &daemon)?;
     guest.sh("umount /mnt/b")?;
+    end(guest)
+}
+
+fn hung_look_up(guest: &Guest) -> Result<()> {
+    prepare(guest)?;
+    let vss = guest.vss();
+    guest.sh("modprobe fuse; mkdir -p /mnt/dead")?;
+    let server = super::scope::silent_fuse(guest, "-t fuse /dev/fuse /mnt/dead")?;
+    guest.sh(&format!("ln -s /mnt/dead/hook {FOLDER}/10-a"))?;
+    hook(guest, "20-b", "")?;
+    let silent = "/etc/hv_vss/hooks.d/10-a cannot be looked up: it does not answer";
+    let says = |daemon: &Process| {
+        guest.wait_until("it is named", STEP, || {
+            Ok(guest.output(daemon)?.contains(silent))
+        })
+    };
+    let daemon = start_with(guest, Module::Ours, &[], "")?;
+    answered(
+        "FREEZE with a required one",
+        &vss.freeze(&[], STEP)?,
+        status::FAIL,
+    )?;
+    says(&daemon)?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+    let daemon = start_with(guest, Module::Ours, &[], "[hooks]\noptional = [\"10-a\"]")?;
+    good_backup(guest, "a backup with an optional one")?;
+    says(&daemon)?;
+    // It was called, and the daemon dies then: the next one has to look it up as well.
+    let owed = format!(
+        "{{\"pid\":{},\"context\":[],\"limit_ms\":2000,\"owed\":[{{\"hook\":{{\"path\":\"{FOLDER}/10-a\",\
+         \"contract\":\"qemu\"}},\"process\":null}}]}}",
+        daemon.pid
+    );
+    guest.signal(&daemon, 9)?;
+    guest.wait(&daemon, STEP)?;
+    guest.sh(&format!("echo '{owed}' >{OWED}"))?;
+    let daemon = guest.start_daemon_with("[hooks]\noptional = [\"10-a\"]")?;
+    wait_for_daemon(guest)?;
+    says(&daemon)?;
+    good_backup(guest, "a backup after the next start")?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+    super::scope::end(guest, &server, "/mnt/dead")?;
     end(guest)
 }
 

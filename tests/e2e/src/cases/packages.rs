@@ -305,6 +305,16 @@ fn journal_says(guest: &Guest, line: &str) -> Result<()> {
     })
 }
 
+/// What an operator is told who asks.
+fn check_warns(guest: &Guest, line: &str) -> Result<()> {
+    let ended = guest.try_sh("hv_vss check")?;
+    ensure!(
+        ended.status == Some(7) && ended.out.contains(line),
+        "check should warn: {line}; it was: {ended:?}"
+    );
+    Ok(())
+}
+
 fn no_module(guest: &Guest) -> Result<()> {
     // The case before has left no module loaded.
     cold_plug(guest)?;
@@ -320,6 +330,7 @@ fn no_module(guest: &Guest) -> Result<()> {
         release.trim()
     );
     journal_says(guest, &line)?;
+    check_warns(guest, &line)?;
     // Put back, it is taken into use.
     guest
         .sh("mv /root/hv_vss.ko* /usr/lib/modules/$(uname -r)/updates/dkms/ && depmod")
@@ -417,6 +428,7 @@ fn blacklisted(guest: &Guest) -> Result<()> {
     cold_plug(guest)?;
     serves(guest, OURS, "hv_utils")?;
     journal_says(guest, "hv_vss is blacklisted")?;
+    check_warns(guest, "hv_vss is built and hv_utils serves")?;
     guest.sh("rm /etc/modprobe.d/test.conf")?;
     end(guest)
 }

@@ -507,7 +507,7 @@ fn below_fuse(guest: &Guest) -> Result<()> {
 }
 
 /// Mounts FUSE with these arguments of mount(8); whoever serves it answers nothing.
-fn silent_fuse(guest: &Guest, arguments: &str) -> Result<Process> {
+pub(super) fn silent_fuse(guest: &Guest, arguments: &str) -> Result<Process> {
     let script = format!(
         "exec 4<>/dev/fuse && mount -i -o fd=4,rootmode=40000,user_id=0,group_id=0 {arguments} &&
              touch /run/done && exec sleep 1000"
@@ -520,7 +520,7 @@ fn silent_fuse(guest: &Guest, arguments: &str) -> Result<Process> {
 }
 
 /// Ends it, so that whoever waits for it waits no longer.
-fn end(guest: &Guest, server: &Process, path: &str) -> Result<()> {
+pub(super) fn end(guest: &Guest, server: &Process, path: &str) -> Result<()> {
     guest.signal(server, 9)?;
     guest.wait(server, STEP)?;
     guest.sh(&format!("umount -l {path}")).map(drop)

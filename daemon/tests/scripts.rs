@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Parts of the packages' scripts that are worth a look of their own, as the shell runs them.
+
+use std::path::Path;
+use std::process::Command;
+
+const CONFIGURES: &str = "../.debian/hv-vss-daemon.postinst";
+const MARIADB: &str = "hooks/mariadb";
+
+fn text_of(script: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(script);
+    std::fs::read_to_string(path).unwrap()
+}
+
+/// What the shell makes of `line` after the function `name` of `script`.
+fn with_function(script: &str, name: &str, line: &str, argument: &str) -> String {
+    let script = text_of(script);
+    let begin = script.find(&format!("{name}() {{")).unwrap();
+    let rest = &script[begin..];
+    let first = rest.lines().next().unwrap();
+    let function = match first.ends_with('}') {
+        true => first,
+        false => &rest[..rest.find("\n}\n").unwrap() + 3],
+    };
+    let text = format!("{function}\n{line}");
+    let mut shell = Command::new("sh");
+    let ended = shell.args(["-c", &text, "sh", argument]).output().unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    String::from_utf8(ended.stdout).unwrap()
+}
+
+#[test]
+fn a_path_of_the_mount_table_is_read_as_the_kernel_wrote_it() {
+    for (escaped, path) in [
+        ("/mnt/a", "/mnt/a"),
+        ("/mnt/disk\\0401", "/mnt/disk 1"),
+        ("/mnt/disk\\0437\\0400", "/mnt/disk#7 0"),
+        ("/mnt/\\0112\\0123", "/mnt/\t2\n3"),
+        ("/mnt/back\\1340slash", "/mnt/back\\0slash"),
+        ("/mnt/%s\\040%b", "/mnt/%s %b"),
+    ] {
+        let found = with_function(CONFIGURES, "unescaped", "unescaped \"$1\"", escaped);
+        assert_eq!(found, path, "{escaped}");
+    }
+}
+
+#[test]
+fn mariadb_is_held_for_longer_than_a_backup_takes() {
+    let script = text_of(MARIADB);
+    let hold = script.lines().find_map(|it| it.strip_prefix("HOLD="));
+    let hold: u32 = hold.unwrap().parse().unwrap();
+    // What the host waits for FREEZE, and the longest deadline that the configuration takes.
+    assert!(hold > 900 + 3600, "{hold}");
+}
+
+#[test]
+fn each_server_is_locked_by_what_it_has() {
+    const FLUSH: &str = "FLUSH TABLES WITH READ LOCK\n";
+    const STAGE: &str = "BACKUP STAGE START; BACKUP STAGE BLOCK_COMMIT\n";
+    for (version, lock) in [
+        ("8.4.3", FLUSH),
+        ("9.1.0-commercial", FLUSH),
+        ("5.5.68-MariaDB", FLUSH),
+        ("10.1.48-MariaDB-0+deb9u2", FLUSH),
+        ("10.3.39-MariaDB-0+deb10u2", FLUSH),
+        ("10.4.34-MariaDB", STAGE),
+        ("10.11.6-MariaDB-0+deb12u1", STAGE),
+        ("11.8.3-MariaDB-0+deb13u1", STAGE),
+    ] {
+        let found = with_function(MARIADB, "lock_for", "lock_for \"$1\"", version);
+        assert_eq!(found, lock, "{version}");
+    }
+}
