@@ -1256,6 +1256,7 @@ impl Work {
             // What is ours, and would be the same with any other.
             Errno::EBADF
             | Errno::EPERM
+            | Errno::EACCES
             | Errno::EPROTO
             | Errno::ESTALE
             | Errno::EINTR

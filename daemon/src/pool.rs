@@ -64,6 +64,8 @@ impl Shared {
         state.running += 1;
         drop(state);
         step(index);
+        // Before it counts as over: what it holds is to be closed by whoever had it run.
+        drop(step);
         let mut state = self.lock();
         state.running -= 1;
         if state.waiting && state.is_over() {

@@ -260,7 +260,13 @@ fn a_disk_that_fails_in_whatever_way_costs_nobody_else_the_backup() {
 
 #[test]
 fn what_is_our_own_fault_is_nobody_elses() {
-    for errno in [Errno::EBADF, Errno::EPERM, Errno::EPROTO, Errno::ESTALE] {
+    for errno in [
+        Errno::EBADF,
+        Errno::EPERM,
+        Errno::EACCES,
+        Errno::EPROTO,
+        Errno::ESTALE,
+    ] {
         let mut s = setup(&[0, 1], &[("freeze", 1, errno, ALWAYS)], false);
         let error = s.freeze().unwrap_err();
         assert!(matches!(error, FreezeError::Failed { .. }), "{error}");
