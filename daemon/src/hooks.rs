@@ -7,7 +7,7 @@
 //! `freeze` and `thaw`; the same for our own folder; and that of open-vm-tools, which has `freezeFail`
 //! instead of `thaw` where the freeze did not come about. It finds them and runs none.
 //!
-//! A hook may be a link to anywhere, also into a dead network mount. So whatever is looked up is looked up
+//! A hook may be a link to anywhere, also into a dead network mount. So a link is looked up
 //! on a thread of its own ([`Scout`]), and what does not answer in time is a hook that is not fit.
 
 use std::collections::BTreeSet;
@@ -264,9 +264,21 @@ impl Default for Scout {
 }
 
 impl Scout {
-    /// What `look` finds at `path`. Where it takes longer than the limit, it is not tried again as long as
-    /// it has not come back.
+    /// What `look` finds at `path`. What is no link lies beside the configuration, and nobody is woken for
+    /// that: a host waits.
     fn ask<T: Send + 'static>(
+        &mut self,
+        path: &Path,
+        look: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<T> {
+        match path.is_symlink() {
+            true => self.ask_apart(path, look),
+            false => Ok(look()),
+        }
+    }
+
+    /// Where it takes longer than the limit, it is not tried again as long as it has not come back.
+    fn ask_apart<T: Send + 'static>(
         &mut self,
         path: &Path,
         look: impl FnOnce() -> T + Send + 'static,
@@ -418,24 +430,24 @@ mod tests {
             looks: None,
         };
         let here = |name: &str| std::env::temp_dir().join(format!("hv-vss-scout-{name}"));
-        let error = scout.ask(&here("dead"), move || {
+        let error = scout.ask_apart(&here("dead"), move || {
             let _ = hang.recv();
         });
         assert_eq!(error.unwrap_err().kind(), io::ErrorKind::TimedOut);
         // As long as it hangs it is not tried again, by nobody.
         let mut scouts = [scout, Scout::default()];
         for scout in &mut scouts {
-            let again = scout.ask(&here("dead"), || ());
+            let again = scout.ask_apart(&here("dead"), || ());
             let error: io::Error = again.map(|()| "tried").unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         }
         let [_, scout] = &mut scouts;
         // With the one by which they are counted, and standard input.
         let open = || std::fs::read_dir("/proc/thread-self/fd").map(Iterator::count);
-        assert_eq!(scout.ask(&here("other"), open).unwrap().unwrap(), 2);
+        assert_eq!(scout.ask_apart(&here("other"), open).unwrap().unwrap(), 2);
         drop(release);
         let since = std::time::Instant::now();
-        while scout.ask(&here("dead"), || ()).is_err() {
+        while scout.ask_apart(&here("dead"), || ()).is_err() {
             assert!(since.elapsed() < Duration::from_secs(60));
             std::thread::yield_now();
         }
