@@ -20,7 +20,7 @@ use crate::hooks;
 use crate::logbook::words;
 use crate::mounts::DevId;
 use crate::moving::Layers;
-use crate::plan::{Plan, Reason, Scope};
+use crate::plan::{FileSystem, Plan, Reason, Scope};
 use crate::record::RunDir;
 use crate::topology;
 
@@ -288,8 +288,12 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
         all.push(finding(WHAT, grade, text));
     }
     for synced in plan.only_synced() {
+        let grade = match loss {
+            Grade::Warning if is_of_the_firmware(synced) => Grade::Ok,
+            loss => loss,
+        };
         let text = format!("{synced} has no means to freeze and is synced");
-        all.push(finding(WHAT, loss, text));
+        all.push(finding(WHAT, grade, text));
     }
     let devices = plan.waves.iter().flatten().flat_map(|it| &it.devices);
     for layer in Layers::below(devices).at_work() {
@@ -302,6 +306,15 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
         all.push(finding(WHAT, Grade::Warning, text));
     }
     all
+}
+
+/// Whether it is what UEFI starts the machine from. Each such machine has one, and it is written when a boot
+/// loader is put there: nothing to warn of at each check.
+fn is_of_the_firmware(file_system: &FileSystem) -> bool {
+    const PLACES: [&str; 3] = ["/boot/efi", "/efi", "/boot"];
+    let mut places = file_system.places.iter();
+    let is_there = places.any(|it| PLACES.iter().any(|place| it.path == Path::new(place)));
+    file_system.fs_type == "vfat" && is_there
 }
 
 /// Programs that may write to a disk past its file systems, where a backup would name that.
