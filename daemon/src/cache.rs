@@ -428,6 +428,7 @@ mod tests {
 
     use crate::machine::Machine;
     use crate::mounts::parse;
+    use crate::plan::Place;
     use crate::topology::{Backing, Device, Topology, Unmounted};
 
     /// File systems are on disks 100:0 and up. Those below 3 are of a type that lists in sysfs what is
@@ -472,6 +473,8 @@ mod tests {
         last: u64,
         own_table_has_changed: bool,
         uevents: u64,
+        /// What happens as soon as the tables have been read.
+        meanwhile: Option<Step>,
         /// A disk whose file system has shut down.
         shut_down: Option<u32>,
     }
@@ -495,6 +498,12 @@ mod tests {
             disk: u32,
         },
         Remount {
+            space: usize,
+            nth: usize,
+            read_only: bool,
+        },
+        /// Between reading the tables and looking at what they show.
+        RemountMeanwhile {
             space: usize,
             nth: usize,
             read_only: bool,
@@ -593,6 +602,17 @@ mod tests {
                         it.read_only = read_only;
                     }
                     self.own_table_has_changed |= space == 0;
+                }
+                Step::RemountMeanwhile {
+                    space,
+                    nth,
+                    read_only,
+                } => {
+                    self.meanwhile = Some(Step::Remount {
+                        space,
+                        nth,
+                        read_only,
+                    });
                 }
                 Step::Move { space, nth } => {
                     let Some(id) = self.nth(space, nth) else {
@@ -709,6 +729,11 @@ mod tests {
                 mounts.extend(parse(table.as_bytes(), number)?);
             }
             let topology = model.topology();
+            drop(model);
+            let meanwhile = self.0.borrow_mut().meanwhile.take();
+            if let Some(step) = meanwhile {
+                self.0.borrow_mut().apply(&step);
+            }
             Ok(Machine {
                 ways,
                 mounts,
@@ -748,8 +773,7 @@ mod tests {
             Some(ways.clone())
         }
 
-        fn find(&mut self, ways: &Self::Ways, file_system: &FileSystem) -> Option<(u64, u64)> {
-            let place = file_system.places.first()?;
+        fn find(&mut self, ways: &Self::Ways, place: &Place, _: DevId) -> Option<(u64, u64)> {
             let space = match place.namespace {
                 0 => 0,
                 n => ways.get(n - 1)?.0,
@@ -777,6 +801,8 @@ mod tests {
             1 => disk.clone().prop_map(|disk| Step::Release { disk }),
             3 => (space.clone(), nth.clone(), any::<bool>())
                 .prop_map(|(space, nth, read_only)| Step::Remount { space, nth, read_only }),
+            2 => (space.clone(), nth.clone(), any::<bool>())
+                .prop_map(|(space, nth, read_only)| Step::RemountMeanwhile { space, nth, read_only }),
             1 => (space.clone(), nth).prop_map(|(space, nth)| Step::Move { space, nth }),
             1 => Just(Step::NewSpace),
             1 => space.prop_map(|space| Step::EndSpace { space }),
@@ -831,6 +857,10 @@ mod tests {
                 Step::Prepare => drop(cache.prepare(&config).unwrap()),
                 Step::Backup => {
                     cache.plan(&config).unwrap();
+                    // It is begun anew for those.
+                    while !cache.read_only.writable_now(&mut cache.signals).is_empty() {
+                        cache.plan(&config).unwrap();
+                    }
                     let machine = model.clone().look().unwrap();
                     let anew = plan(&machine.mounts, &machine.topology, &|_| None);
                     check(&model.0.borrow(), &wave_of(&cache.plan), &wave_of(&anew))?;
@@ -838,6 +868,7 @@ mod tests {
                 _ => {}
             }
         }
+        model.0.borrow_mut().meanwhile = None;
         // And a plan that still holds is used, or the whole room would be for nothing.
         cache.plan(&config).unwrap();
         let marks = cache.marks.take().unwrap();
@@ -865,6 +896,21 @@ mod tests {
             Step::Backup,
         ];
         walk(&steps).unwrap();
+    }
+
+    #[test]
+    fn what_becomes_writable_while_the_machine_is_looked_at_is_in_the_backup() {
+        let read_only = Step::Mount {
+            space: 0,
+            disk: 5,
+            read_only: true,
+        };
+        let meanwhile = Step::RemountMeanwhile {
+            space: 0,
+            nth: 1,
+            read_only: false,
+        };
+        walk(&[mount(4), read_only, meanwhile, Step::Backup]).unwrap();
     }
 
     #[test]

@@ -25,7 +25,7 @@ use nix::sys::stat::Mode;
 use crate::machine::{self, LookError, Machine, Ways};
 use crate::mounts::{self, DevId};
 use crate::namespaces::{self, Namespaces, State};
-use crate::plan::{FileSystem, LeftOut, Plan, Reason};
+use crate::plan::{FileSystem, LeftOut, Place, Plan, Reason};
 use crate::superblocks::{self, Listed, Lists};
 use crate::sys;
 use crate::topology;
@@ -55,8 +55,9 @@ pub trait Signals {
     fn ways(&mut self) -> io::Result<Self::Ways>;
     /// The states of the other namespaces when this way was found; `None` where nobody tells.
     fn states(ways: &Self::Ways) -> Option<Self::States>;
-    /// Where a file system can be looked at, which is read-only now.
-    fn find(&mut self, ways: &Self::Ways, file_system: &FileSystem) -> Option<Self::At>;
+    /// Where the file system with this number can be looked at, if this place shows it. Nothing is looked up
+    /// that may hang.
+    fn find(&mut self, ways: &Self::Ways, place: &Place, dev: DevId) -> Option<Self::At>;
     /// Whether what is mounted there is read-only; `None` when it is mounted there no longer.
     fn is_read_only(&mut self, at: &Self::At) -> Option<bool>;
 }
@@ -167,7 +168,14 @@ impl<S: Signals> ReadOnly<S> {
         let left_out = plan.left_out.iter();
         let left_out = left_out.filter(|it| it.reason == Reason::ReadOnly);
         let found = left_out.filter_map(|LeftOut { file_system, .. }| {
-            let at = signals.find(ways, file_system)?;
+            // A walk through what may hang, or to what lies over it, is not worth it.
+            let places = file_system.places.iter();
+            let mut places = places.filter(|p| p.walkable && !p.hidden);
+            let at = places.find_map(|place| {
+                let at = signals.find(ways, place, file_system.dev)?;
+                // It may be writable by now, and then that has to be heard of.
+                signals.is_read_only(&at).map(|_| at)
+            })?;
             Some((file_system.dev, file_system.to_string(), at))
         });
         ReadOnly(found.collect())
@@ -299,26 +307,20 @@ impl Signals for Kernel {
 
     fn find(&mut self, ways: &Ways, file_system: &FileSystem) -> Option<MountAt> {
         let states = ways.namespaces.states()?;
-        // A walk through what may hang, or to what lies over it, is not worth it.
-        let places = file_system.places.iter();
-        let mut places = places.filter(|p| p.walkable && !p.hidden);
-        places.find_map(|place| {
-            let namespace = match place.namespace {
-                0 => self.number?,
-                n => states.get(n - 1)?.id(),
-            };
-            let look = || {
-                let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
-                let fd = open(&place.path, flags, Mode::empty())?;
-                sys::unique_mount_id(fd.as_fd())
-            };
-            let mount = ways.namespaces.within(place.namespace, look).ok()?.ok()?;
-            let at = MountAt {
-                namespace,
-                mount,
-                dev: file_system.dev,
-            };
-            (self.is_read_only(&at) == Some(true)).then_some(at)
+        let namespace = match place.namespace {
+            0 => self.number?,
+            n => states.get(n - 1)?.id(),
+        };
+        let look = || {
+            let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+            let fd = open(&place.path, flags, Mode::empty())?;
+            sys::unique_mount_id(fd.as_fd())
+        };
+        let mount = ways.namespaces.within(place.namespace, look).ok()?.ok()?;
+        Some(MountAt {
+            namespace,
+            mount,
+            dev,
         })
     }
 
