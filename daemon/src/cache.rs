@@ -21,8 +21,8 @@ use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
 use crate::open::{open_within, OpenError};
 use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope};
-use crate::superblocks::{long_operations, waits_for_scrub, Listed};
-use crate::watch::{Before, Kernel, Marks, ReadOnly, Signals};
+use crate::superblocks::{long_operations, waits_for_scrub};
+use crate::watch::{Before, Come, Kernel, Marks, ReadOnly, Scene, Signals};
 
 /// How often the machine is looked at anew when it changed between reading and opening. What was
 /// opened stays open, so only what comes and goes all the time can use them up.
@@ -100,14 +100,14 @@ pub struct Gathered {
     pub not_only_listed: Option<String>,
     /// The devices of the backup's disks that nothing should be written to once all is frozen.
     pub at_rest: Vec<Watched>,
-    /// What superblocks there were before it was planned; `None` if nobody tells.
-    pub alive: Option<Listed>,
+    /// What there was when it was planned.
+    pub then: Scene,
 }
 
 /// What a backup would freeze now, and what it would not: the plan, after a try to open each.
 pub fn survey(config: &Config) -> Result<Plan, GatherError> {
-    let (plan, ..) = Cache::default().open(config, &[])?;
-    Ok(plan)
+    let opened = Cache::default().open(config, &[])?;
+    Ok(opened.plan)
 }
 
 /// A plan, and what would show that it no longer holds.
@@ -220,10 +220,15 @@ impl Cache {
     /// Opens everything that is to be frozen, as planned before or anew, for a backup of the disks with
     /// these addresses.
     pub fn gather(&mut self, config: &Config, disks: &[String]) -> Result<Gathered, GatherError> {
-        let (plan, scope, mut open) = self.open(config, disks)?;
+        let Opening {
+            plan,
+            scope,
+            mut open,
+            ways,
+        } = self.open(config, disks)?;
         let mut gathered = Gathered {
             not_only_listed: why_not_only(disks, &scope).filter(|_| config.listed_disks_only),
-            alive: self.alive.clone(),
+            then: self.signals.then(self.alive.clone(), &ways, &plan),
             at_rest: plan.at_rest(&scope),
             ..Gathered::default()
         };
@@ -272,26 +277,35 @@ impl Cache {
         Ok(gathered)
     }
 
-    /// What superblocks there are now; `None` if nobody tells.
-    pub fn alive_now(&mut self) -> Option<Listed> {
-        self.signals.alive().ok()
+    /// Whether nothing can be written to that could not be then: there is nothing new, and what was left out
+    /// for being read-only is not writable, as far as the kernel tells. No path is looked up. It is asked
+    /// once; before it is asked again, [`Cache::rewind`].
+    pub fn is_all_there(&mut self, then: &Scene) -> bool {
+        !self.signals.has_news(then) && self.read_only.writable_now(&mut self.signals).is_empty()
     }
 
-    /// Whether nothing can be written that could not be with these superblocks: there is no other, and
-    /// what was left out for being read-only is not writable, as far as the kernel tells. No path is looked
-    /// up.
-    pub fn is_all_there(&mut self, alive: Option<&Listed>) -> bool {
-        !self.signals.has_news(alive) && self.writable_now().is_empty()
+    /// Has [`Cache::is_all_there`] ready to be asked again. It is apart because that counts while writers
+    /// wait.
+    pub fn rewind(&mut self) {
+        // Where nobody tells, nobody is asked.
+        let _ = self.signals.alive();
     }
 
-    /// The names of what was left out for being read-only and is writable by now.
-    pub fn writable_now(&mut self) -> Vec<String> {
-        self.read_only.writable_now(&mut self.signals)
+    /// What has come since then and would be in a backup of these disks, or missing in it: it makes a plan
+    /// unless nothing has changed, as a backup would.
+    pub fn come_since(
+        &mut self,
+        then: &Scene,
+        config: &Config,
+        disks: &[String],
+    ) -> Result<Vec<Come>, LookError> {
+        self.plan(config)?;
+        Ok(then.known.come_since(&self.plan_of(config, disks).0))
     }
 
     /// Opens what the plan for these disks says, and returns it without what could not be opened, with
     /// the reason.
-    fn open(&mut self, config: &Config, disks: &[String]) -> Result<Open, GatherError> {
+    fn open(&mut self, config: &Config, disks: &[String]) -> Result<Opening, GatherError> {
         let mut open = BTreeMap::new();
         let mut attempt = 1;
         loop {
@@ -299,13 +313,17 @@ impl Cache {
             let (mut plan, scope) = self.plan_of(config, disks);
             leave_out_busy(&mut plan);
             let (plan, has_changed) = open_all(config.give_up, &ways, plan, &mut open)?;
-            if !has_changed {
-                return Ok((plan, scope, open));
+            if has_changed {
+                // What a path leads to is not always told: a mount that was moved is in its table as before.
+                self.marks = None;
             }
-            // What a path leads to is not always told: a mount that was moved is in its table as before.
-            self.marks = None;
-            if attempt == ATTEMPTS {
-                return Ok((plan, scope, open));
+            if !has_changed || attempt == ATTEMPTS {
+                return Ok(Opening {
+                    plan,
+                    scope,
+                    open,
+                    ways,
+                });
             }
             attempt += 1;
         }
@@ -326,8 +344,16 @@ fn leave_out_busy(plan: &mut Plan) {
     });
 }
 
-/// A plan, the disks that it is for, and the descriptors of what is in it.
-type Open = (Plan, Scope, BTreeMap<DevId, OwnedFd>);
+/// A plan and all that it needs.
+struct Opening {
+    plan: Plan,
+    /// The disks that it is for.
+    scope: Scope,
+    /// The descriptors of what is in it.
+    open: BTreeMap<DevId, OwnedFd>,
+    /// The way by which it was opened.
+    ways: Arc<Ways>,
+}
 
 /// Why a backup that is to be of its disks only is of all, if it is: whoever leaves out what might be in
 /// the backup makes a bad one.

@@ -36,9 +36,9 @@ use crate::moving::Layers;
 use crate::pool::Pool;
 use crate::process;
 use crate::progress::{Progress, Stage};
-use crate::superblocks::Listed;
 use crate::sys;
 use crate::topology;
+use crate::watch::Scene;
 use crate::writes::{self, AtRest, Writes};
 
 /// Dirty pages on the whole machine (64 KiB) up to which it counts as clean.
@@ -173,7 +173,7 @@ impl Freezer {
             missing,
             disks,
             not_only_listed,
-            alive,
+            then,
             at_rest,
         } = self.cache.gather(config, disks)?;
         let layers = Layers::below(targets.iter().flat_map(|it| &it.devices));
@@ -233,14 +233,14 @@ impl Freezer {
         if self.is_worth_a_sync() {
             // It may take long, and nothing is frozen yet.
             log.aloud(|| session.sync(&self.learnt));
-            let now = self.cache.alive_now();
-            if Listed::has_news(alive.as_ref(), now.as_ref()) {
+            if !self.cache.is_all_there(&then) {
                 return Ok(None);
             }
+            self.cache.rewind();
         }
         log.seal();
         let mut summary = session.freeze(&mut self.learnt)?;
-        if !self.cache.is_all_there(alive.as_ref()) {
+        if !self.cache.is_all_there(&then) {
             let thawed = session.thaw();
             session.disarm();
             return match thawed {
@@ -262,7 +262,7 @@ impl Freezer {
         Ok(Some(Frozen {
             session,
             summary,
-            alive,
+            then,
             at_rest,
             layers,
             moving,
@@ -281,19 +281,22 @@ impl Freezer {
             nodes.clear();
         }
         // Only now, since writers wait no longer: what has come in the last moment is named as well.
-        let mounted = match (&frozen.alive, self.cache.alive_now()) {
-            (Some(before), Some(now)) => now.since(before),
-            _ => Vec::new(),
+        let Setting { config, disks, .. } = setting;
+        let names: Vec<String> = match self.cache.come_since(&frozen.then, config, disks) {
+            Ok(come) => {
+                for it in &come {
+                    setting.log.warning(format!(
+                        "{it} while the rest was frozen, and was not frozen"
+                    ));
+                }
+                come.into_iter().map(|it| it.name).collect()
+            }
+            Err(error) => {
+                let text = format!("what came while the rest was frozen is not known: {error}");
+                setting.log.warning(text);
+                vec!["something that is not known".into()]
+            }
         };
-        let writable = self.cache.writable_now();
-        let mounted_words = mounted.iter().map(|it| format!("{it} was mounted"));
-        let writable_words = writable.iter().map(|it| format!("{it} was made writable"));
-        for words in mounted_words.chain(writable_words) {
-            setting.log.warning(format!(
-                "{words} while the rest was frozen, and was not frozen"
-            ));
-        }
-        let names: Vec<String> = mounted.into_iter().chain(writable).collect();
         for node in &nodes {
             setting.log.warning(format!(
                 "something was written to {node} while all that is known to be on it was frozen: by a \
@@ -411,8 +414,8 @@ pub struct Frozen {
     session: Session,
     /// How many ended how.
     summary: Summary,
-    /// What superblocks there were before.
-    alive: Option<Listed>,
+    /// What there was when it was planned.
+    then: Scene,
     /// Disks that should not be written to meanwhile.
     at_rest: AtRest,
     /// What may move data from disk to disk below it, and what did so before.

@@ -69,7 +69,22 @@ pub const CASES: &[Case] = &[
     case(
         "freeze/mounted-while-frozen",
         "a file system that is mounted before THAW is named in the log, and fails THAW when strict",
-        mounted_while_frozen,
+        |guest| mounted_while_frozen(guest, "ext4"),
+    ),
+    case(
+        "freeze/mounted-while-frozen-exfat",
+        "the same for a type that is not listed in sysfs",
+        |guest| mounted_while_frozen(guest, "exfat"),
+    ),
+    case(
+        "freeze/mounted-while-frozen-no-loss",
+        "what is mounted read-only, or where the configuration leaves it out, fails no strict THAW",
+        mounted_while_frozen_no_loss,
+    ),
+    case(
+        "freeze/mounted-while-it-freezes-exfat",
+        "an exfat that is mounted while another is being frozen has it begun anew and is known then",
+        exfat_meanwhile,
     ),
     case(
         "freeze/stacked-since",
@@ -195,8 +210,53 @@ fn unmounted_meanwhile(guest: &Guest, stage: Stage) -> Result<()> {
     stop(guest, Module::Ours, &daemon)
 }
 
-fn mounted_while_frozen(guest: &Guest) -> Result<()> {
-    guest.sh("mkdir -p /mnt/b && mkfs.ext4 -q -F /dev/ram2")?;
+fn exfat_meanwhile(guest: &Guest) -> Result<()> {
+    make_hung(guest)?;
+    guest.sh("modprobe exfat; mkdir -p /mnt/b && mkfs.exfat /dev/ram2")?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    prepare(guest)?;
+    let freeze = hang_in(guest, &daemon, Stage::Freezing)?;
+    guest.sh("mount -t exfat /dev/ram2 /mnt/b")?;
+    guest.sh(UNHANG)?;
+    answered("FREEZE", &guest.vss().wait(freeze, STEP)?, status::OK)?;
+    answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+    guest.wait_until("the log ends", STEP, || {
+        Ok(guest.output(&daemon)?.contains("the backup is good"))
+    })?;
+    let said = guest.output(&daemon)?;
+    ensure!(said.contains("begun anew"), "{said}");
+    ensure!(!said.contains("was mounted while"), "{said}");
+    guest.sh("umount /mnt/b")?;
+    stop(guest, Module::Ours, &daemon)
+}
+
+fn mounted_while_frozen_no_loss(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "mkdir -p /mnt/b /mnt/c && mkfs.ext4 -q -F /dev/ram2 && mkfs.ext4 -q -F /dev/ram3
+              mount /dev/ram2 /mnt/b && umount /mnt/b",
+    )?;
+    let vss = guest.vss();
+    for module in [Module::Ours, Module::Stock] {
+        load(guest, module, &[])?;
+        let config = "strict = true\n[exclude]\npaths = ['/mnt/c']";
+        let daemon = guest.start_daemon_with(config)?;
+        wait_for_daemon(guest)?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        guest.sh("busybox mount -t ext4 -n -o ro /dev/ram2 /mnt/b
+                  busybox mount -t ext4 -n /dev/ram3 /mnt/c")?;
+        answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+        guest.sh("umount /mnt/b && umount /mnt/c")?;
+        stop(guest, module, &daemon)?;
+    }
+    Ok(())
+}
+
+fn mounted_while_frozen(guest: &Guest, fs_type: &str) -> Result<()> {
+    // Mounted once, so that nothing has to be loaded while root is frozen.
+    guest.sh(&format!(
+        "mkdir -p /mnt/b && modprobe {fs_type}; wipefs -aq /dev/ram2; mkfs.{fs_type} /dev/ram2 </dev/null >/dev/null
+              mount -t {fs_type} /dev/ram2 /mnt/b && umount /mnt/b"
+    ))?;
     let vss = guest.vss();
     for module in [Module::Ours, Module::Stock] {
         for (line, expected) in [
@@ -207,10 +267,11 @@ fn mounted_while_frozen(guest: &Guest) -> Result<()> {
             let daemon = guest.start_daemon_with(line)?;
             wait_for_daemon(guest)?;
             answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
-            guest.sh("busybox mount -t ext4 -n /dev/ram2 /mnt/b")?;
+            guest.sh(&format!("busybox mount -t {fs_type} -n /dev/ram2 /mnt/b"))?;
             answered(line, &vss.thaw(STEP)?, expected)?;
             guest.wait_until("the log names it", STEP, || {
-                Ok(guest.output(&daemon)?.contains("ram2 was mounted while"))
+                let name = format!("/mnt/b ({fs_type}, 1:2) was mounted while");
+                Ok(guest.output(&daemon)?.contains(&name))
             })?;
             guest.sh("umount /mnt/b")?;
             stop(guest, module, &daemon)?;
