@@ -19,6 +19,7 @@ use crate::config::Config;
 use crate::ground::Watched;
 use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
+use crate::moving::Layers;
 use crate::open::{open_within, OpenError};
 use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope};
 use crate::superblocks::{long_operations, waits_for_scrub};
@@ -102,6 +103,8 @@ pub struct Gathered {
     pub at_rest: Vec<Watched>,
     /// What there was when it was planned.
     pub then: Scene,
+    /// What may move data from disk to disk below it.
+    pub layers: Arc<Layers>,
 }
 
 /// What a backup would freeze now, and what it would not: the plan, after a try to open each.
@@ -120,6 +123,8 @@ pub struct Cache<S: Signals = Kernel> {
     read_only: ReadOnly<S>,
     /// The superblocks that there were before it was made, as far as anybody tells.
     alive: Option<S::Alive>,
+    /// What may move data from disk to disk below all that is in it.
+    layers: Arc<Layers>,
     /// The rules that were reported for matching nothing.
     idle: BTreeSet<String>,
 }
@@ -133,6 +138,7 @@ impl<S: Signals> Cache<S> {
             marks: None,
             read_only: ReadOnly::default(),
             alive: None,
+            layers: Arc::default(),
             idle: BTreeSet::new(),
         }
     }
@@ -154,6 +160,9 @@ impl<S: Signals> Cache<S> {
         };
         let machine = self.signals.look()?;
         self.plan = plan(&machine.mounts, &machine.topology, &|f| config.excludes(f));
+        let chosen = self.plan.waves.iter().flatten().chain(&self.plan.synced);
+        // What they stand on changes with a word that the marks hear.
+        self.layers = Arc::new(Layers::below(chosen.flat_map(|it| &it.devices)));
         self.read_only = ReadOnly::of(&mut self.signals, &machine.ways, &self.plan);
         let (signals, read_only) = (&mut self.signals, &self.read_only);
         let complete = |it: Before<S>| it.complete(signals, &machine, &self.plan, read_only);
@@ -229,6 +238,7 @@ impl Cache {
         let mut gathered = Gathered {
             not_only_listed: why_not_only(disks, &scope).filter(|_| config.listed_disks_only),
             then: self.signals.then(self.alive.clone(), &ways, &plan),
+            layers: Arc::clone(&self.layers),
             at_rest: plan.at_rest(&scope),
             ..Gathered::default()
         };
@@ -301,6 +311,11 @@ impl Cache {
     ) -> Result<Vec<Come>, LookError> {
         self.plan(config)?;
         Ok(then.known.come_since(&self.plan_of(config, disks).0))
+    }
+
+    /// What may move data from disk to disk below what is planned.
+    pub fn layers(&self) -> &Layers {
+        &self.layers
     }
 
     /// Opens what the plan for these disks says, and returns it without what could not be opened, with

@@ -174,10 +174,12 @@ impl Freezer {
             disks,
             not_only_listed,
             then,
+            layers,
             at_rest,
         } = self.cache.gather(config, disks)?;
-        let layers = Layers::below(targets.iter().flat_map(|it| &it.devices));
-        let moving = layers.at_work();
+        let devices = targets.iter().flat_map(|it| it.devices.iter().copied());
+        let devices: BTreeSet<DevId> = devices.collect();
+        let moving = layers.at_work_below(&devices);
         if config.strict && !moving.is_empty() {
             let layers = moving.into_iter().collect();
             return Err(FreezeError::Moving { layers }.into());
@@ -265,6 +267,7 @@ impl Freezer {
             then,
             at_rest,
             layers,
+            devices,
             moving,
         }))
     }
@@ -273,8 +276,7 @@ impl Freezer {
     /// Names what was mounted or made writable meanwhile: that is on a disk and was not frozen.
     pub fn thaw(&mut self, frozen: &Frozen, setting: &Setting) -> Result<(), ThawError> {
         let mut nodes = frozen.at_rest.written();
-        let moving = frozen.layers.at_work();
-        let begun: BTreeSet<String> = moving.difference(&frozen.moving).cloned().collect();
+        let mut moving = frozen.layers.at_work_below(&frozen.devices);
         let thawed = frozen.session.thaw();
         if thawed.is_err() || setting.abort.load(Ordering::SeqCst) {
             // It was not frozen all the time, so it may have been any writer.
@@ -297,6 +299,9 @@ impl Freezer {
                 vec!["something that is not known".into()]
             }
         };
+        // What has begun may be on a device that was not there before.
+        moving.extend(self.cache.layers().at_work_below(&frozen.devices));
+        let begun: BTreeSet<String> = moving.difference(&frozen.moving).cloned().collect();
         for node in &nodes {
             setting.log.warning(format!(
                 "something was written to {node} while all that is known to be on it was frozen: by a \
@@ -418,8 +423,9 @@ pub struct Frozen {
     then: Scene,
     /// Disks that should not be written to meanwhile.
     at_rest: AtRest,
-    /// What may move data from disk to disk below it, and what did so before.
-    layers: Layers,
+    /// What may move data from disk to disk below it, the devices that it is on, and what did so before.
+    layers: Arc<Layers>,
+    devices: BTreeSet<DevId>,
     moving: BTreeSet<String>,
 }
 

@@ -87,6 +87,11 @@ pub const CASES: &[Case] = &[
         exfat_meanwhile,
     ),
     case(
+        "freeze/moves-since",
+        "LVM that begins to move extents before THAW is named in the log, and fails THAW when strict",
+        moves_since,
+    ),
+    case(
         "freeze/stacked-since",
         "a mapped disk that was changed to stand on a file is frozen before that file's file system",
         stacked_since,
@@ -248,6 +253,46 @@ fn mounted_while_frozen_no_loss(guest: &Guest) -> Result<()> {
         guest.sh("umount /mnt/b && umount /mnt/c")?;
         stop(guest, module, &daemon)?;
     }
+    Ok(())
+}
+
+fn moves_since(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe dm-mod; mkdir -p /mnt/v
+              dmsetup create vg-data --noudevsync --uuid LVM-data --table '0 65536 linear /dev/ram2 0'
+              [ -e /dev/mapper/vg-data ] || dmsetup mknodes
+              mkfs.ext4 -q -F /dev/mapper/vg-data && mount /dev/mapper/vg-data /mnt/v",
+    )?;
+    let vss = guest.vss();
+    for (line, expected) in [
+        ("strict = false", status::OK),
+        ("strict = true", status::FAIL),
+    ] {
+        load(guest, guest.module(), &[])?;
+        let daemon = guest.start_daemon_with(line)?;
+        wait_for_daemon(guest)?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        // As LVM does it: the volume is put onto one that copies. That has no need of the frozen root, as
+        // long as all that runs is in memory.
+        guest.sh(
+            "dmsetup create vg-pvmove0 --noudevsync --uuid LVM-move \\
+                  --table '0 32768 linear /dev/ram2 0
+32768 32768 linear /dev/ram3 0' >/dev/null
+              dmsetup suspend --nolockfs --noudevsync vg-data
+              dmsetup reload vg-data --table \"0 65536 linear $(dmsetup info -c --noheadings -o major,minor \\
+                  --separator : vg-pvmove0) 0\"
+              dmsetup resume --noudevsync vg-data",
+        )?;
+        answered(line, &vss.thaw(STEP)?, expected)?;
+        guest.wait_until("the log names it", STEP, || {
+            Ok(guest.output(&daemon)?.contains("(pvmove) copies from disk"))
+        })?;
+        guest.sh("dmsetup suspend --noudevsync vg-data
+              dmsetup reload vg-data --table '0 65536 linear /dev/ram2 0'
+              dmsetup resume --noudevsync vg-data && dmsetup remove --noudevsync vg-pvmove0")?;
+        stop(guest, guest.module(), &daemon)?;
+    }
+    guest.sh("umount /mnt/v && dmsetup remove --noudevsync vg-data")?;
     Ok(())
 }
 
