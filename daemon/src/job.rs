@@ -47,6 +47,8 @@ const CLEAN_PAGES: u64 = 16;
 const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long at least those that are frozen wait for one that is not yet.
 const LAG: Duration = Duration::from_millis(30);
+/// How long whoever freezes may take to say whether something has come: a moment, as a rule.
+const ASIDE: Duration = Duration::from_secs(1);
 /// How often it is begun anew because a file system came meanwhile.
 const ATTEMPTS: usize = 3;
 /// Enough for the look-ups; everything large is on the heap.
@@ -321,6 +323,12 @@ impl Freezer {
         }
     }
 
+    /// Whether something has come that is not frozen, as far as the kernel tells.
+    fn has_news(&mut self, frozen: &Frozen) -> bool {
+        self.cache.rewind();
+        !self.cache.is_all_there(&frozen.then)
+    }
+
     /// Whether so much is dirty that writing it back beforehand makes the freeze shorter. With little,
     /// the freeze writes it as fast, and the sync would only delay it.
     fn is_worth_a_sync(&self) -> bool {
@@ -542,6 +550,8 @@ enum Word {
     GoOn,
     /// The host has its answer: [`Frozen::settle`].
     Settle,
+    /// Whether something has come that is not frozen is to be said there.
+    HasNews(Sender<bool>),
     Thaw,
 }
 
@@ -649,7 +659,7 @@ impl Backup {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
             Ok(frozen) => {
                 (self.tell)(Outcome::Frozen(Ok(frozen.begun())));
-                self.wait(&frozen);
+                self.wait(&frozen, freezer);
                 let result = freezer.thaw(&frozen, &self.setting);
                 (self.tell)(Outcome::Thawed(result, frozen.session.account()));
                 frozen.tidy();
@@ -693,7 +703,7 @@ impl Backup {
     }
 
     /// Waits for the word to thaw.
-    fn wait(&self, frozen: &Frozen) {
+    fn wait(&self, frozen: &Frozen, freezer: &mut Freezer) {
         let every = self.setting.door.watched_every();
         // At the deadline the guard thaws, and that must be that.
         let until = frozen.session.armed_at() + self.setting.config.deadline;
@@ -708,6 +718,8 @@ impl Backup {
             };
             match word {
                 Ok(Word::Settle) => frozen.settle(),
+                // Who asked may have gone on without it.
+                Ok(Word::HasNews(tell)) => drop(tell.send(freezer.has_news(frozen))),
                 // Nobody says that twice.
                 Ok(Word::GoOn) => {}
                 // The loss of whoever could say it means the same as the word to thaw.
@@ -755,15 +767,24 @@ impl Job {
         let _ = self.speaker.send(word);
     }
 
-    /// Whether it freezes all that a backup of these disks asks for; none are all that there are.
+    /// Whether it has all frozen, now that it is in force, that a backup of these disks asks for; none are
+    /// all that there are.
     pub fn covers(&self, disks: &[String]) -> bool {
         let Setting {
             config, disks: its, ..
         } = &self.setting;
         let mut disks = disks.iter();
-        !config.listed_disks_only
+        let covers = !config.listed_disks_only
             || its.is_empty()
-            || (disks.len() > 0 && disks.all(|disk| its.contains(disk)))
+            || (disks.len() > 0 && disks.all(|disk| its.contains(disk)));
+        covers && !self.has_news()
+    }
+
+    /// Whether something has come that is not frozen. Where nobody says so in time, THAW will.
+    fn has_news(&self) -> bool {
+        let (tell, told) = channel();
+        self.say(Word::HasNews(tell));
+        told.recv_timeout(ASIDE).unwrap_or(false)
     }
 
     /// What it is at.

@@ -87,6 +87,11 @@ pub const CASES: &[Case] = &[
         exfat_meanwhile,
     ),
     case(
+        "freeze/mounted-before-another-freeze",
+        "a file system that is mounted while the rest is frozen stands still after another FREEZE",
+        mounted_before_another_freeze,
+    ),
+    case(
         "freeze/moves-since",
         "LVM that begins to move extents before THAW is named in the log, and fails THAW when strict",
         moves_since,
@@ -254,6 +259,18 @@ fn mounted_while_frozen_no_loss(guest: &Guest) -> Result<()> {
         stop(guest, module, &daemon)?;
     }
     Ok(())
+}
+
+fn mounted_before_another_freeze(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/b && mkfs.ext4 -q -F /dev/ram2")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
+    guest.sh("busybox mount -t ext4 -n /dev/ram2 /mnt/b")?;
+    guest.writer_start("/mnt/b/w")?;
+    equal("the second", &observe(guest)?, &good(&["/mnt/b/w"]))?;
+    guest.writers_stop()?;
+    guest.sh("umount /mnt/b")?;
+    stop(guest, guest.module(), &daemon)
 }
 
 fn moves_since(guest: &Guest) -> Result<()> {
