@@ -19,10 +19,11 @@ use crate::config::Config;
 use crate::ground::Watched;
 use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
+use crate::moving::Layers;
 use crate::open::{open_within, OpenError};
 use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope};
-use crate::superblocks::{long_operations, waits_for_scrub, Listed};
-use crate::watch::{Before, Kernel, Marks, ReadOnly, Signals};
+use crate::superblocks::{long_operations, waits_for_scrub};
+use crate::watch::{Before, Come, Kernel, Marks, ReadOnly, Scene, Signals};
 
 /// How often the machine is looked at anew when it changed between reading and opening. What was
 /// opened stays open, so only what comes and goes all the time can use them up.
@@ -102,14 +103,16 @@ pub struct Gathered {
     pub not_only_listed: Option<String>,
     /// The devices of the backup's disks that nothing should be written to once all is frozen.
     pub at_rest: Vec<Watched>,
-    /// What superblocks there were before it was planned; `None` if nobody tells.
-    pub alive: Option<Listed>,
+    /// What there was when it was planned.
+    pub then: Scene,
+    /// What may move data from disk to disk below it.
+    pub layers: Arc<Layers>,
 }
 
 /// What a backup would freeze now, and what it would not: the plan, after a try to open each.
 pub fn survey(config: &Config) -> Result<Plan, GatherError> {
-    let (plan, ..) = Cache::default().open(config, &[])?;
-    Ok(plan)
+    let opened = Cache::default().open(config, &[])?;
+    Ok(opened.plan)
 }
 
 /// A plan, and what would show that it no longer holds.
@@ -122,6 +125,8 @@ pub struct Cache<S: Signals = Kernel> {
     read_only: ReadOnly<S>,
     /// The superblocks that there were before it was made, as far as anybody tells.
     alive: Option<S::Alive>,
+    /// What may move data from disk to disk below all that is in it.
+    layers: Arc<Layers>,
     /// The rules that were reported for matching nothing.
     idle: BTreeSet<String>,
 }
@@ -135,6 +140,7 @@ impl<S: Signals> Cache<S> {
             marks: None,
             read_only: ReadOnly::default(),
             alive: None,
+            layers: Arc::default(),
             idle: BTreeSet::new(),
         }
     }
@@ -156,6 +162,9 @@ impl<S: Signals> Cache<S> {
         };
         let machine = self.signals.look()?;
         self.plan = plan(&machine.mounts, &machine.topology, &|f| config.excludes(f));
+        let chosen = self.plan.waves.iter().flatten().chain(&self.plan.synced);
+        // What they stand on changes with a word that the marks hear.
+        self.layers = Arc::new(Layers::below(chosen.flat_map(|it| &it.devices)));
         self.read_only = ReadOnly::of(&mut self.signals, &machine.ways, &self.plan);
         let (signals, read_only) = (&mut self.signals, &self.read_only);
         let complete = |it: Before<S>| it.complete(signals, &machine, &self.plan, read_only);
@@ -222,10 +231,16 @@ impl Cache {
     /// Opens everything that is to be frozen, as planned before or anew, for a backup of the disks with
     /// these addresses.
     pub fn gather(&mut self, config: &Config, disks: &[String]) -> Result<Gathered, GatherError> {
-        let (plan, scope, mut open) = self.open(config, disks)?;
+        let Opening {
+            plan,
+            scope,
+            mut open,
+            ways,
+        } = self.open(config, disks)?;
         let mut gathered = Gathered {
             not_only_listed: why_not_only(disks, &scope).filter(|_| config.listed_disks_only),
-            alive: self.alive.clone(),
+            then: self.signals.then(self.alive.clone(), &ways, &plan),
+            layers: Arc::clone(&self.layers),
             at_rest: plan.at_rest(&scope),
             ..Gathered::default()
         };
@@ -275,26 +290,40 @@ impl Cache {
         Ok(gathered)
     }
 
-    /// What superblocks there are now; `None` if nobody tells.
-    pub fn alive_now(&mut self) -> Option<Listed> {
-        self.signals.alive().ok()
+    /// Whether nothing can be written to that could not be then: there is nothing new, and what was left out
+    /// for being read-only is not writable, as far as the kernel tells. No path is looked up. It is asked
+    /// once; before it is asked again, [`Cache::rewind`].
+    pub fn is_all_there(&mut self, then: &Scene) -> bool {
+        !self.signals.has_news(then) && self.read_only.writable_now(&mut self.signals).is_empty()
     }
 
-    /// Whether nothing can be written that could not be with these superblocks: there is no other, and
-    /// what was left out for being read-only is not writable, as far as the kernel tells. No path is looked
-    /// up.
-    pub fn is_all_there(&mut self, alive: Option<&Listed>) -> bool {
-        !self.signals.has_news(alive) && self.writable_now().is_empty()
+    /// Has [`Cache::is_all_there`] ready to be asked again. It is apart because that counts while writers
+    /// wait.
+    pub fn rewind(&mut self) {
+        // Where nobody tells, nobody is asked.
+        let _ = self.signals.alive();
     }
 
-    /// The names of what was left out for being read-only and is writable by now.
-    pub fn writable_now(&mut self) -> Vec<String> {
-        self.read_only.writable_now(&mut self.signals)
+    /// What has come since then and would be in a backup of these disks, or missing in it: it makes a plan
+    /// unless nothing has changed, as a backup would.
+    pub fn come_since(
+        &mut self,
+        then: &Scene,
+        config: &Config,
+        disks: &[String],
+    ) -> Result<Vec<Come>, LookError> {
+        self.plan(config)?;
+        Ok(then.known.come_since(&self.plan_of(config, disks).0))
+    }
+
+    /// What may move data from disk to disk below what is planned.
+    pub fn layers(&self) -> &Layers {
+        &self.layers
     }
 
     /// Opens what the plan for these disks says, and returns it without what could not be opened, with
     /// the reason.
-    fn open(&mut self, config: &Config, disks: &[String]) -> Result<Open, GatherError> {
+    fn open(&mut self, config: &Config, disks: &[String]) -> Result<Opening, GatherError> {
         let mut open = BTreeMap::new();
         let mut attempt = 1;
         loop {
@@ -302,13 +331,17 @@ impl Cache {
             let (mut plan, scope) = self.plan_of(config, disks);
             leave_out_busy(&mut plan);
             let (plan, has_changed) = open_all(config.give_up, &ways, plan, &mut open)?;
-            if !has_changed {
-                return Ok((plan, scope, open));
+            if has_changed {
+                // What a path leads to is not always told: a mount that was moved is in its table as before.
+                self.marks = None;
             }
-            // What a path leads to is not always told: a mount that was moved is in its table as before.
-            self.marks = None;
-            if attempt == ATTEMPTS {
-                return Ok((plan, scope, open));
+            if !has_changed || attempt == ATTEMPTS {
+                return Ok(Opening {
+                    plan,
+                    scope,
+                    open,
+                    ways,
+                });
             }
             attempt += 1;
         }
@@ -329,8 +362,16 @@ fn leave_out_busy(plan: &mut Plan) {
     });
 }
 
-/// A plan, the disks that it is for, and the descriptors of what is in it.
-type Open = (Plan, Scope, BTreeMap<DevId, OwnedFd>);
+/// A plan and all that it needs.
+struct Opening {
+    plan: Plan,
+    /// The disks that it is for.
+    scope: Scope,
+    /// The descriptors of what is in it.
+    open: BTreeMap<DevId, OwnedFd>,
+    /// The way by which it was opened.
+    ways: Arc<Ways>,
+}
 
 /// Why a backup that is to be of its disks only is of all, if it is: whoever leaves out what might be in
 /// the backup makes a bad one.
@@ -431,6 +472,7 @@ mod tests {
 
     use crate::machine::Machine;
     use crate::mounts::parse;
+    use crate::plan::Place;
     use crate::topology::{Backing, Device, Topology, Unmounted};
 
     /// File systems are on disks 100:0 and up. Those below 3 are of a type that lists in sysfs what is
@@ -475,6 +517,8 @@ mod tests {
         last: u64,
         own_table_has_changed: bool,
         uevents: u64,
+        /// What happens as soon as the tables have been read.
+        meanwhile: Option<Step>,
         /// A disk whose file system has shut down.
         shut_down: Option<u32>,
     }
@@ -498,6 +542,12 @@ mod tests {
             disk: u32,
         },
         Remount {
+            space: usize,
+            nth: usize,
+            read_only: bool,
+        },
+        /// Between reading the tables and looking at what they show.
+        RemountMeanwhile {
             space: usize,
             nth: usize,
             read_only: bool,
@@ -596,6 +646,17 @@ mod tests {
                         it.read_only = read_only;
                     }
                     self.own_table_has_changed |= space == 0;
+                }
+                Step::RemountMeanwhile {
+                    space,
+                    nth,
+                    read_only,
+                } => {
+                    self.meanwhile = Some(Step::Remount {
+                        space,
+                        nth,
+                        read_only,
+                    });
                 }
                 Step::Move { space, nth } => {
                     let Some(id) = self.nth(space, nth) else {
@@ -712,6 +773,11 @@ mod tests {
                 mounts.extend(parse(table.as_bytes(), number)?);
             }
             let topology = model.topology();
+            drop(model);
+            let meanwhile = self.0.borrow_mut().meanwhile.take();
+            if let Some(step) = meanwhile {
+                self.0.borrow_mut().apply(&step);
+            }
             Ok(Machine {
                 ways,
                 mounts,
@@ -751,8 +817,7 @@ mod tests {
             Some(ways.clone())
         }
 
-        fn find(&mut self, ways: &Self::Ways, file_system: &FileSystem) -> Option<(u64, u64)> {
-            let place = file_system.places.first()?;
+        fn find(&mut self, ways: &Self::Ways, place: &Place, _: DevId) -> Option<(u64, u64)> {
             let space = match place.namespace {
                 0 => 0,
                 n => ways.get(n - 1)?.0,
@@ -780,6 +845,8 @@ mod tests {
             1 => disk.clone().prop_map(|disk| Step::Release { disk }),
             3 => (space.clone(), nth.clone(), any::<bool>())
                 .prop_map(|(space, nth, read_only)| Step::Remount { space, nth, read_only }),
+            2 => (space.clone(), nth.clone(), any::<bool>())
+                .prop_map(|(space, nth, read_only)| Step::RemountMeanwhile { space, nth, read_only }),
             1 => (space.clone(), nth).prop_map(|(space, nth)| Step::Move { space, nth }),
             1 => Just(Step::NewSpace),
             1 => space.prop_map(|space| Step::EndSpace { space }),
@@ -834,6 +901,10 @@ mod tests {
                 Step::Prepare => drop(cache.prepare(&config).unwrap()),
                 Step::Backup => {
                     cache.plan(&config).unwrap();
+                    // It is begun anew for those.
+                    while !cache.read_only.writable_now(&mut cache.signals).is_empty() {
+                        cache.plan(&config).unwrap();
+                    }
                     let machine = model.clone().look().unwrap();
                     let anew = plan(&machine.mounts, &machine.topology, &|_| None);
                     check(&model.0.borrow(), &wave_of(&cache.plan), &wave_of(&anew))?;
@@ -841,6 +912,7 @@ mod tests {
                 _ => {}
             }
         }
+        model.0.borrow_mut().meanwhile = None;
         // And a plan that still holds is used, or the whole room would be for nothing.
         cache.plan(&config).unwrap();
         let marks = cache.marks.take().unwrap();
@@ -868,6 +940,21 @@ mod tests {
             Step::Backup,
         ];
         walk(&steps).unwrap();
+    }
+
+    #[test]
+    fn what_becomes_writable_while_the_machine_is_looked_at_is_in_the_backup() {
+        let read_only = Step::Mount {
+            space: 0,
+            disk: 5,
+            read_only: true,
+        };
+        let meanwhile = Step::RemountMeanwhile {
+            space: 0,
+            nth: 1,
+            read_only: false,
+        };
+        walk(&[mount(4), read_only, meanwhile, Step::Backup]).unwrap();
     }
 
     #[test]

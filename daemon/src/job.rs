@@ -38,9 +38,10 @@ use crate::plan::Reason;
 use crate::pool::Pool;
 use crate::process;
 use crate::progress::{Progress, Stage};
-use crate::superblocks::{self, Listed};
+use crate::superblocks;
 use crate::sys;
 use crate::topology;
+use crate::watch::Scene;
 use crate::writes::{self, AtRest, Writes};
 
 /// Dirty pages on the whole machine (64 KiB) up to which it counts as clean.
@@ -49,6 +50,8 @@ const CLEAN_PAGES: u64 = 16;
 const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long at least those that are frozen wait for one that is not yet.
 const LAG: Duration = Duration::from_millis(30);
+/// How long whoever freezes may take to say whether something has come: a moment, as a rule.
+const ASIDE: Duration = Duration::from_secs(1);
 /// How often it is begun anew because a file system came while others were being frozen.
 const ATTEMPTS: usize = 3;
 /// Enough for the look-ups; everything large is on the heap.
@@ -215,11 +218,13 @@ impl Freezer {
             missing,
             disks,
             not_only_listed,
-            alive,
+            then,
+            layers,
             at_rest,
         } = self.cache.gather(config, disks)?;
-        let layers = Layers::below(targets.iter().flat_map(|it| &it.devices));
-        let moving = layers.at_work();
+        let devices = targets.iter().flat_map(|it| it.devices.iter().copied());
+        let devices: BTreeSet<DevId> = devices.collect();
+        let moving = layers.at_work_below(&devices);
         if config.strict && !moving.is_empty() {
             let layers = moving.into_iter().collect();
             return Err(FreezeError::Moving { layers }.into());
@@ -280,14 +285,14 @@ impl Freezer {
         if may_sync && self.is_worth_a_sync() {
             // It may take long, and nothing is frozen yet.
             log.aloud(|| session.sync(&mut self.learnt));
-            let now = self.cache.alive_now();
-            if Listed::has_news(alive.as_ref(), now.as_ref()) {
+            if !self.cache.is_all_there(&then) {
                 return Ok(Tried::Synced);
             }
+            self.cache.rewind();
         }
         log.seal();
         let mut summary = session.freeze(&mut self.learnt)?;
-        if !self.cache.is_all_there(alive.as_ref()) {
+        if !self.cache.is_all_there(&then) {
             let thawed = session.thaw();
             session.disarm();
             return match thawed {
@@ -309,9 +314,10 @@ impl Freezer {
         Ok(Tried::Done(Frozen {
             session,
             summary,
-            alive,
+            then,
             at_rest,
             layers,
+            devices,
             moving,
             missing,
             warnings: warnings.all,
@@ -322,29 +328,33 @@ impl Freezer {
     /// Names what was mounted or made writable meanwhile: that is on a disk and was not frozen.
     pub fn thaw(&mut self, frozen: &mut Frozen, setting: &Setting) -> Result<(), ThawError> {
         let mut nodes = frozen.at_rest.written();
+        let begun_since = |layers: &Layers| layers.begun_below(&frozen.devices, &frozen.moving);
+        let mut begun = begun_since(&frozen.layers);
         let thawed = frozen.session.thaw();
-        // It may wait for a lock that is held as long as a disk is waited for.
-        let moving = frozen.layers.at_work();
-        let begun: BTreeSet<String> = moving.difference(&frozen.moving).cloned().collect();
         if thawed.is_err() || setting.abort.load(Ordering::SeqCst) {
             // It was not frozen all the time, so it may have been any writer.
             nodes.clear();
         }
         // Only now, since writers wait no longer: what has come in the last moment is named as well.
-        let mounted = match (&frozen.alive, self.cache.alive_now()) {
-            (Some(before), Some(now)) => now.since(before),
-            _ => Vec::new(),
-        };
-        let writable = self.cache.writable_now();
-        let mounted_words = mounted.iter().map(|it| format!("{it} was mounted"));
-        let writable_words = writable.iter().map(|it| format!("{it} was made writable"));
+        let Setting { config, disks, .. } = setting;
         let mut warnings = Warnings::new(&setting.log);
-        for words in mounted_words.chain(writable_words) {
-            warnings.add(format!(
-                "{words} while the rest was frozen, and was not frozen"
-            ));
-        }
-        let names: Vec<String> = mounted.into_iter().chain(writable).collect();
+        let names: Vec<String> = match self.cache.come_since(&frozen.then, config, disks) {
+            Ok(come) => {
+                for it in &come {
+                    warnings.add(format!(
+                        "{it} while the rest was frozen, and was not frozen"
+                    ));
+                }
+                come.into_iter().map(|it| it.name).collect()
+            }
+            Err(error) => {
+                let text = format!("what came while the rest was frozen is not known: {error}");
+                warnings.add(text);
+                vec!["something that is not known".into()]
+            }
+        };
+        // What has begun may be on a device that was not there before.
+        begun.extend(begun_since(&self.cache.layers()));
         for node in &nodes {
             warnings.add(format!(
                 "something was written to {node} while all that is known to be on it was frozen: by a \
@@ -363,6 +373,12 @@ impl Freezer {
                 thawed.and(Err(ThawError::Moving { layers }))
             }
         }
+    }
+
+    /// Whether something has come that is not frozen, as far as the kernel tells.
+    fn has_news(&mut self, frozen: &Frozen) -> bool {
+        self.cache.rewind();
+        !self.cache.is_all_there(&frozen.then)
     }
 
     /// Whether so much is dirty that writing it back beforehand makes the freeze shorter. With little,
@@ -489,12 +505,13 @@ pub struct Frozen {
     session: Session,
     /// How many ended how.
     summary: Summary,
-    /// What superblocks there were before.
-    alive: Option<Listed>,
+    /// What there was when it was planned.
+    then: Scene,
     /// Disks that should not be written to meanwhile.
     at_rest: AtRest,
-    /// What may move data from disk to disk below it, and what did so before.
-    layers: Layers,
+    /// What may move data from disk to disk below it, the devices that it is on, and what did so before.
+    layers: Arc<Layers>,
+    devices: BTreeSet<DevId>,
     moving: BTreeSet<String>,
     /// What is not among it by the plan.
     missing: Vec<Missing>,
@@ -638,6 +655,8 @@ enum Word {
     GoOn,
     /// The host has its answer: [`Frozen::settle`].
     Settle,
+    /// Whether something has come that is not frozen is to be said there.
+    HasNews(Sender<bool>),
     Thaw,
 }
 
@@ -771,7 +790,7 @@ impl Backup {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
             Ok(mut frozen) => {
                 (self.tell)(Outcome::Frozen(Ok(frozen.begun())));
-                self.wait(&frozen);
+                self.wait(&frozen, freezer);
                 let result = freezer.thaw(&mut frozen, &self.setting);
                 (self.tell)(Outcome::Thawed(result, frozen.account()));
                 frozen.tidy();
@@ -815,7 +834,7 @@ impl Backup {
     }
 
     /// Waits for the word to thaw.
-    fn wait(&self, frozen: &Frozen) {
+    fn wait(&self, frozen: &Frozen, freezer: &mut Freezer) {
         let every = self.setting.door.watched_every();
         // At the deadline the guard thaws, and that must be that.
         let until = frozen.session.armed_at() + self.setting.config.deadline;
@@ -830,6 +849,8 @@ impl Backup {
             };
             match word {
                 Ok(Word::Settle) => frozen.settle(),
+                // Who asked may have gone on without it.
+                Ok(Word::HasNews(tell)) => drop(tell.send(freezer.has_news(frozen))),
                 // Nobody says that twice.
                 Ok(Word::GoOn) => {}
                 // The loss of whoever could say it means the same as the word to thaw.
@@ -877,15 +898,24 @@ impl Job {
         let _ = self.speaker.send(word);
     }
 
-    /// Whether it freezes all that a backup of these disks asks for; none are all that there are.
+    /// Whether it has all frozen, now that it is in force, that a backup of these disks asks for; none are
+    /// all that there are.
     pub fn covers(&self, disks: &[String]) -> bool {
         let Setting {
             config, disks: its, ..
         } = &self.setting;
         let mut disks = disks.iter();
-        !config.listed_disks_only
+        let covers = !config.listed_disks_only
             || its.is_empty()
-            || (disks.len() > 0 && disks.all(|disk| its.contains(disk)))
+            || (disks.len() > 0 && disks.all(|disk| its.contains(disk)));
+        covers && !self.has_news()
+    }
+
+    /// Whether something has come that is not frozen. Where nobody says so in time, THAW will.
+    fn has_news(&self) -> bool {
+        let (tell, told) = channel();
+        self.say(Word::HasNews(tell));
+        told.recv_timeout(ASIDE).unwrap_or(false)
     }
 
     /// What it is at.

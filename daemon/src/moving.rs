@@ -9,14 +9,14 @@
 //! which it moves extents `pvmove` and a number. Of caches and RAID of the device mapper only an ioctl
 //! would tell; those are not looked at.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use crate::mounts::DevId;
 use crate::superblocks::folder_of;
-use crate::topology::{all_below, lowest_below};
+use crate::topology::{all_below, Device};
 
 /// The devices that may be at such a thing. What they say is open, so that no path has to be looked up
 /// to hear it again.
@@ -28,8 +28,10 @@ struct Layer {
     /// The kernel's name.
     name: String,
     sign: Sign,
-    /// bcache's cache does not count as what it stands on.
-    has_a_disk_unseen: bool,
+    /// Its cache does not count as what it stands on.
+    is_bcache: bool,
+    /// Of the devices that were asked for, those that stand on it, itself among them.
+    carries: BTreeSet<DevId>,
 }
 
 /// By what it is known that something goes on.
@@ -48,25 +50,65 @@ const BCACHE: &[&str] = &["dirty"];
 impl Layers {
     /// Those below these devices, themselves among them, as far as they stand on more than one disk.
     pub fn below<'a>(devices: impl IntoIterator<Item = &'a DevId>) -> Self {
-        let all = all_below(devices.into_iter().copied());
-        let layers = all.into_keys().filter_map(|dev| {
-            let layer = layer(&folder_of(dev)?)?;
-            (layer.has_a_disk_unseen || lowest_below(dev).len() > 1).then_some(layer)
+        let devices: BTreeSet<DevId> = devices.into_iter().copied().collect();
+        let all = all_below(devices.iter().copied());
+        let layers = all.keys().filter_map(|dev| {
+            let layer = layer(&folder_of(*dev)?)?;
+            let is_lowest = |it: &DevId| all.get(it).is_some_and(|it| it.below.is_empty());
+            let lowest = below(&all, *dev).into_iter().filter(is_lowest);
+            let stands_on_it = |it: &&DevId| below(&all, **it).contains(dev);
+            (layer.is_bcache || lowest.count() > 1).then(|| Layer {
+                carries: devices.iter().filter(stands_on_it).copied().collect(),
+                ..layer
+            })
         });
         Layers(layers.collect())
     }
 
     /// Those that are at it now, and at what.
     pub fn at_work(&self) -> BTreeSet<String> {
-        let words = self.0.iter().filter_map(|layer| {
-            let what = match &layer.sign {
-                Sign::Presence(what) => (*what).to_owned(),
-                Sign::Word(file, words) => word(file).filter(|it| words.contains(&it.as_str()))?,
-            };
-            Some(format!("{} ({what})", layer.name))
-        });
-        words.collect()
+        at_work(self.0.iter())
     }
+
+    /// Those of them below one of these devices, which are of those that were asked for.
+    pub fn at_work_below(&self, devices: &BTreeSet<DevId>) -> BTreeSet<String> {
+        at_work(self.0.iter().filter(|it| !it.carries.is_disjoint(devices)))
+    }
+
+    /// Those of them that have begun since `before` was all. It never waits, though writers do: bcache,
+    /// which answers under a lock that it keeps while it waits for disks, is not asked. It begins only with a
+    /// write from above, and all there is frozen.
+    pub fn begun_below(
+        &self,
+        devices: &BTreeSet<DevId>,
+        before: &BTreeSet<String>,
+    ) -> BTreeSet<String> {
+        let below = self.0.iter().filter(|it| !it.carries.is_disjoint(devices));
+        let now = at_work(below.filter(|it| !it.is_bcache));
+        now.difference(before).cloned().collect()
+    }
+}
+
+fn at_work<'a>(layers: impl Iterator<Item = &'a Layer>) -> BTreeSet<String> {
+    let words = layers.filter_map(|layer| {
+        let what = match &layer.sign {
+            Sign::Presence(what) => (*what).to_owned(),
+            Sign::Word(file, words) => word(file).filter(|it| words.contains(&it.as_str()))?,
+        };
+        Some(format!("{} ({what})", layer.name))
+    });
+    words.collect()
+}
+
+/// This device and all below it, of these.
+fn below(all: &BTreeMap<DevId, Device>, dev: DevId) -> BTreeSet<DevId> {
+    let (mut found, mut todo) = (BTreeSet::new(), vec![dev]);
+    while let Some(next) = todo.pop() {
+        if found.insert(next) {
+            todo.extend(all.get(&next).into_iter().flat_map(|it| &it.below));
+        }
+    }
+    found
 }
 
 /// The device with this folder, if it is of a kind that copies by itself.
@@ -92,7 +134,8 @@ fn layer(folder: &Path) -> Option<Layer> {
     };
     Some(Layer {
         sign: md().or_else(bcache).or_else(lvm)?,
-        has_a_disk_unseen: is_bcache,
+        is_bcache,
+        carries: BTreeSet::new(),
         name: name.into(),
     })
 }
@@ -131,19 +174,30 @@ mod tests {
         let names = [
             "md0", "md1", "md2", "bcache0", "bcache1", "dm-0", "dm-1", "dm-2", "sda",
         ];
-        let layers = names.iter().filter_map(|it| layer(&root.join(it)));
+        let dev = |minor| DevId { major: 8, minor };
+        let layers = names.iter().filter_map(|it| {
+            let layer = layer(&root.join(it))?;
+            let carries = BTreeSet::from([dev(u32::from(it.starts_with("md")))]);
+            Some(Layer { carries, ..layer })
+        });
         let layers = Layers(layers.collect());
         let seen = |layers: &Layers| layers.at_work().into_iter().collect::<Vec<_>>();
         assert_eq!(
             seen(&layers),
             ["bcache0 (dirty)", "dm-0 (pvmove)", "md0 (resync)"]
         );
+        let of_some = layers.at_work_below(&BTreeSet::from([dev(1)]));
+        assert_eq!(of_some, BTreeSet::from(["md0 (resync)".to_owned()]));
         put("md1/md/sync_action", "recover");
         put("md0/md/sync_action", "idle");
         assert_eq!(
             seen(&layers),
             ["bcache0 (dirty)", "dm-0 (pvmove)", "md1 (recover)"]
         );
+        // Of those, what was at it before has not begun, and bcache is not asked.
+        let before = BTreeSet::from(["dm-0 (pvmove)".to_owned()]);
+        let begun = layers.begun_below(&BTreeSet::from([dev(0), dev(1)]), &before);
+        assert_eq!(begun, BTreeSet::from(["md1 (recover)".to_owned()]));
         fs::remove_dir_all(&root).unwrap();
     }
 }

@@ -44,6 +44,11 @@ impl State {
     pub fn id(&self) -> u64 {
         self.info.mnt_ns_id
     }
+
+    /// The number of the mount that was added last, never used again.
+    pub fn newest(&self) -> u64 {
+        self.newest
+    }
 }
 
 impl Namespaces {

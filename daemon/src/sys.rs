@@ -330,28 +330,56 @@ const SYS_LISTMOUNT: libc::c_long = 458;
 ///
 /// Fails with `ENOSYS` before Linux 6.8, with `EINVAL` before 6.12.
 pub fn newest_mount(mnt_ns_id: u64) -> io::Result<u64> {
-    const LSMT_ROOT: u64 = u64::MAX;
     const LISTMOUNT_REVERSE: libc::c_uint = 1;
+    let mut newest = [0];
+    list_mounts(mnt_ns_id, 0, &mut newest, LISTMOUNT_REVERSE)?;
+    Ok(newest[0])
+}
+
+/// The numbers of those mounts in the namespace with number `mnt_ns_id` that were added after the one with
+/// number `after`, oldest first; 0 stands for none at all, as in [`newest_mount`]. Fails as that does.
+pub fn mounts_after(mnt_ns_id: u64, mut after: u64) -> io::Result<Vec<u64>> {
+    let mut found = Vec::new();
+    let mut chunk = [0; 64];
+    loop {
+        let listed = list_mounts(mnt_ns_id, after, &mut chunk, 0)?;
+        let listed = chunk.get(..listed).unwrap_or_default();
+        let Some(last) = listed.last() else {
+            return Ok(found);
+        };
+        found.extend_from_slice(listed);
+        after = *last;
+    }
+}
+
+/// Lists mounts into `into`, from the one after `after` on, and says how many.
+fn list_mounts(
+    mnt_ns_id: u64,
+    after: u64,
+    into: &mut [u64],
+    flags: libc::c_uint,
+) -> io::Result<usize> {
+    const LSMT_ROOT: u64 = u64::MAX;
     let request = MntIdReq {
         size: size_of::<MntIdReq>() as u32,
         mnt_ns_fd: 0,
         mnt_id: LSMT_ROOT,
-        param: 0,
+        param: after,
         mnt_ns_id,
     };
-    let mut newest = 0u64;
-    // SAFETY: the kernel reads the request, whose size is in it, and writes at most one `u64`.
+    // SAFETY: the kernel reads the request, whose size is in it, and writes at most so many `u64` as it is
+    // told that `into` has; no other reference to them is used meanwhile.
     let ret = unsafe {
         libc::syscall(
             SYS_LISTMOUNT,
             &request,
-            &mut newest,
-            1usize,
-            LISTMOUNT_REVERSE,
+            into.as_mut_ptr(),
+            into.len(),
+            flags,
         )
     };
     Errno::result(ret)?;
-    Ok(newest)
+    Ok(usize::try_from(ret).unwrap_or(0))
 }
 
 /// The superblock behind a mount, as [`superblock_of`] found it.

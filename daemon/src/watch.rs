@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! Whether the machine still looks as it did when a plan was made, so that the plan can be used
-//! again without reading all tables anew.
+//! again without reading all tables anew, and whether something has come since that was made.
 //!
 //! The kernel is asked for what any change leaves behind: the own mount table knows whether it was
 //! changed since it was last asked, the other namespaces are told by their newest mount and their
@@ -11,6 +11,8 @@
 //! nothing is held that would keep a namespace or a mount from vanishing. Kernels before 6.12 do not
 //! tell all of this: there a plan is never used twice.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,7 +27,7 @@ use nix::sys::stat::Mode;
 use crate::machine::{self, LookError, Machine, Ways};
 use crate::mounts::{self, DevId};
 use crate::namespaces::{self, Namespaces, State};
-use crate::plan::{FileSystem, LeftOut, Plan, Reason};
+use crate::plan::{FileSystem, LeftOut, Place, Plan, Reason};
 use crate::superblocks::{self, Listed, Lists};
 use crate::sys;
 use crate::topology;
@@ -55,8 +57,9 @@ pub trait Signals {
     fn ways(&mut self) -> io::Result<Self::Ways>;
     /// The states of the other namespaces when this way was found; `None` where nobody tells.
     fn states(ways: &Self::Ways) -> Option<Self::States>;
-    /// Where a file system can be looked at, which is read-only now.
-    fn find(&mut self, ways: &Self::Ways, file_system: &FileSystem) -> Option<Self::At>;
+    /// Where the file system with this number can be looked at, if this place shows it. Nothing is looked up
+    /// that may hang.
+    fn find(&mut self, ways: &Self::Ways, place: &Place, dev: DevId) -> Option<Self::At>;
     /// Whether what is mounted there is read-only; `None` when it is mounted there no longer.
     fn is_read_only(&mut self, at: &Self::At) -> Option<bool>;
 }
@@ -167,7 +170,14 @@ impl<S: Signals> ReadOnly<S> {
         let left_out = plan.left_out.iter();
         let left_out = left_out.filter(|it| it.reason == Reason::ReadOnly);
         let found = left_out.filter_map(|LeftOut { file_system, .. }| {
-            let at = signals.find(ways, file_system)?;
+            // A walk through what may hang, or to what lies over it, is not worth it.
+            let places = file_system.places.iter();
+            let mut places = places.filter(|p| p.walkable && !p.hidden);
+            let at = places.find_map(|place| {
+                let at = signals.find(ways, place, file_system.dev)?;
+                // It may be writable by now, and then that has to be heard of.
+                signals.is_read_only(&at).map(|_| at)
+            })?;
             Some((file_system.dev, file_system.to_string(), at))
         });
         ReadOnly(found.collect())
@@ -189,6 +199,97 @@ impl<S: Signals> ReadOnly<S> {
         let writable = all.filter(|(_, _, at)| signals.is_read_only(at) == Some(false));
         writable.map(|(_, name, _)| name.clone()).collect()
     }
+}
+
+/// The superblocks that are alive, as far as sysfs lists them, and the newest mount of the own namespace
+/// where the kernel tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Alive {
+    listed: Listed,
+    newest: Option<u64>,
+}
+
+/// What a plan knows of, by the numbers of superblocks and of the devices that they are on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Known {
+    /// What is frozen, synced, or left out for a reason that stays.
+    devices: BTreeSet<DevId>,
+    /// What is left out for being read-only.
+    read_only: BTreeSet<DevId>,
+}
+
+impl Known {
+    /// What this plan knows.
+    pub fn of(plan: &Plan) -> Self {
+        let numbers = |it: &FileSystem| [&[it.dev], it.devices.as_slice()].concat();
+        let left_out = plan.left_out.iter();
+        let (read_only, others): (Vec<_>, Vec<_>) =
+            left_out.partition(|it| it.reason == Reason::ReadOnly);
+        let others = others.into_iter().map(|it| &it.file_system);
+        let devices = plan
+            .waves
+            .iter()
+            .flatten()
+            .chain(&plan.synced)
+            .chain(others);
+        Known {
+            devices: devices.flat_map(numbers).collect(),
+            read_only: (read_only.iter())
+                .flat_map(|it| numbers(&it.file_system))
+                .collect(),
+        }
+    }
+
+    /// What a later plan has on its disks and this one did not have, with what has become of it.
+    pub fn come_since(&self, later: &Plan) -> Vec<Come> {
+        let left_out = later.left_out.iter();
+        let losses = left_out.filter(|it| it.reason.is_a_loss());
+        let all = later.waves.iter().flatten().chain(&later.synced);
+        let all = all.chain(losses.map(|it| &it.file_system));
+        let come = |it: &FileSystem| {
+            let is_in = |known: &BTreeSet<DevId>| {
+                known.contains(&it.dev) || it.devices.iter().any(|dev| known.contains(dev))
+            };
+            let was_read_only = is_in(&self.read_only);
+            // That of one without a mount shows only when it is reached, and nobody changes it.
+            let is_as_before = was_read_only && it.places.is_empty();
+            (!is_in(&self.devices) && !is_as_before).then(|| Come {
+                name: it.to_string(),
+                was_read_only,
+            })
+        };
+        all.filter_map(come).collect()
+    }
+}
+
+/// A file system that has come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Come {
+    /// For people.
+    pub name: String,
+    /// Whether it was there and read-only.
+    pub was_read_only: bool,
+}
+
+impl fmt::Display for Come {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = match self.was_read_only {
+            true => "made writable",
+            false => "mounted",
+        };
+        write!(f, "{} was {what}", self.name)
+    }
+}
+
+/// What there was when a plan was made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Scene {
+    /// The superblocks that are listed; `None` if nobody tells.
+    listed: Option<Listed>,
+    /// By the number of each mount namespace its newest mount; `None` on kernels that do not tell.
+    newest: Option<BTreeMap<u64, u64>>,
+    /// What the plan knows of.
+    pub known: Known,
 }
 
 /// The kernel's own signals. What cannot be opened tells nothing, and then no plan is kept.
@@ -231,12 +332,78 @@ impl Default for Kernel {
 }
 
 impl Kernel {
-    /// Whether there may be a superblock that was not there then, as far as anybody tells. Nothing is looked
-    /// up for it, so that it can be asked once after each [`Signals::alive`] while all is frozen.
-    pub fn has_news(&self, then: Option<&Listed>) -> bool {
-        let now = self.lists.as_ref().map(|it| it.read().ok().flatten());
-        now.is_some_and(|now| Listed::has_news(then, now.as_ref()))
+    /// What to tell from, later, what has come since `alive` and `ways` were found, in this order, and the
+    /// plan was made.
+    pub fn then(&self, alive: Option<Alive>, ways: &Ways, plan: &Plan) -> Scene {
+        let newest = || {
+            let others = ways.namespaces.states()?.iter();
+            let own = (self.number?, alive.as_ref()?.newest?);
+            Some(others.map(|it| (it.id(), it.newest())).chain([own]))
+        };
+        Scene {
+            newest: newest().map(Iterator::collect),
+            listed: alive.map(|it| it.listed),
+            known: Known::of(plan),
+        }
     }
+
+    /// Whether something may have come that was not there then, as far as anybody tells: a superblock of a
+    /// type that is listed in sysfs, or a mount of one of another type that can be written to. No path is
+    /// looked up for it, so that it can be asked once after each [`Signals::alive`] while all is frozen.
+    pub fn has_news(&self, then: &Scene) -> bool {
+        let now = self.lists.as_ref().map(|it| it.read().ok().flatten());
+        now.is_some_and(|now| Listed::has_news(then.listed.as_ref(), now.as_ref()))
+            || self.has_new_mounts(then).unwrap_or(false)
+    }
+
+    /// Types that have no block device of their own are listed in sysfs, but for one that nothing can hold.
+    fn has_new_mounts(&self, then: &Scene) -> io::Result<bool> {
+        let is_news = |dev: DevId, read_only: bool| {
+            dev.major != 0 && !read_only && !then.known.devices.contains(&dev)
+        };
+        let (Some(newest), Some(number)) = (&then.newest, self.number) else {
+            // Nobody tells of the other namespaces.
+            let text = whole(told(self.table.as_ref())?)?;
+            let mounts = mounts::parse(&text, 0).map_err(io::Error::other)?;
+            return Ok(mounts.iter().any(|it| is_news(it.dev, !it.writable)));
+        };
+        let namespaces = Namespaces::find_beside(told(self.own.as_ref())?)?;
+        let others = namespaces.states().unwrap_or_default().iter();
+        let now = others.map(|it| (it.id(), it.newest()));
+        for (id, now) in now.chain([(number, sys::newest_mount(number)?)]) {
+            // Numbers only grow, and of a namespace that is new all mounts are.
+            let then = newest.get(&id).copied().unwrap_or(0);
+            if now <= then {
+                continue;
+            }
+            // One that is gone again is no news.
+            let mut new = sys::mounts_after(id, then).unwrap_or_default().into_iter();
+            if new
+                .any(|it| sys::superblock_of(id, it).is_ok_and(|it| is_news(it.dev, it.read_only)))
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// The whole text of a file of procfs.
+fn whole(file: &File) -> io::Result<Vec<u8>> {
+    let mut text = vec![0; 1 << 16];
+    let mut length = 0;
+    loop {
+        if length == text.len() {
+            text.resize(length * 2, 0);
+        }
+        let room = text.get_mut(length..).unwrap_or_default();
+        match file.read_at(room, length as u64)? {
+            0 => break,
+            count => length += count,
+        }
+    }
+    text.truncate(length);
+    Ok(text)
 }
 
 /// What there is no way to tell.
@@ -247,7 +414,7 @@ fn told<T>(it: Option<&T>) -> io::Result<&T> {
 impl Signals for Kernel {
     type Ways = Ways;
     type States = Vec<State>;
-    type Alive = Listed;
+    type Alive = Alive;
     type At = MountAt;
 
     fn look(&mut self) -> Result<Machine, LookError> {
@@ -267,7 +434,7 @@ impl Signals for Kernel {
         number_in(told(self.uevents.as_ref())?)
     }
 
-    fn alive(&mut self) -> io::Result<Listed> {
+    fn alive(&mut self) -> io::Result<Alive> {
         let lists = told(self.lists.as_ref())?;
         let listed = lists.rewind().and_then(|()| lists.read())?;
         let listed = match listed {
@@ -279,7 +446,8 @@ impl Signals for Kernel {
             }
         };
         told(self.lists.as_ref())?.rewind()?;
-        Ok(listed)
+        let newest = self.number.and_then(|own| sys::newest_mount(own).ok());
+        Ok(Alive { listed, newest })
     }
 
     fn slaves(&mut self, dev: DevId) -> Vec<DevId> {
@@ -297,28 +465,22 @@ impl Signals for Kernel {
         ways.namespaces.states().map(<[State]>::to_vec)
     }
 
-    fn find(&mut self, ways: &Ways, file_system: &FileSystem) -> Option<MountAt> {
+    fn find(&mut self, ways: &Ways, place: &Place, dev: DevId) -> Option<MountAt> {
         let states = ways.namespaces.states()?;
-        // A walk through what may hang, or to what lies over it, is not worth it.
-        let places = file_system.places.iter();
-        let mut places = places.filter(|p| p.walkable && !p.hidden);
-        places.find_map(|place| {
-            let namespace = match place.namespace {
-                0 => self.number?,
-                n => states.get(n - 1)?.id(),
-            };
-            let look = || {
-                let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
-                let fd = open(&place.path, flags, Mode::empty())?;
-                sys::unique_mount_id(fd.as_fd())
-            };
-            let mount = ways.namespaces.within(place.namespace, look).ok()?.ok()?;
-            let at = MountAt {
-                namespace,
-                mount,
-                dev: file_system.dev,
-            };
-            (self.is_read_only(&at) == Some(true)).then_some(at)
+        let namespace = match place.namespace {
+            0 => self.number?,
+            n => states.get(n - 1)?.id(),
+        };
+        let look = || {
+            let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+            let fd = open(&place.path, flags, Mode::empty())?;
+            sys::unique_mount_id(fd.as_fd())
+        };
+        let mount = ways.namespaces.within(place.namespace, look).ok()?.ok()?;
+        Some(MountAt {
+            namespace,
+            mount,
+            dev,
         })
     }
 
@@ -336,4 +498,91 @@ fn number_in(file: &File) -> io::Result<u64> {
         .ok()
         .and_then(|text| text.trim().parse().ok())
         .ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::plan;
+    use crate::topology::{Topology, Unmounted};
+
+    const THEN: &str = "\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 0:40 / /btrfs rw - btrfs /dev/sdb rw
+3 1 8:3 / /ro ro - ext4 /dev/sda3 ro
+4 1 8:4 / /unwanted rw - ext4 /dev/sda4 rw
+5 1 0:41 / /run rw - tmpfs tmpfs rw
+6 1 8:6 / /ro-too ro - ext4 /dev/sda6 ro
+";
+
+    fn planned(table: &str, unmounted: &[u32]) -> Plan {
+        let dev = |minor| DevId { major: 8, minor };
+        let mut topology = Topology::default();
+        let btrfs = DevId {
+            major: 0,
+            minor: 40,
+        };
+        topology.members.insert(btrfs, vec![dev(16)]);
+        let unmounted = unmounted.iter().map(|minor| Unmounted {
+            fs_type: "ext4".into(),
+            name: format!("sd{minor}"),
+            devices: vec![dev(*minor)],
+        });
+        topology.unmounted = unmounted.collect();
+        let mounts = mounts::parse(table.as_bytes(), 0).unwrap();
+        let unwanted = |it: &FileSystem| {
+            let mut places = it.places.iter();
+            let found = places.any(|it| it.path.starts_with("/unwanted"));
+            found.then(|| "a rule".to_owned())
+        };
+        plan(&mounts, &topology, &unwanted)
+    }
+
+    fn come(later: &Plan) -> Vec<String> {
+        let known = Known::of(&planned(THEN, &[]));
+        let come = known.come_since(later).into_iter();
+        come.map(|it| it.to_string()).collect()
+    }
+
+    #[test]
+    fn only_what_would_be_in_a_backup_has_come() {
+        assert!(come(&planned(THEN, &[])).is_empty());
+        let new = "\
+10 1 8:10 / /vfat rw - vfat /dev/sda10 rw
+11 1 8:11 / /image rw - erofs /dev/sda11 ro
+12 1 8:12 / /unwanted/new rw - ext4 /dev/sda12 rw
+13 1 0:50 / /tank rw - zfs tank rw
+14 1 8:1 / /bind rw - ext4 /dev/sda1 rw
+15 1 0:51 / /tmp rw - tmpfs tmpfs rw
+16 1 8:13 / /down rw - ext4 /dev/sda13 rw,shutdown
+";
+        assert_eq!(
+            come(&planned(&format!("{THEN}{new}"), &[])),
+            [
+                "/vfat (vfat, 8:10) was mounted",
+                "/tank (zfs, 0:50) was mounted",
+                "/down (ext4, 8:13) was mounted",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_mounted_no_longer_has_not_come_unless_it_was_not_there() {
+        let rest = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n";
+        // The btrfs that was mounted before, and one that was read-only.
+        assert!(come(&planned(rest, &[16, 3])).is_empty());
+        assert_eq!(
+            come(&planned(rest, &[20])),
+            ["sd20 (ext4, 8:20, in use but mounted nowhere) was mounted"]
+        );
+    }
+
+    #[test]
+    fn what_was_read_only_has_been_made_writable() {
+        let later = THEN.replace("/ro ro - ext4 /dev/sda3 ro", "/ro rw - ext4 /dev/sda3 rw");
+        assert_eq!(
+            come(&planned(&later, &[])),
+            ["/ro (ext4, 8:3) was made writable"]
+        );
+    }
 }

@@ -69,7 +69,32 @@ pub const CASES: &[Case] = &[
     case(
         "freeze/mounted-while-frozen",
         "a file system that is mounted before THAW is named in the log, and fails THAW when strict",
-        mounted_while_frozen,
+        |guest| mounted_while_frozen(guest, "ext4"),
+    ),
+    case(
+        "freeze/mounted-while-frozen-exfat",
+        "the same for a type that is not listed in sysfs",
+        |guest| mounted_while_frozen(guest, "exfat"),
+    ),
+    case(
+        "freeze/mounted-while-frozen-no-loss",
+        "what is mounted read-only, or where the configuration leaves it out, fails no strict THAW",
+        mounted_while_frozen_no_loss,
+    ),
+    case(
+        "freeze/mounted-while-it-freezes-exfat",
+        "an exfat that is mounted while another is being frozen has it begun anew and is known then",
+        exfat_meanwhile,
+    ),
+    case(
+        "freeze/mounted-before-another-freeze",
+        "a file system that is mounted while the rest is frozen stands still after another FREEZE",
+        mounted_before_another_freeze,
+    ),
+    case(
+        "freeze/moves-since",
+        "LVM that begins to move extents before THAW is named in the log, and fails THAW when strict",
+        moves_since,
     ),
     case(
         "freeze/stacked-since",
@@ -191,8 +216,105 @@ fn unmounted_meanwhile(guest: &Guest, stage: Stage) -> Result<()> {
     stop(guest, Module::Ours, &daemon)
 }
 
-fn mounted_while_frozen(guest: &Guest) -> Result<()> {
+fn exfat_meanwhile(guest: &Guest) -> Result<()> {
+    make_hung(guest)?;
+    guest.sh("modprobe exfat; mkdir -p /mnt/b && mkfs.exfat /dev/ram2")?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    prepare(guest)?;
+    let freeze = hang_in(guest, &daemon, Stage::Freezing)?;
+    guest.sh("mount -t exfat /dev/ram2 /mnt/b")?;
+    guest.sh(UNHANG)?;
+    answered("FREEZE", &guest.vss().wait(freeze, STEP)?, status::OK)?;
+    answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+    guest.wait_until("the log ends", STEP, || {
+        Ok(guest.output(&daemon)?.contains("the backup is good"))
+    })?;
+    let said = guest.output(&daemon)?;
+    ensure!(said.contains("begun anew"), "{said}");
+    ensure!(!said.contains("was mounted while"), "{said}");
+    guest.sh("umount /mnt/b")?;
+    stop(guest, Module::Ours, &daemon)
+}
+
+fn mounted_while_frozen_no_loss(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "mkdir -p /mnt/b /mnt/c && mkfs.ext4 -q -F /dev/ram2 && mkfs.ext4 -q -F /dev/ram3
+              mount /dev/ram2 /mnt/b && umount /mnt/b",
+    )?;
+    let vss = guest.vss();
+    for module in [Module::Ours, Module::Stock] {
+        load(guest, module, &[])?;
+        let config = "strict = true\n[exclude]\npaths = ['/mnt/c']";
+        let daemon = guest.start_daemon_with(config)?;
+        wait_for_daemon(guest)?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        guest.sh("busybox mount -t ext4 -n -o ro /dev/ram2 /mnt/b
+                  busybox mount -t ext4 -n /dev/ram3 /mnt/c")?;
+        answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+        guest.sh("umount /mnt/b && umount /mnt/c")?;
+        stop(guest, module, &daemon)?;
+    }
+    Ok(())
+}
+
+fn mounted_before_another_freeze(guest: &Guest) -> Result<()> {
     guest.sh("mkdir -p /mnt/b && mkfs.ext4 -q -F /dev/ram2")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
+    guest.sh("busybox mount -t ext4 -n /dev/ram2 /mnt/b")?;
+    guest.writer_start("/mnt/b/w")?;
+    equal("the second", &observe(guest)?, &good(&["/mnt/b/w"]))?;
+    guest.writers_stop()?;
+    guest.sh("umount /mnt/b")?;
+    stop(guest, guest.module(), &daemon)
+}
+
+fn moves_since(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe dm-mod; mkdir -p /mnt/v
+              dmsetup create vg-data --noudevsync --uuid LVM-data --table '0 65536 linear /dev/ram2 0'
+              [ -e /dev/mapper/vg-data ] || dmsetup mknodes
+              mkfs.ext4 -q -F /dev/mapper/vg-data && mount /dev/mapper/vg-data /mnt/v",
+    )?;
+    let vss = guest.vss();
+    for (line, expected) in [
+        ("strict = false", status::OK),
+        ("strict = true", status::FAIL),
+    ] {
+        load(guest, guest.module(), &[])?;
+        let daemon = guest.start_daemon_with(line)?;
+        wait_for_daemon(guest)?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        // As LVM does it: the volume is put onto one that copies. That has no need of the frozen root, as
+        // long as all that runs is in memory.
+        guest.sh(
+            "dmsetup create vg-pvmove0 --noudevsync --uuid LVM-move \\
+                  --table '0 32768 linear /dev/ram2 0
+32768 32768 linear /dev/ram3 0' >/dev/null
+              dmsetup suspend --nolockfs --noudevsync vg-data
+              dmsetup reload vg-data --table \"0 65536 linear $(dmsetup info -c --noheadings -o major,minor \\
+                  --separator : vg-pvmove0) 0\"
+              dmsetup resume --noudevsync vg-data",
+        )?;
+        answered(line, &vss.thaw(STEP)?, expected)?;
+        guest.wait_until("the log names it", STEP, || {
+            Ok(guest.output(&daemon)?.contains("(pvmove) copies from disk"))
+        })?;
+        guest.sh("dmsetup suspend --noudevsync vg-data
+              dmsetup reload vg-data --table '0 65536 linear /dev/ram2 0'
+              dmsetup resume --noudevsync vg-data && dmsetup remove --noudevsync vg-pvmove0")?;
+        stop(guest, guest.module(), &daemon)?;
+    }
+    guest.sh("umount /mnt/v && dmsetup remove --noudevsync vg-data")?;
+    Ok(())
+}
+
+fn mounted_while_frozen(guest: &Guest, fs_type: &str) -> Result<()> {
+    // Mounted once, so that nothing has to be loaded while root is frozen.
+    guest.sh(&format!(
+        "mkdir -p /mnt/b && modprobe {fs_type}; wipefs -aq /dev/ram2; mkfs.{fs_type} /dev/ram2 </dev/null >/dev/null
+              mount -t {fs_type} /dev/ram2 /mnt/b && umount /mnt/b"
+    ))?;
     let vss = guest.vss();
     for module in [Module::Ours, Module::Stock] {
         for (line, expected) in [
@@ -203,10 +325,11 @@ fn mounted_while_frozen(guest: &Guest) -> Result<()> {
             let daemon = guest.start_daemon_with(line)?;
             wait_for_daemon(guest)?;
             answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
-            guest.sh("busybox mount -t ext4 -n /dev/ram2 /mnt/b")?;
+            guest.sh(&format!("busybox mount -t {fs_type} -n /dev/ram2 /mnt/b"))?;
             answered(line, &vss.thaw(STEP)?, expected)?;
             guest.wait_until("the log names it", STEP, || {
-                Ok(guest.output(&daemon)?.contains("ram2 was mounted while"))
+                let name = format!("/mnt/b ({fs_type}, 1:2) was mounted while");
+                Ok(guest.output(&daemon)?.contains(&name))
             })?;
             guest.sh("umount /mnt/b")?;
             stop(guest, module, &daemon)?;
