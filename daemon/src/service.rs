@@ -56,6 +56,8 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fr
 const PREPARED: Duration = Duration::from_secs(1);
 /// How often it is looked what a freeze is at.
 const LOOK: Duration = Duration::from_millis(500);
+/// How long a start waits for the log.
+const FIRST_LINES: Duration = Duration::from_millis(500);
 /// How long a stop waits for the last entry of the history. The next start adds what it does not see there.
 const LAST_ENTRY: Duration = Duration::from_secs(5);
 /// How often the log says so while nothing is frozen.
@@ -290,6 +292,8 @@ impl Service {
         service.hands.remember_what_is_left();
         service.adopt(device)?;
         service.hands.look_over();
+        // What it is at is in the log when it first answers.
+        service.hands.log.drain(FIRST_LINES);
         Ok(service)
     }
 

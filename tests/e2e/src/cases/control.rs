@@ -429,16 +429,22 @@ fn check(guest: &Guest) -> Result<()> {
     says(&text, &["listed_disks_only does nothing"])?;
     guest.sh("rm -rf /etc/hv_vss")?;
     asked(guest, "check", 0)?;
-    // The package for DKMS is installed, and there are no headers.
+    // The package for DKMS is installed: the module is there, or it is not, for want of headers.
     guest.sh(
-        "mkdir -p /usr/src/hv_vss-1/kmod/dkms && cd /usr/src/hv_vss-1/kmod/dkms
-         printf '#!/bin/sh\\necho \"not built for $2: no headers\"\\n' >build && chmod 755 build",
+        "mkdir -p /usr/src/hv_vss-1/kmod/dkms /run/without && cd /usr/src/hv_vss-1/kmod/dkms
+         printf '#!/bin/sh\\necho \"not built for $2: no headers\"\\n' >build
+         printf '#!/bin/sh\\nexit 1\\n' >/run/without/modinfo
+         chmod 755 build /run/without/modinfo",
     )?;
-    let text = asked(guest, "check", 7);
-    guest.sh("rm -rf /usr/src/hv_vss-1")?;
+    let with = asked(guest, "check", 7);
+    let without = guest.try_sh("PATH=/run/without:$PATH /payload/hv_vss_daemon check");
+    guest.sh("rm -rf /usr/src/hv_vss-1 /run/without")?;
+    says(&with?, &["hv_vss is built and hv_utils serves"])?;
+    let without = without?;
+    equal("how check without it ends", without.status, Some(7))?;
     let release = guest.sh("uname -r")?;
     let line = format!("not built for {}: no headers", release.trim());
-    says(&text?, &[&line])?;
+    says(&without.out, &[&line])?;
     stop(guest, Module::Stock, &daemon)?;
 
     let theirs = start(guest, Module::Stock, Daemon::Debian)?;
