@@ -354,7 +354,7 @@ impl Freezer {
             }
         };
         // What has begun may be on a device that was not there before.
-        begun.extend(begun_since(&self.cache.layers()));
+        begun.extend(begun_since(self.cache.layers()));
         for node in &nodes {
             warnings.add(format!(
                 "something was written to {node} while all that is known to be on it was frozen: by a \
