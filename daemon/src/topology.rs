@@ -543,7 +543,10 @@ mod tests {
         };
         let (one, other) = (superblock("one", "8:1"), superblock("other", "8:2"));
         let none: Vec<String> = Vec::new();
-        assert_eq!(found(&[one.clone()], &[]), (none.clone(), none.clone()));
+        assert_eq!(
+            found(std::slice::from_ref(&one), &[]),
+            (none.clone(), none.clone())
+        );
         let both = vec!["one".to_owned(), "other".into()];
         assert_eq!(
             found(&[one.clone(), other.clone()], &[]),
