@@ -263,7 +263,7 @@ fn balance_begins_in_the_sync(guest: &Guest) -> Result<()> {
     ))?;
     let tx = vss.send_freeze(&[])?;
     guest.wait_until("only the one that hangs is written back", STEP, || {
-        let said = guest.sh("/payload/hv_vss_daemon status")?;
+        let said = guest.try_sh("/payload/hv_vss_daemon status")?.out;
         Ok(said.contains("still at /mnt/hung") && !said.contains("/mnt/bad"))
     })?;
     let process = begin_balance(guest, &disk)?;

@@ -6,7 +6,7 @@
 use super::deadman::{released, RELEASED};
 use super::lifecycle::{end_override, take_over};
 use super::{case, logged_all, observe, start, stop, wait_for_daemon, Case};
-use anyhow::{ensure, Result};
+use anyhow::{bail, ensure, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
 use hyperv_sim::ic::status;
@@ -611,10 +611,11 @@ fn footprint(guest: &Guest) -> Result<()> {
             guards.trim()
         );
         equal("whether there is no guard", guards.trim().is_empty(), held)?;
-        ensure!(
-            !held || resident <= MOST_KIB,
-            "{resident} KiB are resident, {MOST_KIB} are allowed"
-        );
+        if held && resident > MOST_KIB {
+            let line = "awk '/^[0-9a-f]+-/ { name = $2 \" \" $6 } /^Rss/ { print $2, name }'";
+            let parts = guest.sh(&format!("{line} /proc/{}/smaps", daemon.pid))?;
+            bail!("{resident} KiB are resident, {MOST_KIB} are allowed:\n{parts}");
+        }
         stop(guest, module, &daemon)?;
     }
     Ok(())
