@@ -69,7 +69,6 @@ fn run(arguments: &Arguments) -> Result<()> {
         let machine = Machine {
             memory_mib: load.memory_mib,
             scsi_controllers: load.scsi_controllers(),
-            balloon: false,
             ..Machine::ONE_CPU
         };
         let guest = Guest::start(&images, machine, number as u32 + 1)?;

@@ -105,7 +105,7 @@ impl Machine {
         // xfs wants 300 MiB at least.
         disk_mib: 320,
         scsi_controllers: 0,
-        balloon: true,
+        balloon: false,
         root: Root::Ram,
         userland: Userland::Lab,
         signed_modules: false,
@@ -114,7 +114,11 @@ impl Machine {
     /// The same with two CPUs.
     pub const TWO_CPUS: Machine = Machine {
         cpus: 2,
-        balloon: false,
+        ..Machine::ONE_CPU
+    };
+    /// One CPU, and memory that the host can take.
+    pub const BALLOON: Machine = Machine {
+        balloon: true,
         ..Machine::ONE_CPU
     };
     /// Two CPUs and two SCSI controllers.
@@ -141,8 +145,6 @@ impl Machine {
     /// One CPU, and a stock Debian on it.
     pub const SYSTEMD: Machine = Machine {
         userland: Userland::Systemd,
-        // udev would load its driver.
-        balloon: false,
         ..Machine::ONE_CPU
     };
     /// The same without anything of ours, on a disk that outlives it.
@@ -150,12 +152,12 @@ impl Machine {
         userland: Userland::Debian,
         scsi_controllers: 1,
         root: Root::Scsi,
-        ..Machine::SYSTEMD
+        ..Machine::ONE_CPU
     };
     /// The same with our packages.
     pub const PACKAGES: Machine = Machine {
         userland: Userland::Packages,
-        ..Machine::SYSTEMD
+        ..Machine::ONE_CPU
     };
     /// The same with a kernel that takes signed modules only.
     pub const SIGNED_PACKAGES: Machine = Machine {
@@ -185,6 +187,9 @@ impl std::fmt::Display for Machine {
         }
         if self.root == Root::Scsi {
             f.write_str(", root on the first")?;
+        }
+        if self.balloon {
+            f.write_str(", dynamic memory")?;
         }
         match self.userland {
             Userland::Lab => {}

@@ -7,7 +7,7 @@ use super::deadman::{released, RELEASED};
 use super::{case, good, load, observe, start, stop, stuck_writers, wait_for_daemon, Case};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
-use e2e::guest::{Daemon, Guest, Module, Process, STEP};
+use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::Balloon;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -33,16 +33,22 @@ pub const CASES: &[Case] = &[
         "the same with the stock module and the guard",
         |guest| time_set_while_frozen(guest, Module::Stock),
     ),
-    case(
-        "judges/balloon",
-        "hv_balloon reports the guest's memory, gives the host of it and has it back; a backup in between is good",
-        balloon,
-    ),
-    case(
-        "judges/balloon-while-frozen",
-        "the host takes memory while all is frozen, and gives it back while all is frozen: THAW is good",
-        balloon_while_frozen,
-    ),
+    Case {
+        machine: Machine::BALLOON,
+        ..case(
+            "judges/balloon",
+            "hv_balloon reports the guest's memory, gives the host of it and has it back; a backup in between is good",
+            balloon,
+        )
+    },
+    Case {
+        machine: Machine::BALLOON,
+        ..case(
+            "judges/balloon-while-frozen",
+            "the host takes memory while all is frozen, and gives it back while all is frozen: THAW is good",
+            balloon_while_frozen,
+        )
+    },
 ];
 
 const HOUR: Duration = Duration::from_secs(3600);

@@ -56,7 +56,6 @@ pub const CASES: &[Case] = &[
 pub(super) const MACHINE: Machine = Machine {
     memory_mib: 3072,
     disk_mib: 1024,
-    balloon: false,
     ..Machine::ONE_CPU
 };
 
