@@ -599,31 +599,33 @@ pub fn give_back_memory() {
     }
 }
 
-/// Lets go of the program text that is resident, of this program and its libraries. What is
-/// executed again comes back, a few pages at a time; what only the start needed stays away.
+/// Lets go of what is resident of this program and its libraries and can be read from their files again:
+/// text and constants. What is used again comes back, a few pages at a time; what only the start needed
+/// stays away.
 ///
-/// To be called before memory is locked: the kernel refuses it for locked text.
+/// To be called before memory is locked: the kernel refuses it for what is.
 pub fn drop_resident_text() -> io::Result<()> {
-    for line in std::fs::read_to_string("/proc/self/maps")?.lines() {
-        let mut columns = line.split(' ');
-        let (Some(range), Some("r-xp")) = (columns.next(), columns.next()) else {
-            continue;
-        };
-        // Only what has a file behind it: the vdso has not.
-        if !line.contains('/') {
-            continue;
+    let mut mapping = None;
+    for line in std::fs::read_to_string("/proc/self/smaps")?.lines() {
+        let mut columns = line.split_ascii_whitespace();
+        match (columns.next(), columns.next()) {
+            // As they are relocated, some constants differ from the file: those have pages of their own.
+            (Some("Anonymous:"), Some("0")) => {}
+            (Some(range), Some(permissions)) if range.contains('-') => {
+                // Only what has a file behind it: the vdso has not.
+                let is_of_a_file = matches!(permissions, "r-xp" | "r--p") && line.contains('/');
+                mapping = range.split_once('-').filter(|_| is_of_a_file);
+                continue;
+            }
+            _ => continue,
         }
-        let ends = range.split_once('-');
         let number = |text| usize::from_str_radix(text, 16).ok();
-        let (Some(start), Some(end)) = (
-            ends.and_then(|(start, _)| number(start)),
-            ends.and_then(|(_, end)| number(end)),
-        ) else {
+        let range = mapping.and_then(|(start, end)| Some((number(start)?, number(end)?)));
+        let Some((start, end)) = range else {
             continue;
         };
-        // SAFETY: the range is a private mapping of a file that is readable and executable and
-        // not writable, as the kernel itself has just said. Relocations do not touch such
-        // segments (they would be writable then), so each page equals the file's, and the next
+        // SAFETY: the range is a private mapping of a file that is not writable and has no page that was
+        // written to, as the kernel itself has just said. So each page equals the file's, and the next
         // access reads the same bytes from there.
         let ret = unsafe {
             libc::madvise(
