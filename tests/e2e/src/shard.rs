@@ -178,7 +178,7 @@ mod tests {
             };
             let loads: Vec<u32> = (0..of).map(load).collect();
             let (least, most) = (loads.iter().min().unwrap(), loads.iter().max().unwrap());
-            assert!(most - least <= 5, "{loads:?}");
+            assert!(most - least <= BOOT, "{loads:?}");
         }
     }
 
