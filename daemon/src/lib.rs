@@ -38,6 +38,7 @@ pub mod history;
 pub mod hooks;
 pub mod job;
 pub mod logbook;
+pub mod lost;
 pub mod machine;
 pub mod mounts;
 pub mod moving;

@@ -14,6 +14,7 @@ use nix::fcntl::{open, OFlag};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
+use crate::lost::Lost;
 use crate::mounts::{self, Mount, MountsError};
 use crate::namespaces::Namespaces;
 use crate::superblocks::{self, Entry};
@@ -53,7 +54,8 @@ pub struct Ways {
 pub struct Machine<W = Ways> {
     /// The way.
     pub ways: W,
-    /// The tables of all namespaces; of the others only what is on block devices.
+    /// The tables of all namespaces; of the others only what is on block devices. And what no table shows
+    /// any longer, where it is held.
     pub mounts: Vec<Mount>,
     /// What the block devices stand on.
     pub topology: Topology,
@@ -62,11 +64,11 @@ pub struct Machine<W = Ways> {
 impl Machine {
     /// Reads everything anew.
     pub fn look() -> Result<Self, LookError> {
-        Self::look_through(Arc::new(open_proc()?))
+        Self::look_through(Arc::new(open_proc()?), &mut Lost::default())
     }
 
-    /// The same for who has a procfs open already.
-    pub fn look_through(proc: Arc<OwnedFd>) -> Result<Self, LookError> {
+    /// The same for who has a procfs open already, and remembers what was mounted.
+    pub fn look_through(proc: Arc<OwnedFd>, lost: &mut Lost) -> Result<Self, LookError> {
         // Before the tables: what vanishes in between is shown by none and has to be open still.
         let alive = alive()?;
         let namespaces = Namespaces::find().map_err(LookError::Namespaces)?;
@@ -77,6 +79,8 @@ impl Machine {
                 .map_err(LookError::Enter)??;
             mounts.extend(of_interest(seen));
         }
+        let lost = lost.find(&mounts);
+        mounts.extend(lost);
         let topology = topology::read(&mounts, &superblocks::of(&alive));
         Ok(Machine {
             ways: Ways { proc, namespaces },

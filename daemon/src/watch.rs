@@ -24,6 +24,7 @@ use nix::fcntl::{open, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::Mode;
 
+use crate::lost::Lost;
 use crate::machine::{self, LookError, Machine, Ways};
 use crate::mounts::{self, DevId};
 use crate::namespaces::{self, Namespaces, State};
@@ -305,6 +306,8 @@ pub struct Kernel {
     uevents: Option<File>,
     /// Where superblocks are listed.
     lists: Option<Lists>,
+    /// What was mounted when the machine was looked at last.
+    lost: Lost,
 }
 
 /// A mount, by the numbers of its namespace and its own.
@@ -327,6 +330,7 @@ impl Default for Kernel {
             table: File::open(Path::new("/proc").join(mounts::OWN_TABLE)).ok(),
             uevents: File::open("/sys/kernel/uevent_seqnum").ok(),
             lists: Lists::open().ok(),
+            lost: Lost::default(),
         }
     }
 }
@@ -419,7 +423,7 @@ impl Signals for Kernel {
 
     fn look(&mut self) -> Result<Machine, LookError> {
         match &self.proc {
-            Some(proc) => Machine::look_through(Arc::clone(proc)),
+            Some(proc) => Machine::look_through(Arc::clone(proc), &mut self.lost),
             None => Machine::look(),
         }
     }

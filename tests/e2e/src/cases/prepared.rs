@@ -97,6 +97,11 @@ pub const CASES: &[Case] = &[
         moves_since,
     ),
     case(
+        "freeze/lazily-unmounted-since-exfat",
+        "an exfat that was seen and unmounted lazily while in use fails FREEZE when strict, by name",
+        lazily_unmounted_since,
+    ),
+    case(
         "freeze/stacked-since",
         "a mapped disk that was changed to stand on a file is frozen before that file's file system",
         stacked_since,
@@ -266,6 +271,32 @@ fn mounted_before_another_freeze(guest: &Guest) -> Result<()> {
     equal("the second", &observe(guest)?, &good(&["/mnt/b/w"]))?;
     guest.writers_stop()?;
     guest.sh("umount /mnt/b")?;
+    stop(guest, guest.module(), &daemon)
+}
+
+fn lazily_unmounted_since(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe exfat; mkdir -p /mnt/b && mkfs.exfat /dev/ram2 >/dev/null
+              mount -t exfat /dev/ram2 /mnt/b",
+    )?;
+    guest.writer_start("/mnt/b/w")?;
+    let vss = guest.vss();
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("strict = true")?;
+    wait_for_daemon(guest)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    guest.sh("umount -l /mnt/b")?;
+    for _ in 0..2 {
+        answered("FREEZE when held", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    }
+    guest.wait_until("the log names it by who has it open", STEP, || {
+        let log = guest.output(&daemon)?;
+        let names = |it: &str| it.contains("/fd/") && it.contains("(exfat, 1:2)");
+        Ok(log.lines().any(names))
+    })?;
+    guest.writers_stop()?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
     stop(guest, guest.module(), &daemon)
 }
 

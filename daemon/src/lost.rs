@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Mounts that have gone from all tables while somebody has a file open through them: unmounted lazily,
+//! and written to all the same. Of most types sysfs lists the superblock ([`crate::superblocks`]). Of the
+//! others (FAT, exFAT, NTFS, JFS) nobody does, and it is only known that a mount was there
+//! once; who holds it shows in `/proc/PID/fdinfo`.
+//!
+//! Processes are looked at only when such a mount has gone, and as long as it is held. What is held by a
+//! working directory or a mapping alone is not found, nor what a program serves: to look at those may ask a
+//! server that hangs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use crate::mounts::{is_served, DevId, Mount};
+
+/// The mounts by which it would be noticed: those of the last tables, and those that were lost before.
+#[derive(Debug, Default)]
+pub struct Lost(Vec<Mount>);
+
+impl Lost {
+    /// Remembers what these tables show, and returns what they show no longer and is held: where it was
+    /// mounted there is now a file that is open there.
+    pub fn find(&mut self, tables: &[Mount]) -> Vec<Mount> {
+        self.find_with(tables, &is_listed, held)
+    }
+
+    fn find_with(
+        &mut self,
+        tables: &[Mount],
+        is_listed: &dyn Fn(&str) -> bool,
+        held: impl FnOnce(&BTreeMap<u64, &Mount>) -> BTreeMap<DevId, PathBuf>,
+    ) -> Vec<Mount> {
+        let shown: BTreeSet<DevId> = tables.iter().map(|it| it.dev).collect();
+        let taken: BTreeSet<u64> = tables.iter().map(|it| it.id).collect();
+        // The number of a mount that is gone for good may be another's.
+        self.0
+            .retain(|it| !shown.contains(&it.dev) && !taken.contains(&it.id));
+        let gone: BTreeMap<u64, &Mount> = self.0.iter().map(|it| (it.id, it)).collect();
+        let held = match gone.is_empty() {
+            true => BTreeMap::new(),
+            false => held(&gone),
+        };
+        self.0.retain(|it| held.contains_key(&it.dev));
+        let lost = held.iter().filter_map(|(dev, path)| {
+            let mount = self.0.iter().find(|it| it.dev == *dev)?;
+            Some(Mount {
+                namespace: 0,
+                path: path.clone(),
+                walkable: true,
+                hidden: false,
+                ..mount.clone()
+            })
+        });
+        let lost = lost.collect();
+        let unlisted = |it: &&Mount| {
+            let is_on_a_disk = it.dev.major != 0 && !is_served(&it.fs_type);
+            is_on_a_disk && it.writable && !is_listed(&it.fs_type)
+        };
+        self.0.extend(tables.iter().filter(unlisted).cloned());
+        lost
+    }
+}
+
+/// Whether sysfs lists the superblocks of this type.
+fn is_listed(fs_type: &str) -> bool {
+    // The driver of ext4 serves three.
+    matches!(fs_type, "ext2" | "ext3") || Path::new("/sys/fs").join(fs_type).exists()
+}
+
+/// Of these mounts, by number, what is open through them: a file or folder for each superblock.
+fn held(gone: &BTreeMap<u64, &Mount>) -> BTreeMap<DevId, PathBuf> {
+    let mut found = BTreeMap::new();
+    let own = std::process::id().to_string();
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let name = process.file_name();
+        let is_process = name.as_encoded_bytes().iter().all(u8::is_ascii_digit);
+        // What we have open ourselves is for a backup only.
+        if !is_process || name.as_encoded_bytes() == own.as_bytes() {
+            continue;
+        }
+        let infos = fs::read_dir(process.path().join("fdinfo"));
+        for info in infos.into_iter().flatten().flatten() {
+            let text = fs::read_to_string(info.path()).unwrap_or_default();
+            let Some(mount) = mount_in(&text).and_then(|it| gone.get(&it)) else {
+                continue;
+            };
+            let link = process.path().join("fd").join(info.file_name());
+            // What was opened may be a device or a FIFO on it.
+            let is_it = fs::metadata(&link).is_ok_and(|it| {
+                DevId::from_raw(it.dev()) == mount.dev && (it.is_file() || it.is_dir())
+            });
+            if is_it {
+                found.entry(mount.dev).or_insert(link);
+            }
+        }
+    }
+    found
+}
+
+/// The number of the mount in what `/proc/PID/fdinfo` says of a descriptor.
+fn mount_in(fdinfo: &str) -> Option<u64> {
+    let mut lines = fdinfo.lines();
+    let number = lines.find_map(|it| it.strip_prefix("mnt_id:"))?;
+    number.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mounts::parse;
+
+    const ROOT: &str = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n";
+    const FAT: &str = "7 1 8:2 / /fat rw - vfat /dev/sda2 rw\n";
+
+    fn find(
+        lost: &mut Lost,
+        table: &str,
+        held: impl FnOnce(&BTreeMap<u64, &Mount>) -> BTreeMap<DevId, PathBuf>,
+    ) -> Vec<Mount> {
+        let tables = parse(table.as_bytes(), 0).unwrap();
+        lost.find_with(&tables, &|it| it == "ext4", held)
+    }
+
+    fn nobody_asks(_: &BTreeMap<u64, &Mount>) -> BTreeMap<DevId, PathBuf> {
+        panic!("processes are looked at");
+    }
+
+    #[test]
+    fn what_has_gone_from_the_table_is_found_as_long_as_it_is_held() {
+        let mut lost = Lost::default();
+        let dev = DevId { major: 8, minor: 2 };
+        let all = [ROOT, FAT].concat();
+        assert!(find(&mut lost, &all, nobody_asks).is_empty());
+        assert!(find(&mut lost, &all, nobody_asks).is_empty());
+        let link = || BTreeMap::from([(dev, PathBuf::from("/proc/9/fd/3"))]);
+        for _ in 0..2 {
+            let found = find(&mut lost, ROOT, |gone| {
+                assert_eq!(gone.keys().collect::<Vec<_>>(), [&7]);
+                link()
+            });
+            let found: Vec<_> = found.iter().map(|it| (it.dev, &*it.path)).collect();
+            assert_eq!(found, [(dev, Path::new("/proc/9/fd/3"))]);
+        }
+        assert!(find(&mut lost, ROOT, |_| BTreeMap::new()).is_empty());
+        assert!(find(&mut lost, ROOT, nobody_asks).is_empty());
+    }
+
+    #[test]
+    fn what_is_listed_or_mounted_again_or_whose_number_is_anothers_is_not_looked_for() {
+        let mut lost = Lost::default();
+        let listed = "3 1 8:3 / /e rw - ext4 /dev/sda3 rw\n";
+        find(&mut lost, &[ROOT, FAT, listed].concat(), nobody_asks);
+        let again = FAT.replace("7 1", "8 1");
+        find(&mut lost, &[ROOT, &again].concat(), nobody_asks);
+        let other = "8 1 0:30 / /tmp rw - tmpfs tmpfs rw\n";
+        assert!(find(&mut lost, &[ROOT, other].concat(), nobody_asks).is_empty());
+    }
+
+    #[test]
+    fn a_descriptor_tells_its_mount() {
+        let text = "pos:\t0\nflags:\t0100000\nmnt_id:\t29\nino:\t5\n";
+        assert_eq!(mount_in(text), Some(29));
+        assert_eq!(mount_in("pos:\t0\n"), None);
+    }
+}
