@@ -300,7 +300,8 @@ fn balloon(guest: &Guest) -> Result<()> {
     let after = Memory::of(guest)?;
     let text = format!("{before:?}, then {after:?}");
     ensure!(after.total == before.total, "the total: {text}");
-    ensure!(after.free + NOISE > before.free, "what is free: {text}");
+    // The writer takes memory as well, the more the faster the machine is.
+    ensure!(after.free + TAKEN / 2 > before.free, "what is free: {text}");
     reports_its_memory(guest, &balloon)?;
     without_balloon(guest, &balloon, &daemon)
 }
