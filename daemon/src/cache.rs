@@ -327,7 +327,7 @@ impl Cache {
         let mut open = BTreeMap::new();
         let mut attempt = 1;
         loop {
-            let ways = Arc::new(self.plan(config)?);
+            let ways = self.plan(config)?;
             let (mut plan, scope) = self.plan_of(config, disks);
             leave_out_busy(&mut plan);
             let (plan, has_changed) = open_all(config.give_up, &ways, plan, &mut open)?;
@@ -370,7 +370,7 @@ struct Opening {
     /// The descriptors of what is in it.
     open: BTreeMap<DevId, OwnedFd>,
     /// The way by which it was opened.
-    ways: Arc<Ways>,
+    ways: Ways,
 }
 
 /// Why a backup that is to be of its disks only is of all, if it is: whoever leaves out what might be in
@@ -390,7 +390,7 @@ fn why_not_only(disks: &[String], scope: &Scope) -> Option<String> {
 /// be opened.
 fn open_all(
     limit: Duration,
-    ways: &Arc<Ways>,
+    ways: &Ways,
     mut plan: Plan,
     open: &mut BTreeMap<DevId, OwnedFd>,
 ) -> Result<(Plan, bool), OpenError> {

@@ -9,8 +9,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -207,6 +210,11 @@ pub fn read_text(proc: BorrowedFd<'_>, namespace: usize) -> Result<Vec<u8>, Moun
     let failed = |source| MountsError::Read { namespace, source };
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     let fd = openat(proc, OWN_TABLE, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
+    whole(&File::from(fd)).map_err(failed)
+}
+
+/// The whole text of a file of procfs.
+pub fn whole(file: &File) -> io::Result<Vec<u8>> {
     // Large reads: the fewer there are, the less can change in between.
     let mut text = vec![0; 1 << 16];
     let mut length = 0;
@@ -215,7 +223,7 @@ pub fn read_text(proc: BorrowedFd<'_>, namespace: usize) -> Result<Vec<u8>, Moun
             text.resize(length * 2, 0);
         }
         let room = text.get_mut(length..).unwrap_or_default();
-        match nix::unistd::read(&fd, room).map_err(|e| failed(e.into()))? {
+        match file.read_at(room, length as u64)? {
             0 => break,
             count => length += count,
         }

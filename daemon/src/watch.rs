@@ -367,7 +367,7 @@ impl Kernel {
         };
         let (Some(newest), Some(number)) = (&then.newest, self.number) else {
             // Nobody tells of the other namespaces.
-            let text = whole(told(self.table.as_ref())?)?;
+            let text = mounts::whole(told(self.table.as_ref())?)?;
             let mounts = mounts::parse(&text, 0).map_err(io::Error::other)?;
             return Ok(mounts.iter().any(|it| is_news(it.dev, !it.writable)));
         };
@@ -390,24 +390,6 @@ impl Kernel {
         }
         Ok(false)
     }
-}
-
-/// The whole text of a file of procfs.
-fn whole(file: &File) -> io::Result<Vec<u8>> {
-    let mut text = vec![0; 1 << 16];
-    let mut length = 0;
-    loop {
-        if length == text.len() {
-            text.resize(length * 2, 0);
-        }
-        let room = text.get_mut(length..).unwrap_or_default();
-        match file.read_at(room, length as u64)? {
-            0 => break,
-            count => length += count,
-        }
-    }
-    text.truncate(length);
-    Ok(text)
 }
 
 /// What there is no way to tell.
