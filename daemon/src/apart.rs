@@ -120,6 +120,7 @@ fn work(line: &OwnedFd, orders: &Receiver<Step>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::signal::{SigSet, Signal};
     use std::time::{Duration, Instant};
 
     /// Longer than any step of a test takes.
@@ -136,6 +137,9 @@ mod tests {
         let first = tell.clone();
         let hung = apart
             .hand_over(&[ours.as_fd(), theirs.as_fd()], move |fds| {
+                // A signal that came here would be lost.
+                let blocked = SigSet::thread_get_mask().unwrap();
+                assert!(blocked.contains(Signal::SIGTERM));
                 first.send((fds.len(), count().unwrap(), thread())).unwrap();
                 let _ = hang.recv();
             })

@@ -17,6 +17,7 @@ use crate::mounts::DevId;
 use hv_vss_uapi::{IocFreeze, IocThaw};
 use nix::errno::Errno;
 use nix::sched::{unshare, CloneFlags};
+use nix::sys::signal::SigSet;
 use nix::sys::socket::{recvmsg, ControlMessageOwned, MsgFlags};
 
 /// The raw ioctl wrappers that nix generates; all of them are unsafe functions.
@@ -532,6 +533,9 @@ pub fn set_nice(nice: i32) -> io::Result<()> {
 pub fn keep_only(number: RawFd) -> io::Result<OwnedFd> {
     const NO_FLAGS: libc::c_uint = 0;
     let kept = libc::c_uint::try_from(number).map_err(|_| Errno::EBADF)?;
+    // A handler writes to a descriptor that is not there then: the signal would be lost. It goes to a thread
+    // that takes it.
+    SigSet::all().thread_block()?;
     unshare(CloneFlags::CLONE_FILES)?;
     let below = kept.checked_sub(1).map(|last| (0, last));
     for (first, last) in below.into_iter().chain([(kept + 1, libc::c_uint::MAX)]) {
