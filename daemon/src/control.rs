@@ -194,13 +194,18 @@ impl Control {
         }
     }
 
-    /// Whoever only stays must not keep others out: of those that wait for nothing the oldest has to go.
+    /// Whoever only stays must not keep others out: of those that wait for nothing the oldest has to go. Else
+    /// of those that say no more, which may be gone: what they wait for may take as long as a disk hangs.
     fn make_room(&mut self) -> bool {
         if self.clients.len() < MOST_CLIENTS {
             return true;
         }
-        let mut waits_for_nothing = self.clients.iter().filter(|(_, line)| line.pending == 0);
-        let oldest = waits_for_nothing.next().map(|(client, _)| *client);
+        let oldest = |may_go: fn(&Line) -> bool| {
+            let mut clients = self.clients.iter();
+            let found = clients.find(|(_, line)| may_go(line));
+            found.map(|(client, _)| *client)
+        };
+        let oldest = oldest(|line| line.pending == 0).or_else(|| oldest(|line| line.is_ended));
         oldest.and_then(|it| self.clients.remove(&it)).is_some()
     }
 
@@ -358,6 +363,14 @@ mod tests {
         let mut late = connect(&run);
         control.accept(poll.registry());
         assert_eq!(late.read(&mut [0; 8]).unwrap(), 0, "there is no room");
+        // But for one that has given up there is.
+        drop(streams.remove(3));
+        let (gone, _) = asked.remove(3);
+        control.ready(poll.registry(), Token(gone.0));
+        let _late = connect(&run);
+        control.accept(poll.registry());
+        assert!(!control.clients.contains_key(&gone));
+        assert_eq!(control.clients.len(), MOST_CLIENTS);
         for (client, _) in asked {
             control.reply(client, json!({ "thawed": true }));
         }
