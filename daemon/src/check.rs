@@ -386,8 +386,8 @@ fn is_for_writing(fdinfo: &str) -> bool {
 }
 
 fn hooks_found(config: &Config) -> Vec<Finding> {
-    let mut scout = hooks::Scout::default();
-    let found = match hooks::find(&mut scout, &config.hooks) {
+    let scout = hooks::Scout::default();
+    let found = match hooks::find(&scout, &config.hooks) {
         Ok(found) => found,
         Err(error) => return vec![finding("hooks", Grade::Problem, words(&error))],
     };
@@ -407,7 +407,7 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
     };
     let mut all: Vec<Finding> = found.into_iter().map(look).collect();
     // Whoever put it there may have meant it to be called.
-    for path in hooks::not_executable(&mut scout, &config.hooks).unwrap_or_default() {
+    for path in hooks::not_executable(&scout, &config.hooks).unwrap_or_default() {
         let text = format!("{} is not called: it is not executable", path.display());
         all.push(finding("hooks", Grade::Warning, text));
     }

@@ -15,16 +15,15 @@ use std::fs::Metadata;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{channel, Sender};
+use std::sync::mpsc::channel;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread::Builder;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::apart::Apart;
 use crate::backup::Verdict;
 use crate::config::HookRules;
-use crate::sys;
 
 /// Our own folder.
 pub const FOLDER: &str = "/etc/hv_vss/hooks.d";
@@ -39,7 +38,6 @@ const MOST_LINKS: usize = 40;
 
 /// How long one look-up may take.
 const PATIENCE: Duration = Duration::from_secs(5);
-const STACK_BYTES: usize = 128 * 1024;
 
 /// Why it is not known which hooks there are.
 #[derive(Debug, thiserror::Error)]
@@ -180,7 +178,7 @@ pub struct Found {
 /// The hooks to be called, in their order: that of their names, folder after folder.
 ///
 /// What cannot be looked at, such as a link that leads nowhere, is one of them: its fault says what is wrong.
-pub fn find(scout: &mut Scout, rules: &HookRules) -> Result<Vec<Found>, HookError> {
+pub fn find(scout: &Scout, rules: &HookRules) -> Result<Vec<Found>, HookError> {
     let mut hooks = in_folder(scout, Path::new(FOLDER), Contract::Qemu)?;
     if rules.qemu {
         let mut theirs = in_folder(scout, Path::new(QEMU_FOLDER), Contract::Qemu)?;
@@ -202,7 +200,7 @@ pub fn find(scout: &mut Scout, rules: &HookRules) -> Result<Vec<Found>, HookErro
 }
 
 /// Files in the places of hooks that are not called, since they are not executable.
-pub fn not_executable(scout: &mut Scout, rules: &HookRules) -> Result<Vec<PathBuf>, HookError> {
+pub fn not_executable(scout: &Scout, rules: &HookRules) -> Result<Vec<PathBuf>, HookError> {
     let mut paths = candidates(scout, Path::new(FOLDER))?;
     if rules.qemu {
         paths.extend(candidates(scout, Path::new(QEMU_FOLDER))?);
@@ -223,17 +221,13 @@ pub fn not_executable(scout: &mut Scout, rules: &HookRules) -> Result<Vec<PathBu
 /// A hook and why it must not be run, if so.
 type Judged = (Hook, Option<String>);
 
-fn in_folder(
-    scout: &mut Scout,
-    folder: &Path,
-    contract: Contract,
-) -> Result<Vec<Judged>, HookError> {
+fn in_folder(scout: &Scout, folder: &Path, contract: Contract) -> Result<Vec<Judged>, HookError> {
     let paths = candidates(scout, folder)?.into_iter();
     Ok(paths.filter_map(|it| judge(scout, it, contract)).collect())
 }
 
 /// `None` if it is not to be called.
-fn judge(scout: &mut Scout, path: PathBuf, contract: Contract) -> Option<Judged> {
+fn judge(scout: &Scout, path: PathBuf, contract: Contract) -> Option<Judged> {
     let hook = Hook { path, contract };
     let its = hook.clone();
     let look = move || is_program(&its.path).then(|| its.fault());
@@ -244,21 +238,17 @@ fn judge(scout: &mut Scout, path: PathBuf, contract: Contract) -> Option<Judged>
     Some((hook, fault))
 }
 
-/// Has things looked up on another thread, which has no descriptor of this process open and is left behind
-/// when it hangs. One that has come back is used again.
+/// Has things looked up on another thread ([`Apart`]), which is left behind when it hangs.
 pub struct Scout {
     limit: Duration,
-    /// To the thread, if there is one that has come back.
-    looks: Option<Sender<Look>>,
+    apart: Apart,
 }
-
-type Look = Box<dyn FnOnce() + Send>;
 
 impl Default for Scout {
     fn default() -> Self {
         Scout {
             limit: PATIENCE,
-            looks: None,
+            apart: Apart::default(),
         }
     }
 }
@@ -267,7 +257,7 @@ impl Scout {
     /// What `look` finds at `path`. What is no link lies beside the configuration, and nobody is woken for
     /// that: a host waits.
     fn ask<T: Send + 'static>(
-        &mut self,
+        &self,
         path: &Path,
         look: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<T> {
@@ -279,7 +269,7 @@ impl Scout {
 
     /// Where it takes longer than the limit, it is not tried again as long as it has not come back.
     fn ask_apart<T: Send + 'static>(
-        &mut self,
+        &self,
         path: &Path,
         look: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<T> {
@@ -290,47 +280,27 @@ impl Scout {
             HUNG.lock().unwrap_or_else(PoisonError::into_inner)
         }
         let silent = || io::Error::new(io::ErrorKind::TimedOut, "it does not answer");
-        let looks = match self.looks.take() {
-            Some(looks) => looks,
-            None => Self::start()?,
-        };
         if !hung().insert(path.to_owned()) {
-            self.looks = Some(looks);
             return Err(silent());
         }
         let (tell, told) = channel();
         let at = path.to_owned();
-        let step = move || {
+        let step = move |_| {
             let seen = look();
             hung().remove(&at);
             // Nobody listens any more when it took too long.
             let _ = tell.send(seen);
         };
-        // It waits for the next one: it has come back from the last.
-        let sent = looks.send(Box::new(step));
-        sent.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-        let seen = told.recv_timeout(self.limit).map_err(|_| silent())?;
-        self.looks = Some(looks);
-        Ok(seen)
-    }
-
-    fn start() -> io::Result<Sender<Look>> {
-        let (sender, looks) = channel::<Look>();
-        let body = move || {
-            // As with all that may hang: should this process die, nothing of it stays open for that.
-            let _kept = sys::keep_only(0);
-            for look in looks {
-                look();
-            }
-        };
-        let builder = Builder::new().name("hook".into()).stack_size(STACK_BYTES);
-        builder.spawn(body)?;
-        Ok(sender)
+        if let Err(error) = self.apart.hand_over(&[], step) {
+            hung().remove(path);
+            return Err(error);
+        }
+        told.recv_timeout(self.limit).map_err(|_| silent())
     }
 }
 
 /// What is in a folder of hooks, in the order of the names.
-fn candidates(scout: &mut Scout, folder: &Path) -> Result<Vec<PathBuf>, HookError> {
+fn candidates(scout: &Scout, folder: &Path) -> Result<Vec<PathBuf>, HookError> {
     let at = folder.to_owned();
     let paths = scout.ask(folder, move || paths_in(&at));
     paths.and_then(|it| it).map_err(|source| HookError {
@@ -419,15 +389,15 @@ mod tests {
     }
 
     fn found_in(folder: &Path) -> Result<Vec<Judged>, HookError> {
-        in_folder(&mut Scout::default(), folder, Contract::Qemu)
+        in_folder(&Scout::default(), folder, Contract::Qemu)
     }
 
     #[test]
     fn what_does_not_answer_is_left_behind_and_holds_up_nothing_else() {
         let (release, hang) = channel::<()>();
-        let mut scout = Scout {
+        let scout = Scout {
             limit: Duration::from_millis(50),
-            looks: None,
+            ..Scout::default()
         };
         let here = |name: &str| std::env::temp_dir().join(format!("hv-vss-scout-{name}"));
         let error = scout.ask_apart(&here("dead"), move || {
@@ -435,13 +405,13 @@ mod tests {
         });
         assert_eq!(error.unwrap_err().kind(), io::ErrorKind::TimedOut);
         // As long as it hangs it is not tried again, by nobody.
-        let mut scouts = [scout, Scout::default()];
-        for scout in &mut scouts {
+        let scouts = [scout, Scout::default()];
+        for scout in &scouts {
             let again = scout.ask_apart(&here("dead"), || ());
             let error: io::Error = again.map(|()| "tried").unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         }
-        let [_, scout] = &mut scouts;
+        let [_, scout] = &scouts;
         // With the one by which they are counted, and standard input.
         let open = || std::fs::read_dir("/proc/thread-self/fd").map(Iterator::count);
         assert_eq!(scout.ask_apart(&here("other"), open).unwrap().unwrap(), 2);

@@ -165,7 +165,7 @@ impl Freezer {
     fn look_over(&mut self, config: &Arc<Config>, log: &Logbook) {
         self.go_by(config);
         // What hangs is known then when hooks are to be called.
-        let _ = hooks::find(&mut self.scout, &config.hooks);
+        let _ = hooks::find(&self.scout, &config.hooks);
         // Why there is no plan is said when one is needed.
         for rule in self.cache.prepare(config).unwrap_or_default() {
             log.warning(format!("the rule to {rule} matches no file system"));
@@ -811,7 +811,7 @@ impl Backup {
             disks,
             ..
         } = &self.setting;
-        let found = hooks::find(&mut freezer.scout, &config.hooks)?;
+        let found = hooks::find(&freezer.scout, &config.hooks)?;
         if found.is_empty() {
             return Ok(());
         }

@@ -393,13 +393,6 @@ pub fn all_below(devices: impl IntoIterator<Item = DevId>) -> BTreeMap<DevId, De
     topology.devices
 }
 
-/// The lowest devices below one, itself if it stands on none.
-pub fn lowest_below(dev: DevId) -> Vec<DevId> {
-    let lowest = all_below([dev]).into_iter();
-    let lowest = lowest.filter(|(_, device)| device.below.is_empty());
-    lowest.map(|(dev, _)| dev).collect()
-}
-
 fn add(topology: &mut Topology, dev: DevId) {
     if topology.devices.contains_key(&dev) {
         return;
