@@ -1083,6 +1083,11 @@ impl Guest {
         self.expected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether its kernel looks for leaks by itself.
+    pub fn looks_for_leaks(&self) -> bool {
+        self.detectors.kmemleak
+    }
+
     /// What the kernel holds against the case, in its log and through its detectors, and would hold
     /// against any; and what the host holds against the kernel.
     fn complaints(&self) -> Result<String> {
