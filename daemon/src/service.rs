@@ -878,6 +878,7 @@ impl Effects for Hands {
         if !self.recovery.is_over() {
             return Err("the freeze of another process is not undone".into());
         }
+        self.is_ahead = process::go_first().is_ok();
         let door = self.door(request)?;
         self.remember_what_is_left();
         self.left = false;
@@ -898,15 +899,15 @@ impl Effects for Hands {
             progress: Arc::default(),
             disks: self.disks_of(request),
         };
-        let draft = self.draft(request);
-        let noted = self.unfinished.begin(draft.so_far());
-        self.warn(noted);
-        self.draft = Some(draft);
         let job = self.worker.begin(setting, about, held, tell);
         self.job = Some(job.ok_or("the thread that freezes has died")?);
         self.backups += 1;
         self.report = now + REPORT;
-        self.is_ahead = process::go_first().is_ok();
+        // Beside that thread, which the host waits for.
+        let draft = self.draft(request);
+        let noted = self.unfinished.begin(draft.so_far());
+        self.warn(noted);
+        self.draft = Some(draft);
         Ok(())
     }
 

@@ -584,22 +584,30 @@ pub fn start_as_an_ordinary_process(command: &mut Command) {
 }
 
 /// Makes all threads allocate from one heap. By default each sets 64 MiB of addresses aside, all of
-/// which count as locked, and gives back none of what it has touched (`mallopt(3)`). To be called
-/// before there are threads.
+/// which count as locked, and gives back none of what it has touched (`mallopt(3)`). That is given back when
+/// nobody waits, by [`give_back_memory`]. To be called before there are threads.
 pub fn use_one_heap() {
+    /// Bytes at the end of the heap that are given back amid the work.
+    #[cfg(target_env = "gnu")]
+    const NOT_BY_ITSELF: libc::c_int = 4 << 20;
     #[cfg(target_env = "gnu")]
     // SAFETY: mallopt takes integers only, and no other thread allocates meanwhile.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, NOT_BY_ITSELF);
     }
 }
 
-/// Gives memory that the allocator keeps for later back to the kernel.
+/// Gives memory that the allocator keeps for later back to the kernel, but for a little with which the next
+/// backup begins.
 pub fn give_back_memory() {
+    /// Bytes.
+    #[cfg(target_env = "gnu")]
+    const KEPT: usize = 32 << 10;
     #[cfg(target_env = "gnu")]
     // SAFETY: malloc_trim has no preconditions; it only looks at the allocator's own lists.
     unsafe {
-        libc::malloc_trim(0);
+        libc::malloc_trim(KEPT);
     }
 }
 
