@@ -246,7 +246,9 @@ impl Service {
         let waker = Waker::new(registry, JOB).map_err(failed("make a waker"))?;
         let control = Control::listen(&run, registry, CONTROL).map_err(failed("be asked"))?;
         let mut recovery = Recovery::start(&run, &log);
-        let broken = recovery.broken.take();
+        let mut unfinished = Unfinished::new(&run);
+        // The module remembers it, too, but not when it was unloaded meanwhile.
+        let broken = recovery.broken.take().or_else(|| unfinished.broken());
         let (sender, outcomes) = channel();
         let tell = (sender, Arc::new(waker));
         let calling = let_go_what_is_left(&run, &log, teller(&tell, News::Hooks));
@@ -274,7 +276,7 @@ impl Service {
                 backups: 0,
                 is_ahead: true,
                 draft: None,
-                unfinished: Unfinished::new(&run),
+                unfinished,
                 left: true,
                 written: None,
                 held: Vec::new(),
