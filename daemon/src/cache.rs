@@ -172,6 +172,12 @@ impl<S: Signals> Cache<S> {
         Ok(machine.ways)
     }
 
+    /// Has the next plan made anew, as by another configuration. What the signals remember stays.
+    pub fn forget_plan(&mut self) {
+        self.marks = None;
+        self.idle.clear();
+    }
+
     /// Has a plan ready for the next backup, as far as a later change will not go unnoticed. Returns
     /// the rules of the configuration that match nothing, once.
     pub fn prepare(&mut self, config: &Config) -> Result<Vec<String>, LookError> {
