@@ -39,6 +39,15 @@ pub struct Place {
     pub walkable: bool,
     /// As [`Mount::hidden`].
     pub hidden: bool,
+    /// As [`Mount::was_at`].
+    pub was_at: Option<PathBuf>,
+}
+
+impl Place {
+    /// The path that an operator knows, whether or not it leads there still.
+    pub fn known_path(&self) -> &Path {
+        self.was_at.as_ref().unwrap_or(&self.path)
+    }
 }
 
 /// A superblock, once, with all places that show it.
@@ -78,8 +87,11 @@ impl fmt::Display for FileSystem {
         match self.places.first() {
             Some(place) => {
                 // Escaped, so that a newline in a name cannot forge a log line.
-                let path = place.path.to_string_lossy();
+                let path = place.known_path().to_string_lossy();
                 write!(f, "{} ({fs_type}, {dev}", path.escape_debug())?;
+                if place.was_at.is_some() {
+                    write!(f, ", mounted no longer, open at {}", place.path.display())?;
+                }
                 if place.namespace != 0 {
                     write!(f, ", in another mount namespace")?;
                 }
@@ -423,6 +435,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
         whole: mount.is_whole(),
         walkable: mount.walkable,
         hidden: mount.hidden,
+        was_at: mount.was_at.clone(),
     };
     let mut places: Vec<Place> = group.iter().map(place).collect();
     places.sort_by_key(|p| {

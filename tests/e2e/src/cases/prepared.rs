@@ -98,7 +98,8 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "freeze/lazily-unmounted-since-exfat",
-        "an exfat that was seen and unmounted lazily while in use fails FREEZE when strict, by name",
+        "an exfat that was seen and unmounted lazily while in use fails FREEZE when strict, by name, after \
+         a reload as well, unless a rule for where it was leaves it out",
         lazily_unmounted_since,
     ),
     case(
@@ -282,22 +283,43 @@ fn lazily_unmounted_since(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/b/w")?;
     let vss = guest.vss();
     load(guest, guest.module(), &[])?;
-    let daemon = guest.start_daemon_with("strict = true")?;
+    let config = "/run/lazily.toml";
+    let configure = |text: &str| guest.sh(&format!("printf '{text}' >{config}"));
+    let reload = || guest.sh("/payload/hv_vss_daemon reload");
+    configure("strict = true\\n")?;
+    let daemon = guest.spawn(&["/payload/hv_vss_daemon", "-n", "-c", config])?;
     wait_for_daemon(guest)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
     guest.sh("umount -l /mnt/b")?;
     for _ in 0..2 {
         answered("FREEZE when held", &vss.freeze(&[], STEP)?, status::FAIL)?;
     }
-    guest.wait_until("the log names it by who has it open", STEP, || {
+    guest.wait_until("the log names it, and who has it open", STEP, || {
         let log = guest.output(&daemon)?;
-        let names = |it: &str| it.contains("/fd/") && it.contains("(exfat, 1:2)");
-        Ok(log.lines().any(names))
+        let name = "/mnt/b (exfat, 1:2, mounted no longer, open at /proc/";
+        Ok(log.contains(name))
     })?;
+    reload()?;
+    let freeze = vss.freeze(&[], STEP)?;
+    answered("FREEZE after a reload", &freeze, status::FAIL)?;
+    configure("strict = true\\nexclude.paths = [\"/mnt/b\"]\\n")?;
+    reload()?;
+    let freeze = vss.freeze(&[], STEP)?;
+    answered("FREEZE with a rule for it", &freeze, status::OK)?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    guest.wait_until("the log says by which rule", STEP, || {
+        let rule = "left out: excluded by exclude path /mnt/b";
+        Ok(guest.output(&daemon)?.contains(rule))
+    })?;
+    configure("strict = true\\n")?;
+    reload()?;
+    let freeze = vss.freeze(&[], STEP)?;
+    answered("FREEZE without the rule", &freeze, status::FAIL)?;
     guest.writers_stop()?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
-    stop(guest, guest.module(), &daemon)
+    stop(guest, guest.module(), &daemon)?;
+    guest.sh(&format!("rm {config}")).map(drop)
 }
 
 fn moves_since(guest: &Guest) -> Result<()> {
