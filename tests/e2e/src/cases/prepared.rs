@@ -8,6 +8,7 @@
 
 use super::deadman::{make_hung, HANG, UNHANG};
 use super::hangs::in_freeze;
+use super::scope::in_a_namespace;
 use super::{case, good, load, logged, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
@@ -55,6 +56,11 @@ pub const CASES: &[Case] = &[
         "freeze/mounted-while-it-freezes-stock-module",
         "the same with the stock hv_utils and FIFREEZE",
         |guest| mounted_meanwhile(guest, Module::Stock, Stage::Freezing),
+    ),
+    case(
+        "freeze/writable-while-it-syncs",
+        "so does one elsewhere that is made writable meanwhile, beside a namespace without any mount",
+        writable_while_it_syncs,
     ),
     case(
         "freeze/unmounted-while-it-syncs",
@@ -197,6 +203,36 @@ fn mounted_meanwhile(guest: &Guest, module: Module, stage: Stage) -> Result<()> 
     let said = logged(guest, &daemon)?;
     ensure!(said.contains("begun anew"), "{said}");
     stop(guest, module, &daemon)
+}
+
+fn writable_while_it_syncs(guest: &Guest) -> Result<()> {
+    make_hung(guest)?;
+    guest.sh("mkdir -p /mnt/b && mkfs.ext4 -q -F /dev/ram2")?;
+    let there = in_a_namespace(guest, "mount -o ro /dev/ram2 /mnt/b")?;
+    let empty = guest.spawn(&["/payload/lab-agent", "unmounted"])?;
+    guest.wait_until("there is a namespace without mounts", STEP, || {
+        Ok(guest.output(&empty)?.contains("nothing is mounted"))
+    })?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    prepare(guest)?;
+    let freeze = hang_in(guest, &daemon, Stage::Syncing)?;
+    guest.sh(&format!(
+        "nsenter --mount=/proc/{}/ns/mnt mount -o remount,rw /mnt/b",
+        there.pid
+    ))?;
+    let file = format!("/proc/{}/root/mnt/b/w", there.pid);
+    guest.writer_start(&file)?;
+    guest.sh(UNHANG)?;
+    answered("FREEZE", &guest.vss().wait(freeze, STEP)?, status::OK)?;
+    equal("the backup", &observe(guest)?, &good(&[&file]))?;
+    let said = logged(guest, &daemon)?;
+    ensure!(said.contains("begun anew"), "{said}");
+    guest.writers_stop()?;
+    for process in [&empty, &there] {
+        guest.signal(process, 9)?;
+        guest.wait(process, STEP)?;
+    }
+    stop(guest, guest.module(), &daemon)
 }
 
 fn unmounted_meanwhile(guest: &Guest, stage: Stage) -> Result<()> {

@@ -213,7 +213,7 @@ fn strict_names(guest: &Guest, words: &[&str]) -> Result<()> {
 }
 
 /// Makes what is private to a namespace of its own, and waits until that has happened.
-fn in_a_namespace(guest: &Guest, script: &str) -> Result<Process> {
+pub(super) fn in_a_namespace(guest: &Guest, script: &str) -> Result<Process> {
     let holder = guest.spawn(&[
         "unshare",
         "--mount",
