@@ -62,7 +62,7 @@ pub struct Opened {
     pub fs_type: String,
     /// Its wave in the plan, from 0.
     pub wave: usize,
-    /// The block devices that it is on, as far as they are known.
+    /// As [`FileSystem::devices`].
     pub devices: Vec<DevId>,
     /// The disks below those.
     pub disks: Vec<DevId>,

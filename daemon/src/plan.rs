@@ -59,7 +59,7 @@ pub struct FileSystem {
     pub fs_type: String,
     /// What was named as its source when it was mounted.
     pub source: Option<OsString>,
-    /// The block devices that it is on, as far as they are known.
+    /// The block devices that it is on, as far as they are known; its journals and logs last.
     pub devices: Vec<DevId>,
     /// The lowest devices below those, and below what holds a file that it is on. Others may have a
     /// part of them as well. Empty when they are not known.
@@ -298,6 +298,8 @@ pub fn plan(
     for (superblock, footing) in superblocks.into_iter().zip(footings) {
         let reason = superblock.reason(topology, excluded);
         let (mut file_system, held) = (superblock.file_system, superblock.can_be_held);
+        let logs = topology.logs.get(&file_system.dev).into_iter().flatten();
+        file_system.devices.extend(logs);
         file_system.disks = footing.disks.into_iter().collect();
         file_system.below = footing.below;
         match reason {
@@ -894,6 +896,10 @@ mod tests {
         let mut on_first = on("8:0");
         on_first.sort();
         assert_eq!(on_first, ["/image", "/log-elsewhere", "/srv"]);
+        let with_a_log = plan.waves.iter().flatten();
+        let mut with_a_log = with_a_log.filter(|it| it.devices.len() > 1);
+        let devices = with_a_log.next().map(|it| it.devices.as_slice());
+        assert_eq!(devices, Some(&[dev("8:32"), dev("8:33")][..]));
         assert_eq!(on("8:16"), ["/"]);
         assert!(on("8:48").is_empty());
         let scope = plan.find(&["host:8:48".into(), "host:9".into(), "host:8:0".into()]);
