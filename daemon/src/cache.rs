@@ -277,6 +277,7 @@ impl Cache {
             | Reason::Broken(_)
             | Reason::Unreachable(_)
             | Reason::Elsewhere
+            | Reason::TurnedReadOnly
             | Reason::Busy(_) => true,
             Reason::ReadOnly | Reason::NoBlockDevice => false,
         };

@@ -100,9 +100,10 @@ impl<S: Signals> Before<S> {
             match left.reason {
                 // Nothing tells when one is repaired.
                 Reason::Broken(_) | Reason::Unreachable(_) => return None,
-                Reason::ReadOnly if !read_only.has(&left.file_system) => return None,
+                ref it if it.is_read_only() && !read_only.has(&left.file_system) => return None,
                 // The last two are of one backup only.
                 Reason::ReadOnly
+                | Reason::TurnedReadOnly
                 | Reason::NoBlockDevice
                 | Reason::Excluded(_)
                 | Reason::Elsewhere
@@ -169,7 +170,7 @@ impl<S: Signals> ReadOnly<S> {
     /// Those of a plan.
     pub fn of(signals: &mut S, ways: &S::Ways, plan: &Plan) -> Self {
         let left_out = plan.left_out.iter();
-        let left_out = left_out.filter(|it| it.reason == Reason::ReadOnly);
+        let left_out = left_out.filter(|it| it.reason.is_read_only());
         let found = left_out.filter_map(|LeftOut { file_system, .. }| {
             // A walk through what may hang, or to what lies over it, is not worth it.
             let places = file_system.places.iter();
@@ -225,7 +226,7 @@ impl Known {
         let numbers = |it: &FileSystem| [&[it.dev], it.devices.as_slice()].concat();
         let left_out = plan.left_out.iter();
         let (read_only, others): (Vec<_>, Vec<_>) =
-            left_out.partition(|it| it.reason == Reason::ReadOnly);
+            left_out.partition(|it| it.reason.is_read_only());
         let others = others.into_iter().map(|it| &it.file_system);
         let devices = plan
             .waves
