@@ -385,7 +385,10 @@ impl Config {
         if let Some(rule) = self.exclude.find(file_system) {
             return Some(format!("exclude {rule}"));
         }
-        let wanted = self.include.is_empty() || self.include.find(file_system).is_some();
+        // What is mounted nowhere may have been where an operator wants it from.
+        let may_be_meant = file_system.places.is_empty() && !self.include.paths.is_empty();
+        let wanted =
+            self.include.is_empty() || may_be_meant || self.include.find(file_system).is_some();
         (!wanted).then(|| "include, which names others".to_owned())
     }
 
@@ -602,6 +605,21 @@ mod tests {
             config.excludes(&other).as_deref(),
             Some("include, which names others")
         );
+    }
+
+    #[test]
+    fn what_is_mounted_nowhere_is_frozen_where_a_path_may_mean_it() {
+        let nowhere = file_system(&[], "xfs", "dm-3", "253:3");
+        for (text, excluded) in [
+            ("include.paths = ['/data']", false),
+            ("include = { paths = ['/data'], types = ['ext4'] }", false),
+            ("include.types = ['ext4']", true),
+            ("include.paths = ['/data']\nexclude.types = ['xfs']", true),
+            ("exclude.paths = ['/data']", false),
+        ] {
+            let found = parse(text).unwrap().excludes(&nowhere);
+            assert_eq!(found.is_some(), excluded, "{text}");
+        }
     }
 
     #[test]
