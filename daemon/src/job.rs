@@ -176,7 +176,7 @@ impl Freezer {
     fn go_by(&mut self, config: &Arc<Config>) {
         if !Arc::ptr_eq(&self.config, config) {
             self.config = Arc::clone(config);
-            self.cache = Cache::default();
+            self.cache.forget_plan();
         }
     }
 

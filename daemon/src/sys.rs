@@ -327,7 +327,8 @@ const SYS_STATMOUNT: libc::c_long = 457;
 const SYS_LISTMOUNT: libc::c_long = 458;
 
 /// The number of the mount that was added last to the namespace with number `mnt_ns_id`, among those
-/// that are still there. Numbers only grow, and none is used twice; 0 stands for none at all.
+/// that are still there. Numbers only grow, and none is used twice; 0 stands for none at all, as in a
+/// namespace whose root has been unmounted.
 ///
 /// Fails with `ENOSYS` before Linux 6.8, with `EINVAL` before 6.12.
 pub fn newest_mount(mnt_ns_id: u64) -> io::Result<u64> {
@@ -379,8 +380,11 @@ fn list_mounts(
             flags,
         )
     };
-    Errno::result(ret)?;
-    Ok(usize::try_from(ret).unwrap_or(0))
+    match Errno::result(ret) {
+        // Without a root there is nothing to begin with: nothing is mounted, or the namespace is gone.
+        Err(Errno::ENOENT) => Ok(0),
+        listed => Ok(usize::try_from(listed?).unwrap_or(0)),
+    }
 }
 
 /// The superblock behind a mount, as [`superblock_of`] found it.
