@@ -912,6 +912,8 @@ mod tests {
                     while !cache.read_only.writable_now(&mut cache.signals).is_empty() {
                         cache.plan(&config).unwrap();
                     }
+                    // Had nobody to look before, it is not to happen under this look.
+                    model.0.borrow_mut().meanwhile = None;
                     let machine = model.clone().look().unwrap();
                     let anew = plan(&machine.mounts, &machine.topology, &|_| None);
                     check(&model.0.borrow(), &wave_of(&cache.plan), &wave_of(&anew))?;
