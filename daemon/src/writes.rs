@@ -35,6 +35,13 @@ impl Writes {
     }
 }
 
+impl Writes {
+    /// Whether anything is counted at all.
+    pub fn are_counted(&self) -> bool {
+        !self.0.is_empty()
+    }
+}
+
 impl From<Vec<File>> for Writes {
     /// Those that these files show, each a `stat` of sysfs.
     fn from(stats: Vec<File>) -> Self {

@@ -25,6 +25,8 @@ struct Double {
     failures: Mutex<BTreeMap<Call, (Errno, usize)>>,
     /// How long a first call takes.
     slow: Mutex<BTreeMap<Call, Duration>>,
+    /// From then on a freeze that is slow returns at once.
+    called_off: AtomicBool,
     left: Mutex<Vec<usize>>,
     /// As [`Door::watched_every`].
     watched_every: Option<Duration>,
@@ -46,7 +48,13 @@ impl Double {
         let number = self.numbers[&inode_of(fd)];
         lock(&self.calls).push((what, number));
         let slow = lock(&self.slow).remove(&(what, number));
-        thread::sleep(slow.unwrap_or_default());
+        let until = Instant::now() + slow.unwrap_or_default();
+        while Instant::now() < until {
+            thread::sleep(SHORT / 60);
+            if what == "freeze" && self.called_off.load(Ordering::SeqCst) {
+                return Err(Errno::ESTALE.into());
+            }
+        }
         match lock(&self.failures).get_mut(&(what, number)) {
             Some((errno, times)) if *times > 0 => {
                 *times -= 1;
@@ -77,6 +85,9 @@ impl Door for Double {
     }
     fn settle(&self, _targets: &[Target]) {}
     fn let_go(&self) {}
+    fn call_off(&self) {
+        self.called_off.store(true, Ordering::SeqCst);
+    }
     fn disarm(&self, _left: &[BorrowedFd<'_>]) {}
     fn watched_every(&self) -> Option<Duration> {
         self.watched_every
@@ -474,10 +485,91 @@ fn a_sync_that_hangs_ends_when_it_is_called_off_and_is_not_begun_again_before_it
     // The next one is of the other only, or waits.
     let mut other = setup(&[0, 0], &[], false);
     other.learnt = std::mem::take(&mut s.learnt);
-    assert!(other.learnt.hangs("8:0".parse().unwrap()));
+    assert!(other.learnt.is_late("8:0".parse().unwrap()));
     other.session.sync(&mut other.learnt);
     assert!(begun.elapsed() >= SHORT * 10, "{:?}", begun.elapsed());
     assert_eq!(other.calls(), [("sync", 0), ("sync", 1)]);
+}
+
+#[test]
+fn one_that_hangs_in_its_freeze_is_left_out_where_that_can_be_called_off_with_what_stands_on_it() {
+    let hangs = |strict| {
+        let waves = [(0, None), (1, None), (1, None), (2, None)];
+        let stand_on = [Some(&["8:1"][..]), Some(&[]), Some(&[]), None];
+        let s = setup_before(Double::default(), &waves, &stand_on, &[], strict);
+        s.means.pool.grow(3).unwrap();
+        s.slow("freeze", 1, SHORT * 100);
+        s
+    };
+    let mut s = hangs(false);
+    let begun = Instant::now();
+    let summary = s.freeze().unwrap();
+    assert!(begun.elapsed() < SHORT * 50, "{:?}", begun.elapsed());
+    assert_eq!((summary.ours, summary.left_out), (2, 2));
+    let how: Vec<How> = s.session.account().iter().map(|it| it.how).collect();
+    assert_eq!(how, [How::LeftOut, How::LeftOut, How::Frozen, How::Frozen]);
+    let tried = |number| {
+        s.calls()
+            .iter()
+            .filter(|it| **it == ("freeze", number))
+            .count()
+    };
+    assert_eq!((tried(1), tried(3)), (1, 1));
+    s.session.thaw().unwrap();
+
+    let error = hangs(true).freeze().unwrap_err();
+    assert!(error.to_string().contains("/fs1"), "{error}");
+
+    // Where anybody can thaw nothing calls it off: whoever looks on from outside ends it all.
+    let mut s = setup(&[0, 0], &[], false);
+    s.slow("freeze", 1, SHORT * 3);
+    let summary = s.freeze().unwrap();
+    assert_eq!((summary.ours, summary.left_out), (2, 0));
+}
+
+#[test]
+fn what_comes_through_in_the_moment_in_which_it_is_given_up_on_is_thawed() {
+    let s = setup_before(Double::default(), &[(0, None), (0, None)], &[], &[], false);
+    let target = &s.session.targets()[0];
+    *target.state() = State::Freezing {
+        since: Instant::now(),
+    };
+    s.session.leave_out(target, "hangs".into());
+    assert!(!target.end_freezing(State::Open));
+    s.session.work.let_go(target);
+    assert!(!target.is_ours() && !target.is_due());
+    assert_eq!(s.calls(), [("thaw", 0)]);
+}
+
+#[test]
+fn a_disk_to_which_nothing_is_written_hangs_and_one_to_which_something_is_is_slow() {
+    let stat = std::env::temp_dir().join(format!("hv-vss-flow-{}", std::process::id()));
+    let write = |sectors: u64| std::fs::write(&stat, format!("0 0 0 0 0 0 {sectors} 0 0")).unwrap();
+    write(8);
+    let s = setup(&[0], &[], false);
+    let flow = |stats: Vec<std::fs::File>| Flow {
+        sectors: Some(8),
+        writes: Writes::from(stats),
+        since: Instant::now(),
+    };
+    let mut syncing = Syncing {
+        index: 0,
+        target: &s.session.targets()[0],
+        since: Instant::now(),
+        thread: None,
+        flow: Some(flow(vec![std::fs::File::open(&stat).unwrap()])),
+        rest: VecDeque::new(),
+    };
+    thread::sleep(SHORT);
+    write(16);
+    assert!(!syncing.hangs(SHORT), "something was written");
+    thread::sleep(SHORT);
+    assert!(syncing.hangs(SHORT));
+    // Nobody counts.
+    syncing.flow = Some(flow(Vec::new()));
+    thread::sleep(SHORT);
+    assert!(!syncing.hangs(SHORT));
+    std::fs::remove_file(&stat).unwrap();
 }
 
 #[test]
