@@ -30,7 +30,7 @@ use crate::mounts::DevId;
 use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
 use crate::sys;
-use crate::writes::Writes;
+use crate::writes::{Traffic, Writes};
 
 /// How often one that waits for its turn looks whether all is off.
 const ABORT_TICK: Duration = Duration::from_millis(20);
@@ -40,6 +40,8 @@ const BUSY_TICK: Duration = Duration::from_millis(20);
 const THAW_TIME: Duration = Duration::from_millis(500);
 /// How long a look whether all is still frozen is waited for.
 const LOOK_TIME: Duration = Duration::from_millis(200);
+/// Enough for an ioctl.
+const CALL_OFF_STACK: usize = 64 * 1024;
 /// How often those that are frozen are thawed again because of one that is slow.
 const BACK_OFFS: usize = 3;
 
@@ -629,7 +631,7 @@ impl Session {
     /// is the longer the more share the processor or the disk. What is known not to freeze is left to
     /// [`Session::freeze`].
     ///
-    /// A disk may hang: one to which nothing has been written for so long is left out, and so is what
+    /// A disk may hang: one with which nothing has come to its end for so long is left out, and so is what
     /// stands on it. What has not returned is left behind, also when it is all called off, and nobody
     /// begins it anew before it has.
     pub fn sync(&self, learnt: &mut Learnt) {
@@ -685,8 +687,7 @@ impl Session {
                 work.progress.end(&it.target.name);
                 learnt.is_left(it.target.dev, it.thread, true);
                 let seconds = work.limits.give_up.as_secs();
-                let why =
-                    format!("hangs: it is to be written back, and nothing was for {seconds} s");
+                let why = format!("hangs: its disk has done nothing for {seconds} s");
                 self.leave_out(it.target, why);
                 // Those on the same disk hang as well, perhaps: none waits for another.
                 let rest = it.rest.into_iter().map(|index| VecDeque::from([index]));
@@ -728,11 +729,12 @@ impl Session {
         self.leave_out_what_stands_on_it();
     }
 
-    /// And what is known to stand on such a one, as long as that is not frozen: it would hang as well.
+    /// And what is known to stand on such a one: it would hang as well.
     fn leave_out_what_stands_on_it(&self) {
         let work = &self.work;
         let hung = lock(&work.hung).clone();
-        for target in work.targets.iter().filter(|it| it.is_due()) {
+        // What is frozen is only where all is called off with it.
+        for target in work.targets.iter().filter(|it| it.is_due() || it.is_ours()) {
             let stands_on = target.stands_on.iter().flatten();
             if stands_on.into_iter().any(|it| hung.contains(it)) {
                 let why = "stands on one that hangs";
@@ -819,6 +821,10 @@ impl Session {
         let work = &self.work;
         self.ask_again(known);
         for attempt in 0.. {
+            if work.door.watched_every().is_none() && !work.targets.iter().any(Target::is_ours) {
+                // The module's time begins with the first one that it holds.
+                *lock(&work.armed) = Instant::now();
+            }
             self.leave_out_what_stands_on_it();
             self.leave_out_busy();
             *lock(&work.pace) = Pace {
@@ -1097,9 +1103,17 @@ impl Session {
         let ends = |it: &Target| it.freezing_since().map(|since| since + limit);
         let stuck = work.which(|it| ends(it).is_some_and(|at| at <= now));
         let can_be_called_off = work.door.watched_every().is_none();
-        if stuck.is_empty() || !can_be_called_off {
-            let ends = work.targets.iter().filter_map(ends);
-            return ends.filter(|at| *at > now).min();
+        if !can_be_called_off {
+            return None;
+        }
+        if stuck.is_empty() {
+            // One that is yet to begin cannot be stuck before that.
+            return work
+                .targets
+                .iter()
+                .filter_map(ends)
+                .min()
+                .or(Some(now + limit));
         }
         lock(&work.obstacles).push(Obstacle::Stuck);
         for target in stuck.iter().filter_map(|i| work.targets.get(*i)) {
@@ -1109,7 +1123,13 @@ impl Session {
                 format!("takes longer than {seconds} s to freeze (give_up)"),
             );
         }
-        work.door.call_off();
+        // What stands on it may not be thawed before it comes back, and that is waited for there.
+        let door = Arc::clone(&work.door);
+        let builder = thread::Builder::new().name("call-off".into());
+        // Without a thread it is all called off from outside, a little later.
+        let _ = builder
+            .stack_size(CALL_OFF_STACK)
+            .spawn(move || door.call_off());
         None
     }
 
@@ -1259,37 +1279,34 @@ struct Syncing<'a> {
     rest: VecDeque<usize>,
 }
 
-/// What is written to the devices of one.
+/// What goes on on the devices of one.
 struct Flow {
-    writes: Writes,
-    /// Sectors, when that was looked at last, and since when there were as many.
-    sectors: Option<u64>,
+    devices: Vec<Traffic>,
+    /// How much had come to its end when that was looked at last, and since when.
+    done: Option<u64>,
     since: Instant,
 }
 
 impl Syncing<'_> {
-    /// Whether nothing was written to its devices for so long. Where nobody tells, it is slow.
+    /// Whether its devices have something in hand, or are suspended, and nothing has come to its end for so
+    /// long. Where nobody tells, or the file system does something else, it is slow.
     fn hangs(&mut self, limit: Duration) -> bool {
         /// From then on it is looked at.
         const LONG: Duration = Duration::from_secs(1);
         if self.since.elapsed() < LONG.min(limit / 2) {
             return false;
         }
-        let flow = self.flow.get_or_insert_with(|| {
-            let writes = Writes::of(&self.target.devices);
-            let sectors = writes.sectors();
-            let since = self.since;
-            Flow {
-                writes,
-                sectors,
-                since,
-            }
+        let flow = self.flow.get_or_insert_with(|| Flow {
+            devices: self.target.devices.iter().map(Traffic::of).collect(),
+            done: None,
+            since: Instant::now(),
         });
-        let now = flow.writes.sectors();
-        if now != flow.sectors {
-            (flow.sectors, flow.since) = (now, Instant::now());
+        let done = flow.devices.iter().map(Traffic::done).sum();
+        let waits = flow.devices.iter().any(Traffic::waits);
+        if done != flow.done || !waits {
+            (flow.done, flow.since) = (done, Instant::now());
         }
-        now.is_some() && flow.writes.are_counted() && flow.since.elapsed() >= limit
+        done.is_some() && flow.since.elapsed() >= limit
     }
 }
 
