@@ -7,8 +7,9 @@
 //! nothing but time, a process, what that writes and the word to let go. Each call has a process group
 //! of its own; when its time is over all of it is killed. It begins as this very program, which is in
 //! memory, and becomes the hook then: to get at that may take as long as anything. What a hook writes is read all the time, since
-//! one that stays over the freeze would hang otherwise, and is logged after the thaw. A record of what
-//! is to be let go is in the run directory, for whoever comes after a death. It freezes nothing and
+//! one that stays over the freeze would hang otherwise, and is logged after the thaw. What one that ended well
+//! leaves running is its [`Session`]: should that end by itself, the application is no longer ready. A record
+//! of what is to be let go is in the run directory, for whoever comes after a death. It freezes nothing and
 //! decides of no backup.
 
 use std::ffi::{OsStr, OsString};
@@ -18,7 +19,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,9 @@ const MOST_OUTPUT: usize = 8192;
 const NOT_KNOWN: u8 = u8::MAX;
 /// Reads of a pipe at a time, of 1 KiB each.
 const MOST_READS: usize = 64;
+/// How long after the end of a call what it has left running is looked at: a logger at the end of its pipe ends
+/// with it, if somewhat later, and is nothing that an application is kept ready by.
+const SETTLED: Duration = Duration::from_millis(200);
 /// How long what was killed may take to end.
 const GRACE: Duration = Duration::from_secs(2);
 /// Where hooks find programs.
@@ -136,6 +140,54 @@ pub struct Called {
     pub fault: Option<String>,
 }
 
+/// What a hook that ended well has left running, to keep its application ready.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Session {
+    /// The hook's name.
+    pub hook: String,
+    /// Whether there is no backup without it.
+    pub required: bool,
+    /// Its process group, whose first process is not reaped as long as this is there.
+    group: u32,
+    /// One of its processes, with the time of its start.
+    process: (u32, u64),
+}
+
+impl Session {
+    /// Whether nothing of it is left. As a rule one file tells.
+    fn has_ended(&mut self) -> bool {
+        let (pid, start) = self.process;
+        if process::start_of(pid) == Some(start) {
+            return false;
+        }
+        match process::member_of(self.group) {
+            Some(other) => self.process = other,
+            None => return true,
+        }
+        false
+    }
+}
+
+/// Those of a backup under way.
+#[derive(Clone, Debug, Default)]
+struct Sessions(Arc<Mutex<Vec<Session>>>);
+
+impl Sessions {
+    fn all(&self) -> MutexGuard<'_, Vec<Session>> {
+        // It is whole after each change.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A call that ended well, of which it is to be seen what it has left running.
+struct Settling {
+    hook: String,
+    required: bool,
+    group: u32,
+    /// When.
+    at: Instant,
+}
+
 /// What the event loop hears.
 #[derive(Debug)]
 pub enum HookOutcome {
@@ -162,6 +214,7 @@ pub struct Means {
 pub struct Calling {
     word: UnixStream,
     thread: JoinHandle<()>,
+    sessions: Sessions,
 }
 
 impl Calling {
@@ -174,8 +227,11 @@ impl Calling {
     ) -> Result<Self, String> {
         let lock = means.run.lock_hooks().map_err(|error| words(&error))?;
         let (word, theirs) = UnixStream::pair().map_err(|e| e.to_string())?;
+        let sessions = Sessions::default();
+        let its = sessions.clone();
         let body = move || {
             let mut calls = Calls::new(means, Some(theirs), Some(lock));
+            calls.sessions = its;
             let result = calls.freeze(hooks, &progress);
             if calls.word.is_none() {
                 tell(HookOutcome::Quiesced(result));
@@ -183,7 +239,7 @@ impl Calling {
             let verdict = calls.wait();
             tell(HookOutcome::Released(calls.thaw(verdict)));
         };
-        Self::spawn(word, body)
+        Self::spawn(word, sessions, body)
     }
 
     /// Lets go what somebody who has died has called, as far as it is on record in `run`.
@@ -197,13 +253,22 @@ impl Calling {
             return Ok(None);
         };
         let (word, _) = UnixStream::pair().map_err(|e| e.to_string())?;
-        Self::spawn(word, move || tell(HookOutcome::Released(calls.thaw(None)))).map(Some)
+        let body = move || tell(HookOutcome::Released(calls.thaw(None)));
+        Self::spawn(word, Sessions::default(), body).map(Some)
     }
 
-    fn spawn(word: UnixStream, body: impl FnOnce() + Send + 'static) -> Result<Self, String> {
+    fn spawn(
+        word: UnixStream,
+        sessions: Sessions,
+        body: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, String> {
         let builder = Builder::new().name("hooks".into()).stack_size(STACK_BYTES);
         let thread = builder.spawn(body).map_err(|e| e.to_string())?;
-        Ok(Calling { word, thread })
+        Ok(Calling {
+            word,
+            thread,
+            sessions,
+        })
     }
 
     /// Lets them go, now that nothing is frozen any more but what hangs; `None` when nobody can tell how the
@@ -212,6 +277,20 @@ impl Calling {
         let word = verdict.map_or(NOT_KNOWN, |it| it as u8);
         // It fails only when the thread has ended, and with it everything.
         let _ = (&self.word).write_all(&[word]);
+    }
+
+    /// The sessions that have ended by themselves, each once; none any more once hooks are let go. It waits
+    /// for no disk.
+    pub fn sessions_ended(&self) -> Vec<Session> {
+        let mut ended = Vec::new();
+        self.sessions.all().retain_mut(|it| {
+            let has_ended = it.has_ended();
+            if has_ended {
+                ended.push(it.clone());
+            }
+            !has_ended
+        });
+        ended
     }
 
     /// Whether all have been let go.
@@ -283,6 +362,9 @@ struct Calls {
     /// The processes of the calls with `freeze`. They are not reaped before they are let go: a process
     /// group has its number as long as its first process is there.
     children: Vec<Option<Child>>,
+    /// The one that is looked at next is the first.
+    settling: Vec<Settling>,
+    sessions: Sessions,
     outputs: Vec<Output>,
     called: Vec<Called>,
 }
@@ -302,6 +384,8 @@ impl Calls {
             _lock: lock,
             record,
             children: Vec::new(),
+            settling: Vec::new(),
+            sessions: Sessions::default(),
             outputs: Vec::new(),
             called: Vec::new(),
         }
@@ -371,7 +455,7 @@ impl Calls {
             progress.begin(&name, Instant::now());
             let end = match found.fault {
                 Some(fault) => End::Bad(format!("it is not run: {fault}")),
-                None => self.call_to_freeze(found.hook),
+                None => self.call_to_freeze(found.hook, found.required),
             };
             progress.end(&name);
             match end {
@@ -387,7 +471,7 @@ impl Calls {
         Ok(())
     }
 
-    fn call_to_freeze(&mut self, hook: Hook) -> End {
+    fn call_to_freeze(&mut self, hook: Hook, required: bool) -> End {
         // From here on it is let go, whatever happens.
         self.record.owed.push(Owed {
             hook: hook.clone(),
@@ -411,6 +495,14 @@ impl Calls {
                     self.means.log.warning(words(&error));
                 }
                 let end = self.watch(&child, &pidfd, true);
+                if matches!(end, End::Good) {
+                    self.settling.push(Settling {
+                        hook: hook.name(),
+                        required,
+                        group: child.id(),
+                        at: Instant::now() + SETTLED,
+                    });
+                }
                 if let Some(last) = self.children.last_mut() {
                     *last = Some(child);
                 }
@@ -438,6 +530,8 @@ impl Calls {
 
     /// Lets all go, the last one first.
     fn thaw(&mut self, verdict: Option<Verdict>) -> Vec<Called> {
+        self.settling.clear();
+        self.sessions.all().clear();
         self.say_output();
         while let Some(owed) = self.record.owed.last().cloned() {
             let verb = owed.hook.release(verdict);
@@ -576,6 +670,9 @@ impl Calls {
     /// Waits until something happens: to this process, to a pipe, the word to let go; and deals with
     /// all but the first. Returns whether the process has ended.
     fn look(&mut self, process: Option<&OwnedFd>, until: Option<Instant>) -> bool {
+        self.see_what_stays();
+        let settled = self.settling.first().map(|it| it.at);
+        let until = until.into_iter().chain(settled).min();
         let left = until.map(|it| it.saturating_duration_since(Instant::now()));
         let timeout = match left {
             // Rounded up: it is not looked at over and over in the last millisecond.
@@ -603,6 +700,22 @@ impl Calls {
             output.drain();
         }
         has_ended
+    }
+
+    /// Takes down what those calls have left running that have settled by now.
+    fn see_what_stays(&mut self) {
+        let now = Instant::now();
+        while self.settling.first().is_some_and(|it| it.at <= now) {
+            let call = self.settling.remove(0);
+            if let Some(process) = process::member_of(call.group) {
+                self.sessions.all().push(Session {
+                    hook: call.hook,
+                    required: call.required,
+                    group: call.group,
+                    process,
+                });
+            }
+        }
     }
 
     fn hear(&mut self) {

@@ -210,7 +210,12 @@ impl Draft {
         let stays = account.stays.into_iter().map(stayed);
         let missing = account.missing.into_iter().map(missing);
         self.entry.file_systems = stays.chain(missing).collect();
-        self.entry.warnings = account.warnings;
+        self.entry.warnings.extend(account.warnings);
+    }
+
+    /// Something else to say against it.
+    pub fn warn(&mut self, text: String) {
+        self.entry.warnings.push(text);
     }
 
     /// All is over but the hooks.

@@ -576,6 +576,11 @@ impl Service {
                 if let Ok(begun) = &mut result {
                     self.hands.held = std::mem::take(&mut begun.names);
                 }
+                // Until its answer a freeze is no better than what it was made ready by.
+                let ended = self.hands.sessions_ended("before all was frozen");
+                if let Some(why) = ended.filter(|_| result.is_ok()) {
+                    self.end_early(why.into(), thawed::CALLED_OFF);
+                }
                 let result = result.map_err(|error| words(&error));
                 self.machine.frozen(now, result, &mut self.hands);
             }
@@ -587,6 +592,8 @@ impl Service {
                 if let Some(draft) = &mut self.hands.draft {
                     draft.thawed(account);
                 }
+                // What is frozen is as it was by then, and that is what the backup has.
+                self.hands.sessions_ended("while all was frozen");
                 let result = result.map_err(|error| words(&error));
                 self.machine.thawed(result, &mut self.hands);
             }
@@ -726,6 +733,24 @@ impl Hands {
         let calling = Calling::start(hooks, means, progress.unwrap_or_default(), tell)?;
         self.calling = Some(calling);
         Ok(())
+    }
+
+    /// Says of which hooks what they had left running has ended by itself, and `when`; returns that of one that
+    /// is required.
+    fn sessions_ended(&mut self, when: &str) -> Option<String> {
+        let mut why = None;
+        for session in self.calling.as_ref()?.sessions_ended() {
+            let hook = session.hook;
+            let text = format!("hook {hook}: what it had left running has ended {when}");
+            self.log.warning(&text);
+            if let Some(draft) = &mut self.draft {
+                draft.warn(text.clone());
+            }
+            if session.required {
+                why.get_or_insert(text);
+            }
+        }
+        why
     }
 
     /// A backup that may be remembered.

@@ -348,3 +348,67 @@ fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
     drop(lock);
     assert!(recover(&run, &scene.log).unwrap());
 }
+
+/// Waits until so many sessions are known.
+fn know(calling: &Calling, number: usize) {
+    let until = Instant::now() + LONG;
+    while calling.sessions.all().len() != number {
+        assert!(Instant::now() < until, "{:?}", calling.sessions);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_session_that_ends_by_itself_is_told_of_once_and_what_only_ends_late_is_none() {
+    let mut scene = Scene::new("session");
+    // In two processes, as a client and what holds its input; the second goes on alone for a while.
+    let stays = "sleep 1000 & echo $! >>$notes; sleep 1000 & echo $! >>$notes";
+    let stays = format!("[ $1 != freeze ] || {{ {stays}; }}");
+    // It ends when nobody writes to it any more, and somewhat later.
+    let logger = "[ $1 != freeze ] || { sleep 0.02 & }";
+    let left = "[ $1 != freeze ] || { setsid sleep 1 & }";
+    let mut optional = scene.hook("20-b", &stays);
+    optional.required = false;
+    let hooks = vec![
+        scene.hook("10-a", &stays),
+        optional,
+        scene.hook("30-c", logger),
+        scene.hook("40-d", left),
+        // By its end it is known of all others.
+        scene.hook("50-e", "[ $1 != freeze ] || sleep 0.5"),
+    ];
+    let calling = scene.start(hooks, LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    know(&calling, 2);
+    assert_eq!(calling.sessions_ended(), []);
+    let pids: Vec<u32> = scene.notes().iter().map(|it| it.parse().unwrap()).collect();
+    let end = |pid: u32| {
+        nix::sys::signal::kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
+        let until = Instant::now() + LONG;
+        while !process::is_dead(pid) {
+            assert!(Instant::now() < until, "it does not end");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    for (pid, ended) in pids.into_iter().zip([None, Some(true), None, Some(false)]) {
+        end(pid);
+        let told = calling.sessions_ended();
+        let told: Vec<bool> = told.iter().map(|it| it.required).collect();
+        assert_eq!(told, ended.as_slice());
+    }
+    assert_eq!(calling.sessions_ended(), []);
+    calling.release(Some(Verdict::Good));
+    scene.released();
+}
+
+#[test]
+fn what_is_let_go_has_not_ended_by_itself() {
+    let mut scene = Scene::new("let-go");
+    let stays = "case $1 in freeze) sleep 1000 & echo $! >$notes ;; *) kill $(cat $notes) ;; esac";
+    let calling = scene.start(vec![scene.hook("10-a", stays)], LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    know(&calling, 1);
+    calling.release(Some(Verdict::Good));
+    scene.released();
+    assert_eq!(calling.sessions_ended(), []);
+}

@@ -28,6 +28,12 @@ pub const CASES: &[Case] = &[
         failing,
     ),
     case(
+        "hooks/session-ended",
+        "what a hook has left running ends before FREEZE is answered: FREEZE fails, or the backup has a warning if \
+         the hook is optional; while all is frozen it is a warning",
+        session_ended,
+    ).long(),
+    case(
         "hooks/hung",
         "one that hangs is killed at its limit with all it has started, and let go",
         hung,
@@ -249,6 +255,66 @@ fn failing(guest: &Guest) -> Result<()> {
     ];
     noted(guest, "with one optional", &expected)?;
     stop_at_rest(guest, Module::Ours, &daemon)?;
+    end(guest)
+}
+
+/// Waits until `status` says this of the last backup.
+fn told(guest: &Guest, words: &str) -> Result<()> {
+    guest.wait_until(&format!("status says {words:?}"), STEP, || {
+        let status = guest.try_sh("/payload/hv_vss_daemon status")?;
+        Ok(status.out.contains(words))
+    })
+}
+
+fn session_ended(guest: &Guest) -> Result<()> {
+    prepare(guest)?;
+    let vss = guest.vss();
+    let stays = "[ $1 != freeze ] || { sleep 4711 & echo $! >/run/session; }";
+    hook(guest, "10-a", stays)?;
+    // It takes long enough for the session to be one.
+    let ends = "[ $1 != freeze ] || { sleep 1; kill -9 $(cat /run/session); }";
+    hook(guest, "20-b", ends)?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    let expected = [
+        "10-a freeze ",
+        "20-b freeze ",
+        "20-b thaw failed",
+        "10-a thaw failed",
+    ];
+    noted(guest, "a session that has ended", &expected)?;
+    let why = "hook 10-a: what it had left running has ended before all was frozen";
+    guest.wait_until("the log says why", STEP, || {
+        let said = guest.output(&daemon)?;
+        Ok(said.contains(&format!("FREEZE fails, it is called off: {why}")))
+    })?;
+    equal(
+        "writers that stand still",
+        super::stuck_writers(guest)?,
+        vec![],
+    )?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+
+    let config = "[hooks]\noptional = ['10-*']";
+    let daemon = start_with(guest, Module::Ours, &[], config)?;
+    good_backup(guest, "a backup with that one optional")?;
+    told(guest, why)?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+
+    hook(guest, "20-b", "")?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until("both writers stand still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 500_000))
+    })?;
+    guest.sh("kill -9 $(cat /run/session)")?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    told(
+        guest,
+        "hook 10-a: what it had left running has ended while all was frozen",
+    )?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+    guest.sh("rm -f /run/session")?;
     end(guest)
 }
 
