@@ -136,7 +136,7 @@ pub struct Called {
     pub since: Instant,
     /// How long it took.
     pub took: Duration,
-    /// What was wrong with it.
+    /// What was wrong with it; it may be that it was not run.
     pub fault: Option<String>,
 }
 
@@ -453,6 +453,7 @@ impl Calls {
         for found in hooks {
             let name = found.hook.name();
             progress.begin(&name, Instant::now());
+            let is_run = found.fault.is_none();
             let end = match found.fault {
                 Some(fault) => End::Bad(format!("it is not run: {fault}")),
                 None => self.call_to_freeze(found.hook, found.required),
@@ -465,6 +466,15 @@ impl Calls {
                 End::Bad(why) => {
                     let text = format!("hook {name}, which is optional: {why}");
                     self.means.log.warning(text);
+                    if !is_run {
+                        self.called.push(Called {
+                            name,
+                            verb: Verb::Freeze,
+                            since: Instant::now(),
+                            took: Duration::ZERO,
+                            fault: Some(why),
+                        });
+                    }
                 }
             }
         }

@@ -774,7 +774,12 @@ impl Hands {
         let called = std::mem::take(&mut self.called);
         if let Some(draft) = self.draft.take() {
             let erase = self.unfinished.eraser();
-            self.write_down(draft.finish(called), erase);
+            let entry = draft.finish(called);
+            if !entry.warnings.is_empty() {
+                self.last.push_str(", with warnings");
+                self.show(self.doing.clone());
+            }
+            self.write_down(entry, erase);
         }
     }
 

@@ -212,6 +212,17 @@ fn one_that_is_optional_may_fail_and_one_that_must_not_run_is_not_run() {
     assert_eq!(why, "hook 20-b: it is not run: others may write");
     calling.release(Some(Verdict::Failed));
     scene.released();
+    calling.join();
+    // What an optional one lacks is remembered, though it was never run.
+    let mut unfit = scene.hook("20-b", NOTE);
+    unfit.required = false;
+    unfit.fault = Some("others may write".into());
+    let calling = scene.start(vec![unfit], LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    calling.release(Some(Verdict::Good));
+    let called = scene.released();
+    let fault = called[0].fault.as_deref();
+    assert_eq!(fault, Some("it is not run: others may write"));
     assert_eq!(scene.notes(), ["10-a freeze ", "10-a freezeFail failed"]);
 }
 

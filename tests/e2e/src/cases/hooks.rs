@@ -24,7 +24,7 @@ pub const CASES: &[Case] = &[
     case(
         "hooks/failing",
         "one that is required fails: so does FREEZE, and all that were started are let go; one that is \
-         optional may fail",
+         optional may fail, and what fails at thaw is a warning of the backup",
         failing,
     ),
     case(
@@ -254,6 +254,10 @@ fn failing(guest: &Guest) -> Result<()> {
         "10-a thaw good",
     ];
     noted(guest, "with one optional", &expected)?;
+    told(guest, "hook 20-b, freeze: it failed with exit status 7")?;
+    hook(guest, "20-b", "[ $1 != thaw ]")?;
+    good_backup(guest, "a backup with one that fails at thaw")?;
+    told(guest, "hook 20-b, thaw: it failed with exit status 1")?;
     stop_at_rest(guest, Module::Ours, &daemon)?;
     end(guest)
 }
