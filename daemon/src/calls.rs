@@ -6,7 +6,8 @@
 //! It has a thread of its own, for as long as there are hooks to be called or to be let go, and waits on
 //! nothing but time, a process, what that writes and the word to let go. Each call has a process group
 //! of its own; when its time is over all of it is killed. It begins as this very program, which is in
-//! memory, and becomes the hook then: to get at that may take as long as anything. What a hook writes is read all the time, since
+//! memory, and becomes the hook then: to get at that may take as long as anything, and nothing of it is run
+//! before it is on record which process it is. What a hook writes is read all the time, since
 //! one that stays over the freeze would hang otherwise, and is logged after the thaw. What one that ended well
 //! leaves running is its [`Session`]: should that end by itself, the application is no longer ready. A record
 //! of what is to be let go is in the run directory, for whoever comes after a death. It freezes nothing and
@@ -51,6 +52,10 @@ const MOST_READS: usize = 64;
 /// How long after the end of a call what it has left running is looked at: a logger at the end of its pipe ends
 /// with it, if somewhat later, and is nothing that an application is kept ready by.
 const SETTLED: Duration = Duration::from_millis(200);
+/// How long a process waits to become a hook. It is on record within a moment.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The exit status of one that waited in vain.
+const NO_WORD: u8 = 125;
 /// How long what was killed may take to end.
 const GRACE: Duration = Duration::from_secs(2);
 /// Where hooks find programs.
@@ -108,14 +113,14 @@ fn word_for(verdict: Option<Verdict>) -> &'static str {
 pub struct Owed {
     /// Which.
     pub hook: Hook,
-    /// The process of that call, with the time of its start, once it is known.
+    /// The process of its last call, with the time of its start, if that has been seen.
     pub process: Option<(u32, u64)>,
 }
 
 /// Hooks that are to be let go, on record for whoever comes after a death.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HookRecord {
-    /// The process that has called them.
+    /// The process that has called them, or lets them go.
     pub pid: u32,
     /// What it has told them.
     pub context: Context,
@@ -343,6 +348,34 @@ impl Output {
     }
 }
 
+/// A process that waits for the word to become a hook.
+struct Call {
+    child: Child,
+    pidfd: OwnedFd,
+    /// Without that word, be it that we die, it ends.
+    word: File,
+}
+
+impl Call {
+    /// Which it is, with the time of its start.
+    fn process(&self) -> Option<(u32, u64)> {
+        let pid = self.child.id();
+        process::start_of(pid).map(|start| (pid, start))
+    }
+
+    fn go_on(mut self) -> (Child, OwnedFd) {
+        // It fails when the process has ended, and that is seen.
+        let _ = self.word.write_all(&[0]);
+        (self.child, self.pidfd)
+    }
+
+    fn call_off(mut self) {
+        kill(self.child.id());
+        // One that cannot be killed is left behind.
+        let _ = self.child.try_wait();
+    }
+}
+
 /// How a call ended.
 enum End {
     Good,
@@ -421,9 +454,7 @@ impl Calls {
             };
             if process::start_of(pid) == Some(start) {
                 let name = owed.hook.name();
-                log.warning(format!(
-                    "hook {name} of a dead daemon is still at freeze: killed"
-                ));
+                log.warning(format!("hook {name} of a dead daemon still runs: killed"));
                 kill_and_wait(pid);
             }
         }
@@ -436,9 +467,13 @@ impl Calls {
             }
             fault.is_none()
         });
+        // From here on they are ours: nobody else lets them go as long as we live.
+        record.pid = std::process::id();
         if record.owed.is_empty() {
             // Nothing of it is said, or waited for, once more.
             run.remove_hooks()?;
+        } else if let Err(error) = run.write_hooks(&record) {
+            log.warning(words(&error));
         }
         let children = record.owed.iter().map(|_| None).collect();
         Ok(Some(Calls {
@@ -482,49 +517,37 @@ impl Calls {
     }
 
     fn call_to_freeze(&mut self, hook: Hook, required: bool) -> End {
-        // From here on it is let go, whatever happens.
-        self.record.owed.push(Owed {
-            hook: hook.clone(),
-            process: None,
-        });
-        self.children.push(None);
-        if let Err(error) = self.means.run.write_hooks(&self.record) {
-            self.record.owed.pop();
-            self.children.pop();
-            return End::Bad(words(&error));
-        }
         let since = Instant::now();
         let end = match self.spawn(&hook, Verb::Freeze, None) {
-            Ok((child, pidfd)) => {
-                if let Some(owed) = self.record.owed.last_mut() {
-                    let pid = child.id();
-                    owed.process = process::start_of(pid).map(|start| (pid, start));
-                }
-                // Without it there is only nobody to kill after a death.
-                if let Err(error) = self.means.run.write_hooks(&self.record) {
-                    self.means.log.warning(words(&error));
-                }
-                let end = self.watch(&child, &pidfd, true);
-                if matches!(end, End::Good) {
-                    self.settling.push(Settling {
-                        hook: hook.name(),
-                        required,
-                        group: child.id(),
-                        at: Instant::now() + SETTLED,
-                    });
-                }
-                if let Some(last) = self.children.last_mut() {
-                    *last = Some(child);
-                }
-                end
-            }
-            Err(error) => {
-                self.record.owed.pop();
-                self.children.pop();
-                End::Bad(format!("it cannot be started: {error}"))
-            }
+            Ok(call) => self.freeze_by(&hook, required, call),
+            Err(error) => End::Bad(format!("it cannot be started: {error}")),
         };
         self.note(&hook, Verb::Freeze, since, &end);
+        end
+    }
+
+    fn freeze_by(&mut self, hook: &Hook, required: bool, call: Call) -> End {
+        self.record.owed.push(Owed {
+            hook: hook.clone(),
+            process: call.process(),
+        });
+        if let Err(error) = self.means.run.write_hooks(&self.record) {
+            self.record.owed.pop();
+            call.call_off();
+            return End::Bad(words(&error));
+        }
+        // From here on it is let go, whatever happens.
+        let (child, pidfd) = call.go_on();
+        let end = self.watch(&child, &pidfd, true);
+        if matches!(end, End::Good) {
+            self.settling.push(Settling {
+                hook: hook.name(),
+                required,
+                group: child.id(),
+                at: Instant::now() + SETTLED,
+            });
+        }
+        self.children.push(Some(child));
         end
     }
 
@@ -548,7 +571,17 @@ impl Calls {
             let name = owed.hook.name();
             let since = Instant::now();
             let (end, child) = match self.spawn(&owed.hook, verb, Some(verdict)) {
-                Ok((child, pidfd)) => (self.watch(&child, &pidfd, false), Some(child)),
+                Ok(call) => {
+                    if let Some(owed) = self.record.owed.last_mut() {
+                        owed.process = call.process();
+                    }
+                    // It is let go also where that cannot be written: at worst twice, should we die.
+                    if let Err(error) = self.means.run.write_hooks(&self.record) {
+                        self.means.log.warning(words(&error));
+                    }
+                    let (child, pidfd) = call.go_on();
+                    (self.watch(&child, &pidfd, false), Some(child))
+                }
                 Err(error) => (End::Bad(format!("it cannot be started: {error}")), None),
             };
             self.note(&owed.hook, verb, since, &end);
@@ -604,8 +637,9 @@ impl Calls {
         hook: &Hook,
         verb: Verb,
         verdict: Option<Option<Verdict>>,
-    ) -> io::Result<(Child, OwnedFd)> {
+    ) -> io::Result<Call> {
         let (ours, theirs) = pipe2(OFlag::O_CLOEXEC)?;
+        let (waits, word) = pipe2(OFlag::O_CLOEXEC)?;
         fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let Context(variables) = &self.means.context;
         let mut command = Command::new("/proc/self/exe");
@@ -618,7 +652,7 @@ impl Calls {
             .env_clear()
             .env("PATH", PATH)
             .envs(variables.iter().map(|(name, value)| (name, value)))
-            .stdin(Stdio::null())
+            .stdin(waits)
             .stdout(theirs.try_clone()?)
             .stderr(theirs)
             .process_group(0);
@@ -646,7 +680,11 @@ impl Calls {
             kept: Vec::with_capacity(MOST_OUTPUT),
             lost: 0,
         });
-        Ok((child, pidfd))
+        Ok(Call {
+            child,
+            pidfd,
+            word: word.into(),
+        })
     }
 
     /// Waits for the end of a call, within its time; `may_end` when the word to let go ends it.
@@ -759,17 +797,31 @@ impl Calls {
     }
 }
 
-/// Becomes the first of `args`, called with the others. It returns only when that fails, with the exit
-/// status that a shell has then.
+/// Becomes the first of `args`, called with the others, once standard input has the word for it. It returns only
+/// when that fails, with the exit status that a shell has then.
 pub fn become_hook(mut args: impl Iterator<Item = OsString>) -> u8 {
+    if !has_word(&io::stdin()) {
+        // Whoever would have called is dead, and nobody knows of this call.
+        return NO_WORD;
+    }
     let path = args.next().unwrap_or_default();
-    let error = Command::new(&path).args(args).exec();
+    let mut hook = Command::new(&path);
+    let error = hook.args(args).stdin(Stdio::null()).exec();
     // It goes into the log; if not, the exit status says as much.
     let _ = writeln!(io::stderr(), "it cannot be run: {error}");
     match error.kind() {
         io::ErrorKind::NotFound => 127,
         _ => 126,
     }
+}
+
+/// Waits for the word. That a dead process cannot give it is not seen as long as a thread of that is inside the
+/// kernel, which keeps all open: so not for ever.
+fn has_word(input: &io::Stdin) -> bool {
+    let mut fds = [PollFd::new(input.as_fd(), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
+    let has_come = matches!(poll(&mut fds, timeout), Ok(1));
+    has_come && matches!(input.lock().read(&mut [0]), Ok(1))
 }
 
 /// Kills a whole process group, whose first process has not been reaped.

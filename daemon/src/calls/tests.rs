@@ -340,7 +340,7 @@ fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
     assert!(recover(&run, &scene.log).unwrap());
     let log = scene.log();
     assert!(
-        log.contains("hook true of a dead daemon is still at freeze: killed"),
+        log.contains("hook true of a dead daemon still runs: killed"),
         "{log}"
     );
     assert!(log.contains("hook echo, thaw: thaw"), "{log}");
@@ -358,6 +358,51 @@ fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
     assert!(!recover(&run, &scene.log).unwrap());
     drop(lock);
     assert!(recover(&run, &scene.log).unwrap());
+    // Of two who come, one does; also where the dead one keeps the lock.
+    let record = HookRecord {
+        pid: u32::MAX,
+        ..record
+    };
+    run.write_hooks(&record).unwrap();
+    let lock = run.lock_hooks().unwrap();
+    let first = Calls::left(&run, &scene.log).unwrap();
+    assert!(Calls::left(&run, &scene.log).unwrap().is_none());
+    assert!(!first.unwrap().thaw(None).is_empty());
+    drop(lock);
+}
+
+#[test]
+fn no_hook_is_run_before_its_process_is_on_record() {
+    let mut scene = Scene::new("record");
+    let record = scene.dir.join("run/hooks.json");
+    let seen = format!("grep -c \"process.:.$$,\" {} >>$notes", record.display());
+    let calling = scene.start(vec![scene.hook("10-a", &seen)], LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    calling.release(Some(Verdict::Good));
+    scene.released();
+    calling.join();
+    assert_eq!(scene.notes(), ["1", "1"]);
+
+    let hook = scene.hook("20-b", "echo run >>$notes").hook;
+    let means = Means {
+        run: scene.run(),
+        log: scene.log.clone(),
+        limit: LONG,
+        context: Context::default(),
+    };
+    let mut calls = Calls::new(means, None, None);
+    // As when we die before it is there.
+    let Call {
+        mut child, word, ..
+    } = calls.spawn(&hook, Verb::Freeze, None).unwrap();
+    drop(word);
+    assert_eq!(child.wait().unwrap().code(), Some(NO_WORD.into()));
+    // And when it cannot be written.
+    std::fs::create_dir(&record).unwrap();
+    let end = calls.call_to_freeze(hook, true);
+    assert!(matches!(end, End::Bad(_)));
+    assert!(calls.record.owed.is_empty());
+    assert_eq!(scene.notes(), ["1", "1"]);
 }
 
 /// Waits until so many sessions are known.
