@@ -679,6 +679,7 @@ impl Service {
                 let now = Instant::now();
                 let job = hands.job.as_ref().filter(|_| self.machine.is_freezing());
                 let status = json!({
+                    "pid": std::process::id(),
                     "phase": self.machine.phase(),
                     "doing": job.map(|it| it.progress().words(now)).or(hands.inside()),
                     "door": door,

@@ -5,7 +5,7 @@
 
 use super::deadman::{released, RELEASED};
 use super::lifecycle::{end_override, take_over};
-use super::{case, logged_all, observe, start, stop, wait_for_daemon, Case};
+use super::{case, load, logged_all, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{bail, ensure, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
@@ -390,7 +390,10 @@ fn check(guest: &Guest) -> Result<()> {
     guest.sh("echo 10 >/proc/sys/kernel/hung_task_timeout_secs
          echo 1 >/proc/sys/kernel/hung_task_panic")?;
     guest.watch_opens("/mnt/a", Some("/run/opens"))?;
-    guest.sh("echo 'exclude.types = [\"zfs\"]' >/etc/hv_vss/daemon.toml")?;
+    guest.sh("cat >/etc/hv_vss/daemon.toml <<'END'
+exclude.types = ['zfs']
+hooks = { qemu = true, optional = ['9*'] }
+END")?;
     guest.sh("touch /etc/hv_vss/hooks.d/20-b")?;
     let text = asked(guest, "check", 7);
     guest.release_opens()?;
@@ -402,6 +405,8 @@ fn check(guest: &Guest) -> Result<()> {
             "hung_task_panic",
             "(fanotify)",
             "exclude type zfs matches no file system",
+            "the rule hooks.optional 9* matches no hook",
+            "hooks.qemu is set, and there is no hook",
             "20-b is not called: it is not executable",
         ],
     )?;
@@ -436,11 +441,10 @@ fn check(guest: &Guest) -> Result<()> {
          printf '#!/bin/sh\\nexit 1\\n' >/run/without/modinfo
          chmod 755 build /run/without/modinfo",
     )?;
+    const WITHOUT: &str = "PATH=/run/without:$PATH /payload/hv_vss_daemon check";
     let with = asked(guest, "check", 7);
-    let without = guest.try_sh("PATH=/run/without:$PATH /payload/hv_vss_daemon check");
-    guest.sh("rm -rf /usr/src/hv_vss-1 /run/without")?;
+    let without = guest.try_sh(WITHOUT)?;
     says(&with?, &["hv_vss is built and hv_utils serves"])?;
-    let without = without?;
     equal("how check without it ends", without.status, Some(7))?;
     let release = guest.sh("uname -r")?;
     let line = format!("not built for {}: no headers", release.trim());
@@ -448,16 +452,27 @@ fn check(guest: &Guest) -> Result<()> {
     stop(guest, Module::Stock, &daemon)?;
 
     let theirs = start(guest, Module::Stock, Daemon::Debian)?;
-    let text = asked(guest, "check", 6)?;
+    let told = guest.try_sh(WITHOUT)?;
+    guest.sh("rm -rf /usr/src/hv_vss-1 /run/without")?;
+    equal("how check beside theirs ends", told.status, Some(6))?;
     says(
-        &text,
+        &told.out,
         &[
             "no daemon of ours serves",
             &format!("(process {}, /", theirs.pid),
             ") has /dev/vmbus/hv_vss",
+            &line,
         ],
     )?;
-    stop(guest, Module::Stock, &theirs)
+    stop(guest, Module::Stock, &theirs)?;
+
+    // What a drop-in of the unit may take from it.
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.spawn(&["unshare", "-m", "/payload/hv_vss_daemon", "-n"])?;
+    wait_for_daemon(guest)?;
+    let text = asked(guest, "check", 7)?;
+    says(&text, &["has a mount namespace of its own"])?;
+    stop(guest, guest.module(), &daemon)
 }
 
 fn reload(guest: &Guest) -> Result<()> {

@@ -535,8 +535,8 @@ fn killed(guest: &Guest) -> Result<()> {
         equal("hooks after that", notes(guest)?.len(), 0)?;
         answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
         good_backup(guest, "the next backup")?;
-        guest.sh("rm -f /run/notes")?;
         stop_at_rest(guest, module, &daemon)?;
+        guest.sh("rm -f /run/notes")?;
     }
     end(guest)
 }
