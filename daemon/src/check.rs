@@ -5,7 +5,7 @@
 //!
 //! Each look is one function that returns findings in words for an operator. None of it changes anything.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,13 +15,14 @@ use serde_json::Value;
 
 use crate::cache::survey;
 use crate::config::{Config, ConfigError};
-use crate::control::{ask_first, ControlError, Method};
+use crate::control::{ask_first, reply_of, ControlError, Method};
 use crate::hooks;
 use crate::logbook::words;
 use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::plan::{FileSystem, Plan, Reason, Scope};
 use crate::record::RunDir;
+use crate::sys;
 use crate::topology;
 
 /// `HV_VSS_GUID` of the kernel's `include/linux/hyperv.h`, as sysfs writes it.
@@ -88,6 +89,28 @@ pub fn check(
     all
 }
 
+/// The same by a process of its own, as the reply to a call: of the daemon that serves `device` by this
+/// configuration.
+pub fn by_another(device: &Path, config: Option<&Path>) -> Result<Vec<u8>, String> {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("--device").arg(device);
+    if let Some(config) = config {
+        command.arg("--config").arg(config);
+    }
+    command
+        .args(["check", "--json"])
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null());
+    sys::start_as_an_ordinary_process(&mut command);
+    let ended = command
+        .output()
+        .map_err(|error| format!("it cannot be started: {error}"))?;
+    let findings: Vec<Value> =
+        serde_json::from_slice(&ended.stdout).map_err(|_| format!("it has {}", ended.status))?;
+    reply_of(&BTreeMap::from([("findings", findings)])).map_err(|error| error.to_string())
+}
+
 fn daemon(device: &Path, status: &Result<Value, ControlError>) -> Finding {
     let found = |grade, text: String| finding("daemon", grade, text);
     match status {
@@ -127,7 +150,8 @@ fn privileges(daemon: &Value) -> Vec<Finding> {
     let status = |pid| fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let namespace = |pid| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
     let mut all = lacking(&status(pid), &status(1));
-    if namespace(pid) != namespace(1) {
+    let both = namespace(pid).zip(namespace(1));
+    if both.is_some_and(|(its, first)| its != first) {
         let text =
             "the daemon has a mount namespace of its own (ProtectSystem=, PrivateTmp= and their \
                     like): it may not see what is mounted later";

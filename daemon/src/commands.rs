@@ -411,7 +411,7 @@ fn reloaded(
     config: Result<Config, ConfigError>,
     log: &Logbook,
 ) -> Result<(), CommandError> {
-    if reply["reloaded"] == "later" {
+    if reply["later"] == true {
         // By then nobody listens to what the daemon says of it.
         config?;
         log.info("a backup is under way: the configuration is read after it, see the log");
@@ -574,7 +574,7 @@ mod tests {
     fn what_will_not_be_a_configuration_after_the_backup_is_none_now() {
         let log = Logbook::new(Sink::Memory);
         let bad = || Config::load(Some("/dev/null/no.toml".as_ref()));
-        let later = json!({ "reloaded": "later" });
+        let later = json!({ "reloaded": false, "later": true });
         assert!(reloaded(&later, Ok(Config::default()), &log).is_ok());
         let error = reloaded(&later, bad(), &log).unwrap_err();
         assert!(matches!(error, CommandError::Config(_)), "{error}");

@@ -68,6 +68,22 @@ pub const CASES: &[Case] = &[
             systemctl_reload,
         )
     }.long(),
+    Case {
+        machine: Machine::SYSTEMD,
+        ..case(
+            "control/varlink",
+            "varlinkctl has the service describe itself, and calls it: status, history, check",
+            varlink,
+        )
+    }.long(),
+    Case {
+        machine: Machine::SYSTEMD,
+        ..case(
+            "control/check-privileges",
+            "check names what a drop-in of the unit takes from the daemon, and FREEZE fails for want of it",
+            check_privileges,
+        )
+    }.long(),
     case(
         "control/log-not-read",
         "a system log that is stopped holds up no backup, and has all of them once it goes on",
@@ -568,6 +584,70 @@ fn systemctl_reload(guest: &Guest) -> Result<()> {
     equal("the service", active.trim(), "active")?;
     guest
         .sh("rm /etc/hv_vss/daemon.toml.d/test.toml; systemctl stop hv_vss")
+        .map(drop)
+}
+
+/// Starts the service of the systemd guest.
+fn start_service(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe hv_vss && udevadm settle && systemctl restart hv_vss")?;
+    guest.vss().wait_open(STEP)?;
+    guest.vss().agree(STEP)?;
+    Ok(())
+}
+
+fn varlink(guest: &Guest) -> Result<()> {
+    const SOCKET: &str = "/run/hv_vss/control";
+    const NAME: &str = "org.hv-vss.Daemon";
+    guest.sh("rm -rf /var/lib/hv_vss")?;
+    start_service(guest)?;
+    let says = |line: &str, word: &str| {
+        let text = guest.sh(line)?;
+        ensure!(text.contains(word), "{line} should say {word}:\n{text}");
+        Ok(())
+    };
+    says(&format!("varlinkctl info {SOCKET}"), NAME)?;
+    let line = format!("varlinkctl introspect {SOCKET} {NAME}");
+    says(&line, "method Check() ->")?;
+    let vss = guest.vss();
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    let called = |method: &str| -> Result<serde_json::Value> {
+        let line = format!("varlinkctl call --json=short {SOCKET} {NAME}.{method} '{{}}'");
+        Ok(serde_json::from_str(&guest.sh(&line)?)?)
+    };
+    guest.wait_until("the backup is remembered", STEP, || {
+        let backups = &called("History")?["backups"];
+        Ok(backups[0]["result"] == "good" && backups[1].is_null())
+    })?;
+    equal("status", &called("Status")?["phase"], &"idle".into())?;
+    equal("thaw", &called("Thaw")?["thawed"], &false.into())?;
+    let found = &called("Check")?["findings"];
+    ensure!(found[0]["what"] == "daemon", "what check finds: {found}");
+    guest
+        .sh("systemctl stop hv_vss; rm -rf /var/lib/hv_vss")
+        .map(drop)
+}
+
+fn check_privileges(guest: &Guest) -> Result<()> {
+    const DROP_IN: &str = "/run/systemd/system/hv_vss.service.d";
+    guest.sh(&format!(
+        "mkdir -p {DROP_IN}
+         printf '[Service]\nCapabilityBoundingSet=~CAP_SYS_ADMIN\nPrivateTmp=yes\n' >{DROP_IN}/test.conf
+         systemctl daemon-reload"
+    ))?;
+    start_service(guest)?;
+    let ended = guest.try_sh("hv_vss check")?;
+    for words in ["lacks CAP_SYS_ADMIN", "has a mount namespace of its own"] {
+        ensure!(
+            ended.status == Some(6) && ended.out.contains(words),
+            "check should say {words:?}, it was: {ended:?}"
+        );
+    }
+    answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::FAIL)?;
+    guest
+        .sh(&format!(
+            "rm -r {DROP_IN}; systemctl stop hv_vss; systemctl daemon-reload"
+        ))
         .map(drop)
 }
 
