@@ -159,6 +159,12 @@ pub struct Session {
 }
 
 impl Session {
+    /// What is to be said of one that has ended then.
+    pub fn has_ended_in_words(&self, when: &str) -> String {
+        let hook = &self.hook;
+        format!("hook {hook}: what it had left running has ended {when}")
+    }
+
     /// Whether nothing of it is left. As a rule one file tells.
     fn has_ended(&mut self) -> bool {
         let (pid, start) = self.process;
@@ -231,10 +237,19 @@ impl Calling {
         tell: impl Fn(HookOutcome) + Send + 'static,
     ) -> Result<Self, String> {
         let lock = means.run.lock_hooks().map_err(|error| words(&error))?;
+        // A rehearsal may have died beside the daemon.
+        let left = means.run.read_hooks().and_then(|record| {
+            let record = record.map(|it| Calls::take_over(&means.run, &means.log, it, None));
+            record.transpose()
+        });
+        let left = left.map_err(|error| words(&error))?;
         let (word, theirs) = UnixStream::pair().map_err(|e| e.to_string())?;
         let sessions = Sessions::default();
         let its = sessions.clone();
         let body = move || {
+            if let Some(mut left) = left {
+                left.thaw(None);
+            }
             let mut calls = Calls::new(means, Some(theirs), Some(lock));
             calls.sessions = its;
             let result = calls.freeze(hooks, &progress);
@@ -436,12 +451,22 @@ impl Calls {
             Err(error) => return Err(error),
         };
         // Who held the lock until now may have let go meanwhile.
-        let Some(mut record) = run.read_hooks()? else {
+        let Some(record) = run.read_hooks()? else {
             return Ok(None);
         };
         if lock.is_none() && !process::is_dead(record.pid) {
             return Ok(None);
         }
+        Self::take_over(run, log, record, lock).map(Some)
+    }
+
+    /// What this record says is to be let go, which is ours from here on. None of it is at freeze any more.
+    fn take_over(
+        run: &RunDir,
+        log: &Logbook,
+        mut record: HookRecord,
+        lock: Option<Lock>,
+    ) -> Result<Self, RecordError> {
         let means = Means {
             run: run.clone(),
             log: log.clone(),
@@ -467,7 +492,7 @@ impl Calls {
             }
             fault.is_none()
         });
-        // From here on they are ours: nobody else lets them go as long as we live.
+        // Nobody else lets them go as long as we live.
         record.pid = std::process::id();
         if record.owed.is_empty() {
             // Nothing of it is said, or waited for, once more.
@@ -476,11 +501,11 @@ impl Calls {
             log.warning(words(&error));
         }
         let children = record.owed.iter().map(|_| None).collect();
-        Ok(Some(Calls {
+        Ok(Calls {
             record,
             children,
             ..Calls::new(means, None, lock)
-        }))
+        })
     }
 
     /// Calls all of them with `freeze`, until one fails that is required.

@@ -80,6 +80,10 @@ fn command() -> Command {
         .help("How long to stay frozen, such as 5s or 500ms")
         .value_parser(humantime::parse_duration)
         .required(true);
+    let no_hooks = Arg::new("no-hooks")
+        .long("no-hooks")
+        .help("Call no hooks")
+        .action(ArgAction::SetTrue);
     Command::new("hv_vss_daemon")
         .version(env!("CARGO_PKG_VERSION"))
         .about("Freezes the file systems of this guest while its Hyper-V host takes a backup")
@@ -101,8 +105,8 @@ fn command() -> Command {
                 .about("Show what would be frozen, in which order, and what would not and why")
                 .args([json, table]),
             Command::new("freeze")
-                .about("Rehearse: freeze as for a backup, wait, thaw")
-                .arg(time),
+                .about("Rehearse: call hooks and freeze as for a backup, wait, thaw")
+                .args([time, no_hooks]),
             Command::new("reload")
                 .about("Have the daemon that serves read its configuration again"),
             Command::new("thaw")
@@ -186,7 +190,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
         }
         Some(("freeze", freeze)) => {
             let time = freeze.get_one("for").copied().unwrap_or_default();
-            done(rehearse(config?, time))
+            done(rehearse(config?, time, !freeze.get_flag("no-hooks")))
         }
         Some(("thaw", thaw)) => {
             need_root(FREEZE)?;
@@ -327,7 +331,7 @@ fn harden(log: &Logbook) -> Result<(), Failure> {
     Ok(())
 }
 
-fn rehearse(config: Config, time: Duration) -> Result<(), Failure> {
+fn rehearse(config: Config, time: Duration, with_hooks: bool) -> Result<(), Failure> {
     let log = Logbook::new(foreground_sink());
     harden(&log)?;
     let stop = Stop::default();
@@ -338,7 +342,7 @@ fn rehearse(config: Config, time: Duration) -> Result<(), Failure> {
             on_signal.stop();
         }
     });
-    Ok(commands::freeze_for(config, &log, time, &stop)?)
+    Ok(commands::freeze_for(config, &log, time, with_hooks, &stop)?)
 }
 
 #[cfg(test)]

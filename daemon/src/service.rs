@@ -761,8 +761,7 @@ impl Hands {
     fn sessions_ended(&mut self, when: &str) -> Option<String> {
         let mut why = None;
         for session in self.calling.as_ref()?.sessions_ended() {
-            let hook = session.hook;
-            let text = format!("hook {hook}: what it had left running has ended {when}");
+            let text = session.has_ended_in_words(when);
             self.log.warning(&text);
             if let Some(draft) = &mut self.draft {
                 draft.warn(text.clone());

@@ -372,6 +372,34 @@ fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
 }
 
 #[test]
+fn what_somebody_has_left_beside_us_is_let_go_before_ours_are_called() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let mut scene = Scene::new("beside");
+    let mut owed = scene.hook("10-a", NOTE).hook;
+    // That of the tests is where anybody may write.
+    owed.path = "/bin/echo".into();
+    let record = HookRecord {
+        pid: u32::MAX,
+        context: Context::default(),
+        limit_ms: 60_000,
+        owed: vec![Owed {
+            hook: owed,
+            process: None,
+        }],
+    };
+    scene.run().write_hooks(&record).unwrap();
+    let calling = scene.start(vec![scene.hook("20-b", NOTE)], LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    let log = scene.log();
+    let place = |words: &str| log.find(words).unwrap_or_else(|| panic!("{words}: {log}"));
+    assert!(place("hook echo, thaw: ended well") < place("hook 20-b, freeze: ended well"));
+    calling.release(Some(Verdict::Good));
+    scene.released();
+}
+
+#[test]
 fn no_hook_is_run_before_its_process_is_on_record() {
     let mut scene = Scene::new("record");
     let record = scene.dir.join("run/hooks.json");

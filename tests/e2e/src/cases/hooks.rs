@@ -66,6 +66,12 @@ pub const CASES: &[Case] = &[
         killed,
     ).long(),
     case(
+        "hooks/rehearsal",
+        "a rehearsal calls hooks as a backup does, fails with one that is required, and calls none when told so; what \
+         one leaves that dies beside the daemon, the next backup lets go",
+        rehearsal,
+    ).long(),
+    case(
         "hooks/unfit",
         "a file that others than root may write, or that cannot be found behind its link, is not run, and no \
          backup is called good without it",
@@ -538,6 +544,53 @@ fn killed(guest: &Guest) -> Result<()> {
         stop_at_rest(guest, module, &daemon)?;
         guest.sh("rm -f /run/notes")?;
     }
+    end(guest)
+}
+
+fn rehearsal(guest: &Guest) -> Result<()> {
+    const REHEARSAL: &str = "/payload/hv_vss_daemon freeze --for 100ms";
+    prepare(guest)?;
+    hook(guest, "10-a", "")?;
+    guest.sh(REHEARSAL)?;
+    noted(guest, "a rehearsal", &["10-a freeze ", "10-a thaw good"])?;
+    guest.sh(&format!("{REHEARSAL} --no-hooks"))?;
+    equal("hooks that are not to be called", notes(guest)?.len(), 0)?;
+    hook(guest, "20-b", "[ $1 != freeze ]")?;
+    let ended = guest.try_sh(REHEARSAL)?;
+    ensure!(
+        ended.status == Some(1)
+            && ended
+                .err
+                .contains("hook 20-b: it failed with exit status 1"),
+        "a rehearsal with a hook that fails should fail: {ended:?}"
+    );
+    let expected = [
+        "10-a freeze ",
+        "20-b freeze ",
+        "20-b thaw failed",
+        "10-a thaw failed",
+    ];
+    noted(guest, "a rehearsal that fails", &expected)?;
+    hook(guest, "20-b", HANGS)?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "1s"])?;
+    let expected = ["10-a freeze ", "20-b freeze "];
+    noted(guest, "a rehearsal that dies", &expected)?;
+    guest.signal(&rehearsal, 9)?;
+    guest.wait(&rehearsal, STEP)?;
+    hook(guest, "20-b", "")?;
+    good_backup(guest, "the next backup")?;
+    let expected = [
+        "20-b thaw unknown",
+        "10-a thaw unknown",
+        "10-a freeze ",
+        "20-b freeze ",
+        "20-b thaw good",
+        "10-a thaw good",
+    ];
+    noted(guest, "the next backup", &expected)?;
+    nothing_hangs(guest)?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
     end(guest)
 }
 
