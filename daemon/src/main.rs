@@ -350,6 +350,67 @@ mod tests {
     use super::*;
     use clap_complete::Shell;
 
+    /// As it is written in a page of the manual.
+    fn escaped(option: &str) -> String {
+        format!("--{option}").replace('-', "\\-")
+    }
+
+    #[test]
+    fn the_manual_has_each_command_and_each_option_that_it_takes() {
+        let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("hv_vss_daemon.8");
+        let page = std::fs::read_to_string(page).unwrap();
+        let between = |from: &str, to: &str| {
+            let begin = page
+                .find(from)
+                .unwrap_or_else(|| panic!("there is no {from}"));
+            let rest = &page[begin + from.len()..];
+            rest.split(to).next().unwrap_or_default()
+        };
+        let synopsis = between(".SH SYNOPSIS\n", ".SH ");
+        let commands = between(".SH COMMANDS\n", ".SH ");
+        let options = between(".SH OPTIONS\n", ".SH ");
+        for command in command().get_subcommands() {
+            let name = command.get_name();
+            let mut entries = commands.split(".TP\n").map(str::trim);
+            let is_its = |it: &&str| {
+                let words = it.trim_start_matches(".BI \"").trim_start_matches(".B ");
+                words.split([' ', '\n']).next() == Some(name)
+            };
+            let entry = entries.find(is_its);
+            let entry = entry.unwrap_or_else(|| panic!("COMMANDS has no {name}"));
+            let explained = entry.split_once('\n').map_or("", |(_, text)| text.trim());
+            assert!(!explained.is_empty(), "of {name} nothing is said");
+            let mut lines = synopsis.split(".br\n");
+            let line = match name {
+                "run" => lines.next(),
+                _ => lines.find(|it| it.starts_with(&format!(".B hv_vss_daemon {name}"))),
+            };
+            let line = line.unwrap_or_else(|| panic!("SYNOPSIS has no {name}"));
+            for option in command.get_arguments() {
+                let Some(long) = option.get_long() else {
+                    continue;
+                };
+                let escaped = escaped(long);
+                let short = option.get_short().map(|it| format!("\\-{it}"));
+                let is_shown =
+                    line.contains(&escaped) || short.is_some_and(|short| line.contains(&short));
+                assert!(is_shown, "SYNOPSIS has no --{long} of {name}");
+                let is_explained = entry.contains(&escaped) || options.contains(&escaped);
+                assert!(is_explained, "of --{long} of {name} nothing is said");
+                assert!(
+                    option.get_help().is_some(),
+                    "--help says nothing of --{long}"
+                );
+            }
+        }
+        for option in command().get_arguments().filter_map(Arg::get_long) {
+            assert!(
+                options.contains(&escaped(option)),
+                "OPTIONS has no --{option}"
+            );
+        }
+    }
+
     /// Those that are installed were made so, and are made again with `HV_VSS_WRITE_COMPLETIONS` set.
     #[test]
     fn the_shells_complete_what_the_command_line_has() {
