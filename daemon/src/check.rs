@@ -25,6 +25,9 @@ use crate::record::RunDir;
 use crate::sys;
 use crate::topology;
 
+/// Asks whether the device is there, on the command line of `hv_vss_daemon`; for its unit.
+pub const SUBCOMMAND: &str = "has-device";
+
 /// `HV_VSS_GUID` of the kernel's `include/linux/hyperv.h`, as sysfs writes it.
 const VSS_CLASS: &str = "{35fa2e29-ea23-4236-96ae-3a6ebacba440}";
 const VMBUS: &str = "/sys/bus/vmbus/devices";

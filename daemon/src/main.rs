@@ -26,6 +26,9 @@ type Failure = Box<dyn Error>;
 const FREEZE: &str = "freeze and thaw file systems";
 const ASK: &str = "ask the daemon";
 
+/// The device of the module, whichever it is.
+const DEVICE: &str = "/dev/vmbus/hv_vss";
+
 /// How long the end waits for the log.
 const LAST_LINES: Duration = Duration::from_secs(2);
 
@@ -35,7 +38,7 @@ fn command() -> Command {
         .value_name("PATH")
         .help("The device to serve")
         .value_parser(value_parser!(PathBuf))
-        .default_value("/dev/vmbus/hv_vss");
+        .default_value(DEVICE);
     let no_daemon = Arg::new("no-daemon")
         .short('n')
         .long("no-daemon")
@@ -128,6 +131,7 @@ fn main() -> ExitCode {
             ))
         }
         Some(calls::SUBCOMMAND) => calls::become_hook(args).into(),
+        Some(check::SUBCOMMAND) => exit_with(done(has_device())),
         _ => exit_with(dispatch()),
     }
 }
@@ -306,6 +310,12 @@ fn serve(
     let service = service.inspect_err(|error| log.error(words(error.as_ref())));
     log.drain(LAST_LINES);
     service
+}
+
+/// For the unit: whether there is anything to serve, and what to do if there is not.
+fn has_device() -> Result<(), Failure> {
+    let why = check::why_no_device(Path::new(DEVICE));
+    why.map_or(Ok(()), |why| Err(why.into()))
 }
 
 /// `what` is what takes root, in words.

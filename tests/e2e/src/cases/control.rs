@@ -79,6 +79,14 @@ pub const CASES: &[Case] = &[
     Case {
         machine: Machine::SYSTEMD,
         ..case(
+            "control/no-device",
+            "systemctl start without the device starts nothing, fails nothing, and the journal says what to do",
+            no_device,
+        )
+    }.long(),
+    Case {
+        machine: Machine::SYSTEMD,
+        ..case(
             "control/check-privileges",
             "check names what a drop-in of the unit takes from the daemon, and FREEZE fails for want of it",
             check_privileges,
@@ -626,6 +634,29 @@ fn varlink(guest: &Guest) -> Result<()> {
     guest
         .sh("systemctl stop hv_vss; rm -rf /var/lib/hv_vss")
         .map(drop)
+}
+
+fn no_device(guest: &Guest) -> Result<()> {
+    const JOURNAL: &str = "journalctl --quiet --boot --unit hv_vss";
+    guest.sh("systemctl stop hv_vss; modprobe -r hv_vss; udevadm settle")?;
+    let then = guest.sh(JOURNAL)?.len();
+    guest.sh("systemctl start hv_vss")?;
+    guest.wait_until("the journal says what to do", STEP, || {
+        let text = guest.sh(JOURNAL)?;
+        let new = text.get(then..).unwrap_or_default();
+        Ok(new.contains("no /dev/vmbus/hv_vss: no driver is loaded: modprobe hv_vss"))
+    })?;
+    let line = "systemctl show --property=ActiveState,Result,NRestarts hv_vss";
+    guest.wait_until("the service is at rest", STEP, || {
+        Ok(guest.sh(line)?.contains("ActiveState=inactive"))
+    })?;
+    let state = guest.sh(line)?;
+    ensure!(
+        state.contains("NRestarts=0"),
+        "it should not be started again:\n{state}"
+    );
+    start_service(guest)?;
+    guest.sh("systemctl stop hv_vss").map(drop)
 }
 
 fn check_privileges(guest: &Guest) -> Result<()> {
