@@ -7,6 +7,8 @@ use std::ffi::OsStr;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{value_parser, Arg, ArgAction, ArgMatches, Command};
@@ -17,7 +19,7 @@ use hv_vss_daemon::record::RunDir;
 use hv_vss_daemon::report::Outcome;
 use hv_vss_daemon::service::{self, Service};
 use hv_vss_daemon::{calls, check, guard, job, process, recovery, sys};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 type Failure = Box<dyn Error>;
@@ -286,6 +288,9 @@ fn serve(
     // Before going to the background, so that whoever starts it sees why it cannot run.
     let log = Logbook::new(foreground_sink());
     let run = RunDir::new(&config.run_dir);
+    // Another program may have the device for as long as it likes.
+    let asked_to_reload = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGHUP, Arc::clone(&asked_to_reload))?;
     let device =
         service::open_device(&path, &run, &log).map_err(|error| {
             match check::why_no_device(&path) {
@@ -293,6 +298,10 @@ fn serve(
                 None => error.into(),
             }
         })?;
+    let config = match asked_to_reload.load(Ordering::SeqCst) {
+        true => read_again(config, config_path.as_deref(), &log),
+        false => config,
+    };
     let log = match foreground {
         true => log,
         false => {
@@ -310,6 +319,23 @@ fn serve(
     let service = service.inspect_err(|error| log.error(words(error.as_ref())));
     log.drain(LAST_LINES);
     service
+}
+
+/// The configuration as it is now, or the one that there was when it is none.
+fn read_again(old: Config, path: Option<&Path>, log: &Logbook) -> Config {
+    match Config::load(path) {
+        Ok(mut config) => {
+            // That is where it is looked for what a dead daemon has left.
+            config.run_dir = old.run_dir;
+            log.info("the configuration is read again");
+            config
+        }
+        Err(error) => {
+            let error = words(&error);
+            log.error(format!("{error}; the configuration stays as it was"));
+            old
+        }
+    }
 }
 
 /// For the unit: whether there is anything to serve, and what to do if there is not.

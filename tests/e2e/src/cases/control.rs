@@ -60,6 +60,11 @@ pub const CASES: &[Case] = &[
          with line and column, changes nothing",
         reload,
     ),
+    case(
+        "control/reload-while-waiting",
+        "SIGHUP while another program has the device: the configuration of then is in force once it is ours",
+        reload_while_waiting,
+    ).long(),
     Case {
         machine: Machine::SYSTEMD,
         ..case(
@@ -558,6 +563,38 @@ fn reload(guest: &Guest) -> Result<()> {
     let text = asked(guest, "reload", 1)?;
     ensure!(text.contains("line 2, column 12"), "{text}");
     guest.sh("rm -rf /etc/hv_vss").map(drop)
+}
+
+fn reload_while_waiting(guest: &Guest) -> Result<()> {
+    make_one(guest)?;
+    let theirs = start(guest, Module::Stock, Daemon::Debian)?;
+    guest.sh("echo 'strict = false' >/run/waiting.toml")?;
+    // As a service manager starts it.
+    let line = "NOTIFY_SOCKET=/run/nobody exec /payload/hv_vss_daemon -n -c /run/waiting.toml";
+    let daemon = guest.spawn(&["sh", "-c", line])?;
+    guest.wait_until("it waits", STEP, || {
+        let said = guest.output(&daemon)?;
+        Ok(said.contains("another program serves the device"))
+    })?;
+    guest.sh("echo 'exclude.paths = [\"/mnt/a\"]' >/run/waiting.toml")?;
+    guest.signal(&daemon, 1)?;
+    guest.signal(&theirs, 15)?;
+    guest.wait(&theirs, STEP)?;
+    guest.wait_until("it serves", STEP, || {
+        ensure!(!guest.has_ended(&daemon)?, "SIGHUP has ended it");
+        let said = guest.output(&daemon)?;
+        Ok(said.contains("the configuration is read again") && said.contains("registered with"))
+    })?;
+    guest.vss().wait_open(STEP)?;
+    guest.vss().agree(STEP)?;
+    let root_alone = super::Seen {
+        still: vec!["/writer".into()],
+        moving: vec!["/mnt/a/w".into()],
+        ..super::good(&["/writer", "/mnt/a/w"])
+    };
+    equal("a backup by the file of then", observe(guest)?, root_alone)?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest.sh("rm /run/waiting.toml").map(drop)
 }
 
 fn systemctl_reload(guest: &Guest) -> Result<()> {
