@@ -51,7 +51,7 @@ const NOT_KNOWN: u8 = u8::MAX;
 const MOST_READS: usize = 64;
 /// How long after the end of a call what it has left running is looked at: a logger at the end of its pipe ends
 /// with it, if somewhat later, and is nothing that an application is kept ready by.
-const SETTLED: Duration = Duration::from_millis(200);
+const SETTLED: Duration = Duration::from_millis(500);
 /// How long a process waits to become a hook. It is on record within a moment.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The exit status of one that waited in vain.

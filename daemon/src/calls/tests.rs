@@ -449,17 +449,18 @@ fn a_session_that_ends_by_itself_is_told_of_once_and_what_only_ends_late_is_none
     let stays = "sleep 1000 & echo $! >>$notes; sleep 1000 & echo $! >>$notes";
     let stays = format!("[ $1 != freeze ] || {{ {stays}; }}");
     // It ends when nobody writes to it any more, and somewhat later.
-    let logger = "[ $1 != freeze ] || { sleep 0.02 & }";
+    let pipe = "mkfifo $notes.pipe; cat <$notes.pipe >/dev/null & exec 3>$notes.pipe";
+    let logger = format!("[ $1 != freeze ] || {{ {pipe}; }}");
     let left = "[ $1 != freeze ] || { setsid sleep 1 & }";
     let mut optional = scene.hook("20-b", &stays);
     optional.required = false;
     let hooks = vec![
         scene.hook("10-a", &stays),
         optional,
-        scene.hook("30-c", logger),
+        scene.hook("30-c", &logger),
         scene.hook("40-d", left),
         // By its end it is known of all others.
-        scene.hook("50-e", "[ $1 != freeze ] || sleep 0.5"),
+        scene.hook("50-e", "[ $1 != freeze ] || sleep 1"),
     ];
     let calling = scene.start(hooks, LONG);
     assert_eq!(scene.quiesced(), Ok(()));
@@ -494,5 +495,11 @@ fn what_is_let_go_has_not_ended_by_itself() {
     know(&calling, 1);
     calling.release(Some(Verdict::Good));
     scene.released();
+    let pid: u32 = scene.notes()[0].parse().unwrap();
+    let until = Instant::now() + LONG;
+    while !process::is_dead(pid) {
+        assert!(Instant::now() < until, "it goes on");
+        std::thread::sleep(Duration::from_millis(5));
+    }
     assert_eq!(calling.sessions_ended(), []);
 }

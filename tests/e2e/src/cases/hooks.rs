@@ -315,7 +315,7 @@ fn session_ended(guest: &Guest) -> Result<()> {
     let daemon = start(guest, Module::Ours, Daemon::Ours)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     guest.wait_until("both writers stand still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 500_000))
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 700_000))
     })?;
     guest.sh("kill -9 $(cat /run/session)")?;
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
