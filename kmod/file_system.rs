@@ -69,9 +69,9 @@ impl FileSystem {
 
     /// Freezes it for `owner`. Process context; waits for writers and for the disk.
     pub(crate) fn freeze<T>(&self, owner: &T) -> Result {
-        let freeze = self.operations().freeze_super.unwrap_or(raw::freeze_super);
+        let owner = ptr::from_ref(owner).cast();
         // SAFETY: By the type invariant the superblock is alive and active. The owner is not null.
-        to_result(unsafe { freeze(self.superblock(), HOLDER, ptr::from_ref(owner).cast()) })
+        to_result(unsafe { bindings::hv_vss_freeze_super(self.superblock(), owner) })
     }
 
     /// Undoes a freeze for `owner`. Process context; may wait for the disk.
@@ -81,9 +81,9 @@ impl FileSystem {
     /// `EINVAL` when it is not frozen for this owner, else what the file system says; it is still
     /// frozen then.
     pub(crate) fn thaw<T>(&self, owner: &T) -> Result {
-        let thaw = self.operations().thaw_super.unwrap_or(raw::thaw_super);
+        let owner = ptr::from_ref(owner).cast();
         // SAFETY: As for `freeze`.
-        to_result(unsafe { thaw(self.superblock(), HOLDER, ptr::from_ref(owner).cast()) })
+        to_result(unsafe { bindings::hv_vss_thaw_super(self.superblock(), owner) })
     }
 
     fn superblock(&self) -> *mut raw::super_block {
@@ -127,10 +127,6 @@ impl Drop for FileSystem {
         unsafe { raw::mntput(self.mount.as_ptr()) };
     }
 }
-
-/// Our kind of freeze.
-const HOLDER: raw::freeze_holder =
-    raw::freeze_holder_FREEZE_HOLDER_KERNEL | raw::freeze_holder_FREEZE_EXCL;
 
 /// Bytes of a file system type's name that are kept.
 const KIND: usize = 16;

@@ -5,6 +5,7 @@
 #include <linux/device.h>
 #include <linux/jiffies.h>
 #include <linux/math64.h>
+#include <linux/module.h>
 #include <linux/ratelimit.h>
 #include <linux/rcupdate.h>
 #include <linux/suspend.h>
@@ -64,6 +65,32 @@ void hv_vss_device_unlock(struct device *dev)
 struct vfsmount *hv_vss_file_mount(const struct file *file)
 {
 	return file->f_path.mnt;
+}
+
+#define HV_VSS_HOLDER	((enum freeze_holder)(FREEZE_HOLDER_KERNEL | FREEZE_EXCL))
+
+int hv_vss_freeze_super(struct super_block *sb, const void *owner)
+{
+	if (sb->s_op->freeze_super)
+		return sb->s_op->freeze_super(sb, HV_VSS_HOLDER, owner);
+	return freeze_super(sb, HV_VSS_HOLDER, owner);
+}
+
+int hv_vss_thaw_super(struct super_block *sb, const void *owner)
+{
+	if (sb->s_op->thaw_super)
+		return sb->s_op->thaw_super(sb, HV_VSS_HOLDER, owner);
+	return thaw_super(sb, HV_VSS_HOLDER, owner);
+}
+
+void hv_vss_module_get(void)
+{
+	__module_get(THIS_MODULE);
+}
+
+void hv_vss_module_put(void)
+{
+	module_put(THIS_MODULE);
 }
 
 /* Exported for modules, but declared only in kernel/rcu/rcu.h; with tiny RCU there is nothing to do. */

@@ -41,6 +41,17 @@ void hv_vss_device_unlock(struct device *dev);
 /* The mount that @file was opened through. */
 struct vfsmount *hv_vss_file_mount(const struct file *file);
 
+/*
+ * Freezes or thaws the file system of @sb as the kernel does for itself, exclusively for @owner, by the
+ * operation of its own that it may have.
+ */
+int hv_vss_freeze_super(struct super_block *sb, const void *owner);
+int hv_vss_thaw_super(struct super_block *sb, const void *owner);
+
+/* __module_get(THIS_MODULE), for one that cannot be going, and module_put(THIS_MODULE). */
+void hv_vss_module_get(void);
+void hv_vss_module_put(void);
+
 /* Bits of kiocb.ki_flags and file.f_mode, whose macros bindgen cannot read. */
 static const int HV_VSS_IOCB_NOWAIT = (__force int)IOCB_NOWAIT;
 static const fmode_t HV_VSS_FMODE_NOWAIT = FMODE_NOWAIT;

@@ -17,7 +17,8 @@ use kernel::types::Opaque;
 
 /// Whoever wants to be told. Both run in process context and may sleep.
 pub(crate) trait Callbacks: Send + Sync + 'static {
-    /// The machine is about to be suspended or to hibernate, and waits for this to return.
+    /// The machine is about to be suspended, to hibernate, or to become the one of an image that is restored,
+    /// and waits for this to return.
     fn prepare(&self);
 
     /// It is awake again and user space runs, also when the attempt was given up.
@@ -69,12 +70,12 @@ impl<T: Callbacks> Registration<T> {
         let registration = unsafe { &*kernel::container_of!(block, Registration<T>, inner) };
         // CAST: the actions are small numbers.
         match action as u32 {
-            bindings::PM_HIBERNATION_PREPARE | bindings::PM_SUSPEND_PREPARE => {
-                registration.callbacks.prepare();
-            }
-            bindings::PM_POST_HIBERNATION | bindings::PM_POST_SUSPEND => {
-                registration.callbacks.post();
-            }
+            bindings::PM_HIBERNATION_PREPARE
+            | bindings::PM_SUSPEND_PREPARE
+            | bindings::PM_RESTORE_PREPARE => registration.callbacks.prepare(),
+            bindings::PM_POST_HIBERNATION
+            | bindings::PM_POST_SUSPEND
+            | bindings::PM_POST_RESTORE => registration.callbacks.post(),
             _ => {}
         }
         // CAST: 0, which lets the machine go on.

@@ -167,7 +167,7 @@ impl Service {
         let store = KVVec::from_elem(0, engine::QUEUE * engine::PACKET_MAX, GFP_KERNEL)?;
         let state = State {
             device: Device {
-                engine: Engine::new(config, store, UNTOLD.xchg(false, Relaxed)),
+                engine: Engine::new(config, store, UNTOLD.load(Relaxed)),
                 channel: None,
                 gone: false,
             },

@@ -14,7 +14,7 @@ use kernel::prelude::*;
 use kernel::types::Opaque;
 
 /// Whoever is told that a time is over.
-pub(crate) trait TimerCallback: Sync + Sized {
+pub(crate) trait TimerCallback: Sync + Sized + 'static {
     /// The timer has expired. Runs in softirq context: must not sleep.
     fn run(&self);
 }

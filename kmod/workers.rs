@@ -7,7 +7,7 @@
 //!
 //! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
 
-use crate::compat::this_module;
+use crate::bindings;
 use core::ptr::NonNull;
 use kernel::bindings as raw;
 use kernel::prelude::*;
@@ -127,8 +127,9 @@ pub(crate) struct ModuleReference(());
 impl ModuleReference {
     /// Takes one. Any context.
     pub(crate) fn new() -> Self {
-        // SAFETY: This is the module that runs.
-        unsafe { raw::__module_get(this_module()) };
+        // SAFETY: The module is not going: who queues work has a descriptor open, which keeps it until its
+        // `release` has returned, or is a work that has a reference of its own.
+        unsafe { bindings::hv_vss_module_get() };
         ModuleReference(())
     }
 }
@@ -136,6 +137,6 @@ impl ModuleReference {
 impl Drop for ModuleReference {
     fn drop(&mut self) {
         // SAFETY: `new` has taken it.
-        unsafe { raw::module_put(this_module()) };
+        unsafe { bindings::hv_vss_module_put() };
     }
 }

@@ -62,7 +62,7 @@ pub struct Opened {
     pub fs_type: String,
     /// Its wave in the plan, from 0.
     pub wave: usize,
-    /// The block devices that it is on, as far as they are known.
+    /// As [`FileSystem::devices`].
     pub devices: Vec<DevId>,
     /// The disks below those.
     pub disks: Vec<DevId>,
@@ -172,6 +172,12 @@ impl<S: Signals> Cache<S> {
         Ok(machine.ways)
     }
 
+    /// Has the next plan made anew, as by another configuration. What the signals remember stays.
+    pub fn forget_plan(&mut self) {
+        self.marks = None;
+        self.idle.clear();
+    }
+
     /// Has a plan ready for the next backup, as far as a later change will not go unnoticed. Returns
     /// the rules of the configuration that match nothing, once.
     pub fn prepare(&mut self, config: &Config) -> Result<Vec<String>, LookError> {
@@ -271,6 +277,7 @@ impl Cache {
             | Reason::Broken(_)
             | Reason::Unreachable(_)
             | Reason::Elsewhere
+            | Reason::TurnedReadOnly
             | Reason::Busy(_) => true,
             Reason::ReadOnly | Reason::NoBlockDevice => false,
         };
@@ -905,6 +912,8 @@ mod tests {
                     while !cache.read_only.writable_now(&mut cache.signals).is_empty() {
                         cache.plan(&config).unwrap();
                     }
+                    // Had nobody to look before, it is not to happen under this look.
+                    model.0.borrow_mut().meanwhile = None;
                     let machine = model.clone().look().unwrap();
                     let anew = plan(&machine.mounts, &machine.topology, &|_| None);
                     check(&model.0.borrow(), &wave_of(&cache.plan), &wave_of(&anew))?;

@@ -446,6 +446,7 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
         let grade = match left.reason {
             Reason::Excluded(_) | Reason::Elsewhere => Grade::Ok,
             Reason::Broken(_) | Reason::Unreachable(_) | Reason::Busy(_) => loss,
+            Reason::TurnedReadOnly => Grade::Warning,
             Reason::ReadOnly | Reason::NoBlockDevice => continue,
         };
         let text = format!("{} is left out: {}", left.file_system, left.reason);
@@ -851,6 +852,7 @@ mod tests {
                 whole: true,
                 walkable: true,
                 hidden: false,
+                was_at: None,
             }],
         };
         let plan = Plan {

@@ -42,7 +42,7 @@ use glob::{MatchOptions, Pattern};
 use serde::{de::Error as _, Deserialize, Deserializer};
 
 use crate::hooks::Hook;
-use crate::plan::{FileSystem, Plan};
+use crate::plan::{FileSystem, Place, Plan};
 
 /// Where the configuration is looked for.
 pub const DEFAULT_PATH: &str = "/etc/hv_vss/daemon.toml";
@@ -272,7 +272,8 @@ fn absolute<'de, D: Deserializer<'de>>(d: D) -> Result<Option<PathBuf>, D::Error
 #[derive(Clone, Debug, Default)]
 pub struct Rules {
     /// Any path at which it is mounted as a whole, or a whole subvolume of it: not a folder of it that
-    /// is shown elsewhere. Of other mount namespaces only if it is not mounted in the daemon's.
+    /// is shown elsewhere. Of other mount namespaces only if it is not mounted in the daemon's. Of what is
+    /// mounted no longer and held, any at which it was.
     paths: Vec<Rule>,
     /// Its type.
     types: Vec<Rule>,
@@ -370,7 +371,7 @@ fn paths_of(file_system: &FileSystem) -> impl Iterator<Item = &Path> {
     let places = file_system.places.iter();
     places
         .filter(move |place| place.whole && (place.namespace == 0 || !is_here))
-        .map(|place| place.path.as_path())
+        .map(Place::known_path)
 }
 
 impl Config {
@@ -395,7 +396,10 @@ impl Config {
         if let Some(rule) = self.exclude.find(file_system) {
             return Some(format!("exclude {rule}"));
         }
-        let wanted = self.include.is_empty() || self.include.find(file_system).is_some();
+        // What is mounted nowhere may have been where an operator wants it from.
+        let may_be_meant = file_system.places.is_empty() && !self.include.paths.is_empty();
+        let wanted =
+            self.include.is_empty() || may_be_meant || self.include.find(file_system).is_some();
         (!wanted).then(|| "include, which names others".to_owned())
     }
 
@@ -446,7 +450,6 @@ fn drop_ins(file: &Path) -> Result<Vec<PathBuf>, ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::Place;
 
     fn parse(text: &str) -> Result<Config, String> {
         let layer = super::parse(text, Path::new("test.toml"));
@@ -511,6 +514,7 @@ mod tests {
             whole,
             walkable: true,
             hidden: false,
+            was_at: None,
         }
     }
 
@@ -523,6 +527,10 @@ mod tests {
         };
         let here = |path, whole| place(0, path, whole);
         let there = |path, whole| place(3, path, whole);
+        let lost = |path: &str| Place {
+            was_at: Some(path.into()),
+            ..place(0, "/srv/in/the/way/of/proc", true)
+        };
         for (places, excluded) in [
             (vec![here("/", true), here("/srv/a", true)], true),
             // A folder of the root, here and elsewhere.
@@ -530,6 +538,8 @@ mod tests {
             (vec![here("/", true), there("/srv/a", true)], false),
             (vec![there("/srv/a", true), there("/data", true)], true),
             (vec![there("/srv/a", false)], false),
+            (vec![lost("/srv/a")], true),
+            (vec![lost("/data")], false),
             (vec![], false),
         ] {
             let found = config.excludes(&with(places.clone()));
@@ -616,6 +626,21 @@ mod tests {
             config.excludes(&other).as_deref(),
             Some("include, which names others")
         );
+    }
+
+    #[test]
+    fn what_is_mounted_nowhere_is_frozen_where_a_path_may_mean_it() {
+        let nowhere = file_system(&[], "xfs", "dm-3", "253:3");
+        for (text, excluded) in [
+            ("include.paths = ['/data']", false),
+            ("include = { paths = ['/data'], types = ['ext4'] }", false),
+            ("include.types = ['ext4']", true),
+            ("include.paths = ['/data']\nexclude.types = ['xfs']", true),
+            ("exclude.paths = ['/data']", false),
+        ] {
+            let found = parse(text).unwrap().excludes(&nowhere);
+            assert_eq!(found.is_some(), excluded, "{text}");
+        }
     }
 
     #[test]

@@ -473,6 +473,13 @@ impl Unfinished {
         Ok(Some(entry))
     }
 
+    /// Why the THAW of what an earlier daemon has left must fail: it had frozen all, and died.
+    pub fn broken(&mut self) -> Option<String> {
+        // Who cannot read it hears so from whoever puts it into the history.
+        let entry = self.left().ok().flatten()?;
+        (entry.result == Verdict::Broken).then_some(entry.why?)
+    }
+
     /// What empties it once the history has the entry, unless another backup has begun by then.
     pub fn eraser(&self) -> impl FnOnce() -> Result<(), HistoryError> + Send + 'static {
         let (page, failed) = (Arc::clone(&self.page), self.failed("empty"));
@@ -623,23 +630,26 @@ pub(crate) mod tests {
         let mut unfinished = Unfinished::new(&RunDir::new(&dir));
         // As the next daemon sees it.
         let left = || Unfinished::new(&RunDir::new(&dir)).left().unwrap();
-        assert_eq!(left(), None);
+        let broken = || Unfinished::new(&RunDir::new(&dir)).broken();
+        assert_eq!((left(), broken()), (None, None));
         let mut draft = Draft::new(7, None, None, true);
         unfinished.begin(draft.so_far()).unwrap();
         let seen = left().unwrap();
         assert_eq!((seen.request, seen.result), (7, Verdict::Failed));
         assert_eq!(seen.why.as_deref(), Some("the daemon died during it"));
-        assert_eq!(seen.answered_us, None);
+        assert_eq!((seen.answered_us, broken()), (None, None));
         let us = draft.answered();
         unfinished.answered(us).unwrap();
         let seen = left().unwrap();
         assert_eq!(seen.result, Verdict::Broken);
         assert_eq!(seen.answered_us, Some(us));
+        assert_eq!(broken().as_deref(), Some("the daemon died during it"));
         // Only the history has not heard of it.
         draft.ended(Verdict::Good, None);
         unfinished.put(draft.so_far()).unwrap();
         let seen = left().unwrap();
         assert_eq!((seen.result, seen.why), (Verdict::Good, None));
+        assert_eq!(broken(), None);
         // The next one begins before the history has this.
         let erase = unfinished.eraser();
         unfinished

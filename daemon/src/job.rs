@@ -203,7 +203,7 @@ impl Freezer {
     fn go_by(&mut self, config: &Arc<Config>) {
         if !Arc::ptr_eq(&self.config, config) {
             self.config = Arc::clone(config);
-            self.cache = Cache::default();
+            self.cache.forget_plan();
         }
     }
 
@@ -306,8 +306,6 @@ impl Freezer {
             aside: Arc::clone(&self.aside),
             apart: Arc::clone(&self.apart),
         };
-        // With the threads that it may start. Where that is not allowed it takes longer.
-        let _ = process::go_first();
         let session = Session::new(targets, means, &self.learnt).map_err(JobError::Threads)?;
         if may_sync && self.is_worth_a_sync() {
             // It may take long, and nothing is frozen yet.
@@ -702,12 +700,16 @@ impl Worker {
     pub fn start() -> io::Result<Self> {
         let (sender, orders) = channel();
         let body = move || {
-            // Nobody waits for it until it freezes, and what it does before is not urgent to others.
-            let _ = process::go_along();
             let mut freezer = Freezer::new();
             while let Ok(order) = orders.recv() {
                 match order {
-                    Order::Prepare(config, log) => freezer.look_over(&config, &log),
+                    Order::Prepare(config, log) => {
+                        // Nobody waits for that. In a backup the host does, and then others for what is
+                        // frozen: this thread goes first there, with those that it starts, where it may.
+                        let _ = process::go_along();
+                        freezer.look_over(&config, &log);
+                        let _ = process::go_first();
+                    }
                     Order::Do(then) => then(),
                     Order::Backup(backup) => backup.run(&mut freezer),
                 }
@@ -823,7 +825,6 @@ impl Backup {
                 frozen.tidy();
             }
         }
-        let _ = process::go_along();
         let Backup { setting, over, .. } = self;
         // The door is closed before anybody hears that it is over.
         drop(setting);

@@ -2,8 +2,8 @@
 
 //! Mounts that have gone from all tables while somebody has a file open through them: unmounted lazily,
 //! and written to all the same. Of most types sysfs lists the superblock ([`crate::superblocks`]). Of the
-//! others (FAT, exFAT, NTFS, JFS) nobody does, and it is only known that a mount was there
-//! once; who holds it shows in `/proc/PID/fdinfo`.
+//! others (FAT, exFAT, NTFS, JFS, and those that list something else there) nobody does, and it is only
+//! known that a mount was there once; who holds it shows in `/proc/PID/fdinfo`.
 //!
 //! Processes are looked at only when such a mount has gone, and as long as it is held. What is held by a
 //! working directory or a mapping alone is not found, nor what a program serves: to look at those may ask a
@@ -12,25 +12,26 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::mounts::{is_served, DevId, Mount};
+use crate::superblocks::Superblock;
 
 /// The mounts by which it would be noticed: those of the last tables, and those that were lost before.
 #[derive(Debug, Default)]
 pub struct Lost(Vec<Mount>);
 
 impl Lost {
-    /// Remembers what these tables show, and returns what they show no longer and is held: where it was
-    /// mounted there is now a file that is open there.
-    pub fn find(&mut self, tables: &[Mount]) -> Vec<Mount> {
-        self.find_with(tables, &is_listed, held)
+    /// Remembers what these tables show and is not among the superblocks that are listed, and returns what
+    /// they show no longer and is held: as it was mounted, with a file that is open there for a path.
+    pub fn find(&mut self, tables: &[Mount], listed: &[Superblock]) -> Vec<Mount> {
+        self.find_with(tables, listed, held)
     }
 
     fn find_with(
         &mut self,
         tables: &[Mount],
-        is_listed: &dyn Fn(&str) -> bool,
+        listed: &[Superblock],
         held: impl FnOnce(&BTreeMap<u64, &Mount>) -> BTreeMap<DevId, PathBuf>,
     ) -> Vec<Mount> {
         let shown: BTreeSet<DevId> = tables.iter().map(|it| it.dev).collect();
@@ -44,30 +45,30 @@ impl Lost {
             false => held(&gone),
         };
         self.0.retain(|it| held.contains_key(&it.dev));
-        let lost = held.iter().filter_map(|(dev, path)| {
-            let mount = self.0.iter().find(|it| it.dev == *dev)?;
+        let was_here = |dev: DevId| self.0.iter().any(|it| it.dev == dev && it.namespace == 0);
+        let lost = self.0.iter().filter_map(|mount| {
+            // How it was mounted elsewhere counts for as much as if it were mounted.
+            let counts = mount.namespace == 0 || !was_here(mount.dev);
+            let path = held.get(&mount.dev).filter(|_| counts)?;
             Some(Mount {
+                // The file is open for all to see.
                 namespace: 0,
                 path: path.clone(),
                 walkable: true,
                 hidden: false,
+                was_at: Some(mount.path.clone()),
                 ..mount.clone()
             })
         });
         let lost = lost.collect();
+        let listed: BTreeSet<DevId> = listed.iter().flat_map(|it| it.devices.clone()).collect();
         let unlisted = |it: &&Mount| {
             let is_on_a_disk = it.dev.major != 0 && !is_served(&it.fs_type);
-            is_on_a_disk && it.writable && !is_listed(&it.fs_type)
+            is_on_a_disk && it.writable && !listed.contains(&it.dev)
         };
         self.0.extend(tables.iter().filter(unlisted).cloned());
         lost
     }
-}
-
-/// Whether sysfs lists the superblocks of this type.
-fn is_listed(fs_type: &str) -> bool {
-    // The driver of ext4 serves three.
-    matches!(fs_type, "ext2" | "ext3") || Path::new("/sys/fs").join(fs_type).exists()
 }
 
 /// Of these mounts, by number, what is open through them: a file or folder for each superblock.
@@ -111,6 +112,9 @@ fn mount_in(fdinfo: &str) -> Option<u64> {
 mod tests {
     use super::*;
     use crate::mounts::parse;
+    use crate::plan::plan;
+    use crate::topology::Topology;
+    use std::path::Path;
 
     const ROOT: &str = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n";
     const FAT: &str = "7 1 8:2 / /fat rw - vfat /dev/sda2 rw\n";
@@ -121,7 +125,12 @@ mod tests {
         held: impl FnOnce(&BTreeMap<u64, &Mount>) -> BTreeMap<DevId, PathBuf>,
     ) -> Vec<Mount> {
         let tables = parse(table.as_bytes(), 0).unwrap();
-        lost.find_with(&tables, &|it| it == "ext4", held)
+        let listed = ["8:1", "8:3"].map(|dev| Superblock {
+            fs_type: "ext4".into(),
+            name: dev.into(),
+            devices: vec![dev.parse().unwrap()],
+        });
+        lost.find_with(&tables, &listed, held)
     }
 
     fn nobody_asks(_: &BTreeMap<u64, &Mount>) -> BTreeMap<DevId, PathBuf> {
@@ -146,6 +155,52 @@ mod tests {
         }
         assert!(find(&mut lost, ROOT, |_| BTreeMap::new()).is_empty());
         assert!(find(&mut lost, ROOT, nobody_asks).is_empty());
+    }
+
+    #[test]
+    fn it_is_known_by_where_it_was_mounted() {
+        let mut tables = parse([ROOT, FAT].concat().as_bytes(), 0).unwrap();
+        let bind = b"8 1 8:2 /sub /sub rw - vfat /dev/sda2 rw\n";
+        tables.extend(parse(&bind[..], 0).unwrap());
+        let there =
+            b"21 20 8:2 / /there rw - vfat /dev/sda2 rw\n22 20 8:4 / /only rw - vfat b rw\n";
+        tables.extend(parse(&there[..], 1).unwrap());
+        let mut lost = Lost::default();
+        lost.find_with(&tables, &[], nobody_asks);
+        let dev = |minor| DevId { major: 8, minor };
+        let link = |minor| (dev(minor), PathBuf::from(format!("/proc/9/fd/{minor}")));
+        let found = lost.find_with(&[], &[], |_| BTreeMap::from([link(2), link(4)]));
+        let was_at: Vec<_> = found.iter().map(|it| it.was_at.as_deref()).collect();
+        assert_eq!(
+            was_at,
+            ["/fat", "/sub", "/only"].map(|it| Some(Path::new(it)))
+        );
+        let plan = plan(&found, &Topology::default(), &|_| None);
+        let names: Vec<String> = plan
+            .waves
+            .concat()
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(
+            names,
+            [
+                "/fat (vfat, 8:2, mounted no longer, open at /proc/9/fd/2)",
+                "/only (vfat, 8:4, mounted no longer, open at /proc/9/fd/4)",
+            ]
+        );
+    }
+
+    #[test]
+    fn of_a_type_that_lists_something_else_it_is_found_as_well() {
+        let table = "7 1 8:2 / /shared rw - gfs2 /dev/sda2 rw\n";
+        let mut lost = Lost::default();
+        find(&mut lost, &[ROOT, table].concat(), nobody_asks);
+        let dev = DevId { major: 8, minor: 2 };
+        let held = find(&mut lost, ROOT, |_| {
+            BTreeMap::from([(dev, "/proc/9/fd/3".into())])
+        });
+        assert_eq!(held.len(), 1);
     }
 
     #[test]

@@ -79,9 +79,10 @@ impl Machine {
                 .map_err(LookError::Enter)??;
             mounts.extend(of_interest(seen));
         }
-        let lost = lost.find(&mounts);
+        let superblocks = superblocks::of(&alive);
+        let lost = lost.find(&mounts, &superblocks);
         mounts.extend(lost);
-        let topology = topology::read(&mounts, &superblocks::of(&alive));
+        let topology = topology::read(&mounts, &superblocks);
         Ok(Machine {
             ways: Ways { proc, namespaces },
             mounts,

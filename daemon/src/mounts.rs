@@ -134,6 +134,8 @@ pub struct Mount {
     /// Whether another mount lies over it, or over a folder on the way, so that its path leads
     /// elsewhere.
     pub hidden: bool,
+    /// Where it was mounted, if no table shows it any longer. Its path is only a way to it then.
+    pub was_at: Option<PathBuf>,
     /// What the file system says of itself: options by name, with their values where they have one.
     pub options: BTreeMap<String, OsString>,
 }
@@ -334,6 +336,7 @@ fn parse_line(line: &[u8], number: usize, namespace: usize) -> Result<Mount, Mou
         for_writing: info.mount_options.contains_key("rw"),
         walkable: true,
         hidden: false,
+        was_at: None,
         options: info
             .super_options
             .into_iter()

@@ -220,6 +220,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn where_nothing_is_mounted_no_mount_is_the_newest() {
+        let own = sys::namespace_id(own().unwrap().as_fd());
+        // Kernels before 6.12 do not tell.
+        if own.is_ok_and(|own| sys::newest_mount(own).is_ok()) {
+            // No namespace has this number, which looks the same as one without mounts.
+            assert_eq!(sys::newest_mount(1 << 62).unwrap(), 0);
+        }
+    }
+
+    #[test]
     fn of_one_that_may_hang_no_other_is_kept_open() {
         let any = || Some(OwnedFd::from(own().unwrap()));
         let all = Namespaces {

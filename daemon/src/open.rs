@@ -457,6 +457,7 @@ mod tests {
                 whole: true,
                 walkable: true,
                 hidden: false,
+                was_at: None,
             }],
         }
     }

@@ -39,6 +39,15 @@ pub struct Place {
     pub walkable: bool,
     /// As [`Mount::hidden`].
     pub hidden: bool,
+    /// As [`Mount::was_at`].
+    pub was_at: Option<PathBuf>,
+}
+
+impl Place {
+    /// The path that an operator knows, whether or not it leads there still.
+    pub fn known_path(&self) -> &Path {
+        self.was_at.as_ref().unwrap_or(&self.path)
+    }
 }
 
 /// A superblock, once, with all places that show it.
@@ -50,7 +59,7 @@ pub struct FileSystem {
     pub fs_type: String,
     /// What was named as its source when it was mounted.
     pub source: Option<OsString>,
-    /// The block devices that it is on, as far as they are known.
+    /// The block devices that it is on, as far as they are known; its journals and logs last.
     pub devices: Vec<DevId>,
     /// The lowest devices below those, and below what holds a file that it is on. Others may have a
     /// part of them as well. Empty when they are not known.
@@ -78,8 +87,11 @@ impl fmt::Display for FileSystem {
         match self.places.first() {
             Some(place) => {
                 // Escaped, so that a newline in a name cannot forge a log line.
-                let path = place.path.to_string_lossy();
+                let path = place.known_path().to_string_lossy();
                 write!(f, "{} ({fs_type}, {dev}", path.escape_debug())?;
+                if place.was_at.is_some() {
+                    write!(f, ", mounted no longer, open at {}", place.path.display())?;
+                }
                 if place.namespace != 0 {
                     write!(f, ", in another mount namespace")?;
                 }
@@ -100,6 +112,9 @@ impl fmt::Display for FileSystem {
 pub enum Reason {
     /// Its superblock is read-only: there is nothing to hold back.
     ReadOnly,
+    /// The same, though it was mounted for writing. Whoever administers the machine may have made it so, or
+    /// the kernel after an error: nobody tells.
+    TurnedReadOnly,
     /// It is not on a block device of this machine: network, memory, overlay, FUSE, ...
     NoBlockDevice,
     /// The configuration says so; the text names the rule.
@@ -120,10 +135,17 @@ impl Reason {
     pub fn is_a_loss(&self) -> bool {
         match self {
             Reason::Broken(_) | Reason::Unreachable(_) | Reason::Busy(_) => true,
-            Reason::ReadOnly | Reason::NoBlockDevice | Reason::Excluded(_) | Reason::Elsewhere => {
-                false
-            }
+            Reason::ReadOnly
+            | Reason::TurnedReadOnly
+            | Reason::NoBlockDevice
+            | Reason::Excluded(_)
+            | Reason::Elsewhere => false,
         }
+    }
+
+    /// Whether it holds only as long as the superblock is read-only.
+    pub fn is_read_only(&self) -> bool {
+        matches!(self, Reason::ReadOnly | Reason::TurnedReadOnly)
     }
 }
 
@@ -131,6 +153,9 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Reason::ReadOnly => f.write_str("read-only"),
+            Reason::TurnedReadOnly => {
+                f.write_str("read-only though mounted for writing, perhaps since an error")
+            }
             Reason::NoBlockDevice => f.write_str("not on a block device"),
             Reason::Excluded(rule) => write!(f, "excluded by {rule}"),
             Reason::Broken(how) => write!(f, "out of order: {how}"),
@@ -207,8 +232,9 @@ impl Plan {
     /// Those devices of the disks of a backup to which nothing should be written once all is frozen that is
     /// planned: no file system on them goes on. Where the host has named no disks, those of all its disks.
     pub fn at_rest(&self, scope: &Scope) -> Vec<Watched> {
-        let goes_on = |it: &LeftOut| !matches!(it.reason, Reason::ReadOnly | Reason::NoBlockDevice);
-        let left_out = self.left_out.iter().filter(|it| goes_on(it));
+        let goes_on =
+            |it: &&LeftOut| !it.reason.is_read_only() && it.reason != Reason::NoBlockDevice;
+        let left_out = self.left_out.iter().filter(goes_on);
         let moving = left_out.map(|it| &it.file_system).chain(&self.synced);
         let moving: Option<Vec<_>> = moving.map(|it| it.below.as_ref()).collect();
         let Some(moving) = moving else {
@@ -286,6 +312,8 @@ pub fn plan(
     for (superblock, footing) in superblocks.into_iter().zip(footings) {
         let reason = superblock.reason(topology, excluded);
         let (mut file_system, held) = (superblock.file_system, superblock.can_be_held);
+        let logs = topology.logs.get(&file_system.dev).into_iter().flatten();
+        file_system.devices.extend(logs);
         file_system.disks = footing.disks.into_iter().collect();
         file_system.below = footing.below;
         match reason {
@@ -320,6 +348,8 @@ struct Superblock {
     file_system: FileSystem,
     on_disks: bool,
     writable: bool,
+    /// Whether it is read-only though mounted for writing, and nobody tells whether since an error.
+    has_turned: bool,
     can_be_held: bool,
     /// In what way it is out of order.
     trouble: Option<&'static str>,
@@ -341,7 +371,7 @@ impl Superblock {
             None if topology.gone.contains(&self.file_system.dev) => Some("its disk is gone"),
             trouble => trouble,
         };
-        if !self.writable && trouble.is_none() {
+        if !self.writable && !self.has_turned && trouble.is_none() {
             return Some(Reason::ReadOnly);
         }
         let rule = excluded(&self.file_system).map(Reason::Excluded);
@@ -349,7 +379,8 @@ impl Superblock {
         let unreachable = self
             .unreachable
             .map(|it| Reason::Unreachable(it.to_owned()));
-        rule.or(trouble).or(unreachable)
+        let turned = self.has_turned.then_some(Reason::TurnedReadOnly);
+        rule.or(trouble).or(unreachable).or(turned)
     }
 }
 
@@ -371,8 +402,8 @@ const TURN_READ_ONLY: [&str; 10] = [
 
 /// Whether a superblock is read-only although its mounts here, or where there is none here those elsewhere,
 /// were made for writing: whoever makes it so on purpose (`mount -o remount,ro`) makes a mount so, too. But
-/// a mount of its own may be read-only, and a superblock below one that is not; where ext4 says whether there
-/// was an error, that decides.
+/// that one may have been unmounted since, a mount of its own may be read-only, and a superblock below one
+/// that is not; where ext4 says whether there was an error, that decides.
 fn has_turned_read_only(mounts: &[&Mount], errors: Option<u64>) -> bool {
     let turns = |m: &&Mount| !m.writable && TURN_READ_ONLY.contains(&m.fs_type.as_str());
     if !mounts.iter().all(turns) {
@@ -423,6 +454,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
         whole: mount.is_whole(),
         walkable: mount.walkable,
         hidden: mount.hidden,
+        was_at: mount.was_at.clone(),
     };
     let mut places: Vec<Place> = group.iter().map(place).collect();
     places.sort_by_key(|p| {
@@ -435,7 +467,8 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
         None => vec![first.dev],
     };
     let errors = topology.errors.get(&first.dev).copied();
-    let turned = has_turned_read_only(group, errors).then_some("read-only since an error");
+    let has_turned = has_turned_read_only(group, errors);
+    let after_an_error = (has_turned && errors.is_some()).then_some("read-only since an error");
     Some(Superblock {
         file_system: FileSystem {
             dev: first.dev,
@@ -449,8 +482,9 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
         },
         on_disks: first.is_on_disks(),
         writable: first.writable,
+        has_turned,
         can_be_held: first.can_be_held(),
-        trouble: group.iter().find_map(|m| trouble(m)).or(turned),
+        trouble: group.iter().find_map(|m| trouble(m)).or(after_an_error),
         unreachable: None,
     })
 }
@@ -470,6 +504,7 @@ fn unmounted(found: &Unmounted) -> Superblock {
         },
         on_disks: true,
         writable: true,
+        has_turned: false,
         can_be_held: true,
         trouble: None,
         unreachable: None,
@@ -881,6 +916,10 @@ mod tests {
         let mut on_first = on("8:0");
         on_first.sort();
         assert_eq!(on_first, ["/image", "/log-elsewhere", "/srv"]);
+        let with_a_log = plan.waves.iter().flatten();
+        let mut with_a_log = with_a_log.filter(|it| it.devices.len() > 1);
+        let devices = with_a_log.next().map(|it| it.devices.as_slice());
+        assert_eq!(devices, Some(&[dev("8:32"), dev("8:33")][..]));
         assert_eq!(on("8:16"), ["/"]);
         assert!(on("8:48").is_empty());
         let scope = plan.find(&["host:8:48".into(), "host:9".into(), "host:8:0".into()]);
@@ -1091,12 +1130,18 @@ mod tests {
             topology.errors.insert(dev(number), count);
         }
         let plan = plan(&mounts, &topology, &|_| None);
-        let broken = plan.left_out.iter();
-        let broken = broken.filter(|it| matches!(it.reason, Reason::Broken(_)));
-        let paths: Vec<_> = broken
-            .map(|it| it.file_system.places[0].path.display().to_string())
+        let not_only_read_only = plan.left_out.iter();
+        let not_only_read_only = not_only_read_only.filter(|it| it.reason != Reason::ReadOnly);
+        let said: Vec<_> = not_only_read_only
+            .map(|it| {
+                (
+                    it.file_system.places[0].path.to_str(),
+                    it.reason.is_a_loss(),
+                )
+            })
             .collect();
-        assert_eq!(paths, ["/turned", "/turned-there"]);
+        let expected = [(Some("/turned"), true), (Some("/turned-there"), false)];
+        assert_eq!(said, expected);
         assert_eq!(plan.left_out.len(), 7);
     }
 
@@ -1129,13 +1174,18 @@ mod tests {
 6 1 8:6 / /on-purpose ro - ext4 /dev/sda6 ro
 7 1 8:7 / /image rw - squashfs /dev/sda7 ro
 8 1 8:8 / /unwanted rw - ext4 /dev/sda8 rw,shutdown
-9 1 0:40 / /made-read-only ro - btrfs /dev/sda9 ro
-10 1 0:40 / /bind rw - btrfs /dev/sda9 ro
+9 1 8:10 / /turned-and-unwanted rw - ext4 /dev/sda10 ro
+10 1 0:40 / /made-read-only ro - btrfs /dev/sda9 ro
+11 1 0:40 / /bind rw - btrfs /dev/sda9 ro
 ";
         let mut topology = Topology::default();
         topology.gone.insert(dev("8:4"));
         let mounts = parse(table.as_bytes(), 0).unwrap();
-        let unwanted = |f: &FileSystem| (f.dev == dev("8:8")).then(|| "a rule".to_owned());
+        let unwanted = |f: &FileSystem| {
+            [dev("8:8"), dev("8:10")]
+                .contains(&f.dev)
+                .then(|| "a rule".to_owned())
+        };
         let plan = plan(&mounts, &topology, &unwanted);
         let left_out: Vec<String> = plan
             .left_out
@@ -1148,10 +1198,11 @@ mod tests {
                 "/errors: out of order: read-only since an error",
                 "/down: out of order: shut down after an error",
                 "/gone: out of order: its disk is gone",
-                "/turned: out of order: read-only since an error",
+                "/turned: read-only though mounted for writing, perhaps since an error",
                 "/on-purpose: read-only",
                 "/image: read-only",
                 "/unwanted: excluded by a rule",
+                "/turned-and-unwanted: excluded by a rule",
                 "/bind: read-only",
             ]
         );

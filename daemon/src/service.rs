@@ -252,7 +252,9 @@ impl Service {
         let waker = Waker::new(registry, JOB).map_err(failed("make a waker"))?;
         let control = Control::listen(&run, registry, CONTROL).map_err(failed("be asked"))?;
         let mut recovery = Recovery::start(&run, &log);
-        let broken = recovery.broken.take();
+        let mut unfinished = Unfinished::new(&run);
+        // The module remembers it, too, but not when it was unloaded meanwhile.
+        let broken = recovery.broken.take().or_else(|| unfinished.broken());
         let (sender, outcomes) = channel();
         let tell = (sender, Arc::new(waker));
         let calling = let_go_what_is_left(&run, &log, teller(&tell, News::Hooks));
@@ -280,7 +282,7 @@ impl Service {
                 backups: 0,
                 is_ahead: true,
                 draft: None,
-                unfinished: Unfinished::new(&run),
+                unfinished,
                 left: true,
                 checking: Weak::new(),
                 written: None,
@@ -966,6 +968,7 @@ impl Effects for Hands {
         if !self.recovery.is_over() {
             return Err("the freeze of another process is not undone".into());
         }
+        self.is_ahead = process::go_first().is_ok();
         let door = self.door(request)?;
         self.remember_what_is_left();
         self.left = false;
@@ -986,15 +989,15 @@ impl Effects for Hands {
             progress: Arc::default(),
             disks: self.disks_of(request),
         };
-        let draft = self.draft(request);
-        let noted = self.unfinished.begin(draft.so_far());
-        self.warn(noted);
-        self.draft = Some(draft);
         let job = self.worker.begin(setting, about, held, tell);
         self.job = Some(job.ok_or("the thread that freezes has died")?);
         self.backups += 1;
         self.report = now + REPORT;
-        self.is_ahead = process::go_first().is_ok();
+        // Beside that thread, which the host waits for.
+        let draft = self.draft(request);
+        let noted = self.unfinished.begin(draft.so_far());
+        self.warn(noted);
+        self.draft = Some(draft);
         Ok(())
     }
 

@@ -327,7 +327,8 @@ const SYS_STATMOUNT: libc::c_long = 457;
 const SYS_LISTMOUNT: libc::c_long = 458;
 
 /// The number of the mount that was added last to the namespace with number `mnt_ns_id`, among those
-/// that are still there. Numbers only grow, and none is used twice; 0 stands for none at all.
+/// that are still there. Numbers only grow, and none is used twice; 0 stands for none at all, as in a
+/// namespace whose root has been unmounted.
 ///
 /// Fails with `ENOSYS` before Linux 6.8, with `EINVAL` before 6.12.
 pub fn newest_mount(mnt_ns_id: u64) -> io::Result<u64> {
@@ -379,8 +380,11 @@ fn list_mounts(
             flags,
         )
     };
-    Errno::result(ret)?;
-    Ok(usize::try_from(ret).unwrap_or(0))
+    match Errno::result(ret) {
+        // Without a root there is nothing to begin with: nothing is mounted, or the namespace is gone.
+        Err(Errno::ENOENT) => Ok(0),
+        listed => Ok(usize::try_from(listed?).unwrap_or(0)),
+    }
 }
 
 /// The superblock behind a mount, as [`superblock_of`] found it.
@@ -584,22 +588,30 @@ pub fn start_as_an_ordinary_process(command: &mut Command) {
 }
 
 /// Makes all threads allocate from one heap. By default each sets 64 MiB of addresses aside, all of
-/// which count as locked, and gives back none of what it has touched (`mallopt(3)`). To be called
-/// before there are threads.
+/// which count as locked, and gives back none of what it has touched (`mallopt(3)`). That is given back when
+/// nobody waits, by [`give_back_memory`]. To be called before there are threads.
 pub fn use_one_heap() {
+    /// Bytes at the end of the heap that are given back amid the work.
+    #[cfg(target_env = "gnu")]
+    const NOT_BY_ITSELF: libc::c_int = 4 << 20;
     #[cfg(target_env = "gnu")]
     // SAFETY: mallopt takes integers only, and no other thread allocates meanwhile.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, NOT_BY_ITSELF);
     }
 }
 
-/// Gives memory that the allocator keeps for later back to the kernel.
+/// Gives memory that the allocator keeps for later back to the kernel, but for a little with which the next
+/// backup begins.
 pub fn give_back_memory() {
+    /// Bytes.
+    #[cfg(target_env = "gnu")]
+    const KEPT: usize = 32 << 10;
     #[cfg(target_env = "gnu")]
     // SAFETY: malloc_trim has no preconditions; it only looks at the allocator's own lists.
     unsafe {
-        libc::malloc_trim(0);
+        libc::malloc_trim(KEPT);
     }
 }
 

@@ -100,9 +100,10 @@ impl<S: Signals> Before<S> {
             match left.reason {
                 // Nothing tells when one is repaired.
                 Reason::Broken(_) | Reason::Unreachable(_) => return None,
-                Reason::ReadOnly if !read_only.has(&left.file_system) => return None,
+                ref it if it.is_read_only() && !read_only.has(&left.file_system) => return None,
                 // The last two are of one backup only.
                 Reason::ReadOnly
+                | Reason::TurnedReadOnly
                 | Reason::NoBlockDevice
                 | Reason::Excluded(_)
                 | Reason::Elsewhere
@@ -169,7 +170,7 @@ impl<S: Signals> ReadOnly<S> {
     /// Those of a plan.
     pub fn of(signals: &mut S, ways: &S::Ways, plan: &Plan) -> Self {
         let left_out = plan.left_out.iter();
-        let left_out = left_out.filter(|it| it.reason == Reason::ReadOnly);
+        let left_out = left_out.filter(|it| it.reason.is_read_only());
         let found = left_out.filter_map(|LeftOut { file_system, .. }| {
             // A walk through what may hang, or to what lies over it, is not worth it.
             let places = file_system.places.iter();
@@ -225,7 +226,7 @@ impl Known {
         let numbers = |it: &FileSystem| [&[it.dev], it.devices.as_slice()].concat();
         let left_out = plan.left_out.iter();
         let (read_only, others): (Vec<_>, Vec<_>) =
-            left_out.partition(|it| it.reason == Reason::ReadOnly);
+            left_out.partition(|it| it.reason.is_read_only());
         let others = others.into_iter().map(|it| &it.file_system);
         let devices = plan
             .waves
@@ -357,7 +358,8 @@ impl Kernel {
     pub fn has_news(&self, then: &Scene) -> bool {
         let now = self.lists.as_ref().map(|it| it.read().ok().flatten());
         now.is_some_and(|now| Listed::has_news(then.listed.as_ref(), now.as_ref()))
-            || self.has_new_mounts(then).unwrap_or(false)
+            // Of whom nothing is known now, though it was then, something may have come.
+            || self.has_new_mounts(then).unwrap_or(then.newest.is_some())
     }
 
     /// Types that have no block device of their own are listed in sysfs, but for one that nothing can hold.
@@ -372,7 +374,7 @@ impl Kernel {
             return Ok(mounts.iter().any(|it| is_news(it.dev, !it.writable)));
         };
         let namespaces = Namespaces::find_beside(told(self.own.as_ref())?)?;
-        let others = namespaces.states().unwrap_or_default().iter();
+        let others = told(namespaces.states())?.iter();
         let now = others.map(|it| (it.id(), it.newest()));
         for (id, now) in now.chain([(number, sys::newest_mount(number)?)]) {
             // Numbers only grow, and of a namespace that is new all mounts are.
@@ -380,8 +382,8 @@ impl Kernel {
             if now <= then {
                 continue;
             }
+            let mut new = sys::mounts_after(id, then)?.into_iter();
             // One that is gone again is no news.
-            let mut new = sys::mounts_after(id, then).unwrap_or_default().into_iter();
             if new
                 .any(|it| sys::superblock_of(id, it).is_ok_and(|it| is_news(it.dev, it.read_only)))
             {
@@ -393,7 +395,7 @@ impl Kernel {
 }
 
 /// What there is no way to tell.
-fn told<T>(it: Option<&T>) -> io::Result<&T> {
+fn told<T: ?Sized>(it: Option<&T>) -> io::Result<&T> {
     it.ok_or_else(|| io::ErrorKind::Unsupported.into())
 }
 
@@ -452,10 +454,9 @@ impl Signals for Kernel {
     }
 
     fn find(&mut self, ways: &Ways, place: &Place, dev: DevId) -> Option<MountAt> {
-        let states = ways.namespaces.states()?;
         let namespace = match place.namespace {
             0 => self.number?,
-            n => states.get(n - 1)?.id(),
+            n => ways.namespaces.states()?.get(n - 1)?.id(),
         };
         let look = || {
             let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
@@ -561,6 +562,44 @@ mod tests {
             come(&planned(rest, &[20])),
             ["sd20 (ext4, 8:20, in use but mounted nowhere) was mounted"]
         );
+    }
+
+    #[test]
+    fn the_own_namespace_is_looked_at_whatever_the_others_are_like() {
+        let mut kernel = Kernel::default();
+        let root = Place {
+            namespace: 0,
+            id: 0,
+            path: "/".into(),
+            whole: true,
+            walkable: true,
+            hidden: false,
+            was_at: None,
+        };
+        let ways = Ways {
+            proc: Arc::new(machine::open_proc().unwrap()),
+            namespaces: Namespaces::default(),
+        };
+        let found = kernel.find(&ways, &root, DevId::default());
+        // Kernels before 6.12 do not tell numbers.
+        assert_eq!(found.is_some(), kernel.number.is_some());
+    }
+
+    #[test]
+    fn who_told_of_mounts_then_and_tells_no_longer_may_have_news() {
+        let silent = Kernel {
+            proc: None,
+            own: None,
+            number: Some(1),
+            table: None,
+            uevents: None,
+            lists: None,
+            lost: Lost::default(),
+        };
+        let mut then = Scene::default();
+        assert!(!silent.has_news(&then), "nobody ever told");
+        then.newest = Some(BTreeMap::new());
+        assert!(silent.has_news(&then));
     }
 
     #[test]

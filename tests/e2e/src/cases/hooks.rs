@@ -541,8 +541,14 @@ fn killed(guest: &Guest) -> Result<()> {
         equal("hooks after that", notes(guest)?.len(), 0)?;
         answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
         good_backup(guest, "the next backup")?;
+        let all = [
+            "10-a freeze ",
+            "20-b freeze ",
+            "20-b thaw good",
+            "10-a thaw good",
+        ];
+        noted(guest, "the next backup", &all)?;
         stop_at_rest(guest, module, &daemon)?;
-        guest.sh("rm -f /run/notes")?;
     }
     end(guest)
 }

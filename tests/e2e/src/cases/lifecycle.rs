@@ -32,6 +32,11 @@ pub const CASES: &[Case] = &[
         daemon_killed_while_frozen,
     ),
     case(
+        "lifecycle/killed-and-reloaded",
+        "also when the module is unloaded and loaded in between, and remembers nothing",
+        killed_and_reloaded,
+    ),
+    case(
         "lifecycle/daemon-restarted",
         "a daemon that is stopped and started again serves the next backup",
         daemon_restarted,
@@ -246,6 +251,23 @@ fn reload(guest: &Guest) -> Result<()> {
         vss.wait_closed(STEP)?;
     }
     Ok(())
+}
+
+fn killed_and_reloaded(guest: &Guest) -> Result<()> {
+    let daemon = super::start(guest, Module::Ours, Daemon::Ours)?;
+    let vss = guest.vss();
+    guest.writer_start("/writer")?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until("the writer stands still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+    })?;
+    guest.signal(&daemon, 9)?;
+    guest.wait(&daemon, STEP)?;
+    guest.unload(Module::Ours)?;
+    super::start(guest, Module::Ours, Daemon::Ours)?;
+    let thaw = vss.thaw(STEP)?;
+    answered("the THAW of a freeze that broke", &thaw, status::FAIL)?;
+    backup(guest)
 }
 
 fn unload_with_open_device(guest: &Guest) -> Result<()> {

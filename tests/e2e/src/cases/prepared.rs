@@ -8,6 +8,7 @@
 
 use super::deadman::{make_hung, HANG, UNHANG};
 use super::hangs::in_freeze;
+use super::scope::in_a_namespace;
 use super::{case, good, load, logged, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
@@ -57,6 +58,11 @@ pub const CASES: &[Case] = &[
         |guest| mounted_meanwhile(guest, Module::Stock, Stage::Freezing),
     ),
     case(
+        "freeze/writable-while-it-syncs",
+        "so does one elsewhere that is made writable meanwhile, beside a namespace without any mount",
+        writable_while_it_syncs,
+    ),
+    case(
         "freeze/unmounted-while-it-syncs",
         "a file system that is unmounted while another is written back has nothing begun anew",
         |guest| unmounted_meanwhile(guest, Stage::Syncing),
@@ -98,7 +104,8 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "freeze/lazily-unmounted-since-exfat",
-        "an exfat that was seen and unmounted lazily while in use fails FREEZE when strict, by name",
+        "an exfat that was seen and unmounted lazily while in use fails FREEZE when strict, by name, after \
+         a reload as well, unless a rule for where it was leaves it out",
         lazily_unmounted_since,
     ),
     case(
@@ -198,6 +205,36 @@ fn mounted_meanwhile(guest: &Guest, module: Module, stage: Stage) -> Result<()> 
     stop(guest, module, &daemon)
 }
 
+fn writable_while_it_syncs(guest: &Guest) -> Result<()> {
+    make_hung(guest)?;
+    guest.sh("mkdir -p /mnt/b && mkfs.ext4 -q -F /dev/ram2")?;
+    let there = in_a_namespace(guest, "mount -o ro /dev/ram2 /mnt/b")?;
+    let empty = guest.spawn(&["/payload/lab-agent", "unmounted"])?;
+    guest.wait_until("there is a namespace without mounts", STEP, || {
+        Ok(guest.output(&empty)?.contains("nothing is mounted"))
+    })?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    prepare(guest)?;
+    let freeze = hang_in(guest, &daemon, Stage::Syncing)?;
+    guest.sh(&format!(
+        "nsenter --mount=/proc/{}/ns/mnt mount -o remount,rw /mnt/b",
+        there.pid
+    ))?;
+    let file = format!("/proc/{}/root/mnt/b/w", there.pid);
+    guest.writer_start(&file)?;
+    guest.sh(UNHANG)?;
+    answered("FREEZE", &guest.vss().wait(freeze, STEP)?, status::OK)?;
+    equal("the backup", &observe(guest)?, &good(&[&file]))?;
+    let said = logged(guest, &daemon)?;
+    ensure!(said.contains("begun anew"), "{said}");
+    guest.writers_stop()?;
+    for process in [&empty, &there] {
+        guest.signal(process, 9)?;
+        guest.wait(process, STEP)?;
+    }
+    stop(guest, guest.module(), &daemon)
+}
+
 fn unmounted_meanwhile(guest: &Guest, stage: Stage) -> Result<()> {
     make_hung(guest)?;
     // What is writable is open meanwhile, and what is read-only is looked at.
@@ -282,22 +319,43 @@ fn lazily_unmounted_since(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/b/w")?;
     let vss = guest.vss();
     load(guest, guest.module(), &[])?;
-    let daemon = guest.start_daemon_with("strict = true")?;
+    let config = "/run/lazily.toml";
+    let configure = |text: &str| guest.sh(&format!("printf '{text}' >{config}"));
+    let reload = || guest.sh("/payload/hv_vss_daemon reload");
+    configure("strict = true\\n")?;
+    let daemon = guest.spawn(&["/payload/hv_vss_daemon", "-n", "-c", config])?;
     wait_for_daemon(guest)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
     guest.sh("umount -l /mnt/b")?;
     for _ in 0..2 {
         answered("FREEZE when held", &vss.freeze(&[], STEP)?, status::FAIL)?;
     }
-    guest.wait_until("the log names it by who has it open", STEP, || {
+    guest.wait_until("the log names it, and who has it open", STEP, || {
         let log = guest.output(&daemon)?;
-        let names = |it: &str| it.contains("/fd/") && it.contains("(exfat, 1:2)");
-        Ok(log.lines().any(names))
+        let name = "/mnt/b (exfat, 1:2, mounted no longer, open at /proc/";
+        Ok(log.contains(name))
     })?;
+    reload()?;
+    let freeze = vss.freeze(&[], STEP)?;
+    answered("FREEZE after a reload", &freeze, status::FAIL)?;
+    configure("strict = true\\nexclude.paths = [\"/mnt/b\"]\\n")?;
+    reload()?;
+    let freeze = vss.freeze(&[], STEP)?;
+    answered("FREEZE with a rule for it", &freeze, status::OK)?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    guest.wait_until("the log says by which rule", STEP, || {
+        let rule = "left out: excluded by exclude path /mnt/b";
+        Ok(guest.output(&daemon)?.contains(rule))
+    })?;
+    configure("strict = true\\n")?;
+    reload()?;
+    let freeze = vss.freeze(&[], STEP)?;
+    answered("FREEZE without the rule", &freeze, status::FAIL)?;
     guest.writers_stop()?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
-    stop(guest, guest.module(), &daemon)
+    stop(guest, guest.module(), &daemon)?;
+    guest.sh(&format!("rm {config}")).map(drop)
 }
 
 fn moves_since(guest: &Guest) -> Result<()> {

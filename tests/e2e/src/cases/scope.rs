@@ -57,6 +57,12 @@ pub const CASES: &[Case] = &[
         lazily_unmounted_read_only,
     ),
     case(
+        "scope/read-only-though-mounted-for-writing",
+        "a btrfs that was made read-only by another mount is named, fails no strict backup, and stands still \
+         once it is writable",
+        read_only_though_mounted_for_writing,
+    ),
+    case(
         "scope/below-an-overlay-only",
         "so does what only an overlay still holds, which no process has open",
         below_an_overlay_only,
@@ -213,7 +219,7 @@ fn strict_names(guest: &Guest, words: &[&str]) -> Result<()> {
 }
 
 /// Makes what is private to a namespace of its own, and waits until that has happened.
-fn in_a_namespace(guest: &Guest, script: &str) -> Result<Process> {
+pub(super) fn in_a_namespace(guest: &Guest, script: &str) -> Result<Process> {
     let holder = guest.spawn(&[
         "unshare",
         "--mount",
@@ -413,6 +419,22 @@ fn lazily_unmounted_read_only(guest: &Guest) -> Result<()> {
     guest.signal(&holder, 9)?;
     guest.wait(&holder, STEP)?;
     Ok(())
+}
+
+fn read_only_though_mounted_for_writing(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe btrfs; mkdir -p /mnt/a /mnt/b
+              mkfs.btrfs -q -f /dev/ram1 && mount /dev/ram1 /mnt/a && mount --bind /mnt/a /mnt/b &&
+              mount -o remount,ro /mnt/a && umount /mnt/a")?;
+    let daemon = start_with(guest, "strict = true")?;
+    for backup in ["the first backup", "the second"] {
+        equal(backup, &observe(guest)?, &good(&[]))?;
+    }
+    let words = "left out: read-only though mounted for writing, perhaps since an error";
+    says(guest, &daemon, &["/mnt/b (btrfs, ", words])?;
+    guest.sh("mount -o remount,rw /mnt/b")?;
+    guest.writer_start("/mnt/b/w")?;
+    equal("once writable", &observe(guest)?, &good(&["/mnt/b/w"]))?;
+    stop(guest, guest.module(), &daemon)
 }
 
 fn below_an_overlay_only(guest: &Guest) -> Result<()> {

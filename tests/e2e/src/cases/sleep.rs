@@ -35,6 +35,11 @@ pub const CASES: &[Case] = &[
         freeze_open,
     ),
     suspend::case(
+        "sleep/snapshot-device",
+        "so it is for whoever has the snapshot device open, to write an image or to become one",
+        snapshot_device,
+    ),
+    suspend::case(
         "sleep/backups-all-the-time",
         "backups one after the other while the machine sleeps: none is called good that was not",
         backups_all_the_time,
@@ -95,6 +100,39 @@ impl Window {
             .sh("umount /mnt/hung && dmsetup remove hung")
             .map(drop)
     }
+}
+
+/// User space makes its own image through `/dev/snapshot`: who opens it to read is about to hibernate, who
+/// opens it to write is about to become the machine of an image. All of user space runs meanwhile.
+fn snapshot_device(guest: &Guest) -> Result<()> {
+    load(guest, Module::Ours, &[])?;
+    let vss = guest.vss();
+    guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    guest.writer_start("/writer")?;
+    for (way, held_too) in [("<", false), (">", false), ("<", true), (">", true)] {
+        let one = || -> Result<()> {
+            if held_too {
+                answered("FREEZE before it", &vss.freeze(&[], STEP)?, status::OK)?;
+            }
+            let script = format!("exec 3{way}/dev/snapshot && echo open && exec sleep 1000");
+            let holder = guest.spawn(&["sh", "-c", &script])?;
+            guest.wait_until("the snapshot device is open", STEP, || {
+                Ok(guest.output(&holder)?.contains("open"))
+            })?;
+            if held_too {
+                let thaw = vss.thaw(STEP)?;
+                answered("THAW of what was frozen before it", &thaw, status::FAIL)?;
+            }
+            let freeze = vss.freeze(&[], STEP)?;
+            answered("FREEZE with it open", &freeze, status::FAIL)?;
+            guest.signal(&holder, 9)?;
+            guest.wait(&holder, STEP)?;
+            super::backup(guest)
+        };
+        one().with_context(|| format!("exec 3{way}/dev/snapshot, frozen before it: {held_too}"))?;
+    }
+    Ok(())
 }
 
 /// FREEZE is failed at once, and the daemon hears nothing of it.

@@ -2,7 +2,7 @@
 
 //! The test's hands in the guest: `lab-agent TTY` reads calls from that serial line and does them,
 //! `lab-agent -` from its standard input. What else it can be is a program of its own each time:
-//! [`nbd`], [`fuse`].
+//! [`nbd`], [`fuse`], [`unmounted`].
 //!
 //! It must go on working while every file system is frozen, its own included: its memory is locked
 //! and it opens no file that it was not told to. It decides nothing and checks nothing; what is
@@ -19,6 +19,7 @@ mod opens;
 mod process;
 mod storm;
 mod sys;
+mod unmounted;
 mod writers;
 
 use crate::error::Error;
@@ -247,6 +248,7 @@ fn main() -> ExitCode {
     let result = match arguments[..] {
         ["-"] => duplicate(&std::io::stdin())
             .and_then(|input| serve(input, duplicate(&std::io::stdout())?)),
+        ["unmounted"] => unmounted::stay(),
         [tty] => open_tty(tty).and_then(|line| serve(line.try_clone()?, line)),
         ["nbd", port, file] => match port.parse() {
             Ok(port) => nbd::serve(port, file),
@@ -259,7 +261,7 @@ fn main() -> ExitCode {
         _ => {
             eprintln!(
                 "usage: lab-agent TTY | lab-agent - | lab-agent nbd PORT FILE | \
-                 lab-agent fuse FOLDER UID DEVICE"
+                 lab-agent fuse FOLDER UID DEVICE | lab-agent unmounted"
             );
             return ExitCode::from(2);
         }
