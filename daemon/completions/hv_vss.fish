@@ -34,7 +34,7 @@ complete -c hv_vss -n "__fish_hv_vss_needs_command" -f -a "status" -d 'Show what
 complete -c hv_vss -n "__fish_hv_vss_needs_command" -f -a "history" -d 'Show the last backups: when, of what type, how they went, and why'
 complete -c hv_vss -n "__fish_hv_vss_needs_command" -f -a "check" -d 'Look at everything that a backup needs, short of freezing'
 complete -c hv_vss -n "__fish_hv_vss_needs_command" -f -a "list" -d 'Show what would be frozen, in which order, and what would not and why'
-complete -c hv_vss -n "__fish_hv_vss_needs_command" -f -a "freeze" -d 'Rehearse: freeze as for a backup, wait, thaw'
+complete -c hv_vss -n "__fish_hv_vss_needs_command" -f -a "freeze" -d 'Rehearse: call hooks and freeze as for a backup, wait, thaw'
 complete -c hv_vss -n "__fish_hv_vss_needs_command" -f -a "reload" -d 'Have the daemon that serves read its configuration again'
 complete -c hv_vss -n "__fish_hv_vss_needs_command" -f -a "thaw" -d 'Thaw what an unfinished freeze left frozen'
 complete -c hv_vss -n "__fish_hv_vss_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
@@ -59,6 +59,7 @@ complete -c hv_vss -n "__fish_hv_vss_using_subcommand list" -l table -d 'Print, 
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand list" -s h -l help -d 'Print help'
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand freeze" -l for -d 'How long to stay frozen, such as 5s or 500ms' -r
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand freeze" -s c -l config -d 'The configuration [default: /etc/hv_vss/daemon.toml, if it exists]' -r -F
+complete -c hv_vss -n "__fish_hv_vss_using_subcommand freeze" -l no-hooks -d 'Call no hooks'
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand freeze" -s h -l help -d 'Print help'
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand reload" -s c -l config -d 'The configuration [default: /etc/hv_vss/daemon.toml, if it exists]' -r -F
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand reload" -s h -l help -d 'Print help'
@@ -70,7 +71,7 @@ complete -c hv_vss -n "__fish_hv_vss_using_subcommand help; and not __fish_seen_
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand help; and not __fish_seen_subcommand_from run status history check list freeze reload thaw help" -f -a "history" -d 'Show the last backups: when, of what type, how they went, and why'
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand help; and not __fish_seen_subcommand_from run status history check list freeze reload thaw help" -f -a "check" -d 'Look at everything that a backup needs, short of freezing'
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand help; and not __fish_seen_subcommand_from run status history check list freeze reload thaw help" -f -a "list" -d 'Show what would be frozen, in which order, and what would not and why'
-complete -c hv_vss -n "__fish_hv_vss_using_subcommand help; and not __fish_seen_subcommand_from run status history check list freeze reload thaw help" -f -a "freeze" -d 'Rehearse: freeze as for a backup, wait, thaw'
+complete -c hv_vss -n "__fish_hv_vss_using_subcommand help; and not __fish_seen_subcommand_from run status history check list freeze reload thaw help" -f -a "freeze" -d 'Rehearse: call hooks and freeze as for a backup, wait, thaw'
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand help; and not __fish_seen_subcommand_from run status history check list freeze reload thaw help" -f -a "reload" -d 'Have the daemon that serves read its configuration again'
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand help; and not __fish_seen_subcommand_from run status history check list freeze reload thaw help" -f -a "thaw" -d 'Thaw what an unfinished freeze left frozen'
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand help; and not __fish_seen_subcommand_from run status history check list freeze reload thaw help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'

@@ -6,9 +6,11 @@
 //! It has a thread of its own, for as long as there are hooks to be called or to be let go, and waits on
 //! nothing but time, a process, what that writes and the word to let go. Each call has a process group
 //! of its own; when its time is over all of it is killed. It begins as this very program, which is in
-//! memory, and becomes the hook then: to get at that may take as long as anything. What a hook writes is read all the time, since
-//! one that stays over the freeze would hang otherwise, and is logged after the thaw. A record of what
-//! is to be let go is in the run directory, for whoever comes after a death. It freezes nothing and
+//! memory, and becomes the hook then: to get at that may take as long as anything, and nothing of it is run
+//! before it is on record which process it is. What a hook writes is read all the time, since
+//! one that stays over the freeze would hang otherwise, and is logged after the thaw. What one that ended well
+//! leaves running is its [`Session`]: should that end by itself, the application is no longer ready. A record
+//! of what is to be let go is in the run directory, for whoever comes after a death. It freezes nothing and
 //! decides of no backup.
 
 use std::ffi::{OsStr, OsString};
@@ -18,7 +20,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -47,6 +49,13 @@ const MOST_OUTPUT: usize = 8192;
 const NOT_KNOWN: u8 = u8::MAX;
 /// Reads of a pipe at a time, of 1 KiB each.
 const MOST_READS: usize = 64;
+/// How long after the end of a call what it has left running is looked at: a logger at the end of its pipe ends
+/// with it, if somewhat later, and is nothing that an application is kept ready by.
+const SETTLED: Duration = Duration::from_millis(500);
+/// How long a process waits to become a hook. It is on record within a moment.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The exit status of one that waited in vain.
+const NO_WORD: u8 = 125;
 /// How long what was killed may take to end.
 const GRACE: Duration = Duration::from_secs(2);
 /// Where hooks find programs.
@@ -104,14 +113,14 @@ fn word_for(verdict: Option<Verdict>) -> &'static str {
 pub struct Owed {
     /// Which.
     pub hook: Hook,
-    /// The process of that call, with the time of its start, once it is known.
+    /// The process of its last call, with the time of its start, if that has been seen.
     pub process: Option<(u32, u64)>,
 }
 
 /// Hooks that are to be let go, on record for whoever comes after a death.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HookRecord {
-    /// The process that has called them.
+    /// The process that has called them, or lets them go.
     pub pid: u32,
     /// What it has told them.
     pub context: Context,
@@ -132,8 +141,62 @@ pub struct Called {
     pub since: Instant,
     /// How long it took.
     pub took: Duration,
-    /// What was wrong with it.
+    /// What was wrong with it; it may be that it was not run.
     pub fault: Option<String>,
+}
+
+/// What a hook that ended well has left running, to keep its application ready.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Session {
+    /// The hook's name.
+    pub hook: String,
+    /// Whether there is no backup without it.
+    pub required: bool,
+    /// Its process group, whose first process is not reaped as long as this is there.
+    group: u32,
+    /// One of its processes, with the time of its start.
+    process: (u32, u64),
+}
+
+impl Session {
+    /// What is to be said of one that has ended then.
+    pub fn has_ended_in_words(&self, when: &str) -> String {
+        let hook = &self.hook;
+        format!("hook {hook}: what it had left running has ended {when}")
+    }
+
+    /// Whether nothing of it is left. As a rule one file tells.
+    fn has_ended(&mut self) -> bool {
+        let (pid, start) = self.process;
+        if process::start_of(pid) == Some(start) {
+            return false;
+        }
+        match process::member_of(self.group) {
+            Some(other) => self.process = other,
+            None => return true,
+        }
+        false
+    }
+}
+
+/// Those of a backup under way.
+#[derive(Clone, Debug, Default)]
+struct Sessions(Arc<Mutex<Vec<Session>>>);
+
+impl Sessions {
+    fn all(&self) -> MutexGuard<'_, Vec<Session>> {
+        // It is whole after each change.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A call that ended well, of which it is to be seen what it has left running.
+struct Settling {
+    hook: String,
+    required: bool,
+    group: u32,
+    /// When.
+    at: Instant,
 }
 
 /// What the event loop hears.
@@ -162,6 +225,7 @@ pub struct Means {
 pub struct Calling {
     word: UnixStream,
     thread: JoinHandle<()>,
+    sessions: Sessions,
 }
 
 impl Calling {
@@ -173,9 +237,21 @@ impl Calling {
         tell: impl Fn(HookOutcome) + Send + 'static,
     ) -> Result<Self, String> {
         let lock = means.run.lock_hooks().map_err(|error| words(&error))?;
+        // A rehearsal may have died beside the daemon.
+        let left = means.run.read_hooks().and_then(|record| {
+            let record = record.map(|it| Calls::take_over(&means.run, &means.log, it, None));
+            record.transpose()
+        });
+        let left = left.map_err(|error| words(&error))?;
         let (word, theirs) = UnixStream::pair().map_err(|e| e.to_string())?;
+        let sessions = Sessions::default();
+        let its = sessions.clone();
         let body = move || {
+            if let Some(mut left) = left {
+                left.thaw(None);
+            }
             let mut calls = Calls::new(means, Some(theirs), Some(lock));
+            calls.sessions = its;
             let result = calls.freeze(hooks, &progress);
             if calls.word.is_none() {
                 tell(HookOutcome::Quiesced(result));
@@ -183,7 +259,7 @@ impl Calling {
             let verdict = calls.wait();
             tell(HookOutcome::Released(calls.thaw(verdict)));
         };
-        Self::spawn(word, body)
+        Self::spawn(word, sessions, body)
     }
 
     /// Lets go what somebody who has died has called, as far as it is on record in `run`.
@@ -197,13 +273,22 @@ impl Calling {
             return Ok(None);
         };
         let (word, _) = UnixStream::pair().map_err(|e| e.to_string())?;
-        Self::spawn(word, move || tell(HookOutcome::Released(calls.thaw(None)))).map(Some)
+        let body = move || tell(HookOutcome::Released(calls.thaw(None)));
+        Self::spawn(word, Sessions::default(), body).map(Some)
     }
 
-    fn spawn(word: UnixStream, body: impl FnOnce() + Send + 'static) -> Result<Self, String> {
+    fn spawn(
+        word: UnixStream,
+        sessions: Sessions,
+        body: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, String> {
         let builder = Builder::new().name("hooks".into()).stack_size(STACK_BYTES);
         let thread = builder.spawn(body).map_err(|e| e.to_string())?;
-        Ok(Calling { word, thread })
+        Ok(Calling {
+            word,
+            thread,
+            sessions,
+        })
     }
 
     /// Lets them go, now that nothing is frozen any more but what hangs; `None` when nobody can tell how the
@@ -212,6 +297,20 @@ impl Calling {
         let word = verdict.map_or(NOT_KNOWN, |it| it as u8);
         // It fails only when the thread has ended, and with it everything.
         let _ = (&self.word).write_all(&[word]);
+    }
+
+    /// The sessions that have ended by themselves, each once; none any more once hooks are let go. It waits
+    /// for no disk.
+    pub fn sessions_ended(&self) -> Vec<Session> {
+        let mut ended = Vec::new();
+        self.sessions.all().retain_mut(|it| {
+            let has_ended = it.has_ended();
+            if has_ended {
+                ended.push(it.clone());
+            }
+            !has_ended
+        });
+        ended
     }
 
     /// Whether all have been let go.
@@ -264,6 +363,34 @@ impl Output {
     }
 }
 
+/// A process that waits for the word to become a hook.
+struct Call {
+    child: Child,
+    pidfd: OwnedFd,
+    /// Without that word, be it that we die, it ends.
+    word: File,
+}
+
+impl Call {
+    /// Which it is, with the time of its start.
+    fn process(&self) -> Option<(u32, u64)> {
+        let pid = self.child.id();
+        process::start_of(pid).map(|start| (pid, start))
+    }
+
+    fn go_on(mut self) -> (Child, OwnedFd) {
+        // It fails when the process has ended, and that is seen.
+        let _ = self.word.write_all(&[0]);
+        (self.child, self.pidfd)
+    }
+
+    fn call_off(mut self) {
+        kill(self.child.id());
+        // One that cannot be killed is left behind.
+        let _ = self.child.try_wait();
+    }
+}
+
 /// How a call ended.
 enum End {
     Good,
@@ -283,6 +410,9 @@ struct Calls {
     /// The processes of the calls with `freeze`. They are not reaped before they are let go: a process
     /// group has its number as long as its first process is there.
     children: Vec<Option<Child>>,
+    /// The one that is looked at next is the first.
+    settling: Vec<Settling>,
+    sessions: Sessions,
     outputs: Vec<Output>,
     called: Vec<Called>,
 }
@@ -302,6 +432,8 @@ impl Calls {
             _lock: lock,
             record,
             children: Vec::new(),
+            settling: Vec::new(),
+            sessions: Sessions::default(),
             outputs: Vec::new(),
             called: Vec::new(),
         }
@@ -319,12 +451,22 @@ impl Calls {
             Err(error) => return Err(error),
         };
         // Who held the lock until now may have let go meanwhile.
-        let Some(mut record) = run.read_hooks()? else {
+        let Some(record) = run.read_hooks()? else {
             return Ok(None);
         };
         if lock.is_none() && !process::is_dead(record.pid) {
             return Ok(None);
         }
+        Self::take_over(run, log, record, lock).map(Some)
+    }
+
+    /// What this record says is to be let go, which is ours from here on. None of it is at freeze any more.
+    fn take_over(
+        run: &RunDir,
+        log: &Logbook,
+        mut record: HookRecord,
+        lock: Option<Lock>,
+    ) -> Result<Self, RecordError> {
         let means = Means {
             run: run.clone(),
             log: log.clone(),
@@ -337,9 +479,7 @@ impl Calls {
             };
             if process::start_of(pid) == Some(start) {
                 let name = owed.hook.name();
-                log.warning(format!(
-                    "hook {name} of a dead daemon is still at freeze: killed"
-                ));
+                log.warning(format!("hook {name} of a dead daemon still runs: killed"));
                 kill_and_wait(pid);
             }
         }
@@ -352,16 +492,20 @@ impl Calls {
             }
             fault.is_none()
         });
+        // Nobody else lets them go as long as we live.
+        record.pid = std::process::id();
         if record.owed.is_empty() {
             // Nothing of it is said, or waited for, once more.
             run.remove_hooks()?;
+        } else if let Err(error) = run.write_hooks(&record) {
+            log.warning(words(&error));
         }
         let children = record.owed.iter().map(|_| None).collect();
-        Ok(Some(Calls {
+        Ok(Calls {
             record,
             children,
             ..Calls::new(means, None, lock)
-        }))
+        })
     }
 
     /// Calls all of them with `freeze`, until one fails that is required.
@@ -369,9 +513,10 @@ impl Calls {
         for found in hooks {
             let name = found.hook.name();
             progress.begin(&name, Instant::now());
+            let is_run = found.fault.is_none();
             let end = match found.fault {
                 Some(fault) => End::Bad(format!("it is not run: {fault}")),
-                None => self.call_to_freeze(found.hook),
+                None => self.call_to_freeze(found.hook, found.required),
             };
             progress.end(&name);
             match end {
@@ -381,48 +526,53 @@ impl Calls {
                 End::Bad(why) => {
                     let text = format!("hook {name}, which is optional: {why}");
                     self.means.log.warning(text);
+                    if !is_run {
+                        self.called.push(Called {
+                            name,
+                            verb: Verb::Freeze,
+                            since: Instant::now(),
+                            took: Duration::ZERO,
+                            fault: Some(why),
+                        });
+                    }
                 }
             }
         }
         Ok(())
     }
 
-    fn call_to_freeze(&mut self, hook: Hook) -> End {
-        // From here on it is let go, whatever happens.
-        self.record.owed.push(Owed {
-            hook: hook.clone(),
-            process: None,
-        });
-        self.children.push(None);
-        if let Err(error) = self.means.run.write_hooks(&self.record) {
-            self.record.owed.pop();
-            self.children.pop();
-            return End::Bad(words(&error));
-        }
+    fn call_to_freeze(&mut self, hook: Hook, required: bool) -> End {
         let since = Instant::now();
         let end = match self.spawn(&hook, Verb::Freeze, None) {
-            Ok((child, pidfd)) => {
-                if let Some(owed) = self.record.owed.last_mut() {
-                    let pid = child.id();
-                    owed.process = process::start_of(pid).map(|start| (pid, start));
-                }
-                // Without it there is only nobody to kill after a death.
-                if let Err(error) = self.means.run.write_hooks(&self.record) {
-                    self.means.log.warning(words(&error));
-                }
-                let end = self.watch(&child, &pidfd, true);
-                if let Some(last) = self.children.last_mut() {
-                    *last = Some(child);
-                }
-                end
-            }
-            Err(error) => {
-                self.record.owed.pop();
-                self.children.pop();
-                End::Bad(format!("it cannot be started: {error}"))
-            }
+            Ok(call) => self.freeze_by(&hook, required, call),
+            Err(error) => End::Bad(format!("it cannot be started: {error}")),
         };
         self.note(&hook, Verb::Freeze, since, &end);
+        end
+    }
+
+    fn freeze_by(&mut self, hook: &Hook, required: bool, call: Call) -> End {
+        self.record.owed.push(Owed {
+            hook: hook.clone(),
+            process: call.process(),
+        });
+        if let Err(error) = self.means.run.write_hooks(&self.record) {
+            self.record.owed.pop();
+            call.call_off();
+            return End::Bad(words(&error));
+        }
+        // From here on it is let go, whatever happens.
+        let (child, pidfd) = call.go_on();
+        let end = self.watch(&child, &pidfd, true);
+        if matches!(end, End::Good) {
+            self.settling.push(Settling {
+                hook: hook.name(),
+                required,
+                group: child.id(),
+                at: Instant::now() + SETTLED,
+            });
+        }
+        self.children.push(Some(child));
         end
     }
 
@@ -438,13 +588,25 @@ impl Calls {
 
     /// Lets all go, the last one first.
     fn thaw(&mut self, verdict: Option<Verdict>) -> Vec<Called> {
+        self.settling.clear();
+        self.sessions.all().clear();
         self.say_output();
         while let Some(owed) = self.record.owed.last().cloned() {
             let verb = owed.hook.release(verdict);
             let name = owed.hook.name();
             let since = Instant::now();
             let (end, child) = match self.spawn(&owed.hook, verb, Some(verdict)) {
-                Ok((child, pidfd)) => (self.watch(&child, &pidfd, false), Some(child)),
+                Ok(call) => {
+                    if let Some(owed) = self.record.owed.last_mut() {
+                        owed.process = call.process();
+                    }
+                    // It is let go also where that cannot be written: at worst twice, should we die.
+                    if let Err(error) = self.means.run.write_hooks(&self.record) {
+                        self.means.log.warning(words(&error));
+                    }
+                    let (child, pidfd) = call.go_on();
+                    (self.watch(&child, &pidfd, false), Some(child))
+                }
                 Err(error) => (End::Bad(format!("it cannot be started: {error}")), None),
             };
             self.note(&owed.hook, verb, since, &end);
@@ -500,8 +662,9 @@ impl Calls {
         hook: &Hook,
         verb: Verb,
         verdict: Option<Option<Verdict>>,
-    ) -> io::Result<(Child, OwnedFd)> {
+    ) -> io::Result<Call> {
         let (ours, theirs) = pipe2(OFlag::O_CLOEXEC)?;
+        let (waits, word) = pipe2(OFlag::O_CLOEXEC)?;
         fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let Context(variables) = &self.means.context;
         let mut command = Command::new("/proc/self/exe");
@@ -514,7 +677,7 @@ impl Calls {
             .env_clear()
             .env("PATH", PATH)
             .envs(variables.iter().map(|(name, value)| (name, value)))
-            .stdin(Stdio::null())
+            .stdin(waits)
             .stdout(theirs.try_clone()?)
             .stderr(theirs)
             .process_group(0);
@@ -542,7 +705,11 @@ impl Calls {
             kept: Vec::with_capacity(MOST_OUTPUT),
             lost: 0,
         });
-        Ok((child, pidfd))
+        Ok(Call {
+            child,
+            pidfd,
+            word: word.into(),
+        })
     }
 
     /// Waits for the end of a call, within its time; `may_end` when the word to let go ends it.
@@ -576,6 +743,9 @@ impl Calls {
     /// Waits until something happens: to this process, to a pipe, the word to let go; and deals with
     /// all but the first. Returns whether the process has ended.
     fn look(&mut self, process: Option<&OwnedFd>, until: Option<Instant>) -> bool {
+        self.see_what_stays();
+        let settled = self.settling.first().map(|it| it.at);
+        let until = until.into_iter().chain(settled).min();
         let left = until.map(|it| it.saturating_duration_since(Instant::now()));
         let timeout = match left {
             // Rounded up: it is not looked at over and over in the last millisecond.
@@ -603,6 +773,22 @@ impl Calls {
             output.drain();
         }
         has_ended
+    }
+
+    /// Takes down what those calls have left running that have settled by now.
+    fn see_what_stays(&mut self) {
+        let now = Instant::now();
+        while self.settling.first().is_some_and(|it| it.at <= now) {
+            let call = self.settling.remove(0);
+            if let Some(process) = process::member_of(call.group) {
+                self.sessions.all().push(Session {
+                    hook: call.hook,
+                    required: call.required,
+                    group: call.group,
+                    process,
+                });
+            }
+        }
     }
 
     fn hear(&mut self) {
@@ -636,17 +822,31 @@ impl Calls {
     }
 }
 
-/// Becomes the first of `args`, called with the others. It returns only when that fails, with the exit
-/// status that a shell has then.
+/// Becomes the first of `args`, called with the others, once standard input has the word for it. It returns only
+/// when that fails, with the exit status that a shell has then.
 pub fn become_hook(mut args: impl Iterator<Item = OsString>) -> u8 {
+    if !has_word(&io::stdin()) {
+        // Whoever would have called is dead, and nobody knows of this call.
+        return NO_WORD;
+    }
     let path = args.next().unwrap_or_default();
-    let error = Command::new(&path).args(args).exec();
+    let mut hook = Command::new(&path);
+    let error = hook.args(args).stdin(Stdio::null()).exec();
     // It goes into the log; if not, the exit status says as much.
     let _ = writeln!(io::stderr(), "it cannot be run: {error}");
     match error.kind() {
         io::ErrorKind::NotFound => 127,
         _ => 126,
     }
+}
+
+/// Waits for the word. That a dead process cannot give it is not seen as long as a thread of that is inside the
+/// kernel, which keeps all open: so not for ever.
+fn has_word(input: &io::Stdin) -> bool {
+    let mut fds = [PollFd::new(input.as_fd(), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
+    let has_come = matches!(poll(&mut fds, timeout), Ok(1));
+    has_come && matches!(input.lock().read(&mut [0]), Ok(1))
 }
 
 /// Kills a whole process group, whose first process has not been reaped.

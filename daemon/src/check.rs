@@ -5,7 +5,7 @@
 //!
 //! Each look is one function that returns findings in words for an operator. None of it changes anything.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,14 +15,18 @@ use serde_json::Value;
 
 use crate::cache::survey;
 use crate::config::{Config, ConfigError};
-use crate::control::{ask_first, ControlError, Method};
+use crate::control::{ask_first, reply_of, ControlError, Method};
 use crate::hooks;
 use crate::logbook::words;
 use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::plan::{FileSystem, Plan, Reason, Scope};
 use crate::record::RunDir;
+use crate::sys;
 use crate::topology;
+
+/// Asks whether the device is there, on the command line of `hv_vss_daemon`; for its unit.
+pub const SUBCOMMAND: &str = "has-device";
 
 /// `HV_VSS_GUID` of the kernel's `include/linux/hyperv.h`, as sysfs writes it.
 const VSS_CLASS: &str = "{35fa2e29-ea23-4236-96ae-3a6ebacba440}";
@@ -78,14 +82,36 @@ pub fn check(
     };
     all.extend(run_dir(config));
     let door = status.as_ref().ok();
+    all.extend(door.map(privileges).unwrap_or_default());
     all.extend(module_missed(door));
     all.extend(listed_disks(config, door));
     all.extend(file_systems(config, door));
     all.extend(hooks_found(config));
     all.extend(hung_task(config));
     all.extend(fanotify());
-    all.extend(iscsi());
     all
+}
+
+/// The same by a process of its own, as the reply to a call: of the daemon that serves `device` by this
+/// configuration.
+pub fn by_another(device: &Path, config: Option<&Path>) -> Result<Vec<u8>, String> {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("--device").arg(device);
+    if let Some(config) = config {
+        command.arg("--config").arg(config);
+    }
+    command
+        .args(["check", "--json"])
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null());
+    sys::start_as_an_ordinary_process(&mut command);
+    let ended = command
+        .output()
+        .map_err(|error| format!("it cannot be started: {error}"))?;
+    let findings: Vec<Value> =
+        serde_json::from_slice(&ended.stdout).map_err(|_| format!("it has {}", ended.status))?;
+    reply_of(&BTreeMap::from([("findings", findings)])).map_err(|error| error.to_string())
 }
 
 fn daemon(device: &Path, status: &Result<Value, ControlError>) -> Finding {
@@ -119,6 +145,57 @@ fn daemon(device: &Path, status: &Result<Value, ControlError>) -> Finding {
     }
 }
 
+/// What the daemon lacks: by a drop-in of its unit, or in a container.
+fn privileges(daemon: &Value) -> Vec<Finding> {
+    let Some(pid) = daemon["pid"].as_u64() else {
+        return Vec::new();
+    };
+    let status = |pid| fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let namespace = |pid| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+    let mut all = lacking(&status(pid), &status(1));
+    let both = namespace(pid).zip(namespace(1));
+    if both.is_some_and(|(its, first)| its != first) {
+        let text =
+            "the daemon has a mount namespace of its own (ProtectSystem=, PrivateTmp= and their \
+                    like): it may not see what is mounted later";
+        all.push(finding("privileges", Grade::Warning, text));
+    }
+    all
+}
+
+/// The same by `/proc/<pid>/status` of the daemon and of the first process.
+fn lacking(status: &str, first: &str) -> Vec<Finding> {
+    const CAP_SYS_ADMIN: u64 = 1 << 21;
+    let field = |text: &str, name: &str, radix| {
+        let value = text.lines().find_map(|line| line.strip_prefix(name))?;
+        u64::from_str_radix(value.trim(), radix).ok()
+    };
+    let capabilities = |text| field(text, "CapEff:", 16);
+    let found = |grade, text: String| finding("privileges", grade, text);
+    let mut all = Vec::new();
+    if let Some((its, most)) = capabilities(status).zip(capabilities(first)) {
+        if its & CAP_SYS_ADMIN == 0 {
+            let text =
+                "the daemon lacks CAP_SYS_ADMIN, without which nothing can be frozen: look for \
+                        CapabilityBoundingSet= in systemctl cat hv_vss";
+            all.push(found(Grade::Problem, text.into()));
+        } else if most & !its != 0 {
+            let text = format!(
+                "the daemon lacks capabilities, and so do hooks: what is mounted elsewhere may not be \
+                 reached (capsh --decode={:016x} has their names)",
+                most & !its
+            );
+            all.push(found(Grade::Warning, text));
+        }
+    }
+    if field(status, "Seccomp:", 10).is_some_and(|mode| mode != 0) {
+        let text = "what the daemon may ask of the kernel is filtered (seccomp: SystemCallFilter= and its \
+                    like, or a container), and so it is for hooks";
+        all.push(found(Grade::Warning, text.into()));
+    }
+    all
+}
+
 /// Whether anybody says which disks those are, if that matters.
 fn listed_disks(config: &Config, status: Option<&Value>) -> Option<Finding> {
     let is_stock = status.is_some_and(|it| it["door"] == "fifreeze");
@@ -130,7 +207,10 @@ fn listed_disks(config: &Config, status: Option<&Value>) -> Option<Finding> {
 
 /// Why the stock driver serves where our module was asked for, by its package for DKMS.
 fn module_missed(status: Option<&Value>) -> Option<Finding> {
-    status.filter(|it| it["door"] == "fifreeze")?;
+    // Without a daemon somebody else's serves, or none.
+    if status.is_some_and(|it| it["door"] != "fifreeze") {
+        return None;
+    }
     let build = newest_build(Path::new(SOURCES))?;
     if vss_device().and_then(|it| driver_of(&it)).as_deref() == Some("hv_vss") {
         return None;
@@ -142,7 +222,7 @@ fn module_missed(status: Option<&Value>) -> Option<Finding> {
         let ended = modinfo.stdout(Stdio::null()).stderr(Stdio::null()).status();
         ended.is_ok_and(|it| it.success())
     };
-    let text = why_missed(&build, release.trim(), has_module);
+    let text = why_missed(&build, release.trim(), has_module, Loading::look);
     Some(finding("module", Grade::Warning, text))
 }
 
@@ -161,12 +241,15 @@ fn newest_build(sources: &Path) -> Option<PathBuf> {
 }
 
 /// In one line, as the hand-over has it in the log.
-fn why_missed(build: &Path, release: &str, has_module: impl FnOnce() -> bool) -> String {
+fn why_missed(
+    build: &Path,
+    release: &str,
+    has_module: impl FnOnce() -> bool,
+    loading: impl FnOnce() -> Loading,
+) -> String {
     if has_module() {
-        return "hv_vss is built and hv_utils serves: it is blacklisted, the kernel does not know its key \
-                (Secure Boot), or the device was not handed over; /usr/libexec/hv_vss_hand_over take says \
-                which"
-            .into();
+        let why = loading().why_not();
+        return format!("hv_vss is built and hv_utils serves: {why}");
     }
     let mut asked = Command::new(build);
     let asked = asked.arg("--why-not").arg(release).stdin(Stdio::null());
@@ -174,6 +257,87 @@ fn why_missed(build: &Path, release: &str, has_module: impl FnOnce() -> bool) ->
     match String::from_utf8_lossy(&said).lines().last() {
         None => format!("hv_vss is not built for kernel {release}; see 'dkms status hv_vss'"),
         Some(why) => why.chars().filter(|it| !it.is_control()).collect(),
+    }
+}
+
+/// What may stand against the loading of a module that is built.
+#[derive(Clone, Debug, Default)]
+struct Loading {
+    /// What modprobe goes by (`modprobe --showconfig`).
+    configuration: String,
+    /// What the kernel was started with.
+    command_line: String,
+    /// Whether it loads no more modules until the next boot.
+    is_closed: bool,
+    /// Whether it loads only those whose key it knows.
+    is_strict: bool,
+    /// Who has signed it; empty when nobody has.
+    signer: String,
+    /// The keys that the kernel has (`/proc/keys`).
+    keys: String,
+}
+
+impl Loading {
+    fn look() -> Self {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let said = |program: &str, args: &[&str]| {
+            let said = Command::new(program)
+                .args(args)
+                .stdin(Stdio::null())
+                .output();
+            let said = said.map(|it| it.stdout).unwrap_or_default();
+            String::from_utf8_lossy(&said).trim().to_owned()
+        };
+        let lockdown = read("/sys/kernel/security/lockdown");
+        Loading {
+            configuration: said("modprobe", &["--showconfig"]),
+            command_line: read("/proc/cmdline"),
+            is_closed: read("/proc/sys/kernel/modules_disabled").trim() == "1",
+            is_strict: read("/sys/module/module/parameters/sig_enforce").trim() == "Y"
+                || ["[integrity]", "[confidentiality]"]
+                    .iter()
+                    .any(|it| lockdown.contains(it)),
+            signer: said("modinfo", &["-F", "signer", "hv_vss"]),
+            keys: read("/proc/keys"),
+        }
+    }
+
+    fn why_not(&self) -> String {
+        let is_ours = |name: &str| name.replace('-', "_") == "hv_vss";
+        let mut lines = self.configuration.lines().map(str::split_whitespace);
+        let is_barred = lines.any(|mut words| {
+            let verb = words.next();
+            let is_it = words.next().is_some_and(is_ours);
+            is_it && matches!(verb, Some("blacklist" | "install"))
+        });
+        let mut words = self.command_line.split_whitespace();
+        let is_barred_at_boot = words.any(|it| {
+            let names = it.strip_prefix("module_blacklist=");
+            let names = names.or(it.strip_prefix("modprobe.blacklist="));
+            names.is_some_and(|it| it.split(',').any(is_ours))
+        });
+        if is_barred_at_boot {
+            return "it is blacklisted on the kernel's command line".into();
+        }
+        if is_barred {
+            return "it is blacklisted, see modprobe --showconfig".into();
+        }
+        if self.is_closed {
+            return "kernel.modules_disabled is set, so no module is loaded until the next boot"
+                .into();
+        }
+        let is_known = !self.signer.is_empty() && self.keys.contains(&self.signer);
+        match (self.is_strict && !is_known, self.signer.as_str()) {
+            (true, "") => "it is not signed, and the kernel takes no such module (Secure Boot)".into(),
+            (true, signer) => format!(
+                "the kernel does not know the key that it is signed with (Secure Boot), that of {}: \
+                 mokutil --import /var/lib/dkms/mok.pub, and reboot",
+                signer.escape_debug()
+            ),
+            (false, _) => "the device was not handed over, or the kernel refused it; \
+                           /usr/libexec/hv_vss_hand_over take says which"
+                .into(),
+        }
     }
 }
 
@@ -302,11 +466,34 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
         all.push(finding(WHAT, loss, text));
     }
     all.extend(raw_writers(&plan));
+    all.extend(elsewhere(&plan));
     for rule in config.idle_rules(&plan) {
         let text = format!("the rule to {rule} matches no file system");
         all.push(finding(WHAT, Grade::Warning, text));
     }
     all
+}
+
+/// File systems that are frozen here and are in no snapshot of the host: their disks are on the network, or a
+/// program serves them.
+fn elsewhere(plan: &Plan) -> Vec<Finding> {
+    let all = plan.waves.iter().flatten();
+    let found = all.filter_map(|it| {
+        let disks = it.disks.iter().filter_map(|dev| plan.disks.get(dev));
+        let names: Vec<&str> = disks
+            .filter(|disk| disk.served)
+            .map(|disk| disk.name.as_str())
+            .collect();
+        (!names.is_empty()).then(|| {
+            let text = format!(
+                "{it} is on {}, which the host does not give (nbd, iSCSI, NVMe over fabrics, rbd, drbd and \
+                 their like): it is frozen, and in no snapshot of the host",
+                names.join(", ")
+            );
+            finding("disks", Grade::Warning, text)
+        })
+    });
+    found.collect()
 }
 
 /// Whether it is what UEFI starts the machine from. Each such machine has one, and it is written when a boot
@@ -406,7 +593,19 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
             }
         }
     };
+    let called: Vec<hooks::Hook> = found.iter().map(|it| it.hook.clone()).collect();
+    let mut warnings = hooks::unused(&config.hooks, &found);
+    if let Some(path) = hooks::passed_over(&scout, &found) {
+        warnings.push(format!(
+            "{} is passed over: those in its folder are called instead",
+            path.display()
+        ));
+    }
+    let idle = config.hooks.idle(&called).into_iter();
+    warnings.extend(idle.map(|rule| format!("the rule {rule} matches no hook")));
     let mut all: Vec<Finding> = found.into_iter().map(look).collect();
+    let warning = |text| finding("hooks", Grade::Warning, text);
+    all.extend(warnings.into_iter().map(warning));
     // Whoever put it there may have meant it to be called.
     for path in hooks::not_executable(&scout, &config.hooks).unwrap_or_default() {
         let text = format!("{} is not called: it is not executable", path.display());
@@ -463,9 +662,9 @@ fn fanotify() -> Option<Finding> {
 }
 
 /// Whether what `/proc/<pid>/fdinfo/<fd>` says is of a group that is asked for permission: a mark has one
-/// of `FAN_OPEN_PERM`, `FAN_ACCESS_PERM`, `FAN_OPEN_EXEC_PERM` of `linux/fanotify.h`.
+/// of `FAN_OPEN_PERM`, `FAN_ACCESS_PERM`, `FAN_OPEN_EXEC_PERM`, `FAN_PRE_ACCESS` of `linux/fanotify.h`.
 fn asks_for_permission(fdinfo: &str) -> bool {
-    const PERMISSION: u64 = 0x1_0000 | 0x2_0000 | 0x4_0000;
+    const PERMISSION: u64 = 0x1_0000 | 0x2_0000 | 0x4_0000 | 0x10_0000;
     let marks = fdinfo.lines().filter(|it| it.starts_with("fanotify "));
     let masks = marks.filter_map(|line| {
         let mask = line.split(' ').find_map(|it| it.strip_prefix("mask:"))?;
@@ -474,20 +673,10 @@ fn asks_for_permission(fdinfo: &str) -> bool {
     masks.into_iter().any(|mask| mask & PERMISSION != 0)
 }
 
-/// Disks that are frozen here and are in no snapshot of the host.
-fn iscsi() -> Option<Finding> {
-    let sessions = fs::read_dir("/sys/class/iscsi_session").ok()?.count();
-    (sessions > 0).then(|| {
-        let text = format!(
-            "{sessions} iSCSI sessions: what is on their disks is frozen, and in no snapshot of the host"
-        );
-        finding("iSCSI", Grade::Warning, text)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::Place;
 
     #[test]
     fn a_group_that_is_asked_for_permission_is_told_from_one_that_only_hears() {
@@ -497,6 +686,8 @@ mod tests {
         assert!(!asks_for_permission(group));
         assert!(!asks_for_permission(&format!("{group}{hears}")));
         assert!(asks_for_permission(&format!("{group}{hears}{asks}")));
+        let early = "fanotify mnt_id:1d mflags:0 mask:100000 ignored_mask:0\n";
+        assert!(asks_for_permission(early));
         let ignored = "fanotify mnt_id:1d mflags:0 mask:8 ignored_mask:10000\n";
         assert!(!asks_for_permission(ignored));
     }
@@ -544,15 +735,137 @@ mod tests {
         fs::create_dir_all(dir.join("hv_vss-1.0.0")).unwrap();
         let build = newest_build(&dir).unwrap();
         assert_eq!(
-            why_missed(&build, "7.3.4", || false),
+            why_missed(&build, "7.3.4", || false, Loading::default),
             "0.10.0 --why-not 7.3.4: 'its' headers are missing"
         );
-        let built = why_missed(&build, "7.3.4", || true);
-        assert!(built.contains("blacklisted"), "{built}");
+        let built = why_missed(&build, "7.3.4", || true, Loading::default);
+        assert!(built.contains("hv_vss_hand_over take"), "{built}");
         fs::write(&build, "#!/bin/sh\n").unwrap();
-        let nothing = why_missed(&build, "7.3.4", || false);
+        let nothing = why_missed(&build, "7.3.4", || false, Loading::default);
         assert!(nothing.contains("not built for kernel 7.3.4"), "{nothing}");
         fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_stands_against_loading_is_told_apart() {
+        let none = Loading {
+            configuration: "blacklist hv_vss2\noptions hv_vss grace_ms=0\n".into(),
+            command_line: "quiet modprobe.blacklist=floppy".into(),
+            signer: "DKMS module signing key".into(),
+            keys: "0c2 I------ 1 perm 1f030000 0 0 asymmetri Other: 0a: X509.rsa 0a []\n".into(),
+            ..Loading::default()
+        };
+        let strict = Loading {
+            is_strict: true,
+            ..none.clone()
+        };
+        let known =
+            "0c2 I------ 1 perm 1f030000 0 0 asymmetri DKMS module signing key: 1f: X509.rsa [] ";
+        for (loading, word) in [
+            (none.clone(), "hv_vss_hand_over take"),
+            (strict.clone(), "that of DKMS module signing key: mokutil"),
+            (
+                Loading {
+                    keys: known.into(),
+                    ..strict.clone()
+                },
+                "hv_vss_hand_over take",
+            ),
+            (
+                Loading {
+                    signer: String::new(),
+                    ..strict.clone()
+                },
+                "not signed",
+            ),
+            (
+                Loading {
+                    configuration: "alias a b\nblacklist hv-vss\n".into(),
+                    ..strict
+                },
+                "modprobe --showconfig",
+            ),
+            (
+                Loading {
+                    command_line: "ro module_blacklist=floppy,hv_vss".into(),
+                    ..none.clone()
+                },
+                "command line",
+            ),
+            (
+                Loading {
+                    is_closed: true,
+                    ..none
+                },
+                "modules_disabled",
+            ),
+        ] {
+            let why = loading.why_not();
+            assert!(why.contains(word), "{why}: {loading:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_daemon_lacks_is_named() {
+        let status = |capabilities: &str, seccomp: u8| {
+            format!("Name:\tx\nCapEff:\t{capabilities}\nNoNewPrivs:\t0\nSeccomp:\t{seccomp}\n")
+        };
+        let all = "000001ffffffffff";
+        let grades = |its: String| {
+            let found = lacking(&its, &status(all, 0));
+            found.iter().map(|it| it.grade).collect::<Vec<_>>()
+        };
+        assert_eq!(grades(status(all, 0)), []);
+        let without = "000001ffffdfffff";
+        assert_eq!(grades(status(without, 0)), [Grade::Problem]);
+        let without = "000001fffffffffd";
+        let (less, both) = (status(without, 0), status(without, 2));
+        assert_eq!(grades(less.clone()), [Grade::Warning]);
+        let text = &lacking(&less, &status(all, 0))[0].text;
+        assert!(text.contains("--decode=0000000000000002"), "{text}");
+        assert_eq!(grades(both), [Grade::Warning, Grade::Warning]);
+        // In a container nobody has more.
+        assert_eq!(lacking(&less, &less), []);
+    }
+
+    #[test]
+    fn what_is_on_a_disk_from_elsewhere_is_named_with_it() {
+        let disk = |name: &str, served| crate::ground::Disk {
+            name: name.into(),
+            address: None,
+            served,
+            watched: Vec::new(),
+        };
+        let dev = |minor| DevId { major: 43, minor };
+        let on = |place: &str, disks: &[u32]| FileSystem {
+            dev: dev(7),
+            fs_type: "ext4".into(),
+            source: None,
+            devices: Vec::new(),
+            disks: disks.iter().map(|it| dev(*it)).collect(),
+            below: None,
+            stands_on: None,
+            places: vec![Place {
+                namespace: 0,
+                id: 1,
+                path: place.into(),
+                whole: true,
+                walkable: true,
+                hidden: false,
+                was_at: None,
+            }],
+        };
+        let plan = Plan {
+            waves: vec![vec![on("/far", &[0, 1]), on("/near", &[1])]],
+            disks: [(dev(0), disk("nbd0", true)), (dev(1), disk("ram1", false))].into(),
+            ..Plan::default()
+        };
+        let [found] = &elsewhere(&plan)[..] else {
+            panic!("{:?}", elsewhere(&plan));
+        };
+        let words =
+            found.text.starts_with("/far (ext4") && found.text.contains("is on nbd0, which");
+        assert!(words, "{}", found.text);
     }
 
     #[test]

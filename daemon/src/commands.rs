@@ -11,14 +11,16 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{channel, Receiver, TryRecvError};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::backup::Verdict;
 use crate::cache::{survey, GatherError};
-use crate::calls;
+use crate::calls::{self, Calling, Context, HookOutcome, Means};
 use crate::check;
 use crate::config::{Config, ConfigError};
 use crate::control::{self, ControlError, Method};
@@ -26,7 +28,8 @@ use crate::fifreeze::Fifreeze;
 use crate::ground::Disk;
 use crate::guard::{Event, Guard, GuardError};
 use crate::history::{History, HistoryError};
-use crate::job::{Freezer, JobError, Setting};
+use crate::hooks::Found;
+use crate::job::{About, Freezer, JobError, Setting};
 use crate::logbook::{words, Logbook};
 use crate::machine::{LookError, Table};
 use crate::mounts::{self, DevId};
@@ -54,6 +57,9 @@ pub enum CommandError {
     /// The rehearsal did not thaw cleanly.
     #[error(transparent)]
     Thaw(#[from] crate::freeze::ThawError),
+    /// The hooks were not ready for it.
+    #[error("{0}")]
+    Hooks(String),
     /// The rehearsal did not last.
     #[error("the rehearsal was ended before its time: {0}")]
     Ended(&'static str),
@@ -310,19 +316,26 @@ fn as_text(plan: &Plan, listing: &Listing<'_>) -> String {
     text
 }
 
-/// A rehearsal: freezes as for a backup, stays frozen for `time`, thaws. Sends `stop` to end early. It
-/// goes by itself, beside a daemon that serves: through FIFREEZE, with a guard of its own.
+/// A rehearsal: calls hooks, if it is to, and freezes as for a backup, stays frozen for `time`, thaws. Sends
+/// `stop` to end early. It goes by itself, beside a daemon that serves: through FIFREEZE, with a guard of its own.
 pub fn freeze_for(
     config: Config,
     log: &Logbook,
     time: Duration,
+    with_hooks: bool,
     stop: &Stop,
 ) -> Result<(), CommandError> {
     let run = RunDir::new(&config.run_dir);
     run.check()?;
     let guard = Arc::new(Guard::start(&run)?);
     let deadline = config.deadline;
-    let door = Fifreeze::new(Arc::clone(&guard), run, deadline, false, log.clone());
+    let door = Fifreeze::new(
+        Arc::clone(&guard),
+        run.clone(),
+        deadline,
+        false,
+        log.clone(),
+    );
     let setting = Setting {
         config: Arc::new(config),
         log: log.clone(),
@@ -331,22 +344,109 @@ pub fn freeze_for(
         progress: Arc::default(),
         disks: Vec::new(),
     };
+    let mut freezer = Freezer::new();
+    let hooks = match with_hooks {
+        true => freezer.hooks(&setting, &About::default())?,
+        false => None,
+    };
     let held = log.hold(0, Instant::now());
-    let result = rehearse(&setting, &guard, time, stop);
+    let hooks = hooks.map(|it| Rehearsed::call(&run, &setting, it));
+    let mut hooks = hooks.transpose()?;
+    let ready = hooks.as_ref().map_or(Ok(()), |it| it.wait(stop));
+    let result =
+        ready.and_then(|()| rehearse(&mut freezer, &setting, hooks.as_ref(), &guard, time, stop));
     drop(held);
+    if let Some(hooks) = hooks.take() {
+        let verdict = match &result {
+            Ok(()) => Verdict::Good,
+            Err(CommandError::Ended(_) | CommandError::Thaw(_)) => Verdict::Broken,
+            Err(_) => Verdict::Failed,
+        };
+        hooks.let_go(verdict);
+    }
     result
 }
 
+/// The hooks of a rehearsal.
+struct Rehearsed {
+    calling: Calling,
+    told: Receiver<HookOutcome>,
+}
+
+impl Rehearsed {
+    fn call(
+        run: &RunDir,
+        setting: &Setting,
+        (found, context): (Vec<Found>, Context),
+    ) -> Result<Self, CommandError> {
+        let means = Means {
+            run: run.clone(),
+            log: setting.log.clone(),
+            limit: setting.config.hooks.limit,
+            context,
+        };
+        let (tell, told) = channel();
+        let tell = move |outcome| {
+            // Somebody listens until all are let go.
+            let _ = tell.send(outcome);
+        };
+        let calling = Calling::start(found, means, Arc::clone(&setting.progress), tell);
+        let calling = calling.map_err(CommandError::Hooks)?;
+        Ok(Rehearsed { calling, told })
+    }
+
+    /// Waits until they are ready.
+    fn wait(&self, stop: &Stop) -> Result<(), CommandError> {
+        loop {
+            match self.told.try_recv() {
+                Ok(HookOutcome::Quiesced(result)) => return result.map_err(CommandError::Hooks),
+                Ok(HookOutcome::Released(_)) | Err(TryRecvError::Disconnected) => {
+                    return Err(CommandError::Hooks("hooks have ended".into()))
+                }
+                Err(TryRecvError::Empty) => {}
+            }
+            if stop.wait(Duration::from_millis(10)) {
+                return Err(CommandError::Hooks("the rehearsal was stopped".into()));
+            }
+        }
+    }
+
+    /// Says of which what they had left running has ended by itself, and fails for one that is required.
+    fn still_hold(&self, log: &Logbook, when: &str) -> Result<(), CommandError> {
+        let mut result = Ok(());
+        for session in self.calling.sessions_ended() {
+            let text = session.has_ended_in_words(when);
+            log.warning(&text);
+            if session.required {
+                result = Err(CommandError::Hooks(text));
+            }
+        }
+        result
+    }
+
+    /// Lets them go, and waits for that. What goes wrong is in the log.
+    fn let_go(self, verdict: Verdict) {
+        self.calling.release(Some(verdict));
+        self.calling.join();
+    }
+}
+
 fn rehearse(
+    freezer: &mut Freezer,
     setting: &Setting,
+    hooks: Option<&Rehearsed>,
     guard: &Guard,
     time: Duration,
     stop: &Stop,
 ) -> Result<(), CommandError> {
-    let mut freezer = Freezer::new();
     let mut frozen = freezer.freeze(setting)?;
+    let hold = |when| hooks.map_or(Ok(()), |it| it.still_hold(&setting.log, when));
+    let ready = hold("before all was frozen");
     frozen.settle();
-    let end = Instant::now() + time;
+    let end = match ready {
+        Ok(()) => Instant::now() + time,
+        Err(_) => Instant::now(),
+    };
     let ended = loop {
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() || stop.wait(left.min(Duration::from_millis(100))) {
@@ -370,7 +470,12 @@ fn rehearse(
     if let Some(why) = ended {
         return Err(CommandError::Ended(why));
     }
-    Ok(thawed?)
+    thawed?;
+    if ready.is_ok() {
+        // As in a backup that is a warning.
+        let _ = hold("while all was frozen");
+    }
+    ready
 }
 
 /// The word to end a rehearsal early; clones share it.
@@ -411,7 +516,7 @@ fn reloaded(
     config: Result<Config, ConfigError>,
     log: &Logbook,
 ) -> Result<(), CommandError> {
-    if reply["reloaded"] == "later" {
+    if reply["later"] == true {
         // By then nobody listens to what the daemon says of it.
         config?;
         log.info("a backup is under way: the configuration is read after it, see the log");
@@ -574,7 +679,7 @@ mod tests {
     fn what_will_not_be_a_configuration_after_the_backup_is_none_now() {
         let log = Logbook::new(Sink::Memory);
         let bad = || Config::load(Some("/dev/null/no.toml".as_ref()));
-        let later = json!({ "reloaded": "later" });
+        let later = json!({ "reloaded": false, "later": true });
         assert!(reloaded(&later, Ok(Config::default()), &log).is_ok());
         let error = reloaded(&later, bad(), &log).unwrap_err();
         assert!(matches!(error, CommandError::Config(_)), "{error}");

@@ -146,6 +146,17 @@ impl HookRules {
         let name = hook.path.file_name().unwrap_or_default().to_string_lossy();
         self.optional.iter().any(|rule| rule.matches(&name))
     }
+
+    /// The rules that match none of these, in words.
+    pub fn idle(&self, hooks: &[Hook]) -> Vec<String> {
+        let matches = |rule: &Rule| {
+            let mut names = hooks.iter().filter_map(|it| it.path.file_name());
+            names.any(|name| rule.matches(&name.to_string_lossy()))
+        };
+        let idle = self.optional.iter().filter(|rule| !matches(rule));
+        idle.map(|rule| format!("hooks.optional {}", rule.0))
+            .collect()
+    }
 }
 
 /// What one file says.
@@ -553,6 +564,16 @@ mod tests {
             "include device 8:2",
         ];
         assert_eq!(idle, expected);
+    }
+
+    #[test]
+    fn rules_that_match_no_hook_are_named() {
+        let config = parse("hooks.optional = ['10-*', '20-b']").unwrap();
+        let hook = Hook {
+            path: "/etc/hv_vss/hooks.d/10-a".into(),
+            contract: crate::hooks::Contract::Qemu,
+        };
+        assert_eq!(config.hooks.idle(&[hook]), ["hooks.optional 20-b"]);
     }
 
     #[test]

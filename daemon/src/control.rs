@@ -2,9 +2,9 @@
 
 //! The control socket in the run directory: how a program asks the daemon that serves.
 //!
-//! Varlink's framing: a JSON object and a NUL each way, one reply for each call. The methods are those
-//! of the interface `org.hv_vss.Daemon`. Only root may ask. It carries calls and replies; what they do
-//! is decided by [`crate::service`].
+//! It is a Varlink service: a JSON object and a NUL each way, one reply for each call, in their order. The
+//! methods are those of the interface `org.hv-vss.Daemon`, which it describes itself. Only root may ask. It
+//! carries calls and replies; what they do is decided by [`crate::service`].
 
 use std::collections::BTreeMap;
 use std::fs::Permissions;
@@ -16,14 +16,19 @@ use std::time::Duration;
 use mio::net::{UnixListener, UnixStream};
 use mio::{Interest, Registry, Token};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use serde::Serialize;
 use serde_json::{json, Value};
 
 use crate::record::RunDir;
 
-const INTERFACE: &str = "org.hv_vss.Daemon";
+const INTERFACE: &str = "org.hv-vss.Daemon";
+const DESCRIPTION: &str = include_str!("org.hv-vss.Daemon.varlink");
+/// What every service has (varlink.org/Service).
+const SERVICE: &str = "org.varlink.service";
+const SERVICE_DESCRIPTION: &str = include_str!("org.varlink.service.varlink");
 /// Programs that may ask at a time.
 const MOST_CLIENTS: usize = 8;
-/// Bytes of the longest call.
+/// Bytes of the calls of one program that wait for their turn.
 const LONGEST_CALL: usize = 4096;
 /// How long the daemon may take for a reply.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -38,16 +43,28 @@ pub enum Method {
     Reload,
     /// What is the daemon at?
     Status,
+    /// Which backups are remembered?
+    History,
+    /// What would a backup lack?
+    Check,
 }
 
 impl Method {
-    const ALL: [Method; 3] = [Method::Thaw, Method::Reload, Method::Status];
+    const ALL: [Method; 5] = [
+        Method::Thaw,
+        Method::Reload,
+        Method::Status,
+        Method::History,
+        Method::Check,
+    ];
 
     fn name(self) -> String {
         let method = match self {
             Method::Thaw => "Thaw",
             Method::Reload => "Reload",
             Method::Status => "Status",
+            Method::History => "History",
+            Method::Check => "Check",
         };
         format!("{INTERFACE}.{method}")
     }
@@ -117,18 +134,76 @@ pub struct Client(usize);
 #[derive(Debug)]
 struct Line {
     stream: UnixStream,
-    /// What has come of a call.
+    /// What has come and is not taken up yet: a call waits for the reply to the one before.
     text: Vec<u8>,
-    /// Calls that wait for their reply.
-    pending: usize,
+    /// The call that waits for its reply.
+    pending: Option<Call>,
+    /// What has yet to go out of the last reply.
+    reply: Vec<u8>,
     /// No more calls will come.
     is_ended: bool,
 }
 
 impl Line {
-    fn is_over(&self) -> bool {
-        self.is_ended && self.pending == 0
+    /// Whether nobody waits for anything.
+    fn rests(&self) -> bool {
+        self.pending.is_none() && self.reply.is_empty() && !self.text.contains(&0)
     }
+
+    fn is_over(&self) -> bool {
+        self.is_ended && self.rests()
+    }
+
+    /// Takes what has come; false when there is nobody any more.
+    fn hear(&mut self) -> bool {
+        let mut part = [0; 512];
+        loop {
+            match self.stream.read(&mut part) {
+                // It may still wait for replies.
+                Ok(0) => {
+                    self.is_ended = true;
+                    return true;
+                }
+                Ok(n) => self.text.extend(part.iter().take(n)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return false,
+            }
+            if self.text.len() > LONGEST_CALL {
+                return false;
+            }
+        }
+    }
+
+    /// Sends what the socket takes; the rest goes when it takes more. False when there is nobody any more.
+    fn send(&mut self) -> bool {
+        while !self.reply.is_empty() {
+            match self.stream.write(&self.reply) {
+                Ok(n) => drop(self.reply.drain(..n)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return false,
+            }
+        }
+        self.reply = Vec::new();
+        true
+    }
+
+    /// The next call, if it is its turn.
+    fn next(&mut self) -> Option<Vec<u8>> {
+        if self.pending.is_some() || !self.reply.is_empty() {
+            return None;
+        }
+        let end = self.text.iter().position(|&byte| byte == 0)?;
+        Some(self.text.drain(..=end).take(end).collect())
+    }
+}
+
+/// What is to be remembered of a call under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Call {
+    /// Whoever called wants no reply.
+    oneway: bool,
 }
 
 /// The daemon's end.
@@ -162,13 +237,37 @@ impl Control {
         })
     }
 
-    /// Takes up what has come; returns what is asked and by whom.
-    pub fn ready(&mut self, registry: &Registry, token: Token) -> Vec<(Client, Method)> {
-        match token.0 {
-            it if it == self.token => self.accept(registry),
-            it => return self.hear(Client(it)),
+    /// Takes up what has come, and sends what can go.
+    pub fn ready(&mut self, registry: &Registry, token: Token) {
+        if token.0 == self.token {
+            return self.accept(registry);
         }
-        Vec::new()
+        let client = Client(token.0);
+        let Some(line) = self.clients.get_mut(&client) else {
+            return;
+        };
+        if !line.send() || !line.hear() || line.is_over() {
+            self.clients.remove(&client);
+        }
+    }
+
+    /// The next call that is to be replied to, and whose it is. What needs nobody else is replied to on the way.
+    pub fn next_call(&mut self) -> Option<(Client, Method)> {
+        loop {
+            let mut clients = self.clients.iter_mut();
+            let (client, text) = clients.find_map(|(it, line)| Some((*it, line.next()?)))?;
+            let call: Value = serde_json::from_slice(&text).unwrap_or_default();
+            if let Some(line) = self.clients.get_mut(&client) {
+                let oneway = call.get("oneway").and_then(Value::as_bool);
+                line.pending = Some(Call {
+                    oneway: oneway.unwrap_or(false),
+                });
+            }
+            match understood(&call) {
+                Understood::Method(method) => return Some((client, method)),
+                Understood::Reply(reply) => self.send(client, message(&reply)),
+            }
+        }
     }
 
     fn accept(&mut self, registry: &Registry) {
@@ -180,13 +279,15 @@ impl Control {
                 continue;
             }
             let token = Token(self.next);
-            let registered = registry.register(&mut stream, token, Interest::READABLE);
+            let both = Interest::READABLE | Interest::WRITABLE;
+            let registered = registry.register(&mut stream, token, both);
             if registered.is_ok() {
                 self.next += 1;
                 let line = Line {
                     stream,
                     text: Vec::new(),
-                    pending: 0,
+                    pending: None,
+                    reply: Vec::new(),
                     is_ended: false,
                 };
                 self.clients.insert(Client(token.0), line);
@@ -195,7 +296,8 @@ impl Control {
     }
 
     /// Whoever only stays must not keep others out: of those that wait for nothing the oldest has to go. Else
-    /// of those that say no more, which may be gone: what they wait for may take as long as a disk hangs.
+    /// of those that say no more, or do not read their reply, which may be gone: what they wait for may take as
+    /// long as a disk hangs.
     fn make_room(&mut self) -> bool {
         if self.clients.len() < MOST_CLIENTS {
             return true;
@@ -205,81 +307,86 @@ impl Control {
             let found = clients.find(|(_, line)| may_go(line));
             found.map(|(client, _)| *client)
         };
-        let oldest = oldest(|line| line.pending == 0).or_else(|| oldest(|line| line.is_ended));
+        let oldest = oldest(Line::rests)
+            .or_else(|| oldest(|line| line.is_ended))
+            .or_else(|| oldest(|line| !line.reply.is_empty()));
         oldest.and_then(|it| self.clients.remove(&it)).is_some()
-    }
-
-    fn hear(&mut self, client: Client) -> Vec<(Client, Method)> {
-        let Some(line) = self.clients.get_mut(&client) else {
-            return Vec::new();
-        };
-        let Line { stream, text, .. } = line;
-        let mut part = [0; 512];
-        let can_be_heard = loop {
-            match stream.read(&mut part) {
-                // It may still wait for replies.
-                Ok(0) => {
-                    line.is_ended = true;
-                    break true;
-                }
-                Ok(n) => text.extend(part.iter().take(n)),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break true,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => break false,
-            }
-            if text.len() > LONGEST_CALL {
-                break false;
-            }
-        };
-        let mut calls = Vec::new();
-        while let Some(end) = text.iter().position(|&byte| byte == 0) {
-            let call: Vec<u8> = text.drain(..=end).take(end).collect();
-            calls.push(call);
-        }
-        line.pending += calls.len();
-        if !can_be_heard || line.is_over() {
-            self.clients.remove(&client);
-            return Vec::new();
-        }
-        let mut asked = Vec::new();
-        for call in calls {
-            match understood(&call) {
-                Ok(method) => asked.push((client, method)),
-                Err(error) => self.send(client, &error),
-            }
-        }
-        asked
     }
 
     /// Replies to a call.
     pub fn reply(&mut self, client: Client, parameters: Value) {
-        self.send(client, &json!({ "parameters": parameters }));
+        self.send(client, message(&json!({ "parameters": parameters })));
     }
 
-    fn send(&mut self, client: Client, value: &Value) {
+    /// Replies to a call with what [`reply_of`] has made, or with why there is none.
+    pub fn reply_with(&mut self, client: Client, reply: Result<Vec<u8>, String>) {
+        let failed = |why: String| {
+            let error = format!("{INTERFACE}.Failed");
+            message(&json!({ "error": error, "parameters": { "why": why } }))
+        };
+        self.send(client, reply.unwrap_or_else(failed));
+    }
+
+    fn send(&mut self, client: Client, reply: Vec<u8>) {
         let Some(line) = self.clients.get_mut(&client) else {
             return;
         };
-        line.pending = line.pending.saturating_sub(1);
-        let text = message(value);
-        let is_sent = matches!(line.stream.write(&text), Ok(n) if n == text.len());
-        // One that does not read its replies gets none.
-        if !is_sent || line.is_over() {
+        // To one that wants none it is as if it had been read.
+        if line.pending.take().is_some_and(|call| !call.oneway) {
+            line.reply = reply;
+        }
+        if !line.send() || line.is_over() {
             self.clients.remove(&client);
         }
     }
 }
 
-/// The method that is called, or the error to reply.
-fn understood(call: &[u8]) -> Result<Method, Value> {
-    let call: Value = serde_json::from_slice(call).unwrap_or_default();
+/// A reply that may be long, for [`Control::reply_with`].
+pub fn reply_of(parameters: &impl Serialize) -> serde_json::Result<Vec<u8>> {
+    #[derive(Serialize)]
+    struct Reply<'a, T> {
+        parameters: &'a T,
+    }
+    let mut reply = serde_json::to_vec(&Reply { parameters })?;
+    reply.push(0);
+    Ok(reply)
+}
+
+/// What becomes of a call.
+enum Understood {
+    Method(Method),
+    Reply(Value),
+}
+
+fn understood(call: &Value) -> Understood {
     let name = call.get("method").and_then(Value::as_str);
     let mut methods = Method::ALL.into_iter();
-    methods.find(|it| name == Some(&it.name())).ok_or_else(|| {
-        json!({
-            "error": "org.varlink.service.MethodNotFound",
-            "parameters": { "method": name },
-        })
+    if let Some(method) = methods.find(|it| name == Some(&it.name())) {
+        return Understood::Method(method);
+    }
+    let error = |error: &str, key: &str, value: Option<&str>| json!({ "error": format!("{SERVICE}.{error}"), "parameters": { key: value } });
+    let (interface, method) = name.and_then(|it| it.rsplit_once('.')).unwrap_or_default();
+    Understood::Reply(match (interface, method) {
+        (SERVICE, "GetInfo") => json!({ "parameters": {
+            "vendor": "hv_vss",
+            "product": "hv_vss_daemon",
+            "version": env!("CARGO_PKG_VERSION"),
+            "url": "man:hv_vss_daemon(8)",
+            "interfaces": [SERVICE, INTERFACE],
+        } }),
+        (SERVICE, "GetInterfaceDescription") => {
+            let of = call
+                .pointer("/parameters/interface")
+                .and_then(Value::as_str);
+            match of {
+                Some(INTERFACE) => json!({ "parameters": { "description": DESCRIPTION } }),
+                Some(SERVICE) => json!({ "parameters": { "description": SERVICE_DESCRIPTION } }),
+                Some(_) => error("InterfaceNotFound", "interface", of),
+                None => error("InvalidParameter", "parameter", Some("interface")),
+            }
+        }
+        (SERVICE | INTERFACE, _) => error("MethodNotFound", "method", name),
+        (interface, _) => error("InterfaceNotFound", "interface", Some(interface)),
     })
 }
 
@@ -293,6 +400,11 @@ mod tests {
         std::os::unix::net::UnixStream::connect(path(run)).unwrap()
     }
 
+    /// More than a socket takes at a time.
+    fn long_reply() -> Vec<u8> {
+        reply_of(&json!({ "backups": ["x".repeat(3_000_000)] })).unwrap()
+    }
+
     /// Replies to whoever asks, until `asking` has ended, and returns what that returns.
     fn serve<T>(control: &mut Control, poll: &mut Poll, asking: std::thread::JoinHandle<T>) -> T {
         let mut events = Events::with_capacity(8);
@@ -300,9 +412,13 @@ mod tests {
             let tick = Some(Duration::from_millis(20));
             poll.poll(&mut events, tick).unwrap();
             for event in &events {
-                for (client, method) in control.ready(poll.registry(), event.token()) {
-                    assert_eq!(method, Method::Status);
-                    control.reply(client, json!({ "phase": "idle" }));
+                control.ready(poll.registry(), event.token());
+            }
+            while let Some((client, method)) = control.next_call() {
+                match method {
+                    Method::Status => control.reply(client, json!({ "phase": "idle" })),
+                    Method::History => control.reply_with(client, Ok(long_reply())),
+                    other => control.reply_with(client, Err(format!("no {other:?}"))),
                 }
             }
         }
@@ -357,8 +473,9 @@ mod tests {
         while asked.len() < MOST_CLIENTS {
             poll.poll(&mut events, None).unwrap();
             for event in &events {
-                asked.extend(control.ready(poll.registry(), event.token()));
+                control.ready(poll.registry(), event.token());
             }
+            asked.extend(std::iter::from_fn(|| control.next_call()));
         }
         let mut late = connect(&run);
         control.accept(poll.registry());
@@ -381,6 +498,75 @@ mod tests {
     }
 
     #[test]
+    fn a_service_describes_itself_and_replies_in_order_in_full_and_only_to_who_wants_it() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-varlink-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let run = RunDir::new(&dir);
+        let mut poll = Poll::new().unwrap();
+        let mut control = Control::listen(&run, poll.registry(), Token(7)).unwrap();
+        let theirs = run.clone();
+        let asking = std::thread::spawn(move || {
+            let mut stream = connect(&theirs);
+            let describe = |interface: Value| {
+                json!({
+                    "method": "org.varlink.service.GetInterfaceDescription",
+                    "parameters": { "interface": interface },
+                })
+            };
+            let calls = [
+                json!({ "method": "org.varlink.service.GetInfo" }),
+                describe(INTERFACE.into()),
+                describe("org.example.Other".into()),
+                describe(Value::Null),
+                json!({ "method": Method::Status.name(), "oneway": true }),
+                json!({ "method": Method::History.name() }),
+                json!({ "method": Method::Check.name(), "parameters": {} }),
+                json!({ "method": "org.example.Other.Do" }),
+            ];
+            for call in &calls {
+                stream.write_all(&message(call)).unwrap();
+            }
+            stream.shutdown(Shutdown::Write).unwrap();
+            // Until they have all come, and the socket is full.
+            std::thread::sleep(Duration::from_millis(100));
+            let mut replies = Vec::new();
+            stream.read_to_end(&mut replies).unwrap();
+            let replies = replies.split(|&byte| byte == 0).filter(|it| !it.is_empty());
+            let replies = replies.map(|it| serde_json::from_slice(it).unwrap());
+            replies.collect::<Vec<Value>>()
+        });
+        let replies = serve(&mut control, &mut poll, asking);
+        let [info, description, other, none, history, check, last] = &replies[..] else {
+            panic!("{} replies: {replies:?}", replies.len());
+        };
+        let interfaces = &info["parameters"]["interfaces"];
+        assert_eq!(interfaces, &json!([SERVICE, INTERFACE]));
+        let description = &description["parameters"]["description"];
+        assert_eq!(description.as_str(), Some(DESCRIPTION));
+        assert_eq!(other["error"], "org.varlink.service.InterfaceNotFound");
+        assert_eq!(none["error"], "org.varlink.service.InvalidParameter");
+        let length = history["parameters"]["backups"][0].as_str().map(str::len);
+        assert_eq!(length, Some(3_000_000));
+        assert_eq!(check["error"], "org.hv-vss.Daemon.Failed");
+        assert_eq!(check["parameters"]["why"], "no Check");
+        assert_eq!(last["error"], "org.varlink.service.InterfaceNotFound");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn each_method_is_described() {
+        for method in Method::ALL {
+            let name = method.name();
+            let name = name.strip_prefix(INTERFACE).unwrap();
+            let line = format!("\nmethod {}(", name.trim_start_matches('.'));
+            assert!(DESCRIPTION.contains(&line), "{line}");
+        }
+        let methods = DESCRIPTION.matches("\nmethod ").count();
+        assert_eq!(methods, Method::ALL.len());
+        assert!(DESCRIPTION.contains(&format!("\ninterface {INTERFACE}\n")));
+    }
+
+    #[test]
     fn a_call_is_replied_to_and_an_unknown_one_refused() {
         let dir = std::env::temp_dir().join(format!("hv-vss-control-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
@@ -394,7 +580,7 @@ mod tests {
             let stream = std::os::unix::net::UnixStream::connect(path(&theirs));
             let mut stream = stream.unwrap();
             stream
-                .write_all(b"{\"method\":\"org.hv_vss.Daemon.Dance\"}\0")
+                .write_all(b"{\"method\":\"org.hv-vss.Daemon.Dance\"}\0")
                 .unwrap();
             let mut reply = [0; 512];
             let length = stream.read(&mut reply).unwrap();
@@ -406,7 +592,7 @@ mod tests {
         let (known, unknown) = serve(&mut control, &mut poll, asking);
         assert_eq!(known.unwrap()["phase"], "idle");
         assert!(unknown.contains("MethodNotFound"), "{unknown}");
-        assert!(unknown.contains("org.hv_vss.Daemon.Dance"), "{unknown}");
+        assert!(unknown.contains("org.hv-vss.Daemon.Dance"), "{unknown}");
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -18,6 +18,8 @@ pub struct Disk {
     pub name: String,
     /// Where the host has it, if it is one of the host's.
     pub address: Option<String>,
+    /// Whether a program or another machine may serve it: it is neither the host's nor hardware or memory.
+    pub served: bool,
     /// The devices whose counters tell whether something was written there past the file systems, if it is
     /// one of the host's: itself, if nothing between it and them writes by itself, as md, thin volumes and
     /// caches may. Else the topmost ones: what is written by itself goes to those below only.
@@ -218,6 +220,7 @@ impl<'a> Ground<'a> {
             let disk = Disk {
                 name: it.name.clone(),
                 address: Some(it.address.clone()),
+                served: false,
                 watched: match restless.contains(dev) {
                     true => self.topmost(*dev),
                     false => vec![Watched {
@@ -231,9 +234,11 @@ impl<'a> Ground<'a> {
         });
         let others = footings.iter().flat_map(|it| &it.disks);
         let others = others.filter_map(|dev| {
+            let device = self.topology.devices.get(dev)?;
             let disk = Disk {
-                name: self.topology.devices.get(dev)?.name.clone(),
+                name: device.name.clone(),
                 address: None,
+                served: device.user_space,
                 watched: Vec::new(),
             };
             Some((*dev, disk))

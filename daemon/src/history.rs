@@ -210,7 +210,12 @@ impl Draft {
         let stays = account.stays.into_iter().map(stayed);
         let missing = account.missing.into_iter().map(missing);
         self.entry.file_systems = stays.chain(missing).collect();
-        self.entry.warnings = account.warnings;
+        self.entry.warnings.extend(account.warnings);
+    }
+
+    /// Something else to say against it.
+    pub fn warn(&mut self, text: String) {
+        self.entry.warnings.push(text);
     }
 
     /// All is over but the hooks.
@@ -222,6 +227,14 @@ impl Draft {
 
     /// All is over.
     pub fn finish(mut self, called: Vec<Called>) -> Entry {
+        // Where FREEZE failed, why it did says as much of the calls before it.
+        let counts = |it: &&Called| it.verb != Verb::Freeze || self.entry.result != Verdict::Failed;
+        let faults = called.iter().filter(counts).filter_map(|it| {
+            let fault = it.fault.as_ref()?;
+            Some(format!("hook {}, {}: {fault}", it.name, it.verb.as_str()))
+        });
+        let faults: Vec<String> = faults.collect();
+        self.entry.warnings.extend(faults);
         let call = |it: Called| HookCall {
             since_us: self.us(it.since),
             name: it.name,
@@ -548,6 +561,30 @@ pub(crate) mod tests {
         assert!(text.contains(r#""result":"broken""#), "{text}");
         assert!(text.contains(r#""how":"frozen""#), "{text}");
         assert!(text.contains(r#""verb":"thaw""#), "{text}");
+    }
+
+    #[test]
+    fn what_went_wrong_with_a_hook_is_a_warning_unless_it_is_why_the_backup_failed() {
+        for (result, warnings) in [
+            (Verdict::Failed, &["hook b, thaw: y"][..]),
+            (Verdict::Good, &["hook a, freeze: x", "hook b, thaw: y"]),
+        ] {
+            let mut draft = Draft::new(7, None, None, true);
+            draft.ended(result, None);
+            let call = |name: &str, verb, fault: Option<&str>| Called {
+                name: name.into(),
+                verb,
+                since: Instant::now(),
+                took: Duration::ZERO,
+                fault: fault.map(str::to_owned),
+            };
+            let entry = draft.finish(vec![
+                call("a", Verb::Freeze, Some("x")),
+                call("b", Verb::Freeze, None),
+                call("b", Verb::Thaw, Some("y")),
+            ]);
+            assert_eq!(entry.warnings, warnings);
+        }
     }
 
     #[test]

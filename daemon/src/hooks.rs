@@ -199,6 +199,42 @@ pub fn find(scout: &Scout, rules: &HookRules) -> Result<Vec<Found>, HookError> {
     Ok(found.collect())
 }
 
+/// The other contracts that these rules ask for and that none of these hooks has, in words.
+pub fn unused(rules: &HookRules, found: &[Found]) -> Vec<String> {
+    let is_there = |place: &str| found.iter().any(|it| it.hook.path.starts_with(place));
+    let mut unused = Vec::new();
+    if rules.qemu && !is_there(QEMU_FOLDER) && !is_there(QEMU_HOOK) {
+        unused.push(format!(
+            "hooks.qemu is set, and there is no hook in {QEMU_FOLDER}, nor {QEMU_HOOK}"
+        ));
+    }
+    if rules.open_vm_tools && !is_there(OPEN_VM_TOOLS_FOLDER) {
+        unused.push(format!(
+            "hooks.open_vm_tools is set, and there is no hook in {OPEN_VM_TOOLS_FOLDER}"
+        ));
+    }
+    unused
+}
+
+/// The hook of the QEMU guest agent, where it is passed over for those in its folder, and is not what calls
+/// these.
+pub fn passed_over(scout: &Scout, found: &[Found]) -> Option<&'static Path> {
+    let is_in_folder = |it: &Found| it.hook.path.starts_with(QEMU_FOLDER);
+    let path = Path::new(QEMU_HOOK);
+    if !found.iter().any(is_in_folder) {
+        return None;
+    }
+    let look = move || is_program(path) && !is_dispatcher(path);
+    scout.ask(path, look).unwrap_or(false).then_some(path)
+}
+
+/// Whether it calls what is in a folder, as that of the QEMU guest agent does.
+fn is_dispatcher(path: &Path) -> bool {
+    let text = std::fs::read(path).unwrap_or_default();
+    let folder = b"fsfreeze-hook.d";
+    text.windows(folder.len()).any(|part| part == folder)
+}
+
 /// Files in the places of hooks that are not called, since they are not executable.
 pub fn not_executable(scout: &Scout, rules: &HookRules) -> Result<Vec<PathBuf>, HookError> {
     let mut paths = candidates(scout, Path::new(FOLDER))?;
@@ -421,6 +457,39 @@ mod tests {
             assert!(since.elapsed() < Duration::from_secs(60));
             std::thread::yield_now();
         }
+    }
+
+    #[test]
+    fn what_is_asked_for_and_not_there_is_named_and_a_dispatcher_is_told_from_a_hook() {
+        let rules = |qemu, open_vm_tools| {
+            let mut rules = HookRules::default();
+            (rules.qemu, rules.open_vm_tools) = (qemu, open_vm_tools);
+            rules
+        };
+        let found = |path: String| Found {
+            hook: Hook {
+                path: path.into(),
+                contract: Contract::Qemu,
+            },
+            required: true,
+            fault: None,
+        };
+        assert_eq!(unused(&rules(false, false), &[]), Vec::<String>::new());
+        assert_eq!(unused(&rules(true, true), &[]).len(), 2);
+        let ours = found(format!("{FOLDER}/10-a"));
+        let dispatched = found(format!("{QEMU_FOLDER}/10-a"));
+        assert_eq!(unused(&rules(true, false), &[ours]).len(), 1);
+        assert_eq!(unused(&rules(true, true), &[dispatched]).len(), 1);
+        assert_eq!(
+            unused(&rules(true, false), &[found(QEMU_HOOK.into())]).len(),
+            0
+        );
+        let scratch = Scratch::new("hooks-dispatcher");
+        let path = scratch.file("fsfreeze-hook", 0o755);
+        assert!(!is_dispatcher(&path));
+        let text = "#!/bin/sh\nFSFREEZE_D=$(dirname -- \"$0\")/fsfreeze-hook.d\n";
+        std::fs::write(&path, text).unwrap();
+        assert!(is_dispatcher(&path));
     }
 
     #[test]

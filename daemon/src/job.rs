@@ -172,6 +172,33 @@ impl Freezer {
         }
     }
 
+    /// The hooks that are to be called first, and what they are told; `None` when there are none.
+    pub fn hooks(
+        &mut self,
+        setting: &Setting,
+        about: &About,
+    ) -> Result<Option<(Vec<Found>, Context)>, JobError> {
+        let Setting {
+            config,
+            progress,
+            disks,
+            ..
+        } = setting;
+        let found = hooks::find(&self.scout, &config.hooks)?;
+        if found.is_empty() {
+            return Ok(None);
+        }
+        self.go_by(config);
+        let planned = self.cache.planned(config, disks)?;
+        let About {
+            request,
+            backup_type,
+        } = about;
+        let context = Context::new(*request, *backup_type, &planned.disks, &planned.paths);
+        progress.enter(Stage::Hooks, found.len());
+        Ok(Some((found, context)))
+    }
+
     /// From here on this is the configuration.
     fn go_by(&mut self, config: &Arc<Config>) {
         if !Arc::ptr_eq(&self.config, config) {
@@ -807,28 +834,13 @@ impl Backup {
 
     /// Has the hooks called, if there are any, and waits until they are ready.
     fn quiesce(&self, freezer: &mut Freezer) -> Result<(), JobError> {
-        let Setting {
-            config,
-            progress,
-            disks,
-            ..
-        } = &self.setting;
-        let found = hooks::find(&freezer.scout, &config.hooks)?;
-        if found.is_empty() {
+        let Some((found, context)) = freezer.hooks(&self.setting, &self.about)? else {
             return Ok(());
-        }
-        freezer.go_by(config);
-        let planned = freezer.cache.planned(config, disks)?;
-        let About {
-            request,
-            backup_type,
-        } = &self.about;
-        let context = Context::new(*request, *backup_type, &planned.disks, &planned.paths);
-        progress.enter(Stage::Hooks, found.len());
+        };
         (self.tell)(Outcome::Hooks(found, context));
         match self.words.recv() {
             Ok(Word::GoOn) => {
-                progress.enter(Stage::Looking, 0);
+                self.setting.progress.enter(Stage::Looking, 0);
                 Ok(())
             }
             _ => Err(JobError::CalledOff),

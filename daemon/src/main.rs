@@ -7,6 +7,8 @@ use std::ffi::OsStr;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{value_parser, Arg, ArgAction, ArgMatches, Command};
@@ -17,7 +19,7 @@ use hv_vss_daemon::record::RunDir;
 use hv_vss_daemon::report::Outcome;
 use hv_vss_daemon::service::{self, Service};
 use hv_vss_daemon::{calls, check, guard, job, process, recovery, sys};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 type Failure = Box<dyn Error>;
@@ -25,6 +27,9 @@ type Failure = Box<dyn Error>;
 /// What takes root, in words.
 const FREEZE: &str = "freeze and thaw file systems";
 const ASK: &str = "ask the daemon";
+
+/// The device of the module, whichever it is.
+const DEVICE: &str = "/dev/vmbus/hv_vss";
 
 /// How long the end waits for the log.
 const LAST_LINES: Duration = Duration::from_secs(2);
@@ -35,7 +40,7 @@ fn command() -> Command {
         .value_name("PATH")
         .help("The device to serve")
         .value_parser(value_parser!(PathBuf))
-        .default_value("/dev/vmbus/hv_vss");
+        .default_value(DEVICE);
     let no_daemon = Arg::new("no-daemon")
         .short('n')
         .long("no-daemon")
@@ -80,6 +85,10 @@ fn command() -> Command {
         .help("How long to stay frozen, such as 5s or 500ms")
         .value_parser(humantime::parse_duration)
         .required(true);
+    let no_hooks = Arg::new("no-hooks")
+        .long("no-hooks")
+        .help("Call no hooks")
+        .action(ArgAction::SetTrue);
     Command::new("hv_vss_daemon")
         .version(env!("CARGO_PKG_VERSION"))
         .about("Freezes the file systems of this guest while its Hyper-V host takes a backup")
@@ -101,8 +110,8 @@ fn command() -> Command {
                 .about("Show what would be frozen, in which order, and what would not and why")
                 .args([json, table]),
             Command::new("freeze")
-                .about("Rehearse: freeze as for a backup, wait, thaw")
-                .arg(time),
+                .about("Rehearse: call hooks and freeze as for a backup, wait, thaw")
+                .args([time, no_hooks]),
             Command::new("reload")
                 .about("Have the daemon that serves read its configuration again"),
             Command::new("thaw")
@@ -124,6 +133,7 @@ fn main() -> ExitCode {
             ))
         }
         Some(calls::SUBCOMMAND) => calls::become_hook(args).into(),
+        Some(check::SUBCOMMAND) => exit_with(done(has_device())),
         _ => exit_with(dispatch()),
     }
 }
@@ -186,7 +196,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
         }
         Some(("freeze", freeze)) => {
             let time = freeze.get_one("for").copied().unwrap_or_default();
-            done(rehearse(config?, time))
+            done(rehearse(config?, time, !freeze.get_flag("no-hooks")))
         }
         Some(("thaw", thaw)) => {
             need_root(FREEZE)?;
@@ -278,6 +288,9 @@ fn serve(
     // Before going to the background, so that whoever starts it sees why it cannot run.
     let log = Logbook::new(foreground_sink());
     let run = RunDir::new(&config.run_dir);
+    // Another program may have the device for as long as it likes.
+    let asked_to_reload = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGHUP, Arc::clone(&asked_to_reload))?;
     let device =
         service::open_device(&path, &run, &log).map_err(|error| {
             match check::why_no_device(&path) {
@@ -285,6 +298,10 @@ fn serve(
                 None => error.into(),
             }
         })?;
+    let config = match asked_to_reload.load(Ordering::SeqCst) {
+        true => read_again(config, config_path.as_deref(), &log),
+        false => config,
+    };
     let log = match foreground {
         true => log,
         false => {
@@ -302,6 +319,29 @@ fn serve(
     let service = service.inspect_err(|error| log.error(words(error.as_ref())));
     log.drain(LAST_LINES);
     service
+}
+
+/// The configuration as it is now, or the one that there was when it is none.
+fn read_again(old: Config, path: Option<&Path>, log: &Logbook) -> Config {
+    match Config::load(path) {
+        Ok(mut config) => {
+            // That is where it is looked for what a dead daemon has left.
+            config.run_dir = old.run_dir;
+            log.info("the configuration is read again");
+            config
+        }
+        Err(error) => {
+            let error = words(&error);
+            log.error(format!("{error}; the configuration stays as it was"));
+            old
+        }
+    }
+}
+
+/// For the unit: whether there is anything to serve, and what to do if there is not.
+fn has_device() -> Result<(), Failure> {
+    let why = check::why_no_device(Path::new(DEVICE));
+    why.map_or(Ok(()), |why| Err(why.into()))
 }
 
 /// `what` is what takes root, in words.
@@ -327,7 +367,7 @@ fn harden(log: &Logbook) -> Result<(), Failure> {
     Ok(())
 }
 
-fn rehearse(config: Config, time: Duration) -> Result<(), Failure> {
+fn rehearse(config: Config, time: Duration, with_hooks: bool) -> Result<(), Failure> {
     let log = Logbook::new(foreground_sink());
     harden(&log)?;
     let stop = Stop::default();
@@ -338,13 +378,74 @@ fn rehearse(config: Config, time: Duration) -> Result<(), Failure> {
             on_signal.stop();
         }
     });
-    Ok(commands::freeze_for(config, &log, time, &stop)?)
+    Ok(commands::freeze_for(config, &log, time, with_hooks, &stop)?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use clap_complete::Shell;
+
+    /// As it is written in a page of the manual.
+    fn escaped(option: &str) -> String {
+        format!("--{option}").replace('-', "\\-")
+    }
+
+    #[test]
+    fn the_manual_has_each_command_and_each_option_that_it_takes() {
+        let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("hv_vss_daemon.8");
+        let page = std::fs::read_to_string(page).unwrap();
+        let between = |from: &str, to: &str| {
+            let begin = page
+                .find(from)
+                .unwrap_or_else(|| panic!("there is no {from}"));
+            let rest = &page[begin + from.len()..];
+            rest.split(to).next().unwrap_or_default()
+        };
+        let synopsis = between(".SH SYNOPSIS\n", ".SH ");
+        let commands = between(".SH COMMANDS\n", ".SH ");
+        let options = between(".SH OPTIONS\n", ".SH ");
+        for command in command().get_subcommands() {
+            let name = command.get_name();
+            let mut entries = commands.split(".TP\n").map(str::trim);
+            let is_its = |it: &&str| {
+                let words = it.trim_start_matches(".BI \"").trim_start_matches(".B ");
+                words.split([' ', '\n']).next() == Some(name)
+            };
+            let entry = entries.find(is_its);
+            let entry = entry.unwrap_or_else(|| panic!("COMMANDS has no {name}"));
+            let explained = entry.split_once('\n').map_or("", |(_, text)| text.trim());
+            assert!(!explained.is_empty(), "of {name} nothing is said");
+            let mut lines = synopsis.split(".br\n");
+            let line = match name {
+                "run" => lines.next(),
+                _ => lines.find(|it| it.starts_with(&format!(".B hv_vss_daemon {name}"))),
+            };
+            let line = line.unwrap_or_else(|| panic!("SYNOPSIS has no {name}"));
+            for option in command.get_arguments() {
+                let Some(long) = option.get_long() else {
+                    continue;
+                };
+                let escaped = escaped(long);
+                let short = option.get_short().map(|it| format!("\\-{it}"));
+                let is_shown =
+                    line.contains(&escaped) || short.is_some_and(|short| line.contains(&short));
+                assert!(is_shown, "SYNOPSIS has no --{long} of {name}");
+                let is_explained = entry.contains(&escaped) || options.contains(&escaped);
+                assert!(is_explained, "of --{long} of {name} nothing is said");
+                assert!(
+                    option.get_help().is_some(),
+                    "--help says nothing of --{long}"
+                );
+            }
+        }
+        for option in command().get_arguments().filter_map(Arg::get_long) {
+            assert!(
+                options.contains(&escaped(option)),
+                "OPTIONS has no --{option}"
+            );
+        }
+    }
 
     /// Those that are installed were made so, and are made again with `HV_VSS_WRITE_COMPLETIONS` set.
     #[test]

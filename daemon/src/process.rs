@@ -95,11 +95,27 @@ pub fn is_stopped((pid, start): (u32, u64)) -> bool {
     start_in(&stat) == Some(start) && matches!(state_in(&stat), Some(b'T' | b't'))
 }
 
-/// Field 22 of `/proc/<pid>/stat`, counted from 1; the name, field 2, may hold any character.
+/// A process of this group that has not ended, with the time of its start.
+pub fn member_of(group: u32) -> Option<(u32, u64)> {
+    let processes = std::fs::read_dir("/proc").ok()?.flatten();
+    let pids = processes.filter_map(|it| it.file_name().to_str()?.parse().ok());
+    pids.into_iter().find_map(|pid: u32| {
+        let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+        let is_one = !has_ended(&stat) && field_in(&stat, 2) == Some(group.into());
+        is_one.then_some((pid, start_in(&stat)?))
+    })
+}
+
+/// Field 22 of `/proc/<pid>/stat`, counted from 1.
 fn start_in(stat: &[u8]) -> Option<u64> {
+    field_in(stat, 19)
+}
+
+/// The number in a field that is so many after the state, which is field 3. The name, field 2, may hold any character.
+fn field_in(stat: &[u8], number: usize) -> Option<u64> {
     let after = stat.iter().rposition(|&b| b == b')')?;
     let rest = std::str::from_utf8(stat.get(after + 1..)?).ok()?;
-    rest.split_whitespace().nth(19)?.parse().ok()
+    rest.split_whitespace().nth(number)?.parse().ok()
 }
 
 /// Makes the kernel never choose this process when memory runs out (proc(5), `oom_score_adj`).
@@ -138,6 +154,7 @@ mod tests {
         let stat = b"7 (x) y) S 1 7 7 0 -1 1 2 3 4 5 6 7 8 9 20 0 1 0 4711 99 100";
         assert_eq!(start_in(stat), Some(4711));
         assert_eq!(start_in(b"7 (x) S 1"), None);
+        assert_eq!(field_in(b"7 (x) 1 9) S 1 4 7", 2), Some(4));
         assert!(start_of(std::process::id()).is_some());
         assert!(is_dead(u32::MAX));
     }

@@ -301,7 +301,11 @@ mod tests {
         let told = last_of(&daemon);
         for history in [&[][..], &[broken.clone()][..]] {
             let table = Status::new(Some(&daemon), history, told.as_ref()).table();
-            for row in ["/bad (xfs, 8:2): out of order", "/new was mounted"] {
+            for row in [
+                "/bad (xfs, 8:2): out of order",
+                "/new was mounted",
+                "hook 10-a, thaw: it failed",
+            ] {
                 assert!(table.contains(row), "{table}");
             }
         }

@@ -7,11 +7,12 @@
 //! It never blocks on a file system: that is the [`Job`]'s part. It knows neither the layout of frames
 //! nor how a freeze is done.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{channel, Receiver, Sender};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -25,8 +26,9 @@ use signal_hook_mio::v1_0::Signals;
 
 use crate::backup::{name_of, Backup, Break, Effects, Verdict};
 use crate::calls::{Called, Calling, Context, HookOutcome, Means};
+use crate::check;
 use crate::config::{Config, ConfigError};
-use crate::control::{Client, Control, Method};
+use crate::control::{reply_of, Client, Control, Method};
 use crate::device::{Abi, Device, DeviceError, Incoming, Request};
 use crate::disks;
 use crate::door::Door;
@@ -62,6 +64,7 @@ const SLACK: Duration = Duration::from_secs(1);
 const FIRST_LINES: Duration = Duration::from_millis(500);
 /// How long a stop waits for the last entry of the history. The next start adds what it does not see there.
 const LAST_ENTRY: Duration = Duration::from_secs(5);
+const CHECK_STACK_BYTES: usize = 64 * 1024;
 /// How often the log says so while nothing is frozen.
 const REPORT: Duration = Duration::from_secs(10);
 
@@ -161,6 +164,7 @@ enum News {
     Job(Outcome),
     Hooks(HookOutcome),
     Config(Box<Result<Config, ConfigError>>),
+    Reply((Client, Result<Vec<u8>, String>)),
 }
 
 /// The running daemon.
@@ -218,6 +222,8 @@ struct Hands {
     unfinished: Unfinished,
     /// Whether an earlier one may have left that.
     left: bool,
+    /// There as long as a check is under way.
+    checking: Weak<()>,
     /// Closes when the last entry of the history is written.
     written: Option<Receiver<()>>,
     /// How the last backup went.
@@ -280,6 +286,7 @@ impl Service {
                 draft: None,
                 unfinished,
                 left: true,
+                checking: Weak::new(),
                 written: None,
                 held: Vec::new(),
                 doing: String::new(),
@@ -318,6 +325,7 @@ impl Service {
                     News::Job(outcome) => self.on_outcome(outcome),
                     News::Hooks(outcome) => self.on_hooks(outcome),
                     News::Config(loaded) => self.on_config(*loaded),
+                    News::Reply((client, reply)) => self.control.reply_with(client, reply),
                 }
             }
             if woken(SIGNALS) {
@@ -339,12 +347,14 @@ impl Service {
                 self.on_device();
             }
             for event in events.iter().filter(|event| event.token() >= CONTROL) {
-                for (client, method) in self.control.ready(self.poll.registry(), event.token()) {
-                    self.on_call(client, method);
-                }
+                self.control.ready(self.poll.registry(), event.token());
             }
             if self.machine.is_idle() {
                 self.rest();
+            }
+            // A reply makes room for the next call.
+            while let Some((client, method)) = self.control.next_call() {
+                self.on_call(client, method);
             }
             if self.machine.is_over() {
                 if let Some(written) = self.hands.written.take() {
@@ -581,6 +591,11 @@ impl Service {
                 if let Ok(begun) = &mut result {
                     self.hands.held = std::mem::take(&mut begun.names);
                 }
+                // Until its answer a freeze is no better than what it was made ready by.
+                let ended = self.hands.sessions_ended("before all was frozen");
+                if let Some(why) = ended.filter(|_| result.is_ok()) {
+                    self.end_early(why.into(), thawed::CALLED_OFF);
+                }
                 let result = result.map_err(|error| words(&error));
                 self.machine.frozen(now, result, &mut self.hands);
             }
@@ -592,6 +607,8 @@ impl Service {
                 if let Some(draft) = &mut self.hands.draft {
                     draft.thawed(account);
                 }
+                // What is frozen is as it was by then, and that is what the backup has.
+                self.hands.sessions_ended("while all was frozen");
                 let result = result.map_err(|error| words(&error));
                 self.machine.thawed(result, &mut self.hands);
             }
@@ -655,7 +672,7 @@ impl Service {
                     Err(why) => json!({ "reloaded": false, "error": why }),
                     Ok(()) if self.machine.is_idle() => return self.reloading.push(client),
                     // It would take longer than anybody waits.
-                    Ok(()) => json!({ "reloaded": "later" }),
+                    Ok(()) => json!({ "reloaded": false, "later": true }),
                 };
                 self.control.reply(client, reply);
             }
@@ -667,6 +684,16 @@ impl Service {
                 self.end_early(why.into(), thawed::OPERATOR);
                 self.waiting.push(client);
             }
+            Method::History => {
+                if let Err(why) = self.hands.read_history(client) {
+                    self.control.reply_with(client, Err(why.into()));
+                }
+            }
+            Method::Check => {
+                if let Err(why) = self.hands.check(client) {
+                    self.control.reply_with(client, Err(why));
+                }
+            }
             Method::Status => {
                 let hands = &self.hands;
                 let door = hands.device.as_ref().map(|it| match it.hold() {
@@ -677,6 +704,7 @@ impl Service {
                 let now = Instant::now();
                 let job = hands.job.as_ref().filter(|_| self.machine.is_freezing());
                 let status = json!({
+                    "pid": std::process::id(),
                     "phase": self.machine.phase(),
                     "doing": job.map(|it| it.progress().words(now)).or(hands.inside()),
                     "door": door,
@@ -733,6 +761,23 @@ impl Hands {
         Ok(())
     }
 
+    /// Says of which hooks what they had left running has ended by itself, and `when`; returns that of one that
+    /// is required.
+    fn sessions_ended(&mut self, when: &str) -> Option<String> {
+        let mut why = None;
+        for session in self.calling.as_ref()?.sessions_ended() {
+            let text = session.has_ended_in_words(when);
+            self.log.warning(&text);
+            if let Some(draft) = &mut self.draft {
+                draft.warn(text.clone());
+            }
+            if session.required {
+                why.get_or_insert(text);
+            }
+        }
+        why
+    }
+
     /// A backup that may be remembered.
     fn draft(&self, request: &Request) -> Draft {
         let is_held = self.device.as_ref().is_some_and(|it| it.hold().is_some());
@@ -754,7 +799,12 @@ impl Hands {
         let called = std::mem::take(&mut self.called);
         if let Some(draft) = self.draft.take() {
             let erase = self.unfinished.eraser();
-            self.write_down(draft.finish(called), erase);
+            let entry = draft.finish(called);
+            if !entry.warnings.is_empty() {
+                self.last.push_str(", with warnings");
+                self.show(self.doing.clone());
+            }
+            self.write_down(entry, erase);
         }
     }
 
@@ -823,6 +873,44 @@ impl Hands {
         let why = "the configuration is not read: a disk does not let itself be used";
         self.log.warning(why);
         Err(why)
+    }
+
+    /// Has the history read for whoever asks.
+    fn read_history(&self, client: Client) -> Result<(), &'static str> {
+        let history = History::new(&self.config.state_dir);
+        let tell = teller(&self.tell, News::Reply);
+        let read = move || {
+            let all = history.read().map_err(|error| words(&error))?;
+            reply_of(&BTreeMap::from([("backups", all)])).map_err(|error| error.to_string())
+        };
+        let then = move |reply| {
+            tell((client, reply));
+            sys::give_back_memory();
+        };
+        match self.worker.later(read, then) {
+            true => Ok(()),
+            false => Err("a disk does not let itself be used"),
+        }
+    }
+
+    /// Has `check` done for whoever asks, by a process of its own: it takes memory, and whatever it looks at may
+    /// hang.
+    fn check(&mut self, client: Client) -> Result<(), String> {
+        if self.checking.strong_count() > 0 {
+            return Err("another check is under way".into());
+        }
+        let life = Arc::new(());
+        self.checking = Arc::downgrade(&life);
+        let (device, config) = (self.path.clone(), self.config_path.clone());
+        let tell = teller(&self.tell, News::Reply);
+        let body = move || {
+            let reply = check::by_another(&device, config.as_deref());
+            drop(life);
+            tell((client, reply));
+        };
+        let builder = thread::Builder::new().name("check".into());
+        let started = builder.stack_size(CHECK_STACK_BYTES).spawn(body);
+        started.map(drop).map_err(|error| error.to_string())
     }
 
     /// Has the plan for the next backup looked over.

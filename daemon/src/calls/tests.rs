@@ -212,6 +212,17 @@ fn one_that_is_optional_may_fail_and_one_that_must_not_run_is_not_run() {
     assert_eq!(why, "hook 20-b: it is not run: others may write");
     calling.release(Some(Verdict::Failed));
     scene.released();
+    calling.join();
+    // What an optional one lacks is remembered, though it was never run.
+    let mut unfit = scene.hook("20-b", NOTE);
+    unfit.required = false;
+    unfit.fault = Some("others may write".into());
+    let calling = scene.start(vec![unfit], LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    calling.release(Some(Verdict::Good));
+    let called = scene.released();
+    let fault = called[0].fault.as_deref();
+    assert_eq!(fault, Some("it is not run: others may write"));
     assert_eq!(scene.notes(), ["10-a freeze ", "10-a freezeFail failed"]);
 }
 
@@ -329,7 +340,7 @@ fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
     assert!(recover(&run, &scene.log).unwrap());
     let log = scene.log();
     assert!(
-        log.contains("hook true of a dead daemon is still at freeze: killed"),
+        log.contains("hook true of a dead daemon still runs: killed"),
         "{log}"
     );
     assert!(log.contains("hook echo, thaw: thaw"), "{log}");
@@ -347,4 +358,148 @@ fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
     assert!(!recover(&run, &scene.log).unwrap());
     drop(lock);
     assert!(recover(&run, &scene.log).unwrap());
+    // Of two who come, one does; also where the dead one keeps the lock.
+    let record = HookRecord {
+        pid: u32::MAX,
+        ..record
+    };
+    run.write_hooks(&record).unwrap();
+    let lock = run.lock_hooks().unwrap();
+    let first = Calls::left(&run, &scene.log).unwrap();
+    assert!(Calls::left(&run, &scene.log).unwrap().is_none());
+    assert!(!first.unwrap().thaw(None).is_empty());
+    drop(lock);
+}
+
+#[test]
+fn what_somebody_has_left_beside_us_is_let_go_before_ours_are_called() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let mut scene = Scene::new("beside");
+    let mut owed = scene.hook("10-a", NOTE).hook;
+    // That of the tests is where anybody may write.
+    owed.path = "/bin/echo".into();
+    let record = HookRecord {
+        pid: u32::MAX,
+        context: Context::default(),
+        limit_ms: 60_000,
+        owed: vec![Owed {
+            hook: owed,
+            process: None,
+        }],
+    };
+    scene.run().write_hooks(&record).unwrap();
+    let calling = scene.start(vec![scene.hook("20-b", NOTE)], LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    let log = scene.log();
+    let place = |words: &str| log.find(words).unwrap_or_else(|| panic!("{words}: {log}"));
+    assert!(place("hook echo, thaw: ended well") < place("hook 20-b, freeze: ended well"));
+    calling.release(Some(Verdict::Good));
+    scene.released();
+}
+
+#[test]
+fn no_hook_is_run_before_its_process_is_on_record() {
+    let mut scene = Scene::new("record");
+    let record = scene.dir.join("run/hooks.json");
+    let seen = format!("grep -c \"process.:.$$,\" {} >>$notes", record.display());
+    let calling = scene.start(vec![scene.hook("10-a", &seen)], LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    calling.release(Some(Verdict::Good));
+    scene.released();
+    calling.join();
+    assert_eq!(scene.notes(), ["1", "1"]);
+
+    let hook = scene.hook("20-b", "echo run >>$notes").hook;
+    let means = Means {
+        run: scene.run(),
+        log: scene.log.clone(),
+        limit: LONG,
+        context: Context::default(),
+    };
+    let mut calls = Calls::new(means, None, None);
+    // As when we die before it is there.
+    let Call {
+        mut child, word, ..
+    } = calls.spawn(&hook, Verb::Freeze, None).unwrap();
+    drop(word);
+    assert_eq!(child.wait().unwrap().code(), Some(NO_WORD.into()));
+    // And when it cannot be written.
+    std::fs::create_dir(&record).unwrap();
+    let end = calls.call_to_freeze(hook, true);
+    assert!(matches!(end, End::Bad(_)));
+    assert!(calls.record.owed.is_empty());
+    assert_eq!(scene.notes(), ["1", "1"]);
+}
+
+/// Waits until so many sessions are known.
+fn know(calling: &Calling, number: usize) {
+    let until = Instant::now() + LONG;
+    while calling.sessions.all().len() != number {
+        assert!(Instant::now() < until, "{:?}", calling.sessions);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_session_that_ends_by_itself_is_told_of_once_and_what_only_ends_late_is_none() {
+    let mut scene = Scene::new("session");
+    // In two processes, as a client and what holds its input; the second goes on alone for a while.
+    let stays = "sleep 1000 & echo $! >>$notes; sleep 1000 & echo $! >>$notes";
+    let stays = format!("[ $1 != freeze ] || {{ {stays}; }}");
+    // It ends when nobody writes to it any more, and somewhat later.
+    let pipe = "mkfifo $notes.pipe; cat <$notes.pipe >/dev/null & exec 3>$notes.pipe";
+    let logger = format!("[ $1 != freeze ] || {{ {pipe}; }}");
+    let left = "[ $1 != freeze ] || { setsid sleep 1 & }";
+    let mut optional = scene.hook("20-b", &stays);
+    optional.required = false;
+    let hooks = vec![
+        scene.hook("10-a", &stays),
+        optional,
+        scene.hook("30-c", &logger),
+        scene.hook("40-d", left),
+        // By its end it is known of all others.
+        scene.hook("50-e", "[ $1 != freeze ] || sleep 1"),
+    ];
+    let calling = scene.start(hooks, LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    know(&calling, 2);
+    assert_eq!(calling.sessions_ended(), []);
+    let pids: Vec<u32> = scene.notes().iter().map(|it| it.parse().unwrap()).collect();
+    let end = |pid: u32| {
+        nix::sys::signal::kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
+        let until = Instant::now() + LONG;
+        while !process::is_dead(pid) {
+            assert!(Instant::now() < until, "it does not end");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    for (pid, ended) in pids.into_iter().zip([None, Some(true), None, Some(false)]) {
+        end(pid);
+        let told = calling.sessions_ended();
+        let told: Vec<bool> = told.iter().map(|it| it.required).collect();
+        assert_eq!(told, ended.as_slice());
+    }
+    assert_eq!(calling.sessions_ended(), []);
+    calling.release(Some(Verdict::Good));
+    scene.released();
+}
+
+#[test]
+fn what_is_let_go_has_not_ended_by_itself() {
+    let mut scene = Scene::new("let-go");
+    let stays = "case $1 in freeze) sleep 1000 & echo $! >$notes ;; *) kill $(cat $notes) ;; esac";
+    let calling = scene.start(vec![scene.hook("10-a", stays)], LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    know(&calling, 1);
+    calling.release(Some(Verdict::Good));
+    scene.released();
+    let pid: u32 = scene.notes()[0].parse().unwrap();
+    let until = Instant::now() + LONG;
+    while !process::is_dead(pid) {
+        assert!(Instant::now() < until, "it goes on");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(calling.sessions_ended(), []);
 }

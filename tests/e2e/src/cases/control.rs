@@ -5,7 +5,7 @@
 
 use super::deadman::{released, RELEASED};
 use super::lifecycle::{end_override, take_over};
-use super::{case, logged_all, observe, start, stop, wait_for_daemon, Case};
+use super::{case, load, logged_all, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{bail, ensure, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
@@ -60,12 +60,41 @@ pub const CASES: &[Case] = &[
          with line and column, changes nothing",
         reload,
     ),
+    case(
+        "control/reload-while-waiting",
+        "SIGHUP while another program has the device: the configuration of then is in force once it is ours",
+        reload_while_waiting,
+    ).long(),
     Case {
         machine: Machine::SYSTEMD,
         ..case(
             "control/systemctl-reload",
             "systemctl reload puts a drop-in in force; with a bad one it fails and the journal says where",
             systemctl_reload,
+        )
+    }.long(),
+    Case {
+        machine: Machine::SYSTEMD,
+        ..case(
+            "control/varlink",
+            "varlinkctl has the service describe itself, and calls it: status, history, check",
+            varlink,
+        )
+    }.long(),
+    Case {
+        machine: Machine::SYSTEMD,
+        ..case(
+            "control/no-device",
+            "systemctl start without the device starts nothing, fails nothing, and the journal says what to do",
+            no_device,
+        )
+    }.long(),
+    Case {
+        machine: Machine::SYSTEMD,
+        ..case(
+            "control/check-privileges",
+            "check names what a drop-in of the unit takes from the daemon, and FREEZE fails for want of it",
+            check_privileges,
         )
     }.long(),
     case(
@@ -390,7 +419,10 @@ fn check(guest: &Guest) -> Result<()> {
     guest.sh("echo 10 >/proc/sys/kernel/hung_task_timeout_secs
          echo 1 >/proc/sys/kernel/hung_task_panic")?;
     guest.watch_opens("/mnt/a", Some("/run/opens"))?;
-    guest.sh("echo 'exclude.types = [\"zfs\"]' >/etc/hv_vss/daemon.toml")?;
+    guest.sh("cat >/etc/hv_vss/daemon.toml <<'END'
+exclude.types = ['zfs']
+hooks = { qemu = true, optional = ['9*'] }
+END")?;
     guest.sh("touch /etc/hv_vss/hooks.d/20-b")?;
     let text = asked(guest, "check", 7);
     guest.release_opens()?;
@@ -402,6 +434,8 @@ fn check(guest: &Guest) -> Result<()> {
             "hung_task_panic",
             "(fanotify)",
             "exclude type zfs matches no file system",
+            "the rule hooks.optional 9* matches no hook",
+            "hooks.qemu is set, and there is no hook",
             "20-b is not called: it is not executable",
         ],
     )?;
@@ -436,11 +470,10 @@ fn check(guest: &Guest) -> Result<()> {
          printf '#!/bin/sh\\nexit 1\\n' >/run/without/modinfo
          chmod 755 build /run/without/modinfo",
     )?;
+    const WITHOUT: &str = "PATH=/run/without:$PATH /payload/hv_vss_daemon check";
     let with = asked(guest, "check", 7);
-    let without = guest.try_sh("PATH=/run/without:$PATH /payload/hv_vss_daemon check");
-    guest.sh("rm -rf /usr/src/hv_vss-1 /run/without")?;
+    let without = guest.try_sh(WITHOUT)?;
     says(&with?, &["hv_vss is built and hv_utils serves"])?;
-    let without = without?;
     equal("how check without it ends", without.status, Some(7))?;
     let release = guest.sh("uname -r")?;
     let line = format!("not built for {}: no headers", release.trim());
@@ -448,16 +481,27 @@ fn check(guest: &Guest) -> Result<()> {
     stop(guest, Module::Stock, &daemon)?;
 
     let theirs = start(guest, Module::Stock, Daemon::Debian)?;
-    let text = asked(guest, "check", 6)?;
+    let told = guest.try_sh(WITHOUT)?;
+    guest.sh("rm -rf /usr/src/hv_vss-1 /run/without")?;
+    equal("how check beside theirs ends", told.status, Some(6))?;
     says(
-        &text,
+        &told.out,
         &[
             "no daemon of ours serves",
             &format!("(process {}, /", theirs.pid),
             ") has /dev/vmbus/hv_vss",
+            &line,
         ],
     )?;
-    stop(guest, Module::Stock, &theirs)
+    stop(guest, Module::Stock, &theirs)?;
+
+    // What a drop-in of the unit may take from it.
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.spawn(&["unshare", "-m", "/payload/hv_vss_daemon", "-n"])?;
+    wait_for_daemon(guest)?;
+    let text = asked(guest, "check", 7)?;
+    says(&text, &["has a mount namespace of its own"])?;
+    stop(guest, guest.module(), &daemon)
 }
 
 fn reload(guest: &Guest) -> Result<()> {
@@ -521,6 +565,38 @@ fn reload(guest: &Guest) -> Result<()> {
     guest.sh("rm -rf /etc/hv_vss").map(drop)
 }
 
+fn reload_while_waiting(guest: &Guest) -> Result<()> {
+    make_one(guest)?;
+    let theirs = start(guest, Module::Stock, Daemon::Debian)?;
+    guest.sh("echo 'strict = false' >/run/waiting.toml")?;
+    // As a service manager starts it.
+    let line = "NOTIFY_SOCKET=/run/nobody exec /payload/hv_vss_daemon -n -c /run/waiting.toml";
+    let daemon = guest.spawn(&["sh", "-c", line])?;
+    guest.wait_until("it waits", STEP, || {
+        let said = guest.output(&daemon)?;
+        Ok(said.contains("another program serves the device"))
+    })?;
+    guest.sh("echo 'exclude.paths = [\"/mnt/a\"]' >/run/waiting.toml")?;
+    guest.signal(&daemon, 1)?;
+    guest.signal(&theirs, 15)?;
+    guest.wait(&theirs, STEP)?;
+    guest.wait_until("it serves", STEP, || {
+        ensure!(!guest.has_ended(&daemon)?, "SIGHUP has ended it");
+        let said = guest.output(&daemon)?;
+        Ok(said.contains("the configuration is read again") && said.contains("registered with"))
+    })?;
+    guest.vss().wait_open(STEP)?;
+    guest.vss().agree(STEP)?;
+    let root_alone = super::Seen {
+        still: vec!["/writer".into()],
+        moving: vec!["/mnt/a/w".into()],
+        ..super::good(&["/writer", "/mnt/a/w"])
+    };
+    equal("a backup by the file of then", observe(guest)?, root_alone)?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest.sh("rm /run/waiting.toml").map(drop)
+}
+
 fn systemctl_reload(guest: &Guest) -> Result<()> {
     const JOURNAL: &str = "journalctl --quiet --boot --unit hv_vss";
     guest.sh("modprobe hv_vss")?;
@@ -553,6 +629,93 @@ fn systemctl_reload(guest: &Guest) -> Result<()> {
     equal("the service", active.trim(), "active")?;
     guest
         .sh("rm /etc/hv_vss/daemon.toml.d/test.toml; systemctl stop hv_vss")
+        .map(drop)
+}
+
+/// Starts the service of the systemd guest.
+fn start_service(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe hv_vss && udevadm settle && systemctl restart hv_vss")?;
+    guest.vss().wait_open(STEP)?;
+    guest.vss().agree(STEP)?;
+    Ok(())
+}
+
+fn varlink(guest: &Guest) -> Result<()> {
+    const SOCKET: &str = "/run/hv_vss/control";
+    const NAME: &str = "org.hv-vss.Daemon";
+    guest.sh("rm -rf /var/lib/hv_vss")?;
+    start_service(guest)?;
+    let says = |line: &str, word: &str| {
+        let text = guest.sh(line)?;
+        ensure!(text.contains(word), "{line} should say {word}:\n{text}");
+        Ok(())
+    };
+    says(&format!("varlinkctl info {SOCKET}"), NAME)?;
+    let line = format!("varlinkctl introspect {SOCKET} {NAME}");
+    says(&line, "method Check() ->")?;
+    let vss = guest.vss();
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    let called = |method: &str| -> Result<serde_json::Value> {
+        let line = format!("varlinkctl call --json=short {SOCKET} {NAME}.{method} '{{}}'");
+        Ok(serde_json::from_str(&guest.sh(&line)?)?)
+    };
+    guest.wait_until("the backup is remembered", STEP, || {
+        let backups = &called("History")?["backups"];
+        Ok(backups[0]["result"] == "good" && backups[1].is_null())
+    })?;
+    equal("status", &called("Status")?["phase"], &"idle".into())?;
+    equal("thaw", &called("Thaw")?["thawed"], &false.into())?;
+    let found = &called("Check")?["findings"];
+    ensure!(found[0]["what"] == "daemon", "what check finds: {found}");
+    guest
+        .sh("systemctl stop hv_vss; rm -rf /var/lib/hv_vss")
+        .map(drop)
+}
+
+fn no_device(guest: &Guest) -> Result<()> {
+    const JOURNAL: &str = "journalctl --quiet --boot --unit hv_vss";
+    guest.sh("systemctl stop hv_vss; modprobe -r hv_vss; udevadm settle")?;
+    let then = guest.sh(JOURNAL)?.len();
+    guest.sh("systemctl start hv_vss")?;
+    guest.wait_until("the journal says what to do", STEP, || {
+        let text = guest.sh(JOURNAL)?;
+        let new = text.get(then..).unwrap_or_default();
+        Ok(new.contains("no /dev/vmbus/hv_vss: no driver is loaded: modprobe hv_vss"))
+    })?;
+    let line = "systemctl show --property=ActiveState,Result,NRestarts hv_vss";
+    guest.wait_until("the service is at rest", STEP, || {
+        Ok(guest.sh(line)?.contains("ActiveState=inactive"))
+    })?;
+    let state = guest.sh(line)?;
+    ensure!(
+        state.contains("NRestarts=0"),
+        "it should not be started again:\n{state}"
+    );
+    start_service(guest)?;
+    guest.sh("systemctl stop hv_vss").map(drop)
+}
+
+fn check_privileges(guest: &Guest) -> Result<()> {
+    const DROP_IN: &str = "/run/systemd/system/hv_vss.service.d";
+    guest.sh(&format!(
+        "mkdir -p {DROP_IN}
+         printf '[Service]\nCapabilityBoundingSet=~CAP_SYS_ADMIN\nPrivateTmp=yes\n' >{DROP_IN}/test.conf
+         systemctl daemon-reload"
+    ))?;
+    start_service(guest)?;
+    let ended = guest.try_sh("hv_vss check")?;
+    for words in ["lacks CAP_SYS_ADMIN", "has a mount namespace of its own"] {
+        ensure!(
+            ended.status == Some(6) && ended.out.contains(words),
+            "check should say {words:?}, it was: {ended:?}"
+        );
+    }
+    answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::FAIL)?;
+    guest
+        .sh(&format!(
+            "rm -r {DROP_IN}; systemctl stop hv_vss; systemctl daemon-reload"
+        ))
         .map(drop)
 }
 

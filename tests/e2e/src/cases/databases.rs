@@ -676,6 +676,13 @@ fn killed(guest: &Guest, server: Server) -> Result<()> {
             };
             equal(&format!("{what}: the answer to THAW"), thaw, expected)?;
         }
+        if frozen && victim != Victim::Daemon {
+            // The copy has what was locked until then, and nobody has to find that out by himself.
+            guest.wait_until(&format!("{what}: status has a warning"), STEP, || {
+                let status = guest.try_sh("/payload/hv_vss_daemon status")?;
+                Ok(status.out.contains("hook 50-mariadb"))
+            })?;
+        }
         rig.go_on(guest, &what, 1, SOON)?;
         let_go(guest).with_context(|| what.clone())?;
     }

@@ -24,9 +24,15 @@ pub const CASES: &[Case] = &[
     case(
         "hooks/failing",
         "one that is required fails: so does FREEZE, and all that were started are let go; one that is \
-         optional may fail",
+         optional may fail, and what fails at thaw is a warning of the backup",
         failing,
     ),
+    case(
+        "hooks/session-ended",
+        "what a hook has left running ends before FREEZE is answered: FREEZE fails, or the backup has a warning if \
+         the hook is optional; while all is frozen it is a warning",
+        session_ended,
+    ).long(),
     case(
         "hooks/hung",
         "one that hangs is killed at its limit with all it has started, and let go",
@@ -58,6 +64,12 @@ pub const CASES: &[Case] = &[
         "the daemon is killed while a hook is at freeze, and while all is frozen: the next start lets go, \
          once; so does thaw by hand",
         killed,
+    ).long(),
+    case(
+        "hooks/rehearsal",
+        "a rehearsal calls hooks as a backup does, fails with one that is required, and calls none when told so; what \
+         one leaves that dies beside the daemon, the next backup lets go",
+        rehearsal,
     ).long(),
     case(
         "hooks/unfit",
@@ -248,7 +260,71 @@ fn failing(guest: &Guest) -> Result<()> {
         "10-a thaw good",
     ];
     noted(guest, "with one optional", &expected)?;
+    told(guest, "hook 20-b, freeze: it failed with exit status 7")?;
+    hook(guest, "20-b", "[ $1 != thaw ]")?;
+    good_backup(guest, "a backup with one that fails at thaw")?;
+    told(guest, "hook 20-b, thaw: it failed with exit status 1")?;
     stop_at_rest(guest, Module::Ours, &daemon)?;
+    end(guest)
+}
+
+/// Waits until `status` says this of the last backup.
+fn told(guest: &Guest, words: &str) -> Result<()> {
+    guest.wait_until(&format!("status says {words:?}"), STEP, || {
+        let status = guest.try_sh("/payload/hv_vss_daemon status")?;
+        Ok(status.out.contains(words))
+    })
+}
+
+fn session_ended(guest: &Guest) -> Result<()> {
+    prepare(guest)?;
+    let vss = guest.vss();
+    let stays = "[ $1 != freeze ] || { sleep 4711 & echo $! >/run/session; }";
+    hook(guest, "10-a", stays)?;
+    // It takes long enough for the session to be one.
+    let ends = "[ $1 != freeze ] || { sleep 1; kill -9 $(cat /run/session); }";
+    hook(guest, "20-b", ends)?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    let expected = [
+        "10-a freeze ",
+        "20-b freeze ",
+        "20-b thaw failed",
+        "10-a thaw failed",
+    ];
+    noted(guest, "a session that has ended", &expected)?;
+    let why = "hook 10-a: what it had left running has ended before all was frozen";
+    guest.wait_until("the log says why", STEP, || {
+        let said = guest.output(&daemon)?;
+        Ok(said.contains(&format!("FREEZE fails, it is called off: {why}")))
+    })?;
+    equal(
+        "writers that stand still",
+        super::stuck_writers(guest)?,
+        vec![],
+    )?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+
+    let config = "[hooks]\noptional = ['10-*']";
+    let daemon = start_with(guest, Module::Ours, &[], config)?;
+    good_backup(guest, "a backup with that one optional")?;
+    told(guest, why)?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+
+    hook(guest, "20-b", "")?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until("both writers stand still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 700_000))
+    })?;
+    guest.sh("kill -9 $(cat /run/session)")?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    told(
+        guest,
+        "hook 10-a: what it had left running has ended while all was frozen",
+    )?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
+    guest.sh("rm -f /run/session")?;
     end(guest)
 }
 
@@ -474,6 +550,53 @@ fn killed(guest: &Guest) -> Result<()> {
         noted(guest, "the next backup", &all)?;
         stop_at_rest(guest, module, &daemon)?;
     }
+    end(guest)
+}
+
+fn rehearsal(guest: &Guest) -> Result<()> {
+    const REHEARSAL: &str = "/payload/hv_vss_daemon freeze --for 100ms";
+    prepare(guest)?;
+    hook(guest, "10-a", "")?;
+    guest.sh(REHEARSAL)?;
+    noted(guest, "a rehearsal", &["10-a freeze ", "10-a thaw good"])?;
+    guest.sh(&format!("{REHEARSAL} --no-hooks"))?;
+    equal("hooks that are not to be called", notes(guest)?.len(), 0)?;
+    hook(guest, "20-b", "[ $1 != freeze ]")?;
+    let ended = guest.try_sh(REHEARSAL)?;
+    ensure!(
+        ended.status == Some(1)
+            && ended
+                .err
+                .contains("hook 20-b: it failed with exit status 1"),
+        "a rehearsal with a hook that fails should fail: {ended:?}"
+    );
+    let expected = [
+        "10-a freeze ",
+        "20-b freeze ",
+        "20-b thaw failed",
+        "10-a thaw failed",
+    ];
+    noted(guest, "a rehearsal that fails", &expected)?;
+    hook(guest, "20-b", HANGS)?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "1s"])?;
+    let expected = ["10-a freeze ", "20-b freeze "];
+    noted(guest, "a rehearsal that dies", &expected)?;
+    guest.signal(&rehearsal, 9)?;
+    guest.wait(&rehearsal, STEP)?;
+    hook(guest, "20-b", "")?;
+    good_backup(guest, "the next backup")?;
+    let expected = [
+        "20-b thaw unknown",
+        "10-a thaw unknown",
+        "10-a freeze ",
+        "20-b freeze ",
+        "20-b thaw good",
+        "10-a thaw good",
+    ];
+    noted(guest, "the next backup", &expected)?;
+    nothing_hangs(guest)?;
+    stop_at_rest(guest, Module::Ours, &daemon)?;
     end(guest)
 }
 
