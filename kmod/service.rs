@@ -63,9 +63,6 @@ const THAW_MS: u32 = 5_000;
 /// milliseconds.
 const AGAIN_MS: u32 = 500;
 
-/// How long it does so in all: what takes longer hangs, and the caller has others to freeze.
-const LEFTOVER_MS: u64 = 1_000;
-
 /// Longest write that is looked at: more than any message or frame has.
 const MAX_WRITE: usize = 64;
 
@@ -397,7 +394,7 @@ impl Service {
             0 => self.parameters.hold_ms,
             ms => ms.min(self.parameters.hold_ms),
         };
-        let until = self.now().saturating_add(LEFTOVER_MS * 1000);
+        let until = self.now().saturating_add(u64::from(limit_ms) * 1000);
         let mut request = hold::Request::new(asked.id, file_system, count);
         loop {
             // Allowed and begun under one lock, so that whoever ends what this is for finds it.

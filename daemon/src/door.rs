@@ -60,10 +60,6 @@ pub trait Door: Send + Sync {
     /// Thaws all at once, without waiting, while others may still be inside a freeze.
     fn let_go(&self);
 
-    /// Thaws all at once as [`Door::let_go`] does; what is inside a freeze returns with `ESTALE`, and is
-    /// thawed when it comes back. Only where nobody else can thaw.
-    fn call_off(&self) {}
-
     /// After the thaw. What the kernel has refused to thaw is `left`: that is still ours.
     fn disarm(&self, left: &[BorrowedFd<'_>]);
 

@@ -30,7 +30,7 @@ use crate::mounts::DevId;
 use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
 use crate::sys;
-use crate::writes::{Traffic, Writes};
+use crate::writes::Writes;
 
 /// How often one that waits for its turn looks whether all is off.
 const ABORT_TICK: Duration = Duration::from_millis(20);
@@ -40,8 +40,6 @@ const BUSY_TICK: Duration = Duration::from_millis(20);
 const THAW_TIME: Duration = Duration::from_millis(500);
 /// How long a look whether all is still frozen is waited for.
 const LOOK_TIME: Duration = Duration::from_millis(200);
-/// Enough for an ioctl.
-const CALL_OFF_STACK: usize = 64 * 1024;
 /// How often those that are frozen are thawed again because of one that is slow.
 const BACK_OFFS: usize = 3;
 
@@ -122,10 +120,7 @@ pub enum ThawError {
 enum State {
     Open,
     /// A thread is inside the call that freezes it.
-    Freezing {
-        /// Since then.
-        since: Instant,
-    },
+    Freezing,
     /// Frozen by this session.
     Ours {
         /// When the call began.
@@ -198,8 +193,6 @@ pub struct Target {
     pub name: String,
     /// Its wave in the plan, from 0.
     pub wave: usize,
-    /// The devices that it is on.
-    devices: Vec<DevId>,
     /// The disks that it is on, perhaps with others.
     disks: Vec<DevId>,
     /// Those and all devices in between; `None` where it may have a part of any other.
@@ -227,7 +220,6 @@ impl Target {
             dev,
             name,
             wave,
-            devices: Vec::new(),
             disks: Vec::new(),
             below: None,
             stands_on: None,
@@ -244,11 +236,6 @@ impl Target {
     /// What is on the same disks is written back one after the other.
     pub fn with_disks(self, disks: Vec<DevId>) -> Self {
         Target { disks, ..self }
-    }
-
-    /// It is on these devices, and whatever those are on.
-    pub fn on(self, devices: Vec<DevId>) -> Self {
-        Target { devices, ..self }
     }
 
     /// What is written to it is written to these devices, and no others.
@@ -286,24 +273,6 @@ impl Target {
         *self.state() = state;
     }
 
-    /// Its freeze has come to this, unless it was given up on meanwhile.
-    fn end_freezing(&self, state: State) -> bool {
-        let mut now = self.state();
-        let is_wanted = matches!(*now, State::Freezing { .. });
-        if is_wanted {
-            *now = state;
-        }
-        is_wanted
-    }
-
-    /// Since when a thread is inside the call that freezes it.
-    fn freezing_since(&self) -> Option<Instant> {
-        match *self.state() {
-            State::Freezing { since } => Some(since),
-            _ => None,
-        }
-    }
-
     /// Whether anything was written since then: somebody has thawed it for a while. A disk that has gone
     /// does not tell.
     fn was_written(&self) -> bool {
@@ -329,7 +298,7 @@ impl Target {
             }
             State::Foreign => (How::Foreign, None, None, None),
             State::Synced => (How::Synced, None, None, None),
-            State::Open | State::Freezing { .. } | State::Unsynced | State::Broken => {
+            State::Open | State::Freezing | State::Unsynced | State::Broken => {
                 (How::LeftOut, None, None, None)
             }
         };
@@ -384,8 +353,7 @@ pub struct Limits {
     pub parallel: usize,
     /// How many are written back at a time, before the freeze.
     pub write_back: usize,
-    /// How long the sync of one that cannot freeze may take, any other in which nothing is written, and a
-    /// freeze where it can be called off.
+    /// How long the sync of one that cannot freeze may take.
     pub give_up: Duration,
     /// How long what somebody else has frozen is waited for, in all.
     pub patience: Duration,
@@ -421,16 +389,8 @@ pub struct Learnt {
     usual: BTreeMap<DevId, Duration>,
     /// What has no means to freeze.
     unfreezable: BTreeSet<DevId>,
-    /// Whose sync has not returned.
-    late: Vec<Late>,
-}
-
-/// One whose sync has not returned, as long as its thread is there.
-struct Late {
-    dev: DevId,
-    thread: Weak<()>,
-    /// It is not only slow.
-    hangs: bool,
+    /// Whose sync has not returned, as long as its thread is there.
+    hung: Vec<(DevId, Weak<()>)>,
 }
 
 impl Learnt {
@@ -439,25 +399,9 @@ impl Learnt {
         self.unfreezable.contains(&dev)
     }
 
-    fn is_late(&self, dev: DevId) -> bool {
-        let mut late = self.late.iter();
-        late.any(|it| it.dev == dev && it.thread.strong_count() > 0)
-    }
-
     fn hangs(&self, dev: DevId) -> bool {
-        let mut late = self.late.iter().filter(|it| it.hangs);
-        late.any(|it| it.dev == dev && it.thread.strong_count() > 0)
-    }
-
-    /// The sync of one has not returned, with what is left of it if it was begun now.
-    fn is_left(&mut self, dev: DevId, thread: Option<Weak<()>>, hangs: bool) {
-        match thread {
-            Some(thread) => self.late.push(Late { dev, thread, hangs }),
-            None => {
-                let known = self.late.iter_mut().filter(|it| it.dev == dev);
-                known.for_each(|it| it.hangs |= hangs);
-            }
-        }
+        let mut hung = self.hung.iter();
+        hung.any(|(it, thread)| *it == dev && thread.strong_count() > 0)
     }
 }
 
@@ -470,8 +414,6 @@ enum Obstacle {
     Unfreezable(usize),
     /// It takes so long that the others were thawed again.
     Slow,
-    /// It took so long that it was given up on, and all others were thawed with it.
-    Stuck,
 }
 
 /// How the freeze has gone so far, for the one who looks on.
@@ -493,8 +435,6 @@ struct Work {
     armed: Mutex<Instant>,
     pace: Mutex<Pace>,
     obstacles: Mutex<Vec<Obstacle>>,
-    /// What was left out because it hangs.
-    hung: Mutex<BTreeSet<DevId>>,
     /// From then on what is busy is taken for frozen by somebody else.
     busy_until: Mutex<Option<Instant>>,
     failure: Mutex<Option<FreezeError>>,
@@ -568,7 +508,6 @@ impl Session {
                     longest: Duration::ZERO,
                 }),
                 obstacles: Mutex::new(Vec::new()),
-                hung: Mutex::default(),
                 busy_until: Mutex::new(None),
                 failure: Mutex::new(None),
                 no_room: Mutex::new(None),
@@ -601,7 +540,7 @@ impl Session {
 
     /// Adds to what is known, whatever came of the freeze.
     pub fn learn(&self, learnt: &mut Learnt) {
-        learnt.late.retain(|it| it.thread.strong_count() > 0);
+        learnt.hung.retain(|(_, thread)| thread.strong_count() > 0);
         for target in &self.work.targets {
             match *target.state() {
                 State::Ours { .. } | State::Thawed { .. } => {
@@ -610,7 +549,7 @@ impl Session {
                 State::Synced | State::Unsynced => {
                     learnt.unfreezable.insert(target.dev);
                 }
-                State::Open | State::Freezing { .. } | State::Foreign | State::Broken => {}
+                State::Open | State::Freezing | State::Foreign | State::Broken => {}
             }
             if let Some(took) = target.took() {
                 learnt.usual.insert(target.dev, took);
@@ -631,11 +570,9 @@ impl Session {
     /// is the longer the more share the processor or the disk. What is known not to freeze is left to
     /// [`Session::freeze`].
     ///
-    /// A disk may hang: one with which nothing has come to its end for so long is left out, and so is what
-    /// stands on it. What has not returned is left behind, also when it is all called off, and nobody
-    /// begins it anew before it has.
+    /// A disk may hang: when it is called off, what has not returned is left behind, and nobody begins it
+    /// anew before it has.
     pub fn sync(&self, learnt: &mut Learnt) {
-        self.leave_out_hung(learnt);
         let most = self.work.limits.write_back;
         self.work.progress.enter(Stage::Syncing, most);
         for wave in &self.waves {
@@ -643,9 +580,7 @@ impl Session {
                 let target = self.work.targets.get(**i);
                 target.is_some_and(|t| learnt.unfreezable.contains(&t.dev))
             };
-            let is_due = |i: &&usize| self.work.targets.get(**i).is_some_and(Target::is_due);
-            let wave = wave.iter().filter(|i| !known(i) && is_due(i));
-            let wave: Vec<usize> = wave.copied().collect();
+            let wave: Vec<usize> = wave.iter().filter(|i| !known(i)).copied().collect();
             self.sync_lanes(self.lanes(&wave), most.max(1), learnt);
         }
     }
@@ -656,14 +591,14 @@ impl Session {
         let (tell, told) = channel();
         let mut waiting: VecDeque<_> = lanes.into_iter().map(VecDeque::from).collect();
         let mut under_way: Vec<Syncing<'_>> = Vec::new();
-        while !work.gave_up() {
+        while !work.abort.load(Ordering::SeqCst) {
             while under_way.len() < most {
                 let Some(mut lane) = waiting.pop_front() else {
                     break;
                 };
                 let index = lane.pop_front();
                 let target = index.and_then(|index| work.targets.get(index));
-                if let Some((index, target)) = index.zip(target.filter(|it| it.is_due())) {
+                if let Some((index, target)) = index.zip(target) {
                     let since = Instant::now();
                     work.progress.begin(&target.name, since);
                     under_way.push(Syncing {
@@ -671,30 +606,15 @@ impl Session {
                         target,
                         since,
                         thread: None,
-                        flow: None,
                         rest: lane,
                     });
-                } else if !lane.is_empty() {
-                    waiting.push_front(lane);
                 }
             }
             if under_way.is_empty() {
                 return;
             }
-            let hangs = |it: &mut Syncing<'_>| it.hangs(work.limits.give_up);
-            while let Some(at) = under_way.iter_mut().position(hangs) {
-                let it = under_way.swap_remove(at);
-                work.progress.end(&it.target.name);
-                learnt.is_left(it.target.dev, it.thread, true);
-                let seconds = work.limits.give_up.as_secs();
-                let why = format!("hangs: its disk has done nothing for {seconds} s");
-                self.leave_out(it.target, why);
-                // Those on the same disk hang as well, perhaps: none waits for another.
-                let rest = it.rest.into_iter().map(|index| VecDeque::from([index]));
-                waiting.extend(rest);
-            }
             let due = under_way.iter_mut().filter(|it| it.thread.is_none());
-            for it in due.filter(|it| !learnt.is_late(it.target.dev)) {
+            for it in due.filter(|it| !learnt.hangs(it.target.dev)) {
                 it.thread = Some(self.begin_sync(it.index, it.target, &tell));
             }
             let (index, result) = match told.recv_timeout(ABORT_TICK) {
@@ -709,37 +629,9 @@ impl Session {
             waiting.push_front(ended.rest);
         }
         for it in under_way {
-            learnt.is_left(it.target.dev, it.thread, false);
-        }
-    }
-
-    /// Leaves out what hangs since an earlier sync.
-    fn leave_out_hung(&self, learnt: &Learnt) {
-        let known = |it: &&Target| learnt.unfreezable.contains(&it.dev);
-        let targets = self.work.targets.iter().filter(|it| !known(it));
-        for target in targets.filter(|it| it.is_due() && learnt.hangs(it.dev)) {
-            self.leave_out(target, "hangs: its last sync has not returned".into());
-        }
-    }
-
-    /// Leaves out one that hangs.
-    fn leave_out(&self, target: &Target, why: String) {
-        self.work.give_up_on(target, State::Broken, why);
-        lock(&self.work.hung).insert(target.dev);
-        self.leave_out_what_stands_on_it();
-    }
-
-    /// And what is known to stand on such a one: it would hang as well.
-    fn leave_out_what_stands_on_it(&self) {
-        let work = &self.work;
-        let hung = lock(&work.hung).clone();
-        // What is frozen is only where all is called off with it.
-        for target in work.targets.iter().filter(|it| it.is_due() || it.is_ours()) {
-            let stands_on = target.stands_on.iter().flatten();
-            if stands_on.into_iter().any(|it| hung.contains(it)) {
-                let why = "stands on one that hangs";
-                work.give_up_on(target, State::Broken, why.into());
-            }
+            learnt
+                .hung
+                .extend(it.thread.map(|thread| (it.target.dev, thread)));
         }
     }
 
@@ -803,7 +695,6 @@ impl Session {
         let work = &self.work;
         let known = |t: &Target| learnt.unfreezable.contains(&t.dev);
         let known: Vec<usize> = work.which(known);
-        self.leave_out_hung(learnt);
         self.sync_unfreezable(&known, learnt);
         work.progress.enter(Stage::Freezing, work.targets.len());
         *lock(&work.armed) = Instant::now();
@@ -821,11 +712,6 @@ impl Session {
         let work = &self.work;
         self.ask_again(known);
         for attempt in 0.. {
-            if work.door.watched_every().is_none() && !work.targets.iter().any(Target::is_ours) {
-                // The module's time begins with the first one that it holds.
-                *lock(&work.armed) = Instant::now();
-            }
-            self.leave_out_what_stands_on_it();
             self.leave_out_busy();
             *lock(&work.pace) = Pace {
                 last: Instant::now(),
@@ -891,7 +777,7 @@ impl Session {
                 State::Foreign => summary.foreign += 1,
                 State::Synced => summary.synced += 1,
                 State::Unsynced | State::Broken => summary.left_out += 1,
-                State::Open | State::Freezing { .. } | State::Thawed { .. } => {}
+                State::Open | State::Freezing | State::Thawed { .. } => {}
             }
         }
         summary
@@ -921,7 +807,7 @@ impl Session {
         self.run_stages(&self.pool, stages, Work::take_back);
         let unfreezable = obstacles.iter().filter_map(|it| match it {
             Obstacle::Unfreezable(index) => Some(*index),
-            Obstacle::Busy(_) | Obstacle::Slow | Obstacle::Stuck => None,
+            Obstacle::Busy(_) | Obstacle::Slow => None,
         });
         self.sync_unfreezable(&unfreezable.collect::<Vec<_>>(), learnt);
         for obstacle in obstacles {
@@ -989,7 +875,7 @@ impl Session {
                 work.give_up_on(target, State::Unsynced, "has no means to freeze".into());
                 continue;
             }
-            if learnt.is_late(target.dev) {
+            if learnt.hangs(target.dev) {
                 let why = "cannot freeze, and its last sync has not returned";
                 work.give_up_on(target, State::Unsynced, why.into());
                 continue;
@@ -1033,7 +919,7 @@ impl Session {
             let limit = work.limits.give_up.as_secs();
             let why = format!("cannot freeze, and its sync takes longer than {limit} s");
             work.give_up_on(target, State::Unsynced, why);
-            learnt.is_left(target.dev, Some(thread), true);
+            learnt.hung.push((target.dev, thread));
         }
     }
 
@@ -1073,71 +959,31 @@ impl Session {
                 ended.1.notify_all();
             }
         };
-        if work.targets.len() == 1 {
-            // Nobody stands still because of it, and nobody is left if it is given up on.
+        if count == 1 && !work.targets.iter().any(Target::is_ours) {
+            // Nobody stands still because of it.
             run_one(0);
         } else if count > 0 {
             let step = Arc::new(run_one);
             let mut may_back_off = may_back_off;
             self.pool.run_watched(count, step, || {
-                let stuck_at = self.give_up_on_stuck();
                 if !may_back_off {
-                    return stuck_at;
+                    return None;
                 }
                 let at = work.patience_ends(begin, longest);
                 may_back_off = Instant::now() < at;
                 if !may_back_off {
                     self.back_off();
                 }
-                stuck_at.into_iter().chain([at]).min()
+                Some(at)
             });
         }
-    }
-
-    /// Gives up on what has been inside its freeze for too long, where that can be called off; says when
-    /// there may be such a one. All else that is frozen is thawed with it, and it is tried again without.
-    fn give_up_on_stuck(&self) -> Option<Instant> {
-        let work = &self.work;
-        let limit = work.limits.give_up;
-        let now = Instant::now();
-        let ends = |it: &Target| it.freezing_since().map(|since| since + limit);
-        let stuck = work.which(|it| ends(it).is_some_and(|at| at <= now));
-        let can_be_called_off = work.door.watched_every().is_none();
-        if !can_be_called_off {
-            return None;
-        }
-        if stuck.is_empty() {
-            // One that is yet to begin cannot be stuck before that.
-            return work
-                .targets
-                .iter()
-                .filter_map(ends)
-                .min()
-                .or(Some(now + limit));
-        }
-        lock(&work.obstacles).push(Obstacle::Stuck);
-        for target in stuck.iter().filter_map(|i| work.targets.get(*i)) {
-            let seconds = limit.as_secs();
-            self.leave_out(
-                target,
-                format!("takes longer than {seconds} s to freeze (give_up)"),
-            );
-        }
-        // What stands on it may not be thawed before it comes back, and that is waited for there.
-        let door = Arc::clone(&work.door);
-        let builder = thread::Builder::new().name("call-off".into());
-        // Without a thread it is all called off from outside, a little later.
-        let _ = builder
-            .stack_size(CALL_OFF_STACK)
-            .spawn(move || door.call_off());
-        None
     }
 
     /// Lets those go on that stand still only because others take long to freeze: not those that stand on
     /// one of these. A thaw writes, and that would wait until the other is thawed again.
     fn back_off(&self) {
         let work = &self.work;
-        let slow = work.which(|t| t.freezing_since().is_some());
+        let slow = work.which(|t| *t.state() == State::Freezing);
         let slow: Vec<&Target> = slow.iter().filter_map(|i| work.targets.get(*i)).collect();
         let may_go = |t: &&Target| t.is_ours() && !slow.iter().any(|it| t.may_stand_on(it));
         let free = self.stages(|target| may_go(&target));
@@ -1273,41 +1119,8 @@ struct Syncing<'a> {
     since: Instant,
     /// There as long as it is; `None` while an earlier sync of the same is waited for.
     thread: Option<Weak<()>>,
-    /// Whether anything is written meanwhile, once it takes long.
-    flow: Option<Flow>,
     /// What is to be synced after it.
     rest: VecDeque<usize>,
-}
-
-/// What goes on on the devices of one.
-struct Flow {
-    devices: Vec<Traffic>,
-    /// How much had come to its end when that was looked at last, and since when.
-    done: Option<u64>,
-    since: Instant,
-}
-
-impl Syncing<'_> {
-    /// Whether its devices have something in hand, or are suspended, and nothing has come to its end for so
-    /// long. Where nobody tells, or the file system does something else, it is slow.
-    fn hangs(&mut self, limit: Duration) -> bool {
-        /// From then on it is looked at.
-        const LONG: Duration = Duration::from_secs(1);
-        if self.since.elapsed() < LONG.min(limit / 2) {
-            return false;
-        }
-        let flow = self.flow.get_or_insert_with(|| Flow {
-            devices: self.target.devices.iter().map(Traffic::of).collect(),
-            done: None,
-            since: Instant::now(),
-        });
-        let done = flow.devices.iter().map(Traffic::done).sum();
-        let waits = flow.devices.iter().any(Traffic::waits);
-        if done != flow.done || !waits {
-            (flow.done, flow.since) = (done, Instant::now());
-        }
-        done.is_some() && flow.since.elapsed() >= limit
-    }
 }
 
 /// Moves what stands on nothing and has nothing on it to the last wave but one; in the last is the root. One
@@ -1393,18 +1206,14 @@ impl Work {
             return;
         }
         let (name, start) = (&target.name, Instant::now());
-        *target.state() = State::Freezing { since: start };
+        *target.state() = State::Freezing;
         self.progress.begin(name, start);
         let result = self.door.freeze(target.as_fd());
         let took = start.elapsed();
         self.progress.end(name);
         match result {
             Ok(()) => {
-                *lock(&target.written) = target.writes.sectors();
-                if !target.end_freezing(State::Ours { since: start, took }) {
-                    // It was given up on in the same moment.
-                    return self.let_go(target);
-                }
+                target.set_frozen(State::Ours { since: start, took });
                 self.log.info(format!("{name} frozen, took {}", ms(took)));
                 let mut pace = lock(&self.pace);
                 pace.last = Instant::now();
@@ -1414,31 +1223,16 @@ impl Work {
                     // It hung while the rest was called off; others wait for it now.
                     self.thaw_one(target);
                 } else if lock(&self.obstacles).contains(&Obstacle::Slow)
-                    && self.targets.iter().any(|t| t.freezing_since().is_some())
+                    && self.targets.iter().any(|t| *t.state() == State::Freezing)
                 {
                     // The others were thawed meanwhile because of one that is slower still.
                     self.take_back(target);
                 }
             }
             Err(e) => {
-                let is_wanted = target.end_freezing(State::Open);
-                // The others were called off with the one that was stuck.
-                let is_stale = is(&e, Errno::ESTALE);
-                if is_wanted && !(is_stale && lock(&self.obstacles).contains(&Obstacle::Stuck)) {
-                    self.meet(index, target, e);
-                }
+                *target.state() = State::Open;
+                self.meet(index, target, e);
             }
-        }
-    }
-
-    /// Thaws one that nobody counts on.
-    fn let_go(&self, target: &Target) {
-        match self.door.thaw(target.as_fd()) {
-            Err(e) if !is(&e, Errno::EINVAL) => {
-                let name = &target.name;
-                self.log.error(format!("{name} cannot be thawed: {e}"));
-            }
-            _ => {}
         }
     }
 
@@ -1455,10 +1249,6 @@ impl Work {
                 self.log.warning(format!(
                     "{name} was frozen by somebody else before; it counts and stays theirs"
                 ));
-            }
-            Errno::EBUSY => {
-                let why = "hangs: somebody else has frozen it, or an earlier freeze has not ended";
-                self.give_up_on(target, State::Broken, why.into());
             }
             Errno::EOPNOTSUPP | Errno::ENOTTY => {
                 lock(&self.obstacles).push(Obstacle::Unfreezable(index));

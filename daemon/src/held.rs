@@ -97,11 +97,6 @@ impl Door for Held {
     /// The module does by itself when the FREEZE is failed or told to have ended, which has been done.
     fn let_go(&self) {}
 
-    fn call_off(&self) {
-        // What it cannot thaw it tries on; whoever freezes or thaws it next hears of it.
-        let _ = sys::let_go_of_all(self.hold.device.as_fd());
-    }
-
     /// The module goes on by itself with what is left.
     fn disarm(&self, _left: &[BorrowedFd<'_>]) {}
 

@@ -483,8 +483,7 @@ fn target(opened: Opened) -> Target {
         fs_type,
         devices,
     } = opened;
-    let target = Target::new(dev, name, wave, fd).on(devices.clone());
-    let target = target.with_disks(disks);
+    let target = Target::new(dev, name, wave, fd).with_disks(disks);
     let target = target.with_all_below(below).standing_on(stands_on);
     match fs_type.as_str() {
         "btrfs" => target.asked(Box::new(move |fd| {

@@ -58,8 +58,6 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fr
 const PREPARED: Duration = Duration::from_secs(1);
 /// How often it is looked what a freeze is at.
 const LOOK: Duration = Duration::from_millis(500);
-/// How much later than whoever freezes the event loop gives up.
-const SLACK: Duration = Duration::from_secs(1);
 /// How long a start waits for the log.
 const FIRST_LINES: Duration = Duration::from_millis(500);
 /// How long a stop waits for the last entry of the history. The next start adds what it does not see there.
@@ -550,8 +548,7 @@ impl Service {
     fn look_at_freeze(&mut self, now: Instant) {
         let Some(job) = &self.hands.job else { return };
         let limit = self.hands.config.give_up;
-        // Where one alone can be given up on, that comes first.
-        if let Some(names) = job.progress().stuck(now, limit + SLACK) {
+        if let Some(names) = job.progress().stuck(now, limit) {
             let seconds = limit.as_secs();
             let why = format!("{names} takes longer than {seconds} s to freeze (give_up)");
             self.end_early(why.into(), thawed::DEADLINE);

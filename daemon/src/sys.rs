@@ -135,16 +135,10 @@ pub fn hold(device: BorrowedFd<'_>, freeze: &IocFreeze) -> io::Result<()> {
 /// Thaws what [`hold`] has frozen on the file system that `fd` is open on. Fails with `EINVAL` when it is
 /// not held (any more).
 pub fn let_go(device: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
-    let_go_of(device, fd.as_raw_fd())
-}
-
-/// Thaws all that [`hold`] has frozen, and calls off what it is freezing. Waits for what was frozen.
-pub fn let_go_of_all(device: BorrowedFd<'_>) -> io::Result<()> {
-    let_go_of(device, -1)
-}
-
-fn let_go_of(device: BorrowedFd<'_>, fd: RawFd) -> io::Result<()> {
-    let thaw = IocThaw { fd, flags: 0 };
+    let thaw = IocThaw {
+        fd: fd.as_raw_fd(),
+        flags: 0,
+    };
     // SAFETY: as for `hold`: an open device and one structure to read.
     unsafe { ioctl::let_go(device.as_raw_fd(), &thaw) }?;
     Ok(())

@@ -43,60 +43,17 @@ impl From<Vec<File>> for Writes {
 }
 
 fn sectors_of(stat: &File) -> Option<u64> {
-    numbers_in(stat)?.get(WRITE_SECTORS).copied()
-}
-
-/// The numbers in a file of sysfs.
-fn numbers_in(file: &File) -> Option<Vec<u64>> {
     // Seventeen numbers of at most twenty digits.
     let mut text = [0; 512];
-    let read = file.read_at(&mut text, 0).ok()?;
+    let read = stat.read_at(&mut text, 0).ok()?;
     parse(std::str::from_utf8(text.get(..read)?).ok()?)
 }
 
-fn parse(text: &str) -> Option<Vec<u64>> {
-    let words = text.split_ascii_whitespace();
-    words.map(|it| it.parse().ok()).collect()
-}
-
-/// Where `stat` counts what has come to its end: reads, writes, discards, flushes.
-const DONE: [usize; 4] = [0, 4, 11, 15];
-/// And what a device has in hand.
-const IN_FLIGHT: usize = 8;
-
-/// What a device has in hand, and what of it comes to its end.
-#[derive(Debug, Default)]
-pub struct Traffic {
-    stat: Option<File>,
-    /// Whether it is suspended, for what the device mapper has made: what comes then is not in hand.
-    suspended: Option<File>,
-}
-
-impl Traffic {
-    /// That of this device.
-    pub fn of(dev: &DevId) -> Self {
-        let open = |name: &str| File::open(format!("/sys/dev/block/{dev}/{name}")).ok();
-        Traffic {
-            stat: open("stat"),
-            suspended: open("dm/suspended"),
-        }
-    }
-
-    /// How much has come to its end; `None` when nobody tells.
-    pub fn done(&self) -> Option<u64> {
-        let numbers = numbers_in(self.stat.as_ref()?)?;
-        // Older kernels do not count the last ones.
-        let counts = DONE.iter().filter_map(|at| numbers.get(*at));
-        Some(counts.fold(0, |sum, it| it.wrapping_add(sum)))
-    }
-
-    /// Whether it has something in hand, or is suspended.
-    pub fn waits(&self) -> bool {
-        let numbers = self.stat.as_ref().and_then(numbers_in);
-        let in_flight = numbers.and_then(|it| it.get(IN_FLIGHT).copied());
-        let suspended = self.suspended.as_ref().and_then(numbers_in);
-        in_flight.is_some_and(|it| it > 0) || suspended.is_some_and(|it| it == [1])
-    }
+fn parse(stat: &str) -> Option<u64> {
+    stat.split_ascii_whitespace()
+        .nth(WRITE_SECTORS)?
+        .parse()
+        .ok()
 }
 
 /// Devices that nothing should be written to for a while.
@@ -206,36 +163,14 @@ fn of_kind<'a>(swaps: &'a str, kind: &'a str) -> impl Iterator<Item = &'a str> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-    use std::sync::atomic::{AtomicU32, Ordering};
-
-    /// A device with these files.
-    pub(crate) fn traffic(stat: &str, suspended: Option<&str>) -> Traffic {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let file = |text: &str| {
-            let number = COUNT.fetch_add(1, Ordering::SeqCst);
-            let name = format!("hv-vss-traffic-{}-{number}", std::process::id());
-            let path = std::env::temp_dir().join(name);
-            fs::write(&path, text).unwrap();
-            let file = File::open(&path).unwrap();
-            fs::remove_file(path).unwrap();
-            file
-        };
-        Traffic {
-            stat: Some(file(stat)),
-            suspended: suspended.map(file),
-        }
-    }
 
     #[test]
     fn sectors_written_are_the_seventh_number() {
         let line = "    5198     1200   402116     3121     9001      800   331072     5233        0     4100     8354        0        0        0        0        0        0\n";
-        assert_eq!(parse(line).unwrap()[WRITE_SECTORS], 331_072);
-        assert_eq!(parse("1 2 three"), None);
-        let traffic = traffic(line, None);
-        assert_eq!(traffic.done(), Some(5198 + 9001));
-        assert!(!traffic.waits());
+        assert_eq!(parse(line), Some(331_072));
+        assert_eq!(parse("1 2 3"), None);
     }
 
     #[test]

@@ -25,8 +25,6 @@ struct Double {
     failures: Mutex<BTreeMap<Call, (Errno, usize)>>,
     /// How long a first call takes.
     slow: Mutex<BTreeMap<Call, Duration>>,
-    /// How often all was called off: a freeze that is slow then returns.
-    called_off: AtomicU64,
     left: Mutex<Vec<usize>>,
     /// As [`Door::watched_every`].
     watched_every: Option<Duration>,
@@ -48,14 +46,7 @@ impl Double {
         let number = self.numbers[&inode_of(fd)];
         lock(&self.calls).push((what, number));
         let slow = lock(&self.slow).remove(&(what, number));
-        let until = Instant::now() + slow.unwrap_or_default();
-        let before = self.called_off.load(Ordering::SeqCst);
-        while Instant::now() < until {
-            thread::sleep(SHORT / 60);
-            if what == "freeze" && self.called_off.load(Ordering::SeqCst) != before {
-                return Err(Errno::ESTALE.into());
-            }
-        }
+        thread::sleep(slow.unwrap_or_default());
         match lock(&self.failures).get_mut(&(what, number)) {
             Some((errno, times)) if *times > 0 => {
                 *times -= 1;
@@ -86,11 +77,6 @@ impl Door for Double {
     }
     fn settle(&self, _targets: &[Target]) {}
     fn let_go(&self) {}
-    fn call_off(&self) {
-        self.called_off.fetch_add(1, Ordering::SeqCst);
-        let slow = lock(&self.slow).remove(&("call off", 0));
-        thread::sleep(slow.unwrap_or_default());
-    }
     fn disarm(&self, _left: &[BorrowedFd<'_>]) {}
     fn watched_every(&self) -> Option<Duration> {
         self.watched_every
@@ -488,108 +474,10 @@ fn a_sync_that_hangs_ends_when_it_is_called_off_and_is_not_begun_again_before_it
     // The next one is of the other only, or waits.
     let mut other = setup(&[0, 0], &[], false);
     other.learnt = std::mem::take(&mut s.learnt);
-    assert!(other.learnt.is_late("8:0".parse().unwrap()));
+    assert!(other.learnt.hangs("8:0".parse().unwrap()));
     other.session.sync(&mut other.learnt);
     assert!(begun.elapsed() >= SHORT * 10, "{:?}", begun.elapsed());
     assert_eq!(other.calls(), [("sync", 0), ("sync", 1)]);
-}
-
-#[test]
-fn one_that_hangs_in_its_freeze_is_left_out_where_that_can_be_called_off_with_what_stands_on_it() {
-    let hangs = |strict, call_off: Duration| {
-        let waves = [(0, None), (1, None), (1, None), (2, None)];
-        let stand_on = [Some(&["8:1"][..]), Some(&[]), Some(&[]), None];
-        let s = setup_before(Double::default(), &waves, &stand_on, &[], strict);
-        s.means.pool.grow(3).unwrap();
-        s.slow("freeze", 1, SHORT * 100);
-        s.slow("call off", 0, call_off);
-        s
-    };
-    // What stands on it is thawed when it comes back, which nobody waits for.
-    let mut s = hangs(false, SHORT * 100);
-    let begun = Instant::now();
-    let summary = s.freeze().unwrap();
-    assert!(begun.elapsed() < SHORT * 50, "{:?}", begun.elapsed());
-    assert_eq!((summary.ours, summary.left_out), (2, 2));
-    let how: Vec<How> = s.session.account().iter().map(|it| it.how).collect();
-    assert_eq!(how, [How::LeftOut, How::LeftOut, How::Frozen, How::Frozen]);
-    let tried = |number| {
-        s.calls()
-            .iter()
-            .filter(|it| **it == ("freeze", number))
-            .count()
-    };
-    assert_eq!((tried(1), tried(3)), (1, 1));
-    s.session.thaw().unwrap();
-
-    let error = hangs(true, Duration::ZERO).freeze().unwrap_err();
-    assert!(error.to_string().contains("/fs1"), "{error}");
-
-    // Where anybody can thaw nothing calls it off: whoever looks on from outside ends it all.
-    let mut s = setup(&[0, 0], &[], false);
-    s.slow("freeze", 1, SHORT * 3);
-    let summary = s.freeze().unwrap();
-    assert_eq!((summary.ours, summary.left_out), (2, 0));
-}
-
-#[test]
-fn as_many_as_hang_are_left_out() {
-    let waves: Vec<_> = (0..5).map(|wave| (wave, None)).collect();
-    let mut s = setup_before(Double::default(), &waves, &[], &[], false);
-    for number in 0..4 {
-        s.slow("freeze", number, SHORT * 100);
-    }
-    let begun = Instant::now();
-    let summary = s.freeze().unwrap();
-    assert_eq!((summary.ours, summary.left_out), (1, 4));
-    assert!(begun.elapsed() < SHORT * 50, "{:?}", begun.elapsed());
-}
-
-#[test]
-fn what_comes_through_in_the_moment_in_which_it_is_given_up_on_is_thawed() {
-    let s = setup_before(Double::default(), &[(0, None), (0, None)], &[], &[], false);
-    let target = &s.session.targets()[0];
-    *target.state() = State::Freezing {
-        since: Instant::now(),
-    };
-    s.session.leave_out(target, "hangs".into());
-    assert!(!target.end_freezing(State::Open));
-    s.session.work.let_go(target);
-    assert!(!target.is_ours() && !target.is_due());
-    assert_eq!(s.calls(), [("thaw", 0)]);
-}
-
-#[test]
-fn a_disk_that_has_work_in_hand_and_ends_none_hangs_and_any_other_is_slow() {
-    let s = setup(&[0], &[], false);
-    let mut syncing = Syncing {
-        index: 0,
-        target: &s.session.targets()[0],
-        since: Instant::now() - SHORT,
-        thread: None,
-        flow: None,
-        rest: VecDeque::new(),
-    };
-    let mut looks = |stat: &str, suspended: Option<&str>| {
-        let devices = vec![crate::writes::tests::traffic(stat, suspended)];
-        let flow = syncing.flow.get_or_insert_with(|| Flow {
-            devices: Vec::new(),
-            done: None,
-            since: Instant::now(),
-        });
-        flow.devices = devices;
-        syncing.hangs(SHORT);
-        thread::sleep(SHORT);
-        syncing.hangs(SHORT)
-    };
-    let stat = |writes: u32, in_flight: u32| format!("0 0 0 0 {writes} 0 64 0 {in_flight} 0 0");
-    assert!(looks(&stat(3, 1), None));
-    assert!(!looks(&stat(5, 0), None), "it computes, or nobody counts");
-    assert!(looks(&stat(5, 0), Some("1")), "it is suspended");
-    assert!(!looks(&stat(5, 0), Some("0")));
-    syncing.flow = None;
-    thread::sleep(SHORT);
-    assert!(!syncing.hangs(SHORT), "nobody tells");
 }
 
 #[test]

@@ -35,16 +35,6 @@ pub const CASES: &[Case] = &[
         disk_gone,
     ),
     case(
-        "broken/hung-write-back",
-        "a disk that takes no write any more: left out, the others are frozen, also in the next backup; strict fails",
-        hung_write_back,
-    ),
-    case(
-        "broken/hung-freeze",
-        "one that hangs in its freeze: the same where the module can call that off",
-        hung_freeze,
-    ),
-    case(
         "broken/write-protected",
         "a disk made read-only under its file system is written to all the same, and stands still",
         write_protected,
@@ -210,91 +200,6 @@ fn disk_gone(guest: &Guest) -> Result<()> {
     let ours = left_out(guest, &["/mnt/bad (ext4, 8:0)"])?;
     compare(guest, "a disk was taken away under its file system", &ours)?;
     guest.sh("umount /mnt/bad && rmmod scsi_debug").map(drop)
-}
-
-/// Two file systems, one on a disk that can be made to hang, and a writer on the other.
-fn make_two(guest: &Guest) -> Result<()> {
-    guest.sh("mkdir -p /mnt/good && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/good")?;
-    make_hung(guest)?;
-    Ok(guest.writer_start("/mnt/good/w")?)
-}
-
-/// Backs up with one that hangs, twice, again with strict rules, and when its disk is back.
-fn beside_what_hangs(guest: &Guest, module: Module, hang: &str) -> Result<()> {
-    let vss = guest.vss();
-    load(guest, module, &[])?;
-    let daemon = guest.start_daemon_with("give_up = 2")?;
-    wait_for_daemon(guest)?;
-    guest.sh(hang)?;
-    for round in 1..=2 {
-        let one = || -> Result<()> {
-            guest.writers_reset()?;
-            answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
-            let longest = guest.writers()?.iter().map(|it| it.longest_us).max();
-            let limit = guest
-                .host()
-                .patience(Duration::from_millis(700))
-                .as_micros() as u64;
-            ensure!(
-                longest.is_some_and(|it| it < limit),
-                "a neighbour stood still for {longest:?} us until all but one were frozen"
-            );
-            guest.wait_until("the neighbour stands still", STEP, || {
-                Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-            })?;
-            answered("THAW", &vss.thaw(STEP)?, status::OK)?;
-            Ok(())
-        };
-        one().with_context(|| format!("backup {round} with one that hangs"))?;
-    }
-    let said = super::logged_all(guest, &daemon, 2)?;
-    let mut lines = said.lines();
-    ensure!(
-        lines.any(|it| it.contains("warning")
-            && it.contains("/mnt/hung")
-            && it.contains("left out")),
-        "what was left out should be named:\n{said}"
-    );
-    guest.sh(UNHANG)?;
-    guest.wait_until("what hung is frozen again", STEP, || {
-        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
-        let is_frozen = guest.try_sh("timeout 1 touch /mnt/hung/new")?.status != Some(0);
-        answered("THAW", &vss.thaw(STEP)?, status::OK)?;
-        Ok(is_frozen)
-    })?;
-    guest.sh("touch /mnt/hung/new")?;
-    stop(guest, module, &daemon)?;
-
-    load(guest, module, &[])?;
-    let daemon = guest.start_daemon_with("give_up = 2\nstrict = true")?;
-    wait_for_daemon(guest)?;
-    guest.sh(hang)?;
-    let freeze = vss.freeze(&[], STEP)?;
-    answered("a strict FREEZE", &freeze, status::FAIL)?;
-    guest.sh(UNHANG)?;
-    let said = logged(guest, &daemon)?;
-    let mut lines = said.lines();
-    ensure!(
-        lines.any(|it| it.contains("error") && it.contains("/mnt/hung")),
-        "what failed it should be named:\n{said}"
-    );
-    stop(guest, module, &daemon)
-}
-
-fn hung_write_back(guest: &Guest) -> Result<()> {
-    make_two(guest)?;
-    let hang = format!("dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null; {HANG}");
-    beside_what_hangs(guest, guest.module(), &hang)
-}
-
-fn hung_freeze(guest: &Guest) -> Result<()> {
-    if guest.module() != Module::Ours {
-        return Ok(());
-    }
-    make_two(guest)?;
-    beside_what_hangs(guest, Module::Ours, &format!("sync && {HANG}"))?;
-    let held = super::owned::held(guest);
-    equal("what is held", held.map(|it| it.len()).unwrap_or(0), 0)
 }
 
 fn write_protected(guest: &Guest) -> Result<()> {

@@ -524,12 +524,7 @@ fn hung_neighbour(guest: &Guest) -> Result<()> {
         guest.sh("sync && dmsetup suspend --noflush --nolockfs v")?;
         guest.writers_reset()?;
         let sent = guest.clock()?;
-        // Only the module can call one freeze off. The rest is `broken/hung-freeze`.
-        let told = match module {
-            Module::Ours => status::OK,
-            Module::Stock => status::FAIL,
-        };
-        answered("FREEZE", &vss.freeze(&[], STEP)?, told)?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
         let took = Duration::from_micros(guest.clock()? - sent);
         let longest = guest.writers()?.iter().map(|it| it.longest_us).max();
         guest.sh("dmsetup resume v")?;
@@ -541,14 +536,10 @@ fn hung_neighbour(guest: &Guest) -> Result<()> {
             longest.is_some_and(|it| it < 1_000_000),
             "a neighbour stood still for {longest:?} us"
         );
-        answered("THAW", &vss.thaw(STEP)?, told)?;
+        answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
         good_backup(guest).context("the next backup")?;
         // The log is held until the last of it is thawed.
-        let level = match module {
-            Module::Ours => "warning: ",
-            Module::Stock => "error: ",
-        };
-        says(guest, &daemon, level, "/mnt/v")?;
+        says(guest, &daemon, "error: ", "/mnt/v")?;
         stop(guest, module, &daemon)?;
     }
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
