@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{channel, RecvTimeoutError, Sender};
+use std::sync::mpsc::{channel, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -185,6 +185,10 @@ pub struct Stay {
 /// What a file system, open, is at that its freeze would wait for, and all its writers with it, in words.
 pub type Busy = Box<dyn Fn(BorrowedFd<'_>) -> Option<String> + Send + Sync>;
 
+/// A number that changes as long as what a file system is on gets on with what is written to it; `None` where
+/// nobody can tell.
+pub type WrittenBack = Box<dyn Fn() -> Option<u64> + Send + Sync>;
+
 /// One file system to freeze.
 pub struct Target {
     /// Its superblock.
@@ -203,6 +207,8 @@ pub struct Target {
     usual: Option<Duration>,
     /// Tells what it is at that a freeze would wait for, if it is of a kind that may be.
     busy: Option<Busy>,
+    /// Tells one that is slow from one that hangs.
+    written_back: Option<WrittenBack>,
     fd: OwnedFd,
     /// What was written to its devices, where that tells whether it was frozen all the time.
     writes: Writes,
@@ -225,6 +231,7 @@ impl Target {
             stands_on: None,
             usual: None,
             busy: None,
+            written_back: None,
             fd,
             writes: Writes::default(),
             written: Mutex::default(),
@@ -252,6 +259,15 @@ impl Target {
     pub fn asked(self, busy: Busy) -> Self {
         let busy = Some(busy);
         Target { busy, ..self }
+    }
+
+    /// As long as this changes, its disk does not hang.
+    pub fn written_back(self, written_back: WrittenBack) -> Self {
+        let written_back = Some(written_back);
+        Target {
+            written_back,
+            ..self
+        }
     }
 
     /// Whether it may be written only while `other` is.
@@ -390,7 +406,41 @@ pub struct Learnt {
     /// What has no means to freeze.
     unfreezable: BTreeSet<DevId>,
     /// Whose sync has not returned, as long as its thread is there.
-    hung: Vec<(DevId, Weak<()>)>,
+    hung: Vec<Hung>,
+}
+
+/// One whose sync has not returned.
+struct Hung {
+    dev: DevId,
+    thread: Weak<()>,
+    quiet: Quiet,
+}
+
+/// For how long nothing has come of the sync of one.
+#[derive(Clone, Copy)]
+struct Quiet {
+    /// By [`WrittenBack`].
+    done: Option<u64>,
+    since: Instant,
+}
+
+impl Quiet {
+    fn begin() -> Self {
+        Quiet {
+            done: None,
+            since: Instant::now(),
+        }
+    }
+
+    /// Looks again. Where nobody can tell it is never quiet.
+    fn lasts(&mut self, target: &Target) -> Duration {
+        let done = target.written_back.as_ref().and_then(|it| it());
+        if done.is_none() || done != self.done {
+            let since = Instant::now();
+            *self = Quiet { done, since };
+        }
+        self.since.elapsed()
+    }
 }
 
 impl Learnt {
@@ -401,7 +451,33 @@ impl Learnt {
 
     fn hangs(&self, dev: DevId) -> bool {
         let mut hung = self.hung.iter();
-        hung.any(|(it, thread)| *it == dev && thread.strong_count() > 0)
+        hung.any(|it| it.dev == dev && it.thread.strong_count() > 0)
+    }
+
+    /// Whether the sync of one that can freeze has not returned, with nothing written for so long: as the disk
+    /// of a slow one is not.
+    fn has_hung_for(&mut self, target: &Target, limit: Duration) -> bool {
+        let mut hung = self.hung.iter_mut();
+        let hung = hung.find(|it| it.dev == target.dev && it.thread.strong_count() > 0);
+        hung.is_some_and(|it| it.quiet.lasts(target) >= limit)
+    }
+
+    /// One has not returned: its own, or an earlier one that it waits for.
+    fn left_behind(&mut self, it: Syncing<'_>) {
+        let Syncing {
+            target,
+            thread,
+            quiet,
+            ..
+        } = it;
+        let dev = target.dev;
+        match thread {
+            Some(thread) => self.hung.push(Hung { dev, thread, quiet }),
+            None => {
+                let earlier = self.hung.iter_mut().filter(|it| it.dev == dev);
+                earlier.for_each(|it| it.quiet = quiet);
+            }
+        }
     }
 }
 
@@ -540,7 +616,7 @@ impl Session {
 
     /// Adds to what is known, whatever came of the freeze.
     pub fn learn(&self, learnt: &mut Learnt) {
-        learnt.hung.retain(|(_, thread)| thread.strong_count() > 0);
+        learnt.hung.retain(|it| it.thread.strong_count() > 0);
         for target in &self.work.targets {
             match *target.state() {
                 State::Ours { .. } | State::Thawed { .. } => {
@@ -570,8 +646,9 @@ impl Session {
     /// is the longer the more share the processor or the disk. What is known not to freeze is left to
     /// [`Session::freeze`].
     ///
-    /// A disk may hang: when it is called off, what has not returned is left behind, and nobody begins it
-    /// anew before it has.
+    /// A disk may be slow, and is waited for. One that hangs, with nothing written to it for as long as one may
+    /// take, is waited for no longer, and by nobody. What has not returned, then or when it is called off, is
+    /// left behind, and nobody begins it anew before it has.
     pub fn sync(&self, learnt: &mut Learnt) {
         let most = self.work.limits.write_back;
         self.work.progress.enter(Stage::Syncing, most);
@@ -591,6 +668,7 @@ impl Session {
         let (tell, told) = channel();
         let mut waiting: VecDeque<_> = lanes.into_iter().map(VecDeque::from).collect();
         let mut under_way: Vec<Syncing<'_>> = Vec::new();
+        let mut looked = Instant::now();
         while !work.abort.load(Ordering::SeqCst) {
             while under_way.len() < most {
                 let Some(mut lane) = waiting.pop_front() else {
@@ -601,10 +679,14 @@ impl Session {
                 if let Some((index, target)) = index.zip(target) {
                     let since = Instant::now();
                     work.progress.begin(&target.name, since);
+                    let earlier = learnt.hung.iter().find(|it| it.dev == target.dev);
                     under_way.push(Syncing {
                         index,
                         target,
                         since,
+                        // What is known to hang is not waited for again.
+                        quiet: earlier.map_or_else(Quiet::begin, |it| it.quiet),
+                        has_hung: false,
                         thread: None,
                         rest: lane,
                     });
@@ -615,23 +697,38 @@ impl Session {
             }
             let due = under_way.iter_mut().filter(|it| it.thread.is_none());
             for it in due.filter(|it| !learnt.hangs(it.target.dev)) {
+                it.quiet = Quiet::begin();
                 it.thread = Some(self.begin_sync(it.index, it.target, &tell));
             }
-            let (index, result) = match told.recv_timeout(ABORT_TICK) {
-                Ok(ended) => ended,
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => continue,
-            };
-            let Some(at) = under_way.iter().position(|it| it.index == index) else {
+            if let Ok((index, result)) = told.recv_timeout(ABORT_TICK) {
+                if let Some(at) = under_way.iter().position(|it| it.index == index) {
+                    let ended = under_way.swap_remove(at);
+                    work.note_sync(ended.target, ended.since, result);
+                    waiting.push_front(ended.rest);
+                }
+            }
+            if looked.elapsed() < ABORT_TICK {
                 continue;
-            };
-            let ended = under_way.swap_remove(at);
-            work.note_sync(ended.target, ended.since, result);
-            waiting.push_front(ended.rest);
+            }
+            looked = Instant::now();
+            let limit = work.limits.give_up;
+            for it in &mut under_way {
+                it.has_hung = it.quiet.lasts(it.target) >= limit;
+            }
+            let (hung, others): (Vec<_>, Vec<_>) =
+                under_way.into_iter().partition(|it| it.has_hung);
+            under_way = others;
+            for mut it in hung {
+                work.progress.end(&it.target.name);
+                // They may well hang as it does, all at the same time then.
+                let rest = std::mem::take(&mut it.rest);
+                let alone = rest.into_iter().map(|index| VecDeque::from([index]));
+                waiting.extend(alone);
+                learnt.left_behind(it);
+            }
         }
         for it in under_way {
-            learnt
-                .hung
-                .extend(it.thread.map(|thread| (it.target.dev, thread)));
+            learnt.left_behind(it);
         }
     }
 
@@ -695,10 +792,15 @@ impl Session {
         let work = &self.work;
         let known = |t: &Target| learnt.unfreezable.contains(&t.dev);
         let known: Vec<usize> = work.which(known);
+        self.leave_out_hung(learnt);
         self.sync_unfreezable(&known, learnt);
         work.progress.enter(Stage::Freezing, work.targets.len());
         *lock(&work.armed) = Instant::now();
         work.door.arm(&work.targets)?;
+        // Nor is a thaw of what hangs to be tried.
+        for index in work.which(|it| *it.state() == State::Broken) {
+            work.door.leave(index);
+        }
         let frozen = self.freeze_armed(&known, learnt);
         if frozen.is_err() {
             // What went wrong with the thaw is logged; the freeze's own failure is the news.
@@ -740,6 +842,30 @@ impl Session {
                 source: Errno::ENOSPC.into(),
             }),
             _ => Ok(summary),
+        }
+    }
+
+    /// Leaves out what hangs and would so in its freeze, with what stands on that.
+    fn leave_out_hung(&self, learnt: &mut Learnt) {
+        let (work, limit) = (&self.work, self.work.limits.give_up);
+        let mut hung: Vec<&Target> = Vec::new();
+        for target in &work.targets {
+            if learnt.unfreezable.contains(&target.dev) {
+                // It is known not to freeze, and left out when it is to be synced.
+                hung.extend(learnt.hangs(target.dev).then_some(target));
+            } else if learnt.has_hung_for(target, limit) {
+                let limit = limit.as_secs();
+                let why = format!("hangs: in {limit} s nothing of it was written back (give_up)");
+                work.give_up_on(target, State::Broken, why);
+                hung.push(target);
+            }
+        }
+        let is_other = |it: &&Target| !hung.iter().any(|hung| hung.dev == it.dev);
+        for target in work.targets.iter().filter(is_other) {
+            if let Some(below) = hung.iter().find(|it| target.may_stand_on(it)) {
+                let why = format!("may stand on {}, which hangs", below.name);
+                work.give_up_on(target, State::Broken, why);
+            }
         }
     }
 
@@ -919,7 +1045,11 @@ impl Session {
             let limit = work.limits.give_up.as_secs();
             let why = format!("cannot freeze, and its sync takes longer than {limit} s");
             work.give_up_on(target, State::Unsynced, why);
-            learnt.hung.push((target.dev, thread));
+            learnt.hung.push(Hung {
+                dev: target.dev,
+                thread,
+                quiet: Quiet::begin(),
+            });
         }
     }
 
@@ -1117,6 +1247,9 @@ struct Syncing<'a> {
     index: usize,
     target: &'a Target,
     since: Instant,
+    quiet: Quiet,
+    /// It is not waited for any longer.
+    has_hung: bool,
     /// There as long as it is; `None` while an earlier sync of the same is waited for.
     thread: Option<Weak<()>>,
     /// What is to be synced after it.
