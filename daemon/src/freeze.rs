@@ -120,7 +120,10 @@ pub enum ThawError {
 enum State {
     Open,
     /// A thread is inside the call that freezes it.
-    Freezing,
+    Freezing {
+        /// Since then.
+        since: Instant,
+    },
     /// Frozen by this session.
     Ours {
         /// When the call began.
@@ -215,6 +218,8 @@ pub struct Target {
     /// That, when it was frozen; `None` when nobody could tell.
     written: Mutex<Option<u64>>,
     state: Mutex<State>,
+    /// Its freeze has taken for too long and was called off.
+    given_up: AtomicBool,
     /// Held by whoever thaws it or looks after it, so that none is taken for the other.
     turn: Mutex<()>,
 }
@@ -236,6 +241,7 @@ impl Target {
             writes: Writes::default(),
             written: Mutex::default(),
             state: Mutex::new(State::Open),
+            given_up: AtomicBool::new(false),
             turn: Mutex::new(()),
         }
     }
@@ -301,6 +307,10 @@ impl Target {
         matches!(*self.state(), State::Ours { .. })
     }
 
+    fn is_freezing(&self) -> bool {
+        matches!(*self.state(), State::Freezing { .. })
+    }
+
     /// Whether it is to be frozen and is not.
     fn is_due(&self) -> bool {
         matches!(*self.state(), State::Open | State::Thawed { .. })
@@ -314,7 +324,7 @@ impl Target {
             }
             State::Foreign => (How::Foreign, None, None, None),
             State::Synced => (How::Synced, None, None, None),
-            State::Open | State::Freezing | State::Unsynced | State::Broken => {
+            State::Open | State::Freezing { .. } | State::Unsynced | State::Broken => {
                 (How::LeftOut, None, None, None)
             }
         };
@@ -407,6 +417,10 @@ pub struct Learnt {
     unfreezable: BTreeSet<DevId>,
     /// Whose sync has not returned, as long as its thread is there.
     hung: Vec<Hung>,
+    /// Whose freeze was called off, and may not have come back.
+    called_off: BTreeSet<DevId>,
+    /// Whether it is known of all whether it was: an earlier process may have.
+    has_asked: bool,
 }
 
 /// One whose sync has not returned.
@@ -625,7 +639,10 @@ impl Session {
                 State::Synced | State::Unsynced => {
                     learnt.unfreezable.insert(target.dev);
                 }
-                State::Open | State::Freezing | State::Foreign | State::Broken => {}
+                State::Open | State::Freezing { .. } | State::Foreign | State::Broken => {}
+            }
+            if target.given_up.load(Ordering::SeqCst) {
+                learnt.called_off.insert(target.dev);
             }
             if let Some(took) = target.took() {
                 learnt.usual.insert(target.dev, took);
@@ -650,12 +667,13 @@ impl Session {
     /// take, is waited for no longer, and by nobody. What has not returned, then or when it is called off, is
     /// left behind, and nobody begins it anew before it has.
     pub fn sync(&self, learnt: &mut Learnt) {
+        self.leave_out_hung(learnt);
         let most = self.work.limits.write_back;
         self.work.progress.enter(Stage::Syncing, most);
         for wave in &self.waves {
             let known = |i: &&usize| {
                 let target = self.work.targets.get(**i);
-                target.is_some_and(|t| learnt.unfreezable.contains(&t.dev))
+                target.is_some_and(|t| learnt.unfreezable.contains(&t.dev) || !t.is_due())
             };
             let wave: Vec<usize> = wave.iter().filter(|i| !known(i)).copied().collect();
             self.sync_lanes(self.lanes(&wave), most.max(1), learnt);
@@ -848,21 +866,36 @@ impl Session {
     /// Leaves out what hangs and would so in its freeze, with what stands on that.
     fn leave_out_hung(&self, learnt: &mut Learnt) {
         let (work, limit) = (&self.work, self.work.limits.give_up);
+        let asks_all = !std::mem::replace(&mut learnt.has_asked, true);
         let mut hung: Vec<&Target> = Vec::new();
         for target in &work.targets {
-            if learnt.unfreezable.contains(&target.dev) {
+            let dev = &target.dev;
+            let is_called_off = (asks_all || learnt.called_off.contains(dev))
+                && work.door.is_called_off(target.as_fd());
+            match is_called_off {
+                true => learnt.called_off.insert(*dev),
+                false => learnt.called_off.remove(dev),
+            };
+            let why = if learnt.unfreezable.contains(dev) {
                 // It is known not to freeze, and left out when it is to be synced.
-                hung.extend(learnt.hangs(target.dev).then_some(target));
+                hung.extend(learnt.hangs(*dev).then_some(target));
+                continue;
+            } else if is_called_off {
+                "hangs: an earlier freeze of it has not come back".into()
             } else if learnt.has_hung_for(target, limit) {
                 let limit = limit.as_secs();
-                let why = format!("hangs: in {limit} s nothing of it was written back (give_up)");
+                format!("hangs: in {limit} s nothing of it was written back (give_up)")
+            } else {
+                continue;
+            };
+            hung.push(target);
+            if target.is_due() {
                 work.give_up_on(target, State::Broken, why);
-                hung.push(target);
             }
         }
-        let is_other = |it: &&Target| !hung.iter().any(|hung| hung.dev == it.dev);
-        for target in work.targets.iter().filter(is_other) {
-            if let Some(below) = hung.iter().find(|it| target.may_stand_on(it)) {
+        for target in work.targets.iter().filter(|it| it.is_due()) {
+            let mut below = hung.iter().filter(|it| it.dev != target.dev);
+            if let Some(below) = below.find(|it| target.may_stand_on(it)) {
                 let why = format!("may stand on {}, which hangs", below.name);
                 work.give_up_on(target, State::Broken, why);
             }
@@ -903,7 +936,7 @@ impl Session {
                 State::Foreign => summary.foreign += 1,
                 State::Synced => summary.synced += 1,
                 State::Unsynced | State::Broken => summary.left_out += 1,
-                State::Open | State::Freezing | State::Thawed { .. } => {}
+                State::Open | State::Freezing { .. } | State::Thawed { .. } => {}
             }
         }
         summary
@@ -1089,31 +1122,68 @@ impl Session {
                 ended.1.notify_all();
             }
         };
-        if count == 1 && !work.targets.iter().any(Target::is_ours) {
-            // Nobody stands still because of it.
+        let is_alone = work.targets.len() == 1 || !work.door.can_call_off();
+        if count == 1 && is_alone && !work.targets.iter().any(Target::is_ours) {
+            // Nobody stands still because of it, and nobody could call it off alone.
             run_one(0);
         } else if count > 0 {
             let step = Arc::new(run_one);
             let mut may_back_off = may_back_off;
             self.pool.run_watched(count, step, || {
+                let next = self.call_off_stuck();
                 if !may_back_off {
-                    return None;
+                    return next;
                 }
                 let at = work.patience_ends(begin, longest);
                 may_back_off = Instant::now() < at;
                 if !may_back_off {
                     self.back_off();
                 }
-                Some(at)
+                Some(next.map_or(at, |next| next.min(at)))
             });
         }
+    }
+
+    /// Calls off what has been freezing for too long, where the door can: whoever is inside of it comes back
+    /// at once then, and what becomes of it is undone. Not below what is frozen: the thaw of that may have to
+    /// wait for it. Says when to look again.
+    fn call_off_stuck(&self) -> Option<Instant> {
+        let work = &self.work;
+        if !work.door.can_call_off() {
+            return None;
+        }
+        let (now, limit) = (Instant::now(), work.limits.give_up);
+        let mut next = now + limit;
+        for (index, target) in work.targets.iter().enumerate() {
+            let State::Freezing { since } = *target.state() else {
+                continue;
+            };
+            if since + limit > now {
+                next = next.min(since + limit);
+                continue;
+            }
+            let mut others = work.targets.iter();
+            let is_below = others.any(|it| it.is_ours() && it.may_stand_on(target));
+            if is_below || target.given_up.swap(true, Ordering::SeqCst) {
+                continue;
+            }
+            let shared = Arc::clone(work);
+            // Should it be frozen by now, its thaw may hang.
+            self.aside.run_within(LOOK_TIME, move || {
+                if let Some(target) = shared.targets.get(index) {
+                    // Whether it was is seen by whoever is inside.
+                    let _ = shared.door.call_off(target.as_fd());
+                }
+            });
+        }
+        Some(next)
     }
 
     /// Lets those go on that stand still only because others take long to freeze: not those that stand on
     /// one of these. A thaw writes, and that would wait until the other is thawed again.
     fn back_off(&self) {
         let work = &self.work;
-        let slow = work.which(|t| *t.state() == State::Freezing);
+        let slow = work.which(Target::is_freezing);
         let slow: Vec<&Target> = slow.iter().filter_map(|i| work.targets.get(*i)).collect();
         let may_go = |t: &&Target| t.is_ours() && !slow.iter().any(|it| t.may_stand_on(it));
         let free = self.stages(|target| may_go(&target));
@@ -1339,12 +1409,20 @@ impl Work {
             return;
         }
         let (name, start) = (&target.name, Instant::now());
-        *target.state() = State::Freezing;
+        target.given_up.store(false, Ordering::SeqCst);
+        *target.state() = State::Freezing { since: start };
         self.progress.begin(name, start);
         let result = self.door.freeze(target.as_fd());
         let took = start.elapsed();
         self.progress.end(name);
         match result {
+            _ if target.given_up.load(Ordering::SeqCst) => {
+                if result.is_ok() {
+                    // In the very moment. What it cannot thaw now the door goes on with.
+                    let _ = self.door.thaw(target.as_fd());
+                }
+                self.leave_out_stuck(target);
+            }
             Ok(()) => {
                 target.set_frozen(State::Ours { since: start, took });
                 self.log.info(format!("{name} frozen, took {}", ms(took)));
@@ -1356,15 +1434,35 @@ impl Work {
                     // It hung while the rest was called off; others wait for it now.
                     self.thaw_one(target);
                 } else if lock(&self.obstacles).contains(&Obstacle::Slow)
-                    && self.targets.iter().any(|t| *t.state() == State::Freezing)
+                    && self.targets.iter().any(Target::is_freezing)
                 {
                     // The others were thawed meanwhile because of one that is slower still.
                     self.take_back(target);
                 }
             }
             Err(e) => {
+                // It was called off with all others, because of what stands on it.
+                let is_stuck = self.door.can_call_off() && took >= self.limits.give_up;
+                target.given_up.store(is_stuck, Ordering::SeqCst);
                 *target.state() = State::Open;
                 self.meet(index, target, e);
+            }
+        }
+    }
+
+    /// The freeze of one was called off alone and may yet hang in the kernel.
+    fn leave_out_stuck(&self, target: &Target) {
+        let (name, limit) = (&target.name, self.limits.give_up.as_secs());
+        let why = format!("takes longer than {limit} s to freeze (give_up)");
+        self.give_up_on(target, State::Broken, why);
+        for other in self.targets.iter().filter(|it| it.is_due()) {
+            // What is stuck in an image waits for what that is on, and must not meet it frozen.
+            if target.may_stand_on(other) {
+                let why = format!("may hold what {name} is on, which hangs in its freeze");
+                self.give_up_on(other, State::Broken, why);
+            } else if other.may_stand_on(target) {
+                let why = format!("may stand on {name}, which hangs in its freeze");
+                self.give_up_on(other, State::Broken, why);
             }
         }
     }

@@ -32,6 +32,9 @@ struct Double {
     lag: Option<Duration>,
     /// As [`Limits::give_up`], the same way.
     give_up: Option<Duration>,
+    /// Whether the freeze of one can be called off, and whose was and has not come back.
+    can_call_off: bool,
+    called_off: Mutex<BTreeSet<usize>>,
     /// What is written to the disks of which, where that shows.
     written: BTreeMap<usize, Arc<AtomicU64>>,
 }
@@ -50,7 +53,13 @@ impl Double {
         let number = self.numbers[&inode_of(fd)];
         lock(&self.calls).push((what, number));
         let slow = lock(&self.slow).remove(&(what, number));
-        thread::sleep(slow.unwrap_or_default());
+        let until = Instant::now() + slow.unwrap_or_default();
+        while Instant::now() < until {
+            thread::sleep(Duration::from_millis(1));
+            if what == "freeze" && lock(&self.called_off).contains(&number) {
+                return Err(Errno::ESTALE.into());
+            }
+        }
         match lock(&self.failures).get_mut(&(what, number)) {
             Some((errno, times)) if *times > 0 => {
                 *times -= 1;
@@ -75,6 +84,16 @@ impl Door for Double {
     }
     fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.call("thaw", fd)
+    }
+    fn can_call_off(&self) -> bool {
+        self.can_call_off
+    }
+    fn call_off(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        lock(&self.called_off).insert(self.numbers[&inode_of(fd)]);
+        Ok(())
+    }
+    fn is_called_off(&self, fd: BorrowedFd<'_>) -> bool {
+        lock(&self.called_off).contains(&self.numbers[&inode_of(fd)])
     }
     fn leave(&self, index: usize) {
         lock(&self.left).push(index);
@@ -542,6 +561,86 @@ fn a_sync_of_what_hangs_is_waited_for_by_nobody_and_costs_nobody_else_the_backup
     back.session.sync(&mut back.learnt);
     assert_eq!(back.freeze().unwrap().ours, 4);
     assert!(back.calls().contains(&("sync", 0)));
+}
+
+#[test]
+fn a_freeze_that_hangs_is_called_off_alone_and_costs_nobody_else_the_backup() {
+    const LIMIT: Duration = Duration::from_millis(500);
+    let stand_on: [Option<&[&str]>; 3] = [Some(&[]); 3];
+    let with = |strict, called_off: BTreeSet<usize>| {
+        let double = Double {
+            give_up: Some(LIMIT),
+            can_call_off: true,
+            called_off: Mutex::new(called_off),
+            ..Double::default()
+        };
+        let s = setup_before(
+            double,
+            &[(0, None), (0, None), (1, None)],
+            &stand_on,
+            &[],
+            strict,
+        );
+        s.means.pool.grow(3).unwrap();
+        s
+    };
+    for strict in [false, true] {
+        let mut s = with(strict, BTreeSet::new());
+        s.slow("freeze", 0, LIMIT * 20);
+        let begun = Instant::now();
+        let result = s.freeze();
+        assert!(begun.elapsed() >= LIMIT && begun.elapsed() < LIMIT * 8);
+        let of_other: Vec<_> = s.calls().into_iter().filter(|(_, n)| *n == 1).collect();
+        assert_eq!(of_other[..2], [("freeze", 1), ("thaw", 1)]);
+        if strict {
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains("/fs0 takes longer"), "{error}");
+        } else {
+            let summary = result.unwrap();
+            assert_eq!((summary.ours, summary.left_out), (2, 1));
+        }
+        assert!(s.learnt.called_off.contains(&"8:0".parse().unwrap()));
+        // As long as it has not come back it is left alone, also by the next process.
+        for learnt in [std::mem::take(&mut s.learnt), Learnt::default()] {
+            let mut next = with(false, BTreeSet::from([0]));
+            next.learnt = learnt;
+            next.session.sync(&mut next.learnt);
+            let summary = next.freeze().unwrap();
+            assert_eq!((summary.ours, summary.left_out), (2, 1));
+            assert!(next.calls().iter().all(|(_, number)| *number != 0));
+            let mut back = with(true, BTreeSet::new());
+            back.learnt = next.learnt;
+            assert_eq!(back.freeze().unwrap().ours, 3);
+        }
+    }
+}
+
+#[test]
+fn a_freeze_that_hangs_is_not_joined_by_what_holds_it_nor_called_off_below_what_is_frozen() {
+    const LIMIT: Duration = Duration::from_millis(300);
+    let on: &[&str] = &["8:1"];
+    for (slow, ours) in [(0, 1), (1, 3)] {
+        // An image, what holds it, and one that has nothing to do with them.
+        let double = Double {
+            give_up: Some(LIMIT),
+            can_call_off: true,
+            ..Double::default()
+        };
+        let waves = [(0, None), (1, None), (1, None)];
+        let stand_on = [Some(on), Some(&[][..]), Some(&[])];
+        let mut s = setup_before(double, &waves, &stand_on, &[], false);
+        s.slow("freeze", slow, LIMIT * 4);
+        let summary = s.freeze().unwrap();
+        assert_eq!((summary.ours, summary.left_out), (ours, 3 - ours));
+        let holder = s.calls().contains(&("freeze", 1));
+        assert_eq!(
+            (holder, lock(&s.double.called_off).len()),
+            match slow {
+                0 => (false, 1),
+                _ => (true, 0),
+            }
+        );
+    }
 }
 
 #[test]
