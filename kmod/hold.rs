@@ -362,11 +362,12 @@ impl Hold {
         }
     }
 
-    /// Thaws one file system and waits for it. Process context.
+    /// Thaws one file system and waits for it. One that is being frozen is called off, and not waited for:
+    /// whoever waits for its freeze hears of it. Process context.
     ///
     /// # Errors
     ///
-    /// `EINVAL` when it is not held, `EINTR` when the caller is killed, and what the file system
+    /// `EINVAL` when it is not held, `EBUSY` when it is called off already and that is not over, `EINTR` when the caller is killed, and what the file system
     /// says.
     pub(crate) fn thaw(&self, file_system: &FileSystem) -> Result {
         let wanted = file_system.identity();
@@ -379,6 +380,11 @@ impl Hold {
                 .ok_or(EINVAL)?;
             match entry.stage {
                 Stage::Held => self.queue_thaw(entry),
+                Stage::Freezing => {
+                    entry.enter(Stage::CalledOff);
+                    return Ok(());
+                }
+                Stage::CalledOff => return Err(EBUSY),
                 Stage::Thawing(Some(error)) => return Err(error),
                 _ => return Err(EINVAL),
             }

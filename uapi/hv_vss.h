@@ -208,8 +208,11 @@ struct hv_vss_ioc_freeze {	/* 32 bytes */
 };
 
 /*
- * Thaws what is held. Returns when it is thawed, or when the caller is killed.
+ * Thaws what is held. Returns when it is thawed, or when the caller is killed. What is still being
+ * frozen is called off and not waited for: its HV_VSS_IOC_FREEZE ends with ESTALE, and what comes of it
+ * is undone at once.
  *
+ *  EBUSY       its freeze was called off before and has not come back
  *  EINVAL      it is not held (any more), as FITHAW has it; flags is not 0
  *
  * and as above. With fd -1: all that is held, the last one first; 0 also when nothing is.

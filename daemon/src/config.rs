@@ -79,7 +79,7 @@ pub struct Config {
     pub prepare: Duration,
     /// Seconds from the first freeze to the thaw at the latest, 1 to 3600.
     pub deadline: Duration,
-    /// Seconds that one file system may take to freeze, 1 to 3600; then the freeze is given up.
+    /// Seconds that one file system may take to freeze, 1 to 3600; or may hang in being written back; then it is given up.
     pub give_up: Duration,
     /// How many file systems are worked on at a time, 1 to 256.
     pub parallel: usize,

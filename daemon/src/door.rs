@@ -51,6 +51,21 @@ pub trait Door: Send + Sync {
     /// Thaws: `EINVAL` when it is not frozen.
     fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()>;
 
+    /// Whether the freeze of one, under way on another thread, can be called off with nobody else's.
+    fn can_call_off(&self) -> bool {
+        false
+    }
+
+    /// Does that: the call ends at once, and what becomes of the freeze is undone the moment it comes back.
+    fn call_off(&self, _fd: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Whether a freeze of it was called off that has not come back.
+    fn is_called_off(&self, _fd: BorrowedFd<'_>) -> bool {
+        false
+    }
+
     /// Target number `index` was frozen by somebody else and is theirs to thaw.
     fn leave(&self, index: usize);
 

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{channel, RecvTimeoutError, Sender};
+use std::sync::mpsc::{channel, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -120,7 +120,10 @@ pub enum ThawError {
 enum State {
     Open,
     /// A thread is inside the call that freezes it.
-    Freezing,
+    Freezing {
+        /// Since then.
+        since: Instant,
+    },
     /// Frozen by this session.
     Ours {
         /// When the call began.
@@ -185,6 +188,10 @@ pub struct Stay {
 /// What a file system, open, is at that its freeze would wait for, and all its writers with it, in words.
 pub type Busy = Box<dyn Fn(BorrowedFd<'_>) -> Option<String> + Send + Sync>;
 
+/// A number that changes as long as what a file system is on gets on with what is written to it; `None` where
+/// nobody can tell.
+pub type WrittenBack = Box<dyn Fn() -> Option<u64> + Send + Sync>;
+
 /// One file system to freeze.
 pub struct Target {
     /// Its superblock.
@@ -203,12 +210,16 @@ pub struct Target {
     usual: Option<Duration>,
     /// Tells what it is at that a freeze would wait for, if it is of a kind that may be.
     busy: Option<Busy>,
+    /// Tells one that is slow from one that hangs.
+    written_back: Option<WrittenBack>,
     fd: OwnedFd,
     /// What was written to its devices, where that tells whether it was frozen all the time.
     writes: Writes,
     /// That, when it was frozen; `None` when nobody could tell.
     written: Mutex<Option<u64>>,
     state: Mutex<State>,
+    /// Its freeze has taken for too long and was called off.
+    given_up: AtomicBool,
     /// Held by whoever thaws it or looks after it, so that none is taken for the other.
     turn: Mutex<()>,
 }
@@ -225,10 +236,12 @@ impl Target {
             stands_on: None,
             usual: None,
             busy: None,
+            written_back: None,
             fd,
             writes: Writes::default(),
             written: Mutex::default(),
             state: Mutex::new(State::Open),
+            given_up: AtomicBool::new(false),
             turn: Mutex::new(()),
         }
     }
@@ -252,6 +265,15 @@ impl Target {
     pub fn asked(self, busy: Busy) -> Self {
         let busy = Some(busy);
         Target { busy, ..self }
+    }
+
+    /// As long as this changes, its disk does not hang.
+    pub fn written_back(self, written_back: WrittenBack) -> Self {
+        let written_back = Some(written_back);
+        Target {
+            written_back,
+            ..self
+        }
     }
 
     /// Whether it may be written only while `other` is.
@@ -285,6 +307,10 @@ impl Target {
         matches!(*self.state(), State::Ours { .. })
     }
 
+    fn is_freezing(&self) -> bool {
+        matches!(*self.state(), State::Freezing { .. })
+    }
+
     /// Whether it is to be frozen and is not.
     fn is_due(&self) -> bool {
         matches!(*self.state(), State::Open | State::Thawed { .. })
@@ -298,7 +324,7 @@ impl Target {
             }
             State::Foreign => (How::Foreign, None, None, None),
             State::Synced => (How::Synced, None, None, None),
-            State::Open | State::Freezing | State::Unsynced | State::Broken => {
+            State::Open | State::Freezing { .. } | State::Unsynced | State::Broken => {
                 (How::LeftOut, None, None, None)
             }
         };
@@ -390,7 +416,45 @@ pub struct Learnt {
     /// What has no means to freeze.
     unfreezable: BTreeSet<DevId>,
     /// Whose sync has not returned, as long as its thread is there.
-    hung: Vec<(DevId, Weak<()>)>,
+    hung: Vec<Hung>,
+    /// Whose freeze was called off, and may not have come back.
+    called_off: BTreeSet<DevId>,
+    /// Whether it is known of all whether it was: an earlier process may have.
+    has_asked: bool,
+}
+
+/// One whose sync has not returned.
+struct Hung {
+    dev: DevId,
+    thread: Weak<()>,
+    quiet: Quiet,
+}
+
+/// For how long nothing has come of the sync of one.
+#[derive(Clone, Copy)]
+struct Quiet {
+    /// By [`WrittenBack`].
+    done: Option<u64>,
+    since: Instant,
+}
+
+impl Quiet {
+    fn begin() -> Self {
+        Quiet {
+            done: None,
+            since: Instant::now(),
+        }
+    }
+
+    /// Looks again. Where nobody can tell it is never quiet.
+    fn lasts(&mut self, target: &Target) -> Duration {
+        let done = target.written_back.as_ref().and_then(|it| it());
+        if done.is_none() || done != self.done {
+            let since = Instant::now();
+            *self = Quiet { done, since };
+        }
+        self.since.elapsed()
+    }
 }
 
 impl Learnt {
@@ -401,7 +465,33 @@ impl Learnt {
 
     fn hangs(&self, dev: DevId) -> bool {
         let mut hung = self.hung.iter();
-        hung.any(|(it, thread)| *it == dev && thread.strong_count() > 0)
+        hung.any(|it| it.dev == dev && it.thread.strong_count() > 0)
+    }
+
+    /// Whether the sync of one that can freeze has not returned, with nothing written for so long: as the disk
+    /// of a slow one is not.
+    fn has_hung_for(&mut self, target: &Target, limit: Duration) -> bool {
+        let mut hung = self.hung.iter_mut();
+        let hung = hung.find(|it| it.dev == target.dev && it.thread.strong_count() > 0);
+        hung.is_some_and(|it| it.quiet.lasts(target) >= limit)
+    }
+
+    /// One has not returned: its own, or an earlier one that it waits for.
+    fn left_behind(&mut self, it: Syncing<'_>) {
+        let Syncing {
+            target,
+            thread,
+            quiet,
+            ..
+        } = it;
+        let dev = target.dev;
+        match thread {
+            Some(thread) => self.hung.push(Hung { dev, thread, quiet }),
+            None => {
+                let earlier = self.hung.iter_mut().filter(|it| it.dev == dev);
+                earlier.for_each(|it| it.quiet = quiet);
+            }
+        }
     }
 }
 
@@ -540,7 +630,7 @@ impl Session {
 
     /// Adds to what is known, whatever came of the freeze.
     pub fn learn(&self, learnt: &mut Learnt) {
-        learnt.hung.retain(|(_, thread)| thread.strong_count() > 0);
+        learnt.hung.retain(|it| it.thread.strong_count() > 0);
         for target in &self.work.targets {
             match *target.state() {
                 State::Ours { .. } | State::Thawed { .. } => {
@@ -549,7 +639,10 @@ impl Session {
                 State::Synced | State::Unsynced => {
                     learnt.unfreezable.insert(target.dev);
                 }
-                State::Open | State::Freezing | State::Foreign | State::Broken => {}
+                State::Open | State::Freezing { .. } | State::Foreign | State::Broken => {}
+            }
+            if target.given_up.load(Ordering::SeqCst) {
+                learnt.called_off.insert(target.dev);
             }
             if let Some(took) = target.took() {
                 learnt.usual.insert(target.dev, took);
@@ -570,15 +663,17 @@ impl Session {
     /// is the longer the more share the processor or the disk. What is known not to freeze is left to
     /// [`Session::freeze`].
     ///
-    /// A disk may hang: when it is called off, what has not returned is left behind, and nobody begins it
-    /// anew before it has.
+    /// A disk may be slow, and is waited for. One that hangs, with nothing written to it for as long as one may
+    /// take, is waited for no longer, and by nobody. What has not returned, then or when it is called off, is
+    /// left behind, and nobody begins it anew before it has.
     pub fn sync(&self, learnt: &mut Learnt) {
+        self.leave_out_hung(learnt);
         let most = self.work.limits.write_back;
         self.work.progress.enter(Stage::Syncing, most);
         for wave in &self.waves {
             let known = |i: &&usize| {
                 let target = self.work.targets.get(**i);
-                target.is_some_and(|t| learnt.unfreezable.contains(&t.dev))
+                target.is_some_and(|t| learnt.unfreezable.contains(&t.dev) || !t.is_due())
             };
             let wave: Vec<usize> = wave.iter().filter(|i| !known(i)).copied().collect();
             self.sync_lanes(self.lanes(&wave), most.max(1), learnt);
@@ -591,6 +686,7 @@ impl Session {
         let (tell, told) = channel();
         let mut waiting: VecDeque<_> = lanes.into_iter().map(VecDeque::from).collect();
         let mut under_way: Vec<Syncing<'_>> = Vec::new();
+        let mut looked = Instant::now();
         while !work.abort.load(Ordering::SeqCst) {
             while under_way.len() < most {
                 let Some(mut lane) = waiting.pop_front() else {
@@ -601,10 +697,14 @@ impl Session {
                 if let Some((index, target)) = index.zip(target) {
                     let since = Instant::now();
                     work.progress.begin(&target.name, since);
+                    let earlier = learnt.hung.iter().find(|it| it.dev == target.dev);
                     under_way.push(Syncing {
                         index,
                         target,
                         since,
+                        // What is known to hang is not waited for again.
+                        quiet: earlier.map_or_else(Quiet::begin, |it| it.quiet),
+                        has_hung: false,
                         thread: None,
                         rest: lane,
                     });
@@ -615,23 +715,38 @@ impl Session {
             }
             let due = under_way.iter_mut().filter(|it| it.thread.is_none());
             for it in due.filter(|it| !learnt.hangs(it.target.dev)) {
+                it.quiet = Quiet::begin();
                 it.thread = Some(self.begin_sync(it.index, it.target, &tell));
             }
-            let (index, result) = match told.recv_timeout(ABORT_TICK) {
-                Ok(ended) => ended,
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => continue,
-            };
-            let Some(at) = under_way.iter().position(|it| it.index == index) else {
+            if let Ok((index, result)) = told.recv_timeout(ABORT_TICK) {
+                if let Some(at) = under_way.iter().position(|it| it.index == index) {
+                    let ended = under_way.swap_remove(at);
+                    work.note_sync(ended.target, ended.since, result);
+                    waiting.push_front(ended.rest);
+                }
+            }
+            if looked.elapsed() < ABORT_TICK {
                 continue;
-            };
-            let ended = under_way.swap_remove(at);
-            work.note_sync(ended.target, ended.since, result);
-            waiting.push_front(ended.rest);
+            }
+            looked = Instant::now();
+            let limit = work.limits.give_up;
+            for it in &mut under_way {
+                it.has_hung = it.quiet.lasts(it.target) >= limit;
+            }
+            let (hung, others): (Vec<_>, Vec<_>) =
+                under_way.into_iter().partition(|it| it.has_hung);
+            under_way = others;
+            for mut it in hung {
+                work.progress.end(&it.target.name);
+                // They may well hang as it does, all at the same time then.
+                let rest = std::mem::take(&mut it.rest);
+                let alone = rest.into_iter().map(|index| VecDeque::from([index]));
+                waiting.extend(alone);
+                learnt.left_behind(it);
+            }
         }
         for it in under_way {
-            learnt
-                .hung
-                .extend(it.thread.map(|thread| (it.target.dev, thread)));
+            learnt.left_behind(it);
         }
     }
 
@@ -695,10 +810,15 @@ impl Session {
         let work = &self.work;
         let known = |t: &Target| learnt.unfreezable.contains(&t.dev);
         let known: Vec<usize> = work.which(known);
+        self.leave_out_hung(learnt);
         self.sync_unfreezable(&known, learnt);
         work.progress.enter(Stage::Freezing, work.targets.len());
         *lock(&work.armed) = Instant::now();
         work.door.arm(&work.targets)?;
+        // Nor is a thaw of what hangs to be tried.
+        for index in work.which(|it| *it.state() == State::Broken) {
+            work.door.leave(index);
+        }
         let frozen = self.freeze_armed(&known, learnt);
         if frozen.is_err() {
             // What went wrong with the thaw is logged; the freeze's own failure is the news.
@@ -743,6 +863,45 @@ impl Session {
         }
     }
 
+    /// Leaves out what hangs and would so in its freeze, with what stands on that.
+    fn leave_out_hung(&self, learnt: &mut Learnt) {
+        let (work, limit) = (&self.work, self.work.limits.give_up);
+        let asks_all = !std::mem::replace(&mut learnt.has_asked, true);
+        let mut hung: Vec<&Target> = Vec::new();
+        for target in &work.targets {
+            let dev = &target.dev;
+            let is_called_off = (asks_all || learnt.called_off.contains(dev))
+                && work.door.is_called_off(target.as_fd());
+            match is_called_off {
+                true => learnt.called_off.insert(*dev),
+                false => learnt.called_off.remove(dev),
+            };
+            let why = if learnt.unfreezable.contains(dev) {
+                // It is known not to freeze, and left out when it is to be synced.
+                hung.extend(learnt.hangs(*dev).then_some(target));
+                continue;
+            } else if is_called_off {
+                "hangs: an earlier freeze of it has not come back".into()
+            } else if learnt.has_hung_for(target, limit) {
+                let limit = limit.as_secs();
+                format!("hangs: in {limit} s nothing of it was written back (give_up)")
+            } else {
+                continue;
+            };
+            hung.push(target);
+            if target.is_due() {
+                work.give_up_on(target, State::Broken, why);
+            }
+        }
+        for target in work.targets.iter().filter(|it| it.is_due()) {
+            let mut below = hung.iter().filter(|it| it.dev != target.dev);
+            if let Some(below) = below.find(|it| target.may_stand_on(it)) {
+                let why = format!("may stand on {}, which hangs", below.name);
+                work.give_up_on(target, State::Broken, why);
+            }
+        }
+    }
+
     /// Leaves out what has begun something since it was planned that a freeze would wait for. Whoever is asked
     /// may need memory, so only with nothing frozen.
     fn leave_out_busy(&self) {
@@ -777,7 +936,7 @@ impl Session {
                 State::Foreign => summary.foreign += 1,
                 State::Synced => summary.synced += 1,
                 State::Unsynced | State::Broken => summary.left_out += 1,
-                State::Open | State::Freezing | State::Thawed { .. } => {}
+                State::Open | State::Freezing { .. } | State::Thawed { .. } => {}
             }
         }
         summary
@@ -919,7 +1078,11 @@ impl Session {
             let limit = work.limits.give_up.as_secs();
             let why = format!("cannot freeze, and its sync takes longer than {limit} s");
             work.give_up_on(target, State::Unsynced, why);
-            learnt.hung.push((target.dev, thread));
+            learnt.hung.push(Hung {
+                dev: target.dev,
+                thread,
+                quiet: Quiet::begin(),
+            });
         }
     }
 
@@ -959,31 +1122,68 @@ impl Session {
                 ended.1.notify_all();
             }
         };
-        if count == 1 && !work.targets.iter().any(Target::is_ours) {
-            // Nobody stands still because of it.
+        let is_alone = work.targets.len() == 1 || !work.door.can_call_off();
+        if count == 1 && is_alone && !work.targets.iter().any(Target::is_ours) {
+            // Nobody stands still because of it, and nobody could call it off alone.
             run_one(0);
         } else if count > 0 {
             let step = Arc::new(run_one);
             let mut may_back_off = may_back_off;
             self.pool.run_watched(count, step, || {
+                let next = self.call_off_stuck();
                 if !may_back_off {
-                    return None;
+                    return next;
                 }
                 let at = work.patience_ends(begin, longest);
                 may_back_off = Instant::now() < at;
                 if !may_back_off {
                     self.back_off();
                 }
-                Some(at)
+                Some(next.map_or(at, |next| next.min(at)))
             });
         }
+    }
+
+    /// Calls off what has been freezing for too long, where the door can: whoever is inside of it comes back
+    /// at once then, and what becomes of it is undone. Not below what is frozen: the thaw of that may have to
+    /// wait for it. Says when to look again.
+    fn call_off_stuck(&self) -> Option<Instant> {
+        let work = &self.work;
+        if !work.door.can_call_off() {
+            return None;
+        }
+        let (now, limit) = (Instant::now(), work.limits.give_up);
+        let mut next = now + limit;
+        for (index, target) in work.targets.iter().enumerate() {
+            let State::Freezing { since } = *target.state() else {
+                continue;
+            };
+            if since + limit > now {
+                next = next.min(since + limit);
+                continue;
+            }
+            let mut others = work.targets.iter();
+            let is_below = others.any(|it| it.is_ours() && it.may_stand_on(target));
+            if is_below || target.given_up.swap(true, Ordering::SeqCst) {
+                continue;
+            }
+            let shared = Arc::clone(work);
+            // Should it be frozen by now, its thaw may hang.
+            self.aside.run_within(LOOK_TIME, move || {
+                if let Some(target) = shared.targets.get(index) {
+                    // Whether it was is seen by whoever is inside.
+                    let _ = shared.door.call_off(target.as_fd());
+                }
+            });
+        }
+        Some(next)
     }
 
     /// Lets those go on that stand still only because others take long to freeze: not those that stand on
     /// one of these. A thaw writes, and that would wait until the other is thawed again.
     fn back_off(&self) {
         let work = &self.work;
-        let slow = work.which(|t| *t.state() == State::Freezing);
+        let slow = work.which(Target::is_freezing);
         let slow: Vec<&Target> = slow.iter().filter_map(|i| work.targets.get(*i)).collect();
         let may_go = |t: &&Target| t.is_ours() && !slow.iter().any(|it| t.may_stand_on(it));
         let free = self.stages(|target| may_go(&target));
@@ -1117,6 +1317,9 @@ struct Syncing<'a> {
     index: usize,
     target: &'a Target,
     since: Instant,
+    quiet: Quiet,
+    /// It is not waited for any longer.
+    has_hung: bool,
     /// There as long as it is; `None` while an earlier sync of the same is waited for.
     thread: Option<Weak<()>>,
     /// What is to be synced after it.
@@ -1206,12 +1409,20 @@ impl Work {
             return;
         }
         let (name, start) = (&target.name, Instant::now());
-        *target.state() = State::Freezing;
+        target.given_up.store(false, Ordering::SeqCst);
+        *target.state() = State::Freezing { since: start };
         self.progress.begin(name, start);
         let result = self.door.freeze(target.as_fd());
         let took = start.elapsed();
         self.progress.end(name);
         match result {
+            _ if target.given_up.load(Ordering::SeqCst) => {
+                if result.is_ok() {
+                    // In the very moment. What it cannot thaw now the door goes on with.
+                    let _ = self.door.thaw(target.as_fd());
+                }
+                self.leave_out_stuck(target);
+            }
             Ok(()) => {
                 target.set_frozen(State::Ours { since: start, took });
                 self.log.info(format!("{name} frozen, took {}", ms(took)));
@@ -1223,15 +1434,35 @@ impl Work {
                     // It hung while the rest was called off; others wait for it now.
                     self.thaw_one(target);
                 } else if lock(&self.obstacles).contains(&Obstacle::Slow)
-                    && self.targets.iter().any(|t| *t.state() == State::Freezing)
+                    && self.targets.iter().any(Target::is_freezing)
                 {
                     // The others were thawed meanwhile because of one that is slower still.
                     self.take_back(target);
                 }
             }
             Err(e) => {
+                // It was called off with all others, because of what stands on it.
+                let is_stuck = self.door.can_call_off() && took >= self.limits.give_up;
+                target.given_up.store(is_stuck, Ordering::SeqCst);
                 *target.state() = State::Open;
                 self.meet(index, target, e);
+            }
+        }
+    }
+
+    /// The freeze of one was called off alone and may yet hang in the kernel.
+    fn leave_out_stuck(&self, target: &Target) {
+        let (name, limit) = (&target.name, self.limits.give_up.as_secs());
+        let why = format!("takes longer than {limit} s to freeze (give_up)");
+        self.give_up_on(target, State::Broken, why);
+        for other in self.targets.iter().filter(|it| it.is_due()) {
+            // What is stuck in an image waits for what that is on, and must not meet it frozen.
+            if target.may_stand_on(other) {
+                let why = format!("may hold what {name} is on, which hangs in its freeze");
+                self.give_up_on(other, State::Broken, why);
+            } else if other.may_stand_on(target) {
+                let why = format!("may stand on {name}, which hangs in its freeze");
+                self.give_up_on(other, State::Broken, why);
             }
         }
     }

@@ -89,6 +89,20 @@ impl Door for Held {
         }
     }
 
+    fn can_call_off(&self) -> bool {
+        true
+    }
+
+    fn call_off(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        sys::let_go(self.hold.device.as_fd(), fd)
+    }
+
+    fn is_called_off(&self, fd: BorrowedFd<'_>) -> bool {
+        // It is not held, so that this only asks.
+        let said = sys::let_go(self.hold.device.as_fd(), fd);
+        said.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+    }
+
     /// It is held beside others, so there is nothing of theirs here.
     fn leave(&self, _index: usize) {}
 

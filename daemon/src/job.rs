@@ -42,7 +42,7 @@ use crate::superblocks;
 use crate::sys;
 use crate::topology;
 use crate::watch::Scene;
-use crate::writes::{self, AtRest, Writes};
+use crate::writes::{self, AtRest, WriteBack, Writes};
 
 /// Dirty pages on the whole machine (64 KiB) up to which it counts as clean.
 const CLEAN_PAGES: u64 = 16;
@@ -485,6 +485,8 @@ fn target(opened: Opened) -> Target {
     } = opened;
     let target = Target::new(dev, name, wave, fd).with_disks(disks);
     let target = target.with_all_below(below).standing_on(stands_on);
+    let write_back = WriteBack::to(devices.clone());
+    let target = target.written_back(Box::new(move || write_back.done()));
     match fs_type.as_str() {
         "btrfs" => target.asked(Box::new(move |fd| {
             let operation = superblocks::at_work_on(&devices, fd)?;

@@ -548,7 +548,8 @@ impl Service {
     fn look_at_freeze(&mut self, now: Instant) {
         let Some(job) = &self.hands.job else { return };
         let limit = self.hands.config.give_up;
-        if let Some(names) = job.progress().stuck(now, limit) {
+        // The job itself calls off the freeze of one alone, where that can be.
+        if let Some(names) = job.progress().stuck(now, limit + LOOK) {
             let seconds = limit.as_secs();
             let why = format!("{names} takes longer than {seconds} s to freeze (give_up)");
             self.end_early(why.into(), thawed::DEADLINE);

@@ -8,6 +8,7 @@
 
 use std::fs::{self, File, Metadata};
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
+use std::sync::OnceLock;
 
 use crate::ground::Watched;
 use crate::mounts::DevId;
@@ -15,6 +16,9 @@ use crate::mounts::DevId;
 /// Where `Documentation/block/stat.rst` has "write sectors" in a line of `stat`. The kernel adds to it
 /// before whoever waits for the write hears of its end. Discards and flushes are counted elsewhere.
 const WRITE_SECTORS: usize = 6;
+
+/// What else tells there of work on what was written: requests that write, discard, flush.
+const DONE: [usize; 4] = [4, WRITE_SECTORS, 11, 15];
 
 /// The counters behind one file system, open. A device that has none, or whose queue does not count
 /// (`iostats`), adds nothing.
@@ -43,10 +47,60 @@ impl From<Vec<File>> for Writes {
 }
 
 fn sectors_of(stat: &File) -> Option<u64> {
+    look_at(stat, parse)
+}
+
+fn look_at(stat: &File, parse: impl Fn(&str) -> Option<u64>) -> Option<u64> {
     // Seventeen numbers of at most twenty digits.
     let mut text = [0; 512];
     let read = stat.read_at(&mut text, 0).ok()?;
     parse(std::str::from_utf8(text.get(..read)?).ok()?)
+}
+
+/// Whether the devices of one file system get on with what is written to them. They are opened at the first
+/// look: as a rule nobody looks.
+#[derive(Debug)]
+pub struct WriteBack {
+    devices: Vec<DevId>,
+    stats: OnceLock<Option<Vec<File>>>,
+}
+
+impl WriteBack {
+    /// That of these devices.
+    pub fn to(devices: Vec<DevId>) -> Self {
+        let stats = OnceLock::new();
+        WriteBack { devices, stats }
+    }
+
+    /// A number that changes as long as they do. `None` where that does not show: a device has no counters, or
+    /// its queue does not count, or it has gone.
+    pub fn done(&self) -> Option<u64> {
+        let stats = self.stats.get_or_init(|| {
+            let stats = self.devices.iter().map(counted).collect::<Option<Vec<_>>>();
+            stats.filter(|it| !it.is_empty())
+        });
+        let stats = stats.as_ref()?.iter();
+        stats.map(|stat| look_at(stat, parse_done)).sum()
+    }
+}
+
+/// The counters of one whose queue counts.
+fn counted(dev: &DevId) -> Option<File> {
+    let device = format!("/sys/dev/block/{dev}");
+    // A partition has the queue of its disk.
+    let queues = ["queue", "../queue"].map(|it| format!("{device}/{it}/iostats"));
+    let counts = queues.iter().find_map(|it| fs::read_to_string(it).ok())?;
+    (counts.trim_end() != "0").then(|| File::open(format!("{device}/stat")).ok())?
+}
+
+fn parse_done(stat: &str) -> Option<u64> {
+    let numbers: Vec<u64> = stat
+        .split_ascii_whitespace()
+        .map(|it| it.parse().ok())
+        .collect::<Option<_>>()?;
+    numbers.get(WRITE_SECTORS)?;
+    // Kernels before 5.5 count no flushes.
+    Some(DONE.iter().filter_map(|at| numbers.get(*at)).sum())
 }
 
 fn parse(stat: &str) -> Option<u64> {
@@ -171,6 +225,22 @@ mod tests {
         let line = "    5198     1200   402116     3121     9001      800   331072     5233        0     4100     8354        0        0        0        0        0        0\n";
         assert_eq!(parse(line), Some(331_072));
         assert_eq!(parse("1 2 3"), None);
+    }
+
+    #[test]
+    fn what_is_written_discarded_or_flushed_gets_on_and_what_is_read_or_waits_does_not() {
+        let line = |at: usize| {
+            let numbers: Vec<String> = (0..17).map(|it| u64::from(it == at).to_string()).collect();
+            numbers.join(" ")
+        };
+        for at in 0..17 {
+            let shows = matches!(at, 4 | 6 | 11 | 15);
+            assert_eq!(parse_done(&line(at)), Some(u64::from(shows)), "{at}");
+        }
+        assert_eq!(parse_done("1 2 3"), None);
+        // Nobody can tell of a device that is not there, nor of none.
+        assert_eq!(WriteBack::to(vec![DevId::default()]).done(), None);
+        assert_eq!(WriteBack::to(Vec::new()).done(), None);
     }
 
     #[test]

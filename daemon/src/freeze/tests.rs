@@ -30,6 +30,13 @@ struct Double {
     watched_every: Option<Duration>,
     /// As [`Limits::lag`], if it is not short.
     lag: Option<Duration>,
+    /// As [`Limits::give_up`], the same way.
+    give_up: Option<Duration>,
+    /// Whether the freeze of one can be called off, and whose was and has not come back.
+    can_call_off: bool,
+    called_off: Mutex<BTreeSet<usize>>,
+    /// What is written to the disks of which, where that shows.
+    written: BTreeMap<usize, Arc<AtomicU64>>,
 }
 
 /// What stands for a file system.
@@ -46,7 +53,13 @@ impl Double {
         let number = self.numbers[&inode_of(fd)];
         lock(&self.calls).push((what, number));
         let slow = lock(&self.slow).remove(&(what, number));
-        thread::sleep(slow.unwrap_or_default());
+        let until = Instant::now() + slow.unwrap_or_default();
+        while Instant::now() < until {
+            thread::sleep(Duration::from_millis(1));
+            if what == "freeze" && lock(&self.called_off).contains(&number) {
+                return Err(Errno::ESTALE.into());
+            }
+        }
         match lock(&self.failures).get_mut(&(what, number)) {
             Some((errno, times)) if *times > 0 => {
                 *times -= 1;
@@ -71,6 +84,16 @@ impl Door for Double {
     }
     fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.call("thaw", fd)
+    }
+    fn can_call_off(&self) -> bool {
+        self.can_call_off
+    }
+    fn call_off(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        lock(&self.called_off).insert(self.numbers[&inode_of(fd)]);
+        Ok(())
+    }
+    fn is_called_off(&self, fd: BorrowedFd<'_>) -> bool {
+        lock(&self.called_off).contains(&self.numbers[&inode_of(fd)])
     }
     fn leave(&self, index: usize) {
         lock(&self.left).push(index);
@@ -132,7 +155,11 @@ fn setup_before(
         }
         let stands_on = stand_on.get(number).copied().flatten();
         let stands_on = stands_on.map(|it| it.iter().map(|dev| dev.parse().unwrap()).collect());
-        let target = Target::new(dev, format!("/fs{number}"), *wave, fd);
+        let mut target = Target::new(dev, format!("/fs{number}"), *wave, fd);
+        if let Some(written) = double.written.get(&number).cloned() {
+            let done = move || Some(written.load(Ordering::SeqCst));
+            target = target.written_back(Box::new(done));
+        }
         targets.push(target.standing_on(stands_on));
     }
     for (what, number, errno, times) in failures {
@@ -149,7 +176,7 @@ fn setup_before(
             strict,
             parallel: 1,
             write_back: 1,
-            give_up: SHORT,
+            give_up: double.give_up.unwrap_or(SHORT),
             patience: SHORT,
             lag: double.lag.unwrap_or(SHORT),
         },
@@ -478,6 +505,206 @@ fn a_sync_that_hangs_ends_when_it_is_called_off_and_is_not_begun_again_before_it
     other.session.sync(&mut other.learnt);
     assert!(begun.elapsed() >= SHORT * 10, "{:?}", begun.elapsed());
     assert_eq!(other.calls(), [("sync", 0), ("sync", 1)]);
+}
+
+#[test]
+fn a_sync_of_what_hangs_is_waited_for_by_nobody_and_costs_nobody_else_the_backup() {
+    const LIMIT: Duration = Duration::from_millis(300);
+    // 1 stands on 0, which hangs; the others have nothing to do with either.
+    let waves = [1, 0, 1, 1].map(|wave| (wave, None));
+    let stand_on: [Option<&[&str]>; 4] = [Some(&[]), Some(&["8:0"]), Some(&[]), Some(&[])];
+    let with = |strict| {
+        let double = Double {
+            give_up: Some(LIMIT),
+            written: (0..4).map(|number| (number, Arc::default())).collect(),
+            ..Double::default()
+        };
+        setup_before(double, &waves, &stand_on, &[], strict)
+    };
+    let mut s = with(false);
+    s.slow("sync", 0, LIMIT * 12);
+    let begun = Instant::now();
+    s.session.sync(&mut s.learnt);
+    let summary = s.freeze().unwrap();
+    assert!(begun.elapsed() >= LIMIT);
+    assert!(begun.elapsed() < LIMIT * 6, "{:?}", begun.elapsed());
+    assert_eq!((summary.ours, summary.left_out), (2, 2));
+    for number in [0, 1] {
+        assert!(!s.calls().contains(&("freeze", number)));
+    }
+    assert!(s.calls().contains(&("sync", 2)) && s.calls().contains(&("sync", 3)));
+    assert_eq!(*lock(&s.double.left), [0, 1]);
+    let said = s.means.log.held();
+    let says = |text: &str| said.iter().any(|(_, line)| line.contains(text));
+    assert!(
+        says("/fs0 hangs") && says("/fs1 may stand on /fs0"),
+        "{said:?}"
+    );
+    s.session.thaw().unwrap();
+    // What is known to hang is not waited for again.
+    let mut strict = with(true);
+    strict.learnt = std::mem::take(&mut s.learnt);
+    let begun = Instant::now();
+    strict.session.sync(&mut strict.learnt);
+    let error = strict.freeze().unwrap_err();
+    assert!(begun.elapsed() < LIMIT, "{:?}", begun.elapsed());
+    assert!(error.to_string().contains("/fs0 hangs"), "{error}");
+    assert!(!strict.calls().contains(&("sync", 0)));
+    // Nor is it left out when it is back.
+    let until = Instant::now() + Duration::from_secs(60);
+    while strict.learnt.hangs("8:0".parse().unwrap()) {
+        assert!(Instant::now() < until, "it hangs still");
+        thread::yield_now();
+    }
+    let mut back = with(true);
+    back.learnt = std::mem::take(&mut strict.learnt);
+    back.session.sync(&mut back.learnt);
+    assert_eq!(back.freeze().unwrap().ours, 4);
+    assert!(back.calls().contains(&("sync", 0)));
+}
+
+#[test]
+fn a_freeze_that_hangs_is_called_off_alone_and_costs_nobody_else_the_backup() {
+    const LIMIT: Duration = Duration::from_millis(500);
+    let stand_on: [Option<&[&str]>; 3] = [Some(&[]); 3];
+    let with = |strict, called_off: BTreeSet<usize>| {
+        let double = Double {
+            give_up: Some(LIMIT),
+            can_call_off: true,
+            called_off: Mutex::new(called_off),
+            ..Double::default()
+        };
+        let s = setup_before(
+            double,
+            &[(0, None), (0, None), (1, None)],
+            &stand_on,
+            &[],
+            strict,
+        );
+        s.means.pool.grow(3).unwrap();
+        s
+    };
+    for strict in [false, true] {
+        let mut s = with(strict, BTreeSet::new());
+        s.slow("freeze", 0, LIMIT * 20);
+        let begun = Instant::now();
+        let result = s.freeze();
+        assert!(begun.elapsed() >= LIMIT && begun.elapsed() < LIMIT * 8);
+        let of_other: Vec<_> = s.calls().into_iter().filter(|(_, n)| *n == 1).collect();
+        assert_eq!(of_other[..2], [("freeze", 1), ("thaw", 1)]);
+        if strict {
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains("/fs0 takes longer"), "{error}");
+        } else {
+            let summary = result.unwrap();
+            assert_eq!((summary.ours, summary.left_out), (2, 1));
+        }
+        assert!(s.learnt.called_off.contains(&"8:0".parse().unwrap()));
+        // As long as it has not come back it is left alone, also by the next process.
+        for learnt in [std::mem::take(&mut s.learnt), Learnt::default()] {
+            let mut next = with(false, BTreeSet::from([0]));
+            next.learnt = learnt;
+            next.session.sync(&mut next.learnt);
+            let summary = next.freeze().unwrap();
+            assert_eq!((summary.ours, summary.left_out), (2, 1));
+            assert!(next.calls().iter().all(|(_, number)| *number != 0));
+            let mut back = with(true, BTreeSet::new());
+            back.learnt = next.learnt;
+            assert_eq!(back.freeze().unwrap().ours, 3);
+        }
+    }
+}
+
+#[test]
+fn a_freeze_that_hangs_is_not_joined_by_what_holds_it_nor_called_off_below_what_is_frozen() {
+    const LIMIT: Duration = Duration::from_millis(300);
+    let on: &[&str] = &["8:1"];
+    for (slow, ours) in [(0, 1), (1, 3)] {
+        // An image, what holds it, and one that has nothing to do with them.
+        let double = Double {
+            give_up: Some(LIMIT),
+            can_call_off: true,
+            ..Double::default()
+        };
+        let waves = [(0, None), (1, None), (1, None)];
+        let stand_on = [Some(on), Some(&[][..]), Some(&[])];
+        let mut s = setup_before(double, &waves, &stand_on, &[], false);
+        s.slow("freeze", slow, LIMIT * 4);
+        let summary = s.freeze().unwrap();
+        assert_eq!((summary.ours, summary.left_out), (ours, 3 - ours));
+        let holder = s.calls().contains(&("freeze", 1));
+        assert_eq!(
+            (holder, lock(&s.double.called_off).len()),
+            match slow {
+                0 => (false, 1),
+                _ => (true, 0),
+            }
+        );
+    }
+}
+
+#[test]
+fn those_on_the_disk_of_one_that_hangs_hang_all_at_the_same_time() {
+    const LIMIT: Duration = Duration::from_millis(300);
+    let double = Double {
+        give_up: Some(LIMIT),
+        ..Double::default()
+    };
+    let mut s = setup_before(double, &[(0, None); 5], &[], &[], false);
+    let targets = (0..5).map(|number| {
+        let fd = stand_in();
+        let dev: DevId = format!("8:{number}").parse().unwrap();
+        let disk = DevId::default();
+        let target = Target::new(dev, format!("/fs{number}"), 0, fd);
+        target
+            .with_disks(vec![disk])
+            .written_back(Box::new(|| Some(0)))
+    });
+    let targets: Vec<Target> = targets.collect();
+    let numbers = targets.iter().enumerate();
+    let numbers = numbers.map(|(number, it)| (inode_of(it), number)).collect();
+    let slow = (0..5).map(|number| (("sync", number), LIMIT * 10));
+    let double = Arc::new_cyclic(|this: &Weak<Double>| Double {
+        this: this.clone(),
+        numbers,
+        slow: Mutex::new(slow.collect()),
+        ..Double::default()
+    });
+    s.means.door = double.clone();
+    s.means.limits.write_back = 4;
+    let session = Session::new(targets, s.means.clone(), &s.learnt).unwrap();
+    let begun = Instant::now();
+    session.sync(&mut s.learnt);
+    assert!(begun.elapsed() < LIMIT * 4, "{:?}", begun.elapsed());
+    assert_eq!(lock(&double.calls).len(), 5);
+}
+
+#[test]
+fn a_sync_of_what_is_slow_is_waited_for() {
+    // The one gets on with it, of the other nobody can tell.
+    let written: Arc<AtomicU64> = Arc::default();
+    let double = Double {
+        written: BTreeMap::from([(0, Arc::clone(&written))]),
+        ..Double::default()
+    };
+    let mut s = setup_before(double, &[(0, None), (0, None)], &[], &[], true);
+    for number in 0..2 {
+        s.slow("sync", number, SHORT * 5);
+    }
+    let over = Arc::new(AtomicBool::new(false));
+    let done = Arc::clone(&over);
+    let disk = thread::spawn(move || {
+        while !done.load(Ordering::SeqCst) {
+            written.fetch_add(1, Ordering::SeqCst);
+            thread::sleep(Duration::from_millis(1));
+        }
+    });
+    let begun = Instant::now();
+    s.session.sync(&mut s.learnt);
+    over.store(true, Ordering::SeqCst);
+    disk.join().unwrap();
+    assert!(begun.elapsed() >= SHORT * 10, "{:?}", begun.elapsed());
+    assert_eq!(s.freeze().unwrap().ours, 2);
 }
 
 #[test]
