@@ -65,6 +65,11 @@ pub const CASES: &[Case] = &[
         reads,
     ),
     case(
+        "abi/read-now",
+        "RWF_NOWAIT gives EAGAIN on a descriptor that waits, and what there is",
+        read_now,
+    ),
+    case(
         "abi/blocking-read",
         "a blocking read waits for the next request",
         blocking_read,
@@ -566,6 +571,33 @@ fn reads(guest: &Guest) -> Result<()> {
     )?;
     let (request, _) = read_request(device)?;
     refused("a read of what was read", device.read(MAX_FRAME), "EAGAIN")?;
+    device.write(answer_v2(request.frame.id, op::FREEZE, status::FAIL).as_bytes())?;
+    answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)
+}
+
+fn read_now(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let vss = guest.vss();
+    let device = guest.open_device(Blocking::Yes)?;
+    let nothing = |when: &str| {
+        let what = format!("a read that must not wait, {when}");
+        refused(&what, device.read_now(MAX_FRAME), "EAGAIN")
+    };
+    nothing("before the registration")?;
+    register(device)?;
+    nothing("with nothing to read")?;
+
+    let tx = vss.send_freeze(&[])?;
+    ensure!(
+        !device.poll(&["POLLIN"], STEP)?.is_empty(),
+        "FREEZE should become readable"
+    );
+    refused("one with 6299 bytes", device.read_now(6299), "EINVAL")?;
+    let bytes = device.read_now(MAX_FRAME)?;
+    let (request, _) = Request::read_from_prefix(&bytes)
+        .map_err(|_| anyhow::anyhow!("FREEZE has {} bytes only", bytes.len()))?;
+    equal("the message", request.msg, VssMsg::new(op::FREEZE))?;
+    nothing("of what was read")?;
     device.write(answer_v2(request.frame.id, op::FREEZE, status::FAIL).as_bytes())?;
     answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)
 }
