@@ -150,7 +150,7 @@ fn thaw_ioctl(path: Option<&str>) -> Ioctl {
 }
 
 /// Has the module freeze and hold the file system at `path`.
-fn hold(device: Device<'_>, id: u64, path: &str) -> Result<(), CallError> {
+pub(super) fn hold(device: Device<'_>, id: u64, path: &str) -> Result<(), CallError> {
     device.ioctl(&freeze_ioctl(freezing(id, path)))
 }
 
