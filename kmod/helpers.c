@@ -61,6 +61,21 @@ void hv_vss_device_unlock(struct device *dev)
 	device_unlock(dev);
 }
 
+void hv_vss_module_get(struct module *module)
+{
+	__module_get(module);
+}
+
+void hv_vss_module_put(struct module *module)
+{
+	module_put(module);
+}
+
+bool hv_vss_ns_capable(struct user_namespace *ns, int capability)
+{
+	return ns_capable(ns, capability);
+}
+
 struct vfsmount *hv_vss_file_mount(const struct file *file)
 {
 	return file->f_path.mnt;

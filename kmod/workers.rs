@@ -7,6 +7,7 @@
 //!
 //! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
 
+use crate::bindings;
 use crate::compat::this_module;
 use core::ptr::NonNull;
 use kernel::bindings as raw;
@@ -128,7 +129,7 @@ impl ModuleReference {
     /// Takes one. Any context.
     pub(crate) fn new() -> Self {
         // SAFETY: This is the module that runs.
-        unsafe { raw::__module_get(this_module()) };
+        unsafe { bindings::hv_vss_module_get(this_module()) };
         ModuleReference(())
     }
 }
@@ -136,6 +137,6 @@ impl ModuleReference {
 impl Drop for ModuleReference {
     fn drop(&mut self) {
         // SAFETY: `new` has taken it.
-        unsafe { raw::module_put(this_module()) };
+        unsafe { bindings::hv_vss_module_put(this_module()) };
     }
 }
