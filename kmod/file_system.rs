@@ -56,8 +56,9 @@ impl FileSystem {
     /// `EPERM` or `EOPNOTSUPP`.
     pub(crate) fn may_freeze(&self) -> Result {
         // SAFETY: By the type invariant the superblock is alive, and so is its user namespace.
-        if !unsafe { raw::ns_capable((*self.superblock()).s_user_ns, raw::CAP_SYS_ADMIN as c_int) }
-        {
+        let user_namespace = unsafe { (*self.superblock()).s_user_ns };
+        // SAFETY: As above.
+        if !unsafe { bindings::hv_vss_ns_capable(user_namespace, raw::CAP_SYS_ADMIN as c_int) } {
             return Err(EPERM);
         }
         let operations = self.operations();

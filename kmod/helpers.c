@@ -62,6 +62,11 @@ void hv_vss_device_unlock(struct device *dev)
 	device_unlock(dev);
 }
 
+bool hv_vss_ns_capable(struct user_namespace *ns, int capability)
+{
+	return ns_capable(ns, capability);
+}
+
 struct vfsmount *hv_vss_file_mount(const struct file *file)
 {
 	return file->f_path.mnt;

@@ -6,8 +6,10 @@
 #ifndef HV_VSS_HELPERS_H
 #define HV_VSS_HELPERS_H
 
+#include <linux/capability.h>
 #include <linux/fs.h>
 #include <linux/hyperv.h>
+#include <linux/module.h>
 #include <linux/mount.h>
 #include <linux/notifier.h>
 #include <linux/spinlock.h>
@@ -37,6 +39,9 @@ void hv_vss_mute_channel(struct vmbus_channel *channel);
 /* device_lock() and device_unlock(). */
 void hv_vss_device_lock(struct device *dev);
 void hv_vss_device_unlock(struct device *dev);
+
+/* ns_capable(): whether the caller may do that, an inline where there is one user only. */
+bool hv_vss_ns_capable(struct user_namespace *ns, int capability);
 
 /* The mount that @file was opened through. */
 struct vfsmount *hv_vss_file_mount(const struct file *file);

@@ -427,8 +427,9 @@ impl Hold {
         }
     }
 
-    /// Lets all go: what is held is thawed, the last one first, and what is being frozen as soon as
-    /// that is over. Returns whether there was any. Waits for nothing; any context.
+    /// Lets all go: what is held is queued to be thawed, the last one first, and what is being
+    /// frozen is thawed as soon as that is over. Returns whether there was any. Waits for nothing;
+    /// any context.
     pub(crate) fn let_go(&self) -> bool {
         let mut any = false;
         let _spare = {

@@ -55,11 +55,12 @@
  *
  * Held freezes (HV_VSS_FEATURE_HOLD): a v2 daemon can have the kernel freeze for it, with
  * HV_VSS_IOC_FREEZE. What is held so belongs to this open of the device: nobody else can thaw it, and
- * the kernel thaws it, the last one first, when the last holder closes the descriptor or dies, when the
- * deadline passes, when the FREEZE that it was for fails or its THAW ends, before the machine sleeps,
- * and when the device goes. But for the close, and for what it has answered or told itself, the daemon
- * then reads an HV_VSS_FRAME_THAWED, and the host's THAW is failed. A daemon that freezes by other means
- * needs none of this.
+ * the kernel thaws it when the last holder closes the descriptor or dies, when the deadline passes, when
+ * the FREEZE that it was for fails or its THAW ends, before the machine sleeps, and when the device goes.
+ * It begins with what was frozen last and waits for none before it begins the next, so that one that
+ * hangs holds up no other: which of them is thawed first is not said. But for the close, and for what it
+ * has answered or told itself, the daemon then reads an HV_VSS_FRAME_THAWED, and the host's THAW is
+ * failed. A daemon that freezes by other means needs none of this.
  *
  * What may change, and what not. A structure grows at its end only, a frame's size says how much there
  * is: who reads takes what it knows of it and passes over the rest. Bits of a feature word that the
@@ -215,7 +216,7 @@ struct hv_vss_ioc_freeze {	/* 32 bytes */
  *  EBUSY       its freeze was called off before and has not come back
  *  EINVAL      it is not held (any more), as FITHAW has it; flags is not 0
  *
- * and as above. With fd -1: all that is held, the last one first; 0 also when nothing is.
+ * and as above. With fd -1: all that is held, begun as named above; 0 also when nothing is.
  */
 struct hv_vss_ioc_thaw {	/* 8 bytes */
 	__s32 fd;		/* open on the file system, or -1 */

@@ -1384,9 +1384,23 @@ impl Device<'_> {
 
     /// Starts a `read(2)` and does not wait for its return.
     pub fn start_read(&self, len: usize) -> Result<Pending, CallError> {
+        self.start_reading(len, false)
+    }
+
+    /// `preadv2(2)` with `RWF_NOWAIT` into a buffer of `len` bytes.
+    pub fn read_now(&self, len: usize) -> Result<Vec<u8>, CallError> {
+        let pending = self.start_reading(len, true)?;
+        self.finish_read(pending, STEP)
+    }
+
+    fn start_reading(&self, len: usize, nowait: bool) -> Result<Pending, CallError> {
         let handle = self.handle;
-        self.agent
-            .start(self.asks(Command::DevRead { handle, len }))
+        let read = Command::DevRead {
+            handle,
+            len,
+            nowait,
+        };
+        self.agent.start(self.asks(read))
     }
 
     /// Waits for the return of a `read(2)`.

@@ -68,6 +68,12 @@ impl Profile {
         vmbus: VmbusVersion::V4_1,
         ..Profile::CURRENT
     };
+    /// The Windows 10 after that: the first whose guests connect by connection 4.
+    pub const WINDOWS_10_V5: Profile = Profile {
+        name: "windows-10-v5",
+        vmbus: VmbusVersion::V5_0,
+        ..Profile::CURRENT
+    };
     /// Windows Server 2019.
     pub const SERVER_2019: Profile = Profile {
         name: "server-2019",
@@ -96,10 +102,11 @@ impl Profile {
     };
 
     /// All of them, the oldest first.
-    pub const ALL: [Profile; 7] = [
+    pub const ALL: [Profile; 8] = [
         Profile::SERVER_2012_R2,
         Profile::SERVER_2016,
         Profile::WINDOWS_10_RS3,
+        Profile::WINDOWS_10_V5,
         Profile::SERVER_2019,
         Profile::SERVER_2022,
         Profile::CURRENT,

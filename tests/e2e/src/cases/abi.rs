@@ -3,6 +3,7 @@
 //! Our module at its two edges: the device, where the case plays the daemon, and the channel, where
 //! it plays hosts that real guests also meet.
 
+use super::owned::{held, hold};
 use super::{case, Case, ModuleState};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
@@ -63,6 +64,11 @@ pub const CASES: &[Case] = &[
         "abi/reads",
         "O_NONBLOCK gives EAGAIN, a short buffer EINVAL and loses nothing",
         reads,
+    ),
+    case(
+        "abi/read-now",
+        "RWF_NOWAIT gives EAGAIN on a descriptor that waits, and what there is",
+        read_now,
     ),
     case(
         "abi/blocking-read",
@@ -570,6 +576,33 @@ fn reads(guest: &Guest) -> Result<()> {
     answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)
 }
 
+fn read_now(guest: &Guest) -> Result<()> {
+    load_and_negotiate(guest, &[])?;
+    let vss = guest.vss();
+    let device = guest.open_device(Blocking::Yes)?;
+    let nothing = |when: &str| {
+        let what = format!("a read that must not wait, {when}");
+        refused(&what, device.read_now(MAX_FRAME), "EAGAIN")
+    };
+    nothing("before the registration")?;
+    register(device)?;
+    nothing("with nothing to read")?;
+
+    let tx = vss.send_freeze(&[])?;
+    ensure!(
+        !device.poll(&["POLLIN"], STEP)?.is_empty(),
+        "FREEZE should become readable"
+    );
+    refused("one with 6299 bytes", device.read_now(6299), "EINVAL")?;
+    let bytes = device.read_now(MAX_FRAME)?;
+    let (request, _) = Request::read_from_prefix(&bytes)
+        .map_err(|_| anyhow::anyhow!("FREEZE has {} bytes only", bytes.len()))?;
+    equal("the message", request.msg, VssMsg::new(op::FREEZE))?;
+    nothing("of what was read")?;
+    device.write(answer_v2(request.frame.id, op::FREEZE, status::FAIL).as_bytes())?;
+    answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)
+}
+
 fn blocking_read(guest: &Guest) -> Result<()> {
     load_and_negotiate(guest, &[])?;
     let vss = guest.vss();
@@ -1021,17 +1054,26 @@ fn tracepoints(guest: &Guest) -> Result<()> {
     vss.wait_open(STEP)?;
     guest.sh(&format!(
         "grep -q tracefs /proc/mounts || mount -t tracefs tracefs {TRACING}
-         echo > {TRACING}/trace; echo 1 > {TRACING}/events/hv_vss/enable"
+         echo > {TRACING}/trace; echo 1 > {TRACING}/events/hv_vss/enable
+         mkdir -p /mnt/held && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/held"
     ))?;
+    let held_device = guest.read("/sys/block/ram1/dev")?;
+    let held_device = held_device.trim();
     vss.agree(STEP)?;
-    let held = vss.send(Op::HOT_BACKUP, &SHORT_BODY)?;
-    answered("HOT_BACKUP", &vss.wait(held, STEP)?, status::FAIL)?;
+    let waited = vss.send(Op::HOT_BACKUP, &SHORT_BODY)?;
+    answered("HOT_BACKUP", &vss.wait(waited, STEP)?, status::FAIL)?;
     let info = vss.send(Op::GET_DM_INFO, &SHORT_BODY)?;
     answered("GET_DM_INFO", &vss.wait(info, STEP)?, status::OK)?;
     let device = guest.open_device(Blocking::Yes)?;
     register(device)?;
-    let (freeze_id, freeze, _) = serve(guest, device, Op::FREEZE, op::FREEZE, status::OK)?;
+    let freeze = vss.send(Op::FREEZE, &SHORT_BODY)?;
+    let freeze_id = read_request(device)?.0.frame.id;
+    hold(device, freeze_id, "/mnt/held")?;
+    device.write(answer_v2(freeze_id, op::FREEZE, status::OK).as_bytes())?;
+    answered("FREEZE", &vss.wait(freeze, STEP)?, status::OK)?;
     device.write(thawed_v2(freeze_id, thawed::FOREIGN).as_bytes())?;
+    // The daemon says that nothing is frozen, so the module lets go.
+    guest.wait_until("nothing is held", STEP, || Ok(held(guest)?.is_empty()))?;
     let thaw = vss.send(Op::THAW, &SHORT_BODY)?;
     let (request, _) = read_request(device)?;
     let thaw_id = request.frame.id;
@@ -1045,12 +1087,12 @@ fn tracepoints(guest: &Guest) -> Result<()> {
     guest.sh(&format!("umount {TRACING}"))?;
 
     // In this order, with other events in between.
-    let (held, info, freeze, thaw) = (held.0, info.0, freeze.0, thaw.0);
+    let (waited, info, freeze, thaw) = (waited.0, info.0, freeze.0, thaw.0);
     let steps = [
         "hv_vss_negotiated: framework=3.0 vss=5.0".to_owned(),
-        format!("hv_vss_request: id=1 operation=HOT_BACKUP stage=received transaction={held}"),
-        format!("hv_vss_request: id=1 operation=HOT_BACKUP stage=held transaction={held}"),
-        format!("hv_vss_request: id=1 operation=HOT_BACKUP stage=timed-out transaction={held}"),
+        format!("hv_vss_request: id=1 operation=HOT_BACKUP stage=received transaction={waited}"),
+        format!("hv_vss_request: id=1 operation=HOT_BACKUP stage=held transaction={waited}"),
+        format!("hv_vss_request: id=1 operation=HOT_BACKUP stage=timed-out transaction={waited}"),
         "hv_vss_answer: id=1 operation=HOT_BACKUP status=0x80004005 latency_us=".to_owned(),
         "hv_vss_answer: id=0 operation=GET_DM_INFO status=0x00000000 latency_us=0".to_owned(),
         format!("transaction={info}"),
@@ -1062,9 +1104,11 @@ fn tracepoints(guest: &Guest) -> Result<()> {
             "hv_vss_request: id={freeze_id} operation=FREEZE stage=offered transaction={freeze}"
         ),
         format!("hv_vss_request: id={freeze_id} operation=FREEZE stage=read transaction={freeze}"),
+        format!("hv_vss_freeze: id={freeze_id} device={held_device} error=0 us="),
         format!("hv_vss_answer: id={freeze_id} operation=FREEZE status=0x00000000"),
         format!("transaction={freeze}"),
         format!("hv_vss_broken: id={freeze_id} reason=4"),
+        format!("hv_vss_thaw: id={freeze_id} device={held_device} error=0 us="),
         format!("hv_vss_request: id={thaw_id} operation=THAW stage=timed-out transaction={thaw}"),
         format!("hv_vss_answer: id={thaw_id} operation=THAW status=0x80004005"),
         "hv_vss_bad_frame: error=-22".to_owned(),

@@ -80,6 +80,7 @@ pub const CASES: &[Case] = &[
     on_all("dialogue/server-2012-r2", Profile::SERVER_2012_R2),
     on_all("dialogue/server-2016", Profile::SERVER_2016),
     on_all("dialogue/windows-10-rs3", Profile::WINDOWS_10_RS3),
+    on_all("dialogue/windows-10-v5", Profile::WINDOWS_10_V5),
     on_all("dialogue/server-2019", Profile::SERVER_2019),
     on_all("dialogue/server-2022", Profile::SERVER_2022),
     on_all("dialogue/current", Profile::CURRENT),

@@ -18,6 +18,7 @@ use e2e::guest::{Blocking, Daemon, Device, Guest, Ioctl, Module, STEP};
 use hv_vss_uapi::{op, thawed, IocFreeze, IocThaw, IOC_FREEZE, IOC_THAW};
 use hyperv_sim::ic::status;
 use lab_agent::{Descriptor, Put};
+use std::collections::BTreeMap;
 use std::mem::offset_of;
 use std::time::Duration;
 use zerocopy::IntoBytes;
@@ -70,6 +71,11 @@ pub const CASES: &[Case] = &[
         "owned/killed",
         "so does kill -9",
         killed,
+    ),
+    case(
+        "owned/in-reverse",
+        "ext4 on a loop device on an xfs: killed, both go on, and the thaw of the xfs was begun first",
+        in_reverse,
     ),
     case(
         "owned/killed-in-a-hung-freeze",
@@ -150,7 +156,7 @@ fn thaw_ioctl(path: Option<&str>) -> Ioctl {
 }
 
 /// Has the module freeze and hold the file system at `path`.
-fn hold(device: Device<'_>, id: u64, path: &str) -> Result<(), CallError> {
+pub(super) fn hold(device: Device<'_>, id: u64, path: &str) -> Result<(), CallError> {
     device.ioctl(&freeze_ioctl(freezing(id, path)))
 }
 
@@ -648,6 +654,81 @@ fn killed(guest: &Guest) -> Result<()> {
     Still::wait(guest, &[])?;
     let at = guest.signal_all(&[pid], 9)?;
     ended_by_itself(guest, "kill -9", at)
+}
+
+fn in_reverse(guest: &Guest) -> Result<()> {
+    const EVENTS: &str = "/sys/kernel/tracing/events";
+    load(guest, Module::Ours, &[])?;
+    let over = guest.sh(
+        "mkdir -p /mnt/under /mnt/over; modprobe xfs
+         mkfs.xfs -q -f /dev/ram2 && mount /dev/ram2 /mnt/under &&
+         truncate -s 32M /mnt/under/image && device=$(losetup --find --show /mnt/under/image) &&
+         mkfs.ext4 -q -F $device && mount $device /mnt/over && cat /sys/block/${device#/dev/}/dev",
+    )?;
+    let under = guest.read("/sys/block/ram2/dev")?;
+    let order = ["/mnt/over", "/mnt/under"];
+    for path in order {
+        guest.writer_start_every(&format!("{path}/w"), EVERY_US)?;
+    }
+    guest.sh(&format!(
+        "grep -q tracefs /proc/mounts || mount -t tracefs tracefs /sys/kernel/tracing
+         echo > /sys/kernel/tracing/trace; cd {EVENTS}
+         echo 'workqueue == \"hv_vss_thaw\"' >workqueue/workqueue_queue_work/filter &&
+         echo 1 >workqueue/workqueue_queue_work/enable &&
+         echo 1 >workqueue/workqueue_execute_start/enable && echo 1 >hv_vss/hv_vss_thaw/enable"
+    ))?;
+
+    let pid = guest.fork()?;
+    let daemon = Scripted::start_in(guest, Some(pid), Abi::V2)?;
+    let tx = guest.vss().send_freeze(&[])?;
+    let asked = daemon.take(op::FREEZE)?;
+    for path in order {
+        hold(daemon.device, asked.id, path)?;
+    }
+    daemon.answer(&asked, status::OK)?;
+    answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
+    Still::wait(guest, &[])?;
+    let at = guest.signal_all(&[pid], 9)?;
+    released(guest, "kill -9", at, RELEASED)?;
+    equal("what is held", held(guest)?, Vec::new())?;
+
+    let trace = guest.read("/sys/kernel/tracing/trace")?;
+    guest.sh(&format!(
+        "cd {EVENTS}; echo 0 >workqueue/enable; echo 0 >hv_vss/enable
+         echo 0 >workqueue/workqueue_queue_work/filter; cd /; umount /sys/kernel/tracing"
+    ))?;
+    equal(
+        "the devices in the order in which their thaws were queued",
+        thaws_as_queued(&trace),
+        vec![under.trim().to_owned(), over.trim().to_owned()],
+    )
+}
+
+/// Which devices were thawed, in the order in which their thaws were queued. The order of the events says
+/// nothing of that: each thaw has a worker of its own, and one may take longer.
+fn thaws_as_queued(trace: &str) -> Vec<String> {
+    /// The word behind this one in the line.
+    fn behind<'a>(line: &'a str, what: &str) -> Option<&'a str> {
+        let (_, rest) = line.split_once(what)?;
+        Some(rest.split(' ').next()?.trim_end_matches(':'))
+    }
+    let mut queued = Vec::new();
+    // The work that each thread has in hand, and the device that each work has thawed.
+    let (mut in_hand, mut thawed) = (BTreeMap::new(), BTreeMap::new());
+    for line in trace.lines() {
+        let thread = line.split_whitespace().next();
+        if let Some(work) = behind(line, "workqueue_queue_work: work struct=") {
+            queued.push(work);
+        } else if let Some(work) = behind(line, "workqueue_execute_start: work struct ") {
+            in_hand.insert(thread, work);
+        } else if let Some(device) = behind(line, " device=") {
+            if let Some(work) = in_hand.get(&thread) {
+                thawed.insert(*work, device.to_owned());
+            }
+        }
+    }
+    let device = |work: &&str| thawed.get(work).cloned();
+    queued.iter().filter_map(device).collect()
 }
 
 fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {

@@ -43,10 +43,14 @@ impl Devices {
     }
 
     /// One read; its bytes in hexadecimal.
-    pub fn read(&self, handle: u64, len: usize) -> Result<String, Error> {
+    pub fn read(&self, handle: u64, len: usize, nowait: bool) -> Result<String, Error> {
         let file = self.get(handle)?;
         let mut buffer = vec![0; len];
-        let got = file.as_ref().read(&mut buffer)?;
+        let got = if nowait {
+            sys::read_now(&file, &mut buffer)?
+        } else {
+            file.as_ref().read(&mut buffer)?
+        };
         Ok(to_hex(buffer.get(..got).unwrap_or(&[])))
     }
 

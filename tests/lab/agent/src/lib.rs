@@ -205,6 +205,8 @@ pub enum Command {
         handle: u64,
         /// Size of the buffer.
         len: usize,
+        /// Whether this one must not wait (`RWF_NOWAIT`), however the device was opened.
+        nowait: bool,
     },
     /// One write; returns how many bytes were taken.
     DevWrite {

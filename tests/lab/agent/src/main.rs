@@ -108,7 +108,11 @@ impl Agent {
             Command::WritersReset => json!(self.writers.reset()),
             Command::WritersStop { timeout_ms } => json!(self.writers.stop(timeout_ms)?),
             Command::DevOpen { path, nonblock } => json!(self.devices.open(&path, nonblock)?),
-            Command::DevRead { handle, len } => json!(self.devices.read(handle, len)?),
+            Command::DevRead {
+                handle,
+                len,
+                nowait,
+            } => json!(self.devices.read(handle, len, nowait)?),
             Command::DevWrite { handle, hex } => json!(self.devices.write(handle, &hex)?),
             Command::DevPoll {
                 handle,

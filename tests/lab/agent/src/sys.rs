@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Ioctls, signals, capabilities of a thread and what a change of users keeps: the agent's only unsafe
-//! code.
+//! Ioctls, a read with flags, signals, capabilities of a thread and what a change of users keeps: the
+//! agent's only unsafe code.
 
 use nix::errno::Errno;
 use nix::libc;
@@ -65,6 +65,19 @@ pub fn ioctl(file: &File, request: u32, argument: &[u8]) -> Result<(), Errno> {
     // reads or writes no more behind the pointer than the number can name, and so much is there.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), request.into(), buffer.as_mut_ptr()) };
     Errno::result(result).map(drop)
+}
+
+/// A read that does not wait (`RWF_NOWAIT`), from where the file stands.
+pub fn read_now(file: &File, buffer: &mut [u8]) -> Result<usize, Errno> {
+    let place = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: the descriptor is open for as long as `file` is borrowed. The kernel reads the one `iovec`
+    // and writes no more than its length to where it points, which is the borrowed buffer.
+    let got = unsafe { libc::preadv2(file.as_raw_fd(), &place, 1, -1, libc::RWF_NOWAIT) };
+    // What is not negative fits.
+    Errno::result(got).map(|got| got as usize)
 }
 
 /// Takes CAP_SYS_ADMIN from the calling thread, and from no other.
