@@ -17,8 +17,11 @@ use crate::mounts::DevId;
 /// before whoever waits for the write hears of its end. Discards and flushes are counted elsewhere.
 const WRITE_SECTORS: usize = 6;
 
-/// What else tells there of work on what was written: requests that write, discard, flush.
-const DONE: [usize; 4] = [4, WRITE_SECTORS, 11, 15];
+/// What else tells there that a disk gets on: requests that read, write, discard, flush.
+const DONE: [usize; 5] = [0, 4, WRITE_SECTORS, 11, 15];
+
+/// And what it has in hand.
+const IN_FLIGHT: usize = 8;
 
 /// The counters behind one file system, open. A device that has none, or whose queue does not count
 /// (`iostats`), adds nothing.
@@ -57,40 +60,68 @@ fn look_at(stat: &File, parse: impl Fn(&str) -> Option<u64>) -> Option<u64> {
     parse(std::str::from_utf8(text.get(..read)?).ok()?)
 }
 
-/// Whether the devices of one file system get on with what is written to them. They are opened at the first
+/// Whether the devices of one file system get on with what they have in hand. They are opened at the first
 /// look: as a rule nobody looks.
 #[derive(Debug)]
 pub struct WriteBack {
     devices: Vec<DevId>,
-    stats: OnceLock<Option<Vec<File>>>,
+    opened: OnceLock<Option<Vec<Counted>>>,
+}
+
+/// A device whose queue counts.
+#[derive(Debug)]
+struct Counted {
+    stat: File,
+    /// Whether it is suspended, for what the device mapper has made: what comes then is not in hand.
+    suspended: Option<File>,
 }
 
 impl WriteBack {
     /// That of these devices.
     pub fn to(devices: Vec<DevId>) -> Self {
-        let stats = OnceLock::new();
-        WriteBack { devices, stats }
+        let opened = OnceLock::new();
+        WriteBack { devices, opened }
     }
 
     /// A number that changes as long as they do. `None` where that does not show: a device has no counters, or
-    /// its queue does not count, or it has gone.
+    /// its queue does not count, or it has gone; and where they have nothing in hand: the file system is at
+    /// something else then.
     pub fn done(&self) -> Option<u64> {
-        let stats = self.stats.get_or_init(|| {
-            let stats = self.devices.iter().map(counted).collect::<Option<Vec<_>>>();
-            stats.filter(|it| !it.is_empty())
+        let opened = self.opened.get_or_init(|| {
+            let devices = self.devices.iter().map(Counted::open);
+            let opened = devices.collect::<Option<Vec<_>>>();
+            opened.filter(|it| !it.is_empty())
         });
-        let stats = stats.as_ref()?.iter();
-        stats.map(|stat| look_at(stat, parse_done)).sum()
+        let opened = opened.as_ref()?;
+        let done = opened.iter().map(|it| look_at(&it.stat, parse_done));
+        let done = done.sum::<Option<u64>>()?;
+        opened.iter().any(Counted::waits).then_some(done)
     }
 }
 
-/// The counters of one whose queue counts.
-fn counted(dev: &DevId) -> Option<File> {
-    let device = format!("/sys/dev/block/{dev}");
-    // A partition has the queue of its disk.
-    let queues = ["queue", "../queue"].map(|it| format!("{device}/{it}/iostats"));
-    let counts = queues.iter().find_map(|it| fs::read_to_string(it).ok())?;
-    (counts.trim_end() != "0").then(|| File::open(format!("{device}/stat")).ok())?
+impl Counted {
+    fn open(dev: &DevId) -> Option<Self> {
+        let device = format!("/sys/dev/block/{dev}");
+        // A partition has the queue of its disk.
+        let queues = ["queue", "../queue"].map(|it| format!("{device}/{it}/iostats"));
+        let counts = queues.iter().find_map(|it| fs::read_to_string(it).ok())?;
+        if counts.trim_end() == "0" {
+            return None;
+        }
+        Some(Counted {
+            stat: File::open(format!("{device}/stat")).ok()?,
+            suspended: File::open(format!("{device}/dm/suspended")).ok(),
+        })
+    }
+
+    fn waits(&self) -> bool {
+        let number_at = |at: usize| {
+            move |text: &str| text.split_ascii_whitespace().nth(at)?.parse::<u64>().ok()
+        };
+        let suspended = self.suspended.as_ref();
+        look_at(&self.stat, number_at(IN_FLIGHT)).is_some_and(|it| it > 0)
+            || suspended.and_then(|it| look_at(it, number_at(0))) == Some(1)
+    }
 }
 
 fn parse_done(stat: &str) -> Option<u64> {
@@ -228,16 +259,30 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_discarded_or_flushed_gets_on_and_what_is_read_or_waits_does_not() {
+    fn what_comes_to_its_end_gets_on_and_what_waits_does_not() {
         let line = |at: usize| {
             let numbers: Vec<String> = (0..17).map(|it| u64::from(it == at).to_string()).collect();
             numbers.join(" ")
         };
         for at in 0..17 {
-            let shows = matches!(at, 4 | 6 | 11 | 15);
+            let shows = matches!(at, 0 | 4 | 6 | 11 | 15);
             assert_eq!(parse_done(&line(at)), Some(u64::from(shows)), "{at}");
         }
         assert_eq!(parse_done("1 2 3"), None);
+        let waits = |stat: &str, suspended: Option<&str>| {
+            let file = |text: &str| {
+                let path = std::env::temp_dir().join(format!("hv-vss-stat-{}", std::process::id()));
+                fs::write(&path, text).unwrap();
+                let file = File::open(&path).unwrap();
+                fs::remove_file(path).unwrap();
+                file
+            };
+            let (stat, suspended) = (file(stat), suspended.map(file));
+            Counted { stat, suspended }.waits()
+        };
+        assert!(waits(&line(IN_FLIGHT), None));
+        assert!(!waits(&line(4), None), "it computes");
+        assert!(waits(&line(4), Some("1\n")) && !waits(&line(4), Some("0\n")));
         // Nobody can tell of a device that is not there, nor of none.
         assert_eq!(WriteBack::to(vec![DevId::default()]).done(), None);
         assert_eq!(WriteBack::to(Vec::new()).done(), None);
