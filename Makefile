@@ -34,7 +34,7 @@ all: module user ## Build hv_vss.ko and the workspace (default)
 
 .PHONY: packages
 packages:
-	@$(LAB)/packages.sh
+	@GOALS='$(MAKECMDGOALS)' $(LAB)/packages.sh
 
 .PHONY: module
 module: packages ## Build build/hv_vss.ko; CLIPPY=1 lints it too
