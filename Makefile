@@ -34,7 +34,7 @@ all: module user ## Build hv_vss.ko and the workspace (default)
 
 .PHONY: packages
 packages:
-	@$(LAB)/packages.sh
+	@GOALS='$(MAKECMDGOALS)' $(LAB)/packages.sh
 
 .PHONY: module
 module: packages ## Build build/hv_vss.ko; CLIPPY=1 lints it too
@@ -129,11 +129,14 @@ e2e-list: packages ## List the end-to-end cases
 	@$(CARGO_LAB) --quiet
 	@target/lab/e2e list
 
-# Both tables of the README are what a run has left in build/results.
+# Both tables of the README are what all runs so far have seen, which tests/e2e/seen.json keeps: the last run
+# is merged into it.
 .PHONY: comparison matrix
-comparison: ## Put what the last whole e2e run saw of the peer into the README
-matrix: ## Put what the last run of matrix/* saw into the README
+comparison: ## Put what the last e2e run saw of the peer into the README, beside what earlier ones saw
+matrix: ## Put what the last run of matrix/* saw into the README, likewise
 comparison matrix:
+	@$(CARGO_LAB) --quiet
+	@target/lab/e2e tables --seen tests/e2e/seen.json --run build/results/e2e.json --results build/results
 	@awk -v name=$@ 'FNR == NR { table = table $$0 "\n"; next } \
 	    $$0 == "<!-- end of " name " -->" { skip = 0 } \
 	    !skip { print } \

@@ -2,10 +2,32 @@
 # SPDX-License-Identifier: GPL-2.0-only
 #
 # Brings in what must be on the machine itself; everything else lives in the build root. As root it
-# installs, otherwise it prints the one line that would.
+# installs, otherwise it prints the one line that would. What the machine lacks besides is a line here, and
+# not an error of some tool minutes later. GOALS is what make was asked for.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
+
+[ "$(uname -m)" = x86_64 ] || die "this is $(uname -m), the lab wants an x86-64 machine; there 'make module-arm64' builds the module for arm64"
+
+# cargo says which; what makes no use of it is not held up
+rust=1.87
+have=$(rustc --version 2>/dev/null | cut -d ' ' -f 2) || have=
+case " ${GOALS:-} " in
+*" module "* | *" module-arm64 "*) ;;
+*)
+    [ -n "$have" ] || die "there is no rustc: the test programs need Rust $rust or later"
+    [ "$(printf '%s\n' "$rust" "$have" | sort --version-sort | head -n 1)" = "$rust" ] ||
+        die "the test programs need Rust $rust or later, this is $have; the daemon alone takes 1.85: cargo build --release --package hv_vss_daemon"
+    ;;
+esac
+
+# all of build/ and target/ together, for one kernel
+needed_mib=14000
+if [ ! -e "$build/root" ]; then
+    free_mib=$(($(stat --file-system --format '%a * %S' "$repo") >> 20))
+    [ "$free_mib" -ge "$needed_mib" ] || die "only $free_mib MiB are free where $repo is, the first build takes $needed_mib"
+fi
 
 # A C compiler and its 32-bit half for cargo's linking and the header's tests; mmdebstrap for the
 # build root and mount to work in it; kmod for modinfo and depmod in `make install`.

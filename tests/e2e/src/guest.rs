@@ -12,7 +12,7 @@ use hyperv_sim::ic::vss::Vss;
 use hyperv_sim::storage::{Controller, Disk, Image};
 use hyperv_sim::{Guid, Host, Profile, Vm, VmConfig, VmbusVersion};
 use lab_agent::{
-    to_hex, Command, Ended, Log, Neighbour, Piece, Put, Record, Stalls, Storm, Writer,
+    to_hex, Command, Ended, Frozen, Log, Neighbour, Piece, Put, Record, Stalls, Storm, Writer,
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -778,6 +778,45 @@ impl Guest {
         self.agent.call(Command::Thaw { path: path.into() }, STEP)
     }
 
+    /// Nothing at these mount points is frozen, whoever could have: FITHAW has nothing to thaw, who
+    /// writes need not wait, and our module names no such file system in debugfs. FITHAW alone says the same of what our
+    /// module holds.
+    pub fn not_frozen(&self, when: &str, paths: &[impl AsRef<str>]) -> Result<()> {
+        let held = match self.read(HELD) {
+            // Our module is not loaded.
+            Err(error) if error.errno() == Some("ENOENT") => Vec::new(),
+            text => held(&text?)?,
+        };
+        let mounts = self.mount_table()?;
+        for path in paths {
+            let path = path.as_ref();
+            let was = self.ask_frozen(path)?;
+            ensure!(was == Frozen::No, "{path} was frozen {when}: {was:?}");
+            let mount = mounts.iter().rev().find(|it| it.path == path);
+            let mount = mount.with_context(|| format!("nothing is mounted on {path}"))?;
+            let line = held.iter().find(|(device, _)| *device == mount.device);
+            ensure!(
+                line.is_none(),
+                "{path} takes writes {when}, but the module says of it: {line:?}"
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether the file system at `path` is frozen; thaws it if an administrator can.
+    pub fn ask_frozen(&self, path: &str) -> Result<Frozen, CallError> {
+        let ask = Command::AskFrozen {
+            path: path.into(),
+            timeout_ms: self.patience(Duration::from_secs(2)),
+        };
+        self.agent.call(ask, STEP)
+    }
+
+    /// What our module says that it holds, or is freezing or thawing: device and state of each.
+    pub fn held(&self) -> Result<Vec<(String, String)>> {
+        held(&self.read(HELD)?)
+    }
+
     /// FIFREEZE and FITHAW of the file system that `path` is on, and how long both took.
     pub fn freeze_and_thaw(&self, path: &str) -> Result<Duration, CallError> {
         let command = Command::FreezeAndThaw { path: path.into() };
@@ -1001,13 +1040,7 @@ impl Guest {
     pub fn tidy(&self) -> Result<()> {
         self.release_opens()?;
         self.neighbours_stop()?;
-        for path in self.mounts()? {
-            match self.thaw(&path) {
-                Err(error) if error.errno() == Some("EINVAL") => {}
-                Err(error) => return Err(error.into()),
-                Ok(()) => bail!("{path} was left frozen"),
-            }
-        }
+        self.not_frozen("when the case was over", &self.mounts()?)?;
         self.writers_stop()?;
         let _: () = self.agent.call(Command::DevCloseAll, STEP)?;
         let _: () = self.agent.call(Command::ForksEnd, STEP)?;
@@ -1050,20 +1083,32 @@ impl Guest {
     pub fn mounts(&self) -> Result<Vec<String>> {
         let mut seen = Vec::new();
         let mut paths = Vec::new();
-        // Fields of Documentation/filesystems/proc.rst: id, parent, device, root, mount point.
-        for line in self.read("/proc/self/mountinfo")?.lines() {
-            let fields: Vec<&str> = line.split(' ').collect();
-            let source = fields.iter().rev().nth(1);
-            let (Some(device), Some(path), Some(source)) = (fields.get(2), fields.get(4), source)
-            else {
-                bail!("a line of mountinfo is too short: {line}");
-            };
-            if source.starts_with("/dev/") && !seen.contains(&device.to_string()) {
-                seen.push(device.to_string());
-                paths.push(unescape(path));
+        for mount in self.mount_table()? {
+            if mount.source.starts_with("/dev/") && !seen.contains(&mount.device) {
+                seen.push(mount.device);
+                paths.push(mount.path);
             }
         }
         Ok(paths)
+    }
+
+    /// The mount table of the agent.
+    fn mount_table(&self) -> Result<Vec<Mount>> {
+        let text = self.read("/proc/self/mountinfo")?;
+        // Fields of Documentation/filesystems/proc.rst: id, parent, device, root, mount point.
+        let mount = |line: &str| {
+            let fields: Vec<&str> = line.split(' ').collect();
+            Some(Mount {
+                device: fields.get(2)?.to_string(),
+                path: unescape(fields.get(4)?),
+                source: fields.iter().rev().nth(1)?.to_string(),
+            })
+        };
+        let short = |line| format!("a line of mountinfo is too short: {line}");
+        let lines = text.lines();
+        lines
+            .map(|line| mount(line).with_context(|| short(line)))
+            .collect()
     }
 
     /// From here until the end of the case reports of the kernel or the host in which one of these texts stands are
@@ -1149,6 +1194,30 @@ impl Guest {
         text.push_str(&self.vm.console_tail());
         text
     }
+}
+
+/// The file of our module with what it holds.
+const HELD: &str = "/sys/kernel/debug/hv_vss/held";
+
+/// Device and state of each line of that file.
+fn held(text: &str) -> Result<Vec<(String, String)>> {
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    let entry = |line: &str| {
+        let mut words = line.split(' ').map(str::to_owned);
+        let (device, _type, state) = (words.next(), words.next(), words.next());
+        device
+            .zip(state)
+            .with_context(|| format!("in debugfs: {line}"))
+    };
+    lines.map(entry).collect()
+}
+
+/// A line of the mount table.
+struct Mount {
+    /// The file system's number, as debugfs has it too.
+    device: String,
+    path: String,
+    source: String,
 }
 
 /// Which of the kernel's own detectors have to be asked, besides the log: those of a debug kernel.

@@ -11,6 +11,7 @@ mod demo;
 mod emulation;
 mod kept;
 mod runner;
+mod seen;
 mod shard;
 mod table;
 
@@ -81,7 +82,7 @@ enum Action {
         /// The verdicts of a part, one for each
         #[arg(long = "part", value_name = "FILE", required = true)]
         parts: Vec<PathBuf>,
-        /// Where to write them together, with what is made from them
+        /// Where to write them together
         #[arg(long, value_name = "FOLDER")]
         results: PathBuf,
         /// Also the long ones, as it was told
@@ -90,6 +91,18 @@ enum Action {
         /// Its kernel does not take our module
         #[arg(long)]
         stock: bool,
+    },
+    /// Merge a run into what was seen before, and make both tables of the README from it
+    Tables {
+        /// What was seen before
+        #[arg(long, value_name = "FILE")]
+        seen: PathBuf,
+        /// The verdicts of the run, if there was one
+        #[arg(long, value_name = "FILE")]
+        run: PathBuf,
+        /// Where to write comparison.md and matrix.md
+        #[arg(long, value_name = "FOLDER")]
+        results: PathBuf,
     },
     /// Back up a guest once, slowly enough to read along
     Demo,
@@ -138,26 +151,33 @@ fn archives_of(cases: &[cases::Case]) -> BTreeSet<&'static str> {
     all.flatten().copied().collect()
 }
 
-/// Leaves what is for people, and says whether everything passed. The comparison is made from all of its cases
-/// or not at all, the matrix from all of a fault.
-fn report(results: &Path, verdicts: &[runner::Verdict]) -> Result<bool> {
-    let ran = |case: &cases::Case| {
-        let mut verdicts = verdicts.iter();
-        verdicts.any(|it| it.name == case.name && it.was_run())
-    };
-    let is_whole = |case: &cases::Case| case.when != When::Always || ran(case);
-    if cases::all().iter().all(is_whole) {
-        runner::write_comparison(&results.join("comparison.md"), verdicts)?;
-    }
-    let cells: Vec<_> = verdicts.iter().flat_map(|it| &it.cells).collect();
-    if !cells.is_empty() {
-        let path = results.join("matrix.md");
-        let stacks = cases::Stack::ALL.map(cases::Stack::words);
-        std::fs::write(&path, table::matrix(&cells, &stacks))
-            .with_context(|| format!("cannot write {}", path.display()))?;
-    }
+/// Says how a run went, and whether everything passed.
+fn report(verdicts: &[runner::Verdict]) -> bool {
     runner::print_slowest(verdicts);
-    Ok(runner::close(verdicts))
+    runner::close(verdicts)
+}
+
+/// Merges a run into what was seen before, if there was one, and makes both tables of that.
+fn make_tables(kept: &Path, run: &Path, results: &Path) -> Result<()> {
+    let mut seen = seen::Seen::read(kept)?;
+    if run.exists() {
+        seen.merge(&runner::read_json(run)?);
+        seen.write(kept)?;
+    }
+    std::fs::create_dir_all(results)
+        .with_context(|| format!("cannot make {}", results.display()))?;
+    let write = |name: &str, text: String| {
+        let path = results.join(name);
+        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+    };
+    let cases = cases::all();
+    write(
+        "comparison.md",
+        seen.comparison(cases.iter().map(|it| it.name)),
+    )?;
+    let places = cases::matrix_of(|fault, stage, stack| seen.cell(fault, stage, stack));
+    let stacks = cases::Stack::ALL.map(cases::Stack::words);
+    write("matrix.md", table::matrix(&places, &stacks))
 }
 
 fn perform(action: Action) -> Result<bool> {
@@ -213,7 +233,7 @@ fn perform(action: Action) -> Result<bool> {
                 kept.as_ref().map_or(Ok(()), |kept| kept.write(verdicts))
             };
             let verdicts = runner::run_all(&images, &chosen, before, keep)?;
-            report(images.results(), &verdicts)
+            Ok(report(&verdicts))
         }
         Action::Sum {
             globs,
@@ -225,7 +245,11 @@ fn perform(action: Action) -> Result<bool> {
             let expected = choose(&globs, all, !stock)?;
             let verdicts = shard::collect(&parts, &expected)?;
             runner::write_json(&results.join("e2e.json"), &verdicts)?;
-            report(&results, &verdicts)
+            Ok(report(&verdicts))
+        }
+        Action::Tables { seen, run, results } => {
+            make_tables(&seen, &run, &results)?;
+            Ok(true)
         }
         Action::Demo => {
             let images = guest::Images::prepare(Path::new("."))?;

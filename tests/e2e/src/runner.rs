@@ -35,8 +35,10 @@ pub struct Verdict {
     /// What became of the first machine when the case was begun again on another: see [`Failed::Machine`].
     #[serde(default)]
     again: Option<Again>,
-    comparisons: Vec<Comparison>,
-    /// Of the matrix.
+    /// What ours and the peer were seen to do; of a case that passed.
+    #[serde(default)]
+    pub comparisons: Vec<Comparison>,
+    /// Of the matrix, of whatever case.
     #[serde(default)]
     pub cells: Vec<Cell>,
 }
@@ -72,6 +74,20 @@ impl Verdict {
         self.error.as_deref() != Some(MISSING)
     }
 
+    /// Whether there is nothing wrong with it.
+    pub fn has_passed(&self) -> bool {
+        self.passed
+    }
+
+    /// Of a case that did not pass.
+    #[cfg(test)]
+    pub fn failed(name: &str) -> Verdict {
+        Verdict {
+            error: Some("it was wrong".into()),
+            ..Verdict::missing(name)
+        }
+    }
+
     /// Of a case that passed at once.
     #[cfg(test)]
     pub fn passed(name: &str) -> Verdict {
@@ -87,6 +103,7 @@ impl Verdict {
 const MOST_AGAIN: usize = 2;
 
 /// Why a case has not passed.
+#[derive(Debug)]
 enum Failed {
     /// It was not as it should be.
     Case(anyhow::Error),
@@ -131,7 +148,8 @@ pub fn run_all(
             None => start_one(case),
         };
         let start = Instant::now();
-        let mut outcome = guest.and_then(|guest| run_one(case, guest));
+        let mut cells = Vec::new();
+        let mut outcome = guest.and_then(|guest| run_one(case, guest, &mut cells));
         let taken = verdicts
             .iter()
             .filter(|it: &&Verdict| it.again.is_some())
@@ -151,15 +169,14 @@ pub fn run_all(
             _ => None,
         };
         if again.is_some() {
-            outcome = start_one(case).and_then(|guest| run_one(case, guest));
+            outcome = start_one(case).and_then(|guest| run_one(case, guest, &mut cells));
         }
         let seconds = start.elapsed().as_secs_f64();
-        let (mut comparisons, mut cells) = (Vec::new(), Vec::new());
+        let mut comparisons = Vec::new();
         let error = match outcome {
             Ok(passed) => {
                 idle = passed.guest;
                 comparisons = passed.comparisons;
-                cells = passed.cells;
                 None
             }
             Err(Failed::Case(error) | Failed::Machine { error, .. }) => Some(format!("{error:#}")),
@@ -210,11 +227,11 @@ struct Passed {
     /// `None` when the case has ended its guest on purpose.
     guest: Option<Guest>,
     comparisons: Vec<Comparison>,
-    cells: Vec<Cell>,
 }
 
-/// Runs one case. On failure the guest is ended and what it left behind is in the error.
-fn run_one(case: &Case, guest: Guest) -> Result<Passed, Failed> {
+/// Runs one case. On failure the guest is ended and what it left behind is in the error. The cells of the
+/// matrix that were seen are seen either way.
+fn run_one(case: &Case, guest: Guest, cells: &mut Vec<Cell>) -> Result<Passed, Failed> {
     let limit = CASE_LIMIT + case.per_round * crate::cases::rounds();
     let limit = guest.host().patience(limit);
     let raised = guest.raised_again();
@@ -240,11 +257,13 @@ fn run_one(case: &Case, guest: Guest) -> Result<Passed, Failed> {
                 Ok(Err(error)) => format!("it was here: {error:#}"),
                 _ => "it did not even stop when its guest was ended".to_string(),
             };
+            *cells = guest.take_cells();
             let error = anyhow!("the case did not end within {limit:?}; {place}");
             return Err(failed(error, still, &report));
         }
     };
     let _ = worker.join();
+    *cells = guest.take_cells();
     let raised = guest.raised_again() - raised;
     if raised > 0 {
         println!("     the agent had to be called again {raised} times: an interrupt was lost, or the guest slow");
@@ -257,7 +276,6 @@ fn run_one(case: &Case, guest: Guest) -> Result<Passed, Failed> {
     match result {
         Ok(()) => Ok(Passed {
             comparisons: guest.take_comparisons(),
-            cells: guest.take_cells(),
             guest: Arc::into_inner(guest).filter(|guest| guest.vm().exit().is_none()),
         }),
         Err(error) => {
@@ -360,15 +378,11 @@ fn area(name: &str) -> &str {
     name.split('/').next().unwrap_or(name)
 }
 
-/// Writes what ours and the peer were seen to do as a table in Markdown.
-pub fn write_comparison(path: &Path, verdicts: &[Verdict]) -> Result<()> {
-    let mut text = String::from(
-        "| situation | ours | stock hv_utils, Debian's daemon |\n| --- | --- | --- |\n",
-    );
-    for row in verdicts.iter().flat_map(|it| &it.comparisons) {
-        text.push_str(&format!("| {} | {} | {} |\n", row.what, row.ours, row.peer));
-    }
-    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+/// The verdicts in such a list.
+pub fn read_json(path: &Path) -> Result<Vec<Verdict>> {
+    let text = std::fs::read_to_string(path);
+    let text = text.with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("cannot understand {}", path.display()))
 }
 
 /// Writes the verdicts as a JSON list.

@@ -3,24 +3,24 @@
 //! The matrix as a table in Markdown: a row for each fault and for stages in a row at which all went alike.
 //! Knows nothing of what is in a cell.
 
-use e2e::guest::Cell;
-
 /// What stands where a stack has no such stage or fault; it breaks no row apart.
 pub const NONE: &str = "-";
 
+/// What stands where nobody knows.
+pub const NOT_RUN: &str = "not run";
+
+/// A fault at a stage.
+pub struct Place<'a> {
+    /// The fault, in words.
+    pub fault: &'a str,
+    /// The stage, likewise.
+    pub stage: &'a str,
+    /// What was seen there, of each stack: [`NONE`] or [`NOT_RUN`] where nothing was.
+    pub seen: Vec<&'a str>,
+}
+
 /// What stands where another stack does what the first one does.
 const SAME: &str = "the same";
-
-/// Each once, in the order in which they come.
-fn once<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
-    let mut seen: Vec<&str> = Vec::new();
-    for text in texts {
-        if !seen.contains(&text) {
-            seen.push(text);
-        }
-    }
-    seen
-}
 
 /// Stages in a row, and what was seen with each stack.
 struct Row<'a> {
@@ -49,30 +49,24 @@ impl<'a> Row<'a> {
     }
 }
 
-/// The table of those faults that were run with all of these stacks, or that the others do not have.
-pub fn matrix(cells: &[&Cell], stacks: &[&str]) -> String {
-    let stages = once(cells.iter().map(|it| it.stage.as_str()));
+/// The table of these, which stand in the order of the faults and of the stages of each.
+pub fn matrix(places: &[Place<'_>], stacks: &[&str]) -> String {
     let mut text = format!("| fault | at these stages | {} |\n", stacks.join(" | "));
     text.push_str(&format!("| --- | ---{} |\n", " | ---".repeat(stacks.len())));
-    'faults: for fault in once(cells.iter().map(|it| it.fault.as_str())) {
+    for of_fault in places.chunk_by(|a, b| a.fault == b.fault) {
         let mut rows: Vec<Row<'_>> = Vec::new();
-        for stage in &stages {
-            let here = |it: &&&Cell| it.fault == fault && it.stage == *stage;
-            if !cells.iter().any(|it| here(&it)) {
-                continue;
-            }
-            let seen = stacks.iter().map(|stack| {
-                let mut here = cells.iter().filter(here);
-                here.find(|it| it.stack == *stack)
-                    .map(|it| it.seen.as_str())
-            });
-            let Some(seen) = seen.collect::<Option<Vec<&str>>>() else {
-                continue 'faults;
-            };
-            let taken = rows.last_mut().is_some_and(|row| row.take(stage, &seen));
+        let mut fault = "";
+        for place in of_fault {
+            fault = place.fault;
+            let taken = rows
+                .last_mut()
+                .is_some_and(|row| row.take(place.stage, &place.seen));
             if !taken {
-                let (first, last) = (*stage, *stage);
-                rows.push(Row { first, last, seen });
+                rows.push(Row {
+                    first: place.stage,
+                    last: place.stage,
+                    seen: place.seen.clone(),
+                });
             }
         }
         for (number, row) in rows.iter().enumerate() {
@@ -83,7 +77,7 @@ pub fn matrix(cells: &[&Cell], stacks: &[&str]) -> String {
             };
             let ours = row.seen.first().copied().unwrap_or(NONE);
             let mut others = row.seen.iter().skip(1).map(|it| match *it == ours {
-                true if ours != NONE => SAME,
+                true if ![NONE, NOT_RUN].contains(&ours) => SAME,
                 _ => it,
             });
             let mut line = vec![name, &at, ours];
@@ -98,37 +92,29 @@ pub fn matrix(cells: &[&Cell], stacks: &[&str]) -> String {
 mod tests {
     use super::*;
 
-    fn cell(fault: &str, stage: &str, stack: &str, seen: &str) -> Cell {
-        Cell {
-            fault: fault.into(),
-            stage: stage.into(),
-            stack: stack.into(),
-            seen: seen.into(),
-            on_ms: None,
-        }
-    }
-
     #[test]
-    fn neighbours_that_went_alike_are_one_row() {
-        let cells = [
-            cell("dead", "1", "ours", "a"),
-            cell("dead", "2", "ours", "a"),
-            cell("dead", "3", "ours", "a"),
-            cell("dead", "4", "ours", "b"),
-            // Of the peer nothing is known there.
-            cell("late", "4", "ours", "b"),
-            cell("dead", "1", "peer", "a"),
-            cell("dead", "2", "peer", NONE),
-            cell("dead", "3", "peer", "a"),
-            cell("dead", "4", "peer", "c"),
+    fn neighbours_that_went_alike_are_one_row_and_what_is_not_known_is_said() {
+        let place = |fault, stage, ours, peer| Place {
+            fault,
+            stage,
+            seen: vec![ours, peer],
+        };
+        let places = [
+            place("dead", "1", "a", "a"),
+            place("dead", "2", "a", NONE),
+            place("dead", "3", "a", "a"),
+            place("dead", "4", "b", "c"),
+            place("late", "3", NOT_RUN, NOT_RUN),
+            place("late", "4", "b", NOT_RUN),
         ];
-        let cells: Vec<&Cell> = cells.iter().collect();
         let expected = "\
 | fault | at these stages | ours | peer |
 | --- | --- | --- | --- |
 | dead | 1 ... 3 | a | the same |
 |  | 4 | b | c |
+| late | 3 | not run | not run |
+|  | 4 | b | not run |
 ";
-        assert_eq!(matrix(&cells, &["ours", "peer"]), expected);
+        assert_eq!(matrix(&places, &["ours", "peer"]), expected);
     }
 }

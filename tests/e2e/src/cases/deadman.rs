@@ -9,10 +9,10 @@
 
 use super::{case, load, observe, rounds, rounds_or, seed, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Context, Result};
-use e2e::check::{answered, equal, refused, status_name};
+use e2e::check::{answered, equal, status_name};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
 use hyperv_sim::ic::status;
-use lab_agent::Writer;
+use lab_agent::{Frozen, Writer};
 use std::time::Duration;
 
 /// A case of so many rounds, each of which may take so many seconds.
@@ -210,13 +210,9 @@ pub(super) fn released(
     Ok(Duration::from_micros(last - from_us))
 }
 
-/// Thaws the file system at `path` if it is frozen, and says whether it was.
+/// Thaws the file system at `path` if it is frozen for anybody, and says whether it was.
 pub(super) fn was_left_frozen(guest: &Guest, path: &str) -> Result<bool> {
-    match guest.thaw(path) {
-        Ok(()) => Ok(true),
-        Err(error) if error.errno() == Some("EINVAL") => Ok(false),
-        Err(error) => Err(error.into()),
-    }
+    Ok(guest.ask_frozen(path)? != Frozen::No)
 }
 
 /// Makes and mounts an ext4 on `/mnt/hung` whose disk [hangs](HANG) when told to. It has no barriers,
@@ -551,7 +547,7 @@ fn killed_while_a_disk_hangs(guest: &Guest) -> Result<()> {
             match delay {
                 Some(delay) => std::thread::sleep(delay),
                 None => guest.wait_until("one freeze hangs", STEP, || {
-                    let held = super::owned::held(guest)?;
+                    let held = guest.held()?;
                     Ok(held.iter().any(|(_, state)| state == "freezing"))
                 })?,
             }
@@ -564,9 +560,9 @@ fn killed_while_a_disk_hangs(guest: &Guest) -> Result<()> {
             guest.sh(UNHANG)?;
             guest.wait(&daemon, STEP)?;
             guest.wait_until("nothing is held any more", STEP, || {
-                Ok(super::owned::held(guest)?.is_empty())
+                Ok(guest.held()?.is_empty())
             })?;
-            refused("FITHAW of what hung", guest.thaw("/mnt/hung"), "EINVAL")?;
+            guest.not_frozen("when the disk was back", &["/mnt/hung"])?;
             Ok(took)
         };
         let took = one().with_context(|| what.clone())?;

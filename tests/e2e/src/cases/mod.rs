@@ -46,7 +46,7 @@ use hyperv_sim::{Reply, Tx};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-pub use matrix::Stack;
+pub use matrix::{matrix_of, Stack};
 pub use pairing::make_file_systems;
 
 /// In which runs a case is.

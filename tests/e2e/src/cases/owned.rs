@@ -17,7 +17,7 @@ use e2e::check::{answered, equal, refused, status_name};
 use e2e::guest::{Blocking, Daemon, Device, Guest, Ioctl, Module, STEP};
 use hv_vss_uapi::{op, thawed, IocFreeze, IocThaw, IOC_FREEZE, IOC_THAW};
 use hyperv_sim::ic::status;
-use lab_agent::{Descriptor, Put};
+use lab_agent::{Descriptor, Frozen, Put};
 use std::collections::BTreeMap;
 use std::mem::offset_of;
 use std::time::Duration;
@@ -160,20 +160,6 @@ pub(super) fn hold(device: Device<'_>, id: u64, path: &str) -> Result<(), CallEr
     device.ioctl(&freeze_ioctl(freezing(id, path)))
 }
 
-/// What the module says that it holds, or is freezing or thawing: device and state of each.
-pub(super) fn held(guest: &Guest) -> Result<Vec<(String, String)>> {
-    let text = guest.read("/sys/kernel/debug/hv_vss/held")?;
-    let lines = text.lines().filter(|line| !line.starts_with('#'));
-    let entry = |line: &str| {
-        let mut words = line.split(' ').map(str::to_owned);
-        let (device, _type, state) = (words.next(), words.next(), words.next());
-        device
-            .zip(state)
-            .with_context(|| format!("in debugfs: {line}"))
-    };
-    lines.map(entry).collect()
-}
-
 /// An ext4 on device-mapper, an xfs and a btrfs.
 const PATHS: [&str; 3] = ["/mnt/a", "/mnt/b", "/mnt/c"];
 
@@ -224,7 +210,7 @@ fn thaw_but(
     daemon.device.ioctl(&thaw_ioctl(None))?;
     daemon.answer(&asked, status::OK)?;
     answered("THAW", &guest.vss().wait(tx, STEP)?, told)?;
-    equal("what is held after THAW", held(guest)?, still_held)
+    equal("what is held after THAW", guest.held()?, still_held)
 }
 
 /// Writers that stand still, and how often they have written until then.
@@ -302,7 +288,11 @@ fn thaw_by_others(guest: &Guest) -> Result<()> {
             tool.status == Some(1) && tool.err.contains("Invalid argument"),
             "fsfreeze -u {path} should be refused, it was: {tool:?}"
         );
+        // What every case is ended with would see it, by itself and by what the module says.
+        let frozen = guest.ask_frozen(path)?;
+        equal("whether it is frozen", frozen, Frozen::ForItsOwner)?;
     }
+    equal("what is held", guest.held()?.len(), PATHS.len())?;
     still.holds(guest, "after fsfreeze -u")?;
     thaw(guest, daemon, status::OK)?;
     all_go_on(guest, "after THAW")?;
@@ -573,12 +563,12 @@ fn our_daemon(guest: &Guest) -> Result<()> {
             answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
             let still = Still::wait(guest, &[])?;
             // The root, too.
-            equal("how many are held", held(guest)?.len(), PATHS.len() + 1)?;
+            equal("how many are held", guest.held()?.len(), PATHS.len() + 1)?;
             happens(guest)?;
             still.holds(guest, what)?;
             answered("THAW", &vss.thaw(STEP)?, status::OK)?;
             all_go_on(guest, "after THAW")?;
-            equal("what is held", held(guest)?, Vec::new())
+            equal("what is held", guest.held()?, Vec::new())
         };
         one().with_context(|| what.to_owned())?;
     }
@@ -622,7 +612,7 @@ fn lazy_unmount(guest: &Guest) -> Result<()> {
 /// once nobody is left and by the next daemon; whose next backup is good.
 fn ended_by_itself(guest: &Guest, what: &str, at: u64) -> Result<()> {
     released(guest, what, at, RELEASED)?;
-    equal("what is held", held(guest)?, Vec::new())?;
+    equal("what is held", guest.held()?, Vec::new())?;
     answered(
         "THAW without a daemon",
         &guest.vss().thaw(STEP)?,
@@ -743,7 +733,7 @@ fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
     let hung = line.and_then(|fields| fields.get(2).map(|it| it.to_string()));
     let hung = hung.context("/mnt/hung is not mounted")?;
     let state_of_hung = || -> Result<Option<String>> {
-        let held = held(guest)?;
+        let held = guest.held()?;
         Ok(held.into_iter().find(|it| it.0 == hung).map(|it| it.1))
     };
     let pid = guest.fork()?;
@@ -774,7 +764,7 @@ fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
     let left = guest.try_sh(&format!("test -e /proc/{pid}"))?;
     ensure!(left.status != Some(0), "the killed process should be gone");
     let called_off = vec![(hung.clone(), "called-off".to_owned())];
-    equal("what is held", held(guest)?, called_off.clone())?;
+    equal("what is held", guest.held()?, called_off.clone())?;
 
     // The next one serves while it hangs, and can have all but that.
     let next = Scripted::start(guest, Abi::V2)?;
@@ -792,9 +782,9 @@ fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
     // It comes back, and is thawed then.
     guest.sh(UNHANG)?;
     guest.wait_until("nothing is held", Duration::from_secs(2), || {
-        Ok(held(guest)?.is_empty())
+        Ok(guest.held()?.is_empty())
     })?;
-    refused("FITHAW of what hung", guest.thaw("/mnt/hung"), "EINVAL")?;
+    guest.not_frozen("when the disk was back", &["/mnt/hung"])?;
     guest.sh("touch /mnt/hung/file && sync")?;
     hold(next.device, 0, "/mnt/hung")?;
     next.device.ioctl(&thaw_ioctl(None))?;
@@ -849,7 +839,7 @@ fn hibernated(guest: &Guest) -> Result<()> {
     hibernate(guest)?;
     all_go_on(guest, "after the sleep")?;
     drop(still);
-    equal("what is held", held(guest)?, Vec::new())?;
+    equal("what is held", guest.held()?, Vec::new())?;
     is_told(daemon, asked.id, thawed::SLEEP)?;
     vss.agree(STEP)?;
     thaw(guest, daemon, status::FAIL)?;
@@ -965,7 +955,7 @@ fn thaw_not_answered(guest: &Guest) -> Result<()> {
             }
             answered("THAW", &vss.wait(tx, STEP)?, status::FAIL)?;
             released(guest, what, guest.clock()?, RELEASED)?;
-            equal("what is held", held(guest)?, Vec::new())?;
+            equal("what is held", guest.held()?, Vec::new())?;
             if what != "failed" {
                 is_told(daemon, frozen.id, thawed::CALLED_OFF)?;
                 // For a daemon that freezes by other means.
@@ -987,7 +977,7 @@ fn one_by_one(guest: &Guest) -> Result<()> {
         hold(daemon.device, 0, path)?;
     }
     let still = Still::wait(guest, &[])?;
-    let states: Vec<_> = held(guest)?.into_iter().map(|it| it.1).collect();
+    let states: Vec<_> = guest.held()?.into_iter().map(|it| it.1).collect();
     equal(
         "the states in debugfs",
         states,
@@ -1007,7 +997,7 @@ fn one_by_one(guest: &Guest) -> Result<()> {
             daemon.device.ioctl(&thaw_ioctl(Some(path)))?;
         }
     }
-    equal("what is held", held(guest)?, Vec::new())?;
+    equal("what is held", guest.held()?, Vec::new())?;
     daemon
         .device
         .ioctl(&thaw_ioctl(None))
@@ -1047,7 +1037,7 @@ fn errors(guest: &Guest) -> Result<()> {
         let mut call = freeze_ioctl(freezing(0, "/mnt/a"));
         spoil(&mut call);
         refused(what, device.ioctl(&call), errno)?;
-        equal("what is held after it", held(guest)?, Vec::new())
+        equal("what is held after it", guest.held()?, Vec::new())
     };
     change("EBADF", "a freeze of descriptor -1", |it| {
         let argument = IocFreeze {
@@ -1117,7 +1107,7 @@ fn errors(guest: &Guest) -> Result<()> {
     )?;
     device.ioctl(&thaw_ioctl(Some("/mnt/bind")))?;
     device.ioctl(&thaw_ioctl(None))?;
-    equal("what is held after all", held(guest)?, Vec::new())?;
+    equal("what is held after all", guest.held()?, Vec::new())?;
 
     // A request that was not read, one that was, and one that has ended.
     let tx = guest.vss().send_freeze(&[])?;

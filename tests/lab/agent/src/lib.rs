@@ -118,6 +118,16 @@ pub enum Command {
         /// Any path on it.
         path: String,
     },
+    /// Whether the file system that holds `path` is frozen: [`Frozen`]. It is thawed by that if an
+    /// administrator can (FITHAW). What a module of the kernel has frozen for itself is refused to him as is
+    /// what was never frozen; so somebody asks to write there besides, for whom a frozen file system has no
+    /// answer. Nothing is written.
+    AskFrozen {
+        /// Any path on it.
+        path: String,
+        /// How long it may be without an answer, in milliseconds.
+        timeout_ms: u64,
+    },
     /// From now on each open on the mount at `path` waits for a verdict, as with a security agent:
     /// until a line is written to `log`, or without one until [`Command::ReleaseOpens`]. There is
     /// one such watch at a time.
@@ -279,6 +289,18 @@ pub enum Command {
         /// What.
         does: Box<Command>,
     },
+}
+
+/// What came of [`Command::AskFrozen`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Frozen {
+    /// It lets nobody wait who writes.
+    No,
+    /// It was, and FITHAW has thawed it.
+    ForAnybody,
+    /// There is nothing to thaw for FITHAW, and yet whoever writes has to wait.
+    ForItsOwner,
 }
 
 /// A descriptor in the argument of an ioctl.

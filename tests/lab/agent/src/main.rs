@@ -11,6 +11,7 @@
 mod device;
 mod error;
 mod fork;
+mod frozen;
 mod fuse;
 mod kernel;
 mod nbd;
@@ -36,7 +37,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::process::ExitCode;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Stack of every thread: all of it is locked, so it is small.
 const STACK: usize = 128 * 1024;
@@ -67,6 +68,9 @@ impl Agent {
             Command::Kmsg { since, max_level } => json!(kernel::log(since, max_level)?),
             Command::Freeze { path } => json!(sys::freeze(&open_any(&path)?)?),
             Command::Thaw { path } => json!(sys::thaw(&open_any(&path)?)?),
+            Command::AskFrozen { path, timeout_ms } => {
+                json!(frozen::ask(&path, Duration::from_millis(timeout_ms))?)
+            }
             Command::WatchOpens { path, log } => json!(self.opens.watch(&path, log.as_deref())?),
             Command::ReleaseOpens => json!(self.opens.release()),
             Command::FreezeAndThaw { path } => {

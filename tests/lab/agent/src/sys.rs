@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Ioctls, a read with flags, signals, capabilities of a thread and what a change of users keeps: the
+//! Ioctls, a read with flags, signals, attributes, capabilities of a thread and what a change of users keeps: the
 //! agent's only unsafe code.
 
 use nix::errno::Errno;
 use nix::libc;
+use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
@@ -34,6 +35,17 @@ pub fn thaw(file: &File) -> Result<(), Errno> {
     let mut unused = 0;
     // SAFETY: as in `freeze`; `ioctl_fsthaw` takes no argument either.
     unsafe { raw::fithaw(file.as_raw_fd(), &mut unused) }.map(drop)
+}
+
+/// Asks for a change to the file at `path` that changes nothing: it takes away an attribute that it does not
+/// have. As with any change the kernel first waits for the file system to be thawed (`mnt_want_write`), and
+/// unlike with most that is so for a file of any type.
+pub fn ask_to_write(path: &CStr) -> Result<(), Errno> {
+    let none = c"trusted.lab.none";
+    // SAFETY: both are strings that end with a zero and live until the call returns, and it only reads
+    // them.
+    let result = unsafe { libc::lremovexattr(path.as_ptr(), none.as_ptr()) };
+    Errno::result(result).map(drop)
 }
 
 /// Lets what is started from here on be interrupted as from a terminal: a shell starts what is to run in the

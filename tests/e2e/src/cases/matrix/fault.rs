@@ -49,6 +49,28 @@ pub struct UnderWay {
 pub const DEADLINE: Duration = Duration::from_secs(4);
 
 impl Fault {
+    /// As the table has them.
+    pub const ALL: [Fault; 18] = [
+        Fault::DaemonKilled,
+        Fault::Terminated,
+        Fault::Stopped,
+        Fault::OutOfMemory,
+        Fault::Unbound,
+        Fault::Rescinded,
+        Fault::Hibernated,
+        Fault::DiskHung,
+        Fault::DiskGone,
+        Fault::DiskAdded,
+        Fault::ThawLost,
+        Fault::ThawLate,
+        Fault::ThawTwice,
+        Fault::FreezeTwice,
+        Fault::ShutDown,
+        Fault::Panic,
+        Fault::GuardKilled,
+        Fault::BothKilled,
+    ];
+
     /// In words, for the table.
     pub fn words(self) -> &'static str {
         match self {

@@ -282,7 +282,7 @@ END
 /// is that has asked for it.
 fn is_freezing(guest: &Guest, stack: Stack, daemon: &Process) -> Result<bool> {
     if stack == Stack::Ours {
-        let held = crate::cases::owned::held(guest)?;
+        let held = guest.held()?;
         let frozen = held.iter().any(|(_, state)| state == "frozen");
         return Ok(!frozen && held.iter().any(|(_, state)| state == "freezing"));
     }
