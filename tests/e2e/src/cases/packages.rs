@@ -52,6 +52,12 @@ pub const CASES: &[Case] = &[
         installed_amid_a_freeze,
     ),
     case(
+        "packages/removed-amid-a-freeze",
+        "our packages are removed during a freeze: waited for; where it does not last, no THAW is good",
+        Machine::DEBIAN,
+        removed_amid_a_freeze,
+    ),
+    case(
         "packages/blacklisted",
         "where an administrator blacklists our module, the stock driver keeps the device, and the journal says so",
         Machine::PACKAGES,
@@ -95,6 +101,9 @@ const THEIRS: &str = "hv-vss-daemon.service";
 
 /// Between two backups that something else goes on beside.
 const PAUSE: Duration = Duration::from_secs(2);
+
+/// Between an answer and the THAW.
+const A_MOMENT: Duration = Duration::from_millis(500);
 
 /// Where the packages lie.
 const PACKAGES: &str = "/payload/packages";
@@ -147,9 +156,10 @@ fn serves(guest: &Guest, unit: &str, module: &str) -> Result<()> {
 }
 
 /// Runs `line` while the host takes one backup after the other, each of which may fail; none may hold it
-/// up, and nothing may stay frozen.
+/// up, nothing may stay frozen, and none is good whose freeze did not last.
 fn amid_backups(guest: &Guest, line: &str) -> Result<()> {
     let vss = guest.vss();
+    guest.writer_start_every("/var/tmp/amid", 20_000)?;
     let work = guest.spawn(&["sh", "-c", line])?;
     let mut taken = 0;
     guest.wait_until(&format!("this ends amid backups: {line}"), STEP * 4, || {
@@ -158,13 +168,22 @@ fn amid_backups(guest: &Guest, line: &str) -> Result<()> {
         let ready = vss.negotiated().is_some() || vss.is_open() && vss.agree(soon).is_ok();
         if ready && vss.freeze(&[], STEP).is_ok() {
             taken += 1;
+            // Time for whatever is at work to get between.
+            std::thread::sleep(A_MOMENT);
+            let stands = stands_still(guest)?;
             // An error: it has closed since.
-            let _ = vss.thaw(STEP);
+            if let Ok(thaw) = vss.thaw(STEP) {
+                ensure!(
+                    thaw.status() == status::FAIL || stands,
+                    "THAW should fail, its freeze did not last: {line}"
+                );
+            }
         }
         // Back to back they would hold up the work for most of its time: it writes to the root.
         std::thread::sleep(PAUSE);
         Ok(guest.has_ended(&work)?)
     })?;
+    guest.writers_stop()?;
     let ended = guest.wait(&work, STEP)?;
     let output = guest.output(&work)?;
     ensure!(
@@ -173,6 +192,33 @@ fn amid_backups(guest: &Guest, line: &str) -> Result<()> {
     );
     ensure!(taken > 0, "no backup was taken during: {line}");
     Ok(())
+}
+
+/// Whether every writer has been inside one write for longer than a busy machine takes for it.
+fn stands_still(guest: &Guest) -> Result<bool> {
+    Ok(guest.writers()?.iter().all(|it| it.in_write_us > 100_000))
+}
+
+/// What starts their daemon where a backup broke as ours was removed, once its THAW is over.
+const LATER: &str = "hv_vss_removed";
+
+/// Waits until ours is removed and theirs serves, or has yet to.
+fn theirs_is_to_come(guest: &Guest) -> Result<()> {
+    let line = format!(
+        "systemctl --quiet is-active {THEIRS} || systemctl --quiet is-active {LATER}.timer"
+    );
+    guest.wait_until("theirs serves or is to serve later", STEP, || {
+        Ok(guest.try_sh(&line)?.status == Some(0))
+    })
+}
+
+/// Does now what is to be done then.
+fn not_so_late(guest: &Guest) -> Result<()> {
+    let line = format!(
+        "! systemctl --quiet is-active {LATER}.timer ||
+         {{ systemctl start {LATER}.service && systemctl stop {LATER}.timer; }}"
+    );
+    guest.sh(&line).map(drop)
 }
 
 /// What hv_utils keeps: shutdown and the heartbeat.
@@ -244,6 +290,8 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
     serves(guest, OURS, "hv_vss")?;
 
     amid_backups(guest, "dpkg --remove hv-vss-dkms hv-vss-daemon")?;
+    theirs_is_to_come(guest)?;
+    not_so_late(guest)?;
     serves(guest, THEIRS, "hv_utils")?;
     ensure!(
         guest.try_sh("grep -q '^hv_vss ' /proc/modules")?.status == Some(1),
@@ -417,6 +465,93 @@ fn installed_amid_a_freeze(guest: &Guest) -> Result<()> {
     guest.sh("dpkg --configure --force-depends hv-vss-daemon 2>&1")?;
     serves(guest, OURS, "hv_utils")?;
     power_off(guest)
+}
+
+fn removed_amid_a_freeze(guest: &Guest) -> Result<()> {
+    install(guest, "dkms_*.deb hyperv-daemons_*.deb hv-vss-daemon_*.deb")?;
+    guest.sh("modprobe hv_utils")?;
+    serves(guest, OURS, "hv_utils")?;
+
+    // A host that thaws too late.
+    let drop_in = "/etc/hv_vss/daemon.toml.d/test.toml";
+    guest.sh(&format!(
+        "echo deadline = 4 >{drop_in} && systemctl reload {OURS}"
+    ))?;
+    removed_before_thaw(guest, "hv-vss-daemon")?;
+    // Where the device changes hands, too.
+    install(guest, "hv-vss-daemon_*.deb hv-vss-dkms_*.deb")?;
+    serves(guest, OURS, "hv_vss")?;
+    removed_before_thaw(guest, "hv-vss-dkms hv-vss-daemon")?;
+
+    // One that thaws in time. dpkg would wait for the root that is frozen, so these are the parts that end
+    // the service, by themselves.
+    guest.sh(&format!("rm {drop_in}"))?;
+    install(guest, "hv-vss-daemon_*.deb hv-vss-dkms_*.deb")?;
+    serves(guest, OURS, "hv_vss")?;
+    waits_for_the_backup(guest, "exec /usr/libexec/hv_vss_hand_over give")?;
+    serves(guest, OURS, "hv_utils")?;
+    guest.sh("cp /var/lib/dpkg/info/hv-vss-daemon.prerm /run/prerm")?;
+    let stop = "DPKG_MAINTSCRIPT_PACKAGE=hv-vss-daemon exec sh /run/prerm remove";
+    waits_for_the_backup(guest, stop)?;
+    let active = format!("systemctl --quiet is-active {OURS}");
+    ensure!(
+        guest.try_sh(&active)?.status != Some(0),
+        "ours should be stopped"
+    );
+    power_off(guest)
+}
+
+/// Runs `line` while all is frozen, and sees that it lets the backup come to a good end.
+fn waits_for_the_backup(guest: &Guest, line: &str) -> Result<()> {
+    let vss = guest.vss();
+    guest.writer_start("/var/tmp/writer")?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    let work = guest.spawn(&["sh", "-c", line])?;
+    guest.wait_until("it waits for the end of the backup", STEP, || {
+        Ok(guest.output(&work)?.contains("waiting for its end"))
+    })?;
+    ensure!(stands_still(guest)?, "the root should stand still: {line}");
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    let ended = guest.wait(&work, STEP)?;
+    let said = guest.output(&work)?;
+    ensure!(
+        ended.status == Some(0),
+        "this should succeed: {line}\n{said}"
+    );
+    guest.writers_stop()?;
+    Ok(())
+}
+
+/// Removes these during a freeze that its deadline ends, and sees that no THAW is good.
+fn removed_before_thaw(guest: &Guest, packages: &str) -> Result<()> {
+    let vss = guest.vss();
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    let line = format!("dpkg --remove {packages}");
+    let work = guest.spawn(&["sh", "-c", &line])?;
+    let ended = guest.wait(&work, STEP * 2)?;
+    let said = guest.output(&work)?;
+    ensure!(
+        ended.status == Some(0),
+        "this should succeed: {line}\n{said}"
+    );
+    theirs_is_to_come(guest)?;
+    vss.wait_open(STEP)?;
+    vss.agree(STEP)?;
+    if guest
+        .try_sh(&format!("systemctl --quiet is-active {THEIRS}"))?
+        .status
+        == Some(0)
+    {
+        // Until it serves, THAW would fail in any case.
+        guest.wait_until("theirs is there", STEP, || {
+            Ok(vss.hot_backup(STEP)?.status() == status::OK)
+        })?;
+    }
+    answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+    not_so_late(guest)?;
+    serves(guest, THEIRS, "hv_utils")?;
+    let left = guest.sh("ls -d /run/hv[_-]vss* 2>/dev/null || true")?;
+    equal("what is left in /run", left.trim(), "")
 }
 
 fn blacklisted(guest: &Guest) -> Result<()> {
