@@ -168,7 +168,7 @@ impl Freezer {
         let _ = hooks::find(&self.scout, &config.hooks);
         // Why there is no plan is said when one is needed.
         for rule in self.cache.prepare(config).unwrap_or_default() {
-            log.warning(format!("the rule to {rule} matches no file system"));
+            log.warning(rule.to_string());
         }
     }
 

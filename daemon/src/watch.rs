@@ -572,6 +572,7 @@ mod tests {
             id: 0,
             path: "/".into(),
             whole: true,
+            subvolume: None,
             walkable: true,
             hidden: false,
             was_at: None,
