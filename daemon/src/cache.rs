@@ -304,6 +304,12 @@ impl Cache {
         !self.signals.has_news(then) && self.read_only.writable_now(&mut self.signals).is_empty()
     }
 
+    /// What of that is listed by the kernel and was not then, by the names that it has there: so much can be
+    /// told without a look at a path, while all is frozen.
+    pub fn names_since(&self, then: &Scene) -> Vec<String> {
+        self.signals.names_since(then)
+    }
+
     /// Has [`Cache::is_all_there`] ready to be asked again. It is apart because that counts while writers
     /// wait.
     pub fn rewind(&mut self) {
