@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use nix::sys::statvfs::{fstatvfs, FsFlags};
 
-use crate::config::Config;
+use crate::config::{Config, IdleRule};
 use crate::ground::Watched;
 use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
@@ -127,8 +127,8 @@ pub struct Cache<S: Signals = Kernel> {
     alive: Option<S::Alive>,
     /// What may move data from disk to disk below all that is in it.
     layers: Arc<Layers>,
-    /// The rules that were reported for matching nothing.
-    idle: BTreeSet<String>,
+    /// The rules that were reported for doing nothing.
+    idle: BTreeSet<IdleRule>,
 }
 
 impl<S: Signals> Cache<S> {
@@ -179,8 +179,8 @@ impl<S: Signals> Cache<S> {
     }
 
     /// Has a plan ready for the next backup, as far as a later change will not go unnoticed. Returns
-    /// the rules of the configuration that match nothing, once.
-    pub fn prepare(&mut self, config: &Config) -> Result<Vec<String>, LookError> {
+    /// the rules of the configuration that do nothing, once.
+    pub fn prepare(&mut self, config: &Config) -> Result<Vec<IdleRule>, LookError> {
         self.plan(config)?;
         let idle = config.idle_rules(&self.plan);
         let news = idle.difference(&self.idle).cloned().collect();
@@ -302,6 +302,12 @@ impl Cache {
     /// once; before it is asked again, [`Cache::rewind`].
     pub fn is_all_there(&mut self, then: &Scene) -> bool {
         !self.signals.has_news(then) && self.read_only.writable_now(&mut self.signals).is_empty()
+    }
+
+    /// What of that is listed by the kernel and was not then, by the names that it has there: so much can be
+    /// told without a look at a path, while all is frozen.
+    pub fn names_since(&self, then: &Scene) -> Vec<String> {
+        self.signals.names_since(then)
     }
 
     /// Has [`Cache::is_all_there`] ready to be asked again. It is apart because that counts while writers

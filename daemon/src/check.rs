@@ -468,8 +468,7 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
     all.extend(raw_writers(&plan));
     all.extend(elsewhere(&plan));
     for rule in config.idle_rules(&plan) {
-        let text = format!("the rule to {rule} matches no file system");
-        all.push(finding(WHAT, Grade::Warning, text));
+        all.push(finding(WHAT, Grade::Warning, rule.to_string()));
     }
     all
 }

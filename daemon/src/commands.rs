@@ -170,8 +170,10 @@ struct Listing<'a> {
     /// What has no means to freeze.
     synced: Vec<Row<'a>>,
     left_out: Vec<Row<'a>>,
-    /// Rules of the configuration that match nothing.
+    /// Rules of the configuration that match nothing, and those that leave out nothing of a file system
+    /// because they are for a part of it.
     idle_rules: BTreeSet<String>,
+    partial_rules: Vec<String>,
     disks: Vec<DiskRow<'a>>,
     /// Whether a backup freezes only what is on the disks that the host names.
     listed_disks_only: bool,
@@ -261,6 +263,8 @@ fn listing<'a>(plan: &'a Plan, scope: Option<&Scope>, config: &Config) -> Listin
         file_systems: plan.on_disk(*dev).map(ToString::to_string).collect(),
     };
     let left_out = plan.left_out.iter();
+    let rules = config.idle_rules(plan).into_iter();
+    let (partial, idle): (Vec<_>, Vec<_>) = rules.partition(|it| it.part_of.is_some());
     Listing {
         frozen: frozen.collect(),
         synced: plan
@@ -270,7 +274,8 @@ fn listing<'a>(plan: &'a Plan, scope: Option<&Scope>, config: &Config) -> Listin
         left_out: left_out
             .map(|l| row(plan, &l.file_system, None, Some(&l.reason)))
             .collect(),
-        idle_rules: config.idle_rules(plan),
+        idle_rules: idle.into_iter().map(|it| it.rule).collect(),
+        partial_rules: partial.iter().map(ToString::to_string).collect(),
         disks: plan.disks.iter().map(disk).collect(),
         listed_disks_only: config.listed_disks_only,
     }
@@ -312,6 +317,9 @@ fn as_text(plan: &Plan, listing: &Listing<'_>) -> String {
     }
     for rule in idle_rules {
         text.push_str(&format!("  {rule}\n"));
+    }
+    for words in &listing.partial_rules {
+        text.push_str(&format!("{words}\n"));
     }
     text
 }

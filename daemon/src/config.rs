@@ -273,7 +273,8 @@ fn absolute<'de, D: Deserializer<'de>>(d: D) -> Result<Option<PathBuf>, D::Error
 pub struct Rules {
     /// Any path at which it is mounted as a whole, or a whole subvolume of it: not a folder of it that
     /// is shown elsewhere. Of other mount namespaces only if it is not mounted in the daemon's. Of what is
-    /// mounted no longer and held, any at which it was.
+    /// mounted no longer and held, any at which it was. Subvolumes freeze together, so to exclude takes a path
+    /// of each that is mounted.
     paths: Vec<Rule>,
     /// Its type.
     types: Vec<Rule>,
@@ -296,6 +297,30 @@ impl fmt::Display for Kind {
             Kind::Type => "type",
             Kind::Device => "device",
         })
+    }
+}
+
+/// A rule that leaves nothing out, or takes nothing in, though it should.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct IdleRule {
+    /// The rule, in words.
+    pub rule: String,
+    /// The file system of which it speaks in part only. If there is none it matches nothing: mistyped, or of
+    /// another machine.
+    pub part_of: Option<String>,
+}
+
+impl fmt::Display for IdleRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rule, part_of } = self;
+        match part_of {
+            None => write!(f, "the rule to {rule} matches no file system"),
+            Some(it) => write!(
+                f,
+                "the rule to {rule} speaks of a part of {it} only, which freezes as a whole or not at all: it is \
+                 not left out"
+            ),
+        }
     }
 }
 
@@ -322,10 +347,14 @@ impl Rule {
         self.0.matches_with(text, options)
     }
 
+    fn matches_path(&self, place: &Place) -> bool {
+        self.matches(&place.known_path().to_string_lossy())
+    }
+
     /// Whether it fits, as a rule of this kind.
     fn fits(&self, kind: Kind, file_system: &FileSystem) -> bool {
         match kind {
-            Kind::Path => paths_of(file_system).any(|path| self.matches(&path.to_string_lossy())),
+            Kind::Path => places_of(file_system).any(|it| self.matches_path(it)),
             Kind::Type => self.matches(&file_system.fs_type),
             Kind::Device => {
                 let source = file_system.source.as_deref().unwrap_or_default();
@@ -349,29 +378,51 @@ impl Rules {
         paths.chain(types).chain(devices)
     }
 
-    /// The first rule that fits, in words.
-    fn find(&self, file_system: &FileSystem) -> Option<String> {
-        let (kind, rule) = self
-            .each()
-            .find(|(kind, rule)| rule.fits(*kind, file_system))?;
+    /// The first rule that fits, in words; if it is to be of `all` of it, none for a part.
+    fn find(&self, file_system: &FileSystem, all: bool) -> Option<String> {
+        let mut each = self.each();
+        let (kind, rule) = each.find(|(kind, rule)| {
+            let is_for_a_part =
+                || all && matches!(kind, Kind::Path) && self.is_for_a_part(file_system);
+            rule.fits(*kind, file_system) && !is_for_a_part()
+        })?;
         Some(format!("{kind} {}", rule.0))
     }
 
-    /// Those that fit none of these, in words.
-    fn idle<'a>(&'a self, plan: &'a Plan) -> impl Iterator<Item = String> + 'a {
-        self.each()
-            .filter(|(kind, rule)| !plan.file_systems().any(|f| rule.fits(*kind, f)))
-            .map(|(kind, rule)| format!("{kind} {}", rule.0))
+    /// Whether its subvolumes, which freeze together, are not all among what the paths together name. Whoever
+    /// shows one elsewhere writes to it as well.
+    fn is_for_a_part(&self, file_system: &FileSystem) -> bool {
+        let is_named = |it: &&Place| self.paths.iter().any(|rule| rule.matches_path(it));
+        let named = places_of(file_system).filter(is_named);
+        let named: BTreeSet<_> = named.map(|it| &it.subvolume).collect();
+        let mut mounted = file_system.places.iter().map(|it| &it.subvolume);
+        !named.contains(&None) && !mounted.all(|it| named.contains(it))
+    }
+
+    /// Those that choose nothing of a plan, and where they are to be of `all` of a file system, those that
+    /// are of a part only. `verb` is what they are to do.
+    fn idle(&self, verb: &str, all: bool, plan: &Plan) -> BTreeSet<IdleRule> {
+        let mut idle = BTreeSet::new();
+        for (kind, rule) in self.each() {
+            let fits = plan.file_systems().filter(|it| rule.fits(kind, it));
+            let fits: Vec<_> = fits.collect();
+            let says = |part_of| IdleRule {
+                rule: format!("{verb} {kind} {}", rule.0),
+                part_of,
+            };
+            let in_part = fits.iter().filter(|it| self.find(it, all).is_none());
+            idle.extend(in_part.map(|it| says(Some(it.to_string()))));
+            idle.extend(fits.is_empty().then(|| says(None)));
+        }
+        idle
     }
 }
 
-/// The paths that a rule may speak of.
-fn paths_of(file_system: &FileSystem) -> impl Iterator<Item = &Path> {
+/// The places whose paths a rule may speak of.
+fn places_of(file_system: &FileSystem) -> impl Iterator<Item = &Place> {
     let is_here = file_system.places.iter().any(|place| place.namespace == 0);
     let places = file_system.places.iter();
-    places
-        .filter(move |place| place.whole && (place.namespace == 0 || !is_here))
-        .map(Place::known_path)
+    places.filter(move |place| place.whole && (place.namespace == 0 || !is_here))
 }
 
 impl Config {
@@ -393,21 +444,22 @@ impl Config {
 
     /// The rule by which `file_system` is not to be frozen, if there is one.
     pub fn excludes(&self, file_system: &FileSystem) -> Option<String> {
-        if let Some(rule) = self.exclude.find(file_system) {
+        if let Some(rule) = self.exclude.find(file_system, true) {
             return Some(format!("exclude {rule}"));
         }
         // What is mounted nowhere may have been where an operator wants it from.
         let may_be_meant = file_system.places.is_empty() && !self.include.paths.is_empty();
-        let wanted =
-            self.include.is_empty() || may_be_meant || self.include.find(file_system).is_some();
+        let wanted = self.include.is_empty()
+            || may_be_meant
+            || self.include.find(file_system, false).is_some();
         (!wanted).then(|| "include, which names others".to_owned())
     }
 
-    /// The rules that match nothing of what was found, in words: mistyped, or of another machine.
-    pub fn idle_rules(&self, plan: &Plan) -> BTreeSet<String> {
-        let excluding = self.exclude.idle(plan).map(|it| format!("exclude {it}"));
-        let including = self.include.idle(plan).map(|it| format!("include {it}"));
-        excluding.chain(including).collect()
+    /// The rules that do nothing about what was found, or not all that they seem to.
+    pub fn idle_rules(&self, plan: &Plan) -> BTreeSet<IdleRule> {
+        let mut idle = self.exclude.idle("exclude", true, plan);
+        idle.append(&mut self.include.idle("include", false, plan));
+        idle
     }
 }
 
@@ -512,6 +564,7 @@ mod tests {
             id: 1,
             path: path.into(),
             whole,
+            subvolume: None,
             walkable: true,
             hidden: false,
             was_at: None,
@@ -548,6 +601,79 @@ mod tests {
     }
 
     #[test]
+    fn subvolumes_freeze_together_so_a_rule_to_exclude_names_all_that_are_mounted() {
+        let at = |namespace, path, subvolume: Option<&str>| Place {
+            subvolume: subvolume.map(PathBuf::from),
+            ..place(namespace, path, true)
+        };
+        let root = || at(0, "/", Some("/@"));
+        let scratch = || at(0, "/srv/scratch", Some("/@scratch"));
+        let folder = |it: Place| Place { whole: false, ..it };
+        let part = ["exclude path /srv/scratch*"];
+        for (paths, places, excluded, partial) in [
+            ("'/srv/scratch*'", vec![root(), scratch()], false, &part[..]),
+            ("'/srv/scratch*'", vec![scratch()], true, &[]),
+            ("'/srv/scratch*', '/'", vec![root(), scratch()], true, &[]),
+            ("'*'", vec![root(), scratch()], true, &[]),
+            // The top holds them all, whether or not they are mounted as well.
+            (
+                "'/srv/top'",
+                vec![root(), at(0, "/srv/top", None)],
+                true,
+                &[],
+            ),
+            // A folder of the same subvolume is no other, and of another it is written to.
+            (
+                "'/srv/scratch*'",
+                vec![scratch(), folder(at(0, "/tmp", Some("/@scratch")))],
+                true,
+                &[],
+            ),
+            (
+                "'/srv/scratch*'",
+                vec![scratch(), folder(at(0, "/tmp", Some("/@")))],
+                false,
+                &part,
+            ),
+            // Elsewhere there may be more, and what is there too is no more.
+            (
+                "'/srv/scratch*'",
+                vec![scratch(), at(2, "/", Some("/@"))],
+                false,
+                &part,
+            ),
+            (
+                "'/srv/scratch*'",
+                vec![scratch(), at(2, "/s", Some("/@scratch"))],
+                true,
+                &[],
+            ),
+        ] {
+            let btrfs = FileSystem {
+                places,
+                ..file_system(&[], "btrfs", "/dev/sda1", "0:40")
+            };
+            let config = parse(&format!("exclude.paths = [{paths}]")).unwrap();
+            assert_eq!(
+                config.excludes(&btrfs).is_some(),
+                excluded,
+                "{paths} {btrfs:?}"
+            );
+            let taking = parse(&format!("include.paths = [{paths}]")).unwrap();
+            assert_eq!(taking.excludes(&btrfs), None, "{paths} {btrfs:?}");
+            let plan = Plan {
+                waves: vec![vec![btrfs]],
+                ..Plan::default()
+            };
+            let idle: Vec<_> = config.idle_rules(&plan).into_iter().collect();
+            assert!(idle.iter().all(|it| it.part_of.is_some()), "{idle:?}");
+            let idle: Vec<_> = idle.iter().map(|it| it.rule.as_str()).collect();
+            assert_eq!(idle, partial, "{paths}");
+            assert!(taking.idle_rules(&plan).is_empty());
+        }
+    }
+
+    #[test]
     fn rules_that_match_nothing_are_named() {
         let config = parse(
             "exclude = { paths = ['/srv', '/srb'], types = ['zfs'] }\ninclude.devices = ['8:1', '8:2']",
@@ -557,7 +683,8 @@ mod tests {
             waves: vec![vec![file_system(&["/srv"], "ext4", "/dev/sda1", "8:1")]],
             ..Plan::default()
         };
-        let idle: Vec<String> = config.idle_rules(&plan).into_iter().collect();
+        let idle = config.idle_rules(&plan).into_iter();
+        let idle: Vec<String> = idle.map(|it| it.rule).collect();
         let expected = [
             "exclude path /srb",
             "exclude type zfs",

@@ -112,15 +112,16 @@ enum Tried<T> {
     InVain,
 }
 
-/// Makes attempts until one is done. A sync takes as long as a disk does, and meanwhile something may always
-/// come: what has is frozen at once, without another.
+/// Makes attempts until one is done; it is told whether it may sync, and whether it is the last one. A sync
+/// takes as long as a disk does, and meanwhile something may always come: what has is frozen at once, without
+/// another.
 fn until_it_is<T>(
-    mut attempt: impl FnMut(bool) -> Result<Tried<T>, JobError>,
+    mut attempt: impl FnMut(bool, bool) -> Result<Tried<T>, JobError>,
 ) -> Result<T, JobError> {
     let mut attempts = 0;
     let mut may_sync = true;
     while attempts < ATTEMPTS {
-        match attempt(may_sync)? {
+        match attempt(may_sync, attempts + 1 == ATTEMPTS)? {
             Tried::Done(it) => return Ok(it),
             Tried::Synced => {}
             Tried::InVain => attempts += 1,
@@ -168,7 +169,7 @@ impl Freezer {
         let _ = hooks::find(&self.scout, &config.hooks);
         // Why there is no plan is said when one is needed.
         for rule in self.cache.prepare(config).unwrap_or_default() {
-            log.warning(format!("the rule to {rule} matches no file system"));
+            log.warning(rule.to_string());
         }
     }
 
@@ -208,11 +209,13 @@ impl Freezer {
     }
 
     /// Freezes everything that a plan for the machine as it is now says. What comes while that is under
-    /// way is in no plan, so then it is begun anew. The log is held by whoever calls, and speaks only as
-    /// long as nothing is frozen.
+    /// way is in no plan, so then it is begun anew. Where something comes all the time, the last attempt counts
+    /// with a warning, unless it is to be strict: what comes and goes costs nobody else the backup. The log is
+    /// held by whoever calls, and speaks only as long as nothing is frozen.
     pub fn freeze(&mut self, setting: &Setting) -> Result<Frozen, JobError> {
-        until_it_is(|may_sync| {
-            let tried = self.try_to_freeze(setting, may_sync)?;
+        until_it_is(|may_sync, is_last| {
+            let may_lack = is_last && !setting.config.strict;
+            let tried = self.try_to_freeze(setting, may_sync, may_lack)?;
             if !matches!(tried, Tried::Done(_)) {
                 setting
                     .log
@@ -224,11 +227,13 @@ impl Freezer {
         })
     }
 
-    /// One attempt at it, after a sync if it may be.
+    /// One attempt at it, after a sync if it may be. If it `may_lack` something that has come meanwhile, it
+    /// counts all the same.
     fn try_to_freeze(
         &mut self,
         setting: &Setting,
         may_sync: bool,
+        may_lack: bool,
     ) -> Result<Tried<Frozen>, JobError> {
         let Setting {
             config,
@@ -317,7 +322,8 @@ impl Freezer {
         }
         log.seal();
         let mut summary = session.freeze(&mut self.learnt)?;
-        if !self.cache.is_all_there(&then) {
+        let is_all_there = self.cache.is_all_there(&then);
+        if !is_all_there && !may_lack {
             let thawed = session.thaw();
             session.disarm();
             return match thawed {
@@ -329,6 +335,17 @@ impl Freezer {
         }
         at_rest.begin(|device| session.goes_on_on(device, &known));
         summary.left_out += missing.len();
+        if !is_all_there {
+            let names = self.cache.names_since(&then);
+            let names = match names.is_empty() {
+                true => String::new(),
+                false => format!(", the last ones on {}", names.join(", ")),
+            };
+            warnings.add(format!(
+                "file systems come all the time, {ATTEMPTS} times while it was being frozen{names}: what came \
+                 last is not frozen"
+            ));
+        }
         if summary.ours + summary.foreign == 0 {
             if config.strict {
                 session.disarm();
@@ -1015,11 +1032,17 @@ mod tests {
     #[test]
     fn what_comes_during_a_sync_is_frozen_without_another_and_is_no_attempt_in_vain() {
         let run = |mut came: Vec<Tried<()>>| {
+            let synced_in_vain = matches!(came.first(), Some(Tried::Synced));
             let mut syncs = Vec::new();
-            let result = until_it_is(|may_sync| {
+            let mut last = Vec::new();
+            let result = until_it_is(|may_sync, is_last| {
                 syncs.push(may_sync);
+                last.push(is_last);
                 Ok(came.remove(0))
             });
+            // A sync in vain is none of them.
+            let in_vain = syncs.len() - usize::from(synced_in_vain);
+            assert_eq!(last.last() == Some(&true), in_vain == ATTEMPTS, "{last:?}");
             (result.is_ok(), syncs)
         };
         let (synced, in_vain) = (|| Tried::Synced, || Tried::InVain);

@@ -177,8 +177,13 @@ impl Mount {
     /// Whether the whole file system is mounted here, or a whole subvolume of it, and not a folder or
     /// a file inside.
     pub fn is_whole(&self) -> bool {
-        let whole = self.option("subvol").unwrap_or(OsStr::new("/"));
-        self.root.as_os_str() == whole
+        self.root == self.subvolume().unwrap_or(Path::new("/"))
+    }
+
+    /// The subvolume that is mounted here, or of which a folder is. `None` where it is of the whole.
+    pub fn subvolume(&self) -> Option<&Path> {
+        let path = Path::new(self.option("subvol")?);
+        (path != Path::new("/")).then_some(path)
     }
 
     /// The value of an option of the superblock, empty for one that has none.
@@ -489,6 +494,9 @@ mod tests {
         let mounts = parse(table, 0).unwrap();
         let whole: Vec<bool> = mounts.iter().map(Mount::is_whole).collect();
         assert_eq!(whole, [true, false, true, false, true]);
+        let home = Some(Path::new("/@home"));
+        let subvolumes: Vec<_> = mounts.iter().map(Mount::subvolume).collect();
+        assert_eq!(subvolumes, [None, None, home, home, None]);
     }
 
     #[test]

@@ -455,6 +455,7 @@ mod tests {
                 id: 0,
                 path: path.to_owned(),
                 whole: true,
+                subvolume: None,
                 walkable: true,
                 hidden: false,
                 was_at: None,

@@ -35,6 +35,8 @@ pub struct Place {
     pub path: PathBuf,
     /// As [`Mount::is_whole`].
     pub whole: bool,
+    /// As [`Mount::subvolume`].
+    pub subvolume: Option<PathBuf>,
     /// As [`Mount::walkable`].
     pub walkable: bool,
     /// As [`Mount::hidden`].
@@ -452,6 +454,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
         id: mount.id,
         path: mount.path.clone(),
         whole: mount.is_whole(),
+        subvolume: mount.subvolume().map(Path::to_owned),
         walkable: mount.walkable,
         hidden: mount.hidden,
         was_at: mount.was_at.clone(),

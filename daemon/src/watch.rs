@@ -362,6 +362,18 @@ impl Kernel {
             || self.has_new_mounts(then).unwrap_or(then.newest.is_some())
     }
 
+    /// The names of the superblocks that are listed in sysfs and were not then: a device, or a UUID. One that
+    /// is gone again by now has none.
+    pub fn names_since(&self, then: &Scene) -> Vec<String> {
+        // It was asked before.
+        let now = self.lists.as_ref().filter(|it| it.rewind().is_ok());
+        let now = now.and_then(|it| it.read().ok().flatten());
+        match (now, &then.listed) {
+            (Some(now), Some(then)) => now.since(then),
+            _ => Vec::new(),
+        }
+    }
+
     /// Types that have no block device of their own are listed in sysfs, but for one that nothing can hold.
     fn has_new_mounts(&self, then: &Scene) -> io::Result<bool> {
         let is_news = |dev: DevId, read_only: bool| {
@@ -572,6 +584,7 @@ mod tests {
             id: 0,
             path: "/".into(),
             whole: true,
+            subvolume: None,
             walkable: true,
             hidden: false,
             was_at: None,

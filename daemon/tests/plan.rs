@@ -163,6 +163,8 @@ fn machines_that_people_posted_are_frozen_in_the_right_order() {
             "loop-over-a-block-device",
             &[&["/srv/inner"], &["/data"], &["/"]],
         ),
+        // Its zd0 is said to be served by this machine, as a volume of a pool is: not known to be hardware. With
+        // that, which whoever posted the table could not say, it comes before what is on a disk.
         ("zfs-root", &[&["/srv/db"], &["/boot/efi"]]),
         ("overlayroot", &[&["/data"], &["/media/root-rw"]]),
         ("ostree-composefs", &[&["/boot/efi", "/sysroot"]]),

@@ -32,6 +32,11 @@ pub const CASES: &[Case] = &[
         left_out_by_rule,
     ),
     case(
+        "scope/rule-for-a-subvolume",
+        "a rule for one subvolume leaves out nothing of a btrfs of which another is mounted, and says so",
+        rule_for_a_subvolume,
+    ),
+    case(
         "scope/rules-that-match-nothing",
         "are named at the start and by list, and so is that nothing is frozen",
         rules_that_match_nothing,
@@ -275,6 +280,29 @@ fn left_out_by_rule(guest: &Guest) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+fn rule_for_a_subvolume(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe btrfs; mkdir -p /mnt/a /mnt/b && mkfs.btrfs -q -f /dev/ram1 &&
+              mount /dev/ram1 /mnt/a && btrfs -q subvolume create /mnt/a/@ &&
+              btrfs -q subvolume create /mnt/a/@scratch && umount /mnt/a &&
+              mount -o subvol=@ /dev/ram1 /mnt/a && mount -o subvol=@scratch /dev/ram1 /mnt/b",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    let config = "strict = true\n[exclude]\npaths = ['/mnt/b*']";
+    let daemon = start_with(guest, config)?;
+    let words = &["exclude path /mnt/b*", "speaks of a part of", "(btrfs"];
+    says(guest, &daemon, words)?;
+    equal("the backup", &observe(guest)?, &good(&["/mnt/a/w"]))?;
+    stop(guest, guest.module(), &daemon)?;
+    guest.writers_stop()?;
+    // Where nothing else is mounted it is all there is.
+    guest.sh("umount /mnt/a")?;
+    guest.writer_start("/mnt/b/w")?;
+    let daemon = start_with(guest, config)?;
+    super::backup(guest)?;
+    says(guest, &daemon, &["left out", "exclude path /mnt/b*"])
 }
 
 fn rules_that_match_nothing(guest: &Guest) -> Result<()> {
@@ -704,7 +732,7 @@ fn comes_and_goes(guest: &Guest) -> Result<()> {
         // What is frozen cannot be unmounted; it is tried again.
         let script = format!(
             "while :; do mount /dev/ram{n} /mnt/{n}
-                 until umount /mnt/{n} 2>/dev/null; do sleep 0.1; done; done"
+                 until umount /mnt/{n} 2>/dev/null; do :; done; done"
         );
         guest.spawn(&["sh", "-c", &script])?;
         let script = "while :; do unshare --mount true; done";
