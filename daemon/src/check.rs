@@ -849,6 +849,7 @@ mod tests {
                 id: 1,
                 path: place.into(),
                 whole: true,
+                subvolume: None,
                 walkable: true,
                 hidden: false,
                 was_at: None,

@@ -3,7 +3,7 @@
 //! Our module at its two edges: the device, where the case plays the daemon, and the channel, where
 //! it plays hosts that real guests also meet.
 
-use super::owned::{held, hold};
+use super::owned::hold;
 use super::{case, Case, ModuleState};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
@@ -1073,7 +1073,7 @@ fn tracepoints(guest: &Guest) -> Result<()> {
     answered("FREEZE", &vss.wait(freeze, STEP)?, status::OK)?;
     device.write(thawed_v2(freeze_id, thawed::FOREIGN).as_bytes())?;
     // The daemon says that nothing is frozen, so the module lets go.
-    guest.wait_until("nothing is held", STEP, || Ok(held(guest)?.is_empty()))?;
+    guest.wait_until("nothing is held", STEP, || Ok(guest.held()?.is_empty()))?;
     let thaw = vss.send(Op::THAW, &SHORT_BODY)?;
     let (request, _) = read_request(device)?;
     let thaw_id = request.frame.id;

@@ -551,9 +551,9 @@ fn hung_neighbour(guest: &Guest) -> Result<()> {
         guest.sh("dmsetup resume v")?;
         if module == Module::Ours {
             guest.wait_until("nothing is held any more", STEP, || {
-                Ok(super::owned::held(guest)?.is_empty())
+                Ok(guest.held()?.is_empty())
             })?;
-            refused("FITHAW of what hung", guest.thaw("/mnt/v"), "EINVAL")?;
+            guest.not_frozen("when what hung is back", &["/mnt/v"])?;
         }
         good_backup(guest).context("the next backup")?;
         // The log is held until the last of it is thawed.

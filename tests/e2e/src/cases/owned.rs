@@ -680,7 +680,7 @@ fn in_reverse(guest: &Guest) -> Result<()> {
     Still::wait(guest, &[])?;
     let at = guest.signal_all(&[pid], 9)?;
     released(guest, "kill -9", at, RELEASED)?;
-    equal("what is held", held(guest)?, Vec::new())?;
+    equal("what is held", guest.held()?, Vec::new())?;
 
     let trace = guest.read("/sys/kernel/tracing/trace")?;
     guest.sh(&format!(
