@@ -120,6 +120,10 @@ test-debug-kernel: packages user ## Run them on a kernel with KASAN, lockdep, km
 module-arm64: packages ## Cross-build the module for Debian's arm64 kernel; it cannot be run here
 	@$(LAB)/arm64.sh
 
+.PHONY: module-configs
+module-configs: packages ## Compile the module for kernels that lack sleep, unloading, or modules at all
+	@$(LAB)/configurations.sh
+
 .PHONY: e2e-list
 e2e-list: packages ## List the end-to-end cases
 	@$(CARGO_LAB) --quiet
