@@ -15,15 +15,13 @@ source=$choice/linux
 driver=drivers/hv/hv_vss
 mkdir -p "$choice"
 lock configurations
-[ $# != 0 ] || set -- no-sleep no-unload least built-in
+[ $# != 0 ] || set -- no-sleep no-unload built-in
 
 # What the configuration of that name lacks of debug-kernel.config's.
 lacks() {
     case $1 in
     no-sleep) echo SUSPEND HIBERNATION PM_SLEEP ;;
     no-unload) echo MODULE_UNLOAD ;;
-    # one processor and one user, and nobody looks
-    least) echo SMP PREEMPT TREE_RCU MULTIUSER DEBUG_FS FTRACE ;;
     built-in) echo MODULES ;;
     *) die "there is no configuration $1" ;;
     esac
@@ -52,8 +50,6 @@ for name in "$@"; do
     {
         cat "$lab/debug-kernel.config"
         printf '# CONFIG_%s is not set\n' "${options[@]}"
-        # only experts are asked about users
-        [ "$name" != least ] || echo CONFIG_EXPERT=y
     } >"$objects/fragment.config"
     quietly "configuration-$name.log" in_linux KCONFIG_ALLCONFIG=fragment.config allnoconfig
     for option in "${options[@]}"; do
