@@ -536,7 +536,10 @@ fn hung_neighbour(guest: &Guest) -> Result<()> {
             longest.is_some_and(|it| it < 1_000_000),
             "a neighbour stood still for {longest:?} us"
         );
-        answered("THAW", &vss.thaw(STEP)?, expected)?;
+        // What has failed by itself, with nothing frozen, needs none.
+        if expected == status::OK || module == Module::Stock {
+            answered("THAW", &vss.thaw(STEP)?, expected)?;
+        }
         if module == Module::Ours {
             // It is known then.
             let again = vss.freeze(&[], STEP)?;
@@ -546,7 +549,9 @@ fn hung_neighbour(guest: &Guest) -> Result<()> {
                 "it waited for {:?} again",
                 again.latency
             );
-            answered("THAW while it hangs", &vss.thaw(STEP)?, expected)?;
+            if expected == status::OK {
+                answered("THAW while it hangs", &vss.thaw(STEP)?, expected)?;
+            }
         }
         guest.sh("dmsetup resume v")?;
         if module == Module::Ours {
