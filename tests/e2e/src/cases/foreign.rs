@@ -135,17 +135,18 @@ fn suspended(guest: &Guest, module: Module) -> Result<()> {
     let seen = with_resume(guest)?;
     equal(
         "both answered 0, both stood still",
-        seen,
-        super::good(&["/mnt/a/w", "/mnt/v/w"]),
+        &seen,
+        &super::good(&["/mnt/a/w", "/mnt/v/w"]),
     )?;
     stop(guest, module, &daemon)?;
     if module == Module::Stock {
+        let ours = super::describe(&seen);
         let peer = start(guest, Module::Stock, Daemon::Debian)?;
         let seen = with_resume(guest)?;
         stop(guest, Module::Stock, &peer)?;
         guest.compare(
             "a volume is suspended (LVM snapshot) when FREEZE comes, and resumed 1 s later",
-            "waited for, frozen, good",
+            &ours,
             &super::describe(&seen),
         );
     }
@@ -513,6 +514,7 @@ fn hung_neighbour(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/a/w")?;
     guest.writer_start("/writer")?;
     let vss = guest.vss();
+    let mut ours = String::new();
     for module in [Module::Stock, Module::Ours] {
         load(guest, module, &[])?;
         let daemon = guest.start_daemon_with("give_up = 2")?;
@@ -531,6 +533,12 @@ fn hung_neighbour(guest: &Guest) -> Result<()> {
         ensure!(
             longest.is_some_and(|it| it < 1_000_000),
             "a neighbour stood still for {longest:?} us"
+        );
+        ours = format!(
+            "FREEZE {} after {:.0} s, neighbours stood still for {} ms",
+            status_name(status::FAIL),
+            took.as_secs_f64(),
+            longest.unwrap_or_default() / 1000
         );
         answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
         good_backup(guest).context("the next backup")?;
@@ -555,7 +563,7 @@ fn hung_neighbour(guest: &Guest) -> Result<()> {
     stop(guest, Module::Stock, &daemon)?;
     guest.compare(
         "one file system hangs in its freeze (give_up set to 2 s for ours)",
-        "given up after 2 s and named; its neighbours hardly notice",
+        &ours,
         &peer,
     );
     Ok(())
