@@ -135,17 +135,18 @@ fn suspended(guest: &Guest, module: Module) -> Result<()> {
     let seen = with_resume(guest)?;
     equal(
         "both answered 0, both stood still",
-        seen,
-        super::good(&["/mnt/a/w", "/mnt/v/w"]),
+        &seen,
+        &super::good(&["/mnt/a/w", "/mnt/v/w"]),
     )?;
     stop(guest, module, &daemon)?;
     if module == Module::Stock {
+        let ours = super::describe(&seen);
         let peer = start(guest, Module::Stock, Daemon::Debian)?;
         let seen = with_resume(guest)?;
         stop(guest, Module::Stock, &peer)?;
         guest.compare(
             "a volume is suspended (LVM snapshot) when FREEZE comes, and resumed 1 s later",
-            "waited for, frozen, good",
+            &ours,
             &super::describe(&seen),
         );
     }
@@ -513,6 +514,7 @@ fn hung_neighbour(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/a/w")?;
     guest.writer_start("/writer")?;
     let vss = guest.vss();
+    let mut ours = String::new();
     for (module, config, expected) in [
         // Nobody can call off one FIFREEZE.
         (Module::Stock, "give_up = 2", status::FAIL),
@@ -536,6 +538,14 @@ fn hung_neighbour(guest: &Guest) -> Result<()> {
             longest.is_some_and(|it| it < 1_000_000),
             "a neighbour stood still for {longest:?} us"
         );
+        if expected == status::OK {
+            ours = format!(
+                "FREEZE {} after {:.0} s without that one, neighbours stood still for {} ms",
+                status_name(expected),
+                took.as_secs_f64(),
+                longest.unwrap_or_default() / 1000
+            );
+        }
         // What has failed by itself, with nothing frozen, needs none.
         if expected == status::OK || module == Module::Stock {
             answered("THAW", &vss.thaw(STEP)?, expected)?;
@@ -588,7 +598,7 @@ fn hung_neighbour(guest: &Guest) -> Result<()> {
     stop(guest, Module::Stock, &daemon)?;
     guest.compare(
         "one file system hangs in its freeze (give_up set to 2 s for ours)",
-        "given up after 2 s and named, the backup is good without it; its neighbours hardly notice",
+        &ours,
         &peer,
     );
     Ok(())

@@ -584,7 +584,10 @@ fn open_behind_the_freeze(guest: &Guest) -> Result<()> {
     })?;
     let thaw = vss.send(Op::THAW, &SHORT_BODY)?;
     let early = reply_within(guest, thaw, Duration::from_secs(3))?;
-    let stuck = early.is_none() && guest.writers()?.iter().all(|it| it.in_write_us > 3_000_000);
+    // How long all have been standing still by now.
+    let still = guest.writers()?.iter().map(|it| it.in_write_us).min();
+    let still = Duration::from_micros(still.unwrap_or_default());
+    let stuck = early.is_none() && still > Duration::from_secs(3);
     if stuck {
         // Only somebody who needs no open there can resolve that.
         guest.thaw("/mnt/log")?;
@@ -595,7 +598,10 @@ fn open_behind_the_freeze(guest: &Guest) -> Result<()> {
         "a security agent (fanotify) that logs to a frozen disk judges every open",
         &ours,
         &if stuck {
-            "THAW hangs behind its own freeze, 3 s later all is still frozen".to_owned()
+            format!(
+                "THAW hangs behind its own freeze, all is still frozen after {:.0} s",
+                still.as_secs_f64()
+            )
         } else {
             format!("THAW {}", status_name(peer))
         },

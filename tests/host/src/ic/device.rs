@@ -9,7 +9,7 @@ use crate::bus::{lock, Bus, SendError};
 use crate::channel::{Negotiated, Tx};
 use crate::device::{Device, Outgoing, Place, Wishes};
 use crate::event::EventKind;
-use crate::ic::judge::judge;
+use crate::ic::judge::{judge, Asked};
 use crate::ic::{message_type, negotiate_body, Envelope, IcHeader, Version};
 use crate::profile::{Carriage, Profile};
 use crate::vmbus::protocol::packet_type;
@@ -43,7 +43,7 @@ pub(crate) struct Component {
 struct Transaction {
     name: String,
     /// What an answer has to repeat; `None` for a packet that is not to be judged by.
-    request: Option<IcHeader>,
+    request: Option<Asked>,
     /// Which opening of the channel it belongs to.
     opening: u64,
     sent: Option<Instant>,
@@ -190,8 +190,7 @@ impl Dialogue {
     ) -> Outgoing {
         let packet = self.raw(name, self.descriptor(), payload);
         if let Some(transaction) = self.transactions.get_mut(&Tx(packet.transaction)) {
-            let header = IcHeader::read_from_prefix(&packet.payload).ok();
-            transaction.request = header.map(|(header, _)| header);
+            transaction.request = Asked::by(&packet.payload);
         }
         packet
     }
@@ -229,10 +228,17 @@ impl Dialogue {
         };
         match self.carriage {
             Carriage::Packets => Tx(packet.transaction),
-            // Answers come in the order of their requests.
+            // All have the same number. It is the oldest that it is like; if it is like none, the oldest
+            // that waits, of which it will be held to be a bad answer.
             Carriage::Pipe => {
-                let oldest = self.transactions.iter().find(|(_, it)| waits(it));
-                oldest.map_or(Tx(0), |(tx, _)| *tx)
+                let waiting = || self.transactions.iter().filter(|(_, it)| waits(it));
+                let is_like = |it: &Transaction| {
+                    let asked = it.request.as_ref();
+                    asked.is_some_and(|asked| asked.is_like(&packet.payload))
+                };
+                let like = waiting().find(|(_, it)| is_like(it));
+                like.or_else(|| waiting().next())
+                    .map_or(Tx(0), |(tx, _)| *tx)
             }
         }
     }

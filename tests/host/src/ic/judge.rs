@@ -11,8 +11,36 @@ use zerocopy::FromBytes;
 /// Bytes of `struct vmbuspipe_hdr`.
 const PIPE_HEADER: usize = 8;
 
-/// What is wrong with `answer` as one to `request`, if anything, in words.
-pub(crate) fn judge(request: &IcHeader, answer: &Packet) -> Result<(), String> {
+/// What an answer has to repeat.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asked {
+    header: IcHeader,
+    /// The first byte of the body, which says what a request of VSS is for (`struct hv_vss_hdr`). A service
+    /// that answers with the body of another request, or with none, is seen by that. The rest of a body, and
+    /// that of other components, is the guest's to change.
+    operation: Option<u8>,
+}
+
+impl Asked {
+    /// By this request, if it is long enough for one.
+    pub(crate) fn by(request: &[u8]) -> Option<Asked> {
+        let (header, body) = IcHeader::read_from_prefix(request).ok()?;
+        let is_vss = header.message_type.get() == message_type::VSS;
+        let operation = body.first().copied().filter(|_| is_vss);
+        Some(Asked { header, operation })
+    }
+
+    /// Whether `answer` is of the same kind of message for the same operation.
+    pub(crate) fn is_like(&self, answer: &[u8]) -> bool {
+        Asked::by(answer).is_some_and(|it| {
+            it.header.message_type == self.header.message_type && it.operation == self.operation
+        })
+    }
+}
+
+/// What is wrong with `answer` as one to what was asked, if anything, in words.
+pub(crate) fn judge(asked: &Asked, answer: &Packet) -> Result<(), String> {
+    let request = &asked.header;
     let Ok((header, _)) = IcHeader::read_from_prefix(&answer.payload) else {
         return Err(format!(
             "an answer of {} bytes has no room for its headers",
@@ -54,6 +82,13 @@ pub(crate) fn judge(request: &IcHeader, answer: &Packet) -> Result<(), String> {
             ));
         }
     }
+    let operation = answer.payload.get(size_of::<IcHeader>()).copied();
+    if asked.operation.is_some() && operation != asked.operation {
+        return Err(format!(
+            "the operation of an answer is {operation:?}, it should be {:?}",
+            asked.operation
+        ));
+    }
     Ok(())
 }
 
@@ -79,7 +114,7 @@ mod tests {
 
     fn judged_as(message_type: u16, change: impl FnOnce(&mut Packet)) -> Result<(), String> {
         let mut payload = request(message_type);
-        let (header, _) = IcHeader::read_from_prefix(&payload).unwrap();
+        let asked = Asked::by(&payload).unwrap();
         payload[25] = flags::TRANSACTION | flags::RESPONSE;
         payload.resize(payload.len().next_multiple_of(8), 0);
         let mut packet = Packet {
@@ -90,14 +125,14 @@ mod tests {
             payload,
         };
         change(&mut packet);
-        judge(&header, &packet)
+        judge(&asked, &packet)
     }
 
     #[test]
     fn a_request_sent_back_with_the_flags_of_an_answer_is_one() {
         assert_eq!(judged(|_| {}), Ok(()));
         assert_eq!(judged(|packet| packet.payload[20] = 5), Ok(()), "a status");
-        assert_eq!(judged(|packet| packet.payload[30] = 5), Ok(()), "the body");
+        assert_eq!(judged(|packet| packet.payload[30] = 5), Ok(()), "the flags");
     }
 
     #[test]
@@ -106,6 +141,21 @@ mod tests {
             let wrong = judged(|packet| packet.payload[byte] ^= 0x40);
             assert!(wrong.is_err(), "byte {byte}");
         }
+    }
+
+    #[test]
+    fn the_operation_counts_where_it_is_one() {
+        let other = |packet: &mut Packet| packet.payload[28] = 2;
+        let wrong = judged(other).unwrap_err();
+        assert!(wrong.contains("operation"), "{wrong}");
+        // That of a heartbeat is a number that the guest counts up.
+        assert_eq!(judged_as(message_type::HEARTBEAT, other), Ok(()));
+        let asked = Asked::by(&request(message_type::VSS)).unwrap();
+        assert!(asked.is_like(&request(message_type::VSS)));
+        assert!(!asked.is_like(&request(message_type::HEARTBEAT)));
+        let mut other = request(message_type::VSS);
+        other[28] = 2;
+        assert!(!asked.is_like(&other));
     }
 
     #[test]
