@@ -6,9 +6,11 @@
 //! and record. What hangs in the kernel holds up nothing else. It knows no host.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Sender};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -19,7 +21,7 @@ use crate::config::{Config, ConfigError};
 use crate::logbook::{words, Logbook};
 use crate::machine::{LookError, Machine};
 use crate::open::{open_file_system, OpenError};
-use crate::plan::{plan, Plan};
+use crate::plan::plan;
 use crate::process;
 use crate::record::{Entry, Record, RecordError, RunDir};
 use crate::sys;
@@ -231,11 +233,38 @@ fn thaw_record(record: &Record, log: &Logbook) -> Result<(), RecoveryError> {
     }
     let machine = Machine::look()?;
     let everything = plan(&machine.mounts, &machine.topology, &|_| None);
+    let ways = Arc::new(machine.ways);
+    let mut opens = Vec::new();
+    for Entry { dev, name } in record.frozen.iter().rev() {
+        let Some(found) = everything.file_systems().find(|it| it.dev == *dev) else {
+            log.warning(format!("{name} is not mounted any more"));
+            continue;
+        };
+        let (ways, found) = (Arc::clone(&ways), found.clone());
+        let open = move || open_file_system(&ways, &found).map_err(io::Error::other);
+        opens.push((name.clone(), open));
+    }
+    // Its namespaces must not stay for longer than those need them that hang.
+    drop(ways);
+    match thaw_each(opens, |fd| sys::thaw(fd.as_fd()), LIMIT, log) {
+        0 => Ok(()),
+        count => Err(RecoveryError::NotThawed(count)),
+    }
+}
+
+/// Opens and thaws one after the other, as far as nothing hangs; says how many are not thawed. What hangs is
+/// left behind after [`PATIENCE`], and in the end after `limit`.
+fn thaw_each<T: 'static>(
+    opens: Vec<(String, impl FnOnce() -> io::Result<T> + Send + 'static)>,
+    thaw: fn(T) -> io::Result<()>,
+    limit: Duration,
+    log: &Logbook,
+) -> usize {
     let (tell, told) = channel();
-    let mut under_way = Vec::new();
+    let mut under_way: Vec<(String, Arc<AtomicBool>)> = Vec::new();
     let mut failed = 0;
-    let mut over = |(name, result): Thawed, under_way: &mut Vec<String>| {
-        under_way.retain(|it| *it != name);
+    let mut over = |(name, result): Thawed, under_way: &mut Vec<(String, _)>| {
+        under_way.retain(|(it, _)| *it != name);
         match result {
             Ok(()) => log.info(format!("{name} thawed")),
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
@@ -247,58 +276,55 @@ fn thaw_record(record: &Record, log: &Logbook) -> Result<(), RecoveryError> {
             }
         }
     };
-    for entry in record.frozen.iter().rev() {
-        let name = entry.name.clone();
-        match open_entry(&machine, &everything, entry) {
-            Ok(Some(fd)) => {
-                under_way.push(name.clone());
-                if let Err(error) = start_thaw(name.clone(), fd, tell.clone()) {
-                    over((name, Err(error)), &mut under_way);
-                } else if let Ok(thawed) = told.recv_timeout(PATIENCE) {
-                    over(thawed, &mut under_way);
-                }
-            }
-            Ok(None) => log.warning(format!("{name} is not mounted any more")),
-            Err(error) => over((name, Err(io::Error::other(error))), &mut under_way),
+    for (name, open) in opens {
+        let is_open = Arc::new(AtomicBool::new(false));
+        under_way.push((name.clone(), Arc::clone(&is_open)));
+        if let Err(error) = start_thaw(name.clone(), open, thaw, is_open, tell.clone()) {
+            over((name, Err(error)), &mut under_way);
+        } else if let Ok(thawed) = told.recv_timeout(PATIENCE) {
+            over(thawed, &mut under_way);
         }
     }
-    let until = Instant::now() + LIMIT;
+    let until = Instant::now() + limit;
     while !under_way.is_empty() {
         match told.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(thawed) => over(thawed, &mut under_way),
             Err(_) => break,
         }
     }
-    for name in &under_way {
-        log.error(format!(
-            "{name} hangs in the kernel and is thawed when that ends"
-        ));
+    for (name, is_open) in &under_way {
+        log.error(match is_open.load(Ordering::Relaxed) {
+            true => format!("{name} hangs in the kernel and is thawed when that ends"),
+            // A program that has to allow the open and writes to this very file system waits for the thaw
+            // that waits for it, and cannot even be killed. The kernel's own thaw of all opens nothing.
+            false => format!(
+                "{name} cannot be opened: whoever has to allow that (a security agent) or serves it does not \
+                 answer. It is thawed when they do; if they wait for this very file system, only \
+                 \"echo j >/proc/sysrq-trigger\" thaws it, and all others"
+            ),
+        });
     }
-    match failed + under_way.len() {
-        0 => Ok(()),
-        count => Err(RecoveryError::NotThawed(count)),
-    }
+    failed + under_way.len()
 }
 
-/// Opens what a record lists; `None` when it is not mounted any more.
-fn open_entry(
-    machine: &Machine,
-    everything: &Plan,
-    entry: &Entry,
-) -> Result<Option<OwnedFd>, OpenError> {
-    let file_system = everything.file_systems().find(|f| f.dev == entry.dev);
-    file_system
-        .map(|it| open_file_system(&machine.ways, it))
-        .transpose()
-}
-
-/// Thaws on a thread of its own, which may hang: behind a freeze that does, for one.
-fn start_thaw(name: String, fd: OwnedFd, tell: Sender<Thawed>) -> io::Result<()> {
-    let thaw = move || {
+/// Opens and thaws on a thread of its own, either of which may hang: the open behind a security agent that
+/// waits for something frozen, the thaw behind a freeze.
+fn start_thaw<T: 'static>(
+    name: String,
+    open: impl FnOnce() -> io::Result<T> + Send + 'static,
+    thaw: fn(T) -> io::Result<()>,
+    is_open: Arc<AtomicBool>,
+    tell: Sender<Thawed>,
+) -> io::Result<()> {
+    let work = move || {
+        let result = open().and_then(|opened| {
+            is_open.store(true, Ordering::Relaxed);
+            thaw(opened)
+        });
         // Nobody listens any more when it took too long.
-        let _ = tell.send((name, sys::thaw(fd.as_fd())));
+        let _ = tell.send((name, result));
     };
-    thread::Builder::new().spawn(thaw).map(drop)
+    thread::Builder::new().spawn(work).map(drop)
 }
 
 #[cfg(test)]
@@ -307,6 +333,43 @@ mod tests {
     use crate::logbook::Sink;
     use std::os::unix::process::ExitStatusExt as _;
     use std::process::{Child, Command};
+
+    type Open = Box<dyn FnOnce() -> io::Result<()> + Send>;
+
+    #[test]
+    fn an_open_that_waits_for_another_that_is_frozen_holds_up_no_thaw() {
+        let log = Logbook::new(Sink::Memory);
+        let (tell, told) = channel();
+        let first = move || {
+            let waited = told.recv_timeout(Duration::from_secs(60));
+            waited.map_err(io::Error::other)
+        };
+        let second = move || tell.send(()).map_err(io::Error::other);
+        let opens: Vec<(String, Open)> = vec![
+            ("/b".into(), Box::new(first)),
+            ("/a".into(), Box::new(second)),
+        ];
+        let began = Instant::now();
+        assert_eq!(thaw_each(opens, Ok, Duration::from_secs(60), &log), 0);
+        assert!(began.elapsed() < Duration::from_secs(30));
+    }
+
+    #[test]
+    fn an_open_that_never_ends_is_left_behind_and_all_else_is_thawed() {
+        let log = Logbook::new(Sink::Memory);
+        let (never, told) = channel::<()>();
+        let (tell, thawed) = channel();
+        let hangs = move || told.recv().map_err(io::Error::other);
+        let mut opens: Vec<(String, Open)> = vec![("/hangs".into(), Box::new(hangs))];
+        for name in ["/b", "/a"] {
+            let tell = tell.clone();
+            let open = move || tell.send(name).map_err(io::Error::other);
+            opens.push((name.into(), Box::new(open)));
+        }
+        assert_eq!(thaw_each(opens, Ok, Duration::ZERO, &log), 1);
+        drop((never, tell));
+        assert_eq!(thawed.iter().collect::<Vec<_>>(), ["/b", "/a"]);
+    }
 
     #[test]
     fn a_guard_that_is_stopped_does_not_outlive_its_daemon_and_one_that_is_not_does() {
