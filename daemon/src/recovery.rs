@@ -20,7 +20,7 @@ use nix::unistd::Pid;
 use crate::config::{Config, ConfigError};
 use crate::logbook::{words, Logbook};
 use crate::machine::{LookError, Machine};
-use crate::open::{open_file_system, OpenError};
+use crate::open::open_file_system;
 use crate::plan::plan;
 use crate::process;
 use crate::record::{Entry, Record, RecordError, RunDir};
@@ -38,9 +38,6 @@ pub enum RecoveryError {
     /// Record or lock cannot be used.
     #[error(transparent)]
     Record(#[from] RecordError),
-    /// A frozen file system cannot be reached.
-    #[error(transparent)]
-    Open(#[from] OpenError),
     /// Some could not be thawed; which ones has been said.
     #[error("{0} file systems could not be thawed")]
     NotThawed(usize),

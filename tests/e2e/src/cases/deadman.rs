@@ -87,6 +87,12 @@ pub const CASES: &[Case] = &[
     )
     .long(),
     case(
+        "deadman/both-killed-behind-an-agent",
+        "the same with a security agent that logs to a frozen disk and judges the open of another: all is \
+         thawed all the same",
+        killed_behind_an_agent,
+    ),
+    case(
         "deadman/host-never-thaws",
         "thawed at the deadline, and the host's late THAW is failed",
         host_never_thaws,
@@ -484,6 +490,38 @@ fn deaths(guest: &Guest, module: Module, death: Death) -> Result<Process> {
         FILES.len(),
     )?;
     Ok(daemon)
+}
+
+fn killed_behind_an_agent(guest: &Guest) -> Result<()> {
+    make_writers(guest)?;
+    let vss = guest.vss();
+    load(guest, Module::Stock, &[])?;
+    let daemon = start_daemon(guest, Death::Both)?;
+    wait_for_daemon(guest)?;
+    guest.watch_opens("/mnt/b", Some("/mnt/a/opens"))?;
+    let victims = victims(guest, &daemon, Death::Both)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until("all stand still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > FROZEN_US))
+    })?;
+    strike(guest, &victims, Death::Both)?;
+    guest.wait(&daemon, STEP)?;
+    // The open of the one hangs behind the freeze of the other.
+    let thaw = guest.spawn(&["/payload/hv_vss_daemon", "thaw"])?;
+    let what = "the stop step behind an agent";
+    released(guest, what, guest.clock()?, RELEASED * 3)?;
+    equal(what, guest.wait(&thaw, STEP)?.status, Some(0))?;
+    let opens = guest.read("/mnt/a/opens")?;
+    ensure!(
+        opens.contains(&format!("opened by {}", thaw.pid)),
+        "the agent should have judged the open of the thaw, it saw: {opens}"
+    );
+    let daemon = start_daemon(guest, Death::Both)?;
+    wait_for_daemon(guest)?;
+    answered("THAW, later", &vss.thaw(STEP)?, status::FAIL)?;
+    good_backup(guest)?;
+    guest.release_opens()?;
+    stop(guest, Module::Stock, &daemon)
 }
 
 fn out_of_memory(guest: &Guest, module: Module) -> Result<()> {
