@@ -728,15 +728,17 @@ fn comes_and_goes(guest: &Guest) -> Result<()> {
               mount /dev/ram5 /mnt/5")?;
     guest.writer_start("/mnt/5/w")?;
     start(guest, guest.module(), Daemon::Ours)?;
+    let mut loops = Vec::new();
     for n in 1..5 {
         // What is frozen cannot be unmounted; it is tried again.
-        let script = format!(
-            "while :; do mount /dev/ram{n} /mnt/{n}
+        let mounts = format!(
+            "until [ -e /run/enough ]; do mount /dev/ram{n} /mnt/{n}
                  until umount /mnt/{n} 2>/dev/null; do :; done; done"
         );
-        guest.spawn(&["sh", "-c", &script])?;
-        let script = "while :; do unshare --mount true; done";
-        guest.spawn(&["sh", "-c", script])?;
+        let namespaces = "until [ -e /run/enough ]; do unshare --mount true; done";
+        for script in [&mounts, namespaces] {
+            loops.push(guest.spawn(&["sh", "-c", script])?);
+        }
     }
     let backups = rounds_or(10);
     for backup in 0..backups {
@@ -755,7 +757,11 @@ fn comes_and_goes(guest: &Guest) -> Result<()> {
         )?;
     }
     println!("     {backups} of {backups} backups are good");
-    Ok(())
+    guest.sh("touch /run/enough")?;
+    for it in &loops {
+        guest.wait(it, STEP)?;
+    }
+    guest.sh("rm /run/enough").map(drop)
 }
 
 /// A number that looks random, the same for the same seed.
