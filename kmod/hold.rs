@@ -367,8 +367,8 @@ impl Hold {
     ///
     /// # Errors
     ///
-    /// `EINVAL` when it is not held, `EBUSY` when it is called off already and that is not over, `EINTR` when the caller is killed, and what the file system
-    /// says.
+    /// `EINVAL` when it is not held, `EBUSY` when it is called off already and that is not over,
+    /// `EINTR` when the caller is killed, and what the file system says.
     pub(crate) fn thaw(&self, file_system: &FileSystem) -> Result {
         let wanted = file_system.identity();
         let watch = {
