@@ -23,7 +23,7 @@ case " ${GOALS:-} " in
 esac
 
 # all of build/ and target/ together, for one kernel
-needed_mib=14000
+needed_mib=9000
 if [ ! -e "$build/root" ]; then
     free_mib=$(($(stat --file-system --format '%a * %S' "$repo") >> 20))
     [ "$free_mib" -ge "$needed_mib" ] || die "only $free_mib MiB are free where $repo is, the first build takes $needed_mib"
