@@ -779,8 +779,8 @@ impl Guest {
     }
 
     /// Nothing at these mount points is frozen, whoever could have: FITHAW has nothing to thaw, who
-    /// writes need not wait, and our module names no such file system in debugfs. FITHAW alone says the same of what our
-    /// module holds.
+    /// writes need not wait, and our module names no such file system in debugfs. FITHAW alone says the
+    /// same of what our module holds.
     pub fn not_frozen(&self, when: &str, paths: &[impl AsRef<str>]) -> Result<()> {
         let held = match self.read(HELD) {
             // Our module is not loaded.
