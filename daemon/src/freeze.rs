@@ -311,6 +311,23 @@ impl Target {
         matches!(*self.state(), State::Freezing { .. })
     }
 
+    /// Its freeze has come to this, unless it was given up on before.
+    fn end_freezing(&self, state: State) -> bool {
+        let mut now = self.state();
+        let is_wanted = !self.given_up.load(Ordering::SeqCst);
+        if is_wanted {
+            *now = state;
+        }
+        is_wanted
+    }
+
+    /// Gives up on its freeze, once, if that has not ended before: what is frozen by now is not to be thawed
+    /// under whoever counts on it.
+    fn give_up(&self) -> bool {
+        let now = self.state();
+        matches!(*now, State::Freezing { .. }) && !self.given_up.swap(true, Ordering::SeqCst)
+    }
+
     /// Whether it is to be frozen and is not.
     fn is_due(&self) -> bool {
         matches!(*self.state(), State::Open | State::Thawed { .. })
@@ -1164,7 +1181,7 @@ impl Session {
             }
             let mut others = work.targets.iter();
             let is_below = others.any(|it| it.is_ours() && it.may_stand_on(target));
-            if is_below || target.given_up.swap(true, Ordering::SeqCst) {
+            if is_below || !target.give_up() {
                 continue;
             }
             let shared = Arc::clone(work);
@@ -1415,16 +1432,22 @@ impl Work {
         let result = self.door.freeze(target.as_fd());
         let took = start.elapsed();
         self.progress.end(name);
-        match result {
-            _ if target.given_up.load(Ordering::SeqCst) => {
-                if result.is_ok() {
-                    // In the very moment. What it cannot thaw now the door goes on with.
-                    let _ = self.door.thaw(target.as_fd());
-                }
-                self.leave_out_stuck(target);
-            }
+        let state = match result {
             Ok(()) => {
-                target.set_frozen(State::Ours { since: start, took });
+                *lock(&target.written) = target.writes.sectors();
+                State::Ours { since: start, took }
+            }
+            Err(_) => State::Open,
+        };
+        if !target.end_freezing(state) {
+            if result.is_ok() {
+                // In the very moment. What it cannot thaw now the door goes on with.
+                let _ = self.door.thaw(target.as_fd());
+            }
+            return self.leave_out_stuck(target);
+        }
+        match result {
+            Ok(()) => {
                 self.log.info(format!("{name} frozen, took {}", ms(took)));
                 let mut pace = lock(&self.pace);
                 pace.last = Instant::now();
@@ -1444,7 +1467,6 @@ impl Work {
                 // It was called off with all others, because of what stands on it.
                 let is_stuck = self.door.can_call_off() && took >= self.limits.give_up;
                 target.given_up.store(is_stuck, Ordering::SeqCst);
-                *target.state() = State::Open;
                 self.meet(index, target, e);
             }
         }

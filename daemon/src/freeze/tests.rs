@@ -1008,3 +1008,20 @@ fn what_is_on_one_disk_is_in_one_lane() {
     let lanes = session.lanes(&[0, 1, 2, 3, 4, 5]);
     assert_eq!(lanes, [vec![0, 2], vec![3], vec![1, 4], vec![5]]);
 }
+
+#[test]
+fn what_is_frozen_is_not_given_up_on_and_what_is_given_up_on_is_not_taken_for_frozen() {
+    let s = setup(&[0, 0], &[], false);
+    let [first, second] = s.session.targets() else {
+        panic!("two");
+    };
+    let since = Instant::now();
+    let ours = || State::Ours { since, took: SHORT };
+    for target in [first, second] {
+        *target.state() = State::Freezing { since };
+    }
+    assert!(first.give_up() && !first.give_up());
+    assert!(!first.end_freezing(ours()) && !first.is_ours());
+    assert!(second.end_freezing(ours()) && !second.give_up() && second.is_ours());
+    *second.state() = State::Open;
+}

@@ -115,10 +115,11 @@ fn snapshot_device(guest: &Guest) -> Result<()> {
             if held_too {
                 answered("FREEZE before it", &vss.freeze(&[], STEP)?, status::OK)?;
             }
-            let script = format!("exec 3{way}/dev/snapshot && echo open && exec sleep 1000");
+            let script = format!("exec 3{way}/dev/snapshot && echo held && exec sleep 1000");
             let holder = guest.spawn(&["sh", "-c", &script])?;
-            guest.wait_until("the snapshot device is open", STEP, || {
-                Ok(guest.output(&holder)?.contains("open"))
+            guest.wait_until("the snapshot device is held", STEP, || {
+                ensure!(!guest.has_ended(&holder)?, "it cannot be opened");
+                Ok(guest.output(&holder)?.contains("held"))
             })?;
             if held_too {
                 let thaw = vss.thaw(STEP)?;
