@@ -367,8 +367,8 @@ impl Hold {
     ///
     /// # Errors
     ///
-    /// `EINVAL` when it is not held, `EBUSY` when it is called off already and that is not over,
-    /// `EINTR` when the caller is killed, and what the file system says.
+    /// `EINVAL` when it is not held, `EBUSY` when it is called off or being thawed already and that is
+    /// not over, `EINTR` when the caller is killed, and what the file system says.
     pub(crate) fn thaw(&self, file_system: &FileSystem) -> Result {
         let wanted = file_system.identity();
         let watch = {
@@ -384,9 +384,9 @@ impl Hold {
                     entry.enter(Stage::CalledOff);
                     return Ok(());
                 }
-                Stage::CalledOff => return Err(EBUSY),
+                Stage::CalledOff | Stage::Thawing(None) => return Err(EBUSY),
                 Stage::Thawing(Some(error)) => return Err(error),
-                _ => return Err(EINVAL),
+                Stage::Failed(_) | Stage::Thawed(_) => return Err(EINVAL),
             }
             entry.watch()
         };

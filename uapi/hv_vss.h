@@ -213,7 +213,7 @@ struct hv_vss_ioc_freeze {	/* 32 bytes */
  * frozen is called off and not waited for: its HV_VSS_IOC_FREEZE ends with ESTALE, and what comes of it
  * is undone at once.
  *
- *  EBUSY       its freeze was called off before and has not come back
+ *  EBUSY       its freeze was called off, or its thaw begun, before and has not come back
  *  EINVAL      it is not held (any more), as FITHAW has it; flags is not 0
  *
  * and as above. With fd -1: all that is held, begun as named above; 0 also when nothing is.
