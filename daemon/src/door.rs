@@ -61,8 +61,8 @@ pub trait Door: Send + Sync {
         Ok(())
     }
 
-    /// Whether a freeze of it was called off that has not come back.
-    fn is_called_off(&self, _fd: BorrowedFd<'_>) -> bool {
+    /// Whether a freeze of it that was called off, or a thaw, has not come back, whoever began it.
+    fn is_stuck(&self, _fd: BorrowedFd<'_>) -> bool {
         false
     }
 

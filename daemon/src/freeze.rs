@@ -38,6 +38,8 @@ const ABORT_TICK: Duration = Duration::from_millis(20);
 const BUSY_TICK: Duration = Duration::from_millis(20);
 /// How long the thaw of a wave may hold up that of the next.
 const THAW_TIME: Duration = Duration::from_millis(500);
+/// How long what may be stuck in a freeze or a thaw of somebody who has just ended may take to come back.
+const STUCK_TIME: Duration = Duration::from_secs(1);
 /// How long a look whether all is still frozen is waited for.
 const LOOK_TIME: Duration = Duration::from_millis(200);
 /// How often those that are frozen are thawed again because of one that is slow.
@@ -74,12 +76,19 @@ pub enum FreezeError {
     /// There is nothing to freeze, and the configuration is strict.
     #[error("there is nothing to freeze, and the configuration is strict")]
     Nothing,
+    /// One that was to be frozen again does not come back from its thaw.
+    #[error("{name} hangs: its thaw has not come back")]
+    Hung {
+        /// Which.
+        name: String,
+    },
     /// It was called off.
     #[error("the freeze was called off")]
     Aborted,
 }
 
-/// Why a thaw was not the clean end of a backup. Nothing that could be thawed is left frozen.
+/// Why a thaw was not the clean end of a backup. Nothing that could be thawed is left frozen, and what hangs
+/// in its thaw is thawed by the kernel when its disk comes back.
 #[derive(Debug, thiserror::Error)]
 pub enum ThawError {
     /// Somebody else had thawed some of them before, for good or for a while.
@@ -106,6 +115,13 @@ pub enum ThawError {
         /// What did.
         layers: Vec<String>,
     },
+    /// They hang in their thaw, and nobody knows whether they were frozen until then, or the configuration is
+    /// strict.
+    #[error("the thaw has not come back: {}", .names.join(", "))]
+    Hung {
+        /// Which.
+        names: Vec<String>,
+    },
     /// The kernel refuses.
     #[error("{name} cannot be thawed")]
     Failed {
@@ -129,6 +145,13 @@ enum State {
         /// When the call began.
         since: Instant,
         /// How long it took.
+        took: Duration,
+    },
+    /// A thread is inside the call that thaws it; it was ours.
+    Thawing {
+        /// When the call that froze it began.
+        since: Instant,
+        /// How long that took.
         took: Duration,
     },
     /// Somebody else had frozen it before: it counts, and stays theirs.
@@ -302,9 +325,31 @@ impl Target {
         both.is_some_and(|(then, now)| now != then)
     }
 
+    /// Whether it is known that nothing was.
+    fn is_as_it_was(&self) -> bool {
+        let both = lock(&self.written).zip(self.writes.sectors());
+        let is_counted = || self.written_back.as_ref().is_some_and(|it| it().is_some());
+        both.is_some_and(|(then, now)| now == then) && is_counted()
+    }
+
     /// Whether this session froze it and has not thawed it yet.
     pub fn is_ours(&self) -> bool {
         matches!(*self.state(), State::Ours { .. })
+    }
+
+    /// If it is ours its thaw begins: when its freeze began and how long that took.
+    fn begin_thaw(&self) -> Option<(Instant, Duration)> {
+        let mut state = self.state();
+        let State::Ours { since, took } = *state else {
+            return None;
+        };
+        *state = State::Thawing { since, took };
+        Some((since, took))
+    }
+
+    /// Whether its thaw, under way on another thread, has not come back.
+    fn is_thawing(&self) -> bool {
+        matches!(*self.state(), State::Thawing { .. })
     }
 
     fn is_freezing(&self) -> bool {
@@ -335,7 +380,9 @@ impl Target {
 
     fn account(&self) -> Stay {
         let (how, since, took, until) = match *self.state() {
-            State::Ours { since, took } => (How::Frozen, Some(since), Some(took), None),
+            State::Ours { since, took } | State::Thawing { since, took } => {
+                (How::Frozen, Some(since), Some(took), None)
+            }
             State::Thawed { since, took, until } => {
                 (How::Frozen, Some(since), Some(took), Some(until))
             }
@@ -357,7 +404,9 @@ impl Target {
     /// How long its freeze took, if this session froze it.
     fn took(&self) -> Option<Duration> {
         match *self.state() {
-            State::Ours { took, .. } | State::Thawed { took, .. } => Some(took),
+            State::Ours { took, .. } | State::Thawing { took, .. } | State::Thawed { took, .. } => {
+                Some(took)
+            }
             _ => None,
         }
     }
@@ -436,7 +485,9 @@ pub struct Learnt {
     hung: Vec<Hung>,
     /// Whose freeze was called off, and may not have come back.
     called_off: BTreeSet<DevId>,
-    /// Whether it is known of all whether it was: an earlier process may have.
+    /// Whose thaw has not come back, as long as its thread is there.
+    in_thaw: Vec<(Weak<Work>, usize)>,
+    /// Whether it is known of all: an earlier process, or the module, may have left any in a freeze or a thaw.
     has_asked: bool,
 }
 
@@ -478,6 +529,20 @@ impl Learnt {
     /// Whether it had no means to freeze the last time.
     pub fn is_unfreezable(&self, dev: DevId) -> bool {
         self.unfreezable.contains(&dev)
+    }
+
+    /// The module may have undone something by itself, and be stuck in that.
+    pub fn ask_all(&mut self) {
+        self.has_asked = false;
+    }
+
+    /// Whether its thaw has not come back.
+    fn hangs_in_thaw(&self, dev: DevId) -> bool {
+        self.in_thaw.iter().any(|(work, index)| {
+            let work = work.upgrade();
+            let target = work.as_ref().and_then(|it| it.targets.get(*index));
+            target.is_some_and(|it| it.dev == dev && it.is_thawing())
+        })
     }
 
     fn hangs(&self, dev: DevId) -> bool {
@@ -588,11 +653,10 @@ impl Session {
                 wave.push(i);
             }
         }
-        // A wave of one needs somebody who looks on only where others stand still meanwhile.
-        if targets.len() > 1 {
-            let widest = waves.iter().map(Vec::len).max().unwrap_or(0);
-            pool.grow(widest.min(limits.parallel))?;
-        }
+        let widest = waves.iter().map(Vec::len).max().unwrap_or(0);
+        // Nor does the caller thaw: that may hang.
+        pool.grow(widest.min(limits.parallel).max(1))?;
+        // A wave of one needs somebody beside it only where others stand still meanwhile.
         if targets.len() > 1 || door.watched_every().is_some() {
             aside.grow(1)?;
         }
@@ -648,9 +712,13 @@ impl Session {
     /// Adds to what is known, whatever came of the freeze.
     pub fn learn(&self, learnt: &mut Learnt) {
         learnt.hung.retain(|it| it.thread.strong_count() > 0);
+        learnt.in_thaw.retain(|(work, _)| work.strong_count() > 0);
+        let in_thaw = self.work.which(Target::is_thawing).into_iter();
+        let in_thaw = in_thaw.map(|index| (Arc::downgrade(&self.work), index));
+        learnt.in_thaw.extend(in_thaw);
         for target in &self.work.targets {
             match *target.state() {
-                State::Ours { .. } | State::Thawed { .. } => {
+                State::Ours { .. } | State::Thawing { .. } | State::Thawed { .. } => {
                     learnt.unfreezable.remove(&target.dev);
                 }
                 State::Synced | State::Unsynced => {
@@ -820,6 +888,9 @@ impl Session {
     pub fn freeze(&self, learnt: &mut Learnt) -> Result<Summary, FreezeError> {
         let result = self.freeze_or_not(learnt);
         self.learn(learnt);
+        if result.is_err() {
+            learnt.ask_all();
+        }
         result
     }
 
@@ -884,12 +955,19 @@ impl Session {
     fn leave_out_hung(&self, learnt: &mut Learnt) {
         let (work, limit) = (&self.work, self.work.limits.give_up);
         let asks_all = !std::mem::replace(&mut learnt.has_asked, true);
+        let until = Instant::now() + STUCK_TIME;
         let mut hung: Vec<&Target> = Vec::new();
         for target in &work.targets {
             let dev = &target.dev;
-            let is_called_off = (asks_all || learnt.called_off.contains(dev))
-                && work.door.is_called_off(target.as_fd());
-            match is_called_off {
+            let is_known = learnt.called_off.contains(dev);
+            let is_stuck = || work.door.is_stuck(target.as_fd());
+            let mut was_left = (asks_all || is_known) && is_stuck();
+            while was_left && !is_known && Instant::now() < until {
+                // Whoever held it may have ended in this very moment, and most come back in the next.
+                thread::sleep(BUSY_TICK);
+                was_left = is_stuck();
+            }
+            match was_left {
                 true => learnt.called_off.insert(*dev),
                 false => learnt.called_off.remove(dev),
             };
@@ -897,8 +975,8 @@ impl Session {
                 // It is known not to freeze, and left out when it is to be synced.
                 hung.extend(learnt.hangs(*dev).then_some(target));
                 continue;
-            } else if is_called_off {
-                "hangs: an earlier freeze of it has not come back".into()
+            } else if was_left || learnt.hangs_in_thaw(*dev) {
+                "hangs: an earlier freeze or thaw of it has not come back".into()
             } else if learnt.has_hung_for(target, limit) {
                 let limit = limit.as_secs();
                 format!("hangs: in {limit} s nothing of it was written back (give_up)")
@@ -953,7 +1031,10 @@ impl Session {
                 State::Foreign => summary.foreign += 1,
                 State::Synced => summary.synced += 1,
                 State::Unsynced | State::Broken => summary.left_out += 1,
-                State::Open | State::Freezing { .. } | State::Thawed { .. } => {}
+                State::Open
+                | State::Freezing { .. }
+                | State::Thawing { .. }
+                | State::Thawed { .. } => {}
             }
         }
         summary
@@ -980,7 +1061,7 @@ impl Session {
         let keep = obstacles.iter().all(|it| *it == Obstacle::Slow);
         let stages =
             self.stages(|target| target.is_ours() && !(keep && self.is_first(target.wave)));
-        self.run_stages(&self.pool, stages, Work::take_back);
+        self.take_back_all(&self.pool, stages);
         let unfreezable = obstacles.iter().filter_map(|it| match it {
             Obstacle::Unfreezable(index) => Some(*index),
             Obstacle::Busy(_) | Obstacle::Slow => None,
@@ -1180,7 +1261,8 @@ impl Session {
                 continue;
             }
             let mut others = work.targets.iter();
-            let is_below = others.any(|it| it.is_ours() && it.may_stand_on(target));
+            let holds = |it: &Target| it.is_ours() || it.is_thawing();
+            let is_below = others.any(|it| holds(it) && it.may_stand_on(target));
             if is_below || !target.give_up() {
                 continue;
             }
@@ -1210,7 +1292,7 @@ impl Session {
         // From here on no other freeze of this wave begins.
         lock(&work.obstacles).push(Obstacle::Slow);
         // The others are at the freeze.
-        self.run_stages(&self.aside, free, Work::take_back);
+        self.take_back_all(&self.aside, free);
         let names: Vec<&str> = slow.iter().map(|t| t.name.as_str()).collect();
         let names = names.join(", ");
         work.log.info(format!(
@@ -1240,20 +1322,38 @@ impl Session {
         stages
     }
 
-    /// Does that. One that hangs holds up the others for a moment only.
-    fn run_stages(&self, pool: &Pool, stages: Stages, step: fn(&Work, &Target)) {
+    /// Thaws these, that will be frozen again. One that hangs fails the freeze: by the next one it is known.
+    fn take_back_all(&self, pool: &Pool, stages: Stages) {
+        let work = &self.work;
+        if self.run_stages(pool, stages, Work::take_back) {
+            return;
+        }
+        if let Some(target) = work.targets.iter().find(|it| it.is_thawing()) {
+            let name = target.name.clone();
+            work.fail(FreezeError::Hung { name });
+        }
+    }
+
+    /// Does that. One that hangs holds up the others for a moment only, and is left to itself in the end.
+    /// Whether none was.
+    fn run_stages(&self, pool: &Pool, stages: Stages, step: fn(&Work, &Target)) -> bool {
         let Stages { members, ends } = stages;
         let work = Arc::clone(&self.work);
         let run_one = move |n: usize| {
             let target = members.get(n).and_then(|index| work.targets.get(*index));
             target.into_iter().for_each(|it| step(&work, it));
         };
-        pool.run_in_stages(&ends, THAW_TIME, Arc::new(run_one));
+        let limit = self.work.limits.give_up;
+        pool.run_in_stages(&ends, THAW_TIME, limit, Arc::new(run_one))
     }
 
     /// Thaws what this session froze, the last wave first. Everything is tried, whatever fails, and a thaw
-    /// that hangs holds up the others for a moment only.
+    /// that hangs holds up the others for a moment only. It is left in the kernel's hands in the end
+    /// ([`Session::in_thaw`]): what such a disk has is from before, so that it is no loss where all of it was
+    /// frozen until then.
     pub fn thaw(&self) -> Result<(), ThawError> {
+        let strict = self.work.limits.strict;
+        let watched = self.work.door.watched_every().is_some();
         let is_foreign = |target: &Target| *target.state() == State::Foreign;
         let mut stages = Stages::default();
         stages.add(self.work.which(is_foreign).into_iter());
@@ -1267,11 +1367,26 @@ impl Session {
             return Err(failure);
         }
         let names = std::mem::take(&mut *lock(&self.work.early));
-        if names.is_empty() {
-            Ok(())
-        } else {
-            Err(ThawError::Early { names })
+        if !names.is_empty() {
+            return Err(ThawError::Early { names });
         }
+        // Where others can thaw, the call itself would have said whether they had.
+        let may_be_lost =
+            |it: &Target| it.is_thawing() && (strict || (watched && !it.is_as_it_was()));
+        match self.names(may_be_lost) {
+            names if names.is_empty() => Ok(()),
+            names => Err(ThawError::Hung { names }),
+        }
+    }
+
+    /// Names what hangs in its thaw.
+    pub fn in_thaw(&self) -> Vec<String> {
+        self.names(Target::is_thawing)
+    }
+
+    fn names(&self, pick: impl Fn(&Target) -> bool) -> Vec<String> {
+        let targets = self.work.targets.iter().filter(|it| pick(it));
+        targets.map(|it| it.name.clone()).collect()
     }
 
     /// Has copies of all descriptors closed after these, elsewhere. The last one that is closed on what was
@@ -1550,7 +1665,7 @@ impl Work {
 
     /// Thaws one that will be frozen again, so that it may be thawed already.
     fn take_back(&self, target: &Target) {
-        let State::Ours { since, took } = *target.state() else {
+        let Some((since, took)) = target.begin_thaw() else {
             return;
         };
         // It may hang, as a freeze may.
@@ -1559,6 +1674,7 @@ impl Work {
         self.progress.end(&target.name);
         match result {
             Err(source) if !is(&source, Errno::EINVAL) => {
+                *target.state() = State::Ours { since, took };
                 let name = target.name.clone();
                 self.fail(FreezeError::Failed { name, source });
             }
@@ -1623,10 +1739,11 @@ impl Work {
     }
 
     fn thaw_one(&self, target: &Target) {
-        let _turn = lock(&target.turn);
-        let State::Ours { since, took } = *target.state() else {
+        // Whoever looks after it may hang, and then so does this.
+        let Some((since, took)) = target.begin_thaw() else {
             return;
         };
+        let _turn = lock(&target.turn);
         let name = &target.name;
         let was_written = target.was_written();
         let result = self.door.thaw(target.as_fd());
@@ -1654,6 +1771,7 @@ impl Work {
             }
             Err(source) => {
                 // It stays ours, so that it is tried again when the session is dropped.
+                *target.state() = State::Ours { since, took };
                 self.log.error(format!("{name} cannot be thawed: {source}"));
                 lock(&self.thaw_failure).get_or_insert(ThawError::Failed {
                     name: name.clone(),

@@ -43,6 +43,10 @@ fn is_no_device(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ENODEV)
 }
 
+fn is_busy(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EBUSY)
+}
+
 /// Whether it is the device of the module that has gone away, by what that says to a thaw of what is not held.
 fn is_gone(said: io::Result<()>) -> bool {
     said.is_err_and(|error| is_no_device(&error))
@@ -85,6 +89,8 @@ impl Door for Held {
         match sys::let_go(self.hold.device.as_fd(), fd) {
             // Without its device the module holds nothing.
             Err(e) if is_no_device(&e) => Err(Errno::EINVAL.into()),
+            // It has let go by itself, and is at that.
+            Err(e) if is_busy(&e) => Err(Errno::EINVAL.into()),
             other => other,
         }
     }
@@ -97,10 +103,9 @@ impl Door for Held {
         sys::let_go(self.hold.device.as_fd(), fd)
     }
 
-    fn is_called_off(&self, fd: BorrowedFd<'_>) -> bool {
+    fn is_stuck(&self, fd: BorrowedFd<'_>) -> bool {
         // It is not held, so that this only asks.
-        let said = sys::let_go(self.hold.device.as_fd(), fd);
-        said.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+        sys::let_go(self.hold.device.as_fd(), fd).is_err_and(|error| is_busy(&error))
     }
 
     /// It is held beside others, so there is nothing of theirs here.

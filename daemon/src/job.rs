@@ -325,11 +325,13 @@ impl Freezer {
         let is_all_there = self.cache.is_all_there(&then);
         if !is_all_there && !may_lack {
             let thawed = session.thaw();
+            session.learn(&mut self.learnt);
             session.disarm();
             return match thawed {
                 Err(ThawError::Failed { name, source }) => {
                     Err(FreezeError::Failed { name, source }.into())
                 }
+                // What hangs is left out then.
                 Ok(()) | Err(_) => Ok(Tried::InVain),
             };
         }
@@ -373,9 +375,11 @@ impl Freezer {
         let begun_since = |layers: &Layers| layers.begun_below(&frozen.devices, &frozen.moving);
         let mut begun = begun_since(&frozen.layers);
         let thawed = frozen.session.thaw();
+        frozen.session.learn(&mut self.learnt);
         if thawed.is_err() || setting.abort.load(Ordering::SeqCst) {
             // It was not frozen all the time, so it may have been any writer.
             nodes.clear();
+            self.learnt.ask_all();
         }
         // Only now, since writers wait no longer: what has come in the last moment is named as well.
         let Setting { config, disks, .. } = setting;
@@ -395,6 +399,11 @@ impl Freezer {
                 vec!["something that is not known".into()]
             }
         };
+        for name in frozen.session.in_thaw() {
+            warnings.add(format!(
+                "{name} hangs in its thaw: until its disk comes back nobody writes there, and backups are without it"
+            ));
+        }
         // What has begun may be on a device that was not there before.
         begun.extend(begun_since(self.cache.layers()));
         for node in &nodes {

@@ -8,7 +8,7 @@
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 /// Enough for an ioctl and a formatted log line.
@@ -22,11 +22,13 @@ struct State {
     next: usize,
     end: usize,
     running: usize,
-    most: usize,
+    /// How many threads there are.
+    threads: usize,
     /// The caller has nothing left to do and waits for the end.
     waiting: bool,
     /// Nobody waits for the end any more: the step is dropped by who comes to it.
     left: bool,
+    /// The threads end as soon as they can.
     closed: bool,
 }
 
@@ -37,10 +39,11 @@ impl State {
     }
 }
 
+/// Some threads and what they work on.
 #[derive(Default)]
 struct Shared {
     state: Mutex<State>,
-    /// Something is there to be done, or the pool closes.
+    /// Something is there to be done, or the threads are to end.
     work: Condvar,
     /// The last running step has ended.
     idle: Condvar,
@@ -52,11 +55,31 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Sees to it that there are at least so many threads.
+    fn grow(self: &Arc<Self>, threads: usize) -> io::Result<()> {
+        loop {
+            let mut state = self.lock();
+            if state.threads >= threads {
+                return Ok(());
+            }
+            state.threads += 1;
+            // A thread begins with the lock.
+            drop(state);
+            let shared = Arc::clone(self);
+            let builder = Builder::new()
+                .name("freezer".into())
+                .stack_size(STACK_BYTES);
+            if let Err(error) = builder.spawn(move || shared.work()) {
+                self.lock().threads -= 1;
+                return Err(error);
+            }
+        }
+    }
+
     /// Runs one step, if one is left. Returns the lock and whether it did.
     fn run_one<'a>(&'a self, mut state: MutexGuard<'a, State>) -> (MutexGuard<'a, State>, bool) {
-        // Whoever is kept out here is not missed: each that runs takes another one when it is done.
-        let free = state.next < state.end && state.running < state.most;
-        let Some(step) = state.step.clone().filter(|_| free) else {
+        let is_left = state.next < state.end;
+        let Some(step) = state.step.clone().filter(|_| is_left) else {
             return (state, false);
         };
         let index = state.next;
@@ -93,157 +116,84 @@ impl Shared {
             }
         }
     }
+
+    /// Has the threads begin.
+    fn begin(&self, count: usize, step: Step) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        state.step = Some(step);
+        state.left = false;
+        state.next = 0;
+        state.end = count;
+        for _ in 0..count.min(state.threads) {
+            self.work.notify_one();
+        }
+        state
+    }
+
+    /// Waits for so long until all is over.
+    fn wait<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        time: Duration,
+    ) -> MutexGuard<'a, State> {
+        state.waiting = true;
+        let waited = self
+            .idle
+            .wait_timeout_while(state, time, |it| !it.is_over());
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        state.waiting = false;
+        state
+    }
+
+    /// Starts as many threads more as hang, for what waits because of that.
+    fn help<'a>(self: &'a Arc<Self>, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        let waiting = state.end - state.next;
+        let wanted = state.threads + state.running.max(1).min(waiting);
+        drop(state);
+        // Without memory for a thread it takes longer.
+        let _ = self.grow(wanted);
+        self.lock()
+    }
+
+    fn close(&self, mut state: MutexGuard<'_, State>) {
+        state.closed = true;
+        drop(state);
+        self.work.notify_all();
+    }
 }
 
 /// Threads that wait for steps to run. One caller at a time has them run some.
 #[derive(Default)]
 pub struct Pool {
-    shared: Arc<Shared>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    shared: Mutex<Arc<Shared>>,
 }
 
 impl Pool {
     /// Sees to it that there are at least so many threads.
     pub fn grow(&self, threads: usize) -> io::Result<()> {
-        let mut there = self.threads();
-        while there.len() < threads {
-            let shared = Arc::clone(&self.shared);
-            let builder = Builder::new()
-                .name("freezer".into())
-                .stack_size(STACK_BYTES);
-            there.push(builder.spawn(move || shared.work())?);
-        }
-        Ok(())
+        self.shared().grow(threads)
     }
 
-    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    fn shared(&self) -> Arc<Shared> {
+        let shared = self.shared.lock();
+        Arc::clone(&shared.unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Runs `step` once for each number below `count`, at most `most` at a time, and waits for all of
-    /// them. They are begun in order, and the caller works as well.
-    pub fn run(&self, count: usize, most: usize, step: Step) {
-        let state = self.begin(count, most.max(1), step, 1);
-        self.work_along(state);
-    }
-
-    /// The same, but the caller looks on: `look` is called now and then, at first when it begins, and
-    /// says when to call it again. The pool must have a thread.
-    pub fn run_watched(&self, count: usize, step: Step, look: impl FnMut() -> Option<Instant>) {
-        let state = self.begin(count, usize::MAX, step, 0);
-        self.finish(state, look);
-    }
-
-    /// The same, stage by stage: each ends before one of these numbers, the last at the last of them. One
-    /// begins when the one before it has ended, or has had so much `time`; then there are more threads,
-    /// should those that are there hang. The caller takes the very last step, if nobody waits for another.
-    pub fn run_in_stages(&self, ends: &[usize], time: Duration, step: Step) {
-        let Some(last) = ends.last() else { return };
-        let mut state = self.begin(0, usize::MAX, step, 0);
-        for end in ends {
-            if end == last && state.next + 1 == *end {
-                state.end = *end;
-                return self.work_along(state);
-            }
-            for _ in state.end..*end {
-                self.shared.work.notify_one();
-            }
-            state.end = *end;
-            if self.threads().is_empty() {
-                state = self.help(state);
-            }
-            loop {
-                state.waiting = true;
-                let idle = &self.shared.idle;
-                let waited = idle.wait_timeout_while(state, time, |state| !state.is_over());
-                state = waited.unwrap_or_else(PoisonError::into_inner).0;
-                state.waiting = false;
-                if !state.is_over() {
-                    state = self.help(state);
-                }
-                if end != last || state.is_over() {
-                    break;
-                }
-            }
-        }
-        state.step = None;
-    }
-
-    /// Starts as many threads more as hang, for what waits because of that.
-    fn help<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        let waiting = state.end - state.next;
-        let more = state.running.max(1).min(waiting);
-        // A thread begins with the lock.
-        drop(state);
-        let there = self.threads().len();
-        // Without memory for a thread it takes longer.
-        let _ = self.grow(there + more);
-        self.shared.lock()
-    }
-
-    /// Has a thread run `step`, unless what was begun so before is not over, and waits for its end, but not for
-    /// longer than that. Whether it is over. The pool must have a thread.
-    pub fn run_within(&self, time: Duration, step: impl Fn() + Send + Sync + 'static) -> bool {
-        let state = self.shared.lock();
-        if !state.is_over() {
-            return false;
-        }
-        drop(state);
-        let mut state = self.begin(1, 1, Arc::new(move |_| step()), 0);
-        state.waiting = true;
-        let idle = &self.shared.idle;
-        let waited = idle.wait_timeout_while(state, time, |state| !state.is_over());
-        state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        state.waiting = false;
-        state.left = !state.is_over();
-        if !state.left {
-            state.step = None;
-        }
-        !state.left
-    }
-
-    /// Has the caller do what is left, and waits for the rest.
-    fn work_along<'a>(&'a self, mut state: MutexGuard<'a, State>) {
-        loop {
-            let (held, ran) = self.shared.run_one(state);
-            state = held;
-            if !ran {
-                break;
-            }
-        }
-        self.finish(state, || None);
-    }
-
-    /// Has the threads begin, but for so many of the steps.
-    fn begin(&self, count: usize, most: usize, step: Step, own: usize) -> MutexGuard<'_, State> {
-        let threads = self.threads().len();
-        let mut state = self.shared.lock();
-        state.step = Some(step);
-        state.left = false;
-        state.next = 0;
-        state.end = count;
-        state.most = most;
-        for _ in own..count.min(most).min(threads + own) {
-            self.shared.work.notify_one();
-        }
-        state
-    }
-
-    fn finish<'a>(
-        &'a self,
-        mut state: MutexGuard<'a, State>,
-        mut look: impl FnMut() -> Option<Instant>,
-    ) {
+    /// Runs `step` once for each number below `count`, begun in order. The caller looks on: `look` is called
+    /// now and then, at first when it begins, and says when to call it again. The pool must have a thread.
+    pub fn run_watched(&self, count: usize, step: Step, mut look: impl FnMut() -> Option<Instant>) {
+        let shared = self.shared();
+        let mut state = shared.begin(count, step);
         state.waiting = true;
         while !state.is_over() {
             // Not under the lock: it may take a while.
             drop(state);
             let again = look();
-            state = self.shared.lock();
+            state = shared.lock();
             if state.is_over() {
                 break;
             }
-            let idle = &self.shared.idle;
+            let idle = &shared.idle;
             state = match again {
                 None => idle.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Some(at) => {
@@ -256,16 +206,76 @@ impl Pool {
         state.waiting = false;
         state.step = None;
     }
+
+    /// Runs the steps stage by stage: each ends before one of these numbers, the last at the last of them. One
+    /// begins when the one before it has ended, or has had so much `time`; then there are more threads,
+    /// should those that are there hang. The last one is waited for until its `limit` is over: what has not
+    /// ended then is left alone with its threads, and others take their place. Whether all has ended.
+    pub fn run_in_stages(
+        &self,
+        ends: &[usize],
+        time: Duration,
+        limit: Duration,
+        step: Step,
+    ) -> bool {
+        let Some(last) = ends.last() else { return true };
+        let shared = self.shared();
+        let mut state = shared.begin(0, step);
+        for end in ends {
+            for _ in state.end..*end {
+                shared.work.notify_one();
+            }
+            state.end = *end;
+            if state.running >= state.threads {
+                state = shared.help(state);
+            }
+            let until = Instant::now() + limit;
+            loop {
+                state = shared.wait(state, time);
+                if state.is_over() || (end == last && Instant::now() >= until) {
+                    break;
+                }
+                state = shared.help(state);
+                if end != last {
+                    break;
+                }
+            }
+        }
+        let is_over = state.is_over();
+        if is_over {
+            state.step = None;
+        } else {
+            state.left = true;
+            shared.close(state);
+            *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = Arc::default();
+            // Without memory for it, it is started when it is needed.
+            let _ = self.grow(1);
+        }
+        is_over
+    }
+
+    /// Has a thread run `step`, unless what was begun so before is not over, and waits for its end, but not for
+    /// longer than that. Whether it is over. The pool must have a thread.
+    pub fn run_within(&self, time: Duration, step: impl Fn() + Send + Sync + 'static) -> bool {
+        let shared = self.shared();
+        if !shared.lock().is_over() {
+            return false;
+        }
+        let state = shared.begin(1, Arc::new(move |_| step()));
+        let mut state = shared.wait(state, time);
+        state.left = !state.is_over();
+        if !state.left {
+            state.step = None;
+        }
+        !state.left
+    }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.shared.lock().closed = true;
-        self.shared.work.notify_all();
-        for thread in self.threads().drain(..) {
-            // A panic in a step has already been printed.
-            let _ = thread.join();
-        }
+        let shared = self.shared();
+        // They may hang, and end by themselves.
+        shared.close(shared.lock());
     }
 }
 
@@ -281,56 +291,35 @@ mod tests {
         pool
     }
 
+    /// Longer than any step of a test takes.
+    const LONG: Duration = Duration::from_secs(60);
+
     #[test]
     fn each_number_is_run_once_whatever_the_number_of_threads() {
-        for threads in [0, 1, 5] {
+        for threads in [1, 5] {
             let pool = pool(threads);
             for count in [0, 1, 4, 100] {
                 let hits: Arc<Vec<AtomicUsize>> =
                     Arc::new((0..count).map(|_| AtomicUsize::new(0)).collect());
                 let seen = Arc::clone(&hits);
-                pool.run(
-                    count,
-                    usize::MAX,
-                    Arc::new(move |i| {
-                        seen[i].fetch_add(1, Ordering::SeqCst);
-                    }),
-                );
+                let step = Arc::new(move |i: usize| {
+                    seen[i].fetch_add(1, Ordering::SeqCst);
+                });
+                pool.run_watched(count, step.clone(), || None);
                 assert!(hits.iter().all(|h| h.load(Ordering::SeqCst) == 1));
+                assert!(pool.run_in_stages(&[count], LONG, LONG, step));
+                assert!(hits.iter().all(|h| h.load(Ordering::SeqCst) == 2));
             }
         }
     }
 
     #[test]
     fn steps_run_at_the_same_time() {
-        let pool = pool(3);
         let all_four = Arc::new(Barrier::new(4));
-        pool.run(
-            4,
-            4,
-            Arc::new(move |_| {
-                all_four.wait();
-            }),
-        );
-    }
-
-    #[test]
-    fn no_more_steps_run_at_the_same_time_than_allowed() {
-        let pool = pool(7);
-        let (now, peak) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-        let (running, highest) = (Arc::clone(&now), Arc::clone(&peak));
-        pool.run(
-            200,
-            3,
-            Arc::new(move |_| {
-                let running = &running;
-                highest.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
-                std::thread::yield_now();
-                running.fetch_sub(1, Ordering::SeqCst);
-            }),
-        );
-        assert_eq!(now.load(Ordering::SeqCst), 0);
-        assert!((1..=3).contains(&peak.load(Ordering::SeqCst)));
+        let step = move |_| {
+            all_four.wait();
+        };
+        pool(4).run_watched(4, Arc::new(step), || None);
     }
 
     #[test]
@@ -348,7 +337,7 @@ mod tests {
                 }
             })
         };
-        pool.run_in_stages(&[2, 3, 5], Duration::from_millis(20), step);
+        assert!(pool.run_in_stages(&[2, 3, 5], Duration::from_millis(20), LONG, step));
         let seen = seen.lock().unwrap().clone();
         assert_eq!(seen[2], 2, "{seen:?}");
         assert_eq!(seen.len(), 5);
@@ -358,7 +347,7 @@ mod tests {
             std::thread::yield_now();
             order.lock().unwrap().push(i);
         });
-        pool.run_in_stages(&[2, 3, 5], Duration::from_secs(60), step);
+        assert!(pool.run_in_stages(&[2, 3, 5], LONG, LONG, step));
         let quick = quick.lock().unwrap().clone();
         assert_eq!(quick[2], 2, "{quick:?}");
         assert_eq!(quick.len(), 5);
@@ -377,14 +366,45 @@ mod tests {
                 }
             })
         };
-        pool.run_in_stages(&[2, 4], Duration::from_millis(20), step);
+        assert!(pool.run_in_stages(&[2, 4], Duration::from_millis(20), LONG, step));
         // And in one stage.
         let step = Arc::new(move |i| {
             if i != 3 {
                 gate.wait();
             }
         });
-        pool.run_in_stages(&[4], Duration::from_millis(20), step);
+        assert!(pool.run_in_stages(&[4], Duration::from_millis(20), LONG, step));
+    }
+
+    #[test]
+    fn what_never_ends_is_left_alone_and_others_take_its_place() {
+        let pool = pool(1);
+        let gate = Arc::new(Barrier::new(2));
+        let (theirs, seen) = (Arc::clone(&gate), Arc::new(AtomicUsize::new(0)));
+        let others = Arc::clone(&seen);
+        let held = Arc::new(());
+        let kept = Arc::clone(&held);
+        let step = Arc::new(move |i| {
+            let _kept = &kept;
+            if i == 0 {
+                theirs.wait();
+            } else {
+                others.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        let time = Duration::from_millis(20);
+        assert!(!pool.run_in_stages(&[1, 2], time, time * 10, step));
+        assert_eq!(seen.load(Ordering::SeqCst), 1);
+        // The pool is as it was before.
+        assert!(pool.run_within(LONG, || ()));
+        let step = Arc::new(|_| ());
+        assert!(pool.run_in_stages(&[2, 3], LONG, LONG, step.clone()));
+        pool.run_watched(3, step, || None);
+        // And whoever comes back at last lets go of all that it holds.
+        gate.wait();
+        while Arc::strong_count(&held) > 1 {
+            std::thread::yield_now();
+        }
     }
 
     #[test]
@@ -396,9 +416,9 @@ mod tests {
             theirs.wait();
         };
         assert!(!pool.run_within(Duration::from_millis(20), hang));
-        assert!(!pool.run_within(Duration::from_secs(60), || unreachable!()));
+        assert!(!pool.run_within(LONG, || unreachable!()));
         gate.wait();
-        while !pool.run_within(Duration::from_secs(60), || ()) {
+        while !pool.run_within(LONG, || ()) {
             std::thread::yield_now();
         }
     }

@@ -92,7 +92,7 @@ impl Door for Double {
         lock(&self.called_off).insert(self.numbers[&inode_of(fd)]);
         Ok(())
     }
-    fn is_called_off(&self, fd: BorrowedFd<'_>) -> bool {
+    fn is_stuck(&self, fd: BorrowedFd<'_>) -> bool {
         lock(&self.called_off).contains(&self.numbers[&inode_of(fd)])
     }
     fn leave(&self, index: usize) {
@@ -103,6 +103,22 @@ impl Door for Double {
     fn disarm(&self, _left: &[BorrowedFd<'_>]) {}
     fn watched_every(&self) -> Option<Duration> {
         self.watched_every
+    }
+}
+
+/// A door behind which what takes long does not hang yet.
+fn waits() -> Double {
+    Double {
+        give_up: Some(THAW_TIME * 20),
+        ..Double::default()
+    }
+}
+
+/// A door where others can thaw.
+fn watched(double: Double) -> Double {
+    Double {
+        watched_every: Some(Duration::ZERO),
+        ..double
     }
 }
 
@@ -129,11 +145,13 @@ fn setup_on(
     failures: &[Failure],
     strict: bool,
 ) -> Setup {
-    let double = Double {
-        watched_every: Some(Duration::ZERO),
-        ..Double::default()
-    };
-    setup_before(double, waves, stand_on, failures, strict)
+    setup_before(
+        watched(Double::default()),
+        waves,
+        stand_on,
+        failures,
+        strict,
+    )
 }
 
 /// The same before a door that is like this one.
@@ -726,7 +744,8 @@ fn those_that_are_frozen_do_not_wait_for_a_slow_one() {
 
 #[test]
 fn a_thaw_that_hangs_does_not_hold_up_those_that_come_after() {
-    let mut s = setup(&[0, 1, 1, 2], &[], false);
+    let waves = [0, 1, 1, 2].map(|wave| (wave, None));
+    let mut s = setup_before(waits(), &waves, &[], &[], false);
     assert!(s.session.freeze(&mut s.learnt).is_ok());
     s.slow("thaw", 3, THAW_TIME * 4);
     s.session.thaw().unwrap();
@@ -743,6 +762,111 @@ fn a_thaw_that_hangs_does_not_hold_up_those_that_come_after() {
 }
 
 #[test]
+fn a_thaw_that_does_not_come_back_ends_the_backup_in_time_and_is_no_loss_where_it_was_frozen_until_then(
+) {
+    const HANG: Duration = Duration::from_secs(60);
+    // Who else can thaw, whether it is known what is written, whether it is strict, and whether it is good.
+    for (watched, known, strict, good) in [
+        (false, false, false, true),
+        (false, false, true, false),
+        (true, false, false, false),
+        (true, true, false, true),
+        (true, true, true, false),
+    ] {
+        for alone in [true, false] {
+            let double = Double {
+                watched_every: watched.then_some(Duration::ZERO),
+                ..Double::default()
+            };
+            let waves = [(1, None), (0, None), (0, None)];
+            let waves = if alone { &waves[..1] } else { &waves };
+            let mut s = setup_before(double, waves, &[Some(&[][..]); 3], &[], false);
+            s.means.limits.strict = strict;
+            let path = std::env::temp_dir().join(format!("hv_vss-hung-{}", std::process::id()));
+            std::fs::write(&path, "0 0 0 0 0 0 8 0").unwrap();
+            let stat = std::fs::File::open(&path).unwrap();
+            std::fs::remove_file(&path).unwrap();
+            let mut stat = known.then_some(stat);
+            let numbered = |number: usize| {
+                let dev: DevId = format!("8:{number}").parse().unwrap();
+                let fd = s.session.targets()[number].fd.try_clone().unwrap();
+                let target = Target::new(dev, format!("/fs{number}"), waves[number].0, fd);
+                match stat.take() {
+                    Some(stat) => {
+                        let target = target.with_writes(Writes::from(vec![stat]));
+                        target.written_back(Box::new(|| Some(0)))
+                    }
+                    None => target,
+                }
+            };
+            let targets: Vec<Target> = (0..waves.len()).map(numbered).collect();
+            let session = Session::new(targets, s.means.clone(), &s.learnt).unwrap();
+            session.freeze(&mut s.learnt).unwrap();
+            s.slow("thaw", 0, HANG);
+            let begun = Instant::now();
+            let thawed = session.thaw();
+            assert_eq!(session.in_thaw(), ["/fs0"]);
+            match thawed {
+                Ok(()) => assert!(good, "{watched} {known} {strict}"),
+                Err(error) => {
+                    assert!(!good, "{watched} {known} {strict}");
+                    assert_eq!(error.to_string(), "the thaw has not come back: /fs0");
+                }
+            }
+            session.learn(&mut s.learnt);
+            // Nobody else is left frozen, nor does anybody wait for it when all ends.
+            drop(session);
+            assert!(begun.elapsed() < HANG / 2, "{:?}", begun.elapsed());
+            let thaws = s.calls();
+            let thaws = thaws.iter().filter(|(what, _)| *what == "thaw");
+            assert_eq!(thaws.count(), waves.len());
+            // As long as it has not come back, the next backup is without it.
+            lock(&s.double.calls).clear();
+            let summary = s.session.freeze(&mut s.learnt);
+            let summary = summary.unwrap();
+            assert_eq!((summary.ours, summary.left_out), (waves.len() - 1, 1));
+            assert!(s.calls().iter().all(|(_, number)| *number != 0));
+            s.session.thaw().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_thaw_that_does_not_come_back_amid_a_freeze_fails_that_one_and_no_other() {
+    const HANG: Duration = Duration::from_secs(60);
+    let mut s = setup(&[0, 1], &[("freeze", 1, Errno::EBUSY, 1)], false);
+    s.slow("thaw", 0, HANG);
+    let begun = Instant::now();
+    let error = s.freeze().unwrap_err().to_string();
+    assert_eq!(error, "/fs0 hangs: its thaw has not come back");
+    let again = |number: usize| {
+        let fd = s.session.targets()[number].fd.try_clone().unwrap();
+        Target::new(s.session.targets()[number].dev, "/fs".into(), number, fd)
+    };
+    let next = Session::new(vec![again(0), again(1)], s.means.clone(), &s.learnt).unwrap();
+    let next = next.freeze(&mut s.learnt).unwrap();
+    assert_eq!((next.ours, next.left_out), (1, 1));
+    assert!(begun.elapsed() < HANG / 2, "{:?}", begun.elapsed());
+}
+
+#[test]
+fn what_comes_back_in_a_moment_is_not_taken_for_stuck() {
+    // An earlier process has ended with it in the kernel's hands.
+    let double = Double {
+        called_off: Mutex::new(BTreeSet::from([0])),
+        ..Double::default()
+    };
+    let mut s = setup_before(double, &[(0, None), (0, None)], &[], &[], true);
+    let double = Arc::clone(&s.double);
+    let back = thread::spawn(move || {
+        thread::sleep(SHORT);
+        lock(&double.called_off).clear();
+    });
+    assert_eq!(s.freeze().unwrap().ours, 2);
+    back.join().unwrap();
+}
+
+#[test]
 fn a_thaw_that_hangs_does_not_hold_up_those_that_are_taken_back_after_it() {
     // What is busy has the others taken back, and so has what is slow.
     for (failures, slow) in [
@@ -755,7 +879,7 @@ fn a_thaw_that_hangs_does_not_hold_up_those_that_are_taken_back_after_it() {
         // A machine that is busy elsewhere is not slow.
         let double = Double {
             lag: Some(THAW_TIME),
-            ..Double::default()
+            ..waits()
         };
         let mut s = setup_before(double, &waves, &stand_on, failures, false);
         if let Some(number) = slow {
@@ -801,7 +925,8 @@ fn a_thaw_that_hangs_does_not_hold_up_those_that_are_taken_back_after_it() {
 
 #[test]
 fn a_look_that_hangs_holds_up_no_thaw_and_is_not_taken_for_one() {
-    let mut s = setup(&[0, 0, 1], &[], false);
+    let waves = [0, 0, 1].map(|wave| (wave, None));
+    let mut s = setup_before(watched(waits()), &waves, &[], &[], false);
     s.freeze().unwrap();
     // All are still frozen, and one look takes long to find out.
     for number in 0..3 {
@@ -825,7 +950,8 @@ fn a_look_that_hangs_holds_up_no_thaw_and_is_not_taken_for_one() {
     assert!(until[2] - begun < hang, "{until:?}");
     assert!(until[1] - begun >= hang, "{until:?}");
     // What one of them has frozen again is thawed, and told.
-    let mut s = setup(&[0, 0], &[], false);
+    let waves = [(0, None), (0, None)];
+    let mut s = setup_before(watched(waits()), &waves, &[], &[], false);
     s.freeze().unwrap();
     s.slow("freeze", 0, hang);
     assert!(s.session.look_after().is_empty());

@@ -43,6 +43,17 @@ pub const CASES: &[Case] = &[
         |guest| hung_thaw(guest, Module::Stock),
     ),
     case(
+        "deadman/dead-while-frozen",
+        "a disk that dies while it is frozen costs no backup but its own, neither this one nor the next, also \
+         of the next daemon",
+        |guest| dead_while_frozen(guest, Module::Ours),
+    ),
+    case(
+        "deadman/dead-while-frozen-stock-module",
+        "the same with the stock hv_utils and FITHAW",
+        |guest| dead_while_frozen(guest, Module::Stock),
+    ),
+    case(
         "deadman/both-killed-in-a-hung-freeze",
         "daemon and guard killed inside a FIFREEZE that hangs: all is thawed and let go, the rest at once",
         both_killed_in_a_hung_freeze,
@@ -306,6 +317,82 @@ fn hung_thaw(guest: &Guest, module: Module) -> Result<()> {
     noted(guest, "a hook of the next backup", &expected)?;
     stop(guest, module, &daemon)?;
     hooks::end(guest)
+}
+
+fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {
+    make_two(guest)?;
+    let vss = guest.vss();
+    load(guest, module, &[])?;
+    let config = "give_up = 2";
+    let mut daemon = guest.start_daemon_with(config)?;
+    wait_for_daemon(guest)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.sh(HANG)?;
+    let sent = guest.clock()?;
+    let tx = vss.send(Op::THAW, &SHORT_BODY)?;
+    released(guest, "beside one that has died", sent, RELEASED)?;
+    // All of it stood still until then.
+    answered("THAW without it", &vss.wait(tx, STEP)?, status::OK)?;
+    guest.wait_until("it is named", STEP, || {
+        Ok(guest.output(&daemon)?.contains("/mnt/hung") && said_thaw_hangs(guest, &daemon)?)
+    })?;
+    for next in [false, true] {
+        if next {
+            // Of what another daemon cannot know only the module can tell.
+            if module == Module::Stock {
+                break;
+            }
+            guest.signal(&daemon, 15)?;
+            guest.wait(&daemon, STEP)?;
+            daemon = guest.start_daemon_with(config)?;
+            wait_for_daemon(guest)?;
+        }
+        for _ in 0..2 {
+            let sent = guest.clock()?;
+            good_backup(guest)
+                .with_context(|| format!("without it, of the next daemon: {next}"))?;
+            released(guest, "without it", sent, RELEASED)?;
+        }
+        guest.wait_until("it is left out by name", STEP, || {
+            let said = guest.output(&daemon)?;
+            Ok(said.contains(" hangs: an earlier freeze or thaw of it has not come back"))
+        })?;
+    }
+    guest.sh(UNHANG)?;
+    guest.not_frozen("with its disk back", &["/mnt/hung"])?;
+    guest.wait_until("it is frozen again", STEP, || {
+        good_backup(guest).context("with its disk back")?;
+        Ok(guest.output(&daemon)?.contains("2 frozen"))
+    })?;
+    stop(guest, module, &daemon)?;
+    if module == Module::Ours {
+        return Ok(());
+    }
+
+    let daemon = start(guest, Module::Stock, Daemon::Debian)?;
+    answered("FREEZE with the peer", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.sh(HANG)?;
+    let tx = vss.send(Op::THAW, &SHORT_BODY)?;
+    let thaw = match reply_within(guest, tx, Duration::from_secs(6))? {
+        Some(reply) => format!("THAW {}", status_name(reply.status())),
+        None => "THAW not answered after 6 s".to_owned(),
+    };
+    guest.sh(UNHANG)?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest.compare(
+        "a disk dies while it is frozen (give_up set to 2 s for ours)",
+        &format!(
+            "THAW {} after 2 s, the disk is named, and the next backups are good without it",
+            status_name(status::OK)
+        ),
+        &thaw,
+    );
+    Ok(())
+}
+
+/// Whether it has said that a thaw hangs.
+fn said_thaw_hangs(guest: &Guest, daemon: &Process) -> Result<bool> {
+    Ok(guest.output(daemon)?.contains(" hangs in its thaw"))
 }
 
 fn killed_beside_a_hung_sync(guest: &Guest) -> Result<()> {
