@@ -16,7 +16,7 @@ use lab_agent::{Frozen, Writer};
 use std::time::Duration;
 
 /// A case of so many rounds, each of which may take so many seconds.
-const fn rounds_of(
+pub(super) const fn rounds_of(
     seconds: u64,
     name: &'static str,
     about: &'static str,
@@ -120,7 +120,7 @@ pub(super) const FROZEN_US: u64 = 250_000;
 const WHILE_FROZEN: u32 = 2;
 
 /// How many rounds do in the default run for what another case has, too.
-const FEW: u32 = 4;
+pub(super) const FEW: u32 = 4;
 
 /// Who dies how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -304,7 +304,7 @@ pub(super) fn backup_in_trouble(guest: &Guest, hold: Duration) -> Result<Told> {
 
 /// How the backups went and how long the writers stood still after the deaths.
 #[derive(Default)]
-struct Tally {
+pub(super) struct Tally {
     good: u32,
     thaw_failed: u32,
     freeze_failed: u32,
@@ -324,7 +324,12 @@ impl Tally {
         }
     }
 
-    fn print(mut self, after: &str) {
+    /// Of a round whose FREEZE had to fail.
+    pub(super) fn freeze_failed(&mut self, released: Duration) {
+        self.add(&Told { thaw: None }, released);
+    }
+
+    pub(super) fn print(mut self, after: &str) {
         self.released.sort();
         let last = self.released.len().saturating_sub(1);
         let at = |percent: usize| {

@@ -3,9 +3,11 @@
 //! Nothing stays frozen when it is not a process that ends but something in the kernel that does
 //! not: a disk, a freeze, an open.
 
-use super::deadman::{good_backup, make_hung, released, HANG, RELEASED, UNHANG};
+use super::deadman::{
+    all_of_ours, good_backup, make_hung, released, rounds_of, Tally, FEW, HANG, RELEASED, UNHANG,
+};
 use super::hooks::{self, hook, noted};
-use super::{case, load, reply_within, start, stop, wait_for_daemon, Case};
+use super::{case, load, reply_within, rounds_or, seed, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
@@ -52,6 +54,13 @@ pub const CASES: &[Case] = &[
         "deadman/dead-while-frozen-stock-module",
         "the same with the stock hv_utils and FITHAW",
         |guest| dead_while_frozen(guest, Module::Stock),
+    ),
+    rounds_of(
+        6,
+        "deadman/daemon-killed-in-a-hung-freeze",
+        "SIGKILL at random moments while one disk hangs in its freeze: FREEZE fails, the rest goes on at once, \
+         and that one when it comes back",
+        daemon_killed_in_a_hung_freeze,
     ),
     case(
         "deadman/both-killed-in-a-hung-freeze",
@@ -393,6 +402,37 @@ fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {
 /// Whether it has said that a thaw hangs.
 fn said_thaw_hangs(guest: &Guest, daemon: &Process) -> Result<bool> {
     Ok(guest.output(daemon)?.contains(" hangs in its thaw"))
+}
+
+fn daemon_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
+    make_two(guest)?;
+    load(guest, Module::Ours, &["grace_ms=300"])?;
+    let mut daemon = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    let span = good_backup(guest)?;
+    let mut random = fastrand::Rng::with_seed(seed());
+    let mut tally = Tally::default();
+    for round in 1..=rounds_or(FEW) {
+        // From before the request is read to long after the others have been thawed for the one that hangs.
+        let delay = span.mul_f64(random.f64() * 4.0);
+        let what = format!("round {round}, killed {delay:?} after FREEZE was sent");
+        guest.sh(&format!("sync && {HANG}"))?;
+        let tx = guest.vss().send_freeze(&[])?;
+        std::thread::sleep(delay);
+        let at = guest.signal_all(&all_of_ours(guest, &daemon)?, 9)?;
+        let took = released(guest, &what, at, RELEASED)?;
+        answered(&what, &guest.vss().wait(tx, STEP)?, status::FAIL)?;
+        guest.wait(&daemon, STEP)?;
+        guest.sh(UNHANG)?;
+        guest.wait_until("it comes back", STEP, || Ok(guest.held()?.is_empty()))?;
+        guest.not_frozen(&what, &["/mnt/hung"])?;
+        daemon = guest.start_daemon(Daemon::Ours)?;
+        wait_for_daemon(guest)?;
+        good_backup(guest).with_context(|| format!("{what}: the next backup"))?;
+        tally.freeze_failed(took);
+    }
+    tally.print("the death");
+    Ok(())
 }
 
 fn killed_beside_a_hung_sync(guest: &Guest) -> Result<()> {
