@@ -6,9 +6,13 @@
 use super::*;
 use crate::door::Syncer;
 use crate::logbook::Sink;
+use crate::writes::Writes;
 use nix::sys::stat::fstat;
 use nix::unistd::pipe;
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicU64;
+use std::sync::Weak;
 
 const SHORT: Duration = Duration::from_millis(60);
 

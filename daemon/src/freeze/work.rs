@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What the threads do that freeze, thaw and look after one file system each, and what they share.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::target::{thawed, State, Target};
+use super::{FreezeError, Limits, ThawError, ABORT_TICK};
+use crate::door::Door;
+use crate::logbook::Logbook;
+use crate::progress::Progress;
+
+/// What gets in the way of a freeze and is dealt with while nothing is frozen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Obstacle {
+    /// Somebody else has frozen it: that may be over soon.
+    Busy(usize),
+    /// It cannot freeze and is to be synced.
+    Unfreezable(usize),
+    /// It takes so long that the others were thawed again.
+    Slow,
+}
+
+/// How the freeze has gone so far, for the one who looks on.
+pub(super) struct Pace {
+    /// When the last one was frozen.
+    pub(super) last: Instant,
+    /// How long any took.
+    pub(super) longest: Duration,
+}
+
+/// What the workers share.
+pub(super) struct Work {
+    pub(super) targets: Vec<Target>,
+    pub(super) door: Arc<dyn Door>,
+    pub(super) log: Logbook,
+    pub(super) limits: Limits,
+    pub(super) abort: Arc<AtomicBool>,
+    pub(super) progress: Arc<Progress>,
+    pub(super) armed: Mutex<Instant>,
+    pub(super) pace: Mutex<Pace>,
+    pub(super) obstacles: Mutex<Vec<Obstacle>>,
+    /// From then on what is busy is taken for frozen by somebody else.
+    pub(super) busy_until: Mutex<Option<Instant>>,
+    pub(super) failure: Mutex<Option<FreezeError>>,
+    /// What had no room, on its disk or in the module.
+    pub(super) no_room: Mutex<Option<String>>,
+    /// What was found not to be frozen any more, and has not been told yet.
+    pub(super) lost: Mutex<Vec<String>>,
+    pub(super) early: Mutex<Vec<String>>,
+    pub(super) thaw_failure: Mutex<Option<ThawError>>,
+}
+
+impl Work {
+    pub(super) fn gave_up(&self) -> bool {
+        self.abort.load(Ordering::SeqCst) || lock(&self.failure).is_some()
+    }
+
+    pub(super) fn fail(&self, error: FreezeError) {
+        // The first failure is the cause; later ones are its company.
+        lock(&self.failure).get_or_insert(error);
+    }
+
+    pub(super) fn which(&self, pick: impl Fn(&Target) -> bool) -> Vec<usize> {
+        let targets = self.targets.iter().enumerate();
+        targets.filter(|(_, t)| pick(t)).map(|(i, _)| i).collect()
+    }
+
+    /// Waits until `at`, or until as many have ended as began before: the slow ones were quick this
+    /// time, or it is all off.
+    pub(super) fn wait_turn(
+        &self,
+        at: Instant,
+        before: usize,
+        (ended, changed): &(Mutex<usize>, Condvar),
+    ) {
+        let mut ended = lock(ended);
+        loop {
+            let left = at.saturating_duration_since(Instant::now());
+            if left.is_zero() || *ended >= before || self.gave_up() {
+                return;
+            }
+            let waited = changed.wait_timeout(ended, left.min(ABORT_TICK));
+            ended = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// How long those that are frozen wait for those of a wave that are not yet.
+    pub(super) fn patience_ends(&self, begin: Instant, usual: Duration) -> Instant {
+        if !self.targets.iter().any(Target::is_ours) {
+            return Instant::now() + self.limits.lag;
+        }
+        let pace = lock(&self.pace);
+        let expected = begin + usual.max(pace.longest);
+        pace.last.max(expected) + self.limits.lag.max(pace.longest / 2)
+    }
+
+    pub(super) fn freeze_one(&self, index: usize, target: &Target) {
+        if self.gave_up() || !lock(&self.obstacles).is_empty() {
+            return;
+        }
+        let (name, start) = (&target.name, Instant::now());
+        target.given_up.store(false, Ordering::SeqCst);
+        *target.state() = State::Freezing { since: start };
+        self.progress.begin(name, start);
+        let result = self.door.freeze(target.as_fd());
+        let took = start.elapsed();
+        self.progress.end(name);
+        let state = match result {
+            Ok(()) => {
+                *lock(&target.written) = target.writes.sectors();
+                State::Ours { since: start, took }
+            }
+            Err(_) => State::Open,
+        };
+        if !target.end_freezing(state) {
+            if result.is_ok() {
+                // In the very moment. What it cannot thaw now the door goes on with.
+                let _ = self.door.thaw(target.as_fd());
+            }
+            return self.leave_out_stuck(target);
+        }
+        match result {
+            Ok(()) => {
+                self.log.info(format!("{name} frozen, took {}", ms(took)));
+                let mut pace = lock(&self.pace);
+                pace.last = Instant::now();
+                pace.longest = pace.longest.max(took);
+                drop(pace);
+                if self.abort.load(Ordering::SeqCst) {
+                    // It hung while the rest was called off; others wait for it now.
+                    self.thaw_one(target);
+                } else if lock(&self.obstacles).contains(&Obstacle::Slow)
+                    && self.targets.iter().any(Target::is_freezing)
+                {
+                    // The others were thawed meanwhile because of one that is slower still.
+                    self.take_back(target);
+                }
+            }
+            Err(e) => {
+                // It was called off with all others, because of what stands on it.
+                let is_stuck = self.door.can_call_off() && took >= self.limits.give_up;
+                target.given_up.store(is_stuck, Ordering::SeqCst);
+                self.meet(index, target, e);
+            }
+        }
+    }
+
+    /// The freeze of one was called off alone and may yet hang in the kernel.
+    fn leave_out_stuck(&self, target: &Target) {
+        let (name, limit) = (&target.name, self.limits.give_up.as_secs());
+        let why = format!("takes longer than {limit} s to freeze (give_up)");
+        self.give_up_on(target, State::Broken, why);
+        for other in self.targets.iter().filter(|it| it.is_due()) {
+            // What is stuck in an image waits for what that is on, and must not meet it frozen.
+            if target.may_stand_on(other) {
+                let why = format!("may hold what {name} is on, which hangs in its freeze");
+                self.give_up_on(other, State::Broken, why);
+            } else if other.may_stand_on(target) {
+                let why = format!("may stand on {name}, which hangs in its freeze");
+                self.give_up_on(other, State::Broken, why);
+            }
+        }
+    }
+
+    /// What comes of an error at the freeze of one.
+    pub(super) fn meet(&self, index: usize, target: &Target, error: io::Error) {
+        let name = &target.name;
+        match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+            Errno::EBUSY if self.is_patient() => {
+                lock(&self.obstacles).push(Obstacle::Busy(index));
+            }
+            Errno::EBUSY if self.door.watched_every().is_some() => {
+                self.door.leave(index);
+                target.set_frozen(State::Foreign);
+                self.log.warning(format!(
+                    "{name} was frozen by somebody else before; it counts and stays theirs"
+                ));
+            }
+            Errno::EOPNOTSUPP | Errno::ENOTTY => {
+                lock(&self.obstacles).push(Obstacle::Unfreezable(index));
+            }
+            // What is ours, and would be the same with any other.
+            Errno::EBADF
+            | Errno::EPERM
+            | Errno::EACCES
+            | Errno::EPROTO
+            | Errno::ESTALE
+            | Errno::EINTR
+            | Errno::ENOMEM
+            | Errno::UnknownErrno => {
+                self.log.error(format!("{name} cannot be frozen: {error}"));
+                self.fail(FreezeError::Failed {
+                    name: name.clone(),
+                    source: error,
+                });
+            }
+            // The file system's own words, and what a disk that fails a write-back makes of it: nobody has a
+            // list of those. One of them the module says as well, when it has no room for any.
+            errno => {
+                if errno == Errno::ENOSPC {
+                    *lock(&self.no_room) = Some(name.clone());
+                }
+                self.give_up_on(target, State::Broken, format!("is out of order: {error}"));
+            }
+        }
+    }
+
+    /// Whether what is busy is waited for, or has been for long enough.
+    fn is_patient(&self) -> bool {
+        lock(&self.busy_until).is_none_or(|until| Instant::now() < until)
+    }
+
+    /// Leaves one out.
+    pub(super) fn give_up_on(&self, target: &Target, state: State, why: String) {
+        let name = target.name.clone();
+        *target.state() = state;
+        if self.limits.strict {
+            self.fail(FreezeError::Strict { name, why });
+        } else {
+            self.log.warning(format!("{name} {why}; it is left out"));
+        }
+    }
+
+    /// Thaws one that will be frozen again, so that it may be thawed already.
+    pub(super) fn take_back(&self, target: &Target) {
+        let Some((since, took)) = target.begin_thaw() else {
+            return;
+        };
+        // It may hang, as a freeze may.
+        self.progress.begin(&target.name, Instant::now());
+        let result = self.door.thaw(target.as_fd());
+        self.progress.end(&target.name);
+        match result {
+            Err(source) if !is(&source, Errno::EINVAL) => {
+                *target.state() = State::Ours { since, took };
+                let name = target.name.clone();
+                self.fail(FreezeError::Failed { name, source });
+            }
+            _ => *target.state() = thawed(since, took),
+        }
+    }
+
+    /// One was not frozen all the time.
+    fn note_early(&self, name: &str) {
+        let mut early = lock(&self.early);
+        if !early.iter().any(|it| it == name) {
+            early.push(name.into());
+        }
+    }
+
+    /// The same, found out by what was written.
+    fn note_written(&self, name: &str) {
+        self.log.error(format!(
+            "{name} was written to while it should have been frozen: somebody had thawed it for a while"
+        ));
+        self.note_early(name);
+    }
+
+    /// Finds out what is not frozen any more.
+    pub(super) fn look_after_all(&self) {
+        for target in &self.targets {
+            let _turn = lock(&target.turn);
+            let state = *target.state();
+            let is_frozen = matches!(state, State::Ours { .. } | State::Foreign);
+            if is_frozen && self.door.freeze(target.as_fd()).is_ok() {
+                if state == State::Foreign {
+                    // It is nobody's any more.
+                    *target.state() = State::Open;
+                    let _ = self.door.thaw(target.as_fd());
+                }
+                self.note_early(&target.name);
+                lock(&self.lost).push(target.name.clone());
+            }
+        }
+    }
+
+    /// Finds out whether others have thawed meanwhile what they had frozen.
+    pub(super) fn ask_foreign(&self, target: &Target) {
+        let _turn = lock(&target.turn);
+        if *target.state() != State::Foreign {
+            return;
+        }
+        let name = &target.name;
+        let was_written = target.was_written();
+        if self.door.freeze(target.as_fd()).is_ok() {
+            // It is nobody's any more. If it cannot be thawed, that is the news.
+            *target.state() = State::Ours {
+                since: Instant::now(),
+                took: Duration::ZERO,
+            };
+            self.log
+                .error(format!("{name} had been thawed by whoever froze it"));
+            self.note_early(name);
+        } else if was_written {
+            self.note_written(name);
+        }
+    }
+
+    pub(super) fn thaw_one(&self, target: &Target) {
+        // Whoever looks after it may hang, and then so does this.
+        let Some((since, took)) = target.begin_thaw() else {
+            return;
+        };
+        let _turn = lock(&target.turn);
+        let name = &target.name;
+        let was_written = target.was_written();
+        let result = self.door.thaw(target.as_fd());
+        let stood = since.elapsed().as_secs_f64();
+        match result {
+            Ok(()) => {
+                *target.state() = thawed(since, took);
+                self.log
+                    .info(format!("{name} thawed, was frozen for {stood:.6} s"));
+                if was_written && !self.abort.load(Ordering::SeqCst) {
+                    self.note_written(name);
+                }
+            }
+            Err(e) if is(&e, Errno::EINVAL) && self.abort.load(Ordering::SeqCst) => {
+                *target.state() = thawed(since, took);
+                self.log.info(format!(
+                    "{name} is thawed already, was frozen for at most {stood:.6} s"
+                ));
+            }
+            Err(e) if is(&e, Errno::EINVAL) => {
+                *target.state() = thawed(since, took);
+                self.log
+                    .error(format!("{name} had been thawed by somebody else before"));
+                self.note_early(name);
+            }
+            Err(source) => {
+                // It stays ours, so that it is tried again when the session is dropped.
+                *target.state() = State::Ours { since, took };
+                self.log.error(format!("{name} cannot be thawed: {source}"));
+                lock(&self.thaw_failure).get_or_insert(ThawError::Failed {
+                    name: name.clone(),
+                    source,
+                });
+            }
+        }
+    }
+}
+
+pub(super) fn is(error: &io::Error, errno: Errno) -> bool {
+    error.raw_os_error() == Some(errno as i32)
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // All that is kept in these is whole after each single assignment.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(super) fn ms(time: Duration) -> String {
+    format!("{:.3} ms", time.as_secs_f64() * 1e3)
+}
