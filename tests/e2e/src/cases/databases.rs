@@ -339,6 +339,8 @@ impl Rig {
         answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
 
         self.go_on(guest, "after THAW", 2, SOON)?;
+        // A table without transactions is written some time later, and this copy is to have all of them.
+        guest.sh("sync")?;
         let late = disk.snapshot().context("no copy")?;
         let notes = self.notes.disk.log();
         self.notes.disk.stop_log();
