@@ -469,6 +469,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
         None if first.dev.major == 0 => Vec::new(),
         None => vec![first.dev],
     };
+    let is_on_disks = first.is_on_disks() && !(first.may_be_from_a_device() && devices.is_empty());
     let errors = topology.errors.get(&first.dev).copied();
     let has_turned = has_turned_read_only(group, errors);
     let after_an_error = (has_turned && errors.is_some()).then_some("read-only since an error");
@@ -483,7 +484,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
             stands_on: None,
             places,
         },
-        on_disks: first.is_on_disks(),
+        on_disks: is_on_disks,
         writable: first.writable,
         has_turned,
         can_be_held: first.can_be_held(),
@@ -716,6 +717,30 @@ mod tests {
             .collect();
         waves.iter_mut().for_each(|w| w.sort());
         waves
+    }
+
+    #[test]
+    fn what_a_program_serves_from_a_device_here_is_synced_and_not_passed_over() {
+        let table = "\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 0:31 / /served rw - fuse.fuse2fs /dev/sdb1 rw
+3 1 0:32 / /elsewhere rw - fuse.tool /dev/none rw
+4 1 0:33 / /far rw - fuse.sshfs host:/home rw
+";
+        let mut topology = Topology::default();
+        topology.members.insert(dev("0:31"), vec![dev("8:17")]);
+        topology.members.insert(dev("0:32"), Vec::new());
+        let mounts = parse(table.as_bytes(), 0).unwrap();
+        let plan = plan(&mounts, &topology, &|_| None);
+        let synced: Vec<_> = plan.synced.iter().map(ToString::to_string).collect();
+        assert_eq!(synced, ["/served (fuse.fuse2fs, 0:31)"]);
+        assert_eq!(plan.synced[0].devices, [dev("8:17")]);
+        let left_out: Vec<_> = plan.left_out.iter().map(|it| it.reason.clone()).collect();
+        assert_eq!(left_out, [Reason::NoBlockDevice, Reason::NoBlockDevice]);
+        // Nobody walks through it to what is mounted below.
+        let below = "5 2 8:2 / /served/in rw - ext4 /dev/sda2 rw\n";
+        let mounts = parse([table, below].concat().as_bytes(), 0).unwrap();
+        assert!(!mounts[4].walkable);
     }
 
     #[test]

@@ -88,6 +88,11 @@ pub const CASES: &[Case] = &[
         covered_by_fuse,
     ),
     case(
+        "scope/served-from-a-disk",
+        "what a program serves from a disk here by FUSE is named, not passed over",
+        served_from_a_disk,
+    ),
+    case(
         "scope/silent-server",
         "a disk served by a program that does not answer is left out by name, and costs nobody else",
         silent_server,
@@ -415,6 +420,25 @@ fn lazily_unmounted_beside_a_lost_node(guest: &Guest) -> Result<()> {
         &good(&["/mnt/a/w", "/mnt/b/w"]),
     )?;
     stop(guest, guest.module(), &daemon)
+}
+
+fn served_from_a_disk(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe fuse; mkdir -p /mnt/a /mnt/served && mkfs.ext4 -q -F /dev/ram1 &&
+              mount /dev/ram1 /mnt/a",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    let server = silent_fuse(guest, "-t fuse /dev/ram2 /mnt/served")?;
+    let words = ["/mnt/served (fuse, 0:", "its server does not answer"];
+    let check = || -> Result<()> {
+        let daemon = start_with(guest, "give_up = 1")?;
+        equal("the backup", &observe(guest)?, &good(&["/mnt/a/w"]))?;
+        says(guest, &daemon, &words)?;
+        stop(guest, guest.module(), &daemon)
+    };
+    let seen = check();
+    end(guest, &server, "/mnt/served")?;
+    seen
 }
 
 fn lazily_unmounted_read_only(guest: &Guest) -> Result<()> {
