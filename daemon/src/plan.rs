@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use crate::ground::{devices_below, holder, Disk, Ground, Holder, Watched};
 use crate::mounts::{has_means_to_freeze, DevId, Mount};
 use crate::topology::{Topology, Unmounted};
+use crate::unlisted::UNKNOWN;
 
 /// One place where a file system can be reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -511,7 +512,8 @@ fn unmounted(found: &Unmounted) -> Superblock {
         has_turned: false,
         can_be_held: true,
         trouble: None,
-        unreachable: None,
+        unreachable: (found.fs_type == UNKNOWN)
+            .then_some("the kernel has it locked, as while it is being unmounted"),
     }
 }
 
@@ -741,6 +743,21 @@ mod tests {
         let below = "5 2 8:2 / /served/in rw - ext4 /dev/sda2 rw\n";
         let mounts = parse([table, below].concat().as_bytes(), 0).unwrap();
         assert!(!mounts[4].walkable);
+    }
+
+    #[test]
+    fn one_that_the_kernel_has_locked_is_named_and_not_tried() {
+        let topology = Topology {
+            unmounted: vec![Unmounted {
+                fs_type: UNKNOWN.into(),
+                name: "sdc1".into(),
+                devices: vec![dev("8:33")],
+            }],
+            ..Topology::default()
+        };
+        let plan = plan(&[], &topology, &|_| None);
+        assert!(plan.waves.is_empty());
+        assert!(plan.left_out[0].reason.is_a_loss());
     }
 
     #[test]
