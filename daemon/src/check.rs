@@ -614,7 +614,7 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
 }
 
 /// A kernel that panics when a writer waits for long.
-fn hung_task(config: &Config) -> Option<Finding> {
+pub fn hung_task(config: &Config) -> Option<Finding> {
     let number = |name: &str| {
         let text = fs::read_to_string(Path::new("/proc/sys/kernel").join(name)).ok()?;
         text.trim().parse::<u64>().ok()

@@ -5,7 +5,7 @@
 //! The order of reading is the order of a request: [`device`] carries frames from and to the
 //! kernel, [`service`] is the event loop, and [`backup`] decides what happens, as a machine without I/O.
 //! [`job`] is one backup from end to end: [`machine`] looks at what is mounted ([`mounts`],
-//! [`namespaces`], [`superblocks`]) and on what it stands ([`topology`], and the host's [`disks`]), [`plan`]
+//! [`namespaces`], [`superblocks`], [`unlisted`]) and on what it stands ([`topology`], and the host's [`disks`]), [`plan`]
 //! turns that into an order (a pure function, as is [`ground`], the way down to the disks), [`open`] gets
 //! a descriptor for each file system, [`cache`] does both beforehand as far as [`watch`] sees no change,
 //! and [`freeze`] does the work on them, through a [`door`], and what may hang on a disk [`apart`]. Behind that is the module ([`held`]), or where
@@ -57,5 +57,6 @@ pub mod superblocks;
 pub mod sys;
 pub mod timeline;
 pub mod topology;
+pub mod unlisted;
 pub mod watch;
 pub mod writes;

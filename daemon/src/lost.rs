@@ -6,8 +6,8 @@
 //! known that a mount was there once; who holds it shows in `/proc/PID/fdinfo`.
 //!
 //! Processes are looked at only when such a mount has gone, and as long as it is held. What is held by a
-//! working directory or a mapping alone is not found, nor what a program serves: to look at those may ask a
-//! server that hangs.
+//! working directory or a mapping alone shows as [`crate::unlisted`]; what a program serves does not: to look
+//! for that may ask a server that hangs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -17,8 +17,9 @@ use serde::{Deserialize, Serialize};
 use crate::lost::Lost;
 use crate::mounts::{self, Mount, MountsError};
 use crate::namespaces::Namespaces;
-use crate::superblocks::{self, Entry};
+use crate::superblocks::{self, Entry, Superblock};
 use crate::topology::{self, Topology};
+use crate::unlisted;
 
 /// Why the machine cannot be looked at.
 #[derive(Debug, thiserror::Error)]
@@ -79,9 +80,10 @@ impl Machine {
                 .map_err(LookError::Enter)??;
             mounts.extend(of_interest(seen));
         }
-        let superblocks = superblocks::of(&alive);
+        let mut superblocks = superblocks::of(&alive);
         let lost = lost.find(&mounts, &superblocks);
         mounts.extend(lost);
+        add_unlisted(&mut superblocks, &mounts);
         let topology = topology::read(&mounts, &superblocks);
         Ok(Machine {
             ways: Ways { proc, namespaces },
@@ -104,6 +106,13 @@ fn of_interest(table: Vec<Mount>) -> impl Iterator<Item = Mount> {
 
 fn alive() -> Result<BTreeSet<Entry>, LookError> {
     superblocks::entries(&superblocks::types()).map_err(LookError::Superblocks)
+}
+
+/// Adds those that neither sysfs nor these mounts show.
+fn add_unlisted(superblocks: &mut Vec<Superblock>, mounts: &[Mount]) {
+    let listed = superblocks.iter().flat_map(|it| it.devices.clone());
+    let shown = mounts.iter().map(|it| it.dev).chain(listed).collect();
+    superblocks.extend(unlisted::find(&shown));
 }
 
 /// All that a plan is made from, as it was read, for keeping: the same table gives the same plan.
@@ -132,7 +141,10 @@ impl Table {
             let lines = text.split(|&b| b == b'\n').filter(|line| !line.is_empty());
             table.namespaces.push(lines.map(mounts::escape).collect());
         }
-        table.topology = topology::read(&table.mounts()?, &superblocks::of(&alive()?));
+        let mounts = table.mounts()?;
+        let mut superblocks = superblocks::of(&alive()?);
+        add_unlisted(&mut superblocks, &mounts);
+        table.topology = topology::read(&mounts, &superblocks);
         Ok(table)
     }
 

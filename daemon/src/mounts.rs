@@ -151,6 +151,8 @@ const FREEZE: [&str; 11] = [
 ];
 /// The type that is on a disk and served by a program, which may add its own name after a point.
 const SERVED: &str = "fuseblk";
+/// The type that a program serves from wherever it likes; it may add its name likewise.
+const FUSE: &str = "fuse";
 /// Types without a device below which a look-up is the kernel's own affair: memory, and layers.
 const WALKED: [&str; 9] = [
     "tmpfs", "ramfs", "devtmpfs", "rootfs", "proc", "sysfs", "autofs", "overlay", "aufs",
@@ -163,9 +165,18 @@ impl Mount {
         self.dev.major != 0 || ANONYMOUS_TYPES.contains(&fs_type) || !self.can_be_held()
     }
 
+    /// Whether a program serves it that has a device of this machine open by itself, if what it is called
+    /// after is one, and not by the kernel as [`SERVED`]: fuse2fs, and ntfs-3g where it may not.
+    pub fn may_be_from_a_device(&self) -> bool {
+        let fs_type = self.fs_type.as_str();
+        let is_fuse = fs_type == FUSE || fs_type.strip_prefix(FUSE).is_some_and(is_name);
+        let source = self.source.as_deref().unwrap_or_default();
+        is_fuse && Path::new(source).starts_with("/dev") && source != "/dev/fuse"
+    }
+
     /// False for what is on disks and known to have no means to freeze.
     pub fn can_be_held(&self) -> bool {
-        self.fs_type != NEVER_HELD
+        self.fs_type != NEVER_HELD && !self.may_be_from_a_device()
     }
 
     /// Whether a look-up inside of it asks nobody but the kernel.
@@ -197,10 +208,17 @@ pub fn has_means_to_freeze(fs_type: &str) -> bool {
     FREEZE.contains(&fs_type)
 }
 
-/// Whether what is of this type is on a disk and a program has to answer for it.
+/// Whether a program has to answer for what is of this type.
 pub fn is_served(fs_type: &str) -> bool {
-    let rest = fs_type.strip_prefix(SERVED);
-    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    let mut rest = [SERVED, FUSE]
+        .into_iter()
+        .filter_map(|it| fs_type.strip_prefix(it));
+    rest.any(|rest| rest.is_empty() || is_name(rest))
+}
+
+/// Whether this is the name that a program has added to its type.
+fn is_name(rest: &str) -> bool {
+    rest.starts_with('.')
 }
 
 /// Where the kernel shows a thread the table of the namespace that it is in.
@@ -447,7 +465,22 @@ mod tests {
     #[test]
     fn what_a_program_serves_may_be_called_after_it() {
         assert!(is_served("fuseblk") && is_served("fuseblk.exfat-fuse"));
-        assert!(!is_served("fuseblkx") && !is_served("fuse.sshfs") && !is_served("ntfs3"));
+        assert!(is_served("fuse.sshfs") && is_served("fuse"));
+        assert!(!is_served("fuseblkx") && !is_served("fusectl") && !is_served("ntfs3"));
+    }
+
+    #[test]
+    fn what_a_program_serves_may_be_from_a_device_by_its_name() {
+        let table = b"\
+1 0 0:31 / /a rw - fuse.fuse2fs /dev/sdb1 rw
+2 0 0:32 / /b rw - fuse /dev/fuse rw
+3 0 0:33 / /c rw - fuse.sshfs host:/dev/sdb1 rw
+4 0 8:17 / /d rw - fuseblk /dev/sdb1 rw
+5 0 0:34 / /e rw - fusectl /dev/sdb1 rw
+";
+        let mounts = parse(table, 0).unwrap();
+        let may: Vec<bool> = mounts.iter().map(Mount::may_be_from_a_device).collect();
+        assert_eq!(may, [true, false, false, false, false]);
     }
 
     #[test]

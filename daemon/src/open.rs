@@ -30,6 +30,7 @@ use crate::mounts::{self, Attached, DevId};
 use crate::plan::{FileSystem, Place};
 use crate::superblocks::{self, Entry};
 use crate::sys::{self, Identity};
+use crate::unlisted;
 
 /// Enough for a look-up.
 const STACK_BYTES: usize = 128 * 1024;
@@ -82,6 +83,9 @@ pub enum PlaceError {
     /// The program that serves it has to be asked, and says nothing.
     #[error("its server does not answer")]
     Silent,
+    /// The kernel has it locked, and does not say how it is.
+    #[error("the kernel has it locked, as while it is being unmounted")]
+    Locked,
 }
 
 impl PlaceError {
@@ -171,9 +175,10 @@ impl OpenError {
     }
 }
 
-/// Opens `file_system`, which a program may serve: the kernel asks it first. Then that takes no longer than
-/// `limit`, and is not tried again as long as it has not come back. It is asked in one namespace only: the
-/// others, and what is mounted there, must not stay because of a thread that hangs.
+/// Opens `file_system`, which a program may serve: the kernel asks it first. Or it is mounted nowhere, and
+/// may just be unmounted, which takes as long as its disk does. Then that takes no longer than `limit`, and
+/// is not tried again as long as it has not come back. It is asked in one namespace only: the others, and
+/// what is mounted there, must not stay because of a thread that hangs.
 pub fn open_within(
     limit: Duration,
     ways: &Ways,
@@ -183,12 +188,17 @@ pub fn open_within(
     static HUNG: Mutex<BTreeSet<DevId>> = Mutex::new(BTreeSet::new());
     // It is whole after each change.
     let hung = || HUNG.lock().unwrap_or_else(PoisonError::into_inner);
-    if !mounts::is_served(&file_system.fs_type) {
+    let is_served = mounts::is_served(&file_system.fs_type);
+    if !is_served && !file_system.places.is_empty() {
         return open_file_system(ways, file_system);
     }
     let fail = |error| OpenError {
         file_system: file_system.to_string(),
         tried: vec![error],
+    };
+    let silent = || match is_served {
+        true => PlaceError::Silent,
+        false => PlaceError::Locked,
     };
     let first = file_system.places.first();
     let path = first.map(|it| it.path.clone()).unwrap_or_default();
@@ -200,7 +210,7 @@ pub fn open_within(
     let proc = Arc::clone(&ways.proc);
     let ways = Ways { proc, namespaces };
     if !hung().insert(file_system.dev) {
-        return Err(fail(PlaceError::Silent));
+        return Err(fail(silent()));
     }
     let (tell, told) = channel();
     let open = move || {
@@ -214,8 +224,8 @@ pub fn open_within(
         hung().remove(&file_system.dev);
         return Err(fail(PlaceError::open(&path, source)));
     }
-    let silent = |_| Err(fail(PlaceError::Silent));
-    told.recv_timeout(limit).unwrap_or_else(silent)
+    told.recv_timeout(limit)
+        .unwrap_or_else(|_| Err(fail(silent())))
 }
 
 /// Opens `file_system` through the first of its places that still leads to it.
@@ -270,12 +280,14 @@ pub fn open_file_system(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd
 /// more than a look.
 fn mount_again(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, PlaceError> {
     let listed = listed(file_system);
-    let is_alive = || listed.is_some() || is_shown(ways, file_system);
+    let device = file_system.devices.first().copied().unwrap_or_default();
+    let node = node_of(device);
+    let is_on_it = || node.as_deref().is_some_and(unlisted::is_alive);
+    let is_alive = || listed.is_some() || is_shown(ways, file_system) || is_on_it();
     if !is_alive() {
         return Err(PlaceError::Gone);
     }
-    let device = file_system.devices.first().copied().unwrap_or_default();
-    let node = node_of(device).ok_or(PlaceError::NoNode(device))?;
+    let node = node.ok_or(PlaceError::NoNode(device))?;
     let again = |source| PlaceError::Again {
         device: node.clone(),
         source,

@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use crate::ground::{devices_below, holder, Disk, Ground, Holder, Watched};
 use crate::mounts::{has_means_to_freeze, DevId, Mount};
 use crate::topology::{Topology, Unmounted};
+use crate::unlisted::UNKNOWN;
 
 /// One place where a file system can be reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -469,6 +470,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
         None if first.dev.major == 0 => Vec::new(),
         None => vec![first.dev],
     };
+    let is_on_disks = first.is_on_disks() && !(first.may_be_from_a_device() && devices.is_empty());
     let errors = topology.errors.get(&first.dev).copied();
     let has_turned = has_turned_read_only(group, errors);
     let after_an_error = (has_turned && errors.is_some()).then_some("read-only since an error");
@@ -483,7 +485,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
             stands_on: None,
             places,
         },
-        on_disks: first.is_on_disks(),
+        on_disks: is_on_disks,
         writable: first.writable,
         has_turned,
         can_be_held: first.can_be_held(),
@@ -510,7 +512,8 @@ fn unmounted(found: &Unmounted) -> Superblock {
         has_turned: false,
         can_be_held: true,
         trouble: None,
-        unreachable: None,
+        unreachable: (found.fs_type == UNKNOWN)
+            .then_some("the kernel has it locked, as while it is being unmounted"),
     }
 }
 
@@ -716,6 +719,45 @@ mod tests {
             .collect();
         waves.iter_mut().for_each(|w| w.sort());
         waves
+    }
+
+    #[test]
+    fn what_a_program_serves_from_a_device_here_is_synced_and_not_passed_over() {
+        let table = "\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 0:31 / /served rw - fuse.fuse2fs /dev/sdb1 rw
+3 1 0:32 / /elsewhere rw - fuse.tool /dev/none rw
+4 1 0:33 / /far rw - fuse.sshfs host:/home rw
+";
+        let mut topology = Topology::default();
+        topology.members.insert(dev("0:31"), vec![dev("8:17")]);
+        topology.members.insert(dev("0:32"), Vec::new());
+        let mounts = parse(table.as_bytes(), 0).unwrap();
+        let plan = plan(&mounts, &topology, &|_| None);
+        let synced: Vec<_> = plan.synced.iter().map(ToString::to_string).collect();
+        assert_eq!(synced, ["/served (fuse.fuse2fs, 0:31)"]);
+        assert_eq!(plan.synced[0].devices, [dev("8:17")]);
+        let left_out: Vec<_> = plan.left_out.iter().map(|it| it.reason.clone()).collect();
+        assert_eq!(left_out, [Reason::NoBlockDevice, Reason::NoBlockDevice]);
+        // Nobody walks through it to what is mounted below.
+        let below = "5 2 8:2 / /served/in rw - ext4 /dev/sda2 rw\n";
+        let mounts = parse([table, below].concat().as_bytes(), 0).unwrap();
+        assert!(!mounts[4].walkable);
+    }
+
+    #[test]
+    fn one_that_the_kernel_has_locked_is_named_and_not_tried() {
+        let topology = Topology {
+            unmounted: vec![Unmounted {
+                fs_type: UNKNOWN.into(),
+                name: "sdc1".into(),
+                devices: vec![dev("8:33")],
+            }],
+            ..Topology::default()
+        };
+        let plan = plan(&[], &topology, &|_| None);
+        assert!(plan.waves.is_empty());
+        assert!(plan.left_out[0].reason.is_a_loss());
     }
 
     #[test]

@@ -300,6 +300,7 @@ impl Service {
         };
         service.hands.remember_what_is_left();
         service.adopt(device)?;
+        service.hands.warn_of_kernel();
         service.hands.look_over();
         // What it is at is in the log when it first answers.
         service.hands.log.drain(FIRST_LINES);
@@ -647,6 +648,7 @@ impl Service {
                 self.machine.set_deadline(config.deadline);
                 hands.config = Arc::new(config);
                 hands.log.info("the configuration is read again");
+                hands.warn_of_kernel();
                 hands.look_over();
                 json!({ "reloaded": true, "needs_restart": if kept { vec!["run_dir"] } else { vec![] } })
             }
@@ -909,6 +911,13 @@ impl Hands {
         let builder = thread::Builder::new().name("check".into());
         let started = builder.stack_size(CHECK_STACK_BYTES).spawn(body);
         started.map(drop).map_err(|error| error.to_string())
+    }
+
+    /// Says what the kernel makes of writers that wait for as long as they may.
+    fn warn_of_kernel(&self) {
+        if let Some(found) = check::hung_task(&self.config) {
+            self.log.warning(found.text);
+        }
     }
 
     /// Has the plan for the next backup looked over.

@@ -42,15 +42,25 @@ pub struct Superblock {
     pub devices: Vec<DevId>,
 }
 
-/// The types that need a block device and have a folder there.
+/// What is never written to, and listed all the same: that one comes is no news, and containers have many.
+const NEVER_WRITTEN: &str = "erofs";
+
+/// The types that need a block device, can be written to and have a folder there.
 pub fn types() -> BTreeSet<String> {
     let text = fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    // Of the others the line begins with "nodev".
-    let lines = text.lines().filter_map(|line| line.strip_prefix('\t'));
-    lines
-        .filter(|name| Path::new(ROOT).join(name).exists())
-        .map(str::to_owned)
-        .collect()
+    let mut types = types_in(&text);
+    types.retain(|name| Path::new(ROOT).join(name).exists());
+    types
+}
+
+/// Those of them that the kernel knows by this text, whether or not they have a folder.
+fn types_in(filesystems: &str) -> BTreeSet<String> {
+    // Of those that need no device the line begins with "nodev".
+    let names = filesystems
+        .lines()
+        .filter_map(|line| line.strip_prefix('\t'));
+    let written = names.filter(|name| *name != NEVER_WRITTEN);
+    written.map(str::to_owned).collect()
 }
 
 /// The folders of all types, open: whether one has come or gone can be told from them even while the
@@ -247,6 +257,13 @@ fn list(dir: &Path) -> impl Iterator<Item = DirEntry> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_never_written_to_is_not_listened_for() {
+        let text = "nodev\tsysfs\n\text4\n\terofs\nnodev\toverlay\n\tvfat\n";
+        let types: Vec<String> = types_in(text).into_iter().collect();
+        assert_eq!(types, ["ext4", "vfat"]);
+    }
 
     #[test]
     fn a_release_tells_its_version() {

@@ -257,7 +257,8 @@ fn statx(fd: BorrowedFd<'_>, mask: u32) -> io::Result<libc::statx> {
         libc::statx(
             fd.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_NO_AUTOMOUNT,
+            // What is asked for never changes, and no server has to say it.
+            libc::AT_EMPTY_PATH | libc::AT_NO_AUTOMOUNT | libc::AT_STATX_DONT_SYNC,
             mask,
             stx.as_mut_ptr(),
         )
@@ -485,6 +486,34 @@ pub fn mount_detached(fs_type: &CStr, source: &CStr, read_only: bool) -> io::Res
         )
     };
     new_descriptor(ret)
+}
+
+/// Asks for the quota format of what is mounted from this block device, which the kernel looks up first.
+fn quota_format(node: &CStr) -> nix::Result<()> {
+    const Q_GETFMT: libc::c_int = 0x80_0004;
+    let mut format = 0_u32;
+    // SAFETY: the node is a C string, and the answer is one `__u32`, as `quota_getfmt` writes it; both outlive
+    // the call.
+    let ret = unsafe {
+        let answer = (&raw mut format).cast::<libc::c_char>();
+        libc::quotactl(Q_GETFMT << 8, node.as_ptr(), 0, answer)
+    };
+    Errno::result(ret).map(drop)
+}
+
+/// Whether the kernel tells by [`has_superblock`]: one without quotas does not.
+pub fn tells_superblocks() -> bool {
+    quota_format(c"/") == Err(Errno::ENOTBLK)
+}
+
+/// Whether a superblock is on this block device, mounted or not, if the kernel tells. It waits where that is
+/// just being unmounted.
+pub fn has_superblock(node: &CStr) -> bool {
+    match quota_format(node) {
+        // It has none of those, or not such, or they are off.
+        Ok(()) | Err(Errno::ENOSYS | Errno::EINVAL | Errno::ESRCH) => true,
+        Err(_) => false,
+    }
 }
 
 /// The descriptor that a raw system call has returned.

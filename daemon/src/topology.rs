@@ -19,7 +19,7 @@ use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
 use crate::disks::{self, HostDisk};
-use crate::mounts::{DevId, Mount};
+use crate::mounts::{is_served, DevId, Mount};
 use crate::superblocks::{dev_in, folder_of, Superblock};
 use crate::sys;
 
@@ -200,8 +200,9 @@ fn has_sysfs() -> bool {
 }
 
 fn add_alias(topology: &mut Topology, mount: &Mount) {
-    // Nor is looked up what lies over it, whose server may be dead.
-    if mount.namespace != 0 || !mount.walkable || mount.hidden {
+    // Nor is looked up what lies over it, whose server may be dead, or its own.
+    let is_served = is_served(&mount.fs_type);
+    if mount.namespace != 0 || !mount.walkable || mount.hidden || is_served {
         return;
     }
     if let Ok(meta) = fs::symlink_metadata(&mount.path) {
@@ -374,7 +375,7 @@ fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount]) {
             // Of equally long ones the last counts: it lies over the others.
             .max_by_key(|m| m.path.components().count());
         let is_reached = |m: &&Mount| m.walkable && !m.hidden;
-        let below = below.filter(|m| m.is_on_disks() && m.dev.major == 0);
+        let below = below.filter(|m| m.is_on_disks() && m.dev.major == 0 && !is_served(&m.fs_type));
         let Some(mount) = below.filter(is_reached) else {
             continue;
         };

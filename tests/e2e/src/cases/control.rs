@@ -49,6 +49,11 @@ pub const CASES: &[Case] = &[
         ended_amid_a_backup,
     ),
     case(
+        "control/hung-tasks",
+        "a start warns of a kernel that panics before the deadline when a writer waits",
+        hung_tasks,
+    ),
+    case(
         "control/check",
         "check names what would fail a backup and what is known to be trouble, and so does a start that \
          cannot be",
@@ -393,6 +398,19 @@ fn ended_amid_a_backup(guest: &Guest) -> Result<()> {
     }
     stop(guest, guest.module(), &daemon)?;
     guest.sh("rm -rf /var/lib/hv_vss").map(drop)
+}
+
+fn hung_tasks(guest: &Guest) -> Result<()> {
+    guest.sh("echo 10 >/proc/sys/kernel/hung_task_timeout_secs
+         echo 1 >/proc/sys/kernel/hung_task_panic")?;
+    let started = start(guest, guest.module(), Daemon::Ours);
+    guest.sh("echo 0 >/proc/sys/kernel/hung_task_panic
+         echo 120 >/proc/sys/kernel/hung_task_timeout_secs")?;
+    let daemon = started?;
+    guest.wait_until("it warns", STEP, || {
+        Ok(guest.output(&daemon)?.contains("hung_task_panic is set"))
+    })?;
+    stop(guest, guest.module(), &daemon)
 }
 
 fn check(guest: &Guest) -> Result<()> {

@@ -7,7 +7,10 @@ use super::deadman::{
     all_of_ours, good_backup, make_hung, released, rounds_of, Tally, FEW, HANG, RELEASED, UNHANG,
 };
 use super::hooks::{self, hook, noted};
-use super::{case, load, reply_within, rounds_or, seed, start, stop, wait_for_daemon, Case};
+use super::scope::tells_superblocks;
+use super::{
+    case, load, logged_all, reply_within, rounds_or, seed, start, stop, wait_for_daemon, Case,
+};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
@@ -88,6 +91,12 @@ pub const CASES: &[Case] = &[
         "what was unmounted while frozen, and hangs when it is closed, holds up no answer",
         unmounted_on_a_hung_disk,
     ),
+    case(
+        "deadman/unmount-that-hangs",
+        "a vfat whose unmount hangs on its disk is left out by name, and holds up no backup for long",
+        unmount_that_hangs,
+    )
+    .long(),
     case(
         "deadman/hung-open",
         "an open that a security agent holds up fails the backup in time, with nothing frozen",
@@ -561,6 +570,51 @@ fn unmounted_on_a_hung_disk(guest: &Guest) -> Result<()> {
         Ok(guest.try_sh("[ ! -e /sys/fs/xfs/dm-* ]")?.status == Some(0))
     })?;
     good_backup(guest)?;
+    stop(guest, guest.module(), &daemon)
+}
+
+/// sysfs does not list it, and the kernel says nothing of it before that has ended.
+fn unmount_that_hangs(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe -a dm-mod vfat nls_cp437 nls_ascii; mkdir -p /mnt/a /mnt/hung
+         mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+         dmsetup create hung --noudevsync --table '0 655360 linear /dev/ram4 0'
+         [ -e /dev/mapper/hung ] || dmsetup mknodes
+         mkfs.vfat /dev/mapper/hung >/dev/null && mount -t vfat /dev/mapper/hung /mnt/hung",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    // Whoever has it last unmounts it.
+    let script = "cd /mnt/hung && touch /run/done && exec sleep 1000";
+    let holder = guest.spawn(&["sh", "-c", script])?;
+    guest.wait_until("it is in there", STEP, || {
+        Ok(guest.try_sh("rm /run/done")?.status == Some(0))
+    })?;
+    guest.sh(&format!(
+        "echo 1 >/mnt/hung/f && umount -l /mnt/hung && {HANG}"
+    ))?;
+    guest.signal(&holder, 9)?;
+    let vss = guest.vss();
+    let back_up = || -> Result<()> {
+        for _ in 0..2 {
+            answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+            answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+        }
+        Ok(())
+    };
+    let seen = back_up();
+    guest.sh(UNHANG)?;
+    guest.wait(&holder, STEP)?;
+    seen?;
+    let log = logged_all(guest, &daemon, 2)?;
+    let named = log.matches("the kernel has it locked").count();
+    ensure!(
+        named == 2 || !tells_superblocks(guest)?,
+        "each backup should name it:\n{log}"
+    );
+    good_backup(guest)?;
+    let list = guest.sh("/payload/hv_vss_daemon list")?;
+    ensure!(!list.contains("dm-0 ("), "it is gone:\n{list}");
     stop(guest, guest.module(), &daemon)
 }
 

@@ -88,6 +88,16 @@ pub const CASES: &[Case] = &[
         covered_by_fuse,
     ),
     case(
+        "scope/lazily-unmounted-and-listed-by-nobody",
+        "a vfat and an exfat in use by a working directory alone since before the daemon are named",
+        lazily_unmounted_and_listed_by_nobody,
+    ),
+    case(
+        "scope/served-from-a-disk",
+        "what a program serves from a disk here by FUSE is named, not passed over",
+        served_from_a_disk,
+    ),
+    case(
         "scope/silent-server",
         "a disk served by a program that does not answer is left out by name, and costs nobody else",
         silent_server,
@@ -415,6 +425,75 @@ fn lazily_unmounted_beside_a_lost_node(guest: &Guest) -> Result<()> {
         &good(&["/mnt/a/w", "/mnt/b/w"]),
     )?;
     stop(guest, guest.module(), &daemon)
+}
+
+/// Whether the kernel knows quotas.
+pub(super) fn tells_superblocks(guest: &Guest) -> Result<bool> {
+    let found = guest.try_sh("grep -qw dquot_init /proc/kallsyms")?;
+    Ok(found.status == Some(0))
+}
+
+/// sysfs has no list of these, and nobody remembers that they were mounted.
+fn lazily_unmounted_and_listed_by_nobody(guest: &Guest) -> Result<()> {
+    if !tells_superblocks(guest)? {
+        println!("     this kernel knows no quotas, by which it would tell");
+        return Ok(());
+    }
+    guest.sh(
+        "modprobe -a vfat nls_cp437 nls_ascii exfat; mkdir -p /mnt/vfat /mnt/exfat /mnt/b
+              mkfs.vfat /dev/ram1 >/dev/null && mount /dev/ram1 /mnt/vfat
+              mkfs.exfat /dev/ram2 >/dev/null && mount -t exfat /dev/ram2 /mnt/exfat
+              mkfs.ext4 -q -F /dev/ram3 && mount /dev/ram3 /mnt/b",
+    )?;
+    guest.writer_start("/mnt/b/w")?;
+    let mut holders = Vec::new();
+    for path in ["/mnt/vfat", "/mnt/exfat"] {
+        let script = format!("cd {path} && touch /run/done && exec sleep 1000");
+        holders.push(guest.spawn(&["sh", "-c", &script])?);
+        guest.wait_until("it is in there", STEP, || {
+            Ok(guest.try_sh("rm /run/done")?.status == Some(0))
+        })?;
+        guest.sh(&format!("umount -l {path}"))?;
+    }
+    let names = [
+        "ram1 (vfat, 1:1, in use but mounted nowhere)",
+        "ram2 (exfat, 1:2, in use but mounted nowhere)",
+    ];
+    let list = guest.sh(&format!("{OURS} list"))?;
+    for name in names {
+        ensure!(list.contains(name), "list should name {name:?}:\n{list}");
+    }
+    equal("the backup", &ours(guest)?, &good(&["/mnt/b/w"]))?;
+    let strict = strict_names(guest, &["in use but mounted nowhere"]);
+    for holder in &holders {
+        guest.signal(holder, 9)?;
+        guest.wait(holder, STEP)?;
+    }
+    strict?;
+    // Nothing of ours keeps them: whoever formats a disk has it for itself.
+    let daemon = start_with(guest, "strict = true")?;
+    equal("when they are gone", &observe(guest)?, &good(&["/mnt/b/w"]))?;
+    guest.sh("mkfs.vfat /dev/ram1 >/dev/null && mkfs.exfat /dev/ram2 >/dev/null")?;
+    stop(guest, guest.module(), &daemon)
+}
+
+fn served_from_a_disk(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe fuse; mkdir -p /mnt/a /mnt/served && mkfs.ext4 -q -F /dev/ram1 &&
+              mount /dev/ram1 /mnt/a",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    let server = silent_fuse(guest, "-t fuse /dev/ram2 /mnt/served")?;
+    let words = ["/mnt/served (fuse, 0:", "its server does not answer"];
+    let check = || -> Result<()> {
+        let daemon = start_with(guest, "give_up = 1")?;
+        equal("the backup", &observe(guest)?, &good(&["/mnt/a/w"]))?;
+        says(guest, &daemon, &words)?;
+        stop(guest, guest.module(), &daemon)
+    };
+    let seen = check();
+    end(guest, &server, "/mnt/served")?;
+    seen
 }
 
 fn lazily_unmounted_read_only(guest: &Guest) -> Result<()> {

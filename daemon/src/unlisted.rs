@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Superblocks that neither a mount table nor sysfs shows: FAT, exFAT, NTFS, JFS and others that were
+//! unmounted lazily and are in use still, be it by a working directory, a mapping, a swap file or a loop
+//! device alone, or that are mounted where no namespace is found. The kernel says of a block device
+//! whether a superblock is on it when it is asked for its quotas: it looks for that first, whether or not it
+//! has any.
+//!
+//! It only asks of devices on which none is known. What that may wait for is a superblock that is just
+//! being unmounted, on a slow disk for long; so it is asked aside, and there is a limit.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::ffi::CString;
+use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{channel, RecvTimeoutError};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::apart::Apart;
+use crate::mounts::{is_served, DevId};
+use crate::superblocks::Superblock;
+use crate::sys;
+
+/// How long the kernel may take to answer for one device.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// The type of one that it does not answer for.
+pub const UNKNOWN: &str = "?";
+/// Who asks. One that hangs has nothing open.
+static ASIDE: LazyLock<Apart> = LazyLock::new(Apart::default);
+
+/// The devices for which it has not answered yet.
+fn held() -> MutexGuard<'static, BTreeSet<DevId>> {
+    static HELD: Mutex<BTreeSet<DevId>> = Mutex::new(BTreeSet::new());
+    // It is whole after each change.
+    HELD.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A block device.
+#[derive(Clone, Debug)]
+struct Device {
+    dev: DevId,
+    /// The kernel's name.
+    name: String,
+    node: PathBuf,
+}
+
+/// Those on the block devices here, but for these. Nothing where the kernel knows no quotas.
+pub fn find(shown: &BTreeSet<DevId>) -> Vec<Superblock> {
+    if !sys::tells_superblocks() {
+        return Vec::new();
+    }
+    let left = devices().filter(|it| !shown.contains(&it.dev));
+    find_with(left.collect(), PATIENCE, type_on)
+}
+
+/// Those of `left` with a superblock, of the type that `ask` has for it; of one that takes longer than
+/// `patience` it is not known, and it is not asked for again before that has come back.
+fn find_with(
+    mut left: VecDeque<Device>,
+    patience: Duration,
+    ask: fn(&Device) -> Option<String>,
+) -> Vec<Superblock> {
+    let superblock = |device: Device, fs_type: String| Superblock {
+        fs_type,
+        name: device.name,
+        devices: vec![device.dev],
+    };
+    let mut found = Vec::new();
+    let (hung, asked): (VecDeque<_>, _) = {
+        let held = held();
+        left.drain(..).partition(|it| held.contains(&it.dev))
+    };
+    left = asked;
+    found.extend(hung.into_iter().map(|it| superblock(it, UNKNOWN.into())));
+    while !left.is_empty() {
+        let (tell, told) = channel();
+        let batch = left.clone();
+        let ask_all = move |_| {
+            for device in &batch {
+                let answer = ask(device);
+                // So that nobody misses it while they give up on it.
+                let mut held = held();
+                if tell.send(answer).is_err() {
+                    held.remove(&device.dev);
+                    return;
+                }
+            }
+        };
+        if ASIDE.hand_over(&[], ask_all).is_err() {
+            break;
+        }
+        loop {
+            let mut answer = told.recv_timeout(patience);
+            let mut held = held();
+            if answer == Err(RecvTimeoutError::Timeout) {
+                answer = told.try_recv().map_err(|_| RecvTimeoutError::Timeout);
+            }
+            let Some(device) = left.pop_front() else {
+                break;
+            };
+            match answer {
+                Ok(Some(fs_type)) => found.push(superblock(device, fs_type)),
+                Ok(None) => {}
+                Err(_) => {
+                    held.insert(device.dev);
+                    found.push(superblock(device, UNKNOWN.into()));
+                    // While nobody else can look: who asks is no longer heard.
+                    drop(told);
+                    break;
+                }
+            }
+        }
+    }
+    found
+}
+
+fn devices() -> impl Iterator<Item = Device> {
+    let all = fs::read_dir("/sys/class/block").into_iter().flatten();
+    all.flatten().filter_map(|entry| {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let node = Path::new("/dev").join(name.replace('!', "/"));
+        let found = fs::metadata(&node).ok()?;
+        let dev = DevId::from_raw(found.rdev());
+        let is_it = found.file_type().is_block_device();
+        is_it.then_some(Device { dev, name, node })
+    })
+}
+
+/// Whether a superblock is on the device with this node.
+pub fn is_alive(node: &Path) -> bool {
+    let node = CString::new(node.as_os_str().as_bytes());
+    node.is_ok_and(|it| sys::tells_superblocks() && sys::has_superblock(&it))
+}
+
+/// The type of the superblock on this device: the one as which it can be mounted once more. With none it
+/// cannot be reached, or the device is the second one of another, of which is known.
+fn type_on(device: &Device) -> Option<String> {
+    if !is_alive(&device.node) {
+        return None;
+    }
+    let node = CString::new(device.node.as_os_str().as_bytes()).ok()?;
+    let text = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    // Of those that need no block device the line begins with "nodev".
+    let mut types = text.lines().filter_map(|line| line.strip_prefix('\t'));
+    let is_it = types.find(|it| {
+        let fs_type = CString::new(*it).ok().filter(|_| !is_served(it));
+        // Read-only first: that never changes a superblock that is alive.
+        fs_type.is_some_and(|it| {
+            let mut ways = [true, false].into_iter();
+            ways.any(|read_only| sys::mount_detached(&it, &node, read_only).is_ok())
+        })
+    });
+    is_it.map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+    use std::thread;
+
+    #[test]
+    fn one_that_hangs_is_named_and_keeps_nobody_from_asking_for_the_others() {
+        static HANGS: Barrier = Barrier::new(2);
+        let device = |minor| Device {
+            dev: DevId { major: 8, minor },
+            name: format!("sda{minor}"),
+            node: PathBuf::new(),
+        };
+        let ask = |device: &Device| {
+            if device.dev.minor == 2 {
+                HANGS.wait();
+            }
+            (device.dev.minor != 3).then(|| "vfat".to_owned())
+        };
+        let find = |patience| {
+            let found = find_with((1..=4).map(device).collect(), patience, ask);
+            let words = found
+                .iter()
+                .map(|it| format!("{} {}", it.name, it.fs_type))
+                .collect::<BTreeSet<_>>();
+            words.into_iter().collect::<Vec<_>>()
+        };
+        let expected = ["sda1 vfat", "sda2 ?", "sda4 vfat"];
+        assert_eq!(find(Duration::from_millis(200)), expected);
+        // Nobody waits for it again.
+        assert_eq!(find(Duration::from_secs(60)), expected);
+        HANGS.wait();
+        while held().contains(&device(2).dev) {
+            thread::yield_now();
+        }
+        thread::spawn(|| HANGS.wait());
+        let expected = ["sda1 vfat", "sda2 vfat", "sda4 vfat"];
+        assert_eq!(find(Duration::from_secs(60)), expected);
+    }
+
+    #[test]
+    fn what_is_no_device_has_no_superblock() {
+        assert!(!is_alive(Path::new("/")));
+        assert!(!is_alive(Path::new("/dev/null")));
+    }
+}
