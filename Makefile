@@ -179,7 +179,7 @@ dkms: deb ## Install them on a clean Debian and have DKMS build the module there
 	@$(LAB)/dkms.sh
 
 # Each is called by its full name, since they need what takes a while to build.
-PACKAGES_CASES = $(addprefix packages/,install-to-purge installed-amid-a-freeze removed-amid-a-freeze boot no-module \
+PACKAGES_CASES = $(addprefix packages/,page install-to-purge installed-amid-a-freeze removed-amid-a-freeze boot no-module \
 	disabled masked blacklisted mainline-daemon unknown-key)
 
 .PHONY: test-packages

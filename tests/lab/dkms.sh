@@ -4,7 +4,8 @@
 # Installs the packages on a clean Debian (trixie with its backports) as an administrator would, and has
 # DKMS build the module there for the backports' kernel; then what must be refused, and what must be
 # gone in the end. Leaves in build/dkms/packages what the guests of packages/* install: the packages, DKMS and
-# Debian's daemons, and the module in DKMS's own form for one that was built elsewhere.
+# Debian's daemons, and the module in DKMS's own form for one that was built elsewhere; in next/ the packages and
+# the module of a later version.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -34,6 +35,19 @@ if [ "${1:-}" = --inside ]; then
     }
     says() { grep -q -- "$1" "$2"; }
     modules() { find /lib/modules -name 'hv_vss.ko*'; }
+    # next_of DEB: the same package as a later version, whose default configuration has changed.
+    next_of() {
+        local tree=/tmp/next old=${version//./\\.}
+        dpkg-deb --raw-extract "$1" "$tree"
+        sed -i "s/\b$old\b/$next/" "$tree"/DEBIAN/*
+        if [ -e "$tree/usr/src/hv_vss-$version" ]; then
+            mv "$tree/usr/src/hv_vss-$version" "$tree/usr/src/hv_vss-$next"
+            sed -i "s/\b$old\b/$next/" "$tree/usr/src/hv_vss-$next/dkms.conf"
+        fi
+        [ ! -e "$tree/etc/hv_vss/daemon.toml" ] || echo "# of version $next" >>"$tree/etc/hv_vss/daemon.toml"
+        dpkg-deb --root-owner-group --build "$tree" /out/packages/next
+        rm -r "$tree"
+    }
     left() { find /etc /usr /var /run /opt -xdev -path /var/lib/apt -prune -o -name '*hv[-_]vss*' -print; }
 
     apt update
@@ -91,6 +105,18 @@ if [ "${1:-}" = --inside ]; then
     echo "hv_vss is not built for kernel $release: it was so once" >"$log"
     apt install "$source" | tee /tmp/install
     check "the source is enough: the module is there" [ -n "$(modules)" ]
+
+    # An upgrade has DKMS build the module again, and take away that of the version before.
+    next=$version.1
+    mkdir /out/packages/next
+    next_of /debs/hv-vss-daemon_*.deb
+    next_of /debs/hv-vss-dkms_*.deb
+    apt install /out/packages/next/*.deb
+    check "an upgrade: its module is built" says "hv_vss/$next, $release.*installed" <(dkms status)
+    check "and that of the version before has gone" [ -z "$(dkms status -m hv_vss -v "$version")" ]
+    check "with its source" [ ! -e "/usr/src/hv_vss-$version" ]
+    dkms mktarball --binaries-only -m hv_vss -v "$next" -k "$release" \
+        --archive "/out/packages/next/hv_vss-$next.dkms.tar.gz"
 
     apt purge hv-vss-daemon hv-vss-dkms hv-vss-dev
     check "nothing is left after purge" [ -z "$(left)" ]

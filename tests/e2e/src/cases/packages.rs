@@ -22,6 +22,13 @@ pub const CASES: &[Case] = &[
         install_to_purge,
     ),
     case(
+        "packages/page",
+        "the README's page for an administrator, line by line: install, reboot, a backup with a hook, and what it says \
+         of that",
+        Machine::DEBIAN,
+        page,
+    ),
+    case(
         "packages/boot",
         "installed before the boot: the device is ours whichever module comes first, the rest stays with hv_utils",
         Machine::PACKAGES,
@@ -283,10 +290,33 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
     serves(guest, OURS, "hv_vss")?;
     rest_is_stock(guest)?;
 
-    let again = format!(
-        "cd {PACKAGES} && dpkg --install --force-depends hv-vss-daemon_*.deb hv-vss-dkms_*.deb"
+    // A later version, with another default configuration; what an administrator has added stays.
+    let drop_in = "/etc/hv_vss/daemon.toml.d/test.toml";
+    guest.sh(&format!("echo parallel = 16 >{drop_in}"))?;
+    let next = format!(
+        "cp {PACKAGES}/next/*.dkms.tar.gz /usr/share/hv_vss-dkms/ &&
+         cd {PACKAGES}/next && dpkg --install --force-depends *.deb"
     );
-    amid_backups(guest, &again)?;
+    let old = version(guest)?;
+    amid_backups(guest, &next)?;
+    serves(guest, OURS, "hv_vss")?;
+    let after = version(guest)?;
+    ensure!(after != old, "the version should be new: {after}");
+    equal("DKMS's modules", modules(guest)?, vec![after.clone()])?;
+    let last = guest.sh("tail -n 1 /etc/hv_vss/daemon.toml")?;
+    equal(
+        "the default configuration",
+        last.trim(),
+        format!("# of version {after}").as_str(),
+    )?;
+    equal(
+        "the drop-in",
+        guest.read(drop_in)?.as_str(),
+        "parallel = 16\n",
+    )?;
+    guest.sh(&format!("rm {drop_in}"))?;
+    // Its module comes with the next boot.
+    let guest = &reboot(guest)?;
     serves(guest, OURS, "hv_vss")?;
 
     amid_backups(guest, "dpkg --remove hv-vss-dkms hv-vss-daemon")?;
@@ -307,6 +337,115 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
     )?;
     guest.vm().kill();
     Ok(())
+}
+
+/// The commands of the README's page for an administrator, each in one line.
+fn commands_of_the_page() -> Result<Vec<String>> {
+    let text = include_str!("../../../../README.md");
+    let page = text.split("\n## ");
+    let mut page = page.filter(|it| it.starts_with("In a guest on Hyper-V\n"));
+    let page = page.next().context("the README has no such page")?;
+    let lines = page.lines().filter_map(|it| it.strip_prefix("    "));
+    let mut commands = vec![String::new()];
+    for line in lines {
+        let line = line.split('#').next().unwrap_or_default().trim();
+        let last = commands.last_mut().context("there is one at least")?;
+        match line.strip_suffix('\\') {
+            Some(begun) => last.push_str(begun),
+            None => {
+                last.push_str(line);
+                commands.push(String::new());
+            }
+        }
+    }
+    commands.retain(|it| !it.is_empty());
+    Ok(commands)
+}
+
+/// With and without what is in brackets.
+fn variants(command: &str) -> Vec<String> {
+    match command.split_once(" [") {
+        None => vec![command.to_owned()],
+        Some((before, option)) => {
+            let option = option.trim_end_matches(']').replace(" F", " /run/F");
+            vec![before.to_owned(), format!("{before} {option}")]
+        }
+    }
+}
+
+fn page(guest: &Guest) -> Result<()> {
+    install(guest, "dkms_*.deb hyperv-daemons_*.deb")?;
+    guest.sh("modprobe hv_utils")?;
+    let (installs, asks): (Vec<_>, Vec<_>) = commands_of_the_page()?
+        .into_iter()
+        .partition(|it| it.starts_with("apt install "));
+    ensure!(
+        installs.len() == 2 && asks.len() >= 6,
+        "the page should have been understood: {installs:?}, {asks:?}"
+    );
+    for command in installs {
+        println!("     # {command}");
+        // No apt here, nor a mirror: of what it names, the files are installed by what it would use itself. What is
+        // on the mirror only is to compile with, which was done beforehand.
+        let (files, others): (Vec<_>, Vec<_>) = command
+            .split_whitespace()
+            .skip(2)
+            .partition(|it| it.starts_with("./"));
+        install(guest, &files.join(" "))?;
+        if !others.is_empty() {
+            println!("     (not on this machine: {})", others.join(" "));
+        }
+    }
+    // As for the QEMU guest agent.
+    guest.sh(
+        "printf '#!/bin/sh\\necho $1 >>/run/called\\n' >/etc/hv_vss/hooks.d/10-note
+         chmod 755 /etc/hv_vss/hooks.d/10-note",
+    )?;
+    let guest = &reboot(guest)?;
+    serves(guest, OURS, "hv_vss")?;
+    equal(
+        "how the hook was called",
+        guest.read("/run/called")?.as_str(),
+        "freeze\nthaw\n",
+    )?;
+    let mut history = String::new();
+    for command in asks.iter().flat_map(|it| variants(it)) {
+        println!("     # {command}");
+        let ended = guest.try_sh(&command)?;
+        for line in ended.out.lines() {
+            println!("     {line}");
+        }
+        // Of `check`: there is something to know. This Debian has none of what a module is built with.
+        let expected = if command.ends_with(" check") { 7 } else { 0 };
+        equal(&command, ended.status, Some(expected))?;
+        if command == "hv_vss history" {
+            history = ended.out;
+        }
+    }
+    ensure!(
+        history.contains("good") && history.contains("10-note"),
+        "the history should have the backup: {history}"
+    );
+    ensure!(
+        guest.read("/run/F")?.starts_with("<svg"),
+        "the timeline should be a drawing"
+    );
+    guest.vm().kill();
+    Ok(())
+}
+
+/// The version of our packages.
+fn version(guest: &Guest) -> Result<String> {
+    let show = "dpkg-query --show --showformat '${Version}\\n' hv-vss-daemon hv-vss-dkms | uniq";
+    Ok(guest.sh(show)?.trim().to_owned())
+}
+
+/// The versions of our module that DKMS has installed.
+fn modules(guest: &Guest) -> Result<Vec<String>> {
+    let text = guest.sh("dkms status -m hv_vss")?;
+    let installed = text.lines().filter(|it| it.contains(": installed"));
+    let versions = installed.filter_map(|it| it.strip_prefix("hv_vss/")?.split(',').next());
+    Ok(versions.map(str::to_owned).collect())
 }
 
 /// The files that have anything to do with us, by name.
