@@ -7,6 +7,7 @@
 //! guest must look like between two cases stands in [`Guest::tidy`].
 
 use crate::agent::{Agent, CallError, Pending};
+use crate::known;
 use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
 use hyperv_sim::storage::{Controller, Disk, Image};
@@ -16,7 +17,7 @@ use lab_agent::{
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -391,6 +392,8 @@ pub struct Guest {
     detectors: Detectors,
     /// The kernel's log is looked at from this record on.
     log_mark: AtomicU64,
+    /// Its console from this byte on, once it has ended.
+    console_mark: AtomicUsize,
     /// The host's log is looked at from this moment of its clock on.
     host_mark: Mutex<Duration>,
     logs: AtomicU64,
@@ -436,7 +439,9 @@ impl Guest {
 
     /// Boots another guest of the kind that this one is, with this content on its root's disk.
     pub fn start_from(&self, root: Image) -> Result<Guest> {
-        Guest::boot(&self.images, self.machine, "restored", root)
+        let guest = Guest::boot(&self.images, self.machine, "restored", root)?;
+        guest.expected().clone_from(&self.expected());
+        Ok(guest)
     }
 
     fn boot(images: &Images, machine: Machine, name: &str, root: Image) -> Result<Guest> {
@@ -514,12 +519,13 @@ impl Guest {
             root_disk,
             detectors: Detectors::default(),
             log_mark: AtomicU64::new(0),
+            console_mark: AtomicUsize::new(0),
             host_mark: Mutex::default(),
             logs: AtomicU64::new(0),
             outputs: Mutex::default(),
             comparisons: Mutex::default(),
             cells: Mutex::default(),
-            expected: Mutex::default(),
+            expected: Mutex::new(known::of("")),
         };
         guest.detectors = Detectors::of(&guest)?;
         // The stock kernel speaks the newest that the host has and it knows: 6.0 is not in 6.12 and before.
@@ -932,6 +938,7 @@ impl Guest {
         // What is lost of the time before does not matter any more.
         let log: Log = self.kmsg(0, 0)?;
         self.log_mark.store(log.next, SeqCst);
+        self.console_mark.store(self.vm.console().len(), SeqCst);
         *self.host_mark() = self.host().now();
         Ok(())
     }
@@ -1063,7 +1070,7 @@ impl Guest {
             }
         }
         self.check_log()?;
-        self.expected().clear();
+        self.begin("");
         let mut outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
         outputs.clear();
         Ok(())
@@ -1077,6 +1084,27 @@ impl Guest {
             "the kernel or the host complained:\n{complaints}"
         );
         Ok(self.mark_log()?)
+    }
+
+    /// The case is about to end this machine. What its kernel logs from now on is looked for on its console,
+    /// warnings as well: [`Guest::check_end`].
+    pub fn ends(&self) -> Result<()> {
+        self.check_log()?;
+        Ok(self.write("/proc/sys/kernel/printk", "5")?)
+    }
+
+    /// Neither has complained until it ended. Its log is gone then: what of it counts, from errors on, was on
+    /// the console.
+    pub fn check_end(&self) -> Result<()> {
+        let console = self.vm.console();
+        let end = console.get(self.console_mark.load(SeqCst)..);
+        let mut text = complaints(&on_console(end.unwrap_or(&console)), &self.expected());
+        text.push_str(&self.violations());
+        ensure!(
+            text.is_empty(),
+            "the kernel or the host complained before it ended:\n{text}"
+        );
+        Ok(())
     }
 
     /// One mount point of every file system on a block device.
@@ -1111,6 +1139,11 @@ impl Guest {
             .collect()
     }
 
+    /// The case with this name begins, in which the kernel may log [what is known](crate::known).
+    pub fn begin(&self, case: &str) {
+        *self.expected() = known::of(case);
+    }
+
     /// From here until the end of the case reports of the kernel or the host in which one of these texts stands are
     /// what the case is about, and not held against it.
     pub fn expect_in_log(&self, texts: &[&'static str]) {
@@ -1138,13 +1171,18 @@ impl Guest {
     fn complaints(&self) -> Result<String> {
         let mut text = complaints(&self.log(6)?, &self.expected());
         text.push_str(&self.detectors.complaints(self)?);
-        for event in self.host().violations(*self.host_mark()) {
-            let line = format!("{event}\n");
-            if !self.expected().iter().any(|it| line.contains(it)) {
-                text.push_str(&line);
-            }
-        }
+        text.push_str(&self.violations());
         Ok(text)
+    }
+
+    /// What the host holds against the kernel.
+    fn violations(&self) -> String {
+        let events = self.host().violations(*self.host_mark());
+        let lines = events.iter().map(|event| format!("{event}\n"));
+        let expected = self.expected();
+        lines
+            .filter(|line| !expected.iter().any(|it| line.contains(it)))
+            .collect()
     }
 
     /// What is worth seeing of a guest in which a case failed. Never fails itself.
@@ -1268,37 +1306,22 @@ impl Detectors {
     }
 }
 
-/// The reports in a log that speak of something that is wrong, but for those in which an `expected`
-/// text stands.
+/// From this level on (0 is the worst) whatever the kernel logs is wrong, unless it is expected.
+const WARNING: u8 = 4;
+
+/// The reports in a log that speak of something that is wrong, but for those in which an `expected` text
+/// stands: all that are a warning or worse, whatever they say, and what speaks of trouble at a lower level.
 fn complaints(log: &[Record], expected: &[&str]) -> String {
-    const WORDS: [&str; 18] = [
-        "WARNING:",
-        "BUG:",
-        "BUG ",
-        "Oops",
-        "INFO: task",
-        "INFO: rcu",
-        "INFO: lockdep",
-        "INFO: trying to register",
-        "cut here",
-        "general protection",
+    const WORDS: [&str; 6] = [
         "refcount_t",
-        "UBSAN:",
-        "ODEBUG:",
-        // What makes a detector blind.
-        "Disabling lock debugging",
         "leak detector disabled",
         "page allocation failure",
-        // A disk, and what stands on it.
         "I/O error",
-        "EXT4-fs error",
+        "error (device",
+        "INFO: task",
     ];
-    // Whose errors (level 3, or worse) are wrong whatever they say.
-    const STORAGE: [&str; 5] = ["EXT4-fs", "JBD2", "XFS", "BTRFS", "device-mapper"];
-    let is_wrong = |it: &Record| {
-        let storage = it.level <= 3 && STORAGE.iter().any(|who| it.text.starts_with(who));
-        storage || WORDS.iter().any(|word| it.text.contains(word))
-    };
+    let is_wrong =
+        |it: &Record| it.level <= WARNING || WORDS.iter().any(|word| it.text.contains(word));
     let is_expected = |it: &Record| expected.iter().any(|text| it.text.contains(text));
     let mut text = String::new();
     let mut rest = log;
@@ -1314,6 +1337,22 @@ fn complaints(log: &[Record], expected: &[&str]) -> String {
         rest = next;
     }
     text
+}
+
+/// What the kernel has printed on its console, which shows nothing below its own limit: errors, and after
+/// [`Guest::ends`] warnings. A line of a program has no time in front.
+fn on_console(text: &str) -> Vec<Record> {
+    let record = |line: &str| {
+        let (time, text) = line.strip_prefix('[')?.split_once("] ")?;
+        let (seconds, micros) = time.trim().split_once('.')?;
+        let seconds: u64 = seconds.parse().ok()?;
+        Some(Record {
+            level: WARNING,
+            at_us: seconds * 1_000_000 + micros.parse::<u64>().ok()?,
+            text: text.to_owned(),
+        })
+    };
+    text.lines().filter_map(record).collect()
 }
 
 /// The log without the reports of the kernel that [are of itself alone](is_foreign).
@@ -1332,12 +1371,15 @@ fn without_foreign_reports(records: Vec<Record>) -> Vec<Record> {
 
 /// How many records at the start of `log` belong together: those of a report that has its end, else
 /// one. A report of KCSAN is between two lines, a warning with its call trace from "cut here" to
-/// "end trace".
+/// "end trace"; that of the OOM killer ends with whom it took.
 fn report_len(log: &[Record]) -> usize {
     let is_line: fn(&Record) -> bool = |it| it.text.starts_with("=====");
+    let is_kill: fn(&Record) -> bool =
+        |it| it.text.contains("Killed process") || it.text.contains("no killable processes");
     let is_end: fn(&Record) -> bool = match log {
         [first, second, ..] if is_line(first) && second.text.starts_with("BUG: KCSAN:") => is_line,
         [first, ..] if first.text.contains("cut here") => |it| it.text.contains("end trace"),
+        [first, ..] if first.text.contains("invoked oom-killer") => is_kill,
         _ => return 1,
     };
     let end = log.iter().skip(1).position(is_end);
@@ -1608,6 +1650,51 @@ mod tests {
         let cut = ["=====", "BUG: KCSAN: data-race in a / b", " a+0x1/0x2"];
         assert_eq!(text(log(&cut)), cut);
         assert_eq!(text(log(&known[..3])), known[..3]);
+    }
+
+    #[test]
+    fn whatever_is_a_warning_is_a_complaint() {
+        let record = |level, text: &str| Record {
+            level,
+            at_us: 0,
+            text: text.into(),
+        };
+        let log = [
+            record(6, "all is well"),
+            record(4, "a driver that nobody knows is not content"),
+            record(5, "something of note"),
+        ];
+        assert_eq!(complaints(&log, &[]), format!("{}\n", log[1].text));
+        assert_eq!(complaints(&log, &["is not content"]), "");
+    }
+
+    #[test]
+    fn a_machine_that_has_ended_is_judged_by_its_console() {
+        let console = "lab: down\n[   12.345678] a driver is not content\n[no time] neither\n";
+        let records = on_console(console);
+        assert_eq!(records.len(), 1);
+        assert_eq!(records[0].at_us, 12_345_678);
+        assert_eq!(complaints(&records, &[]), "a driver is not content\n");
+    }
+
+    #[test]
+    fn what_the_oom_killer_says_is_one_report() {
+        let record = |text: &&str| Record {
+            level: 4,
+            at_us: 0,
+            text: (*text).into(),
+        };
+        let lines = [
+            "sh invoked oom-killer: order=0",
+            " dump_stack+0x1",
+            "Memory cgroup out of memory: Killed process 7 (daemon)",
+            "another warning",
+        ];
+        let log: Vec<Record> = lines.iter().map(record).collect();
+        assert_eq!(
+            complaints(&log, &["invoked oom-killer"]),
+            "another warning\n"
+        );
     }
 
     #[test]

@@ -235,6 +235,7 @@ fn run_one(case: &Case, guest: Guest, cells: &mut Vec<Cell>) -> Result<Passed, F
     let limit = CASE_LIMIT + case.per_round * crate::cases::rounds();
     let limit = guest.host().patience(limit);
     let raised = guest.raised_again();
+    guest.begin(case.name);
     let guest = Arc::new(guest);
     let (tell, told) = channel();
     let run = case.run;
@@ -270,7 +271,7 @@ fn run_one(case: &Case, guest: Guest, cells: &mut Vec<Cell>) -> Result<Passed, F
     }
     let result = result.and_then(|()| match guest.vm().exit() {
         None => guest.tidy().context("afterwards the guest was not clean"),
-        Some(Exit::PowerOff) => Ok(()),
+        Some(Exit::PowerOff) => guest.check_end(),
         Some(exit) => Err(anyhow!("the guest ended by itself: {exit:?}")),
     });
     match result {

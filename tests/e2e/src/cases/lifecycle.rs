@@ -898,6 +898,7 @@ fn shutdown(guest: &Guest) -> Result<()> {
     host.vss().agree(STEP)?;
     guest.start_daemon(Daemon::Ours)?;
     backup(guest)?;
+    guest.ends()?;
     host.shutdown().power_off(STEP)?;
     let exit = guest.vm().wait_exit(STEP * 2)?;
     equal("how the guest ended", exit, Exit::PowerOff)

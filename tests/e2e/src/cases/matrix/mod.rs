@@ -411,6 +411,7 @@ fn end_at(first: &Guest, fault: Fault, stack: Stack, stage: Stage) -> Result<See
     let hold = stage
         .reach(guest, lab.stack, &lab.daemon, &mut dialogue)
         .context("the stage is not reached")?;
+    guest.ends()?;
     fault.begin(&lab, &mut dialogue, &hold)?;
     let exit = match guest.vm().wait_exit(STEP * 2) {
         // Every way to end writes back what is dirty, and waits for the disk that hangs.
@@ -418,6 +419,13 @@ fn end_at(first: &Guest, fault: Fault, stack: Stack, stage: Stage) -> Result<See
         exit => Some(exit?),
     };
     dialogue.listen(STEP)?;
+    if fault == Fault::Panic {
+        // What it says of that is its last word.
+        let ours = "Kernel panic - not syncing: sysrq triggered crash";
+        ensure!(guest.vm().console().contains(ours), "another panic");
+    } else {
+        guest.check_end()?;
+    }
     let unloaded = match suspend::unloads(guest) {
         0 => "without UNLOAD",
         _ => "with UNLOAD",
