@@ -77,8 +77,10 @@ pub enum Root {
 /// What a guest is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Machine {
-    /// Virtual CPUs.
+    /// Virtual CPUs: two, but for an exception.
     pub cpus: u8,
+    /// Why it is one, if it is made for one: `e2e list` says so.
+    pub one_cpu: Option<&'static str>,
     /// Memory in MiB. Ram disks take from it what is written to them, the root included.
     pub memory_mib: u32,
     /// Size of each ram disk of [`Userland::Lab`] in MiB, and of a root on a SCSI disk.
@@ -98,10 +100,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// What nearly every case wants, with memory that the host could take: a device more, of which
-    /// nobody hears before a driver is loaded.
-    pub const ONE_CPU: Machine = Machine {
-        cpus: 1,
+    /// What nearly every case wants: as every guest of Hyper-V that anybody backs up it has more than one
+    /// CPU.
+    pub const TWO_CPUS: Machine = Machine {
+        cpus: 2,
+        one_cpu: None,
         memory_mib: 1280,
         // xfs wants 300 MiB at least.
         disk_mib: 320,
@@ -112,17 +115,12 @@ impl Machine {
         signed_modules: false,
         host: Profile::CURRENT,
     };
-    /// The same with two CPUs.
-    pub const TWO_CPUS: Machine = Machine {
-        cpus: 2,
-        ..Machine::ONE_CPU
-    };
-    /// One CPU, and memory that the host can take.
+    /// The same with memory that the host can take.
     pub const BALLOON: Machine = Machine {
         balloon: true,
-        ..Machine::ONE_CPU
+        ..Machine::TWO_CPUS
     };
-    /// Two CPUs and two SCSI controllers.
+    /// The same as the first with two SCSI controllers.
     pub const SCSI: Machine = Machine {
         scsi_controllers: 2,
         ..Machine::TWO_CPUS
@@ -132,7 +130,7 @@ impl Machine {
         root: Root::Scsi,
         ..Machine::SCSI
     };
-    /// Two CPUs and two SCSI controllers, with databases.
+    /// Two SCSI controllers, with databases.
     pub const DATABASES: Machine = Machine {
         userland: Userland::Databases,
         memory_mib: 2048,
@@ -143,22 +141,25 @@ impl Machine {
         userland: Userland::Volumes,
         ..Machine::DATABASES
     };
-    /// One CPU, and a stock Debian on it.
+    /// A stock Debian, with its root on a SCSI disk.
     pub const SYSTEMD: Machine = Machine {
         userland: Userland::Systemd,
-        ..Machine::ONE_CPU
+        scsi_controllers: 1,
+        root: Root::Scsi,
+        ..Machine::TWO_CPUS
     };
     /// The same without anything of ours, on a disk that outlives it.
     pub const DEBIAN: Machine = Machine {
         userland: Userland::Debian,
-        scsi_controllers: 1,
-        root: Root::Scsi,
-        ..Machine::ONE_CPU
-    };
+        ..Machine::SYSTEMD
+    }
+    .on_one_cpu(INSTALLS);
     /// The same with our packages.
     pub const PACKAGES: Machine = Machine {
         userland: Userland::Packages,
-        ..Machine::ONE_CPU
+        scsi_controllers: 0,
+        root: Root::Ram,
+        ..Machine::DEBIAN
     };
     /// The same with a kernel that takes signed modules only.
     pub const SIGNED_PACKAGES: Machine = Machine {
@@ -167,7 +168,20 @@ impl Machine {
     };
 }
 
+/// Why whatever installs packages has one CPU.
+const INSTALLS: &str =
+    "dpkg, DKMS and a compiler of one emulated processor gain nothing from a second";
+
 impl Machine {
+    /// The same with one CPU, and why.
+    pub const fn on_one_cpu(self, why: &'static str) -> Machine {
+        Machine {
+            cpus: 1,
+            one_cpu: Some(why),
+            ..self
+        }
+    }
+
     /// How long it takes to boot at most under emulation on a processor that has nothing else to do. All
     /// limits are made for that, and grow with what a boot takes.
     fn usual_boot(&self) -> Duration {
@@ -1064,9 +1078,12 @@ impl Guest {
             Userland::Lab | Userland::Databases | Userland::Volumes => ". /payload/tidy",
             Userland::Systemd | Userland::Debian | Userland::Packages => TIDY,
         })?;
-        for controller in self.scsi_controllers() {
+        let root = self.root_disk.as_ref().map(|_| (0, 0));
+        for (number, controller) in self.scsi_controllers().enumerate() {
             for lun in controller.disks().into_keys() {
-                controller.detach(lun);
+                if root != Some((number, lun)) {
+                    controller.detach(lun);
+                }
             }
         }
         self.check_log()?;

@@ -59,13 +59,13 @@ macro_rules! cases {
             one(
                 "matrix/guard-killed",
                 "kill -9 of the guard at each stage, our daemon on the stock module",
-                Machine::ONE_CPU,
+                Machine::TWO_CPUS,
                 |guest| row(guest, Fault::GuardKilled, Stack::OursOnStock),
             ),
             one(
                 "matrix/both-killed",
                 "kill -9 of daemon and guard at each stage, our daemon on the stock module",
-                Machine::ONE_CPU,
+                Machine::TWO_CPUS,
                 |guest| row(guest, Fault::BothKilled, Stack::OursOnStock),
             ),
             $(one(
@@ -85,22 +85,22 @@ macro_rules! cases {
 }
 
 pub const CASES: &[Case] = cases!(
-    "daemon-killed", "kill -9 of the daemon at each stage", Machine::ONE_CPU, Fault::DaemonKilled;
-    "terminated", "SIGTERM to the daemon at each stage", Machine::ONE_CPU, Fault::Terminated;
-    "stopped", "SIGSTOP of the daemon at each stage", Machine::ONE_CPU, Fault::Stopped;
-    "out-of-memory", "the OOM killer takes the daemon at each stage", Machine::ONE_CPU, Fault::OutOfMemory;
-    "unbound", "the device is unbound at each stage", Machine::ONE_CPU, Fault::Unbound;
-    "rescinded", "the host takes the device back at each stage", Machine::ONE_CPU, Fault::Rescinded;
+    "daemon-killed", "kill -9 of the daemon at each stage", Machine::TWO_CPUS, Fault::DaemonKilled;
+    "terminated", "SIGTERM to the daemon at each stage", Machine::TWO_CPUS, Fault::Terminated;
+    "stopped", "SIGSTOP of the daemon at each stage", Machine::TWO_CPUS, Fault::Stopped;
+    "out-of-memory", "the OOM killer takes the daemon at each stage", Machine::TWO_CPUS, Fault::OutOfMemory;
+    "unbound", "the device is unbound at each stage", Machine::TWO_CPUS, Fault::Unbound;
+    "rescinded", "the host takes the device back at each stage", Machine::TWO_CPUS, Fault::Rescinded;
     "hibernated", "the machine hibernates at each stage", suspend::MACHINE, Fault::Hibernated;
-    "disk-hung", "a disk hangs from each stage on", Machine::ONE_CPU, Fault::DiskHung;
-    "disk-gone", "a disk is gone at each stage", Machine::ONE_CPU, Fault::DiskGone;
+    "disk-hung", "a disk hangs from each stage on", Machine::TWO_CPUS, Fault::DiskHung;
+    "disk-gone", "a disk is gone at each stage", Machine::TWO_CPUS, Fault::DiskGone;
     "disk-added", "a disk is added at each stage", Machine::SCSI, Fault::DiskAdded;
-    "thaw-lost", "the host never says THAW", Machine::ONE_CPU, Fault::ThawLost;
-    "thaw-late", "the host says THAW after the deadline", Machine::ONE_CPU, Fault::ThawLate;
-    "thaw-twice", "a THAW more at each stage", Machine::ONE_CPU, Fault::ThawTwice;
-    "freeze-twice", "a FREEZE more at each stage", Machine::ONE_CPU, Fault::FreezeTwice;
-    "shut-down", "the host shuts the guest down at each stage", Machine::ONE_CPU, Fault::ShutDown;
-    "panic", "the guest panics at each stage", Machine::ONE_CPU, Fault::Panic;
+    "thaw-lost", "the host never says THAW", Machine::TWO_CPUS, Fault::ThawLost;
+    "thaw-late", "the host says THAW after the deadline", Machine::TWO_CPUS, Fault::ThawLate;
+    "thaw-twice", "a THAW more at each stage", Machine::TWO_CPUS, Fault::ThawTwice;
+    "freeze-twice", "a FREEZE more at each stage", Machine::TWO_CPUS, Fault::FreezeTwice;
+    "shut-down", "the host shuts the guest down at each stage", Machine::TWO_CPUS, Fault::ShutDown;
+    "panic", "the guest panics at each stage", Machine::TWO_CPUS, Fault::Panic;
 );
 
 /// Whose module and daemon.
