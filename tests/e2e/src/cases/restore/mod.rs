@@ -26,11 +26,11 @@ use hyperv_sim::storage::{log, Change, Entry, Image};
 use hyperv_sim::Exit;
 use judge::{judge, judge_records};
 use lab_agent::record;
-use rig::{written_within, Copy, Part, Rig, Volume};
+use rig::{Copy, Part, Rig, Volume};
 use std::time::{Duration, Instant};
 use volume::{Format, Stack};
 
-pub(super) use rig::{Expected, NOTES};
+pub(super) use rig::{written_within, Expected, NOTES};
 
 pub const CASES: &[Case] = &[
     long(
