@@ -403,6 +403,10 @@ pub struct Guest {
     machine: Machine,
     module: Module,
     root_disk: Option<Disk>,
+    /// How many times as long as usual it took to boot.
+    slowness: f64,
+    /// What [`Guest::work`] took then.
+    pace: Duration,
     detectors: Detectors,
     /// The kernel's log is looked at from this record on.
     log_mark: AtomicU64,
@@ -531,6 +535,8 @@ impl Guest {
                 Module::Stock
             },
             root_disk,
+            slowness,
+            pace: Duration::MAX,
             detectors: Detectors::default(),
             log_mark: AtomicU64::new(0),
             console_mark: AtomicUsize::new(0),
@@ -541,6 +547,7 @@ impl Guest {
             cells: Mutex::default(),
             expected: Mutex::new(known::of("")),
         };
+        guest.pace = guest.work()?;
         guest.detectors = Detectors::of(&guest)?;
         // The stock kernel speaks the newest that the host has and it knows: 6.0 is not in 6.12 and before.
         let agreed = guest.host().wait_connected(STEP)?;
@@ -1087,7 +1094,7 @@ impl Guest {
             }
         }
         self.check_log()?;
-        self.begin("");
+        *self.expected() = known::of("");
         let mut outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
         outputs.clear();
         Ok(())
@@ -1156,9 +1163,20 @@ impl Guest {
             .collect()
     }
 
-    /// The case with this name begins, in which the kernel may log [what is known](crate::known).
-    pub fn begin(&self, case: &str) {
+    /// The case with this name begins, in which the kernel may log [what is known](crate::known). Limits grow
+    /// with what this machine takes for the same work now: others may have come to it since the guest booted.
+    pub fn begin(&self, case: &str) -> Result<()> {
         *self.expected() = known::of(case);
+        let patience = patience(self.slowness, self.pace, self.work()?);
+        self.host().set_patience(patience.max(self.images.patience));
+        Ok(())
+    }
+
+    /// A little work that is always the same, and how long it takes.
+    fn work(&self) -> Result<Duration> {
+        let start = Instant::now();
+        self.sh("i=0; while [ $i -lt 3000 ]; do i=$((i + 1)); done")?;
+        Ok(start.elapsed())
     }
 
     /// From here until the end of the case reports of the kernel or the host in which one of these texts stands are
@@ -1321,6 +1339,12 @@ impl Detectors {
         }
         Ok(text)
     }
+}
+
+/// How many times as long as usual things may take where a boot took `slowness` times as long, and the same
+/// work took `then` after it and takes `now`. No less than after the boot.
+fn patience(slowness: f64, then: Duration, now: Duration) -> f64 {
+    slowness * (now.as_secs_f64() / then.as_secs_f64()).max(1.0)
 }
 
 /// From this level on (0 is the worst) whatever the kernel logs is wrong, unless it is expected.
@@ -1667,6 +1691,14 @@ mod tests {
         let cut = ["=====", "BUG: KCSAN: data-race in a / b", " a+0x1/0x2"];
         assert_eq!(text(log(&cut)), cut);
         assert_eq!(text(log(&known[..3])), known[..3]);
+    }
+
+    #[test]
+    fn limits_grow_with_what_has_come_since_the_boot() {
+        let work = Duration::from_millis(50);
+        assert_eq!(patience(0.5, work, work), 0.5);
+        assert_eq!(patience(0.5, work, work * 8), 4.0);
+        assert_eq!(patience(2.0, work, work / 2), 2.0);
     }
 
     #[test]

@@ -232,10 +232,15 @@ struct Passed {
 /// Runs one case. On failure the guest is ended and what it left behind is in the error. The cells of the
 /// matrix that were seen are seen either way.
 fn run_one(case: &Case, guest: Guest, cells: &mut Vec<Cell>) -> Result<Passed, Failed> {
+    if let Err(error) = guest.begin(case.name) {
+        let still = guest.standstill();
+        let report = guest.post_mortem();
+        guest.vm().kill();
+        return Err(failed(error, still, &report));
+    }
     let limit = CASE_LIMIT + case.per_round * crate::cases::rounds();
     let limit = guest.host().patience(limit);
     let raised = guest.raised_again();
-    guest.begin(case.name);
     let guest = Arc::new(guest);
     let (tell, told) = channel();
     let run = case.run;
