@@ -69,7 +69,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         let machine = Machine {
             memory_mib: load.memory_mib,
             scsi_controllers: load.scsi_controllers(),
-            ..Machine::ONE_CPU
+            ..Machine::TWO_CPUS.on_one_cpu("the emulator has one processor for both")
         };
         let guest = Guest::start(&images, machine, number as u32 + 1)?;
         println!("bench: {}: a guest is up ({machine})", load.name);

@@ -21,7 +21,7 @@ const SNAPSHOT: Duration = Duration::from_millis(500);
 /// daemon's history draws it, and `strace.txt`, a second backup under strace, in the results.
 pub fn run(images: &Images) -> Result<()> {
     println!("demo: booting a stock Debian guest on the simulated host");
-    let guest = Guest::start(images, Machine::ONE_CPU, 1)?;
+    let guest = Guest::start(images, Machine::TWO_CPUS, 1)?;
     let outcome = back_up(&guest, images);
     if outcome.is_err() {
         println!("{}", guest.post_mortem());

@@ -7,6 +7,7 @@
 //! guest must look like between two cases stands in [`Guest::tidy`].
 
 use crate::agent::{Agent, CallError, Pending};
+use crate::known;
 use anyhow::{bail, ensure, Context, Result};
 use hyperv_sim::ic::vss::Vss;
 use hyperv_sim::storage::{Controller, Disk, Image};
@@ -16,7 +17,7 @@ use lab_agent::{
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -76,8 +77,10 @@ pub enum Root {
 /// What a guest is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Machine {
-    /// Virtual CPUs.
+    /// Virtual CPUs: two, but for an exception.
     pub cpus: u8,
+    /// Why it is one, if it is made for one: `e2e list` says so.
+    pub one_cpu: Option<&'static str>,
     /// Memory in MiB. Ram disks take from it what is written to them, the root included.
     pub memory_mib: u32,
     /// Size of each ram disk of [`Userland::Lab`] in MiB, and of a root on a SCSI disk.
@@ -97,10 +100,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// What nearly every case wants, with memory that the host could take: a device more, of which
-    /// nobody hears before a driver is loaded.
-    pub const ONE_CPU: Machine = Machine {
-        cpus: 1,
+    /// What nearly every case wants: as every guest of Hyper-V that anybody backs up it has more than one
+    /// CPU.
+    pub const TWO_CPUS: Machine = Machine {
+        cpus: 2,
+        one_cpu: None,
         memory_mib: 1280,
         // xfs wants 300 MiB at least.
         disk_mib: 320,
@@ -111,17 +115,12 @@ impl Machine {
         signed_modules: false,
         host: Profile::CURRENT,
     };
-    /// The same with two CPUs.
-    pub const TWO_CPUS: Machine = Machine {
-        cpus: 2,
-        ..Machine::ONE_CPU
-    };
-    /// One CPU, and memory that the host can take.
+    /// The same with memory that the host can take.
     pub const BALLOON: Machine = Machine {
         balloon: true,
-        ..Machine::ONE_CPU
+        ..Machine::TWO_CPUS
     };
-    /// Two CPUs and two SCSI controllers.
+    /// The same as the first with two SCSI controllers.
     pub const SCSI: Machine = Machine {
         scsi_controllers: 2,
         ..Machine::TWO_CPUS
@@ -131,7 +130,7 @@ impl Machine {
         root: Root::Scsi,
         ..Machine::SCSI
     };
-    /// Two CPUs and two SCSI controllers, with databases.
+    /// Two SCSI controllers, with databases.
     pub const DATABASES: Machine = Machine {
         userland: Userland::Databases,
         memory_mib: 2048,
@@ -142,22 +141,25 @@ impl Machine {
         userland: Userland::Volumes,
         ..Machine::DATABASES
     };
-    /// One CPU, and a stock Debian on it.
+    /// A stock Debian, with its root on a SCSI disk.
     pub const SYSTEMD: Machine = Machine {
         userland: Userland::Systemd,
-        ..Machine::ONE_CPU
+        scsi_controllers: 1,
+        root: Root::Scsi,
+        ..Machine::TWO_CPUS
     };
     /// The same without anything of ours, on a disk that outlives it.
     pub const DEBIAN: Machine = Machine {
         userland: Userland::Debian,
-        scsi_controllers: 1,
-        root: Root::Scsi,
-        ..Machine::ONE_CPU
-    };
+        ..Machine::SYSTEMD
+    }
+    .on_one_cpu(INSTALLS);
     /// The same with our packages.
     pub const PACKAGES: Machine = Machine {
         userland: Userland::Packages,
-        ..Machine::ONE_CPU
+        scsi_controllers: 0,
+        root: Root::Ram,
+        ..Machine::DEBIAN
     };
     /// The same with a kernel that takes signed modules only.
     pub const SIGNED_PACKAGES: Machine = Machine {
@@ -166,7 +168,20 @@ impl Machine {
     };
 }
 
+/// Why whatever installs packages has one CPU.
+const INSTALLS: &str =
+    "dpkg, DKMS and a compiler of one emulated processor gain nothing from a second";
+
 impl Machine {
+    /// The same with one CPU, and why.
+    pub const fn on_one_cpu(self, why: &'static str) -> Machine {
+        Machine {
+            cpus: 1,
+            one_cpu: Some(why),
+            ..self
+        }
+    }
+
     /// How long it takes to boot at most under emulation on a processor that has nothing else to do. All
     /// limits are made for that, and grow with what a boot takes.
     fn usual_boot(&self) -> Duration {
@@ -388,9 +403,15 @@ pub struct Guest {
     machine: Machine,
     module: Module,
     root_disk: Option<Disk>,
+    /// How many times as long as usual it took to boot.
+    slowness: f64,
+    /// What [`Guest::work`] took then.
+    pace: Duration,
     detectors: Detectors,
     /// The kernel's log is looked at from this record on.
     log_mark: AtomicU64,
+    /// Its console from this byte on, once it has ended.
+    console_mark: AtomicUsize,
     /// The host's log is looked at from this moment of its clock on.
     host_mark: Mutex<Duration>,
     logs: AtomicU64,
@@ -436,7 +457,9 @@ impl Guest {
 
     /// Boots another guest of the kind that this one is, with this content on its root's disk.
     pub fn start_from(&self, root: Image) -> Result<Guest> {
-        Guest::boot(&self.images, self.machine, "restored", root)
+        let guest = Guest::boot(&self.images, self.machine, "restored", root)?;
+        guest.expected().clone_from(&self.expected());
+        Ok(guest)
     }
 
     fn boot(images: &Images, machine: Machine, name: &str, root: Image) -> Result<Guest> {
@@ -512,15 +535,19 @@ impl Guest {
                 Module::Stock
             },
             root_disk,
+            slowness,
+            pace: Duration::MAX,
             detectors: Detectors::default(),
             log_mark: AtomicU64::new(0),
+            console_mark: AtomicUsize::new(0),
             host_mark: Mutex::default(),
             logs: AtomicU64::new(0),
             outputs: Mutex::default(),
             comparisons: Mutex::default(),
             cells: Mutex::default(),
-            expected: Mutex::default(),
+            expected: Mutex::new(known::of("")),
         };
+        guest.pace = guest.work()?;
         guest.detectors = Detectors::of(&guest)?;
         // The stock kernel speaks the newest that the host has and it knows: 6.0 is not in 6.12 and before.
         let agreed = guest.host().wait_connected(STEP)?;
@@ -932,6 +959,7 @@ impl Guest {
         // What is lost of the time before does not matter any more.
         let log: Log = self.kmsg(0, 0)?;
         self.log_mark.store(log.next, SeqCst);
+        self.console_mark.store(self.vm.console().len(), SeqCst);
         *self.host_mark() = self.host().now();
         Ok(())
     }
@@ -1057,13 +1085,16 @@ impl Guest {
             Userland::Lab | Userland::Databases | Userland::Volumes => ". /payload/tidy",
             Userland::Systemd | Userland::Debian | Userland::Packages => TIDY,
         })?;
-        for controller in self.scsi_controllers() {
+        let root = self.root_disk.as_ref().map(|_| (0, 0));
+        for (number, controller) in self.scsi_controllers().enumerate() {
             for lun in controller.disks().into_keys() {
-                controller.detach(lun);
+                if root != Some((number, lun)) {
+                    controller.detach(lun);
+                }
             }
         }
         self.check_log()?;
-        self.expected().clear();
+        *self.expected() = known::of("");
         let mut outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
         outputs.clear();
         Ok(())
@@ -1077,6 +1108,27 @@ impl Guest {
             "the kernel or the host complained:\n{complaints}"
         );
         Ok(self.mark_log()?)
+    }
+
+    /// The case is about to end this machine. What its kernel logs from now on is looked for on its console,
+    /// warnings as well: [`Guest::check_end`].
+    pub fn ends(&self) -> Result<()> {
+        self.check_log()?;
+        Ok(self.write("/proc/sys/kernel/printk", "5")?)
+    }
+
+    /// Neither has complained until it ended. Its log is gone then: what of it counts, from errors on, was on
+    /// the console.
+    pub fn check_end(&self) -> Result<()> {
+        let console = self.vm.console();
+        let end = console.get(self.console_mark.load(SeqCst)..);
+        let mut text = complaints(&on_console(end.unwrap_or(&console)), &self.expected());
+        text.push_str(&self.violations());
+        ensure!(
+            text.is_empty(),
+            "the kernel or the host complained before it ended:\n{text}"
+        );
+        Ok(())
     }
 
     /// One mount point of every file system on a block device.
@@ -1111,6 +1163,22 @@ impl Guest {
             .collect()
     }
 
+    /// The case with this name begins, in which the kernel may log [what is known](crate::known). Limits grow
+    /// with what this machine takes for the same work now: others may have come to it since the guest booted.
+    pub fn begin(&self, case: &str) -> Result<()> {
+        *self.expected() = known::of(case);
+        let patience = patience(self.slowness, self.pace, self.work()?);
+        self.host().set_patience(patience.max(self.images.patience));
+        Ok(())
+    }
+
+    /// A little work that is always the same, and how long it takes.
+    fn work(&self) -> Result<Duration> {
+        let start = Instant::now();
+        self.sh("i=0; while [ $i -lt 3000 ]; do i=$((i + 1)); done")?;
+        Ok(start.elapsed())
+    }
+
     /// From here until the end of the case reports of the kernel or the host in which one of these texts stands are
     /// what the case is about, and not held against it.
     pub fn expect_in_log(&self, texts: &[&'static str]) {
@@ -1138,13 +1206,18 @@ impl Guest {
     fn complaints(&self) -> Result<String> {
         let mut text = complaints(&self.log(6)?, &self.expected());
         text.push_str(&self.detectors.complaints(self)?);
-        for event in self.host().violations(*self.host_mark()) {
-            let line = format!("{event}\n");
-            if !self.expected().iter().any(|it| line.contains(it)) {
-                text.push_str(&line);
-            }
-        }
+        text.push_str(&self.violations());
         Ok(text)
+    }
+
+    /// What the host holds against the kernel.
+    fn violations(&self) -> String {
+        let events = self.host().violations(*self.host_mark());
+        let lines = events.iter().map(|event| format!("{event}\n"));
+        let expected = self.expected();
+        lines
+            .filter(|line| !expected.iter().any(|it| line.contains(it)))
+            .collect()
     }
 
     /// What is worth seeing of a guest in which a case failed. Never fails itself.
@@ -1268,37 +1341,28 @@ impl Detectors {
     }
 }
 
-/// The reports in a log that speak of something that is wrong, but for those in which an `expected`
-/// text stands.
+/// How many times as long as usual things may take where a boot took `slowness` times as long, and the same
+/// work took `then` after it and takes `now`. No less than after the boot.
+fn patience(slowness: f64, then: Duration, now: Duration) -> f64 {
+    slowness * (now.as_secs_f64() / then.as_secs_f64()).max(1.0)
+}
+
+/// From this level on (0 is the worst) whatever the kernel logs is wrong, unless it is expected.
+const WARNING: u8 = 4;
+
+/// The reports in a log that speak of something that is wrong, but for those in which an `expected` text
+/// stands: all that are a warning or worse, whatever they say, and what speaks of trouble at a lower level.
 fn complaints(log: &[Record], expected: &[&str]) -> String {
-    const WORDS: [&str; 18] = [
-        "WARNING:",
-        "BUG:",
-        "BUG ",
-        "Oops",
-        "INFO: task",
-        "INFO: rcu",
-        "INFO: lockdep",
-        "INFO: trying to register",
-        "cut here",
-        "general protection",
+    const WORDS: [&str; 6] = [
         "refcount_t",
-        "UBSAN:",
-        "ODEBUG:",
-        // What makes a detector blind.
-        "Disabling lock debugging",
         "leak detector disabled",
         "page allocation failure",
-        // A disk, and what stands on it.
         "I/O error",
-        "EXT4-fs error",
+        "error (device",
+        "INFO: task",
     ];
-    // Whose errors (level 3, or worse) are wrong whatever they say.
-    const STORAGE: [&str; 5] = ["EXT4-fs", "JBD2", "XFS", "BTRFS", "device-mapper"];
-    let is_wrong = |it: &Record| {
-        let storage = it.level <= 3 && STORAGE.iter().any(|who| it.text.starts_with(who));
-        storage || WORDS.iter().any(|word| it.text.contains(word))
-    };
+    let is_wrong =
+        |it: &Record| it.level <= WARNING || WORDS.iter().any(|word| it.text.contains(word));
     let is_expected = |it: &Record| expected.iter().any(|text| it.text.contains(text));
     let mut text = String::new();
     let mut rest = log;
@@ -1314,6 +1378,22 @@ fn complaints(log: &[Record], expected: &[&str]) -> String {
         rest = next;
     }
     text
+}
+
+/// What the kernel has printed on its console, which shows nothing below its own limit: errors, and after
+/// [`Guest::ends`] warnings. A line of a program has no time in front.
+fn on_console(text: &str) -> Vec<Record> {
+    let record = |line: &str| {
+        let (time, text) = line.strip_prefix('[')?.split_once("] ")?;
+        let (seconds, micros) = time.trim().split_once('.')?;
+        let seconds: u64 = seconds.parse().ok()?;
+        Some(Record {
+            level: WARNING,
+            at_us: seconds * 1_000_000 + micros.parse::<u64>().ok()?,
+            text: text.to_owned(),
+        })
+    };
+    text.lines().filter_map(record).collect()
 }
 
 /// The log without the reports of the kernel that [are of itself alone](is_foreign).
@@ -1332,12 +1412,15 @@ fn without_foreign_reports(records: Vec<Record>) -> Vec<Record> {
 
 /// How many records at the start of `log` belong together: those of a report that has its end, else
 /// one. A report of KCSAN is between two lines, a warning with its call trace from "cut here" to
-/// "end trace".
+/// "end trace"; that of the OOM killer ends with whom it took.
 fn report_len(log: &[Record]) -> usize {
     let is_line: fn(&Record) -> bool = |it| it.text.starts_with("=====");
+    let is_kill: fn(&Record) -> bool =
+        |it| it.text.contains("Killed process") || it.text.contains("no killable processes");
     let is_end: fn(&Record) -> bool = match log {
         [first, second, ..] if is_line(first) && second.text.starts_with("BUG: KCSAN:") => is_line,
         [first, ..] if first.text.contains("cut here") => |it| it.text.contains("end trace"),
+        [first, ..] if first.text.contains("invoked oom-killer") => is_kill,
         _ => return 1,
     };
     let end = log.iter().skip(1).position(is_end);
@@ -1608,6 +1691,59 @@ mod tests {
         let cut = ["=====", "BUG: KCSAN: data-race in a / b", " a+0x1/0x2"];
         assert_eq!(text(log(&cut)), cut);
         assert_eq!(text(log(&known[..3])), known[..3]);
+    }
+
+    #[test]
+    fn limits_grow_with_what_has_come_since_the_boot() {
+        let work = Duration::from_millis(50);
+        assert_eq!(patience(0.5, work, work), 0.5);
+        assert_eq!(patience(0.5, work, work * 8), 4.0);
+        assert_eq!(patience(2.0, work, work / 2), 2.0);
+    }
+
+    #[test]
+    fn whatever_is_a_warning_is_a_complaint() {
+        let record = |level, text: &str| Record {
+            level,
+            at_us: 0,
+            text: text.into(),
+        };
+        let log = [
+            record(6, "all is well"),
+            record(4, "a driver that nobody knows is not content"),
+            record(5, "something of note"),
+        ];
+        assert_eq!(complaints(&log, &[]), format!("{}\n", log[1].text));
+        assert_eq!(complaints(&log, &["is not content"]), "");
+    }
+
+    #[test]
+    fn a_machine_that_has_ended_is_judged_by_its_console() {
+        let console = "lab: down\n[   12.345678] a driver is not content\n[no time] neither\n";
+        let records = on_console(console);
+        assert_eq!(records.len(), 1);
+        assert_eq!(records[0].at_us, 12_345_678);
+        assert_eq!(complaints(&records, &[]), "a driver is not content\n");
+    }
+
+    #[test]
+    fn what_the_oom_killer_says_is_one_report() {
+        let record = |text: &&str| Record {
+            level: 4,
+            at_us: 0,
+            text: (*text).into(),
+        };
+        let lines = [
+            "sh invoked oom-killer: order=0",
+            " dump_stack+0x1",
+            "Memory cgroup out of memory: Killed process 7 (daemon)",
+            "another warning",
+        ];
+        let log: Vec<Record> = lines.iter().map(record).collect();
+        assert_eq!(
+            complaints(&log, &["invoked oom-killer"]),
+            "another warning\n"
+        );
     }
 
     #[test]

@@ -10,3 +10,4 @@ pub mod agent;
 pub mod check;
 mod cpio;
 pub mod guest;
+pub mod known;

@@ -184,7 +184,8 @@ fn perform(action: Action) -> Result<bool> {
     match action {
         Action::List { globs } => {
             for case in select(&globs)? {
-                println!("{:38} {}", case.name, case.about);
+                let why = case.machine.one_cpu.map(|why| format!(" [one CPU: {why}]"));
+                println!("{:38} {}{}", case.name, case.about, why.unwrap_or_default());
             }
             Ok(true)
         }
@@ -213,7 +214,10 @@ fn perform(action: Action) -> Result<bool> {
                 .into_iter()
                 .find(|it| host.as_deref() == Some(it.name));
             for case in &mut chosen {
-                case.machine.cpus = cpus.unwrap_or(case.machine.cpus);
+                if let Some(cpus) = cpus {
+                    case.machine.cpus = cpus;
+                    case.machine.one_cpu = None;
+                }
                 case.machine.host = host.unwrap_or(case.machine.host);
             }
             // Cases that want the same machine stand together; their order is kept otherwise.

@@ -232,6 +232,12 @@ struct Passed {
 /// Runs one case. On failure the guest is ended and what it left behind is in the error. The cells of the
 /// matrix that were seen are seen either way.
 fn run_one(case: &Case, guest: Guest, cells: &mut Vec<Cell>) -> Result<Passed, Failed> {
+    if let Err(error) = guest.begin(case.name) {
+        let still = guest.standstill();
+        let report = guest.post_mortem();
+        guest.vm().kill();
+        return Err(failed(error, still, &report));
+    }
     let limit = CASE_LIMIT + case.per_round * crate::cases::rounds();
     let limit = guest.host().patience(limit);
     let raised = guest.raised_again();
@@ -270,7 +276,7 @@ fn run_one(case: &Case, guest: Guest, cells: &mut Vec<Cell>) -> Result<Passed, F
     }
     let result = result.and_then(|()| match guest.vm().exit() {
         None => guest.tidy().context("afterwards the guest was not clean"),
-        Some(Exit::PowerOff) => Ok(()),
+        Some(Exit::PowerOff) => guest.check_end(),
         Some(exit) => Err(anyhow!("the guest ended by itself: {exit:?}")),
     });
     match result {

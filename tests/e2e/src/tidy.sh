@@ -34,5 +34,6 @@ done
 if [ -e /dev/vmbus/hv_vss ]; then exit 1; fi
 
 echo "the driver of SCSI disks can be unloaded"
-# What is under way on a disk that is gone holds it for a moment longer.
-while grep -q '^hv_storvsc ' /proc/modules && ! rmmod hv_storvsc 2>/dev/null; do sleep 0.02; done
+# What is under way on a disk that is gone holds it for a moment longer. The root may be on one.
+grep -q '^/dev/sd[^ ]* / ' /proc/mounts ||
+    while grep -q '^hv_storvsc ' /proc/modules && ! rmmod hv_storvsc 2>/dev/null; do sleep 0.02; done

@@ -131,7 +131,12 @@ pub(crate) struct Cpus {
     /// Whether each is to take an NMI besides.
     nmi: AtomicBool,
     said: Mutex<BTreeMap<u32, String>>,
+    /// Whether each is to stay out of the guest once it has left it.
+    paused: AtomicBool,
 }
+
+/// How often one that is paused looks whether it still is.
+const PAUSED: Duration = Duration::from_millis(5);
 
 /// How long a virtual CPU may take to leave the guest and say how it is.
 const SAY: Duration = Duration::from_secs(2);
@@ -153,6 +158,19 @@ impl Cpus {
             std::thread::sleep(Duration::from_millis(1));
         }
         lock(&self.said).clone()
+    }
+
+    /// Has each virtual CPU leave the guest, and go back only after [`Cpus::resume`]. Says whether all have.
+    pub(crate) fn pause(&self) -> bool {
+        self.paused.store(true, SeqCst);
+        let all = lock(&self.threads).len();
+        // Who answers looks next whether it is paused.
+        self.ask(false).len() == all
+    }
+
+    /// Lets them go back.
+    pub(crate) fn resume(&self) {
+        self.paused.store(false, SeqCst);
     }
 
     /// Called by each virtual CPU's thread between two runs of the guest.
@@ -260,6 +278,10 @@ impl Machine {
         let (mut answered, mut exits) = (0, 0);
         while !self.ending.is_stopping() {
             self.cpus.answer(index, &vcpu, &mut answered, exits);
+            if self.cpus.paused.load(SeqCst) {
+                std::thread::sleep(PAUSED);
+                continue;
+            }
             exits += 1;
             if let Some(exit) = self.step(index, &mut vcpu) {
                 self.ending.stop(exit);

@@ -301,6 +301,17 @@ impl Vm {
         self.ports.raised_again()
     }
 
+    /// Stops all its virtual CPUs, as a host does that pauses a machine: its clocks go on, the host's side of
+    /// its devices does so as well. Says whether it could.
+    pub fn pause(&self) -> bool {
+        self.cpus.pause()
+    }
+
+    /// Lets them go on.
+    pub fn resume(&self) {
+        self.cpus.resume();
+    }
+
     /// Where its virtual CPUs are, and how its second serial port is, in words: for a guest that does not
     /// answer.
     pub fn look_inside(&self) -> String {

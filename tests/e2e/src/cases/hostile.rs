@@ -59,7 +59,7 @@ const fn storm(name: &'static str, about: &'static str, run: fn(&Guest) -> Resul
     Case {
         name,
         about,
-        machine: Machine::ONE_CPU,
+        machine: Machine::TWO_CPUS,
         per_round: Duration::from_secs(6),
         when: When::Always,
         asks_our_module: false,
@@ -266,7 +266,7 @@ fn packets(guest: &Guest) -> Result<()> {
         growth.look(guest)?;
     }
     calm(guest)?;
-    let growth = growth.check()?;
+    let growth = growth.check(guest.machine().cpus)?;
     let state = ModuleState::of(guest)?;
     println!(
         "     {} packets, seed {}, of which the module saw {}: {} dropped, {} negotiations, {} without a place in the queue; \
@@ -358,7 +358,7 @@ fn both_sides(guest: &Guest) -> Result<()> {
         counted += state.number(counter)?;
     }
     equal("writes counted as refused", counted, refused)?;
-    let growth = growth.check()?;
+    let growth = growth.check(guest.machine().cpus)?;
     guest.start_daemon(Daemon::Ours)?;
     calm(guest)?;
     println!(

@@ -6,7 +6,7 @@
 //! for that all stands still for it and goes on, which `restore/*` shows to be what a restore wants.
 //!
 //! Not here: those that differ only on the host's side (a differencing disk, Secure Boot, a checkpoint of
-//! either kind), squashfs, iSCSI, and the machine that is paused.
+//! either kind), squashfs, iSCSI, and the machine that is saved or off when it is backed up.
 
 use super::disks::{load_driver, Attached};
 use super::{case, good, load, observe, start, stop, wait_for_daemon, Case, Seen};
@@ -15,6 +15,7 @@ use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::Image;
+use std::time::Duration;
 
 pub const CASES: &[Case] = &[
     on_disks(
@@ -46,6 +47,11 @@ pub const CASES: &[Case] = &[
         "lis/vss-backup-disable-enable-vss",
         "the service is switched off on the host, and on again",
         disable_enable,
+    ),
+    on_disks(
+        "lis/vss-backup-restore-state-paused",
+        "the machine is paused when FREEZE is sent, and again while it is frozen: both go on when it does",
+        paused,
     ),
     on_disks(
         "lis/vss-backup-restore-fail",
@@ -197,6 +203,43 @@ fn disable_enable(guest: &Guest) -> Result<()> {
     wait_for_daemon(guest)?;
     equal("the next backup", observe(guest)?, good(&["/mnt/a/w"]))?;
     stop(guest, guest.module(), &daemon)
+}
+
+/// There the host backs a paused machine up without asking it. One that asks it has its answer later.
+fn paused(guest: &Guest) -> Result<()> {
+    const FOR: Duration = Duration::from_secs(2);
+    let _disk = ext4(guest)?;
+    let (vm, vss) = (guest.vm(), guest.vss());
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    ensure!(vm.pause(), "a virtual CPU does not leave the guest");
+    let freeze = vss.send_freeze(&[])?;
+    std::thread::sleep(FOR);
+    let early = vss.try_reply(freeze);
+    vm.resume();
+    ensure!(
+        early.is_none(),
+        "a machine that is paused answers: {early:?}"
+    );
+    answered("FREEZE", &vss.wait(freeze, STEP)?, status::OK)?;
+    ensure!(vm.pause(), "a virtual CPU does not leave the guest");
+    std::thread::sleep(FOR);
+    vm.resume();
+    equal("who writes", moved(guest)?, 0)?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    equal("the next backup", observe(guest)?, good(&["/mnt/a/w"]))?;
+    stop(guest, guest.module(), &daemon)
+}
+
+/// How much is written in a while in which nobody should.
+fn moved(guest: &Guest) -> Result<u64> {
+    let written = || -> Result<u64> { Ok(guest.writers()?.iter().map(|it| it.count).sum()) };
+    guest.wait_until("all stand still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+    })?;
+    let before = written()?;
+    let over = guest.clock()? + 500_000;
+    guest.wait_until("a while is over", STEP, || Ok(guest.clock()? > over))?;
+    Ok(written()? - before)
 }
 
 fn frozen_by_hand(guest: &Guest) -> Result<()> {

@@ -32,10 +32,10 @@ pub const CASES: &[Case] = &[
         |guest| backup(guest, Module::Stock, Daemon::Debian),
     ),
     Case {
-        machine: Machine::TWO_CPUS,
+        machine: Machine::TWO_CPUS.on_one_cpu("a machine with one is what it is about"),
         ..case(
-            "pairing/ours-ours-two-cpus",
-            "the same on two virtual CPUs",
+            "pairing/ours-ours-one-cpu",
+            "a backup with our module and our daemon on one virtual CPU",
             |guest| backup(guest, Module::Ours, Daemon::Ours),
         )
     }

@@ -56,7 +56,7 @@ pub const CASES: &[Case] = &[
 pub(super) const MACHINE: Machine = Machine {
     memory_mib: 3072,
     disk_mib: 1024,
-    ..Machine::ONE_CPU
+    ..Machine::TWO_CPUS
 };
 
 pub(super) const fn case(

@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
 //! The daemon as a service: stock Debian with systemd, journald and rsyslog, all on the ext4 root
-//! that is frozen, the daemon's own program and systemd's among it.
+//! that is frozen, the daemon's own program and systemd's among it; that on the disk of the host's of
+//! which it makes the backup.
 //!
 //! What the guest has of ours is what `make install` puts in place, enabled before it boots.
 
+use super::disks::Attached;
+use super::restore::written_within;
 use super::{Case, When};
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
 use e2e::guest::{Guest, Machine, STEP};
 use hyperv_sim::ic::status;
+use hyperv_sim::Reply;
 use std::time::Duration;
 
 pub const CASES: &[Case] = &[
@@ -119,12 +123,16 @@ fn end(guest: &Guest) -> Result<()> {
         .map(drop)
 }
 
-/// FREEZE, and the look that the root stands: its writer has been inside one write for 300 ms.
-fn freeze(guest: &Guest) -> Result<()> {
-    answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
+/// FREEZE of a backup of the root's disk, and the look that the root stands: its writer has been inside one
+/// write for 300 ms.
+fn freeze(guest: &Guest) -> Result<Reply> {
+    let disks = [Attached::root(guest)?.in_backup()];
+    let freeze = guest.vss().freeze(&disks, STEP)?;
+    answered("FREEZE", &freeze, status::OK)?;
     guest.wait_until("the root stands still", STEP, || {
         Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-    })
+    })?;
+    Ok(freeze)
 }
 
 /// Waits until the writer goes on.
@@ -163,13 +171,26 @@ fn backup(guest: &Guest) -> Result<()> {
         "enabled",
     )?;
     let pid = begin(guest, "WatchdogSec=3")?;
-    freeze(guest)?;
+    let (host, disk) = (guest.host(), Attached::root(guest)?.disk);
+    disk.start_log().context("cannot start the log")?;
+    let frozen = freeze(guest)?;
     // The host takes its time, more than the watchdog allows for silence.
     std::thread::sleep(Duration::from_secs(7));
     let still = guest.writers()?.iter().all(|it| it.in_write_us > 6_000_000);
     ensure!(still, "the root was not frozen all the time");
+    let thawing = host.now();
     answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
     thawed(guest, "THAW")?;
+    // Journal, syslog and whoever else has the disk: as the host saw it.
+    let written = written_within(&disk.log(), 0, |entry| {
+        host.time_of(entry.ended) > frozen.at && host.time_of(entry.arrived) < thawing
+    });
+    equal("writes between the answer and THAW", written, 0)?;
+    let before = written_within(&disk.log(), 0, |entry| {
+        host.time_of(entry.ended) <= frozen.at
+    });
+    ensure!(before > 0, "there should be writes before the answer");
+    disk.stop_log();
     equal("the daemon", wait_active(guest, 0)?, pid)?;
     equal("restarts", property(guest, "NRestarts")?.as_str(), "0")?;
     guest.wait_until("the status tells how it went", STEP, || {

@@ -165,6 +165,7 @@ fn shut_down(guest: &Guest) -> Result<()> {
     wait_for_daemon(guest)?;
     host.shutdown().wait_open(STEP)?;
     answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
+    guest.ends()?;
     host.shutdown().power_off(STEP)?;
     let exit = guest.vm().wait_exit(STEP * 6)?;
     equal("how the guest ended", exit, Exit::PowerOff)

@@ -84,6 +84,9 @@ pub fn log(since: u64, max_level: u8) -> Result<Log, Error> {
     Ok(log)
 }
 
+/// The level of what merely informs.
+const INFORMATION: u8 = 6;
+
 /// Parses `priority,sequence,microseconds,flags;text\n` (`Documentation/ABI/testing/dev-kmsg`).
 fn parse(line: &str) -> Option<(u64, Record)> {
     let (head, rest) = line.split_once(';')?;
@@ -91,8 +94,13 @@ fn parse(line: &str) -> Option<(u64, Record)> {
     let priority: u32 = fields.next()?.parse().ok()?;
     let sequence = fields.next()?.parse().ok()?;
     let at_us = fields.next()?.parse().ok()?;
+    // The kernel's own facility is 0. What programs write there is no warning of it, whatever they call it.
+    let level = match priority >> 3 {
+        0 => (priority & 7) as u8,
+        _ => INFORMATION,
+    };
     let record = Record {
-        level: (priority & 7) as u8,
+        level,
         at_us,
         text: rest.lines().next()?.to_owned(),
     };
@@ -135,5 +143,8 @@ mod tests {
         assert_eq!(record.at_us, 5_140_900);
         assert_eq!(record.text, "NET: a warning; really");
         assert!(parse("nonsense").is_none());
+        // A program's: facility 3, level 4.
+        let (_, record) = parse("28,340,5140901,-;systemd[1]: a module is missing\n").unwrap();
+        assert_eq!(record.level, INFORMATION);
     }
 }

@@ -68,6 +68,8 @@ enum Thread {
     Backup,
     /// The one in which file systems are frozen.
     Freezer,
+    /// Whichever makes it first, such as one that lives for one sync: all that the daemon has are traced.
+    Any,
 }
 
 const DEVICE_ONLY: &[&str] = &[DEVICE];
@@ -123,8 +125,7 @@ impl Stage {
     /// which it thaws, so that one cannot be told from the other.
     pub fn is_of(self, stack: Stack) -> bool {
         match stack {
-            // The root is thawed by whichever thread is free.
-            Stack::Ours => self != Stage::NoneThawed,
+            Stack::Ours => true,
             Stack::OursOnStock => !matches!(self, Stage::NoneThawed | Stage::SomeThawed),
             Stack::Peer => !matches!(self, Stage::Hooks | Stage::Syncing | Stage::Thawed),
         }
@@ -188,14 +189,14 @@ impl Stage {
             Stage::HotBackup | Stage::FreezeRead | Stage::ThawRead => device("read", true),
             Stage::Hooks => Way::Hook("freeze"),
             Stage::Opening => call(Thread::Backup, "openat", &["/mnt/a"], 1, false),
-            Stage::Syncing => call(Thread::Backup, "syncfs", FILE_SYSTEMS, 1, false),
+            Stage::Syncing => call(Thread::Any, "syncfs", FILE_SYSTEMS, 1, false),
             Stage::NoneFrozen => ioctl(Thread::Freezer, 1),
             Stage::SomeFrozen => ioctl(Thread::Freezer, 2),
             Stage::FreezeHangs => Way::Disk,
             Stage::AllFrozen | Stage::AllThawed => device("write", false),
-            Stage::NoneThawed => ioctl(Thread::Backup, 1),
-            // Ours: that thread works in the last wave only.
-            Stage::SomeThawed => ioctl(Thread::Backup, if stack == Stack::Peer { 2 } else { 1 }),
+            Stage::NoneThawed => ioctl(Thread::Any, 1),
+            // One thread thaws, the root first; another begins only where one thaw takes long.
+            Stage::SomeThawed => ioctl(Thread::Freezer, 2),
             Stage::Thawed => Way::Hook("thaw"),
         }
     }
@@ -302,18 +303,21 @@ fn gate(argument: &str) -> String {
 const TRACE: &str = "/run/held-call";
 
 impl Call {
-    /// The thread that makes it.
+    /// The thread that makes it, or the process of which it will be one.
     fn tid(&self, guest: &Guest, daemon: &Process) -> Result<i32> {
         let pid = daemon.pid;
         let name = match self.thread {
-            Thread::Main => return Ok(pid),
+            Thread::Main | Thread::Any => return Ok(pid),
             Thread::Backup => "backup",
             Thread::Freezer => "freezer",
         };
         let line = format!("grep -l -x {name} /proc/{pid}/task/*/comm");
         let found = guest.sh(&line)?;
-        let tid = found.split('/').nth(4).and_then(|it| it.parse().ok());
-        tid.with_context(|| format!("no thread {name}"))
+        let tids = found
+            .lines()
+            .filter_map(|it| it.split('/').nth(4)?.parse().ok());
+        // The first that was made: there is a second freezer, for what is frozen aside.
+        tids.min().with_context(|| format!("no thread {name}"))
     }
 
     /// Has a tracer wait for it.
@@ -328,6 +332,9 @@ impl Call {
             argv.extend(["-P", path]);
         }
         argv.extend(["-e", &trace, "-e", &inject, "-p", &tid]);
+        if self.thread == Thread::Any {
+            argv.push("-f");
+        }
         guest.sh(&format!("rm -f {TRACE}"))?;
         let tracer = guest.spawn(&argv)?;
         guest.wait_until("strace has attached", STEP, || {
@@ -338,17 +345,28 @@ impl Call {
 
     /// Waits until the thread is held at it.
     fn wait(&self, guest: &Guest, daemon: &Process, tracer: &Process) -> Result<()> {
-        let tid = self.tid(guest, daemon)?;
+        let known = self.tid(guest, daemon)?;
         let mut seen = String::new();
         let held = guest.wait_until("the daemon is held", STEP, || {
             seen = guest.read(TRACE)?;
             let lines: Vec<&str> = seen.lines().collect();
             // The line is begun before the call is made, and ended when it has returned.
-            let there = lines.len() == self.when
-                && match self.after {
-                    true => seen.contains("(DELAYED)"),
-                    false => !seen.ends_with('\n'),
-                };
+            let (there, tid) = match self.thread {
+                // Several may be: each line begins with whose it is, and none returns.
+                Thread::Any => {
+                    let first = lines.first().and_then(|it| it.split(' ').next());
+                    let tid = first.and_then(|it| it.parse().ok());
+                    (tid.is_some(), tid.unwrap_or(known))
+                }
+                _ => {
+                    let there = lines.len() == self.when
+                        && match self.after {
+                            true => seen.contains("(DELAYED)"),
+                            false => !seen.ends_with('\n'),
+                        };
+                    (there, known)
+                }
+            };
             if !there {
                 return Ok(false);
             }

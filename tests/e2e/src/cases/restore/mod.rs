@@ -26,11 +26,11 @@ use hyperv_sim::storage::{log, Change, Entry, Image};
 use hyperv_sim::Exit;
 use judge::{judge, judge_records};
 use lab_agent::record;
-use rig::{written_within, Copy, Part, Rig, Volume};
+use rig::{Copy, Part, Rig, Volume};
 use std::time::{Duration, Instant};
 use volume::{Format, Stack};
 
-pub(super) use rig::{Expected, NOTES};
+pub(super) use rig::{written_within, Expected, NOTES};
 
 pub const CASES: &[Case] = &[
     long(
@@ -355,6 +355,7 @@ fn root(guest: &Guest) -> Result<()> {
     equal("writes between the answer and THAW", copy.written, 0)?;
     ensure!(copy.expected.least > 0, "there should be records");
     guest.signal(&process, 9)?;
+    guest.ends()?;
     // It does not answer that.
     let _ = guest.spawn(&["poweroff", "-nf"]);
     let exit = guest.vm().wait_exit(STEP)?;
@@ -377,6 +378,7 @@ fn root(guest: &Guest) -> Result<()> {
     let records = judge_records(&restored.read("/var/lab/records")?, copy.expected);
     equal("what is wrong with the records", records, None)?;
     restored.sh("echo 'and goes on' > /var/lab/after && sync")?;
+    restored.check_log()?;
     restored.vm().kill();
     Ok(())
 }

@@ -238,7 +238,7 @@ impl Rig {
 }
 
 /// How many of these entries changed the disk behind its first `metadata` bytes while `within` says so.
-pub(super) fn written_within(
+pub(in crate::cases) fn written_within(
     log: &[Entry],
     metadata: u64,
     within: impl Fn(&Entry) -> bool,
