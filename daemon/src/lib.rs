@@ -57,5 +57,6 @@ pub mod superblocks;
 pub mod sys;
 pub mod timeline;
 pub mod topology;
+pub mod waiting;
 pub mod watch;
 pub mod writes;
