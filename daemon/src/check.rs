@@ -118,7 +118,10 @@ fn daemon(device: &Path, status: &Result<Value, ControlError>) -> Finding {
     let found = |grade, text: String| finding("daemon", grade, text);
     match status {
         Ok(status) if status["door"].is_null() => {
-            let why = why_no_device(device).unwrap_or_else(|| "the device went away".into());
+            let why = why_no_device(device).unwrap_or_else(|| match status["doing"].as_str() {
+                Some(doing) => doing.into(),
+                None => "the device went away".into(),
+            });
             found(Grade::Problem, format!("it runs and waits: {why}"))
         }
         Ok(status) => {

@@ -88,6 +88,11 @@ fn path(run: &RunDir) -> PathBuf {
     run.path().join("control")
 }
 
+/// Whether anybody listens in this run directory, be it one that does not reply.
+pub fn is_served(run: &RunDir) -> bool {
+    std::os::unix::net::UnixStream::connect(path(run)).is_ok()
+}
+
 /// Asks the daemon whose run directory this is.
 pub fn ask(run: &RunDir, method: Method) -> Result<Value, ControlError> {
     let connected = std::os::unix::net::UnixStream::connect(path(run));

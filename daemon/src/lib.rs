@@ -58,5 +58,6 @@ pub mod sys;
 pub mod timeline;
 pub mod topology;
 pub mod unlisted;
+pub mod waiting;
 pub mod watch;
 pub mod writes;

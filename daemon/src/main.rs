@@ -291,13 +291,12 @@ fn serve(
     // Another program may have the device for as long as it likes.
     let asked_to_reload = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(SIGHUP, Arc::clone(&asked_to_reload))?;
-    let device =
-        service::open_device(&path, &run, &log).map_err(|error| {
-            match check::why_no_device(&path) {
-                Some(why) => Failure::from(why),
-                None => error.into(),
-            }
-        })?;
+    let device = service::open_device(&path, &run, &log, &asked_to_reload).map_err(|error| {
+        match check::why_no_device(&path) {
+            Some(why) => Failure::from(why),
+            None => error.into(),
+        }
+    })?;
     let config = match asked_to_reload.load(Ordering::SeqCst) {
         true => read_again(config, config_path.as_deref(), &log),
         false => config,

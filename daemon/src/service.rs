@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Weak};
 use std::thread;
@@ -44,6 +45,7 @@ use crate::progress::Stage;
 use crate::record::{RecordError, RunDir};
 use crate::recovery::{self, Recovery};
 use crate::sys;
+use crate::waiting::Waiting;
 
 const DEVICE: Token = Token(0);
 const SIGNALS: Token = Token(1);
@@ -91,19 +93,38 @@ fn failed(doing: &'static str) -> impl FnOnce(io::Error) -> ServiceError {
 
 /// Opens the device at `path`. One that is busy is waited for, where that will be over: when a dead
 /// daemon keeps it that is still inside the kernel, and for as long as it takes if a service manager has
-/// started us. What can be thawed of what a dead one has frozen is thawed meanwhile, and its hooks are let go.
-pub fn open_device(path: &Path, run: &RunDir, log: &Logbook) -> Result<Device, DeviceError> {
+/// started us. What can be thawed of what a dead one has frozen is thawed meanwhile, its hooks are let go, and
+/// whoever asks hears that it waits. Who asks for the configuration to be read again sets `to_reload`.
+pub fn open_device(
+    path: &Path,
+    run: &RunDir,
+    log: &Logbook,
+    to_reload: &AtomicBool,
+) -> Result<Device, DeviceError> {
     let managed = std::env::var_os("NOTIFY_SOCKET").is_some();
     let mut said = false;
     let mut left: Option<Calling> = None;
+    let mut waiting: Option<Waiting> = None;
+    let pause = |waiting: &mut Option<Waiting>| {
+        match waiting.as_mut().map(|it| it.reply_for(recovery::PAUSE)) {
+            Some(Ok(asked)) => {
+                to_reload.fetch_or(asked, Ordering::SeqCst);
+            }
+            Some(Err(error)) => {
+                log.warning(format!("nobody can ask what it waits for: {error}"));
+                *waiting = None;
+            }
+            None => thread::sleep(recovery::PAUSE),
+        }
+        notify(log, &[NotifyState::Watchdog]);
+    };
     loop {
         if left.take_if(|it| it.is_over()).is_some() {
             log.info("the hooks that a dead daemon has left are let go");
         }
         if left.is_some() {
             // A request that came meanwhile could not be served.
-            thread::sleep(recovery::PAUSE);
-            notify(log, &[NotifyState::Watchdog]);
+            pause(&mut waiting);
             continue;
         }
         let dead = match Device::open(path) {
@@ -128,10 +149,26 @@ pub fn open_device(path: &Path, run: &RunDir, log: &Logbook) -> Result<Device, D
                 // Applications must not wait for what hangs in the kernel.
                 left = let_go_what_is_left(run, log, drop);
             }
+            waiting = answer_meanwhile(run, log, who, dead);
         }
-        thread::sleep(recovery::PAUSE);
-        notify(log, &[NotifyState::Watchdog]);
+        pause(&mut waiting);
     }
+}
+
+/// Who is asked while the device is waited for, which `who` has. Without that it is waited for all the same.
+fn answer_meanwhile(run: &RunDir, log: &Logbook, who: &str, dead: bool) -> Option<Waiting> {
+    let doing = format!("{who}: waiting for it");
+    let listening = run.check().map_err(|error| words(&error)).and_then(|()| {
+        let listening = match dead {
+            true => Waiting::listen_instead(run, doing).map(Some),
+            false => Waiting::listen(run, doing),
+        };
+        listening.map_err(|error| error.to_string())
+    });
+    listening.unwrap_or_else(|error| {
+        log.warning(format!("nobody can ask what it waits for: {error}"));
+        None
+    })
 }
 
 /// Lets go what a dead daemon has called, if it has left any hooks.

@@ -67,7 +67,8 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "control/reload-while-waiting",
-        "SIGHUP while another program has the device: the configuration of then is in force once it is ours",
+        "while another program has the device, status says so and a reload succeeds: the configuration of then is in \
+         force once it is ours",
         reload_while_waiting,
     ).long(),
     Case {
@@ -583,33 +584,58 @@ fn reload(guest: &Guest) -> Result<()> {
 
 fn reload_while_waiting(guest: &Guest) -> Result<()> {
     make_one(guest)?;
-    let theirs = start(guest, Module::Stock, Daemon::Debian)?;
-    guest.sh("echo 'strict = false' >/run/waiting.toml")?;
-    // As a service manager starts it.
-    let line = "NOTIFY_SOCKET=/run/nobody exec /payload/hv_vss_daemon -n -c /run/waiting.toml";
-    let daemon = guest.spawn(&["sh", "-c", line])?;
-    guest.wait_until("it waits", STEP, || {
-        let said = guest.output(&daemon)?;
-        Ok(said.contains("another program serves the device"))
-    })?;
-    guest.sh("echo 'exclude.paths = [\"/mnt/a\"]' >/run/waiting.toml")?;
-    guest.signal(&daemon, 1)?;
-    guest.signal(&theirs, 15)?;
-    guest.wait(&theirs, STEP)?;
-    guest.wait_until("it serves", STEP, || {
-        ensure!(!guest.has_ended(&daemon)?, "SIGHUP has ended it");
-        let said = guest.output(&daemon)?;
-        Ok(said.contains("the configuration is read again") && said.contains("registered with"))
-    })?;
-    guest.vss().wait_open(STEP)?;
-    guest.vss().agree(STEP)?;
-    let root_alone = super::Seen {
-        still: vec!["/writer".into()],
-        moving: vec!["/mnt/a/w".into()],
-        ..super::good(&["/writer", "/mnt/a/w"])
-    };
-    equal("a backup by the file of then", observe(guest)?, root_alone)?;
-    stop(guest, Module::Stock, &daemon)?;
+    for by_signal in [true, false] {
+        let theirs = start(guest, Module::Stock, Daemon::Debian)?;
+        guest.sh("echo 'strict = false' >/run/waiting.toml")?;
+        // As a service manager starts it.
+        let line = "NOTIFY_SOCKET=/run/nobody exec /payload/hv_vss_daemon -n -c /run/waiting.toml";
+        let daemon = guest.spawn(&["sh", "-c", line])?;
+        guest.wait_until("it waits", STEP, || {
+            let said = guest.output(&daemon)?;
+            Ok(said.contains("another program serves the device"))
+        })?;
+        let ask = |what: &str| {
+            guest.try_sh(&format!(
+                "/payload/hv_vss_daemon {what} -c /run/waiting.toml"
+            ))
+        };
+        guest.wait_until("status says so", STEP, || {
+            let status = ask("status")?;
+            Ok(
+                status.status == Some(3)
+                    && status.out.contains("another program serves the device"),
+            )
+        })?;
+        if !by_signal {
+            guest.sh("echo 'exclude.paths = x' >/run/waiting.toml")?;
+            let bad = ask("reload")?;
+            ensure!(bad.status == Some(1), "a reload of a bad file: {bad:?}");
+        }
+        guest.sh("echo 'exclude.paths = [\"/mnt/a\"]' >/run/waiting.toml")?;
+        match by_signal {
+            true => guest.signal(&daemon, 1)?,
+            false => equal("a reload", ask("reload")?.status, Some(0))?,
+        }
+        guest.signal(&theirs, 15)?;
+        guest.wait(&theirs, STEP)?;
+        guest.wait_until("it serves", STEP, || {
+            ensure!(!guest.has_ended(&daemon)?, "SIGHUP has ended it");
+            let said = guest.output(&daemon)?;
+            Ok(
+                said.contains("the configuration is read again")
+                    && said.contains("registered with"),
+            )
+        })?;
+        guest.vss().wait_open(STEP)?;
+        guest.vss().agree(STEP)?;
+        let root_alone = super::Seen {
+            still: vec!["/writer".into()],
+            moving: vec!["/mnt/a/w".into()],
+            ..super::good(&["/writer", "/mnt/a/w"])
+        };
+        equal("a backup by the file of then", observe(guest)?, root_alone)?;
+        stop(guest, Module::Stock, &daemon)?;
+    }
     guest.sh("rm /run/waiting.toml").map(drop)
 }
 
