@@ -581,6 +581,14 @@ impl Guest {
         self.module
     }
 
+    /// All that can: a kernel without ours has its own only.
+    pub fn modules(&self) -> &'static [Module] {
+        match self.module {
+            Module::Ours => &[Module::Ours, Module::Stock],
+            Module::Stock => &[Module::Stock],
+        }
+    }
+
     /// How often its agent had to be told again that it is called.
     pub fn raised_again(&self) -> u64 {
         self.vm.raised_again()

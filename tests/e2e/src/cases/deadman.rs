@@ -34,7 +34,8 @@ pub const CASES: &[Case] = &[
         "deadman/daemon-killed",
         "kill -9 of all that is ours at random moments of a backup, our module",
         |guest| deaths(guest, Module::Ours, Death::All).map(drop),
-    ),
+    )
+    .asking_our_module(),
     rounds_of(
         8,
         "deadman/daemon-killed-stock-module",
@@ -46,14 +47,16 @@ pub const CASES: &[Case] = &[
         "deadman/daemon-aborted",
         "the daemon aborts (SIGABRT) at random moments of a backup",
         |guest| deaths(guest, Module::Ours, Death::Abort).map(drop),
-    ),
+    )
+    .asking_our_module(),
     rounds_of(
         8,
         "deadman/daemon-out-of-memory",
         "the OOM killer takes the daemon at random moments",
         |guest| out_of_memory(guest, Module::Ours),
     )
-    .long(),
+    .long()
+    .asking_our_module(),
     rounds_of(
         8,
         "deadman/daemon-out-of-memory-stock-module",
@@ -78,14 +81,16 @@ pub const CASES: &[Case] = &[
         "deadman/killed-in-a-hung-freeze",
         "kill -9 of all that is ours while a disk hangs: all but that one is thawed at once",
         killed_while_a_disk_hangs,
-    ),
+    )
+    .asking_our_module(),
     rounds_of(
         12,
         "deadman/daemon-stopped",
         "SIGSTOP of the daemon at random moments: thawed at the deadline",
         stopped,
     )
-    .long(),
+    .long()
+    .asking_our_module(),
     case(
         "deadman/both-killed-behind-an-agent",
         "the same with a security agent that logs to a frozen disk and judges the open of another: all is \
@@ -102,7 +107,8 @@ pub const CASES: &[Case] = &[
         "SIGTERM while frozen thaws first; the host's THAW is failed",
         terminated_while_frozen,
     )
-    .long(),
+    .long()
+    .asking_our_module(),
 ];
 
 /// The files of the writers: on two file systems and the root.
@@ -409,11 +415,7 @@ pub(super) fn strike(guest: &Guest, victims: &[i32], death: Death) -> Result<Mom
 /// Lets them die in every round, and returns the daemon that is left.
 fn deaths(guest: &Guest, module: Module, death: Death) -> Result<Process> {
     make_writers(guest)?;
-    let parameters: &[&str] = match module {
-        Module::Ours => &["grace_ms=300"],
-        Module::Stock => &[],
-    };
-    load(guest, module, parameters)?;
+    load(guest, module, super::short_grace(module))?;
     let mut daemon = start_daemon(guest, death)?;
     wait_for_daemon(guest)?;
     // As long as a daemon's first backup takes, the host holds it at most; so the moments of death
@@ -678,7 +680,7 @@ fn stopped(guest: &Guest) -> Result<()> {
 
 fn host_never_thaws(guest: &Guest) -> Result<()> {
     make_writers(guest)?;
-    load(guest, Module::Ours, &[])?;
+    load(guest, guest.module(), &[])?;
     let daemon = guest.start_daemon_with("deadline = 2")?;
     wait_for_daemon(guest)?;
     let vss = guest.vss();
@@ -699,7 +701,7 @@ fn host_never_thaws(guest: &Guest) -> Result<()> {
     let late = vss.thaw(STEP)?.status();
     equal("THAW after the deadline", late, status::FAIL)?;
     good_backup(guest)?;
-    stop(guest, Module::Ours, &daemon)?;
+    stop(guest, guest.module(), &daemon)?;
 
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
     answered("FREEZE with the peer", &vss.freeze(&[], STEP)?, status::OK)?;

@@ -24,7 +24,8 @@ pub const CASES: &[Case] = &[
         "foreign/suspended-for-a-moment-ours",
         "the same with our module",
         |guest| suspended(guest, Module::Ours),
-    ),
+    )
+    .asking_our_module(),
     case(
         "foreign/suspended-all-the-time",
         "suspend and resume in a loop, stock module: never good with a writer moving",
@@ -41,7 +42,8 @@ pub const CASES: &[Case] = &[
         "the same with our module",
         |guest| loops(guest, Module::Ours, FREEZE_LOOP),
     )
-    .long(),
+    .long()
+    .asking_our_module(),
     case(
         "foreign/released-in-the-window",
         "frozen by an administrator before, thawed in the window: THAW fails and names it",
@@ -99,7 +101,8 @@ pub const CASES: &[Case] = &[
         "foreign/late-answer",
         "a THAW whose answer comes too late is not called good",
         late_answer,
-    ),
+    )
+    .asking_our_module(),
     case(
         "foreign/hung-neighbour",
         "one that hangs in its freeze is given up, the others go on long before; ours backs them up",
@@ -215,6 +218,9 @@ fn released_in_the_window(guest: &Guest) -> Result<()> {
         // What the module holds beside the administrator stays frozen.
         (Module::Ours, status::OK, status::OK),
     ] {
+        if !guest.modules().contains(&module) {
+            continue;
+        }
         let daemon = start(guest, module, Daemon::Ours)?;
         let held = guest.output(&daemon)?.contains("the module holds");
         guest.freeze("/mnt/v")?;
@@ -286,7 +292,7 @@ fn count_of(guest: &Guest, path: &str) -> Result<u64> {
 
 fn kept_frozen(guest: &Guest) -> Result<()> {
     make_volume(guest)?;
-    for module in [Module::Stock, Module::Ours] {
+    for &module in guest.modules() {
         let daemon = start(guest, module, Daemon::Ours)?;
         guest.freeze("/mnt/v")?;
         let seen = observe(guest)?;
@@ -404,7 +410,7 @@ fn frozen_history(guest: &Guest) -> Result<()> {
     guest.writer_start("/writer")?;
     // It is not waited for what is not to be frozen.
     let config = "state_dir = '/mnt/a/s'\n[exclude]\npaths = ['/mnt/a']";
-    for module in [Module::Stock, Module::Ours] {
+    for &module in guest.modules() {
         guest.sh("rm -rf /mnt/a/s")?;
         load(guest, module, &[])?;
         let daemon = guest.start_daemon_with(config)?;
@@ -461,7 +467,7 @@ fn bad_configuration(guest: &Guest) -> Result<()> {
 
 fn nothing_to_freeze(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
-    load(guest, Module::Ours, &["grace_ms=300"])?;
+    load(guest, guest.module(), super::short_grace(guest.module()))?;
     let typo = "[include]\npaths = ['/srw/*']";
     let daemon = guest.start_daemon_with(typo)?;
     wait_for_daemon(guest)?;
@@ -521,6 +527,9 @@ fn hung_neighbour(guest: &Guest) -> Result<()> {
         (Module::Ours, "give_up = 2", status::OK),
         (Module::Ours, "give_up = 2\nstrict = true", status::FAIL),
     ] {
+        if !guest.modules().contains(&module) {
+            continue;
+        }
         load(guest, module, &[])?;
         let daemon = guest.start_daemon_with(config)?;
         wait_for_daemon(guest)?;
@@ -580,6 +589,10 @@ fn hung_neighbour(guest: &Guest) -> Result<()> {
         says(guest, &daemon, level, "/mnt/v")?;
         says(guest, &daemon, "", "3 frozen, 0 frozen by others")?;
         stop(guest, module, &daemon)?;
+    }
+    if guest.module() == Module::Stock {
+        // Beside the peer stands what our module makes of it.
+        return Ok(());
     }
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
     guest.sh("sync && dmsetup suspend --noflush --nolockfs v")?;

@@ -31,7 +31,8 @@ pub const CASES: &[Case] = &[
         "deadman/hung-freeze",
         "a freeze that hangs fails at the deadline, and the others hardly stand still for it",
         |guest| hung_freeze(guest, Module::Ours),
-    ),
+    )
+    .asking_our_module(),
     case(
         "deadman/hung-freeze-stock-module",
         "the same with the stock hv_utils and FIFREEZE",
@@ -41,7 +42,8 @@ pub const CASES: &[Case] = &[
         "deadman/hung-thaw",
         "a thaw that hangs on its disk holds up no image on another one, which comes after it, and no hook",
         |guest| hung_thaw(guest, Module::Ours),
-    ),
+    )
+    .asking_our_module(),
     case(
         "deadman/hung-thaw-stock-module",
         "the same with the stock hv_utils and FITHAW",
@@ -52,7 +54,8 @@ pub const CASES: &[Case] = &[
         "a disk that dies while it is frozen costs no backup but its own, neither this one nor the next, also \
          of the next daemon",
         |guest| dead_while_frozen(guest, Module::Ours),
-    ),
+    )
+    .asking_our_module(),
     case(
         "deadman/dead-while-frozen-stock-module",
         "the same with the stock hv_utils and FITHAW",
@@ -64,7 +67,8 @@ pub const CASES: &[Case] = &[
         "SIGKILL at random moments while one disk hangs in its freeze: FREEZE fails, the rest goes on at once, \
          and that one when it comes back",
         daemon_killed_in_a_hung_freeze,
-    ),
+    )
+    .asking_our_module(),
     case(
         "deadman/both-killed-in-a-hung-freeze",
         "daemon and guard killed inside a FIFREEZE that hangs: all is thawed and let go, the rest at once",
@@ -80,7 +84,8 @@ pub const CASES: &[Case] = &[
         "a sync of an ext4 that hangs: without that disk the next backup is good, and so is that of the \
          next daemon",
         hung_sync,
-    ),
+    )
+    .asking_our_module(),
     case(
         "deadman/hung-look-stock-module",
         "a look after what is frozen that hangs behind another's thaw holds up no thaw but its own",
@@ -185,7 +190,7 @@ fn hung_device(guest: &Guest) -> Result<()> {
         ("give_up = 2", status::OK),
         ("give_up = 2\nstrict = true", status::FAIL),
     ] {
-        for module in [Module::Ours, Module::Stock] {
+        for &module in guest.modules() {
             load(guest, module, &[])?;
             let daemon = guest.start_daemon_with(config)?;
             wait_for_daemon(guest)?;
@@ -454,7 +459,7 @@ fn killed_beside_a_hung_sync(guest: &Guest) -> Result<()> {
     )?;
     guest.writer_start("/mnt/a/w")?;
     let vss = guest.vss();
-    load(guest, Module::Ours, &[])?;
+    load(guest, guest.module(), &[])?;
     let daemon = guest.start_daemon_with("give_up = 1")?;
     wait_for_daemon(guest)?;
     // From then on it knows that this one cannot freeze.
@@ -476,7 +481,7 @@ fn killed_beside_a_hung_sync(guest: &Guest) -> Result<()> {
     guest.sh(UNHANG)?;
     guest.wait(&daemon, STEP)?;
     good_backup(guest)?;
-    stop(guest, Module::Ours, &next)
+    stop(guest, guest.module(), &next)
 }
 
 fn hung_sync(guest: &Guest) -> Result<()> {
@@ -696,7 +701,7 @@ fn hung_open(guest: &Guest) -> Result<()> {
         guest.writer_start(path)?;
     }
     let vss = guest.vss();
-    load(guest, Module::Ours, &[])?;
+    load(guest, guest.module(), &[])?;
     let daemon = guest.start_daemon_with("prepare = 2\ndeadline = 1")?;
     wait_for_daemon(guest)?;
     guest.watch_opens("/mnt/b", None)?;
@@ -724,7 +729,7 @@ fn hung_open(guest: &Guest) -> Result<()> {
     answered("FREEZE again", &vss.freeze(&[], STEP)?, status::FAIL)?;
     guest.release_opens()?;
     good_backup_after(guest, &daemon)?;
-    stop(guest, Module::Ours, &daemon)
+    stop(guest, guest.module(), &daemon)
 }
 
 fn open_behind_the_freeze(guest: &Guest) -> Result<()> {
@@ -738,7 +743,7 @@ fn open_behind_the_freeze(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
     guest.watch_opens("/mnt/watched", Some("/mnt/log/opens"))?;
 
-    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
     good_backup(guest)?;
     let frozen = vss.freeze(&[], STEP)?.status();
     let ours = format!(
@@ -756,7 +761,7 @@ fn open_behind_the_freeze(guest: &Guest) -> Result<()> {
         opens.contains(&format!("opened by {}", daemon.pid)),
         "the agent should have judged the daemon's opens, it saw: {opens}"
     );
-    stop(guest, Module::Ours, &daemon)?;
+    stop(guest, guest.module(), &daemon)?;
 
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
     answered("FREEZE with the peer", &vss.freeze(&[], STEP)?, status::OK)?;

@@ -186,6 +186,15 @@ fn load(guest: &Guest, module: Module, parameters: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// What `module` is loaded with where daemons die: ours does not wait for the next one for long. The stock
+/// one waits for none.
+fn short_grace(module: Module) -> &'static [&'static str] {
+    match module {
+        Module::Ours => &["grace_ms=300"],
+        Module::Stock => &[],
+    }
+}
+
 /// Waits until a daemon has registered: from then on HOT_BACKUP is answered 0.
 fn wait_for_daemon(guest: &Guest) -> Result<()> {
     guest.wait_until("HOT_BACKUP is answered 0: a daemon is there", STEP, || {
