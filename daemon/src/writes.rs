@@ -35,11 +35,15 @@ impl Writes {
         Writes::from(devices.iter().filter_map(stat).collect::<Vec<_>>())
     }
 
-    /// How many sectors were written since they were set up. `None` when there are none, and once one of them
-    /// has gone: what is left of the sum would be less than before, and that is nobody's write.
+    /// How many sectors were written since they were set up. `None` once one of them has gone: what is left
+    /// of the sum would be less than before, and that is nobody's write.
     pub fn sectors(&self) -> Option<u64> {
-        let sum = self.0.iter().map(sectors_of).sum::<Option<u64>>();
-        sum.filter(|_| !self.0.is_empty())
+        self.0.iter().map(sectors_of).sum()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 }
 
@@ -332,8 +336,10 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_is_not_there_tells_nothing() {
-        assert_eq!(Writes::of(&[DevId::default()]).sectors(), None);
+    fn a_device_that_is_not_there_adds_nothing() {
+        let writes = Writes::of(&[DevId::default()]);
+        assert_eq!(writes.sectors(), Some(0));
+        assert!(writes.is_empty());
     }
 
     #[test]

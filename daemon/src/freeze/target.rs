@@ -211,7 +211,7 @@ impl Target {
     pub(super) fn is_as_it_was(&self) -> bool {
         let both = lock(&self.written).zip(self.writes.sectors());
         let is_counted = || self.written_back.as_ref().is_some_and(|it| it().is_some());
-        both.is_some_and(|(then, now)| now == then) && is_counted()
+        both.is_some_and(|(then, now)| now == then) && !self.writes.is_empty() && is_counted()
     }
 
     /// Whether this session froze it and has not thawed it yet.
