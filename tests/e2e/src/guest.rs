@@ -455,6 +455,12 @@ impl Guest {
         Guest::boot(images, machine, &number.to_string(), Image::default())
     }
 
+    /// Puts a file for people among the results.
+    pub fn keep(&self, name: &str, text: &str) -> Result<()> {
+        let path = self.images.results.join(name);
+        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+    }
+
     /// Boots another guest of the kind that this one is, with this content on its root's disk.
     pub fn start_from(&self, root: Image) -> Result<Guest> {
         let guest = Guest::boot(&self.images, self.machine, "restored", root)?;

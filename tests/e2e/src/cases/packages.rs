@@ -115,15 +115,15 @@ const A_MOMENT: Duration = Duration::from_millis(500);
 /// Where the packages lie.
 const PACKAGES: &str = "/payload/packages";
 
-/// What is missing of what DKMS would compile with is of no use here.
-fn install(guest: &Guest, packages: &str) -> Result<()> {
+/// What is missing of what DKMS would compile with is of no use here. Returns what it said.
+fn install(guest: &Guest, packages: &str) -> Result<String> {
     let line = format!("cd {PACKAGES} && exec dpkg --install --force-depends {packages}");
     let dpkg = guest.spawn(&["sh", "-c", &line])?;
     // Debian's daemons are started by their package, and systemd waits 90 s for a device that is not there.
     let status = guest.wait(&dpkg, STEP * 6)?;
-    let said = || guest.output(&dpkg).unwrap_or_default();
-    ensure!(status.status == Some(0), "{line}: {status:?}\n{}", said());
-    Ok(())
+    let said = guest.output(&dpkg)?;
+    ensure!(status.status == Some(0), "{line}: {status:?}\n{said}");
+    Ok(said)
 }
 
 /// The driver that has the VSS device.
@@ -383,17 +383,18 @@ fn page(guest: &Guest) -> Result<()> {
         installs.len() == 2 && asks.len() >= 6,
         "the page should have been understood: {installs:?}, {asks:?}"
     );
+    let mut record = Vec::new();
     for command in installs {
-        println!("     # {command}");
+        record.push(format!("# {command}"));
         // No apt here, nor a mirror: of what it names, the files are installed by what it would use itself. What is
         // on the mirror only is to compile with, which was done beforehand.
         let (files, others): (Vec<_>, Vec<_>) = command
             .split_whitespace()
             .skip(2)
             .partition(|it| it.starts_with("./"));
-        install(guest, &files.join(" "))?;
+        record.push(install(guest, &files.join(" "))?.trim_end().to_owned());
         if !others.is_empty() {
-            println!("     (not on this machine: {})", others.join(" "));
+            record.push(format!("(not on this machine: {})", others.join(" ")));
         }
     }
     // As for the QEMU guest agent.
@@ -410,11 +411,11 @@ fn page(guest: &Guest) -> Result<()> {
     )?;
     let mut history = String::new();
     for command in asks.iter().flat_map(|it| variants(it)) {
-        println!("     # {command}");
+        record.push(format!("# {command}"));
         let ended = guest.try_sh(&command)?;
-        for line in ended.out.lines() {
-            println!("     {line}");
-        }
+        record.push(ended.out.trim_end().to_owned());
+        // As far as it came.
+        guest.keep("page.txt", &record.join("\n"))?;
         // Of `check`: there is something to know. This Debian has none of what a module is built with.
         let expected = if command.ends_with(" check") { 7 } else { 0 };
         equal(&command, ended.status, Some(expected))?;
