@@ -404,11 +404,9 @@ fn page(guest: &Guest) -> Result<()> {
     )?;
     let guest = &reboot(guest)?;
     serves(guest, OURS, "hv_vss")?;
-    equal(
-        "how the hook was called",
-        guest.read("/run/called")?.as_str(),
-        "freeze\nthaw\n",
-    )?;
+    guest.wait_until("the hook was called for both", STEP, || {
+        Ok(guest.read("/run/called")? == "freeze\nthaw\n")
+    })?;
     let mut history = String::new();
     for command in asks.iter().flat_map(|it| variants(it)) {
         record.push(format!("# {command}"));
