@@ -623,11 +623,16 @@ pub fn use_one_heap() {
     /// Bytes at the end of the heap that are given back amid the work.
     #[cfg(target_env = "gnu")]
     const NOT_BY_ITSELF: libc::c_int = 4 << 20;
+    /// Bytes from which on a buffer, as for a mount table, is mapped by itself, and goes with its last use: what is
+    /// free amid a heap that is locked cannot be given back.
+    #[cfg(target_env = "gnu")]
+    const LARGE: libc::c_int = 16 << 10;
     #[cfg(target_env = "gnu")]
     // SAFETY: mallopt takes integers only, and no other thread allocates meanwhile.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_TRIM_THRESHOLD, NOT_BY_ITSELF);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
     }
 }
 
@@ -636,7 +641,7 @@ pub fn use_one_heap() {
 pub fn give_back_memory() {
     /// Bytes.
     #[cfg(target_env = "gnu")]
-    const KEPT: usize = 32 << 10;
+    const KEPT: usize = 8 << 10;
     #[cfg(target_env = "gnu")]
     // SAFETY: malloc_trim has no preconditions; it only looks at the allocator's own lists.
     unsafe {
