@@ -411,18 +411,16 @@ fn page(guest: &Guest) -> Result<()> {
     for command in asks.iter().flat_map(|it| variants(it)) {
         record.push(format!("# {command}"));
         let ended = guest.try_sh(&command)?;
-        record.push(ended.out.trim_end().to_owned());
+        record.extend([&ended.out, &ended.err].map(|it| it.trim_end().to_owned()));
         // As far as it came.
         guest.keep("page.txt", &record.join("\n"))?;
-        // Of `check`: there is something to know. This Debian has none of what a module is built with.
-        let expected = if command.ends_with(" check") { 7 } else { 0 };
-        equal(&command, ended.status, Some(expected))?;
+        equal(&command, ended.status, Some(0))?;
         if command == "hv_vss history" {
             history = ended.out;
         }
     }
     ensure!(
-        history.contains("good") && history.contains("10-note"),
+        history.contains(" good "),
         "the history should have the backup: {history}"
     );
     ensure!(
