@@ -165,7 +165,7 @@ pub struct Limits {
     pub parallel: usize,
     /// How many are written back at a time, before the freeze.
     pub write_back: usize,
-    /// How long the sync of one that cannot freeze may take.
+    /// How long the freeze of one may take, or its thaw, or its sync with nothing written back; then it hangs.
     pub give_up: Duration,
     /// How long what somebody else has frozen is waited for, in all.
     pub patience: Duration,
