@@ -91,11 +91,14 @@ impl Shared {
         drop(step);
         let mut state = self.lock();
         state.running -= 1;
-        if state.waiting && state.is_over() {
-            self.idle.notify_all();
-        }
         if state.left && state.is_over() {
             state.step = None;
+        }
+        if state.waiting && state.is_over() {
+            // Who is woken finds the lock free.
+            drop(state);
+            self.idle.notify_all();
+            state = self.lock();
         }
         (state, true)
     }
@@ -117,17 +120,20 @@ impl Shared {
         }
     }
 
-    /// Has the threads begin.
-    fn begin(&self, count: usize, step: Step) -> MutexGuard<'_, State> {
+    /// Has the threads begin, for a caller who will wait for their end.
+    fn begin(&self, count: usize, step: Step) {
         let mut state = self.lock();
         state.step = Some(step);
         state.left = false;
         state.next = 0;
         state.end = count;
-        for _ in 0..count.min(state.threads) {
+        state.waiting = true;
+        let threads = count.min(state.threads);
+        // Who is woken finds the lock free.
+        drop(state);
+        for _ in 0..threads {
             self.work.notify_one();
         }
-        state
     }
 
     /// Waits for so long until all is over.
@@ -183,8 +189,8 @@ impl Pool {
     /// now and then, at first when it begins, and says when to call it again. The pool must have a thread.
     pub fn run_watched(&self, count: usize, step: Step, mut look: impl FnMut() -> Option<Instant>) {
         let shared = self.shared();
-        let mut state = shared.begin(count, step);
-        state.waiting = true;
+        shared.begin(count, step);
+        let mut state = shared.lock();
         while !state.is_over() {
             // Not under the lock: it may take a while.
             drop(state);
@@ -220,12 +226,16 @@ impl Pool {
     ) -> bool {
         let Some(last) = ends.last() else { return true };
         let shared = self.shared();
-        let mut state = shared.begin(0, step);
+        shared.begin(0, step);
+        let mut state = shared.lock();
         for end in ends {
-            for _ in state.end..*end {
+            let begun = *end - state.end;
+            state.end = *end;
+            drop(state);
+            for _ in 0..begun {
                 shared.work.notify_one();
             }
-            state.end = *end;
+            state = shared.lock();
             if state.running >= state.threads {
                 state = shared.help(state);
             }
@@ -261,8 +271,8 @@ impl Pool {
         if !shared.lock().is_over() {
             return false;
         }
-        let state = shared.begin(1, Arc::new(move |_| step()));
-        let mut state = shared.wait(state, time);
+        shared.begin(1, Arc::new(move |_| step()));
+        let mut state = shared.wait(shared.lock(), time);
         state.left = !state.is_over();
         if !state.left {
             state.step = None;
