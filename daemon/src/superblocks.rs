@@ -13,6 +13,7 @@ use std::io::{self, Seek};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use crate::mounts::DevId;
 use crate::sys;
@@ -226,9 +227,12 @@ const FREEZE_ENDS_SCRUB: (u32, u32) = (6, 19);
 
 /// Whether a btrfs, open, is being scrubbed and cannot be frozen before that has ended.
 pub fn waits_for_scrub(fd: BorrowedFd<'_>) -> bool {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    version_in(&release).is_some_and(|it| it < FREEZE_ENDS_SCRUB)
-        && sys::is_scrubbed(fd).unwrap_or(false)
+    // The kernel that runs stays what it is.
+    static MAY_WAIT: LazyLock<bool> = LazyLock::new(|| {
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        version_in(&release).is_some_and(|it| it < FREEZE_ENDS_SCRUB)
+    });
+    *MAY_WAIT && sys::is_scrubbed(fd).unwrap_or(false)
 }
 
 /// Of a release such as "6.12.117+deb13-amd64" the first two numbers.
