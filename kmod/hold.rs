@@ -175,6 +175,8 @@ pub(crate) struct Request {
     count: usize,
     spare: KVec<Arc<Slot>>,
     entries: KVVec<Entry>,
+    /// The series before, which has ended; it goes when no lock is held.
+    over: Option<Series>,
 }
 
 impl Request {
@@ -186,6 +188,7 @@ impl Request {
             count,
             spare: KVec::new(),
             entries: KVVec::new(),
+            over: None,
         }
     }
 }
@@ -277,6 +280,9 @@ impl Hold {
                 Stage::CalledOff | Stage::Thawing(_) => return Ok(Begun::After(entry.watch())),
                 Stage::Failed(_) | Stage::Thawed(_) => {}
             }
+        }
+        if state.is_over() {
+            request.over = state.series.take();
         }
         if state.series.is_none() {
             // What is left over from series before stays on the list.
@@ -518,6 +524,14 @@ impl Hold {
 }
 
 impl State {
+    /// Whether there is a series of which nothing is frozen, or going to be: what of it is still there hangs,
+    /// and is to end without it. The next one has its own deadline, and room for all.
+    fn is_over(&self) -> bool {
+        let counts = |entry: &Entry| matches!(entry.stage, Stage::Freezing | Stage::Held);
+        let mut its = self.entries.iter().filter(|it| it.series == self.last_series);
+        self.series.is_some() && !its.any(counts)
+    }
+
     fn of_slot(&mut self, slot: &Arc<Slot>) -> Option<&mut Entry> {
         self.entries
             .iter_mut()

@@ -50,6 +50,12 @@ pub const CASES: &[Case] = &[
         |guest| hung_thaw(guest, Module::Stock),
     ),
     case(
+        "deadman/newcomer-beside-a-hung-freeze",
+        "what is mounted while one freeze hangs is frozen, too, and all the others are",
+        newcomer_beside_a_hung_freeze,
+    )
+    .asking_our_module(),
+    case(
         "deadman/dead-while-frozen",
         "a disk that dies while it is frozen costs no backup but its own, neither this one nor the next, also \
          of the next daemon",
@@ -411,6 +417,29 @@ fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {
         &thaw,
     );
     Ok(())
+}
+
+/// It is begun anew for the newcomer, while what the module has of the first attempt still hangs.
+fn newcomer_beside_a_hung_freeze(guest: &Guest) -> Result<()> {
+    make_two(guest)?;
+    guest.sh("mkdir -p /mnt/new && mkfs.ext4 -q -F /dev/ram6")?;
+    load(guest, Module::Ours, &[])?;
+    let daemon = guest.start_daemon_with("give_up = 2")?;
+    wait_for_daemon(guest)?;
+    good_backup(guest)?;
+    let freeze = freeze_that_hangs(guest, &daemon)?;
+    guest.sh("mount /dev/ram6 /mnt/new")?;
+    let reply = guest.vss().wait(freeze, STEP * 2)?;
+    answered("FREEZE without the one that hangs", &reply, status::OK)?;
+    let held = guest.held()?;
+    for device in ["1:0", "1:1", "1:6"] {
+        let is_held = |(it, state): &(String, String)| it == device && state == "held";
+        ensure!(held.iter().any(is_held), "{device} is not held: {held:?}");
+    }
+    answered("THAW", &guest.vss().thaw(STEP * 2)?, status::OK)?;
+    guest.sh(UNHANG)?;
+    guest.wait_until("it comes back", STEP, || Ok(guest.held()?.is_empty()))?;
+    good_backup(guest).context("with all of them").map(drop)
 }
 
 /// Whether it has said that a thaw hangs.
