@@ -53,6 +53,8 @@ const THAW_TIME: Duration = Duration::from_millis(500);
 const STUCK_TIME: Duration = Duration::from_secs(1);
 /// How long a look whether all is still frozen is waited for.
 const LOOK_TIME: Duration = Duration::from_millis(200);
+/// How often it is tried again to thaw what could not be when its session ended.
+const RETRY: Duration = Duration::from_secs(1);
 /// How often those that are frozen are thawed again because of one that is slow.
 const BACK_OFFS: usize = 3;
 
@@ -261,6 +263,7 @@ impl Session {
                 lost: Mutex::new(Vec::new()),
                 early: Mutex::new(Vec::new()),
                 thaw_failure: Mutex::new(None),
+                over: AtomicBool::new(false),
             }),
         })
     }
@@ -732,8 +735,10 @@ impl Session {
             return Err(ThawError::Early { names });
         }
         // Where others can thaw, the call itself would have said whether they had.
-        let may_be_lost =
-            |it: &Target| it.is_thawing() && (strict || (watched && !it.is_as_it_was()));
+        let may_be_lost = |it: &Target| {
+            let has_not_ended = it.is_thawing() || it.unasked.load(Ordering::SeqCst);
+            has_not_ended && (strict || (watched && !it.is_as_it_was()))
+        };
         match self.names(may_be_lost) {
             names if names.is_empty() => Ok(()),
             names => Err(ThawError::Hung { names }),
@@ -771,6 +776,7 @@ impl Session {
     /// Gives up what is needed only as long as anything is frozen. It takes a while, which nobody need
     /// wait for.
     pub fn disarm(&self) {
+        self.work.over.store(true, Ordering::SeqCst);
         let left = self.work.targets.iter().filter(|it| it.is_ours());
         let left: Vec<BorrowedFd<'_>> = left.map(AsFd::as_fd).collect();
         self.work.door.disarm(&left);
@@ -825,6 +831,12 @@ impl Drop for Session {
             let _ = self.thaw();
         }
         self.closed_last = self.leave_copies();
+        if Arc::strong_count(&self.work) > 1 {
+            // Whoever hangs in one has them all, and the others are to be free.
+            let free = self.work.targets.iter().filter(|it| it.is_left_in_peace());
+            // Where that cannot be they are free when it comes back.
+            let _ = sys::replace_by_nothing(free.map(AsFd::as_fd));
+        }
     }
 }
 

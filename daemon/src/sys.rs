@@ -16,9 +16,11 @@ use std::process::Command;
 use crate::mounts::DevId;
 use hv_vss_uapi::{IocFreeze, IocThaw};
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sched::{unshare, CloneFlags};
 use nix::sys::signal::SigSet;
 use nix::sys::socket::{recvmsg, ControlMessageOwned, MsgFlags};
+use nix::unistd::pipe2;
 
 /// The raw ioctl wrappers that nix generates; all of them are unsafe functions.
 mod ioctl {
@@ -580,6 +582,18 @@ pub fn keep_only(number: RawFd) -> io::Result<OwnedFd> {
     Errno::result(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
     // SAFETY: it is open, and the only one in this thread's own table.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Closes what is behind these descriptors although somebody may still have them: from now on they lead to a
+/// pipe at its end.
+pub fn replace_by_nothing<'a>(fds: impl Iterator<Item = BorrowedFd<'a>>) -> io::Result<()> {
+    let (nothing, _) = pipe2(OFlag::O_CLOEXEC)?;
+    for fd in fds {
+        // SAFETY: the call takes integers only. The number stays open and belongs to whom it did.
+        let ret = unsafe { libc::dup3(nothing.as_raw_fd(), fd.as_raw_fd(), libc::O_CLOEXEC) };
+        Errno::result(ret)?;
+    }
+    Ok(())
 }
 
 /// A descriptor that is readable when that process has ended. Fails with `ENOSYS` before Linux 5.3.

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -53,6 +53,42 @@ pub(super) enum State {
         /// When it was thawed at the latest.
         until: Instant,
     },
+}
+
+/// Whose turn it is with one: that of whoever thaws it or looks after it, so that none is taken for the other.
+#[derive(Default)]
+pub(super) struct Turn {
+    is_taken: Mutex<bool>,
+    free: Condvar,
+}
+
+/// Until this is dropped it is nobody else's.
+pub(super) struct Taken<'a>(&'a Turn);
+
+impl Turn {
+    /// Takes it, if it is free by then.
+    pub(super) fn take_within(&self, time: Duration) -> Option<Taken<'_>> {
+        let free = self
+            .free
+            .wait_timeout_while(lock(&self.is_taken), time, |it| *it);
+        let (mut is_taken, waited) = free.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() && *is_taken {
+            return None;
+        }
+        *is_taken = true;
+        Some(Taken(self))
+    }
+
+    fn is_taken(&self) -> bool {
+        *lock(&self.is_taken)
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.is_taken) = false;
+        self.0.free.notify_one();
+    }
 }
 
 /// From now on it is thawed.
@@ -125,8 +161,9 @@ pub struct Target {
     pub(super) state: Mutex<State>,
     /// Its freeze has taken for too long and was called off.
     pub(super) given_up: AtomicBool,
-    /// Held by whoever thaws it or looks after it, so that none is taken for the other.
-    pub(super) turn: Mutex<()>,
+    pub(super) turn: Turn,
+    /// Whether others have thawed it meanwhile is being asked, or could not be.
+    pub(super) unasked: AtomicBool,
 }
 
 impl Target {
@@ -147,7 +184,8 @@ impl Target {
             written: Mutex::default(),
             state: Mutex::new(State::Open),
             given_up: AtomicBool::new(false),
-            turn: Mutex::new(()),
+            turn: Turn::default(),
+            unasked: AtomicBool::new(false),
         }
     }
 
@@ -232,6 +270,15 @@ impl Target {
     /// Whether its thaw, under way on another thread, has not come back.
     pub(super) fn is_thawing(&self) -> bool {
         matches!(*self.state(), State::Thawing { .. })
+    }
+
+    /// Whether nobody is inside a call with its descriptor.
+    pub(super) fn is_left_in_peace(&self) -> bool {
+        let is_inside = matches!(
+            *self.state(),
+            State::Freezing { .. } | State::Thawing { .. }
+        );
+        !is_inside && !self.turn.is_taken()
     }
 
     pub(super) fn is_freezing(&self) -> bool {

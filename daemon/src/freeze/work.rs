@@ -6,12 +6,13 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 use super::target::{thawed, State, Target};
-use super::{FreezeError, Limits, ThawError, ABORT_TICK};
+use super::{FreezeError, Limits, ThawError, ABORT_TICK, LOOK_TIME, RETRY};
 use crate::door::Door;
 use crate::logbook::Logbook;
 use crate::progress::Progress;
@@ -55,6 +56,8 @@ pub(super) struct Work {
     pub(super) lost: Mutex<Vec<String>>,
     pub(super) early: Mutex<Vec<String>>,
     pub(super) thaw_failure: Mutex<Option<ThawError>>,
+    /// Its session has ended: what is still frozen by then is up to whoever is at it.
+    pub(super) over: AtomicBool,
 }
 
 impl Work {
@@ -263,33 +266,58 @@ impl Work {
         self.note_early(name);
     }
 
-    /// Finds out what is not frozen any more.
+    /// Finds out what is not frozen any more. This may hang behind whoever syncs a disk that does, and its thaw
+    /// comes all the same: it is queued behind it in the kernel, where it does not end with the daemon.
     pub(super) fn look_after_all(&self) {
         for target in &self.targets {
-            let _turn = lock(&target.turn);
-            let state = *target.state();
-            let is_frozen = matches!(state, State::Ours { .. } | State::Foreign);
-            if is_frozen && self.door.freeze(target.as_fd()).is_ok() {
-                if state == State::Foreign {
+            let Some(_turn) = target.turn.take_within(Duration::ZERO) else {
+                continue;
+            };
+            let is_frozen = matches!(*target.state(), State::Ours { .. } | State::Foreign);
+            if !is_frozen || self.door.freeze(target.as_fd()).is_err() {
+                continue;
+            }
+            let mut state = target.state();
+            match *state {
+                State::Ours { .. } => {}
+                State::Foreign => {
                     // It is nobody's any more.
-                    *target.state() = State::Open;
+                    *state = State::Open;
+                    drop(state);
                     let _ = self.door.thaw(target.as_fd());
                 }
-                self.note_early(&target.name);
-                lock(&self.lost).push(target.name.clone());
+                // Its thaw has come meanwhile.
+                now => {
+                    drop(state);
+                    let _ = self.door.thaw(target.as_fd());
+                    if !matches!(now, State::Thawing { .. }) {
+                        continue;
+                    }
+                }
             }
+            self.note_early(&target.name);
+            lock(&self.lost).push(target.name.clone());
         }
     }
 
     /// Finds out whether others have thawed meanwhile what they had frozen.
     pub(super) fn ask_foreign(&self, target: &Target) {
-        let _turn = lock(&target.turn);
         if *target.state() != State::Foreign {
             return;
         }
         let name = &target.name;
         let was_written = target.was_written();
-        if self.door.freeze(target.as_fd()).is_ok() {
+        target.unasked.store(true, Ordering::SeqCst);
+        // Behind a look that hangs this would, too.
+        let Some(_turn) = target.turn.take_within(LOOK_TIME) else {
+            return;
+        };
+        let frozen = self.door.freeze(target.as_fd());
+        target.unasked.store(false, Ordering::SeqCst);
+        if *target.state() != State::Foreign {
+            // That look has found it out.
+            let _ = self.door.thaw(target.as_fd());
+        } else if frozen.is_ok() {
             // It is nobody's any more. If it cannot be thawed, that is the news.
             *target.state() = State::Ours {
                 since: Instant::now(),
@@ -304,11 +332,12 @@ impl Work {
     }
 
     pub(super) fn thaw_one(&self, target: &Target) {
-        // Whoever looks after it may hang, and then so does this.
+        // Whoever looks after it may hang, and then it is thawed all the same.
+        let _turn = target.turn.take_within(LOOK_TIME);
+        let was_over = self.over.load(Ordering::SeqCst);
         let Some((since, took)) = target.begin_thaw() else {
             return;
         };
-        let _turn = lock(&target.turn);
         let name = &target.name;
         let was_written = target.was_written();
         let result = self.door.thaw(target.as_fd());
@@ -338,12 +367,29 @@ impl Work {
                 // It stays ours, so that it is tried again when the session is dropped.
                 *target.state() = State::Ours { since, took };
                 self.log.error(format!("{name} cannot be thawed: {source}"));
+                if !was_over && self.over.load(Ordering::SeqCst) {
+                    return self.thaw_in_the_end(target);
+                }
                 lock(&self.thaw_failure).get_or_insert(ThawError::Failed {
                     name: name.clone(),
                     source,
                 });
             }
         }
+    }
+
+    /// Tries again until it is thawed, by whomever: its session has ended meanwhile, and nobody else does.
+    fn thaw_in_the_end(&self, target: &Target) {
+        while let Some((since, took)) = target.begin_thaw() {
+            thread::sleep(RETRY);
+            let now = match self.door.thaw(target.as_fd()) {
+                Err(error) if !is(&error, Errno::EINVAL) => State::Ours { since, took },
+                _ => thawed(since, took),
+            };
+            *target.state() = now;
+        }
+        let name = &target.name;
+        self.log.warning(format!("{name} is thawed at last"));
     }
 }
 
