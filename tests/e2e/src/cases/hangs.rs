@@ -6,6 +6,7 @@
 use super::deadman::{
     all_of_ours, good_backup, make_hung, released, rounds_of, Tally, FEW, HANG, RELEASED, UNHANG,
 };
+use super::disks::{self, load_driver, Attached};
 use super::hooks::{self, hook, noted};
 use super::scope::tells_superblocks;
 use super::{
@@ -17,6 +18,7 @@ use e2e::guest::{Daemon, Guest, Module, Process, STEP};
 use hv_vss_uapi::IOC_FREEZE;
 use hyperv_sim::ic::status;
 use hyperv_sim::ic::vss::{Op, SHORT_BODY};
+use hyperv_sim::storage::Image;
 use hyperv_sim::Tx;
 use std::time::Duration;
 
@@ -48,6 +50,12 @@ pub const CASES: &[Case] = &[
         "deadman/hung-thaw-stock-module",
         "the same with the stock hv_utils and FITHAW",
         |guest| hung_thaw(guest, Module::Stock),
+    ),
+    disks::case(
+        "deadman/killed-behind-a-hung-look",
+        "stock: the daemon dies after THAW, while a look of its own and a thaw hang on a disk: that is thawed, \
+         too, when it comes back",
+        killed_behind_a_hung_look,
     ),
     case(
         "deadman/newcomer-beside-a-hung-freeze",
@@ -350,6 +358,7 @@ fn hung_thaw(guest: &Guest, module: Module) -> Result<()> {
 
 fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {
     make_two(guest)?;
+    guest.sh("mkdir -p /mnt/b && mkfs.ext4 -q -F /dev/ram6 && mount /dev/ram6 /mnt/b")?;
     let vss = guest.vss();
     load(guest, module, &[])?;
     let config = "give_up = 2";
@@ -364,6 +373,9 @@ fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {
     answered("THAW without it", &vss.wait(tx, STEP)?, status::OK)?;
     guest.wait_until("it is named", STEP, || {
         Ok(guest.output(&daemon)?.contains("/mnt/hung") && said_thaw_hangs(guest, &daemon)?)
+    })?;
+    guest.wait_until("nobody keeps another one open for it", STEP, || {
+        Ok(guest.try_sh("umount /mnt/b")?.status == Some(0))
     })?;
     for next in [false, true] {
         if next {
@@ -417,6 +429,48 @@ fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {
         &thaw,
     );
     Ok(())
+}
+
+/// Somebody syncs the disk that has died while it was frozen, so that the next look whether it still is hangs;
+/// THAW is answered, and then the daemon dies.
+fn killed_behind_a_hung_look(guest: &Guest) -> Result<()> {
+    // Only a disk with a cache is told to write that.
+    load_driver(guest)?;
+    let disk = Attached::new(guest, 0, 0, 64, Image::default())?;
+    let node = disk.node(guest)?;
+    guest.sh(&format!(
+        "modprobe dm-mod; mkdir -p /mnt/a /mnt/hung
+         mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+         dmsetup create hung --noudevsync --table '0 131072 linear {node} 0'
+         [ -e /dev/mapper/hung ] || dmsetup mknodes
+         mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync"
+    ))?;
+    guest.writer_start("/mnt/a/w")?;
+    let vss = guest.vss();
+    load(guest, Module::Stock, &[])?;
+    let daemon = guest.start_daemon_with("give_up = 2")?;
+    wait_for_daemon(guest)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.sh(HANG)?;
+    let sync = guest.spawn(&["sync"])?;
+    guest.wait_until("the look hangs", STEP, || {
+        Ok(in_freeze(guest, &daemon)? == 1)
+    })?;
+    let sent = guest.clock()?;
+    let tx = vss.send(Op::THAW, &SHORT_BODY)?;
+    released(guest, "beside one that has died", sent, RELEASED)?;
+    answered("THAW without it", &vss.wait(tx, STEP)?, status::OK)?;
+    guest.wait_until("it is over", STEP, || said_thaw_hangs(guest, &daemon))?;
+    guest.signal_all(&all_of_ours(guest, &daemon)?, 9)?;
+    guest.sh(UNHANG)?;
+    guest.wait(&sync, STEP)?;
+    guest.wait(&daemon, STEP)?;
+    guest.not_frozen("with its disk back", &["/mnt/hung", "/mnt/a"])?;
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    good_backup(guest).context("the next backup")?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest.sh("umount /mnt/hung && dmsetup remove hung")?;
+    disk.detach(guest)
 }
 
 /// It is begun anew for the newcomer, while what the module has of the first attempt still hangs.
