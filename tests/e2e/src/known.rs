@@ -47,11 +47,6 @@ const KNOWN: &[Known] = &[
         why: "the last word of a kernel that does as it is told, which it says to everybody",
     },
     Known {
-        text: "hv_vss_daemon: ",
-        cases: EVERYWHERE,
-        why: "a program's word, which the console of a machine that has ended does not tell from the kernel's",
-    },
-    Known {
         text: "cmd 0x35 status: scsi 0x0 srb 0x20 host 0xc00000c0",
         cases: EVERYWHERE,
         why: "the driver flushes a disk once more that the host has taken off, as it does behind each case",

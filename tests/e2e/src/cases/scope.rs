@@ -483,7 +483,10 @@ fn served_from_a_disk(guest: &Guest) -> Result<()> {
               mount /dev/ram1 /mnt/a",
     )?;
     guest.writer_start("/mnt/a/w")?;
-    let server = silent_fuse(guest, "-t fuse /dev/ram2 /mnt/served")?;
+    // As udev names the disks here.
+    let node = "/dev/acpi-VMBUS:00-vmbus-lun-2";
+    guest.sh(&format!("ln -sf ram2 {node}"))?;
+    let server = silent_fuse(guest, &format!("-t fuse {node} /mnt/served"))?;
     let words = ["/mnt/served (fuse, 0:", "its server does not answer"];
     let check = || -> Result<()> {
         let daemon = start_with(guest, "give_up = 1")?;
@@ -493,6 +496,7 @@ fn served_from_a_disk(guest: &Guest) -> Result<()> {
     };
     let seen = check();
     end(guest, &server, "/mnt/served")?;
+    guest.sh(&format!("rm {node}"))?;
     seen
 }
 
