@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
 use nix::fcntl::{openat, OFlag};
@@ -166,12 +166,15 @@ impl Mount {
     }
 
     /// Whether a program serves it that has a device of this machine open by itself, if what it is called
-    /// after is one, and not by the kernel as [`SERVED`]: fuse2fs, and ntfs-3g where it may not.
+    /// after is one, and not by the kernel as [`SERVED`]: fuse2fs, and ntfs-3g where it may not. Only root of
+    /// the own namespace is believed: whoever mounts calls it what he likes, and may be anybody.
     pub fn may_be_from_a_device(&self) -> bool {
         let fs_type = self.fs_type.as_str();
         let is_fuse = fs_type == FUSE || fs_type.strip_prefix(FUSE).is_some_and(is_name);
-        let source = self.source.as_deref().unwrap_or_default();
-        is_fuse && Path::new(source).starts_with("/dev") && source != "/dev/fuse"
+        let is_roots = self.namespace == 0 && self.option("user_id") == Some(OsStr::new("0"));
+        let source = Path::new(self.source.as_deref().unwrap_or_default());
+        let leads_out = || source.components().any(|it| it == Component::ParentDir);
+        is_fuse && is_roots && source.starts_with("/dev") && source != "/dev/fuse" && !leads_out()
     }
 
     /// False for what is on disks and known to have no means to freeze.
@@ -472,15 +475,21 @@ mod tests {
     #[test]
     fn what_a_program_serves_may_be_from_a_device_by_its_name() {
         let table = b"\
-1 0 0:31 / /a rw - fuse.fuse2fs /dev/sdb1 rw
-2 0 0:32 / /b rw - fuse /dev/fuse rw
-3 0 0:33 / /c rw - fuse.sshfs host:/dev/sdb1 rw
-4 0 8:17 / /d rw - fuseblk /dev/sdb1 rw
+1 0 0:31 / /a rw - fuse.fuse2fs /dev/sdb1 rw,user_id=0
+2 0 0:32 / /b rw - fuse /dev/fuse rw,user_id=0
+3 0 0:33 / /c rw - fuse.sshfs host:/dev/sdb1 rw,user_id=0
+4 0 8:17 / /d rw - fuseblk /dev/sdb1 rw,user_id=0
 5 0 0:34 / /e rw - fusectl /dev/sdb1 rw
+6 0 0:35 / /f rw - fuse.fuse2fs /dev/sdb1 rw,user_id=1000
+7 0 0:36 / /g rw - fuse.fuse2fs /dev/../mnt/dead rw,user_id=0
 ";
-        let mounts = parse(table, 0).unwrap();
-        let may: Vec<bool> = mounts.iter().map(Mount::may_be_from_a_device).collect();
-        assert_eq!(may, [true, false, false, false, false]);
+        let may_be = |namespace| -> Vec<bool> {
+            let mounts = parse(table, namespace).unwrap();
+            mounts.iter().map(Mount::may_be_from_a_device).collect()
+        };
+        assert_eq!(may_be(0), [true, false, false, false, false, false, false]);
+        // Root there may be anybody here.
+        assert_eq!(may_be(1), [false; 7]);
     }
 
     #[test]

@@ -725,8 +725,8 @@ mod tests {
     fn what_a_program_serves_from_a_device_here_is_synced_and_not_passed_over() {
         let table = "\
 1 0 8:1 / / rw - ext4 /dev/sda1 rw
-2 1 0:31 / /served rw - fuse.fuse2fs /dev/sdb1 rw
-3 1 0:32 / /elsewhere rw - fuse.tool /dev/none rw
+2 1 0:31 / /served rw - fuse.fuse2fs /dev/sdb1 rw,user_id=0
+3 1 0:32 / /elsewhere rw - fuse.tool /dev/none rw,user_id=0
 4 1 0:33 / /far rw - fuse.sshfs host:/home rw
 ";
         let mut topology = Topology::default();

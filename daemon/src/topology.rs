@@ -268,12 +268,20 @@ fn in_words(uuid: [u8; 16]) -> String {
 
 /// The block devices that a mount names as its source.
 fn named_devices(mount: &Mount) -> Vec<DevId> {
+    let nodes = named_nodes(mount).into_iter();
+    nodes.filter_map(device_at).collect()
+}
+
+/// What a mount names as its source: with any other type than bcachefs one node, whose name may have a colon,
+/// as all have that are named after where a disk of Hyper-V is.
+fn named_nodes(mount: &Mount) -> Vec<&OsStr> {
     let source = mount.source.as_deref().unwrap_or_default();
-    // bcachefs names all of its devices, with colons between them.
+    if mount.fs_type != "bcachefs" {
+        return vec![source];
+    }
+    // All of its devices.
     let parts = source.as_bytes().split(|&b| b == b':');
-    parts
-        .filter_map(|part| device_at(OsStr::from_bytes(part)))
-        .collect()
+    parts.map(OsStr::from_bytes).collect()
 }
 
 /// The number of the block device whose node is here.
@@ -287,7 +295,15 @@ pub fn device_at(path: &OsStr) -> Option<DevId> {
 /// of their type that no table shows; if there are more, the rest is mounted nowhere.
 fn find_unmounted(topology: &mut Topology, mounts: &[Mount], superblocks: &[Superblock]) {
     let mut shown: BTreeSet<DevId> = mounts.iter().map(|m| m.dev).collect();
-    shown.extend(topology.members.values().flatten());
+    // What a program has open is no superblock of the kernel's, and only said to be there.
+    let served = mounts.iter().filter(|m| m.may_be_from_a_device());
+    let served: BTreeSet<DevId> = served.map(|m| m.dev).collect();
+    let members = topology.members.iter();
+    shown.extend(
+        members
+            .filter(|(dev, _)| !served.contains(dev))
+            .flat_map(|(_, it)| it),
+    );
     let mut hidden: BTreeMap<&str, Vec<Unmounted>> = BTreeMap::new();
     for it in superblocks {
         if it.devices.iter().any(|dev| shown.contains(dev)) {
@@ -547,6 +563,28 @@ mod tests {
             (none.clone(), both)
         );
         assert_eq!(found(&[one, other], &["8:1"]), (vec!["other".into()], none));
+    }
+
+    #[test]
+    fn what_a_program_serves_hides_no_superblock() {
+        let table = b"1 0 0:31 / /a rw - fuse.fuse2fs /dev/sdb1 rw,user_id=0\n";
+        let mounts = parse(table, 0).unwrap();
+        let mut topology = Topology::default();
+        let device = "8:17".parse().unwrap();
+        topology.members.insert(mounts[0].dev, vec![device]);
+        find_unmounted(&mut topology, &mounts, &[superblock("one", "8:17")]);
+        assert_eq!(topology.unmounted.len(), 1);
+    }
+
+    #[test]
+    fn only_bcachefs_names_more_than_one_node() {
+        let nodes = |fs_type: &str| {
+            let line =
+                format!("1 0 0:31 / /a rw - {fs_type} /dev/disk/by-path/acpi-VMBUS:00-x rw\n");
+            let mounts = parse(line.as_bytes(), 0).unwrap();
+            named_nodes(&mounts[0]).len()
+        };
+        assert_eq!((nodes("fuse.fuse2fs"), nodes("bcachefs")), (1, 2));
     }
 
     #[test]
