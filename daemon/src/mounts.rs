@@ -174,7 +174,11 @@ impl Mount {
         let is_roots = self.namespace == 0 && self.option("user_id") == Some(OsStr::new("0"));
         let source = Path::new(self.source.as_deref().unwrap_or_default());
         let leads_out = || source.components().any(|it| it == Component::ParentDir);
-        is_fuse && is_roots && source.starts_with("/dev") && source != "/dev/fuse" && !leads_out()
+        is_fuse
+            && is_roots
+            && source.starts_with("/dev")
+            && source != Path::new("/dev/fuse")
+            && !leads_out()
     }
 
     /// False for what is on disks and known to have no means to freeze.
