@@ -8,18 +8,17 @@
 //! back is used again. It knows nothing of what it runs.
 
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::Builder;
 
-use nix::sys::socket::{
-    sendmsg, socketpair, AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType,
-};
+use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
 
 use crate::sys;
 
-const STACK_BYTES: usize = 64 * 1024;
+/// Enough for a look-up.
+const STACK_BYTES: usize = 128 * 1024;
 
 type Step = Box<dyn FnOnce(Vec<OwnedFd>) + Send>;
 
@@ -51,7 +50,7 @@ impl Apart {
             None => Helper::start()?,
         };
         // One that does not take it ends.
-        helper.send(fds)?;
+        sys::send(helper.line.as_fd(), fds)?;
         let life = Arc::new(());
         helper.last = Arc::downgrade(&life);
         let alive = helper.last.clone();
@@ -90,20 +89,6 @@ impl Helper {
             steps,
             last: Weak::new(),
         })
-    }
-
-    fn send(&self, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let raw: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
-        let rights = [ControlMessage::ScmRights(&raw)];
-        let byte = [io::IoSlice::new(&[0])];
-        sendmsg::<()>(
-            self.line.as_raw_fd(),
-            &byte,
-            &rights,
-            MsgFlags::MSG_NOSIGNAL,
-            None,
-        )?;
-        Ok(())
     }
 }
 

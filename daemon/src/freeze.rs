@@ -631,7 +631,8 @@ impl Session {
                 continue;
             }
             let shared = Arc::clone(work);
-            // Should it be frozen by now, its thaw may hang.
+            // Should it be frozen by now, its thaw may hang, and so may that of one before.
+            self.aside.leave_what_hangs();
             self.aside.run_within(LOOK_TIME, move || {
                 if let Some(target) = shared.targets.get(index) {
                     // Whether it was is seen by whoever is inside.

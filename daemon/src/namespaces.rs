@@ -80,16 +80,29 @@ impl Namespaces {
     /// This one alone, under its number, for who may hang in it: as long as one is open, so is all that is
     /// mounted there.
     pub fn only(&self, number: usize) -> io::Result<Self> {
+        let it = match number {
+            0 => None,
+            number => Some(self.other(number)?.try_clone_to_owned()?),
+        };
+        Ok(Namespaces::alone(number, it))
+    }
+
+    /// The same, of which this is the descriptor.
+    pub fn alone(number: usize, it: Option<OwnedFd>) -> Self {
         let mut others = Vec::new();
-        if number != 0 {
-            let it = self.other(number)?.try_clone_to_owned()?;
-            others.resize_with(number - 1, || None);
+        if let (Some(before), Some(it)) = (number.checked_sub(1), it) {
+            others.resize_with(before, || None);
             others.push(Some(it));
         }
-        Ok(Namespaces {
+        Namespaces {
             others,
             states: None,
-        })
+        }
+    }
+
+    /// Those that are open.
+    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.others.iter().flatten().map(AsFd::as_fd)
     }
 
     fn other(&self, number: usize) -> io::Result<BorrowedFd<'_>> {

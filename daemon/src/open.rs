@@ -16,24 +16,26 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{open, openat, OFlag};
 use nix::mount::{umount2, MntFlags};
+use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
 use nix::sys::stat::Mode;
 
+use crate::apart::Apart;
 use crate::machine::Ways;
 use crate::mounts::{self, Attached, DevId};
+use crate::namespaces::Namespaces;
 use crate::plan::{FileSystem, Place};
 use crate::superblocks::{self, Entry};
 use crate::sys::{self, Identity};
 use crate::unlisted;
 
-/// Enough for a look-up.
-const STACK_BYTES: usize = 128 * 1024;
+/// Who opens what may hang.
+static ASIDE: LazyLock<Apart> = LazyLock::new(Apart::default);
 
 /// Why one place could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -177,8 +179,9 @@ impl OpenError {
 
 /// Opens `file_system`, which a program may serve: the kernel asks it first. Or it is mounted nowhere, and
 /// may just be unmounted, which takes as long as its disk does. Then that takes no longer than `limit`, and
-/// is not tried again as long as it has not come back. It is asked in one namespace only: the others, and
-/// what is mounted there, must not stay because of a thread that hangs.
+/// is not tried again as long as it has not come back. It is asked in one namespace only, and by who has nothing
+/// else open: the others, what is mounted there, and the device of the module must not stay because of a
+/// thread that hangs.
 pub fn open_within(
     limit: Duration,
     ways: &Ways,
@@ -205,27 +208,55 @@ pub fn open_within(
     let namespace = first.map_or(0, |it| it.namespace);
     let mut asked = file_system.clone();
     asked.places.retain(|it| it.namespace == namespace);
-    let namespaces = ways.namespaces.only(namespace);
-    let namespaces = namespaces.map_err(|source| fail(PlaceError::open(&path, source)))?;
-    let proc = Arc::clone(&ways.proc);
-    let ways = Ways { proc, namespaces };
+    let cannot = |source| fail(PlaceError::open(&path, source));
+    let only = ways.namespaces.only(namespace).map_err(cannot)?;
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let line = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
+    let (line, theirs) = line.map_err(|e| cannot(e.into()))?;
     if !hung().insert(file_system.dev) {
         return Err(fail(silent()));
     }
     let (tell, told) = channel();
-    let open = move || {
-        let opened = open_file_system(&ways, &asked);
+    let open = move |fds: Vec<OwnedFd>| {
+        let opened = open_handed(fds, namespace, &asked);
         hung().remove(&asked.dev);
         // Nobody listens any more when it took too long.
         let _ = tell.send(opened);
     };
-    let thread = thread::Builder::new().name("open".into());
-    if let Err(source) = thread.stack_size(STACK_BYTES).spawn(open) {
+    let needed = [theirs.as_fd(), ways.proc.as_fd()];
+    let needed: Vec<BorrowedFd<'_>> = needed.into_iter().chain(only.fds()).collect();
+    if let Err(source) = ASIDE.hand_over(&needed, open) {
         hung().remove(&file_system.dev);
-        return Err(fail(PlaceError::open(&path, source)));
+        return Err(cannot(source));
     }
-    told.recv_timeout(limit)
-        .unwrap_or_else(|_| Err(fail(silent())))
+    let opened = told.recv_timeout(limit);
+    opened.unwrap_or_else(|_| Err(fail(silent())))?;
+    let (_, mut fds) = sys::receive(line.as_fd(), &mut [0]).map_err(cannot)?;
+    fds.pop()
+        .ok_or_else(|| cannot(io::ErrorKind::NotFound.into()))
+}
+
+/// Opens it with what was handed over: a line over which to give what was opened, the root of procfs, and the
+/// namespace with this number unless it is the own one.
+fn open_handed(
+    fds: Vec<OwnedFd>,
+    namespace: usize,
+    file_system: &FileSystem,
+) -> Result<(), OpenError> {
+    let mut fds = fds.into_iter();
+    let cannot = |source| OpenError {
+        file_system: file_system.to_string(),
+        tried: vec![PlaceError::open(Path::new(""), source)],
+    };
+    let (Some(line), Some(proc)) = (fds.next(), fds.next()) else {
+        return Err(cannot(io::ErrorKind::NotFound.into()));
+    };
+    let ways = Ways {
+        proc: Arc::new(proc),
+        namespaces: Namespaces::alone(namespace, fds.next()),
+    };
+    let opened = open_file_system(&ways, file_system)?;
+    sys::send(line.as_fd(), &[opened.as_fd()]).map_err(cannot)
 }
 
 /// Opens `file_system` through the first of its places that still leads to it.

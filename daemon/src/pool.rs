@@ -225,6 +225,7 @@ impl Pool {
         step: Step,
     ) -> bool {
         let Some(last) = ends.last() else { return true };
+        self.leave_what_hangs();
         let shared = self.shared();
         shared.begin(0, step);
         let mut state = shared.lock();
@@ -254,14 +255,24 @@ impl Pool {
         let is_over = state.is_over();
         if is_over {
             state.step = None;
-        } else {
-            state.left = true;
-            shared.close(state);
-            *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = Arc::default();
-            // Without memory for it, it is started when it is needed.
-            let _ = self.grow(1);
         }
+        drop(state);
+        self.leave_what_hangs();
         is_over
+    }
+
+    /// Leaves what has not ended alone with its threads; others take their place.
+    pub fn leave_what_hangs(&self) {
+        let shared = self.shared();
+        let mut state = shared.lock();
+        if state.is_over() {
+            return;
+        }
+        state.left = true;
+        shared.close(state);
+        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = Arc::default();
+        // Without memory for it, it is started when it is needed.
+        let _ = self.grow(1);
     }
 
     /// Has a thread run `step`, unless what was begun so before is not over, and waits for its end, but not for
@@ -415,6 +426,21 @@ mod tests {
         while Arc::strong_count(&held) > 1 {
             std::thread::yield_now();
         }
+    }
+
+    #[test]
+    fn what_hangs_since_before_is_not_waited_for_with_what_is_done_in_stages() {
+        let pool = pool(1);
+        let gate = Arc::new(Barrier::new(2));
+        let theirs = Arc::clone(&gate);
+        let hang = move || {
+            theirs.wait();
+        };
+        assert!(!pool.run_within(Duration::from_millis(20), hang));
+        let begun = Instant::now();
+        assert!(pool.run_in_stages(&[1], LONG, LONG, Arc::new(|_| ())));
+        assert!(begun.elapsed() < LONG);
+        gate.wait();
     }
 
     #[test]

@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sched::{unshare, CloneFlags};
 use nix::sys::signal::SigSet;
-use nix::sys::socket::{recvmsg, ControlMessageOwned, MsgFlags};
+use nix::sys::socket::{recvmsg, sendmsg, ControlMessage, ControlMessageOwned, MsgFlags};
 use nix::unistd::pipe2;
 
 /// The raw ioctl wrappers that nix generates; all of them are unsafe functions.
@@ -551,6 +551,16 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
         false => Ok((message.bytes, descriptors)),
         true => Err(Errno::EMFILE.into()),
     }
+}
+
+/// Sends copies of these descriptors to whoever [receives](receive) them, with one byte.
+pub fn send(socket: BorrowedFd<'_>, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let raw: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let byte = [io::IoSlice::new(&[0])];
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    sendmsg::<()>(socket.as_raw_fd(), &byte, &rights, flags, None)?;
+    Ok(())
 }
 
 /// Sets how the processor is shared with others (`nice`, -20 to 19) for the calling thread and what
