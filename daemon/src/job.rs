@@ -272,13 +272,16 @@ impl Freezer {
         };
         let is_anywhere = |it: &Opened| it.below.is_none();
         let at_rest = match targets.iter().filter(known).any(is_anywhere) {
+            _ if at_rest.is_empty() => Vec::new(),
             true => Vec::new(),
-            false => without_swap(at_rest, &targets),
+            false => beside_swap(at_rest, &swapped_to(&targets)),
         };
-        let at_rest = at_rest.into_iter().map(|it| {
-            let others = others(&it);
-            (it, others)
-        });
+        let at_rest = at_rest
+            .into_iter()
+            .map(|(it, mut swapped): (_, BTreeSet<_>)| {
+                swapped.extend::<Vec<DevId>>(others(&it));
+                (it, swapped.into_iter().collect())
+            });
         let mut at_rest = AtRest::new(at_rest);
         let known: BTreeSet<DevId> = targets.iter().filter(known).map(|it| it.dev).collect();
         for it in &disks {
@@ -472,22 +475,35 @@ impl<'a> Warnings<'a> {
     }
 }
 
-/// Without those that the kernel swaps to: that is in no file system, and nobody misses it in a copy.
-fn without_swap(watched: Vec<Watched>, targets: &[Opened]) -> Vec<Watched> {
-    if watched.is_empty() {
-        return watched;
-    }
+/// What the kernel swaps to: the devices that it writes to, and all that is below; `None` where that may be any.
+type Swapped = (Vec<DevId>, Option<BTreeSet<DevId>>);
+
+/// Partitions, and file systems with a file for it.
+fn swapped_to(targets: &[Opened]) -> Vec<Swapped> {
     let files = writes::swapped_to();
     let below_files = targets.iter().filter(|it| has_swap(it, &files));
-    let below_files: Option<Vec<_>> = below_files.map(|it| it.below.clone()).collect();
-    let Some(mut swapped) = below_files else {
-        return Vec::new();
-    };
+    let below_files = below_files.map(|it| (it.devices.clone(), it.below.clone()));
     let wholes = writes::swapped_to_as_a_whole().into_iter();
-    swapped.extend(wholes.map(|dev| topology::all_below([dev]).into_keys().collect()));
-    let is_swapped = |it: &Watched| swapped.iter().any(|below| it.counts(below));
-    let watched = watched.into_iter();
-    watched.filter(|it| !is_swapped(it)).collect()
+    let below = |dev| topology::all_below([dev]).into_keys().collect();
+    let wholes = wholes.map(|dev| (vec![dev], Some(below(dev))));
+    below_files.chain(wholes).collect()
+}
+
+/// With each the devices on it that the kernel swaps to: that is in no file system, and nobody misses it in a
+/// copy. Without those of which it has all.
+fn beside_swap(watched: Vec<Watched>, swapped: &[Swapped]) -> Vec<(Watched, BTreeSet<DevId>)> {
+    let beside = |it: Watched| {
+        let mut others = BTreeSet::new();
+        for (devices, below) in swapped {
+            match below {
+                Some(below) if !it.counts(below) => {}
+                Some(_) if !devices.contains(&it.dev) => others.extend(devices),
+                _ => return None,
+            }
+        }
+        Some((it, others))
+    };
+    watched.into_iter().filter_map(beside).collect()
 }
 
 /// Whether one of these files that are swapped to, by the number of their file system, may be there: a
@@ -1004,6 +1020,32 @@ mod tests {
 
     /// Longer than any step of a test takes.
     const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn what_is_swapped_to_is_not_looked_at_and_all_else_on_the_disk_is() {
+        let dev = |text: &str| -> DevId { text.parse().unwrap() };
+        let devs = |all: &[&str]| -> BTreeSet<DevId> { all.iter().map(|it| dev(it)).collect() };
+        let disk = Watched {
+            dev: dev("8:0"),
+            name: "sda".into(),
+            without: vec![dev("8:3")],
+        };
+        let beside = |devices: &[&str], below: Option<&[&str]>| {
+            let devices = devs(devices).into_iter().collect();
+            let found = beside_swap(vec![disk.clone()], &[(devices, below.map(devs))]);
+            found.first().map(|(_, others)| others.clone())
+        };
+        assert_eq!(
+            beside(&["8:2"], Some(&["8:2", "8:0"])),
+            Some(devs(&["8:2"]))
+        );
+        // On another disk, or where nobody looks anyway.
+        assert_eq!(beside(&["8:18"], Some(&["8:18", "8:16"])), Some(devs(&[])));
+        assert_eq!(beside(&["8:3"], Some(&["8:3", "8:0"])), Some(devs(&[])));
+        // All of it is, or that may be anywhere.
+        assert_eq!(beside(&["8:0"], Some(&["8:0"])), None);
+        assert_eq!(beside(&["253:1"], None), None);
+    }
 
     #[test]
     fn what_hangs_on_a_disk_holds_up_only_what_needs_one_as_well_and_keeps_nothing_open() {

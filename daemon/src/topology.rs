@@ -127,7 +127,7 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
         }
     }
     find_errors(&mut topology, mounts);
-    assign_members(&mut topology, mounts, superblocks);
+    assign_members(&mut topology, mounts, superblocks, named_devices, uuid_at);
     find_unmounted(&mut topology, mounts, superblocks);
     find_logs(&mut topology, mounts, superblocks);
     let own = mounts.iter().filter(|m| m.writable).map(|m| m.dev);
@@ -213,11 +213,27 @@ fn add_alias(topology: &mut Topology, mount: &Mount) {
     }
 }
 
-/// Finds the devices of superblocks with an anonymous number: those of the superblock that the named
-/// source belongs to, else the named ones alone. Where the name leads to no device (`/dev/root`, a node
-/// that was removed), those of the one that the file system says it is.
-fn assign_members(topology: &mut Topology, mounts: &[Mount], superblocks: &[Superblock]) {
+/// Finds the devices of superblocks with an anonymous number: those of the one that the file system says it is,
+/// where it can be asked. The name of its source is what it was when it was mounted, and may lead nowhere by now
+/// (`/dev/root`), or to another's device; else it is those of the superblock that the named source belongs to,
+/// else the named ones alone.
+fn assign_members(
+    topology: &mut Topology,
+    mounts: &[Mount],
+    superblocks: &[Superblock],
+    named_devices: impl Fn(&Mount) -> Vec<DevId>,
+    uuid_at: impl Fn(&Mount) -> Option<String>,
+) {
     for (dev, members) in &mut topology.members {
+        let mut of_it = mounts.iter().filter(|m| m.dev == *dev);
+        if let Some(uuid) = of_it.find_map(&uuid_at) {
+            let mut all = superblocks.iter();
+            let it = all.find(|it| it.name == uuid);
+            *members = it.map_or_else(Vec::new, |it| it.devices.clone());
+        }
+        if !members.is_empty() {
+            continue;
+        }
         for mount in mounts.iter().filter(|m| m.dev == *dev) {
             let named = named_devices(mount);
             let group = superblocks
@@ -227,14 +243,6 @@ fn assign_members(topology: &mut Topology, mounts: &[Mount], superblocks: &[Supe
             if !members.is_empty() {
                 break;
             }
-        }
-        if members.is_empty() {
-            let of_it = mounts.iter().filter(|m| m.dev == *dev);
-            let uuid = of_it.into_iter().find_map(uuid_at);
-            let it = superblocks
-                .iter()
-                .find(|it| Some(&it.name) == uuid.as_ref());
-            *members = it.map_or_else(Vec::new, |it| it.devices.clone());
         }
     }
 }
@@ -563,6 +571,25 @@ mod tests {
             (none.clone(), both)
         );
         assert_eq!(found(&[one, other], &["8:1"]), (vec!["other".into()], none));
+    }
+
+    #[test]
+    fn what_a_file_system_says_that_it_is_counts_more_than_the_name_that_it_was_mounted_by() {
+        let mounts = parse(b"1 0 0:40 / / rw - btrfs /dev/mapper/a rw\n", 0).unwrap();
+        let superblocks = [superblock("one", "8:1"), superblock("other", "8:2")];
+        let members = |name: &str, uuid: Option<&str>| {
+            let mut topology = Topology::default();
+            topology.members.insert(mounts[0].dev, Vec::new());
+            let named = |_: &Mount| vec![name.parse().unwrap()];
+            let uuid = |_: &Mount| uuid.map(str::to_owned);
+            assign_members(&mut topology, &mounts, &superblocks, named, uuid);
+            let members = topology.members.remove(&mounts[0].dev).unwrap();
+            members.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        // Somebody else has the name by now.
+        assert_eq!(members("8:2", Some("one")), ["8:1"]);
+        assert_eq!(members("8:2", None), ["8:2"]);
+        assert_eq!(members("8:3", Some("none")), ["8:3"]);
     }
 
     #[test]
