@@ -182,6 +182,7 @@ impl<S: Signals> Cache<S> {
     /// the rules of the configuration that do nothing, once.
     pub fn prepare(&mut self, config: &Config) -> Result<Vec<IdleRule>, LookError> {
         self.plan(config)?;
+        self.signals.rest();
         let idle = config.idle_rules(&self.plan);
         let news = idle.difference(&self.idle).cloned().collect();
         self.idle = idle;
@@ -526,6 +527,10 @@ mod tests {
         alive: BTreeMap<u32, Alive>,
         /// The disks that are mapped to an image.
         mapped: BTreeMap<u32, u32>,
+        /// The disks whose file system was extended to an image.
+        grown: BTreeMap<u32, u32>,
+        /// How many mounts were made.
+        made: u64,
         /// The last number given to anything.
         last: u64,
         own_table_has_changed: bool,
@@ -579,6 +584,10 @@ mod tests {
             image: Option<u32>,
             tells: bool,
         },
+        Grow {
+            disk: u32,
+            image: u32,
+        },
         OtherDevice,
         Prepare,
         Backup,
@@ -621,6 +630,7 @@ mod tests {
                     read_only,
                 } => {
                     self.raise(disk, read_only, false);
+                    self.made += 1;
                     let id = self.number();
                     if let Some(it) = self.spaces.get_mut(space) {
                         it.mounts.insert(id, (disk, format!("/m{id}")));
@@ -628,7 +638,10 @@ mod tests {
                     }
                     self.bury();
                 }
-                Step::MountNowhere { disk } => self.raise(disk, false, true),
+                Step::MountNowhere { disk } => {
+                    self.raise(disk, false, true);
+                    self.made += 1;
+                }
                 Step::Unmount { space, nth, lazily } => {
                     let Some(id) = self.nth(space, nth) else {
                         return;
@@ -709,6 +722,9 @@ mod tests {
                         };
                     }
                 }
+                // An image in a file system that was made later would be a circle here.
+                Step::Grow { disk, image } if image < disk => drop(self.grown.insert(disk, image)),
+                Step::Grow { .. } => {}
                 Step::OtherDevice => self.uevents += 1,
                 Step::Prepare | Step::Backup => {}
             }
@@ -754,15 +770,33 @@ mod tests {
                     },
                 );
             }
+            for (&from, &to) in &self.grown {
+                let backing = Some(Backing {
+                    dev: Some(disk(to)),
+                    path: "/image".into(),
+                });
+                topology.devices.insert(
+                    image_in(to),
+                    Device {
+                        backing,
+                        ..Device::default()
+                    },
+                );
+                let members = vec![disk(from), image_in(to)];
+                topology.members.insert(disk(from), members);
+            }
             let mounts = self.spaces.iter().flat_map(|it| it.mounts.values());
             let shown: BTreeSet<u32> = mounts.map(|(disk, _)| *disk).collect();
-            let listed = self.alive.keys().filter(|disk| LISTED.contains(disk));
-            topology.unmounted = listed
+            // Those that are not listed are found by their devices.
+            topology.unmounted = (self.alive.keys())
                 .filter(|disk| !shown.contains(disk))
                 .map(|&minor| Unmounted {
                     fs_type: "ext4".into(),
                     name: format!("d{minor}"),
-                    devices: vec![disk(minor)],
+                    devices: [disk(minor)]
+                        .into_iter()
+                        .chain(self.grown.get(&minor).map(|to| image_in(*to)))
+                        .collect(),
                 })
                 .collect();
             topology
@@ -775,7 +809,7 @@ mod tests {
     impl Signals for Shared {
         type Ways = Vec<(u64, usize, Option<u64>)>;
         type States = Self::Ways;
-        type Alive = BTreeMap<u32, u64>;
+        type Alive = (BTreeMap<u32, u64>, BTreeMap<u32, u32>, u64);
         type At = (u64, u64);
 
         fn look(&mut self) -> Result<Machine<Self::Ways>, LookError> {
@@ -811,7 +845,8 @@ mod tests {
         fn alive(&mut self) -> io::Result<Self::Alive> {
             let model = self.0.borrow();
             let listed = model.alive.iter().filter(|(disk, _)| LISTED.contains(disk));
-            Ok(listed.map(|(disk, it)| (*disk, it.generation)).collect())
+            let listed = listed.map(|(disk, it)| (*disk, it.generation)).collect();
+            Ok((listed, model.grown.clone(), model.made))
         }
 
         fn slaves(&mut self, dev: DevId) -> Vec<DevId> {
@@ -865,6 +900,7 @@ mod tests {
             1 => space.prop_map(|space| Step::EndSpace { space }),
             4 => (disk, image, any::<bool>())
                 .prop_map(|(disk, image, tells)| Step::Map { disk, image, tells }),
+            1 => (0..DISKS, 0..DISKS).prop_map(|(disk, image)| Step::Grow { disk, image }),
             1 => Just(Step::OtherDevice),
             3 => Just(Step::Prepare),
             4 => Just(Step::Backup),
@@ -885,14 +921,15 @@ mod tests {
         kept: &BTreeMap<u32, usize>,
         anew: &BTreeMap<u32, usize>,
     ) -> Result<(), TestCaseError> {
-        let writable = |disk: &&u32| model.alive.get(disk).is_none_or(|it| !it.read_only);
+        // One that is gone is found to be when it is opened.
+        let writable = |disk: &&u32| model.alive.get(disk).is_some_and(|it| !it.read_only);
         let kept_writable: Vec<&u32> = kept.keys().filter(writable).collect();
         let anew_writable: Vec<&u32> = anew.keys().filter(writable).collect();
         prop_assert_eq!(kept_writable, anew_writable);
         for disk in anew.keys() {
             prop_assert!(kept.contains_key(disk), "{} is missing", disk);
         }
-        for (from, to) in &model.mapped {
+        for (from, to) in model.mapped.iter().chain(&model.grown) {
             if let (Some(inner), Some(outer)) = (kept.get(from), kept.get(to)) {
                 prop_assert!(inner < outer, "{} is on a file in {}", from, to);
             }

@@ -8,6 +8,7 @@
 //! sysfs and reaches no file system.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs::{self, DirEntry, File};
 use std::io::{self, Seek};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -140,6 +141,22 @@ impl Lists {
         }
         Ok(Some(Listed(all)))
     }
+}
+
+/// The devices of those that may have several, by the names of both: one that is added to a superblock changes
+/// nothing else.
+pub fn members() -> BTreeSet<(OsString, OsString)> {
+    // In a folder of their own, and among what else there is of it.
+    let kinds = [("btrfs", "devices", ""), ("bcachefs", "", "dev-")];
+    let mut found = BTreeSet::new();
+    for (fs_type, folder, prefix) in kinds {
+        for superblock in list(&Path::new(ROOT).join(fs_type)) {
+            let names = list(&superblock.path().join(folder)).map(|it| it.file_name());
+            let names = names.filter(|it| it.as_encoded_bytes().starts_with(prefix.as_bytes()));
+            found.extend(names.map(|it| (superblock.file_name(), it)));
+        }
+    }
+    found
 }
 
 /// What the folders of these types hold. One that does not exist holds nothing.

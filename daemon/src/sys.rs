@@ -490,6 +490,16 @@ pub fn mount_detached(fs_type: &CStr, source: &CStr, read_only: bool) -> io::Res
     new_descriptor(ret)
 }
 
+/// One more mount of what this descriptor is the root of, attached nowhere; it is gone when the descriptor of
+/// it is closed.
+pub fn clone_mount(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const OPEN_TREE_CLONE: libc::c_int = 1;
+    let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC | libc::AT_EMPTY_PATH;
+    // SAFETY: the call takes a descriptor, which is open, a C string and integers.
+    let ret = unsafe { libc::syscall(libc::SYS_open_tree, fd.as_raw_fd(), c"".as_ptr(), flags) };
+    new_descriptor(ret)
+}
+
 /// Asks for the quota format of what is mounted from this block device, which the kernel looks up first.
 fn quota_format(node: &CStr) -> nix::Result<()> {
     const Q_GETFMT: libc::c_int = 0x80_0004;

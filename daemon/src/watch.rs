@@ -7,11 +7,13 @@
 //! changed since it was last asked, the other namespaces are told by their newest mount and their
 //! count, what is mounted where no table shows it is listed in sysfs, the read-only superblocks that
 //! were left out are looked at, and each change of a block device is a uevent, which are counted, or
-//! one of what it is mapped to. Nothing is waited for, so it costs nothing as long as nobody asks; and
+//! one of what it is mapped to. Mounts have numbers that only grow, so that one of our own shows whether
+//! anybody else has made any, wherever that may be attached, or nowhere. Nothing is waited for, so it costs nothing as long as nobody asks; and
 //! nothing is held that would keep a namespace or a mount from vanishing. Kernels before 6.12 do not
 //! tell all of this: there a plan is never used twice.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -52,6 +54,8 @@ pub trait Signals {
     fn uevents(&mut self) -> io::Result<u64>;
     /// Which superblocks are alive.
     fn alive(&mut self) -> io::Result<Self::Alive>;
+    /// Nobody waits: what was put off can be done.
+    fn rest(&mut self) {}
     /// The devices that one is mapped to by now.
     fn slaves(&mut self, dev: DevId) -> Vec<DevId>;
     /// The way to what is there now.
@@ -203,12 +207,17 @@ impl<S: Signals> ReadOnly<S> {
     }
 }
 
-/// The superblocks that are alive, as far as sysfs lists them, and the newest mount of the own namespace
-/// where the kernel tells.
+/// The superblocks that are alive, as far as sysfs lists them, and what else tells of others where the kernel
+/// does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Alive {
     listed: Listed,
+    /// The devices of those that may have several.
+    members: BTreeSet<(OsString, OsString)>,
+    /// The newest mount of the own namespace.
     newest: Option<u64>,
+    /// How many mounts were made by anybody else, anywhere.
+    made: Option<u64>,
 }
 
 /// What a plan knows of, by the numbers of superblocks and of the devices that they are on.
@@ -309,6 +318,9 @@ pub struct Kernel {
     lists: Option<Lists>,
     /// What was mounted when the machine was looked at last.
     lost: Lost,
+    /// How many mounts were made only for their numbers, and those that are still there.
+    own_mounts: u64,
+    mounts: Vec<OwnedFd>,
 }
 
 /// A mount, by the numbers of its namespace and its own.
@@ -332,6 +344,8 @@ impl Default for Kernel {
             uevents: File::open("/sys/kernel/uevent_seqnum").ok(),
             lists: Lists::open().ok(),
             lost: Lost::default(),
+            own_mounts: 0,
+            mounts: Vec::new(),
         }
     }
 }
@@ -350,6 +364,16 @@ impl Kernel {
             listed: alive.map(|it| it.listed),
             known: Known::of(plan),
         }
+    }
+
+    /// How many mounts were made by anybody else since the machine was started, and how many by this process for
+    /// any other purpose. The one that it takes goes later: that waits for all processors.
+    fn mounts_made(&mut self) -> io::Result<u64> {
+        let mount = sys::clone_mount(told(self.proc.as_ref())?.as_fd())?;
+        self.own_mounts += 1;
+        let number = sys::unique_mount_id(mount.as_fd())?;
+        self.mounts.push(mount);
+        Ok(number.wrapping_sub(self.own_mounts))
     }
 
     /// Whether something may have come that was not there then, as far as anybody tells: a superblock of a
@@ -446,8 +470,16 @@ impl Signals for Kernel {
             }
         };
         told(self.lists.as_ref())?.rewind()?;
-        let newest = self.number.and_then(|own| sys::newest_mount(own).ok());
-        Ok(Alive { listed, newest })
+        Ok(Alive {
+            listed,
+            members: superblocks::members(),
+            newest: self.number.and_then(|own| sys::newest_mount(own).ok()),
+            made: self.mounts_made().ok(),
+        })
+    }
+
+    fn rest(&mut self) {
+        self.mounts.clear();
     }
 
     fn slaves(&mut self, dev: DevId) -> Vec<DevId> {
@@ -607,6 +639,8 @@ mod tests {
             table: None,
             uevents: None,
             lists: None,
+            own_mounts: 0,
+            mounts: Vec::new(),
             lost: Lost::default(),
         };
         let mut then = Scene::default();
