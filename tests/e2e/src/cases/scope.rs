@@ -93,6 +93,11 @@ pub const CASES: &[Case] = &[
         lazily_unmounted_and_listed_by_nobody,
     ),
     case(
+        "scope/in-no-namespace-and-listed-by-nobody",
+        "the same with one that came between two backups and was never in a namespace that lasts",
+        in_no_namespace_and_listed_by_nobody,
+    ),
+    case(
         "scope/served-from-a-disk",
         "what a program serves from a disk here by FUSE is named, not passed over",
         served_from_a_disk,
@@ -159,6 +164,12 @@ pub const CASES: &[Case] = &[
             raw_writer,
         )
     }
+    .asking_our_module(),
+    disks::case(
+        "scope/raw-writer-beside-swap",
+        "and so is one on a disk that the machine swaps to as well",
+        raw_writer_beside_swap,
+    )
     .asking_our_module(),
     Case {
         per_round: Duration::from_secs(8),
@@ -474,6 +485,41 @@ fn lazily_unmounted_and_listed_by_nobody(guest: &Guest) -> Result<()> {
     let daemon = start_with(guest, "strict = true")?;
     equal("when they are gone", &observe(guest)?, &good(&["/mnt/b/w"]))?;
     guest.sh("mkfs.vfat /dev/ram1 >/dev/null && mkfs.exfat /dev/ram2 >/dev/null")?;
+    stop(guest, guest.module(), &daemon)
+}
+
+/// Nothing that is looked at when a plan is kept has changed then, but for the number of mounts.
+fn in_no_namespace_and_listed_by_nobody(guest: &Guest) -> Result<()> {
+    if !tells_superblocks(guest)? {
+        println!("     this kernel knows no quotas, by which it would tell");
+        return Ok(());
+    }
+    guest.sh(
+        "modprobe -a vfat nls_cp437 nls_ascii; mkdir -p /mnt/a /mnt/vfat
+         mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a && mkfs.vfat /dev/ram2 >/dev/null",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    for _ in 0..2 {
+        equal("without it", &observe(guest)?, &good(&["/mnt/a/w"]))?;
+    }
+    // Whoever has the file open is elsewhere when the namespace ends.
+    let script = "mount -t vfat /dev/ram2 /mnt/vfat && exec 9>/mnt/vfat/f && touch /run/done &&
+                  exec nsenter -t 1 -m sleep 1000";
+    let holder = guest.spawn(&["unshare", "-m", "sh", "-c", script])?;
+    guest.wait_until("the namespace has gone", STEP, || {
+        let here = "test -e /run/done && [ /proc/PID/ns/mnt -ef /proc/1/ns/mnt ]";
+        let here = here.replace("PID", &holder.pid.to_string());
+        Ok(guest.try_sh(&here)?.status == Some(0))
+    })?;
+    equal("beside it", &observe(guest)?, &good(&["/mnt/a/w"]))?;
+    let name = "ram2 (vfat, 1:2, in use but mounted nowhere)";
+    let said = logged_all(guest, &daemon, 3);
+    guest.signal(&holder, 9)?;
+    guest.wait(&holder, STEP)?;
+    guest.sh("rm /run/done")?;
+    let said = said?;
+    ensure!(said.contains(name), "it should be named:\n{said}");
     stop(guest, guest.module(), &daemon)
 }
 
@@ -1214,6 +1260,51 @@ fn raw_writer(guest: &Guest) -> Result<()> {
     guest.signal(&writer, 9)?;
     guest.wait(&writer, STEP)?;
     stop(guest, Module::Stock, &daemon)
+}
+
+/// The disk has two partitions, one to swap to.
+fn raw_writer_beside_swap(guest: &Guest) -> Result<()> {
+    const MIB: u64 = 1 << 20;
+    let disks = [
+        Attached::new(guest, 0, 0, 64, Image::default())?,
+        Attached::new(guest, 1, 0, 1024, Image::default())?,
+    ];
+    disks::load_driver(guest)?;
+    let [first, second] = [disks[0].node(guest)?, disks[1].node(guest)?];
+    // A table of DOS: kind, first sector, sectors.
+    let entry = |kind: u8, at: u64, len: u64| {
+        let numbers = [(at / 512) as u32, (len / 512) as u32];
+        let tail = numbers.iter().flat_map(|it| it.to_le_bytes());
+        let bytes = [0, 0, 0, 0, kind, 0, 0, 0].into_iter().chain(tail);
+        bytes.map(|it| format!("\\{it:03o}")).collect::<String>()
+    };
+    let table = [entry(0x82, MIB, 63 * MIB), entry(0x83, 64 * MIB, 960 * MIB)];
+    guest.sh(&format!(
+        "{{ printf '{}{}'; head -c 32 /dev/zero; printf '\\125\\252'; }} |
+             dd of={second} bs=1 seek=446 2>/dev/null && blockdev --rereadpt {second}
+         for part in 1 2; do [ -b {second}$part ] || exit 1; done
+         mkswap {second}1 >/dev/null && swapon {second}1
+         mkdir -p /mnt/a && mkfs.ext4 -q -F {first} && mount {first} /mnt/a",
+        table[0], table[1]
+    ))?;
+    guest.writer_start("/mnt/a/w")?;
+    let on_both = disks.each_ref().map(Attached::in_backup);
+    let check = || -> Result<()> {
+        let daemon = start_with(guest, "strict = true")?;
+        let seen = observe_backup_of(guest, &on_both)?;
+        equal("without a writer", &seen, &good(&["/mnt/a/w"]))?;
+        let of = format!("of={second}2");
+        let writer = guest.spawn(&["dd", "if=/dev/zero", &of, "bs=4k", "oflag=direct"])?;
+        let seen = observe_backup_of(guest, &on_both)?;
+        let told = (seen.freeze, seen.thaw);
+        equal("with one", told, (status::OK, Some(status::FAIL)))?;
+        guest.signal(&writer, 9)?;
+        guest.wait(&writer, STEP)?;
+        stop(guest, guest.module(), &daemon)
+    };
+    let seen = check();
+    guest.sh(&format!("swapoff {second}1"))?;
+    seen
 }
 
 fn raw_writer_on_layers(guest: &Guest) -> Result<()> {
