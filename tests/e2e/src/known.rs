@@ -32,6 +32,11 @@ const KNOWN: &[Known] = &[
         why: "the simulated host has no clock on the old ports, which all read 0",
     },
     Known {
+        text: "amd_pstate: the _CPC object is not present in SBIOS or ACPI disabled",
+        cases: EVERYWHERE,
+        why: "the guest's processor is one of AMD's that has none, and 6.12 takes every such for broken",
+    },
+    Known {
         text: "hv_vss: loading out-of-tree module taints kernel",
         cases: EVERYWHERE,
         why: "so it is, once in a boot",
