@@ -72,8 +72,14 @@ pub const CASES: &[Case] = &[
     case(
         "deadman/both-killed-in-a-hung-freeze",
         "daemon and guard killed inside a FIFREEZE that hangs: all is thawed and let go, the rest at once",
-        both_killed_in_a_hung_freeze,
+        |guest| both_killed_in_a_hung_freeze(guest, false),
     ),
+    case(
+        "deadman/both-killed-in-a-freeze-that-hangs-for-long",
+        "the same with a disk that comes back when nobody waits for its thaw any more",
+        |guest| both_killed_in_a_hung_freeze(guest, true),
+    )
+    .long(),
     case(
         "deadman/killed-beside-a-hung-sync",
         "a daemon killed while its sync of a vfat hangs: the rest goes on, the next daemon serves",
@@ -649,7 +655,7 @@ fn says_that_it_hangs(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
+fn both_killed_in_a_hung_freeze(guest: &Guest, for_long: bool) -> Result<()> {
     make_two(guest)?;
     hook(guest, "10-a", "")?;
     let vss = guest.vss();
@@ -669,6 +675,13 @@ fn both_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
         released(guest, remedy, guest.clock()?, RELEASED * 2)?;
         let expected = ["10-a freeze ", "10-a thaw unknown"];
         noted(guest, remedy, &expected)?;
+        if for_long {
+            guest.wait_until("its thaw is left behind", STEP, || {
+                Ok(guest
+                    .output(&next)?
+                    .contains("/mnt/hung (ext4, 254:0) hangs in the kernel"))
+            })?;
+        }
         // When it is over, it has frozen on behalf of a process that is dead.
         equal("threads in a freeze", in_freeze(guest, &daemon)?, 1)?;
         guest.sh(UNHANG)?;
