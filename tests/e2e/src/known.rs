@@ -42,6 +42,11 @@ const KNOWN: &[Known] = &[
         why: "so says 6.12's when it is loaded, once in a boot",
     },
     Known {
+        text: "EXPERIMENTAL Large extent counts feature in use",
+        cases: EVERYWHERE,
+        why: "what mkfs.xfs makes today was new in 6.1",
+    },
+    Known {
         text: "hrtimer: interrupt took ",
         cases: EVERYWHERE,
         why: "so it does under emulation when the machine is busy elsewhere, and once in a boot the kernel says so",
