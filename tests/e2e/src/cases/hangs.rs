@@ -90,8 +90,7 @@ pub const CASES: &[Case] = &[
         "a sync of an ext4 that hangs: without that disk the next backup is good, and so is that of the \
          next daemon",
         hung_sync,
-    )
-    .asking_our_module(),
+    ),
     case(
         "deadman/hung-look-stock-module",
         "a look after what is frozen that hangs behind another's thaw holds up no thaw but its own",
@@ -507,17 +506,32 @@ fn hung_sync(guest: &Guest) -> Result<()> {
     )?;
     guest.writer_start("/mnt/a/w")?;
     let vss = guest.vss();
-    load(guest, Module::Ours, &["freeze_timeout_ms=5000"])?;
+    let module = guest.module();
+    let parameters: &[&str] = match module {
+        Module::Ours => &["freeze_timeout_ms=5000"],
+        Module::Stock => &[],
+    };
+    load(guest, module, parameters)?;
     let daemon = guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
     guest.sh(&format!(
         "dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null; {HANG}"
     ))?;
-    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
-    ensure!(
-        guest.output(&daemon)?.contains("called off: writing back"),
-        "it should hang in the sync"
-    );
+    let tx = vss.send_freeze(&[])?;
+    // The stock one's time is over after minutes.
+    let words = if module == Module::Stock {
+        guest.wait_until("it hangs in the sync", STEP, || {
+            Ok(in_sync(guest, &daemon)? == 1)
+        })?;
+        guest.sh("/payload/hv_vss_daemon thaw")?;
+        "it is called off: "
+    } else {
+        "called off: writing back"
+    };
+    answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)?;
+    guest.wait_until("the log says that it is called off", STEP, || {
+        Ok(guest.output(&daemon)?.contains(words))
+    })?;
     guest.sh(
         "echo 'exclude.paths = [\"/mnt/hung\"]' >/etc/hv_vss/daemon.toml
          /payload/hv_vss_daemon reload",
@@ -534,7 +548,7 @@ fn hung_sync(guest: &Guest) -> Result<()> {
     good_backup(guest).context("of the next daemon")?;
     guest.sh(&format!("{UNHANG}; rm -rf /etc/hv_vss"))?;
     guest.wait(&daemon, STEP)?;
-    stop(guest, Module::Ours, &next)
+    stop(guest, module, &next)
 }
 
 fn hung_look(guest: &Guest) -> Result<()> {
