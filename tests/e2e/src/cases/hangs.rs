@@ -359,8 +359,14 @@ fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {
     let sent = guest.clock()?;
     let tx = vss.send(Op::THAW, &SHORT_BODY)?;
     released(guest, "beside one that has died", sent, RELEASED)?;
-    // All of it stood still until then.
-    answered("THAW without it", &vss.wait(tx, STEP)?, status::OK)?;
+    // All of it stood still until then, which the daemon takes from what its disks count, unless the module knows.
+    // Not of every kernel can be told that a mapped device counts, when that one is suspended.
+    let counts = guest.read("/sys/class/block/dm-0/queue/iostats")?;
+    let expected = match module == Module::Ours || counts.trim() != "0" {
+        true => status::OK,
+        false => status::FAIL,
+    };
+    answered("THAW without it", &vss.wait(tx, STEP)?, expected)?;
     guest.wait_until("it is named", STEP, || {
         Ok(guest.output(&daemon)?.contains("/mnt/hung") && said_thaw_hangs(guest, &daemon)?)
     })?;
@@ -411,7 +417,7 @@ fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {
         "a disk dies while it is frozen (give_up set to 2 s for ours)",
         &format!(
             "THAW {} after 2 s, the disk is named, and the next backups are good without it",
-            status_name(status::OK)
+            status_name(expected)
         ),
         &thaw,
     );
