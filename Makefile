@@ -20,7 +20,7 @@ MODULE_CASES ?= pairing/* lifecycle/* abi/* dialogue/* owned/* hostile/* suspend
 # Kernels that do not take the module, on which `make test-kernels` runs the daemon's cases with the
 # kernel's own, and which cases those are.
 STOCK_KERNELS ?= 6.12 6.1
-DAEMON_CASES ?= scope/* broken/* broken/btrfs-scrub
+DAEMON_CASES ?= freeze/* scope/* order/* deadman/* broken/* broken/btrfs-scrub foreign/*
 # CLIPPY=1 lints the module with clippy while it is built.
 CLIPPY ?=
 
@@ -130,14 +130,16 @@ e2e-list: packages ## List the end-to-end cases
 	@$(CARGO_LAB) --quiet
 	@target/lab/e2e list
 
-# Both tables of the README are what all runs so far have seen, which tests/e2e/seen.json keeps: the last run
-# is merged into it.
-.PHONY: comparison matrix
+# These tables of the README are what all runs so far have seen, which tests/e2e/seen.json keeps: the last run
+# on each kernel is merged into it.
+.PHONY: comparison matrix kernels
 comparison: ## Put what the last e2e run saw of the peer into the README, beside what earlier ones saw
 matrix: ## Put what the last run of matrix/* saw into the README, likewise
-comparison matrix:
+kernels: ## Put how the last e2e run and 'make test-kernels' went on each kernel into the README, likewise
+comparison matrix kernels:
 	@$(CARGO_LAB) --quiet
-	@target/lab/e2e tables --seen tests/e2e/seen.json --run build/results/e2e.json --results build/results
+	@target/lab/e2e tables --seen tests/e2e/seen.json --run build/results/e2e.json --kernels build/kernels \
+		--results build/results
 	@awk -v name=$@ 'FNR == NR { table = table $$0 "\n"; next } \
 	    $$0 == "<!-- end of " name " -->" { skip = 0 } \
 	    !skip { print } \

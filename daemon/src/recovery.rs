@@ -104,13 +104,19 @@ pub fn thaw(run: &RunDir, log: &Logbook, by: By) -> Result<Recovered, RecoveryEr
         }
         // The owner keeps its record; it finds out that it was thawed.
         Err(RecordError::Locked { .. }) => {
+            let owner_is_dead = process::is_dead(record.pid);
             let allowed = match by {
                 By::Operator => true,
-                By::Start => process::is_dead(record.pid),
+                By::Start => owner_is_dead,
                 By::Later => false,
             };
             if allowed {
-                thaw_record(&record, log)?;
+                match thaw_record(&record, log) {
+                    // Such a thaw waits behind the freeze that a dead owner is still inside of, and may come
+                    // before its end, when there is nothing to thaw yet. Once the owner is out it is done again.
+                    Err(RecoveryError::NotThawed(_)) if owner_is_dead => {}
+                    thawed => thawed?,
+                }
             }
             // By then, what is on record is thawed, now or by the first of several calls.
             free_lock(&record, log);

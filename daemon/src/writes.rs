@@ -73,10 +73,12 @@ pub struct WriteBack {
     opened: OnceLock<Option<Vec<Counted>>>,
 }
 
-/// A device whose queue counts.
+/// A device that may count.
 #[derive(Debug)]
 struct Counted {
     stat: File,
+    /// Whether its queue says that it does.
+    says_so: bool,
     /// Whether it is suspended, for what the device mapper has made: what comes then is not in hand.
     suspended: Option<File>,
 }
@@ -100,7 +102,8 @@ impl WriteBack {
         let opened = opened.as_ref()?;
         let done = opened.iter().map(|it| look_at(&it.stat, parse_done));
         let done = done.sum::<Option<u64>>()?;
-        opened.iter().any(Counted::waits).then_some(done)
+        let tells = opened.iter().all(Counted::counts) && opened.iter().any(Counted::waits);
+        tells.then_some(done)
     }
 }
 
@@ -109,24 +112,33 @@ impl Counted {
         let device = format!("/sys/dev/block/{dev}");
         // A partition has the queue of its disk.
         let queues = ["queue", "../queue"].map(|it| format!("{device}/{it}/iostats"));
-        let counts = queues.iter().find_map(|it| fs::read_to_string(it).ok())?;
-        if counts.trim_end() == "0" {
-            return None;
-        }
+        let says = queues.iter().find_map(|it| fs::read_to_string(it).ok())?;
         Some(Counted {
             stat: File::open(format!("{device}/stat")).ok()?,
+            says_so: says.trim_end() != "0",
             suspended: File::open(format!("{device}/dm/suspended")).ok(),
         })
     }
 
-    fn waits(&self) -> bool {
-        let number_at = |at: usize| {
-            move |text: &str| text.split_ascii_whitespace().nth(at)?.parse::<u64>().ok()
-        };
-        let suspended = self.suspended.as_ref();
-        look_at(&self.stat, number_at(IN_FLIGHT)).is_some_and(|it| it > 0)
-            || suspended.and_then(|it| look_at(it, number_at(0))) == Some(1)
+    /// What is mapped counts on 6.1 though its queue says that it does not. Where nothing is counted, nothing is
+    /// ever in hand.
+    fn counts(&self) -> bool {
+        self.says_so || self.has_in_hand()
     }
+
+    fn has_in_hand(&self) -> bool {
+        look_at(&self.stat, |text| number_at(text, IN_FLIGHT)).is_some_and(|it| it > 0)
+    }
+
+    fn waits(&self) -> bool {
+        let suspended = self.suspended.as_ref();
+        self.has_in_hand()
+            || suspended.and_then(|it| look_at(it, |text| number_at(text, 0))) == Some(1)
+    }
+}
+
+fn number_at(text: &str, at: usize) -> Option<u64> {
+    text.split_ascii_whitespace().nth(at)?.parse().ok()
 }
 
 fn parse_done(stat: &str) -> Option<u64> {
@@ -140,10 +152,7 @@ fn parse_done(stat: &str) -> Option<u64> {
 }
 
 fn parse(stat: &str) -> Option<u64> {
-    stat.split_ascii_whitespace()
-        .nth(WRITE_SECTORS)?
-        .parse()
-        .ok()
+    number_at(stat, WRITE_SECTORS)
 }
 
 /// Devices that nothing should be written to for a while.
@@ -274,7 +283,7 @@ mod tests {
             assert_eq!(parse_done(&line(at)), Some(u64::from(shows)), "{at}");
         }
         assert_eq!(parse_done("1 2 3"), None);
-        let waits = |stat: &str, suspended: Option<&str>| {
+        let counted = |stat: &str, says_so: bool, suspended: Option<&str>| {
             let file = |text: &str| {
                 let path = std::env::temp_dir().join(format!("hv-vss-stat-{}", std::process::id()));
                 fs::write(&path, text).unwrap();
@@ -283,11 +292,26 @@ mod tests {
                 file
             };
             let (stat, suspended) = (file(stat), suspended.map(file));
-            Counted { stat, suspended }.waits()
+            Counted {
+                stat,
+                says_so,
+                suspended,
+            }
         };
+        let waits = |stat: &str, suspended: Option<&str>| counted(stat, true, suspended).waits();
         assert!(waits(&line(IN_FLIGHT), None));
         assert!(!waits(&line(4), None), "it computes");
         assert!(waits(&line(4), Some("1\n")) && !waits(&line(4), Some("0\n")));
+        let done = |counted: Counted| {
+            let write_back = WriteBack::to(Vec::new());
+            let _ = write_back.opened.set(Some(vec![counted]));
+            write_back.done()
+        };
+        // One that does not count has nothing in hand, whatever it has done before that.
+        assert_eq!(done(counted(&line(4), false, Some("1\n"))), None);
+        assert_eq!(done(counted(&line(4), true, Some("1\n"))), Some(1));
+        // What has something in hand counts, whatever its queue says.
+        assert_eq!(done(counted(&line(IN_FLIGHT), false, None)), Some(0));
         // Nobody can tell of a device that is not there, nor of none.
         assert_eq!(WriteBack::to(vec![DevId::default()]).done(), None);
         assert_eq!(WriteBack::to(Vec::new()).done(), None);

@@ -351,6 +351,15 @@ impl Images {
     }
 }
 
+/// The kernel of a guest.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Kernel {
+    /// As `uname -r` has it.
+    pub release: String,
+    /// Whether our module was there for it.
+    pub takes_our_module: bool,
+}
+
 /// A guest in which no program answers, though it has not ended.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("no program in the guest answers; its kernel {}\n{seen}", if *kernel_answers { "does" } else { "does not either" })]
@@ -402,6 +411,7 @@ pub struct Guest {
     images: Images,
     machine: Machine,
     module: Module,
+    kernel: Kernel,
     root_disk: Option<Disk>,
     /// How many times as long as usual it took to boot.
     slowness: f64,
@@ -540,6 +550,10 @@ impl Guest {
             } else {
                 Module::Stock
             },
+            kernel: Kernel {
+                release: String::new(),
+                takes_our_module: images.has_module,
+            },
             root_disk,
             slowness,
             pace: Duration::MAX,
@@ -558,6 +572,7 @@ impl Guest {
         // The stock kernel speaks the newest that the host has and it knows: 6.0 is not in 6.12 and before.
         let agreed = guest.host().wait_connected(STEP)?;
         let release = guest.read("/proc/sys/kernel/osrelease")?;
+        guest.kernel.release = release.trim().to_owned();
         let known = match release.starts_with("6.") {
             true => VmbusVersion::V5_3,
             false => VmbusVersion::V6_0,
@@ -580,6 +595,11 @@ impl Guest {
     /// What it was started as.
     pub fn machine(&self) -> Machine {
         self.machine
+    }
+
+    /// What it runs.
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
     }
 
     /// Which module serves our daemon here: ours, or on a kernel without it the kernel's own.

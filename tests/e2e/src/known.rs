@@ -32,6 +32,26 @@ const KNOWN: &[Known] = &[
         why: "the simulated host has no clock on the old ports, which all read 0",
     },
     Known {
+        text: "amd_pstate: the _CPC object is not present in SBIOS or ACPI disabled",
+        cases: EVERYWHERE,
+        why: "the guest's processor is one of AMD's that has none, and 6.12 takes every such for broken",
+    },
+    Known {
+        text: "device-mapper: core: CONFIG_IMA_DISABLE_HTABLE is disabled",
+        cases: EVERYWHERE,
+        why: "so says 6.12's when it is loaded, once in a boot",
+    },
+    Known {
+        text: "EXPERIMENTAL Large extent counts feature in use",
+        cases: EVERYWHERE,
+        why: "what mkfs.xfs makes today was new in 6.1",
+    },
+    Known {
+        text: "hrtimer: interrupt took ",
+        cases: EVERYWHERE,
+        why: "so it does under emulation when the machine is busy elsewhere, and once in a boot the kernel says so",
+    },
+    Known {
         text: "hv_vss: loading out-of-tree module taints kernel",
         cases: EVERYWHERE,
         why: "so it is, once in a boot",

@@ -92,15 +92,18 @@ enum Action {
         #[arg(long)]
         stock: bool,
     },
-    /// Merge a run into what was seen before, and make both tables of the README from it
+    /// Merge runs into what was seen before, and make the tables of the README from it
     Tables {
         /// What was seen before
         #[arg(long, value_name = "FILE")]
         seen: PathBuf,
-        /// The verdicts of the run, if there was one
+        /// The verdicts of the run on the usual kernel, if there was one
         #[arg(long, value_name = "FILE")]
         run: PathBuf,
-        /// Where to write comparison.md and matrix.md
+        /// Where each other kernel has a folder of its name, and in that the verdicts of its run
+        #[arg(long, value_name = "FOLDER")]
+        kernels: PathBuf,
+        /// Where to write comparison.md, matrix.md and kernels.md
         #[arg(long, value_name = "FOLDER")]
         results: PathBuf,
     },
@@ -157,13 +160,25 @@ fn report(verdicts: &[runner::Verdict]) -> bool {
     runner::close(verdicts)
 }
 
-/// Merges a run into what was seen before, if there was one, and makes both tables of that.
-fn make_tables(kept: &Path, run: &Path, results: &Path) -> Result<()> {
+/// Merges what runs there were into what was seen before, and makes the tables of that. The comparison and the
+/// matrix are of the usual kernel alone.
+fn make_tables(kept: &Path, run: &Path, kernels: &Path, results: &Path) -> Result<()> {
     let mut seen = seen::Seen::read(kept)?;
     if run.exists() {
-        seen.merge(&runner::read_json(run)?);
-        seen.write(kept)?;
+        let verdicts = runner::read_json(run)?;
+        seen.merge(&verdicts);
+        seen.merge_kernel("default", &verdicts);
     }
+    // None was run where there is no folder.
+    for folder in std::fs::read_dir(kernels).into_iter().flatten() {
+        let folder = folder?;
+        let run = folder.path().join("results/e2e.json");
+        if run.exists() {
+            let name = folder.file_name();
+            seen.merge_kernel(&name.to_string_lossy(), &runner::read_json(&run)?);
+        }
+    }
+    seen.write(kept)?;
     std::fs::create_dir_all(results)
         .with_context(|| format!("cannot make {}", results.display()))?;
     let write = |name: &str, text: String| {
@@ -177,7 +192,8 @@ fn make_tables(kept: &Path, run: &Path, results: &Path) -> Result<()> {
     )?;
     let places = cases::matrix_of(|fault, stage, stack| seen.cell(fault, stage, stack));
     let stacks = cases::Stack::ALL.map(cases::Stack::words);
-    write("matrix.md", table::matrix(&places, &stacks))
+    write("matrix.md", table::matrix(&places, &stacks))?;
+    write("kernels.md", seen.kernels(&cases))
 }
 
 fn perform(action: Action) -> Result<bool> {
@@ -251,8 +267,13 @@ fn perform(action: Action) -> Result<bool> {
             runner::write_json(&results.join("e2e.json"), &verdicts)?;
             Ok(report(&verdicts))
         }
-        Action::Tables { seen, run, results } => {
-            make_tables(&seen, &run, &results)?;
+        Action::Tables {
+            seen,
+            run,
+            kernels,
+            results,
+        } => {
+            make_tables(&seen, &run, &kernels, &results)?;
             Ok(true)
         }
         Action::Demo => {

@@ -9,7 +9,7 @@
 use crate::cases::Case;
 use crate::emulation::impossible_interrupt;
 use anyhow::{anyhow, Context, Result};
-use e2e::guest::{Cell, Comparison, Guest, Images, Standstill};
+use e2e::guest::{Cell, Comparison, Guest, Images, Kernel, Standstill};
 use hyperv_sim::Exit;
 use serde::{Deserialize, Serialize};
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -32,6 +32,9 @@ pub struct Verdict {
     passed: bool,
     seconds: f64,
     error: Option<String>,
+    /// What the guest ran, if there was one.
+    #[serde(default)]
+    pub kernel: Option<Kernel>,
     /// What became of the first machine when the case was begun again on another: see [`Failed::Machine`].
     #[serde(default)]
     again: Option<Again>,
@@ -63,6 +66,7 @@ impl Verdict {
             passed: false,
             seconds: 0.0,
             error: Some(MISSING.into()),
+            kernel: None,
             again: None,
             comparisons: Vec::new(),
             cells: Vec::new(),
@@ -148,6 +152,7 @@ pub fn run_all(
             None => start_one(case),
         };
         let start = Instant::now();
+        let kernel = guest.as_ref().ok().map(|it| it.kernel().clone());
         let mut cells = Vec::new();
         let mut outcome = guest.and_then(|guest| run_one(case, guest, &mut cells));
         let taken = verdicts
@@ -186,6 +191,7 @@ pub fn run_all(
             passed: error.is_none(),
             seconds,
             error: error.clone(),
+            kernel,
             again,
             comparisons,
             cells,

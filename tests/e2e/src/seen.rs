@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What the runs have seen of ours and of the peer so far: a file of this repository, into which each run is
-//! merged and from which both tables of the README are made. No run is of all cases; what it was not of is
-//! kept as an earlier one saw it.
+//! What the runs have seen so far, of ours, of the peer, and on which kernel: a file of this repository, into
+//! which each run is merged and from which the tables of the README are made. No run is of all cases; what it
+//! was not of is kept as an earlier one saw it.
 
+use crate::cases::Case;
 use crate::runner::Verdict;
 use anyhow::{Context, Result};
-use e2e::guest::Comparison;
+use e2e::guest::{Comparison, Kernel};
 use serde::{Deserialize, Serialize};
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -20,6 +22,17 @@ pub struct Seen {
     /// By case.
     comparisons: BTreeMap<String, Rows>,
     cells: Cells,
+    /// By what `KERNEL` calls it.
+    #[serde(default)]
+    kernels: BTreeMap<String, OnKernel>,
+}
+
+/// How the cases went on a kernel.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct OnKernel {
+    kernel: Kernel,
+    /// Whether the last run of each has passed.
+    cases: BTreeMap<String, bool>,
 }
 
 /// What a case has compared.
@@ -33,6 +46,50 @@ struct Rows {
 
 /// What stands in the row of a case that has failed.
 const FAILED: &str = "not known, the case failed";
+
+impl OnKernel {
+    /// The row of the kernel that goes by this name. A case that has not been run on it is of those that have
+    /// not passed, unless it asks for a module that the kernel does not take.
+    fn row(&self, name: &str, cases: &[Case]) -> String {
+        let ours = self.kernel.takes_our_module;
+        let cases: Vec<_> = cases
+            .iter()
+            .filter(|it| ours || !it.asks_our_module)
+            .collect();
+        let (mut sum, mut passed_of, mut failed) = (0, Vec::new(), Vec::new());
+        for of_area in cases.chunk_by(|a, b| area(a) == area(b)) {
+            let went = |it: &&Case| self.cases.get(it.name).copied();
+            let passed = of_area.iter().filter(|it| went(it) == Some(true)).count();
+            let those = of_area.iter().filter(|it| went(it) == Some(false));
+            failed.extend(those.map(|it| format!("`{}`", it.name)));
+            sum += passed;
+            let (area, all) = (area(of_area[0]), of_area.len());
+            match passed {
+                0 => {}
+                _ if passed == all => passed_of.push(format!("all {all} of `{area}`")),
+                _ => passed_of.push(format!("{passed} of {all} of `{area}`")),
+            }
+        }
+        let module = match ours {
+            true => "ours, and its own `hv_utils`",
+            false => "its own `hv_utils`",
+        };
+        if failed.is_empty() {
+            failed.push("none".into());
+        }
+        format!(
+            "| {} (`{name}`) | {module} | {sum}: {} | {} |\n",
+            self.kernel.release,
+            passed_of.join(", "),
+            failed.join(", ")
+        )
+    }
+}
+
+/// What stands before the slash in its name.
+fn area(case: &Case) -> &str {
+    case.name.split('/').next().unwrap_or(case.name)
+}
 
 impl Seen {
     /// What the file has.
@@ -73,6 +130,37 @@ impl Seen {
         }
     }
 
+    /// Takes in how the cases of a run went on the kernel that goes by this name. Of another release under the
+    /// same name nothing is kept.
+    pub fn merge_kernel(&mut self, name: &str, verdicts: &[Verdict]) {
+        let Some(kernel) = verdicts.iter().find_map(|it| it.kernel.as_ref()) else {
+            return;
+        };
+        let begin = || OnKernel {
+            kernel: kernel.clone(),
+            cases: BTreeMap::new(),
+        };
+        let on = self.kernels.entry(name.into()).or_insert_with(begin);
+        if on.kernel != *kernel {
+            *on = begin();
+        }
+        for verdict in verdicts.iter().filter(|it| it.was_run()) {
+            on.cases.insert(verdict.name.clone(), verdict.has_passed());
+        }
+    }
+
+    /// How these cases went on each kernel as a table in Markdown, the newest kernel first.
+    pub fn kernels(&self, cases: &[Case]) -> String {
+        let mut text =
+            String::from("| kernel | module | passed | failed |\n| --- | --- | --- | --- |\n");
+        let mut all: Vec<_> = self.kernels.iter().collect();
+        all.sort_by_key(|(name, on)| (Reverse(numbers(&on.kernel.release)), *name));
+        for (name, on) in all {
+            text.push_str(&on.row(name, cases));
+        }
+        text
+    }
+
     /// What was seen of a fault at a stage with a stack.
     pub fn cell(&self, fault: &str, stage: &str, stack: &str) -> Option<&str> {
         let seen = self.cells.get(fault)?.get(stage)?.get(stack)?;
@@ -98,10 +186,99 @@ impl Seen {
     }
 }
 
+/// The numbers at the start of a release, the first of which counts most.
+fn numbers(release: &str) -> Vec<u32> {
+    let version = release.split(['-', '+']).next().unwrap_or_default();
+    version.split('.').map_while(|it| it.parse().ok()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cases;
     use e2e::guest::Cell;
+
+    fn on(release: &str, takes_our_module: bool, mut verdict: Verdict) -> Verdict {
+        verdict.kernel = Some(Kernel {
+            release: release.into(),
+            takes_our_module,
+        });
+        verdict
+    }
+
+    #[test]
+    fn a_kernel_has_the_cases_that_were_run_on_it() {
+        let all = cases::all();
+        let all: Vec<_> = all
+            .into_iter()
+            .filter(|it| it.name.starts_with("order/"))
+            .collect();
+        let mut seen = Seen::default();
+        // Its guest did not come up, and the run is of a known kernel all the same.
+        let lost = Verdict::failed("order/nbd");
+        seen.merge_kernel(
+            "6.1",
+            &[
+                on("6.1.0-50", false, Verdict::passed("order/parallel")),
+                lost,
+            ],
+        );
+        seen.merge_kernel(
+            "6.12",
+            &[on(
+                "6.12.117+deb13",
+                false,
+                Verdict::failed("order/parallel"),
+            )],
+        );
+        seen.merge_kernel(
+            "6.12",
+            &[
+                on("6.12.117+deb13", false, Verdict::passed("order/parallel")),
+                Verdict::missing("order/nbd"),
+            ],
+        );
+        let text = seen.kernels(&all);
+        let of = all.len();
+        let expected = format!(
+            "\
+| kernel | module | passed | failed |
+| --- | --- | --- | --- |
+| 6.12.117+deb13 (`6.12`) | its own `hv_utils` | 1: 1 of {of} of `order` | none |
+| 6.1.0-50 (`6.1`) | its own `hv_utils` | 1: 1 of {of} of `order` | `order/nbd` |
+"
+        );
+        assert_eq!(text, expected);
+        // A newer one by the same name begins with nothing.
+        let newer = |it: &Case| on("6.12.120+deb13", false, Verdict::passed(it.name));
+        seen.merge_kernel("6.12", &[newer(&all[0])]);
+        assert!(seen
+            .kernels(&all)
+            .contains("| 6.12.120+deb13 (`6.12`) | its own `hv_utils` | 1: "));
+        let rest: Vec<_> = all.iter().map(newer).collect();
+        seen.merge_kernel("6.12", &rest);
+        assert!(seen
+            .kernels(&all)
+            .contains(&format!("| {of}: all {of} of `order` | none |")));
+    }
+
+    #[test]
+    fn a_case_for_our_module_counts_only_where_it_can_be_loaded() {
+        let all: Vec<_> = cases::all()
+            .into_iter()
+            .filter(|it| it.name.starts_with("deadman/"))
+            .collect();
+        let asking = all.iter().filter(|it| it.asks_our_module).count();
+        assert!(asking > 0);
+        for (takes_it, of) in [(true, all.len()), (false, all.len() - asking)] {
+            let mut seen = Seen::default();
+            let verdict = Verdict::passed("deadman/host-never-thaws");
+            seen.merge_kernel("a", &[on("7.3.4", takes_it, verdict)]);
+            assert!(seen
+                .kernels(&all)
+                .contains(&format!("1: 1 of {of} of `deadman`")));
+        }
+    }
 
     fn row(what: &str, ours: &str) -> Comparison {
         Comparison {

@@ -227,7 +227,7 @@ fn thaw(guest: &Guest) -> Result<()> {
         Ok(())
     };
     by_hand("nothing is recorded as frozen")?;
-    start(guest, Module::Ours, Daemon::Ours)?;
+    start(guest, guest.module(), Daemon::Ours)?;
     let vss = guest.vss();
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     guest.wait_until("both writers stand still", STEP, || {
@@ -300,7 +300,7 @@ fn configuration(guest: &Guest) -> Result<()> {
     for path in ["/mnt/data-1/w", "/mnt/data-2/w", "/mnt/other/w"] {
         guest.writer_start(path)?;
     }
-    load(guest, Module::Ours, &[])?;
+    load(guest, guest.module(), &[])?;
     guest.start_daemon_with("[include]\ntypes = ['ext4']\n[exclude]\npaths = ['*-1']")?;
     wait_for_daemon(guest)?;
     let seen = observe(guest)?;
@@ -313,7 +313,11 @@ fn configuration(guest: &Guest) -> Result<()> {
 }
 
 fn bad_configuration(guest: &Guest) -> Result<()> {
-    load(guest, Module::Ours, &["grace_ms=0"])?;
+    let no_grace: &[&str] = match guest.module() {
+        Module::Ours => &["grace_ms=0"],
+        Module::Stock => &[],
+    };
+    load(guest, guest.module(), no_grace)?;
     guest.sh("printf 'strict = true\\ndeadline = \"soon\"\\n' >/run/bad.toml")?;
     for command in ["-n", "list", "freeze --for 1s"] {
         let ended = guest.try_sh(&format!("{OURS} -c /run/bad.toml {command}"))?;
@@ -429,7 +433,7 @@ fn bad_start(guest: &Guest) -> Result<()> {
             &[words],
         )?;
     }
-    load(guest, Module::Ours, &[])?;
+    load(guest, guest.module(), &[])?;
     fails(
         "a start without privilege",
         &format!("{SOMEBODY} {OURS} -n"),

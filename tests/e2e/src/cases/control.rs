@@ -31,7 +31,8 @@ pub const CASES: &[Case] = &[
         "control/hand-over",
         "from the stock module to ours under a running daemon: it freezes by what each offers",
         hand_over,
-    ),
+    )
+    .asking_our_module(),
     case(
         "control/status-and-history",
         "status while idle, frozen, after a backup that failed, without a daemon; the history says when, how \
@@ -132,7 +133,7 @@ fn all_stand_still(guest: &Guest) -> Result<()> {
 fn thaw(guest: &Guest) -> Result<()> {
     make_one(guest)?;
     let vss = guest.vss();
-    for module in [Module::Stock, Module::Ours] {
+    for &module in guest.modules() {
         let daemon = start(guest, module, Daemon::Ours)?;
         answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
         all_stand_still(guest)?;
@@ -179,7 +180,7 @@ fn thaw_under_a_stopped_daemon(guest: &Guest) -> Result<()> {
 
 fn rehearsal(guest: &Guest) -> Result<()> {
     make_one(guest)?;
-    for module in [Module::Stock, Module::Ours] {
+    for &module in guest.modules() {
         let daemon = start(guest, module, Daemon::Ours)?;
         guest.writers_reset()?;
         guest.sh("/payload/hv_vss_daemon freeze --for 1s")?;
@@ -799,7 +800,7 @@ fn log_not_read(guest: &Guest) -> Result<()> {
 fn footprint(guest: &Guest) -> Result<()> {
     const MOST_KIB: u64 = 3584;
     make_one(guest)?;
-    for module in [Module::Stock, Module::Ours] {
+    for &module in guest.modules() {
         // A page of a library that is needed brings in those around it that are in memory for others anyway. With
         // how many that is, is luck, by 100 KiB and more; what the daemon needs is the least of some starts.
         let mut least = u64::MAX;

@@ -46,9 +46,8 @@ pub const CASES: &[Case] = &[
         8,
         "deadman/daemon-aborted",
         "the daemon aborts (SIGABRT) at random moments of a backup",
-        |guest| deaths(guest, Module::Ours, Death::Abort).map(drop),
-    )
-    .asking_our_module(),
+        |guest| deaths(guest, guest.module(), Death::Abort).map(drop),
+    ),
     rounds_of(
         8,
         "deadman/daemon-out-of-memory",
@@ -89,8 +88,7 @@ pub const CASES: &[Case] = &[
         "SIGSTOP of the daemon at random moments: thawed at the deadline",
         stopped,
     )
-    .long()
-    .asking_our_module(),
+    .long(),
     case(
         "deadman/both-killed-behind-an-agent",
         "the same with a security agent that logs to a frozen disk and judges the open of another: all is \
@@ -107,8 +105,7 @@ pub const CASES: &[Case] = &[
         "SIGTERM while frozen thaws first; the host's THAW is failed",
         terminated_while_frozen,
     )
-    .long()
-    .asking_our_module(),
+    .long(),
 ];
 
 /// The files of the writers: on two file systems and the root.
@@ -629,12 +626,13 @@ fn killed_while_a_disk_hangs(guest: &Guest) -> Result<()> {
 fn stopped(guest: &Guest) -> Result<()> {
     const DEADLINE: Duration = Duration::from_secs(1);
     make_writers(guest)?;
-    // The module gives up on a daemon that is silent for longer than this.
-    load(
-        guest,
-        Module::Ours,
-        &["freeze_timeout_ms=4000", "timeout_ms=2500"],
-    )?;
+    let module = guest.module();
+    let silence: &[&str] = match module {
+        // It gives up on a daemon that is silent for longer than this.
+        Module::Ours => &["freeze_timeout_ms=4000", "timeout_ms=2500"],
+        Module::Stock => &[],
+    };
+    load(guest, module, silence)?;
     let daemon = guest.start_daemon_with("deadline = 1")?;
     wait_for_daemon(guest)?;
     let span = good_backup(guest)?;
@@ -646,7 +644,12 @@ fn stopped(guest: &Guest) -> Result<()> {
         let stopper = || -> Result<(u64, Duration)> {
             std::thread::sleep(delay);
             let at = guest.signal_all(&[daemon.pid], 19)?;
-            Ok((at, released(guest, &what, at, DEADLINE + RELEASED)?))
+            let took = released(guest, &what, at, DEADLINE + RELEASED)?;
+            if module == Module::Stock {
+                // It waits for the daemon for minutes, and so would the host.
+                guest.signal(&daemon, 18)?;
+            }
+            Ok((at, took))
         };
         let (told, stopped) = std::thread::scope(|scope| {
             let stopper = scope.spawn(stopper);
@@ -730,7 +733,8 @@ fn host_never_thaws(guest: &Guest) -> Result<()> {
 
 fn terminated_while_frozen(guest: &Guest) -> Result<()> {
     make_writers(guest)?;
-    load(guest, Module::Ours, &["grace_ms=300"])?;
+    let module = guest.module();
+    load(guest, module, super::short_grace(module))?;
     let vss = guest.vss();
     let daemon = guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
@@ -741,7 +745,7 @@ fn terminated_while_frozen(guest: &Guest) -> Result<()> {
     equal("its exit status", ended.status, Some(0))?;
     let ours = vss.thaw(STEP)?.status();
     equal("THAW after it", ours, status::FAIL)?;
-    guest.unload(Module::Ours)?;
+    guest.unload(module)?;
     vss.wait_closed(STEP)?;
 
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;

@@ -311,13 +311,13 @@ fn never_touched(guest: &Guest) -> Result<()> {
     let automounter = guest.spawn(&[
         "sh",
         "-c",
-        "exec 3<>/run/auto && mount -i -t autofs -o fd=3,pgrp=$$,minproto=5,maxproto=5,direct \
+        "exec 3<>/run/auto && busybox mount -n -i -t autofs -o fd=3,pgrp=$$,minproto=5,maxproto=5,direct \
              auto /mnt/auto && touch /run/mounted-1 && exec cat <&3 >/run/requests",
     ])?;
     let server = guest.spawn(&[
         "sh",
         "-c",
-        "exec 4<>/dev/fuse && mount -i -t fuse -o fd=4,rootmode=40000,user_id=0,group_id=0 \
+        "exec 4<>/dev/fuse && busybox mount -n -i -t fuse -o fd=4,rootmode=40000,user_id=0,group_id=0 \
              /dev/fuse /mnt/fuse && touch /run/mounted-2 && exec sleep 1000",
     ])?;
     guest.wait_until("both are mounted", STEP, || {

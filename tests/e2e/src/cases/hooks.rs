@@ -53,7 +53,7 @@ pub const CASES: &[Case] = &[
         "hooks/the-hosts-limit",
         "the host's time is over first: FREEZE fails in time, and what hangs is killed and let go",
         the_hosts_limit,
-    ).long(),
+    ).long().asking_our_module(),
     case(
         "hooks/slow-thaw",
         "one that takes long to let go holds up neither the thaw nor the answer; the next FREEZE waits",
@@ -165,7 +165,7 @@ fn good_backup(guest: &Guest, what: &str) -> Result<()> {
 fn backup(guest: &Guest) -> Result<()> {
     prepare(guest)?;
     let vss = guest.vss();
-    for module in [Module::Stock, Module::Ours] {
+    for &module in guest.modules() {
         hook(guest, "10-a", "")?;
         let about = "printf '%s|%s|%s|%s\\n' \"$HV_VSS_REQUEST\" \"$HV_VSS_BACKUP_TYPE\" \
                      \"$HV_VSS_DISKS\" \"$HV_VSS_FILE_SYSTEMS\" >>/run/about; echo I am ready";
@@ -225,7 +225,7 @@ fn failing(guest: &Guest) -> Result<()> {
         "[ $1 != freeze ] || { echo no such table; exit 7; }",
     )?;
     hook(guest, "30-c", "")?;
-    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
     let expected = [
         "10-a freeze ",
@@ -246,10 +246,10 @@ fn failing(guest: &Guest) -> Result<()> {
         super::stuck_writers(guest)?,
         vec![],
     )?;
-    stop_at_rest(guest, Module::Ours, &daemon)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
 
     let config = "[hooks]\noptional = ['20-*']";
-    let daemon = start_with(guest, Module::Ours, &[], config)?;
+    let daemon = start_with(guest, guest.module(), &[], config)?;
     good_backup(guest, "a backup with that one optional")?;
     let expected = [
         "10-a freeze ",
@@ -264,7 +264,7 @@ fn failing(guest: &Guest) -> Result<()> {
     hook(guest, "20-b", "[ $1 != thaw ]")?;
     good_backup(guest, "a backup with one that fails at thaw")?;
     told(guest, "hook 20-b, thaw: it failed with exit status 1")?;
-    stop_at_rest(guest, Module::Ours, &daemon)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
     end(guest)
 }
 
@@ -284,7 +284,7 @@ fn session_ended(guest: &Guest) -> Result<()> {
     // It takes long enough for the session to be one.
     let ends = "[ $1 != freeze ] || { sleep 1; kill -9 $(cat /run/session); }";
     hook(guest, "20-b", ends)?;
-    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
     let expected = [
         "10-a freeze ",
@@ -303,16 +303,16 @@ fn session_ended(guest: &Guest) -> Result<()> {
         super::stuck_writers(guest)?,
         vec![],
     )?;
-    stop_at_rest(guest, Module::Ours, &daemon)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
 
     let config = "[hooks]\noptional = ['10-*']";
-    let daemon = start_with(guest, Module::Ours, &[], config)?;
+    let daemon = start_with(guest, guest.module(), &[], config)?;
     good_backup(guest, "a backup with that one optional")?;
     told(guest, why)?;
-    stop_at_rest(guest, Module::Ours, &daemon)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
 
     hook(guest, "20-b", "")?;
-    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     guest.wait_until("both writers stand still", STEP, || {
         Ok(guest.writers()?.iter().all(|it| it.in_write_us > 700_000))
@@ -323,7 +323,7 @@ fn session_ended(guest: &Guest) -> Result<()> {
         guest,
         "hook 10-a: what it had left running has ended while all was frozen",
     )?;
-    stop_at_rest(guest, Module::Ours, &daemon)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
     guest.sh("rm -f /run/session")?;
     end(guest)
 }
@@ -348,7 +348,7 @@ fn hung(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
     hook(guest, "10-a", "")?;
     hook(guest, "20-b", HANGS)?;
-    let daemon = start_with(guest, Module::Ours, &[], "[hooks]\nlimit = 2")?;
+    let daemon = start_with(guest, guest.module(), &[], "[hooks]\nlimit = 2")?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
     let expected = [
         "10-a freeze ",
@@ -365,7 +365,7 @@ fn hung(guest: &Guest) -> Result<()> {
     );
     hook(guest, "20-b", "")?;
     good_backup(guest, "the next backup")?;
-    stop_at_rest(guest, Module::Ours, &daemon)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
     end(guest)
 }
 
@@ -376,7 +376,7 @@ fn hung_interpreter(guest: &Guest) -> Result<()> {
         "mkdir -p /mnt/b && mount -t tmpfs none /mnt/b && cp $(readlink -f /bin/sh) /mnt/b/sh
          printf '#!/mnt/b/sh\\n' >{FOLDER}/10-a && chmod 755 {FOLDER}/10-a"
     ))?;
-    let daemon = start_with(guest, Module::Ours, &[], "[hooks]\nlimit = 2")?;
+    let daemon = start_with(guest, guest.module(), &[], "[hooks]\nlimit = 2")?;
     guest.watch_opens("/mnt/b", None)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
     guest.wait_until("it is let go as far as it can be", STEP, || {
@@ -388,7 +388,7 @@ fn hung_interpreter(guest: &Guest) -> Result<()> {
     })?;
     guest.release_opens()?;
     good_backup(guest, "the next backup")?;
-    stop_at_rest(guest, Module::Ours, &daemon)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
     guest.sh("umount /mnt/b")?;
     end(guest)
 }
@@ -406,15 +406,15 @@ fn hung_look_up(guest: &Guest) -> Result<()> {
             Ok(guest.output(daemon)?.contains(silent))
         })
     };
-    let daemon = start_with(guest, Module::Ours, &[], "")?;
+    let daemon = start_with(guest, guest.module(), &[], "")?;
     answered(
         "FREEZE with a required one",
         &vss.freeze(&[], STEP)?,
         status::FAIL,
     )?;
     says(&daemon)?;
-    stop_at_rest(guest, Module::Ours, &daemon)?;
-    let daemon = start_with(guest, Module::Ours, &[], "[hooks]\noptional = [\"10-a\"]")?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
+    let daemon = start_with(guest, guest.module(), &[], "[hooks]\noptional = [\"10-a\"]")?;
     good_backup(guest, "a backup with an optional one")?;
     says(&daemon)?;
     // It was called, and the daemon dies then: the next one has to look it up as well.
@@ -430,7 +430,7 @@ fn hung_look_up(guest: &Guest) -> Result<()> {
     wait_for_daemon(guest)?;
     says(&daemon)?;
     good_backup(guest, "a backup after the next start")?;
-    stop_at_rest(guest, Module::Ours, &daemon)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
     super::scope::end(guest, &server, "/mnt/dead")?;
     end(guest)
 }
@@ -466,7 +466,7 @@ fn slow_thaw(guest: &Guest) -> Result<()> {
     let waits = "[ $1 != thaw ] || until [ -e /run/let-go ]; do sleep 0.1; done";
     hook(guest, "10-a", waits)?;
     guest.sh("rm -f /run/let-go")?;
-    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
     good_backup(guest, "a backup with a hook that is slow to let go")?;
     noted(guest, "a slow hook", &["10-a freeze ", "10-a thaw good"])?;
     let freeze = vss.send_freeze(&[])?;
@@ -488,7 +488,7 @@ fn slow_thaw(guest: &Guest) -> Result<()> {
     );
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
     noted(guest, "after it", &["10-a freeze ", "10-a thaw good"])?;
-    stop_at_rest(guest, Module::Ours, &daemon)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
     end(guest)
 }
 
@@ -496,7 +496,7 @@ fn killed(guest: &Guest) -> Result<()> {
     prepare(guest)?;
     let vss = guest.vss();
     hook(guest, "10-a", "")?;
-    for module in [Module::Stock, Module::Ours] {
+    for &module in guest.modules() {
         // While one is at freeze.
         hook(guest, "20-b", HANGS)?;
         let daemon = start(guest, module, Daemon::Ours)?;
@@ -578,7 +578,7 @@ fn rehearsal(guest: &Guest) -> Result<()> {
     ];
     noted(guest, "a rehearsal that fails", &expected)?;
     hook(guest, "20-b", HANGS)?;
-    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
     let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "1s"])?;
     let expected = ["10-a freeze ", "20-b freeze "];
     noted(guest, "a rehearsal that dies", &expected)?;
@@ -596,7 +596,7 @@ fn rehearsal(guest: &Guest) -> Result<()> {
     ];
     noted(guest, "the next backup", &expected)?;
     nothing_hangs(guest)?;
-    stop_at_rest(guest, Module::Ours, &daemon)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
     end(guest)
 }
 
@@ -605,7 +605,7 @@ fn unfit(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
     hook(guest, "10-a", "")?;
     hook(guest, "20-b", "")?;
-    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
     for (what, spoil, mend, word) in [
         (
             "a file that its group may write",
@@ -655,7 +655,7 @@ fn unfit(guest: &Guest) -> Result<()> {
         "the next backup",
         &["20-b freeze ", "20-b thaw good"],
     )?;
-    stop_at_rest(guest, Module::Ours, &daemon)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
     end(guest)
 }
 
@@ -667,17 +667,17 @@ fn other_contracts(guest: &Guest) -> Result<()> {
     hook_at(guest, qemu, "")?;
     let tools = "/etc/vmware-tools/backupScripts.d";
     hook_at(guest, &format!("{tools}/10-tools"), "")?;
-    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
     good_backup(guest, "a backup with ours alone")?;
     noted(
         guest,
         "ours alone",
         &["10-ours freeze ", "10-ours thaw good"],
     )?;
-    stop_at_rest(guest, Module::Ours, &daemon)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
 
     let config = "hooks = { qemu = true, open_vm_tools = true }";
-    let daemon = start_with(guest, Module::Ours, &[], config)?;
+    let daemon = start_with(guest, guest.module(), &[], config)?;
     good_backup(guest, "a backup with all")?;
     let expected = [
         "10-ours freeze ",
@@ -703,6 +703,6 @@ fn other_contracts(guest: &Guest) -> Result<()> {
         "10-ours thaw failed",
     ];
     noted(guest, "a freeze that fails", &expected)?;
-    stop_at_rest(guest, Module::Ours, &daemon)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
     end(guest)
 }

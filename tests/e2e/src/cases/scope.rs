@@ -685,10 +685,11 @@ fn below_fuse(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// Mounts FUSE with these arguments of mount(8); whoever serves it answers nothing.
+/// Mounts FUSE with these arguments of mount(8); whoever serves it answers nothing. On some kernels the mount(8)
+/// of util-linux asks for attributes of what it has mounted; that of busybox does not on any.
 pub(super) fn silent_fuse(guest: &Guest, arguments: &str) -> Result<Process> {
     let script = format!(
-        "exec 4<>/dev/fuse && mount -i -o fd=4,rootmode=40000,user_id=0,group_id=0 {arguments} &&
+        "exec 4<>/dev/fuse && busybox mount -n -i -o fd=4,rootmode=40000,user_id=0,group_id=0 {arguments} &&
              touch /run/done && exec sleep 1000"
     );
     let server = guest.spawn(&["sh", "-c", &script])?;
