@@ -13,7 +13,8 @@ use hyperv_sim::ic::vss::Vss;
 use hyperv_sim::storage::{Controller, Disk, Image};
 use hyperv_sim::{Guid, Host, Profile, Vm, VmConfig, VmbusVersion};
 use lab_agent::{
-    to_hex, Command, Ended, Frozen, Log, Neighbour, Piece, Put, Record, Stalls, Storm, Writer,
+    to_hex, Command, Ended, Frozen, Log, Neighbour, Piece, Put, Record, Share, Stalls, Storm,
+    Writer,
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -948,6 +949,12 @@ impl Guest {
     /// The long writes that had not ended at `since_us` of the guest's clock.
     pub fn stalls(&self, since_us: u64) -> Result<Stalls, CallError> {
         self.agent.call(Command::Stalls { since_us }, STEP)
+    }
+
+    /// What of each writer's writes fell between these two moments of the guest's clock.
+    pub fn writes_within(&self, from_us: u64, to_us: u64) -> Result<Vec<Share>, CallError> {
+        let command = Command::WritesWithin { from_us, to_us };
+        self.agent.call(command, STEP)
     }
 
     /// Lets all writers rest between two writes, or go on.
