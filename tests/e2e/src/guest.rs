@@ -462,6 +462,37 @@ impl Guest {
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
     }
 
+    /// What this guest is started from: its kernel, and its initramfs.
+    pub fn boot_files(&self) -> Result<(Vec<u8>, Vec<u8>)> {
+        let read = |path: &Path| {
+            std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+        };
+        let mut initrd = Vec::new();
+        for archive in self.images.initrd(self.machine.userland) {
+            initrd.extend(read(&archive)?);
+            // Each begins at a multiple of four.
+            initrd.resize(initrd.len().next_multiple_of(4), 0);
+        }
+        Ok((read(&self.images.kernel)?, initrd))
+    }
+
+    /// Loads another kernel from files in the guest, with the command line that this one has.
+    pub fn kexec_load(&self, kernel: &str, initrd: &str) -> Result<()> {
+        let command = Command::KexecLoad {
+            kernel: kernel.into(),
+            initrd: initrd.into(),
+            cmdline: self.read("/proc/cmdline")?.trim().into(),
+        };
+        Ok(self.agent.call(command, STEP * 4)?)
+    }
+
+    /// Starts that kernel as it is, and waits until its agent is there. Nothing is known of the guest any more.
+    pub fn kexec(&self) -> Result<()> {
+        self.agent.start(Command::Kexec)?;
+        self.agent.wait_next(BOOT)?;
+        Ok(self.mark_log()?)
+    }
+
     /// Boots another guest of the kind that this one is, with this content on its root's disk.
     pub fn start_from(&self, root: Image) -> Result<Guest> {
         let guest = Guest::boot(&self.images, self.machine, "restored", root)?;

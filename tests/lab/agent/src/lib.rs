@@ -287,6 +287,18 @@ pub enum Command {
     },
     /// Ends all such threads: a list of [`Neighbour`]s in the order of their start.
     NeighboursStop,
+    /// Loads another kernel, which [`Command::Kexec`] starts.
+    KexecLoad {
+        /// The file with it.
+        kernel: String,
+        /// The file with its initramfs.
+        initrd: String,
+        /// Its command line.
+        cmdline: String,
+    },
+    /// Starts the kernel that is loaded in place of this one, at once: programs and file systems are left as
+    /// they are. There is no return; the agent that comes with it greets.
+    Kexec,
     /// Starts another agent, a process that can be killed, and returns its pid.
     Fork,
     /// Kills all such agents and waits until they are gone.

@@ -27,11 +27,14 @@ use crate::error::Error;
 use crate::storm::Plan;
 use crate::writers::Notes;
 use lab_agent::{Call, Command, Outcome, Return};
+use nix::errno::Errno;
 use nix::sys::mman::{mlockall, MlockAllFlags};
+use nix::sys::reboot::{reboot, RebootMode};
 use nix::sys::termios;
 use nix::sys::time::TimeSpec;
 use nix::time::{clock_gettime, ClockId};
 use serde_json::{json, Value};
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
@@ -155,6 +158,22 @@ impl Agent {
             Command::DevCloseAll => json!(self.devices.close_all()),
             Command::NeighbourStart { path } => json!(self.neighbours.start(&path)?),
             Command::NeighboursStop => json!(self.neighbours.stop()?),
+            Command::KexecLoad {
+                kernel,
+                initrd,
+                cmdline,
+            } => {
+                let cmdline = CString::new(cmdline).map_err(|_| Errno::EINVAL)?;
+                json!(sys::load_kernel(
+                    &open_any(&kernel)?,
+                    &open_any(&initrd)?,
+                    &cmdline
+                )?)
+            }
+            Command::Kexec => {
+                let never = reboot(RebootMode::RB_KEXEC)?;
+                match never {}
+            }
             Command::Fork => json!(self.forks.start()?),
             Command::ForksEnd => json!(self.forks.end()?),
             Command::In { pid, does } => self.forks.perform(pid, *does)?,
