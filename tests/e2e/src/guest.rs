@@ -18,7 +18,7 @@ use lab_agent::{
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -413,6 +413,8 @@ pub struct Guest {
     log_mark: AtomicU64,
     /// Its console from this byte on, once it has ended.
     console_mark: AtomicUsize,
+    /// Whether the case has said that it ends it.
+    is_to_end: AtomicBool,
     /// The host's log is looked at from this moment of its clock on.
     host_mark: Mutex<Duration>,
     logs: AtomicU64,
@@ -578,6 +580,7 @@ impl Guest {
             detectors: Detectors::default(),
             log_mark: AtomicU64::new(0),
             console_mark: AtomicUsize::new(0),
+            is_to_end: AtomicBool::new(false),
             host_mark: Mutex::default(),
             logs: AtomicU64::new(0),
             outputs: Mutex::default(),
@@ -1166,7 +1169,13 @@ impl Guest {
     /// warnings as well: [`Guest::check_end`].
     pub fn ends(&self) -> Result<()> {
         self.check_log()?;
+        self.is_to_end.store(true, SeqCst);
         Ok(self.write("/proc/sys/kernel/printk", "5")?)
+    }
+
+    /// Whether the case has said that it ends this machine.
+    pub fn is_to_end(&self) -> bool {
+        self.is_to_end.load(SeqCst)
     }
 
     /// Neither has complained until it ended. Its log is gone then: what of it counts, from errors on, was on

@@ -47,6 +47,11 @@ const KNOWN: &[Known] = &[
         why: "the last word of a kernel that does as it is told, which it says to everybody",
     },
     Known {
+        text: "reboot: Restarting system",
+        cases: &["tp-qemu/*"],
+        why: "the same of one that is to begin anew",
+    },
+    Known {
         text: "hv_vss_daemon: ",
         cases: EVERYWHERE,
         why: "a program's word, which the console of a machine that has ended does not tell from the kernel's",
