@@ -11,14 +11,22 @@ set -euo pipefail
 [ "$(uname -m)" = x86_64 ] || die "this is $(uname -m), the lab wants an x86-64 machine; there 'make module-arm64' builds the module for arm64"
 
 # cargo says which; what makes no use of it is not held up
-rust=1.87
+rust=1.85
 have=$(rustc --version 2>/dev/null | cut -d ' ' -f 2) || have=
 case " ${GOALS:-} " in
 *" module "* | *" module-arm64 "*) ;;
 *)
-    [ -n "$have" ] || die "there is no rustc: the test programs need Rust $rust or later"
+    [ -n "$have" ] || die "there is no rustc: Rust $rust or later is wanted (Debian 13: cargo rustc rust-clippy rustfmt)"
     [ "$(printf '%s\n' "$rust" "$have" | sort --version-sort | head -n 1)" = "$rust" ] ||
-        die "the test programs need Rust $rust or later, this is $have; the daemon alone takes 1.85: cargo build --release --package hv_vss_daemon"
+        die "Rust $rust or later is wanted, this is $have"
+    ;;
+esac
+case " ${GOALS:-} " in
+*" lint "* | *" test "* | *" test-all "*)
+    for tool in clippy fmt; do
+        cargo "$tool" --version >/dev/null 2>&1 ||
+            die "there is no 'cargo $tool' (Debian 13: rust-clippy rustfmt; else: rustup component add clippy rustfmt)"
+    done
     ;;
 esac
 

@@ -9,6 +9,7 @@
 
 mod load;
 mod measure;
+mod phases;
 mod plot;
 mod report;
 mod stack;
@@ -17,7 +18,7 @@ mod stats;
 use anyhow::{ensure, Context, Result};
 use clap::Parser;
 use e2e::guest::{Guest, Images, Machine};
-use load::{Load, Work, LOADS};
+use load::{Load, Work, Writers, LOADS};
 use measure::Sample;
 use report::{ms, Results};
 use stack::Rig;
@@ -27,7 +28,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 #[derive(Parser)]
-#[command(name = "bench", about = "Compares a backup with the peer's")]
+#[command(
+    name = "bench",
+    about = "Compares a backup with the peer's",
+    after_help = report::WORDS
+)]
 struct Arguments {
     /// Only loads whose name matches, such as '*-dirty'
     #[arg(long, value_name = "GLOB", default_value = "*")]
@@ -96,6 +101,9 @@ fn run_load(load: &Load, rounds: u32, guest: &Guest, results: &mut Results) -> R
     if let Work::Freeze(disks) = load.work {
         let start = Instant::now();
         disks.set_up(guest)?;
+        if disks.writers == Writers::Fsync {
+            phases::watch(guest)?;
+        }
         let took = start.elapsed().as_secs_f64();
         println!("bench: {}: set up in {took:.0} s", load.name);
     }

@@ -6,7 +6,9 @@
 //! arrival of the answer. Stalls are the guest's, as its writers saw them. Nothing is judged here.
 
 use crate::load::{Disks, Writers};
+use crate::phases::{Phases, Watched};
 use crate::stack::Rig;
+use crate::stats::p99;
 use anyhow::{ensure, Context, Result};
 use e2e::check::answered;
 use e2e::guest::{Guest, STEP};
@@ -30,6 +32,12 @@ const WATCH: Duration = Duration::from_secs(60);
 pub struct Sample {
     /// The figures that are compared, in seconds.
     pub seconds: BTreeMap<&'static str, f64>,
+    /// How long each phase took, in seconds, where writes are told apart by it.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub phases: BTreeMap<&'static str, f64>,
+    /// What each write took of each phase, in seconds.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub fsyncs: BTreeMap<&'static str, Vec<f64>>,
     /// The longest write of each small writer, in seconds, by its file.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub stalls: BTreeMap<String, f64>,
@@ -50,14 +58,20 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
         Ok(guest.writers()?.iter().all(|it| it.count > 10))
     })?;
     guest.writers_reset()?;
+    let watched = match disks.writers {
+        Writers::Fsync => Some(Watched::begin(guest)?),
+        Writers::Small | Writers::Dirtier => None,
+    };
 
     let freeze = vss.freeze(&[], LIMIT)?;
     let thaw = vss.thaw(LIMIT)?;
-    let stalls = stalls(guest)?;
-    let p99_us = guest.writers()?.iter().map(|it| it.p99_us).max();
-    disks.stop_writers(guest, dirtier)?;
     answered("FREEZE", &freeze, status::OK)?;
     answered("THAW", &thaw, status::OK)?;
+    let stalls = stalls(guest)?;
+    let p99_us = guest.writers()?.iter().map(|it| it.p99_us).max();
+    let phases = watched.map(Watched::end).transpose()?;
+    let fsyncs = phases.map_or_else(|| Ok(BTreeMap::new()), |it| fsyncs(guest, it))?;
+    disks.stop_writers(guest, dirtier)?;
 
     let worst = stalls.values().copied().fold(0.0, f64::max);
     let mut seconds = BTreeMap::from([
@@ -65,11 +79,20 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
         ("freeze", freeze.latency.as_secs_f64()),
         ("thaw", thaw.latency.as_secs_f64()),
     ]);
-    if disks.writers == Writers::Fsync {
+    let mut lengths = BTreeMap::new();
+    if let Some(phases) = phases {
         seconds.insert("fsync-p99", p99_us.unwrap_or(0) as f64 / 1e6);
+        for (phase, from, to) in phases.spans() {
+            lengths.insert(phase.name, (to - from) as f64 / 1e6);
+            let parts = fsyncs.get(phase.name).map_or(&[][..], Vec::as_slice);
+            seconds.insert(phase.p99, p99(parts));
+            seconds.insert(phase.longest, parts.iter().copied().fold(0.0, f64::max));
+        }
     }
     Ok(Sample {
         seconds,
+        fsyncs,
+        phases: lengths,
         stalls,
         dirty_kib,
     })
@@ -84,6 +107,17 @@ pub fn limit(guest: &Guest, disks: &Disks) -> Result<f64> {
         longest = longest.max(guest.freeze_and_thaw(&folder)?);
     }
     Ok(longest.as_secs_f64())
+}
+
+/// What each write took of each phase, in seconds.
+fn fsyncs(guest: &Guest, phases: Phases) -> Result<BTreeMap<&'static str, Vec<f64>>> {
+    let mut fsyncs = BTreeMap::new();
+    for (phase, from, to) in phases.spans() {
+        let shares = guest.writes_within(from, to)?;
+        let parts = shares.iter().flat_map(|it| &it.parts_us);
+        fsyncs.insert(phase.name, parts.map(|it| *it as f64 / 1e6).collect());
+    }
+    Ok(fsyncs)
 }
 
 /// The longest write of each writer, taken once the write that it stood still in has ended.

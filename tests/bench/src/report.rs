@@ -5,12 +5,23 @@
 use crate::load::LOADS;
 use crate::measure::Idle;
 use crate::stack::Stack;
-use crate::stats::{compare, values, Comparison, Turn};
+use crate::stats::{compare, lengths, median, values, Comparison, Turn};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
+
+/// What the words in the table mean.
+pub const WORDS: &str = "\
+stall: the longest write of a small writer, on the file system where it was longest.
+guarded: our daemon on the stock hv_utils. ratio: ours / peer, and the range of 95 % of it
+(paired bootstrap). limit: our stall / the longest freeze and thaw of any of these file
+systems when it is clean and alone. fsync-p99: of a hundred writes with their fsync 99 took
+no longer, on the file system where it was most. sync-, freeze-, hold- and thaw-: what the
+writes took of that phase, -p99 of all rounds together, -longest of the longest one. sync:
+from FREEZE to the first freeze; freeze: until the last one has ended; hold: until the first
+thaw begins; thaw: until the last one has ended.";
 
 /// All that was measured so far.
 #[derive(Debug, Default)]
@@ -49,21 +60,21 @@ impl Results {
         let rows = compare(&self.turns, &self.limits);
         let mut text = String::new();
         if !rows.is_empty() {
-            text.push_str(
-                "Medians. stall: the longest write of a small writer, on the file system where it was\n\
-                 longest. guarded: our daemon on the stock hv_utils. ratio: ours / peer, and the range of\n\
-                 95 % of it (paired bootstrap). limit: our stall / the longest freeze and thaw of any of\n\
-                 these file systems when it is clean and alone.\n\n",
-            );
+            let _ = writeln!(text, "Medians. {WORDS}\n");
             let _ = writeln!(
                 text,
-                "{:12} {:9} {:>10} {:>10} {:>10} {:>6}   {:13} {:>6} {:>6}",
+                "{:12} {:14} {:>10} {:>10} {:>10} {:>6}   {:13} {:>6} {:>6}",
                 "load", "metric", "ours", "guarded", "peer", "ratio", "95 %", "limit", "rounds"
             );
             for row in &rows {
                 self.line(&mut text, row);
             }
             text.push('\n');
+            for load in LOADS {
+                for &stack in load.stacks {
+                    self.phases(&mut text, load.name, stack);
+                }
+            }
             for load in LOADS {
                 if rows.iter().any(|row| row.load == load.name) {
                     let _ = writeln!(text, "{:12} {}", load.name, load.about);
@@ -84,12 +95,25 @@ impl Results {
         text
     }
 
+    /// How long the phases took, where writes are told apart by them.
+    fn phases(&self, text: &mut String, load: &str, stack: Stack) {
+        let phases = crate::phases::ALL.iter().filter_map(|phase| {
+            let lengths = lengths(&self.turns, load, stack, phase.name);
+            let median = ms(median(&lengths));
+            (!lengths.is_empty()).then(|| format!("{} {median}", phase.name))
+        });
+        let phases: Vec<String> = phases.collect();
+        if !phases.is_empty() {
+            let _ = writeln!(text, "phases of {load}, {stack}: {}", phases.join(", "));
+        }
+    }
+
     fn line(&self, text: &mut String, row: &Comparison) {
         let of = |stack| values(&self.turns, row.load, stack, row.metric).len();
         let [low, high] = row.interval;
         let _ = writeln!(
             text,
-            "{:12} {:9} {:>10} {:>10} {:>10} {:>6.3}   {low:.3}-{high:<7.3} {:>6} {:>6}",
+            "{:12} {:14} {:>10} {:>10} {:>10} {:>6.3}   {low:.3}-{high:<7.3} {:>6} {:>6}",
             row.load,
             row.metric,
             ms(row.ours),

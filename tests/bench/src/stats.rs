@@ -48,15 +48,15 @@ pub struct Comparison {
 /// How often rounds are drawn.
 const DRAWS: usize = 2000;
 
-/// [`Comparison::interval`].
-fn interval(ours: &[f64], peer: &[f64]) -> [f64; 2] {
-    let rounds: Vec<(f64, f64)> = ours.iter().copied().zip(peer.iter().copied()).collect();
+/// [`Comparison::interval`], of what each round gave both and of the figure that is made of some rounds.
+fn interval<T>(ours: &[T], peer: &[T], figure: impl Fn(&[&T]) -> f64) -> [f64; 2] {
+    let rounds: Vec<(&T, &T)> = ours.iter().zip(peer).collect();
     // The same figures give the same interval.
     let mut rng = fastrand::Rng::with_seed(1);
     let mut ratio = || {
         let drawn = rounds.iter().filter_map(|_| rng.choice(&rounds).copied());
-        let (ours, peer): (Vec<f64>, Vec<f64>) = drawn.unzip();
-        median(&ours) / median(&peer)
+        let (ours, peer): (Vec<&T>, Vec<&T>) = drawn.unzip();
+        figure(&ours) / figure(&peer)
     };
     let mut ratios: Vec<f64> = (0..DRAWS).map(|_| ratio()).collect();
     ratios.sort_by(f64::total_cmp);
@@ -81,8 +81,31 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
+/// What 99 of a hundred are no larger than; 0 of none.
+pub fn p99(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let index = (sorted.len() * 99).div_ceil(100).saturating_sub(1);
+    sorted.get(index).copied().unwrap_or_default()
+}
+
 /// The order in which people read metrics.
-const METRICS: [&str; 6] = ["stall", "fsync-p99", "freeze", "thaw", "roundtrip", "cpu"];
+const METRICS: [&str; 14] = [
+    "stall",
+    "fsync-p99",
+    "sync-p99",
+    "sync-longest",
+    "freeze-p99",
+    "freeze-longest",
+    "hold-p99",
+    "hold-longest",
+    "thaw-p99",
+    "thaw-longest",
+    "freeze",
+    "thaw",
+    "roundtrip",
+    "cpu",
+];
 
 /// All values of one metric.
 pub fn values(turns: &[Turn], load: &str, stack: Stack, metric: &str) -> Vec<f64> {
@@ -93,6 +116,59 @@ pub fn values(turns: &[Turn], load: &str, stack: Stack, metric: &str) -> Vec<f64
         .collect()
 }
 
+/// How long one phase took each time.
+pub fn lengths(turns: &[Turn], load: &str, stack: Stack, phase: &str) -> Vec<f64> {
+    turns
+        .iter()
+        .filter(|it| it.load == load && it.stack == stack)
+        .filter_map(|it| it.sample.phases.get(phase).copied())
+        .collect()
+}
+
+/// What the writes of each turn took of one phase.
+fn fsyncs(turns: &[Turn], load: &str, stack: Stack, phase: &str) -> Vec<Vec<f64>> {
+    turns
+        .iter()
+        .filter(|it| it.load == load && it.stack == stack)
+        .filter_map(|it| it.sample.fsyncs.get(phase).cloned())
+        .collect()
+}
+
+/// The figures of one row: ours, the peer's, and the interval of their ratio. Of the writes in a phase they
+/// are made of all rounds together, else they are medians.
+fn figures(turns: &[Turn], load: &str, metric: &str) -> Option<(f64, f64, [f64; 2])> {
+    fn of<T>(
+        ours: &[T],
+        peer: &[T],
+        figure: impl Fn(&[&T]) -> f64,
+    ) -> Option<(f64, f64, [f64; 2])> {
+        if ours.is_empty() || peer.is_empty() {
+            return None;
+        }
+        let all = |values: &[T]| figure(&values.iter().collect::<Vec<_>>());
+        Some((all(ours), all(peer), interval(ours, peer, &figure)))
+    }
+    match crate::phases::ALL.iter().find(|it| it.p99 == metric) {
+        Some(phase) => of(
+            &fsyncs(turns, load, Stack::Ours, phase.name),
+            &fsyncs(turns, load, Stack::Peer, phase.name),
+            |rounds| {
+                p99(&rounds
+                    .iter()
+                    .copied()
+                    .flatten()
+                    .copied()
+                    .collect::<Vec<_>>())
+            },
+        ),
+        None => of(
+            &values(turns, load, Stack::Ours, metric),
+            &values(turns, load, Stack::Peer, metric),
+            |rounds| median(&rounds.iter().copied().copied().collect::<Vec<_>>()),
+        ),
+    }
+}
+
 /// Medians of everything that was measured, loads in the order of their turns. `limits` are the least that
 /// was possible in each round.
 pub fn compare(turns: &[Turn], limits: &BTreeMap<&str, Vec<f64>>) -> Vec<Comparison> {
@@ -101,14 +177,10 @@ pub fn compare(turns: &[Turn], limits: &BTreeMap<&str, Vec<f64>>) -> Vec<Compari
     let mut rows = Vec::new();
     for load in loads {
         for metric in METRICS {
-            let ours = values(turns, load, Stack::Ours, metric);
-            let peer = values(turns, load, Stack::Peer, metric);
-            if ours.is_empty() || peer.is_empty() {
+            let Some((ours, peer, interval)) = figures(turns, load, metric) else {
                 continue;
-            }
+            };
             let guarded = values(turns, load, Stack::Guarded, metric);
-            let interval = interval(&ours, &peer);
-            let (ours, peer) = (median(&ours), median(&peer));
             let limit = limits.get(load).filter(|_| metric == "stall");
             rows.push(Comparison {
                 load,
@@ -151,9 +223,48 @@ mod tests {
     #[test]
     fn an_interval_is_as_wide_as_the_rounds_differ() {
         let peer = [2.0; 9];
-        assert_eq!(interval(&[1.0; 9], &peer), [0.5, 0.5]);
-        let [low, high] = interval(&[1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0], &peer);
+        let middle = |rounds: &[&f64]| median(&rounds.iter().map(|it| **it).collect::<Vec<_>>());
+        assert_eq!(interval(&[1.0; 9], &peer, middle), [0.5, 0.5]);
+        let ours = [1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0];
+        let [low, high] = interval(&ours, &peer, middle);
         assert_eq!((low, high), (0.5, 1.5));
+    }
+
+    #[test]
+    fn the_99th_of_a_hundred() {
+        let values = |to: u32| (1..=to).rev().map(f64::from).collect::<Vec<_>>();
+        assert_eq!((p99(&values(100)), p99(&values(1000))), (99.0, 990.0));
+        assert_eq!((p99(&[7.0, 3.0]), p99(&[])), (7.0, 0.0));
+    }
+
+    #[test]
+    fn of_the_writes_in_a_phase_all_rounds_count_together() {
+        let with = |round, stack, fsyncs: &[f64]| Turn {
+            sample: Sample {
+                fsyncs: BTreeMap::from([("hold", fsyncs.to_vec())]),
+                ..Sample::default()
+            },
+            ..turn(round, stack, 0.0)
+        };
+        // One of 101 writes took long: a round alone would say that it is the hundredth part.
+        let quick = [1.0; 100];
+        let turns = [
+            with(1, Stack::Ours, &quick),
+            with(1, Stack::Peer, &[2.0]),
+            with(2, Stack::Ours, &[9.0]),
+            with(2, Stack::Peer, &[4.0]),
+        ];
+        let (ours, peer, _) = figures(&turns, "some", "hold-p99").expect("both had turns");
+        assert_eq!((ours, peer), (1.0, 4.0));
+        assert_eq!(figures(&turns, "some", "thaw-p99"), None);
+    }
+
+    #[test]
+    fn what_is_measured_in_a_phase_is_compared() {
+        for phase in crate::phases::ALL {
+            assert!(METRICS.contains(&phase.p99), "{phase:?}");
+            assert!(METRICS.contains(&phase.longest), "{phase:?}");
+        }
     }
 
     #[test]

@@ -163,6 +163,16 @@ impl Agent {
         Ok(agent)
     }
 
+    /// Waits for the greeting of the agent that comes with the guest's next kernel.
+    pub fn wait_next(&self, timeout: Duration) -> Result<(), CallError> {
+        let greeting = Pending {
+            id: 0,
+            command: "boot of the next kernel".into(),
+        };
+        self.finish::<serde_json::Value>(greeting, timeout)?;
+        Ok(())
+    }
+
     /// Asks for `command` and does not wait for it.
     pub fn start(&self, command: Command) -> Result<Pending, CallError> {
         let described = describe(&command);

@@ -13,11 +13,12 @@ use hyperv_sim::ic::vss::Vss;
 use hyperv_sim::storage::{Controller, Disk, Image};
 use hyperv_sim::{Guid, Host, Profile, Vm, VmConfig, VmbusVersion};
 use lab_agent::{
-    to_hex, Command, Ended, Frozen, Log, Neighbour, Piece, Put, Record, Stalls, Storm, Writer,
+    to_hex, Command, Ended, Frozen, Log, Neighbour, Piece, Put, Record, Share, Stalls, Storm,
+    Writer,
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -422,6 +423,8 @@ pub struct Guest {
     log_mark: AtomicU64,
     /// Its console from this byte on, once it has ended.
     console_mark: AtomicUsize,
+    /// Whether the case has said that it ends it.
+    is_to_end: AtomicBool,
     /// The host's log is looked at from this moment of its clock on.
     host_mark: Mutex<Duration>,
     logs: AtomicU64,
@@ -469,6 +472,37 @@ impl Guest {
     pub fn keep(&self, name: &str, text: &str) -> Result<()> {
         let path = self.images.results.join(name);
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// What this guest is started from: its kernel, and its initramfs.
+    pub fn boot_files(&self) -> Result<(Vec<u8>, Vec<u8>)> {
+        let read = |path: &Path| {
+            std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+        };
+        let mut initrd = Vec::new();
+        for archive in self.images.initrd(self.machine.userland) {
+            initrd.extend(read(&archive)?);
+            // Each begins at a multiple of four.
+            initrd.resize(initrd.len().next_multiple_of(4), 0);
+        }
+        Ok((read(&self.images.kernel)?, initrd))
+    }
+
+    /// Loads another kernel from files in the guest, with the command line that this one has.
+    pub fn kexec_load(&self, kernel: &str, initrd: &str) -> Result<()> {
+        let command = Command::KexecLoad {
+            kernel: kernel.into(),
+            initrd: initrd.into(),
+            cmdline: self.read("/proc/cmdline")?.trim().into(),
+        };
+        Ok(self.agent.call(command, STEP * 4)?)
+    }
+
+    /// Starts that kernel as it is, and waits until its agent is there. Nothing is known of the guest any more.
+    pub fn kexec(&self) -> Result<()> {
+        self.agent.start(Command::Kexec)?;
+        self.agent.wait_next(BOOT)?;
+        Ok(self.mark_log()?)
     }
 
     /// Boots another guest of the kind that this one is, with this content on its root's disk.
@@ -560,6 +594,7 @@ impl Guest {
             detectors: Detectors::default(),
             log_mark: AtomicU64::new(0),
             console_mark: AtomicUsize::new(0),
+            is_to_end: AtomicBool::new(false),
             host_mark: Mutex::default(),
             logs: AtomicU64::new(0),
             outputs: Mutex::default(),
@@ -970,6 +1005,12 @@ impl Guest {
         self.agent.call(Command::Stalls { since_us }, STEP)
     }
 
+    /// What of each writer's writes fell between these two moments of the guest's clock.
+    pub fn writes_within(&self, from_us: u64, to_us: u64) -> Result<Vec<Share>, CallError> {
+        let command = Command::WritesWithin { from_us, to_us };
+        self.agent.call(command, STEP)
+    }
+
     /// Lets all writers rest between two writes, or go on.
     pub fn writers_rest(&self, rest: bool) -> Result<(), CallError> {
         self.agent.call(Command::WritersRest { rest }, STEP)
@@ -1148,7 +1189,13 @@ impl Guest {
     /// warnings as well: [`Guest::check_end`].
     pub fn ends(&self) -> Result<()> {
         self.check_log()?;
+        self.is_to_end.store(true, SeqCst);
         Ok(self.write("/proc/sys/kernel/printk", "5")?)
+    }
+
+    /// Whether the case has said that it ends this machine.
+    pub fn is_to_end(&self) -> bool {
+        self.is_to_end.load(SeqCst)
     }
 
     /// Neither has complained until it ended. Its log is gone then: what of it counts, from errors on, was on

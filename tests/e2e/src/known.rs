@@ -67,6 +67,11 @@ const KNOWN: &[Known] = &[
         why: "the last word of a kernel that does as it is told, which it says to everybody",
     },
     Known {
+        text: "reboot: Restarting system",
+        cases: &["tp-qemu/*"],
+        why: "the same of one that is to begin anew",
+    },
+    Known {
         text: "cmd 0x35 status: scsi 0x0 srb 0x20 host 0xc00000c0",
         cases: EVERYWHERE,
         why: "the driver flushes a disk once more that the host has taken off, as it does behind each case",

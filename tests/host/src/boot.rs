@@ -14,7 +14,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, ReadVolatile,
+    Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, ReadVolatile,
 };
 
 pub(crate) const BOOT_GDT: GuestAddress = GuestAddress(0x500);
@@ -179,7 +179,7 @@ pub(crate) fn load(
         *slot = boot_e820_entry {
             addr: start,
             size: end - start,
-            r#type: kind,
+            type_: kind,
         };
     }
     params.e820_entries = map.len() as u8;

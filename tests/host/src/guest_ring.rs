@@ -6,7 +6,7 @@ use crate::vmbus::protocol::PAGE_SIZE;
 use crate::vmbus::ring::{Field, RingMem};
 use std::sync::atomic::{AtomicU32, Ordering};
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, VolatileMemory,
+    Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, VolatileMemory,
     VolatileMemoryError,
 };
 

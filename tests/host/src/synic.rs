@@ -12,7 +12,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU8, Ordering};
 use std::sync::Mutex;
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, VolatileMemory,
+    Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, VolatileMemory,
     VolatileMemoryError,
 };
 use vmm_sys_util::eventfd::EventFd;

@@ -4,9 +4,10 @@
 
 use super::abi::{answer_v2, read_request, register};
 use super::dialogue::{Abi, Scripted};
+use super::disks::{load_driver, Attached};
 use super::{
-    backup, case, make_file_systems, rounds_or, wait_for_daemon, Case, Growth, ModuleState, When,
-    LEAKS,
+    backup, case, good, make_file_systems, observe, rounds_or, start, stop, suspend,
+    wait_for_daemon, Case, Growth, ModuleState, When, LEAKS,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
@@ -14,6 +15,7 @@ use e2e::guest::{Blocking, Daemon, Device, Guest, Machine, Module, STEP};
 use hv_vss_uapi::{op, MAX_FRAME};
 use hyperv_sim::ic::status;
 use hyperv_sim::ic::vss::{Lun, Op, CLASS, SHORT_BODY};
+use hyperv_sim::storage::Image;
 use hyperv_sim::{EventKind, Exit, HostError, OnOpen, Tx};
 use std::time::Duration;
 use zerocopy::IntoBytes;
@@ -94,6 +96,15 @@ pub const CASES: &[Case] = &[
         "the device goes under our daemon while it freezes, holds and thaws: nothing stays frozen",
         daemon_comes_back,
     ).long(),
+    Case {
+        machine: Machine::SCSI,
+        ..case(
+            "lifecycle/kexec-while-frozen",
+            "another kernel is started while all is frozen: UNLOAD, nothing was written, the next backup is good",
+            kexec_while_frozen,
+        )
+    }
+    .long(),
     case(
         "lifecycle/dying-daemon",
         "a daemon that is killed with a request in its hands fails it at once, an unread one waits",
@@ -197,6 +208,51 @@ fn daemon_comes_late(guest: &Guest) -> Result<()> {
         guest.wait(&process, STEP)?;
     }
     Ok(())
+}
+
+/// A machine of its own, since nothing is left of the kernel that it was started with. The host may be copying
+/// until the next one has come up.
+fn kexec_while_frozen(first: &Guest) -> Result<()> {
+    const MIB: usize = 1 << 20;
+    let guest = &first.start_from(Image::default())?;
+    let (vss, module) = (guest.vss(), guest.module());
+    load_driver(guest)?;
+    let (kernel, initrd) = guest.boot_files()?;
+    for (lun, path, bytes) in [(1, "/run/kernel", kernel), (2, "/run/initrd", initrd)] {
+        let mut content = Image::default();
+        content.write(0, &bytes);
+        let mib = bytes.len().div_ceil(MIB) as u64;
+        let brought = Attached::new(guest, 0, lun, mib, content)?;
+        let (node, len) = (brought.node(guest)?, bytes.len());
+        guest.sh(&format!("head -c {len} {node} >{path}"))?;
+        brought.detach(guest)?;
+    }
+    guest.kexec_load("/run/kernel", "/run/initrd")?;
+
+    let disk = Attached::new(guest, 0, 0, 64, Image::default())?;
+    let node = disk.node(guest)?;
+    guest.sh(&format!(
+        "mkdir -p /mnt/a && mkfs.ext4 -q -F {node} && mount {node} /mnt/a"
+    ))?;
+    guest.writer_start("/mnt/a/w")?;
+    let _daemon = start(guest, module, Daemon::Ours)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    disk.disk.start_log()?;
+    guest.kexec()?;
+    equal("UNLOAD, in all", suspend::unloads(guest), 1)?;
+
+    load_driver(guest)?;
+    let node = disk.node(guest)?;
+    let writes = disk.disk.log().iter().filter(|it| it.is_write()).count();
+    equal("writes since FREEZE was answered", writes, 0)?;
+    disk.disk.stop_log();
+    guest.sh(&format!("e2fsck -f -n {node}"))?;
+    guest.sh(&format!("mkdir -p /mnt/a && mount {node} /mnt/a"))?;
+    guest.writer_start("/mnt/a/w")?;
+    let daemon = start(guest, module, Daemon::Ours)?;
+    equal("the next backup", observe(guest)?, good(&["/mnt/a/w"]))?;
+    stop(guest, module, &daemon)?;
+    guest.check_log()
 }
 
 fn daemon_killed_while_frozen(guest: &Guest) -> Result<()> {

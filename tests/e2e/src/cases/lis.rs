@@ -6,10 +6,10 @@
 //! for that all stands still for it and goes on, which `restore/*` shows to be what a restore wants.
 //!
 //! Not here: those that differ only on the host's side (a differencing disk, Secure Boot, a checkpoint of
-//! either kind), squashfs, iSCSI, and the machine that is saved or off when it is backed up.
+//! either kind), iSCSI, and the machine that is saved or off when it is backed up.
 
 use super::disks::{load_driver, Attached};
-use super::{case, good, load, observe, start, stop, wait_for_daemon, Case, Seen};
+use super::{case, good, load, logged, observe, start, stop, wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, STEP};
@@ -32,6 +32,11 @@ pub const CASES: &[Case] = &[
         "lis/vss-backup-restore-mount-multi-paths",
         "one partition is mounted at two paths",
         multi_paths,
+    ),
+    on_disks(
+        "lis/vss-backup-restore-mount-squashfs",
+        "an image with squashfs is mounted from a file on a disk: it is no matter of the backup",
+        squashfs_on_a_file,
     ),
     on_disks(
         "lis/vss-backup-restore-diskstress",
@@ -161,6 +166,91 @@ fn multi_paths(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/b/v")?;
     let seen = backed_up(guest)?;
     equal("the backup", seen, good(&["/mnt/a/w", "/mnt/b/v"]))
+}
+
+/// What is read in [`squashfs`].
+const SQUASHED: &str = "squashed\n";
+
+/// The smallest squashfs with a file in it, nothing of it compressed (the kernel's `squashfs_fs.h`, version
+/// 4.0): the superblock, the file's only block, the tables of inodes, of folders and of owners.
+fn squashfs() -> Vec<u8> {
+    const NAME: &[u8] = b"file";
+    const SUPERBLOCK: u64 = 96;
+    const BLOCK_LOG: u16 = 17;
+    // There is no table of fragments, of extended attributes, of inodes to export.
+    const NONE: u64 = u64::MAX;
+    const UNCOMPRESSED_BLOCK: u32 = 1 << 24;
+    /// Numbers as they lie in it: all are little endian, one behind the other.
+    fn words(into: &mut Vec<u8>, words: &[u16]) {
+        into.extend(words.iter().flat_map(|it| it.to_le_bytes()));
+    }
+    fn longs(into: &mut Vec<u8>, longs: &[u32]) {
+        into.extend(longs.iter().flat_map(|it| it.to_le_bytes()));
+    }
+    /// A block of a table, marked as not compressed.
+    fn table(image: &mut Vec<u8>, block: &[u8]) -> u64 {
+        let at = image.len() as u64;
+        words(image, &[0x8000 | block.len() as u16]);
+        image.extend(block);
+        at
+    }
+
+    let mut image = vec![0; SUPERBLOCK as usize];
+    image.extend(SQUASHED.as_bytes());
+    let (mut inodes, mut folder) = (Vec::new(), Vec::new());
+    // Type, mode, owner, group, when, number; then what its type has.
+    words(&mut inodes, &[1, 0o755, 0, 0]);
+    longs(&mut inodes, &[0, 1, 0, 2]);
+    words(&mut inodes, &[3 + 12 + 8 + NAME.len() as u16, 0]);
+    longs(&mut inodes, &[3]);
+    let file = inodes.len() as u16;
+    words(&mut inodes, &[2, 0o644, 0, 0]);
+    longs(&mut inodes, &[0, 2, SUPERBLOCK as u32, u32::MAX, 0]);
+    let len = SQUASHED.len() as u32;
+    longs(&mut inodes, &[len, len | UNCOMPRESSED_BLOCK]);
+    // How many but one, the block of the inodes, the number of the first; where, number from there, type, length.
+    longs(&mut folder, &[0, 0, 2]);
+    words(&mut folder, &[file, 0, 2, NAME.len() as u16 - 1]);
+    folder.extend(NAME);
+
+    let inodes = table(&mut image, &inodes);
+    let folders = table(&mut image, &folder);
+    let root_user = table(&mut image, &[0; 4]);
+    let owners = image.len() as u64;
+    image.extend(root_user.to_le_bytes());
+    let used = image.len() as u64;
+
+    let mut superblock = b"hsqs".to_vec();
+    longs(&mut superblock, &[2, 0, 1 << BLOCK_LOG, 0]);
+    // zlib, which nothing is compressed with; inodes and data are not, no fragments, no attributes; one owner.
+    words(&mut superblock, &[1, BLOCK_LOG, 0x213, 1, 4, 0]);
+    for number in [0, used, owners, NONE, inodes, folders, NONE, NONE] {
+        superblock.extend(number.to_le_bytes());
+    }
+    image[..superblock.len()].copy_from_slice(&superblock);
+    image
+}
+
+fn squashfs_on_a_file(guest: &Guest) -> Result<()> {
+    let _disk = ext4(guest)?;
+    let mut content = Image::default();
+    content.write(0, &squashfs());
+    let brought = Attached::new(guest, 0, 1, 1, content)?;
+    let node = brought.node(guest)?;
+    // Asked for writing, as people do: it is read-only by itself.
+    guest.sh(&format!(
+        "modprobe -a loop squashfs && cat {node} >/mnt/a/image && mkdir -p /mnt/packed &&
+         mount -t squashfs -o loop /mnt/a/image /mnt/packed"
+    ))?;
+    equal("its file", guest.read("/mnt/packed/file")?, SQUASHED.into())?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    equal("the backup", observe(guest)?, good(&["/mnt/a/w"]))?;
+    let log = logged(guest, &daemon)?;
+    ensure!(
+        !log.contains("squashfs") && !log.contains("/mnt/packed") && log.contains("/mnt/a (ext4, "),
+        "nothing is to be said of what nobody can write to:\n{log}"
+    );
+    stop(guest, guest.module(), &daemon)
 }
 
 fn disk_stress(guest: &Guest) -> Result<()> {

@@ -6,9 +6,10 @@
 
 use super::disks::{load_driver, Attached};
 use super::{backup, case, good, observe, start, stop, wait_for_daemon, Case};
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, STEP};
+use hyperv_sim::ic::shutdown::Action;
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::Image;
 use hyperv_sim::Exit;
@@ -47,6 +48,15 @@ pub const CASES: &[Case] = &[
             "tp-qemu/check_reboot_shutdown_fsfreeze",
             "the host shuts the guest down while it is frozen: it thaws and powers off",
             shut_down,
+        )
+    }
+    .long(),
+    Case {
+        machine: Machine::SYSTEMD,
+        ..case(
+            "tp-qemu/check_reboot_shutdown_fsfreeze/reboot",
+            "the host restarts the guest while it is frozen: its root is clean, and the next backup good",
+            restarted,
         )
     }
     .long(),
@@ -156,17 +166,45 @@ fn hook_script(guest: &Guest) -> Result<()> {
     stop(guest, guest.module(), &daemon)
 }
 
+/// A guest under systemd, frozen by the daemon that it has started.
+fn frozen(guest: &Guest) -> Result<()> {
+    let vss = guest.vss();
+    vss.wait_open(STEP * 4)?;
+    vss.agree(STEP)?;
+    wait_for_daemon(guest)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)
+}
+
 /// There such a request is refused while frozen. Here it comes from the host, which may have lost its own
 /// THAW: the guest obeys, and is not held up by what it has frozen.
 fn shut_down(guest: &Guest) -> Result<()> {
-    let host = guest.host();
-    host.vss().wait_open(STEP * 4)?;
-    host.vss().agree(STEP)?;
-    wait_for_daemon(guest)?;
-    host.shutdown().wait_open(STEP)?;
-    answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
+    frozen(guest)?;
+    let shutdown = guest.host().shutdown();
+    shutdown.wait_open(STEP)?;
     guest.ends()?;
-    host.shutdown().power_off(STEP)?;
+    shutdown.power_off(STEP)?;
     let exit = guest.vm().wait_exit(STEP * 6)?;
     equal("how the guest ended", exit, Exit::PowerOff)
+}
+
+fn restarted(guest: &Guest) -> Result<()> {
+    let root = guest.root_disk().context("its root is elsewhere")?;
+    frozen(guest)?;
+    let shutdown = guest.host().shutdown();
+    shutdown.wait_open(STEP)?;
+    guest.ends()?;
+    let reply = shutdown.request(Action::Restart, STEP)?;
+    answered("the request to restart", &reply, status::OK)?;
+    let exit = guest.vm().wait_exit(STEP * 6)?;
+    equal("how the guest ended", exit, Exit::Reset)?;
+
+    let next = &guest.start_from(root.snapshot()?)?;
+    let log = next.sh("dmesg")?;
+    ensure!(
+        log.contains("EXT4-fs (sda): mounted filesystem") && !log.contains("recovery complete"),
+        "the root was not clean when the guest went on:\n{log}"
+    );
+    frozen(next)?;
+    answered("THAW", &next.vss().thaw(STEP)?, status::OK)?;
+    next.check_log()
 }

@@ -70,7 +70,8 @@ pub enum Command {
         /// The signal's number.
         signal: i32,
     },
-    /// The agent's clock, in microseconds: that of [`Command::Signal`] and of [`Stalls`].
+    /// The agent's clock, in microseconds: that of [`Command::Signal`] and of [`Stalls`]. It is the kernel's
+    /// monotonic one, by which its traces can go, too.
     Clock,
     /// Waits until a spawned program has ended: [`Ended`] without output, or `EAGAIN` when it had
     /// not within `timeout_ms`.
@@ -189,6 +190,14 @@ pub enum Command {
         /// From when on.
         since_us: u64,
     },
+    /// How the writes of each writer fared within a span of the agent's clock: a list of [`Share`]s in the
+    /// order of their start.
+    WritesWithin {
+        /// From when on.
+        from_us: u64,
+        /// Until when.
+        to_us: u64,
+    },
     /// Lets all writers rest between two writes, or go on.
     WritersRest {
         /// Whether they are to rest.
@@ -278,6 +287,18 @@ pub enum Command {
     },
     /// Ends all such threads: a list of [`Neighbour`]s in the order of their start.
     NeighboursStop,
+    /// Loads another kernel, which [`Command::Kexec`] starts.
+    KexecLoad {
+        /// The file with it.
+        kernel: String,
+        /// The file with its initramfs.
+        initrd: String,
+        /// Its command line.
+        cmdline: String,
+    },
+    /// Starts the kernel that is loaded in place of this one, at once: programs and file systems are left as
+    /// they are. There is no return; the agent that comes with it greets.
+    Kexec,
     /// Starts another agent, a process that can be killed, and returns its pid.
     Fork,
     /// Kills all such agents and waits until they are gone.
@@ -417,6 +438,16 @@ pub struct Writer {
     pub p99_us: u64,
     /// For how long the write in progress has been going on; 0 between two writes.
     pub in_write_us: u64,
+}
+
+/// What of a writer's writes fell into a span of time. Of a write that began before it or ended after it
+/// the part counts that is within. A write that has not ended yet does not count.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// The file it writes.
+    pub path: String,
+    /// How long each such part is, in microseconds.
+    pub parts_us: Vec<u64>,
 }
 
 /// Which writes took long, by the agent's clock. The writers themselves note when one began and

@@ -27,17 +27,22 @@ use crate::error::Error;
 use crate::storm::Plan;
 use crate::writers::Notes;
 use lab_agent::{Call, Command, Outcome, Return};
+use nix::errno::Errno;
 use nix::sys::mman::{mlockall, MlockAllFlags};
+use nix::sys::reboot::{reboot, RebootMode};
 use nix::sys::termios;
+use nix::sys::time::TimeSpec;
+use nix::time::{clock_gettime, ClockId};
 use serde_json::{json, Value};
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::ExitCode;
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Stack of every thread: all of it is locked, so it is small.
 const STACK: usize = 128 * 1024;
@@ -108,6 +113,9 @@ impl Agent {
             }
             Command::Writers => json!(self.writers.list()),
             Command::Stalls { since_us } => json!(self.writers.stalls(since_us)),
+            Command::WritesWithin { from_us, to_us } => {
+                json!(self.writers.within(from_us, to_us))
+            }
             Command::WritersRest { rest } => json!(self.writers.rest(rest)),
             Command::WritersReset => json!(self.writers.reset()),
             Command::WritersStop { timeout_ms } => json!(self.writers.stop(timeout_ms)?),
@@ -150,6 +158,22 @@ impl Agent {
             Command::DevCloseAll => json!(self.devices.close_all()),
             Command::NeighbourStart { path } => json!(self.neighbours.start(&path)?),
             Command::NeighboursStop => json!(self.neighbours.stop()?),
+            Command::KexecLoad {
+                kernel,
+                initrd,
+                cmdline,
+            } => {
+                let cmdline = CString::new(cmdline).map_err(|_| Errno::EINVAL)?;
+                json!(sys::load_kernel(
+                    &open_any(&kernel)?,
+                    &open_any(&initrd)?,
+                    &cmdline
+                )?)
+            }
+            Command::Kexec => {
+                let never = reboot(RebootMode::RB_KEXEC)?;
+                match never {}
+            }
             Command::Fork => json!(self.forks.start()?),
             Command::ForksEnd => json!(self.forks.end()?),
             Command::In { pid, does } => self.forks.perform(pid, *does)?,
@@ -169,10 +193,11 @@ fn open_any(path: &str) -> Result<File, Error> {
     Ok(options.open(path)?)
 }
 
-/// The agent's clock in microseconds: of all threads and writers, never 0.
+/// The agent's clock in microseconds: of all threads and writers, never 0. It counts from the boot, and does
+/// not fail.
 fn clock_us() -> u64 {
-    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-    START.elapsed().as_micros() as u64 + 1
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap_or(TimeSpec::new(0, 0));
+    Duration::from(now).as_micros() as u64 + 1
 }
 
 /// Takes a lock; a thread that panicked while it held it has left nothing half done in here.

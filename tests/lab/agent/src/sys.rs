@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Ioctls, a read with flags, signals, attributes, capabilities of a thread and what a change of users keeps: the
-//! agent's only unsafe code.
+//! Ioctls, a read with flags, signals, attributes, capabilities of a thread, what a change of users keeps, and the
+//! load of a kernel: the agent's only unsafe code.
 
 use nix::errno::Errno;
 use nix::libc;
@@ -45,6 +45,24 @@ pub fn ask_to_write(path: &CStr) -> Result<(), Errno> {
     // SAFETY: both are strings that end with a zero and live until the call returns, and it only reads
     // them.
     let result = unsafe { libc::lremovexattr(path.as_ptr(), none.as_ptr()) };
+    Errno::result(result).map(drop)
+}
+
+/// Loads a kernel with its initramfs, to be started in place of this one.
+pub fn load_kernel(kernel: &File, initrd: &File, cmdline: &CStr) -> Result<(), Errno> {
+    let len = cmdline.to_bytes_with_nul().len();
+    // SAFETY: the descriptors are open for as long as the files are borrowed, and the kernel reads `len` bytes
+    // of the string, which has so many.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_kexec_file_load,
+            kernel.as_raw_fd(),
+            initrd.as_raw_fd(),
+            len,
+            cmdline.as_ptr(),
+            0 as libc::c_ulong,
+        )
+    };
     Errno::result(result).map(drop)
 }
 

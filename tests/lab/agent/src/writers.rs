@@ -11,7 +11,7 @@
 use crate::error::Error;
 use crate::process::command;
 use crate::{clock_us, lock, start_thread};
-use lab_agent::{record, Note, Stall, Stalls, Writer, NOTE_LEN, STALL_US};
+use lab_agent::{record, Note, Share, Stall, Stalls, Writer, NOTE_LEN, STALL_US};
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
@@ -55,7 +55,7 @@ impl Notes {
 
 /// How many long writes of each writer are kept; the oldest goes first.
 const KEPT: usize = 64;
-/// How many writes are remembered by how long they took.
+/// How many writes are remembered by when they began and ended.
 const TIMES: usize = 1 << 16;
 
 /// What a writer and its readers share. Times are those of the agent's clock.
@@ -64,8 +64,8 @@ struct State {
     count: AtomicU64,
     errors: AtomicU64,
     longest_us: AtomicU64,
-    /// How long the first writes took that have ended.
-    times: Mutex<Vec<u64>>,
+    /// When the first writes began and ended that have ended.
+    times: Mutex<Vec<(u64, u64)>>,
     /// When the write in progress began, 0 between two writes.
     began_us: AtomicU64,
     /// The long writes that have ended: when each began and ended.
@@ -116,7 +116,7 @@ impl State {
         self.longest_us.fetch_max(ended - began, SeqCst);
         let mut times = lock(&self.times);
         if times.len() < TIMES {
-            times.push(ended - began);
+            times.push((began, ended));
         }
         drop(times);
         if ended - began >= STALL_US {
@@ -132,10 +132,18 @@ impl State {
 
     /// What 99 of a hundred writes did not take longer than; 0 of none.
     fn p99_us(&self) -> u64 {
-        let mut times = lock(&self.times).clone();
+        let mut times = parts(&lock(&self.times), 0, u64::MAX);
         times.sort_unstable();
         let index = (times.len() * 99).div_ceil(100).saturating_sub(1);
         times.get(index).copied().unwrap_or(0)
+    }
+
+    /// What of the writes fell between `from` and `to`.
+    fn share(&self, from: u64, to: u64) -> Share {
+        Share {
+            path: self.path.clone(),
+            parts_us: parts(&lock(&self.times), from, to),
+        }
     }
 
     /// The long writes that had not ended at `since`.
@@ -155,6 +163,16 @@ impl State {
             ended_us,
         }));
     }
+}
+
+/// How much of each of these writes lies between `from` and `to`, of those that have a part there.
+fn parts(writes: &[(u64, u64)], from: u64, to: u64) -> Vec<u64> {
+    let within = writes
+        .iter()
+        .filter(|(began, ended)| *ended > from && *began < to);
+    within
+        .map(|(began, ended)| ended.min(&to).saturating_sub(*began.max(&from)))
+        .collect()
 }
 
 /// A database's client program, which answers a line with a line.
@@ -333,6 +351,12 @@ impl Writers {
         }
     }
 
+    /// What of the writes of each fell between `from` and `to`.
+    pub fn within(&self, from: u64, to: u64) -> Vec<Share> {
+        let all = lock(&self.all);
+        all.iter().map(|state| state.share(from, to)).collect()
+    }
+
     /// Lets all of them rest between two writes, or go on.
     pub fn rest(&self, rest: bool) {
         for state in lock(&self.all).iter() {
@@ -364,5 +388,21 @@ impl Writers {
                 state.path
             ))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_write_the_part_counts_that_is_within() {
+        let writes = [(10, 20), (25, 26), (30, 90), (95, 99)];
+        assert_eq!(parts(&writes, 0, u64::MAX), [10, 1, 60, 4]);
+        // One that begins before, one that lies within, one that ends later.
+        assert_eq!(parts(&writes, 15, 50), [5, 1, 20]);
+        // One that is under way all the time, as in a file system that is frozen.
+        assert_eq!(parts(&writes, 40, 60), [20]);
+        assert_eq!(parts(&writes, 20, 25), [0; 0]);
     }
 }
