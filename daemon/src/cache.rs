@@ -22,7 +22,7 @@ use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::open::{open_within, OpenError};
 use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope};
-use crate::superblocks::{long_operations, waits_for_scrub};
+use crate::superblocks::{long_operations, waits_for};
 use crate::watch::{Before, Come, Kernel, Marks, ReadOnly, Scene, Signals};
 
 /// How often the machine is looked at anew when it changed between reading and opening. What was
@@ -419,25 +419,30 @@ fn open_all(
         let mut opened = Vec::new();
         for file_system in std::mem::take(members) {
             if let Entry::Vacant(place) = open.entry(file_system.dev) {
-                match open_within(limit, ways, &file_system) {
+                let opened = open_within(limit, ways, &file_system);
+                let waits = match &opened {
+                    Ok(fd) if file_system.fs_type == "btrfs" => waits_for(fd.as_fd()),
+                    _ => None,
+                };
+                match (opened, waits) {
                     // No table shows it, so only now it can be asked.
-                    Ok(fd) if file_system.places.is_empty() && is_read_only(&fd) => {
+                    (Ok(fd), _) if file_system.places.is_empty() && is_read_only(&fd) => {
                         left_out.push(LeftOut {
                             file_system,
                             reason: Reason::ReadOnly,
                         });
                         continue;
                     }
-                    Ok(fd) if file_system.fs_type == "btrfs" && waits_for_scrub(fd.as_fd()) => {
+                    (Ok(_), Some(what)) => {
                         left_out.push(LeftOut {
                             file_system,
-                            reason: Reason::Busy("scrub".into()),
+                            reason: Reason::Busy(what.into()),
                         });
                         continue;
                     }
-                    Ok(fd) => drop(place.insert(fd)),
-                    Err(error) if error.is_our_own() => return Err(error),
-                    Err(error) => {
+                    (Ok(fd), None) => drop(place.insert(fd)),
+                    (Err(error), _) if error.is_our_own() => return Err(error),
+                    (Err(error), _) => {
                         has_changed |= error.may_be_gone();
                         left_out.push(left_out_for(file_system, &error));
                         continue;

@@ -247,6 +247,11 @@ impl Guard {
         let _ = self.lock_child().wait();
     }
 
+    /// Whether somebody has stopped it: it minds nothing then, and what it is handed stays in its socket.
+    pub fn is_stopped(&self) -> bool {
+        self.process().is_some_and(process::is_stopped)
+    }
+
     /// Ends one that is not needed any more. Not to be called while it minds anything.
     pub fn dismiss(&self) {
         // If it has ended by itself, so much the better.

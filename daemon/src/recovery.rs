@@ -152,9 +152,12 @@ pub fn outlast(run: &RunDir, log: &Logbook) -> Result<Recovered, RecoveryError> 
     }
 }
 
-/// Whether a freeze is on record whose owner has ended, though it may still be inside the kernel.
+/// Whether a freeze or hooks are on record whose owner has ended, though it may still be inside the kernel. Of
+/// a freeze that the module held there is no record, of its hooks there is.
 pub fn owner_has_ended(run: &RunDir) -> bool {
-    matches!(run.read(), Ok(Some(record)) if process::is_dead(record.pid))
+    let frozen = run.read().ok().flatten().map(|it| it.pid);
+    let hooks = run.read_hooks().ok().flatten().map(|it| it.pid);
+    frozen.into_iter().chain(hooks).any(process::is_dead)
 }
 
 /// The recovery of a daemon that starts. It may go on for longer than the start.
@@ -372,6 +375,26 @@ mod tests {
         assert_eq!(thaw_each(opens, Ok, Duration::ZERO, &log), 1);
         drop((never, tell));
         assert_eq!(thawed.iter().collect::<Vec<_>>(), ["/b", "/a"]);
+    }
+
+    #[test]
+    fn who_has_left_hooks_alone_is_known_to_have_ended() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-owner-{}", std::process::id()));
+        let run = RunDir::new(&dir);
+        // It makes the folder.
+        drop(run.lock().unwrap());
+        assert!(!owner_has_ended(&run));
+        let mut child = Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        for (pid, has_ended) in [(std::process::id(), false), (child.id(), true)] {
+            let record = crate::calls::HookRecord {
+                pid,
+                ..Default::default()
+            };
+            run.write_hooks(&record).unwrap();
+            assert_eq!(owner_has_ended(&run), has_ended);
+        }
+        std::fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]

@@ -408,6 +408,7 @@ impl Service {
         if std::mem::take(&mut self.hands.is_ahead) {
             // What was refused at the start, and said, is refused here.
             let _ = process::go_along();
+            self.dismiss_stopped_guard();
         }
         for client in std::mem::take(&mut self.waiting) {
             self.control.reply(client, json!({ "thawed": true }));
@@ -454,6 +455,19 @@ impl Service {
         // It is closed anyway when the last copy of the handle goes.
         let _ = registry.deregister(&mut SourceFd(&guard.as_raw_fd()));
         Some(guard)
+    }
+
+    fn dismiss_stopped_guard(&mut self) {
+        let is_stopped = |it: &Arc<Guard>| it.is_stopped();
+        if !self.hands.guard.as_ref().is_some_and(is_stopped) {
+            return;
+        }
+        self.hands
+            .log
+            .warning("the guard process has been stopped by somebody");
+        if let Some(guard) = self.forget_guard() {
+            guard.dismiss();
+        }
     }
 
     fn on_guard(&mut self) {

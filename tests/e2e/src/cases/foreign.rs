@@ -366,9 +366,16 @@ fn guard_stopped(guest: &Guest) -> Result<()> {
     let limit = DEADLINE + RELEASED * 2;
     released(guest, "the deadline", frozen, limit)?;
     answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
-    guest.signal_all(&[guard], 18)?;
+    // It is not left to be: nobody would mind the next ones, and what it was handed could not be unmounted.
+    guest.wait_until("it is replaced", STEP, || {
+        Ok(guest.output(&daemon)?.contains("the guard is replaced"))
+    })?;
     good_backup(guest).context("the next backup")?;
-    stop(guest, Module::Stock, &daemon)
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    let killed = guest.signal_all(&[daemon.pid], 9)?;
+    released(guest, "the death of the daemon", killed, RELEASED)?;
+    guest.wait(&daemon, STEP)?;
+    Ok(())
 }
 
 fn guard_stopped_and_daemon_killed(guest: &Guest) -> Result<()> {
