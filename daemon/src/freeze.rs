@@ -834,9 +834,13 @@ impl Drop for Session {
         self.closed_last = self.leave_copies();
         if Arc::strong_count(&self.work) > 1 {
             // Whoever hangs in one has them all, and the others are to be free.
-            let free = self.work.targets.iter().filter(|it| it.is_left_in_peace());
-            // Where that cannot be they are free when it comes back.
-            let _ = sys::replace_by_nothing(free.map(AsFd::as_fd));
+            for target in &self.work.targets {
+                let turn = target.turn.take_within(Duration::ZERO);
+                if turn.is_some() && !target.is_freezing() && !target.is_thawing() {
+                    // Where that cannot be it is free when the one comes back.
+                    let _ = sys::replace_by_nothing(target.as_fd());
+                }
+            }
         }
     }
 }

@@ -604,15 +604,13 @@ pub fn keep_only(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// Closes what is behind these descriptors although somebody may still have them: from now on they lead to a
-/// pipe at its end.
-pub fn replace_by_nothing<'a>(fds: impl Iterator<Item = BorrowedFd<'a>>) -> io::Result<()> {
+/// Closes what is behind this descriptor although somebody may still have it: from now on it leads to a pipe at
+/// its end.
+pub fn replace_by_nothing(fd: BorrowedFd<'_>) -> io::Result<()> {
     let (nothing, _) = pipe2(OFlag::O_CLOEXEC)?;
-    for fd in fds {
-        // SAFETY: the call takes integers only. The number stays open and belongs to whom it did.
-        let ret = unsafe { libc::dup3(nothing.as_raw_fd(), fd.as_raw_fd(), libc::O_CLOEXEC) };
-        Errno::result(ret)?;
-    }
+    // SAFETY: the call takes integers only. The number stays open and belongs to whom it did.
+    let ret = unsafe { libc::dup3(nothing.as_raw_fd(), fd.as_raw_fd(), libc::O_CLOEXEC) };
+    Errno::result(ret)?;
     Ok(())
 }
 

@@ -78,10 +78,6 @@ impl Turn {
         *is_taken = true;
         Some(Taken(self))
     }
-
-    fn is_taken(&self) -> bool {
-        *lock(&self.is_taken)
-    }
 }
 
 impl Drop for Taken<'_> {
@@ -270,15 +266,6 @@ impl Target {
     /// Whether its thaw, under way on another thread, has not come back.
     pub(super) fn is_thawing(&self) -> bool {
         matches!(*self.state(), State::Thawing { .. })
-    }
-
-    /// Whether nobody is inside a call with its descriptor.
-    pub(super) fn is_left_in_peace(&self) -> bool {
-        let is_inside = matches!(
-            *self.state(),
-            State::Freezing { .. } | State::Thawing { .. }
-        );
-        !is_inside && !self.turn.is_taken()
     }
 
     pub(super) fn is_freezing(&self) -> bool {
