@@ -122,6 +122,13 @@ pub const CASES: &[Case] = &[
     )
     .long(),
     case(
+        "deadman/killed-beside-an-unmount-that-hangs",
+        "the daemon is killed with all frozen while an ext4 is being unmounted whose disk hangs: thawed at once, \
+         and the next daemon serves",
+        killed_beside_an_unmount_that_hangs,
+    )
+    .asking_our_module(),
+    case(
         "deadman/hung-open",
         "an open that a security agent holds up fails the backup in time, with nothing frozen",
         hung_open,
@@ -737,6 +744,43 @@ fn unmount_that_hangs(guest: &Guest) -> Result<()> {
     let list = guest.sh("/payload/hv_vss_daemon list")?;
     ensure!(!list.contains("dm-0 ("), "it is gone:\n{list}");
     stop(guest, guest.module(), &daemon)
+}
+
+/// Whoever looks at the one that is being unmounted hangs with it, and must keep nothing else.
+fn killed_beside_an_unmount_that_hangs(guest: &Guest) -> Result<()> {
+    make_two(guest)?;
+    let vss = guest.vss();
+    load(guest, Module::Ours, &[])?;
+    let mut daemon = guest.start_daemon_with("give_up = 2")?;
+    wait_for_daemon(guest)?;
+    let script = "cd /mnt/hung && touch /run/done && exec sleep 1000";
+    let holder = guest.spawn(&["sh", "-c", script])?;
+    guest.wait_until("it is in there", STEP, || {
+        Ok(guest.try_sh("rm /run/done")?.status == Some(0))
+    })?;
+    guest.sh(&format!(
+        "echo 1 >/mnt/hung/f && umount -l /mnt/hung && {HANG}"
+    ))?;
+    guest.signal(&holder, 9)?;
+    let mut check = || -> Result<()> {
+        answered("FREEZE", &vss.freeze(&[], STEP * 2)?, status::OK)?;
+        let at = guest.signal_all(&all_of_ours(guest, &daemon)?, 9)?;
+        released(guest, "the death", at, RELEASED)?;
+        guest.wait(&daemon, STEP)?;
+        daemon = guest.start_daemon_with("give_up = 2")?;
+        wait_for_daemon(guest)?;
+        answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+        good_backup(guest).context("of the next daemon")?;
+        guest.wait_until("the one that hangs is named", STEP, || {
+            Ok(guest.output(&daemon)?.contains("the kernel has it locked"))
+        })?;
+        Ok(())
+    };
+    let seen = check();
+    guest.sh(UNHANG)?;
+    guest.wait(&holder, STEP)?;
+    seen?;
+    stop(guest, Module::Ours, &daemon)
 }
 
 /// The log is held as long as something may be frozen; an operator learns of it all the same.

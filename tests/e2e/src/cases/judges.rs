@@ -243,7 +243,11 @@ fn no_warning(guest: &Guest) -> Result<()> {
 
 /// A writer on a file system of its own, our module and daemon, and the driver of dynamic memory.
 fn with_balloon(guest: &Guest) -> Result<(Balloon, Process)> {
-    guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
+    // What is made later, of a disk that is memory, would take some of it.
+    guest.sh(
+        "mkdir -p /mnt/a && mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 /dev/ram1 &&
+         mount /dev/ram1 /mnt/a",
+    )?;
     guest.writer_start("/mnt/a/w")?;
     let daemon = start(guest, Module::Ours, Daemon::Ours)?;
     let balloon = guest.host().balloon();
