@@ -314,8 +314,15 @@ fn mount_again(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, PlaceEr
     let device = file_system.devices.first().copied().unwrap_or_default();
     let node = node_of(device);
     let is_on_it = || node.as_deref().is_some_and(unlisted::is_alive);
-    let is_alive = || listed.is_some() || is_shown(ways, file_system) || is_on_it();
-    if !is_alive() {
+    // One that is just being unmounted is listed as long as its disk takes, and mounted anew by whoever has
+    // waited for that. The kernel, where it tells, waits with its answer.
+    let tells = file_system.dev.major != 0 && node.is_some() && sys::tells_superblocks();
+    let is_known = || listed.is_some() || is_shown(ways, file_system);
+    let is_alive = match tells {
+        true => is_on_it(),
+        false => is_known() || is_on_it(),
+    };
+    if !is_alive {
         return Err(PlaceError::Gone);
     }
     let node = node.ok_or(PlaceError::NoNode(device))?;

@@ -762,12 +762,16 @@ fn killed_beside_an_unmount_that_hangs(guest: &Guest) -> Result<()> {
         "echo 1 >/mnt/hung/f && umount -l /mnt/hung && {HANG}"
     ))?;
     guest.signal(&holder, 9)?;
+    let mut dead = None;
     let mut check = || -> Result<()> {
         answered("FREEZE", &vss.freeze(&[], STEP * 2)?, status::OK)?;
         let at = guest.signal_all(&all_of_ours(guest, &daemon)?, 9)?;
         released(guest, "the death", at, RELEASED)?;
-        guest.wait(&daemon, STEP)?;
-        daemon = guest.start_daemon_with("give_up = 2")?;
+        // What hangs is all that is left of it.
+        dead = Some(std::mem::replace(
+            &mut daemon,
+            guest.start_daemon_with("give_up = 2")?,
+        ));
         wait_for_daemon(guest)?;
         answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
         good_backup(guest).context("of the next daemon")?;
@@ -780,6 +784,9 @@ fn killed_beside_an_unmount_that_hangs(guest: &Guest) -> Result<()> {
     guest.sh(UNHANG)?;
     guest.wait(&holder, STEP)?;
     seen?;
+    if let Some(it) = &dead {
+        guest.wait(it, STEP)?;
+    }
     stop(guest, Module::Ours, &daemon)
 }
 
