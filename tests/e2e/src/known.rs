@@ -168,8 +168,14 @@ const KNOWN: &[Known] = &[
     },
     Known {
         text: "hv_vss: an answer could not be sent to the host",
-        cases: &["dialogue/answer-not-sent", "matrix/rescinded*"],
-        why: "the host leaves no room for it in the ring, or has taken that back",
+        cases: &[
+            "dialogue/answer-not-sent",
+            "lifecycle/rescind*",
+            "lifecycle/second-device",
+            "matrix/rescinded*",
+        ],
+        why: "the host leaves no room for it in the ring, or takes that back as soon as it has read the answer, \
+              while hv_ringbuffer_write() is still at it",
     },
     Known {
         text: "ring indices out of range",
