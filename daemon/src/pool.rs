@@ -253,9 +253,6 @@ impl Pool {
             }
         }
         let is_over = state.is_over();
-        if is_over {
-            state.step = None;
-        }
         drop(state);
         self.leave_what_hangs();
         is_over
@@ -266,6 +263,8 @@ impl Pool {
         let shared = self.shared();
         let mut state = shared.lock();
         if state.is_over() {
+            // It may have ended just now, and what it holds is not to stay.
+            state.step = None;
             return;
         }
         state.left = true;
