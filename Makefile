@@ -25,7 +25,7 @@ DAEMON_CASES ?= freeze/* scope/* order/* deadman/* broken/* broken/btrfs-scrub f
 CLIPPY ?=
 
 # The daemon as it is shipped, with its part of libc inside: all that it has is locked in memory, and that is a
-# third less than with the whole shared one. The lab's own programs as fast to build as they can be.
+# fifth less than with the whole shared one. The lab's own programs as fast to build as they can be.
 CARGO_DAEMON = cargo rustc --locked --release --package hv_vss_daemon --bin hv_vss_daemon -- -C target-feature=+crt-static
 CARGO_LAB = cargo build --locked --profile lab --workspace --exclude hv_vss_daemon
 LAB = tests/lab

@@ -13,7 +13,7 @@ use std::thread::{self, Builder};
 use std::time::Duration;
 
 use crate::door::{Door, DoorError};
-use crate::freeze::Target;
+use crate::freeze::{Target, RETRY};
 use crate::guard::Guard;
 use crate::logbook::{words, Logbook};
 use crate::record::{Entry, Lock, Record, RecordError, RunDir};
@@ -21,8 +21,6 @@ use crate::sys;
 
 /// How often it is looked after what is frozen.
 const WATCH: Duration = Duration::from_millis(50);
-/// How often it is tried again to thaw what could not be.
-const RETRY: Duration = Duration::from_secs(1);
 const STACK_BYTES: usize = 64 * 1024;
 
 /// The door, for one freeze.

@@ -54,7 +54,7 @@ const STUCK_TIME: Duration = Duration::from_secs(1);
 /// How long a look whether all is still frozen is waited for.
 const LOOK_TIME: Duration = Duration::from_millis(200);
 /// How often it is tried again to thaw what could not be when its session ended.
-const RETRY: Duration = Duration::from_secs(1);
+pub(crate) const RETRY: Duration = Duration::from_secs(1);
 /// How often those that are frozen are thawed again because of one that is slow.
 const BACK_OFFS: usize = 3;
 

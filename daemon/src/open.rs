@@ -313,14 +313,12 @@ fn mount_again(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, PlaceEr
     let listed = listed(file_system);
     let device = file_system.devices.first().copied().unwrap_or_default();
     let node = node_of(device);
-    let is_on_it = || node.as_deref().is_some_and(unlisted::is_alive);
     // One that is just being unmounted is listed as long as its disk takes, and mounted anew by whoever has
     // waited for that. The kernel, where it tells, waits with its answer.
-    let tells = file_system.dev.major != 0 && node.is_some() && sys::tells_superblocks();
-    let is_known = || listed.is_some() || is_shown(ways, file_system);
-    let is_alive = match tells {
-        true => is_on_it(),
-        false => is_known() || is_on_it(),
+    let asked = node.as_deref().filter(|_| file_system.dev.major != 0);
+    let is_alive = match asked.filter(|_| sys::tells_superblocks()) {
+        Some(node) => unlisted::is_alive(node),
+        None => listed.is_some() || is_shown(ways, file_system),
     };
     if !is_alive {
         return Err(PlaceError::Gone);

@@ -129,10 +129,10 @@ fn devices() -> impl Iterator<Item = Device> {
     })
 }
 
-/// Whether a superblock is on the device with this node.
+/// Whether a superblock is on the device with this node, where the kernel [tells](sys::tells_superblocks).
 pub fn is_alive(node: &Path) -> bool {
     let node = CString::new(node.as_os_str().as_bytes());
-    node.is_ok_and(|it| sys::tells_superblocks() && sys::has_superblock(&it))
+    node.is_ok_and(|it| sys::has_superblock(&it))
 }
 
 /// The type of the superblock on this device: the one as which it can be mounted once more. With none it
