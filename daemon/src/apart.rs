@@ -7,11 +7,13 @@
 //! on a disk is done here, and whoever had it done waits for as long as they like. A thread that has come
 //! back is used again. It knows nothing of what it runs.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{channel, Receiver, Sender};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::Builder;
+use std::time::Duration;
 
 use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
 
@@ -35,6 +37,10 @@ struct Helper {
 }
 
 impl Apart {
+    const fn new() -> Self {
+        Apart(Mutex::new(Vec::new()))
+    }
+
     /// Has `step` done with copies of these descriptors, by a thread that has no others. As long as it is at
     /// that, so is what is returned. `step` must not own a descriptor: it would close another one.
     pub fn hand_over(
@@ -102,11 +108,63 @@ fn work(line: &OwnedFd, orders: &Receiver<Step>) {
     }
 }
 
+/// Questions that may hang, each about one thing, a device or a path. What has not answered is not asked again
+/// before it has.
+pub struct Questions<About: 'static> {
+    apart: Apart,
+    open: Mutex<BTreeSet<About>>,
+}
+
+impl<About: Clone + Ord + Send> Questions<About> {
+    /// Nothing is asked yet.
+    #[expect(clippy::new_without_default, reason = "it is for statics")]
+    pub const fn new() -> Self {
+        Questions {
+            apart: Apart::new(),
+            open: Mutex::new(BTreeSet::new()),
+        }
+    }
+
+    fn open(&self) -> MutexGuard<'_, BTreeSet<About>> {
+        // It is whole after each change.
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The answer, by who has nothing but copies of these descriptors. It is [`io::ErrorKind::TimedOut`] when that takes
+    /// longer than `limit`, and at once as long as it does. As with [`Apart::hand_over`] the question owns no
+    /// descriptor, and an answer that owns one is not for whoever asked: they are in different tables.
+    pub fn ask<T: Send + 'static>(
+        &'static self,
+        about: About,
+        fds: &[BorrowedFd<'_>],
+        limit: Duration,
+        question: impl FnOnce(Vec<OwnedFd>) -> T + Send + 'static,
+    ) -> io::Result<T> {
+        let silent = || io::Error::new(io::ErrorKind::TimedOut, "it does not answer");
+        if !self.open().insert(about.clone()) {
+            return Err(silent());
+        }
+        let (tell, told) = channel();
+        let it = about.clone();
+        let step = move |fds| {
+            let answer = question(fds);
+            self.open().remove(&it);
+            // Nobody listens any more when it took too long.
+            let _ = tell.send(answer);
+        };
+        if let Err(error) = self.apart.hand_over(fds, step) {
+            self.open().remove(&about);
+            return Err(error);
+        }
+        told.recv_timeout(limit).map_err(|_| silent())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use nix::sys::signal::{SigSet, Signal};
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     /// Longer than any step of a test takes.
     const LONG: Duration = Duration::from_secs(60);
@@ -152,5 +210,29 @@ mod tests {
         }
         assert_eq!(hung.strong_count(), 1);
         drop(let_go);
+    }
+
+    #[test]
+    fn what_does_not_answer_is_not_asked_again_and_holds_up_nothing_else() {
+        static ASKED: Questions<&str> = Questions::new();
+        let (release, hang) = channel::<()>();
+        let (_ours, theirs) = nix::unistd::pipe().unwrap();
+        let kind = |it: io::Result<()>| it.unwrap_err().kind();
+        let moment = Duration::from_millis(50);
+        let hung = ASKED.ask("dead", &[theirs.as_fd()], moment, move |_| {
+            let _ = hang.recv();
+        });
+        assert_eq!(kind(hung), io::ErrorKind::TimedOut);
+        let again = || ASKED.ask("dead", &[], LONG, |_| ());
+        assert_eq!(kind(again()), io::ErrorKind::TimedOut);
+        // With the one by which they are counted, and its line.
+        let open = |_| std::fs::read_dir("/proc/thread-self/fd").map(Iterator::count);
+        assert_eq!(ASKED.ask("other", &[], LONG, open).unwrap().unwrap(), 2);
+        drop(release);
+        let since = Instant::now();
+        while again().is_err() {
+            assert!(since.elapsed() < LONG);
+            std::thread::yield_now();
+        }
     }
 }

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use nix::sys::statvfs::{fstatvfs, FsFlags};
 
+use crate::busy;
 use crate::config::{Config, IdleRule};
 use crate::ground::Watched;
 use crate::machine::{LookError, Ways};
@@ -22,7 +23,6 @@ use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::open::{open_within, OpenError};
 use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope};
-use crate::superblocks::{long_operations, waits_for};
 use crate::watch::{Before, Come, Kernel, Marks, ReadOnly, Scene, Signals};
 
 /// How often the machine is looked at anew when it changed between reading and opening. What was
@@ -367,7 +367,7 @@ fn leave_out_busy(plan: &mut Plan) {
     if !plan.waves.iter().flatten().any(|it| it.fs_type == "btrfs") {
         return;
     }
-    let busy = long_operations();
+    let busy = busy::shown();
     plan.leave_out(|file_system| {
         let devices = &file_system.devices;
         let mut busy = busy.iter();
@@ -421,7 +421,7 @@ fn open_all(
             if let Entry::Vacant(place) = open.entry(file_system.dev) {
                 let opened = open_within(limit, ways, &file_system);
                 let waits = match &opened {
-                    Ok(fd) if file_system.fs_type == "btrfs" => waits_for(fd.as_fd()),
+                    Ok(fd) if file_system.fs_type == "btrfs" => busy::unshown(fd.as_fd()),
                     _ => None,
                 };
                 match (opened, waits) {

@@ -576,8 +576,7 @@ fn is_for_writing(fdinfo: &str) -> bool {
 }
 
 fn hooks_found(config: &Config) -> Vec<Finding> {
-    let scout = hooks::Scout::default();
-    let found = match hooks::find(&scout, &config.hooks) {
+    let found = match hooks::find(&config.hooks) {
         Ok(found) => found,
         Err(error) => return vec![finding("hooks", Grade::Problem, words(&error))],
     };
@@ -597,7 +596,7 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
     };
     let called: Vec<hooks::Hook> = found.iter().map(|it| it.hook.clone()).collect();
     let mut warnings = hooks::unused(&config.hooks, &found);
-    if let Some(path) = hooks::passed_over(&scout, &found) {
+    if let Some(path) = hooks::passed_over(&found) {
         warnings.push(format!(
             "{} is passed over: those in its folder are called instead",
             path.display()
@@ -609,7 +608,7 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
     let warning = |text| finding("hooks", Grade::Warning, text);
     all.extend(warnings.into_iter().map(warning));
     // Whoever put it there may have meant it to be called.
-    for path in hooks::not_executable(&scout, &config.hooks).unwrap_or_default() {
+    for path in hooks::not_executable(&config.hooks).unwrap_or_default() {
         let text = format!("{} is not called: it is not executable", path.display());
         all.push(finding("hooks", Grade::Warning, text));
     }

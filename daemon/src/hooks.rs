@@ -8,20 +8,17 @@
 //! instead of `thaw` where the freeze did not come about. It finds them and runs none.
 //!
 //! A hook may be a link to anywhere, also into a dead network mount. So a link is looked up
-//! on a thread of its own ([`Scout`]), and what does not answer in time is a hook that is not fit.
+//! [apart](Questions), and what does not answer in time is a hook that is not fit.
 
-use std::collections::BTreeSet;
 use std::fs::Metadata;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::channel;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::apart::Apart;
+use crate::apart::Questions;
 use crate::backup::Verdict;
 use crate::config::HookRules;
 
@@ -111,7 +108,7 @@ impl Hook {
     /// may write to it; or it does not let itself be looked up.
     pub fn fault_in_time(&self) -> Option<String> {
         let hook = self.clone();
-        let looked = Scout::default().ask(&self.path, move || hook.fault());
+        let looked = ask(&self.path, move || hook.fault());
         looked.unwrap_or_else(|error| Some(self.silent(&error)))
     }
 
@@ -178,18 +175,18 @@ pub struct Found {
 /// The hooks to be called, in their order: that of their names, folder after folder.
 ///
 /// What cannot be looked at, such as a link that leads nowhere, is one of them: its fault says what is wrong.
-pub fn find(scout: &Scout, rules: &HookRules) -> Result<Vec<Found>, HookError> {
-    let mut hooks = in_folder(scout, Path::new(FOLDER), Contract::Qemu)?;
+pub fn find(rules: &HookRules) -> Result<Vec<Found>, HookError> {
+    let mut hooks = in_folder(Path::new(FOLDER), Contract::Qemu)?;
     if rules.qemu {
-        let mut theirs = in_folder(scout, Path::new(QEMU_FOLDER), Contract::Qemu)?;
+        let mut theirs = in_folder(Path::new(QEMU_FOLDER), Contract::Qemu)?;
         if theirs.is_empty() {
-            theirs.extend(judge(scout, QEMU_HOOK.into(), Contract::Qemu));
+            theirs.extend(judge(QEMU_HOOK.into(), Contract::Qemu));
         }
         hooks.extend(theirs);
     }
     if rules.open_vm_tools {
         let folder = Path::new(OPEN_VM_TOOLS_FOLDER);
-        hooks.extend(in_folder(scout, folder, Contract::OpenVmTools)?);
+        hooks.extend(in_folder(folder, Contract::OpenVmTools)?);
     }
     let found = hooks.into_iter().map(|(hook, fault)| Found {
         required: !rules.is_optional(&hook),
@@ -218,14 +215,14 @@ pub fn unused(rules: &HookRules, found: &[Found]) -> Vec<String> {
 
 /// The hook of the QEMU guest agent, where it is passed over for those in its folder, and is not what calls
 /// these.
-pub fn passed_over(scout: &Scout, found: &[Found]) -> Option<&'static Path> {
+pub fn passed_over(found: &[Found]) -> Option<&'static Path> {
     let is_in_folder = |it: &Found| it.hook.path.starts_with(QEMU_FOLDER);
     let path = Path::new(QEMU_HOOK);
     if !found.iter().any(is_in_folder) {
         return None;
     }
     let look = move || is_program(path) && !is_dispatcher(path);
-    scout.ask(path, look).unwrap_or(false).then_some(path)
+    ask(path, look).unwrap_or(false).then_some(path)
 }
 
 /// Whether it calls what is in a folder, as that of the QEMU guest agent does.
@@ -236,19 +233,19 @@ fn is_dispatcher(path: &Path) -> bool {
 }
 
 /// Files in the places of hooks that are not called, since they are not executable.
-pub fn not_executable(scout: &Scout, rules: &HookRules) -> Result<Vec<PathBuf>, HookError> {
-    let mut paths = candidates(scout, Path::new(FOLDER))?;
+pub fn not_executable(rules: &HookRules) -> Result<Vec<PathBuf>, HookError> {
+    let mut paths = candidates(Path::new(FOLDER))?;
     if rules.qemu {
-        paths.extend(candidates(scout, Path::new(QEMU_FOLDER))?);
+        paths.extend(candidates(Path::new(QEMU_FOLDER))?);
         paths.push(QEMU_HOOK.into());
     }
     if rules.open_vm_tools {
-        paths.extend(candidates(scout, Path::new(OPEN_VM_TOOLS_FOLDER))?);
+        paths.extend(candidates(Path::new(OPEN_VM_TOOLS_FOLDER))?);
     }
     let is_file = |path: &Path| std::fs::metadata(path).is_ok_and(|it| it.is_file());
     paths.retain(|path| {
         let at = path.clone();
-        let looked = scout.ask(path, move || is_file(&at) && !is_program(&at));
+        let looked = ask(path, move || is_file(&at) && !is_program(&at));
         looked.unwrap_or(false)
     });
     Ok(paths)
@@ -257,88 +254,37 @@ pub fn not_executable(scout: &Scout, rules: &HookRules) -> Result<Vec<PathBuf>, 
 /// A hook and why it must not be run, if so.
 type Judged = (Hook, Option<String>);
 
-fn in_folder(scout: &Scout, folder: &Path, contract: Contract) -> Result<Vec<Judged>, HookError> {
-    let paths = candidates(scout, folder)?.into_iter();
-    Ok(paths.filter_map(|it| judge(scout, it, contract)).collect())
+fn in_folder(folder: &Path, contract: Contract) -> Result<Vec<Judged>, HookError> {
+    let paths = candidates(folder)?.into_iter();
+    Ok(paths.filter_map(|it| judge(it, contract)).collect())
 }
 
 /// `None` if it is not to be called.
-fn judge(scout: &Scout, path: PathBuf, contract: Contract) -> Option<Judged> {
+fn judge(path: PathBuf, contract: Contract) -> Option<Judged> {
     let hook = Hook { path, contract };
     let its = hook.clone();
     let look = move || is_program(&its.path).then(|| its.fault());
-    let fault = match scout.ask(&hook.path, look) {
+    let fault = match ask(&hook.path, look) {
         Ok(fault) => fault?,
         Err(error) => Some(hook.silent(&error)),
     };
     Some((hook, fault))
 }
 
-/// Has things looked up on another thread ([`Apart`]), which is left behind when it hangs.
-pub struct Scout {
-    limit: Duration,
-    apart: Apart,
-}
-
-impl Default for Scout {
-    fn default() -> Self {
-        Scout {
-            limit: PATIENCE,
-            apart: Apart::default(),
-        }
-    }
-}
-
-impl Scout {
-    /// What `look` finds at `path`. What is no link lies beside the configuration, and nobody is woken for
-    /// that: a host waits.
-    fn ask<T: Send + 'static>(
-        &self,
-        path: &Path,
-        look: impl FnOnce() -> T + Send + 'static,
-    ) -> io::Result<T> {
-        match path.is_symlink() {
-            true => self.ask_apart(path, look),
-            false => Ok(look()),
-        }
-    }
-
-    /// Where it takes longer than the limit, it is not tried again as long as it has not come back.
-    fn ask_apart<T: Send + 'static>(
-        &self,
-        path: &Path,
-        look: impl FnOnce() -> T + Send + 'static,
-    ) -> io::Result<T> {
-        /// Those that have not come back.
-        static HUNG: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
-        fn hung() -> MutexGuard<'static, BTreeSet<PathBuf>> {
-            // It is whole after each change.
-            HUNG.lock().unwrap_or_else(PoisonError::into_inner)
-        }
-        let silent = || io::Error::new(io::ErrorKind::TimedOut, "it does not answer");
-        if !hung().insert(path.to_owned()) {
-            return Err(silent());
-        }
-        let (tell, told) = channel();
-        let at = path.to_owned();
-        let step = move |_| {
-            let seen = look();
-            hung().remove(&at);
-            // Nobody listens any more when it took too long.
-            let _ = tell.send(seen);
-        };
-        if let Err(error) = self.apart.hand_over(&[], step) {
-            hung().remove(path);
-            return Err(error);
-        }
-        told.recv_timeout(self.limit).map_err(|_| silent())
+/// What `look` finds at `path`, in time. What is no link lies beside the configuration, and nobody is woken
+/// for that: a host waits.
+fn ask<T: Send + 'static>(path: &Path, look: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    static ASKED: Questions<PathBuf> = Questions::new();
+    match path.is_symlink() {
+        true => ASKED.ask(path.to_owned(), &[], PATIENCE, |_| look()),
+        false => Ok(look()),
     }
 }
 
 /// What is in a folder of hooks, in the order of the names.
-fn candidates(scout: &Scout, folder: &Path) -> Result<Vec<PathBuf>, HookError> {
+fn candidates(folder: &Path) -> Result<Vec<PathBuf>, HookError> {
     let at = folder.to_owned();
-    let paths = scout.ask(folder, move || paths_in(&at));
+    let paths = ask(folder, move || paths_in(&at));
     paths.and_then(|it| it).map_err(|source| HookError {
         folder: folder.to_owned(),
         source,
@@ -425,38 +371,7 @@ mod tests {
     }
 
     fn found_in(folder: &Path) -> Result<Vec<Judged>, HookError> {
-        in_folder(&Scout::default(), folder, Contract::Qemu)
-    }
-
-    #[test]
-    fn what_does_not_answer_is_left_behind_and_holds_up_nothing_else() {
-        let (release, hang) = channel::<()>();
-        let scout = Scout {
-            limit: Duration::from_millis(50),
-            ..Scout::default()
-        };
-        let here = |name: &str| std::env::temp_dir().join(format!("hv-vss-scout-{name}"));
-        let error = scout.ask_apart(&here("dead"), move || {
-            let _ = hang.recv();
-        });
-        assert_eq!(error.unwrap_err().kind(), io::ErrorKind::TimedOut);
-        // As long as it hangs it is not tried again, by nobody.
-        let scouts = [scout, Scout::default()];
-        for scout in &scouts {
-            let again = scout.ask_apart(&here("dead"), || ());
-            let error: io::Error = again.map(|()| "tried").unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-        }
-        let [_, scout] = &scouts;
-        // With the one by which they are counted, and standard input.
-        let open = || std::fs::read_dir("/proc/thread-self/fd").map(Iterator::count);
-        assert_eq!(scout.ask_apart(&here("other"), open).unwrap().unwrap(), 2);
-        drop(release);
-        let since = std::time::Instant::now();
-        while scout.ask_apart(&here("dead"), || ()).is_err() {
-            assert!(since.elapsed() < Duration::from_secs(60));
-            std::thread::yield_now();
-        }
+        in_folder(folder, Contract::Qemu)
     }
 
     #[test]

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use crate::apart::Apart;
 use crate::backup::Begun;
+use crate::busy;
 use crate::cache::{Cache, GatherError, Gathered, Missing, Opened};
 use crate::calls::Context;
 use crate::config::Config;
@@ -29,7 +30,7 @@ use crate::freeze::{
     FreezeError, How, Learnt, Limits, Means, Session, Stay, Summary, Target, ThawError,
 };
 use crate::ground::Watched;
-use crate::hooks::{self, Found, HookError, Scout};
+use crate::hooks::{self, Found, HookError};
 use crate::logbook::{Held, Logbook, Sink};
 use crate::machine::LookError;
 use crate::mounts::DevId;
@@ -38,7 +39,6 @@ use crate::plan::Reason;
 use crate::pool::Pool;
 use crate::process;
 use crate::progress::{Progress, Stage};
-use crate::superblocks;
 use crate::sys;
 use crate::topology;
 use crate::watch::Scene;
@@ -140,8 +140,6 @@ pub struct Freezer {
     pool: Arc<Pool>,
     aside: Arc<Pool>,
     apart: Arc<Apart>,
-    /// Who looks up hooks.
-    scout: Scout,
     /// `/proc/vmstat`.
     vmstat: Option<File>,
 }
@@ -157,7 +155,6 @@ impl Freezer {
             pool: Arc::default(),
             aside: Arc::default(),
             apart: Arc::default(),
-            scout: Scout::default(),
             vmstat: File::open("/proc/vmstat").ok(),
         }
     }
@@ -166,7 +163,7 @@ impl Freezer {
     fn look_over(&mut self, config: &Arc<Config>, log: &Logbook) {
         self.go_by(config);
         // What hangs is known then when hooks are to be called.
-        let _ = hooks::find(&self.scout, &config.hooks);
+        let _ = hooks::find(&config.hooks);
         // Why there is no plan is said when one is needed.
         for rule in self.cache.prepare(config).unwrap_or_default() {
             log.warning(rule.to_string());
@@ -185,7 +182,7 @@ impl Freezer {
             disks,
             ..
         } = setting;
-        let found = hooks::find(&self.scout, &config.hooks)?;
+        let found = hooks::find(&config.hooks)?;
         if found.is_empty() {
             return Ok(None);
         }
@@ -531,7 +528,7 @@ fn target(opened: Opened) -> Target {
     let target = target.written_back(Box::new(move || write_back.done()));
     match fs_type.as_str() {
         "btrfs" => target.asked(Box::new(move |fd| {
-            let operation = superblocks::at_work_on(&devices, fd)?;
+            let operation = busy::with(&devices, fd)?;
             Some(Reason::Busy(operation).to_string())
         })),
         _ => target,

@@ -11,8 +11,8 @@
 //! and [`freeze`] does the work on them, through a [`door`], and what may hang on a disk [`apart`]. Behind that is the module ([`held`]), or where
 //! the module has no such thing [`fifreeze`] with its [`guard`], the process that thaws when all of this
 //! cannot, and a [`record`], from which [`recovery`] undoes what is left after a death; [`writes`] show
-//! whether others thawed meanwhile, or wrote to a disk itself, and [`moving`] what copies from disk to disk
-//! below it all. [`hooks`] are an administrator's programs that take part, and [`calls`] calls them.
+//! whether others thawed meanwhile, or wrote to a disk itself, [`moving`] what copies from disk to disk
+//! below it all, and [`busy`] what a freeze would wait for. [`hooks`] are an administrator's programs that take part, and [`calls`] calls them.
 //! [`history`] remembers what came of each backup. [`control`] is
 //! how others ask the daemon; [`check`], [`report`] and [`timeline`] are what an operator is told.
 //!
@@ -20,6 +20,7 @@
 
 pub mod apart;
 pub mod backup;
+pub mod busy;
 pub mod cache;
 pub mod calls;
 pub mod check;

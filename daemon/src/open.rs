@@ -15,8 +15,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::channel;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -25,7 +24,7 @@ use nix::mount::{umount2, MntFlags};
 use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
 use nix::sys::stat::Mode;
 
-use crate::apart::Apart;
+use crate::apart::Questions;
 use crate::machine::Ways;
 use crate::mounts::{self, Attached, DevId};
 use crate::namespaces::Namespaces;
@@ -33,9 +32,6 @@ use crate::plan::{FileSystem, Place};
 use crate::superblocks::{self, Entry};
 use crate::sys::{self, Identity};
 use crate::unlisted;
-
-/// Who opens what may hang.
-static ASIDE: LazyLock<Apart> = LazyLock::new(Apart::default);
 
 /// Why one place could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -187,10 +183,7 @@ pub fn open_within(
     ways: &Ways,
     file_system: &FileSystem,
 ) -> Result<OwnedFd, OpenError> {
-    /// Those that have not come back.
-    static HUNG: Mutex<BTreeSet<DevId>> = Mutex::new(BTreeSet::new());
-    // It is whole after each change.
-    let hung = || HUNG.lock().unwrap_or_else(PoisonError::into_inner);
+    static ASKED: Questions<DevId> = Questions::new();
     let is_served = mounts::is_served(&file_system.fs_type);
     if !is_served && !file_system.places.is_empty() {
         return open_file_system(ways, file_system);
@@ -213,24 +206,14 @@ pub fn open_within(
     let flags = SockFlag::SOCK_CLOEXEC;
     let line = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
     let (line, theirs) = line.map_err(|e| cannot(e.into()))?;
-    if !hung().insert(file_system.dev) {
-        return Err(fail(silent()));
-    }
-    let (tell, told) = channel();
-    let open = move |fds: Vec<OwnedFd>| {
-        let opened = open_handed(fds, namespace, &asked);
-        hung().remove(&asked.dev);
-        // Nobody listens any more when it took too long.
-        let _ = tell.send(opened);
-    };
     let needed = [theirs.as_fd(), ways.proc.as_fd()];
     let needed: Vec<BorrowedFd<'_>> = needed.into_iter().chain(only.fds()).collect();
-    if let Err(source) = ASIDE.hand_over(&needed, open) {
-        hung().remove(&file_system.dev);
-        return Err(cannot(source));
-    }
-    let opened = told.recv_timeout(limit);
-    opened.unwrap_or_else(|_| Err(fail(silent())))?;
+    let open = move |fds| open_handed(fds, namespace, &asked);
+    let opened = ASKED.ask(file_system.dev, &needed, limit, open);
+    opened.map_err(|error| match error.kind() {
+        io::ErrorKind::TimedOut => fail(silent()),
+        _ => cannot(error),
+    })??;
     let (_, mut fds) = sys::receive(line.as_fd(), &mut [0]).map_err(cannot)?;
     fds.pop()
         .ok_or_else(|| cannot(io::ErrorKind::NotFound.into()))

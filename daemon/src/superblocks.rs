@@ -11,14 +11,10 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, DirEntry, File};
 use std::io::{self, Seek};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::channel;
-use std::sync::{LazyLock, Mutex, PoisonError};
-use std::time::Duration;
 
-use crate::apart::Apart;
 use crate::mounts::DevId;
 use crate::sys;
 
@@ -212,91 +208,9 @@ pub fn devices_of(entry: &Entry) -> Vec<DevId> {
     devices
 }
 
-fn folder_for(entry: &Entry) -> PathBuf {
+/// Its folder.
+pub fn folder_for(entry: &Entry) -> PathBuf {
     Path::new(ROOT).join(&entry.fs_type).join(&entry.name)
-}
-
-/// Superblocks that are at something which holds their write gate until it ends, so that a freeze would
-/// wait for that, and all writers for the freeze: their devices, and what it is. btrfs says so of a balance
-/// and its like.
-pub fn long_operations() -> Vec<(Vec<DevId>, String)> {
-    let entries = entries(&BTreeSet::from(["btrfs".to_owned()])).unwrap_or_default();
-    let operation = |entry: &Entry| {
-        let path = folder_for(entry).join("exclusive_operation");
-        let said = fs::read_to_string(path).ok()?;
-        match said.trim() {
-            // The last is over in a moment.
-            "none" | "balance paused" | "swap activate" => None,
-            operation => Some((devices_of(entry), operation.to_owned())),
-        }
-    };
-    entries.iter().filter_map(operation).collect()
-}
-
-/// What a btrfs on these devices, open, is at that its freeze would wait for.
-pub fn at_work_on(devices: &[DevId], fd: BorrowedFd<'_>) -> Option<String> {
-    let is_it = |of: &[DevId]| of.iter().any(|dev| devices.contains(dev));
-    let mut all = long_operations().into_iter();
-    let operation = all.find_map(|(of, operation)| is_it(&of).then_some(operation));
-    operation.or_else(|| waits_for(fd).map(str::to_owned))
-}
-
-/// Since when the freeze of a btrfs ends a scrub (`should_cancel_scrub` in `fs/btrfs/scrub.c`). Before, it
-/// waits for it, which takes hours, and nothing but the version tells.
-const FREEZE_ENDS_SCRUB: (u32, u32) = (6, 19);
-
-/// How long the kernel may take to say it: it waits for a commit, and that for a disk.
-const SCRUB_TIME: Duration = Duration::from_secs(5);
-
-/// Why a btrfs, open, cannot be frozen before long: it is being scrubbed, or the kernel does not say in time
-/// whether it is.
-pub fn waits_for(fd: BorrowedFd<'_>) -> Option<&'static str> {
-    // The kernel that runs stays what it is.
-    static MAY_WAIT: LazyLock<bool> = LazyLock::new(|| {
-        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        version_in(&release).is_some_and(|it| it < FREEZE_ENDS_SCRUB)
-    });
-    let is_scrubbed = |fd: BorrowedFd<'_>| sys::is_scrubbed(fd).unwrap_or(false);
-    match MAY_WAIT.then(|| asked_apart(fd, SCRUB_TIME, is_scrubbed))? {
-        Some(is_scrubbed) => is_scrubbed.then_some("scrub"),
-        None => Some("a commit that hangs"),
-    }
-}
-
-/// What `ask` says of it, asked by who has nothing else open; `None` when that takes longer, and as long as it
-/// does.
-fn asked_apart(
-    fd: BorrowedFd<'_>,
-    time: Duration,
-    ask: fn(BorrowedFd<'_>) -> bool,
-) -> Option<bool> {
-    static ASIDE: LazyLock<Apart> = LazyLock::new(Apart::default);
-    /// Those that have not come back.
-    static HUNG: Mutex<BTreeSet<DevId>> = Mutex::new(BTreeSet::new());
-    // It is whole after each change.
-    let hung = || HUNG.lock().unwrap_or_else(PoisonError::into_inner);
-    let dev = sys::identify(fd).ok()?.dev();
-    if !hung().insert(dev) {
-        return None;
-    }
-    let (tell, told) = channel();
-    let step = move |fds: Vec<OwnedFd>| {
-        let answer = fds.first().map(|it| ask(it.as_fd()));
-        hung().remove(&dev);
-        // Nobody listens any more when it took too long.
-        let _ = tell.send(answer);
-    };
-    if ASIDE.hand_over(&[fd], step).is_err() {
-        hung().remove(&dev);
-        return None;
-    }
-    told.recv_timeout(time).ok().flatten()
-}
-
-/// Of a release such as "6.12.117+deb13-amd64" the first two numbers.
-fn version_in(release: &str) -> Option<(u32, u32)> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
 /// The number in the folder of a block device.
@@ -321,33 +235,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_kernel_does_not_say_in_time_is_not_asked_again_before_it_has() {
-        let (ours, theirs) = nix::unistd::pipe().unwrap();
-        // It says so when something is written, or it is closed.
-        let hangs = |fd: BorrowedFd<'_>| nix::unistd::read(fd, &mut [0]).is_ok();
-        let ask = |time| asked_apart(ours.as_fd(), Duration::from_millis(time), hangs);
-        assert_eq!(ask(20), None);
-        assert_eq!(ask(60_000), None);
-        nix::unistd::write(&theirs, b"x").unwrap();
-        drop(theirs);
-        let until = std::time::Instant::now() + Duration::from_secs(60);
-        while ask(60_000) != Some(true) {
-            assert!(std::time::Instant::now() < until);
-        }
-    }
-
-    #[test]
     fn what_is_never_written_to_is_not_listened_for() {
         let text = "nodev\tsysfs\n\text4\n\terofs\nnodev\toverlay\n\tvfat\n";
         let types: Vec<String> = types_in(text).into_iter().collect();
         assert_eq!(types, ["ext4", "vfat"]);
-    }
-
-    #[test]
-    fn a_release_tells_its_version() {
-        assert_eq!(version_in("6.12.117+deb13-amd64\n"), Some((6, 12)));
-        assert_eq!(version_in("7.4-rc1"), Some((7, 4)));
-        assert_eq!(version_in("strange"), None);
     }
 
     #[test]

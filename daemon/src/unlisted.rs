@@ -9,17 +9,15 @@
 //! It only asks of devices on which none is known. What that may wait for is a superblock that is just
 //! being unmounted, on a slow disk for long; so it is asked aside, and there is a limit.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{channel, RecvTimeoutError};
-use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::apart::Apart;
+use crate::apart::Questions;
 use crate::mounts::{is_served, DevId};
 use crate::superblocks::Superblock;
 use crate::sys;
@@ -28,15 +26,6 @@ use crate::sys;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The type of one that it does not answer for.
 pub const UNKNOWN: &str = "?";
-/// Who asks. One that hangs has nothing open.
-static ASIDE: LazyLock<Apart> = LazyLock::new(Apart::default);
-
-/// The devices for which it has not answered yet.
-fn held() -> MutexGuard<'static, BTreeSet<DevId>> {
-    static HELD: Mutex<BTreeSet<DevId>> = Mutex::new(BTreeSet::new());
-    // It is whole after each change.
-    HELD.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// A block device.
 #[derive(Clone, Debug)]
@@ -53,68 +42,28 @@ pub fn find(shown: &BTreeSet<DevId>) -> Vec<Superblock> {
         return Vec::new();
     }
     let left = devices().filter(|it| !shown.contains(&it.dev));
-    find_with(left.collect(), PATIENCE, type_on)
+    find_with(left, PATIENCE, type_on)
 }
 
-/// Those of `left` with a superblock, of the type that `ask` has for it; of one that takes longer than
-/// `patience` it is not known, and it is not asked for again before that has come back.
+/// Those of `left` with a superblock, of the type that `ask` has for it; of one that does not answer in time
+/// it is not known.
 fn find_with(
-    mut left: VecDeque<Device>,
+    left: impl Iterator<Item = Device>,
     patience: Duration,
     ask: fn(&Device) -> Option<String>,
 ) -> Vec<Superblock> {
-    let superblock = |device: Device, fs_type: String| Superblock {
-        fs_type,
-        name: device.name,
-        devices: vec![device.dev],
+    static ASKED: Questions<DevId> = Questions::new();
+    let superblock = |device: Device| {
+        let asked = device.clone();
+        let answer = ASKED.ask(device.dev, &[], patience, move |_| ask(&asked));
+        let fs_type = answer.unwrap_or_else(|_| Some(UNKNOWN.into()))?;
+        Some(Superblock {
+            fs_type,
+            name: device.name,
+            devices: vec![device.dev],
+        })
     };
-    let mut found = Vec::new();
-    let (hung, asked): (VecDeque<_>, _) = {
-        let held = held();
-        left.drain(..).partition(|it| held.contains(&it.dev))
-    };
-    left = asked;
-    found.extend(hung.into_iter().map(|it| superblock(it, UNKNOWN.into())));
-    while !left.is_empty() {
-        let (tell, told) = channel();
-        let batch = left.clone();
-        let ask_all = move |_| {
-            for device in &batch {
-                let answer = ask(device);
-                // So that nobody misses it while they give up on it.
-                let mut held = held();
-                if tell.send(answer).is_err() {
-                    held.remove(&device.dev);
-                    return;
-                }
-            }
-        };
-        if ASIDE.hand_over(&[], ask_all).is_err() {
-            break;
-        }
-        loop {
-            let mut answer = told.recv_timeout(patience);
-            let mut held = held();
-            if answer == Err(RecvTimeoutError::Timeout) {
-                answer = told.try_recv().map_err(|_| RecvTimeoutError::Timeout);
-            }
-            let Some(device) = left.pop_front() else {
-                break;
-            };
-            match answer {
-                Ok(Some(fs_type)) => found.push(superblock(device, fs_type)),
-                Ok(None) => {}
-                Err(_) => {
-                    held.insert(device.dev);
-                    found.push(superblock(device, UNKNOWN.into()));
-                    // While nobody else can look: who asks is no longer heard.
-                    drop(told);
-                    break;
-                }
-            }
-        }
-    }
-    found
+    left.filter_map(superblock).collect()
 }
 
 fn devices() -> impl Iterator<Item = Device> {
@@ -160,7 +109,6 @@ fn type_on(device: &Device) -> Option<String> {
 mod tests {
     use super::*;
     use std::sync::Barrier;
-    use std::thread;
 
     #[test]
     fn one_that_hangs_is_named_and_keeps_nobody_from_asking_for_the_others() {
@@ -177,7 +125,7 @@ mod tests {
             (device.dev.minor != 3).then(|| "vfat".to_owned())
         };
         let find = |patience| {
-            let found = find_with((1..=4).map(device).collect(), patience, ask);
+            let found = find_with((1..=4).map(device), patience, ask);
             let words = found
                 .iter()
                 .map(|it| format!("{} {}", it.name, it.fs_type))
@@ -189,12 +137,6 @@ mod tests {
         // Nobody waits for it again.
         assert_eq!(find(Duration::from_secs(60)), expected);
         HANGS.wait();
-        while held().contains(&device(2).dev) {
-            thread::yield_now();
-        }
-        thread::spawn(|| HANGS.wait());
-        let expected = ["sda1 vfat", "sda2 vfat", "sda4 vfat"];
-        assert_eq!(find(Duration::from_secs(60)), expected);
     }
 
     #[test]
