@@ -21,6 +21,7 @@ use crate::ground::Watched;
 use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
 use crate::moving::Layers;
+use crate::namespaces::State;
 use crate::open::{open_within, OpenError};
 use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope};
 use crate::watch::{Before, Come, Kernel, Marks, ReadOnly, Scene, Signals};
@@ -107,11 +108,13 @@ pub struct Gathered {
     pub then: Scene,
     /// What may move data from disk to disk below it.
     pub layers: Arc<Layers>,
+    /// Whether the plan was only believed to hold: [`Cache::holds`] is to be asked before anybody relies on it.
+    pub is_believed: bool,
 }
 
 /// What a backup would freeze now, and what it would not: the plan, after a try to open each.
 pub fn survey(config: &Config) -> Result<Plan, GatherError> {
-    let opened = Cache::default().open(config, &[])?;
+    let opened = Cache::default().open(config, &[], false)?;
     Ok(opened.plan)
 }
 
@@ -121,6 +124,8 @@ pub struct Cache<S: Signals = Kernel> {
     plan: Plan,
     /// Without these the plan is of no use a second time.
     marks: Option<Marks<S>>,
+    /// Whether it held when that was asked last.
+    held: bool,
     /// What it leaves out for being read-only.
     read_only: ReadOnly<S>,
     /// The superblocks that there were before it was made, as far as anybody tells.
@@ -138,6 +143,7 @@ impl<S: Signals> Cache<S> {
             signals,
             plan: Plan::default(),
             marks: None,
+            held: true,
             read_only: ReadOnly::default(),
             alive: None,
             layers: Arc::default(),
@@ -148,11 +154,7 @@ impl<S: Signals> Cache<S> {
     /// Makes a plan, unless the one that is there still holds, and returns the way to what is planned.
     /// Where a later change would go unnoticed, each call makes one.
     fn plan(&mut self, config: &Config) -> Result<S::Ways, LookError> {
-        let marks = self.marks.take();
-        if let Some((marks, ways)) =
-            marks.and_then(|it| it.unchanged(&mut self.signals, &self.read_only))
-        {
-            self.marks = Some(marks);
+        if let Some(ways) = self.still() {
             return Ok(ways);
         }
         let before = Before::listen(&mut self.signals);
@@ -170,6 +172,32 @@ impl<S: Signals> Cache<S> {
         let complete = |it: Before<S>| it.complete(signals, &machine, &self.plan, read_only);
         self.marks = before.and_then(complete);
         Ok(machine.ways)
+    }
+
+    /// The way to what is planned, if there is a plan and nothing has changed since it was made.
+    fn still(&mut self) -> Option<S::Ways> {
+        let still = (self.marks.take()?).unchanged(&mut self.signals, &self.read_only);
+        self.held = still.is_some();
+        let (marks, ways) = still?;
+        self.marks = Some(marks);
+        Some(ways)
+    }
+
+    /// Whether the plan still holds.
+    pub fn holds(&mut self) -> bool {
+        self.still().is_some()
+    }
+
+    /// Whether the plan is likely to hold: it did when that was asked last, and what tells in a moment tells
+    /// nothing. [`Cache::holds`] is to be asked before anybody relies on it. Not where it leads to other
+    /// namespaces: they would have to be found.
+    fn is_credible(&mut self) -> bool {
+        let is_own = |it: &FileSystem| it.places.iter().all(|place| place.namespace == 0);
+        let mut chosen = self.plan.waves.iter().flatten().chain(&self.plan.synced);
+        // A change is told once.
+        let marks = self.marks.take();
+        self.marks = marks.filter(|it| it.may_hold(&mut self.signals));
+        self.held && self.marks.is_some() && chosen.all(is_own)
     }
 
     /// Has the next plan made anew, as by another configuration. What the signals remember stays.
@@ -236,17 +264,26 @@ impl Cache {
     }
 
     /// Opens everything that is to be frozen, as planned before or anew, for a backup of the disks with
-    /// these addresses.
-    pub fn gather(&mut self, config: &Config, disks: &[String]) -> Result<Gathered, GatherError> {
+    /// these addresses. If it `may_believe`, a plan that is likely to hold is not looked at.
+    pub fn gather(
+        &mut self,
+        config: &Config,
+        disks: &[String],
+        may_believe: bool,
+    ) -> Result<Gathered, GatherError> {
         let Opening {
             plan,
             scope,
             mut open,
-            ways,
-        } = self.open(config, disks)?;
+            states,
+            is_believed,
+        } = self.open(config, disks, may_believe)?;
         let mut gathered = Gathered {
             not_only_listed: why_not_only(disks, &scope).filter(|_| config.listed_disks_only),
-            then: self.signals.then(self.alive.clone(), &ways, &plan),
+            then: self
+                .signals
+                .then(self.alive.clone(), states.as_deref(), &plan),
+            is_believed,
             layers: Arc::clone(&self.layers),
             at_rest: plan.at_rest(&scope),
             ..Gathered::default()
@@ -337,11 +374,25 @@ impl Cache {
 
     /// Opens what the plan for these disks says, and returns it without what could not be opened, with
     /// the reason.
-    fn open(&mut self, config: &Config, disks: &[String]) -> Result<Opening, GatherError> {
+    fn open(
+        &mut self,
+        config: &Config,
+        disks: &[String],
+        may_believe: bool,
+    ) -> Result<Opening, GatherError> {
         let mut open = BTreeMap::new();
         let mut attempt = 1;
         loop {
-            let ways = self.plan(config)?;
+            let is_believed = may_believe && attempt == 1 && self.is_credible();
+            let own_way = is_believed.then(|| self.signals.own_way());
+            let ways = match own_way {
+                Some(ways) => ways.map_err(LookError::Namespaces)?,
+                None => self.plan(config)?,
+            };
+            let states = match &self.marks {
+                Some(marks) => Some(marks.states().clone()),
+                None => Kernel::states(&ways),
+            };
             let (mut plan, scope) = self.plan_of(config, disks);
             leave_out_busy(&mut plan);
             let (plan, has_changed) = open_all(config.give_up, &ways, plan, &mut open)?;
@@ -354,7 +405,8 @@ impl Cache {
                     plan,
                     scope,
                     open,
-                    ways,
+                    states,
+                    is_believed,
                 });
             }
             attempt += 1;
@@ -383,8 +435,10 @@ struct Opening {
     scope: Scope,
     /// The descriptors of what is in it.
     open: BTreeMap<DevId, OwnedFd>,
-    /// The way by which it was opened.
-    ways: Ways,
+    /// How the other namespaces were when it was planned.
+    states: Option<Vec<State>>,
+    /// Whether nobody has looked if the plan holds.
+    is_believed: bool,
 }
 
 /// Why a backup that is to be of its disks only is of all, if it is: whoever leaves out what might be in
@@ -955,7 +1009,9 @@ mod tests {
             match step {
                 Step::Prepare => drop(cache.prepare(&config).unwrap()),
                 Step::Backup => {
-                    cache.plan(&config).unwrap();
+                    if !cache.is_credible() || !cache.holds() {
+                        cache.plan(&config).unwrap();
+                    }
                     // It is begun anew for those.
                     while !cache.read_only.writable_now(&mut cache.signals).is_empty() {
                         cache.plan(&config).unwrap();

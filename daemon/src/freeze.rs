@@ -318,9 +318,14 @@ impl Session {
         learnt.unfreezable.retain(there);
     }
 
-    /// Freezes wave after wave. On any failure everything is thawed before it returns.
-    pub fn freeze(&self, learnt: &mut Learnt) -> Result<Summary, FreezeError> {
-        let result = self.freeze_or_not(learnt);
+    /// Freezes wave after wave. On any failure everything is thawed before it returns. The caller has `meanwhile` done
+    /// once the kernel is at work on the last wave, unless there is none.
+    pub fn freeze(
+        &self,
+        learnt: &mut Learnt,
+        mut meanwhile: Option<impl FnOnce()>,
+    ) -> Result<Summary, FreezeError> {
+        let result = self.freeze_or_not(learnt, &mut meanwhile);
         self.learn(learnt);
         if result.is_err() {
             learnt.ask_all();
@@ -328,7 +333,11 @@ impl Session {
         result
     }
 
-    fn freeze_or_not(&self, learnt: &mut Learnt) -> Result<Summary, FreezeError> {
+    fn freeze_or_not(
+        &self,
+        learnt: &mut Learnt,
+        meanwhile: &mut Option<impl FnOnce()>,
+    ) -> Result<Summary, FreezeError> {
         let work = &self.work;
         let known = |t: &Target| learnt.unfreezable.contains(&t.dev);
         let known: Vec<usize> = work.which(known);
@@ -341,7 +350,7 @@ impl Session {
         for index in work.which(|it| *it.state() == State::Broken) {
             work.door.leave(index);
         }
-        let frozen = self.freeze_armed(&known, learnt);
+        let frozen = self.freeze_armed(&known, learnt, meanwhile);
         if frozen.is_err() {
             // What went wrong with the thaw is logged; the freeze's own failure is the news.
             let _ = self.thaw();
@@ -350,7 +359,12 @@ impl Session {
         frozen
     }
 
-    fn freeze_armed(&self, known: &[usize], learnt: &mut Learnt) -> Result<Summary, FreezeError> {
+    fn freeze_armed(
+        &self,
+        known: &[usize],
+        learnt: &mut Learnt,
+        meanwhile: &mut Option<impl FnOnce()>,
+    ) -> Result<Summary, FreezeError> {
         let work = &self.work;
         self.ask_again(known);
         for attempt in 0.. {
@@ -359,8 +373,10 @@ impl Session {
                 last: Instant::now(),
                 longest: Duration::ZERO,
             };
-            for wave in &self.waves {
-                self.freeze_wave(wave, attempt < BACK_OFFS);
+            for (number, wave) in self.waves.iter().enumerate() {
+                let is_last = number + 1 == self.waves.len();
+                let meanwhile = meanwhile.take_if(|_| is_last);
+                self.freeze_wave(wave, attempt < BACK_OFFS, meanwhile);
                 if work.gave_up() || !lock(&work.obstacles).is_empty() {
                     break;
                 }
@@ -550,7 +566,12 @@ impl Session {
 
     /// Freezes one wave. What is usually quick begins later than what is slow, so that all end at about
     /// the same time and nobody stands still only because others take longer.
-    fn freeze_wave(&self, wave: &[usize], may_back_off: bool) {
+    fn freeze_wave(
+        &self,
+        wave: &[usize],
+        may_back_off: bool,
+        mut meanwhile: Option<impl FnOnce()>,
+    ) {
         let work = &self.work;
         let target = |i: &usize| work.targets.get(*i);
         let usual = |i: &usize| target(i).and_then(|t| t.usual);
@@ -585,13 +606,22 @@ impl Session {
             }
         };
         let is_alone = work.targets.len() == 1 || !work.door.can_call_off();
-        if count == 1 && is_alone && !work.targets.iter().any(Target::is_ours) {
-            // Nobody stands still because of it, and nobody could call it off alone.
+        // Nobody stands still because of it, and nobody could call it off alone.
+        let is_alone = count == 1 && is_alone && !work.targets.iter().any(Target::is_ours);
+        if is_alone && meanwhile.is_none() {
             run_one(0);
         } else if count > 0 {
             let step = Arc::new(run_one);
             let mut may_back_off = may_back_off;
             self.pool.run_watched(count, step, || {
+                if let Some(meanwhile) = meanwhile.take() {
+                    // On a single processor they would begin later.
+                    thread::yield_now();
+                    meanwhile();
+                }
+                if is_alone {
+                    return None;
+                }
                 let next = self.call_off_stuck();
                 if !may_back_off {
                     return next;

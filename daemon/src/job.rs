@@ -52,6 +52,9 @@ const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 const LAG: Duration = Duration::from_millis(30);
 /// How long whoever freezes may take to say whether something has come: a moment, as a rule.
 const ASIDE: Duration = Duration::from_secs(1);
+/// How long before the answer to FREEZE the last look may be at what has come: what comes after it is named when
+/// all is thawed, as what comes after the answer is.
+const FRESH: Duration = Duration::from_millis(30);
 /// How often it is begun anew because a file system came while others were being frozen.
 const ATTEMPTS: usize = 3;
 /// Enough for the look-ups; everything large is on the heap.
@@ -211,12 +214,11 @@ impl Freezer {
     /// held by whoever calls, and speaks only as long as nothing is frozen.
     pub fn freeze(&mut self, setting: &Setting) -> Result<Frozen, JobError> {
         until_it_is(|may_sync, is_last| {
-            let may_lack = is_last && !setting.config.strict;
-            let tried = self.try_to_freeze(setting, may_sync, may_lack)?;
+            let tried = self.try_to_freeze(setting, may_sync, is_last)?;
             if !matches!(tried, Tried::Done(_)) {
                 setting
                     .log
-                    .info("a file system has come meanwhile: it is begun anew");
+                    .info("something has come or changed meanwhile: it is begun anew");
                 // What was in memory only is written: nothing is frozen.
                 setting.log.aloud(|| ());
             }
@@ -224,13 +226,13 @@ impl Freezer {
         })
     }
 
-    /// One attempt at it, after a sync if it may be. If it `may_lack` something that has come meanwhile, it
-    /// counts all the same.
+    /// One attempt at it, after a sync if it may be. The last one counts although something has come meanwhile,
+    /// unless it is to be strict.
     fn try_to_freeze(
         &mut self,
         setting: &Setting,
         may_sync: bool,
-        may_lack: bool,
+        is_last: bool,
     ) -> Result<Tried<Frozen>, JobError> {
         let Setting {
             config,
@@ -242,6 +244,9 @@ impl Freezer {
         } = setting;
         self.go_by(config);
         progress.enter(Stage::Looking, 0);
+        let is_to_sync = may_sync && self.is_worth_a_sync();
+        // A sync may take long, and the last attempt counts: then it is known before whether the plan holds.
+        let may_believe = !is_to_sync && !is_last;
         let Gathered {
             targets,
             missing,
@@ -250,7 +255,8 @@ impl Freezer {
             then,
             layers,
             at_rest,
-        } = self.cache.gather(config, disks)?;
+            is_believed,
+        } = self.cache.gather(config, disks, may_believe)?;
         let devices = targets.iter().flat_map(|it| it.devices.iter().copied());
         let devices: BTreeSet<DevId> = devices.collect();
         let moving = layers.at_work_below(&devices);
@@ -312,7 +318,7 @@ impl Freezer {
             apart: Arc::clone(&self.apart),
         };
         let session = Session::new(targets, means, &self.learnt).map_err(JobError::Threads)?;
-        if may_sync && self.is_worth_a_sync() {
+        if is_to_sync {
             // It may take long, and nothing is frozen yet.
             log.aloud(|| session.sync(&mut self.learnt));
             if !self.cache.is_all_there(&then) {
@@ -321,9 +327,20 @@ impl Freezer {
             self.cache.rewind();
         }
         log.seal();
-        let mut summary = session.freeze(&mut self.learnt)?;
-        let is_all_there = self.cache.is_all_there(&then);
-        if !is_all_there && !may_lack {
+        // While the kernel is at work there is time for a look.
+        let cache = &mut self.cache;
+        let mut held_at = None;
+        let look = is_believed.then_some(|| {
+            let at = Instant::now();
+            held_at = cache.holds().then_some(at);
+        });
+        let mut summary = session.freeze(&mut self.learnt, look)?;
+        let is_all_there = match held_at {
+            Some(at) if at.elapsed() < FRESH => true,
+            None if is_believed => self.cache.holds(),
+            _ => self.cache.is_all_there(&then),
+        };
+        if !is_all_there && (config.strict || !is_last) {
             let thawed = session.thaw();
             session.learn(&mut self.learnt);
             session.disarm();
@@ -666,7 +683,7 @@ pub fn warm_up() -> io::Result<()> {
     };
     let session = Session::new(vec![target], means, &learnt)?;
     // It fails to freeze anything, which is the point.
-    let _ = session.freeze(&mut learnt);
+    let _ = session.freeze(&mut learnt, None::<fn()>);
     let _ = session.thaw();
     Ok(())
 }

@@ -142,6 +142,17 @@ pub struct Marks<S: Signals> {
 }
 
 impl<S: Signals> Marks<S> {
+    /// Whether nothing tells of a change that does so in a moment: more may have changed.
+    pub fn may_hold(&self, signals: &mut S) -> bool {
+        signals.table_has_changed().is_ok_and(|it| !it)
+            && signals.uevents().is_ok_and(|it| it == self.before.uevents)
+    }
+
+    /// The states of the other namespaces.
+    pub fn states(&self) -> &S::States {
+        &self.states
+    }
+
     /// The marks and the way to what was seen, if nothing has changed since. Otherwise they are gone:
     /// a change that was heard once is not heard again.
     pub fn unchanged(self, signals: &mut S, read_only: &ReadOnly<S>) -> Option<(Self, S::Ways)> {
@@ -351,11 +362,11 @@ impl Default for Kernel {
 }
 
 impl Kernel {
-    /// What to tell from, later, what has come since `alive` and `ways` were found, in this order, and the
-    /// plan was made.
-    pub fn then(&self, alive: Option<Alive>, ways: &Ways, plan: &Plan) -> Scene {
+    /// What to tell from, later, what has come since `alive` and these states of the other namespaces were
+    /// found, in this order, and the plan was made.
+    pub fn then(&self, alive: Option<Alive>, states: Option<&[State]>, plan: &Plan) -> Scene {
         let newest = || {
-            let others = ways.namespaces.states()?.iter();
+            let others = states?.iter();
             let own = (self.number?, alive.as_ref()?.newest?);
             Some(others.map(|it| (it.id(), it.newest())).chain([own]))
         };
@@ -364,6 +375,14 @@ impl Kernel {
             listed: alive.map(|it| it.listed),
             known: Known::of(plan),
         }
+    }
+
+    /// The way to what is in the own namespace.
+    pub fn own_way(&self) -> io::Result<Ways> {
+        Ok(Ways {
+            proc: Arc::clone(told(self.proc.as_ref())?),
+            namespaces: Namespaces::default(),
+        })
     }
 
     /// How many mounts were made by anybody else since the machine was started, and how many by this process for

@@ -19,6 +19,9 @@ const SHORT: Duration = Duration::from_millis(60);
 /// What is done to which.
 type Call = (&'static str, usize);
 
+/// Nothing is to be done while the kernel freezes.
+const NOTHING: Option<fn()> = None;
+
 #[derive(Default)]
 struct Double {
     this: Weak<Double>,
@@ -225,7 +228,7 @@ fn setup(waves: &[usize], failures: &[Failure], strict: bool) -> Setup {
 
 impl Setup {
     fn freeze(&mut self) -> Result<Summary, FreezeError> {
-        self.session.freeze(&mut self.learnt)
+        self.session.freeze(&mut self.learnt, NOTHING)
     }
 
     fn calls(&self) -> Vec<Call> {
@@ -750,7 +753,7 @@ fn those_that_are_frozen_do_not_wait_for_a_slow_one() {
 fn a_thaw_that_hangs_does_not_hold_up_those_that_come_after() {
     let waves = [0, 1, 1, 2].map(|wave| (wave, None));
     let mut s = setup_before(waits(), &waves, &[], &[], false);
-    assert!(s.session.freeze(&mut s.learnt).is_ok());
+    assert!(s.session.freeze(&mut s.learnt, NOTHING).is_ok());
     s.slow("thaw", 3, THAW_TIME * 4);
     s.session.thaw().unwrap();
     let until: Vec<Instant> = s
@@ -805,7 +808,7 @@ fn a_thaw_that_does_not_come_back_ends_the_backup_in_time_and_is_no_loss_where_i
             };
             let targets: Vec<Target> = (0..waves.len()).map(numbered).collect();
             let session = Session::new(targets, s.means.clone(), &s.learnt).unwrap();
-            session.freeze(&mut s.learnt).unwrap();
+            session.freeze(&mut s.learnt, NOTHING).unwrap();
             s.slow("thaw", 0, HANG);
             let begun = Instant::now();
             let thawed = session.thaw();
@@ -826,7 +829,7 @@ fn a_thaw_that_does_not_come_back_ends_the_backup_in_time_and_is_no_loss_where_i
             assert_eq!(thaws.count(), waves.len());
             // As long as it has not come back, the next backup is without it.
             lock(&s.double.calls).clear();
-            let summary = s.session.freeze(&mut s.learnt);
+            let summary = s.session.freeze(&mut s.learnt, NOTHING);
             let summary = summary.unwrap();
             assert_eq!((summary.ours, summary.left_out), (waves.len() - 1, 1));
             assert!(s.calls().iter().all(|(_, number)| *number != 0));
@@ -848,7 +851,7 @@ fn a_thaw_that_does_not_come_back_amid_a_freeze_fails_that_one_and_no_other() {
         Target::new(s.session.targets()[number].dev, "/fs".into(), number, fd)
     };
     let next = Session::new(vec![again(0), again(1)], s.means.clone(), &s.learnt).unwrap();
-    let next = next.freeze(&mut s.learnt).unwrap();
+    let next = next.freeze(&mut s.learnt, NOTHING).unwrap();
     assert_eq!((next.ours, next.left_out), (1, 1));
     assert!(begun.elapsed() < HANG / 2, "{:?}", begun.elapsed());
 }
@@ -1184,7 +1187,7 @@ fn what_was_written_while_it_was_frozen_had_been_thawed_for_a_while() {
         };
         let mut learnt = Learnt::default();
         let session = Session::new(vec![target], means, &learnt).unwrap();
-        session.freeze(&mut learnt).unwrap();
+        session.freeze(&mut learnt, NOTHING).unwrap();
         std::fs::write(&path, then).unwrap();
         let thaw = session.thaw();
         std::fs::remove_file(&path).unwrap();
