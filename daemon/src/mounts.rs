@@ -162,7 +162,7 @@ impl Mount {
     /// Whether its superblock is on disks of this machine.
     pub fn is_on_disks(&self) -> bool {
         let fs_type = self.fs_type.as_str();
-        self.dev.major != 0 || ANONYMOUS_TYPES.contains(&fs_type) || !self.can_be_held()
+        self.dev.major != 0 || is_anonymous(fs_type) || !self.can_be_held()
     }
 
     /// Whether a program serves it that has a device of this machine open by itself, if what it is called
@@ -213,6 +213,11 @@ impl Mount {
 /// Whether what is of this type has means to freeze, as far as is known before it is tried.
 pub fn has_means_to_freeze(fs_type: &str) -> bool {
     FREEZE.contains(&fs_type)
+}
+
+/// Whether a superblock of this type has an anonymous number although it is on disks.
+pub fn is_anonymous(fs_type: &str) -> bool {
+    ANONYMOUS_TYPES.contains(&fs_type)
 }
 
 /// Whether a program has to answer for what is of this type.

@@ -124,6 +124,32 @@ pub struct OpenError {
 }
 
 impl OpenError {
+    fn of(file_system: &FileSystem, tried: Vec<PlaceError>) -> Self {
+        OpenError {
+            file_system: file_system.to_string(),
+            tried,
+        }
+    }
+
+    /// Whether no other way is of any use.
+    fn is_final(&self) -> bool {
+        self.is_broken() || self.is_our_own()
+    }
+
+    /// What this other way leads to, or what came of all.
+    fn or_by(
+        mut self,
+        other: impl FnOnce() -> Result<OwnedFd, OpenError>,
+    ) -> Result<OwnedFd, OpenError> {
+        if self.is_final() {
+            return Err(self);
+        }
+        other().map_err(|error| {
+            self.tried.extend(error.tried);
+            self
+        })
+    }
+
     /// Whether the file system itself is out of order (its device failed, or it shut down after an
     /// error), so that nothing can be written to it any more.
     pub fn is_broken(&self) -> bool {
@@ -173,34 +199,41 @@ impl OpenError {
     }
 }
 
-/// Opens `file_system`, which a program may serve: the kernel asks it first. Or it is mounted nowhere, and
-/// may just be unmounted, which takes as long as its disk does. Then that takes no longer than `limit`, and
-/// is not tried again as long as it has not come back. It is asked in one namespace only, and by who has nothing
-/// else open: the others, what is mounted there, and the device of the module must not stay because of a
-/// thread that hangs.
+/// Opens `file_system`, in no longer than `limit` where that may hang: what a program serves, which the kernel
+/// asks first, and what no path leads to. That is mounted once more, and the kernel lets nobody do so while
+/// another writes it back or unmounts it, which takes as long as its disk does.
 pub fn open_within(
     limit: Duration,
     ways: &Ways,
     file_system: &FileSystem,
 ) -> Result<OwnedFd, OpenError> {
-    static ASKED: Questions<DevId> = Questions::new();
-    let is_served = mounts::is_served(&file_system.fs_type);
-    if !is_served && !file_system.places.is_empty() {
-        return open_file_system(ways, file_system);
+    let apart = |silent, open| open_apart(limit, ways, file_system, silent, open);
+    match mounts::is_served(&file_system.fs_type) {
+        true => apart(PlaceError::Silent, open_file_system),
+        false => {
+            let by_path = by_path(ways, file_system);
+            by_path.or_else(|error| error.or_by(|| apart(PlaceError::Locked, mount_again)))
+        }
     }
-    let fail = |error| OpenError {
-        file_system: file_system.to_string(),
-        tried: vec![error],
-    };
-    let silent = || match is_served {
-        true => PlaceError::Silent,
-        false => PlaceError::Locked,
-    };
+}
+
+/// Has it opened so by who has nothing else open, in one namespace only: the others, what is mounted there, and
+/// the device of the module must not stay because of a thread that hangs. It is `silent` when that takes longer
+/// than `limit`, and as long as it does.
+fn open_apart(
+    limit: Duration,
+    ways: &Ways,
+    file_system: &FileSystem,
+    silent: PlaceError,
+    open: fn(&Ways, &FileSystem) -> Result<OwnedFd, OpenError>,
+) -> Result<OwnedFd, OpenError> {
+    static ASKED: Questions<DevId> = Questions::new();
     let first = file_system.places.first();
     let path = first.map(|it| it.path.clone()).unwrap_or_default();
     let namespace = first.map_or(0, |it| it.namespace);
     let mut asked = file_system.clone();
     asked.places.retain(|it| it.namespace == namespace);
+    let fail = |error| OpenError::of(file_system, vec![error]);
     let cannot = |source| fail(PlaceError::open(&path, source));
     let only = ways.namespaces.only(namespace).map_err(cannot)?;
     let flags = SockFlag::SOCK_CLOEXEC;
@@ -208,10 +241,10 @@ pub fn open_within(
     let (line, theirs) = line.map_err(|e| cannot(e.into()))?;
     let needed = [theirs.as_fd(), ways.proc.as_fd()];
     let needed: Vec<BorrowedFd<'_>> = needed.into_iter().chain(only.fds()).collect();
-    let open = move |fds| open_handed(fds, namespace, &asked);
-    let opened = ASKED.ask(file_system.dev, &needed, limit, open);
+    let question = move |fds| open_handed(fds, namespace, &asked, open);
+    let opened = ASKED.ask(file_system.dev, &needed, limit, question);
     opened.map_err(|error| match error.kind() {
-        io::ErrorKind::TimedOut => fail(silent()),
+        io::ErrorKind::TimedOut => fail(silent),
         _ => cannot(error),
     })??;
     let (_, mut fds) = sys::receive(line.as_fd(), &mut [0]).map_err(cannot)?;
@@ -225,11 +258,12 @@ fn open_handed(
     fds: Vec<OwnedFd>,
     namespace: usize,
     file_system: &FileSystem,
+    open: fn(&Ways, &FileSystem) -> Result<OwnedFd, OpenError>,
 ) -> Result<(), OpenError> {
     let mut fds = fds.into_iter();
-    let cannot = |source| OpenError {
-        file_system: file_system.to_string(),
-        tried: vec![PlaceError::open(Path::new(""), source)],
+    let cannot = |source| {
+        let error = PlaceError::open(Path::new(""), source);
+        OpenError::of(file_system, vec![error])
     };
     let (Some(line), Some(proc)) = (fds.next(), fds.next()) else {
         return Err(cannot(io::ErrorKind::NotFound.into()));
@@ -238,16 +272,21 @@ fn open_handed(
         proc: Arc::new(proc),
         namespaces: Namespaces::alone(namespace, fds.next()),
     };
-    let opened = open_file_system(&ways, file_system)?;
+    let opened = open(&ways, file_system)?;
     sys::send(line.as_fd(), &[opened.as_fd()]).map_err(cannot)
 }
 
-/// Opens `file_system` through the first of its places that still leads to it.
-///
-/// If none does because other mounts lie over all of them, or over folders above, those are taken
-/// away in a private copy of the namespace, where nobody else notices. If there is no place, or none
-/// that can be walked to, it is mounted once more.
+/// Opens `file_system` through the first of its places that still leads to it. If there is none, or none that can
+/// be walked to, it is mounted once more.
 pub fn open_file_system(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenError> {
+    let by_path = by_path(ways, file_system);
+    by_path.or_else(|error| error.or_by(|| mount_again(ways, file_system)))
+}
+
+/// Opens it through the first of its places that still leads to it. If none does because other mounts lie over all
+/// of them, or over folders above, those are taken away in a private copy of the namespace, where nobody else
+/// notices.
+fn by_path(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenError> {
     let mut tried = Vec::new();
     let proc = ways.proc.as_fd();
     let namespaces = &ways.namespaces;
@@ -261,16 +300,11 @@ pub fn open_file_system(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd
             Err(source) => tried.push(PlaceError::open(&place.path, source)),
         }
     }
-    let fail = |tried| OpenError {
-        file_system: file_system.to_string(),
-        tried,
-    };
-    let error = fail(tried);
-    if error.is_broken() || error.is_our_own() {
+    let mut error = OpenError::of(file_system, tried);
+    if error.is_final() {
         return Err(error);
     }
-    let OpenError { mut tried, .. } = error;
-    if tried.is_empty() || tried.iter().any(PlaceError::may_be_elsewhere) {
+    if error.tried.is_empty() || error.tried.iter().any(PlaceError::may_be_elsewhere) {
         for place in walkable {
             let uncover = || uncover(proc, file_system, place);
             if let Ok(Ok(fd)) = namespaces.within_copy(place.namespace, uncover) {
@@ -278,29 +312,32 @@ pub fn open_file_system(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd
             }
         }
     }
-    tried.extend(foreign.iter().map(|place| PlaceError::Foreign {
-        path: place.path.clone(),
-    }));
-    match mount_again(ways, file_system) {
-        Ok(fd) => Ok(fd),
-        Err(error) => {
-            tried.push(error);
-            Err(fail(tried))
-        }
-    }
+    error
+        .tried
+        .extend(foreign.iter().map(|place| PlaceError::Foreign {
+            path: place.path.clone(),
+        }));
+    Err(error)
 }
 
-/// Mounts `file_system` once more and opens its root there. Only while it is alive, or that would be
-/// more than a look.
-fn mount_again(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, PlaceError> {
-    let listed = listed(file_system);
+/// Mounts it once more and opens its root there.
+fn mount_again(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenError> {
+    mount_if_alive(ways, file_system).map_err(|it| OpenError::of(file_system, vec![it]))
+}
+
+/// The same, only while it is alive, or that would be more than a look.
+fn mount_if_alive(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, PlaceError> {
     let device = file_system.devices.first().copied().unwrap_or_default();
     let node = node_of(device);
     // One that is just being unmounted is listed as long as its disk takes, and mounted anew by whoever has
     // waited for that. The kernel, where it tells, waits with its answer.
-    let asked = node.as_deref().filter(|_| file_system.dev.major != 0);
-    let is_alive = match asked.filter(|_| sys::tells_superblocks()) {
-        Some(node) => unlisted::is_alive(node),
+    let asked = node.as_deref().filter(|_| sys::tells_superblocks());
+    let told = asked.map(unlisted::is_alive);
+    let listed = listed(file_system);
+    let is_alive = match told {
+        // Of one with an anonymous number not each kernel tells: 6.1 and 6.12 compare that with the device's.
+        Some(false) if mounts::is_anonymous(&file_system.fs_type) => listed.is_some(),
+        Some(is_alive) => is_alive,
         None => listed.is_some() || is_shown(ways, file_system),
     };
     if !is_alive {
