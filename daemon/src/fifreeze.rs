@@ -57,6 +57,7 @@ impl Fifreeze {
     fn record<'a>(&self, targets: impl Iterator<Item = &'a Target>) -> Record {
         let entry = |target: &Target| Entry {
             dev: target.dev,
+            devices: target.devices.clone(),
             name: target.name.clone(),
         };
         Record {

@@ -540,6 +540,7 @@ fn target(opened: Opened) -> Target {
         devices,
     } = opened;
     let target = Target::new(dev, name, wave, fd).with_disks(disks);
+    let target = target.with_devices(devices.clone());
     let target = target.with_all_below(below).standing_on(stands_on);
     let write_back = WriteBack::to(devices.clone());
     let target = target.written_back(Box::new(move || write_back.done()));

@@ -64,6 +64,10 @@ pub enum RecordError {
 pub struct Entry {
     /// The superblock's device number, by which it is found again.
     pub dev: DevId,
+    /// The devices that it is on. By one of them it is found when it is mounted nowhere any more and its
+    /// number is an anonymous one, which no device has.
+    #[serde(default)]
+    pub devices: Vec<DevId>,
     /// For people: path, type and device.
     pub name: String,
 }
@@ -283,6 +287,7 @@ mod tests {
         let lock = run.lock().unwrap();
         let entry = |dev: &str| Entry {
             dev: dev.parse().unwrap(),
+            devices: vec![dev.parse().unwrap()],
             name: "/srv (ext4)".into(),
         };
         let mut record = Record {

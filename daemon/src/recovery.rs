@@ -21,7 +21,7 @@ use crate::config::{Config, ConfigError};
 use crate::logbook::{words, Logbook};
 use crate::machine::{LookError, Machine};
 use crate::open::open_file_system;
-use crate::plan::plan;
+use crate::plan::{plan, FileSystem, Plan};
 use crate::process;
 use crate::record::{Entry, Record, RecordError, RunDir};
 use crate::sys;
@@ -241,8 +241,9 @@ fn thaw_record(record: &Record, log: &Logbook) -> Result<(), RecoveryError> {
     let everything = plan(&machine.mounts, &machine.topology, &|_| None);
     let ways = Arc::new(machine.ways);
     let mut opens = Vec::new();
-    for Entry { dev, name } in record.frozen.iter().rev() {
-        let Some(found) = everything.file_systems().find(|it| it.dev == *dev) else {
+    for entry in record.frozen.iter().rev() {
+        let name = &entry.name;
+        let Some(found) = find(&everything, entry) else {
             log.warning(format!("{name} is not mounted any more"));
             continue;
         };
@@ -256,6 +257,15 @@ fn thaw_record(record: &Record, log: &Logbook) -> Result<(), RecoveryError> {
         0 => Ok(()),
         count => Err(RecoveryError::NotThawed(count)),
     }
+}
+
+/// What is recorded, as it is known by now. One that is mounted nowhere has the number of a device, whatever it
+/// had; another superblock on the same device is not frozen, and asking it costs nothing.
+fn find<'a>(plan: &'a Plan, Entry { dev, devices, .. }: &Entry) -> Option<&'a FileSystem> {
+    let is_on = |it: &&FileSystem| it.devices.iter().any(|dev| devices.contains(dev));
+    let mut all = plan.file_systems();
+    all.find(|it| it.dev == *dev)
+        .or_else(|| plan.file_systems().find(is_on))
 }
 
 /// Opens and thaws one after the other, as far as nothing hangs; says how many are not thawed. What hangs is
@@ -337,10 +347,42 @@ fn start_thaw<T: 'static>(
 mod tests {
     use super::*;
     use crate::logbook::Sink;
+    use crate::mounts::DevId;
+    use crate::topology::{Topology, Unmounted};
     use std::os::unix::process::ExitStatusExt as _;
     use std::process::{Child, Command};
 
     type Open = Box<dyn FnOnce() -> io::Result<()> + Send>;
+
+    #[test]
+    fn what_is_mounted_nowhere_any_more_is_found_by_its_devices() {
+        let device = |major, minor| DevId { major, minor };
+        let (root, disk, second) = (device(254, 1), device(8, 16), device(8, 32));
+        let anonymous = device(0, 40);
+        let on = |devices: &[DevId]| Unmounted {
+            devices: devices.to_vec(),
+            name: "a btrfs".into(),
+            fs_type: "btrfs".into(),
+        };
+        let topology = Topology {
+            unmounted: vec![on(&[root]), on(&[disk, second])],
+            ..Topology::default()
+        };
+        let plan = plan(&[], &topology, &|_| None);
+        let found = |dev, devices: &[DevId]| {
+            let entry = Entry {
+                dev,
+                devices: devices.to_vec(),
+                name: String::new(),
+            };
+            find(&plan, &entry).map(|it| it.devices.clone())
+        };
+        let both = Some(vec![disk, second]);
+        assert_eq!(found(anonymous, &[disk, second]), both);
+        assert_eq!(found(anonymous, &[second]), both);
+        assert_eq!(found(disk, &[]), both);
+        assert_eq!(found(anonymous, &[]), None, "of an older daemon");
+    }
 
     #[test]
     fn an_open_that_waits_for_another_that_is_frozen_holds_up_no_thaw() {

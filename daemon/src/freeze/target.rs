@@ -137,6 +137,8 @@ pub struct Target {
     pub name: String,
     /// Its wave in the plan, from 0.
     pub wave: usize,
+    /// The devices that it is on.
+    pub devices: Vec<DevId>,
     /// The disks that it is on, perhaps with others.
     pub(super) disks: Vec<DevId>,
     /// Those and all devices in between; `None` where it may have a part of any other.
@@ -169,6 +171,7 @@ impl Target {
             dev,
             name,
             wave,
+            devices: Vec::new(),
             disks: Vec::new(),
             below: None,
             stands_on: None,
@@ -183,6 +186,11 @@ impl Target {
             turn: Turn::default(),
             unasked: AtomicBool::new(false),
         }
+    }
+
+    /// By these it is found again, whatever has become of its mounts.
+    pub fn with_devices(self, devices: Vec<DevId>) -> Self {
+        Target { devices, ..self }
     }
 
     /// What is on the same disks is written back one after the other.
