@@ -267,26 +267,15 @@ impl Freezer {
         let mut warnings = Warnings::new(log);
         warnings.of_moving(&moving);
         let learnt = &self.learnt;
-        let known = |it: &&Opened| learnt.is_unfreezable(it.dev);
-        let others = |watched: &Watched| {
-            let counts = |it: &&Opened| it.below.as_ref().is_some_and(|it| watched.counts(it));
-            let on_it = targets.iter().filter(known).filter(counts);
-            on_it.flat_map(|it| it.devices.iter().copied()).collect()
-        };
-        let is_anywhere = |it: &Opened| it.below.is_none();
-        let at_rest = match targets.iter().filter(known).any(is_anywhere) {
-            _ if at_rest.is_empty() => Vec::new(),
+        let known = targets.iter().filter(|it| learnt.is_unfreezable(it.dev));
+        let (known, written): (BTreeSet<DevId>, Vec<Written>) = known
+            .map(|it| (it.dev, (it.devices.clone(), it.below.clone())))
+            .unzip();
+        let at_rest = match at_rest.is_empty() {
             true => Vec::new(),
-            false => beside_swap(at_rest, &swapped_to(&targets)),
+            false => beside(at_rest, &[written, swapped_to(&targets)].concat()),
         };
-        let at_rest = at_rest
-            .into_iter()
-            .map(|(it, mut swapped): (_, BTreeSet<_>)| {
-                swapped.extend::<Vec<DevId>>(others(&it));
-                (it, swapped.into_iter().collect())
-            });
         let mut at_rest = AtRest::new(at_rest);
-        let known: BTreeSet<DevId> = targets.iter().filter(known).map(|it| it.dev).collect();
         for it in &disks {
             log.info(format!("in the backup: {it}"));
         }
@@ -489,11 +478,12 @@ impl<'a> Warnings<'a> {
     }
 }
 
-/// What the kernel swaps to: the devices that it writes to, and all that is below; `None` where that may be any.
-type Swapped = (Vec<DevId>, Option<BTreeSet<DevId>>);
+/// What is written to all the same: these devices, and all that is below; `None` where that may be any.
+type Written = (Vec<DevId>, Option<BTreeSet<DevId>>);
 
-/// Partitions, and file systems with a file for it.
-fn swapped_to(targets: &[Opened]) -> Vec<Swapped> {
+/// What the kernel swaps to, which is in no file system, so that nobody misses it in a copy: partitions and the
+/// like, and file systems with a file for it.
+fn swapped_to(targets: &[Opened]) -> Vec<Written> {
     let files = writes::swapped_to();
     let below_files = targets.iter().filter(|it| has_swap(it, &files));
     let below_files = below_files.map(|it| (it.devices.clone(), it.below.clone()));
@@ -503,15 +493,19 @@ fn swapped_to(targets: &[Opened]) -> Vec<Swapped> {
     below_files.chain(wholes).collect()
 }
 
-/// With each the devices on it that the kernel swaps to: that is in no file system, and nobody misses it in a
-/// copy. Without those of which it has all.
-fn beside_swap(watched: Vec<Watched>, swapped: &[Swapped]) -> Vec<(Watched, BTreeSet<DevId>)> {
+/// With each the partitions on it that are written to all the same. Without those on which there is more of that
+/// kind: of what is written to a stripe or a mirror they have a part or several copies, at another time.
+fn beside(watched: Vec<Watched>, written: &[Written]) -> Vec<(Watched, Vec<DevId>)> {
     let beside = |it: Watched| {
-        let mut others = BTreeSet::new();
-        for (devices, below) in swapped {
-            match below {
-                Some(below) if !it.counts(below) => {}
-                Some(_) if !devices.contains(&it.dev) => others.extend(devices),
+        let mut others = Vec::new();
+        for (devices, below) in written {
+            match (devices.as_slice(), below) {
+                (_, Some(below)) if !it.counts(below) => {}
+                ([dev], Some(below))
+                    if *below == BTreeSet::from([*dev, it.dev]) && *dev != it.dev =>
+                {
+                    others.push(*dev);
+                }
                 _ => return None,
             }
         }
@@ -1045,21 +1039,24 @@ mod tests {
             name: "sda".into(),
             without: vec![dev("8:3")],
         };
-        let beside = |devices: &[&str], below: Option<&[&str]>| {
+        let found = |devices: &[&str], below: Option<&[&str]>| {
             let devices = devs(devices).into_iter().collect();
-            let found = beside_swap(vec![disk.clone()], &[(devices, below.map(devs))]);
-            found.first().map(|(_, others)| others.clone())
+            let found = beside(vec![disk.clone()], &[(devices, below.map(devs))]);
+            found
+                .first()
+                .map(|(_, others)| others.iter().copied().collect())
         };
-        assert_eq!(
-            beside(&["8:2"], Some(&["8:2", "8:0"])),
-            Some(devs(&["8:2"]))
-        );
+        assert_eq!(found(&["8:2"], Some(&["8:2", "8:0"])), Some(devs(&["8:2"])));
         // On another disk, or where nobody looks anyway.
-        assert_eq!(beside(&["8:18"], Some(&["8:18", "8:16"])), Some(devs(&[])));
-        assert_eq!(beside(&["8:3"], Some(&["8:3", "8:0"])), Some(devs(&[])));
+        assert_eq!(found(&["8:18"], Some(&["8:18", "8:16"])), Some(devs(&[])));
+        assert_eq!(found(&["8:3"], Some(&["8:3", "8:0"])), Some(devs(&[])));
         // All of it is, or that may be anywhere.
-        assert_eq!(beside(&["8:0"], Some(&["8:0"])), None);
-        assert_eq!(beside(&["253:1"], None), None);
+        assert_eq!(found(&["8:0"], Some(&["8:0"])), None);
+        assert_eq!(found(&["253:1"], None), None);
+        // A part of each write, or a copy, or of some only.
+        let striped = ["253:1", "8:2", "8:18", "8:0", "8:16"];
+        assert_eq!(found(&["253:1"], Some(&striped)), None);
+        assert_eq!(found(&["253:1"], Some(&["253:1", "8:2", "8:0"])), None);
     }
 
     #[test]
