@@ -286,11 +286,11 @@ impl Work {
                     drop(state);
                     let _ = self.door.thaw(target.as_fd());
                 }
-                // Its thaw has come meanwhile.
-                now => {
+                // Its thaw has come meanwhile. If that is what has undone this freeze, it was not frozen before.
+                _ => {
                     drop(state);
-                    let _ = self.door.thaw(target.as_fd());
-                    if !matches!(now, State::Thawing { .. }) {
+                    let undone = self.door.thaw(target.as_fd());
+                    if !undone.is_err_and(|error| is(&error, Errno::EINVAL)) {
                         continue;
                     }
                 }
@@ -333,7 +333,17 @@ impl Work {
 
     pub(super) fn thaw_one(&self, target: &Target) {
         // Whoever looks after it may hang, and then it is thawed all the same.
-        let _turn = target.turn.take_within(LOOK_TIME);
+        let turn = target.turn.take_within(LOOK_TIME);
+        self.thaw_now(target);
+        if turn.is_none() {
+            // What that look has found counts, and the thaw does not end before its freeze has.
+            target.unasked.store(true, Ordering::SeqCst);
+            let said = target.turn.take_within(LOOK_TIME);
+            target.unasked.store(said.is_none(), Ordering::SeqCst);
+        }
+    }
+
+    fn thaw_now(&self, target: &Target) {
         let was_over = self.over.load(Ordering::SeqCst);
         let Some((since, took)) = target.begin_thaw() else {
             return;
