@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use self::work::{is, lock, ms, Obstacle, Pace, Work};
+use self::work::{lock, ms, Obstacle, Pace, Work};
 use crate::apart::Apart;
 use crate::door::{Door, DoorError};
 use crate::ground::Watched;
@@ -537,30 +537,27 @@ impl Session {
         let Some(target) = work.targets.get(index) else {
             return;
         };
-        let now = Instant::now();
-        let until = *lock(&work.busy_until).get_or_insert(now + work.limits.patience);
-        while !work.gave_up() {
-            let since = Instant::now();
-            match work.door.freeze(target.as_fd()) {
-                Err(e) if is(&e, Errno::EBUSY) && Instant::now() < until => {
-                    thread::sleep(BUSY_TICK);
-                }
-                Ok(()) => {
-                    let took = since.elapsed();
-                    target.set_frozen(State::Ours { since, took });
-                    let waited = ms(now.elapsed());
-                    let name = &target.name;
-                    work.log.info(format!(
-                        "{name} was frozen by somebody else, it is not after {waited}"
-                    ));
-                    if !self.is_first(target.wave) {
-                        work.take_back(target);
-                    }
-                    return;
-                }
-                // The next attempt meets it.
-                Err(_) => return,
+        let begin = Instant::now();
+        lock(&work.busy_until).get_or_insert(begin + work.limits.patience);
+        loop {
+            // Once it is free its freeze may hang like any other.
+            self.freeze_wave(&[index], false, None::<fn()>);
+            let obstacles = std::mem::take(&mut *lock(&work.obstacles));
+            if !obstacles.contains(&Obstacle::Busy(index)) || work.gave_up() {
+                break;
             }
+            thread::sleep(BUSY_TICK);
+        }
+        if !target.is_ours() {
+            return;
+        }
+        let waited = ms(begin.elapsed());
+        let name = &target.name;
+        work.log.info(format!(
+            "{name} was frozen by somebody else, it is not after {waited}"
+        ));
+        if !self.is_first(target.wave) {
+            work.take_back(target);
         }
     }
 

@@ -405,6 +405,32 @@ fn what_is_busy_is_waited_for_while_nothing_is_frozen() {
 }
 
 #[test]
+fn what_was_busy_and_hangs_once_it_is_free_is_called_off() {
+    const LIMIT: Duration = Duration::from_millis(300);
+    let double = Double {
+        give_up: Some(LIMIT),
+        can_call_off: true,
+        ..Double::default()
+    };
+    let busy = ("freeze", 1, Errno::EBUSY, 1);
+    let waves = [(0, None), (0, None)];
+    let stand_on: [Option<&[&str]>; 2] = [Some(&[]); 2];
+    let mut s = setup_before(double, &waves, &stand_on, &[busy], false);
+    let double = Arc::clone(&s.double);
+    let kernel = thread::spawn(move || {
+        while !lock(&double.calls).contains(&("freeze", 1)) {
+            thread::yield_now();
+        }
+        lock(&double.slow).insert(("freeze", 1), LIMIT * 40);
+    });
+    let begun = Instant::now();
+    let summary = s.freeze().unwrap();
+    kernel.join().unwrap();
+    assert_eq!((summary.ours, summary.left_out), (1, 1));
+    assert!(begun.elapsed() < LIMIT * 20, "{:?}", begun.elapsed());
+}
+
+#[test]
 fn what_somebody_else_keeps_frozen_counts_and_stays_theirs() {
     let mut s = setup(&[0, 0], &[("freeze", 1, Errno::EBUSY, ALWAYS)], false);
     let summary = s.freeze().unwrap();
@@ -946,7 +972,11 @@ fn a_look_that_hangs_holds_up_no_thaw_and_is_not_taken_for_one() {
         assert!(s.session.look_after().is_empty());
     }
     assert!(begun.elapsed() < hang / 2, "{:?}", begun.elapsed());
-    s.session.thaw().unwrap();
+    // Of that one nobody knows.
+    match s.session.thaw() {
+        Err(ThawError::Hung { names }) => assert_eq!(names, ["/fs1"]),
+        other => panic!("{other:?}"),
+    }
     let until: Vec<Instant> = s
         .session
         .account()
@@ -971,6 +1001,37 @@ fn a_look_that_hangs_holds_up_no_thaw_and_is_not_taken_for_one() {
         thread::yield_now();
     }
     assert_eq!(s.calls().iter().rfind(|(_, n)| *n == 0), Some(&("thaw", 0)));
+}
+
+#[test]
+fn what_a_look_has_frozen_anew_when_its_thaw_came_had_been_thawed_by_others() {
+    for was_frozen in [true, false] {
+        let waves = [(0, None), (0, None)];
+        let mut s = setup_before(watched(waits()), &waves, &[], &[], false);
+        s.freeze().unwrap();
+        lock(&s.double.failures).insert(("freeze", 1), (Errno::EBUSY, ALWAYS));
+        s.slow("freeze", 0, LOOK_TIME * 5 / 2);
+        assert!(s.session.look_after().is_empty());
+        let double = Arc::clone(&s.double);
+        let kernel = thread::spawn(move || {
+            let is_thawed = || lock(&double.calls).contains(&("thaw", 0));
+            while !is_thawed() {
+                thread::yield_now();
+            }
+            if !was_frozen {
+                // That was the freeze of the look, and nothing is left to thaw.
+                let failure = (Errno::EINVAL, ALWAYS);
+                lock(&double.failures).insert(("thaw", 0), failure);
+            }
+        });
+        match s.session.thaw() {
+            Ok(()) if was_frozen => {}
+            Err(ThawError::Early { names }) if !was_frozen => assert_eq!(names, ["/fs0"]),
+            other => panic!("{was_frozen}: {other:?}"),
+        }
+        kernel.join().unwrap();
+        assert_eq!(s.calls().iter().filter(|it| **it == ("thaw", 0)).count(), 2);
+    }
 }
 
 #[test]
