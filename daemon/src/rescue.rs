@@ -14,6 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::freeze::RETRY;
 use crate::sys;
 
 /// How often [`Rescue::advance`] is to be called, and how long a thread pauses that has nothing to do.
@@ -258,7 +259,12 @@ impl Shared {
                 Err(Some(libc::EINVAL)) => settled,
                 // It cannot freeze either, and nobody without privilege has frozen anything.
                 Err(Some(libc::ENOTTY | libc::EOPNOTSUPP | libc::EPERM)) => true,
-                Err(_) => false,
+                // The file system itself refuses, and the kernel logs that each time. Others do not wait for it:
+                // there are as many threads as are needed.
+                Err(_) => {
+                    thread::sleep(RETRY);
+                    false
+                }
             };
         let mut queue = self.lock();
         queue.busy -= 1;
