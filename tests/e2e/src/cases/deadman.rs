@@ -96,6 +96,11 @@ pub const CASES: &[Case] = &[
         killed_behind_an_agent,
     ),
     case(
+        "deadman/both-killed-and-a-btrfs-unmounted",
+        "the same with a btrfs that was unmounted while frozen: its writer goes on after the next start",
+        both_killed_and_a_btrfs_unmounted,
+    ),
+    case(
         "deadman/host-never-thaws",
         "thawed at the deadline, and the host's late THAW is failed",
         host_never_thaws,
@@ -679,6 +684,27 @@ fn stopped(guest: &Guest) -> Result<()> {
     }
     tally.print("the deadline");
     Ok(())
+}
+
+/// From then on nobody knows it by the number that it had.
+fn both_killed_and_a_btrfs_unmounted(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe btrfs; mkdir -p /mnt/a && mkfs.btrfs -q -f /dev/ram3 && mount -t btrfs /dev/ram3 /mnt/a",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    let guard = guard_of(guest, &daemon)?;
+    let vss = guest.vss();
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.sh("umount -l /mnt/a")?;
+    guest.signal_all(&[daemon.pid, guard], 9)?;
+    guest.wait(&daemon, STEP)?;
+    let next = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    released(guest, "the next start", guest.clock()?, RELEASED)?;
+    answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+    good_backup(guest)?;
+    stop(guest, Module::Stock, &next)
 }
 
 fn host_never_thaws(guest: &Guest) -> Result<()> {

@@ -106,6 +106,11 @@ pub const CASES: &[Case] = &[
         hung_sync,
     ),
     case(
+        "deadman/hung-below-fuse",
+        "a disk that hangs in a sync, mounted where root may not walk, costs no backup but its own",
+        hung_below_fuse,
+    ),
+    case(
         "deadman/hung-look-stock-module",
         "a look after what is frozen that hangs behind another's thaw holds up no thaw but its own",
         hung_look,
@@ -645,6 +650,54 @@ fn hung_sync(guest: &Guest) -> Result<()> {
     guest.sh(&format!("{UNHANG}; rm -rf /etc/hv_vss"))?;
     guest.wait(&daemon, STEP)?;
     stop(guest, module, &next)
+}
+
+/// Nobody is let to its superblock while a sync of it hangs, and no path leads there.
+fn hung_below_fuse(guest: &Guest) -> Result<()> {
+    guest.sh("modprobe dm-mod; mkdir -p /mnt/a /mnt/fuse
+         mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+         dmsetup create hung --noudevsync --table '0 131072 linear /dev/ram4 0'
+         [ -e /dev/mapper/hung ] || dmsetup mknodes
+         mkfs.ext4 -q -F /dev/mapper/hung")?;
+    let serve = ["fuse", "/mnt/fuse", "1000", "/dev/mapper/hung"];
+    let server = guest.spawn(&[&["/payload/lab-agent"], &serve[..]].concat())?;
+    guest.wait_until("a disk is mounted below FUSE", STEP, || {
+        Ok(guest.output(&server)?.contains("mounted"))
+    })?;
+    guest.writer_start("/mnt/a/w")?;
+    let module = guest.module();
+    load(guest, module, &[])?;
+    let daemon = guest.start_daemon_with("give_up = 1")?;
+    wait_for_daemon(guest)?;
+    good_backup(guest)?;
+    let there = format!("/proc/{}/cwd", server.pid);
+    guest.sh(&format!(
+        "dd if=/dev/zero of={there}/dirty bs=64k count=4 2>/dev/null; {HANG}"
+    ))?;
+    let back_up = || -> Result<()> {
+        for number in 1..=3 {
+            good_backup(guest).with_context(|| format!("backup {number} beside it"))?;
+        }
+        Ok(())
+    };
+    let seen = back_up();
+    guest.sh(UNHANG)?;
+    seen?;
+    let log = guest.output(&daemon)?;
+    let named = log
+        .lines()
+        .filter(|it| it.contains("/disk") && it.contains("left out"));
+    ensure!(named.count() >= 3, "each backup should name it:\n{log}");
+    guest.wait_until("nothing waits for its disk", STEP, || {
+        Ok(in_sync(guest, &daemon)? == 0)
+    })?;
+    good_backup(guest)?;
+    stop(guest, module, &daemon)?;
+    guest.signal(&server, 9)?;
+    guest.wait(&server, STEP)?;
+    guest
+        .sh("umount -l /mnt/fuse && dmsetup remove --retry hung")
+        .map(drop)
 }
 
 fn hung_look(guest: &Guest) -> Result<()> {
