@@ -39,10 +39,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use glob::{MatchOptions, Pattern};
-use serde::{de::Error as _, Deserialize, Deserializer};
+use serde::{
+    de::{Error as _, IgnoredAny},
+    Deserialize, Deserializer,
+};
 
 use crate::hooks::Hook;
 use crate::plan::{FileSystem, Place, Plan};
+use crate::record::RUN_DIR;
 
 /// Where the configuration is looked for.
 pub const DEFAULT_PATH: &str = "/etc/hv_vss/daemon.toml";
@@ -85,8 +89,6 @@ pub struct Config {
     pub parallel: usize,
     /// How many file systems are written back at a time before the freeze, 1 to 256.
     pub write_back: usize,
-    /// Where lock and record are kept; it must be on a tmpfs.
-    pub run_dir: PathBuf,
     /// Where the history is kept.
     pub state_dir: PathBuf,
     /// What is never frozen.
@@ -95,6 +97,8 @@ pub struct Config {
     pub include: Rules,
     /// Which programs take part.
     pub hooks: HookRules,
+    /// Whether it has a `run_dir`, which was a setting once.
+    has_run_dir: bool,
 }
 
 impl Default for Config {
@@ -107,11 +111,11 @@ impl Default for Config {
             give_up: Duration::from_secs(10),
             parallel: 32,
             write_back: std::thread::available_parallelism().map_or(5, |n| (4 + n.get()).min(256)),
-            run_dir: "/run/hv_vss".into(),
             state_dir: "/var/lib/hv_vss".into(),
             exclude: Rules::default(),
             include: Rules::default(),
             hooks: HookRules::default(),
+            has_run_dir: false,
         }
     }
 }
@@ -175,8 +179,7 @@ struct Layer {
     parallel: Option<usize>,
     #[serde(deserialize_with = "threads")]
     write_back: Option<usize>,
-    #[serde(deserialize_with = "absolute")]
-    run_dir: Option<PathBuf>,
+    run_dir: Option<IgnoredAny>,
     #[serde(deserialize_with = "absolute")]
     state_dir: Option<PathBuf>,
     exclude: RulesLayer,
@@ -214,7 +217,7 @@ impl Layer {
         put(&mut config.give_up, self.give_up);
         put(&mut config.parallel, self.parallel);
         put(&mut config.write_back, self.write_back);
-        put(&mut config.run_dir, self.run_dir);
+        config.has_run_dir |= self.run_dir.is_some();
         put(&mut config.state_dir, self.state_dir);
         for (rules, layer) in [
             (&mut config.exclude, self.exclude),
@@ -440,6 +443,13 @@ impl Config {
             parse(&text, &drop_in)?.apply(&mut config);
         }
         Ok(config)
+    }
+
+    /// What it says in vain, in words.
+    pub fn in_vain(&self) -> Option<String> {
+        self.has_run_dir.then(|| {
+            format!("run_dir is not a setting any more: lock and record are in {RUN_DIR}, whatever it says")
+        })
     }
 
     /// The rule by which `file_system` is not to be frozen, if there is one.
@@ -701,6 +711,13 @@ mod tests {
             contract: crate::hooks::Contract::Qemu,
         };
         assert_eq!(config.hooks.idle(&[hook]), ["hooks.optional 20-b"]);
+    }
+
+    #[test]
+    fn what_was_a_setting_once_is_named_and_does_nothing() {
+        assert_eq!(parse("").unwrap().in_vain(), None);
+        let config = parse("run_dir = '/run/other'").unwrap();
+        assert!(config.in_vain().unwrap().contains("run_dir"));
     }
 
     #[test]

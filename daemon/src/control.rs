@@ -118,13 +118,6 @@ pub fn ask(run: &RunDir, method: Method) -> Result<Value, ControlError> {
     }
 }
 
-/// What the daemon replies that serves, whichever of these is its run directory.
-pub fn ask_first(places: &[RunDir], method: Method) -> Result<Value, ControlError> {
-    let asked = places.iter().map(|run| ask(run, method));
-    let mut heard = asked.filter(|it| !matches!(it, Err(ControlError::Nobody)));
-    heard.next().unwrap_or(Err(ControlError::Nobody))
-}
-
 fn message(value: &Value) -> Vec<u8> {
     let mut text = value.to_string().into_bytes();
     text.push(0);

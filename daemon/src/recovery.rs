@@ -7,7 +7,6 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Sender};
 use std::sync::Arc;
@@ -17,7 +16,6 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
-use crate::config::{Config, ConfigError};
 use crate::logbook::{words, Logbook};
 use crate::machine::{LookError, Machine};
 use crate::open::open_file_system;
@@ -41,24 +39,6 @@ pub enum RecoveryError {
     /// Some could not be thawed; which ones has been said.
     #[error("{0} file systems could not be thawed")]
     NotThawed(usize),
-}
-
-/// Where a record may be: in the directory that was asked for, or in all that a daemon may have used.
-pub fn places(asked_for: Option<PathBuf>, config: Result<&Config, &ConfigError>) -> Vec<RunDir> {
-    let mut paths: Vec<PathBuf> = asked_for.into_iter().collect();
-    if paths.is_empty() {
-        paths.extend(config.ok().map(|it| it.run_dir.clone()));
-        // Set by systemd, from RuntimeDirectory=.
-        paths.extend(std::env::var_os("RUNTIME_DIRECTORY").map(PathBuf::from));
-        paths.push(Config::default().run_dir);
-        let all = paths.clone();
-        let mut number = 0;
-        paths.retain(|path| {
-            number += 1;
-            !all.iter().take(number - 1).any(|it| it == path)
-        });
-    }
-    paths.into_iter().map(RunDir::new).collect()
 }
 
 /// What came of the record of an earlier freeze.
@@ -441,27 +421,5 @@ mod tests {
         let _ = thaw_with(&mut guard, dead, start);
         assert_eq!(guard.wait().unwrap().signal(), Some(libc::SIGKILL));
         std::fs::remove_dir_all(&dir).unwrap();
-    }
-
-    #[test]
-    fn a_record_is_looked_for_where_a_daemon_may_have_left_it_whatever_the_configuration() {
-        let default = || RunDir::new(Config::default().run_dir);
-        let paths = |places: Vec<RunDir>| -> Vec<PathBuf> {
-            places.iter().map(|it| it.path().to_owned()).collect()
-        };
-        let broken = Config::load(Some("/dev/null/no.toml".as_ref())).unwrap_err();
-        let from_unit = std::env::var_os("RUNTIME_DIRECTORY");
-        assert_eq!(from_unit, None, "the tests run outside of a unit");
-        assert_eq!(paths(places(None, Err(&broken))), paths(vec![default()]));
-        let config = Config {
-            run_dir: "/run/other".into(),
-            ..Config::default()
-        };
-        let both = vec![RunDir::new("/run/other"), default()];
-        assert_eq!(paths(places(None, Ok(&config))), paths(both));
-        let same = places(None, Ok(&Config::default()));
-        assert_eq!(paths(same), paths(vec![default()]));
-        let asked_for = places(Some("/run/asked".into()), Ok(&config));
-        assert_eq!(paths(asked_for), paths(vec![RunDir::new("/run/asked")]));
     }
 }

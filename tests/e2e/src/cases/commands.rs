@@ -439,14 +439,15 @@ fn bad_start(guest: &Guest) -> Result<()> {
         &format!("{SOMEBODY} {OURS} -n"),
         &["cannot open /dev/vmbus/hv_vss", "Permission denied"],
     )?;
-    guest.sh("printf \"run_dir = '/root/run'\\n\" >/run/disk.toml")?;
+    guest.sh("mkdir -p /root/run /run/hv_vss && mount --bind /root/run /run/hv_vss")?;
     for command in ["-n", "freeze --for 1s"] {
         fails(
             "a record on a disk",
-            &format!("{OURS} -c /run/disk.toml {command}"),
-            &["/root/run", "on a disk"],
+            &format!("{OURS} {command}"),
+            &["/run/hv_vss", "on a disk"],
         )?;
     }
+    guest.sh("umount /run/hv_vss && rm -r /root/run")?;
     guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
     fails(
