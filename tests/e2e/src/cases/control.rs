@@ -767,6 +767,8 @@ fn log_not_read(guest: &Guest) -> Result<()> {
     super::load(guest, guest.module(), &[])?;
     guest.sh("/payload/hv_vss_daemon")?;
     wait_for_daemon(guest)?;
+    // Whoever read the configuration first has stayed in the foreground.
+    asked(guest, "reload", 0)?;
     guest.signal(&syslogd, 19)?;
     let both = super::good(&["/writer", "/mnt/a/w"]);
     // It has room for some ten lines.

@@ -443,11 +443,13 @@ fn bad_configuration(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
     load(guest, Module::Stock, &[])?;
     let with_config = ["/payload/hv_vss_daemon", "-n", "-c", "/run/typo.toml"];
+    let fifo = "rm /run/typo.toml && mkfifo /run/typo.toml";
     for (remedy, spoil) in [
-        ("thaw", "printf 'deadlin = 50\\n' >/run/typo.toml"),
+        ("thaw", fifo),
         ("-n", "printf 'deadlin = 50\\n' >/run/typo.toml"),
+        ("-n", fifo),
     ] {
-        guest.sh("printf 'deadline = 50\\nrun_dir = \"/run/other\"\\n' >/run/typo.toml")?;
+        guest.sh("rm -f /run/typo.toml; printf 'deadline = 50\\nrun_dir = \"/run/other\"\\n' >/run/typo.toml")?;
         let daemon = guest.spawn(&with_config)?;
         wait_for_daemon(guest)?;
         let guard = guard_of(guest, &daemon)?;
