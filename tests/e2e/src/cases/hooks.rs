@@ -631,6 +631,15 @@ fn unfit(guest: &Guest) -> Result<()> {
             format!("chmod 755 {FOLDER}"),
             "hooks.d: others than root may write to it",
         ),
+        (
+            "a link of root's in a folder of somebody else, which another link leads to",
+            format!(
+                "mkdir -p /srv/h && mv {FOLDER}/20-b /run/20-b && rmdir {FOLDER}
+                 ln -s /srv/h {FOLDER}; ln -s /run/20-b /srv/h/20-b; chown 1000 /srv/h"
+            ),
+            format!("rm {FOLDER}; rm -r /srv/h; mkdir {FOLDER}; mv /run/20-b {FOLDER}"),
+            "/srv/h: it belongs to user 1000",
+        ),
     ] {
         guest.sh(&spoil)?;
         answered(what, &vss.freeze(&[], STEP)?, status::FAIL)?;
