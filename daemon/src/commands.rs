@@ -95,6 +95,12 @@ pub enum CommandError {
     /// It goes by the configuration that it had.
     #[error("{0}; the daemon that serves goes by the configuration that it had")]
     NotReloaded(String),
+    /// What the module holds for it nobody else can thaw.
+    #[error(
+        "the daemon that serves (process {0}) does not reply: what the module may hold for it is thawed once it does, at \
+         its deadline, or when it has ended (kill -9 {0})"
+    )]
+    Silent(u32),
     /// The list cannot be written.
     #[error("cannot write the list")]
     Json(#[from] serde_json::Error),
@@ -618,18 +624,17 @@ fn let_go_hooks(run: &RunDir, log: &Logbook) -> Result<bool, RecoveryError> {
 pub fn thaw(run: &RunDir, log: &Logbook) -> Result<(), CommandError> {
     let mut nothing = true;
     let mut failure = None;
-    // One that has ended and is still inside the kernel would not reply.
-    let asked = match recovery::owner_has_ended(run) {
-        true => Err(ControlError::Nobody),
-        false => control::ask(run, Method::Thaw),
-    };
-    match asked {
+    let mut is_silent = false;
+    match control::ask(run, Method::Thaw) {
         Ok(reply) if reply["thawed"] == true => {
             log.info("the daemon that serves has thawed; its backup fails");
             nothing = false;
         }
         Ok(_) | Err(ControlError::Nobody) => {}
-        Err(error) => log.warning(words(&error)),
+        Err(error) => {
+            log.warning(words(&error));
+            is_silent = true;
+        }
     }
     let mut thawed = recovery::thaw(run, log, By::Operator);
     if matches!(thawed, Ok(Recovered::InUse)) && recovery::owner_has_ended(run) {
@@ -637,11 +642,16 @@ pub fn thaw(run: &RunDir, log: &Logbook) -> Result<(), CommandError> {
         // Applications must not wait for that.
         match let_go_hooks(run, log) {
             Ok(were_there) => nothing &= !were_there,
-            Err(error) => failure = Some(error),
+            Err(error) => failure = Some(error.into()),
         }
         thawed = recovery::outlast(run, log);
     }
     match thawed {
+        // Of what the module holds there is no record.
+        Ok(Recovered::Nothing) if is_silent => {
+            let pid = control::who_serves(run);
+            failure = pid.map(CommandError::Silent);
+        }
         Ok(Recovered::Nothing) => {}
         Ok(Recovered::CutShort) => {
             log.info("all that was recorded as frozen is thawed");
@@ -652,14 +662,14 @@ pub fn thaw(run: &RunDir, log: &Logbook) -> Result<(), CommandError> {
             nothing = false;
         }
         // Hooks are let go all the same.
-        Err(error) => failure = Some(error),
+        Err(error) => failure = Some(error.into()),
     }
     match let_go_hooks(run, log) {
         Ok(were_there) => nothing &= !were_there,
-        Err(error) => failure = Some(error),
+        Err(error) => failure = Some(error.into()),
     }
     match failure {
-        Some(error) => Err(error.into()),
+        Some(error) => Err(error),
         None => {
             if nothing {
                 log.info("nothing is recorded as frozen");

@@ -82,6 +82,12 @@ pub fn is_dead(pid: u32) -> bool {
     std::fs::read(format!("/proc/{pid}/stat")).map_or(true, |stat| has_ended(&stat))
 }
 
+/// Whether it has ended and is listed all the same: a thread of it is still inside the kernel and has open what the
+/// process had, or nobody has asked how it ended.
+pub fn lingers(pid: u32) -> bool {
+    std::fs::read(format!("/proc/{pid}/stat")).is_ok_and(|stat| has_ended(&stat))
+}
+
 /// When a process that has not ended was started, in ticks since the machine was: with its number it
 /// tells it from any other.
 pub fn start_of(pid: u32) -> Option<u64> {
@@ -156,7 +162,8 @@ mod tests {
         assert_eq!(start_in(b"7 (x) S 1"), None);
         assert_eq!(field_in(b"7 (x) 1 9) S 1 4 7", 2), Some(4));
         assert!(start_of(std::process::id()).is_some());
-        assert!(is_dead(u32::MAX));
+        assert!(is_dead(u32::MAX) && !lingers(u32::MAX));
+        assert!(!lingers(std::process::id()));
     }
 
     #[test]

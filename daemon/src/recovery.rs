@@ -132,12 +132,19 @@ pub fn outlast(run: &RunDir, log: &Logbook) -> Result<Recovered, RecoveryError> 
     }
 }
 
-/// Whether a freeze or hooks are on record whose owner has ended, though it may still be inside the kernel. Of
-/// a freeze that the module held there is no record, of its hooks there is.
+/// Whether a freeze is on record whose owner has ended, though it may still be inside the kernel.
 pub fn owner_has_ended(run: &RunDir) -> bool {
+    let record = run.read().ok().flatten();
+    record.is_some_and(|it| process::is_dead(it.pid))
+}
+
+/// Whether a freeze or hooks are on record whose owner has ended and may still be inside the kernel. Of a freeze
+/// that the module held there is no record, of its hooks there is. One that is gone has nothing open, whatever it
+/// has left.
+pub fn owner_lingers(run: &RunDir) -> bool {
     let frozen = run.read().ok().flatten().map(|it| it.pid);
     let hooks = run.read_hooks().ok().flatten().map(|it| it.pid);
-    frozen.into_iter().chain(hooks).any(process::is_dead)
+    frozen.into_iter().chain(hooks).any(process::lingers)
 }
 
 /// The recovery of a daemon that starts. It may go on for longer than the start.
@@ -358,22 +365,29 @@ mod tests {
     }
 
     #[test]
-    fn who_has_left_hooks_alone_is_known_to_have_ended() {
+    fn who_has_left_hooks_alone_lingers_as_long_as_it_is_there() {
         let dir = std::env::temp_dir().join(format!("hv-vss-owner-{}", std::process::id()));
         let run = RunDir::new(&dir);
         // It makes the folder.
         drop(run.lock().unwrap());
-        assert!(!owner_has_ended(&run));
-        let mut child = Command::new("true").spawn().unwrap();
-        child.wait().unwrap();
-        for (pid, has_ended) in [(std::process::id(), false), (child.id(), true)] {
+        assert!(!owner_lingers(&run));
+        let left_by = |pid| {
             let record = crate::calls::HookRecord {
                 pid,
                 ..Default::default()
             };
             run.write_hooks(&record).unwrap();
-            assert_eq!(owner_has_ended(&run), has_ended);
+            owner_lingers(&run)
+        };
+        assert!(!left_by(std::process::id()));
+        let mut child = Command::new("true").spawn().unwrap();
+        let until = Instant::now() + Duration::from_secs(60);
+        while !left_by(child.id()) {
+            assert!(Instant::now() < until, "it does not end");
+            thread::sleep(Duration::from_millis(5));
         }
+        child.wait().unwrap();
+        assert!(!left_by(child.id()), "of one that is gone nothing is there");
         std::fs::remove_dir_all(dir).unwrap();
     }
 

@@ -29,7 +29,7 @@ use crate::backup::{name_of, Backup, Break, Effects, Verdict};
 use crate::calls::{Called, Calling, Context, HookOutcome, Means};
 use crate::check;
 use crate::config::{Config, ConfigError};
-use crate::control::{reply_of, Client, Control, Method};
+use crate::control::{self, reply_of, Client, Control, Method};
 use crate::device::{Abi, Device, DeviceError, Incoming, Request};
 use crate::disks;
 use crate::door::Door;
@@ -128,10 +128,13 @@ pub fn open_device(
             continue;
         }
         let dead = match Device::open(path) {
-            Err(error) if error.is_busy() => match recovery::owner_has_ended(run) {
-                false if !managed => return Err(error),
-                dead => dead,
-            },
+            // Beside one that serves it does not matter who has died.
+            Err(error) if error.is_busy() => {
+                match recovery::owner_lingers(run) && control::who_serves(run).is_none() {
+                    false if !managed => return Err(error),
+                    dead => dead,
+                }
+            }
             other => return other,
         };
         if !said {
@@ -149,22 +152,19 @@ pub fn open_device(
                 // Applications must not wait for what hangs in the kernel.
                 left = let_go_what_is_left(run, log, drop);
             }
-            waiting = answer_meanwhile(run, log, who, dead);
+            waiting = answer_meanwhile(run, log, who);
         }
         pause(&mut waiting);
     }
 }
 
 /// Who is asked while the device is waited for, which `who` has. Without that it is waited for all the same.
-fn answer_meanwhile(run: &RunDir, log: &Logbook, who: &str, dead: bool) -> Option<Waiting> {
+fn answer_meanwhile(run: &RunDir, log: &Logbook, who: &str) -> Option<Waiting> {
     let doing = format!("{who}: waiting for it");
-    let listening = run.check().map_err(|error| words(&error)).and_then(|()| {
-        let listening = match dead {
-            true => Waiting::listen_instead(run, doing).map(Some),
-            false => Waiting::listen(run, doing),
-        };
-        listening.map_err(|error| error.to_string())
-    });
+    let listening = run
+        .check()
+        .map_err(|error| words(&error))
+        .and_then(|()| Waiting::listen(run, doing).map_err(|error| error.to_string()));
     listening.unwrap_or_else(|error| {
         log.warning(format!("nobody can ask what it waits for: {error}"));
         None

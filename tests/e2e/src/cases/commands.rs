@@ -455,5 +455,14 @@ fn bad_start(guest: &Guest) -> Result<()> {
         &format!("{OURS} -n"),
         &["cannot open /dev/vmbus/hv_vss", "busy"],
     )?;
+    // What a rehearsal has left that died beside the one that serves does not make that a dead one.
+    let left = "{\"pid\":4000000,\"context\":[],\"limit_ms\":2000,\"owed\":[]}";
+    guest.sh(&format!("echo '{left}' >/run/hv_vss/hooks.json"))?;
+    fails(
+        "a second daemon, with hooks of a dead process",
+        &format!("timeout 10 {OURS} -n"),
+        &["cannot open /dev/vmbus/hv_vss", "busy"],
+    )?;
+    guest.sh(&format!("{OURS} status && rm /run/hv_vss/hooks.json"))?;
     guest.not_frozen("after all that", &["/"])
 }

@@ -19,7 +19,7 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "control/thaw-under-a-stopped-daemon",
-        "stock module: thaw by hand thaws under a daemon that does not reply",
+        "thaw by hand under a daemon that does not reply: thaws, stock module; says that it cannot, ours",
         thaw_under_a_stopped_daemon,
     ),
     case(
@@ -175,7 +175,25 @@ fn thaw_under_a_stopped_daemon(guest: &Guest) -> Result<()> {
     released(guest, "thaw by hand", guest.clock()?, RELEASED)?;
     guest.signal(&daemon, 18)?;
     answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
-    stop(guest, Module::Stock, &daemon)
+    stop(guest, Module::Stock, &daemon)?;
+    if !guest.modules().contains(&Module::Ours) {
+        return Ok(());
+    }
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    let holds = !guest.held()?.is_empty();
+    guest.signal(&daemon, 19)?;
+    all_stand_still(guest)?;
+    let ended = guest.try_sh(THAW)?;
+    let remedy = format!("kill -9 {}", daemon.pid);
+    ensure!(
+        !holds || ended.status == Some(1) && ended.err.contains(&remedy),
+        "thaw should say that it cannot, and what can: {ended:?}"
+    );
+    guest.sh(&remedy)?;
+    released(guest, "the death of the daemon", guest.clock()?, RELEASED)?;
+    guest.wait(&daemon, STEP)?;
+    Ok(())
 }
 
 fn rehearsal(guest: &Guest) -> Result<()> {
