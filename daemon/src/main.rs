@@ -19,7 +19,7 @@ use hv_vss_daemon::record::{RunDir, RUN_DIR};
 use hv_vss_daemon::report::Outcome;
 use hv_vss_daemon::service::{self, Service};
 use hv_vss_daemon::{calls, check, guard, job, process, recovery, sys};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 type Failure = Box<dyn Error>;
@@ -354,7 +354,10 @@ fn rehearse(config: Config, time: Duration, with_hooks: bool) -> Result<(), Fail
     let log = Logbook::new(foreground_sink());
     harden(&log)?;
     let stop = Stop::default();
-    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    // Whoever was started so that it is not ended by one (nohup) goes on.
+    let ends = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
+    let ends = ends.into_iter().filter(|it| !process::ignores(*it));
+    let mut signals = Signals::new(ends)?;
     let on_signal = stop.clone();
     std::thread::spawn(move || {
         if signals.forever().next().is_some() {

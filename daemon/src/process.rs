@@ -124,6 +124,18 @@ fn field_in(stat: &[u8], number: usize) -> Option<u64> {
     rest.split_whitespace().nth(number)?.parse().ok()
 }
 
+/// Whether this process was started so that this signal does nothing.
+pub fn ignores(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    ignored_in(&status, signal)
+}
+
+fn ignored_in(status: &str, signal: i32) -> bool {
+    let mask = status.lines().find_map(|it| it.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|it| u64::from_str_radix(it.trim(), 16).ok());
+    mask.unwrap_or_default() >> (signal - 1) & 1 == 1
+}
+
 /// Makes the kernel never choose this process when memory runs out (proc(5), `oom_score_adj`).
 pub fn escape_oom_killer() -> io::Result<()> {
     std::fs::write("/proc/self/oom_score_adj", "-1000")
@@ -164,6 +176,17 @@ mod tests {
         assert!(start_of(std::process::id()).is_some());
         assert!(is_dead(u32::MAX) && !lingers(u32::MAX));
         assert!(!lingers(std::process::id()));
+    }
+
+    #[test]
+    fn what_is_ignored_is_told_by_its_bit() {
+        let status =
+            "SigBlk:\t0000000000000004\nSigIgn:\t0000000000001001\nSigCgt:\t0000000000000002\n";
+        assert!(ignored_in(status, libc::SIGHUP) && ignored_in(status, libc::SIGPIPE));
+        assert!(!ignored_in(status, libc::SIGINT) && !ignored_in(status, libc::SIGQUIT));
+        assert!(!ignored_in("", libc::SIGHUP));
+        // As Rust starts each program.
+        assert!(ignores(libc::SIGPIPE));
     }
 
     #[test]

@@ -22,7 +22,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use sd_notify::NotifyState;
 use serde_json::json;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
 use crate::backup::{name_of, Backup, Break, Effects, Verdict};
@@ -282,8 +282,8 @@ impl Service {
         run.check()?;
         let poll = Poll::new().map_err(failed("open"))?;
         let registry = poll.registry();
-        let mut signals =
-            Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed("catch signals"))?;
+        let all = [SIGTERM, SIGINT, SIGQUIT, SIGHUP];
+        let mut signals = Signals::new(all).map_err(failed("catch signals"))?;
         registry
             .register(&mut signals, SIGNALS, Interest::READABLE)
             .map_err(failed("watch signals"))?;
