@@ -549,6 +549,7 @@ pub fn status(
     run: &RunDir,
     config: impl FnOnce() -> Config,
     json: bool,
+    log: &Logbook,
 ) -> Result<(String, Outcome), CommandError> {
     let daemon = match control::ask(run, Method::Status) {
         Ok(reply) => Some(reply),
@@ -557,8 +558,11 @@ pub fn status(
     };
     let told = daemon.as_ref().and_then(report::last_of);
     let history = match History::new(&config().state_dir).read() {
-        // The daemon knows of the last one by itself.
-        Err(_) if told.is_some() => Vec::new(),
+        // The daemon knows best what it is at, and of the last one.
+        Err(error) if daemon.is_some() => {
+            log.warning(words(&error));
+            Vec::new()
+        }
         other => other?,
     };
     let status = Status::new(daemon.as_ref(), &history, told.as_ref());

@@ -206,6 +206,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
                 &RunDir::default(),
                 || or_default(config()),
                 status.get_flag("json"),
+                &Logbook::new(foreground_sink()),
             )?)
         }
         Some(("history", history)) => {
