@@ -128,9 +128,10 @@ pub fn open_device(
             continue;
         }
         let dead = match Device::open(path) {
-            // Beside one that serves it does not matter who has died.
+            // Beside another that serves it does not matter who has died.
             Err(error) if error.is_busy() => {
-                match recovery::owner_lingers(run) && control::who_serves(run).is_none() {
+                let other = control::who_serves(run).filter(|it| *it != std::process::id());
+                match other.is_none() && recovery::owner_lingers(run) {
                     false if !managed => return Err(error),
                     dead => dead,
                 }
