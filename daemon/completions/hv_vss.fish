@@ -63,7 +63,7 @@ complete -c hv_vss -n "__fish_hv_vss_using_subcommand freeze" -l no-hooks -d 'Ca
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand freeze" -s h -l help -d 'Print help'
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand reload" -s c -l config -d 'The configuration [default: /etc/hv_vss/daemon.toml, if it exists]' -r -F
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand reload" -s h -l help -d 'Print help'
-complete -c hv_vss -n "__fish_hv_vss_using_subcommand thaw" -l run-dir -d 'The run_dir of whoever froze [default: wherever a daemon may have kept its record]' -r -F
+complete -c hv_vss -n "__fish_hv_vss_using_subcommand thaw" -l run-dir -d 'The folder with the record of whoever froze' -r -F
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand thaw" -s c -l config -d 'The configuration [default: /etc/hv_vss/daemon.toml, if it exists]' -r -F
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand thaw" -s h -l help -d 'Print help'
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand help; and not __fish_seen_subcommand_from run status history check list freeze reload thaw help" -f -a "run" -d 'Serve the host\'s requests (the default)'

@@ -29,6 +29,8 @@ type Step = Box<dyn FnOnce(Vec<OwnedFd>) + Send>;
 pub struct Apart(Mutex<Vec<Helper>>);
 
 struct Helper {
+    /// Whose it is: one that has gone to the background since has left it behind.
+    process: u32,
     /// Over which it is handed descriptors.
     line: OwnedFd,
     steps: Sender<Step>,
@@ -50,7 +52,9 @@ impl Apart {
     ) -> io::Result<Weak<()>> {
         // It is whole after each line below.
         let mut helpers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let free = helpers.iter().position(|it| it.last.strong_count() == 0);
+        let process = std::process::id();
+        let is_free = |it: &Helper| it.process == process && it.last.strong_count() == 0;
+        let free = helpers.iter().position(is_free);
         let mut helper = match free {
             Some(index) => helpers.swap_remove(index),
             None => Helper::start()?,
@@ -91,6 +95,7 @@ impl Helper {
         // Until then `theirs` must not be closed.
         begun.recv().map_err(io::Error::other)??;
         Ok(Helper {
+            process: std::process::id(),
             line,
             steps,
             last: Weak::new(),

@@ -61,6 +61,9 @@ const GRACE: Duration = Duration::from_secs(2);
 /// Where hooks find programs.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const STACK_BYTES: usize = 128 * 1024;
+/// Bytes that a list of file systems may have: a variable of more than 128 KiB (`MAX_ARG_STRLEN` of the kernel)
+/// keeps a program from being started.
+const LONGEST_LIST: usize = 120 * 1024;
 
 /// What a backup is about, for whoever is called, as environment variables.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,7 +71,7 @@ pub struct Context(Vec<(String, String)>);
 
 impl Context {
     /// Lists have blanks between their elements, and octal escapes for blanks within, as in the mount
-    /// table.
+    /// table. Of file systems that do not fit there is the number.
     pub fn new(
         request: u64,
         backup_type: Option<u32>,
@@ -76,17 +79,28 @@ impl Context {
         file_systems: &[String],
     ) -> Self {
         let backup_type = backup_type.map_or("".into(), name_of_type);
-        let list = |all: &[String]| {
-            let escaped = all.iter().map(|it| escape(it));
-            escaped.collect::<Vec<_>>().join(" ")
-        };
+        let list = |all: &[String]| all.iter().map(|it| escape(it)).collect::<Vec<_>>();
+        let mut file_systems = list(file_systems);
+        let all = file_systems.len();
+        let mut room = LONGEST_LIST;
+        let fits = file_systems.iter().take_while(|it| {
+            let left = room.checked_sub(it.len() + 1);
+            room = left.unwrap_or(0);
+            left.is_some()
+        });
+        let listed = fits.count();
+        file_systems.truncate(listed);
         let variable = |name: &str, value: String| (format!("HV_VSS_{name}"), value);
-        Context(vec![
+        let mut variables = vec![
             variable("REQUEST", request.to_string()),
             variable("BACKUP_TYPE", backup_type.into()),
-            variable("DISKS", list(disks)),
-            variable("FILE_SYSTEMS", list(file_systems)),
-        ])
+            variable("DISKS", list(disks).join(" ")),
+            variable("FILE_SYSTEMS", file_systems.join(" ")),
+        ];
+        if listed < all {
+            variables.push(variable("FILE_SYSTEMS_MORE", (all - listed).to_string()));
+        }
+        Context(variables)
     }
 }
 

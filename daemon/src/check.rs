@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::cache::survey;
 use crate::config::{Config, ConfigError};
-use crate::control::{ask_first, reply_of, ControlError, Method};
+use crate::control::{ask, reply_of, ControlError, Method};
 use crate::hooks;
 use crate::logbook::words;
 use crate::mounts::DevId;
@@ -62,17 +62,16 @@ fn finding(what: &'static str, grade: Grade, text: impl Into<String>) -> Finding
     Finding { what, grade, text }
 }
 
-/// Everything that a backup needs. `places` is where a daemon may have its run directory.
-pub fn check(
-    device: &Path,
-    places: &[RunDir],
-    config: Result<&Config, &ConfigError>,
-) -> Vec<Finding> {
-    let status = ask_first(places, Method::Status);
+/// Everything that a backup needs, of the daemon whose run directory this is.
+pub fn check(device: &Path, run: &RunDir, config: Result<&Config, &ConfigError>) -> Vec<Finding> {
+    let status = ask(run, Method::Status);
     let mut all = vec![daemon(device, &status)];
     let config = match config {
         Ok(config) => {
-            all.push(finding("configuration", Grade::Ok, "valid"));
+            all.push(match config.in_vain() {
+                None => finding("configuration", Grade::Ok, "valid"),
+                Some(text) => finding("configuration", Grade::Warning, text),
+            });
             config
         }
         Err(error) => {
@@ -80,7 +79,7 @@ pub fn check(
             &Config::default()
         }
     };
-    all.extend(run_dir(config));
+    all.extend(run_dir(run));
     let door = status.as_ref().ok();
     all.extend(door.map(privileges).unwrap_or_default());
     all.extend(module_missed(door));
@@ -404,13 +403,13 @@ fn who_has(device: &Path) -> Option<String> {
     })
 }
 
-fn run_dir(config: &Config) -> Option<Finding> {
+fn run_dir(run: &RunDir) -> Option<Finding> {
     // A daemon that starts makes it.
-    if !config.run_dir.exists() {
+    if !run.path().exists() {
         return None;
     }
-    let error = RunDir::new(&config.run_dir).check().err()?;
-    Some(finding("run_dir", Grade::Problem, words(&error)))
+    let error = run.check().err()?;
+    Some(finding("record", Grade::Problem, words(&error)))
 }
 
 fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
@@ -889,7 +888,8 @@ mod tests {
     #[test]
     fn an_invalid_configuration_is_a_problem_and_the_rest_is_looked_at_all_the_same() {
         let error = Config::load(Some("/dev/null/no.toml".as_ref())).unwrap_err();
-        let all = check(Path::new("/dev/null/none"), &[], Err(&error));
+        let run = RunDir::new("/dev/null/run");
+        let all = check(Path::new("/dev/null/none"), &run, Err(&error));
         let grade = |what| all.iter().find(|it| it.what == what).map(|it| it.grade);
         assert_eq!(grade("configuration"), Some(Grade::Problem));
         assert_eq!(grade("daemon"), Some(Grade::Problem));

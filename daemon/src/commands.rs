@@ -95,6 +95,12 @@ pub enum CommandError {
     /// It goes by the configuration that it had.
     #[error("{0}; the daemon that serves goes by the configuration that it had")]
     NotReloaded(String),
+    /// What the module holds for it nobody else can thaw.
+    #[error(
+        "the daemon that serves (process {0}) does not reply: what the module may hold for it is thawed once it does, at \
+         its deadline, or when it has ended (kill -9 {0})"
+    )]
+    Silent(u32),
     /// The list cannot be written.
     #[error("cannot write the list")]
     Json(#[from] serde_json::Error),
@@ -333,7 +339,7 @@ pub fn freeze_for(
     with_hooks: bool,
     stop: &Stop,
 ) -> Result<(), CommandError> {
-    let run = RunDir::new(&config.run_dir);
+    let run = RunDir::default();
     run.check()?;
     let guard = Arc::new(Guard::start(&run)?);
     let deadline = config.deadline;
@@ -508,25 +514,25 @@ impl Stop {
     }
 }
 
-/// Has the daemon that serves read its configuration again.
-pub fn reload(config: Result<Config, ConfigError>, log: &Logbook) -> Result<(), CommandError> {
-    let places = recovery::places(None, config.as_ref());
-    match (control::ask_first(&places, Method::Reload), config) {
-        // It may be in a run_dir that only this configuration tells of.
-        (Err(ControlError::Nobody), Err(error)) => Err(error.into()),
-        (asked, config) => reloaded(&asked?, config, log),
-    }
+/// Has the daemon that serves read its configuration again. `config` reads it here.
+pub fn reload(
+    run: &RunDir,
+    config: impl FnOnce() -> Result<Config, ConfigError>,
+    log: &Logbook,
+) -> Result<(), CommandError> {
+    let reply = control::ask(run, Method::Reload)?;
+    reloaded(&reply, config, log)
 }
 
 /// What came of it.
 fn reloaded(
     reply: &Value,
-    config: Result<Config, ConfigError>,
+    config: impl FnOnce() -> Result<Config, ConfigError>,
     log: &Logbook,
 ) -> Result<(), CommandError> {
     if reply["later"] == true {
         // By then nobody listens to what the daemon says of it.
-        config?;
+        config()?;
         log.info("the configuration is read after what is under way (a backup, or the wait for the device), see the log");
         return Ok(());
     }
@@ -535,30 +541,28 @@ fn reloaded(
         return Err(CommandError::NotReloaded(why.to_owned()));
     }
     log.info("the configuration is in force");
-    for key in reply["needs_restart"].as_array().into_iter().flatten() {
-        log.warning(format!(
-            "{} changes with the next start",
-            key.as_str().unwrap_or_default()
-        ));
-    }
     Ok(())
 }
 
 /// What the daemon is at and how the last backup went, as text or as JSON.
 pub fn status(
-    config: &Config,
-    places: &[RunDir],
+    run: &RunDir,
+    config: impl FnOnce() -> Config,
     json: bool,
+    log: &Logbook,
 ) -> Result<(String, Outcome), CommandError> {
-    let daemon = match control::ask_first(places, Method::Status) {
+    let daemon = match control::ask(run, Method::Status) {
         Ok(reply) => Some(reply),
         Err(ControlError::Nobody) => None,
         Err(error) => return Err(error.into()),
     };
     let told = daemon.as_ref().and_then(report::last_of);
-    let history = match History::new(&config.state_dir).read() {
-        // The daemon knows of the last one by itself.
-        Err(_) if told.is_some() => Vec::new(),
+    let history = match History::new(&config().state_dir).read() {
+        // The daemon knows best what it is at, and of the last one.
+        Err(error) if daemon.is_some() => {
+            log.warning(words(&error));
+            Vec::new()
+        }
         other => other?,
     };
     let status = Status::new(daemon.as_ref(), &history, told.as_ref());
@@ -594,11 +598,11 @@ pub fn draw(config: &Config, number: usize, file: &Path) -> Result<(), CommandEr
 /// What a backup needs, looked at for real short of freezing, as text or as JSON.
 pub fn check(
     device: &Path,
-    places: &[RunDir],
+    run: &RunDir,
     config: Result<&Config, &ConfigError>,
     json: bool,
 ) -> Result<(String, Outcome), CommandError> {
-    let all = check::check(device, places, config);
+    let all = check::check(device, run, config);
     let text = match json {
         true => as_json(&all)?,
         false => report::check(&all),
@@ -619,55 +623,57 @@ fn let_go_hooks(run: &RunDir, log: &Logbook) -> Result<bool, RecoveryError> {
     Ok(were_there)
 }
 
-/// Thaws whatever an unfinished freeze left frozen in one of `places`: through the daemon that serves,
-/// should it be its freeze, and what is on record.
-pub fn thaw(places: &[RunDir], log: &Logbook) -> Result<(), CommandError> {
+/// Thaws whatever an unfinished freeze left frozen: through the daemon that serves, should it be its freeze, and
+/// what is on record in `run`.
+pub fn thaw(run: &RunDir, log: &Logbook) -> Result<(), CommandError> {
     let mut nothing = true;
     let mut failure = None;
-    for run in places {
-        // One that has ended and is still inside the kernel would not reply.
-        let asked = match recovery::owner_has_ended(run) {
-            true => Err(ControlError::Nobody),
-            false => control::ask(run, Method::Thaw),
-        };
-        match asked {
-            Ok(reply) if reply["thawed"] == true => {
-                log.info("the daemon that serves has thawed; its backup fails");
-                nothing = false;
-            }
-            Ok(_) | Err(ControlError::Nobody) => {}
-            Err(error) => log.warning(words(&error)),
+    let mut is_silent = false;
+    match control::ask(run, Method::Thaw) {
+        Ok(reply) if reply["thawed"] == true => {
+            log.info("the daemon that serves has thawed; its backup fails");
+            nothing = false;
         }
-        let mut thawed = recovery::thaw(run, log, By::Operator);
-        if matches!(thawed, Ok(Recovered::InUse)) && recovery::owner_has_ended(run) {
-            log.warning("the process that had frozen is dead, but inside the kernel: waiting for it to come out");
-            // Applications must not wait for that.
-            match let_go_hooks(run, log) {
-                Ok(were_there) => nothing &= !were_there,
-                Err(error) => failure = Some(error),
-            }
-            thawed = recovery::outlast(run, log);
-        }
-        match thawed {
-            Ok(Recovered::Nothing) => {}
-            Ok(Recovered::CutShort) => {
-                log.info("all that was recorded as frozen is thawed");
-                nothing = false;
-            }
-            Ok(Recovered::InUse) => {
-                log.warning("thawed under a process that is still there");
-                nothing = false;
-            }
-            // Whatever is in the next place is thawed all the same.
-            Err(error) => failure = Some(error),
-        }
-        match let_go_hooks(run, log) {
-            Ok(were_there) => nothing &= !were_there,
-            Err(error) => failure = Some(error),
+        Ok(_) | Err(ControlError::Nobody) => {}
+        Err(error) => {
+            log.warning(words(&error));
+            is_silent = true;
         }
     }
+    let mut thawed = recovery::thaw(run, log, By::Operator);
+    if matches!(thawed, Ok(Recovered::InUse)) && recovery::owner_has_ended(run) {
+        log.warning("the process that had frozen is dead, but inside the kernel: waiting for it to come out");
+        // Applications must not wait for that.
+        match let_go_hooks(run, log) {
+            Ok(were_there) => nothing &= !were_there,
+            Err(error) => failure = Some(error.into()),
+        }
+        thawed = recovery::outlast(run, log);
+    }
+    match thawed {
+        // Of what the module holds there is no record.
+        Ok(Recovered::Nothing) if is_silent => {
+            let pid = control::who_serves(run);
+            failure = pid.map(CommandError::Silent);
+        }
+        Ok(Recovered::Nothing) => {}
+        Ok(Recovered::CutShort) => {
+            log.info("all that was recorded as frozen is thawed");
+            nothing = false;
+        }
+        Ok(Recovered::InUse) => {
+            log.warning("thawed under a process that is still there");
+            nothing = false;
+        }
+        // Hooks are let go all the same.
+        Err(error) => failure = Some(error.into()),
+    }
+    match let_go_hooks(run, log) {
+        Ok(were_there) => nothing &= !were_there,
+        Err(error) => failure = Some(error.into()),
+    }
     match failure {
-        Some(error) => Err(error.into()),
+        Some(error) => Err(error),
         None => {
             if nothing {
                 log.info("nothing is recorded as frozen");
@@ -688,13 +694,14 @@ mod tests {
         let log = Logbook::new(Sink::Memory);
         let bad = || Config::load(Some("/dev/null/no.toml".as_ref()));
         let later = json!({ "reloaded": false, "later": true });
-        assert!(reloaded(&later, Ok(Config::default()), &log).is_ok());
-        let error = reloaded(&later, bad(), &log).unwrap_err();
+        let good = || Ok(Config::default());
+        assert!(reloaded(&later, good, &log).is_ok());
+        let error = reloaded(&later, bad, &log).unwrap_err();
         assert!(matches!(error, CommandError::Config(_)), "{error}");
         // Whoever has read it knows better.
         let now = json!({ "reloaded": true });
-        assert!(reloaded(&now, bad(), &log).is_ok());
+        assert!(reloaded(&now, bad, &log).is_ok());
         let refused = json!({ "reloaded": false, "error": "x" });
-        assert!(reloaded(&refused, Ok(Config::default()), &log).is_err());
+        assert!(reloaded(&refused, good, &log).is_err());
     }
 }

@@ -34,18 +34,29 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use glob::{MatchOptions, Pattern};
-use serde::{de::Error as _, Deserialize, Deserializer};
+use serde::{
+    de::{Error as _, IgnoredAny},
+    Deserialize, Deserializer,
+};
 
+use crate::apart::Questions;
 use crate::hooks::Hook;
 use crate::plan::{FileSystem, Place, Plan};
+use crate::record::RUN_DIR;
 
 /// Where the configuration is looked for.
 pub const DEFAULT_PATH: &str = "/etc/hv_vss/daemon.toml";
+
+/// How long reading it may take: it may be a link into a network mount that is dead.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Bytes that one file may have.
+const MOST_BYTES: u64 = 1 << 20;
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +68,18 @@ pub enum ConfigError {
         path: PathBuf,
         /// What the kernel said.
         source: io::Error,
+    },
+    /// It is no text.
+    #[error(
+        "the configuration {path} is not valid: line {line}, column {column}: this is not UTF-8"
+    )]
+    NotText {
+        /// Which file.
+        path: PathBuf,
+        /// Where, counted from 1.
+        line: usize,
+        /// There, in characters.
+        column: usize,
     },
     /// It is not what it should be; the cause has line and column.
     #[error("the configuration {path} is not valid")]
@@ -85,8 +108,6 @@ pub struct Config {
     pub parallel: usize,
     /// How many file systems are written back at a time before the freeze, 1 to 256.
     pub write_back: usize,
-    /// Where lock and record are kept; it must be on a tmpfs.
-    pub run_dir: PathBuf,
     /// Where the history is kept.
     pub state_dir: PathBuf,
     /// What is never frozen.
@@ -95,6 +116,8 @@ pub struct Config {
     pub include: Rules,
     /// Which programs take part.
     pub hooks: HookRules,
+    /// Whether it has a `run_dir`, which was a setting once.
+    has_run_dir: bool,
 }
 
 impl Default for Config {
@@ -107,11 +130,11 @@ impl Default for Config {
             give_up: Duration::from_secs(10),
             parallel: 32,
             write_back: std::thread::available_parallelism().map_or(5, |n| (4 + n.get()).min(256)),
-            run_dir: "/run/hv_vss".into(),
             state_dir: "/var/lib/hv_vss".into(),
             exclude: Rules::default(),
             include: Rules::default(),
             hooks: HookRules::default(),
+            has_run_dir: false,
         }
     }
 }
@@ -175,8 +198,7 @@ struct Layer {
     parallel: Option<usize>,
     #[serde(deserialize_with = "threads")]
     write_back: Option<usize>,
-    #[serde(deserialize_with = "absolute")]
-    run_dir: Option<PathBuf>,
+    run_dir: Option<IgnoredAny>,
     #[serde(deserialize_with = "absolute")]
     state_dir: Option<PathBuf>,
     exclude: RulesLayer,
@@ -214,7 +236,7 @@ impl Layer {
         put(&mut config.give_up, self.give_up);
         put(&mut config.parallel, self.parallel);
         put(&mut config.write_back, self.write_back);
-        put(&mut config.run_dir, self.run_dir);
+        config.has_run_dir |= self.run_dir.is_some();
         put(&mut config.state_dir, self.state_dir);
         for (rules, layer) in [
             (&mut config.exclude, self.exclude),
@@ -426,20 +448,26 @@ fn places_of(file_system: &FileSystem) -> impl Iterator<Item = &Place> {
 }
 
 impl Config {
-    /// Reads the configuration at `path`; without a path the default one, which need not exist.
+    /// Reads the configuration at `path`; without a path the default one, which need not exist. It is read
+    /// [apart](Questions): what does not answer in time cannot be read.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
-        let file = path.unwrap_or(Path::new(DEFAULT_PATH));
+        static ASKED: Questions<PathBuf> = Questions::new();
+        let file = path.unwrap_or(Path::new(DEFAULT_PATH)).to_owned();
+        let (its, must_exist) = (file.clone(), path.is_some());
+        let read = move |_| read(&its, must_exist);
+        let read = ASKED.ask(file.clone(), &[], PATIENCE, read);
         let mut config = Self::default();
-        match std::fs::read_to_string(file) {
-            Ok(text) => parse(&text, file)?.apply(&mut config),
-            Err(e) if path.is_none() && e.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(cannot_read(file)(source)),
-        }
-        for drop_in in drop_ins(file)? {
-            let text = std::fs::read_to_string(&drop_in).map_err(cannot_read(&drop_in))?;
-            parse(&text, &drop_in)?.apply(&mut config);
+        for (file, bytes) in read.map_err(cannot_read(&file))?? {
+            parse(text_in(&bytes, &file)?, &file)?.apply(&mut config);
         }
         Ok(config)
+    }
+
+    /// What it says in vain, in words.
+    pub fn in_vain(&self) -> Option<String> {
+        self.has_run_dir.then(|| {
+            format!("run_dir is not a setting any more: lock and record are in {RUN_DIR}, whatever it says")
+        })
     }
 
     /// The rule by which `file_system` is not to be frozen, if there is one.
@@ -477,13 +505,69 @@ fn cannot_read(path: &Path) -> impl FnOnce(io::Error) -> ConfigError + '_ {
     }
 }
 
+/// The files in the order in which they count, with what they hold.
+fn read(file: &Path, must_exist: bool) -> Result<Vec<(PathBuf, Vec<u8>)>, ConfigError> {
+    let mut all = Vec::new();
+    match bytes_of(file) {
+        Ok(bytes) => all.push((file.to_owned(), bytes)),
+        Err(e) if !must_exist && e.kind() == io::ErrorKind::NotFound && !leads_nowhere(file) => {}
+        Err(source) => return Err(cannot_read(file)(source)),
+    }
+    for drop_in in drop_ins(file)? {
+        let bytes = bytes_of(&drop_in).map_err(cannot_read(&drop_in))?;
+        all.push((drop_in, bytes));
+    }
+    Ok(all)
+}
+
+/// What a file holds. Of anything else nobody knows when it ends.
+fn bytes_of(path: &Path) -> io::Result<Vec<u8>> {
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    let mut bytes = Vec::new();
+    let mut file = File::open(path)?.take(MOST_BYTES + 1);
+    if file.read_to_end(&mut bytes)? as u64 > MOST_BYTES {
+        return Err(io::Error::other(format!(
+            "it is larger than {MOST_BYTES} bytes"
+        )));
+    }
+    Ok(bytes)
+}
+
+/// Whether what is not found at `path` is so because it, or what is on the way there, is a link that leads nowhere.
+/// What that was to lead to nobody knows: it is not the same as if there were nothing.
+pub fn leads_nowhere(path: &Path) -> bool {
+    let is_there = |it: &&Path| {
+        let found = it.symlink_metadata();
+        found.map_or_else(|e| e.kind() != io::ErrorKind::NotFound, |_| true)
+    };
+    let nearest = path.ancestors().find(is_there);
+    nearest.is_some_and(|it| it.metadata().is_err())
+}
+
+fn text_in<'a>(bytes: &'a [u8], file: &Path) -> Result<&'a str, ConfigError> {
+    std::str::from_utf8(bytes).map_err(|error| {
+        let (good, _) = bytes.split_at(error.valid_up_to());
+        let lines = String::from_utf8_lossy(good);
+        let last = lines.rsplit('\n').next().unwrap_or_default();
+        ConfigError::NotText {
+            path: file.to_owned(),
+            line: lines.matches('\n').count() + 1,
+            column: last.chars().count() + 1,
+        }
+    })
+}
+
 /// The files `*.toml` in the folder `<file>.d` that are not hidden, in the order of their names.
 fn drop_ins(file: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     let mut folder = file.as_os_str().to_owned();
     folder.push(".d");
     let folder = Path::new(&folder);
     let entries = match std::fs::read_dir(folder) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && !leads_nowhere(folder) => {
+            return Ok(Vec::new())
+        }
         other => other.map_err(cannot_read(folder))?,
     };
     let mut paths = Vec::new();
@@ -542,6 +626,49 @@ mod tests {
         let error = crate::logbook::words(&error);
         assert!(error.contains("40.toml"), "{error}");
         assert!(error.contains("line 3, column 1"), "{error}");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_file_or_no_text_or_behind_a_link_that_leads_nowhere_is_said_to_be_so() {
+        use std::os::unix::fs::symlink;
+        let dir = std::env::temp_dir().join(format!("hv-vss-no-file-{}", std::process::id()));
+        std::fs::create_dir_all(dir.join("daemon.toml.d")).unwrap();
+        let file = dir.join("daemon.toml");
+        let drop_in = dir.join("daemon.toml.d/10.toml");
+        assert_eq!(read(&file, false).unwrap(), []);
+        assert!(read(&file, true).is_err());
+        let why = |at: &Path| match Config::load(Some(at)) {
+            Err(error) => crate::logbook::words(&error),
+            Ok(_) => String::new(),
+        };
+        std::fs::write(&file, "strict = true\n").unwrap();
+        assert_eq!(why(&file), "");
+        nix::unistd::mkfifo(&drop_in, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let said = why(&file);
+        assert!(
+            said.contains("10.toml") && said.contains("not a regular file"),
+            "{said}"
+        );
+        std::fs::remove_file(&drop_in).unwrap();
+        std::fs::write(&drop_in, b"strict = true\n# \xc3\xa9t\xe9\n").unwrap();
+        let said = why(&file);
+        assert!(
+            said.contains("10.toml") && said.contains("line 2, column 5"),
+            "{said}"
+        );
+        let large = File::create(&drop_in).unwrap();
+        large.set_len(MOST_BYTES + 1).unwrap();
+        assert!(why(&file).contains("larger"));
+        std::fs::remove_dir_all(dir.join("daemon.toml.d")).unwrap();
+        symlink("nowhere", dir.join("daemon.toml.d")).unwrap();
+        assert!(why(&file).contains("daemon.toml.d"));
+        std::fs::remove_file(&file).unwrap();
+        std::fs::remove_file(dir.join("daemon.toml.d")).unwrap();
+        symlink("nowhere", &file).unwrap();
+        assert!(read(&file, false).is_err());
+        symlink("nowhere", dir.join("etc")).unwrap();
+        assert!(read(&dir.join("etc/daemon.toml"), false).is_err());
         std::fs::remove_dir_all(&dir).unwrap();
     }
 
@@ -701,6 +828,13 @@ mod tests {
             contract: crate::hooks::Contract::Qemu,
         };
         assert_eq!(config.hooks.idle(&[hook]), ["hooks.optional 20-b"]);
+    }
+
+    #[test]
+    fn what_was_a_setting_once_is_named_and_does_nothing() {
+        assert_eq!(parse("").unwrap().in_vain(), None);
+        let config = parse("run_dir = '/run/other'").unwrap();
+        assert!(config.in_vain().unwrap().contains("run_dir"));
     }
 
     #[test]

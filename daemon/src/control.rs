@@ -19,6 +19,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::Serialize;
 use serde_json::{json, Value};
 
+use crate::process;
 use crate::record::RunDir;
 
 const INTERFACE: &str = "org.hv-vss.Daemon";
@@ -88,17 +89,28 @@ fn path(run: &RunDir) -> PathBuf {
     run.path().join("control")
 }
 
-/// Whether anybody listens in this run directory, be it one that does not reply.
-pub fn is_served(run: &RunDir) -> bool {
-    std::os::unix::net::UnixStream::connect(path(run)).is_ok()
+/// Who listens in this run directory, and a line to it. One that has ended and is still inside the kernel has its
+/// socket open, and will never reply: that is nobody.
+fn connect(run: &RunDir) -> Result<(std::os::unix::net::UnixStream, u32), ControlError> {
+    let connected = std::os::unix::net::UnixStream::connect(path(run));
+    let stream = connected.map_err(|_| ControlError::Nobody)?;
+    let peer = getsockopt(&stream, PeerCredentials).map_err(io::Error::from)?;
+    // 0 is one of a container, whose number is not known here.
+    let pid = u32::try_from(peer.pid()).unwrap_or_default();
+    match pid != 0 && process::is_dead(pid) {
+        true => Err(ControlError::Nobody),
+        false => Ok((stream, pid)),
+    }
+}
+
+/// The process that listens in this run directory, be it one that does not reply.
+pub fn who_serves(run: &RunDir) -> Option<u32> {
+    connect(run).ok().map(|(_, pid)| pid)
 }
 
 /// Asks the daemon whose run directory this is.
 pub fn ask(run: &RunDir, method: Method) -> Result<Value, ControlError> {
-    let connected = std::os::unix::net::UnixStream::connect(path(run));
-    let Ok(mut stream) = connected else {
-        return Err(ControlError::Nobody);
-    };
+    let (mut stream, _) = connect(run)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.write_all(&message(&json!({ "method": method.name() })))?;
@@ -116,13 +128,6 @@ pub fn ask(run: &RunDir, method: Method) -> Result<Value, ControlError> {
         Some(parameters) if reply.get("error").is_none() => Ok(parameters.clone()),
         _ => Err(ControlError::Refused(reply.to_string())),
     }
-}
-
-/// What the daemon replies that serves, whichever of these is its run directory.
-pub fn ask_first(places: &[RunDir], method: Method) -> Result<Value, ControlError> {
-    let asked = places.iter().map(|run| ask(run, method));
-    let mut heard = asked.filter(|it| !matches!(it, Err(ControlError::Nobody)));
-    heard.next().unwrap_or(Err(ControlError::Nobody))
 }
 
 fn message(value: &Value) -> Vec<u8> {

@@ -12,10 +12,11 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use crate::apart::Questions;
 use crate::backup::Verdict;
 use crate::cache::Missing;
 use crate::calls::Called;
@@ -26,6 +27,9 @@ use crate::record::RunDir;
 
 /// Bytes that the file may have before the older half is forgotten: hundreds of backups.
 const MOST_BYTES: u64 = 1 << 20;
+
+/// How long reading it may take: its disk may hang.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why it cannot be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -273,9 +277,17 @@ impl History {
     }
 
     /// All that is remembered, the oldest first. A line that is not understood is passed over: a later
-    /// version may have written it, or the machine died meanwhile.
+    /// version may have written it, or the machine died meanwhile. It is read [apart](Questions): what does not
+    /// answer in time cannot be read.
     pub fn read(&self) -> Result<Vec<Entry>, HistoryError> {
-        let bytes = self.bytes().map_err(self.failed("read"))?;
+        self.read_within(PATIENCE)
+    }
+
+    fn read_within(&self, limit: Duration) -> Result<Vec<Entry>, HistoryError> {
+        static ASKED: Questions<PathBuf> = Questions::new();
+        let its = self.clone();
+        let bytes = ASKED.ask(self.0.clone(), &[], limit, move |_| its.bytes());
+        let bytes = bytes.and_then(|it| it).map_err(self.failed("read"))?;
         let lines = bytes.split(|&byte| byte == b'\n');
         let entries = lines.map(serde_json::from_slice);
         Ok(entries.filter_map(Result::ok).collect())
@@ -313,12 +325,19 @@ impl History {
         Ok(file.metadata()?.len())
     }
 
-    /// The file is there as it was or as it is to be, whenever the machine dies.
+    /// The file is there as it was or as it is to be, whenever the machine dies. The last line stays, however long
+    /// it is.
     fn forget_older_half(&self) -> io::Result<()> {
         let bytes = self.bytes()?;
         let half = bytes.len() / 2;
-        let newline = bytes.iter().skip(half).position(|&byte| byte == b'\n');
-        let from = newline.map_or(0, |at| half + at + 1);
+        let mut lines = bytes.split_inclusive(|&byte| byte == b'\n').peekable();
+        let mut from = 0;
+        while let Some(line) = lines.next() {
+            if from > half || lines.peek().is_none() {
+                break;
+            }
+            from += line.len();
+        }
         let new = self.0.with_extension("new");
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(true).mode(0o600);
@@ -542,6 +561,39 @@ pub(crate) mod tests {
         });
         draft.ended(Verdict::Broken, Some("the deadline passed".into()));
         draft.finish(hooks)
+    }
+
+    #[test]
+    fn a_file_that_does_not_answer_is_no_history_and_is_waited_for_no_longer() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-silent-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let history = History::new(&dir);
+        nix::unistd::mkfifo(&history.0, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let limit = Duration::from_millis(50);
+        let error = history.read_within(limit).unwrap_err();
+        assert_eq!(error.source.kind(), io::ErrorKind::TimedOut);
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn the_last_backup_stays_however_long_it_is() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-long-{}", std::process::id()));
+        let history = History::new(&dir);
+        let long = |why: &str, bytes| Entry {
+            why: Some(why.repeat(bytes)),
+            ..example()
+        };
+        let most = MOST_BYTES as usize;
+        let entries = [long("a", most / 4), long("b", most / 4), long("c", most)];
+        for entry in &entries {
+            history.add(entry).unwrap();
+        }
+        assert_eq!(history.read().unwrap(), entries[2..]);
+        // By then it is one of the older half.
+        let next = long("d", most);
+        history.add(&next).unwrap();
+        assert_eq!(history.read().unwrap(), [next]);
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! A hook may be a link to anywhere, also into a dead network mount. So a link is looked up
 //! [apart](Questions), and what does not answer in time is a hook that is not fit.
 
-use std::fs::Metadata;
+use std::ffi::OsString;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::apart::Questions;
 use crate::backup::Verdict;
-use crate::config::HookRules;
+use crate::config::{leads_nowhere, HookRules};
 
 /// Our own folder.
 pub const FOLDER: &str = "/etc/hv_vss/hooks.d";
@@ -117,38 +117,53 @@ impl Hook {
     }
 
     fn fault(&self) -> Option<String> {
-        let mut at = self.path.clone();
-        for _ in 0..MOST_LINKS {
-            if let Some(fault) = fault_on_the_way_to(&at) {
-                return Some(fault);
-            }
-            match std::fs::read_link(&at) {
-                Ok(target) => at = at.parent().unwrap_or(Path::new("/")).join(target),
-                // No link: this is the file itself, and this its folders without links in between.
-                Err(_) => {
-                    return match at.canonicalize() {
-                        Ok(real) => fault_on_the_way_to(&real),
-                        Err(error) => Some(format!("{}: {error}", at.display())),
-                    }
-                }
-            }
+        // What is called has to be put on record, as JSON.
+        if self.path.to_str().is_none() {
+            return Some(format!("{}: its name is not UTF-8", self.path.display()));
         }
-        Some(format!("{} leads over too many links", self.path.display()))
+        fault_on_the_way_to(&self.path)
     }
 }
 
+/// Goes the way that the kernel goes, over each link, and looks at every folder and every link that it comes to:
+/// whoever may write to one of them decides what is run.
 fn fault_on_the_way_to(path: &Path) -> Option<String> {
-    path.ancestors().find_map(|at| {
-        let fault = match std::fs::symlink_metadata(at) {
-            Ok(found) => fault_of(&found)?,
-            Err(error) => error.to_string(),
+    // The next is the last.
+    let steps = |path: &Path| -> Vec<OsString> {
+        let all = path.components().map(|it| it.as_os_str().to_owned());
+        all.rev().collect()
+    };
+    let mut left = steps(path);
+    let mut at = PathBuf::new();
+    let mut links = 0;
+    while let Some(step) = left.pop() {
+        if step == ".." {
+            // There is no link in it any more.
+            at.pop();
+            continue;
+        }
+        at.push(step);
+        let fault = |what: String| Some(format!("{}: {what}", at.display()));
+        let found = match std::fs::symlink_metadata(&at) {
+            Ok(found) => found,
+            Err(error) => return fault(error.to_string()),
         };
-        Some(format!("{}: {fault}", at.display()))
-    })
-}
-
-fn fault_of(found: &Metadata) -> Option<String> {
-    fault_of_owner_and_mode(found.uid(), found.mode())
+        if let Some(what) = fault_of_owner_and_mode(found.uid(), found.mode()) {
+            return fault(what);
+        }
+        if found.is_symlink() {
+            links += 1;
+            if links > MOST_LINKS {
+                return Some(format!("{} leads over too many links", path.display()));
+            }
+            match std::fs::read_link(&at) {
+                Ok(target) => left.extend(steps(&target)),
+                Err(error) => return fault(error.to_string()),
+            }
+            at.pop();
+        }
+    }
+    None
 }
 
 fn fault_of_owner_and_mode(owner: u32, mode: u32) -> Option<String> {
@@ -293,7 +308,9 @@ fn candidates(folder: &Path) -> Result<Vec<PathBuf>, HookError> {
 
 fn paths_in(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let entries = match std::fs::read_dir(folder) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && !leads_nowhere(folder) => {
+            return Ok(Vec::new())
+        }
         other => other?,
     };
     let mut paths = Vec::new();
@@ -345,6 +362,7 @@ fn is_left_behind(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::ffi::OsStringExt as _;
     use std::os::unix::fs::{symlink, PermissionsExt as _};
 
     struct Scratch(PathBuf);
@@ -424,6 +442,23 @@ mod tests {
         let none = found_in(&scratch.0.join("nothing")).unwrap();
         assert_eq!(none, []);
         assert!(found_in(&scratch.0.join("10-a")).is_err());
+        symlink("gone", scratch.0.join("60-nowhere")).unwrap();
+        assert!(found_in(&scratch.0.join("60-nowhere")).is_err());
+        assert!(found_in(&scratch.0.join("60-nowhere/hooks.d")).is_err());
+    }
+
+    #[test]
+    fn a_name_that_cannot_be_put_on_record_is_a_fault() {
+        let scratch = Scratch::new("hooks-name");
+        let name = OsString::from_vec(b"10-\xe9".to_vec());
+        let path = scratch.0.join(name);
+        std::fs::copy(scratch.file("20-b", 0o755), &path).unwrap();
+        let found = found_in(&scratch.0).unwrap();
+        let [(hook, Some(fault)), _] = &found[..] else {
+            panic!("{found:?}");
+        };
+        assert_eq!(hook.path, path);
+        assert!(fault.contains("not UTF-8"), "{fault}");
     }
 
     #[test]

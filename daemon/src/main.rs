@@ -15,11 +15,11 @@ use clap::{value_parser, Arg, ArgAction, ArgMatches, Command};
 use hv_vss_daemon::commands::{self, Stop};
 use hv_vss_daemon::config::{Config, ConfigError};
 use hv_vss_daemon::logbook::{stderr_is_journal, words, Logbook, Sink};
-use hv_vss_daemon::record::RunDir;
+use hv_vss_daemon::record::{RunDir, RUN_DIR};
 use hv_vss_daemon::report::Outcome;
 use hv_vss_daemon::service::{self, Service};
 use hv_vss_daemon::{calls, check, guard, job, process, recovery, sys};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 type Failure = Box<dyn Error>;
@@ -77,8 +77,9 @@ fn command() -> Command {
     let run_dir = Arg::new("run-dir")
         .long("run-dir")
         .value_name("PATH")
-        .help("The run_dir of whoever froze [default: wherever a daemon may have kept its record]")
-        .value_parser(value_parser!(PathBuf));
+        .help("The folder with the record of whoever froze")
+        .value_parser(value_parser!(PathBuf))
+        .default_value(RUN_DIR);
     let time = Arg::new("for")
         .long("for")
         .value_name("TIME")
@@ -153,18 +154,12 @@ fn exit_with(result: Result<ExitCode, Failure>) -> ExitCode {
 }
 
 /// What is asked for when the daemon is asked goes by whatever there is, and says so.
-fn or_default(config: &Result<Config, ConfigError>) -> Config {
-    match config {
-        Ok(config) => config.clone(),
-        Err(error) => {
-            go_on_without(error, &Logbook::new(foreground_sink()));
-            Config::default()
-        }
-    }
-}
-
-fn go_on_without(error: &ConfigError, log: &Logbook) {
-    log.warning(format!("{}; going on without", words(error)));
+fn or_default(config: Result<Config, ConfigError>) -> Config {
+    config.unwrap_or_else(|error| {
+        let log = Logbook::new(foreground_sink());
+        log.warning(format!("{}; going on without", words(&error)));
+        Config::default()
+    })
 }
 
 fn path_of(matches: &ArgMatches, name: &str) -> PathBuf {
@@ -185,41 +180,38 @@ fn dispatch() -> Result<ExitCode, Failure> {
     // It is read again from wherever the daemon is then.
     let config_path = matches.get_one::<PathBuf>("config");
     let config_path = config_path.map(std::path::absolute).transpose()?;
-    let config = Config::load(config_path.as_deref());
+    let config = || Config::load(config_path.as_deref());
     match matches.subcommand() {
         Some(("list", list)) => {
             let text = match list.get_flag("table") {
                 true => commands::table()?,
-                false => commands::list(&config?, list.get_flag("json"))?,
+                false => commands::list(&config()?, list.get_flag("json"))?,
             };
             print((text, Outcome::Well))
         }
         Some(("freeze", freeze)) => {
             let time = freeze.get_one("for").copied().unwrap_or_default();
-            done(rehearse(config?, time, !freeze.get_flag("no-hooks")))
+            done(rehearse(config()?, time, !freeze.get_flag("no-hooks")))
         }
         Some(("thaw", thaw)) => {
             need_root(FREEZE)?;
+            // Whatever the configuration says, or whoever reads it waits for.
+            let run = RunDir::new(path_of(thaw, "run-dir"));
             let log = Logbook::new(foreground_sink());
-            if let Err(error) = &config {
-                go_on_without(error, &log);
-            }
-            let asked_for = thaw.get_one("run-dir").cloned();
-            let places = recovery::places(asked_for, config.as_ref());
-            done(commands::thaw(&places, &log).map_err(Failure::from))
+            done(commands::thaw(&run, &log).map_err(Failure::from))
         }
         Some(("status", status)) => {
             need_root(ASK)?;
-            let places = recovery::places(None, config.as_ref());
             print(commands::status(
-                &or_default(&config),
-                &places,
+                &RunDir::default(),
+                || or_default(config()),
                 status.get_flag("json"),
+                &Logbook::new(foreground_sink()),
             )?)
         }
         Some(("history", history)) => {
             need_root("read the history of backups")?;
-            let config = or_default(&config);
+            let config = or_default(config());
             match history.get_one::<PathBuf>("svg") {
                 Some(file) => {
                     let number = history.get_one("number").copied().unwrap_or(1);
@@ -231,24 +223,23 @@ fn dispatch() -> Result<ExitCode, Failure> {
         Some(("check", check)) => {
             need_root("look at all that a backup needs")?;
             let device = path_of(&matches, "device");
-            let places = recovery::places(None, config.as_ref());
             let json = check.get_flag("json");
-            print(commands::check(&device, &places, config.as_ref(), json)?)
+            let run = RunDir::default();
+            print(commands::check(&device, &run, config().as_ref(), json)?)
         }
         Some(("reload", _)) => {
             need_root(ASK)?;
             let log = Logbook::new(foreground_sink());
-            done(commands::reload(config, &log).map_err(Failure::from))
+            done(commands::reload(&RunDir::default(), config, &log).map_err(Failure::from))
         }
         Some((_, run)) => done(serve(
             run,
             config_path,
-            config,
             run.get_flag("no-daemon") || matches.get_flag("no-daemon"),
         )),
         None => {
             let foreground = matches.get_flag("no-daemon");
-            done(serve(&matches, config_path, config, foreground))
+            done(serve(&matches, config_path, foreground))
         }
     }
 }
@@ -267,27 +258,23 @@ fn foreground_sink() -> Sink {
 fn serve(
     matches: &ArgMatches,
     config_path: Option<PathBuf>,
-    config: Result<Config, ConfigError>,
     foreground: bool,
 ) -> Result<(), Failure> {
     // In the background it is elsewhere.
     let path = std::path::absolute(path_of(matches, "device"))?;
-    let config = match config {
+    let run = RunDir::default();
+    // Before going to the background, so that whoever starts it sees why it cannot run.
+    let log = Logbook::new(foreground_sink());
+    let config = match Config::load(config_path.as_deref()) {
         Ok(config) => config,
         Err(error) => {
             // Whatever is wrong with it, nothing stays frozen for that.
-            let log = Logbook::new(foreground_sink());
-            for run in recovery::places(None, Err(&error)) {
-                if let Err(error) = recovery::thaw(&run, &log, recovery::By::Start) {
-                    log.error(words(&error));
-                }
+            if let Err(error) = recovery::thaw(&run, &log, recovery::By::Start) {
+                log.error(words(&error));
             }
             return Err(error.into());
         }
     };
-    // Before going to the background, so that whoever starts it sees why it cannot run.
-    let log = Logbook::new(foreground_sink());
-    let run = RunDir::new(&config.run_dir);
     // Another program may have the device for as long as it likes.
     let asked_to_reload = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(SIGHUP, Arc::clone(&asked_to_reload))?;
@@ -312,7 +299,7 @@ fn serve(
         log.warning(format!("who reads the log may hold up all: {error}"));
     }
     let service = harden(&log).and_then(|()| {
-        let service = Service::new(device, &path, config, config_path, log.clone())?;
+        let service = Service::new(device, &path, run, config, config_path, log.clone())?;
         Ok(service.run()?)
     });
     let service = service.inspect_err(|error| log.error(words(error.as_ref())));
@@ -323,9 +310,7 @@ fn serve(
 /// The configuration as it is now, or the one that there was when it is none.
 fn read_again(old: Config, path: Option<&Path>, log: &Logbook) -> Config {
     match Config::load(path) {
-        Ok(mut config) => {
-            // That is where it is looked for what a dead daemon has left.
-            config.run_dir = old.run_dir;
+        Ok(config) => {
             log.info("the configuration is read again");
             config
         }
@@ -370,7 +355,10 @@ fn rehearse(config: Config, time: Duration, with_hooks: bool) -> Result<(), Fail
     let log = Logbook::new(foreground_sink());
     harden(&log)?;
     let stop = Stop::default();
-    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    // Whoever was started so that it is not ended by one (nohup) goes on.
+    let ends = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
+    let ends = ends.into_iter().filter(|it| !process::ignores(*it));
+    let mut signals = Signals::new(ends)?;
     let on_signal = stop.clone();
     std::thread::spawn(move || {
         if signals.forever().next().is_some() {

@@ -82,6 +82,12 @@ pub fn is_dead(pid: u32) -> bool {
     std::fs::read(format!("/proc/{pid}/stat")).map_or(true, |stat| has_ended(&stat))
 }
 
+/// Whether it has ended and is listed all the same: a thread of it is still inside the kernel and has open what the
+/// process had, or nobody has asked how it ended.
+pub fn lingers(pid: u32) -> bool {
+    std::fs::read(format!("/proc/{pid}/stat")).is_ok_and(|stat| has_ended(&stat))
+}
+
 /// When a process that has not ended was started, in ticks since the machine was: with its number it
 /// tells it from any other.
 pub fn start_of(pid: u32) -> Option<u64> {
@@ -116,6 +122,18 @@ fn field_in(stat: &[u8], number: usize) -> Option<u64> {
     let after = stat.iter().rposition(|&b| b == b')')?;
     let rest = std::str::from_utf8(stat.get(after + 1..)?).ok()?;
     rest.split_whitespace().nth(number)?.parse().ok()
+}
+
+/// Whether this process was started so that this signal does nothing.
+pub fn ignores(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    ignored_in(&status, signal)
+}
+
+fn ignored_in(status: &str, signal: i32) -> bool {
+    let mask = status.lines().find_map(|it| it.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|it| u64::from_str_radix(it.trim(), 16).ok());
+    mask.unwrap_or_default() >> (signal - 1) & 1 == 1
 }
 
 /// Makes the kernel never choose this process when memory runs out (proc(5), `oom_score_adj`).
@@ -156,7 +174,19 @@ mod tests {
         assert_eq!(start_in(b"7 (x) S 1"), None);
         assert_eq!(field_in(b"7 (x) 1 9) S 1 4 7", 2), Some(4));
         assert!(start_of(std::process::id()).is_some());
-        assert!(is_dead(u32::MAX));
+        assert!(is_dead(u32::MAX) && !lingers(u32::MAX));
+        assert!(!lingers(std::process::id()));
+    }
+
+    #[test]
+    fn what_is_ignored_is_told_by_its_bit() {
+        let status =
+            "SigBlk:\t0000000000000004\nSigIgn:\t0000000000001001\nSigCgt:\t0000000000000002\n";
+        assert!(ignored_in(status, libc::SIGHUP) && ignored_in(status, libc::SIGPIPE));
+        assert!(!ignored_in(status, libc::SIGINT) && !ignored_in(status, libc::SIGQUIT));
+        assert!(!ignored_in("", libc::SIGHUP));
+        // As Rust starts each program.
+        assert!(ignores(libc::SIGPIPE));
     }
 
     #[test]

@@ -21,6 +21,10 @@ use serde::{de::DeserializeOwned, Deserialize, Serialize};
 use crate::calls::HookRecord;
 use crate::mounts::DevId;
 
+/// Where it is kept. No setting: whoever undoes after a death, and the next daemon, would have to know the one
+/// that the dead daemon went by.
+pub const RUN_DIR: &str = "/run/hv_vss";
+
 /// `RAMFS_MAGIC` of `linux/magic.h`.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
@@ -44,7 +48,7 @@ pub enum RecordError {
         path: PathBuf,
     },
     /// They would be frozen themselves.
-    #[error("{path}, the run_dir of the configuration, is on a disk; it must be on a tmpfs")]
+    #[error("{path} is on a disk; it must be on a tmpfs")]
     OnDisk {
         /// The directory.
         path: PathBuf,
@@ -85,13 +89,19 @@ pub struct Record {
     pub frozen: Vec<Entry>,
 }
 
-/// The directory that holds both, usually `/run/hv_vss`.
+/// The directory that holds both: [`RUN_DIR`], save for tests.
 #[derive(Clone, Debug)]
 pub struct RunDir(PathBuf);
 
 /// The lock, held. A copy of its descriptor may be handed on. When this is dropped, the lock ends for all
 /// who have one; when its process dies, it ends with the last one.
 pub type Lock = Flock<File>;
+
+impl Default for RunDir {
+    fn default() -> Self {
+        RunDir::new(RUN_DIR)
+    }
+}
 
 impl RunDir {
     /// The directory at `path`; it is made when it is first needed.

@@ -7,7 +7,6 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Sender};
 use std::sync::Arc;
@@ -17,7 +16,6 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
-use crate::config::{Config, ConfigError};
 use crate::logbook::{words, Logbook};
 use crate::machine::{LookError, Machine};
 use crate::open::open_file_system;
@@ -41,24 +39,6 @@ pub enum RecoveryError {
     /// Some could not be thawed; which ones has been said.
     #[error("{0} file systems could not be thawed")]
     NotThawed(usize),
-}
-
-/// Where a record may be: in the directory that was asked for, or in all that a daemon may have used.
-pub fn places(asked_for: Option<PathBuf>, config: Result<&Config, &ConfigError>) -> Vec<RunDir> {
-    let mut paths: Vec<PathBuf> = asked_for.into_iter().collect();
-    if paths.is_empty() {
-        paths.extend(config.ok().map(|it| it.run_dir.clone()));
-        // Set by systemd, from RuntimeDirectory=.
-        paths.extend(std::env::var_os("RUNTIME_DIRECTORY").map(PathBuf::from));
-        paths.push(Config::default().run_dir);
-        let all = paths.clone();
-        let mut number = 0;
-        paths.retain(|path| {
-            number += 1;
-            !all.iter().take(number - 1).any(|it| it == path)
-        });
-    }
-    paths.into_iter().map(RunDir::new).collect()
 }
 
 /// What came of the record of an earlier freeze.
@@ -152,12 +132,19 @@ pub fn outlast(run: &RunDir, log: &Logbook) -> Result<Recovered, RecoveryError> 
     }
 }
 
-/// Whether a freeze or hooks are on record whose owner has ended, though it may still be inside the kernel. Of
-/// a freeze that the module held there is no record, of its hooks there is.
+/// Whether a freeze is on record whose owner has ended, though it may still be inside the kernel.
 pub fn owner_has_ended(run: &RunDir) -> bool {
+    let record = run.read().ok().flatten();
+    record.is_some_and(|it| process::is_dead(it.pid))
+}
+
+/// Whether a freeze or hooks are on record whose owner has ended and may still be inside the kernel. Of a freeze
+/// that the module held there is no record, of its hooks there is. One that is gone has nothing open, whatever it
+/// has left.
+pub fn owner_lingers(run: &RunDir) -> bool {
     let frozen = run.read().ok().flatten().map(|it| it.pid);
     let hooks = run.read_hooks().ok().flatten().map(|it| it.pid);
-    frozen.into_iter().chain(hooks).any(process::is_dead)
+    frozen.into_iter().chain(hooks).any(process::lingers)
 }
 
 /// The recovery of a daemon that starts. It may go on for longer than the start.
@@ -420,22 +407,29 @@ mod tests {
     }
 
     #[test]
-    fn who_has_left_hooks_alone_is_known_to_have_ended() {
+    fn who_has_left_hooks_alone_lingers_as_long_as_it_is_there() {
         let dir = std::env::temp_dir().join(format!("hv-vss-owner-{}", std::process::id()));
         let run = RunDir::new(&dir);
         // It makes the folder.
         drop(run.lock().unwrap());
-        assert!(!owner_has_ended(&run));
-        let mut child = Command::new("true").spawn().unwrap();
-        child.wait().unwrap();
-        for (pid, has_ended) in [(std::process::id(), false), (child.id(), true)] {
+        assert!(!owner_lingers(&run));
+        let left_by = |pid| {
             let record = crate::calls::HookRecord {
                 pid,
                 ..Default::default()
             };
             run.write_hooks(&record).unwrap();
-            assert_eq!(owner_has_ended(&run), has_ended);
+            owner_lingers(&run)
+        };
+        assert!(!left_by(std::process::id()));
+        let mut child = Command::new("true").spawn().unwrap();
+        let until = Instant::now() + Duration::from_secs(60);
+        while !left_by(child.id()) {
+            assert!(Instant::now() < until, "it does not end");
+            thread::sleep(Duration::from_millis(5));
         }
+        child.wait().unwrap();
+        assert!(!left_by(child.id()), "of one that is gone nothing is there");
         std::fs::remove_dir_all(dir).unwrap();
     }
 
@@ -483,27 +477,5 @@ mod tests {
         let _ = thaw_with(&mut guard, dead, start);
         assert_eq!(guard.wait().unwrap().signal(), Some(libc::SIGKILL));
         std::fs::remove_dir_all(&dir).unwrap();
-    }
-
-    #[test]
-    fn a_record_is_looked_for_where_a_daemon_may_have_left_it_whatever_the_configuration() {
-        let default = || RunDir::new(Config::default().run_dir);
-        let paths = |places: Vec<RunDir>| -> Vec<PathBuf> {
-            places.iter().map(|it| it.path().to_owned()).collect()
-        };
-        let broken = Config::load(Some("/dev/null/no.toml".as_ref())).unwrap_err();
-        let from_unit = std::env::var_os("RUNTIME_DIRECTORY");
-        assert_eq!(from_unit, None, "the tests run outside of a unit");
-        assert_eq!(paths(places(None, Err(&broken))), paths(vec![default()]));
-        let config = Config {
-            run_dir: "/run/other".into(),
-            ..Config::default()
-        };
-        let both = vec![RunDir::new("/run/other"), default()];
-        assert_eq!(paths(places(None, Ok(&config))), paths(both));
-        let same = places(None, Ok(&Config::default()));
-        assert_eq!(paths(same), paths(vec![default()]));
-        let asked_for = places(Some("/run/asked".into()), Ok(&config));
-        assert_eq!(paths(asked_for), paths(vec![RunDir::new("/run/asked")]));
     }
 }

@@ -22,14 +22,14 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use sd_notify::NotifyState;
 use serde_json::json;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
 use crate::backup::{name_of, Backup, Break, Effects, Verdict};
 use crate::calls::{Called, Calling, Context, HookOutcome, Means};
 use crate::check;
 use crate::config::{Config, ConfigError};
-use crate::control::{reply_of, Client, Control, Method};
+use crate::control::{self, reply_of, Client, Control, Method};
 use crate::device::{Abi, Device, DeviceError, Incoming, Request};
 use crate::disks;
 use crate::door::Door;
@@ -128,10 +128,14 @@ pub fn open_device(
             continue;
         }
         let dead = match Device::open(path) {
-            Err(error) if error.is_busy() => match recovery::owner_has_ended(run) {
-                false if !managed => return Err(error),
-                dead => dead,
-            },
+            // Beside another that serves it does not matter who has died.
+            Err(error) if error.is_busy() => {
+                let other = control::who_serves(run).filter(|it| *it != std::process::id());
+                match other.is_none() && recovery::owner_lingers(run) {
+                    false if !managed => return Err(error),
+                    dead => dead,
+                }
+            }
             other => return other,
         };
         if !said {
@@ -149,22 +153,19 @@ pub fn open_device(
                 // Applications must not wait for what hangs in the kernel.
                 left = let_go_what_is_left(run, log, drop);
             }
-            waiting = answer_meanwhile(run, log, who, dead);
+            waiting = answer_meanwhile(run, log, who);
         }
         pause(&mut waiting);
     }
 }
 
 /// Who is asked while the device is waited for, which `who` has. Without that it is waited for all the same.
-fn answer_meanwhile(run: &RunDir, log: &Logbook, who: &str, dead: bool) -> Option<Waiting> {
+fn answer_meanwhile(run: &RunDir, log: &Logbook, who: &str) -> Option<Waiting> {
     let doing = format!("{who}: waiting for it");
-    let listening = run.check().map_err(|error| words(&error)).and_then(|()| {
-        let listening = match dead {
-            true => Waiting::listen_instead(run, doing).map(Some),
-            false => Waiting::listen(run, doing),
-        };
-        listening.map_err(|error| error.to_string())
-    });
+    let listening = run
+        .check()
+        .map_err(|error| words(&error))
+        .and_then(|()| Waiting::listen(run, doing).map_err(|error| error.to_string()));
     listening.unwrap_or_else(|error| {
         log.warning(format!("nobody can ask what it waits for: {error}"));
         None
@@ -269,20 +270,21 @@ struct Hands {
 
 impl Service {
     /// Serves `device`, which was opened from `path` and is opened from there again should it go
-    /// away, by `config`, which was read from `config_path`. What an earlier daemon left frozen is thawed first.
+    /// away, by `config`, which was read from `config_path`. What an earlier daemon left frozen, as `run` has it, is
+    /// thawed first.
     pub fn new(
         device: Device,
         path: &Path,
+        run: RunDir,
         config: Config,
         config_path: Option<PathBuf>,
         log: Logbook,
     ) -> Result<Self, ServiceError> {
-        let run = RunDir::new(&config.run_dir);
         run.check()?;
         let poll = Poll::new().map_err(failed("open"))?;
         let registry = poll.registry();
-        let mut signals =
-            Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed("catch signals"))?;
+        let all = [SIGTERM, SIGINT, SIGQUIT, SIGHUP];
+        let mut signals = Signals::new(all).map_err(failed("catch signals"))?;
         registry
             .register(&mut signals, SIGNALS, Interest::READABLE)
             .map_err(failed("watch signals"))?;
@@ -337,7 +339,7 @@ impl Service {
         };
         service.hands.remember_what_is_left();
         service.adopt(device)?;
-        service.hands.warn_of_kernel();
+        service.hands.warn();
         service.hands.look_over();
         // What it is at is in the log when it first answers.
         service.hands.log.drain(FIRST_LINES);
@@ -688,20 +690,13 @@ impl Service {
     fn on_config(&mut self, loaded: Result<Config, ConfigError>) {
         let hands = &mut self.hands;
         let reply = match loaded {
-            Ok(mut config) => {
-                let run_dir = hands.config.run_dir.clone();
-                let kept = config.run_dir != run_dir;
-                if kept {
-                    let text = "run_dir changes with the next start, not before";
-                    hands.log.warning(text);
-                }
-                config.run_dir = run_dir;
+            Ok(config) => {
                 self.machine.set_deadline(config.deadline);
                 hands.config = Arc::new(config);
                 hands.log.info("the configuration is read again");
-                hands.warn_of_kernel();
+                hands.warn();
                 hands.look_over();
-                json!({ "reloaded": true, "needs_restart": if kept { vec!["run_dir"] } else { vec![] } })
+                json!({ "reloaded": true })
             }
             Err(error) => {
                 let error = words(&error);
@@ -875,7 +870,7 @@ impl Hands {
             Err(error) => {
                 self.log.warning(words(&error));
                 let erased = self.unfinished.eraser()();
-                self.warn(erased);
+                self.say_failure(erased);
             }
         }
     }
@@ -906,7 +901,7 @@ impl Hands {
         }
     }
 
-    fn warn(&self, done: Result<(), HistoryError>) {
+    fn say_failure(&self, done: Result<(), HistoryError>) {
         if let Err(error) = done {
             self.log.warning(words(&error));
         }
@@ -964,8 +959,12 @@ impl Hands {
         started.map(drop).map_err(|error| error.to_string())
     }
 
-    /// Says what the kernel makes of writers that wait for as long as they may.
-    fn warn_of_kernel(&self) {
+    /// Says what of the configuration does nothing, and what the kernel makes of writers that wait for as long
+    /// as they may.
+    fn warn(&self) {
+        if let Some(text) = self.config.in_vain() {
+            self.log.warning(text);
+        }
         if let Some(found) = check::hung_task(&self.config) {
             self.log.warning(found.text);
         }
@@ -1057,7 +1056,7 @@ impl Effects for Hands {
         // Beside that thread, which the host waits for.
         let draft = self.draft(request);
         let noted = self.unfinished.begin(draft.so_far());
-        self.warn(noted);
+        self.say_failure(noted);
         self.draft = Some(draft);
         Ok(())
     }
@@ -1073,7 +1072,7 @@ impl Effects for Hands {
         }
         if let Some(draft) = &mut self.draft {
             let us = draft.answered();
-            self.warn(self.unfinished.answered(us));
+            self.say_failure(self.unfinished.answered(us));
         }
         self.show("frozen");
     }
@@ -1118,7 +1117,7 @@ impl Effects for Hands {
             draft.ended(verdict, why.map(str::to_owned));
             // Hooks may yet take long.
             let noted = self.unfinished.put(draft.so_far());
-            self.warn(noted);
+            self.say_failure(noted);
         }
         if let Some(job) = self.job.take() {
             job.join();

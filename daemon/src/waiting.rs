@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use mio::{Events, Poll, Token};
 use serde_json::json;
 
-use crate::control::{is_served, Client, Control, Method};
+use crate::control::{who_serves, Client, Control, Method};
 use crate::record::RunDir;
 
 /// What is asked while the device is waited for.
@@ -26,25 +26,20 @@ pub struct Waiting {
 
 impl Waiting {
     /// Listens in `run`, which is made by then; `None` where a daemon listens already that serves the device: it is
-    /// that one who is asked.
+    /// that one who is asked. A dead one has its socket open as long as it is inside the kernel, and is in nobody's
+    /// way.
     pub fn listen(run: &RunDir, doing: String) -> io::Result<Option<Self>> {
-        if is_served(run) {
+        if who_serves(run).is_some() {
             return Ok(None);
         }
-        Self::listen_instead(run, doing).map(Some)
-    }
-
-    /// The same in place of a dead one: its socket may be there as long as it is inside the kernel, and nobody
-    /// replies.
-    pub fn listen_instead(run: &RunDir, doing: String) -> io::Result<Self> {
         let poll = Poll::new()?;
         let control = Control::listen(run, poll.registry(), Token(0))?;
-        Ok(Waiting {
+        Ok(Some(Waiting {
             poll,
             events: Events::with_capacity(8),
             control,
             doing,
-        })
+        }))
     }
 
     /// Replies for so long; whether anybody has asked for the configuration to be read again.
@@ -156,19 +151,13 @@ mod tests {
     }
 
     #[test]
-    fn one_that_serves_is_asked_all_the_same_and_a_dead_one_is_not() {
+    fn one_that_serves_is_asked_all_the_same() {
         let scene = Scene::new("other");
         let listen = |who: &str| Waiting::listen(&scene.run(), who.into()).unwrap();
         let first = listen("the first").expect("nobody serves");
         assert!(listen("the second").is_none());
-        // It says nothing, as what is left of a dead one.
-        let mut third = Waiting::listen_instead(&scene.run(), "the third".into()).unwrap();
-        let run = scene.run();
-        let asking = spawn(move || ask(&run, Method::Status).unwrap());
-        assert_eq!(reply_to(&mut third, asking).0["doing"], "the third");
         drop(first);
         // What is left of one that has ended is in nobody's way.
-        drop(third);
-        assert!(listen("the fourth").is_some());
+        assert!(listen("the third").is_some());
     }
 }

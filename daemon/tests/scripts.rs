@@ -72,3 +72,53 @@ fn each_server_is_locked_by_what_it_has() {
         assert_eq!(found, lock, "{version}");
     }
 }
+
+/// A folder for programs, with those that these lines are.
+fn programs(name: &str, all: &[(&str, &str)]) -> std::path::PathBuf {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = std::env::temp_dir().join(format!("hv-vss-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    for (name, line) in all {
+        let path = dir.join(name);
+        std::fs::write(&path, format!("#!/bin/sh\n{line}\n")).unwrap();
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    dir
+}
+
+/// Calls this hook with `freeze` where there are these programs alone.
+fn freeze(hook: &str, dir: &Path) -> std::process::Output {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(hook);
+    let mut shell = Command::new("/bin/sh");
+    let shell = shell.arg(path).arg("freeze").env("PATH", dir);
+    shell.output().unwrap()
+}
+
+#[test]
+fn nobody_says_that_no_server_runs_who_cannot_know() {
+    let dir = programs("no-pidof", &[("mariadb", "exit 1")]);
+    let ended = freeze(MARIADB, &dir);
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(
+        ended.status.code() == Some(1) && said.contains("pidof"),
+        "{ended:?}"
+    );
+    // Which fails no backup, and tries.
+    let ended = freeze("hooks/postgresql", &dir);
+    let said = String::from_utf8_lossy(&ended.stdout);
+    assert!(
+        ended.status.success() && said.contains("no checkpoint is known to be complete"),
+        "{ended:?}"
+    );
+    std::fs::remove_dir_all(&dir).unwrap();
+    let dir = programs("pidof", &[("mariadb", "exit 1"), ("pidof", "exit 1")]);
+    for hook in [MARIADB, "hooks/postgresql"] {
+        let ended = freeze(hook, &dir);
+        let said = String::from_utf8_lossy(&ended.stdout);
+        assert!(
+            ended.status.success() && said.contains("no server is running"),
+            "{ended:?}"
+        );
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}

@@ -46,6 +46,11 @@ if ! command -v dpkg-query >/dev/null; then
     for tool in gcc g++ mmdebstrap; do
         command -v "$tool" >/dev/null || missing+=("$tool")
     done
+    # the daemon has its part of it inside; without a path it is not there
+    case $(gcc -print-file-name=libc.a 2>/dev/null) in
+    /*) ;;
+    *) missing+=("the static C library (glibc-static, glibc-devel-static)") ;;
+    esac
     [ ${#missing[@]} = 0 ] || die "not a Debian: install ${missing[*]} with this system's package manager"
     exit 0
 fi

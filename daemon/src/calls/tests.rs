@@ -503,3 +503,37 @@ fn what_is_let_go_has_not_ended_by_itself() {
     }
     assert_eq!(calling.sessions_ended(), []);
 }
+
+#[test]
+fn more_file_systems_than_a_variable_holds_are_counted_and_a_program_can_be_started() {
+    let paths: Vec<String> = (0..3000)
+        .map(|i| format!("/{i:04} {}", "x".repeat(60)))
+        .collect();
+    let told = |paths: &[String]| {
+        let Context(variables) = Context::new(1, None, &[], paths);
+        let shown = Command::new("env")
+            .env_clear()
+            .envs(variables)
+            .env("PATH", PATH)
+            .output();
+        let text = String::from_utf8(shown.unwrap().stdout).unwrap();
+        let value = |name: &str| {
+            let mut lines = text.lines();
+            lines.find_map(|it| {
+                it.strip_prefix(&format!("HV_VSS_{name}="))
+                    .map(str::to_owned)
+            })
+        };
+        let listed = value("FILE_SYSTEMS").unwrap();
+        let more = value("FILE_SYSTEMS_MORE").map(|it| it.parse::<usize>().unwrap());
+        (
+            listed.split(' ').map(str::to_owned).collect::<Vec<_>>(),
+            more,
+        )
+    };
+    let escaped: Vec<String> = paths.iter().map(|it| escape(it)).collect();
+    let (listed, more) = told(&paths);
+    assert_eq!(listed, escaped[..listed.len()]);
+    assert_eq!(Some(3000 - listed.len()), more);
+    assert_eq!(told(&paths[..100]), (escaped[..100].to_vec(), None));
+}

@@ -439,14 +439,15 @@ fn bad_start(guest: &Guest) -> Result<()> {
         &format!("{SOMEBODY} {OURS} -n"),
         &["cannot open /dev/vmbus/hv_vss", "Permission denied"],
     )?;
-    guest.sh("printf \"run_dir = '/root/run'\\n\" >/run/disk.toml")?;
+    guest.sh("mkdir -p /root/run /run/hv_vss && mount --bind /root/run /run/hv_vss")?;
     for command in ["-n", "freeze --for 1s"] {
         fails(
             "a record on a disk",
-            &format!("{OURS} -c /run/disk.toml {command}"),
-            &["/root/run", "on a disk"],
+            &format!("{OURS} {command}"),
+            &["/run/hv_vss", "on a disk"],
         )?;
     }
+    guest.sh("umount /run/hv_vss && rm -r /root/run")?;
     guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
     fails(
@@ -454,5 +455,19 @@ fn bad_start(guest: &Guest) -> Result<()> {
         &format!("{OURS} -n"),
         &["cannot open /dev/vmbus/hv_vss", "busy"],
     )?;
+    // What a rehearsal has left that died beside the one that serves does not make that a dead one.
+    let left = "{\"pid\":4000000,\"context\":[],\"limit_ms\":2000,\"owed\":[]}";
+    guest.sh(&format!("echo '{left}' >/run/hv_vss/hooks.json"))?;
+    fails(
+        "a second daemon, with hooks of a dead process",
+        &format!("timeout 10 {OURS} -n"),
+        &["cannot open /dev/vmbus/hv_vss", "busy"],
+    )?;
+    let status = guest.try_sh(&format!("{OURS} status"))?;
+    ensure!(
+        status.out.contains("serves;"),
+        "the one that serves should be asked still: {status:?}"
+    );
+    guest.sh("rm /run/hv_vss/hooks.json")?;
     guest.not_frozen("after all that", &["/"])
 }

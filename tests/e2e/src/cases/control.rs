@@ -19,7 +19,7 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "control/thaw-under-a-stopped-daemon",
-        "stock module: thaw by hand thaws under a daemon that does not reply",
+        "thaw by hand under a daemon that does not reply: thaws, stock module; says that it cannot, ours",
         thaw_under_a_stopped_daemon,
     ),
     case(
@@ -175,7 +175,25 @@ fn thaw_under_a_stopped_daemon(guest: &Guest) -> Result<()> {
     released(guest, "thaw by hand", guest.clock()?, RELEASED)?;
     guest.signal(&daemon, 18)?;
     answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
-    stop(guest, Module::Stock, &daemon)
+    stop(guest, Module::Stock, &daemon)?;
+    if !guest.modules().contains(&Module::Ours) {
+        return Ok(());
+    }
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    let holds = !guest.held()?.is_empty();
+    guest.signal(&daemon, 19)?;
+    all_stand_still(guest)?;
+    let ended = guest.try_sh(THAW)?;
+    let remedy = format!("kill -9 {}", daemon.pid);
+    ensure!(
+        !holds || ended.status == Some(1) && ended.err.contains(&remedy),
+        "thaw should say that it cannot, and what can: {ended:?}"
+    );
+    guest.sh(&remedy)?;
+    released(guest, "the death of the daemon", guest.clock()?, RELEASED)?;
+    guest.wait(&daemon, STEP)?;
+    Ok(())
 }
 
 fn rehearsal(guest: &Guest) -> Result<()> {
@@ -562,24 +580,20 @@ fn reload(guest: &Guest) -> Result<()> {
     )?;
     guest.signal(&daemon, 1)?;
     guest.wait_until(
-        "it has read it again and said what it cannot do",
+        "it has read it again and said what is no setting",
         STEP,
         || {
             let said = guest.output(&daemon)?;
-            Ok(said.contains("run_dir changes with the next start")
+            Ok(said.contains("run_dir is not a setting any more")
                 && said.matches("the configuration is read again").count() == 2)
         },
     )?;
     equal("a backup after SIGHUP", observe(guest)?, all)?;
+    let text = asked(guest, "check", 7)?;
+    ensure!(text.contains("run_dir is not a setting any more"), "{text}");
     stop(guest, guest.module(), &daemon)?;
-    // Where a daemon would be, only this file says.
-    put(
-        "/etc/hv_vss/daemon.toml",
-        "run_dir = \"/run/other\"\ndeadline = 0\n",
-    )?;
-    guest.sh(&format!("rm -rf {FOLDER}"))?;
     let text = asked(guest, "reload", 1)?;
-    ensure!(text.contains("line 2, column 12"), "{text}");
+    ensure!(text.contains("no daemon serves"), "{text}");
     guest.sh("rm -rf /etc/hv_vss").map(drop)
 }
 
@@ -771,6 +785,8 @@ fn log_not_read(guest: &Guest) -> Result<()> {
     super::load(guest, guest.module(), &[])?;
     guest.sh("/payload/hv_vss_daemon")?;
     wait_for_daemon(guest)?;
+    // Whoever read the configuration first has stayed in the foreground.
+    asked(guest, "reload", 0)?;
     guest.signal(&syslogd, 19)?;
     let both = super::good(&["/writer", "/mnt/a/w"]);
     // It has room for some ten lines.

@@ -337,7 +337,8 @@ fn stopped_and_started(guest: &Guest) -> Result<()> {
     guest.signal(&daemon, 15)?;
     guest.wait(&daemon, STEP)?;
     released(guest, "the stop", guest.clock()?, RELEASED)?;
-    let daemon = guest.start_daemon(Daemon::Ours)?;
+    // Whatever has come into the configuration meanwhile, it is the heir of that one.
+    let daemon = guest.start_daemon_with("run_dir = '/run/other'")?;
     wait_for_daemon(guest)?;
     answered("THAW after a new start", &vss.thaw(STEP)?, status::FAIL)?;
     answered("THAW once more", &vss.thaw(STEP)?, status::FAIL)?;
@@ -441,10 +442,14 @@ fn bad_configuration(guest: &Guest) -> Result<()> {
     make_volume(guest)?;
     let vss = guest.vss();
     load(guest, Module::Stock, &[])?;
-    guest.sh("printf 'deadline = 50\\n' >/run/typo.toml")?;
     let with_config = ["/payload/hv_vss_daemon", "-n", "-c", "/run/typo.toml"];
-    for remedy in ["thaw", "-n"] {
-        guest.sh("printf 'deadline = 50\\n' >/run/typo.toml")?;
+    let fifo = "rm /run/typo.toml && mkfifo /run/typo.toml";
+    for (remedy, spoil) in [
+        ("thaw", fifo),
+        ("-n", "printf 'deadlin = 50\\n' >/run/typo.toml"),
+        ("-n", fifo),
+    ] {
+        guest.sh("rm -f /run/typo.toml; printf 'deadline = 50\\nrun_dir = \"/run/other\"\\n' >/run/typo.toml")?;
         let daemon = guest.spawn(&with_config)?;
         wait_for_daemon(guest)?;
         let guard = guard_of(guest, &daemon)?;
@@ -452,13 +457,15 @@ fn bad_configuration(guest: &Guest) -> Result<()> {
         guest.signal_all(&[daemon.pid, guard], 19)?;
         guest.signal_all(&[guard, daemon.pid], 9)?;
         guest.wait(&daemon, STEP)?;
-        guest.sh("printf 'deadlin = 50\\n' >/run/typo.toml")?;
+        guest.sh(spoil)?;
         let line = format!("/payload/hv_vss_daemon -c /run/typo.toml {remedy}");
         let ended = guest.try_sh(&line)?;
-        let expected = if remedy == "thaw" { 0 } else { 1 };
+        // The one reads no configuration, the other cannot go on without.
+        let is_start = remedy == "-n";
         ensure!(
-            ended.status == Some(expected) && ended.err.contains("/run/typo.toml"),
-            "'{remedy}' should name the file and end with {expected}, it was: {ended:?}"
+            ended.status == Some(i32::from(is_start))
+                && ended.err.contains("/run/typo.toml") == is_start,
+            "'{remedy}' should thaw, and say what is wrong if it cannot go on: {ended:?}"
         );
         released(guest, remedy, guest.clock()?, RELEASED)?;
         guest.not_frozen("after it", &["/", "/mnt/a", "/mnt/v"])?;

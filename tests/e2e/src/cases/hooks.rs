@@ -67,8 +67,8 @@ pub const CASES: &[Case] = &[
     ).long(),
     case(
         "hooks/rehearsal",
-        "a rehearsal calls hooks as a backup does, fails with one that is required, and calls none when told so; what \
-         one leaves that dies beside the daemon, the next backup lets go",
+        "a rehearsal calls hooks as a backup does, also when its terminal is closed, fails with one that is required, \
+         and calls none when told so; what one leaves that dies beside the daemon, the next backup lets go",
         rehearsal,
     ).long(),
     case(
@@ -561,6 +561,17 @@ fn rehearsal(guest: &Guest) -> Result<()> {
     noted(guest, "a rehearsal", &["10-a freeze ", "10-a thaw good"])?;
     guest.sh(&format!("{REHEARSAL} --no-hooks"))?;
     equal("hooks that are not to be called", notes(guest)?.len(), 0)?;
+    // The terminal that it was started from is closed, and its quit key.
+    for signal in [1, 3] {
+        let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "50s"])?;
+        guest.wait_until("both writers stand still", STEP, || {
+            Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+        })?;
+        guest.signal(&rehearsal, signal)?;
+        guest.wait(&rehearsal, STEP)?;
+        let expected = ["10-a freeze ", "10-a thaw good"];
+        noted(guest, &format!("signal {signal}"), &expected)?;
+    }
     hook(guest, "20-b", "[ $1 != freeze ]")?;
     let ended = guest.try_sh(REHEARSAL)?;
     ensure!(
@@ -630,6 +641,15 @@ fn unfit(guest: &Guest) -> Result<()> {
             format!("chmod 777 {FOLDER}; rm {FOLDER}/10-a"),
             format!("chmod 755 {FOLDER}"),
             "hooks.d: others than root may write to it",
+        ),
+        (
+            "a link of root's in a folder of somebody else, which another link leads to",
+            format!(
+                "mkdir -p /srv/h && mv {FOLDER}/20-b /run/20-b && rmdir {FOLDER}
+                 ln -s /srv/h {FOLDER}; ln -s /run/20-b /srv/h/20-b; chown 1000 /srv/h"
+            ),
+            format!("rm {FOLDER}; rm -r /srv/h; mkdir {FOLDER}; mv /run/20-b {FOLDER}"),
+            "/srv/h: it belongs to user 1000",
         ),
     ] {
         guest.sh(&spoil)?;
