@@ -287,6 +287,7 @@ impl Service {
             log,
         };
         let engine = &mut device.engine;
+        let before = (engine.readable(), engine.thawed_for_sleep());
         let result = event(engine, now, &mut outlet);
         let held_until = self.hold.deadline();
         let next = match (engine.deadline(), held_until) {
@@ -297,7 +298,9 @@ impl Service {
             Some(deadline) => Timer::arm(self, deadline.saturating_sub(now)),
             None => Timer::stop(self),
         }
-        if engine.readable() || engine.thawed_for_sleep() {
+        // Whoever waits has looked before: only what is new is to be told.
+        let came = |was: bool, is: bool| is && !was;
+        if came(before.0, engine.readable()) || came(before.1, engine.thawed_for_sleep()) {
             self.changes.notify_all();
         }
         result
@@ -364,8 +367,8 @@ impl Service {
 
     /// Waits until a read would find something.
     fn wait_readable(&self, nonblocking: bool) -> Result {
-        self.with_engine(|engine, _, _| engine.alive());
         let mut state = self.state.lock();
+        state.device.engine.alive();
         loop {
             if state.device.gone {
                 return Err(ENODEV);
@@ -548,8 +551,10 @@ impl chardev::Handler for Service {
     }
 
     fn readiness(&self) -> Readiness {
-        self.with_engine(|engine, _, _| engine.alive());
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        // No event, which would have the polls woken, this one too, and so without end. The timer may go off
+        // too early for it, and finds nothing to do then.
+        state.device.engine.alive();
         if state.device.gone {
             Readiness::Gone
         } else if state.device.engine.readable() {
