@@ -203,6 +203,24 @@ pub(crate) enum Begun {
     After(Watch),
 }
 
+/// What there was to let go.
+#[derive(Clone, Copy)]
+pub(crate) struct LetGo {
+    /// Something was frozen.
+    pub(crate) held: bool,
+    /// Something was being frozen.
+    pub(crate) freezing: bool,
+    /// What is begun from here on was no part of it.
+    before: u64,
+}
+
+impl LetGo {
+    /// Whether there was anything.
+    pub(crate) fn any(self) -> bool {
+        self.held || self.freezing
+    }
+}
+
 /// What there is to say of an entry.
 pub(crate) struct Line {
     /// What to ask for the next one with.
@@ -368,48 +386,45 @@ impl Hold {
         }
     }
 
-    /// Thaws one file system and waits for it. One that is being frozen is called off, and not waited for:
-    /// whoever waits for its freeze hears of it. Process context.
+    /// Begins the thaw of one file system, if it is held. One that is being frozen is called off: whoever
+    /// waits for its freeze hears of it, and nothing is returned to wait for. Any context.
     ///
     /// # Errors
     ///
     /// `EINVAL` when it is not held, `EBUSY` when it is called off or being thawed already and that is
-    /// not over, `EINTR` when the caller is killed, and what the file system says.
-    pub(crate) fn thaw(&self, file_system: &FileSystem) -> Result {
+    /// not over, and what the file system said to the last attempt.
+    pub(crate) fn begin_thaw(&self, file_system: &FileSystem) -> Result<Option<Watch>> {
         let wanted = file_system.identity();
-        let watch = {
-            let mut state = self.state.lock();
-            let entry = state
-                .entries
-                .iter_mut()
-                .find(|entry| entry.identity == wanted && !entry.stage.is_done())
-                .ok_or(EINVAL)?;
-            match entry.stage {
-                Stage::Held => self.queue_thaw(entry),
-                Stage::Freezing => {
-                    entry.enter(Stage::CalledOff);
-                    return Ok(());
-                }
-                Stage::CalledOff | Stage::Thawing(None) => return Err(EBUSY),
-                Stage::Thawing(Some(error)) => return Err(error),
-                Stage::Failed(_) | Stage::Thawed(_) => return Err(EINVAL),
+        let mut state = self.state.lock();
+        let entry = state
+            .entries
+            .iter_mut()
+            .find(|entry| entry.identity == wanted && !entry.stage.is_done())
+            .ok_or(EINVAL)?;
+        match entry.stage {
+            Stage::Held => {
+                self.queue_thaw(entry);
+                Ok(Some(entry.watch()))
             }
-            entry.watch()
-        };
-        self.wait_thawed(watch, None)
+            Stage::Freezing => {
+                entry.enter(Stage::CalledOff);
+                Ok(None)
+            }
+            Stage::CalledOff | Stage::Thawing(None) => Err(EBUSY),
+            Stage::Thawing(Some(error)) => Err(error),
+            Stage::Failed(_) | Stage::Thawed(_) => Err(EINVAL),
+        }
     }
 
-    /// Lets all go and waits until what was held is thawed. What is still being frozen may hang,
-    /// and is not waited for. Process context.
+    /// Waits until all is thawed that was let go. What was still being frozen may hang, and is not
+    /// waited for. Process context.
     ///
     /// # Errors
     ///
     /// `EINTR` when the caller is killed, and what the first file system says that cannot be
     /// thawed.
-    pub(crate) fn thaw_all(&self) -> Result {
-        // Those that are begun from here on are none of them.
-        let mut before = self.state.lock().last_entry + 1;
-        self.let_go();
+    pub(crate) fn wait_all_thawed(&self, let_go: LetGo) -> Result {
+        let mut before = let_go.before;
         let mut result = Ok(());
         loop {
             let watch = {
@@ -434,23 +449,31 @@ impl Hold {
     }
 
     /// Lets all go: what is held is queued to be thawed, the last one first, and what is being
-    /// frozen is thawed as soon as that is over. Returns whether there was any. Waits for nothing;
-    /// any context.
-    pub(crate) fn let_go(&self) -> bool {
-        let mut any = false;
-        let _spare = {
-            let mut state = self.state.lock();
-            for entry in state.entries.iter_mut().rev() {
-                any |= matches!(entry.stage, Stage::Held | Stage::Freezing);
-                match entry.stage {
-                    Stage::Held => self.queue_thaw(entry),
-                    Stage::Freezing => entry.enter(Stage::CalledOff),
-                    Stage::CalledOff | Stage::Thawing(_) | Stage::Failed(_) | Stage::Thawed(_) => {}
-                }
-            }
-            state.series.take()
+    /// frozen is thawed as soon as that is over. Waits for nothing; any context.
+    pub(crate) fn let_go(&self) -> LetGo {
+        let mut state = self.state.lock();
+        let mut let_go = LetGo {
+            held: false,
+            freezing: false,
+            before: state.last_entry + 1,
         };
-        any
+        for entry in state.entries.iter_mut().rev() {
+            match entry.stage {
+                Stage::Held => {
+                    let_go.held = true;
+                    self.queue_thaw(entry);
+                }
+                Stage::Freezing => {
+                    let_go.freezing = true;
+                    entry.enter(Stage::CalledOff);
+                }
+                Stage::CalledOff | Stage::Thawing(_) | Stage::Failed(_) | Stage::Thawed(_) => {}
+            }
+        }
+        let spare = state.series.take();
+        drop(state);
+        drop(spare);
+        let_go
     }
 
     /// The one who held is gone: lets all go, and what still hangs is no concern of the next one.

@@ -131,7 +131,7 @@ impl Effects for Outlet<'_> {
     }
 
     fn let_go(&mut self, _reason: u32) -> bool {
-        self.hold.let_go()
+        self.hold.let_go().any()
     }
 
     fn note(&mut self, note: Note) {
@@ -146,7 +146,7 @@ impl TimerCallback for Service {
     fn run(&self) {
         self.with_engine(|engine, now, out| {
             let over = out.hold.deadline().is_some_and(|deadline| now >= deadline);
-            if over && out.hold.let_go() {
+            if over && out.hold.let_go().any() {
                 engine.lost(now, thawed::DEADLINE, out);
             }
             engine.timer(now, out);
@@ -402,10 +402,14 @@ impl Service {
         loop {
             // Allowed and begun under one lock, so that whoever ends what this is for finds it.
             let begun = self
-                .with_engine(|engine, now, _| {
-                    engine.hold(asked.id).map_err(report::errno)?;
+                .with_engine(|engine, now, _| -> Result<_> {
+                    engine.may_hold(asked.id).map_err(report::errno)?;
                     let deadline = now.saturating_add(u64::from(limit_ms) * 1000);
-                    self.hold.begin(&mut request, deadline)
+                    let begun = self.hold.begin(&mut request, deadline)?;
+                    if matches!(begun, Begun::Queued(_)) {
+                        engine.holds(asked.id);
+                    }
+                    Ok(begun)
                 })
                 .ok_or(ENODEV)??;
             match begun {
@@ -433,13 +437,31 @@ impl Service {
             (0, fd) => Some(FileSystem::of(fd)?),
             _ => return Err(EINVAL),
         };
-        self.with_engine(|engine, _, _| engine.thaw_held(asked.fd == -1))
-            .ok_or(ENODEV)?
-            .map_err(report::errno)?;
-        match file_system {
-            None => self.hold.thaw_all(),
-            Some(file_system) => self.hold.thaw(&file_system),
-        }
+        // Allowed and begun under one lock, so that nothing else comes between what is known of it.
+        let Some(file_system) = file_system else {
+            let let_go = self
+                .with_engine(|engine, _, _| -> Result<_> {
+                    engine.may_thaw().map_err(report::errno)?;
+                    let let_go = self.hold.let_go();
+                    if let_go.held {
+                        engine.thaws(true);
+                    }
+                    Ok(let_go)
+                })
+                .ok_or(ENODEV)??;
+            return self.hold.wait_all_thawed(let_go);
+        };
+        let watch = self
+            .with_engine(|engine, _, _| -> Result<_> {
+                engine.may_thaw().map_err(report::errno)?;
+                let watch = self.hold.begin_thaw(&file_system)?;
+                if watch.is_some() {
+                    engine.thaws(false);
+                }
+                Ok(watch)
+            })
+            .ok_or(ENODEV)??;
+        watch.map_or(Ok(()), |watch| self.hold.wait_thawed(watch, None))
     }
 }
 
