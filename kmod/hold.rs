@@ -75,6 +75,10 @@ struct State {
     entries: KVVec<Entry>,
     /// Number of the last entry.
     last_entry: u64,
+    /// How often somebody has asked to have one or all of it thawed.
+    asked: u64,
+    /// Which of these was the last one for all.
+    asked_for_all: u64,
 }
 
 /// From the first freeze until nothing is held any more, or all of it is let go.
@@ -105,6 +109,9 @@ struct Entry {
     since: Instant<Monotonic>,
     /// How many [`Watch`]es there are.
     watches: usize,
+    /// Which thaw was the last one that was asked for it when it was on its way to that already, as
+    /// [`State::asked`] counts.
+    asked: u64,
 }
 
 /// How far an entry has come.
@@ -127,6 +134,11 @@ enum Stage {
 impl Stage {
     fn is_done(self) -> bool {
         matches!(self, Stage::Failed(_) | Stage::Thawed(_))
+    }
+
+    /// Whether its thaw has ended, well or not.
+    fn has_come_back(self) -> bool {
+        self.is_done() || matches!(self, Stage::Thawing(Some(_)))
     }
 
     fn name(self) -> &'static str {
@@ -170,27 +182,15 @@ pub(crate) struct Watch {
 /// What is needed to begin a freeze; made before any lock is taken.
 pub(crate) struct Request {
     /// For whom, in the trace.
-    pub(crate) id: u64,
+    id: u64,
     file_system: Option<FileSystem>,
     count: usize,
+    /// What of [`State::asked`] came before it.
+    since: u64,
     spare: KVec<Arc<Slot>>,
     entries: KVVec<Entry>,
     /// The series before, which has ended; it goes when no lock is held.
     over: Option<Series>,
-}
-
-impl Request {
-    /// A request to freeze `file_system`, which, should it be the first of a series, has `count`.
-    pub(crate) fn new(id: u64, file_system: FileSystem, count: usize) -> Self {
-        Request {
-            id,
-            file_system: Some(file_system),
-            count,
-            spare: KVec::new(),
-            entries: KVVec::new(),
-            over: None,
-        }
-    }
 }
 
 /// What came of a request to begin.
@@ -199,7 +199,7 @@ pub(crate) enum Begun {
     Queued(Watch),
     /// It would be the first: call [`Hold::set_aside`] and try again.
     First,
-    /// The same file system has been let go, and is not thawed yet: wait for that and try again.
+    /// The same file system has been let go, and is not thawed yet: [`Hold::wait_turn`] and try again.
     After(Watch),
 }
 
@@ -246,6 +246,8 @@ impl Hold {
             forgotten: 0,
             entries: KVVec::new(),
             last_entry: 0,
+            asked: 0,
+            asked_for_all: 0,
         };
         Arc::pin_init(
             try_pin_init!(Self {
@@ -255,6 +257,21 @@ impl Hold {
             }),
             GFP_KERNEL,
         )
+    }
+
+    /// A request to freeze `file_system`, which, should it be the first of a series, has `count`. A thaw of
+    /// it that is asked for from here on calls it off.
+    pub(crate) fn request(&self, id: u64, file_system: FileSystem, count: usize) -> Request {
+        let since = self.state.lock().asked;
+        Request {
+            id,
+            file_system: Some(file_system),
+            count,
+            since,
+            spare: KVec::new(),
+            entries: KVVec::new(),
+            over: None,
+        }
     }
 
     /// Sets memory aside for a series that `request` may begin. Sleeps.
@@ -283,7 +300,8 @@ impl Hold {
     ///
     /// # Errors
     ///
-    /// `EBUSY` when this file system is held already, `ENOSPC` when there is no room for another.
+    /// `EBUSY` when this file system is held already, `ENOSPC` when there is no room for another, `ESTALE`
+    /// when all was let go since the request was made.
     pub(crate) fn begin(&self, request: &mut Request, deadline: u64) -> Result<Begun> {
         let mut state = self.state.lock();
         let state = &mut *state;
@@ -291,6 +309,9 @@ impl Hold {
             Some(file_system) => file_system.identity(),
             None => return Err(EINVAL),
         };
+        if state.asked_for_all > request.since {
+            return Err(error(ESTALE));
+        }
         let same = |entry: &&mut Entry| entry.identity == identity;
         for entry in state.entries.iter_mut().filter(same) {
             match entry.stage {
@@ -339,6 +360,7 @@ impl Hold {
             stage: Stage::Freezing,
             since: Instant::now(),
             watches: 0,
+            asked: 0,
         };
         state
             .entries
@@ -367,23 +389,30 @@ impl Hold {
         }
     }
 
-    /// Waits until an entry is thawed, for at most `timeout_ms`. Process context.
+    /// Waits, for at most `timeout_ms`, until a request may be tried again that was to come after this.
+    /// Process context.
     ///
     /// # Errors
     ///
-    /// `EINTR` when the caller is killed, `EBUSY` when the time is over, and what the file system
-    /// says.
-    pub(crate) fn wait_thawed(&self, watch: Watch, timeout_ms: Option<u32>) -> Result {
-        let waited = watch.wait(timeout_ms, |stage| {
-            stage.is_done() || matches!(stage, Stage::Thawing(Some(_)))
-        });
-        match (watch.stage(), waited) {
-            (Stage::Failed(_), _) => Ok(()),
-            (Stage::Thawed(result), _) => result,
-            (Stage::Thawing(Some(error)), _) => Err(error),
-            (_, Waited::TimedOut) => Err(EBUSY),
-            (_, Waited::Done | Waited::Killed) => Err(EINTR),
+    /// `ESTALE` when it was called off meanwhile, `EINTR` when the caller is killed, `EBUSY` when the time is
+    /// over, and what the file system says to its thaw.
+    pub(crate) fn wait_turn(&self, request: &Request, watch: Watch, timeout_ms: u32) -> Result {
+        let is_off = || watch.asked() > request.since;
+        let waited = watch.wait(Some(timeout_ms), |stage| stage.has_come_back() || is_off());
+        match is_off() {
+            true => Err(error(ESTALE)),
+            false => watch.thawed(waited),
         }
+    }
+
+    /// Waits until an entry is thawed. Process context.
+    ///
+    /// # Errors
+    ///
+    /// `EINTR` when the caller is killed, and what the file system says.
+    pub(crate) fn wait_thawed(&self, watch: Watch) -> Result {
+        let waited = watch.wait(None, Stage::has_come_back);
+        watch.thawed(waited)
     }
 
     /// Begins the thaw of one file system, if it is held. One that is being frozen is called off: whoever
@@ -392,28 +421,33 @@ impl Hold {
     /// # Errors
     ///
     /// `EINVAL` when it is not held, `EBUSY` when it is called off or being thawed already and that is
-    /// not over, and what the file system said to the last attempt.
+    /// not over, and what the file system said to the last attempt. A freeze that waits for the end of that
+    /// is called off as well.
     pub(crate) fn begin_thaw(&self, file_system: &FileSystem) -> Result<Option<Watch>> {
         let wanted = file_system.identity();
         let mut state = self.state.lock();
+        let asked = state.ask();
         let entry = state
             .entries
             .iter_mut()
             .find(|entry| entry.identity == wanted && !entry.stage.is_done())
             .ok_or(EINVAL)?;
-        match entry.stage {
+        let error = match entry.stage {
             Stage::Held => {
                 self.queue_thaw(entry);
-                Ok(Some(entry.watch()))
+                return Ok(Some(entry.watch()));
             }
             Stage::Freezing => {
                 entry.enter(Stage::CalledOff);
-                Ok(None)
+                return Ok(None);
             }
-            Stage::CalledOff | Stage::Thawing(None) => Err(EBUSY),
-            Stage::Thawing(Some(error)) => Err(error),
-            Stage::Failed(_) | Stage::Thawed(_) => Err(EINVAL),
-        }
+            Stage::CalledOff | Stage::Thawing(None) => EBUSY,
+            Stage::Thawing(Some(error)) => error,
+            Stage::Failed(_) | Stage::Thawed(_) => EINVAL,
+        };
+        entry.asked = asked;
+        entry.slot.changes.wake_all();
+        Err(error)
     }
 
     /// Waits until all is thawed that was let go. What was still being frozen may hang, and is not
@@ -440,7 +474,7 @@ impl Hold {
                 }
             };
             before = watch.number;
-            match self.wait_thawed(watch, None) {
+            match self.wait_thawed(watch) {
                 Err(error) if error == EINTR => return Err(error),
                 Err(error) if result.is_ok() => result = Err(error),
                 _ => {}
@@ -448,8 +482,8 @@ impl Hold {
         }
     }
 
-    /// Lets all go: what is held is queued to be thawed, the last one first, and what is being
-    /// frozen is thawed as soon as that is over. Waits for nothing; any context.
+    /// Lets all go: what is held is queued to be thawed, the last one first, what is being frozen is
+    /// thawed as soon as that is over, and what waits to be frozen is not. Waits for nothing; any context.
     pub(crate) fn let_go(&self) -> LetGo {
         let mut state = self.state.lock();
         let mut let_go = LetGo {
@@ -457,6 +491,7 @@ impl Hold {
             freezing: false,
             before: state.last_entry + 1,
         };
+        state.asked_for_all = state.ask();
         for entry in state.entries.iter_mut().rev() {
             match entry.stage {
                 Stage::Held => {
@@ -467,7 +502,8 @@ impl Hold {
                     let_go.freezing = true;
                     entry.enter(Stage::CalledOff);
                 }
-                Stage::CalledOff | Stage::Thawing(_) | Stage::Failed(_) | Stage::Thawed(_) => {}
+                Stage::CalledOff | Stage::Thawing(_) => entry.slot.changes.wake_all(),
+                Stage::Failed(_) | Stage::Thawed(_) => {}
             }
         }
         let spare = state.series.take();
@@ -555,6 +591,12 @@ impl State {
         self.series.is_some() && !its.any(counts)
     }
 
+    /// Somebody asks for a thaw. Returns which one it is.
+    fn ask(&mut self) -> u64 {
+        self.asked += 1;
+        self.asked
+    }
+
     fn of_slot(&mut self, slot: &Arc<Slot>) -> Option<&mut Entry> {
         self.entries
             .iter_mut()
@@ -612,8 +654,27 @@ impl Watch {
         }
     }
 
+    /// Which was the last thaw that was asked for the entry when it was on its way to that already, or for all.
+    fn asked(&self) -> u64 {
+        let mut state = self.slot.hold.state.lock();
+        let for_all = state.asked_for_all;
+        let its = state.numbered(self.number).map_or(0, |entry| entry.asked);
+        its.max(for_all)
+    }
+
     fn wait(&self, timeout_ms: Option<u32>, enough: impl Fn(Stage) -> bool) -> Waited {
         self.slot.changes.wait(timeout_ms, || enough(self.stage()))
+    }
+
+    /// What there is to say of the thaw after a wait for it.
+    fn thawed(&self, waited: Waited) -> Result {
+        match (self.stage(), waited) {
+            (Stage::Failed(_), _) => Ok(()),
+            (Stage::Thawed(result), _) => result,
+            (Stage::Thawing(Some(error)), _) => Err(error),
+            (_, Waited::TimedOut) => Err(EBUSY),
+            (_, Waited::Done | Waited::Killed) => Err(EINTR),
+        }
     }
 }
 

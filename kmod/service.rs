@@ -398,8 +398,8 @@ impl Service {
             ms => ms.min(self.parameters.hold_ms),
         };
         let until = self.now().saturating_add(u64::from(limit_ms) * 1000);
-        let mut request = hold::Request::new(asked.id, file_system, count);
-        loop {
+        let mut request = self.hold.request(asked.id, file_system, count);
+        let result = loop {
             // Allowed and begun under one lock, so that whoever ends what this is for finds it.
             let begun = self
                 .with_engine(|engine, now, _| -> Result<_> {
@@ -413,20 +413,19 @@ impl Service {
                 })
                 .ok_or(ENODEV)??;
             match begun {
-                Begun::Queued(watch) => {
-                    let result = self.hold.wait_frozen(watch);
-                    return match self.state.lock().device.gone {
-                        true => Err(ENODEV),
-                        false => result,
-                    };
-                }
+                Begun::Queued(watch) => break self.hold.wait_frozen(watch),
                 Begun::First => self.hold.set_aside(&mut request)?,
-                Begun::After(watch) => match self.hold.wait_thawed(watch, Some(AGAIN_MS)) {
+                Begun::After(watch) => match self.hold.wait_turn(&request, watch, AGAIN_MS) {
+                    Ok(()) => {}
                     // Perhaps nobody wants it any more: that is asked anew.
                     Err(error) if error == EBUSY && self.now() < until => {}
-                    result => result?,
+                    Err(error) => break Err(error),
                 },
             }
+        };
+        match self.state.lock().device.gone {
+            true => Err(ENODEV),
+            false => result,
         }
     }
 
@@ -461,7 +460,7 @@ impl Service {
                 Ok(watch)
             })
             .ok_or(ENODEV)??;
-        watch.map_or(Ok(()), |watch| self.hold.wait_thawed(watch, None))
+        watch.map_or(Ok(()), |watch| self.hold.wait_thawed(watch))
     }
 }
 

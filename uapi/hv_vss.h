@@ -193,7 +193,7 @@ struct hv_vss_freeze_info {
  *  EPERM       FIFREEZE would not be allowed either (CAP_SYS_ADMIN for the file system)
  *  EPROTO      not registered, or as v1
  *  ESTALE      no such request is in hand (any more); with id 0: the host is being served, or a notice
- *              has to be read first; the machine is about to sleep
+ *              has to be read first; the machine is about to sleep; or an HV_VSS_IOC_THAW has called it off
  *  ENODEV      the device is gone
  *  EINTR       killed
  *
@@ -211,7 +211,7 @@ struct hv_vss_ioc_freeze {	/* 32 bytes */
 /*
  * Thaws what is held. Returns when it is thawed, or when the caller is killed. What is still being
  * frozen is called off and not waited for: its HV_VSS_IOC_FREEZE ends with ESTALE, and what comes of it
- * is undone at once.
+ * is undone at once. So is one that waits for the end of an earlier thaw, also by what gets EBUSY.
  *
  *  EBUSY       its freeze was called off, or its thaw begun, before and has not come back
  *  EINVAL      it is not held (any more), as FITHAW has it; flags is not 0

@@ -118,6 +118,11 @@ pub const CASES: &[Case] = &[
         refused_changes_nothing,
     ),
     case(
+        "owned/waits-its-turn",
+        "a freeze that waits for a thaw that hangs is called off by the next one, of it or of all",
+        waits_its_turn,
+    ),
+    case(
         "owned/errors",
         "both ioctls refuse what FIFREEZE would, and what is out of turn",
         errors,
@@ -1061,6 +1066,33 @@ fn refused_changes_nothing(guest: &Guest) -> Result<()> {
         Ok(guest.held()?.len() == 1)
     })?;
     thaw(guest, daemon, status::OK)
+}
+
+fn waits_its_turn(guest: &Guest) -> Result<()> {
+    load(guest, Module::Ours, &[])?;
+    make_hung(guest)?;
+    let pid = guest.fork()?;
+    let device = Scripted::start_in(guest, Some(pid), Abi::V2)?.device;
+    make_called_off(guest, device)?;
+    for path in [Some("/mnt/hung"), None] {
+        let freeze = device.start_ioctl(&freeze_ioctl(freezing(0, "/mnt/hung")))?;
+        guest.wait_until("another freeze of it waits", STEP, || {
+            let stacks = guest.sh(&format!("cat /proc/{pid}/task/*/stack"))?;
+            Ok(stacks.contains("hv_vss_wait_killable"))
+        })?;
+        let thaw = device.ioctl(&thaw_ioctl(path));
+        match path {
+            Some(_) => refused("a thaw of it", thaw, "EBUSY")?,
+            None => thaw.context("a thaw of all")?,
+        }
+        let freeze = device.finish_ioctl(freeze, STEP);
+        refused("the freeze that waited", freeze, "ESTALE")?;
+    }
+    guest.sh(UNHANG)?;
+    guest.wait_until("nothing is held", STEP, || Ok(guest.held()?.is_empty()))?;
+    guest.not_frozen("when the disk was back", &["/mnt/hung"])?;
+    hold(device, 0, "/mnt/hung")?;
+    Ok(device.ioctl(&thaw_ioctl(None))?)
 }
 
 fn errors(guest: &Guest) -> Result<()> {
