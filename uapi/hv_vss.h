@@ -60,7 +60,9 @@
  * It begins with what was frozen last and waits for none before it begins the next, so that one that
  * hangs holds up no other: which of them is thawed first is not said. But for the close, and for what it
  * has answered or told itself, the daemon then reads an HV_VSS_FRAME_THAWED, and the host's THAW is
- * failed. A daemon that freezes by other means needs none of this.
+ * failed. A daemon that crashes closes nothing before its core is dumped, for which it may have to wait
+ * until what it holds is thawed: PR_SET_DUMPABLE of prctl(2) should be 0, and the deadline short. A daemon
+ * that freezes by other means needs none of this.
  *
  * What may change, and what not. A structure grows at its end only, a frame's size says how much there
  * is: who reads takes what it knows of it and passes over the rest. Bits of a feature word that the
