@@ -80,11 +80,17 @@ impl FileSystem {
     /// # Errors
     ///
     /// `EINVAL` when it is not frozen for this owner, else what the file system says; it is still
-    /// frozen then.
+    /// frozen then. An `EINVAL` of its own (jfs, when it cannot read its log) is an `EIO`.
     pub(crate) fn thaw<T>(&self, owner: &T) -> Result {
         let owner = ptr::from_ref(owner).cast();
         // SAFETY: As for `freeze`.
-        to_result(unsafe { bindings::hv_vss_thaw_super(self.superblock(), owner) })
+        let result = to_result(unsafe { bindings::hv_vss_thaw_super(self.superblock(), owner) });
+        // SAFETY: As above. Nobody else freezes or thaws for this owner meanwhile.
+        let is_frozen = || unsafe { bindings::hv_vss_is_frozen_for(self.superblock(), owner) };
+        match result {
+            Err(error) if error == EINVAL && is_frozen() => Err(EIO),
+            other => other,
+        }
     }
 
     fn superblock(&self) -> *mut raw::super_block {

@@ -88,6 +88,13 @@ int hv_vss_thaw_super(struct super_block *sb, const void *owner)
 	return thaw_super(sb, HV_VSS_HOLDER, owner);
 }
 
+bool hv_vss_is_frozen_for(const struct super_block *sb, const void *owner)
+{
+	/* Under s_umount, but only the owner itself is asking. */
+	return READ_ONCE(sb->s_writers.frozen) == SB_FREEZE_COMPLETE &&
+	       READ_ONCE(sb->s_writers.freeze_owner) == owner;
+}
+
 void hv_vss_module_get(void)
 {
 	__module_get(THIS_MODULE);

@@ -53,6 +53,9 @@ struct vfsmount *hv_vss_file_mount(const struct file *file);
 int hv_vss_freeze_super(struct super_block *sb, const void *owner);
 int hv_vss_thaw_super(struct super_block *sb, const void *owner);
 
+/* Whether it is frozen so. Only for one who does neither meanwhile. */
+bool hv_vss_is_frozen_for(const struct super_block *sb, const void *owner);
+
 /* __module_get(THIS_MODULE), for one that cannot be going, and module_put(THIS_MODULE). */
 void hv_vss_module_get(void);
 void hv_vss_module_put(void);

@@ -75,6 +75,10 @@ struct State {
     entries: KVVec<Entry>,
     /// Number of the last entry.
     last_entry: u64,
+    /// How often somebody has asked to have one or all of it thawed.
+    asked: u64,
+    /// Which of these was the last one for all.
+    asked_for_all: u64,
 }
 
 /// From the first freeze until nothing is held any more, or all of it is let go.
@@ -105,6 +109,9 @@ struct Entry {
     since: Instant<Monotonic>,
     /// How many [`Watch`]es there are.
     watches: usize,
+    /// Which thaw was the last one that was asked for it when it was on its way to that already, as
+    /// [`State::asked`] counts.
+    asked: u64,
 }
 
 /// How far an entry has come.
@@ -127,6 +134,11 @@ enum Stage {
 impl Stage {
     fn is_done(self) -> bool {
         matches!(self, Stage::Failed(_) | Stage::Thawed(_))
+    }
+
+    /// Whether its thaw has ended, well or not.
+    fn has_come_back(self) -> bool {
+        self.is_done() || matches!(self, Stage::Thawing(Some(_)))
     }
 
     fn name(self) -> &'static str {
@@ -170,27 +182,15 @@ pub(crate) struct Watch {
 /// What is needed to begin a freeze; made before any lock is taken.
 pub(crate) struct Request {
     /// For whom, in the trace.
-    pub(crate) id: u64,
+    id: u64,
     file_system: Option<FileSystem>,
     count: usize,
+    /// What of [`State::asked`] came before it.
+    since: u64,
     spare: KVec<Arc<Slot>>,
     entries: KVVec<Entry>,
     /// The series before, which has ended; it goes when no lock is held.
     over: Option<Series>,
-}
-
-impl Request {
-    /// A request to freeze `file_system`, which, should it be the first of a series, has `count`.
-    pub(crate) fn new(id: u64, file_system: FileSystem, count: usize) -> Self {
-        Request {
-            id,
-            file_system: Some(file_system),
-            count,
-            spare: KVec::new(),
-            entries: KVVec::new(),
-            over: None,
-        }
-    }
 }
 
 /// What came of a request to begin.
@@ -199,8 +199,26 @@ pub(crate) enum Begun {
     Queued(Watch),
     /// It would be the first: call [`Hold::set_aside`] and try again.
     First,
-    /// The same file system has been let go, and is not thawed yet: wait for that and try again.
+    /// The same file system has been let go, and is not thawed yet: [`Hold::wait_turn`] and try again.
     After(Watch),
+}
+
+/// What there was to let go.
+#[derive(Clone, Copy)]
+pub(crate) struct LetGo {
+    /// Something was frozen.
+    pub(crate) held: bool,
+    /// Something was being frozen.
+    pub(crate) freezing: bool,
+    /// What is begun from here on was no part of it.
+    before: u64,
+}
+
+impl LetGo {
+    /// Whether there was anything.
+    pub(crate) fn any(self) -> bool {
+        self.held || self.freezing
+    }
 }
 
 /// What there is to say of an entry.
@@ -228,6 +246,8 @@ impl Hold {
             forgotten: 0,
             entries: KVVec::new(),
             last_entry: 0,
+            asked: 0,
+            asked_for_all: 0,
         };
         Arc::pin_init(
             try_pin_init!(Self {
@@ -237,6 +257,21 @@ impl Hold {
             }),
             GFP_KERNEL,
         )
+    }
+
+    /// A request to freeze `file_system`, which, should it be the first of a series, has `count`. A thaw of
+    /// it that is asked for from here on calls it off.
+    pub(crate) fn request(&self, id: u64, file_system: FileSystem, count: usize) -> Request {
+        let since = self.state.lock().asked;
+        Request {
+            id,
+            file_system: Some(file_system),
+            count,
+            since,
+            spare: KVec::new(),
+            entries: KVVec::new(),
+            over: None,
+        }
     }
 
     /// Sets memory aside for a series that `request` may begin. Sleeps.
@@ -265,7 +300,8 @@ impl Hold {
     ///
     /// # Errors
     ///
-    /// `EBUSY` when this file system is held already, `ENOSPC` when there is no room for another.
+    /// `EBUSY` when this file system is held already, `ENOSPC` when there is no room for another, `ESTALE`
+    /// when all was let go since the request was made.
     pub(crate) fn begin(&self, request: &mut Request, deadline: u64) -> Result<Begun> {
         let mut state = self.state.lock();
         let state = &mut *state;
@@ -273,6 +309,9 @@ impl Hold {
             Some(file_system) => file_system.identity(),
             None => return Err(EINVAL),
         };
+        if state.asked_for_all > request.since {
+            return Err(error(ESTALE));
+        }
         let same = |entry: &&mut Entry| entry.identity == identity;
         for entry in state.entries.iter_mut().filter(same) {
             match entry.stage {
@@ -321,6 +360,7 @@ impl Hold {
             stage: Stage::Freezing,
             since: Instant::now(),
             watches: 0,
+            asked: 0,
         };
         state
             .entries
@@ -349,67 +389,76 @@ impl Hold {
         }
     }
 
-    /// Waits until an entry is thawed, for at most `timeout_ms`. Process context.
+    /// Waits, for at most `timeout_ms`, until a request may be tried again that was to come after this.
+    /// Process context.
     ///
     /// # Errors
     ///
-    /// `EINTR` when the caller is killed, `EBUSY` when the time is over, and what the file system
-    /// says.
-    pub(crate) fn wait_thawed(&self, watch: Watch, timeout_ms: Option<u32>) -> Result {
-        let waited = watch.wait(timeout_ms, |stage| {
-            stage.is_done() || matches!(stage, Stage::Thawing(Some(_)))
-        });
-        match (watch.stage(), waited) {
-            (Stage::Failed(_), _) => Ok(()),
-            (Stage::Thawed(result), _) => result,
-            (Stage::Thawing(Some(error)), _) => Err(error),
-            (_, Waited::TimedOut) => Err(EBUSY),
-            (_, Waited::Done | Waited::Killed) => Err(EINTR),
+    /// `ESTALE` when it was called off meanwhile, `EINTR` when the caller is killed, `EBUSY` when the time is
+    /// over, and what the file system says to its thaw.
+    pub(crate) fn wait_turn(&self, request: &Request, watch: Watch, timeout_ms: u32) -> Result {
+        let is_off = || watch.asked() > request.since;
+        let waited = watch.wait(Some(timeout_ms), |stage| stage.has_come_back() || is_off());
+        match is_off() {
+            true => Err(error(ESTALE)),
+            false => watch.thawed(waited),
         }
     }
 
-    /// Thaws one file system and waits for it. One that is being frozen is called off, and not waited for:
-    /// whoever waits for its freeze hears of it. Process context.
+    /// Waits until an entry is thawed. Process context.
+    ///
+    /// # Errors
+    ///
+    /// `EINTR` when the caller is killed, and what the file system says.
+    pub(crate) fn wait_thawed(&self, watch: Watch) -> Result {
+        let waited = watch.wait(None, Stage::has_come_back);
+        watch.thawed(waited)
+    }
+
+    /// Begins the thaw of one file system, if it is held. One that is being frozen is called off: whoever
+    /// waits for its freeze hears of it, and nothing is returned to wait for. Any context.
     ///
     /// # Errors
     ///
     /// `EINVAL` when it is not held, `EBUSY` when it is called off or being thawed already and that is
-    /// not over, `EINTR` when the caller is killed, and what the file system says.
-    pub(crate) fn thaw(&self, file_system: &FileSystem) -> Result {
+    /// not over, and what the file system said to the last attempt. A freeze that waits for the end of that
+    /// is called off as well.
+    pub(crate) fn begin_thaw(&self, file_system: &FileSystem) -> Result<Option<Watch>> {
         let wanted = file_system.identity();
-        let watch = {
-            let mut state = self.state.lock();
-            let entry = state
-                .entries
-                .iter_mut()
-                .find(|entry| entry.identity == wanted && !entry.stage.is_done())
-                .ok_or(EINVAL)?;
-            match entry.stage {
-                Stage::Held => self.queue_thaw(entry),
-                Stage::Freezing => {
-                    entry.enter(Stage::CalledOff);
-                    return Ok(());
-                }
-                Stage::CalledOff | Stage::Thawing(None) => return Err(EBUSY),
-                Stage::Thawing(Some(error)) => return Err(error),
-                Stage::Failed(_) | Stage::Thawed(_) => return Err(EINVAL),
+        let mut state = self.state.lock();
+        let asked = state.ask();
+        let entry = state
+            .entries
+            .iter_mut()
+            .find(|entry| entry.identity == wanted && !entry.stage.is_done())
+            .ok_or(EINVAL)?;
+        let error = match entry.stage {
+            Stage::Held => {
+                self.queue_thaw(entry);
+                return Ok(Some(entry.watch()));
             }
-            entry.watch()
+            Stage::Freezing => {
+                entry.enter(Stage::CalledOff);
+                return Ok(None);
+            }
+            Stage::CalledOff | Stage::Thawing(None) => EBUSY,
+            Stage::Thawing(Some(error)) => error,
+            Stage::Failed(_) | Stage::Thawed(_) => EINVAL,
         };
-        self.wait_thawed(watch, None)
+        entry.asked = asked;
+        entry.slot.changes.wake_all();
+        Err(error)
     }
 
-    /// Lets all go and waits until what was held is thawed. What is still being frozen may hang,
-    /// and is not waited for. Process context.
+    /// Waits until all is thawed that was let go. What was still being frozen may hang, and is not
+    /// waited for. Process context.
     ///
     /// # Errors
     ///
     /// `EINTR` when the caller is killed, and what the first file system says that cannot be
     /// thawed.
-    pub(crate) fn thaw_all(&self) -> Result {
-        // Those that are begun from here on are none of them.
-        let mut before = self.state.lock().last_entry + 1;
-        self.let_go();
+    pub(crate) fn wait_all_thawed(&self, let_go: LetGo) -> Result {
+        let mut before = let_go.before;
         let mut result = Ok(());
         loop {
             let watch = {
@@ -425,7 +474,7 @@ impl Hold {
                 }
             };
             before = watch.number;
-            match self.wait_thawed(watch, None) {
+            match self.wait_thawed(watch) {
                 Err(error) if error == EINTR => return Err(error),
                 Err(error) if result.is_ok() => result = Err(error),
                 _ => {}
@@ -433,24 +482,34 @@ impl Hold {
         }
     }
 
-    /// Lets all go: what is held is queued to be thawed, the last one first, and what is being
-    /// frozen is thawed as soon as that is over. Returns whether there was any. Waits for nothing;
-    /// any context.
-    pub(crate) fn let_go(&self) -> bool {
-        let mut any = false;
-        let _spare = {
-            let mut state = self.state.lock();
-            for entry in state.entries.iter_mut().rev() {
-                any |= matches!(entry.stage, Stage::Held | Stage::Freezing);
-                match entry.stage {
-                    Stage::Held => self.queue_thaw(entry),
-                    Stage::Freezing => entry.enter(Stage::CalledOff),
-                    Stage::CalledOff | Stage::Thawing(_) | Stage::Failed(_) | Stage::Thawed(_) => {}
-                }
-            }
-            state.series.take()
+    /// Lets all go: what is held is queued to be thawed, the last one first, what is being frozen is
+    /// thawed as soon as that is over, and what waits to be frozen is not. Waits for nothing; any context.
+    pub(crate) fn let_go(&self) -> LetGo {
+        let mut state = self.state.lock();
+        let mut let_go = LetGo {
+            held: false,
+            freezing: false,
+            before: state.last_entry + 1,
         };
-        any
+        state.asked_for_all = state.ask();
+        for entry in state.entries.iter_mut().rev() {
+            match entry.stage {
+                Stage::Held => {
+                    let_go.held = true;
+                    self.queue_thaw(entry);
+                }
+                Stage::Freezing => {
+                    let_go.freezing = true;
+                    entry.enter(Stage::CalledOff);
+                }
+                Stage::CalledOff | Stage::Thawing(_) => entry.slot.changes.wake_all(),
+                Stage::Failed(_) | Stage::Thawed(_) => {}
+            }
+        }
+        let spare = state.series.take();
+        drop(state);
+        drop(spare);
+        let_go
     }
 
     /// The one who held is gone: lets all go, and what still hangs is no concern of the next one.
@@ -532,6 +591,12 @@ impl State {
         self.series.is_some() && !its.any(counts)
     }
 
+    /// Somebody asks for a thaw. Returns which one it is.
+    fn ask(&mut self) -> u64 {
+        self.asked += 1;
+        self.asked
+    }
+
     fn of_slot(&mut self, slot: &Arc<Slot>) -> Option<&mut Entry> {
         self.entries
             .iter_mut()
@@ -589,8 +654,27 @@ impl Watch {
         }
     }
 
+    /// Which was the last thaw that was asked for the entry when it was on its way to that already, or for all.
+    fn asked(&self) -> u64 {
+        let mut state = self.slot.hold.state.lock();
+        let for_all = state.asked_for_all;
+        let its = state.numbered(self.number).map_or(0, |entry| entry.asked);
+        its.max(for_all)
+    }
+
     fn wait(&self, timeout_ms: Option<u32>, enough: impl Fn(Stage) -> bool) -> Waited {
         self.slot.changes.wait(timeout_ms, || enough(self.stage()))
+    }
+
+    /// What there is to say of the thaw after a wait for it.
+    fn thawed(&self, waited: Waited) -> Result {
+        match (self.stage(), waited) {
+            (Stage::Failed(_), _) => Ok(()),
+            (Stage::Thawed(result), _) => result,
+            (Stage::Thawing(Some(error)), _) => Err(error),
+            (_, Waited::TimedOut) => Err(EBUSY),
+            (_, Waited::Done | Waited::Killed) => Err(EINTR),
+        }
     }
 }
 

@@ -131,7 +131,7 @@ impl Effects for Outlet<'_> {
     }
 
     fn let_go(&mut self, _reason: u32) -> bool {
-        self.hold.let_go()
+        self.hold.let_go().any()
     }
 
     fn note(&mut self, note: Note) {
@@ -146,7 +146,7 @@ impl TimerCallback for Service {
     fn run(&self) {
         self.with_engine(|engine, now, out| {
             let over = out.hold.deadline().is_some_and(|deadline| now >= deadline);
-            if over && out.hold.let_go() {
+            if over && out.hold.let_go().any() {
                 engine.lost(now, thawed::DEADLINE, out);
             }
             engine.timer(now, out);
@@ -287,6 +287,7 @@ impl Service {
             log,
         };
         let engine = &mut device.engine;
+        let before = (engine.readable(), engine.thawed_for_sleep());
         let result = event(engine, now, &mut outlet);
         let held_until = self.hold.deadline();
         let next = match (engine.deadline(), held_until) {
@@ -297,7 +298,9 @@ impl Service {
             Some(deadline) => Timer::arm(self, deadline.saturating_sub(now)),
             None => Timer::stop(self),
         }
-        if engine.readable() || engine.thawed_for_sleep() {
+        // Whoever waits has looked before: only what is new is to be told.
+        let came = |was: bool, is: bool| is && !was;
+        if came(before.0, engine.readable()) || came(before.1, engine.thawed_for_sleep()) {
             self.changes.notify_all();
         }
         result
@@ -364,8 +367,8 @@ impl Service {
 
     /// Waits until a read would find something.
     fn wait_readable(&self, nonblocking: bool) -> Result {
-        self.with_engine(|engine, _, _| engine.alive());
         let mut state = self.state.lock();
+        state.device.engine.alive();
         loop {
             if state.device.gone {
                 return Err(ENODEV);
@@ -395,31 +398,34 @@ impl Service {
             ms => ms.min(self.parameters.hold_ms),
         };
         let until = self.now().saturating_add(u64::from(limit_ms) * 1000);
-        let mut request = hold::Request::new(asked.id, file_system, count);
-        loop {
+        let mut request = self.hold.request(asked.id, file_system, count);
+        let result = loop {
             // Allowed and begun under one lock, so that whoever ends what this is for finds it.
             let begun = self
-                .with_engine(|engine, now, _| {
-                    engine.hold(asked.id).map_err(report::errno)?;
+                .with_engine(|engine, now, _| -> Result<_> {
+                    engine.may_hold(asked.id).map_err(report::errno)?;
                     let deadline = now.saturating_add(u64::from(limit_ms) * 1000);
-                    self.hold.begin(&mut request, deadline)
+                    let begun = self.hold.begin(&mut request, deadline)?;
+                    if matches!(begun, Begun::Queued(_)) {
+                        engine.holds(asked.id);
+                    }
+                    Ok(begun)
                 })
                 .ok_or(ENODEV)??;
             match begun {
-                Begun::Queued(watch) => {
-                    let result = self.hold.wait_frozen(watch);
-                    return match self.state.lock().device.gone {
-                        true => Err(ENODEV),
-                        false => result,
-                    };
-                }
+                Begun::Queued(watch) => break self.hold.wait_frozen(watch),
                 Begun::First => self.hold.set_aside(&mut request)?,
-                Begun::After(watch) => match self.hold.wait_thawed(watch, Some(AGAIN_MS)) {
+                Begun::After(watch) => match self.hold.wait_turn(&request, watch, AGAIN_MS) {
+                    Ok(()) => {}
                     // Perhaps nobody wants it any more: that is asked anew.
                     Err(error) if error == EBUSY && self.now() < until => {}
-                    result => result?,
+                    Err(error) => break Err(error),
                 },
             }
+        };
+        match self.state.lock().device.gone {
+            true => Err(ENODEV),
+            false => result,
         }
     }
 
@@ -430,13 +436,31 @@ impl Service {
             (0, fd) => Some(FileSystem::of(fd)?),
             _ => return Err(EINVAL),
         };
-        self.with_engine(|engine, _, _| engine.thaw_held(asked.fd == -1))
-            .ok_or(ENODEV)?
-            .map_err(report::errno)?;
-        match file_system {
-            None => self.hold.thaw_all(),
-            Some(file_system) => self.hold.thaw(&file_system),
-        }
+        // Allowed and begun under one lock, so that nothing else comes between what is known of it.
+        let Some(file_system) = file_system else {
+            let let_go = self
+                .with_engine(|engine, _, _| -> Result<_> {
+                    engine.may_thaw().map_err(report::errno)?;
+                    let let_go = self.hold.let_go();
+                    if let_go.held {
+                        engine.thaws(true);
+                    }
+                    Ok(let_go)
+                })
+                .ok_or(ENODEV)??;
+            return self.hold.wait_all_thawed(let_go);
+        };
+        let watch = self
+            .with_engine(|engine, _, _| -> Result<_> {
+                engine.may_thaw().map_err(report::errno)?;
+                let watch = self.hold.begin_thaw(&file_system)?;
+                if watch.is_some() {
+                    engine.thaws(false);
+                }
+                Ok(watch)
+            })
+            .ok_or(ENODEV)??;
+        watch.map_or(Ok(()), |watch| self.hold.wait_thawed(watch))
     }
 }
 
@@ -548,8 +572,10 @@ impl chardev::Handler for Service {
     }
 
     fn readiness(&self) -> Readiness {
-        self.with_engine(|engine, _, _| engine.alive());
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        // No event, which would have the polls woken, this one too, and so without end. The timer may go off
+        // too early for it, and finds nothing to do then.
+        state.device.engine.alive();
         if state.device.gone {
             Readiness::Gone
         } else if state.device.engine.readable() {

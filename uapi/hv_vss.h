@@ -60,7 +60,9 @@
  * It begins with what was frozen last and waits for none before it begins the next, so that one that
  * hangs holds up no other: which of them is thawed first is not said. But for the close, and for what it
  * has answered or told itself, the daemon then reads an HV_VSS_FRAME_THAWED, and the host's THAW is
- * failed. A daemon that freezes by other means needs none of this.
+ * failed. A daemon that crashes closes nothing before its core is dumped, for which it may have to wait
+ * until what it holds is thawed: PR_SET_DUMPABLE of prctl(2) should be 0, and the deadline short. A daemon
+ * that freezes by other means needs none of this.
  *
  * What may change, and what not. A structure grows at its end only, a frame's size says how much there
  * is: who reads takes what it knows of it and passes over the rest. Bits of a feature word that the
@@ -193,7 +195,7 @@ struct hv_vss_freeze_info {
  *  EPERM       FIFREEZE would not be allowed either (CAP_SYS_ADMIN for the file system)
  *  EPROTO      not registered, or as v1
  *  ESTALE      no such request is in hand (any more); with id 0: the host is being served, or a notice
- *              has to be read first; the machine is about to sleep
+ *              has to be read first; the machine is about to sleep; or an HV_VSS_IOC_THAW has called it off
  *  ENODEV      the device is gone
  *  EINTR       killed
  *
@@ -211,7 +213,7 @@ struct hv_vss_ioc_freeze {	/* 32 bytes */
 /*
  * Thaws what is held. Returns when it is thawed, or when the caller is killed. What is still being
  * frozen is called off and not waited for: its HV_VSS_IOC_FREEZE ends with ESTALE, and what comes of it
- * is undone at once.
+ * is undone at once. So is one that waits for the end of an earlier thaw, also by what gets EBUSY.
  *
  *  EBUSY       its freeze was called off, or its thaw begun, before and has not come back
  *  EINVAL      it is not held (any more), as FITHAW has it; flags is not 0

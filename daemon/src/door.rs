@@ -61,6 +61,12 @@ pub trait Door: Send + Sync {
         Ok(())
     }
 
+    /// Whether a thaw that fails is tried again behind it until it is done. Whoever stands before it must not,
+    /// and could meet the next freeze.
+    fn goes_on(&self) -> bool {
+        false
+    }
+
     /// Whether a freeze of it that was called off, or a thaw, has not come back, whoever began it.
     fn is_stuck(&self, _fd: BorrowedFd<'_>) -> bool {
         false

@@ -99,6 +99,10 @@ impl Door for Held {
         true
     }
 
+    fn goes_on(&self) -> bool {
+        true
+    }
+
     fn call_off(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         sys::let_go(self.hold.device.as_fd(), fd)
     }

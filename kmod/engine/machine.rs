@@ -170,7 +170,7 @@ pub struct Engine<B> {
     /// been heard of since.
     quiet_since: Option<u64>,
     freeze: Freeze,
-    /// The daemon holds something in the module, since [`Engine::hold`] with this id.
+    /// The daemon holds something in the module, since [`Engine::holds`] with this id.
     hold: Option<u64>,
     /// What the daemon has to be told of a hold that has ended: its id and the reason.
     notice: Option<(u64, u32)>,

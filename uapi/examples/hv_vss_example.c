@@ -17,9 +17,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include "../hv_vss.h"
+
+/* How long anything is held at the most, whatever becomes of this program and of the host. */
+#define HOLD_MS	60000
 
 /* What a read can return; a newer kernel's frames may be longer. */
 union message {
@@ -138,6 +142,7 @@ static int freeze(struct daemon *d, __u64 id)
 		memset(&target, 0, sizeof(target));
 		target.id = id;
 		target.fd = d->targets[i];
+		target.deadline_ms = HOLD_MS;
 		target.count = d->count;
 		/* EBUSY: two of the paths are on one file system. (Or another one holds it.) */
 		if (ioctl(d->device, HV_VSS_IOC_FREEZE, &target) == 0)
@@ -258,6 +263,11 @@ int main(int argc, char **argv)
 	if (argc <= first) {
 		fprintf(stderr, "usage: %s [-d DEVICE] PATH...\n", argv[0]);
 		return 2;
+	}
+	/* A crash must end in a close at once, and not in a core dump, which may be on what is held. */
+	if (prctl(PR_SET_DUMPABLE, 0UL, 0UL, 0UL, 0UL) != 0) {
+		complain("no core dumps");
+		return 1;
 	}
 	if (open_targets(&d, argv + first, argc - first) != 0)
 		return 1;

@@ -377,7 +377,7 @@ impl Work {
                 // It stays ours, so that it is tried again when the session is dropped.
                 *target.state() = State::Ours { since, took };
                 self.log.error(format!("{name} cannot be thawed: {source}"));
-                if !was_over && self.over.load(Ordering::SeqCst) {
+                if !self.door.goes_on() && !was_over && self.over.load(Ordering::SeqCst) {
                     return self.thaw_in_the_end(target);
                 }
                 lock(&self.thaw_failure).get_or_insert(ThawError::Failed {

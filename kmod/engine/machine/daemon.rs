@@ -289,14 +289,13 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
 
     // --- What the module holds ---
 
-    /// The daemon wants the module to freeze a file system for the FREEZE `id`, or, with 0, for
-    /// nobody. Once this is allowed the daemon counts as holding something, until a FREEZE of it
-    /// fails, a THAW ends, or the module lets go.
+    /// Whether the daemon may have the module freeze a file system for the FREEZE `id`, or, with 0,
+    /// for nobody. If the module then does, [`Engine::holds`] follows, before any other event.
     ///
     /// # Errors
     ///
     /// A [`Refusal`] when it may not, or not now.
-    pub fn hold(&mut self, id: u64) -> Result<(), Refusal> {
+    pub fn may_hold(&self, id: u64) -> Result<(), Refusal> {
         if self.daemon != Daemon::V2 || self.config.max_held == 0 {
             return Err(Refusal::OutOfTurn);
         }
@@ -314,21 +313,32 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         if !allowed || self.sleeping || (id == 0 && self.notice.is_some()) {
             return Err(Refusal::Stale);
         }
-        self.alive();
-        self.hold = Some(id);
         Ok(())
     }
 
-    /// The daemon has the module thaw something that it holds, or `all` of it. Unless the host's THAW is
-    /// in its hands, the freeze for which that is held is not whole from then on.
+    /// The module freezes a file system for that. The daemon counts as holding something from then on,
+    /// until a FREEZE of it fails, a THAW ends, or the module lets go.
+    pub fn holds(&mut self, id: u64) {
+        self.alive();
+        self.hold = Some(id);
+    }
+
+    /// Whether the daemon may have the module thaw what it holds. If the module then does,
+    /// [`Engine::thaws`] follows, before any other event.
     ///
     /// # Errors
     ///
     /// A [`Refusal`] when it may not.
-    pub fn thaw_held(&mut self, all: bool) -> Result<(), Refusal> {
-        if self.daemon != Daemon::V2 {
-            return Err(Refusal::OutOfTurn);
+    pub fn may_thaw(&self) -> Result<(), Refusal> {
+        match self.daemon {
+            Daemon::V2 => Ok(()),
+            Daemon::Absent | Daemon::Open | Daemon::V1 => Err(Refusal::OutOfTurn),
         }
+    }
+
+    /// The module thaws something that was frozen, or `all` of it, for the daemon has asked for that. Unless
+    /// the host's THAW is in its hands, the freeze for which it was held is not whole from then on.
+    pub fn thaws(&mut self, all: bool) {
         self.alive();
         let early = self.hold.is_some_and(|id| id != 0) && !self.is_doing(op::THAW);
         if let Freeze::Held { whole, .. } = &mut self.freeze {
@@ -337,7 +347,6 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         if all {
             self.hold = None;
         }
-        Ok(())
     }
 
     /// What was held has been thawed by the module itself, for one of the reasons in [`thawed`]. A

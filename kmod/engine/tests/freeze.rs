@@ -161,8 +161,9 @@ fn a_daemon_that_could_hold_nothing_has_frozen_by_itself() {
     w.daemon(2);
     let freeze = w.ask(op::FREEZE);
     let seen = w.read().unwrap();
-    // The kernel then had no room for it, or somebody else had it.
-    w.engine.hold(seen.id).unwrap();
+    // What the module began then failed.
+    w.engine.may_hold(seen.id).unwrap();
+    w.engine.holds(seen.id);
     w.answer(seen, status::OK).unwrap();
     assert_eq!(w.answered(freeze), Some(status::OK));
     w.prepare_sleep();
@@ -837,6 +838,36 @@ fn what_the_daemon_has_thawed_before_the_hosts_thaw_makes_that_fail() {
         assert_eq!(w.engine.stats().broken, u64::from(!after_thaw));
         good_backup(&mut w);
     }
+}
+
+#[test]
+fn a_freeze_is_whole_after_a_thaw_of_what_was_not_held() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    let (_, seen) = holding(&mut w);
+    w.answer(seen, status::OK).unwrap();
+    // It was another file system, or it had been thawed by then.
+    w.engine.may_thaw().unwrap();
+    let thaw = w.ask(op::THAW);
+    w.serve(op::THAW, status::OK);
+    assert_eq!(w.answered(thaw), Some(status::OK));
+}
+
+#[test]
+fn what_the_module_does_not_begin_takes_over_no_hold() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    w.hold(0).unwrap();
+    let freeze = w.ask(op::FREEZE);
+    let seen = w.read().unwrap();
+    // It has no room for that, or holds it already.
+    w.engine.may_hold(seen.id).unwrap();
+    w.lose(thawed::DEADLINE);
+    assert_eq!(notice(&mut w), (0, thawed::DEADLINE));
+    w.answer(seen, status::OK).unwrap();
+    assert_eq!(w.answered(freeze), Some(status::OK));
 }
 
 #[test]

@@ -564,9 +564,9 @@ impl<'a> World<'a> {
 
     /// The daemon wants to have something frozen by the module.
     pub fn hold(&mut self, id: u64) -> Result<(), Refusal> {
-        let before = self.engine.shape();
-        let result = self.engine.hold(id);
+        let result = self.engine.may_hold(id);
         if result.is_ok() {
+            self.engine.holds(id);
             self.sign_of_life();
             self.by_module = Some(id);
             self.out.holds = true;
@@ -578,20 +578,16 @@ impl<'a> World<'a> {
             assert!(!self.sleeping, "held while the machine goes to sleep");
             // It uses one way or the other.
             self.by_daemon &= id == 0;
-        } else {
-            assert!(
-                before == self.engine.shape(),
-                "a refused hold changed something"
-            );
         }
         self.settle();
         result
     }
 
-    /// The daemon has the module thaw all that it holds.
+    /// The daemon has the module thaw all that it holds, which may be nothing.
     pub fn thaw_held(&mut self) -> Result<(), Refusal> {
-        let result = self.engine.thaw_held(true);
-        if result.is_ok() {
+        let result = self.engine.may_thaw();
+        if result.is_ok() && self.out.holds {
+            self.engine.thaws(true);
             self.sign_of_life();
             let in_hand = self.in_hand.filter(|seen| self.is_open(*seen));
             let thawing = in_hand.is_some_and(|seen| seen.operation == op::THAW);

@@ -113,6 +113,16 @@ pub const CASES: &[Case] = &[
         one_by_one,
     ).long(),
     case(
+        "owned/refused",
+        "a freeze that is refused takes over no hold, and a thaw that is breaks no freeze",
+        refused_changes_nothing,
+    ),
+    case(
+        "owned/waits-its-turn",
+        "a freeze that waits for a thaw that hangs is called off by the next one, of it or of all",
+        waits_its_turn,
+    ),
+    case(
         "owned/errors",
         "both ioctls refuse what FIFREEZE would, and what is out of turn",
         errors,
@@ -1007,6 +1017,82 @@ fn one_by_one(guest: &Guest) -> Result<()> {
         .ioctl(&thaw_ioctl(None))
         .context("a thaw of nothing")?;
     good_backup(guest, daemon)
+}
+
+/// A freeze of `/mnt/hung` that is called off and hangs.
+fn make_called_off(guest: &Guest, device: Device<'_>) -> Result<()> {
+    guest.sh(HANG)?;
+    let freeze = device.start_ioctl(&freeze_ioctl(freezing(0, "/mnt/hung")))?;
+    guest.wait_until("it hangs in its freeze", STEP, || {
+        Ok(guest.held()?.iter().any(|(_, state)| state == "freezing"))
+    })?;
+    device.ioctl(&thaw_ioctl(Some("/mnt/hung")))?;
+    let freeze = device.finish_ioctl(freeze, STEP);
+    refused("a freeze that is called off", freeze, "ESTALE")
+}
+
+fn refused_changes_nothing(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    make_hung(guest)?;
+    let vss = guest.vss();
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    let device = daemon.device;
+
+    // What is held for nobody stays so.
+    hold(device, 0, "/mnt/a")?;
+    let tx = vss.send_freeze(&[])?;
+    let asked = daemon.take(op::FREEZE)?;
+    let second = hold(device, asked.id, "/mnt/a");
+    refused("a second freeze", second, "EBUSY")?;
+    let thaw_tx = send_thaw(guest)?;
+    answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)?;
+    is_told(daemon, 0, thawed::CALLED_OFF)?;
+    daemon.serve(op::THAW, status::OK)?;
+    answered("THAW", &vss.wait(thaw_tx, STEP)?, status::OK)?;
+
+    // The host's freeze is whole as long as nothing of it is thawed.
+    make_called_off(guest, device)?;
+    let tx = vss.send_freeze(&[])?;
+    let asked = daemon.take(op::FREEZE)?;
+    hold(device, asked.id, "/mnt/a")?;
+    daemon.answer(&asked, status::OK)?;
+    answered("FREEZE", &vss.wait(tx, STEP)?, status::OK)?;
+    for (path, errno) in [("/mnt/b", "EINVAL"), ("/mnt/hung", "EBUSY")] {
+        let thaw = device.ioctl(&thaw_ioctl(Some(path)));
+        refused(&format!("a thaw of {path}"), thaw, errno)?;
+    }
+    guest.sh(UNHANG)?;
+    guest.wait_until("the one that hung is thawed", STEP, || {
+        Ok(guest.held()?.len() == 1)
+    })?;
+    thaw(guest, daemon, status::OK)
+}
+
+fn waits_its_turn(guest: &Guest) -> Result<()> {
+    load(guest, Module::Ours, &[])?;
+    make_hung(guest)?;
+    let pid = guest.fork()?;
+    let device = Scripted::start_in(guest, Some(pid), Abi::V2)?.device;
+    make_called_off(guest, device)?;
+    for path in [Some("/mnt/hung"), None] {
+        let freeze = device.start_ioctl(&freeze_ioctl(freezing(0, "/mnt/hung")))?;
+        guest.wait_until("another freeze of it waits", STEP, || {
+            let stacks = guest.sh(&format!("cat /proc/{pid}/task/*/stack"))?;
+            Ok(stacks.contains("hv_vss_wait_killable"))
+        })?;
+        let thaw = device.ioctl(&thaw_ioctl(path));
+        match path {
+            Some(_) => refused("a thaw of it", thaw, "EBUSY")?,
+            None => thaw.context("a thaw of all")?,
+        }
+        let freeze = device.finish_ioctl(freeze, STEP);
+        refused("the freeze that waited", freeze, "ESTALE")?;
+    }
+    guest.sh(UNHANG)?;
+    guest.wait_until("nothing is held", STEP, || Ok(guest.held()?.is_empty()))?;
+    guest.not_frozen("when the disk was back", &["/mnt/hung"])?;
+    hold(device, 0, "/mnt/hung")?;
+    Ok(device.ioctl(&thaw_ioctl(None))?)
 }
 
 fn errors(guest: &Guest) -> Result<()> {

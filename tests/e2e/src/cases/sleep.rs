@@ -107,7 +107,7 @@ impl Window {
 fn snapshot_device(guest: &Guest) -> Result<()> {
     load(guest, Module::Ours, &[])?;
     let vss = guest.vss();
-    guest.start_daemon(Daemon::Ours)?;
+    let daemon = guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
     guest.writer_start("/writer")?;
     for (way, held_too) in [("<", false), (">", false), ("<", true), (">", true)] {
@@ -127,12 +127,36 @@ fn snapshot_device(guest: &Guest) -> Result<()> {
             }
             let freeze = vss.freeze(&[], STEP)?;
             answered("FREEZE with it open", &freeze, status::FAIL)?;
+            if !held_too {
+                idles(guest, &daemon)?;
+            }
             guest.signal(&holder, 9)?;
             guest.wait(&holder, STEP)?;
             super::backup(guest)
         };
         one().with_context(|| format!("exec 3{way}/dev/snapshot, frozen before it: {held_too}"))?;
     }
+    Ok(())
+}
+
+/// The daemon has nothing to do, and does nothing.
+fn idles(guest: &Guest, daemon: &Process) -> Result<()> {
+    // Fields of Documentation/filesystems/proc.rst, of which the second one ends with the last bracket: utime
+    // and stime are the 14th and the 15th, in hundredths of a second.
+    let used = || -> Result<u64> {
+        let stat = guest.read(&format!("/proc/{}/stat", daemon.pid))?;
+        let (_, fields) = stat.rsplit_once(')').context("no name")?;
+        let times = fields.split_whitespace().skip(11).take(2);
+        let times: Vec<u64> = times.map(str::parse).collect::<Result<_, _>>()?;
+        Ok(times.iter().sum())
+    };
+    let (before, until) = (used()?, guest.clock()? + 1_000_000);
+    guest.wait_until("a second has passed", STEP, || Ok(guest.clock()? > until))?;
+    let used = used()? - before;
+    ensure!(
+        used < 20,
+        "an idle daemon has run for {used} hundredths of a second in one"
+    );
     Ok(())
 }
 
