@@ -618,12 +618,10 @@ impl Guest {
             "the guest should have agreed on VMBus {expected}, it did on {agreed}"
         );
         // A detector that has spoken while the guest booted may have turned itself off.
-        let complaints = guest.complaints()?;
-        if !complaints.is_empty() {
+        if let Err(error) = guest.check_log() {
             guest.vm.kill();
-            bail!("the kernel complained while it booted:\n{complaints}");
+            return Err(error.context("while it booted"));
         }
-        guest.mark_log()?;
         Ok(guest)
     }
 
@@ -1042,13 +1040,18 @@ impl Guest {
     /// The kernel's log since the case began: records of at most this level (4: warnings and
     /// worse; 6: information). What the kernel reports of itself alone is left out.
     pub fn log(&self, max_level: u8) -> Result<Vec<Record>> {
+        Ok(self.log_to(max_level)?.0)
+    }
+
+    /// The same, and where it ends.
+    fn log_to(&self, max_level: u8) -> Result<(Vec<Record>, u64)> {
         let log = self.kmsg(self.log_mark.load(SeqCst), max_level)?;
         ensure!(
             log.lost == 0,
             "{} records of the kernel's log were overwritten before they could be read",
             log.lost
         );
-        Ok(without_foreign_reports(log.records))
+        Ok((without_foreign_reports(log.records), log.next))
     }
 
     fn kmsg(&self, since: u64, max_level: u8) -> Result<Log, CallError> {
@@ -1177,12 +1180,27 @@ impl Guest {
 
     /// Neither the kernel nor the host has complained since the case began, or since the last call.
     pub fn check_log(&self) -> Result<()> {
-        let complaints = self.complaints()?;
+        // What the detectors find they may log as well.
+        let found = self.detectors.complaints(self)?;
+        self.check_logged(found)
+    }
+
+    /// The same of what was logged, beside what was `found` otherwise. The next look begins where this one has
+    /// ended: what is logged meanwhile is not lost between the two.
+    fn check_logged(&self, found: String) -> Result<()> {
+        let (console, now) = (self.vm.console().len(), self.host().now());
+        let (log, next) = self.log_to(6)?;
+        let mut text = complaints(&log, &self.expected());
+        text.push_str(&found);
+        text.push_str(&self.violations());
         ensure!(
-            complaints.is_empty(),
-            "the kernel or the host complained:\n{complaints}"
+            text.is_empty(),
+            "the kernel or the host complained:\n{text}"
         );
-        Ok(self.mark_log()?)
+        self.log_mark.store(next, SeqCst);
+        self.console_mark.store(console, SeqCst);
+        *self.host_mark() = now;
+        Ok(())
     }
 
     /// The case is about to end this machine. What its kernel logs from now on is looked for on its console,
@@ -1261,10 +1279,11 @@ impl Guest {
     }
 
     /// From here until the end of the case reports of the kernel or the host in which one of these texts stands are
-    /// what the case is about, and not held against it.
-    pub fn expect_in_log(&self, texts: &[&'static str]) {
-        let mut expected = self.expected();
-        expected.extend_from_slice(texts);
+    /// what the case is about, and not held against it. Those from before are.
+    pub fn expect_in_log(&self, texts: &[&'static str]) -> Result<()> {
+        self.check_logged(String::new())?;
+        self.expected().extend_from_slice(texts);
+        Ok(())
     }
 
     fn host_mark(&self) -> std::sync::MutexGuard<'_, Duration> {
@@ -1280,15 +1299,6 @@ impl Guest {
     /// Whether its kernel looks for leaks by itself.
     pub fn looks_for_leaks(&self) -> bool {
         self.detectors.kmemleak
-    }
-
-    /// What the kernel holds against the case, in its log and through its detectors, and would hold
-    /// against any; and what the host holds against the kernel.
-    fn complaints(&self) -> Result<String> {
-        let mut text = complaints(&self.log(6)?, &self.expected());
-        text.push_str(&self.detectors.complaints(self)?);
-        text.push_str(&self.violations());
-        Ok(text)
     }
 
     /// What the host holds against the kernel.

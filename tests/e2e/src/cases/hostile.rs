@@ -253,7 +253,7 @@ fn calm(guest: &Guest) -> Result<()> {
 const MISLED: &[&str] = &["answers nothing"];
 
 fn packets(guest: &Guest) -> Result<()> {
-    guest.expect_in_log(MISLED);
+    guest.expect_in_log(MISLED)?;
     start(guest, Module::Ours, Daemon::Ours)?;
     with_heartbeat(guest)?;
     // The memory that the daemon locks for a freeze is not what leaks.
@@ -292,7 +292,7 @@ fn frame_header(kind: u32, id: u64) -> FrameHdr {
 }
 
 fn both_sides(guest: &Guest) -> Result<()> {
-    guest.expect_in_log(MISLED);
+    guest.expect_in_log(MISLED)?;
     // Short times, since nobody answers what the host asks, except by chance; enough for a backup.
     let times = ["timeout_ms=1000", "freeze_timeout_ms=5000", "grace_ms=50"];
     load(guest, Module::Ours, &times)?;
@@ -521,7 +521,7 @@ const EDGES: [u32; 12] = [
 ];
 
 fn ring_header(guest: &Guest) -> Result<()> {
-    guest.expect_in_log(MISLED);
+    guest.expect_in_log(MISLED)?;
     start(guest, Module::Ours, Daemon::Ours)?;
     with_heartbeat(guest)?;
     let (vss, heartbeat) = (guest.vss(), guest.host().heartbeat());

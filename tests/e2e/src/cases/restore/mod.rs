@@ -242,7 +242,7 @@ fn bad_copies(guest: &Guest, format: Format) -> Result<()> {
     stop(guest, Module::Ours, &process)?;
     let good = backup.copies.into_iter().next().context("no copy")?;
 
-    guest.expect_in_log(&OF_BAD_COPIES);
+    guest.expect_in_log(&OF_BAD_COPIES)?;
     // The log makes the same disk as the copy, so a log with a fault makes that disk with the fault.
     let part = good.only_part()?;
     let again = good.with(log::replay(&part.base, &part.log))?;
@@ -298,7 +298,7 @@ impl Refused {
 /// Copies of volumes that are bad each in its own way: that the judges look at the copy, and not at what it is
 /// a copy of, is seen by that.
 fn bad_volumes(guest: &Guest, backup: &Backup, unfrozen: &[Copy]) -> Result<()> {
-    guest.expect_in_log(&OF_BAD_COPIES);
+    guest.expect_in_log(&OF_BAD_COPIES)?;
     for unfrozen in unfrozen {
         let name = format!("{:?} on {:?}, no freeze", unfrozen.format, unfrozen.stack);
         let verdict = judge(guest, &[unfrozen])?;
