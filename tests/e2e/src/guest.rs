@@ -876,11 +876,7 @@ impl Guest {
     /// writes need not wait, and our module names no such file system in debugfs. FITHAW alone says the
     /// same of what our module holds.
     pub fn not_frozen(&self, when: &str, paths: &[impl AsRef<str>]) -> Result<()> {
-        let held = match self.read(HELD) {
-            // Our module is not loaded.
-            Err(error) if error.errno() == Some("ENOENT") => Vec::new(),
-            text => held(&text?)?,
-        };
+        let held = self.held_if_loaded()?;
         let mounts = self.mount_table()?;
         for path in paths {
             let path = path.as_ref();
@@ -909,6 +905,14 @@ impl Guest {
     /// What our module says that it holds, or is freezing or thawing: device and state of each.
     pub fn held(&self) -> Result<Vec<(String, String)>> {
         held(&self.read(HELD)?)
+    }
+
+    /// The same of nothing where our module is not loaded.
+    fn held_if_loaded(&self) -> Result<Vec<(String, String)>> {
+        match self.read(HELD) {
+            Err(error) if error.errno() == Some("ENOENT") => Ok(Vec::new()),
+            text => held(&text?),
+        }
     }
 
     /// FIFREEZE and FITHAW of the file system that `path` is on, and how long both took.
@@ -1147,6 +1151,12 @@ impl Guest {
         self.release_opens()?;
         self.neighbours_stop()?;
         self.not_frozen("when the case was over", &self.mounts()?)?;
+        // Of what is mounted where the agent does not see it, too. The end of the daemon would thaw it.
+        let held = self.held_if_loaded()?;
+        ensure!(
+            held.is_empty(),
+            "the module still held something when the case was over: {held:?}"
+        );
         self.writers_stop()?;
         let _: () = self.agent.call(Command::DevCloseAll, STEP)?;
         let _: () = self.agent.call(Command::ForksEnd, STEP)?;
