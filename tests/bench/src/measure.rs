@@ -5,7 +5,7 @@
 //! Latencies are the host's, from the moment when the request was in the guest's ring to the
 //! arrival of the answer. Stalls are the guest's, as its writers saw them. Nothing is judged here.
 
-use crate::load::{Disks, Writers};
+use crate::load::{every, Disks, Writers};
 use crate::phases::{Phases, Watched};
 use crate::stack::Rig;
 use crate::stats::p99;
@@ -48,15 +48,18 @@ pub struct Sample {
 /// One FREEZE, and THAW as soon as it is answered, with a writer on every file system.
 pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
     let (guest, vss) = (rig.guest(), rig.guest().vss());
-    // Once for nothing: the first freeze of a daemon that has just started is slower with both.
+    // Once for nothing: the first freeze of a daemon that has just started is slower with both. There is time
+    // in it to see that all is frozen that will be measured.
+    disks.start_small_writers(guest)?;
+    wait_for_writers(guest)?;
     answered("the first FREEZE", &vss.freeze(&[], LIMIT)?, status::OK)?;
+    all_stand_still(guest)?;
     answered("the first THAW", &vss.thaw(LIMIT)?, status::OK)?;
+    guest.writers_stop()?;
 
     let dirty_kib = disks.prepare(guest)?;
     let dirtier = disks.start_writers(guest)?;
-    guest.wait_until("every writer writes", STEP * 2, || {
-        Ok(guest.writers()?.iter().all(|it| it.count > 10))
-    })?;
+    wait_for_writers(guest)?;
     guest.writers_reset()?;
     let watched = match disks.writers {
         Writers::Fsync => Some(Watched::begin(guest)?),
@@ -96,6 +99,46 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
         stalls,
         dirty_kib,
     })
+}
+
+/// Waits until each writer is on its way.
+fn wait_for_writers(guest: &Guest) -> Result<()> {
+    guest.wait_until("every writer writes", STEP * 2, || {
+        Ok(guest.writers()?.iter().all(|it| it.count > 10))
+    })
+}
+
+/// Each writer stands still for as long as it would take to write several times: a backup that leaves a file
+/// system out is quick, and worth nothing.
+fn all_stand_still(guest: &Guest) -> Result<()> {
+    let look = || -> Result<Vec<(String, u64)>> {
+        let writers = guest.writers()?.into_iter();
+        Ok(writers.map(|it| (it.path, it.count)).collect())
+    };
+    let first = look()?;
+    let long = SNAPSHOT.max(every(first.len()) * 8);
+    let over = guest.clock()? + long.as_micros() as u64;
+    guest.wait_until("the snapshot is taken", STEP, || Ok(guest.clock()? > over))?;
+    let last = look()?;
+    let moving = moving(&first, &last);
+    ensure!(
+        moving.is_empty(),
+        "FREEZE was answered 0, and these are written to: {moving:?}"
+    );
+    Ok(())
+}
+
+/// How long a host takes at least for its snapshot in the backup that is not measured.
+const SNAPSHOT: Duration = Duration::from_millis(200);
+
+/// The files that were written to between two looks, each by how often it had been by then. One write may
+/// have returned just before the freeze and been counted after the first.
+fn moving<'a>(first: &[(String, u64)], last: &'a [(String, u64)]) -> Vec<&'a str> {
+    let pairs = first.iter().zip(last);
+    pairs
+        .filter(|(first, last)| last.1 > first.1 + 1)
+        .map(|(_, last)| last.0.as_str())
+        .collect()
 }
 
 /// The least that any stack can do in this guest, in seconds: of all file systems the longest that one
@@ -266,6 +309,18 @@ fn wake_ups(strace: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_writes_twice_does_not_stand_still() {
+        let look = |counts: [u64; 3]| {
+            ["/a", "/b", "/c"]
+                .map(str::to_owned)
+                .into_iter()
+                .zip(counts)
+        };
+        let look = |counts| look(counts).collect::<Vec<_>>();
+        assert_eq!(moving(&look([20, 20, 20]), &look([20, 21, 22])), ["/c"]);
+    }
 
     #[test]
     fn busy_time_is_uptime_without_idle_time() {
