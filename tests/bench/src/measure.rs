@@ -6,7 +6,7 @@
 //! arrival of the answer. Stalls are the guest's, as its writers saw them. Nothing is judged here.
 
 use crate::load::{every, Disks, Writers};
-use crate::phases::{Phases, Watched};
+use crate::phases::{Phases, Watched, WHOLE};
 use crate::stack::Rig;
 use crate::stats::p99;
 use anyhow::{ensure, Context, Result};
@@ -61,6 +61,7 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
     let dirtier = disks.start_writers(guest)?;
     wait_for_writers(guest)?;
     guest.writers_reset()?;
+    let begun = guest.clock()?;
     let watched = match disks.writers {
         Writers::Fsync => Some(Watched::begin(guest)?),
         Writers::Small | Writers::Dirtier => None,
@@ -71,9 +72,11 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
     answered("FREEZE", &freeze, status::OK)?;
     answered("THAW", &thaw, status::OK)?;
     let stalls = stalls(guest)?;
-    let p99_us = guest.writers()?.iter().map(|it| it.p99_us).max();
     let phases = watched.map(Watched::end).transpose()?;
-    let fsyncs = phases.map_or_else(|| Ok(BTreeMap::new()), |it| fsyncs(guest, it))?;
+    let mut fsyncs = phases.map_or_else(|| Ok(BTreeMap::new()), |it| fsyncs(guest, it))?;
+    if phases.is_some() {
+        fsyncs.insert(WHOLE.0, parts(guest, begun, guest.clock()?)?);
+    }
     disks.stop_writers(guest, dirtier)?;
 
     let worst = stalls.values().copied().fold(0.0, f64::max);
@@ -84,7 +87,7 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
     ]);
     let mut lengths = BTreeMap::new();
     if let Some(phases) = phases {
-        seconds.insert("fsync-p99", p99_us.unwrap_or(0) as f64 / 1e6);
+        seconds.insert(WHOLE.1, p99(fsyncs.get(WHOLE.0).map_or(&[], Vec::as_slice)));
         for (phase, from, to) in phases.spans() {
             lengths.insert(phase.name, (to - from) as f64 / 1e6);
             let parts = fsyncs.get(phase.name).map_or(&[][..], Vec::as_slice);
@@ -156,11 +159,16 @@ pub fn limit(guest: &Guest, disks: &Disks) -> Result<f64> {
 fn fsyncs(guest: &Guest, phases: Phases) -> Result<BTreeMap<&'static str, Vec<f64>>> {
     let mut fsyncs = BTreeMap::new();
     for (phase, from, to) in phases.spans() {
-        let shares = guest.writes_within(from, to)?;
-        let parts = shares.iter().flat_map(|it| &it.parts_us);
-        fsyncs.insert(phase.name, parts.map(|it| *it as f64 / 1e6).collect());
+        fsyncs.insert(phase.name, parts(guest, from, to)?);
     }
     Ok(fsyncs)
+}
+
+/// What each write took of this span of the guest's clock, in seconds.
+fn parts(guest: &Guest, from: u64, to: u64) -> Result<Vec<f64>> {
+    let shares = guest.writes_within(from, to)?;
+    let parts = shares.iter().flat_map(|it| &it.parts_us);
+    Ok(parts.map(|it| *it as f64 / 1e6).collect())
 }
 
 /// The longest write of each writer, taken once the write that it stood still in has ended.
