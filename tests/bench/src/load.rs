@@ -10,6 +10,7 @@ use e2e::guest::{Guest, Process, STEP};
 use hyperv_sim::storage::{Disk, Image};
 use hyperv_sim::Guid;
 use std::num::NonZeroU64;
+use std::time::Duration;
 
 /// What a load has the host ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -328,14 +329,25 @@ fn rewrite(n: u32, mib: u32) -> String {
 /// How often small writers write, all taken together: once in so many microseconds on average. With
 /// one writer for each of 33 file systems that write every millisecond, an emulated processor would
 /// do little else.
-const WRITE_EVERY_US: u64 = 1000;
+const WRITE_EVERY: Duration = Duration::from_millis(1);
+
+/// How often each of so many small writers writes.
+pub fn every(writers: usize) -> Duration {
+    WRITE_EVERY * writers as u32
+}
 
 impl Disks {
+    /// Starts a small writer on each file system, whatever the load has.
+    pub fn start_small_writers(&self, guest: &Guest) -> Result<()> {
+        let writers = Writers::Small;
+        Disks { writers, ..*self }.start_writers(guest).map(drop)
+    }
+
     /// Starts the writers. Each writes the less often the more there are. What they are is to be given
     /// to [`Disks::stop_writers`].
     pub fn start_writers(&self, guest: &Guest) -> Result<Option<Process>> {
         let folders = self.folders();
-        let every_us = WRITE_EVERY_US * folders.len() as u64;
+        let every_us = every(folders.len()).as_micros() as u64;
         for folder in folders {
             let file = format!("{}/writer", folder.trim_end_matches('/'));
             match self.writers {

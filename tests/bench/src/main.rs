@@ -16,7 +16,7 @@ mod stack;
 mod stats;
 
 use anyhow::{ensure, Context, Result};
-use clap::Parser;
+use clap::{value_parser, Parser};
 use e2e::guest::{Guest, Images, Machine};
 use load::{Load, Work, Writers, LOADS};
 use measure::Sample;
@@ -38,7 +38,7 @@ struct Arguments {
     #[arg(long, value_name = "GLOB", default_value = "*")]
     load: String,
     /// Rounds under each load, one turn for each stack; three times as many for 1-clean
-    #[arg(long, value_name = "N", default_value_t = 10)]
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = value_parser!(u32).range(1..))]
     rounds: u32,
 }
 
@@ -157,4 +157,15 @@ fn in_words(sample: &Sample) -> String {
     figures
         .map(|(metric, seconds)| format!("  {metric} {}", ms(*seconds)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_rounds_are_no_benchmark() {
+        let parses = |rounds| Arguments::try_parse_from(["bench", "--rounds", rounds]).is_ok();
+        assert!(parses("1") && !parses("0"));
+    }
 }

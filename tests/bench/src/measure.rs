@@ -5,8 +5,8 @@
 //! Latencies are the host's, from the moment when the request was in the guest's ring to the
 //! arrival of the answer. Stalls are the guest's, as its writers saw them. Nothing is judged here.
 
-use crate::load::{Disks, Writers};
-use crate::phases::{Phases, Watched};
+use crate::load::{every, Disks, Writers};
+use crate::phases::{Phases, Watched, WHOLE};
 use crate::stack::Rig;
 use crate::stats::p99;
 use anyhow::{ensure, Context, Result};
@@ -48,16 +48,20 @@ pub struct Sample {
 /// One FREEZE, and THAW as soon as it is answered, with a writer on every file system.
 pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
     let (guest, vss) = (rig.guest(), rig.guest().vss());
-    // Once for nothing: the first freeze of a daemon that has just started is slower with both.
+    // Once for nothing: the first freeze of a daemon that has just started is slower with both. There is time
+    // in it to see that all is frozen that will be measured.
+    disks.start_small_writers(guest)?;
+    wait_for_writers(guest)?;
     answered("the first FREEZE", &vss.freeze(&[], LIMIT)?, status::OK)?;
+    all_stand_still(guest)?;
     answered("the first THAW", &vss.thaw(LIMIT)?, status::OK)?;
+    guest.writers_stop()?;
 
     let dirty_kib = disks.prepare(guest)?;
     let dirtier = disks.start_writers(guest)?;
-    guest.wait_until("every writer writes", STEP * 2, || {
-        Ok(guest.writers()?.iter().all(|it| it.count > 10))
-    })?;
+    wait_for_writers(guest)?;
     guest.writers_reset()?;
+    let begun = guest.clock()?;
     let watched = match disks.writers {
         Writers::Fsync => Some(Watched::begin(guest)?),
         Writers::Small | Writers::Dirtier => None,
@@ -68,9 +72,11 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
     answered("FREEZE", &freeze, status::OK)?;
     answered("THAW", &thaw, status::OK)?;
     let stalls = stalls(guest)?;
-    let p99_us = guest.writers()?.iter().map(|it| it.p99_us).max();
     let phases = watched.map(Watched::end).transpose()?;
-    let fsyncs = phases.map_or_else(|| Ok(BTreeMap::new()), |it| fsyncs(guest, it))?;
+    let mut fsyncs = phases.map_or_else(|| Ok(BTreeMap::new()), |it| fsyncs(guest, it))?;
+    if phases.is_some() {
+        fsyncs.insert(WHOLE.0, parts(guest, begun, guest.clock()?)?);
+    }
     disks.stop_writers(guest, dirtier)?;
 
     let worst = stalls.values().copied().fold(0.0, f64::max);
@@ -81,7 +87,7 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
     ]);
     let mut lengths = BTreeMap::new();
     if let Some(phases) = phases {
-        seconds.insert("fsync-p99", p99_us.unwrap_or(0) as f64 / 1e6);
+        seconds.insert(WHOLE.1, p99(fsyncs.get(WHOLE.0).map_or(&[], Vec::as_slice)));
         for (phase, from, to) in phases.spans() {
             lengths.insert(phase.name, (to - from) as f64 / 1e6);
             let parts = fsyncs.get(phase.name).map_or(&[][..], Vec::as_slice);
@@ -96,6 +102,46 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
         stalls,
         dirty_kib,
     })
+}
+
+/// Waits until each writer is on its way.
+fn wait_for_writers(guest: &Guest) -> Result<()> {
+    guest.wait_until("every writer writes", STEP * 2, || {
+        Ok(guest.writers()?.iter().all(|it| it.count > 10))
+    })
+}
+
+/// Each writer stands still for as long as it would take to write several times: a backup that leaves a file
+/// system out is quick, and worth nothing.
+fn all_stand_still(guest: &Guest) -> Result<()> {
+    let look = || -> Result<Vec<(String, u64)>> {
+        let writers = guest.writers()?.into_iter();
+        Ok(writers.map(|it| (it.path, it.count)).collect())
+    };
+    let first = look()?;
+    let long = SNAPSHOT.max(every(first.len()) * 8);
+    let over = guest.clock()? + long.as_micros() as u64;
+    guest.wait_until("the snapshot is taken", STEP, || Ok(guest.clock()? > over))?;
+    let last = look()?;
+    let moving = moving(&first, &last);
+    ensure!(
+        moving.is_empty(),
+        "FREEZE was answered 0, and these are written to: {moving:?}"
+    );
+    Ok(())
+}
+
+/// How long a host takes at least for its snapshot in the backup that is not measured.
+const SNAPSHOT: Duration = Duration::from_millis(200);
+
+/// The files that were written to between two looks, each by how often it had been by then. One write may
+/// have returned just before the freeze and been counted after the first.
+fn moving<'a>(first: &[(String, u64)], last: &'a [(String, u64)]) -> Vec<&'a str> {
+    let pairs = first.iter().zip(last);
+    pairs
+        .filter(|(first, last)| last.1 > first.1 + 1)
+        .map(|(_, last)| last.0.as_str())
+        .collect()
 }
 
 /// The least that any stack can do in this guest, in seconds: of all file systems the longest that one
@@ -113,11 +159,16 @@ pub fn limit(guest: &Guest, disks: &Disks) -> Result<f64> {
 fn fsyncs(guest: &Guest, phases: Phases) -> Result<BTreeMap<&'static str, Vec<f64>>> {
     let mut fsyncs = BTreeMap::new();
     for (phase, from, to) in phases.spans() {
-        let shares = guest.writes_within(from, to)?;
-        let parts = shares.iter().flat_map(|it| &it.parts_us);
-        fsyncs.insert(phase.name, parts.map(|it| *it as f64 / 1e6).collect());
+        fsyncs.insert(phase.name, parts(guest, from, to)?);
     }
     Ok(fsyncs)
+}
+
+/// What each write took of this span of the guest's clock, in seconds.
+fn parts(guest: &Guest, from: u64, to: u64) -> Result<Vec<f64>> {
+    let shares = guest.writes_within(from, to)?;
+    let parts = shares.iter().flat_map(|it| &it.parts_us);
+    Ok(parts.map(|it| *it as f64 / 1e6).collect())
 }
 
 /// The longest write of each writer, taken once the write that it stood still in has ended.
@@ -266,6 +317,18 @@ fn wake_ups(strace: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_writes_twice_does_not_stand_still() {
+        let look = |counts: [u64; 3]| {
+            ["/a", "/b", "/c"]
+                .map(str::to_owned)
+                .into_iter()
+                .zip(counts)
+        };
+        let look = |counts| look(counts).collect::<Vec<_>>();
+        assert_eq!(moving(&look([20, 20, 20]), &look([20, 21, 22])), ["/c"]);
+    }
 
     #[test]
     fn busy_time_is_uptime_without_idle_time() {

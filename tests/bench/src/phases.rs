@@ -47,6 +47,17 @@ pub const ALL: [Phase; 4] = [
     },
 ];
 
+/// The same of a whole turn, from before FREEZE until every writer goes on: what the results call its writes,
+/// and what 99 of a hundred of them did not take longer, of all rounds together as well.
+pub const WHOLE: (&str, &str) = ("turn", "fsync-p99");
+
+/// What the results call the writes whose 99th of a hundred this metric is, if it is one.
+pub fn pooled(metric: &str) -> Option<&'static str> {
+    let phases = ALL.iter().map(|it| (it.name, it.p99));
+    let mut all = phases.chain([WHOLE]);
+    all.find(|(_, p99)| *p99 == metric).map(|it| it.0)
+}
+
 /// When each phase of one backup begins, and when the last one ends, in microseconds of the guest's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Phases {

@@ -18,10 +18,10 @@ stall: the longest write of a small writer, on the file system where it was long
 guarded: our daemon on the stock hv_utils. ratio: ours / peer, and the range of 95 % of it
 (paired bootstrap). limit: our stall / the longest freeze and thaw of any of these file
 systems when it is clean and alone. fsync-p99: of a hundred writes with their fsync 99 took
-no longer, on the file system where it was most. sync-, freeze-, hold- and thaw-: what the
-writes took of that phase, -p99 of all rounds together, -longest of the longest one. sync:
-from FREEZE to the first freeze; freeze: until the last one has ended; hold: until the first
-thaw begins; thaw: until the last one has ended.";
+no longer, from before FREEZE until all went on, of all file systems and rounds together.
+sync-, freeze-, hold- and thaw-: what the writes took of that phase, -p99 of all rounds
+together, -longest of the longest one. sync: from FREEZE to the first freeze; freeze: until
+the last one has ended; hold: until the first thaw begins; thaw: until the last one has ended.";
 
 /// All that was measured so far.
 #[derive(Debug, Default)]

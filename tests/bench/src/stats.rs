@@ -125,7 +125,7 @@ pub fn lengths(turns: &[Turn], load: &str, stack: Stack, phase: &str) -> Vec<f64
         .collect()
 }
 
-/// What the writes of each turn took of one phase.
+/// What the writes of each turn took of one phase, or of all of it.
 fn fsyncs(turns: &[Turn], load: &str, stack: Stack, phase: &str) -> Vec<Vec<f64>> {
     turns
         .iter()
@@ -148,10 +148,10 @@ fn figures(turns: &[Turn], load: &str, metric: &str) -> Option<(f64, f64, [f64; 
         let all = |values: &[T]| figure(&values.iter().collect::<Vec<_>>());
         Some((all(ours), all(peer), interval(ours, peer, &figure)))
     }
-    match crate::phases::ALL.iter().find(|it| it.p99 == metric) {
+    match crate::phases::pooled(metric) {
         Some(phase) => of(
-            &fsyncs(turns, load, Stack::Ours, phase.name),
-            &fsyncs(turns, load, Stack::Peer, phase.name),
+            &fsyncs(turns, load, Stack::Ours, phase),
+            &fsyncs(turns, load, Stack::Peer, phase),
             |rounds| {
                 p99(&rounds
                     .iter()
@@ -180,6 +180,7 @@ pub fn compare(turns: &[Turn], limits: &BTreeMap<&str, Vec<f64>>) -> Vec<Compari
             let Some((ours, peer, interval)) = figures(turns, load, metric) else {
                 continue;
             };
+            // Only loads without a phase have turns of theirs.
             let guarded = values(turns, load, Stack::Guarded, metric);
             let limit = limits.get(load).filter(|_| metric == "stall");
             rows.push(Comparison {
@@ -241,7 +242,7 @@ mod tests {
     fn of_the_writes_in_a_phase_all_rounds_count_together() {
         let with = |round, stack, fsyncs: &[f64]| Turn {
             sample: Sample {
-                fsyncs: BTreeMap::from([("hold", fsyncs.to_vec())]),
+                fsyncs: BTreeMap::from([("hold", fsyncs.to_vec()), ("turn", fsyncs.to_vec())]),
                 ..Sample::default()
             },
             ..turn(round, stack, 0.0)
@@ -254,8 +255,10 @@ mod tests {
             with(2, Stack::Ours, &[9.0]),
             with(2, Stack::Peer, &[4.0]),
         ];
-        let (ours, peer, _) = figures(&turns, "some", "hold-p99").expect("both had turns");
-        assert_eq!((ours, peer), (1.0, 4.0));
+        for metric in ["hold-p99", "fsync-p99"] {
+            let (ours, peer, _) = figures(&turns, "some", metric).expect("both had turns");
+            assert_eq!((ours, peer), (1.0, 4.0), "{metric}");
+        }
         assert_eq!(figures(&turns, "some", "thaw-p99"), None);
     }
 

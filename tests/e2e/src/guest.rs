@@ -618,12 +618,10 @@ impl Guest {
             "the guest should have agreed on VMBus {expected}, it did on {agreed}"
         );
         // A detector that has spoken while the guest booted may have turned itself off.
-        let complaints = guest.complaints()?;
-        if !complaints.is_empty() {
+        if let Err(error) = guest.check_log() {
             guest.vm.kill();
-            bail!("the kernel complained while it booted:\n{complaints}");
+            return Err(error.context("while it booted"));
         }
-        guest.mark_log()?;
         Ok(guest)
     }
 
@@ -878,11 +876,7 @@ impl Guest {
     /// writes need not wait, and our module names no such file system in debugfs. FITHAW alone says the
     /// same of what our module holds.
     pub fn not_frozen(&self, when: &str, paths: &[impl AsRef<str>]) -> Result<()> {
-        let held = match self.read(HELD) {
-            // Our module is not loaded.
-            Err(error) if error.errno() == Some("ENOENT") => Vec::new(),
-            text => held(&text?)?,
-        };
+        let held = self.held_if_loaded()?;
         let mounts = self.mount_table()?;
         for path in paths {
             let path = path.as_ref();
@@ -911,6 +905,14 @@ impl Guest {
     /// What our module says that it holds, or is freezing or thawing: device and state of each.
     pub fn held(&self) -> Result<Vec<(String, String)>> {
         held(&self.read(HELD)?)
+    }
+
+    /// The same of nothing where our module is not loaded.
+    fn held_if_loaded(&self) -> Result<Vec<(String, String)>> {
+        match self.read(HELD) {
+            Err(error) if error.errno() == Some("ENOENT") => Ok(Vec::new()),
+            text => held(&text?),
+        }
     }
 
     /// FIFREEZE and FITHAW of the file system that `path` is on, and how long both took.
@@ -1042,13 +1044,18 @@ impl Guest {
     /// The kernel's log since the case began: records of at most this level (4: warnings and
     /// worse; 6: information). What the kernel reports of itself alone is left out.
     pub fn log(&self, max_level: u8) -> Result<Vec<Record>> {
+        Ok(self.log_to(max_level)?.0)
+    }
+
+    /// The same, and where it ends.
+    fn log_to(&self, max_level: u8) -> Result<(Vec<Record>, u64)> {
         let log = self.kmsg(self.log_mark.load(SeqCst), max_level)?;
         ensure!(
             log.lost == 0,
             "{} records of the kernel's log were overwritten before they could be read",
             log.lost
         );
-        Ok(without_foreign_reports(log.records))
+        Ok((without_foreign_reports(log.records), log.next))
     }
 
     fn kmsg(&self, since: u64, max_level: u8) -> Result<Log, CallError> {
@@ -1144,6 +1151,12 @@ impl Guest {
         self.release_opens()?;
         self.neighbours_stop()?;
         self.not_frozen("when the case was over", &self.mounts()?)?;
+        // Of what is mounted where the agent does not see it, too. The end of the daemon would thaw it.
+        let held = self.held_if_loaded()?;
+        ensure!(
+            held.is_empty(),
+            "the module still held something when the case was over: {held:?}"
+        );
         self.writers_stop()?;
         let _: () = self.agent.call(Command::DevCloseAll, STEP)?;
         let _: () = self.agent.call(Command::ForksEnd, STEP)?;
@@ -1177,12 +1190,27 @@ impl Guest {
 
     /// Neither the kernel nor the host has complained since the case began, or since the last call.
     pub fn check_log(&self) -> Result<()> {
-        let complaints = self.complaints()?;
+        // What the detectors find they may log as well.
+        let found = self.detectors.complaints(self)?;
+        self.check_logged(found)
+    }
+
+    /// The same of what was logged, beside what was `found` otherwise. The next look begins where this one has
+    /// ended: what is logged meanwhile is not lost between the two.
+    fn check_logged(&self, found: String) -> Result<()> {
+        let (console, now) = (self.vm.console().len(), self.host().now());
+        let (log, next) = self.log_to(6)?;
+        let mut text = complaints(&log, &self.expected());
+        text.push_str(&found);
+        text.push_str(&self.violations());
         ensure!(
-            complaints.is_empty(),
-            "the kernel or the host complained:\n{complaints}"
+            text.is_empty(),
+            "the kernel or the host complained:\n{text}"
         );
-        Ok(self.mark_log()?)
+        self.log_mark.store(next, SeqCst);
+        self.console_mark.store(console, SeqCst);
+        *self.host_mark() = now;
+        Ok(())
     }
 
     /// The case is about to end this machine. What its kernel logs from now on is looked for on its console,
@@ -1261,10 +1289,11 @@ impl Guest {
     }
 
     /// From here until the end of the case reports of the kernel or the host in which one of these texts stands are
-    /// what the case is about, and not held against it.
-    pub fn expect_in_log(&self, texts: &[&'static str]) {
-        let mut expected = self.expected();
-        expected.extend_from_slice(texts);
+    /// what the case is about, and not held against it. Those from before are.
+    pub fn expect_in_log(&self, texts: &[&'static str]) -> Result<()> {
+        self.check_logged(String::new())?;
+        self.expected().extend_from_slice(texts);
+        Ok(())
     }
 
     fn host_mark(&self) -> std::sync::MutexGuard<'_, Duration> {
@@ -1280,15 +1309,6 @@ impl Guest {
     /// Whether its kernel looks for leaks by itself.
     pub fn looks_for_leaks(&self) -> bool {
         self.detectors.kmemleak
-    }
-
-    /// What the kernel holds against the case, in its log and through its detectors, and would hold
-    /// against any; and what the host holds against the kernel.
-    fn complaints(&self) -> Result<String> {
-        let mut text = complaints(&self.log(6)?, &self.expected());
-        text.push_str(&self.detectors.complaints(self)?);
-        text.push_str(&self.violations());
-        Ok(text)
     }
 
     /// What the host holds against the kernel.

@@ -18,7 +18,7 @@ mod table;
 use anyhow::{ensure, Context, Result};
 use cases::When;
 use clap::builder::PossibleValuesParser;
-use clap::{Parser, Subcommand};
+use clap::{value_parser, Parser, Subcommand};
 use e2e::guest;
 use hyperv_sim::Profile;
 use std::collections::BTreeSet;
@@ -49,16 +49,16 @@ enum Action {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
         /// How often cases that kill at random moments do so [default: 8, or fewer where that does]
-        #[arg(long)]
+        #[arg(long, value_parser = value_parser!(u32).range(1..))]
         rounds: Option<u32>,
         /// The seed of those moments
         #[arg(long, default_value_t = cases::DEFAULT_SEED)]
         seed: u64,
         /// How many times longer than usual everything may take: for a slow kernel
-        #[arg(long, value_name = "TIMES", default_value_t = 1)]
+        #[arg(long, value_name = "TIMES", default_value_t = 1, value_parser = value_parser!(u32).range(1..))]
         patience: u32,
         /// Virtual CPUs of every guest [default: what each case is made for]
-        #[arg(long)]
+        #[arg(long, value_parser = value_parser!(u8).range(1..))]
         cpus: Option<u8>,
         /// The kind of every host [default: as with --cpus]
         #[arg(long, value_name = "KIND",
@@ -298,6 +298,15 @@ fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_is_asked_for_no_times() {
+        let parses =
+            |option, count| Arguments::try_parse_from(["e2e", "run", option, count]).is_ok();
+        for option in ["--rounds", "--patience", "--cpus"] {
+            assert!(parses(option, "1") && !parses(option, "0"), "{option}");
+        }
+    }
 
     #[test]
     fn what_is_large_is_asked_for_by_those_who_need_it() {

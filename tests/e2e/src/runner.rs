@@ -310,9 +310,21 @@ fn run_one(case: &Case, guest: Guest, cells: &mut Vec<Cell>) -> Result<Passed, F
     }
 }
 
+/// Whether what a guest that stands still has said of its stacks names a function of our module, or one of
+/// our programs as what a processor runs or what waits: then it is no accident of the emulation. That the
+/// module is loaded is in the head of every stack, and says nothing.
+fn is_ours(seen: &str) -> bool {
+    const OURS: [&str; 3] = ["[hv_vss]", "Comm: hv_vss_", "task:hv_vss_"];
+    let mut lines = seen.lines();
+    lines.any(|line| OURS.iter().any(|it| line.contains(it)))
+}
+
 /// How it failed, with what was seen of its guest.
 fn failed(error: anyhow::Error, still: Option<Standstill>, report: &str) -> Failed {
     match still {
+        Some(still) if is_ours(&still.seen) => Failed::Case(anyhow!(
+            "{error:#}\nits guest stands still with our module or daemon in it\n{still}\n{report}"
+        )),
         Some(still) => Failed::Machine {
             error: anyhow!("{error:#}\n{still}\n{report}"),
             kernel_answers: still.kernel_answers,
@@ -433,6 +445,27 @@ mod tests {
         assert!(close(&[again("a/b", true), again("b/c", true)]));
         assert!(close(&[again("a/b", true), again("a/c", false)]));
         assert!(!close(&[again("a/b", true), again("a/c", true)]));
+    }
+
+    #[test]
+    fn a_machine_that_stands_still_in_our_code_is_a_case_that_failed() {
+        let fails = |seen: &str| {
+            let still = Standstill {
+                kernel_answers: true,
+                seen: seen.into(),
+            };
+            matches!(
+                failed(anyhow!("no answer"), Some(still), ""),
+                Failed::Case(_)
+            )
+        };
+        let loaded = "Modules linked in: hv_vss(O) [last unloaded: hv_utils(E)]\nComm: swapper/0";
+        assert!(!fails(loaded));
+        assert!(fails("[  9.1]  hold_work+0x4a/0x90 [hv_vss]"));
+        assert!(fails(
+            "[  9.1] CPU: 0 UID: 0 PID: 71 Comm: hv_vss_daemon Tainted: G O"
+        ));
+        assert!(fails("[  9.1] task:hv_vss_guard    state:D stack:0 pid:72"));
     }
 
     #[test]

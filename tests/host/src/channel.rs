@@ -388,7 +388,8 @@ impl IcChannel {
         self.dialogue(|dialogue| dialogue.greeting = packets.to_vec());
     }
 
-    /// Forgets all that was sent and came back so far; what comes for it later is a stray.
+    /// Forgets all that was sent and came back so far. What comes for it later is a stray, and nobody's fault:
+    /// as many packets as had no answer, until the channel is opened again.
     pub fn forget(&self) {
         self.dialogue(Dialogue::forget);
     }

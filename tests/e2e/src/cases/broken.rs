@@ -146,7 +146,7 @@ fn compare(guest: &Guest, what: &str, ours: &Seen) -> Result<()> {
 }
 
 fn read_only_since_an_error(guest: &Guest) -> Result<()> {
-    guest.expect_in_log(&["(device ram2)", "EXT4-fs (ram2)"]);
+    guest.expect_in_log(&["(device ram2)", "EXT4-fs (ram2)"])?;
     guest.sh(HEALTHY)?;
     guest.sh(
         "mkfs.ext4 -q -F /dev/ram2 && mount -o errors=remount-ro /dev/ram2 /mnt/bad
@@ -171,7 +171,7 @@ fn read_only_since_an_error(guest: &Guest) -> Result<()> {
 }
 
 fn shut_down(guest: &Guest) -> Result<()> {
-    guest.expect_in_log(&["EXT4-fs (ram2)", "XFS (ram3)"]);
+    guest.expect_in_log(&["EXT4-fs (ram2)", "XFS (ram3)"])?;
     guest.sh(HEALTHY)?;
     guest.sh("modprobe -a xfs btrfs; mkdir -p /mnt/xfs /mnt/btrfs
               mkfs.ext4 -q -F /dev/ram2 && mount /dev/ram2 /mnt/bad
@@ -185,7 +185,7 @@ fn shut_down(guest: &Guest) -> Result<()> {
 }
 
 fn disk_gone(guest: &Guest) -> Result<()> {
-    guest.expect_in_log(&["(sda)", "(device sda)", "dev sda", "for sda-8"]);
+    guest.expect_in_log(&["(sda)", "(device sda)", "dev sda", "for sda-8"])?;
     guest.sh(HEALTHY)?;
     guest.sh("modprobe sd_mod && modprobe scsi_debug dev_size_mb=48")?;
     guest.wait_until("the disk is there", STEP, || {

@@ -355,7 +355,7 @@ fn errors(guest: &Guest) -> Result<()> {
         "I/O error",
         // Of the driver, for each command that the disk fails with sense.
         "status: scsi 0x2 srb 0x84",
-    ]);
+    ])?;
     let fault = |kind| Fault {
         offset: 1 << 20,
         len: 4096,

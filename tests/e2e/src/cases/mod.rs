@@ -469,6 +469,22 @@ fn observe(guest: &Guest) -> Result<Seen> {
 fn observe_backup_of(guest: &Guest, disks: &[Lun]) -> Result<Seen> {
     let vss = guest.vss();
     let freeze = vss.freeze(disks, STEP)?.status();
+    let (still, moving) = who_stands_still(guest)?;
+    let thaw = match freeze {
+        status::OK => Some(vss.thaw(STEP)?.status()),
+        _ => None,
+    };
+    Ok(Seen {
+        freeze,
+        still,
+        moving,
+        thaw,
+        stuck: stuck_writers(guest)?,
+    })
+}
+
+/// The files of the writers that stand still, and of those that go on.
+fn who_stands_still(guest: &Guest) -> Result<(Vec<String>, Vec<String>)> {
     let start = guest.writers()?;
     let (mut still, mut moving) = (Vec::new(), Vec::new());
     guest.wait_until("every writer stands still or goes on", STEP, || {
@@ -483,17 +499,7 @@ fn observe_backup_of(guest: &Guest, disks: &[Lun]) -> Result<Seen> {
         }
         Ok(still.len() + moving.len() == start.len())
     })?;
-    let thaw = match freeze {
-        status::OK => Some(vss.thaw(STEP)?.status()),
-        _ => None,
-    };
-    Ok(Seen {
-        freeze,
-        still,
-        moving,
-        thaw,
-        stuck: stuck_writers(guest)?,
-    })
+    Ok((still, moving))
 }
 
 /// The writers that do not go on within 5 s, by file.

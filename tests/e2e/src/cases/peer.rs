@@ -164,7 +164,7 @@ fn long_packet_wedges(guest: &Guest) -> Result<()> {
     guest.expect_in_log(&[
         "AUTO_RECOVER: the length in the ring of an answer",
         "answers nothing",
-    ]);
+    ])?;
     let tx = vss.send(Op::AUTO_RECOVER, &vec![0; 8500])?;
     let cut = vss.wait(tx, STEP)?;
     ensure!(

@@ -196,7 +196,7 @@ fn frozen(guest: &Guest) -> Result<()> {
     equal("THAW of what was not frozen", ours.thaw, status::FAIL)?;
     ensure!(ours.stuck.is_empty(), "stuck after it: {:?}", ours.stuck);
     ensure!(!ours.warned, "the kernel should not warn");
-    guest.expect_in_log(&SLEPT_FROZEN);
+    guest.expect_in_log(&SLEPT_FROZEN)?;
     let peer = sleep_frozen(guest, Module::Stock, Daemon::Debian)?;
     let words = |slept: &Slept| {
         let thawed = if slept.stuck.is_empty() {

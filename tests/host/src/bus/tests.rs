@@ -6,7 +6,7 @@ use super::*;
 use crate::channel::Tx;
 use crate::ic::device::{self, Dialogue, IcDevice, ReplyState};
 use crate::ic::{message_type, Envelope, Version};
-use crate::profile::Profile;
+use crate::profile::{Carriage, Profile};
 use crate::vmbus::protocol::{message, GpadlHeader, Guid, InitiateContact, MessageHeader};
 use crate::vmbus::protocol::{OpenChannel, PAGE_SIZE};
 use crate::vmbus::ring::{Field, RingMem};
@@ -285,6 +285,57 @@ fn a_packet_that_answers_nothing_is_kept_as_a_stray() {
     guest.signal();
     assert_eq!(lock(&guest.dialogue).take_strays().len(), 1);
     assert_eq!(guest.violations(), 1);
+    // But once.
+    writer.send(6, 0, tx.0, b"nonsense").unwrap();
+    guest.signal();
+    assert_eq!(guest.violations(), 2);
+}
+
+#[test]
+fn only_what_was_given_up_is_forgiven_whatever_the_host() {
+    for profile in [Profile::CURRENT, Profile::OPENVMM] {
+        let mut guest = Guest::of(&profile);
+        guest.connect();
+        let (mut reader, mut writer) = guest.open();
+        let (answered, first) = (guest.request(&[1; 32]), guest.request(&[9; 32]));
+        let of = |tx: Tx| match profile.carriage {
+            Carriage::Packets => tx.0,
+            Carriage::Pipe => 0,
+        };
+        // The offer of versions that comes first on a pipe waits as well.
+        let offer = lock(&guest.dialogue).first_offer;
+        while let Some((mut packet, _)) = reader.receive().unwrap() {
+            packet.payload[25] = 5;
+            if packet.payload[28] != 9 {
+                writer
+                    .send(6, 0, packet.transaction, &packet.payload)
+                    .unwrap();
+                guest.signal();
+            }
+        }
+        for tx in offer.into_iter().chain([answered]) {
+            assert!(matches!(guest.take_reply(tx), ReplyState::Here(_)));
+        }
+        lock(&guest.dialogue).forget();
+        // One had no answer.
+        for violations in [0, 1, 2] {
+            writer.send(6, 0, of(first), b"nonsense").unwrap();
+            guest.signal();
+            assert_eq!(guest.violations(), violations, "{}", profile.name);
+        }
+        // What nobody can answer any more is not forgiven on the next opening.
+        guest.request(&[1; 32]);
+        lock(&guest.dialogue).forget();
+        guest.bus.rescind(1);
+        guest.bus.offer(1);
+        guest.messages();
+        guest.post(message::RELID_RELEASED, U32::new(1), &[]);
+        assert_eq!(guest.messages(), [message::OFFERCHANNEL]);
+        let (_reader, mut writer) = guest.open();
+        writer.send(6, 0, of(first), b"nonsense").unwrap();
+        guest.signal();
+        assert_eq!(guest.violations(), 3, "{}", profile.name);
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@
 //! thread sends the completion. What a command means it does not know, but for those that are
 //! answered without a disk.
 
-use super::disk::{Command, Disk, Outcome};
+use super::disk::{Command, Disk, Outcome, Way};
 use super::lent::{Lease, Lent};
 use super::scsi::{self, Action, Sense};
 use super::vstor::{self, operation, scsi_status, srb_status, status};
@@ -124,7 +124,9 @@ impl ControllerDevice {
         let (status, srb) = (status::SUCCESS, srb_status::SUCCESS);
         let bad = |status, srb| Some(Completion::new(request, status, srb));
         let lent = Lent::parse(self.memory.clone(), self.lease.clone(), &packet.extra);
-        let Ok(lent) = lent else {
+        // What it says of its data is all of it, and has to be there.
+        let len = request.data_length.get() as usize;
+        let Some(lent) = lent.ok().and_then(|lent| lent.first(len)) else {
             return bad(status::INVALID_PARAMETER, srb_status::INVALID_REQUEST);
         };
         let Some(cdb) = request.payload.get(..request.cdb_length.into()) else {
@@ -149,6 +151,9 @@ impl ControllerDevice {
         };
         let mut completion = Completion::new(request, status, srb);
         match answer {
+            Ok(Action::Answer(_)) if way(&request) != Way::In => {
+                return bad(status::INVALID_PARAMETER, srb_status::INVALID_REQUEST)
+            }
             Ok(Action::Answer(bytes)) => match lent.write(&bytes) {
                 Ok(moved) => completion.moved(moved as u32),
                 Err(_) => return bad(status::INVALID_PARAMETER, srb_status::INVALID_REQUEST),
@@ -172,7 +177,7 @@ impl ControllerDevice {
         Command {
             cdb: cdb.to_vec(),
             data,
-            is_out: request.data_in == vstor::DATA_OUT,
+            way: way(&request),
             arrived,
             from: relid,
             done: Box::new(move |outcome| {
@@ -242,6 +247,16 @@ impl Device for ControllerDevice {
     }
 }
 
+/// Which way the data of a command goes. One that says that it sends none sends none.
+fn way(request: &ScsiRequest) -> Way {
+    match (request.data_in, request.data_length.get()) {
+        (_, 0) => Way::None,
+        (vstor::DATA_OUT, _) => Way::Out,
+        (vstor::DATA_IN, _) => Way::In,
+        _ => Way::None,
+    }
+}
+
 /// A completion that is being filled in.
 struct Completion {
     status: u32,
@@ -272,6 +287,8 @@ impl Completion {
                 completion
             }
             Outcome::BadMemory => new(status::INVALID_PARAMETER, srb_status::INVALID_REQUEST),
+            // Of storvsc's own list; what was moved is nothing.
+            Outcome::Overrun => new(status::INVALID_PARAMETER, srb_status::DATA_OVERRUN),
             Outcome::Aborted => new(status::CANCELLED, srb_status::ABORTED),
         }
     }
@@ -396,6 +413,9 @@ mod tests {
     struct Rig {
         device: ControllerDevice,
         memory: GuestMemoryMmap,
+        /// What commands say of their data.
+        data_in: u8,
+        data_length: u32,
     }
 
     impl Rig {
@@ -405,7 +425,12 @@ mod tests {
             let host = WeakHost::nobody();
             let mut device = ControllerDevice::new(PLACE, memory.clone(), host, units);
             device.opened(1, &mut Wishes::default());
-            Rig { device, memory }
+            Rig {
+                device,
+                memory,
+                data_in: vstor::DATA_IN,
+                data_length: PAGE_SIZE as u32,
+            }
         }
 
         /// Sends a message and returns the completion's status, its body and what was noted.
@@ -445,7 +470,8 @@ mod tests {
         /// A command whose data goes to page 3; the SRB status and the bytes that were moved.
         fn command(&mut self, target: u8, lun: u8, cdb: &[u8]) -> Option<(u8, Vec<u8>)> {
             let mut body = vec![0; vstor::BODY];
-            (body[6], body[7], body[8], body[10]) = (target, lun, cdb.len() as u8, 1);
+            (body[6], body[7], body[8], body[10]) = (target, lun, cdb.len() as u8, self.data_in);
+            body[12..16].copy_from_slice(&self.data_length.to_le_bytes());
             body[16..16 + cdb.len()].copy_from_slice(cdb);
             let mut extra = Vec::new();
             for word in [0, 1, PAGE_SIZE as u32, 0, 3, 0] {
@@ -510,6 +536,24 @@ mod tests {
         // So says every other target: the guest takes no data for a disk, whatever the status.
         let (srb, data) = rig.command(1, 0, &INQUIRY).unwrap();
         assert_eq!((srb, data[0]), (srb_status::SUCCESS, 0x7f));
+    }
+
+    #[test]
+    fn what_a_request_says_of_its_data_counts() {
+        let mut rig = Rig::new();
+        rig.initialise();
+        // Less than was lent is all that there is.
+        rig.data_length = 5;
+        let (srb, data) = rig.command(0, 0, &INQUIRY).unwrap();
+        assert_eq!((srb, data.len()), (srb_status::SUCCESS, 5));
+        // More than was lent is not there.
+        rig.data_length = PAGE_SIZE as u32 + 1;
+        let (srb, _) = rig.command(0, 0, &INQUIRY).unwrap();
+        assert_eq!(srb, srb_status::INVALID_REQUEST);
+        // An answer has another way.
+        (rig.data_length, rig.data_in) = (36, vstor::DATA_OUT);
+        let (srb, _) = rig.command(0, 0, &INQUIRY).unwrap();
+        assert_eq!(srb, srb_status::INVALID_REQUEST);
     }
 
     #[test]

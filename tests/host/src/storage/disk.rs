@@ -26,8 +26,10 @@ pub(crate) enum Outcome {
     Good { moved: u32 },
     /// The disk refused it, or failed.
     Check(Sense),
-    /// The guest's memory could not be used.
+    /// The guest's memory could not be used, or is not for what the command does.
     BadMemory,
+    /// The command moves more than there is room for; nothing was moved.
+    Overrun,
     /// It was taken off the queue before its turn.
     Aborted,
 }
@@ -37,13 +39,24 @@ pub(crate) struct Command {
     pub cdb: Vec<u8>,
     /// Where its data is, or goes.
     pub data: Lent,
-    /// Whether the data comes with the command.
-    pub is_out: bool,
+    /// Which way it goes.
+    pub way: Way,
     pub arrived: Instant,
     /// Which controller it came from.
     pub from: u32,
     /// Told how it ended, but for one whose channel was closed in the meantime.
     pub done: Box<dyn FnOnce(Outcome) + Send>,
+}
+
+/// Which way the data of a command goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// It comes with the command.
+    Out,
+    /// It goes to the guest.
+    In,
+    /// There is none.
+    None,
 }
 
 /// A class of commands.
@@ -312,15 +325,27 @@ impl Shared {
 
     /// Carries a command out; `None` when nobody waits for it any more.
     fn carry_out(&self, command: &Command) -> Option<Outcome> {
-        let data = match command.is_out {
-            true => command.data.read(),
-            false => Ok(Vec::new()),
+        let data = match command.way {
+            Way::Out => command.data.read(),
+            Way::In | Way::None => Ok(Vec::new()),
         };
         let result = data.and_then(|data| {
             let action = match self.unit.command(&command.cdb, &data) {
                 Ok(action) => action,
                 Err(sense) => return Ok(Outcome::Check(sense)),
             };
+            // An answer is cut to the room that there is; what is read from the medium has its length.
+            match &action {
+                Action::Answer(bytes) if bytes.is_empty() => {}
+                Action::Read(extent) if extent.is_empty() => {}
+                Action::Answer(_) | Action::Read(_) if command.way != Way::In => {
+                    return Ok(Outcome::BadMemory);
+                }
+                Action::Read(extent) if extent.len() > command.data.len() as u64 => {
+                    return Ok(Outcome::Overrun);
+                }
+                _ => {}
+            }
             match self.act(action, data, command.arrived) {
                 Ok(Done::In(bytes)) => {
                     let moved = command.data.write(&bytes)? as u32;
@@ -456,9 +481,17 @@ mod tests {
         }
 
         fn start(&self, cdb: &[u8]) -> Receiver<Outcome> {
+            let way = match cdb[0] {
+                0x2a | 0x42 => Way::Out,
+                0x28 => Way::In,
+                _ => Way::None,
+            };
+            self.start_with(cdb, way)
+        }
+
+        fn start_with(&self, cdb: &[u8], way: Way) -> Receiver<Outcome> {
             let mut list = Vec::new();
-            let is_out = matches!(cdb[0], 0x2a | 0x42);
-            if is_out || cdb[0] == 0x28 {
+            if way != Way::None {
                 for word in [0, 1, PAGE_SIZE as u32, 0, 3, 0] {
                     list.extend(word.to_le_bytes());
                 }
@@ -468,7 +501,7 @@ mod tests {
             self.disk.submit(Command {
                 cdb: cdb.to_vec(),
                 data,
-                is_out,
+                way,
                 arrived: Instant::now(),
                 from: 5,
                 done: Box::new(move |outcome| {
@@ -522,6 +555,20 @@ mod tests {
         rig.disk.stop_log();
         assert_eq!(rig.run(&WRITE), WHOLE);
         assert!(rig.disk.log().is_empty());
+    }
+
+    #[test]
+    fn what_is_read_has_room_and_goes_to_the_guest() {
+        let rig = Rig::new();
+        let nine = [0x28, 0, 0, 0, 0, 8, 0, 0, 9, 0];
+        assert_eq!(rig.run(&nine), Outcome::Overrun);
+        for way in [Way::Out, Way::None] {
+            let told = rig.start_with(&READ, way);
+            assert_eq!(told.recv_timeout(SOON), Ok(Outcome::BadMemory), "{way:?}");
+        }
+        let told = rig.start_with(&WRITE, Way::In);
+        let refused = Outcome::Check(Sense::INVALID_FIELD);
+        assert_eq!(told.recv_timeout(SOON), Ok(refused));
     }
 
     #[test]

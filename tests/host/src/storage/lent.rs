@@ -91,6 +91,16 @@ impl Lent {
         })
     }
 
+    /// The same without what is behind its first `len` bytes; nothing if it has not as many.
+    pub(crate) fn first(mut self, len: usize) -> Option<Self> {
+        let mut left = len;
+        for piece in &mut self.pieces {
+            piece.1 = piece.1.min(left);
+            left -= piece.1;
+        }
+        (left == 0).then_some(self)
+    }
+
     /// Bytes that were lent.
     pub(crate) fn len(&self) -> usize {
         self.pieces.iter().map(|piece| piece.1).sum()

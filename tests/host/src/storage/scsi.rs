@@ -18,6 +18,12 @@ const PHYSICAL_EXPONENT: u8 = 3;
 /// The most that one command may move, in logical blocks: 1 MiB.
 const MAX_TRANSFER: u32 = 2048;
 
+/// The most that one WRITE SAME may write, in logical blocks.
+const MAX_WRITE_SAME: u64 = 0xffff;
+
+/// The most extents of one UNMAP.
+const MAX_UNMAP_EXTENTS: u32 = 256;
+
 /// Operation codes.
 mod opcode {
     pub(super) const TEST_UNIT_READY: u8 = 0x00;
@@ -192,6 +198,12 @@ const _: () = assert!(size_of::<UnmapBlock>() == 16);
 
 /// Force unit access, in READ and WRITE.
 const FUA: u8 = 0x08;
+/// RDPROTECT or WRPROTECT: what to do with protection information, of which this disk has none.
+const PROTECT: u8 = 0xe0;
+/// In UNMAP: anchor the blocks, which this disk does not do.
+const UNMAP_ANCHOR: u8 = 0x01;
+/// The same in WRITE SAME.
+const WS_ANCHOR: u8 = 0x10;
 /// In WRITE SAME: unmap if that gives the same.
 const WS_UNMAP: u8 = 0x08;
 /// In WRITE SAME (16): no block comes with the command, it is one of zeros.
@@ -224,7 +236,7 @@ impl Unit {
         self.blocks
     }
 
-    /// What `cdb` asks for; `data` is what came with it.
+    /// What `cdb` asks for; `data` is what came with it: nothing with a command that brings none.
     pub fn command(&self, cdb: &[u8], data: &[u8]) -> Result<Action, Sense> {
         let byte = |at: usize| cdb.get(at).copied().ok_or(Sense::INVALID_FIELD);
         let code = cdb.first().copied().ok_or(Sense::INVALID_OPCODE)?;
@@ -268,13 +280,13 @@ impl Unit {
             }
             opcode::READ_10 | opcode::WRITE_10 => {
                 let cdb = parse::<Cdb10>(cdb)?;
-                let fua = cdb.flags & FUA != 0;
+                let fua = unprotected(cdb.flags)? & FUA != 0;
                 let (lba, blocks) = (cdb.lba.get().into(), cdb.blocks.get().into());
                 self.transfer(code == opcode::READ_10, lba, blocks, fua, data)
             }
             opcode::READ_16 | opcode::WRITE_16 => {
                 let cdb = parse::<Cdb16>(cdb)?;
-                let fua = cdb.flags & FUA != 0;
+                let fua = unprotected(cdb.flags)? & FUA != 0;
                 let (lba, blocks) = (cdb.lba.get(), cdb.blocks.get());
                 self.transfer(code == opcode::READ_16, lba, blocks, fua, data)
             }
@@ -298,6 +310,9 @@ impl Unit {
                 self.write_same(cdb.lba.get(), cdb.blocks.get().into(), cdb.flags, data)
             }
             opcode::UNMAP => {
+                if byte(1)? & UNMAP_ANCHOR != 0 {
+                    return Err(Sense::INVALID_FIELD);
+                }
                 let list_len = u16::from_be_bytes([byte(7)?, byte(8)?]);
                 self.unmap(list_len, data)
             }
@@ -338,7 +353,7 @@ impl Unit {
     fn write_same(&self, lba: u64, blocks: u64, flags: u8, data: &[u8]) -> Result<Action, Sense> {
         let extent = self.extent(lba, blocks)?;
         // A count of zero would mean "to the end"; the block limits page says that it is refused.
-        if extent.is_empty() {
+        if extent.is_empty() || blocks > MAX_WRITE_SAME || unprotected(flags)? & WS_ANCHOR != 0 {
             return Err(Sense::INVALID_FIELD);
         }
         let zeros = [0; BLOCK];
@@ -362,6 +377,9 @@ impl Unit {
             <[U16; 2]>::ref_from_prefix(list).map_err(|_| Sense::LIST_LENGTH)?;
         let rest = rest.get(4..).ok_or(Sense::LIST_LENGTH)?;
         let count = usize::from(descriptors.get()) / size_of::<UnmapBlock>();
+        if count > MAX_UNMAP_EXTENTS as usize {
+            return Err(Sense::INVALID_PARAMETER);
+        }
         let (blocks, _) = <[UnmapBlock]>::ref_from_prefix_with_elems(rest, count)
             .map_err(|_| Sense::INVALID_PARAMETER)?;
         let extents: Result<_, _> = blocks
@@ -409,10 +427,10 @@ impl Unit {
                 body[4..8].copy_from_slice(&MAX_TRANSFER.to_be_bytes());
                 // Most blocks and most extents of an UNMAP, and what they are best multiples of.
                 body[16..20].copy_from_slice(&u32::MAX.to_be_bytes());
-                body[20..24].copy_from_slice(&256u32.to_be_bytes());
+                body[20..24].copy_from_slice(&MAX_UNMAP_EXTENTS.to_be_bytes());
                 body[24..28].copy_from_slice(&(1u32 << PHYSICAL_EXPONENT).to_be_bytes());
                 // Most blocks of a WRITE SAME.
-                body[32..40].copy_from_slice(&0xffffu64.to_be_bytes());
+                body[32..40].copy_from_slice(&MAX_WRITE_SAME.to_be_bytes());
                 body
             }
             // Block device characteristics: it does not rotate.
@@ -454,9 +472,10 @@ pub fn report_luns(
     bytes.extend([0; 4]);
     bytes.extend(list);
     let allocation = cdb.get(6..10).and_then(|it| it.try_into().ok());
-    Some(match allocation {
-        Some(allocation) => answer(bytes, u32::from_be_bytes(allocation)),
-        None => Err(Sense::INVALID_FIELD),
+    Some(match allocation.map(u32::from_be_bytes) {
+        // Room for one unit at least (SPC-4).
+        Some(allocation) if allocation >= 16 => answer(bytes, allocation),
+        _ => Err(Sense::INVALID_FIELD),
     })
 }
 
@@ -512,6 +531,14 @@ fn mode_pages(page: u8, subpage: u8) -> Result<Vec<u8>, Sense> {
 fn parse<T: FromBytes + KnownLayout + Immutable + Unaligned>(cdb: &[u8]) -> Result<&T, Sense> {
     let (parsed, _) = T::ref_from_prefix(cdb).map_err(|_| Sense::INVALID_FIELD)?;
     Ok(parsed)
+}
+
+/// The flags of a command that says nothing of protection information.
+fn unprotected(flags: u8) -> Result<u8, Sense> {
+    match flags & PROTECT {
+        0 => Ok(flags),
+        _ => Err(Sense::INVALID_FIELD),
+    }
 }
 
 /// An answer, cut to what the initiator has room for.
@@ -705,6 +732,52 @@ mod tests {
     }
 
     #[test]
+    fn what_the_block_limits_page_does_not_promise_is_refused() {
+        // As many extents as it says, all of them empty, and one more.
+        let list = |extents: u16| {
+            let len = extents * 16;
+            let mut list = (len + 6).to_be_bytes().to_vec();
+            list.extend(len.to_be_bytes());
+            list.resize(usize::from(len) + 8, 0);
+            list
+        };
+        let unmap = |flags, list: &[u8]| {
+            let len = (list.len() as u16).to_be_bytes();
+            let cdb = [0x42, flags, 0, 0, 0, 0, 0, len[0], len[1], 0];
+            unit().command(&cdb, list)
+        };
+        assert!(matches!(unmap(0, &list(256)), Ok(Action::Discard(all)) if all.len() == 256));
+        assert_eq!(unmap(0, &list(257)), Err(Sense::INVALID_PARAMETER));
+        assert_eq!(unmap(UNMAP_ANCHOR, &list(1)), Err(Sense::INVALID_FIELD));
+        let large = Unit::new(1 << 20, Guid([7; 16]));
+        let write_same = |flags, blocks: u32| {
+            let mut cdb = [0; 16];
+            (cdb[0], cdb[1]) = (0x93, WS_NDOB | flags);
+            cdb[10..14].copy_from_slice(&blocks.to_be_bytes());
+            large.command(&cdb, &[])
+        };
+        assert!(write_same(WS_UNMAP, 0xffff).is_ok());
+        assert_eq!(write_same(WS_UNMAP, 0x1_0000), Err(Sense::INVALID_FIELD));
+        assert_eq!(
+            write_same(WS_UNMAP | WS_ANCHOR, 8),
+            Err(Sense::INVALID_FIELD)
+        );
+        // Nor has it protection information.
+        for cdb in [
+            [0x28, 0x20, 0, 0, 0, 0, 0, 0, 1, 0],
+            [0x2a, 0x20, 0, 0, 0, 0, 0, 0, 1, 0],
+            [0x41, 0x20, 0, 0, 0, 0, 0, 0, 1, 0],
+        ] {
+            assert_eq!(refused(&cdb, &[0; BLOCK]), Sense::INVALID_FIELD);
+        }
+        for opcode in [0x88, 0x8a, 0x93] {
+            let mut cdb = [0; 16];
+            (cdb[0], cdb[1], cdb[13]) = (opcode, 0x20, 1);
+            assert_eq!(refused(&cdb, &[0; BLOCK]), Sense::INVALID_FIELD);
+        }
+    }
+
+    #[test]
     fn write_same_fills_or_unmaps() {
         let extent = Extent { lba: 0, blocks: 8 };
         let block = vec![0xab; BLOCK];
@@ -761,10 +834,14 @@ mod tests {
         assert_eq!(list[..8], [0, 0, 0, 16, 0, 0, 0, 0]);
         assert_eq!(list[8..], [0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0]);
         assert!(report_luns(&[0x12, 0, 0, 0, 36, 0], [0]).is_none());
-        assert!(matches!(
-            report_luns(&cdb[..6], [0]),
-            Some(Err(Sense::INVALID_FIELD))
-        ));
+        let mut short = cdb;
+        short[9] = 15;
+        for refused in [&cdb[..6], &short] {
+            assert!(matches!(
+                report_luns(refused, [0]),
+                Some(Err(Sense::INVALID_FIELD))
+            ));
+        }
         let absent = absent_inquiry(&[0x12, 0, 0, 0, 36, 0]);
         assert!(matches!(absent, Some(Ok(Action::Answer(data))) if data[0] == 0x7f));
         assert!(absent_inquiry(&[0, 0, 0, 0, 0, 0]).is_none());

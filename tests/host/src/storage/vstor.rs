@@ -53,6 +53,7 @@ pub mod srb_status {
     pub const ABORTED: u8 = 0x02;
     pub const ERROR: u8 = 0x04;
     pub const INVALID_REQUEST: u8 = 0x06;
+    pub const DATA_OVERRUN: u8 = 0x12;
     pub const INVALID_LUN: u8 = 0x20;
     pub const AUTOSENSE_VALID: u8 = 0x80;
 }
@@ -73,6 +74,8 @@ pub const VERSIONS: [u16; 2] = [0x0600, 0x0602];
 
 /// In [`ScsiRequest::data_in`]: the guest sends the data (`WRITE_TYPE`).
 pub const DATA_OUT: u8 = 0;
+/// The guest gets the data (`READ_TYPE`).
+pub const DATA_IN: u8 = 1;
 
 /// What starts every message (`struct vstor_packet` without its union).
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -116,7 +119,7 @@ pub struct ScsiRequest {
     pub cdb_length: u8,
     /// How much of the payload are sense data, or may be.
     pub sense_length: u8,
-    /// [`DATA_OUT`], or data in, or none.
+    /// [`DATA_OUT`], [`DATA_IN`], or none (`UNKNOWN_TYPE`).
     pub data_in: u8,
     /// Zero.
     pub reserved: u8,

@@ -92,9 +92,9 @@ enum State {
     /// Offered, not open.
     Offered,
     /// The guest asked to open it and has no answer yet.
-    Opening { open_id: u32 },
-    /// Open.
-    Open,
+    Opening { open_id: u32, gpadl: u32 },
+    /// Open, with its rings on this GPADL.
+    Open { gpadl: u32 },
     /// Rescinded, not yet released.
     Revoked,
 }
@@ -208,6 +208,16 @@ impl Server {
             }
             GuestMessage::GpadlBody { gpadl, pages } => self.gpadl_body(gpadl, pages, &mut out),
             GuestMessage::GpadlTeardown { relid: _, gpadl } => {
+                let in_use = |it: &&Chan| {
+                    matches!(it.state,
+                        State::Opening { gpadl: of, .. } | State::Open { gpadl: of } if of == gpadl)
+                };
+                if let Some(channel) = self.channels.values().find(in_use) {
+                    out.push(Effect::Violation(format!(
+                        "GPADL_TEARDOWN of {gpadl}, which has the rings of channel {}",
+                        channel.offer.relid
+                    )));
+                }
                 // A guest waits for this answer even when the GPADL went with its channel.
                 self.gpadls.remove(&gpadl);
                 let header = MessageHeader::new(message::GPADL_TORNDOWN);
@@ -262,7 +272,7 @@ impl Server {
         let was_open = match channel.state {
             State::Hidden | State::Revoked => return out,
             State::Offered | State::Opening { .. } => false,
-            State::Open => true,
+            State::Open { .. } => true,
         };
         channel.state = State::Revoked;
         if was_open {
@@ -290,8 +300,11 @@ impl Server {
         let Some(channel) = self.channels.get_mut(&relid) else {
             return out;
         };
-        if let State::Opening { open_id } = channel.state {
-            channel.state = if good { State::Open } else { State::Offered };
+        if let State::Opening { open_id, gpadl } = channel.state {
+            channel.state = match good {
+                true => State::Open { gpadl },
+                false => State::Offered,
+            };
             let status = if good { 0 } else { UNSUCCESSFUL };
             self.post_open_result(relid, open_id, status, &mut out);
         }
@@ -329,7 +342,7 @@ impl Server {
     fn leave(&mut self, out: &mut Vec<Effect>) {
         for (relid, channel) in &mut self.channels {
             match channel.state {
-                State::Open => out.push(Effect::Closed(*relid)),
+                State::Open { .. } => out.push(Effect::Closed(*relid)),
                 State::Revoked => out.push(Effect::Released(*relid)),
                 State::Hidden | State::Offered | State::Opening { .. } => {}
             }
@@ -393,7 +406,7 @@ impl Server {
                 self.post_open_result(relid, open_id, 0, out);
                 return;
             }
-            State::Hidden | State::Opening { .. } | State::Open => {
+            State::Hidden | State::Opening { .. } | State::Open { .. } => {
                 out.push(Effect::Violation(format!(
                     "OPENCHANNEL of {relid}, which is {:?}",
                     channel.state
@@ -411,7 +424,10 @@ impl Server {
                     && downstream_page >= 2
                     && downstream_page.saturating_add(2) <= gpadl.total =>
             {
-                channel.state = State::Opening { open_id };
+                channel.state = State::Opening {
+                    open_id,
+                    gpadl: open.gpadl.get(),
+                };
                 let opening = Opening {
                     pages: gpadl.pages.clone(),
                     downstream_page,
@@ -430,7 +446,7 @@ impl Server {
 
     fn close(&mut self, relid: u32, out: &mut Vec<Effect>) {
         match self.channels.get_mut(&relid) {
-            Some(channel) if channel.state == State::Open => {
+            Some(channel) if matches!(channel.state, State::Open { .. }) => {
                 channel.state = State::Offered;
                 out.push(Effect::Closed(relid));
             }

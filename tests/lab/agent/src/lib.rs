@@ -434,8 +434,6 @@ pub struct Writer {
     pub errors: u64,
     /// The longest write so far, the one in progress included.
     pub longest_us: u64,
-    /// Of a hundred writes that have ended, 99 took no longer.
-    pub p99_us: u64,
     /// For how long the write in progress has been going on; 0 between two writes.
     pub in_write_us: u64,
 }

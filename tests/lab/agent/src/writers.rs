@@ -130,14 +130,6 @@ impl State {
         self.began_us.store(0, SeqCst);
     }
 
-    /// What 99 of a hundred writes did not take longer than; 0 of none.
-    fn p99_us(&self) -> u64 {
-        let mut times = parts(&lock(&self.times), 0, u64::MAX);
-        times.sort_unstable();
-        let index = (times.len() * 99).div_ceil(100).saturating_sub(1);
-        times.get(index).copied().unwrap_or(0)
-    }
-
     /// What of the writes fell between `from` and `to`.
     fn share(&self, from: u64, to: u64) -> Share {
         Share {
@@ -333,7 +325,6 @@ impl Writers {
                     count: state.count.load(SeqCst),
                     errors: state.errors.load(SeqCst),
                     longest_us: state.longest_us.load(SeqCst).max(in_write_us),
-                    p99_us: state.p99_us(),
                     in_write_us,
                 }
             })

@@ -354,10 +354,10 @@ pub fn prepare(guest: &Guest, fault: Fault, module: Module) -> Result<()> {
             load_driver(guest)?;
         }
         Fault::DiskGone => {
-            guest.expect_in_log(&["dm-0", "(dm-", "for dm-", "device dm-"]);
+            guest.expect_in_log(&["dm-0", "(dm-", "for dm-", "device dm-"])?;
         }
         Fault::Hibernated if module == Module::Stock => {
-            guest.expect_in_log(&crate::cases::suspend::SLEPT_FROZEN);
+            guest.expect_in_log(&crate::cases::suspend::SLEPT_FROZEN)?;
         }
         _ => {}
     }

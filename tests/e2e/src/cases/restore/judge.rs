@@ -70,7 +70,7 @@ pub(super) fn judge(guest: &Guest, copies: &[&Copy]) -> Result<Vec<Verdict>> {
         let nodes: Result<Vec<_>> = disks.iter().map(|it| it.node(guest)).collect();
         let node = copy.stack.open_copy(guest, &name, &nodes?)?;
         let run = |script: &str| guest.try_sh(&format!("n={node}; {script}"));
-        let journal = run(format.journal())?.out;
+        let journal = run(&format.journal())?.out;
         let (kind, options) = (format.name(), format.read_only());
         let mounted = run(&format!("mount -t {kind} -o {options} $n /mnt/copy"))?;
         let records = if mounted.status == Some(0) {

@@ -20,13 +20,13 @@ use super::disks::{case, Attached};
 use super::{load, rounds_or, start, stop, wait_for_daemon, Case, When};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
-use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
+use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::{log, Change, Entry, Image};
 use hyperv_sim::Exit;
-use judge::{judge, judge_records};
+use judge::{judge, judge_records, Verdict};
 use lab_agent::record;
-use rig::{Copy, Part, Rig, Volume};
+use rig::{Backup, Copy, Part, Rig, Volume};
 use std::time::{Duration, Instant};
 use volume::{Format, Stack};
 
@@ -50,9 +50,9 @@ pub const CASES: &[Case] = &[
     ).long(),
     long(
         "restore/checkers-ext4",
-        "its judges refuse a copy without a freeze, one that lacks a write, and a torn one",
+        "each of its judges refuses what it is there for: a copy without a freeze, one that lacks a write, a torn and a damaged one",
         |guest| bad_copies(guest, Format::Ext4),
-    ).long(),
+    ),
     long(
         "restore/checkers-xfs",
         "so do those of xfs",
@@ -70,7 +70,7 @@ pub const CASES: &[Case] = &[
             "a guest boots from the copy of a busy root, without replay, repair or loss",
             root,
         )
-    }.long(),
+    },
     long(
         "restore/lost-thaw",
         "the host never says THAW: until the deadline nothing is written, and a copy from then restores",
@@ -237,64 +237,126 @@ fn bad_copies(guest: &Guest, format: Format) -> Result<()> {
     let mut rig = Rig::new(guest, &[(format, Stack::Disk)], Duration::ZERO)?;
     let backup = rig.back_up(guest)?;
     let unfrozen = without_freeze(guest, &rig)?;
+    let unfrozen = unfrozen.into_iter().next().context("no copy")?;
     rig.stop(guest)?;
     stop(guest, Module::Ours, &process)?;
     let good = backup.copies.into_iter().next().context("no copy")?;
 
-    guest.expect_in_log(&["EXT4-fs", "JBD2", "XFS", "BTRFS"]);
+    guest.expect_in_log(&OF_BAD_COPIES)?;
     // The log makes the same disk as the copy, so a log with a fault makes that disk with the fault.
     let part = good.only_part()?;
     let again = good.with(log::replay(&part.base, &part.log))?;
     let lacking = good.with(without_record(part, good.expected.least)?)?;
     let torn = good.with(torn(part)?)?;
-    let copies = [&good, &again, &unfrozen, &lacking, &torn];
+    let damaged = good.with(format.damaged(&part.image)?)?;
+    let copies = [&good, &again, &unfrozen, &lacking, &torn, &damaged];
     let verdicts = judge(guest, &copies)?;
-    let names = [
-        "the copy",
-        "its log replayed",
-        "no freeze",
-        "a write dropped",
-        "torn",
+    let expected = [
+        ("the copy", Refused::By(&[])),
+        ("its log replayed", Refused::By(&[])),
+        ("no freeze", Refused::By(&["log", "journal"])),
+        ("a write dropped", Refused::By(&["records"])),
+        // Where it is torn is a matter of luck, and who sees that, too.
+        ("torn", Refused::BySome),
+        ("damaged", Refused::By(&["checker"])),
     ];
-    for ((name, verdict), must_be_good) in names
-        .iter()
-        .zip(&verdicts)
-        .zip([true, true, false, false, false])
-    {
-        let judges: Vec<_> = verdict.objections().iter().map(|it| it.0).collect();
-        println!("     {name}: {judges:?}");
-        ensure!(
-            judges.is_empty() == must_be_good,
-            "{name}: that is wrong: {verdict:#?}"
-        );
+    for ((name, refused), verdict) in expected.into_iter().zip(&verdicts) {
+        refused.check(name, verdict)?;
     }
-    let log = unfrozen.written;
-    ensure!(
-        log > 0,
-        "the log should have the writes of a guest that is not frozen"
-    );
     Ok(())
 }
 
-/// A copy of a busy disk that nobody has frozen, judged as if the guest had just answered FREEZE.
-fn without_freeze(guest: &Guest, rig: &Rig) -> Result<Copy> {
-    let base = rig.start_logs()?.into_iter().next().context("no base")?;
+/// What the kernel says of copies that are bad.
+const OF_BAD_COPIES: [&str; 4] = ["EXT4-fs", "JBD2", "XFS", "BTRFS"];
+
+/// Who has to object to a copy. Each judge is there for something: a copy that is bad is refused by some judge
+/// even if the one that it was made for is blind.
+enum Refused {
+    /// These, whoever else does; nobody at all if they are none.
+    By(&'static [&'static str]),
+    /// Whoever.
+    BySome,
+}
+
+impl Refused {
+    fn check(self, name: &str, verdict: &Verdict) -> Result<()> {
+        let judges: Vec<_> = verdict.objections().iter().map(|it| it.0).collect();
+        println!("     {name}: {judges:?}");
+        let (is_right, by) = match self {
+            Refused::By([]) => (judges.is_empty(), "nobody".into()),
+            Refused::By(by) => (by.iter().all(|it| judges.contains(it)), by.join(" and ")),
+            Refused::BySome => (!judges.is_empty(), "somebody".into()),
+        };
+        ensure!(
+            is_right,
+            "{name}: that is wrong, {by} should object: {verdict:#?}"
+        );
+        Ok(())
+    }
+}
+
+/// Copies of volumes that are bad each in its own way: that the judges look at the copy, and not at what it is
+/// a copy of, is seen by that.
+fn bad_volumes(guest: &Guest, backup: &Backup, unfrozen: &[Copy]) -> Result<()> {
+    guest.expect_in_log(&OF_BAD_COPIES)?;
+    for unfrozen in unfrozen {
+        let name = format!("{:?} on {:?}, no freeze", unfrozen.format, unfrozen.stack);
+        let verdict = judge(guest, &[unfrozen])?;
+        let verdict = verdict.first().context("no verdict")?;
+        Refused::By(&["log", "journal"]).check(&name, verdict)?;
+    }
+    for copy in &backup.copies {
+        // As they were a moment before the backup: all of its disks, and of a mirror one of them.
+        let mut older = copy.clone();
+        for part in &mut older.parts {
+            part.image.clone_from(&part.base);
+        }
+        let mut bad = vec![(older, "older", Refused::By(&["records"]))];
+        if let Stack::Md = copy.stack {
+            let mut mixed = copy.clone();
+            if let Some(part) = mixed.parts.last_mut() {
+                part.image.clone_from(&part.base);
+            }
+            bad.push((mixed, "one disk is older", Refused::By(&["mirror"])));
+        }
+        for (copy, what, refused) in bad {
+            let name = format!("{:?} on {:?}, {what}", copy.format, copy.stack);
+            let verdict = judge(guest, &[&copy])?;
+            refused.check(&name, verdict.first().context("no verdict")?)?;
+        }
+    }
+    Ok(())
+}
+
+/// Copies of busy disks that nobody has frozen, judged as if the guest had just answered FREEZE.
+fn without_freeze(guest: &Guest, rig: &Rig) -> Result<Vec<Copy>> {
+    let bases = rig.start_logs()?;
     rig.wait_for_progress(guest, 20)?;
     let answer = Instant::now();
-    let volume = rig.volumes.first().context("no volume")?;
-    let disk = &volume.disks.first().context("no disk")?.disk;
-    let image = disk.snapshot()?;
+    let images: Result<Vec<_>, _> = rig.disks().map(|it| it.disk.snapshot()).collect();
+    let mut parts = bases.into_iter().zip(images?);
     rig.wait_for_progress(guest, 3)?;
-    let log = disk.log();
-    let copy = Copy {
-        format: volume.format,
-        stack: volume.stack,
-        written: written_within(&log, 0, |entry| entry.ended > answer),
-        expected: Expected::at(&rig.notes.disk.log(), volume.slot, |moment| moment < answer),
-        parts: vec![Part { base, log, image }],
-    };
+    let notes = rig.notes.disk.log();
+    let mut copies = Vec::new();
+    for volume in &rig.volumes {
+        let mut copy = Copy {
+            format: volume.format,
+            stack: volume.stack,
+            parts: Vec::new(),
+            written: 0,
+            expected: Expected::at(&notes, volume.slot, |moment| moment < answer),
+        };
+        for (attached, (base, image)) in volume.disks.iter().zip(parts.by_ref()) {
+            let log = attached.disk.log();
+            copy.written += written_within(&log, volume.stack.metadata(&image), |entry| {
+                entry.ended > answer
+            });
+            copy.parts.push(Part { base, log, image });
+        }
+        copies.push(copy);
+    }
     rig.stop_logs();
-    Ok(copy)
+    Ok(copies)
 }
 
 /// The disk as it would be if the writes with this record had got lost.
@@ -386,7 +448,11 @@ fn root(guest: &Guest) -> Result<()> {
 /// Backups of each file system on volumes of a kind.
 fn on(guest: &Guest, stack: Stack) -> Result<()> {
     let kinds = [Format::Ext4, Format::Xfs, Format::Btrfs].map(|it| (it, stack));
-    one_after_the_other(guest, &kinds, Duration::ZERO, false)
+    let (process, mut rig, backup) = one_after_the_other(guest, &kinds, Duration::ZERO, false)?;
+    let unfrozen = without_freeze(guest, &rig)?;
+    rig.stop(guest)?;
+    stop(guest, Module::Ours, &process)?;
+    bad_volumes(guest, &backup, &unfrozen)
 }
 
 /// Backups without a pause, of disks that are slow and busy.
@@ -399,21 +465,25 @@ fn under_fio(guest: &Guest) -> Result<()> {
         (Format::Xfs, Stack::Luks),
         (Format::Btrfs, Stack::Lvm),
     ];
-    one_after_the_other(guest, &KINDS, Duration::from_millis(5), true)
+    let (process, mut rig, _) = one_after_the_other(guest, &KINDS, Duration::from_millis(5), true)?;
+    rig.stop(guest)?;
+    stop(guest, Module::Ours, &process)
 }
 
+/// Backups of which all copies are good; the last of them, with what is still running.
 fn one_after_the_other(
     guest: &Guest,
     kinds: &[(Format, Stack)],
     delay: Duration,
     fio: bool,
-) -> Result<()> {
+) -> Result<(Process, Rig, Backup)> {
     let process = start(guest, Module::Ours, Daemon::Ours)?;
     let mut rig = Rig::new(guest, kinds, delay)?;
     if fio {
         rig.start_fio(guest)?;
     }
     let (mut copies, mut records) = (0, 0);
+    let mut last = None;
     for round in 0..rounds_or(2) {
         let backup = rig.back_up(guest)?;
         let all: Vec<_> = backup.copies.iter().collect();
@@ -428,11 +498,17 @@ fn one_after_the_other(
                 copy.stack,
                 copy.expected
             );
+            ensure!(
+                copy.parts.iter().any(|part| !part.log.is_empty()),
+                "backup {round}, {:?} on {:?}: its disks should have been written to",
+                copy.format,
+                copy.stack
+            );
             copies += 1;
             records += copy.expected.least;
         }
         println!("     backup {round}: {copies} copies are good, {records} records had to be there and are");
+        last = Some(backup);
     }
-    rig.stop(guest)?;
-    stop(guest, Module::Ours, &process)
+    Ok((process, rig, last.context("no backup")?))
 }

@@ -2,7 +2,7 @@
 
 //! What is backed up: a file system, and what it stands on.
 
-use anyhow::Result;
+use anyhow::{ensure, Result};
 use e2e::guest::Guest;
 use hyperv_sim::storage::Image;
 
@@ -50,28 +50,94 @@ impl Format {
         }
     }
 
-    /// Prints what of the journal on `$n` had to be replayed; nothing if it is empty.
-    pub(super) fn journal(self) -> &'static str {
-        match self {
-            Format::Ext4 => "dumpe2fs -h $n 2>&1 | grep -o needs_recovery",
+    /// Prints what of the journal on `$n` had to be replayed: nothing if it is empty. A tool that has not read
+    /// it is told from one that found nothing by what it says of any.
+    pub(super) fn journal(self) -> String {
+        let (tool, always, filter) = match self {
+            Format::Ext4 => (
+                "dumpe2fs -h $n",
+                "^Filesystem features:",
+                "grep -o needs_recovery",
+            ),
             // What a frozen xfs leaves in its log are superblocks, which cover it.
+            Format::Xfs => (
+                "xfs_logprint -t $n",
+                "data device:",
+                "grep -E '^[A-Z]+:|Buffer:|BUF DATA|ERROR|failed' |
+                     grep -vE '^(TRANS|BUF):|SUPER Block Buffer:' | head -n 3",
+            ),
+            Format::Btrfs => (
+                "btrfs inspect-internal dump-super $n",
+                "^log_root[[:space:]]",
+                "grep -E '^log_root\\s' | grep -v '\\s0$'",
+            ),
+        };
+        let name = tool.split(' ').next().unwrap_or(tool);
+        format!(
+            "said=$({tool} 2>&1); status=$?
+             [ $status = 0 ] && echo \"$said\" | grep -q '{always}' || {{
+                 echo '{name} has not read it, status' $status; echo \"$said\" | head -n 3; exit
+             }}
+             echo \"$said\" | {filter}"
+        )
+    }
+
+    /// The same disk with metadata that is nothing but zeros, of the kind that a checker alone reads.
+    pub(super) fn damaged(self, disk: &Image) -> Result<Image> {
+        let bytes = |offset: u64| {
+            let mut bytes = [0; 4];
+            disk.read(offset, &mut bytes);
+            bytes
+        };
+        let le = |offset| u64::from(u32::from_le_bytes(bytes(offset)));
+        let be = |offset| u64::from(u32::from_be_bytes(bytes(offset)));
+        let (places, len) = match self {
+            // The block bitmap of the first group (struct ext4_super_block: s_first_data_block,
+            // s_log_block_size; struct ext4_group_desc: bg_block_bitmap_lo).
+            Format::Ext4 => {
+                let block = 1024 << le(1024 + 24);
+                (vec![le((le(1024 + 20) + 1) * block) * block], block)
+            }
+            // The root of the free extents of the first group (struct xfs_dsb: sb_blocksize, sb_sectsize;
+            // struct xfs_agf: agf_bno_root).
             Format::Xfs => {
-                "xfs_logprint -t $n 2>&1 | grep -E '^[A-Z]+:|Buffer:|BUF DATA|ERROR|failed' |
-                     grep -vE '^(TRANS|BUF):|SUPER Block Buffer:' | head -n 3"
+                let sector = be(102) >> 16;
+                (vec![be(sector + 16) * be(4)], be(4))
             }
+            // Every node of the tree of files, of whatever age (struct btrfs_header: fsid, owner).
             Format::Btrfs => {
-                "btrfs inspect-internal dump-super $n 2>&1 | grep -E '^log_root\\s' | grep -v '\\s0$'"
+                const NODE: u64 = 16 << 10;
+                const FS_TREE: u64 = 5;
+                let id = |offset| [0, 4, 8, 12].map(|at| bytes(offset + at));
+                let of_whole = id((64 << 10) + 32);
+                let is_one = |at: &u64| {
+                    id(at + 32) == of_whole && le(at + 88) == FS_TREE && le(at + 92) == 0
+                };
+                let all = (0..self.size() << 20).step_by(NODE as usize);
+                (all.filter(is_one).collect(), NODE)
             }
+        };
+        ensure!(!places.is_empty(), "no such metadata was found");
+        let mut damaged = disk.clone();
+        for place in places {
+            damaged.write(place, &vec![0; len as usize]);
         }
+        Ok(damaged)
     }
 
     /// Checks what is on `$n`.
     pub(super) fn check(self) -> &'static str {
         match self {
             Format::Ext4 => "e2fsck -f -n $n",
-            // The sums in its superblock are set right by the next mount, so that comes first.
+            // A log with nothing in it but superblocks is no empty one to xfs_repair, and the sums in the
+            // superblock on the disk are set right by the next mount. All else has to be clean before a mount
+            // could mend it, and all of it afterwards.
             Format::Xfs => {
-                "mount -t xfs -o nouuid $n /mnt/copy && umount /mnt/copy && xfs_repair -n $n"
+                "said=$(xfs_repair -n $n 2>&1)
+                 echo \"$said\" | grep -q '^Phase 7' || { echo \"$said\" | tail -n 5; exit 1; }
+                 echo \"$said\" | grep -vE '^(Phase|No modify|ALERT|ignored|which may be)|^        - ' |
+                     grep -vE '^sb_(icount|ifree|fdblocks) ' && exit 1
+                 mount -t xfs -o nouuid $n /mnt/copy && umount /mnt/copy && xfs_repair -n $n"
             }
             Format::Btrfs => "btrfs check --readonly $n",
         }

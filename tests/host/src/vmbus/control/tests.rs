@@ -207,6 +207,24 @@ fn close_teardown_and_open_again_is_a_reload_of_the_driver() {
 }
 
 #[test]
+fn a_gpadl_with_the_rings_of_an_open_channel_is_not_torn_down() {
+    let teardown = |id| bytes(message::GPADL_TEARDOWN, u32s([RELID, id]));
+    let is_wrong = |effects: &[Effect]| effects.iter().any(|it| matches!(it, Effect::Violation(_)));
+    let mut server = opened();
+    // Another is the guest's to do with as it likes.
+    server.message(4, &gpadl(2, 8, &[1; 8]));
+    assert!(!is_wrong(&server.message(4, &teardown(2))));
+    let torn = server.message(4, &teardown(1));
+    assert!(is_wrong(&torn), "{torn:?}");
+    assert_eq!(posted(&torn), [(message::GPADL_TORNDOWN, 1)]);
+    // Nor one with which it is just being opened.
+    let mut server = connected();
+    server.message(4, &gpadl(1, 8, &[1; 8]));
+    server.message(4, &open(1, 4));
+    assert!(is_wrong(&server.message(4, &teardown(1))));
+}
+
+#[test]
 fn a_rescinded_channel_comes_back_when_the_guest_has_released_it() {
     let mut server = opened();
     let effects = server.rescind(RELID);
