@@ -61,8 +61,8 @@
  * hangs holds up no other: which of them is thawed first is not said. But for the close, and for what it
  * has answered or told itself, the daemon then reads an HV_VSS_FRAME_THAWED, and the host's THAW is
  * failed. A daemon that crashes closes nothing before its core is dumped, for which it may have to wait
- * until what it holds is thawed: PR_SET_DUMPABLE of prctl(2) should be 0, and the deadline short. A daemon
- * that freezes by other means needs none of this.
+ * until what it holds is thawed: PR_SET_DUMPABLE of prctl(2) should be 0, and the deadline short.
+ * A daemon that freezes by other means needs none of this.
  *
  * What may change, and what not. A structure grows at its end only, a frame's size says how much there
  * is: who reads takes what it knows of it and passes over the rest. Bits of a feature word that the
@@ -195,7 +195,7 @@ struct hv_vss_freeze_info {
  *  EPERM       FIFREEZE would not be allowed either (CAP_SYS_ADMIN for the file system)
  *  EPROTO      not registered, or as v1
  *  ESTALE      no such request is in hand (any more); with id 0: the host is being served, or a notice
- *              has to be read first; the machine is about to sleep; or an HV_VSS_IOC_THAW has called it off
+ *              has to be read first; the machine is about to sleep; an HV_VSS_IOC_THAW has called it off
  *  ENODEV      the device is gone
  *  EINTR       killed
  *
