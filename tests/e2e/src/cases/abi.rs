@@ -665,12 +665,24 @@ fn poll(guest: &Guest) -> Result<()> {
 }
 
 fn reply_timeout(guest: &Guest) -> Result<()> {
-    load_and_negotiate(guest, &["freeze_timeout_ms=1500", "timeout_ms=700"])?;
+    // What is answered has to be so in time, however slow the machine is.
+    let [freeze_ms, other_ms] = [1500, 700].map(|ms| {
+        let limit = guest.host().patience(Duration::from_millis(ms));
+        limit.as_millis() as u64
+    });
+    let parameters = [
+        format!("freeze_timeout_ms={freeze_ms}"),
+        format!("timeout_ms={other_ms}"),
+    ];
+    load_and_negotiate(guest, &parameters.each_ref().map(String::as_str))?;
     let vss = guest.vss();
     let device = guest.open_device(Blocking::Yes)?;
     register(device)?;
 
-    for (operation, code, limit_ms) in [(Op::FREEZE, op::FREEZE, 1500), (Op::THAW, op::THAW, 700)] {
+    for (operation, code, limit_ms) in [
+        (Op::FREEZE, op::FREEZE, freeze_ms),
+        (Op::THAW, op::THAW, other_ms),
+    ] {
         let tx = match operation {
             Op::FREEZE => vss.send_freeze(&[])?,
             other => vss.send(other, &SHORT_BODY)?,
