@@ -154,13 +154,13 @@ impl<S: Signals> Cache<S> {
     /// Makes a plan, unless the one that is there still holds, and returns the way to what is planned.
     /// Where a later change would go unnoticed, each call makes one.
     fn plan(&mut self, config: &Config) -> Result<S::Ways, LookError> {
-        if let Some(ways) = self.still() {
+        if let Some(ways) = self.still(false) {
             return Ok(ways);
         }
         let before = Before::listen(&mut self.signals);
         self.alive = match &before {
             Some(before) => Some(before.alive().clone()),
-            None => self.signals.alive().ok(),
+            None => self.signals.alive(false).ok(),
         };
         let machine = self.signals.look()?;
         self.plan = plan(&machine.mounts, &machine.topology, &|f| config.excludes(f));
@@ -174,30 +174,36 @@ impl<S: Signals> Cache<S> {
         Ok(machine.ways)
     }
 
-    /// The way to what is planned, if there is a plan and nothing has changed since it was made.
-    fn still(&mut self) -> Option<S::Ways> {
-        let still = (self.marks.take()?).unchanged(&mut self.signals, &self.read_only);
+    /// The way to what is planned, if there is a plan and nothing has changed since it was made, as far as a glance
+    /// tells or as far as anybody does.
+    fn still(&mut self, at_a_glance: bool) -> Option<S::Ways> {
+        let marks = self.marks.take()?;
+        let still = marks.unchanged(&mut self.signals, &self.read_only, at_a_glance);
         self.held = still.is_some();
         let (marks, ways) = still?;
         self.marks = Some(marks);
         Some(ways)
     }
 
-    /// Whether the plan still holds.
+    /// Whether a plan that was believed holds. No path is looked up for it.
     pub fn holds(&mut self) -> bool {
-        self.still().is_some()
+        self.still(true).is_some()
     }
 
     /// Whether the plan is likely to hold: it did when that was asked last, and what tells in a moment tells
-    /// nothing. [`Cache::holds`] is to be asked before anybody relies on it. Not where it leads to other
-    /// namespaces: they would have to be found.
+    /// nothing. [`Cache::holds`] is to be asked before anybody relies on it. Not where a glance does not tell
+    /// that, nor where the way leads to other namespaces: they would have to be found.
     fn is_credible(&mut self) -> bool {
         let is_own = |it: &FileSystem| it.places.iter().all(|place| place.namespace == 0);
         let mut chosen = self.plan.waves.iter().flatten().chain(&self.plan.synced);
+        let is_shown = self.marks.as_ref().is_some_and(Marks::show_at_a_glance);
+        if !self.held || !is_shown || !chosen.all(is_own) {
+            return false;
+        }
         // A change is told once.
         let marks = self.marks.take();
         self.marks = marks.filter(|it| it.may_hold(&mut self.signals));
-        self.held && self.marks.is_some() && chosen.all(is_own)
+        self.marks.is_some()
     }
 
     /// Has the next plan made anew, as by another configuration. What the signals remember stays.
@@ -251,6 +257,11 @@ impl Cache {
             paths: paths.map(|it| it.path.to_string_lossy().into()).collect(),
             disks: nodes.chain(scope.strange).collect(),
         })
+    }
+
+    /// How many file systems may be frozen at the same time.
+    pub fn widest_wave(&self) -> usize {
+        self.plan.waves.iter().map(Vec::len).max().unwrap_or(0)
     }
 
     /// The plan for a backup of the disks with these addresses, and those disks.
@@ -352,7 +363,7 @@ impl Cache {
     /// wait.
     pub fn rewind(&mut self) {
         // Where nobody tells, nobody is asked.
-        let _ = self.signals.alive();
+        let _ = self.signals.alive(false);
     }
 
     /// What has come since then and would be in a backup of these disks, or missing in it: it makes a plan
@@ -901,7 +912,11 @@ mod tests {
             Ok(self.0.borrow().uevents)
         }
 
-        fn alive(&mut self) -> io::Result<Self::Alive> {
+        fn shows_at_a_glance(_alive: &Self::Alive) -> bool {
+            true
+        }
+
+        fn alive(&mut self, _at_a_glance: bool) -> io::Result<Self::Alive> {
             let model = self.0.borrow();
             let listed = model.alive.iter().filter(|(disk, _)| LISTED.contains(disk));
             let listed = listed.map(|(disk, it)| (*disk, it.generation)).collect();
@@ -1030,7 +1045,7 @@ mod tests {
         cache.plan(&config).unwrap();
         let marks = cache.marks.take().unwrap();
         prop_assert!(marks
-            .unchanged(&mut cache.signals, &cache.read_only)
+            .unchanged(&mut cache.signals, &cache.read_only, false)
             .is_some());
         Ok(())
     }

@@ -171,6 +171,10 @@ impl Freezer {
         for rule in self.cache.prepare(config).unwrap_or_default() {
             log.warning(rule.to_string());
         }
+        // Without memory for them it is said when they are needed.
+        let _ = self
+            .pool
+            .grow(self.cache.widest_wave().min(config.parallel));
     }
 
     /// The hooks that are to be called first, and what they are told; `None` when there are none.

@@ -97,6 +97,13 @@ impl Listed {
     }
 
     /// Number and name of each folder that is listed.
+    /// Whether there is one of a kind that may have several devices: those are listed by their UUID.
+    pub fn may_have_members(&self) -> bool {
+        let is_uuid =
+            |name: &[u8]| name.len() == 36 && name.iter().filter(|b| **b == b'-').count() == 4;
+        self.folders().any(|(_, name)| is_uuid(name))
+    }
+
     fn folders(&self) -> impl Iterator<Item = (u64, &[u8])> {
         // `struct linux_dirent64`: d_ino, d_off, d_reclen, d_type, and the name up to a zero.
         let mut rest = self.0.as_slice();
@@ -258,6 +265,11 @@ mod tests {
         let after = list();
         assert_ne!(after, before);
         assert_eq!(after.since(&before), ["sdb1"]);
+        assert!(!after.may_have_members());
+        let uuid = "0c5a7d3e-93f1-4bb2-8a0e-3d8f8f0c1a55";
+        fs::create_dir(folder.join(uuid)).unwrap();
+        assert!(list().may_have_members());
+        fs::remove_dir(folder.join(uuid)).unwrap();
         assert!(before.since(&after).is_empty());
         let has_news = |before, now| Listed::has_news(before, now);
         assert!(has_news(Some(&before), Some(&after)));

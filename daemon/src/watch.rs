@@ -52,8 +52,10 @@ pub trait Signals {
     fn table_has_changed(&mut self) -> io::Result<bool>;
     /// How many changes of devices there have been.
     fn uevents(&mut self) -> io::Result<u64>;
-    /// Which superblocks are alive.
-    fn alive(&mut self) -> io::Result<Self::Alive>;
+    /// Which superblocks are alive. While all is frozen it is asked `at_a_glance`: no path is looked up then.
+    fn alive(&mut self, at_a_glance: bool) -> io::Result<Self::Alive>;
+    /// Whether a glance shows all that there is to be seen of these.
+    fn shows_at_a_glance(alive: &Self::Alive) -> bool;
     /// Nobody waits: what was put off can be done.
     fn rest(&mut self) {}
     /// The devices that one is mapped to by now.
@@ -82,7 +84,7 @@ impl<S: Signals> Before<S> {
         signals.table_has_changed().ok()?;
         Some(Before {
             uevents: signals.uevents().ok()?,
-            alive: signals.alive().ok()?,
+            alive: signals.alive(false).ok()?,
         })
     }
 
@@ -148,17 +150,27 @@ impl<S: Signals> Marks<S> {
             && signals.uevents().is_ok_and(|it| it == self.before.uevents)
     }
 
+    /// Whether a glance is enough to tell that nothing has changed.
+    pub fn show_at_a_glance(&self) -> bool {
+        self.mapped.is_empty() && S::shows_at_a_glance(&self.before.alive)
+    }
+
     /// The states of the other namespaces.
     pub fn states(&self) -> &S::States {
         &self.states
     }
 
-    /// The marks and the way to what was seen, if nothing has changed since. Otherwise they are gone:
-    /// a change that was heard once is not heard again.
-    pub fn unchanged(self, signals: &mut S, read_only: &ReadOnly<S>) -> Option<(Self, S::Ways)> {
+    /// The marks and the way to what was seen, if nothing has changed since, as far as a glance tells or as far
+    /// as anybody does. Otherwise they are gone: a change that was heard once is not heard again.
+    pub fn unchanged(
+        self,
+        signals: &mut S,
+        read_only: &ReadOnly<S>,
+        at_a_glance: bool,
+    ) -> Option<(Self, S::Ways)> {
         if signals.table_has_changed().ok()?
             || signals.uevents().ok()? != self.before.uevents
-            || signals.alive().ok()? != self.before.alive
+            || signals.alive(at_a_glance).ok()? != self.before.alive
         {
             return None;
         }
@@ -477,24 +489,33 @@ impl Signals for Kernel {
         number_in(told(self.uevents.as_ref())?)
     }
 
-    fn alive(&mut self) -> io::Result<Alive> {
+    fn alive(&mut self, at_a_glance: bool) -> io::Result<Alive> {
         let lists = told(self.lists.as_ref())?;
         let listed = lists.rewind().and_then(|()| lists.read())?;
         let listed = match listed {
             Some(it) => it,
             // There is a new type.
+            None if at_a_glance => return Err(io::ErrorKind::NotFound.into()),
             None => {
                 let lists = self.lists.insert(Lists::open()?);
                 told(lists.read()?.as_ref())?.clone()
             }
         };
         told(self.lists.as_ref())?.rewind()?;
+        let members = match at_a_glance || !listed.may_have_members() {
+            true => BTreeSet::new(),
+            false => superblocks::members(),
+        };
         Ok(Alive {
             listed,
-            members: superblocks::members(),
+            members,
             newest: self.number.and_then(|own| sys::newest_mount(own).ok()),
             made: self.mounts_made().ok(),
         })
+    }
+
+    fn shows_at_a_glance(alive: &Alive) -> bool {
+        alive.members.is_empty()
     }
 
     fn rest(&mut self) {

@@ -416,7 +416,7 @@ fn what_was_busy_and_hangs_once_it_is_free_is_called_off() {
         can_call_off: true,
         ..Double::default()
     };
-    let busy = ("freeze", 1, Errno::EBUSY, 1);
+    let busy = ("freeze", 1, Errno::EBUSY, ALWAYS);
     let waves = [(0, None), (0, None)];
     let stand_on: [Option<&[&str]>; 2] = [Some(&[]); 2];
     let mut s = setup_before(double, &waves, &stand_on, &[busy], false);
@@ -426,6 +426,7 @@ fn what_was_busy_and_hangs_once_it_is_free_is_called_off() {
             thread::yield_now();
         }
         lock(&double.slow).insert(("freeze", 1), LIMIT * 40);
+        lock(&double.failures).clear();
     });
     let begun = Instant::now();
     let summary = s.freeze().unwrap();
