@@ -24,7 +24,8 @@ const STACK_BYTES: usize = 128 * 1024;
 
 type Step = Box<dyn FnOnce(Vec<OwnedFd>) + Send>;
 
-/// The threads. They end with this, each when what it is at has ended.
+/// The threads, for those that have one table of descriptors in common: the lines to them are there, and not in
+/// that of one of them, or of another thread that has its own. They end with this, each when what it is at has ended.
 #[derive(Default)]
 pub struct Apart(Mutex<Vec<Helper>>);
 

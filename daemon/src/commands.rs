@@ -228,7 +228,7 @@ fn row<'a>(
 pub fn list(config: &Config, json: bool) -> Result<String, CommandError> {
     let plan = survey(config)?;
     // What is not remembered, or not for everybody to read, is missing in the list.
-    let last = History::new(&config.state_dir).read().ok();
+    let last = History::new(&config.state_dir).read_in_time().ok();
     let last = last
         .and_then(|it| it.into_iter().last())
         .filter(|it| it.disks.is_some());
@@ -557,7 +557,7 @@ pub fn status(
         Err(error) => return Err(error.into()),
     };
     let told = daemon.as_ref().and_then(report::last_of);
-    let history = match History::new(&config().state_dir).read() {
+    let history = match History::new(&config().state_dir).read_in_time() {
         // The daemon knows best what it is at, and of the last one.
         Err(error) if daemon.is_some() => {
             log.warning(words(&error));
@@ -575,7 +575,7 @@ pub fn status(
 
 /// The backups that are remembered, as text or as JSON.
 pub fn history(config: &Config, json: bool) -> Result<(String, Outcome), CommandError> {
-    let all = History::new(&config.state_dir).read()?;
+    let all = History::new(&config.state_dir).read_in_time()?;
     let text = match json {
         true => as_json(&all)?,
         false => report::history(&all),
@@ -585,7 +585,7 @@ pub fn history(config: &Config, json: bool) -> Result<(String, Outcome), Command
 
 /// Draws the backup with this number, counted from the last, as a timeline into a file.
 pub fn draw(config: &Config, number: usize, file: &Path) -> Result<(), CommandError> {
-    let all = History::new(&config.state_dir).read()?;
+    let all = History::new(&config.state_dir).read_in_time()?;
     let entry = all.iter().rev().nth(number.saturating_sub(1));
     let entry = entry.ok_or(CommandError::NotRemembered(number))?;
     let svg = timeline::draw(entry)?;

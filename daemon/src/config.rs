@@ -448,16 +448,27 @@ fn places_of(file_system: &FileSystem) -> impl Iterator<Item = &Place> {
 }
 
 impl Config {
-    /// Reads the configuration at `path`; without a path the default one, which need not exist. It is read
-    /// [apart](Questions): what does not answer in time cannot be read.
+    /// Reads the configuration at `path`; without a path the default one, which need not exist.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let file = path.unwrap_or(Path::new(DEFAULT_PATH));
+        Self::of(read(file, path.is_some())?)
+    }
+
+    /// The same [apart](Questions), for a thread that has the descriptors of all: what does not answer in time
+    /// cannot be read.
+    pub fn load_in_time(path: Option<&Path>) -> Result<Self, ConfigError> {
         static ASKED: Questions<PathBuf> = Questions::new();
         let file = path.unwrap_or(Path::new(DEFAULT_PATH)).to_owned();
         let (its, must_exist) = (file.clone(), path.is_some());
         let read = move |_| read(&its, must_exist);
         let read = ASKED.ask(file.clone(), &[], PATIENCE, read);
+        Self::of(read.map_err(cannot_read(&file))??)
+    }
+
+    /// What these files say, one after the other.
+    fn of(files: Vec<(PathBuf, Vec<u8>)>) -> Result<Self, ConfigError> {
         let mut config = Self::default();
-        for (file, bytes) in read.map_err(cannot_read(&file))?? {
+        for (file, bytes) in files {
             parse(text_in(&bytes, &file)?, &file)?.apply(&mut config);
         }
         Ok(config)
@@ -644,6 +655,7 @@ mod tests {
         };
         std::fs::write(&file, "strict = true\n").unwrap();
         assert_eq!(why(&file), "");
+        assert!(Config::load_in_time(Some(&file)).unwrap().strict);
         nix::unistd::mkfifo(&drop_in, nix::sys::stat::Mode::S_IRWXU).unwrap();
         let said = why(&file);
         assert!(

@@ -277,9 +277,14 @@ impl History {
     }
 
     /// All that is remembered, the oldest first. A line that is not understood is passed over: a later
-    /// version may have written it, or the machine died meanwhile. It is read [apart](Questions): what does not
-    /// answer in time cannot be read.
+    /// version may have written it, or the machine died meanwhile.
     pub fn read(&self) -> Result<Vec<Entry>, HistoryError> {
+        self.bytes().map(entries_in).map_err(self.failed("read"))
+    }
+
+    /// The same [apart](Questions), for a thread that has the descriptors of all: what does not answer in time
+    /// cannot be read.
+    pub fn read_in_time(&self) -> Result<Vec<Entry>, HistoryError> {
         self.read_within(PATIENCE)
     }
 
@@ -287,10 +292,8 @@ impl History {
         static ASKED: Questions<PathBuf> = Questions::new();
         let its = self.clone();
         let bytes = ASKED.ask(self.0.clone(), &[], limit, move |_| its.bytes());
-        let bytes = bytes.and_then(|it| it).map_err(self.failed("read"))?;
-        let lines = bytes.split(|&byte| byte == b'\n');
-        let entries = lines.map(serde_json::from_slice);
-        Ok(entries.filter_map(Result::ok).collect())
+        let bytes = bytes.and_then(|it| it);
+        bytes.map(entries_in).map_err(self.failed("read"))
     }
 
     /// Remembers one more, and forgets the older half when it has become too much.
@@ -515,6 +518,12 @@ impl Unfinished {
             Ok(())
         }
     }
+}
+
+fn entries_in(bytes: Vec<u8>) -> Vec<Entry> {
+    let lines = bytes.split(|&byte| byte == b'\n');
+    let entries = lines.map(serde_json::from_slice);
+    entries.filter_map(Result::ok).collect()
 }
 
 fn line_of(entry: &Entry) -> io::Result<Vec<u8>> {

@@ -180,7 +180,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
     // It is read again from wherever the daemon is then.
     let config_path = matches.get_one::<PathBuf>("config");
     let config_path = config_path.map(std::path::absolute).transpose()?;
-    let config = || Config::load(config_path.as_deref());
+    let config = || Config::load_in_time(config_path.as_deref());
     match matches.subcommand() {
         Some(("list", list)) => {
             let text = match list.get_flag("table") {
@@ -265,7 +265,7 @@ fn serve(
     let run = RunDir::default();
     // Before going to the background, so that whoever starts it sees why it cannot run.
     let log = Logbook::new(foreground_sink());
-    let config = match Config::load(config_path.as_deref()) {
+    let config = match Config::load_in_time(config_path.as_deref()) {
         Ok(config) => config,
         Err(error) => {
             // Whatever is wrong with it, nothing stays frozen for that.
@@ -309,7 +309,7 @@ fn serve(
 
 /// The configuration as it is now, or the one that there was when it is none.
 fn read_again(old: Config, path: Option<&Path>, log: &Logbook) -> Config {
-    match Config::load(path) {
+    match Config::load_in_time(path) {
         Ok(config) => {
             log.info("the configuration is read again");
             config
