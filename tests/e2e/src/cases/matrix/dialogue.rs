@@ -182,6 +182,11 @@ impl<'a> Dialogue<'a> {
         self.asked.last().and_then(|it| it.told)
     }
 
+    /// Whether all that was asked was answered, and well.
+    pub fn is_all_good(&self) -> bool {
+        self.asked.iter().all(|it| it.told == Some(status::OK))
+    }
+
     /// When THAW was sent, on the guest's clock.
     pub fn thaw_sent(&self) -> Option<u64> {
         self.thaw_sent

@@ -362,6 +362,9 @@ fn cell(lab: &mut Lab<'_>, stage: Stage) -> Result<Seen> {
     }
     let (on, after) = standing.words(&dialogue, fault);
     let mut wrong = dialogue.wrong();
+    if fault == Fault::DiskAdded && !dialogue.is_all_good() {
+        wrong.push(format!("a disk more fails no backup: {}", dialogue.words()));
+    }
     if let Some(path) = &standing.stuck {
         wrong.push(format!("{path} was still frozen"));
     }
