@@ -23,7 +23,7 @@ const USUAL: u32 = 5;
 
 /// Cases that take much longer, in seconds as a run under emulation has printed them. One that is wrong here
 /// costs some balance and nothing else.
-const LONG: [(&str, u32); 23] = [
+const LONG: [(&str, u32); 22] = [
     ("abi/debugfs", 20),
     ("broken/btrfs-balance", 13),
     ("broken/md-repair", 14),
@@ -33,7 +33,6 @@ const LONG: [(&str, u32); 23] = [
     ("deadman/killed-in-a-hung-freeze", 15),
     ("foreign/released-in-the-window", 12),
     ("hooks/backup", 13),
-    ("hostile/packets", 12),
     ("matrix/few", 28),
     ("owned/hibernated", 20),
     ("restore/checkers-ext4", 16),

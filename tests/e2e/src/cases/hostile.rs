@@ -4,7 +4,7 @@
 //! nothing leaks, nobody starves, and the next real backup is good.
 //!
 //! What is random comes from a seed: `e2e run --rounds N --seed S`; a round is [`PACKETS`] packets,
-//! or [`FEWER`] and [`WRITES`] writes.
+//! and in one case [`WRITES`] writes besides.
 
 use super::{backup, load, rounds, seed, start, wait_for_daemon};
 use super::{Case, Growth, ModuleState, When};
@@ -60,19 +60,15 @@ const fn storm(name: &'static str, about: &'static str, run: fn(&Guest) -> Resul
         name,
         about,
         machine: Machine::TWO_CPUS,
-        per_round: Duration::from_secs(12),
+        per_round: Duration::from_secs(6),
         when: When::Always,
         asks_our_module: false,
         run,
     }
 }
 
-/// Packets in a round: so many that 16 bytes that leaked with each would be more than [`Growth`] takes for
-/// noise.
-const PACKETS: u32 = 1000;
-
-/// Packets and writes in a round of both: 400 rounds are 100,000 of the one and 1,000,000 of the other.
-const FEWER: u32 = 250;
+/// Packets and writes in a round: 400 rounds are 100,000 of the one and 1,000,000 of the other.
+const PACKETS: u32 = 250;
 const WRITES: u64 = 2500;
 
 /// Packets that are sent before the host waits for the guest.
@@ -217,15 +213,10 @@ fn make_up(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// Sends so many of them, and looks after every [`BATCH`] whether a good request is answered.
-fn packets_of_a_round(
-    guest: &Guest,
-    packets: u32,
-    random: &mut Rng,
-    slowest: &mut Duration,
-) -> Result<()> {
+/// Sends [`PACKETS`] of them, and looks after every [`BATCH`] whether a good request is answered.
+fn packets_of_a_round(guest: &Guest, random: &mut Rng, slowest: &mut Duration) -> Result<()> {
     let vss = guest.vss();
-    for _ in 0..packets / BATCH {
+    for _ in 0..PACKETS / BATCH {
         for _ in 0..BATCH {
             vss.send_packet(descriptor(random), &spoilt(random))?;
             // Wishes about signals that a host may change at any time.
@@ -271,7 +262,7 @@ fn packets(guest: &Guest) -> Result<()> {
     let mut slowest = Duration::ZERO;
     let mut growth = Growth::default();
     for _ in 0..rounds() {
-        packets_of_a_round(guest, PACKETS, &mut random, &mut slowest)?;
+        packets_of_a_round(guest, &mut random, &mut slowest)?;
         growth.look(guest)?;
     }
     calm(guest)?;
@@ -338,7 +329,7 @@ fn both_sides(guest: &Guest) -> Result<()> {
         // A fresh descriptor: which ABI it is for is settled by the first write that is taken.
         let device = guest.open_device(Blocking::No)?;
         let storm = device.start_storm(4, WRITES, random.u64(..), &templates)?;
-        packets_of_a_round(guest, FEWER, &mut random, &mut slowest)?;
+        packets_of_a_round(guest, &mut random, &mut slowest)?;
         let storm = device.finish_storm(storm, STEP * 4)?;
         device.close()?;
         taken += storm.taken;
@@ -374,7 +365,7 @@ fn both_sides(guest: &Guest) -> Result<()> {
         "     {} packets, seed {}, of which the module saw {}, and {writes} writes: \
          {taken} taken, {read} reads with a message; \
          a good request took {slowest:?} at most; {growth}",
-        rounds() * FEWER,
+        rounds() * PACKETS,
         seed(),
         packets_seen(guest)?,
     );

@@ -48,10 +48,6 @@ pub struct Dialogue<'a> {
     asked: Vec<Asked>,
     /// FREEZE was good, and THAW is to come: what the writers had done by then.
     window: Option<Vec<Writer>>,
-    /// What had been written in it at the last look, if the guest was there for one.
-    looked: Option<Vec<String>>,
-    /// Nobody in the guest says that any more.
-    is_gone: bool,
     /// On the guest's clock.
     thaw_sent: Option<u64>,
 }
@@ -62,27 +58,8 @@ impl<'a> Dialogue<'a> {
             guest,
             asked: Vec::new(),
             window: None,
-            looked: None,
-            is_gone: false,
             thaw_sent: None,
         }
-    }
-
-    /// Looks at the writers in a window without a THAW, as long as somebody in the guest says how they fare.
-    pub fn look(&mut self) {
-        let Some(first) = &self.window else { return };
-        if self.is_gone {
-            return;
-        }
-        match self.guest.writers() {
-            Ok(now) => self.looked = Some(written_since(first, &now)),
-            Err(_) => self.is_gone = true,
-        }
-    }
-
-    /// What was written in it until then.
-    pub fn last_look(&self) -> Option<&[String]> {
-        self.looked.as_deref()
     }
 
     /// Says this and does not wait for the answer. Says whether it could be said.

@@ -23,7 +23,7 @@ use hyperv_sim::storage::Image;
 use hyperv_sim::{Exit, VmError};
 use lab_agent::Stall;
 use stage::{end_hooks, Hold, Stage};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A case in which `run` has one fault meet each stage.
 const fn one(
@@ -416,15 +416,10 @@ fn end_at(first: &Guest, fault: Fault, stack: Stack, stage: Stage) -> Result<See
         .context("the stage is not reached")?;
     guest.ends()?;
     fault.begin(&lab, &mut dialogue, &hold)?;
-    let until = Instant::now() + guest.host().patience(STEP * 2);
-    let exit = loop {
-        dialogue.look();
-        match guest.vm().wait_exit(Duration::from_millis(50)) {
-            Err(VmError::Timeout { .. }) if Instant::now() < until => {}
-            // Every way to end writes back what is dirty, and waits for the disk that hangs.
-            Err(VmError::Timeout { .. }) if stage == Stage::FreezeHangs => break None,
-            exit => break Some(exit?),
-        }
+    let exit = match guest.vm().wait_exit(STEP * 2) {
+        // Every way to end writes back what is dirty, and waits for the disk that hangs.
+        Err(VmError::Timeout { .. }) if stage == Stage::FreezeHangs => None,
+        exit => Some(exit?),
     };
     dialogue.listen(STEP)?;
     if fault == Fault::Panic {
@@ -444,14 +439,12 @@ fn end_at(first: &Guest, fault: Fault, stack: Stack, stage: Stage) -> Result<See
         Some(Exit::Crash { .. }) => format!("crash reported, {unloaded}"),
         Some(other) => bail!("the guest should not end so: {other:?}"),
     };
-    let told = Some(dialogue.words()).filter(|it| !it.is_empty());
-    let written = dialogue.last_look().map(|written| match written {
-        [] => "nothing written".to_owned(),
-        _ => "written to before it ended".to_owned(),
-    });
-    let words: Vec<String> = [told, written, Some(how)].into_iter().flatten().collect();
+    let told = dialogue.words();
     Ok(Seen {
-        words: words.join("; "),
+        words: match told.as_str() {
+            "" => how,
+            told => format!("{told}; {how}"),
+        },
         on: None,
         wrong: dialogue.wrong(),
     })
