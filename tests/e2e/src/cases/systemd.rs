@@ -185,11 +185,14 @@ fn backup(guest: &Guest) -> Result<()> {
     let written = written_within(&disk.log(), 0, |entry| {
         host.time_of(entry.ended) > frozen.at && host.time_of(entry.arrived) < thawing
     });
-    equal("writes between the answer and THAW", written, 0)?;
+    equal("writes between the answer and THAW", written, Vec::new())?;
     let before = written_within(&disk.log(), 0, |entry| {
         host.time_of(entry.ended) <= frozen.at
     });
-    ensure!(before > 0, "there should be writes before the answer");
+    ensure!(
+        !before.is_empty(),
+        "there should be writes before the answer"
+    );
     disk.stop_log();
     equal("the daemon", wait_active(guest, 0)?, pid)?;
     equal("restarts", property(guest, "NRestarts")?.as_str(), "0")?;

@@ -86,7 +86,10 @@ pub(super) fn judge(guest: &Guest, copies: &[&Copy]) -> Result<Vec<Verdict>> {
         let check = run(format.check())?;
         copy.stack.close(guest, &name)?;
         verdicts.push(Verdict {
-            log: (copy.written > 0).then(|| format!("{} writes after the answer", copy.written)),
+            log: copy.written.first().map(|first| {
+                let count = copy.written.len();
+                format!("{count} writes after the answer, the first one: {first}")
+            }),
             mirror: judge_mirror(copy),
             journal: Some(journal.trim().to_owned()).filter(|it| !it.is_empty()),
             check: (check.status != Some(0)).then(|| format!("{}{}", check.out, check.err)),
@@ -182,7 +185,7 @@ mod tests {
             format: Format::Ext4,
             stack,
             parts: vec![disk(None), disk(changed)],
-            written: 0,
+            written: Vec::new(),
             expected: Expected { least: 0, most: 0 },
         };
         assert_eq!(judge_mirror(&copy(Stack::Md, None)), None);

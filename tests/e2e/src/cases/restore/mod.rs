@@ -167,7 +167,7 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
                     base,
                     log,
                 }],
-                written: 0,
+                written: Vec::new(),
                 expected: Expected::at(&notes, volume.slot, |moment| {
                     host.time_of(moment) < freeze.at
                 }),
@@ -343,14 +343,14 @@ fn without_freeze(guest: &Guest, rig: &Rig) -> Result<Vec<Copy>> {
             format: volume.format,
             stack: volume.stack,
             parts: Vec::new(),
-            written: 0,
+            written: Vec::new(),
             expected: Expected::at(&notes, volume.slot, |moment| moment < answer),
         };
         for (attached, (base, image)) in volume.disks.iter().zip(parts.by_ref()) {
             let log = attached.disk.log();
-            copy.written += written_within(&log, volume.stack.metadata(&image), |entry| {
-                entry.ended > answer
-            });
+            let metadata = volume.stack.metadata(&image);
+            let written = written_within(&log, metadata, |entry| entry.ended > answer);
+            copy.written.extend(written);
             copy.parts.push(Part { base, log, image });
         }
         copies.push(copy);
@@ -414,7 +414,11 @@ fn root(guest: &Guest) -> Result<()> {
     rig.start_load(guest)?;
     let backup = rig.back_up(guest)?;
     let copy = backup.copies.into_iter().next().context("no copy")?;
-    equal("writes between the answer and THAW", copy.written, 0)?;
+    equal(
+        "writes between the answer and THAW",
+        &copy.written,
+        &Vec::new(),
+    )?;
     ensure!(copy.expected.least > 0, "there should be records");
     guest.signal(&process, 9)?;
     guest.ends()?;

@@ -215,17 +215,18 @@ impl Rig {
                 format: volume.format,
                 stack: volume.stack,
                 parts: Vec::new(),
-                written: 0,
+                written: Vec::new(),
                 expected: Expected::at(&notes, volume.slot, |moment| {
                     host.time_of(moment) < freeze.at
                 }),
             };
             for (attached, (base, image)) in volume.disks.iter().zip(parts.by_ref()) {
                 let mut log = attached.disk.log();
-                copy.written += written_within(&log, volume.stack.metadata(&image), |entry| {
+                let metadata = volume.stack.metadata(&image);
+                copy.written.extend(written_within(&log, metadata, |entry| {
                     let (arrived, ended) = (host.time_of(entry.arrived), host.time_of(entry.ended));
                     ended > freeze.at && arrived < thawing
-                });
+                }));
                 log.retain(|entry| host.time_of(entry.ended) <= freeze.at);
                 copy.parts.push(Part { base, log, image });
             }
@@ -237,19 +238,23 @@ impl Rig {
     }
 }
 
-/// How many of these entries changed the disk behind its first `metadata` bytes while `within` says so.
+/// Which of these entries changed the disk behind its first `metadata` bytes while `within` says so, in words.
 pub(in crate::cases) fn written_within(
     log: &[Entry],
     metadata: u64,
     within: impl Fn(&Entry) -> bool,
-) -> usize {
-    let changes_data = |entry: &Entry| match entry.change {
-        Change::Write { offset, .. } | Change::Discard { offset, .. } => offset >= metadata,
-        Change::Flush => false,
+) -> Vec<String> {
+    let words = |entry: &Entry| match &entry.change {
+        Change::Write { offset, data, .. } if *offset >= metadata => {
+            Some(format!("{} bytes written at {offset}", data.len()))
+        }
+        Change::Discard { offset, len } if *offset >= metadata => {
+            Some(format!("{len} bytes discarded at {offset}"))
+        }
+        Change::Write { .. } | Change::Discard { .. } | Change::Flush => None,
     };
-    log.iter()
-        .filter(|entry| changes_data(entry) && within(entry))
-        .count()
+    let log = log.iter().filter(|entry| within(entry));
+    log.filter_map(words).collect()
 }
 
 /// What a backup brought.
@@ -264,8 +269,8 @@ pub(super) struct Copy {
     pub(super) stack: Stack,
     /// Disk by disk.
     pub(super) parts: Vec<Part>,
-    /// How often the disks were written to between the answer and THAW.
-    pub(super) written: usize,
+    /// What was written to the disks between the answer and THAW.
+    pub(super) written: Vec<String>,
     pub(super) expected: Expected,
 }
 
