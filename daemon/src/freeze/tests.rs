@@ -1040,6 +1040,21 @@ fn what_a_look_has_frozen_anew_when_its_thaw_came_had_been_thawed_by_others() {
 }
 
 #[test]
+fn what_others_hold_has_not_been_asked_because_a_look_at_it_has_ended() {
+    let waves = [(0, None), (0, None)];
+    let busy = ("freeze", 0, Errno::EBUSY, ALWAYS);
+    let mut s = setup_before(watched(waits()), &waves, &[], &[busy], true);
+    assert_eq!(s.freeze().unwrap().foreign, 1);
+    lock(&s.double.failures).insert(("freeze", 1), (Errno::EBUSY, ALWAYS));
+    s.slow("freeze", 0, LOOK_TIME * 7 / 2);
+    assert!(s.session.look_after().is_empty());
+    match s.session.thaw() {
+        Err(ThawError::Hung { names }) => assert_eq!(names, ["/fs0"]),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn what_others_hold_and_cannot_be_asked_is_lost_unless_its_disk_says_otherwise() {
     for strict in [false, true] {
         let waves = [(0, None), (0, None)];

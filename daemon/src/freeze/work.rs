@@ -335,11 +335,9 @@ impl Work {
         // Whoever looks after it may hang, and then it is thawed all the same.
         let turn = target.turn.take_within(LOOK_TIME);
         self.thaw_now(target);
-        if turn.is_none() {
-            // What that look has found counts, and the thaw does not end before its freeze has.
+        // What that look has found counts, and the thaw does not end before its freeze has.
+        if turn.is_none() && target.turn.take_within(LOOK_TIME).is_none() {
             target.unasked.store(true, Ordering::SeqCst);
-            let said = target.turn.take_within(LOOK_TIME);
-            target.unasked.store(said.is_none(), Ordering::SeqCst);
         }
     }
 
