@@ -394,10 +394,11 @@ impl Cache {
         let mut open = BTreeMap::new();
         let mut attempt = 1;
         loop {
-            let is_believed = may_believe && attempt == 1 && self.is_credible();
-            let own_way = is_believed.then(|| self.signals.own_way());
+            let may_believe = may_believe && attempt == 1 && self.is_credible();
+            let own_way = may_believe.then(|| self.signals.own_way().ok()).flatten();
+            let is_believed = own_way.is_some();
             let ways = match own_way {
-                Some(ways) => ways.map_err(LookError::Namespaces)?,
+                Some(ways) => ways,
                 None => self.plan(config)?,
             };
             let states = match &self.marks {
