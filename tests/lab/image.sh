@@ -22,7 +22,7 @@ inner_tools=(
 
 case $kernel in
 # What is needed of them by the cases that a debug kernel is built for.
-debug*) inner_modules=(brd loop hv_utils xfs btrfs) ;;
+debug*) inner_modules=(brd loop dm-mod hv_utils xfs btrfs) ;;
 # It lacks the one that the others have as well.
 6.1) ;;
 *) inner_modules+=(nvme-loop) ;;

@@ -186,6 +186,7 @@ mod tests {
             stack,
             parts: vec![disk(None), disk(changed)],
             written: Vec::new(),
+            discarded: 0,
             expected: Expected { least: 0, most: 0 },
         };
         assert_eq!(judge_mirror(&copy(Stack::Md, None)), None);

@@ -49,6 +49,11 @@ pub const CASES: &[Case] = &[
         |guest| ours_and_peer(guest, Format::Btrfs),
     ).long(),
     long(
+        "restore/btrfs-discards",
+        "what btrfs discards while it is frozen is free in the copy, too",
+        btrfs_discards,
+    ).long(),
+    long(
         "restore/checkers-ext4",
         "each of its judges refuses what it is there for: a copy without a freeze, one that lacks a write, a torn and a damaged one",
         |guest| bad_copies(guest, Format::Ext4),
@@ -168,6 +173,7 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
                     log,
                 }],
                 written: Vec::new(),
+                discarded: 0,
                 expected: Expected::at(&notes, volume.slot, |moment| {
                     host.time_of(moment) < freeze.at
                 }),
@@ -229,6 +235,43 @@ fn ours_and_peer(guest: &Guest, format: Format) -> Result<()> {
         guest.compare(&what, ours, peer);
     }
     Ok(())
+}
+
+/// A backup of a btrfs with much to discard, which waits until it does.
+fn btrfs_discards(guest: &Guest) -> Result<()> {
+    load(guest, Module::Ours, &[])?;
+    // btrfs leaves what became free alone for ten seconds at least.
+    let process = guest.start_daemon_with("deadline = 120")?;
+    wait_for_daemon(guest)?;
+    let mut rig = Rig::new(guest, &[(Format::Btrfs, Stack::Disk)], Duration::ZERO)?;
+    let volume = rig.volumes.first().context("no volume")?;
+    guest.sh(&format!(
+        "cd {}; dd if=/dev/urandom of=much bs=1M count=64 status=none; sync; rm much; sync",
+        volume.path
+    ))?;
+    let backup = rig.back_up_after(guest, |answer| {
+        let disks: Vec<_> = rig.disks().collect();
+        guest.wait_until("something is discarded", STEP * 4, || {
+            let is_one = |entry: &Entry| {
+                guest.host().time_of(entry.arrived) > answer
+                    && matches!(entry.change, Change::Discard { .. })
+            };
+            Ok(disks.iter().any(|it| it.disk.log().iter().any(is_one)))
+        })
+    })?;
+    rig.stop(guest)?;
+    stop(guest, Module::Ours, &process)?;
+    let copy = backup.copies.first().context("no copy")?;
+    let verdicts = judge(guest, &[copy])?;
+    let verdict = verdicts.first().context("no verdict")?;
+    println!("     {} discards in the window", copy.discarded);
+    ensure!(copy.discarded > 0, "nothing was discarded in the window");
+    ensure!(
+        verdict.objections().is_empty() && copy.expected.least > 0,
+        "{:?}: {verdict:#?}",
+        copy.expected
+    );
+    rig.detach(guest)
 }
 
 /// Copies that are bad, each in its own way, and one that is good.
@@ -344,6 +387,7 @@ fn without_freeze(guest: &Guest, rig: &Rig) -> Result<Vec<Copy>> {
             stack: volume.stack,
             parts: Vec::new(),
             written: Vec::new(),
+            discarded: 0,
             expected: Expected::at(&notes, volume.slot, |moment| moment < answer),
         };
         for (attached, (base, image)) in volume.disks.iter().zip(parts.by_ref()) {
@@ -486,7 +530,7 @@ fn one_after_the_other(
     if fio {
         rig.start_fio(guest)?;
     }
-    let (mut copies, mut records) = (0, 0);
+    let (mut copies, mut records, mut discards) = (0, 0, 0);
     let mut last = None;
     for round in 0..rounds_or(2) {
         let backup = rig.back_up(guest)?;
@@ -509,9 +553,13 @@ fn one_after_the_other(
                 copy.stack
             );
             copies += 1;
+            discards += copy.discarded;
             records += copy.expected.least;
         }
-        println!("     backup {round}: {copies} copies are good, {records} records had to be there and are");
+        println!(
+            "     backup {round}: {copies} copies are good, {records} records had to be there and are, \
+             btrfs discarded {discards} times meanwhile"
+        );
         last = Some(backup);
     }
     Ok((process, rig, last.context("no backup")?))

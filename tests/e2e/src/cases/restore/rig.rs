@@ -8,7 +8,7 @@ use anyhow::{bail, Context, Result};
 use e2e::check::answered;
 use e2e::guest::{Guest, Process, STEP};
 use hyperv_sim::ic::status;
-use hyperv_sim::storage::{Change, Entry, Image};
+use hyperv_sim::storage::{log, Change, Entry, Image};
 use lab_agent::{Note, NOTE_LEN};
 use std::time::{Duration, Instant};
 
@@ -193,14 +193,24 @@ impl Rig {
 
     /// One backup of all disks.
     pub(super) fn back_up(&self, guest: &Guest) -> Result<Backup> {
+        self.back_up_after(guest, |_| Ok(()))
+    }
+
+    /// One backup of all disks, which are copied when `wait` has returned; it is told when the answer came.
+    pub(super) fn back_up_after(
+        &self,
+        guest: &Guest,
+        wait: impl FnOnce(Duration) -> Result<()>,
+    ) -> Result<Backup> {
         let host = guest.host();
         let luns: Vec<_> = self.disks().map(Attached::in_backup).collect();
         let bases = self.start_logs()?;
         self.wait_for_progress(guest, 3)?;
 
         let freeze = guest.vss().freeze(&luns, STEP)?;
-        let images: Result<Vec<_>, _> = self.disks().map(|it| it.disk.snapshot()).collect();
         answered("FREEZE", &freeze, status::OK)?;
+        wait(freeze.at)?;
+        let images: Result<Vec<_>, _> = self.disks().map(|it| it.disk.snapshot()).collect();
         // A real host takes its time, too.
         std::thread::sleep(Duration::from_millis(300));
         let thawing = host.now();
@@ -216,6 +226,7 @@ impl Rig {
                 stack: volume.stack,
                 parts: Vec::new(),
                 written: Vec::new(),
+                discarded: 0,
                 expected: Expected::at(&notes, volume.slot, |moment| {
                     host.time_of(moment) < freeze.at
                 }),
@@ -223,10 +234,21 @@ impl Rig {
             for (attached, (base, image)) in volume.disks.iter().zip(parts.by_ref()) {
                 let mut log = attached.disk.log();
                 let metadata = volume.stack.metadata(&image);
-                copy.written.extend(written_within(&log, metadata, |entry| {
+                let in_window = |entry: &Entry| {
                     let (arrived, ended) = (host.time_of(entry.arrived), host.time_of(entry.ended));
                     ended > freeze.at && arrived < thawing
+                };
+                let at_will = |entry: &Entry| {
+                    volume.format.discards_while_frozen()
+                        && matches!(entry.change, Change::Discard { .. })
+                };
+                copy.written.extend(written_within(&log, metadata, |entry| {
+                    in_window(entry) && !at_will(entry)
                 }));
+                // The copy of a host that takes its time has them all.
+                let discards = log.iter().filter(|it| in_window(it) && at_will(it));
+                copy.discarded += discards.clone().count();
+                let image = log::replay(&image, discards);
                 log.retain(|entry| host.time_of(entry.ended) <= freeze.at);
                 copy.parts.push(Part { base, log, image });
             }
@@ -271,6 +293,8 @@ pub(super) struct Copy {
     pub(super) parts: Vec<Part>,
     /// What was written to the disks between the answer and THAW.
     pub(super) written: Vec<String>,
+    /// How often free space was discarded meanwhile by a file system of which that is known.
+    pub(super) discarded: usize,
     pub(super) expected: Expected,
 }
 

@@ -41,6 +41,12 @@ impl Format {
         }
     }
 
+    /// Whether the space that its last commit has freed is discarded while it is frozen, too: btrfs does so by a
+    /// queue that no freeze stops (fs/btrfs/discard.c). Nothing refers to that space, in no copy.
+    pub(super) fn discards_while_frozen(self) -> bool {
+        self == Format::Btrfs
+    }
+
     /// Options with which a mount reads what is there, and replays nothing.
     pub(super) fn read_only(self) -> &'static str {
         match self {
