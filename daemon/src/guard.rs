@@ -25,7 +25,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
@@ -33,9 +33,9 @@ use nix::sys::signal::SigSet;
 use nix::sys::socket::{
     sendmsg, socketpair, AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType,
 };
-use nix::time::{clock_gettime, ClockId};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::clock::boot_time;
 use crate::freeze::Target;
 use crate::process;
 use crate::record::{Lock, RunDir};
@@ -56,7 +56,7 @@ const FORGET: u32 = 3;
 const FROZEN: u32 = 4;
 /// Daemon to guard: all is thawed, let go of everything.
 const DONE: u32 = 5;
-/// Guard to daemon: ready to be armed.
+/// Guard to daemon: ready to be armed, after its start and after each `DONE`.
 const READY: u32 = 6;
 /// Guard to daemon: the deadline has passed, everything is being thawed.
 const OVERDUE: u32 = 7;
@@ -68,6 +68,8 @@ const OWN_DESCRIPTORS: usize = 1;
 
 /// How long a guard may take to start.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long it may take to let go and be ready again.
+const REST_TIMEOUT: Duration = Duration::from_secs(2);
 /// Messages that are heard before the deadline is looked at again, however many there are.
 const MOST_AT_ONCE: usize = 1024;
 /// How often the guard looks after the daemon while something is frozen.
@@ -113,6 +115,10 @@ pub struct Guard {
     socket: OwnedFd,
     child: Mutex<Child>,
     process: Option<(u32, u64)>,
+    /// Its `/proc/<pid>/stat`.
+    stat: File,
+    /// Since when it has been told to let go, and has not said that it is ready again.
+    owes: Mutex<Option<Instant>>,
 }
 
 impl Guard {
@@ -135,7 +141,9 @@ impl Guard {
         let guard = Guard {
             socket,
             process: process::start_of(pid).map(|start| (pid, start)),
+            stat: File::open(format!("/proc/{pid}/stat")).map_err(GuardError::Start)?,
             child: Mutex::new(child),
+            owes: Mutex::new(None),
         };
         let limit = PollTimeout::try_from(START_TIMEOUT).unwrap_or(PollTimeout::MAX);
         if !wait_readable(guard.socket.as_fd(), limit).map_err(GuardError::Start)? {
@@ -211,6 +219,7 @@ impl Guard {
 
     /// Says that everything is thawed.
     pub fn done(&self) -> Result<(), GuardError> {
+        self.lock_owes().get_or_insert_with(Instant::now);
         self.tell(DONE, 0)
     }
 
@@ -229,34 +238,57 @@ impl Guard {
 
     /// What it has said since it was last asked; never waits.
     pub fn event(&self) -> Option<Event> {
-        if !wait_readable(self.socket.as_fd(), PollTimeout::ZERO).unwrap_or(true) {
-            return None;
-        }
-        let mut message = Message::default();
-        match sys::receive(self.socket.as_fd(), message.as_mut_bytes()) {
-            Ok((size, _)) if size == size_of::<Message>() && message.kind == OVERDUE => {
-                Some(Event::Overdue)
+        while wait_readable(self.socket.as_fd(), PollTimeout::ZERO).unwrap_or(true) {
+            let mut message = Message::default();
+            match sys::receive(self.socket.as_fd(), message.as_mut_bytes()) {
+                Ok((size, _)) if size == size_of::<Message>() && message.kind == READY => {
+                    *self.lock_owes() = None;
+                }
+                Ok((size, _)) if size == size_of::<Message>() && message.kind == OVERDUE => {
+                    return Some(Event::Overdue);
+                }
+                _ => return Some(Event::Died),
             }
-            _ => Some(Event::Died),
+        }
+        None
+    }
+
+    /// Why it would not mind what it is handed, if that is so: that would stay in its socket. What it has said is
+    /// to be heard first ([`Guard::event`]).
+    pub fn is_unfit(&self) -> Option<&'static str> {
+        if self.unfit_at().is_some_and(|at| at <= Instant::now()) {
+            return Some("hangs");
+        }
+        let mut text = [0; process::STAT_BYTES];
+        let size = self.stat.read_at(&mut text, 0).unwrap_or(0);
+        let stat = text.get(..size).unwrap_or_default();
+        match (process::has_ended(stat), process::is_stopped_by(stat)) {
+            // Its end of the socket is open as long as one of its threads is inside the kernel.
+            (true, _) => Some("has been killed"),
+            (false, true) => Some("has been stopped by somebody"),
+            (false, false) => None,
         }
     }
 
-    /// Collects one that has died. Not to be called for one that lives.
-    pub fn bury(&self) {
-        // There is nothing to learn from how it ended.
-        let _ = self.lock_child().wait();
-    }
-
-    /// Whether somebody has stopped it: it minds nothing then, and what it is handed stays in its socket.
-    pub fn is_stopped(&self) -> bool {
-        self.process().is_some_and(process::is_stopped)
+    /// From when on it counts as one that hangs, unless it is ready before.
+    pub fn unfit_at(&self) -> Option<Instant> {
+        self.lock_owes().map(|since| since + REST_TIMEOUT)
     }
 
     /// Ends one that is not needed any more. Not to be called while it minds anything.
     pub fn dismiss(&self) {
         // If it has ended by itself, so much the better.
         let _ = self.lock_child().kill();
-        self.bury();
+    }
+
+    /// Collects one that has died, or been dismissed: false as long as it is still inside the kernel.
+    pub fn is_gone(&self) -> bool {
+        // There is nothing to learn from how it ended.
+        !matches!(self.lock_child().try_wait(), Ok(None))
+    }
+
+    fn lock_owes(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.owes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_child(&self) -> MutexGuard<'_, Child> {
@@ -297,12 +329,6 @@ fn wait_readable(fd: BorrowedFd<'_>, limit: PollTimeout) -> io::Result<bool> {
     }
 }
 
-/// The clock of the deadline; it goes on while the machine is suspended, as the host's does.
-fn boot_time() -> Duration {
-    // The clock exists on every kernel since 2.6.39, and the call has no other way to fail.
-    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
-}
-
 /// The guard process itself: serves the socket on standard input until the daemon is gone and
 /// nothing is left to thaw.
 pub fn main(run: &Path) -> Result<(), GuardError> {
@@ -332,11 +358,7 @@ pub fn main(run: &Path) -> Result<(), GuardError> {
         armed: Armed::default(),
     };
     watch.rehearse();
-    let ready = Message {
-        kind: READY,
-        ..Message::default()
-    };
-    send(watch.socket, ready, &[], &[]).map_err(GuardError::Gone)?;
+    watch.tell(READY).map_err(GuardError::Gone)?;
     watch.run()
 }
 
@@ -493,9 +515,30 @@ impl Watch<'_> {
                 }
             }
             FROZEN => self.armed.settled.store(true, Ordering::SeqCst),
-            DONE => self.armed = Armed::default(),
+            DONE => {
+                self.let_go();
+                // If this fails, the daemon is gone, which the next round sees.
+                let _ = self.tell(READY);
+            }
             _ => {}
         }
+    }
+
+    /// Lets go of all that was handed over.
+    fn let_go(&mut self) {
+        let Armed {
+            members, started, ..
+        } = std::mem::take(&mut self.armed);
+        drop(started);
+        rescue::let_go(members);
+    }
+
+    fn tell(&self, kind: u32) -> io::Result<()> {
+        let message = Message {
+            kind,
+            ..Message::default()
+        };
+        send(self.socket, message, &[], &[])
     }
 
     fn lose_daemon(&mut self) {
@@ -517,7 +560,7 @@ impl Watch<'_> {
     /// Whether the daemon was killed although its end of the socket is still open: that end closes
     /// only when its last thread has ended, and one that freezes cannot be interrupted.
     fn daemon_is_dead(&self) -> bool {
-        let mut text = [0u8; 512];
+        let mut text = [0; process::STAT_BYTES];
         let Ok(size) = self.daemon.read_at(&mut text, 0) else {
             return true;
         };
@@ -531,12 +574,8 @@ impl Watch<'_> {
         started.stage = Stage::Thawing;
         started.rescue.begin();
         if !self.gone && !started.released {
-            let overdue = Message {
-                kind: OVERDUE,
-                ..Message::default()
-            };
-            // If this fails, the daemon is gone, which the next round sees.
-            let _ = send(self.socket, overdue, &[], &[]);
+            // As above.
+            let _ = self.tell(OVERDUE);
         }
     }
 

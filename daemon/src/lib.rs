@@ -24,6 +24,7 @@ pub mod busy;
 pub mod cache;
 pub mod calls;
 pub mod check;
+pub mod clock;
 pub mod commands;
 pub mod config;
 pub mod control;

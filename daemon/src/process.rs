@@ -65,6 +65,9 @@ pub fn tell_kernel(text: &str) {
     let _ = kmsg.and_then(|mut kmsg| kmsg.write_all(text.as_bytes()));
 }
 
+/// As much of `/proc/<pid>/stat` as tells the state of a process: the longest name has 64 bytes there.
+pub const STAT_BYTES: usize = 512;
+
 /// Whether what `/proc/<pid>/stat` says of a process means that it has ended, though a thread of it
 /// may still be inside the kernel.
 pub fn has_ended(stat: &[u8]) -> bool {
@@ -98,7 +101,12 @@ pub fn start_of(pid: u32) -> Option<u64> {
 /// Whether that process, and not another of its number, is stopped: by a signal or by a tracer.
 pub fn is_stopped((pid, start): (u32, u64)) -> bool {
     let stat = std::fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
-    start_in(&stat) == Some(start) && matches!(state_in(&stat), Some(b'T' | b't'))
+    start_in(&stat) == Some(start) && is_stopped_by(&stat)
+}
+
+/// Whether what `/proc/<pid>/stat` says of a process means that it is stopped.
+pub fn is_stopped_by(stat: &[u8]) -> bool {
+    matches!(state_in(stat), Some(b'T' | b't'))
 }
 
 /// A process of this group that has not ended, with the time of its start.

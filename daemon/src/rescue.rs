@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,6 +22,8 @@ use crate::sys;
 pub const TICK: Duration = Duration::from_millis(10);
 /// How long one wave may hold up the thaw of the next.
 const WAVE_LIMIT: Duration = Duration::from_millis(150);
+/// How long a close may take before the next is done beside it.
+const CLOSE_LIMIT: Duration = Duration::from_millis(100);
 /// Threads that wait to thaw; more are started when all of them hang.
 const THREADS: usize = 8;
 const STACK_BYTES: usize = 32 * 1024;
@@ -45,6 +48,41 @@ impl Member {
     /// From here on it is not thawed: somebody else has frozen it.
     pub fn forget(&self) {
         self.forgotten.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Closes these. Where a mount has been taken away meanwhile that is its end, which may hang: that holds up no other,
+/// and this returns when only such are left.
+pub fn let_go(members: Vec<Arc<Member>>) {
+    close_each(members, CLOSE_LIMIT);
+}
+
+fn close_each<T: Send + 'static>(all: Vec<T>, hang: Duration) {
+    let mut left = all.len();
+    let waiting = Arc::new(Mutex::new(all));
+    let next = |it: &Mutex<Vec<T>>| it.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let (tell, told) = channel();
+    while let Some(first) = next(&waiting) {
+        let (theirs, tell) = (Arc::clone(&waiting), tell.clone());
+        let close = move || {
+            let mut one = Some(first);
+            while one.take().is_some() {
+                // Who asked may have gone on without it.
+                let _ = tell.send(());
+                one = next(&theirs);
+            }
+        };
+        // Without memory for a thread that one is closed here, at the risk that it hangs.
+        if thread::Builder::new()
+            .stack_size(STACK_BYTES)
+            .spawn(close)
+            .is_err()
+        {
+            left -= 1;
+        }
+        while left > 0 && told.recv_timeout(hang).is_ok() {
+            left -= 1;
+        }
     }
 }
 
@@ -272,5 +310,43 @@ impl Shared {
             queue.waiting.push_back(member);
         }
         over
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Its end waits for the end of what it holds, if it holds anything, and then says so.
+    struct Closed(
+        Option<std::sync::mpsc::Receiver<()>>,
+        std::sync::mpsc::Sender<u32>,
+        u32,
+    );
+
+    impl Drop for Closed {
+        fn drop(&mut self) {
+            if let Some(until) = &self.0 {
+                let _ = until.recv();
+            }
+            let _ = self.1.send(self.2);
+        }
+    }
+
+    #[test]
+    fn what_hangs_while_it_is_closed_holds_up_no_other() {
+        let (tell, told) = channel();
+        let (ends, until) = channel::<()>();
+        let (second_ends, second) = channel::<()>();
+        let stuck = [Some(until), None, Some(second), None].into_iter();
+        let all = stuck
+            .zip(0..)
+            .map(|(until, n)| Closed(until, tell.clone(), n));
+        close_each(all.collect(), Duration::from_millis(20));
+        let mut closed: Vec<u32> = told.try_iter().collect();
+        closed.sort_unstable();
+        assert_eq!(closed, [1, 3]);
+        drop((ends, second_ends, tell));
+        assert_eq!(told.iter().count(), 2);
     }
 }

@@ -17,7 +17,7 @@ use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hv_vss_uapi::thawed;
+use hv_vss_uapi::{op, thawed};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use sd_notify::NotifyState;
@@ -64,6 +64,8 @@ const LOOK: Duration = Duration::from_millis(500);
 const FIRST_LINES: Duration = Duration::from_millis(500);
 /// How long a stop waits for the last entry of the history. The next start adds what it does not see there.
 const LAST_ENTRY: Duration = Duration::from_secs(5);
+/// How often it is looked whether a guard that was killed is out of the kernel.
+const GRAVE: Duration = Duration::from_secs(1);
 const CHECK_STACK_BYTES: usize = 64 * 1024;
 /// How often the log says so while nothing is frozen.
 const REPORT: Duration = Duration::from_secs(10);
@@ -211,6 +213,8 @@ pub struct Service {
     machine: Backup,
     hands: Hands,
     control: Control,
+    /// Guards that have been killed and may still be inside the kernel.
+    buried: Vec<Arc<Guard>>,
     /// Those who wait to hear that all is thawed.
     waiting: Vec<Client>,
     /// Those who wait to hear whether a configuration is in force.
@@ -331,6 +335,7 @@ impl Service {
                 last_entry: None,
             },
             control,
+            buried: Vec::new(),
             waiting: Vec::new(),
             reloading: Vec::new(),
             stopping: false,
@@ -410,11 +415,20 @@ impl Service {
         if std::mem::take(&mut self.hands.is_ahead) {
             // What was refused at the start, and said, is refused here.
             let _ = process::go_along();
-            self.dismiss_stopped_guard();
+        }
+        self.buried.retain(|it| !it.is_gone());
+        let is_overdue = |it: &Arc<Guard>| it.unfit_at().is_some_and(|at| at <= Instant::now());
+        if self.hands.guard.as_ref().is_some_and(is_overdue) {
+            self.dismiss_unfit_guard();
         }
         for client in std::mem::take(&mut self.waiting) {
             self.control.reply(client, json!({ "thawed": true }));
         }
+        self.see_to_guard();
+    }
+
+    /// Has a guard ready where one is wanted.
+    fn see_to_guard(&mut self) {
         // Holding through the module takes no guard.
         let holds = self
             .hands
@@ -436,8 +450,12 @@ impl Service {
         let watchdog = self.watchdog.map(|(_, at)| at);
         let now = Instant::now();
         let look = self.machine.is_freezing().then(|| now + LOOK);
+        let guard = self.hands.guard.as_ref().filter(|_| idle);
+        let unfit = guard.and_then(|it| it.unfit_at());
+        let grave = (idle && !self.buried.is_empty()).then(|| now + GRAVE);
         let next = self.machine.next().into_iter();
-        let next = next.chain(retry).chain(watchdog).chain(look).min()?;
+        let next = next.chain(retry).chain(watchdog).chain(look);
+        let next = next.chain(unfit).chain(grave).min()?;
         Some(next.saturating_duration_since(now))
     }
 
@@ -459,16 +477,16 @@ impl Service {
         Some(guard)
     }
 
-    fn dismiss_stopped_guard(&mut self) {
-        let is_stopped = |it: &Arc<Guard>| it.is_stopped();
-        if !self.hands.guard.as_ref().is_some_and(is_stopped) {
+    /// Ends a guard that would not mind what it is handed. Only while nothing is.
+    fn dismiss_unfit_guard(&mut self) {
+        self.on_guard();
+        let Some(why) = self.hands.guard.as_ref().and_then(|it| it.is_unfit()) else {
             return;
-        }
-        self.hands
-            .log
-            .warning("the guard process has been stopped by somebody");
+        };
+        self.hands.log.warning(format!("the guard process {why}"));
         if let Some(guard) = self.forget_guard() {
             guard.dismiss();
+            self.buried.push(guard);
         }
     }
 
@@ -480,9 +498,8 @@ impl Service {
             };
             if event == Event::Died {
                 self.hands.log.error(why);
-                if let Some(guard) = self.forget_guard() {
-                    guard.bury();
-                }
+                let guard = self.forget_guard();
+                self.buried.extend(guard);
             }
             self.end_early(why.into(), reason);
         }
@@ -503,6 +520,7 @@ impl Service {
         if held.is_some() {
             if let Some(guard) = self.forget_guard() {
                 guard.dismiss();
+                self.buried.push(guard);
             }
         }
         self.poll
@@ -540,6 +558,11 @@ impl Service {
             match device.read() {
                 Ok(None) => return,
                 Ok(Some(Incoming::Request(request))) => {
+                    if self.machine.is_idle() && request.operation == op::FREEZE {
+                        // It may have been killed or stopped since.
+                        self.dismiss_unfit_guard();
+                        self.see_to_guard();
+                    }
                     self.machine
                         .request(Instant::now(), request, &mut self.hands);
                 }

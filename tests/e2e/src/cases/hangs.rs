@@ -58,6 +58,11 @@ pub const CASES: &[Case] = &[
         killed_behind_a_hung_look,
     ),
     case(
+        "deadman/guard-killed-while-it-hangs",
+        "a guard that is killed while one of its thaws hangs is replaced: the next daemon that dies is minded",
+        guard_killed_while_it_hangs,
+    ),
+    case(
         "deadman/newcomer-beside-a-hung-freeze",
         "what is mounted while one freeze hangs is frozen, too, and all the others are",
         newcomer_beside_a_hung_freeze,
@@ -155,6 +160,8 @@ fn make_two(guest: &Guest) -> Result<()> {
 
 /// FIFREEZE of `<linux/fs.h>`.
 const FIFREEZE: u32 = 0xc004_5877;
+/// FITHAW of the same.
+const FITHAW: u32 = 0xc004_5878;
 
 /// How many threads of `process` are inside a freeze, by whichever ioctl. A thread that sleeps in the
 /// kernel shows its system call there: number and arguments (proc(5)); 16 is ioctl(2).
@@ -515,6 +522,41 @@ fn killed_behind_a_hung_look(guest: &Guest) -> Result<()> {
     stop(guest, Module::Stock, &daemon)?;
     guest.sh("umount /mnt/hung && dmsetup remove hung")?;
     disk.detach(guest)
+}
+
+/// Killed as it is, its end of the socket stays open as long as its thaw hangs.
+fn guard_killed_while_it_hangs(guest: &Guest) -> Result<()> {
+    make_two(guest)?;
+    let vss = guest.vss();
+    load(guest, Module::Stock, &[])?;
+    let daemon = guest.start_daemon_with("give_up = 2\ndeadline = 15")?;
+    wait_for_daemon(guest)?;
+    let guard = super::deadman::guard_of(guest, &daemon)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.sh(HANG)?;
+    guest.wait_until("the guard thaws, and hangs", STEP, || {
+        let thaw = format!("grep -qs ' {FITHAW:#x} ' /proc/{guard}/task/*/syscall");
+        Ok(guest.try_sh(&thaw)?.status == Some(0))
+    })?;
+    thawed_in_time(guest, "/mnt/a")?;
+    answered("THAW, too late", &vss.thaw(STEP)?, status::FAIL)?;
+    guest.wait_until("it is over", STEP, || said_thaw_hangs(guest, &daemon))?;
+    guest.signal_all(&[guard], 9)?;
+    guest.wait_until("it is killed", STEP, || {
+        Ok(guest.read(&format!("/proc/{guard}/stat"))?.contains(") Z "))
+    })?;
+    let freeze = vss.freeze(&[], STEP)?;
+    answered("FREEZE without it", &freeze, status::OK)?;
+    let sent = guest.clock()?;
+    guest.signal(&daemon, 9)?;
+    released(guest, "by the guard that took its place", sent, RELEASED)?;
+    guest.sh(UNHANG)?;
+    guest.wait(&daemon, STEP)?;
+    guest.not_frozen("with its disk back", &["/mnt/hung", "/mnt/a"])?;
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    answered("THAW, later", &vss.thaw(STEP)?, status::FAIL)?;
+    good_backup(guest).context("the next backup")?;
+    stop(guest, Module::Stock, &daemon)
 }
 
 /// It is begun anew for the newcomer, while what the module has of the first attempt still hangs.
