@@ -259,7 +259,7 @@ fn find<'a>(plan: &'a Plan, Entry { dev, devices, .. }: &Entry) -> Option<&'a Fi
 /// left behind after [`PATIENCE`], and in the end after `limit`.
 fn thaw_each<T: 'static>(
     opens: Vec<(String, impl FnOnce() -> io::Result<T> + Send + 'static)>,
-    thaw: fn(T) -> io::Result<()>,
+    thaw: fn(&T) -> io::Result<()>,
     limit: Duration,
     log: &Logbook,
 ) -> usize {
@@ -315,17 +315,23 @@ fn thaw_each<T: 'static>(
 fn start_thaw<T: 'static>(
     name: String,
     open: impl FnOnce() -> io::Result<T> + Send + 'static,
-    thaw: fn(T) -> io::Result<()>,
+    thaw: fn(&T) -> io::Result<()>,
     is_open: Arc<AtomicBool>,
     tell: Sender<Thawed>,
 ) -> io::Result<()> {
     let work = move || {
-        let result = open().and_then(|opened| {
-            is_open.store(true, Ordering::Relaxed);
-            thaw(opened)
-        });
+        let (opened, result) = match open() {
+            Ok(opened) => {
+                is_open.store(true, Ordering::Relaxed);
+                let result = thaw(&opened);
+                (Some(opened), result)
+            }
+            Err(error) => (None, Err(error)),
+        };
         // Nobody listens any more when it took too long.
         let _ = tell.send((name, result));
+        // Last, for where that is the end of a mount it may hang.
+        drop(opened);
     };
     thread::Builder::new().spawn(work).map(drop)
 }
@@ -385,7 +391,10 @@ mod tests {
             ("/a".into(), Box::new(second)),
         ];
         let began = Instant::now();
-        assert_eq!(thaw_each(opens, Ok, Duration::from_secs(60), &log), 0);
+        assert_eq!(
+            thaw_each(opens, |()| Ok(()), Duration::from_secs(60), &log),
+            0
+        );
         assert!(began.elapsed() < Duration::from_secs(30));
     }
 
@@ -401,9 +410,28 @@ mod tests {
             let open = move || tell.send(name).map_err(io::Error::other);
             opens.push((name.into(), Box::new(open)));
         }
-        assert_eq!(thaw_each(opens, Ok, Duration::ZERO, &log), 1);
+        assert_eq!(thaw_each(opens, |()| Ok(()), Duration::ZERO, &log), 1);
         drop((never, tell));
         assert_eq!(thawed.iter().collect::<Vec<_>>(), ["/b", "/a"]);
+    }
+
+    /// Its end waits for the end of what it holds.
+    struct Stuck(std::sync::mpsc::Receiver<()>);
+
+    impl Drop for Stuck {
+        fn drop(&mut self) {
+            let _ = self.0.recv();
+        }
+    }
+
+    #[test]
+    fn what_hangs_while_it_is_closed_is_thawed() {
+        let log = Logbook::new(Sink::Memory);
+        let (ends, told) = channel::<()>();
+        let opens = vec![("/a".to_owned(), || Ok(Stuck(told)))];
+        let thawed = thaw_each(opens, |_| Ok(()), Duration::from_secs(5), &log);
+        drop(ends);
+        assert_eq!(thawed, 0);
     }
 
     #[test]
