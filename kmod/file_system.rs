@@ -80,15 +80,20 @@ impl FileSystem {
     /// # Errors
     ///
     /// `EINVAL` when it is not frozen for this owner, else what the file system says; it is still
-    /// frozen then. An `EINVAL` of its own (jfs, when it cannot read its log) is an `EIO`.
+    /// frozen then. An `EINVAL` or `EBUSY` of its own (jfs, when it cannot read its log; gfs2, while it
+    /// is being frozen by another node) is an `EIO`.
     pub(crate) fn thaw<T>(&self, owner: &T) -> Result {
         let owner = ptr::from_ref(owner).cast();
+        // SAFETY: As for `freeze`. Nobody else freezes or thaws for this owner meanwhile.
+        let is_frozen = || unsafe { bindings::hv_vss_is_frozen_for(self.superblock(), owner) };
+        let was_frozen = is_frozen();
         // SAFETY: As for `freeze`.
         let result = to_result(unsafe { bindings::hv_vss_thaw_super(self.superblock(), owner) });
-        // SAFETY: As above. Nobody else freezes or thaws for this owner meanwhile.
-        let is_frozen = || unsafe { bindings::hv_vss_is_frozen_for(self.superblock(), owner) };
         match result {
             Err(error) if error == EINVAL && is_frozen() => Err(EIO),
+            // Others have it frozen as well: so a kernel before 7.3 says that ours has ended.
+            Err(error) if error == EINVAL && was_frozen => Ok(()),
+            Err(error) if error == EBUSY => Err(EIO),
             other => other,
         }
     }

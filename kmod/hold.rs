@@ -212,6 +212,8 @@ pub(crate) struct LetGo {
     pub(crate) freezing: bool,
     /// What is begun from here on was no part of it.
     before: u64,
+    /// Nor what hangs since an earlier series.
+    series: u64,
 }
 
 impl LetGo {
@@ -451,7 +453,7 @@ impl Hold {
     }
 
     /// Waits until all is thawed that was let go. What was still being frozen may hang, and is not
-    /// waited for. Process context.
+    /// waited for, nor is what hangs since an earlier series. Process context.
     ///
     /// # Errors
     ///
@@ -465,8 +467,8 @@ impl Hold {
                 let mut state = self.state.lock();
                 let forgotten = state.forgotten;
                 let held = |entry: &&mut Entry| {
-                    let ours = entry.series > forgotten && entry.number < before;
-                    ours && !matches!(entry.stage, Stage::CalledOff)
+                    let ours = entry.series == let_go.series && entry.series > forgotten;
+                    ours && entry.number < before && !matches!(entry.stage, Stage::CalledOff)
                 };
                 match state.entries.iter_mut().rev().find(held) {
                     Some(entry) => entry.watch(),
@@ -490,6 +492,7 @@ impl Hold {
             held: false,
             freezing: false,
             before: state.last_entry + 1,
+            series: state.last_series,
         };
         state.asked_for_all = state.ask();
         for entry in state.entries.iter_mut().rev() {
