@@ -2,7 +2,7 @@
 
 //! What a btrfs is at that holds its write gate for long: its freeze would wait for that to end, and all
 //! writers for the freeze. A balance and its like are shown in sysfs; for a scrub the file system has to be asked,
-//! and that may hang.
+//! and that may hang. So it has to be for whether an error has ended all writing.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,8 +19,8 @@ use crate::sys;
 /// waits for it, which takes hours, and nothing but the version tells.
 const FREEZE_ENDS_SCRUB: (u32, u32) = (6, 19);
 
-/// How long the kernel may take to say it: it waits for a commit, and that for a disk.
-const SCRUB_TIME: Duration = Duration::from_secs(5);
+/// How long the kernel may take to say something: it waits for a commit, and that for a disk.
+const ANSWER_TIME: Duration = Duration::from_secs(5);
 
 /// Each btrfs that is at something which sysfs shows: its devices, and what it is.
 pub fn shown() -> Vec<(Vec<DevId>, String)> {
@@ -62,10 +62,23 @@ pub fn unshown(fd: BorrowedFd<'_>) -> Option<&'static str> {
         let said = fds.first().map(|it| sys::is_scrubbed(it.as_fd()));
         said.is_some_and(|it| it.unwrap_or(false))
     };
-    match ASKED.ask(dev, &[fd], SCRUB_TIME, is_scrubbed) {
+    match ASKED.ask(dev, &[fd], ANSWER_TIME, is_scrubbed) {
         Ok(is_scrubbed) => is_scrubbed.then_some("scrub"),
         Err(_) => Some("a commit that hangs"),
     }
+}
+
+/// Whether an error has made a btrfs, open, read-only. One that somebody has made so syncs nothing, and says that all is
+/// well (`btrfs_start_delalloc_roots` in `fs/btrfs/inode.c`). One that does not say it in time is not known to have
+/// met an error.
+pub fn has_failed(fd: BorrowedFd<'_>) -> bool {
+    static ASKED: Questions<DevId> = Questions::new();
+    let Ok(found) = sys::identify(fd) else {
+        return false;
+    };
+    let sync = |fds: Vec<OwnedFd>| fds.first().map(|it| sys::btrfs_sync(it.as_fd()));
+    let said = ASKED.ask(found.dev(), &[fd], ANSWER_TIME, sync);
+    matches!(said, Ok(Some(Err(error))) if error.raw_os_error() == Some(libc::EROFS))
 }
 
 /// Of a release such as "6.12.117+deb13-amd64" the first two numbers.

@@ -23,7 +23,7 @@ use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::namespaces::State;
 use crate::open::{open_within, OpenError};
-use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope};
+use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope, READ_ONLY_SINCE_AN_ERROR};
 use crate::watch::{Before, Come, Kernel, Marks, ReadOnly, Scene, Signals};
 
 /// How often the machine is looked at anew when it changed between reading and opening. What was
@@ -192,9 +192,16 @@ impl<S: Signals> Cache<S> {
 
     /// Whether the plan is likely to hold: it did when that was asked last, and what tells in a moment tells
     /// nothing. [`Cache::holds`] is to be asked before anybody relies on it. Not where a glance does not tell
-    /// that, nor where the way leads to other namespaces: they would have to be found.
+    /// that, nor where the way leads to other namespaces, which would have to be found, or nowhere: what it takes a
+    /// mount to open changes what the plan goes by.
     fn is_credible(&mut self) -> bool {
-        let is_own = |it: &FileSystem| it.places.iter().all(|place| place.namespace == 0);
+        let is_own = |it: &FileSystem| {
+            it.places.iter().all(|place| place.namespace == 0)
+                && it
+                    .places
+                    .iter()
+                    .any(|place| place.walkable && !place.hidden)
+        };
         let mut chosen = self.plan.waves.iter().flatten().chain(&self.plan.synced);
         let is_shown = self.marks.as_ref().is_some_and(Marks::show_at_a_glance);
         if !self.held || !is_shown || !chosen.all(is_own) {
@@ -206,6 +213,12 @@ impl<S: Signals> Cache<S> {
         self.marks.is_some()
     }
 
+    /// Has the plan looked at before it is used again, as when it has turned out not to hold, or when others were
+    /// asked to do something that may change the machine.
+    pub fn doubt(&mut self) {
+        self.held = false;
+    }
+
     /// Has the next plan made anew, as by another configuration. What the signals remember stays.
     pub fn forget_plan(&mut self) {
         self.marks = None;
@@ -215,8 +228,9 @@ impl<S: Signals> Cache<S> {
     /// Has a plan ready for the next backup, as far as a later change will not go unnoticed. Returns
     /// the rules of the configuration that do nothing, once.
     pub fn prepare(&mut self, config: &Config) -> Result<Vec<IdleRule>, LookError> {
-        self.plan(config)?;
+        let planned = self.plan(config);
         self.signals.rest();
+        planned?;
         let idle = config.idle_rules(&self.plan);
         let news = idle.difference(&self.idle).cloned().collect();
         self.idle = idle;
@@ -362,8 +376,7 @@ impl Cache {
     /// Has [`Cache::is_all_there`] ready to be asked again. It is apart because that counts while writers
     /// wait.
     pub fn rewind(&mut self) {
-        // Where nobody tells, nobody is asked.
-        let _ = self.signals.alive(false);
+        self.signals.rewind();
     }
 
     /// What has come since then and would be in a backup of these disks, or missing in it: it makes a plan
@@ -407,6 +420,7 @@ impl Cache {
             };
             let (mut plan, scope) = self.plan_of(config, disks);
             leave_out_busy(&mut plan);
+            tell_failed(config.give_up, &ways, &mut plan);
             let (plan, has_changed) = open_all(config.give_up, &ways, plan, &mut open)?;
             if has_changed {
                 // What a path leads to is not always told: a mount that was moved is in its table as before.
@@ -428,7 +442,7 @@ impl Cache {
 
 /// Leaves out what would not freeze before something else has ended.
 fn leave_out_busy(plan: &mut Plan) {
-    if !plan.waves.iter().flatten().any(|it| it.fs_type == "btrfs") {
+    if !plan.waves.iter().flatten().any(is_btrfs) {
         return;
     }
     let busy = busy::shown();
@@ -438,6 +452,31 @@ fn leave_out_busy(plan: &mut Plan) {
         let found = busy.find(|(of, _)| of.iter().any(|dev| devices.contains(dev)));
         found.map(|(_, operation)| Reason::Busy(operation.clone()))
     });
+}
+
+/// Names what an error has made read-only, where that has to be asked for.
+fn tell_failed(limit: Duration, ways: &Ways, plan: &mut Plan) {
+    let has_turned = |it: &&mut LeftOut| it.reason == Reason::TurnedReadOnly;
+    for left in plan.left_out.iter_mut().filter(has_turned) {
+        if !is_btrfs(&left.file_system) {
+            continue;
+        }
+        if let Ok(fd) = open_within(limit, ways, &left.file_system) {
+            left.reason = why_read_only(&left.file_system, &fd, Reason::TurnedReadOnly);
+        }
+    }
+}
+
+fn is_btrfs(file_system: &FileSystem) -> bool {
+    file_system.fs_type == "btrfs"
+}
+
+/// Why this one, open, is left out that is read-only: that it met an error, or else this.
+fn why_read_only(file_system: &FileSystem, fd: &OwnedFd, otherwise: Reason) -> Reason {
+    match is_btrfs(file_system) && busy::has_failed(fd.as_fd()) {
+        true => Reason::Broken(READ_ONLY_SINCE_AN_ERROR.into()),
+        false => otherwise,
+    }
 }
 
 /// A plan and all that it needs.
@@ -487,15 +526,15 @@ fn open_all(
             if let Entry::Vacant(place) = open.entry(file_system.dev) {
                 let opened = open_within(limit, ways, &file_system);
                 let waits = match &opened {
-                    Ok(fd) if file_system.fs_type == "btrfs" => busy::unshown(fd.as_fd()),
+                    Ok(fd) if is_btrfs(&file_system) => busy::unshown(fd.as_fd()),
                     _ => None,
                 };
                 match (opened, waits) {
                     // No table shows it, so only now it can be asked.
                     (Ok(fd), _) if file_system.places.is_empty() && is_read_only(&fd) => {
                         left_out.push(LeftOut {
+                            reason: why_read_only(&file_system, &fd, Reason::ReadOnly),
                             file_system,
-                            reason: Reason::ReadOnly,
                         });
                         continue;
                     }
@@ -1049,6 +1088,28 @@ mod tests {
             .unchanged(&mut cache.signals, &cache.read_only, false)
             .is_some());
         Ok(())
+    }
+
+    #[test]
+    fn a_plan_is_believed_that_held_and_leads_where_nobody_has_to_mount_anything() {
+        let model = Shared(Rc::new(RefCell::new(Model {
+            spaces: vec![Space::default()],
+            ..Model::default()
+        })));
+        let config = Config::default();
+        let mut cache = Cache::with(model.clone());
+        let apply = |step: &Step| model.0.borrow_mut().apply(step);
+        let prepare = |cache: &mut Cache<Shared>| drop(cache.prepare(&config).unwrap());
+        apply(&mount(4));
+        (0..2).for_each(|_| prepare(&mut cache));
+        assert!(cache.is_credible());
+        cache.doubt();
+        assert!(!cache.is_credible(), "it may have changed");
+        prepare(&mut cache);
+        assert!(cache.is_credible(), "it was looked at");
+        apply(&Step::MountNowhere { disk: 5 });
+        (0..2).for_each(|_| prepare(&mut cache));
+        assert!(!cache.is_credible(), "no path leads to one of them");
     }
 
     fn mount(disk: u32) -> Step {

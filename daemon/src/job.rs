@@ -23,6 +23,7 @@ use crate::backup::Begun;
 use crate::busy;
 use crate::cache::{Cache, GatherError, Gathered, Missing, Opened};
 use crate::calls::Context;
+use crate::clock::boot_time;
 use crate::config::Config;
 use crate::door::Door;
 use crate::fifreeze::Unguarded;
@@ -195,6 +196,8 @@ impl Freezer {
         }
         self.go_by(config);
         let planned = self.cache.planned(config, disks)?;
+        // They do what they like.
+        self.cache.doubt();
         let About {
             request,
             backup_type,
@@ -220,6 +223,7 @@ impl Freezer {
         until_it_is(|may_sync, is_last| {
             let tried = self.try_to_freeze(setting, may_sync, is_last)?;
             if !matches!(tried, Tried::Done(_)) {
+                self.cache.doubt();
                 setting
                     .log
                     .info("something has come or changed meanwhile: it is begun anew");
@@ -906,10 +910,11 @@ impl Backup {
     /// Waits for the word to thaw.
     fn wait(&self, frozen: &Frozen, freezer: &mut Freezer) {
         let every = self.setting.door.watched_every();
-        // At the deadline the guard thaws, and that must be that.
+        // At the deadline the guard thaws, and that must be that: also for whoever was stopped or asleep until then.
         let until = frozen.session.armed_at() + self.setting.config.deadline;
+        let until = boot_time() + until.saturating_duration_since(Instant::now());
         loop {
-            let watched = every.filter(|pause| Instant::now() + *pause * 4 < until);
+            let watched = every.filter(|pause| boot_time() + *pause * 4 < until);
             let word = match watched {
                 None => self
                     .words
@@ -925,6 +930,7 @@ impl Backup {
                 Ok(Word::GoOn) => {}
                 // The loss of whoever could say it means the same as the word to thaw.
                 Ok(Word::Thaw) | Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) if boot_time() >= until => {}
                 Err(RecvTimeoutError::Timeout) => {
                     let lost = frozen.look_after();
                     if !lost.is_empty() {

@@ -398,6 +398,9 @@ fn trouble(mount: &Mount) -> Option<&'static str> {
     }
 }
 
+/// Why one is out of order that an error has made read-only.
+pub const READ_ONLY_SINCE_AN_ERROR: &str = "read-only since an error";
+
 /// Types that turn their superblock read-only when they meet an error.
 const TURN_READ_ONLY: [&str; 10] = [
     "ext2", "ext3", "ext4", "btrfs", "f2fs", "nilfs2", "jfs", "vfat", "exfat", "ntfs3",
@@ -473,7 +476,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
     let is_on_disks = first.is_on_disks() && !(first.may_be_from_a_device() && devices.is_empty());
     let errors = topology.errors.get(&first.dev).copied();
     let has_turned = has_turned_read_only(group, errors);
-    let after_an_error = (has_turned && errors.is_some()).then_some("read-only since an error");
+    let after_an_error = (has_turned && errors.is_some()).then_some(READ_ONLY_SINCE_AN_ERROR);
     Some(Superblock {
         file_system: FileSystem {
             dev: first.dev,

@@ -34,6 +34,7 @@ mod ioctl {
     nix::ioctl_write_ptr_bad!(hold, FREEZE, super::IocFreeze);
     nix::ioctl_write_ptr_bad!(let_go, THAW, super::IocThaw);
     nix::ioctl_read_bad!(loop_get_status64, 0x4C05, super::LoopInfo64);
+    nix::ioctl_none!(btrfs_sync, 0x94, 8);
     nix::ioctl_read!(btrfs_fs_info, 0x94, 31, super::BtrfsFsInfo);
     nix::ioctl_readwrite!(btrfs_scrub_progress, 0x94, 29, super::BtrfsScrub);
     nix::ioctl_read!(ns_get_mntns_id, 0xb7, 5, u64);
@@ -161,6 +162,13 @@ fn btrfs_fs_info(fd: BorrowedFd<'_>) -> io::Result<BtrfsFsInfo> {
 /// The UUID of the btrfs that `fd` is open on. Any other file system does not know the question.
 pub fn btrfs_uuid(fd: BorrowedFd<'_>) -> io::Result<[u8; 16]> {
     Ok(btrfs_fs_info(fd)?.fsid)
+}
+
+/// Writes back the btrfs that `fd` is open on. Fails with `EROFS` when an error has ended all writing.
+pub fn btrfs_sync(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: an open descriptor, and no argument.
+    unsafe { ioctl::btrfs_sync(fd.as_raw_fd()) }?;
+    Ok(())
 }
 
 /// Whether any device of the btrfs that `fd` is open on is being scrubbed. Takes `CAP_SYS_ADMIN`.

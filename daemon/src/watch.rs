@@ -417,6 +417,12 @@ impl Kernel {
             || self.has_new_mounts(then).unwrap_or(then.newest.is_some())
     }
 
+    /// Has [`Kernel::has_news`] ready to be asked again.
+    pub fn rewind(&self) {
+        // What cannot be rewound has nothing to tell, and that is news.
+        let _ = self.lists.as_ref().map(Lists::rewind);
+    }
+
     /// The names of the superblocks that are listed in sysfs and were not then: a device, or a UUID. One that
     /// is gone again by now has none.
     pub fn names_since(&self, then: &Scene) -> Vec<String> {

@@ -24,6 +24,11 @@ pub const CASES: &[Case] = &[
         read_only_since_an_error,
     ),
     case(
+        "broken/btrfs-read-only-since-an-error",
+        "the same with a btrfs whose disk has failed, and which one that was made read-only is not taken for",
+        btrfs_read_only_since_an_error,
+    ),
+    case(
         "broken/shut-down",
         "the same with ext4 and xfs that were shut down",
         shut_down,
@@ -168,6 +173,28 @@ fn read_only_since_an_error(guest: &Guest) -> Result<()> {
         "one ext4 is read-only since an error, weeks ago",
         &ours,
     )
+}
+
+fn btrfs_read_only_since_an_error(guest: &Guest) -> Result<()> {
+    guest.expect_in_log(&["BTRFS", "dm-0"])?;
+    guest.sh(HEALTHY)?;
+    guest.sh("modprobe -a dm-mod btrfs
+         dmsetup create bad --noudevsync --table '0 655360 linear /dev/ram2 0'
+         [ -e /dev/mapper/bad ] || dmsetup mknodes
+         mkfs.btrfs -q -f /dev/mapper/bad && mount /dev/mapper/bad /mnt/bad
+         echo 1 >/mnt/bad/f && sync
+         dmsetup suspend bad
+         dmsetup load bad --table '0 655360 error' && dmsetup resume bad
+         echo 2 >/mnt/bad/f; sync; true")?;
+    let table = guest.sh("grep ' /mnt/bad ' /proc/self/mountinfo")?;
+    ensure!(
+        table.contains("/bad ro"),
+        "it should have become read-only: {table}"
+    );
+    listed(guest, "/mnt/bad (btrfs, ", "read-only since an error")?;
+    let ours = left_out(guest, &["/mnt/bad (btrfs, "])?;
+    compare(guest, "one btrfs is read-only since its disk failed", &ours)?;
+    guest.sh("umount /mnt/bad && dmsetup remove bad").map(drop)
 }
 
 fn shut_down(guest: &Guest) -> Result<()> {

@@ -236,6 +236,8 @@ fn writable_while_it_syncs(guest: &Guest) -> Result<()> {
     // A kernel that does not tell of a mount elsewhere is asked when all is thawed, and then it is named.
     let words = if tells_of_mounts_elsewhere(guest)? {
         equal("the backup", &seen, &good(&[&file]))?;
+        let times = said.matches("begun anew").count();
+        equal("how often it was begun anew", times, 1)?;
         "begun anew"
     } else {
         equal("what went on", &seen.moving, &vec![file])?;
