@@ -10,7 +10,7 @@ use super::abi::Received;
 use super::deadman::{make_hung, released, HANG, RELEASED, UNHANG};
 use super::dialogue::{send_thaw, Abi, Asked, Scripted};
 use super::suspend::{self, hibernate};
-use super::{case, load, rounds_or, start, stop, stuck_writers, Case};
+use super::{case, load, rounds_or, start, stop, stuck_writers, wait_for_daemon, Case};
 use anyhow::{ensure, Context, Result};
 use e2e::agent::CallError;
 use e2e::check::{answered, equal, refused, status_name};
@@ -483,6 +483,18 @@ fn administrator(guest: &Guest) -> Result<()> {
     guest.thaw("/mnt/a")?;
     all_go_on(guest, "after the administrator's thaw")?;
     daemon.device.close()?;
+
+    // The same with ours, which counts what the kernel says of each thaw.
+    let ours = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
+    guest.freeze("/mnt/a")?;
+    let thaw = guest.vss().thaw(STEP)?;
+    answered("THAW beside an administrator's freeze", &thaw, status::OK)?;
+    guest.thaw("/mnt/a")?;
+    all_go_on(guest, "after the administrator's thaw")?;
+    guest.signal(&ours, 15)?;
+    guest.wait(&ours, STEP)?;
     guest.unload(Module::Ours)?;
 
     let peer = start(guest, Module::Stock, Daemon::Debian)?;
