@@ -98,6 +98,8 @@ pub struct Gathered {
     pub targets: Vec<Opened>,
     /// What is on disks here and is not frozen all the same, for the log.
     pub missing: Vec<Missing>,
+    /// With how many of those something is wrong.
+    pub losses: usize,
     /// The disks that the host backs up, each with what is on it, for the log.
     pub disks: Vec<String>,
     /// Why it is not only for those disks though it was to be.
@@ -346,8 +348,9 @@ impl Cache {
         };
         let left_out = plan.left_out.iter().filter(is_worth_a_word);
         gathered.missing = left_out.map(missing).collect();
+        let losses = plan.left_out.iter().filter(|it| it.reason.is_a_loss());
+        gathered.losses = losses.clone().count();
         if config.strict {
-            let losses = plan.left_out.iter().filter(|it| it.reason.is_a_loss());
             let mut losses: Vec<Missing> = losses.map(missing).collect();
             losses.extend(plan.synced.iter().map(|it| Missing {
                 name: it.to_string(),

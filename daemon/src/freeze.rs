@@ -89,6 +89,11 @@ pub enum FreezeError {
     /// There is nothing to freeze, and the configuration is strict.
     #[error("there is nothing to freeze, and the configuration is strict")]
     Nothing,
+    /// Something is wrong with each that there is to freeze.
+    #[error(
+        "nothing at all would be frozen: something is wrong with each file system, as named before"
+    )]
+    Lost,
     /// One that was to be frozen again does not come back from its thaw.
     #[error("{name} hangs: its thaw has not come back")]
     Hung {

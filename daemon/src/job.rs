@@ -258,6 +258,7 @@ impl Freezer {
         let Gathered {
             targets,
             missing,
+            losses,
             disks,
             not_only_listed,
             then,
@@ -350,6 +351,7 @@ impl Freezer {
             };
         }
         at_rest.begin(|device| session.goes_on_on(device, &known));
+        let losses = losses + summary.left_out;
         summary.left_out += missing.len();
         if !is_all_there {
             let names = self.cache.names_since(&then);
@@ -363,9 +365,13 @@ impl Freezer {
             ));
         }
         if summary.ours + summary.foreign == 0 {
-            if config.strict {
+            if config.strict || losses > 0 {
                 session.disarm();
-                return Err(FreezeError::Nothing.into());
+                return Err(match losses {
+                    0 => FreezeError::Nothing.into(),
+                    // Good without that one is one thing, good without all another.
+                    _ => FreezeError::Lost.into(),
+                });
             }
             warnings.add("nothing at all is frozen: no file system was found that can be".into());
         }

@@ -172,7 +172,14 @@ fn read_only_since_an_error(guest: &Guest) -> Result<()> {
         guest,
         "one ext4 is read-only since an error, weeks ago",
         &ours,
-    )
+    )?;
+
+    guest.writers_stop()?;
+    guest.sh("umount /mnt/good")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let freeze = guest.vss().freeze(&[], STEP)?;
+    answered("FREEZE of nothing but that", &freeze, status::FAIL)?;
+    stop(guest, guest.module(), &daemon)
 }
 
 fn btrfs_read_only_since_an_error(guest: &Guest) -> Result<()> {
