@@ -401,7 +401,8 @@ impl Session {
         }
     }
 
-    /// Leaves out what hangs and would so in its freeze, with what stands on that.
+    /// Leaves out what hangs and would so in its freeze, with what stands on that. Where a freeze can be called off,
+    /// what may stand on it is tried, as nobody may know what that is on.
     fn leave_out_hung(&self, learnt: &mut Learnt) {
         let (work, limit) = (&self.work, self.work.limits.give_up);
         let asks_all = !std::mem::replace(&mut learnt.has_asked, true);
@@ -438,10 +439,14 @@ impl Session {
                 work.give_up_on(target, State::Broken, why);
             }
         }
+        let (verb, stands_on): (_, fn(&Target, &Target) -> bool) = match work.door.can_call_off() {
+            true => ("stands", Target::stands_on),
+            false => ("may stand", Target::may_stand_on),
+        };
         for target in work.targets.iter().filter(|it| it.is_due()) {
             let mut below = hung.iter().filter(|it| it.dev != target.dev);
-            if let Some(below) = below.find(|it| target.may_stand_on(it)) {
-                let why = format!("may stand on {}, which hangs", below.name);
+            if let Some(below) = below.find(|it| stands_on(target, it)) {
+                let why = format!("{verb} on {}, which hangs", below.name);
                 work.give_up_on(target, State::Broken, why);
             }
         }
@@ -634,8 +639,8 @@ impl Session {
     }
 
     /// Calls off what has been freezing for too long, where the door can: whoever is inside of it comes back
-    /// at once then, and what becomes of it is undone. Not below what is frozen: the thaw of that may have to
-    /// wait for it. Says when to look again.
+    /// at once then, and what becomes of it is undone. Not below what is known to stand on it and frozen: the thaw
+    /// of that would have to wait for it. Says when to look again.
     fn call_off_stuck(&self) -> Option<Instant> {
         let work = &self.work;
         if !work.door.can_call_off() {
@@ -653,7 +658,7 @@ impl Session {
             }
             let mut others = work.targets.iter();
             let holds = |it: &Target| it.is_ours() || it.is_thawing();
-            let is_below = others.any(|it| holds(it) && it.may_stand_on(target));
+            let is_below = others.any(|it| holds(it) && it.stands_on(target));
             if is_below || !target.give_up() {
                 continue;
             }

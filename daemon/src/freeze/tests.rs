@@ -700,6 +700,39 @@ fn a_freeze_that_hangs_is_not_joined_by_what_holds_it_nor_called_off_below_what_
 }
 
 #[test]
+fn what_nobody_knows_the_ground_of_costs_nobody_else_the_backup_and_nobody_costs_it_its_own() {
+    const LIMIT: Duration = Duration::from_millis(300);
+    // A program serves the first, from whatever; the last is the root.
+    let waves = [(0, None), (1, None), (2, None)];
+    let stand_on = [None, Some(&[][..]), Some(&[])];
+    let with = |can_call_off, called_off: &[usize]| {
+        let double = Double {
+            give_up: Some(LIMIT),
+            can_call_off,
+            called_off: Mutex::new(called_off.iter().copied().collect()),
+            ..Double::default()
+        };
+        setup_before(double, &waves, &stand_on, &[], false)
+    };
+    // It hangs, or another does while it is frozen.
+    for slow in [0, 1] {
+        let mut s = with(true, &[]);
+        s.slow("freeze", slow, LIMIT * 20);
+        let summary = s.freeze().unwrap();
+        assert_eq!((summary.ours, summary.left_out), (2, 1), "{slow} hangs");
+        assert_eq!(*lock(&s.double.called_off), BTreeSet::from([slow]));
+        s.session.thaw().unwrap();
+    }
+    // Another is known to hang: where it could not be called off should it be on that, it is not tried.
+    for (can_call_off, ours) in [(true, 2), (false, 1)] {
+        let mut s = with(can_call_off, &[1]);
+        s.learnt.called_off.insert("8:1".parse().unwrap());
+        let summary = s.freeze().unwrap();
+        assert_eq!((summary.ours, summary.left_out), (ours, 3 - ours));
+    }
+}
+
+#[test]
 fn those_on_the_disk_of_one_that_hangs_hang_all_at_the_same_time() {
     const LIMIT: Duration = Duration::from_millis(300);
     let double = Double {
