@@ -9,7 +9,8 @@
 //! - a file system whose device is (in the end) a file stands on the file system that holds the
 //!   file, and comes before it;
 //! - what a user-space program serves comes before all that is not, because the program may need
-//!   any of it, and one after the other, the last one mounted first, because it may need another such;
+//!   any of it, and one after the other, the youngest first, because it may need another such, which was
+//!   there before it: by when its superblock came to be, as it may have been mounted once more since;
 //! - root comes last, save for what root itself stands on. Where root is an overlay, that is what
 //!   holds its upper layer.
 //!
@@ -329,7 +330,7 @@ pub fn plan(
             None => plan.synced.push(file_system),
         }
     }
-    let order = Order::new(mounts, &stack, &chosen);
+    let order = Order::new(mounts, topology, &stack, &chosen);
     let stand_on: Vec<_> = (0..chosen.len())
         .map(|i| order.stands_on(i, &chosen))
         .collect();
@@ -580,12 +581,14 @@ struct Order {
     stands_on: Vec<BTreeSet<usize>>,
     /// For each: whether a user-space program has a part in serving it.
     user_space: Vec<bool>,
+    /// For each: its place among all by age, as far as that is known.
+    ranks: Vec<usize>,
     /// Root and what that stands on.
     last: BTreeSet<usize>,
 }
 
 impl Order {
-    fn new(mounts: &[Mount], stack: &Stack, chosen: &[FileSystem]) -> Self {
+    fn new(mounts: &[Mount], topology: &Topology, stack: &Stack, chosen: &[FileSystem]) -> Self {
         let by_dev: BTreeMap<DevId, usize> =
             chosen.iter().enumerate().map(|(i, f)| (f.dev, i)).collect();
         let indices = |devs: &BTreeSet<DevId>| -> BTreeSet<usize> {
@@ -606,9 +609,11 @@ impl Order {
             devs.insert(dev);
             indices(&devs)
         });
+        let born = chosen.iter().map(|it| topology.born_of(&it.devices));
         Order {
             stands_on,
             user_space,
+            ranks: ranks(&born.collect::<Vec<_>>()),
             last: last.collect(),
         }
     }
@@ -651,11 +656,28 @@ impl Order {
         let mut waves = Vec::new();
         // What stands on a served one is served, so none of these waits for one of the others.
         wave_by_wave(served, &earlier, &mut waves, |ready| {
-            ready.last().into_iter().copied().collect()
+            let youngest = ready.iter().max_by_key(|i| self.ranks.get(**i));
+            youngest.into_iter().copied().collect()
         });
         wave_by_wave(others, &earlier, &mut waves, <[usize]>::to_vec);
         waves
     }
+}
+
+/// In which order they came, by when each was born, where that is known. The others, those of types that sysfs
+/// does not list, keep their places in the table.
+fn ranks(born: &[Option<u64>]) -> Vec<usize> {
+    let known = born.iter().enumerate();
+    let known: Vec<_> = known.filter_map(|(i, born)| Some(((*born)?, i))).collect();
+    let mut by_age = known.clone();
+    by_age.sort_unstable();
+    let mut ranks: Vec<usize> = (0..born.len()).collect();
+    for ((_, place), (_, i)) in known.into_iter().zip(by_age) {
+        if let Some(rank) = ranks.get_mut(i) {
+            *rank = place;
+        }
+    }
+    ranks
 }
 
 /// Puts those of `left` into waves, each of what `choose` takes of those that are ready: nothing of
@@ -908,6 +930,40 @@ mod tests {
                 vec!["/"]
             ]
         );
+    }
+
+    #[test]
+    fn what_programs_serve_is_frozen_by_the_age_of_the_superblock_where_sysfs_tells_it() {
+        // One that only a container has mounted, one that was mounted once more, and two of a type that sysfs
+        // does not list, with no path and with one.
+        let here = "\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 43:0 / /nbd0 rw - ext4 /dev/nbd0 rw
+3 1 43:1 / /nbd1 rw - vfat /dev/nbd1 rw
+4 1 43:2 / /again rw - ext4 /dev/nbd2 rw
+";
+        let there = "5 0 43:3 / /inside rw - xfs /dev/nbd3 rw\n";
+        let mut mounts = parse(here.as_bytes(), 0).unwrap();
+        mounts.extend(parse(there.as_bytes(), 1).unwrap());
+        let nbds = ["43:0", "43:1", "43:2", "43:3", "43:4"];
+        let mut topology = topology(nbds.map(|it| (it, served())).to_vec());
+        topology.unmounted.push(Unmounted {
+            fs_type: "ext4".into(),
+            name: "nbd4".into(),
+            devices: vec![dev("43:4")],
+        });
+        let order = |topology: &Topology| -> Vec<String> {
+            let plan = plan(&mounts, topology, &|_| None);
+            let all = plan.waves.iter().flatten();
+            all.map(|it| it.dev.to_string()).collect()
+        };
+        let by_table = ["43:4", "43:3", "43:2", "43:1", "43:0", "8:1"];
+        assert_eq!(order(&topology), by_table);
+        let born = [("43:4", 2), ("43:3", 5), ("43:2", 7), ("43:0", 9)];
+        topology.born = born.map(|(it, at)| (dev(it), at)).into();
+        // That of which nothing is known keeps its place.
+        let by_age = ["43:0", "43:2", "43:3", "43:1", "43:4", "8:1"];
+        assert_eq!(order(&topology), by_age);
     }
 
     #[test]

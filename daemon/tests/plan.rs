@@ -257,6 +257,8 @@ struct Machine {
     parts: Vec<(Option<usize>, bool, bool, bool)>,
     /// A shuffle of the table.
     order: Vec<usize>,
+    /// In which order they came to be, where sysfs tells.
+    born: Option<Vec<usize>>,
 }
 
 fn machine() -> impl Strategy<Value = Machine> {
@@ -265,14 +267,15 @@ fn machine() -> impl Strategy<Value = Machine> {
             let rule = proptest::bool::weighted(0.2);
             let holder = proptest::option::of(0..count);
             let part = (holder, any::<bool>(), any::<bool>(), rule);
-            let order = Just((0..count).collect::<Vec<_>>()).prop_shuffle();
-            (proptest::collection::vec(part, count), order)
+            let order = || Just((0..count).collect::<Vec<_>>()).prop_shuffle();
+            let born = proptest::option::of(order());
+            (proptest::collection::vec(part, count), order(), born)
         })
-        .prop_map(|(mut parts, order)| {
+        .prop_map(|(mut parts, order, born)| {
             for (i, part) in parts.iter_mut().enumerate() {
                 part.0 = part.0.filter(|&holder| holder < i);
             }
-            Machine { parts, order }
+            Machine { parts, order, born }
         })
 }
 
@@ -302,6 +305,8 @@ impl Machine {
 
     fn topology(&self) -> Topology {
         let mut topology = Topology::default();
+        let born = self.born.iter().flatten().enumerate();
+        topology.born = born.map(|(at, &i)| (Self::dev(i), at as u64)).collect();
         for (i, &(holder, through_dm, served, _)) in self.parts.iter().enumerate() {
             let mut device = Device {
                 user_space: served,
@@ -371,16 +376,17 @@ proptest! {
                 prop_assert!(wave(i) < wave(j), "{i} is served by a program, {j} is not");
             }
         }
-        // Among those, each for itself and the last mounted first, save for what has to wait until the
+        // Among those, each for itself and the youngest first, save for what has to wait until the
         // one before it is frozen.
-        let mounted = |i: usize| machine.order.iter().position(|&it| it == i);
+        let order = machine.born.as_ref().unwrap_or(&machine.order);
+        let age = |i: usize| order.iter().position(|&it| it == i);
         let mut by_wave: Vec<usize> = but_root().filter(|&i| served[i]).collect();
         by_wave.sort_by_key(|&i| wave(i));
         for pair in by_wave.windows(2) {
             let (a, b) = (pair[0], pair[1]);
             prop_assert!(wave(a) < wave(b), "{a} and {b} share a wave");
             let waits = below[a].contains(&b);
-            prop_assert!(mounted(a) > mounted(b) || waits, "{a} was mounted before {b}");
+            prop_assert!(age(a) > age(b) || waits, "{a} is older than {b}");
         }
     }
 }
