@@ -22,7 +22,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{channel, Sender};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -203,8 +203,6 @@ pub struct Session {
     pool: Arc<Pool>,
     aside: Arc<Pool>,
     apart: Arc<Apart>,
-    /// Dropped when all else is.
-    closed_last: Vec<Sender<()>>,
 }
 
 impl Session {
@@ -242,7 +240,6 @@ impl Session {
             pool,
             aside,
             apart,
-            closed_last: Vec::new(),
             waves,
             work: Arc::new(Work {
                 targets,
@@ -788,22 +785,39 @@ impl Session {
         targets.map(|it| it.name.clone()).collect()
     }
 
-    /// Has copies of all descriptors closed after these, elsewhere. The last one that is closed on what was
-    /// unmounted meanwhile unmounts it in fact, and waits for its disk.
-    fn leave_copies(&self) -> Vec<Sender<()>> {
-        let fds: Vec<BorrowedFd<'_>> = self.work.targets.iter().map(AsFd::as_fd).collect();
-        let leave = |fds: &[BorrowedFd<'_>]| {
-            let (closed, last) = channel::<()>();
+    /// Closes all descriptors but those of what hangs, each elsewhere: the last one that is closed on what was
+    /// unmounted meanwhile unmounts it in fact, and waits for its disk. Whoever does that has no other one, and
+    /// is waited for a moment only.
+    fn close_elsewhere(&self) {
+        let until = Instant::now() + LOOK_TIME;
+        for target in &self.work.targets {
+            let turn = target.turn.take_within(Duration::ZERO);
+            if turn.is_none() || target.is_freezing() || target.is_thawing() {
+                continue;
+            }
+            let (go_on, word) = channel::<()>();
+            let (tell, told) = channel();
             let close = move |fds| {
                 // Nothing is ever said there; it closes.
-                let _ = last.recv();
+                let _ = word.recv();
                 drop(fds);
+                // Nobody listens any more when it took too long.
+                let _ = tell.send(());
             };
-            // Without a thread for it they are closed here.
-            self.apart.hand_over(fds, close).ok().map(|_| closed)
-        };
-        let chunks = fds.chunks(sys::MAX_DESCRIPTORS);
-        chunks.filter_map(leave).collect()
+            // Without a thread for it, it is closed here.
+            let Ok(closing) = self.apart.hand_over(&[target.as_fd()], close) else {
+                continue;
+            };
+            // Where that cannot be, it is closed when whoever hangs in another one comes back.
+            let _ = sys::replace_by_nothing(target.as_fd());
+            drop(go_on);
+            let left = until.saturating_duration_since(Instant::now());
+            let is_closed = told.recv_timeout(left).is_ok();
+            // It is about to be free for the next one.
+            while is_closed && closing.strong_count() > 0 {
+                thread::yield_now();
+            }
+        }
     }
 
     /// Gives up what is needed only as long as anything is frozen. It takes a while, which nobody need
@@ -863,17 +877,7 @@ impl Drop for Session {
             // Nobody is left to hear of a failure; it is in the log.
             let _ = self.thaw();
         }
-        self.closed_last = self.leave_copies();
-        if Arc::strong_count(&self.work) > 1 {
-            // Whoever hangs in one has them all, and the others are to be free.
-            for target in &self.work.targets {
-                let turn = target.turn.take_within(Duration::ZERO);
-                if turn.is_some() && !target.is_freezing() && !target.is_thawing() {
-                    // Where that cannot be it is free when the one comes back.
-                    let _ = sys::replace_by_nothing(target.as_fd());
-                }
-            }
-        }
+        self.close_elsewhere();
     }
 }
 
