@@ -22,7 +22,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{channel, Sender};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -208,8 +208,6 @@ pub struct Session {
     pool: Arc<Pool>,
     aside: Arc<Pool>,
     apart: Arc<Apart>,
-    /// Dropped when all else is.
-    closed_last: Vec<Sender<()>>,
 }
 
 impl Session {
@@ -247,7 +245,6 @@ impl Session {
             pool,
             aside,
             apart,
-            closed_last: Vec::new(),
             waves,
             work: Arc::new(Work {
                 targets,
@@ -406,7 +403,8 @@ impl Session {
         }
     }
 
-    /// Leaves out what hangs and would so in its freeze, with what stands on that.
+    /// Leaves out what hangs and would so in its freeze, with what stands on that. Where a freeze can be called off,
+    /// what may stand on it is tried, as nobody may know what that is on.
     fn leave_out_hung(&self, learnt: &mut Learnt) {
         let (work, limit) = (&self.work, self.work.limits.give_up);
         let asks_all = !std::mem::replace(&mut learnt.has_asked, true);
@@ -443,10 +441,14 @@ impl Session {
                 work.give_up_on(target, State::Broken, why);
             }
         }
+        let (verb, stands_on): (_, fn(&Target, &Target) -> bool) = match work.door.can_call_off() {
+            true => ("stands", Target::stands_on),
+            false => ("may stand", Target::may_stand_on),
+        };
         for target in work.targets.iter().filter(|it| it.is_due()) {
             let mut below = hung.iter().filter(|it| it.dev != target.dev);
-            if let Some(below) = below.find(|it| target.may_stand_on(it)) {
-                let why = format!("may stand on {}, which hangs", below.name);
+            if let Some(below) = below.find(|it| stands_on(target, it)) {
+                let why = format!("{verb} on {}, which hangs", below.name);
                 work.give_up_on(target, State::Broken, why);
             }
         }
@@ -639,8 +641,8 @@ impl Session {
     }
 
     /// Calls off what has been freezing for too long, where the door can: whoever is inside of it comes back
-    /// at once then, and what becomes of it is undone. Not below what is frozen: the thaw of that may have to
-    /// wait for it. Says when to look again.
+    /// at once then, and what becomes of it is undone. Not below what is known to stand on it and frozen: the thaw
+    /// of that would have to wait for it. Says when to look again.
     fn call_off_stuck(&self) -> Option<Instant> {
         let work = &self.work;
         if !work.door.can_call_off() {
@@ -658,7 +660,7 @@ impl Session {
             }
             let mut others = work.targets.iter();
             let holds = |it: &Target| it.is_ours() || it.is_thawing();
-            let is_below = others.any(|it| holds(it) && it.may_stand_on(target));
+            let is_below = others.any(|it| holds(it) && it.stands_on(target));
             if is_below || !target.give_up() {
                 continue;
             }
@@ -788,22 +790,39 @@ impl Session {
         targets.map(|it| it.name.clone()).collect()
     }
 
-    /// Has copies of all descriptors closed after these, elsewhere. The last one that is closed on what was
-    /// unmounted meanwhile unmounts it in fact, and waits for its disk.
-    fn leave_copies(&self) -> Vec<Sender<()>> {
-        let fds: Vec<BorrowedFd<'_>> = self.work.targets.iter().map(AsFd::as_fd).collect();
-        let leave = |fds: &[BorrowedFd<'_>]| {
-            let (closed, last) = channel::<()>();
+    /// Closes all descriptors but those of what hangs, each elsewhere: the last one that is closed on what was
+    /// unmounted meanwhile unmounts it in fact, and waits for its disk. Whoever does that has no other one, and
+    /// is waited for a moment only.
+    fn close_elsewhere(&self) {
+        let until = Instant::now() + LOOK_TIME;
+        for target in &self.work.targets {
+            let turn = target.turn.take_within(Duration::ZERO);
+            if turn.is_none() || target.is_freezing() || target.is_thawing() {
+                continue;
+            }
+            let (go_on, word) = channel::<()>();
+            let (tell, told) = channel();
             let close = move |fds| {
                 // Nothing is ever said there; it closes.
-                let _ = last.recv();
+                let _ = word.recv();
                 drop(fds);
+                // Nobody listens any more when it took too long.
+                let _ = tell.send(());
             };
-            // Without a thread for it they are closed here.
-            self.apart.hand_over(fds, close).ok().map(|_| closed)
-        };
-        let chunks = fds.chunks(sys::MAX_DESCRIPTORS);
-        chunks.filter_map(leave).collect()
+            // Without a thread for it, it is closed here.
+            let Ok(closing) = self.apart.hand_over(&[target.as_fd()], close) else {
+                continue;
+            };
+            // Where that cannot be, it is closed when whoever hangs in another one comes back.
+            let _ = sys::replace_by_nothing(target.as_fd());
+            drop(go_on);
+            let left = until.saturating_duration_since(Instant::now());
+            let is_closed = told.recv_timeout(left).is_ok();
+            // It is about to be free for the next one.
+            while is_closed && closing.strong_count() > 0 {
+                thread::yield_now();
+            }
+        }
     }
 
     /// Gives up what is needed only as long as anything is frozen. It takes a while, which nobody need
@@ -863,17 +882,7 @@ impl Drop for Session {
             // Nobody is left to hear of a failure; it is in the log.
             let _ = self.thaw();
         }
-        self.closed_last = self.leave_copies();
-        if Arc::strong_count(&self.work) > 1 {
-            // Whoever hangs in one has them all, and the others are to be free.
-            for target in &self.work.targets {
-                let turn = target.turn.take_within(Duration::ZERO);
-                if turn.is_some() && !target.is_freezing() && !target.is_thawing() {
-                    // Where that cannot be it is free when the one comes back.
-                    let _ = sys::replace_by_nothing(target.as_fd());
-                }
-            }
-        }
+        self.close_elsewhere();
     }
 }
 

@@ -9,7 +9,8 @@
 //! - a file system whose device is (in the end) a file stands on the file system that holds the
 //!   file, and comes before it;
 //! - what a user-space program serves comes before all that is not, because the program may need
-//!   any of it, and one after the other, the last one mounted first, because it may need another such;
+//!   any of it, and one after the other, the youngest first, because it may need another such, which was
+//!   there before it: by when its superblock came to be, as it may have been mounted once more since;
 //! - root comes last, save for what root itself stands on. Where root is an overlay, that is what
 //!   holds its upper layer.
 //!
@@ -312,6 +313,7 @@ pub fn plan(
         .map(|it| ground.of(it.file_system.dev))
         .collect();
     plan.disks = ground.describe(&footings);
+    let stack = Stack::new(mounts, topology, &superblocks);
     for (superblock, footing) in superblocks.into_iter().zip(footings) {
         let reason = superblock.reason(topology, excluded);
         let (mut file_system, held) = (superblock.file_system, superblock.can_be_held);
@@ -328,7 +330,7 @@ pub fn plan(
             None => plan.synced.push(file_system),
         }
     }
-    let order = Order::new(mounts, topology, &chosen);
+    let order = Order::new(mounts, topology, &stack, &chosen);
     let stand_on: Vec<_> = (0..chosen.len())
         .map(|i| order.stands_on(i, &chosen))
         .collect();
@@ -520,56 +522,102 @@ fn unmounted(found: &Unmounted) -> Superblock {
     }
 }
 
-/// The relation "stands on" between the chosen file systems, by index.
-struct Order {
-    /// For each: the file systems that hold the files its devices are made of.
-    stands_on: Vec<BTreeSet<usize>>,
-    /// For each: whether a user-space program has a part in serving it.
-    user_space: Vec<bool>,
-    root: Option<usize>,
+/// What holds what, of all superblocks: also of those that are not frozen, which may stand between two that are.
+#[derive(Default)]
+struct Stack {
+    /// For each: the superblocks that hold the files its devices are made of.
+    holders: BTreeMap<DevId, BTreeSet<DevId>>,
+    /// Those that a user-space program has a part in serving.
+    served: BTreeSet<DevId>,
 }
 
-impl Order {
-    fn new(mounts: &[Mount], topology: &Topology, chosen: &[FileSystem]) -> Self {
-        let by_dev: BTreeMap<DevId, usize> =
-            chosen.iter().enumerate().map(|(i, f)| (f.dev, i)).collect();
-        let mut order = Order {
-            stands_on: Vec::new(),
-            user_space: Vec::new(),
-            root: root(mounts).and_then(|dev| by_dev.get(&dev).copied()),
-        };
-        for (i, file_system) in chosen.iter().enumerate() {
-            let mut below = BTreeSet::new();
-            let mut user_space = false;
-            for (_, device) in devices_below(topology, file_system.dev, &file_system.devices) {
-                user_space |= device.user_space;
+impl Stack {
+    fn new(mounts: &[Mount], topology: &Topology, superblocks: &[Superblock]) -> Self {
+        let mut stack = Stack::default();
+        for file_system in superblocks.iter().map(|it| &it.file_system) {
+            let dev = file_system.dev;
+            let mut holders = BTreeSet::new();
+            let mut is_served = false;
+            for (_, device) in devices_below(topology, dev, &file_system.devices) {
+                is_served |= device.user_space;
                 let Some(backing) = &device.backing else {
                     continue;
                 };
                 match holder(mounts, topology, backing) {
-                    Holder::Superblock(dev) => below.extend(by_dev.get(&dev)),
+                    Holder::Superblock(dev) => drop(holders.insert(dev)),
                     // Where the file really is cannot be told: as early as a user-space device.
-                    Holder::Unknown => user_space = true,
+                    Holder::Unknown => is_served = true,
                     Holder::Memory => {}
                 }
             }
-            // A stale path may lead to what is mounted on the device itself.
-            below.remove(&i);
-            order.stands_on.push(below);
-            order.user_space.push(user_space);
+            stack.holders.insert(dev, holders);
+            stack.served.extend(is_served.then_some(dev));
         }
-        order.inherit_user_space();
-        order
+        stack
+    }
+
+    /// All that this one stands on, to any depth.
+    fn foundations(&self, dev: DevId) -> BTreeSet<DevId> {
+        let mut found = BTreeSet::new();
+        let mut todo = vec![dev];
+        while let Some(next) = todo.pop() {
+            for &below in self.holders.get(&next).into_iter().flatten() {
+                if found.insert(below) {
+                    todo.push(below);
+                }
+            }
+        }
+        // A stale path may lead to what is mounted on the device itself.
+        found.remove(&dev);
+        found
     }
 
     /// What stands on a file system that a user-space program serves, is served by it too.
-    fn inherit_user_space(&mut self) {
-        for i in 0..self.stands_on.len() {
-            let served = |j: &usize| self.user_space.get(*j) == Some(&true);
-            let inherits = self.foundations(i).iter().any(served);
-            if let Some(flag) = self.user_space.get_mut(i) {
-                *flag |= inherits;
-            }
+    fn is_served(&self, dev: DevId, foundations: &BTreeSet<DevId>) -> bool {
+        self.served.contains(&dev) || !self.served.is_disjoint(foundations)
+    }
+}
+
+/// The relation "stands on" between the chosen file systems, by index, to any depth.
+struct Order {
+    /// For each: those that hold what it is on.
+    stands_on: Vec<BTreeSet<usize>>,
+    /// For each: whether a user-space program has a part in serving it.
+    user_space: Vec<bool>,
+    /// For each: its place among all by age, as far as that is known.
+    ranks: Vec<usize>,
+    /// Root and what that stands on.
+    last: BTreeSet<usize>,
+}
+
+impl Order {
+    fn new(mounts: &[Mount], topology: &Topology, stack: &Stack, chosen: &[FileSystem]) -> Self {
+        let by_dev: BTreeMap<DevId, usize> =
+            chosen.iter().enumerate().map(|(i, f)| (f.dev, i)).collect();
+        let indices = |devs: &BTreeSet<DevId>| -> BTreeSet<usize> {
+            devs.iter()
+                .filter_map(|dev| by_dev.get(dev))
+                .copied()
+                .collect()
+        };
+        let (mut stands_on, mut user_space) = (Vec::new(), Vec::new());
+        for file_system in chosen {
+            let below = stack.foundations(file_system.dev);
+            stands_on.push(indices(&below));
+            user_space.push(stack.is_served(file_system.dev, &below));
+        }
+        let root = root(mounts).into_iter();
+        let last = root.flat_map(|dev| {
+            let mut devs = stack.foundations(dev);
+            devs.insert(dev);
+            indices(&devs)
+        });
+        let born = chosen.iter().map(|it| topology.born_of(&it.devices));
+        Order {
+            stands_on,
+            user_space,
+            ranks: ranks(&born.collect::<Vec<_>>()),
+            last: last.collect(),
         }
     }
 
@@ -578,26 +626,12 @@ impl Order {
         if self.user_space.get(i) == Some(&true) {
             return None;
         }
-        let below = self.foundations(i).into_iter();
-        Some(below.filter_map(|j| Some(chosen.get(j)?.dev)).collect())
-    }
-
-    /// All that `i` stands on, to any depth.
-    fn foundations(&self, i: usize) -> BTreeSet<usize> {
-        let mut found = BTreeSet::new();
-        let mut todo = vec![i];
-        while let Some(next) = todo.pop() {
-            for &below in self.stands_on.get(next).into_iter().flatten() {
-                if found.insert(below) {
-                    todo.push(below);
-                }
-            }
-        }
-        found
+        let below = self.stands_on.get(i).into_iter().flatten();
+        Some(below.filter_map(|&j| Some(chosen.get(j)?.dev)).collect())
     }
 
     /// Every pair (earlier, later), as for each the set of those that come earlier.
-    fn predecessors(&self, last: &BTreeSet<usize>) -> Vec<BTreeSet<usize>> {
+    fn predecessors(&self) -> Vec<BTreeSet<usize>> {
         let count = self.stands_on.len();
         let mut earlier = vec![BTreeSet::new(); count];
         let mut add = |before: usize, after: usize| {
@@ -607,30 +641,46 @@ impl Order {
         };
         for (i, below) in self.stands_on.iter().enumerate() {
             below.iter().for_each(|&j| add(i, j));
-            if let Some(root) = self.root.filter(|_| !last.contains(&i)) {
-                add(i, root);
+            if !self.last.contains(&i) {
+                self.last.iter().for_each(|&j| add(i, j));
             }
         }
         earlier
     }
 
     fn waves(&self) -> Vec<Vec<usize>> {
+        let earlier = self.predecessors();
+        let all = 0..earlier.len();
         // Root and what is under it stay last even when a program serves them: it then has nothing
         // else to stand on.
-        let mut last = self.root.map(|r| self.foundations(r)).unwrap_or_default();
-        last.extend(self.root);
-        let earlier = self.predecessors(&last);
-        let all = 0..earlier.len();
-        let is_served = |i: &usize| self.user_space.get(*i) == Some(&true) && !last.contains(i);
+        let is_served =
+            |i: &usize| self.user_space.get(*i) == Some(&true) && !self.last.contains(i);
         let (served, others): (BTreeSet<_>, BTreeSet<_>) = all.partition(is_served);
         let mut waves = Vec::new();
         // What stands on a served one is served, so none of these waits for one of the others.
         wave_by_wave(served, &earlier, &mut waves, |ready| {
-            ready.last().into_iter().copied().collect()
+            let youngest = ready.iter().max_by_key(|i| self.ranks.get(**i));
+            youngest.into_iter().copied().collect()
         });
         wave_by_wave(others, &earlier, &mut waves, <[usize]>::to_vec);
         waves
     }
+}
+
+/// In which order they came, by when each was born, where that is known. The others, those of types that sysfs
+/// does not list, keep their places in the table.
+fn ranks(born: &[Option<u64>]) -> Vec<usize> {
+    let known = born.iter().enumerate();
+    let known: Vec<_> = known.filter_map(|(i, born)| Some(((*born)?, i))).collect();
+    let mut by_age = known.clone();
+    by_age.sort_unstable();
+    let mut ranks: Vec<usize> = (0..born.len()).collect();
+    for ((_, place), (_, i)) in known.into_iter().zip(by_age) {
+        if let Some(rank) = ranks.get_mut(i) {
+            *rank = place;
+        }
+    }
+    ranks
 }
 
 /// Puts those of `left` into waves, each of what `choose` takes of those that are ready: nothing of
@@ -883,6 +933,89 @@ mod tests {
                 vec!["/"]
             ]
         );
+    }
+
+    #[test]
+    fn what_programs_serve_is_frozen_by_the_age_of_the_superblock_where_sysfs_tells_it() {
+        // One that only a container has mounted, one that was mounted once more, and two of a type that sysfs
+        // does not list, with no path and with one.
+        let here = "\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 43:0 / /nbd0 rw - ext4 /dev/nbd0 rw
+3 1 43:1 / /nbd1 rw - vfat /dev/nbd1 rw
+4 1 43:2 / /again rw - ext4 /dev/nbd2 rw
+";
+        let there = "5 0 43:3 / /inside rw - xfs /dev/nbd3 rw\n";
+        let mut mounts = parse(here.as_bytes(), 0).unwrap();
+        mounts.extend(parse(there.as_bytes(), 1).unwrap());
+        let nbds = ["43:0", "43:1", "43:2", "43:3", "43:4"];
+        let mut topology = topology(nbds.map(|it| (it, served())).to_vec());
+        topology.unmounted.push(Unmounted {
+            fs_type: "ext4".into(),
+            name: "nbd4".into(),
+            devices: vec![dev("43:4")],
+        });
+        let order = |topology: &Topology| -> Vec<String> {
+            let plan = plan(&mounts, topology, &|_| None);
+            let all = plan.waves.iter().flatten();
+            all.map(|it| it.dev.to_string()).collect()
+        };
+        let by_table = ["43:4", "43:3", "43:2", "43:1", "43:0", "8:1"];
+        assert_eq!(order(&topology), by_table);
+        let born = [("43:4", 2), ("43:3", 5), ("43:2", 7), ("43:0", 9)];
+        topology.born = born.map(|(it, at)| (dev(it), at)).into();
+        // That of which nothing is known keeps its place.
+        let by_age = ["43:0", "43:2", "43:3", "43:1", "43:4", "8:1"];
+        assert_eq!(order(&topology), by_age);
+    }
+
+    #[test]
+    fn what_is_excluded_may_stand_between_two_that_are_frozen() {
+        let table = "\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 8:2 / /disk rw - ext4 /dev/sda2 rw
+3 1 7:0 / /image rw - ext4 /dev/loop0 rw
+4 1 7:1 / /inner rw - ext4 /dev/loop1 rw
+";
+        let mut topology = topology(vec![
+            ("7:0", loop_on("/disk/image", Some("8:2"))),
+            ("7:1", loop_on("/image/image", Some("7:0"))),
+        ]);
+        let mounts = parse(table.as_bytes(), 0).unwrap();
+        let without = |excluded: &str, topology: &Topology| {
+            let is_it = |it: &FileSystem| it.places[0].path == Path::new(excluded);
+            let plan = plan(&mounts, topology, &|it| is_it(it).then(|| "a rule".into()));
+            let waves = plan.waves.into_iter();
+            let found = waves.map(|wave| {
+                let members = wave.into_iter();
+                let words = members.map(|it| (it.dev.to_string(), it.stands_on));
+                words.collect::<Vec<_>>()
+            });
+            found.collect::<Vec<_>>()
+        };
+        let on = |devs: &[&str]| Some(devs.iter().map(|it| dev(it)).collect::<BTreeSet<_>>());
+        let alone = |it: &str, on| vec![(it.to_owned(), on)];
+        let expected = [
+            alone("7:1", on(&["8:2"])),
+            alone("8:2", on(&[])),
+            alone("8:1", on(&[])),
+        ];
+        assert_eq!(without("/image", &topology), expected);
+        // The same if it is that which a program serves, or what is below the root.
+        topology.devices.insert(dev("7:0"), served());
+        let expected = [
+            alone("7:1", None),
+            alone("8:2", on(&[])),
+            alone("8:1", on(&[])),
+        ];
+        assert_eq!(without("/image", &topology), expected);
+        let root = loop_on("/image/root", Some("7:0"));
+        topology.devices.insert(dev("8:1"), root);
+        topology.devices.remove(&dev("7:0"));
+        let found = without("/", &topology);
+        let devs = found.iter().map(|wave| wave.iter().map(|it| it.0.as_str()));
+        let devs: Vec<Vec<&str>> = devs.map(Iterator::collect).collect();
+        assert_eq!(devs, [vec!["8:2", "7:1"], vec!["7:0"]]);
     }
 
     #[test]

@@ -28,7 +28,8 @@ pub struct Entry {
     pub fs_type: String,
     /// The device, or a UUID.
     pub name: String,
-    /// The number of its folder, which no other gets.
+    /// The number of its folder, which no other gets: it is greater than those of all that were there before
+    /// (`kernfs_new_node`).
     inode: u64,
 }
 
@@ -41,6 +42,8 @@ pub struct Superblock {
     pub name: String,
     /// The devices that it is on. Never empty.
     pub devices: Vec<DevId>,
+    /// Greater than those of all that came to be before it. `None` of what is not listed.
+    pub number: Option<u64>,
 }
 
 /// What is never written to, and listed all the same: that one comes is no news, and containers have many.
@@ -193,6 +196,7 @@ pub fn of(entries: &BTreeSet<Entry>) -> Vec<Superblock> {
             fs_type: entry.fs_type.clone(),
             name: entry.name.clone(),
             devices,
+            number: Some(entry.inode),
         })
     };
     entries.iter().filter_map(superblock).collect()

@@ -77,6 +77,9 @@ pub struct Topology {
     /// Superblocks whose device is no more.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub gone: BTreeSet<DevId>,
+    /// For the devices of each superblock that sysfs lists: the greater, the later that came to be.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub born: BTreeMap<DevId, u64>,
     /// Superblocks that are alive though no table shows them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unmounted: Vec<Unmounted>,
@@ -84,6 +87,13 @@ pub struct Topology {
     /// mounted: nobody tells which.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unclear_unmounted: Vec<Unmounted>,
+}
+
+impl Topology {
+    /// When the superblock on these devices came to be, if that is known; greater is later.
+    pub fn born_of(&self, devices: &[DevId]) -> Option<u64> {
+        devices.iter().find_map(|dev| self.born.get(dev)).copied()
+    }
 }
 
 /// What is directly above a block device.
@@ -116,6 +126,7 @@ pub struct Unmounted {
 pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
     let mut topology = Topology {
         disks: disks::of_host(),
+        born: born(superblocks),
         ..Topology::default()
     };
     for mount in mounts.iter().filter(|m| m.is_on_disks()) {
@@ -145,6 +156,14 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
         add_above(&mut topology.above, dev);
     }
     topology
+}
+
+/// When each came to be, by its devices.
+fn born(superblocks: &[Superblock]) -> BTreeMap<DevId, u64> {
+    let listed = superblocks.iter();
+    let listed = listed.filter_map(|it| Some((&it.devices, it.number?)));
+    let each = listed.flat_map(|(devices, number)| devices.iter().map(move |dev| (*dev, number)));
+    each.collect()
 }
 
 /// This device and all that is made of it, to any depth.
@@ -545,6 +564,7 @@ mod tests {
             fs_type: "btrfs".into(),
             name: name.into(),
             devices: vec![dev.parse().unwrap()],
+            number: None,
         }
     }
 

@@ -61,6 +61,7 @@ fn find_with(
             fs_type,
             name: device.name,
             devices: vec![device.dev],
+            number: None,
         })
     };
     left.filter_map(superblock).collect()

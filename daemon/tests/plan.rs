@@ -253,24 +253,29 @@ fn a_dozen_images_without_a_writer_are_left_out() {
 #[derive(Clone, Debug)]
 struct Machine {
     /// For each file system: what holds its file, whether dm is in between, whether a program
-    /// serves its disk.
-    parts: Vec<(Option<usize>, bool, bool)>,
+    /// serves its disk, whether a rule leaves it out.
+    parts: Vec<(Option<usize>, bool, bool, bool)>,
     /// A shuffle of the table.
     order: Vec<usize>,
+    /// In which order they came to be, where sysfs tells.
+    born: Option<Vec<usize>>,
 }
 
 fn machine() -> impl Strategy<Value = Machine> {
     (1usize..12)
         .prop_flat_map(|count| {
-            let part = (proptest::option::of(0..count), any::<bool>(), any::<bool>());
-            let order = Just((0..count).collect::<Vec<_>>()).prop_shuffle();
-            (proptest::collection::vec(part, count), order)
+            let rule = proptest::bool::weighted(0.2);
+            let holder = proptest::option::of(0..count);
+            let part = (holder, any::<bool>(), any::<bool>(), rule);
+            let order = || Just((0..count).collect::<Vec<_>>()).prop_shuffle();
+            let born = proptest::option::of(order());
+            (proptest::collection::vec(part, count), order(), born)
         })
-        .prop_map(|(mut parts, order)| {
+        .prop_map(|(mut parts, order, born)| {
             for (i, part) in parts.iter_mut().enumerate() {
                 part.0 = part.0.filter(|&holder| holder < i);
             }
-            Machine { parts, order }
+            Machine { parts, order, born }
         })
 }
 
@@ -300,7 +305,9 @@ impl Machine {
 
     fn topology(&self) -> Topology {
         let mut topology = Topology::default();
-        for (i, &(holder, through_dm, served)) in self.parts.iter().enumerate() {
+        let born = self.born.iter().flatten().enumerate();
+        topology.born = born.map(|(at, &i)| (Self::dev(i), at as u64)).collect();
+        for (i, &(holder, through_dm, served, _)) in self.parts.iter().enumerate() {
             let mut device = Device {
                 user_space: served,
                 ..Device::default()
@@ -334,7 +341,9 @@ impl Machine {
 proptest! {
     #[test]
     fn nothing_is_frozen_after_what_it_stands_on(machine in machine()) {
-        let plan = plan(&machine.mounts(), &machine.topology(), &|_| None);
+        let is_out = |i: usize| machine.parts[i].3;
+        let rule = |it: &FileSystem| is_out(it.dev.minor as usize).then(|| "a rule".to_owned());
+        let plan = plan(&machine.mounts(), &machine.topology(), &rule);
         let mut wave_of = BTreeMap::new();
         for (number, wave) in plan.waves.iter().enumerate() {
             prop_assert!(!wave.is_empty());
@@ -342,33 +351,42 @@ proptest! {
                 prop_assert_eq!(wave_of.insert(file_system.dev, number), None, "planned twice");
             }
         }
-        prop_assert_eq!(wave_of.len(), machine.parts.len());
+        let count = machine.parts.len();
+        let chosen: Vec<usize> = (0..count).filter(|&i| !is_out(i)).collect();
+        prop_assert_eq!(wave_of.len(), chosen.len());
         let wave = |i: usize| wave_of[&Machine::dev(i)];
-        // What a program serves, and all that stands on such.
+        // What a program serves, and all that stands on such; and what each stands on, to any depth.
         let mut served: Vec<bool> = Vec::new();
-        for (i, &(holder, _, by_program)) in machine.parts.iter().enumerate() {
+        let mut below: Vec<Vec<usize>> = Vec::new();
+        for &(holder, _, by_program, _) in &machine.parts {
             served.push(by_program || holder.is_some_and(|h| served[h]));
-            if let Some(holder) = holder {
+            let deeper = holder.iter().flat_map(|&h| below[h].clone());
+            below.push(holder.into_iter().chain(deeper).collect());
+        }
+        for &i in &chosen {
+            for &holder in below[i].iter().filter(|&&it| !is_out(it)) {
                 prop_assert!(wave(i) < wave(holder), "{i} stands on {holder}");
             }
             // Root has the smallest number here, so it stands on nothing.
-            prop_assert!(i == 0 || wave(i) < wave(0), "root is not last");
+            prop_assert!(i == 0 || is_out(0) || wave(i) < wave(0), "root is not last");
         }
-        for i in (1..served.len()).filter(|&i| served[i]) {
-            for j in (1..served.len()).filter(|&j| !served[j]) {
+        let but_root = || chosen.iter().copied().filter(|&i| i > 0);
+        for i in but_root().filter(|&i| served[i]) {
+            for j in but_root().filter(|&j| !served[j]) {
                 prop_assert!(wave(i) < wave(j), "{i} is served by a program, {j} is not");
             }
         }
-        // Among those, each for itself and the last mounted first, save for what has to wait until the
+        // Among those, each for itself and the youngest first, save for what has to wait until the
         // one before it is frozen.
-        let mounted = |i: usize| machine.order.iter().position(|&it| it == i);
-        let mut by_wave: Vec<usize> = (1..served.len()).filter(|&i| served[i]).collect();
+        let order = machine.born.as_ref().unwrap_or(&machine.order);
+        let age = |i: usize| order.iter().position(|&it| it == i);
+        let mut by_wave: Vec<usize> = but_root().filter(|&i| served[i]).collect();
         by_wave.sort_by_key(|&i| wave(i));
         for pair in by_wave.windows(2) {
             let (a, b) = (pair[0], pair[1]);
             prop_assert!(wave(a) < wave(b), "{a} and {b} share a wave");
-            let waits = machine.parts[a].0 == Some(b);
-            prop_assert!(mounted(a) > mounted(b) || waits, "{a} was mounted before {b}");
+            let waits = below[a].contains(&b);
+            prop_assert!(age(a) > age(b) || waits, "{a} is older than {b}");
         }
     }
 }

@@ -223,12 +223,19 @@ impl Target {
         }
     }
 
-    /// Whether it may be written only while `other` is.
+    /// Whether it may be written only while `other` is. For whoever cannot help it when that hangs; of what it
+    /// may stand on is all that comes later, where nobody knows.
     pub(super) fn may_stand_on(&self, other: &Target) -> bool {
         match &self.stands_on {
             Some(known) => known.contains(&other.dev),
             None => self.wave < other.wave,
         }
+    }
+
+    /// Whether it is known to be: to leave one out for what may be would be to leave out all.
+    pub(super) fn stands_on(&self, other: &Target) -> bool {
+        let known = self.stands_on.as_ref();
+        known.is_some_and(|it| it.contains(&other.dev))
     }
 
     /// From its freeze to its thaw nothing may be written there.

@@ -7,9 +7,13 @@ use super::*;
 use crate::door::Syncer;
 use crate::logbook::Sink;
 use crate::writes::Writes;
+use nix::fcntl::OFlag;
+use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::stat::fstat;
-use nix::unistd::pipe;
+use nix::unistd::{pipe, pipe2};
 use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicU64;
 use std::sync::Weak;
@@ -700,6 +704,39 @@ fn a_freeze_that_hangs_is_not_joined_by_what_holds_it_nor_called_off_below_what_
 }
 
 #[test]
+fn what_nobody_knows_the_ground_of_costs_nobody_else_the_backup_and_nobody_costs_it_its_own() {
+    const LIMIT: Duration = Duration::from_millis(300);
+    // A program serves the first, from whatever; the last is the root.
+    let waves = [(0, None), (1, None), (2, None)];
+    let stand_on = [None, Some(&[][..]), Some(&[])];
+    let with = |can_call_off, called_off: &[usize]| {
+        let double = Double {
+            give_up: Some(LIMIT),
+            can_call_off,
+            called_off: Mutex::new(called_off.iter().copied().collect()),
+            ..Double::default()
+        };
+        setup_before(double, &waves, &stand_on, &[], false)
+    };
+    // It hangs, or another does while it is frozen.
+    for slow in [0, 1] {
+        let mut s = with(true, &[]);
+        s.slow("freeze", slow, LIMIT * 20);
+        let summary = s.freeze().unwrap();
+        assert_eq!((summary.ours, summary.left_out), (2, 1), "{slow} hangs");
+        assert_eq!(*lock(&s.double.called_off), BTreeSet::from([slow]));
+        s.session.thaw().unwrap();
+    }
+    // Another is known to hang: where it could not be called off should it be on that, it is not tried.
+    for (can_call_off, ours) in [(true, 2), (false, 1)] {
+        let mut s = with(can_call_off, &[1]);
+        s.learnt.called_off.insert("8:1".parse().unwrap());
+        let summary = s.freeze().unwrap();
+        assert_eq!((summary.ours, summary.left_out), (ours, 3 - ours));
+    }
+}
+
+#[test]
 fn those_on_the_disk_of_one_that_hangs_hang_all_at_the_same_time() {
     const LIMIT: Duration = Duration::from_millis(300);
     let double = Double {
@@ -1218,25 +1255,45 @@ fn dropping_a_session_thaws() {
     assert_eq!(lock(&double.calls)[2..], [("thaw", 1), ("thaw", 0)]);
 }
 
+/// A descriptor that takes a minute to be closed, unless the other end is: what is written there is waited for,
+/// and nobody reads it.
+fn slow_to_close() -> (OwnedFd, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let theirs = listener.accept().unwrap().0;
+    ours.set_nonblocking(true).unwrap();
+    while ours.write(&[0; 65536]).is_ok() {}
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 60,
+    };
+    setsockopt(&ours, sockopt::Linger, &linger).unwrap();
+    (ours.into(), theirs)
+}
+
 #[test]
-fn what_is_closed_last_is_not_closed_by_the_one_that_freezes() {
-    let mut s = setup(&[0, 0], &[], false);
-    s.freeze().unwrap();
-    // A copy of a descriptor that nobody has closed yet: as long as the helper has its own.
-    let (ours, theirs) = pipe().unwrap();
-    let target = Target::new(DevId::default(), "/fs".into(), 0, ours);
-    let session = Session::new(vec![target], s.means.clone(), &s.learnt).unwrap();
-    let sigpipe_or_not = || nix::unistd::write(&theirs, b"x").is_ok();
-    let copies = session.leave_copies();
-    assert_eq!(copies.len(), 1);
+fn what_hangs_when_it_is_closed_last_keeps_no_other_one_open_and_nobody_waits_for_it() {
+    let s = setup(&[0], &[], false);
+    let (slow, its_other_end) = slow_to_close();
+    let quick: Vec<_> = (0..3).map(|_| pipe2(OFlag::O_CLOEXEC).unwrap()).collect();
+    let (quick, other_ends): (Vec<OwnedFd>, Vec<OwnedFd>) = quick.into_iter().unzip();
+    let fds = [slow].into_iter().chain(quick);
+    let targets = fds.map(|fd| Target::new(DevId::default(), "/fs".into(), 0, fd));
+    let session = Session::new(targets.collect(), s.means.clone(), &s.learnt).unwrap();
+    let begun = Instant::now();
     drop(session);
-    assert!(sigpipe_or_not(), "it is open elsewhere");
-    drop(copies);
-    let until = Instant::now() + Duration::from_secs(60);
-    while sigpipe_or_not() {
-        assert!(Instant::now() < until, "it is not closed");
-        thread::yield_now();
+    let is_open = || {
+        other_ends
+            .iter()
+            .any(|it| nix::unistd::write(it, b"x").is_ok())
+    };
+    while is_open() {
+        let waited = begun.elapsed();
+        assert!(waited < SHORT * 200, "one that hangs keeps another open");
+        thread::sleep(Duration::from_millis(1));
     }
+    assert!(begun.elapsed() < SHORT * 200, "{:?}", begun.elapsed());
+    drop(its_other_end);
 }
 
 #[test]

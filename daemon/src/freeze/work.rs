@@ -155,18 +155,20 @@ impl Work {
         }
     }
 
-    /// The freeze of one was called off alone and may yet hang in the kernel.
+    /// The freeze of one was called off alone and may yet hang in the kernel. Where nobody knows what it is on, or
+    /// what another is, that other is tried: what holds it waits for nothing that is on it, and what is on it
+    /// is called off as well at the worst.
     fn leave_out_stuck(&self, target: &Target) {
         let (name, limit) = (&target.name, self.limits.give_up.as_secs());
         let why = format!("takes longer than {limit} s to freeze (give_up)");
         self.give_up_on(target, State::Broken, why);
         for other in self.targets.iter().filter(|it| it.is_due()) {
             // What is stuck in an image waits for what that is on, and must not meet it frozen.
-            if target.may_stand_on(other) {
-                let why = format!("may hold what {name} is on, which hangs in its freeze");
+            if target.stands_on(other) {
+                let why = format!("holds what {name} is on, which hangs in its freeze");
                 self.give_up_on(other, State::Broken, why);
-            } else if other.may_stand_on(target) {
-                let why = format!("may stand on {name}, which hangs in its freeze");
+            } else if other.stands_on(target) {
+                let why = format!("stands on {name}, which hangs in its freeze");
                 self.give_up_on(other, State::Broken, why);
             }
         }

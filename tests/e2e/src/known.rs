@@ -240,7 +240,7 @@ const KNOWN: &[Known] = &[
     },
     Known {
         text: "shutting down sockets",
-        cases: &["order/nbd"],
+        cases: &["order/nbd*"],
         why: "the program that serves the device ends",
     },
     Known {

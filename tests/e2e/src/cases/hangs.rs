@@ -794,12 +794,15 @@ fn hung_look(guest: &Guest) -> Result<()> {
 }
 
 fn unmounted_on_a_hung_disk(guest: &Guest) -> Result<()> {
-    // Its thaw writes nothing, and to unmount it does.
-    guest.sh("modprobe -a dm-mod xfs; mkdir -p /mnt/a /mnt/hung
+    // Its thaw writes nothing, and to unmount it does. The other one comes after it.
+    guest.sh(
+        "modprobe -a dm-mod xfs; mkdir -p /mnt/a /mnt/hung /mnt/other
          mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
          dmsetup create hung --noudevsync --table '0 655360 linear /dev/ram4 0'
          [ -e /dev/mapper/hung ] || dmsetup mknodes
-         mkfs.xfs -q -f /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync")?;
+         mkfs.xfs -q -f /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung
+         mkfs.ext4 -q -F /dev/ram2 && mount /dev/ram2 /mnt/other && sync",
+    )?;
     guest.writer_start("/mnt/a/w")?;
     let vss = guest.vss();
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
@@ -809,7 +812,12 @@ fn unmounted_on_a_hung_disk(guest: &Guest) -> Result<()> {
     answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
     let said = guest.try_sh("/payload/hv_vss_daemon status")?.out;
     ensure!(said.contains("idle"), "it should be at rest:\n{said}");
+    // What hangs keeps no other one open.
+    let other = guest.wait_until("another can be unmounted", STEP, || {
+        Ok(guest.try_sh("umount /mnt/other")?.status == Some(0))
+    });
     guest.sh(UNHANG)?;
+    other?;
     guest.wait_until("it is unmounted", STEP, || {
         Ok(guest.try_sh("[ ! -e /sys/fs/xfs/dm-* ]")?.status == Some(0))
     })?;

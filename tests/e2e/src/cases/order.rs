@@ -3,12 +3,13 @@
 //! In which order our daemon freezes: what lies on a file before the file system that holds the
 //! file, the root last, thaws in reverse.
 
+use super::deadman::{good_backup, released, RELEASED};
 use super::hangs::in_freeze;
-use super::{case, describe, load, logged, observe, reply_within, start, stop};
+use super::{case, describe, load, logged, logged_all, observe, reply_within, start, stop};
 use super::{wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
-use e2e::guest::{Daemon, Guest, Module, STEP};
+use e2e::guest::{Daemon, Guest, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use std::time::Duration;
 
@@ -38,6 +39,13 @@ pub const CASES: &[Case] = &[
         "what a program serves from a file (nbd) is frozen before that file's file system",
         nbd,
     ),
+    case(
+        "order/nbd-or-another-hangs",
+        "a disk that a program serves hangs in its freeze, and then another: neither costs a backup but its own",
+        nbd_or_another_hangs,
+    )
+    .long()
+    .asking_our_module(),
     case(
         "order/nvme-fabrics",
         "an NVMe namespace that the machine serves to itself is frozen before its file's file system",
@@ -189,7 +197,8 @@ fn md_on_loop(guest: &Guest) -> Result<()> {
         .map(drop)
 }
 
-fn nbd(guest: &Guest) -> Result<()> {
+/// A disk that a program serves from a file on another, each with a file system, and that program.
+fn make_nbd(guest: &Guest, options: &str) -> Result<Process> {
     guest.sh("modprobe nbd nbds_max=1; mkdir -p /mnt/disk /mnt/nbd
               mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/disk
               truncate -s 64M /mnt/disk/image")?;
@@ -201,21 +210,98 @@ fn nbd(guest: &Guest) -> Result<()> {
     guest.wait_until("the device has a size", STEP, || {
         Ok(guest.read("/sys/block/nbd0/size")?.trim() == "131072")
     })?;
-    guest.sh("mkfs.ext4 -q -F /dev/nbd0 && mount /dev/nbd0 /mnt/nbd")?;
+    guest.sh(&format!(
+        "mkfs.ext4 -q -F /dev/nbd0 && mount -o {options} /dev/nbd0 /mnt/nbd"
+    ))?;
+    Ok(server)
+}
+
+fn end_nbd(guest: &Guest, server: &Process) -> Result<()> {
+    guest.sh("umount /mnt/nbd && nbd-client -d /dev/nbd0")?;
+    guest.wait(server, STEP)?;
+    Ok(())
+}
+
+fn nbd(guest: &Guest) -> Result<()> {
+    let server = make_nbd(guest, "rw")?;
     let ours = inner_before_outer(guest, "/mnt/nbd", "/mnt/disk")?;
 
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
     let peer = hangs_or_not(guest)?;
     stop(guest, Module::Stock, &daemon)?;
     guest.writers_stop()?;
-    guest.sh("umount /mnt/nbd && nbd-client -d /dev/nbd0")?;
-    guest.wait(&server, STEP)?;
+    end_nbd(guest, &server)?;
     guest.compare(
         "a network block device that a program here serves from a file here",
         &describe(&ours),
         &peer,
     );
     Ok(())
+}
+
+fn nbd_or_another_hangs(guest: &Guest) -> Result<()> {
+    // Without barriers a sync of what is clean has nothing to wait for.
+    let server = make_nbd(guest, "barrier=0")?;
+    guest.sh("modprobe dm-mod; mkdir -p /mnt/v
+              dmsetup create v --noudevsync --table '0 131072 linear /dev/ram2 0'
+              [ -e /dev/mapper/v ] || dmsetup mknodes
+              mkfs.ext4 -q -F /dev/mapper/v && mount -o barrier=0 /dev/mapper/v /mnt/v")?;
+    for path in ["/mnt/disk/w", "/writer"] {
+        guest.writer_start(path)?;
+    }
+    let vss = guest.vss();
+    load(guest, Module::Ours, &[])?;
+    let daemon = guest.start_daemon_with("give_up = 1")?;
+    wait_for_daemon(guest)?;
+    for (round, hung) in (1..).zip(["/mnt/nbd", "/mnt/v"]) {
+        guest.sh("sync")?;
+        match hung {
+            "/mnt/v" => drop(guest.sh("dmsetup suspend --noflush --nolockfs v")?),
+            _ => drop(guest.signal_all(&[server.pid], 19)?),
+        }
+        let back_up = || -> Result<()> {
+            // It is found out once, and then it is known.
+            for _ in 0..2 {
+                answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+                let stand_still = guest.wait_until("the others stand still", STEP, || {
+                    Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+                });
+                answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+                stand_still?;
+                released(guest, "after it", guest.clock()?, RELEASED)?;
+            }
+            Ok(())
+        };
+        let seen = back_up();
+        match hung {
+            "/mnt/v" => drop(guest.sh("dmsetup resume v")?),
+            _ => drop(guest.signal_all(&[server.pid], 18)?),
+        }
+        seen.with_context(|| {
+            format!(
+                "{hung} hangs:\n{}",
+                guest.output(&daemon).unwrap_or_default()
+            )
+        })?;
+        guest.wait_until("nothing is held any more", STEP, || {
+            Ok(guest.held()?.is_empty())
+        })?;
+        good_backup(guest).context("the next backup")?;
+        let log = logged_all(guest, &daemon, 3 * round)?;
+        let named = log
+            .lines()
+            .filter(|it| it.contains(hung) && it.contains("left out"));
+        ensure!(
+            named.count() == 2 && log.matches("3 frozen").count() == 2 * round,
+            "{hung} should be left out, and nothing else, twice:\n{log}"
+        );
+        let whole = log.matches("4 frozen").count();
+        ensure!(whole == round, "all should be there again:\n{log}");
+    }
+    stop(guest, Module::Ours, &daemon)?;
+    guest.writers_stop()?;
+    guest.sh("umount /mnt/v && dmsetup remove --retry v")?;
+    end_nbd(guest, &server)
 }
 
 /// One backup of the peer, which may wait for what it has frozen itself.

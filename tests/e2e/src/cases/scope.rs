@@ -134,7 +134,8 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "scope/not-known-to-be-hardware",
-        "disks that are not known to be hardware are frozen first, the last mounted first",
+        "disks that are not known to be hardware are frozen first, the youngest file system first, though an \
+         older one is mounted once more",
         not_known_to_be_hardware,
     ),
     Case {
@@ -840,7 +841,9 @@ fn not_known_to_be_hardware(guest: &Guest) -> Result<()> {
     })?;
     guest.sh("mkfs.ext4 -q -F /dev/sda && mount /dev/sda /mnt/first
               mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/plain
-              mkfs.ext4 -q -F /dev/sdb && mount /dev/sdb /mnt/second")?;
+              mkfs.ext4 -q -F /dev/sdb && mount /dev/sdb /mnt/second
+              mkdir /mnt/kept && mount --bind /mnt/first /mnt/kept && umount /mnt/first
+              mount /dev/sda /mnt/first && umount /mnt/kept")?;
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
     super::backup(guest)?;
     let log = logged(guest, &daemon)?;
