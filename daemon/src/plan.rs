@@ -22,7 +22,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::ground::{devices_below, holder, Disk, Ground, Holder, Watched};
-use crate::mounts::{has_means_to_freeze, DevId, Mount};
+use crate::mounts::{self, has_means_to_freeze, DevId, Mount};
 use crate::topology::{Topology, Unmounted};
 use crate::unlisted::UNKNOWN;
 
@@ -537,7 +537,7 @@ impl Stack {
         for file_system in superblocks.iter().map(|it| &it.file_system) {
             let dev = file_system.dev;
             let mut holders = BTreeSet::new();
-            let mut is_served = false;
+            let mut is_served = mounts::is_served(&file_system.fs_type);
             for (_, device) in devices_below(topology, dev, &file_system.devices) {
                 is_served |= device.user_space;
                 let Some(backing) = &device.backing else {
@@ -1016,6 +1016,27 @@ mod tests {
         let devs = found.iter().map(|wave| wave.iter().map(|it| it.0.as_str()));
         let devs: Vec<Vec<&str>> = devs.map(Iterator::collect).collect();
         assert_eq!(devs, [vec!["8:2", "7:1"], vec!["7:0"]]);
+    }
+
+    #[test]
+    fn an_image_in_what_a_program_serves_is_frozen_before_all_that_the_program_may_use() {
+        let table = "\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 8:2 / /var rw - ext4 /dev/sda2 rw
+3 1 8:3 / /ntfs rw - fuseblk /dev/sda3 rw
+4 1 0:50 / /far rw - fuse.sshfs far: rw
+5 1 7:0 / /image rw - ext4 /dev/loop0 rw
+6 1 7:1 / /other rw - ext4 /dev/loop1 rw
+";
+        let topology = topology(vec![
+            ("7:0", loop_on("/ntfs/image", Some("8:3"))),
+            ("7:1", loop_on("/far/image", Some("0:50"))),
+        ]);
+        let mounts = parse(table.as_bytes(), 0).unwrap();
+        let plan = plan(&mounts, &topology, &|_| None);
+        let of = |wave: &Vec<FileSystem>| wave.iter().map(|it| it.dev.to_string()).collect();
+        let waves: Vec<Vec<String>> = plan.waves.iter().map(of).collect();
+        assert_eq!(waves, [["7:1"], ["7:0"], ["8:3"], ["8:2"], ["8:1"]]);
     }
 
     #[test]
