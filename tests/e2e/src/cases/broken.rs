@@ -174,9 +174,9 @@ fn read_only_since_an_error(guest: &Guest) -> Result<()> {
         &ours,
     )?;
 
-    guest.writers_stop()?;
-    guest.sh("umount /mnt/good")?;
-    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("[exclude]\npaths = ['/', '/mnt/good']")?;
+    wait_for_daemon(guest)?;
     let freeze = guest.vss().freeze(&[], STEP)?;
     answered("FREEZE of nothing but that", &freeze, status::FAIL)?;
     stop(guest, guest.module(), &daemon)
