@@ -123,6 +123,14 @@ fn daemon(device: &Path, status: &Result<Value, ControlError>) -> Finding {
             });
             found(Grade::Problem, format!("it runs and waits: {why}"))
         }
+        Ok(status) if status["refuses"].is_string() => {
+            let why = status["refuses"].as_str().unwrap_or_default();
+            let device = device.display();
+            found(
+                Grade::Problem,
+                format!("serves {device} and refuses each FREEZE: {why}"),
+            )
+        }
         Ok(status) => {
             let holds = match status["door"] == "held" {
                 true => "the module holds what is frozen",
@@ -883,6 +891,18 @@ mod tests {
         );
         drop(file);
         fs::remove_file(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_daemon_that_refuses_each_freeze_is_a_problem() {
+        let device = Path::new("/dev/null");
+        let mut reply =
+            serde_json::json!({ "phase": "ending", "door": "fifreeze", "refuses": null });
+        assert_eq!(daemon(device, &Ok(reply.clone())).grade, Grade::Ok);
+        reply["refuses"] = "called off, still inside the freeze of /srv".into();
+        let found = daemon(device, &Ok(reply));
+        assert_eq!(found.grade, Grade::Problem);
+        assert!(found.text.ends_with("the freeze of /srv"), "{}", found.text);
     }
 
     #[test]

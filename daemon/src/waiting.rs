@@ -71,6 +71,7 @@ impl Waiting {
                 "pid": std::process::id(),
                 "phase": "idle",
                 "doing": self.doing,
+                "refuses": null,
                 "door": null,
                 "most": null,
                 "frozen": [],
