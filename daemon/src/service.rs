@@ -775,6 +775,11 @@ impl Service {
                     "backups": hands.backups,
                     "last": hands.last,
                     "last_backup": hands.last_entry,
+                    "configuration": {
+                        "path": hands.config_path.as_ref().map(|it| it.to_string_lossy()),
+                        "fingerprint": hands.config.fingerprint(),
+                        "in_force": hands.config.to_value(),
+                    },
                 });
                 self.control.reply(client, status);
             }
@@ -963,10 +968,10 @@ impl Hands {
         }
         let life = Arc::new(());
         self.checking = Arc::downgrade(&life);
-        let (device, config) = (self.path.clone(), self.config_path.clone());
+        let device = self.path.clone();
         let tell = teller(&self.tell, News::Reply);
         let body = move || {
-            let reply = check::by_another(&device, config.as_deref());
+            let reply = check::by_another(&device);
             drop(life);
             tell((client, reply));
         };

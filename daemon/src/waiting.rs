@@ -78,6 +78,7 @@ impl Waiting {
                 "backups": 0,
                 "last": "no backup yet",
                 "last_backup": null,
+                "configuration": null,
             }),
             // What a dead one has left frozen, whoever asks for the thaw thaws himself.
             Method::Thaw => json!({ "thawed": false }),
