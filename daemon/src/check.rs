@@ -433,13 +433,23 @@ fn who_has(device: &Path) -> Option<String> {
     })
 }
 
-fn run_dir(run: &RunDir) -> Option<Finding> {
+fn run_dir(run: &RunDir) -> Vec<Finding> {
     // A daemon that starts makes it.
     if !run.path().exists() {
-        return None;
+        return Vec::new();
     }
-    let error = run.check().err()?;
-    Some(finding("record", Grade::Problem, words(&error)))
+    let aside = run.hooks_aside();
+    let aside = aside.exists().then(|| {
+        let text = format!(
+            "{}: a daemon of another version has left it, and hooks that it names may not be let go; remove it once \
+             they are",
+            aside.display()
+        );
+        finding("record", Grade::Warning, text)
+    });
+    let error = run.check().err();
+    let error = error.map(|it| finding("record", Grade::Problem, words(&it)));
+    error.into_iter().chain(aside).collect()
 }
 
 fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
@@ -925,6 +935,19 @@ mod tests {
         let found = daemon(device, &Ok(reply));
         assert_eq!(found.grade, Grade::Problem);
         assert!(found.text.ends_with("the freeze of /srv"), "{}", found.text);
+    }
+
+    #[test]
+    fn a_record_of_hooks_that_was_put_aside_is_named() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-aside-{}", std::process::id()));
+        let run = RunDir::new(&dir);
+        assert_eq!(run_dir(&run), []);
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(run.hooks_aside(), "{").unwrap();
+        let found = run_dir(&run);
+        let is_it = |it: &Finding| it.grade == Grade::Warning && it.text.contains("hooks.json.bad");
+        assert!(found.iter().any(is_it), "{found:?}");
+        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]
