@@ -621,7 +621,9 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
     };
     let look = |it: hooks::Found| {
         let path = it.hook.path.display();
-        match (it.fault, it.required) {
+        let fault = it.fault.map(|fault| format!("is not run: {fault}"));
+        let fault = fault.or_else(|| Some(format!("cannot be run: {}", it.hook.cannot_be_run()?)));
+        match (fault, it.required) {
             (None, true) => finding("hooks", Grade::Ok, format!("{path}, required")),
             (None, false) => finding("hooks", Grade::Ok, format!("{path}, optional")),
             (Some(fault), required) => {
@@ -629,7 +631,7 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
                     true => Grade::Problem,
                     false => Grade::Warning,
                 };
-                finding("hooks", grade, format!("{path} is not run: {fault}"))
+                finding("hooks", grade, format!("{path} {fault}"))
             }
         }
     };
