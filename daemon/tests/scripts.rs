@@ -88,10 +88,36 @@ fn programs(name: &str, all: &[(&str, &str)]) -> std::path::PathBuf {
 
 /// Calls this hook with `freeze` where there are these programs alone.
 fn freeze(hook: &str, dir: &Path) -> std::process::Output {
+    call(hook, "freeze", dir)
+}
+
+fn call(hook: &str, verb: &str, dir: &Path) -> std::process::Output {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(hook);
     let mut shell = Command::new("/bin/sh");
-    let shell = shell.arg(path).arg("freeze").env("PATH", dir);
+    let shell = shell.arg(path).arg(verb).env("PATH", dir);
     shell.output().unwrap()
+}
+
+#[test]
+fn where_no_server_is_left_no_client_is_missed() {
+    let dir = programs("no-client", &[("pidof", "exit 1")]);
+    let ended = freeze(MARIADB, &dir);
+    let said = String::from_utf8_lossy(&ended.stdout);
+    assert!(
+        ended.status.success() && said.contains("no server is running"),
+        "{ended:?}"
+    );
+    let ended = call(MARIADB, "thaw", &dir);
+    assert!(ended.status.success(), "{ended:?}");
+    std::fs::remove_dir_all(&dir).unwrap();
+    let dir = programs("no-client", &[("pidof", "echo 7")]);
+    let ended = freeze(MARIADB, &dir);
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(
+        ended.status.code() == Some(1) && said.contains("nor mysql is here"),
+        "{ended:?}"
+    );
+    std::fs::remove_dir_all(&dir).unwrap();
 }
 
 #[test]
