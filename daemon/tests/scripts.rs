@@ -13,8 +13,8 @@ fn text_of(script: &str) -> String {
     std::fs::read_to_string(path).unwrap()
 }
 
-/// What the shell makes of `line` after the function `name` of `script`.
-fn with_function(script: &str, name: &str, line: &str, argument: &str) -> String {
+/// The function `name` of `script`.
+fn function_of(script: &str, name: &str) -> String {
     let script = text_of(script);
     let begin = script.find(&format!("{name}() {{")).unwrap();
     let rest = &script[begin..];
@@ -23,7 +23,12 @@ fn with_function(script: &str, name: &str, line: &str, argument: &str) -> String
         true => first,
         false => &rest[..rest.find("\n}\n").unwrap() + 3],
     };
-    let text = format!("{function}\n{line}");
+    function.to_owned()
+}
+
+/// What the shell makes of `line` after the function `name` of `script`.
+fn with_function(script: &str, name: &str, line: &str, argument: &str) -> String {
+    let text = format!("{}\n{line}", function_of(script, name));
     let mut shell = Command::new("sh");
     let ended = shell.args(["-c", &text, "sh", argument]).output().unwrap();
     assert!(ended.status.success(), "{ended:?}");
@@ -146,5 +151,69 @@ fn nobody_says_that_no_server_runs_who_cannot_know() {
             "{ended:?}"
         );
     }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// What is said, and what word is left, where another daemon was stopped and this is the mount table: with the
+/// programs of this folder before those of the system.
+fn thaw_all(table: &str, dir: &Path) -> (String, Option<String>) {
+    std::fs::write(dir.join("mounts"), table).unwrap();
+    let functions = ["unescaped", "thaw_all"].map(|it| function_of(CONFIGURES, it));
+    let text = format!(
+        "set -e\n{}\nthaw_all mounts word 2>&1",
+        functions.join("\n")
+    );
+    let path = std::env::var("PATH").unwrap();
+    let mut shell = Command::new("sh");
+    let shell = shell.args(["-c", &text]).current_dir(dir);
+    let shell = shell.env("PATH", format!("{}:{path}", dir.display()));
+    let ended = shell.output().unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    let said = String::from_utf8(ended.stdout).unwrap();
+    (said, std::fs::read_to_string(dir.join("word/broken")).ok())
+}
+
+#[test]
+fn a_thaw_that_never_comes_back_keeps_no_other_one_frozen_and_nobody_waits_for_it() {
+    const TABLE: &str = "proc /proc proc rw 0 0\n/dev/sda / ext4 rw 0 0\n/dev/sdb /a ext4 rw 0 0\n\
+                         /dev/sdc /b\\040c ext4 rw 0 0\n";
+    let fsfreeze = "echo \"$2\" >>asked
+         case $2 in
+         /a) while [ -e hangs ]; do sleep 0.1; done ;;
+         /*c) [ -e is-frozen ] ;;
+         *) exit 1 ;;
+         esac";
+    let dir = programs("thaw-all", &[("fsfreeze", fsfreeze)]);
+    let touch = |name: &str| std::fs::write(dir.join(name), "").unwrap();
+    let asked = || {
+        let text = std::fs::read_to_string(dir.join("asked")).unwrap();
+        let mut all: Vec<String> = text.lines().map(str::to_owned).collect();
+        all.sort();
+        std::fs::remove_file(dir.join("asked")).unwrap();
+        all
+    };
+    let without = TABLE.replace("/a ", "/d ");
+    let (said, word) = thaw_all(&without, &dir);
+    assert_eq!((said.as_str(), word), ("", None));
+    assert_eq!(asked(), ["/", "/b c", "/d"]);
+    touch("is-frozen");
+    let (said, word) = thaw_all(&without, &dir);
+    assert!(said.is_empty() && word.is_some(), "{said}");
+    asked();
+    std::fs::remove_dir_all(dir.join("word")).unwrap();
+    std::fs::remove_file(dir.join("is-frozen")).unwrap();
+
+    touch("hangs");
+    let (said, word) = thaw_all(TABLE, &dir);
+    assert!(
+        said.starts_with("/a: its disk does not answer") && said.lines().count() == 1,
+        "{said}"
+    );
+    // Nobody knows whether that one is frozen.
+    assert!(word.is_some());
+    assert_eq!(asked(), ["/", "/a", "/b c"]);
+    let left = std::fs::read_dir(&dir).unwrap().flatten();
+    let left = left.filter(|it| it.file_name().to_string_lossy().starts_with("word."));
+    assert_eq!(left.count(), 0);
     std::fs::remove_dir_all(&dir).unwrap();
 }
