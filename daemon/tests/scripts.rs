@@ -7,6 +7,7 @@ use std::process::Command;
 
 const CONFIGURES: &str = "../.debian/hv-vss-daemon.postinst";
 const MARIADB: &str = "hooks/mariadb";
+const HANDS_OVER: &str = "../kmod/hand-over/hv_vss_hand_over";
 
 fn text_of(script: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(script);
@@ -215,5 +216,48 @@ fn a_thaw_that_never_comes_back_keeps_no_other_one_frozen_and_nobody_waits_for_i
     let left = std::fs::read_dir(&dir).unwrap().flatten();
     let left = left.filter(|it| it.file_name().to_string_lossy().starts_with("word."));
     assert_eq!(left.count(), 0);
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn a_driver_that_does_not_let_the_device_go_is_waited_for_by_another() {
+    // A bus whose driver waits for as long as nobody reads what it was told.
+    let dir = programs("hand-over", &[]);
+    let put = |name: &str, text: &str| {
+        let path = dir.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    };
+    put("devices/dev/driver_override", "");
+    put("drivers_probe", "");
+    put("drivers/hv_utils/name", "");
+    std::os::unix::fs::symlink("../../drivers/hv_utils", dir.join("devices/dev/driver")).unwrap();
+    let unbind = dir.join("drivers/hv_utils/unbind");
+    let made = Command::new("mkfifo").arg(&unbind).status().unwrap();
+    assert!(made.success());
+    let functions = ["seconds", "driver", "bind_to"].map(|it| function_of(HANDS_OVER, it));
+    let text = format!(
+        "set -u\nbus=.\ndevice=dev\nLIMIT=1\n{}\nbind_to hv_utils && echo has\nbind_to hv_vss\necho $?",
+        functions.join("\n")
+    );
+    let mut shell = Command::new("sh");
+    let ended = shell
+        .args(["-c", &text])
+        .current_dir(&dir)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&ended.stdout);
+    assert_eq!(said, "has\n2\n", "{ended:?}");
+    let read = |name: &str| std::fs::read_to_string(dir.join(name)).unwrap();
+    assert_eq!(read("devices/dev/driver_override"), "hv_vss\n");
+    assert_eq!(read("drivers_probe"), "");
+    // It does: the rest is done, without whoever had asked for it.
+    assert_eq!(std::fs::read_to_string(&unbind).unwrap(), "dev\n");
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while read("devices/dev/driver_override") != "\n" {
+        assert!(std::time::Instant::now() < until, "it is not moved");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    assert_eq!(read("drivers_probe"), "dev\n");
     std::fs::remove_dir_all(&dir).unwrap();
 }
