@@ -261,3 +261,35 @@ fn a_driver_that_does_not_let_the_device_go_is_waited_for_by_another() {
     assert_eq!(read("drivers_probe"), "dev\n");
     std::fs::remove_dir_all(&dir).unwrap();
 }
+
+#[test]
+fn each_cluster_of_debian_is_asked_by_its_name() {
+    let list = "cat <<END
+16 old 5433 online postgres /var/lib/postgresql/16/old /log
+17 app 5434 online app /srv/app /log
+17 copy 5435 online,recovery postgres /var/lib/postgresql/17/copy /log
+17 down 5436 down postgres /var/lib/postgresql/17/down /log
+END";
+    let all = [
+        ("pidof", "echo 7"),
+        ("id", "echo 7"),
+        ("pg_lsclusters", list),
+        ("timeout", "shift; exec \"$@\""),
+        ("setpriv", "echo \"$1\" \"$7\" \"$8\" \"$9\""),
+        ("cat", "exec /bin/cat"),
+    ];
+    let dir = programs("clusters", &all);
+    let ended = freeze("hooks/postgresql", &dir);
+    let said = String::from_utf8_lossy(&ended.stdout);
+    let mut asked: Vec<&str> = said.lines().collect();
+    asked.sort_unstable();
+    assert_eq!(
+        asked,
+        [
+            "--reuid=app --no-password --cluster 17/app",
+            "--reuid=postgres --no-password --cluster 16/old",
+        ],
+        "{ended:?}"
+    );
+    std::fs::remove_dir_all(&dir).unwrap();
+}
