@@ -263,6 +263,21 @@ fn a_driver_that_does_not_let_the_device_go_is_waited_for_by_another() {
 }
 
 #[test]
+fn one_server_that_is_locked_is_not_taken_for_two() {
+    let dir = programs(
+        "two-servers",
+        &[("pidof", "echo 7 8"), ("mariadb", "exit 1")],
+    );
+    let ended = freeze(MARIADB, &dir);
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(
+        ended.status.code() == Some(1) && said.starts_with("2 servers are running (processes 7 8)"),
+        "{ended:?}"
+    );
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
 fn each_cluster_of_debian_is_asked_by_its_name() {
     let list = "cat <<END
 16 old 5433 online postgres /var/lib/postgresql/16/old /log
