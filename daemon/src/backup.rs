@@ -188,6 +188,11 @@ impl Backup {
         matches!(self.phase, Phase::Freezing { .. })
     }
 
+    /// Whether a job that was called off has yet to end.
+    pub fn is_ending(&self) -> bool {
+        matches!(self.phase, Phase::Ending { .. })
+    }
+
     /// Whether the machine was stopped and nothing is left to be done.
     pub fn is_over(&self) -> bool {
         self.stopping && self.phase == Phase::Idle

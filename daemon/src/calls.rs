@@ -252,7 +252,7 @@ impl Calling {
     ) -> Result<Self, String> {
         let lock = means.run.lock_hooks().map_err(|error| words(&error))?;
         // A rehearsal may have died beside the daemon.
-        let left = means.run.read_hooks().and_then(|record| {
+        let left = on_record(&means.run, &means.log, &lock).and_then(|record| {
             let record = record.map(|it| Calls::take_over(&means.run, &means.log, it, None));
             record.transpose()
         });
@@ -343,6 +343,23 @@ impl Calling {
 pub fn recover(run: &RunDir, log: &Logbook) -> Result<bool, RecordError> {
     let left = Calls::left(run, log)?;
     Ok(left.map(|mut calls| calls.thaw(None)).is_some())
+}
+
+/// What is on record, for whoever has the lock. What cannot be read has been left by somebody who has died, of another
+/// version perhaps: nobody knows its hooks, and no backup may fail for that for ever. It is put aside.
+fn on_record(run: &RunDir, log: &Logbook, lock: &Lock) -> Result<Option<HookRecord>, RecordError> {
+    match run.read_hooks() {
+        Err(error @ RecordError::Malformed { .. }) => {
+            run.put_hooks_aside(lock)?;
+            let (error, aside) = (words(&error), run.hooks_aside());
+            log.error(format!(
+                "{error}: it is now {}, and hooks that it may name are not let go",
+                aside.display()
+            ));
+            Ok(None)
+        }
+        other => other,
+    }
 }
 
 /// What a call writes, as far as it is kept.
@@ -455,7 +472,7 @@ impl Calls {
 
     /// What a dead process has on record; none whose owner lives, for that one lets go by itself.
     fn left(run: &RunDir, log: &Logbook) -> Result<Option<Self>, RecordError> {
-        if run.read_hooks()?.is_none() {
+        if matches!(run.read_hooks(), Ok(None)) {
             return Ok(None);
         }
         let lock = match run.lock_hooks() {
@@ -465,7 +482,11 @@ impl Calls {
             Err(error) => return Err(error),
         };
         // Who held the lock until now may have let go meanwhile.
-        let Some(record) = run.read_hooks()? else {
+        let record = match &lock {
+            Some(lock) => on_record(run, log, lock)?,
+            None => run.read_hooks()?,
+        };
+        let Some(record) = record else {
             return Ok(None);
         };
         if lock.is_none() && !process::is_dead(record.pid) {

@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::cache::survey;
-use crate::config::{Config, ConfigError};
+use crate::config::Config;
 use crate::control::{ask, reply_of, ControlError, Method};
 use crate::hooks;
 use crate::logbook::words;
@@ -62,25 +62,16 @@ fn finding(what: &'static str, grade: Grade, text: impl Into<String>) -> Finding
     Finding { what, grade, text }
 }
 
-/// Everything that a backup needs, of the daemon whose run directory this is.
-pub fn check(device: &Path, run: &RunDir, config: Result<&Config, &ConfigError>) -> Vec<Finding> {
+/// Everything that a backup needs, of the daemon whose run directory this is: by the configuration at `path`, or
+/// else by that which it goes by.
+pub fn check(device: &Path, run: &RunDir, path: Option<&Path>) -> Vec<Finding> {
     let status = ask(run, Method::Status);
-    let mut all = vec![daemon(device, &status)];
-    let config = match config {
-        Ok(config) => {
-            all.push(match config.in_vain() {
-                None => finding("configuration", Grade::Ok, "valid"),
-                Some(text) => finding("configuration", Grade::Warning, text),
-            });
-            config
-        }
-        Err(error) => {
-            all.push(finding("configuration", Grade::Problem, words(error)));
-            &Config::default()
-        }
-    };
-    all.extend(run_dir(run));
     let door = status.as_ref().ok();
+    let its = door.map(|it| &it["configuration"]);
+    let (config, found) = configuration(path, its.filter(|it| it.is_object()));
+    let config = &config;
+    let mut all = vec![daemon(device, &status), found];
+    all.extend(run_dir(run));
     all.extend(door.map(privileges).unwrap_or_default());
     all.extend(module_missed(door));
     all.extend(listed_disks(config, door));
@@ -91,14 +82,45 @@ pub fn check(device: &Path, run: &RunDir, config: Result<&Config, &ConfigError>)
     all
 }
 
-/// The same by a process of its own, as the reply to a call: of the daemon that serves `device` by this
-/// configuration.
-pub fn by_another(device: &Path, config: Option<&Path>) -> Result<Vec<u8>, String> {
+/// The configuration to judge by, and what is to be said of it: that at `path`, or else what the daemon that serves
+/// goes by, which says so in `its`. Between two loads the files may be anything.
+fn configuration(path: Option<&Path>, its: Option<&Value>) -> (Config, Finding) {
+    let its_path = its.and_then(|it| it["path"].as_str()).map(Path::new);
+    let read = Config::load_in_time(path.or(its_path));
+    let in_force = its.filter(|_| path.is_none());
+    let in_force = in_force.and_then(|it| Config::of_value(&it["in_force"]));
+    let has_read = |it: &Config| its.is_none_or(|its| its["fingerprint"] == it.fingerprint());
+    let (grade, text) = match (&read, path) {
+        (Err(error), _) if in_force.is_some() => {
+            let error = words(error);
+            let text = format!(
+                "{error}: the next start fails; until then the daemon goes by what it has read before"
+            );
+            (Grade::Warning, text)
+        }
+        (Err(error), _) => (Grade::Problem, words(error)),
+        (Ok(it), None) if !has_read(it) => {
+            let text = "changed since it was read, and not in force: systemctl reload hv_vss";
+            (Grade::Warning, text.into())
+        }
+        (Ok(it), Some(path)) if !has_read(it) => {
+            let path = path.display();
+            let text = format!("{path} is not what the daemon that serves goes by");
+            (Grade::Warning, text)
+        }
+        (Ok(it), _) => match it.in_vain() {
+            None => (Grade::Ok, "valid".into()),
+            Some(text) => (Grade::Warning, text),
+        },
+    };
+    let config = in_force.or(read.ok()).unwrap_or_default();
+    (config, finding("configuration", grade, text))
+}
+
+/// The same by a process of its own, as the reply to a call: of the daemon that serves `device`.
+pub fn by_another(device: &Path) -> Result<Vec<u8>, String> {
     let mut command = Command::new("/proc/self/exe");
     command.arg("--device").arg(device);
-    if let Some(config) = config {
-        command.arg("--config").arg(config);
-    }
     command
         .args(["check", "--json"])
         .current_dir("/")
@@ -122,6 +144,14 @@ fn daemon(device: &Path, status: &Result<Value, ControlError>) -> Finding {
                 None => "the device went away".into(),
             });
             found(Grade::Problem, format!("it runs and waits: {why}"))
+        }
+        Ok(status) if status["refuses"].is_string() => {
+            let why = status["refuses"].as_str().unwrap_or_default();
+            let device = device.display();
+            found(
+                Grade::Problem,
+                format!("serves {device} and refuses each FREEZE: {why}"),
+            )
         }
         Ok(status) => {
             let holds = match status["door"] == "held" {
@@ -403,13 +433,23 @@ fn who_has(device: &Path) -> Option<String> {
     })
 }
 
-fn run_dir(run: &RunDir) -> Option<Finding> {
+fn run_dir(run: &RunDir) -> Vec<Finding> {
     // A daemon that starts makes it.
     if !run.path().exists() {
-        return None;
+        return Vec::new();
     }
-    let error = run.check().err()?;
-    Some(finding("record", Grade::Problem, words(&error)))
+    let aside = run.hooks_aside();
+    let aside = aside.exists().then(|| {
+        let text = format!(
+            "{}: a daemon of another version has left it, and hooks that it names may not be let go; remove it once \
+             they are",
+            aside.display()
+        );
+        finding("record", Grade::Warning, text)
+    });
+    let error = run.check().err();
+    let error = error.map(|it| finding("record", Grade::Problem, words(&it)));
+    error.into_iter().chain(aside).collect()
 }
 
 fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
@@ -581,7 +621,9 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
     };
     let look = |it: hooks::Found| {
         let path = it.hook.path.display();
-        match (it.fault, it.required) {
+        let fault = it.fault.map(|fault| format!("is not run: {fault}"));
+        let fault = fault.or_else(|| Some(format!("cannot be run: {}", it.hook.cannot_be_run()?)));
+        match (fault, it.required) {
             (None, true) => finding("hooks", Grade::Ok, format!("{path}, required")),
             (None, false) => finding("hooks", Grade::Ok, format!("{path}, optional")),
             (Some(fault), required) => {
@@ -589,7 +631,7 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
                     true => Grade::Problem,
                     false => Grade::Warning,
                 };
-                finding("hooks", grade, format!("{path} is not run: {fault}"))
+                finding("hooks", grade, format!("{path} {fault}"))
             }
         }
     };
@@ -886,10 +928,69 @@ mod tests {
     }
 
     #[test]
+    fn a_daemon_that_refuses_each_freeze_is_a_problem() {
+        let device = Path::new("/dev/null");
+        let mut reply =
+            serde_json::json!({ "phase": "ending", "door": "fifreeze", "refuses": null });
+        assert_eq!(daemon(device, &Ok(reply.clone())).grade, Grade::Ok);
+        reply["refuses"] = "called off, still inside the freeze of /srv".into();
+        let found = daemon(device, &Ok(reply));
+        assert_eq!(found.grade, Grade::Problem);
+        assert!(found.text.ends_with("the freeze of /srv"), "{}", found.text);
+    }
+
+    #[test]
+    fn a_record_of_hooks_that_was_put_aside_is_named() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-aside-{}", std::process::id()));
+        let run = RunDir::new(&dir);
+        assert_eq!(run_dir(&run), []);
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(run.hooks_aside(), "{").unwrap();
+        let found = run_dir(&run);
+        let is_it = |it: &Finding| it.grade == Grade::Warning && it.text.contains("hooks.json.bad");
+        assert!(found.iter().any(is_it), "{found:?}");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_the_daemon_goes_by_is_judged_and_a_file_that_has_changed_is_named() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-in-force-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let file = dir.join("other.toml");
+        fs::write(&file, "strict = true").unwrap();
+        let read = Config::load(Some(&file)).unwrap();
+        let its = serde_json::json!({
+            "path": file,
+            "fingerprint": read.fingerprint(),
+            "in_force": read.to_value(),
+        });
+        let judged = |path: Option<&Path>| {
+            let (config, found) = configuration(path, Some(&its));
+            (config.strict, found.grade, found.text)
+        };
+        assert_eq!(judged(None), (true, Grade::Ok, "valid".into()));
+        assert_eq!(judged(Some(&file)).1, Grade::Ok);
+        fs::write(&file, "strict = false").unwrap();
+        let (strict, grade, text) = judged(None);
+        assert!(strict && grade == Grade::Warning, "{text}");
+        assert!(text.contains("systemctl reload hv_vss"), "{text}");
+        // Who asks for that file hears of that file.
+        let (strict, grade, text) = judged(Some(&file));
+        assert!(!strict && grade == Grade::Warning, "{text}");
+        fs::write(&file, "strict = x").unwrap();
+        let (strict, grade, text) = judged(None);
+        assert!(strict && grade == Grade::Warning, "{text}");
+        let says = text.contains("line 1, column 10") && text.contains("the next start fails");
+        assert!(says, "{text}");
+        assert_eq!(judged(Some(&file)).1, Grade::Problem);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
     fn an_invalid_configuration_is_a_problem_and_the_rest_is_looked_at_all_the_same() {
-        let error = Config::load(Some("/dev/null/no.toml".as_ref())).unwrap_err();
         let run = RunDir::new("/dev/null/run");
-        let all = check(Path::new("/dev/null/none"), &run, Err(&error));
+        let path = Path::new("/dev/null/no.toml");
+        let all = check(Path::new("/dev/null/none"), &run, Some(path));
         let grade = |what| all.iter().find(|it| it.what == what).map(|it| it.grade);
         assert_eq!(grade("configuration"), Some(Grade::Problem));
         assert_eq!(grade("daemon"), Some(Grade::Problem));

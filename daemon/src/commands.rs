@@ -514,6 +514,16 @@ impl Stop {
     }
 }
 
+/// The configuration at `path`, or else that which the daemon that serves was started with.
+pub fn config(path: Option<&Path>, run: &RunDir) -> Result<Config, ConfigError> {
+    let its = || {
+        let status = control::ask(run, Method::Status).ok()?;
+        status["configuration"]["path"].as_str().map(PathBuf::from)
+    };
+    let path = path.map(Path::to_owned).or_else(its);
+    Config::load_in_time(path.as_deref())
+}
+
 /// Has the daemon that serves read its configuration again. `config` reads it here.
 pub fn reload(
     run: &RunDir,
@@ -595,14 +605,15 @@ pub fn draw(config: &Config, number: usize, file: &Path) -> Result<(), CommandEr
     })
 }
 
-/// What a backup needs, looked at for real short of freezing, as text or as JSON.
+/// What a backup needs, looked at for real short of freezing, as text or as JSON: by the configuration at `path`, or
+/// else by that which the daemon that serves goes by.
 pub fn check(
     device: &Path,
     run: &RunDir,
-    config: Result<&Config, &ConfigError>,
+    path: Option<&Path>,
     json: bool,
 ) -> Result<(String, Outcome), CommandError> {
-    let all = check::check(device, run, config);
+    let all = check::check(device, run, path);
     let text = match json {
         true => as_json(&all)?,
         false => report::check(&all),

@@ -35,6 +35,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -44,6 +45,7 @@ use serde::{
     de::{Error as _, IgnoredAny},
     Deserialize, Deserializer,
 };
+use serde_json::{json, Value};
 
 use crate::apart::Questions;
 use crate::hooks::Hook;
@@ -118,6 +120,8 @@ pub struct Config {
     pub hooks: HookRules,
     /// Whether it has a `run_dir`, which was a setting once.
     has_run_dir: bool,
+    /// Of the files that it was read from.
+    fingerprint: u64,
 }
 
 impl Default for Config {
@@ -135,6 +139,7 @@ impl Default for Config {
             include: Rules::default(),
             hooks: HookRules::default(),
             has_run_dir: false,
+            fingerprint: fingerprint_of(&[]),
         }
     }
 }
@@ -467,11 +472,63 @@ impl Config {
 
     /// What these files say, one after the other.
     fn of(files: Vec<(PathBuf, Vec<u8>)>) -> Result<Self, ConfigError> {
-        let mut config = Self::default();
+        let mut config = Self {
+            fingerprint: fingerprint_of(&files),
+            ..Self::default()
+        };
         for (file, bytes) in files {
             parse(text_in(&bytes, &file)?, &file)?.apply(&mut config);
         }
         Ok(config)
+    }
+
+    /// What tells whether the files, by name and content, are still those that it was read from.
+    pub fn fingerprint(&self) -> String {
+        format!("{:016x}", self.fingerprint)
+    }
+
+    /// All that it says, for whoever wants to judge by what a daemon goes by: the files may have changed.
+    pub fn to_value(&self) -> Value {
+        let texts = |rules: &[Rule]| -> Vec<String> {
+            let texts = rules.iter().map(|it| it.0.as_str().to_owned());
+            texts.collect()
+        };
+        let rules = |it: &Rules| {
+            json!({
+                "paths": texts(&it.paths),
+                "types": texts(&it.types),
+                "devices": texts(&it.devices),
+            })
+        };
+        let mut all = json!({
+            "strict": self.strict,
+            "listed_disks_only": self.listed_disks_only,
+            "prepare": self.prepare.as_secs(),
+            "deadline": self.deadline.as_secs(),
+            "give_up": self.give_up.as_secs(),
+            "parallel": self.parallel,
+            "write_back": self.write_back,
+            "state_dir": self.state_dir,
+            "exclude": rules(&self.exclude),
+            "include": rules(&self.include),
+            "hooks": {
+                "qemu": self.hooks.qemu,
+                "open_vm_tools": self.hooks.open_vm_tools,
+                "limit": self.hooks.limit.as_secs(),
+                "optional": texts(&self.hooks.optional),
+            },
+        });
+        if self.has_run_dir {
+            all["run_dir"] = RUN_DIR.into();
+        }
+        all
+    }
+
+    /// The same again; `None` if it is of a daemon that says something else.
+    pub fn of_value(value: &Value) -> Option<Self> {
+        let mut config = Self::default();
+        Layer::deserialize(value).ok()?.apply(&mut config);
+        Some(config)
     }
 
     /// What it says in vain, in words.
@@ -500,6 +557,13 @@ impl Config {
         idle.append(&mut self.include.idle("include", false, plan));
         idle
     }
+}
+
+/// Neither the time of a file nor where it is stored says whether it says the same.
+fn fingerprint_of(files: &[(PathBuf, Vec<u8>)]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    files.hash(&mut hasher);
+    hasher.finish()
 }
 
 fn parse(text: &str, file: &Path) -> Result<Layer, ConfigError> {
@@ -605,6 +669,40 @@ mod tests {
             .map_err(|e| crate::logbook::words(&e))?
             .apply(&mut config);
         Ok(config)
+    }
+
+    #[test]
+    fn what_it_says_is_told_in_full_and_changed_files_are_known_by_their_fingerprint() {
+        let text =
+            "strict = true\nlisted_disks_only = true\nprepare = 1\ndeadline = 2\ngive_up = 3\n\
+                    parallel = 4\nwrite_back = 5\nrun_dir = 'x'\nstate_dir = '/s'\n\
+                    exclude = { paths = ['/a*'], types = ['b'], devices = ['c'] }\n\
+                    include = { paths = ['/d'], types = ['e'], devices = ['f?'] }\n\
+                    hooks = { qemu = true, open_vm_tools = true, limit = 6, optional = ['9*'] }\n";
+        let read = |name: &str, text: &str| {
+            let files = vec![(PathBuf::from(name), text.as_bytes().to_vec())];
+            Config::of(files).unwrap()
+        };
+        let all = |config: &Config| {
+            let config = Config {
+                fingerprint: 0,
+                ..config.clone()
+            };
+            format!("{config:?}")
+        };
+        for config in [read("a", text), Config::default()] {
+            let again = Config::of_value(&config.to_value()).unwrap();
+            assert_eq!(all(&again), all(&config));
+        }
+        assert!(Config::of_value(&json!({ "strict": "perhaps" })).is_none());
+        assert!(Config::of_value(&Value::Null).is_none());
+        let fingerprint = |name, text| read(name, text).fingerprint();
+        assert_eq!(fingerprint("a", text), fingerprint("a", text));
+        assert_ne!(fingerprint("a", text), fingerprint("b", text));
+        assert_ne!(
+            fingerprint("a", "strict = true"),
+            fingerprint("a", "strict = false")
+        );
     }
 
     #[test]

@@ -10,12 +10,15 @@
 //! A hook may be a link to anywhere, also into a dead network mount. So a link is looked up
 //! [apart](Questions), and what does not answer in time is a hook that is not fit.
 
-use std::ffi::OsString;
-use std::io;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::unistd::{access, AccessFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::apart::Questions;
@@ -32,6 +35,11 @@ const OPEN_VM_TOOLS_FOLDER: &str = "/etc/vmware-tools/backupScripts.d";
 
 /// How many links a path may lead over (`MAXSYMLINKS` of the kernel).
 const MOST_LINKS: usize = 40;
+
+/// Bytes of a program that the kernel looks at before it runs it (`BINPRM_BUF_SIZE`).
+const MOST_BEGIN: u64 = 256;
+/// How many interpreters it goes on to, each the program of the one before (`exec_binprm`).
+const MOST_INTERPRETERS: usize = 5;
 
 /// How long one look-up may take.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -112,6 +120,14 @@ impl Hook {
         looked.unwrap_or_else(|error| Some(self.silent(&error)))
     }
 
+    /// Why the kernel would not run it, if so, as far as that can be told without. It is looked at by `check`; a
+    /// backup hears of it when it calls.
+    pub fn cannot_be_run(&self) -> Option<String> {
+        let path = self.path.clone();
+        let looked = ask_apart(&self.path, move || why_not_run(&path));
+        looked.unwrap_or_else(|error| Some(self.silent(&error)))
+    }
+
     fn silent(&self, error: &io::Error) -> String {
         format!("{} cannot be looked up: {error}", self.path.display())
     }
@@ -174,6 +190,82 @@ fn fault_of_owner_and_mode(owner: u32, mode: u32) -> Option<String> {
     let is_link = mode & libc::S_IFMT == libc::S_IFLNK;
     let others = libc::S_IWGRP | libc::S_IWOTH;
     (!is_link && mode & others != 0).then(|| "others than root may write to it".to_owned())
+}
+
+/// Goes from a script to its interpreter, as the kernel does.
+fn why_not_run(path: &Path) -> Option<String> {
+    let mut at = path.to_owned();
+    for number in 0..=MOST_INTERPRETERS {
+        let fault = |what: &str| {
+            Some(match number {
+                0 => format!("{}: {what}", at.display()),
+                // Escaped, for a carriage return at the end of the line is not seen else.
+                _ => format!(
+                    "its interpreter \"{}\": {what}",
+                    at.display().to_string().escape_debug()
+                ),
+            })
+        };
+        // This knows of a mount that runs nothing (noexec), too.
+        if let Err(error) = access(&at, AccessFlags::X_OK) {
+            return fault(error.desc());
+        }
+        if !at.is_file() {
+            return fault("it is not a regular file");
+        }
+        let begin = match begin_of(&at) {
+            Ok(begin) => begin,
+            Err(error) => return fault(&error.to_string()),
+        };
+        match interpreter_of(&begin) {
+            // A hook is called from there.
+            Some(name) => at = Path::new("/").join(name),
+            None if is_foreign(&begin) => return fault("it is for another processor"),
+            None => return None,
+        }
+    }
+    Some(format!("{}: too many interpreters", path.display()))
+}
+
+fn begin_of(path: &Path) -> io::Result<Vec<u8>> {
+    let mut begin = Vec::new();
+    File::open(path)?.take(MOST_BEGIN).read_to_end(&mut begin)?;
+    Ok(begin)
+}
+
+/// The interpreter that a script names in its first line, cut as the kernel does (`fs/binfmt_script.c`). Where it
+/// finds none, the shell runs it: so does whoever calls a hook.
+fn interpreter_of(begin: &[u8]) -> Option<&OsStr> {
+    let is_blank = |byte: &u8| matches!(byte, b' ' | b'\t');
+    let rest = begin.strip_prefix(b"#!")?;
+    let line = rest.split(|it| *it == b'\n').next()?;
+    let name = line.get(line.iter().position(|it| !is_blank(it))?..)?;
+    let end = name.iter().position(|it| is_blank(it) || *it == 0);
+    // What may go on after that is not a name.
+    let is_cut = end.is_none() && line.len() == rest.len() && begin.len() as u64 == MOST_BEGIN;
+    let name = name.get(..end.unwrap_or(name.len()))?;
+    (!is_cut && !name.is_empty()).then(|| OsStr::from_bytes(name))
+}
+
+/// Whether it is a program for a kind of processor whose programs this machine does not run.
+fn is_foreign(begin: &[u8]) -> bool {
+    // EM_386, which an x86-64 kernel may run.
+    const ALIKE: &[u8] = &[3, 0];
+    let machine = |begin: &[u8]| {
+        let machine = begin.get(18..20).map(<[u8]>::to_vec);
+        machine.filter(|_| begin.starts_with(b"\x7fELF"))
+    };
+    let own = begin_of(Path::new("/proc/self/exe")).unwrap_or_default();
+    let differs = match (machine(begin), machine(&own)) {
+        (Some(its), Some(own)) => its != own && its != ALIKE,
+        _ => false,
+    };
+    // Others may have an interpreter there (binfmt_misc), beside the two files of its own.
+    let runs_others = || {
+        let all = std::fs::read_dir("/proc/sys/fs/binfmt_misc");
+        all.is_ok_and(|it| it.count() > 2)
+    };
+    differs && !runs_others()
 }
 
 /// One that was found.
@@ -289,11 +381,19 @@ fn judge(path: PathBuf, contract: Contract) -> Option<Judged> {
 /// What `look` finds at `path`, in time. What is no link lies beside the configuration, and nobody is woken
 /// for that: a host waits.
 fn ask<T: Send + 'static>(path: &Path, look: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
-    static ASKED: Questions<PathBuf> = Questions::new();
     match path.is_symlink() {
-        true => ASKED.ask(path.to_owned(), &[], PATIENCE, |_| look()),
+        true => ask_apart(path, look),
         false => Ok(look()),
     }
+}
+
+/// The same wherever `path` is: what else it leads to may be anywhere.
+fn ask_apart<T: Send + 'static>(
+    path: &Path,
+    look: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<T> {
+    static ASKED: Questions<PathBuf> = Questions::new();
+    ASKED.ask(path.to_owned(), &[], PATIENCE, |_| look())
 }
 
 /// What is in a folder of hooks, in the order of the names.
@@ -390,6 +490,54 @@ mod tests {
 
     fn found_in(folder: &Path) -> Result<Vec<Judged>, HookError> {
         in_folder(folder, Contract::Qemu)
+    }
+
+    #[test]
+    fn what_the_kernel_would_not_run_is_told_from_what_it_would() {
+        let scratch = Scratch::new("hooks-not-run");
+        let why = |name: &str, bytes: &[u8]| {
+            let path = scratch.file(name, 0o755);
+            std::fs::write(&path, bytes).unwrap();
+            let contract = Contract::Qemu;
+            Hook { path, contract }.cannot_be_run()
+        };
+        for (number, good) in [
+            &b"#!/bin/sh\n"[..],
+            b"#! \t /bin/sh -e\t\n",
+            b"#!bin/sh",
+            // These the shell runs.
+            b"echo\n",
+            b"",
+            b"#!\n",
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let why = why(&format!("good-{number}"), good);
+            assert_eq!(why, None, "{:?}", good.escape_ascii().to_string());
+        }
+        let own = std::fs::read("/proc/self/exe").unwrap();
+        let mut header = own[..64].to_vec();
+        assert_eq!(why("own", &header), None);
+        header[18..20].copy_from_slice(&[0x16, 0]);
+        let foreign = why("foreign", &header).unwrap_or_default();
+        assert!(foreign.contains("another processor"), "{foreign}");
+        let crlf = why("crlf", b"#!/bin/sh\r\nexit 0\r\n").unwrap();
+        assert!(
+            crlf.contains("interpreter \"/bin/sh\\r\": No such file"),
+            "{crlf}"
+        );
+        let none = why("none", b"#!/no/such/shell\n").unwrap();
+        assert!(none.contains("\"/no/such/shell\": No such file"), "{none}");
+        let folder = why("folder", b"#!/etc\n").unwrap();
+        assert!(folder.contains("not a regular file"), "{folder}");
+        let itself = format!("#!{}\n", scratch.0.join("itself").display());
+        let itself = why("itself", itself.as_bytes()).unwrap();
+        assert!(itself.contains("too many"), "{itself}");
+        // A name that does not end where the kernel looks is none.
+        let long = [b"#!".to_vec(), vec![b'x'; 300]].concat();
+        assert_eq!(interpreter_of(&long[..256]), None);
+        assert_eq!(interpreter_of(&long[..255]).map(OsStr::len), Some(253));
     }
 
     #[test]

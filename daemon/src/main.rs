@@ -180,7 +180,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
     // It is read again from wherever the daemon is then.
     let config_path = matches.get_one::<PathBuf>("config");
     let config_path = config_path.map(std::path::absolute).transpose()?;
-    let config = || Config::load_in_time(config_path.as_deref());
+    let config = || commands::config(config_path.as_deref(), &RunDir::default());
     match matches.subcommand() {
         Some(("list", list)) => {
             let text = match list.get_flag("table") {
@@ -225,7 +225,8 @@ fn dispatch() -> Result<ExitCode, Failure> {
             let device = path_of(&matches, "device");
             let json = check.get_flag("json");
             let run = RunDir::default();
-            print(commands::check(&device, &run, config().as_ref(), json)?)
+            let path = config_path.as_deref();
+            print(commands::check(&device, &run, path, json)?)
         }
         Some(("reload", _)) => {
             need_root(ASK)?;

@@ -122,6 +122,11 @@ impl RunDir {
         self.0.join("hooks.json")
     }
 
+    /// Where a record of hooks is put that nobody can read.
+    pub fn hooks_aside(&self) -> PathBuf {
+        self.0.join("hooks.json.bad")
+    }
+
     fn word(&self) -> PathBuf {
         self.0.join("broken")
     }
@@ -209,6 +214,12 @@ impl RunDir {
         read_json(self.hooks())
     }
 
+    /// Puts [aside](RunDir::hooks_aside) what is there of hooks and is no record. Needs the lock for them.
+    pub fn put_hooks_aside(&self, _lock: &Lock) -> Result<(), RecordError> {
+        let path = self.hooks();
+        std::fs::rename(&path, self.hooks_aside()).map_err(failed("rename", &path))
+    }
+
     /// All hooks have been let go.
     pub fn remove_hooks(&self) -> Result<(), RecordError> {
         remove_if_there(&self.hooks())
@@ -238,10 +249,12 @@ impl RunDir {
 }
 
 fn read_json<T: DeserializeOwned>(path: PathBuf) -> Result<Option<T>, RecordError> {
-    let Some(text) = read_if_there(&path)? else {
-        return Ok(None);
+    let text = match std::fs::read(&path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(failed("read", &path)(e)),
     };
-    match serde_json::from_str(&text) {
+    match serde_json::from_slice(&text) {
         Ok(found) => Ok(Some(found)),
         Err(source) => Err(RecordError::Malformed { path, source }),
     }

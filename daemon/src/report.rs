@@ -64,7 +64,7 @@ impl<'a> Status<'a> {
         match self.daemon.map(|it| &it["phase"]) {
             None => Outcome::NoDaemon,
             Some(phase) if phase != "idle" => Outcome::UnderWay,
-            Some(_) if self.waits() => Outcome::NoDaemon,
+            Some(_) if self.waits() || self.refuses().is_some() => Outcome::NoDaemon,
             Some(_) if !last_is_good => Outcome::LastNotGood,
             Some(_) => Outcome::Well,
         }
@@ -73,6 +73,11 @@ impl<'a> Status<'a> {
     /// Whether the daemon has no device.
     fn waits(&self) -> bool {
         self.daemon.is_some_and(|it| it["door"].is_null())
+    }
+
+    /// Why a FREEZE would be refused, if it would.
+    fn refuses(&self) -> Option<&str> {
+        self.daemon?["refuses"].as_str()
     }
 
     /// For people.
@@ -91,6 +96,9 @@ impl<'a> Status<'a> {
                 rows.push(["phase".into(), text(&daemon["phase"])]);
                 if daemon["doing"].is_string() {
                     rows.push(["doing".into(), text(&daemon["doing"])]);
+                }
+                if let Some(why) = self.refuses() {
+                    rows.push(["refuses".into(), format!("each FREEZE: {why}")]);
                 }
                 let frozen = daemon["frozen"].as_array().into_iter().flatten();
                 rows.extend(frozen.map(|it| ["frozen".into(), text(it)]));
@@ -238,6 +246,7 @@ mod tests {
         let idle = json!({ "phase": "idle", "door": "held" });
         let frozen = json!({ "phase": "frozen", "door": "held" });
         let waits = json!({ "phase": "idle", "door": null });
+        let refuses = json!({ "phase": "idle", "door": "held", "refuses": "why" });
         for (daemon, last, outcome) in [
             (None, Some(good.clone()), Outcome::NoDaemon),
             (Some(&idle), None, Outcome::Well),
@@ -245,6 +254,7 @@ mod tests {
             (Some(&idle), Some(example()), Outcome::LastNotGood),
             (Some(&frozen), Some(good.clone()), Outcome::UnderWay),
             (Some(&waits), Some(good.clone()), Outcome::NoDaemon),
+            (Some(&refuses), Some(good.clone()), Outcome::NoDaemon),
         ] {
             let status = Status::new(daemon, last.as_slice(), None);
             assert_eq!(status.outcome(), outcome, "{status:?}");

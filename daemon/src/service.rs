@@ -69,6 +69,9 @@ const GRAVE: Duration = Duration::from_secs(1);
 const CHECK_STACK_BYTES: usize = 64 * 1024;
 /// How often the log says so while nothing is frozen.
 const REPORT: Duration = Duration::from_secs(10);
+/// Why there is no freeze.
+const NOT_UNDONE: &str = "the freeze of another process is not undone";
+const NO_GUARD: &str = "there is no guard process";
 
 /// Why the service cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -734,6 +737,18 @@ impl Service {
         }
     }
 
+    /// Why a FREEZE would be refused as things are, if it would.
+    fn refuses(&self) -> Option<String> {
+        if self.machine.is_ending() {
+            let inside = self.hands.inside();
+            return Some(inside.unwrap_or("the last one was called off and has not ended".into()));
+        }
+        match self.machine.is_idle() {
+            true => self.hands.may_begin().err().map(str::to_owned),
+            false => None,
+        }
+    }
+
     fn on_call(&mut self, client: Client, method: Method) {
         match method {
             Method::Reload => {
@@ -776,12 +791,18 @@ impl Service {
                     "pid": std::process::id(),
                     "phase": self.machine.phase(),
                     "doing": job.map(|it| it.progress().words(now)).or(hands.inside()),
+                    "refuses": self.refuses(),
                     "door": door,
                     "most": most,
                     "frozen": hands.held,
                     "backups": hands.backups,
                     "last": hands.last,
                     "last_backup": hands.last_entry,
+                    "configuration": {
+                        "path": hands.config_path.as_ref().map(|it| it.to_string_lossy()),
+                        "fingerprint": hands.config.fingerprint(),
+                        "in_force": hands.config.to_value(),
+                    },
                 });
                 self.control.reply(client, status);
             }
@@ -970,10 +991,10 @@ impl Hands {
         }
         let life = Arc::new(());
         self.checking = Arc::downgrade(&life);
-        let (device, config) = (self.path.clone(), self.config_path.clone());
+        let device = self.path.clone();
         let tell = teller(&self.tell, News::Reply);
         let body = move || {
-            let reply = check::by_another(&device, config.as_deref());
+            let reply = check::by_another(&device);
             drop(life);
             tell((client, reply));
         };
@@ -1006,10 +1027,26 @@ impl Hands {
         notify(&self.log, &[NotifyState::Status(&text)]);
     }
 
-    /// What a freeze that was called off is still at.
+    /// What goes on although no backup is under way: what a freeze that was called off is still at, or that
+    /// of another process.
     fn inside(&self) -> Option<String> {
-        let names = self.job.as_ref()?.progress().under_way()?;
-        Some(format!("called off, still inside the freeze of {names}"))
+        let job = self.job.as_ref();
+        if let Some(names) = job.and_then(|it| it.progress().under_way()) {
+            return Some(format!("called off, still inside the freeze of {names}"));
+        }
+        (!self.recovery.is_over()).then(|| NOT_UNDONE.into())
+    }
+
+    /// Whether there is all that a freeze takes; or why not.
+    fn may_begin(&self) -> Result<(), &'static str> {
+        if !self.recovery.is_over() {
+            return Err(NOT_UNDONE);
+        }
+        let holds = self.device.as_ref().is_some_and(|it| it.hold().is_some());
+        match holds || self.guard.is_some() {
+            true => Ok(()),
+            false => Err(NO_GUARD),
+        }
     }
 
     /// The door for this freeze, if there is one.
@@ -1018,7 +1055,7 @@ impl Hands {
         if let Some(hold) = self.device.as_ref().and_then(Device::hold) {
             return Ok(Arc::new(Held::new(hold.clone(), request.id, deadline)));
         }
-        let guard = self.guard.clone().ok_or("there is no guard process")?;
+        let guard = self.guard.clone().ok_or(NO_GUARD)?;
         let (run, log) = (self.run.clone(), self.log.clone());
         Ok(Arc::new(Fifreeze::new(guard, run, deadline, true, log)))
     }
@@ -1048,9 +1085,7 @@ impl Effects for Hands {
     }
 
     fn begin(&mut self, request: &Request, text: String) -> Result<(), String> {
-        if !self.recovery.is_over() {
-            return Err("the freeze of another process is not undone".into());
-        }
+        self.may_begin()?;
         self.is_ahead = process::go_first().is_ok();
         let door = self.door(request)?;
         self.remember_what_is_left();

@@ -7,14 +7,15 @@ use std::process::Command;
 
 const CONFIGURES: &str = "../.debian/hv-vss-daemon.postinst";
 const MARIADB: &str = "hooks/mariadb";
+const HANDS_OVER: &str = "../kmod/hand-over/hv_vss_hand_over";
 
 fn text_of(script: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(script);
     std::fs::read_to_string(path).unwrap()
 }
 
-/// What the shell makes of `line` after the function `name` of `script`.
-fn with_function(script: &str, name: &str, line: &str, argument: &str) -> String {
+/// The function `name` of `script`.
+fn function_of(script: &str, name: &str) -> String {
     let script = text_of(script);
     let begin = script.find(&format!("{name}() {{")).unwrap();
     let rest = &script[begin..];
@@ -23,7 +24,12 @@ fn with_function(script: &str, name: &str, line: &str, argument: &str) -> String
         true => first,
         false => &rest[..rest.find("\n}\n").unwrap() + 3],
     };
-    let text = format!("{function}\n{line}");
+    function.to_owned()
+}
+
+/// What the shell makes of `line` after the function `name` of `script`.
+fn with_function(script: &str, name: &str, line: &str, argument: &str) -> String {
+    let text = format!("{}\n{line}", function_of(script, name));
     let mut shell = Command::new("sh");
     let ended = shell.args(["-c", &text, "sh", argument]).output().unwrap();
     assert!(ended.status.success(), "{ended:?}");
@@ -88,10 +94,36 @@ fn programs(name: &str, all: &[(&str, &str)]) -> std::path::PathBuf {
 
 /// Calls this hook with `freeze` where there are these programs alone.
 fn freeze(hook: &str, dir: &Path) -> std::process::Output {
+    call(hook, "freeze", dir)
+}
+
+fn call(hook: &str, verb: &str, dir: &Path) -> std::process::Output {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(hook);
     let mut shell = Command::new("/bin/sh");
-    let shell = shell.arg(path).arg("freeze").env("PATH", dir);
+    let shell = shell.arg(path).arg(verb).env("PATH", dir);
     shell.output().unwrap()
+}
+
+#[test]
+fn where_no_server_is_left_no_client_is_missed() {
+    let dir = programs("no-client", &[("pidof", "exit 1")]);
+    let ended = freeze(MARIADB, &dir);
+    let said = String::from_utf8_lossy(&ended.stdout);
+    assert!(
+        ended.status.success() && said.contains("no server is running"),
+        "{ended:?}"
+    );
+    let ended = call(MARIADB, "thaw", &dir);
+    assert!(ended.status.success(), "{ended:?}");
+    std::fs::remove_dir_all(&dir).unwrap();
+    let dir = programs("no-client", &[("pidof", "echo 7")]);
+    let ended = freeze(MARIADB, &dir);
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(
+        ended.status.code() == Some(1) && said.contains("nor mysql is here"),
+        "{ended:?}"
+    );
+    std::fs::remove_dir_all(&dir).unwrap();
 }
 
 #[test]
@@ -120,5 +152,159 @@ fn nobody_says_that_no_server_runs_who_cannot_know() {
             "{ended:?}"
         );
     }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// What is said, and what word is left, where another daemon was stopped and this is the mount table: with the
+/// programs of this folder before those of the system.
+fn thaw_all(table: &str, dir: &Path) -> (String, Option<String>) {
+    std::fs::write(dir.join("mounts"), table).unwrap();
+    let functions = ["unescaped", "thaw_all"].map(|it| function_of(CONFIGURES, it));
+    let text = format!(
+        "set -e\n{}\nthaw_all mounts word 2>&1",
+        functions.join("\n")
+    );
+    let path = std::env::var("PATH").unwrap();
+    let mut shell = Command::new("sh");
+    let shell = shell.args(["-c", &text]).current_dir(dir);
+    let shell = shell.env("PATH", format!("{}:{path}", dir.display()));
+    let ended = shell.output().unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    let said = String::from_utf8(ended.stdout).unwrap();
+    (said, std::fs::read_to_string(dir.join("word/broken")).ok())
+}
+
+#[test]
+fn a_thaw_that_never_comes_back_keeps_no_other_one_frozen_and_nobody_waits_for_it() {
+    const TABLE: &str = "proc /proc proc rw 0 0\n/dev/sda / ext4 rw 0 0\n/dev/sdb /a ext4 rw 0 0\n\
+                         /dev/sdc /b\\040c ext4 rw 0 0\n";
+    let fsfreeze = "echo \"$2\" >>asked
+         case $2 in
+         /a) while [ -e hangs ]; do sleep 0.1; done ;;
+         /*c) [ -e is-frozen ] ;;
+         *) exit 1 ;;
+         esac";
+    let dir = programs("thaw-all", &[("fsfreeze", fsfreeze)]);
+    let touch = |name: &str| std::fs::write(dir.join(name), "").unwrap();
+    let asked = || {
+        let text = std::fs::read_to_string(dir.join("asked")).unwrap();
+        let mut all: Vec<String> = text.lines().map(str::to_owned).collect();
+        all.sort();
+        std::fs::remove_file(dir.join("asked")).unwrap();
+        all
+    };
+    let without = TABLE.replace("/a ", "/d ");
+    let (said, word) = thaw_all(&without, &dir);
+    assert_eq!((said.as_str(), word), ("", None));
+    assert_eq!(asked(), ["/", "/b c", "/d"]);
+    touch("is-frozen");
+    let (said, word) = thaw_all(&without, &dir);
+    assert!(said.is_empty() && word.is_some(), "{said}");
+    asked();
+    std::fs::remove_dir_all(dir.join("word")).unwrap();
+    std::fs::remove_file(dir.join("is-frozen")).unwrap();
+
+    touch("hangs");
+    let (said, word) = thaw_all(TABLE, &dir);
+    assert!(
+        said.starts_with("/a: its disk does not answer") && said.lines().count() == 1,
+        "{said}"
+    );
+    // Nobody knows whether that one is frozen.
+    assert!(word.is_some());
+    assert_eq!(asked(), ["/", "/a", "/b c"]);
+    let left = std::fs::read_dir(&dir).unwrap().flatten();
+    let left = left.filter(|it| it.file_name().to_string_lossy().starts_with("word."));
+    assert_eq!(left.count(), 0);
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn a_driver_that_does_not_let_the_device_go_is_waited_for_by_another() {
+    // A bus whose driver waits for as long as nobody reads what it was told.
+    let dir = programs("hand-over", &[]);
+    let put = |name: &str, text: &str| {
+        let path = dir.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    };
+    put("devices/dev/driver_override", "");
+    put("drivers_probe", "");
+    put("drivers/hv_utils/name", "");
+    std::os::unix::fs::symlink("../../drivers/hv_utils", dir.join("devices/dev/driver")).unwrap();
+    let unbind = dir.join("drivers/hv_utils/unbind");
+    let made = Command::new("mkfifo").arg(&unbind).status().unwrap();
+    assert!(made.success());
+    let functions = ["seconds", "driver", "bind_to"].map(|it| function_of(HANDS_OVER, it));
+    let text = format!(
+        "set -u\nbus=.\ndevice=dev\nLIMIT=1\n{}\nbind_to hv_utils && echo has\nbind_to hv_vss\necho $?",
+        functions.join("\n")
+    );
+    let mut shell = Command::new("sh");
+    let ended = shell
+        .args(["-c", &text])
+        .current_dir(&dir)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&ended.stdout);
+    assert_eq!(said, "has\n2\n", "{ended:?}");
+    let read = |name: &str| std::fs::read_to_string(dir.join(name)).unwrap();
+    assert_eq!(read("devices/dev/driver_override"), "hv_vss\n");
+    assert_eq!(read("drivers_probe"), "");
+    // It does: the rest is done, without whoever had asked for it.
+    assert_eq!(std::fs::read_to_string(&unbind).unwrap(), "dev\n");
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while read("devices/dev/driver_override") != "\n" {
+        assert!(std::time::Instant::now() < until, "it is not moved");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    assert_eq!(read("drivers_probe"), "dev\n");
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn one_server_that_is_locked_is_not_taken_for_two() {
+    let dir = programs(
+        "two-servers",
+        &[("pidof", "echo 7 8"), ("mariadb", "exit 1")],
+    );
+    let ended = freeze(MARIADB, &dir);
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(
+        ended.status.code() == Some(1) && said.starts_with("2 servers are running (processes 7 8)"),
+        "{ended:?}"
+    );
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn each_cluster_of_debian_is_asked_by_its_name() {
+    let list = "cat <<END
+16 old 5433 online postgres /var/lib/postgresql/16/old /log
+17 app 5434 online app /srv/app /log
+17 copy 5435 online,recovery postgres /var/lib/postgresql/17/copy /log
+17 down 5436 down postgres /var/lib/postgresql/17/down /log
+END";
+    let all = [
+        ("pidof", "echo 7"),
+        ("id", "echo 7"),
+        ("pg_lsclusters", list),
+        ("timeout", "shift; exec \"$@\""),
+        ("setpriv", "echo \"$1\" \"$7\" \"$8\" \"$9\""),
+        ("cat", "exec /bin/cat"),
+    ];
+    let dir = programs("clusters", &all);
+    let ended = freeze("hooks/postgresql", &dir);
+    let said = String::from_utf8_lossy(&ended.stdout);
+    let mut asked: Vec<&str> = said.lines().collect();
+    asked.sort_unstable();
+    assert_eq!(
+        asked,
+        [
+            "--reuid=app --no-password --cluster 17/app",
+            "--reuid=postgres --no-password --cluster 16/old",
+        ],
+        "{ended:?}"
+    );
     std::fs::remove_dir_all(&dir).unwrap();
 }

@@ -400,6 +400,35 @@ fn what_somebody_has_left_beside_us_is_let_go_before_ours_are_called() {
 }
 
 #[test]
+fn what_cannot_be_read_is_put_aside_and_costs_no_backup() {
+    for text in [&b"{"[..], b"{\"pid\":7}", b"\xff"] {
+        let mut scene = Scene::new("malformed");
+        let path = scene.run().path().join("hooks.json");
+        let is_aside = |scene: &Scene| {
+            let aside = std::fs::read(scene.run().hooks_aside()).unwrap_or_default();
+            !path.exists() && aside == text && scene.log().contains("hooks.json.bad")
+        };
+        std::fs::write(&path, text).unwrap();
+        // Somebody who lives has it.
+        let lock = scene.run().lock_hooks().unwrap();
+        assert!(recover(&scene.run(), &scene.log).is_err() && path.exists());
+        drop(lock);
+        assert!(!recover(&scene.run(), &scene.log).unwrap());
+        assert!(is_aside(&scene), "{}", scene.log());
+
+        std::fs::write(&path, text).unwrap();
+        std::fs::remove_file(scene.run().hooks_aside()).unwrap();
+        let hook = scene.hook("10-a", "echo $1 >>$notes");
+        let calling = scene.start(vec![hook], LONG);
+        assert_eq!(scene.quiesced(), Ok(()));
+        calling.release(Some(Verdict::Good));
+        scene.released();
+        assert!(scene.run().hooks_aside().exists(), "{}", scene.log());
+        assert_eq!(scene.notes(), ["freeze", "thaw"]);
+    }
+}
+
+#[test]
 fn no_hook_is_run_before_its_process_is_on_record() {
     let mut scene = Scene::new("record");
     let record = scene.dir.join("run/hooks.json");

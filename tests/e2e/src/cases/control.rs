@@ -3,7 +3,7 @@
 //! What an operator can do beside a daemon that serves, whichever module it serves and whoever holds
 //! what is frozen.
 
-use super::deadman::{released, RELEASED};
+use super::deadman::{make_hung, released, HANG, RELEASED, UNHANG};
 use super::lifecycle::{end_override, take_over};
 use super::{case, load, logged_all, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
@@ -60,6 +60,12 @@ pub const CASES: &[Case] = &[
          cannot be",
         check,
     ),
+    case(
+        "control/check-while-refusing",
+        "check and status say so while each FREEZE is refused: behind a freeze that hangs, stock module, and beside what \
+         another process has frozen",
+        check_while_refusing,
+    ).long(),
     case(
         "control/reload",
         "reload by hand and by SIGHUP: another rule is in force with the next backup; a bad file, named \
@@ -460,6 +466,7 @@ exclude.types = ['zfs']
 hooks = { qemu = true, optional = ['9*'] }
 END")?;
     guest.sh("touch /etc/hv_vss/hooks.d/20-b")?;
+    asked(guest, "reload", 0)?;
     let text = asked(guest, "check", 7);
     guest.release_opens()?;
     guest.sh("echo 0 >/proc/sys/kernel/hung_task_panic
@@ -475,14 +482,19 @@ END")?;
             "20-b is not called: it is not executable",
         ],
     )?;
-    guest.sh(
-        "touch /etc/hv_vss/hooks.d/10-a; chmod 777 /etc/hv_vss/hooks.d/10-a
-         echo 'deadline = 0' >/etc/hv_vss/daemon.toml",
-    )?;
+    guest.sh("cd /etc/hv_vss/hooks.d && touch 10-a && chmod 777 10-a
+         printf '#!/bin/sh\\r\\nexit 0\\r\\n' >30-c && chmod 755 30-c
+         echo 'deadline = 0' >/etc/hv_vss/daemon.toml")?;
     let text = asked(guest, "check", 6)?;
     says(
         &text,
-        &["10-a is not run", "others than root", "line 1, column 12"],
+        &[
+            "10-a is not run",
+            "others than root",
+            "30-c cannot be run: its interpreter \"/bin/sh\\r\"",
+            "line 1, column 12",
+            "the next start fails",
+        ],
     )?;
     let json = asked(guest, "check --json", 6)?;
     let all: serde_json::Value = serde_json::from_str(&json)?;
@@ -498,6 +510,7 @@ END")?;
     let text = asked(guest, "check", 7)?;
     says(&text, &["listed_disks_only does nothing"])?;
     guest.sh("rm -rf /etc/hv_vss")?;
+    asked(guest, "reload", 0)?;
     asked(guest, "check", 0)?;
     // The package for DKMS is installed: the module is there, or it is not, for want of headers.
     guest.sh(
@@ -540,6 +553,58 @@ END")?;
     stop(guest, guest.module(), &daemon)
 }
 
+fn check_while_refusing(guest: &Guest) -> Result<()> {
+    make_one(guest)?;
+    make_hung(guest)?;
+    load(guest, Module::Stock, &[])?;
+    let daemon = guest.start_daemon_with("give_up = 1")?;
+    wait_for_daemon(guest)?;
+    let graded = |wanted: &str| {
+        let found = asked(guest, "check --json", if wanted == "ok" { 0 } else { 6 })?;
+        let all: serde_json::Value = serde_json::from_str(&found)?;
+        ensure!(
+            all[0]["what"] == "daemon" && all[0]["grade"] == wanted,
+            "check of the daemon should be {wanted}: {found}"
+        );
+        Ok(all[0]["text"].to_string())
+    };
+    let serves_again = || {
+        guest.wait_until("no FREEZE is refused any more", STEP, || {
+            let out = guest.try_sh("/payload/hv_vss_daemon status --json")?.out;
+            let status: serde_json::Value = serde_json::from_str(&out)?;
+            Ok(status["daemon"]["refuses"].is_null() && status["daemon"]["phase"] == "idle")
+        })?;
+        graded("ok")
+    };
+    graded("ok")?;
+    guest.sh(&format!("sync && {HANG}"))?;
+    let vss = guest.vss();
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    let text = graded("problem")?;
+    let says = text.contains("refuses each FREEZE") && text.contains("/mnt/hung");
+    ensure!(says, "{text}");
+    guest.sh(UNHANG)?;
+    serves_again()?;
+    stop(guest, Module::Stock, &daemon)?;
+
+    let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "1h"])?;
+    all_stand_still(guest)?;
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    let text = graded("problem")?;
+    ensure!(text.contains("is not undone"), "{text}");
+    let text = asked(guest, "status", 3)?;
+    ensure!(text.contains("is not undone"), "{text}");
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    guest.signal(&rehearsal, 15)?;
+    guest.wait(&rehearsal, STEP)?;
+    serves_again()?;
+    super::deadman::good_backup(guest)?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest
+        .sh("umount /mnt/hung && dmsetup remove hung")
+        .map(drop)
+}
+
 fn reload(guest: &Guest) -> Result<()> {
     const RELOAD: &str = "/payload/hv_vss_daemon reload";
     const FOLDER: &str = "/etc/hv_vss/daemon.toml.d";
@@ -560,6 +625,11 @@ fn reload(guest: &Guest) -> Result<()> {
         "exclude.paths = [\"/mnt/a\"]\\n",
     )?;
     equal("a backup before the reload", observe(guest)?, all.clone())?;
+    let text = asked(guest, "check", 7)?;
+    ensure!(
+        text.contains("changed since it was read, and not in force"),
+        "{text}"
+    );
     guest.sh(RELOAD)?;
     equal("a backup after it", observe(guest)?, root_alone.clone())?;
     put(
@@ -574,6 +644,9 @@ fn reload(guest: &Guest) -> Result<()> {
         "reload should say what is wrong, it was: {ended:?}"
     );
     equal("a backup after a bad one", observe(guest)?, root_alone)?;
+    let text = asked(guest, "check", 7)?;
+    let says = text.contains("20-b.toml") && text.contains("the next start fails");
+    ensure!(says, "{text}");
     put(
         &format!("{FOLDER}/20-b.toml"),
         "exclude.paths = []\\nrun_dir = \"/run/other\"\\n",
