@@ -105,6 +105,15 @@ pub const CASES: &[Case] = &[
     Case {
         machine: Machine::SYSTEMD,
         ..case(
+            "control/hand-over-held-open",
+            "whoever has the stock module's device open hangs no hand-over: it ends, says who that is, and the device is \
+             moved once it is let go",
+            hand_over_held_open,
+        )
+    }.long(),
+    Case {
+        machine: Machine::SYSTEMD,
+        ..case(
             "control/check-privileges",
             "check names what a drop-in of the unit takes from the daemon, and FREEZE fails for want of it",
             check_privileges,
@@ -824,6 +833,37 @@ fn no_device(guest: &Guest) -> Result<()> {
     );
     start_service(guest)?;
     guest.sh("systemctl stop hv_vss").map(drop)
+}
+
+fn hand_over_held_open(guest: &Guest) -> Result<()> {
+    const SCRIPT: &str = "/usr/libexec/hv_vss_hand_over";
+    const DRIVER: &str = "cd /sys/bus/vmbus/devices
+         for it in *; do grep -q 35fa2e29 $it/class_id && basename \"$(readlink $it/driver)\"; done";
+    let driver = || Ok::<_, anyhow::Error>(guest.try_sh(DRIVER)?.out.trim().to_owned());
+    guest.sh(&format!(
+        "systemctl mask --quiet --runtime --now hv_vss
+         modprobe hv_vss && modprobe hv_utils && udevadm settle && {SCRIPT} give"
+    ))?;
+    equal("the driver before", driver()?, "hv_utils".to_owned())?;
+    let line = "exec 3</dev/vmbus/hv_vss && exec sleep 1000";
+    let holder = guest.spawn(&["sh", "-c", line])?;
+    guest.wait_until("it has the device open", STEP, || {
+        let fd = format!("readlink /proc/{}/fd/3", holder.pid);
+        Ok(guest.try_sh(&fd)?.out.contains("hv_vss"))
+    })?;
+    let take = guest.spawn(&[SCRIPT, "take"])?;
+    guest.wait(&take, STEP * 3)?;
+    let said = guest.output(&take)?;
+    let who = format!("sleep (process {})", holder.pid);
+    ensure!(said.contains(&who), "it should say who has it open: {said}");
+    guest.signal(&holder, 9)?;
+    guest.wait(&holder, STEP)?;
+    guest.wait_until("it is moved all the same", STEP, || {
+        Ok(driver()? == "hv_vss")
+    })?;
+    guest
+        .sh("systemctl unmask --quiet --runtime hv_vss && modprobe -r hv_utils")
+        .map(drop)
 }
 
 fn check_privileges(guest: &Guest) -> Result<()> {
