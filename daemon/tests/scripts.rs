@@ -266,7 +266,11 @@ fn a_driver_that_does_not_let_the_device_go_is_waited_for_by_another() {
 fn one_server_that_is_locked_is_not_taken_for_two() {
     let dir = programs(
         "two-servers",
-        &[("pidof", "echo 7 8"), ("mariadb", "exit 1")],
+        &[
+            ("pidof", "echo 7 8"),
+            ("readlink", "echo 'pid:[1]'"),
+            ("mariadb", "exit 1"),
+        ],
     );
     let ended = freeze(MARIADB, &dir);
     let said = String::from_utf8_lossy(&ended.stderr);
@@ -275,6 +279,25 @@ fn one_server_that_is_locked_is_not_taken_for_two() {
         "{ended:?}"
     );
     std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn a_server_in_a_container_is_not_one_of_this_machine() {
+    let readlink = "case $1 in */8/*) echo 'pid:[2]' ;; *) echo 'pid:[1]' ;; esac";
+    // Without a client it ends when it has counted them.
+    for (servers, expected) in [
+        ("7 8", "a server is running"),
+        ("8", "no server is running"),
+    ] {
+        let pidof = format!("echo {servers}");
+        let all = [("pidof", &*pidof), ("readlink", readlink)];
+        let dir = programs("in-a-container", &all);
+        let ended = freeze(MARIADB, &dir);
+        let said = [ended.stdout, ended.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
+        assert!(said.starts_with(expected), "{said}");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 }
 
 #[test]
