@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use hv_vss_uapi::{
@@ -25,6 +26,10 @@ use zerocopy::{FromBytes, IntoBytes};
 
 /// How long the kernel may take to confirm a registration; it does so at once.
 const REGISTER_TIMEOUT_MS: u16 = 10_000;
+/// How long the stock driver has to come to itself. Its device is there before it knows its own end of it (`hvt` in
+/// `drivers/hv/hv_snapshot.c`), and a registration in between is an oops; whoever waits for the device is as early
+/// as can be. Nothing shows when it is over.
+const SETTLE: Duration = Duration::from_millis(100);
 /// What a v1 kernel allows for FREEZE (`VSS_FREEZE_TIMEOUT` in `drivers/hv/hv_snapshot.c`).
 const V1_FREEZE_TIME: Duration = Duration::from_secs(15 * 60);
 /// What it allows for all else (`VSS_USERSPACE_TIMEOUT`).
@@ -186,6 +191,7 @@ impl Device {
             Ok(_) => {}
             Err(Errno::EINVAL) => {
                 device.abi = Abi::V1;
+                thread::sleep(SETTLE);
                 let hello = VssMsg::new(op::REGISTER1);
                 nix::unistd::write(&device.fd, hello.as_bytes()).map_err(refused)?;
             }
@@ -434,7 +440,6 @@ mod tests {
     use hv_vss_uapi::status;
     use nix::fcntl::{fcntl, FcntlArg};
     use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
-    use std::thread;
     use zerocopy::FromZeros;
 
     /// A device and the kernel's end of it. Packets keep their bounds, as with the real device.
