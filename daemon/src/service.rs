@@ -72,6 +72,7 @@ const REPORT: Duration = Duration::from_secs(10);
 /// Why there is no freeze.
 const NOT_UNDONE: &str = "the freeze of another process is not undone";
 const NO_GUARD: &str = "there is no guard process";
+const NO_DEVICE: &str = "its device is gone; it is opened again when it comes";
 
 /// Why the service cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -1042,10 +1043,11 @@ impl Hands {
         if !self.recovery.is_over() {
             return Err(NOT_UNDONE);
         }
-        let holds = self.device.as_ref().is_some_and(|it| it.hold().is_some());
-        match holds || self.guard.is_some() {
-            true => Ok(()),
-            false => Err(NO_GUARD),
+        let holds = self.device.as_ref().map(|it| it.hold().is_some());
+        match (holds, &self.guard) {
+            (Some(true), _) | (_, Some(_)) => Ok(()),
+            (None, None) => Err(NO_DEVICE),
+            (Some(false), None) => Err(NO_GUARD),
         }
     }
 
