@@ -170,6 +170,7 @@ const KNOWN: &[Known] = &[
         text: "hv_vss: an answer could not be sent to the host",
         cases: &[
             "dialogue/answer-not-sent",
+            "lifecycle/daemon-comes-back",
             "lifecycle/ends",
             "lifecycle/rescind*",
             "lifecycle/second-device",
