@@ -121,22 +121,19 @@ impl Counted {
     }
 
     /// What is mapped counts on 6.1 though its queue says that it does not. Where nothing is counted, nothing is
-    /// ever in hand; and what is suspended gets on with nothing, whether it counts or not.
+    /// ever in hand.
     fn counts(&self) -> bool {
-        self.says_so || self.has_in_hand() || self.is_suspended()
+        self.says_so || self.has_in_hand()
     }
 
     fn has_in_hand(&self) -> bool {
         look_at(&self.stat, |text| number_at(text, IN_FLIGHT)).is_some_and(|it| it > 0)
     }
 
-    fn is_suspended(&self) -> bool {
-        let suspended = self.suspended.as_ref();
-        suspended.and_then(|it| look_at(it, |text| number_at(text, 0))) == Some(1)
-    }
-
     fn waits(&self) -> bool {
-        self.has_in_hand() || self.is_suspended()
+        let suspended = self.suspended.as_ref();
+        self.has_in_hand()
+            || suspended.and_then(|it| look_at(it, |text| number_at(text, 0))) == Some(1)
     }
 }
 
@@ -310,13 +307,9 @@ mod tests {
             let _ = write_back.opened.set(Some(vec![counted]));
             write_back.done()
         };
-        // One that does not count has nothing in hand, whatever it has done before that; but one that is suspended
-        // does nothing.
-        assert_eq!(done(counted(&line(4), false, Some("0\n"))), None);
-        assert_eq!(done(counted(&line(4), false, None)), None);
-        for says_so in [false, true] {
-            assert_eq!(done(counted(&line(4), says_so, Some("1\n"))), Some(1));
-        }
+        // One that does not count has nothing in hand, whatever it has done before that.
+        assert_eq!(done(counted(&line(4), false, Some("1\n"))), None);
+        assert_eq!(done(counted(&line(4), true, Some("1\n"))), Some(1));
         // What has something in hand counts, whatever its queue says.
         assert_eq!(done(counted(&line(IN_FLIGHT), false, None)), Some(0));
         // Nobody can tell of a device that is not there, nor of none.
