@@ -35,7 +35,6 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -120,8 +119,6 @@ pub struct Config {
     pub hooks: HookRules,
     /// Whether it has a `run_dir`, which was a setting once.
     has_run_dir: bool,
-    /// Of the files that it was read from.
-    fingerprint: u64,
 }
 
 impl Default for Config {
@@ -139,7 +136,6 @@ impl Default for Config {
             include: Rules::default(),
             hooks: HookRules::default(),
             has_run_dir: false,
-            fingerprint: fingerprint_of(&[]),
         }
     }
 }
@@ -472,19 +468,11 @@ impl Config {
 
     /// What these files say, one after the other.
     fn of(files: Vec<(PathBuf, Vec<u8>)>) -> Result<Self, ConfigError> {
-        let mut config = Self {
-            fingerprint: fingerprint_of(&files),
-            ..Self::default()
-        };
+        let mut config = Self::default();
         for (file, bytes) in files {
             parse(text_in(&bytes, &file)?, &file)?.apply(&mut config);
         }
         Ok(config)
-    }
-
-    /// What tells whether the files, by name and content, are still those that it was read from.
-    pub fn fingerprint(&self) -> String {
-        format!("{:016x}", self.fingerprint)
     }
 
     /// All that it says, for whoever wants to judge by what a daemon goes by: the files may have changed.
@@ -557,13 +545,6 @@ impl Config {
         idle.append(&mut self.include.idle("include", false, plan));
         idle
     }
-}
-
-/// Neither the time of a file nor where it is stored says whether it says the same.
-fn fingerprint_of(files: &[(PathBuf, Vec<u8>)]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    files.hash(&mut hasher);
-    hasher.finish()
 }
 
 fn parse(text: &str, file: &Path) -> Result<Layer, ConfigError> {
@@ -672,37 +653,20 @@ mod tests {
     }
 
     #[test]
-    fn what_it_says_is_told_in_full_and_changed_files_are_known_by_their_fingerprint() {
+    fn what_it_says_is_told_in_full() {
         let text =
             "strict = true\nlisted_disks_only = true\nprepare = 1\ndeadline = 2\ngive_up = 3\n\
                     parallel = 4\nwrite_back = 5\nrun_dir = 'x'\nstate_dir = '/s'\n\
                     exclude = { paths = ['/a*'], types = ['b'], devices = ['c'] }\n\
                     include = { paths = ['/d'], types = ['e'], devices = ['f?'] }\n\
                     hooks = { qemu = true, open_vm_tools = true, limit = 6, optional = ['9*'] }\n";
-        let read = |name: &str, text: &str| {
-            let files = vec![(PathBuf::from(name), text.as_bytes().to_vec())];
-            Config::of(files).unwrap()
-        };
-        let all = |config: &Config| {
-            let config = Config {
-                fingerprint: 0,
-                ..config.clone()
-            };
-            format!("{config:?}")
-        };
-        for config in [read("a", text), Config::default()] {
+        let files = vec![(PathBuf::from("a"), text.as_bytes().to_vec())];
+        for config in [Config::of(files).unwrap(), Config::default()] {
             let again = Config::of_value(&config.to_value()).unwrap();
-            assert_eq!(all(&again), all(&config));
+            assert_eq!(format!("{again:?}"), format!("{config:?}"));
         }
         assert!(Config::of_value(&json!({ "strict": "perhaps" })).is_none());
         assert!(Config::of_value(&Value::Null).is_none());
-        let fingerprint = |name, text| read(name, text).fingerprint();
-        assert_eq!(fingerprint("a", text), fingerprint("a", text));
-        assert_ne!(fingerprint("a", text), fingerprint("b", text));
-        assert_ne!(
-            fingerprint("a", "strict = true"),
-            fingerprint("a", "strict = false")
-        );
     }
 
     #[test]

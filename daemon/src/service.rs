@@ -801,7 +801,6 @@ impl Service {
                     "last_backup": hands.last_entry,
                     "configuration": {
                         "path": hands.config_path.as_ref().map(|it| it.to_string_lossy()),
-                        "fingerprint": hands.config.fingerprint(),
                         "in_force": hands.config.to_value(),
                     },
                 });
