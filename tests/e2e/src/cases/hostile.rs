@@ -261,17 +261,15 @@ fn packets(guest: &Guest) -> Result<()> {
     let mut random = Rng::with_seed(seed());
     let mut slowest = Duration::ZERO;
     let mut growth = Growth::default();
-    for _ in 0..rounds() {
-        packets_of_a_round(guest, &mut random, &mut slowest)?;
-        growth.look(guest)?;
-    }
+    let grown = growth.over(guest, rounds(), |_| {
+        packets_of_a_round(guest, &mut random, &mut slowest)
+    })?;
     calm(guest)?;
-    let growth = growth.check(guest.machine().cpus)?;
     let state = ModuleState::of(guest)?;
     println!(
         "     {} packets, seed {}, of which the module saw {}: {} dropped, {} negotiations, {} without a place in the queue; \
-         a good request took {slowest:?} at most; {growth}",
-        rounds() * PACKETS,
+         a good request took {slowest:?} at most; {grown}",
+        growth.rounds() * PACKETS,
         seed(),
         packets_seen(guest)?,
         state.number("bad_packets")?,
@@ -325,7 +323,7 @@ fn both_sides(guest: &Guest) -> Result<()> {
     let mut slowest = Duration::ZERO;
     let (mut taken, mut refused, mut read) = (0, 0, 0);
     let mut growth = Growth::default();
-    for _ in 0..rounds() {
+    let grown = growth.over(guest, rounds(), |_| {
         // A fresh descriptor: which ABI it is for is settled by the first write that is taken.
         let device = guest.open_device(Blocking::No)?;
         let storm = device.start_storm(4, WRITES, random.u64(..), &templates)?;
@@ -342,9 +340,9 @@ fn both_sides(guest: &Guest) -> Result<()> {
                 "a write should be refused with one of {known:?}, not with {errno}"
             );
         }
-        growth.look(guest)?;
-    }
-    let writes = u64::from(rounds()) * WRITES;
+        Ok(())
+    })?;
+    let writes = u64::from(growth.rounds()) * WRITES;
     equal("writes taken or refused", taken + refused, writes)?;
     let state = ModuleState::of(guest)?;
     let counters = [
@@ -358,14 +356,13 @@ fn both_sides(guest: &Guest) -> Result<()> {
         counted += state.number(counter)?;
     }
     equal("writes counted as refused", counted, refused)?;
-    let growth = growth.check(guest.machine().cpus)?;
     guest.start_daemon(Daemon::Ours)?;
     calm(guest)?;
     println!(
         "     {} packets, seed {}, of which the module saw {}, and {writes} writes: \
          {taken} taken, {read} reads with a message; \
-         a good request took {slowest:?} at most; {growth}",
-        rounds() * PACKETS,
+         a good request took {slowest:?} at most; {grown}",
+        growth.rounds() * PACKETS,
         seed(),
         packets_seen(guest)?,
     );

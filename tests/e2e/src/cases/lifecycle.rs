@@ -375,15 +375,13 @@ fn cycle(guest: &Guest, module: Module, once: fn(&Guest) -> Result<()>) -> Resul
     vss.agree(STEP)?;
     wait_for_daemon(guest)?;
     backup(guest)?;
-    let mut growth = Growth::default();
     // Enough to tell a page that is lost in each from noise.
-    for round in 1..=rounds_or(24) {
+    let grown = Growth::default().over(guest, rounds_or(24), |round| {
         once(guest)?;
-        attached(round)?;
-        growth.look(guest)?;
-    }
+        attached(round)
+    })?;
     backup(guest)?;
-    println!("     {}", growth.check(guest.machine().cpus)?);
+    println!("     {grown}");
     Ok(())
 }
 
@@ -559,15 +557,16 @@ fn ends(guest: &Guest) -> Result<()> {
     ];
     guest.load(Module::Ours, &["grace_ms=20000"])?;
     guest.vss().wait_open(STEP)?;
-    let mut growth = Growth::default();
-    for stage in stages {
+    let mut each_stage = stages.into_iter().cycle();
+    let grown = Growth::default().over(guest, stages.len() as u32, |_| {
+        let stage = each_stage.next().context("there are stages")?;
         for end in End::ALL {
             let one = || one_end(guest, stage, end);
             one().with_context(|| format!("{end:?} in the stage {stage:?}"))?;
         }
-        growth.look(guest)?;
-    }
-    println!("     {}", growth.check(guest.machine().cpus)?);
+        Ok(())
+    })?;
+    println!("     {grown}");
     Ok(())
 }
 

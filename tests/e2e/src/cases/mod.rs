@@ -382,6 +382,38 @@ impl Growth {
     const LONG: usize = 24;
     const NOISE: f64 = 50.0;
 
+    /// So many times as long as planned it is watched at most.
+    const PATIENCE: u32 = 3;
+
+    /// Goes so many rounds, and tells what has grown. What has grown by more than it may is watched for longer:
+    /// what is taken once, such as the first pages of a thread's stack and heap, comes to its end, and a leak
+    /// does not.
+    fn over(
+        &mut self,
+        guest: &Guest,
+        rounds: u32,
+        mut once: impl FnMut(u32) -> Result<()>,
+    ) -> Result<String> {
+        let mut planned = rounds;
+        let mut round = 0;
+        loop {
+            while round < planned {
+                once(round)?;
+                self.look(guest)?;
+                round += 1;
+            }
+            match self.check(guest.machine().cpus) {
+                Err(_) if planned < rounds * Growth::PATIENCE => planned += rounds.div_ceil(2),
+                told => return told,
+            }
+        }
+    }
+
+    /// How many rounds it has been.
+    fn rounds(&self) -> u32 {
+        self.0.len() as u32
+    }
+
     /// A round is over.
     fn look(&mut self, guest: &Guest) -> Result<()> {
         let mut now = Footprint::of(guest)?;
