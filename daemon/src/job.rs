@@ -551,7 +551,7 @@ fn target(opened: Opened) -> Target {
     let target = target.with_devices(devices.clone());
     let target = target.with_all_below(below).standing_on(stands_on);
     let write_back = WriteBack::to(devices.clone());
-    let target = target.written_back(Box::new(move || write_back.done()));
+    let target = target.written_back(Box::new(move || write_back.look()));
     match fs_type.as_str() {
         "btrfs" => target.asked(Box::new(move |fd| {
             let operation = busy::with(&devices, fd)?;

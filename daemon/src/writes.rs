@@ -65,6 +65,15 @@ fn look_at(stat: &File, parse: impl Fn(&str) -> Option<u64>) -> Option<u64> {
     parse(std::str::from_utf8(text.get(..read)?).ok()?)
 }
 
+/// What a look at the devices of one file system shows that have something in hand, or may have nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// A number that changes as long as they get on with it.
+    pub done: u64,
+    /// Whether all that comes to its end there is in that number, also what came before this look.
+    pub is_counted: bool,
+}
+
 /// Whether the devices of one file system get on with what they have in hand. They are opened at the first
 /// look: as a rule nobody looks.
 #[derive(Debug)]
@@ -90,10 +99,9 @@ impl WriteBack {
         WriteBack { devices, opened }
     }
 
-    /// A number that changes as long as they do. `None` where that does not show: a device has no counters, or
-    /// its queue does not count, or it has gone; and where they have nothing in hand: the file system is at
-    /// something else then.
-    pub fn done(&self) -> Option<u64> {
+    /// `None` where it does not show whether they do: a device has no counters, or its queue does not count, or it
+    /// has gone; and where they have nothing in hand: the file system is at something else then.
+    pub fn look(&self) -> Option<Look> {
         let opened = self.opened.get_or_init(|| {
             let devices = self.devices.iter().map(Counted::open);
             let opened = devices.collect::<Option<Vec<_>>>();
@@ -102,8 +110,13 @@ impl WriteBack {
         let opened = opened.as_ref()?;
         let done = opened.iter().map(|it| look_at(&it.stat, parse_done));
         let done = done.sum::<Option<u64>>()?;
-        let tells = opened.iter().all(Counted::counts) && opened.iter().any(Counted::waits);
-        tells.then_some(done)
+        let tells = |it: &Counted| it.counts() || it.is_suspended();
+        let look = Look {
+            done,
+            is_counted: opened.iter().all(Counted::counts),
+        };
+        let shows = opened.iter().all(tells) && opened.iter().any(Counted::waits);
+        shows.then_some(look)
     }
 }
 
@@ -130,10 +143,14 @@ impl Counted {
         look_at(&self.stat, |text| number_at(text, IN_FLIGHT)).is_some_and(|it| it > 0)
     }
 
-    fn waits(&self) -> bool {
+    /// Then it gets on with nothing, whether it counts or not.
+    fn is_suspended(&self) -> bool {
         let suspended = self.suspended.as_ref();
-        self.has_in_hand()
-            || suspended.and_then(|it| look_at(it, |text| number_at(text, 0))) == Some(1)
+        suspended.and_then(|it| look_at(it, |text| number_at(text, 0))) == Some(1)
+    }
+
+    fn waits(&self) -> bool {
+        self.has_in_hand() || self.is_suspended()
     }
 }
 
@@ -302,19 +319,27 @@ mod tests {
         assert!(waits(&line(IN_FLIGHT), None));
         assert!(!waits(&line(4), None), "it computes");
         assert!(waits(&line(4), Some("1\n")) && !waits(&line(4), Some("0\n")));
-        let done = |counted: Counted| {
+        let look = |counted: Counted| {
             let write_back = WriteBack::to(Vec::new());
             let _ = write_back.opened.set(Some(vec![counted]));
-            write_back.done()
+            let look = write_back.look()?;
+            Some((look.done, look.is_counted))
         };
+        assert_eq!(look(counted(&line(4), true, Some("1\n"))), Some((1, true)));
         // One that does not count has nothing in hand, whatever it has done before that.
-        assert_eq!(done(counted(&line(4), false, Some("1\n"))), None);
-        assert_eq!(done(counted(&line(4), true, Some("1\n"))), Some(1));
+        assert_eq!(look(counted(&line(4), false, Some("0\n"))), None);
+        assert_eq!(look(counted(&line(4), false, None)), None);
+        // One that is suspended gets on with nothing, but what it did before is known of none that does not count.
+        let suspended = counted(&line(4), false, Some("1\n"));
+        assert_eq!(look(suspended), Some((1, false)));
         // What has something in hand counts, whatever its queue says.
-        assert_eq!(done(counted(&line(IN_FLIGHT), false, None)), Some(0));
+        assert_eq!(
+            look(counted(&line(IN_FLIGHT), false, None)),
+            Some((0, true))
+        );
         // Nobody can tell of a device that is not there, nor of none.
-        assert_eq!(WriteBack::to(vec![DevId::default()]).done(), None);
-        assert_eq!(WriteBack::to(Vec::new()).done(), None);
+        assert_eq!(WriteBack::to(vec![DevId::default()]).look(), None);
+        assert_eq!(WriteBack::to(Vec::new()).look(), None);
     }
 
     #[test]

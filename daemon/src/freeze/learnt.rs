@@ -38,7 +38,7 @@ pub(super) struct Hung {
 /// For how long nothing has come of the sync of one.
 #[derive(Clone, Copy)]
 pub(super) struct Quiet {
-    /// By [`super::target::WrittenBack`].
+    /// By [`Look`](crate::writes::Look).
     pub(super) done: Option<u64>,
     pub(super) since: Instant,
 }
@@ -53,7 +53,8 @@ impl Quiet {
 
     /// Looks again. Where nobody can tell it is never quiet.
     pub(super) fn lasts(&mut self, target: &Target) -> Duration {
-        let done = target.written_back.as_ref().and_then(|it| it());
+        let look = target.written_back.as_ref().and_then(|it| it());
+        let done = look.map(|it| it.done);
         if done.is_none() || done != self.done {
             let since = Instant::now();
             *self = Quiet { done, since };

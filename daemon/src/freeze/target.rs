@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::work::lock;
 use crate::mounts::DevId;
-use crate::writes::Writes;
+use crate::writes::{Look, Writes};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
@@ -125,9 +125,8 @@ pub struct Stay {
 /// What a file system, open, is at that its freeze would wait for, and all its writers with it, in words.
 pub type Busy = Box<dyn Fn(BorrowedFd<'_>) -> Option<String> + Send + Sync>;
 
-/// A number that changes as long as what a file system is on gets on with what is written to it; `None` where
-/// nobody can tell.
-pub type WrittenBack = Box<dyn Fn() -> Option<u64> + Send + Sync>;
+/// Whether what a file system is on gets on with what is written to it; `None` where nobody can tell.
+pub type WrittenBack = Box<dyn Fn() -> Option<Look> + Send + Sync>;
 
 /// One file system to freeze.
 pub struct Target {
@@ -214,7 +213,7 @@ impl Target {
         Target { busy, ..self }
     }
 
-    /// As long as this changes, its disk does not hang.
+    /// As long as what is done there changes, its disk does not hang.
     pub fn written_back(self, written_back: WrittenBack) -> Self {
         let written_back = Some(written_back);
         Target {
@@ -259,8 +258,10 @@ impl Target {
     /// Whether it is known that nothing was.
     pub(super) fn is_as_it_was(&self) -> bool {
         let both = lock(&self.written).zip(self.writes.sectors());
-        let is_counted = || self.written_back.as_ref().is_some_and(|it| it().is_some());
-        both.is_some_and(|(then, now)| now == then) && !self.writes.is_empty() && is_counted()
+        let look = || self.written_back.as_ref().and_then(|it| it());
+        both.is_some_and(|(then, now)| now == then)
+            && !self.writes.is_empty()
+            && look().is_some_and(|it| it.is_counted)
     }
 
     /// Whether this session froze it and has not thawed it yet.

@@ -6,7 +6,7 @@
 use super::*;
 use crate::door::Syncer;
 use crate::logbook::Sink;
-use crate::writes::Writes;
+use crate::writes::{Look, Writes};
 use nix::fcntl::OFlag;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::stat::fstat;
@@ -48,6 +48,12 @@ struct Double {
     called_off: Mutex<BTreeSet<usize>>,
     /// What is written to the disks of which, where that shows.
     written: BTreeMap<usize, Arc<AtomicU64>>,
+}
+
+/// A look at a disk that is at work and counts.
+fn counted(done: u64) -> Option<Look> {
+    let is_counted = true;
+    Some(Look { done, is_counted })
 }
 
 /// What stands for a file system.
@@ -190,8 +196,8 @@ fn setup_before(
         let stands_on = stands_on.map(|it| it.iter().map(|dev| dev.parse().unwrap()).collect());
         let mut target = Target::new(dev, format!("/fs{number}"), *wave, fd);
         if let Some(written) = double.written.get(&number).cloned() {
-            let done = move || Some(written.load(Ordering::SeqCst));
-            target = target.written_back(Box::new(done));
+            let look = move || counted(written.load(Ordering::SeqCst));
+            target = target.written_back(Box::new(look));
         }
         targets.push(target.standing_on(stands_on));
     }
@@ -751,7 +757,7 @@ fn those_on_the_disk_of_one_that_hangs_hang_all_at_the_same_time() {
         let target = Target::new(dev, format!("/fs{number}"), 0, fd);
         target
             .with_disks(vec![disk])
-            .written_back(Box::new(|| Some(0)))
+            .written_back(Box::new(|| counted(0)))
     });
     let targets: Vec<Target> = targets.collect();
     let numbers = targets.iter().enumerate();
@@ -840,13 +846,15 @@ fn a_thaw_that_hangs_does_not_hold_up_those_that_come_after() {
 fn a_thaw_that_does_not_come_back_ends_the_backup_in_time_and_is_no_loss_where_it_was_frozen_until_then(
 ) {
     const HANG: Duration = Duration::from_secs(60);
-    // Who else can thaw, whether it is known what is written, whether it is strict, and whether it is good.
-    for (watched, known, strict, good) in [
-        (false, false, false, true),
-        (false, false, true, false),
-        (true, false, false, false),
-        (true, true, false, true),
-        (true, true, true, false),
+    // Who else can thaw, whether there are counters of what is written, and whether these count all, whether it is
+    // strict, and whether it is good.
+    for (watched, known, is_counted, strict, good) in [
+        (false, false, false, false, true),
+        (false, false, false, true, false),
+        (true, false, false, false, false),
+        (true, true, false, false, false),
+        (true, true, true, false, true),
+        (true, true, true, true, false),
     ] {
         for alone in [true, false] {
             let double = Double {
@@ -869,7 +877,8 @@ fn a_thaw_that_does_not_come_back_ends_the_backup_in_time_and_is_no_loss_where_i
                 match stat.take() {
                     Some(stat) => {
                         let target = target.with_writes(Writes::from(vec![stat]));
-                        target.written_back(Box::new(|| Some(0)))
+                        let look = counted(0).map(|it| Look { is_counted, ..it });
+                        target.written_back(Box::new(move || look))
                     }
                     None => target,
                 }
@@ -882,9 +891,9 @@ fn a_thaw_that_does_not_come_back_ends_the_backup_in_time_and_is_no_loss_where_i
             let thawed = session.thaw();
             assert_eq!(session.in_thaw(), ["/fs0"]);
             match thawed {
-                Ok(()) => assert!(good, "{watched} {known} {strict}"),
+                Ok(()) => assert!(good, "{watched} {known} {is_counted} {strict}"),
                 Err(error) => {
-                    assert!(!good, "{watched} {known} {strict}");
+                    assert!(!good, "{watched} {known} {is_counted} {strict}");
                     assert_eq!(error.to_string(), "the thaw has not come back: /fs0");
                 }
             }
