@@ -187,7 +187,8 @@ struct hv_vss_freeze_info {
  * beside them: it goes on when the last of them lets go.
  *
  *  EBADF       fd is not open
- *  EBUSY       it is held already, by this daemon or by another exclusive owner
+ *  EBUSY       it is held already, by this daemon or by another exclusive owner. What this one holds with
+ *              id 0 may be thawed before the FREEZE is answered, and then counts for none: thaw it first
  *  EINVAL      flags or reserved is not 0, or count is 0 or more than max_held
  *  ENOSPC      more than the first one's count; or, at the first one, what is left of an earlier series
  *              and count are more than max_held together

@@ -340,7 +340,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     /// the host's THAW is in its hands, the freeze for which it was held is not whole from then on.
     pub fn thaws(&mut self, all: bool) {
         self.alive();
-        let early = self.hold.is_some_and(|id| id != 0) && !self.is_doing(op::THAW);
+        let early = self.hold.is_some() && !self.is_doing(op::THAW);
         if let Freeze::Held { whole, .. } = &mut self.freeze {
             *whole &= !early;
         }
@@ -356,10 +356,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             return;
         };
         self.notice = Some((id, reason));
-        if id == 0 {
+        // What was held for nobody before that freeze may be part of it.
+        let broken = self.break_freeze(reason, effects);
+        if id == 0 && broken.is_none() {
             return;
         }
-        let broken = self.break_freeze(reason, effects);
         if broken.is_some_and(|broken| broken != id) {
             self.owe_thaw(now, effects);
         }

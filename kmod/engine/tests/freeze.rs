@@ -871,6 +871,33 @@ fn what_the_module_does_not_begin_takes_over_no_hold() {
 }
 
 #[test]
+fn what_was_held_for_nobody_counts_for_the_freeze_that_was_good_with_it() {
+    for thaws_itself in [false, true] {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon_v2();
+        w.hold(0).unwrap();
+        let freeze = w.ask(op::FREEZE);
+        let seen = w.read().unwrap();
+        // The module says that it is held already.
+        w.engine.may_hold(seen.id).unwrap();
+        w.answer(seen, status::OK).unwrap();
+        assert_eq!(w.answered(freeze), Some(status::OK));
+        if thaws_itself {
+            w.thaw_held().unwrap();
+        } else {
+            w.lose(thawed::DEADLINE);
+            // Whatever else it has frozen it is to thaw, too.
+            assert_eq!(notice(&mut w), (0, thawed::DEADLINE));
+            w.serve(op::THAW, status::OK);
+        }
+        let thaw = w.ask(op::THAW);
+        w.serve(op::THAW, status::OK);
+        assert_eq!(w.answered(thaw), Some(status::FAIL), "{thaws_itself}");
+    }
+}
+
+#[test]
 fn a_daemon_is_not_told_of_what_it_has_thawed() {
     let mut store = Vec::new();
     let mut w = world(&mut store);

@@ -591,7 +591,9 @@ impl<'a> World<'a> {
             self.sign_of_life();
             let in_hand = self.in_hand.filter(|seen| self.is_open(*seen));
             let thawing = in_hand.is_some_and(|seen| seen.operation == op::THAW);
-            if self.by_module.is_some_and(|id| id != 0) && !thawing {
+            if self.by_module.is_some() && !thawing {
+                // It is its own doing, so it thaws what else it froze, too.
+                self.by_daemon = false;
                 self.spoil();
             }
             (self.by_module, self.out.holds) = (None, false);
@@ -605,9 +607,7 @@ impl<'a> World<'a> {
         self.out.holds = false;
         if let Some(id) = self.by_module.take() {
             self.untold = Some((id, reason));
-            if id != 0 {
-                self.spoil();
-            }
+            self.spoil();
         }
         self.engine.lost(self.now, reason, &mut self.out);
         self.settle();
