@@ -548,6 +548,12 @@ impl Backup {
                 effects.say(Level::Error, text);
                 self.phase = called_off(now, Verdict::Broken);
             }
+            // All stood still until the host had its copies. Whoever minds the freeze thaws what is left; what it
+            // has thawed before shows itself when it is to be thawed.
+            phase @ Phase::Thawing { .. } if reason == Some(thawed::DEADLINE) => {
+                self.phase = phase;
+                return;
+            }
             // The thaw is on its way; only its success is no longer worth anything.
             phase @ Phase::Thawing { .. } => {
                 effects.call_off();

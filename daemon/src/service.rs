@@ -870,11 +870,10 @@ impl Hands {
 
     /// A backup that may be remembered.
     fn draft(&self, request: &Request) -> Draft {
-        let is_held = self.device.as_ref().is_some_and(|it| it.hold().is_some());
         let about = request.about;
         let kind = about.map(|it| it.backup_type);
         let disks = about.map(|_| self.disks_of(request));
-        Draft::new(request.id, kind, disks, is_held)
+        Draft::new(request.id, kind, disks, self.is_held())
     }
 
     /// The addresses of the disks that it is for.
@@ -1050,6 +1049,11 @@ impl Hands {
         }
     }
 
+    /// Whether the module holds what is frozen.
+    fn is_held(&self) -> bool {
+        self.device.as_ref().is_some_and(|it| it.hold().is_some())
+    }
+
     /// The door for this freeze, if there is one.
     fn door(&self, request: &Request) -> Result<Arc<dyn Door>, String> {
         let deadline = self.config.deadline;
@@ -1087,6 +1091,13 @@ impl Effects for Hands {
 
     fn begin(&mut self, request: &Request, text: String) -> Result<(), String> {
         self.may_begin()?;
+        // One that has waited for the end of another comes without a look at the guard before it.
+        if let (false, Some(why)) = (
+            self.is_held(),
+            self.guard.as_ref().and_then(|it| it.is_unfit()),
+        ) {
+            return Err(format!("the guard process {why}"));
+        }
         self.is_ahead = process::go_first().is_ok();
         let door = self.door(request)?;
         self.remember_what_is_left();

@@ -581,6 +581,27 @@ fn a_clean_backup_is_good() {
 }
 
 #[test]
+fn a_deadline_that_passes_after_thaw_has_come_breaks_nothing() {
+    for (thawing, told) in [(true, status::OK), (false, status::FAIL)] {
+        let mut world = after(&[Event::Freeze, Event::JobFrozen]);
+        if thawing {
+            world.happen(Event::Thaw);
+        }
+        let broken = Break {
+            why: "the deadline passed".into(),
+            reason: Some(thawed::DEADLINE),
+        };
+        world.truth.broken |= !thawing;
+        world.machine.end_early(world.now, broken, &mut world.truth);
+        world.happen(Event::JobThawed);
+        if !thawing {
+            world.happen(Event::Thaw);
+        }
+        assert_eq!(world.truth.said, Some(told));
+    }
+}
+
+#[test]
 fn in_v1_a_second_thaw_fails_for_the_first_may_have_been_the_kernels() {
     let mut world = after(&[
         Event::Freeze,
