@@ -341,6 +341,8 @@ pub fn freeze_for(
 ) -> Result<(), CommandError> {
     let run = RunDir::default();
     run.check()?;
+    // What somebody has left frozen who has died would count as frozen by others.
+    recovery::thaw(&run, log, By::Start)?;
     let guard = Arc::new(Guard::start(&run)?);
     let deadline = config.deadline;
     let door = Fifreeze::new(

@@ -32,7 +32,33 @@ pub struct Fifreeze {
     for_host: bool,
     log: Logbook,
     /// From [`Door::arm`] to [`Door::disarm`].
-    lock: Mutex<Option<Lock>>,
+    kept: Mutex<Option<Kept>>,
+}
+
+/// What is kept from others as long as something is frozen.
+struct Kept {
+    lock: Lock,
+    /// The record of somebody who has died, where not all that it lists could be thawed.
+    earlier: Option<Record>,
+}
+
+impl Kept {
+    /// Puts this in the record, beside what is left of an earlier one.
+    fn write(&self, run: &RunDir, record: Record) -> Result<(), RecordError> {
+        let record = match &self.earlier {
+            Some(earlier) => record.beside(earlier),
+            None => record,
+        };
+        run.write(&record, &self.lock)
+    }
+
+    /// Nothing is frozen any more but what was before.
+    fn end(self, run: &RunDir) -> Result<(), RecordError> {
+        match &self.earlier {
+            Some(earlier) => run.write(earlier, &self.lock),
+            None => run.remove(),
+        }
+    }
 }
 
 impl Fifreeze {
@@ -50,7 +76,7 @@ impl Fifreeze {
             deadline,
             for_host,
             log,
-            lock: Mutex::new(None),
+            kept: Mutex::new(None),
         }
     }
 
@@ -68,9 +94,9 @@ impl Fifreeze {
         }
     }
 
-    fn with_lock<T>(&self, step: impl FnOnce(&mut Option<Lock>) -> T) -> T {
+    fn with_kept<T>(&self, step: impl FnOnce(&mut Option<Kept>) -> T) -> T {
         // It is whole at any time.
-        step(&mut self.lock.lock().unwrap_or_else(PoisonError::into_inner))
+        step(&mut self.kept.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn say(&self, result: Result<(), RecordError>) {
@@ -85,17 +111,16 @@ struct Over {
     guard: Arc<Guard>,
     run: RunDir,
     log: Logbook,
-    lock: Lock,
+    kept: Kept,
 }
 
 impl Over {
     fn let_go(self) {
         // A guard that is gone is noticed, and replaced, by whoever watches it.
         let _ = self.guard.done();
-        if let Err(error) = self.run.remove() {
+        if let Err(error) = self.kept.end(&self.run) {
             self.log.warning(words(&error));
         }
-        drop(self.lock);
     }
 }
 
@@ -113,9 +138,13 @@ fn go_on(mut left: Vec<OwnedFd>, pause: Duration, thaw: impl Fn(BorrowedFd<'_>) 
 impl Door for Fifreeze {
     fn arm(&self, targets: &[Target]) -> Result<(), DoorError> {
         let lock = self.run.lock()?;
-        self.run.write(&self.record(targets.iter()), &lock)?;
-        let armed = self.guard.arm(targets, self.deadline, &lock, self.for_host);
-        self.with_lock(|it| *it = Some(lock));
+        // Nobody can go by one that cannot be read.
+        let earlier = self.run.read().ok().flatten();
+        let kept = Kept { lock, earlier };
+        kept.write(&self.run, self.record(targets.iter()))?;
+        let deadline = self.deadline;
+        let armed = self.guard.arm(targets, deadline, &kept.lock, self.for_host);
+        self.with_kept(|it| *it = Some(kept));
         if armed.is_err() {
             self.disarm(&[]);
         }
@@ -143,9 +172,9 @@ impl Door for Fifreeze {
             return;
         }
         let ours = self.record(targets.iter().filter(|t| t.is_ours()));
-        self.with_lock(|lock| {
-            if let Some(lock) = lock {
-                self.say(self.run.write(&ours, lock));
+        self.with_kept(|kept| {
+            if let Some(kept) = kept {
+                self.say(kept.write(&self.run, ours));
             }
         });
     }
@@ -156,14 +185,14 @@ impl Door for Fifreeze {
     }
 
     fn disarm(&self, left: &[BorrowedFd<'_>]) {
-        let Some(lock) = self.with_lock(Option::take) else {
+        let Some(kept) = self.with_kept(Option::take) else {
             return;
         };
         let over = Over {
             guard: Arc::clone(&self.guard),
             run: self.run.clone(),
             log: self.log.clone(),
-            lock,
+            kept,
         };
         if left.is_empty() {
             return over.let_go();
@@ -225,6 +254,35 @@ mod tests {
     use super::*;
     use std::cell::RefCell;
     use std::os::fd::AsRawFd as _;
+
+    #[test]
+    fn what_a_dead_process_has_left_frozen_stays_on_record() {
+        let name = format!("hv-vss-left-{}", std::process::id());
+        let run = RunDir::new(std::env::temp_dir().join(name));
+        let entry = |dev: &str| Entry {
+            dev: dev.parse().unwrap(),
+            devices: Vec::new(),
+            name: dev.into(),
+        };
+        let record = |pid, for_host, devices: &[&str]| Record {
+            pid,
+            guard: None,
+            for_host,
+            frozen: devices.iter().map(|it| entry(it)).collect(),
+        };
+        let lock = run.lock().unwrap();
+        let earlier = Some(record(7, true, &["8:1", "8:2"]));
+        let kept = Kept { lock, earlier };
+        kept.write(&run, record(9, false, &["8:2", "8:3"])).unwrap();
+        let both = record(9, true, &["8:1", "8:2", "8:3"]);
+        assert_eq!(run.read().unwrap(), Some(both));
+        kept.end(&run).unwrap();
+        assert_eq!(run.read().unwrap(), Some(record(7, true, &["8:1", "8:2"])));
+        let (lock, earlier) = (run.lock().unwrap(), None);
+        Kept { lock, earlier }.end(&run).unwrap();
+        assert_eq!(run.read().unwrap(), None);
+        std::fs::remove_dir_all(run.path()).unwrap();
+    }
 
     #[test]
     fn what_cannot_be_thawed_is_tried_again_until_it_is() {

@@ -89,6 +89,19 @@ pub struct Record {
     pub frozen: Vec<Entry>,
 }
 
+impl Record {
+    /// Lists as well what an earlier one does, of which nobody knows that it is thawed.
+    pub fn beside(self, earlier: &Record) -> Self {
+        let is_known = |it: &&Entry| self.frozen.iter().any(|ours| ours.dev == it.dev);
+        let theirs = earlier.frozen.iter().filter(|it| !is_known(it)).cloned();
+        Record {
+            for_host: self.for_host || earlier.for_host,
+            frozen: theirs.chain(self.frozen.iter().cloned()).collect(),
+            ..self
+        }
+    }
+}
+
 /// The directory that holds both: [`RUN_DIR`], save for tests.
 #[derive(Clone, Debug)]
 pub struct RunDir(PathBuf);

@@ -101,6 +101,11 @@ pub const CASES: &[Case] = &[
         both_killed_and_a_btrfs_unmounted,
     ),
     case(
+        "deadman/both-killed-then-a-rehearsal",
+        "the same, and then a rehearsal: what they had frozen is thawed, not forgotten",
+        both_killed_then_a_rehearsal,
+    ),
+    case(
         "deadman/host-never-thaws",
         "thawed at the deadline, and the host's late THAW is failed",
         host_never_thaws,
@@ -702,6 +707,23 @@ fn both_killed_and_a_btrfs_unmounted(guest: &Guest) -> Result<()> {
     let next = guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
     released(guest, "the next start", guest.clock()?, RELEASED)?;
+    answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+    good_backup(guest)?;
+    stop(guest, Module::Stock, &next)
+}
+
+fn both_killed_then_a_rehearsal(guest: &Guest) -> Result<()> {
+    make_writers(guest)?;
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    let guard = guard_of(guest, &daemon)?;
+    let vss = guest.vss();
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.signal_all(&[daemon.pid, guard], 9)?;
+    guest.wait(&daemon, STEP)?;
+    guest.sh("/payload/hv_vss_daemon freeze --for 100ms")?;
+    released(guest, "a rehearsal", guest.clock()?, RELEASED)?;
+    let next = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
     answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
     good_backup(guest)?;
     stop(guest, Module::Stock, &next)
