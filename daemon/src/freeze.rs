@@ -609,14 +609,14 @@ impl Session {
                 ended.1.notify_all();
             }
         };
-        let is_alone = work.targets.len() == 1 || !work.door.can_call_off();
-        // Nobody stands still because of it, and nobody could call it off alone.
-        let is_alone = count == 1 && is_alone && !work.targets.iter().any(Target::is_ours);
+        // Nobody else is to be thawed or left alone should it be called off.
+        let is_alone = work.targets.len() == 1;
         if is_alone && meanwhile.is_none() {
             run_one(0);
         } else if count > 0 {
             let step = Arc::new(run_one);
             let mut may_back_off = may_back_off;
+            let mut left = vec![false; work.targets.len()];
             self.pool.run_watched(count, step, || {
                 if let Some(meanwhile) = meanwhile.take() {
                     // On a single processor they would begin later.
@@ -627,6 +627,7 @@ impl Session {
                     return None;
                 }
                 let next = self.call_off_stuck();
+                let next = self.leave_alone(&mut left).or(next);
                 if !may_back_off {
                     return next;
                 }
@@ -675,6 +676,24 @@ impl Session {
             });
         }
         Some(next)
+    }
+
+    /// Where others can thaw what is frozen, whoever minds it does when it is called off, and goes on as long as one
+    /// hangs. What is not frozen by then will not be, and must not be thawed under somebody who freezes it
+    /// meanwhile. Says when to look again.
+    fn leave_alone(&self, left: &mut [bool]) -> Option<Instant> {
+        let work = &self.work;
+        work.door.watched_every()?;
+        if work.abort.load(Ordering::SeqCst) {
+            let each = work.targets.iter().zip(left).enumerate();
+            for (index, (target, left)) in each.filter(|(_, (_, left))| !**left) {
+                *left = !target.may_be_frozen();
+                if *left {
+                    work.door.leave(index);
+                }
+            }
+        }
+        Some(Instant::now() + ABORT_TICK)
     }
 
     /// Lets those go on that stand still only because others take long to freeze: not those that stand on

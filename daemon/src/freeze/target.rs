@@ -284,6 +284,15 @@ impl Target {
         matches!(*self.state(), State::Thawing { .. })
     }
 
+    /// Whether this session has frozen it, or may yet.
+    pub(super) fn may_be_frozen(&self) -> bool {
+        let state = self.state();
+        matches!(
+            *state,
+            State::Freezing { .. } | State::Ours { .. } | State::Thawing { .. }
+        )
+    }
+
     pub(super) fn is_freezing(&self) -> bool {
         matches!(*self.state(), State::Freezing { .. })
     }

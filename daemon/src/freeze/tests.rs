@@ -446,6 +446,36 @@ fn what_was_busy_and_hangs_once_it_is_free_is_called_off() {
 }
 
 #[test]
+fn what_is_not_frozen_when_it_is_called_off_is_left_alone_though_another_hangs() {
+    const HANG: Duration = Duration::from_secs(3);
+    // 0 is frozen and goes on again, since 1 takes so long, or its turn does not come; that of 2 does not.
+    for (waves, taken_back) in [([0, 0, 1], true), ([1, 0, 2], false)] {
+        let mut s = setup(&waves, &[], false);
+        s.slow("freeze", 1, HANG);
+        let (abort, double) = (Arc::clone(&s.means.abort), Arc::clone(&s.double));
+        let awaited = if taken_back {
+            ("thaw", 0)
+        } else {
+            ("freeze", 1)
+        };
+        let call_off = thread::spawn(move || {
+            while !lock(&double.calls).contains(&awaited) {
+                thread::yield_now();
+            }
+            abort.store(true, Ordering::SeqCst);
+            let begun = Instant::now();
+            while lock(&double.left).len() < 2 && begun.elapsed() < HANG / 2 {
+                thread::yield_now();
+            }
+            let left = lock(&double.left).clone();
+            left
+        });
+        assert!(matches!(s.freeze(), Err(FreezeError::Aborted)));
+        assert_eq!(call_off.join().unwrap(), [0, 2]);
+    }
+}
+
+#[test]
 fn what_somebody_else_keeps_frozen_counts_and_stays_theirs() {
     let mut s = setup(&[0, 0], &[("freeze", 1, Errno::EBUSY, ALWAYS)], false);
     let summary = s.freeze().unwrap();

@@ -109,8 +109,15 @@ impl Work {
             return;
         }
         let (name, start) = (&target.name, Instant::now());
-        target.given_up.store(false, Ordering::SeqCst);
-        *target.state() = State::Freezing { since: start };
+        {
+            let mut state = target.state();
+            if self.abort.load(Ordering::SeqCst) {
+                // It may have been left alone.
+                return;
+            }
+            target.given_up.store(false, Ordering::SeqCst);
+            *state = State::Freezing { since: start };
+        }
         self.progress.begin(name, start);
         let result = self.door.freeze(target.as_fd());
         let took = start.elapsed();
