@@ -75,6 +75,9 @@ pub trait Door: Send + Sync {
     /// Target number `index` was frozen by somebody else and is theirs to thaw.
     fn leave(&self, index: usize);
 
+    /// What target number `index` was left for may be over: if a freeze of it succeeds now, it is ours.
+    fn claim(&self, index: usize);
+
     /// No further freeze follows, and the host knows of those that were.
     fn settle(&self, targets: &[Target]);
 

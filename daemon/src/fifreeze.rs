@@ -164,6 +164,11 @@ impl Door for Fifreeze {
         let _ = self.guard.forget(index);
     }
 
+    fn claim(&self, index: usize) {
+        // As above; and then nobody thaws it should this process die in the next moment.
+        let _ = self.guard.remember(index);
+    }
+
     /// Takes from the record what is not frozen or not ours.
     fn settle(&self, targets: &[Target]) {
         // A guard that is gone is noticed by whoever watches it.
@@ -237,6 +242,8 @@ impl Door for Unguarded {
     }
 
     fn leave(&self, _index: usize) {}
+
+    fn claim(&self, _index: usize) {}
 
     fn settle(&self, _targets: &[Target]) {}
 

@@ -52,6 +52,8 @@ const ADD: u32 = 1;
 const START: u32 = 2;
 /// Daemon to guard: one of them is not the daemon's to thaw.
 const FORGET: u32 = 3;
+/// Daemon to guard: one of those may be the daemon's after all.
+const REMEMBER: u32 = 9;
 /// Daemon to guard: all freezes have ended; from here on nothing becomes frozen.
 const FROZEN: u32 = 4;
 /// Daemon to guard: all is thawed, let go of everything.
@@ -81,8 +83,8 @@ struct Message {
     kind: u32,
     /// For `START`: 1 when a host waits, 0 for a rehearsal.
     for_host: u32,
-    /// For `START`: the deadline in nanoseconds of `CLOCK_BOOTTIME`. For `FORGET`: which, counted
-    /// over all that was added.
+    /// For `START`: the deadline in nanoseconds of `CLOCK_BOOTTIME`. For `FORGET` and `REMEMBER`:
+    /// which, counted over all that was added.
     value: u64,
 }
 
@@ -205,6 +207,11 @@ impl Guard {
     /// Takes target number `index` out of its hands: somebody else has frozen that one.
     pub fn forget(&self, index: usize) -> Result<(), GuardError> {
         self.tell(FORGET, index as u64)
+    }
+
+    /// Says that the one with that number may be the daemon's after all.
+    pub fn remember(&self, index: usize) -> Result<(), GuardError> {
+        self.tell(REMEMBER, index as u64)
     }
 
     /// Says that no further freeze will follow.
@@ -503,10 +510,10 @@ impl Watch<'_> {
                 });
             }
             START => self.lose_daemon(),
-            FORGET => {
+            FORGET | REMEMBER => {
                 let member = self.armed.members.get(message.value as usize);
                 if let Some(member) = member {
-                    member.forget();
+                    member.forget(message.kind == FORGET);
                 }
             }
             RELEASE => {

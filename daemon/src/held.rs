@@ -115,6 +115,8 @@ impl Door for Held {
     /// It is held beside others, so there is nothing of theirs here.
     fn leave(&self, _index: usize) {}
 
+    fn claim(&self, _index: usize) {}
+
     fn settle(&self, _targets: &[Target]) {}
 
     /// The module does by itself when the FREEZE is failed or told to have ended, which has been done.

@@ -45,9 +45,9 @@ impl Member {
         })
     }
 
-    /// From here on it is not thawed: somebody else has frozen it.
-    pub fn forget(&self) {
-        self.forgotten.store(true, Ordering::SeqCst);
+    /// From here on it is not thawed, since somebody else has frozen it; or it is again.
+    pub fn forget(&self, forgotten: bool) {
+        self.forgotten.store(forgotten, Ordering::SeqCst);
     }
 }
 

@@ -275,33 +275,22 @@ impl Work {
         self.note_early(name);
     }
 
-    /// Finds out what is not frozen any more. This may hang behind whoever syncs a disk that does, and its thaw
-    /// comes all the same: it is queued behind it in the kernel, where it does not end with the daemon.
+    /// Finds out what of ours is not frozen any more. This may hang behind whoever syncs a disk that does, and its
+    /// thaw comes all the same: it is queued behind it in the kernel, where it does not end with the daemon. No thaw
+    /// would come of what others have frozen: that is asked once, in the end.
     pub(super) fn look_after_all(&self) {
         for target in &self.targets {
             let Some(_turn) = target.turn.take_within(Duration::ZERO) else {
                 continue;
             };
-            let is_frozen = matches!(*target.state(), State::Ours { .. } | State::Foreign);
-            if !is_frozen || self.door.freeze(target.as_fd()).is_err() {
+            if !target.is_ours() || self.door.freeze(target.as_fd()).is_err() {
                 continue;
             }
-            let mut state = target.state();
-            match *state {
-                State::Ours { .. } => {}
-                State::Foreign => {
-                    // It is nobody's any more.
-                    *state = State::Open;
-                    drop(state);
-                    let _ = self.door.thaw(target.as_fd());
-                }
+            if !target.is_ours() {
                 // Its thaw has come meanwhile. If that is what has undone this freeze, it was not frozen before.
-                _ => {
-                    drop(state);
-                    let undone = self.door.thaw(target.as_fd());
-                    if !undone.is_err_and(|error| is(&error, Errno::EINVAL)) {
-                        continue;
-                    }
+                let undone = self.door.thaw(target.as_fd());
+                if !undone.is_err_and(|error| is(&error, Errno::EINVAL)) {
+                    continue;
                 }
             }
             self.note_early(&target.name);
@@ -311,22 +300,21 @@ impl Work {
 
     /// Finds out whether others have thawed meanwhile what they had frozen.
     pub(super) fn ask_foreign(&self, target: &Target) {
-        if *target.state() != State::Foreign {
+        let mut targets = self.targets.iter();
+        let index = targets.position(|it| std::ptr::eq(it, target));
+        let Some(index) = index.filter(|_| *target.state() == State::Foreign) else {
             return;
-        }
+        };
         let name = &target.name;
         let was_written = target.was_written();
         target.unasked.store(true, Ordering::SeqCst);
-        // Behind a look that hangs this would, too.
-        let Some(_turn) = target.turn.take_within(LOOK_TIME) else {
-            return;
-        };
+        // It may hang, and then nobody is to close it.
+        let _turn = target.turn.take_within(LOOK_TIME);
+        // If nobody has frozen it any more this does, whatever becomes of this process meanwhile.
+        self.door.claim(index);
         let frozen = self.door.freeze(target.as_fd());
         target.unasked.store(false, Ordering::SeqCst);
-        if *target.state() != State::Foreign {
-            // That look has found it out.
-            let _ = self.door.thaw(target.as_fd());
-        } else if frozen.is_ok() {
+        if frozen.is_ok() {
             // It is nobody's any more. If it cannot be thawed, that is the news.
             *target.state() = State::Ours {
                 since: Instant::now(),
@@ -334,8 +322,10 @@ impl Work {
             };
             self.log
                 .error(format!("{name} had been thawed by whoever froze it"));
-            self.note_early(name);
-        } else if was_written {
+            return self.note_early(name);
+        }
+        self.door.leave(index);
+        if was_written {
             self.note_written(name);
         }
     }
