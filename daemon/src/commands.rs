@@ -11,8 +11,9 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{channel, Receiver, TryRecvError};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -29,7 +30,7 @@ use crate::ground::Disk;
 use crate::guard::{Event, Guard, GuardError};
 use crate::history::{History, HistoryError};
 use crate::hooks::Found;
-use crate::job::{About, Freezer, JobError, Setting};
+use crate::job::{About, Freezer, Frozen, JobError, Setting};
 use crate::logbook::{words, Logbook};
 use crate::machine::{LookError, Table};
 use crate::mounts::{self, DevId};
@@ -37,7 +38,11 @@ use crate::plan::{FileSystem, Place, Plan, Reason, Scope};
 use crate::record::{RecordError, RunDir};
 use crate::recovery::{self, By, Recovered, RecoveryError};
 use crate::report::{self, Outcome, Status};
+use crate::service::LOOK;
 use crate::timeline::{self, TimelineError};
+
+/// How often it is asked whether a rehearsal is to end.
+const GLANCE: Duration = Duration::from_millis(100);
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -447,6 +452,36 @@ impl Rehearsed {
     }
 }
 
+/// Freezes all, unless the word to end comes before, or one takes too long.
+fn freeze_unless_stopped(
+    freezer: &mut Freezer,
+    setting: &Setting,
+    stop: &Stop,
+) -> Result<Frozen, JobError> {
+    let (over, is_over) = channel::<()>();
+    let look_on = move || {
+        while is_over.recv_timeout(GLANCE) == Err(RecvTimeoutError::Timeout) {
+            let (now, limit) = (Instant::now(), setting.config.give_up);
+            let stuck = setting.progress.stuck(now, limit + LOOK);
+            if let Some(names) = &stuck {
+                let limit = limit.as_secs();
+                let why = format!("{names} takes longer than {limit} s to freeze (give_up)");
+                setting.log.error(format!("{why}: it is called off"));
+            }
+            if stop.wait(Duration::ZERO) || stuck.is_some() {
+                return setting.call_off(now);
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let looking_on = thread::Builder::new().spawn_scoped(scope, look_on);
+        looking_on.map_err(JobError::Threads)?;
+        let frozen = freezer.freeze(setting);
+        drop(over);
+        frozen
+    })
+}
+
 fn rehearse(
     freezer: &mut Freezer,
     setting: &Setting,
@@ -455,7 +490,7 @@ fn rehearse(
     time: Duration,
     stop: &Stop,
 ) -> Result<(), CommandError> {
-    let mut frozen = freezer.freeze(setting)?;
+    let mut frozen = freeze_unless_stopped(freezer, setting, stop)?;
     let hold = |when| hooks.map_or(Ok(()), |it| it.still_hold(&setting.log, when));
     let ready = hold("before all was frozen");
     frozen.settle();
@@ -465,7 +500,7 @@ fn rehearse(
     };
     let ended = loop {
         let left = end.saturating_duration_since(Instant::now());
-        if left.is_zero() || stop.wait(left.min(Duration::from_millis(100))) {
+        if left.is_zero() || stop.wait(left.min(GLANCE)) {
             break None;
         }
         if !frozen.look_after().is_empty() {

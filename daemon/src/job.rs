@@ -107,6 +107,32 @@ pub struct Setting {
     pub disks: Vec<String>,
 }
 
+impl Setting {
+    /// Calls a freeze off that is under way or in force, and has thawed what is frozen.
+    pub fn call_off(&self, now: Instant) {
+        let Setting {
+            abort,
+            door,
+            log,
+            progress,
+            ..
+        } = self;
+        abort.store(true, Ordering::SeqCst);
+        if progress.stage() == Stage::Freezing {
+            door.let_go();
+        } else {
+            // Whatever hangs there, nothing is frozen, nor will be: it can be said at once.
+            let mut text = format!("called off: {}", progress.words(now));
+            if progress.stage() == Stage::Syncing {
+                text.push_str(". How long that may take is up to the host, and to the module");
+                text.push_str(" (freeze_timeout_ms)");
+            }
+            log.warning(text);
+            log.flush();
+        }
+    }
+}
+
 /// What came of an attempt. Nothing is frozen but when it is done.
 enum Tried<T> {
     Done(T),
@@ -1007,27 +1033,8 @@ impl Job {
 
     /// Calls the freeze off, under way or in force; what is frozen is thawed.
     pub fn call_off(&self) {
-        let Setting {
-            abort,
-            door,
-            log,
-            progress,
-            ..
-        } = &self.setting;
-        abort.store(true, Ordering::SeqCst);
+        self.setting.call_off(Instant::now());
         self.thaw();
-        if progress.stage() == Stage::Freezing {
-            door.let_go();
-        } else {
-            // Whatever hangs there, nothing is frozen, nor will be: it can be said at once.
-            let mut text = format!("called off: {}", progress.words(Instant::now()));
-            if progress.stage() == Stage::Syncing {
-                text.push_str(". How long that may take is up to the host, and to the module");
-                text.push_str(" (freeze_timeout_ms)");
-            }
-            log.warning(text);
-            log.flush();
-        }
     }
 
     /// Waits for the end of a job that has told its last outcome.

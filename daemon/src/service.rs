@@ -59,7 +59,7 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fr
 /// How long a plan that was looked over need not be so again.
 const PREPARED: Duration = Duration::from_secs(1);
 /// How often it is looked what a freeze is at.
-const LOOK: Duration = Duration::from_millis(500);
+pub const LOOK: Duration = Duration::from_millis(500);
 /// How long a start waits for the log.
 const FIRST_LINES: Duration = Duration::from_millis(500);
 /// How long a stop waits for the last entry of the history. The next start adds what it does not see there.

@@ -111,6 +111,11 @@ pub const CASES: &[Case] = &[
         hung_sync,
     ),
     case(
+        "deadman/rehearsal-stopped-beside-a-hang",
+        "SIGTERM ends a rehearsal whose write-back or freeze hangs: at once for all but that one",
+        rehearsal_stopped_beside_a_hang,
+    ),
+    case(
         "deadman/hung-below-fuse",
         "a disk that hangs in a sync, mounted where root may not walk, costs no backup but its own",
         hung_below_fuse,
@@ -352,6 +357,7 @@ fn hung_freeze(guest: &Guest, module: Module) -> Result<()> {
             equal("threads in a freeze", in_freeze(guest, &daemon)?, 1)?;
             answered("FREEZE meanwhile", &vss.freeze(&[], STEP)?, status::FAIL)?;
             says_that_it_hangs(guest)?;
+            frozen_by_another_stays_frozen(guest)?;
         }
     }
 
@@ -359,6 +365,53 @@ fn hung_freeze(guest: &Guest, module: Module) -> Result<()> {
     guest.sh(UNHANG)?;
     thawed_in_time(guest, "/mnt/hung")?;
     good_backup_after(guest, &daemon)
+}
+
+/// While one hangs in its freeze, somebody else freezes another: whoever minds ours must not thaw that.
+fn frozen_by_another_stays_frozen(guest: &Guest) -> Result<()> {
+    guest.sh("fsfreeze -f /mnt/a")?;
+    let begun = guest.clock()?;
+    let mark = begun + guest.host().patience(RELEASED).as_micros() as u64;
+    guest.wait_until("the time is over", STEP, || Ok(guest.clock()? > mark))?;
+    let writers = guest.writers()?;
+    let theirs = writers.iter().find(|it| it.path.starts_with("/mnt/a/"));
+    let stands = theirs.context("there is a writer")?.in_write_us;
+    guest.sh("fsfreeze -u /mnt/a")?;
+    ensure!(
+        stands > RELEASED.as_micros() as u64 / 2,
+        "what another had frozen goes on: its writer has been in its write for {stands} us"
+    );
+    Ok(())
+}
+
+fn rehearsal_stopped_beside_a_hang(guest: &Guest) -> Result<()> {
+    make_two(guest)?;
+    let dirty =
+        "rm -f /mnt/hung/dirty; dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null";
+    // Before anything is frozen, and when the other one may be.
+    for (before, is_synced) in [(dirty, true), ("sync", false)] {
+        guest.sh(&format!("{before} && {HANG}"))?;
+        let since = guest.clock()?;
+        let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "50s"])?;
+        let is_at = if is_synced { in_sync } else { in_freeze };
+        guest.wait_until("it hangs", STEP, || Ok(is_at(guest, &rehearsal)? == 1))?;
+        guest.signal(&rehearsal, 15)?;
+        if is_synced {
+            guest.wait_until("it is called off", STEP, || {
+                Ok(guest.output(&rehearsal)?.contains("called off"))
+            })?;
+            let stood = longest_stall(guest, since)?;
+            ensure!(
+                stood < guest.host().patience(RELEASED),
+                "nothing was to be frozen any more, and a writer stood still for {stood:?}"
+            );
+        }
+        thawed_in_time(guest, "/mnt/a")?;
+        guest.sh(UNHANG)?;
+        guest.wait(&rehearsal, STEP)?;
+        thawed_in_time(guest, "/mnt/hung")?;
+    }
+    Ok(())
 }
 
 fn hung_thaw(guest: &Guest, module: Module) -> Result<()> {
