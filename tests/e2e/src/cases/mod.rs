@@ -328,6 +328,10 @@ const FOOTPRINT: &str = r#"for file in /sys/kernel/slab/*/shrink; do echo 1 >$fi
     done"#;
 
 impl Footprint {
+    /// By so many descriptors, and so many threads, one is off that does not leak: in 160 rounds no more were seen
+    /// than in 24.
+    const FEW: u64 = 20;
+
     fn of(guest: &Guest) -> Result<Self> {
         Footprint::read(&guest.sh(FOOTPRINT)?, guest)
     }
@@ -354,9 +358,10 @@ impl Footprint {
 
     /// Whether so many rounds later nothing more is shared than there was, and nothing is open or runs that comes
     /// with each round. A few come and go with what the host asked for last: threads that sync or close, each
-    /// with its socket, the notes of a backup, a plan.
+    /// with its socket, the notes of a backup, a plan. They become no more than [`Footprint::FEW`], however many
+    /// rounds there are.
     fn has_no_more_than(&self, first: &Footprint, rounds: usize) -> bool {
-        let few = 3 + rounds as u64 / 2;
+        let few = Footprint::FEW.min(3 + rounds as u64 / 2);
         self.descriptors <= first.descriptors + few
             && self.threads <= first.threads + few
             && self.gpadls == first.gpadls
@@ -642,6 +647,9 @@ mod tests {
         assert!(!with(7, 0).has_no_more_than(&first, 7));
         assert!(!with(0, 7).has_no_more_than(&first, 7));
         assert!((0..24).all(|round| with(3, 2).has_no_more_than(&first, round)));
+        // One in every second round is one too many in a long series.
+        assert!((40..160).any(|round| !with(round as u64 / 2, 0).has_no_more_than(&first, round)));
+        assert!((40..160).any(|round| !with(0, round as u64 / 2).has_no_more_than(&first, round)));
         for gpadls in [0, 2] {
             let other = Footprint { gpadls, ..first };
             assert!(!other.has_no_more_than(&first, 24));
