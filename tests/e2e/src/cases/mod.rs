@@ -43,6 +43,7 @@ use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::ic::vss::Lun;
 use hyperv_sim::{Reply, Tx};
+use lab_agent::Writer;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -496,8 +497,7 @@ struct Seen {
     stuck: Vec<String>,
 }
 
-/// One backup, with a look at every writer in between: it stands still when it has been inside one
-/// write for 300 ms, it goes on when it has ended ten more.
+/// One backup, with a look at every writer in between, as [`stands_still`] judges it.
 fn observe(guest: &Guest) -> Result<Seen> {
     observe_backup_of(guest, &[])
 }
@@ -524,19 +524,34 @@ fn observe_backup_of(guest: &Guest, disks: &[Lun]) -> Result<Seen> {
 fn who_stands_still(guest: &Guest) -> Result<(Vec<String>, Vec<String>)> {
     let start = guest.writers()?;
     let (mut still, mut moving) = (Vec::new(), Vec::new());
-    guest.wait_until("every writer stands still or goes on", STEP, || {
+    let mut last = Vec::new();
+    let seen = guest.wait_until("every writer stands still or goes on", STEP, || {
         still.clear();
         moving.clear();
-        for (then, now) in start.iter().zip(&guest.writers()?) {
-            if now.in_write_us > 300_000 {
-                still.push(now.path.clone());
-            } else if now.count > then.count + 10 {
-                moving.push(now.path.clone());
+        last = guest.writers()?;
+        for (then, now) in start.iter().zip(&last) {
+            match stands_still(then, now) {
+                Some(true) => still.push(now.path.clone()),
+                Some(false) => moving.push(now.path.clone()),
+                None => {}
             }
         }
         Ok(still.len() + moving.len() == start.len())
-    })?;
+    });
+    seen.with_context(|| format!("after the answer {start:?}, now {last:?}"))?;
     Ok((still, moving))
+}
+
+/// Whether a writer has stood still since the look `then`: it has been inside one write for 300 ms, and no other
+/// has ended but the one that was under way. It has gone on when ten more have ended, wherever it is now. Of one
+/// that has done neither nothing is known yet.
+fn stands_still(then: &Writer, now: &Writer) -> Option<bool> {
+    let ended = now.count.saturating_sub(then.count);
+    match () {
+        () if ended > 10 => Some(false),
+        () if ended <= 1 && now.in_write_us > 300_000 => Some(true),
+        () => None,
+    }
 }
 
 /// The writers that do not go on within 5 s, by file.
@@ -597,6 +612,26 @@ mod tests {
         let failed = "error: FREEZE fails, nothing is left frozen: /mnt/a: EIO\n";
         assert_eq!(closed(&[begun, good, begun].concat()), 1);
         assert_eq!(closed(&[begun, good, begun, failed].concat()), 2);
+    }
+
+    #[test]
+    fn who_has_written_after_the_answer_has_not_stood_still() {
+        let writer = |count, in_write_us| Writer {
+            path: "/w".into(),
+            count,
+            errors: 0,
+            longest_us: in_write_us,
+            in_write_us,
+        };
+        let seen = |count, in_write_us| stands_still(&writer(100, 50), &writer(count, in_write_us));
+        assert_eq!(seen(100, 300_001), Some(true));
+        // The write that was under way had hardly been counted.
+        assert_eq!(seen(101, 300_001), Some(true));
+        assert_eq!(seen(101, 200), None);
+        // Frozen after the answer, not before it.
+        assert_eq!(seen(102, 9_000_000), None);
+        assert_eq!(seen(111, 9_000_000), Some(false));
+        assert_eq!(seen(111, 0), Some(false));
     }
 
     #[test]
