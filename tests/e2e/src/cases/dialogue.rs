@@ -12,10 +12,10 @@ use e2e::agent::CallError;
 use e2e::check::{answered, equal, refused, status_name};
 use e2e::guest::{Blocking, Daemon, Device, Guest, Machine, Module, STEP};
 use hv_vss_uapi::{op, thawed, VssMsg, MAX_FRAME};
-use hyperv_sim::ic::vss::{message, vss_flags, Op, HBU_NO_AUTO_RECOVERY, SHORT_BODY, VERSIONS};
+use hyperv_sim::ic::vss::{message, vss_flags, Op, HBU_NO_AUTO_RECOVERY, SHORT_BODY};
 use hyperv_sim::ic::{message_type, negotiate_body, parse_negotiated, status};
-use hyperv_sim::ic::{Envelope, Version, FRAMEWORKS};
-use hyperv_sim::{EventKind, Field, HostError, Profile, Reply, Side, Tx};
+use hyperv_sim::ic::{Envelope, Version};
+use hyperv_sim::{Carriage, EventKind, Field, HostError, Profile, Reply, Side, Tx};
 use std::time::Duration;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -72,6 +72,17 @@ pub const CASES: &[Case] = &[
         "what the host sends before the probe has ended is served",
         at_open,
     ),
+    Case {
+        machine: Machine {
+            host: Profile::OPENVMM,
+            ..Machine::TWO_CPUS
+        },
+        ..case(
+            "dialogue/on-a-pipe",
+            "a host that carries its messages by a pipe: what it sends first is served, and a backup is good",
+            on_a_pipe,
+        )
+    },
     case(
         "dialogue/to-the-end",
         "a backup from HOT_BACKUP to BU_COMPLETE, auto-recovery if it is wanted, and the next",
@@ -626,14 +637,18 @@ fn greeting_reply(guest: &Guest, number: usize) -> Result<Reply> {
 
 fn at_open(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
+    let host = guest.host().profile();
     let envelope = |message_type| Envelope {
         framework: Version::new(3, 0),
         message_type,
         message: Version::new(5, 0),
-        transaction: 7,
+        transaction: match host.carriage {
+            Carriage::Packets => 7,
+            Carriage::Pipe => 0,
+        },
     };
     let request = |op| envelope(message_type::VSS).request(&message(op, &SHORT_BODY));
-    let negotiation = negotiate_body(&FRAMEWORKS, &VERSIONS);
+    let negotiation = negotiate_body(host.frameworks, host.vss);
     vss.greet(&[
         envelope(message_type::NEGOTIATE).request(&negotiation),
         request(Op::GET_DM_INFO),
@@ -645,6 +660,7 @@ fn at_open(guest: &Guest) -> Result<()> {
             let reply = greeting_reply(guest, 0)?;
             let agreed = parse_negotiated(reply.body());
             let agreed = agreed.map_err(|what| anyhow::anyhow!(what))?;
+            // All kinds of hosts offer these, whatever else.
             let expected = Some((Version::new(3, 0), Version::new(5, 0)));
             equal("the versions agreed on", agreed, expected)?;
             answered("GET_DM_INFO", &greeting_reply(guest, 1)?, status::OK)?;
@@ -660,6 +676,14 @@ fn at_open(guest: &Guest) -> Result<()> {
     }
     vss.greet(&[]);
     Ok(())
+}
+
+/// The host of these speaks first, and no number tells its messages apart.
+fn on_a_pipe(guest: &Guest) -> Result<()> {
+    at_open(guest)?;
+    let daemon = super::start(guest, Module::Ours, Daemon::Ours)?;
+    super::backup(guest)?;
+    stop(guest, Module::Ours, &daemon)
 }
 
 /// Bytes of AUTO_RECOVER after its header: type, flags, and two lists of 260 disks with a count each
