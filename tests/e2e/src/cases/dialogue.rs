@@ -295,43 +295,49 @@ fn send_hot_backup(guest: &Guest) -> Result<Tx> {
     Ok(guest.vss().send(Op::HOT_BACKUP, &SHORT_BODY)?)
 }
 
+/// What a module is loaded with whose limits leave the case time to come in between, on whichever machine.
+fn limit(name: &str, limit: Duration) -> String {
+    format!("{name}_ms={}", limit.as_millis())
+}
+
 fn grace_counts(guest: &Guest) -> Result<()> {
-    load(guest, Module::Ours, &["grace_ms=4000", "timeout_ms=5000"])?;
+    let second = guest.host().patience(Duration::from_secs(1));
+    let (grace, timeout) = (limit("grace", second * 4), limit("timeout", second * 5));
+    load(guest, Module::Ours, &[&grace, &timeout])?;
     let tx = send_hot_backup(guest)?;
     // The daemon comes so late, and then does not answer.
-    std::thread::sleep(Duration::from_secs(2));
+    std::thread::sleep(second * 2);
     let daemon = Scripted::start(guest, Abi::V2)?;
     let asked = daemon.take(op::HOT_BACKUP)?;
     ensure!(
-        asked.time_left_ms <= 3000,
-        "of 5 s, 2 were over: {} ms should not be left",
+        u128::from(asked.time_left_ms) <= (second * 3).as_millis(),
+        "of 5 times {second:?}, 2 were over: {} ms should not be left",
         asked.time_left_ms
     );
     let reply = guest.vss().wait(tx, STEP)?;
-    let limit = Duration::from_secs(5);
-    told_after(guest, "HOT_BACKUP", &reply, status::FAIL, limit)?;
+    told_after(guest, "HOT_BACKUP", &reply, status::FAIL, second * 5)?;
     refused("its answer", daemon.answer(&asked, status::OK), "ESTALE")?;
     daemon.good_backup(guest)
 }
 
 fn queueing_counts(guest: &Guest) -> Result<()> {
-    load(guest, Module::Ours, &["timeout_ms=5000"])?;
+    let second = guest.host().patience(Duration::from_secs(1));
+    load(guest, Module::Ours, &[&limit("timeout", second * 5)])?;
     let daemon = Scripted::start(guest, Abi::V2)?;
-    let (first, second) = (send_hot_backup(guest)?, send_hot_backup(guest)?);
+    let (first, next) = (send_hot_backup(guest)?, send_hot_backup(guest)?);
     let asked = daemon.take(op::HOT_BACKUP)?;
     daemon.has_nothing()?;
-    std::thread::sleep(Duration::from_secs(3));
+    std::thread::sleep(second * 3);
     daemon.answer(&asked, status::OK)?;
     answered("the first", &guest.vss().wait(first, STEP)?, status::OK)?;
     let asked = daemon.take(op::HOT_BACKUP)?;
     ensure!(
-        asked.time_left_ms <= 2000,
-        "of 5 s, 3 were over: {} ms should not be left",
+        u128::from(asked.time_left_ms) <= (second * 2).as_millis(),
+        "of 5 times {second:?}, 3 were over: {} ms should not be left",
         asked.time_left_ms
     );
-    let reply = guest.vss().wait(second, STEP)?;
-    let limit = Duration::from_secs(5);
-    told_after(guest, "the second", &reply, status::FAIL, limit)?;
+    let reply = guest.vss().wait(next, STEP)?;
+    told_after(guest, "the next", &reply, status::FAIL, second * 5)?;
     daemon.good_backup(guest)
 }
 
@@ -493,15 +499,15 @@ fn closed_before_read(guest: &Guest) -> Result<()> {
 }
 
 fn thaw_unread(guest: &Guest) -> Result<()> {
-    load(guest, Module::Ours, &["timeout_ms=2000"])?;
+    let timeout = guest.host().patience(Duration::from_secs(2));
+    load(guest, Module::Ours, &[&limit("timeout", timeout)])?;
     let vss = guest.vss();
     for abi in Abi::BOTH {
         let one = || -> Result<()> {
             let daemon = Scripted::start(guest, abi)?;
             daemon.freeze(guest, status::OK)?;
             let tx = send_thaw(guest)?;
-            let limit = Duration::from_secs(2);
-            told_after(guest, "THAW", &vss.wait(tx, STEP)?, status::FAIL, limit)?;
+            told_after(guest, "THAW", &vss.wait(tx, STEP)?, status::FAIL, timeout)?;
             // It goes on, and thaws.
             daemon.serve(op::THAW, status::OK)?;
             daemon.has_nothing()?;

@@ -571,6 +571,14 @@ fn stuck_writers(guest: &Guest) -> Result<Vec<String>> {
     }
 }
 
+/// Whether a writer has stood still for a freeze of a second: the slower the machine, the later it comes to the
+/// write that is held up, but no other takes half of that.
+fn stood_for_a_second(guest: &Guest, writer: &Writer) -> bool {
+    let second = Duration::from_secs(1);
+    let late = guest.host().patience(second / 10).min(second / 2);
+    Duration::from_micros(writer.longest_us) > second - late
+}
+
 /// A good backup: both answered 0, all of these stood still, all went on.
 fn good(still: &[&str]) -> Seen {
     Seen {

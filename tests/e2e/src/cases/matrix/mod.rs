@@ -11,7 +11,7 @@ mod dialogue;
 mod fault;
 mod stage;
 
-use super::deadman::{make_hung, FROZEN_US, GROUP, RELEASED};
+use super::deadman::{frozen_us, make_hung, GROUP, RELEASED};
 use super::{case, load, observe, suspend, wait_for_daemon, Case};
 use crate::table::{Place, NONE, NOT_RUN};
 use anyhow::{bail, ensure, Context, Result};
@@ -167,7 +167,7 @@ impl<'a> Lab<'a> {
         guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
         make_hung(guest)?;
         start_writers(guest, FILES)?;
-        load(guest, stack.module(), Lab::parameters(stack, fault))?;
+        Lab::load(guest, stack, fault)?;
         if fault == Fault::ShutDown {
             // Whichever has VSS, this serves the host's wish to shut down.
             guest.load(Module::Stock, &[])?;
@@ -184,18 +184,25 @@ impl<'a> Lab<'a> {
         Ok(lab)
     }
 
-    /// Short enough to be waited for; a daemon that is held for a look is not given up.
-    fn parameters(stack: Stack, fault: Fault) -> &'static [&'static str] {
-        match stack {
+    /// Loads the module, ours with limits short enough to be waited for; a daemon that is held for a look is not
+    /// given up.
+    fn load(guest: &Guest, stack: Stack, fault: Fault) -> Result<()> {
+        let limit = |name: &str, seconds| {
+            let limit = guest.host().patience(Duration::from_secs(seconds));
+            format!("{name}_ms={}", limit.as_millis())
+        };
+        let limits = match stack {
             // It is held for as long as the guest takes to find the disk.
-            Stack::Ours if fault == Fault::DiskAdded => &["grace_ms=1000"],
-            Stack::Ours => &[
-                "grace_ms=1000",
-                "freeze_timeout_ms=10000",
-                "timeout_ms=6000",
+            Stack::Ours if fault == Fault::DiskAdded => vec![limit("grace", 1)],
+            Stack::Ours => vec![
+                limit("grace", 1),
+                limit("freeze_timeout", 10),
+                limit("timeout", 6),
             ],
-            Stack::OursOnStock | Stack::Peer => &[],
-        }
+            Stack::OursOnStock | Stack::Peer => Vec::new(),
+        };
+        let limits: Vec<&str> = limits.iter().map(String::as_str).collect();
+        load(guest, stack.module(), &limits)
     }
 
     fn spawn(guest: &Guest, stack: Stack, fault: Fault) -> Result<Process> {
@@ -297,8 +304,7 @@ impl<'a> Lab<'a> {
         if self.fault == Fault::DiskGone {
             self.new_disk()?;
         }
-        let parameters = Lab::parameters(self.stack, self.fault);
-        load(guest, self.stack.module(), parameters)?;
+        Lab::load(guest, self.stack, self.fault)?;
         self.start_daemon()?;
         self.first_backup()
     }
@@ -496,7 +502,8 @@ impl Standing {
                 std::thread::sleep(Duration::from_millis(20));
                 continue;
             }
-            stalls.retain(|it| it.ended_us.unwrap_or(seen.now_us) > it.began_us + FROZEN_US);
+            let long = frozen_us(guest);
+            stalls.retain(|it| it.ended_us.unwrap_or(seen.now_us) > it.began_us + long);
             let stuck = stalls.iter().find(|it| it.ended_us.is_none());
             let stuck = stuck.map(|it| it.path.clone());
             return Ok(Standing {
