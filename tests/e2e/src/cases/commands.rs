@@ -2,7 +2,7 @@
 
 //! What an operator does by hand, and what happens when it is done wrong.
 
-use super::{case, load, observe, start, stop, wait_for_daemon, Case};
+use super::{case, load, observe, start, stood_for_a_second, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, STEP};
@@ -148,7 +148,7 @@ fn rehearsal(guest: &Guest) -> Result<()> {
     );
     for writer in guest.writers()? {
         ensure!(
-            writer.longest_us > 900_000,
+            stood_for_a_second(guest, &writer),
             "the writer of {} should have stood still for a second: {writer:?}\n{said}",
             writer.path
         );

@@ -5,7 +5,9 @@
 
 use super::deadman::{make_hung, released, HANG, RELEASED, UNHANG};
 use super::lifecycle::{end_override, take_over};
-use super::{case, load, logged_all, observe, start, stop, wait_for_daemon, Case};
+use super::{
+    case, load, logged_all, observe, start, stood_for_a_second, stop, wait_for_daemon, Case,
+};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
@@ -219,7 +221,7 @@ fn rehearsal(guest: &Guest) -> Result<()> {
         guest.sh("/payload/hv_vss_daemon freeze --for 1s")?;
         for writer in guest.writers()? {
             ensure!(
-                writer.longest_us > 900_000,
+                stood_for_a_second(guest, &writer),
                 "the writer of {} should have stood still for a second: {writer:?}",
                 writer.path
             );

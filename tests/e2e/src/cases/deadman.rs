@@ -124,10 +124,20 @@ const FILES: [&str; 3] = ["/writer", "/mnt/a/w", "/mnt/b/w"];
 /// How long after a death, or after a deadline, a file system may still be frozen.
 pub(super) const RELEASED: Duration = Duration::from_secs(1);
 
-/// A write that is older than this is held up by a freeze: no other has been seen to take a third
-/// of it. What a death leaves frozen was frozen before it, or at once after it by a call that was
-/// under way, so it is far older when [`RELEASED`] is over.
-pub(super) const FROZEN_US: u64 = 250_000;
+/// A write that is older than this many microseconds is held up by a freeze: no other has been seen to take a
+/// third of it. What a death leaves frozen was frozen before it, or at
+/// once after it by a call that was under way, so it is far older when [`RELEASED`] is over.
+pub(super) fn frozen_us(guest: &Guest) -> u64 {
+    guest.host().patience(UNFROZEN).as_micros() as u64
+}
+
+/// So long no write takes that no freeze holds up, on a machine that is not busy elsewhere.
+const UNFROZEN: Duration = Duration::from_millis(250);
+
+/// The same for where it is told from a freeze that is over after `freeze` whatever the machine: less than that.
+pub(super) fn held_up(guest: &Guest, freeze: Duration) -> Duration {
+    guest.host().patience(UNFROZEN).min(freeze)
+}
 
 /// How many rounds are not left to chance: death comes while all is frozen.
 const WHILE_FROZEN: u32 = 2;
@@ -206,6 +216,7 @@ pub(super) fn released(
     limit: Duration,
 ) -> Result<Duration> {
     let limit = guest.host().patience(limit);
+    let frozen_us = frozen_us(guest);
     let mark = from_us + limit.as_micros() as u64;
     let mut seen = guest.stalls(from_us)?;
     while seen.now_us <= mark {
@@ -216,13 +227,13 @@ pub(super) fn released(
     for stall in &seen.stalls {
         let ended = stall.ended_us.unwrap_or(seen.now_us);
         ensure!(
-            stall.began_us + FROZEN_US > mark || ended <= mark,
+            stall.began_us + frozen_us > mark || ended <= mark,
             "{what}: {limit:?} later {} is still frozen (for {} ms now, thawed: {})",
             stall.path,
             (ended - stall.began_us) / 1000,
             stall.ended_us.is_some()
         );
-        if stall.began_us < from_us + FROZEN_US {
+        if stall.began_us < from_us + frozen_us {
             last = last.max(ended);
         }
     }
@@ -515,8 +526,9 @@ fn killed_behind_an_agent(guest: &Guest) -> Result<()> {
     guest.watch_opens("/mnt/b", Some("/mnt/a/opens"))?;
     let victims = victims(guest, &daemon, Death::Both)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    let frozen_us = frozen_us(guest);
     guest.wait_until("all stand still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > FROZEN_US))
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > frozen_us))
     })?;
     strike(guest, &victims, Death::Both)?;
     guest.wait(&daemon, STEP)?;
@@ -670,7 +682,7 @@ fn stopped(guest: &Guest) -> Result<()> {
         let stopped = stopped.map_err(|_| anyhow::anyhow!("the stopper panicked"))?;
         let (at, took) = stopped.with_context(|| what.clone())?;
         // The deadline counts from the first freeze.
-        let limit = DEADLINE + RELEASED;
+        let limit = guest.host().patience(DEADLINE + RELEASED);
         let seen = guest.stalls(at)?;
         for stall in seen.stalls {
             let ended = stall.ended_us.unwrap_or(seen.now_us);
@@ -746,7 +758,7 @@ fn host_never_thaws(guest: &Guest) -> Result<()> {
         .filter_map(|it| Some(it.ended_us? - it.began_us));
     let longest = Duration::from_micros(lengths.max().unwrap_or_default());
     ensure!(
-        longest > Duration::from_secs(1) && longest < limit,
+        longest > Duration::from_secs(1) && longest < guest.host().patience(limit),
         "a writer stood still for {longest:?} at most, with a deadline of 2 s"
     );
     let late = vss.thaw(STEP)?.status();

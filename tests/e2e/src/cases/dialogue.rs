@@ -12,10 +12,10 @@ use e2e::agent::CallError;
 use e2e::check::{answered, equal, refused, status_name};
 use e2e::guest::{Blocking, Daemon, Device, Guest, Machine, Module, STEP};
 use hv_vss_uapi::{op, thawed, VssMsg, MAX_FRAME};
-use hyperv_sim::ic::vss::{message, vss_flags, Op, HBU_NO_AUTO_RECOVERY, SHORT_BODY, VERSIONS};
+use hyperv_sim::ic::vss::{message, vss_flags, Op, HBU_NO_AUTO_RECOVERY, SHORT_BODY};
 use hyperv_sim::ic::{message_type, negotiate_body, parse_negotiated, status};
-use hyperv_sim::ic::{Envelope, Version, FRAMEWORKS};
-use hyperv_sim::{EventKind, Field, HostError, Profile, Reply, Side, Tx};
+use hyperv_sim::ic::{Envelope, Version};
+use hyperv_sim::{Carriage, EventKind, Field, HostError, Profile, Reply, Side, Tx};
 use std::time::Duration;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -72,6 +72,17 @@ pub const CASES: &[Case] = &[
         "what the host sends before the probe has ended is served",
         at_open,
     ),
+    Case {
+        machine: Machine {
+            host: Profile::OPENVMM,
+            ..Machine::TWO_CPUS
+        },
+        ..case(
+            "dialogue/on-a-pipe",
+            "a host that carries its messages by a pipe: what it sends first is served, and a backup is good",
+            on_a_pipe,
+        )
+    },
     case(
         "dialogue/to-the-end",
         "a backup from HOT_BACKUP to BU_COMPLETE, auto-recovery if it is wanted, and the next",
@@ -284,43 +295,49 @@ fn send_hot_backup(guest: &Guest) -> Result<Tx> {
     Ok(guest.vss().send(Op::HOT_BACKUP, &SHORT_BODY)?)
 }
 
+/// What a module is loaded with whose limits leave the case time to come in between, on whichever machine.
+fn limit(name: &str, limit: Duration) -> String {
+    format!("{name}_ms={}", limit.as_millis())
+}
+
 fn grace_counts(guest: &Guest) -> Result<()> {
-    load(guest, Module::Ours, &["grace_ms=4000", "timeout_ms=5000"])?;
+    let second = guest.host().patience(Duration::from_secs(1));
+    let (grace, timeout) = (limit("grace", second * 4), limit("timeout", second * 5));
+    load(guest, Module::Ours, &[&grace, &timeout])?;
     let tx = send_hot_backup(guest)?;
     // The daemon comes so late, and then does not answer.
-    std::thread::sleep(Duration::from_secs(2));
+    std::thread::sleep(second * 2);
     let daemon = Scripted::start(guest, Abi::V2)?;
     let asked = daemon.take(op::HOT_BACKUP)?;
     ensure!(
-        asked.time_left_ms <= 3000,
-        "of 5 s, 2 were over: {} ms should not be left",
+        u128::from(asked.time_left_ms) <= (second * 3).as_millis(),
+        "of 5 times {second:?}, 2 were over: {} ms should not be left",
         asked.time_left_ms
     );
     let reply = guest.vss().wait(tx, STEP)?;
-    let limit = Duration::from_secs(5);
-    told_after(guest, "HOT_BACKUP", &reply, status::FAIL, limit)?;
+    told_after(guest, "HOT_BACKUP", &reply, status::FAIL, second * 5)?;
     refused("its answer", daemon.answer(&asked, status::OK), "ESTALE")?;
     daemon.good_backup(guest)
 }
 
 fn queueing_counts(guest: &Guest) -> Result<()> {
-    load(guest, Module::Ours, &["timeout_ms=5000"])?;
+    let second = guest.host().patience(Duration::from_secs(1));
+    load(guest, Module::Ours, &[&limit("timeout", second * 5)])?;
     let daemon = Scripted::start(guest, Abi::V2)?;
-    let (first, second) = (send_hot_backup(guest)?, send_hot_backup(guest)?);
+    let (first, next) = (send_hot_backup(guest)?, send_hot_backup(guest)?);
     let asked = daemon.take(op::HOT_BACKUP)?;
     daemon.has_nothing()?;
-    std::thread::sleep(Duration::from_secs(3));
+    std::thread::sleep(second * 3);
     daemon.answer(&asked, status::OK)?;
     answered("the first", &guest.vss().wait(first, STEP)?, status::OK)?;
     let asked = daemon.take(op::HOT_BACKUP)?;
     ensure!(
-        asked.time_left_ms <= 2000,
-        "of 5 s, 3 were over: {} ms should not be left",
+        u128::from(asked.time_left_ms) <= (second * 2).as_millis(),
+        "of 5 times {second:?}, 3 were over: {} ms should not be left",
         asked.time_left_ms
     );
-    let reply = guest.vss().wait(second, STEP)?;
-    let limit = Duration::from_secs(5);
-    told_after(guest, "the second", &reply, status::FAIL, limit)?;
+    let reply = guest.vss().wait(next, STEP)?;
+    told_after(guest, "the next", &reply, status::FAIL, second * 5)?;
     daemon.good_backup(guest)
 }
 
@@ -482,15 +499,15 @@ fn closed_before_read(guest: &Guest) -> Result<()> {
 }
 
 fn thaw_unread(guest: &Guest) -> Result<()> {
-    load(guest, Module::Ours, &["timeout_ms=2000"])?;
+    let timeout = guest.host().patience(Duration::from_secs(2));
+    load(guest, Module::Ours, &[&limit("timeout", timeout)])?;
     let vss = guest.vss();
     for abi in Abi::BOTH {
         let one = || -> Result<()> {
             let daemon = Scripted::start(guest, abi)?;
             daemon.freeze(guest, status::OK)?;
             let tx = send_thaw(guest)?;
-            let limit = Duration::from_secs(2);
-            told_after(guest, "THAW", &vss.wait(tx, STEP)?, status::FAIL, limit)?;
+            told_after(guest, "THAW", &vss.wait(tx, STEP)?, status::FAIL, timeout)?;
             // It goes on, and thaws.
             daemon.serve(op::THAW, status::OK)?;
             daemon.has_nothing()?;
@@ -626,14 +643,18 @@ fn greeting_reply(guest: &Guest, number: usize) -> Result<Reply> {
 
 fn at_open(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
+    let host = guest.host().profile();
     let envelope = |message_type| Envelope {
         framework: Version::new(3, 0),
         message_type,
         message: Version::new(5, 0),
-        transaction: 7,
+        transaction: match host.carriage {
+            Carriage::Packets => 7,
+            Carriage::Pipe => 0,
+        },
     };
     let request = |op| envelope(message_type::VSS).request(&message(op, &SHORT_BODY));
-    let negotiation = negotiate_body(&FRAMEWORKS, &VERSIONS);
+    let negotiation = negotiate_body(host.frameworks, host.vss);
     vss.greet(&[
         envelope(message_type::NEGOTIATE).request(&negotiation),
         request(Op::GET_DM_INFO),
@@ -645,6 +666,7 @@ fn at_open(guest: &Guest) -> Result<()> {
             let reply = greeting_reply(guest, 0)?;
             let agreed = parse_negotiated(reply.body());
             let agreed = agreed.map_err(|what| anyhow::anyhow!(what))?;
+            // All kinds of hosts offer these, whatever else.
             let expected = Some((Version::new(3, 0), Version::new(5, 0)));
             equal("the versions agreed on", agreed, expected)?;
             answered("GET_DM_INFO", &greeting_reply(guest, 1)?, status::OK)?;
@@ -660,6 +682,14 @@ fn at_open(guest: &Guest) -> Result<()> {
     }
     vss.greet(&[]);
     Ok(())
+}
+
+/// The host of these speaks first, and no number tells its messages apart.
+fn on_a_pipe(guest: &Guest) -> Result<()> {
+    at_open(guest)?;
+    let daemon = super::start(guest, Module::Ours, Daemon::Ours)?;
+    super::backup(guest)?;
+    stop(guest, Module::Ours, &daemon)
 }
 
 /// Bytes of AUTO_RECOVER after its header: type, flags, and two lists of 260 disks with a count each

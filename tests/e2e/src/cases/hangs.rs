@@ -4,7 +4,8 @@
 //! not: a disk, a freeze, an open.
 
 use super::deadman::{
-    all_of_ours, good_backup, make_hung, released, rounds_of, Tally, FEW, HANG, RELEASED, UNHANG,
+    all_of_ours, good_backup, held_up, make_hung, released, rounds_of, Tally, FEW, HANG, RELEASED,
+    UNHANG,
 };
 use super::disks::{self, load_driver, Attached};
 use super::hooks::{self, hook, noted};
@@ -220,11 +221,13 @@ fn in_sync(guest: &Guest, process: &Process) -> Result<usize> {
     Ok(syncs.count())
 }
 
-/// Whether this is how long `give_up = 2` takes, and no longer than `limit` beside it: the clocks of host and
+/// What `give_up = 2` takes.
+const GIVE_UP: Duration = Duration::from_secs(2);
+
+/// Whether this is how long [`GIVE_UP`] takes, and no longer than `limit` beside it: the clocks of host and
 /// guest may differ a little.
 fn is_given_up(waited: Duration, limit: Duration) -> bool {
-    let give_up = Duration::from_secs(2);
-    (give_up - Duration::from_millis(100)..give_up + limit).contains(&waited)
+    (GIVE_UP - Duration::from_millis(100)..GIVE_UP + limit).contains(&waited)
 }
 
 fn hung_device(guest: &Guest) -> Result<()> {
@@ -235,6 +238,8 @@ fn hung_device(guest: &Guest) -> Result<()> {
     let hang = format!("{dirty}; {HANG}");
     let vss = guest.vss();
     let limit = guest.host().patience(Duration::from_secs(1));
+    // A freeze that waits for the other would hold it up for as long as that is waited for.
+    let short = held_up(guest, GIVE_UP / 2);
     let (mut ours, mut given_up) = (Duration::ZERO, Duration::ZERO);
     for (config, expected) in [
         ("give_up = 2", status::OK),
@@ -252,7 +257,7 @@ fn hung_device(guest: &Guest) -> Result<()> {
                 let stood = longest_stall(guest, sent)?;
                 answered("FREEZE with a hung disk", &reply, expected)?;
                 ensure!(
-                    stood < Duration::from_millis(250),
+                    stood < short,
                     "the other file system was held up for {stood:?}"
                 );
                 ours = ours.max(stood);
@@ -1059,19 +1064,21 @@ fn hung_open(guest: &Guest) -> Result<()> {
     let sent = guest.clock()?;
     let tx = vss.send_freeze(&[])?;
     answered("FREEZE behind an open", &vss.wait(tx, STEP)?, status::FAIL)?;
-    let held_up = guest.stalls(sent)?;
+    let seen = guest.stalls(sent)?;
     // With what preparation and deadline allow, and some time to see it.
     let limit = guest.host().patience(Duration::from_millis(4500));
     ensure!(
-        held_up.now_us - sent < limit.as_micros() as u64,
+        seen.now_us - sent < limit.as_micros() as u64,
         "FREEZE was failed after {} ms, 3 s are allowed",
-        (held_up.now_us - sent) / 1000
+        (seen.now_us - sent) / 1000
     );
-    let long = held_up.stalls.iter();
-    let long = long.map(|it| it.ended_us.unwrap_or(held_up.now_us) - it.began_us);
+    let long = seen.stalls.iter();
+    let long = long.map(|it| it.ended_us.unwrap_or(seen.now_us) - it.began_us);
+    // What is frozen is that until the deadline.
+    let short = held_up(guest, Duration::from_millis(750)).as_micros() as u64;
     ensure!(
-        long.max().is_none_or(|stood| stood < 250_000),
-        "something was frozen: {held_up:?}"
+        long.max().is_none_or(|stood| stood < short),
+        "something was frozen: {seen:?}"
     );
     guest.not_frozen("after the failed FREEZE", &["/", "/mnt/a"])?;
     answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;

@@ -20,7 +20,7 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "judges/uio",
-        "uio_hv_generic takes a device, opens its channel and lets go of it",
+        "uio_hv_generic takes a device, opens its channel, hears of a message and lets go of it",
         uio,
     ),
     case(
@@ -86,9 +86,17 @@ fn uio(guest: &Guest) -> Result<()> {
     ))?;
     let driver = format!("basename $(readlink /sys/bus/vmbus/devices/{instance}/driver)");
     equal("its driver", guest.sh(&driver)?.trim(), "uio_hv_generic")?;
-    // Who opens it opens the channel.
-    let reader = guest.spawn(&["sh", "-c", "exec 3</dev/uio0; exec sleep 1000"])?;
+    // Who opens it opens the channel, and who writes a 1 wants to hear of what comes.
+    let line = r"exec 3<>/dev/uio0 && printf '\001\000\000\000' >&3 && echo on && exec sleep 1000";
+    let reader = guest.spawn(&["sh", "-c", line])?;
     device.wait_open(STEP)?;
+    guest.wait_until("it wants interrupts", STEP, || {
+        Ok(guest.output(&reader)?.contains("on"))
+    })?;
+    let heard = || -> Result<u64> { Ok(guest.read("/sys/class/uio/uio0/event")?.trim().parse()?) };
+    let before = heard()?;
+    device.send_freeze(&[])?;
+    guest.wait_until("it hears of a message", STEP, || Ok(heard()? > before))?;
     guest.signal(&reader, 9)?;
     guest.wait(&reader, STEP)?;
     device.wait_closed(STEP)?;

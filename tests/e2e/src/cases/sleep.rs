@@ -265,8 +265,10 @@ fn backups_all_the_time(guest: &Guest) -> Result<()> {
     let (mut good, mut refused, mut broken) = (0, 0, 0);
     for round in 1..=rounds_or(3) {
         let (unloads_before, openings) = (unloads(guest), vss.openings());
-        // At a random moment of a series of backups the machine goes to sleep.
-        let delay = Duration::from_millis(random.u64(..1500));
+        // At a random moment of a series of backups the machine goes to sleep: in the same series, however long
+        // one takes there.
+        let span = guest.host().patience(Duration::from_millis(1500));
+        let delay = span.mul_f64(random.f64());
         let sleeper = || -> Result<Process> {
             std::thread::sleep(delay);
             let sleep = "echo shutdown > /sys/power/disk; echo disk > /sys/power/state";

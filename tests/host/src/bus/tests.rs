@@ -379,6 +379,14 @@ fn a_host_of_pipes_speaks_first_and_without_transactions() {
     writer.send(6, 0, 0, b"nonsense").unwrap();
     guest.signal();
     assert_eq!(guest.violations(), 1);
+    // An answer with a number of the guest's own is one to none.
+    let third = guest.request(&[3; 32]);
+    let (mut packet, _) = reader.receive().unwrap().expect("a message");
+    packet.payload[25] = 5;
+    writer.send(6, 0, 7, &packet.payload).unwrap();
+    guest.signal();
+    assert!(matches!(guest.take_reply(third), ReplyState::Here(_)));
+    assert_eq!(guest.violations(), 2);
 }
 
 #[test]

@@ -42,6 +42,8 @@ pub(crate) struct Component {
 /// A packet that was sent, or is about to be.
 struct Transaction {
     name: String,
+    /// Its number in the ring, which an answer has, too.
+    id: u64,
     /// What an answer has to repeat; `None` for a packet that is not to be judged by.
     request: Option<Asked>,
     /// Which opening of the channel it belongs to.
@@ -148,21 +150,26 @@ impl Dialogue {
         envelope.request(&negotiate_body(frameworks, messages))
     }
 
-    /// Opens the transaction of a packet that is about to be sent.
-    fn begin(&mut self, name: &str) -> Tx {
+    /// Opens the transaction of a packet that is about to be sent, and says which number that has in the ring.
+    fn begin(&mut self, name: &str) -> (Tx, u64) {
         if self.transactions.len() >= KEEP {
             self.transactions.pop_first();
         }
         let tx = Tx(self.count.fetch_add(1, Relaxed) + 1);
+        let id = match self.carriage {
+            Carriage::Packets => tx.0,
+            Carriage::Pipe => 0,
+        };
         let transaction = Transaction {
             name: name.to_string(),
+            id,
             request: None,
             opening: self.opening,
             sent: None,
             reply: None,
         };
         self.transactions.insert(tx, transaction);
-        tx
+        (tx, id)
     }
 
     /// A packet with its transaction opened, in which `payload` makes what is after the descriptor.
@@ -173,11 +180,7 @@ impl Dialogue {
         descriptor: Descriptor,
         payload: impl FnOnce(&Dialogue, Tx) -> Vec<u8>,
     ) -> Outgoing {
-        let tx = self.begin(name);
-        let id = match self.carriage {
-            Carriage::Packets => tx.0,
-            Carriage::Pipe => 0,
-        };
+        let (tx, id) = self.begin(name);
         Outgoing {
             transaction: tx.0,
             id,
@@ -256,7 +259,9 @@ impl Dialogue {
         let transaction = self.transactions.get_mut(&tx);
         if let (Some((header, _)), Some(transaction)) = (header, transaction) {
             if let (Some(sent), None) = (transaction.sent, &transaction.reply) {
-                if let Some(Err(wrong)) = transaction.request.map(|it| judge(&it, &packet)) {
+                let id = transaction.id;
+                let judged = transaction.request.map(|it| judge(&it, id, &packet));
+                if let Some(Err(wrong)) = judged {
                     let what = format!("{}: {wrong}", transaction.name);
                     notes.push(EventKind::Violation(what));
                 }

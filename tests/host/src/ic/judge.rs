@@ -38,8 +38,8 @@ impl Asked {
     }
 }
 
-/// What is wrong with `answer` as one to what was asked, if anything, in words.
-pub(crate) fn judge(asked: &Asked, answer: &Packet) -> Result<(), String> {
+/// What is wrong with `answer` as one to what was asked in a packet with the number `id`, if anything, in words.
+pub(crate) fn judge(asked: &Asked, id: u64, answer: &Packet) -> Result<(), String> {
     let request = &asked.header;
     let Ok((header, _)) = IcHeader::read_from_prefix(&answer.payload) else {
         return Err(format!(
@@ -58,12 +58,13 @@ pub(crate) fn judge(asked: &Asked, answer: &Packet) -> Result<(), String> {
         false => request.message_size,
     };
     let answers = flags::TRANSACTION | flags::RESPONSE;
-    let expected: [(&str, &dyn Display, &dyn Display); 10] = [
+    let expected: [(&str, &dyn Display, &dyn Display); 11] = [
         (
             "packet type",
             &answer.packet_type,
             &packet_type::DATA_INBAND,
         ),
+        ("transaction id in the ring", &answer.transaction, &id),
         ("length in the ring", &answer.payload.len(), &in_ring),
         ("pipe flags", &header.pipe_flags, &request.pipe_flags),
         ("pipe size", &header.pipe_size, &request.pipe_size),
@@ -125,7 +126,7 @@ mod tests {
             payload,
         };
         change(&mut packet);
-        judge(&asked, &packet)
+        judge(&asked, 9, &packet)
     }
 
     #[test]
@@ -173,5 +174,7 @@ mod tests {
         assert!(judged(|packet| packet.payload.truncate(56)).is_err());
         assert!(judged(|packet| packet.payload.extend([0; 8])).is_err());
         assert!(judged(|packet| packet.packet_type = packet_type::COMPLETION).is_err());
+        let wrong = judged(|packet| packet.transaction = 8).unwrap_err();
+        assert!(wrong.contains("transaction id in the ring"), "{wrong}");
     }
 }

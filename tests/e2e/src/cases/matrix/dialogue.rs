@@ -3,7 +3,8 @@
 //! The host's part in one backup, and what it was told. Judges one thing: whether a backup that was
 //! called good was one.
 
-use crate::cases::deadman::FROZEN_US;
+use super::fault::DEADLINE;
+use crate::cases::deadman::frozen_us;
 use anyhow::Result;
 use e2e::guest::{Guest, STEP};
 use hyperv_sim::ic::status;
@@ -135,7 +136,9 @@ impl<'a> Dialogue<'a> {
     /// The host takes its time, long enough to tell who stands still from who was only slow.
     pub fn take_snapshot(&self) -> Result<()> {
         let guest = self.guest;
-        let over = guest.clock()? + 2 * FROZEN_US;
+        // And never as long as the deadline, which goes by no machine.
+        let while_copied = (2 * frozen_us(guest)).min(DEADLINE.as_micros() as u64 / 2);
+        let over = guest.clock()? + while_copied;
         guest.wait_until("the snapshot is taken", STEP, || Ok(guest.clock()? > over))
     }
 

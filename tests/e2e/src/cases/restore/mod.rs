@@ -149,9 +149,13 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
         for ((volume, attached), base) in rig.volumes.iter().zip(rig.disks()).zip(bases) {
             let mut log = attached.disk.log();
             let is_after = |entry: &Entry| host.time_of(entry.ended) > freeze.at;
-            let first = log.iter().find(|it| it.is_write() && is_after(it));
-            let first = first.context("nothing was written after the deadline")?;
+            let (until, first) = until_written(volume.format, &log, is_after)
+                .context("nothing was written after the deadline")?;
             let still = host.time_of(first.arrived).saturating_sub(freeze.at);
+            // The copy of a host that takes its time has what was discarded meanwhile.
+            let image = log::replay(&base, until);
+            let discarded = until.iter().filter(|it| it.is_write() && is_after(it));
+            let discarded = discarded.count();
             println!(
                 "     {module:?}, {}: FREEZE took {:.1?}, the first write came {still:.1?} after it",
                 volume.format.name(),
@@ -167,13 +171,9 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
             copies.push(Copy {
                 format: volume.format,
                 stack: volume.stack,
-                parts: vec![Part {
-                    image: log::replay(&base, &log),
-                    base,
-                    log,
-                }],
+                parts: vec![Part { base, log, image }],
                 written: Vec::new(),
-                discarded: 0,
+                discarded,
                 expected: Expected::at(&notes, volume.slot, |moment| {
                     host.time_of(moment) < freeze.at
                 }),
@@ -194,6 +194,18 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
         rig.detach(guest)?;
     }
     Ok(())
+}
+
+/// The log up to the first write after a moment, and that write. What a file system of this format discards at
+/// will is none.
+fn until_written(
+    format: Format,
+    log: &[Entry],
+    is_after: impl Fn(&Entry) -> bool,
+) -> Option<(&[Entry], &Entry)> {
+    let is_one = |it: &Entry| it.is_write() && is_after(it) && !format.discards_at_will(it);
+    let at = log.iter().position(is_one)?;
+    Some((log.get(..at)?, log.get(at)?))
 }
 
 /// A backup of one busy file system with ours and with the peer.
@@ -563,4 +575,43 @@ fn one_after_the_other(
         last = Some(backup);
     }
     Ok((process, rig, last.context("no backup")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_btrfs_discards_while_it_is_frozen_is_no_write_and_is_in_the_copy() {
+        let start = Instant::now();
+        let entry = |ms, change| Entry {
+            arrived: start + Duration::from_millis(ms),
+            ended: start + Duration::from_millis(ms + 1),
+            change,
+        };
+        let write = |offset| Change::Write {
+            offset,
+            data: [1; 4].into(),
+            fua: false,
+        };
+        let log = [
+            entry(10, write(0)),
+            entry(20, Change::Flush),
+            entry(40, Change::Discard { offset: 0, len: 2 }),
+            entry(60, Change::Flush),
+            entry(80, write(4)),
+        ];
+        let until = |format| {
+            let is_after = |it: &Entry| it.ended > start + Duration::from_millis(30);
+            let (until, first) = until_written(format, &log, is_after)?;
+            let mut seen = [9; 8];
+            log::replay(&Image::default(), until).read(0, &mut seen);
+            Some((seen, first.change.clone()))
+        };
+        let discarded = [0, 0, 1, 1, 0, 0, 0, 0];
+        assert_eq!(until(Format::Btrfs), Some((discarded, write(4))));
+        let before = [1, 1, 1, 1, 0, 0, 0, 0];
+        let discard = Change::Discard { offset: 0, len: 2 };
+        assert_eq!(until(Format::Ext4), Some((before, discard)));
+    }
 }

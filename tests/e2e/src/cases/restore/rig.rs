@@ -238,10 +238,7 @@ impl Rig {
                     let (arrived, ended) = (host.time_of(entry.arrived), host.time_of(entry.ended));
                     ended > freeze.at && arrived < thawing
                 };
-                let at_will = |entry: &Entry| {
-                    volume.format.discards_while_frozen()
-                        && matches!(entry.change, Change::Discard { .. })
-                };
+                let at_will = |entry: &Entry| volume.format.discards_at_will(entry);
                 copy.written.extend(written_within(&log, metadata, |entry| {
                     in_window(entry) && !at_will(entry)
                 }));

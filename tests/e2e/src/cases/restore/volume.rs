@@ -4,7 +4,7 @@
 
 use anyhow::{ensure, Result};
 use e2e::guest::Guest;
-use hyperv_sim::storage::Image;
+use hyperv_sim::storage::{Change, Entry, Image};
 
 /// What a file system is made as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,10 +41,11 @@ impl Format {
         }
     }
 
-    /// Whether the space that its last commit has freed is discarded while it is frozen, too: btrfs does so by a
-    /// queue that no freeze stops (fs/btrfs/discard.c). Nothing refers to that space, in no copy.
-    pub(super) fn discards_while_frozen(self) -> bool {
-        self == Format::Btrfs
+    /// Whether this is a discard of the kind that comes while it is frozen, too: of the space that its last commit
+    /// has freed. btrfs does so by a queue that no freeze stops (fs/btrfs/discard.c). Nothing refers to that space,
+    /// in no copy.
+    pub(super) fn discards_at_will(self, entry: &Entry) -> bool {
+        self == Format::Btrfs && matches!(entry.change, Change::Discard { .. })
     }
 
     /// Options with which a mount reads what is there, and replays nothing.
