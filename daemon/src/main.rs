@@ -407,7 +407,7 @@ mod tests {
             let mut lines = synopsis.split(".br\n");
             let line = match name {
                 "run" => lines.next(),
-                _ => lines.find(|it| it.starts_with(&format!(".B hv_vss_daemon {name}"))),
+                _ => lines.find(|it| it.starts_with(&format!(".B hv_vss {name}"))),
             };
             let line = line.unwrap_or_else(|| panic!("SYNOPSIS has no {name}"));
             for option in command.get_arguments() {
@@ -432,6 +432,34 @@ mod tests {
                 options.contains(&escaped(option)),
                 "OPTIONS has no --{option}"
             );
+        }
+    }
+
+    /// Where a distribution has its own, `hv_vss_daemon thaw` would start that one, and thaw nothing.
+    #[test]
+    fn nobody_is_told_to_call_the_program_by_a_name_that_may_be_anothers() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        for file in [
+            "README.md",
+            "daemon/hv_vss_daemon.8",
+            "daemon/hv_vss_daemon.toml.5",
+            "daemon/hv_vss_daemon.toml",
+            "daemon/src/org.hv-vss.Daemon.varlink",
+            "daemon/src/check.rs",
+            "daemon/src/commands.rs",
+            "daemon/src/service.rs",
+            "uapi/hv_vss.4",
+        ] {
+            let text = std::fs::read_to_string(root.join(file)).unwrap();
+            for command in command().get_subcommands() {
+                let called = format!("hv_vss_daemon {}", command.get_name());
+                assert!(!text.contains(&called), "{file} has {called}");
+            }
+        }
+        let page = std::fs::read_to_string(root.join("daemon/hv_vss_daemon.8")).unwrap();
+        let files = page.split(".SH FILES\n").nth(1).unwrap_or_default();
+        for file in ["/usr/sbin/hv_vss", "/usr/libexec/hv_vss_daemon"] {
+            assert!(files.contains(&format!(".I {file}\n")), "{file}");
         }
     }
 
