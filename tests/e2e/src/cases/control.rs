@@ -592,6 +592,7 @@ fn check_while_refusing(guest: &Guest) -> Result<()> {
     let text = graded("problem")?;
     let says = text.contains("refuses each FREEZE") && text.contains("/mnt/hung");
     ensure!(says, "{text}");
+    asked(guest, "status", 3)?;
     guest.sh(UNHANG)?;
     serves_again()?;
     stop(guest, Module::Stock, &daemon)?;
