@@ -304,7 +304,7 @@ impl Freezer {
             limits: Limits {
                 strict: config.strict,
                 parallel: config.parallel,
-                write_back: config.write_back,
+                write_back: config.write_back(),
                 give_up: config.give_up,
                 patience: BUSY_PATIENCE,
                 lag: LAG,
