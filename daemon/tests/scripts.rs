@@ -301,6 +301,28 @@ fn a_server_in_a_container_is_not_one_of_this_machine() {
 }
 
 #[test]
+fn a_checkpoint_is_waited_for_no_longer_than_its_call_may_take() {
+    let all = [("pidof", "echo 7"), ("timeout", "echo \"$1\"")];
+    let dir = programs("limit", &all);
+    for (limit, expected) in [
+        (None, "20"),
+        (Some("30"), "20"),
+        (Some("3600"), "20"),
+        (Some("10"), "6.6"),
+        (Some("1"), "0.6"),
+    ] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("hooks/postgresql");
+        let mut shell = Command::new("/bin/sh");
+        let shell = shell.arg(path).arg("freeze").env("PATH", &dir);
+        let ended = shell.envs(limit.map(|it| ("HV_VSS_LIMIT", it))).output();
+        let ended = ended.unwrap();
+        let said = String::from_utf8_lossy(&ended.stdout);
+        assert_eq!(said.lines().next(), Some(expected), "{limit:?}: {ended:?}");
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
 fn each_cluster_of_debian_is_asked_by_its_name() {
     let list = "cat <<END
 16 old 5433 online postgres /var/lib/postgresql/16/old /log
