@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 const CONFIGURES: &str = "../.debian/hv-vss-daemon.postinst";
+const REMOVES: &str = "../.debian/hv-vss-daemon.postrm";
 const MARIADB: &str = "hooks/mariadb";
 const HANDS_OVER: &str = "../kmod/hand-over/hv_vss_hand_over";
 
@@ -77,6 +78,37 @@ fn each_server_is_locked_by_what_it_has() {
         let found = with_function(MARIADB, "lock_for", "lock_for \"$1\"", version);
         assert_eq!(found, lock, "{version}");
     }
+}
+
+#[test]
+fn a_purge_takes_the_links_to_our_hooks_and_nothing_of_the_administrators() {
+    use std::os::unix::fs::symlink;
+    let dir = programs("purge", &[]);
+    let etc = dir.join("etc");
+    let purge = || {
+        let line = "forget_hooks \"$1\"";
+        with_function(REMOVES, "forget_hooks", line, etc.to_str().unwrap())
+    };
+    // Where nothing is there is nothing to do.
+    purge();
+    let hooks = etc.join("hooks.d");
+    std::fs::create_dir_all(&hooks).unwrap();
+    std::fs::create_dir_all(etc.join("daemon.toml.d")).unwrap();
+    for (name, to) in [
+        ("50-mariadb", "/usr/share/hv_vss/hooks/mariadb"),
+        ("60-a", "../../../usr/share/hv_vss/hooks/postgresql"),
+        ("70-theirs", "/opt/theirs/hook"),
+    ] {
+        symlink(to, hooks.join(name)).unwrap();
+    }
+    purge();
+    let left = std::fs::read_dir(&hooks).unwrap().flatten();
+    let left: Vec<_> = left.map(|it| it.file_name()).collect();
+    assert_eq!(left, ["70-theirs"]);
+    std::fs::remove_file(hooks.join("70-theirs")).unwrap();
+    purge();
+    assert!(!etc.exists());
+    std::fs::remove_dir_all(&dir).unwrap();
 }
 
 /// A folder for programs, with those that these lines are.

@@ -319,6 +319,8 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
     let guest = &reboot(guest)?;
     serves(guest, OURS, "hv_vss")?;
 
+    // As the README has it; this one fails no backup, whatever is there of its server.
+    guest.sh("ln -s /usr/share/hv_vss/hooks/postgresql /etc/hv_vss/hooks.d/50-postgresql")?;
     amid_backups(guest, "dpkg --remove hv-vss-dkms hv-vss-daemon")?;
     theirs_is_to_come(guest)?;
     not_so_late(guest)?;
