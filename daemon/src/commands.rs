@@ -640,7 +640,18 @@ pub fn thaw(run: &RunDir, log: &Logbook) -> Result<(), CommandError> {
     let mut nothing = true;
     let mut failure = None;
     let mut is_silent = false;
-    match control::ask(run, Method::Thaw) {
+    let mut last = String::new();
+    let meanwhile = |status: &Value| {
+        let doing = status["doing"].as_str().or(status["phase"].as_str());
+        let doing = doing.unwrap_or_default();
+        if doing != last {
+            doing.clone_into(&mut last);
+            log.info(format!(
+                "the daemon that serves has not thawed all yet ({doing}): waiting for it"
+            ));
+        }
+    };
+    match control::ask_patiently(run, Method::Thaw, meanwhile) {
         Ok(reply) if reply["thawed"] == true => {
             log.info("the daemon that serves has thawed; its backup fails");
             nothing = false;

@@ -55,7 +55,7 @@ use crate::record::RUN_DIR;
 pub const DEFAULT_PATH: &str = "/etc/hv_vss/daemon.toml";
 
 /// How long reading it may take: it may be a link into a network mount that is dead.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes that one file may have.
 const MOST_BYTES: u64 = 1 << 20;
 

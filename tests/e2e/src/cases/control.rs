@@ -23,6 +23,11 @@ pub const CASES: &[Case] = &[
         thaw_under_a_stopped_daemon,
     ),
     case(
+        "control/thaw-of-a-dead-disk",
+        "thaw by hand while a disk is dead, stock module: it waits for the daemon, which gives that one up, and says so",
+        thaw_of_a_dead_disk,
+    ),
+    case(
         "control/rehearsal",
         "a rehearsal beside a daemon that serves freezes and thaws, and the next backup is good",
         rehearsal,
@@ -209,6 +214,39 @@ fn thaw_under_a_stopped_daemon(guest: &Guest) -> Result<()> {
     released(guest, "the death of the daemon", guest.clock()?, RELEASED)?;
     guest.wait(&daemon, STEP)?;
     Ok(())
+}
+
+fn thaw_of_a_dead_disk(guest: &Guest) -> Result<()> {
+    make_one(guest)?;
+    make_hung(guest)?;
+    let vss = guest.vss();
+    // With ours it is the module that thaws then, and only its worker hangs.
+    load(guest, Module::Stock, &[])?;
+    // Longer than whoever asks waits for a reply.
+    let daemon = guest.start_daemon_with("give_up = 7")?;
+    wait_for_daemon(guest)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    all_stand_still(guest)?;
+    guest.sh(HANG)?;
+    let ended = guest.try_sh(THAW);
+    let goes_on = released(guest, "thaw by hand", guest.clock()?, RELEASED);
+    guest.sh(UNHANG)?;
+    let (ended, _) = (ended?, goes_on?);
+    let says = |words: &str| ended.err.contains(words);
+    ensure!(
+        ended.status == Some(0) && says("waiting for it") && says("its backup fails"),
+        "thaw should wait for the daemon, it was: {ended:?}"
+    );
+    ensure!(!says("kill"), "nobody has to be killed: {ended:?}");
+    answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
+    guest.wait_until("what was given up is back", STEP, || {
+        Ok(guest.try_sh("timeout 1 touch /mnt/hung/now")?.status == Some(0))
+    })?;
+    super::deadman::good_backup(guest)?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest
+        .sh("umount /mnt/hung && dmsetup remove hung")
+        .map(drop)
 }
 
 fn rehearsal(guest: &Guest) -> Result<()> {
