@@ -56,6 +56,8 @@ pub const DEFAULT_PATH: &str = "/etc/hv_vss/daemon.toml";
 
 /// How long reading it may take: it may be a link into a network mount that is dead.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is read again while that hangs: what it hangs in may be in the way no longer.
+const MOST_HANGING: usize = 4;
 /// Bytes that one file may have.
 const MOST_BYTES: u64 = 1 << 20;
 
@@ -459,7 +461,7 @@ impl Config {
     /// The same [apart](Questions), for a thread that has the descriptors of all: what does not answer in time
     /// cannot be read.
     pub fn load_in_time(path: Option<&Path>) -> Result<Self, ConfigError> {
-        static ASKED: Questions<PathBuf> = Questions::new();
+        static ASKED: Questions<PathBuf> = Questions::up_to(MOST_HANGING);
         let file = path.unwrap_or(Path::new(DEFAULT_PATH)).to_owned();
         let (its, must_exist) = (file.clone(), path.is_some());
         let read = move |_| read(&its, must_exist);

@@ -78,6 +78,12 @@ pub const CASES: &[Case] = &[
         reload,
     ),
     case(
+        "control/reload-that-hangs",
+        "a reload that hangs on a disk fails in time and changes nothing, and the next one succeeds once the file is \
+         another",
+        reload_that_hangs,
+    ),
+    case(
         "control/reload-while-waiting",
         "while another program has the device, status says so and a reload succeeds: the configuration of then is in \
          force once it is ours",
@@ -716,6 +722,46 @@ fn reload(guest: &Guest) -> Result<()> {
     let text = asked(guest, "reload", 1)?;
     ensure!(text.contains("no daemon serves"), "{text}");
     guest.sh("rm -rf /etc/hv_vss").map(drop)
+}
+
+fn reload_that_hangs(guest: &Guest) -> Result<()> {
+    const FILE: &str = "/etc/hv_vss/daemon.toml.d/10-a.toml";
+    make_one(guest)?;
+    make_hung(guest)?;
+    // Nothing of it is in memory once it was mounted anew.
+    guest.sh(&format!(
+        "rm -rf /etc/hv_vss; mkdir -p /etc/hv_vss/daemon.toml.d
+         echo 'give_up = 8' >/mnt/hung/a.toml && umount /mnt/hung
+         echo 'give_up = 7' >{FILE}"
+    ))?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let in_force = |seconds: u64| {
+        let out = guest.try_sh("/payload/hv_vss_daemon status --json")?.out;
+        let status: serde_json::Value = serde_json::from_str(&out)?;
+        let found = &status["daemon"]["configuration"]["in_force"]["give_up"];
+        equal("give_up in force", found, &seconds.into())
+    };
+    in_force(7)?;
+    guest.sh(&format!(
+        "ln -sf /mnt/hung/a.toml {FILE} && mount -o barrier=0 /dev/mapper/hung /mnt/hung && {HANG}"
+    ))?;
+    let check = || {
+        let text = asked(guest, "reload", 1)?;
+        ensure!(text.contains("does not answer"), "{text}");
+        // Whoever asks for the status reads it as well, and rm without -f asks whether it may be written to.
+        guest.sh(&format!("rm -f {FILE} && echo 'give_up = 9' >{FILE}"))?;
+        in_force(7)?;
+        asked(guest, "reload", 0)?;
+        in_force(9)
+    };
+    let seen = check();
+    guest.sh(&format!("{UNHANG}; rm -rf /etc/hv_vss"))?;
+    seen?;
+    super::deadman::good_backup(guest)?;
+    stop(guest, guest.module(), &daemon)?;
+    guest
+        .sh("umount /mnt/hung && dmsetup remove hung")
+        .map(drop)
 }
 
 fn reload_while_waiting(guest: &Guest) -> Result<()> {
