@@ -119,7 +119,15 @@ pub const CASES: &[Case] = &[
             "control/hand-over-held-open",
             "whoever has the stock module's device open hangs no hand-over: it ends, says who that is, and the device is \
              moved once it is let go",
-            hand_over_held_open,
+            |guest| hand_over_held_open(guest, Asks::Script),
+        )
+    }.long(),
+    Case {
+        machine: Machine::SYSTEMD,
+        ..case(
+            "control/hand-over-held-open-by-udev",
+            "the same when udev's rule has asked, which kills what that leaves running",
+            |guest| hand_over_held_open(guest, Asks::Udev),
         )
     }.long(),
     Case {
@@ -920,7 +928,16 @@ fn no_device(guest: &Guest) -> Result<()> {
     guest.sh("systemctl stop hv_vss").map(drop)
 }
 
-fn hand_over_held_open(guest: &Guest) -> Result<()> {
+/// Who asks for the device to be handed over.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asks {
+    /// As the packages' scripts do.
+    Script,
+    /// As when the device comes.
+    Udev,
+}
+
+fn hand_over_held_open(guest: &Guest, asks: Asks) -> Result<()> {
     const SCRIPT: &str = "/usr/libexec/hv_vss_hand_over";
     const DRIVER: &str = "cd /sys/bus/vmbus/devices
          for it in *; do grep -q 35fa2e29 $it/class_id && basename \"$(readlink $it/driver)\"; done";
@@ -936,9 +953,27 @@ fn hand_over_held_open(guest: &Guest) -> Result<()> {
         let fd = format!("readlink /proc/{}/fd/3", holder.pid);
         Ok(guest.try_sh(&fd)?.out.contains("hv_vss"))
     })?;
-    let take = guest.spawn(&[SCRIPT, "take"])?;
-    guest.wait(&take, STEP * 3)?;
-    let said = guest.output(&take)?;
+    let said = match asks {
+        Asks::Script => {
+            let take = guest.spawn(&[SCRIPT, "take"])?;
+            guest.wait(&take, STEP * 3)?;
+            guest.output(&take)?
+        }
+        Asks::Udev => {
+            let device = format!("/sys/bus/vmbus/devices/{}", guest.vss().instance());
+            let trigger = ["udevadm", "trigger", "--action=add", "--settle", &device];
+            let trigger = guest.spawn(&trigger)?;
+            guest.wait(&trigger, STEP * 3)?;
+            // What an event has left running is killed once there is nobody left to work on another.
+            guest.wait_until("udev is at rest", STEP, || {
+                Ok(guest
+                    .try_sh("! grep -q udev-worker /proc/[0-9]*/comm")?
+                    .status
+                    == Some(0))
+            })?;
+            guest.sh("journalctl --quiet --boot --identifier=hv_vss_hand_over")?
+        }
+    };
     let who = format!("sleep (process {})", holder.pid);
     ensure!(said.contains(&who), "it should say who has it open: {said}");
     guest.signal(&holder, 9)?;
