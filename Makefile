@@ -175,7 +175,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 LIB = $(DESTDIR)$(PREFIX)/lib
 LIBEXEC = $(DESTDIR)$(PREFIX)/libexec
 SHARE = $(DESTDIR)$(PREFIX)/share
-ADAPT = sed -e 's|/usr/libexec/|$(PREFIX)/libexec/|g' -e 's|/usr/share/|$(PREFIX)/share/|g' -e 's|^prefix=/usr|prefix=$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|'
+ADAPT = sed -e 's|/usr/libexec/|$(PREFIX)/libexec/|g' -e 's|/usr/sbin/|$(PREFIX)/sbin/|g' -e 's|/usr/share/|$(PREFIX)/share/|g' -e 's|^prefix=/usr|prefix=$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|'
 # Where zsh looks for what completes a command; packages of Debian have a folder of their own.
 ZSH_FUNCTIONS ?= site-functions
 # The daemons of the distributions that give way to ours: Debian's and Ubuntu's, Fedora's, SUSE's.

@@ -7,7 +7,7 @@
 //! on a disk is done here, and whoever had it done waits for as long as they like. A thread that has come
 //! back is used again. It knows nothing of what it runs.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{channel, Receiver, Sender};
@@ -115,29 +115,59 @@ fn work(line: &OwnedFd, orders: &Receiver<Step>) {
 }
 
 /// Questions that may hang, each about one thing, a device or a path. What has not answered is not asked again
-/// before it has.
+/// before it has, or not more often than it may.
 pub struct Questions<About: 'static> {
     apart: Apart,
-    open: Mutex<BTreeSet<About>>,
+    /// How many about one thing may wait for an answer.
+    most: usize,
+    /// How many do.
+    open: Mutex<BTreeMap<About, usize>>,
 }
 
 impl<About: Clone + Ord + Send> Questions<About> {
     /// Nothing is asked yet.
     #[expect(clippy::new_without_default, reason = "it is for statics")]
     pub const fn new() -> Self {
+        Self::up_to(1)
+    }
+
+    /// The same for what can be cured while a question about it hangs, such as a path that has led to a dead disk:
+    /// so many may hang before nothing more is asked.
+    pub const fn up_to(most: usize) -> Self {
         Questions {
             apart: Apart::new(),
-            open: Mutex::new(BTreeSet::new()),
+            most,
+            open: Mutex::new(BTreeMap::new()),
         }
     }
 
-    fn open(&self) -> MutexGuard<'_, BTreeSet<About>> {
+    fn open(&self) -> MutexGuard<'_, BTreeMap<About, usize>> {
         // It is whole after each change.
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether one more may be asked about this, which is under way then.
+    fn begin(&self, about: &About) -> bool {
+        let mut open = self.open();
+        let under_way = open.entry(about.clone()).or_default();
+        let may_be = *under_way < self.most;
+        *under_way += usize::from(may_be);
+        may_be
+    }
+
+    /// One is not under way any more.
+    fn end(&self, about: &About) {
+        let mut open = self.open();
+        if let Some(under_way) = open.get_mut(about) {
+            *under_way -= 1;
+            if *under_way == 0 {
+                open.remove(about);
+            }
+        }
+    }
+
     /// The answer, by who has nothing but copies of these descriptors. It is [`io::ErrorKind::TimedOut`] when that takes
-    /// longer than `limit`, and at once as long as it does. As with [`Apart::hand_over`] the question owns no
+    /// longer than `limit`, and at once as long as as many do as may. As with [`Apart::hand_over`] the question owns no
     /// descriptor, and an answer that owns one is not for whoever asked: they are in different tables.
     pub fn ask<T: Send + 'static>(
         &'static self,
@@ -147,19 +177,19 @@ impl<About: Clone + Ord + Send> Questions<About> {
         question: impl FnOnce(Vec<OwnedFd>) -> T + Send + 'static,
     ) -> io::Result<T> {
         let silent = || io::Error::new(io::ErrorKind::TimedOut, "it does not answer");
-        if !self.open().insert(about.clone()) {
+        if !self.begin(&about) {
             return Err(silent());
         }
         let (tell, told) = channel();
         let it = about.clone();
         let step = move |fds| {
             let answer = question(fds);
-            self.open().remove(&it);
+            self.end(&it);
             // Nobody listens any more when it took too long.
             let _ = tell.send(answer);
         };
         if let Err(error) = self.apart.hand_over(fds, step) {
-            self.open().remove(&about);
+            self.end(&about);
             return Err(error);
         }
         told.recv_timeout(limit).map_err(|_| silent())
@@ -235,6 +265,33 @@ mod tests {
         let open = |_| std::fs::read_dir("/proc/thread-self/fd").map(Iterator::count);
         assert_eq!(ASKED.ask("other", &[], LONG, open).unwrap().unwrap(), 2);
         drop(release);
+        let since = Instant::now();
+        while again().is_err() {
+            assert!(since.elapsed() < LONG);
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn what_can_be_cured_is_asked_again_as_often_as_it_may_hang() {
+        static ASKED: Questions<&str> = Questions::up_to(2);
+        let kind = |it: io::Result<()>| it.map_err(|error| error.kind());
+        let moment = Duration::from_millis(50);
+        let mut lines = Vec::new();
+        let mut hang = || {
+            let (release, hang) = channel::<()>();
+            lines.push(release);
+            kind(ASKED.ask("dead", &[], moment, move |_| {
+                let _ = hang.recv();
+            }))
+        };
+        let silent = Err(io::ErrorKind::TimedOut);
+        let again = || kind(ASKED.ask("dead", &[], LONG, |_| ()));
+        assert_eq!(hang(), silent);
+        assert_eq!(again(), Ok(()), "it is cured");
+        assert_eq!(hang(), silent);
+        assert_eq!(again(), silent, "nobody waits for that");
+        lines.pop();
         let since = Instant::now();
         while again().is_err() {
             assert!(since.elapsed() < LONG);

@@ -712,6 +712,7 @@ impl Calls {
             .env_clear()
             .env("PATH", PATH)
             .envs(variables.iter().map(|(name, value)| (name, value)))
+            .env("HV_VSS_LIMIT", self.means.limit.as_secs().to_string())
             .stdin(waits)
             .stdout(theirs.try_clone()?)
             .stderr(theirs)

@@ -677,7 +677,18 @@ pub fn thaw(run: &RunDir, log: &Logbook) -> Result<(), CommandError> {
     let mut nothing = true;
     let mut failure = None;
     let mut is_silent = false;
-    match control::ask(run, Method::Thaw) {
+    let mut last = String::new();
+    let meanwhile = |status: &Value| {
+        let doing = status["doing"].as_str().or(status["phase"].as_str());
+        let doing = doing.unwrap_or_default();
+        if doing != last {
+            doing.clone_into(&mut last);
+            log.info(format!(
+                "the daemon that serves has not thawed all yet ({doing}): waiting for it"
+            ));
+        }
+    };
+    match control::ask_patiently(run, Method::Thaw, meanwhile) {
         Ok(reply) if reply["thawed"] == true => {
             log.info("the daemon that serves has thawed; its backup fails");
             nothing = false;
@@ -736,6 +747,89 @@ mod tests {
     use super::*;
     use crate::logbook::Sink;
     use serde_json::json;
+
+    /// The names of all fields in there.
+    fn fields_of(value: &Value, into: &mut BTreeSet<String>) {
+        match value {
+            Value::Object(all) => {
+                for (name, value) in all {
+                    into.insert(name.clone());
+                    fields_of(value, into);
+                }
+            }
+            Value::Array(all) => all.iter().for_each(|it| fields_of(it, into)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn the_manual_has_each_field_of_the_json() {
+        let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("hv_vss_daemon.8");
+        let page = std::fs::read_to_string(page).unwrap();
+        let section = page.split(".SH JSON\n").nth(1).unwrap();
+        let section = section.split("\n.SH ").next().unwrap();
+        let entry = crate::history::tests::example();
+        let status = Status::new(None, std::slice::from_ref(&entry), None);
+        let finding = check::Finding {
+            what: "daemon",
+            grade: check::Grade::Ok,
+            text: String::new(),
+        };
+        let row = Row {
+            paths: Vec::new(),
+            mounts: vec![MountRow {
+                namespace: 0,
+                path: String::new(),
+                whole: true,
+            }],
+            fs_type: "ext4",
+            source: None,
+            dev: String::new(),
+            disks: Vec::new(),
+            wave: Some(1),
+            left_out_because: Some(String::new()),
+        };
+        let listing = Listing {
+            frozen: vec![row],
+            synced: Vec::new(),
+            left_out: Vec::new(),
+            idle_rules: BTreeSet::new(),
+            partial_rules: Vec::new(),
+            disks: vec![DiskRow {
+                name: "sda",
+                dev: String::new(),
+                address: Some(""),
+                in_last_backup: Some(true),
+                file_systems: Vec::new(),
+            }],
+            listed_disks_only: false,
+        };
+        for (command, printed) in [
+            ("status", serde_json::to_value(status)),
+            ("history", serde_json::to_value([entry])),
+            ("check", serde_json::to_value([finding])),
+            ("list", serde_json::to_value(listing)),
+        ] {
+            let its = section.split(&format!(".TP\n.B {command}\n")).nth(1);
+            let its = its.unwrap_or_else(|| panic!("JSON has no {command}"));
+            let its = its.split(".TP\n").next().unwrap();
+            let mut fields = BTreeSet::new();
+            fields_of(&printed.unwrap(), &mut fields);
+            if command == "status" {
+                // That is said of the history.
+                fields.retain(|it| ["daemon", "last", "is_remembered"].contains(&it.as_str()));
+                assert_eq!(fields.len(), 3);
+            }
+            let mut words = its.split([' ', '\n', ',', ';', '(', ')']);
+            let words: BTreeSet<&str> = words.by_ref().collect();
+            for field in fields {
+                assert!(
+                    words.contains(&*field),
+                    "of {field} of {command} nothing is said"
+                );
+            }
+        }
+    }
 
     #[test]
     fn what_will_not_be_a_configuration_after_the_backup_is_none_now() {

@@ -55,7 +55,9 @@ use crate::record::RUN_DIR;
 pub const DEFAULT_PATH: &str = "/etc/hv_vss/daemon.toml";
 
 /// How long reading it may take: it may be a link into a network mount that is dead.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is read again while that hangs: what it hangs in may be in the way no longer.
+const MOST_HANGING: usize = 4;
 /// Bytes that one file may have.
 const MOST_BYTES: u64 = 1 << 20;
 
@@ -107,8 +109,9 @@ pub struct Config {
     pub give_up: Duration,
     /// How many file systems are worked on at a time, 1 to 256.
     pub parallel: usize,
-    /// How many file systems are written back at a time before the freeze, 1 to 256.
-    pub write_back: usize,
+    /// How many file systems are written back at a time before the freeze, 1 to 256, if that is said: see
+    /// [`Config::write_back`].
+    pub write_back: Option<usize>,
     /// Where the history is kept.
     pub state_dir: PathBuf,
     /// What is never frozen.
@@ -130,7 +133,7 @@ impl Default for Config {
             deadline: Duration::from_secs(60),
             give_up: Duration::from_secs(10),
             parallel: 32,
-            write_back: std::thread::available_parallelism().map_or(5, |n| (4 + n.get()).min(256)),
+            write_back: None,
             state_dir: "/var/lib/hv_vss".into(),
             exclude: Rules::default(),
             include: Rules::default(),
@@ -236,7 +239,7 @@ impl Layer {
         put(&mut config.deadline, self.deadline);
         put(&mut config.give_up, self.give_up);
         put(&mut config.parallel, self.parallel);
-        put(&mut config.write_back, self.write_back);
+        config.write_back = self.write_back.or(config.write_back);
         config.has_run_dir |= self.run_dir.is_some();
         put(&mut config.state_dir, self.state_dir);
         for (rules, layer) in [
@@ -458,7 +461,7 @@ impl Config {
     /// The same [apart](Questions), for a thread that has the descriptors of all: what does not answer in time
     /// cannot be read.
     pub fn load_in_time(path: Option<&Path>) -> Result<Self, ConfigError> {
-        static ASKED: Questions<PathBuf> = Questions::new();
+        static ASKED: Questions<PathBuf> = Questions::up_to(MOST_HANGING);
         let file = path.unwrap_or(Path::new(DEFAULT_PATH)).to_owned();
         let (its, must_exist) = (file.clone(), path.is_some());
         let read = move |_| read(&its, must_exist);
@@ -495,7 +498,6 @@ impl Config {
             "deadline": self.deadline.as_secs(),
             "give_up": self.give_up.as_secs(),
             "parallel": self.parallel,
-            "write_back": self.write_back,
             "state_dir": self.state_dir,
             "exclude": rules(&self.exclude),
             "include": rules(&self.include),
@@ -506,6 +508,9 @@ impl Config {
                 "optional": texts(&self.hooks.optional),
             },
         });
+        if let Some(most) = self.write_back {
+            all["write_back"] = most.into();
+        }
         if self.has_run_dir {
             all["run_dir"] = RUN_DIR.into();
         }
@@ -517,6 +522,14 @@ impl Config {
         let mut config = Self::default();
         Layer::deserialize(value).ok()?.apply(&mut config);
         Some(config)
+    }
+
+    /// How many file systems are written back at a time before the freeze. Where nothing is said it goes by the
+    /// processors of whoever does that, which need not be those of whoever only reads.
+    pub fn write_back(&self) -> usize {
+        let by_processors =
+            || std::thread::available_parallelism().map_or(5, |n| (4 + n.get()).min(256));
+        self.write_back.unwrap_or_else(by_processors)
     }
 
     /// What it says in vain, in words.
@@ -667,6 +680,17 @@ mod tests {
         }
         assert!(Config::of_value(&json!({ "strict": "perhaps" })).is_none());
         assert!(Config::of_value(&Value::Null).is_none());
+    }
+
+    /// They may have other processors, as in a container or by a drop-in of the unit.
+    #[test]
+    fn a_default_that_is_not_the_same_everywhere_is_not_taken_for_a_change() {
+        let config = parse("").unwrap();
+        assert!(config.to_value()["write_back"].is_null());
+        assert!((5..=256).contains(&config.write_back()));
+        let config = parse("write_back = 3").unwrap();
+        assert_eq!(config.to_value()["write_back"], 3);
+        assert_eq!(config.write_back(), 3);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::Serialize;
 use serde_json::{json, Value};
 
+use crate::config;
 use crate::process;
 use crate::record::RunDir;
 
@@ -31,8 +32,10 @@ const SERVICE_DESCRIPTION: &str = include_str!("org.varlink.service.varlink");
 const MOST_CLIENTS: usize = 8;
 /// Bytes of the calls of one program that wait for their turn.
 const LONGEST_CALL: usize = 4096;
-/// How long the daemon may take for a reply.
+/// How long the daemon may take for a reply, beside what it has to wait for itself.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// After which time a daemon that is waited for is asked what it is at.
+const LOOK: Duration = Duration::from_secs(2);
 
 /// What can be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +71,15 @@ impl Method {
             Method::Check => "Check",
         };
         format!("{INTERFACE}.{method}")
+    }
+
+    /// How long the daemon may take for the reply.
+    fn patience(self) -> Duration {
+        match self {
+            // It replies when that has been read, or cannot be.
+            Method::Reload => config::PATIENCE + PATIENCE,
+            Method::Thaw | Method::Status | Method::History | Method::Check => PATIENCE,
+        }
     }
 }
 
@@ -110,16 +122,50 @@ pub fn who_serves(run: &RunDir) -> Option<u32> {
 
 /// Asks the daemon whose run directory this is.
 pub fn ask(run: &RunDir, method: Method) -> Result<Value, ControlError> {
+    ask_for(run, method, method.patience(), |silent| Err(silent.into()))
+}
+
+/// The same for what may take as long as a disk hangs: as long as the daemon replies to others it is waited for, and
+/// `meanwhile` hears what it is at. It is the daemon that is silent only if it is so to all.
+pub fn ask_patiently(
+    run: &RunDir,
+    method: Method,
+    meanwhile: impl FnMut(&Value),
+) -> Result<Value, ControlError> {
+    look_in(run, method, LOOK, meanwhile)
+}
+
+fn look_in(
+    run: &RunDir,
+    method: Method,
+    pause: Duration,
+    mut meanwhile: impl FnMut(&Value),
+) -> Result<Value, ControlError> {
+    ask_for(run, method, pause, |_| {
+        ask(run, Method::Status).map(|status| meanwhile(&status))
+    })
+}
+
+/// Asks; `silent` is called whenever nothing has come for that long, and may end it.
+fn ask_for(
+    run: &RunDir,
+    method: Method,
+    pause: Duration,
+    mut silent: impl FnMut(io::Error) -> Result<(), ControlError>,
+) -> Result<Value, ControlError> {
     let (mut stream, _) = connect(run)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(pause))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.write_all(&message(&json!({ "method": method.name() })))?;
     let mut text = Vec::new();
     let mut part = [0; 512];
     while !text.contains(&0) {
-        match stream.read(&mut part)? {
-            0 => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-            n => text.extend(part.iter().take(n)),
+        match stream.read(&mut part) {
+            Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            Ok(n) => text.extend(part.iter().take(n)),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => silent(e)?,
+            Err(e) => return Err(e.into()),
         }
     }
     text.pop();
@@ -561,6 +607,57 @@ mod tests {
         assert_eq!(check["parameters"]["why"], "no Check");
         assert_eq!(last["error"], "org.varlink.service.InterfaceNotFound");
         std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_daemon_that_takes_its_time_is_waited_for_as_long_as_it_says_what_it_is_at() {
+        const PAUSE: Duration = Duration::from_millis(50);
+        let dir = std::env::temp_dir().join(format!("hv-vss-patience-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let run = RunDir::new(&dir);
+        let mut poll = Poll::new().unwrap();
+        let mut control = Control::listen(&run, poll.registry(), Token(7)).unwrap();
+        let theirs = run.clone();
+        let asking = std::thread::spawn(move || {
+            let mut told = Vec::new();
+            let meanwhile = |status: &Value| told.push(status["phase"].clone());
+            let reply = look_in(&theirs, Method::Thaw, PAUSE, meanwhile);
+            (reply, told)
+        });
+        let mut events = Events::with_capacity(8);
+        let mut waits = None;
+        let mut looks = 0;
+        while !asking.is_finished() {
+            poll.poll(&mut events, Some(PAUSE / 2)).unwrap();
+            for event in &events {
+                control.ready(poll.registry(), event.token());
+            }
+            while let Some((client, method)) = control.next_call() {
+                match method {
+                    Method::Thaw => waits = Some(client),
+                    _ => {
+                        looks += 1;
+                        control.reply(client, json!({ "phase": "thawing" }));
+                    }
+                }
+            }
+            if let Some(client) = waits.take_if(|_| looks == 3) {
+                control.reply(client, json!({ "thawed": true }));
+            }
+        }
+        let (reply, told) = asking.join().unwrap();
+        assert_eq!(reply.unwrap()["thawed"], true);
+        assert!(told.len() == 3 && told.iter().all(|it| it == "thawing"));
+        // One that replies to nobody is silent.
+        let silent = |_| Err(ControlError::Nobody);
+        let reply = ask_for(&run, Method::Thaw, PAUSE, silent);
+        assert!(matches!(reply, Err(ControlError::Nobody)));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn who_asks_for_the_configuration_to_be_read_waits_for_as_long_as_that_may_take() {
+        assert!(Method::Reload.patience() > config::PATIENCE);
     }
 
     #[test]

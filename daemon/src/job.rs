@@ -330,7 +330,7 @@ impl Freezer {
             limits: Limits {
                 strict: config.strict,
                 parallel: config.parallel,
-                write_back: config.write_back,
+                write_back: config.write_back(),
                 give_up: config.give_up,
                 patience: BUSY_PATIENCE,
                 lag: LAG,
@@ -744,7 +744,8 @@ pub struct Worker {
     /// To a thread of its own: a disk may hang, or be frozen by somebody else for as long as they like, and
     /// no backup waits for that.
     later: SyncSender<Look>,
-    /// To another one, if it was ever needed: what is asked of it may cure what the first one hangs in.
+    /// To another one, if it was ever needed: what is asked of it may cure what the first one hangs in. It has the
+    /// descriptors of all, and so must not hang itself.
     aside: Option<SyncSender<Look>>,
 }
 
@@ -810,7 +811,7 @@ impl Worker {
         };
         let builder = Builder::new().name("backup".into()).stack_size(STACK_BYTES);
         builder.spawn(body)?;
-        let later = Self::line("later", &sender)?;
+        let later = Self::line("later", true, &sender)?;
         Ok(Worker {
             orders: sender,
             later,
@@ -819,14 +820,14 @@ impl Worker {
     }
 
     /// To a new thread that looks and hands on what is to be done then.
-    fn line(name: &str, orders: &Sender<Order>) -> io::Result<SyncSender<Look>> {
+    fn line(name: &str, may_hang: bool, orders: &Sender<Order>) -> io::Result<SyncSender<Look>> {
         let (sender, looks) = sync_channel::<Look>(MOST_LATER);
         let orders = orders.clone();
         let body = move || {
             let _ = process::go_along();
             // Standard input is nothing of ours. Should it hang when the process dies, and be it behind a
             // freeze of ours, all else is closed; where the kernel cannot do that, it is as before.
-            let _kept = sys::keep_only(0);
+            let _kept = may_hang.then(|| sys::keep_only(0));
             for look in looks {
                 // Without a worker nobody is left to tell.
                 let _ = orders.send(Order::Do(look()));
@@ -854,14 +855,14 @@ impl Worker {
         self.later.try_send(in_two(look, then)).is_ok()
     }
 
-    /// The same, whatever [`Worker::later`] hangs in.
+    /// The same, whatever [`Worker::later`] hangs in, for a `look` that ends in time whatever it needs.
     pub fn aside<T: Send + 'static>(
         &mut self,
         look: impl FnOnce() -> T + Send + 'static,
         then: impl FnOnce(T) + Send + 'static,
     ) -> bool {
         if self.aside.is_none() {
-            self.aside = Self::line("aside", &self.orders).ok();
+            self.aside = Self::line("aside", false, &self.orders).ok();
         }
         let aside = self.aside.as_ref();
         aside.is_some_and(|it| it.try_send(in_two(look, then)).is_ok())

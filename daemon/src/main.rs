@@ -4,13 +4,14 @@
 
 use std::error::Error;
 use std::ffi::OsStr;
-use std::io::Write as _;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
+use clap::parser::ValueSource;
 use clap::{value_parser, Arg, ArgAction, ArgMatches, Command};
 use hv_vss_daemon::commands::{self, Stop};
 use hv_vss_daemon::config::{Config, ConfigError};
@@ -72,7 +73,7 @@ fn command() -> Command {
         .long("number")
         .value_name("N")
         .help("Which, counted from the last [default: 1]")
-        .value_parser(value_parser!(usize))
+        .value_parser(value_parser!(u64).range(1..))
         .requires("svg");
     let run_dir = Arg::new("run-dir")
         .long("run-dir")
@@ -143,11 +144,7 @@ fn exit_with(result: Result<ExitCode, Failure>) -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            let _ = writeln!(
-                std::io::stderr(),
-                "hv_vss_daemon: {}",
-                words(error.as_ref())
-            );
+            let _ = writeln!(io::stderr(), "hv_vss_daemon: {}", words(error.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -169,10 +166,25 @@ fn path_of(matches: &ArgMatches, name: &str) -> PathBuf {
         .unwrap_or_default()
 }
 
+/// The device that is named on the command line, before `run` or after it, or else the default.
+fn device_of(matches: &ArgMatches) -> PathBuf {
+    let is_said = |it: &&ArgMatches| it.value_source("device") == Some(ValueSource::CommandLine);
+    let run = matches.subcommand_matches("run").filter(is_said);
+    path_of(run.unwrap_or(matches), "device")
+}
+
 /// Prints what was asked for; the exit status says the same to a script.
 fn print((text, outcome): (String, Outcome)) -> Result<ExitCode, Failure> {
-    std::io::stdout().write_all(text.as_bytes())?;
+    say(&mut io::stdout(), &text)?;
     Ok(ExitCode::from(outcome as u8))
+}
+
+/// Whoever reads may have read enough (`head`), and then all that was wanted is said.
+fn say(out: &mut impl Write, text: &str) -> io::Result<()> {
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other,
+    }
 }
 
 fn dispatch() -> Result<ExitCode, Failure> {
@@ -214,7 +226,8 @@ fn dispatch() -> Result<ExitCode, Failure> {
             let config = or_default(config());
             match history.get_one::<PathBuf>("svg") {
                 Some(file) => {
-                    let number = history.get_one("number").copied().unwrap_or(1);
+                    let number = history.get_one("number").copied().unwrap_or(1_u64);
+                    let number = usize::try_from(number)?;
                     Ok(commands::draw(&config, number, file).map(|()| ExitCode::SUCCESS)?)
                 }
                 None => print(commands::history(&config, history.get_flag("json"))?),
@@ -222,7 +235,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
         }
         Some(("check", check)) => {
             need_root("look at all that a backup needs")?;
-            let device = path_of(&matches, "device");
+            let device = device_of(&matches);
             let json = check.get_flag("json");
             let run = RunDir::default();
             let path = config_path.as_deref();
@@ -233,14 +246,10 @@ fn dispatch() -> Result<ExitCode, Failure> {
             let log = Logbook::new(foreground_sink());
             done(commands::reload(&RunDir::default(), config, &log).map_err(Failure::from))
         }
-        Some((_, run)) => done(serve(
-            run,
-            config_path,
-            run.get_flag("no-daemon") || matches.get_flag("no-daemon"),
-        )),
-        None => {
-            let foreground = matches.get_flag("no-daemon");
-            done(serve(&matches, config_path, foreground))
+        run => {
+            let foreground = |it: &ArgMatches| it.get_flag("no-daemon");
+            let foreground = foreground(&matches) || run.is_some_and(|(_, it)| foreground(it));
+            done(serve(device_of(&matches), config_path, foreground))
         }
     }
 }
@@ -256,13 +265,9 @@ fn foreground_sink() -> Sink {
     }
 }
 
-fn serve(
-    matches: &ArgMatches,
-    config_path: Option<PathBuf>,
-    foreground: bool,
-) -> Result<(), Failure> {
+fn serve(device: PathBuf, config_path: Option<PathBuf>, foreground: bool) -> Result<(), Failure> {
     // In the background it is elsewhere.
-    let path = std::path::absolute(path_of(matches, "device"))?;
+    let path = std::path::absolute(device)?;
     let run = RunDir::default();
     // Before going to the background, so that whoever starts it sees why it cannot run.
     let log = Logbook::new(foreground_sink());
@@ -374,6 +379,44 @@ mod tests {
     use super::*;
     use clap_complete::Shell;
 
+    #[test]
+    fn the_device_is_the_one_that_was_named_wherever_that_was() {
+        for (line, device) in [
+            (&[][..], DEVICE),
+            (&["run"], DEVICE),
+            (&["--device", "/a"], "/a"),
+            (&["--device", "/a", "run"], "/a"),
+            (&["run", "--device", "/b"], "/b"),
+            (&["--device", "/a", "run", "--device", "/b"], "/b"),
+            (&["--device", "/a", "check"], "/a"),
+        ] {
+            let line = ["hv_vss"].iter().chain(line);
+            let matches = command().try_get_matches_from(line.clone()).unwrap();
+            assert_eq!(device_of(&matches), Path::new(device), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn backups_are_numbered_from_one() {
+        for (number, is_one) in [("1", true), ("7", true), ("0", false), ("-1", false)] {
+            let line = ["hv_vss", "history", "--svg", "a.svg", "--number", number];
+            let matches = command().try_get_matches_from(line);
+            assert_eq!(matches.is_ok(), is_one, "{number}");
+        }
+    }
+
+    #[test]
+    fn who_has_read_enough_has_missed_nothing() {
+        let (mut writer, reader) = std::os::unix::net::UnixStream::pair().unwrap();
+        drop(reader);
+        say(&mut writer, "a line\n").unwrap();
+        let mut full = std::fs::OpenOptions::new()
+            .write(true)
+            .open("/dev/full")
+            .unwrap();
+        say(&mut full, "a line\n").unwrap_err();
+    }
+
     /// As it is written in a page of the manual.
     fn escaped(option: &str) -> String {
         format!("--{option}").replace('-', "\\-")
@@ -407,7 +450,7 @@ mod tests {
             let mut lines = synopsis.split(".br\n");
             let line = match name {
                 "run" => lines.next(),
-                _ => lines.find(|it| it.starts_with(&format!(".B hv_vss_daemon {name}"))),
+                _ => lines.find(|it| it.starts_with(&format!(".B hv_vss {name}"))),
             };
             let line = line.unwrap_or_else(|| panic!("SYNOPSIS has no {name}"));
             for option in command.get_arguments() {
@@ -432,6 +475,34 @@ mod tests {
                 options.contains(&escaped(option)),
                 "OPTIONS has no --{option}"
             );
+        }
+    }
+
+    /// Where a distribution has its own, `hv_vss_daemon thaw` would start that one, and thaw nothing.
+    #[test]
+    fn nobody_is_told_to_call_the_program_by_a_name_that_may_be_anothers() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        for file in [
+            "README.md",
+            "daemon/hv_vss_daemon.8",
+            "daemon/hv_vss_daemon.toml.5",
+            "daemon/hv_vss_daemon.toml",
+            "daemon/src/org.hv-vss.Daemon.varlink",
+            "daemon/src/check.rs",
+            "daemon/src/commands.rs",
+            "daemon/src/service.rs",
+            "uapi/hv_vss.4",
+        ] {
+            let text = std::fs::read_to_string(root.join(file)).unwrap();
+            for command in command().get_subcommands() {
+                let called = format!("hv_vss_daemon {}", command.get_name());
+                assert!(!text.contains(&called), "{file} has {called}");
+            }
+        }
+        let page = std::fs::read_to_string(root.join("daemon/hv_vss_daemon.8")).unwrap();
+        let files = page.split(".SH FILES\n").nth(1).unwrap_or_default();
+        for file in ["/usr/sbin/hv_vss", "/usr/libexec/hv_vss_daemon"] {
+            assert!(files.contains(&format!(".I {file}\n")), "{file}");
         }
     }
 

@@ -17,7 +17,7 @@ use crate::history::Entry;
 pub enum Outcome {
     /// All is well.
     Well = 0,
-    /// No daemon serves: there is none, or it waits for the device.
+    /// No daemon serves: there is none, it waits for the device, or it refuses each FREEZE.
     NoDaemon = 3,
     /// The last backup was not good.
     LastNotGood = 4,
@@ -63,8 +63,10 @@ impl<'a> Status<'a> {
         let last_is_good = self.last.is_none_or(|it| it.result == Verdict::Good);
         match self.daemon.map(|it| &it["phase"]) {
             None => Outcome::NoDaemon,
+            // Also behind a freeze that was called off and has not ended, which may be never.
+            Some(_) if self.refuses().is_some() => Outcome::NoDaemon,
             Some(phase) if phase != "idle" => Outcome::UnderWay,
-            Some(_) if self.waits() || self.refuses().is_some() => Outcome::NoDaemon,
+            Some(_) if self.waits() => Outcome::NoDaemon,
             Some(_) if !last_is_good => Outcome::LastNotGood,
             Some(_) => Outcome::Well,
         }
@@ -247,6 +249,8 @@ mod tests {
         let frozen = json!({ "phase": "frozen", "door": "held" });
         let waits = json!({ "phase": "idle", "door": null });
         let refuses = json!({ "phase": "idle", "door": "held", "refuses": "why" });
+        let hangs = json!({ "phase": "ending", "door": "held", "refuses": "why" });
+        let gone = json!({ "phase": "frozen", "door": null });
         for (daemon, last, outcome) in [
             (None, Some(good.clone()), Outcome::NoDaemon),
             (Some(&idle), None, Outcome::Well),
@@ -255,6 +259,8 @@ mod tests {
             (Some(&frozen), Some(good.clone()), Outcome::UnderWay),
             (Some(&waits), Some(good.clone()), Outcome::NoDaemon),
             (Some(&refuses), Some(good.clone()), Outcome::NoDaemon),
+            (Some(&hangs), Some(good.clone()), Outcome::NoDaemon),
+            (Some(&gone), Some(good.clone()), Outcome::UnderWay),
         ] {
             let status = Status::new(daemon, last.as_slice(), None);
             assert_eq!(status.outcome(), outcome, "{status:?}");

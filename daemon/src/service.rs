@@ -954,7 +954,7 @@ impl Hands {
     fn reload(&mut self) -> Result<(), &'static str> {
         let tell = teller(&self.tell, |it| News::Config(Box::new(it)));
         let path = self.config_path.clone();
-        let read = move || Config::load(path.as_deref());
+        let read = move || Config::load_in_time(path.as_deref());
         // The setting that cures what the history hangs in may be in it.
         if self.worker.aside(read, tell) {
             return Ok(());

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 const CONFIGURES: &str = "../.debian/hv-vss-daemon.postinst";
+const REMOVES: &str = "../.debian/hv-vss-daemon.postrm";
 const MARIADB: &str = "hooks/mariadb";
 const HANDS_OVER: &str = "../kmod/hand-over/hv_vss_hand_over";
 
@@ -77,6 +78,37 @@ fn each_server_is_locked_by_what_it_has() {
         let found = with_function(MARIADB, "lock_for", "lock_for \"$1\"", version);
         assert_eq!(found, lock, "{version}");
     }
+}
+
+#[test]
+fn a_purge_takes_the_links_to_our_hooks_and_nothing_of_the_administrators() {
+    use std::os::unix::fs::symlink;
+    let dir = programs("purge", &[]);
+    let etc = dir.join("etc");
+    let purge = || {
+        let line = "forget_hooks \"$1\"";
+        with_function(REMOVES, "forget_hooks", line, etc.to_str().unwrap())
+    };
+    // Where nothing is there is nothing to do.
+    purge();
+    let hooks = etc.join("hooks.d");
+    std::fs::create_dir_all(&hooks).unwrap();
+    std::fs::create_dir_all(etc.join("daemon.toml.d")).unwrap();
+    for (name, to) in [
+        ("50-mariadb", "/usr/share/hv_vss/hooks/mariadb"),
+        ("60-a", "../../../usr/share/hv_vss/hooks/postgresql"),
+        ("70-theirs", "/opt/theirs/hook"),
+    ] {
+        symlink(to, hooks.join(name)).unwrap();
+    }
+    purge();
+    let left = std::fs::read_dir(&hooks).unwrap().flatten();
+    let left: Vec<_> = left.map(|it| it.file_name()).collect();
+    assert_eq!(left, ["70-theirs"]);
+    std::fs::remove_file(hooks.join("70-theirs")).unwrap();
+    purge();
+    assert!(!etc.exists());
+    std::fs::remove_dir_all(&dir).unwrap();
 }
 
 /// A folder for programs, with those that these lines are.
@@ -219,10 +251,12 @@ fn a_thaw_that_never_comes_back_keeps_no_other_one_frozen_and_nobody_waits_for_i
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
-#[test]
-fn a_driver_that_does_not_let_the_device_go_is_waited_for_by_another() {
-    // A bus whose driver waits for as long as nobody reads what it was told.
-    let dir = programs("hand-over", &[]);
+/// Hands over, in this folder, on a bus whose driver waits for as long as nobody reads what it was told; whoever has
+/// asked for it is killed afterwards, with all that it has started, if it is `of_udev`.
+fn hand_over(dir: &Path, of_udev: bool) {
+    use std::io::Read as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    use std::os::unix::process::CommandExt as _;
     let put = |name: &str, text: &str| {
         let path = dir.join(name);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -235,31 +269,62 @@ fn a_driver_that_does_not_let_the_device_go_is_waited_for_by_another() {
     let unbind = dir.join("drivers/hv_utils/unbind");
     let made = Command::new("mkfifo").arg(&unbind).status().unwrap();
     assert!(made.success());
-    let functions = ["seconds", "driver", "bind_to"].map(|it| function_of(HANDS_OVER, it));
+    let functions = ["seconds", "driver", "move", "bind_to"].map(|it| function_of(HANDS_OVER, it));
     let text = format!(
-        "set -u\nbus=.\ndevice=dev\nLIMIT=1\n{}\nbind_to hv_utils && echo has\nbind_to hv_vss\necho $?",
+        "set -u\nbus=$PWD\ndevice=dev\nLIMIT=1\nsystemd=$bus/systemd\n{}\n\
+         bind_to hv_utils && echo has\nbind_to hv_vss\necho $?",
         functions.join("\n")
     );
+    let path = std::env::var("PATH").unwrap();
     let mut shell = Command::new("sh");
-    let ended = shell
-        .args(["-c", &text])
-        .current_dir(&dir)
-        .output()
-        .unwrap();
+    let shell = shell.args(["-c", &text]).current_dir(dir);
+    let shell = shell.env("PATH", format!("{}:{path}", dir.display()));
+    let shell = shell.stdout(std::process::Stdio::piped()).process_group(0);
+    let shell = shell.spawn().unwrap();
+    let group = shell.id();
+    let ended = shell.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&ended.stdout);
     assert_eq!(said, "has\n2\n", "{ended:?}");
+    if of_udev {
+        let group = nix::unistd::Pid::from_raw(group.try_into().unwrap());
+        // It fails when nothing is left there.
+        let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
+    }
     let read = |name: &str| std::fs::read_to_string(dir.join(name)).unwrap();
     assert_eq!(read("devices/dev/driver_override"), "hv_vss\n");
     assert_eq!(read("drivers_probe"), "");
     // It does: the rest is done, without whoever had asked for it.
-    assert_eq!(std::fs::read_to_string(&unbind).unwrap(), "dev\n");
+    let no_wait = nix::fcntl::OFlag::O_NONBLOCK.bits();
+    let mut told = std::fs::OpenOptions::new();
+    let mut told = told.read(true).custom_flags(no_wait).open(&unbind).unwrap();
+    let mut text = String::new();
     let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
-    while read("devices/dev/driver_override") != "\n" {
+    while text != "dev\n" || read("devices/dev/driver_override") != "\n" {
         assert!(std::time::Instant::now() < until, "it is not moved");
         std::thread::sleep(std::time::Duration::from_millis(10));
+        // It fails as long as whoever writes has written nothing.
+        let _ = told.read_to_string(&mut text);
     }
     assert_eq!(read("drivers_probe"), "dev\n");
-    std::fs::remove_dir_all(&dir).unwrap();
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn a_driver_that_does_not_let_the_device_go_is_waited_for_by_another() {
+    hand_over(&programs("hand-over", &[]), false);
+    // Where systemd does not start anything.
+    let dir = programs("hand-over", &[("systemd-run", "exit 1")]);
+    std::fs::create_dir(dir.join("systemd")).unwrap();
+    hand_over(&dir, false);
+}
+
+/// As those that udev's rules leave running are.
+#[test]
+fn the_one_who_waits_is_not_killed_with_whoever_has_asked() {
+    let run = "while [ \"$1\" != sh ]; do shift; done; setsid \"$@\" &";
+    let dir = programs("hand-over-of-udev", &[("systemd-run", run)]);
+    std::fs::create_dir(dir.join("systemd")).unwrap();
+    hand_over(&dir, true);
 }
 
 #[test]
@@ -298,6 +363,28 @@ fn a_server_in_a_container_is_not_one_of_this_machine() {
         assert!(said.starts_with(expected), "{said}");
         std::fs::remove_dir_all(&dir).unwrap();
     }
+}
+
+#[test]
+fn a_checkpoint_is_waited_for_no_longer_than_its_call_may_take() {
+    let all = [("pidof", "echo 7"), ("timeout", "echo \"$1\"")];
+    let dir = programs("limit", &all);
+    for (limit, expected) in [
+        (None, "20"),
+        (Some("30"), "20"),
+        (Some("3600"), "20"),
+        (Some("10"), "6.6"),
+        (Some("1"), "0.6"),
+    ] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("hooks/postgresql");
+        let mut shell = Command::new("/bin/sh");
+        let shell = shell.arg(path).arg("freeze").env("PATH", &dir);
+        let ended = shell.envs(limit.map(|it| ("HV_VSS_LIMIT", it))).output();
+        let ended = ended.unwrap();
+        let said = String::from_utf8_lossy(&ended.stdout);
+        assert_eq!(said.lines().next(), Some(expected), "{limit:?}: {ended:?}");
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
 }
 
 #[test]

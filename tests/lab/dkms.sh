@@ -22,6 +22,7 @@ options=(
 # The part below runs on that machine, with the packages in /debs and what is to be kept in /out.
 if [ "${1:-}" = --inside ]; then
     release=$2
+    shift 2
     export DEBIAN_FRONTEND=noninteractive
     source=linux-source-$(cut -d . -f 1,2 <<<"$release")
     apt() { apt-get --yes -o APT::Sandbox::User=root -o APT::Install-Recommends=false -o Acquire::Retries=3 "$@"; }
@@ -51,6 +52,8 @@ if [ "${1:-}" = --inside ]; then
     left() { find /etc /usr /var /run /opt -xdev -path /var/lib/apt -prune -o -name '*hv[-_]vss*' -print; }
 
     apt update
+    check "what the README has installed are the headers of that kernel" says "^Inst linux-headers-${release%%-*}-" \
+        <(apt install --simulate "$@")
     # Also the stock kernel of trixie, which is too old for the module: it is left out, and that is all.
     apt install linux-headers-cloud-amd64
     # The source is what the module's package recommends, and openssl, to sign with, what dkms does; other
@@ -130,7 +133,10 @@ fi
 "$lab/root.sh"
 "$lab/deb.sh"
 release=$(cat "$root/kernel/release")
-key=$(key_of "$release" "$(cat "$build/stamps/deb" "$lab/dkms.sh")" "${options[@]}")
+# What the README has an administrator install with the module, beside our own packages.
+mapfile -t readme < <(sed -n '/^    apt install .*hv-vss-dkms/,/[^\]$/p' "$repo/README.md" |
+    sed 's/#.*//; s/\\$//' | tr -s ' \n' '\n' | grep -v -e '^apt$' -e '^install$' -e '^\./' -e '^$')
+key=$(key_of "$release" "${readme[*]}" "$(cat "$build/stamps/deb" "$lab/dkms.sh")" "${options[@]}")
 begin dkms "$out/packages" "$key" "building the module with DKMS"
 say "building the module with DKMS on a clean Debian"
 rm -rf --one-file-system "$machine" "$out"
@@ -139,7 +145,7 @@ quietly dkms-root.log mmdebstrap "${options[@]}" --aptopt="$root/etc/apt/apt.con
     trixie "$machine" "$root/etc/apt/sources.list"
 on_machine() { (enter "$machine" "$@"); }
 quietly dkms.log on_machine "$out:/out" "$build/deb/packages:/debs" "$lab:/lab" -- \
-    bash /lab/dkms.sh --inside "$release"
+    bash /lab/dkms.sh --inside "$release" "${readme[@]}"
 grep --text '^ok   ' "$build/logs/dkms.log"
 rm -rf --one-file-system "$machine"
 set_stamp dkms "$key"

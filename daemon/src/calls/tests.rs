@@ -123,8 +123,8 @@ const NOTE: &str = "echo \"${0##*/} $1 $HV_VSS_OUTCOME\" >>$notes";
 fn hooks_are_called_in_order_and_let_go_in_reverse_and_told_what_it_is_about() {
     let mut scene = Scene::new("order");
     let told =
-        "printf '%s %s %s %s\\n' \"$HV_VSS_REQUEST\" \"$HV_VSS_BACKUP_TYPE\" \"$HV_VSS_DISKS\" \
-            \"$HV_VSS_FILE_SYSTEMS\" >>$notes
+        "printf '%s %s %s %s %s\\n' \"$HV_VSS_REQUEST\" \"$HV_VSS_BACKUP_TYPE\" \"$HV_VSS_DISKS\" \
+            \"$HV_VSS_FILE_SYSTEMS\" \"$HV_VSS_LIMIT\" >>$notes
         echo ready; echo careful >&2";
     let hooks = vec![
         scene.hook("10-a", NOTE),
@@ -132,8 +132,8 @@ fn hooks_are_called_in_order_and_let_go_in_reverse_and_told_what_it_is_about() {
     ];
     let calling = scene.start(hooks, LONG);
     assert_eq!(scene.quiesced(), Ok(()));
-    let about = "7 copy /dev/sdb / /a\\040b";
-    assert_eq!(scene.notes(), ["10-a freeze ", "20-b freeze ", about]);
+    let about = format!("7 copy /dev/sdb / /a\\040b {}", LONG.as_secs());
+    assert_eq!(scene.notes(), ["10-a freeze ", "20-b freeze ", &*about]);
     // What was called is on record, and what it said is not logged as long as all may be frozen.
     assert_eq!(scene.run().read_hooks().unwrap().unwrap().owed.len(), 2);
     assert!(!scene.log().contains("careful"), "{}", scene.log());
@@ -141,7 +141,7 @@ fn hooks_are_called_in_order_and_let_go_in_reverse_and_told_what_it_is_about() {
     let called = scene.released();
     calling.join();
     let notes = scene.notes();
-    assert_eq!(notes[3..], ["20-b thaw good", about, "10-a thaw good"]);
+    assert_eq!(notes[3..], ["20-b thaw good", &*about, "10-a thaw good"]);
     assert_eq!(called.len(), 4);
     assert!(called.iter().all(|it| it.fault.is_none()), "{called:?}");
     assert_eq!(scene.run().read_hooks().unwrap(), None);

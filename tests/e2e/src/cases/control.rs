@@ -25,6 +25,11 @@ pub const CASES: &[Case] = &[
         thaw_under_a_stopped_daemon,
     ),
     case(
+        "control/thaw-of-a-dead-disk",
+        "thaw by hand while a disk is dead, stock module: it waits for the daemon, which gives that one up, and says so",
+        thaw_of_a_dead_disk,
+    ),
+    case(
         "control/rehearsal",
         "a rehearsal beside a daemon that serves freezes and thaws, and the next backup is good",
         rehearsal,
@@ -75,6 +80,12 @@ pub const CASES: &[Case] = &[
         reload,
     ),
     case(
+        "control/reload-that-hangs",
+        "a reload that hangs on a disk fails in time and changes nothing, and the next one succeeds once the file is \
+         another",
+        reload_that_hangs,
+    ),
+    case(
         "control/reload-while-waiting",
         "while another program has the device, status says so and a reload succeeds: the configuration of then is in \
          force once it is ours",
@@ -110,7 +121,15 @@ pub const CASES: &[Case] = &[
             "control/hand-over-held-open",
             "whoever has the stock module's device open hangs no hand-over: it ends, says who that is, and the device is \
              moved once it is let go",
-            hand_over_held_open,
+            |guest| hand_over_held_open(guest, Asks::Script),
+        )
+    }.long(),
+    Case {
+        machine: Machine::SYSTEMD,
+        ..case(
+            "control/hand-over-held-open-by-udev",
+            "the same when udev's rule has asked, which kills what that leaves running",
+            |guest| hand_over_held_open(guest, Asks::Udev),
         )
     }.long(),
     Case {
@@ -211,6 +230,39 @@ fn thaw_under_a_stopped_daemon(guest: &Guest) -> Result<()> {
     released(guest, "the death of the daemon", guest.clock()?, RELEASED)?;
     guest.wait(&daemon, STEP)?;
     Ok(())
+}
+
+fn thaw_of_a_dead_disk(guest: &Guest) -> Result<()> {
+    make_one(guest)?;
+    make_hung(guest)?;
+    let vss = guest.vss();
+    // With ours it is the module that thaws then, and only its worker hangs.
+    load(guest, Module::Stock, &[])?;
+    // Longer than whoever asks waits for a reply.
+    let daemon = guest.start_daemon_with("give_up = 7")?;
+    wait_for_daemon(guest)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    all_stand_still(guest)?;
+    guest.sh(HANG)?;
+    let ended = guest.try_sh(THAW);
+    let goes_on = released(guest, "thaw by hand", guest.clock()?, RELEASED);
+    guest.sh(UNHANG)?;
+    let (ended, _) = (ended?, goes_on?);
+    let says = |words: &str| ended.err.contains(words);
+    ensure!(
+        ended.status == Some(0) && says("waiting for it") && says("its backup fails"),
+        "thaw should wait for the daemon, it was: {ended:?}"
+    );
+    ensure!(!says("kill"), "nobody has to be killed: {ended:?}");
+    answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
+    guest.wait_until("what was given up is back", STEP, || {
+        Ok(guest.try_sh("timeout 1 touch /mnt/hung/now")?.status == Some(0))
+    })?;
+    super::deadman::good_backup(guest)?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest
+        .sh("umount /mnt/hung && dmsetup remove hung")
+        .map(drop)
 }
 
 fn rehearsal(guest: &Guest) -> Result<()> {
@@ -594,6 +646,7 @@ fn check_while_refusing(guest: &Guest) -> Result<()> {
     let text = graded("problem")?;
     let says = text.contains("refuses each FREEZE") && text.contains("/mnt/hung");
     ensure!(says, "{text}");
+    asked(guest, "status", 3)?;
     guest.sh(UNHANG)?;
     serves_again()?;
     stop(guest, Module::Stock, &daemon)?;
@@ -679,6 +732,46 @@ fn reload(guest: &Guest) -> Result<()> {
     let text = asked(guest, "reload", 1)?;
     ensure!(text.contains("no daemon serves"), "{text}");
     guest.sh("rm -rf /etc/hv_vss").map(drop)
+}
+
+fn reload_that_hangs(guest: &Guest) -> Result<()> {
+    const FILE: &str = "/etc/hv_vss/daemon.toml.d/10-a.toml";
+    make_one(guest)?;
+    make_hung(guest)?;
+    // Nothing of it is in memory once it was mounted anew.
+    guest.sh(&format!(
+        "rm -rf /etc/hv_vss; mkdir -p /etc/hv_vss/daemon.toml.d
+         echo 'give_up = 8' >/mnt/hung/a.toml && umount /mnt/hung
+         echo 'give_up = 7' >{FILE}"
+    ))?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let in_force = |seconds: u64| {
+        let out = guest.try_sh("/payload/hv_vss_daemon status --json")?.out;
+        let status: serde_json::Value = serde_json::from_str(&out)?;
+        let found = &status["daemon"]["configuration"]["in_force"]["give_up"];
+        equal("give_up in force", found, &seconds.into())
+    };
+    in_force(7)?;
+    guest.sh(&format!(
+        "ln -sf /mnt/hung/a.toml {FILE} && mount -o barrier=0 /dev/mapper/hung /mnt/hung && {HANG}"
+    ))?;
+    let check = || {
+        let text = asked(guest, "reload", 1)?;
+        ensure!(text.contains("does not answer"), "{text}");
+        // Whoever asks for the status reads it as well, and rm without -f asks whether it may be written to.
+        guest.sh(&format!("rm -f {FILE} && echo 'give_up = 9' >{FILE}"))?;
+        in_force(7)?;
+        asked(guest, "reload", 0)?;
+        in_force(9)
+    };
+    let seen = check();
+    guest.sh(&format!("{UNHANG}; rm -rf /etc/hv_vss"))?;
+    seen?;
+    super::deadman::good_backup(guest)?;
+    stop(guest, guest.module(), &daemon)?;
+    guest
+        .sh("umount /mnt/hung && dmsetup remove hung")
+        .map(drop)
 }
 
 fn reload_while_waiting(guest: &Guest) -> Result<()> {
@@ -837,7 +930,16 @@ fn no_device(guest: &Guest) -> Result<()> {
     guest.sh("systemctl stop hv_vss").map(drop)
 }
 
-fn hand_over_held_open(guest: &Guest) -> Result<()> {
+/// Who asks for the device to be handed over.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asks {
+    /// As the packages' scripts do.
+    Script,
+    /// As when the device comes.
+    Udev,
+}
+
+fn hand_over_held_open(guest: &Guest, asks: Asks) -> Result<()> {
     const SCRIPT: &str = "/usr/libexec/hv_vss_hand_over";
     const DRIVER: &str = "cd /sys/bus/vmbus/devices
          for it in *; do grep -q 35fa2e29 $it/class_id && basename \"$(readlink $it/driver)\"; done";
@@ -853,9 +955,27 @@ fn hand_over_held_open(guest: &Guest) -> Result<()> {
         let fd = format!("readlink /proc/{}/fd/3", holder.pid);
         Ok(guest.try_sh(&fd)?.out.contains("hv_vss"))
     })?;
-    let take = guest.spawn(&[SCRIPT, "take"])?;
-    guest.wait(&take, STEP * 3)?;
-    let said = guest.output(&take)?;
+    let said = match asks {
+        Asks::Script => {
+            let take = guest.spawn(&[SCRIPT, "take"])?;
+            guest.wait(&take, STEP * 3)?;
+            guest.output(&take)?
+        }
+        Asks::Udev => {
+            let device = format!("/sys/bus/vmbus/devices/{}", guest.vss().instance());
+            let trigger = ["udevadm", "trigger", "--action=add", "--settle", &device];
+            let trigger = guest.spawn(&trigger)?;
+            guest.wait(&trigger, STEP * 3)?;
+            // What an event has left running is killed once there is nobody left to work on another.
+            guest.wait_until("udev is at rest", STEP, || {
+                Ok(guest
+                    .try_sh("! grep -q udev-worker /proc/[0-9]*/comm")?
+                    .status
+                    == Some(0))
+            })?;
+            guest.sh("journalctl --quiet --boot --identifier=hv_vss_hand_over")?
+        }
+    };
     let who = format!("sleep (process {})", holder.pid);
     ensure!(said.contains(&who), "it should say who has it open: {said}");
     guest.signal(&holder, 9)?;

@@ -319,6 +319,8 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
     let guest = &reboot(guest)?;
     serves(guest, OURS, "hv_vss")?;
 
+    // As the README has it; this one fails no backup, whatever is there of its server.
+    guest.sh("ln -s /usr/share/hv_vss/hooks/postgresql /etc/hv_vss/hooks.d/50-postgresql")?;
     amid_backups(guest, "dpkg --remove hv-vss-dkms hv-vss-daemon")?;
     theirs_is_to_come(guest)?;
     not_so_late(guest)?;
@@ -394,6 +396,13 @@ fn page(guest: &Guest) -> Result<()> {
             .partition(|it| it.starts_with("./"));
         record.push(install(guest, &files.join(" "))?.trim_end().to_owned());
         if !others.is_empty() {
+            // Whether they are of this kernel, the machine that has a mirror sees (`tests/lab/dkms.sh`).
+            let headers = others.iter().any(|it| it.starts_with("linux-headers-"));
+            let source = others.iter().any(|it| it.starts_with("linux-source-"));
+            ensure!(
+                headers && source && others.len() == 2,
+                "what else it names should be what DKMS compiles with: {others:?}"
+            );
             record.push(format!("(not on this machine: {})", others.join(" ")));
         }
     }
