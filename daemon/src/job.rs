@@ -276,7 +276,8 @@ impl Freezer {
         let mut warnings = Warnings::new(log);
         warnings.of_moving(&moving);
         let learnt = &self.learnt;
-        let known = targets.iter().filter(|it| learnt.is_unfreezable(it.dev));
+        let known = targets.iter();
+        let known = known.filter(|it| !config.strict && learnt.is_unfreezable(it.dev));
         let (known, written): (BTreeSet<DevId>, Vec<Written>) = known
             .map(|it| (it.dev, (it.devices.clone(), it.below.clone())))
             .unzip();

@@ -515,11 +515,15 @@ fn what_cannot_freeze_is_synced_with_nothing_frozen_and_known_the_next_time() {
 
 #[test]
 fn what_is_taken_for_unfreezable_and_is_not_is_frozen() {
-    let mut s = setup(&[0, 1], &[], false);
-    s.learnt.unfreezable.insert("8:1".parse().unwrap());
-    let summary = s.freeze().unwrap();
-    assert_eq!((summary.ours, summary.synced), (2, 0));
-    assert!(s.learnt.unfreezable.is_empty());
+    for strict in [false, true] {
+        let mut s = setup(&[0, 1], &[], strict);
+        s.learnt.unfreezable.insert("8:1".parse().unwrap());
+        s.session.sync(&mut s.learnt);
+        assert_eq!(s.calls().contains(&("sync", 1)), strict);
+        let summary = s.freeze().unwrap();
+        assert_eq!((summary.ours, summary.synced), (2, 0));
+        assert!(s.learnt.unfreezable.is_empty());
+    }
 }
 
 #[test]
