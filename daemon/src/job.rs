@@ -86,7 +86,7 @@ pub enum JobError {
     #[error(transparent)]
     Freeze(#[from] FreezeError),
     /// What was to be frozen was never all there was.
-    #[error("file systems came or became writable while it was being frozen, {ATTEMPTS} times")]
+    #[error("file systems came, or became writable or read-only, while it was being frozen, {ATTEMPTS} times")]
     Restless,
 }
 
@@ -320,7 +320,7 @@ impl Freezer {
         if is_to_sync {
             // It may take long, and nothing is frozen yet.
             log.aloud(|| session.sync(&mut self.learnt));
-            if !self.cache.is_all_there(&then) {
+            if !self.cache.is_all_there(&then) || !self.cache.turned().is_empty() {
                 return Ok(Tried::Synced);
             }
             self.cache.rewind();
@@ -339,7 +339,8 @@ impl Freezer {
             None if is_believed => self.cache.holds(),
             _ => self.cache.is_all_there(&then),
         };
-        if !is_all_there && (config.strict || !is_last) {
+        let turned = self.cache.turned();
+        if !(is_all_there && turned.is_empty()) && (config.strict || !is_last) {
             let thawed = session.thaw();
             session.learn(&mut self.learnt);
             session.disarm();
@@ -363,6 +364,11 @@ impl Freezer {
             warnings.add(format!(
                 "file systems come all the time, {ATTEMPTS} times while it was being frozen{names}: what came \
                  last is not frozen"
+            ));
+        }
+        for name in turned {
+            warnings.add(format!(
+                "{name} has become read-only while it was being frozen, perhaps since an error"
             ));
         }
         if summary.ours + summary.foreign == 0 {
