@@ -556,8 +556,8 @@ fn target(opened: Opened) -> Target {
     } = opened;
     let target = Target::new(dev, name, wave, fd).with_disks(disks);
     let target = target.with_devices(devices.clone());
+    let write_back = WriteBack::to(devices.clone(), below.iter().flatten().copied());
     let target = target.with_all_below(below).standing_on(stands_on);
-    let write_back = WriteBack::to(devices.clone());
     let target = target.written_back(Box::new(move || write_back.look()));
     match fs_type.as_str() {
         "btrfs" => target.asked(Box::new(move |fd| {

@@ -68,7 +68,7 @@ impl Session {
                         target,
                         since,
                         // What is known to hang is not waited for again.
-                        quiet: earlier.map_or_else(Quiet::begin, |it| it.quiet),
+                        quiet: earlier.map_or_else(Quiet::begin, |it| it.quiet.clone()),
                         has_hung: false,
                         thread: None,
                         rest: lane,
