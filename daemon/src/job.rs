@@ -86,7 +86,7 @@ pub enum JobError {
     #[error(transparent)]
     Freeze(#[from] FreezeError),
     /// What was to be frozen was never all there was.
-    #[error("file systems came, or became writable or read-only, while it was being frozen, {ATTEMPTS} times")]
+    #[error("file systems came or changed while it was being frozen, {ATTEMPTS} times, and one has become read-only")]
     Restless,
 }
 
@@ -217,7 +217,8 @@ impl Freezer {
 
     /// Freezes everything that a plan for the machine as it is now says. What comes while that is under
     /// way is in no plan, so then it is begun anew. Where something comes all the time, the last attempt counts
-    /// with a warning, unless it is to be strict: what comes and goes costs nobody else the backup. The log is
+    /// with a warning: what comes and goes costs nobody else the backup. Whether it is to be in the backup, or a rule
+    /// leaves it out, nobody has looked by then; [`Freezer::thaw`] does, and fails if it is to be strict. The log is
     /// held by whoever calls, and speaks only as long as nothing is frozen.
     pub fn freeze(&mut self, setting: &Setting) -> Result<Frozen, JobError> {
         until_it_is(|may_sync, is_last| {
@@ -234,8 +235,8 @@ impl Freezer {
         })
     }
 
-    /// One attempt at it, after a sync if it may be. The last one counts although something has come meanwhile,
-    /// unless it is to be strict.
+    /// One attempt at it, after a sync if it may be. The last one counts although something has come meanwhile, and
+    /// unless it is to be strict, although something has become read-only.
     fn try_to_freeze(
         &mut self,
         setting: &Setting,
@@ -340,7 +341,11 @@ impl Freezer {
             _ => self.cache.is_all_there(&then),
         };
         let turned = self.cache.turned();
-        if !(is_all_there && turned.is_empty()) && (config.strict || !is_last) {
+        let counts = match turned.is_empty() {
+            true => is_all_there || is_last,
+            false => is_last && !config.strict,
+        };
+        if !counts {
             let thawed = session.thaw();
             session.learn(&mut self.learnt);
             session.disarm();
@@ -363,7 +368,7 @@ impl Freezer {
             };
             warnings.add(format!(
                 "file systems come all the time, {ATTEMPTS} times while it was being frozen{names}: what came \
-                 last is not frozen"
+                 last is not frozen, and is named when the rest is thawed unless a rule leaves it out"
             ));
         }
         for name in turned {
