@@ -128,7 +128,7 @@ pub struct Cache<S: Signals = Kernel> {
     marks: Option<Marks<S>>,
     /// Whether it held when that was asked last.
     held: bool,
-    /// What it leaves out for being read-only.
+    /// What it leaves out for being read-only, and what it does not.
     read_only: ReadOnly<S>,
     /// The superblocks that there were before it was made, as far as anybody tells.
     alive: Option<S::Alive>,
@@ -368,6 +368,12 @@ impl Cache {
     /// once; before it is asked again, [`Cache::rewind`].
     pub fn is_all_there(&mut self, then: &Scene) -> bool {
         !self.signals.has_news(then) && self.read_only.writable_now(&mut self.signals).is_empty()
+    }
+
+    /// Names what is read-only by now and was to be frozen, perhaps since an error: it is no better for being
+    /// frozen. No path is looked up.
+    pub fn turned(&mut self) -> Vec<String> {
+        self.read_only.turned(&mut self.signals)
     }
 
     /// What of that is listed by the kernel and was not then, by the names that it has there: so much can be
@@ -683,6 +689,10 @@ mod tests {
             nth: usize,
             read_only: bool,
         },
+        /// An error makes it read-only, and nobody tells.
+        Fail {
+            disk: u32,
+        },
         Move {
             space: usize,
             nth: usize,
@@ -796,6 +806,11 @@ mod tests {
                         nth,
                         read_only,
                     });
+                }
+                Step::Fail { disk } => {
+                    if let Some(it) = self.alive.get_mut(&disk) {
+                        it.read_only = true;
+                    }
                 }
                 Step::Move { space, nth } => {
                     let Some(id) = self.nth(space, nth) else {
@@ -1012,6 +1027,7 @@ mod tests {
                 .prop_map(|(space, nth, read_only)| Step::Remount { space, nth, read_only }),
             2 => (space.clone(), nth.clone(), any::<bool>())
                 .prop_map(|(space, nth, read_only)| Step::RemountMeanwhile { space, nth, read_only }),
+            1 => disk.clone().prop_map(|disk| Step::Fail { disk }),
             1 => (space.clone(), nth).prop_map(|(space, nth)| Step::Move { space, nth }),
             1 => Just(Step::NewSpace),
             1 => space.prop_map(|space| Step::EndSpace { space }),
@@ -1031,8 +1047,8 @@ mod tests {
         members.collect()
     }
 
-    /// What a plan made anew would freeze is frozen, and in an order that is right now. What has become
-    /// read-only since may be among it: there is nothing to hold back.
+    /// What a plan made anew would freeze is frozen, and in an order that is right now. What has become read-only
+    /// since is not among it, as far as a mount shows that: it may have met an error.
     fn check(
         model: &Model,
         kept: &BTreeMap<u32, usize>,
@@ -1043,6 +1059,12 @@ mod tests {
         let kept_writable: Vec<&u32> = kept.keys().filter(writable).collect();
         let anew_writable: Vec<&u32> = anew.keys().filter(writable).collect();
         prop_assert_eq!(kept_writable, anew_writable);
+        let mounts = model.spaces.iter().flat_map(|it| it.mounts.values());
+        let shown: BTreeSet<u32> = mounts.map(|(disk, _)| *disk).collect();
+        for disk in kept.keys().filter(|it| shown.contains(it)) {
+            let is_writable = model.alive.get(disk).is_none_or(|it| !it.read_only);
+            prop_assert!(is_writable, "{} is read-only", disk);
+        }
         for disk in anew.keys() {
             prop_assert!(kept.contains_key(disk), "{} is missing", disk);
         }
@@ -1071,7 +1093,14 @@ mod tests {
                         cache.plan(&config).unwrap();
                     }
                     // It is begun anew for those.
-                    while !cache.read_only.writable_now(&mut cache.signals).is_empty() {
+                    let is_as_planned = |cache: &mut Cache<Shared>| {
+                        let Cache {
+                            read_only, signals, ..
+                        } = cache;
+                        read_only.writable_now(signals).is_empty()
+                            && read_only.turned(signals).is_empty()
+                    };
+                    while !is_as_planned(&mut cache) {
                         cache.plan(&config).unwrap();
                     }
                     // Had nobody to look before, it is not to happen under this look.
@@ -1183,6 +1212,20 @@ mod tests {
             lazily: false,
         });
         assert!(writable(&mut cache).is_empty());
+    }
+
+    #[test]
+    fn what_an_error_makes_read_only_without_a_word_is_in_no_backup_after_that() {
+        let fail = Step::Fail { disk: 4 };
+        let steps = [
+            mount(3),
+            mount(4),
+            Step::Prepare,
+            fail,
+            Step::Backup,
+            Step::Backup,
+        ];
+        walk(&steps).unwrap();
     }
 
     #[test]

@@ -544,8 +544,11 @@ impl Config {
         if let Some(rule) = self.exclude.find(file_system, true) {
             return Some(format!("exclude {rule}"));
         }
-        // What is mounted nowhere may have been where an operator wants it from.
-        let may_be_meant = file_system.places.is_empty() && !self.include.paths.is_empty();
+        // What is mounted nowhere may have been where an operator wants it from, and by the name that it was
+        // mounted by, which nobody tells any more.
+        let Rules { paths, devices, .. } = &self.include;
+        let are_lost = !(paths.is_empty() && devices.is_empty());
+        let may_be_meant = file_system.places.is_empty() && are_lost;
         let wanted = self.include.is_empty()
             || may_be_meant
             || self.include.find(file_system, false).is_some();
@@ -988,11 +991,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_mounted_nowhere_is_frozen_where_a_path_may_mean_it() {
+    fn what_is_mounted_nowhere_is_frozen_where_a_path_or_a_device_may_mean_it() {
         let nowhere = file_system(&[], "xfs", "dm-3", "253:3");
         for (text, excluded) in [
             ("include.paths = ['/data']", false),
             ("include = { paths = ['/data'], types = ['ext4'] }", false),
+            ("include.devices = ['/dev/mapper/data']", false),
             ("include.types = ['ext4']", true),
             ("include.paths = ['/data']\nexclude.types = ['xfs']", true),
             ("exclude.paths = ['/data']", false),

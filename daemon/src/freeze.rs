@@ -341,8 +341,7 @@ impl Session {
         meanwhile: &mut Option<impl FnOnce()>,
     ) -> Result<Summary, FreezeError> {
         let work = &self.work;
-        let known = |t: &Target| learnt.unfreezable.contains(&t.dev);
-        let known: Vec<usize> = work.which(known);
+        let known: Vec<usize> = work.which(|it| self.is_unfreezable(it, learnt));
         self.leave_out_hung(learnt);
         self.sync_unfreezable(&known, learnt);
         work.progress.enter(Stage::Freezing, work.targets.len());
@@ -403,6 +402,12 @@ impl Session {
         }
     }
 
+    /// Whether it is known not to freeze, and is only synced. Another file system may have its number by now: where
+    /// nothing may be left out, nothing is that nobody has asked, and whoever is asked says so at once.
+    fn is_unfreezable(&self, target: &Target, learnt: &Learnt) -> bool {
+        !self.work.limits.strict && learnt.is_unfreezable(target.dev)
+    }
+
     /// Leaves out what hangs and would so in its freeze, with what stands on that. Where a freeze can be called off,
     /// what may stand on it is tried, as nobody may know what that is on.
     fn leave_out_hung(&self, learnt: &mut Learnt) {
@@ -424,7 +429,7 @@ impl Session {
                 true => learnt.called_off.insert(*dev),
                 false => learnt.called_off.remove(dev),
             };
-            let why = if learnt.unfreezable.contains(dev) {
+            let why = if self.is_unfreezable(target, learnt) {
                 // It is known not to freeze, and left out when it is to be synced.
                 hung.extend(learnt.hangs(*dev).then_some(target));
                 continue;

@@ -86,7 +86,7 @@ pub enum JobError {
     #[error(transparent)]
     Freeze(#[from] FreezeError),
     /// What was to be frozen was never all there was.
-    #[error("file systems came or became writable while it was being frozen, {ATTEMPTS} times")]
+    #[error("file systems came or changed while it was being frozen, {ATTEMPTS} times, and one has become read-only")]
     Restless,
 }
 
@@ -243,7 +243,8 @@ impl Freezer {
 
     /// Freezes everything that a plan for the machine as it is now says. What comes while that is under
     /// way is in no plan, so then it is begun anew. Where something comes all the time, the last attempt counts
-    /// with a warning, unless it is to be strict: what comes and goes costs nobody else the backup. The log is
+    /// with a warning: what comes and goes costs nobody else the backup. Whether it is to be in the backup, or a rule
+    /// leaves it out, nobody has looked by then; [`Freezer::thaw`] does, and fails if it is to be strict. The log is
     /// held by whoever calls, and speaks only as long as nothing is frozen.
     pub fn freeze(&mut self, setting: &Setting) -> Result<Frozen, JobError> {
         until_it_is(|may_sync, is_last| {
@@ -260,8 +261,8 @@ impl Freezer {
         })
     }
 
-    /// One attempt at it, after a sync if it may be. The last one counts although something has come meanwhile,
-    /// unless it is to be strict.
+    /// One attempt at it, after a sync if it may be. The last one counts although something has come meanwhile, and
+    /// unless it is to be strict, although something has become read-only.
     fn try_to_freeze(
         &mut self,
         setting: &Setting,
@@ -302,7 +303,8 @@ impl Freezer {
         let mut warnings = Warnings::new(log);
         warnings.of_moving(&moving);
         let learnt = &self.learnt;
-        let known = targets.iter().filter(|it| learnt.is_unfreezable(it.dev));
+        let known = targets.iter();
+        let known = known.filter(|it| !config.strict && learnt.is_unfreezable(it.dev));
         let (known, written): (BTreeSet<DevId>, Vec<Written>) = known
             .map(|it| (it.dev, (it.devices.clone(), it.below.clone())))
             .unzip();
@@ -345,7 +347,7 @@ impl Freezer {
         if is_to_sync {
             // It may take long, and nothing is frozen yet.
             log.aloud(|| session.sync(&mut self.learnt));
-            if !self.cache.is_all_there(&then) {
+            if !self.cache.is_all_there(&then) || !self.cache.turned().is_empty() {
                 return Ok(Tried::Synced);
             }
             self.cache.rewind();
@@ -364,7 +366,12 @@ impl Freezer {
             None if is_believed => self.cache.holds(),
             _ => self.cache.is_all_there(&then),
         };
-        if !is_all_there && (config.strict || !is_last) {
+        let turned = self.cache.turned();
+        let counts = match turned.is_empty() {
+            true => is_all_there || is_last,
+            false => is_last && !config.strict,
+        };
+        if !counts {
             let thawed = session.thaw();
             session.learn(&mut self.learnt);
             session.disarm();
@@ -387,7 +394,12 @@ impl Freezer {
             };
             warnings.add(format!(
                 "file systems come all the time, {ATTEMPTS} times while it was being frozen{names}: what came \
-                 last is not frozen"
+                 last is not frozen, and is named when the rest is thawed unless a rule leaves it out"
+            ));
+        }
+        for name in turned {
+            warnings.add(format!(
+                "{name} has become read-only while it was being frozen, perhaps since an error"
             ));
         }
         if summary.ours + summary.foreign == 0 {
@@ -575,8 +587,8 @@ fn target(opened: Opened) -> Target {
     } = opened;
     let target = Target::new(dev, name, wave, fd).with_disks(disks);
     let target = target.with_devices(devices.clone());
+    let write_back = WriteBack::to(devices.clone(), below.iter().flatten().copied());
     let target = target.with_all_below(below).standing_on(stands_on);
-    let write_back = WriteBack::to(devices.clone());
     let target = target.written_back(Box::new(move || write_back.look()));
     match fs_type.as_str() {
         "btrfs" => target.asked(Box::new(move |fd| {

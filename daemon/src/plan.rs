@@ -256,13 +256,20 @@ impl Plan {
         at_rest.cloned().collect()
     }
 
-    /// Leaves out what has no part of any of these disks. Where that is not certain, it stays.
+    /// Leaves out what has no part of any of these disks. Where that is not certain, it stays. What is lost there
+    /// is no loss for these: that is so of what is out of order as well. Of one whose disk is gone nobody knows
+    /// which that was.
     pub fn leave_out_all_but(&mut self, disks: &BTreeSet<DevId>) {
-        self.leave_out(|it| {
-            let is_elsewhere =
-                it.below.is_some() && !it.disks.iter().any(|dev| disks.contains(dev));
-            is_elsewhere.then_some(Reason::Elsewhere)
-        });
+        let is_elsewhere = |it: &FileSystem| {
+            let is_certain = it.below.is_some() && !it.disks.is_empty();
+            is_certain && !it.disks.iter().any(|dev| disks.contains(dev))
+        };
+        for left in &mut self.left_out {
+            if left.reason.is_a_loss() && is_elsewhere(&left.file_system) {
+                left.reason = Reason::Elsewhere;
+            }
+        }
+        self.leave_out(|it| is_elsewhere(it).then_some(Reason::Elsewhere));
     }
 
     /// Leaves out whatever there is a reason for.
@@ -1146,6 +1153,28 @@ mod tests {
         let mut names: Vec<String> = elsewhere.map(|it| it.file_system.to_string()).collect();
         names.sort();
         assert_eq!(names, ["/ (ext4, 8:16)", "/in-memory (ext4, 7:2)"]);
+    }
+
+    #[test]
+    fn what_is_lost_on_other_disks_is_no_loss_for_some() {
+        let mut plan = two_disks_and_images();
+        // The root is elsewhere, the image is not, of the next nobody knows, and the disk of the last is gone.
+        let broken = ["8:16", "7:0", "7:1", "8:32"].map(dev);
+        let down = |it: &FileSystem| {
+            let is_broken = broken.contains(&it.dev);
+            is_broken.then(|| Reason::Broken("down".into()))
+        };
+        plan.leave_out(down);
+        let gone = plan.left_out.iter_mut().map(|it| &mut it.file_system);
+        for it in gone.filter(|it| it.dev == dev("8:32")) {
+            it.disks.clear();
+            it.below = Some(BTreeSet::from([it.dev]));
+        }
+        plan.leave_out_all_but(&BTreeSet::from([dev("8:0")]));
+        let lost = plan.left_out.iter().filter(|it| it.reason.is_a_loss());
+        let lost: BTreeSet<String> = lost.map(|it| it.file_system.dev.to_string()).collect();
+        let expected = ["7:0", "7:1", "8:32"].map(str::to_owned);
+        assert_eq!(lost, BTreeSet::from(expected));
     }
 
     #[test]

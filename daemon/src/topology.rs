@@ -518,18 +518,23 @@ fn is_kernels_own(name: &str, dir: &Path) -> bool {
 }
 
 /// Judges by the place in the device tree: below a bus that is one, and not below the `session` of an
-/// iSCSI initiator, which an adapter on such a bus may have, too.
+/// iSCSI initiator, which an adapter on such a bus may have, too. Nor below what only looks like one: behind the
+/// virtio of vDPA there may be a program (VDUSE), and nothing virtual has hardware of its own.
 fn is_hardware(dir: &Path) -> bool {
     const BUSES: [&str; 8] = ["pci", "vmbus", "virtio", "xen", "mmc", "nd", "ccw", "vio"];
+    const SERVED: [&str; 2] = ["vdpa", "vduse"];
     let of_session = |part: &OsStr| part.as_bytes().starts_with(b"session");
-    if dir.components().any(|part| of_session(part.as_os_str())) {
+    let is_virtual = dir.starts_with("/sys/devices/virtual");
+    if is_virtual || dir.components().any(|part| of_session(part.as_os_str())) {
         return false;
     }
-    dir.ancestors().any(|device| {
-        let bus = fs::read_link(device.join("subsystem")).ok();
-        let bus = bus.as_deref().and_then(Path::file_name);
-        bus.is_some_and(|it| BUSES.iter().any(|known| it == *known))
-    })
+    let subsystem = |device: &Path| {
+        let link = fs::read_link(device.join("subsystem")).ok()?;
+        link.file_name().map(OsStr::to_owned)
+    };
+    let all: Vec<_> = dir.ancestors().filter_map(subsystem).collect();
+    let is_below = |known: &[&str]| all.iter().any(|it| known.iter().any(|known| it == known));
+    is_below(&BUSES) && !is_below(&SERVED)
 }
 
 /// Whether a disk of an NVMe subsystem, the folder that it is in, is reached over PCI Express only,
@@ -632,6 +637,27 @@ mod tests {
             named_nodes(&mounts[0]).len()
         };
         assert_eq!((nodes("fuse.fuse2fs"), nodes("bcachefs")), (1, 2));
+    }
+
+    #[test]
+    fn a_disk_of_virtio_is_hardware_unless_a_program_may_serve_it_as_vdpa() {
+        let root = std::env::temp_dir().join(format!("hv-vss-buses-{}", std::process::id()));
+        // A device, by the subsystem of each on the way to it.
+        let is_hardware_below = |subsystems: &[&str]| {
+            let mut dir = root.join(subsystems.join("-"));
+            for (number, subsystem) in subsystems.iter().enumerate() {
+                dir.push(format!("device{number}"));
+                fs::create_dir_all(&dir).unwrap();
+                let bus = Path::new("/sys/bus").join(subsystem);
+                std::os::unix::fs::symlink(bus, dir.join("subsystem")).unwrap();
+            }
+            is_hardware(&dir.join("block/vda"))
+        };
+        assert!(is_hardware_below(&["pci", "virtio"]));
+        assert!(!is_hardware_below(&["platform"]));
+        assert!(!is_hardware_below(&["vduse", "vdpa", "virtio"]));
+        assert!(!is_hardware_below(&["pci", "vdpa", "virtio"]));
+        fs::remove_dir_all(&root).unwrap();
     }
 
     #[test]

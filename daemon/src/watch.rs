@@ -6,7 +6,7 @@
 //! The kernel is asked for what any change leaves behind: the own mount table knows whether it was
 //! changed since it was last asked, the other namespaces are told by their newest mount and their
 //! count, what is mounted where no table shows it is listed in sysfs, the read-only superblocks that
-//! were left out are looked at, and each change of a block device is a uevent, which are counted, or
+//! were left out are looked at, and so are the others, which an error makes read-only without a word, and each change of a block device is a uevent, which are counted, or
 //! one of what it is mapped to. Mounts have numbers that only grow, so that one of our own shows whether
 //! anybody else has made any, wherever that may be attached, or nowhere. Nothing is waited for, so it costs nothing as long as nobody asks; and
 //! nothing is held that would keep a namespace or a mount from vanishing. Kernels before 6.12 do not
@@ -28,9 +28,9 @@ use nix::sys::stat::Mode;
 
 use crate::lost::Lost;
 use crate::machine::{self, LookError, Machine, Ways};
-use crate::mounts::{self, DevId};
+use crate::mounts::{self, DevId, Mount};
 use crate::namespaces::{self, Namespaces, State};
-use crate::plan::{FileSystem, LeftOut, Place, Plan, Reason};
+use crate::plan::{FileSystem, Place, Plan, Reason};
 use crate::superblocks::{self, Listed, Lists};
 use crate::sys;
 use crate::topology;
@@ -177,57 +177,84 @@ impl<S: Signals> Marks<S> {
         let ways = signals.ways().ok()?;
         let same = S::states(&ways).is_some_and(|it| it == self.states)
             && (self.mapped.iter()).all(|(dev, below)| signals.slaves(*dev) == *below)
-            && read_only.is_as_it_was(signals);
+            && read_only.is_as_it_was(signals)
+            // Whoever glances asks for that when all is frozen.
+            && (at_a_glance || read_only.turned(signals).is_empty());
         same.then_some((self, ways))
     }
 }
 
-/// Read-only superblocks that were left out for it, with their names, as far as they can be looked at
-/// without reaching them.
-pub struct ReadOnly<S: Signals>(Vec<(DevId, String, S::At)>);
+/// Read-only superblocks that were left out for it, and writable ones that were not, with their names, as far as
+/// they can be looked at without reaching them.
+pub struct ReadOnly<S: Signals> {
+    left_out: Vec<Seen<S>>,
+    chosen: Vec<Seen<S>>,
+}
+
+/// A superblock by its number, its name, and a mount of it.
+type Seen<S> = (DevId, String, <S as Signals>::At);
 
 impl<S: Signals> Default for ReadOnly<S> {
     /// None.
     fn default() -> Self {
-        ReadOnly(Vec::new())
+        ReadOnly {
+            left_out: Vec::new(),
+            chosen: Vec::new(),
+        }
     }
 }
 
 impl<S: Signals> ReadOnly<S> {
     /// Those of a plan.
     pub fn of(signals: &mut S, ways: &S::Ways, plan: &Plan) -> Self {
-        let left_out = plan.left_out.iter();
-        let left_out = left_out.filter(|it| it.reason.is_read_only());
-        let found = left_out.filter_map(|LeftOut { file_system, .. }| {
+        let mut find = |file_system: &FileSystem| {
             // A walk through what may hang, or to what lies over it, is not worth it.
             let places = file_system.places.iter();
             let mut places = places.filter(|p| p.walkable && !p.hidden);
             let at = places.find_map(|place| {
                 let at = signals.find(ways, place, file_system.dev)?;
-                // It may be writable by now, and then that has to be heard of.
+                // It may be different by now, and then that has to be heard of.
                 signals.is_read_only(&at).map(|_| at)
             })?;
             Some((file_system.dev, file_system.to_string(), at))
-        });
-        ReadOnly(found.collect())
+        };
+        let left_out = plan.left_out.iter();
+        let left_out = left_out.filter(|it| it.reason.is_read_only());
+        let chosen = plan.waves.iter().flatten().chain(&plan.synced);
+        let chosen = chosen.filter(|it| !mounts::is_served(&it.fs_type));
+        ReadOnly {
+            left_out: left_out.filter_map(|it| find(&it.file_system)).collect(),
+            chosen: chosen.filter_map(&mut find).collect(),
+        }
     }
 
     fn has(&self, file_system: &FileSystem) -> bool {
-        self.0.iter().any(|(dev, ..)| *dev == file_system.dev)
+        let mut left_out = self.left_out.iter();
+        left_out.any(|(dev, ..)| *dev == file_system.dev)
     }
 
-    /// Whether all of them are mounted and read-only still.
+    /// Whether all of those that were left out are mounted and read-only still.
     fn is_as_it_was(&self, signals: &mut S) -> bool {
-        let mut all = self.0.iter();
-        all.all(|(_, _, at)| signals.is_read_only(at) == Some(true))
+        let mut left_out = self.left_out.iter();
+        left_out.all(|(_, _, at)| signals.is_read_only(at) == Some(true))
     }
 
     /// The names of those that are writable by now. One that was unmounted is not.
     pub fn writable_now(&self, signals: &mut S) -> Vec<String> {
-        let all = self.0.iter();
-        let writable = all.filter(|(_, _, at)| signals.is_read_only(at) == Some(false));
-        writable.map(|(_, name, _)| name.clone()).collect()
+        names_where(&self.left_out, signals, false)
     }
+
+    /// The names of those that were writable and are not by now. An error may have made them so, which nobody tells,
+    /// and the kernel takes what is read-only for frozen whatever it has not written.
+    pub fn turned(&self, signals: &mut S) -> Vec<String> {
+        names_where(&self.chosen, signals, true)
+    }
+}
+
+fn names_where<S: Signals>(all: &[Seen<S>], signals: &mut S, read_only: bool) -> Vec<String> {
+    let found = all.iter();
+    let found = found.filter(|(_, _, at)| signals.is_read_only(at) == Some(read_only));
+    found.map(|(_, name, _)| name.clone()).collect()
 }
 
 /// The superblocks that are alive, as far as sysfs lists them, and what else tells of others where the kernel
@@ -250,6 +277,8 @@ pub struct Known {
     devices: BTreeSet<DevId>,
     /// What is left out for being read-only.
     read_only: BTreeSet<DevId>,
+    /// The superblocks of what is frozen or synced.
+    chosen: BTreeSet<DevId>,
 }
 
 impl Known {
@@ -260,14 +289,10 @@ impl Known {
         let (read_only, others): (Vec<_>, Vec<_>) =
             left_out.partition(|it| it.reason.is_read_only());
         let others = others.into_iter().map(|it| &it.file_system);
-        let devices = plan
-            .waves
-            .iter()
-            .flatten()
-            .chain(&plan.synced)
-            .chain(others);
+        let chosen = || plan.waves.iter().flatten().chain(&plan.synced);
         Known {
-            devices: devices.flat_map(numbers).collect(),
+            devices: chosen().chain(others).flat_map(numbers).collect(),
+            chosen: chosen().map(|it| it.dev).collect(),
             read_only: (read_only.iter())
                 .flat_map(|it| numbers(&it.file_system))
                 .collect(),
@@ -408,8 +433,8 @@ impl Kernel {
     }
 
     /// Whether something may have come that was not there then, as far as anybody tells: a superblock of a
-    /// type that is listed in sysfs, or a mount of one of another type that can be written to. No path is
-    /// looked up for it, so that it can be asked once after each [`Signals::alive`] while all is frozen.
+    /// type that is listed in sysfs, or a mount of one of another type that can be written to. Where a mount cannot
+    /// be asked by itself, also whether one has become read-only. No path is looked up for it, so that it can be asked once after each [`Signals::alive`] while all is frozen.
     pub fn has_news(&self, then: &Scene) -> bool {
         let now = self.lists.as_ref().map(|it| it.read().ok().flatten());
         now.is_some_and(|now| Listed::has_news(then.listed.as_ref(), now.as_ref()))
@@ -444,7 +469,10 @@ impl Kernel {
             // Nobody tells of the other namespaces.
             let text = mounts::whole(told(self.table.as_ref())?)?;
             let mounts = mounts::parse(&text, 0).map_err(io::Error::other)?;
-            return Ok(mounts.iter().any(|it| is_news(it.dev, !it.writable)));
+            let has_turned = |it: &Mount| !it.writable && then.known.chosen.contains(&it.dev);
+            return Ok(mounts
+                .iter()
+                .any(|it| is_news(it.dev, !it.writable) || has_turned(it)));
         };
         let namespaces = Namespaces::find_beside(told(self.own.as_ref())?)?;
         let others = told(namespaces.states())?.iter();

@@ -65,13 +65,18 @@ fn look_at(stat: &File, parse: impl Fn(&str) -> Option<u64>) -> Option<u64> {
     parse(std::str::from_utf8(text.get(..read)?).ok()?)
 }
 
-/// What a look at the devices of one file system shows that have something in hand, or may have nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a look at the devices of one file system shows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Look {
-    /// A number that changes as long as they get on with it.
-    pub done: u64,
-    /// Whether all that comes to its end there is in that number, also what came before this look.
+    /// A number that changes as long as something comes to its end there. `None` where that does not show: a device
+    /// has no counters, or its queue does not count, or it has gone.
+    pub done: Option<u64>,
+    /// Whether they have something in hand, and all that comes to its end there is in that number, also what came
+    /// before this look.
     pub is_counted: bool,
+    /// Those of them, and of the devices below, that have something in hand, each with such a number of its own. A
+    /// device in between may have nothing in hand while one below it hangs: what waits is counted when it is let in.
+    pub in_hand: Vec<(DevId, u64)>,
 }
 
 /// Whether the devices of one file system get on with what they have in hand. They are opened at the first
@@ -79,12 +84,23 @@ pub struct Look {
 #[derive(Debug)]
 pub struct WriteBack {
     devices: Vec<DevId>,
-    opened: OnceLock<Option<Vec<Counted>>>,
+    /// All that those stand on.
+    below: Vec<DevId>,
+    opened: OnceLock<Opened>,
+}
+
+/// Those that may count, of both.
+#[derive(Debug)]
+struct Opened {
+    /// `None` if there is one that does not.
+    devices: Option<Vec<Counted>>,
+    below: Vec<Counted>,
 }
 
 /// A device that may count.
 #[derive(Debug)]
 struct Counted {
+    dev: DevId,
     stat: File,
     /// Whether its queue says that it does.
     says_so: bool,
@@ -93,30 +109,38 @@ struct Counted {
 }
 
 impl WriteBack {
-    /// That of these devices.
-    pub fn to(devices: Vec<DevId>) -> Self {
-        let opened = OnceLock::new();
-        WriteBack { devices, opened }
+    /// That of these devices, which stand on those below.
+    pub fn to(devices: Vec<DevId>, below: impl IntoIterator<Item = DevId>) -> Self {
+        let below = below.into_iter().filter(|it| !devices.contains(it));
+        WriteBack {
+            below: below.collect(),
+            devices,
+            opened: OnceLock::new(),
+        }
     }
 
-    /// `None` where it does not show whether they do: a device has no counters, or its queue does not count, or it
-    /// has gone; and where they have nothing in hand: the file system is at something else then.
-    pub fn look(&self) -> Option<Look> {
-        let opened = self.opened.get_or_init(|| {
+    /// Looks at all of them.
+    pub fn look(&self) -> Look {
+        let Opened { devices, below } = self.opened.get_or_init(|| {
             let devices = self.devices.iter().map(Counted::open);
-            let opened = devices.collect::<Option<Vec<_>>>();
-            opened.filter(|it| !it.is_empty())
+            let devices = devices.collect::<Option<Vec<_>>>();
+            Opened {
+                devices: devices.filter(|it| !it.is_empty()),
+                below: self.below.iter().filter_map(Counted::open).collect(),
+            }
         });
-        let opened = opened.as_ref()?;
-        let done = opened.iter().map(|it| look_at(&it.stat, parse_done));
-        let done = done.sum::<Option<u64>>()?;
         let tells = |it: &Counted| it.counts() || it.is_suspended();
-        let look = Look {
-            done,
-            is_counted: opened.iter().all(Counted::counts),
-        };
-        let shows = opened.iter().all(tells) && opened.iter().any(Counted::waits);
-        shows.then_some(look)
+        let own = devices.as_deref().unwrap_or_default();
+        let shows = devices.is_some() && own.iter().all(tells);
+        let done = || own.iter().map(Counted::done).sum::<Option<u64>>();
+        let in_hand = own.iter().chain(below).filter(|it| it.waits());
+        Look {
+            done: shows.then(done).flatten(),
+            is_counted: own.iter().all(Counted::counts) && own.iter().any(Counted::waits),
+            in_hand: in_hand
+                .filter_map(|it| Some((it.dev, it.done()?)))
+                .collect(),
+        }
     }
 }
 
@@ -127,6 +151,7 @@ impl Counted {
         let queues = ["queue", "../queue"].map(|it| format!("{device}/{it}/iostats"));
         let says = queues.iter().find_map(|it| fs::read_to_string(it).ok())?;
         Some(Counted {
+            dev: *dev,
             stat: File::open(format!("{device}/stat")).ok()?,
             says_so: says.trim_end() != "0",
             suspended: File::open(format!("{device}/dm/suspended")).ok(),
@@ -137,6 +162,10 @@ impl Counted {
     /// ever in hand.
     fn counts(&self) -> bool {
         self.says_so || self.has_in_hand()
+    }
+
+    fn done(&self) -> Option<u64> {
+        look_at(&self.stat, parse_done)
     }
 
     fn has_in_hand(&self) -> bool {
@@ -310,6 +339,7 @@ mod tests {
             };
             let (stat, suspended) = (file(stat), suspended.map(file));
             Counted {
+                dev: DevId::default(),
                 stat,
                 says_so,
                 suspended,
@@ -319,27 +349,44 @@ mod tests {
         assert!(waits(&line(IN_FLIGHT), None));
         assert!(!waits(&line(4), None), "it computes");
         assert!(waits(&line(4), Some("1\n")) && !waits(&line(4), Some("0\n")));
-        let look = |counted: Counted| {
-            let write_back = WriteBack::to(Vec::new());
-            let _ = write_back.opened.set(Some(vec![counted]));
-            let look = write_back.look()?;
-            Some((look.done, look.is_counted))
+        let look = |own: Counted, below: Vec<Counted>| {
+            let write_back = WriteBack::to(Vec::new(), []);
+            let devices = Some(vec![own]);
+            let _ = write_back.opened.set(Opened { devices, below });
+            let look = write_back.look();
+            let in_hand = look.in_hand.iter().map(|(_, done)| *done);
+            (look.done, look.is_counted, in_hand.collect::<Vec<_>>())
         };
-        assert_eq!(look(counted(&line(4), true, Some("1\n"))), Some((1, true)));
+        let alone = |own: Counted| look(own, Vec::new());
+        assert_eq!(
+            alone(counted(&line(4), true, Some("1\n"))),
+            (Some(1), true, vec![1])
+        );
+        // It computes, and what it has written before is nothing that waits.
+        assert_eq!(
+            alone(counted(&line(4), true, None)),
+            (Some(1), false, vec![])
+        );
         // One that does not count has nothing in hand, whatever it has done before that.
-        assert_eq!(look(counted(&line(4), false, Some("0\n"))), None);
-        assert_eq!(look(counted(&line(4), false, None)), None);
+        let silent = (None, false, vec![]);
+        assert_eq!(alone(counted(&line(4), false, Some("0\n"))), silent);
+        assert_eq!(alone(counted(&line(4), false, None)), silent);
         // One that is suspended gets on with nothing, but what it did before is known of none that does not count.
         let suspended = counted(&line(4), false, Some("1\n"));
-        assert_eq!(look(suspended), Some((1, false)));
+        assert_eq!(alone(suspended), (Some(1), false, vec![1]));
         // What has something in hand counts, whatever its queue says.
+        let waiting = || counted(&line(IN_FLIGHT), false, None);
+        assert_eq!(alone(waiting()), (Some(0), true, vec![0]));
+        // What waits for a device below need not be counted above it, and what is done there is another's as well.
+        let idle = || counted(&line(4), true, None);
         assert_eq!(
-            look(counted(&line(IN_FLIGHT), false, None)),
-            Some((0, true))
+            look(idle(), vec![idle(), waiting()]),
+            (Some(1), false, vec![0])
         );
         // Nobody can tell of a device that is not there, nor of none.
-        assert_eq!(WriteBack::to(vec![DevId::default()]).look(), None);
-        assert_eq!(WriteBack::to(Vec::new()).look(), None);
+        let nobody = |devices| WriteBack::to(devices, []).look();
+        assert_eq!(nobody(vec![DevId::default()]), Look::default());
+        assert_eq!(nobody(Vec::new()), Look::default());
     }
 
     #[test]

@@ -10,6 +10,7 @@ use super::target::Target;
 use super::work::Work;
 use super::write_back::Syncing;
 use crate::mounts::DevId;
+use crate::writes::Look;
 
 /// What one freeze leaves for the next to know.
 #[derive(Default)]
@@ -35,12 +36,18 @@ pub(super) struct Hung {
     pub(super) quiet: Quiet,
 }
 
+/// How many times as long a file system may have nothing done with nothing in hand as with something: it may compute,
+/// or what its disk hangs in may not be counted.
+const IDLE_TIMES: u32 = 3;
+
 /// For how long nothing has come of the sync of one.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Quiet {
-    /// By [`Look`](crate::writes::Look).
-    pub(super) done: Option<u64>,
-    pub(super) since: Instant,
+    /// Since when all that it is on has been at this, by [`Look`].
+    done: Option<u64>,
+    since: Instant,
+    /// And each that has had something in hand all the time.
+    in_hand: BTreeMap<DevId, (u64, Instant)>,
 }
 
 impl Quiet {
@@ -48,18 +55,34 @@ impl Quiet {
         Quiet {
             done: None,
             since: Instant::now(),
+            in_hand: BTreeMap::new(),
         }
     }
 
-    /// Looks again. Where nobody can tell it is never quiet.
+    /// Looks again: for how long nothing has come of what one had in hand, however the others get on, or, which
+    /// counts less, of all of them. Where nobody can tell it is never quiet.
     pub(super) fn lasts(&mut self, target: &Target) -> Duration {
-        let look = target.written_back.as_ref().and_then(|it| it());
-        let done = look.map(|it| it.done);
+        let look = target.written_back.as_ref().map(|it| it());
+        self.goes_on(Instant::now(), look.unwrap_or_default())
+    }
+
+    fn goes_on(&mut self, now: Instant, look: Look) -> Duration {
+        let Look { done, in_hand, .. } = look;
         if done.is_none() || done != self.done {
-            let since = Instant::now();
-            *self = Quiet { done, since };
+            self.done = done;
+            self.since = now;
         }
-        self.since.elapsed()
+        let before = std::mem::take(&mut self.in_hand);
+        let since = |dev, done| match before.get(&dev) {
+            Some((then, since)) if *then == done => *since,
+            _ => now,
+        };
+        let in_hand = in_hand.into_iter();
+        self.in_hand = in_hand
+            .map(|(dev, done)| (dev, (done, since(dev, done))))
+            .collect();
+        let hang = self.in_hand.values().map(|(_, since)| now - *since);
+        hang.fold((now - self.since) / IDLE_TIMES, Duration::max)
     }
 }
 
@@ -109,8 +132,76 @@ impl Learnt {
             Some(thread) => self.hung.push(Hung { dev, thread, quiet }),
             None => {
                 let earlier = self.hung.iter_mut().filter(|it| it.dev == dev);
-                earlier.for_each(|it| it.quiet = quiet);
+                earlier.for_each(|it| it.quiet = quiet.clone());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    /// For how long nothing has come of it after looks at these seconds, with what is done in all, and what one
+    /// has done that has something in hand.
+    fn lasts(looks: &[(u64, Option<u64>, Option<u64>)]) -> Duration {
+        let mut quiet = Quiet::begin();
+        let begin = quiet.since;
+        let mut lasts = Duration::ZERO;
+        for (second, done, in_hand) in looks {
+            let in_hand = in_hand.map(|done| (DevId::default(), done));
+            let look = Look {
+                done: *done,
+                is_counted: true,
+                in_hand: in_hand.into_iter().collect(),
+            };
+            lasts = quiet.goes_on(begin + Duration::from_secs(*second), look);
+        }
+        lasts
+    }
+
+    #[test]
+    fn what_gets_nothing_done_hangs_and_with_nothing_in_hand_later() {
+        // It has something in hand, and nothing comes of it.
+        assert_eq!(
+            lasts(&[(0, Some(1), Some(1)), (10, Some(1), Some(1))]),
+            LIMIT
+        );
+        // It computes, or what it waits for is not counted.
+        assert!(lasts(&[(0, Some(1), None), (29, Some(1), None)]) < LIMIT);
+        assert_eq!(lasts(&[(0, Some(1), None), (30, Some(1), None)]), LIMIT);
+        // What has begun since then has its own time.
+        let begins = [
+            (0, Some(1), None),
+            (20, Some(1), Some(1)),
+            (29, Some(1), Some(1)),
+        ];
+        assert!(lasts(&begins) < LIMIT);
+    }
+
+    #[test]
+    fn one_that_hangs_is_seen_beside_others_that_get_on() {
+        let member = [
+            (0, Some(1), Some(7)),
+            (5, Some(2), Some(7)),
+            (10, Some(3), Some(7)),
+        ];
+        assert_eq!(lasts(&member), LIMIT);
+        let slow = [
+            (0, Some(1), Some(7)),
+            (9, Some(2), Some(8)),
+            (18, Some(3), Some(9)),
+        ];
+        assert!(lasts(&slow) < LIMIT);
+    }
+
+    #[test]
+    fn where_nobody_can_tell_it_is_never_quiet() {
+        assert_eq!(
+            lasts(&[(0, None, None), (1000, None, None)]),
+            Duration::ZERO
+        );
     }
 }

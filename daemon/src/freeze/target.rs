@@ -125,8 +125,8 @@ pub struct Stay {
 /// What a file system, open, is at that its freeze would wait for, and all its writers with it, in words.
 pub type Busy = Box<dyn Fn(BorrowedFd<'_>) -> Option<String> + Send + Sync>;
 
-/// Whether what a file system is on gets on with what is written to it; `None` where nobody can tell.
-pub type WrittenBack = Box<dyn Fn() -> Option<Look> + Send + Sync>;
+/// Whether what a file system is on gets on with what is written to it.
+pub type WrittenBack = Box<dyn Fn() -> Look + Send + Sync>;
 
 /// One file system to freeze.
 pub struct Target {
@@ -258,7 +258,7 @@ impl Target {
     /// Whether it is known that nothing was.
     pub(super) fn is_as_it_was(&self) -> bool {
         let both = lock(&self.written).zip(self.writes.sectors());
-        let look = || self.written_back.as_ref().and_then(|it| it());
+        let look = || self.written_back.as_ref().map(|it| it());
         both.is_some_and(|(then, now)| now == then)
             && !self.writes.is_empty()
             && look().is_some_and(|it| it.is_counted)

@@ -51,9 +51,12 @@ struct Double {
 }
 
 /// A look at a disk that is at work and counts.
-fn counted(done: u64) -> Option<Look> {
-    let is_counted = true;
-    Some(Look { done, is_counted })
+fn counted(done: u64) -> Look {
+    Look {
+        done: Some(done),
+        is_counted: true,
+        in_hand: vec![(DevId::default(), done)],
+    }
 }
 
 /// What stands for a file system.
@@ -552,11 +555,15 @@ fn what_cannot_freeze_is_synced_with_nothing_frozen_and_known_the_next_time() {
 
 #[test]
 fn what_is_taken_for_unfreezable_and_is_not_is_frozen() {
-    let mut s = setup(&[0, 1], &[], false);
-    s.learnt.unfreezable.insert("8:1".parse().unwrap());
-    let summary = s.freeze().unwrap();
-    assert_eq!((summary.ours, summary.synced), (2, 0));
-    assert!(s.learnt.unfreezable.is_empty());
+    for strict in [false, true] {
+        let mut s = setup(&[0, 1], &[], strict);
+        s.learnt.unfreezable.insert("8:1".parse().unwrap());
+        s.session.sync(&mut s.learnt);
+        assert_eq!(s.calls().contains(&("sync", 1)), strict);
+        let summary = s.freeze().unwrap();
+        assert_eq!((summary.ours, summary.synced), (2, 0));
+        assert!(s.learnt.unfreezable.is_empty());
+    }
 }
 
 #[test]
@@ -816,6 +823,33 @@ fn those_on_the_disk_of_one_that_hangs_hang_all_at_the_same_time() {
 }
 
 #[test]
+fn a_sync_that_hangs_with_nothing_in_hand_is_given_up_on_as_well() {
+    const LIMIT: Duration = Duration::from_millis(100);
+    let double = Double {
+        give_up: Some(LIMIT),
+        ..Double::default()
+    };
+    let mut s = setup_before(double, &[(0, None), (0, None)], &[], &[], false);
+    s.slow("sync", 0, LIMIT * 30);
+    let idle = || Look {
+        in_hand: Vec::new(),
+        ..counted(1)
+    };
+    let again = |number: usize| {
+        let target = &s.session.targets()[number];
+        let fd = target.fd.try_clone().unwrap();
+        Target::new(target.dev, target.name.clone(), 0, fd).written_back(Box::new(idle))
+    };
+    let session = Session::new(vec![again(0), again(1)], s.means.clone(), &s.learnt).unwrap();
+    let begun = Instant::now();
+    session.sync(&mut s.learnt);
+    let took = begun.elapsed();
+    assert!(took >= LIMIT * 3 && took < LIMIT * 20, "{took:?}");
+    let summary = session.freeze(&mut s.learnt, NOTHING).unwrap();
+    assert_eq!((summary.ours, summary.left_out), (1, 1));
+}
+
+#[test]
 fn a_sync_of_what_is_slow_is_waited_for() {
     // The one gets on with it, of the other nobody can tell.
     let written: Arc<AtomicU64> = Arc::default();
@@ -914,8 +948,10 @@ fn a_thaw_that_does_not_come_back_ends_the_backup_in_time_and_is_no_loss_where_i
                 match stat.take() {
                     Some(stat) => {
                         let target = target.with_writes(Writes::from(vec![stat]));
-                        let look = counted(0).map(|it| Look { is_counted, ..it });
-                        target.written_back(Box::new(move || look))
+                        target.written_back(Box::new(move || Look {
+                            is_counted,
+                            ..counted(0)
+                        }))
                     }
                     None => target,
                 }

@@ -38,7 +38,7 @@ impl Session {
         for wave in &self.waves {
             let known = |i: &&usize| {
                 let target = self.work.targets.get(**i);
-                target.is_some_and(|t| learnt.unfreezable.contains(&t.dev) || !t.is_due())
+                target.is_some_and(|t| self.is_unfreezable(t, learnt) || !t.is_due())
             };
             let wave: Vec<usize> = wave.iter().filter(|i| !known(i)).copied().collect();
             self.sync_lanes(self.lanes(&wave), most.max(1), learnt);
@@ -68,7 +68,7 @@ impl Session {
                         target,
                         since,
                         // What is known to hang is not waited for again.
-                        quiet: earlier.map_or_else(Quiet::begin, |it| it.quiet),
+                        quiet: earlier.map_or_else(Quiet::begin, |it| it.quiet.clone()),
                         has_hung: false,
                         thread: None,
                         rest: lane,

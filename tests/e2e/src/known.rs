@@ -72,7 +72,7 @@ const KNOWN: &[Known] = &[
         why: "the same of one that is to begin anew",
     },
     Known {
-        text: "cmd 0x35 status: scsi 0x0 srb 0x20 host 0xc00000c0",
+        text: "cmd 0x35 status: scsi 0x0 srb 0x20",
         cases: EVERYWHERE,
         why: "the driver flushes a disk once more that the host has taken off, as it does behind each case",
     },
@@ -236,7 +236,7 @@ const KNOWN: &[Known] = &[
     },
     Known {
         text: "md: async del_gendisk mode will be removed in future",
-        cases: &["broken/*", "order/*", "scope/*", "volumes/*"],
+        cases: &["broken/*", "deadman/hung-below-md", "order/*", "scope/*", "volumes/*"],
         why: "md says so of any program that is not its newest, busybox's among them",
     },
     Known {

@@ -3,7 +3,7 @@
 //! One file system that is out of order costs nobody else the backup: it is left out and named with
 //! its reason, `list` says so beforehand, and only a strict backup fails.
 
-use super::deadman::{make_hung, HANG, UNHANG};
+use super::deadman::{good_backup, make_hung, HANG, UNHANG};
 use super::disks::{self, load_driver, Attached};
 use super::{
     case, describe, good, load, logged, observe, start, stop, wait_for_daemon, Case, Seen,
@@ -12,7 +12,7 @@ use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
 use hyperv_sim::ic::status;
-use hyperv_sim::storage::Image;
+use hyperv_sim::storage::{Fault, Image, Kind};
 use serde_json::Value;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -27,6 +27,11 @@ pub const CASES: &[Case] = &[
         "broken/btrfs-read-only-since-an-error",
         "the same with a btrfs whose disk has failed, and which one that was made read-only is not taken for",
         btrfs_read_only_since_an_error,
+    ),
+    disks::case(
+        "broken/btrfs-read-only-after-a-backup",
+        "and so is one whose disk fails after a good backup, when the plan is still there, of which nobody tells",
+        btrfs_read_only_after_a_backup,
     ),
     case(
         "broken/shut-down",
@@ -202,6 +207,58 @@ fn btrfs_read_only_since_an_error(guest: &Guest) -> Result<()> {
     let ours = left_out(guest, &["/mnt/bad (btrfs, "])?;
     compare(guest, "one btrfs is read-only since its disk failed", &ours)?;
     guest.sh("umount /mnt/bad && dmsetup remove bad").map(drop)
+}
+
+fn btrfs_read_only_after_a_backup(guest: &Guest) -> Result<()> {
+    guest.expect_in_log(&[
+        "BTRFS",
+        "critical medium error",
+        "I/O error",
+        "status: scsi 0x2 srb 0x84",
+    ])?;
+    load_driver(guest)?;
+    guest.sh(HEALTHY)?;
+    guest.sh("modprobe btrfs")?;
+    for (lun, (config, expected)) in (0..).zip([
+        ("strict = false", status::OK),
+        ("strict = true", status::FAIL),
+    ]) {
+        let bad = Attached::new(guest, 0, lun, 128, Image::default())?;
+        let node = bad.node(guest)?;
+        guest.sh(&format!(
+            "mkfs.btrfs -q -f {node} && mount {node} /mnt/bad && sync"
+        ))?;
+        load(guest, guest.module(), &[])?;
+        let daemon = guest.start_daemon_with(config)?;
+        wait_for_daemon(guest)?;
+        good_backup(guest).context("before its disk fails")?;
+        good_backup(guest).context("by the same plan")?;
+        bad.disk.set_faults(&[Fault::all(Kind::Write)]);
+        guest.try_sh("touch /mnt/bad/file; sync -f /mnt/bad")?;
+        guest.wait_until("the error has made it read-only", STEP, || {
+            let table = guest.sh("grep ' /mnt/bad ' /proc/self/mountinfo")?;
+            Ok(table.contains(&format!(" {node} ro")))
+        })?;
+        let vss = guest.vss();
+        let freeze = vss.freeze(&[], STEP)?;
+        answered(&format!("FREEZE with {config}"), &freeze, expected)?;
+        if expected == status::OK {
+            answered("THAW", &vss.thaw(STEP)?, expected)?;
+        }
+        let mut log = String::new();
+        let said = guest.wait_until("it is named", STEP, || {
+            log = guest.output(&daemon)?;
+            let words = ["/mnt/bad (btrfs", "left out", "read-only since an error"];
+            let mut lines = log.lines();
+            Ok(lines.any(|line| words.iter().all(|word| line.contains(word))))
+        });
+        said.with_context(|| format!("it is not named:\n{log}"))?;
+        stop(guest, guest.module(), &daemon)?;
+        bad.disk.set_faults(&[]);
+        guest.sh("umount /mnt/bad")?;
+        bad.detach(guest)?;
+    }
+    Ok(())
 }
 
 fn shut_down(guest: &Guest) -> Result<()> {

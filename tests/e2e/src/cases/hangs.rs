@@ -3,6 +3,7 @@
 //! Nothing stays frozen when it is not a process that ends but something in the kernel that does
 //! not: a disk, a freeze, an open.
 
+use super::broken::{no_raid, raid};
 use super::deadman::{
     all_of_ours, good_backup, held_up, make_hung, released, rounds_of, Tally, FEW, HANG, RELEASED,
     UNHANG,
@@ -110,6 +111,11 @@ pub const CASES: &[Case] = &[
         "a sync of an ext4 that hangs: without that disk the next backup is good, and so is that of the \
          next daemon",
         hung_sync,
+    ),
+    disks::case(
+        "deadman/hung-below-md",
+        "one of two disks that hangs below an md, which itself may have nothing in hand, costs no backup but its own",
+        hung_below_md,
     ),
     case(
         "deadman/rehearsal-stopped-beside-a-hang",
@@ -771,6 +777,59 @@ fn hung_sync(guest: &Guest) -> Result<()> {
     guest.sh(&format!("{UNHANG}; rm -rf /etc/hv_vss"))?;
     guest.wait(&daemon, STEP)?;
     stop(guest, module, &next)
+}
+
+/// What a sync of a clean ext4 waits for there is a flush of both halves of a mirror.
+fn hung_below_md(guest: &Guest) -> Result<()> {
+    let attached = |lun| Attached::new(guest, 0, lun, 80, Image::default());
+    let disks = [attached(0)?, attached(1)?];
+    load_driver(guest)?;
+    let nodes = [disks[0].node(guest)?, disks[1].node(guest)?];
+    let [first, second] = &nodes;
+    let names = [first, second].map(|it| it.trim_start_matches("/dev/"));
+    guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
+    let array = raid(guest, names)?;
+    // Nor does it write by itself, which would be in hand.
+    guest.sh("mount -o remount,noinit_itable /mnt/bad && sync")?;
+    guest.writer_start("/mnt/a/w")?;
+    let vss = guest.vss();
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("give_up = 2")?;
+    wait_for_daemon(guest)?;
+    good_backup(guest).context("before its disk hangs")?;
+    disks[0].disk.set_hung(true);
+    let limit = guest.host().patience(Duration::from_secs(1));
+    for is_known in [false, true] {
+        // Another is worth a sync.
+        guest
+            .sh("rm -f /mnt/a/dirty; dd if=/dev/zero of=/mnt/a/dirty bs=1M count=4 2>/dev/null")?;
+        let reply = vss.freeze(&[], STEP)?;
+        answered("FREEZE with a hung disk", &reply, status::OK)?;
+        answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+        let waited = reply.latency;
+        // Three times as long where nothing shows that anything is in hand.
+        let is_right = match is_known {
+            true => waited < limit,
+            false => waited < Duration::from_secs(2) * 3 + limit,
+        };
+        ensure!(
+            is_right,
+            "FREEZE took {waited:?} with a disk that is known to hang: {is_known}"
+        );
+    }
+    let log = logged_all(guest, &daemon, 3)?;
+    let named = log
+        .lines()
+        .filter(|it| it.contains("/mnt/bad (ext4") && it.contains(" hangs: "));
+    equal("how often it is named", named.count(), 2)?;
+    disks[0].disk.set_hung(false);
+    guest.wait_until("its sync is over", STEP, || {
+        Ok(in_sync(guest, &daemon)? == 0)
+    })?;
+    good_backup(guest).context("with the disk back")?;
+    stop(guest, guest.module(), &daemon)?;
+    no_raid(guest, &array)?;
+    Attached::detach_all(guest, disks)
 }
 
 /// Nobody is let to its superblock while a sync of it hangs, and no path leads there.

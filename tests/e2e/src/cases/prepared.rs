@@ -6,14 +6,16 @@
 //! Each case lets the daemon prepare (HOT_BACKUP has it look whether its plan still holds), makes one
 //! change that the plan cannot know of, and backs up.
 
-use super::deadman::{make_hung, HANG, UNHANG};
+use super::deadman::{good_backup, make_hung, HANG, UNHANG};
+use super::disks::{self, load_driver, Attached};
 use super::hangs::in_freeze;
 use super::scope::in_a_namespace;
-use super::{case, good, load, logged, observe, start, stop, wait_for_daemon, Case};
-use anyhow::{ensure, Result};
+use super::{case, good, load, logged, logged_all, observe, start, stop, wait_for_daemon, Case};
+use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
 use hyperv_sim::ic::status;
+use hyperv_sim::storage::Image;
 use hyperv_sim::Tx;
 
 pub const CASES: &[Case] = &[
@@ -92,6 +94,11 @@ pub const CASES: &[Case] = &[
         "freeze/mounted-while-it-freezes-exfat",
         "an exfat that is mounted while another is being frozen has it begun anew and is known then",
         exfat_meanwhile,
+    ),
+    disks::case(
+        "freeze/unwanted-while-it-freezes",
+        "what a rule leaves out may come all the time: a strict backup is good all the same",
+        unwanted_meanwhile,
     ),
     case(
         "freeze/mounted-before-another-freeze",
@@ -293,6 +300,55 @@ fn exfat_meanwhile(guest: &Guest) -> Result<()> {
     ensure!(!said.contains("was mounted while"), "{said}");
     guest.sh("umount /mnt/b")?;
     stop(guest, guest.module(), &daemon)
+}
+
+fn unwanted_meanwhile(guest: &Guest) -> Result<()> {
+    let slow = Attached::new(guest, 0, 0, 64, Image::default())?;
+    load_driver(guest)?;
+    let node = slow.node(guest)?;
+    guest.sh(&format!(
+        "mkdir -p /mnt/a /mnt/b /mnt/c && mkfs.ext4 -q -F {node} && mount {node} /mnt/a
+         mkfs.ext4 -q -F /dev/ram2 && mkfs.ext4 -q -F /dev/ram3 && mount /dev/ram3 /mnt/c && sync"
+    ))?;
+    load(guest, guest.module(), &[])?;
+    let unwanted = "[exclude]\ndevices = ['1:2', '1:3']";
+    let config = format!("strict = true\ngive_up = 100\ndeadline = 300\n{unwanted}");
+    let daemon = guest.start_daemon_with(&config)?;
+    wait_for_daemon(guest)?;
+    good_backup(guest)?;
+    slow.disk.set_hung(true);
+    let vss = guest.vss();
+    let tx = vss.send_freeze(&[])?;
+    // Whenever its freeze, or the thaw before the next, is about to end, one of the two has come.
+    let mut turns = [("ram2 /mnt/b", "/mnt/c"), ("ram3 /mnt/c", "/mnt/b")]
+        .into_iter()
+        .cycle();
+    let mut reply = None;
+    guest.wait_until("FREEZE is answered", STEP * 10, || {
+        if slow.disk.waiting() > 0 {
+            let (comes, goes) = turns.next().unwrap_or_default();
+            guest.sh(&format!("mount /dev/{comes} && umount {goes}"))?;
+            slow.disk.set_hung(false);
+            while slow.disk.waiting() > 0 {
+                std::thread::yield_now();
+            }
+            slow.disk.set_hung(true);
+        }
+        reply = vss.try_reply(tx);
+        Ok(reply.is_some())
+    })?;
+    slow.disk.set_hung(false);
+    let reply = reply.context("no answer")?;
+    answered("FREEZE with strict = true", &reply, status::OK)?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    let log = logged_all(guest, &daemon, 2)?;
+    ensure!(
+        log.matches("it is begun anew").count() > 1,
+        "it should have been begun anew more than once:\n{log}"
+    );
+    stop(guest, guest.module(), &daemon)?;
+    guest.sh("umount /mnt/a; umount /mnt/b; umount /mnt/c; true")?;
+    slow.detach(guest)
 }
 
 fn mounted_while_frozen_no_loss(guest: &Guest) -> Result<()> {
