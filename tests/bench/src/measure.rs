@@ -61,7 +61,6 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
     let dirtier = disks.start_writers(guest)?;
     wait_for_writers(guest)?;
     guest.writers_reset()?;
-    let begun = guest.clock()?;
     let watched = match disks.writers {
         Writers::Fsync => Some(Watched::begin(guest)?),
         Writers::Small | Writers::Dirtier => None,
@@ -73,9 +72,10 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
     answered("THAW", &thaw, status::OK)?;
     let stalls = stalls(guest)?;
     let phases = watched.map(Watched::end).transpose()?;
+    let whole = phases.map(|it| whole(guest, it)).transpose()?;
     let mut fsyncs = phases.map_or_else(|| Ok(BTreeMap::new()), |it| fsyncs(guest, it))?;
-    if phases.is_some() {
-        fsyncs.insert(WHOLE.0, parts(guest, begun, guest.clock()?)?);
+    if let Some((begun, ended)) = whole {
+        fsyncs.insert(WHOLE.0, parts(guest, begun, ended)?);
     }
     disks.stop_writers(guest, dirtier)?;
 
@@ -86,10 +86,11 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
         ("thaw", thaw.latency.as_secs_f64()),
     ]);
     let mut lengths = BTreeMap::new();
-    if let Some(phases) = phases {
+    if let (Some(phases), Some((begun, ended))) = (phases, whole) {
         seconds.insert(WHOLE.1, p99(fsyncs.get(WHOLE.0).map_or(&[], Vec::as_slice)));
+        lengths.insert(WHOLE.0, seconds_between(begun, ended));
         for (phase, from, to) in phases.spans() {
-            lengths.insert(phase.name, (to - from) as f64 / 1e6);
+            lengths.insert(phase.name, seconds_between(from, to));
             let parts = fsyncs.get(phase.name).map_or(&[][..], Vec::as_slice);
             seconds.insert(phase.p99, p99(parts));
             seconds.insert(phase.longest, parts.iter().copied().fold(0.0, f64::max));
@@ -153,6 +154,17 @@ pub fn limit(guest: &Guest, disks: &Disks) -> Result<f64> {
         longest = longest.max(guest.freeze_and_thaw(&folder)?);
     }
     Ok(longest.as_secs_f64())
+}
+
+fn seconds_between(from_us: u64, to_us: u64) -> f64 {
+    (to_us - from_us) as f64 / 1e6
+}
+
+/// From when to when the whole turn was, of the guest's clock: what is written while it is asked is none of it.
+fn whole(guest: &Guest, phases: Phases) -> Result<(u64, u64)> {
+    let long = guest.stalls(phases.end())?.stalls;
+    let ended = long.iter();
+    Ok(phases.whole(ended.filter_map(|it| Some((it.began_us, it.ended_us?)))))
 }
 
 /// What each write took of each phase, in seconds.
