@@ -554,14 +554,36 @@ fn restored_root(guest: &Guest, name: &str, module: Module, daemon: Daemon) -> R
     Ok(describe(&backup, Some(&verdict)))
 }
 
-/// Backups of each file system on volumes of a kind.
+/// Backups of each file system on volumes of a kind, the last one with the peer.
 fn on(guest: &Guest, stack: Stack) -> Result<()> {
     let kinds = [Format::Ext4, Format::Xfs, Format::Btrfs].map(|it| (it, stack));
     let (process, mut rig, backup) = one_after_the_other(guest, &kinds, Duration::ZERO, false)?;
+    stop(guest, Module::Ours, &process)?;
+    let process = start(guest, Module::Stock, Daemon::Debian)?;
+    guest.expect_in_log(&OF_BAD_COPIES)?;
+    let (of_peer, verdicts) = judged(guest, &rig)?;
+    stop(guest, Module::Stock, &process)?;
+    let mut verdicts = verdicts.iter();
+    for (format, stack) in kinds {
+        // All copies of ours were good, or this would not be reached.
+        let told = [RESTORES.to_owned(), describe(&of_peer, verdicts.next())];
+        println!("     the peer, {format:?} on {stack:?}: {}", told[1]);
+        let what = format!("a busy {} on {}", format.name(), stack.words());
+        compare(guest, &what, &told);
+    }
     let unfrozen = without_freeze(guest, &rig)?;
     rig.stop(guest)?;
-    stop(guest, Module::Ours, &process)?;
     bad_volumes(guest, &backup, &unfrozen)
+}
+
+/// One backup of all, and the verdicts on its copies, while the load rests.
+fn judged(guest: &Guest, rig: &Rig) -> Result<(Backup, Vec<Verdict>)> {
+    let backup = rig.back_up(guest)?;
+    let all: Vec<_> = backup.copies.iter().collect();
+    rig.rest(guest, true)?;
+    let verdicts = judge(guest, &all)?;
+    rig.rest(guest, false)?;
+    Ok((backup, verdicts))
 }
 
 /// Backups without a pause, of disks that are slow and busy.
@@ -594,12 +616,9 @@ fn one_after_the_other(
     let (mut copies, mut records, mut discards) = (0, 0, 0);
     let mut last = None;
     for round in 0..rounds_or(2) {
-        let backup = rig.back_up(guest)?.answered()?;
-        let all: Vec<_> = backup.copies.iter().collect();
-        rig.rest(guest, true)?;
-        let verdicts = judge(guest, &all)?;
-        rig.rest(guest, false)?;
-        for (copy, verdict) in all.iter().zip(verdicts) {
+        let (backup, verdicts) = judged(guest, &rig)?;
+        let backup = backup.answered()?;
+        for (copy, verdict) in backup.copies.iter().zip(verdicts) {
             ensure!(
                 verdict.objections().is_empty() && copy.expected.least > 0,
                 "backup {round}, {:?} on {:?}, {:?}: {verdict:#?}",
