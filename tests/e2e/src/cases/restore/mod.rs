@@ -132,7 +132,8 @@ const fn long(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
 }
 
 /// A THAW that gets lost. A host that copies a disk at any moment from the answer on has what the log has
-/// until then: with nothing written before the deadline that is one and the same copy all the time.
+/// until then: with nothing written before the deadline that is one and the same copy all the time. The peer
+/// has no deadline, and is watched for a while longer.
 fn lost_thaw(guest: &Guest) -> Result<()> {
     const KINDS: [(Format, Stack); 3] = [
         (Format::Ext4, Stack::Disk),
@@ -140,9 +141,20 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
         (Format::Btrfs, Stack::Disk),
     ];
     const DEADLINE: Duration = Duration::from_secs(20);
-    for module in [Module::Ours, Module::Stock] {
+    const LONGER: Duration = Duration::from_secs(24);
+    let mut of_peer = String::new();
+    for (module, daemon) in [
+        (Module::Ours, Daemon::Ours),
+        (Module::Stock, Daemon::Ours),
+        (Module::Stock, Daemon::Debian),
+    ] {
         load(guest, module, &[])?;
-        let process = guest.start_daemon_with(&format!("deadline = {}", DEADLINE.as_secs()))?;
+        let process = match daemon {
+            Daemon::Ours => {
+                guest.start_daemon_with(&format!("deadline = {}", DEADLINE.as_secs()))?
+            }
+            Daemon::Debian => guest.start_daemon(daemon)?,
+        };
         wait_for_daemon(guest)?;
         let mut rig = Rig::new(guest, &KINDS, Duration::ZERO)?;
         let host = guest.host();
@@ -151,31 +163,43 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
         rig.wait_for_progress(guest, 3)?;
         let freeze = guest.vss().freeze(&luns, STEP)?;
         answered("FREEZE", &freeze, status::OK)?;
-        rig.wait_for_progress(guest, 3)?;
-        answered("THAW", &guest.vss().thaw(STEP)?, status::FAIL)?;
+        match daemon {
+            Daemon::Ours => {
+                rig.wait_for_progress(guest, 3)?;
+                answered("THAW", &guest.vss().thaw(STEP)?, status::FAIL)?;
+            }
+            Daemon::Debian => guest.wait_until("nothing is written for long", STEP * 2, || {
+                Ok(host.now() > freeze.at + LONGER)
+            })?,
+        }
         let notes = rig.notes.disk.log();
+        let mut gone_on = None;
         let mut copies = Vec::new();
         for ((volume, attached), base) in rig.volumes.iter().zip(rig.disks()).zip(bases) {
             let mut log = attached.disk.log();
             let is_after = |entry: &Entry| host.time_of(entry.ended) > freeze.at;
-            let (until, first) = until_written(volume.format, &log, is_after)
-                .context("nothing was written after the deadline")?;
-            let still = host.time_of(first.arrived).saturating_sub(freeze.at);
+            let found = until_written(volume.format, &log, is_after);
+            let still = found.map(|it| host.time_of(it.1.arrived).saturating_sub(freeze.at));
+            let until = found.map_or(log.as_slice(), |it| it.0);
             // The copy of a host that takes its time has what was discarded meanwhile.
             let image = log::replay(&base, until);
             let discarded = until.iter().filter(|it| it.is_write() && is_after(it));
             let discarded = discarded.count();
             println!(
-                "     {module:?}, {}: FREEZE took {:.1?}, the first write came {still:.1?} after it",
+                "     {module:?}, {daemon:?}, {}: FREEZE took {:.1?}, the first write came {still:.1?} after it",
                 volume.format.name(),
                 freeze.latency
             );
-            // The deadline counts from the first freeze on.
-            ensure!(
-                still + freeze.latency >= DEADLINE,
-                "it was written {still:?} after the answer, which took {:?}",
-                freeze.latency
-            );
+            gone_on = gone_on.or(still);
+            if daemon == Daemon::Ours {
+                let still = still.context("nothing was written after the deadline")?;
+                // The deadline counts from the first freeze on.
+                ensure!(
+                    still + freeze.latency >= DEADLINE,
+                    "it was written {still:?} after the answer, which took {:?}",
+                    freeze.latency
+                );
+            }
             log.retain(|entry| !is_after(entry));
             copies.push(Copy {
                 format: volume.format,
@@ -189,19 +213,43 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
             });
         }
         rig.stop_logs();
+        if daemon == Daemon::Debian {
+            // So that its file systems can be unmounted.
+            guest.vss().thaw(STEP)?;
+        }
         rig.stop(guest)?;
         stop(guest, module, &process)?;
         let all: Vec<_> = copies.iter().collect();
-        for (copy, verdict) in all.iter().zip(judge(guest, &all)?) {
-            ensure!(
-                verdict.objections().is_empty() && copy.expected.least > 0,
-                "{module:?}, {:?}, {:?}: {verdict:#?}",
-                copy.format,
-                copy.expected
-            );
+        let verdicts = judge(guest, &all)?;
+        match daemon {
+            Daemon::Ours => {
+                for (copy, verdict) in all.iter().zip(verdicts) {
+                    ensure!(
+                        verdict.objections().is_empty() && copy.expected.least > 0,
+                        "{module:?}, {:?}, {:?}: {verdict:#?}",
+                        copy.format,
+                        copy.expected
+                    );
+                }
+            }
+            Daemon::Debian => {
+                of_peer = match gone_on {
+                    None => format!("all still frozen after {} s", LONGER.as_secs()),
+                    Some(still) => format!("written to after {} s", still.as_secs()),
+                };
+                let bad = verdicts.iter().find(|it| !it.objections().is_empty());
+                let verdict = bad.or(verdicts.first()).map(Verdict::describe);
+                of_peer += &format!("; a copy from then {}", verdict.unwrap_or_default());
+            }
         }
         rig.detach(guest)?;
     }
+    let deadline = DEADLINE.as_secs();
+    guest.compare(
+        &format!("the host never says THAW (deadline set to {deadline} s), and copies the disks meanwhile"),
+        &format!("all go on after {deadline} s; a copy from before {RESTORES}"),
+        &of_peer,
+    );
     Ok(())
 }
 
