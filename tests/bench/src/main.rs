@@ -124,7 +124,7 @@ fn run_load(load: &Load, rounds: u32, guest: &Guest, results: &mut Results) -> R
         for stack in order {
             rig.switch(stack)?;
             let sample = match load.work {
-                Work::Freeze(disks) => measure::freeze(&rig, &disks),
+                Work::Freeze(disks) => measure::freeze(&rig, stack, &disks),
                 Work::HotBackup | Work::Idle => measure::hot_backup(&rig),
             };
             let sample = sample.with_context(|| format!("round {round}, {stack}"))?;

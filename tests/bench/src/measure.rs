@@ -7,11 +7,11 @@
 
 use crate::load::{every, Disks, Writers};
 use crate::phases::{Phases, Watched, WHOLE};
-use crate::stack::Rig;
+use crate::stack::{Rig, Stack};
 use crate::stats::p99;
 use anyhow::{ensure, Context, Result};
 use e2e::check::answered;
-use e2e::guest::{Guest, STEP};
+use e2e::guest::{Daemon, Guest, STEP};
 use hyperv_sim::ic::status;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -46,7 +46,7 @@ pub struct Sample {
 }
 
 /// One FREEZE, and THAW as soon as it is answered, with a writer on every file system.
-pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
+pub fn freeze(rig: &Rig, stack: Stack, disks: &Disks) -> Result<Sample> {
     let (guest, vss) = (rig.guest(), rig.guest().vss());
     // Once for nothing: the first freeze of a daemon that has just started is slower with both. There is time
     // in it to see that all is frozen that will be measured.
@@ -61,7 +61,6 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
     let dirtier = disks.start_writers(guest)?;
     wait_for_writers(guest)?;
     guest.writers_reset()?;
-    let begun = guest.clock()?;
     let watched = match disks.writers {
         Writers::Fsync => Some(Watched::begin(guest)?),
         Writers::Small | Writers::Dirtier => None,
@@ -73,11 +72,21 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
     answered("THAW", &thaw, status::OK)?;
     let stalls = stalls(guest)?;
     let phases = watched.map(Watched::end).transpose()?;
+    let whole = phases.map(|it| whole(guest, it)).transpose()?;
     let mut fsyncs = phases.map_or_else(|| Ok(BTreeMap::new()), |it| fsyncs(guest, it))?;
-    if phases.is_some() {
-        fsyncs.insert(WHOLE.0, parts(guest, begun, guest.clock()?)?);
+    if let Some((begun, ended)) = whole {
+        fsyncs.insert(WHOLE.0, parts(guest, begun, ended)?);
     }
     disks.stop_writers(guest, dirtier)?;
+    if stack.daemon() == Daemon::Ours {
+        // The first one and this one. It writes that down when it has answered THAW.
+        let mut told = Vec::new();
+        guest.wait_until("our daemon tells of both backups", STEP, || {
+            told = told_of_freezes(&rig.daemon_log()?);
+            Ok(told.len() >= 2)
+        })?;
+        all_frozen(&told, disks.count + 1)?;
+    }
 
     let worst = stalls.values().copied().fold(0.0, f64::max);
     let mut seconds = BTreeMap::from([
@@ -86,10 +95,11 @@ pub fn freeze(rig: &Rig, disks: &Disks) -> Result<Sample> {
         ("thaw", thaw.latency.as_secs_f64()),
     ]);
     let mut lengths = BTreeMap::new();
-    if let Some(phases) = phases {
+    if let (Some(phases), Some((begun, ended))) = (phases, whole) {
         seconds.insert(WHOLE.1, p99(fsyncs.get(WHOLE.0).map_or(&[], Vec::as_slice)));
+        lengths.insert(WHOLE.0, seconds_between(begun, ended));
         for (phase, from, to) in phases.spans() {
-            lengths.insert(phase.name, (to - from) as f64 / 1e6);
+            lengths.insert(phase.name, seconds_between(from, to));
             let parts = fsyncs.get(phase.name).map_or(&[][..], Vec::as_slice);
             seconds.insert(phase.p99, p99(parts));
             seconds.insert(phase.longest, parts.iter().copied().fold(0.0, f64::max));
@@ -153,6 +163,35 @@ pub fn limit(guest: &Guest, disks: &Disks) -> Result<f64> {
         longest = longest.max(guest.freeze_and_thaw(&folder)?);
     }
     Ok(longest.as_secs_f64())
+}
+
+/// What our daemon has said of each FREEZE that it answered 0, the oldest first.
+fn told_of_freezes(log: &str) -> Vec<String> {
+    let lines = log.lines();
+    let told = lines.filter_map(|it| Some(it.split_once("FREEZE answered: ")?.1.to_owned()));
+    told.collect()
+}
+
+/// Each of these must be that so many file systems were frozen, all that there are: one that is left out, or
+/// only synced, takes no time. The peer does not say; it fails with what it cannot freeze.
+fn all_frozen(told: &[String], count: u32) -> Result<()> {
+    let right = format!("{count} frozen, 0 frozen by others, 0 only synced, 0 left out");
+    ensure!(
+        told.iter().all(|it| *it == right),
+        "FREEZE was answered 0, and the daemon says: {told:?}, not {right:?}"
+    );
+    Ok(())
+}
+
+fn seconds_between(from_us: u64, to_us: u64) -> f64 {
+    (to_us - from_us) as f64 / 1e6
+}
+
+/// From when to when the whole turn was, of the guest's clock: what is written while it is asked is none of it.
+fn whole(guest: &Guest, phases: Phases) -> Result<(u64, u64)> {
+    let long = guest.stalls(phases.end())?.stalls;
+    let ended = long.iter();
+    Ok(phases.whole(ended.filter_map(|it| Some((it.began_us, it.ended_us?)))))
 }
 
 /// What each write took of each phase, in seconds.
@@ -328,6 +367,33 @@ mod tests {
         };
         let look = |counts| look(counts).collect::<Vec<_>>();
         assert_eq!(moving(&look([20, 20, 20]), &look([20, 21, 22])), ["/c"]);
+    }
+
+    #[test]
+    fn a_backup_that_leaves_one_out_is_none() {
+        let log = |last: &str| {
+            format!(
+                "hv_vss_daemon: HOT_BACKUP from the host, acknowledged\n\
+                 hv_vss_daemon: backup 1 +0.1s: FREEZE answered: 2 frozen, 0 frozen by others, 0 only synced, 0 left out\n\
+                 hv_vss_daemon: backup 1 +0.2s: THAW answered: all that was frozen is thawed, the backup is good\n\
+                 hv_vss_daemon: backup 2 +0.1s: FREEZE answered: {last}\n"
+            )
+        };
+        let verdict = |last: &str, count| {
+            let told = told_of_freezes(&log(last));
+            assert_eq!(told.len(), 2);
+            all_frozen(&told, count)
+        };
+        let whole = "2 frozen, 0 frozen by others, 0 only synced, 0 left out";
+        assert!(verdict(whole, 2).is_ok());
+        assert!(verdict(whole, 3).is_err());
+        for last in [
+            "1 frozen, 0 frozen by others, 0 only synced, 1 left out",
+            "1 frozen, 1 frozen by others, 0 only synced, 0 left out",
+            "1 frozen, 0 frozen by others, 1 only synced, 0 left out",
+        ] {
+            assert!(verdict(last, 2).is_err(), "{last}");
+        }
     }
 
     #[test]

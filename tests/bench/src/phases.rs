@@ -47,7 +47,7 @@ pub const ALL: [Phase; 4] = [
     },
 ];
 
-/// The same of a whole turn, from before FREEZE until every writer goes on: what the results call its writes,
+/// The same of a whole turn, from just before FREEZE until every writer goes on: what the results call its writes,
 /// and what 99 of a hundred of them did not take longer, of all rounds together as well.
 pub const WHOLE: (&str, &str) = ("turn", "fsync-p99");
 
@@ -90,6 +90,18 @@ impl Phases {
             (c, hold, thaw),
             (d, thaw, end),
         ]
+    }
+
+    /// When the last thaw has ended.
+    pub fn end(self) -> u64 {
+        self.end
+    }
+
+    /// From when to when the whole turn is: until the last of these writes has ended, each from when to when,
+    /// that was under way when all was thawed.
+    pub fn whole(self, writes: impl IntoIterator<Item = (u64, u64)>) -> (u64, u64) {
+        let held = writes.into_iter().filter(|(began, _)| *began < self.end);
+        (self.sync, held.map(|it| it.1).fold(self.end, u64::max))
     }
 
     /// Those of the backup that is in the trace, whose FREEZE went off at `sync`.
@@ -218,5 +230,21 @@ mod tests {
         assert!(Phases::parse(0, "").is_err());
         let half: String = TRACE.lines().take(7).map(|it| format!("{it}\n")).collect();
         assert!(Phases::parse(0, &half).is_err());
+    }
+
+    #[test]
+    fn a_turn_is_over_when_the_last_write_that_it_held_is() {
+        let phases = Phases::parse(50_000_000, TRACE).expect("a whole backup");
+        let end = phases.end();
+        let begun = 50_000_000;
+        assert_eq!(phases.whole([]), (begun, end));
+        // One that went on at once, two that were held to the end, and one that is long and none of this.
+        let writes = [
+            (begun + 1, end - 7),
+            (end - 9, end + 3),
+            (end - 8, end + 5),
+            (end + 1, end + 90_000),
+        ];
+        assert_eq!(phases.whole(writes), (begun, end + 5));
     }
 }

@@ -4,6 +4,7 @@
 
 use crate::load::LOADS;
 use crate::measure::Idle;
+use crate::phases::WHOLE;
 use crate::stack::Stack;
 use crate::stats::{compare, lengths, median, values, Comparison, Turn};
 use anyhow::{Context, Result};
@@ -95,12 +96,13 @@ impl Results {
         text
     }
 
-    /// How long the phases took, where writes are told apart by them.
+    /// How long the phases and the whole took, where writes are told apart by them.
     fn phases(&self, text: &mut String, load: &str, stack: Stack) {
-        let phases = crate::phases::ALL.iter().filter_map(|phase| {
-            let lengths = lengths(&self.turns, load, stack, phase.name);
+        let names = crate::phases::ALL.map(|it| it.name).into_iter();
+        let phases = names.chain([WHOLE.0]).filter_map(|name| {
+            let lengths = lengths(&self.turns, load, stack, name);
             let median = ms(median(&lengths));
-            (!lengths.is_empty()).then(|| format!("{} {median}", phase.name))
+            (!lengths.is_empty()).then(|| format!("{name} {median}"))
         });
         let phases: Vec<String> = phases.collect();
         if !phases.is_empty() {

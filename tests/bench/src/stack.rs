@@ -31,7 +31,8 @@ impl Stack {
         }
     }
 
-    fn daemon(self) -> Daemon {
+    /// Whose daemon it is.
+    pub fn daemon(self) -> Daemon {
         match self {
             Stack::Ours | Stack::Guarded => Daemon::Ours,
             Stack::Peer => Daemon::Debian,

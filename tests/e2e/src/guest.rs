@@ -507,7 +507,12 @@ impl Guest {
 
     /// Boots another guest of the kind that this one is, with this content on its root's disk.
     pub fn start_from(&self, root: Image) -> Result<Guest> {
-        let guest = Guest::boot(&self.images, self.machine, "restored", root)?;
+        self.start_named("restored", root)
+    }
+
+    /// The same, with a name of its own for its console's log.
+    pub fn start_named(&self, name: &str, root: Image) -> Result<Guest> {
+        let guest = Guest::boot(&self.images, self.machine, name, root)?;
         guest.expected().clone_from(&self.expected());
         Ok(guest)
     }

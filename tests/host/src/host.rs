@@ -14,16 +14,19 @@ use crate::ic::shutdown::{self, Shutdown};
 use crate::ic::timesync::{self, TimeSync};
 use crate::ic::vss::{self, Vss};
 use crate::ic::{message_type, Version};
+use crate::kvm;
 use crate::profile::{Carriage, Profile};
 use crate::storage::controller::{ControllerDevice, Units};
 use crate::storage::{vstor, Controller};
 use crate::synic::{Registers, SynIc};
 use crate::vm::Exit;
 use crate::vmbus::protocol::{Guid, VmbusVersion};
+use kvm_ioctls::VmFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::errno;
 
 /// What the host offers.
 #[derive(Clone, Debug)]
@@ -150,6 +153,9 @@ pub enum HostError {
         /// Its status.
         status: u32,
     },
+    /// The guest's reference time cannot be read.
+    #[error("cannot read the guest's reference time")]
+    ReferenceTime(#[source] errno::Error),
     /// The transaction was never sent on this channel, or is forgotten.
     #[error("{channel}: no transaction {tx:?}")]
     UnknownTransaction {
@@ -218,7 +224,7 @@ const COMPONENTS: [Component; 5] = [
         heartbeat::CLASS,
         message_type::HEARTBEAT,
         Version::new(3, 0),
-        |_| &heartbeat::VERSIONS,
+        |profile| profile.heartbeat,
     ),
     component(
         "shutdown",
@@ -226,7 +232,7 @@ const COMPONENTS: [Component; 5] = [
         shutdown::CLASS,
         message_type::SHUTDOWN,
         Version::new(3, 0),
-        |_| &shutdown::VERSIONS,
+        |profile| profile.shutdown,
     ),
     component(
         "second-vss",
@@ -242,7 +248,7 @@ const COMPONENTS: [Component; 5] = [
         timesync::CLASS,
         message_type::TIMESYNC,
         Version::new(3, 0),
-        |_| &timesync::VERSIONS,
+        |profile| profile.timesync,
     ),
 ];
 
@@ -268,6 +274,8 @@ fn scsi_place(index: u8) -> Option<Place> {
 }
 
 struct Shared {
+    /// Goes before the bus does, with which the guest's memory may go.
+    vm: Arc<VmFd>,
     bus: Mutex<Bus>,
     /// Notified after every change of the bus.
     changed: Condvar,
@@ -312,6 +320,7 @@ pub struct Host {
 impl Host {
     pub(crate) fn new(
         config: &HostConfig,
+        vm: Arc<VmFd>,
         memory: GuestMemoryMmap,
         synic: Arc<SynIc>,
         console: Arc<Console>,
@@ -355,6 +364,7 @@ impl Host {
             versions.retain(|it| *it <= profile.vmbus);
             let bus = Bus::new(memory, synic, versions, devices);
             Shared {
+                vm,
                 bus: Mutex::new(bus),
                 changed: Condvar::new(),
                 dialogues,
@@ -388,6 +398,11 @@ impl Host {
     /// Time since the machine was started: the clock of all events.
     pub fn now(&self) -> Duration {
         self.bus().since_start(Instant::now())
+    }
+
+    /// What the guest's reference time is now (`HV_X64_MSR_TIME_REF_COUNT`), in units of 100 ns.
+    pub fn reference_time(&self) -> Result<u64, HostError> {
+        kvm::reference_time(&self.shared.vm).map_err(HostError::ReferenceTime)
     }
 
     /// Waits until the guest has connected to the bus, and says with which version.

@@ -40,6 +40,13 @@ pub(crate) fn set_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> errno::Result<(
     Ok(())
 }
 
+/// What the guest reads as its reference time now (`HV_X64_MSR_TIME_REF_COUNT`, and the page with the same
+/// scale), in units of 100 ns: KVM makes both of its clock (`get_time_ref_counter` and
+/// `compute_tsc_page_parameters` in `arch/x86/kvm/hyperv.c`).
+pub(crate) fn reference_time(vm: &VmFd) -> errno::Result<u64> {
+    Ok(vm.get_clock()?.clock / 100)
+}
+
 /// The Hyper-V CPUID leaves that this KVM can serve (`KVM_GET_SUPPORTED_HV_CPUID`).
 pub(crate) fn supported_hyperv_cpuid(kvm: &Kvm) -> errno::Result<CpuId> {
     let mut cpuid =

@@ -9,8 +9,21 @@
 //! `vmbus_core/src/protocol.rs`). Whether Windows itself offers the components as pipes, and which
 //! transaction ids it uses, is not documented: those profiles do what this host has always done, which
 //! is the other way of each.
+//!
+//! Of heartbeat, shutdown and time sync it is known what Linux took from which host before it negotiated
+//! (`util_probe` in `drivers/hv/hv_util.c` until 4.11, a switch over the VMBus version): of Windows 7 to 8.1
+//! 3.0 of each, from Windows 10 on 4.0 of time sync. openvmm has 4.0 of time sync alone
+//! (`hyperv_ic/src/timesync.rs`), 1.0, 3.0, 3.1 and 3.2 of shutdown (`hyperv_ic_protocol/src/shutdown.rs`) and
+//! no heartbeat at all, nor VSS: those speak in that profile as they do in the newest other, by a pipe. Which
+//! Windows brought 3.1 and 3.2 of shutdown is not documented; here the first Windows 10 after Server 2016 has
+//! 3.1, and the next one 3.2.
+//!
+//! The order of a backup is none of this. Whether AUTO_RECOVER is sent is decided by what the guest
+//! answers to HOT_BACKUP, the same with all; that it comes after THAW is what the states of Windows' own
+//! client say (none, freeze, thaw, auto-recovery, backup complete), of which one list is known and none that
+//! goes another way. openvmm sends no VSS request.
 
-use crate::ic::{vss, Version, FRAMEWORKS};
+use crate::ic::{heartbeat, shutdown, timesync, vss, Version, FRAMEWORKS};
 use crate::vmbus::protocol::VmbusVersion;
 
 /// One kind of host.
@@ -25,6 +38,12 @@ pub struct Profile {
     pub frameworks: &'static [Version],
     /// The message versions that its VSS component offers.
     pub vss: &'static [Version],
+    /// The same of its heartbeat.
+    pub heartbeat: &'static [Version],
+    /// The same of shutdown.
+    pub shutdown: &'static [Version],
+    /// The same of time synchronisation.
+    pub timesync: &'static [Version],
     /// How it carries the messages of its components.
     pub carriage: Carriage,
 }
@@ -46,6 +65,16 @@ const VSS_2012_R2: [Version; 2] = [Version::new(4, 0), Version::new(5, 0)];
 /// Those of the first Windows 10 and Server 2016 ("Threshold").
 const VSS_2016: [Version; 3] = [Version::new(4, 0), Version::new(5, 0), Version::new(6, 0)];
 
+/// What Linux took of the shutdown of all hosts from Windows 7 on, and before.
+const SHUTDOWN_3: [Version; 2] = [Version::new(1, 0), Version::new(3, 0)];
+/// With the version after that.
+const SHUTDOWN_3_1: [Version; 3] = [Version::new(1, 0), Version::new(3, 0), Version::new(3, 1)];
+
+/// What Linux took of the time synchronisation of Windows 7 to 8.1, and before.
+const TIMESYNC_3: [Version; 2] = [Version::new(1, 0), Version::new(3, 0)];
+/// All that openvmm offers of it.
+const TIMESYNC_OPENVMM: [Version; 1] = [Version::new(4, 0)];
+
 impl Profile {
     /// A host with the versions of Windows Server 2012 R2 in its components. Its VMBus is newer: stock
     /// kernels speak none before 4.0.
@@ -54,18 +83,23 @@ impl Profile {
         vmbus: VmbusVersion::V4_0,
         frameworks: &FRAMEWORKS,
         vss: &VSS_2012_R2,
+        heartbeat: &heartbeat::VERSIONS,
+        shutdown: &SHUTDOWN_3,
+        timesync: &TIMESYNC_3,
         carriage: Carriage::Packets,
     };
     /// Windows Server 2016.
     pub const SERVER_2016: Profile = Profile {
         name: "server-2016",
         vss: &VSS_2016,
+        timesync: &timesync::VERSIONS,
         ..Profile::SERVER_2012_R2
     };
     /// Windows 10 of autumn 2017 (RS3).
     pub const WINDOWS_10_RS3: Profile = Profile {
         name: "windows-10-rs3",
         vmbus: VmbusVersion::V4_1,
+        shutdown: &SHUTDOWN_3_1,
         ..Profile::CURRENT
     };
     /// The Windows 10 after that: the first whose guests connect by connection 4.
@@ -92,11 +126,15 @@ impl Profile {
         vmbus: VmbusVersion::V6_0,
         frameworks: &FRAMEWORKS,
         vss: &vss::VERSIONS,
+        heartbeat: &heartbeat::VERSIONS,
+        shutdown: &shutdown::VERSIONS,
+        timesync: &timesync::VERSIONS,
         carriage: Carriage::Packets,
     };
     /// OpenVMM.
     pub const OPENVMM: Profile = Profile {
         name: "openvmm",
+        timesync: &TIMESYNC_OPENVMM,
         carriage: Carriage::Pipe,
         ..Profile::CURRENT
     };

@@ -233,7 +233,14 @@ impl Vm {
         let com2 = line(&vm, COM2_IRQ)?;
 
         let synic = Arc::new(SynIc::new(memory.clone(), interrupts));
-        let host = Host::new(&config.host, memory.clone(), synic, console.clone());
+        let vm = Arc::new(vm);
+        let host = Host::new(
+            &config.host,
+            vm.clone(),
+            memory.clone(),
+            synic,
+            console.clone(),
+        );
         let ports = Arc::new(Ports::new(ConsoleWriter(console.clone()), com1, com2));
         let (ours, agent) = UnixStream::pair().map_err(system_error("create a socket pair"))?;
         let machine = Machine {
@@ -241,7 +248,7 @@ impl Vm {
             ports: ports.clone(),
             ending: Arc::default(),
             cpus: Arc::default(),
-            _vm: Arc::new(vm),
+            _vm: vm,
             _memory: memory,
         };
         let ending = machine.ending.clone();

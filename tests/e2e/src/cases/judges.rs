@@ -9,13 +9,14 @@ use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
-use hyperv_sim::Balloon;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use hyperv_sim::ic::Version;
+use hyperv_sim::{Balloon, IcChannel, Negotiated};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub const CASES: &[Case] = &[
     case(
         "judges/hv-utils",
-        "hv_utils on all four of its components: the heartbeat beats, the clock is set, shutdown is open",
+        "hv_utils on all four of its components: the newest versions are agreed on, the heartbeat beats, the clock follows",
         hv_utils,
     ),
     case(
@@ -67,15 +68,77 @@ fn set_clock(guest: &Guest, time: SystemTime) -> Result<()> {
     })
 }
 
+/// What the stock driver knows of framework, heartbeat, shutdown and time sync (`fw_versions`, `hb_versions`,
+/// `sd_versions` and `ts_versions` in drivers/hv/hv_util.c).
+const KNOWN_FRAMEWORKS: [Version; 2] = [Version::new(1, 0), Version::new(3, 0)];
+const KNOWN_HEARTBEAT: [Version; 2] = [Version::new(1, 0), Version::new(3, 0)];
+const KNOWN_SHUTDOWN: [Version; 4] = [
+    Version::new(1, 0),
+    Version::new(3, 0),
+    Version::new(3, 1),
+    Version::new(3, 2),
+];
+const KNOWN_TIMESYNC: [Version; 3] = [Version::new(1, 0), Version::new(3, 0), Version::new(4, 0)];
+
+/// All that the stock driver serves beside VSS: on each channel the guest takes the newest version that both
+/// sides know; the heartbeat beats, and the clock is set as the host's is.
+pub(super) fn components(guest: &Guest) -> Result<()> {
+    let host = guest.host();
+    let profile = *host.profile();
+    let (heartbeat, shutdown, sync) = (host.heartbeat(), host.shutdown(), host.timesync());
+    let channels: [(&IcChannel, &[Version], &[Version]); 3] = [
+        (&heartbeat, profile.heartbeat, &KNOWN_HEARTBEAT),
+        (&shutdown, profile.shutdown, &KNOWN_SHUTDOWN),
+        (&sync, profile.timesync, &KNOWN_TIMESYNC),
+    ];
+    for (channel, offered, known) in channels {
+        let newest = |offered: &[Version], known: &[Version]| {
+            let both = offered.iter().filter(|it| known.contains(it));
+            both.max().copied().context("none that both know")
+        };
+        let expected = Negotiated {
+            framework: newest(profile.frameworks, &KNOWN_FRAMEWORKS)?,
+            message: newest(offered, known)?,
+        };
+        channel.wait_open(STEP)?;
+        equal(channel.name(), channel.agree(STEP)?, expected)?;
+    }
+    let (answer, _) = heartbeat.beat(41, STEP)?;
+    equal("the heartbeat's answer to 41", answer, 42)?;
+    for time in [SystemTime::now() + 24 * HOUR, SystemTime::now()] {
+        clock_follows(guest, time)?;
+    }
+    Ok(())
+}
+
+/// Has the host set the guest's clock, and compares the two: a message that tells the guest's reference time
+/// wrongly sets the clock, too, but by as much off.
+fn clock_follows(guest: &Guest, time: SystemTime) -> Result<()> {
+    // It is read in whole seconds.
+    const OFF: f64 = 1.5;
+    let sync = guest.host().timesync();
+    let asked = Instant::now();
+    answered("time sync", &sync.set(time, STEP)?, status::OK)?;
+    let told = Instant::now();
+    let time = time.duration_since(UNIX_EPOCH)?.as_secs_f64();
+    let mut seen = String::new();
+    let set = guest.wait_until("the guest's clock is the host's", STEP, || {
+        let least = told.elapsed().as_secs_f64();
+        let clock: f64 = guest.sh("date +%s")?.trim().parse()?;
+        let most = asked.elapsed().as_secs_f64();
+        let on = clock + 0.5 - time;
+        // The host read its own at some time while it asked, and the guest some time while it was asked.
+        seen = format!("{on:.1} s after what was set {least:.1} to {most:.1} s ago");
+        Ok((least - OFF..most + OFF).contains(&on))
+    });
+    set.with_context(|| seen.clone())?;
+    println!("     its clock is {seen}");
+    Ok(())
+}
+
 fn hv_utils(guest: &Guest) -> Result<()> {
     load(guest, Module::Stock, &[])?;
-    let host = guest.host();
-    host.heartbeat().wait_open(STEP)?;
-    let (answer, _) = host.heartbeat().beat(41, STEP)?;
-    equal("the heartbeat's answer to 41", answer, 42)?;
-    host.shutdown().wait_open(STEP)?;
-    set_clock(guest, SystemTime::now() + 24 * HOUR)?;
-    set_clock(guest, SystemTime::now())
+    components(guest)
 }
 
 fn uio(guest: &Guest) -> Result<()> {

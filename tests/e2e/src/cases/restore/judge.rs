@@ -43,12 +43,15 @@ impl Verdict {
     pub(super) fn describe(&self) -> String {
         let judges: Vec<_> = self.objections().iter().map(|it| it.0).collect();
         match judges.as_slice() {
-            [] => "restores: nothing written after the answer, no replay, clean, no record lost"
-                .into(),
+            [] => RESTORES.into(),
             judges => format!("does not restore: {}", judges.join(", ")),
         }
     }
 }
+
+/// What is said of a copy that nobody objects to.
+pub(super) const RESTORES: &str =
+    "restores: nothing written after the answer, no replay, clean, no record lost";
 
 /// Attaches copies as further disks and lets the judges look at them.
 pub(super) fn judge(guest: &Guest, copies: &[&Copy]) -> Result<Vec<Verdict>> {

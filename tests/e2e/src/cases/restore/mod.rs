@@ -24,7 +24,7 @@ use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::{log, Change, Entry, Image};
 use hyperv_sim::Exit;
-use judge::{judge, judge_records, Verdict};
+use judge::{judge, judge_records, Verdict, RESTORES};
 use lab_agent::record;
 use rig::{Backup, Copy, Part, Rig, Volume};
 use std::time::{Duration, Instant};
@@ -73,9 +73,18 @@ pub const CASES: &[Case] = &[
         ..case(
             "restore/root",
             "a guest boots from the copy of a busy root, without replay, repair or loss",
-            root,
+            |guest| root(guest).map(drop),
         )
     },
+    Case {
+        machine: Machine::SCSI_ROOT,
+        ..case(
+            "restore/root-and-peer",
+            "the same, and the copy that the peer makes of its root",
+            root_and_peer,
+        )
+    }
+    .long(),
     long(
         "restore/lost-thaw",
         "the host never says THAW: until the deadline nothing is written, and a copy from then restores",
@@ -123,7 +132,8 @@ const fn long(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
 }
 
 /// A THAW that gets lost. A host that copies a disk at any moment from the answer on has what the log has
-/// until then: with nothing written before the deadline that is one and the same copy all the time.
+/// until then: with nothing written before the deadline that is one and the same copy all the time. The peer
+/// has no deadline, and is watched for a while longer.
 fn lost_thaw(guest: &Guest) -> Result<()> {
     const KINDS: [(Format, Stack); 3] = [
         (Format::Ext4, Stack::Disk),
@@ -131,9 +141,20 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
         (Format::Btrfs, Stack::Disk),
     ];
     const DEADLINE: Duration = Duration::from_secs(20);
-    for module in [Module::Ours, Module::Stock] {
+    const LONGER: Duration = Duration::from_secs(24);
+    let mut of_peer = String::new();
+    for (module, daemon) in [
+        (Module::Ours, Daemon::Ours),
+        (Module::Stock, Daemon::Ours),
+        (Module::Stock, Daemon::Debian),
+    ] {
         load(guest, module, &[])?;
-        let process = guest.start_daemon_with(&format!("deadline = {}", DEADLINE.as_secs()))?;
+        let process = match daemon {
+            Daemon::Ours => {
+                guest.start_daemon_with(&format!("deadline = {}", DEADLINE.as_secs()))?
+            }
+            Daemon::Debian => guest.start_daemon(daemon)?,
+        };
         wait_for_daemon(guest)?;
         let mut rig = Rig::new(guest, &KINDS, Duration::ZERO)?;
         let host = guest.host();
@@ -142,31 +163,43 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
         rig.wait_for_progress(guest, 3)?;
         let freeze = guest.vss().freeze(&luns, STEP)?;
         answered("FREEZE", &freeze, status::OK)?;
-        rig.wait_for_progress(guest, 3)?;
-        answered("THAW", &guest.vss().thaw(STEP)?, status::FAIL)?;
+        match daemon {
+            Daemon::Ours => {
+                rig.wait_for_progress(guest, 3)?;
+                answered("THAW", &guest.vss().thaw(STEP)?, status::FAIL)?;
+            }
+            Daemon::Debian => guest.wait_until("nothing is written for long", STEP * 2, || {
+                Ok(host.now() > freeze.at + LONGER)
+            })?,
+        }
         let notes = rig.notes.disk.log();
+        let mut gone_on = None;
         let mut copies = Vec::new();
         for ((volume, attached), base) in rig.volumes.iter().zip(rig.disks()).zip(bases) {
             let mut log = attached.disk.log();
             let is_after = |entry: &Entry| host.time_of(entry.ended) > freeze.at;
-            let (until, first) = until_written(volume.format, &log, is_after)
-                .context("nothing was written after the deadline")?;
-            let still = host.time_of(first.arrived).saturating_sub(freeze.at);
+            let found = until_written(volume.format, &log, is_after);
+            let still = found.map(|it| host.time_of(it.1.arrived).saturating_sub(freeze.at));
+            let until = found.map_or(log.as_slice(), |it| it.0);
             // The copy of a host that takes its time has what was discarded meanwhile.
             let image = log::replay(&base, until);
             let discarded = until.iter().filter(|it| it.is_write() && is_after(it));
             let discarded = discarded.count();
             println!(
-                "     {module:?}, {}: FREEZE took {:.1?}, the first write came {still:.1?} after it",
+                "     {module:?}, {daemon:?}, {}: FREEZE took {:.1?}, the first write came {still:.1?} after it",
                 volume.format.name(),
                 freeze.latency
             );
-            // The deadline counts from the first freeze on.
-            ensure!(
-                still + freeze.latency >= DEADLINE,
-                "it was written {still:?} after the answer, which took {:?}",
-                freeze.latency
-            );
+            gone_on = gone_on.or(still);
+            if daemon == Daemon::Ours {
+                let still = still.context("nothing was written after the deadline")?;
+                // The deadline counts from the first freeze on.
+                ensure!(
+                    still + freeze.latency >= DEADLINE,
+                    "it was written {still:?} after the answer, which took {:?}",
+                    freeze.latency
+                );
+            }
             log.retain(|entry| !is_after(entry));
             copies.push(Copy {
                 format: volume.format,
@@ -180,19 +213,43 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
             });
         }
         rig.stop_logs();
+        if daemon == Daemon::Debian {
+            // So that its file systems can be unmounted.
+            guest.vss().thaw(STEP)?;
+        }
         rig.stop(guest)?;
         stop(guest, module, &process)?;
         let all: Vec<_> = copies.iter().collect();
-        for (copy, verdict) in all.iter().zip(judge(guest, &all)?) {
-            ensure!(
-                verdict.objections().is_empty() && copy.expected.least > 0,
-                "{module:?}, {:?}, {:?}: {verdict:#?}",
-                copy.format,
-                copy.expected
-            );
+        let verdicts = judge(guest, &all)?;
+        match daemon {
+            Daemon::Ours => {
+                for (copy, verdict) in all.iter().zip(verdicts) {
+                    ensure!(
+                        verdict.objections().is_empty() && copy.expected.least > 0,
+                        "{module:?}, {:?}, {:?}: {verdict:#?}",
+                        copy.format,
+                        copy.expected
+                    );
+                }
+            }
+            Daemon::Debian => {
+                of_peer = match gone_on {
+                    None => format!("all still frozen after {} s", LONGER.as_secs()),
+                    Some(still) => format!("written to after {} s", still.as_secs()),
+                };
+                let bad = verdicts.iter().find(|it| !it.objections().is_empty());
+                let verdict = bad.or(verdicts.first()).map(Verdict::describe);
+                of_peer += &format!("; a copy from then {}", verdict.unwrap_or_default());
+            }
         }
         rig.detach(guest)?;
     }
+    let deadline = DEADLINE.as_secs();
+    guest.compare(
+        &format!("the host never says THAW (deadline set to {deadline} s), and copies the disks meanwhile"),
+        &format!("all go on after {deadline} s; a copy from before {RESTORES}"),
+        &of_peer,
+    );
     Ok(())
 }
 
@@ -211,10 +268,7 @@ fn until_written(
 /// A backup of one busy file system with ours and with the peer.
 fn ours_and_peer(guest: &Guest, format: Format) -> Result<()> {
     let mut told = Vec::new();
-    for (module, daemon) in [
-        (Module::Ours, Daemon::Ours),
-        (Module::Stock, Daemon::Debian),
-    ] {
+    for (module, daemon) in OURS_AND_PEER {
         let process = start(guest, module, daemon)?;
         let mut rig = Rig::new(guest, &[(format, Stack::Disk)], Duration::ZERO)?;
         let backup = rig.back_up(guest)?;
@@ -222,31 +276,45 @@ fn ours_and_peer(guest: &Guest, format: Format) -> Result<()> {
         stop(guest, module, &process)?;
         let copies: Vec<_> = backup.copies.iter().collect();
         let verdicts = judge(guest, &copies)?;
-        let copy = backup.copies.first().context("no copy")?;
-        let verdict = verdicts.first().context("no verdict")?;
-        println!("     {module:?}: {:?}, {verdict:?}", copy.expected);
-        ensure!(
-            copy.expected.least > 0 && !copy.only_part()?.log.is_empty(),
-            "there should have been records and writes: {:?}",
-            copy.expected
-        );
+        println!("     {module:?}: {verdicts:?}");
+        told.push(describe(&backup, verdicts.first()));
         if daemon == Daemon::Ours {
+            let backup = backup.answered()?;
+            let copy = backup.copies.first().context("no copy")?;
+            let verdict = verdicts.first().context("no verdict")?;
+            ensure!(
+                copy.expected.least > 0 && !copy.only_part()?.log.is_empty(),
+                "there should have been records and writes: {:?}",
+                copy.expected
+            );
             ensure!(
                 verdict.objections().is_empty(),
                 "the copy is bad: {verdict:#?}"
             );
         }
-        told.push(verdict.describe());
         rig.detach(guest)?;
     }
-    if let [ours, peer] = told.as_slice() {
-        let what = format!(
-            "a busy {} is copied between the answer and THAW",
-            format.name()
-        );
+    compare(guest, &format!("a busy {}", format.name()), &told);
+    Ok(())
+}
+
+/// The stacks that are compared, ours first.
+const OURS_AND_PEER: [(Module, Daemon); 2] = [
+    (Module::Ours, Daemon::Ours),
+    (Module::Stock, Daemon::Debian),
+];
+
+/// A backup and the verdict on one of its copies in words, for the comparison.
+fn describe(backup: &Backup, verdict: Option<&Verdict>) -> String {
+    backup.describe(&verdict.map_or_else(String::new, Verdict::describe))
+}
+
+/// Notes what came of a backup of this with each of [`OURS_AND_PEER`].
+fn compare(guest: &Guest, what: &str, told: &[String]) {
+    if let [ours, peer] = told {
+        let what = format!("{what} is copied between the answer and THAW");
         guest.compare(&what, ours, peer);
     }
-    Ok(())
 }
 
 /// A backup of a btrfs with much to discard, which waits until it does.
@@ -271,6 +339,7 @@ fn btrfs_discards(guest: &Guest) -> Result<()> {
             Ok(disks.iter().any(|it| it.disk.log().iter().any(is_one)))
         })
     })?;
+    let backup = backup.answered()?;
     rig.stop(guest)?;
     stop(guest, Module::Ours, &process)?;
     let copy = backup.copies.first().context("no copy")?;
@@ -290,7 +359,7 @@ fn btrfs_discards(guest: &Guest) -> Result<()> {
 fn bad_copies(guest: &Guest, format: Format) -> Result<()> {
     let process = start(guest, Module::Ours, Daemon::Ours)?;
     let mut rig = Rig::new(guest, &[(format, Stack::Disk)], Duration::ZERO)?;
-    let backup = rig.back_up(guest)?;
+    let backup = rig.back_up(guest)?.answered()?;
     let unfrozen = without_freeze(guest, &rig)?;
     let unfrozen = unfrozen.into_iter().next().context("no copy")?;
     rig.stop(guest)?;
@@ -452,9 +521,27 @@ fn torn(part: &Part) -> Result<Image> {
     Ok(log::replay(&part.base, kept.map(|it| it.1)))
 }
 
-/// A copy of the root is another machine's root.
-fn root(guest: &Guest) -> Result<()> {
-    let process = start(guest, Module::Ours, Daemon::Ours)?;
+/// A copy of the root is another machine's root; in words.
+fn root(guest: &Guest) -> Result<String> {
+    let ours = restored_root(guest, "restored-ours", Module::Ours, Daemon::Ours)?;
+    equal("the copy with ours", ours.as_str(), RESTORES)?;
+    Ok(ours)
+}
+
+/// The same of the peer's, on a machine of its own: that of ours is over then.
+fn root_and_peer(guest: &Guest) -> Result<()> {
+    let ours = root(guest)?;
+    let next = guest.start_named("peer", Image::default())?;
+    let peer = restored_root(&next, "restored-peer", Module::Stock, Daemon::Debian)?;
+    let what = "a busy root, from which a guest then boots,";
+    compare(guest, what, &[ours, peer]);
+    Ok(())
+}
+
+/// Backs the root up and ends the guest, boots another from the copy, whose console is named like this, and
+/// judges it by that, in words.
+fn restored_root(guest: &Guest, name: &str, module: Module, daemon: Daemon) -> Result<String> {
+    let process = start(guest, module, daemon)?;
     guest.sh("mkdir /var/lab")?;
     let mut rig = Rig {
         volumes: vec![Volume {
@@ -469,50 +556,82 @@ fn root(guest: &Guest) -> Result<()> {
     };
     rig.start_load(guest)?;
     let backup = rig.back_up(guest)?;
-    let copy = backup.copies.into_iter().next().context("no copy")?;
-    equal(
-        "writes between the answer and THAW",
-        &copy.written,
-        &Vec::new(),
-    )?;
-    ensure!(copy.expected.least > 0, "there should be records");
     guest.signal(&process, 9)?;
     guest.ends()?;
     // It does not answer that.
     let _ = guest.spawn(&["poweroff", "-nf"]);
     let exit = guest.vm().wait_exit(STEP)?;
     equal("how the guest ended", exit, Exit::PowerOff)?;
+    let Some(copy) = backup.copies.first() else {
+        return Ok(describe(&backup, None));
+    };
+    ensure!(copy.expected.least > 0, "there should be records");
 
-    let restored = guest.start_from(copy.only_part()?.image.clone())?;
+    let restored = match guest.start_named(name, copy.only_part()?.image.clone()) {
+        Ok(restored) => restored,
+        Err(error) => {
+            println!("     {module:?}: {error:#}");
+            return Ok("no guest boots from it".to_owned());
+        }
+    };
     let mounts = restored.read("/proc/mounts")?;
-    let root = mounts.lines().find(|it| it.split(' ').nth(1) == Some("/"));
-    ensure!(
-        root.is_some_and(|it| it.starts_with("/dev/sda / ext4 rw")),
-        "the root should be on the disk: {mounts}"
-    );
+    let on_disk = |line: &str| line.starts_with("/dev/sda / ext4 rw");
     let log = restored.sh("dmesg")?;
     let repairs = ["recovery", "orphan", "EXT4-fs error", "EXT4-fs warning"];
-    let repaired: Vec<_> = log
-        .lines()
-        .filter(|line| line.contains("EXT4-fs") && repairs.iter().any(|it| line.contains(it)))
-        .collect();
-    ensure!(repaired.is_empty(), "the root was repaired: {repaired:#?}");
-    let records = judge_records(&restored.read("/var/lab/records")?, copy.expected);
-    equal("what is wrong with the records", records, None)?;
+    let is_repair =
+        |line: &&str| line.contains("EXT4-fs") && repairs.iter().any(|it| line.contains(it));
+    let repaired: Vec<_> = log.lines().filter(is_repair).collect();
     restored.sh("echo 'and goes on' > /var/lab/after && sync")?;
-    restored.check_log()?;
+    let complaint = match mounts.lines().any(on_disk) {
+        true => restored.check_log().err().map(|error| error.to_string()),
+        false => Some(format!("the root should be on the disk: {mounts}")),
+    };
+    let written = copy.written.first();
+    let verdict = Verdict {
+        log: written.map(|it| format!("{} writes, the first one: {it}", copy.written.len())),
+        mirror: None,
+        journal: (!repaired.is_empty()).then(|| repaired.join("\n")),
+        check: complaint,
+        records: match restored.read("/var/lab/records") {
+            Ok(text) => judge_records(&text, copy.expected),
+            Err(error) => Some(error.to_string()),
+        },
+    };
+    println!("     {module:?}: {:?}, {verdict:?}", copy.expected);
     restored.vm().kill();
-    Ok(())
+    Ok(describe(&backup, Some(&verdict)))
 }
 
-/// Backups of each file system on volumes of a kind.
+/// Backups of each file system on volumes of a kind, the last one with the peer.
 fn on(guest: &Guest, stack: Stack) -> Result<()> {
     let kinds = [Format::Ext4, Format::Xfs, Format::Btrfs].map(|it| (it, stack));
     let (process, mut rig, backup) = one_after_the_other(guest, &kinds, Duration::ZERO, false)?;
+    stop(guest, Module::Ours, &process)?;
+    let process = start(guest, Module::Stock, Daemon::Debian)?;
+    guest.expect_in_log(&OF_BAD_COPIES)?;
+    let (of_peer, verdicts) = judged(guest, &rig)?;
+    stop(guest, Module::Stock, &process)?;
+    let mut verdicts = verdicts.iter();
+    for (format, stack) in kinds {
+        // All copies of ours were good, or this would not be reached.
+        let told = [RESTORES.to_owned(), describe(&of_peer, verdicts.next())];
+        println!("     the peer, {format:?} on {stack:?}: {}", told[1]);
+        let what = format!("a busy {} on {}", format.name(), stack.words());
+        compare(guest, &what, &told);
+    }
     let unfrozen = without_freeze(guest, &rig)?;
     rig.stop(guest)?;
-    stop(guest, Module::Ours, &process)?;
     bad_volumes(guest, &backup, &unfrozen)
+}
+
+/// One backup of all, and the verdicts on its copies, while the load rests.
+fn judged(guest: &Guest, rig: &Rig) -> Result<(Backup, Vec<Verdict>)> {
+    let backup = rig.back_up(guest)?;
+    let all: Vec<_> = backup.copies.iter().collect();
+    rig.rest(guest, true)?;
+    let verdicts = judge(guest, &all)?;
+    rig.rest(guest, false)?;
+    Ok((backup, verdicts))
 }
 
 /// Backups without a pause, of disks that are slow and busy.
@@ -545,12 +664,9 @@ fn one_after_the_other(
     let (mut copies, mut records, mut discards) = (0, 0, 0);
     let mut last = None;
     for round in 0..rounds_or(2) {
-        let backup = rig.back_up(guest)?;
-        let all: Vec<_> = backup.copies.iter().collect();
-        rig.rest(guest, true)?;
-        let verdicts = judge(guest, &all)?;
-        rig.rest(guest, false)?;
-        for (copy, verdict) in all.iter().zip(verdicts) {
+        let (backup, verdicts) = judged(guest, &rig)?;
+        let backup = backup.answered()?;
+        for (copy, verdict) in backup.copies.iter().zip(verdicts) {
             ensure!(
                 verdict.objections().is_empty() && copy.expected.least > 0,
                 "backup {round}, {:?} on {:?}, {:?}: {verdict:#?}",

@@ -5,7 +5,7 @@
 use super::super::disks::{load_driver, Attached};
 use super::volume::{Format, Stack};
 use anyhow::{bail, Context, Result};
-use e2e::check::answered;
+use e2e::check::{equal, status_name};
 use e2e::guest::{Guest, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::{log, Change, Entry, Image};
@@ -197,6 +197,7 @@ impl Rig {
     }
 
     /// One backup of all disks, which are copied when `wait` has returned; it is told when the answer came.
+    /// Nothing is copied where FREEZE fails.
     pub(super) fn back_up_after(
         &self,
         guest: &Guest,
@@ -208,15 +209,28 @@ impl Rig {
         self.wait_for_progress(guest, 3)?;
 
         let freeze = guest.vss().freeze(&luns, STEP)?;
-        answered("FREEZE", &freeze, status::OK)?;
+        if freeze.status() != status::OK {
+            self.stop_logs();
+            return Ok(Backup {
+                freeze: freeze.status(),
+                thaw: None,
+                copies: Vec::new(),
+            });
+        }
         wait(freeze.at)?;
         let images: Result<Vec<_>, _> = self.disks().map(|it| it.disk.snapshot()).collect();
         // A real host takes its time, too.
         std::thread::sleep(Duration::from_millis(300));
         let thawing = host.now();
-        answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
-
-        self.wait_for_progress(guest, 1)?;
+        let thaw = guest.vss().thaw(STEP)?.status();
+        if thaw == status::OK {
+            self.wait_for_progress(guest, 1)?;
+        } else {
+            // It may have left any of them frozen, and what comes next wants none to be.
+            for volume in &self.volumes {
+                let _ = guest.thaw(&volume.path);
+            }
+        }
         let notes = self.notes.disk.log();
         let mut parts = bases.into_iter().zip(images?);
         let mut copies = Vec::new();
@@ -251,9 +265,12 @@ impl Rig {
             }
             copies.push(copy);
         }
-        let backup = Backup { copies };
         self.stop_logs();
-        Ok(backup)
+        Ok(Backup {
+            freeze: freeze.status(),
+            thaw: Some(thaw),
+            copies,
+        })
     }
 }
 
@@ -278,7 +295,31 @@ pub(in crate::cases) fn written_within(
 
 /// What a backup brought.
 pub(super) struct Backup {
+    /// What the host was told for FREEZE.
+    pub(super) freeze: u32,
+    /// The same for THAW; `None` when FREEZE had failed.
+    pub(super) thaw: Option<u32>,
+    /// A copy of each volume, if FREEZE was answered 0.
     pub(super) copies: Vec<Copy>,
+}
+
+impl Backup {
+    /// The same, if both were answered 0.
+    pub(super) fn answered(self) -> Result<Self> {
+        equal("FREEZE", status_name(self.freeze), status_name(status::OK))?;
+        let thaw = self.thaw.map(status_name);
+        equal("THAW", thaw, Some(status_name(status::OK)))?;
+        Ok(self)
+    }
+
+    /// In words, for the comparison: what the host was told, if that was not 0, and `verdict` on a copy.
+    pub(super) fn describe(&self, verdict: &str) -> String {
+        match self.thaw {
+            None => format!("FREEZE {}", status_name(self.freeze)),
+            Some(status::OK) => verdict.to_owned(),
+            Some(thaw) => format!("{verdict}; THAW {}", status_name(thaw)),
+        }
+    }
 }
 
 /// The copy of a volume, and what is known of it.
@@ -365,6 +406,25 @@ impl Expected {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_host_was_told_is_in_the_words_if_it_was_not_0() {
+        let words = |freeze, thaw| {
+            let copies = Vec::new();
+            let backup = Backup {
+                freeze,
+                thaw,
+                copies,
+            };
+            let words = backup.describe("restores");
+            (words, backup.answered().is_ok())
+        };
+        assert_eq!(words(0, Some(0)), ("restores".to_owned(), true));
+        let (failed, good) = words(status::FAIL, None);
+        assert!(failed.starts_with("FREEZE 0x80004005") && !good);
+        let (failed, good) = words(0, Some(status::FAIL));
+        assert!(failed.starts_with("restores; THAW 0x80004005") && !good);
+    }
 
     #[test]
     fn notes_are_ordered_by_when_they_came_and_when_they_were_there() {

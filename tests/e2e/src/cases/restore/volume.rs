@@ -168,6 +168,16 @@ pub(super) enum Stack {
 const NO_UDEV: &str = "export DM_DISABLE_UDEV=1 MDADM_NO_UDEV=1";
 
 impl Stack {
+    /// In words, for the comparison.
+    pub(super) fn words(self) -> &'static str {
+        match self {
+            Stack::Disk => "a disk",
+            Stack::Lvm => "a logical volume over two disks",
+            Stack::Md => "a mirror of two disks",
+            Stack::Luks => "an encrypted disk",
+        }
+    }
+
     pub(super) fn disks(self) -> usize {
         match self {
             Stack::Disk | Stack::Luks => 1,
