@@ -1063,8 +1063,21 @@ impl Guest {
         Ok((without_foreign_reports(log.records), log.next))
     }
 
+    /// All of it, piece by piece: after hours it would take longer than any answer may.
     fn kmsg(&self, since: u64, max_level: u8) -> Result<Log, CallError> {
-        self.agent.call(Command::Kmsg { since, max_level }, STEP)
+        let mut all = Log {
+            next: since,
+            more: true,
+            ..Log::default()
+        };
+        while all.more {
+            let since = all.next;
+            let piece: Log = self.agent.call(Command::Kmsg { since, max_level }, STEP)?;
+            all.records.extend(piece.records);
+            all.lost += piece.lost;
+            (all.next, all.more) = (piece.next, piece.more);
+        }
+        Ok(all)
     }
 
     // --- The device ---

@@ -3,9 +3,9 @@
 //! Files of the kernel: its log, and text in proc and sysfs.
 
 use crate::error::Error;
-use lab_agent::{Log, Piece, Record};
+use lab_agent::{Log, Piece, Record, MOST_LOGGED};
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 
 /// The most that is read of one file: the serial line is slow.
@@ -47,20 +47,30 @@ pub fn write_file(path: &str, text: &str) -> Result<(), Error> {
     Ok(file.write_all(text.as_bytes())?)
 }
 
-/// The kernel's log from record `since` on, without records above `max_level`.
+/// The kernel's log from record `since` on, without records above `max_level`: as much as fits into a reply.
 pub fn log(since: u64, max_level: u8) -> Result<Log, Error> {
     let mut kmsg = OpenOptions::new()
         .read(true)
         .custom_flags(nix::libc::O_NONBLOCK)
         .open("/dev/kmsg")?;
+    take(|record| kmsg.read(record), since, max_level)
+}
+
+/// The same from whoever gives one record at each call.
+fn take(
+    mut read: impl FnMut(&mut [u8]) -> io::Result<usize>,
+    since: u64,
+    max_level: u8,
+) -> Result<Log, Error> {
     let mut log = Log {
         next: since,
         ..Log::default()
     };
     // Larger than any record (PRINTK_MESSAGE_MAX is 2048); one read returns one record.
     let mut buffer = [0; 8192];
+    let mut logged = 0;
     loop {
-        let len = match kmsg.read(&mut buffer) {
+        let len = match read(&mut buffer) {
             Ok(0) => break,
             Ok(len) => len,
             Err(error) if error.kind() == ErrorKind::WouldBlock => break,
@@ -77,7 +87,12 @@ pub fn log(since: u64, max_level: u8) -> Result<Log, Error> {
             log.lost += sequence - log.next;
             log.next = sequence + 1;
             if record.level <= max_level {
+                logged += record.text.len();
                 log.records.push(record);
+            }
+            if logged >= MOST_LOGGED {
+                log.more = true;
+                break;
             }
         }
     }
@@ -132,6 +147,40 @@ mod tests {
         }
         assert_eq!(next, 11);
         std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_long_log_is_read_piece_by_piece() {
+        const RECORDS: u64 = 50;
+        let text = "x".repeat(2000);
+        // Each time from the oldest one that is left.
+        let piece = |since| {
+            let mut sequence = 10;
+            let read = |buffer: &mut [u8]| {
+                if sequence == RECORDS {
+                    return Err(ErrorKind::WouldBlock.into());
+                }
+                let level = if sequence % 2 == 0 { 4 } else { 6 };
+                let record = format!("{level},{sequence},1,-;{text}\n");
+                sequence += 1;
+                let mut buffer = buffer;
+                buffer.write_all(record.as_bytes())?;
+                Ok(record.len())
+            };
+            take(read, since, 4).unwrap()
+        };
+        let (mut next, mut records, mut pieces) = (0, 0, 0);
+        loop {
+            let log = piece(next);
+            let size: usize = log.records.iter().map(|it| it.text.len()).sum();
+            assert!(size < MOST_LOGGED + text.len());
+            assert_eq!(log.lost, if next == 0 { 10 } else { 0 });
+            (next, records, pieces) = (log.next, records + log.records.len(), pieces + 1);
+            if !log.more {
+                break;
+            }
+        }
+        assert_eq!((next, records, pieces), (RECORDS, 20, 2));
     }
 
     #[test]

@@ -492,7 +492,13 @@ pub struct Log {
     pub lost: u64,
     /// The records, oldest first.
     pub records: Vec<Record>,
+    /// Whether there are more from `next` on: a reply has at most [`MOST_LOGGED`], since each byte on the line
+    /// takes its time.
+    pub more: bool,
 }
+
+/// Bytes of text in one [`Log`], or those of its last record more.
+pub const MOST_LOGGED: usize = 32 << 10;
 
 /// One record of the kernel's log.
 #[derive(Clone, Debug, Serialize, Deserialize)]
