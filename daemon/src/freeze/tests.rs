@@ -16,6 +16,7 @@ use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicU64;
+use std::sync::mpsc::Receiver;
 use std::sync::Weak;
 
 const SHORT: Duration = Duration::from_millis(60);
@@ -36,6 +37,8 @@ struct Double {
     failures: Mutex<BTreeMap<Call, (Errno, usize)>>,
     /// How long a first call takes.
     slow: Mutex<BTreeMap<Call, Duration>>,
+    /// What a first call waits for.
+    held: Mutex<BTreeMap<Call, Receiver<()>>>,
     left: Mutex<Vec<usize>>,
     /// As [`Door::watched_every`].
     watched_every: Option<Duration>,
@@ -79,6 +82,11 @@ impl Double {
             if what == "freeze" && lock(&self.called_off).contains(&number) {
                 return Err(Errno::ESTALE.into());
             }
+        }
+        let held = lock(&self.held).remove(&(what, number));
+        if let Some(held) = held {
+            // Or for the end of whoever holds it.
+            let _ = held.recv();
         }
         match lock(&self.failures).get_mut(&(what, number)) {
             Some((errno, times)) if *times > 0 => {
@@ -1134,7 +1142,8 @@ fn what_a_look_has_frozen_anew_when_its_thaw_came_had_been_thawed_by_others() {
         let mut s = setup_before(watched(waits()), &waves, &[], &[], false);
         s.freeze().unwrap();
         lock(&s.double.failures).insert(("freeze", 1), (Errno::EBUSY, ALWAYS));
-        s.slow("freeze", 0, LOOK_TIME * 5 / 2);
+        let (let_go, held) = channel();
+        lock(&s.double.held).insert(("freeze", 0), held);
         assert!(s.session.look_after().is_empty());
         let double = Arc::clone(&s.double);
         let kernel = thread::spawn(move || {
@@ -1147,6 +1156,7 @@ fn what_a_look_has_frozen_anew_when_its_thaw_came_had_been_thawed_by_others() {
                 let failure = (Errno::EINVAL, ALWAYS);
                 lock(&double.failures).insert(("thaw", 0), failure);
             }
+            drop(let_go);
         });
         match s.session.thaw() {
             Ok(()) if was_frozen => {}
