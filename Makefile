@@ -144,9 +144,10 @@ e2e-list: packages ## List the end-to-end cases
 comparison: ## Put what the last e2e run saw of the peer into the README, beside what earlier ones saw
 matrix: ## Put what the last run of matrix/* saw into the README, likewise
 kernels: ## Put how the last e2e run and 'make test-kernels' went on each kernel into the README, likewise
+RUNS = $(wildcard build/results/e2e.json build/runs/*/e2e.json)
 comparison matrix kernels:
 	@$(CARGO_LAB) --quiet
-	@target/lab/e2e tables --seen tests/e2e/seen.json --run build/results/e2e.json --kernels build/kernels \
+	@target/lab/e2e tables --seen tests/e2e/seen.json $(addprefix --run ,$(RUNS)) --kernels build/kernels \
 		--results build/results
 	@awk -v name=$@ 'FNR == NR { table = table $$0 "\n"; next } \
 	    $$0 == "<!-- end of " name " -->" { skip = 0 } \
@@ -195,7 +196,7 @@ PACKAGES_CASES = $(addprefix packages/,page install-to-purge installed-amid-a-fr
 
 .PHONY: test-packages
 test-packages: dkms lab-module user images ## Install them in a guest, and take backups before and after
-	@$(LAB)/run.sh --timeout 2400 ./e2e run $(PACKAGES_CASES)
+	@$(LAB)/run.sh --timeout 2400 --results build/runs/packages ./e2e run $(PACKAGES_CASES)
 
 # By their full names, for the same reason.
 DATABASES_CASES = $(addprefix databases/,mariadb mariadb-without-hook mariadb-killed mariadb-never-thawed \
@@ -204,14 +205,14 @@ DATABASES_CASES = $(addprefix databases/,mariadb mariadb-without-hook mariadb-ki
 .PHONY: test-databases
 test-databases: lab-module user images ## Back up MariaDB and PostgreSQL under load, restore them, and kill what can be
 	@$(LAB)/programs.sh databases
-	@$(LAB)/run.sh --timeout 2400 ./e2e run $(DATABASES_CASES)
+	@$(LAB)/run.sh --timeout 2400 --results build/runs/databases ./e2e run $(DATABASES_CASES)
 
 VOLUMES_CASES = $(addprefix volumes/,lvm md luks under-fio)
 
 .PHONY: test-volumes
 test-volumes: lab-module user images ## Back up LVM, md and LUKS under load and fio, and restore every copy
 	@$(LAB)/programs.sh volumes
-	@$(LAB)/run.sh --timeout 3600 ./e2e run $(VOLUMES_CASES)
+	@$(LAB)/run.sh --timeout 3600 --results build/runs/volumes ./e2e run $(VOLUMES_CASES)
 
 .PHONY: install
 install: install-module install-daemon install-dev ## Install module, daemon and header below DESTDIR

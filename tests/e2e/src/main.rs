@@ -97,9 +97,9 @@ enum Action {
         /// What was seen before
         #[arg(long, value_name = "FILE")]
         seen: PathBuf,
-        /// The verdicts of the run on the usual kernel, if there was one
-        #[arg(long, value_name = "FILE")]
-        run: PathBuf,
+        /// The verdicts of runs on the usual kernel; what the last of them saw counts
+        #[arg(long, value_name = "FILE", num_args = 1..)]
+        run: Vec<PathBuf>,
         /// Where each other kernel has a folder of its name, and in that the verdicts of its run
         #[arg(long, value_name = "FOLDER")]
         kernels: PathBuf,
@@ -162,9 +162,15 @@ fn report(verdicts: &[runner::Verdict]) -> bool {
 
 /// Merges what runs there were into what was seen before, and makes the tables of that. The comparison and the
 /// matrix are of the usual kernel alone.
-fn make_tables(kept: &Path, run: &Path, kernels: &Path, results: &Path) -> Result<()> {
+fn make_tables(kept: &Path, runs: &[PathBuf], kernels: &Path, results: &Path) -> Result<()> {
     let mut seen = seen::Seen::read(kept)?;
-    if run.exists() {
+    let mut by_age = Vec::new();
+    for run in runs {
+        let modified = std::fs::metadata(run).and_then(|it| it.modified());
+        by_age.push((modified.with_context(|| run.display().to_string())?, run));
+    }
+    by_age.sort();
+    for (_, run) in by_age {
         let verdicts = runner::read_json(run)?;
         seen.merge(&verdicts);
         seen.merge_kernel("default", &verdicts);
