@@ -138,6 +138,13 @@ e2e-list: packages ## List the end-to-end cases
 	@$(CARGO_LAB) --quiet
 	@target/lab/e2e list
 
+# Puts build/results/$(1).md where the README has its place.
+into_readme = awk -v name=$(1) 'FNR == NR { table = table $$0 "\n"; next } \
+	$$0 == "<!-- end of " name " -->" { skip = 0 } \
+	!skip { print } \
+	index($$0, "<!-- " name ":") == 1 { printf "%s", table; skip = 1 }' build/results/$(1).md README.md >build/README.md && \
+	cat build/README.md >README.md
+
 # These tables of the README are what all runs so far have seen, which tests/e2e/seen.json keeps: the last run
 # on each kernel is merged into it.
 .PHONY: comparison matrix kernels
@@ -149,15 +156,18 @@ comparison matrix kernels:
 	@$(CARGO_LAB) --quiet
 	@target/lab/e2e tables --seen tests/e2e/seen.json $(addprefix --run ,$(RUNS)) --kernels build/kernels \
 		--results build/results
-	@awk -v name=$@ 'FNR == NR { table = table $$0 "\n"; next } \
-	    $$0 == "<!-- end of " name " -->" { skip = 0 } \
-	    !skip { print } \
-	    index($$0, "<!-- " name ":") == 1 { printf "%s", table; skip = 1 }' build/results/$@.md README.md >build/README.md
-	@cat build/README.md >README.md
+	@$(call into_readme,$@)
 
 .PHONY: bench
 bench: lab-module user images ## Measure ours against the peer; table, plot and JSON in build/bench
 	@$(LAB)/run.sh --timeout 7200 --memory 8192 --results build/bench ./bench $(BENCH)
+	@git describe --always --dirty >build/bench/commit
+
+.PHONY: figures
+figures: ## Put what the last 'make bench' measured into the README
+	@mkdir -p build/results && { echo; echo "Commit $$(cat build/bench/commit):"; echo; \
+	    sed 's/^\(.\)/    \1/' build/bench/table.txt; echo; } >build/results/bench.md
+	@$(call into_readme,bench)
 
 # Seconds for each of the four fuzz targets.
 FUZZ_SECONDS ?= 60
