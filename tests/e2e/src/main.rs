@@ -187,19 +187,26 @@ fn make_tables(kept: &Path, runs: &[PathBuf], kernels: &Path, results: &Path) ->
     seen.write(kept)?;
     std::fs::create_dir_all(results)
         .with_context(|| format!("cannot make {}", results.display()))?;
-    let write = |name: &str, text: String| {
-        let path = results.join(name);
-        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
-    };
+    for (name, text) in tables_of(&seen) {
+        let path = results.join(format!("{name}.md"));
+        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// The tables of the README, by what it calls them.
+fn tables_of(seen: &seen::Seen) -> [(&'static str, String); 3] {
     let cases = cases::all();
-    write(
-        "comparison.md",
-        seen.comparison(cases.iter().map(|it| it.name)),
-    )?;
     let places = cases::matrix_of(|fault, stage, stack| seen.cell(fault, stage, stack));
     let stacks = cases::Stack::ALL.map(cases::Stack::words);
-    write("matrix.md", table::matrix(&places, &stacks))?;
-    write("kernels.md", seen.kernels(&cases))
+    [
+        (
+            "comparison",
+            seen.comparison(cases.iter().map(|it| it.name)),
+        ),
+        ("matrix", table::matrix(&places, &stacks)),
+        ("kernels", seen.kernels(&cases)),
+    ]
 }
 
 fn perform(action: Action) -> Result<bool> {
@@ -311,6 +318,26 @@ mod tests {
             |option, count| Arguments::try_parse_from(["e2e", "run", option, count]).is_ok();
         for option in ["--rounds", "--patience", "--cpus"] {
             assert!(parses(option, "1") && !parses(option, "0"), "{option}");
+        }
+    }
+
+    /// Of the kernels' table the sums change with each new case.
+    #[test]
+    fn the_readme_has_the_tables_of_what_was_seen_and_no_cell_is_unknown() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
+        let seen = seen::Seen::read(&root.join("tests/e2e/seen.json")).unwrap();
+        for (name, text) in tables_of(&seen) {
+            assert!(!text.contains(table::NOT_RUN), "{name}");
+            let begin = format!("<!-- {name}: ");
+            let end = format!("<!-- end of {name} -->");
+            let (_, begun) = readme.split_once(&begin).unwrap();
+            let (_, lines) = begun.split_once('\n').unwrap();
+            let (table, _) = lines.split_once(&end).unwrap();
+            assert!(
+                name == "kernels" || table == text,
+                "'make {name}' changes the README"
+            );
         }
     }
 
