@@ -47,10 +47,10 @@ lab-module: packages
 	@$(LAB)/module.sh --lab
 
 .PHONY: user
+# Both at once: each profile has a folder and a lock of its own, and the end of the daemon's build is of one thread.
 user: packages ## Build the daemon, the simulated host and the test tools
 	@echo "user: building the workspace with cargo"
-	@$(CARGO_DAEMON)
-	@$(CARGO_LAB)
+	@$(CARGO_DAEMON) & $(CARGO_LAB); status=$$?; wait $$! && exit $$status
 
 .PHONY: images
 images: packages
