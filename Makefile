@@ -47,10 +47,10 @@ lab-module: packages
 	@$(LAB)/module.sh --lab
 
 .PHONY: user
+# Both at once: each profile has a folder and a lock of its own, and the end of the daemon's build is of one thread.
 user: packages ## Build the daemon, the simulated host and the test tools
 	@echo "user: building the workspace with cargo"
-	@$(CARGO_DAEMON)
-	@$(CARGO_LAB)
+	@$(CARGO_DAEMON) & $(CARGO_LAB); status=$$?; wait $$! && exit $$status
 
 .PHONY: images
 images: packages
@@ -138,25 +138,36 @@ e2e-list: packages ## List the end-to-end cases
 	@$(CARGO_LAB) --quiet
 	@target/lab/e2e list
 
+# Puts build/results/$(1).md where the README has its place.
+into_readme = awk -v name=$(1) 'FNR == NR { table = table $$0 "\n"; next } \
+	$$0 == "<!-- end of " name " -->" { skip = 0 } \
+	!skip { print } \
+	index($$0, "<!-- " name ":") == 1 { printf "%s", table; skip = 1 }' build/results/$(1).md README.md >build/README.md && \
+	cat build/README.md >README.md
+
 # These tables of the README are what all runs so far have seen, which tests/e2e/seen.json keeps: the last run
 # on each kernel is merged into it.
 .PHONY: comparison matrix kernels
 comparison: ## Put what the last e2e run saw of the peer into the README, beside what earlier ones saw
 matrix: ## Put what the last run of matrix/* saw into the README, likewise
 kernels: ## Put how the last e2e run and 'make test-kernels' went on each kernel into the README, likewise
+RUNS = $(wildcard build/results/e2e.json build/runs/*/e2e.json)
 comparison matrix kernels:
 	@$(CARGO_LAB) --quiet
-	@target/lab/e2e tables --seen tests/e2e/seen.json --run build/results/e2e.json --kernels build/kernels \
+	@target/lab/e2e tables --seen tests/e2e/seen.json $(addprefix --run ,$(RUNS)) --kernels build/kernels \
 		--results build/results
-	@awk -v name=$@ 'FNR == NR { table = table $$0 "\n"; next } \
-	    $$0 == "<!-- end of " name " -->" { skip = 0 } \
-	    !skip { print } \
-	    index($$0, "<!-- " name ":") == 1 { printf "%s", table; skip = 1 }' build/results/$@.md README.md >build/README.md
-	@cat build/README.md >README.md
+	@$(call into_readme,$@)
 
 .PHONY: bench
 bench: lab-module user images ## Measure ours against the peer; table, plot and JSON in build/bench
 	@$(LAB)/run.sh --timeout 7200 --memory 8192 --results build/bench ./bench $(BENCH)
+	@git describe --always --dirty >build/bench/commit
+
+.PHONY: figures
+figures: ## Put what the last 'make bench' measured into the README
+	@mkdir -p build/results && { echo; echo "Commit $$(cat build/bench/commit):"; echo; \
+	    sed 's/^\(.\)/    \1/' build/bench/table.txt; echo; } >build/results/bench.md
+	@$(call into_readme,bench)
 
 # Seconds for each of the four fuzz targets.
 FUZZ_SECONDS ?= 60
@@ -195,7 +206,7 @@ PACKAGES_CASES = $(addprefix packages/,page install-to-purge installed-amid-a-fr
 
 .PHONY: test-packages
 test-packages: dkms lab-module user images ## Install them in a guest, and take backups before and after
-	@$(LAB)/run.sh --timeout 2400 ./e2e run $(PACKAGES_CASES)
+	@$(LAB)/run.sh --timeout 2400 --results build/runs/packages ./e2e run $(PACKAGES_CASES)
 
 # By their full names, for the same reason.
 DATABASES_CASES = $(addprefix databases/,mariadb mariadb-without-hook mariadb-killed mariadb-never-thawed \
@@ -204,14 +215,14 @@ DATABASES_CASES = $(addprefix databases/,mariadb mariadb-without-hook mariadb-ki
 .PHONY: test-databases
 test-databases: lab-module user images ## Back up MariaDB and PostgreSQL under load, restore them, and kill what can be
 	@$(LAB)/programs.sh databases
-	@$(LAB)/run.sh --timeout 2400 ./e2e run $(DATABASES_CASES)
+	@$(LAB)/run.sh --timeout 2400 --results build/runs/databases ./e2e run $(DATABASES_CASES)
 
 VOLUMES_CASES = $(addprefix volumes/,lvm md luks under-fio)
 
 .PHONY: test-volumes
 test-volumes: lab-module user images ## Back up LVM, md and LUKS under load and fio, and restore every copy
 	@$(LAB)/programs.sh volumes
-	@$(LAB)/run.sh --timeout 3600 ./e2e run $(VOLUMES_CASES)
+	@$(LAB)/run.sh --timeout 3600 --results build/runs/volumes ./e2e run $(VOLUMES_CASES)
 
 .PHONY: install
 install: install-module install-daemon install-dev ## Install module, daemon and header below DESTDIR

@@ -27,6 +27,7 @@ mod wait;
 mod workers;
 
 use kernel::prelude::*;
+use kernel::sync::Arc;
 
 module! {
     type: HvVssModule,
@@ -79,6 +80,8 @@ impl Parameters {
 struct HvVssModule {
     #[pin]
     _driver: kernel::driver::Registration<vmbus::Adapter<driver::Driver>>,
+    #[pin]
+    _sleep: pm_notifier::Registration<service::SleepWatch>,
     _workers: workers::Workers,
 }
 
@@ -88,6 +91,8 @@ impl kernel::InPlaceModule for HvVssModule {
             // SAFETY: A module is initialised once. Nothing is queued before this line, and nothing
             // after the drop of this field, the last one.
             _workers: unsafe { workers::Workers::new() }?,
+            // Before the driver, so that it is told before any device.
+            _sleep <- pm_notifier::Registration::new(Arc::new(service::SleepWatch, GFP_KERNEL)?),
             _driver <- kernel::driver::Registration::new(
                 <Self as kernel::ModuleMetadata>::NAME,
                 module,

@@ -70,6 +70,23 @@ const MAX_WRITE: usize = 64;
 /// device at a time.
 static UNTOLD: AtomicFlag = AtomicFlag::new(false);
 
+/// The machine prepares to sleep. A device that is bound by then has heard of it, one that comes later has not.
+static SLEEPING: AtomicFlag = AtomicFlag::new(false);
+
+/// Keeps [`SLEEPING`], as long as the module is loaded. It is told before any device is, so that a device that was not
+/// there to hear of the sleep finds it, and one that finds it hears of its end.
+pub(crate) struct SleepWatch;
+
+impl pm_notifier::Callbacks for SleepWatch {
+    fn prepare(&self) {
+        SLEEPING.store(true, Relaxed);
+    }
+
+    fn post(&self) {
+        SLEEPING.store(false, Relaxed);
+    }
+}
+
 /// What all who have the engine share: its packets wait in memory that is allocated in one piece.
 type Engine = engine::Engine<KVVec<u8>>;
 
@@ -198,6 +215,12 @@ impl Service {
             core::mem::swap(&mut state.incoming, &mut incoming);
             state.device.channel = Some(channel);
         }
+        self.with_engine(|engine, now, out| {
+            // Under the lock: the end of that sleep is told to the engine after this, if at all.
+            if SLEEPING.load(Relaxed) {
+                engine.prepare_sleep(now, out);
+            }
+        });
         // What the host has sent by now is still in the ring, and it may send nothing more.
         vmbus::Listener::on_packets(&**self);
         Ok(())

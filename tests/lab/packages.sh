@@ -10,6 +10,11 @@ set -euo pipefail
 
 [ "$(uname -m)" = x86_64 ] || die "this is $(uname -m), the lab wants an x86-64 machine; there 'make module-arm64' builds the module for arm64"
 
+# paths are words of make's, and of lists with colons
+case $repo in
+*[[:space:]:]*) die "the path '$repo' has a blank or a colon in it, which make cannot do with: move the checkout" ;;
+esac
+
 # cargo says which; what makes no use of it is not held up
 rust=1.85
 have=$(rustc --version 2>/dev/null | cut -d ' ' -f 2) || have=

@@ -97,9 +97,9 @@ enum Action {
         /// What was seen before
         #[arg(long, value_name = "FILE")]
         seen: PathBuf,
-        /// The verdicts of the run on the usual kernel, if there was one
-        #[arg(long, value_name = "FILE")]
-        run: PathBuf,
+        /// The verdicts of runs on the usual kernel; what the last of them saw counts
+        #[arg(long, value_name = "FILE", num_args = 1..)]
+        run: Vec<PathBuf>,
         /// Where each other kernel has a folder of its name, and in that the verdicts of its run
         #[arg(long, value_name = "FOLDER")]
         kernels: PathBuf,
@@ -162,9 +162,15 @@ fn report(verdicts: &[runner::Verdict]) -> bool {
 
 /// Merges what runs there were into what was seen before, and makes the tables of that. The comparison and the
 /// matrix are of the usual kernel alone.
-fn make_tables(kept: &Path, run: &Path, kernels: &Path, results: &Path) -> Result<()> {
+fn make_tables(kept: &Path, runs: &[PathBuf], kernels: &Path, results: &Path) -> Result<()> {
     let mut seen = seen::Seen::read(kept)?;
-    if run.exists() {
+    let mut by_age = Vec::new();
+    for run in runs {
+        let modified = std::fs::metadata(run).and_then(|it| it.modified());
+        by_age.push((modified.with_context(|| run.display().to_string())?, run));
+    }
+    by_age.sort();
+    for (_, run) in by_age {
         let verdicts = runner::read_json(run)?;
         seen.merge(&verdicts);
         seen.merge_kernel("default", &verdicts);
@@ -181,19 +187,26 @@ fn make_tables(kept: &Path, run: &Path, kernels: &Path, results: &Path) -> Resul
     seen.write(kept)?;
     std::fs::create_dir_all(results)
         .with_context(|| format!("cannot make {}", results.display()))?;
-    let write = |name: &str, text: String| {
-        let path = results.join(name);
-        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
-    };
+    for (name, text) in tables_of(&seen) {
+        let path = results.join(format!("{name}.md"));
+        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// The tables of the README, by what it calls them.
+fn tables_of(seen: &seen::Seen) -> [(&'static str, String); 3] {
     let cases = cases::all();
-    write(
-        "comparison.md",
-        seen.comparison(cases.iter().map(|it| it.name)),
-    )?;
     let places = cases::matrix_of(|fault, stage, stack| seen.cell(fault, stage, stack));
     let stacks = cases::Stack::ALL.map(cases::Stack::words);
-    write("matrix.md", table::matrix(&places, &stacks))?;
-    write("kernels.md", seen.kernels(&cases))
+    [
+        (
+            "comparison",
+            seen.comparison(cases.iter().map(|it| it.name)),
+        ),
+        ("matrix", table::matrix(&places, &stacks)),
+        ("kernels", seen.kernels(&cases)),
+    ]
 }
 
 fn perform(action: Action) -> Result<bool> {
@@ -305,6 +318,26 @@ mod tests {
             |option, count| Arguments::try_parse_from(["e2e", "run", option, count]).is_ok();
         for option in ["--rounds", "--patience", "--cpus"] {
             assert!(parses(option, "1") && !parses(option, "0"), "{option}");
+        }
+    }
+
+    /// Of the kernels' table the sums change with each new case.
+    #[test]
+    fn the_readme_has_the_tables_of_what_was_seen_and_no_cell_is_unknown() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
+        let seen = seen::Seen::read(&root.join("tests/e2e/seen.json")).unwrap();
+        for (name, text) in tables_of(&seen) {
+            assert!(!text.contains(table::NOT_RUN), "{name}");
+            let begin = format!("<!-- {name}: ");
+            let end = format!("<!-- end of {name} -->");
+            let (_, begun) = readme.split_once(&begin).unwrap();
+            let (_, lines) = begun.split_once('\n').unwrap();
+            let (table, _) = lines.split_once(&end).unwrap();
+            assert!(
+                name == "kernels" || table == text,
+                "'make {name}' changes the README"
+            );
         }
     }
 

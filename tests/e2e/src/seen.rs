@@ -65,7 +65,7 @@ impl OnKernel {
             sum += passed;
             let (area, all) = (area(of_area[0]), of_area.len());
             match passed {
-                0 => {}
+                0 => passed_of.push(format!("none of {all} of `{area}`")),
                 _ if passed == all => passed_of.push(format!("all {all} of `{area}`")),
                 _ => passed_of.push(format!("{passed} of {all} of `{area}`")),
             }

@@ -710,7 +710,7 @@ const AUTO_RECOVER_BODY: usize = 12_492;
 
 /// What a whole backup should be like.
 const TO_THE_END: &str =
-    "FREEZE and THAW 0, no auto-recovery wanted, BU_COMPLETE answered; the next backup is good";
+    "FREEZE and THAW 0, no auto-recovery wanted, BU_COMPLETE 0 (success); the next backup is good";
 
 /// A backup in the order in which a host goes through it (the states of Windows' own client: freeze,
 /// thaw, auto-recovery, complete), in words. The host carries out an auto-recovery if HOT_BACKUP's flags
@@ -729,18 +729,23 @@ fn whole_backup(guest: &Guest, module: Module, daemon: Daemon) -> Result<String>
     if vss_flags(&ready) == Some(HBU_NO_AUTO_RECOVERY) {
         words += "no auto-recovery wanted, ";
     } else {
-        words += match vss.op(Op::AUTO_RECOVER, &[0; AUTO_RECOVER_BODY], soon) {
-            Ok(_) => "auto-recovery wanted and AUTO_RECOVER answered, ",
+        words += &match vss.op(Op::AUTO_RECOVER, &[0; AUTO_RECOVER_BODY], soon) {
+            Ok(reply) => format!(
+                "auto-recovery wanted and AUTO_RECOVER {}, ",
+                status_name(reply.status())
+            ),
             Err(HostError::TooLarge { .. }) => {
-                "auto-recovery wanted, but AUTO_RECOVER does not fit into its ring, "
+                "auto-recovery wanted, but AUTO_RECOVER does not fit into its ring, ".into()
             }
-            Err(HostError::Timeout { .. }) => "auto-recovery wanted, AUTO_RECOVER not answered, ",
+            Err(HostError::Timeout { .. }) => {
+                "auto-recovery wanted, AUTO_RECOVER not answered, ".into()
+            }
             Err(error) => return Err(error.into()),
         };
     }
-    words += match super::reply_within(guest, vss.send(Op::BU_COMPLETE, &SHORT_BODY)?, soon)? {
-        Some(_) => "BU_COMPLETE answered; ",
-        None => "BU_COMPLETE not answered; ",
+    words += &match super::reply_within(guest, vss.send(Op::BU_COMPLETE, &SHORT_BODY)?, soon)? {
+        Some(reply) => format!("BU_COMPLETE {}; ", status_name(reply.status())),
+        None => "BU_COMPLETE not answered; ".into(),
     };
     let freeze = vss.send_freeze(&[])?;
     words += match super::reply_within(guest, freeze, soon)? {

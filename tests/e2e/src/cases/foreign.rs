@@ -61,6 +61,12 @@ pub const CASES: &[Case] = &[
     )
     .long(),
     case(
+        "foreign/suspended-at-thaw",
+        "a volume is suspended in the window and still is at THAW, both modules: the backup is good",
+        suspended_at_thaw,
+    )
+    .long(),
+    case(
         "foreign/quit-key",
         "SIGQUIT to the group of a rehearsal (Ctrl-\\) leaves nothing frozen",
         quit_key,
@@ -163,6 +169,33 @@ fn with_resume(guest: &Guest) -> Result<super::Seen> {
     let seen = observe(guest)?;
     guest.wait(&resume, STEP)?;
     Ok(seen)
+}
+
+/// Two hold it then, and a thaw leaves it to the other one: no kernel is to say that it was not frozen.
+fn suspended_at_thaw(guest: &Guest) -> Result<()> {
+    make_volume(guest)?;
+    let vss = guest.vss();
+    for &module in guest.modules() {
+        let daemon = start(guest, module, Daemon::Ours)?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        // Up to 6.7 there can be one only, and then a volume that is frozen cannot be suspended.
+        let is_suspended = guest.try_sh("dmsetup suspend v")?.status == Some(0);
+        let thaw = vss.thaw(STEP)?;
+        let at = guest.clock()?;
+        println!(
+            "     {module:?}: the volume is suspended: {is_suspended}; THAW {}",
+            status_name(thaw.status())
+        );
+        answered("THAW", &thaw, status::OK)?;
+        if is_suspended {
+            guest.sh("dmsetup resume v")?;
+        }
+        released(guest, "after THAW and resume", at, RELEASED)?;
+        guest.not_frozen("after it", &["/", "/mnt/a", "/mnt/v"])?;
+        good_backup(guest)?;
+        stop(guest, module, &daemon)?;
+    }
+    Ok(())
 }
 
 fn loops(guest: &Guest, module: Module, rude: &str) -> Result<()> {

@@ -393,7 +393,7 @@ fn backups(guest: &Guest, module: Module) -> Result<()> {
     })
 }
 
-fn unbind_rebind(guest: &Guest) -> Result<()> {
+pub(super) fn unbind_rebind(guest: &Guest) -> Result<()> {
     let device = guest.vss().instance().to_string();
     // The daemon has the device open; that does not hold the unbind up.
     guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &device)?;

@@ -129,6 +129,15 @@ fn snapshot_device(guest: &Guest) -> Result<()> {
             answered("FREEZE with it open", &freeze, status::FAIL)?;
             if !held_too {
                 idles(guest, &daemon)?;
+                // One that comes only now has not heard of it.
+                super::lifecycle::unbind_rebind(guest)?;
+                wait_for_daemon(guest)?;
+                let freeze = vss.freeze(&[], STEP)?;
+                answered(
+                    "FREEZE of a device that was bound anew",
+                    &freeze,
+                    status::FAIL,
+                )?;
             }
             guest.signal(&holder, 9)?;
             guest.wait(&holder, STEP)?;
