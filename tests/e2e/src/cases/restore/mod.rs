@@ -19,12 +19,13 @@ mod volume;
 use super::disks::{case, Attached};
 use super::{load, rounds_or, start, stop, wait_for_daemon, Case, When};
 use anyhow::{ensure, Context, Result};
+use e2e::agent::CallError;
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::{log, Change, Entry, Image};
 use hyperv_sim::Exit;
-use judge::{judge, judge_records, Verdict, RESTORES};
+use judge::{judge, judge_records_at, Verdict, RESTORES};
 use lab_agent::record;
 use rig::{Backup, Copy, Part, Rig, Volume};
 use std::time::{Duration, Instant};
@@ -567,39 +568,60 @@ fn restored_root(guest: &Guest, name: &str, module: Module, daemon: Daemon) -> R
     };
     ensure!(copy.expected.least > 0, "there should be records");
 
-    let restored = match guest.start_named(name, copy.only_part()?.image.clone()) {
+    let image = &copy.only_part()?.image;
+    let restored = match guest.start_named(name, image.clone()) {
         Ok(restored) => restored,
-        Err(error) => {
+        Err(error) if has_given_up(&error) => {
             println!("     {module:?}: {error:#}");
             return Ok("no guest boots from it".to_owned());
         }
+        Err(error) => return Err(error.context("a guest that was to boot from the copy")),
     };
-    let mounts = restored.read("/proc/mounts")?;
-    let on_disk = |line: &str| line.starts_with("/dev/sda / ext4 rw");
     let log = restored.sh("dmesg")?;
     let repairs = ["recovery", "orphan", "EXT4-fs error", "EXT4-fs warning"];
     let is_repair =
         |line: &&str| line.contains("EXT4-fs") && repairs.iter().any(|it| line.contains(it));
     let repaired: Vec<_> = log.lines().filter(is_repair).collect();
-    restored.sh("echo 'and goes on' > /var/lab/after && sync")?;
-    let complaint = match mounts.lines().any(on_disk) {
-        true => restored.check_log().err().map(|error| error.to_string()),
-        false => Some(format!("the root should be on the disk: {mounts}")),
-    };
     let written = copy.written.first();
     let verdict = Verdict {
         log: written.map(|it| format!("{} writes, the first one: {it}", copy.written.len())),
         mirror: None,
         journal: (!repaired.is_empty()).then(|| repaired.join("\n")),
-        check: complaint,
-        records: match restored.read("/var/lab/records") {
-            Ok(text) => judge_records(&text, copy.expected),
-            Err(error) => Some(error.to_string()),
-        },
+        check: judge_by_use(&restored)?,
+        records: judge_records_at(&restored, "/var/lab/records", copy.expected)?,
     };
     println!("     {module:?}: {:?}, {verdict:?}", copy.expected);
     restored.vm().kill();
     Ok(describe(&backup, Some(&verdict)))
+}
+
+/// Whether that is why a guest did not come up: it found nothing to boot from, and ended itself. Whatever else
+/// keeps it from that says nothing of its disk.
+fn has_given_up(error: &anyhow::Error) -> bool {
+    let call = error.downcast_ref::<CallError>();
+    call.and_then(CallError::exit) == Some(&Exit::PowerOff)
+}
+
+/// What is wrong with the root of a guest, as it is used.
+fn judge_by_use(guest: &Guest) -> Result<Option<String>> {
+    let mounts = guest.read("/proc/mounts")?;
+    if !mounts
+        .lines()
+        .any(|line| line.starts_with("/dev/sda / ext4 rw"))
+    {
+        return Ok(Some(format!(
+            "the root should be on the disk, and take writes: {mounts}"
+        )));
+    }
+    let written = guest.try_sh("echo 'and goes on' >/var/lab/after && sync")?;
+    ensure!(!written.timed_out, "a sync did not end in time");
+    if written.status != Some(0) {
+        return Ok(Some(format!("the root takes no writes: {}", written.err)));
+    }
+    match guest.check_log() {
+        Err(error) if error.is::<CallError>() => Err(error),
+        said => Ok(said.err().map(|error| error.to_string())),
+    }
 }
 
 /// Backups of each file system on volumes of a kind, the last one with the peer.
@@ -696,6 +718,31 @@ fn one_after_the_other(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use e2e::guest::Standstill;
+
+    #[test]
+    fn only_a_guest_that_has_ended_itself_says_something_of_its_disk() {
+        let gone = |exit| {
+            let command = "boot".to_owned();
+            anyhow::Error::new(CallError::Gone { command, exit }).context("it did not come up")
+        };
+        assert!(has_given_up(&gone(Exit::PowerOff)));
+        for exit in [Exit::Killed, Exit::Failed("KVM".to_owned())] {
+            assert!(!has_given_up(&gone(exit)));
+        }
+        let late = CallError::Timeout {
+            command: "boot".to_owned(),
+            after: STEP,
+            stuck: String::new(),
+        };
+        let still = Standstill {
+            kernel_answers: false,
+            seen: String::new(),
+        };
+        assert!(!has_given_up(&anyhow::Error::new(late).context(still)));
+        let said = anyhow::anyhow!("the kernel complained").context("while it booted");
+        assert!(!has_given_up(&said));
+    }
 
     #[test]
     fn what_btrfs_discards_while_it_is_frozen_is_no_write_and_is_in_the_copy() {
