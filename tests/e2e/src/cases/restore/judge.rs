@@ -109,7 +109,11 @@ fn run(guest: &Guest, node: &str, script: &str) -> Result<Ended> {
 }
 
 /// What the checker has against the file system on a node.
-fn judge_by_checker(guest: &Guest, format: Format, node: &str) -> Result<Option<String>> {
+pub(super) fn judge_by_checker(
+    guest: &Guest,
+    format: Format,
+    node: &str,
+) -> Result<Option<String>> {
     let check = run(guest, node, format.check())?;
     Ok((check.status != Some(0)).then(|| format!("{}{}", check.out, check.err)))
 }

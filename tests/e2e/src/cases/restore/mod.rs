@@ -25,9 +25,9 @@ use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::{log, Change, Entry, Image};
 use hyperv_sim::Exit;
-use judge::{judge, judge_records_at, Verdict, RESTORES};
+use judge::{judge, judge_by_checker, judge_records_at, Verdict, RESTORES};
 use lab_agent::record;
-use rig::{Backup, Copy, Part, Rig, Volume};
+use rig::{Backup, Copy, Part, Rig, Volume, COPIES};
 use std::time::{Duration, Instant};
 use volume::{Format, Stack};
 
@@ -582,12 +582,17 @@ fn restored_root(guest: &Guest, name: &str, module: Module, daemon: Daemon) -> R
     let is_repair =
         |line: &&str| line.contains("EXT4-fs") && repairs.iter().any(|it| line.contains(it));
     let repaired: Vec<_> = log.lines().filter(is_repair).collect();
+    let check = match judge_by_use(&restored)? {
+        // The one that was booted from has been written to since.
+        None => judge_apart(&restored, image)?,
+        complaint => complaint,
+    };
     let written = copy.written.first();
     let verdict = Verdict {
         log: written.map(|it| format!("{} writes, the first one: {it}", copy.written.len())),
         mirror: None,
         journal: (!repaired.is_empty()).then(|| repaired.join("\n")),
-        check: judge_by_use(&restored)?,
+        check,
         records: judge_records_at(&restored, "/var/lab/records", copy.expected)?,
     };
     println!("     {module:?}: {:?}, {verdict:?}", copy.expected);
@@ -622,6 +627,13 @@ fn judge_by_use(guest: &Guest) -> Result<Option<String>> {
         Err(error) if error.is::<CallError>() => Err(error),
         said => Ok(said.err().map(|error| error.to_string())),
     }
+}
+
+/// What the checker has against a root, which is looked at beside the one that the guest runs from.
+fn judge_apart(guest: &Guest, root: &Image) -> Result<Option<String>> {
+    let size = u64::from(guest.machine().disk_mib);
+    let disk = Attached::new(guest, COPIES.0, COPIES.1, size, root.clone())?;
+    judge_by_checker(guest, Format::Ext4, &disk.node(guest)?)
 }
 
 /// Backups of each file system on volumes of a kind, the last one with the peer.
