@@ -244,8 +244,9 @@ fn thaw_of_a_dead_disk(guest: &Guest) -> Result<()> {
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     all_stand_still(guest)?;
     guest.sh(HANG)?;
+    let at = guest.clock()?;
     let ended = guest.try_sh(THAW);
-    let goes_on = released(guest, "thaw by hand", guest.clock()?, RELEASED);
+    let goes_on = released(guest, "thaw by hand", at, RELEASED);
     guest.sh(UNHANG)?;
     let (ended, _) = (ended?, goes_on?);
     let says = |words: &str| ended.err.contains(words);
