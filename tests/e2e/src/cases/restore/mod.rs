@@ -279,15 +279,10 @@ fn ours_and_peer(guest: &Guest, format: Format) -> Result<()> {
         let verdicts = judge(guest, &copies)?;
         println!("     {module:?}: {verdicts:?}");
         told.push(describe(&backup, verdicts.first()));
+        backup.was_busy()?;
         if daemon == Daemon::Ours {
-            let backup = backup.answered()?;
-            let copy = backup.copies.first().context("no copy")?;
+            backup.answered()?;
             let verdict = verdicts.first().context("no verdict")?;
-            ensure!(
-                copy.expected.least > 0 && !copy.only_part()?.log.is_empty(),
-                "there should have been records and writes: {:?}",
-                copy.expected
-            );
             ensure!(
                 verdict.objections().is_empty(),
                 "the copy is bad: {verdict:#?}"
@@ -341,6 +336,7 @@ fn btrfs_discards(guest: &Guest) -> Result<()> {
         })
     })?;
     let backup = backup.answered()?;
+    backup.was_busy()?;
     rig.stop(guest)?;
     stop(guest, Module::Ours, &process)?;
     let copy = backup.copies.first().context("no copy")?;
@@ -349,7 +345,7 @@ fn btrfs_discards(guest: &Guest) -> Result<()> {
     println!("     {} discards in the window", copy.discarded);
     ensure!(copy.discarded > 0, "nothing was discarded in the window");
     ensure!(
-        verdict.objections().is_empty() && copy.expected.least > 0,
+        verdict.objections().is_empty(),
         "{:?}: {verdict:#?}",
         copy.expected
     );
@@ -566,7 +562,7 @@ fn restored_root(guest: &Guest, name: &str, module: Module, daemon: Daemon) -> R
     let Some(copy) = backup.copies.first() else {
         return Ok(describe(&backup, None));
     };
-    ensure!(copy.expected.least > 0, "there should be records");
+    backup.was_busy()?;
 
     let image = &copy.only_part()?.image;
     let restored = match guest.start_named(name, image.clone()) {
@@ -644,6 +640,7 @@ fn on(guest: &Guest, stack: Stack) -> Result<()> {
     let process = start(guest, Module::Stock, Daemon::Debian)?;
     guest.expect_in_log(&OF_BAD_COPIES)?;
     let (of_peer, verdicts) = judged(guest, &rig)?;
+    of_peer.was_busy()?;
     stop(guest, Module::Stock, &process)?;
     let mut verdicts = verdicts.iter();
     for (format, stack) in kinds {
@@ -700,19 +697,16 @@ fn one_after_the_other(
     for round in 0..rounds_or(2) {
         let (backup, verdicts) = judged(guest, &rig)?;
         let backup = backup.answered()?;
+        backup
+            .was_busy()
+            .with_context(|| format!("backup {round}"))?;
         for (copy, verdict) in backup.copies.iter().zip(verdicts) {
             ensure!(
-                verdict.objections().is_empty() && copy.expected.least > 0,
+                verdict.objections().is_empty(),
                 "backup {round}, {:?} on {:?}, {:?}: {verdict:#?}",
                 copy.format,
                 copy.stack,
                 copy.expected
-            );
-            ensure!(
-                copy.parts.iter().any(|part| !part.log.is_empty()),
-                "backup {round}, {:?} on {:?}: its disks should have been written to",
-                copy.format,
-                copy.stack
             );
             copies += 1;
             discards += copy.discarded;
