@@ -39,11 +39,11 @@ impl Verdict {
         .collect()
     }
 
-    /// In words, for the comparison.
-    pub(super) fn describe(&self) -> String {
+    /// In words, for the comparison; `good` is said of a copy that nobody objects to.
+    pub(super) fn describe(&self, good: &str) -> String {
         let judges: Vec<_> = self.objections().iter().map(|it| it.0).collect();
         match judges.as_slice() {
-            [] => RESTORES.into(),
+            [] => good.into(),
             judges => format!("does not restore: {}", judges.join(", ")),
         }
     }
@@ -52,6 +52,9 @@ impl Verdict {
 /// What is said of a copy that nobody objects to.
 pub(super) const RESTORES: &str =
     "restores: nothing written after the answer, no replay, clean, no record lost";
+
+/// The same of one that is made of what came before the first write: the log can hold nothing against it.
+pub(super) const RESTORES_UNWRITTEN: &str = "restores: no replay, clean, no record lost";
 
 /// Attaches copies as further disks and lets the judges look at them.
 pub(super) fn judge(guest: &Guest, copies: &[&Copy]) -> Result<Vec<Verdict>> {

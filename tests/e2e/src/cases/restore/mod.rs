@@ -16,6 +16,7 @@ mod judge;
 mod rig;
 mod volume;
 
+use super::deadman::RELEASED;
 use super::disks::{case, Attached};
 use super::{load, rounds_or, start, stop, wait_for_daemon, Case, When};
 use anyhow::{ensure, Context, Result};
@@ -25,7 +26,7 @@ use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::{log, Change, Entry, Image};
 use hyperv_sim::Exit;
-use judge::{judge, judge_by_checker, judge_records_at, Verdict, RESTORES};
+use judge::{judge, judge_by_checker, judge_records_at, Verdict, RESTORES, RESTORES_UNWRITTEN};
 use lab_agent::record;
 use rig::{Backup, Copy, Part, Rig, Volume, COPIES};
 use std::time::{Duration, Instant};
@@ -143,6 +144,7 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
     ];
     const DEADLINE: Duration = Duration::from_secs(20);
     const LONGER: Duration = Duration::from_secs(24);
+    let mut of_ours = Vec::new();
     let mut of_peer = String::new();
     for (module, daemon) in [
         (Module::Ours, Daemon::Ours),
@@ -174,7 +176,7 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
             })?,
         }
         let notes = rig.notes.disk.log();
-        let mut gone_on = None;
+        let mut stood = Vec::new();
         let mut copies = Vec::new();
         for ((volume, attached), base) in rig.volumes.iter().zip(rig.disks()).zip(bases) {
             let mut log = attached.disk.log();
@@ -191,12 +193,14 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
                 volume.format.name(),
                 freeze.latency
             );
-            gone_on = gone_on.or(still);
+            stood.push(still);
             if daemon == Daemon::Ours {
                 let still = still.context("nothing was written after the deadline")?;
-                // The deadline counts from the first freeze on.
+                // The deadline counts from the first freeze on, which came before the answer.
+                let ends =
+                    DEADLINE.saturating_sub(freeze.latency)..DEADLINE + host.patience(RELEASED);
                 ensure!(
-                    still + freeze.latency >= DEADLINE,
+                    ends.contains(&still),
                     "it was written {still:?} after the answer, which took {:?}",
                     freeze.latency
                 );
@@ -206,6 +210,7 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
                 format: volume.format,
                 stack: volume.stack,
                 parts: vec![Part { base, log, image }],
+                // By how it is made.
                 written: Vec::new(),
                 discarded,
                 expected: Expected::at(&notes, volume.slot, |moment| {
@@ -220,13 +225,15 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
         }
         rig.stop(guest)?;
         stop(guest, module, &process)?;
+        copies.iter().try_for_each(Copy::was_busy)?;
         let all: Vec<_> = copies.iter().collect();
         let verdicts = judge(guest, &all)?;
         match daemon {
             Daemon::Ours => {
+                of_ours.extend(stood);
                 for (copy, verdict) in all.iter().zip(verdicts) {
                     ensure!(
-                        verdict.objections().is_empty() && copy.expected.least > 0,
+                        verdict.objections().is_empty(),
                         "{module:?}, {:?}, {:?}: {verdict:#?}",
                         copy.format,
                         copy.expected
@@ -234,13 +241,10 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
                 }
             }
             Daemon::Debian => {
-                of_peer = match gone_on {
-                    None => format!("all still frozen after {} s", LONGER.as_secs()),
-                    Some(still) => format!("written to after {} s", still.as_secs()),
-                };
                 let bad = verdicts.iter().find(|it| !it.objections().is_empty());
-                let verdict = bad.or(verdicts.first()).map(Verdict::describe);
-                of_peer += &format!("; a copy from then {}", verdict.unwrap_or_default());
+                let verdict = bad.or(verdicts.first()).context("no verdict")?;
+                let verdict = verdict.describe(RESTORES_UNWRITTEN);
+                of_peer = format!("{}; a copy from then {verdict}", gone_on(&stood, LONGER));
             }
         }
         rig.detach(guest)?;
@@ -248,10 +252,33 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
     let deadline = DEADLINE.as_secs();
     guest.compare(
         &format!("the host never says THAW (deadline set to {deadline} s), and copies the disks meanwhile"),
-        &format!("all go on after {deadline} s; a copy from before {RESTORES}"),
+        &format!(
+            "{}; a copy from before {RESTORES_UNWRITTEN}",
+            gone_on(&of_ours, DEADLINE)
+        ),
         &of_peer,
     );
     Ok(())
+}
+
+/// In words, how long volumes stood still each, `None` if for all the time that they were `watched`.
+fn gone_on(stood: &[Option<Duration>], watched: Duration) -> String {
+    let ended: Vec<u64> = stood
+        .iter()
+        .flatten()
+        .map(|it| it.as_secs_f64().round() as u64)
+        .collect();
+    let (Some(first), Some(last)) = (ended.iter().min(), ended.iter().max()) else {
+        return format!("all still frozen after {} s", watched.as_secs());
+    };
+    let who = match ended.len() == stood.len() {
+        true => "all go on".to_owned(),
+        false => format!("{} of {} go on", ended.len(), stood.len()),
+    };
+    match first == last {
+        true => format!("{who} after {first} s"),
+        false => format!("{who} after {first} to {last} s"),
+    }
 }
 
 /// The log up to the first write after a moment, and that write. What a file system of this format discards at
@@ -302,7 +329,7 @@ const OURS_AND_PEER: [(Module, Daemon); 2] = [
 
 /// A backup and the verdict on one of its copies in words, for the comparison.
 fn describe(backup: &Backup, verdict: Option<&Verdict>) -> String {
-    backup.describe(&verdict.map_or_else(String::new, Verdict::describe))
+    backup.describe(&verdict.map_or_else(String::new, |it| it.describe(RESTORES)))
 }
 
 /// Notes what came of a backup of this with each of [`OURS_AND_PEER`].
@@ -748,6 +775,24 @@ mod tests {
         assert!(!has_given_up(&anyhow::Error::new(late).context(still)));
         let said = anyhow::anyhow!("the kernel complained").context("while it booted");
         assert!(!has_given_up(&said));
+    }
+
+    #[test]
+    fn how_long_all_stood_still_is_told_from_the_first_to_the_last() {
+        let words = |stood: &[Option<u64>]| {
+            let stood: Vec<_> = stood
+                .iter()
+                .map(|it| it.map(Duration::from_millis))
+                .collect();
+            gone_on(&stood, Duration::from_secs(24))
+        };
+        assert_eq!(words(&[None, None]), "all still frozen after 24 s");
+        let same = [Some(19_700), Some(20_100)];
+        assert_eq!(words(&same), "all go on after 20 s");
+        let later = [Some(20_700), Some(3_000)];
+        assert_eq!(words(&later), "all go on after 3 to 21 s");
+        let some = [None, Some(20_700), Some(3_000)];
+        assert_eq!(words(&some), "2 of 3 go on after 3 to 21 s");
     }
 
     #[test]

@@ -322,20 +322,9 @@ impl Backup {
         Ok(self)
     }
 
-    /// Something could have been lost from each of its copies: there were records, and writes, or what is said of
-    /// them would say nothing, of whichever stack.
+    /// Something could have been lost from each of its copies.
     pub(super) fn was_busy(&self) -> Result<()> {
-        for copy in &self.copies {
-            let writes = copy.parts.iter().map(|it| it.log.len()).sum::<usize>();
-            ensure!(
-                copy.expected.least > 0 && writes > 0,
-                "there should have been records and writes on {:?} on {:?}: {:?}, {writes} writes",
-                copy.format,
-                copy.stack,
-                copy.expected
-            );
-        }
-        Ok(())
+        self.copies.iter().try_for_each(Copy::was_busy)
     }
 
     /// In words, for the comparison: what the host was told, if that was not 0, and `verdict` on a copy.
@@ -380,6 +369,20 @@ pub(super) struct Part {
 }
 
 impl Copy {
+    /// Something could have been lost from it: there were records, and writes. What is said of another one says
+    /// nothing, of whichever stack.
+    pub(super) fn was_busy(&self) -> Result<()> {
+        let writes: usize = self.parts.iter().map(|it| it.log.len()).sum();
+        ensure!(
+            self.expected.least > 0 && writes > 0,
+            "there should have been records and writes on {:?} on {:?}: {:?}, {writes} writes",
+            self.format,
+            self.stack,
+            self.expected
+        );
+        Ok(())
+    }
+
     /// The copy of its only disk.
     pub(super) fn only_part(&self) -> Result<&Part> {
         match self.parts.as_slice() {
