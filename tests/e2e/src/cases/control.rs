@@ -3,7 +3,7 @@
 //! What an operator can do beside a daemon that serves, whichever module it serves and whoever holds
 //! what is frozen.
 
-use super::deadman::{make_hung, released, HANG, RELEASED, UNHANG};
+use super::deadman::{make_hung, released, remove_hung, HANG, RELEASED, UNHANG};
 use super::lifecycle::{end_override, take_over};
 use super::{
     case, load, logged_all, observe, start, stood_for_a_second, stop, wait_for_daemon, Case,
@@ -261,9 +261,7 @@ fn thaw_of_a_dead_disk(guest: &Guest) -> Result<()> {
     })?;
     super::deadman::good_backup(guest)?;
     stop(guest, Module::Stock, &daemon)?;
-    guest
-        .sh("umount /mnt/hung && dmsetup remove hung")
-        .map(drop)
+    remove_hung(guest)
 }
 
 fn rehearsal(guest: &Guest) -> Result<()> {
@@ -665,9 +663,7 @@ fn check_while_refusing(guest: &Guest) -> Result<()> {
     serves_again()?;
     super::deadman::good_backup(guest)?;
     stop(guest, Module::Stock, &daemon)?;
-    guest
-        .sh("umount /mnt/hung && dmsetup remove hung")
-        .map(drop)
+    remove_hung(guest)
 }
 
 fn reload(guest: &Guest) -> Result<()> {
@@ -770,9 +766,7 @@ fn reload_that_hangs(guest: &Guest) -> Result<()> {
     seen?;
     super::deadman::good_backup(guest)?;
     stop(guest, guest.module(), &daemon)?;
-    guest
-        .sh("umount /mnt/hung && dmsetup remove hung")
-        .map(drop)
+    remove_hung(guest)
 }
 
 fn reload_while_waiting(guest: &Guest) -> Result<()> {

@@ -6,7 +6,7 @@
 //! Each case lets the daemon prepare (HOT_BACKUP has it look whether its plan still holds), makes one
 //! change that the plan cannot know of, and backs up.
 
-use super::deadman::{good_backup, make_hung, HANG, UNHANG};
+use super::deadman::{good_backup, make_dirty, make_hung, HANG, UNHANG};
 use super::disks::{self, load_driver, Attached};
 use super::hangs::in_freeze;
 use super::scope::in_a_namespace;
@@ -176,7 +176,7 @@ enum Stage {
 /// Has the host ask for a freeze and waits until the daemon is at that stage with a disk that hangs.
 fn hang_in(guest: &Guest, daemon: &Process, stage: Stage) -> Result<Tx> {
     if stage == Stage::Syncing {
-        guest.sh("dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null")?;
+        make_dirty(guest, "/mnt/hung")?;
     } else {
         guest.sh("sync")?;
     }
