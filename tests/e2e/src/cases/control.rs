@@ -12,6 +12,7 @@ use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
 use hyperv_sim::ic::status;
+use std::time::Duration;
 
 pub const CASES: &[Case] = &[
     case(
@@ -238,8 +239,9 @@ fn thaw_of_a_dead_disk(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
     // With ours it is the module that thaws then, and only its worker hangs.
     load(guest, Module::Stock, &[])?;
-    // Longer than whoever asks waits for a reply.
-    let daemon = guest.start_daemon_with("give_up = 7")?;
+    // Longer than whoever asks waits for a reply, and than the healthy may be held up.
+    let give_up = Duration::from_secs(7).max(guest.host().patience(RELEASED) * 2);
+    let daemon = guest.start_daemon_with(&format!("give_up = {}", give_up.as_secs()))?;
     wait_for_daemon(guest)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     all_stand_still(guest)?;
