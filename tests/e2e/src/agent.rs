@@ -4,7 +4,7 @@
 //!
 //! Knows the contract of the lab-agent crate and nothing of what is asked over it.
 
-use hyperv_sim::{Vm, VmError};
+use hyperv_sim::{Exit, Vm, VmError};
 use lab_agent::{Call, Command, Ended, Outcome, Return};
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
@@ -58,12 +58,18 @@ pub enum CallError {
         stuck: String,
     },
     /// The guest has ended.
-    #[error("{command}: the guest has ended ({how})")]
+    #[error("{command}: the guest has ended ({exit:?})")]
     Gone {
         /// What was asked.
         command: String,
         /// How it ended.
-        how: String,
+        exit: Exit,
+    },
+    /// The guest has not ended, and its agent can be asked nothing any more.
+    #[error("{command}: the line to the guest's agent is closed")]
+    Closed {
+        /// What was asked.
+        command: String,
     },
     /// The agent's answer has another shape than the contract says.
     #[error("{command}: the agent's answer makes no sense: {text}")]
@@ -86,6 +92,14 @@ impl CallError {
     pub fn errno(&self) -> Option<&str> {
         match self {
             CallError::Errno { name, .. } => Some(name),
+            _ => None,
+        }
+    }
+
+    /// How the guest ended, if that is why nobody answers.
+    pub fn exit(&self) -> Option<&Exit> {
+        match self {
+            CallError::Gone { exit, .. } => Some(exit),
             _ => None,
         }
     }
@@ -255,12 +269,14 @@ impl Agent {
                 break outcome;
             }
             if let Some(exit) = self.vm.exit() {
-                let how = format!("{exit:?}");
-                return Err(CallError::Gone { command, how });
+                return Err(CallError::Gone { command, exit });
             }
             if answers.closed {
-                let how = "the line is closed".to_string();
-                return Err(CallError::Gone { command, how });
+                // It may be about to end.
+                return Err(match self.vm.wait_exit(LOOK) {
+                    Ok(exit) => CallError::Gone { command, exit },
+                    Err(_) => CallError::Closed { command },
+                });
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {

@@ -3,7 +3,7 @@
 //! One file system that is out of order costs nobody else the backup: it is left out and named with
 //! its reason, `list` says so beforehand, and only a strict backup fails.
 
-use super::deadman::{good_backup, make_hung, HANG, UNHANG};
+use super::deadman::{good_backup, make_dirty, make_hung, HANG, UNHANG};
 use super::disks::{self, load_driver, Attached};
 use super::{
     case, describe, good, load, logged, observe, start, stop, wait_for_daemon, Case, Seen,
@@ -349,9 +349,8 @@ fn balance_begins_in_the_sync(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/bad/w")?;
     let vss = guest.vss();
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
-    guest.sh(&format!(
-        "dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null; {HANG}"
-    ))?;
+    make_dirty(guest, "/mnt/hung")?;
+    guest.sh(HANG)?;
     let tx = vss.send_freeze(&[])?;
     guest.wait_until("only the one that hangs is written back", STEP, || {
         let said = guest.try_sh("/payload/hv_vss_daemon status")?.out;

@@ -3,7 +3,7 @@
 //! What an operator can do beside a daemon that serves, whichever module it serves and whoever holds
 //! what is frozen.
 
-use super::deadman::{make_hung, released, HANG, RELEASED, UNHANG};
+use super::deadman::{make_hung, released, remove_hung, HANG, RELEASED, UNHANG};
 use super::lifecycle::{end_override, take_over};
 use super::{
     case, load, logged_all, observe, start, stood_for_a_second, stop, wait_for_daemon, Case,
@@ -12,6 +12,7 @@ use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
 use hyperv_sim::ic::status;
+use std::time::Duration;
 
 pub const CASES: &[Case] = &[
     case(
@@ -238,14 +239,16 @@ fn thaw_of_a_dead_disk(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
     // With ours it is the module that thaws then, and only its worker hangs.
     load(guest, Module::Stock, &[])?;
-    // Longer than whoever asks waits for a reply.
-    let daemon = guest.start_daemon_with("give_up = 7")?;
+    // Longer than whoever asks waits for a reply, and than the healthy may be held up.
+    let give_up = Duration::from_secs(7).max(guest.host().patience(RELEASED) * 2);
+    let daemon = guest.start_daemon_with(&format!("give_up = {}", give_up.as_secs()))?;
     wait_for_daemon(guest)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     all_stand_still(guest)?;
     guest.sh(HANG)?;
+    let at = guest.clock()?;
     let ended = guest.try_sh(THAW);
-    let goes_on = released(guest, "thaw by hand", guest.clock()?, RELEASED);
+    let goes_on = released(guest, "thaw by hand", at, RELEASED);
     guest.sh(UNHANG)?;
     let (ended, _) = (ended?, goes_on?);
     let says = |words: &str| ended.err.contains(words);
@@ -260,9 +263,7 @@ fn thaw_of_a_dead_disk(guest: &Guest) -> Result<()> {
     })?;
     super::deadman::good_backup(guest)?;
     stop(guest, Module::Stock, &daemon)?;
-    guest
-        .sh("umount /mnt/hung && dmsetup remove hung")
-        .map(drop)
+    remove_hung(guest)
 }
 
 fn rehearsal(guest: &Guest) -> Result<()> {
@@ -664,9 +665,7 @@ fn check_while_refusing(guest: &Guest) -> Result<()> {
     serves_again()?;
     super::deadman::good_backup(guest)?;
     stop(guest, Module::Stock, &daemon)?;
-    guest
-        .sh("umount /mnt/hung && dmsetup remove hung")
-        .map(drop)
+    remove_hung(guest)
 }
 
 fn reload(guest: &Guest) -> Result<()> {
@@ -769,9 +768,7 @@ fn reload_that_hangs(guest: &Guest) -> Result<()> {
     seen?;
     super::deadman::good_backup(guest)?;
     stop(guest, guest.module(), &daemon)?;
-    guest
-        .sh("umount /mnt/hung && dmsetup remove hung")
-        .map(drop)
+    remove_hung(guest)
 }
 
 fn reload_while_waiting(guest: &Guest) -> Result<()> {

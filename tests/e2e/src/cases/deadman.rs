@@ -7,7 +7,9 @@
 //! stood still is measured in the guest, by the writers themselves: the way from there to here takes
 //! longer under emulation than what is to be measured.
 
-use super::{case, load, observe, rounds, rounds_or, seed, start, stop, wait_for_daemon, Case};
+use super::{
+    case, load, observe, rounds, rounds_or, seed, start, stop, wait_for_daemon, wait_out, Case,
+};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
@@ -249,12 +251,39 @@ pub(super) fn was_left_frozen(guest: &Guest, path: &str) -> Result<bool> {
 /// so that a sync of what is clean has nothing to wait for: what a freeze writes in any case is its
 /// superblock.
 pub(super) fn make_hung(guest: &Guest) -> Result<()> {
+    make_hung_disk(guest, "/dev/ram4", 64)?;
     guest
-        .sh("modprobe dm-mod; mkdir -p /mnt/hung
-             dmsetup create hung --noudevsync --table '0 131072 linear /dev/ram4 0'
-             [ -e /dev/mapper/hung ] || dmsetup mknodes
-             mkfs.ext4 -q -F /dev/mapper/hung
+        .sh("mkfs.ext4 -q -F /dev/mapper/hung &&
              mount -o barrier=0 /dev/mapper/hung /mnt/hung && sync")
+        .map(drop)
+}
+
+/// Makes that disk, of the first so many MiB of another, and the place for it.
+pub(super) fn make_hung_disk(guest: &Guest, of: &str, mib: u64) -> Result<()> {
+    let blocks = mib << 11;
+    guest
+        .sh(&format!(
+            "modprobe dm-mod; mkdir -p /mnt/hung
+             dmsetup create hung --noudevsync --table '0 {blocks} linear {of} 0' &&
+             {{ [ -e /dev/mapper/hung ] || dmsetup mknodes; }}"
+        ))
+        .map(drop)
+}
+
+/// Unmounts it, and takes the disk away.
+pub(super) fn remove_hung(guest: &Guest) -> Result<()> {
+    guest
+        .sh("umount /mnt/hung && dmsetup remove hung")
+        .map(drop)
+}
+
+/// Leaves 4 MiB to be written back below `path`. A file that is overwritten ext4 would begin to write at once.
+pub(super) fn make_dirty(guest: &Guest, path: &str) -> Result<()> {
+    let file = format!("{path}/dirty");
+    guest
+        .sh(&format!(
+            "rm -f {file}; dd if=/dev/zero of={file} bs=1M count=4 2>/dev/null"
+        ))
         .map(drop)
 }
 
@@ -768,8 +797,7 @@ fn host_never_thaws(guest: &Guest) -> Result<()> {
 
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
     answered("FREEZE with the peer", &vss.freeze(&[], STEP)?, status::OK)?;
-    let end = guest.clock()? + 4_000_000;
-    guest.wait_until("4 s have passed", STEP, || Ok(guest.clock()? > end))?;
+    wait_out(guest, Duration::from_secs(4))?;
     // How long all have been standing still by now.
     let still = guest.writers()?.iter().map(|it| it.in_write_us).min();
     let still = Duration::from_micros(still.unwrap_or_default());

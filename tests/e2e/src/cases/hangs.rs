@@ -5,14 +5,15 @@
 
 use super::broken::{no_raid, raid};
 use super::deadman::{
-    all_of_ours, good_backup, held_up, make_hung, released, rounds_of, Tally, FEW, HANG, RELEASED,
-    UNHANG,
+    all_of_ours, good_backup, held_up, make_dirty, make_hung, make_hung_disk, released,
+    remove_hung, rounds_of, Tally, FEW, HANG, RELEASED, UNHANG,
 };
 use super::disks::{self, load_driver, Attached};
 use super::hooks::{self, hook, noted};
 use super::scope::tells_superblocks;
 use super::{
-    case, load, logged_all, reply_within, rounds_or, seed, start, stop, wait_for_daemon, Case,
+    case, load, logged_all, reply_within, rounds_or, seed, start, stop, wait_for_daemon, wait_out,
+    Case,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
@@ -205,9 +206,7 @@ fn freeze_that_hangs(guest: &Guest, daemon: &Process) -> Result<Tx> {
 
 /// [`RELEASED`] from now on the file system at `path` must not be frozen.
 fn thawed_in_time(guest: &Guest, path: &str) -> Result<()> {
-    let limit = guest.host().patience(RELEASED);
-    let mark = guest.clock()? + limit.as_micros() as u64;
-    guest.wait_until("the time is over", STEP, || Ok(guest.clock()? > mark))?;
+    wait_out(guest, guest.host().patience(RELEASED))?;
     guest.not_frozen("when all should be thawed", &[path])
 }
 
@@ -238,10 +237,10 @@ fn is_given_up(waited: Duration, limit: Duration) -> bool {
 
 fn hung_device(guest: &Guest) -> Result<()> {
     make_two(guest)?;
-    // A file that is overwritten ext4 would begin to write at once.
-    let dirty =
-        "rm -f /mnt/hung/dirty; dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null";
-    let hang = format!("{dirty}; {HANG}");
+    let hang = || -> Result<()> {
+        make_dirty(guest, "/mnt/hung")?;
+        guest.sh(HANG).map(drop)
+    };
     let vss = guest.vss();
     let limit = guest.host().patience(Duration::from_secs(1));
     // A freeze that waits for the other would hold it up for as long as that is waited for.
@@ -255,7 +254,7 @@ fn hung_device(guest: &Guest) -> Result<()> {
             load(guest, module, &[])?;
             let daemon = guest.start_daemon_with(config)?;
             wait_for_daemon(guest)?;
-            guest.sh(&hang)?;
+            hang()?;
             // It is found out once, and then it is known.
             for known in [false, true] {
                 let sent = guest.clock()?;
@@ -299,7 +298,7 @@ fn hung_device(guest: &Guest) -> Result<()> {
     }
 
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
-    guest.sh(&hang)?;
+    hang()?;
     let sent = guest.clock()?;
     let tx = vss.send_freeze(&[])?;
     let early = reply_within(guest, tx, Duration::from_secs(6))?;
@@ -381,9 +380,7 @@ fn hung_freeze(guest: &Guest, module: Module) -> Result<()> {
 /// While one hangs in its freeze, somebody else freezes another: whoever minds ours must not thaw that.
 fn frozen_by_another_stays_frozen(guest: &Guest) -> Result<()> {
     guest.sh("fsfreeze -f /mnt/a")?;
-    let begun = guest.clock()?;
-    let mark = begun + guest.host().patience(RELEASED).as_micros() as u64;
-    guest.wait_until("the time is over", STEP, || Ok(guest.clock()? > mark))?;
+    wait_out(guest, guest.host().patience(RELEASED))?;
     let writers = guest.writers()?;
     let theirs = writers.iter().find(|it| it.path.starts_with("/mnt/a/"));
     let stands = theirs.context("there is a writer")?.in_write_us;
@@ -396,30 +393,54 @@ fn frozen_by_another_stays_frozen(guest: &Guest) -> Result<()> {
 }
 
 fn rehearsal_stopped_beside_a_hang(guest: &Guest) -> Result<()> {
+    const CONFIG: &str = "/run/rehearsal.toml";
     make_two(guest)?;
-    let dirty =
-        "rm -f /mnt/hung/dirty; dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null";
+    // Nothing but the signal ends what hangs, however slow the guest is.
+    guest.sh(&format!("echo 'give_up = 600' >{CONFIG}"))?;
+    let rehearse = [
+        "/payload/hv_vss_daemon",
+        "-c",
+        CONFIG,
+        "freeze",
+        "--for",
+        "50s",
+    ];
+    let limit = guest.host().patience(RELEASED);
     // Before anything is frozen, and when the other one may be.
-    for (before, is_synced) in [(dirty, true), ("sync", false)] {
-        guest.sh(&format!("{before} && {HANG}"))?;
-        let since = guest.clock()?;
-        let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "50s"])?;
+    for is_synced in [true, false] {
+        match is_synced {
+            true => make_dirty(guest, "/mnt/hung")?,
+            false => guest.sh("sync").map(drop)?,
+        }
+        guest.sh(HANG)?;
+        let rehearsal = guest.spawn(&rehearse)?;
         let is_at = if is_synced { in_sync } else { in_freeze };
         guest.wait_until("it hangs", STEP, || Ok(is_at(guest, &rehearsal)? == 1))?;
-        guest.signal(&rehearsal, 15)?;
+        let at = guest.signal_all(&[rehearsal.pid], 15)?;
         if is_synced {
             guest.wait_until("it is called off", STEP, || {
                 Ok(guest.output(&rehearsal)?.contains("called off"))
             })?;
-            let stood = longest_stall(guest, since)?;
-            ensure!(
-                stood < guest.host().patience(RELEASED),
-                "nothing was to be frozen any more, and a writer stood still for {stood:?}"
-            );
+            let took = Duration::from_micros(guest.clock()? - at);
+            ensure!(took < limit, "it was called off {took:?} after the signal");
+        } else {
+            released(guest, "the signal", at, RELEASED)?;
         }
         thawed_in_time(guest, "/mnt/a")?;
         guest.sh(UNHANG)?;
-        guest.wait(&rehearsal, STEP)?;
+        let ended = guest.wait(&rehearsal, STEP)?;
+        let said = guest.output(&rehearsal)?;
+        ensure!(
+            ended.status == Some(1) && said.contains("the freeze was called off"),
+            "it should end called off, synced {is_synced}, it ended with {ended:?}:\n{said}"
+        );
+        if is_synced {
+            let stood = longest_stall(guest, at)?;
+            ensure!(
+                stood < held_up(guest, RELEASED),
+                "nothing was to be frozen any more, and a writer stood still for {stood:?}"
+            );
+        }
         thawed_in_time(guest, "/mnt/hung")?;
     }
     Ok(())
@@ -552,14 +573,11 @@ fn killed_behind_a_hung_look(guest: &Guest) -> Result<()> {
     // Only a disk with a cache is told to write that.
     load_driver(guest)?;
     let disk = Attached::new(guest, 0, 0, 64, Image::default())?;
-    let node = disk.node(guest)?;
-    guest.sh(&format!(
-        "modprobe dm-mod; mkdir -p /mnt/a /mnt/hung
-         mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
-         dmsetup create hung --noudevsync --table '0 131072 linear {node} 0'
-         [ -e /dev/mapper/hung ] || dmsetup mknodes
-         mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync"
-    ))?;
+    make_hung_disk(guest, &disk.node(guest)?, 64)?;
+    guest.sh(
+        "mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+         mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync",
+    )?;
     guest.writer_start("/mnt/a/w")?;
     let vss = guest.vss();
     load(guest, Module::Stock, &[])?;
@@ -584,7 +602,7 @@ fn killed_behind_a_hung_look(guest: &Guest) -> Result<()> {
     let daemon = start(guest, Module::Stock, Daemon::Ours)?;
     good_backup(guest).context("the next backup")?;
     stop(guest, Module::Stock, &daemon)?;
-    guest.sh("umount /mnt/hung && dmsetup remove hung")?;
+    remove_hung(guest)?;
     disk.detach(guest)
 }
 
@@ -683,11 +701,10 @@ fn daemon_killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
 }
 
 fn killed_beside_a_hung_sync(guest: &Guest) -> Result<()> {
+    make_hung_disk(guest, "/dev/ram4", 64)?;
     guest.sh(
-        "modprobe -a dm-mod vfat nls_cp437 nls_ascii; mkdir -p /mnt/a /mnt/hung
+        "modprobe -a vfat nls_cp437 nls_ascii; mkdir -p /mnt/a
          mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
-         dmsetup create hung --noudevsync --table '0 131072 linear /dev/ram4 0'
-         [ -e /dev/mapper/hung ] || dmsetup mknodes
          mkfs.vfat /dev/mapper/hung >/dev/null && mount -t vfat /dev/mapper/hung /mnt/hung && sync",
     )?;
     guest.writer_start("/mnt/a/w")?;
@@ -725,13 +742,10 @@ fn killed_beside_a_hung_sync(guest: &Guest) -> Result<()> {
 }
 
 fn hung_sync(guest: &Guest) -> Result<()> {
-    guest.sh(
-        "rm -rf /etc/hv_vss; modprobe dm-mod; mkdir -p /etc/hv_vss /mnt/a /mnt/hung
+    make_hung_disk(guest, "/dev/ram4", 64)?;
+    guest.sh("rm -rf /etc/hv_vss; mkdir -p /etc/hv_vss /mnt/a
          mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
-         dmsetup create hung --noudevsync --table '0 131072 linear /dev/ram4 0'
-         [ -e /dev/mapper/hung ] || dmsetup mknodes
-         mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync",
-    )?;
+         mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync")?;
     guest.writer_start("/mnt/a/w")?;
     let vss = guest.vss();
     let module = guest.module();
@@ -742,9 +756,8 @@ fn hung_sync(guest: &Guest) -> Result<()> {
     load(guest, module, parameters)?;
     let daemon = guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
-    guest.sh(&format!(
-        "dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null; {HANG}"
-    ))?;
+    make_dirty(guest, "/mnt/hung")?;
+    guest.sh(HANG)?;
     let tx = vss.send_freeze(&[])?;
     // The stock one's time is over after minutes.
     let words = if module == Module::Stock {
@@ -801,8 +814,7 @@ fn hung_below_md(guest: &Guest) -> Result<()> {
     let limit = guest.host().patience(Duration::from_secs(1));
     for is_known in [false, true] {
         // Another is worth a sync.
-        guest
-            .sh("rm -f /mnt/a/dirty; dd if=/dev/zero of=/mnt/a/dirty bs=1M count=4 2>/dev/null")?;
+        make_dirty(guest, "/mnt/a")?;
         let reply = vss.freeze(&[], STEP)?;
         answered("FREEZE with a hung disk", &reply, status::OK)?;
         answered("THAW", &vss.thaw(STEP)?, status::OK)?;
@@ -834,11 +846,11 @@ fn hung_below_md(guest: &Guest) -> Result<()> {
 
 /// Nobody is let to its superblock while a sync of it hangs, and no path leads there.
 fn hung_below_fuse(guest: &Guest) -> Result<()> {
-    guest.sh("modprobe dm-mod; mkdir -p /mnt/a /mnt/fuse
-         mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
-         dmsetup create hung --noudevsync --table '0 131072 linear /dev/ram4 0'
-         [ -e /dev/mapper/hung ] || dmsetup mknodes
-         mkfs.ext4 -q -F /dev/mapper/hung")?;
+    make_hung_disk(guest, "/dev/ram4", 64)?;
+    guest.sh(
+        "mkdir -p /mnt/a /mnt/fuse && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+         mkfs.ext4 -q -F /dev/mapper/hung",
+    )?;
     let serve = ["fuse", "/mnt/fuse", "1000", "/dev/mapper/hung"];
     let server = guest.spawn(&[&["/payload/lab-agent"], &serve[..]].concat())?;
     guest.wait_until("a disk is mounted below FUSE", STEP, || {
@@ -912,14 +924,11 @@ fn hung_look(guest: &Guest) -> Result<()> {
 
 fn unmounted_on_a_hung_disk(guest: &Guest) -> Result<()> {
     // Its thaw writes nothing, and to unmount it does. The other one comes after it.
-    guest.sh(
-        "modprobe -a dm-mod xfs; mkdir -p /mnt/a /mnt/hung /mnt/other
+    make_hung_disk(guest, "/dev/ram4", 320)?;
+    guest.sh("modprobe xfs; mkdir -p /mnt/a /mnt/other
          mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
-         dmsetup create hung --noudevsync --table '0 655360 linear /dev/ram4 0'
-         [ -e /dev/mapper/hung ] || dmsetup mknodes
          mkfs.xfs -q -f /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung
-         mkfs.ext4 -q -F /dev/ram2 && mount /dev/ram2 /mnt/other && sync",
-    )?;
+         mkfs.ext4 -q -F /dev/ram2 && mount /dev/ram2 /mnt/other && sync")?;
     guest.writer_start("/mnt/a/w")?;
     let vss = guest.vss();
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
@@ -944,13 +953,10 @@ fn unmounted_on_a_hung_disk(guest: &Guest) -> Result<()> {
 
 /// sysfs does not list it, and the kernel says nothing of it before that has ended.
 fn unmount_that_hangs(guest: &Guest) -> Result<()> {
-    guest.sh(
-        "modprobe -a dm-mod vfat nls_cp437 nls_ascii; mkdir -p /mnt/a /mnt/hung
+    make_hung_disk(guest, "/dev/ram4", 320)?;
+    guest.sh("modprobe -a vfat nls_cp437 nls_ascii; mkdir -p /mnt/a
          mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
-         dmsetup create hung --noudevsync --table '0 655360 linear /dev/ram4 0'
-         [ -e /dev/mapper/hung ] || dmsetup mknodes
-         mkfs.vfat /dev/mapper/hung >/dev/null && mount -t vfat /dev/mapper/hung /mnt/hung",
-    )?;
+         mkfs.vfat /dev/mapper/hung >/dev/null && mount -t vfat /dev/mapper/hung /mnt/hung")?;
     guest.writer_start("/mnt/a/w")?;
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
     // Whoever has it last unmounts it.

@@ -223,6 +223,12 @@ fn stop(guest: &Guest, module: Module, daemon: &Process) -> Result<()> {
     Ok(())
 }
 
+/// Waits until so much time has passed in the guest.
+fn wait_out(guest: &Guest, time: Duration) -> Result<()> {
+    let end = guest.clock()? + time.as_micros() as u64;
+    guest.wait_until("the time is over", time + STEP, || Ok(guest.clock()? > end))
+}
+
 /// The answer to a request, if it comes before so much time has passed in the guest.
 fn reply_within(guest: &Guest, tx: Tx, limit: Duration) -> Result<Option<Reply>> {
     let end = guest.clock()? + limit.as_micros() as u64;

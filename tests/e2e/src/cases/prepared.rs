@@ -6,7 +6,7 @@
 //! Each case lets the daemon prepare (HOT_BACKUP has it look whether its plan still holds), makes one
 //! change that the plan cannot know of, and backs up.
 
-use super::deadman::{good_backup, make_hung, HANG, UNHANG};
+use super::deadman::{good_backup, make_dirty, make_hung, HANG, UNHANG};
 use super::disks::{self, load_driver, Attached};
 use super::hangs::in_freeze;
 use super::scope::in_a_namespace;
@@ -176,7 +176,7 @@ enum Stage {
 /// Has the host ask for a freeze and waits until the daemon is at that stage with a disk that hangs.
 fn hang_in(guest: &Guest, daemon: &Process, stage: Stage) -> Result<Tx> {
     if stage == Stage::Syncing {
-        guest.sh("dd if=/dev/zero of=/mnt/hung/dirty bs=1M count=4 2>/dev/null")?;
+        make_dirty(guest, "/mnt/hung")?;
     } else {
         guest.sh("sync")?;
     }
@@ -311,9 +311,10 @@ fn unwanted_meanwhile(guest: &Guest) -> Result<()> {
          mkfs.ext4 -q -F /dev/ram2 && mkfs.ext4 -q -F /dev/ram3 && mount /dev/ram3 /mnt/c && sync"
     ))?;
     load(guest, guest.module(), &[])?;
-    let unwanted = "[exclude]\ndevices = ['1:2', '1:3']";
-    let config = format!("strict = true\ngive_up = 100\ndeadline = 300\n{unwanted}");
-    let daemon = guest.start_daemon_with(&config)?;
+    // It hangs for as long as the guest takes for mounts and unmounts, however slow that is.
+    let config =
+        "strict = true\ngive_up = 600\ndeadline = 600\n[exclude]\ndevices = ['1:2', '1:3']";
+    let daemon = guest.start_daemon_with(config)?;
     wait_for_daemon(guest)?;
     good_backup(guest)?;
     slow.disk.set_hung(true);
@@ -324,15 +325,11 @@ fn unwanted_meanwhile(guest: &Guest) -> Result<()> {
         .into_iter()
         .cycle();
     let mut reply = None;
-    guest.wait_until("FREEZE is answered", STEP * 10, || {
+    guest.wait_until("FREEZE is answered", STEP * 2, || {
         if slow.disk.waiting() > 0 {
             let (comes, goes) = turns.next().unwrap_or_default();
             guest.sh(&format!("mount /dev/{comes} && umount {goes}"))?;
-            slow.disk.set_hung(false);
-            while slow.disk.waiting() > 0 {
-                std::thread::yield_now();
-            }
-            slow.disk.set_hung(true);
+            slow.disk.end_waiting();
         }
         reply = vss.try_reply(tx);
         Ok(reply.is_some())

@@ -7,7 +7,7 @@
 //! case wants, with all of user space still running. There is no swap, so that the machine leaves the
 //! bus, finds no place for its image, and comes back.
 
-use super::deadman::{backup_in_trouble, make_writers};
+use super::deadman::{backup_in_trouble, make_hung_disk, make_writers, remove_hung, HANG, UNHANG};
 use super::dialogue::{Abi, Scripted};
 use super::suspend::{self, unloads};
 use super::{load, rounds_or, seed, start, stuck_writers, wait_for_daemon, Case};
@@ -60,13 +60,13 @@ struct Window {
 impl Window {
     /// Sends the machine to sleep.
     fn begin(guest: &Guest) -> Result<Window> {
-        guest.sh("modprobe dm-mod; mkdir -p /mnt/hung
-             dmsetup create hung --noudevsync --table '0 65536 linear /dev/ram6 0'
-             [ -e /dev/mapper/hung ] || dmsetup mknodes
-             mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync
+        make_hung_disk(guest, "/dev/ram6", 32)?;
+        guest.sh(&format!(
+            "mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync
              dd if=/dev/zero of=/mnt/hung/dirty bs=64k count=1 2>/dev/null
-             dmsetup suspend --noflush --nolockfs hung
-             echo shutdown > /sys/power/disk")?;
+             {HANG}
+             echo shutdown > /sys/power/disk"
+        ))?;
         let (unloads, openings) = (unloads(guest), guest.vss().openings());
         let process = guest.spawn(&["sh", "-c", "echo disk > /sys/power/state"])?;
         Ok(Window {
@@ -87,7 +87,7 @@ impl Window {
 
     /// Lets the machine sleep, and waits until it is back.
     fn end(self, guest: &Guest) -> Result<()> {
-        guest.sh("dmsetup resume hung")?;
+        guest.sh(UNHANG)?;
         guest.wait(&self.process, STEP * 2)?;
         equal(
             "how often it has left the bus",
@@ -96,9 +96,7 @@ impl Window {
         )?;
         guest.vss().wait_openings(self.openings + 1, STEP)?;
         guest.vss().agree(STEP)?;
-        guest
-            .sh("umount /mnt/hung && dmsetup remove hung")
-            .map(drop)
+        remove_hung(guest)
     }
 }
 

@@ -113,6 +113,8 @@ struct Queue {
     delay: Duration,
     bytes_per_second: Option<NonZeroU64>,
     hung: bool,
+    /// So many of the first commands end though it hangs.
+    let_go: usize,
     stop: bool,
 }
 
@@ -227,6 +229,11 @@ impl Disk {
         self.change_queue(|queue| queue.hung = hung);
     }
 
+    /// What waits ends, and what comes later goes on to hang.
+    pub fn end_waiting(&self) {
+        self.change_queue(|queue| queue.let_go = queue.commands.len());
+    }
+
     /// Commands that wait for their turn.
     pub fn waiting(&self) -> usize {
         self.queue().commands.len()
@@ -271,6 +278,7 @@ impl Disk {
             let mut queue = self.queue();
             let all = std::mem::take(&mut queue.commands).into_iter();
             (aborted, queue.commands) = all.partition(|command| command.from == from);
+            queue.let_go = queue.let_go.min(queue.commands.len());
         }
         for command in aborted {
             (command.done)(Outcome::Aborted);
@@ -306,12 +314,14 @@ impl Shared {
                 moved.max(command.arrived + queue.delay)
             });
             let now = Instant::now();
+            let hangs = queue.hung && queue.let_go == 0;
             queue = match due {
-                Some(due) if due <= now && !queue.hung => {
+                Some(due) if due <= now && !hangs => {
                     *free = due;
+                    queue.let_go = queue.let_go.saturating_sub(1);
                     return queue.commands.pop_front();
                 }
-                Some(due) if !queue.hung => {
+                Some(due) if !hangs => {
                     let wait = self.changed.wait_timeout(queue, due - now);
                     wait.unwrap_or_else(PoisonError::into_inner).0
                 }
@@ -660,6 +670,24 @@ mod tests {
         rig.disk.abort(5);
         assert_eq!(third.recv_timeout(SOON), Ok(Outcome::Aborted));
         assert_eq!(rig.disk.waiting(), 0);
+    }
+
+    #[test]
+    fn what_a_hung_disk_is_let_end_is_what_waits_and_nothing_that_comes_later() {
+        let rig = Rig::new();
+        // Nothing waits: that is no word for what comes.
+        rig.disk.end_waiting();
+        rig.disk.set_hung(true);
+        let (first, second) = (rig.start(&READ), rig.start(&READ));
+        rig.disk.end_waiting();
+        let third = rig.start(&READ);
+        assert_eq!(first.recv_timeout(SOON), Ok(WHOLE));
+        assert_eq!(second.recv_timeout(SOON), Ok(WHOLE));
+        let short = Duration::from_millis(50);
+        assert_eq!(third.recv_timeout(short), Err(RecvTimeoutError::Timeout));
+        assert_eq!(rig.disk.waiting(), 1);
+        rig.disk.end_waiting();
+        assert_eq!(third.recv_timeout(SOON), Ok(WHOLE));
     }
 
     #[test]

@@ -11,7 +11,7 @@ mod dialogue;
 mod fault;
 mod stage;
 
-use super::deadman::{frozen_us, make_hung, GROUP, RELEASED};
+use super::deadman::{frozen_us, make_hung, remove_hung, GROUP, RELEASED};
 use super::{case, load, observe, suspend, wait_for_daemon, Case};
 use crate::table::{Place, NONE, NOT_RUN};
 use anyhow::{bail, ensure, Context, Result};
@@ -313,7 +313,7 @@ impl<'a> Lab<'a> {
     fn new_disk(&self) -> Result<()> {
         let guest = self.guest;
         guest.writers_stop()?;
-        guest.sh("umount /mnt/hung && dmsetup remove hung")?;
+        remove_hung(guest)?;
         make_hung(guest)?;
         start_writers(guest, FILES)
     }

@@ -4,10 +4,10 @@
 
 use super::super::disks::Attached;
 use super::rig::{Copy, Expected, COPIES};
-use super::volume::Stack;
-use anyhow::Result;
+use super::volume::{Format, Stack};
+use anyhow::{ensure, Result};
 use e2e::guest::Guest;
-use lab_agent::{record, RECORD_LEN};
+use lab_agent::{record, Ended, RECORD_LEN};
 
 /// What the judges have against a copy: nothing each, if it is good.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,11 +39,11 @@ impl Verdict {
         .collect()
     }
 
-    /// In words, for the comparison.
-    pub(super) fn describe(&self) -> String {
+    /// In words, for the comparison; `good` is said of a copy that nobody objects to.
+    pub(super) fn describe(&self, good: &str) -> String {
         let judges: Vec<_> = self.objections().iter().map(|it| it.0).collect();
         match judges.as_slice() {
-            [] => RESTORES.into(),
+            [] => good.into(),
             judges => format!("does not restore: {}", judges.join(", ")),
         }
     }
@@ -52,6 +52,9 @@ impl Verdict {
 /// What is said of a copy that nobody objects to.
 pub(super) const RESTORES: &str =
     "restores: nothing written after the answer, no replay, clean, no record lost";
+
+/// The same of one that is made of what came before the first write: the log can hold nothing against it.
+pub(super) const RESTORES_UNWRITTEN: &str = "restores: no replay, clean, no record lost";
 
 /// Attaches copies as further disks and lets the judges look at them.
 pub(super) fn judge(guest: &Guest, copies: &[&Copy]) -> Result<Vec<Verdict>> {
@@ -72,21 +75,18 @@ pub(super) fn judge(guest: &Guest, copies: &[&Copy]) -> Result<Vec<Verdict>> {
         let name = format!("copy-{number}");
         let nodes: Result<Vec<_>> = disks.iter().map(|it| it.node(guest)).collect();
         let node = copy.stack.open_copy(guest, &name, &nodes?)?;
-        let run = |script: &str| guest.try_sh(&format!("n={node}; {script}"));
+        let run = |script: &str| run(guest, &node, script);
         let journal = run(&format.journal())?.out;
         let (kind, options) = (format.name(), format.read_only());
         let mounted = run(&format!("mount -t {kind} -o {options} $n /mnt/copy"))?;
         let records = if mounted.status == Some(0) {
-            let text = guest.read("/mnt/copy/records");
+            let records = judge_records_at(guest, "/mnt/copy/records", copy.expected)?;
             run("umount /mnt/copy")?;
-            match text {
-                Ok(text) => judge_records(&text, copy.expected),
-                Err(error) => Some(error.to_string()),
-            }
+            records
         } else {
             Some(format!("it cannot be mounted: {}", mounted.err))
         };
-        let check = run(format.check())?;
+        let check = judge_by_checker(guest, format, &node)?;
         copy.stack.close(guest, &name)?;
         verdicts.push(Verdict {
             log: copy.written.first().map(|first| {
@@ -95,13 +95,30 @@ pub(super) fn judge(guest: &Guest, copies: &[&Copy]) -> Result<Vec<Verdict>> {
             }),
             mirror: judge_mirror(copy),
             journal: Some(journal.trim().to_owned()).filter(|it| !it.is_empty()),
-            check: (check.status != Some(0)).then(|| format!("{}{}", check.out, check.err)),
+            check,
             records,
         });
     }
     guest.sh("btrfs device scan --forget >/dev/null; true")?;
     Attached::detach_all(guest, all.into_iter().flatten())?;
     Ok(verdicts)
+}
+
+/// Runs this with `$n` for the node. That it took too long says nothing of a copy.
+fn run(guest: &Guest, node: &str, script: &str) -> Result<Ended> {
+    let ended = guest.try_sh(&format!("n={node}; {script}"))?;
+    ensure!(!ended.timed_out, "it did not end in time: {script}");
+    Ok(ended)
+}
+
+/// What the checker has against the file system on a node.
+pub(super) fn judge_by_checker(
+    guest: &Guest,
+    format: Format,
+    node: &str,
+) -> Result<Option<String>> {
+    let check = run(guest, node, format.check())?;
+    Ok((check.status != Some(0)).then(|| format!("{}{}", check.out, check.err)))
 }
 
 /// Where the copies of the disks of a mirror differ.
@@ -125,8 +142,21 @@ fn judge_mirror(copy: &Copy) -> Option<String> {
     Some(format!("from byte {place} on the disks differ"))
 }
 
+/// What is wrong with the records in this file of a copy. That the guest does not answer says nothing of it.
+pub(super) fn judge_records_at(
+    guest: &Guest,
+    path: &str,
+    expected: Expected,
+) -> Result<Option<String>> {
+    match guest.read(path) {
+        Ok(text) => Ok(judge_records(&text, expected)),
+        Err(error) if error.errno().is_some() => Ok(Some(error.to_string())),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// What is wrong with the records in a copy.
-pub(super) fn judge_records(text: &str, expected: Expected) -> Option<String> {
+fn judge_records(text: &str, expected: Expected) -> Option<String> {
     let mut count = 0;
     for chunk in text.as_bytes().chunks(RECORD_LEN) {
         if chunk != record(count + 1).as_bytes() {
@@ -148,7 +178,6 @@ pub(super) fn judge_records(text: &str, expected: Expected) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::super::rig::Part;
-    use super::super::volume::Format;
     use super::*;
     use hyperv_sim::storage::Image;
 

@@ -16,17 +16,19 @@ mod judge;
 mod rig;
 mod volume;
 
+use super::deadman::RELEASED;
 use super::disks::{case, Attached};
 use super::{load, rounds_or, start, stop, wait_for_daemon, Case, When};
 use anyhow::{ensure, Context, Result};
+use e2e::agent::CallError;
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::{log, Change, Entry, Image};
 use hyperv_sim::Exit;
-use judge::{judge, judge_records, Verdict, RESTORES};
+use judge::{judge, judge_by_checker, judge_records_at, Verdict, RESTORES, RESTORES_UNWRITTEN};
 use lab_agent::record;
-use rig::{Backup, Copy, Part, Rig, Volume};
+use rig::{Backup, Copy, Part, Rig, Volume, COPIES};
 use std::time::{Duration, Instant};
 use volume::{Format, Stack};
 
@@ -142,6 +144,7 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
     ];
     const DEADLINE: Duration = Duration::from_secs(20);
     const LONGER: Duration = Duration::from_secs(24);
+    let mut of_ours = Vec::new();
     let mut of_peer = String::new();
     for (module, daemon) in [
         (Module::Ours, Daemon::Ours),
@@ -173,7 +176,7 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
             })?,
         }
         let notes = rig.notes.disk.log();
-        let mut gone_on = None;
+        let mut stood = Vec::new();
         let mut copies = Vec::new();
         for ((volume, attached), base) in rig.volumes.iter().zip(rig.disks()).zip(bases) {
             let mut log = attached.disk.log();
@@ -190,12 +193,14 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
                 volume.format.name(),
                 freeze.latency
             );
-            gone_on = gone_on.or(still);
+            stood.push(still);
             if daemon == Daemon::Ours {
                 let still = still.context("nothing was written after the deadline")?;
-                // The deadline counts from the first freeze on.
+                // The deadline counts from the first freeze on, which came before the answer.
+                let ends =
+                    DEADLINE.saturating_sub(freeze.latency)..DEADLINE + host.patience(RELEASED);
                 ensure!(
-                    still + freeze.latency >= DEADLINE,
+                    ends.contains(&still),
                     "it was written {still:?} after the answer, which took {:?}",
                     freeze.latency
                 );
@@ -205,6 +210,7 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
                 format: volume.format,
                 stack: volume.stack,
                 parts: vec![Part { base, log, image }],
+                // By how it is made.
                 written: Vec::new(),
                 discarded,
                 expected: Expected::at(&notes, volume.slot, |moment| {
@@ -219,13 +225,15 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
         }
         rig.stop(guest)?;
         stop(guest, module, &process)?;
+        copies.iter().try_for_each(Copy::was_busy)?;
         let all: Vec<_> = copies.iter().collect();
         let verdicts = judge(guest, &all)?;
         match daemon {
             Daemon::Ours => {
+                of_ours.extend(stood);
                 for (copy, verdict) in all.iter().zip(verdicts) {
                     ensure!(
-                        verdict.objections().is_empty() && copy.expected.least > 0,
+                        verdict.objections().is_empty(),
                         "{module:?}, {:?}, {:?}: {verdict:#?}",
                         copy.format,
                         copy.expected
@@ -233,13 +241,10 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
                 }
             }
             Daemon::Debian => {
-                of_peer = match gone_on {
-                    None => format!("all still frozen after {} s", LONGER.as_secs()),
-                    Some(still) => format!("written to after {} s", still.as_secs()),
-                };
                 let bad = verdicts.iter().find(|it| !it.objections().is_empty());
-                let verdict = bad.or(verdicts.first()).map(Verdict::describe);
-                of_peer += &format!("; a copy from then {}", verdict.unwrap_or_default());
+                let verdict = bad.or(verdicts.first()).context("no verdict")?;
+                let verdict = verdict.describe(RESTORES_UNWRITTEN);
+                of_peer = format!("{}; a copy from then {verdict}", gone_on(&stood, LONGER));
             }
         }
         rig.detach(guest)?;
@@ -247,10 +252,33 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
     let deadline = DEADLINE.as_secs();
     guest.compare(
         &format!("the host never says THAW (deadline set to {deadline} s), and copies the disks meanwhile"),
-        &format!("all go on after {deadline} s; a copy from before {RESTORES}"),
+        &format!(
+            "{}; a copy from before {RESTORES_UNWRITTEN}",
+            gone_on(&of_ours, DEADLINE)
+        ),
         &of_peer,
     );
     Ok(())
+}
+
+/// In words, how long volumes stood still each, `None` if for all the time that they were `watched`.
+fn gone_on(stood: &[Option<Duration>], watched: Duration) -> String {
+    let ended: Vec<u64> = stood
+        .iter()
+        .flatten()
+        .map(|it| it.as_secs_f64().round() as u64)
+        .collect();
+    let (Some(first), Some(last)) = (ended.iter().min(), ended.iter().max()) else {
+        return format!("all still frozen after {} s", watched.as_secs());
+    };
+    let who = match ended.len() == stood.len() {
+        true => "all go on".to_owned(),
+        false => format!("{} of {} go on", ended.len(), stood.len()),
+    };
+    match first == last {
+        true => format!("{who} after {first} s"),
+        false => format!("{who} after {first} to {last} s"),
+    }
 }
 
 /// The log up to the first write after a moment, and that write. What a file system of this format discards at
@@ -278,15 +306,10 @@ fn ours_and_peer(guest: &Guest, format: Format) -> Result<()> {
         let verdicts = judge(guest, &copies)?;
         println!("     {module:?}: {verdicts:?}");
         told.push(describe(&backup, verdicts.first()));
+        backup.was_busy()?;
         if daemon == Daemon::Ours {
-            let backup = backup.answered()?;
-            let copy = backup.copies.first().context("no copy")?;
+            backup.answered()?;
             let verdict = verdicts.first().context("no verdict")?;
-            ensure!(
-                copy.expected.least > 0 && !copy.only_part()?.log.is_empty(),
-                "there should have been records and writes: {:?}",
-                copy.expected
-            );
             ensure!(
                 verdict.objections().is_empty(),
                 "the copy is bad: {verdict:#?}"
@@ -306,7 +329,7 @@ const OURS_AND_PEER: [(Module, Daemon); 2] = [
 
 /// A backup and the verdict on one of its copies in words, for the comparison.
 fn describe(backup: &Backup, verdict: Option<&Verdict>) -> String {
-    backup.describe(&verdict.map_or_else(String::new, Verdict::describe))
+    backup.describe(&verdict.map_or_else(String::new, |it| it.describe(RESTORES)))
 }
 
 /// Notes what came of a backup of this with each of [`OURS_AND_PEER`].
@@ -340,6 +363,7 @@ fn btrfs_discards(guest: &Guest) -> Result<()> {
         })
     })?;
     let backup = backup.answered()?;
+    backup.was_busy()?;
     rig.stop(guest)?;
     stop(guest, Module::Ours, &process)?;
     let copy = backup.copies.first().context("no copy")?;
@@ -348,7 +372,7 @@ fn btrfs_discards(guest: &Guest) -> Result<()> {
     println!("     {} discards in the window", copy.discarded);
     ensure!(copy.discarded > 0, "nothing was discarded in the window");
     ensure!(
-        verdict.objections().is_empty() && copy.expected.least > 0,
+        verdict.objections().is_empty(),
         "{:?}: {verdict:#?}",
         copy.expected
     );
@@ -565,41 +589,74 @@ fn restored_root(guest: &Guest, name: &str, module: Module, daemon: Daemon) -> R
     let Some(copy) = backup.copies.first() else {
         return Ok(describe(&backup, None));
     };
-    ensure!(copy.expected.least > 0, "there should be records");
+    backup.was_busy()?;
 
-    let restored = match guest.start_named(name, copy.only_part()?.image.clone()) {
+    let image = &copy.only_part()?.image;
+    let restored = match guest.start_named(name, image.clone()) {
         Ok(restored) => restored,
-        Err(error) => {
+        Err(error) if has_given_up(&error) => {
             println!("     {module:?}: {error:#}");
             return Ok("no guest boots from it".to_owned());
         }
+        Err(error) => return Err(error.context("a guest that was to boot from the copy")),
     };
-    let mounts = restored.read("/proc/mounts")?;
-    let on_disk = |line: &str| line.starts_with("/dev/sda / ext4 rw");
     let log = restored.sh("dmesg")?;
     let repairs = ["recovery", "orphan", "EXT4-fs error", "EXT4-fs warning"];
     let is_repair =
         |line: &&str| line.contains("EXT4-fs") && repairs.iter().any(|it| line.contains(it));
     let repaired: Vec<_> = log.lines().filter(is_repair).collect();
-    restored.sh("echo 'and goes on' > /var/lab/after && sync")?;
-    let complaint = match mounts.lines().any(on_disk) {
-        true => restored.check_log().err().map(|error| error.to_string()),
-        false => Some(format!("the root should be on the disk: {mounts}")),
+    let check = match judge_by_use(&restored)? {
+        // The one that was booted from has been written to since.
+        None => judge_apart(&restored, image)?,
+        complaint => complaint,
     };
     let written = copy.written.first();
     let verdict = Verdict {
         log: written.map(|it| format!("{} writes, the first one: {it}", copy.written.len())),
         mirror: None,
         journal: (!repaired.is_empty()).then(|| repaired.join("\n")),
-        check: complaint,
-        records: match restored.read("/var/lab/records") {
-            Ok(text) => judge_records(&text, copy.expected),
-            Err(error) => Some(error.to_string()),
-        },
+        check,
+        records: judge_records_at(&restored, "/var/lab/records", copy.expected)?,
     };
     println!("     {module:?}: {:?}, {verdict:?}", copy.expected);
     restored.vm().kill();
     Ok(describe(&backup, Some(&verdict)))
+}
+
+/// Whether that is why a guest did not come up: it found nothing to boot from, and ended itself. Whatever else
+/// keeps it from that says nothing of its disk.
+fn has_given_up(error: &anyhow::Error) -> bool {
+    let call = error.downcast_ref::<CallError>();
+    call.and_then(CallError::exit) == Some(&Exit::PowerOff)
+}
+
+/// What is wrong with the root of a guest, as it is used.
+fn judge_by_use(guest: &Guest) -> Result<Option<String>> {
+    let mounts = guest.read("/proc/mounts")?;
+    if !mounts
+        .lines()
+        .any(|line| line.starts_with("/dev/sda / ext4 rw"))
+    {
+        return Ok(Some(format!(
+            "the root should be on the disk, and take writes: {mounts}"
+        )));
+    }
+    let written = guest.try_sh("echo 'and goes on' >/var/lab/after && sync")?;
+    ensure!(!written.timed_out, "a sync did not end in time");
+    if written.status != Some(0) {
+        return Ok(Some(format!("the root takes no writes: {}", written.err)));
+    }
+    match guest.check_log() {
+        Err(error) if error.is::<CallError>() => Err(error),
+        said => Ok(said.err().map(|error| error.to_string())),
+    }
+}
+
+/// What the checker has against a root, which is looked at beside the one that the guest runs from.
+fn judge_apart(guest: &Guest, root: &Image) -> Result<Option<String>> {
+    let size = u64::from(guest.machine().disk_mib);
+    let disk = Attached::new(guest, COPIES.0, COPIES.1, size, root.clone())?;
+    judge_by_checker(guest, Format::Ext4, &disk.node(guest)?)
 }
 
 /// Backups of each file system on volumes of a kind, the last one with the peer.
@@ -610,6 +667,7 @@ fn on(guest: &Guest, stack: Stack) -> Result<()> {
     let process = start(guest, Module::Stock, Daemon::Debian)?;
     guest.expect_in_log(&OF_BAD_COPIES)?;
     let (of_peer, verdicts) = judged(guest, &rig)?;
+    of_peer.was_busy()?;
     stop(guest, Module::Stock, &process)?;
     let mut verdicts = verdicts.iter();
     for (format, stack) in kinds {
@@ -666,19 +724,16 @@ fn one_after_the_other(
     for round in 0..rounds_or(2) {
         let (backup, verdicts) = judged(guest, &rig)?;
         let backup = backup.answered()?;
+        backup
+            .was_busy()
+            .with_context(|| format!("backup {round}"))?;
         for (copy, verdict) in backup.copies.iter().zip(verdicts) {
             ensure!(
-                verdict.objections().is_empty() && copy.expected.least > 0,
+                verdict.objections().is_empty(),
                 "backup {round}, {:?} on {:?}, {:?}: {verdict:#?}",
                 copy.format,
                 copy.stack,
                 copy.expected
-            );
-            ensure!(
-                copy.parts.iter().any(|part| !part.log.is_empty()),
-                "backup {round}, {:?} on {:?}: its disks should have been written to",
-                copy.format,
-                copy.stack
             );
             copies += 1;
             discards += copy.discarded;
@@ -696,6 +751,49 @@ fn one_after_the_other(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use e2e::guest::Standstill;
+
+    #[test]
+    fn only_a_guest_that_has_ended_itself_says_something_of_its_disk() {
+        let gone = |exit| {
+            let command = "boot".to_owned();
+            anyhow::Error::new(CallError::Gone { command, exit }).context("it did not come up")
+        };
+        assert!(has_given_up(&gone(Exit::PowerOff)));
+        for exit in [Exit::Killed, Exit::Failed("KVM".to_owned())] {
+            assert!(!has_given_up(&gone(exit)));
+        }
+        let late = CallError::Timeout {
+            command: "boot".to_owned(),
+            after: STEP,
+            stuck: String::new(),
+        };
+        let still = Standstill {
+            kernel_answers: false,
+            seen: String::new(),
+        };
+        assert!(!has_given_up(&anyhow::Error::new(late).context(still)));
+        let said = anyhow::anyhow!("the kernel complained").context("while it booted");
+        assert!(!has_given_up(&said));
+    }
+
+    #[test]
+    fn how_long_all_stood_still_is_told_from_the_first_to_the_last() {
+        let words = |stood: &[Option<u64>]| {
+            let stood: Vec<_> = stood
+                .iter()
+                .map(|it| it.map(Duration::from_millis))
+                .collect();
+            gone_on(&stood, Duration::from_secs(24))
+        };
+        assert_eq!(words(&[None, None]), "all still frozen after 24 s");
+        let same = [Some(19_700), Some(20_100)];
+        assert_eq!(words(&same), "all go on after 20 s");
+        let later = [Some(20_700), Some(3_000)];
+        assert_eq!(words(&later), "all go on after 3 to 21 s");
+        let some = [None, Some(20_700), Some(3_000)];
+        assert_eq!(words(&some), "2 of 3 go on after 3 to 21 s");
+    }
 
     #[test]
     fn what_btrfs_discards_while_it_is_frozen_is_no_write_and_is_in_the_copy() {

@@ -2,9 +2,10 @@
 
 //! File systems under load, and a backup of their disks.
 
+use super::super::deadman::was_left_frozen;
 use super::super::disks::{load_driver, Attached};
 use super::volume::{Format, Stack};
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use e2e::check::{equal, status_name};
 use e2e::guest::{Guest, Process, STEP};
 use hyperv_sim::ic::status;
@@ -214,6 +215,7 @@ impl Rig {
             return Ok(Backup {
                 freeze: freeze.status(),
                 thaw: None,
+                left_frozen: Vec::new(),
                 copies: Vec::new(),
             });
         }
@@ -223,12 +225,15 @@ impl Rig {
         std::thread::sleep(Duration::from_millis(300));
         let thawing = host.now();
         let thaw = guest.vss().thaw(STEP)?.status();
+        let mut left_frozen = Vec::new();
         if thaw == status::OK {
             self.wait_for_progress(guest, 1)?;
         } else {
-            // It may have left any of them frozen, and what comes next wants none to be.
+            // What comes next wants none to be: who asks thaws it.
             for volume in &self.volumes {
-                let _ = guest.thaw(&volume.path);
+                if was_left_frozen(guest, &volume.path)? {
+                    left_frozen.push(volume.path.clone());
+                }
             }
         }
         let notes = self.notes.disk.log();
@@ -269,6 +274,7 @@ impl Rig {
         Ok(Backup {
             freeze: freeze.status(),
             thaw: Some(thaw),
+            left_frozen,
             copies,
         })
     }
@@ -299,17 +305,26 @@ pub(super) struct Backup {
     pub(super) freeze: u32,
     /// The same for THAW; `None` when FREEZE had failed.
     pub(super) thaw: Option<u32>,
+    /// What was still frozen when THAW had failed.
+    pub(super) left_frozen: Vec<String>,
     /// A copy of each volume, if FREEZE was answered 0.
     pub(super) copies: Vec<Copy>,
 }
 
 impl Backup {
-    /// The same, if both were answered 0.
+    /// The same, if both were answered 0. A THAW that has failed is the worse for what it leaves frozen.
     pub(super) fn answered(self) -> Result<Self> {
         equal("FREEZE", status_name(self.freeze), status_name(status::OK))?;
+        let none: &[String] = &[];
+        equal("what THAW left frozen", &*self.left_frozen, none)?;
         let thaw = self.thaw.map(status_name);
         equal("THAW", thaw, Some(status_name(status::OK)))?;
         Ok(self)
+    }
+
+    /// Something could have been lost from each of its copies.
+    pub(super) fn was_busy(&self) -> Result<()> {
+        self.copies.iter().try_for_each(Copy::was_busy)
     }
 
     /// In words, for the comparison: what the host was told, if that was not 0, and `verdict` on a copy.
@@ -317,7 +332,13 @@ impl Backup {
         match self.thaw {
             None => format!("FREEZE {}", status_name(self.freeze)),
             Some(status::OK) => verdict.to_owned(),
-            Some(thaw) => format!("{verdict}; THAW {}", status_name(thaw)),
+            Some(thaw) => {
+                let mut words = format!("{verdict}; THAW {}", status_name(thaw));
+                if !self.left_frozen.is_empty() {
+                    words += &format!(", still frozen: {}", self.left_frozen.join(" "));
+                }
+                words
+            }
         }
     }
 }
@@ -348,6 +369,20 @@ pub(super) struct Part {
 }
 
 impl Copy {
+    /// Something could have been lost from it: there were records, and writes. What is said of another one says
+    /// nothing, of whichever stack.
+    pub(super) fn was_busy(&self) -> Result<()> {
+        let writes: usize = self.parts.iter().map(|it| it.log.len()).sum();
+        ensure!(
+            self.expected.least > 0 && writes > 0,
+            "there should have been records and writes on {:?} on {:?}: {:?}, {writes} writes",
+            self.format,
+            self.stack,
+            self.expected
+        );
+        Ok(())
+    }
+
     /// The copy of its only disk.
     pub(super) fn only_part(&self) -> Result<&Part> {
         match self.parts.as_slice() {
@@ -409,21 +444,26 @@ mod tests {
 
     #[test]
     fn what_the_host_was_told_is_in_the_words_if_it_was_not_0() {
-        let words = |freeze, thaw| {
-            let copies = Vec::new();
+        let words = |freeze, thaw, left_frozen: &[&str]| {
             let backup = Backup {
                 freeze,
                 thaw,
-                copies,
+                left_frozen: left_frozen.iter().map(|it| it.to_string()).collect(),
+                copies: Vec::new(),
             };
             let words = backup.describe("restores");
-            (words, backup.answered().is_ok())
+            (words, backup.answered().map(drop))
         };
-        assert_eq!(words(0, Some(0)), ("restores".to_owned(), true));
-        let (failed, good) = words(status::FAIL, None);
-        assert!(failed.starts_with("FREEZE 0x80004005") && !good);
-        let (failed, good) = words(0, Some(status::FAIL));
-        assert!(failed.starts_with("restores; THAW 0x80004005") && !good);
+        let (said, good) = words(0, Some(0), &[]);
+        assert!(said == "restores" && good.is_ok());
+        let (failed, bad) = words(status::FAIL, None, &[]);
+        assert!(failed.starts_with("FREEZE 0x80004005") && bad.is_err());
+        let (failed, bad) = words(0, Some(status::FAIL), &[]);
+        assert!(failed.starts_with("restores; THAW 0x80004005") && !failed.contains("frozen"));
+        assert!(bad.unwrap_err().to_string().starts_with("THAW: "));
+        let (failed, bad) = words(0, Some(status::FAIL), &["/mnt/a", "/mnt/b"]);
+        assert!(failed.ends_with(", still frozen: /mnt/a /mnt/b"));
+        assert!(bad.unwrap_err().to_string().contains("/mnt/b"));
     }
 
     #[test]
