@@ -532,10 +532,10 @@ impl Guest {
         config
             .cmdline
             .push_str(" unknown_nmi_panic panic_sys_info=all_bt,blocked_tasks");
-        // A processor that the machine under it has no time for has not stalled; one that spins is a soft lockup.
+        // A processor that the machine under it has no time for has not stalled, nor is it locked up: a minute.
         config
             .cmdline
-            .push_str(" rcupdate.rcu_cpu_stall_timeout=60");
+            .push_str(" rcupdate.rcu_cpu_stall_timeout=60 watchdog_thresh=30");
         // No record of the kernel's log is overwritten before it is looked at.
         config.cmdline.push_str(" log_buf_len=4M");
         // An image that is restored at once need not be small.
