@@ -8,13 +8,13 @@
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Builder};
 use std::time::Duration;
 
 use crate::door::{Door, DoorError};
 use crate::freeze::{Target, RETRY};
-use crate::guard::Guard;
+use crate::guard::{Guard, GuardError};
 use crate::logbook::{words, Logbook};
 use crate::record::{Entry, Lock, Record, RecordError, RunDir};
 use crate::sys;
@@ -31,11 +31,11 @@ pub struct Fifreeze {
     /// Whether a host waits, as against a rehearsal.
     for_host: bool,
     log: Logbook,
-    /// From [`Door::arm`] to [`Door::disarm`].
-    kept: Mutex<Option<Kept>>,
+    kept: Arc<Mutex<Option<Kept>>>,
 }
 
-/// What is kept from others as long as something is frozen.
+/// What is kept from others as long as something is frozen: from [`Door::arm`] to the last thaw. The guard hears of
+/// the freeze as long as this is there, and no longer: by its numbers it would take what comes later for the next one's.
 struct Kept {
     lock: Lock,
     /// The record of somebody who has died, where not all that it lists could be thawed.
@@ -61,6 +61,14 @@ impl Kept {
     }
 }
 
+fn entry_of(target: &Target) -> Entry {
+    Entry {
+        dev: target.dev,
+        devices: target.devices.clone(),
+        name: target.name.clone(),
+    }
+}
+
 impl Fifreeze {
     /// Guarded by `guard`, with lock and record in `run`.
     pub fn new(
@@ -76,32 +84,32 @@ impl Fifreeze {
             deadline,
             for_host,
             log,
-            kept: Mutex::new(None),
+            kept: Arc::default(),
         }
     }
 
     fn record<'a>(&self, targets: impl Iterator<Item = &'a Target>) -> Record {
-        let entry = |target: &Target| Entry {
-            dev: target.dev,
-            devices: target.devices.clone(),
-            name: target.name.clone(),
-        };
         Record {
             pid: std::process::id(),
             guard: self.guard.process(),
             for_host: self.for_host,
-            frozen: targets.map(entry).collect(),
+            frozen: targets.map(entry_of).collect(),
         }
     }
 
-    fn with_kept<T>(&self, step: impl FnOnce(&mut Option<Kept>) -> T) -> T {
-        // It is whole at any time.
-        step(&mut self.kept.lock().unwrap_or_else(PoisonError::into_inner))
+    /// Says something to the guard. Whether it is not to be said again.
+    fn tell(&self, word: impl FnOnce(&Guard) -> Result<(), GuardError>) -> bool {
+        let kept = lock(&self.kept);
+        // A guard that is gone thaws nothing, and is noticed by whoever watches it.
+        kept.is_none() || word(&self.guard).map_or_else(|error| !error.is_busy(), |()| true)
     }
 
-    fn say(&self, result: Result<(), RecordError>) {
-        if let Err(error) = result {
-            self.log.warning(words(&error));
+    fn over(&self) -> Over {
+        Over {
+            guard: Arc::clone(&self.guard),
+            run: self.run.clone(),
+            log: self.log.clone(),
+            kept: Arc::clone(&self.kept),
         }
     }
 }
@@ -111,17 +119,24 @@ struct Over {
     guard: Arc<Guard>,
     run: RunDir,
     log: Logbook,
-    kept: Kept,
+    kept: Arc<Mutex<Option<Kept>>>,
 }
 
 impl Over {
     fn let_go(self) {
+        let mut place = lock(&self.kept);
+        let Some(kept) = place.take() else { return };
         // A guard that is gone is noticed, and replaced, by whoever watches it.
         let _ = self.guard.done();
-        if let Err(error) = self.kept.end(&self.run) {
+        if let Err(error) = kept.end(&self.run) {
             self.log.warning(words(&error));
         }
     }
+}
+
+fn lock(kept: &Mutex<Option<Kept>>) -> MutexGuard<'_, Option<Kept>> {
+    // It is whole at any time.
+    kept.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Tries to thaw these until all are, by whomever.
@@ -137,6 +152,8 @@ fn go_on(mut left: Vec<OwnedFd>, pause: Duration, thaw: impl Fn(BorrowedFd<'_>) 
 
 impl Door for Fifreeze {
     fn arm(&self, targets: &[Target]) -> Result<(), DoorError> {
+        // Whoever has something to say to the guard meanwhile says it when that knows what of.
+        let mut place = lock(&self.kept);
         let lock = self.run.lock()?;
         // Nobody can go by one that cannot be read.
         let earlier = self.run.read().ok().flatten();
@@ -144,9 +161,10 @@ impl Door for Fifreeze {
         kept.write(&self.run, self.record(targets.iter()))?;
         let deadline = self.deadline;
         let armed = self.guard.arm(targets, deadline, &kept.lock, self.for_host);
-        self.with_kept(|it| *it = Some(kept));
+        *place = Some(kept);
+        drop(place);
         if armed.is_err() {
-            self.disarm(&[]);
+            self.over().let_go();
         }
         Ok(armed?)
     }
@@ -159,53 +177,50 @@ impl Door for Fifreeze {
         sys::thaw(fd)
     }
 
-    fn leave(&self, index: usize) {
-        // A guard that is gone thaws nothing, so there is nothing it would have to forget.
-        let _ = self.guard.forget(index);
+    fn leave(&self, index: usize) -> bool {
+        self.tell(|guard| guard.forget(index))
     }
 
     fn claim(&self, index: usize) {
-        // As above; and then nobody thaws it should this process die in the next moment.
-        let _ = self.guard.remember(index);
+        // Where it is not heard nobody thaws it should this process die in the next moment.
+        self.tell(|guard| guard.remember(index));
+    }
+
+    fn freezes_are_over(&self) {
+        self.tell(Guard::frozen);
     }
 
     /// Takes from the record what is not frozen or not ours.
     fn settle(&self, targets: &[Target]) {
-        // A guard that is gone is noticed by whoever watches it.
-        let _ = self.guard.frozen();
-        if targets.iter().all(Target::is_ours) {
-            return;
-        }
-        let ours = self.record(targets.iter().filter(|t| t.is_ours()));
-        self.with_kept(|kept| {
-            if let Some(kept) = kept {
-                self.say(kept.write(&self.run, ours));
+        if let Some(kept) = &*lock(&self.kept) {
+            if targets.iter().all(Target::is_ours) {
+                return;
             }
-        });
+            let ours = self.record(targets.iter().filter(|t| t.is_ours()));
+            if let Err(error) = kept.write(&self.run, ours) {
+                self.log.warning(words(&error));
+            }
+        }
     }
 
     fn let_go(&self) {
-        // As above; and then nobody but the session thaws, behind what holds it up.
-        let _ = self.guard.release();
+        // Where it is not heard nobody but the session thaws, behind what holds it up.
+        self.tell(Guard::release);
     }
 
-    fn disarm(&self, left: &[BorrowedFd<'_>]) {
-        let Some(kept) = self.with_kept(Option::take) else {
+    fn disarm(&self, targets: &[Target]) {
+        if lock(&self.kept).is_none() {
             return;
-        };
-        let over = Over {
-            guard: Arc::clone(&self.guard),
-            run: self.run.clone(),
-            log: self.log.clone(),
-            kept,
-        };
+        }
+        let over = self.over();
+        let left: Vec<&Target> = targets.iter().filter(|it| it.is_ours()).collect();
         if left.is_empty() {
             return over.let_go();
         }
         // That stays in the guard's hands and in the record, and nothing else may be frozen beside it: the
         // lock is kept until it is thawed.
-        let copies: io::Result<Vec<OwnedFd>> =
-            left.iter().map(|it| it.try_clone_to_owned()).collect();
+        let copies = left.iter().map(|it| it.as_fd().try_clone_to_owned());
+        let copies: io::Result<Vec<OwnedFd>> = copies.collect();
         let thaw = move |left| {
             go_on(left, RETRY, sys::thaw);
             over.log
@@ -241,15 +256,19 @@ impl Door for Unguarded {
         sys::thaw(fd)
     }
 
-    fn leave(&self, _index: usize) {}
+    fn leave(&self, _index: usize) -> bool {
+        true
+    }
 
     fn claim(&self, _index: usize) {}
+
+    fn freezes_are_over(&self) {}
 
     fn settle(&self, _targets: &[Target]) {}
 
     fn let_go(&self) {}
 
-    fn disarm(&self, _left: &[BorrowedFd<'_>]) {}
+    fn disarm(&self, _targets: &[Target]) {}
 
     fn watched_every(&self) -> Option<Duration> {
         None
@@ -259,8 +278,25 @@ impl Door for Unguarded {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guard::played::{self, Played};
+    use crate::logbook::Sink;
     use std::cell::RefCell;
     use std::os::fd::AsRawFd as _;
+
+    /// A door whose guard the test plays, with lock and record in a folder of its own.
+    fn door(name: &str) -> (Fifreeze, Played, RunDir) {
+        let name = format!("hv-vss-{name}-{}", std::process::id());
+        let run = RunDir::new(std::env::temp_dir().join(name));
+        let (guard, played) = played::guard();
+        let log = Logbook::new(Sink::Memory);
+        let door = Fifreeze::new(guard, run.clone(), Duration::from_secs(60), true, log);
+        (door, played, run)
+    }
+
+    fn target(dev: &str) -> Target {
+        let fd = nix::unistd::pipe().unwrap().0;
+        Target::new(dev.parse().unwrap(), dev.into(), 0, fd)
+    }
 
     #[test]
     fn what_a_dead_process_has_left_frozen_stays_on_record() {
@@ -288,6 +324,49 @@ mod tests {
         let (lock, earlier) = (run.lock().unwrap(), None);
         Kept { lock, earlier }.end(&run).unwrap();
         assert_eq!(run.read().unwrap(), None);
+        std::fs::remove_dir_all(run.path()).unwrap();
+    }
+
+    #[test]
+    fn what_comes_late_is_not_said_to_the_guard_of_the_next_freeze() {
+        let (door, played, run) = door("late");
+        let targets = [target("8:1"), target("8:2")];
+        // Nor what comes early, as of a freeze that there is not.
+        door.let_go();
+        door.arm(&targets).unwrap();
+        assert!(door.leave(1));
+        door.claim(1);
+        door.freezes_are_over();
+        door.let_go();
+        let heard = [
+            ("start", 0),
+            ("forget", 1),
+            ("remember", 1),
+            ("frozen", 0),
+            ("release", 0),
+        ];
+        assert_eq!(played.heard(), heard);
+        door.disarm(&targets);
+        assert!(door.leave(1));
+        door.claim(1);
+        door.freezes_are_over();
+        door.settle(&targets);
+        door.let_go();
+        door.disarm(&targets);
+        assert_eq!(played.heard(), [("done", 0)]);
+        std::fs::remove_dir_all(run.path()).unwrap();
+    }
+
+    #[test]
+    fn what_the_guard_has_no_time_to_hear_is_to_be_said_again() {
+        let (door, played, run) = door("busy");
+        door.arm(&[target("8:1")]).unwrap();
+        let unheard = (0..100_000).find(|number| !door.leave(*number)).unwrap();
+        assert_eq!(played.heard().len(), 1 + unheard);
+        assert!(door.leave(unheard));
+        drop(played);
+        // It thaws nothing any more.
+        assert!(door.leave(unheard));
         std::fs::remove_dir_all(run.path()).unwrap();
     }
 

@@ -102,6 +102,13 @@ pub enum GuardError {
     Gone(#[source] io::Error),
 }
 
+impl GuardError {
+    /// Whether it has yet to hear what was said before: what was said is to be said again.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, GuardError::Gone(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
 /// What the guard has to say to the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -637,6 +644,53 @@ impl Watch<'_> {
         }
         self.daemon_is_dead();
         boot_time();
+    }
+}
+
+/// A guard whose part somebody else plays.
+#[cfg(test)]
+pub(crate) mod played {
+    use super::*;
+
+    /// The other end.
+    pub(crate) struct Played(OwnedFd);
+
+    /// Both ends.
+    pub(crate) fn guard() -> (Arc<Guard>, Played) {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
+        let (socket, theirs) = pair.unwrap();
+        let guard = Guard {
+            socket,
+            process: None,
+            stat: File::open("/proc/self/stat").unwrap(),
+            child: Mutex::new(Command::new("true").spawn().unwrap()),
+            owes: Mutex::new(None),
+        };
+        (Arc::new(guard), Played(theirs))
+    }
+
+    impl Played {
+        /// What it was told since it was last asked.
+        pub(crate) fn heard(&self) -> Vec<(&'static str, u64)> {
+            let mut packet = [0u8; size_of::<Message>() + 4 * sys::MAX_DESCRIPTORS];
+            let mut all = Vec::new();
+            while let Ok((size, _)) = sys::receive(self.0.as_fd(), &mut packet) {
+                let Ok((message, _)) = Message::read_from_prefix(&packet[..size]) else {
+                    break;
+                };
+                all.push(match message.kind {
+                    START => ("start", 0),
+                    FORGET => ("forget", message.value),
+                    REMEMBER => ("remember", message.value),
+                    FROZEN => ("frozen", 0),
+                    RELEASE => ("release", 0),
+                    DONE => ("done", 0),
+                    _ => ("?", 0),
+                });
+            }
+            all
+        }
     }
 }
 

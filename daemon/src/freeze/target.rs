@@ -159,6 +159,8 @@ pub struct Target {
     /// Its freeze has taken for too long and was called off.
     pub(super) given_up: AtomicBool,
     pub(super) turn: Turn,
+    /// That it is not ours to thaw was said, and not heard.
+    pub(super) unheard: AtomicBool,
     /// Whether others have thawed it meanwhile is being asked, or could not be.
     pub(super) unasked: AtomicBool,
 }
@@ -183,6 +185,7 @@ impl Target {
             state: Mutex::new(State::Open),
             given_up: AtomicBool::new(false),
             turn: Turn::default(),
+            unheard: AtomicBool::new(false),
             unasked: AtomicBool::new(false),
         }
     }

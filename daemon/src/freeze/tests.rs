@@ -14,8 +14,8 @@ use nix::unistd::{pipe, pipe2};
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
-use std::sync::atomic::AtomicU64;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicIsize, AtomicU64};
 use std::sync::mpsc::Receiver;
 use std::sync::Weak;
 
@@ -40,6 +40,10 @@ struct Double {
     /// What a first call waits for.
     held: Mutex<BTreeMap<Call, Receiver<()>>>,
     left: Mutex<Vec<usize>>,
+    /// How many more words that one is left it does not hear.
+    deaf: AtomicIsize,
+    /// After how many calls it heard that no freeze is under way any more.
+    over_after: Mutex<Vec<usize>>,
     /// As [`Door::watched_every`].
     watched_every: Option<Duration>,
     /// As [`Limits::lag`], if it is not short.
@@ -127,15 +131,22 @@ impl Door for Double {
     fn is_stuck(&self, fd: BorrowedFd<'_>) -> bool {
         lock(&self.called_off).contains(&self.numbers[&inode_of(fd)])
     }
-    fn leave(&self, index: usize) {
-        lock(&self.left).push(index);
+    fn leave(&self, index: usize) -> bool {
+        let is_heard = self.deaf.fetch_sub(1, Ordering::SeqCst) <= 0;
+        if is_heard {
+            lock(&self.left).push(index);
+        }
+        is_heard
     }
     fn claim(&self, index: usize) {
         lock(&self.left).retain(|it| *it != index);
     }
+    fn freezes_are_over(&self) {
+        lock(&self.over_after).push(lock(&self.calls).len());
+    }
     fn settle(&self, _targets: &[Target]) {}
     fn let_go(&self) {}
-    fn disarm(&self, _left: &[BorrowedFd<'_>]) {}
+    fn disarm(&self, _targets: &[Target]) {}
     fn watched_every(&self) -> Option<Duration> {
         self.watched_every
     }
@@ -487,6 +498,66 @@ fn what_is_not_frozen_when_it_is_called_off_is_left_alone_though_another_hangs()
         assert!(matches!(s.freeze(), Err(FreezeError::Aborted)));
         assert_eq!(call_off.join().unwrap(), [0, 2]);
     }
+}
+
+#[test]
+fn what_is_left_alone_and_was_not_heard_is_said_again() {
+    const HANG: Duration = Duration::from_secs(3);
+    let mut s = setup(&[0, 1, 1], &[], false);
+    s.slow("freeze", 0, HANG);
+    s.double.deaf.store(1, Ordering::SeqCst);
+    let (abort, double) = (Arc::clone(&s.means.abort), Arc::clone(&s.double));
+    let call_off = thread::spawn(move || {
+        while lock(&double.calls).is_empty() {
+            thread::yield_now();
+        }
+        abort.store(true, Ordering::SeqCst);
+        let begun = Instant::now();
+        while lock(&double.left).len() < 2 && begun.elapsed() < HANG / 2 {
+            thread::yield_now();
+        }
+        let mut left = lock(&double.left).clone();
+        left.sort_unstable();
+        left
+    });
+    assert!(matches!(s.freeze(), Err(FreezeError::Aborted)));
+    assert_eq!(call_off.join().unwrap(), [1, 2]);
+
+    // Nor does that take an end of it all.
+    let mut s = setup(&[0, 1], &[("freeze", 0, Errno::EBUSY, ALWAYS)], false);
+    s.slow("freeze", 1, SHORT * 3);
+    s.double.deaf.store(1, Ordering::SeqCst);
+    assert_eq!(s.freeze().unwrap().foreign, 1);
+    assert_eq!(*lock(&s.double.left), [0]);
+    // What stands still meanwhile is not looked at: the end of the freeze is.
+    let mut s = setup(&[0, 1], &[("freeze", 1, Errno::EBUSY, ALWAYS)], false);
+    s.double.deaf.store(1, Ordering::SeqCst);
+    assert_eq!(s.freeze().unwrap().foreign, 1);
+    assert_eq!(*lock(&s.double.left), [1]);
+}
+
+#[test]
+fn that_no_freeze_is_under_way_is_said_before_a_thaw_that_may_hang_and_once() {
+    // All was frozen, and then it was called off; or one has failed.
+    for failure in [None, Some(("freeze", 2, Errno::ENOMEM, ALWAYS))] {
+        let failures: Vec<Failure> = failure.into_iter().collect();
+        let mut s = setup(&[0, 0, 1], &failures, false);
+        let frozen = s.freeze();
+        assert_eq!(frozen.is_ok(), failure.is_none());
+        if frozen.is_ok() {
+            s.means.abort.store(true, Ordering::SeqCst);
+            s.session.thaw().unwrap();
+        }
+        assert_eq!(*lock(&s.double.over_after), [3]);
+        let calls = s.calls();
+        let begun = calls.iter().position(|(what, _)| *what == "thaw");
+        assert_eq!(begun, Some(3), "{calls:?}");
+    }
+    let mut s = setup(&[0, 0, 1], &[], false);
+    s.freeze().unwrap();
+    s.session.settle();
+    s.session.thaw().unwrap();
+    assert_eq!(*lock(&s.double.over_after), [3]);
 }
 
 #[test]
