@@ -561,6 +561,19 @@ fn that_no_freeze_is_under_way_is_said_before_a_thaw_that_may_hang_and_once() {
 }
 
 #[test]
+fn what_others_hold_is_not_asked_for_when_all_is_called_off() {
+    let mut s = setup(&[0, 0], &[("freeze", 1, Errno::EBUSY, ALWAYS)], false);
+    s.freeze().unwrap();
+    let asked = || s.calls().iter().filter(|it| **it == ("freeze", 1)).count();
+    let before = asked();
+    s.means.abort.store(true, Ordering::SeqCst);
+    s.session.thaw().unwrap();
+    // Whoever minds all is thawing by now, and what is claimed with it.
+    assert_eq!(*lock(&s.double.left), [1]);
+    assert_eq!(asked(), before);
+}
+
+#[test]
 fn what_somebody_else_keeps_frozen_counts_and_stays_theirs() {
     let mut s = setup(&[0, 0], &[("freeze", 1, Errno::EBUSY, ALWAYS)], false);
     let summary = s.freeze().unwrap();

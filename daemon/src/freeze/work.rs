@@ -315,6 +315,10 @@ impl Work {
         let Some(index) = index.filter(|_| *target.state() == State::Foreign) else {
             return;
         };
+        if self.abort.load(Ordering::SeqCst) {
+            // Whoever minds all may be thawing, and would thaw this one once it is claimed.
+            return;
+        }
         let name = &target.name;
         let was_written = target.was_written();
         target.unasked.store(true, Ordering::SeqCst);
