@@ -45,11 +45,19 @@ struct Kept {
 impl Kept {
     /// Puts this in the record, beside what is left of an earlier one.
     fn write(&self, run: &RunDir, record: Record) -> Result<(), RecordError> {
-        let record = match &self.earlier {
-            Some(earlier) => record.beside(earlier),
-            None => record,
+        let earlier = self.earlier.clone().map(Box::new);
+        run.write(&Record { earlier, ..record }, &self.lock)
+    }
+
+    /// What this freeze has held is not frozen by an earlier one any more. Whether there was any.
+    fn forget(&mut self, targets: &[Target]) -> bool {
+        let Some(earlier) = &mut self.earlier else {
+            return false;
         };
-        run.write(&record, &self.lock)
+        let held = targets.iter().filter(|it| it.has_been_ours());
+        let is_less = earlier.leave_out(&held.map(entry_of).collect::<Vec<_>>());
+        self.earlier.take_if(|it| it.frozen.is_empty());
+        is_less
     }
 
     /// Nothing is frozen any more but what was before.
@@ -94,6 +102,7 @@ impl Fifreeze {
             guard: self.guard.process(),
             for_host: self.for_host,
             frozen: targets.map(entry_of).collect(),
+            earlier: None,
         }
     }
 
@@ -156,7 +165,7 @@ impl Door for Fifreeze {
         let mut place = lock(&self.kept);
         let lock = self.run.lock()?;
         // Nobody can go by one that cannot be read.
-        let earlier = self.run.read().ok().flatten();
+        let earlier = self.run.read().ok().flatten().map(Record::as_one);
         let kept = Kept { lock, earlier };
         kept.write(&self.run, self.record(targets.iter()))?;
         let deadline = self.deadline;
@@ -192,8 +201,8 @@ impl Door for Fifreeze {
 
     /// Takes from the record what is not frozen or not ours.
     fn settle(&self, targets: &[Target]) {
-        if let Some(kept) = &*lock(&self.kept) {
-            if targets.iter().all(Target::is_ours) {
+        if let Some(kept) = &mut *lock(&self.kept) {
+            if !kept.forget(targets) && targets.iter().all(Target::is_ours) {
                 return;
             }
             let ours = self.record(targets.iter().filter(|t| t.is_ours()));
@@ -209,9 +218,10 @@ impl Door for Fifreeze {
     }
 
     fn disarm(&self, targets: &[Target]) {
-        if lock(&self.kept).is_none() {
-            return;
-        }
+        match &mut *lock(&self.kept) {
+            Some(kept) => kept.forget(targets),
+            None => return,
+        };
         let over = self.over();
         let left: Vec<&Target> = targets.iter().filter(|it| it.is_ours()).collect();
         if left.is_empty() {
@@ -298,33 +308,70 @@ mod tests {
         Target::new(dev.parse().unwrap(), dev.into(), 0, fd)
     }
 
+    fn left_by_a_dead_process(run: &RunDir, devs: &[&str]) {
+        let lock = run.lock().unwrap();
+        let frozen = devs.iter().map(|it| entry_of(&target(it))).collect();
+        let record = Record {
+            pid: 7,
+            frozen,
+            ..Record::default()
+        };
+        run.write(&record, &lock).unwrap();
+    }
+
+    /// What is on record as ours, and as left by somebody else.
+    fn on_record(run: &RunDir) -> Option<(Vec<String>, Vec<String>)> {
+        let record = run.read().unwrap()?;
+        let devs = |it: &Record| it.frozen.iter().map(|it| it.dev.to_string()).collect();
+        let earlier = record.earlier.as_deref();
+        Some((devs(&record), earlier.map(devs).unwrap_or_default()))
+    }
+
+    fn lists(devs: &[&str]) -> Vec<String> {
+        devs.iter().map(|it| (*it).to_owned()).collect()
+    }
+
     #[test]
     fn what_a_dead_process_has_left_frozen_stays_on_record() {
-        let name = format!("hv-vss-left-{}", std::process::id());
-        let run = RunDir::new(std::env::temp_dir().join(name));
-        let entry = |dev: &str| Entry {
-            dev: dev.parse().unwrap(),
-            devices: Vec::new(),
-            name: dev.into(),
-        };
-        let record = |pid, for_host, devices: &[&str]| Record {
-            pid,
-            guard: None,
-            for_host,
-            frozen: devices.iter().map(|it| entry(it)).collect(),
-        };
-        let lock = run.lock().unwrap();
-        let earlier = Some(record(7, true, &["8:1", "8:2"]));
-        let kept = Kept { lock, earlier };
-        kept.write(&run, record(9, false, &["8:2", "8:3"])).unwrap();
-        let both = record(9, true, &["8:1", "8:2", "8:3"]);
-        assert_eq!(run.read().unwrap(), Some(both));
-        kept.end(&run).unwrap();
-        assert_eq!(run.read().unwrap(), Some(record(7, true, &["8:1", "8:2"])));
-        let (lock, earlier) = (run.lock().unwrap(), None);
-        Kept { lock, earlier }.end(&run).unwrap();
-        assert_eq!(run.read().unwrap(), None);
+        let (door, _played, run) = door("left");
+        left_by_a_dead_process(&run, &["8:1", "8:2"]);
+        let targets = [target("8:2"), target("8:3").held()];
+        door.arm(&targets).unwrap();
+        let left = || lists(&["8:1", "8:2"]);
+        let all = lists(&["8:2", "8:3"]);
+        assert_eq!(on_record(&run), Some((all, left())));
+        door.settle(&targets);
+        assert_eq!(on_record(&run), Some((lists(&["8:3"]), left())));
+        // What it tried to freeze and could not.
+        door.disarm(&[target("8:2")]);
+        assert_eq!(on_record(&run), Some((left(), Vec::new())));
         std::fs::remove_dir_all(run.path()).unwrap();
+    }
+
+    #[test]
+    fn what_we_have_frozen_ourselves_nobody_else_has_left_frozen() {
+        for settles in [true, false] {
+            let (door, _played, run) = door(&format!("held-{settles}"));
+            left_by_a_dead_process(&run, &["8:1", "8:2"]);
+            let targets = [target("8:2").held(), target("8:3").held()];
+            door.arm(&targets).unwrap();
+            if settles {
+                door.settle(&targets);
+                let ours = lists(&["8:2", "8:3"]);
+                assert_eq!(on_record(&run), Some((ours, lists(&["8:1"]))));
+            }
+            // By then all is thawed.
+            lock(&door.kept).as_mut().map(|it| it.forget(&targets));
+            door.over().let_go();
+            assert_eq!(on_record(&run), Some((lists(&["8:1"]), Vec::new())));
+            // Nothing is left of it when the last one has been ours.
+            let last = [target("8:1").held()];
+            door.arm(&last).unwrap();
+            lock(&door.kept).as_mut().map(|it| it.forget(&last));
+            door.over().let_go();
+            assert_eq!(on_record(&run), None);
+            std::fs::remove_dir_all(run.path()).unwrap();
+        }
     }
 
     #[test]

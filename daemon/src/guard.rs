@@ -617,7 +617,7 @@ impl Watch<'_> {
         }
     }
 
-    /// Leaves word for the daemon's next start. Nothing is frozen any more.
+    /// Leaves word for the daemon's next start. Nothing is frozen any more but what was before.
     fn close_record(&self) {
         let Some(started) = &self.armed.started else {
             return;
@@ -628,7 +628,7 @@ impl Watch<'_> {
             true => self.run.leave_word("the daemon died while it had frozen"),
             false => Ok(()),
         };
-        let _ = word.and_then(|()| self.run.remove());
+        let _ = word.and_then(|()| self.run.close());
     }
 
     /// Goes through everything that a rescue needs, so that its pages are in memory: a thaw that

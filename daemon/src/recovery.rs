@@ -67,7 +67,7 @@ pub enum By {
 /// that takes the kernel; what hangs holds up nothing else. When a host waits, word is left for the
 /// next start that its THAW must fail.
 pub fn thaw(run: &RunDir, log: &Logbook, by: By) -> Result<Recovered, RecoveryError> {
-    let Some(record) = run.read()? else {
+    let Some(record) = run.read()?.map(Record::as_one) else {
         return Ok(Recovered::Nothing);
     };
     match run.lock() {

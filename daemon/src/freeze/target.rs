@@ -345,6 +345,11 @@ impl Target {
         }
     }
 
+    /// Whether this session froze it, whatever has become of it since.
+    pub fn has_been_ours(&self) -> bool {
+        self.took().is_some()
+    }
+
     /// How long its freeze took, if this session froze it.
     pub(super) fn took(&self) -> Option<Duration> {
         match *self.state() {
@@ -358,6 +363,16 @@ impl Target {
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         // It holds a plain value, whole at any time.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+impl Target {
+    /// As if this session had frozen it.
+    pub(crate) fn held(self) -> Self {
+        let (since, took) = (Instant::now(), Duration::ZERO);
+        self.set_frozen(State::Ours { since, took });
+        self
     }
 }
 

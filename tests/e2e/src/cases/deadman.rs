@@ -106,6 +106,12 @@ pub const CASES: &[Case] = &[
         both_killed_then_a_rehearsal,
     ),
     case(
+        "deadman/rehearsal-killed-beside-a-daemon",
+        "a rehearsal and its guard killed while a daemon serves, which is killed as well: what they had frozen is \
+         thawed, not forgotten",
+        rehearsal_killed_beside_a_daemon,
+    ),
+    case(
         "deadman/host-never-thaws",
         "thawed at the deadline, and the host's late THAW is failed",
         host_never_thaws,
@@ -739,6 +745,36 @@ fn both_killed_then_a_rehearsal(guest: &Guest) -> Result<()> {
     answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
     good_backup(guest)?;
     stop(guest, Module::Stock, &next)
+}
+
+fn rehearsal_killed_beside_a_daemon(guest: &Guest) -> Result<()> {
+    make_writers(guest)?;
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    kill_a_rehearsal(guest)?;
+    let vss = guest.vss();
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    // Its guard thaws what is the daemon's.
+    strike(guest, &[daemon.pid], Death::Daemon)?;
+    guest.wait(&daemon, STEP)?;
+    let next = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    released(guest, "the next start", guest.clock()?, RELEASED)?;
+    answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+    good_backup(guest)?;
+    stop(guest, Module::Stock, &next)
+}
+
+/// Leaves all frozen by a rehearsal that is dead, as its guard is.
+fn kill_a_rehearsal(guest: &Guest) -> Result<()> {
+    let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "60s"])?;
+    let frozen_us = frozen_us(guest);
+    guest.wait_until("all stand still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > frozen_us))
+    })?;
+    let victims = victims(guest, &rehearsal, Death::Both)?;
+    strike(guest, &victims, Death::Both)?;
+    guest.wait(&rehearsal, STEP)?;
+    Ok(())
 }
 
 fn host_never_thaws(guest: &Guest) -> Result<()> {
