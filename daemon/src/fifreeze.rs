@@ -192,7 +192,7 @@ impl Door for Fifreeze {
 
     fn claim(&self, index: usize) {
         // Where it is not heard nobody thaws it should this process die in the next moment.
-        self.tell(|guard| guard.remember(index));
+        self.tell(|guard| guard.claim(index));
     }
 
     fn freezes_are_over(&self) {
@@ -388,7 +388,7 @@ mod tests {
         let heard = [
             ("start", 0),
             ("forget", 1),
-            ("remember", 1),
+            ("claim", 1),
             ("frozen", 0),
             ("release", 0),
         ];

@@ -52,8 +52,8 @@ const ADD: u32 = 1;
 const START: u32 = 2;
 /// Daemon to guard: one of them is not the daemon's to thaw.
 const FORGET: u32 = 3;
-/// Daemon to guard: one of those may be the daemon's after all.
-const REMEMBER: u32 = 9;
+/// Daemon to guard: one of those may be the daemon's after all, should that die.
+const CLAIM: u32 = 9;
 /// Daemon to guard: all freezes have ended; from here on nothing becomes frozen.
 const FROZEN: u32 = 4;
 /// Daemon to guard: all is thawed, let go of everything.
@@ -83,7 +83,7 @@ struct Message {
     kind: u32,
     /// For `START`: 1 when a host waits, 0 for a rehearsal.
     for_host: u32,
-    /// For `START`: the deadline in nanoseconds of `CLOCK_BOOTTIME`. For `FORGET` and `REMEMBER`:
+    /// For `START`: the deadline in nanoseconds of `CLOCK_BOOTTIME`. For `FORGET` and `CLAIM`:
     /// which, counted over all that was added.
     value: u64,
 }
@@ -216,9 +216,9 @@ impl Guard {
         self.tell(FORGET, index as u64)
     }
 
-    /// Says that the one with that number may be the daemon's after all.
-    pub fn remember(&self, index: usize) -> Result<(), GuardError> {
-        self.tell(REMEMBER, index as u64)
+    /// Says that the one with that number may be the daemon's after all: it is thawed should that die.
+    pub fn claim(&self, index: usize) -> Result<(), GuardError> {
+        self.tell(CLAIM, index as u64)
     }
 
     /// Says that no further freeze will follow.
@@ -517,10 +517,13 @@ impl Watch<'_> {
                 });
             }
             START => self.lose_daemon(),
-            FORGET | REMEMBER => {
+            FORGET | CLAIM => {
                 let member = self.armed.members.get(message.value as usize);
                 if let Some(member) = member {
-                    member.forget(message.kind == FORGET);
+                    match message.kind {
+                        FORGET => member.forget(),
+                        _ => member.claim(),
+                    }
                 }
             }
             RELEASE => {
@@ -586,6 +589,9 @@ impl Watch<'_> {
             return;
         };
         started.stage = Stage::Thawing;
+        if self.gone || self.daemon_dead {
+            self.armed.members.iter().for_each(|it| it.inherit());
+        }
         started.rescue.begin();
         if !self.gone && !started.released {
             // As above.
@@ -609,6 +615,7 @@ impl Watch<'_> {
         match started.last_rescue.take() {
             None => true,
             Some(last) => {
+                self.armed.members.iter().for_each(|it| it.inherit());
                 started.rescue = last;
                 started.rescue.begin();
                 started.stage = Stage::Thawing;
@@ -682,7 +689,7 @@ pub(crate) mod played {
                 all.push(match message.kind {
                     START => ("start", 0),
                     FORGET => ("forget", message.value),
-                    REMEMBER => ("remember", message.value),
+                    CLAIM => ("claim", message.value),
                     FROZEN => ("frozen", 0),
                     RELEASE => ("release", 0),
                     DONE => ("done", 0),
