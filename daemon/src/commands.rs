@@ -361,6 +361,7 @@ pub fn freeze_for(
         config: Arc::new(config),
         log: log.clone(),
         door: Arc::new(door),
+        run: run.clone(),
         abort: Arc::default(),
         progress: Arc::default(),
         disks: Vec::new(),

@@ -40,6 +40,8 @@ use crate::plan::Reason;
 use crate::pool::Pool;
 use crate::process;
 use crate::progress::{Progress, Stage};
+use crate::record::RunDir;
+use crate::recovery::Leavings;
 use crate::sys;
 use crate::topology;
 use crate::watch::Scene;
@@ -99,6 +101,8 @@ pub struct Setting {
     pub log: Logbook,
     /// Through which it freezes.
     pub door: Arc<dyn Door>,
+    /// Where it is kept what is frozen.
+    pub run: RunDir,
     /// Set at any time, it ends the freeze.
     pub abort: Arc<AtomicBool>,
     /// Where to show what it is at.
@@ -167,6 +171,7 @@ pub struct Freezer {
     /// By which the plan was made that is in the cache.
     config: Arc<Config>,
     learnt: Learnt,
+    leavings: Leavings,
     pool: Arc<Pool>,
     aside: Arc<Pool>,
     apart: Arc<Apart>,
@@ -182,6 +187,7 @@ impl Freezer {
             cache: Cache::default(),
             config: Arc::default(),
             learnt: Learnt::default(),
+            leavings: Leavings::default(),
             pool: Arc::default(),
             aside: Arc::default(),
             apart: Arc::default(),
@@ -202,6 +208,11 @@ impl Freezer {
         let _ = self
             .pool
             .grow(self.cache.widest_wave().min(config.parallel));
+    }
+
+    /// Thaws what somebody has left frozen who has died since.
+    fn undo(&mut self, setting: &Setting) {
+        self.leavings.thaw(&setting.run, &setting.log);
     }
 
     /// The hooks that are to be called first, and what they are told; `None` when there are none.
@@ -276,6 +287,7 @@ impl Freezer {
             abort,
             progress,
             disks,
+            ..
         } = setting;
         self.go_by(config);
         progress.enter(Stage::Looking, 0);
@@ -920,6 +932,8 @@ fn in_two<T: Send + 'static>(
 
 impl Backup {
     fn run(self, freezer: &mut Freezer) {
+        // What is frozen would hold up hooks.
+        freezer.undo(&self.setting);
         let quiesced = self.quiesce(freezer);
         match quiesced.and_then(|()| freezer.freeze(&self.setting)) {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),

@@ -1115,6 +1115,7 @@ impl Effects for Hands {
             config: Arc::clone(&self.config),
             log: self.log.clone(),
             door,
+            run: self.run.clone(),
             abort: Arc::default(),
             progress: Arc::default(),
             disks: self.disks_of(request),
