@@ -835,7 +835,7 @@ mod tests {
     #[test]
     fn what_will_not_be_a_configuration_after_the_backup_is_none_now() {
         let log = Logbook::new(Sink::Memory);
-        let bad = || Config::load(Some("/dev/null/no.toml".as_ref()));
+        let bad = || Config::load_in_time(Some("/dev/null/no.toml".as_ref()));
         let later = json!({ "reloaded": false, "later": true });
         let good = || Ok(Config::default());
         assert!(reloaded(&later, good, &log).is_ok());
