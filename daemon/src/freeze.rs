@@ -170,8 +170,6 @@ pub struct Limits {
     pub strict: bool,
     /// How many are worked on at a time.
     pub parallel: usize,
-    /// How many are written back at a time, before the freeze.
-    pub write_back: usize,
     /// How long the freeze of one may take, or its thaw, or its sync with nothing written back; then it hangs.
     pub give_up: Duration,
     /// How long what somebody else has frozen is waited for, in all.

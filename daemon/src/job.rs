@@ -344,7 +344,6 @@ impl Freezer {
             limits: Limits {
                 strict: config.strict,
                 parallel: config.parallel,
-                write_back: config.write_back(),
                 give_up: config.give_up,
                 patience: BUSY_PATIENCE,
                 lag: LAG,
@@ -358,7 +357,7 @@ impl Freezer {
         let session = Session::new(targets, means, &self.learnt).map_err(JobError::Threads)?;
         if is_to_sync {
             // It may take long, and nothing is frozen yet.
-            log.aloud(|| session.sync(&mut self.learnt));
+            log.aloud(|| session.sync(config.write_back(), &mut self.learnt));
             if !self.cache.is_all_there(&then) || !self.cache.turned().is_empty() {
                 return Ok(Tried::Synced);
             }
@@ -729,7 +728,6 @@ pub fn warm_up() -> io::Result<()> {
         limits: Limits {
             strict: false,
             parallel: 2,
-            write_back: 2,
             give_up: Duration::from_secs(1),
             patience: Duration::ZERO,
             lag: LAG,

@@ -239,7 +239,6 @@ fn setup_before(
         limits: Limits {
             strict,
             parallel: 1,
-            write_back: 1,
             give_up: double.give_up.unwrap_or(SHORT),
             patience: SHORT,
             lag: double.lag.unwrap_or(SHORT),
@@ -282,7 +281,7 @@ impl Setup {
 #[test]
 fn waves_are_frozen_in_order_and_thawed_in_reverse() {
     let mut s = setup(&[1, 0, 2], &[], false);
-    s.session.sync(&mut s.learnt);
+    s.session.sync(1, &mut s.learnt);
     let summary = s.freeze().unwrap();
     assert_eq!(summary.ours, 3);
     s.session.thaw().unwrap();
@@ -634,7 +633,7 @@ fn what_cannot_freeze_is_synced_with_nothing_frozen_and_known_the_next_time() {
 
     let mut next = setup(&[0, 1], &failures, false);
     next.learnt = s.learnt;
-    next.session.sync(&mut next.learnt);
+    next.session.sync(1, &mut next.learnt);
     next.freeze().unwrap();
     let expected = [("sync", 0), ("sync", 1), ("freeze", 1), ("freeze", 0)];
     assert_eq!(next.calls(), expected);
@@ -650,7 +649,7 @@ fn what_is_taken_for_unfreezable_and_is_not_is_frozen() {
     for strict in [false, true] {
         let mut s = setup(&[0, 1], &[], strict);
         s.learnt.unfreezable.insert("8:1".parse().unwrap());
-        s.session.sync(&mut s.learnt);
+        s.session.sync(1, &mut s.learnt);
         assert_eq!(s.calls().contains(&("sync", 1)), strict);
         let summary = s.freeze().unwrap();
         assert_eq!((summary.ours, summary.synced), (2, 0));
@@ -695,7 +694,7 @@ fn a_sync_that_hangs_ends_when_it_is_called_off_and_is_not_begun_again_before_it
         abort.store(true, Ordering::SeqCst);
     });
     let begun = Instant::now();
-    s.session.sync(&mut s.learnt);
+    s.session.sync(1, &mut s.learnt);
     assert!(matches!(s.freeze(), Err(FreezeError::Aborted)));
     assert!(begun.elapsed() < SHORT * 8, "{:?}", begun.elapsed());
     call_off.join().unwrap();
@@ -704,7 +703,7 @@ fn a_sync_that_hangs_ends_when_it_is_called_off_and_is_not_begun_again_before_it
     let mut other = setup(&[0, 0], &[], false);
     other.learnt = std::mem::take(&mut s.learnt);
     assert!(other.learnt.hangs("8:0".parse().unwrap()));
-    other.session.sync(&mut other.learnt);
+    other.session.sync(1, &mut other.learnt);
     assert!(begun.elapsed() >= SHORT * 10, "{:?}", begun.elapsed());
     assert_eq!(other.calls(), [("sync", 0), ("sync", 1)]);
 }
@@ -726,7 +725,7 @@ fn a_sync_of_what_hangs_is_waited_for_by_nobody_and_costs_nobody_else_the_backup
     let mut s = with(false);
     s.slow("sync", 0, LIMIT * 12);
     let begun = Instant::now();
-    s.session.sync(&mut s.learnt);
+    s.session.sync(1, &mut s.learnt);
     let summary = s.freeze().unwrap();
     assert!(begun.elapsed() >= LIMIT);
     assert!(begun.elapsed() < LIMIT * 6, "{:?}", begun.elapsed());
@@ -747,7 +746,7 @@ fn a_sync_of_what_hangs_is_waited_for_by_nobody_and_costs_nobody_else_the_backup
     let mut strict = with(true);
     strict.learnt = std::mem::take(&mut s.learnt);
     let begun = Instant::now();
-    strict.session.sync(&mut strict.learnt);
+    strict.session.sync(1, &mut strict.learnt);
     let error = strict.freeze().unwrap_err();
     assert!(begun.elapsed() < LIMIT, "{:?}", begun.elapsed());
     assert!(error.to_string().contains("/fs0 hangs"), "{error}");
@@ -760,7 +759,7 @@ fn a_sync_of_what_hangs_is_waited_for_by_nobody_and_costs_nobody_else_the_backup
     }
     let mut back = with(true);
     back.learnt = std::mem::take(&mut strict.learnt);
-    back.session.sync(&mut back.learnt);
+    back.session.sync(1, &mut back.learnt);
     assert_eq!(back.freeze().unwrap().ours, 4);
     assert!(back.calls().contains(&("sync", 0)));
 }
@@ -806,7 +805,7 @@ fn a_freeze_that_hangs_is_called_off_alone_and_costs_nobody_else_the_backup() {
         for learnt in [std::mem::take(&mut s.learnt), Learnt::default()] {
             let mut next = with(false, BTreeSet::from([0]));
             next.learnt = learnt;
-            next.session.sync(&mut next.learnt);
+            next.session.sync(1, &mut next.learnt);
             let summary = next.freeze().unwrap();
             assert_eq!((summary.ours, summary.left_out), (2, 1));
             assert!(next.calls().iter().all(|(_, number)| *number != 0));
@@ -906,10 +905,9 @@ fn those_on_the_disk_of_one_that_hangs_hang_all_at_the_same_time() {
         ..Double::default()
     });
     s.means.door = double.clone();
-    s.means.limits.write_back = 4;
     let session = Session::new(targets, s.means.clone(), &s.learnt).unwrap();
     let begun = Instant::now();
-    session.sync(&mut s.learnt);
+    session.sync(4, &mut s.learnt);
     assert!(begun.elapsed() < LIMIT * 4, "{:?}", begun.elapsed());
     assert_eq!(lock(&double.calls).len(), 5);
 }
@@ -934,7 +932,7 @@ fn a_sync_that_hangs_with_nothing_in_hand_is_given_up_on_as_well() {
     };
     let session = Session::new(vec![again(0), again(1)], s.means.clone(), &s.learnt).unwrap();
     let begun = Instant::now();
-    session.sync(&mut s.learnt);
+    session.sync(1, &mut s.learnt);
     let took = begun.elapsed();
     assert!(took >= LIMIT * 3 && took < LIMIT * 20, "{took:?}");
     let summary = session.freeze(&mut s.learnt, NOTHING).unwrap();
@@ -962,7 +960,7 @@ fn a_sync_of_what_is_slow_is_waited_for() {
         }
     });
     let begun = Instant::now();
-    s.session.sync(&mut s.learnt);
+    s.session.sync(1, &mut s.learnt);
     over.store(true, Ordering::SeqCst);
     disk.join().unwrap();
     assert!(begun.elapsed() >= SHORT * 10, "{:?}", begun.elapsed());
