@@ -49,6 +49,8 @@ use crate::writes::{self, AtRest, WriteBack, Writes};
 
 /// Dirty pages on the whole machine (64 KiB) up to which it counts as clean.
 const CLEAN_PAGES: u64 = 16;
+/// How often it is looked what a freeze is at.
+pub const LOOK: Duration = Duration::from_millis(500);
 /// How long what somebody else has frozen is waited for.
 const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long at least those that are frozen wait for one that is not yet.
@@ -112,6 +114,25 @@ pub struct Setting {
 }
 
 impl Setting {
+    /// Why a freeze under way is to be called off: one takes too long to freeze, or all to be looked up. One that is
+    /// only written back costs nobody anything, and may take as long as the host waits.
+    pub fn stuck(&self, now: Instant) -> Option<String> {
+        let Config {
+            give_up, prepare, ..
+        } = *self.config;
+        // The job itself calls off the freeze of one alone, where that can be.
+        if let Some(names) = self.progress.stuck(now, give_up + LOOK) {
+            let seconds = give_up.as_secs();
+            return Some(format!(
+                "{names} takes longer than {seconds} s to freeze (give_up)"
+            ));
+        }
+        let seconds = prepare.as_secs();
+        self.progress
+            .looks_for(now, prepare)
+            .then(|| format!("looking up what is mounted takes longer than {seconds} s (prepare)"))
+    }
+
     /// Calls a freeze off that is under way or in force, and has thawed what is frozen.
     pub fn call_off(&self, now: Instant) {
         let Setting {
@@ -1049,6 +1070,11 @@ impl Job {
         let (tell, told) = channel();
         self.say(Word::HasNews(tell));
         told.recv_timeout(ASIDE).unwrap_or(false)
+    }
+
+    /// Why it is to be called off.
+    pub fn stuck(&self, now: Instant) -> Option<String> {
+        self.setting.stuck(now)
     }
 
     /// What it is at.
