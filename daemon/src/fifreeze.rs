@@ -409,7 +409,12 @@ mod tests {
         let (door, played, run) = door("busy");
         door.arm(&[target("8:1")]).unwrap();
         let unheard = (0..100_000).find(|number| !door.leave(*number)).unwrap();
+        assert_eq!(door.guard.is_unfit(), None);
+        // One that does not even hear that it is over is of no use to the next freeze.
+        door.over().let_go();
+        assert_eq!(door.guard.is_unfit(), Some("hangs"));
         assert_eq!(played.heard().len(), 1 + unheard);
+        door.arm(&[target("8:1")]).unwrap();
         assert!(door.leave(unheard));
         drop(played);
         // It thaws nothing any more.
