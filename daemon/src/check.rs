@@ -958,7 +958,7 @@ mod tests {
         fs::create_dir_all(&dir).unwrap();
         let file = dir.join("other.toml");
         fs::write(&file, "strict = true").unwrap();
-        let read = Config::load(Some(&file)).unwrap();
+        let read = Config::load_in_time(Some(&file)).unwrap();
         let its = serde_json::json!({
             "path": file,
             "in_force": read.to_value(),

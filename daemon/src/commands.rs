@@ -30,15 +30,15 @@ use crate::ground::Disk;
 use crate::guard::{Event, Guard, GuardError};
 use crate::history::{History, HistoryError};
 use crate::hooks::Found;
-use crate::job::{About, Freezer, Frozen, JobError, Setting};
+use crate::job::{About, Freezer, JobError, Setting};
 use crate::logbook::{words, Logbook};
 use crate::machine::{LookError, Table};
 use crate::mounts::{self, DevId};
 use crate::plan::{FileSystem, Place, Plan, Reason, Scope};
+use crate::progress::Stage;
 use crate::record::{RecordError, RunDir};
 use crate::recovery::{self, By, Recovered, RecoveryError};
 use crate::report::{self, Outcome, Status};
-use crate::service::LOOK;
 use crate::timeline::{self, TimelineError};
 
 /// How often it is asked whether a rehearsal is to end.
@@ -361,21 +361,22 @@ pub fn freeze_for(
         config: Arc::new(config),
         log: log.clone(),
         door: Arc::new(door),
+        run: run.clone(),
         abort: Arc::default(),
         progress: Arc::default(),
         disks: Vec::new(),
     };
-    let mut freezer = Freezer::new();
-    let hooks = match with_hooks {
-        true => freezer.hooks(&setting, &About::default())?,
-        false => None,
+    let find = move |freezer: &mut Freezer, setting: &Setting| match with_hooks {
+        true => freezer.hooks(setting, &About::default()),
+        false => Ok(None),
     };
+    let (freezer, hooks) = unless_stopped(Freezer::new(), &setting, stop, find)?;
     let held = log.hold(0, Instant::now());
     let hooks = hooks.map(|it| Rehearsed::call(&run, &setting, it));
     let mut hooks = hooks.transpose()?;
     let ready = hooks.as_ref().map_or(Ok(()), |it| it.wait(stop));
     let result =
-        ready.and_then(|()| rehearse(&mut freezer, &setting, hooks.as_ref(), &guard, time, stop));
+        ready.and_then(|()| rehearse(freezer, &setting, hooks.as_ref(), &guard, time, stop));
     drop(held);
     if let Some(hooks) = hooks.take() {
         let verdict = match &result {
@@ -452,45 +453,55 @@ impl Rehearsed {
     }
 }
 
-/// Freezes all, unless the word to end comes before, or one takes too long.
-fn freeze_unless_stopped(
-    freezer: &mut Freezer,
+/// Has `step` done, unless the word to end comes before, or it takes too long. Where it hangs then with nothing frozen,
+/// it is left to its thread, which ends with this process.
+fn unless_stopped<T: Send + 'static>(
+    mut freezer: Freezer,
     setting: &Setting,
     stop: &Stop,
-) -> Result<Frozen, JobError> {
-    let (over, is_over) = channel::<()>();
-    let look_on = move || {
-        while is_over.recv_timeout(GLANCE) == Err(RecvTimeoutError::Timeout) {
-            let (now, limit) = (Instant::now(), setting.config.give_up);
-            let stuck = setting.progress.stuck(now, limit + LOOK);
-            if let Some(names) = &stuck {
-                let limit = limit.as_secs();
-                let why = format!("{names} takes longer than {limit} s to freeze (give_up)");
-                setting.log.error(format!("{why}: it is called off"));
-            }
-            if stop.wait(Duration::ZERO) || stuck.is_some() {
-                return setting.call_off(now);
-            }
-        }
+    step: impl FnOnce(&mut Freezer, &Setting) -> Result<T, JobError> + Send + 'static,
+) -> Result<(Freezer, T), JobError> {
+    let (tell, told) = channel();
+    let its = setting.clone();
+    let body = move || {
+        let done = step(&mut freezer, &its);
+        // Nobody listens any more when it was left alone.
+        let _ = tell.send(done.map(|it| (freezer, it)));
     };
-    thread::scope(|scope| {
-        let looking_on = thread::Builder::new().spawn_scoped(scope, look_on);
-        looking_on.map_err(JobError::Threads)?;
-        let frozen = freezer.freeze(setting);
-        drop(over);
-        frozen
-    })
+    let builder = thread::Builder::new().name("rehearsal".into());
+    builder.spawn(body).map_err(JobError::Threads)?;
+    let mut is_off = false;
+    loop {
+        match told.recv_timeout(GLANCE) {
+            Ok(done) => return done,
+            Err(RecvTimeoutError::Disconnected) => return Err(JobError::CalledOff),
+            Err(RecvTimeoutError::Timeout) if !is_off => {}
+            Err(RecvTimeoutError::Timeout) => match setting.progress.stage() {
+                Stage::Freezing => continue,
+                _ => return Err(JobError::CalledOff),
+            },
+        }
+        let now = Instant::now();
+        let stuck = setting.stuck(now);
+        is_off = stop.wait(Duration::ZERO) || stuck.is_some();
+        if let Some(why) = stuck {
+            setting.log.error(format!("{why}: it is called off"));
+        }
+        if is_off {
+            setting.call_off(now);
+        }
+    }
 }
 
 fn rehearse(
-    freezer: &mut Freezer,
+    freezer: Freezer,
     setting: &Setting,
     hooks: Option<&Rehearsed>,
     guard: &Guard,
     time: Duration,
     stop: &Stop,
 ) -> Result<(), CommandError> {
-    let mut frozen = freeze_unless_stopped(freezer, setting, stop)?;
+    let (mut freezer, mut frozen) = unless_stopped(freezer, setting, stop, Freezer::freeze)?;
     let hold = |when| hooks.map_or(Ok(()), |it| it.still_hold(&setting.log, when));
     let ready = hold("before all was frozen");
     frozen.settle();
@@ -832,9 +843,48 @@ mod tests {
     }
 
     #[test]
+    fn a_rehearsal_whose_look_up_hangs_ends_when_it_is_told_to_or_when_that_takes_too_long() {
+        for is_told in [true, false] {
+            let mut config = Config::default();
+            if !is_told {
+                config.prepare = Duration::ZERO;
+            }
+            let log = Logbook::new(Sink::Memory);
+            let setting = Setting {
+                config: Arc::new(config),
+                log: log.clone(),
+                door: Arc::new(crate::fifreeze::Unguarded),
+                run: RunDir::new("/dev/null"),
+                abort: Arc::default(),
+                progress: Arc::default(),
+                disks: Vec::new(),
+            };
+            let stop = Stop::default();
+            if is_told {
+                stop.stop();
+            }
+            let (ends, hang) = channel::<()>();
+            let step = move |_: &mut Freezer, _: &Setting| Ok(hang.recv());
+            let ended = unless_stopped(Freezer::new(), &setting, &stop, step);
+            assert!(matches!(ended, Err(JobError::CalledOff)));
+            assert!(setting.abort.load(Ordering::SeqCst));
+            let says_why =
+                |(_, text): &(_, String)| text.contains("takes longer than 0 s (prepare)");
+            assert_eq!(log.held().iter().any(says_why), !is_told);
+            drop(ends);
+            // What does not hang is waited for.
+            setting.abort.store(false, Ordering::SeqCst);
+            setting.progress.enter(Stage::Syncing, 0);
+            let step = |_: &mut Freezer, _: &Setting| Ok(7);
+            let done = unless_stopped(Freezer::new(), &setting, &Stop::default(), step);
+            assert_eq!(done.map(|(_, it)| it).unwrap(), 7);
+        }
+    }
+
+    #[test]
     fn what_will_not_be_a_configuration_after_the_backup_is_none_now() {
         let log = Logbook::new(Sink::Memory);
-        let bad = || Config::load(Some("/dev/null/no.toml".as_ref()));
+        let bad = || Config::load_in_time(Some("/dev/null/no.toml".as_ref()));
         let later = json!({ "reloaded": false, "later": true });
         let good = || Ok(Config::default());
         assert!(reloaded(&later, good, &log).is_ok());

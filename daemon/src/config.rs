@@ -452,14 +452,8 @@ fn places_of(file_system: &FileSystem) -> impl Iterator<Item = &Place> {
 }
 
 impl Config {
-    /// Reads the configuration at `path`; without a path the default one, which need not exist.
-    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
-        let file = path.unwrap_or(Path::new(DEFAULT_PATH));
-        Self::of(read(file, path.is_some())?)
-    }
-
-    /// The same [apart](Questions), for a thread that has the descriptors of all: what does not answer in time
-    /// cannot be read.
+    /// Reads the configuration at `path`; without a path the default one, which need not exist. Whoever does has the
+    /// descriptors of all, so it is read [apart](Questions): what does not answer in time cannot be read.
     pub fn load_in_time(path: Option<&Path>) -> Result<Self, ConfigError> {
         static ASKED: Questions<PathBuf> = Questions::up_to(MOST_HANGING);
         let file = path.unwrap_or(Path::new(DEFAULT_PATH)).to_owned();
@@ -714,7 +708,7 @@ mod tests {
         );
         put(&drop_ins.join("30.toml.bak"), "nonsense");
         put(&drop_ins.join(".40.toml"), "nonsense");
-        let config = Config::load(Some(&file)).unwrap();
+        let config = Config::load_in_time(Some(&file)).unwrap();
         assert!(config.strict);
         assert_eq!(config.deadline, Duration::from_secs(9));
         assert_eq!(config.hooks.limit, Duration::from_secs(5));
@@ -722,7 +716,7 @@ mod tests {
         assert_eq!(config.excludes(&fs_type("ext4")), None);
         assert!(config.excludes(&fs_type("vfat")).is_some());
         put(&drop_ins.join("40.toml"), "strict = true\n\ndeadlin = 1\n");
-        let error = Config::load(Some(&file)).unwrap_err();
+        let error = Config::load_in_time(Some(&file)).unwrap_err();
         let error = crate::logbook::words(&error);
         assert!(error.contains("40.toml"), "{error}");
         assert!(error.contains("line 3, column 1"), "{error}");
@@ -738,7 +732,7 @@ mod tests {
         let drop_in = dir.join("daemon.toml.d/10.toml");
         assert_eq!(read(&file, false).unwrap(), []);
         assert!(read(&file, true).is_err());
-        let why = |at: &Path| match Config::load(Some(at)) {
+        let why = |at: &Path| match Config::load_in_time(Some(at)) {
             Err(error) => crate::logbook::words(&error),
             Ok(_) => String::new(),
         };

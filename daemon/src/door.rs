@@ -72,20 +72,24 @@ pub trait Door: Send + Sync {
         false
     }
 
-    /// Target number `index` was frozen by somebody else and is theirs to thaw.
-    fn leave(&self, index: usize);
+    /// Target number `index` was frozen by somebody else and is theirs to thaw. Whether that was heard: if not, it is
+    /// to be said again.
+    fn leave(&self, index: usize) -> bool;
 
     /// What target number `index` was left for may be over: if a freeze of it succeeds now, it is ours.
     fn claim(&self, index: usize);
 
-    /// No further freeze follows, and the host knows of those that were.
+    /// No freeze is under way any more, and none follows: what is not frozen by now is not ours to thaw.
+    fn freezes_are_over(&self);
+
+    /// The host knows of all that is frozen.
     fn settle(&self, targets: &[Target]);
 
     /// Thaws all at once, without waiting, while others may still be inside a freeze.
     fn let_go(&self);
 
-    /// After the thaw. What the kernel has refused to thaw is `left`: that is still ours.
-    fn disarm(&self, left: &[BorrowedFd<'_>]);
+    /// After the thaw. What the kernel has refused to thaw is still ours.
+    fn disarm(&self, targets: &[Target]);
 
     /// How often to look whether what is frozen still is, where others can thaw it.
     fn watched_every(&self) -> Option<Duration>;

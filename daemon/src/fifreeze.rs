@@ -8,13 +8,13 @@
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Builder};
 use std::time::Duration;
 
 use crate::door::{Door, DoorError};
 use crate::freeze::{Target, RETRY};
-use crate::guard::Guard;
+use crate::guard::{Guard, GuardError};
 use crate::logbook::{words, Logbook};
 use crate::record::{Entry, Lock, Record, RecordError, RunDir};
 use crate::sys;
@@ -31,11 +31,11 @@ pub struct Fifreeze {
     /// Whether a host waits, as against a rehearsal.
     for_host: bool,
     log: Logbook,
-    /// From [`Door::arm`] to [`Door::disarm`].
-    kept: Mutex<Option<Kept>>,
+    kept: Arc<Mutex<Option<Kept>>>,
 }
 
-/// What is kept from others as long as something is frozen.
+/// What is kept from others as long as something is frozen: from [`Door::arm`] to the last thaw. The guard hears of
+/// the freeze as long as this is there, and no longer: by its numbers it would take what comes later for the next one's.
 struct Kept {
     lock: Lock,
     /// The record of somebody who has died, where not all that it lists could be thawed.
@@ -45,11 +45,19 @@ struct Kept {
 impl Kept {
     /// Puts this in the record, beside what is left of an earlier one.
     fn write(&self, run: &RunDir, record: Record) -> Result<(), RecordError> {
-        let record = match &self.earlier {
-            Some(earlier) => record.beside(earlier),
-            None => record,
+        let earlier = self.earlier.clone().map(Box::new);
+        run.write(&Record { earlier, ..record }, &self.lock)
+    }
+
+    /// What this freeze has held is not frozen by an earlier one any more. Whether there was any.
+    fn forget(&mut self, targets: &[Target]) -> bool {
+        let Some(earlier) = &mut self.earlier else {
+            return false;
         };
-        run.write(&record, &self.lock)
+        let held = targets.iter().filter(|it| it.has_been_ours());
+        let is_less = earlier.leave_out(&held.map(entry_of).collect::<Vec<_>>());
+        self.earlier.take_if(|it| it.frozen.is_empty());
+        is_less
     }
 
     /// Nothing is frozen any more but what was before.
@@ -58,6 +66,14 @@ impl Kept {
             Some(earlier) => run.write(earlier, &self.lock),
             None => run.remove(),
         }
+    }
+}
+
+fn entry_of(target: &Target) -> Entry {
+    Entry {
+        dev: target.dev,
+        devices: target.devices.clone(),
+        name: target.name.clone(),
     }
 }
 
@@ -76,32 +92,33 @@ impl Fifreeze {
             deadline,
             for_host,
             log,
-            kept: Mutex::new(None),
+            kept: Arc::default(),
         }
     }
 
     fn record<'a>(&self, targets: impl Iterator<Item = &'a Target>) -> Record {
-        let entry = |target: &Target| Entry {
-            dev: target.dev,
-            devices: target.devices.clone(),
-            name: target.name.clone(),
-        };
         Record {
             pid: std::process::id(),
             guard: self.guard.process(),
             for_host: self.for_host,
-            frozen: targets.map(entry).collect(),
+            frozen: targets.map(entry_of).collect(),
+            earlier: None,
         }
     }
 
-    fn with_kept<T>(&self, step: impl FnOnce(&mut Option<Kept>) -> T) -> T {
-        // It is whole at any time.
-        step(&mut self.kept.lock().unwrap_or_else(PoisonError::into_inner))
+    /// Says something to the guard. Whether it is not to be said again.
+    fn tell(&self, word: impl FnOnce(&Guard) -> Result<(), GuardError>) -> bool {
+        let kept = lock(&self.kept);
+        // A guard that is gone thaws nothing, and is noticed by whoever watches it.
+        kept.is_none() || word(&self.guard).map_or_else(|error| !error.is_busy(), |()| true)
     }
 
-    fn say(&self, result: Result<(), RecordError>) {
-        if let Err(error) = result {
-            self.log.warning(words(&error));
+    fn over(&self) -> Over {
+        Over {
+            guard: Arc::clone(&self.guard),
+            run: self.run.clone(),
+            log: self.log.clone(),
+            kept: Arc::clone(&self.kept),
         }
     }
 }
@@ -111,17 +128,24 @@ struct Over {
     guard: Arc<Guard>,
     run: RunDir,
     log: Logbook,
-    kept: Kept,
+    kept: Arc<Mutex<Option<Kept>>>,
 }
 
 impl Over {
     fn let_go(self) {
+        let mut place = lock(&self.kept);
+        let Some(kept) = place.take() else { return };
         // A guard that is gone is noticed, and replaced, by whoever watches it.
         let _ = self.guard.done();
-        if let Err(error) = self.kept.end(&self.run) {
+        if let Err(error) = kept.end(&self.run) {
             self.log.warning(words(&error));
         }
     }
+}
+
+fn lock(kept: &Mutex<Option<Kept>>) -> MutexGuard<'_, Option<Kept>> {
+    // It is whole at any time.
+    kept.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Tries to thaw these until all are, by whomever.
@@ -137,16 +161,19 @@ fn go_on(mut left: Vec<OwnedFd>, pause: Duration, thaw: impl Fn(BorrowedFd<'_>) 
 
 impl Door for Fifreeze {
     fn arm(&self, targets: &[Target]) -> Result<(), DoorError> {
+        // Whoever has something to say to the guard meanwhile says it when that knows what of.
+        let mut place = lock(&self.kept);
         let lock = self.run.lock()?;
         // Nobody can go by one that cannot be read.
-        let earlier = self.run.read().ok().flatten();
+        let earlier = self.run.read().ok().flatten().map(Record::as_one);
         let kept = Kept { lock, earlier };
         kept.write(&self.run, self.record(targets.iter()))?;
         let deadline = self.deadline;
         let armed = self.guard.arm(targets, deadline, &kept.lock, self.for_host);
-        self.with_kept(|it| *it = Some(kept));
+        *place = Some(kept);
+        drop(place);
         if armed.is_err() {
-            self.disarm(&[]);
+            self.over().let_go();
         }
         Ok(armed?)
     }
@@ -159,53 +186,51 @@ impl Door for Fifreeze {
         sys::thaw(fd)
     }
 
-    fn leave(&self, index: usize) {
-        // A guard that is gone thaws nothing, so there is nothing it would have to forget.
-        let _ = self.guard.forget(index);
+    fn leave(&self, index: usize) -> bool {
+        self.tell(|guard| guard.forget(index))
     }
 
     fn claim(&self, index: usize) {
-        // As above; and then nobody thaws it should this process die in the next moment.
-        let _ = self.guard.remember(index);
+        // Where it is not heard nobody thaws it should this process die in the next moment.
+        self.tell(|guard| guard.claim(index));
+    }
+
+    fn freezes_are_over(&self) {
+        self.tell(Guard::frozen);
     }
 
     /// Takes from the record what is not frozen or not ours.
     fn settle(&self, targets: &[Target]) {
-        // A guard that is gone is noticed by whoever watches it.
-        let _ = self.guard.frozen();
-        if targets.iter().all(Target::is_ours) {
-            return;
-        }
-        let ours = self.record(targets.iter().filter(|t| t.is_ours()));
-        self.with_kept(|kept| {
-            if let Some(kept) = kept {
-                self.say(kept.write(&self.run, ours));
+        if let Some(kept) = &mut *lock(&self.kept) {
+            if !kept.forget(targets) && targets.iter().all(Target::is_ours) {
+                return;
             }
-        });
+            let ours = self.record(targets.iter().filter(|t| t.is_ours()));
+            if let Err(error) = kept.write(&self.run, ours) {
+                self.log.warning(words(&error));
+            }
+        }
     }
 
     fn let_go(&self) {
-        // As above; and then nobody but the session thaws, behind what holds it up.
-        let _ = self.guard.release();
+        // Where it is not heard nobody but the session thaws, behind what holds it up.
+        self.tell(Guard::release);
     }
 
-    fn disarm(&self, left: &[BorrowedFd<'_>]) {
-        let Some(kept) = self.with_kept(Option::take) else {
-            return;
+    fn disarm(&self, targets: &[Target]) {
+        match &mut *lock(&self.kept) {
+            Some(kept) => kept.forget(targets),
+            None => return,
         };
-        let over = Over {
-            guard: Arc::clone(&self.guard),
-            run: self.run.clone(),
-            log: self.log.clone(),
-            kept,
-        };
+        let over = self.over();
+        let left: Vec<&Target> = targets.iter().filter(|it| it.is_ours()).collect();
         if left.is_empty() {
             return over.let_go();
         }
         // That stays in the guard's hands and in the record, and nothing else may be frozen beside it: the
         // lock is kept until it is thawed.
-        let copies: io::Result<Vec<OwnedFd>> =
-            left.iter().map(|it| it.try_clone_to_owned()).collect();
+        let copies = left.iter().map(|it| it.as_fd().try_clone_to_owned());
+        let copies: io::Result<Vec<OwnedFd>> = copies.collect();
         let thaw = move |left| {
             go_on(left, RETRY, sys::thaw);
             over.log
@@ -241,15 +266,19 @@ impl Door for Unguarded {
         sys::thaw(fd)
     }
 
-    fn leave(&self, _index: usize) {}
+    fn leave(&self, _index: usize) -> bool {
+        true
+    }
 
     fn claim(&self, _index: usize) {}
+
+    fn freezes_are_over(&self) {}
 
     fn settle(&self, _targets: &[Target]) {}
 
     fn let_go(&self) {}
 
-    fn disarm(&self, _left: &[BorrowedFd<'_>]) {}
+    fn disarm(&self, _targets: &[Target]) {}
 
     fn watched_every(&self) -> Option<Duration> {
         None
@@ -259,35 +288,137 @@ impl Door for Unguarded {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guard::played::{self, Played};
+    use crate::logbook::Sink;
     use std::cell::RefCell;
     use std::os::fd::AsRawFd as _;
 
+    /// A door whose guard the test plays, with lock and record in a folder of its own.
+    fn door(name: &str) -> (Fifreeze, Played, RunDir) {
+        let name = format!("hv-vss-{name}-{}", std::process::id());
+        let run = RunDir::new(std::env::temp_dir().join(name));
+        let (guard, played) = played::guard();
+        let log = Logbook::new(Sink::Memory);
+        let door = Fifreeze::new(guard, run.clone(), Duration::from_secs(60), true, log);
+        (door, played, run)
+    }
+
+    fn target(dev: &str) -> Target {
+        let fd = nix::unistd::pipe().unwrap().0;
+        Target::new(dev.parse().unwrap(), dev.into(), 0, fd)
+    }
+
+    fn left_by_a_dead_process(run: &RunDir, devs: &[&str]) {
+        let lock = run.lock().unwrap();
+        let frozen = devs.iter().map(|it| entry_of(&target(it))).collect();
+        let record = Record {
+            pid: 7,
+            frozen,
+            ..Record::default()
+        };
+        run.write(&record, &lock).unwrap();
+    }
+
+    /// What is on record as ours, and as left by somebody else.
+    fn on_record(run: &RunDir) -> Option<(Vec<String>, Vec<String>)> {
+        let record = run.read().unwrap()?;
+        let devs = |it: &Record| it.frozen.iter().map(|it| it.dev.to_string()).collect();
+        let earlier = record.earlier.as_deref();
+        Some((devs(&record), earlier.map(devs).unwrap_or_default()))
+    }
+
+    fn lists(devs: &[&str]) -> Vec<String> {
+        devs.iter().map(|it| (*it).to_owned()).collect()
+    }
+
     #[test]
     fn what_a_dead_process_has_left_frozen_stays_on_record() {
-        let name = format!("hv-vss-left-{}", std::process::id());
-        let run = RunDir::new(std::env::temp_dir().join(name));
-        let entry = |dev: &str| Entry {
-            dev: dev.parse().unwrap(),
-            devices: Vec::new(),
-            name: dev.into(),
-        };
-        let record = |pid, for_host, devices: &[&str]| Record {
-            pid,
-            guard: None,
-            for_host,
-            frozen: devices.iter().map(|it| entry(it)).collect(),
-        };
-        let lock = run.lock().unwrap();
-        let earlier = Some(record(7, true, &["8:1", "8:2"]));
-        let kept = Kept { lock, earlier };
-        kept.write(&run, record(9, false, &["8:2", "8:3"])).unwrap();
-        let both = record(9, true, &["8:1", "8:2", "8:3"]);
-        assert_eq!(run.read().unwrap(), Some(both));
-        kept.end(&run).unwrap();
-        assert_eq!(run.read().unwrap(), Some(record(7, true, &["8:1", "8:2"])));
-        let (lock, earlier) = (run.lock().unwrap(), None);
-        Kept { lock, earlier }.end(&run).unwrap();
-        assert_eq!(run.read().unwrap(), None);
+        let (door, _played, run) = door("left");
+        left_by_a_dead_process(&run, &["8:1", "8:2"]);
+        let targets = [target("8:2"), target("8:3").held()];
+        door.arm(&targets).unwrap();
+        let left = || lists(&["8:1", "8:2"]);
+        let all = lists(&["8:2", "8:3"]);
+        assert_eq!(on_record(&run), Some((all, left())));
+        door.settle(&targets);
+        assert_eq!(on_record(&run), Some((lists(&["8:3"]), left())));
+        // What it tried to freeze and could not.
+        door.disarm(&[target("8:2")]);
+        assert_eq!(on_record(&run), Some((left(), Vec::new())));
+        std::fs::remove_dir_all(run.path()).unwrap();
+    }
+
+    #[test]
+    fn what_we_have_frozen_ourselves_nobody_else_has_left_frozen() {
+        for settles in [true, false] {
+            let (door, _played, run) = door(&format!("held-{settles}"));
+            left_by_a_dead_process(&run, &["8:1", "8:2"]);
+            let targets = [target("8:2").held(), target("8:3").held()];
+            door.arm(&targets).unwrap();
+            if settles {
+                door.settle(&targets);
+                let ours = lists(&["8:2", "8:3"]);
+                assert_eq!(on_record(&run), Some((ours, lists(&["8:1"]))));
+            }
+            // By then all is thawed.
+            lock(&door.kept).as_mut().map(|it| it.forget(&targets));
+            door.over().let_go();
+            assert_eq!(on_record(&run), Some((lists(&["8:1"]), Vec::new())));
+            // Nothing is left of it when the last one has been ours.
+            let last = [target("8:1").held()];
+            door.arm(&last).unwrap();
+            lock(&door.kept).as_mut().map(|it| it.forget(&last));
+            door.over().let_go();
+            assert_eq!(on_record(&run), None);
+            std::fs::remove_dir_all(run.path()).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_comes_late_is_not_said_to_the_guard_of_the_next_freeze() {
+        let (door, played, run) = door("late");
+        let targets = [target("8:1"), target("8:2")];
+        // Nor what comes early, as of a freeze that there is not.
+        door.let_go();
+        door.arm(&targets).unwrap();
+        assert!(door.leave(1));
+        door.claim(1);
+        door.freezes_are_over();
+        door.let_go();
+        let heard = [
+            ("start", 0),
+            ("forget", 1),
+            ("claim", 1),
+            ("frozen", 0),
+            ("release", 0),
+        ];
+        assert_eq!(played.heard(), heard);
+        door.disarm(&targets);
+        assert!(door.leave(1));
+        door.claim(1);
+        door.freezes_are_over();
+        door.settle(&targets);
+        door.let_go();
+        door.disarm(&targets);
+        assert_eq!(played.heard(), [("done", 0)]);
+        std::fs::remove_dir_all(run.path()).unwrap();
+    }
+
+    #[test]
+    fn what_the_guard_has_no_time_to_hear_is_to_be_said_again() {
+        let (door, played, run) = door("busy");
+        door.arm(&[target("8:1")]).unwrap();
+        let unheard = (0..100_000).find(|number| !door.leave(*number)).unwrap();
+        assert_eq!(door.guard.is_unfit(), None);
+        // One that does not even hear that it is over is of no use to the next freeze.
+        door.over().let_go();
+        assert_eq!(door.guard.is_unfit(), Some("hangs"));
+        assert_eq!(played.heard().len(), 1 + unheard);
+        door.arm(&[target("8:1")]).unwrap();
+        assert!(door.leave(unheard));
+        drop(played);
+        // It thaws nothing any more.
+        assert!(door.leave(unheard));
         std::fs::remove_dir_all(run.path()).unwrap();
     }
 

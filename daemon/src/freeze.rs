@@ -20,7 +20,7 @@ mod write_back;
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex};
@@ -170,8 +170,6 @@ pub struct Limits {
     pub strict: bool,
     /// How many are worked on at a time.
     pub parallel: usize,
-    /// How many are written back at a time, before the freeze.
-    pub write_back: usize,
     /// How long the freeze of one may take, or its thaw, or its sync with nothing written back; then it hangs.
     pub give_up: Duration,
     /// How long what somebody else has frozen is waited for, in all.
@@ -265,6 +263,7 @@ impl Session {
                 lost: Mutex::new(Vec::new()),
                 early: Mutex::new(Vec::new()),
                 thaw_failure: Mutex::new(None),
+                has_ended_freezes: AtomicBool::new(false),
                 over: AtomicBool::new(false),
             }),
         })
@@ -287,7 +286,15 @@ impl Session {
 
     /// The host knows that all is frozen.
     pub fn settle(&self) {
+        self.end_freezes();
         self.work.door.settle(&self.work.targets);
+    }
+
+    /// From here on nothing is frozen but to ask whether it is.
+    fn end_freezes(&self) {
+        if !self.work.has_ended_freezes.swap(true, Ordering::SeqCst) {
+            self.work.door.freezes_are_over();
+        }
     }
 
     /// Adds to what is known, whatever came of the freeze.
@@ -349,9 +356,10 @@ impl Session {
         work.door.arm(&work.targets)?;
         // Nor is a thaw of what hangs to be tried.
         for index in work.which(|it| *it.state() == State::Broken) {
-            work.door.leave(index);
+            work.leave(index);
         }
         let frozen = self.freeze_armed(&known, learnt, meanwhile);
+        self.leave_again();
         if frozen.is_err() {
             // What went wrong with the thaw is logged; the freeze's own failure is the news.
             let _ = self.thaw();
@@ -694,11 +702,20 @@ impl Session {
             for (index, (target, left)) in each.filter(|(_, (_, left))| !**left) {
                 *left = !target.may_be_frozen();
                 if *left {
-                    work.door.leave(index);
+                    work.leave(index);
                 }
             }
         }
+        self.leave_again();
         Some(Instant::now() + ABORT_TICK)
+    }
+
+    /// Leaves those alone of which that was not heard.
+    fn leave_again(&self) {
+        let is_unheard = |it: &Target| it.unheard.load(Ordering::SeqCst) && !it.may_be_frozen();
+        for index in self.work.which(is_unheard) {
+            self.work.leave(index);
+        }
     }
 
     /// Lets those go on that stand still only because others take long to freeze: not those that stand on
@@ -775,6 +792,8 @@ impl Session {
     /// ([`Session::in_thaw`]): what such a disk has is from before, so that it is no loss where all of it was
     /// frozen until then.
     pub fn thaw(&self) -> Result<(), ThawError> {
+        // Whoever minds what is frozen may be at it, and must not thaw what others freeze while one of ours hangs.
+        self.end_freezes();
         let strict = self.work.limits.strict;
         let watched = self.work.door.watched_every().is_some();
         let is_foreign = |target: &Target| *target.state() == State::Foreign;
@@ -853,9 +872,7 @@ impl Session {
     /// wait for.
     pub fn disarm(&self) {
         self.work.over.store(true, Ordering::SeqCst);
-        let left = self.work.targets.iter().filter(|it| it.is_ours());
-        let left: Vec<BorrowedFd<'_>> = left.map(AsFd::as_fd).collect();
-        self.work.door.disarm(&left);
+        self.work.door.disarm(&self.work.targets);
     }
 }
 

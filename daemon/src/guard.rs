@@ -52,8 +52,8 @@ const ADD: u32 = 1;
 const START: u32 = 2;
 /// Daemon to guard: one of them is not the daemon's to thaw.
 const FORGET: u32 = 3;
-/// Daemon to guard: one of those may be the daemon's after all.
-const REMEMBER: u32 = 9;
+/// Daemon to guard: one of those may be the daemon's after all, should that die.
+const CLAIM: u32 = 9;
 /// Daemon to guard: all freezes have ended; from here on nothing becomes frozen.
 const FROZEN: u32 = 4;
 /// Daemon to guard: all is thawed, let go of everything.
@@ -83,7 +83,7 @@ struct Message {
     kind: u32,
     /// For `START`: 1 when a host waits, 0 for a rehearsal.
     for_host: u32,
-    /// For `START`: the deadline in nanoseconds of `CLOCK_BOOTTIME`. For `FORGET` and `REMEMBER`:
+    /// For `START`: the deadline in nanoseconds of `CLOCK_BOOTTIME`. For `FORGET` and `CLAIM`:
     /// which, counted over all that was added.
     value: u64,
 }
@@ -100,6 +100,13 @@ pub enum GuardError {
     /// It is gone.
     #[error("the guard process is gone")]
     Gone(#[source] io::Error),
+}
+
+impl GuardError {
+    /// Whether it has yet to hear what was said before: what was said is to be said again.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, GuardError::Gone(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
 }
 
 /// What the guard has to say to the daemon.
@@ -209,9 +216,9 @@ impl Guard {
         self.tell(FORGET, index as u64)
     }
 
-    /// Says that the one with that number may be the daemon's after all.
-    pub fn remember(&self, index: usize) -> Result<(), GuardError> {
-        self.tell(REMEMBER, index as u64)
+    /// Says that the one with that number may be the daemon's after all: it is thawed should that die.
+    pub fn claim(&self, index: usize) -> Result<(), GuardError> {
+        self.tell(CLAIM, index as u64)
     }
 
     /// Says that no further freeze will follow.
@@ -226,8 +233,15 @@ impl Guard {
 
     /// Says that everything is thawed.
     pub fn done(&self) -> Result<(), GuardError> {
-        self.lock_owes().get_or_insert_with(Instant::now);
-        self.tell(DONE, 0)
+        let mut owes = self.lock_owes();
+        let now = Instant::now();
+        owes.get_or_insert(now);
+        let told = self.tell(DONE, 0);
+        if told.as_ref().is_err_and(GuardError::is_busy) {
+            // It would take what it is handed next for more of the same.
+            *owes = now.checked_sub(REST_TIMEOUT).or(*owes);
+        }
+        told
     }
 
     fn tell(&self, kind: u32, value: u64) -> Result<(), GuardError> {
@@ -510,10 +524,13 @@ impl Watch<'_> {
                 });
             }
             START => self.lose_daemon(),
-            FORGET | REMEMBER => {
+            FORGET | CLAIM => {
                 let member = self.armed.members.get(message.value as usize);
                 if let Some(member) = member {
-                    member.forget(message.kind == FORGET);
+                    match message.kind {
+                        FORGET => member.forget(),
+                        _ => member.claim(),
+                    }
                 }
             }
             RELEASE => {
@@ -579,6 +596,9 @@ impl Watch<'_> {
             return;
         };
         started.stage = Stage::Thawing;
+        if self.gone || self.daemon_dead {
+            self.armed.members.iter().for_each(|it| it.inherit());
+        }
         started.rescue.begin();
         if !self.gone && !started.released {
             // As above.
@@ -602,6 +622,7 @@ impl Watch<'_> {
         match started.last_rescue.take() {
             None => true,
             Some(last) => {
+                self.armed.members.iter().for_each(|it| it.inherit());
                 started.rescue = last;
                 started.rescue.begin();
                 started.stage = Stage::Thawing;
@@ -610,7 +631,7 @@ impl Watch<'_> {
         }
     }
 
-    /// Leaves word for the daemon's next start. Nothing is frozen any more.
+    /// Leaves word for the daemon's next start. Nothing is frozen any more but what was before.
     fn close_record(&self) {
         let Some(started) = &self.armed.started else {
             return;
@@ -621,7 +642,7 @@ impl Watch<'_> {
             true => self.run.leave_word("the daemon died while it had frozen"),
             false => Ok(()),
         };
-        let _ = word.and_then(|()| self.run.remove());
+        let _ = word.and_then(|()| self.run.close());
     }
 
     /// Goes through everything that a rescue needs, so that its pages are in memory: a thaw that
@@ -637,6 +658,53 @@ impl Watch<'_> {
         }
         self.daemon_is_dead();
         boot_time();
+    }
+}
+
+/// A guard whose part somebody else plays.
+#[cfg(test)]
+pub(crate) mod played {
+    use super::*;
+
+    /// The other end.
+    pub(crate) struct Played(OwnedFd);
+
+    /// Both ends.
+    pub(crate) fn guard() -> (Arc<Guard>, Played) {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
+        let (socket, theirs) = pair.unwrap();
+        let guard = Guard {
+            socket,
+            process: None,
+            stat: File::open("/proc/self/stat").unwrap(),
+            child: Mutex::new(Command::new("true").spawn().unwrap()),
+            owes: Mutex::new(None),
+        };
+        (Arc::new(guard), Played(theirs))
+    }
+
+    impl Played {
+        /// What it was told since it was last asked.
+        pub(crate) fn heard(&self) -> Vec<(&'static str, u64)> {
+            let mut packet = [0u8; size_of::<Message>() + 4 * sys::MAX_DESCRIPTORS];
+            let mut all = Vec::new();
+            while let Ok((size, _)) = sys::receive(self.0.as_fd(), &mut packet) {
+                let Ok((message, _)) = Message::read_from_prefix(&packet[..size]) else {
+                    break;
+                };
+                all.push(match message.kind {
+                    START => ("start", 0),
+                    FORGET => ("forget", message.value),
+                    CLAIM => ("claim", message.value),
+                    FROZEN => ("frozen", 0),
+                    RELEASE => ("release", 0),
+                    DONE => ("done", 0),
+                    _ => ("?", 0),
+                });
+            }
+            all
+        }
     }
 }
 

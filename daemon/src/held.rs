@@ -113,9 +113,13 @@ impl Door for Held {
     }
 
     /// It is held beside others, so there is nothing of theirs here.
-    fn leave(&self, _index: usize) {}
+    fn leave(&self, _index: usize) -> bool {
+        true
+    }
 
     fn claim(&self, _index: usize) {}
+
+    fn freezes_are_over(&self) {}
 
     fn settle(&self, _targets: &[Target]) {}
 
@@ -123,7 +127,7 @@ impl Door for Held {
     fn let_go(&self) {}
 
     /// The module goes on by itself with what is left.
-    fn disarm(&self, _left: &[BorrowedFd<'_>]) {}
+    fn disarm(&self, _targets: &[Target]) {}
 
     fn watched_every(&self) -> Option<Duration> {
         None

@@ -40,6 +40,8 @@ use crate::plan::Reason;
 use crate::pool::Pool;
 use crate::process;
 use crate::progress::{Progress, Stage};
+use crate::record::RunDir;
+use crate::recovery::Leavings;
 use crate::sys;
 use crate::topology;
 use crate::watch::Scene;
@@ -47,6 +49,8 @@ use crate::writes::{self, AtRest, WriteBack, Writes};
 
 /// Dirty pages on the whole machine (64 KiB) up to which it counts as clean.
 const CLEAN_PAGES: u64 = 16;
+/// How often it is looked what a freeze is at.
+pub const LOOK: Duration = Duration::from_millis(500);
 /// How long what somebody else has frozen is waited for.
 const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long at least those that are frozen wait for one that is not yet.
@@ -99,6 +103,8 @@ pub struct Setting {
     pub log: Logbook,
     /// Through which it freezes.
     pub door: Arc<dyn Door>,
+    /// Where it is kept what is frozen.
+    pub run: RunDir,
     /// Set at any time, it ends the freeze.
     pub abort: Arc<AtomicBool>,
     /// Where to show what it is at.
@@ -108,6 +114,25 @@ pub struct Setting {
 }
 
 impl Setting {
+    /// Why a freeze under way is to be called off: one takes too long to freeze, or all to be looked up. One that is
+    /// only written back costs nobody anything, and may take as long as the host waits.
+    pub fn stuck(&self, now: Instant) -> Option<String> {
+        let Config {
+            give_up, prepare, ..
+        } = *self.config;
+        // The job itself calls off the freeze of one alone, where that can be.
+        if let Some(names) = self.progress.stuck(now, give_up + LOOK) {
+            let seconds = give_up.as_secs();
+            return Some(format!(
+                "{names} takes longer than {seconds} s to freeze (give_up)"
+            ));
+        }
+        let seconds = prepare.as_secs();
+        self.progress
+            .looks_for(now, prepare)
+            .then(|| format!("looking up what is mounted takes longer than {seconds} s (prepare)"))
+    }
+
     /// Calls a freeze off that is under way or in force, and has thawed what is frozen.
     pub fn call_off(&self, now: Instant) {
         let Setting {
@@ -167,6 +192,7 @@ pub struct Freezer {
     /// By which the plan was made that is in the cache.
     config: Arc<Config>,
     learnt: Learnt,
+    leavings: Leavings,
     pool: Arc<Pool>,
     aside: Arc<Pool>,
     apart: Arc<Apart>,
@@ -182,6 +208,7 @@ impl Freezer {
             cache: Cache::default(),
             config: Arc::default(),
             learnt: Learnt::default(),
+            leavings: Leavings::default(),
             pool: Arc::default(),
             aside: Arc::default(),
             apart: Arc::default(),
@@ -202,6 +229,11 @@ impl Freezer {
         let _ = self
             .pool
             .grow(self.cache.widest_wave().min(config.parallel));
+    }
+
+    /// Thaws what somebody has left frozen who has died since.
+    fn undo(&mut self, setting: &Setting) {
+        self.leavings.thaw(&setting.run, &setting.log);
     }
 
     /// The hooks that are to be called first, and what they are told; `None` when there are none.
@@ -276,6 +308,7 @@ impl Freezer {
             abort,
             progress,
             disks,
+            ..
         } = setting;
         self.go_by(config);
         progress.enter(Stage::Looking, 0);
@@ -332,7 +365,6 @@ impl Freezer {
             limits: Limits {
                 strict: config.strict,
                 parallel: config.parallel,
-                write_back: config.write_back(),
                 give_up: config.give_up,
                 patience: BUSY_PATIENCE,
                 lag: LAG,
@@ -346,7 +378,7 @@ impl Freezer {
         let session = Session::new(targets, means, &self.learnt).map_err(JobError::Threads)?;
         if is_to_sync {
             // It may take long, and nothing is frozen yet.
-            log.aloud(|| session.sync(&mut self.learnt));
+            log.aloud(|| session.sync(config.write_back(), &mut self.learnt));
             if !self.cache.is_all_there(&then) || !self.cache.turned().is_empty() {
                 return Ok(Tried::Synced);
             }
@@ -717,7 +749,6 @@ pub fn warm_up() -> io::Result<()> {
         limits: Limits {
             strict: false,
             parallel: 2,
-            write_back: 2,
             give_up: Duration::from_secs(1),
             patience: Duration::ZERO,
             lag: LAG,
@@ -920,6 +951,8 @@ fn in_two<T: Send + 'static>(
 
 impl Backup {
     fn run(self, freezer: &mut Freezer) {
+        // What is frozen would hold up hooks.
+        freezer.undo(&self.setting);
         let quiesced = self.quiesce(freezer);
         match quiesced.and_then(|()| freezer.freeze(&self.setting)) {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
@@ -1037,6 +1070,11 @@ impl Job {
         let (tell, told) = channel();
         self.say(Word::HasNews(tell));
         told.recv_timeout(ASIDE).unwrap_or(false)
+    }
+
+    /// Why it is to be called off.
+    pub fn stuck(&self, now: Instant) -> Option<String> {
+        self.setting.stuck(now)
     }
 
     /// What it is at.

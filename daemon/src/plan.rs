@@ -257,15 +257,16 @@ impl Plan {
     }
 
     /// Leaves out what has no part of any of these disks. Where that is not certain, it stays. What is lost there
-    /// is no loss for these: that is so of what is out of order as well. Of one whose disk is gone nobody knows
-    /// which that was.
+    /// is no loss for these: that is so of what is out of order as well, and of what may yet turn out to be. Of one
+    /// whose disk is gone nobody knows which that was.
     pub fn leave_out_all_but(&mut self, disks: &BTreeSet<DevId>) {
         let is_elsewhere = |it: &FileSystem| {
             let is_certain = it.below.is_some() && !it.disks.is_empty();
             is_certain && !it.disks.iter().any(|dev| disks.contains(dev))
         };
         for left in &mut self.left_out {
-            if left.reason.is_a_loss() && is_elsewhere(&left.file_system) {
+            let may_be_a_loss = left.reason.is_a_loss() || left.reason == Reason::TurnedReadOnly;
+            if may_be_a_loss && is_elsewhere(&left.file_system) {
                 left.reason = Reason::Elsewhere;
             }
         }
@@ -1175,6 +1176,16 @@ mod tests {
         let lost: BTreeSet<String> = lost.map(|it| it.file_system.dev.to_string()).collect();
         let expected = ["7:0", "7:1", "8:32"].map(str::to_owned);
         assert_eq!(lost, BTreeSet::from(expected));
+
+        // These have turned read-only, and nobody has asked yet whether an error has made them so.
+        let mut plan = two_disks_and_images();
+        let turned = ["8:16", "253:0"].map(dev);
+        plan.leave_out(|it| turned.contains(&it.dev).then_some(Reason::TurnedReadOnly));
+        plan.leave_out_all_but(&BTreeSet::from([dev("8:0")]));
+        let left = plan.left_out.iter();
+        let to_ask = left.filter(|it| it.reason == Reason::TurnedReadOnly);
+        let to_ask: Vec<DevId> = to_ask.map(|it| it.file_system.dev).collect();
+        assert_eq!(to_ask, [dev("253:0")]);
     }
 
     #[test]

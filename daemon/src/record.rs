@@ -87,18 +87,42 @@ pub struct Record {
     pub for_host: bool,
     /// In the order of the freeze.
     pub frozen: Vec<Entry>,
+    /// What somebody has left who has died, where not all that it lists could be thawed. Whoever ends the freeze
+    /// of this one leaves that behind.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub earlier: Option<Box<Record>>,
+}
+
+impl Entry {
+    /// Whether that is of the same file system, or of one on the same devices, which are never of two at a time.
+    fn is_or_was(&self, other: &Entry) -> bool {
+        self.dev == other.dev || self.devices.iter().any(|it| other.devices.contains(it))
+    }
 }
 
 impl Record {
-    /// Lists as well what an earlier one does, of which nobody knows that it is thawed.
-    pub fn beside(self, earlier: &Record) -> Self {
-        let is_known = |it: &&Entry| self.frozen.iter().any(|ours| ours.dev == it.dev);
-        let theirs = earlier.frozen.iter().filter(|it| !is_known(it)).cloned();
+    /// All that it lists and of which nobody knows that it is thawed, as if one had frozen it.
+    pub fn as_one(self) -> Record {
+        let Some(earlier) = self.earlier else {
+            return self;
+        };
+        let earlier = earlier.as_one();
+        let is_known = |it: &Entry| self.frozen.iter().any(|ours| ours.dev == it.dev);
+        let theirs = earlier.frozen.into_iter().filter(|it| !is_known(it));
         Record {
             for_host: self.for_host || earlier.for_host,
             frozen: theirs.chain(self.frozen.iter().cloned()).collect(),
+            earlier: None,
             ..self
         }
+    }
+
+    /// Leaves out what is among these: somebody has frozen them since, so it had been thawed. Whether anything was.
+    pub fn leave_out(&mut self, these: &[Entry]) -> bool {
+        let before = self.frozen.len();
+        self.frozen
+            .retain(|it| !these.iter().any(|other| other.is_or_was(it)));
+        self.frozen.len() < before
     }
 }
 
@@ -238,6 +262,15 @@ impl RunDir {
         remove_if_there(&self.hooks())
     }
 
+    /// What the record's owner has frozen is thawed: what it has of an earlier one is left, if it has any. Needs the
+    /// lock, of which the owner's guard has a copy.
+    pub fn close(&self) -> Result<(), RecordError> {
+        match self.read()?.and_then(|it| it.earlier) {
+            Some(earlier) => self.write_json(&self.record(), &earlier),
+            None => self.remove(),
+        }
+    }
+
     /// Removes the record: nothing is frozen any more.
     pub fn remove(&self) -> Result<(), RecordError> {
         remove_if_there(&self.record())
@@ -331,6 +364,7 @@ mod tests {
             guard: Some((8, 4711)),
             for_host: true,
             frozen: vec![entry("259:3"), entry("259:4")],
+            earlier: None,
         };
         run.write(&record, &lock).unwrap();
         record.frozen.pop();
@@ -343,6 +377,48 @@ mod tests {
         assert_eq!(run.word_left().unwrap().unwrap(), "it was stopped");
         run.take_word_back().unwrap();
         assert_eq!(run.word_left().unwrap(), None);
+    }
+
+    #[test]
+    fn what_an_earlier_one_has_left_outlives_the_freeze_of_the_next() {
+        let scratch = Scratch::new("earlier");
+        let run = RunDir::new(&scratch.0);
+        let lock = run.lock().unwrap();
+        let entry = |dev: &str, devices: &[&str]| Entry {
+            dev: dev.parse().unwrap(),
+            devices: devices.iter().map(|it| it.parse().unwrap()).collect(),
+            name: dev.into(),
+        };
+        let mut earlier = Record {
+            pid: 7,
+            for_host: true,
+            frozen: vec![
+                entry("8:1", &[]),
+                entry("8:2", &[]),
+                entry("0:40", &["8:3", "8:4"]),
+            ],
+            ..Record::default()
+        };
+        let ours = Record {
+            pid: 9,
+            frozen: vec![entry("8:2", &[]), entry("8:5", &[])],
+            earlier: Some(Box::new(earlier.clone())),
+            ..Record::default()
+        };
+        run.write(&ours, &lock).unwrap();
+        let all = ours.as_one();
+        let devs: Vec<String> = all.frozen.iter().map(|it| it.dev.to_string()).collect();
+        assert_eq!(devs, ["8:1", "0:40", "8:2", "8:5"]);
+        assert_eq!((all.pid, all.for_host, all.earlier), (9, true, None));
+        run.close().unwrap();
+        assert_eq!(run.read().unwrap(), Some(earlier.clone()));
+        // The other has been unmounted and mounted since, or it could not have been frozen.
+        assert!(earlier.leave_out(&[entry("8:1", &[]), entry("0:41", &["8:4"])]));
+        assert_eq!(earlier.frozen, [entry("8:2", &[])]);
+        assert!(!earlier.leave_out(&[entry("8:1", &[])]));
+        run.close().unwrap();
+        assert_eq!(run.read().unwrap(), None);
+        run.close().unwrap();
     }
 
     #[test]

@@ -61,23 +61,27 @@ pub enum By {
     Start,
     /// The same daemon later, while a dead owner is still inside the kernel: only when that is over.
     Later,
+    /// A daemon that serves, before it freezes: as one that starts, and the host begins anew.
+    Next,
 }
 
 /// Thaws whatever the record in `run` lists. Does not return before all of it is thawed, however long
-/// that takes the kernel; what hangs holds up nothing else. When a host waits, word is left for the
-/// next start that its THAW must fail.
+/// that takes the kernel; what hangs holds up nothing else. When a host waits that does not begin anew, word is left
+/// for the next start that its THAW must fail.
 pub fn thaw(run: &RunDir, log: &Logbook, by: By) -> Result<Recovered, RecoveryError> {
-    let Some(record) = run.read()? else {
+    let Some(record) = run.read()?.map(Record::as_one) else {
         return Ok(Recovered::Nothing);
     };
     match run.lock() {
         Ok(_lock) => {
             thaw_record(&record, log)?;
-            if record.for_host {
-                run.leave_word(match by {
-                    By::Operator => "thawed by hand",
-                    By::Start | By::Later => "the daemon that had frozen died",
-                })?;
+            let word = match by {
+                By::Operator => Some("thawed by hand"),
+                By::Start | By::Later => Some("the daemon that had frozen died"),
+                By::Next => None,
+            };
+            if let Some(word) = word.filter(|_| record.for_host) {
+                run.leave_word(word)?;
             }
             run.remove()?;
             Ok(Recovered::CutShort)
@@ -87,7 +91,7 @@ pub fn thaw(run: &RunDir, log: &Logbook, by: By) -> Result<Recovered, RecoveryEr
             let owner_is_dead = process::is_dead(record.pid);
             let allowed = match by {
                 By::Operator => true,
-                By::Start => owner_is_dead,
+                By::Start | By::Next => owner_is_dead,
                 By::Later => false,
             };
             if allowed {
@@ -128,6 +132,36 @@ pub fn outlast(run: &RunDir, log: &Logbook) -> Result<Recovered, RecoveryError> 
         match thaw(run, log, By::Later)? {
             Recovered::InUse => {}
             over => return Ok(over),
+        }
+    }
+}
+
+/// What somebody has left frozen who has died while this process served.
+#[derive(Default)]
+pub struct Leavings {
+    /// What could not be thawed. It is not tried again each time: it may have a thread of its own by now that hangs
+    /// in its thaw.
+    in_vain: Option<Record>,
+}
+
+impl Leavings {
+    /// Thaws it, before this process freezes. Where that cannot be it stays as it is, and counts as frozen by others.
+    pub fn thaw(&mut self, run: &RunDir, log: &Logbook) {
+        // What is wrong with one that cannot be read has been said at the start.
+        let record = run.read().ok().flatten();
+        if record.is_none() || record == self.in_vain {
+            return;
+        }
+        match thaw(run, log, By::Next) {
+            Ok(Recovered::CutShort) => {
+                log.warning("another process died while it had frozen; all is thawed");
+            }
+            // Of one that lives it is said when nothing can be frozen beside it.
+            Ok(Recovered::Nothing | Recovered::InUse) => {}
+            Err(error) => {
+                log.error(words(&error));
+                self.in_vain = record;
+            }
         }
     }
 }
@@ -458,6 +492,43 @@ mod tests {
         }
         child.wait().unwrap();
         assert!(!left_by(child.id()), "of one that is gone nothing is there");
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn what_was_left_while_this_process_served_is_undone_before_it_freezes_and_tried_once() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-leavings-{}", std::process::id()));
+        let run = RunDir::new(&dir);
+        let log = Logbook::new(Sink::Memory);
+        let leave = |for_host| {
+            let record = Record {
+                pid: u32::MAX,
+                for_host,
+                ..Record::default()
+            };
+            run.write(&record, &run.lock().unwrap()).unwrap();
+            record
+        };
+        let mut leavings = Leavings::default();
+        // Without a record there is nothing to say.
+        leavings.thaw(&run, &log);
+        assert!(log.held().is_empty());
+        leave(true);
+        leavings.thaw(&run, &log);
+        assert_eq!(run.read().unwrap(), None);
+        assert_eq!(run.word_left().unwrap(), None, "the host begins anew");
+        // Whoever has the lock thaws by itself.
+        let record = leave(false);
+        let lock = run.lock().unwrap();
+        leavings.thaw(&run, &log);
+        assert_eq!(run.read().unwrap(), Some(record.clone()));
+        drop(lock);
+        leavings.in_vain = Some(record.clone());
+        leavings.thaw(&run, &log);
+        assert_eq!(run.read().unwrap(), Some(record));
+        leave(true);
+        leavings.thaw(&run, &log);
+        assert_eq!(run.read().unwrap(), None, "it is another");
         std::fs::remove_dir_all(dir).unwrap();
     }
 

@@ -33,6 +33,8 @@ pub struct Member {
     fd: OwnedFd,
     wave: u32,
     forgotten: AtomicBool,
+    /// The daemon asks whether it is still frozen by somebody else, by a freeze of its own.
+    claimed: AtomicBool,
 }
 
 impl Member {
@@ -42,12 +44,31 @@ impl Member {
             fd,
             wave,
             forgotten: AtomicBool::new(false),
+            claimed: AtomicBool::new(false),
         })
     }
 
-    /// From here on it is not thawed, since somebody else has frozen it; or it is again.
-    pub fn forget(&self, forgotten: bool) {
-        self.forgotten.store(forgotten, Ordering::SeqCst);
+    /// From here on it is not thawed, since somebody else has frozen it.
+    pub fn forget(&self) {
+        self.forgotten.store(true, Ordering::SeqCst);
+        self.claimed.store(false, Ordering::SeqCst);
+    }
+
+    /// It may yet be the daemon's. As long as that lives it thaws what it has frozen for that by itself, and nobody
+    /// else could tell whose it is.
+    pub fn claim(&self) {
+        self.claimed.store(true, Ordering::SeqCst);
+    }
+
+    /// The daemon is dead: what it has claimed is thawed.
+    pub fn inherit(&self) {
+        if self.claimed.swap(false, Ordering::SeqCst) {
+            self.forgotten.store(false, Ordering::SeqCst);
+        }
+    }
+
+    fn is_forgotten(&self) -> bool {
+        self.forgotten.load(Ordering::SeqCst)
     }
 }
 
@@ -290,7 +311,7 @@ impl Shared {
         };
         // Read before the attempt: what is not frozen now could otherwise become so in between.
         let settled = self.settled.load(Ordering::SeqCst);
-        let over = member.forgotten.load(Ordering::SeqCst)
+        let over = member.is_forgotten()
             || match sys::thaw(member.fd.as_fd()).map_err(|e| e.raw_os_error()) {
                 Ok(()) => true,
                 // Not frozen: not any more, or not yet.
@@ -331,6 +352,22 @@ mod tests {
             }
             let _ = self.1.send(self.2);
         }
+    }
+
+    #[test]
+    fn what_may_yet_be_frozen_by_others_is_thawed_after_the_daemons_death_alone() {
+        let member = Member::new(File::open("/dev/null").unwrap().into(), 0);
+        assert!(!member.is_forgotten());
+        member.forget();
+        member.claim();
+        assert!(member.is_forgotten());
+        member.inherit();
+        assert!(!member.is_forgotten());
+        // It has been asked, and is theirs.
+        member.claim();
+        member.forget();
+        member.inherit();
+        assert!(member.is_forgotten());
     }
 
     #[test]

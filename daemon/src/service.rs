@@ -38,7 +38,7 @@ use crate::guard::{Event, Guard, GuardError};
 use crate::held::Held;
 use crate::history::{Draft, Entry, History, HistoryError, Unfinished};
 use crate::hooks::Found;
-use crate::job::{About, Job, Outcome, Setting, Worker};
+use crate::job::{About, Job, Outcome, Setting, Worker, LOOK};
 use crate::logbook::{words, Level, Logbook};
 use crate::process;
 use crate::progress::Stage;
@@ -58,8 +58,6 @@ const CONTROL: Token = Token(4);
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// How long a plan that was looked over need not be so again.
 const PREPARED: Duration = Duration::from_secs(1);
-/// How often it is looked what a freeze is at.
-pub const LOOK: Duration = Duration::from_millis(500);
 /// How long a start waits for the log.
 const FIRST_LINES: Duration = Duration::from_millis(500);
 /// How long a stop waits for the last entry of the history. The next start adds what it does not see there.
@@ -624,19 +622,10 @@ impl Service {
         }
     }
 
-    /// Gives up on a file system that takes too long to freeze. One that is only written back costs
-    /// nobody anything, and may take as long as the host waits.
+    /// Gives up on a freeze that takes too long, and says of one that may what it is at.
     fn look_at_freeze(&mut self, now: Instant) {
         let Some(job) = &self.hands.job else { return };
-        let limit = self.hands.config.give_up;
-        // The job itself calls off the freeze of one alone, where that can be.
-        if let Some(names) = job.progress().stuck(now, limit + LOOK) {
-            let seconds = limit.as_secs();
-            let why = format!("{names} takes longer than {seconds} s to freeze (give_up)");
-            self.end_early(why.into(), thawed::DEADLINE);
-        } else if job.progress().looks_for(now, self.hands.config.prepare) {
-            let seconds = self.hands.config.prepare.as_secs();
-            let why = format!("looking up what is mounted takes longer than {seconds} s (prepare)");
+        if let Some(why) = job.stuck(now) {
             self.end_early(why.into(), thawed::DEADLINE);
         } else if now >= self.hands.report && job.progress().stage() != Stage::Freezing {
             let text = job.progress().words(now);
@@ -1115,6 +1104,7 @@ impl Effects for Hands {
             config: Arc::clone(&self.config),
             log: self.log.clone(),
             door,
+            run: self.run.clone(),
             abort: Arc::default(),
             progress: Arc::default(),
             disks: self.disks_of(request),

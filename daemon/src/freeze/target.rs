@@ -159,6 +159,8 @@ pub struct Target {
     /// Its freeze has taken for too long and was called off.
     pub(super) given_up: AtomicBool,
     pub(super) turn: Turn,
+    /// That it is not ours to thaw was said, and not heard.
+    pub(super) unheard: AtomicBool,
     /// Whether others have thawed it meanwhile is being asked, or could not be.
     pub(super) unasked: AtomicBool,
 }
@@ -183,6 +185,7 @@ impl Target {
             state: Mutex::new(State::Open),
             given_up: AtomicBool::new(false),
             turn: Turn::default(),
+            unheard: AtomicBool::new(false),
             unasked: AtomicBool::new(false),
         }
     }
@@ -342,6 +345,11 @@ impl Target {
         }
     }
 
+    /// Whether this session froze it, whatever has become of it since.
+    pub fn has_been_ours(&self) -> bool {
+        self.took().is_some()
+    }
+
     /// How long its freeze took, if this session froze it.
     pub(super) fn took(&self) -> Option<Duration> {
         match *self.state() {
@@ -355,6 +363,16 @@ impl Target {
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         // It holds a plain value, whole at any time.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+impl Target {
+    /// As if this session had frozen it.
+    pub(crate) fn held(self) -> Self {
+        let (since, took) = (Instant::now(), Duration::ZERO);
+        self.set_frozen(State::Ours { since, took });
+        self
     }
 }
 

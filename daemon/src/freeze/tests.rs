@@ -14,8 +14,8 @@ use nix::unistd::{pipe, pipe2};
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
-use std::sync::atomic::AtomicU64;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicIsize, AtomicU64};
 use std::sync::mpsc::Receiver;
 use std::sync::Weak;
 
@@ -40,6 +40,10 @@ struct Double {
     /// What a first call waits for.
     held: Mutex<BTreeMap<Call, Receiver<()>>>,
     left: Mutex<Vec<usize>>,
+    /// How many more words that one is left it does not hear.
+    deaf: AtomicIsize,
+    /// After how many calls it heard that no freeze is under way any more.
+    over_after: Mutex<Vec<usize>>,
     /// As [`Door::watched_every`].
     watched_every: Option<Duration>,
     /// As [`Limits::lag`], if it is not short.
@@ -127,15 +131,22 @@ impl Door for Double {
     fn is_stuck(&self, fd: BorrowedFd<'_>) -> bool {
         lock(&self.called_off).contains(&self.numbers[&inode_of(fd)])
     }
-    fn leave(&self, index: usize) {
-        lock(&self.left).push(index);
+    fn leave(&self, index: usize) -> bool {
+        let is_heard = self.deaf.fetch_sub(1, Ordering::SeqCst) <= 0;
+        if is_heard {
+            lock(&self.left).push(index);
+        }
+        is_heard
     }
     fn claim(&self, index: usize) {
         lock(&self.left).retain(|it| *it != index);
     }
+    fn freezes_are_over(&self) {
+        lock(&self.over_after).push(lock(&self.calls).len());
+    }
     fn settle(&self, _targets: &[Target]) {}
     fn let_go(&self) {}
-    fn disarm(&self, _left: &[BorrowedFd<'_>]) {}
+    fn disarm(&self, _targets: &[Target]) {}
     fn watched_every(&self) -> Option<Duration> {
         self.watched_every
     }
@@ -228,7 +239,6 @@ fn setup_before(
         limits: Limits {
             strict,
             parallel: 1,
-            write_back: 1,
             give_up: double.give_up.unwrap_or(SHORT),
             patience: SHORT,
             lag: double.lag.unwrap_or(SHORT),
@@ -271,7 +281,7 @@ impl Setup {
 #[test]
 fn waves_are_frozen_in_order_and_thawed_in_reverse() {
     let mut s = setup(&[1, 0, 2], &[], false);
-    s.session.sync(&mut s.learnt);
+    s.session.sync(1, &mut s.learnt);
     let summary = s.freeze().unwrap();
     assert_eq!(summary.ours, 3);
     s.session.thaw().unwrap();
@@ -490,6 +500,79 @@ fn what_is_not_frozen_when_it_is_called_off_is_left_alone_though_another_hangs()
 }
 
 #[test]
+fn what_is_left_alone_and_was_not_heard_is_said_again() {
+    const HANG: Duration = Duration::from_secs(3);
+    let mut s = setup(&[0, 1, 1], &[], false);
+    s.slow("freeze", 0, HANG);
+    s.double.deaf.store(1, Ordering::SeqCst);
+    let (abort, double) = (Arc::clone(&s.means.abort), Arc::clone(&s.double));
+    let call_off = thread::spawn(move || {
+        while lock(&double.calls).is_empty() {
+            thread::yield_now();
+        }
+        abort.store(true, Ordering::SeqCst);
+        let begun = Instant::now();
+        while lock(&double.left).len() < 2 && begun.elapsed() < HANG / 2 {
+            thread::yield_now();
+        }
+        let mut left = lock(&double.left).clone();
+        left.sort_unstable();
+        left
+    });
+    assert!(matches!(s.freeze(), Err(FreezeError::Aborted)));
+    assert_eq!(call_off.join().unwrap(), [1, 2]);
+
+    // Nor does that take an end of it all.
+    let mut s = setup(&[0, 1], &[("freeze", 0, Errno::EBUSY, ALWAYS)], false);
+    s.slow("freeze", 1, SHORT * 3);
+    s.double.deaf.store(1, Ordering::SeqCst);
+    assert_eq!(s.freeze().unwrap().foreign, 1);
+    assert_eq!(*lock(&s.double.left), [0]);
+    // What stands still meanwhile is not looked at: the end of the freeze is.
+    let mut s = setup(&[0, 1], &[("freeze", 1, Errno::EBUSY, ALWAYS)], false);
+    s.double.deaf.store(1, Ordering::SeqCst);
+    assert_eq!(s.freeze().unwrap().foreign, 1);
+    assert_eq!(*lock(&s.double.left), [1]);
+}
+
+#[test]
+fn that_no_freeze_is_under_way_is_said_before_a_thaw_that_may_hang_and_once() {
+    // All was frozen, and then it was called off; or one has failed.
+    for failure in [None, Some(("freeze", 2, Errno::ENOMEM, ALWAYS))] {
+        let failures: Vec<Failure> = failure.into_iter().collect();
+        let mut s = setup(&[0, 0, 1], &failures, false);
+        let frozen = s.freeze();
+        assert_eq!(frozen.is_ok(), failure.is_none());
+        if frozen.is_ok() {
+            s.means.abort.store(true, Ordering::SeqCst);
+            s.session.thaw().unwrap();
+        }
+        assert_eq!(*lock(&s.double.over_after), [3]);
+        let calls = s.calls();
+        let begun = calls.iter().position(|(what, _)| *what == "thaw");
+        assert_eq!(begun, Some(3), "{calls:?}");
+    }
+    let mut s = setup(&[0, 0, 1], &[], false);
+    s.freeze().unwrap();
+    s.session.settle();
+    s.session.thaw().unwrap();
+    assert_eq!(*lock(&s.double.over_after), [3]);
+}
+
+#[test]
+fn what_others_hold_is_not_asked_for_when_all_is_called_off() {
+    let mut s = setup(&[0, 0], &[("freeze", 1, Errno::EBUSY, ALWAYS)], false);
+    s.freeze().unwrap();
+    let asked = || s.calls().iter().filter(|it| **it == ("freeze", 1)).count();
+    let before = asked();
+    s.means.abort.store(true, Ordering::SeqCst);
+    s.session.thaw().unwrap();
+    // Whoever minds all is thawing by now, and what is claimed with it.
+    assert_eq!(*lock(&s.double.left), [1]);
+    assert_eq!(asked(), before);
+}
+
+#[test]
 fn what_somebody_else_keeps_frozen_counts_and_stays_theirs() {
     let mut s = setup(&[0, 0], &[("freeze", 1, Errno::EBUSY, ALWAYS)], false);
     let summary = s.freeze().unwrap();
@@ -550,7 +633,7 @@ fn what_cannot_freeze_is_synced_with_nothing_frozen_and_known_the_next_time() {
 
     let mut next = setup(&[0, 1], &failures, false);
     next.learnt = s.learnt;
-    next.session.sync(&mut next.learnt);
+    next.session.sync(1, &mut next.learnt);
     next.freeze().unwrap();
     let expected = [("sync", 0), ("sync", 1), ("freeze", 1), ("freeze", 0)];
     assert_eq!(next.calls(), expected);
@@ -566,7 +649,7 @@ fn what_is_taken_for_unfreezable_and_is_not_is_frozen() {
     for strict in [false, true] {
         let mut s = setup(&[0, 1], &[], strict);
         s.learnt.unfreezable.insert("8:1".parse().unwrap());
-        s.session.sync(&mut s.learnt);
+        s.session.sync(1, &mut s.learnt);
         assert_eq!(s.calls().contains(&("sync", 1)), strict);
         let summary = s.freeze().unwrap();
         assert_eq!((summary.ours, summary.synced), (2, 0));
@@ -611,7 +694,7 @@ fn a_sync_that_hangs_ends_when_it_is_called_off_and_is_not_begun_again_before_it
         abort.store(true, Ordering::SeqCst);
     });
     let begun = Instant::now();
-    s.session.sync(&mut s.learnt);
+    s.session.sync(1, &mut s.learnt);
     assert!(matches!(s.freeze(), Err(FreezeError::Aborted)));
     assert!(begun.elapsed() < SHORT * 8, "{:?}", begun.elapsed());
     call_off.join().unwrap();
@@ -620,7 +703,7 @@ fn a_sync_that_hangs_ends_when_it_is_called_off_and_is_not_begun_again_before_it
     let mut other = setup(&[0, 0], &[], false);
     other.learnt = std::mem::take(&mut s.learnt);
     assert!(other.learnt.hangs("8:0".parse().unwrap()));
-    other.session.sync(&mut other.learnt);
+    other.session.sync(1, &mut other.learnt);
     assert!(begun.elapsed() >= SHORT * 10, "{:?}", begun.elapsed());
     assert_eq!(other.calls(), [("sync", 0), ("sync", 1)]);
 }
@@ -642,7 +725,7 @@ fn a_sync_of_what_hangs_is_waited_for_by_nobody_and_costs_nobody_else_the_backup
     let mut s = with(false);
     s.slow("sync", 0, LIMIT * 12);
     let begun = Instant::now();
-    s.session.sync(&mut s.learnt);
+    s.session.sync(1, &mut s.learnt);
     let summary = s.freeze().unwrap();
     assert!(begun.elapsed() >= LIMIT);
     assert!(begun.elapsed() < LIMIT * 6, "{:?}", begun.elapsed());
@@ -663,7 +746,7 @@ fn a_sync_of_what_hangs_is_waited_for_by_nobody_and_costs_nobody_else_the_backup
     let mut strict = with(true);
     strict.learnt = std::mem::take(&mut s.learnt);
     let begun = Instant::now();
-    strict.session.sync(&mut strict.learnt);
+    strict.session.sync(1, &mut strict.learnt);
     let error = strict.freeze().unwrap_err();
     assert!(begun.elapsed() < LIMIT, "{:?}", begun.elapsed());
     assert!(error.to_string().contains("/fs0 hangs"), "{error}");
@@ -676,7 +759,7 @@ fn a_sync_of_what_hangs_is_waited_for_by_nobody_and_costs_nobody_else_the_backup
     }
     let mut back = with(true);
     back.learnt = std::mem::take(&mut strict.learnt);
-    back.session.sync(&mut back.learnt);
+    back.session.sync(1, &mut back.learnt);
     assert_eq!(back.freeze().unwrap().ours, 4);
     assert!(back.calls().contains(&("sync", 0)));
 }
@@ -722,7 +805,7 @@ fn a_freeze_that_hangs_is_called_off_alone_and_costs_nobody_else_the_backup() {
         for learnt in [std::mem::take(&mut s.learnt), Learnt::default()] {
             let mut next = with(false, BTreeSet::from([0]));
             next.learnt = learnt;
-            next.session.sync(&mut next.learnt);
+            next.session.sync(1, &mut next.learnt);
             let summary = next.freeze().unwrap();
             assert_eq!((summary.ours, summary.left_out), (2, 1));
             assert!(next.calls().iter().all(|(_, number)| *number != 0));
@@ -822,10 +905,9 @@ fn those_on_the_disk_of_one_that_hangs_hang_all_at_the_same_time() {
         ..Double::default()
     });
     s.means.door = double.clone();
-    s.means.limits.write_back = 4;
     let session = Session::new(targets, s.means.clone(), &s.learnt).unwrap();
     let begun = Instant::now();
-    session.sync(&mut s.learnt);
+    session.sync(4, &mut s.learnt);
     assert!(begun.elapsed() < LIMIT * 4, "{:?}", begun.elapsed());
     assert_eq!(lock(&double.calls).len(), 5);
 }
@@ -850,7 +932,7 @@ fn a_sync_that_hangs_with_nothing_in_hand_is_given_up_on_as_well() {
     };
     let session = Session::new(vec![again(0), again(1)], s.means.clone(), &s.learnt).unwrap();
     let begun = Instant::now();
-    session.sync(&mut s.learnt);
+    session.sync(1, &mut s.learnt);
     let took = begun.elapsed();
     assert!(took >= LIMIT * 3 && took < LIMIT * 20, "{took:?}");
     let summary = session.freeze(&mut s.learnt, NOTHING).unwrap();
@@ -878,7 +960,7 @@ fn a_sync_of_what_is_slow_is_waited_for() {
         }
     });
     let begun = Instant::now();
-    s.session.sync(&mut s.learnt);
+    s.session.sync(1, &mut s.learnt);
     over.store(true, Ordering::SeqCst);
     disk.join().unwrap();
     assert!(begun.elapsed() >= SHORT * 10, "{:?}", begun.elapsed());

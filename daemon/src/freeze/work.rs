@@ -56,6 +56,8 @@ pub(super) struct Work {
     pub(super) lost: Mutex<Vec<String>>,
     pub(super) early: Mutex<Vec<String>>,
     pub(super) thaw_failure: Mutex<Option<ThawError>>,
+    /// No freeze is under way any more.
+    pub(super) has_ended_freezes: AtomicBool,
     /// Its session has ended: what is still frozen by then is up to whoever is at it.
     pub(super) over: AtomicBool,
 }
@@ -73,6 +75,14 @@ impl Work {
     pub(super) fn which(&self, pick: impl Fn(&Target) -> bool) -> Vec<usize> {
         let targets = self.targets.iter().enumerate();
         targets.filter(|(_, t)| pick(t)).map(|(i, _)| i).collect()
+    }
+
+    /// Says that this one is not ours to thaw.
+    pub(super) fn leave(&self, index: usize) {
+        let is_heard = self.door.leave(index);
+        if let Some(target) = self.targets.get(index) {
+            target.unheard.store(!is_heard, Ordering::SeqCst);
+        }
     }
 
     /// Waits until `at`, or until as many have ended as began before: the slow ones were quick this
@@ -189,7 +199,7 @@ impl Work {
                 lock(&self.obstacles).push(Obstacle::Busy(index));
             }
             Errno::EBUSY if self.door.watched_every().is_some() => {
-                self.door.leave(index);
+                self.leave(index);
                 target.set_frozen(State::Foreign);
                 self.log.warning(format!(
                     "{name} was frozen by somebody else before; it counts and stays theirs"
@@ -305,6 +315,10 @@ impl Work {
         let Some(index) = index.filter(|_| *target.state() == State::Foreign) else {
             return;
         };
+        if self.abort.load(Ordering::SeqCst) {
+            // Whoever minds all may be thawing, and would thaw this one once it is claimed.
+            return;
+        }
         let name = &target.name;
         let was_written = target.was_written();
         target.unasked.store(true, Ordering::SeqCst);
@@ -324,7 +338,7 @@ impl Work {
                 .error(format!("{name} had been thawed by whoever froze it"));
             return self.note_early(name);
         }
-        self.door.leave(index);
+        self.leave(index);
         if was_written {
             self.note_written(name);
         }

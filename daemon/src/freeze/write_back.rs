@@ -31,9 +31,8 @@ impl Session {
     /// A disk may be slow, and is waited for. One that hangs, with nothing written to it for as long as one may
     /// take, is waited for no longer, and by nobody. What has not returned, then or when it is called off, is
     /// left behind, and nobody begins it anew before it has.
-    pub fn sync(&self, learnt: &mut Learnt) {
+    pub fn sync(&self, most: usize, learnt: &mut Learnt) {
         self.leave_out_hung(learnt);
-        let most = self.work.limits.write_back;
         self.work.progress.enter(Stage::Syncing, most);
         for wave in &self.waves {
             let known = |i: &&usize| {

@@ -108,6 +108,12 @@ pub const CASES: &[Case] = &[
         both_killed_then_a_rehearsal,
     ),
     case(
+        "deadman/rehearsal-killed-beside-a-daemon",
+        "a rehearsal and its guard killed while a daemon serves, which is killed as well: what they had frozen is \
+         thawed, not forgotten",
+        rehearsal_killed_beside_a_daemon,
+    ),
+    case(
         "deadman/host-never-thaws",
         "thawed at the deadline, and the host's late THAW is failed",
         host_never_thaws,
@@ -768,6 +774,53 @@ fn both_killed_then_a_rehearsal(guest: &Guest) -> Result<()> {
     answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
     good_backup(guest)?;
     stop(guest, Module::Stock, &next)
+}
+
+fn rehearsal_killed_beside_a_daemon(guest: &Guest) -> Result<()> {
+    make_writers(guest)?;
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    kill_a_rehearsal(guest)?;
+    let vss = guest.vss();
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    // Its guard thaws what is the daemon's.
+    strike(guest, &[daemon.pid], Death::Daemon)?;
+    guest.wait(&daemon, STEP)?;
+    let next = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    released(guest, "the next start", guest.clock()?, RELEASED)?;
+    answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+    good_backup(guest)?;
+    stop(guest, Module::Stock, &next)?;
+    // One that goes on to serve thaws it before it freezes.
+    for &module in guest.modules() {
+        let daemon = start(guest, module, Daemon::Ours)?;
+        kill_a_rehearsal(guest)?;
+        good_backup(guest)?;
+        released(guest, "the next backup", guest.clock()?, RELEASED)?;
+        stop(guest, module, &daemon)?;
+    }
+    Ok(())
+}
+
+/// Leaves all frozen by a rehearsal that is dead, as its guard is.
+fn kill_a_rehearsal(guest: &Guest) -> Result<()> {
+    let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "60s"])?;
+    // Until then they may stand still because all is written back.
+    guest.wait_until("the freeze is on record", STEP, || {
+        Ok(guest.try_sh("test -e /run/hv_vss/frozen.json")?.status == Some(0))
+    })?;
+    let frozen_us = frozen_us(guest);
+    guest.wait_until("all stand still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > frozen_us))
+    })?;
+    let victims = victims(guest, &rehearsal, Death::Both)?;
+    strike(guest, &victims, Death::Both)?;
+    guest.wait(&rehearsal, STEP)?;
+    guest.wait_until("nobody has the lock any more", STEP, || {
+        let alive = |pid: &i32| format!("grep -qs '^State:.[^ZX]' /proc/{pid}/status");
+        let alive: Vec<String> = victims.iter().map(alive).collect();
+        Ok(guest.try_sh(&alive.join(" || "))?.status != Some(0))
+    })
 }
 
 fn host_never_thaws(guest: &Guest) -> Result<()> {
