@@ -106,23 +106,27 @@ e2e: lab-module user images ## Run the end-to-end cases that match CASE=<glob>
 e2e-all: lab-module user images
 	@$(LAB)/e2e.sh --timeout $(E2E_SECONDS) --all '$(CASE)'
 
+# LONG=1 has both of these run the long cases as well, which may take as long as a whole run.
+LONG ?=
+LONG_CASES = $(if $(LONG),--all --timeout $(E2E_SECONDS))
+
 .PHONY: test-kernels
-test-kernels: packages user ## Run the module's cases on each kernel in KERNELS, the daemon's on STOCK_KERNELS
+test-kernels: packages user ## Run the module's cases on each kernel in KERNELS, the daemon's on STOCK_KERNELS; LONG=1 the long ones, too
 	@for kernel in $(KERNELS); do \
 		echo "test-kernels: kernel $$kernel"; \
 		KERNEL=$$kernel $(LAB)/module.sh --lab && \
-		KERNEL=$$kernel $(LAB)/e2e.sh --timeout 4800 --cpus 2 $(patsubst %,'%',$(MODULE_CASES)) || exit 1; \
+		KERNEL=$$kernel $(LAB)/e2e.sh --timeout 4800 --cpus 2 $(LONG_CASES) $(patsubst %,'%',$(MODULE_CASES)) || exit 1; \
 	done
 	@for kernel in $(STOCK_KERNELS); do \
 		echo "test-kernels: kernel $$kernel with its own module"; \
-		KERNEL=$$kernel $(LAB)/e2e.sh --timeout 2400 $(patsubst %,'%',$(DAEMON_CASES)) || exit 1; \
+		KERNEL=$$kernel $(LAB)/e2e.sh --timeout 2400 $(LONG_CASES) $(patsubst %,'%',$(DAEMON_CASES)) || exit 1; \
 	done
 
 # KERNEL=debug-kcsan looks for data races instead.
 .PHONY: test-debug-kernel
-test-debug-kernel: packages user ## Run them on a kernel with KASAN, lockdep, kmemleak and more
+test-debug-kernel: packages user ## Run them on a kernel with KASAN, lockdep, kmemleak and more; LONG=1 likewise
 	@KERNEL=$(or $(KERNEL),debug) $(LAB)/module.sh --lab
-	@KERNEL=$(or $(KERNEL),debug) $(LAB)/run.sh --timeout 14400 ./e2e run --patience 4 --cpus 2 \
+	@KERNEL=$(or $(KERNEL),debug) $(LAB)/run.sh --timeout 14400 ./e2e run --patience 4 --cpus 2 $(if $(LONG),--all) \
 		$(patsubst %,'%',$(MODULE_CASES))
 
 .PHONY: module-arm64

@@ -679,6 +679,52 @@ mod tests {
         assert!(Config::of_value(&Value::Null).is_none());
     }
 
+    #[test]
+    fn the_file_that_is_installed_has_each_key_with_its_default_and_so_has_its_page() {
+        // A comment has a blank after its sign, a key has none.
+        let is_key = |it: &str| it.starts_with(|c: char| c.is_ascii_lowercase() || c == '[');
+        let lines = include_str!("../hv_vss_daemon.toml").lines();
+        let lines = lines.map(|line| match line.strip_prefix('#') {
+            Some(key) if is_key(key) => key,
+            _ => line,
+        });
+        let text = lines.collect::<Vec<_>>().join("\n");
+        assert!(parse(&text).is_ok());
+        let said: Value = toml::from_str(&text).unwrap();
+        let mut default = Config::default().to_value();
+        // It goes by the processors: this is that of a machine with one.
+        default["write_back"] = 5.into();
+        assert_eq!(said, default);
+
+        let page = include_str!("../hv_vss_daemon.toml.5");
+        let tells = |line: String| {
+            let is_told = page.lines().any(|it| it == line);
+            assert!(is_told, "hv_vss_daemon.toml(5) lacks {line}");
+        };
+        let tells_of = |key: &str, value: &Value| {
+            let default = match value {
+                _ if key == "write_back" => "4 and the number of processors".to_owned(),
+                Value::String(text) => format!("\\(dq{text}\\(dq"),
+                other => other.to_string(),
+            };
+            tells(format!(".BR {key} \" ({default})\""));
+        };
+        for (key, value) in default.as_object().unwrap() {
+            let Some(table) = value.as_object() else {
+                tells_of(key, value);
+                continue;
+            };
+            tells(format!(".B [{key}]"));
+            for (key, value) in table {
+                match value {
+                    // Without a default: a list of rules is empty.
+                    Value::Array(_) if key != "optional" => tells(format!(".B {key}")),
+                    _ => tells_of(key, value),
+                }
+            }
+        }
+    }
+
     /// They may have other processors, as in a container or by a drop-in of the unit.
     #[test]
     fn a_default_that_is_not_the_same_everywhere_is_not_taken_for_a_change() {

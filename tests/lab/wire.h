@@ -13,6 +13,9 @@
 /* The storage protocol has no header. */
 #include "drivers/scsi/storvsc_drv.c"
 
+/* Nor has dynamic memory. */
+#include "drivers/hv/hv_balloon.c"
+
 /* The host's statuses of storage are NTSTATUS, which the kernel knows from SMB. */
 #include "fs/smb/client/nterr.h"
 
@@ -37,6 +40,8 @@ static const u32 WIRE_VERSION_WIN10_V6_0 = VERSION_WIN10_V6_0;
 static const u16 WIRE_VMSTOR_WIN8_1 = VMSTOR_PROTO_VERSION_WIN8_1;
 static const u16 WIRE_VMSTOR_WIN10 = VMSTOR_PROTO_VERSION_WIN10;
 
+static const u64 WIRE_DM_MAX_MESSAGE = sizeof(recv_buffer);
+
 /* Eight bytes of the GUID of a class, as they lie in memory. */
 #define WIRE_BYTE(class, n)	((u64)((struct hv_vmbus_device_id){ class }).guid.b[n] << ((n) % 8 * 8))
 #define WIRE_EIGHT(class, n)	(WIRE_BYTE(class, n) | WIRE_BYTE(class, (n) + 1) |	\
@@ -52,3 +57,4 @@ WIRE_CLASS(SHUTDOWN, HV_SHUTDOWN_GUID);
 WIRE_CLASS(HEARTBEAT, HV_HEART_BEAT_GUID);
 WIRE_CLASS(TIMESYNC, HV_TS_GUID);
 WIRE_CLASS(SCSI, HV_SCSI_GUID);
+WIRE_CLASS(DM, HV_DM_GUID);

@@ -364,3 +364,60 @@ fn without_comments(text: &str) -> String {
     plain.push_str(rest);
     plain.replace('\t', " ")
 }
+
+/// The names with `HV_VSS_` in a text.
+fn names_in(text: &str) -> BTreeSet<&str> {
+    let is_of_a_name = |it: char| it.is_ascii_uppercase() || it.is_ascii_digit() || it == '_';
+    text.split(|it| !is_of_a_name(it))
+        .filter(|it| it.starts_with("HV_VSS_"))
+        .collect()
+}
+
+#[test]
+fn the_page_tells_of_each_frame_and_command_and_of_no_other() {
+    let page = read("hv_vss.4");
+    let told = names_in(&page);
+    let constants = constants();
+    let known: BTreeSet<_> = constants.iter().map(|(name, _)| *name).collect();
+    for kind in ["HV_VSS_FRAME_", "HV_VSS_FEATURE_", "HV_VSS_IOC_"] {
+        for name in known.iter().filter(|it| it.starts_with(kind)) {
+            assert!(told.contains(name), "hv_vss(4) lacks {name}");
+        }
+    }
+    // What ends so stands for all that begin so.
+    let told = told.iter().filter(|it| !it.ends_with('_'));
+    let unknown: Vec<_> = told.filter(|it| !known.contains(*it)).collect();
+    assert!(unknown.is_empty(), "hv_vss(4) tells of {unknown:?}");
+}
+
+#[test]
+fn the_page_tells_of_each_parameter_of_the_module_with_its_default() {
+    // `name: u32 {` and, below it, `default: 1_000,`.
+    let module = read("../kmod/hv_vss.rs");
+    let mut parameters = BTreeSet::new();
+    for (before, after) in module.match_indices(": u32 {").map(|(at, it)| {
+        let after = &module[at + it.len()..];
+        (&module[..at], after)
+    }) {
+        let name = before.split_whitespace().next_back().unwrap();
+        let default = after.split_once("default: ").unwrap().1;
+        let default = default.split_once(',').unwrap().0.replace('_', "");
+        parameters.insert((name.to_owned(), default));
+    }
+    assert!(!parameters.is_empty(), "the module has parameters");
+    let page = read("hv_vss.4");
+    let section = page.split_once("\n.SH PARAMETERS\n").unwrap().1;
+    let section = section.split_once("\n.SH ").unwrap().0;
+    let told: BTreeSet<_> = section
+        .lines()
+        .filter_map(|line| line.strip_prefix(".BR ")?.split_once(" \" ("))
+        .map(|(name, default)| {
+            let default = default.trim_end_matches(")\"");
+            (name.to_owned(), default.to_owned())
+        })
+        .collect();
+    assert_eq!(
+        told, parameters,
+        "parameters of hv_vss(4) and of the module"
+    );
+}

@@ -6,10 +6,13 @@
 //! The kernel's side is generated from its source by bindgen (`tests/lab/wire.sh`), so nobody has
 //! copied it by hand. What only Windows and openvmm define is not here: the body of a FREEZE with its
 //! disks, which versions a host offers, the sizes of messages. Nor is what the host shows to nobody:
-//! the slots of its SynIC, its hypercalls, the list of lent pages.
+//! the slots of its SynIC, its hypercalls.
 
 #![cfg(wire_bindings)]
 
+use hyperv_sim::balloon::message::{
+    self as memory, CapabilitiesBody, Message, PageRange, StatusBody, VersionBody,
+};
 use hyperv_sim::ic::heartbeat::Beat;
 use hyperv_sim::ic::shutdown::ShutdownBody;
 use hyperv_sim::ic::timesync::{self, Sample};
@@ -18,9 +21,9 @@ use hyperv_sim::ic::{self, heartbeat, shutdown, IcHeader, NegotiateHeader, Versi
 use hyperv_sim::storage::vstor::{self, ChannelProperties, Header, Request, ScsiRequest};
 use hyperv_sim::vmbus::control::{CONNECTION, CONNECTION_V5, MESSAGE_PORT};
 use hyperv_sim::vmbus::protocol::{
-    message, packet_type, GpadlBody, GpadlHeader, GuestMessage, InitiateContact, MessageHeader,
-    OfferChannel, OneId, OpenChannel, PacketDescriptor, ThreeIds, TwoIds, VersionResponse,
-    MAX_MESSAGE, NAMED_PIPE_MODE, PAGE_SIZE, PIPE_MESSAGE,
+    message, packet_type, GpaDirect, GpaRange, GpadlBody, GpadlHeader, GuestMessage,
+    InitiateContact, MessageHeader, OfferChannel, OneId, OpenChannel, PacketDescriptor, ThreeIds,
+    TwoIds, VersionResponse, MAX_MESSAGE, NAMED_PIPE_MODE, PAGE_SIZE, PIPE_MESSAGE,
 };
 use hyperv_sim::vmbus::ring::Field;
 use hyperv_sim::{Guid, VmbusVersion};
@@ -338,6 +341,16 @@ fn rings_and_packets_are_the_kernels() {
         flags = flags,
         transaction = trans_id,
     });
+    // What the guest lends with a packet, which the host reads; its page numbers come last.
+    same_layout!(GpaDirect after vmpacket_descriptor before gpa_range = vmdata_gpa_direct {
+        reserved = reserved,
+        range_count = range_cnt,
+    });
+    same_layout!(GpaRange = gpa_range { byte_count = byte_count, byte_offset = byte_offset });
+    assert_eq!(
+        size_of::<GpaRange>(),
+        offset_of!(kernel::gpa_range, pfn_array)
+    );
     same_numbers!(
         packet_type::DATA_INBAND => VM_PKT_DATA_INBAND,
         packet_type::DATA_USING_GPA_DIRECT => VM_PKT_DATA_USING_GPA_DIRECT,
@@ -532,6 +545,173 @@ fn the_numbers_of_storage_are_the_drivers() {
 }
 
 #[test]
+fn memory_messages_are_laid_out_as_the_drivers() {
+    use memory::Header;
+    same_layout!(Header = dm_header {
+        message_type = type_,
+        size = size,
+        transaction = trans_id,
+    });
+    same_layout!(VersionBody after dm_header = dm_version_request {
+        version = version,
+        last_attempt = _bitfield_1,
+    });
+    same_layout!(CapabilitiesBody after dm_header = dm_capabilities {
+        bits = caps,
+        min_pages = min_page_cnt,
+        max_page = max_page_number,
+    });
+    same_layout!(StatusBody after dm_header = dm_status {
+        available = num_avail,
+        committed = num_committed,
+        windows = page_file_size,
+    });
+}
+
+/// So many bytes of a memory message of the guest's, zero but for its header and these words.
+fn memory_message(message_type: u16, size: usize, words: &[(usize, u64)]) -> Vec<u8> {
+    use kernel::dm_header as Header;
+    let mut bytes = vec![0; size];
+    for (offset, word) in words {
+        bytes[*offset..][..8].copy_from_slice(&word.to_le_bytes());
+    }
+    for (offset, number) in [
+        (offset_of!(Header, type_), message_type),
+        (offset_of!(Header, size), size as u16),
+        (offset_of!(Header, trans_id), 9),
+    ] {
+        bytes[offset..][..2].copy_from_slice(&number.to_le_bytes());
+    }
+    bytes
+}
+
+/// The number that lies there.
+fn number_at<const N: usize>(bytes: &[u8], offset: usize) -> u64 {
+    let mut number = [0; 8];
+    number[..N].copy_from_slice(&bytes[offset..][..N]);
+    u64::from_le_bytes(number)
+}
+
+/// Those that the host reads and writes bit by bit.
+#[test]
+fn bits_and_ranges_of_memory_messages_are_the_drivers() {
+    use kernel::{
+        dm_balloon as Balloon, dm_balloon_response as Ballooned, dm_capabilities as Capabilities,
+        dm_capabilities_resp_msg as CapabilitiesResponse, dm_unballoon_request as Unballoon,
+        dm_version_request as VersionRequest, dm_version_response as VersionResponse,
+    };
+    use memory::message_type::*;
+    type Caps = kernel::dm_caps__bindgen_ty_1;
+    type Range = kernel::dm_mem_page_range__bindgen_ty_1;
+    let range = PageRange {
+        first: 0xab_cdef_0123,
+        count: 0x45_6789,
+    };
+    let of_driver = Range::new_bitfield_1(range.first, range.count.into()).get(0, 64);
+
+    // The bit after the version is of no interest, so it may be set.
+    let last = VersionRequest::new_bitfield_1(1, 0).get(0, 32);
+    let version = (
+        offset_of!(VersionRequest, version),
+        last << 32 | u64::from(memory::VERSION),
+    );
+    assert_eq!(
+        Message::parse(&memory_message(
+            VERSION_REQUEST,
+            size_of::<VersionRequest>(),
+            &[version]
+        )),
+        Ok((9, Message::Version(memory::VERSION)))
+    );
+    let caps = [
+        (1, 0, 0, (true, false, 1)),
+        (0, 1, 0, (false, true, 1)),
+        (0, 0, 7, (false, false, 128)),
+    ];
+    for (balloon, hot_add, alignment, expected) in caps {
+        let bits = Caps::new_bitfield_1(balloon, hot_add, alignment, 0).get(0, 64);
+        let words = [(offset_of!(Capabilities, caps), bits)];
+        let bytes = memory_message(CAPABILITIES_REPORT, size_of::<Capabilities>(), &words);
+        let Ok((9, Message::Capabilities(it))) = Message::parse(&bytes) else {
+            panic!("capabilities {bits:#x} are not understood");
+        };
+        let seen = (it.balloon, it.hot_add, it.hot_add_alignment_mib);
+        assert_eq!(seen, expected);
+    }
+    for more in [false, true] {
+        // They follow a reserved word.
+        let list = Ballooned::new_bitfield_1(more.into(), 1).get(0, 32);
+        assert_eq!(
+            offset_of!(Ballooned, _bitfield_1),
+            offset_of!(Ballooned, reservedz) + 4
+        );
+        let words = [
+            (offset_of!(Ballooned, reservedz), list << 32),
+            (offset_of!(Ballooned, range_array), of_driver),
+        ];
+        let size = size_of::<Ballooned>() + size_of::<kernel::dm_mem_page_range>();
+        let bytes = memory_message(BALLOON_RESPONSE, size, &words);
+        let ranges = vec![range];
+        let expected = Message::Ballooned { more, ranges };
+        assert_eq!(Message::parse(&bytes), Ok((9, expected)));
+    }
+    let bytes = memory_message(
+        UNBALLOON_RESPONSE,
+        size_of::<kernel::dm_unballoon_response>(),
+        &[],
+    );
+    assert_eq!(Message::parse(&bytes), Ok((9, Message::Unballooned)));
+
+    for accepted in [false, true] {
+        let bytes = memory::version_response(9, accepted);
+        let bits = VersionResponse::new_bitfield_1(accepted.into(), 0).get(0, 64);
+        assert_eq!(bytes.len(), size_of::<VersionResponse>());
+        let offset = offset_of!(VersionResponse, _bitfield_1);
+        assert_eq!(number_at::<8>(&bytes, offset), bits);
+    }
+    let bytes = memory::capabilities_response(9);
+    let bits = CapabilitiesResponse::new_bitfield_1(1, 0).get(0, 64);
+    assert_eq!(bytes.len(), size_of::<CapabilitiesResponse>());
+    let offset = offset_of!(CapabilitiesResponse, _bitfield_1);
+    assert_eq!(number_at::<8>(&bytes, offset), bits);
+
+    let bytes = memory::balloon_request(9, 0x1234_5678);
+    assert_eq!(bytes.len(), size_of::<Balloon>());
+    let offset = offset_of!(Balloon, num_pages);
+    assert_eq!(number_at::<4>(&bytes, offset), 0x1234_5678);
+    assert_eq!(number_at::<4>(&bytes, offset_of!(Balloon, reservedz)), 0);
+    for more in [false, true] {
+        let bytes = memory::unballoon_request(9, &[range], more);
+        let bits = Unballoon::new_bitfield_1(more.into(), 0).get(0, 32);
+        let offset = offset_of!(Unballoon, _bitfield_1);
+        assert_eq!(number_at::<4>(&bytes, offset), bits);
+        let offset = offset_of!(Unballoon, range_count);
+        assert_eq!(number_at::<4>(&bytes, offset), 1);
+        let offset = offset_of!(Unballoon, range_array);
+        assert_eq!(number_at::<8>(&bytes, offset), of_driver);
+        assert_eq!(bytes.len(), offset + 8);
+    }
+}
+
+#[test]
+fn the_numbers_of_memory_are_the_drivers() {
+    use memory::message_type;
+    same_numbers!(
+        message_type::VERSION_REQUEST => DM_VERSION_REQUEST,
+        message_type::VERSION_RESPONSE => DM_VERSION_RESPONSE,
+        message_type::CAPABILITIES_REPORT => DM_CAPABILITIES_REPORT,
+        message_type::CAPABILITIES_RESPONSE => DM_CAPABILITIES_RESPONSE,
+        message_type::STATUS_REPORT => DM_STATUS_REPORT,
+        message_type::BALLOON_REQUEST => DM_BALLOON_REQUEST,
+        message_type::BALLOON_RESPONSE => DM_BALLOON_RESPONSE,
+        message_type::UNBALLOON_REQUEST => DM_UNBALLOON_REQUEST,
+        message_type::UNBALLOON_RESPONSE => DM_UNBALLOON_RESPONSE,
+        memory::VERSION => DYNMEM_PROTOCOL_VERSION_WIN10,
+        memory::MAX_MESSAGE => WIRE_DM_MAX_MESSAGE,
+    );
+}
+
+#[test]
 fn the_classes_of_devices_are_the_kernels() {
     use kernel::*;
     for (host, first, second) in [
@@ -552,6 +732,7 @@ fn the_classes_of_devices_are_the_kernels() {
             WIRE_TIMESYNC_CLASS_8,
         ),
         (vstor::CLASS, WIRE_SCSI_CLASS_0, WIRE_SCSI_CLASS_8),
+        (memory::CLASS, WIRE_DM_CLASS_0, WIRE_DM_CLASS_8),
     ] {
         assert_eq!(host, guid(first, second));
     }

@@ -61,29 +61,35 @@ const MORE_PAGES: u32 = 1;
 /// The body of a version request (`struct dm_version_request`).
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct VersionBody {
-    version: U32,
+pub struct VersionBody {
+    /// Major in the upper half, minor in the lower.
+    pub version: U32,
     /// Bit 0: the guest asks for no other.
-    last_attempt: U32,
+    pub last_attempt: U32,
 }
 
 /// The body of a report of capabilities (`struct dm_capabilities`).
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct CapabilitiesBody {
-    bits: U64,
-    min_pages: U64,
-    max_page: U64,
+pub struct CapabilitiesBody {
+    /// What it can do, with its own layout (`union dm_caps`).
+    pub bits: U64,
+    /// How many pages it wants to keep.
+    pub min_pages: U64,
+    /// The number of its last page.
+    pub max_page: U64,
 }
 
 /// The body of a report (`struct dm_status`).
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct StatusBody {
-    available: U64,
-    committed: U64,
+pub struct StatusBody {
+    /// Pages that it could give out without swapping.
+    pub available: U64,
+    /// Pages that it has promised, with what the host has taken and what it wants to keep free.
+    pub committed: U64,
     /// Page files and the like, which are Windows' own and zero here.
-    windows: [U64; 3],
+    pub windows: [U64; 3],
 }
 
 /// What the guest can do (`union dm_caps`).
@@ -254,13 +260,13 @@ fn message(message_type: u16, transaction: u32, body: &[u8]) -> Vec<u8> {
 }
 
 /// The answer to a version request (`struct dm_version_response`).
-pub(super) fn version_response(transaction: u32, accepted: bool) -> Vec<u8> {
+pub fn version_response(transaction: u32, accepted: bool) -> Vec<u8> {
     let body = U64::new(accepted.into());
     message(message_type::VERSION_RESPONSE, transaction, body.as_bytes())
 }
 
 /// The answer to a report of capabilities (`struct dm_capabilities_resp_msg`): they are accepted.
-pub(super) fn capabilities_response(transaction: u32) -> Vec<u8> {
+pub fn capabilities_response(transaction: u32) -> Vec<u8> {
     let body = U64::new(1);
     message(
         message_type::CAPABILITIES_RESPONSE,
@@ -270,14 +276,14 @@ pub(super) fn capabilities_response(transaction: u32) -> Vec<u8> {
 }
 
 /// The wish for so many pages (`struct dm_balloon`).
-pub(super) fn balloon_request(transaction: u32, pages: u32) -> Vec<u8> {
+pub fn balloon_request(transaction: u32, pages: u32) -> Vec<u8> {
     let body = [pages, 0].map(U32::new);
     message(message_type::BALLOON_REQUEST, transaction, body.as_bytes())
 }
 
 /// Gives pages back, at most [`MAX_RANGES`] ranges, with a message of this kind to follow or not
 /// (`struct dm_unballoon_request`).
-pub(super) fn unballoon_request(transaction: u32, ranges: &[PageRange], more: bool) -> Vec<u8> {
+pub fn unballoon_request(transaction: u32, ranges: &[PageRange], more: bool) -> Vec<u8> {
     let words = [if more { MORE_PAGES } else { 0 }, ranges.len() as u32].map(U32::new);
     let mut body = words.as_bytes().to_vec();
     for range in ranges {

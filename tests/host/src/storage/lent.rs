@@ -7,10 +7,10 @@
 //! channel is closed the guest may use the pages for anything, so from then on they are out of reach.
 
 use crate::bus::lock;
-use crate::vmbus::protocol::PAGE_SIZE;
+use crate::vmbus::protocol::{GpaDirect, GpaRange, PAGE_SIZE};
 use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use zerocopy::little_endian::{U32, U64};
+use zerocopy::little_endian::U64;
 use zerocopy::FromBytes;
 
 /// The most that one packet may lend.
@@ -60,12 +60,12 @@ impl Lent {
         let mut pieces = Vec::new();
         let mut total = 0usize;
         if !list.is_empty() {
-            let ([_reserved, ranges], mut rest) =
-                <[U32; 2]>::read_from_prefix(list).map_err(|_| LentError::List)?;
-            for _ in 0..ranges.get() {
-                let ([len, offset], pages) =
-                    <[U32; 2]>::read_from_prefix(rest).map_err(|_| LentError::List)?;
-                let (mut left, mut offset) = (len.get() as usize, offset.get() as usize);
+            let (lent, mut rest) = GpaDirect::ref_from_prefix(list).map_err(|_| LentError::List)?;
+            for _ in 0..lent.range_count.get() {
+                let (range, pages) =
+                    GpaRange::ref_from_prefix(rest).map_err(|_| LentError::List)?;
+                let mut left = range.byte_count.get() as usize;
+                let mut offset = range.byte_offset.get() as usize;
                 total = total.saturating_add(left);
                 if offset >= PAGE_SIZE || total > MAX_BYTES {
                     return Err(LentError::List);

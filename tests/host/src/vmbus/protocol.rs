@@ -137,6 +137,26 @@ pub struct PacketDescriptor {
 
 const _: () = assert!(size_of::<PacketDescriptor>() == 16);
 
+/// `struct vmdata_gpa_direct` without its descriptor and ranges: what a packet lends of the guest's memory.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct GpaDirect {
+    /// Zero.
+    pub reserved: U32,
+    /// How many ranges follow.
+    pub range_count: U32,
+}
+
+/// `struct gpa_range`: a piece of the guest's memory, before the numbers of its pages.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct GpaRange {
+    /// Bytes in it.
+    pub byte_count: U32,
+    /// Where in its first page it starts.
+    pub byte_offset: U32,
+}
+
 /// Message types (`CHANNELMSG_*`).
 pub mod message {
     #![allow(missing_docs, reason = "the names are the header's")]
