@@ -922,6 +922,17 @@ impl Guest {
 
     /// FIFREEZE and FITHAW of the file system that `path` is on, and how long both took.
     pub fn freeze_and_thaw(&self, path: &str) -> Result<Duration, CallError> {
+    /// For how many milliseconds each of them has been in that state, as it says.
+    pub fn held_for_ms(&self) -> Result<Vec<u64>> {
+        let text = self.read(HELD)?;
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        let for_ms = |line: &str| {
+            let word = line.split(' ').nth(3).and_then(|it| it.parse().ok());
+            word.with_context(|| format!("in debugfs: {line}"))
+        };
+        lines.map(for_ms).collect()
+    }
+
         let command = Command::FreezeAndThaw { path: path.into() };
         self.agent
             .call(command, STEP * 2)

@@ -289,7 +289,9 @@ fn is_told(daemon: Scripted<'_>, id: u64, reason: u32) -> Result<()> {
 fn thaw_by_others(guest: &Guest) -> Result<()> {
     make(guest, &[])?;
     let daemon = Scripted::start(guest, Abi::V2)?;
+    let asked = guest.clock()?;
     freeze(guest, daemon)?;
+    let frozen = guest.clock()?;
     let still = Still::wait(guest, &[])?;
     for path in PATHS {
         refused(&format!("FITHAW of {path}"), guest.thaw(path), "EINVAL")?;
@@ -304,6 +306,14 @@ fn thaw_by_others(guest: &Guest) -> Result<()> {
     }
     equal("what is held", guest.held()?.len(), PATHS.len())?;
     still.holds(guest, "after fsfreeze -u")?;
+    // Each is that for as long as it has been frozen, whatever others have tried.
+    let earliest = (guest.clock()? - frozen) / 1000;
+    let held_for = guest.held_for_ms()?;
+    let latest = (guest.clock()? - asked) / 1000;
+    ensure!(
+        held_for.len() == PATHS.len() && held_for.iter().all(|it| (earliest..=latest).contains(it)),
+        "each should be held for {earliest} to {latest} ms, debugfs says {held_for:?}"
+    );
     thaw(guest, daemon, status::OK)?;
     all_go_on(guest, "after THAW")?;
     good_backup(guest, daemon)
@@ -865,6 +875,8 @@ fn hibernated(guest: &Guest) -> Result<()> {
     hibernate(guest)?;
     all_go_on(guest, "after the sleep")?;
     drop(still);
+            // The host does not know that its freeze has ended, and is told once.
+            thaw(guest, next, status::FAIL)?;
     equal("what is held", guest.held()?, Vec::new())?;
     is_told(daemon, asked.id, thawed::SLEEP)?;
     vss.agree(STEP)?;
@@ -1111,7 +1123,7 @@ fn errors(guest: &Guest) -> Result<()> {
     make(guest, &[])?;
     guest.writers_stop()?;
     guest.sh(
-        "mkdir -p /mnt/ro /mnt/bind /mnt/tmp && mount -t tmpfs t /mnt/tmp
+        "mkdir -p /mnt/ro /mnt/bad /mnt/bind /mnt/tmp && mount -t tmpfs t /mnt/tmp
          mkfs.ext4 -q -F /dev/ram4 && mount -o ro /dev/ram4 /mnt/ro
          mount --bind /mnt/a /mnt/bind",
     )?;
@@ -1125,11 +1137,14 @@ fn errors(guest: &Guest) -> Result<()> {
     )?;
     refused(
         "a thaw before it",
+    guest.expect_in_log(&["(device ram5)", "EXT4-fs (ram5)"])?;
         device.ioctl(&thaw_ioctl(None)),
         "EPROTO",
     )?;
     device.close()?;
     let v1 = Scripted::start(guest, Abi::V1)?;
+         mkfs.ext4 -q -F /dev/ram5 && mount -o errors=remount-ro /dev/ram5 /mnt/bad &&
+             echo x >/sys/fs/ext4/ram5/trigger_fs_error
     refused("a freeze as v1", hold(v1.device, 0, "/mnt/a"), "EPROTO")?;
     v1.device.close()?;
 
@@ -1184,6 +1199,11 @@ fn errors(guest: &Guest) -> Result<()> {
         let result = device.ioctl(&freeze_ioctl((argument, put)));
         refused(&format!("a freeze {what}"), result, "EINVAL")?;
     }
+    change("EROFS", "a freeze that its file system refuses", |it| {
+        if let Some(put) = &mut it.put {
+            put.what = Descriptor::Path("/mnt/bad".into());
+        }
+    })?;
     change("ESTALE", "a freeze for a request that never was", |it| {
         *it = freeze_ioctl(freezing(1 << 40, "/mnt/a"));
     })?;
