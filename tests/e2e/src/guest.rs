@@ -718,6 +718,15 @@ impl Guest {
 
     /// Starts a program whose output goes to a file of its own.
     pub fn spawn(&self, argv: &[&str]) -> Result<Process> {
+        self.spawn_with(argv, None)
+    }
+
+    /// Starts a process that has a copy of this descriptor, by fork, and does nothing with it.
+    pub fn share(&self, device: Device<'_>) -> Result<Process> {
+        self.spawn_with(&["sleep", "1000"], Some(device.handle))
+    }
+
+    fn spawn_with(&self, argv: &[&str], device: Option<u64>) -> Result<Process> {
         let number = self.logs.fetch_add(1, SeqCst);
         let name = argv.first().and_then(|it| it.rsplit('/').next());
         let log = format!("/run/{}-{number}.log", name.unwrap_or("program"));
@@ -725,6 +734,7 @@ impl Guest {
             Command::Spawn {
                 argv: argv.iter().map(|it| it.to_string()).collect(),
                 log: log.clone(),
+                device,
             },
             STEP,
         )?;
@@ -912,16 +922,6 @@ impl Guest {
         held(&self.read(HELD)?)
     }
 
-    /// The same of nothing where our module is not loaded.
-    fn held_if_loaded(&self) -> Result<Vec<(String, String)>> {
-        match self.read(HELD) {
-            Err(error) if error.errno() == Some("ENOENT") => Ok(Vec::new()),
-            text => held(&text?),
-        }
-    }
-
-    /// FIFREEZE and FITHAW of the file system that `path` is on, and how long both took.
-    pub fn freeze_and_thaw(&self, path: &str) -> Result<Duration, CallError> {
     /// For how many milliseconds each of them has been in that state, as it says.
     pub fn held_for_ms(&self) -> Result<Vec<u64>> {
         let text = self.read(HELD)?;
@@ -933,6 +933,16 @@ impl Guest {
         lines.map(for_ms).collect()
     }
 
+    /// The same of nothing where our module is not loaded.
+    fn held_if_loaded(&self) -> Result<Vec<(String, String)>> {
+        match self.read(HELD) {
+            Err(error) if error.errno() == Some("ENOENT") => Ok(Vec::new()),
+            text => held(&text?),
+        }
+    }
+
+    /// FIFREEZE and FITHAW of the file system that `path` is on, and how long both took.
+    pub fn freeze_and_thaw(&self, path: &str) -> Result<Duration, CallError> {
         let command = Command::FreezeAndThaw { path: path.into() };
         self.agent
             .call(command, STEP * 2)

@@ -64,7 +64,7 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "owned/closed",
-        "the last close of the device thaws all, and the host's THAW is failed",
+        "the last close of the device thaws all, of whoever has a copy, and the host's THAW is failed",
         closed,
     ),
     case(
@@ -664,12 +664,29 @@ fn ended_by_itself(guest: &Guest, what: &str, at: u64) -> Result<()> {
 
 fn closed(guest: &Guest) -> Result<()> {
     make(guest, &["grace_ms=300"])?;
-    let daemon = Scripted::start(guest, Abi::V2)?;
-    freeze(guest, daemon)?;
-    Still::wait(guest, &[])?;
-    let at = guest.clock()?;
-    daemon.device.close()?;
-    ended_by_itself(guest, "the close", at)
+    for opener_is_last in [true, false] {
+        let daemon = Scripted::start(guest, Abi::V2)?;
+        let copy = guest.share(daemon.device)?;
+        freeze(guest, daemon)?;
+        let still = Still::wait(guest, &[])?;
+        let end = |opener: bool| -> Result<u64> {
+            let at = guest.clock()?;
+            if opener {
+                daemon.device.close()?;
+            } else {
+                guest.signal(&copy, 9)?;
+                guest.wait(&copy, STEP)?;
+            }
+            Ok(at)
+        };
+        end(!opener_is_last)?;
+        still.holds(guest, "with one of two copies closed")?;
+        equal("what is held", guest.held()?.len(), PATHS.len())?;
+        let at = end(opener_is_last)?;
+        ended_by_itself(guest, "the last close", at)
+            .with_context(|| format!("its opener was the last: {opener_is_last}"))?;
+    }
+    Ok(())
 }
 
 fn killed(guest: &Guest) -> Result<()> {
@@ -858,6 +875,8 @@ fn device_gone(guest: &Guest) -> Result<()> {
             vss.wait_open(STEP)?;
             vss.agree(STEP)?;
             let next = Scripted::start(guest, Abi::V2)?;
+            // The host does not know that its freeze has ended, and is told once.
+            thaw(guest, next, status::FAIL)?;
             good_backup(guest, next)?;
             Ok(next.device.close()?)
         };
@@ -875,8 +894,6 @@ fn hibernated(guest: &Guest) -> Result<()> {
     hibernate(guest)?;
     all_go_on(guest, "after the sleep")?;
     drop(still);
-            // The host does not know that its freeze has ended, and is told once.
-            thaw(guest, next, status::FAIL)?;
     equal("what is held", guest.held()?, Vec::new())?;
     is_told(daemon, asked.id, thawed::SLEEP)?;
     vss.agree(STEP)?;
@@ -1120,11 +1137,14 @@ fn waits_its_turn(guest: &Guest) -> Result<()> {
 }
 
 fn errors(guest: &Guest) -> Result<()> {
+    guest.expect_in_log(&["(device ram5)", "EXT4-fs (ram5)"])?;
     make(guest, &[])?;
     guest.writers_stop()?;
     guest.sh(
         "mkdir -p /mnt/ro /mnt/bad /mnt/bind /mnt/tmp && mount -t tmpfs t /mnt/tmp
          mkfs.ext4 -q -F /dev/ram4 && mount -o ro /dev/ram4 /mnt/ro
+         mkfs.ext4 -q -F /dev/ram5 && mount -o errors=remount-ro /dev/ram5 /mnt/bad &&
+             echo x >/sys/fs/ext4/ram5/trigger_fs_error
          mount --bind /mnt/a /mnt/bind",
     )?;
 
@@ -1137,14 +1157,11 @@ fn errors(guest: &Guest) -> Result<()> {
     )?;
     refused(
         "a thaw before it",
-    guest.expect_in_log(&["(device ram5)", "EXT4-fs (ram5)"])?;
         device.ioctl(&thaw_ioctl(None)),
         "EPROTO",
     )?;
     device.close()?;
     let v1 = Scripted::start(guest, Abi::V1)?;
-         mkfs.ext4 -q -F /dev/ram5 && mount -o errors=remount-ro /dev/ram5 /mnt/bad &&
-             echo x >/sys/fs/ext4/ram5/trigger_fs_error
     refused("a freeze as v1", hold(v1.device, 0, "/mnt/a"), "EPROTO")?;
     v1.device.close()?;
 
@@ -1182,6 +1199,11 @@ fn errors(guest: &Guest) -> Result<()> {
             put.what = Descriptor::Path("/mnt/tmp".into());
         }
     })?;
+    change("EROFS", "a freeze that its file system refuses", |it| {
+        if let Some(put) = &mut it.put {
+            put.what = Descriptor::Path("/mnt/bad".into());
+        }
+    })?;
     change("EPERM", "a freeze without CAP_SYS_ADMIN", |it| {
         it.unprivileged = true
     })?;
@@ -1199,11 +1221,6 @@ fn errors(guest: &Guest) -> Result<()> {
         let result = device.ioctl(&freeze_ioctl((argument, put)));
         refused(&format!("a freeze {what}"), result, "EINVAL")?;
     }
-    change("EROFS", "a freeze that its file system refuses", |it| {
-        if let Some(put) = &mut it.put {
-            put.what = Descriptor::Path("/mnt/bad".into());
-        }
-    })?;
     change("ESTALE", "a freeze for a request that never was", |it| {
         *it = freeze_ioctl(freezing(1 << 40, "/mnt/a"));
     })?;
