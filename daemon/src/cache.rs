@@ -348,16 +348,11 @@ impl Cache {
         };
         let left_out = plan.left_out.iter().filter(is_worth_a_word);
         gathered.missing = left_out.map(missing).collect();
-        let losses = plan.left_out.iter().filter(|it| it.reason.is_a_loss());
-        gathered.losses = losses.clone().count();
+        gathered.losses = losses(&plan).count();
         if config.strict {
-            let mut losses: Vec<Missing> = losses.map(missing).collect();
-            losses.extend(plan.synced.iter().map(|it| Missing {
-                name: it.to_string(),
-                reason: "it has no means to freeze".into(),
-            }));
-            if !losses.is_empty() {
-                return Err(GatherError::Strict { missing: losses });
+            let missing = strict_about(&plan);
+            if !missing.is_empty() {
+                return Err(GatherError::Strict { missing });
             }
         }
         Ok(gathered)
@@ -592,6 +587,20 @@ fn missing(left: &LeftOut) -> Missing {
         name: left.file_system.to_string(),
         reason: left.reason.to_string(),
     }
+}
+
+/// What something is wrong with.
+fn losses(plan: &Plan) -> impl Iterator<Item = &LeftOut> {
+    plan.left_out.iter().filter(|it| it.reason.is_a_loss())
+}
+
+/// What a strict backup fails for: that, and what is known to have no means to freeze.
+fn strict_about(plan: &Plan) -> Vec<Missing> {
+    let never_held = plan.synced.iter().map(|it| Missing {
+        name: it.to_string(),
+        reason: "it has no means to freeze".into(),
+    });
+    losses(plan).map(missing).chain(never_held).collect()
 }
 
 #[cfg(test)]
@@ -1120,6 +1129,28 @@ mod tests {
             .unchanged(&mut cache.signals, &cache.read_only, false)
             .is_some());
         Ok(())
+    }
+
+    #[test]
+    fn a_strict_backup_fails_for_what_never_freezes_and_for_what_is_out_of_order() {
+        let table = "\
+1 0 100:1 / / rw - ext4 /dev/d1 rw
+2 1 0:50 / /pool rw - zfs tank rw
+3 1 100:2 / /down rw - ext4 /dev/d2 rw,shutdown
+4 1 100:3 / /unwanted rw - ext4 /dev/d3 rw,shutdown
+5 1 100:4 / /media ro - iso9660 /dev/d4 ro
+";
+        let unwanted = |it: &FileSystem| (it.dev == disk(3)).then(|| "a rule".to_owned());
+        let mounts = parse(table.as_bytes(), 0).unwrap();
+        let plan = plan(&mounts, &Topology::default(), &unwanted);
+        let said: Vec<String> = strict_about(&plan).iter().map(Missing::to_string).collect();
+        assert_eq!(
+            said,
+            [
+                "/down (ext4, 100:2) is left out: out of order: shut down after an error",
+                "/pool (zfs, 0:50) is left out: it has no means to freeze",
+            ]
+        );
     }
 
     #[test]

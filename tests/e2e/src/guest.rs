@@ -722,6 +722,15 @@ impl Guest {
 
     /// Starts a program whose output goes to a file of its own.
     pub fn spawn(&self, argv: &[&str]) -> Result<Process> {
+        self.spawn_with(argv, None)
+    }
+
+    /// Starts a process that has a copy of this descriptor, by fork, and does nothing with it.
+    pub fn share(&self, device: Device<'_>) -> Result<Process> {
+        self.spawn_with(&["sleep", "1000"], Some(device.handle))
+    }
+
+    fn spawn_with(&self, argv: &[&str], device: Option<u64>) -> Result<Process> {
         let number = self.logs.fetch_add(1, SeqCst);
         let name = argv.first().and_then(|it| it.rsplit('/').next());
         let log = format!("/run/{}-{number}.log", name.unwrap_or("program"));
@@ -729,6 +738,7 @@ impl Guest {
             Command::Spawn {
                 argv: argv.iter().map(|it| it.to_string()).collect(),
                 log: log.clone(),
+                device,
             },
             STEP,
         )?;
@@ -914,6 +924,17 @@ impl Guest {
     /// What our module says that it holds, or is freezing or thawing: device and state of each.
     pub fn held(&self) -> Result<Vec<(String, String)>> {
         held(&self.read(HELD)?)
+    }
+
+    /// For how many milliseconds each of them has been in that state, as it says.
+    pub fn held_for_ms(&self) -> Result<Vec<u64>> {
+        let text = self.read(HELD)?;
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        let for_ms = |line: &str| {
+            let word = line.split(' ').nth(3).and_then(|it| it.parse().ok());
+            word.with_context(|| format!("in debugfs: {line}"))
+        };
+        lines.map(for_ms).collect()
     }
 
     /// The same of nothing where our module is not loaded.

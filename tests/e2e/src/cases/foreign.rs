@@ -79,7 +79,7 @@ pub const CASES: &[Case] = &[
     .long(),
     case(
         "foreign/guard-stopped",
-        "the guard is stopped (SIGSTOP) and the host never thaws: the daemon does",
+        "the guard is stopped (SIGSTOP) and the host never thaws: the daemon does; no other signal ends a guard",
         guard_stopped,
     ),
     case(
@@ -406,6 +406,15 @@ fn guard_stopped(guest: &Guest) -> Result<()> {
     })?;
     good_backup(guest).context("the next backup")?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    // A service manager that stops the rest of a group, a terminal that is closed, a key.
+    let guard = guard_of(guest, &daemon)?;
+    for signal in [15, 2, 3, 1] {
+        guest.signal_all(&[guard], signal)?;
+    }
+    guest.wait_until("both writers stand still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+    })?;
+    equal("the guard, after them", guard_of(guest, &daemon)?, guard)?;
     let killed = guest.signal_all(&[daemon.pid], 9)?;
     released(guest, "the death of the daemon", killed, RELEASED)?;
     guest.wait(&daemon, STEP)?;

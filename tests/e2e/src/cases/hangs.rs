@@ -1150,6 +1150,11 @@ fn hung_open(guest: &Guest) -> Result<()> {
     // It still hangs, and the daemon still answers: with the truth, and soon.
     answered("HOT_BACKUP", &vss.hot_backup(STEP)?, status::OK)?;
     answered("FREEZE again", &vss.freeze(&[], STEP)?, status::FAIL)?;
+    // So does the log, whose writer is not the one who hangs.
+    let words = "called off: looking up what is mounted for ";
+    guest.wait_until("the log says what hangs", STEP, || {
+        Ok(guest.output(&daemon)?.contains(words))
+    })?;
     guest.release_opens()?;
     good_backup_after(guest, &daemon)?;
     stop(guest, guest.module(), &daemon)

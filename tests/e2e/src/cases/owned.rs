@@ -64,7 +64,7 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "owned/closed",
-        "the last close of the device thaws all, and the host's THAW is failed",
+        "the last close of the device thaws all, of whoever has a copy, and the host's THAW is failed",
         closed,
     ),
     case(
@@ -289,7 +289,9 @@ fn is_told(daemon: Scripted<'_>, id: u64, reason: u32) -> Result<()> {
 fn thaw_by_others(guest: &Guest) -> Result<()> {
     make(guest, &[])?;
     let daemon = Scripted::start(guest, Abi::V2)?;
+    let asked = guest.clock()?;
     freeze(guest, daemon)?;
+    let frozen = guest.clock()?;
     let still = Still::wait(guest, &[])?;
     for path in PATHS {
         refused(&format!("FITHAW of {path}"), guest.thaw(path), "EINVAL")?;
@@ -304,6 +306,14 @@ fn thaw_by_others(guest: &Guest) -> Result<()> {
     }
     equal("what is held", guest.held()?.len(), PATHS.len())?;
     still.holds(guest, "after fsfreeze -u")?;
+    // Each is that for as long as it has been frozen, whatever others have tried.
+    let earliest = (guest.clock()? - frozen) / 1000;
+    let held_for = guest.held_for_ms()?;
+    let latest = (guest.clock()? - asked) / 1000;
+    ensure!(
+        held_for.len() == PATHS.len() && held_for.iter().all(|it| (earliest..=latest).contains(it)),
+        "each should be held for {earliest} to {latest} ms, debugfs says {held_for:?}"
+    );
     thaw(guest, daemon, status::OK)?;
     all_go_on(guest, "after THAW")?;
     good_backup(guest, daemon)
@@ -654,12 +664,29 @@ fn ended_by_itself(guest: &Guest, what: &str, at: u64) -> Result<()> {
 
 fn closed(guest: &Guest) -> Result<()> {
     make(guest, &["grace_ms=300"])?;
-    let daemon = Scripted::start(guest, Abi::V2)?;
-    freeze(guest, daemon)?;
-    Still::wait(guest, &[])?;
-    let at = guest.clock()?;
-    daemon.device.close()?;
-    ended_by_itself(guest, "the close", at)
+    for opener_is_last in [true, false] {
+        let daemon = Scripted::start(guest, Abi::V2)?;
+        let copy = guest.share(daemon.device)?;
+        freeze(guest, daemon)?;
+        let still = Still::wait(guest, &[])?;
+        let end = |opener: bool| -> Result<u64> {
+            let at = guest.clock()?;
+            if opener {
+                daemon.device.close()?;
+            } else {
+                guest.signal(&copy, 9)?;
+                guest.wait(&copy, STEP)?;
+            }
+            Ok(at)
+        };
+        end(!opener_is_last)?;
+        still.holds(guest, "with one of two copies closed")?;
+        equal("what is held", guest.held()?.len(), PATHS.len())?;
+        let at = end(opener_is_last)?;
+        ended_by_itself(guest, "the last close", at)
+            .with_context(|| format!("its opener was the last: {opener_is_last}"))?;
+    }
+    Ok(())
 }
 
 fn killed(guest: &Guest) -> Result<()> {
@@ -848,6 +875,8 @@ fn device_gone(guest: &Guest) -> Result<()> {
             vss.wait_open(STEP)?;
             vss.agree(STEP)?;
             let next = Scripted::start(guest, Abi::V2)?;
+            // The host does not know that its freeze has ended, and is told once.
+            thaw(guest, next, status::FAIL)?;
             good_backup(guest, next)?;
             Ok(next.device.close()?)
         };
@@ -1108,11 +1137,14 @@ fn waits_its_turn(guest: &Guest) -> Result<()> {
 }
 
 fn errors(guest: &Guest) -> Result<()> {
+    guest.expect_in_log(&["(device ram5)", "EXT4-fs (ram5)"])?;
     make(guest, &[])?;
     guest.writers_stop()?;
     guest.sh(
-        "mkdir -p /mnt/ro /mnt/bind /mnt/tmp && mount -t tmpfs t /mnt/tmp
+        "mkdir -p /mnt/ro /mnt/bad /mnt/bind /mnt/tmp && mount -t tmpfs t /mnt/tmp
          mkfs.ext4 -q -F /dev/ram4 && mount -o ro /dev/ram4 /mnt/ro
+         mkfs.ext4 -q -F /dev/ram5 && mount -o errors=remount-ro /dev/ram5 /mnt/bad &&
+             echo x >/sys/fs/ext4/ram5/trigger_fs_error
          mount --bind /mnt/a /mnt/bind",
     )?;
 
@@ -1165,6 +1197,11 @@ fn errors(guest: &Guest) -> Result<()> {
     change("EOPNOTSUPP", "a freeze of tmpfs", |it| {
         if let Some(put) = &mut it.put {
             put.what = Descriptor::Path("/mnt/tmp".into());
+        }
+    })?;
+    change("EROFS", "a freeze that its file system refuses", |it| {
+        if let Some(put) = &mut it.put {
+            put.what = Descriptor::Path("/mnt/bad".into());
         }
     })?;
     change("EPERM", "a freeze without CAP_SYS_ADMIN", |it| {

@@ -6,10 +6,11 @@
 //! The disks are the host's, and it says how many bytes a second they take. How long that holds up a
 //! writer elsewhere is compared with how long FREEZE takes, which is mostly that.
 
+use super::deadman::good_backup;
 use super::disks::{self, load_driver, Attached};
 use super::hangs::longest_stall;
 use super::{load, logged, logged_all, observe, start, stop, wait_for_daemon, Case};
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, STEP};
 use hyperv_sim::ic::status;
@@ -187,6 +188,31 @@ fn longer_than_prepare(guest: &Guest) -> Result<()> {
     let frozen = log.lines().find(|it| it.contains("FREEZE answered"));
     let all = frozen.map(|it| it.contains("5 frozen"));
     equal("whether all five are frozen", all, Some(true))?;
+    stop(guest, Module::Ours, &daemon)?;
+
+    // Longer than the module waits: it is said what it is at meanwhile, and in the end which limit that was.
+    load(guest, Module::Ours, &["freeze_timeout_ms=15000"])?;
+    let daemon = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    guest.sh(dirty)?;
+    disk.disk.set_bandwidth(NonZeroU64::new(SLOW / 8));
+    answered("FREEZE", &guest.vss().freeze(&[], STEP * 2)?, status::FAIL)?;
+    let mut log = String::new();
+    let said = guest.wait_until("the log says so", STEP, || {
+        log = guest.output(&daemon)?;
+        let its = |it: &&str| {
+            it.contains("writing back for 1") && it.contains("still at /mnt/slow (ext4, 8:0)")
+        };
+        let (last, meanwhile): (Vec<_>, Vec<_>) = log
+            .lines()
+            .filter(its)
+            .partition(|it| it.contains("warning: called off: "));
+        let names_limit = |it: &&str| it.ends_with("(freeze_timeout_ms)");
+        Ok(!meanwhile.is_empty() && last.iter().any(names_limit))
+    });
+    said.with_context(|| format!("it is not said:\n{log}"))?;
+    disk.disk.set_bandwidth(None);
+    good_backup(guest).context("with the disk as it was")?;
     stop(guest, Module::Ours, &daemon)
 }
 

@@ -12,6 +12,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 
 /// The open devices, by handle.
@@ -40,6 +41,11 @@ impl Devices {
         let open = lock(&self.open);
         let file = open.1.get(&handle).cloned();
         file.ok_or_else(|| Error::Call(format!("no device is open as {handle}")))
+    }
+
+    /// A copy of the descriptor, for a program that is started.
+    pub fn copy(&self, handle: u64) -> Result<Stdio, Error> {
+        Ok(self.get(handle)?.try_clone()?.into())
     }
 
     /// One read; its bytes in hexadecimal.

@@ -61,6 +61,8 @@ pub enum Command {
         argv: Vec<String>,
         /// A file, best on a tmpfs.
         log: String,
+        /// A device from [`Command::DevOpen`] that it has a copy of, as its standard input.
+        device: Option<u64>,
     },
     /// Sends a signal to each of these processes, one right after the other, and returns the
     /// agent's clock just before the first, in microseconds.

@@ -39,7 +39,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::process::ExitCode;
+use std::process::{ExitCode, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -62,7 +62,13 @@ impl Agent {
     fn perform(&self, command: Command) -> Result<Value, Error> {
         Ok(match command {
             Command::Run { argv, timeout_ms } => json!(process::run(&argv, timeout_ms)?),
-            Command::Spawn { argv, log } => json!(self.processes.spawn(&argv, &log)?),
+            Command::Spawn { argv, log, device } => {
+                let stdin = match device {
+                    Some(handle) => self.devices.copy(handle)?,
+                    None => Stdio::null(),
+                };
+                json!(self.processes.spawn(&argv, &log, stdin)?)
+            }
             Command::Signal { pids, signal } => json!(process::signal(&pids, signal)?),
             Command::Clock => json!(clock_us()),
             Command::Wait { pid, timeout_ms } => json!(self.processes.wait(pid, timeout_ms)?),

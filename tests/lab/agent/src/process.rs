@@ -137,10 +137,14 @@ pub struct Processes {
 
 impl Processes {
     /// Starts a program with its output in `log`.
-    pub fn spawn(&self, argv: &[String], log: &str) -> Result<i32, Error> {
+    pub fn spawn(&self, argv: &[String], log: &str, stdin: Stdio) -> Result<i32, Error> {
         let out = File::create(log)?;
         let err = out.try_clone()?;
-        let mut child = command(argv)?.stdout(out).stderr(err).spawn()?;
+        let mut child = command(argv)?
+            .stdin(stdin)
+            .stdout(out)
+            .stderr(err)
+            .spawn()?;
         let pid = child.id() as i32;
         let process = Arc::new(Process::default());
         lock(&self.by_pid).insert(pid, process.clone());
