@@ -411,9 +411,10 @@ fn trouble(mount: &Mount) -> Option<&'static str> {
 /// Why one is out of order that an error has made read-only.
 pub const READ_ONLY_SINCE_AN_ERROR: &str = "read-only since an error";
 
-/// Types that turn their superblock read-only when they meet an error.
-const TURN_READ_ONLY: [&str; 10] = [
-    "ext2", "ext3", "ext4", "btrfs", "f2fs", "nilfs2", "jfs", "vfat", "exfat", "ntfs3",
+/// Types whose superblock is read-only however it is mounted: the kernel cannot write them, or, of ZFS, it is
+/// that of a snapshot. What is of any other may have turned so when it met an error.
+const READ_ONLY_BY_NATURE: [&str; 11] = [
+    "squashfs", "erofs", "cramfs", "romfs", "iso9660", "efs", "qnx4", "qnx6", "vxfs", "befs", "zfs",
 ];
 
 /// Whether a superblock is read-only although its mounts here, or where there is none here those elsewhere,
@@ -421,7 +422,7 @@ const TURN_READ_ONLY: [&str; 10] = [
 /// that one may have been unmounted since, a mount of its own may be read-only, and a superblock below one
 /// that is not; where ext4 says whether there was an error, that decides.
 fn has_turned_read_only(mounts: &[&Mount], errors: Option<u64>) -> bool {
-    let turns = |m: &&Mount| !m.writable && TURN_READ_ONLY.contains(&m.fs_type.as_str());
+    let turns = |m: &&Mount| !m.writable && !READ_ONLY_BY_NATURE.contains(&m.fs_type.as_str());
     if !mounts.iter().all(turns) {
         return false;
     }
@@ -1419,6 +1420,9 @@ mod tests {
 9 1 8:10 / /turned-and-unwanted rw - ext4 /dev/sda10 ro
 10 1 0:40 / /made-read-only ro - btrfs /dev/sda9 ro
 11 1 0:40 / /bind rw - btrfs /dev/sda9 ro
+12 1 8:11 / /cluster rw - ocfs2 /dev/sda11 ro
+13 1 11:0 / /media rw - iso9660 /dev/sr0 ro
+14 1 0:50 / /home/.zfs/snapshot/old rw - zfs tank/home@old ro
 ";
         let mut topology = Topology::default();
         topology.gone.insert(dev("8:4"));
@@ -1446,6 +1450,9 @@ mod tests {
                 "/unwanted: excluded by a rule",
                 "/turned-and-unwanted: excluded by a rule",
                 "/bind: read-only",
+                "/cluster: read-only though mounted for writing, perhaps since an error",
+                "/media: read-only",
+                "/home/.zfs/snapshot/old: read-only",
             ]
         );
         assert_eq!(plan.waves.concat().len(), 1);
