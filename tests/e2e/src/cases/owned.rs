@@ -1137,7 +1137,11 @@ fn waits_its_turn(guest: &Guest) -> Result<()> {
 }
 
 fn errors(guest: &Guest) -> Result<()> {
-    guest.expect_in_log(&["(device ram5)", "EXT4-fs (ram5)"])?;
+    guest.expect_in_log(&[
+        "(device ram5)",
+        "EXT4-fs (ram5)",
+        "Aborting journal on device ram5-8",
+    ])?;
     make(guest, &[])?;
     guest.writers_stop()?;
     guest.sh(
