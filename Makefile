@@ -51,6 +51,7 @@ lab-module: packages
 user: packages ## Build the daemon, the simulated host and the test tools
 	@echo "user: building the workspace with cargo"
 	@$(CARGO_DAEMON) & $(CARGO_LAB); status=$$?; wait $$! && exit $$status
+	@$(CC) -Wall -Wextra -o target/lab/hv_vss_example uapi/examples/hv_vss_example.c
 
 .PHONY: images
 images: packages

@@ -244,7 +244,8 @@ fn module_missed(status: Option<&Value>) -> Option<Finding> {
         return None;
     }
     let build = newest_build(Path::new(SOURCES))?;
-    if vss_device().and_then(|it| driver_of(&it)).as_deref() == Some("hv_vss") {
+    let vss = vss_device(Path::new(VMBUS));
+    if vss.and_then(|it| driver_of(&it)).as_deref() == Some("hv_vss") {
         return None;
     }
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
@@ -375,15 +376,20 @@ impl Loading {
 
 /// Why the device is not there, and what to do about it; `None` when it is.
 pub fn why_no_device(device: &Path) -> Option<String> {
+    why_not_on(Path::new(VMBUS), device)
+}
+
+/// The same, with the devices of the bus in this folder.
+fn why_not_on(vmbus: &Path, device: &Path) -> Option<String> {
     if device.exists() {
         return None;
     }
     let name = device.display();
     let because = |why: &str| Some(format!("no {name}: {why}"));
-    if !Path::new(VMBUS).exists() {
+    if !vmbus.exists() {
         return because("this is not a guest of Hyper-V, or the kernel has no VMBus");
     }
-    let Some(vss) = vss_device() else {
+    let Some(vss) = vss_device(vmbus) else {
         return because(
             "the host does not offer it: switch on \"Backup (volume shadow copy)\" in the \
              integration services of this machine",
@@ -398,11 +404,11 @@ pub fn why_no_device(device: &Path) -> Option<String> {
 }
 
 /// The VSS device of the VMBus, if the host offers it.
-fn vss_device() -> Option<PathBuf> {
+fn vss_device(vmbus: &Path) -> Option<PathBuf> {
     let is_vss = |path: &PathBuf| {
         fs::read_to_string(path.join("class_id")).is_ok_and(|it| it.trim() == VSS_CLASS)
     };
-    let devices = fs::read_dir(VMBUS).ok()?.flatten();
+    let devices = fs::read_dir(vmbus).ok()?.flatten();
     devices.map(|it| it.path()).find(is_vss)
 }
 
@@ -759,6 +765,24 @@ mod tests {
         assert_eq!(why_no_device(Path::new("/dev/null")), None);
         let why = why_no_device(Path::new("/dev/vmbus/none at all")).unwrap();
         assert!(why.starts_with("no /dev/vmbus/none at all: "), "{why}");
+
+        let bus = std::env::temp_dir().join(format!("hv-vss-bus-{}", std::process::id()));
+        let says = |part: &str| {
+            let why = why_not_on(&bus, Path::new("/dev/vmbus/none at all")).unwrap();
+            assert!(why.contains(part), "{why}");
+        };
+        says("this is not a guest of Hyper-V");
+        let device = |name: &str, class: &str| {
+            fs::create_dir_all(bus.join(name)).unwrap();
+            fs::write(bus.join(name).join("class_id"), class).unwrap();
+        };
+        device("heartbeat", "{57164f39-9115-4e78-ab55-382f3bd5422d}\n");
+        says("the host does not offer it: switch on");
+        device("vss", &format!("{VSS_CLASS}\n"));
+        says("no driver is loaded: modprobe");
+        std::os::unix::fs::symlink("/bus/drivers/other", bus.join("vss/driver")).unwrap();
+        says("the driver other has it");
+        fs::remove_dir_all(&bus).unwrap();
     }
 
     #[test]

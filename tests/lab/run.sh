@@ -61,7 +61,7 @@ trap 'exit 143' TERM HUP
 payload=$work/payload
 mkdir -p "$payload/results"
 missing=()
-for file in "$programs"/{e2e,bench,hyperv-sim,lab-agent} "$daemon" \
+for file in "$programs"/{e2e,bench,hyperv-sim,lab-agent,hv_vss_example} "$daemon" \
     "$choice"/{lab/hv_vss.ko,vmlinuz,guest.cpio}; do
     cp "$file" "$payload/" 2>/dev/null || missing+=("${file##*/}")
 done

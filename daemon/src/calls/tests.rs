@@ -178,6 +178,25 @@ fn what_was_started_is_let_go_including_the_one_that_failed_and_the_rest_is_not_
 }
 
 #[test]
+fn one_that_is_let_go_is_told_what_came_of_the_backup() {
+    let mut scene = Scene::new("outcome");
+    for (verdict, word) in [
+        (Some(Verdict::Good), "good"),
+        (Some(Verdict::Broken), "broken"),
+        (Some(Verdict::Failed), "failed"),
+        (None, "unknown"),
+    ] {
+        let calling = scene.start(vec![scene.hook("10-a", NOTE)], LONG);
+        assert_eq!(scene.quiesced(), Ok(()));
+        calling.release(verdict);
+        scene.released();
+        calling.join();
+        let told = scene.notes().pop().unwrap_or_default();
+        assert_eq!(told.split(' ').next_back(), Some(word), "{verdict:?}");
+    }
+}
+
+#[test]
 fn one_that_cannot_be_run_fails_with_the_status_that_a_shell_has_and_the_log_says_why() {
     let mut scene = Scene::new("unrunnable");
     let mut without = scene.hook("10-a", "");

@@ -290,7 +290,8 @@ impl Images {
         archive.directory("payload")?;
         let has_module = payload.join("hv_vss.ko").exists();
         let module = has_module.then_some("hv_vss.ko");
-        for name in ["lab-agent", "hv_vss_daemon"].into_iter().chain(module) {
+        let programs = ["lab-agent", "hv_vss_daemon", "hv_vss_example"];
+        for name in programs.into_iter().chain(module) {
             let path = payload.join(name);
             let bytes = std::fs::read(&path).with_context(|| {
                 format!(

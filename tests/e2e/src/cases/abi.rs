@@ -4,7 +4,9 @@
 //! it plays hosts that real guests also meet.
 
 use super::owned::hold;
-use super::{case, Case, ModuleState};
+use super::{
+    case, good, load, observe, stop, stuck_writers, wait_for_daemon, Case, ModuleState, Seen,
+};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Blocking, Daemon, Device, Guest, Module, DEVICE, STEP};
@@ -139,6 +141,12 @@ pub const CASES: &[Case] = &[
         "abi/tracepoints",
         "each step of a request is traced with its id and the host's transaction",
         tracepoints,
+    ),
+    case(
+        "abi/example",
+        "the header's example in C holds a file system from FREEZE to THAW; with the stock module it says that it \
+         cannot, and fails FREEZE",
+        example,
     ),
     case(
         "abi/modinfo",
@@ -1133,6 +1141,44 @@ fn tracepoints(guest: &Guest) -> Result<()> {
             .split_once(step.as_str())
             .with_context(|| format!("no {step:?} in its place in\n{trace}"))?;
         rest = behind;
+    }
+    Ok(())
+}
+
+fn example(guest: &Guest) -> Result<()> {
+    guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
+    guest.writer_start("/mnt/a/w")?;
+    guest.writer_start("/writer")?;
+    for &module in guest.modules() {
+        load(guest, module, &[])?;
+        let daemon = guest.spawn(&["/payload/hv_vss_example", "/mnt/a"])?;
+        wait_for_daemon(guest)?;
+        let said = match module {
+            Module::Ours => {
+                // It freezes what it was given, and no more.
+                let expected = Seen {
+                    moving: vec!["/writer".into()],
+                    ..good(&["/mnt/a/w"])
+                };
+                equal("a backup", observe(guest)?, expected)?;
+                [
+                    "holds 1 file systems from FREEZE to THAW",
+                    ": operation 5, ",
+                ]
+            }
+            Module::Stock => {
+                let freeze = guest.vss().freeze(&[], STEP)?;
+                answered("FREEZE without a hold", &freeze, status::FAIL)?;
+                equal("writers that stand still", stuck_writers(guest)?, vec![])?;
+                ["ABI v1", "every FREEZE is failed"]
+            }
+        };
+        let output = guest.output(&daemon)?;
+        ensure!(
+            said.iter().all(|it| output.contains(it)),
+            "{module:?}: it should say {said:?}:\n{output}"
+        );
+        stop(guest, module, &daemon)?;
     }
     Ok(())
 }

@@ -18,7 +18,7 @@ pub const CASES: &[Case] = &[
     case(
         "hooks/backup",
         "both modules: called in order before the freeze, let go in reverse after it, told what it is \
-         about; what they say is logged after the thaw",
+         about and whether it lasted; what they say is logged after the thaw",
         backup,
     ),
     case(
@@ -208,6 +208,14 @@ fn backup(guest: &Guest) -> Result<()> {
                 .output(&daemon)?
                 .contains("hook 20-b, freeze: I am ready"))
         })?;
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        let expected = ["10-a freeze ", "20-b freeze "];
+        noted(guest, "before one that does not last", &expected)?;
+        // On a slow machine it does not wait for the reply, and is heard all the same.
+        guest.try_sh("/payload/hv_vss_daemon thaw")?;
+        let expected = ["20-b thaw broken", "10-a thaw broken"];
+        noted(guest, "after a thaw by hand", &expected)?;
+        answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
         good_backup(guest, "the next backup")?;
         stop_at_rest(guest, module, &daemon)?;
         guest.sh("rm -f /run/notes")?;

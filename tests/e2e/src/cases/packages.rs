@@ -11,7 +11,7 @@ use e2e::check::{answered, equal};
 use e2e::guest::{Guest, Machine, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::Exit;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 pub const CASES: &[Case] = &[
     case(
@@ -228,13 +228,16 @@ fn not_so_late(guest: &Guest) -> Result<()> {
     guest.sh(&line).map(drop)
 }
 
-/// What hv_utils keeps: shutdown and the heartbeat.
+/// What hv_utils keeps: shutdown, the heartbeat and the time.
 fn rest_is_stock(guest: &Guest) -> Result<()> {
     let host = guest.host();
     host.heartbeat().wait_open(STEP)?;
     let (sequence, _) = host.heartbeat().beat(7, STEP)?;
     equal("the heartbeat's answer to 7", sequence, 8)?;
     ensure!(host.shutdown().is_open(), "shutdown should be open");
+    host.timesync().wait_open(STEP)?;
+    let set = host.timesync().set(SystemTime::now(), STEP)?;
+    answered("time sync", &set, status::OK)?;
     Ok(())
 }
 
@@ -274,13 +277,14 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
     // The daemon alone is a whole product.
     install(guest, "hv-vss-daemon_*.deb")?;
     serves(guest, OURS, "hv_utils")?;
-    equal(
-        "KVP's unit",
-        guest
-            .sh("systemctl show --property=LoadState,DropInPaths hv-kvp-daemon")?
-            .trim(),
-        "LoadState=loaded\nDropInPaths=",
-    )?;
+    for unit in ["hv-kvp-daemon", "hv-fcopy-daemon"] {
+        let line = format!("systemctl show --property=LoadState,DropInPaths {unit}");
+        equal(
+            unit,
+            guest.sh(&line)?.trim(),
+            "LoadState=loaded\nDropInPaths=",
+        )?;
+    }
 
     // The module has the device at once, and after the next boot.
     install(guest, "hv-vss-dkms_*.deb")?;
