@@ -24,6 +24,8 @@ struct State {
     running: usize,
     /// How many threads there are.
     threads: usize,
+    /// How many of them have what they need.
+    begun: usize,
     /// The caller has nothing left to do and waits for the end.
     waiting: bool,
     /// Nobody waits for the end any more: the step is dropped by who comes to it.
@@ -45,7 +47,7 @@ struct Shared {
     state: Mutex<State>,
     /// Something is there to be done, or the threads are to end.
     work: Condvar,
-    /// The last running step has ended.
+    /// The last running step has ended, or a thread is ready for its first.
     idle: Condvar,
 }
 
@@ -105,6 +107,8 @@ impl Shared {
 
     fn work(&self) {
         let mut state = self.lock();
+        state.begun += 1;
+        self.idle.notify_all();
         loop {
             let (held, ran) = self.run_one(state);
             state = held;
@@ -175,9 +179,15 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Sees to it that there are at least so many threads.
+    /// Sees to it that there are at least so many threads, and waits until they have what they need: the first that a
+    /// thread does is to ask for memory.
     pub fn grow(&self, threads: usize) -> io::Result<()> {
-        self.shared().grow(threads)
+        let shared = self.shared();
+        let grown = shared.grow(threads);
+        let are_coming = |state: &mut State| state.begun < state.threads;
+        let ready = shared.idle.wait_while(shared.lock(), are_coming);
+        drop(ready.unwrap_or_else(PoisonError::into_inner));
+        grown
     }
 
     fn shared(&self) -> Arc<Shared> {
@@ -313,6 +323,15 @@ mod tests {
 
     /// Longer than any step of a test takes.
     const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn whoever_has_it_grow_has_threads_that_have_begun() {
+        for _ in 0..20 {
+            let pool = pool(8);
+            let shared = pool.shared();
+            assert_eq!(shared.lock().begun, 8);
+        }
+    }
 
     #[test]
     fn each_number_is_run_once_whatever_the_number_of_threads() {
