@@ -69,15 +69,19 @@ test: lint unit-and-wire fuzz-shortly e2e ## Lint, unit and layout tests, a shor
 test-all: lint unit-and-wire fuzz test-databases test-volumes e2e-all ## The same with a longer fuzz run, databases, volumes and the long cases
 
 # On a machine that has none yet the kernel's tree is made beside the first step of a test: it waits for
-# the network, and then has one processor. Should that fail, whoever needs it says why.
-BESIDE = $(if $(filter test test-all,$(MAKECMDGOALS)),$(LAB)/kernel.sh &)
+# the network, and then has one processor. Should that fail, whoever needs it says why. What the later steps need
+# is compiled meanwhile, and should that fail, they say so.
+TESTS = $(filter test test-all,$(MAKECMDGOALS))
+BESIDE = $(if $(TESTS),$(LAB)/kernel.sh &)
+MEANWHILE = $(if $(TESTS),cargo test --quiet --locked --workspace --no-run && $(MAKE) --no-print-directory user;)
 # What the clippy of Rust 1.85 says and later ones do not any more: where it looks for a SAFETY comment, too.
 OLD_CLIPPY = $(if $(filter 1.8%,$(shell rustc --version)),-A clippy::format_collect -A clippy::precedence \
 	-A clippy::undocumented_unsafe_blocks)
 .PHONY: lint
 lint: packages ## cargo fmt --check, clippy on the workspace and on the module
 	@cargo fmt --all --check
-	@$(BESIDE) cargo clippy --locked --workspace --all-targets -- -D warnings $(OLD_CLIPPY); status=$$?; wait; exit $$status
+	@$(BESIDE) cargo clippy --locked --workspace --all-targets -- -D warnings $(OLD_CLIPPY); status=$$?; \
+		[ $$status != 0 ] || { $(MEANWHILE) true; }; wait; exit $$status
 	@$(LAB)/module.sh CLIPPY=1
 
 .PHONY: unit
