@@ -6,6 +6,7 @@
 //! of each descriptor and a deadline, a record lists what is frozen for when both are gone, a lock
 //! keeps others of our kind away, and it is looked after what is frozen while it is.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,15 +39,23 @@ pub struct Fifreeze {
 /// the freeze as long as this is there, and no longer: by its numbers it would take what comes later for the next one's.
 struct Kept {
     lock: Lock,
+    /// What is to be frozen, by its number, and what of it is on record.
+    all: Vec<Entry>,
+    listed: BTreeSet<usize>,
     /// The record of somebody who has died, where not all that it lists could be thawed.
     earlier: Option<Record>,
 }
 
 impl Kept {
-    /// Puts this in the record, beside what is left of an earlier one.
+    /// Puts on record what is listed, beside what is left of an earlier one. The rest is as there.
     fn write(&self, run: &RunDir, record: Record) -> Result<(), RecordError> {
-        let earlier = self.earlier.clone().map(Box::new);
-        run.write(&Record { earlier, ..record }, &self.lock)
+        let listed = self.listed.iter().filter_map(|it| self.all.get(*it));
+        let record = Record {
+            frozen: listed.cloned().collect(),
+            earlier: self.earlier.clone().map(Box::new),
+            ..record
+        };
+        run.write(&record, &self.lock)
     }
 
     /// What this freeze has held is not frozen by an earlier one any more. Whether there was any.
@@ -96,13 +105,25 @@ impl Fifreeze {
         }
     }
 
-    fn record<'a>(&self, targets: impl Iterator<Item = &'a Target>) -> Record {
+    /// Whose record it is.
+    fn record(&self) -> Record {
         Record {
             pid: std::process::id(),
             guard: self.guard.process(),
             for_host: self.for_host,
-            frozen: targets.map(entry_of).collect(),
-            earlier: None,
+            ..Record::default()
+        }
+    }
+
+    /// Changes what is on record, where `change` does: whoever thaws after the death of both goes by that.
+    fn list(&self, change: impl FnOnce(&mut Kept) -> bool) {
+        if let Some(kept) = &mut *lock(&self.kept) {
+            if !change(kept) {
+                return;
+            }
+            if let Err(error) = kept.write(&self.run, self.record()) {
+                self.log.warning(words(&error));
+            }
         }
     }
 
@@ -166,8 +187,13 @@ impl Door for Fifreeze {
         let lock = self.run.lock()?;
         // Nobody can go by one that cannot be read.
         let earlier = self.run.read().ok().flatten().map(Record::as_one);
-        let kept = Kept { lock, earlier };
-        kept.write(&self.run, self.record(targets.iter()))?;
+        let kept = Kept {
+            lock,
+            all: targets.iter().map(entry_of).collect(),
+            listed: (0..targets.len()).collect(),
+            earlier,
+        };
+        kept.write(&self.run, self.record())?;
         let deadline = self.deadline;
         let armed = self.guard.arm(targets, deadline, &kept.lock, self.for_host);
         *place = Some(kept);
@@ -187,10 +213,12 @@ impl Door for Fifreeze {
     }
 
     fn leave(&self, index: usize) -> bool {
+        self.list(|kept| kept.listed.remove(&index));
         self.tell(|guard| guard.forget(index))
     }
 
     fn claim(&self, index: usize) {
+        self.list(|kept| kept.listed.insert(index));
         // Where it is not heard nobody thaws it should this process die in the next moment.
         self.tell(|guard| guard.claim(index));
     }
@@ -201,15 +229,12 @@ impl Door for Fifreeze {
 
     /// Takes from the record what is not frozen or not ours.
     fn settle(&self, targets: &[Target]) {
-        if let Some(kept) = &mut *lock(&self.kept) {
-            if !kept.forget(targets) && targets.iter().all(Target::is_ours) {
-                return;
-            }
-            let ours = self.record(targets.iter().filter(|t| t.is_ours()));
-            if let Err(error) = kept.write(&self.run, ours) {
-                self.log.warning(words(&error));
-            }
-        }
+        self.list(|kept| {
+            let ours = targets.iter().enumerate().filter(|(_, it)| it.is_ours());
+            let ours: BTreeSet<usize> = ours.map(|(index, _)| index).collect();
+            let before = std::mem::replace(&mut kept.listed, ours);
+            kept.forget(targets) || before != kept.listed
+        });
     }
 
     fn let_go(&self) {
@@ -381,8 +406,11 @@ mod tests {
         // Nor what comes early, as of a freeze that there is not.
         door.let_go();
         door.arm(&targets).unwrap();
+        // Nor is it on record for whoever thaws when both are dead, until it is to be frozen after all.
         assert!(door.leave(1));
+        assert_eq!(on_record(&run), Some((lists(&["8:1"]), Vec::new())));
         door.claim(1);
+        assert_eq!(on_record(&run), Some((lists(&["8:1", "8:2"]), Vec::new())));
         door.freezes_are_over();
         door.let_go();
         let heard = [
