@@ -168,6 +168,10 @@ impl RunDir {
         self.0.join("broken")
     }
 
+    fn spare_word(&self) -> PathBuf {
+        self.0.join("broken.spare")
+    }
+
     /// Makes the directory, and makes sure that it is in memory: on anything else the record could
     /// not be changed while that is frozen.
     pub fn check(&self) -> Result<(), RecordError> {
@@ -276,10 +280,28 @@ impl RunDir {
         remove_if_there(&self.record())
     }
 
+    /// Has a word ready, unless it is, that can be left when there is no room left for one.
+    pub fn prepare_word(&self) -> Result<(), RecordError> {
+        let path = self.spare_word();
+        if path.exists() {
+            return Ok(());
+        }
+        let why = "it ended early, and there was no room to say why";
+        self.replace(&path, why.as_bytes())
+            .map_err(failed("write", &path))
+    }
+
     /// Leaves word for a later daemon why the THAW that the host has yet to ask for must fail.
     pub fn leave_word(&self, why: &str) -> Result<(), RecordError> {
         let path = self.word();
-        self.replace(&path, why.as_bytes())
+        let left = match self.replace(&path, why.as_bytes()) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                self.make()?;
+                self.replace(&path, why.as_bytes())
+            }
+            left => left,
+        };
+        left.or_else(|error| std::fs::rename(self.spare_word(), &path).map_err(|_| error))
             .map_err(failed("write", &path))
     }
 
@@ -377,6 +399,21 @@ mod tests {
         assert_eq!(run.word_left().unwrap().unwrap(), "it was stopped");
         run.take_word_back().unwrap();
         assert_eq!(run.word_left().unwrap(), None);
+    }
+
+    #[test]
+    fn a_word_is_left_whatever_has_become_of_the_folder() {
+        let scratch = Scratch::new("word");
+        let run = RunDir::new(&scratch.0);
+        let _lock = run.lock().unwrap();
+        run.prepare_word().unwrap();
+        // There is no room for another.
+        std::fs::create_dir(run.word().with_extension("new")).unwrap();
+        run.leave_word("it was stopped").unwrap();
+        assert!(run.word_left().unwrap().unwrap().contains("no room"));
+        std::fs::remove_dir_all(&scratch.0).unwrap();
+        run.leave_word("it was stopped").unwrap();
+        assert_eq!(run.word_left().unwrap().unwrap(), "it was stopped");
     }
 
     #[test]

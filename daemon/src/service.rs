@@ -1089,6 +1089,10 @@ impl Effects for Hands {
         }
         self.is_ahead = process::go_first().is_ok();
         let door = self.door(request)?;
+        if let (false, Err(error)) = (self.is_held(), self.run.prepare_word()) {
+            // Then there is no room for a record either, and nothing is frozen.
+            self.log.warning(words(&error));
+        }
         self.remember_what_is_left();
         self.left = false;
         let now = Instant::now();
