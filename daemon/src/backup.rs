@@ -46,8 +46,8 @@ pub trait Effects {
     fn covers(&self, request: &Request) -> bool;
     /// The host has been told that all is frozen.
     fn settle(&mut self);
-    /// The job is to thaw what it has frozen.
-    fn thaw(&mut self);
+    /// The job is to thaw what it has frozen, and to leave by then what hangs.
+    fn thaw(&mut self, by: Instant);
     /// The job is to give up, whatever it is at, and what is frozen to be thawed.
     fn call_off(&mut self);
     /// There will be no backup for this FREEZE, and why.
@@ -372,7 +372,7 @@ impl Backup {
 
     fn thaw(&mut self, now: Instant, request: Request, effects: &mut impl Effects) {
         if let Phase::Frozen { id, .. } = self.phase {
-            effects.thaw();
+            effects.thaw(now + request.time_left.max(MARGIN * 2) - MARGIN);
             effects.say(Level::Info, describe(&request));
             let kept = Some(now + KEEP);
             self.phase = Phase::Thawing { id, request, kept };

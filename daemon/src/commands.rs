@@ -527,7 +527,7 @@ fn rehearse(
         // From here on an early thaw is no surprise.
         setting.abort.store(true, Ordering::SeqCst);
     }
-    let thawed = freezer.thaw(&mut frozen, setting);
+    let thawed = freezer.thaw(&mut frozen, setting, None);
     frozen.tidy();
     if let Some(why) = ended {
         return Err(CommandError::Ended(why));

@@ -765,7 +765,7 @@ impl Session {
     /// Thaws these, that will be frozen again. One that hangs fails the freeze: by the next one it is known.
     fn take_back_all(&self, pool: &Pool, stages: Stages) {
         let work = &self.work;
-        if self.run_stages(pool, stages, Work::take_back) {
+        if self.run_stages(pool, stages, None, Work::take_back) {
             return;
         }
         if let Some(target) = work.targets.iter().find(|it| it.is_thawing()) {
@@ -774,16 +774,29 @@ impl Session {
         }
     }
 
-    /// Does that. One that hangs holds up the others for a moment only, and is left to itself in the end.
-    /// Whether none was.
-    fn run_stages(&self, pool: &Pool, stages: Stages, step: fn(&Work, &Target)) -> bool {
+    /// Does that. One that hangs holds up the others for a moment only, and is left to itself in the end, `by` then
+    /// at the latest. Whether none was.
+    fn run_stages(
+        &self,
+        pool: &Pool,
+        stages: Stages,
+        by: Option<Instant>,
+        step: fn(&Work, &Target),
+    ) -> bool {
         let Stages { members, ends } = stages;
         let work = Arc::clone(&self.work);
         let run_one = move |n: usize| {
             let target = members.get(n).and_then(|index| work.targets.get(*index));
             target.into_iter().for_each(|it| step(&work, it));
         };
-        let limit = self.work.limits.give_up;
+        // Those before the last stage may take their time first.
+        let earlier = THAW_TIME
+            * u32::try_from(ends.len())
+                .unwrap_or(u32::MAX)
+                .saturating_sub(1);
+        let left = by.map(|by| by.saturating_duration_since(Instant::now() + earlier));
+        let give_up = self.work.limits.give_up;
+        let limit = left.map_or(give_up, |left| left.min(give_up));
         pool.run_in_stages(&ends, THAW_TIME, limit, Arc::new(run_one))
     }
 
@@ -792,6 +805,11 @@ impl Session {
     /// ([`Session::in_thaw`]): what such a disk has is from before, so that it is no loss where all of it was
     /// frozen until then.
     pub fn thaw(&self) -> Result<(), ThawError> {
+        self.thaw_by(None)
+    }
+
+    /// The same, where what hangs is left in the kernel's hands by then.
+    pub fn thaw_by(&self, by: Option<Instant>) -> Result<(), ThawError> {
         // Whoever minds what is frozen may be at it, and must not thaw what others freeze while one of ours hangs.
         self.end_freezes();
         let strict = self.work.limits.strict;
@@ -801,7 +819,7 @@ impl Session {
         stages.add(self.work.which(is_foreign).into_iter());
         let ours = self.stages(|target| !is_foreign(target));
         stages.then(ours);
-        self.run_stages(&self.pool, stages, |work, target| {
+        self.run_stages(&self.pool, stages, by, |work, target| {
             work.ask_foreign(target);
             work.thaw_one(target);
         });

@@ -458,13 +458,19 @@ impl Freezer {
         }))
     }
 
-    /// Thaws what was frozen; everything is tried, whatever fails, and [`Frozen::tidy`] is to follow.
+    /// Thaws what was frozen; everything is tried, whatever fails, what hangs is left `by` then, and [`Frozen::tidy`]
+    /// is to follow.
     /// Names what was mounted or made writable meanwhile: that is on a disk and was not frozen.
-    pub fn thaw(&mut self, frozen: &mut Frozen, setting: &Setting) -> Result<(), ThawError> {
+    pub fn thaw(
+        &mut self,
+        frozen: &mut Frozen,
+        setting: &Setting,
+        by: Option<Instant>,
+    ) -> Result<(), ThawError> {
         let mut nodes = frozen.at_rest.written();
         let begun_since = |layers: &Layers| layers.begun_below(&frozen.devices, &frozen.moving);
         let mut begun = begun_since(&frozen.layers);
-        let thawed = frozen.session.thaw();
+        let thawed = frozen.session.thaw_by(by);
         frozen.session.learn(&mut self.learnt);
         if thawed.is_err() || setting.abort.load(Ordering::SeqCst) {
             // It was not frozen all the time, so it may have been any writer.
@@ -823,7 +829,8 @@ enum Word {
     Settle,
     /// Whether something has come that is not frozen is to be said there.
     HasNews(Sender<bool>),
-    Thaw,
+    /// What hangs in its thaw is left by then, if that is to be.
+    Thaw(Option<Instant>),
 }
 
 struct Backup {
@@ -962,8 +969,8 @@ impl Backup {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
             Ok(mut frozen) => {
                 (self.tell)(Outcome::Frozen(Ok(frozen.begun())));
-                self.wait(&frozen, freezer);
-                let result = freezer.thaw(&mut frozen, &self.setting);
+                let by = self.wait(&frozen, freezer);
+                let result = freezer.thaw(&mut frozen, &self.setting, by);
                 (self.tell)(Outcome::Thawed(result, frozen.account()));
                 frozen.tidy();
             }
@@ -989,8 +996,8 @@ impl Backup {
         }
     }
 
-    /// Waits for the word to thaw.
-    fn wait(&self, frozen: &Frozen, freezer: &mut Freezer) {
+    /// Waits for the word to thaw. Returns by when what hangs in that is to be left.
+    fn wait(&self, frozen: &Frozen, freezer: &mut Freezer) -> Option<Instant> {
         let every = self.setting.door.watched_every();
         // At the deadline the guard thaws, and that must be that: also for whoever was stopped or asleep until then.
         let until = frozen.session.armed_at() + self.setting.config.deadline;
@@ -1011,7 +1018,8 @@ impl Backup {
                 // Nobody says that twice.
                 Ok(Word::GoOn) => {}
                 // The loss of whoever could say it means the same as the word to thaw.
-                Ok(Word::Thaw) | Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Ok(Word::Thaw(by)) => return by,
                 Err(RecvTimeoutError::Timeout) if boot_time() >= until => {}
                 Err(RecvTimeoutError::Timeout) => {
                     let lost = frozen.look_after();
@@ -1046,9 +1054,9 @@ impl Job {
         }
     }
 
-    /// Asks for the thaw of what is frozen.
-    pub fn thaw(&self) {
-        self.say(Word::Thaw);
+    /// Asks for the thaw of what is frozen, of which what hangs is left by then.
+    pub fn thaw(&self, by: Option<Instant>) {
+        self.say(Word::Thaw(by));
     }
 
     fn say(&self, word: Word) {
@@ -1089,7 +1097,7 @@ impl Job {
     /// Calls the freeze off, under way or in force; what is frozen is thawed.
     pub fn call_off(&self) {
         self.setting.call_off(Instant::now());
-        self.thaw();
+        self.thaw(None);
     }
 
     /// Waits for the end of a job that has told its last outcome.

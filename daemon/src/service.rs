@@ -1141,9 +1141,9 @@ impl Effects for Hands {
         self.show("frozen");
     }
 
-    fn thaw(&mut self) {
+    fn thaw(&mut self, by: Instant) {
         if let Some(job) = &self.job {
-            job.thaw();
+            job.thaw(Some(by));
         }
     }
 

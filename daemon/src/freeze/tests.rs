@@ -1179,7 +1179,7 @@ fn a_look_that_hangs_holds_up_no_thaw_and_is_not_taken_for_one() {
     for number in 0..3 {
         lock(&s.double.failures).insert(("freeze", number), (Errno::EBUSY, ALWAYS));
     }
-    let hang = LOOK_TIME * 5;
+    let hang = STUCK_TIME * 4;
     s.slow("freeze", 1, hang);
     let begun = Instant::now();
     for _ in 0..2 {
@@ -1215,6 +1215,22 @@ fn a_look_that_hangs_holds_up_no_thaw_and_is_not_taken_for_one() {
         thread::yield_now();
     }
     assert_eq!(s.calls().iter().rfind(|(_, n)| *n == 0), Some(&("thaw", 0)));
+}
+
+#[test]
+fn a_thaw_that_hangs_is_left_when_the_host_waits_no_longer_however_long_one_may_take() {
+    const LIMIT: Duration = Duration::from_secs(20);
+    let double = Double {
+        give_up: Some(LIMIT),
+        ..Double::default()
+    };
+    let mut s = setup_before(double, &[(0, None), (1, None)], &[], &[], false);
+    s.freeze().unwrap();
+    s.slow("thaw", 0, LIMIT);
+    let begun = Instant::now();
+    s.session.thaw_by(Some(begun + THAW_TIME * 4)).unwrap();
+    assert!(begun.elapsed() < LIMIT, "{:?}", begun.elapsed());
+    assert_eq!(s.session.in_thaw(), ["/fs0"]);
 }
 
 #[test]

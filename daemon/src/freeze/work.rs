@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::target::{thawed, State, Target};
-use super::{FreezeError, Limits, ThawError, ABORT_TICK, LOOK_TIME, RETRY};
+use super::{FreezeError, Limits, ThawError, ABORT_TICK, LOOK_TIME, RETRY, STUCK_TIME};
 use crate::door::Door;
 use crate::logbook::Logbook;
 use crate::progress::Progress;
@@ -348,10 +348,13 @@ impl Work {
         // Whoever looks after it may hang, and then it is thawed all the same.
         let turn = target.turn.take_within(LOOK_TIME);
         self.thaw_now(target);
-        // What that look has found counts, and the thaw does not end before its freeze has.
-        if turn.is_none() && target.turn.take_within(LOOK_TIME).is_none() {
-            target.unasked.store(true, Ordering::SeqCst);
+        if turn.is_some() {
+            return;
         }
+        // What that look has found counts, and the thaw does not end before its freeze has.
+        target.unasked.store(true, Ordering::SeqCst);
+        let has_ended = target.turn.take_within(STUCK_TIME).is_some();
+        target.unasked.store(!has_ended, Ordering::SeqCst);
     }
 
     fn thaw_now(&self, target: &Target) {
