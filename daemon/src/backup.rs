@@ -6,7 +6,8 @@
 //! the word of whoever thaws when the daemon cannot, time that has passed, a stop. What is to be done
 //! about them leaves through [`Effects`]. Four rules hold, whatever happens in which order:
 //!
-//! - a freeze that did not last is never called good: its THAW fails, until the next FREEZE begins;
+//! - a freeze that did not last is never called good: its THAW fails, until the host has heard that or another
+//!   FREEZE is good;
 //! - each request is answered once. One that the kernel has withdrawn is not: it shows a daemon only
 //!   one request at a time, so the next one says that the last has ended;
 //! - whatever is frozen has a way out: a time at which it is called off, or a thaw under way;
@@ -150,8 +151,13 @@ pub struct Backup {
     phase: Phase,
     /// From the first freeze to the thaw at the latest.
     deadline: Duration,
-    /// Why the last freeze did not last, until the next FREEZE.
+    /// Why the last freeze did not last.
     broken: Option<Cow<'static, str>>,
+    /// The host has heard of that, by a FREEZE or a THAW that failed.
+    told: bool,
+    /// Why an earlier one did not, of which the host has not heard yet. A FREEZE that fails after it leaves it with
+    /// the THAW that was to end it.
+    untold: Option<Cow<'static, str>>,
     /// The last freeze has ended with its THAW.
     spent: bool,
     stopping: bool,
@@ -168,6 +174,8 @@ impl Backup {
             },
             deadline,
             broken: broken.map(Cow::Owned),
+            told: false,
+            untold: None,
             spent: false,
             stopping: false,
         }
@@ -278,7 +286,7 @@ impl Backup {
             waiting: None,
             kept,
         };
-        self.set_broken(why.into(), effects);
+        self.set_broken(why.into(), true, effects);
     }
 
     fn freeze(&mut self, now: Instant, request: Request, effects: &mut impl Effects) {
@@ -327,8 +335,13 @@ impl Backup {
             return refuse(&request, &why, effects);
         }
         self.spent = false;
-        if self.broken.take().is_some() {
-            effects.remember(None);
+        let broken = self.broken.take();
+        let was_told = std::mem::take(&mut self.told);
+        match broken {
+            Some(_) if was_told => effects.remember(None),
+            // The word stays until this one is good.
+            Some(why) => self.untold = Some(why),
+            None => {}
         }
         self.phase = Phase::Freezing { request, give_up };
     }
@@ -351,7 +364,7 @@ impl Backup {
                 effects.answer(&request, status::FAIL);
                 effects.say(Level::Error, format!("FREEZE fails: {why}"));
                 self.phase = called_off(now, Verdict::Failed);
-                self.set_broken(why.into(), effects);
+                self.set_broken(why.into(), true, effects);
             }
         }
     }
@@ -387,6 +400,7 @@ impl Backup {
                 let text = format!("THAW from the host fails: {why}, so the backup is not good");
                 effects.answer(&request, status::FAIL);
                 effects.say(Level::Error, text);
+                self.told = true;
             }
             None => {
                 effects.answer(&request, status::OK);
@@ -408,6 +422,9 @@ impl Backup {
                 let counts = begun.counts;
                 if effects.answer(&request, status::OK) {
                     effects.settle();
+                    if self.untold.take().is_some() {
+                        effects.remember(None);
+                    }
                     effects.say(Level::Info, format!("FREEZE answered: {counts}"));
                     self.phase = Phase::Frozen {
                         id: request.id,
@@ -419,7 +436,7 @@ impl Backup {
                     let text = format!("FREEZE came too late ({counts}); thawing");
                     effects.say(Level::Error, text);
                     self.phase = called_off(now, Verdict::Failed);
-                    self.set_broken("the freeze came too late".into(), effects);
+                    self.set_broken("the freeze came too late".into(), true, effects);
                 }
             }
             (Phase::Freezing { request, .. }, Err(why)) => {
@@ -452,7 +469,7 @@ impl Backup {
                 let taken = effects.answer(&request, answer);
                 if let Err(why) = result {
                     effects.say(Level::Error, format!("THAW fails: {why}"));
-                    self.set_broken(why.into(), effects);
+                    self.set_broken(why.into(), true, effects);
                 }
                 let (level, text) = match (good, taken) {
                     (true, true) => (
@@ -471,9 +488,12 @@ impl Backup {
                 };
                 effects.say(level, text.into());
                 self.spent = true;
+                // Then the kernel has given one.
                 if good && !taken {
-                    self.set_broken("the answer to its THAW came too late".into(), effects);
+                    let why = "the answer to its THAW came too late";
+                    self.set_broken(why.into(), true, effects);
                 }
+                self.told = self.broken.is_some();
                 let verdict = match good && taken {
                     true => Verdict::Good,
                     false => Verdict::Broken,
@@ -506,6 +526,9 @@ impl Backup {
         effects: &mut impl Effects,
     ) {
         effects.finish(verdict, why.as_deref());
+        if self.broken.is_none() {
+            self.broken = self.untold.take();
+        }
         if effects.release(Some(verdict)) {
             self.phase = Phase::Releasing(waiting);
         } else if let Some(it) = waiting {
@@ -530,6 +553,7 @@ impl Backup {
     /// Something has happened that ends whatever freeze is under way or in force.
     pub fn end_early(&mut self, now: Instant, broken: Break, effects: &mut impl Effects) {
         let Break { why, reason } = broken;
+        let is_asked = matches!(self.phase, Phase::Freezing { .. });
         match std::mem::replace(&mut self.phase, Phase::Idle) {
             Phase::Idle => return,
             Phase::Freezing { request, .. } => {
@@ -548,9 +572,9 @@ impl Backup {
                 effects.say(Level::Error, text);
                 self.phase = called_off(now, Verdict::Broken);
             }
-            // All stood still until the host had its copies. Whoever minds the freeze thaws what is left; what it
-            // has thawed before shows itself when it is to be thawed.
-            phase @ Phase::Thawing { .. } if reason == Some(thawed::DEADLINE) => {
+            // All stood still until the host had its copies, and is about to be thawed anyway. What somebody has
+            // thawed before shows itself then.
+            phase @ Phase::Thawing { .. } if reason.is_some_and(only_thaws) => {
                 self.phase = phase;
                 return;
             }
@@ -562,10 +586,13 @@ impl Backup {
             // That has been ended before, and the next one has nothing to do with it.
             phase @ (Phase::Ending { .. } | Phase::Releasing(_)) => {
                 self.phase = phase;
+                if reason == Some(thawed::OPERATOR) {
+                    self.refuse_waiting(&why, effects);
+                }
                 return;
             }
         }
-        self.set_broken(why, effects);
+        self.set_broken(why, is_asked, effects);
     }
 
     /// What the host has asked went with its device.
@@ -634,13 +661,20 @@ impl Backup {
         self.end_early(now, broken, effects);
     }
 
-    /// The first reason counts; the others follow from it.
-    fn set_broken(&mut self, why: Cow<'static, str>, effects: &mut impl Effects) {
+    /// The first reason counts; the others follow from it. Whether the host hears of it by what it has asked.
+    fn set_broken(&mut self, why: Cow<'static, str>, heard: bool, effects: &mut impl Effects) {
         if self.broken.is_none() {
+            self.told = heard && self.untold.take().is_none();
             effects.remember(Some(&why));
             self.broken = Some(why);
         }
     }
+}
+
+/// Whether what happens then is a thaw, as by THAW itself: the deadline has passed, an operator wants it, or whoever
+/// minds the freeze has died.
+fn only_thaws(reason: u32) -> bool {
+    [thawed::DEADLINE, thawed::OPERATOR, thawed::CRASH].contains(&reason)
 }
 
 /// The phase of a job that was called off just now.

@@ -97,6 +97,9 @@ struct Truth {
     reported: bool,
     /// What the host was told is frozen has not been so all the time.
     broken: bool,
+    /// It has heard so by a THAW, or of an earlier one it has not.
+    heard: bool,
+    owed: bool,
     /// The job is for all that the host has asked for.
     covers: bool,
     /// The word for a later daemon.
@@ -125,7 +128,7 @@ impl Effects for Truth {
         assert_eq!(open.id, request.id, "an answer to another request");
         if std::mem::take(&mut self.refuse_answer) {
             // The kernel has failed it meanwhile.
-            self.broken |= request.operation == op::THAW;
+            self.failed(request);
             return false;
         }
         match (request.operation, code) {
@@ -140,9 +143,11 @@ impl Effects for Truth {
                 let are_quiet = matches!(self.hooks, Hooks::None | Hooks::Ready);
                 assert!(are_quiet, "FREEZE is good and hooks are {:?}", self.hooks);
                 self.reported = true;
+                self.owed = false;
             }
             (op::THAW, status::OK) => {
                 assert_eq!(self.job, Job::None, "THAW is good and the job is not over");
+                assert!(!self.owed, "good after an earlier freeze that broke");
                 assert!(
                     !(self.reported && self.broken),
                     "good after a freeze that broke"
@@ -151,6 +156,7 @@ impl Effects for Truth {
             }
             (op::THAW, _) => {
                 assert!(self.broken || !self.reported, "a THAW fails that is good");
+                self.failed(request);
             }
             _ => {}
         }
@@ -175,7 +181,8 @@ impl Effects for Truth {
             return Err("no door".into());
         }
         (self.job, self.told) = (Job::Freezing, false);
-        (self.reported, self.broken) = (false, false);
+        self.owed |= self.reported && self.broken && !self.heard;
+        (self.reported, self.broken, self.heard) = (false, false, false);
         self.covers = true;
         Ok(())
     }
@@ -188,7 +195,7 @@ impl Effects for Truth {
         assert!(self.reported && self.job == Job::Frozen);
     }
 
-    fn thaw(&mut self) {
+    fn thaw(&mut self, _by: Instant) {
         assert_eq!(self.job, Job::Frozen);
         self.told = true;
     }
@@ -259,6 +266,15 @@ impl Effects for Truth {
     fn say(&mut self, _level: Level, _text: String) {}
 }
 
+impl Truth {
+    /// The host hears that this has failed.
+    fn failed(&mut self, request: &Request) {
+        if request.operation == op::THAW {
+            (self.broken, self.heard, self.owed) = (true, true, false);
+        }
+    }
+}
+
 impl World {
     fn new() -> Self {
         World {
@@ -270,6 +286,8 @@ impl World {
                 told: false,
                 reported: false,
                 broken: false,
+                heard: false,
+                owed: false,
                 covers: true,
                 word: false,
                 refuse_answer: false,
@@ -298,6 +316,8 @@ impl World {
             told,
             reported,
             broken,
+            heard,
+            owed,
             covers,
             refuse_answer,
             refuse_begin,
@@ -308,6 +328,8 @@ impl World {
             broken: known,
             stopping,
             spent,
+            told: known_to,
+            untold,
             ..
         } = &self.machine;
         let phase = self.machine.phase();
@@ -316,9 +338,10 @@ impl World {
             _ => false,
         };
         format!(
-            "{phase} {kept} {} {stopping} {spent} {operation:?} {job:?} {hooks:?} {told} {reported} {broken} {covers} \
-             {refuse_answer} {refuse_begin}",
-            known.is_some()
+            "{phase} {kept} {} {known_to} {} {stopping} {spent} {operation:?} {job:?} {hooks:?} {told} {reported} \
+             {broken} {heard} {owed} {covers} {refuse_answer} {refuse_begin}",
+            known.is_some(),
+            untold.is_some()
         )
     }
 
@@ -358,9 +381,10 @@ impl World {
                 time_left: Duration::from_secs(30),
                 about: None,
             };
-            if truth.open.replace(request).is_some() {
+            if let Some(last) = truth.open.replace(request) {
                 // The kernel shows one at a time: it has failed the last.
                 truth.broken = true;
+                truth.failed(&last);
             }
             request
         };
@@ -419,7 +443,7 @@ impl World {
                 machine.released(truth);
             }
             Event::Broken => {
-                truth.broken |= truth.job != Job::None;
+                truth.broken |= truth.job != Job::None && !is_thawing(machine);
                 let broken = Break {
                     why: "an operator".into(),
                     reason: Some(thawed::OPERATOR),
@@ -458,14 +482,13 @@ impl World {
                 let Some(next) = machine.next() else { return };
                 *now = next;
                 // What hangs in its thaw may be good yet.
-                let is_thawing = matches!(machine.phase, Phase::Thawing { .. });
-                truth.broken |= truth.job != Job::None && !is_thawing;
+                truth.broken |= truth.job != Job::None && !is_thawing(machine);
                 machine.time(*now, truth);
             }
             Event::Late => truth.refuse_answer = true,
             Event::NoDoor => truth.refuse_begin = true,
             Event::Stop => {
-                truth.broken |= truth.job != Job::None;
+                truth.broken |= truth.job != Job::None && !is_thawing(machine);
                 machine.stop(*now, truth);
             }
         }
@@ -506,7 +529,7 @@ impl World {
         );
         assert_eq!(
             truth.word,
-            machine.broken.is_some(),
+            machine.broken.is_some() || machine.untold.is_some(),
             "the word that is left is not what is known"
         );
     }
@@ -561,6 +584,11 @@ proptest! {
     }
 }
 
+/// The host has its copies then: whoever thaws breaks nothing any more.
+fn is_thawing(machine: &Backup) -> bool {
+    matches!(machine.phase, Phase::Thawing { .. })
+}
+
 fn after(events: &[Event]) -> World {
     let mut world = World::new();
     for event in events {
@@ -581,24 +609,71 @@ fn a_clean_backup_is_good() {
 }
 
 #[test]
-fn a_deadline_that_passes_after_thaw_has_come_breaks_nothing() {
-    for (thawing, told) in [(true, status::OK), (false, status::FAIL)] {
-        let mut world = after(&[Event::Freeze, Event::JobFrozen]);
-        if thawing {
-            world.happen(Event::Thaw);
+fn whoever_thaws_after_thaw_has_come_breaks_nothing() {
+    for reason in [thawed::DEADLINE, thawed::OPERATOR, thawed::CRASH] {
+        for (thawing, told) in [(true, status::OK), (false, status::FAIL)] {
+            let mut world = after(&[Event::Freeze, Event::JobFrozen]);
+            if thawing {
+                world.happen(Event::Thaw);
+            }
+            let broken = Break {
+                why: "somebody thaws".into(),
+                reason: Some(reason),
+            };
+            world.truth.broken |= !thawing;
+            world.machine.end_early(world.now, broken, &mut world.truth);
+            world.happen(Event::JobThawed);
+            if !thawing {
+                world.happen(Event::Thaw);
+            }
+            assert_eq!(world.truth.said, Some(told), "{reason}");
         }
-        let broken = Break {
-            why: "the deadline passed".into(),
-            reason: Some(thawed::DEADLINE),
-        };
-        world.truth.broken |= !thawing;
-        world.machine.end_early(world.now, broken, &mut world.truth);
-        world.happen(Event::JobThawed);
-        if !thawing {
-            world.happen(Event::Thaw);
-        }
-        assert_eq!(world.truth.said, Some(told));
     }
+    let world = after(&[
+        Event::Freeze,
+        Event::JobFrozen,
+        Event::Thaw,
+        Event::Stop,
+        Event::JobThawed,
+    ]);
+    assert_eq!(world.truth.said, Some(status::OK));
+    assert!(world.machine.is_over());
+}
+
+#[test]
+fn a_freeze_that_fails_leaves_the_thaw_to_fail_that_an_earlier_one_broke_for() {
+    use Event::{Broken, Freeze, FreezeMore, JobFailed, JobFrozen, JobThawed, Thaw};
+    for events in [
+        &[Freeze, JobFrozen, FreezeMore, JobThawed, JobFailed][..],
+        &[Freeze, JobFrozen, Broken, JobThawed, Freeze, JobFailed],
+        &[
+            Freeze, JobFrozen, Broken, JobThawed, Freeze, Broken, JobFailed, Freeze, JobFailed,
+        ],
+    ] {
+        let mut world = after(events);
+        assert!(world.truth.word, "{events:?}");
+        world.happen(Thaw);
+        assert_eq!(world.truth.said, Some(status::FAIL), "{events:?}");
+        // It is told once.
+        world.happen(Freeze);
+        world.happen(JobFailed);
+        world.happen(Thaw);
+        assert_eq!(world.truth.said, Some(status::OK), "{events:?}");
+    }
+    // Nor is one of which the host has heard by the FREEZE itself.
+    let mut world = after(&[Freeze, Broken, JobFailed, Freeze, JobFailed]);
+    world.happen(Thaw);
+    assert_eq!(world.truth.said, Some(status::OK));
+}
+
+#[test]
+fn an_operator_who_wants_a_thaw_has_no_freeze_begin_that_has_waited() {
+    use Event::{Broken, Freeze, FreezeMore, JobFrozen, JobThawed};
+    let mut world = after(&[Freeze, JobFrozen, FreezeMore, Broken]);
+    assert_eq!(world.truth.said, Some(status::FAIL));
+    world.happen(JobThawed);
+    assert_eq!(world.machine.phase(), "idle");
+    world.drain();
 }
 
 #[test]
@@ -672,7 +747,11 @@ fn a_freeze_waits_for_the_end_of_one_that_was_called_off_and_then_begins() {
     world.happen(Freeze);
     assert_eq!(world.machine.phase(), "ending");
     // What comes to light of the last one is not its fault.
-    world.happen(Broken);
+    let broken = Break {
+        why: "somebody else has thawed".into(),
+        reason: Some(thawed::FOREIGN),
+    };
+    world.machine.end_early(world.now, broken, &mut world.truth);
     assert!(world.truth.open.is_some());
     world.happen(JobFailed);
     assert_eq!(world.machine.phase(), "freezing");
