@@ -379,10 +379,22 @@ fn stopped_and_started(guest: &Guest) -> Result<()> {
     // With that it is forgotten.
     guest.signal(&daemon, 15)?;
     guest.wait(&daemon, STEP)?;
+    // The same where there is no room left to remember it in.
+    guest.sh("mkdir -p /run/hv_vss && mount -t tmpfs -o size=64k none /run/hv_vss")?;
     let daemon = guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
     answered("THAW of nothing", &vss.thaw(STEP)?, status::OK)?;
-    stop(guest, Module::Stock, &daemon)
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.sh("dd if=/dev/zero of=/run/hv_vss/fill bs=4k 2>/dev/null; ! echo full >/run/hv_vss/more")?;
+    guest.signal(&daemon, 15)?;
+    guest.wait(&daemon, STEP)?;
+    guest.sh("rm /run/hv_vss/fill")?;
+    let daemon = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    answered("THAW after a start", &vss.thaw(STEP)?, status::FAIL)?;
+    good_backup(guest)?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest.sh("umount /run/hv_vss").map(drop)
 }
 
 fn guard_stopped(guest: &Guest) -> Result<()> {

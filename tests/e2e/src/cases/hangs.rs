@@ -895,7 +895,10 @@ fn hung_below_fuse(guest: &Guest) -> Result<()> {
 fn hung_look(guest: &Guest) -> Result<()> {
     make_two(guest)?;
     let vss = guest.vss();
-    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    load(guest, Module::Stock, &[])?;
+    // Longer than a slow machine takes until the disk comes back: by then nobody asks any more what it was.
+    let daemon = guest.start_daemon_with("give_up = 25")?;
+    wait_for_daemon(guest)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     guest.sh(HANG)?;
     // It writes to its disk, and whoever asks about that file system waits for it.
