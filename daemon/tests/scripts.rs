@@ -271,6 +271,54 @@ fn where_there_is_no_room_for_a_word_all_is_thawed_all_the_same() {
     }
 }
 
+#[test]
+fn what_theirs_has_left_is_thawed_once_it_has_ended_and_not_before() {
+    let systemctl = "case \"$2 $3\" in
+         'is-active hv_vss.service') [ -e serves ] ;;
+         *' theirs') [ -e \"$2\" ] ;;
+         *) exit 1 ;;
+         esac";
+    // By policy-rc.d; that is no failure.
+    let invoke =
+        "if [ -e forbidden ]; then echo 'policy-rc.d returned 101' >&2; else rm is-active; fi";
+    let functions = function_of(CONFIGURES, "take_over");
+    let text = format!(
+        "set -e\ntheirs=theirs\n{functions}\nthaw_all() {{ echo \"thaws $*\"; }}\ntake_over 2>&1"
+    );
+    const THAWS: &str = "thaws /proc/mounts /run/hv_vss\n";
+    for (state, says) in [
+        (&[][..], ""),
+        (&["is-active"], THAWS),
+        (
+            &["is-active", "forbidden"],
+            "policy-rc.d returned 101\ntheirs still runs",
+        ),
+        // It has crashed.
+        (&["is-failed"], THAWS),
+        // What is frozen now is of ours.
+        (&["is-failed", "serves"], ""),
+    ] {
+        let all = [("systemctl", systemctl), ("deb-systemd-invoke", invoke)];
+        let dir = programs("take-over", &all);
+        for name in state {
+            std::fs::write(dir.join(name), "").unwrap();
+        }
+        let path = std::env::var("PATH").unwrap();
+        let mut shell = Command::new("sh");
+        let shell = shell.args(["-c", &text]).current_dir(&dir);
+        let shell = shell.env("PATH", format!("{}:{path}", dir.display()));
+        let ended = shell.output().unwrap();
+        let said = String::from_utf8_lossy(&ended.stdout);
+        assert!(ended.status.success(), "{state:?}: {ended:?}");
+        let is_it = said.starts_with(says) && said.contains("thaws") == (says == THAWS);
+        assert!(
+            is_it && (said.is_empty() == says.is_empty()),
+            "{state:?}: {said}"
+        );
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}
+
 /// Hands over, in this folder, on a bus whose driver waits for as long as nobody reads what it was told, and is asked
 /// again meanwhile, when none is to be seen any more; whoever has asked for it is killed afterwards, with all that it
 /// has started, if it is `of_udev`.
