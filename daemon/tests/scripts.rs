@@ -8,6 +8,7 @@ use std::process::Command;
 const CONFIGURES: &str = "../.debian/hv-vss-daemon.postinst";
 const REMOVES: &str = "../.debian/hv-vss-daemon.postrm";
 const MARIADB: &str = "hooks/mariadb";
+const BUILDS: &str = "../kmod/dkms/build";
 const HANDS_OVER: &str = "../kmod/hand-over/hv_vss_hand_over";
 
 fn text_of(script: &str) -> String {
@@ -401,6 +402,85 @@ fn the_one_who_waits_is_not_killed_with_whoever_has_asked() {
     let dir = programs("hand-over-of-udev", &[("systemd-run", run)]);
     std::fs::create_dir(dir.join("systemd")).unwrap();
     hand_over(&dir, true);
+}
+
+/// What comes of a build for a kernel by "rustc 1" and "gcc 14", where these are the compilers: what `rustc` says, in
+/// two folders of PATH, and `gcc`. The status, and what is said, `make` telling of its compiler.
+fn build(why_not: bool, rustc: [&str; 2], gcc: &str) -> (Option<i32>, String) {
+    let makes = ("make", "echo \"made by $(rustc --version)\"");
+    let all = [
+        ("rustc", rustc[0]),
+        ("gcc", gcc),
+        ("bindgen", ""),
+        makes,
+        ("logger", ""),
+    ];
+    let dir = programs("build", &all);
+    let second = programs("build/second", &[("rustc", rustc[1])]);
+    let rust = dir.join("headers/rust");
+    std::fs::create_dir_all(&rust).unwrap();
+    const CONFIG: &str =
+        "CONFIG_RUST=y\nCONFIG_HYPERV_VMBUS=m\nCONFIG_CC_VERSION_TEXT=\"gcc 14\"\n";
+    std::fs::write(dir.join("headers/.config"), CONFIG).unwrap();
+    std::fs::write(rust.join("libkernel.rmeta"), "").unwrap();
+    // Of 16 bytes nothing is asked.
+    let wrote = [&[0; 16][..], &[7], b"rustc 1 and so on"].concat();
+    std::fs::write(rust.join("libcore.rmeta"), wrote).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let path = format!("{}:{}:{path}", dir.display(), second.display());
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(BUILDS);
+    let made_for = text_of("../Kbuild");
+    let made_for = made_for
+        .lines()
+        .find_map(|it| it.strip_prefix("hv_vss_kernels := "));
+    let release = format!("{}.0-test", made_for.unwrap().split(' ').next().unwrap());
+    let mut bash = Command::new("bash");
+    let bash = bash.arg(script).args(why_not.then_some("--why-not"));
+    let bash = bash.arg(release).arg(dir.join("headers"));
+    let ended = bash.current_dir(&dir).env("PATH", path).output().unwrap();
+    std::fs::remove_dir_all(&dir).unwrap();
+    let said = [ended.stdout, ended.stderr].concat();
+    (ended.status.code(), String::from_utf8(said).unwrap())
+}
+
+/// DKMS leaves the kernel out then, and its package is installed all the same.
+#[test]
+fn whatever_goes_wrong_with_a_compiler_the_module_is_refused() {
+    const RIGHT: &str = "echo rustc 1";
+    const OTHER: &str = "echo rustc 2";
+    const FAILS: &str = "exit 1";
+    const GCC: &str = "echo gcc 14";
+    for (rustc, gcc, says) in [
+        ([OTHER, OTHER], GCC, "the compiler here is 'rustc 2'"),
+        ([FAILS, FAILS], GCC, "it was built by 'rustc 1', "),
+        (
+            [RIGHT, RIGHT],
+            "echo gcc 13",
+            "the compiler here is 'gcc 13'",
+        ),
+        ([RIGHT, RIGHT], FAILS, "--version"),
+    ] {
+        let line = |said: &str| {
+            let is_one = said.lines().count() == 1;
+            is_one && said.starts_with("hv_vss is not built for kernel") && said.contains(says)
+        };
+        let (status, said) = build(false, rustc, gcc);
+        assert!(status == Some(77) && line(&said), "{status:?} {said}");
+        let (status, said) = build(true, rustc, gcc);
+        assert!(status == Some(0) && line(&said), "{status:?} {said}");
+    }
+}
+
+/// That of rustup may come first, with or without a tool chain.
+#[test]
+fn of_all_compilers_that_are_there_the_right_one_builds_the_module() {
+    const RIGHT: &str = "echo rustc 1";
+    for first in [RIGHT, "exit 1", "echo rustc 2"] {
+        let built = build(false, [first, RIGHT], "echo gcc 14");
+        assert_eq!(built, (Some(0), "made by rustc 1\n".into()), "{first}");
+        let asked = build(true, [first, RIGHT], "echo gcc 14");
+        assert_eq!(asked, (Some(0), String::new()), "{first}");
+    }
 }
 
 #[test]
