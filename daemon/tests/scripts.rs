@@ -483,6 +483,91 @@ fn of_all_compilers_that_are_there_the_right_one_builds_the_module() {
     }
 }
 
+/// The kernel has few numbers for many reasons.
+#[test]
+fn why_the_kernel_has_refused_the_module_is_told_apart() {
+    const EPERM: &str = "modprobe: ERROR: could not insert 'hv_vss': Operation not permitted";
+    const REJECTED: &str =
+        "modprobe: ERROR: could not insert 'hv_vss': Key was rejected by service";
+    const OTHER: &str = "modprobe: ERROR: could not insert 'hv_vss': Exec format error";
+    let functions = ["is_barred_at_boot", "why_refused"].map(|it| function_of(HANDS_OVER, it));
+    let text = format!(
+        "set -u\ncommand_line=line closed=closed lockdown=lockdown\n{}\nwhy_refused \"$1\"",
+        functions.join("\n")
+    );
+    const STRICT: &str = "none [integrity] confidentiality";
+    for (said, line, closed, lockdown, signer, words) in [
+        (
+            EPERM,
+            "quiet",
+            "0",
+            STRICT,
+            "us",
+            "the kernel does not know the key",
+        ),
+        (
+            REJECTED,
+            "quiet",
+            "0",
+            "",
+            "us",
+            "the kernel does not know the key",
+        ),
+        (
+            EPERM,
+            "quiet",
+            "0",
+            "",
+            "us",
+            "the kernel does not know the key",
+        ),
+        (EPERM, "quiet", "0", STRICT, "", "it is not signed"),
+        (REJECTED, "quiet", "0", "", "", "it is not signed"),
+        (
+            EPERM,
+            "ro module_blacklist=a,hv_vss,b",
+            "0",
+            STRICT,
+            "us",
+            "command line",
+        ),
+        (
+            EPERM,
+            "module_blacklist=hv_vss",
+            "0",
+            "",
+            "",
+            "command line",
+        ),
+        (
+            EPERM,
+            "module_blacklist=hv_vss2,a_hv_vss",
+            "0",
+            STRICT,
+            "",
+            "not signed",
+        ),
+        (EPERM, "quiet", "1", STRICT, "", "modules_disabled"),
+        (EPERM, "quiet", "0", "[none] integrity", "", EPERM),
+        (OTHER, "module_blacklist=hv_vss2", "0", STRICT, "", OTHER),
+    ] {
+        let modinfo = format!("echo {signer}");
+        let dir = programs("refused", &[("modinfo", &modinfo)]);
+        for (name, text) in [("line", line), ("closed", closed), ("lockdown", lockdown)] {
+            std::fs::write(dir.join(name), format!("{text}\n")).unwrap();
+        }
+        let path = std::env::var("PATH").unwrap();
+        let mut shell = Command::new("sh");
+        let shell = shell.args(["-c", &text, "sh", said]).current_dir(&dir);
+        let shell = shell.env("PATH", format!("{}:{path}", dir.display()));
+        let ended = shell.output().unwrap();
+        let why = String::from_utf8_lossy(&ended.stdout);
+        let is_one = why.lines().count() == 1 && ended.stderr.is_empty();
+        assert!(is_one && why.contains(words), "{said} {line}: {ended:?}");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}
+
 #[test]
 fn one_server_that_is_locked_is_not_taken_for_two() {
     let dir = programs(
