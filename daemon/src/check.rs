@@ -10,6 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use nix::sys::statfs::statfs;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -71,7 +72,13 @@ pub fn check(device: &Path, run: &RunDir, path: Option<&Path>) -> Vec<Finding> {
     let (config, found) = configuration(path, its.filter(|it| it.is_object()));
     let config = &config;
     let mut all = vec![daemon(device, &status), found];
-    all.extend(run_dir(run));
+    let is_held = door.is_some_and(|it| it["door"] == "held");
+    let has_hooks = hooks::find(&config.hooks).is_ok_and(|it| !it.is_empty());
+    all.extend(run_dir(
+        run,
+        Room::left_at(run.path()),
+        !is_held || has_hooks,
+    ));
     all.extend(door.map(privileges).unwrap_or_default());
     all.extend(module_missed(door));
     all.extend(listed_disks(config, door));
@@ -439,7 +446,37 @@ fn who_has(device: &Path) -> Option<String> {
     })
 }
 
-fn run_dir(run: &RunDir) -> Vec<Finding> {
+/// What a file system has left; `None` where it knows of no end, or does not say.
+#[derive(Clone, Copy, Debug, Default)]
+struct Room {
+    bytes: Option<u64>,
+    files: Option<u64>,
+}
+
+impl Room {
+    fn left_at(path: &Path) -> Self {
+        let Ok(found) = statfs(path) else {
+            return Room::default();
+        };
+        let block = u64::try_from(found.block_size()).unwrap_or(1);
+        let bytes = found.blocks_available().saturating_mul(block);
+        // A tmpfs that may take all memory counts none.
+        Room {
+            bytes: (found.blocks() != 0).then_some(bytes),
+            files: (found.files() != 0).then_some(found.files_free()),
+        }
+    }
+
+    /// Whether that is too little for the records of a backup, each of which is replaced by another.
+    fn is_short(self) -> bool {
+        const BYTES: u64 = 64 << 10;
+        const FILES: u64 = 8;
+        self.bytes.is_some_and(|it| it < BYTES) || self.files.is_some_and(|it| it < FILES)
+    }
+}
+
+/// `is_needed` says whether a backup writes a record there before it freezes: with FIFREEZE, or for hooks.
+fn run_dir(run: &RunDir, left: Room, is_needed: bool) -> Vec<Finding> {
     // A daemon that starts makes it.
     if !run.path().exists() {
         return Vec::new();
@@ -455,7 +492,23 @@ fn run_dir(run: &RunDir) -> Vec<Finding> {
     });
     let error = run.check().err();
     let error = error.map(|it| finding("record", Grade::Problem, words(&it)));
-    error.into_iter().chain(aside).collect()
+    let path = run.path().display();
+    let full = left.is_short().then(|| match is_needed {
+        true => {
+            let text = format!(
+                "{path} has no room for what is written there before anything is frozen, and each FREEZE fails: \
+                 see df and df -i"
+            );
+            finding("record", Grade::Problem, text)
+        }
+        false => {
+            let text = format!(
+                "{path} has no room: with a hook, or with hv_utils, each FREEZE would fail; see df and df -i"
+            );
+            finding("record", Grade::Warning, text)
+        }
+    });
+    error.into_iter().chain(full).chain(aside).collect()
 }
 
 fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
@@ -967,13 +1020,35 @@ mod tests {
     fn a_record_of_hooks_that_was_put_aside_is_named() {
         let dir = std::env::temp_dir().join(format!("hv-vss-aside-{}", std::process::id()));
         let run = RunDir::new(&dir);
-        assert_eq!(run_dir(&run), []);
+        assert_eq!(run_dir(&run, Room::default(), true), []);
         fs::create_dir_all(&dir).unwrap();
         fs::write(run.hooks_aside(), "{").unwrap();
-        let found = run_dir(&run);
+        let found = run_dir(&run, Room::default(), true);
         let is_it = |it: &Finding| it.grade == Grade::Warning && it.text.contains("hooks.json.bad");
         assert!(found.iter().any(is_it), "{found:?}");
         fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn where_no_room_is_left_for_a_record_each_freeze_fails() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-room-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let run = RunDir::new(&dir);
+        let grade = |bytes, files, is_needed| {
+            let found = run_dir(&run, Room { bytes, files }, is_needed);
+            let found = found.iter().find(|it| it.text.contains("no room"));
+            found.map(|it| it.grade)
+        };
+        assert_eq!(grade(None, None, true), None);
+        assert_eq!(grade(Some(1 << 20), Some(100), true), None);
+        assert_eq!(grade(Some(4096), Some(100), true), Some(Grade::Problem));
+        assert_eq!(grade(Some(1 << 20), Some(1), true), Some(Grade::Problem));
+        assert_eq!(grade(None, Some(0), true), Some(Grade::Problem));
+        assert_eq!(grade(Some(0), None, false), Some(Grade::Warning));
+        fs::remove_dir_all(&dir).unwrap();
+        // As a tmpfs without a limit.
+        let endless = Room::left_at(Path::new("/proc"));
+        assert!(endless.bytes.is_none() && !endless.is_short());
     }
 
     #[test]
