@@ -146,9 +146,12 @@ fn daemon(device: &Path, status: &Result<Value, ControlError>) -> Finding {
     let found = |grade, text: String| finding("daemon", grade, text);
     match status {
         Ok(status) if status["door"].is_null() => {
-            let why = why_no_device(device).unwrap_or_else(|| match status["doing"].as_str() {
-                Some(doing) => doing.into(),
-                None => "the device went away".into(),
+            let why = why_no_device(device).unwrap_or_else(|| {
+                let doing = status["doing"].as_str().unwrap_or("the device went away");
+                match who_has(device) {
+                    Some(who) => format!("{doing}; {who} has {}", device.display()),
+                    None => doing.into(),
+                }
             });
             found(Grade::Problem, format!("it runs and waits: {why}"))
         }
@@ -170,10 +173,9 @@ fn daemon(device: &Path, status: &Result<Value, ControlError>) -> Finding {
         Err(ControlError::Nobody) => {
             let why = why_no_device(device);
             let why = why.unwrap_or_else(|| match who_has(device) {
-                // Ours may well run and wait for it.
                 Some(who) => format!(
-                    "no daemon of ours serves: {who} has {}; once that has ended, ours takes it, or \
-                     systemctl start hv_vss",
+                    "no daemon of ours serves: {who} has {}; after systemctl start hv_vss ours takes it once that \
+                     has ended",
                     device.display()
                 ),
                 None => "no daemon serves: systemctl start hv_vss".into(),
@@ -1002,6 +1004,28 @@ mod tests {
         );
         drop(file);
         fs::remove_file(&dir).unwrap();
+    }
+
+    #[test]
+    fn who_has_the_device_that_a_daemon_waits_for_is_named() {
+        let path = std::env::temp_dir().join(format!("hv-vss-waits-{}", std::process::id()));
+        let file = fs::File::create(&path).unwrap();
+        let waits = serde_json::json!({ "door": null, "doing": "another program serves it" });
+        let own = format!("(process {}, ", std::process::id());
+        let nobody = Err(ControlError::Nobody);
+        let says = |status, all: &[&str]| {
+            let found = daemon(&path, &status);
+            let has_all = all.iter().all(|it| found.text.contains(it));
+            assert!(has_all && found.grade == Grade::Problem, "{}", found.text);
+        };
+        says(Ok(waits.clone()), &["waits: another program", &own]);
+        says(
+            nobody,
+            &["no daemon of ours serves", &own, "systemctl start"],
+        );
+        drop(file);
+        assert!(!daemon(&path, &Ok(waits)).text.contains(&own));
+        fs::remove_file(&path).unwrap();
     }
 
     #[test]
