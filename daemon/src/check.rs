@@ -80,7 +80,7 @@ pub fn check(device: &Path, run: &RunDir, path: Option<&Path>) -> Vec<Finding> {
         !is_held || has_hooks,
     ));
     all.extend(door.map(privileges).unwrap_or_default());
-    all.extend(module_missed(door));
+    all.extend(module_missed(door, Path::new(SOURCES), Path::new(VMBUS)));
     all.extend(listed_disks(config, door));
     all.extend(file_systems(config, door));
     all.extend(hooks_found(config));
@@ -247,16 +247,17 @@ fn listed_disks(config: &Config, status: Option<&Value>) -> Option<Finding> {
 }
 
 /// Why the stock driver serves where our module was asked for, by its package for DKMS.
-fn module_missed(status: Option<&Value>) -> Option<Finding> {
+fn module_missed(status: Option<&Value>, sources: &Path, vmbus: &Path) -> Option<Finding> {
     // Without a daemon somebody else's serves, or none.
     if status.is_some_and(|it| it["door"] != "fifreeze") {
         return None;
     }
-    let build = newest_build(Path::new(SOURCES))?;
-    let vss = vss_device(Path::new(VMBUS));
-    if vss.and_then(|it| driver_of(&it)).as_deref() == Some("hv_vss") {
+    // Why there is no device is said of the daemon.
+    let driver = driver_of(&vss_device(vmbus)?)?;
+    if driver != "hv_utils" {
         return None;
     }
+    let build = newest_build(sources)?;
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
     let has_module = || {
         let mut modinfo = Command::new("modinfo");
@@ -864,6 +865,29 @@ mod tests {
         fs::write(&build, "#!/bin/sh\n").unwrap();
         let nothing = why_missed(&build, "7.3.4", || false, Loading::default);
         assert!(nothing.contains("not built for kernel 7.3.4"), "{nothing}");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_module_is_missed_where_the_stock_driver_has_the_device() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-missed-{}", std::process::id()));
+        let (sources, bus) = (dir.join("src"), dir.join("bus"));
+        let folder = sources.join("hv_vss-0.1/kmod/dkms");
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("build"), "").unwrap();
+        let fifreeze = serde_json::json!({ "door": "fifreeze" });
+        let is_missed = |status| module_missed(status, &sources, &bus).is_some();
+        fs::create_dir_all(bus.join("vss")).unwrap();
+        assert!(!is_missed(None), "the host offers no device");
+        fs::write(bus.join("vss/class_id"), VSS_CLASS).unwrap();
+        assert!(!is_missed(None), "no driver is bound");
+        for (driver, missed) in [("other", false), ("hv_vss", false), ("hv_utils", true)] {
+            let link = bus.join("vss/driver");
+            std::os::unix::fs::symlink(Path::new("/bus/drivers").join(driver), &link).unwrap();
+            assert_eq!(is_missed(None), missed, "{driver}");
+            assert_eq!(is_missed(Some(&fifreeze)), missed, "{driver}");
+            fs::remove_file(link).unwrap();
+        }
         fs::remove_dir_all(&dir).unwrap();
     }
 
