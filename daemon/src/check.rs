@@ -371,7 +371,9 @@ impl Loading {
         }
         let is_known = !self.signer.is_empty() && self.keys.contains(&self.signer);
         match (self.is_strict && !is_known, self.signer.as_str()) {
-            (true, "") => "it is not signed, and the kernel takes no such module (Secure Boot)".into(),
+            (true, "") => "it is not signed, and the kernel takes no such module (Secure Boot): install openssl, with \
+                           which DKMS signs, and have it built again (apt install --reinstall hv-vss-dkms)"
+                .into(),
             (true, signer) => format!(
                 "the kernel does not know the key that it is signed with (Secure Boot), that of {}: \
                  mokutil --import /var/lib/dkms/mok.pub, and reboot",
