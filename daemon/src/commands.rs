@@ -591,7 +591,9 @@ fn reloaded(
     if reply["later"] == true {
         // By then nobody listens to what the daemon says of it.
         config()?;
-        log.info("the configuration is read after what is under way (a backup, or the wait for the device), see the log");
+        log.info(
+            "the configuration is in force after what is under way (a backup, or the wait for the device), see the log",
+        );
         return Ok(());
     }
     if reply["reloaded"] != true {
