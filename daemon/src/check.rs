@@ -10,6 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use nix::sys::statfs::statfs;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -71,9 +72,15 @@ pub fn check(device: &Path, run: &RunDir, path: Option<&Path>) -> Vec<Finding> {
     let (config, found) = configuration(path, its.filter(|it| it.is_object()));
     let config = &config;
     let mut all = vec![daemon(device, &status), found];
-    all.extend(run_dir(run));
+    let is_held = door.is_some_and(|it| it["door"] == "held");
+    let has_hooks = hooks::find(&config.hooks).is_ok_and(|it| !it.is_empty());
+    all.extend(run_dir(
+        run,
+        Room::left_at(run.path()),
+        !is_held || has_hooks,
+    ));
     all.extend(door.map(privileges).unwrap_or_default());
-    all.extend(module_missed(door));
+    all.extend(module_missed(door, Path::new(SOURCES), Path::new(VMBUS)));
     all.extend(listed_disks(config, door));
     all.extend(file_systems(config, door));
     all.extend(hooks_found(config));
@@ -139,9 +146,12 @@ fn daemon(device: &Path, status: &Result<Value, ControlError>) -> Finding {
     let found = |grade, text: String| finding("daemon", grade, text);
     match status {
         Ok(status) if status["door"].is_null() => {
-            let why = why_no_device(device).unwrap_or_else(|| match status["doing"].as_str() {
-                Some(doing) => doing.into(),
-                None => "the device went away".into(),
+            let why = why_no_device(device).unwrap_or_else(|| {
+                let doing = status["doing"].as_str().unwrap_or("the device went away");
+                match who_has(device) {
+                    Some(who) => format!("{doing}; {who} has {}", device.display()),
+                    None => doing.into(),
+                }
             });
             found(Grade::Problem, format!("it runs and waits: {why}"))
         }
@@ -163,10 +173,9 @@ fn daemon(device: &Path, status: &Result<Value, ControlError>) -> Finding {
         Err(ControlError::Nobody) => {
             let why = why_no_device(device);
             let why = why.unwrap_or_else(|| match who_has(device) {
-                // Ours may well run and wait for it.
                 Some(who) => format!(
-                    "no daemon of ours serves: {who} has {}; once that has ended, ours takes it, or \
-                     systemctl start hv_vss",
+                    "no daemon of ours serves: {who} has {}; after systemctl start hv_vss ours takes it once that \
+                     has ended",
                     device.display()
                 ),
                 None => "no daemon serves: systemctl start hv_vss".into(),
@@ -238,16 +247,17 @@ fn listed_disks(config: &Config, status: Option<&Value>) -> Option<Finding> {
 }
 
 /// Why the stock driver serves where our module was asked for, by its package for DKMS.
-fn module_missed(status: Option<&Value>) -> Option<Finding> {
+fn module_missed(status: Option<&Value>, sources: &Path, vmbus: &Path) -> Option<Finding> {
     // Without a daemon somebody else's serves, or none.
     if status.is_some_and(|it| it["door"] != "fifreeze") {
         return None;
     }
-    let build = newest_build(Path::new(SOURCES))?;
-    let vss = vss_device(Path::new(VMBUS));
-    if vss.and_then(|it| driver_of(&it)).as_deref() == Some("hv_vss") {
+    // Why there is no device is said of the daemon.
+    let driver = driver_of(&vss_device(vmbus)?)?;
+    if driver != "hv_utils" {
         return None;
     }
+    let build = newest_build(sources)?;
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
     let has_module = || {
         let mut modinfo = Command::new("modinfo");
@@ -361,7 +371,9 @@ impl Loading {
         }
         let is_known = !self.signer.is_empty() && self.keys.contains(&self.signer);
         match (self.is_strict && !is_known, self.signer.as_str()) {
-            (true, "") => "it is not signed, and the kernel takes no such module (Secure Boot)".into(),
+            (true, "") => "it is not signed, and the kernel takes no such module (Secure Boot): install openssl, with \
+                           which DKMS signs, and have it built again (apt install --reinstall hv-vss-dkms)"
+                .into(),
             (true, signer) => format!(
                 "the kernel does not know the key that it is signed with (Secure Boot), that of {}: \
                  mokutil --import /var/lib/dkms/mok.pub, and reboot",
@@ -439,7 +451,37 @@ fn who_has(device: &Path) -> Option<String> {
     })
 }
 
-fn run_dir(run: &RunDir) -> Vec<Finding> {
+/// What a file system has left; `None` where it knows of no end, or does not say.
+#[derive(Clone, Copy, Debug, Default)]
+struct Room {
+    bytes: Option<u64>,
+    files: Option<u64>,
+}
+
+impl Room {
+    fn left_at(path: &Path) -> Self {
+        let Ok(found) = statfs(path) else {
+            return Room::default();
+        };
+        let block = u64::try_from(found.block_size()).unwrap_or(1);
+        let bytes = found.blocks_available().saturating_mul(block);
+        // A tmpfs that may take all memory counts none.
+        Room {
+            bytes: (found.blocks() != 0).then_some(bytes),
+            files: (found.files() != 0).then_some(found.files_free()),
+        }
+    }
+
+    /// Whether that is too little for the records of a backup, each of which is replaced by another.
+    fn is_short(self) -> bool {
+        const BYTES: u64 = 64 << 10;
+        const FILES: u64 = 8;
+        self.bytes.is_some_and(|it| it < BYTES) || self.files.is_some_and(|it| it < FILES)
+    }
+}
+
+/// `is_needed` says whether a backup writes a record there before it freezes: with FIFREEZE, or for hooks.
+fn run_dir(run: &RunDir, left: Room, is_needed: bool) -> Vec<Finding> {
     // A daemon that starts makes it.
     if !run.path().exists() {
         return Vec::new();
@@ -455,7 +497,23 @@ fn run_dir(run: &RunDir) -> Vec<Finding> {
     });
     let error = run.check().err();
     let error = error.map(|it| finding("record", Grade::Problem, words(&it)));
-    error.into_iter().chain(aside).collect()
+    let path = run.path().display();
+    let full = left.is_short().then(|| match is_needed {
+        true => {
+            let text = format!(
+                "{path} has no room for what is written there before anything is frozen, and each FREEZE fails: \
+                 see df and df -i"
+            );
+            finding("record", Grade::Problem, text)
+        }
+        false => {
+            let text = format!(
+                "{path} has no room: with a hook, or with hv_utils, each FREEZE would fail; see df and df -i"
+            );
+            finding("record", Grade::Warning, text)
+        }
+    });
+    error.into_iter().chain(full).chain(aside).collect()
 }
 
 fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
@@ -813,6 +871,29 @@ mod tests {
     }
 
     #[test]
+    fn a_module_is_missed_where_the_stock_driver_has_the_device() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-missed-{}", std::process::id()));
+        let (sources, bus) = (dir.join("src"), dir.join("bus"));
+        let folder = sources.join("hv_vss-0.1/kmod/dkms");
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("build"), "").unwrap();
+        let fifreeze = serde_json::json!({ "door": "fifreeze" });
+        let is_missed = |status| module_missed(status, &sources, &bus).is_some();
+        fs::create_dir_all(bus.join("vss")).unwrap();
+        assert!(!is_missed(None), "the host offers no device");
+        fs::write(bus.join("vss/class_id"), VSS_CLASS).unwrap();
+        assert!(!is_missed(None), "no driver is bound");
+        for (driver, missed) in [("other", false), ("hv_vss", false), ("hv_utils", true)] {
+            let link = bus.join("vss/driver");
+            std::os::unix::fs::symlink(Path::new("/bus/drivers").join(driver), &link).unwrap();
+            assert_eq!(is_missed(None), missed, "{driver}");
+            assert_eq!(is_missed(Some(&fifreeze)), missed, "{driver}");
+            fs::remove_file(link).unwrap();
+        }
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
     fn what_stands_against_loading_is_told_apart() {
         let none = Loading {
             configuration: "blacklist hv_vss2\noptions hv_vss grace_ms=0\n".into(),
@@ -952,6 +1033,28 @@ mod tests {
     }
 
     #[test]
+    fn who_has_the_device_that_a_daemon_waits_for_is_named() {
+        let path = std::env::temp_dir().join(format!("hv-vss-waits-{}", std::process::id()));
+        let file = fs::File::create(&path).unwrap();
+        let waits = serde_json::json!({ "door": null, "doing": "another program serves it" });
+        let own = format!("(process {}, ", std::process::id());
+        let nobody = Err(ControlError::Nobody);
+        let says = |status, all: &[&str]| {
+            let found = daemon(&path, &status);
+            let has_all = all.iter().all(|it| found.text.contains(it));
+            assert!(has_all && found.grade == Grade::Problem, "{}", found.text);
+        };
+        says(Ok(waits.clone()), &["waits: another program", &own]);
+        says(
+            nobody,
+            &["no daemon of ours serves", &own, "systemctl start"],
+        );
+        drop(file);
+        assert!(!daemon(&path, &Ok(waits)).text.contains(&own));
+        fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
     fn a_daemon_that_refuses_each_freeze_is_a_problem() {
         let device = Path::new("/dev/null");
         let mut reply =
@@ -967,13 +1070,35 @@ mod tests {
     fn a_record_of_hooks_that_was_put_aside_is_named() {
         let dir = std::env::temp_dir().join(format!("hv-vss-aside-{}", std::process::id()));
         let run = RunDir::new(&dir);
-        assert_eq!(run_dir(&run), []);
+        assert_eq!(run_dir(&run, Room::default(), true), []);
         fs::create_dir_all(&dir).unwrap();
         fs::write(run.hooks_aside(), "{").unwrap();
-        let found = run_dir(&run);
+        let found = run_dir(&run, Room::default(), true);
         let is_it = |it: &Finding| it.grade == Grade::Warning && it.text.contains("hooks.json.bad");
         assert!(found.iter().any(is_it), "{found:?}");
         fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn where_no_room_is_left_for_a_record_each_freeze_fails() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-room-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let run = RunDir::new(&dir);
+        let grade = |bytes, files, is_needed| {
+            let found = run_dir(&run, Room { bytes, files }, is_needed);
+            let found = found.iter().find(|it| it.text.contains("no room"));
+            found.map(|it| it.grade)
+        };
+        assert_eq!(grade(None, None, true), None);
+        assert_eq!(grade(Some(1 << 20), Some(100), true), None);
+        assert_eq!(grade(Some(4096), Some(100), true), Some(Grade::Problem));
+        assert_eq!(grade(Some(1 << 20), Some(1), true), Some(Grade::Problem));
+        assert_eq!(grade(None, Some(0), true), Some(Grade::Problem));
+        assert_eq!(grade(Some(0), None, false), Some(Grade::Warning));
+        fs::remove_dir_all(&dir).unwrap();
+        // As a tmpfs without a limit.
+        let endless = Room::left_at(Path::new("/proc"));
+        assert!(endless.bytes.is_none() && !endless.is_short());
     }
 
     #[test]

@@ -591,7 +591,9 @@ fn reloaded(
     if reply["later"] == true {
         // By then nobody listens to what the daemon says of it.
         config()?;
-        log.info("the configuration is read after what is under way (a backup, or the wait for the device), see the log");
+        log.info(
+            "the configuration is in force after what is under way (a backup, or the wait for the device), see the log",
+        );
         return Ok(());
     }
     if reply["reloaded"] != true {
@@ -615,14 +617,12 @@ pub fn status(
         Err(error) => return Err(error.into()),
     };
     let told = daemon.as_ref().and_then(report::last_of);
-    let history = match History::new(&config().state_dir).read_in_time() {
-        // The daemon knows best what it is at, and of the last one.
-        Err(error) if daemon.is_some() => {
-            log.warning(words(&error));
-            Vec::new()
-        }
-        other => other?,
-    };
+    let history = History::new(&config().state_dir).read_in_time();
+    // A daemon knows best of the last one; and that there is none is worse.
+    let history = history.unwrap_or_else(|error| {
+        log.warning(words(&error));
+        Vec::new()
+    });
     let status = Status::new(daemon.as_ref(), &history, told.as_ref());
     let text = match json {
         true => as_json(&status)?,
@@ -879,6 +879,25 @@ mod tests {
             let done = unless_stopped(Freezer::new(), &setting, &Stop::default(), step);
             assert_eq!(done.map(|(_, it)| it).unwrap(), 7);
         }
+    }
+
+    #[test]
+    fn without_a_daemon_a_history_that_cannot_be_read_is_the_lesser_evil() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-status-{}", std::process::id()));
+        // Of what should be a file.
+        std::fs::create_dir_all(dir.join("history.jsonl")).unwrap();
+        let log = Logbook::new(Sink::Memory);
+        let config = || {
+            let mut config = Config::default();
+            config.state_dir = dir.clone();
+            config
+        };
+        let (text, outcome) = status(&RunDir::new(dir.join("run")), config, false, &log).unwrap();
+        assert_eq!(outcome, Outcome::NoDaemon);
+        assert!(text.contains("none serves"), "{text}");
+        let is_named = |(_, text): &(_, String)| text.contains("history.jsonl");
+        assert!(log.held().iter().any(is_named), "{:?}", log.held());
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::process::Command;
 const CONFIGURES: &str = "../.debian/hv-vss-daemon.postinst";
 const REMOVES: &str = "../.debian/hv-vss-daemon.postrm";
 const MARIADB: &str = "hooks/mariadb";
+const BUILDS: &str = "../kmod/dkms/build";
 const HANDS_OVER: &str = "../kmod/hand-over/hv_vss_hand_over";
 
 fn text_of(script: &str) -> String {
@@ -188,12 +189,12 @@ fn nobody_says_that_no_server_runs_who_cannot_know() {
 }
 
 /// What is said, and what word is left, where another daemon was stopped and this is the mount table: with the
-/// programs of this folder before those of the system.
-fn thaw_all(table: &str, dir: &Path) -> (String, Option<String>) {
+/// programs of this folder before those of the system, after the line `first`.
+fn thaw_all(first: &str, table: &str, dir: &Path) -> (String, Option<String>) {
     std::fs::write(dir.join("mounts"), table).unwrap();
-    let functions = ["unescaped", "thaw_all"].map(|it| function_of(CONFIGURES, it));
+    let functions = ["unescaped", "has_ended", "thaw_all"].map(|it| function_of(CONFIGURES, it));
     let text = format!(
-        "set -e\n{}\nthaw_all mounts word 2>&1",
+        "set -e\n{}\n{first}\nthaw_all mounts word 2>&1",
         functions.join("\n")
     );
     let path = std::env::var("PATH").unwrap();
@@ -226,18 +227,18 @@ fn a_thaw_that_never_comes_back_keeps_no_other_one_frozen_and_nobody_waits_for_i
         all
     };
     let without = TABLE.replace("/a ", "/d ");
-    let (said, word) = thaw_all(&without, &dir);
+    let (said, word) = thaw_all("", &without, &dir);
     assert_eq!((said.as_str(), word), ("", None));
     assert_eq!(asked(), ["/", "/b c", "/d"]);
     touch("is-frozen");
-    let (said, word) = thaw_all(&without, &dir);
+    let (said, word) = thaw_all("", &without, &dir);
     assert!(said.is_empty() && word.is_some(), "{said}");
     asked();
     std::fs::remove_dir_all(dir.join("word")).unwrap();
     std::fs::remove_file(dir.join("is-frozen")).unwrap();
 
     touch("hangs");
-    let (said, word) = thaw_all(TABLE, &dir);
+    let (said, word) = thaw_all("", TABLE, &dir);
     assert!(
         said.starts_with("/a: its disk does not answer") && said.lines().count() == 1,
         "{said}"
@@ -245,10 +246,78 @@ fn a_thaw_that_never_comes_back_keeps_no_other_one_frozen_and_nobody_waits_for_i
     // Nobody knows whether that one is frozen.
     assert!(word.is_some());
     assert_eq!(asked(), ["/", "/a", "/b c"]);
-    let left = std::fs::read_dir(&dir).unwrap().flatten();
-    let left = left.filter(|it| it.file_name().to_string_lossy().starts_with("word."));
-    assert_eq!(left.count(), 0);
     std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn where_there_is_no_room_for_a_word_all_is_thawed_all_the_same() {
+    const TABLE: &str = "/dev/sda /a ext4 rw 0 0\n/dev/sdb /b ext4 rw 0 0\n";
+    // Of a file there is room for its name.
+    const FULL: &str = "trap '' XFSZ; ulimit -f 0";
+    let fsfreeze = ("fsfreeze", "true >\"asked-for-${2#/}\"");
+    let (mktemp, mkdir) = (("mktemp", "exit 1"), ("mkdir", "exit 1"));
+    for (first, all, word_left, words) in [
+        (FULL, &[fsfreeze][..], Some(""), ""),
+        ("", &[fsfreeze, mktemp, mkdir], None, "cannot be told"),
+    ] {
+        let dir = programs("no-room", all);
+        let (said, word) = thaw_all(first, TABLE, &dir);
+        for name in ["asked-for-a", "asked-for-b"] {
+            assert!(dir.join(name).exists(), "{name}: {said}");
+        }
+        // Which is as good as any.
+        assert_eq!(word.as_deref(), word_left, "{said}");
+        assert!(said.contains(words), "{said}");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}
+
+#[test]
+fn what_theirs_has_left_is_thawed_once_it_has_ended_and_not_before() {
+    let systemctl = "case \"$2 $3\" in
+         'is-active hv_vss.service') [ -e serves ] ;;
+         *' theirs') [ -e \"$2\" ] ;;
+         *) exit 1 ;;
+         esac";
+    // By policy-rc.d; that is no failure.
+    let invoke =
+        "if [ -e forbidden ]; then echo 'policy-rc.d returned 101' >&2; else rm is-active; fi";
+    let functions = function_of(CONFIGURES, "take_over");
+    let text = format!(
+        "set -e\ntheirs=theirs\n{functions}\nthaw_all() {{ echo \"thaws $*\"; }}\ntake_over 2>&1"
+    );
+    const THAWS: &str = "thaws /proc/mounts /run/hv_vss\n";
+    for (state, says) in [
+        (&[][..], ""),
+        (&["is-active"], THAWS),
+        (
+            &["is-active", "forbidden"],
+            "policy-rc.d returned 101\ntheirs still runs",
+        ),
+        // It has crashed.
+        (&["is-failed"], THAWS),
+        // What is frozen now is of ours.
+        (&["is-failed", "serves"], ""),
+    ] {
+        let all = [("systemctl", systemctl), ("deb-systemd-invoke", invoke)];
+        let dir = programs("take-over", &all);
+        for name in state {
+            std::fs::write(dir.join(name), "").unwrap();
+        }
+        let path = std::env::var("PATH").unwrap();
+        let mut shell = Command::new("sh");
+        let shell = shell.args(["-c", &text]).current_dir(&dir);
+        let shell = shell.env("PATH", format!("{}:{path}", dir.display()));
+        let ended = shell.output().unwrap();
+        let said = String::from_utf8_lossy(&ended.stdout);
+        assert!(ended.status.success(), "{state:?}: {ended:?}");
+        let is_it = said.starts_with(says) && said.contains("thaws") == (says == THAWS);
+        assert!(
+            is_it && (said.is_empty() == says.is_empty()),
+            "{state:?}: {said}"
+        );
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 }
 
 /// Hands over, in this folder, on a bus whose driver waits for as long as nobody reads what it was told, and is asked
@@ -301,13 +370,16 @@ fn hand_over(dir: &Path, of_udev: bool) {
     let mut told = told.read(true).custom_flags(no_wait).open(&unbind).unwrap();
     let mut text = String::new();
     let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
-    while text != "dev\n" || read("devices/dev/driver_override") != "\n" {
+    // The second one asks the bus too, and what it writes to is empty for a moment.
+    while text != "dev\n"
+        || read("devices/dev/driver_override") != "\n"
+        || read("drivers_probe") != "dev\n"
+    {
         assert!(std::time::Instant::now() < until, "it is not moved");
         std::thread::sleep(std::time::Duration::from_millis(10));
         // It fails as long as whoever writes has written nothing.
         let _ = told.read_to_string(&mut text);
     }
-    assert_eq!(read("drivers_probe"), "dev\n");
     // The second one may be at it, and finds nothing to do.
     while std::fs::remove_dir_all(dir).is_err() {
         assert!(std::time::Instant::now() < until, "somebody writes there");
@@ -330,6 +402,170 @@ fn the_one_who_waits_is_not_killed_with_whoever_has_asked() {
     let dir = programs("hand-over-of-udev", &[("systemd-run", run)]);
     std::fs::create_dir(dir.join("systemd")).unwrap();
     hand_over(&dir, true);
+}
+
+/// What comes of a build for a kernel by "rustc 1" and "gcc 14", where these are the compilers: what `rustc` says, in
+/// two folders of PATH, and `gcc`. The status, and what is said, `make` telling of its compiler.
+fn build(why_not: bool, rustc: [&str; 2], gcc: &str) -> (Option<i32>, String) {
+    let makes = ("make", "echo \"made by $(rustc --version)\"");
+    let all = [
+        ("rustc", rustc[0]),
+        ("gcc", gcc),
+        ("bindgen", ""),
+        makes,
+        ("logger", ""),
+    ];
+    let dir = programs("build", &all);
+    let second = programs("build/second", &[("rustc", rustc[1])]);
+    let rust = dir.join("headers/rust");
+    std::fs::create_dir_all(&rust).unwrap();
+    const CONFIG: &str =
+        "CONFIG_RUST=y\nCONFIG_HYPERV_VMBUS=m\nCONFIG_CC_VERSION_TEXT=\"gcc 14\"\n";
+    std::fs::write(dir.join("headers/.config"), CONFIG).unwrap();
+    std::fs::write(rust.join("libkernel.rmeta"), "").unwrap();
+    // Of 16 bytes nothing is asked.
+    let wrote = [&[0; 16][..], &[7], b"rustc 1 and so on"].concat();
+    std::fs::write(rust.join("libcore.rmeta"), wrote).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let path = format!("{}:{}:{path}", dir.display(), second.display());
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(BUILDS);
+    let made_for = text_of("../Kbuild");
+    let made_for = made_for
+        .lines()
+        .find_map(|it| it.strip_prefix("hv_vss_kernels := "));
+    let release = format!("{}.0-test", made_for.unwrap().split(' ').next().unwrap());
+    let mut bash = Command::new("bash");
+    let bash = bash.arg(script).args(why_not.then_some("--why-not"));
+    let bash = bash.arg(release).arg(dir.join("headers"));
+    let ended = bash.current_dir(&dir).env("PATH", path).output().unwrap();
+    std::fs::remove_dir_all(&dir).unwrap();
+    let said = [ended.stdout, ended.stderr].concat();
+    (ended.status.code(), String::from_utf8(said).unwrap())
+}
+
+/// DKMS leaves the kernel out then, and its package is installed all the same.
+#[test]
+fn whatever_goes_wrong_with_a_compiler_the_module_is_refused() {
+    const RIGHT: &str = "echo rustc 1";
+    const OTHER: &str = "echo rustc 2";
+    const FAILS: &str = "exit 1";
+    const GCC: &str = "echo gcc 14";
+    for (rustc, gcc, says) in [
+        ([OTHER, OTHER], GCC, "the compiler here is 'rustc 2'"),
+        ([FAILS, FAILS], GCC, "it was built by 'rustc 1', "),
+        (
+            [RIGHT, RIGHT],
+            "echo gcc 13",
+            "the compiler here is 'gcc 13'",
+        ),
+        ([RIGHT, RIGHT], FAILS, "--version"),
+    ] {
+        let line = |said: &str| {
+            let is_one = said.lines().count() == 1;
+            is_one && said.starts_with("hv_vss is not built for kernel") && said.contains(says)
+        };
+        let (status, said) = build(false, rustc, gcc);
+        assert!(status == Some(77) && line(&said), "{status:?} {said}");
+        let (status, said) = build(true, rustc, gcc);
+        assert!(status == Some(0) && line(&said), "{status:?} {said}");
+    }
+}
+
+/// That of rustup may come first, with or without a tool chain.
+#[test]
+fn of_all_compilers_that_are_there_the_right_one_builds_the_module() {
+    const RIGHT: &str = "echo rustc 1";
+    for first in [RIGHT, "exit 1", "echo rustc 2"] {
+        let built = build(false, [first, RIGHT], "echo gcc 14");
+        assert_eq!(built, (Some(0), "made by rustc 1\n".into()), "{first}");
+        let asked = build(true, [first, RIGHT], "echo gcc 14");
+        assert_eq!(asked, (Some(0), String::new()), "{first}");
+    }
+}
+
+/// The kernel has few numbers for many reasons.
+#[test]
+fn why_the_kernel_has_refused_the_module_is_told_apart() {
+    const EPERM: &str = "modprobe: ERROR: could not insert 'hv_vss': Operation not permitted";
+    const REJECTED: &str =
+        "modprobe: ERROR: could not insert 'hv_vss': Key was rejected by service";
+    const OTHER: &str = "modprobe: ERROR: could not insert 'hv_vss': Exec format error";
+    let functions = ["is_barred_at_boot", "why_refused"].map(|it| function_of(HANDS_OVER, it));
+    let text = format!(
+        "set -u\ncommand_line=line closed=closed lockdown=lockdown\n{}\nwhy_refused \"$1\"",
+        functions.join("\n")
+    );
+    const STRICT: &str = "none [integrity] confidentiality";
+    for (said, line, closed, lockdown, signer, words) in [
+        (
+            EPERM,
+            "quiet",
+            "0",
+            STRICT,
+            "us",
+            "the kernel does not know the key",
+        ),
+        (
+            REJECTED,
+            "quiet",
+            "0",
+            "",
+            "us",
+            "the kernel does not know the key",
+        ),
+        (
+            EPERM,
+            "quiet",
+            "0",
+            "",
+            "us",
+            "the kernel does not know the key",
+        ),
+        (EPERM, "quiet", "0", STRICT, "", "it is not signed"),
+        (REJECTED, "quiet", "0", "", "", "it is not signed"),
+        (
+            EPERM,
+            "ro module_blacklist=a,hv_vss,b",
+            "0",
+            STRICT,
+            "us",
+            "command line",
+        ),
+        (
+            EPERM,
+            "module_blacklist=hv_vss",
+            "0",
+            "",
+            "",
+            "command line",
+        ),
+        (
+            EPERM,
+            "module_blacklist=hv_vss2,a_hv_vss",
+            "0",
+            STRICT,
+            "",
+            "not signed",
+        ),
+        (EPERM, "quiet", "1", STRICT, "", "modules_disabled"),
+        (EPERM, "quiet", "0", "[none] integrity", "", EPERM),
+        (OTHER, "module_blacklist=hv_vss2", "0", STRICT, "", OTHER),
+    ] {
+        let modinfo = format!("echo {signer}");
+        let dir = programs("refused", &[("modinfo", &modinfo)]);
+        for (name, text) in [("line", line), ("closed", closed), ("lockdown", lockdown)] {
+            std::fs::write(dir.join(name), format!("{text}\n")).unwrap();
+        }
+        let path = std::env::var("PATH").unwrap();
+        let mut shell = Command::new("sh");
+        let shell = shell.args(["-c", &text, "sh", said]).current_dir(&dir);
+        let shell = shell.env("PATH", format!("{}:{path}", dir.display()));
+        let ended = shell.output().unwrap();
+        let why = String::from_utf8_lossy(&ended.stdout);
+        let is_one = why.lines().count() == 1 && ended.stderr.is_empty();
+        assert!(is_one && why.contains(words), "{said} {line}: {ended:?}");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 }
 
 #[test]

@@ -83,12 +83,19 @@ if [ "${1:-}" = --inside ]; then
         'gcc -Wall -Werror $(pkg-config --cflags hv-vss) -include hv_vss.h -o /out/packages/hv_vss_daemon "$1"' \
         sh "/tmp/$source/tools/hv/hv_vss_daemon.c"
 
-    # Rust metadata is of use to the very compiler that wrote it.
+    # Rust metadata is of use to the very compiler that wrote it: where there is no other, and where another comes first.
     mkdir /tmp/other
+    ln -s /usr/bin/* /tmp/other
+    rm /tmp/other/rustc
     printf '#!/bin/sh\necho rustc 1.90.0 of another distribution\n' >/tmp/other/rustc
     chmod +x /tmp/other/rustc
     check "another compiler is refused" says "the compiler here is 'rustc 1.90.0" \
-        <(PATH=/tmp/other:$PATH /usr/src/hv_vss-*/kmod/dkms/build --why-not "$release")
+        <(PATH=/tmp/other /usr/src/hv_vss-*/kmod/dkms/build --why-not "$release")
+    check "another one beside the right one is not" \
+        [ -z "$(PATH=/tmp/other:$PATH /usr/src/hv_vss-*/kmod/dkms/build --why-not "$release")" ]
+    printf '#!/bin/sh\nexit 1\n' >/tmp/other/rustc
+    check "one without a tool chain is refused" says "no compiler here says what it is" \
+        <(PATH=/tmp/other /usr/src/hv_vss-*/kmod/dkms/build --why-not "$release")
 
     check "a kernel that the module is not made for is refused by that" \
         says "it is made for Linux $(sed -n 's/^hv_vss_kernels := //p' /usr/src/hv_vss-*/Kbuild)\$" \
