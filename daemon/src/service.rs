@@ -939,7 +939,7 @@ impl Hands {
         }
     }
 
-    /// Has the configuration read again, as soon as nothing is frozen; or says why not.
+    /// Has the configuration read again, which counts as soon as nothing is frozen; or says why not.
     fn reload(&mut self) -> Result<(), &'static str> {
         let tell = teller(&self.tell, |it| News::Config(Box::new(it)));
         let path = self.config_path.clone();
