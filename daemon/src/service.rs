@@ -1087,7 +1087,6 @@ impl Effects for Hands {
         ) {
             return Err(format!("the guard process {why}"));
         }
-        self.is_ahead = process::go_first().is_ok();
         let door = self.door(request)?;
         if let (false, Err(error)) = (self.is_held(), self.run.prepare_word()) {
             // Then there is no room for a record either, and nothing is frozen.
@@ -1122,6 +1121,8 @@ impl Effects for Hands {
         let noted = self.unfinished.begin(draft.so_far());
         self.say_failure(noted);
         self.draft = Some(draft);
+        // Only now: that thread goes first already, and this one is not to be in its way until it has something to say.
+        self.is_ahead = process::go_first().is_ok();
         Ok(())
     }
 
