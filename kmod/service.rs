@@ -493,8 +493,9 @@ impl pm_notifier::Callbacks for Service {
             engine.prepare_sleep(now, out);
             out.hold.let_go();
         });
-        // What a daemon has frozen by other means only it can thaw. If it did after the sleep,
-        // writers would wait in the meantime, some of them so that they cannot be put to sleep.
+        // What a daemon has frozen by other means only it can thaw, or the one that comes after it. If
+        // it did after the sleep, writers would wait in the meantime, some of them so that they cannot
+        // be put to sleep.
         let mut left = msecs_to_jiffies(THAW_MS);
         let mut state = self.state.lock();
         while !state.device.gone && !state.device.engine.thawed_for_sleep() {

@@ -51,7 +51,8 @@ pub struct Config {
     /// Time for any other request (mainline: 30 seconds).
     pub other_ms: u32,
     /// How long a request waits for a daemon that is not there or does not read; 0 fails it at once,
-    /// as mainline does when no daemon is there.
+    /// as mainline does when no daemon is there. As long the machine's sleep waits for one that is to
+    /// thaw.
     pub grace_ms: u32,
     /// How many file systems the module can hold for the daemon at a time; 0 when it cannot.
     pub max_held: u32,
@@ -119,6 +120,8 @@ struct OwedThaw {
     since: u64,
     /// Once the daemon has read it: when that is forgotten, so that it can be read again.
     deadline: Option<u64>,
+    /// No daemon is there, and none has come in the grace time.
+    deserted: bool,
 }
 
 impl OwedThaw {
@@ -474,6 +477,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             id: self.take_id(),
             since: now,
             deadline: None,
+            deserted: false,
         };
         effects.note(Note::Received(owed.subject()));
         self.owed_thaw = Some(owed);
@@ -498,18 +502,24 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     /// When [`Engine::timer`] has to be called next; `None` when no time is running.
     pub fn deadline(&self) -> Option<u64> {
         let requests = self.queue.iter().map(|request| self.limit(request));
-        let owed = self.owed_thaw.and_then(|owed| owed.deadline);
+        let owed = self.owed_thaw.and_then(|owed| match owed.deadline {
+            None if !self.registered() && !owed.deserted => self.grace(0),
+            deadline => deadline,
+        });
         requests.chain(owed).min()
+    }
+
+    /// While nobody serves requests: until when one that came at `arrived` waits for somebody who does.
+    fn grace(&self, arrived: u64) -> Option<u64> {
+        let since = self.quiet_since?;
+        Some(after(arrived.max(since), self.config.grace_ms))
     }
 
     /// When the time of a request is over, as things are now. While nobody serves requests, those that
     /// nobody has read have only the grace time.
     fn limit(&self, request: &Request) -> u64 {
-        match self.quiet_since {
-            Some(since) if !request.is_read() => {
-                let grace = after(request.arrived.max(since), self.config.grace_ms);
-                grace.min(request.deadline)
-            }
+        match self.grace(request.arrived) {
+            Some(grace) if !request.is_read() => grace.min(request.deadline),
             _ => request.deadline,
         }
     }
@@ -529,6 +539,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
         while let Some(at) = self.queue.position(|r| self.limit(r) <= now) {
             self.time_out(now, at, effects);
+        }
+        // However long ago it came to be owed: what may be frozen was left when the daemon went.
+        let deserted = !self.registered() && self.grace(0).is_some_and(|end| end <= now);
+        if let Some(owed) = &mut self.owed_thaw {
+            owed.deserted = deserted;
         }
         self.offer(effects);
     }
@@ -603,10 +618,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     }
 
     /// While the machine prepares to sleep: whether the daemon has thawed what it froze by itself, or
-    /// nobody is left to do it.
+    /// nobody is left to do it. One that has gone may be about to open the device again, as mainline's is
+    /// after an answer that was refused: it is given the grace time.
     pub fn thawed_for_sleep(&self) -> bool {
-        let thawed = self.owed_thaw.is_none() && !self.is_doing(op::THAW);
-        self.sleeping && (thawed || !self.registered())
+        let to_do = self.owed_thaw.is_some_and(|owed| !owed.deserted);
+        self.sleeping && !to_do && !self.is_doing(op::THAW)
     }
 
     /// The machine is awake again and user space runs.

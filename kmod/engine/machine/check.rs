@@ -24,6 +24,7 @@ pub struct Shape {
     held: bool,
     told: bool,
     owed_thaw: Option<bool>,
+    deserted: bool,
     calling_off: bool,
     sleeping: bool,
 }
@@ -46,6 +47,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             held: self.freeze.held().is_some(),
             told: self.freeze == (Freeze::Broken { told: true }),
             owed_thaw: self.owed_thaw.map(|owed| owed.is_read()),
+            deserted: self.owed_thaw.is_some_and(|owed| owed.deserted),
             calling_off: self.calling_off,
             sleeping: self.sleeping,
         }
@@ -82,6 +84,8 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         let holds = self.hold.is_some();
         must(!(head_is_read && owed_is_read), "two things in hand")?;
         must(registered || !owed_is_read, "a THAW in nobody's hands")?;
+        let deserted = self.owed_thaw.is_some_and(|owed| owed.deserted);
+        must(!(registered && deserted), "a THAW whose daemon is there")?;
         must(registered || !held, "a freeze without a daemon")?;
         must(self.owed_thaw.is_none() || !held, "a freeze and its THAW")?;
         must(

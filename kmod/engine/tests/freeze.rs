@@ -232,13 +232,65 @@ fn a_daemon_that_did_not_thaw_in_time_does_so_after_the_sleep() {
 }
 
 #[test]
-fn a_daemon_that_goes_before_the_sleep_holds_nobody_up() {
+fn the_sleep_waits_for_a_daemon_that_opens_anew_to_thaw() {
     let mut store = Vec::new();
     let mut w = world(&mut store);
-    w.daemon_v2();
-    frozen(&mut w);
+    w.daemon(1);
+    w.ask(op::FREEZE);
+    let seen = w.read().unwrap();
     w.prepare_sleep();
+    // As mainline's does after that: it closes, then it thaws, then it opens the device again.
+    assert_eq!(w.answer(seen, status::OK), Err(Refusal::Stale));
     w.release();
+    w.pass(4 * SECOND);
+    assert!(!w.engine.thawed_for_sleep());
+    w.daemon(1);
+    w.pass(2 * SECOND);
+    assert!(!w.engine.thawed_for_sleep(), "it is there, and has not yet");
+    w.serve(op::THAW, status::OK);
+    assert!(w.engine.thawed_for_sleep());
+}
+
+#[test]
+fn a_daemon_that_goes_holds_up_the_sleep_for_the_grace_time() {
+    for grace_ms in [0, 5_000] {
+        for before in [false, true] {
+            let mut store = Vec::new();
+            let mut w = world_with(&mut store, Config { grace_ms, ..CONFIG });
+            w.daemon_v2();
+            frozen(&mut w);
+            if before {
+                w.release();
+                w.prepare_sleep();
+            } else {
+                w.prepare_sleep();
+                w.release();
+            }
+            if grace_ms > 0 {
+                w.pass(u64::from(grace_ms) * 1000 - 1);
+                assert!(!w.engine.thawed_for_sleep());
+                assert!(w.expire(), "the end of it is not missed");
+            }
+            assert!(w.engine.thawed_for_sleep());
+            assert_eq!(w.engine.deadline(), None);
+        }
+    }
+}
+
+#[test]
+fn a_daemon_that_went_long_ago_holds_up_no_sleep() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v1();
+    frozen(&mut w);
+    w.release();
+    w.pass(10 * SECOND);
+    w.prepare_sleep();
+    assert!(w.engine.thawed_for_sleep());
+    // One that comes while there still is time is given it.
+    w.daemon_v1();
+    assert!(!w.engine.thawed_for_sleep());
+    w.serve(op::THAW, status::OK);
     assert!(w.engine.thawed_for_sleep());
 }
 

@@ -12,7 +12,8 @@
 //! - what is frozen has a way out: a freeze in force ends with the host's THAW, one that is being made
 //!   with its time; all else is thawed by the module, or by a THAW that the daemon can read;
 //! - a daemon for which the module has thawed something reads that, once;
-//! - a machine that prepares to sleep is told that all is thawed only when it is.
+//! - a machine that prepares to sleep is told that all is thawed only when it is, or when nobody has
+//!   come in the grace time who could thaw it, and then at once.
 #![allow(dead_code)] // each test file uses its part
 
 pub mod events;
@@ -222,6 +223,8 @@ pub struct World<'a> {
     late: bool,
     /// Nobody serves requests.
     quiet: bool,
+    /// When the last daemon has gone.
+    left: u64,
     sleeping: bool,
     pub channel: bool,
     /// Off when the daemon writes bytes that this harness does not understand.
@@ -260,6 +263,7 @@ impl<'a> World<'a> {
             says_so: false,
             late: false,
             quiet: true,
+            left: 0,
             sleeping: false,
             channel: true,
             strict: true,
@@ -351,7 +355,7 @@ impl<'a> World<'a> {
             self.spoil();
             // Those that wait do so for the next daemon from now on.
             self.sign_of_life();
-            self.quiet = true;
+            (self.quiet, self.left) = (true, self.now);
         }
         (self.open, self.in_hand, self.frozen, self.late) = (false, None, None, false);
         self.engine.release(self.now, &mut self.out);
@@ -701,7 +705,13 @@ impl<'a> World<'a> {
         if self.sleeping {
             self.resume();
         }
-        let longest = u64::from(self.config.freeze_ms.max(self.config.other_ms));
+        let Config {
+            freeze_ms,
+            other_ms,
+            grace_ms,
+            ..
+        } = self.config;
+        let longest = u64::from(freeze_ms.max(other_ms).max(grace_ms));
         let limit = self.now + longest * 1000;
         while self.expire() {
             assert!(self.now <= limit, "a request outlives its time");
@@ -844,10 +854,14 @@ impl<'a> World<'a> {
             self.by_module.is_none() || good || making || rehearsal,
             "held for nothing"
         );
+        let grace_is_over = self.now >= self.left + u64::from(self.config.grace_ms) * 1000;
+        let deserted = self.abi == 0 && grace_is_over;
         if self.engine.thawed_for_sleep() {
             assert!(self.sleeping);
-            assert!(!self.by_daemon || self.abi == 0, "sleeps while frozen");
+            assert!(!self.by_daemon || deserted, "sleeps while frozen");
             assert_eq!(self.by_module, None, "sleeps while something is held");
+        } else {
+            assert!(!self.sleeping || !deserted, "waits for nobody");
         }
     }
 }
