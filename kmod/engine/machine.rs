@@ -15,7 +15,8 @@
 //!   then is failed, whatever the daemon says of it (see [`Freeze`]);
 //! - what may be frozen and is of no use to the host any more is thawed: the module lets go of what it
 //!   holds, and a daemon that freezes by itself is given a THAW, whether the host asks for one or not.
-//!   That THAW stays until a daemon has answered it.
+//!   That THAW stays until a daemon has answered it, also when the device goes and comes back (see
+//!   [`Left`]).
 
 use super::freeze::Freeze;
 use super::notes::bump;
@@ -125,6 +126,15 @@ struct OwedThaw {
 }
 
 impl OwedThaw {
+    fn new(id: u64, since: u64) -> Self {
+        OwedThaw {
+            id,
+            since,
+            deadline: None,
+            deserted: false,
+        }
+    }
+
     fn subject(&self) -> Subject {
         Subject {
             id: self.id,
@@ -140,6 +150,15 @@ impl OwedThaw {
     fn is_over(&self, now: u64) -> bool {
         self.deadline.is_some_and(|deadline| deadline <= now)
     }
+}
+
+/// What a machine leaves undone for the next one, when its device goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    /// The host counts on a freeze that did not last, and has not been told by a THAW that failed.
+    pub untold: bool,
+    /// A daemon may have frozen something by itself, and none has answered a THAW since.
+    pub owes_thaw: bool,
 }
 
 /// How a request ends.
@@ -188,16 +207,15 @@ pub struct Engine<B> {
 }
 
 impl<B: DerefMut<Target = [u8]>> Engine<B> {
-    /// A machine with nobody on either side. `untold` is what [`Engine::is_untold`] said of the one that
-    /// served the host before.
-    pub fn new(config: Config, store: B, untold: bool) -> Self {
-        Engine {
+    /// A machine with nobody on either side, after one that has `left` this.
+    pub fn new(config: Config, store: B, left: Left) -> Self {
+        let mut engine = Engine {
             config,
             queue: Queue::new(store),
             daemon: Daemon::Absent,
             reply_waits: false,
             quiet_since: Some(0),
-            freeze: match untold {
+            freeze: match left.untold {
                 true => Freeze::Broken { told: false },
                 false => Freeze::None,
             },
@@ -209,7 +227,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             next_id: 1,
             versions: None,
             stats: Stats::default(),
+        };
+        if left.owes_thaw {
+            engine.owed_thaw = Some(OwedThaw::new(engine.take_id(), 0));
         }
+        engine
     }
 
     // --- The host's side ---
@@ -473,12 +495,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         if self.owed_thaw.is_some() || self.is_doing(op::THAW) {
             return;
         }
-        let owed = OwedThaw {
-            id: self.take_id(),
-            since: now,
-            deadline: None,
-            deserted: false,
-        };
+        let owed = OwedThaw::new(self.take_id(), now);
         effects.note(Note::Received(owed.subject()));
         self.owed_thaw = Some(owed);
     }
@@ -612,9 +629,12 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         self.advance(now, effects);
     }
 
-    /// Whether the host counts on a freeze that did not last, and has not been told by a THAW that failed.
-    pub fn is_untold(&self) -> bool {
-        self.freeze == Freeze::Broken { told: false }
+    /// What is left undone; after [`Engine::close`], for the machine of the device that comes next.
+    pub fn left(&self) -> Left {
+        Left {
+            untold: self.freeze == Freeze::Broken { told: false },
+            owes_thaw: self.owed_thaw.is_some(),
+        }
     }
 
     /// While the machine prepares to sleep: whether the daemon has thawed what it froze by itself, or

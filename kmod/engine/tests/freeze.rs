@@ -4,7 +4,7 @@
 
 mod support;
 
-use hv_vss_engine::{Config, Refusal, PACKET_MAX, QUEUE};
+use hv_vss_engine::{Config, Left, Refusal, PACKET_MAX, QUEUE};
 use hv_vss_uapi::{self as uapi, op, status, thawed};
 use support::*;
 use zerocopy::{FromBytes, IntoBytes};
@@ -75,19 +75,83 @@ fn a_freeze_that_broke_with_the_device_is_told_by_the_next_one() {
         }
         w.close(thawed::GONE);
         assert_eq!(w.answered(freeze) == Some(status::OK), answered);
-        assert_eq!(w.engine.is_untold(), answered);
+        let left = w.engine.left();
+        assert_eq!(left.untold, answered);
         if !answered {
             continue;
         }
         let mut store = vec![0; QUEUE * PACKET_MAX];
-        let mut w = World::after_one_that_broke(CONFIG, &mut store);
+        let mut w = World::after(CONFIG, &mut store, left);
         w.daemon(1);
         let thaw = w.ask(op::THAW);
         w.serve(op::THAW, status::OK);
         assert_eq!(w.answered(thaw), Some(status::FAIL), "it did not last");
-        assert!(!w.engine.is_untold());
+        assert_eq!(w.engine.left(), Left::default());
         good_backup(&mut w);
     }
+}
+
+#[test]
+fn what_is_frozen_when_the_device_goes_is_thawed_with_the_next_one() {
+    type Way = (&'static str, fn(&mut World<'_>));
+    let ways: [Way; 4] = [
+        ("frozen", |w| {
+            frozen(w);
+        }),
+        ("frozen, and the daemon killed", |w| {
+            frozen(w);
+            w.release();
+        }),
+        ("being frozen", |w| {
+            w.ask(op::FREEZE);
+            w.read().unwrap();
+        }),
+        ("being thawed", |w| {
+            frozen(w);
+            w.ask(op::THAW);
+            w.read().unwrap();
+        }),
+    ];
+    for (name, way) in ways {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon(1);
+        way(&mut w);
+        w.close(thawed::GONE);
+        let mut left = w.engine.left();
+        // Neither does a device get around it that has no daemon in its time.
+        for devices in 2..4 {
+            let mut store = vec![0; QUEUE * PACKET_MAX];
+            let mut w = World::after(CONFIG, &mut store, left);
+            assert_eq!(w.engine.stage_name(), "held");
+            assert!(w.engine.owed_thaw().is_some(), "{name}, device {devices}");
+            w.close(thawed::GONE);
+            left = w.engine.left();
+        }
+        let mut store = vec![0; QUEUE * PACKET_MAX];
+        let mut w = World::after(CONFIG, &mut store, left);
+        w.daemon(1);
+        // This FREEZE waits until that is done.
+        let freeze = w.ask(op::FREEZE);
+        w.serve(op::THAW, status::OK);
+        w.serve(op::FREEZE, status::OK);
+        assert_eq!(w.answered(freeze), Some(status::OK), "{name}");
+    }
+}
+
+#[test]
+fn what_the_module_held_when_the_device_went_is_thawed() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    let (_, seen) = holding(&mut w);
+    w.answer(seen, status::OK).unwrap();
+    w.close(thawed::GONE);
+    let left = Left {
+        untold: true,
+        owes_thaw: false,
+    };
+    assert_eq!(w.engine.left(), left);
 }
 
 // --- Sleep ---

@@ -18,7 +18,7 @@
 
 pub mod events;
 
-use hv_vss_engine::{Config, Effects, Engine, Note, Refusal, Token};
+use hv_vss_engine::{Config, Effects, Engine, Left, Note, Refusal, Token};
 use hv_vss_uapi::{self as uapi, op, status};
 use std::collections::BTreeMap;
 use zerocopy::{FromBytes, IntoBytes};
@@ -233,17 +233,13 @@ pub struct World<'a> {
 
 impl<'a> World<'a> {
     pub fn new(config: Config, store: &'a mut [u8]) -> Self {
-        World::after(config, store, Backup::None)
+        World::after(config, store, Left::default())
     }
 
-    /// The device has come back after one on whose freeze the host counted.
-    pub fn after_one_that_broke(config: Config, store: &'a mut [u8]) -> Self {
-        World::after(config, store, Backup::Spoilt)
-    }
-
-    fn after(config: Config, store: &'a mut [u8], backup: Backup) -> Self {
-        World {
-            engine: Engine::new(config, store, backup == Backup::Spoilt),
+    /// The device has come back after one that has left this.
+    pub fn after(config: Config, store: &'a mut [u8], left: Left) -> Self {
+        let mut world = World {
+            engine: Engine::new(config, store, left),
             config,
             now: 1_000_000,
             out: Recorder::default(),
@@ -255,8 +251,11 @@ impl<'a> World<'a> {
             open: false,
             in_hand: None,
             frozen: None,
-            backup,
-            by_daemon: false,
+            backup: match left.untold {
+                true => Backup::Spoilt,
+                false => Backup::None,
+            },
+            by_daemon: left.owes_thaw,
             own: false,
             by_module: None,
             untold: None,
@@ -267,7 +266,9 @@ impl<'a> World<'a> {
             sleeping: false,
             channel: true,
             strict: true,
-        }
+        };
+        world.tick(world.now);
+        world
     }
 
     /// The state of everything, without ids, times and packets.
@@ -691,6 +692,12 @@ impl<'a> World<'a> {
             "a request is left open without a channel"
         );
         self.channel = false;
+        if self.strict {
+            // The device may not come back, and the next one has to know.
+            let left = self.engine.left();
+            assert!(left.owes_thaw || !self.by_daemon, "frozen, and forgotten");
+            assert_eq!(left.untold, self.backup == Backup::Spoilt);
+        }
     }
 
     pub fn resume(&mut self) {
