@@ -13,6 +13,8 @@
 //!   on the daemon reading and answering in turn, as every v1 daemon does;
 //! - a freeze that did not last is remembered until the host has been told, and every THAW until
 //!   then is failed, whatever the daemon says of it (see [`Freeze`]);
+//! - a FREEZE that a read was shown the daemon may have, also when it ends before the read does: it is
+//!   given a THAW like one that has read it;
 //! - what may be frozen and is of no use to the host any more is thawed: the module lets go of what it
 //!   holds, and a daemon that freezes by itself is given a THAW, whether the host asks for one or not.
 //!   That THAW stays until a daemon has answered it, also when the device goes and comes back (see
@@ -384,19 +386,19 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         });
         match operation {
             op::FREEZE => {
-                self.freeze_ended(now, request.id, request.is_read(), ending, sent, effects);
+                self.freeze_ended(now, request.id, request.shown, ending, sent, effects);
             }
             op::THAW => self.thaw_ended(now, ending, code, sent, effects),
             _ => {}
         }
     }
 
-    /// A FREEZE has ended, which the daemon had `read` or not; `sent` says whether the host knows.
+    /// A FREEZE has ended, which the daemon was `shown` or not; `sent` says whether the host knows.
     fn freeze_ended(
         &mut self,
         now: u64,
         id: u64,
-        read: bool,
+        shown: bool,
         ending: Ending,
         sent: bool,
         effects: &mut impl Effects,
@@ -408,14 +410,14 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             }
         }
         // Whoever gives up a FREEZE thaws what was frozen before, too.
-        let broken = if read || !sent {
+        let broken = if shown || !sent {
             self.break_freeze(thawed::CALLED_OFF, effects)
         } else {
             None
         };
         self.freeze = self.freeze.after_failed_freeze(sent);
         match (ending, broken) {
-            (Ending::Failed(reason), _) if read => {
+            (Ending::Failed(reason), _) if shown => {
                 self.calling_off = true;
                 self.let_go(reason, effects);
                 self.owe_thaw(now, effects);

@@ -734,6 +734,67 @@ fn a_check_that_is_shown_is_not_lost_to_a_thaw_that_is_owed() {
     w.serve(op::THAW, status::OK);
 }
 
+// --- A read in the middle of which the request ends ---
+
+#[test]
+fn a_freeze_that_ends_while_it_is_being_read_is_thawed() {
+    type End = (&'static str, fn(&mut World<'_>));
+    let ends: [End; 3] = [
+        ("out of time", |w| w.pass(900 * SECOND)),
+        ("called off", |w| {
+            w.send(vss_packet(op::THAW, &[0; 14_000]));
+        }),
+        ("sleep", |w| w.prepare_sleep()),
+    ];
+    for abi in [1, 2] {
+        for (name, end) in ends {
+            let mut store = Vec::new();
+            let mut w = world(&mut store);
+            w.daemon(abi);
+            let freeze = w.ask(op::FREEZE);
+            let (bytes, token) = w.peek().unwrap();
+            end(&mut w);
+            assert_eq!(w.answered(freeze), Some(status::FAIL), "{name}");
+            assert!(!w.engine.thawed_for_sleep(), "{name}");
+            w.take(&bytes, token);
+            let making = w.in_hand.unwrap();
+            assert_eq!(w.answer(making, status::OK), Err(Refusal::Stale));
+            w.serve(op::THAW, status::OK);
+            assert!(!w.engine.readable(), "{name}: once is enough");
+            w.resume();
+            w.ask(op::THAW);
+            w.serve(op::THAW, status::OK);
+            good_backup(&mut w);
+        }
+    }
+}
+
+#[test]
+fn a_freeze_that_a_read_has_failed_to_give_costs_one_thaw() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    w.ask(op::FREEZE);
+    w.peek().unwrap();
+    w.prepare_sleep();
+    assert!(!w.engine.thawed_for_sleep());
+    w.serve(op::THAW, status::OK);
+    assert!(w.engine.thawed_for_sleep());
+}
+
+#[test]
+fn what_a_daemon_was_shown_and_has_not_read_is_the_next_ones() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    let freeze = w.ask(op::FREEZE);
+    w.peek().unwrap();
+    w.release();
+    w.daemon_v2();
+    w.serve(op::FREEZE, status::OK);
+    assert_eq!(w.answered(freeze), Some(status::OK));
+}
+
 // --- A daemon that does not read ---
 
 #[test]

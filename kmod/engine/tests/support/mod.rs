@@ -163,6 +163,8 @@ struct Waiting {
     quiet: bool,
     /// The id that the engine gave it, if it is one for the daemon.
     id: Option<u64>,
+    /// A read has been shown it, which may or may not have gone well.
+    shown: bool,
     read: bool,
     /// What the daemon has said of it, once it has.
     verdict: Option<u32>,
@@ -305,6 +307,7 @@ impl<'a> World<'a> {
                 arrived: self.now,
                 quiet: self.quiet,
                 id: None,
+                shown: false,
                 read: false,
                 verdict: None,
             };
@@ -359,6 +362,9 @@ impl<'a> World<'a> {
             (self.quiet, self.left) = (true, self.now);
         }
         (self.open, self.in_hand, self.frozen, self.late) = (false, None, None, false);
+        for waiting in self.waiting.values_mut() {
+            waiting.shown = waiting.read;
+        }
         self.engine.release(self.now, &mut self.out);
         self.settle();
         assert_eq!(self.by_module, None, "held for nobody");
@@ -429,6 +435,10 @@ impl<'a> World<'a> {
         assert_eq!(shown.is_some(), self.engine.readable());
         let (len, token) = shown?;
         buffer.truncate(len);
+        if let Token::Request(id) = token {
+            let asked = self.waiting.values_mut().find(|w| w.id == Some(id));
+            asked.expect("only what is open can be shown").shown = true;
+        }
         Some((buffer, token))
     }
 
@@ -442,7 +452,9 @@ impl<'a> World<'a> {
             Token::Thaw(id) => self.in_hand = Some(self.parse(bytes, id)),
             Token::Request(id) if self.waiting.values().all(|w| w.id != Some(id)) => {
                 // It has ended in the meantime, so its answer will be refused.
-                self.in_hand = Some(self.parse(bytes, id));
+                let seen = self.parse(bytes, id);
+                self.in_hand = Some(seen);
+                self.by_daemon |= seen.operation == op::FREEZE;
             }
             Token::Request(id) => {
                 let seen = self.parse(bytes, id);
@@ -832,7 +844,7 @@ impl<'a> World<'a> {
             return;
         }
         // The daemon gives it up, and with it what was frozen before.
-        if request.read {
+        if request.shown {
             self.spoil();
         }
         if !heard {
