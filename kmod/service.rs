@@ -66,9 +66,10 @@ const AGAIN_MS: u32 = 500;
 /// Longest write that is looked at: more than any message or frame has.
 const MAX_WRITE: usize = 64;
 
-/// The device is gone while the host counted on a freeze; should it come back, the THAW fails. There is one
-/// device at a time.
+/// What the device that is gone has left undone, should it come back: the two fields of [`engine::Left`]. There
+/// is one device at a time, and whoever binds it finds what the one before has left.
 static UNTOLD: AtomicFlag = AtomicFlag::new(false);
+static OWES_THAW: AtomicFlag = AtomicFlag::new(false);
 
 /// The machine prepares to sleep. A device that is bound by then has heard of it, one that comes later has not.
 static SLEEPING: AtomicFlag = AtomicFlag::new(false);
@@ -130,7 +131,9 @@ impl Device {
     /// It is gone from here on, with its engine closed.
     fn leave(&mut self) {
         self.gone = true;
-        UNTOLD.store(self.engine.is_untold(), Relaxed);
+        let left = self.engine.left();
+        UNTOLD.store(left.untold, Relaxed);
+        OWES_THAW.store(left.owes_thaw, Relaxed);
     }
 }
 
@@ -181,10 +184,14 @@ impl Service {
             // CAST: 2048.
             max_held: hold::MAX_HELD as u32,
         };
+        let left = engine::Left {
+            untold: UNTOLD.load(Relaxed),
+            owes_thaw: OWES_THAW.load(Relaxed),
+        };
         let store = KVVec::from_elem(0, engine::QUEUE * engine::PACKET_MAX, GFP_KERNEL)?;
         let state = State {
             device: Device {
-                engine: Engine::new(config, store, UNTOLD.load(Relaxed)),
+                engine: Engine::new(config, store, left),
                 channel: None,
                 gone: false,
             },
@@ -493,8 +500,9 @@ impl pm_notifier::Callbacks for Service {
             engine.prepare_sleep(now, out);
             out.hold.let_go();
         });
-        // What a daemon has frozen by other means only it can thaw. If it did after the sleep,
-        // writers would wait in the meantime, some of them so that they cannot be put to sleep.
+        // What a daemon has frozen by other means only it can thaw, or the one that comes after it. If
+        // it did after the sleep, writers would wait in the meantime, some of them so that they cannot
+        // be put to sleep.
         let mut left = msecs_to_jiffies(THAW_MS);
         let mut state = self.state.lock();
         while !state.device.gone && !state.device.engine.thawed_for_sleep() {

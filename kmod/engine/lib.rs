@@ -34,6 +34,7 @@ pub use frames::Refusal;
 pub use machine::Config;
 pub use machine::Effects;
 pub use machine::Engine;
+pub use machine::Left;
 #[cfg(not(hv_vss_kernel))]
 pub use machine::Shape;
 pub use machine::Token;

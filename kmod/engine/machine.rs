@@ -13,9 +13,12 @@
 //!   on the daemon reading and answering in turn, as every v1 daemon does;
 //! - a freeze that did not last is remembered until the host has been told, and every THAW until
 //!   then is failed, whatever the daemon says of it (see [`Freeze`]);
+//! - a FREEZE that a read was shown the daemon may have, also when it ends before the read does: it is
+//!   given a THAW like one that has read it;
 //! - what may be frozen and is of no use to the host any more is thawed: the module lets go of what it
 //!   holds, and a daemon that freezes by itself is given a THAW, whether the host asks for one or not.
-//!   That THAW stays until a daemon has answered it.
+//!   That THAW stays until a daemon has answered it, also when the device goes and comes back (see
+//!   [`Left`]).
 
 use super::freeze::Freeze;
 use super::notes::bump;
@@ -51,7 +54,8 @@ pub struct Config {
     /// Time for any other request (mainline: 30 seconds).
     pub other_ms: u32,
     /// How long a request waits for a daemon that is not there or does not read; 0 fails it at once,
-    /// as mainline does when no daemon is there.
+    /// as mainline does when no daemon is there. As long the machine's sleep waits for one that is to
+    /// thaw.
     pub grace_ms: u32,
     /// How many file systems the module can hold for the daemon at a time; 0 when it cannot.
     pub max_held: u32,
@@ -119,9 +123,20 @@ struct OwedThaw {
     since: u64,
     /// Once the daemon has read it: when that is forgotten, so that it can be read again.
     deadline: Option<u64>,
+    /// No daemon is there, and none has come in the grace time.
+    deserted: bool,
 }
 
 impl OwedThaw {
+    fn new(id: u64, since: u64) -> Self {
+        OwedThaw {
+            id,
+            since,
+            deadline: None,
+            deserted: false,
+        }
+    }
+
     fn subject(&self) -> Subject {
         Subject {
             id: self.id,
@@ -137,6 +152,15 @@ impl OwedThaw {
     fn is_over(&self, now: u64) -> bool {
         self.deadline.is_some_and(|deadline| deadline <= now)
     }
+}
+
+/// What a machine leaves undone for the next one, when its device goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    /// The host counts on a freeze that did not last, and has not been told by a THAW that failed.
+    pub untold: bool,
+    /// A daemon may have frozen something by itself, and none has answered a THAW since.
+    pub owes_thaw: bool,
 }
 
 /// How a request ends.
@@ -185,16 +209,15 @@ pub struct Engine<B> {
 }
 
 impl<B: DerefMut<Target = [u8]>> Engine<B> {
-    /// A machine with nobody on either side. `untold` is what [`Engine::is_untold`] said of the one that
-    /// served the host before.
-    pub fn new(config: Config, store: B, untold: bool) -> Self {
-        Engine {
+    /// A machine with nobody on either side, after one that has `left` this.
+    pub fn new(config: Config, store: B, left: Left) -> Self {
+        let mut engine = Engine {
             config,
             queue: Queue::new(store),
             daemon: Daemon::Absent,
             reply_waits: false,
             quiet_since: Some(0),
-            freeze: match untold {
+            freeze: match left.untold {
                 true => Freeze::Broken { told: false },
                 false => Freeze::None,
             },
@@ -206,7 +229,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             next_id: 1,
             versions: None,
             stats: Stats::default(),
+        };
+        if left.owes_thaw {
+            engine.owed_thaw = Some(OwedThaw::new(engine.take_id(), 0));
         }
+        engine
     }
 
     // --- The host's side ---
@@ -359,19 +386,19 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         });
         match operation {
             op::FREEZE => {
-                self.freeze_ended(now, request.id, request.is_read(), ending, sent, effects);
+                self.freeze_ended(now, request.id, request.shown, ending, sent, effects);
             }
             op::THAW => self.thaw_ended(now, ending, code, sent, effects),
             _ => {}
         }
     }
 
-    /// A FREEZE has ended, which the daemon had `read` or not; `sent` says whether the host knows.
+    /// A FREEZE has ended, which the daemon was `shown` or not; `sent` says whether the host knows.
     fn freeze_ended(
         &mut self,
         now: u64,
         id: u64,
-        read: bool,
+        shown: bool,
         ending: Ending,
         sent: bool,
         effects: &mut impl Effects,
@@ -383,14 +410,14 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             }
         }
         // Whoever gives up a FREEZE thaws what was frozen before, too.
-        let broken = if read || !sent {
+        let broken = if shown || !sent {
             self.break_freeze(thawed::CALLED_OFF, effects)
         } else {
             None
         };
         self.freeze = self.freeze.after_failed_freeze(sent);
         match (ending, broken) {
-            (Ending::Failed(reason), _) if read => {
+            (Ending::Failed(reason), _) if shown => {
                 self.calling_off = true;
                 self.let_go(reason, effects);
                 self.owe_thaw(now, effects);
@@ -470,11 +497,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         if self.owed_thaw.is_some() || self.is_doing(op::THAW) {
             return;
         }
-        let owed = OwedThaw {
-            id: self.take_id(),
-            since: now,
-            deadline: None,
-        };
+        let owed = OwedThaw::new(self.take_id(), now);
         effects.note(Note::Received(owed.subject()));
         self.owed_thaw = Some(owed);
     }
@@ -498,18 +521,24 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     /// When [`Engine::timer`] has to be called next; `None` when no time is running.
     pub fn deadline(&self) -> Option<u64> {
         let requests = self.queue.iter().map(|request| self.limit(request));
-        let owed = self.owed_thaw.and_then(|owed| owed.deadline);
+        let owed = self.owed_thaw.and_then(|owed| match owed.deadline {
+            None if !self.registered() && !owed.deserted => self.grace(0),
+            deadline => deadline,
+        });
         requests.chain(owed).min()
+    }
+
+    /// While nobody serves requests: until when one that came at `arrived` waits for somebody who does.
+    fn grace(&self, arrived: u64) -> Option<u64> {
+        let since = self.quiet_since?;
+        Some(after(arrived.max(since), self.config.grace_ms))
     }
 
     /// When the time of a request is over, as things are now. While nobody serves requests, those that
     /// nobody has read have only the grace time.
     fn limit(&self, request: &Request) -> u64 {
-        match self.quiet_since {
-            Some(since) if !request.is_read() => {
-                let grace = after(request.arrived.max(since), self.config.grace_ms);
-                grace.min(request.deadline)
-            }
+        match self.grace(request.arrived) {
+            Some(grace) if !request.is_read() => grace.min(request.deadline),
             _ => request.deadline,
         }
     }
@@ -529,6 +558,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
         while let Some(at) = self.queue.position(|r| self.limit(r) <= now) {
             self.time_out(now, at, effects);
+        }
+        // However long ago it came to be owed: what may be frozen was left when the daemon went.
+        let deserted = !self.registered() && self.grace(0).is_some_and(|end| end <= now);
+        if let Some(owed) = &mut self.owed_thaw {
+            owed.deserted = deserted;
         }
         self.offer(effects);
     }
@@ -597,16 +631,20 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         self.advance(now, effects);
     }
 
-    /// Whether the host counts on a freeze that did not last, and has not been told by a THAW that failed.
-    pub fn is_untold(&self) -> bool {
-        self.freeze == Freeze::Broken { told: false }
+    /// What is left undone; after [`Engine::close`], for the machine of the device that comes next.
+    pub fn left(&self) -> Left {
+        Left {
+            untold: self.freeze == Freeze::Broken { told: false },
+            owes_thaw: self.owed_thaw.is_some(),
+        }
     }
 
     /// While the machine prepares to sleep: whether the daemon has thawed what it froze by itself, or
-    /// nobody is left to do it.
+    /// nobody is left to do it. One that has gone may be about to open the device again, as mainline's is
+    /// after an answer that was refused: it is given the grace time.
     pub fn thawed_for_sleep(&self) -> bool {
-        let thawed = self.owed_thaw.is_none() && !self.is_doing(op::THAW);
-        self.sleeping && (thawed || !self.registered())
+        let to_do = self.owed_thaw.is_some_and(|owed| !owed.deserted);
+        self.sleeping && !to_do && !self.is_doing(op::THAW)
     }
 
     /// The machine is awake again and user space runs.

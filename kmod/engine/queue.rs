@@ -34,6 +34,9 @@ pub(super) struct Request {
     pub(super) id: u64,
     pub(super) operation: u8,
     pub(super) stage: Stage,
+    /// A read of the daemon has been shown it. Whether that read succeeds is not known before it is
+    /// [`Stage::Read`]: until then the daemon may have it or not.
+    pub(super) shown: bool,
     pub(super) arrived: u64,
     /// When its time is over, wherever it is then.
     pub(super) deadline: u64,
@@ -92,6 +95,7 @@ impl<B: DerefMut<Target = [u8]>> Queue<B> {
             id: subject.id,
             operation: subject.operation,
             stage: Stage::Queued,
+            shown: false,
             arrived,
             deadline,
             request_id: subject.transaction,

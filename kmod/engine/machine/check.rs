@@ -14,7 +14,7 @@ use core::ops::DerefMut;
 /// See [`Engine::shape`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
-    requests: [Option<(u8, Stage)>; QUEUE],
+    requests: [Option<(u8, Stage, bool)>; QUEUE],
     daemon: Daemon,
     reply_waits: bool,
     notice_waits: bool,
@@ -24,6 +24,7 @@ pub struct Shape {
     held: bool,
     told: bool,
     owed_thaw: Option<bool>,
+    deserted: bool,
     calling_off: bool,
     sleeping: bool,
 }
@@ -33,7 +34,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     pub fn shape(&self) -> Shape {
         let mut requests = [None; QUEUE];
         for (place, request) in requests.iter_mut().zip(self.queue.iter()) {
-            *place = Some((request.operation, request.stage));
+            *place = Some((request.operation, request.stage, request.shown));
         }
         Shape {
             requests,
@@ -46,6 +47,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             held: self.freeze.held().is_some(),
             told: self.freeze == (Freeze::Broken { told: true }),
             owed_thaw: self.owed_thaw.map(|owed| owed.is_read()),
+            deserted: self.owed_thaw.is_some_and(|owed| owed.deserted),
             calling_off: self.calling_off,
             sleeping: self.sleeping,
         }
@@ -64,10 +66,16 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     /// Names the one that does not hold.
     pub fn check(&self) -> Result<(), &'static str> {
         self.queue.check()?;
-        let stages = self.queue.iter().map(|r| r.stage).enumerate();
-        for (at, stage) in stages {
-            if at > 0 && stage != Stage::Queued {
+        for (at, request) in self.queue.iter().enumerate() {
+            let Request { stage, shown, .. } = *request;
+            if at > 0 && (stage != Stage::Queued || shown) {
                 return Err("not the head, and shown");
+            }
+            if shown && !self.registered() {
+                return Err("shown to nobody");
+            }
+            if request.is_read() && !shown {
+                return Err("read, and not shown");
             }
             if at == 0 && (stage == Stage::Held) == self.registered() {
                 return Err("stage and daemon disagree");
@@ -82,6 +90,8 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         let holds = self.hold.is_some();
         must(!(head_is_read && owed_is_read), "two things in hand")?;
         must(registered || !owed_is_read, "a THAW in nobody's hands")?;
+        let deserted = self.owed_thaw.is_some_and(|owed| owed.deserted);
+        must(!(registered && deserted), "a THAW whose daemon is there")?;
         must(registered || !held, "a freeze without a daemon")?;
         must(self.owed_thaw.is_none() || !held, "a freeze and its THAW")?;
         must(

@@ -69,6 +69,10 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             if self.queue.head().is_some_and(Request::is_read) {
                 self.end(now, 0, Ending::Failed(thawed::CRASH), effects);
             }
+            // No read is under way any more, so one that was shown what is left has failed.
+            if let Some(head) = self.queue.head_mut() {
+                head.shown = false;
+            }
             if let Some(id) = self.break_freeze(thawed::CRASH, effects) {
                 self.undo(now, id, thawed::CRASH, effects);
             }
@@ -224,8 +228,9 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     }
 
     /// Puts what is to be read next into `out`, which should hold `MAX_FRAME` bytes.
-    /// Returns its length and the token that [`Engine::taken`] wants once the daemon has it. `None`
-    /// when there is nothing, or when it does not fit.
+    /// Returns its length and the token that [`Engine::taken`] wants once the daemon has it: a request may
+    /// end before that, and the daemon gets it all the same. `None` when there is nothing, or when it does
+    /// not fit.
     pub fn peek(&mut self, now: u64, out: &mut [u8]) -> Option<(usize, Token)> {
         let token = self.next_out()?;
         let v2 = self.daemon == Daemon::V2;
@@ -247,8 +252,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
                 };
                 frames::put_request(out, id, head.operation, left_ms, payload)
             }
-        };
-        Some((len?, token))
+        }?;
+        if let (Token::Request(_), Some(head)) = (token, self.queue.head_mut()) {
+            head.shown = true;
+        }
+        Some((len, token))
     }
 
     /// The daemon has received what [`Engine::peek`] showed. A token of something that has ended
@@ -364,7 +372,8 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         if broken.is_some_and(|broken| broken != id) {
             self.owe_thaw(now, effects);
         }
-        if self.is_doing(op::FREEZE) {
+        let is_making = |head: &Request| head.operation == op::FREEZE && head.shown;
+        if self.queue.head().is_some_and(is_making) {
             self.end(now, 0, Ending::Failed(reason), effects);
         }
         self.advance(now, effects);

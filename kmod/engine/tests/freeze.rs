@@ -4,7 +4,7 @@
 
 mod support;
 
-use hv_vss_engine::{Config, Refusal, PACKET_MAX, QUEUE};
+use hv_vss_engine::{Config, Left, Refusal, PACKET_MAX, QUEUE};
 use hv_vss_uapi::{self as uapi, op, status, thawed};
 use support::*;
 use zerocopy::{FromBytes, IntoBytes};
@@ -75,19 +75,83 @@ fn a_freeze_that_broke_with_the_device_is_told_by_the_next_one() {
         }
         w.close(thawed::GONE);
         assert_eq!(w.answered(freeze) == Some(status::OK), answered);
-        assert_eq!(w.engine.is_untold(), answered);
+        let left = w.engine.left();
+        assert_eq!(left.untold, answered);
         if !answered {
             continue;
         }
         let mut store = vec![0; QUEUE * PACKET_MAX];
-        let mut w = World::after_one_that_broke(CONFIG, &mut store);
+        let mut w = World::after(CONFIG, &mut store, left);
         w.daemon(1);
         let thaw = w.ask(op::THAW);
         w.serve(op::THAW, status::OK);
         assert_eq!(w.answered(thaw), Some(status::FAIL), "it did not last");
-        assert!(!w.engine.is_untold());
+        assert_eq!(w.engine.left(), Left::default());
         good_backup(&mut w);
     }
+}
+
+#[test]
+fn what_is_frozen_when_the_device_goes_is_thawed_with_the_next_one() {
+    type Way = (&'static str, fn(&mut World<'_>));
+    let ways: [Way; 4] = [
+        ("frozen", |w| {
+            frozen(w);
+        }),
+        ("frozen, and the daemon killed", |w| {
+            frozen(w);
+            w.release();
+        }),
+        ("being frozen", |w| {
+            w.ask(op::FREEZE);
+            w.read().unwrap();
+        }),
+        ("being thawed", |w| {
+            frozen(w);
+            w.ask(op::THAW);
+            w.read().unwrap();
+        }),
+    ];
+    for (name, way) in ways {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon(1);
+        way(&mut w);
+        w.close(thawed::GONE);
+        let mut left = w.engine.left();
+        // Neither does a device get around it that has no daemon in its time.
+        for devices in 2..4 {
+            let mut store = vec![0; QUEUE * PACKET_MAX];
+            let mut w = World::after(CONFIG, &mut store, left);
+            assert_eq!(w.engine.stage_name(), "held");
+            assert!(w.engine.owed_thaw().is_some(), "{name}, device {devices}");
+            w.close(thawed::GONE);
+            left = w.engine.left();
+        }
+        let mut store = vec![0; QUEUE * PACKET_MAX];
+        let mut w = World::after(CONFIG, &mut store, left);
+        w.daemon(1);
+        // This FREEZE waits until that is done.
+        let freeze = w.ask(op::FREEZE);
+        w.serve(op::THAW, status::OK);
+        w.serve(op::FREEZE, status::OK);
+        assert_eq!(w.answered(freeze), Some(status::OK), "{name}");
+    }
+}
+
+#[test]
+fn what_the_module_held_when_the_device_went_is_thawed() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    let (_, seen) = holding(&mut w);
+    w.answer(seen, status::OK).unwrap();
+    w.close(thawed::GONE);
+    let left = Left {
+        untold: true,
+        owes_thaw: false,
+    };
+    assert_eq!(w.engine.left(), left);
 }
 
 // --- Sleep ---
@@ -232,13 +296,65 @@ fn a_daemon_that_did_not_thaw_in_time_does_so_after_the_sleep() {
 }
 
 #[test]
-fn a_daemon_that_goes_before_the_sleep_holds_nobody_up() {
+fn the_sleep_waits_for_a_daemon_that_opens_anew_to_thaw() {
     let mut store = Vec::new();
     let mut w = world(&mut store);
-    w.daemon_v2();
-    frozen(&mut w);
+    w.daemon(1);
+    w.ask(op::FREEZE);
+    let seen = w.read().unwrap();
     w.prepare_sleep();
+    // As mainline's does after that: it closes, then it thaws, then it opens the device again.
+    assert_eq!(w.answer(seen, status::OK), Err(Refusal::Stale));
     w.release();
+    w.pass(4 * SECOND);
+    assert!(!w.engine.thawed_for_sleep());
+    w.daemon(1);
+    w.pass(2 * SECOND);
+    assert!(!w.engine.thawed_for_sleep(), "it is there, and has not yet");
+    w.serve(op::THAW, status::OK);
+    assert!(w.engine.thawed_for_sleep());
+}
+
+#[test]
+fn a_daemon_that_goes_holds_up_the_sleep_for_the_grace_time() {
+    for grace_ms in [0, 5_000] {
+        for before in [false, true] {
+            let mut store = Vec::new();
+            let mut w = world_with(&mut store, Config { grace_ms, ..CONFIG });
+            w.daemon_v2();
+            frozen(&mut w);
+            if before {
+                w.release();
+                w.prepare_sleep();
+            } else {
+                w.prepare_sleep();
+                w.release();
+            }
+            if grace_ms > 0 {
+                w.pass(u64::from(grace_ms) * 1000 - 1);
+                assert!(!w.engine.thawed_for_sleep());
+                assert!(w.expire(), "the end of it is not missed");
+            }
+            assert!(w.engine.thawed_for_sleep());
+            assert_eq!(w.engine.deadline(), None);
+        }
+    }
+}
+
+#[test]
+fn a_daemon_that_went_long_ago_holds_up_no_sleep() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v1();
+    frozen(&mut w);
+    w.release();
+    w.pass(10 * SECOND);
+    w.prepare_sleep();
+    assert!(w.engine.thawed_for_sleep());
+    // One that comes while there still is time is given it.
+    w.daemon_v1();
+    assert!(!w.engine.thawed_for_sleep());
+    w.serve(op::THAW, status::OK);
     assert!(w.engine.thawed_for_sleep());
 }
 
@@ -616,6 +732,67 @@ fn a_check_that_is_shown_is_not_lost_to_a_thaw_that_is_owed() {
     w.answer(seen, status::OK).unwrap();
     assert_eq!(w.answered(check), Some(status::OK));
     w.serve(op::THAW, status::OK);
+}
+
+// --- A read in the middle of which the request ends ---
+
+#[test]
+fn a_freeze_that_ends_while_it_is_being_read_is_thawed() {
+    type End = (&'static str, fn(&mut World<'_>));
+    let ends: [End; 3] = [
+        ("out of time", |w| w.pass(900 * SECOND)),
+        ("called off", |w| {
+            w.send(vss_packet(op::THAW, &[0; 14_000]));
+        }),
+        ("sleep", |w| w.prepare_sleep()),
+    ];
+    for abi in [1, 2] {
+        for (name, end) in ends {
+            let mut store = Vec::new();
+            let mut w = world(&mut store);
+            w.daemon(abi);
+            let freeze = w.ask(op::FREEZE);
+            let (bytes, token) = w.peek().unwrap();
+            end(&mut w);
+            assert_eq!(w.answered(freeze), Some(status::FAIL), "{name}");
+            assert!(!w.engine.thawed_for_sleep(), "{name}");
+            w.take(&bytes, token);
+            let making = w.in_hand.unwrap();
+            assert_eq!(w.answer(making, status::OK), Err(Refusal::Stale));
+            w.serve(op::THAW, status::OK);
+            assert!(!w.engine.readable(), "{name}: once is enough");
+            w.resume();
+            w.ask(op::THAW);
+            w.serve(op::THAW, status::OK);
+            good_backup(&mut w);
+        }
+    }
+}
+
+#[test]
+fn a_freeze_that_a_read_has_failed_to_give_costs_one_thaw() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    w.ask(op::FREEZE);
+    w.peek().unwrap();
+    w.prepare_sleep();
+    assert!(!w.engine.thawed_for_sleep());
+    w.serve(op::THAW, status::OK);
+    assert!(w.engine.thawed_for_sleep());
+}
+
+#[test]
+fn what_a_daemon_was_shown_and_has_not_read_is_the_next_ones() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    let freeze = w.ask(op::FREEZE);
+    w.peek().unwrap();
+    w.release();
+    w.daemon_v2();
+    w.serve(op::FREEZE, status::OK);
+    assert_eq!(w.answered(freeze), Some(status::OK));
 }
 
 // --- A daemon that does not read ---

@@ -4,7 +4,7 @@
 
 mod support;
 
-use hv_vss_engine::{Config, PACKET_MAX, QUEUE};
+use hv_vss_engine::{Config, Left, PACKET_MAX, QUEUE};
 use hv_vss_uapi::op;
 use proptest::prelude::*;
 use support::events::{Event, ALL};
@@ -34,6 +34,11 @@ fn config() -> impl Strategy<Value = Config> {
         grace_ms,
         max_held,
     })
+}
+
+/// What the device before this one has left.
+fn left() -> impl Strategy<Value = Left> {
+    (any::<bool>(), any::<bool>()).prop_map(|(untold, owes_thaw)| Left { untold, owes_thaw })
 }
 
 /// What a hostile host or daemon may send: a good message with some bytes changed, or noise.
@@ -89,10 +94,11 @@ proptest! {
     #[test]
     fn any_sequence_keeps_the_promises(
         config in config(),
+        left in left(),
         events in prop::collection::vec(event(), 0..200),
     ) {
         let mut store = vec![0u8; QUEUE * PACKET_MAX];
-        let mut world = World::new(config, &mut store);
+        let mut world = World::after(config, &mut store, left);
         for event in events {
             world.happen(event);
         }

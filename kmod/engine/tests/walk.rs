@@ -3,28 +3,35 @@
 //! Visits every state that any order of events can reach, tries every event in each, and checks the
 //! promises of `support` on the way: no depth limit, the walk ends when nothing new turns up.
 //!
+//! It begins with a machine that finds nothing and with one that finds something undone.
+//!
 //! A state is what tells two engines apart from outside: the queue with operations and stages, the
 //! daemon and its ABI, the freeze, suspend, and a reply that waits. Ids, times and packets are left
 //! out; the random tests vary those.
 
 mod support;
 
-use hv_vss_engine::{Config, PACKET_MAX, QUEUE};
+use hv_vss_engine::{Config, Left, PACKET_MAX, QUEUE};
 use std::collections::HashSet;
 use support::events::{Event, ALL};
 use support::World;
 
-/// Replays `path` from the start.
-fn replay<'a>(config: Config, store: &'a mut [u8], path: &[Event]) -> World<'a> {
-    let mut world = World::new(config, store);
-    for event in path {
-        world.happen(*event);
+/// A way to a state: how it begins, and what happens then.
+#[derive(Clone, Debug)]
+struct Path(Left, Vec<Event>);
+
+impl Path {
+    fn replay<'a>(&self, config: Config, store: &'a mut [u8]) -> World<'a> {
+        let mut world = World::after(config, store, self.0);
+        for event in &self.1 {
+            world.happen(*event);
+        }
+        world
     }
-    world
 }
 
 /// Says which way has led to a promise that was broken.
-struct Way<'a>(&'a [Event], Event);
+struct Way<'a>(&'a Path, Event);
 
 impl Drop for Way<'_> {
     fn drop(&mut self) {
@@ -38,20 +45,24 @@ impl Drop for Way<'_> {
 fn walk(config: Config) -> (usize, usize) {
     let mut store = vec![0u8; QUEUE * PACKET_MAX];
     let mut seen = HashSet::new();
-    let mut paths: Vec<Vec<Event>> = vec![Vec::new()];
+    let mut paths = Vec::new();
     let mut depth = 0;
-    seen.insert(replay(config, &mut store, &[]).state());
+    for (untold, owes_thaw) in [(false, false), (true, false), (false, true), (true, true)] {
+        let path = Path(Left { untold, owes_thaw }, Vec::new());
+        seen.insert(path.replay(config, &mut store).state());
+        paths.push(path);
+    }
     while let Some(next) = (!paths.is_empty()).then(|| std::mem::take(&mut paths)) {
         for path in next {
-            depth = depth.max(path.len());
-            replay(config, &mut store, &path).drain();
+            depth = depth.max(path.1.len());
+            path.replay(config, &mut store).drain();
             for event in ALL {
-                let mut world = replay(config, &mut store, &path);
+                let mut world = path.replay(config, &mut store);
                 let way = Way(&path, event);
                 world.happen(event);
                 drop(way);
                 if seen.insert(world.state()) {
-                    paths.push([&path[..], &[event]].concat());
+                    paths.push(Path(path.0, [&path.1[..], &[event]].concat()));
                 }
             }
         }

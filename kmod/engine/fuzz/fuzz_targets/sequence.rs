@@ -7,7 +7,7 @@
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
-use hv_vss_engine::{Config, PACKET_MAX, QUEUE};
+use hv_vss_engine::{Config, Left, PACKET_MAX, QUEUE};
 use libfuzzer_sys::fuzz_target;
 use support::events::ALL;
 use support::World;
@@ -25,8 +25,12 @@ fuzz_target!(|bytes: &[u8]| {
         max_held: u32::from(kind / 2 % 2) * 16,
         ..Config::default()
     };
+    let left = Left {
+        untold: kind / 4 % 2 > 0,
+        owes_thaw: kind / 8 % 2 > 0,
+    };
     STORE.with_borrow_mut(|store| {
-        let mut world = World::new(config, store);
+        let mut world = World::after(config, store, left);
         for byte in events {
             world.happen(ALL[usize::from(*byte) % ALL.len()]);
         }

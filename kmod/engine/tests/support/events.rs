@@ -24,8 +24,8 @@ pub enum Event {
     RegisterV1(bool),
     RegisterV2,
     Read,
-    /// The daemon reads, and before it has what it is given the host sends a THAW.
-    SlowRead,
+    /// The daemon reads, and before it has what it is given something happens.
+    SlowRead(Gap),
     /// A read that fails after the engine has shown the frame.
     Peek,
     /// The daemon answers what it has read last.
@@ -79,8 +79,31 @@ pub enum Stray {
     Hold,
 }
 
+/// What happens in the middle of a read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gap {
+    /// The host asks for a THAW.
+    Thaw,
+    Expire,
+    Lose,
+    PrepareSleep,
+    Close,
+}
+
+impl Gap {
+    fn event(self) -> Event {
+        match self {
+            Gap::Thaw => Event::Ask(op::THAW),
+            Gap::Expire => Event::Expire,
+            Gap::Lose => Event::Lose,
+            Gap::PrepareSleep => Event::PrepareSleep,
+            Gap::Close => Event::Close,
+        }
+    }
+}
+
 /// Each event once.
-pub const ALL: [Event; 42] = [
+pub const ALL: [Event; 46] = [
     Event::Ask(op::FREEZE),
     Event::Ask(op::THAW),
     Event::Ask(op::HOT_BACKUP),
@@ -95,7 +118,7 @@ pub const ALL: [Event; 42] = [
     Event::RegisterV1(false),
     Event::RegisterV2,
     Event::Read,
-    Event::SlowRead,
+    Event::SlowRead(Gap::Thaw),
     Event::Peek,
     Event::Answer(Verdict::Ok),
     Event::Answer(Verdict::Fail),
@@ -123,6 +146,10 @@ pub const ALL: [Event; 42] = [
     Event::Close,
     Event::Reopen,
     Event::Resume,
+    Event::SlowRead(Gap::Expire),
+    Event::SlowRead(Gap::Lose),
+    Event::SlowRead(Gap::PrepareSleep),
+    Event::SlowRead(Gap::Close),
 ];
 
 impl World<'_> {
@@ -185,17 +212,16 @@ impl World<'_> {
             Event::Read if self.open && (self.abi == 2 || self.in_hand.is_none()) => {
                 self.read_bytes();
             }
-            Event::SlowRead if self.open && self.channel => {
+            Event::SlowRead(gap) if self.open => {
                 if self.abi == 2 || self.in_hand.is_none() {
                     if let Some((bytes, token)) = self.peek() {
-                        self.ask(op::THAW);
+                        self.happen_heard(gap.event());
                         self.take(&bytes, token);
                     }
                 }
             }
             Event::Peek if self.open => {
-                let mut buffer = [0; hv_vss_uapi::MAX_FRAME];
-                self.engine.peek(self.now, &mut buffer);
+                self.peek();
             }
             Event::Answer(verdict) if self.open => {
                 let code = match verdict {
@@ -258,7 +284,7 @@ impl World<'_> {
             | Event::RegisterV1(_)
             | Event::RegisterV2
             | Event::Read
-            | Event::SlowRead
+            | Event::SlowRead(_)
             | Event::Peek
             | Event::Answer(_)
             | Event::Stray(_)

@@ -12,12 +12,13 @@
 //! - what is frozen has a way out: a freeze in force ends with the host's THAW, one that is being made
 //!   with its time; all else is thawed by the module, or by a THAW that the daemon can read;
 //! - a daemon for which the module has thawed something reads that, once;
-//! - a machine that prepares to sleep is told that all is thawed only when it is.
+//! - a machine that prepares to sleep is told that all is thawed only when it is, or when nobody has
+//!   come in the grace time who could thaw it, and then at once.
 #![allow(dead_code)] // each test file uses its part
 
 pub mod events;
 
-use hv_vss_engine::{Config, Effects, Engine, Note, Refusal, Token};
+use hv_vss_engine::{Config, Effects, Engine, Left, Note, Refusal, Token};
 use hv_vss_uapi::{self as uapi, op, status};
 use std::collections::BTreeMap;
 use zerocopy::{FromBytes, IntoBytes};
@@ -162,6 +163,8 @@ struct Waiting {
     quiet: bool,
     /// The id that the engine gave it, if it is one for the daemon.
     id: Option<u64>,
+    /// A read has been shown it, which may or may not have gone well.
+    shown: bool,
     read: bool,
     /// What the daemon has said of it, once it has.
     verdict: Option<u32>,
@@ -222,6 +225,8 @@ pub struct World<'a> {
     late: bool,
     /// Nobody serves requests.
     quiet: bool,
+    /// When the last daemon has gone.
+    left: u64,
     sleeping: bool,
     pub channel: bool,
     /// Off when the daemon writes bytes that this harness does not understand.
@@ -230,17 +235,13 @@ pub struct World<'a> {
 
 impl<'a> World<'a> {
     pub fn new(config: Config, store: &'a mut [u8]) -> Self {
-        World::after(config, store, Backup::None)
+        World::after(config, store, Left::default())
     }
 
-    /// The device has come back after one on whose freeze the host counted.
-    pub fn after_one_that_broke(config: Config, store: &'a mut [u8]) -> Self {
-        World::after(config, store, Backup::Spoilt)
-    }
-
-    fn after(config: Config, store: &'a mut [u8], backup: Backup) -> Self {
-        World {
-            engine: Engine::new(config, store, backup == Backup::Spoilt),
+    /// The device has come back after one that has left this.
+    pub fn after(config: Config, store: &'a mut [u8], left: Left) -> Self {
+        let mut world = World {
+            engine: Engine::new(config, store, left),
             config,
             now: 1_000_000,
             out: Recorder::default(),
@@ -252,18 +253,24 @@ impl<'a> World<'a> {
             open: false,
             in_hand: None,
             frozen: None,
-            backup,
-            by_daemon: false,
+            backup: match left.untold {
+                true => Backup::Spoilt,
+                false => Backup::None,
+            },
+            by_daemon: left.owes_thaw,
             own: false,
             by_module: None,
             untold: None,
             says_so: false,
             late: false,
             quiet: true,
+            left: 0,
             sleeping: false,
             channel: true,
             strict: true,
-        }
+        };
+        world.tick(world.now);
+        world
     }
 
     /// The state of everything, without ids, times and packets.
@@ -300,6 +307,7 @@ impl<'a> World<'a> {
                 arrived: self.now,
                 quiet: self.quiet,
                 id: None,
+                shown: false,
                 read: false,
                 verdict: None,
             };
@@ -351,9 +359,12 @@ impl<'a> World<'a> {
             self.spoil();
             // Those that wait do so for the next daemon from now on.
             self.sign_of_life();
-            self.quiet = true;
+            (self.quiet, self.left) = (true, self.now);
         }
         (self.open, self.in_hand, self.frozen, self.late) = (false, None, None, false);
+        for waiting in self.waiting.values_mut() {
+            waiting.shown = waiting.read;
+        }
         self.engine.release(self.now, &mut self.out);
         self.settle();
         assert_eq!(self.by_module, None, "held for nobody");
@@ -424,6 +435,10 @@ impl<'a> World<'a> {
         assert_eq!(shown.is_some(), self.engine.readable());
         let (len, token) = shown?;
         buffer.truncate(len);
+        if let Token::Request(id) = token {
+            let asked = self.waiting.values_mut().find(|w| w.id == Some(id));
+            asked.expect("only what is open can be shown").shown = true;
+        }
         Some((buffer, token))
     }
 
@@ -437,7 +452,9 @@ impl<'a> World<'a> {
             Token::Thaw(id) => self.in_hand = Some(self.parse(bytes, id)),
             Token::Request(id) if self.waiting.values().all(|w| w.id != Some(id)) => {
                 // It has ended in the meantime, so its answer will be refused.
-                self.in_hand = Some(self.parse(bytes, id));
+                let seen = self.parse(bytes, id);
+                self.in_hand = Some(seen);
+                self.by_daemon |= seen.operation == op::FREEZE;
             }
             Token::Request(id) => {
                 let seen = self.parse(bytes, id);
@@ -687,6 +704,12 @@ impl<'a> World<'a> {
             "a request is left open without a channel"
         );
         self.channel = false;
+        if self.strict {
+            // The device may not come back, and the next one has to know.
+            let left = self.engine.left();
+            assert!(left.owes_thaw || !self.by_daemon, "frozen, and forgotten");
+            assert_eq!(left.untold, self.backup == Backup::Spoilt);
+        }
     }
 
     pub fn resume(&mut self) {
@@ -701,7 +724,13 @@ impl<'a> World<'a> {
         if self.sleeping {
             self.resume();
         }
-        let longest = u64::from(self.config.freeze_ms.max(self.config.other_ms));
+        let Config {
+            freeze_ms,
+            other_ms,
+            grace_ms,
+            ..
+        } = self.config;
+        let longest = u64::from(freeze_ms.max(other_ms).max(grace_ms));
         let limit = self.now + longest * 1000;
         while self.expire() {
             assert!(self.now <= limit, "a request outlives its time");
@@ -815,7 +844,7 @@ impl<'a> World<'a> {
             return;
         }
         // The daemon gives it up, and with it what was frozen before.
-        if request.read {
+        if request.shown {
             self.spoil();
         }
         if !heard {
@@ -844,10 +873,14 @@ impl<'a> World<'a> {
             self.by_module.is_none() || good || making || rehearsal,
             "held for nothing"
         );
+        let grace_is_over = self.now >= self.left + u64::from(self.config.grace_ms) * 1000;
+        let deserted = self.abi == 0 && grace_is_over;
         if self.engine.thawed_for_sleep() {
             assert!(self.sleeping);
-            assert!(!self.by_daemon || self.abi == 0, "sleeps while frozen");
+            assert!(!self.by_daemon || deserted, "sleeps while frozen");
             assert_eq!(self.by_module, None, "sleeps while something is held");
+        } else {
+            assert!(!self.sleeping || !deserted, "waits for nobody");
         }
     }
 }

@@ -7,7 +7,9 @@
 //! case wants, with all of user space still running. There is no swap, so that the machine leaves the
 //! bus, finds no place for its image, and comes back.
 
-use super::deadman::{backup_in_trouble, make_hung_disk, make_writers, remove_hung, HANG, UNHANG};
+use super::deadman::{
+    backup_in_trouble, make_hung, make_hung_disk, make_writers, remove_hung, HANG, UNHANG,
+};
 use super::dialogue::{Abi, Scripted};
 use super::suspend::{self, unloads};
 use super::{load, rounds_or, seed, start, stuck_writers, wait_for_daemon, Case};
@@ -33,6 +35,21 @@ pub const CASES: &[Case] = &[
         "sleep/freeze-open",
         "so is one that works on a FREEZE; the sleep waits for it, the host does not",
         freeze_open,
+    ),
+    suspend::case(
+        "sleep/daemon-opens-anew",
+        "one that has closed the device is waited for: the one that opens it next is told to thaw",
+        daemon_opens_anew,
+    ),
+    suspend::case(
+        "sleep/device-bound-anew",
+        "what a daemon has left frozen is thawed before the sleep, though the device was bound anew since",
+        device_bound_anew,
+    ),
+    suspend::case(
+        "sleep/daemon-of-mainline",
+        "mainline's daemon, which closes before it thaws, is waited for until it has",
+        daemon_of_mainline,
     ),
     suspend::case(
         "sleep/snapshot-device",
@@ -78,11 +95,26 @@ impl Window {
 
     /// Waits until all who want to be told were told of it.
     fn wait(&self, guest: &Guest) -> Result<()> {
-        let stack = format!("/proc/{}/stack", self.process.pid);
         guest.wait_until("the machine syncs before it sleeps", STEP, || {
-            let stack = guest.read(&stack)?;
+            let stack = self.stack(guest)?;
             Ok(stack.contains("pm_sleep_fs_sync") || stack.contains("ksys_sync"))
         })
+    }
+
+    /// It still tells those who want to be told.
+    fn is_told(&self, guest: &Guest) -> Result<()> {
+        let stack = self.stack(guest)?;
+        let told = stack.contains("notifier_call_chain");
+        ensure!(
+            told,
+            "the machine should wait for a thaw, it is in:\n{stack}"
+        );
+        Ok(())
+    }
+
+    /// Where in the kernel it is on the way to sleep.
+    fn stack(&self, guest: &Guest) -> Result<String> {
+        Ok(guest.read(&format!("/proc/{}/stack", self.process.pid))?)
     }
 
     /// Lets the machine sleep, and waits until it is back.
@@ -260,6 +292,115 @@ fn freeze_open(guest: &Guest) -> Result<()> {
         one().with_context(|| format!("{abi:?}"))?;
     }
     Ok(())
+}
+
+fn daemon_opens_anew(guest: &Guest) -> Result<()> {
+    load(guest, Module::Ours, &[])?;
+    for abi in Abi::BOTH {
+        let one = || -> Result<()> {
+            let daemon = Scripted::start(guest, abi)?;
+            let tx = guest.vss().send_freeze(&[])?;
+            let freezing = daemon.take(op::FREEZE)?;
+            let window = Window::begin(guest)?;
+            let reply = guest.vss().wait(tx, STEP)?;
+            answered("the FREEZE that was open", &reply, status::FAIL)?;
+            let late = daemon.answer(&freezing, status::OK);
+            refused("the late answer to FREEZE", late, "ESTALE")?;
+            daemon.device.close()?;
+            let daemon = Scripted::start(guest, abi)?;
+            let thawing = daemon.take(op::THAW)?;
+            window.is_told(guest)?;
+            daemon.answer(&thawing, status::OK)?;
+            window.wait(guest)?;
+            freeze_fails(guest, daemon)?;
+            window.end(guest)?;
+            after_the_sleep(guest, daemon)?;
+            Ok(daemon.device.close()?)
+        };
+        one().with_context(|| format!("{abi:?}"))?;
+    }
+    Ok(())
+}
+
+fn device_bound_anew(guest: &Guest) -> Result<()> {
+    load(guest, Module::Ours, &[])?;
+    for abi in Abi::BOTH {
+        let one = || -> Result<()> {
+            let daemon = Scripted::start(guest, abi)?;
+            daemon.freeze(guest, status::OK)?;
+            daemon.device.close()?;
+            super::lifecycle::unbind_rebind(guest)?;
+            let next = Scripted::start(guest, abi)?;
+            let window = Window::begin(guest)?;
+            let thawing = next.take(op::THAW)?;
+            window.is_told(guest)?;
+            next.answer(&thawing, status::OK)?;
+            window.wait(guest)?;
+            window.end(guest)?;
+            // The host does not know yet.
+            next.thaw(guest, status::FAIL)?;
+            after_the_sleep(guest, next)?;
+            Ok(next.device.close()?)
+        };
+        one().with_context(|| format!("{abi:?}"))?;
+    }
+    Ok(())
+}
+
+/// A disk that hangs keeps the daemon in the middle of its FREEZE until the machine is about to sleep. When that
+/// has told all who want to be told it syncs and freezes the processes, the daemon among them.
+fn daemon_of_mainline(guest: &Guest) -> Result<()> {
+    const TRACING: &str = "/sys/kernel/tracing";
+    make_writers(guest)?;
+    make_hung(guest)?;
+    start(guest, Module::Ours, Daemon::Debian)?;
+    super::backup(guest)?;
+    guest.sh(&format!(
+        "grep -q tracefs /proc/mounts || mount -t tracefs tracefs {TRACING}
+         echo > {TRACING}/trace; echo 1 > {TRACING}/events/hv_vss/enable
+         for sync in pm_sleep_fs_sync ksys_sync_helper; do
+             echo p:sleep/syncs $sync > {TRACING}/kprobe_events 2>/dev/null && break
+         done
+         echo 1 > {TRACING}/events/sleep/enable || exit 1
+         echo shutdown > /sys/power/disk
+         {HANG}"
+    ))?;
+    let vss = guest.vss();
+    let (unloads_before, openings) = (unloads(guest), vss.openings());
+    let tx = vss.send_freeze(&[])?;
+    guest.wait_until("the first file systems are frozen", STEP, || {
+        let writers = guest.writers()?;
+        Ok(writers.iter().any(|it| it.in_write_us > 300_000))
+    })?;
+    let process = guest.spawn(&["sh", "-c", "echo disk > /sys/power/state"])?;
+    answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)?;
+    guest.sh(UNHANG)?;
+    guest.wait(&process, STEP * 2)?;
+    equal(
+        "how often it has left the bus",
+        unloads(guest),
+        unloads_before + 1,
+    )?;
+    vss.wait_openings(openings + 1, STEP)?;
+    let trace = guest.read(&format!("{TRACING}/trace"))?;
+    guest.sh(&format!(
+        "echo 0 > {TRACING}/events/enable; echo > {TRACING}/kprobe_events; umount {TRACING}"
+    ))?;
+    let first = |words: &[&str]| {
+        let of_it = |line: &str| words.iter().all(|word| line.contains(word));
+        let place = trace.lines().position(of_it);
+        place.with_context(|| format!("no {words:?} in:\n{trace}"))
+    };
+    ensure!(
+        first(&["hv_vss_answer", "operation=THAW"])? < first(&["syncs"])?,
+        "the machine went on before the daemon had thawed:\n{trace}"
+    );
+    vss.agree(STEP)?;
+    equal("stuck after it", stuck_writers(guest)?, Vec::new())?;
+    wait_for_daemon(guest)?;
+    super::backup(guest)?;
+    guest.writers_stop()?;
+    remove_hung(guest)
 }
 
 fn backups_all_the_time(guest: &Guest) -> Result<()> {
