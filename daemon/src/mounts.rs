@@ -421,7 +421,7 @@ pub fn escape(line: &[u8]) -> String {
 }
 
 /// Undoes octal escapes (`\040` for a blank); a backslash before anything else stands for itself.
-fn unescape(mut text: &[u8]) -> OsString {
+pub fn unescape(mut text: &[u8]) -> OsString {
     let mut out = Vec::with_capacity(text.len());
     while let Some((&first, rest)) = text.split_first() {
         text = rest;
