@@ -37,7 +37,7 @@ use crate::unlisted;
 #[derive(Debug, thiserror::Error)]
 pub enum PlaceError {
     /// The path cannot be opened.
-    #[error("cannot open {path}")]
+    #[error("cannot open {}", shown(.path))]
     Open {
         /// Which path.
         path: PathBuf,
@@ -45,13 +45,13 @@ pub enum PlaceError {
         source: io::Error,
     },
     /// Neither a directory nor a regular file.
-    #[error("{path} is neither a directory nor a regular file")]
+    #[error("{} is neither a directory nor a regular file", shown(.path))]
     Special {
         /// Which path.
         path: PathBuf,
     },
     /// It leads to another file system than planned.
-    #[error("{path} leads to another file system ({found}) by now")]
+    #[error("{} leads to another file system ({found}) by now", shown(.path))]
     Other {
         /// Which path.
         path: PathBuf,
@@ -59,13 +59,13 @@ pub enum PlaceError {
         found: DevId,
     },
     /// The way leads through what a program or another machine has to answer for.
-    #[error("{path} is below what may not answer")]
+    #[error("{} is below what may not answer", shown(.path))]
     Foreign {
         /// Which path.
         path: PathBuf,
     },
     /// The way leads through layers, and something on it does not answer, or says no.
-    #[error("cannot open {path}, which is below layers")]
+    #[error("cannot open {}, which is below layers", shown(.path))]
     Layers {
         /// Which path.
         path: PathBuf,
@@ -73,7 +73,7 @@ pub enum PlaceError {
         source: io::Error,
     },
     /// It cannot be mounted once more.
-    #[error("{device} cannot be mounted once more")]
+    #[error("{} cannot be mounted once more", shown(.device))]
     Again {
         /// Its device.
         device: PathBuf,
@@ -92,6 +92,11 @@ pub enum PlaceError {
     /// The kernel has it locked, and does not say how it is.
     #[error("the kernel has it locked, as while it is being unmounted")]
     Locked,
+}
+
+/// Escaped, so that a newline in a name cannot forge a log line.
+fn shown(path: &Path) -> String {
+    path.to_string_lossy().escape_debug().to_string()
 }
 
 impl PlaceError {
@@ -627,6 +632,33 @@ mod tests {
             OpenError::of(&planned, vec![PlaceError::open(root, source)])
         };
         assert!(broken().is_broken() && !broken().below_layers().is_broken());
+    }
+
+    #[test]
+    fn a_name_forges_no_line_of_the_log() {
+        let planned = file_system(Path::new("/a\nerror: /b"), DevId::default());
+        let path = || planned.places[0].path.clone();
+        let source = || Errno::ENOENT.into();
+        let tried = vec![
+            PlaceError::open(&path(), source()),
+            PlaceError::Special { path: path() },
+            PlaceError::Other {
+                path: path(),
+                found: DevId::default(),
+            },
+            PlaceError::Foreign { path: path() },
+            PlaceError::Layers {
+                path: path(),
+                source: source(),
+            },
+            PlaceError::Again {
+                device: path(),
+                source: source(),
+            },
+        ];
+        let said = OpenError::of(&planned, tried).to_string();
+        assert!(!said.contains('\n'), "{said}");
+        assert_eq!(said.matches("/a\\nerror: /b").count(), 7, "{said}");
     }
 
     #[test]
