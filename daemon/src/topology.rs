@@ -580,7 +580,9 @@ fn is_hardware(dir: &Path) -> bool {
     const BUSES: [&str; 8] = ["pci", "vmbus", "virtio", "xen", "mmc", "nd", "ccw", "vio"];
     const SERVED: [&str; 2] = ["vdpa", "vduse"];
     let of_session = |part: &OsStr| part.as_bytes().starts_with(b"session");
-    let is_virtual = dir.starts_with("/sys/devices/virtual");
+    // The way to it begins with the link that leads there.
+    let parts: Vec<_> = dir.iter().collect();
+    let is_virtual = parts.windows(2).any(|it| it == ["devices", "virtual"]);
     if is_virtual || dir.components().any(|part| of_session(part.as_os_str())) {
         return false;
     }
@@ -713,6 +715,18 @@ mod tests {
         assert!(!is_hardware_below(&["platform"]));
         assert!(!is_hardware_below(&["vduse", "vdpa", "virtio"]));
         assert!(!is_hardware_below(&["pci", "vdpa", "virtio"]));
+        // As sysfs has it: from the list of numbers to its place in the tree.
+        let disk = root.join("devices/virtual/vduse/block/vda");
+        let numbers = root.join("dev/block");
+        for dir in [&disk, &numbers] {
+            fs::create_dir_all(dir).unwrap();
+        }
+        let subsystem = root.join("devices/virtual/vduse/subsystem");
+        std::os::unix::fs::symlink("/sys/bus/virtio", subsystem).unwrap();
+        let link = numbers.join("254:0");
+        std::os::unix::fs::symlink("../../devices/virtual/vduse/block/vda", &link).unwrap();
+        let found = numbers.join(fs::read_link(link).unwrap());
+        assert!(found.exists() && !is_hardware(&found));
         fs::remove_dir_all(&root).unwrap();
     }
 
