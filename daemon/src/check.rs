@@ -999,6 +999,7 @@ mod tests {
                 whole: true,
                 subvolume: None,
                 walkable: true,
+                layers: None,
                 hidden: false,
                 was_at: None,
             }],

@@ -834,6 +834,7 @@ mod tests {
             whole,
             subvolume: None,
             walkable: true,
+            layers: None,
             hidden: false,
             was_at: None,
         }

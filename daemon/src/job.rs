@@ -45,7 +45,7 @@ use crate::recovery::Leavings;
 use crate::sys;
 use crate::topology;
 use crate::watch::Scene;
-use crate::writes::{self, AtRest, WriteBack, Writes};
+use crate::writes::{self, AtRest, SwapFiles, WriteBack, Writes};
 
 /// Dirty pages on the whole machine (64 KiB) up to which it counts as clean.
 const CLEAN_PAGES: u64 = 16;
@@ -573,11 +573,14 @@ type Written = (Vec<DevId>, Option<BTreeSet<DevId>>);
 /// What the kernel swaps to, which is in no file system, so that nobody misses it in a copy: partitions and the
 /// like, and file systems with a file for it.
 fn swapped_to(targets: &[Opened]) -> Vec<Written> {
-    let files = writes::swapped_to();
-    let below_files = targets.iter().filter(|it| has_swap(it, &files));
+    let (files, wholes) = (SwapFiles::find(), writes::swapped_to_as_a_whole());
+    let Some(wholes) = wholes.filter(|_| !files.is_one_lost()) else {
+        return vec![(Vec::new(), None)];
+    };
+    let below_files = targets.iter().filter(|it| files.may_be_on(it.dev));
     let below_files = below_files.map(|it| (it.devices.clone(), it.below.clone()));
-    let wholes = writes::swapped_to_as_a_whole().into_iter();
     let below = |dev| topology::all_below([dev]).into_keys().collect();
+    let wholes = wholes.into_iter();
     let wholes = wholes.map(|dev| (vec![dev], Some(below(dev))));
     below_files.chain(wholes).collect()
 }
@@ -601,13 +604,6 @@ fn beside(watched: Vec<Watched>, written: &[Written]) -> Vec<(Watched, Vec<DevId
         Some((it, others))
     };
     watched.into_iter().filter_map(beside).collect()
-}
-
-/// Whether one of these files that are swapped to, by the number of their file system, may be there: a
-/// subvolume of btrfs has a number of its own.
-fn has_swap(opened: &Opened, files: &[DevId]) -> bool {
-    let mut files = files.iter();
-    files.any(|dev| *dev == opened.dev || (dev.major == 0 && opened.dev.major == 0))
 }
 
 fn target(opened: Opened) -> Target {
@@ -638,14 +634,22 @@ fn target(opened: Opened) -> Target {
 
 /// Where others can thaw, what is written tells of it, unless the kernel itself writes there.
 fn look_out_for_writes(targets: Vec<Opened>, log: &Logbook) -> Vec<Target> {
-    let swapped_to = writes::swapped_to();
+    let swap_files = SwapFiles::find();
+    if swap_files.is_one_lost() {
+        log.info(
+            "a file that is swapped to cannot be found, and may be in any file system: if others thaw one for a \
+             moment and freeze it again, that is not seen",
+        );
+    }
     let each = targets.into_iter().map(|it| {
-        if has_swap(&it, &swapped_to) {
-            let name = &it.name;
-            log.info(format!(
-                "{name} has a file that is swapped to: if others thaw it for a moment and freeze it \
-                 again, that is not seen"
-            ));
+        if swap_files.may_be_on(it.dev) {
+            if !swap_files.is_one_lost() {
+                let name = &it.name;
+                log.info(format!(
+                    "{name} has a file that is swapped to: if others thaw it for a moment and freeze it \
+                     again, that is not seen"
+                ));
+            }
             return target(it);
         }
         let writes = Writes::of(&it.devices);

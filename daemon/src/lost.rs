@@ -55,6 +55,7 @@ impl Lost {
                 namespace: 0,
                 path: path.clone(),
                 walkable: true,
+                layers: None,
                 hidden: false,
                 was_at: Some(mount.path.clone()),
                 ..mount.clone()

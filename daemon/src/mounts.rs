@@ -131,6 +131,9 @@ pub struct Mount {
     /// Whether the way to its path leads through nothing that another machine or a program has to
     /// answer for: the look-up cannot be refused or hang there.
     pub walkable: bool,
+    /// The mount nearest to it on the way that is made of layers, by the number of its superblock, if such are all
+    /// that it is not `walkable` for. Each look-up there asks the layers: it is up to those whether it hangs.
+    pub layers: Option<DevId>,
     /// Whether another mount lies over it, or over a folder on the way, so that its path leads
     /// elsewhere.
     pub hidden: bool,
@@ -153,10 +156,13 @@ const FREEZE: [&str; 11] = [
 const SERVED: &str = "fuseblk";
 /// The type that a program serves from wherever it likes; it may add its name likewise.
 const FUSE: &str = "fuse";
-/// Types without a device below which a look-up is the kernel's own affair: memory, and layers.
-const WALKED: [&str; 9] = [
-    "tmpfs", "ramfs", "devtmpfs", "rootfs", "proc", "sysfs", "autofs", "overlay", "aufs",
+/// Types without a device below which a look-up is the kernel's own affair.
+const WALKED: [&str; 7] = [
+    "tmpfs", "ramfs", "devtmpfs", "rootfs", "proc", "sysfs", "autofs",
 ];
+/// Types that are made of layers. No table tells what those are on, and who has to answer for it: their paths are
+/// of whoever mounted them, in another namespace as a rule, and may be unmounted there.
+const LAYERED: [&str; 2] = ["overlay", "aufs"];
 
 impl Mount {
     /// Whether its superblock is on disks of this machine.
@@ -186,10 +192,18 @@ impl Mount {
         self.fs_type != NEVER_HELD && !self.may_be_from_a_device()
     }
 
-    /// Whether a look-up inside of it asks nobody but the kernel.
+    /// Whether a look-up inside of it asks nobody but the kernel. That goes for the own root whatever it is, on a
+    /// live system or in a container layers as a rule: whatever this process does goes through it.
     fn is_walked(&self) -> bool {
         let fs_type = self.fs_type.as_str();
-        WALKED.contains(&fs_type) || self.is_on_disks() && !is_served(fs_type)
+        let is_own_root = || self.namespace == 0 && self.path == Path::new("/");
+        WALKED.contains(&fs_type)
+            || self.is_on_disks() && !is_served(fs_type)
+            || self.is_layered() && is_own_root()
+    }
+
+    fn is_layered(&self) -> bool {
+        LAYERED.contains(&self.fs_type.as_str())
     }
 
     /// Whether the whole file system is mounted here, or a whole subvolume of it, and not a folder or
@@ -283,13 +297,14 @@ pub fn parse(text: &[u8], namespace: usize) -> Result<Vec<Mount>, MountsError> {
 
 /// Says of each mount whether its path leads to it, and through what.
 fn find_ways(mounts: &mut [Mount]) {
-    let ways: Vec<(bool, bool)> = {
+    let ways: Vec<_> = {
         let table = Attached::new(mounts);
-        let way = |m: &Mount| (table.is_walkable(m), table.cover(m).is_some());
+        let way = |m: &Mount| (table.walk(m), table.cover(m).is_some());
         mounts.iter().map(way).collect()
     };
-    for (mount, (walkable, hidden)) in mounts.iter_mut().zip(ways) {
+    for (mount, ((walkable, layers), hidden)) in mounts.iter_mut().zip(ways) {
         mount.walkable = walkable;
+        mount.layers = layers;
         mount.hidden = hidden;
     }
 }
@@ -315,24 +330,34 @@ impl<'a> Attached<'a> {
         }
     }
 
-    /// `mount`'s own id and those of all that it is attached to, directly or not.
-    fn chain(&self, mount: &Mount) -> BTreeSet<u64> {
-        let mut chain = BTreeSet::new();
-        let mut next = Some(mount);
-        while let Some(mount) = next {
+    /// What `mount` is attached to, directly or not, the nearest first.
+    fn above(&self, mount: &Mount) -> impl Iterator<Item = &'a Mount> + '_ {
+        let mut seen = BTreeSet::from([mount.id]);
+        let mut parent = mount.parent;
+        std::iter::from_fn(move || {
             // A circle would be a table that contradicts itself.
-            if !chain.insert(mount.id) {
-                break;
-            }
-            next = self.by_id.get(&mount.parent).copied();
-        }
-        chain
+            let next = self.by_id.get(&parent).filter(|_| seen.insert(parent))?;
+            parent = next.parent;
+            Some(*next)
+        })
     }
 
-    fn is_walkable(&self, mount: &Mount) -> bool {
-        let above = self.chain(mount);
-        let mut above = above.iter().filter(|id| **id != mount.id);
-        above.all(|id| self.by_id.get(id).is_none_or(|m| m.is_walked()))
+    /// `mount`'s own id and those of all that it is attached to.
+    fn chain(&self, mount: &Mount) -> BTreeSet<u64> {
+        let above = self.above(mount).map(|it| it.id);
+        above.chain([mount.id]).collect()
+    }
+
+    /// As [`Mount::walkable`] and [`Mount::layers`].
+    fn walk(&self, mount: &Mount) -> (bool, Option<DevId>) {
+        let mut others = self.above(mount).filter(|it| !it.is_walked()).peekable();
+        match others.peek().copied() {
+            None => (true, None),
+            Some(nearest) => (
+                false,
+                others.all(|it| it.is_layered()).then_some(nearest.dev),
+            ),
+        }
     }
 
     /// The first mount on the way to `mount` that does not lead there.
@@ -370,6 +395,7 @@ fn parse_line(line: &[u8], number: usize, namespace: usize) -> Result<Mount, Mou
         writable: info.super_options.contains_key("rw"),
         for_writing: info.mount_options.contains_key("rw"),
         walkable: true,
+        layers: None,
         hidden: false,
         was_at: None,
         options: info
@@ -395,7 +421,7 @@ pub fn escape(line: &[u8]) -> String {
 }
 
 /// Undoes octal escapes (`\040` for a blank); a backslash before anything else stands for itself.
-fn unescape(mut text: &[u8]) -> OsString {
+pub fn unescape(mut text: &[u8]) -> OsString {
     let mut out = Vec::with_capacity(text.len());
     while let Some((&first, rest)) = text.split_first() {
         text = rest;
@@ -472,6 +498,30 @@ mod tests {
             .map(|m| m.id)
             .collect();
         assert_eq!(not, [4, 5, 7, 10, 12]);
+    }
+
+    #[test]
+    fn below_layers_each_look_up_asks_those_save_where_they_are_the_own_root() {
+        let table = b"\
+1 0 0:30 / / rw - overlay overlay rw,lowerdir=/l
+2 1 8:1 / /data rw - ext4 /dev/sda1 rw
+3 1 0:31 / /merged rw - overlay overlay rw,lowerdir=/l
+4 3 0:32 / /merged/run rw - tmpfs tmpfs rw
+5 4 8:2 / /merged/run/disk rw - ext4 /dev/sda2 rw
+6 3 0:33 / /merged/fuse rw - fuse.portal portal rw
+7 6 8:3 / /merged/fuse/disk rw - ext4 /dev/sda3 rw
+";
+        let found = |namespace| {
+            let mounts = parse(table, namespace).unwrap();
+            let disks = mounts.into_iter().filter(|m| m.fs_type == "ext4");
+            let way = |m: Mount| (m.walkable, m.layers.map(|dev| dev.to_string()));
+            disks.map(way).collect::<Vec<_>>()
+        };
+        let layers = |dev: &str| (false, Some(dev.to_owned()));
+        assert_eq!(found(0), [(true, None), layers("0:31"), (false, None)]);
+        // Of another namespace the root is not what everything here goes through.
+        let other = [layers("0:30"), layers("0:31"), (false, None)];
+        assert_eq!(found(1), other);
     }
 
     #[test]

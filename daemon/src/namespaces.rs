@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 
 use nix::mount::{mount, MsFlags};
@@ -207,25 +207,36 @@ fn listed(own: BorrowedFd<'_>) -> io::Result<Namespaces> {
 
 /// The namespaces that have processes. One that ends meanwhile is none any more.
 fn of_processes(own: &File) -> io::Result<Vec<OwnedFd>> {
-    let mut seen = BTreeSet::from([own.metadata()?.ino()]);
-    let mut others = Vec::new();
+    let mut links = Vec::new();
     for entry in Path::new("/proc").read_dir()? {
         let entry = entry?;
-        let is_process = entry
-            .file_name()
-            .as_encoded_bytes()
-            .iter()
-            .all(u8::is_ascii_digit);
-        if !is_process {
-            continue;
-        }
-        let link = entry.path().join("ns/mnt");
-        let new = std::fs::metadata(&link).is_ok_and(|meta| seen.insert(meta.ino()));
-        if let (true, Ok(namespace)) = (new, File::open(&link)) {
-            others.push(namespace.into());
+        let name = entry.file_name();
+        if name.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
+            links.push(entry.path().join("ns/mnt"));
         }
     }
-    Ok(others)
+    let seen = BTreeSet::from([own.metadata()?.ino()]);
+    Ok(new_ones(seen, links, |link| File::open(link)))
+}
+
+/// Each once of those that these links lead to, without those that were seen. One counts as seen when it is open: the
+/// process may end before, and others of the same namespace stay.
+fn new_ones(
+    mut seen: BTreeSet<u64>,
+    links: Vec<PathBuf>,
+    open: impl Fn(&Path) -> io::Result<File>,
+) -> Vec<OwnedFd> {
+    let number = |link: &Path| std::fs::metadata(link).map(|it| it.ino());
+    let mut others = Vec::new();
+    for link in links {
+        if !number(&link).is_ok_and(|it| !seen.contains(&it)) {
+            continue;
+        }
+        // Its process may be in another by now.
+        let is_new = |it: &File| it.metadata().is_ok_and(|it| seen.insert(it.ino()));
+        others.extend(open(&link).ok().filter(is_new).map(OwnedFd::from));
+    }
+    others
 }
 
 #[cfg(test)]
@@ -240,6 +251,24 @@ mod tests {
             // No namespace has this number, which looks the same as one without mounts.
             assert_eq!(sys::newest_mount(1 << 62).unwrap(), 0);
         }
+    }
+
+    #[test]
+    fn where_the_first_process_ends_the_next_leads_to_its_namespace() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-ns-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let links: Vec<PathBuf> = ["1", "2", "3"].map(|it| dir.join(it)).into();
+        std::fs::write(&links[0], "").unwrap();
+        for link in &links[1..] {
+            std::fs::hard_link(&links[0], link).unwrap();
+        }
+        let ended = links[0].clone();
+        let open = |link: &Path| match link == ended {
+            true => Err(io::ErrorKind::NotFound.into()),
+            false => File::open(link),
+        };
+        assert_eq!(new_ones(BTreeSet::new(), links, open).len(), 1);
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! parent file system, to whatever was mounted over it, to a FIFO. So nothing is opened that could
 //! block, and what was opened is compared with what was planned before it is used. What no path leads
 //! to, or only one that a program or another machine has to answer for, is mounted once more, attached
-//! nowhere.
+//! nowhere. Whether one that leads through layers hangs is up to those; it is tried apart.
 
 use std::collections::BTreeSet;
 use std::ffi::{CString, OsStr};
@@ -37,7 +37,7 @@ use crate::unlisted;
 #[derive(Debug, thiserror::Error)]
 pub enum PlaceError {
     /// The path cannot be opened.
-    #[error("cannot open {path}")]
+    #[error("cannot open {}", shown(.path))]
     Open {
         /// Which path.
         path: PathBuf,
@@ -45,13 +45,13 @@ pub enum PlaceError {
         source: io::Error,
     },
     /// Neither a directory nor a regular file.
-    #[error("{path} is neither a directory nor a regular file")]
+    #[error("{} is neither a directory nor a regular file", shown(.path))]
     Special {
         /// Which path.
         path: PathBuf,
     },
     /// It leads to another file system than planned.
-    #[error("{path} leads to another file system ({found}) by now")]
+    #[error("{} leads to another file system ({found}) by now", shown(.path))]
     Other {
         /// Which path.
         path: PathBuf,
@@ -59,13 +59,21 @@ pub enum PlaceError {
         found: DevId,
     },
     /// The way leads through what a program or another machine has to answer for.
-    #[error("{path} is below what may not answer")]
+    #[error("{} is below what may not answer", shown(.path))]
     Foreign {
         /// Which path.
         path: PathBuf,
     },
+    /// The way leads through layers, and something on it does not answer, or says no.
+    #[error("cannot open {}, which is below layers", shown(.path))]
+    Layers {
+        /// Which path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// It cannot be mounted once more.
-    #[error("{device} cannot be mounted once more")]
+    #[error("{} cannot be mounted once more", shown(.device))]
     Again {
         /// Its device.
         device: PathBuf,
@@ -86,6 +94,11 @@ pub enum PlaceError {
     Locked,
 }
 
+/// Escaped, so that a newline in a name cannot forge a log line.
+fn shown(path: &Path) -> String {
+    path.to_string_lossy().escape_debug().to_string()
+}
+
 impl PlaceError {
     fn open(path: &Path, source: io::Error) -> Self {
         PlaceError::Open {
@@ -96,9 +109,9 @@ impl PlaceError {
 
     fn errno(&self) -> Option<Errno> {
         match self {
-            PlaceError::Open { source, .. } | PlaceError::Again { source, .. } => {
-                source.raw_os_error().map(Errno::from_raw)
-            }
+            PlaceError::Open { source, .. }
+            | PlaceError::Layers { source, .. }
+            | PlaceError::Again { source, .. } => source.raw_os_error().map(Errno::from_raw),
             _ => None,
         }
     }
@@ -136,18 +149,31 @@ impl OpenError {
         self.is_broken() || self.is_our_own()
     }
 
-    /// What this other way leads to, or what came of all.
+    /// The same of a way through layers: what the kernel says there may be of one of those.
+    fn below_layers(mut self) -> Self {
+        let layers = |error| match error {
+            PlaceError::Open { path, source } => PlaceError::Layers { path, source },
+            other => other,
+        };
+        self.tried = self.tried.into_iter().map(layers).collect();
+        self
+    }
+
+    /// What this other way leads to, if there is one, or what came of all.
     fn or_by(
         mut self,
-        other: impl FnOnce() -> Result<OwnedFd, OpenError>,
+        other: impl FnOnce() -> Option<Result<OwnedFd, OpenError>>,
     ) -> Result<OwnedFd, OpenError> {
         if self.is_final() {
             return Err(self);
         }
-        other().map_err(|error| {
-            self.tried.extend(error.tried);
-            self
-        })
+        match other() {
+            None => Err(self),
+            Some(opened) => opened.map_err(|error| {
+                self.tried.extend(error.tried);
+                self
+            }),
+        }
     }
 
     /// Whether the file system itself is out of order (its device failed, or it shut down after an
@@ -190,44 +216,78 @@ impl OpenError {
     /// What was tried and what came of it, in words.
     pub fn tried(&self) -> String {
         let words = self.tried.iter().map(|e| match e {
-            PlaceError::Open { source, .. } | PlaceError::Again { source, .. } => {
-                format!("{e}: {source}")
-            }
+            PlaceError::Open { source, .. }
+            | PlaceError::Layers { source, .. }
+            | PlaceError::Again { source, .. } => format!("{e}: {source}"),
             _ => e.to_string(),
         });
         words.collect::<Vec<_>>().join("; ")
     }
 }
 
+/// How long a look-up through layers may take: there is another way.
+const LAYERS_TIME: Duration = Duration::from_secs(2);
+
 /// Opens `file_system`, in no longer than `limit` where that may hang: what a program serves, which the kernel
-/// asks first, and what no path leads to. That is mounted once more, and the kernel lets nobody do so while
-/// another writes it back or unmounts it, which takes as long as its disk does.
+/// asks first, and what no path leads to, or only one through layers. That is mounted once more, and the kernel lets
+/// nobody do so while another writes it back or unmounts it, which takes as long as its disk does.
 pub fn open_within(
     limit: Duration,
     ways: &Ways,
     file_system: &FileSystem,
 ) -> Result<OwnedFd, OpenError> {
-    let apart = |silent, open| open_apart(limit, ways, file_system, silent, open);
-    match mounts::is_served(&file_system.fs_type) {
-        true => apart(PlaceError::Silent, open_file_system),
-        false => {
-            let by_path = by_path(ways, file_system);
-            by_path.or_else(|error| error.or_by(|| apart(PlaceError::Locked, mount_again)))
-        }
+    // What hangs in its layers can be mounted once more all the same, and what is below the same ones is not tried.
+    static OPENED: Questions<DevId> = Questions::new();
+    static LAYERS: Questions<DevId> = Questions::new();
+    static MOUNTED: Questions<DevId> = Questions::new();
+    let dev = file_system.dev;
+    if mounts::is_served(&file_system.fs_type) {
+        let ask = (&OPENED, dev, limit, open_file_system as Open);
+        return open_apart(ask, ways, file_system, PlaceError::Silent);
     }
+    let again = || {
+        let ask = (&MOUNTED, dev, limit, mount_again as Open);
+        open_apart(ask, ways, file_system, PlaceError::Locked)
+    };
+    let below_layers = || {
+        let (layers, below, path) = below_layers(file_system)?;
+        let ask = (&LAYERS, layers, limit.min(LAYERS_TIME), by_path as Open);
+        let source = io::ErrorKind::TimedOut.into();
+        let opened = open_apart(ask, ways, &below, PlaceError::Layers { path, source });
+        Some(opened.map_err(OpenError::below_layers))
+    };
+    let opened = by_path(ways, file_system);
+    let opened = opened.or_else(|error| error.or_by(below_layers));
+    opened.or_else(|error| error.or_by(|| Some(again())))
+}
+
+/// A way to open it.
+type Open = fn(&Ways, &FileSystem) -> Result<OwnedFd, OpenError>;
+/// About what is asked, for how long, and for what.
+type Ask = (&'static Questions<DevId>, DevId, Duration, Open);
+
+/// The same file system as it looks through the layers nearest to it that are on the way, for who may hang there: those
+/// layers, and the path that leads through them. `None` if no place is below some.
+fn below_layers(file_system: &FileSystem) -> Option<(DevId, FileSystem, PathBuf)> {
+    let mut found = file_system.clone();
+    let layers = found.places.iter().find_map(|place| place.layers)?;
+    found.places.retain(|place| place.layers == Some(layers));
+    for place in &mut found.places {
+        (place.walkable, place.layers) = (true, None);
+    }
+    let path = found.places.first()?.path.clone();
+    Some((layers, found, path))
 }
 
 /// Has it opened so by who has nothing else open, in one namespace only: the others, what is mounted there, and
 /// the device of the module must not stay because of a thread that hangs. It is `silent` when that takes longer
-/// than `limit`, and as long as it does.
+/// than it may, and as long as it does.
 fn open_apart(
-    limit: Duration,
+    (questions, about, limit, open): Ask,
     ways: &Ways,
     file_system: &FileSystem,
     silent: PlaceError,
-    open: fn(&Ways, &FileSystem) -> Result<OwnedFd, OpenError>,
 ) -> Result<OwnedFd, OpenError> {
-    static ASKED: Questions<DevId> = Questions::new();
     let first = file_system.places.first();
     let path = first.map(|it| it.path.clone()).unwrap_or_default();
     let namespace = first.map_or(0, |it| it.namespace);
@@ -242,7 +302,7 @@ fn open_apart(
     let needed = [theirs.as_fd(), ways.proc.as_fd()];
     let needed: Vec<BorrowedFd<'_>> = needed.into_iter().chain(only.fds()).collect();
     let question = move |fds| open_handed(fds, namespace, &asked, open);
-    let opened = ASKED.ask(file_system.dev, &needed, limit, question);
+    let opened = questions.ask(about, &needed, limit, question);
     opened.map_err(|error| match error.kind() {
         io::ErrorKind::TimedOut => fail(silent),
         _ => cannot(error),
@@ -258,7 +318,7 @@ fn open_handed(
     fds: Vec<OwnedFd>,
     namespace: usize,
     file_system: &FileSystem,
-    open: fn(&Ways, &FileSystem) -> Result<OwnedFd, OpenError>,
+    open: Open,
 ) -> Result<(), OpenError> {
     let mut fds = fds.into_iter();
     let cannot = |source| {
@@ -277,13 +337,18 @@ fn open_handed(
 }
 
 /// Opens `file_system` through the first of its places that still leads to it. If there is none, or none that can
-/// be walked to, it is mounted once more.
+/// be walked to, it is mounted once more. The way through layers is the last: whoever goes it may hang.
 pub fn open_file_system(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenError> {
-    let by_path = by_path(ways, file_system);
-    by_path.or_else(|error| error.or_by(|| mount_again(ways, file_system)))
+    let below_layers = || {
+        let (_, below, _) = below_layers(file_system)?;
+        Some(by_path(ways, &below).map_err(OpenError::below_layers))
+    };
+    let opened = by_path(ways, file_system);
+    let opened = opened.or_else(|error| error.or_by(|| Some(mount_again(ways, file_system))));
+    opened.or_else(|error| error.or_by(below_layers))
 }
 
-/// Opens it through the first of its places that still leads to it. If none does because other mounts lie over all
+/// Opens it through the first of its places that can be walked to and still leads to it. If none does because other mounts lie over all
 /// of them, or over folders above, those are taken away in a private copy of the namespace, where nobody else
 /// notices.
 fn by_path(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenError> {
@@ -312,11 +377,10 @@ fn by_path(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenError> 
             }
         }
     }
-    error
-        .tried
-        .extend(foreign.iter().map(|place| PlaceError::Foreign {
-            path: place.path.clone(),
-        }));
+    let foreign = foreign.iter().filter(|place| place.layers.is_none());
+    error.tried.extend(foreign.map(|place| PlaceError::Foreign {
+        path: place.path.clone(),
+    }));
     Err(error)
 }
 
@@ -525,6 +589,7 @@ mod tests {
                 whole: true,
                 subvolume: None,
                 walkable: true,
+                layers: None,
                 hidden: false,
                 was_at: None,
             }],
@@ -547,6 +612,53 @@ mod tests {
         let mut planned = file_system(Path::new("/"), root.dev);
         planned.places[0].id = root.id;
         open_place(proc.as_fd(), &planned, &planned.places[0]).unwrap();
+    }
+
+    #[test]
+    fn below_layers_it_is_opened_apart_and_what_they_say_is_not_said_of_it() {
+        let ways = Ways {
+            proc: Arc::new(proc()),
+            namespaces: Namespaces::default(),
+        };
+        let root = Path::new("/");
+        let mut planned = file_system(root, dev_of(root));
+        planned.places[0].walkable = false;
+        planned.places[0].layers = Some("0:99".parse().unwrap());
+        let error = by_path(&ways, &planned).unwrap_err();
+        assert!(error.tried.is_empty(), "{error}");
+        open_within(Duration::from_secs(60), &ways, &planned).unwrap();
+        let broken = || {
+            let source = Errno::EIO.into();
+            OpenError::of(&planned, vec![PlaceError::open(root, source)])
+        };
+        assert!(broken().is_broken() && !broken().below_layers().is_broken());
+    }
+
+    #[test]
+    fn a_name_forges_no_line_of_the_log() {
+        let planned = file_system(Path::new("/a\nerror: /b"), DevId::default());
+        let path = || planned.places[0].path.clone();
+        let source = || Errno::ENOENT.into();
+        let tried = vec![
+            PlaceError::open(&path(), source()),
+            PlaceError::Special { path: path() },
+            PlaceError::Other {
+                path: path(),
+                found: DevId::default(),
+            },
+            PlaceError::Foreign { path: path() },
+            PlaceError::Layers {
+                path: path(),
+                source: source(),
+            },
+            PlaceError::Again {
+                device: path(),
+                source: source(),
+            },
+        ];
+        let said = OpenError::of(&planned, tried).to_string();
+        assert!(!said.contains('\n'), "{said}");
+        assert_eq!(said.matches("/a\\nerror: /b").count(), 7, "{said}");
     }
 
     #[test]

@@ -41,6 +41,8 @@ pub struct Place {
     pub subvolume: Option<PathBuf>,
     /// As [`Mount::walkable`].
     pub walkable: bool,
+    /// As [`Mount::layers`].
+    pub layers: Option<DevId>,
     /// As [`Mount::hidden`].
     pub hidden: bool,
     /// As [`Mount::was_at`].
@@ -471,6 +473,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
         whole: mount.is_whole(),
         subvolume: mount.subvolume().map(Path::to_owned),
         walkable: mount.walkable,
+        layers: mount.layers,
         hidden: mount.hidden,
         was_at: mount.was_at.clone(),
     };

@@ -4,8 +4,11 @@
 //! and md, the file behind a loop device, and which devices a user-space program serves.
 //!
 //! Facts only; what follows for the order of freezing is decided in [`crate::plan`]. It opens no
-//! file system that might be frozen: sysfs, and the nodes of loop devices in `/dev`.
+//! file system that might be frozen: sysfs, and the nodes of loop devices in `/dev`. What has to ask a file
+//! system, be it through the kernel, is asked [apart](Questions): one whose server or disk is dead must not
+//! cost the order of all others, nor their thaw.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -13,15 +16,46 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{open, OFlag};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
+use crate::apart::Questions;
 use crate::disks::{self, HostDisk};
 use crate::mounts::{is_served, DevId, Mount};
 use crate::superblocks::{dev_in, folder_of, Superblock};
-use crate::sys;
+use crate::sys::{self, LoopBacking};
+
+/// How long all that hangs may hold up one look: a thaw may wait for it.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long each may take that is asked after that is used up: whatever does not hang answers long before.
+const MOMENT: Duration = Duration::from_millis(50);
+
+/// What is left of [`PATIENCE`] in one look.
+struct Patience(Cell<Duration>);
+
+impl Patience {
+    fn new() -> Self {
+        Patience(Cell::new(PATIENCE))
+    }
+
+    /// The answer to something that may hang. `None` when it does.
+    fn ask<T: Send + 'static>(
+        &self,
+        questions: &'static Questions<DevId>,
+        about: DevId,
+        question: impl FnOnce() -> T + Send + 'static,
+    ) -> Option<T> {
+        let (left, began) = (self.0.get(), Instant::now());
+        let answer = questions.ask(about, &[], left.max(MOMENT), |_| question());
+        if answer.is_err() {
+            self.0.set(left.saturating_sub(began.elapsed()));
+        }
+        answer.ok()
+    }
+}
 
 /// A block device and what is below it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,7 +78,7 @@ pub struct Device {
 /// The file behind a loop device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Backing {
-    /// `st_dev` of that file, when the device could be asked.
+    /// `st_dev` of that file, when the device could be asked: that asks the file system, which may hang.
     pub dev: Option<DevId>,
     /// Its path as sysfs shows it, which is relative to some mount namespace's root.
     pub path: PathBuf,
@@ -124,6 +158,7 @@ pub struct Unmounted {
 /// What cannot be read is left out: a device may vanish at any time, and an order that lacks one
 /// edge is better than no backup.
 pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
+    let patience = Patience::new();
     let mut topology = Topology {
         disks: disks::of_host(),
         born: born(superblocks),
@@ -138,6 +173,7 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
         }
     }
     find_errors(&mut topology, mounts);
+    let uuid_at = |mount: &Mount| uuid_at(mount, &patience);
     assign_members(&mut topology, mounts, superblocks, named_devices, uuid_at);
     find_unmounted(&mut topology, mounts, superblocks);
     find_logs(&mut topology, mounts, superblocks);
@@ -149,9 +185,9 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
     let logs = topology.logs.values().flatten().copied();
     let all: BTreeSet<DevId> = own.chain(members).chain(unmounted).chain(logs).collect();
     for dev in all.into_iter().filter(|dev| dev.major != 0) {
-        add(&mut topology, dev);
+        add(&mut topology, dev, &patience);
     }
-    find_subvolumes_of_images(&mut topology, mounts);
+    find_subvolumes_of_images(&mut topology, mounts, &patience);
     for dev in topology.disks.keys().copied().collect::<Vec<_>>() {
         add_above(&mut topology.above, dev);
     }
@@ -266,17 +302,23 @@ fn assign_members(
     }
 }
 
-/// The UUID of a btrfs that is mounted here, as sysfs writes it.
-fn uuid_at(mount: &Mount) -> Option<String> {
+/// The UUID of a btrfs that is mounted here, as sysfs writes it. It answers under a lock that a commit keeps
+/// while it waits for a disk (`write_all_supers` in `fs/btrfs/disk-io.c`).
+fn uuid_at(mount: &Mount, patience: &Patience) -> Option<String> {
+    static ASKED: Questions<DevId> = Questions::new();
     let can_be_asked = mount.namespace == 0 && mount.walkable && !mount.hidden;
     if mount.fs_type != "btrfs" || !can_be_asked {
         return None;
     }
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    let fd = open(&mount.path, flags, Mode::empty()).ok()?;
-    let found = sys::identify(fd.as_fd()).ok()?;
-    let uuid = sys::btrfs_uuid(fd.as_fd()).ok()?;
-    (found.mount_id == Some(mount.id)).then(|| in_words(uuid))
+    let (path, id) = (mount.path.clone(), mount.id);
+    let ask = move || {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let fd = open(&path, flags, Mode::empty()).ok()?;
+        let found = sys::identify(fd.as_fd()).ok()?;
+        let uuid = sys::btrfs_uuid(fd.as_fd()).ok()?;
+        (found.mount_id == Some(id)).then(|| in_words(uuid))
+    };
+    patience.ask(&ASKED, mount.dev, ask)?
 }
 
 /// A UUID in the form that everybody writes.
@@ -402,7 +444,8 @@ fn journal_of(superblock: &Superblock) -> Option<DevId> {
 
 /// An image in a subvolume that is not mounted by itself has a number that no table lists. The path is
 /// believed where it leads to that very number.
-fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount]) {
+fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount], patience: &Patience) {
+    static ASKED: Questions<DevId> = Questions::new();
     let listed = |dev: &DevId| mounts.iter().any(|m| m.dev == *dev);
     let images: Vec<(DevId, PathBuf)> = topology
         .devices
@@ -422,7 +465,11 @@ fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount]) {
         let Some(mount) = below.filter(is_reached) else {
             continue;
         };
-        if fs::symlink_metadata(&path).is_ok_and(|meta| DevId::from_raw(meta.dev()) == dev) {
+        let found = patience.ask(&ASKED, mount.dev, || fs::symlink_metadata(path).ok());
+        if found
+            .flatten()
+            .is_some_and(|meta| DevId::from_raw(meta.dev()) == dev)
+        {
             topology.aliases.insert(dev, mount.dev);
         }
     }
@@ -430,23 +477,28 @@ fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount]) {
 
 /// These devices and all that they stand on, to any depth.
 pub fn all_below(devices: impl IntoIterator<Item = DevId>) -> BTreeMap<DevId, Device> {
+    let patience = Patience::new();
     let mut topology = Topology::default();
     for dev in devices {
-        add(&mut topology, dev);
+        add(&mut topology, dev, &patience);
     }
     topology.devices
 }
 
-fn add(topology: &mut Topology, dev: DevId) {
+fn add(topology: &mut Topology, dev: DevId, patience: &Patience) {
     if topology.devices.contains_key(&dev) {
         return;
     }
     let Some(folder) = folder_of(dev) else { return };
-    let device = describe(&folder);
+    let device = describe(&folder, |node| {
+        static ASKED: Questions<DevId> = Questions::new();
+        let ask = move || sys::loop_backing(File::open(node).ok()?.as_fd()).ok();
+        patience.ask(&ASKED, dev, ask)?
+    });
     let below = device.below.clone();
     topology.devices.insert(dev, device);
     for lower in below {
-        add(topology, lower);
+        add(topology, lower, patience);
     }
 }
 
@@ -457,7 +509,7 @@ pub fn slaves(dir: &Path) -> Vec<DevId> {
         .collect()
 }
 
-fn describe(dir: &Path) -> Device {
+fn describe(dir: &Path, ask: impl FnOnce(PathBuf) -> Option<LoopBacking>) -> Device {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     let disk = dir.parent().filter(|_| dir.join("partition").exists());
     let mut below = match disk {
@@ -466,7 +518,7 @@ fn describe(dir: &Path) -> Device {
     };
     let mut backing = None;
     if name.starts_with("loop") {
-        match behind_loop(dir, &name) {
+        match behind_loop(dir, &name, ask) {
             Some(Behind::Device(dev)) => below.push(dev),
             Some(Behind::File(file)) => backing = Some(file),
             None => {}
@@ -487,14 +539,18 @@ enum Behind {
     Device(DevId),
 }
 
-fn behind_loop(dir: &Path, name: &str) -> Option<Behind> {
+/// By its path, and by what the device says when it is asked at its node: the kernel gets that from the file system
+/// that holds the file.
+fn behind_loop(
+    dir: &Path,
+    name: &str,
+    ask: impl FnOnce(PathBuf) -> Option<LoopBacking>,
+) -> Option<Behind> {
     let mut path = fs::read(dir.join("loop/backing_file")).ok()?;
     if path.last() == Some(&b'\n') {
         path.pop();
     }
-    let node = File::open(Path::new("/dev").join(name)).ok();
-    let asked = node.and_then(|node| sys::loop_backing(node.as_fd()).ok());
-    match asked {
+    match ask(Path::new("/dev").join(name)) {
         Some(found) if found.rdev != 0 => Some(Behind::Device(DevId::from_raw(found.rdev))),
         found => Some(Behind::File(Backing {
             dev: found.map(|it| DevId::from_raw(it.dev)),
@@ -524,7 +580,9 @@ fn is_hardware(dir: &Path) -> bool {
     const BUSES: [&str; 8] = ["pci", "vmbus", "virtio", "xen", "mmc", "nd", "ccw", "vio"];
     const SERVED: [&str; 2] = ["vdpa", "vduse"];
     let of_session = |part: &OsStr| part.as_bytes().starts_with(b"session");
-    let is_virtual = dir.starts_with("/sys/devices/virtual");
+    // The way to it begins with the link that leads there.
+    let parts: Vec<_> = dir.iter().collect();
+    let is_virtual = parts.windows(2).any(|it| it == ["devices", "virtual"]);
     if is_virtual || dir.components().any(|part| of_session(part.as_os_str())) {
         return false;
     }
@@ -657,6 +715,67 @@ mod tests {
         assert!(!is_hardware_below(&["platform"]));
         assert!(!is_hardware_below(&["vduse", "vdpa", "virtio"]));
         assert!(!is_hardware_below(&["pci", "vdpa", "virtio"]));
+        // As sysfs has it: from the list of numbers to its place in the tree.
+        let disk = root.join("devices/virtual/vduse/block/vda");
+        let numbers = root.join("dev/block");
+        for dir in [&disk, &numbers] {
+            fs::create_dir_all(dir).unwrap();
+        }
+        let subsystem = root.join("devices/virtual/vduse/subsystem");
+        std::os::unix::fs::symlink("/sys/bus/virtio", subsystem).unwrap();
+        let link = numbers.join("254:0");
+        std::os::unix::fs::symlink("../../devices/virtual/vduse/block/vda", &link).unwrap();
+        let found = numbers.join(fs::read_link(link).unwrap());
+        assert!(found.exists() && !is_hardware(&found));
+        fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn a_loop_device_whose_file_system_does_not_answer_is_over_a_file_that_is_nobody_knows_where() {
+        static ASKED: Questions<DevId> = Questions::new();
+        let root = std::env::temp_dir().join(format!("hv-vss-loop-{}", std::process::id()));
+        let dir = root.join("loop7");
+        fs::create_dir_all(dir.join("loop")).unwrap();
+        fs::write(dir.join("loop/backing_file"), "/mnt/dead/a\n").unwrap();
+        let patience = Patience(Cell::new(Duration::from_millis(300)));
+        let (release, hang) = std::sync::mpsc::channel::<()>();
+        let device = |number: u32, answer: Box<dyn FnOnce() -> Option<LoopBacking> + Send>| {
+            let dev = DevId {
+                major: 7,
+                minor: number,
+            };
+            describe(&dir, |_| patience.ask(&ASKED, dev, answer)?)
+        };
+        let began = Instant::now();
+        let dead = device(
+            7,
+            Box::new(move || {
+                let _ = hang.recv();
+                None
+            }),
+        );
+        let unknown = Backing {
+            dev: None,
+            path: "/mnt/dead/a".into(),
+        };
+        assert_eq!(dead.backing, Some(unknown));
+        assert!(!dead.user_space && dead.below.is_empty());
+        assert_eq!(patience.0.get(), Duration::ZERO);
+        // Another one is asked all the same, each time for a moment.
+        let answer = LoopBacking {
+            dev: 0x801,
+            rdev: 0,
+        };
+        let asked = || {
+            device(8, Box::new(move || Some(answer)))
+                .backing
+                .unwrap()
+                .dev
+        };
+        while asked() != Some("8:1".parse().unwrap()) {
+            assert!(began.elapsed() < Duration::from_secs(60));
+        }
+        drop(release);
         fs::remove_dir_all(&root).unwrap();
     }
 

@@ -17,15 +17,17 @@ use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::fcntl::{open, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::Mode;
 
+use crate::apart::Questions;
 use crate::lost::Lost;
 use crate::machine::{self, LookError, Machine, Ways};
 use crate::mounts::{self, DevId, Mount};
@@ -34,6 +36,9 @@ use crate::plan::{FileSystem, Place, Plan, Reason};
 use crate::superblocks::{self, Listed, Lists};
 use crate::sys;
 use crate::topology;
+
+/// How long a look-up may take that asks layers.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What tells of changes, and of the machine itself: the kernel, or a model of it in tests.
 pub trait Signals {
@@ -64,8 +69,8 @@ pub trait Signals {
     fn ways(&mut self) -> io::Result<Self::Ways>;
     /// The states of the other namespaces when this way was found; `None` where nobody tells.
     fn states(ways: &Self::Ways) -> Option<Self::States>;
-    /// Where the file system with this number can be looked at, if this place shows it. Nothing is looked up
-    /// that may hang.
+    /// Where the file system with this number can be looked at, if this place shows it. What may hang is waited
+    /// for a moment only.
     fn find(&mut self, ways: &Self::Ways, place: &Place, dev: DevId) -> Option<Self::At>;
     /// Whether what is mounted there is read-only; `None` when it is mounted there no longer.
     fn is_read_only(&mut self, at: &Self::At) -> Option<bool>;
@@ -208,9 +213,9 @@ impl<S: Signals> ReadOnly<S> {
     /// Those of a plan.
     pub fn of(signals: &mut S, ways: &S::Ways, plan: &Plan) -> Self {
         let mut find = |file_system: &FileSystem| {
-            // A walk through what may hang, or to what lies over it, is not worth it.
+            // A walk through what another has to answer for, or to what lies over it, is not worth it.
             let places = file_system.places.iter();
-            let mut places = places.filter(|p| p.walkable && !p.hidden);
+            let mut places = places.filter(|p| (p.walkable || p.layers.is_some()) && !p.hidden);
             let at = places.find_map(|place| {
                 let at = signals.find(ways, place, file_system.dev)?;
                 // It may be different by now, and then that has to be heard of.
@@ -576,12 +581,28 @@ impl Signals for Kernel {
             0 => self.number?,
             n => ways.namespaces.states()?.get(n - 1)?.id(),
         };
-        let look = || {
-            let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
-            let fd = open(&place.path, flags, Mode::empty())?;
-            sys::unique_mount_id(fd.as_fd())
+        let (number, path) = (place.namespace, place.path.clone());
+        let look = move |namespaces: &Namespaces| {
+            let look = || {
+                let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+                let fd = open(&path, flags, Mode::empty())?;
+                sys::unique_mount_id(fd.as_fd())
+            };
+            namespaces.within(number, look)?
         };
-        let mount = ways.namespaces.within(place.namespace, look).ok()?.ok()?;
+        let mount = match place.layers {
+            None => look(&ways.namespaces),
+            Some(layers) => {
+                static ASKED: Questions<DevId> = Questions::new();
+                let only = ways.namespaces.only(number).ok()?;
+                let fds: Vec<BorrowedFd<'_>> = only.fds().collect();
+                let handed = move |fds: Vec<OwnedFd>| {
+                    look(&Namespaces::alone(number, fds.into_iter().next()))
+                };
+                ASKED.ask(layers, &fds, PATIENCE, handed).ok()?
+            }
+        };
+        let mount = mount.ok()?;
         Some(MountAt {
             namespace,
             mount,
@@ -692,6 +713,7 @@ mod tests {
             whole: true,
             subvolume: None,
             walkable: true,
+            layers: None,
             hidden: false,
             was_at: None,
         };

@@ -6,12 +6,17 @@
 //! shows it. What was written in between does. Facts only; what follows is decided in
 //! [`crate::freeze`].
 
-use std::fs::{self, File, Metadata};
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
+use std::path::PathBuf;
 use std::sync::OnceLock;
+use std::time::Duration;
 
+use crate::apart::Questions;
 use crate::ground::Watched;
-use crate::mounts::DevId;
+use crate::mounts::{unescape, DevId};
 
 /// Where `Documentation/block/stat.rst` has "write sectors" in a line of `stat`. The kernel adds to it
 /// before whoever waits for the write hears of its end. Discards and flushes are counted elsewhere.
@@ -22,6 +27,9 @@ const DONE: [usize; 5] = [0, 4, WRITE_SECTORS, 11, 15];
 
 /// And what it has in hand.
 const IN_FLIGHT: usize = 8;
+
+/// How long a look-up of what is swapped to may take.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The counters behind one file system, open. A device that has none, or whose queue does not count
 /// (`iostats`), adds nothing.
@@ -266,50 +274,104 @@ impl AtRest {
     }
 }
 
-/// `st_dev` of each file that the kernel swaps to: pages go there at any time, past the file system and
-/// its freeze.
-pub fn swapped_to() -> Vec<DevId> {
-    swaps("file", |meta| meta.dev())
+/// The files that the kernel swaps to: pages go there at any time, past the file system and its freeze.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SwapFiles {
+    /// `st_dev` of each that was found.
+    on: Vec<DevId>,
+    /// Whether there is one that was not: it may be anywhere.
+    is_one_lost: bool,
 }
 
-/// The partitions and disks that it swaps to, and those that zram writes to when memory is short.
-pub fn swapped_to_as_a_whole() -> Vec<DevId> {
+impl SwapFiles {
+    /// Those that there are.
+    pub fn find() -> Self {
+        let swaps = fs::read("/proc/swaps").unwrap_or_default();
+        Self::among(of_kind(&swaps, b"file"), found_at)
+    }
+
+    fn among(
+        paths: impl Iterator<Item = PathBuf>,
+        found_at: impl Fn(PathBuf) -> Option<Found>,
+    ) -> Self {
+        let mut files = SwapFiles::default();
+        for path in paths {
+            match found_at(path) {
+                Some(Found::File(dev)) => files.on.push(dev),
+                Some(Found::Device(_)) | None => files.is_one_lost = true,
+            }
+        }
+        files
+    }
+
+    /// Whether one of them may be on the file system with this number: a subvolume of btrfs has a number of its own.
+    pub fn may_be_on(&self, dev: DevId) -> bool {
+        let mut files = self.on.iter();
+        self.is_one_lost || files.any(|it| *it == dev || (it.major == 0 && dev.major == 0))
+    }
+
+    /// Whether there is one that was not found.
+    pub fn is_one_lost(&self) -> bool {
+        self.is_one_lost
+    }
+}
+
+/// The partitions and disks that it swaps to, and those that zram writes to when memory is short. `None` where there is
+/// one that is not found.
+pub fn swapped_to_as_a_whole() -> Option<Vec<DevId>> {
+    let swaps = fs::read("/proc/swaps").unwrap_or_default();
     let behind_zram = |entry: fs::DirEntry| {
-        let path = fs::read_to_string(entry.path().join("backing_dev")).ok()?;
-        let meta = fs::metadata(path.trim_end()).ok()?;
-        meta.file_type()
-            .is_block_device()
-            .then(|| DevId::from_raw(meta.rdev()))
+        let path = fs::read(entry.path().join("backing_dev")).ok()?;
+        let path = path.trim_ascii_end();
+        (path != b"none").then(|| PathBuf::from(OsStr::from_bytes(path)))
     };
     let is_zram = |it: &fs::DirEntry| it.file_name().as_encoded_bytes().starts_with(b"zram");
     let all = fs::read_dir("/sys/block").into_iter().flatten().flatten();
-    let all = all.filter(is_zram);
-    let mut found = swaps("partition", |meta| meta.rdev());
-    found.extend(all.filter_map(behind_zram));
-    found
+    let behind_zram = all.filter(is_zram).filter_map(behind_zram);
+    let paths = of_kind(&swaps, b"partition").chain(behind_zram);
+    let devices = paths.map(|path| match found_at(path)? {
+        Found::Device(dev) => Some(dev),
+        Found::File(_) => None,
+    });
+    devices.collect()
 }
 
-fn swaps(kind: &str, dev: fn(&Metadata) -> u64) -> Vec<DevId> {
-    let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
-    of_kind(&swaps, kind)
-        .filter_map(|path| fs::metadata(path).ok())
-        .map(|meta| DevId::from_raw(dev(&meta)))
-        .collect()
-}
-
-/// Those of a kind among the lines of `/proc/swaps`; in a path with blanks these are escaped, and it is
-/// not found.
-fn of_kind<'a>(swaps: &'a str, kind: &'a str) -> impl Iterator<Item = &'a str> {
-    swaps.lines().filter_map(move |line| {
-        let mut words = line.split_ascii_whitespace();
+/// Those of a kind among the lines of `/proc/swaps`.
+fn of_kind<'a>(swaps: &'a [u8], kind: &'a [u8]) -> impl Iterator<Item = PathBuf> + 'a {
+    swaps.split(|b| *b == b'\n').filter_map(move |line| {
+        let words = line.split(u8::is_ascii_whitespace);
+        let mut words = words.filter(|it| !it.is_empty());
         let path = words.next()?;
-        (words.next()? == kind).then_some(path)
+        (words.next()? == kind).then(|| unescape(path).into())
     })
+}
+
+/// What is at a path: a file, by the number of its file system, or a block device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    File(DevId),
+    Device(DevId),
+}
+
+/// The path is one of whoever has swapping begun there: in another namespace, or below what does not answer, it leads
+/// nowhere.
+fn found_at(path: PathBuf) -> Option<Found> {
+    static ASKED: Questions<PathBuf> = Questions::new();
+    let asked = path.clone();
+    let look = move |_| fs::metadata(asked).ok();
+    let meta = ASKED.ask(path, &[], PATIENCE, look).ok()??;
+    let kind = meta.file_type();
+    if kind.is_block_device() {
+        return Some(Found::Device(DevId::from_raw(meta.rdev())));
+    }
+    kind.is_file()
+        .then(|| Found::File(DevId::from_raw(meta.dev())))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     #[test]
     fn sectors_written_are_the_seventh_number() {
@@ -391,12 +453,36 @@ mod tests {
 
     #[test]
     fn what_is_swapped_to_is_told_by_its_kind() {
-        let swaps = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n\
-                     /dev/sda2                               partition\t999420\t\t0\t\t-2\n\
-                     /swap/file                              file\t\t999420\t\t0\t\t-3\n";
-        assert_eq!(of_kind(swaps, "file").collect::<Vec<_>>(), ["/swap/file"]);
-        let partitions: Vec<_> = of_kind(swaps, "partition").collect();
-        assert_eq!(partitions, ["/dev/sda2"]);
+        let swaps = b"Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n\
+                      /dev/sda2                               partition\t999420\t\t0\t\t-2\n\
+                      /swap\\040of\xe9/file\\134                    file\t\t999420\t\t0\t\t-3\n";
+        let of = |kind| of_kind(swaps, kind).collect::<Vec<_>>();
+        let file = OsStr::from_bytes(b"/swap of\xe9/file\\");
+        assert_eq!(of(b"file"), [Path::new(file)]);
+        assert_eq!(of(b"partition"), [Path::new("/dev/sda2")]);
+    }
+
+    #[test]
+    fn a_file_that_is_swapped_to_and_not_found_may_be_anywhere() {
+        let dev = |text: &str| text.parse().unwrap();
+        let among = |found: &[Option<Found>]| {
+            let mut found = found.iter().copied();
+            let paths = vec![PathBuf::new(); found.len()];
+            let found = std::cell::RefCell::new(&mut found);
+            SwapFiles::among(paths.into_iter(), |_| found.borrow_mut().next().flatten())
+        };
+        let file = Some(Found::File(dev("8:1")));
+        let may_be_on =
+            |files: &SwapFiles| ["8:1", "8:2", "0:40"].map(|it| files.may_be_on(dev(it)));
+        assert_eq!(may_be_on(&among(&[])), [false; 3]);
+        assert_eq!(may_be_on(&among(&[file])), [true, false, false]);
+        // A subvolume.
+        let of_btrfs = Some(Found::File(dev("0:41")));
+        assert_eq!(may_be_on(&among(&[of_btrfs])), [false, false, true]);
+        assert_eq!(may_be_on(&among(&[file, None])), [true; 3]);
+        // Something else has its name here.
+        let device = Some(Found::Device(dev("8:1")));
+        assert_eq!(may_be_on(&among(&[device])), [true; 3]);
     }
 
     #[test]

@@ -129,6 +129,21 @@ pub const CASES: &[Case] = &[
         hung_below_fuse,
     ),
     case(
+        "deadman/image-on-dead-fuse",
+        "an image whose file is on FUSE costs no backup but its own when the server is stopped",
+        |guest| image_on_dead_fuse(guest, Module::Ours),
+    ),
+    case(
+        "deadman/image-on-dead-fuse-stock-module",
+        "the same with the stock hv_utils; and daemon and guard die while all is frozen: the rest is thawed at once",
+        |guest| image_on_dead_fuse(guest, Module::Stock),
+    ),
+    case(
+        "deadman/below-dead-layers",
+        "what only an overlay leads to is backed up, though the server of one of its layers is stopped",
+        below_dead_layers,
+    ),
+    case(
         "deadman/hung-look-stock-module",
         "a look after what is frozen that hangs behind another's thaw holds up no thaw but its own",
         hung_look,
@@ -890,6 +905,117 @@ fn hung_below_fuse(guest: &Guest) -> Result<()> {
     guest
         .sh("umount -l /mnt/fuse && dmsetup remove --retry hung")
         .map(drop)
+}
+
+/// A FUSE file system that everybody may look into, with a file in it.
+fn serve_image(guest: &Guest) -> Result<Process> {
+    guest.sh("mkdir -p /mnt/fuse && truncate -s 32M /tmp/image && mkfs.ext4 -q -F /tmp/image")?;
+    let server = guest.spawn(&["/payload/lab-agent", "fuse-file", "/mnt/fuse", "/tmp/image"])?;
+    guest.wait_until("the image is served", STEP, || {
+        Ok(guest.output(&server)?.contains("mounted"))
+    })?;
+    Ok(server)
+}
+
+const SIGSTOP: i32 = 19;
+const SIGCONT: i32 = 18;
+
+/// What the kernel says of a loop device it asks the file system that holds its file.
+fn image_on_dead_fuse(guest: &Guest, module: Module) -> Result<()> {
+    guest.sh(
+        "modprobe loop; mkdir -p /mnt/a /mnt/loop && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a",
+    )?;
+    let server = serve_image(guest)?;
+    let dirty = "dd if=/dev/zero of=/mnt/loop/w bs=64k count=4 conv=notrunc 2>/dev/null";
+    guest.sh(&format!(
+        "losetup /dev/loop0 /mnt/fuse/image && mount /dev/loop0 /mnt/loop && {dirty} && sync"
+    ))?;
+    guest.writer_start("/mnt/a/w")?;
+    load(guest, module, &[])?;
+    let daemon = guest.start_daemon_with("give_up = 2")?;
+    wait_for_daemon(guest)?;
+    good_backup(guest)?;
+    let frozen = || -> Result<usize> {
+        let log = guest.output(&daemon)?;
+        Ok(log.matches("/mnt/loop (ext4, 7:0) frozen").count())
+    };
+    guest.wait_until("the image is frozen, too", STEP, || Ok(frozen()? == 1))?;
+    guest.signal(&server, SIGSTOP)?;
+    // A sync of it hangs then: what hangs in its freeze only fails the first backup.
+    guest.sh(dirty)?;
+    let back_up = || -> Result<()> {
+        for number in 1..=3 {
+            good_backup(guest).with_context(|| format!("backup {number} beside it"))?;
+        }
+        Ok(())
+    };
+    let seen = back_up();
+    guest.signal(&server, SIGCONT)?;
+    seen?;
+    let log = guest.output(&daemon)?;
+    ensure!(
+        log.contains("/mnt/loop (ext4, 7:0"),
+        "it should be named:\n{log}"
+    );
+    guest.not_frozen("with the server back", &["/mnt/loop"])?;
+    guest.wait_until("it is frozen again", STEP, || {
+        good_backup(guest).context("with the server back")?;
+        Ok(frozen()? > 1)
+    })?;
+    let daemon = match module {
+        Module::Ours => daemon,
+        Module::Stock => {
+            let guard = super::deadman::guard_of(guest, &daemon)?;
+            answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
+            guest.signal(&server, SIGSTOP)?;
+            guest.signal_all(&[daemon.pid, guard], 9)?;
+            let thaw = guest.spawn(&["/payload/hv_vss_daemon", "thaw"])?;
+            let seen = released(guest, "both killed", guest.clock()?, RELEASED * 2);
+            guest.signal(&server, SIGCONT)?;
+            seen?;
+            guest.wait(&thaw, STEP)?;
+            guest.wait(&daemon, STEP)?;
+            guest.not_frozen("with the server back", &["/mnt/a", "/mnt/loop"])?;
+            let daemon = guest.start_daemon(Daemon::Ours)?;
+            wait_for_daemon(guest)?;
+            answered("THAW, later", &guest.vss().thaw(STEP)?, status::FAIL)?;
+            good_backup(guest)?;
+            daemon
+        }
+    };
+    stop(guest, module, &daemon)?;
+    guest.sh("umount /mnt/loop && losetup -d /dev/loop0")?;
+    guest.signal(&server, 9)?;
+    guest.wait(&server, STEP)?;
+    guest.sh("umount -l /mnt/fuse").map(drop)
+}
+
+fn below_dead_layers(guest: &Guest) -> Result<()> {
+    let server = serve_image(guest)?;
+    guest.sh("modprobe overlay; mkdir -p /mnt/a /mnt/lower /mnt/merged
+         mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+         mount -t overlay -o lowerdir=/mnt/fuse:/mnt/lower over /mnt/merged
+         mkfs.ext4 -q -F /dev/ram2 && mount /dev/ram2 /mnt/merged/disk")?;
+    guest.writer_start("/mnt/a/w")?;
+    guest.writer_start("/mnt/merged/disk/w")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    good_backup(guest)?;
+    guest.signal(&server, SIGSTOP)?;
+    let back_up = || -> Result<()> {
+        for number in 1..=2 {
+            good_backup(guest).with_context(|| format!("backup {number} below it"))?;
+        }
+        Ok(())
+    };
+    let seen = back_up();
+    guest.signal(&server, SIGCONT)?;
+    seen?;
+    good_backup(guest)?;
+    stop(guest, guest.module(), &daemon)?;
+    guest.sh("umount -l /mnt/merged/disk && umount -l /mnt/merged")?;
+    guest.signal(&server, 9)?;
+    guest.wait(&server, STEP)?;
+    guest.sh("umount -l /mnt/fuse").map(drop)
 }
 
 fn hung_look(guest: &Guest) -> Result<()> {

@@ -297,10 +297,11 @@ fn main() -> ExitCode {
             Ok(uid) => fuse::serve(folder, uid, device),
             Err(_) => Err(Error::Call("that is no user".into())),
         },
+        ["fuse-file", folder, file] => fuse::serve_file(folder, file),
         _ => {
             eprintln!(
                 "usage: lab-agent TTY | lab-agent - | lab-agent nbd PORT FILE | \
-                 lab-agent fuse FOLDER UID DEVICE | lab-agent unmounted"
+                 lab-agent fuse FOLDER UID DEVICE | lab-agent fuse-file FOLDER FILE | lab-agent unmounted"
             );
             return ExitCode::from(2);
         }
