@@ -385,7 +385,9 @@ fn stopped_and_started(guest: &Guest) -> Result<()> {
     wait_for_daemon(guest)?;
     answered("THAW of nothing", &vss.thaw(STEP)?, status::OK)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
-    guest.sh("dd if=/dev/zero of=/run/hv_vss/fill bs=4k 2>/dev/null; ! echo full >/run/hv_vss/more")?;
+    guest.sh(
+        "dd if=/dev/zero of=/run/hv_vss/fill bs=4k 2>/dev/null; ! echo full >/run/hv_vss/more",
+    )?;
     guest.signal(&daemon, 15)?;
     guest.wait(&daemon, STEP)?;
     guest.sh("rm /run/hv_vss/fill")?;
