@@ -493,7 +493,10 @@ impl Backup {
                     let why = "the answer to its THAW came too late";
                     self.set_broken(why.into(), true, effects);
                 }
-                self.told = self.broken.is_some();
+                // One that went with its device nobody has heard.
+                if taken {
+                    self.told = self.broken.is_some();
+                }
                 let verdict = match good && taken {
                     true => Verdict::Good,
                     false => Verdict::Broken,

@@ -343,7 +343,16 @@ impl Freezer {
             .unzip();
         let at_rest = match at_rest.is_empty() {
             true => Vec::new(),
-            false => beside(at_rest, &[written, swapped_to(&targets)].concat()),
+            false => match swapped_to(&targets) {
+                Some(swapped_to) => beside(at_rest, &[written, swapped_to].concat()),
+                None => {
+                    warnings.add(
+                        "not all that is swapped to can be found: whether anything else writes to a disk is not known"
+                            .into(),
+                    );
+                    Vec::new()
+                }
+            },
         };
         let mut at_rest = AtRest::new(at_rest);
         for it in &disks {
@@ -571,18 +580,16 @@ impl<'a> Warnings<'a> {
 type Written = (Vec<DevId>, Option<BTreeSet<DevId>>);
 
 /// What the kernel swaps to, which is in no file system, so that nobody misses it in a copy: partitions and the
-/// like, and file systems with a file for it.
-fn swapped_to(targets: &[Opened]) -> Vec<Written> {
+/// like, and file systems with a file for it. `None` where some of that may be anywhere.
+fn swapped_to(targets: &[Opened]) -> Option<Vec<Written>> {
     let (files, wholes) = (SwapFiles::find(), writes::swapped_to_as_a_whole());
-    let Some(wholes) = wholes.filter(|_| !files.is_one_lost()) else {
-        return vec![(Vec::new(), None)];
-    };
+    let wholes = wholes.filter(|_| !files.is_one_lost())?;
     let below_files = targets.iter().filter(|it| files.may_be_on(it.dev));
     let below_files = below_files.map(|it| (it.devices.clone(), it.below.clone()));
     let below = |dev| topology::all_below([dev]).into_keys().collect();
     let wholes = wholes.into_iter();
     let wholes = wholes.map(|dev| (vec![dev], Some(below(dev))));
-    below_files.chain(wholes).collect()
+    Some(below_files.chain(wholes).collect())
 }
 
 /// With each the partitions on it that are written to all the same. Without those on which there is more of that

@@ -1114,6 +1114,8 @@ impl Effects for Hands {
         };
         let job = self.worker.begin(setting, about, held, tell);
         self.job = Some(job.ok_or("the thread that freezes has died")?);
+        // Only now: that thread goes first already, and to ask for it is to give the processor away.
+        self.is_ahead = process::go_first().is_ok();
         self.backups += 1;
         self.report = now + REPORT;
         // Beside that thread, which the host waits for.
@@ -1121,8 +1123,6 @@ impl Effects for Hands {
         let noted = self.unfinished.begin(draft.so_far());
         self.say_failure(noted);
         self.draft = Some(draft);
-        // Only now: that thread goes first already, and this one is not to be in its way until it has something to say.
-        self.is_ahead = process::go_first().is_ok();
         Ok(())
     }
 

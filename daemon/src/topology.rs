@@ -57,6 +57,9 @@ impl Patience {
     }
 }
 
+/// What was asked does not answer in time.
+struct Silent;
+
 /// A block device and what is below it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
@@ -277,14 +280,19 @@ fn assign_members(
     mounts: &[Mount],
     superblocks: &[Superblock],
     named_devices: impl Fn(&Mount) -> Vec<DevId>,
-    uuid_at: impl Fn(&Mount) -> Option<String>,
+    uuid_at: impl Fn(&Mount) -> Result<Option<String>, Silent>,
 ) {
     for (dev, members) in &mut topology.members {
         let mut of_it = mounts.iter().filter(|m| m.dev == *dev);
-        if let Some(uuid) = of_it.find_map(&uuid_at) {
-            let mut all = superblocks.iter();
-            let it = all.find(|it| it.name == uuid);
-            *members = it.map_or_else(Vec::new, |it| it.devices.clone());
+        match of_it.find_map(|it| uuid_at(it).transpose()) {
+            Some(Ok(uuid)) => {
+                let mut all = superblocks.iter();
+                let it = all.find(|it| it.name == uuid);
+                *members = it.map_or_else(Vec::new, |it| it.devices.clone());
+            }
+            // The name may be another's, and nobody says that it is not.
+            Some(Err(Silent)) => continue,
+            None => {}
         }
         if !members.is_empty() {
             continue;
@@ -304,11 +312,11 @@ fn assign_members(
 
 /// The UUID of a btrfs that is mounted here, as sysfs writes it. It answers under a lock that a commit keeps
 /// while it waits for a disk (`write_all_supers` in `fs/btrfs/disk-io.c`).
-fn uuid_at(mount: &Mount, patience: &Patience) -> Option<String> {
+fn uuid_at(mount: &Mount, patience: &Patience) -> Result<Option<String>, Silent> {
     static ASKED: Questions<DevId> = Questions::new();
     let can_be_asked = mount.namespace == 0 && mount.walkable && !mount.hidden;
     if mount.fs_type != "btrfs" || !can_be_asked {
-        return None;
+        return Ok(None);
     }
     let (path, id) = (mount.path.clone(), mount.id);
     let ask = move || {
@@ -318,7 +326,7 @@ fn uuid_at(mount: &Mount, patience: &Patience) -> Option<String> {
         let uuid = sys::btrfs_uuid(fd.as_fd()).ok()?;
         (found.mount_id == Some(id)).then(|| in_words(uuid))
     };
-    patience.ask(&ASKED, mount.dev, ask)?
+    patience.ask(&ASKED, mount.dev, ask).ok_or(Silent)
 }
 
 /// A UUID in the form that everybody writes.
@@ -660,19 +668,24 @@ mod tests {
     fn what_a_file_system_says_that_it_is_counts_more_than_the_name_that_it_was_mounted_by() {
         let mounts = parse(b"1 0 0:40 / / rw - btrfs /dev/mapper/a rw\n", 0).unwrap();
         let superblocks = [superblock("one", "8:1"), superblock("other", "8:2")];
-        let members = |name: &str, uuid: Option<&str>| {
+        let members = |name: &str, uuid: Result<Option<&str>, ()>| {
             let mut topology = Topology::default();
             topology.members.insert(mounts[0].dev, Vec::new());
             let named = |_: &Mount| vec![name.parse().unwrap()];
-            let uuid = |_: &Mount| uuid.map(str::to_owned);
+            let uuid = |_: &Mount| match uuid {
+                Ok(uuid) => Ok(uuid.map(str::to_owned)),
+                Err(()) => Err(Silent),
+            };
             assign_members(&mut topology, &mounts, &superblocks, named, uuid);
             let members = topology.members.remove(&mounts[0].dev).unwrap();
             members.iter().map(ToString::to_string).collect::<Vec<_>>()
         };
         // Somebody else has the name by now.
-        assert_eq!(members("8:2", Some("one")), ["8:1"]);
-        assert_eq!(members("8:2", None), ["8:2"]);
-        assert_eq!(members("8:3", Some("none")), ["8:3"]);
+        assert_eq!(members("8:2", Ok(Some("one"))), ["8:1"]);
+        assert_eq!(members("8:2", Ok(None)), ["8:2"]);
+        assert_eq!(members("8:3", Ok(Some("none"))), ["8:3"]);
+        // Of who does not answer that is not known.
+        assert!(members("8:2", Err(())).is_empty());
     }
 
     #[test]

@@ -105,6 +105,8 @@ struct Truth {
     /// The word for a later daemon.
     word: bool,
     refuse_answer: bool,
+    /// That answer goes nowhere: nobody hears of it.
+    is_unheard: bool,
     refuse_begin: bool,
     /// The last answer.
     said: Option<u32>,
@@ -128,7 +130,11 @@ impl Effects for Truth {
         assert_eq!(open.id, request.id, "an answer to another request");
         if std::mem::take(&mut self.refuse_answer) {
             // The kernel has failed it meanwhile.
-            self.failed(request);
+            if std::mem::take(&mut self.is_unheard) {
+                self.broken |= request.operation == op::THAW;
+            } else {
+                self.failed(request);
+            }
             return false;
         }
         match (request.operation, code) {
@@ -291,6 +297,7 @@ impl World {
                 covers: true,
                 word: false,
                 refuse_answer: false,
+                is_unheard: false,
                 refuse_begin: false,
                 said: None,
             },
@@ -320,6 +327,7 @@ impl World {
             owed,
             covers,
             refuse_answer,
+            is_unheard,
             refuse_begin,
             ..
         } = self.truth;
@@ -339,7 +347,7 @@ impl World {
         };
         format!(
             "{phase} {kept} {} {known_to} {} {stopping} {spent} {operation:?} {job:?} {hooks:?} {told} {reported} \
-             {broken} {heard} {owed} {covers} {refuse_answer} {refuse_begin}",
+             {broken} {heard} {owed} {covers} {refuse_answer} {is_unheard} {refuse_begin}",
             known.is_some(),
             untold.is_some()
         )
@@ -384,7 +392,9 @@ impl World {
             if let Some(last) = truth.open.replace(request) {
                 // The kernel shows one at a time: it has failed the last.
                 truth.broken = true;
-                truth.failed(&last);
+                if !std::mem::take(&mut truth.is_unheard) {
+                    truth.failed(&last);
+                }
             }
             request
         };
@@ -475,7 +485,7 @@ impl World {
                 if let Phase::Thawing { request, .. } = &machine.phase {
                     // Its answer will go nowhere.
                     truth.open = Some(*request);
-                    truth.refuse_answer = true;
+                    (truth.refuse_answer, truth.is_unheard) = (true, true);
                 }
             }
             Event::Time => {
