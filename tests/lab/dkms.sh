@@ -52,8 +52,9 @@ if [ "${1:-}" = --inside ]; then
     left() { find /etc /usr /var /run /opt -xdev -path /var/lib/apt -prune -o -name '*hv[-_]vss*' -print; }
 
     apt update
-    check "what the README has installed are the headers of that kernel" says "^Inst linux-headers-${release%%-*}-" \
-        <(apt install --simulate "$@")
+    apt install --simulate "$@" >/tmp/readme
+    check "what the README has installed are the headers of that kernel" says "^Inst linux-headers-${release%%-*}-" /tmp/readme
+    check "and its source" says "^Inst $source " /tmp/readme
     # Also the stock kernel of trixie, which is too old for the module: it is left out, and that is all.
     apt install linux-headers-cloud-amd64
     # The source is what the module's package recommends, and openssl, to sign with, what dkms does; other

@@ -402,7 +402,7 @@ fn page(guest: &Guest) -> Result<()> {
         if !others.is_empty() {
             // Whether they are of this kernel, the machine that has a mirror sees (`tests/lab/dkms.sh`).
             let headers = others.iter().any(|it| it.starts_with("linux-headers-"));
-            let source = others.iter().any(|it| it.starts_with("linux-source-"));
+            let source = others.iter().any(|it| it.starts_with("linux-source"));
             ensure!(
                 headers && source && others.len() == 2,
                 "what else it names should be what DKMS compiles with: {others:?}"
