@@ -29,7 +29,7 @@ use crate::superblocks::{dev_in, folder_of, Superblock};
 use crate::sys::{self, LoopBacking};
 
 /// How long all that hangs may hold up one look: a thaw may wait for it.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How long each may take that is asked after that is used up: whatever does not hang answers long before.
 const MOMENT: Duration = Duration::from_millis(50);
 

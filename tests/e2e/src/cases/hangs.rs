@@ -970,7 +970,8 @@ fn image_on_dead_fuse(guest: &Guest, module: Module) -> Result<()> {
             guest.signal(&server, SIGSTOP)?;
             guest.signal_all(&[daemon.pid, guard], 9)?;
             let thaw = guest.spawn(&["/payload/hv_vss_daemon", "thaw"])?;
-            let seen = released(guest, "both killed", guest.clock()?, RELEASED * 2);
+            // It asks the dead server for a second first.
+            let seen = released(guest, "both killed", guest.clock()?, RELEASED * 4);
             guest.signal(&server, SIGCONT)?;
             seen?;
             guest.wait(&thaw, STEP)?;
