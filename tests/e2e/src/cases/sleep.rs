@@ -101,14 +101,11 @@ impl Window {
         })
     }
 
-    /// It still tells those who want to be told.
+    /// It tells those who want to be told, and goes on doing so.
     fn is_told(&self, guest: &Guest) -> Result<()> {
-        let stack = self.stack(guest)?;
-        let told = stack.contains("notifier_call_chain");
-        ensure!(
-            told,
-            "the machine should wait for a thaw, it is in:\n{stack}"
-        );
+        guest.wait_until("the machine waits for a thaw", STEP, || {
+            Ok(self.stack(guest)?.contains("notifier_call_chain"))
+        })?;
         Ok(())
     }
 
