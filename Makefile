@@ -210,12 +210,12 @@ dkms: deb ## Install them on a clean Debian and have DKMS build the module there
 	@$(LAB)/dkms.sh
 
 # Each is called by its full name, since they need what takes a while to build.
-PACKAGES_CASES = $(addprefix packages/,page install-to-purge installed-amid-a-freeze removed-amid-a-freeze boot no-module \
-	disabled masked blacklisted mainline-daemon unknown-key)
+PACKAGES_CASES = $(addprefix packages/,page install-to-purge kernel-upgrade kernel-upgrade-unbuilt \
+	installed-amid-a-freeze removed-amid-a-freeze boot no-module disabled masked blacklisted mainline-daemon unknown-key)
 
 .PHONY: test-packages
 test-packages: dkms lab-module user images ## Install them in a guest, and take backups before and after
-	@$(LAB)/run.sh --timeout 2400 --results build/runs/packages ./e2e run $(PACKAGES_CASES)
+	@$(LAB)/run.sh --timeout 3600 --results build/runs/packages ./e2e run $(PACKAGES_CASES)
 
 # By their full names, for the same reason.
 DATABASES_CASES = $(addprefix databases/,mariadb mariadb-without-hook mariadb-killed mariadb-never-thawed \

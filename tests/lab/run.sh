@@ -40,6 +40,10 @@ if [ "$1 ${2:-}" = "./e2e run" ] && [ "$kernel" = "$default_kernel" ] && [ -x "$
     archives=$("$programs/e2e" run --archives "${@:3}")
 fi
 case $archives in *systemd.cpio*) "$lab/systemd.sh" ;; esac
+older=$build/kernels/$older_kernel
+case $archives in
+*older.cpio*) KERNEL=$older_kernel "$lab/image.sh" && KERNEL=$older_kernel "$lab/systemd.sh" ;;
+esac
 
 [ -w "$build" ] || need_root "writing to build/"
 # What a killed run could not take away itself; the name tells whose it was.
@@ -72,6 +76,13 @@ if [ "$kernel" = "$default_kernel" ] && [ -e "$payload/hv_vss.ko" ] && [ -e "$pa
         *$over.cpio*) cp "$build/$over.cpio" "$payload/" 2>/dev/null || missing+=("$over.cpio") ;;
         esac
     done
+    # the kernel that they are upgraded from
+    case $archives in
+    *older.cpio*)
+        cp "$older/systemd.cpio" "$payload/older.cpio" 2>/dev/null || missing+=(older.cpio)
+        cp "$older/vmlinuz" "$payload/vmlinuz.older" 2>/dev/null || missing+=(vmlinuz.older)
+        ;;
+    esac
     # what the packages' own cases install
     case $archives in
     *packages.cpio*) cp -r "$build/dkms/packages" "$payload/packages" 2>/dev/null || missing+=(packages) ;;
