@@ -211,7 +211,7 @@ dkms: deb ## Install them on a clean Debian and have DKMS build the module there
 
 # Each is called by its full name, since they need what takes a while to build.
 PACKAGES_CASES = $(addprefix packages/,page install-to-purge kernel-upgrade kernel-upgrade-unbuilt \
-	installed-amid-a-freeze removed-amid-a-freeze boot no-module disabled masked blacklisted mainline-daemon unknown-key)
+	installed-amid-a-freeze removed-amid-a-freeze boot no-module disabled masked blacklisted mainline-daemon unknown-key secure-boot)
 
 .PHONY: test-packages
 test-packages: dkms lab-module user images ## Install them in a guest, and take backups before and after

@@ -98,6 +98,8 @@ if [ "${1:-}" = --inside ]; then
     pack "$release" "$release"
     pack "$older" "$older"
     cp "$(modules "$release")" /out/
+    # with which it is signed: what an administrator enrols
+    cp /var/lib/dkms/mok.pub /out/packages/
     # What the packages of a kernel do when they are removed.
     linux-run-hooks image prerm "$older" "/boot/vmlinuz-$older" -- remove
     apt purge "linux-headers-$older" "$older_source"

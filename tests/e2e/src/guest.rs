@@ -75,6 +75,19 @@ pub enum Root {
     Scsi,
 }
 
+/// Which modules a kernel takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Modules {
+    /// Any.
+    Any,
+    /// Those that are signed with a key that it knows, as its command line has it.
+    Signed,
+    /// The same, since the firmware enforces Secure Boot; the kernel is locked down, too.
+    SecureBoot,
+    /// The same, and the owner of the machine has enrolled DKMS's key.
+    SecureBootWithKey,
+}
+
 /// What a guest is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Machine {
@@ -94,8 +107,8 @@ pub struct Machine {
     pub root: Root,
     /// What is booted.
     pub userland: Userland,
-    /// Whether its kernel takes only modules that are signed with a key that it knows, as with Secure Boot.
-    pub signed_modules: bool,
+    /// Which modules its kernel takes.
+    pub modules: Modules,
     /// Whether that is the one of the series before, from which a machine comes to the kernel under test.
     pub older_kernel: bool,
     /// What kind of host there is.
@@ -115,7 +128,7 @@ impl Machine {
         balloon: false,
         root: Root::Ram,
         userland: Userland::Lab,
-        signed_modules: false,
+        modules: Modules::Any,
         older_kernel: false,
         host: Profile::CURRENT,
     };
@@ -172,8 +185,18 @@ impl Machine {
     };
     /// The same with a kernel that takes signed modules only.
     pub const SIGNED_PACKAGES: Machine = Machine {
-        signed_modules: true,
+        modules: Modules::Signed,
         ..Machine::PACKAGES
+    };
+    /// A stock Debian whose firmware enforces Secure Boot.
+    pub const SECURE_BOOT: Machine = Machine {
+        modules: Modules::SecureBoot,
+        ..Machine::DEBIAN
+    };
+    /// The same, with DKMS's key enrolled.
+    pub const SECURE_BOOT_WITH_KEY: Machine = Machine {
+        modules: Modules::SecureBootWithKey,
+        ..Machine::DEBIAN
     };
 }
 
@@ -238,8 +261,11 @@ impl std::fmt::Display for Machine {
             Userland::Debian => write!(f, ", Debian")?,
             Userland::Packages => write!(f, ", Debian with our packages")?,
         }
-        if self.signed_modules {
-            f.write_str(", signed modules only")?;
+        match self.modules {
+            Modules::Any => {}
+            Modules::Signed => f.write_str(", signed modules only")?,
+            Modules::SecureBoot => f.write_str(", Secure Boot")?,
+            Modules::SecureBootWithKey => f.write_str(", Secure Boot with DKMS's key")?,
         }
         if self.older_kernel {
             f.write_str(", the kernel before")?;
@@ -585,8 +611,13 @@ impl Guest {
             Userland::Debian => config.cmdline.push_str(" userland=debian"),
             Userland::Packages => config.cmdline.push_str(" userland=packages"),
         }
-        if machine.signed_modules {
-            config.cmdline.push_str(" module.sig_enforce=1");
+        match machine.modules {
+            Modules::Any => {}
+            Modules::Signed => config.cmdline.push_str(" module.sig_enforce=1"),
+            Modules::SecureBoot => config.secure_boot = Some(Vec::new()),
+            Modules::SecureBootWithKey => {
+                config.secure_boot = Some(vec![images.payload.join("packages/mok.pub")]);
+            }
         }
         let disk_kib = machine.disk_mib * 1024;
         config.cmdline.push_str(&format!(" disk_kib={disk_kib}"));

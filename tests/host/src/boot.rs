@@ -190,7 +190,9 @@ pub(crate) fn load(
     }
     params.e820_entries = map.len() as u8;
     if let Some(keys) = secure_boot {
-        let keys = keys.iter().map(|path| fs::read(path).map_err(file_error(path)));
+        let keys = keys
+            .iter()
+            .map(|path| fs::read(path).map_err(file_error(path)));
         let keys = keys.collect::<Result<Vec<_>, _>>()?;
         leave_firmware(memory, &mut params, end, &keys)?;
     }

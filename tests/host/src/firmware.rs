@@ -173,8 +173,7 @@ struct Layout {
 impl Layout {
     /// Adds these at a multiple of 16, and says where they are.
     fn add(&mut self, bytes: &[u8]) -> u64 {
-        self.bytes
-            .resize(self.bytes.len().next_multiple_of(16), 0);
+        self.bytes.resize(self.bytes.len().next_multiple_of(16), 0);
         let at = self.start + self.bytes.len() as u64;
         self.bytes.extend_from_slice(bytes);
         at

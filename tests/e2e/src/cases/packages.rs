@@ -96,6 +96,13 @@ pub const CASES: &[Case] = &[
         Machine::SIGNED_PACKAGES,
         unknown_key,
     ),
+    case(
+        "packages/secure-boot",
+        "Secure Boot: the stock driver serves until DKMS's key is enrolled, then ours; not signed it is refused, and \
+         the journal says what to do",
+        Machine::SECURE_BOOT,
+        secure_boot,
+    ),
 ];
 
 const fn case(
@@ -879,4 +886,52 @@ fn unknown_key(guest: &Guest) -> Result<()> {
     rest_is_stock(guest)?;
     journal_says(guest, "Secure Boot: the kernel does not know the key")?;
     end(guest)
+}
+
+fn secure_boot(guest: &Guest) -> Result<()> {
+    is_locked_down(guest)?;
+    install(guest, "dkms_*.deb hv-vss-daemon_*.deb hv-vss-dkms_*.deb")?;
+    guest.sh("modprobe hv_utils")?;
+    serves(guest, OURS, "hv_utils")?;
+    rest_is_stock(guest)?;
+    journal_says(guest, "Secure Boot: the kernel does not know the key")?;
+    check_warns(
+        guest,
+        "the kernel does not know the key that it is signed with (Secure Boot), that of DKMS",
+    )?;
+
+    let guest = &reboot_as(guest, Machine::SECURE_BOOT_WITH_KEY)?;
+    is_locked_down(guest)?;
+    serves(guest, OURS, "hv_vss")?;
+    rest_is_stock(guest)?;
+
+    // As where there is nothing to sign with. What is signed ends with the signature, 12 bytes of which the last four are
+    // its length, and a line.
+    let unsign = "module=$(modinfo -n hv_vss) && plain=${module%.ko*}.ko && cd /run &&
+        case $module in *.xz) xz -dc $module ;; *) cat $module ;; esac >signed.ko &&
+        length=$(tail -c 32 signed.ko | head -c 4 | od -An -t u4 --endian=big) &&
+        head -c -$((length + 12 + 28)) signed.ko >plain.ko &&
+        rm $module && mv plain.ko $plain && depmod";
+    guest.sh(unsign)?;
+    let guest = &reboot_as(guest, Machine::SECURE_BOOT_WITH_KEY)?;
+    serves(guest, OURS, "hv_utils")?;
+    journal_says(guest, "Secure Boot: it is not signed")?;
+    check_warns(
+        guest,
+        "it is not signed, and the kernel takes no such module (Secure Boot)",
+    )?;
+    guest.vm().kill();
+    Ok(())
+}
+
+/// The kernel has found that Secure Boot is enforced.
+fn is_locked_down(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "mountpoint -q /sys/kernel/security || mount -t securityfs none /sys/kernel/security",
+    )?;
+    equal(
+        "the lockdown",
+        guest.read("/sys/kernel/security/lockdown")?.trim(),
+        "none [integrity] confidentiality",
+    )
 }
