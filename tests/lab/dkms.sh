@@ -7,12 +7,15 @@
 # install: the packages, DKMS and Debian's daemons; in a folder of each kernel's release the module in DKMS's own form
 # for one that was built elsewhere, and the package of the newer kernel; in next/ the packages and the module of a
 # later version.
+#
+# With KERNEL=testing or unstable (lib.sh) on a clean Debian of that suite, for its newest kernel: that it is built,
+# and gone in the end. Leaves the module in build/kernels/KERNEL/dkms.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-machine=$build/dkms.root
-out=$build/dkms
+machine=$choice/dkms.root
+out=$choice/dkms
 options=(
     --variant=apt --mode=root --architectures=amd64
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*'
@@ -23,12 +26,9 @@ options=(
 # The part below runs on that machine, with the packages in /debs and what is to be kept in /out.
 if [ "${1:-}" = --inside ]; then
     release=$2
-    older=$3
-    older_version=$4
-    shift 4
+    shift 2
     export DEBIAN_FRONTEND=noninteractive
     source=linux-source-$(cut -d . -f 1,2 <<<"$release")
-    older_source=linux-source-$(cut -d . -f 1,2 <<<"$older")
     apt() { apt-get --yes -o APT::Sandbox::User=root -o APT::Install-Recommends=false -o Acquire::Retries=3 "$@"; }
     check() { # check WHAT COMMAND...
         local what=$1
@@ -69,7 +69,27 @@ if [ "${1:-}" = --inside ]; then
     }
     left() { find /etc /usr /var /run /opt -xdev -path /var/lib/apt -prune -o -name '*hv[-_]vss*' -print; }
 
+    # gone: the packages are removed, and nothing is left of them.
+    gone() {
+        apt purge hv-vss-daemon hv-vss-dkms hv-vss-dev
+        check "nothing is left after purge" [ -z "$(left)" ]
+    }
+
     apt update
+    if [ "$suite" != trixie ]; then
+        apt install linux-headers-cloud-amd64 "$source" openssl /debs/hv-vss-daemon_*.deb /debs/hv-vss-dkms_*.deb \
+            /debs/hv-vss-dev_*.deb
+        check "built and installed" built_for "$release"
+        check "no reason against it" [ -z "$(/usr/src/hv_vss-*/kmod/dkms/build --why-not "$release")" ]
+        xz --decompress --stdout --force "$(modules "$release")" >/out/hv_vss.ko
+        check "the daemon starts" says '^hv_vss_daemon ' <(/usr/libexec/hv_vss_daemon --version)
+        gone
+        exit 0
+    fi
+    older=$1
+    older_version=$2
+    older_source=linux-source-$(cut -d . -f 1,2 <<<"$older")
+    shift 2
     apt install --simulate "$@" >/tmp/readme
     check "what the README has installed are the headers of that kernel" says "^Inst linux-headers-${release%%-*}-" /tmp/readme
     check "and its source" says "^Inst $source " /tmp/readme
@@ -157,8 +177,7 @@ if [ "${1:-}" = --inside ]; then
     check "with its source" [ ! -e "/usr/src/hv_vss-$version" ]
     version=$next pack "$release" next
 
-    apt purge hv-vss-daemon hv-vss-dkms hv-vss-dev
-    check "nothing is left after purge" [ -z "$(left)" ]
+    gone
 
     cd /out/packages
     cp /debs/hv-vss-daemon_*.deb /debs/hv-vss-dkms_*.deb .
@@ -168,25 +187,37 @@ if [ "${1:-}" = --inside ]; then
     exit 0
 fi
 
-KERNEL=$older_kernel "$lab/root.sh"
-"$lab/deb.sh"
-release=$(cat "$root/kernel/release")
-before=$build/kernels/$older_kernel/kernel
-older=("$(cat "$before/release")" "$(cat "$before/version")")
-# What the README has an administrator install with the module, beside our own packages.
-mapfile -t readme < <(sed -n '/^    apt install .*hv-vss-dkms/,/[^\]$/p' "$repo/README.md" |
-    sed 's/#.*//; s/\\$//' | tr -s ' \n' '\n' | grep -v -e '^apt$' -e '^install$' -e '^\./' -e '^$')
-key=$(key_of "$release" "${older[@]}" "${readme[*]}" "$(cat "$build/stamps/deb" "$lab/dkms.sh")" "${options[@]}")
-begin dkms "$out/packages" "$key" "building the module with DKMS"
-say "building the module with DKMS on a clean Debian"
+case $kernel in
+"$default_kernel")
+    stamp=dkms
+    KERNEL=$older_kernel "$lab/root.sh"
+    before=$build/kernels/$older_kernel/kernel
+    # What the README has an administrator install with the module, beside our own packages.
+    mapfile -t readme < <(sed -n '/^    apt install .*hv-vss-dkms/,/[^\]$/p' "$repo/README.md" |
+        sed 's/#.*//; s/\\$//' | tr -s ' \n' '\n' | grep -v -e '^apt$' -e '^install$' -e '^\./' -e '^$')
+    arguments=("$(cat "$before/release")" "$(cat "$before/version")" "${readme[@]}")
+    ;;
+testing | unstable)
+    stamp=dkms-$kernel
+    "$lab/root.sh"
+    arguments=()
+    ;;
+*) die "DKMS is tried on trixie, testing and unstable, not on kernel $kernel" ;;
+esac
+KERNEL=$default_kernel "$lab/deb.sh"
+release=$(cat "$unpacked/release")
+key=$(key_of "$release" "${arguments[@]}" "$(cat "$build/stamps/deb" "$lab/dkms.sh")" "${options[@]}")
+begin "$stamp" "$out" "$key" "building the module with DKMS"
+say "building the module with DKMS on a clean Debian ($suite, kernel $release)"
 rm -rf --one-file-system "$machine" "$out"
-mkdir -p "$out/packages"
-quietly dkms-root.log mmdebstrap "${options[@]}" --aptopt="$root/etc/apt/apt.conf.d/99mmdebstrap" \
-    trixie "$machine" "$root/etc/apt/sources.list"
+mkdir -p "$out"
+[ "$suite" != trixie ] || mkdir "$out/packages"
+quietly "$stamp-root.log" mmdebstrap "${options[@]}" --aptopt="$tools/etc/apt/apt.conf.d/99mmdebstrap" \
+    "$suite" "$machine" "$tools/etc/apt/sources.list"
 on_machine() { (enter "$machine" "$@"); }
-quietly dkms.log on_machine "$out:/out" "$build/deb/packages:/debs" "$lab:/lab" -- \
-    bash /lab/dkms.sh --inside "$release" "${older[@]}" "${readme[@]}"
-grep --text '^ok   ' "$build/logs/dkms.log"
+quietly "$stamp.log" on_machine "$out:/out" "$build/deb/packages:/debs" "$lab:/lab" -- \
+    env KERNEL="$kernel" bash /lab/dkms.sh --inside "$release" "${arguments[@]}"
+grep --text '^ok   ' "$build/logs/$stamp.log"
 rm -rf --one-file-system "$machine"
-set_stamp dkms "$key"
+set_stamp "$stamp" "$key"
 say "done in ${SECONDS}s"
