@@ -115,9 +115,15 @@ impl Hook {
     /// Why root must not run it, if so: it, or a folder on the way to it, is somebody else's, or others
     /// may write to it; or it does not let itself be looked up.
     pub fn fault_in_time(&self) -> Option<String> {
+        self.look_up()
+            .unwrap_or_else(|error| Some(error.to_string()))
+    }
+
+    /// The same, where what does not let itself be looked up is an error.
+    pub fn look_up(&self) -> io::Result<Option<String>> {
         let hook = self.clone();
         let looked = ask(&self.path, move || hook.fault());
-        looked.unwrap_or_else(|error| Some(self.silent(&error)))
+        looked.map_err(|error| io::Error::new(error.kind(), self.silent(&error)))
     }
 
     /// Why the kernel would not run it, if so, as far as that can be told without. It is looked at by `check`; a
