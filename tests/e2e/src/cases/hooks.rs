@@ -438,7 +438,14 @@ fn hung_look_up(guest: &Guest) -> Result<()> {
     wait_for_daemon(guest)?;
     says(&daemon)?;
     good_backup(guest, "a backup after the next start")?;
-    // It is owed its thaw until it can be called.
+    // It is owed its thaw until it can be called: at the start, before that backup and after it that was tried.
+    guest.wait_until("it is tried a third time", STEP, || {
+        let said = guest.output(&daemon)?;
+        Ok(said
+            .matches("10-a is not let go before the next backup")
+            .count()
+            == 3)
+    })?;
     super::scope::end(guest, &server, "/mnt/dead")?;
     hook_at(guest, "/mnt/dead/hook", "")?;
     guest.sh("rm -f /run/notes")?;
