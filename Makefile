@@ -209,13 +209,25 @@ deb: packages ## Build the Debian packages into build/deb/packages, twice with t
 dkms: deb ## Install them on a clean Debian and have DKMS build the module there
 	@$(LAB)/dkms.sh
 
+# The suites beside trixie, and the cases that its module goes through there.
+SUITES ?= testing unstable
+SUITES_CASES ?= pairing/* owned/our-daemon owned/closed
+
+.PHONY: test-suites
+test-suites: deb user ## Have DKMS build the module on a clean Debian of each of SUITES, and run it there
+	@for suite in $(SUITES); do \
+		KERNEL=$$suite $(LAB)/dkms.sh && \
+		KERNEL=$$suite $(LAB)/run.sh --timeout 1800 --results build/runs/$$suite-dkms \
+			--module build/kernels/$$suite/dkms/hv_vss.ko ./e2e run $(patsubst %,'%',$(SUITES_CASES)) || exit 1; \
+	done
+
 # Each is called by its full name, since they need what takes a while to build.
-PACKAGES_CASES = $(addprefix packages/,page install-to-purge installed-amid-a-freeze removed-amid-a-freeze boot no-module \
-	disabled masked blacklisted mainline-daemon unknown-key)
+PACKAGES_CASES = $(addprefix packages/,page install-to-purge kernel-upgrade kernel-upgrade-unbuilt \
+	installed-amid-a-freeze removed-amid-a-freeze boot no-module disabled masked blacklisted mainline-daemon unknown-key secure-boot)
 
 .PHONY: test-packages
 test-packages: dkms lab-module user images ## Install them in a guest, and take backups before and after
-	@$(LAB)/run.sh --timeout 2400 --results build/runs/packages ./e2e run $(PACKAGES_CASES)
+	@$(LAB)/run.sh --timeout 3600 --results build/runs/packages ./e2e run $(PACKAGES_CASES)
 
 # By their full names, for the same reason.
 DATABASES_CASES = $(addprefix databases/,mariadb mariadb-without-hook mariadb-killed mariadb-never-thawed \

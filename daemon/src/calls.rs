@@ -8,7 +8,9 @@
 //! of its own; when its time is over all of it is killed. It begins as this very program, which is in
 //! memory, and becomes the hook then: to get at that may take as long as anything, and nothing of it is run
 //! before it is on record which process it is. What a hook writes is read all the time, since
-//! one that stays over the freeze would hang otherwise, and is logged after the thaw. What one that ended well
+//! one that stays over the freeze would hang otherwise, and is logged after the thaw. Only a call with `thaw` that
+//! was started ends what is owed to a hook: what does not let itself be looked up, or cannot be started, stays on
+//! record, and is tried again with the next backup, at the next start and by hand. What one that ended well
 //! leaves running is its [`Session`]: should that end by itself, the application is no longer ready. A record
 //! of what is to be let go is in the run directory, for whoever comes after a death. It freezes nothing and
 //! decides of no backup.
@@ -54,6 +56,8 @@ const MOST_READS: usize = 64;
 const SETTLED: Duration = Duration::from_millis(500);
 /// How long a process waits to become a hook. It is on record within a moment.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long after a call that could not be started it is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
 /// The exit status of one that waited in vain.
 const NO_WORD: u8 = 125;
 /// How long what was killed may take to end.
@@ -252,20 +256,16 @@ impl Calling {
     ) -> Result<Self, String> {
         let lock = means.run.lock_hooks().map_err(|error| words(&error))?;
         // A rehearsal may have died beside the daemon.
-        let left = on_record(&means.run, &means.log, &lock).and_then(|record| {
-            let record = record.map(|it| Calls::take_over(&means.run, &means.log, it, None));
-            record.transpose()
-        });
-        let left = left.map_err(|error| words(&error))?;
+        let left = on_record(&means.run, &means.log, &lock).map_err(|error| words(&error))?;
         let (word, theirs) = UnixStream::pair().map_err(|e| e.to_string())?;
         let sessions = Sessions::default();
         let its = sessions.clone();
         let body = move || {
-            if let Some(mut left) = left {
-                left.thaw(None);
-            }
             let mut calls = Calls::new(means, Some(theirs), Some(lock));
             calls.sessions = its;
+            if let Some(left) = left {
+                calls.let_go(left);
+            }
             let result = calls.freeze(hooks, &progress);
             if calls.word.is_none() {
                 tell(HookOutcome::Quiesced(result));
@@ -441,6 +441,8 @@ struct Calls {
     /// The processes of the calls with `freeze`. They are not reaped before they are let go: a process
     /// group has its number as long as its first process is there.
     children: Vec<Option<Child>>,
+    /// How many of those on record, the first, are still owed from an earlier backup.
+    inherited: usize,
     /// The one that is looked at next is the first.
     settling: Vec<Settling>,
     sessions: Sessions,
@@ -463,6 +465,7 @@ impl Calls {
             _lock: lock,
             record,
             children: Vec::new(),
+            inherited: 0,
             settling: Vec::new(),
             sessions: Sessions::default(),
             outputs: Vec::new(),
@@ -518,29 +521,34 @@ impl Calls {
                 kill_and_wait(pid);
             }
         }
-        // It was fit when it was called first, which may be long ago.
-        record.owed.retain(|owed| {
-            let fault = owed.hook.fault_in_time();
-            if let Some(fault) = &fault {
-                let name = owed.hook.name();
-                log.error(format!("hook {name} is not let go, it is not run: {fault}"));
-            }
-            fault.is_none()
-        });
         // Nobody else lets them go as long as we live.
         record.pid = std::process::id();
         if record.owed.is_empty() {
-            // Nothing of it is said, or waited for, once more.
             run.remove_hooks()?;
         } else if let Err(error) = run.write_hooks(&record) {
             log.warning(words(&error));
         }
         let children = record.owed.iter().map(|_| None).collect();
         Ok(Calls {
+            inherited: record.owed.len(),
             record,
             children,
             ..Calls::new(means, None, lock)
         })
+    }
+
+    /// Lets go what this record of a dead process says, and goes on owing what cannot be let go yet.
+    fn let_go(&mut self, record: HookRecord) {
+        let Means { run, log, .. } = &self.means;
+        match Calls::take_over(run, log, record, None) {
+            Ok(mut left) => {
+                left.thaw(None);
+                self.record.owed = left.record.owed;
+                self.children = left.children;
+                self.inherited = self.record.owed.len();
+            }
+            Err(error) => log.error(words(&error)),
+        }
     }
 
     /// Calls all of them with `freeze`, until one fails that is required.
@@ -621,45 +629,40 @@ impl Calls {
         }
     }
 
-    /// Lets all go, the last one first.
+    /// Lets all go, the last one first. What could not even be called stays on record.
     fn thaw(&mut self, verdict: Option<Verdict>) -> Vec<Called> {
         self.settling.clear();
         self.sessions.all().clear();
         self.say_output();
-        while let Some(owed) = self.record.owed.last().cloned() {
-            let verb = owed.hook.release(verdict);
-            let name = owed.hook.name();
-            let since = Instant::now();
-            let (end, child) = match self.spawn(&owed.hook, verb, Some(verdict)) {
-                Ok(call) => {
-                    if let Some(owed) = self.record.owed.last_mut() {
-                        owed.process = call.process();
-                    }
-                    // It is let go also where that cannot be written: at worst twice, should we die.
-                    if let Err(error) = self.means.run.write_hooks(&self.record) {
-                        self.means.log.warning(words(&error));
-                    }
-                    let (child, pidfd) = call.go_on();
-                    (self.watch(&child, &pidfd, false), Some(child))
-                }
-                Err(error) => (End::Bad(format!("it cannot be started: {error}")), None),
+        for at in (0..self.record.owed.len()).rev() {
+            let Some(hook) = self.record.owed.get(at).map(|it| it.hook.clone()) else {
+                continue;
             };
-            self.note(&owed.hook, verb, since, &end);
-            self.say_output();
-            let first = self.children.pop().flatten();
-            if let End::Bad(why) = &end {
-                let log = &self.means.log;
-                log.error(format!("hook {name}, {}: {why}", verb.as_str()));
-                // A session that it keeps ends with it.
-                for child in [&first, &child].into_iter().flatten() {
-                    kill(child.id());
+            // It was fit when it was called first, which may be long ago.
+            let is_inherited = at < self.inherited;
+            let looked = if is_inherited {
+                hook.look_up()
+            } else {
+                Ok(None)
+            };
+            let is_over = match looked {
+                Ok(None) => self.thaw_one(&hook, at, verdict.filter(|_| !is_inherited)),
+                Ok(Some(fault)) => {
+                    let name = hook.name();
+                    let text = format!("hook {name} is not let go, it is not run: {fault}");
+                    self.means.log.error(text);
+                    true
                 }
+                Err(error) => {
+                    self.is_still_owed(&hook, &error);
+                    false
+                }
+            };
+            if is_over {
+                self.record.owed.remove(at);
+                self.children.remove(at);
+                self.inherited -= usize::from(is_inherited);
             }
-            for mut child in [first, child].into_iter().flatten() {
-                // One that cannot be killed is left behind.
-                let _ = child.try_wait();
-            }
-            self.record.owed.pop();
             let done = match self.record.owed.is_empty() {
                 true => self.means.run.remove_hooks(),
                 false => self.means.run.write_hooks(&self.record),
@@ -670,6 +673,70 @@ impl Calls {
         }
         self.say_output();
         std::mem::take(&mut self.called)
+    }
+
+    fn is_still_owed(&self, hook: &Hook, error: &io::Error) {
+        let name = hook.name();
+        let text = format!("hook {name} is not let go before the next backup or start: {error}");
+        self.means.log.error(text);
+    }
+
+    /// Calls the one at `at` with `thaw`. Whether nothing is owed to it any more.
+    fn thaw_one(&mut self, hook: &Hook, at: usize, verdict: Option<Verdict>) -> bool {
+        let verb = hook.release(verdict);
+        let since = Instant::now();
+        let (end, child) = match self.spawn_in_time(hook, verb, verdict) {
+            Ok(call) => {
+                if let Some(owed) = self.record.owed.get_mut(at) {
+                    owed.process = call.process();
+                }
+                // It is let go also where that cannot be written: at worst twice, should we die.
+                if let Err(error) = self.means.run.write_hooks(&self.record) {
+                    self.means.log.warning(words(&error));
+                }
+                let (child, pidfd) = call.go_on();
+                (self.watch(&child, &pidfd, false), Some(child))
+            }
+            Err(error) => {
+                self.is_still_owed(hook, &error);
+                (End::Bad(format!("it cannot be started: {error}")), None)
+            }
+        };
+        let was_started = child.is_some();
+        self.note(hook, verb, since, &end);
+        self.say_output();
+        let first = self.children.get_mut(at).and_then(Option::take);
+        if let End::Bad(why) = &end {
+            let (log, name) = (&self.means.log, hook.name());
+            log.error(format!("hook {name}, {}: {why}", verb.as_str()));
+            // A session that it keeps ends with it.
+            for child in [&first, &child].into_iter().flatten() {
+                kill(child.id());
+            }
+        }
+        for mut child in [first, child].into_iter().flatten() {
+            // One that cannot be killed is left behind.
+            let _ = child.try_wait();
+        }
+        was_started
+    }
+
+    /// What stands against a call may be over in a moment, as a lack of memory.
+    fn spawn_in_time(
+        &mut self,
+        hook: &Hook,
+        verb: Verb,
+        verdict: Option<Verdict>,
+    ) -> io::Result<Call> {
+        let until = Instant::now() + self.means.limit;
+        loop {
+            let call = self.spawn(hook, verb, Some(verdict));
+            let now = Instant::now();
+            if call.is_ok() || now >= until {
+                return call;
+            }
+            self.look(None, Some(until.min(now + AGAIN)));
+        }
     }
 
     fn note(&mut self, hook: &Hook, verb: Verb, since: Instant, end: &End) {

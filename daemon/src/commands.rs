@@ -676,7 +676,8 @@ fn as_json(what: &impl Serialize) -> Result<String, CommandError> {
 /// Lets go what somebody who has died has called; whether there was any.
 fn let_go_hooks(run: &RunDir, log: &Logbook) -> Result<bool, RecoveryError> {
     let were_there = calls::recover(run, log)?;
-    if were_there {
+    // What could not be called, it has said.
+    if were_there && matches!(run.read_hooks(), Ok(None)) {
         log.info("hooks that were called are let go");
     }
     Ok(were_there)

@@ -115,9 +115,16 @@ impl Hook {
     /// Why root must not run it, if so: it, or a folder on the way to it, is somebody else's, or others
     /// may write to it; or it does not let itself be looked up.
     pub fn fault_in_time(&self) -> Option<String> {
+        self.look_up()
+            .unwrap_or_else(|error| Some(error.to_string()))
+    }
+
+    /// The same, where what does not let itself be looked up is an error; that nothing is there is none.
+    pub fn look_up(&self) -> io::Result<Option<String>> {
         let hook = self.clone();
         let looked = ask(&self.path, move || hook.fault());
-        looked.unwrap_or_else(|error| Some(self.silent(&error)))
+        let looked = looked.and_then(|it| it);
+        looked.map_err(|error| io::Error::new(error.kind(), self.silent(&error)))
     }
 
     /// Why the kernel would not run it, if so, as far as that can be told without. It is looked at by `check`; a
@@ -132,10 +139,11 @@ impl Hook {
         format!("{} cannot be looked up: {error}", self.path.display())
     }
 
-    fn fault(&self) -> Option<String> {
+    fn fault(&self) -> io::Result<Option<String>> {
         // What is called has to be put on record, as JSON.
         if self.path.to_str().is_none() {
-            return Some(format!("{}: its name is not UTF-8", self.path.display()));
+            let fault = format!("{}: its name is not UTF-8", self.path.display());
+            return Ok(Some(fault));
         }
         fault_on_the_way_to(&self.path)
     }
@@ -143,7 +151,7 @@ impl Hook {
 
 /// Goes the way that the kernel goes, over each link, and looks at every folder and every link that it comes to:
 /// whoever may write to one of them decides what is run.
-fn fault_on_the_way_to(path: &Path) -> Option<String> {
+fn fault_on_the_way_to(path: &Path) -> io::Result<Option<String>> {
     // The next is the last.
     let steps = |path: &Path| -> Vec<OsString> {
         let all = path.components().map(|it| it.as_os_str().to_owned());
@@ -159,10 +167,15 @@ fn fault_on_the_way_to(path: &Path) -> Option<String> {
             continue;
         }
         at.push(step);
-        let fault = |what: String| Some(format!("{}: {what}", at.display()));
+        let fault = |what: String| Ok(Some(format!("{}: {what}", at.display())));
+        let is_lasting = |error: &io::Error| {
+            use io::ErrorKind::{NotADirectory, NotFound};
+            matches!(error.kind(), NotFound | NotADirectory)
+        };
         let found = match std::fs::symlink_metadata(&at) {
             Ok(found) => found,
-            Err(error) => return fault(error.to_string()),
+            Err(error) if is_lasting(&error) => return fault(error.to_string()),
+            Err(error) => return Err(error),
         };
         if let Some(what) = fault_of_owner_and_mode(found.uid(), found.mode()) {
             return fault(what);
@@ -170,16 +183,14 @@ fn fault_on_the_way_to(path: &Path) -> Option<String> {
         if found.is_symlink() {
             links += 1;
             if links > MOST_LINKS {
-                return Some(format!("{} leads over too many links", path.display()));
+                let fault = format!("{} leads over too many links", path.display());
+                return Ok(Some(fault));
             }
-            match std::fs::read_link(&at) {
-                Ok(target) => left.extend(steps(&target)),
-                Err(error) => return fault(error.to_string()),
-            }
+            left.extend(steps(&std::fs::read_link(&at)?));
             at.pop();
         }
     }
-    None
+    Ok(None)
 }
 
 fn fault_of_owner_and_mode(owner: u32, mode: u32) -> Option<String> {
@@ -370,8 +381,8 @@ fn in_folder(folder: &Path, contract: Contract) -> Result<Vec<Judged>, HookError
 fn judge(path: PathBuf, contract: Contract) -> Option<Judged> {
     let hook = Hook { path, contract };
     let its = hook.clone();
-    let look = move || is_program(&its.path).then(|| its.fault());
-    let fault = match ask(&hook.path, look) {
+    let look = move || is_program(&its.path).then(|| its.fault()).transpose();
+    let fault = match ask(&hook.path, look).and_then(|it| it) {
         Ok(fault) => fault?,
         Err(error) => Some(hook.silent(&error)),
     };
@@ -653,18 +664,22 @@ mod tests {
             path,
             contract: Contract::Qemu,
         };
-        let fault = hook(target.clone()).fault().unwrap();
+        let fault = hook(target.clone()).fault().unwrap().unwrap();
         let way = std::env::temp_dir();
         assert!(fault.starts_with(&format!("{}", way.display())), "{fault}");
         let link = scratch.0.join("link");
         symlink("/bin/sh", &link).unwrap();
         let fault = hook(link).fault();
-        assert!(fault.is_some(), "the link itself can be replaced");
+        assert!(
+            matches!(fault, Ok(Some(_))),
+            "the link itself can be replaced"
+        );
         // What root alone has, links in between or not.
         if nix::unistd::geteuid().is_root() {
-            assert_eq!(hook("/bin/sh".into()).fault(), None);
+            assert!(matches!(hook("/bin/sh".into()).fault(), Ok(None)));
         }
-        let gone = hook("/bin/no such hook".into()).fault().unwrap();
+        let gone = hook("/bin/no such hook".into()).fault();
+        let gone = gone.unwrap().unwrap();
         assert!(gone.contains("No such file"), "{gone}");
     }
 

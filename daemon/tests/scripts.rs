@@ -81,6 +81,31 @@ fn each_server_is_locked_by_what_it_has() {
     }
 }
 
+/// Others would wait for its table, and a lock that is given up does not undo that.
+#[test]
+fn no_server_is_asked_to_flush_tables_behind_a_long_statement() {
+    let line = "WAIT=2; sleep() { :; }
+        exec 3>/dev/null 4<<END
+$1
+END
+        none_is_long 2>&1 && echo flush";
+    let long =
+        "statements that run for long: 1; the lock would wait for them, and others behind it";
+    for (answers, expected) in [
+        ("running 0", "flush\n".to_owned()),
+        ("running 3\nrunning 0", "flush\n".to_owned()),
+        (
+            "running 3\na warning\nrunning 1\nrunning 0",
+            format!("a warning\n{long}\n"),
+        ),
+        ("ERROR 1 at line 1", "ERROR 1 at line 1\n".to_owned()),
+    ] {
+        let line = format!("{line} || true");
+        let said = with_function(MARIADB, "none_is_long", &line, answers);
+        assert_eq!(said, expected, "{answers}");
+    }
+}
+
 #[test]
 fn a_purge_takes_the_links_to_our_hooks_and_nothing_of_the_administrators() {
     use std::os::unix::fs::symlink;
@@ -169,6 +194,8 @@ fn nobody_says_that_no_server_runs_who_cannot_know() {
         "{ended:?}"
     );
     // Which fails no backup, and tries.
+    let timeout = ("timeout", "[ \"$2\" != cat ] || exec /bin/cat; exit 1");
+    let dir = programs_for_postgresql("no-pidof", &[("mariadb", "exit 1"), timeout]);
     let ended = freeze("hooks/postgresql", &dir);
     let said = String::from_utf8_lossy(&ended.stdout);
     assert!(
@@ -176,7 +203,9 @@ fn nobody_says_that_no_server_runs_who_cannot_know() {
         "{ended:?}"
     );
     std::fs::remove_dir_all(&dir).unwrap();
-    let dir = programs("pidof", &[("mariadb", "exit 1"), ("pidof", "exit 1")]);
+    let timeout = ("timeout", "shift; exec \"$@\"");
+    let all = [("mariadb", "exit 1"), ("pidof", "exit 1"), timeout];
+    let dir = programs_for_postgresql("pidof", &all);
     for hook in [MARIADB, "hooks/postgresql"] {
         let ended = freeze(hook, &dir);
         let said = String::from_utf8_lossy(&ended.stdout);
@@ -606,16 +635,49 @@ fn a_server_in_a_container_is_not_one_of_this_machine() {
     }
 }
 
+/// What the hook of PostgreSQL needs of the system, and these.
+fn programs_for_postgresql(name: &str, these: &[(&str, &str)]) -> std::path::PathBuf {
+    let system = [
+        ("cat", "exec /bin/cat"),
+        ("setsid", "exec /usr/bin/setsid \"$@\""),
+        ("sh", "exec /bin/sh \"$@\""),
+    ];
+    programs(name, &[&system, these].concat())
+}
+
+#[test]
+fn a_cluster_that_does_not_let_itself_be_looked_at_fails_no_backup() {
+    let hangs = "[ \"$1\" = --no-header ] && exec /bin/sleep 60";
+    let all = [
+        ("pidof", "echo 7"),
+        ("timeout", "exec /usr/bin/timeout \"$@\""),
+        ("pg_lsclusters", hangs),
+    ];
+    let dir = programs_for_postgresql("hangs", &all);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("hooks/postgresql");
+    let mut shell = Command::new("/bin/sh");
+    let shell = shell.arg(path).arg("freeze").env("PATH", &dir);
+    let ended = shell.env("HV_VSS_LIMIT", "1").output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stdout);
+    assert!(
+        ended.status.success() && said.contains("not all has answered in time"),
+        "{ended:?}"
+    );
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
 #[test]
 fn a_checkpoint_is_waited_for_no_longer_than_its_call_may_take() {
-    let all = [("pidof", "echo 7"), ("timeout", "echo \"$1\"")];
-    let dir = programs("limit", &all);
+    // Its own limit comes last: it is that of what it waits for.
+    let said = "[ \"$2\" != cat ] || cat; echo \"$1\"";
+    let all = [("pidof", "echo 7"), ("timeout", said)];
+    let dir = programs_for_postgresql("limit", &all);
     for (limit, expected) in [
-        (None, "20"),
-        (Some("30"), "20"),
-        (Some("3600"), "20"),
-        (Some("10"), "6.6"),
-        (Some("1"), "0.6"),
+        (None, ["20", "25"]),
+        (Some("30"), ["20", "25"]),
+        (Some("3600"), ["20", "25"]),
+        (Some("10"), ["6.6", "8.3"]),
+        (Some("1"), ["0.6", "0.8"]),
     ] {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("hooks/postgresql");
         let mut shell = Command::new("/bin/sh");
@@ -623,7 +685,8 @@ fn a_checkpoint_is_waited_for_no_longer_than_its_call_may_take() {
         let ended = shell.envs(limit.map(|it| ("HV_VSS_LIMIT", it))).output();
         let ended = ended.unwrap();
         let said = String::from_utf8_lossy(&ended.stdout);
-        assert_eq!(said.lines().next(), Some(expected), "{limit:?}: {ended:?}");
+        let limits: Vec<_> = said.lines().filter(|it| !it.contains(' ')).collect();
+        assert_eq!(limits, expected, "{limit:?}: {ended:?}");
     }
     std::fs::remove_dir_all(&dir).unwrap();
 }
@@ -642,9 +705,8 @@ END";
         ("pg_lsclusters", list),
         ("timeout", "shift; exec \"$@\""),
         ("setpriv", "echo \"$1\" \"$7\" \"$8\" \"$9\""),
-        ("cat", "exec /bin/cat"),
     ];
-    let dir = programs("clusters", &all);
+    let dir = programs_for_postgresql("clusters", &all);
     let ended = freeze("hooks/postgresql", &dir);
     let said = String::from_utf8_lossy(&ended.stdout);
     let mut asked: Vec<&str> = said.lines().collect();

@@ -2,16 +2,20 @@
 # SPDX-License-Identifier: GPL-2.0-only
 #
 # Installs the packages on a clean Debian (trixie with its backports) as an administrator would, and has
-# DKMS build the module there for the backports' kernel; then what must be refused, and what must be
-# gone in the end. Leaves in build/dkms/packages what the guests of packages/* install: the packages, DKMS and
-# Debian's daemons, and the module in DKMS's own form for one that was built elsewhere; in next/ the packages and
-# the module of a later version.
+# DKMS build the module there for a kernel of the backports and, when that is upgraded, for the next; then
+# what must be refused, and what must be gone in the end. Leaves in build/dkms/packages what the guests of packages/*
+# install: the packages, DKMS and Debian's daemons; in a folder of each kernel's release the module in DKMS's own form
+# for one that was built elsewhere, and the package of the newer kernel; in next/ the packages and the module of a
+# later version.
+#
+# With KERNEL=testing or unstable (lib.sh) on a clean Debian of that suite, for its newest kernel: that it is built,
+# and gone in the end. Leaves the module in build/kernels/KERNEL/dkms.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-machine=$build/dkms.root
-out=$build/dkms
+machine=$choice/dkms.root
+out=$choice/dkms
 options=(
     --variant=apt --mode=root --architectures=amd64
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*'
@@ -35,7 +39,21 @@ if [ "${1:-}" = --inside ]; then
         fi
     }
     says() { grep -q -- "$1" "$2"; }
-    modules() { find /lib/modules -name 'hv_vss.ko*'; }
+    # modules [RELEASE]: where they are. Headers alone give depmod nothing to make an index of.
+    modules() { find "/lib/modules/${1-}" -name 'hv_vss.ko*'; }
+    # built_for RELEASE: its module is installed, of that kernel and signed.
+    built_for() {
+        local module
+        module=$(modules "$1")
+        says "installed" <(dkms status -m hv_vss -k "$1") &&
+            [ "$(modinfo -F vermagic "$module" | cut -d ' ' -f 1)" = "$1" ] && [ -n "$(modinfo -F signer "$module")" ]
+    }
+    # pack RELEASE FOLDER: the module of the version as DKMS takes it on a machine without a compiler.
+    pack() {
+        mkdir -p "/out/packages/$2"
+        dkms mktarball --binaries-only -m hv_vss -v "$version" -k "$1" \
+            --archive "/out/packages/$2/hv_vss-$version.dkms.tar.gz"
+    }
     # next_of DEB: the same package as a later version, whose default configuration has changed.
     next_of() {
         local tree=/tmp/next old=${version//./\\.}
@@ -51,30 +69,62 @@ if [ "${1:-}" = --inside ]; then
     }
     left() { find /etc /usr /var /run /opt -xdev -path /var/lib/apt -prune -o -name '*hv[-_]vss*' -print; }
 
+    # gone: the packages are removed, and nothing is left of them.
+    gone() {
+        apt purge hv-vss-daemon hv-vss-dkms hv-vss-dev
+        check "nothing is left after purge" [ -z "$(left)" ]
+    }
+
     apt update
-    check "what the README has installed are the headers of that kernel" says "^Inst linux-headers-${release%%-*}-" \
-        <(apt install --simulate "$@")
+    if [ "$suite" != trixie ]; then
+        apt install linux-headers-cloud-amd64 "$source" openssl /debs/hv-vss-daemon_*.deb /debs/hv-vss-dkms_*.deb \
+            /debs/hv-vss-dev_*.deb
+        check "built and installed" built_for "$release"
+        check "no reason against it" [ -z "$(/usr/src/hv_vss-*/kmod/dkms/build --why-not "$release")" ]
+        xz --decompress --stdout --force "$(modules "$release")" >/out/hv_vss.ko
+        check "the daemon starts" says '^hv_vss_daemon ' <(/usr/libexec/hv_vss_daemon --version)
+        gone
+        exit 0
+    fi
+    older=$1
+    older_version=$2
+    older_source=linux-source-$(cut -d . -f 1,2 <<<"$older")
+    shift 2
+    apt install --simulate "$@" >/tmp/readme
+    check "what the README has installed are the headers of that kernel" says "^Inst linux-headers-${release%%-*}-" /tmp/readme
+    check "and its source" says "^Inst $source " /tmp/readme
     # Also the stock kernel of trixie, which is too old for the module: it is left out, and that is all.
     apt install linux-headers-cloud-amd64
     # The source is what the module's package recommends, and openssl, to sign with, what dkms does; other
     # recommendations take long and add nothing.
     check "the kernel's source is recommended" says "$source" <(dpkg-deb --field /debs/hv-vss-dkms_*.deb Recommends)
-    apt install "$source" openssl pkgconf /debs/hv-vss-daemon_*.deb /debs/hv-vss-dkms_*.deb /debs/hv-vss-dev_*.deb | tee /tmp/install
+    # As the README has it, at the time of the older kernel.
+    apt install "linux-source=$older_version" "$older_source=$older_version" openssl pkgconf \
+        /debs/hv-vss-daemon_*.deb /debs/hv-vss-dkms_*.deb /debs/hv-vss-dev_*.deb | tee /tmp/install
     check "the old kernel is left out, with the reason" says 'is not built for kernel 6.*: it is older than 7.2' /tmp/install
     check "nothing is built yet" [ -z "$(modules)" ]
+    version=$(dpkg-query --show --showformat '${Version}' hv-vss-dkms)
     # A kernel comes.
-    apt install "linux-headers-$release"
-    check "built and installed with the kernel" says "installed" <(dkms status -m hv_vss -k "$release")
-    # Headers alone give depmod nothing to make an index of, so it is looked for by its path.
-    module=$(modules)
-    check "for that kernel" [ "$(modinfo -F vermagic "$module" | cut -d ' ' -f 1)" = "$release" ]
-    check "signed" [ -n "$(modinfo -F signer "$module")" ]
+    apt install "linux-headers-$older"
+    check "built and installed with the kernel" built_for "$older"
+    cp "$(modules "$older")" /tmp/of-older
+    # The next one comes with the metapackages.
+    apt install linux-headers-cloud-amd64/trixie-backports linux-source/trixie-backports
+    check "an upgrade of the kernel: built for that, too" built_for "$release"
+    check "and that of the kernel before is still there" built_for "$older"
+    check "as it was" cmp /tmp/of-older "$(modules "$older")"
     check "nothing of the tree is left" [ ! -e /var/lib/dkms/hv_vss/*/build ]
     check "no reason against it" [ -z "$(/usr/src/hv_vss-*/kmod/dkms/build --why-not "$release")" ]
-    version=$(dpkg-query --show --showformat '${Version}' hv-vss-dkms)
-    dkms mktarball --binaries-only -m hv_vss -v "$version" -k "$release" \
-        --archive "/out/packages/hv_vss-$version.dkms.tar.gz"
-    cp "$module" /out/
+    pack "$release" "$release"
+    pack "$older" "$older"
+    cp "$(modules "$release")" /out/
+    # with which it is signed: what an administrator enrols
+    cp /var/lib/dkms/mok.pub /out/packages/
+    # What the packages of a kernel do when they are removed.
+    linux-run-hooks image prerm "$older" "/boot/vmlinuz-$older" -- remove
+    apt purge "linux-headers-$older" "$older_source"
+    check "the module goes with its kernel" [ -z "$(modules "$older")$(dkms status -m hv_vss | grep -F "$older")" ]
+    check "and with none other" built_for "$release"
 
     check "the header's example compiles" sh -c \
         'gcc -Wall -Werror $(pkg-config --cflags hv-vss) -o /tmp/example /usr/share/doc/hv-vss-dev/examples/hv_vss_example.c'
@@ -102,7 +152,7 @@ if [ "${1:-}" = --inside ]; then
         <(/usr/src/hv_vss-*/kmod/dkms/build --why-not 7.99-rc1-amd64)
 
     # What cannot be built says why, and breaks no package; nor does another version beside this one.
-    apt remove "$source"
+    apt remove "$source" linux-source
     cp -r "/usr/src/hv_vss-$version" /usr/src/hv_vss-0.0.1
     apt install --reinstall /debs/hv-vss-dkms_*.deb | tee /tmp/install
     rm -r /usr/src/hv_vss-0.0.1
@@ -125,35 +175,49 @@ if [ "${1:-}" = --inside ]; then
     check "an upgrade: its module is built" says "hv_vss/$next, $release.*installed" <(dkms status)
     check "and that of the version before has gone" [ -z "$(dkms status -m hv_vss -v "$version")" ]
     check "with its source" [ ! -e "/usr/src/hv_vss-$version" ]
-    dkms mktarball --binaries-only -m hv_vss -v "$next" -k "$release" \
-        --archive "/out/packages/next/hv_vss-$next.dkms.tar.gz"
+    version=$next pack "$release" next
 
-    apt purge hv-vss-daemon hv-vss-dkms hv-vss-dev
-    check "nothing is left after purge" [ -z "$(left)" ]
+    gone
 
     cd /out/packages
     cp /debs/hv-vss-daemon_*.deb /debs/hv-vss-dkms_*.deb .
     apt download dkms hyperv-daemons/trixie-backports
+    cd "$release"
+    apt download linux-base "linux-image-$release"
     exit 0
 fi
 
-"$lab/root.sh"
-"$lab/deb.sh"
-release=$(cat "$root/kernel/release")
-# What the README has an administrator install with the module, beside our own packages.
-mapfile -t readme < <(sed -n '/^    apt install .*hv-vss-dkms/,/[^\]$/p' "$repo/README.md" |
-    sed 's/#.*//; s/\\$//' | tr -s ' \n' '\n' | grep -v -e '^apt$' -e '^install$' -e '^\./' -e '^$')
-key=$(key_of "$release" "${readme[*]}" "$(cat "$build/stamps/deb" "$lab/dkms.sh")" "${options[@]}")
-begin dkms "$out/packages" "$key" "building the module with DKMS"
-say "building the module with DKMS on a clean Debian"
+case $kernel in
+"$default_kernel")
+    stamp=dkms
+    KERNEL=$older_kernel "$lab/root.sh"
+    before=$build/kernels/$older_kernel/kernel
+    # What the README has an administrator install with the module, beside our own packages.
+    mapfile -t readme < <(sed -n '/^    apt install .*hv-vss-dkms/,/[^\]$/p' "$repo/README.md" |
+        sed 's/#.*//; s/\\$//' | tr -s ' \n' '\n' | grep -v -e '^apt$' -e '^install$' -e '^\./' -e '^$')
+    arguments=("$(cat "$before/release")" "$(cat "$before/version")" "${readme[@]}")
+    ;;
+testing | unstable)
+    stamp=dkms-$kernel
+    "$lab/root.sh"
+    arguments=()
+    ;;
+*) die "DKMS is tried on trixie, testing and unstable, not on kernel $kernel" ;;
+esac
+KERNEL=$default_kernel "$lab/deb.sh"
+release=$(cat "$unpacked/release")
+key=$(key_of "$release" "${arguments[@]}" "$(cat "$build/stamps/deb" "$lab/dkms.sh")" "${options[@]}")
+begin "$stamp" "$out" "$key" "building the module with DKMS"
+say "building the module with DKMS on a clean Debian ($suite, kernel $release)"
 rm -rf --one-file-system "$machine" "$out"
-mkdir -p "$out/packages"
-quietly dkms-root.log mmdebstrap "${options[@]}" --aptopt="$root/etc/apt/apt.conf.d/99mmdebstrap" \
-    trixie "$machine" "$root/etc/apt/sources.list"
+mkdir -p "$out"
+[ "$suite" != trixie ] || mkdir "$out/packages"
+quietly "$stamp-root.log" mmdebstrap "${options[@]}" --aptopt="$tools/etc/apt/apt.conf.d/99mmdebstrap" \
+    "$suite" "$machine" "$tools/etc/apt/sources.list"
 on_machine() { (enter "$machine" "$@"); }
-quietly dkms.log on_machine "$out:/out" "$build/deb/packages:/debs" "$lab:/lab" -- \
-    bash /lab/dkms.sh --inside "$release" "${readme[@]}"
-grep --text '^ok   ' "$build/logs/dkms.log"
+quietly "$stamp.log" on_machine "$out:/out" "$build/deb/packages:/debs" "$lab:/lab" -- \
+    env KERNEL="$kernel" bash /lab/dkms.sh --inside "$release" "${arguments[@]}"
+grep --text '^ok   ' "$build/logs/$stamp.log"
 rm -rf --one-file-system "$machine"
-set_stamp dkms "$key"
+set_stamp "$stamp" "$key"
 say "done in ${SECONDS}s"

@@ -22,6 +22,8 @@ root=$build/root
 # What is made for another than the default lies in a folder of its own, so that nothing is made anew
 # when the choice changes. The outer guest always runs the default.
 default_kernel=7.3
+# The one from which packages/kernel-upgrade* come to the default.
+older_kernel=7.2
 kernel=${KERNEL:-$default_kernel}
 # the suite, the root with the compilers, what is made for this kernel, and the kernel as its packages
 # lay it out: release, version, usr/lib/modules, usr/src

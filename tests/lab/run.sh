@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: GPL-2.0-only
 #
-# run.sh [--timeout SECONDS] [--memory MIB] [--results FOLDER] [--name NAME] COMMAND...: runs COMMAND in the payload
-# folder (the test programs, the module, the guest's kernel and initramfs) on a machine whose KVM can
+# run.sh [--timeout SECONDS] [--memory MIB] [--results FOLDER] [--name NAME] [--module FILE] COMMAND...: runs COMMAND in
+# the payload folder (the test programs, the module, the guest's kernel and initramfs) on a machine whose KVM can
 # play Hyper-V: this one if it can, else an outer guest (with this much memory) under emulation. Its
 # output is shown as it comes and its exit status is ours; what it leaves in results/ is found in
 # FOLDER, build/results unless given (for another KERNEL than the default: in that kernel's folder).
-# Log of the outer guest: build/logs/, where NAME tells runs side by side apart.
+# Log of the outer guest: build/logs/, where NAME tells runs side by side apart. The module is that of module.sh
+# --lab, unless FILE is another for the same kernel.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -16,17 +17,19 @@ limit=600
 memory=4096
 results=$choice/results
 name=outer
+module=$choice/lab/hv_vss.ko
 while [ $# -gt 1 ]; do
     case $1 in
     --timeout) limit=$2 ;;
     --memory) memory=$2 ;;
     --results) results=$2 ;;
     --name) name=$2 ;;
+    --module) module=$2 ;;
     *) break ;;
     esac
     shift 2
 done
-[ $# -gt 0 ] || die "usage: run.sh [--timeout SECONDS] [--memory MIB] [--results FOLDER] [--name NAME] COMMAND..."
+[ $# -gt 0 ] || die "usage: run.sh [--timeout SECONDS] [--memory MIB] [--results FOLDER] [--name NAME] [--module FILE] COMMAND..."
 # where cargo puts the lab's programs, and the daemon as it is shipped (PROFILE=lab: in a hurry)
 programs=$repo/target/lab
 daemon=$repo/target/${PROFILE:-release}/hv_vss_daemon
@@ -40,6 +43,10 @@ if [ "$1 ${2:-}" = "./e2e run" ] && [ "$kernel" = "$default_kernel" ] && [ -x "$
     archives=$("$programs/e2e" run --archives "${@:3}")
 fi
 case $archives in *systemd.cpio*) "$lab/systemd.sh" ;; esac
+older=$build/kernels/$older_kernel
+case $archives in
+*older.cpio*) KERNEL=$older_kernel "$lab/image.sh" && KERNEL=$older_kernel "$lab/systemd.sh" ;;
+esac
 
 [ -w "$build" ] || need_root "writing to build/"
 # What a killed run could not take away itself; the name tells whose it was.
@@ -62,7 +69,7 @@ payload=$work/payload
 mkdir -p "$payload/results"
 missing=()
 for file in "$programs"/{e2e,bench,hyperv-sim,lab-agent,hv_vss_example} "$daemon" \
-    "$choice"/{lab/hv_vss.ko,vmlinuz,guest.cpio}; do
+    "$module" "$choice"/{vmlinuz,guest.cpio}; do
     cp "$file" "$payload/" 2>/dev/null || missing+=("${file##*/}")
 done
 if [ "$kernel" = "$default_kernel" ] && [ -e "$payload/hv_vss.ko" ] && [ -e "$payload/hv_vss_daemon" ]; then
@@ -72,6 +79,13 @@ if [ "$kernel" = "$default_kernel" ] && [ -e "$payload/hv_vss.ko" ] && [ -e "$pa
         *$over.cpio*) cp "$build/$over.cpio" "$payload/" 2>/dev/null || missing+=("$over.cpio") ;;
         esac
     done
+    # the kernel that they are upgraded from
+    case $archives in
+    *older.cpio*)
+        cp "$older/systemd.cpio" "$payload/older.cpio" 2>/dev/null || missing+=(older.cpio)
+        cp "$older/vmlinuz" "$payload/vmlinuz.older" 2>/dev/null || missing+=(vmlinuz.older)
+        ;;
+    esac
     # what the packages' own cases install
     case $archives in
     *packages.cpio*) cp -r "$build/dkms/packages" "$payload/packages" 2>/dev/null || missing+=(packages) ;;

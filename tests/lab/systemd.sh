@@ -3,7 +3,8 @@
 #
 # Makes build/systemd.cpio, the initramfs of the guest that runs a stock Debian userland: systemd,
 # journald, udev and rsyslog on an ext4 root. Our daemon comes into it when it boots, by what
-# `make install` puts where.
+# `make install` puts where. For another KERNEL (lib.sh), after its image.sh: systemd.cpio in that kernel's folder,
+# which has its modules alone and comes behind the default's.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -33,31 +34,50 @@ masked=(
     sys-kernel-config.mount sys-kernel-tracing.mount dev-hugepages.mount dev-mqueue.mount
 )
 
-# The part below runs inside the build root, with build/ at /build and this folder at /lab.
+# The part below runs inside the build root, with the kernel's folder at /build, the kernel at /chosen and this
+# folder at /lab.
 if [ "${1:-}" = --inside ]; then
-    release=$(cat /kernel/release)
-    target=/build/systemd.root
-    add_modules /kernel "$target" "${modules[@]}"
-
     ramfs=/tmp/systemd.ramfs
     rm -rf "$ramfs"
+    pack() {
+        (cd "$ramfs" && find . -mindepth 1 | sort | cpio --quiet -o -H newc -R 0:0) >/build/systemd.cpio.new
+        mv /build/systemd.cpio.new /build/systemd.cpio
+        rm -rf "$ramfs"
+    }
     mkdir -p "$ramfs"/{bin,dev,proc,sys,usr/lib}
     ln -s usr/lib "$ramfs/lib"
+    if [ "$kernel" != "$default_kernel" ]; then
+        add_modules /chosen "$ramfs" "${modules[@]}"
+        pack
+        exit 0
+    fi
+    target=/build/systemd.root
+    add_modules /chosen "$target" "${modules[@]}"
     cp /usr/bin/busybox "$ramfs/bin/"
     install -m 0755 /lab/systemd/init "$ramfs/init"
-    add_modules /kernel "$ramfs" "${root_modules[@]}"
+    add_modules /chosen "$ramfs" "${root_modules[@]}"
     # What is on it, and as much again as the tests write.
     size=$(($(du -sm "$target" | cut -f 1) * 11 / 10 + 48))
     mke2fs -q -t ext4 -b 4096 -J size=4 -O ^resize_inode -d "$target" "$ramfs/root.ext4" "${size}M"
-    (cd "$ramfs" && find . -mindepth 1 | sort | cpio --quiet -o -H newc -R 0:0) >/build/systemd.cpio.new
-    mv /build/systemd.cpio.new /build/systemd.cpio
-    rm -rf "$ramfs"
+    pack
     exit 0
 fi
 
+inside() {
+    quietly "$stamp.log" in_root "$choice:/build" "$unpacked:/chosen" "$lab:/lab" -- \
+        env KERNEL="$kernel" bash /lab/systemd.sh --inside
+}
+
 "$lab/root.sh"
-key=$(key_of "$(cat "$build/stamps/root")" "$(cat "$root/kernel/version" "$lab/systemd.sh" "$lab"/systemd/*)")
-begin systemd "$build/systemd.cpio" "$key" "making the guest with systemd"
+stamp=systemd
+[ "$kernel" = "$default_kernel" ] || stamp=systemd-$kernel
+key=$(key_of "$(cat "$build/stamps/root")" "$(cat "$unpacked/version" "$lab/systemd.sh" "$lab"/systemd/*)")
+begin "$stamp" "$choice/systemd.cpio" "$key" "making the guest with systemd"
+if [ "$kernel" != "$default_kernel" ]; then
+    inside
+    set_stamp "$stamp" "$key"
+    exit 0
+fi
 say "making the guest with systemd (Debian $suite: ${packages[*]})"
 target=$build/systemd.root
 rm -rf --one-file-system "$target"
@@ -75,7 +95,7 @@ ln -s ../lab-agent.service "$target/etc/systemd/system/multi-user.target.wants/"
 ln -sf multi-user.target "$target/etc/systemd/system/default.target"
 echo guest >"$target/etc/hostname"
 printf '%s\n' 0123456789abcdef0123456789abcdef >"$target/etc/machine-id"
-quietly systemd.log in_root "$build:/build" "$lab:/lab" -- bash /lab/systemd.sh --inside
+inside
 rm -rf --one-file-system "$target"
-set_stamp systemd "$key"
+set_stamp "$stamp" "$key"
 say "done in ${SECONDS}s (systemd.cpio: $(($(stat -c %s "$build/systemd.cpio") / 1000000)) MB)"

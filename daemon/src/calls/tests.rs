@@ -419,6 +419,61 @@ fn what_somebody_has_left_beside_us_is_let_go_before_ours_are_called() {
 }
 
 #[test]
+fn what_could_not_be_called_is_owed_until_it_is() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let mut scene = Scene::new("owed");
+    let owed = |path: &str| Owed {
+        hook: Hook {
+            path: path.into(),
+            contract: Contract::Qemu,
+        },
+        process: None,
+    };
+    // No program can be given such a variable.
+    let variable = ("HV_VSS_DISKS".to_owned(), "a\0b".to_owned());
+    let record = HookRecord {
+        pid: u32::MAX,
+        context: Context(vec![variable]),
+        limit_ms: 50,
+        owed: vec![owed("/bin/true"), owed("/bin/echo")],
+    };
+    scene.run().write_hooks(&record).unwrap();
+    assert!(recover(&scene.run(), &scene.log).unwrap());
+    let log = scene.log();
+    assert!(
+        log.contains("hook echo, thaw: it cannot be started"),
+        "{log}"
+    );
+    assert!(
+        log.contains("hook true, thaw: it cannot be started"),
+        "{log}"
+    );
+    let left = scene.run().read_hooks().unwrap().unwrap();
+    assert_eq!(left.owed, record.owed);
+
+    // Both are tried before the next backup, and after it.
+    let calling = scene.start(vec![scene.hook("20-b", NOTE)], LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    calling.release(Some(Verdict::Good));
+    let called = scene.released();
+    let names: Vec<_> = called
+        .iter()
+        .map(|it| (it.name.as_str(), it.verb))
+        .collect();
+    let expected = [
+        ("20-b", Verb::Freeze),
+        ("20-b", Verb::Thaw),
+        ("echo", Verb::Thaw),
+        ("true", Verb::Thaw),
+    ];
+    assert_eq!(names, expected);
+    assert!(called.iter().all(|it| it.fault.is_none()));
+    assert!(scene.run().read_hooks().unwrap().is_none());
+}
+
+#[test]
 fn what_cannot_be_read_is_put_aside_and_costs_no_backup() {
     for text in [&b"{"[..], b"{\"pid\":7}", b"\xff"] {
         let mut scene = Scene::new("malformed");

@@ -53,7 +53,7 @@ pub enum Userland {
 
 impl Userland {
     /// The archives that make it up, in the payload. Those of our own programs are made there.
-    pub fn archives(self) -> &'static [&'static str] {
+    fn archives(self) -> &'static [&'static str] {
         match self {
             Userland::Lab => &["guest.cpio", "payload.cpio"],
             Userland::Databases => &["guest.cpio", "databases.cpio", "payload.cpio"],
@@ -75,6 +75,19 @@ pub enum Root {
     Scsi,
 }
 
+/// Which modules a kernel takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Modules {
+    /// Any.
+    Any,
+    /// Those that are signed with a key that it knows, as its command line has it.
+    Signed,
+    /// The same, since the firmware enforces Secure Boot; the kernel is locked down, too.
+    SecureBoot,
+    /// The same, and the owner of the machine has enrolled DKMS's key.
+    SecureBootWithKey,
+}
+
 /// What a guest is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Machine {
@@ -94,8 +107,10 @@ pub struct Machine {
     pub root: Root,
     /// What is booted.
     pub userland: Userland,
-    /// Whether its kernel takes only modules that are signed with a key that it knows, as with Secure Boot.
-    pub signed_modules: bool,
+    /// Which modules its kernel takes.
+    pub modules: Modules,
+    /// Whether that is the one of the series before, from which a machine comes to the kernel under test.
+    pub older_kernel: bool,
     /// What kind of host there is.
     pub host: Profile,
 }
@@ -113,7 +128,8 @@ impl Machine {
         balloon: false,
         root: Root::Ram,
         userland: Userland::Lab,
-        signed_modules: false,
+        modules: Modules::Any,
+        older_kernel: false,
         host: Profile::CURRENT,
     };
     /// The same with memory that the host can take.
@@ -155,7 +171,12 @@ impl Machine {
         ..Machine::SYSTEMD
     }
     .on_one_cpu(INSTALLS);
-    /// The same with our packages.
+    /// The same before its kernel is upgraded.
+    pub const OLDER_DEBIAN: Machine = Machine {
+        older_kernel: true,
+        ..Machine::DEBIAN
+    };
+    /// A stock Debian with our packages.
     pub const PACKAGES: Machine = Machine {
         userland: Userland::Packages,
         scsi_controllers: 0,
@@ -164,8 +185,18 @@ impl Machine {
     };
     /// The same with a kernel that takes signed modules only.
     pub const SIGNED_PACKAGES: Machine = Machine {
-        signed_modules: true,
+        modules: Modules::Signed,
         ..Machine::PACKAGES
+    };
+    /// A stock Debian whose firmware enforces Secure Boot.
+    pub const SECURE_BOOT: Machine = Machine {
+        modules: Modules::SecureBoot,
+        ..Machine::DEBIAN
+    };
+    /// The same, with DKMS's key enrolled.
+    pub const SECURE_BOOT_WITH_KEY: Machine = Machine {
+        modules: Modules::SecureBootWithKey,
+        ..Machine::DEBIAN
     };
 }
 
@@ -180,6 +211,21 @@ impl Machine {
             cpus: 1,
             one_cpu: Some(why),
             ..self
+        }
+    }
+
+    /// The archives that it boots from, in the payload.
+    pub fn archives(&self) -> impl Iterator<Item = &'static str> {
+        let older = self.older_kernel.then_some("older.cpio");
+        let archives = self.userland.archives().iter().copied();
+        archives.chain(older)
+    }
+
+    /// Its kernel, likewise.
+    fn kernel(&self) -> &'static str {
+        match self.older_kernel {
+            true => "vmlinuz.older",
+            false => "vmlinuz",
         }
     }
 
@@ -215,8 +261,14 @@ impl std::fmt::Display for Machine {
             Userland::Debian => write!(f, ", Debian")?,
             Userland::Packages => write!(f, ", Debian with our packages")?,
         }
-        if self.signed_modules {
-            f.write_str(", signed modules only")?;
+        match self.modules {
+            Modules::Any => {}
+            Modules::Signed => f.write_str(", signed modules only")?,
+            Modules::SecureBoot => f.write_str(", Secure Boot")?,
+            Modules::SecureBootWithKey => f.write_str(", Secure Boot with DKMS's key")?,
+        }
+        if self.older_kernel {
+            f.write_str(", the kernel before")?;
         }
         if self.host != Profile::CURRENT {
             write!(
@@ -269,7 +321,6 @@ pub struct Process {
 /// What is needed to start guests: everything lies in the current directory, the payload.
 #[derive(Clone)]
 pub struct Images {
-    kernel: PathBuf,
     payload: PathBuf,
     results: PathBuf,
     patience: f64,
@@ -322,7 +373,6 @@ impl Images {
             archive.finish()?;
         }
         Ok(Images {
-            kernel: payload.join("vmlinuz"),
             payload: payload.to_owned(),
             results,
             patience: 1.0,
@@ -337,9 +387,14 @@ impl Images {
     }
 
     /// What makes up the initial RAM file system, one archive after the other.
-    fn initrd(&self, userland: Userland) -> Vec<PathBuf> {
-        let archives = userland.archives().iter();
+    fn initrd(&self, machine: Machine) -> Vec<PathBuf> {
+        let archives = machine.archives();
         archives.map(|it| self.payload.join(it)).collect()
+    }
+
+    /// What it boots.
+    fn kernel(&self, machine: Machine) -> PathBuf {
+        self.payload.join(machine.kernel())
     }
 
     /// Whether our module is there.
@@ -481,12 +536,12 @@ impl Guest {
             std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
         };
         let mut initrd = Vec::new();
-        for archive in self.images.initrd(self.machine.userland) {
+        for archive in self.images.initrd(self.machine) {
             initrd.extend(read(&archive)?);
             // Each begins at a multiple of four.
             initrd.resize(initrd.len().next_multiple_of(4), 0);
         }
-        Ok((read(&self.images.kernel)?, initrd))
+        Ok((read(&self.images.kernel(self.machine))?, initrd))
     }
 
     /// Loads another kernel from files in the guest, with the command line that this one has.
@@ -511,16 +566,25 @@ impl Guest {
         self.start_named("restored", root)
     }
 
+    /// The same, of another kind.
+    pub fn start_as(&self, machine: Machine, root: Image) -> Result<Guest> {
+        self.start_other(machine, "restored", root)
+    }
+
     /// The same, with a name of its own for its console's log.
     pub fn start_named(&self, name: &str, root: Image) -> Result<Guest> {
-        let guest = Guest::boot(&self.images, self.machine, name, root)?;
+        self.start_other(self.machine, name, root)
+    }
+
+    fn start_other(&self, machine: Machine, name: &str, root: Image) -> Result<Guest> {
+        let guest = Guest::boot(&self.images, machine, name, root)?;
         guest.expected().clone_from(&self.expected());
         Ok(guest)
     }
 
     fn boot(images: &Images, machine: Machine, name: &str, root: Image) -> Result<Guest> {
-        let mut config = VmConfig::new(&images.kernel);
-        config.initrd = images.initrd(machine.userland);
+        let mut config = VmConfig::new(images.kernel(machine));
+        config.initrd = images.initrd(machine);
         config.cpus = machine.cpus;
         config.memory_mib = machine.memory_mib;
         config.host.patience = images.patience;
@@ -547,8 +611,13 @@ impl Guest {
             Userland::Debian => config.cmdline.push_str(" userland=debian"),
             Userland::Packages => config.cmdline.push_str(" userland=packages"),
         }
-        if machine.signed_modules {
-            config.cmdline.push_str(" module.sig_enforce=1");
+        match machine.modules {
+            Modules::Any => {}
+            Modules::Signed => config.cmdline.push_str(" module.sig_enforce=1"),
+            Modules::SecureBoot => config.secure_boot = Some(Vec::new()),
+            Modules::SecureBootWithKey => {
+                config.secure_boot = Some(vec![images.payload.join("packages/mok.pub")]);
+            }
         }
         let disk_kib = machine.disk_mib * 1024;
         config.cmdline.push_str(&format!(" disk_kib={disk_kib}"));

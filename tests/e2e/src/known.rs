@@ -67,6 +67,11 @@ const KNOWN: &[Known] = &[
         why: "the last word of a kernel that does as it is told, which it says to everybody",
     },
     Known {
+        text: "Failed to send WATCHDOG=1 notification message: Connection refused",
+        cases: &["packages/*", "systemd/*"],
+        why: "journald still runs when systemd has gone to turn off the machine, for long on a slow one",
+    },
+    Known {
         text: "reboot: Restarting system",
         cases: &["tp-qemu/*"],
         why: "the same of one that is to begin anew",

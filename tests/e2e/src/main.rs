@@ -150,8 +150,7 @@ fn choose(globs: &[String], all: bool, has_module: bool) -> Result<Vec<cases::Ca
 
 /// What the guests of these cases are made of.
 fn archives_of(cases: &[cases::Case]) -> BTreeSet<&'static str> {
-    let all = cases.iter().map(|it| it.machine.userland.archives());
-    all.flatten().copied().collect()
+    cases.iter().flat_map(|it| it.machine.archives()).collect()
 }
 
 /// Says how a run went, and whether everything passed.
@@ -352,5 +351,8 @@ mod tests {
         assert!(archives(&["systemd/*"], true).contains("systemd.cpio"));
         assert!(archives(&["databases/mariadb"], false).contains("databases.cpio"));
         assert!(archives(&["packages/boot"], false).contains("packages.cpio"));
+        let upgrade = archives(&["packages/kernel-upgrade"], false);
+        assert!(upgrade.contains("older.cpio") && upgrade.contains("packages.cpio"));
+        assert!(!archives(&["*"], true).contains("older.cpio"));
     }
 }

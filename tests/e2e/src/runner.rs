@@ -32,7 +32,7 @@ pub struct Verdict {
     passed: bool,
     seconds: f64,
     error: Option<String>,
-    /// What the guest ran, if there was one.
+    /// What the guest ran, if there was one and it began on the kernel under test.
     #[serde(default)]
     pub kernel: Option<Kernel>,
     /// What became of the first machine when the case was begun again on another: see [`Failed::Machine`].
@@ -152,7 +152,8 @@ pub fn run_all(
             None => start_one(case),
         };
         let start = Instant::now();
-        let kernel = guest.as_ref().ok().map(|it| it.kernel().clone());
+        let under_test = guest.as_ref().ok().filter(|it| !it.machine().older_kernel);
+        let kernel = under_test.map(|it| it.kernel().clone());
         let mut cells = Vec::new();
         let mut outcome = guest.and_then(|guest| run_one(case, guest, &mut cells));
         let taken = verdicts

@@ -3,14 +3,16 @@
 //! What must lie in the guest's memory before its first instruction: kernel, initial RAM file system,
 //! command line, boot parameters, page tables, ACPI tables.
 //!
-//! The 64-bit boot protocol of `Documentation/arch/x86/boot.rst`, without firmware.
+//! The 64-bit boot protocol of `Documentation/arch/x86/boot.rst`, without firmware, or with what one with Secure Boot
+//! leaves behind.
 
 use crate::acpi;
+use crate::firmware;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{load_cmdline, BzImage, Cmdline, KernelLoader};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use vm_memory::{
@@ -78,6 +80,9 @@ pub enum BootError {
         /// What did not fit.
         what: &'static str,
     },
+    /// More keys than the firmware has room for.
+    #[error("the firmware has no room for so many keys")]
+    Keys,
     /// Guest memory could not be written.
     #[error("cannot write the {what} to the guest's memory")]
     Memory {
@@ -103,6 +108,7 @@ pub(crate) fn load(
     initrd: &[PathBuf],
     cmdline: &str,
     cpus: u8,
+    secure_boot: Option<&[PathBuf]>,
 ) -> Result<Entry, BootError> {
     let file_error = |path: &Path| {
         let path = path.to_path_buf();
@@ -183,6 +189,13 @@ pub(crate) fn load(
         };
     }
     params.e820_entries = map.len() as u8;
+    if let Some(keys) = secure_boot {
+        let keys = keys
+            .iter()
+            .map(|path| fs::read(path).map_err(file_error(path)));
+        let keys = keys.collect::<Result<Vec<_>, _>>()?;
+        leave_firmware(memory, &mut params, end, &keys)?;
+    }
     let params = BootParams::new(&params, ZERO_PAGE);
     LinuxBootConfigurator::write_bootparams(&params, memory).map_err(BootError::Parameters)?;
 
@@ -191,6 +204,33 @@ pub(crate) fn load(
         rip: loaded.kernel_load.0 + ENTRY_64,
         boot_params: ZERO_PAGE.0,
     })
+}
+
+/// Leaves what firmware with Secure Boot does, and these certificates as those that the owner has enrolled.
+fn leave_firmware(
+    memory: &GuestMemoryMmap,
+    params: &mut boot_params,
+    end: u64,
+    certificates: &[Vec<u8>],
+) -> Result<(), BootError> {
+    use firmware::{Kind, Region};
+    let regions = [
+        // whole pages of it
+        (0, LOW_MEMORY_END & !0xfff, Kind::Ram),
+        (ACPI_TABLES.0, firmware::START, Kind::AcpiTables),
+        (HIGH_MEMORY.0, end, Kind::Ram),
+    ]
+    .map(|(start, end, kind)| Region { start, end, kind });
+    let (bytes, info) =
+        firmware::remains(ACPI_TABLES.0, &regions, certificates).ok_or(BootError::Keys)?;
+    params.efi_info = info;
+    params.secure_boot = firmware::SECURE_BOOT_ENABLED;
+    memory
+        .write_slice(&bytes, GuestAddress(firmware::START))
+        .map_err(|source| BootError::Memory {
+            what: "firmware",
+            source,
+        })
 }
 
 /// Leaves a random seed. Without it, and without a processor that makes random numbers, the guest's

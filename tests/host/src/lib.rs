@@ -61,6 +61,7 @@ pub mod cpu;
 mod device;
 mod devices;
 pub mod event;
+mod firmware;
 mod guest_ring;
 pub mod host;
 pub mod ic;

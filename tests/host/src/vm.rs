@@ -46,6 +46,9 @@ pub struct VmConfig {
     pub console_log: Option<PathBuf>,
     /// Copies the first serial port to the standard output.
     pub console_to_stdout: bool,
+    /// The machine has firmware that enforces Secure Boot, and its owner has enrolled the keys of these certificates (DER);
+    /// without, it has none.
+    pub secure_boot: Option<Vec<PathBuf>>,
     /// What the host offers on the VMBus.
     pub host: HostConfig,
 }
@@ -66,6 +69,7 @@ impl VmConfig {
             memory_mib: 512,
             console_log: None,
             console_to_stdout: false,
+            secure_boot: None,
             host: HostConfig::default(),
         }
     }
@@ -216,6 +220,7 @@ impl Vm {
             &config.initrd,
             &config.cmdline,
             config.cpus,
+            config.secure_boot.as_deref(),
         )?;
 
         let kvm = Kvm::new().map_err(kvm_error("open /dev/kvm"))?;

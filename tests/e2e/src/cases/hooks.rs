@@ -46,7 +46,7 @@ pub const CASES: &[Case] = &[
     case(
         "hooks/hung-look-up",
         "a link into a file system that does not answer: an optional hook costs nobody the backup, a required \
-         one that alone, and no later start",
+         one that alone, and no later start; it is let go once it answers",
         hung_look_up,
     ).long(),
     case(
@@ -438,8 +438,27 @@ fn hung_look_up(guest: &Guest) -> Result<()> {
     wait_for_daemon(guest)?;
     says(&daemon)?;
     good_backup(guest, "a backup after the next start")?;
-    stop_at_rest(guest, guest.module(), &daemon)?;
+    // It is owed its thaw until it can be called: at the start, before that backup and after it that was tried.
+    guest.wait_until("it is tried a third time", STEP, || {
+        let said = guest.output(&daemon)?;
+        Ok(said
+            .matches("10-a is not let go before the next backup")
+            .count()
+            == 3)
+    })?;
     super::scope::end(guest, &server, "/mnt/dead")?;
+    hook_at(guest, "/mnt/dead/hook", "")?;
+    guest.sh("rm -f /run/notes")?;
+    good_backup(guest, "a backup once it answers")?;
+    let expected = [
+        "10-a thaw unknown",
+        "10-a freeze ",
+        "20-b freeze ",
+        "20-b thaw good",
+        "10-a thaw good",
+    ];
+    noted(guest, "a hook that is called at last", &expected)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
     end(guest)
 }
 

@@ -29,6 +29,20 @@ pub const CASES: &[Case] = &[
         page,
     ),
     case(
+        "packages/kernel-upgrade",
+        "Debian's next kernel is installed and booted, then the one before it again: DKMS has our module for both, and \
+         each has the device",
+        Machine::OLDER_DEBIAN,
+        kernel_upgrade,
+    ),
+    case(
+        "packages/kernel-upgrade-unbuilt",
+        "the same where the module cannot be built: the stock driver serves, the journal says why, and what it says to \
+         do is enough",
+        Machine::OLDER_DEBIAN,
+        kernel_upgrade_unbuilt,
+    ),
+    case(
         "packages/boot",
         "installed before the boot: the device is ours whichever module comes first, the rest stays with hv_utils",
         Machine::PACKAGES,
@@ -81,6 +95,13 @@ pub const CASES: &[Case] = &[
         "a kernel that does not know the key of our module: the stock driver serves, the journal says what to do",
         Machine::SIGNED_PACKAGES,
         unknown_key,
+    ),
+    case(
+        "packages/secure-boot",
+        "Secure Boot: the stock driver serves until DKMS's key is enrolled, then ours; not signed it is refused, and \
+         the journal says what to do",
+        Machine::SECURE_BOOT,
+        secure_boot,
     ),
 ];
 
@@ -263,9 +284,14 @@ fn power_off(guest: &Guest) -> Result<()> {
 
 /// The same, and boots another from what is on its disk then.
 fn reboot(guest: &Guest) -> Result<Guest> {
+    reboot_as(guest, guest.machine())
+}
+
+/// The same, as one of another kind.
+fn reboot_as(guest: &Guest, machine: Machine) -> Result<Guest> {
     power_off(guest)?;
     let disk = guest.root_disk().context("its root is elsewhere")?;
-    guest.start_from(disk.snapshot()?)
+    guest.start_as(machine, disk.snapshot()?)
 }
 
 fn install_to_purge(guest: &Guest) -> Result<()> {
@@ -306,7 +332,12 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
     serves(guest, OURS, "hv_vss")?;
     let after = version(guest)?;
     ensure!(after != old, "the version should be new: {after}");
-    equal("DKMS's modules", modules(guest)?, vec![after.clone()])?;
+    let kernel = guest.kernel().release.clone();
+    equal(
+        "DKMS's modules",
+        modules(guest)?,
+        vec![(after.clone(), kernel)],
+    )?;
     let last = guest.sh("tail -n 1 /etc/hv_vss/daemon.toml")?;
     equal(
         "the default configuration",
@@ -341,6 +372,114 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
         files(guest)?.as_str(),
         before.as_str(),
     )?;
+    guest.vm().kill();
+    Ok(())
+}
+
+/// The kernels of a machine before its upgrade.
+struct Kernels {
+    older: String,
+    newer: String,
+}
+
+/// Installs ours on the older kernel, where the newer one is not installed yet.
+fn before_the_upgrade(guest: &Guest) -> Result<Kernels> {
+    let older = guest.kernel().release.clone();
+    let all = guest.sh("ls /usr/lib/modules")?;
+    let newer = all.lines().find(|it| *it != older);
+    let newer = newer.context("there should be another kernel")?.to_owned();
+    guest.sh(&format!("mv /usr/lib/modules/{newer} /root/"))?;
+    install(guest, "dkms_*.deb hv-vss-daemon_*.deb hv-vss-dkms_*.deb")?;
+    guest.sh("modprobe hv_utils")?;
+    serves(guest, OURS, "hv_vss")?;
+    rest_is_stock(guest)?;
+    Ok(Kernels { older, newer })
+}
+
+/// Brings what DKMS wants to see of a kernel's headers, and puts into its tree what it would have built from them: its
+/// own command for that takes no further kernel of a version that it knows.
+fn bring_headers(guest: &Guest, kernel: &str) -> Result<()> {
+    let version = version(guest)?;
+    let line = format!(
+        "mkdir -p /usr/lib/modules/{kernel}/build/include &&
+         tar --extract --warning=no-timestamp --file {PACKAGES}/{kernel}/hv_vss-*.dkms.tar.gz \
+             --directory /var/lib/dkms/hv_vss/{version} --strip-components=2 ./dkms_main_tree/{kernel}"
+    );
+    guest.sh(&line).map(drop)
+}
+
+/// Unpacks a kernel's own package of Debian, whose files are large and there already. Whatever DKMS has built for that
+/// kernel is gone then.
+fn unpack_kernel(guest: &Guest, kernel: &str) -> Result<()> {
+    let folder = format!("/usr/lib/modules/{kernel}");
+    let line = format!(
+        "mv /root/{kernel} {folder} && cd {PACKAGES}/{kernel} &&
+         dpkg --unpack --force-depends linux-base_*.deb linux-image-*.deb 2>&1"
+    );
+    guest.sh(&line).map(drop)
+}
+
+/// Configures it, which has DKMS build and install. Returns what that said.
+fn configure_kernel(guest: &Guest, kernel: &str) -> Result<String> {
+    guest.sh(&format!(
+        "dpkg --configure --force-depends linux-base linux-image-{kernel} 2>&1"
+    ))
+}
+
+fn kernel_upgrade(guest: &Guest) -> Result<()> {
+    let Kernels { older, newer } = before_the_upgrade(guest)?;
+    unpack_kernel(guest, &newer)?;
+    bring_headers(guest, &newer)?;
+    configure_kernel(guest, &newer)?;
+    let version = version(guest)?;
+    let mut both = modules(guest)?;
+    both.sort();
+    equal(
+        "DKMS's modules",
+        both,
+        vec![(version.clone(), older.clone()), (version, newer.clone())],
+    )?;
+    serves(guest, OURS, "hv_vss")?;
+
+    let guest = &reboot_as(guest, Machine::DEBIAN)?;
+    equal("the kernel", &guest.kernel().release, &newer)?;
+    serves(guest, OURS, "hv_vss")?;
+    rest_is_stock(guest)?;
+
+    // An administrator picks the older one.
+    let guest = &reboot_as(guest, Machine::OLDER_DEBIAN)?;
+    equal("the kernel", &guest.kernel().release, &older)?;
+    serves(guest, OURS, "hv_vss")?;
+    guest.vm().kill();
+    Ok(())
+}
+
+fn kernel_upgrade_unbuilt(guest: &Guest) -> Result<()> {
+    let Kernels { newer, .. } = before_the_upgrade(guest)?;
+    unpack_kernel(guest, &newer)?;
+    let said = configure_kernel(guest, &newer)?;
+    ensure!(
+        said.contains("headers for this kernel do not seem to be installed"),
+        "DKMS should have been asked, and say that it cannot: {said}"
+    );
+
+    let guest = &reboot_as(guest, Machine::DEBIAN)?;
+    equal("the kernel", &guest.kernel().release, &newer)?;
+    serves(guest, OURS, "hv_utils")?;
+    rest_is_stock(guest)?;
+    let build = format!("dkms autoinstall -k {newer}");
+    let take = "/usr/libexec/hv_vss_hand_over take";
+    let line = format!(
+        "hv_vss is not built for kernel {newer}: its headers are missing; install linux-headers-{newer}; \
+         then run '{build}' and '{take}'"
+    );
+    journal_says(guest, &line)?;
+    check_warns(guest, &line)?;
+
+    bring_headers(guest, &newer)?;
+    guest.sh(&format!("{build} && {take}"))?;
+    serves(guest, OURS, "hv_vss")?;
+    rest_is_stock(guest)?;
     guest.vm().kill();
     Ok(())
 }
@@ -402,7 +541,7 @@ fn page(guest: &Guest) -> Result<()> {
         if !others.is_empty() {
             // Whether they are of this kernel, the machine that has a mirror sees (`tests/lab/dkms.sh`).
             let headers = others.iter().any(|it| it.starts_with("linux-headers-"));
-            let source = others.iter().any(|it| it.starts_with("linux-source-"));
+            let source = others.iter().any(|it| it.starts_with("linux-source"));
             ensure!(
                 headers && source && others.len() == 2,
                 "what else it names should be what DKMS compiles with: {others:?}"
@@ -450,12 +589,15 @@ fn version(guest: &Guest) -> Result<String> {
     Ok(guest.sh(show)?.trim().to_owned())
 }
 
-/// The versions of our module that DKMS has installed.
-fn modules(guest: &Guest) -> Result<Vec<String>> {
+/// The modules of ours that DKMS has installed: version and kernel.
+fn modules(guest: &Guest) -> Result<Vec<(String, String)>> {
     let text = guest.sh("dkms status -m hv_vss")?;
     let installed = text.lines().filter(|it| it.contains(": installed"));
-    let versions = installed.filter_map(|it| it.strip_prefix("hv_vss/")?.split(',').next());
-    Ok(versions.map(str::to_owned).collect())
+    let fields = installed.filter_map(|it| {
+        let mut fields = it.strip_prefix("hv_vss/")?.split(", ");
+        Some((fields.next()?.to_owned(), fields.next()?.to_owned()))
+    });
+    Ok(fields.collect())
 }
 
 /// The files that have anything to do with us, by name.
@@ -744,4 +886,52 @@ fn unknown_key(guest: &Guest) -> Result<()> {
     rest_is_stock(guest)?;
     journal_says(guest, "Secure Boot: the kernel does not know the key")?;
     end(guest)
+}
+
+fn secure_boot(guest: &Guest) -> Result<()> {
+    is_locked_down(guest)?;
+    install(guest, "dkms_*.deb hv-vss-daemon_*.deb hv-vss-dkms_*.deb")?;
+    guest.sh("modprobe hv_utils")?;
+    serves(guest, OURS, "hv_utils")?;
+    rest_is_stock(guest)?;
+    journal_says(guest, "Secure Boot: the kernel does not know the key")?;
+    check_warns(
+        guest,
+        "the kernel does not know the key that it is signed with (Secure Boot), that of DKMS",
+    )?;
+
+    let guest = &reboot_as(guest, Machine::SECURE_BOOT_WITH_KEY)?;
+    is_locked_down(guest)?;
+    serves(guest, OURS, "hv_vss")?;
+    rest_is_stock(guest)?;
+
+    // As where there is nothing to sign with. What is signed ends with the signature, 12 bytes of which the last four are
+    // its length, and a line.
+    let unsign = "module=$(modinfo -n hv_vss) && plain=${module%.ko*}.ko && cd /run &&
+        case $module in *.xz) xz -dc $module ;; *) cat $module ;; esac >signed.ko &&
+        length=$(tail -c 32 signed.ko | head -c 4 | od -An -t u4 --endian=big) &&
+        head -c -$((length + 12 + 28)) signed.ko >plain.ko &&
+        rm $module && mv plain.ko $plain && depmod";
+    guest.sh(unsign)?;
+    let guest = &reboot_as(guest, Machine::SECURE_BOOT_WITH_KEY)?;
+    serves(guest, OURS, "hv_utils")?;
+    journal_says(guest, "Secure Boot: it is not signed")?;
+    check_warns(
+        guest,
+        "it is not signed, and the kernel takes no such module (Secure Boot)",
+    )?;
+    guest.vm().kill();
+    Ok(())
+}
+
+/// The kernel has found that Secure Boot is enforced.
+fn is_locked_down(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "mountpoint -q /sys/kernel/security || mount -t securityfs none /sys/kernel/security",
+    )?;
+    equal(
+        "the lockdown",
+        guest.read("/sys/kernel/security/lockdown")?.trim(),
+        "none [integrity] confidentiality",
+    )
 }
