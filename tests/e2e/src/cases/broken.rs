@@ -3,10 +3,11 @@
 //! One file system that is out of order costs nobody else the backup: it is left out and named with
 //! its reason, `list` says so beforehand, and only a strict backup fails.
 
-use super::deadman::{good_backup, make_dirty, make_hung, HANG, UNHANG};
+use super::deadman::{make_dirty, make_hung, HANG, UNHANG};
 use super::disks::{self, load_driver, Attached};
 use super::{
-    case, describe, good, load, logged, observe, start, stop, wait_for_daemon, Case, Seen,
+    case, describe, good, good_backup, load, logged, observe, start, stop, wait_for_daemon, Case,
+    Seen,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};

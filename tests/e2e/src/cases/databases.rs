@@ -17,7 +17,7 @@ use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::Image;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub const CASES: &[Case] = &[
     of_databases(
@@ -626,9 +626,7 @@ fn killed(guest: &Guest, server: Server) -> Result<()> {
     let mut daemon = guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
     let rig = Rig::new(guest, server)?;
-    let start = Instant::now();
-    super::backup(guest)?;
-    let span = start.elapsed();
+    let span = super::good_backup(guest)?;
     let_go(guest)?;
     let mut random = fastrand::Rng::with_seed(seed());
     let mut struck = 0;

@@ -3,9 +3,11 @@
 //! In which order our daemon freezes: what lies on a file before the file system that holds the
 //! file, the root last, thaws in reverse.
 
-use super::deadman::{good_backup, released, RELEASED};
+use super::deadman::{released, RELEASED};
 use super::hangs::in_freeze;
-use super::{case, describe, load, logged, logged_all, observe, reply_within, start, stop};
+use super::{
+    case, describe, good_backup, load, logged, logged_all, observe, reply_within, start, stop,
+};
 use super::{wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};

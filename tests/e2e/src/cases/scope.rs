@@ -322,8 +322,13 @@ fn rule_for_a_subvolume(guest: &Guest) -> Result<()> {
     // Where nothing else is mounted it is all there is.
     guest.sh("umount /mnt/a")?;
     guest.writer_start("/mnt/b/w")?;
+    guest.writer_start("/writer")?;
     let daemon = start_with(guest, config)?;
-    super::backup(guest)?;
+    let expected = Seen {
+        moving: vec!["/mnt/b/w".into()],
+        ..good(&["/writer"])
+    };
+    equal("without all there is", &observe(guest)?, &expected)?;
     says(guest, &daemon, &["left out", "exclude path /mnt/b*"])
 }
 
