@@ -196,6 +196,7 @@ fn numbers(release: &str) -> Vec<u32> {
 mod tests {
     use super::*;
     use crate::cases;
+    use crate::table::NOT_RUN;
     use e2e::guest::Cell;
 
     fn on(release: &str, takes_our_module: bool, mut verdict: Verdict) -> Verdict {
@@ -328,6 +329,26 @@ mod tests {
         assert_eq!(seen.cell("dead", "1", "peer"), Some("frozen"));
         assert_eq!(seen.cell("dead", "2", "ours"), Some("F ok"));
         assert_eq!(seen.cell("dead", "2", "peer"), None);
+    }
+
+    #[test]
+    fn a_case_that_ends_early_leaves_no_cell_of_an_earlier_run() {
+        let cell = |stage, seen| ["dead", stage, "ours", seen];
+        let row = |cells: &[[&str; 4]]| verdict("a/b", "", cells);
+        let begun = [cell("1", NOT_RUN), cell("2", NOT_RUN), cell("3", NOT_RUN)];
+        let whole = [cell("1", "F ok"), cell("2", "F ok"), cell("3", "F ok")];
+        let mut seen = Seen::default();
+        seen.merge(&[row(&[begun, whole].concat())]);
+        let cells = |seen: &Seen| {
+            ["1", "2", "3"].map(|it| seen.cell("dead", it, "ours").map(str::to_owned))
+        };
+        assert_eq!(cells(&seen), ["F ok"; 3].map(|it| Some(it.to_owned())));
+        // It noted all of them when it began, and has come as far as the first.
+        let mut early = Verdict::failed("a/b");
+        early.cells = row(&[&begun[..], &[cell("1", "frozen")]].concat()).cells;
+        seen.merge(&[early]);
+        let left = ["frozen", NOT_RUN, NOT_RUN].map(|it| Some(it.to_owned()));
+        assert_eq!(cells(&seen), left);
     }
 
     #[test]
