@@ -23,12 +23,14 @@ pub const CASES: &[Case] = &[
         "broken/read-only-since-an-error",
         "ext4 with errors=remount-ro that met an error: left out, the others are frozen",
         read_only_since_an_error,
-    ),
+    )
+    .comparing(),
     case(
         "broken/btrfs-read-only-since-an-error",
         "the same with a btrfs whose disk has failed, and which one that was made read-only is not taken for",
         btrfs_read_only_since_an_error,
-    ),
+    )
+    .comparing(),
     disks::case(
         "broken/btrfs-read-only-after-a-backup",
         "and so is one whose disk fails after a good backup, when the plan is still there, of which nobody tells",
@@ -39,12 +41,14 @@ pub const CASES: &[Case] = &[
         "the same with ext4 and xfs that were shut down",
         shut_down,
     )
+    .comparing()
     .long(),
     case(
         "broken/disk-gone",
         "the same with a disk that was taken away under its file system",
         disk_gone,
-    ),
+    )
+    .comparing(),
     case(
         "broken/write-protected",
         "a disk made read-only under its file system is written to all the same, and stands still",

@@ -34,12 +34,14 @@ pub const CASES: &[Case] = &[
         "databases/mariadb-without-hook",
         "without the hook all rows of InnoDB restore, and a table without transactions is to be repaired",
         |guest| without_hook(guest, Server::MariaDb),
-    ),
+    )
+    .comparing(),
     of_databases(
         "databases/postgresql-without-hook",
         "without the hook all rows restore, after a longer recovery",
         |guest| without_hook(guest, Server::PostgreSql),
-    ),
+    )
+    .comparing(),
     of_databases(
         "databases/mariadb-killed",
         "kill -9 of the daemon, or of a part of the hook's session, at random moments: commits go on at once",

@@ -118,12 +118,14 @@ pub const CASES: &[Case] = &[
         "deadman/host-never-thaws",
         "thawed at the deadline, and the host's late THAW is failed",
         host_never_thaws,
-    ),
+    )
+    .comparing(),
     case(
         "deadman/terminated-while-frozen",
         "SIGTERM while frozen thaws first; the host's THAW is failed",
         terminated_while_frozen,
     )
+    .comparing()
     .long(),
 ];
 

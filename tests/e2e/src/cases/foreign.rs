@@ -20,7 +20,8 @@ pub const CASES: &[Case] = &[
         "foreign/suspended-for-a-moment",
         "a volume suspended when FREEZE comes and resumed a moment later is frozen, stock module",
         |guest| suspended(guest, Module::Stock),
-    ),
+    )
+    .comparing(),
     case(
         "foreign/suspended-for-a-moment-ours",
         "the same with our module",
@@ -54,7 +55,8 @@ pub const CASES: &[Case] = &[
         "foreign/thawed-for-a-moment",
         "thawed and frozen again between two looks, stock module: THAW fails and names it",
         thawed_for_a_moment,
-    ),
+    )
+    .comparing(),
     case(
         "foreign/kept-frozen",
         "frozen by an administrator all the time: it counts and stays theirs",
@@ -115,6 +117,7 @@ pub const CASES: &[Case] = &[
         "one that hangs in its freeze is given up, the others go on long before; ours backs them up",
         hung_neighbour,
     )
+    .comparing()
     .long(),
 ];
 

@@ -16,12 +16,14 @@ pub const CASES: &[Case] = &[
         "freeze/over-mounted",
         "two file systems on one directory: both stand still",
         over_mounted,
-    ),
+    )
+    .comparing(),
     case(
         "freeze/other-namespace",
         "a file system mounted in another mount namespace only stands still",
         other_namespace,
-    ),
+    )
+    .comparing(),
     case(
         "freeze/namespace-without-process",
         "so does one in a mount namespace that no process is in",
@@ -31,12 +33,14 @@ pub const CASES: &[Case] = &[
         "freeze/device-node-elsewhere",
         "a file system whose device node is outside /dev stands still",
         device_node_elsewhere,
-    ),
+    )
+    .comparing(),
     case(
         "freeze/read-only-bind",
         "seen through a read-only bind mount only, a writable file system stands still",
         read_only_bind,
-    ),
+    )
+    .comparing(),
     case(
         "freeze/odd-paths",
         "spaces, newlines, tabs and backslashes in mount points",
@@ -51,12 +55,14 @@ pub const CASES: &[Case] = &[
         "freeze/hidden-below-a-mount",
         "a file system whose mount point lies below another mount stands still",
         hidden_below_a_mount,
-    ),
+    )
+    .comparing(),
     case(
         "freeze/never-touched",
         "autofs, FUSE, overlay and tmpfs: not so much as looked at, and in nobody's way",
         never_touched,
-    ),
+    )
+    .comparing(),
     case(
         "freeze/vanished-mount",
         "unmounted after the list was made: its parent is not frozen instead",
@@ -71,7 +77,8 @@ pub const CASES: &[Case] = &[
         "freeze/cannot-freeze",
         "exfat is synced and does not fail the backup, unless strict",
         cannot_freeze,
-    ),
+    )
+    .comparing(),
     case(
         "freeze/read-only",
         "a read-only superblock is left alone",
@@ -81,17 +88,20 @@ pub const CASES: &[Case] = &[
         "freeze/frozen-by-somebody-else",
         "what an administrator had frozen stays frozen after our thaw",
         frozen_by_somebody_else,
-    ),
+    )
+    .comparing(),
     case(
         "freeze/thawed-by-somebody-else",
         "an early thaw by somebody else is named and fails the host's THAW",
         thawed_by_somebody_else,
-    ),
+    )
+    .comparing(),
     case(
         "freeze/covered-while-frozen",
         "a mount point that is covered or detached while frozen is thawed all the same",
         covered_while_frozen,
-    ),
+    )
+    .comparing(),
     case(
         "freeze/renamed-while-frozen",
         "a mount point that is moved or whose folder is renamed while frozen is thawed all the same",

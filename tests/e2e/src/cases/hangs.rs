@@ -31,6 +31,7 @@ pub const CASES: &[Case] = &[
         "a disk that hangs is left out after give_up, and at once the next time; strict fails by name",
         hung_device,
     )
+    .comparing()
     .long(),
     case(
         "deadman/hung-freeze",
@@ -82,7 +83,8 @@ pub const CASES: &[Case] = &[
         "deadman/dead-while-frozen-stock-module",
         "the same with the stock hv_utils and FITHAW",
         |guest| dead_while_frozen(guest, Module::Stock),
-    ),
+    )
+    .comparing(),
     rounds_of(
         6,
         "deadman/daemon-killed-in-a-hung-freeze",
@@ -175,7 +177,8 @@ pub const CASES: &[Case] = &[
         "deadman/open-behind-the-freeze",
         "a security agent that logs to a frozen disk cannot hold up the thaw",
         open_behind_the_freeze,
-    ),
+    )
+    .comparing(),
 ];
 
 /// One file system on a disk that always works and one on a disk that can hang, with a writer on

@@ -151,6 +151,7 @@ const fn cycles(name: &'static str, about: &'static str, run: fn(&Guest) -> Resu
         per_round: Duration::from_secs(6),
         when: When::Always,
         asks_our_module: false,
+        compares: false,
         run,
     }
 }

@@ -77,6 +77,8 @@ pub struct Case {
     pub when: When,
     /// Whether it asks for what our module alone tells: it is left out on a kernel that does not take that.
     pub asks_our_module: bool,
+    /// Whether it compares ours with the peer, so that the comparison lacks something until it was run.
+    pub compares: bool,
     /// The case itself.
     pub run: fn(&Guest) -> Result<()>,
 }
@@ -97,6 +99,14 @@ impl Case {
             ..self
         }
     }
+
+    /// The same, with a row of the comparison.
+    const fn comparing(self) -> Case {
+        Case {
+            compares: true,
+            ..self
+        }
+    }
 }
 
 /// A case for a guest with one virtual CPU.
@@ -108,6 +118,7 @@ const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
         per_round: Duration::ZERO,
         when: When::Always,
         asks_our_module: false,
+        compares: false,
         run,
     }
 }

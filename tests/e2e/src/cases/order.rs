@@ -20,7 +20,8 @@ pub const CASES: &[Case] = &[
         "order/loop-on-loop",
         "an image in an image in a file system: from the inside out, all stand still",
         loop_on_loop,
-    ),
+    )
+    .comparing(),
     case(
         "order/dm-on-loop",
         "a device-mapper target on a loop device is frozen before the image's file system",
@@ -40,7 +41,8 @@ pub const CASES: &[Case] = &[
         "order/nbd",
         "what a program serves from a file (nbd) is frozen before that file's file system",
         nbd,
-    ),
+    )
+    .comparing(),
     case(
         "order/nbd-or-another-hangs",
         "a disk that a program serves hangs in its freeze, and then another: neither costs a backup but its own",

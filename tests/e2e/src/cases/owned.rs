@@ -34,7 +34,8 @@ pub const CASES: &[Case] = &[
         "owned/sysrq-j",
         "the emergency thaw leaves it frozen",
         sysrq_j,
-    ).long(),
+    )
+    .comparing().long(),
     Case {
         per_round: Duration::from_secs(30),
         ..case(
@@ -42,12 +43,14 @@ pub const CASES: &[Case] = &[
             "backups beside somebody who freezes and thaws all file systems without end",
             rude_neighbour,
         )
-    }.long(),
+    }
+    .comparing().long(),
     case(
         "owned/administrator",
         "an administrator's freeze that begins before, during, and ends in the window or after it",
         administrator,
-    ).long(),
+    )
+    .comparing().long(),
     case(
         "owned/dm-suspend",
         "a device-mapper suspend and resume (an LVM snapshot) before, in and after the window",

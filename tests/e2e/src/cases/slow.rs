@@ -23,6 +23,7 @@ pub const CASES: &[Case] = &[
         "a slow ext4 with 24 MiB in memory: its quick neighbours do not wait until that is written",
         much_to_write,
     )
+    .comparing()
     .long(),
     case(
         "slow/new-files",
