@@ -199,10 +199,7 @@ fn tables_of(seen: &seen::Seen) -> [(&'static str, String); 3] {
     let places = cases::matrix_of(|fault, stage, stack| seen.cell(fault, stage, stack));
     let stacks = cases::Stack::ALL.map(cases::Stack::words);
     [
-        (
-            "comparison",
-            seen.comparison(cases.iter().map(|it| it.name)),
-        ),
+        ("comparison", seen.comparison(&cases)),
         ("matrix", table::matrix(&places, &stacks)),
         ("kernels", seen.kernels(&cases)),
     ]
@@ -320,14 +317,17 @@ mod tests {
         }
     }
 
-    /// Of the kernels' table the sums change with each new case.
+    /// Of the kernels' table the sums change with each new case, and a comparison may wait for its case to be run.
     #[test]
     fn the_readme_has_the_tables_of_what_was_seen_and_no_cell_is_unknown() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
         let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
         let seen = seen::Seen::read(&root.join("tests/e2e/seen.json")).unwrap();
         for (name, text) in tables_of(&seen) {
-            assert!(!text.contains(table::NOT_RUN), "{name}");
+            assert!(
+                name == "comparison" || !text.contains(table::NOT_RUN),
+                "{name}"
+            );
             let begin = format!("<!-- {name}: ");
             let end = format!("<!-- end of {name} -->");
             let (_, begun) = readme.split_once(&begin).unwrap();

@@ -183,7 +183,8 @@ pub fn run_all(
             Ok(passed) => {
                 idle = passed.guest;
                 comparisons = passed.comparisons;
-                None
+                let is_unsaid = !comparisons.is_empty() && !case.compares;
+                is_unsaid.then(|| "it compares, and is not one of the cases that do".to_owned())
             }
             Err(Failed::Case(error) | Failed::Machine { error, .. }) => Some(format!("{error:#}")),
         };

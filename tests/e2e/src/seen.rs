@@ -6,6 +6,7 @@
 
 use crate::cases::Case;
 use crate::runner::Verdict;
+use crate::table::NOT_RUN;
 use anyhow::{Context, Result};
 use e2e::guest::{Comparison, Kernel};
 use serde::{Deserialize, Serialize};
@@ -167,13 +168,19 @@ impl Seen {
         Some(seen)
     }
 
-    /// What ours and the peer did as a table in Markdown, in the order of these cases. Of cases that there
-    /// are no longer it has nothing.
-    pub fn comparison<'a>(&self, cases: impl Iterator<Item = &'a str>) -> String {
+    /// What ours and the peer did as a table in Markdown, in the order of these cases. One that compares and was
+    /// not run has a row that says so. Of cases that there are no longer it has nothing.
+    pub fn comparison(&self, cases: &[Case]) -> String {
         let mut text = String::from(
             "| situation | ours | stock hv_utils, Debian's daemon |\n| --- | --- | --- |\n",
         );
-        for rows in cases.filter_map(|name| self.comparisons.get(name)) {
+        for case in cases {
+            let Some(rows) = self.comparisons.get(case.name) else {
+                if case.compares {
+                    text.push_str(&format!("| `{}` | {NOT_RUN} | {NOT_RUN} |\n", case.name));
+                }
+                continue;
+            };
             for row in &rows.rows {
                 let (ours, peer) = match rows.failed {
                     true => (FAILED, FAILED),
@@ -280,6 +287,16 @@ mod tests {
         }
     }
 
+    /// One that compares.
+    fn case(name: &'static str) -> Case {
+        let some = cases::all().swap_remove(0);
+        Case {
+            name,
+            compares: true,
+            ..some
+        }
+    }
+
     fn row(what: &str, ours: &str) -> Comparison {
         Comparison {
             what: what.into(),
@@ -316,14 +333,15 @@ mod tests {
         ]);
         let short = verdict("b/short", "better", &[["dead", "1", "peer", "frozen"]]);
         seen.merge(&[short, Verdict::missing("a/long")]);
-        let order = ["b/short", "a/long", "c/never"];
+        let order = ["b/short", "a/long", "c/never"].map(case);
         let expected = "\
 | situation | ours | stock hv_utils, Debian's daemon |
 | --- | --- | --- |
 | b/short | better | hangs |
 | a/long | good | hangs |
+| `c/never` | not run | not run |
 ";
-        assert_eq!(seen.comparison(order.into_iter()), expected);
+        assert_eq!(seen.comparison(&order), expected);
         assert_eq!(seen.cell("dead", "1", "ours"), Some("F ok"));
         assert_eq!(seen.cell("dead", "1", "peer"), Some("frozen"));
         assert_eq!(seen.cell("dead", "2", "ours"), Some("F ok"));
@@ -331,17 +349,37 @@ mod tests {
     }
 
     #[test]
+    fn a_case_that_ends_early_leaves_no_cell_of_an_earlier_run() {
+        let cell = |stage, seen| ["dead", stage, "ours", seen];
+        let row = |cells: &[[&str; 4]]| verdict("a/b", "", cells);
+        let begun = [cell("1", NOT_RUN), cell("2", NOT_RUN), cell("3", NOT_RUN)];
+        let whole = [cell("1", "F ok"), cell("2", "F ok"), cell("3", "F ok")];
+        let mut seen = Seen::default();
+        seen.merge(&[row(&[begun, whole].concat())]);
+        let cells = |seen: &Seen| {
+            ["1", "2", "3"].map(|it| seen.cell("dead", it, "ours").map(str::to_owned))
+        };
+        assert_eq!(cells(&seen), ["F ok"; 3].map(|it| Some(it.to_owned())));
+        // It noted all of them when it began, and has come as far as the first.
+        let mut early = Verdict::failed("a/b");
+        early.cells = row(&[&begun[..], &[cell("1", "frozen")]].concat()).cells;
+        seen.merge(&[early]);
+        let left = ["frozen", NOT_RUN, NOT_RUN].map(|it| Some(it.to_owned()));
+        assert_eq!(cells(&seen), left);
+    }
+
+    #[test]
     fn a_case_that_fails_keeps_its_row_and_says_so() {
         let mut seen = Seen::default();
         seen.merge(&[verdict("a/b", "good", &[])]);
         seen.merge(&[Verdict::failed("a/b")]);
-        let text = seen.comparison(["a/b"].into_iter());
+        let text = seen.comparison(&[case("a/b")]);
         assert!(
             text.ends_with(&format!("| a/b | {FAILED} | {FAILED} |\n")),
             "{text}"
         );
         seen.merge(&[verdict("a/b", "good", &[])]);
-        assert!(seen.comparison(["a/b"].into_iter()).contains("| good |"));
+        assert!(seen.comparison(&[case("a/b")]).contains("| good |"));
         let text = serde_json::to_string(&seen).unwrap();
         assert_eq!(serde_json::from_str::<Seen>(&text).unwrap(), seen);
     }

@@ -3,10 +3,11 @@
 //! One file system that is out of order costs nobody else the backup: it is left out and named with
 //! its reason, `list` says so beforehand, and only a strict backup fails.
 
-use super::deadman::{good_backup, make_dirty, make_hung, HANG, UNHANG};
+use super::deadman::{make_dirty, make_hung, HANG, UNHANG};
 use super::disks::{self, load_driver, Attached};
 use super::{
-    case, describe, good, load, logged, observe, start, stop, wait_for_daemon, Case, Seen,
+    case, describe, good, good_backup, load, logged, observe, start, stop, wait_for_daemon, Case,
+    Seen,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
@@ -22,12 +23,14 @@ pub const CASES: &[Case] = &[
         "broken/read-only-since-an-error",
         "ext4 with errors=remount-ro that met an error: left out, the others are frozen",
         read_only_since_an_error,
-    ),
+    )
+    .comparing(),
     case(
         "broken/btrfs-read-only-since-an-error",
         "the same with a btrfs whose disk has failed, and which one that was made read-only is not taken for",
         btrfs_read_only_since_an_error,
-    ),
+    )
+    .comparing(),
     disks::case(
         "broken/btrfs-read-only-after-a-backup",
         "and so is one whose disk fails after a good backup, when the plan is still there, of which nobody tells",
@@ -38,12 +41,14 @@ pub const CASES: &[Case] = &[
         "the same with ext4 and xfs that were shut down",
         shut_down,
     )
+    .comparing()
     .long(),
     case(
         "broken/disk-gone",
         "the same with a disk that was taken away under its file system",
         disk_gone,
-    ),
+    )
+    .comparing(),
     case(
         "broken/write-protected",
         "a disk made read-only under its file system is written to all the same, and stands still",

@@ -261,7 +261,7 @@ fn thaw_of_a_dead_disk(guest: &Guest) -> Result<()> {
     guest.wait_until("what was given up is back", STEP, || {
         Ok(guest.try_sh("timeout 1 touch /mnt/hung/now")?.status == Some(0))
     })?;
-    super::deadman::good_backup(guest)?;
+    super::backup(guest)?;
     stop(guest, Module::Stock, &daemon)?;
     remove_hung(guest)
 }
@@ -663,7 +663,7 @@ fn check_while_refusing(guest: &Guest) -> Result<()> {
     guest.signal(&rehearsal, 15)?;
     guest.wait(&rehearsal, STEP)?;
     serves_again()?;
-    super::deadman::good_backup(guest)?;
+    super::backup(guest)?;
     stop(guest, Module::Stock, &daemon)?;
     remove_hung(guest)
 }
@@ -766,7 +766,7 @@ fn reload_that_hangs(guest: &Guest) -> Result<()> {
     let seen = check();
     guest.sh(&format!("{UNHANG}; rm -rf /etc/hv_vss"))?;
     seen?;
-    super::deadman::good_backup(guest)?;
+    super::backup(guest)?;
     stop(guest, guest.module(), &daemon)?;
     remove_hung(guest)
 }

@@ -17,7 +17,7 @@ use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::Image;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub const CASES: &[Case] = &[
     of_databases(
@@ -34,12 +34,14 @@ pub const CASES: &[Case] = &[
         "databases/mariadb-without-hook",
         "without the hook all rows of InnoDB restore, and a table without transactions is to be repaired",
         |guest| without_hook(guest, Server::MariaDb),
-    ),
+    )
+    .comparing(),
     of_databases(
         "databases/postgresql-without-hook",
         "without the hook all rows restore, after a longer recovery",
         |guest| without_hook(guest, Server::PostgreSql),
-    ),
+    )
+    .comparing(),
     of_databases(
         "databases/mariadb-killed",
         "kill -9 of the daemon, or of a part of the hook's session, at random moments: commits go on at once",
@@ -626,9 +628,7 @@ fn killed(guest: &Guest, server: Server) -> Result<()> {
     let mut daemon = guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
     let rig = Rig::new(guest, server)?;
-    let start = Instant::now();
-    super::backup(guest)?;
-    let span = start.elapsed();
+    let span = super::good_backup(guest)?;
     let_go(guest)?;
     let mut random = fastrand::Rng::with_seed(seed());
     let mut struck = 0;

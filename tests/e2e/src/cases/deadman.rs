@@ -8,7 +8,8 @@
 //! longer under emulation than what is to be measured.
 
 use super::{
-    case, load, observe, rounds, rounds_or, seed, start, stop, wait_for_daemon, wait_out, Case,
+    case, good_backup, load, observe, rounds, rounds_or, seed, start, stop, stuck_writers,
+    wait_for_daemon, wait_out, Case,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
@@ -117,12 +118,14 @@ pub const CASES: &[Case] = &[
         "deadman/host-never-thaws",
         "thawed at the deadline, and the host's late THAW is failed",
         host_never_thaws,
-    ),
+    )
+    .comparing(),
     case(
         "deadman/terminated-while-frozen",
         "SIGTERM while frozen thaws first; the host's THAW is failed",
         terminated_while_frozen,
     )
+    .comparing()
     .long(),
 ];
 
@@ -215,8 +218,9 @@ pub(super) fn guard_of(guest: &Guest, daemon: &Process) -> Result<i32> {
 }
 
 /// Sees to it that no writer stands still any more when `limit` has passed since `from_us` of the
-/// guest's clock; later on a machine that is busy elsewhere, as with every limit. Returns how long after
-/// `from_us` the last of those went on that stood still then, zero when none did.
+/// guest's clock, and that each goes on: more of its writes end well. Later on a machine that is busy
+/// elsewhere, as with every limit. Returns how long after `from_us` the last of those went on that stood
+/// still then, zero when none did.
 pub(super) fn released(
     guest: &Guest,
     what: &str,
@@ -245,6 +249,8 @@ pub(super) fn released(
             last = last.max(ended);
         }
     }
+    // Whose writes fail at once stands nowhere, and does not go on either.
+    equal(what, stuck_writers(guest)?, Vec::new())?;
     Ok(Duration::from_micros(last - from_us))
 }
 
@@ -296,15 +302,6 @@ pub(super) fn make_dirty(guest: &Guest, path: &str) -> Result<()> {
 /// What is written to its disk from now on waits until [`UNHANG`].
 pub(super) const HANG: &str = "dmsetup suspend --noflush --nolockfs hung";
 pub(super) const UNHANG: &str = "dmsetup resume hung";
-
-/// A clean backup, and how long it took the host.
-pub(super) fn good_backup(guest: &Guest) -> Result<Duration> {
-    let vss = guest.vss();
-    let start = std::time::Instant::now();
-    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
-    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
-    Ok(start.elapsed())
-}
 
 /// What the host was told.
 #[derive(Clone, Copy, Debug)]
@@ -686,7 +683,8 @@ fn killed_while_a_disk_hangs(guest: &Guest) -> Result<()> {
 }
 
 fn stopped(guest: &Guest) -> Result<()> {
-    const DEADLINE: Duration = Duration::from_secs(1);
+    // Long enough for a look at all writers in a good backup.
+    const DEADLINE: Duration = Duration::from_secs(2);
     make_writers(guest)?;
     let module = guest.module();
     let silence: &[&str] = match module {
@@ -695,7 +693,7 @@ fn stopped(guest: &Guest) -> Result<()> {
         Module::Stock => &[],
     };
     load(guest, module, silence)?;
-    let daemon = guest.start_daemon_with("deadline = 1")?;
+    let daemon = guest.start_daemon_with("deadline = 2")?;
     wait_for_daemon(guest)?;
     let span = good_backup(guest)?;
     let mut random = fastrand::Rng::with_seed(seed());

@@ -60,6 +60,7 @@ pub const CASES: &[Case] = &[
         "so a daemon that was stopped thaws when it goes on: ours, Debian's, and the peer",
         stopped_at_thaw,
     )
+    .comparing()
     .long(),
     case(
         "dialogue/silent-daemon",
@@ -87,7 +88,8 @@ pub const CASES: &[Case] = &[
         "dialogue/to-the-end",
         "a backup from HOT_BACKUP to BU_COMPLETE, auto-recovery if it is wanted, and the next",
         to_the_end,
-    ),
+    )
+    .comparing(),
     on_all("dialogue/server-2012-r2", Profile::SERVER_2012_R2),
     on_all("dialogue/server-2016", Profile::SERVER_2016),
     on_all("dialogue/windows-10-rs3", Profile::WINDOWS_10_RS3),

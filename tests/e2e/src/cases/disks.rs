@@ -63,6 +63,7 @@ pub(super) const fn case(
         per_round: Duration::ZERO,
         when: When::Always,
         asks_our_module: false,
+        compares: false,
         run,
     }
 }

@@ -5,15 +5,15 @@
 
 use super::broken::{no_raid, raid};
 use super::deadman::{
-    all_of_ours, good_backup, held_up, make_dirty, make_hung, make_hung_disk, released,
-    remove_hung, rounds_of, Tally, FEW, HANG, RELEASED, UNHANG,
+    all_of_ours, held_up, make_dirty, make_hung, make_hung_disk, released, remove_hung, rounds_of,
+    Tally, FEW, HANG, RELEASED, UNHANG,
 };
 use super::disks::{self, load_driver, Attached};
 use super::hooks::{self, hook, noted};
 use super::scope::tells_superblocks;
 use super::{
-    case, load, logged_all, reply_within, rounds_or, seed, start, stop, wait_for_daemon, wait_out,
-    Case,
+    case, good_backup, load, logged_all, reply_within, rounds_or, seed, start, stop,
+    wait_for_daemon, wait_out, Case,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
@@ -31,6 +31,7 @@ pub const CASES: &[Case] = &[
         "a disk that hangs is left out after give_up, and at once the next time; strict fails by name",
         hung_device,
     )
+    .comparing()
     .long(),
     case(
         "deadman/hung-freeze",
@@ -82,7 +83,8 @@ pub const CASES: &[Case] = &[
         "deadman/dead-while-frozen-stock-module",
         "the same with the stock hv_utils and FITHAW",
         |guest| dead_while_frozen(guest, Module::Stock),
-    ),
+    )
+    .comparing(),
     rounds_of(
         6,
         "deadman/daemon-killed-in-a-hung-freeze",
@@ -175,7 +177,8 @@ pub const CASES: &[Case] = &[
         "deadman/open-behind-the-freeze",
         "a security agent that logs to a frozen disk cannot hold up the thaw",
         open_behind_the_freeze,
-    ),
+    )
+    .comparing(),
 ];
 
 /// One file system on a disk that always works and one on a disk that can hang, with a writer on
@@ -1253,7 +1256,7 @@ fn hung_open(guest: &Guest) -> Result<()> {
     }
     let vss = guest.vss();
     load(guest, guest.module(), &[])?;
-    let daemon = guest.start_daemon_with("prepare = 2\ndeadline = 1")?;
+    let daemon = guest.start_daemon_with("prepare = 2\ndeadline = 2")?;
     wait_for_daemon(guest)?;
     guest.watch_opens("/mnt/b", None)?;
     let sent = guest.clock()?;
@@ -1261,16 +1264,16 @@ fn hung_open(guest: &Guest) -> Result<()> {
     answered("FREEZE behind an open", &vss.wait(tx, STEP)?, status::FAIL)?;
     let seen = guest.stalls(sent)?;
     // With what preparation and deadline allow, and some time to see it.
-    let limit = guest.host().patience(Duration::from_millis(4500));
+    let limit = guest.host().patience(Duration::from_millis(5500));
     ensure!(
         seen.now_us - sent < limit.as_micros() as u64,
-        "FREEZE was failed after {} ms, 3 s are allowed",
+        "FREEZE was failed after {} ms, 4 s are allowed",
         (seen.now_us - sent) / 1000
     );
     let long = seen.stalls.iter();
     let long = long.map(|it| it.ended_us.unwrap_or(seen.now_us) - it.began_us);
     // What is frozen is that until the deadline.
-    let short = held_up(guest, Duration::from_millis(750)).as_micros() as u64;
+    let short = held_up(guest, Duration::from_millis(1500)).as_micros() as u64;
     ensure!(
         long.max().is_none_or(|stood| stood < short),
         "something was frozen: {seen:?}"

@@ -5,7 +5,7 @@
 //! Each hook here notes what it is told in a file in memory, and writes to the disk that is frozen, as a
 //! database would.
 
-use super::{case, good, load, logged, observe, start, stop, wait_for_daemon, Case};
+use super::{case, good, load, logged, observe, start, stop, wait_for_daemon, wait_out, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
@@ -494,10 +494,15 @@ fn slow_thaw(guest: &Guest) -> Result<()> {
     hook(guest, "10-a", waits)?;
     guest.sh("rm -f /run/let-go")?;
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let sent = guest.clock()?;
     good_backup(guest, "a backup with a hook that is slow to let go")?;
+    // With a look at the writers, so it is far more than FREEZE takes here.
+    let took = Duration::from_micros(guest.clock()? - sent);
     noted(guest, "a slow hook", &["10-a freeze ", "10-a thaw good"])?;
     let freeze = vss.send_freeze(&[])?;
-    std::thread::sleep(Duration::from_secs(1));
+    wait_out(guest, took * 2)?;
+    // It has not come as far as its own hook either.
+    equal("hooks before the last one lets go", notes(guest)?, vec![])?;
     ensure!(
         vss.try_reply(freeze).is_none(),
         "FREEZE should wait for the hook of the last backup"

@@ -63,6 +63,7 @@ const fn storm(name: &'static str, about: &'static str, run: fn(&Guest) -> Resul
         per_round: Duration::from_secs(6),
         when: When::Always,
         asks_our_module: false,
+        compares: false,
         run,
     }
 }

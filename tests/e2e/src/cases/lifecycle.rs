@@ -6,7 +6,7 @@ use super::abi::{answer_v2, read_request, register};
 use super::dialogue::{Abi, Scripted};
 use super::disks::{load_driver, Attached};
 use super::{
-    backup, case, good, make_file_systems, observe, rounds_or, start, stop, suspend,
+    backup, both_requests, case, good, make_file_systems, observe, rounds_or, start, stop, suspend,
     wait_for_daemon, Case, Growth, ModuleState, When, LEAKS,
 };
 use anyhow::{ensure, Context, Result};
@@ -151,6 +151,7 @@ const fn cycles(name: &'static str, about: &'static str, run: fn(&Guest) -> Resu
         per_round: Duration::from_secs(6),
         when: When::Always,
         asks_our_module: false,
+        compares: false,
         run,
     }
 }
@@ -389,7 +390,7 @@ fn cycle(guest: &Guest, module: Module, once: fn(&Guest) -> Result<()>) -> Resul
 fn backups(guest: &Guest, module: Module) -> Result<()> {
     make_file_systems(guest)?;
     cycle(guest, module, |guest| {
-        (0..4).try_for_each(|_| backup(guest))
+        (0..4).try_for_each(|_| both_requests(guest))
     })
 }
 

@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[Case {
     per_round: Duration::from_secs(100),
     when: When::All,
     asks_our_module: false,
+    compares: true,
     run: six_hundred,
 }];
 

@@ -38,7 +38,7 @@ mod systemd;
 mod tp_qemu;
 
 use anyhow::{ensure, Context, Result};
-use e2e::check::answered;
+use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::ic::vss::Lun;
@@ -77,6 +77,8 @@ pub struct Case {
     pub when: When,
     /// Whether it asks for what our module alone tells: it is left out on a kernel that does not take that.
     pub asks_our_module: bool,
+    /// Whether it compares ours with the peer, so that the comparison lacks something until it was run.
+    pub compares: bool,
     /// The case itself.
     pub run: fn(&Guest) -> Result<()>,
 }
@@ -97,6 +99,14 @@ impl Case {
             ..self
         }
     }
+
+    /// The same, with a row of the comparison.
+    const fn comparing(self) -> Case {
+        Case {
+            compares: true,
+            ..self
+        }
+    }
 }
 
 /// A case for a guest with one virtual CPU.
@@ -108,6 +118,7 @@ const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
         per_round: Duration::ZERO,
         when: When::Always,
         asks_our_module: false,
+        compares: false,
         run,
     }
 }
@@ -240,8 +251,35 @@ fn reply_within(guest: &Guest, tx: Tx, limit: Duration) -> Result<Option<Reply>>
     Ok(reply)
 }
 
-/// One backup: both requests are answered 0.
+/// A good backup: both requests are answered 0, every writer that runs stands still in between and goes on after
+/// it. Where none runs, one does on the root for that time. Returns how long the host waited for the two answers.
+fn good_backup(guest: &Guest) -> Result<Duration> {
+    let vss = guest.vss();
+    let has_none = guest.writers()?.is_empty();
+    if has_none {
+        guest.writer_start("/writer")?;
+    }
+    let freeze = vss.freeze(&[], STEP)?;
+    answered("FREEZE", &freeze, status::OK)?;
+    let (_, moving) = who_stands_still(guest)?;
+    let thaw = vss.thaw(STEP)?;
+    equal("who goes on while frozen", moving, Vec::new())?;
+    answered("THAW", &thaw, status::OK)?;
+    equal("who is stuck after THAW", stuck_writers(guest)?, Vec::new())?;
+    if has_none {
+        guest.writers_stop()?;
+    }
+    Ok(freeze.latency + thaw.latency)
+}
+
+/// The same for those who do not ask how long it took.
 fn backup(guest: &Guest) -> Result<()> {
+    good_backup(guest).map(drop)
+}
+
+/// Both requests, answered 0. Who stands still in between is not looked at: for whom it is about what many of
+/// them leave behind.
+fn both_requests(guest: &Guest) -> Result<()> {
     answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
     answered("THAW", &guest.vss().thaw(STEP)?, status::OK)
 }
@@ -560,15 +598,20 @@ fn stands_still(then: &Writer, now: &Writer) -> Option<bool> {
     }
 }
 
-/// The writers that do not go on within 5 s, by file.
+/// The writers that do not go on within 5 s, by file: none of whose writes ends well.
 fn stuck_writers(guest: &Guest) -> Result<Vec<String>> {
+    stuck_writers_of(guest, |_| true)
+}
+
+/// The same of those whose file is meant.
+fn stuck_writers_of(guest: &Guest, is_meant: impl Fn(&str) -> bool) -> Result<Vec<String>> {
     let start = guest.writers()?;
     let end = guest.clock()? + guest.host().patience(Duration::from_secs(5)).as_micros() as u64;
     loop {
         let pairs = guest.writers()?;
         let pairs = start.iter().zip(&pairs);
         let stuck: Vec<String> = pairs
-            .filter(|(then, now)| now.count == then.count)
+            .filter(|(then, now)| now.count == then.count && is_meant(&now.path))
             .map(|(_, now)| now.path.clone())
             .collect();
         if stuck.is_empty() || guest.clock()? > end {

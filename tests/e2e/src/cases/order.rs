@@ -3,9 +3,11 @@
 //! In which order our daemon freezes: what lies on a file before the file system that holds the
 //! file, the root last, thaws in reverse.
 
-use super::deadman::{good_backup, released, RELEASED};
+use super::deadman::{released, RELEASED};
 use super::hangs::in_freeze;
-use super::{case, describe, load, logged, logged_all, observe, reply_within, start, stop};
+use super::{
+    case, describe, good_backup, load, logged, logged_all, observe, reply_within, start, stop,
+};
 use super::{wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
@@ -18,7 +20,8 @@ pub const CASES: &[Case] = &[
         "order/loop-on-loop",
         "an image in an image in a file system: from the inside out, all stand still",
         loop_on_loop,
-    ),
+    )
+    .comparing(),
     case(
         "order/dm-on-loop",
         "a device-mapper target on a loop device is frozen before the image's file system",
@@ -38,7 +41,8 @@ pub const CASES: &[Case] = &[
         "order/nbd",
         "what a program serves from a file (nbd) is frozen before that file's file system",
         nbd,
-    ),
+    )
+    .comparing(),
     case(
         "order/nbd-or-another-hangs",
         "a disk that a program serves hangs in its freeze, and then another: neither costs a backup but its own",

@@ -120,6 +120,7 @@ const fn case(
         // `make test-packages`: what they install takes a while to build.
         when: When::Named,
         asks_our_module: false,
+        compares: false,
         run,
     }
 }

@@ -6,11 +6,13 @@
 //! Each case lets the daemon prepare (HOT_BACKUP has it look whether its plan still holds), makes one
 //! change that the plan cannot know of, and backs up.
 
-use super::deadman::{good_backup, make_dirty, make_hung, HANG, UNHANG};
+use super::deadman::{make_dirty, make_hung, HANG, UNHANG};
 use super::disks::{self, load_driver, Attached};
 use super::hangs::in_freeze;
 use super::scope::in_a_namespace;
-use super::{case, good, load, logged, logged_all, observe, start, stop, wait_for_daemon, Case};
+use super::{
+    case, good, good_backup, load, logged, logged_all, observe, start, stop, wait_for_daemon, Case,
+};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};

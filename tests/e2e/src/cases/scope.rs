@@ -50,7 +50,8 @@ pub const CASES: &[Case] = &[
         "scope/lazily-unmounted",
         "ext4, xfs and btrfs that were unmounted lazily while in use stand still",
         lazily_unmounted,
-    ),
+    )
+    .comparing(),
     case(
         "scope/lazily-unmounted-beside-a-lost-node",
         "so does a btrfs beside another that is mounted by a node that is no more",
@@ -71,7 +72,8 @@ pub const CASES: &[Case] = &[
         "scope/below-an-overlay-only",
         "so does what only an overlay still holds, which no process has open",
         below_an_overlay_only,
-    ),
+    )
+    .comparing(),
     case(
         "scope/unreachable",
         "what is in use and cannot be reached is named, and fails a strict backup",
@@ -81,7 +83,8 @@ pub const CASES: &[Case] = &[
         "scope/below-fuse",
         "a disk below a FUSE mount of somebody else stands still, its server stopped or not",
         below_fuse,
-    ),
+    )
+    .comparing(),
     case(
         "scope/covered-by-fuse",
         "so does a btrfs that a FUSE mount lies over whose server does not answer",
@@ -322,8 +325,13 @@ fn rule_for_a_subvolume(guest: &Guest) -> Result<()> {
     // Where nothing else is mounted it is all there is.
     guest.sh("umount /mnt/a")?;
     guest.writer_start("/mnt/b/w")?;
+    guest.writer_start("/writer")?;
     let daemon = start_with(guest, config)?;
-    super::backup(guest)?;
+    let expected = Seen {
+        moving: vec!["/mnt/b/w".into()],
+        ..good(&["/writer"])
+    };
+    equal("without all there is", &observe(guest)?, &expected)?;
     says(guest, &daemon, &["left out", "exclude path /mnt/b*"])
 }
 

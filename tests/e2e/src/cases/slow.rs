@@ -6,10 +6,9 @@
 //! The disks are the host's, and it says how many bytes a second they take. How long that holds up a
 //! writer elsewhere is compared with how long FREEZE takes, which is mostly that.
 
-use super::deadman::good_backup;
 use super::disks::{self, load_driver, Attached};
 use super::hangs::longest_stall;
-use super::{load, logged, logged_all, observe, start, stop, wait_for_daemon, Case};
+use super::{good_backup, load, logged, logged_all, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, STEP};
@@ -24,6 +23,7 @@ pub const CASES: &[Case] = &[
         "a slow ext4 with 24 MiB in memory: its quick neighbours do not wait until that is written",
         much_to_write,
     )
+    .comparing()
     .long(),
     case(
         "slow/new-files",

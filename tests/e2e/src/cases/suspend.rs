@@ -30,6 +30,7 @@ pub const CASES: &[Case] = &[
         "thawed before the guest hibernates, the host's THAW is failed, the next backup is good",
         frozen,
     )
+    .comparing()
     .long(),
     case(
         "suspend/request-open",

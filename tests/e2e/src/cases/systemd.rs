@@ -53,6 +53,7 @@ const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
         per_round: Duration::ZERO,
         when: When::Always,
         asks_our_module: false,
+        compares: false,
         run,
     }
 }

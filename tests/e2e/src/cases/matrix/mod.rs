@@ -12,7 +12,7 @@ mod fault;
 mod stage;
 
 use super::deadman::{frozen_us, make_hung, remove_hung, GROUP, RELEASED};
-use super::{case, load, observe, suspend, wait_for_daemon, Case};
+use super::{case, load, observe, stuck_writers_of, suspend, wait_for_daemon, Case};
 use crate::table::{Place, NONE, NOT_RUN};
 use anyhow::{bail, ensure, Context, Result};
 use dialogue::Dialogue;
@@ -376,7 +376,7 @@ fn cell(lab: &mut Lab<'_>, stage: Stage) -> Result<Seen> {
         wrong.push(format!("a disk more fails no backup: {}", dialogue.words()));
     }
     if let Some(path) = &standing.stuck {
-        wrong.push(format!("{path} was still frozen"));
+        wrong.push(format!("the writer of {path} had not gone on"));
     }
     if standing.by_itself(&dialogue)
         && on.is_some_and(|on| on > guest.host().patience(fault.way_out()))
@@ -482,22 +482,22 @@ struct Standing {
     struck: u64,
     /// Long writes that had not ended when it happened.
     stalls: Vec<Stall>,
-    /// A file whose writer stood still at the end of it.
+    /// A file whose writer had not gone on at the end of it.
     stuck: Option<String>,
 }
 
 impl Standing {
     /// Looks once whatever could thaw has had its time.
     fn after(guest: &Guest, fault: Fault, stage: Stage, struck: u64) -> Result<Standing> {
-        let by_disk = |stall: &Stall| {
-            let hung = stage.has_hung_disk() && stall.path.starts_with("/mnt/hung/");
-            fault.blocks(&stall.path) || hung
+        let by_disk = |path: &str| {
+            let hung = stage.has_hung_disk() && path.starts_with("/mnt/hung/");
+            fault.blocks(path) || hung
         };
         let end = guest.clock()? + guest.host().patience(RELEASED).as_micros() as u64;
         loop {
             let seen = guest.stalls(struck)?;
             let mut stalls = seen.stalls;
-            stalls.retain(|stall| !by_disk(stall));
+            stalls.retain(|stall| !by_disk(&stall.path));
             if seen.now_us <= end && stalls.iter().any(|it| it.ended_us.is_none()) {
                 std::thread::sleep(Duration::from_millis(20));
                 continue;
@@ -505,7 +505,12 @@ impl Standing {
             let long = frozen_us(guest);
             stalls.retain(|it| it.ended_us.unwrap_or(seen.now_us) > it.began_us + long);
             let stuck = stalls.iter().find(|it| it.ended_us.is_none());
-            let stuck = stuck.map(|it| it.path.clone());
+            let mut stuck = stuck.map(|it| it.path.clone());
+            if stuck.is_none() {
+                // Whose writes fail at once stands nowhere, and does not go on either.
+                let others = stuck_writers_of(guest, |path| !by_disk(path))?;
+                stuck = others.into_iter().next();
+            }
             return Ok(Standing {
                 struck,
                 stalls,
@@ -599,15 +604,20 @@ fn few(guest: &Guest) -> Result<()> {
 
 /// All stages of one fault.
 fn row(guest: &Guest, fault: Fault, stack: Stack) -> Result<()> {
+    let stages: Vec<Stage> = Stage::ALL
+        .into_iter()
+        .filter(|stage| fault.is_of(*stage) && stage.is_of(stack))
+        .collect();
+    // What an earlier run has seen is no longer so, also where this one does not come to.
+    for stage in &stages {
+        note(guest, fault, *stage, stack, NOT_RUN, None);
+    }
     let mut lab = match fault.ends_machine() {
         true => None,
         false => Some(Lab::set_up(guest, stack, fault)?),
     };
     let mut wrong = Vec::new();
-    for stage in Stage::ALL.into_iter().filter(|stage| fault.is_of(*stage)) {
-        if !stage.is_of(stack) {
-            continue;
-        }
+    for stage in stages {
         let seen = match &mut lab {
             Some(lab) => cell(lab, stage).and_then(|seen| {
                 guest.check_log()?;
@@ -615,13 +625,9 @@ fn row(guest: &Guest, fault: Fault, stack: Stack) -> Result<()> {
             }),
             None => end_at(guest, fault, stack, stage),
         };
-        match &seen {
-            Ok(seen) => {
-                println!("     {}: {} ({:?})", stage.words(), seen.words, seen.on);
-                note(guest, fault, stage, stack, &seen.words, seen.on);
-            }
-            // What an earlier run has seen there is no longer so.
-            Err(_) => note(guest, fault, stage, stack, NOT_RUN, None),
+        if let Ok(seen) = &seen {
+            println!("     {}: {} ({:?})", stage.words(), seen.words, seen.on);
+            note(guest, fault, stage, stack, &seen.words, seen.on);
         }
         let counts = fails(stack, &seen);
         let problems = match seen {

@@ -39,17 +39,20 @@ pub const CASES: &[Case] = &[
         "restore/ext4",
         "a copy of a busy ext4, made between FREEZE and THAW, restores without replay, repair or loss",
         |guest| ours_and_peer(guest, Format::Ext4),
-    ),
+    )
+    .comparing(),
     long(
         "restore/xfs",
         "so does one of xfs",
         |guest| ours_and_peer(guest, Format::Xfs),
-    ).long(),
+    )
+    .comparing().long(),
     long(
         "restore/btrfs",
         "so does one of btrfs",
         |guest| ours_and_peer(guest, Format::Btrfs),
-    ).long(),
+    )
+    .comparing().long(),
     long(
         "restore/btrfs-discards",
         "what btrfs discards while it is frozen is free in the copy, too",
@@ -86,27 +89,32 @@ pub const CASES: &[Case] = &[
             root_and_peer,
         )
     }
+    .comparing()
     .long(),
     long(
         "restore/lost-thaw",
         "the host never says THAW: until the deadline nothing is written, and a copy from then restores",
         lost_thaw,
-    ).long(),
+    )
+    .comparing().long(),
     volumes(
         "volumes/lvm",
         "copies of ext4, xfs and btrfs on logical volumes over two disks each restore, beside the originals",
         |guest| on(guest, Stack::Lvm),
-    ),
+    )
+    .comparing(),
     volumes(
         "volumes/md",
         "so do those of mirrors, and the copies of both disks of a mirror are alike",
         |guest| on(guest, Stack::Md),
-    ),
+    )
+    .comparing(),
     volumes(
         "volumes/luks",
         "so do those of encrypted disks",
         |guest| on(guest, Stack::Luks),
-    ),
+    )
+    .comparing(),
     volumes(
         "volumes/under-fio",
         "six file systems on slow disks and volumes, under fio: every copy of every backup restores",
