@@ -136,7 +136,8 @@ pub fn open_device(
             Err(error) if error.is_busy() => {
                 let other = control::who_serves(run).filter(|it| *it != std::process::id());
                 match other.is_none() && recovery::owner_lingers(run) {
-                    false if !managed => return Err(error),
+                    // One that has died may have come out just now.
+                    false if !managed => return Device::open(path),
                     dead => dead,
                 }
             }
