@@ -537,11 +537,14 @@ impl Session {
             Obstacle::Busy(_) | Obstacle::Slow => None,
         });
         self.sync_unfreezable(&unfreezable.collect::<Vec<_>>(), learnt);
-        for obstacle in obstacles {
-            if let Obstacle::Busy(index) = obstacle {
-                self.wait_for(*index);
-            }
-        }
+        let mut busy = obstacles.iter().filter_map(|it| match it {
+            Obstacle::Busy(index) => Some(*index),
+            Obstacle::Unfreezable(_) | Obstacle::Slow => None,
+        });
+        let last = busy.next_back();
+        busy.for_each(|index| self.wait_for(index, false));
+        last.into_iter()
+            .for_each(|index| self.wait_for(index, true));
     }
 
     /// Whether no wave before this one has anything to be frozen.
@@ -551,8 +554,9 @@ impl Session {
         !before.any(|t| t.is_due() || t.is_ours())
     }
 
-    /// Waits until one is not frozen by somebody else any more, or has been for too long to wait for.
-    fn wait_for(&self, index: usize) {
+    /// Waits until one is not frozen by somebody else any more, or has been for too long to wait for. With the last
+    /// one that is waited for the next attempt may begin.
+    fn wait_for(&self, index: usize, is_last: bool) {
         let work = &self.work;
         let Some(target) = work.targets.get(index) else {
             return;
@@ -576,7 +580,7 @@ impl Session {
         work.log.info(format!(
             "{name} was frozen by somebody else, it is not after {waited}"
         ));
-        if !self.is_first(target.wave) {
+        if !is_last || !self.is_first(target.wave) {
             work.take_back(target);
         }
     }

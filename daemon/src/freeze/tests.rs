@@ -443,6 +443,23 @@ fn what_is_busy_is_waited_for_while_nothing_is_frozen() {
 }
 
 #[test]
+fn of_two_that_are_busy_the_first_does_not_stand_still_for_the_second() {
+    let busy = |number, times| ("freeze", number, Errno::EBUSY, times);
+    let mut s = setup(&[0, 0], &[busy(0, 1), busy(1, 2)], false);
+    let obstacles = [Obstacle::Busy(0), Obstacle::Busy(1)];
+    s.session.overcome(&obstacles, &mut s.learnt);
+    let expected = [
+        ("freeze", 0),
+        ("freeze", 0),
+        ("thaw", 0),
+        ("freeze", 1),
+        ("freeze", 1),
+        ("freeze", 1),
+    ];
+    assert_eq!(s.calls(), expected);
+}
+
+#[test]
 fn what_was_busy_and_hangs_once_it_is_free_is_called_off() {
     const LIMIT: Duration = Duration::from_millis(300);
     let double = Double {
