@@ -348,8 +348,9 @@ impl Session {
         meanwhile: &mut Option<impl FnOnce()>,
     ) -> Result<Summary, FreezeError> {
         let work = &self.work;
-        let known: Vec<usize> = work.which(|it| self.is_unfreezable(it, learnt));
         self.leave_out_hung(learnt);
+        let is_known = |it: &Target| it.is_due() && self.is_unfreezable(it, learnt);
+        let known: Vec<usize> = work.which(is_known);
         self.sync_unfreezable(&known, learnt);
         work.progress.enter(Stage::Freezing, work.targets.len());
         *lock(&work.armed) = Instant::now();
@@ -419,6 +420,37 @@ impl Session {
     /// Leaves out what hangs and would so in its freeze, with what stands on that. Where a freeze can be called off,
     /// what may stand on it is tried, as nobody may know what that is on.
     fn leave_out_hung(&self, learnt: &mut Learnt) {
+        self.leave_out_hung_on(&BTreeSet::new(), learnt);
+    }
+
+    /// Asks the disks of all that is to be frozen whether they answer, and leaves out what is on one that does not,
+    /// where a freeze that hangs could not be called off: it would fail this backup, and each that comes before its
+    /// disk is back. What is known to hang is not asked. `ask` names those that are silent for so long, or none when it
+    /// is off. Nothing is frozen yet.
+    pub fn ask_disks(
+        &self,
+        learnt: &mut Learnt,
+        ask: impl FnOnce(&BTreeSet<DevId>, Duration, &dyn Fn() -> bool) -> BTreeSet<DevId>,
+    ) {
+        let work = &self.work;
+        if work.door.can_call_off() {
+            return;
+        }
+        self.leave_out_hung(learnt);
+        if work.gave_up() {
+            return;
+        }
+        work.progress.enter(Stage::Asking, 0);
+        let due = work.targets.iter().filter(|it| it.is_due());
+        let disks = due.flat_map(Target::all_below).collect();
+        let silent = ask(&disks, work.limits.give_up, &|| work.gave_up());
+        if !silent.is_empty() {
+            self.leave_out_hung_on(&silent, learnt);
+        }
+    }
+
+    /// The same, with what is on these disks.
+    fn leave_out_hung_on(&self, silent: &BTreeSet<DevId>, learnt: &mut Learnt) {
         let (work, limit) = (&self.work, self.work.limits.give_up);
         let asks_all = !std::mem::replace(&mut learnt.has_asked, true);
         let until = Instant::now() + STUCK_TIME;
@@ -437,7 +469,11 @@ impl Session {
                 true => learnt.called_off.insert(*dev),
                 false => learnt.called_off.remove(dev),
             };
-            let why = if self.is_unfreezable(target, learnt) {
+            let disk = target.all_below().find(|it| silent.contains(it));
+            let why = if let Some(disk) = disk.filter(|_| target.is_due()) {
+                let limit = limit.as_secs();
+                format!("hangs: {disk} does not answer within {limit} s (give_up)")
+            } else if self.is_unfreezable(target, learnt) {
                 // It is known not to freeze, and left out when it is to be synced.
                 hung.extend(learnt.hangs(*dev).then_some(target));
                 continue;

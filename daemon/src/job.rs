@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
+use crate::answers;
 use crate::apart::Apart;
 use crate::backup::Begun;
 use crate::busy;
@@ -393,6 +394,7 @@ impl Freezer {
             }
             self.cache.rewind();
         }
+        session.ask_disks(&mut self.learnt, answers::silent);
         log.seal();
         // While the kernel is at work there is time for a look.
         let cache = &mut self.cache;

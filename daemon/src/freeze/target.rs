@@ -225,6 +225,12 @@ impl Target {
         }
     }
 
+    /// Each device that it is on, as far as those are known; one may come more than once.
+    pub(super) fn all_below(&self) -> impl Iterator<Item = DevId> + '_ {
+        let below = self.below.iter().flatten();
+        self.devices.iter().chain(&self.disks).chain(below).copied()
+    }
+
     /// Whether it may be written only while `other` is. For whoever cannot help it when that hangs; of what it
     /// may stand on is all that comes later, where nobody knows.
     pub(super) fn may_stand_on(&self, other: &Target) -> bool {

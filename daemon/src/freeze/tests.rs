@@ -220,6 +220,7 @@ fn setup_before(
         let stands_on = stand_on.get(number).copied().flatten();
         let stands_on = stands_on.map(|it| it.iter().map(|dev| dev.parse().unwrap()).collect());
         let mut target = Target::new(dev, format!("/fs{number}"), *wave, fd);
+        target = target.with_devices(vec![dev]);
         if let Some(written) = double.written.get(&number).cloned() {
             let look = move || counted(written.load(Ordering::SeqCst));
             target = target.written_back(Box::new(look));
@@ -457,6 +458,63 @@ fn of_two_that_are_busy_the_first_does_not_stand_still_for_the_second() {
         ("freeze", 1),
     ];
     assert_eq!(s.calls(), expected);
+}
+
+/// The disk of number 0 does not answer.
+fn without_the_first(s: &mut Setup) -> usize {
+    let mut asked = 0;
+    let ask = |disks: &BTreeSet<DevId>, _: Duration, _: &dyn Fn() -> bool| {
+        asked = disks.len();
+        BTreeSet::from(["8:0".parse().unwrap()])
+    };
+    s.session.ask_disks(&mut s.learnt, ask);
+    asked
+}
+
+#[test]
+fn what_is_on_a_disk_that_does_not_answer_is_left_out_where_no_freeze_can_be_called_off() {
+    for (can_call_off, strict) in [(false, false), (false, true), (true, false)] {
+        let double = Double {
+            can_call_off,
+            ..watched(Double::default())
+        };
+        // 1 stands on 0, of 3 nobody knows.
+        let on: &[&str] = &["8:0"];
+        let stand_on = [Some(&[][..]), Some(on), Some(&[]), None];
+        let waves = [1, 0, 1, 0].map(|wave| (wave, None));
+        let mut s = setup_before(double, &waves, &stand_on, &[], strict);
+        let asked = without_the_first(&mut s);
+        assert_eq!(asked, if can_call_off { 0 } else { 4 });
+        let result = s.freeze();
+        if strict {
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains("/fs0 hangs: 8:0 does not answer"), "{error}");
+            assert_eq!(s.calls(), []);
+            continue;
+        }
+        let summary = result.unwrap();
+        let expected = if can_call_off { (4, 0) } else { (1, 3) };
+        assert_eq!((summary.ours, summary.left_out), expected);
+        if !can_call_off {
+            assert_eq!(s.calls(), [("freeze", 2)]);
+            // Whoever minds what is frozen must not thaw them.
+            assert_eq!(*lock(&s.double.left), [0, 1, 3]);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_freeze_is_not_synced_on_a_disk_that_does_not_answer() {
+    let cannot = |number| ("freeze", number, Errno::EOPNOTSUPP, ALWAYS);
+    let mut s = setup(&[0, 0], &[cannot(0), cannot(1)], false);
+    s.learnt.unfreezable = BTreeSet::from([0, 1].map(|it| DevId {
+        major: 8,
+        minor: it,
+    }));
+    without_the_first(&mut s);
+    let summary = s.freeze().unwrap();
+    assert_eq!((summary.synced, summary.left_out), (1, 1));
+    assert!(!s.calls().contains(&("sync", 0)), "{:?}", s.calls());
 }
 
 #[test]
