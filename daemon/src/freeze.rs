@@ -290,10 +290,15 @@ impl Session {
         self.work.door.settle(&self.work.targets);
     }
 
-    /// From here on nothing is frozen but to ask whether it is.
+    /// From here on nothing is frozen but to ask whether it is. What was not heard of that is said again.
     fn end_freezes(&self) {
-        if !self.work.has_ended_freezes.swap(true, Ordering::SeqCst) {
-            self.work.door.freezes_are_over();
+        let Work {
+            door,
+            has_ended_freezes,
+            ..
+        } = &*self.work;
+        if !has_ended_freezes.load(Ordering::SeqCst) {
+            has_ended_freezes.store(door.freezes_are_over(), Ordering::SeqCst);
         }
     }
 
@@ -449,7 +454,7 @@ impl Session {
         }
     }
 
-    /// The same, with what is on these disks.
+    /// As [`Session::leave_out_hung`], and what is on these disks as well.
     fn leave_out_hung_on(&self, silent: &BTreeSet<DevId>, learnt: &mut Learnt) {
         let (work, limit) = (&self.work, self.work.limits.give_up);
         let asks_all = !std::mem::replace(&mut learnt.has_asked, true);
@@ -786,6 +791,7 @@ impl Session {
     /// A look may hang, behind somebody who syncs a disk that does, and whoever asks has a THAW to hear. What
     /// it finds is told later then.
     pub fn look_after(&self) -> Vec<String> {
+        self.end_freezes();
         let work = Arc::clone(&self.work);
         self.aside
             .run_within(LOOK_TIME, move || work.look_after_all());

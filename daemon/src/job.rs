@@ -1069,6 +1069,8 @@ impl Job {
 
     /// Asks for the thaw of what is frozen, of which what hangs is left by then.
     pub fn thaw(&self, by: Option<Instant>) {
+        // At once: whoever is to hear the word may be at a look, and the deadline near.
+        self.setting.door.thaw_begins();
         self.say(Word::Thaw(by));
     }
 
@@ -1110,7 +1112,7 @@ impl Job {
     /// Calls the freeze off, under way or in force; what is frozen is thawed.
     pub fn call_off(&self) {
         self.setting.call_off(Instant::now());
-        self.thaw(None);
+        self.say(Word::Thaw(None));
     }
 
     /// Waits for the end of a job that has told its last outcome.

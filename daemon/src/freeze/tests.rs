@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicIsize, AtomicU64};
+use std::sync::atomic::{AtomicIsize, AtomicU64, AtomicUsize};
 use std::sync::mpsc::Receiver;
 use std::sync::Weak;
 
@@ -40,7 +40,7 @@ struct Double {
     /// What a first call waits for.
     held: Mutex<BTreeMap<Call, Receiver<()>>>,
     left: Mutex<Vec<usize>>,
-    /// How many more words that one is left it does not hear.
+    /// How many more words it does not hear: that one is left, or that no freeze follows.
     deaf: AtomicIsize,
     /// After how many calls it heard that no freeze is under way any more.
     over_after: Mutex<Vec<usize>>,
@@ -76,6 +76,10 @@ fn inode_of(fd: impl AsFd) -> u64 {
 }
 
 impl Double {
+    fn hears(&self) -> bool {
+        self.deaf.fetch_sub(1, Ordering::SeqCst) <= 0
+    }
+
     fn call(&self, what: &'static str, fd: BorrowedFd<'_>) -> io::Result<()> {
         let number = self.numbers[&inode_of(fd)];
         lock(&self.calls).push((what, number));
@@ -132,7 +136,7 @@ impl Door for Double {
         lock(&self.called_off).contains(&self.numbers[&inode_of(fd)])
     }
     fn leave(&self, index: usize) -> bool {
-        let is_heard = self.deaf.fetch_sub(1, Ordering::SeqCst) <= 0;
+        let is_heard = self.hears();
         if is_heard {
             lock(&self.left).push(index);
         }
@@ -141,8 +145,12 @@ impl Door for Double {
     fn claim(&self, index: usize) {
         lock(&self.left).retain(|it| *it != index);
     }
-    fn freezes_are_over(&self) {
-        lock(&self.over_after).push(lock(&self.calls).len());
+    fn freezes_are_over(&self) -> bool {
+        let is_heard = self.hears();
+        if is_heard {
+            lock(&self.over_after).push(lock(&self.calls).len());
+        }
+        is_heard
     }
     fn settle(&self, _targets: &[Target]) {}
     fn let_go(&self) {}

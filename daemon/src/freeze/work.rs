@@ -56,7 +56,7 @@ pub(super) struct Work {
     pub(super) lost: Mutex<Vec<String>>,
     pub(super) early: Mutex<Vec<String>>,
     pub(super) thaw_failure: Mutex<Option<ThawError>>,
-    /// No freeze is under way any more.
+    /// No freeze is under way any more, and whoever minds what is frozen has heard of that.
     pub(super) has_ended_freezes: AtomicBool,
     /// Its session has ended: what is still frozen by then is up to whoever is at it.
     pub(super) over: AtomicBool,
