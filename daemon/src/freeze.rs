@@ -24,7 +24,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex};
-use std::thread;
+use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -55,6 +55,8 @@ const STUCK_TIME: Duration = Duration::from_secs(1);
 const LOOK_TIME: Duration = Duration::from_millis(200);
 /// How often it is tried again to thaw what could not be when its session ended.
 pub(crate) const RETRY: Duration = Duration::from_secs(1);
+/// Enough to wait for a freeze and say that it is over.
+const STACK_BYTES: usize = 64 * 1024;
 /// How often those that are frozen are thawed again because of one that is slow.
 const BACK_OFFS: usize = 3;
 
@@ -865,10 +867,7 @@ impl Session {
         stages.add(self.work.which(is_foreign).into_iter());
         let ours = self.stages(|target| !is_foreign(target));
         stages.then(ours);
-        self.run_stages(&self.pool, stages, by, |work, target| {
-            work.ask_foreign(target);
-            work.thaw_one(target);
-        });
+        self.run_stages(&self.pool, stages, by, Work::ask_and_thaw);
         if let Some(failure) = lock(&self.work.thaw_failure).take() {
             return Err(failure);
         }
@@ -933,10 +932,28 @@ impl Session {
     }
 
     /// Gives up what is needed only as long as anything is frozen. It takes a while, which nobody need
-    /// wait for.
+    /// wait for. As long as somebody is inside of a freeze, that may come about, and this process may have died by
+    /// then: so long all is minded as before.
     pub fn disarm(&self) {
-        self.work.over.store(true, Ordering::SeqCst);
-        self.work.door.disarm(&self.work.targets);
+        let work = Arc::clone(&self.work);
+        work.over.store(true, Ordering::SeqCst);
+        let is_inside = |work: &Work| work.targets.iter().any(Target::is_inside_a_freeze);
+        if !is_inside(&work) {
+            return work.door.disarm(&work.targets);
+        }
+        let log = work.log.clone();
+        let wait = move || {
+            while is_inside(&work) {
+                thread::sleep(ABORT_TICK);
+            }
+            work.door.disarm(&work.targets);
+        };
+        let builder = Builder::new().name("inside".into());
+        if let Err(error) = builder.stack_size(STACK_BYTES).spawn(wait) {
+            log.error(format!(
+                "nothing more can be frozen: the end of a freeze that hangs is not waited for: {error}"
+            ));
+        }
     }
 }
 

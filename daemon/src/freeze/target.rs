@@ -163,6 +163,8 @@ pub struct Target {
     pub(super) unheard: AtomicBool,
     /// Whether others have thawed it meanwhile is being asked, or could not be.
     pub(super) unasked: AtomicBool,
+    /// A thread is inside a freeze that asks that, or undoes it.
+    pub(super) asks: AtomicBool,
 }
 
 impl Target {
@@ -187,6 +189,7 @@ impl Target {
             turn: Turn::default(),
             unheard: AtomicBool::new(false),
             unasked: AtomicBool::new(false),
+            asks: AtomicBool::new(false),
         }
     }
 
@@ -300,6 +303,11 @@ impl Target {
             *state,
             State::Freezing { .. } | State::Ours { .. } | State::Thawing { .. }
         )
+    }
+
+    /// Whether it may become frozen although its session has ended.
+    pub(super) fn is_inside_a_freeze(&self) -> bool {
+        self.is_freezing() || self.asks.load(Ordering::SeqCst)
     }
 
     pub(super) fn is_freezing(&self) -> bool {

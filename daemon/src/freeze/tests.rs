@@ -44,6 +44,8 @@ struct Double {
     deaf: AtomicIsize,
     /// After how many calls it heard that no freeze is under way any more.
     over_after: Mutex<Vec<usize>>,
+    /// How often it was disarmed.
+    disarmed: AtomicUsize,
     /// As [`Door::watched_every`].
     watched_every: Option<Duration>,
     /// As [`Limits::lag`], if it is not short.
@@ -154,7 +156,9 @@ impl Door for Double {
     }
     fn settle(&self, _targets: &[Target]) {}
     fn let_go(&self) {}
-    fn disarm(&self, _targets: &[Target]) {}
+    fn disarm(&self, _targets: &[Target]) {
+        self.disarmed.fetch_add(1, Ordering::SeqCst);
+    }
     fn watched_every(&self) -> Option<Duration> {
         self.watched_every
     }
@@ -1363,6 +1367,51 @@ fn what_others_hold_and_cannot_be_asked_is_lost_unless_its_disk_says_otherwise()
             other => panic!("{other:?}"),
         };
         assert_eq!(names, ["/fs0"]);
+    }
+}
+
+#[test]
+fn that_no_freeze_follows_is_said_until_it_is_heard() {
+    let mut s = setup(&[0], &[], false);
+    s.freeze().unwrap();
+    lock(&s.double.failures).insert(("freeze", 0), (Errno::EBUSY, ALWAYS));
+    s.double.deaf.store(1, Ordering::SeqCst);
+    s.session.settle();
+    assert!(lock(&s.double.over_after).is_empty());
+    for _ in 0..2 {
+        assert!(s.session.look_after().is_empty());
+    }
+    s.session.thaw().unwrap();
+    assert_eq!(lock(&s.double.over_after).len(), 1);
+}
+
+#[test]
+fn whoever_minds_what_is_frozen_does_so_while_one_is_inside_a_freeze_that_only_asks() {
+    for was_thawed in [false, true] {
+        let busy = ("freeze", 0, Errno::EBUSY, ALWAYS);
+        let mut s = setup(&[0, 0], &[busy], false);
+        assert_eq!(s.freeze().unwrap().foreign, 1);
+        if was_thawed {
+            lock(&s.double.failures).clear();
+        }
+        let (let_go, held) = channel();
+        lock(&s.double.held).insert(("freeze", 0), held);
+        assert!(matches!(s.session.thaw(), Err(ThawError::Hung { .. })));
+        let double = Arc::clone(&s.double);
+        s.session.disarm();
+        drop(s.session);
+        thread::sleep(SHORT);
+        let disarmed = || double.disarmed.load(Ordering::SeqCst);
+        assert_eq!(disarmed(), 0);
+        drop(let_go);
+        let until = Instant::now() + Duration::from_secs(60);
+        while disarmed() == 0 {
+            assert!(Instant::now() < until, "it is never disarmed");
+            thread::yield_now();
+        }
+        // By then it is nobody's.
+        let calls = lock(&double.calls);
+        assert_eq!(calls.contains(&("thaw", 0)), was_thawed, "{calls:?}");
     }
 }
 
