@@ -98,7 +98,9 @@ fn read_first_block(device: DevId) {
     // Without the cache, a block goes to where one may begin.
     let mut buffer = vec![0_u8; size * 2];
     let begin = buffer.as_ptr().align_offset(size);
-    if let Some(block) = buffer.get_mut(begin..begin + size) {
+    let rest = buffer.get_mut(begin..);
+    if let Some(block) = rest.and_then(|it| it.get_mut(..size)) {
+        // An error is an answer.
         let _ = file.read(block);
     }
 }
