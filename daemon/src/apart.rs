@@ -176,7 +176,17 @@ impl<About: Clone + Ord + Send> Questions<About> {
         limit: Duration,
         question: impl FnOnce(Vec<OwnedFd>) -> T + Send + 'static,
     ) -> io::Result<T> {
-        let silent = || io::Error::new(io::ErrorKind::TimedOut, "it does not answer");
+        let told = self.put(about, fds, question)?;
+        told.recv_timeout(limit).map_err(|_| silent())
+    }
+
+    /// The same for whoever has more than one to wait for: where the answer comes, if it does.
+    pub fn put<T: Send + 'static>(
+        &'static self,
+        about: About,
+        fds: &[BorrowedFd<'_>],
+        question: impl FnOnce(Vec<OwnedFd>) -> T + Send + 'static,
+    ) -> io::Result<Receiver<T>> {
         if !self.begin(&about) {
             return Err(silent());
         }
@@ -192,8 +202,12 @@ impl<About: Clone + Ord + Send> Questions<About> {
             self.end(&about);
             return Err(error);
         }
-        told.recv_timeout(limit).map_err(|_| silent())
+        Ok(told)
     }
+}
+
+fn silent() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "it does not answer")
 }
 
 #[cfg(test)]

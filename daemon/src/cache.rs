@@ -395,6 +395,17 @@ impl Cache {
         Ok(then.known.come_since(&self.plan_of(config, disks).0))
     }
 
+    /// The same as long as the plan holds: nothing is looked up for it.
+    pub fn come_if_it_holds(
+        &mut self,
+        then: &Scene,
+        config: &Config,
+        disks: &[String],
+    ) -> Option<Vec<Come>> {
+        self.still(false)?;
+        Some(then.known.come_since(&self.plan_of(config, disks).0))
+    }
+
     /// What may move data from disk to disk below what is planned.
     pub fn layers(&self) -> &Layers {
         &self.layers

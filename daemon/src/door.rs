@@ -79,8 +79,12 @@ pub trait Door: Send + Sync {
     /// What target number `index` was left for may be over: if a freeze of it succeeds now, it is ours.
     fn claim(&self, index: usize);
 
-    /// No freeze is under way any more, and none follows: what is not frozen by now is not ours to thaw.
-    fn freezes_are_over(&self);
+    /// No freeze is under way any more, and none follows: what is not frozen by now is not ours to thaw. Whether that
+    /// was heard, as with [`Door::leave`].
+    fn freezes_are_over(&self) -> bool;
+
+    /// The host has said that it is to be thawed: the deadline has been kept, and the thaw has one of its own.
+    fn thaw_begins(&self) {}
 
     /// The host knows of all that is frozen.
     fn settle(&self, targets: &[Target]);

@@ -33,10 +33,14 @@ pub struct Fifreeze {
     for_host: bool,
     log: Logbook,
     kept: Arc<Mutex<Option<Kept>>>,
+    line: Arc<Line>,
 }
 
-/// What is kept from others as long as something is frozen: from [`Door::arm`] to the last thaw. The guard hears of
-/// the freeze as long as this is there, and no longer: by its numbers it would take what comes later for the next one's.
+/// Whether the guard is to hear of this freeze: from [`Door::arm`] to the last thaw, and no longer, since by its numbers
+/// it would take what comes later for the next one's. Nothing is written under this lock: `/run` may hang.
+type Line = Mutex<bool>;
+
+/// What is kept from others as long as something is frozen: from [`Door::arm`] to the last thaw.
 struct Kept {
     lock: Lock,
     /// What is to be frozen, by its number, and what of it is on record.
@@ -102,6 +106,7 @@ impl Fifreeze {
             for_host,
             log,
             kept: Arc::default(),
+            line: Arc::default(),
         }
     }
 
@@ -129,9 +134,9 @@ impl Fifreeze {
 
     /// Says something to the guard. Whether it is not to be said again.
     fn tell(&self, word: impl FnOnce(&Guard) -> Result<(), GuardError>) -> bool {
-        let kept = lock(&self.kept);
+        let is_open = lock(&self.line);
         // A guard that is gone thaws nothing, and is noticed by whoever watches it.
-        kept.is_none() || word(&self.guard).map_or_else(|error| !error.is_busy(), |()| true)
+        !*is_open || word(&self.guard).map_or_else(|error| !error.is_busy(), |()| true)
     }
 
     fn over(&self) -> Over {
@@ -140,6 +145,7 @@ impl Fifreeze {
             run: self.run.clone(),
             log: self.log.clone(),
             kept: Arc::clone(&self.kept),
+            line: Arc::clone(&self.line),
         }
     }
 }
@@ -150,22 +156,26 @@ struct Over {
     run: RunDir,
     log: Logbook,
     kept: Arc<Mutex<Option<Kept>>>,
+    line: Arc<Line>,
 }
 
 impl Over {
     fn let_go(self) {
         let mut place = lock(&self.kept);
         let Some(kept) = place.take() else { return };
+        let mut is_open = lock(&self.line);
+        *is_open = false;
         // A guard that is gone is noticed, and replaced, by whoever watches it.
         let _ = self.guard.done();
+        drop(is_open);
         if let Err(error) = kept.end(&self.run) {
             self.log.warning(words(&error));
         }
     }
 }
 
-fn lock(kept: &Mutex<Option<Kept>>) -> MutexGuard<'_, Option<Kept>> {
-    // It is whole at any time.
+fn lock<T>(kept: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Both are whole at any time.
     kept.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -182,20 +192,24 @@ fn go_on(mut left: Vec<OwnedFd>, pause: Duration, thaw: impl Fn(BorrowedFd<'_>) 
 
 impl Door for Fifreeze {
     fn arm(&self, targets: &[Target]) -> Result<(), DoorError> {
-        // Whoever has something to say to the guard meanwhile says it when that knows what of.
         let mut place = lock(&self.kept);
-        let lock = self.run.lock()?;
+        let run_lock = self.run.lock()?;
         // Nobody can go by one that cannot be read.
         let earlier = self.run.read().ok().flatten().map(Record::as_one);
         let kept = Kept {
-            lock,
+            lock: run_lock,
             all: targets.iter().map(entry_of).collect(),
             listed: (0..targets.len()).collect(),
             earlier,
         };
         kept.write(&self.run, self.record())?;
         let deadline = self.deadline;
+        // Whoever has something to say to the guard meanwhile says it when that knows what of. What was to be said
+        // before was of a freeze of which nothing has begun.
+        let mut is_open = lock(&self.line);
         let armed = self.guard.arm(targets, deadline, &kept.lock, self.for_host);
+        *is_open = true;
+        drop(is_open);
         *place = Some(kept);
         drop(place);
         if armed.is_err() {
@@ -223,8 +237,13 @@ impl Door for Fifreeze {
         self.tell(|guard| guard.claim(index));
     }
 
-    fn freezes_are_over(&self) {
-        self.tell(Guard::frozen);
+    fn freezes_are_over(&self) -> bool {
+        self.tell(Guard::frozen)
+    }
+
+    fn thaw_begins(&self) {
+        // Where it is not heard the deadline is the first one, as for a THAW that comes later.
+        self.tell(|guard| guard.thawing(self.deadline));
     }
 
     /// Takes from the record what is not frozen or not ours.
@@ -297,7 +316,9 @@ impl Door for Unguarded {
 
     fn claim(&self, _index: usize) {}
 
-    fn freezes_are_over(&self) {}
+    fn freezes_are_over(&self) -> bool {
+        true
+    }
 
     fn settle(&self, _targets: &[Target]) {}
 
@@ -315,8 +336,10 @@ mod tests {
     use super::*;
     use crate::guard::played::{self, Played};
     use crate::logbook::Sink;
+    use nix::sys::stat::Mode;
     use std::cell::RefCell;
     use std::os::fd::AsRawFd as _;
+    use std::time::Instant;
 
     /// A door whose guard the test plays, with lock and record in a folder of its own.
     fn door(name: &str) -> (Fifreeze, Played, RunDir) {
@@ -412,12 +435,14 @@ mod tests {
         door.claim(1);
         assert_eq!(on_record(&run), Some((lists(&["8:1", "8:2"]), Vec::new())));
         door.freezes_are_over();
+        door.thaw_begins();
         door.let_go();
         let heard = [
             ("start", 0),
             ("forget", 1),
             ("claim", 1),
             ("frozen", 0),
+            ("thawing", 0),
             ("release", 0),
         ];
         assert_eq!(played.heard(), heard);
@@ -437,6 +462,7 @@ mod tests {
         let (door, played, run) = door("busy");
         door.arm(&[target("8:1")]).unwrap();
         let unheard = (0..100_000).find(|number| !door.leave(*number)).unwrap();
+        assert!(!door.freezes_are_over());
         assert_eq!(door.guard.is_unfit(), None);
         // One that does not even hear that it is over is of no use to the next freeze.
         door.over().let_go();
@@ -447,6 +473,34 @@ mod tests {
         drop(played);
         // It thaws nothing any more.
         assert!(door.leave(unheard));
+        std::fs::remove_dir_all(run.path()).unwrap();
+    }
+
+    #[test]
+    fn the_guard_hears_what_it_is_to_do_while_the_record_cannot_be_written() {
+        let (door, played, run) = door("record");
+        door.arm(&[target("8:1"), target("8:2")]).unwrap();
+        // Nobody reads from there yet.
+        let new = run.path().join("frozen.new");
+        nix::unistd::mkfifo(&new, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        let door = Arc::new(door);
+        let theirs = Arc::clone(&door);
+        let leaves = thread::spawn(move || theirs.leave(1));
+        while door.kept.try_lock().is_ok() {
+            thread::yield_now();
+        }
+        let theirs = Arc::clone(&door);
+        let says = thread::spawn(move || theirs.let_go());
+        let until = Instant::now() + Duration::from_secs(10);
+        let mut heard = Vec::new();
+        while heard.len() < 2 && Instant::now() < until {
+            heard.extend(played.heard());
+            thread::yield_now();
+        }
+        drop(std::fs::File::open(&new).unwrap());
+        says.join().unwrap();
+        leaves.join().unwrap();
+        assert_eq!(heard, [("start", 0), ("release", 0)]);
         std::fs::remove_dir_all(run.path()).unwrap();
     }
 

@@ -24,7 +24,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex};
-use std::thread;
+use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -55,6 +55,8 @@ const STUCK_TIME: Duration = Duration::from_secs(1);
 const LOOK_TIME: Duration = Duration::from_millis(200);
 /// How often it is tried again to thaw what could not be when its session ended.
 pub(crate) const RETRY: Duration = Duration::from_secs(1);
+/// Enough to wait for a freeze and say that it is over.
+const STACK_BYTES: usize = 64 * 1024;
 /// How often those that are frozen are thawed again because of one that is slow.
 const BACK_OFFS: usize = 3;
 
@@ -290,10 +292,15 @@ impl Session {
         self.work.door.settle(&self.work.targets);
     }
 
-    /// From here on nothing is frozen but to ask whether it is.
+    /// From here on nothing is frozen but to ask whether it is. What was not heard of that is said again.
     fn end_freezes(&self) {
-        if !self.work.has_ended_freezes.swap(true, Ordering::SeqCst) {
-            self.work.door.freezes_are_over();
+        let Work {
+            door,
+            has_ended_freezes,
+            ..
+        } = &*self.work;
+        if !has_ended_freezes.load(Ordering::SeqCst) {
+            has_ended_freezes.store(door.freezes_are_over(), Ordering::SeqCst);
         }
     }
 
@@ -348,8 +355,9 @@ impl Session {
         meanwhile: &mut Option<impl FnOnce()>,
     ) -> Result<Summary, FreezeError> {
         let work = &self.work;
-        let known: Vec<usize> = work.which(|it| self.is_unfreezable(it, learnt));
         self.leave_out_hung(learnt);
+        let is_known = |it: &Target| it.is_due() && self.is_unfreezable(it, learnt);
+        let known: Vec<usize> = work.which(is_known);
         self.sync_unfreezable(&known, learnt);
         work.progress.enter(Stage::Freezing, work.targets.len());
         *lock(&work.armed) = Instant::now();
@@ -419,6 +427,37 @@ impl Session {
     /// Leaves out what hangs and would so in its freeze, with what stands on that. Where a freeze can be called off,
     /// what may stand on it is tried, as nobody may know what that is on.
     fn leave_out_hung(&self, learnt: &mut Learnt) {
+        self.leave_out_hung_on(&BTreeSet::new(), learnt);
+    }
+
+    /// Asks the disks of all that is to be frozen whether they answer, and leaves out what is on one that does not,
+    /// where a freeze that hangs could not be called off: it would fail this backup, and each that comes before its
+    /// disk is back. What is known to hang is not asked. `ask` names those that are silent for so long, or none when it
+    /// is off. Nothing is frozen yet.
+    pub fn ask_disks(
+        &self,
+        learnt: &mut Learnt,
+        ask: impl FnOnce(&BTreeSet<DevId>, Duration, &dyn Fn() -> bool) -> BTreeSet<DevId>,
+    ) {
+        let work = &self.work;
+        if work.door.can_call_off() {
+            return;
+        }
+        self.leave_out_hung(learnt);
+        if work.gave_up() {
+            return;
+        }
+        work.progress.enter(Stage::Asking, 0);
+        let due = work.targets.iter().filter(|it| it.is_due());
+        let disks = due.flat_map(Target::all_below).collect();
+        let silent = ask(&disks, work.limits.give_up, &|| work.gave_up());
+        if !silent.is_empty() {
+            self.leave_out_hung_on(&silent, learnt);
+        }
+    }
+
+    /// As [`Session::leave_out_hung`], and what is on these disks as well.
+    fn leave_out_hung_on(&self, silent: &BTreeSet<DevId>, learnt: &mut Learnt) {
         let (work, limit) = (&self.work, self.work.limits.give_up);
         let asks_all = !std::mem::replace(&mut learnt.has_asked, true);
         let until = Instant::now() + STUCK_TIME;
@@ -437,7 +476,11 @@ impl Session {
                 true => learnt.called_off.insert(*dev),
                 false => learnt.called_off.remove(dev),
             };
-            let why = if self.is_unfreezable(target, learnt) {
+            let disk = target.all_below().find(|it| silent.contains(it));
+            let why = if let Some(disk) = disk.filter(|_| target.is_due()) {
+                let limit = limit.as_secs();
+                format!("hangs: {disk} does not answer within {limit} s (give_up)")
+            } else if self.is_unfreezable(target, learnt) {
                 // It is known not to freeze, and left out when it is to be synced.
                 hung.extend(learnt.hangs(*dev).then_some(target));
                 continue;
@@ -537,11 +580,14 @@ impl Session {
             Obstacle::Busy(_) | Obstacle::Slow => None,
         });
         self.sync_unfreezable(&unfreezable.collect::<Vec<_>>(), learnt);
-        for obstacle in obstacles {
-            if let Obstacle::Busy(index) = obstacle {
-                self.wait_for(*index);
-            }
-        }
+        let mut busy = obstacles.iter().filter_map(|it| match it {
+            Obstacle::Busy(index) => Some(*index),
+            Obstacle::Unfreezable(_) | Obstacle::Slow => None,
+        });
+        let last = busy.next_back();
+        busy.for_each(|index| self.wait_for(index, false));
+        last.into_iter()
+            .for_each(|index| self.wait_for(index, true));
     }
 
     /// Whether no wave before this one has anything to be frozen.
@@ -551,8 +597,9 @@ impl Session {
         !before.any(|t| t.is_due() || t.is_ours())
     }
 
-    /// Waits until one is not frozen by somebody else any more, or has been for too long to wait for.
-    fn wait_for(&self, index: usize) {
+    /// Waits until one is not frozen by somebody else any more, or has been for too long to wait for. With the last
+    /// one that is waited for the next attempt may begin.
+    fn wait_for(&self, index: usize, is_last: bool) {
         let work = &self.work;
         let Some(target) = work.targets.get(index) else {
             return;
@@ -576,7 +623,7 @@ impl Session {
         work.log.info(format!(
             "{name} was frozen by somebody else, it is not after {waited}"
         ));
-        if !self.is_first(target.wave) {
+        if !is_last || !self.is_first(target.wave) {
             work.take_back(target);
         }
     }
@@ -746,6 +793,7 @@ impl Session {
     /// A look may hang, behind somebody who syncs a disk that does, and whoever asks has a THAW to hear. What
     /// it finds is told later then.
     pub fn look_after(&self) -> Vec<String> {
+        self.end_freezes();
         let work = Arc::clone(&self.work);
         self.aside
             .run_within(LOOK_TIME, move || work.look_after_all());
@@ -819,10 +867,7 @@ impl Session {
         stages.add(self.work.which(is_foreign).into_iter());
         let ours = self.stages(|target| !is_foreign(target));
         stages.then(ours);
-        self.run_stages(&self.pool, stages, by, |work, target| {
-            work.ask_foreign(target);
-            work.thaw_one(target);
-        });
+        self.run_stages(&self.pool, stages, by, Work::ask_and_thaw);
         if let Some(failure) = lock(&self.work.thaw_failure).take() {
             return Err(failure);
         }
@@ -887,10 +932,28 @@ impl Session {
     }
 
     /// Gives up what is needed only as long as anything is frozen. It takes a while, which nobody need
-    /// wait for.
+    /// wait for. As long as somebody is inside of a freeze, that may come about, and this process may have died by
+    /// then: so long all is minded as before.
     pub fn disarm(&self) {
-        self.work.over.store(true, Ordering::SeqCst);
-        self.work.door.disarm(&self.work.targets);
+        let work = Arc::clone(&self.work);
+        work.over.store(true, Ordering::SeqCst);
+        let is_inside = |work: &Work| work.targets.iter().any(Target::is_inside_a_freeze);
+        if !is_inside(&work) {
+            return work.door.disarm(&work.targets);
+        }
+        let log = work.log.clone();
+        let wait = move || {
+            while is_inside(&work) {
+                thread::sleep(ABORT_TICK);
+            }
+            work.door.disarm(&work.targets);
+        };
+        let builder = Builder::new().name("inside".into());
+        if let Err(error) = builder.stack_size(STACK_BYTES).spawn(wait) {
+            log.error(format!(
+                "nothing more can be frozen: the end of a freeze that hangs is not waited for: {error}"
+            ));
+        }
     }
 }
 

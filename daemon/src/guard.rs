@@ -65,6 +65,9 @@ const OVERDUE: u32 = 7;
 /// Daemon to guard: thaw everything now. The daemon does as well, but it may be held up.
 const RELEASE: u32 = 8;
 
+/// Daemon to guard: the daemon is about to thaw, and has a deadline for that in the place of the last one.
+const THAWING: u32 = 10;
+
 /// Descriptors in `START` that are not to be thawed: the lock.
 const OWN_DESCRIPTORS: usize = 1;
 
@@ -83,7 +86,7 @@ struct Message {
     kind: u32,
     /// For `START`: 1 when a host waits, 0 for a rehearsal.
     for_host: u32,
-    /// For `START`: the deadline in nanoseconds of `CLOCK_BOOTTIME`. For `FORGET` and `CLAIM`:
+    /// For `START` and `THAWING`: the deadline in nanoseconds of `CLOCK_BOOTTIME`. For `FORGET` and `CLAIM`:
     /// which, counted over all that was added.
     value: u64,
 }
@@ -224,6 +227,11 @@ impl Guard {
     /// Says that no further freeze will follow.
     pub fn frozen(&self) -> Result<(), GuardError> {
         self.tell(FROZEN, 0)
+    }
+
+    /// Says that the daemon is about to thaw. At this deadline, which is so far from now, it thaws what is left.
+    pub fn thawing(&self, deadline: Duration) -> Result<(), GuardError> {
+        self.tell(THAWING, (boot_time() + deadline).as_nanos() as u64)
     }
 
     /// Has it thaw everything now, and whatever becomes frozen from now on until [`Guard::done`].
@@ -538,6 +546,11 @@ impl Watch<'_> {
                     started.released = true;
                 }
             }
+            THAWING => {
+                if let Some(started) = &mut self.armed.started {
+                    started.deadline = Duration::from_nanos(message.value);
+                }
+            }
             FROZEN => self.armed.settled.store(true, Ordering::SeqCst),
             DONE => {
                 self.let_go();
@@ -667,7 +680,7 @@ pub(crate) mod played {
     use super::*;
 
     /// The other end.
-    pub(crate) struct Played(OwnedFd);
+    pub(crate) struct Played(pub(super) OwnedFd);
 
     /// Both ends.
     pub(crate) fn guard() -> (Arc<Guard>, Played) {
@@ -699,6 +712,7 @@ pub(crate) mod played {
                     CLAIM => ("claim", message.value),
                     FROZEN => ("frozen", 0),
                     RELEASE => ("release", 0),
+                    THAWING => ("thawing", 0),
                     DONE => ("done", 0),
                     _ => ("?", 0),
                 });
@@ -722,6 +736,34 @@ fn wait_readable_unless(fd: BorrowedFd<'_>, deaf: bool, limit: PollTimeout) -> i
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_daemon_that_is_about_to_thaw_has_another_deadline_for_that() {
+        let name = format!("hv-vss-thawing-{}", std::process::id());
+        let run = RunDir::new(std::env::temp_dir().join(name));
+        let (guard, played) = played::guard();
+        let mut watch = Watch {
+            socket: played.0.as_fd(),
+            daemon: File::open("/proc/self/stat").unwrap(),
+            run: run.clone(),
+            gone: false,
+            daemon_dead: false,
+            crew: Arc::default(),
+            armed: Armed::default(),
+        };
+        let lock = run.lock().unwrap();
+        let long = Duration::from_secs(60);
+        guard.arm(&[], Duration::ZERO, &lock, true).unwrap();
+        watch.hear_all().unwrap();
+        assert!(watch.must_thaw());
+        // It was said before the last one had passed, as far as anybody can tell.
+        for (deadline, must_thaw) in [(long, false), (Duration::ZERO, true)] {
+            guard.thawing(deadline).unwrap();
+            watch.hear_all().unwrap();
+            assert_eq!(watch.must_thaw(), must_thaw, "{deadline:?}");
+        }
+        std::fs::remove_dir_all(run.path()).unwrap();
+    }
 
     #[test]
     fn what_was_announced_and_has_not_come_is_an_error() {

@@ -119,7 +119,9 @@ impl Door for Held {
 
     fn claim(&self, _index: usize) {}
 
-    fn freezes_are_over(&self) {}
+    fn freezes_are_over(&self) -> bool {
+        true
+    }
 
     fn settle(&self, _targets: &[Target]) {}
 

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
+use crate::answers;
 use crate::apart::Apart;
 use crate::backup::Begun;
 use crate::busy;
@@ -44,7 +45,7 @@ use crate::record::RunDir;
 use crate::recovery::Leavings;
 use crate::sys;
 use crate::topology;
-use crate::watch::Scene;
+use crate::watch::{Come, Scene};
 use crate::writes::{self, AtRest, SwapFiles, WriteBack, Writes};
 
 /// Dirty pages on the whole machine (64 KiB) up to which it counts as clean.
@@ -393,6 +394,7 @@ impl Freezer {
             }
             self.cache.rewind();
         }
+        session.ask_disks(&mut self.learnt, answers::silent);
         log.seal();
         // While the kernel is at work there is time for a look.
         let cache = &mut self.cache;
@@ -487,9 +489,8 @@ impl Freezer {
             self.learnt.ask_all();
         }
         // Only now, since writers wait no longer: what has come in the last moment is named as well.
-        let Setting { config, disks, .. } = setting;
         let mut warnings = Warnings::new(&setting.log);
-        let names: Vec<String> = match self.cache.come_since(&frozen.then, config, disks) {
+        let names: Vec<String> = match self.come_since(&mut frozen.then, setting, by) {
             Ok(come) => {
                 for it in &come {
                     warnings.add(format!(
@@ -531,6 +532,33 @@ impl Freezer {
         }
     }
 
+    /// What has come since then and was not frozen, as far as it is known `by` then.
+    fn come_since(
+        &mut self,
+        then: &mut Scene,
+        setting: &Setting,
+        by: Option<Instant>,
+    ) -> Result<Vec<Come>, ComeError> {
+        let Setting { config, disks, .. } = setting;
+        if let Some(come) = self.cache.come_if_it_holds(then, config, disks) {
+            return Ok(come);
+        }
+        let Some(by) = by else {
+            return Ok(self.cache.come_since(then, config, disks)?);
+        };
+        // To look that up may hang, and the host waits. Whoever hangs in it keeps what is known; the next backup begins
+        // without.
+        let taken = (std::mem::take(&mut self.cache), std::mem::take(then));
+        let (config, disks) = (Arc::clone(config), disks.clone());
+        let look = move |taken: &mut (Cache, Scene)| {
+            let (cache, then) = taken;
+            cache.come_since(then, &config, &disks)
+        };
+        let (taken, come) = done_by(by, taken, look).ok_or(ComeError::TooLate)?;
+        (self.cache, *then) = taken;
+        Ok(come?)
+    }
+
     /// Whether something has come that is not frozen, as far as the kernel tells.
     fn has_news(&mut self, frozen: &Frozen) -> bool {
         self.cache.rewind();
@@ -547,6 +575,35 @@ impl Freezer {
         let text = text.get(..read.unwrap_or(0)).unwrap_or_default();
         is_much_dirty(text)
     }
+}
+
+/// Why it is not known what has come.
+#[derive(Debug, thiserror::Error)]
+enum ComeError {
+    /// The machine could not be looked at.
+    #[error(transparent)]
+    Look(#[from] LookError),
+    /// Whoever looks hangs.
+    #[error("looking that up takes longer than the host waits")]
+    TooLate,
+}
+
+/// Has `step` done to `taken` on a thread of its own. Both come back, or neither when that is not done by then.
+fn done_by<S: Send + 'static, T: Send + 'static>(
+    by: Instant,
+    mut taken: S,
+    step: impl FnOnce(&mut S) -> T + Send + 'static,
+) -> Option<(S, T)> {
+    let (tell, told) = channel();
+    let body = move || {
+        let done = step(&mut taken);
+        // Nobody listens any more when it took too long.
+        let _ = tell.send((taken, done));
+    };
+    let builder = Builder::new().name("come".into());
+    builder.stack_size(STACK_BYTES).spawn(body).ok()?;
+    let left = by.saturating_duration_since(Instant::now());
+    told.recv_timeout(left).ok()
 }
 
 /// Warnings that are said and kept: with them a good backup is not all that it might be.
@@ -1067,6 +1124,8 @@ impl Job {
 
     /// Asks for the thaw of what is frozen, of which what hangs is left by then.
     pub fn thaw(&self, by: Option<Instant>) {
+        // At once: whoever is to hear the word may be at a look, and the deadline near.
+        self.setting.door.thaw_begins();
         self.say(Word::Thaw(by));
     }
 
@@ -1108,7 +1167,7 @@ impl Job {
     /// Calls the freeze off, under way or in force; what is frozen is thawed.
     pub fn call_off(&self) {
         self.setting.call_off(Instant::now());
-        self.thaw(None);
+        self.say(Word::Thaw(None));
     }
 
     /// Waits for the end of a job that has told its last outcome.
@@ -1213,6 +1272,17 @@ mod tests {
         assert_eq!(long, (true, vec![true, false, false, false]));
         let in_vain = vec![in_vain(), in_vain(), in_vain()];
         assert_eq!(run(in_vain), (false, vec![true, false, false]));
+    }
+
+    #[test]
+    fn what_is_looked_up_when_all_is_thawed_is_waited_for_no_longer_than_the_host_waits() {
+        let quick = done_by(Instant::now() + LONG, 7, |it| *it + 1);
+        assert_eq!(quick, Some((7, 8)));
+        let (_release, hang) = channel::<()>();
+        let begun = Instant::now();
+        let step = move |_: &mut ()| hang.recv().is_ok();
+        assert!(done_by(begun + Duration::from_millis(50), (), step).is_none());
+        assert!(begun.elapsed() < LONG / 2);
     }
 
     #[test]

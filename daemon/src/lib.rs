@@ -8,7 +8,7 @@
 //! [`namespaces`], [`superblocks`], [`unlisted`]) and on what it stands ([`topology`], and the host's [`disks`]), [`plan`]
 //! turns that into an order (a pure function, as is [`ground`], the way down to the disks), [`open`] gets
 //! a descriptor for each file system, [`cache`] does both beforehand as far as [`watch`] sees no change,
-//! and [`freeze`] does the work on them, through a [`door`], and what may hang on a disk [`apart`]. Behind that is the module ([`held`]), or where
+//! and [`freeze`] does the work on them, through a [`door`], and what may hang on a disk [`apart`]; [`answers`] tell which disks do. Behind that is the module ([`held`]), or where
 //! the module has no such thing [`fifreeze`] with its [`guard`], the process that thaws when all of this
 //! cannot, and a [`record`], from which [`recovery`] undoes what is left after a death; [`writes`] show
 //! whether others thawed meanwhile, or wrote to a disk itself, [`moving`] what copies from disk to disk
@@ -18,6 +18,7 @@
 //!
 //! It knows nothing of VMBus: what the host says arrives as frames of `uapi/hv_vss.rs`.
 
+pub mod answers;
 pub mod apart;
 pub mod backup;
 pub mod busy;

@@ -474,7 +474,7 @@ fn is_shown(ways: &Ways, file_system: &FileSystem) -> bool {
 }
 
 /// The node of a block device, by the name that the kernel has for it.
-fn node_of(device: DevId) -> Option<PathBuf> {
+pub fn node_of(device: DevId) -> Option<PathBuf> {
     let facts = std::fs::read_to_string(superblocks::folder_of(device)?.join("uevent")).ok()?;
     let name = facts
         .lines()

@@ -15,6 +15,8 @@ pub enum Stage {
     Hooks,
     /// What is dirty is written back; nothing is frozen yet.
     Syncing,
+    /// The disks are asked whether they answer; nothing is frozen yet.
+    Asking,
     /// From here on something may be frozen.
     Freezing,
 }
@@ -100,11 +102,12 @@ impl Progress {
             Stage::Looking => "looking up what is mounted",
             Stage::Hooks => "calling hooks",
             Stage::Syncing => "writing back",
+            Stage::Asking => "asking the disks",
             Stage::Freezing => "freezing",
         };
         let seconds = now.saturating_duration_since(inner.since).as_secs();
         let mut text = format!("{doing} for {seconds} s");
-        if inner.stage != Stage::Looking {
+        if !matches!(inner.stage, Stage::Looking | Stage::Asking) {
             text.push_str(&format!(", {} done", inner.done));
         }
         if !inner.under_way.is_empty() {

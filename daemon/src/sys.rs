@@ -34,6 +34,7 @@ mod ioctl {
     nix::ioctl_write_ptr_bad!(hold, FREEZE, super::IocFreeze);
     nix::ioctl_write_ptr_bad!(let_go, THAW, super::IocThaw);
     nix::ioctl_read_bad!(loop_get_status64, 0x4C05, super::LoopInfo64);
+    nix::ioctl_read_bad!(blksszget, nix::request_code_none!(0x12, 104), libc::c_int);
     nix::ioctl_none!(btrfs_sync, 0x94, 8);
     nix::ioctl_read!(btrfs_fs_info, 0x94, 31, super::BtrfsFsInfo);
     nix::ioctl_readwrite!(btrfs_scrub_progress, 0x94, 29, super::BtrfsScrub);
@@ -145,6 +146,14 @@ pub fn let_go(device: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: as for `hold`: an open device and one structure to read.
     unsafe { ioctl::let_go(device.as_raw_fd(), &thaw) }?;
     Ok(())
+}
+
+/// How large a logical block of the device that `fd` is open on is, in bytes (`BLKSSZGET`). Waits for no disk.
+pub fn logical_block(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: an open descriptor, and one number for the kernel to write that outlives the call.
+    unsafe { ioctl::blksszget(fd.as_raw_fd(), &mut bytes) }?;
+    usize::try_from(bytes).map_err(io::Error::other)
 }
 
 fn btrfs_fs_info(fd: BorrowedFd<'_>) -> io::Result<BtrfsFsInfo> {

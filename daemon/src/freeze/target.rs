@@ -163,6 +163,8 @@ pub struct Target {
     pub(super) unheard: AtomicBool,
     /// Whether others have thawed it meanwhile is being asked, or could not be.
     pub(super) unasked: AtomicBool,
+    /// A thread is inside a freeze that asks that, or undoes it.
+    pub(super) asks: AtomicBool,
 }
 
 impl Target {
@@ -187,6 +189,7 @@ impl Target {
             turn: Turn::default(),
             unheard: AtomicBool::new(false),
             unasked: AtomicBool::new(false),
+            asks: AtomicBool::new(false),
         }
     }
 
@@ -223,6 +226,12 @@ impl Target {
             written_back,
             ..self
         }
+    }
+
+    /// Each device that it is on, as far as those are known; one may come more than once.
+    pub(super) fn all_below(&self) -> impl Iterator<Item = DevId> + '_ {
+        let below = self.below.iter().flatten();
+        self.devices.iter().chain(&self.disks).chain(below).copied()
     }
 
     /// Whether it may be written only while `other` is. For whoever cannot help it when that hangs; of what it
@@ -294,6 +303,11 @@ impl Target {
             *state,
             State::Freezing { .. } | State::Ours { .. } | State::Thawing { .. }
         )
+    }
+
+    /// Whether it may become frozen although its session has ended.
+    pub(super) fn is_inside_a_freeze(&self) -> bool {
+        self.is_freezing() || self.asks.load(Ordering::SeqCst)
     }
 
     pub(super) fn is_freezing(&self) -> bool {

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicIsize, AtomicU64};
+use std::sync::atomic::{AtomicIsize, AtomicU64, AtomicUsize};
 use std::sync::mpsc::Receiver;
 use std::sync::Weak;
 
@@ -40,10 +40,12 @@ struct Double {
     /// What a first call waits for.
     held: Mutex<BTreeMap<Call, Receiver<()>>>,
     left: Mutex<Vec<usize>>,
-    /// How many more words that one is left it does not hear.
+    /// How many more words it does not hear: that one is left, or that no freeze follows.
     deaf: AtomicIsize,
     /// After how many calls it heard that no freeze is under way any more.
     over_after: Mutex<Vec<usize>>,
+    /// How often it was disarmed.
+    disarmed: AtomicUsize,
     /// As [`Door::watched_every`].
     watched_every: Option<Duration>,
     /// As [`Limits::lag`], if it is not short.
@@ -76,6 +78,10 @@ fn inode_of(fd: impl AsFd) -> u64 {
 }
 
 impl Double {
+    fn hears(&self) -> bool {
+        self.deaf.fetch_sub(1, Ordering::SeqCst) <= 0
+    }
+
     fn call(&self, what: &'static str, fd: BorrowedFd<'_>) -> io::Result<()> {
         let number = self.numbers[&inode_of(fd)];
         lock(&self.calls).push((what, number));
@@ -132,7 +138,7 @@ impl Door for Double {
         lock(&self.called_off).contains(&self.numbers[&inode_of(fd)])
     }
     fn leave(&self, index: usize) -> bool {
-        let is_heard = self.deaf.fetch_sub(1, Ordering::SeqCst) <= 0;
+        let is_heard = self.hears();
         if is_heard {
             lock(&self.left).push(index);
         }
@@ -141,12 +147,18 @@ impl Door for Double {
     fn claim(&self, index: usize) {
         lock(&self.left).retain(|it| *it != index);
     }
-    fn freezes_are_over(&self) {
-        lock(&self.over_after).push(lock(&self.calls).len());
+    fn freezes_are_over(&self) -> bool {
+        let is_heard = self.hears();
+        if is_heard {
+            lock(&self.over_after).push(lock(&self.calls).len());
+        }
+        is_heard
     }
     fn settle(&self, _targets: &[Target]) {}
     fn let_go(&self) {}
-    fn disarm(&self, _targets: &[Target]) {}
+    fn disarm(&self, _targets: &[Target]) {
+        self.disarmed.fetch_add(1, Ordering::SeqCst);
+    }
     fn watched_every(&self) -> Option<Duration> {
         self.watched_every
     }
@@ -220,6 +232,7 @@ fn setup_before(
         let stands_on = stand_on.get(number).copied().flatten();
         let stands_on = stands_on.map(|it| it.iter().map(|dev| dev.parse().unwrap()).collect());
         let mut target = Target::new(dev, format!("/fs{number}"), *wave, fd);
+        target = target.with_devices(vec![dev]);
         if let Some(written) = double.written.get(&number).cloned() {
             let look = move || counted(written.load(Ordering::SeqCst));
             target = target.written_back(Box::new(look));
@@ -440,6 +453,80 @@ fn what_is_busy_is_waited_for_while_nothing_is_frozen() {
         ("freeze", 1),
     ];
     assert_eq!(s.calls(), expected);
+}
+
+#[test]
+fn of_two_that_are_busy_the_first_does_not_stand_still_for_the_second() {
+    let busy = |number, times| ("freeze", number, Errno::EBUSY, times);
+    let mut s = setup(&[0, 0], &[busy(0, 1), busy(1, 2)], false);
+    let obstacles = [Obstacle::Busy(0), Obstacle::Busy(1)];
+    s.session.overcome(&obstacles, &mut s.learnt);
+    let expected = [
+        ("freeze", 0),
+        ("freeze", 0),
+        ("thaw", 0),
+        ("freeze", 1),
+        ("freeze", 1),
+        ("freeze", 1),
+    ];
+    assert_eq!(s.calls(), expected);
+}
+
+/// The disk of number 0 does not answer.
+fn without_the_first(s: &mut Setup) -> usize {
+    let mut asked = 0;
+    let ask = |disks: &BTreeSet<DevId>, _: Duration, _: &dyn Fn() -> bool| {
+        asked = disks.len();
+        BTreeSet::from(["8:0".parse().unwrap()])
+    };
+    s.session.ask_disks(&mut s.learnt, ask);
+    asked
+}
+
+#[test]
+fn what_is_on_a_disk_that_does_not_answer_is_left_out_where_no_freeze_can_be_called_off() {
+    for (can_call_off, strict) in [(false, false), (false, true), (true, false)] {
+        let double = Double {
+            can_call_off,
+            ..watched(Double::default())
+        };
+        // 1 stands on 0, of 3 nobody knows.
+        let on: &[&str] = &["8:0"];
+        let stand_on = [Some(&[][..]), Some(on), Some(&[]), None];
+        let waves = [1, 0, 1, 0].map(|wave| (wave, None));
+        let mut s = setup_before(double, &waves, &stand_on, &[], strict);
+        let asked = without_the_first(&mut s);
+        assert_eq!(asked, if can_call_off { 0 } else { 4 });
+        let result = s.freeze();
+        if strict {
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains("/fs0 hangs: 8:0 does not answer"), "{error}");
+            assert_eq!(s.calls(), []);
+            continue;
+        }
+        let summary = result.unwrap();
+        let expected = if can_call_off { (4, 0) } else { (1, 3) };
+        assert_eq!((summary.ours, summary.left_out), expected);
+        if !can_call_off {
+            assert_eq!(s.calls(), [("freeze", 2)]);
+            // Whoever minds what is frozen must not thaw them.
+            assert_eq!(*lock(&s.double.left), [0, 1, 3]);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_freeze_is_not_synced_on_a_disk_that_does_not_answer() {
+    let cannot = |number| ("freeze", number, Errno::EOPNOTSUPP, ALWAYS);
+    let mut s = setup(&[0, 0], &[cannot(0), cannot(1)], false);
+    s.learnt.unfreezable = BTreeSet::from([0, 1].map(|it| DevId {
+        major: 8,
+        minor: it,
+    }));
+    without_the_first(&mut s);
+    let summary = s.freeze().unwrap();
+    assert_eq!((summary.synced, summary.left_out), (1, 1));
+    assert!(!s.calls().contains(&("sync", 0)), "{:?}", s.calls());
 }
 
 #[test]
@@ -1280,6 +1367,51 @@ fn what_others_hold_and_cannot_be_asked_is_lost_unless_its_disk_says_otherwise()
             other => panic!("{other:?}"),
         };
         assert_eq!(names, ["/fs0"]);
+    }
+}
+
+#[test]
+fn that_no_freeze_follows_is_said_until_it_is_heard() {
+    let mut s = setup(&[0], &[], false);
+    s.freeze().unwrap();
+    lock(&s.double.failures).insert(("freeze", 0), (Errno::EBUSY, ALWAYS));
+    s.double.deaf.store(1, Ordering::SeqCst);
+    s.session.settle();
+    assert!(lock(&s.double.over_after).is_empty());
+    for _ in 0..2 {
+        assert!(s.session.look_after().is_empty());
+    }
+    s.session.thaw().unwrap();
+    assert_eq!(lock(&s.double.over_after).len(), 1);
+}
+
+#[test]
+fn whoever_minds_what_is_frozen_does_so_while_one_is_inside_a_freeze_that_only_asks() {
+    for was_thawed in [false, true] {
+        let busy = ("freeze", 0, Errno::EBUSY, ALWAYS);
+        let mut s = setup(&[0, 0], &[busy], false);
+        assert_eq!(s.freeze().unwrap().foreign, 1);
+        if was_thawed {
+            lock(&s.double.failures).clear();
+        }
+        let (let_go, held) = channel();
+        lock(&s.double.held).insert(("freeze", 0), held);
+        assert!(matches!(s.session.thaw(), Err(ThawError::Hung { .. })));
+        let double = Arc::clone(&s.double);
+        s.session.disarm();
+        drop(s.session);
+        thread::sleep(SHORT);
+        let disarmed = || double.disarmed.load(Ordering::SeqCst);
+        assert_eq!(disarmed(), 0);
+        drop(let_go);
+        let until = Instant::now() + Duration::from_secs(60);
+        while disarmed() == 0 {
+            assert!(Instant::now() < until, "it is never disarmed");
+            thread::yield_now();
+        }
+        // By then it is nobody's.
+        let calls = lock(&double.calls);
+        assert_eq!(calls.contains(&("thaw", 0)), was_thawed, "{calls:?}");
     }
 }
 

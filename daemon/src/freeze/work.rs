@@ -56,7 +56,7 @@ pub(super) struct Work {
     pub(super) lost: Mutex<Vec<String>>,
     pub(super) early: Mutex<Vec<String>>,
     pub(super) thaw_failure: Mutex<Option<ThawError>>,
-    /// No freeze is under way any more.
+    /// No freeze is under way any more, and whoever minds what is frozen has heard of that.
     pub(super) has_ended_freezes: AtomicBool,
     /// Its session has ended: what is still frozen by then is up to whoever is at it.
     pub(super) over: AtomicBool,
@@ -308,8 +308,18 @@ impl Work {
         }
     }
 
+    /// Finds out whether others have thawed meanwhile what they had frozen, and thaws what that has frozen, or what is
+    /// ours.
+    pub(super) fn ask_and_thaw(&self, target: &Target) {
+        let asks = *target.state() == State::Foreign;
+        target.asks.store(asks, Ordering::SeqCst);
+        self.ask_foreign(target);
+        self.thaw_one(target);
+        target.asks.store(false, Ordering::SeqCst);
+    }
+
     /// Finds out whether others have thawed meanwhile what they had frozen.
-    pub(super) fn ask_foreign(&self, target: &Target) {
+    fn ask_foreign(&self, target: &Target) {
         let mut targets = self.targets.iter();
         let index = targets.position(|it| std::ptr::eq(it, target));
         let Some(index) = index.filter(|_| *target.state() == State::Foreign) else {

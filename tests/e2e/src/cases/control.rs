@@ -3,7 +3,7 @@
 //! What an operator can do beside a daemon that serves, whichever module it serves and whoever holds
 //! what is frozen.
 
-use super::deadman::{make_hung, released, remove_hung, HANG, RELEASED, UNHANG};
+use super::deadman::{hang_writes, make_hung, released, remove_hung, HANG, RELEASED, UNHANG};
 use super::lifecycle::{end_override, take_over};
 use super::{
     case, load, logged_all, observe, start, stood_for_a_second, stop, wait_for_daemon, Case,
@@ -641,7 +641,7 @@ fn check_while_refusing(guest: &Guest) -> Result<()> {
         graded("ok")
     };
     graded("ok")?;
-    guest.sh(&format!("sync && {HANG}"))?;
+    guest.sh(&format!("sync && {}", hang_writes("hung")))?;
     let vss = guest.vss();
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::FAIL)?;
     let text = graded("problem")?;

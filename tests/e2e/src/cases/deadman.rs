@@ -299,9 +299,24 @@ pub(super) fn make_dirty(guest: &Guest, path: &str) -> Result<()> {
         .map(drop)
 }
 
-/// What is written to its disk from now on waits until [`UNHANG`].
+/// Its disk is dead from now on until [`UNHANG`]: whatever is written to it or read from it waits.
 pub(super) const HANG: &str = "dmsetup suspend --noflush --nolockfs hung";
-pub(super) const UNHANG: &str = "dmsetup resume hung";
+/// Also the end of [`hang_writes`].
+pub(super) const UNHANG: &str = "dmsetup suspend --noflush --nolockfs hung && dmsetup resume hung";
+
+/// What is written to that disk waits, and what is read from it is there: so it hangs in a freeze, although it answers
+/// whoever asks it before. A kernel that was built without a delay has our module, which asks nobody.
+pub(super) fn hang_writes(disk: &str) -> String {
+    // An hour. What waits is let go when it is suspended, and then it is as it was.
+    format!(
+        "dmsetup suspend --noflush --nolockfs {disk} &&
+         if modprobe dm-delay 2>/dev/null; then
+             table=$(dmsetup table {disk}) && node=${{table##*linear }} &&
+             dmsetup load {disk} --table \"${{table%%linear *}}delay $node 0 $node 3600000\" &&
+             dmsetup resume {disk} && dmsetup load {disk} --table \"$table\"
+         fi"
+    )
+}
 
 /// What the host was told.
 #[derive(Clone, Copy, Debug)]

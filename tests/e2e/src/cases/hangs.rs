@@ -5,8 +5,8 @@
 
 use super::broken::{no_raid, raid};
 use super::deadman::{
-    all_of_ours, held_up, make_dirty, make_hung, make_hung_disk, released, remove_hung, rounds_of,
-    Tally, FEW, HANG, RELEASED, UNHANG,
+    all_of_ours, hang_writes, held_up, make_dirty, make_hung, make_hung_disk, released,
+    remove_hung, rounds_of, Tally, FEW, HANG, RELEASED, UNHANG,
 };
 use super::disks::{self, load_driver, Attached};
 use super::hooks::{self, hook, noted};
@@ -43,6 +43,12 @@ pub const CASES: &[Case] = &[
         "deadman/hung-freeze-stock-module",
         "the same with the stock hv_utils and FIFREEZE",
         |guest| hung_freeze(guest, Module::Stock),
+    ),
+    case(
+        "deadman/dead-before-freeze",
+        "stock: a disk that is dead though nothing on it is dirty costs no backup but its own, the first after \
+         give_up, the next at once; strict fails by name",
+        dead_before_freeze,
     ),
     case(
         "deadman/hung-thaw",
@@ -213,7 +219,7 @@ pub(super) fn in_freeze(guest: &Guest, process: &Process) -> Result<usize> {
 /// Sends FREEZE while the disk hangs, and waits until it hangs in its freeze. The other file system,
 /// which may have been frozen before, goes on then.
 fn freeze_that_hangs(guest: &Guest, daemon: &Process) -> Result<Tx> {
-    guest.sh(&format!("sync && {HANG}"))?;
+    guest.sh(&format!("sync && {}", hang_writes("hung")))?;
     let tx = guest.vss().send_freeze(&[])?;
     guest.wait_until("one hangs, and the other goes on", STEP, || {
         let goes_on = guest.writers()?.iter().all(|it| it.in_write_us < 100_000);
@@ -430,7 +436,7 @@ fn rehearsal_stopped_beside_a_hang(guest: &Guest) -> Result<()> {
             true => make_dirty(guest, "/mnt/hung")?,
             false => guest.sh("sync").map(drop)?,
         }
-        guest.sh(HANG)?;
+        guest.sh(&hang_writes("hung"))?;
         let rehearsal = guest.spawn(&rehearse)?;
         let is_at = if is_synced { in_sync } else { in_freeze };
         guest.wait_until("it hangs", STEP, || Ok(is_at(guest, &rehearsal)? == 1))?;
@@ -494,6 +500,59 @@ fn hung_thaw(guest: &Guest, module: Module) -> Result<()> {
     noted(guest, "a hook of the next backup", &expected)?;
     stop(guest, module, &daemon)?;
     hooks::end(guest)
+}
+
+/// Its freeze would hang, and nobody could call that off.
+fn dead_before_freeze(guest: &Guest) -> Result<()> {
+    make_two(guest)?;
+    let vss = guest.vss();
+    let limit = guest.host().patience(RELEASED);
+    for (config, expected) in [
+        ("give_up = 2", status::OK),
+        ("give_up = 2\nstrict = true", status::FAIL),
+    ] {
+        load(guest, Module::Stock, &[])?;
+        let daemon = guest.start_daemon_with(config)?;
+        wait_for_daemon(guest)?;
+        good_backup(guest).context("before its disk is dead")?;
+        guest.sh(&format!("sync && {HANG}"))?;
+        // It is found out once, and then it is known.
+        for known in [false, true] {
+            let sent = guest.clock()?;
+            let freeze = vss.freeze(&[], STEP)?;
+            answered("FREEZE with a dead disk", &freeze, expected)?;
+            let stood = longest_stall(guest, sent)?;
+            let short = held_up(guest, GIVE_UP / 2);
+            ensure!(stood < short, "a neighbour was held up for {stood:?}");
+            let waited = freeze.latency;
+            let is_right = match known {
+                true => waited < limit,
+                false => is_given_up(waited, limit),
+            };
+            ensure!(
+                is_right,
+                "FREEZE took {waited:?} with a disk that is known to be dead: {known}"
+            );
+            if expected == status::OK {
+                answered("THAW", &vss.thaw(STEP)?, expected)?;
+            }
+            equal("threads in a freeze", in_freeze(guest, &daemon)?, 0)?;
+        }
+        guest.wait_until("it is named each time", STEP, || {
+            let said = guest.output(&daemon)?;
+            let words = "/mnt/hung (ext4, 254:0) hangs: 254:0 does not answer";
+            Ok(said.matches(words).count() >= 2)
+        })?;
+        guest.sh(UNHANG)?;
+        guest.wait_until("it is frozen again", STEP, || {
+            good_backup(guest).context("with its disk back")?;
+            let said = guest.output(&daemon)?;
+            let frozen = said.matches("/mnt/hung (ext4, 254:0) frozen").count();
+            Ok(frozen > 1)
+        })?;
+        stop(guest, Module::Stock, &daemon)?;
+    }
+    Ok(())
 }
 
 fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {

@@ -3,7 +3,7 @@
 //! In which order our daemon freezes: what lies on a file before the file system that holds the
 //! file, the root last, thaws in reverse.
 
-use super::deadman::{released, RELEASED};
+use super::deadman::{hang_writes, released, RELEASED};
 use super::hangs::in_freeze;
 use super::{
     case, describe, good_backup, load, logged, logged_all, observe, reply_within, start, stop,
@@ -369,7 +369,10 @@ fn parallel(guest: &Guest) -> Result<()> {
         wait_for_daemon(guest)?;
         // Each stays in its freeze for as long as its disk hangs. Without barriers a sync of what is
         // clean has nothing to wait for.
-        guest.sh("sync; for n in 1 2 3 4; do dmsetup suspend --noflush --nolockfs hung$n; done")?;
+        guest.sh("sync")?;
+        for n in 1..=4 {
+            guest.sh(&hang_writes(&format!("hung{n}")))?;
+        }
         let tx = guest.vss().send_freeze(&[])?;
         guest.wait_until("as many freezes as allowed are under way", STEP, || {
             Ok(in_freeze(guest, &daemon)? == at_once)
@@ -380,7 +383,9 @@ fn parallel(guest: &Guest) -> Result<()> {
             Ok(guest.clock()? > later)
         })?;
         equal("freezes under way", in_freeze(guest, &daemon)?, at_once)?;
-        guest.sh("for n in 1 2 3 4; do dmsetup resume hung$n; done")?;
+        guest.sh("for n in 1 2 3 4; do
+                      dmsetup suspend --noflush --nolockfs hung$n && dmsetup resume hung$n
+                  done")?;
         answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
         answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
         guest.signal(&daemon, 15)?;

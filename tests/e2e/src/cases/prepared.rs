@@ -6,7 +6,7 @@
 //! Each case lets the daemon prepare (HOT_BACKUP has it look whether its plan still holds), makes one
 //! change that the plan cannot know of, and backs up.
 
-use super::deadman::{make_dirty, make_hung, HANG, UNHANG};
+use super::deadman::{hang_writes, make_dirty, make_hung, UNHANG};
 use super::disks::{self, load_driver, Attached};
 use super::hangs::in_freeze;
 use super::scope::in_a_namespace;
@@ -182,7 +182,7 @@ fn hang_in(guest: &Guest, daemon: &Process, stage: Stage) -> Result<Tx> {
     } else {
         guest.sh("sync")?;
     }
-    guest.sh(HANG)?;
+    guest.sh(&hang_writes("hung"))?;
     let freeze = guest.vss().send_freeze(&[])?;
     guest.wait_until("it waits for the disk that hangs", STEP, || {
         let out = guest.try_sh("/payload/hv_vss_daemon status --json")?.out;

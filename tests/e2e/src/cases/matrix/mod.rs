@@ -11,7 +11,7 @@ mod dialogue;
 mod fault;
 mod stage;
 
-use super::deadman::{frozen_us, make_hung, remove_hung, GROUP, RELEASED};
+use super::deadman::{frozen_us, make_hung, remove_hung, GROUP, RELEASED, UNHANG};
 use super::{case, load, observe, stuck_writers_of, suspend, wait_for_daemon, Case};
 use crate::table::{Place, NONE, NOT_RUN};
 use anyhow::{bail, ensure, Context, Result};
@@ -288,7 +288,8 @@ impl<'a> Lab<'a> {
     fn begin_again(&mut self) -> Result<()> {
         let guest = self.guest;
         // Where a cell was left in the middle, the daemon is held still.
-        guest.sh("if pidof strace; then kill -9 $(pidof strace); fi; dmsetup resume hung")?;
+        guest.sh("if pidof strace; then kill -9 $(pidof strace); fi")?;
+        guest.sh(UNHANG)?;
         // ESRCH: it is dead.
         let _ = guest.signal(&self.daemon, 18);
         let _ = guest.signal(&self.daemon, 9);

@@ -6,7 +6,7 @@
 
 use super::dialogue::{Dialogue, Message};
 use super::{Stack, FILE_SYSTEMS};
-use crate::cases::deadman::{HANG, UNHANG};
+use crate::cases::deadman::{hang_writes, HANG, UNHANG};
 use anyhow::{ensure, Context, Result};
 use e2e::guest::{Guest, Process, DEVICE, STEP};
 use hyperv_sim::ic::status;
@@ -245,7 +245,12 @@ END
             Way::Host => Hold::Host,
             Way::Hook(argument) => Hold::Hook(argument),
             Way::Disk => {
-                guest.sh(&format!("sync && {HANG}"))?;
+                // Who cannot call its freeze off asks a disk first, and freezes nothing on a dead one.
+                let hang = match stack {
+                    Stack::OursOnStock => hang_writes("hung"),
+                    Stack::Ours | Stack::Peer => HANG.to_owned(),
+                };
+                guest.sh(&format!("sync && {hang}"))?;
                 Hold::Disk
             }
             Way::Call(call) => Hold::Call(call.attach(guest, daemon)?),
