@@ -73,6 +73,12 @@ impl Drop for Only {
 }
 
 /// Stops the service when it is dropped.
+///
+/// # Invariants
+///
+/// The service is that of a bound device, and nobody else opens that one's channel. It is started, suspended and
+/// stopped only in callbacks of the driver, while the device is locked, the drop of this among them, which comes
+/// before the device is unbound.
 struct Running(Arc<Service>);
 
 impl Drop for Running {
@@ -99,6 +105,8 @@ impl vmbus::Driver for Driver {
             Ok(try_pin_init!(Data {
                 // Comes first: what is made first goes last when the rest fails.
                 _only: only,
+                // INVARIANT: This is a field of what the driver core drops when it unbinds the device, or of
+                // what is dropped here when the rest fails; and it is used in this file's callbacks only.
                 running: Running(service.clone()),
                 _sleep <- pm_notifier::Registration::new(service.clone()),
                 _state <- folder.read_callback_file(c"state", service.clone(), &Service::show_state),
@@ -110,7 +118,10 @@ impl vmbus::Driver for Driver {
                 ),
                 _folder: folder,
                 _node <- chardev::Registration::new(c"vmbus/hv_vss", 0o600, service),
-                _: { running.0.start(dev)? },
+                _: {
+                    // SAFETY: By the invariant of `Running`.
+                    unsafe { running.0.start(dev) }?
+                },
             }))
         })
     }
@@ -125,6 +136,7 @@ impl vmbus::Driver for Driver {
     }
 
     fn resume<'bound>(dev: &'bound vmbus::Device<Core<'_>>, this: Pin<&'bound Data>) -> Result {
-        this.running.0.resume(dev)
+        // SAFETY: By the invariant of `Running`; it is the device that this is the data of.
+        unsafe { this.running.0.resume(dev) }
     }
 }

@@ -75,7 +75,8 @@ impl FileSystem {
         to_result(unsafe { bindings::hv_vss_freeze_super(self.superblock(), owner) })
     }
 
-    /// Undoes a freeze for `owner`. Process context; may wait for the disk.
+    /// Undoes a freeze for `owner`. Process context; may wait for the disk. What it says is true if nobody else
+    /// freezes or thaws it for this owner meanwhile.
     ///
     /// # Errors
     ///
@@ -84,7 +85,7 @@ impl FileSystem {
     /// is being frozen by another node) is an `EIO`.
     pub(crate) fn thaw<T>(&self, owner: &T) -> Result {
         let owner = ptr::from_ref(owner).cast();
-        // SAFETY: As for `freeze`. Nobody else freezes or thaws for this owner meanwhile.
+        // SAFETY: As for `freeze`; two words are read, each at once.
         let is_frozen = || unsafe { bindings::hv_vss_is_frozen_for(self.superblock(), owner) };
         let was_frozen = is_frozen();
         // SAFETY: As for `freeze`.

@@ -49,7 +49,12 @@ u32 hv_vss_longest_packet(const struct vmbus_channel *channel)
 
 void hv_vss_mute_channel(struct vmbus_channel *channel)
 {
+	unsigned long flags;
+
+	/* Under which the interrupt looks at the mode. */
+	spin_lock_irqsave(&channel->sched_lock, flags);
 	set_channel_read_mode(channel, HV_CALL_DIRECT);
+	spin_unlock_irqrestore(&channel->sched_lock, flags);
 }
 
 void hv_vss_device_lock(struct device *dev)
@@ -95,6 +100,11 @@ bool hv_vss_is_frozen_for(const struct super_block *sb, const void *owner)
 	       READ_ONCE(sb->s_writers.freeze_owner) == owner;
 }
 
+bool hv_vss_module_try_get(void)
+{
+	return try_module_get(THIS_MODULE);
+}
+
 void hv_vss_module_get(void)
 {
 	__module_get(THIS_MODULE);
@@ -130,6 +140,12 @@ long hv_vss_wait_killable(struct wait_queue_head *queue, bool (*condition)(void 
 	long timeout = forever ? MAX_SCHEDULE_TIMEOUT : msecs_to_jiffies(timeout_ms);
 
 	return wait_event_killable_timeout(*queue, condition(data), timeout);
+}
+
+long hv_vss_wait_idle(struct wait_queue_head *queue, bool (*condition)(void *data), void *data,
+		      u32 timeout_ms)
+{
+	return wait_event_idle_timeout(*queue, condition(data), msecs_to_jiffies(timeout_ms));
 }
 
 int hv_vss_register_pm_notifier(struct notifier_block *block)

@@ -33,7 +33,7 @@ void hv_vss_prepare_channel(struct vmbus_channel *channel, u32 ring_size);
 /* The longest packet that the ring code hands out from @channel, as prepared. */
 u32 hv_vss_longest_packet(const struct vmbus_channel *channel);
 
-/* No more callbacks for what is left in the ring. From the callback. */
+/* No more callbacks for what is left in the ring. From the callback only: the bus looks at it after that. */
 void hv_vss_mute_channel(struct vmbus_channel *channel);
 
 /* device_lock() and device_unlock(). */
@@ -56,7 +56,11 @@ int hv_vss_thaw_super(struct super_block *sb, const void *owner);
 /* Whether it is frozen so. Only for one who does neither meanwhile. */
 bool hv_vss_is_frozen_for(const struct super_block *sb, const void *owner);
 
-/* __module_get(THIS_MODULE), for one that cannot be going, and module_put(THIS_MODULE). */
+/*
+ * try_module_get(THIS_MODULE), __module_get(THIS_MODULE), for one that cannot be going, and
+ * module_put(THIS_MODULE).
+ */
+bool hv_vss_module_try_get(void);
 void hv_vss_module_get(void);
 void hv_vss_module_put(void);
 
@@ -74,6 +78,13 @@ void hv_vss_rcu_unexpedite(void);
  */
 long hv_vss_wait_killable(struct wait_queue_head *queue, bool (*condition)(void *data), void *data,
 			  u32 timeout_ms, bool forever);
+
+/*
+ * wait_event_idle_timeout(): for @timeout_ms until @condition(@data), which nothing else ends. Returns 0
+ * when the time is over.
+ */
+long hv_vss_wait_idle(struct wait_queue_head *queue, bool (*condition)(void *data), void *data,
+		      u32 timeout_ms);
 
 /* register_pm_notifier() and unregister_pm_notifier(). */
 int hv_vss_register_pm_notifier(struct notifier_block *block);

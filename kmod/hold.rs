@@ -102,8 +102,8 @@ struct Entry {
     identity: Identity,
     /// Away while a worker has it in hand, and gone when it is done.
     file_system: Option<FileSystem>,
-    /// The reference of the work that is queued for it.
-    module: Option<ModuleReference>,
+    /// The module does not go before its work has come.
+    module: ModuleReference,
     stage: Stage,
     /// When this stage began.
     since: Instant<Monotonic>,
@@ -183,6 +183,8 @@ pub(crate) struct Watch {
 pub(crate) struct Request {
     /// For whom, in the trace.
     id: u64,
+    /// For its entry.
+    module: ModuleReference,
     file_system: Option<FileSystem>,
     count: usize,
     /// What of [`State::asked`] came before it.
@@ -263,17 +265,27 @@ impl Hold {
 
     /// A request to freeze `file_system`, which, should it be the first of a series, has `count`. A thaw of
     /// it that is asked for from here on calls it off.
-    pub(crate) fn request(&self, id: u64, file_system: FileSystem, count: usize) -> Request {
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` when the module is going.
+    pub(crate) fn request(
+        &self,
+        id: u64,
+        file_system: FileSystem,
+        count: usize,
+    ) -> Result<Request> {
         let since = self.state.lock().asked;
-        Request {
+        Ok(Request {
             id,
+            module: ModuleReference::new()?,
             file_system: Some(file_system),
             count,
             since,
             spare: KVec::new(),
             entries: KVVec::new(),
             over: None,
-        }
+        })
     }
 
     /// Sets memory aside for a series that `request` may begin. Sleeps.
@@ -358,7 +370,7 @@ impl Hold {
             slot,
             identity,
             file_system: None,
-            module: None,
+            module: request.module.clone(),
             stage: Stage::Freezing,
             since: Instant::now(),
             watches: 0,
@@ -531,10 +543,10 @@ impl Hold {
             .map(|series| series.deadline)
     }
 
-    /// Waits for at most `timeout_ms` until nothing is frozen, or being frozen, here. Process
-    /// context.
+    /// Waits for at most `timeout_ms` until nothing is frozen, or being frozen, here, whatever signals
+    /// come. Process context.
     pub(crate) fn wait_idle(&self, timeout_ms: u32) {
-        let _ = self.thawed.wait(Some(timeout_ms), || {
+        self.thawed.wait_undisturbed(timeout_ms, || {
             let state = self.state.lock();
             state.entries.iter().all(|entry| entry.stage.is_done())
         });
@@ -560,7 +572,6 @@ impl Hold {
 
     /// Has an entry frozen. Under the lock.
     fn queue_freeze(&self, entry: &mut Entry) {
-        entry.module = Some(ModuleReference::new());
         // It is queued: its slot was not in use.
         let _ = self
             .queues
@@ -575,7 +586,6 @@ impl Hold {
     }
 
     fn queue_thaw_in(&self, entry: &mut Entry, ms: u32) {
-        entry.module = Some(ModuleReference::new());
         let delay = msecs_to_jiffies(ms);
         // As above: only a worker that has the entry in hand, or will, could have queued it.
         let _ = self
@@ -720,7 +730,8 @@ impl WorkItem<THAW> for Slot {
 /// What a worker has in hand.
 struct Task {
     file_system: FileSystem,
-    module: Option<ModuleReference>,
+    /// Given back last of all: then the module may go.
+    module: ModuleReference,
     id: u64,
     identity: Identity,
     /// Where the entry stood.
@@ -733,7 +744,7 @@ impl Slot {
         let task = self.take()?;
         if matches!(task.stage, Stage::CalledOff) {
             self.finish(task.file_system, Stage::Failed(error(ESTALE)));
-            return task.module;
+            return Some(task.module);
         }
         let begun = Instant::<Monotonic>::now();
         let result = task.file_system.freeze(&**self);
@@ -746,7 +757,7 @@ impl Slot {
             }),
             Err(error) => self.finish(task.file_system, Stage::Failed(error)),
         }
-        task.module
+        Some(task.module)
     }
 
     /// What a worker does for an entry that is being thawed.
@@ -766,7 +777,7 @@ impl Slot {
             }),
             _ => self.finish(task.file_system, Stage::Thawed(result)),
         }
-        task.module
+        Some(task.module)
     }
 
     /// Takes the entry's file system in hand.
@@ -775,7 +786,7 @@ impl Slot {
         let entry = state.of_slot(self)?;
         Some(Task {
             file_system: entry.file_system.take()?,
-            module: entry.module.take(),
+            module: entry.module.clone(),
             id: entry.id,
             identity: entry.identity,
             stage: entry.stage,

@@ -88,8 +88,7 @@ struct HvVssModule {
 impl kernel::InPlaceModule for HvVssModule {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            // SAFETY: A module is initialised once. Nothing is queued before this line, and nothing
-            // after the drop of this field, the last one.
+            // SAFETY: A module is initialised once.
             _workers: unsafe { workers::Workers::new() }?,
             // Before the driver, so that it is told before any device.
             _sleep <- pm_notifier::Registration::new(Arc::new(service::SleepWatch, GFP_KERNEL)?),

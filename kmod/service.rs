@@ -29,6 +29,8 @@ use crate::uapi;
 use crate::uapi::thawed;
 use crate::vmbus;
 use crate::vmbus::Channel;
+use crate::wait::new_wait_queue;
+use crate::wait::WaitQueue;
 use crate::Parameters;
 use kernel::device::Core;
 use kernel::fmt;
@@ -41,9 +43,7 @@ use kernel::sync::atomic::AtomicFlag;
 use kernel::sync::atomic::Relaxed;
 use kernel::sync::poll::PollCondVar;
 use kernel::sync::Arc;
-use kernel::sync::CondVarTimeoutResult;
 use kernel::sync::Mutex;
-use kernel::time::msecs_to_jiffies;
 use kernel::time::Instant;
 use kernel::time::Monotonic;
 use kernel::uaccess::UserSliceReader;
@@ -56,7 +56,8 @@ const RING: u32 = 7 * 4096;
 /// time for others.
 const BATCH: usize = 16;
 
-/// How long the machine's sleep waits for a thaw, in milliseconds.
+/// How long the machine's sleep waits for a thaw, in milliseconds; for that of a daemon as long as for one that
+/// is to come, if that is longer.
 const THAW_MS: u32 = 5_000;
 
 /// How long a freeze waits, before it asks anew, for the thaw of the same file system, in
@@ -66,9 +67,11 @@ const AGAIN_MS: u32 = 500;
 /// Longest write that is looked at: more than any message or frame has.
 const MAX_WRITE: usize = 64;
 
-/// What the device that is gone has left undone, should it come back: the two fields of [`engine::Left`]. There
-/// is one device at a time, and whoever binds it finds what the one before has left.
+/// What the device that is gone has left undone, should it come back: the fields of [`engine::Left`]. There is one
+/// device at a time, and whoever binds it finds what the one before has left. Unloading the module forgets it, so
+/// the first one of all knows that it knows nothing.
 static UNTOLD: AtomicFlag = AtomicFlag::new(false);
+static UNSEEN: AtomicFlag = AtomicFlag::new(true);
 static OWES_THAW: AtomicFlag = AtomicFlag::new(false);
 
 /// The machine prepares to sleep. A device that is bound by then has heard of it, one that comes later has not.
@@ -101,6 +104,9 @@ pub(crate) struct Service {
     /// Notified when a read or poll may see something new.
     #[pin]
     changes: PollCondVar,
+    /// Woken when the machine's sleep may have nothing more to wait for.
+    #[pin]
+    thawed: WaitQueue,
     /// Where a frame lies between the engine and the reader; also makes readers take turns.
     #[pin]
     outgoing: Mutex<KVec<u8>>,
@@ -133,6 +139,7 @@ impl Device {
         self.gone = true;
         let left = self.engine.left();
         UNTOLD.store(left.untold, Relaxed);
+        UNSEEN.store(left.unseen, Relaxed);
         OWES_THAW.store(left.owes_thaw, Relaxed);
     }
 }
@@ -186,6 +193,7 @@ impl Service {
         };
         let left = engine::Left {
             untold: UNTOLD.load(Relaxed),
+            unseen: UNSEEN.load(Relaxed),
             owes_thaw: OWES_THAW.load(Relaxed),
         };
         let store = KVVec::from_elem(0, engine::QUEUE * engine::PACKET_MAX, GFP_KERNEL)?;
@@ -204,6 +212,7 @@ impl Service {
                 timer <- Timer::new(),
                 state <- new_spinlock_irq!(state, "hv_vss::state"),
                 changes <- new_poll_condvar!("hv_vss::changes"),
+                thawed <- new_wait_queue!("hv_vss::thawed_for_sleep"),
                 outgoing <- new_mutex!(outgoing, "hv_vss::outgoing"),
                 hold,
                 parameters,
@@ -214,8 +223,16 @@ impl Service {
     }
 
     /// Opens the channel of `dev`. Sleeps.
-    pub(crate) fn start(self: &Arc<Self>, dev: &vmbus::Device<Core<'_>>) -> Result {
-        let channel = Channel::open(dev, RING, self.clone())?;
+    ///
+    /// # Safety
+    ///
+    /// It must be the same device each time, on which nobody else opens or closes the channel. It must be locked,
+    /// as it is here, also when [`Self::suspend`] and [`Self::stop`] are called, and the latter must be called
+    /// before its driver is unbound.
+    pub(crate) unsafe fn start(self: &Arc<Self>, dev: &vmbus::Device<Core<'_>>) -> Result {
+        // SAFETY: The channel is dropped by this function, by `suspend` or by `stop`: the rest is guaranteed by the
+        // caller.
+        let channel = unsafe { Channel::open(dev, RING, self.clone()) }?;
         let mut incoming = KVVec::from_elem(0, channel.longest_packet(), GFP_KERNEL)?;
         {
             let mut state = self.state.lock();
@@ -228,8 +245,7 @@ impl Service {
                 engine.prepare_sleep(now, out);
             }
         });
-        // What the host has sent by now is still in the ring, and it may send nothing more.
-        vmbus::Listener::on_packets(&**self);
+        // What the host has sent by now is still in the ring: the bus calls for it as long as it is.
         Ok(())
     }
 
@@ -238,10 +254,16 @@ impl Service {
     /// nor for a disk. Sleeps; may be called again.
     pub(crate) fn stop(&self) {
         let channel = self.end_channel(thawed::GONE, true);
-        self.changes.notify_all();
+        self.tell_gone();
         Timer::shut_down(self);
         // Closing sleeps, so it happens here and not under the lock.
         drop(channel);
+    }
+
+    /// Lets all who wait see that the device is gone. Any context.
+    fn tell_gone(&self) {
+        self.changes.notify_all();
+        self.thawed.wake_all();
     }
 
     /// Before the machine sleeps: what is open is failed and the channel is closed. Sleeps.
@@ -251,11 +273,16 @@ impl Service {
 
     /// After the machine has slept. A device that the host does not give back is gone: readers see
     /// an error instead of waiting for ever. Sleeps.
-    pub(crate) fn resume(self: &Arc<Self>, dev: &vmbus::Device<Core<'_>>) -> Result {
+    ///
+    /// # Safety
+    ///
+    /// As for [`Self::start`].
+    pub(crate) unsafe fn resume(self: &Arc<Self>, dev: &vmbus::Device<Core<'_>>) -> Result {
         if self.state.lock().device.gone {
             return Err(ENODEV);
         }
-        self.start(dev).inspect_err(|_| self.stop())
+        // SAFETY: Guaranteed by the caller.
+        unsafe { self.start(dev) }.inspect_err(|_| self.stop())
     }
 
     /// Has the engine fail what is open, as long as the host can hear it, and takes the channel
@@ -317,7 +344,7 @@ impl Service {
             log,
         };
         let engine = &mut device.engine;
-        let before = (engine.readable(), engine.thawed_for_sleep());
+        let was_readable = engine.readable();
         let result = event(engine, now, &mut outlet);
         let held_until = self.hold.deadline();
         let next = match (engine.deadline(), held_until) {
@@ -329,9 +356,11 @@ impl Service {
             None => Timer::stop(self),
         }
         // Whoever waits has looked before: only what is new is to be told.
-        let came = |was: bool, is: bool| is && !was;
-        if came(before.0, engine.readable()) || came(before.1, engine.thawed_for_sleep()) {
+        if engine.readable() && !was_readable {
             self.changes.notify_all();
+        }
+        if engine.thawed_for_sleep() {
+            self.thawed.wake_all();
         }
         result
     }
@@ -363,7 +392,7 @@ impl Service {
                         engine.close(now, thawed::GONE, out);
                     });
                     device.leave();
-                    self.changes.notify_all();
+                    self.tell_gone();
                     log.ring_failed(error);
                     false
                 }
@@ -428,7 +457,7 @@ impl Service {
             ms => ms.min(self.parameters.hold_ms),
         };
         let until = self.now().saturating_add(u64::from(limit_ms) * 1000);
-        let mut request = self.hold.request(asked.id, file_system, count);
+        let mut request = self.hold.request(asked.id, file_system, count)?;
         let result = loop {
             // Allowed and begun under one lock, so that whoever ends what this is for finds it.
             let begun = self
@@ -502,16 +531,12 @@ impl pm_notifier::Callbacks for Service {
         });
         // What a daemon has frozen by other means only it can thaw, or the one that comes after it. If
         // it did after the sleep, writers would wait in the meantime, some of them so that they cannot
-        // be put to sleep.
-        let mut left = msecs_to_jiffies(THAW_MS);
-        let mut state = self.state.lock();
-        while !state.device.gone && !state.device.engine.thawed_for_sleep() {
-            match self.changes.wait_interruptible_timeout(&mut state, left) {
-                CondVarTimeoutResult::Woken { jiffies } => left = jiffies,
-                CondVarTimeoutResult::Timeout | CondVarTimeoutResult::Signal { .. } => break,
-            }
-        }
-        drop(state);
+        // be put to sleep. A signal to who has asked for the sleep ends no wait, since it does not end the sleep.
+        let limit_ms = THAW_MS.max(self.parameters.grace_ms);
+        self.thawed.wait_undisturbed(limit_ms, || {
+            let state = self.state.lock();
+            state.device.gone || state.device.engine.thawed_for_sleep()
+        });
         self.hold.wait_idle(THAW_MS);
     }
 

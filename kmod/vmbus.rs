@@ -400,7 +400,12 @@ impl<L: Listener> Channel<L> {
     ///
     /// `EBUSY` when the channel is open already, `ENODEV` when the host rescinds it meanwhile, and
     /// what `vmbus_open` returns.
-    pub(crate) fn open(
+    ///
+    /// # Safety
+    ///
+    /// What is returned must be dropped, not forgotten, before the driver is unbound from `dev`. Nobody else may
+    /// open or close the channel until then, nor while this or the drop runs.
+    pub(crate) unsafe fn open(
         dev: &Device<device::Core<'_>>,
         ring: u32,
         listener: Arc<L>,
@@ -408,8 +413,8 @@ impl<L: Listener> Channel<L> {
         // SAFETY: By the type invariant this is a valid `struct hv_device`, whose channel is set
         // before it is registered.
         let raw = NonNull::new(unsafe { (*dev.as_raw()).channel }).ok_or(ENODEV)?;
-        // SAFETY: `raw` is valid while its device is bound. `Core` says that the device is locked,
-        // so nobody opens or closes the channel meanwhile.
+        // SAFETY: `raw` is valid as long as its device is there. That nobody opens or closes the channel
+        // meanwhile is guaranteed by the caller.
         if !unsafe { bindings::hv_vss_channel_is_closed(raw.as_ptr()) } {
             return Err(EBUSY);
         }
@@ -421,8 +426,8 @@ impl<L: Listener> Channel<L> {
         // SAFETY: `raw` is valid, and the channel is closed.
         unsafe { bindings::hv_vss_prepare_channel(raw.as_ptr(), ring) };
 
-        // SAFETY: As above. `context` points to a listener that `Self` keeps alive until
-        // `vmbus_close` has returned, or this function until the same has happened on error.
+        // SAFETY: As above. `context` points to a listener that `Self`, which the caller drops, keeps alive
+        // until `vmbus_close` has returned, or this function until the same has happened on error.
         let opened = to_result(unsafe {
             bindings::vmbus_open(
                 raw.as_ptr(),

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A wait queue whose waiters can be killed, and by nothing else be disturbed.
+//! A wait queue whose waiters can be killed, or not even that, and by nothing else be disturbed.
 //!
-//! The kernel crate's `CondVar` waits uninterruptibly, or until any signal comes: the one makes a
-//! process that nobody can kill, the other ends waits that cannot be begun anew. Knows nothing of
-//! what is waited for.
+//! The kernel crate's `CondVar` waits uninterruptibly and without a limit, or until any signal comes:
+//! the one makes a process that nobody can kill, the other ends waits that cannot be begun anew. Knows
+//! nothing of what is waited for.
 //!
 //! C header: [`include/linux/wait.h`](srctree/include/linux/wait.h)
 
@@ -90,6 +90,25 @@ impl WaitQueue {
             0 => Waited::TimedOut,
             1.. => Waited::Done,
         }
+    }
+
+    /// As [`Self::wait`], and only time ends it: no signal, not even one that kills. Does not count as hanging.
+    /// Says whether `condition` holds.
+    pub(crate) fn wait_undisturbed<F: FnMut() -> bool>(
+        &self,
+        timeout_ms: u32,
+        mut condition: F,
+    ) -> bool {
+        // SAFETY: As for `wait`.
+        let left = unsafe {
+            bindings::hv_vss_wait_idle(
+                self.inner.get(),
+                Some(Self::ask::<F>),
+                ptr::from_mut(&mut condition).cast(),
+                timeout_ms,
+            )
+        };
+        left > 0
     }
 
     /// # Safety

@@ -11,12 +11,19 @@ use crate::bindings;
 use core::ptr::NonNull;
 use kernel::bindings as raw;
 use kernel::prelude::*;
+use kernel::sync::atomic::Acquire;
+use kernel::sync::atomic::AtomicFlag;
+use kernel::sync::atomic::Release;
 use kernel::sync::global_lock;
 use kernel::sync::Arc;
 use kernel::workqueue::Queue;
 
+/// [`QUEUES`] is initialised.
+static INITIALISED: AtomicFlag = AtomicFlag::new(false);
+
 global_lock! {
-    // SAFETY: Initialised in `Workers::new`, which comes before all else.
+    // SAFETY: Locked only where it is initialised: in `Workers::new` after that, in the drop of what this
+    // returns, and where `INITIALISED` says so.
     unsafe(uninit) static QUEUES: Mutex<Option<Arc<Queues>>> = None;
 }
 
@@ -28,7 +35,14 @@ pub(crate) struct Queues {
 
 impl Queues {
     /// The module's, as long as there are [`Workers`].
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` when there are none.
     pub(crate) fn get() -> Result<Arc<Self>> {
+        if !INITIALISED.load(Acquire) {
+            return Err(ENODEV);
+        }
         QUEUES.lock().clone().ok_or(ENODEV)
     }
 
@@ -49,10 +63,11 @@ impl Workers {
     ///
     /// # Safety
     ///
-    /// May be called once, before anything else of this file. What it returns must be dropped last.
+    /// May be called once.
     pub(crate) unsafe fn new() -> Result<Self> {
         // SAFETY: Guaranteed by the caller.
         unsafe { QUEUES.init() };
+        INITIALISED.store(true, Release);
         let queues = Queues {
             // A freeze waits for whatever its file system waits for, also for work of queues that
             // make no such promise; with this flag the kernel does not warn of that.
@@ -79,7 +94,7 @@ impl Drop for Workers {
 ///
 /// # Invariants
 ///
-/// It is a valid workqueue.
+/// It is a valid workqueue, which nobody else destroys.
 struct OwnedQueue(NonNull<raw::workqueue_struct>);
 
 // SAFETY: Workqueues may be used from any thread.
@@ -94,13 +109,14 @@ impl OwnedQueue {
             | raw::wq_flags_WQ_UNBOUND
             | raw::wq_flags_WQ_MEM_RECLAIM
             | raw::wq_flags_WQ_HIGHPRI;
-        // SAFETY: The name is a format without arguments.
+        // SAFETY: The format takes a string, and both live for ever.
         let queue = unsafe {
             raw::alloc_workqueue_noprof(
-                name.as_char_ptr(),
+                c"%s".as_char_ptr(),
                 flags,
                 // CAST: 2048.
                 raw::wq_consts_WQ_MAX_ACTIVE as c_int,
+                name.as_char_ptr(),
             )
         };
         // INVARIANT: It is one if it is not null.
@@ -115,28 +131,48 @@ impl OwnedQueue {
 
 impl Drop for OwnedQueue {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant it is valid; it is not used any more.
+        // SAFETY: By the type invariant it is valid and ours; what `get` has lent has ended.
         unsafe { raw::destroy_workqueue(self.0.as_ptr()) };
     }
 }
 
-/// Keeps the module from being unloaded. A work has one from when it is queued until all that is
-/// left of it is to return; for that much the end of [`Workers`] waits.
+/// Keeps the module from being unloaded. A work has one until all that is left of it is to return; for that
+/// much the end of [`Workers`] waits.
+///
+/// # Invariants
+///
+/// A reference to the module is owned.
 pub(crate) struct ModuleReference(());
 
 impl ModuleReference {
     /// Takes one. Any context.
-    pub(crate) fn new() -> Self {
-        // SAFETY: The module is not going: who queues work has a descriptor open, which keeps it until its
-        // `release` has returned, or is a work that has a reference of its own.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` when the module is going.
+    pub(crate) fn new() -> Result<Self> {
+        // SAFETY: The module is there as long as its code runs.
+        if !unsafe { bindings::hv_vss_module_try_get() } {
+            return Err(ENODEV);
+        }
+        // INVARIANT: It has been taken.
+        Ok(ModuleReference(()))
+    }
+}
+
+impl Clone for ModuleReference {
+    /// Takes another one. Any context.
+    fn clone(&self) -> Self {
+        // SAFETY: By the type invariant there is a reference, so the module is not going.
         unsafe { bindings::hv_vss_module_get() };
+        // INVARIANT: It has been taken.
         ModuleReference(())
     }
 }
 
 impl Drop for ModuleReference {
     fn drop(&mut self) {
-        // SAFETY: `new` has taken it.
+        // SAFETY: By the type invariant there is a reference, which ends here.
         unsafe { bindings::hv_vss_module_put() };
     }
 }

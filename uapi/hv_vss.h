@@ -50,8 +50,12 @@
  * A THAW need not be the host's. Whatever the daemon may have frozen by itself, and the host has no
  * use for any more, the daemon is told to thaw: when a FREEZE fails that it has read and not answered,
  * when the host could not be told of its success, when a THAW of the host fails unanswered, before the
- * machine sleeps. That THAW stays, across a close, until a daemon has answered it, and may thus be the
- * first request that a new daemon reads. It is answered as always.
+ * machine sleeps, which waits for it. That THAW stays, across a close and also when the device goes and
+ * comes back, until a daemon has answered it, and may thus be the first request that a new daemon reads.
+ * It is answered as always. Only unloading the module forgets it.
+ *
+ * Nor does the module know after it was loaded what was frozen before: until a FREEZE has ended since, each
+ * THAW of the host is handed on, and failed whatever the daemon answers.
  *
  * Held freezes (HV_VSS_FEATURE_HOLD): a v2 daemon can have the kernel freeze for it, with
  * HV_VSS_IOC_FREEZE. What is held so belongs to this open of the device: nobody else can thaw it, and
@@ -59,9 +63,10 @@
  * the FREEZE that it was for fails or its THAW ends, before the machine sleeps, and when the device goes.
  * It begins with what was frozen last and waits for none before it begins the next, so that one that
  * hangs holds up no other: which of them is thawed first is not said. But for the close, and for what it
- * has answered or told itself, the daemon then reads an HV_VSS_FRAME_THAWED, and the host's THAW is
- * failed. A daemon that crashes closes nothing before its core is dumped, for which it may have to wait
- * until what it holds is thawed: PR_SET_DUMPABLE of prctl(2) should be 0, and the deadline short.
+ * has answered or told itself, the daemon then reads an HV_VSS_FRAME_THAWED, or ENODEV when the device has
+ * gone, and the host's THAW is failed. A daemon that crashes closes nothing before its core is dumped, for
+ * which it may have to wait until what it holds is thawed: PR_SET_DUMPABLE of prctl(2) should be 0, and the
+ * deadline short.
  * A daemon that freezes by other means needs none of this.
  *
  * What may change, and what not. A structure grows at its end only, a frame's size says how much there
@@ -96,7 +101,7 @@
 #define HV_VSS_THAWED_FOREIGN		4	/* another program thawed what the daemon had frozen */
 #define HV_VSS_THAWED_SLEEP		5	/* the machine is about to sleep */
 #define HV_VSS_THAWED_CALLED_OFF	6	/* the FREEZE has failed, or the THAW after it */
-#define HV_VSS_THAWED_GONE		7	/* the device went away */
+#define HV_VSS_THAWED_GONE		7	/* the device went away: in traces, a read gets ENODEV */
 
 /* Feature bits, in hv_vss_registered.features: */
 #define HV_VSS_FEATURE_HOLD		0x1	/* HV_VSS_IOC_FREEZE and HV_VSS_IOC_THAW */
@@ -190,6 +195,7 @@ struct hv_vss_freeze_info {
  *  EBUSY       it is held already, by this daemon or by another exclusive owner. What this one holds with
  *              id 0 may be thawed before the FREEZE is answered, and then counts for none: thaw it first
  *  EINVAL      flags or reserved is not 0, or count is 0 or more than max_held
+ *  ENOMEM      at the first one: there is no memory for count
  *  ENOSPC      more than the first one's count; or, at the first one, what is left of an earlier series
  *              and count are more than max_held together
  *  EOPNOTSUPP  this file system has no means to freeze

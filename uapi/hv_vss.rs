@@ -240,12 +240,12 @@ pub mod thawed {
     pub const SLEEP: u32 = 5;
     /// The FREEZE has failed, or the THAW after it.
     pub const CALLED_OFF: u32 = 6;
-    /// The device went away.
+    /// The device went away: in traces, since a read gets `ENODEV` then.
     pub const GONE: u32 = 7;
 }
 
 /// `struct hv_vss_thawed`: 32 bytes. After it the host's THAW is failed. From the kernel: it has thawed
-/// what it held for the daemon.
+/// what it held for the daemon, while the device is there.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -259,7 +259,7 @@ pub struct Thawed {
     pub reserved: u32,
 }
 
-/// `struct hv_vss_ioc_freeze`: 32 bytes, the argument of [`IOC_FREEZE`]. Its errors are in `hv_vss.h`.
+/// `struct hv_vss_ioc_freeze`: 32 bytes, the argument of [`IOC_FREEZE`].
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -299,7 +299,8 @@ const fn iow<T>(nr: u8) -> u32 {
     (1 << 30) | ((size_of::<T>() as u32) << 16) | ((IOC_TYPE as u32) << 8) | nr as u32
 }
 
-/// Freezes the file system of an open descriptor and holds it ([`IocFreeze`]).
+/// Freezes the file system of an open descriptor and holds it ([`IocFreeze`]). Its errors, among them `ENOMEM`
+/// when there is no memory for [`IocFreeze::count`], are in `hv_vss.h`.
 pub const IOC_FREEZE: u32 = iow::<IocFreeze>(0x56);
 /// Thaws one that is held, or all ([`IocThaw`]).
 pub const IOC_THAW: u32 = iow::<IocThaw>(0x57);

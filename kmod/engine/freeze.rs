@@ -12,6 +12,9 @@ use super::uapi::status;
 pub(super) enum Freeze {
     /// There is none: the host asked for none, or it ended well, or the host knows that it did not.
     None,
+    /// The module has not seen a FREEZE end since it was loaded. The host may count on one that was
+    /// answered before, of which nobody here knows whether it lasted: every THAW is failed until then.
+    Unseen,
     /// FREEZE `id` succeeded and its daemon is still there. It is `whole` until that daemon has had the
     /// module thaw something without waiting for the host's THAW; which then breaks it.
     Held { id: u64, whole: bool },
@@ -25,7 +28,7 @@ impl Freeze {
     /// In one word.
     pub(super) fn as_str(self) -> &'static str {
         match self {
-            Freeze::None => "none",
+            Freeze::None | Freeze::Unseen => "none",
             Freeze::Held { whole: true, .. } => "held",
             Freeze::Held { whole: false, .. } | Freeze::Broken { .. } => "broken",
         }
@@ -35,7 +38,7 @@ impl Freeze {
     pub(super) fn held(self) -> Option<u64> {
         match self {
             Freeze::Held { id, .. } => Some(id),
-            Freeze::None | Freeze::Broken { .. } => None,
+            Freeze::None | Freeze::Unseen | Freeze::Broken { .. } => None,
         }
     }
 
@@ -47,7 +50,7 @@ impl Freeze {
     /// What the host is told for a THAW that the daemon answers with `code`.
     pub(super) fn thaw_status(self, code: u32) -> u32 {
         match self {
-            Freeze::Broken { .. } if code == status::OK => status::FAIL,
+            Freeze::Unseen | Freeze::Broken { .. } if code == status::OK => status::FAIL,
             _ => code,
         }
     }
@@ -56,7 +59,7 @@ impl Freeze {
     pub(super) fn after_failed_freeze(self, sent: bool) -> Self {
         match self {
             _ if !sent => Freeze::Broken { told: false },
-            Freeze::Broken { told: true } => Freeze::None,
+            Freeze::Unseen | Freeze::Broken { told: true } => Freeze::None,
             other => other,
         }
     }
@@ -64,7 +67,7 @@ impl Freeze {
     /// A THAW has ended and the host was told `code`, if it was `sent`.
     pub(super) fn after_thaw(self, code: u32, sent: bool) -> Self {
         match self {
-            Freeze::None => Freeze::None,
+            Freeze::None | Freeze::Unseen => self,
             Freeze::Held { .. } if code == status::OK => Freeze::None,
             Freeze::Held { .. } => Freeze::Broken { told: sent },
             Freeze::Broken { told } => Freeze::Broken { told: told || sent },

@@ -12,7 +12,8 @@
 //!   late or stray one can never hit the next request. v1 answers carry no id; there the rule rests
 //!   on the daemon reading and answering in turn, as every v1 daemon does;
 //! - a freeze that did not last is remembered until the host has been told, and every THAW until
-//!   then is failed, whatever the daemon says of it (see [`Freeze`]);
+//!   then is failed, whatever the daemon says of it; so is every THAW before the first FREEZE that the
+//!   module has seen (see [`Freeze`]);
 //! - a FREEZE that a read was shown the daemon may have, also when it ends before the read does: it is
 //!   given a THAW like one that has read it;
 //! - what may be frozen and is of no use to the host any more is thawed: the module lets go of what it
@@ -54,12 +55,16 @@ pub struct Config {
     /// Time for any other request (mainline: 30 seconds).
     pub other_ms: u32,
     /// How long a request waits for a daemon that is not there or does not read; 0 fails it at once,
-    /// as mainline does when no daemon is there. As long the machine's sleep waits for one that is to
-    /// thaw.
+    /// as mainline does when no daemon is there. As long, and for [`REOPEN_MS`] at the least, the machine's
+    /// sleep waits for one that is to thaw.
     pub grace_ms: u32,
     /// How many file systems the module can hold for the daemon at a time; 0 when it cannot.
     pub max_held: u32,
 }
+
+/// How long the machine's sleep waits at the least for a daemon that has closed the device, in milliseconds:
+/// mainline's thaws before it opens it again.
+const REOPEN_MS: u32 = 2_000;
 
 impl Default for Config {
     fn default() -> Self {
@@ -123,7 +128,7 @@ struct OwedThaw {
     since: u64,
     /// Once the daemon has read it: when that is forgotten, so that it can be read again.
     deadline: Option<u64>,
-    /// No daemon is there, and none has come in the grace time.
+    /// No daemon is there, and none has come in time.
     deserted: bool,
 }
 
@@ -159,6 +164,8 @@ impl OwedThaw {
 pub struct Left {
     /// The host counts on a freeze that did not last, and has not been told by a THAW that failed.
     pub untold: bool,
+    /// No FREEZE has ended since the module was loaded, so nobody knows whether the host counts on one.
+    pub unseen: bool,
     /// A daemon may have frozen something by itself, and none has answered a THAW since.
     pub owes_thaw: bool,
 }
@@ -217,9 +224,10 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             daemon: Daemon::Absent,
             reply_waits: false,
             quiet_since: Some(0),
-            freeze: match left.untold {
-                true => Freeze::Broken { told: false },
-                false => Freeze::None,
+            freeze: match left {
+                Left { untold: true, .. } => Freeze::Broken { told: false },
+                Left { unseen: true, .. } => Freeze::Unseen,
+                Left { .. } => Freeze::None,
             },
             hold: None,
             notice: None,
@@ -522,7 +530,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     pub fn deadline(&self) -> Option<u64> {
         let requests = self.queue.iter().map(|request| self.limit(request));
         let owed = self.owed_thaw.and_then(|owed| match owed.deadline {
-            None if !self.registered() && !owed.deserted => self.grace(0),
+            None if !self.registered() && !owed.deserted => self.return_limit(),
             deadline => deadline,
         });
         requests.chain(owed).min()
@@ -532,6 +540,13 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     fn grace(&self, arrived: u64) -> Option<u64> {
         let since = self.quiet_since?;
         Some(after(arrived.max(since), self.config.grace_ms))
+    }
+
+    /// While nobody serves requests: until when somebody may come who does the THAW that is owed. However long
+    /// ago it came to be owed: what may be frozen was left when the daemon went.
+    fn return_limit(&self) -> Option<u64> {
+        let since = self.quiet_since?;
+        Some(after(since, self.config.grace_ms.max(REOPEN_MS)))
     }
 
     /// When the time of a request is over, as things are now. While nobody serves requests, those that
@@ -559,8 +574,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         while let Some(at) = self.queue.position(|r| self.limit(r) <= now) {
             self.time_out(now, at, effects);
         }
-        // However long ago it came to be owed: what may be frozen was left when the daemon went.
-        let deserted = !self.registered() && self.grace(0).is_some_and(|end| end <= now);
+        let deserted = !self.registered() && self.return_limit().is_some_and(|end| end <= now);
         if let Some(owed) = &mut self.owed_thaw {
             owed.deserted = deserted;
         }
@@ -635,13 +649,14 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     pub fn left(&self) -> Left {
         Left {
             untold: self.freeze == Freeze::Broken { told: false },
+            unseen: self.freeze == Freeze::Unseen,
             owes_thaw: self.owed_thaw.is_some(),
         }
     }
 
     /// While the machine prepares to sleep: whether the daemon has thawed what it froze by itself, or
     /// nobody is left to do it. One that has gone may be about to open the device again, as mainline's is
-    /// after an answer that was refused: it is given the grace time.
+    /// after an answer that was refused: it is given the time for that.
     pub fn thawed_for_sleep(&self) -> bool {
         let to_do = self.owed_thaw.is_some_and(|owed| !owed.deserted);
         self.sleeping && !to_do && !self.is_doing(op::THAW)

@@ -149,9 +149,54 @@ fn what_the_module_held_when_the_device_went_is_thawed() {
     w.close(thawed::GONE);
     let left = Left {
         untold: true,
-        owes_thaw: false,
+        ..Left::default()
     };
     assert_eq!(w.engine.left(), left);
+}
+
+/// What a module finds that has just been loaded.
+const LOADED: Left = Left {
+    untold: false,
+    unseen: true,
+    owes_thaw: false,
+};
+
+#[test]
+fn no_thaw_is_good_before_the_first_freeze_of_the_module() {
+    for abi in [1, 2] {
+        let mut left = LOADED;
+        // Nor is it when the device was bound anew, nor the second time.
+        for _ in 0..2 {
+            let mut store = vec![0; QUEUE * PACKET_MAX];
+            let mut w = World::after(CONFIG, &mut store, left);
+            w.daemon(abi);
+            for _ in 0..2 {
+                let thaw = w.ask(op::THAW);
+                w.serve(op::THAW, status::OK);
+                assert_eq!(w.answered(thaw), Some(status::FAIL));
+            }
+            w.close(thawed::GONE);
+            left = w.engine.left();
+            assert_eq!(left, LOADED);
+        }
+    }
+}
+
+#[test]
+fn the_first_freeze_of_the_module_ends_the_doubt() {
+    for code in [status::OK, status::FAIL] {
+        let mut store = vec![0; QUEUE * PACKET_MAX];
+        let mut w = World::after(CONFIG, &mut store, LOADED);
+        w.daemon(1);
+        let freeze = w.ask(op::FREEZE);
+        w.serve(op::FREEZE, code);
+        assert_eq!(w.answered(freeze), Some(code));
+        // Whatever it was told, the host thaws what is of this FREEZE.
+        let thaw = w.ask(op::THAW);
+        w.serve(op::THAW, status::OK);
+        assert_eq!(w.answered(thaw), Some(status::OK));
+        assert_eq!(w.engine.left(), Left::default());
+    }
 }
 
 // --- Sleep ---
@@ -317,7 +362,8 @@ fn the_sleep_waits_for_a_daemon_that_opens_anew_to_thaw() {
 
 #[test]
 fn a_daemon_that_goes_holds_up_the_sleep_for_the_grace_time() {
-    for grace_ms in [0, 5_000] {
+    // One that opens anew needs some time for it, though no request waits for it.
+    for (grace_ms, wait_ms) in [(0, 2_000), (5_000, 5_000)] {
         for before in [false, true] {
             let mut store = Vec::new();
             let mut w = world_with(&mut store, Config { grace_ms, ..CONFIG });
@@ -330,11 +376,9 @@ fn a_daemon_that_goes_holds_up_the_sleep_for_the_grace_time() {
                 w.prepare_sleep();
                 w.release();
             }
-            if grace_ms > 0 {
-                w.pass(u64::from(grace_ms) * 1000 - 1);
-                assert!(!w.engine.thawed_for_sleep());
-                assert!(w.expire(), "the end of it is not missed");
-            }
+            w.pass(wait_ms * 1000 - 1);
+            assert!(!w.engine.thawed_for_sleep());
+            assert!(w.expire(), "the end of it is not missed");
             assert!(w.engine.thawed_for_sleep());
             assert_eq!(w.engine.deadline(), None);
         }

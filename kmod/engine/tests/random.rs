@@ -38,7 +38,11 @@ fn config() -> impl Strategy<Value = Config> {
 
 /// What the device before this one has left.
 fn left() -> impl Strategy<Value = Left> {
-    (any::<bool>(), any::<bool>()).prop_map(|(untold, owes_thaw)| Left { untold, owes_thaw })
+    (any::<bool>(), any::<bool>(), any::<bool>()).prop_map(|(untold, unseen, owes_thaw)| Left {
+        untold,
+        unseen: unseen && !untold,
+        owes_thaw,
+    })
 }
 
 /// What a hostile host or daemon may send: a good message with some bytes changed, or noise.

@@ -47,8 +47,13 @@ fn walk(config: Config) -> (usize, usize) {
     let mut seen = HashSet::new();
     let mut paths = Vec::new();
     let mut depth = 0;
-    for (untold, owes_thaw) in [(false, false), (true, false), (false, true), (true, true)] {
-        let path = Path(Left { untold, owes_thaw }, Vec::new());
+    for kind in 0..6 {
+        let left = Left {
+            untold: kind % 3 == 1,
+            unseen: kind % 3 == 2,
+            owes_thaw: kind / 3 == 1,
+        };
+        let path = Path(left, Vec::new());
         seen.insert(path.replay(config, &mut store).state());
         paths.push(path);
     }

@@ -7,13 +7,14 @@
 //!
 //! - a request is answered once, by its own bytes with status, flags and body flags set;
 //! - its status is the one that the daemon gave for it, or "failed" when the daemon gave none, or when
-//!   it is a THAW and the host counts on a freeze that did not last;
+//!   it is a THAW and the host counts on a freeze that did not last, or may count on one that was before
+//!   the module was loaded;
 //! - that happens within its time, and, as long as nobody serves requests, within the grace time;
 //! - what is frozen has a way out: a freeze in force ends with the host's THAW, one that is being made
 //!   with its time; all else is thawed by the module, or by a THAW that the daemon can read;
 //! - a daemon for which the module has thawed something reads that, once;
 //! - a machine that prepares to sleep is told that all is thawed only when it is, or when nobody has
-//!   come in the grace time who could thaw it, and then at once.
+//!   come in the grace time, or in [`REOPEN_MS`], who could thaw it, and then at once.
 #![allow(dead_code)] // each test file uses its part
 
 pub mod events;
@@ -185,6 +186,8 @@ pub struct Seen {
 enum Backup {
     /// It has no freeze, or knows that it has ended.
     None,
+    /// Nobody here knows: the module was loaded since its last FREEZE.
+    Unseen,
     /// It was told that its FREEZE succeeded, and that is still so.
     Good,
     /// That is not so any more, or it waits in vain to be told how its FREEZE ended.
@@ -192,6 +195,9 @@ enum Backup {
     /// It was told so by a THAW that failed.
     Told,
 }
+
+/// How long a daemon that was to thaw is waited for before the machine sleeps, however short the grace time.
+const REOPEN_MS: u32 = 2_000;
 
 /// Host, engine and daemon. Times are microseconds.
 pub struct World<'a> {
@@ -253,9 +259,10 @@ impl<'a> World<'a> {
             open: false,
             in_hand: None,
             frozen: None,
-            backup: match left.untold {
-                true => Backup::Spoilt,
-                false => Backup::None,
+            backup: match left {
+                Left { untold: true, .. } => Backup::Spoilt,
+                Left { unseen: true, .. } => Backup::Unseen,
+                Left { .. } => Backup::None,
             },
             by_daemon: left.owes_thaw,
             own: false,
@@ -709,6 +716,7 @@ impl<'a> World<'a> {
             let left = self.engine.left();
             assert!(left.owes_thaw || !self.by_daemon, "frozen, and forgotten");
             assert_eq!(left.untold, self.backup == Backup::Spoilt);
+            assert_eq!(left.unseen, self.backup == Backup::Unseen);
         }
     }
 
@@ -730,7 +738,7 @@ impl<'a> World<'a> {
             grace_ms,
             ..
         } = self.config;
-        let longest = u64::from(freeze_ms.max(other_ms).max(grace_ms));
+        let longest = u64::from(freeze_ms.max(other_ms).max(grace_ms).max(REOPEN_MS));
         let limit = self.now + longest * 1000;
         while self.expire() {
             assert!(self.now <= limit, "a request outlives its time");
@@ -819,14 +827,14 @@ impl<'a> World<'a> {
                 self.after_freeze(request, code, heard);
             }
             op::THAW => {
-                let spoilt = matches!(self.backup, Backup::Spoilt | Backup::Told);
+                let is_bad = matches!(self.backup, Backup::Unseen | Backup::Spoilt | Backup::Told);
                 let expected = match verdict {
-                    status::OK if spoilt => status::FAIL,
+                    status::OK if is_bad => status::FAIL,
                     verdict => verdict,
                 };
                 assert_eq!(code, expected, "what the host is told of its THAW");
                 self.backup = match self.backup {
-                    Backup::None => Backup::None,
+                    Backup::None | Backup::Unseen => self.backup,
                     Backup::Good if code == status::OK => Backup::None,
                     Backup::Good | Backup::Spoilt if heard => Backup::Told,
                     Backup::Good | Backup::Spoilt => Backup::Spoilt,
@@ -849,7 +857,7 @@ impl<'a> World<'a> {
         }
         if !heard {
             self.backup = Backup::Spoilt;
-        } else if self.backup == Backup::Told {
+        } else if matches!(self.backup, Backup::Unseen | Backup::Told) {
             self.backup = Backup::None;
         }
     }
@@ -873,8 +881,9 @@ impl<'a> World<'a> {
             self.by_module.is_none() || good || making || rehearsal,
             "held for nothing"
         );
-        let grace_is_over = self.now >= self.left + u64::from(self.config.grace_ms) * 1000;
-        let deserted = self.abi == 0 && grace_is_over;
+        let wait_ms = self.config.grace_ms.max(REOPEN_MS);
+        let wait_is_over = self.now >= self.left + u64::from(wait_ms) * 1000;
+        let deserted = self.abi == 0 && wait_is_over;
         if self.engine.thawed_for_sleep() {
             assert!(self.sleeping);
             assert!(!self.by_daemon || deserted, "sleeps while frozen");

@@ -42,6 +42,11 @@ pub const CASES: &[Case] = &[
         killed_and_reloaded,
     ),
     case(
+        "lifecycle/module-loaded-anew",
+        "until it has seen a FREEZE the module fails each THAW, also of a daemon that remembers nothing either",
+        module_loaded_anew,
+    ),
+    case(
         "lifecycle/daemon-restarted",
         "a daemon that is stopped and started again serves the next backup",
         daemon_restarted,
@@ -338,6 +343,42 @@ fn killed_and_reloaded(guest: &Guest) -> Result<()> {
     let thaw = vss.thaw(STEP)?;
     answered("the THAW of a freeze that broke", &thaw, status::FAIL)?;
     backup(guest)
+}
+
+fn module_loaded_anew(guest: &Guest) -> Result<()> {
+    for abi in Abi::BOTH {
+        for next_freeze in [status::OK, status::FAIL] {
+            let one = || -> Result<()> {
+                super::load(guest, Module::Ours, &[])?;
+                let daemon = Scripted::start(guest, abi)?;
+                daemon.freeze(guest, status::OK)?;
+                daemon.device.close()?;
+                guest.unload(Module::Ours)?;
+                guest.vss().wait_closed(STEP)?;
+                super::load(guest, Module::Ours, &[])?;
+                let daemon = Scripted::start(guest, abi)?;
+                // A host that asks twice is told so twice, and another device in between knows no more.
+                for _ in 0..2 {
+                    daemon.thaw(guest, status::FAIL)?;
+                }
+                daemon.device.close()?;
+                unbind_rebind(guest)?;
+                guest.vss().agree(STEP)?;
+                let daemon = Scripted::start(guest, abi)?;
+                daemon.thaw(guest, status::FAIL)?;
+                // What comes after a FREEZE that failed is of that one.
+                daemon.freeze(guest, next_freeze)?;
+                daemon.thaw(guest, status::OK)?;
+                daemon.good_backup(guest)?;
+                daemon.device.close()?;
+                guest.unload(Module::Ours)?;
+                guest.vss().wait_closed(STEP)?;
+                Ok(())
+            };
+            one().with_context(|| format!("{abi:?}, the next FREEZE {next_freeze:#x}"))?;
+        }
+    }
+    Ok(())
 }
 
 fn unload_with_open_device(guest: &Guest) -> Result<()> {
@@ -637,8 +678,8 @@ fn one_end(guest: &Guest, stage: Stage, end: End) -> Result<()> {
         next.write(answer.as_bytes())?;
         anyhow::Ok(vss.wait(tx, STEP)?)
     };
-    if stage == Stage::Frozen && end != End::Unload {
-        // The daemon of now knows nothing of a freeze that was to last until then.
+    if stage == Stage::Frozen {
+        // The daemon of now, and with it a module that is new, knows nothing of a freeze that was to last until then.
         let thaw = serve(Op::THAW, op::THAW)?;
         answered("the THAW of a freeze that broke", &thaw, status::FAIL)?;
     }

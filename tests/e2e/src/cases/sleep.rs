@@ -12,7 +12,7 @@ use super::deadman::{
 };
 use super::dialogue::{Abi, Scripted};
 use super::suspend::{self, unloads};
-use super::{load, rounds_or, seed, start, stuck_writers, wait_for_daemon, Case};
+use super::{load, rounds_or, seed, start, stuck_writers, wait_for_daemon, wait_out, Case};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
@@ -39,7 +39,23 @@ pub const CASES: &[Case] = &[
     suspend::case(
         "sleep/daemon-opens-anew",
         "one that has closed the device is waited for: the one that opens it next is told to thaw",
-        daemon_opens_anew,
+        |guest| {
+            // One that has next to no time for it is waited for, too.
+            [5_000, 0].into_iter().try_for_each(|grace_ms| daemon_opens_anew(guest, grace_ms, 0))
+        },
+    ),
+    suspend::case(
+        "sleep/daemon-opens-late",
+        "it is waited for as long as the grace time says, though that is longer than what a thaw is given",
+        |guest| {
+            let grace_ms = guest.host().patience(Duration::from_secs(10)).as_millis() as u64;
+            daemon_opens_anew(guest, grace_ms, grace_ms * 7 / 10)
+        },
+    ),
+    suspend::case(
+        "sleep/signal-in-the-wait",
+        "a signal to who sends the machine to sleep does not end the wait for a thaw",
+        signal_in_the_wait,
     ),
     suspend::case(
         "sleep/device-bound-anew",
@@ -75,7 +91,7 @@ struct Window {
 }
 
 impl Window {
-    /// Sends the machine to sleep.
+    /// Sends the machine to sleep, by a process that lives through SIGUSR1.
     fn begin(guest: &Guest) -> Result<Window> {
         make_hung_disk(guest, "/dev/ram6", 32)?;
         guest.sh(&format!(
@@ -85,7 +101,8 @@ impl Window {
              echo shutdown > /sys/power/disk"
         ))?;
         let (unloads, openings) = (unloads(guest), guest.vss().openings());
-        let process = guest.spawn(&["sh", "-c", "echo disk > /sys/power/state"])?;
+        let sleep = "trap : USR1; echo disk > /sys/power/state";
+        let process = guest.spawn(&["sh", "-c", sleep])?;
         Ok(Window {
             process,
             unloads,
@@ -106,6 +123,16 @@ impl Window {
         guest.wait_until("the machine waits for a thaw", STEP, || {
             Ok(self.stack(guest)?.contains("notifier_call_chain"))
         })?;
+        Ok(())
+    }
+
+    /// It is still telling them.
+    fn is_still_told(&self, guest: &Guest) -> Result<()> {
+        let stack = self.stack(guest)?;
+        ensure!(
+            stack.contains("notifier_call_chain"),
+            "the machine has gone on before the thaw:\n{stack}"
+        );
         Ok(())
     }
 
@@ -291,8 +318,9 @@ fn freeze_open(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-fn daemon_opens_anew(guest: &Guest) -> Result<()> {
-    load(guest, Module::Ours, &[])?;
+/// With a daemon that opens the device `pause_ms` after it has closed it.
+fn daemon_opens_anew(guest: &Guest, grace_ms: u64, pause_ms: u64) -> Result<()> {
+    load(guest, Module::Ours, &[&format!("grace_ms={grace_ms}")])?;
     for abi in Abi::BOTH {
         let one = || -> Result<()> {
             let daemon = Scripted::start(guest, abi)?;
@@ -304,12 +332,45 @@ fn daemon_opens_anew(guest: &Guest) -> Result<()> {
             let late = daemon.answer(&freezing, status::OK);
             refused("the late answer to FREEZE", late, "ESTALE")?;
             daemon.device.close()?;
+            if pause_ms > 0 {
+                wait_out(guest, Duration::from_millis(pause_ms))?;
+            }
             let daemon = Scripted::start(guest, abi)?;
             let thawing = daemon.take(op::THAW)?;
-            window.is_told(guest)?;
+            window.is_still_told(guest)?;
             daemon.answer(&thawing, status::OK)?;
             window.wait(guest)?;
             freeze_fails(guest, daemon)?;
+            window.end(guest)?;
+            after_the_sleep(guest, daemon)?;
+            Ok(daemon.device.close()?)
+        };
+        one().with_context(|| format!("{abi:?}, a grace time of {grace_ms} ms"))?;
+    }
+    guest.unload(Module::Ours)?;
+    guest.vss().wait_closed(STEP)?;
+    Ok(())
+}
+
+fn signal_in_the_wait(guest: &Guest) -> Result<()> {
+    const SIGUSR1: i32 = 10;
+    // So that time does not end it.
+    load(guest, Module::Ours, &["grace_ms=60000"])?;
+    for abi in Abi::BOTH {
+        let one = || -> Result<()> {
+            let daemon = Scripted::start(guest, abi)?;
+            let tx = guest.vss().send_freeze(&[])?;
+            daemon.take(op::FREEZE)?;
+            let window = Window::begin(guest)?;
+            let reply = guest.vss().wait(tx, STEP)?;
+            answered("the FREEZE that was open", &reply, status::FAIL)?;
+            let thawing = daemon.take(op::THAW)?;
+            window.is_told(guest)?;
+            guest.signal(&window.process, SIGUSR1)?;
+            wait_out(guest, Duration::from_secs(1))?;
+            window.is_still_told(guest)?;
+            daemon.answer(&thawing, status::OK)?;
+            window.wait(guest)?;
             window.end(guest)?;
             after_the_sleep(guest, daemon)?;
             Ok(daemon.device.close()?)
