@@ -115,11 +115,32 @@ pub struct Pending {
 #[derive(Default)]
 struct Answers {
     by_id: BTreeMap<u64, Outcome>,
+    /// What was sent and has no answer yet.
+    sent: BTreeMap<u64, String>,
     /// Lines that have come.
     heard: u64,
     /// What that was when a last question went without an answer.
     silent_at: Option<u64>,
     closed: bool,
+}
+
+impl Answers {
+    /// The call of which the guest's serial port has lost the beginning, which it does over a sleep, when this is what
+    /// its agent says of the rest. It has not been begun then.
+    fn cut_off(&self, what: &str) -> Option<String> {
+        // The shortest that cannot be the end of another call by chance.
+        const LEAST: usize = 8;
+        let is_it = |call: &&String| {
+            let call = call.trim_end();
+            what.starts_with("not a call")
+                && (LEAST..call.len()).any(|len| {
+                    let rest = call.get(call.len() - len..);
+                    rest.is_some_and(|rest| what.ends_with(&format!("): {rest}")))
+                })
+        };
+        let mut all = self.sent.values().filter(is_it);
+        all.next().filter(|_| all.next().is_none()).cloned()
+    }
 }
 
 #[derive(Default)]
@@ -144,6 +165,7 @@ impl Agent {
     pub fn connect(vm: Arc<Vm>, timeout: Duration) -> Result<Agent, CallError> {
         let line = vm.agent_port()?;
         let input = BufReader::new(line.try_clone()?);
+        let mut again = line.try_clone()?;
         let shared = Arc::new(Shared::default());
         let agent = Agent {
             vm,
@@ -158,9 +180,19 @@ impl Agent {
                     Ok(Return {
                         id: 0,
                         outcome: Outcome::Failed(what),
-                    }) => eprintln!("the guest's agent: {what}"),
+                    }) => {
+                        eprintln!("the guest's agent: {what}");
+                        if let Some(call) = lock(&shared.answers).cut_off(&what) {
+                            eprintln!("it is sent again");
+                            // Whoever waits for its answer sees a line that is closed.
+                            let _ = again.write_all(call.as_bytes());
+                        }
+                    }
                     Ok(back) => {
-                        lock(&shared.answers).by_id.insert(back.id, back.outcome);
+                        let mut answers = lock(&shared.answers);
+                        answers.sent.remove(&back.id);
+                        answers.by_id.insert(back.id, back.outcome);
+                        drop(answers);
                         shared.changed.notify_all();
                     }
                     Err(error) => eprintln!("not an answer of the agent ({error}): {text}"),
@@ -198,6 +230,9 @@ impl Agent {
         };
         let mut text = serde_json::to_string(&call).map_err(std::io::Error::from)?;
         text.push('\n');
+        lock(&self.shared.answers)
+            .sent
+            .insert(call.id, text.clone());
         line.0.write_all(text.as_bytes())?;
         Ok(Pending {
             id: call.id,
@@ -342,5 +377,41 @@ fn describe(command: &Command) -> String {
         },
         Command::In { pid, does } => format!("{} (in {pid})", describe(does)),
         other => format!("{other:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_has_lost_its_beginning_is_sent_again() {
+        let calls = [
+            r#"{"id":7,"command":{"Read":{"path":"/proc/uptime"}}}"#,
+            r#"{"id":8,"command":"Clock"}"#,
+        ];
+        let sent = (7..).zip(calls.map(|it| format!("{it}\n"))).collect();
+        let answers = Answers {
+            sent,
+            ..Answers::default()
+        };
+        let said = |rest: &str| format!("not a call (expected value at line 1 column 1): {rest}");
+        for (call, from) in [(0, 3), (0, 20), (1, 1)] {
+            let rest = &calls[call][from..];
+            let found = answers.cut_off(&said(rest));
+            assert_eq!(found.as_deref().map(str::trim_end), Some(calls[call]));
+        }
+        for other in [
+            "",
+            "}",
+            r#"{"id":9,"command":"Clock"}"#,
+            "nonsense that is long",
+        ] {
+            assert_eq!(answers.cut_off(&said(other)), None, "{other}");
+        }
+        assert_eq!(
+            answers.cut_off("something else: command\":\"Clock\"}"),
+            None
+        );
     }
 }

@@ -454,6 +454,7 @@ fn flood(guest: &Guest) -> Result<()> {
         );
     }
     vss.wait_sent(STEP)?;
+    guest.writers_stop()?;
     calm(guest)
 }
 
