@@ -217,8 +217,7 @@ SUITES_CASES ?= pairing/* owned/our-daemon owned/closed
 test-suites: deb user ## Have DKMS build the module on a clean Debian of each of SUITES, and run it there
 	@for suite in $(SUITES); do \
 		KERNEL=$$suite $(LAB)/dkms.sh && \
-		KERNEL=$$suite $(LAB)/run.sh --timeout 1800 --results build/runs/$$suite-dkms \
-			--module build/kernels/$$suite/dkms/hv_vss.ko ./e2e run $(patsubst %,'%',$(SUITES_CASES)) || exit 1; \
+		KERNEL=$$suite $(LAB)/run.sh --timeout 1800 --module build/kernels/$$suite/dkms/hv_vss.ko ./e2e run $(patsubst %,'%',$(SUITES_CASES)) || exit 1; \
 	done
 
 # Each is called by its full name, since they need what takes a while to build.

@@ -172,20 +172,14 @@ impl<'a> Dialogue<'a> {
         self.thaw_sent
     }
 
-    /// What was wrong: a backup that was called good although something was written in its window; a
-    /// packet that answers nothing, such as a second answer.
-    pub fn wrong(&self) -> Vec<String> {
-        let lied = |it: &&Asked| it.told == Some(status::OK) && !it.written.is_empty();
-        let mut wrong: Vec<String> = self
-            .asked
-            .iter()
-            .filter(lied)
-            .map(|it| {
-                format!(
-                    "called good, but written in the window: {}",
-                    it.written.join(", ")
-                )
-            })
+    /// What was wrong: a backup that was called good although something was written in its window, unless it was to
+    /// what `is_left_out`, as the daemon has said; a packet that answers nothing, such as a second answer.
+    pub fn wrong(&self, is_left_out: impl Fn(&str) -> bool) -> Vec<String> {
+        let good = self.asked.iter().filter(|it| it.told == Some(status::OK));
+        let written = good.flat_map(|it| &it.written);
+        let mut wrong: Vec<String> = written
+            .filter(|it| !is_left_out(it))
+            .map(|it| format!("called good, but written in the window: {it}"))
             .collect();
         let strays = self.guest.vss().take_strays();
         let strays = strays
