@@ -678,6 +678,17 @@ fn one_end(guest: &Guest, stage: Stage, end: End) -> Result<()> {
         next.write(answer.as_bytes())?;
         anyhow::Ok(vss.wait(tx, STEP)?)
     };
+    // What the daemon before may have frozen by itself, this one is to thaw, unless the module is another as well.
+    let may_be_frozen = matches!(stage, Stage::Read | Stage::Frozen | Stage::Thawing);
+    let owes = may_be_frozen && end != End::Unload;
+    let offered = next.poll(&["POLLIN"], Duration::ZERO)?;
+    equal("whether a THAW is owed", !offered.is_empty(), owes)?;
+    if owes {
+        let (request, _) = read_request(next)?;
+        equal("what is owed", request.msg.hdr.operation, op::THAW)?;
+        let answer = answer_v2(request.frame.id, op::THAW, status::OK);
+        next.write(answer.as_bytes())?;
+    }
     if stage == Stage::Frozen {
         // The daemon of now, and with it a module that is new, knows nothing of a freeze that was to last until then.
         let thaw = serve(Op::THAW, op::THAW)?;
