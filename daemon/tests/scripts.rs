@@ -640,7 +640,6 @@ fn programs_for_postgresql(name: &str, these: &[(&str, &str)]) -> std::path::Pat
     let system = [
         ("cat", "exec /bin/cat"),
         ("setsid", "exec /usr/bin/setsid \"$@\""),
-        ("sh", "exec /bin/sh \"$@\""),
     ];
     programs(name, &[&system, these].concat())
 }

@@ -304,7 +304,11 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
     // The daemon alone is a whole product.
     install(guest, "hv-vss-daemon_*.deb")?;
     serves(guest, OURS, "hv_utils")?;
-    for unit in ["hv-kvp-daemon", "hv-fcopy-daemon"] {
+    let units = guest.sh("dpkg -L hyperv-daemons | sed -n 's|.*/\\(hv-.*\\)\\.service$|\\1|p'")?;
+    let others: Vec<&str> = units.lines().filter(|it| !THEIRS.starts_with(it)).collect();
+    // Those of KVP and of fcopy, which go by more than one name.
+    equal("their other daemons", others.len(), 2)?;
+    for unit in others {
         let line = format!("systemctl show --property=LoadState,DropInPaths {unit}");
         equal(
             unit,
