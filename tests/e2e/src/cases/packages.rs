@@ -292,7 +292,12 @@ fn reboot(guest: &Guest) -> Result<Guest> {
 fn reboot_as(guest: &Guest, machine: Machine) -> Result<Guest> {
     power_off(guest)?;
     let disk = guest.root_disk().context("its root is elsewhere")?;
-    guest.start_as(machine, disk.snapshot()?)
+    let guest = guest.start_as(machine, disk.snapshot()?)?;
+    // The agent is there long before whatever the boot starts.
+    guest.wait_until("the boot has ended", STEP * 4, || {
+        Ok(guest.sh("systemctl list-jobs --no-legend")?.is_empty())
+    })?;
+    Ok(guest)
 }
 
 fn install_to_purge(guest: &Guest) -> Result<()> {
