@@ -9,6 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sys::statfs::statfs;
 use serde::Serialize;
@@ -28,6 +30,10 @@ use crate::topology;
 
 /// Asks whether the device is there, on the command line of `hv_vss_daemon`; for its unit.
 pub const SUBCOMMAND: &str = "has-device";
+
+/// How long the VSS device may be without a driver that shows it, and how often that is looked at.
+const HAND_OVER: Duration = Duration::from_secs(15);
+const LOOK: Duration = Duration::from_millis(100);
 
 /// `HV_VSS_GUID` of the kernel's `include/linux/hyperv.h`, as sysfs writes it.
 const VSS_CLASS: &str = "{35fa2e29-ea23-4236-96ae-3a6ebacba440}";
@@ -389,6 +395,19 @@ impl Loading {
 /// Why the device is not there, and what to do about it; `None` when it is.
 pub fn why_no_device(device: &Path) -> Option<String> {
     why_not_on(Path::new(VMBUS), device)
+}
+
+/// The same for the unit. A device that the host offers may be on its way from one driver to the other, as at boot: a
+/// start that is given up just then is not begun anew when the device comes, since it is still under way for systemd.
+pub fn why_no_device_in_time(device: &Path) -> Option<String> {
+    let until = Instant::now() + HAND_OVER;
+    loop {
+        let why = why_no_device(device)?;
+        if vss_device(Path::new(VMBUS)).is_none() || Instant::now() >= until {
+            return Some(why);
+        }
+        thread::sleep(LOOK);
+    }
 }
 
 /// The same, with the devices of the bus in this folder.

@@ -330,7 +330,7 @@ fn read_again(old: Config, path: Option<&Path>, log: &Logbook) -> Config {
 
 /// For the unit: whether there is anything to serve, and what to do if there is not.
 fn has_device() -> Result<(), Failure> {
-    let why = check::why_no_device(Path::new(DEVICE));
+    let why = check::why_no_device_in_time(Path::new(DEVICE));
     why.map_or(Ok(()), |why| Err(why.into()))
 }
 
