@@ -10,7 +10,7 @@
 //! before it is on record which process it is. What a hook writes is read all the time, since
 //! one that stays over the freeze would hang otherwise, and is logged after the thaw. Only a call with `thaw` that
 //! was started ends what is owed to a hook: what does not let itself be looked up, or cannot be started, stays on
-//! record, and is tried again with the next backup, at the next start and by hand. What one that ended well
+//! record, and is tried again with the next backup that calls any, at the next start and by hand. What one that ended well
 //! leaves running is its [`Session`]: should that end by itself, the application is no longer ready. A record
 //! of what is to be let go is in the run directory, for whoever comes after a death. It freezes nothing and
 //! decides of no backup.

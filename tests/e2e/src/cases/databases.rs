@@ -572,7 +572,11 @@ fn without_hook(guest: &Guest, server: Server) -> Result<()> {
         told.push(verdict.describe());
     }
     if let [ours, peer] = told.as_slice() {
-        let what = format!("{server:?} under load, no hook");
+        let name = match server {
+            Server::MariaDb => "MariaDB",
+            Server::PostgreSql => "PostgreSQL",
+        };
+        let what = format!("{name} under load, no hook");
         guest.compare(&what, ours, peer);
     }
     Ok(())
