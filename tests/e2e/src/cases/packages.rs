@@ -158,6 +158,21 @@ fn driver(guest: &Guest) -> Result<String> {
 /// Waits until `unit` serves, on the device of `module`, with the other unit inactive, and sees a good
 /// backup with the root at a standstill.
 fn serves(guest: &Guest, unit: &str, module: &str) -> Result<()> {
+    serves_well(guest, unit, module).with_context(|| what_units_say(guest))
+}
+
+/// What the units of a guest are at, which may be another one than what the case began with, and the journal of its boot.
+fn what_units_say(guest: &Guest) -> String {
+    let line = format!(
+        "systemctl --no-pager --full --lines=0 status {OURS} {THEIRS} dev-vmbus-hv_vss.device
+         systemctl --no-pager list-jobs
+         journalctl --no-pager --boot --output=short-monotonic --lines=80"
+    );
+    let ended = guest.try_sh(&line).map(|it| it.out);
+    ended.unwrap_or_else(|error| format!("what its units are at is not known: {error:#}"))
+}
+
+fn serves_well(guest: &Guest, unit: &str, module: &str) -> Result<()> {
     let other = if unit == OURS { THEIRS } else { OURS };
     let is_active = |unit: &str| -> Result<bool> {
         let line = format!("systemctl show --property=ActiveState --value {unit}");
@@ -294,9 +309,11 @@ fn reboot_as(guest: &Guest, machine: Machine) -> Result<Guest> {
     let disk = guest.root_disk().context("its root is elsewhere")?;
     let guest = guest.start_as(machine, disk.snapshot()?)?;
     // The agent is there long before whatever the boot starts.
-    guest.wait_until("the boot has ended", STEP * 4, || {
-        Ok(guest.sh("systemctl list-jobs --no-legend")?.is_empty())
-    })?;
+    guest
+        .wait_until("the boot has ended", STEP * 4, || {
+            Ok(guest.sh("systemctl list-jobs --no-legend")?.is_empty())
+        })
+        .with_context(|| what_units_say(&guest))?;
     Ok(guest)
 }
 
