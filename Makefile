@@ -66,7 +66,7 @@ test: lint unit-and-wire fuzz-shortly e2e ## Lint, unit and layout tests, a shor
 
 # The long cases come last: the tables of the README are made of what the last run has left.
 .PHONY: test-all
-test-all: lint unit-and-wire fuzz test-databases test-volumes e2e-all ## The same with a longer fuzz run, databases, volumes and the long cases
+test-all: lint unit-and-wire fuzz test-packages test-databases test-volumes e2e-all ## The same with a longer fuzz run, packages, databases, volumes and the long cases
 
 # On a machine that has none yet the kernel's tree is made beside the first step of a test: it waits for
 # the network, and then has one processor. Should that fail, whoever needs it says why. What the later steps need
@@ -226,6 +226,7 @@ PACKAGES_CASES = $(addprefix packages/,page install-to-purge kernel-upgrade kern
 
 .PHONY: test-packages
 test-packages: dkms lab-module user images ## Install them in a guest, and take backups before and after
+	@$(LAB)/programs.sh mariadb
 	@$(LAB)/run.sh --timeout 3600 --results build/runs/packages ./e2e run $(PACKAGES_CASES)
 
 # By their full names, for the same reason.

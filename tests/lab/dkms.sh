@@ -4,7 +4,7 @@
 # Installs the packages on a clean Debian (trixie with its backports) as an administrator would, and has
 # DKMS build the module there for a kernel of the backports and, when that is upgraded, for the next; then
 # what must be refused, and what must be gone in the end. Leaves in build/dkms/packages what the guests of packages/*
-# install: the packages, DKMS and Debian's daemons; in a folder of each kernel's release the module in DKMS's own form
+# install: the packages, DKMS and Debian's daemons; in apt/ that and what it needs; in a folder of each kernel's release the module in DKMS's own form
 # for one that was built elsewhere, and the package of the newer kernel; in next/ the packages and the module of a
 # later version.
 #
@@ -182,6 +182,13 @@ if [ "${1:-}" = --inside ]; then
     cd /out/packages
     cp /debs/hv-vss-daemon_*.deb /debs/hv-vss-dkms_*.deb .
     apt download dkms hyperv-daemons/trixie-backports
+    # What a guest without it has to have of apt: all that it needs, of which some is there.
+    mkdir apt
+    mapfile -t names < <(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks \
+        --no-replaces --no-enhances apt | grep '^[a-z]' | sort -u)
+    mapfile -t names < <(dpkg-query --show --showformat '${db:Status-Status} ${Package}\n' "${names[@]}" 2>/dev/null |
+        sed -n 's/^installed //p')
+    (cd apt && apt download "${names[@]}")
     cd "$release"
     apt download linux-base "linux-image-$release"
     exit 0

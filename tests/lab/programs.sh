@@ -3,14 +3,26 @@
 #
 # programs.sh NAME: makes build/NAME.cpio, which is put over the guest under test: programs as Debian
 # packages them with what they are linked with, and those of their surroundings that busybox has in another
-# form. Made when asked for; only the cases that are called like it want it:
+# form. Made when asked for; only the cases that are called like it want it, and those of packages/* the last:
 #
 # databases   the servers of MariaDB and PostgreSQL, and a fresh data folder of each (/srv/mariadb,
 #             /srv/postgresql)
 # volumes     what an administrator makes volumes with (LVM, md, LUKS), and fio
+# mariadb     the server of MariaDB as the disk of an administrator's, build/mariadb.ext4: its programs, and in
+#             /srv/mariadb a fresh data folder
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
+
+# data_of_mariadb: its fresh data folder.
+data_of_mariadb() {
+    mkdir -p /srv/mariadb
+    chown mysql: /srv/mariadb
+    # As small as it can be: it is copied to a disk by an emulated processor.
+    mariadb-install-db --no-defaults --user=mysql --datadir=/srv/mariadb --skip-test-db --force \
+        --auth-root-authentication-method=socket --innodb-log-file-size=4M \
+        --innodb-data-file-path=ibdata1:4M:autoextend --innodb-autoextend-increment=1
+}
 
 name=$([ "$1" = --inside ] && echo "$2" || echo "$1")
 # folders: what is copied besides, with all that is in them
@@ -30,16 +42,12 @@ databases)
         printf '%s\n' root:x:0:0:root:/root:/bin/sh mysql:x:101:101::/nonexistent:/bin/false \
             postgres:x:102:102::/srv/postgresql:/bin/sh >/etc/passwd
         printf '%s\n' root:x:0: mysql:x:101: postgres:x:102: >/etc/group
-        mkdir -p /srv/{mariadb,postgresql}
-        chown mysql: /srv/mariadb
+        data_of_mariadb
+        mkdir -p /srv/postgresql
         chown postgres: /srv/postgresql
-        # As small as they can be: they are copied to a disk by an emulated processor. PostgreSQL knows GMT
-        # by itself.
+        # As small, too. PostgreSQL knows GMT by itself.
         TZ=GMT setpriv --reuid postgres --regid postgres --clear-groups "$postgresql/bin/initdb" \
             -D /srv/postgresql --no-sync --locale=C --encoding=UTF8 --auth-local=peer --auth-host=reject --wal-segsize=1
-        mariadb-install-db --no-defaults --user=mysql --datadir=/srv/mariadb --skip-test-db --force \
-            --auth-root-authentication-method=socket --innodb-log-file-size=4M \
-            --innodb-data-file-path=ibdata1:4M:autoextend --innodb-autoextend-increment=1
         # Instead of Debian's wrapper, which is in Perl.
         ln -sf "$postgresql/bin/psql" /usr/bin/psql
         rm -r "$postgresql"/lib/{llvmjit*,bitcode,pgxs}
@@ -51,7 +59,17 @@ volumes)
     folders=(/etc/lvm)
     prepare() { printf '%s\n' root:x:0:0:root:/root:/bin/sh >/etc/passwd; }
     ;;
-*) die "usage: programs.sh databases|volumes" ;;
+mariadb)
+    packages=(mariadb-server-core mariadb-client-core e2fsprogs)
+    programs=(/usr/sbin/mariadbd /usr/bin/mariadb)
+    folders=(/srv /usr/share/mariadb/{charsets,english})
+    prepare() {
+        printf '%s\n' root:x:0:0:root:/root:/bin/sh mysql:x:101:101::/nonexistent:/bin/false >/etc/passwd
+        printf '%s\n' root:x:0: mysql:x:101: >/etc/group
+        data_of_mariadb
+    }
+    ;;
+*) die "usage: programs.sh databases|volumes|mariadb" ;;
 esac
 options=(
     # Unpacked and not configured: nothing here starts as a service.
@@ -83,14 +101,25 @@ if [ "$1" = --inside ]; then
     while read -r path; do
         [ ! -L "$path" ] || realpath --relative-to=. "$path" | sed 's|^|./|'
     done </tmp/files >/tmp/targets
-    sort -u /tmp/files /tmp/targets | cpio --quiet -o -H newc >"/build/$name.cpio.new"
-    mv "/build/$name.cpio.new" "/build/$name.cpio"
+    sort -u /tmp/files /tmp/targets >/tmp/all
+    if [ "$name" = mariadb ]; then
+        mkdir /tmp/disk
+        cpio --quiet -pdm /tmp/disk </tmp/all
+        size=$(($(du -sm /tmp/disk | cut -f 1) * 11 / 10 + 64))
+        mke2fs -q -t ext4 -L "$name" -d /tmp/disk "/build/$name.ext4.new" "${size}M"
+        mv "/build/$name.ext4.new" "/build/$name.ext4"
+    else
+        cpio --quiet -o -H newc </tmp/all >"/build/$name.cpio.new"
+        mv "/build/$name.cpio.new" "/build/$name.cpio"
+    fi
     exit 0
 fi
 
 "$lab/root.sh"
 key=$(key_of "$(cat "$build/stamps/root" "$lab/programs.sh")")
-begin "$name" "$build/$name.cpio" "$key" "making the programs for $name"
+made=$build/$name.cpio
+[ "$name" != mariadb ] || made=$build/$name.ext4
+begin "$name" "$made" "$key" "making the programs for $name"
 say "making the programs for $name (Debian trixie: ${packages[*]})"
 target=$build/$name.root
 rm -rf --one-file-system "$target"
@@ -106,4 +135,4 @@ in_target() { (enter "$target" "$@"); }
 quietly "$name.log" in_target "$build:/build" "$lab:/lab" -- bash /lab/programs.sh --inside "$name"
 rm -rf --one-file-system "$target"
 set_stamp "$name" "$key"
-say "done in ${SECONDS}s ($name.cpio: $(($(stat -c %s "$build/$name.cpio") / 1000000)) MB)"
+say "done in ${SECONDS}s (${made##*/}: $(($(stat -c %s "$made") / 1000000)) MB)"

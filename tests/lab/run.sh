@@ -90,6 +90,10 @@ if [ "$kernel" = "$default_kernel" ] && [ -e "$payload/hv_vss.ko" ] && [ -e "$pa
     case $archives in
     *packages.cpio*) cp -r "$build/dkms/packages" "$payload/packages" 2>/dev/null || missing+=(packages) ;;
     esac
+    # the disk of a server, which programs.sh has made
+    case $archives in
+    *mariadb.ext4*) cp "$build/mariadb.ext4" "$payload/" 2>/dev/null || missing+=(mariadb.ext4) ;;
+    esac
     # the same programs, where an installation puts them
     quietly install.log make --directory "$repo" install DESTDIR="$payload/install" \
         MODULE="$payload/hv_vss.ko" DAEMON="$payload/hv_vss_daemon"

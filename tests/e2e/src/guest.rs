@@ -47,9 +47,15 @@ pub enum Userland {
     Systemd,
     /// The same Debian with nothing of ours; the packages lie in `/payload/packages`.
     Debian,
-    /// The same with all packages installed before it boots.
+    /// The same beside whose packages there is the disk of a server of MariaDB, for the host to attach: `mariadb.ext4` in the
+    /// payload.
+    DebianAndServer,
+    /// The Debian with all packages installed before it boots.
     Packages,
 }
+
+/// The disk of a server, in the payload.
+const SERVER: &str = "mariadb.ext4";
 
 impl Userland {
     /// The archives that make it up, in the payload. Those of our own programs are made there.
@@ -59,9 +65,17 @@ impl Userland {
             Userland::Databases => &["guest.cpio", "databases.cpio", "payload.cpio"],
             Userland::Volumes => &["guest.cpio", "volumes.cpio", "payload.cpio"],
             Userland::Systemd => &["systemd.cpio", "payload.cpio"],
-            Userland::Debian | Userland::Packages => {
+            Userland::Debian | Userland::DebianAndServer | Userland::Packages => {
                 &["systemd.cpio", "payload.cpio", "packages.cpio"]
             }
+        }
+    }
+
+    /// What else of the payload it is for.
+    fn images(self) -> &'static [&'static str] {
+        match self {
+            Userland::DebianAndServer => &[SERVER],
+            _ => &[],
         }
     }
 }
@@ -171,7 +185,12 @@ impl Machine {
         ..Machine::SYSTEMD
     }
     .on_one_cpu(INSTALLS);
-    /// The same before its kernel is upgraded.
+    /// The same beside a server whose disk the host has.
+    pub const DEBIAN_AND_SERVER: Machine = Machine {
+        userland: Userland::DebianAndServer,
+        ..Machine::DEBIAN
+    };
+    /// The one before its kernel is upgraded.
     pub const OLDER_DEBIAN: Machine = Machine {
         older_kernel: true,
         ..Machine::DEBIAN
@@ -221,6 +240,12 @@ impl Machine {
         archives.chain(older)
     }
 
+    /// Whatever has to be made for it: those, and images of disks.
+    pub fn parts(&self) -> impl Iterator<Item = &'static str> {
+        self.archives()
+            .chain(self.userland.images().iter().copied())
+    }
+
     /// Its kernel, likewise.
     fn kernel(&self) -> &'static str {
         match self.older_kernel {
@@ -235,7 +260,10 @@ impl Machine {
         Duration::from_secs(match self.userland {
             Userland::Lab => 25,
             Userland::Databases | Userland::Volumes => 40,
-            Userland::Systemd | Userland::Debian | Userland::Packages => 60,
+            Userland::Systemd
+            | Userland::Debian
+            | Userland::DebianAndServer
+            | Userland::Packages => 60,
         })
     }
 }
@@ -259,6 +287,7 @@ impl std::fmt::Display for Machine {
             Userland::Volumes => write!(f, ", tools for volumes")?,
             Userland::Systemd => write!(f, ", systemd")?,
             Userland::Debian => write!(f, ", Debian")?,
+            Userland::DebianAndServer => write!(f, ", Debian beside a server's disk")?,
             Userland::Packages => write!(f, ", Debian with our packages")?,
         }
         match self.modules {
@@ -608,7 +637,9 @@ impl Guest {
         // The kernel does not know these and gives them to init, as variables.
         match machine.userland {
             Userland::Lab | Userland::Databases | Userland::Volumes | Userland::Systemd => {}
-            Userland::Debian => config.cmdline.push_str(" userland=debian"),
+            Userland::Debian | Userland::DebianAndServer => {
+                config.cmdline.push_str(" userland=debian")
+            }
             Userland::Packages => config.cmdline.push_str(" userland=packages"),
         }
         match machine.modules {
@@ -745,6 +776,12 @@ impl Guest {
     /// The host's side of VSS.
     pub fn vss(&self) -> Vss {
         self.vm.host().vss()
+    }
+
+    /// What is on the disk of the server that a machine has beside it, before anybody has used it.
+    pub fn server_disk(&self) -> Result<Vec<u8>> {
+        let path = self.images.payload.join(SERVER);
+        std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
     }
 
     /// The disk with its root, for a machine with [`Root::Scsi`].
@@ -1284,7 +1321,10 @@ impl Guest {
         // The other userlands have the agent alone.
         self.sh(match self.machine.userland {
             Userland::Lab | Userland::Databases | Userland::Volumes => ". /payload/tidy",
-            Userland::Systemd | Userland::Debian | Userland::Packages => TIDY,
+            Userland::Systemd
+            | Userland::Debian
+            | Userland::DebianAndServer
+            | Userland::Packages => TIDY,
         })?;
         let root = self.root_disk.as_ref().map(|_| (0, 0));
         for (number, controller) in self.scsi_controllers().enumerate() {

@@ -70,7 +70,7 @@ enum Action {
         /// Run only this part of them, such as 1/2
         #[arg(long, value_name = "PART")]
         shard: Option<shard::Shard>,
-        /// Run nothing, and name the archives that the guests are made of
+        /// Run nothing, and name the archives and images that the guests are made of
         #[arg(long)]
         archives: bool,
     },
@@ -149,8 +149,8 @@ fn choose(globs: &[String], all: bool, has_module: bool) -> Result<Vec<cases::Ca
 }
 
 /// What the guests of these cases are made of.
-fn archives_of(cases: &[cases::Case]) -> BTreeSet<&'static str> {
-    cases.iter().flat_map(|it| it.machine.archives()).collect()
+fn parts_of(cases: &[cases::Case]) -> BTreeSet<&'static str> {
+    cases.iter().flat_map(|it| it.machine.parts()).collect()
 }
 
 /// Says how a run went, and whether everything passed.
@@ -227,7 +227,7 @@ fn perform(action: Action) -> Result<bool> {
             archives,
         } => {
             if archives {
-                for name in archives_of(&choose(&globs, all, true)?) {
+                for name in parts_of(&choose(&globs, all, true)?) {
                     println!("{name}");
                 }
                 return Ok(true);
@@ -344,7 +344,7 @@ mod tests {
     fn what_is_large_is_asked_for_by_those_who_need_it() {
         let archives = |globs: &[&str], all| {
             let globs: Vec<String> = globs.iter().map(|it| it.to_string()).collect();
-            archives_of(&choose(&globs, all, true).unwrap())
+            parts_of(&choose(&globs, all, true).unwrap())
         };
         let ours = ["guest.cpio", "payload.cpio"];
         assert_eq!(archives(&["pairing/*"], false), ours.into());
@@ -354,5 +354,6 @@ mod tests {
         let upgrade = archives(&["packages/kernel-upgrade"], false);
         assert!(upgrade.contains("older.cpio") && upgrade.contains("packages.cpio"));
         assert!(!archives(&["*"], true).contains("older.cpio"));
+        assert!(archives(&["packages/page"], false).contains("mariadb.ext4"));
     }
 }

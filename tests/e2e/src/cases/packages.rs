@@ -5,11 +5,13 @@
 //! The module was built by DKMS beforehand (`tests/lab/dkms.sh`), since the guest has no compiler; here
 //! DKMS installs it. Who serves is seen from the device's driver and from which unit is active.
 
+use super::disks::Attached;
 use super::{Case, When};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Guest, Machine, STEP};
 use hyperv_sim::ic::status;
+use hyperv_sim::storage::Image;
 use hyperv_sim::Exit;
 use std::time::{Duration, SystemTime};
 
@@ -23,9 +25,9 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "packages/page",
-        "the README's page for an administrator, line by line: install, reboot, a backup with a hook, and what it says \
-         of that",
-        Machine::DEBIAN,
+        "the README's page for an administrator, line by line: install, reboot, a backup with MariaDB held by its hook, and \
+         what it says of that",
+        Machine::DEBIAN_AND_SERVER,
         page,
     ),
     case(
@@ -545,35 +547,155 @@ fn variants(command: &str) -> Vec<String> {
     }
 }
 
-fn page(guest: &Guest) -> Result<()> {
-    install(guest, "dkms_*.deb hyperv-daemons_*.deb")?;
-    guest.sh("modprobe hv_utils")?;
-    let (installs, asks): (Vec<_>, Vec<_>) = commands_of_the_page()?
-        .into_iter()
-        .partition(|it| it.starts_with("apt install "));
-    ensure!(
-        installs.len() == 2 && asks.len() >= 6,
-        "the page should have been understood: {installs:?}, {asks:?}"
+/// Brings apt, which the guest has not, with what it needs of its own. The lists of a mirror it has none.
+fn bring_apt(guest: &Guest) -> Result<()> {
+    let line = format!(
+        "cd {PACKAGES}/apt && set -- && for file in *.deb; do
+             dpkg-query --show ${{file%%_*}} >/dev/null 2>&1 || set -- \"$@\" $file
+         done && dpkg --install \"$@\" 2>&1"
     );
-    let mut record = Vec::new();
-    for command in installs {
-        record.push(format!("# {command}"));
-        // No apt here, nor a mirror: of what it names, the files are installed by what it would use itself. What is
-        // on the mirror only is to compile with, which was done beforehand.
-        let (files, others): (Vec<_>, Vec<_>) = command
-            .split_whitespace()
-            .skip(2)
-            .partition(|it| it.starts_with("./"));
-        record.push(install(guest, &files.join(" "))?.trim_end().to_owned());
-        if !others.is_empty() {
-            // Whether they are of this kernel, the machine that has a mirror sees (`tests/lab/dkms.sh`).
-            let headers = others.iter().any(|it| it.starts_with("linux-headers-"));
-            let source = others.iter().any(|it| it.starts_with("linux-source"));
-            ensure!(
-                headers && source && others.len() == 2,
-                "what else it names should be what DKMS compiles with: {others:?}"
-            );
-            record.push(format!("(not on this machine: {})", others.join(" ")));
+    guest.sh(&line).map(drop)
+}
+
+/// Where an administrator has put a server of MariaDB.
+const SERVER: &str = "/srv/server";
+
+/// The disk of that server, as `content` has it.
+fn attach_server(guest: &Guest, content: Image, len: u64) -> Result<Attached> {
+    Attached::new(guest, 0, 1, len.div_ceil(1 << 20), content)
+}
+
+/// Has the server run, now and after each boot.
+fn start_server(guest: &Guest) -> Result<()> {
+    let libraries = format!("LD_LIBRARY_PATH={SERVER}/usr/lib/x86_64-linux-gnu");
+    let line = format!(
+        "mkdir {SERVER} && echo 'LABEL=mariadb {SERVER} ext4 defaults 0 0' >>/etc/fstab &&
+         echo mysql:x:101:101::/nonexistent:/bin/false >>/etc/passwd && echo mysql:x:101: >>/etc/group &&
+         printf '[client]\\nskip-ssl\\n' >/root/.my.cnf &&
+         printf '#!/bin/sh\\n{libraries} exec {SERVER}/usr/bin/mariadb \"$@\"\\n' >/usr/local/bin/mariadb &&
+         chmod 755 /usr/local/bin/mariadb &&
+         cat >/etc/systemd/system/mariadb.service <<'.' && systemctl daemon-reload && systemctl enable --now mariadb 2>&1
+[Unit]
+RequiresMountsFor={SERVER}
+[Service]
+Type=notify
+Environment={libraries}
+RuntimeDirectory=mysqld
+ExecStartPre=chown mysql: /run/mysqld
+ExecStart={SERVER}/usr/sbin/mariadbd --no-defaults --user=mysql --datadir={SERVER}/srv/mariadb \\
+    --lc-messages-dir={SERVER}/usr/share/mariadb --character-sets-dir={SERVER}/usr/share/mariadb/charsets \\
+    --socket=/run/mysqld/mysqld.sock --skip-networking --skip-ssl --innodb-buffer-pool-size=32M \\
+    --innodb-log-file-size=4M --innodb-data-file-path=ibdata1:4M:autoextend --innodb-autoextend-increment=1
+[Install]
+WantedBy=multi-user.target
+."
+    );
+    guest.sh(&line).map(drop)
+}
+
+/// Whether the server takes a new database within a second; that of which no table is made yet is in memory
+/// and in its log.
+fn server_takes(guest: &Guest, name: &str) -> Result<bool> {
+    let line = format!(
+        "mariadb -e 'SET lock_wait_timeout = 1; CREATE DATABASE {name}; DROP DATABASE {name}'"
+    );
+    let ended = guest.try_sh(&line)?;
+    match ended.status {
+        Some(0) => Ok(true),
+        // ER_LOCK_WAIT_TIMEOUT
+        _ if ended.err.contains("ERROR 1205 ") => Ok(false),
+        _ => Err(anyhow::anyhow!("{line}: {ended:?}")),
+    }
+}
+
+/// What the administrator did, line by line, and what was said to that.
+struct Record<'a> {
+    guest: &'a Guest,
+    text: String,
+}
+
+impl Record<'_> {
+    /// Adds a line and what it said. Kept as far as it came.
+    fn add(&mut self, command: &str, said: &[&str]) -> Result<()> {
+        self.text.push_str(&format!("# {command}\n"));
+        for said in said
+            .iter()
+            .map(|it| it.trim_end())
+            .filter(|it| !it.is_empty())
+        {
+            self.text.push_str(said);
+            self.text.push('\n');
+        }
+        self.guest.keep("page.txt", &self.text)
+    }
+
+    /// Has it run as it stands, where the packages lie.
+    fn follow(&mut self, command: &str) -> Result<String> {
+        let line = format!("cd {PACKAGES} && export DEBIAN_FRONTEND=noninteractive && {command}");
+        let process = self.guest.spawn(&["sh", "-c", &line])?;
+        let ended = self.guest.wait(&process, STEP * 6)?;
+        let said = self.guest.output(&process)?;
+        self.add(command, &[&said])?;
+        ensure!(ended.status == Some(0), "{command}: {ended:?}\n{said}");
+        Ok(said)
+    }
+
+    /// Installs what a line of apt names. What it would have from a mirror is on none here: of our packages it is the
+    /// files, which dpkg installs, without what DKMS would compile with. That was done beforehand.
+    fn install(&mut self, command: &str) -> Result<()> {
+        let words = command.split_whitespace().skip(2);
+        let (files, others): (Vec<_>, Vec<_>) = words.partition(|it| it.starts_with("./"));
+        // Whether they are of this kernel, the machine that has a mirror sees (`tests/lab/dkms.sh`).
+        let headers = others.iter().any(|it| it.starts_with("linux-headers-"));
+        let source = others.iter().any(|it| it.starts_with("linux-source"));
+        ensure!(
+            headers && source && others.len() == 2,
+            "what else it names should be what DKMS compiles with: {others:?}"
+        );
+        let said = install(self.guest, &format!("dkms_*.deb {}", files.join(" ")))?;
+        let missing = format!("(not on this machine: {})", others.join(" "));
+        self.add(command, &[&said, &missing])
+    }
+}
+
+fn page(guest: &Guest) -> Result<()> {
+    bring_apt(guest)?;
+    let mut content = Image::default();
+    let bytes = guest.server_disk()?;
+    let len = bytes.len() as u64;
+    let mut at = 0;
+    for part in bytes.chunks(1 << 16) {
+        // The rest of it takes no memory.
+        if part.iter().any(|it| *it != 0) {
+            content.write(at, part);
+        }
+        at += part.len() as u64;
+    }
+    drop(bytes);
+    let data = attach_server(guest, content, len)?;
+    data.node(guest)?;
+    start_server(guest)?;
+
+    let mut record = Record {
+        guest,
+        text: String::new(),
+    };
+    record.follow("apt install ./hyperv-daemons_*.deb")?;
+    guest.sh("modprobe hv_utils")?;
+    serves(guest, THEIRS, "hv_utils")?;
+    let commands = commands_of_the_page()?;
+    let first_look = commands.iter().position(|it| it.starts_with("hv_vss "));
+    let (prepares, looks) = commands.split_at(first_look.context("the page should name hv_vss")?);
+    ensure!(
+        prepares.len() == 3 && looks.len() >= 7,
+        "the page should have been understood: {prepares:?}, {looks:?}"
+    );
+    for command in prepares {
+        // Of Debian's mirror only the second wants anything.
+        if command.contains(" linux-headers-") {
+            record.install(command)?;
+        } else {
+            record.follow(command)?;
         }
     }
     // As for the QEMU guest agent.
@@ -581,21 +703,35 @@ fn page(guest: &Guest) -> Result<()> {
         "printf '#!/bin/sh\\necho $1 >>/run/called\\n' >/etc/hv_vss/hooks.d/10-note
          chmod 755 /etc/hv_vss/hooks.d/10-note",
     )?;
+    let text = record.text;
     let guest = &reboot(guest)?;
+    let _data = attach_server(guest, data.disk.snapshot()?, len)?;
+    let mut record = Record { guest, text };
+
     serves(guest, OURS, "hv_vss")?;
-    guest.wait_until("the hook was called for both", STEP, || {
+    guest.wait_until("the server is back", STEP * 2, || {
+        Ok(guest.try_sh("systemctl is-active mariadb")?.status == Some(0))
+    })?;
+    guest.sh("rm /run/called")?;
+    let vss = guest.vss();
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    let taken = server_takes(guest, "amid_the_backup");
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    ensure!(
+        !taken?,
+        "the server should be held by its hook during the backup"
+    );
+    guest.wait_until("the hooks were called for both", STEP, || {
         Ok(guest.read("/run/called")? == "freeze\nthaw\n")
     })?;
+    guest.wait_until("the server is let go", STEP, || {
+        server_takes(guest, "after_the_backup")
+    })?;
     let mut history = String::new();
-    for command in asks.iter().flat_map(|it| variants(it)) {
-        record.push(format!("# {command}"));
-        let ended = guest.try_sh(&command)?;
-        record.extend([&ended.out, &ended.err].map(|it| it.trim_end().to_owned()));
-        // As far as it came.
-        guest.keep("page.txt", &record.join("\n"))?;
-        equal(&command, ended.status, Some(0))?;
+    for command in looks.iter().flat_map(|it| variants(it)) {
+        let said = record.follow(&command)?;
         if command == "hv_vss history" {
-            history = ended.out;
+            history = said;
         }
     }
     ensure!(
