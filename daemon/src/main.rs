@@ -112,7 +112,7 @@ fn command() -> Command {
                 .about("Show what would be frozen, in which order, and what would not and why")
                 .args([json, table]),
             Command::new("freeze")
-                .about("Rehearse: call hooks and freeze as for a backup, wait, thaw")
+                .about("Rehearse: call hooks, freeze as for a backup but always with FIFREEZE, wait, thaw")
                 .args([time, no_hooks]),
             Command::new("reload")
                 .about("Have the daemon that serves read its configuration again"),
