@@ -701,10 +701,10 @@ mod tests {
         }
         assert_eq!(said, default);
 
-        let page = include_str!("../hv_vss_daemon.toml.5");
+        let page = include_str!("../hv_vss.toml.5");
         let tells = |line: String| {
             let is_told = page.lines().any(|it| it == line);
-            assert!(is_told, "hv_vss_daemon.toml(5) lacks {line}");
+            assert!(is_told, "hv_vss.toml(5) lacks {line}");
         };
         let tells_of = |key: &str, value: &Value| {
             let default = match value {

@@ -485,7 +485,7 @@ mod tests {
         for file in [
             "README.md",
             "daemon/hv_vss_daemon.8",
-            "daemon/hv_vss_daemon.toml.5",
+            "daemon/hv_vss.toml.5",
             "daemon/hv_vss_daemon.toml",
             "daemon/src/org.hv-vss.Daemon.varlink",
             "daemon/src/check.rs",
