@@ -422,6 +422,9 @@ mod tests {
         format!("--{option}").replace('-', "\\-")
     }
 
+    /// It is written by hand. clap_mangen (0.3) makes a page of each command and of this one a list of those; its SYNOPSIS
+    /// has no values of options (`[--svg]`) and nothing of what a command takes, and what it says of a command is the
+    /// line that `--help` has, where the page has paragraphs.
     #[test]
     fn the_manual_has_each_command_and_each_option_that_it_takes() {
         let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("hv_vss_daemon.8");
