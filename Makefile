@@ -278,8 +278,8 @@ install-daemon:
 	install -d $(SHARE)/man/man8
 	$(ADAPT) daemon/hv_vss_daemon.8 >$(SHARE)/man/man8/hv_vss_daemon.8
 	ln -sf hv_vss_daemon.8 $(SHARE)/man/man8/hv_vss.8
-	install -D -m 0644 daemon/hv_vss_daemon.toml.5 $(SHARE)/man/man5/hv_vss_daemon.toml.5
-	ln -sf hv_vss_daemon.toml.5 $(SHARE)/man/man5/hv_vss.toml.5
+	install -D -m 0644 daemon/hv_vss.toml.5 $(SHARE)/man/man5/hv_vss.toml.5
+	ln -sf hv_vss.toml.5 $(SHARE)/man/man5/hv_vss_daemon.toml.5
 	install -D -m 0644 daemon/completions/hv_vss.bash $(SHARE)/bash-completion/completions/hv_vss
 	install -D -m 0644 daemon/completions/_hv_vss $(SHARE)/zsh/$(ZSH_FUNCTIONS)/_hv_vss
 	install -D -m 0644 daemon/completions/hv_vss.fish $(SHARE)/fish/vendor_completions.d/hv_vss.fish

@@ -726,6 +726,7 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
             path.display()
         ));
     }
+    warnings.extend(hooks::ready(&config.hooks));
     let idle = config.hooks.idle(&called).into_iter();
     warnings.extend(idle.map(|rule| format!("the rule {rule} matches no hook")));
     let mut all: Vec<Finding> = found.into_iter().map(look).collect();

@@ -41,6 +41,10 @@ use crate::recovery::{self, By, Recovered, RecoveryError};
 use crate::report::{self, Outcome, Status};
 use crate::timeline::{self, TimelineError};
 
+/// What a rehearsal does not show where the daemon serves through our module.
+const OTHER_DOOR: &str =
+    "this rehearsal freezes through FIFREEZE, with a guard; in a backup the module holds what is \
+    frozen, for the daemon";
 /// How often it is asked whether a rehearsal is to end.
 const GLANCE: Duration = Duration::from_millis(100);
 
@@ -336,7 +340,9 @@ fn as_text(plan: &Plan, listing: &Listing<'_>) -> String {
 }
 
 /// A rehearsal: calls hooks, if it is to, and freezes as for a backup, stays frozen for `time`, thaws. Sends
-/// `stop` to end early. It goes by itself, beside a daemon that serves: through FIFREEZE, with a guard of its own.
+/// `stop` to end early. It goes by itself, beside a daemon that serves: through FIFREEZE, with a guard of its own. The
+/// device is for one process, so what the module can hold it holds for the daemon alone; where that has it do so, the
+/// log says that a backup freezes by other means.
 pub fn freeze_for(
     config: Config,
     log: &Logbook,
@@ -348,6 +354,10 @@ pub fn freeze_for(
     run.check()?;
     // What somebody has left frozen who has died would count as frozen by others.
     recovery::thaw(&run, log, By::Start)?;
+    let status = control::ask(&run, Method::Status);
+    if status.is_ok_and(|it| it["door"] == "held") {
+        log.warning(OTHER_DOOR);
+    }
     let guard = Arc::new(Guard::start(&run)?);
     let deadline = config.deadline;
     let door = Fifreeze::new(

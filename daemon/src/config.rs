@@ -146,10 +146,10 @@ impl Default for Config {
 /// Which hooks are called, and how.
 #[derive(Clone, Debug)]
 pub struct HookRules {
-    /// Whether those of the QEMU guest agent are.
-    pub qemu: bool,
-    /// Whether those of open-vm-tools are.
-    pub open_vm_tools: bool,
+    /// Whether those of the QEMU guest agent are; `None` where nothing is said, and they are not.
+    pub qemu: Option<bool>,
+    /// The same of those of open-vm-tools.
+    pub open_vm_tools: Option<bool>,
     /// Seconds that each call may take, 1 to 3600.
     pub limit: Duration,
     /// The names of those that may fail.
@@ -159,8 +159,8 @@ pub struct HookRules {
 impl Default for HookRules {
     fn default() -> Self {
         HookRules {
-            qemu: false,
-            open_vm_tools: false,
+            qemu: None,
+            open_vm_tools: None,
             limit: Duration::from_secs(30),
             optional: Vec::new(),
         }
@@ -251,8 +251,8 @@ impl Layer {
             put(&mut rules.devices, layer.devices);
         }
         let hooks = &mut config.hooks;
-        put(&mut hooks.qemu, self.hooks.qemu);
-        put(&mut hooks.open_vm_tools, self.hooks.open_vm_tools);
+        hooks.qemu = self.hooks.qemu.or(hooks.qemu);
+        hooks.open_vm_tools = self.hooks.open_vm_tools.or(hooks.open_vm_tools);
         put(&mut hooks.limit, self.hooks.limit);
         put(&mut hooks.optional, self.hooks.optional);
     }
@@ -694,12 +694,17 @@ mod tests {
         let mut default = Config::default().to_value();
         // It goes by the processors: this is that of a machine with one.
         default["write_back"] = 5.into();
+        // It tells these from what was said, and goes by them all the same.
+        for contract in ["qemu", "open_vm_tools"] {
+            assert_eq!(default["hooks"][contract].take(), Value::Null);
+            default["hooks"][contract] = false.into();
+        }
         assert_eq!(said, default);
 
-        let page = include_str!("../hv_vss_daemon.toml.5");
+        let page = include_str!("../hv_vss.toml.5");
         let tells = |line: String| {
             let is_told = page.lines().any(|it| it == line);
-            assert!(is_told, "hv_vss_daemon.toml(5) lacks {line}");
+            assert!(is_told, "hv_vss.toml(5) lacks {line}");
         };
         let tells_of = |key: &str, value: &Value| {
             let default = match value {

@@ -295,14 +295,14 @@ pub struct Found {
 /// What cannot be looked at, such as a link that leads nowhere, is one of them: its fault says what is wrong.
 pub fn find(rules: &HookRules) -> Result<Vec<Found>, HookError> {
     let mut hooks = in_folder(Path::new(FOLDER), Contract::Qemu)?;
-    if rules.qemu {
+    if rules.qemu == Some(true) {
         let mut theirs = in_folder(Path::new(QEMU_FOLDER), Contract::Qemu)?;
         if theirs.is_empty() {
             theirs.extend(judge(QEMU_HOOK.into(), Contract::Qemu));
         }
         hooks.extend(theirs);
     }
-    if rules.open_vm_tools {
+    if rules.open_vm_tools == Some(true) {
         let folder = Path::new(OPEN_VM_TOOLS_FOLDER);
         hooks.extend(in_folder(folder, Contract::OpenVmTools)?);
     }
@@ -318,17 +318,40 @@ pub fn find(rules: &HookRules) -> Result<Vec<Found>, HookError> {
 pub fn unused(rules: &HookRules, found: &[Found]) -> Vec<String> {
     let is_there = |place: &str| found.iter().any(|it| it.hook.path.starts_with(place));
     let mut unused = Vec::new();
-    if rules.qemu && !is_there(QEMU_FOLDER) && !is_there(QEMU_HOOK) {
+    if rules.qemu == Some(true) && !is_there(QEMU_FOLDER) && !is_there(QEMU_HOOK) {
         unused.push(format!(
             "hooks.qemu is set, and there is no hook in {QEMU_FOLDER}, nor {QEMU_HOOK}"
         ));
     }
-    if rules.open_vm_tools && !is_there(OPEN_VM_TOOLS_FOLDER) {
+    if rules.open_vm_tools == Some(true) && !is_there(OPEN_VM_TOOLS_FOLDER) {
         unused.push(format!(
             "hooks.open_vm_tools is set, and there is no hook in {OPEN_VM_TOOLS_FOLDER}"
         ));
     }
     unused
+}
+
+/// What lies ready for the other contracts where these rules do not say whether it is called, in words: somebody may
+/// take it to be.
+pub fn ready(rules: &HookRules) -> Vec<String> {
+    let (folder, hook) = (Path::new(QEMU_FOLDER), Path::new(QEMU_HOOK));
+    let of_qemu = ready_for_qemu(folder, hook).filter(|_| rules.qemu.is_none());
+    let of_vmware = ready_in(Path::new(OPEN_VM_TOOLS_FOLDER));
+    let of_vmware = of_vmware.filter(|_| rules.open_vm_tools.is_none());
+    let words = |(what, option)| Some(format!("{} not called: {option} is not set", what?));
+    let both = [(of_qemu, "hooks.qemu"), (of_vmware, "hooks.open_vm_tools")];
+    both.into_iter().filter_map(words).collect()
+}
+
+fn ready_for_qemu(folder: &Path, hook: &Path) -> Option<String> {
+    let itself = || is_no_dispatcher(hook).then(|| format!("{} is", hook.display()));
+    ready_in(folder).or_else(itself)
+}
+
+fn ready_in(folder: &Path) -> Option<String> {
+    // Both contracts have the same programs.
+    let has_some = in_folder(folder, Contract::Qemu).is_ok_and(|it| !it.is_empty());
+    has_some.then(|| format!("the hooks in {} are", folder.display()))
 }
 
 /// The hook of the QEMU guest agent, where it is passed over for those in its folder, and is not what calls
@@ -339,8 +362,14 @@ pub fn passed_over(found: &[Found]) -> Option<&'static Path> {
     if !found.iter().any(is_in_folder) {
         return None;
     }
-    let look = move || is_program(path) && !is_dispatcher(path);
-    ask(path, look).unwrap_or(false).then_some(path)
+    is_no_dispatcher(path).then_some(path)
+}
+
+/// Whether it is a program, and not one that calls what is in a folder.
+fn is_no_dispatcher(path: &Path) -> bool {
+    let at = path.to_owned();
+    let look = move || is_program(&at) && !is_dispatcher(&at);
+    ask(path, look).unwrap_or(false)
 }
 
 /// Whether it calls what is in a folder, as that of the QEMU guest agent does.
@@ -353,11 +382,11 @@ fn is_dispatcher(path: &Path) -> bool {
 /// Files in the places of hooks that are not called, since they are not executable.
 pub fn not_executable(rules: &HookRules) -> Result<Vec<PathBuf>, HookError> {
     let mut paths = candidates(Path::new(FOLDER))?;
-    if rules.qemu {
+    if rules.qemu == Some(true) {
         paths.extend(candidates(Path::new(QEMU_FOLDER))?);
         paths.push(QEMU_HOOK.into());
     }
-    if rules.open_vm_tools {
+    if rules.open_vm_tools == Some(true) {
         paths.extend(candidates(Path::new(OPEN_VM_TOOLS_FOLDER))?);
     }
     let is_file = |path: &Path| std::fs::metadata(path).is_ok_and(|it| it.is_file());
@@ -555,7 +584,7 @@ mod tests {
     fn what_is_asked_for_and_not_there_is_named_and_a_dispatcher_is_told_from_a_hook() {
         let rules = |qemu, open_vm_tools| {
             let mut rules = HookRules::default();
-            (rules.qemu, rules.open_vm_tools) = (qemu, open_vm_tools);
+            (rules.qemu, rules.open_vm_tools) = (Some(qemu), Some(open_vm_tools));
             rules
         };
         let found = |path: String| Found {
@@ -582,6 +611,30 @@ mod tests {
         let text = "#!/bin/sh\nFSFREEZE_D=$(dirname -- \"$0\")/fsfreeze-hook.d\n";
         std::fs::write(&path, text).unwrap();
         assert!(is_dispatcher(&path));
+    }
+
+    #[test]
+    fn what_lies_ready_is_named_and_a_dispatcher_alone_is_not() {
+        let scratch = Scratch::new("hooks-ready");
+        let folder = scratch.0.join("fsfreeze-hook.d");
+        let hook = scratch.0.join("fsfreeze-hook");
+        let look = || ready_for_qemu(&folder, &hook);
+        assert_eq!(look(), None);
+        std::fs::create_dir(&folder).unwrap();
+        scratch.file("fsfreeze-hook", 0o755);
+        std::fs::write(&hook, "#!/bin/sh\nrun-parts fsfreeze-hook.d\n").unwrap();
+        scratch.file("fsfreeze-hook.d/mysql.sample", 0o755);
+        scratch.file("fsfreeze-hook.d/10-a", 0o644);
+        assert_eq!(look(), None);
+        scratch.file("fsfreeze-hook", 0o755);
+        assert_eq!(look(), Some(format!("{} is", hook.display())));
+        scratch.file("fsfreeze-hook.d/20-b", 0o755);
+        let expected = format!("the hooks in {} are", folder.display());
+        assert_eq!(look(), Some(expected));
+        // Whoever has said no has heard of them.
+        let mut rules = HookRules::default();
+        (rules.qemu, rules.open_vm_tools) = (Some(false), Some(true));
+        assert_eq!(ready(&rules), Vec::<String>::new());
     }
 
     #[test]

@@ -112,7 +112,7 @@ fn command() -> Command {
                 .about("Show what would be frozen, in which order, and what would not and why")
                 .args([json, table]),
             Command::new("freeze")
-                .about("Rehearse: call hooks and freeze as for a backup, wait, thaw")
+                .about("Rehearse: call hooks, freeze as for a backup but always with FIFREEZE, wait, thaw")
                 .args([time, no_hooks]),
             Command::new("reload")
                 .about("Have the daemon that serves read its configuration again"),
@@ -422,6 +422,9 @@ mod tests {
         format!("--{option}").replace('-', "\\-")
     }
 
+    /// It is written by hand. clap_mangen (0.3) makes a page of each command and of this one a list of those; its SYNOPSIS
+    /// has no values of options (`[--svg]`) and nothing of what a command takes, and what it says of a command is the
+    /// line that `--help` has, where the page has paragraphs.
     #[test]
     fn the_manual_has_each_command_and_each_option_that_it_takes() {
         let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("hv_vss_daemon.8");
@@ -485,7 +488,7 @@ mod tests {
         for file in [
             "README.md",
             "daemon/hv_vss_daemon.8",
-            "daemon/hv_vss_daemon.toml.5",
+            "daemon/hv_vss.toml.5",
             "daemon/hv_vss_daemon.toml",
             "daemon/src/org.hv-vss.Daemon.varlink",
             "daemon/src/check.rs",

@@ -106,6 +106,55 @@ END
     }
 }
 
+/// What MySQL 8 lists of a replica whose applier has nothing to do: it is no statement, for however long. Those of users
+/// are, and so is what the server itself was asked to do.
+#[test]
+fn what_applies_for_a_replica_is_no_long_statement() {
+    let line = "WAIT=1; sleep() { :; }
+        exec 3>&1 4</dev/null
+        none_is_long || true";
+    let statement = with_function(MARIADB, "none_is_long", line, "");
+    let (_, conditions) = statement.trim_end().split_once(" WHERE ").unwrap();
+    let conditions = conditions.strip_suffix(';').unwrap();
+    // User, command, seconds, statement.
+    type Listed = (&'static str, &'static str, u32, Option<&'static str>);
+    let holds = |condition: &str, (user, command, time, info): Listed| match condition {
+        "COMMAND IN ('Query', 'Execute')" => ["Query", "Execute"].contains(&command),
+        "TIME >= 1" => time >= 1,
+        "ID <> CONNECTION_ID()" => true,
+        "USER <> 'system user'" => user != "system user",
+        "INFO IS NOT NULL" => info.is_some(),
+        other => panic!("{other}"),
+    };
+    let is_counted = |it| {
+        conditions
+            .split(" AND ")
+            .all(|condition| holds(condition, it))
+    };
+    for (listed, expected) in [
+        (("system user", "Connect", 86400, None), false),
+        (("system user", "Query", 7200, None), false),
+        (
+            (
+                "system user",
+                "Query",
+                7200,
+                Some("INSERT INTO t VALUES (1)"),
+            ),
+            false,
+        ),
+        (("event_scheduler", "Daemon", 86400, None), false),
+        (("app", "Query", 3, None), false),
+        (("app", "Sleep", 3, None), false),
+        (("app", "Query", 0, Some("SELECT SLEEP(9)")), false),
+        (("app", "Query", 1, Some("SELECT SLEEP(9)")), true),
+        (("app", "Execute", 1, Some("SELECT SLEEP(?)")), true),
+        (("root", "Query", 600, Some("ALTER TABLE t FORCE")), true),
+    ] {
+        assert_eq!(is_counted(listed), expected, "{listed:?}");
+    }
+}
+
 #[test]
 fn a_purge_takes_the_links_to_our_hooks_and_nothing_of_the_administrators() {
     use std::os::unix::fs::symlink;
@@ -304,13 +353,15 @@ fn where_there_is_no_room_for_a_word_all_is_thawed_all_the_same() {
 #[test]
 fn what_theirs_has_left_is_thawed_once_it_has_ended_and_not_before() {
     let systemctl = "case \"$2 $3\" in
+         ' ') [ \"$1\" = daemon-reload ] && touch reloaded ;;
          'is-active hv_vss.service') [ -e serves ] ;;
          *' theirs') [ -e \"$2\" ] ;;
          *) exit 1 ;;
          esac";
-    // By policy-rc.d; that is no failure.
+    // By policy-rc.d; that is no failure. Ours has put a drop-in beside their unit.
     let invoke =
-        "if [ -e forbidden ]; then echo 'policy-rc.d returned 101' >&2; else rm is-active; fi";
+        "[ -e reloaded ] || echo \"the unit changed on disk: run 'systemctl daemon-reload'\"
+         if [ -e forbidden ]; then echo 'policy-rc.d returned 101' >&2; else rm is-active; fi";
     let functions = function_of(CONFIGURES, "take_over");
     let text = format!(
         "set -e\ntheirs=theirs\n{functions}\nthaw_all() {{ echo \"thaws $*\"; }}\ntake_over 2>&1"

@@ -3,7 +3,7 @@
 #
 # Builds the Debian packages into build/deb/packages, with Debian's own tools in a root of their own
 # (trixie), from the crates in Cargo.lock. They are built twice, in folders of different names, and refused
-# if a byte differs or lintian has something to say.
+# if a byte differs, if the list of what the daemon is made of is not that, or if lintian has something to say.
 set -euo pipefail
 # shellcheck source=tests/lab/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -61,6 +61,30 @@ END
     rm -rf "$folder/source"
 }
 
+# check_sbom: refuses the daemon's package if a part of it has no name, version or licence in its list, if the crates
+# there are not those that cargo knows of, or if what else is linked into it is not what the package says.
+check_sbom() {
+    local listed wanted
+    # shellcheck disable=SC2016  # the inner shell expands these
+    listed=$(in_deb_root "$out/first:/first" -- bash -euo pipefail -c '
+        deb=$(echo /first/hv-vss-daemon_*.deb)
+        dpkg-deb --fsys-tarfile "$deb" | tar -xO ./usr/share/doc/hv-vss-daemon/sbom.cdx.json.gz | gzip -d >/tmp/sbom
+        dpkg-deb --field "$deb" Static-Built-Using | jq --raw-output --raw-input --slurp --slurpfile sbom /tmp/sbom '\''
+            def is_said: type == "string" and . != "";
+            def of($kind): map(select(.purl | startswith("pkg:" + $kind + "/")));
+            $sbom[0].components as $all | ($all | of("deb") | map("\(.name) (= \(.version))")) as $linked
+            | if $all == [] or ([ $all[] | .name, .version, .licenses[0].expression ] | all(is_said) | not) then
+                error("a part has no name, no version or no licence")
+            elif $linked == [] or (gsub("\\s+"; " ") | rtrimstr(" ")) != ($linked | join(", ")) then
+                error("Static-Built-Using has \(.), and the list \($linked)")
+            else $all | of("cargo")[] | "\(.name) v\(.version)" end'\''
+    ') || die "refused: the list of what the daemon is made of"
+    wanted=$(cd "$repo" && cargo tree --locked --package hv_vss_daemon --edges normal,build --prefix none --format '{p}')
+    wanted=$(awk '$1 != "hv_vss_daemon" { print $1, $2 }' <<<"$wanted" | sort -u)
+    diff <(printf '%s\n' "$wanted") <(printf '%s\n' "$listed" | sort -u) ||
+        die "refused: the crates in the list of what the daemon is made of are not those of Cargo.lock"
+}
+
 "$lab/root.sh"
 make_root
 make_crates
@@ -79,6 +103,7 @@ for run in $(jobs -p); do wait "$run" || failed=1; done
 for deb in "$out"/first/*.deb; do
     cmp "$deb" "$out/once-again/${deb##*/}" || die "refused: built twice, ${deb##*/} differs"
 done
+check_sbom
 quietly lintian.log in_deb_root "$out/first:/first" -- sh -c 'lintian --fail-on error,warning --info /first/*.changes'
 rm -rf "$out/packages"
 mkdir "$out/packages"

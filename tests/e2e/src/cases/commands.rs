@@ -153,7 +153,21 @@ fn rehearsal(guest: &Guest) -> Result<()> {
             writer.path
         );
     }
-    guest.not_frozen("after the rehearsal", &["/", "/mnt/a"])
+    guest.not_frozen("after the rehearsal", &["/", "/mnt/a"])?;
+
+    // Beside a daemon that serves it says where a backup freezes by other means.
+    for &module in guest.modules() {
+        let daemon = start(guest, module, Daemon::Ours)?;
+        let beside = guest.try_sh(&format!("{OURS} freeze --for 100ms"))?;
+        let is_told = beside.err.contains("in a backup the module holds");
+        ensure!(
+            beside.status == Some(0) && is_told == (module == Module::Ours),
+            "a rehearsal beside a daemon with {module:?} went so: {beside:?}"
+        );
+        guest.not_frozen("after the rehearsal beside it", &["/", "/mnt/a"])?;
+        stop(guest, module, &daemon)?;
+    }
+    Ok(())
 }
 
 fn rehearsal_ended_early(guest: &Guest) -> Result<()> {

@@ -529,9 +529,13 @@ fn check(guest: &Guest) -> Result<()> {
 exclude.types = ['zfs']
 hooks = { qemu = true, optional = ['9*'] }
 END")?;
-    guest.sh("touch /etc/hv_vss/hooks.d/20-b")?;
+    let theirs = "/etc/vmware-tools/backupScripts.d";
+    guest.sh(&format!(
+        "touch /etc/hv_vss/hooks.d/20-b; mkdir -p {theirs}; ln -s /bin/true {theirs}/10-a"
+    ))?;
     asked(guest, "reload", 0)?;
     let text = asked(guest, "check", 7);
+    guest.sh("rm -r /etc/vmware-tools")?;
     guest.release_opens()?;
     guest.sh("echo 0 >/proc/sys/kernel/hung_task_panic
          echo 120 >/proc/sys/kernel/hung_task_timeout_secs")?;
@@ -544,6 +548,7 @@ END")?;
             "the rule hooks.optional 9* matches no hook",
             "hooks.qemu is set, and there is no hook",
             "20-b is not called: it is not executable",
+            "backupScripts.d are not called: hooks.open_vm_tools is not set",
         ],
     )?;
     guest.sh("cd /etc/hv_vss/hooks.d && touch 10-a && chmod 777 10-a
