@@ -73,6 +73,13 @@ pub const CASES: &[Case] = &[
         installed_amid_a_freeze,
     ),
     case(
+        "packages/upgraded-amid-a-freeze",
+        "our daemon is upgraded during a freeze: Debian's part of it waits for the root and the backup is good; where \
+         the restart itself comes between, all is thawed, and the THAW is failed",
+        Machine::DEBIAN,
+        upgraded_amid_a_freeze,
+    ),
+    case(
         "packages/removed-amid-a-freeze",
         "our packages are removed during a freeze: waited for; where it does not last, no THAW is good",
         Machine::DEBIAN,
@@ -210,7 +217,11 @@ fn amid_backups(guest: &Guest, line: &str) -> Result<()> {
         // The channel closes while the device changes hands. Who has it then knows no version yet.
         let soon = Duration::from_secs(5);
         let ready = vss.negotiated().is_some() || vss.is_open() && vss.agree(soon).is_ok();
-        if ready && vss.freeze(&[], STEP).is_ok() {
+        let is_frozen = ready
+            && vss
+                .freeze(&[], STEP)
+                .is_ok_and(|it| it.status() == status::OK);
+        if is_frozen {
             taken += 1;
             // Time for whatever is at work to get between.
             std::thread::sleep(A_MOMENT);
@@ -783,6 +794,93 @@ fn installed_amid_a_freeze(guest: &Guest) -> Result<()> {
     guest.sh("dpkg --configure --force-depends hv-vss-daemon 2>&1")?;
     serves(guest, OURS, "hv_utils")?;
     power_off(guest)
+}
+
+fn upgraded_amid_a_freeze(guest: &Guest) -> Result<()> {
+    install(guest, "dkms_*.deb hyperv-daemons_*.deb hv-vss-daemon_*.deb")?;
+    guest.sh("modprobe hv_utils")?;
+    serves(guest, OURS, "hv_utils")?;
+    upgraded_before_thaw(guest, "hv_utils")?;
+    // The former version once more, and the module.
+    install(guest, "hv-vss-daemon_*.deb hv-vss-dkms_*.deb")?;
+    serves(guest, OURS, "hv_vss")?;
+    upgraded_before_thaw(guest, "hv_vss")?;
+    power_off(guest)
+}
+
+/// Upgrades our daemon, which serves the device of `module`, while all is frozen: by what the package does after it is
+/// unpacked, and by the last step of that alone.
+fn upgraded_before_thaw(guest: &Guest, module: &str) -> Result<()> {
+    let vss = guest.vss();
+    let version = "dpkg-query --show --showformat '${Version}' hv-vss-daemon";
+    let old = guest.sh(version)?;
+    // Unpacked before, and the script elsewhere: dpkg would wait for the root that is frozen then.
+    guest.sh(&format!(
+        "cd {PACKAGES}/next && dpkg --unpack --force-depends hv-vss-daemon_*.deb &&
+         cp /var/lib/dpkg/info/hv-vss-daemon.postinst /run/postinst"
+    ))?;
+    let new = guest.sh(version)?;
+    ensure!(new != old, "the version should be new: {new}");
+    guest.writer_start("/var/tmp/writer")?;
+
+    // Debian's part writes down what is enabled, to the root, before it restarts ours.
+    let before = main_pid(guest)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    let line =
+        format!("DPKG_MAINTSCRIPT_PACKAGE=hv-vss-daemon exec sh /run/postinst configure {old}");
+    let configure = guest.spawn(&["sh", "-c", &line])?;
+    guest.wait_until("it waits for the root", STEP, || {
+        // Its name is cut at 15 characters; D: it waits in the kernel, and not for a signal.
+        let waits = "grep -qs '(deb-systemd-hel[^ ]*) D ' /proc/[0-9]*/stat";
+        Ok(guest.try_sh(waits)?.status == Some(0))
+    })?;
+    guest.wait_until("the root stands still", STEP, || stands_still(guest))?;
+    equal("who serves meanwhile", &main_pid(guest)?, &before)?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    let ended = guest.wait(&configure, STEP)?;
+    let said = guest.output(&configure)?;
+    ensure!(
+        ended.status == Some(0),
+        "this should succeed: {line}\n{said}"
+    );
+    // What is put in place was restarted.
+    let after = main_pid(guest)?;
+    ensure!(after != before, "ours should have been restarted: {said}");
+    guest.writers_stop()?;
+    serves(guest, OURS, module)?;
+
+    // A FREEZE that comes between the two finds the restart under way.
+    guest.writer_start("/var/tmp/writer")?;
+    let restart = guest.spawn(&[
+        "sh",
+        "-c",
+        "until [ -e /run/frozen ]; do sleep 0.2; done; exec deb-systemd-invoke restart hv_vss.service",
+    ])?;
+    let before = main_pid(guest)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until("the root stands still", STEP, || stands_still(guest))?;
+    guest.sh("touch /run/frozen")?;
+    guest.wait(&restart, STEP * 2)?;
+    guest.wait_until("the writer goes on", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us < 100_000))
+    })?;
+    let after = main_pid(guest)?;
+    ensure!(after != before, "ours should have been restarted");
+    vss.wait_open(STEP)?;
+    vss.agree(STEP)?;
+    // Without a daemon it would fail in any case.
+    guest.wait_until("ours is there", STEP, || {
+        Ok(vss.hot_backup(STEP)?.status() == status::OK)
+    })?;
+    answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+    guest.writers_stop()?;
+    guest.sh("rm /run/frozen && dpkg --configure --force-depends hv-vss-daemon 2>&1")?;
+    serves(guest, OURS, module)
+}
+
+/// The process that serves as ours.
+fn main_pid(guest: &Guest) -> Result<String> {
+    guest.sh(&format!("systemctl show --property=MainPID --value {OURS}"))
 }
 
 fn removed_amid_a_freeze(guest: &Guest) -> Result<()> {
