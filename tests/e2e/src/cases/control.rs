@@ -320,7 +320,7 @@ fn hand_over(guest: &Guest) -> Result<()> {
 }
 
 /// The program with these words must end so; returns what it has printed.
-fn asked(guest: &Guest, words: &str, code: i32) -> Result<String> {
+pub(super) fn asked(guest: &Guest, words: &str, code: i32) -> Result<String> {
     let ended = guest.try_sh(&format!("/payload/hv_vss_daemon {words}"))?;
     ensure!(
         ended.status == Some(code),
