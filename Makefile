@@ -230,7 +230,7 @@ test-packages: dkms lab-module user images ## Install them in a guest, and take 
 
 # By their full names, for the same reason.
 DATABASES_CASES = $(addprefix databases/,mariadb mariadb-without-hook mariadb-killed mariadb-never-thawed \
-	mariadb-long-statement postgresql postgresql-without-hook postgresql-killed)
+	mariadb-long-statement postgresql postgresql-without-hook postgresql-killed guest-agent-hook)
 
 .PHONY: test-databases
 test-databases: lab-module user images ## Back up MariaDB and PostgreSQL under load, restore them, and kill what can be
