@@ -10,7 +10,7 @@ use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Guest, Machine, STEP};
 use hyperv_sim::ic::status;
-use hyperv_sim::Exit;
+use hyperv_sim::{Exit, Guid};
 use std::time::{Duration, SystemTime};
 
 pub const CASES: &[Case] = &[
@@ -134,6 +134,8 @@ const fn case(
 
 const OURS: &str = "hv_vss.service";
 const THEIRS: &str = "hv-vss-daemon.service";
+/// Their daemon for key-value pairs.
+const KVP: &str = "hv-kvp-daemon.service";
 
 /// Between two backups that something else goes on beside.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -157,7 +159,11 @@ fn install(guest: &Guest, packages: &str) -> Result<String> {
 
 /// The driver that has the VSS device.
 fn driver(guest: &Guest) -> Result<String> {
-    let device = guest.vss().instance();
+    driver_of(guest, guest.vss().instance())
+}
+
+/// The driver that has this device.
+fn driver_of(guest: &Guest, device: Guid) -> Result<String> {
     let line = format!("basename $(readlink /sys/bus/vmbus/devices/{device}/driver)");
     Ok(guest.sh(&line)?.trim().to_owned())
 }
@@ -276,7 +282,7 @@ fn not_so_late(guest: &Guest) -> Result<()> {
     guest.sh(&line).map(drop)
 }
 
-/// What hv_utils keeps: shutdown, the heartbeat and the time.
+/// What hv_utils keeps: shutdown, the heartbeat, the time and, with their daemon where it is installed, key-value pairs.
 fn rest_is_stock(guest: &Guest) -> Result<()> {
     let host = guest.host();
     host.heartbeat().wait_open(STEP)?;
@@ -286,12 +292,27 @@ fn rest_is_stock(guest: &Guest) -> Result<()> {
     host.timesync().wait_open(STEP)?;
     let set = host.timesync().set(SystemTime::now(), STEP)?;
     answered("time sync", &set, status::OK)?;
+    let kvp = host.kvp();
+    kvp.wait_open(STEP)?;
+    equal(
+        "the driver of KVP",
+        driver_of(guest, kvp.instance())?.as_str(),
+        "hv_utils",
+    )?;
+    if guest.try_sh(&format!("systemctl cat {KVP}"))?.status == Some(0) {
+        // Before it is there nothing is answered.
+        guest.wait_until(&format!("{KVP} is active"), STEP, || {
+            let line = format!("systemctl --quiet is-active {KVP}");
+            Ok(guest.try_sh(&line)?.status == Some(0))
+        })?;
+        kvp.agree_once(STEP)?;
+    }
     Ok(())
 }
 
 /// Back to a guest without modules and daemons.
 fn end(guest: &Guest) -> Result<()> {
-    guest.try_sh(&format!("systemctl stop {OURS} {THEIRS}"))?;
+    guest.try_sh(&format!("systemctl stop {OURS} {THEIRS} {KVP}"))?;
     // A helper may hold the device for a moment longer.
     guest.wait_until("the modules can be unloaded", STEP, || {
         let unload = "for module in hv_vss hv_utils; do
@@ -332,6 +353,7 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
     install(guest, "dkms_*.deb hyperv-daemons_*.deb")?;
     guest.sh("modprobe hv_utils")?;
     serves(guest, THEIRS, "hv_utils")?;
+    rest_is_stock(guest)?;
     let before = files(guest)?;
 
     // The daemon alone is a whole product.
@@ -353,6 +375,10 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
     // The module has the device at once, and after the next boot.
     install(guest, "hv-vss-dkms_*.deb")?;
     serves(guest, OURS, "hv_vss")?;
+    ensure!(
+        guest.host().kvp().negotiated().is_some(),
+        "KVP should not have been closed meanwhile"
+    );
     rest_is_stock(guest)?;
     let guest = &reboot(guest)?;
     serves(guest, OURS, "hv_vss")?;
