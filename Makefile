@@ -222,7 +222,7 @@ test-suites: deb user ## Have DKMS build the module on a clean Debian of each of
 
 # Each is called by its full name, since they need what takes a while to build.
 PACKAGES_CASES = $(addprefix packages/,page install-to-purge kernel-upgrade kernel-upgrade-unbuilt \
-	installed-amid-a-freeze removed-amid-a-freeze boot no-module disabled masked blacklisted mainline-daemon unknown-key secure-boot)
+	installed-amid-a-freeze upgraded-amid-a-freeze removed-amid-a-freeze boot no-module disabled masked blacklisted mainline-daemon unknown-key secure-boot)
 
 .PHONY: test-packages
 test-packages: dkms lab-module user images ## Install them in a guest, and take backups before and after
@@ -231,7 +231,7 @@ test-packages: dkms lab-module user images ## Install them in a guest, and take 
 
 # By their full names, for the same reason.
 DATABASES_CASES = $(addprefix databases/,mariadb mariadb-without-hook mariadb-killed mariadb-never-thawed \
-	mariadb-long-statement postgresql postgresql-without-hook postgresql-killed)
+	mariadb-long-statement postgresql postgresql-without-hook postgresql-killed guest-agent-hook)
 
 .PHONY: test-databases
 test-databases: lab-module user images ## Back up MariaDB and PostgreSQL under load, restore them, and kill what can be

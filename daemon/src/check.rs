@@ -41,6 +41,9 @@ const VMBUS: &str = "/sys/bus/vmbus/devices";
 /// Where DKMS has the sources of modules, ours among them if its package is installed.
 const SOURCES: &str = "/usr/src";
 
+/// What findings of the plan are of.
+const FILE_SYSTEMS: &str = "file systems";
+
 /// How grave a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -536,33 +539,12 @@ fn run_dir(run: &RunDir, left: Room, is_needed: bool) -> Vec<Finding> {
 }
 
 fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
-    const WHAT: &str = "file systems";
     let plan = match survey(config) {
         Ok(plan) => plan,
-        Err(error) => return vec![finding(WHAT, Grade::Problem, words(&error))],
+        Err(error) => return vec![finding(FILE_SYSTEMS, Grade::Problem, words(&error))],
     };
-    let count = plan.waves.iter().flatten().count();
     let most = status.and_then(|it| it["most"].as_u64());
-    let (grade, text) = match count {
-        _ if most.is_some_and(|most| count as u64 > most) => (
-            Grade::Problem,
-            format!(
-                "{count} are to be frozen, and the module holds no more than {}: leave some out, or use \
-                 the stock hv_utils",
-                most.unwrap_or_default()
-            ),
-        ),
-        0 if config.strict => (Grade::Problem, "there is nothing to freeze".into()),
-        0 => (Grade::Warning, "there is nothing to freeze".into()),
-        _ => {
-            let waves = plan.waves.len();
-            (
-                Grade::Ok,
-                format!("{count} are to be frozen, or synced if one cannot, in {waves} waves"),
-            )
-        }
-    };
-    let mut all = vec![finding(WHAT, grade, text)];
+    let mut all = vec![how_many(&plan, most, config.strict)];
     let loss = match config.strict {
         true => Grade::Problem,
         false => Grade::Warning,
@@ -575,7 +557,7 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
             Reason::ReadOnly | Reason::NoBlockDevice => continue,
         };
         let text = format!("{} is left out: {}", left.file_system, left.reason);
-        all.push(finding(WHAT, grade, text));
+        all.push(finding(FILE_SYSTEMS, grade, text));
     }
     for synced in plan.only_synced() {
         let grade = match loss {
@@ -583,19 +565,44 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
             loss => loss,
         };
         let text = format!("{synced} has no means to freeze and is synced");
-        all.push(finding(WHAT, grade, text));
+        all.push(finding(FILE_SYSTEMS, grade, text));
     }
     let devices = plan.waves.iter().flatten().flat_map(|it| &it.devices);
     for layer in Layers::below(devices).at_work() {
         let text = format!("{layer} copies from disk to disk, which no freeze holds back");
-        all.push(finding(WHAT, loss, text));
+        all.push(finding(FILE_SYSTEMS, loss, text));
     }
     all.extend(raw_writers(&plan));
     all.extend(elsewhere(&plan));
     for rule in config.idle_rules(&plan) {
-        all.push(finding(WHAT, Grade::Warning, rule.to_string()));
+        all.push(finding(FILE_SYSTEMS, Grade::Warning, rule.to_string()));
     }
     all
+}
+
+/// How many file systems are to be frozen, of which the module holds no more than `most`.
+fn how_many(plan: &Plan, most: Option<u64>, is_strict: bool) -> Finding {
+    let count = plan.waves.iter().flatten().count();
+    let (grade, text) = match count {
+        _ if most.is_some_and(|most| count as u64 > most) => (
+            Grade::Problem,
+            format!(
+                "{count} are to be frozen, and the module holds no more than {}: leave some out, or use \
+                 the stock hv_utils",
+                most.unwrap_or_default()
+            ),
+        ),
+        0 if is_strict => (Grade::Problem, "there is nothing to freeze".into()),
+        0 => (Grade::Warning, "there is nothing to freeze".into()),
+        _ => {
+            let waves = plan.waves.len();
+            (
+                Grade::Ok,
+                format!("{count} are to be frozen, or synced if one cannot, in {waves} waves"),
+            )
+        }
+    };
+    finding(FILE_SYSTEMS, grade, text)
 }
 
 /// File systems that are frozen here and are in no snapshot of the host: their disks are on the network, or a
@@ -995,16 +1002,12 @@ mod tests {
         assert_eq!(lacking(&less, &less), []);
     }
 
-    #[test]
-    fn what_is_on_a_disk_from_elsewhere_is_named_with_it() {
-        let disk = |name: &str, served| crate::ground::Disk {
-            name: name.into(),
-            address: None,
-            served,
-            watched: Vec::new(),
-        };
-        let dev = |minor| DevId { major: 43, minor };
-        let on = |place: &str, disks: &[u32]| FileSystem {
+    fn dev(minor: u32) -> DevId {
+        DevId { major: 43, minor }
+    }
+
+    fn on(place: &str, disks: &[u32]) -> FileSystem {
+        FileSystem {
             dev: dev(7),
             fs_type: "ext4".into(),
             source: None,
@@ -1023,6 +1026,37 @@ mod tests {
                 hidden: false,
                 was_at: None,
             }],
+        }
+    }
+
+    #[test]
+    fn more_file_systems_than_the_module_holds_are_a_problem() {
+        let plan = Plan {
+            waves: vec![vec![on("/a", &[0]), on("/b", &[0])], vec![on("/", &[0])]],
+            ..Plan::default()
+        };
+        let grade = |plan: &Plan, most, is_strict| how_many(plan, most, is_strict).grade;
+        for is_strict in [false, true] {
+            let found = how_many(&plan, Some(2), is_strict);
+            assert_eq!(found.grade, Grade::Problem);
+            let words = "3 are to be frozen, and the module holds no more than 2";
+            assert!(found.text.contains(words), "{}", found.text);
+            assert_eq!(grade(&plan, Some(3), is_strict), Grade::Ok);
+            // It is not the module that freezes.
+            assert_eq!(grade(&plan, None, is_strict), Grade::Ok);
+        }
+        let none = Plan::default();
+        assert_eq!(grade(&none, Some(2), false), Grade::Warning);
+        assert_eq!(grade(&none, Some(2), true), Grade::Problem);
+    }
+
+    #[test]
+    fn what_is_on_a_disk_from_elsewhere_is_named_with_it() {
+        let disk = |name: &str, served| crate::ground::Disk {
+            name: name.into(),
+            address: None,
+            served,
+            watched: Vec::new(),
         };
         let plan = Plan {
             waves: vec![vec![on("/far", &[0, 1]), on("/near", &[1])]],

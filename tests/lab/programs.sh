@@ -6,7 +6,7 @@
 # form. Made when asked for; only the cases that are called like it want it, and those of packages/* the last:
 #
 # databases   the servers of MariaDB and PostgreSQL, and a fresh data folder of each (/srv/mariadb,
-#             /srv/postgresql)
+#             /srv/postgresql); what the QEMU guest agent calls around a freeze
 # volumes     what an administrator makes volumes with (LVM, md, LUKS), and fio
 # mariadb     the server of MariaDB as the disk of an administrator's, build/mariadb.ext4: its programs, and in
 #             /srv/mariadb a fresh data folder
@@ -30,14 +30,14 @@ name=$([ "$1" = --inside ] && echo "$2" || echo "$1")
 case $name in
 databases)
     postgresql=/usr/lib/postgresql/17
-    packages=(mariadb-server-core mariadb-client-core postgresql-17)
+    packages=(mariadb-server-core mariadb-client-core postgresql-17 qemu-guest-agent)
     programs=(
         /usr/sbin/mariadbd /usr/bin/{mariadb,psql}
         "$postgresql"/bin/{postgres,pg_amcheck,pg_controldata}
         # busybox's have other options
         /usr/bin/{mkfifo,setpriv,sleep,timeout}
     )
-    folders=(/srv /usr/share/mariadb/{charsets,english} "$postgresql"/lib /usr/share/postgresql/17)
+    folders=(/etc/qemu /srv /usr/share/mariadb/{charsets,english} "$postgresql"/lib /usr/share/postgresql/17)
     prepare() {
         printf '%s\n' root:x:0:0:root:/root:/bin/sh mysql:x:101:101::/nonexistent:/bin/false \
             postgres:x:102:102::/srv/postgresql:/bin/sh >/etc/passwd

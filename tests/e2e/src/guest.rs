@@ -619,6 +619,8 @@ impl Guest {
         config.host.patience = images.patience;
         config.host.scsi_controllers = machine.scsi_controllers;
         config.host.balloon = machine.balloon;
+        // Its daemon, where that is installed, stays beside ours.
+        config.host.kvp = matches!(machine.userland, Userland::Debian | Userland::Packages);
         config.host.profile = machine.host;
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");

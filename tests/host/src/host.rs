@@ -10,6 +10,7 @@ use crate::device::{Device, Outgoing, Place};
 use crate::event::{Event, EventKind};
 use crate::ic::device::{Component, Dialogue, IcDevice};
 use crate::ic::heartbeat::{self, Heartbeat};
+use crate::ic::kvp::{self, Kvp};
 use crate::ic::shutdown::{self, Shutdown};
 use crate::ic::timesync::{self, TimeSync};
 use crate::ic::vss::{self, Vss};
@@ -41,6 +42,8 @@ pub struct HostConfig {
     pub shutdown: bool,
     /// Whether time synchronisation is offered from the start.
     pub timesync: bool,
+    /// Whether key-value pairs are offered from the start.
+    pub kvp: bool,
     /// Whether dynamic memory is offered from the start.
     pub balloon: bool,
     /// How many SCSI controllers there are, without disks at first; at most
@@ -52,7 +55,7 @@ pub struct HostConfig {
 }
 
 impl Default for HostConfig {
-    /// The newest of everything, all components, no dynamic memory, no disks.
+    /// The newest of everything, all components but key-value pairs, no dynamic memory, no disks.
     fn default() -> Self {
         HostConfig {
             profile: Profile::CURRENT,
@@ -60,6 +63,7 @@ impl Default for HostConfig {
             heartbeat: true,
             shutdown: true,
             timesync: true,
+            kvp: false,
             balloon: false,
             scsi_controllers: 0,
             patience: 1.0,
@@ -174,6 +178,7 @@ const SECOND_VSS: u32 = 4;
 const FIRST_SCSI: u32 = 5;
 const TIMESYNC: u32 = FIRST_SCSI + SCSI_NAMES.len() as u32;
 const BALLOON: u32 = TIMESYNC + 1;
+const KVP: u32 = BALLOON + 1;
 
 const SCSI_NAMES: [&str; 4] = ["scsi-0", "scsi-1", "scsi-2", "scsi-3"];
 
@@ -209,7 +214,7 @@ const fn component(
     }
 }
 
-const COMPONENTS: [Component; 5] = [
+const COMPONENTS: [Component; 6] = [
     component(
         "vss",
         VSS,
@@ -249,6 +254,14 @@ const COMPONENTS: [Component; 5] = [
         message_type::TIMESYNC,
         Version::new(3, 0),
         |profile| profile.timesync,
+    ),
+    component(
+        "kvp",
+        KVP,
+        kvp::CLASS,
+        message_type::KVP,
+        Version::new(4, 0),
+        |_| &kvp::VERSIONS,
     ),
 ];
 
@@ -331,6 +344,7 @@ impl Host {
             config.shutdown,
             false,
             config.timesync,
+            config.kvp,
         ];
         let count = Arc::default();
         let profile = config.profile;
@@ -433,6 +447,11 @@ impl Host {
     /// The time synchronisation integration component.
     pub fn timesync(&self) -> TimeSync {
         TimeSync::new(self.component::<4>())
+    }
+
+    /// The integration component for key-value pairs.
+    pub fn kvp(&self) -> Kvp {
+        Kvp::new(self.component::<5>())
     }
 
     /// Dynamic memory.

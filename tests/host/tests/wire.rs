@@ -17,7 +17,7 @@ use hyperv_sim::ic::heartbeat::Beat;
 use hyperv_sim::ic::shutdown::ShutdownBody;
 use hyperv_sim::ic::timesync::{self, Sample};
 use hyperv_sim::ic::vss::{self, Op};
-use hyperv_sim::ic::{self, heartbeat, shutdown, IcHeader, NegotiateHeader, Version};
+use hyperv_sim::ic::{self, heartbeat, kvp, shutdown, IcHeader, NegotiateHeader, Version};
 use hyperv_sim::storage::vstor::{self, ChannelProperties, Header, Request, ScsiRequest};
 use hyperv_sim::vmbus::control::{CONNECTION, CONNECTION_V5, MESSAGE_PORT};
 use hyperv_sim::vmbus::protocol::{
@@ -731,6 +731,7 @@ fn the_classes_of_devices_are_the_kernels() {
             WIRE_TIMESYNC_CLASS_0,
             WIRE_TIMESYNC_CLASS_8,
         ),
+        (kvp::CLASS, WIRE_KVP_CLASS_0, WIRE_KVP_CLASS_8),
         (vstor::CLASS, WIRE_SCSI_CLASS_0, WIRE_SCSI_CLASS_8),
         (memory::CLASS, WIRE_DM_CLASS_0, WIRE_DM_CLASS_8),
     ] {

@@ -3,6 +3,7 @@
 //! One file system that is out of order costs nobody else the backup: it is left out and named with
 //! its reason, `list` says so beforehand, and only a strict backup fails.
 
+use super::control::asked;
 use super::deadman::{make_dirty, make_hung, HANG, UNHANG};
 use super::disks::{self, load_driver, Attached};
 use super::{
@@ -108,11 +109,13 @@ fn left_out(guest: &Guest, names: &[&str]) -> Result<Seen> {
             "status should name {name}:\n{status}"
         );
     }
+    checked(guest, names, 7)?;
     stop(guest, guest.module(), &daemon)?;
 
     load(guest, guest.module(), &[])?;
     let daemon = guest.start_daemon_with("strict = true")?;
     wait_for_daemon(guest)?;
+    checked(guest, names, 6)?;
     let freeze = guest.vss().freeze(&[], STEP)?;
     answered("FREEZE with strict = true", &freeze, status::FAIL)?;
     // What failed is written when the host has its answer.
@@ -122,6 +125,21 @@ fn left_out(guest: &Guest, names: &[&str]) -> Result<Seen> {
     })?;
     stop(guest, guest.module(), &daemon)?;
     Ok(seen)
+}
+
+/// `check` ends with `code` for these, names each as left out, and none but these.
+fn checked(guest: &Guest, names: &[&str], code: i32) -> Result<()> {
+    let check = asked(guest, "check", code)?;
+    let left_out: Vec<&str> = check
+        .lines()
+        .filter(|it| it.contains("is left out"))
+        .collect();
+    let is_named = |name: &&str| left_out.iter().any(|it| it.contains(*name));
+    ensure!(
+        left_out.len() == names.len() && names.iter().all(is_named),
+        "check should name {names:?}, and no other, as left out:\n{check}"
+    );
+    Ok(())
 }
 
 /// Waits until the history has this of the last backup.

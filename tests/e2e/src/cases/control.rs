@@ -141,6 +141,14 @@ pub const CASES: &[Case] = &[
             check_privileges,
         )
     }.long(),
+    Case {
+        machine: Machine::SYSTEMD,
+        ..case(
+            "control/gives-way",
+            "the units of Fedora's and of SUSE's daemon stay away while ours is enabled, and only so long",
+            gives_way,
+        )
+    }.long(),
     case(
         "control/log-not-read",
         "a system log that is stopped holds up no backup, and has all of them once it goes on",
@@ -320,7 +328,7 @@ fn hand_over(guest: &Guest) -> Result<()> {
 }
 
 /// The program with these words must end so; returns what it has printed.
-fn asked(guest: &Guest, words: &str, code: i32) -> Result<String> {
+pub(super) fn asked(guest: &Guest, words: &str, code: i32) -> Result<String> {
     let ended = guest.try_sh(&format!("/payload/hv_vss_daemon {words}"))?;
     ensure!(
         ended.status == Some(code),
@@ -1011,6 +1019,41 @@ fn check_privileges(guest: &Guest) -> Result<()> {
             "rm -r {DROP_IN}; systemctl stop hv_vss; systemctl daemon-reload"
         ))
         .map(drop)
+}
+
+/// Debian's own is seen to by `packages/*`.
+fn gives_way(guest: &Guest) -> Result<()> {
+    start_service(guest)?;
+    for unit in ["hypervvssd.service", "hv_vss_daemon.service"] {
+        let file = format!("/run/systemd/system/{unit}");
+        guest.sh(&format!(
+            "printf '[Service]\nExecStart=/bin/sleep 1000\n' >{file} && systemctl daemon-reload"
+        ))?;
+        let becomes = |expected: &str, when: &str| -> Result<()> {
+            // A condition that does not hold is no failure.
+            guest.sh(&format!("systemctl start {unit}"))?;
+            let line = format!("systemctl show --property=ActiveState --value {unit}");
+            equal(
+                &format!("{unit} while ours {when}"),
+                guest.sh(&line)?.trim(),
+                expected,
+            )?;
+            guest.sh(&format!("systemctl stop {unit}")).map(drop)
+        };
+        becomes("inactive", "is enabled")?;
+        for (spoil, mend) in [
+            ("mask", "unmask"),
+            ("mask --runtime", "unmask --runtime"),
+            ("disable", "enable"),
+        ] {
+            guest.sh(&format!("systemctl --quiet {spoil} hv_vss"))?;
+            becomes("active", &format!("is set aside ({spoil})"))?;
+            guest.sh(&format!("systemctl --quiet {mend} hv_vss"))?;
+            becomes("inactive", "is enabled again")?;
+        }
+        guest.sh(&format!("rm {file} && systemctl daemon-reload"))?;
+    }
+    guest.sh("systemctl stop hv_vss").map(drop)
 }
 
 fn log_not_read(guest: &Guest) -> Result<()> {

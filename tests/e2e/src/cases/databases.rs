@@ -11,7 +11,7 @@
 use super::disks::{case, load_driver, Attached};
 use super::hooks::OWED;
 use super::restore::{Expected, NOTES};
-use super::{rounds, seed, start, stop, wait_for_daemon, Case, When};
+use super::{good, load, observe, rounds, seed, start, stop, wait_for_daemon, Case, When};
 use anyhow::{bail, ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
@@ -29,6 +29,12 @@ pub const CASES: &[Case] = &[
         "databases/postgresql",
         "a backup under load with the hook restores: all rows, and recovery is short",
         |guest| with_hook(guest, Server::PostgreSql),
+    ),
+    of_databases(
+        "databases/guest-agent-hook",
+        "the hook of the QEMU guest agent as Debian packages it: what it dispatches to is called once for each, and \
+         with nothing to dispatch to it is called itself",
+        guest_agent_hook,
     ),
     of_databases(
         "databases/mariadb-without-hook",
@@ -829,4 +835,50 @@ mod tests {
         assert!(place("0/1FFFFFF") < place("0/2000000\n") && place("0/FFFFFFFF") < place("1/0"));
         assert!(lsn("").is_err());
     }
+}
+
+fn guest_agent_hook(guest: &Guest) -> Result<()> {
+    const HOOK: &str = "/etc/qemu/fsfreeze-hook";
+    const SCRIPT: &str = "/etc/qemu/fsfreeze-hook.d/10-note";
+    let script = "#!/bin/sh
+        case $1 in
+        freeze | thaw) echo $1 >>/run/notes ;;
+        *) exit 1 ;;
+        esac";
+    guest.sh(&format!(
+        "grep -q qga-fsfreeze-hook.log {HOOK} && mkdir -p {HOOK}.d /var/log
+         cat >{SCRIPT} <<'END'\n{script}\nEND\nchmod 755 {SCRIPT}"
+    ))?;
+    guest.writer_start("/writer")?;
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("hooks.qemu = true")?;
+    wait_for_daemon(guest)?;
+    let backup = |what: &str| -> Result<()> {
+        equal(what, observe(guest)?, good(&["/writer"]))?;
+        guest.wait_until("all hooks are let go", STEP, || {
+            Ok(guest.try_sh(&format!("test ! -e {OWED}"))?.status == Some(0))
+        })
+    };
+    let check = || guest.sh("/payload/hv_vss_daemon check");
+    backup("a backup with a script beside it")?;
+    equal(
+        "calls of the script",
+        guest.read("/run/notes")?.as_str(),
+        "freeze\nthaw\n",
+    )?;
+    let told = check()?;
+    ensure!(
+        told.contains(&format!("{SCRIPT}, required")) && !told.contains("passed over"),
+        "check should name the script, and nothing as passed over:\n{told}"
+    );
+
+    guest.sh(&format!("rm {SCRIPT} /run/notes"))?;
+    backup("a backup with nothing beside it")?;
+    let told = check()?;
+    ensure!(
+        told.contains(&format!("{HOOK}, required")),
+        "check should name the hook itself:\n{told}"
+    );
+    stop(guest, guest.module(), &daemon)?;
+    guest.sh(&format!("rm -rf {HOOK}.d /etc/hv_vss")).map(drop)
 }

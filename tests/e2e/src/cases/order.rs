@@ -3,6 +3,7 @@
 //! In which order our daemon freezes: what lies on a file before the file system that holds the
 //! file, the root last, thaws in reverse.
 
+use super::control::asked;
 use super::deadman::{hang_writes, released, RELEASED};
 use super::hangs::in_freeze;
 use super::{
@@ -229,6 +230,14 @@ fn end_nbd(guest: &Guest, server: &Process) -> Result<()> {
 fn nbd(guest: &Guest) -> Result<()> {
     let server = make_nbd(guest, "rw")?;
     let ours = inner_before_outer(guest, "/mnt/nbd", "/mnt/disk")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let check = asked(guest, "check", 7)?;
+    let words = "/mnt/nbd (ext4, 43:0) is on nbd0, which the host does not give";
+    ensure!(
+        check.lines().any(|it| it.contains(words)) && !check.contains("/mnt/disk"),
+        "check should say {words:?}, and nothing of /mnt/disk:\n{check}"
+    );
+    stop(guest, guest.module(), &daemon)?;
 
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
     let peer = hangs_or_not(guest)?;

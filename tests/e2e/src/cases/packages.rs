@@ -12,7 +12,7 @@ use e2e::check::{answered, equal};
 use e2e::guest::{Guest, Machine, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::Image;
-use hyperv_sim::Exit;
+use hyperv_sim::{Exit, Guid};
 use std::time::{Duration, SystemTime};
 
 pub const CASES: &[Case] = &[
@@ -75,6 +75,13 @@ pub const CASES: &[Case] = &[
         installed_amid_a_freeze,
     ),
     case(
+        "packages/upgraded-amid-a-freeze",
+        "our daemon is upgraded during a freeze: Debian's part of it waits for the root and the backup is good; where \
+         the restart itself comes between, all is thawed, and the THAW is failed",
+        Machine::DEBIAN,
+        upgraded_amid_a_freeze,
+    ),
+    case(
         "packages/removed-amid-a-freeze",
         "our packages are removed during a freeze: waited for; where it does not last, no THAW is good",
         Machine::DEBIAN,
@@ -129,6 +136,8 @@ const fn case(
 
 const OURS: &str = "hv_vss.service";
 const THEIRS: &str = "hv-vss-daemon.service";
+/// Their daemon for key-value pairs.
+const KVP: &str = "hv-kvp-daemon.service";
 
 /// Between two backups that something else goes on beside.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -152,7 +161,11 @@ fn install(guest: &Guest, packages: &str) -> Result<String> {
 
 /// The driver that has the VSS device.
 fn driver(guest: &Guest) -> Result<String> {
-    let device = guest.vss().instance();
+    driver_of(guest, guest.vss().instance())
+}
+
+/// The driver that has this device.
+fn driver_of(guest: &Guest, device: Guid) -> Result<String> {
     let line = format!("basename $(readlink /sys/bus/vmbus/devices/{device}/driver)");
     Ok(guest.sh(&line)?.trim().to_owned())
 }
@@ -212,7 +225,11 @@ fn amid_backups(guest: &Guest, line: &str) -> Result<()> {
         // The channel closes while the device changes hands. Who has it then knows no version yet.
         let soon = Duration::from_secs(5);
         let ready = vss.negotiated().is_some() || vss.is_open() && vss.agree(soon).is_ok();
-        if ready && vss.freeze(&[], STEP).is_ok() {
+        let is_frozen = ready
+            && vss
+                .freeze(&[], STEP)
+                .is_ok_and(|it| it.status() == status::OK);
+        if is_frozen {
             taken += 1;
             // Time for whatever is at work to get between.
             std::thread::sleep(A_MOMENT);
@@ -267,7 +284,7 @@ fn not_so_late(guest: &Guest) -> Result<()> {
     guest.sh(&line).map(drop)
 }
 
-/// What hv_utils keeps: shutdown, the heartbeat and the time.
+/// What hv_utils keeps: shutdown, the heartbeat, the time and, with their daemon where it is installed, key-value pairs.
 fn rest_is_stock(guest: &Guest) -> Result<()> {
     let host = guest.host();
     host.heartbeat().wait_open(STEP)?;
@@ -277,12 +294,27 @@ fn rest_is_stock(guest: &Guest) -> Result<()> {
     host.timesync().wait_open(STEP)?;
     let set = host.timesync().set(SystemTime::now(), STEP)?;
     answered("time sync", &set, status::OK)?;
+    let kvp = host.kvp();
+    kvp.wait_open(STEP)?;
+    equal(
+        "the driver of KVP",
+        driver_of(guest, kvp.instance())?.as_str(),
+        "hv_utils",
+    )?;
+    if guest.try_sh(&format!("systemctl cat {KVP}"))?.status == Some(0) {
+        // Before it is there nothing is answered.
+        guest.wait_until(&format!("{KVP} is active"), STEP, || {
+            let line = format!("systemctl --quiet is-active {KVP}");
+            Ok(guest.try_sh(&line)?.status == Some(0))
+        })?;
+        kvp.agree_once(STEP)?;
+    }
     Ok(())
 }
 
 /// Back to a guest without modules and daemons.
 fn end(guest: &Guest) -> Result<()> {
-    guest.try_sh(&format!("systemctl stop {OURS} {THEIRS}"))?;
+    guest.try_sh(&format!("systemctl stop {OURS} {THEIRS} {KVP}"))?;
     // A helper may hold the device for a moment longer.
     guest.wait_until("the modules can be unloaded", STEP, || {
         let unload = "for module in hv_vss hv_utils; do
@@ -323,6 +355,7 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
     install(guest, "dkms_*.deb hyperv-daemons_*.deb")?;
     guest.sh("modprobe hv_utils")?;
     serves(guest, THEIRS, "hv_utils")?;
+    rest_is_stock(guest)?;
     let before = files(guest)?;
 
     // The daemon alone is a whole product.
@@ -344,6 +377,10 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
     // The module has the device at once, and after the next boot.
     install(guest, "hv-vss-dkms_*.deb")?;
     serves(guest, OURS, "hv_vss")?;
+    ensure!(
+        guest.host().kvp().negotiated().is_some(),
+        "KVP should not have been closed meanwhile"
+    );
     rest_is_stock(guest)?;
     let guest = &reboot(guest)?;
     serves(guest, OURS, "hv_vss")?;
@@ -919,6 +956,93 @@ fn installed_amid_a_freeze(guest: &Guest) -> Result<()> {
     guest.sh("dpkg --configure --force-depends hv-vss-daemon 2>&1")?;
     serves(guest, OURS, "hv_utils")?;
     power_off(guest)
+}
+
+fn upgraded_amid_a_freeze(guest: &Guest) -> Result<()> {
+    install(guest, "dkms_*.deb hyperv-daemons_*.deb hv-vss-daemon_*.deb")?;
+    guest.sh("modprobe hv_utils")?;
+    serves(guest, OURS, "hv_utils")?;
+    upgraded_before_thaw(guest, "hv_utils")?;
+    // The former version once more, and the module.
+    install(guest, "hv-vss-daemon_*.deb hv-vss-dkms_*.deb")?;
+    serves(guest, OURS, "hv_vss")?;
+    upgraded_before_thaw(guest, "hv_vss")?;
+    power_off(guest)
+}
+
+/// Upgrades our daemon, which serves the device of `module`, while all is frozen: by what the package does after it is
+/// unpacked, and by the last step of that alone.
+fn upgraded_before_thaw(guest: &Guest, module: &str) -> Result<()> {
+    let vss = guest.vss();
+    let version = "dpkg-query --show --showformat '${Version}' hv-vss-daemon";
+    let old = guest.sh(version)?;
+    // Unpacked before, and the script elsewhere: dpkg would wait for the root that is frozen then.
+    guest.sh(&format!(
+        "cd {PACKAGES}/next && dpkg --unpack --force-depends hv-vss-daemon_*.deb &&
+         cp /var/lib/dpkg/info/hv-vss-daemon.postinst /run/postinst"
+    ))?;
+    let new = guest.sh(version)?;
+    ensure!(new != old, "the version should be new: {new}");
+    guest.writer_start("/var/tmp/writer")?;
+
+    // Debian's part writes down what is enabled, to the root, before it restarts ours.
+    let before = main_pid(guest)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    let line =
+        format!("DPKG_MAINTSCRIPT_PACKAGE=hv-vss-daemon exec sh /run/postinst configure {old}");
+    let configure = guest.spawn(&["sh", "-c", &line])?;
+    guest.wait_until("it waits for the root", STEP, || {
+        // Its name is cut at 15 characters; D: it waits in the kernel, and not for a signal.
+        let waits = "grep -qs '(deb-systemd-hel[^ ]*) D ' /proc/[0-9]*/stat";
+        Ok(guest.try_sh(waits)?.status == Some(0))
+    })?;
+    guest.wait_until("the root stands still", STEP, || stands_still(guest))?;
+    equal("who serves meanwhile", &main_pid(guest)?, &before)?;
+    answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    let ended = guest.wait(&configure, STEP)?;
+    let said = guest.output(&configure)?;
+    ensure!(
+        ended.status == Some(0),
+        "this should succeed: {line}\n{said}"
+    );
+    // What is put in place was restarted.
+    let after = main_pid(guest)?;
+    ensure!(after != before, "ours should have been restarted: {said}");
+    guest.writers_stop()?;
+    serves(guest, OURS, module)?;
+
+    // A FREEZE that comes between the two finds the restart under way.
+    guest.writer_start("/var/tmp/writer")?;
+    let restart = guest.spawn(&[
+        "sh",
+        "-c",
+        "until [ -e /run/frozen ]; do sleep 0.2; done; exec deb-systemd-invoke restart hv_vss.service",
+    ])?;
+    let before = main_pid(guest)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until("the root stands still", STEP, || stands_still(guest))?;
+    guest.sh("touch /run/frozen")?;
+    guest.wait(&restart, STEP * 2)?;
+    guest.wait_until("the writer goes on", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us < 100_000))
+    })?;
+    let after = main_pid(guest)?;
+    ensure!(after != before, "ours should have been restarted");
+    vss.wait_open(STEP)?;
+    vss.agree(STEP)?;
+    // Without a daemon it would fail in any case.
+    guest.wait_until("ours is there", STEP, || {
+        Ok(vss.hot_backup(STEP)?.status() == status::OK)
+    })?;
+    answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+    guest.writers_stop()?;
+    guest.sh("rm /run/frozen && dpkg --configure --force-depends hv-vss-daemon 2>&1")?;
+    serves(guest, OURS, module)
+}
+
+/// The process that serves as ours.
+fn main_pid(guest: &Guest) -> Result<String> {
+    guest.sh(&format!("systemctl show --property=MainPID --value {OURS}"))
 }
 
 fn removed_amid_a_freeze(guest: &Guest) -> Result<()> {

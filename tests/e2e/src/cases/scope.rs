@@ -6,6 +6,7 @@
 //! Where the peer does otherwise, the same is done with the stock module and Debian's daemon.
 
 use super::disks::{self, Attached};
+use super::hooks;
 use super::order::{frozen_in_order, inner_before_outer};
 use super::{case, describe, good, load, logged, logged_all, observe, observe_backup_of};
 use super::{rounds_or, seed, start, stop, wait_for_daemon, Case, Seen};
@@ -1137,12 +1138,21 @@ fn which_disks(guest: &Guest) -> Result<()> {
     );
 
     // Type and flags as a host sends them.
-    for (backup_type, flags, words) in [
-        (1, 0, "a full backup of 1 disk, to be"),
-        (2, 1, "a copy backup of 1 disk, with auto-recovery, to be"),
+    let about =
+        "[ $1 != freeze ] || printf '%s|%s' \"$HV_VSS_BACKUP_TYPE\" \"$HV_VSS_DISKS\" >/run/about";
+    hooks::hook(guest, "10-about", about)?;
+    for (backup_type, flags, told, words) in [
+        (1, 0, "full", "a full backup of 1 disk, to be"),
+        (
+            2,
+            1,
+            "copy",
+            "a copy backup of 1 disk, with auto-recovery, to be",
+        ),
         (
             7,
             0x12,
+            "7",
             "a backup of type 7 of 1 disk, shared disks among them, flags 0x10, to be",
         ),
     ] {
@@ -1151,8 +1161,17 @@ fn which_disks(guest: &Guest) -> Result<()> {
         answered("FREEZE", &freeze, status::OK)?;
         answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
         says(guest, &daemon, &[words])?;
+        equal(
+            "what a hook is told",
+            guest.read("/run/about")?,
+            format!("{told}|{second}"),
+        )?;
     }
-    Ok(())
+    guest.wait_until("the hook is let go", STEP, || {
+        Ok(guest.try_sh(&format!("test ! -e {}", hooks::OWED))?.status == Some(0))
+    })?;
+    guest.sh("rm /run/about")?;
+    hooks::end(guest)
 }
 
 fn listed_disks_only(guest: &Guest) -> Result<()> {

@@ -8,6 +8,7 @@
 pub(crate) mod device;
 pub mod heartbeat;
 mod judge;
+pub mod kvp;
 pub mod shutdown;
 pub mod timesync;
 pub mod vss;
