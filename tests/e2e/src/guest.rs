@@ -71,6 +71,11 @@ impl Userland {
         }
     }
 
+    /// Whether the packages lie in it.
+    fn brings_packages(self) -> bool {
+        self.archives().contains(&"packages.cpio")
+    }
+
     /// What else of the payload it is for.
     fn images(self) -> &'static [&'static str] {
         match self {
@@ -620,7 +625,7 @@ impl Guest {
         config.host.scsi_controllers = machine.scsi_controllers;
         config.host.balloon = machine.balloon;
         // Its daemon, where that is installed, stays beside ours.
-        config.host.kvp = matches!(machine.userland, Userland::Debian | Userland::Packages);
+        config.host.kvp = machine.userland.brings_packages();
         config.host.profile = machine.host;
         // An oops ends the guest at once, so that it is reported where it happened.
         config.cmdline.push_str(" oops=panic");

@@ -804,39 +804,6 @@ fn long_statement(guest: &Guest) -> Result<()> {
     stop(guest, Module::Ours, &daemon)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_are_judged_by_what_must_and_what_may_be_there() {
-        let expected = Expected { least: 3, most: 4 };
-        let judge = |count, first, last, sum, length| {
-            judge_rows(&[count, first, last, sum, length], expected).expect("five numbers")
-        };
-        assert_eq!(judge(3, 1, 3, 6, 600), None);
-        assert_eq!(judge(4, 1, 4, 10, 800), None);
-        for bad in [
-            judge(2, 1, 2, 3, 400),
-            judge(5, 1, 5, 15, 1000),
-            // Another one instead of one that was committed, and one that is not whole.
-            judge(3, 1, 4, 8, 600),
-            judge(3, 2, 4, 9, 600),
-            judge(4, 1, 4, 10, 799),
-        ] {
-            assert!(bad.is_some());
-        }
-        assert!(judge_rows(&[1], expected).is_err());
-    }
-
-    #[test]
-    fn places_in_the_log_are_in_order() {
-        let place = |text| lsn(text).expect("a place");
-        assert!(place("0/1FFFFFF") < place("0/2000000\n") && place("0/FFFFFFFF") < place("1/0"));
-        assert!(lsn("").is_err());
-    }
-}
-
 fn guest_agent_hook(guest: &Guest) -> Result<()> {
     const HOOK: &str = "/etc/qemu/fsfreeze-hook";
     const SCRIPT: &str = "/etc/qemu/fsfreeze-hook.d/10-note";
@@ -881,4 +848,37 @@ fn guest_agent_hook(guest: &Guest) -> Result<()> {
     );
     stop(guest, guest.module(), &daemon)?;
     guest.sh(&format!("rm -rf {HOOK}.d /etc/hv_vss")).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_judged_by_what_must_and_what_may_be_there() {
+        let expected = Expected { least: 3, most: 4 };
+        let judge = |count, first, last, sum, length| {
+            judge_rows(&[count, first, last, sum, length], expected).expect("five numbers")
+        };
+        assert_eq!(judge(3, 1, 3, 6, 600), None);
+        assert_eq!(judge(4, 1, 4, 10, 800), None);
+        for bad in [
+            judge(2, 1, 2, 3, 400),
+            judge(5, 1, 5, 15, 1000),
+            // Another one instead of one that was committed, and one that is not whole.
+            judge(3, 1, 4, 8, 600),
+            judge(3, 2, 4, 9, 600),
+            judge(4, 1, 4, 10, 799),
+        ] {
+            assert!(bad.is_some());
+        }
+        assert!(judge_rows(&[1], expected).is_err());
+    }
+
+    #[test]
+    fn places_in_the_log_are_in_order() {
+        let place = |text| lsn(text).expect("a place");
+        assert!(place("0/1FFFFFF") < place("0/2000000\n") && place("0/FFFFFFFF") < place("1/0"));
+        assert!(lsn("").is_err());
+    }
 }
