@@ -100,6 +100,12 @@ if [ "$kernel" = "$default_kernel" ] && [ -e "$payload/hv_vss.ko" ] && [ -e "$pa
 fi
 [ ${#missing[@]} = 0 ] || say "not built, so not in the payload: ${missing[*]}"
 
+# Which tree all of it is of, as far as git knows: the verdicts say so (tests/e2e/src/origin.rs).
+if commit=$(TZ=UTC git -C "$repo" log -1 --date=format-local:%Y-%m-%dT%H:%M:%SZ --format=%cd 2>/dev/null) &&
+    described=$(git -C "$repo" describe --always --dirty 2>/dev/null); then
+    echo "$commit $described" >"$payload/commit"
+fi
+
 keep_results() {
     rm -rf "$results"
     mkdir -p "$(dirname "$results")"

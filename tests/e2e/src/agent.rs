@@ -7,7 +7,7 @@
 use hyperv_sim::{Exit, Vm, VmError};
 use lab_agent::{Call, Command, Ended, Outcome, Return};
 use serde::de::DeserializeOwned;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -329,17 +329,19 @@ impl Agent {
                 .wait_timeout(answers, left.min(LOOK))
                 .unwrap_or_else(PoisonError::into_inner);
         };
-        match outcome {
-            Outcome::Done(value) => {
-                let shown = value.to_string();
-                serde_json::from_value(value).map_err(|error| CallError::Shape {
-                    command,
-                    text: format!("{error} in {shown}"),
-                })
-            }
-            Outcome::Errno(name) => Err(CallError::Errno { command, name }),
-            Outcome::Failed(text) => Err(CallError::Failed { command, text }),
-        }
+        value_of(command, outcome)
+    }
+
+    /// Asks for these in one call, and returns what became of each, in their order. They are done one after the
+    /// other, whatever becomes of those before.
+    pub fn call_each(
+        &self,
+        commands: Vec<Command>,
+        timeout: Duration,
+    ) -> Result<Outcomes, CallError> {
+        let described: Vec<String> = commands.iter().map(describe).collect();
+        let outcomes: Vec<Outcome> = self.call(Command::Each { all: commands }, timeout)?;
+        Ok(Outcomes(described.into_iter().zip(outcomes).collect()))
     }
 
     /// Asks for `command` and waits for it.
@@ -350,6 +352,35 @@ impl Agent {
     ) -> Result<T, CallError> {
         let pending = self.start(command)?;
         self.finish(pending, timeout)
+    }
+}
+
+/// What became of calls that were made as one: each is [taken](Outcomes::take) in its turn.
+pub struct Outcomes(VecDeque<(String, Outcome)>);
+
+impl Outcomes {
+    /// The value of the next one, or why it has none.
+    pub fn take<T: DeserializeOwned>(&mut self) -> Result<T, CallError> {
+        let (command, outcome) = self.0.pop_front().ok_or_else(|| CallError::Shape {
+            command: "several calls".into(),
+            text: "fewer answers than there were calls".into(),
+        })?;
+        value_of(command, outcome)
+    }
+}
+
+/// The value that came of `command`, or why there is none.
+fn value_of<T: DeserializeOwned>(command: String, outcome: Outcome) -> Result<T, CallError> {
+    match outcome {
+        Outcome::Done(value) => {
+            let shown = value.to_string();
+            serde_json::from_value(value).map_err(|error| CallError::Shape {
+                command,
+                text: format!("{error} in {shown}"),
+            })
+        }
+        Outcome::Errno(name) => Err(CallError::Errno { command, name }),
+        Outcome::Failed(text) => Err(CallError::Failed { command, text }),
     }
 }
 
@@ -375,6 +406,7 @@ fn describe(command: &Command) -> String {
             Some(put) => format!("ioctl {request:#x} of the device with {:?}", put.what),
             None => format!("ioctl {request:#x} of the device"),
         },
+        Command::Each { all } => all.iter().map(describe).collect::<Vec<_>>().join(", "),
         Command::In { pid, does } => format!("{} (in {pid})", describe(does)),
         other => format!("{other:?}"),
     }

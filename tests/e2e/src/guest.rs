@@ -1009,11 +1009,36 @@ impl Guest {
     /// writes need not wait, and our module names no such file system in debugfs. FITHAW alone says the
     /// same of what our module holds.
     pub fn not_frozen(&self, when: &str, paths: &[impl AsRef<str>]) -> Result<()> {
-        let held = self.held_if_loaded()?;
-        let mounts = self.mount_table()?;
-        for path in paths {
-            let path = path.as_ref();
-            let was = self.ask_frozen(path)?;
+        let asked = vec![read_command(HELD), read_command(MOUNTS)];
+        let mut done = self.agent.call_each(asked, STEP)?;
+        let (held, mounts) = (
+            held_of(done.take())?,
+            mount_table_of(&done.take::<String>()?)?,
+        );
+        self.none_frozen(when, paths, &held, &mounts)
+    }
+
+    /// The same where it is known what our module names, and what is mounted.
+    fn none_frozen(
+        &self,
+        when: &str,
+        paths: &[impl AsRef<str>],
+        held: &[(String, String)],
+        mounts: &[Mount],
+    ) -> Result<()> {
+        // Each may be waited for.
+        const AT_ONCE: usize = 8;
+        let mut outcomes = Vec::new();
+        for some in paths.chunks(AT_ONCE) {
+            let ask = |path: &_| self.ask_frozen_command(AsRef::<str>::as_ref(path));
+            let asked = some.iter().map(ask).collect();
+            let mut done = self.agent.call_each(asked, STEP)?;
+            for _ in some {
+                outcomes.push(done.take::<Frozen>());
+            }
+        }
+        for (path, was) in paths.iter().zip(outcomes) {
+            let (path, was) = (path.as_ref(), was?);
             ensure!(was == Frozen::No, "{path} was frozen {when}: {was:?}");
             let mount = mounts.iter().rev().find(|it| it.path == path);
             let mount = mount.with_context(|| format!("nothing is mounted on {path}"))?;
@@ -1028,11 +1053,14 @@ impl Guest {
 
     /// Whether the file system at `path` is frozen; thaws it if an administrator can.
     pub fn ask_frozen(&self, path: &str) -> Result<Frozen, CallError> {
-        let ask = Command::AskFrozen {
+        self.agent.call(self.ask_frozen_command(path), STEP)
+    }
+
+    fn ask_frozen_command(&self, path: &str) -> Command {
+        Command::AskFrozen {
             path: path.into(),
             timeout_ms: self.patience(Duration::from_secs(2)),
-        };
-        self.agent.call(ask, STEP)
+        }
     }
 
     /// What our module says that it holds, or is freezing or thawing: device and state of each.
@@ -1049,14 +1077,6 @@ impl Guest {
             word.with_context(|| format!("in debugfs: {line}"))
         };
         lines.map(for_ms).collect()
-    }
-
-    /// The same of nothing where our module is not loaded.
-    fn held_if_loaded(&self) -> Result<Vec<(String, String)>> {
-        match self.read(HELD) {
-            Err(error) if error.errno() == Some("ENOENT") => Ok(Vec::new()),
-            text => held(&text?),
-        }
     }
 
     /// FIFREEZE and FITHAW of the file system that `path` is on, and how long both took.
@@ -1169,8 +1189,12 @@ impl Guest {
 
     /// Ends all writers.
     pub fn writers_stop(&self) -> Result<(), CallError> {
+        self.agent.call(self.writers_stop_command(), STEP)
+    }
+
+    fn writers_stop_command(&self) -> Command {
         let timeout_ms = self.patience(Duration::from_secs(5));
-        self.agent.call(Command::WritersStop { timeout_ms }, STEP)
+        Command::WritersStop { timeout_ms }
     }
 
     // --- The kernel's log ---
@@ -1305,19 +1329,42 @@ impl Guest {
     /// Brings the guest back to how it was before the case and makes sure that it is so: nothing
     /// frozen, no process, mount or module left, no complaint in the kernel's log.
     pub fn tidy(&self) -> Result<()> {
-        self.release_opens()?;
-        self.neighbours_stop()?;
-        self.not_frozen("when the case was over", &self.mounts()?)?;
+        let mut done = self.agent.call_each(
+            vec![
+                Command::ReleaseOpens,
+                Command::NeighboursStop,
+                read_command(HELD),
+                read_command(MOUNTS),
+            ],
+            STEP,
+        )?;
+        let _: () = done.take()?;
+        let _: Vec<Neighbour> = done.take()?;
+        let (held, mounts) = (
+            held_of(done.take())?,
+            mount_table_of(&done.take::<String>()?)?,
+        );
+        self.none_frozen("when the case was over", &on_disks(&mounts), &held, &mounts)?;
+        let mut done = self.agent.call_each(
+            vec![
+                read_command(HELD),
+                self.writers_stop_command(),
+                Command::DevCloseAll,
+                Command::ForksEnd,
+                Command::Spawned,
+            ],
+            STEP,
+        )?;
         // Of what is mounted where the agent does not see it, too. The end of the daemon would thaw it.
-        let held = self.held_if_loaded()?;
+        let held = held_of(done.take())?;
         ensure!(
             held.is_empty(),
             "the module still held something when the case was over: {held:?}"
         );
-        self.writers_stop()?;
-        let _: () = self.agent.call(Command::DevCloseAll, STEP)?;
-        let _: () = self.agent.call(Command::ForksEnd, STEP)?;
-        for pid in self.running()? {
+        for _ in 0..3 {
+            let _: () = done.take()?;
+        }
+        for pid in done.take::<Vec<i32>>()? {
             // ESRCH: it has ended by itself.
             if let Err(error) = self.signal_pid(pid, 9) {
                 ensure!(error.errno() == Some("ESRCH"), "{error}");
@@ -1402,34 +1449,7 @@ impl Guest {
 
     /// One mount point of every file system on a block device.
     pub fn mounts(&self) -> Result<Vec<String>> {
-        let mut seen = Vec::new();
-        let mut paths = Vec::new();
-        for mount in self.mount_table()? {
-            if mount.source.starts_with("/dev/") && !seen.contains(&mount.device) {
-                seen.push(mount.device);
-                paths.push(mount.path);
-            }
-        }
-        Ok(paths)
-    }
-
-    /// The mount table of the agent.
-    fn mount_table(&self) -> Result<Vec<Mount>> {
-        let text = self.read("/proc/self/mountinfo")?;
-        // Fields of Documentation/filesystems/proc.rst: id, parent, device, root, mount point.
-        let mount = |line: &str| {
-            let fields: Vec<&str> = line.split(' ').collect();
-            Some(Mount {
-                device: fields.get(2)?.to_string(),
-                path: unescape(fields.get(4)?),
-                source: fields.iter().rev().nth(1)?.to_string(),
-            })
-        };
-        let short = |line| format!("a line of mountinfo is too short: {line}");
-        let lines = text.lines();
-        lines
-            .map(|line| mount(line).with_context(|| short(line)))
-            .collect()
+        Ok(on_disks(&mount_table_of(&self.read(MOUNTS)?)?))
     }
 
     /// The case with this name begins, in which the kernel may log [what is known](crate::known). Limits grow
@@ -1544,6 +1564,53 @@ fn held(text: &str) -> Result<Vec<(String, String)>> {
             .with_context(|| format!("in debugfs: {line}"))
     };
     lines.map(entry).collect()
+}
+
+/// The same of what came of reading it: nothing is held where our module is not loaded.
+fn held_of(text: Result<String, CallError>) -> Result<Vec<(String, String)>> {
+    match text {
+        Err(error) if error.errno() == Some("ENOENT") => Ok(Vec::new()),
+        text => held(&text?),
+    }
+}
+
+/// What has the agent read a file.
+fn read_command(path: &str) -> Command {
+    Command::Read { path: path.into() }
+}
+
+/// The mount table of the agent.
+const MOUNTS: &str = "/proc/self/mountinfo";
+
+/// What is in it.
+fn mount_table_of(text: &str) -> Result<Vec<Mount>> {
+    // Fields of Documentation/filesystems/proc.rst: id, parent, device, root, mount point.
+    let mount = |line: &str| {
+        let fields: Vec<&str> = line.split(' ').collect();
+        Some(Mount {
+            device: fields.get(2)?.to_string(),
+            path: unescape(fields.get(4)?),
+            source: fields.iter().rev().nth(1)?.to_string(),
+        })
+    };
+    let short = |line| format!("a line of mountinfo is too short: {line}");
+    let lines = text.lines();
+    lines
+        .map(|line| mount(line).with_context(|| short(line)))
+        .collect()
+}
+
+/// One mount point of every file system of these that is on a block device.
+fn on_disks(mounts: &[Mount]) -> Vec<String> {
+    let mut seen = Vec::new();
+    let mut paths = Vec::new();
+    for mount in mounts {
+        if mount.source.starts_with("/dev/") && !seen.contains(&&mount.device) {
+            seen.push(&mount.device);
+            paths.push(mount.path.clone());
+        }
+    }
+    paths
 }
 
 /// A line of the mount table.

@@ -10,6 +10,7 @@ mod cases;
 mod demo;
 mod emulation;
 mod kept;
+mod origin;
 mod runner;
 mod seen;
 mod shard;
@@ -193,16 +194,32 @@ fn make_tables(kept: &Path, runs: &[PathBuf], kernels: &Path, results: &Path) ->
     Ok(())
 }
 
-/// The tables of the README, by what it calls them.
+/// The tables of the README, by what it calls them, each with where what it says was seen.
 fn tables_of(seen: &seen::Seen) -> [(&'static str, String); 3] {
     let cases = cases::all();
     let places = cases::matrix_of(|fault, stage, stack| seen.cell(fault, stage, stack));
     let stacks = cases::Stack::ALL.map(cases::Stack::words);
+    let shown = places
+        .iter()
+        .flat_map(|it| stacks.map(|stack| (it.fault, it.stage, stack)));
     [
-        ("comparison", seen.comparison(&cases)),
-        ("matrix", table::matrix(&places, &stacks)),
-        ("kernels", seen.kernels(&cases)),
+        (
+            "comparison",
+            seen.comparison(&cases),
+            seen.origin_of_comparison(&cases),
+        ),
+        (
+            "matrix",
+            table::matrix(&places, &stacks),
+            seen.origin_of_cells(shown),
+        ),
+        (
+            "kernels",
+            seen.kernels(&cases),
+            seen.origin_of_kernels(&cases),
+        ),
     ]
+    .map(|(name, table, origin)| (name, format!("{table}\n{origin}")))
 }
 
 fn perform(action: Action) -> Result<bool> {
@@ -261,7 +278,8 @@ fn perform(action: Action) -> Result<bool> {
                 runner::write_json(&json, verdicts)?;
                 kept.as_ref().map_or(Ok(()), |kept| kept.write(verdicts))
             };
-            let verdicts = runner::run_all(&images, &chosen, before, keep)?;
+            let commit = origin::Commit::read(Path::new("commit"))?;
+            let verdicts = runner::run_all(&images, &chosen, commit.as_ref(), before, keep)?;
             Ok(report(&verdicts))
         }
         Action::Sum {

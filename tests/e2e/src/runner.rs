@@ -8,6 +8,7 @@
 
 use crate::cases::Case;
 use crate::emulation::impossible_interrupt;
+use crate::origin::{Commit, Origin};
 use anyhow::{anyhow, Context, Result};
 use e2e::guest::{Cell, Comparison, Guest, Images, Kernel, Standstill};
 use hyperv_sim::Exit;
@@ -35,6 +36,9 @@ pub struct Verdict {
     /// What the guest ran, if there was one and it began on the kernel under test.
     #[serde(default)]
     pub kernel: Option<Kernel>,
+    /// Of which tree it was run, if that is known.
+    #[serde(default)]
+    pub commit: Option<Commit>,
     /// What became of the first machine when the case was begun again on another: see [`Failed::Machine`].
     #[serde(default)]
     again: Option<Again>,
@@ -67,6 +71,7 @@ impl Verdict {
             seconds: 0.0,
             error: Some(MISSING.into()),
             kernel: None,
+            commit: None,
             again: None,
             comparisons: Vec::new(),
             cells: Vec::new(),
@@ -76,6 +81,14 @@ impl Verdict {
     /// Whether there is anything to say of the case.
     pub fn was_run(&self) -> bool {
         self.error.as_deref() != Some(MISSING)
+    }
+
+    /// Where all that it says was seen.
+    pub fn origin(&self) -> Origin {
+        Origin {
+            commit: self.commit.clone(),
+            release: self.kernel.as_ref().map(|it| it.release.clone()),
+        }
     }
 
     /// Whether there is nothing wrong with it.
@@ -121,11 +134,12 @@ enum Failed {
     },
 }
 
-/// Runs `cases`, but for those that have a verdict already, and returns how each went. What is known is
-/// given to `keep` after each, before anybody is told.
+/// Runs `cases`, which are of the tree at `commit`, but for those that have a verdict already, and returns how
+/// each went. What is known is given to `keep` after each, before anybody is told.
 pub fn run_all(
     images: &Images,
     cases: &[Case],
+    commit: Option<&Commit>,
     before: Vec<Verdict>,
     keep: impl Fn(&[Verdict]) -> Result<()>,
 ) -> Result<Vec<Verdict>> {
@@ -194,6 +208,7 @@ pub fn run_all(
             seconds,
             error: error.clone(),
             kernel,
+            commit: commit.cloned(),
             again,
             comparisons,
             cells,

@@ -2,9 +2,10 @@
 
 //! What the runs have seen so far, of ours, of the peer, and on which kernel: a file of this repository, into
 //! which each run is merged and from which the tables of the README are made. No run is of all cases; what it
-//! was not of is kept as an earlier one saw it.
+//! was not of is kept as an earlier one saw it, with where that was: a line below each table counts them.
 
 use crate::cases::Case;
+use crate::origin::{self, Commit, Origin};
 use crate::runner::Verdict;
 use crate::table::NOT_RUN;
 use anyhow::{Context, Result};
@@ -15,7 +16,15 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// By fault, stage and stack.
-type Cells = BTreeMap<String, BTreeMap<String, BTreeMap<String, String>>>;
+type Cells = BTreeMap<String, BTreeMap<String, BTreeMap<String, Cell>>>;
+
+/// A cell of the matrix.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Cell {
+    seen: String,
+    #[serde(flatten)]
+    origin: Origin,
+}
 
 /// All that was seen.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,8 +41,15 @@ pub struct Seen {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct OnKernel {
     kernel: Kernel,
-    /// Whether the last run of each has passed.
-    cases: BTreeMap<String, bool>,
+    cases: BTreeMap<String, Went>,
+}
+
+/// How a case went when it was run last.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Went {
+    passed: bool,
+    #[serde(flatten)]
+    origin: Origin,
 }
 
 /// What a case has compared.
@@ -42,6 +58,9 @@ struct Rows {
     /// Whether it has failed since: then the rows are no longer true, and yet are to be missed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     failed: bool,
+    /// Where it was run last.
+    #[serde(flatten)]
+    origin: Origin,
     rows: Vec<Comparison>,
 }
 
@@ -59,7 +78,7 @@ impl OnKernel {
             .collect();
         let (mut sum, mut passed_of, mut failed) = (0, Vec::new(), Vec::new());
         for of_area in cases.chunk_by(|a, b| area(a) == area(b)) {
-            let went = |it: &&Case| self.cases.get(it.name).copied();
+            let went = |it: &&Case| self.cases.get(it.name).map(|it| it.passed);
             let passed = of_area.iter().filter(|it| went(it) == Some(true)).count();
             let those = of_area.iter().filter(|it| went(it) == Some(false));
             failed.extend(those.map(|it| format!("`{}`", it.name)));
@@ -113,12 +132,14 @@ impl Seen {
             if !verdict.has_passed() {
                 if let Some(rows) = self.comparisons.get_mut(&verdict.name) {
                     rows.failed = true;
+                    rows.origin = verdict.origin();
                 }
             } else if verdict.comparisons.is_empty() {
                 self.comparisons.remove(&verdict.name);
             } else {
                 let rows = Rows {
                     failed: false,
+                    origin: verdict.origin(),
                     rows: verdict.comparisons.clone(),
                 };
                 self.comparisons.insert(verdict.name.clone(), rows);
@@ -126,7 +147,8 @@ impl Seen {
             for cell in &verdict.cells {
                 let fault = self.cells.entry(cell.fault.clone()).or_default();
                 let stage = fault.entry(cell.stage.clone()).or_default();
-                stage.insert(cell.stack.clone(), cell.seen.clone());
+                let (seen, origin) = (cell.seen.clone(), verdict.origin());
+                stage.insert(cell.stack.clone(), Cell { seen, origin });
             }
         }
     }
@@ -146,7 +168,9 @@ impl Seen {
             *on = begin();
         }
         for verdict in verdicts.iter().filter(|it| it.was_run()) {
-            on.cases.insert(verdict.name.clone(), verdict.has_passed());
+            let (passed, origin) = (verdict.has_passed(), verdict.origin());
+            on.cases
+                .insert(verdict.name.clone(), Went { passed, origin });
         }
     }
 
@@ -164,8 +188,55 @@ impl Seen {
 
     /// What was seen of a fault at a stage with a stack.
     pub fn cell(&self, fault: &str, stage: &str, stack: &str) -> Option<&str> {
-        let seen = self.cells.get(fault)?.get(stage)?.get(stack)?;
-        Some(seen)
+        let cell = self.cells.get(fault)?.get(stage)?.get(stack)?;
+        Some(&cell.seen)
+    }
+
+    /// The last commit that anything was seen at.
+    fn newest(&self) -> Option<&Commit> {
+        let rows = self.comparisons.values().map(|it| &it.origin);
+        let cells = self.all_cells().map(|it| &it.origin);
+        let went = self.kernels.values().flat_map(|it| it.cases.values());
+        let all = rows.chain(cells).chain(went.map(|it| &it.origin));
+        all.filter_map(|it| it.commit.as_ref()).max()
+    }
+
+    fn all_cells(&self) -> impl Iterator<Item = &Cell> {
+        let stages = self.cells.values().flat_map(BTreeMap::values);
+        stages.flat_map(BTreeMap::values)
+    }
+
+    /// Where what the comparison of these cases says was seen, in one line.
+    pub fn origin_of_comparison(&self, cases: &[Case]) -> String {
+        let kept = cases.iter().filter_map(|it| self.comparisons.get(it.name));
+        let each: Vec<&Origin> = kept
+            .flat_map(|it| it.rows.iter().map(|_| &it.origin))
+            .collect();
+        origin::line("rows", &each, self.newest())
+    }
+
+    /// The same of the matrix, of which these are what it shows.
+    pub fn origin_of_cells<'a>(
+        &self,
+        shown: impl Iterator<Item = (&'a str, &'a str, &'a str)>,
+    ) -> String {
+        let each: Vec<&Origin> = shown
+            .filter_map(|(fault, stage, stack)| {
+                let cell = self.cells.get(fault)?.get(stage)?.get(stack)?;
+                Some(&cell.origin)
+            })
+            .collect();
+        origin::line("cells", &each, self.newest())
+    }
+
+    /// The same of how these cases went on each kernel.
+    pub fn origin_of_kernels(&self, cases: &[Case]) -> String {
+        let mut each: Vec<&Origin> = Vec::new();
+        for on in self.kernels.values() {
+            let went = cases.iter().filter_map(|it| on.cases.get(it.name));
+            each.extend(went.map(|it| &it.origin));
+        }
+        origin::line("results", &each, self.newest())
     }
 
     /// What ours and the peer did as a table in Markdown, in the order of these cases. One that compares and was
@@ -203,7 +274,7 @@ fn numbers(release: &str) -> Vec<u32> {
 mod tests {
     use super::*;
     use crate::cases;
-    use e2e::guest::Cell;
+    use e2e::guest;
 
     fn on(release: &str, takes_our_module: bool, mut verdict: Verdict) -> Verdict {
         verdict.kernel = Some(Kernel {
@@ -306,7 +377,7 @@ mod tests {
     }
 
     fn verdict(name: &str, ours: &str, cells: &[[&str; 4]]) -> Verdict {
-        let cell = |[fault, stage, stack, seen]: &[&str; 4]| Cell {
+        let cell = |[fault, stage, stack, seen]: &[&str; 4]| guest::Cell {
             fault: fault.to_string(),
             stage: stage.to_string(),
             stack: stack.to_string(),
@@ -366,6 +437,51 @@ mod tests {
         seen.merge(&[early]);
         let left = ["frozen", NOT_RUN, NOT_RUN].map(|it| Some(it.to_owned()));
         assert_eq!(cells(&seen), left);
+    }
+
+    #[test]
+    fn what_an_earlier_tree_has_left_is_told_from_what_the_last_one_has() {
+        let (old, new) = ("2026-01-02T03:04:05Z abc", "2026-11-29T18:15:14Z def");
+        let cells = [["dead", "1", "ours", "F ok"], ["dead", "2", "ours", "F ok"]];
+        let at = |commit: &str, name, cells: &[[&str; 4]]| {
+            let mut verdict = on("7.3.4", true, verdict(name, "good", cells));
+            verdict.commit = Some(Commit::of(commit));
+            verdict
+        };
+        let mut seen = Seen::default();
+        let mut merge = |verdict| {
+            let verdicts = [verdict];
+            seen.merge(&verdicts);
+            seen.merge_kernel("default", &verdicts);
+        };
+        merge(verdict("a/unknown", "good", &[]));
+        merge(at(old, "a/old", &cells));
+        merge(at(old, "a/new", &[]));
+        merge(at(new, "a/new", &cells[1..]));
+        let order = ["a/unknown", "a/old", "a/new", "a/never"].map(case);
+        let newest = "1 were seen at commit `def` (2026-11-29), the last one that was run, \
+                      1 at earlier ones, the oldest of which is `abc` (2026-01-02)";
+        let unknown = ", and of 1 it is not known";
+        let expected = format!("Of these 3 rows {newest}{unknown}; on 7.3.4.\n");
+        assert_eq!(seen.origin_of_comparison(&order), expected);
+        let shown = [
+            ("dead", "1", "ours"),
+            ("dead", "2", "ours"),
+            ("dead", "3", "ours"),
+        ];
+        let expected = format!("Of these 2 cells {newest}; on 7.3.4.\n");
+        assert_eq!(seen.origin_of_cells(shown.into_iter()), expected);
+        let expected = format!("Of these 2 results {newest}; on 7.3.4.\n");
+        assert_eq!(seen.origin_of_kernels(&order), expected);
+        // One that fails is of the tree that it has failed on.
+        let mut failed = Verdict::failed("a/old");
+        failed.commit = Some(Commit::of(new));
+        seen.merge(&[failed]);
+        assert!(seen
+            .origin_of_comparison(&order)
+            .contains(" 2 were seen at commit `def`"));
+        let text = serde_json::to_string(&seen).unwrap();
+        assert_eq!(serde_json::from_str::<Seen>(&text).unwrap(), seen);
     }
 
     #[test]

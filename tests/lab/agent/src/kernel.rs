@@ -3,10 +3,12 @@
 //! Files of the kernel: its log, and text in proc and sysfs.
 
 use crate::error::Error;
+use crate::lock;
 use lab_agent::{Log, Piece, Record, MOST_LOGGED};
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Mutex;
 
 /// The most that is read of one file: the serial line is slow.
 pub const MAX_TEXT: u64 = 256 * 1024;
@@ -47,16 +49,33 @@ pub fn write_file(path: &str, text: &str) -> Result<(), Error> {
     Ok(file.write_all(text.as_bytes())?)
 }
 
-/// The kernel's log from record `since` on, without records above `max_level`: as much as fits into a reply.
-pub fn log(since: u64, max_level: u8) -> Result<Log, Error> {
-    let mut kmsg = OpenOptions::new()
-        .read(true)
-        .custom_flags(nix::libc::O_NONBLOCK)
-        .open("/dev/kmsg")?;
-    take(|record| kmsg.read(record), since, max_level)
+/// The kernel's log. It can be read from its oldest record on or from where a reader has come, and each record is
+/// a call of its own: one that goes on where the last one has ended is spared all that was logged before.
+#[derive(Default)]
+pub struct KernelLog {
+    /// A reader, and the number of the record that it comes to next.
+    reader: Mutex<Option<(File, u64)>>,
 }
 
-/// The same from whoever gives one record at each call.
+impl KernelLog {
+    /// The records from `since` on, without those above `max_level`: as much as fits into a reply.
+    pub fn records(&self, since: u64, max_level: u8) -> Result<Log, Error> {
+        let mut reader = lock(&self.reader);
+        // After an error nobody knows where it is.
+        let mut kmsg = match reader.take().filter(|(_, next)| *next <= since) {
+            Some((kmsg, _)) => kmsg,
+            None => OpenOptions::new()
+                .read(true)
+                .custom_flags(nix::libc::O_NONBLOCK)
+                .open("/dev/kmsg")?,
+        };
+        let log = take(|record| kmsg.read(record), since, max_level)?;
+        *reader = Some((kmsg, log.next));
+        Ok(log)
+    }
+}
+
+/// As much of the log as fits into a reply, from whoever gives one record at each call.
 fn take(
     mut read: impl FnMut(&mut [u8]) -> io::Result<usize>,
     since: u64,

@@ -305,6 +305,12 @@ pub enum Command {
     Fork,
     /// Kills all such agents and waits until they are gone.
     ForksEnd,
+    /// Does these one after the other, whatever becomes of each: a list of [`Outcome`]s, in their order. The
+    /// way to the agent and back takes longer than most of what it does.
+    Each {
+        /// What.
+        all: Vec<Command>,
+    },
     /// Has that agent do something.
     In {
         /// From [`Command::Fork`].

@@ -56,9 +56,18 @@ struct Agent {
     opens: opens::Opens,
     neighbours: neighbour::Neighbours,
     forks: fork::Forks,
+    log: kernel::KernelLog,
 }
 
 impl Agent {
+    /// What becomes of `command`.
+    fn outcome(&self, command: Command) -> Outcome {
+        match self.perform(command) {
+            Ok(value) => Outcome::Done(value),
+            Err(error) => error.outcome(),
+        }
+    }
+
     fn perform(&self, command: Command) -> Result<Value, Error> {
         Ok(match command {
             Command::Run { argv, timeout_ms } => json!(process::run(&argv, timeout_ms)?),
@@ -76,7 +85,7 @@ impl Agent {
             Command::Read { path } => json!(kernel::read_file(&path)?),
             Command::ReadOn { path, from } => json!(kernel::read_on(&path, from)?),
             Command::Write { path, text } => json!(kernel::write_file(&path, &text)?),
-            Command::Kmsg { since, max_level } => json!(kernel::log(since, max_level)?),
+            Command::Kmsg { since, max_level } => json!(self.log.records(since, max_level)?),
             Command::Freeze { path } => json!(sys::freeze(&open_any(&path)?)?),
             Command::Thaw { path } => json!(sys::thaw(&open_any(&path)?)?),
             Command::AskFrozen { path, timeout_ms } => {
@@ -180,6 +189,10 @@ impl Agent {
                 let never = reboot(RebootMode::RB_KEXEC)?;
                 match never {}
             }
+            Command::Each { all } => {
+                let done = all.into_iter().map(|it| self.outcome(it));
+                json!(done.collect::<Vec<Outcome>>())
+            }
             Command::Fork => json!(self.forks.start()?),
             Command::ForksEnd => json!(self.forks.end()?),
             Command::In { pid, does } => self.forks.perform(pid, *does)?,
@@ -267,10 +280,7 @@ fn serve(input: File, output: File) -> Result<(), Error> {
         start_thread(move || {
             let back = Return {
                 id: call.id,
-                outcome: match agent.perform(call.command) {
-                    Ok(value) => Outcome::Done(value),
-                    Err(error) => error.outcome(),
-                },
+                outcome: agent.outcome(call.command),
             };
             send(&output, &back);
         })?;
