@@ -93,7 +93,8 @@ pub(crate) fn trace(note: Note) {
             status,
             latency_us,
         } => answer(subject, status, latency_us),
-        Note::NotSent => {}
+        // That it is failed its answer says.
+        Note::NotSent | Note::Unvouched(_) => {}
         Note::Registered { abi } => trace!(hv_vss_trace_daemon(abi)),
         Note::Released => trace!(hv_vss_trace_daemon(0)),
         Note::Broken { id, reason } => trace!(hv_vss_trace_broken(id, reason)),
@@ -119,6 +120,11 @@ fn print(note: Note) {
         Note::Broken { id, reason } => {
             warn_limited!(
                 "freeze {id} did not last (reason {reason}): its backup will be failed\n"
+            );
+        }
+        Note::Unvouched(Subject { id, .. }) => {
+            warn_limited!(
+                "request {id}: THAW fails, its freeze would be from before the module was loaded\n"
             );
         }
         Note::BadFrame { refusal } => {

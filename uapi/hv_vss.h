@@ -64,9 +64,11 @@
  * It begins with what was frozen last and waits for none before it begins the next, so that one that
  * hangs holds up no other: which of them is thawed first is not said. But for the close, and for what it
  * has answered or told itself, the daemon then reads an HV_VSS_FRAME_THAWED, or ENODEV when the device has
- * gone, and the host's THAW is failed. A daemon that crashes closes nothing before its core is dumped, for
- * which it may have to wait until what it holds is thawed: PR_SET_DUMPABLE of prctl(2) should be 0, and the
- * deadline short.
+ * gone, and the host's THAW is failed. But a freeze has to last only until the host has sent its THAW: what is
+ * let go after that, at the deadline or before the machine sleeps, breaks nothing. That THAW is then read first and
+ * the notice behind it, so that the daemon knows, and it is good if this daemon answers it so.
+ * A daemon that crashes closes nothing before its core is dumped, for which it may have to wait until what it
+ * holds is thawed: PR_SET_DUMPABLE of prctl(2) should be 0, and the deadline short.
  * A daemon that freezes by other means needs none of this.
  *
  * What may change, and what not. A structure grows at its end only, a frame's size says how much there
@@ -157,7 +159,7 @@ struct hv_vss_answer {
  * The freeze has ended before the host's THAW: 32 bytes or more.
  *
  * Daemon to kernel: tell it as soon as it is known, after the FREEZE was answered and before the THAW
- * is; that THAW is then failed. Kernel to daemon: it has thawed what it held for the daemon.
+ * is; that THAW is then failed. Kernel to daemon: it has thawed what it held for the daemon, as said above.
  */
 struct hv_vss_thawed {
 	struct hv_vss_frame frame;	/* with the id of the FREEZE */

@@ -540,17 +540,29 @@ impl Backup {
     }
 
     /// The kernel says that it has thawed what it held for request `id`.
-    pub fn notice(&mut self, now: Instant, id: u64, why: &'static str, effects: &mut impl Effects) {
+    /// Why, as one of `hv_vss_uapi::thawed` and in words. It has the THAW that the host had sent before read before.
+    pub fn notice(
+        &mut self,
+        now: Instant,
+        id: u64,
+        (reason, why): (u32, &'static str),
+        effects: &mut impl Effects,
+    ) {
         let current = match &self.phase {
             Phase::Freezing { request, .. } => request.id,
             Phase::Frozen { id, .. } | Phase::Thawing { id, .. } => *id,
             // What was called off, it has heard from us.
             Phase::Idle | Phase::Ending { .. } | Phase::Releasing(_) => return,
         };
-        if id == current {
-            let why = Cow::Borrowed(why);
-            self.end_early(now, Break { why, reason: None }, effects);
+        if id != current {
+            return;
         }
+        if matches!(self.phase, Phase::Thawing { .. }) && only_thaws(reason) {
+            let text = format!("{why}; the host had said so before, and it breaks nothing");
+            return effects.say(Level::Info, text);
+        }
+        let why = Cow::Borrowed(why);
+        self.end_early(now, Break { why, reason: None }, effects);
     }
 
     /// Something has happened that ends whatever freeze is under way or in force.
@@ -674,10 +686,13 @@ impl Backup {
     }
 }
 
-/// Whether what happens then is a thaw, as by THAW itself: the deadline has passed, an operator wants it, or whoever
-/// minds the freeze has died.
+/// Whether what happens then is a thaw, as by THAW itself: the deadline has passed, an operator wants it, whoever
+/// minds the freeze has died, or the machine is about to sleep.
 fn only_thaws(reason: u32) -> bool {
-    [thawed::DEADLINE, thawed::OPERATOR, thawed::CRASH].contains(&reason)
+    matches!(
+        reason,
+        thawed::DEADLINE | thawed::OPERATOR | thawed::CRASH | thawed::SLEEP
+    )
 }
 
 /// The phase of a job that was called off just now.

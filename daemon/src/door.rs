@@ -67,6 +67,12 @@ pub trait Door: Send + Sync {
         false
     }
 
+    /// Whether what it does not find frozen when it thaws was thawed by whoever is behind it, who says so elsewhere and
+    /// why, and that nobody else can. Else it is a freeze that did not last.
+    fn says_what_it_has_thawed(&self) -> bool {
+        false
+    }
+
     /// Whether a freeze of it that was called off, or a thaw, has not come back, whoever began it.
     fn is_stuck(&self, _fd: BorrowedFd<'_>) -> bool {
         false

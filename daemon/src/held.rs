@@ -103,6 +103,11 @@ impl Door for Held {
         true
     }
 
+    /// By a notice. Without a device it is no matter what the answer would be.
+    fn says_what_it_has_thawed(&self) -> bool {
+        true
+    }
+
     fn call_off(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         sys::let_go(self.hold.device.as_fd(), fd)
     }

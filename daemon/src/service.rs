@@ -388,10 +388,11 @@ impl Service {
             if woken(GUARD) {
                 self.on_guard();
             }
-            self.on_time();
+            // And what the host asks before what is due as long as it has not asked, should this have been stopped.
             if woken(DEVICE) {
                 self.on_device();
             }
+            self.on_time();
             for event in events.iter().filter(|event| event.token() >= CONTROL) {
                 self.control.ready(self.poll.registry(), event.token());
             }
@@ -570,7 +571,7 @@ impl Service {
                         .request(Instant::now(), request, &mut self.hands);
                 }
                 Ok(Some(Incoming::Thawed(id, reason))) => {
-                    let (now, why) = (Instant::now(), why_thawed(reason));
+                    let (now, why) = (Instant::now(), (reason, why_thawed(reason)));
                     self.machine.notice(now, id, why, &mut self.hands);
                 }
                 Ok(Some(Incoming::Odd(what))) => {

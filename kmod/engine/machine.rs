@@ -14,6 +14,11 @@
 //! - a freeze that did not last is remembered until the host has been told, and every THAW until
 //!   then is failed, whatever the daemon says of it; so is every THAW before the first FREEZE that the
 //!   module has seen (see [`Freeze`]);
+//! - a freeze has to last until the host has sent its THAW, read or not, and no longer. What is let go from then on
+//!   breaks nothing: by the module, at the deadline or before the machine sleeps, and for the daemon. But that THAW is
+//!   good only if the daemon that made the freeze answers it so, for nobody else knows whether all of it lasted: it
+//!   fails when that daemon closes the device first, when the device goes, and when its time is over. What the daemon
+//!   itself tells as ended counts as long as the THAW is open: it may have ended before;
 //! - a FREEZE that a read was shown the daemon may have, also when it ends before the read does: it is
 //!   given a THAW like one that has read it;
 //! - what may be frozen and is of no use to the host any more is thawed: the module lets go of what it
@@ -159,6 +164,17 @@ impl OwedThaw {
     }
 }
 
+/// What the daemon has to be told of a hold that has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Notice {
+    id: u64,
+    /// One of [`thawed`].
+    reason: u32,
+    /// The THAW that the host had sent before, to a freeze that was whole. It is to be read before, so that the daemon
+    /// knows that.
+    behind: Option<u64>,
+}
+
 /// What a machine leaves undone for the next one, when its device goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Left {
@@ -203,8 +219,8 @@ pub struct Engine<B> {
     freeze: Freeze,
     /// The daemon holds something in the module, since [`Engine::holds`] with this id.
     hold: Option<u64>,
-    /// What the daemon has to be told of a hold that has ended: its id and the reason.
-    notice: Option<(u64, u32)>,
+    /// What the daemon has to be told of a hold that has ended.
+    notice: Option<Notice>,
     owed_thaw: Option<OwedThaw>,
     /// The daemon works on a FREEZE that has been failed, until it has answered a THAW.
     calling_off: bool,
@@ -371,6 +387,10 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             Ending::Answered(code) => code,
             Ending::Failed(_) => status::FAIL,
         };
+        let is_done = ending == Ending::Answered(status::OK);
+        if operation == op::THAW && is_done && self.freeze == Freeze::Unseen {
+            effects.note(Note::Unvouched(request.subject()));
+        }
         let latency_us = now.saturating_sub(request.arrived);
         let stats = self.stats.op(operation);
         stats.last_us = latency_us;
@@ -478,6 +498,20 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         Some(id)
     }
 
+    /// The freeze in force ends, and is in force no more unless the host has sent the THAW for it. Returns its id
+    /// if it is broken.
+    fn cut_short(&mut self, reason: u32, effects: &mut impl Effects) -> Option<u64> {
+        match self.thaw_is_sent() {
+            true => None,
+            false => self.break_freeze(reason, effects),
+        }
+    }
+
+    /// Whether a THAW of the host is open. As long as a freeze is in force it is the one for that.
+    fn thaw_is_sent(&self) -> bool {
+        self.queue.iter().any(|r| r.operation == op::THAW)
+    }
+
     /// The daemon has said that nothing is frozen; what the module may still hold must not stay.
     fn thawed(&mut self, effects: &mut impl Effects) {
         self.hold = None;
@@ -496,8 +530,19 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     fn let_go(&mut self, reason: u32, effects: &mut impl Effects) -> Option<u64> {
         let held = effects.let_go(reason);
         let id = self.hold.take().filter(|_| held)?;
-        self.notice = Some((id, reason));
+        self.give_notice(id, reason);
         Some(id)
+    }
+
+    /// What was held for `id` is let go, of which the daemon is to be told.
+    fn give_notice(&mut self, id: u64, reason: u32) {
+        let is_whole = matches!(self.freeze, Freeze::Held { whole: true, .. });
+        let is_unread = |r: &&Request| is_whole && r.operation == op::THAW && !r.is_read();
+        self.notice = Some(Notice {
+            id,
+            reason,
+            behind: self.queue.iter().find(is_unread).map(|r| r.id),
+        });
     }
 
     /// Has the daemon do a THAW, or the next one if there is none, unless one is in its hands.
@@ -638,7 +683,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
 
     /// Nothing is to be frozen or held from here on.
     fn give_up(&mut self, now: u64, reason: u32, effects: &mut impl Effects) {
-        if let Some(id) = self.break_freeze(reason, effects) {
+        if let Some(id) = self.cut_short(reason, effects) {
             self.undo(now, id, reason, effects);
         }
         self.let_go(reason, effects);
@@ -658,7 +703,9 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     /// nobody is left to do it. One that has gone may be about to open the device again, as mainline's is
     /// after an answer that was refused: it is given the time for that.
     pub fn thawed_for_sleep(&self) -> bool {
-        let to_do = self.owed_thaw.is_some_and(|owed| !owed.deserted);
+        let is_owed = self.owed_thaw.is_some_and(|owed| !owed.deserted);
+        // A freeze in force has its THAW on the way.
+        let to_do = is_owed || self.freeze.held().is_some();
         self.sleeping && !to_do && !self.is_doing(op::THAW)
     }
 

@@ -78,6 +78,8 @@ pub enum Note {
         /// One of [`super::uapi::thawed`], or what the daemon gave as such.
         reason: u32,
     },
+    /// A THAW that the daemon has done is failed, since no FREEZE has ended since the module was loaded.
+    Unvouched(Subject),
     /// A write of the daemon was refused.
     BadFrame {
         /// Why.

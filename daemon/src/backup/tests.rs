@@ -29,8 +29,10 @@ enum Event {
     HooksReleased,
     /// The guard, or an operator, thaws.
     Broken,
-    /// The module has let go of what it held for the last FREEZE, or for an older one.
+    /// The module has let go of what it held for the last FREEZE, at the deadline or since the host was told that it
+    /// has failed, or for an older one.
     Notice,
+    SpoilingNotice,
     OldNotice,
     DeviceLost,
     /// Until something is due.
@@ -42,7 +44,7 @@ enum Event {
     Stop,
 }
 
-const ALL: [Event; 20] = [
+const ALL: [Event; 21] = [
     Event::Freeze,
     Event::FreezeMore,
     Event::Thaw,
@@ -57,6 +59,7 @@ const ALL: [Event; 20] = [
     Event::HooksReleased,
     Event::Broken,
     Event::Notice,
+    Event::SpoilingNotice,
     Event::OldNotice,
     Event::DeviceLost,
     Event::Time,
@@ -460,16 +463,24 @@ impl World {
                 };
                 machine.end_early(*now, broken, truth);
             }
-            Event::Notice => {
-                truth.broken |= truth.job != Job::None;
+            Event::Notice | Event::SpoilingNotice => {
+                let reason = match event {
+                    Event::Notice => thawed::DEADLINE,
+                    _ => thawed::CALLED_OFF,
+                };
+                let only_thaws = event == Event::Notice && is_thawing(machine);
+                truth.broken |= truth.job != Job::None && !only_thaws;
                 let id = match &machine.phase {
                     Phase::Freezing { request, .. } => request.id,
                     Phase::Frozen { id, .. } | Phase::Thawing { id, .. } => *id,
                     Phase::Idle | Phase::Ending { .. } | Phase::Releasing(_) => *ids,
                 };
-                machine.notice(*now, id, "the module", truth);
+                machine.notice(*now, id, (reason, "the module"), truth);
             }
-            Event::OldNotice => machine.notice(*now, 0, "the module, of old", truth),
+            Event::OldNotice => {
+                let why = (thawed::CALLED_OFF, "the module, of old");
+                machine.notice(*now, 0, why, truth);
+            }
             Event::DeviceLost => {
                 truth.broken |= truth.job != Job::None;
                 // What was open went with it, and so does what is said to it.

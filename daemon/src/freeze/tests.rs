@@ -130,6 +130,9 @@ impl Door for Double {
         // As the module's door, which can do both.
         self.can_call_off
     }
+    fn says_what_it_has_thawed(&self) -> bool {
+        self.can_call_off
+    }
     fn call_off(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         lock(&self.called_off).insert(self.numbers[&inode_of(fd)]);
         Ok(())
@@ -1533,6 +1536,19 @@ fn an_early_thaw_by_somebody_else_is_named() {
     s.freeze().unwrap();
     let error = s.session.thaw().unwrap_err();
     assert!(error.to_string().ends_with(": /fs0"), "{error}");
+    assert!(s.calls().contains(&("thaw", 1)));
+}
+
+#[test]
+fn of_what_the_module_has_thawed_its_notice_says_whether_that_was_early() {
+    let double = Double {
+        can_call_off: true,
+        ..Double::default()
+    };
+    let not_held = ("thaw", 0, Errno::EINVAL, ALWAYS);
+    let mut s = setup_before(double, &[(0, None), (0, None)], &[], &[not_held], false);
+    s.freeze().unwrap();
+    s.session.thaw().unwrap();
     assert!(s.calls().contains(&("thaw", 1)));
 }
 

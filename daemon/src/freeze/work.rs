@@ -385,7 +385,7 @@ impl Work {
                     self.note_written(name);
                 }
             }
-            Err(e) if is(&e, Errno::EINVAL) && self.abort.load(Ordering::SeqCst) => {
+            Err(e) if is(&e, Errno::EINVAL) && self.may_be_thawed() => {
                 *target.state() = thawed(since, took);
                 self.log.info(format!(
                     "{name} is thawed already, was frozen for at most {stood:.6} s"
@@ -410,6 +410,11 @@ impl Work {
                 });
             }
         }
+    }
+
+    /// Whether it says nothing of the freeze that something is not frozen any more.
+    fn may_be_thawed(&self) -> bool {
+        self.abort.load(Ordering::SeqCst) || self.door.says_what_it_has_thawed()
     }
 
     /// Tries again until it is thawed, by whomever: its session has ended meanwhile, and nobody else does.

@@ -17,7 +17,7 @@ pub struct Shape {
     requests: [Option<(u8, Stage, bool)>; QUEUE],
     daemon: Daemon,
     reply_waits: bool,
-    notice_waits: bool,
+    notice_waits: Option<bool>,
     quiet: bool,
     holds: bool,
     freeze: &'static str,
@@ -41,7 +41,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             requests,
             daemon: self.daemon,
             reply_waits: self.reply_waits,
-            notice_waits: self.notice.is_some(),
+            notice_waits: self.notice.map(|notice| notice.behind.is_some()),
             quiet: self.quiet_since.is_some(),
             holds: self.hold.is_some(),
             freeze: self.freeze.as_str(),
@@ -97,10 +97,14 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         must(registered || !held, "a freeze without a daemon")?;
         must(self.owed_thaw.is_none() || !held, "a freeze and its THAW")?;
         must(
+            !held || !self.sleeping || self.thaw_is_sent(),
+            "a freeze in the sleep",
+        )?;
+        must(
             self.daemon == Daemon::V2 || !holds,
             "a hold without a daemon",
         )?;
-        let ended = self.notice.is_some_and(|(id, _)| id != 0);
+        let ended = self.notice.is_some_and(|notice| notice.id != 0);
         must(!(holds && ended), "a hold that has ended")?;
         let message = self.reply_waits || self.notice.is_some();
         must(registered || !message, "a message for nobody")?;

@@ -17,6 +17,7 @@ use super::Ending;
 use super::Engine;
 use super::Freeze;
 use super::Note;
+use super::Notice;
 use super::OwedThaw;
 use super::Request;
 use super::Stage;
@@ -215,8 +216,8 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         if self.reply_waits {
             return Some(Token::Reply);
         }
-        if let Some((id, _)) = self.notice {
-            return Some(Token::Notice(id));
+        if let Some(notice) = self.notice_in_turn() {
+            return Some(Token::Notice(notice.id));
         }
         if self.in_hand().is_some() || !self.registered() {
             return None;
@@ -224,6 +225,16 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         match self.queue.head() {
             Some(head) if head.stage == Stage::Offered => Some(Token::Request(head.id)),
             _ => self.owed_thaw.map(|owed| Token::Thaw(owed.id)),
+        }
+    }
+
+    /// The notice that is to be read, unless a THAW is to be read before.
+    fn notice_in_turn(&self) -> Option<Notice> {
+        let notice = self.notice?;
+        let mut unread = self.queue.iter().filter(|r| !r.is_read());
+        match unread.any(|r| Some(r.id) == notice.behind) {
+            true => None,
+            false => Some(notice),
         }
     }
 
@@ -237,7 +248,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         let len = match token {
             Token::Reply if v2 => frames::put_registered(out, self.config.max_held),
             Token::Reply => frames::put_registered_v1(out),
-            Token::Notice(id) => frames::put_thawed(out, id, self.notice?.1),
+            Token::Notice(id) => frames::put_thawed(out, id, self.notice?.reason),
             Token::Thaw(_) if !v2 => frames::put_request_v1(out, op::THAW),
             Token::Thaw(id) => frames::put_request(out, id, op::THAW, self.config.other_ms, &[]),
             Token::Request(_) if !v2 => frames::put_request_v1(out, self.queue.head()?.operation),
@@ -267,7 +278,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         match token {
             Token::Reply => self.reply_waits = false,
             Token::Notice(id) => {
-                self.notice = self.notice.filter(|notice| notice.0 != id);
+                self.notice = self.notice.filter(|notice| notice.id != id);
             }
             Token::Thaw(id) => {
                 let deadline = after(now, self.config.other_ms);
@@ -345,10 +356,10 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     }
 
     /// The module thaws something that was frozen, or `all` of it, for the daemon has asked for that. Unless
-    /// the host's THAW is in its hands, the freeze for which it was held is not whole from then on.
+    /// the host has sent its THAW, the freeze for which it was held is not whole from then on.
     pub fn thaws(&mut self, all: bool) {
         self.alive();
-        let early = self.hold.is_some() && !self.is_doing(op::THAW);
+        let early = self.hold.is_some() && !self.thaw_is_sent();
         if let Freeze::Held { whole, .. } = &mut self.freeze {
             *whole &= !early;
         }
@@ -357,15 +368,16 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
     }
 
-    /// What was held has been thawed by the module itself, for one of the reasons in [`thawed`]. A
-    /// freeze for which it was held is in force no more.
+    /// What was held has been let go by the module itself, for one of the reasons in [`thawed`]. A freeze for which
+    /// it was held is in force no more, unless the host has sent its THAW: then all stood still for as long as it had
+    /// to.
     pub fn lost(&mut self, now: u64, reason: u32, effects: &mut impl Effects) {
         let Some(id) = self.hold.take() else {
             return;
         };
-        self.notice = Some((id, reason));
+        self.give_notice(id, reason);
         // What was held for nobody before that freeze may be part of it.
-        let broken = self.break_freeze(reason, effects);
+        let broken = self.cut_short(reason, effects);
         if id == 0 && broken.is_none() {
             return;
         }

@@ -4,7 +4,7 @@
 
 mod support;
 
-use hv_vss_engine::{Config, Left, Refusal, PACKET_MAX, QUEUE};
+use hv_vss_engine::{Config, Left, Note, Refusal, PACKET_MAX, QUEUE};
 use hv_vss_uapi::{self as uapi, op, status, thawed};
 use support::*;
 use zerocopy::{FromBytes, IntoBytes};
@@ -161,6 +161,12 @@ const LOADED: Left = Left {
     owes_thaw: false,
 };
 
+/// How often it was noted, since the last request came, that the module knows of no freeze.
+fn unvouched(w: &World<'_>) -> usize {
+    let is_it = |note: &&Note| matches!(note, Note::Unvouched(_));
+    w.out.notes.iter().filter(is_it).count()
+}
+
 #[test]
 fn no_thaw_is_good_before_the_first_freeze_of_the_module() {
     for abi in [1, 2] {
@@ -174,7 +180,12 @@ fn no_thaw_is_good_before_the_first_freeze_of_the_module() {
                 let thaw = w.ask(op::THAW);
                 w.serve(op::THAW, status::OK);
                 assert_eq!(w.answered(thaw), Some(status::FAIL));
+                assert_eq!(unvouched(&w), 1, "it says why, once");
             }
+            // That it has failed is its daemon's own word.
+            w.ask(op::THAW);
+            w.serve(op::THAW, status::FAIL);
+            assert_eq!(unvouched(&w), 0);
             w.close(thawed::GONE);
             left = w.engine.left();
             assert_eq!(left, LOADED);
@@ -195,6 +206,7 @@ fn the_first_freeze_of_the_module_ends_the_doubt() {
         let thaw = w.ask(op::THAW);
         w.serve(op::THAW, status::OK);
         assert_eq!(w.answered(thaw), Some(status::OK));
+        assert_eq!(unvouched(&w), 0);
         assert_eq!(w.engine.left(), Left::default());
     }
 }
@@ -294,8 +306,8 @@ fn the_hosts_thaw_before_the_sleep_does_for_it() {
     w.answer(seen, status::OK).unwrap();
     assert!(w.engine.thawed_for_sleep());
     assert!(!w.engine.readable(), "once is enough");
-    // What was thawed when is not known.
-    assert_eq!(w.answered(thaw), Some(status::FAIL));
+    // All stood still until the host had sent it.
+    assert_eq!(w.answered(thaw), Some(status::OK));
 }
 
 #[test]
@@ -986,6 +998,146 @@ fn a_freeze_ends_when_the_module_thaws_by_itself() {
         assert!(!w.engine.readable(), "told once");
         good_backup(&mut w);
     }
+}
+
+// --- What ends while the host's THAW is open ---
+
+/// Something is let go, and why.
+type LetsGo = (&'static str, Option<u32>, fn(&mut World<'_>));
+const LETS_GO: [LetsGo; 3] = [
+    ("the deadline", Some(thawed::DEADLINE), |w| {
+        w.lose(thawed::DEADLINE);
+    }),
+    ("sleep", Some(thawed::SLEEP), |w| w.prepare_sleep()),
+    ("the daemon", None, |w| w.thaw_held().unwrap()),
+];
+
+#[test]
+fn what_is_let_go_after_the_host_has_sent_its_thaw_breaks_nothing() {
+    for (name, reason, lets_go) in LETS_GO {
+        for read in [false, true] {
+            let mut store = Vec::new();
+            let mut w = world(&mut store);
+            w.daemon_v2();
+            let (_, frozen) = holding(&mut w);
+            w.answer(frozen, status::OK).unwrap();
+            let thaw = w.ask(op::THAW);
+            let mut seen = if read { w.read() } else { None };
+            lets_go(&mut w);
+            // What came first is read first: so the daemon knows as much.
+            if !read {
+                seen = w.read();
+                assert_eq!(seen.unwrap().operation, op::THAW, "{name}");
+            }
+            if let Some(reason) = reason {
+                assert_eq!(notice(&mut w), (frozen.id, reason));
+            }
+            assert!(!w.engine.readable());
+            w.answer(seen.unwrap(), status::OK).unwrap();
+            assert_eq!(w.answered(thaw), Some(status::OK), "{name}, read: {read}");
+            assert_eq!(w.engine.stats().broken, 0);
+            w.resume();
+            good_backup(&mut w);
+        }
+    }
+}
+
+#[test]
+fn what_is_let_go_before_the_host_has_sent_its_thaw_is_told_before_it() {
+    for (name, reason, lets_go) in LETS_GO {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon_v2();
+        let (_, frozen) = holding(&mut w);
+        w.answer(frozen, status::OK).unwrap();
+        lets_go(&mut w);
+        let thaw = w.ask(op::THAW);
+        if let Some(reason) = reason {
+            assert_eq!(notice(&mut w), (frozen.id, reason));
+        }
+        w.serve(op::THAW, status::OK);
+        assert_eq!(w.answered(thaw), Some(status::FAIL), "{name}");
+    }
+}
+
+#[test]
+fn a_notice_that_waits_for_a_thaw_does_not_outlast_it() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    let (_, frozen) = holding(&mut w);
+    w.answer(frozen, status::OK).unwrap();
+    // It does not get to the THAW.
+    w.ask(op::HOT_BACKUP);
+    w.read().unwrap();
+    let thaw = w.ask(op::THAW);
+    w.lose(thawed::DEADLINE);
+    assert!(!w.engine.readable());
+    w.pass(30 * SECOND);
+    assert_eq!(w.answered(thaw), Some(status::FAIL));
+    assert_eq!(notice(&mut w), (frozen.id, thawed::DEADLINE));
+}
+
+#[test]
+fn no_thaw_is_good_that_the_daemon_of_its_freeze_does_not_answer() {
+    type End = (&'static str, fn(&mut World<'_>));
+    let ends: [End; 2] = [
+        ("the daemon", |w| {
+            w.release();
+            w.daemon_v2();
+        }),
+        ("the device", |w| w.close(thawed::GONE)),
+    ];
+    for (name, end) in ends {
+        for read in [false, true] {
+            let mut store = Vec::new();
+            let mut w = world(&mut store);
+            w.daemon_v2();
+            let (_, frozen) = holding(&mut w);
+            w.answer(frozen, status::OK).unwrap();
+            let thaw = w.ask(op::THAW);
+            if read {
+                w.read().unwrap();
+            }
+            w.lose(thawed::DEADLINE);
+            end(&mut w);
+            if w.answered(thaw).is_none() {
+                w.serve(op::THAW, status::OK);
+            }
+            assert_eq!(w.answered(thaw), Some(status::FAIL), "{name}, read: {read}");
+        }
+    }
+}
+
+#[test]
+fn a_daemon_that_says_that_its_freeze_did_not_last_is_believed_after_the_thaw_too() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    let id = frozen(&mut w);
+    let thaw = w.ask(op::THAW);
+    let seen = w.read().unwrap();
+    // It may have found that only now.
+    w.tell_thawed(id, thawed::FOREIGN).unwrap();
+    w.answer(seen, status::OK).unwrap();
+    assert_eq!(w.answered(thaw), Some(status::FAIL));
+}
+
+#[test]
+fn what_a_daemon_has_frozen_by_itself_holds_up_the_sleep_until_the_hosts_thaw_is_done() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v1();
+    frozen(&mut w);
+    let thaw = w.ask(op::THAW);
+    w.prepare_sleep();
+    assert!(!w.engine.thawed_for_sleep(), "it can be read");
+    let seen = w.read().unwrap();
+    assert!(!w.engine.thawed_for_sleep(), "it is being done");
+    w.answer(seen, status::OK).unwrap();
+    assert!(w.engine.thawed_for_sleep());
+    assert!(!w.engine.readable(), "once is enough");
+    assert_eq!(w.answered(thaw), Some(status::OK));
 }
 
 #[test]

@@ -110,6 +110,11 @@ const KNOWN: &[Known] = &[
         why: "nobody answers a request there, which the module fails when its time is over",
     },
     Known {
+        text: "THAW fails, its freeze would be from before the module was loaded",
+        cases: EVERYWHERE,
+        why: "many a case begins with a THAW, to see that nothing is frozen",
+    },
+    Known {
         text: "did not last (reason",
         cases: &[
             "abi/*",

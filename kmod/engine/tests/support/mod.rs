@@ -9,10 +9,13 @@
 //! - its status is the one that the daemon gave for it, or "failed" when the daemon gave none, or when
 //!   it is a THAW and the host counts on a freeze that did not last, or may count on one that was before
 //!   the module was loaded;
+//! - a freeze has to last until the host has sent its THAW. What is thawed after that breaks it no more, as long
+//!   as its daemon is there to answer for it;
 //! - that happens within its time, and, as long as nobody serves requests, within the grace time;
 //! - what is frozen has a way out: a freeze in force ends with the host's THAW, one that is being made
 //!   with its time; all else is thawed by the module, or by a THAW that the daemon can read;
-//! - a daemon for which the module has thawed something reads that, once;
+//! - a daemon for which the module has thawed something reads that, once, and no earlier than a THAW that the host
+//!   had sent before;
 //! - a machine that prepares to sleep is told that all is thawed only when it is, or when nobody has
 //!   come in the grace time, or in [`REOPEN_MS`], who could thaw it, and then at once.
 #![allow(dead_code)] // each test file uses its part
@@ -225,6 +228,9 @@ pub struct World<'a> {
     by_module: Option<u64>,
     /// What it has to be told of that: the id, and why it has ended.
     untold: Option<(u64, u32)>,
+    /// The last THAW that the host had sent before that, and the first one, if all was well with its freeze.
+    sent_before: Option<u64>,
+    behind: Option<u64>,
     /// It is just saying itself that all is thawed.
     says_so: bool,
     /// It works on a FREEZE that has been failed.
@@ -268,6 +274,8 @@ impl<'a> World<'a> {
             own: false,
             by_module: None,
             untold: None,
+            sent_before: None,
+            behind: None,
             says_so: false,
             late: false,
             quiet: true,
@@ -473,6 +481,13 @@ impl<'a> World<'a> {
                 }
                 let asked = self.waiting.values_mut().find(|w| w.id == Some(id));
                 asked.expect("only what is open can be read").read = true;
+                if self.strict && seen.operation == op::THAW {
+                    let came_first = self.sent_before.is_some_and(|last| id <= last);
+                    assert!(
+                        self.untold.is_none() || came_first,
+                        "a THAW before a notice that came first"
+                    );
+                }
             }
         }
         self.settle();
@@ -496,6 +511,11 @@ impl<'a> World<'a> {
         // One for a FREEZE may have taken the place of one for nobody that was just being read.
         if notice.frame.id != 0 || untold.0 == 0 {
             assert_eq!((notice.frame.id, notice.reason), untold);
+            let is_unread = |w: &Waiting| w.id.is_some() && w.id == self.behind && !w.read;
+            assert!(
+                !self.waiting.values().any(is_unread),
+                "a notice before a THAW that came first"
+            );
             self.untold = None;
         }
     }
@@ -618,7 +638,7 @@ impl<'a> World<'a> {
             if self.by_module.is_some() && !thawing {
                 // It is its own doing, so it thaws what else it froze, too.
                 self.by_daemon = false;
-                self.spoil();
+                self.cut_short();
             }
             (self.by_module, self.out.holds) = (None, false);
         }
@@ -630,8 +650,8 @@ impl<'a> World<'a> {
     pub fn lose(&mut self, reason: u32) {
         self.out.holds = false;
         if let Some(id) = self.by_module.take() {
-            self.untold = Some((id, reason));
-            self.spoil();
+            self.has_to_tell(id, reason);
+            self.cut_short();
         }
         self.engine.lost(self.now, reason, &mut self.out);
         self.settle();
@@ -692,7 +712,7 @@ impl<'a> World<'a> {
     /// The machine prepares to sleep.
     pub fn prepare_sleep(&mut self) {
         self.sleeping = true;
-        self.spoil();
+        self.cut_short();
         self.engine.prepare_sleep(self.now, &mut self.out);
         self.settle();
         assert_eq!(self.by_module, None, "held in the sleep");
@@ -756,18 +776,32 @@ impl<'a> World<'a> {
         }
     }
 
+    /// Something is thawed, which the host may have asked for.
+    fn cut_short(&mut self) {
+        if self.open_thaws().next().is_none() {
+            self.spoil();
+        }
+    }
+
+    /// The THAWs that the host waits for, by the ids that the daemon sees.
+    fn open_thaws(&self) -> impl DoubleEndedIterator<Item = u64> + '_ {
+        let thaws = self.waiting.values().filter(|w| w.operation == op::THAW);
+        thaws.filter_map(|w| w.id)
+    }
+
+    /// The daemon has to be told that what it held for that is thawed.
+    fn has_to_tell(&mut self, id: u64, reason: u32) {
+        self.untold = Some((id, reason));
+        let is_good = self.backup == Backup::Good;
+        let sent_before = self.open_thaws().next_back();
+        let behind = self.open_thaws().next().filter(|_| is_good);
+        (self.sent_before, self.behind) = (sent_before, behind);
+    }
+
     /// Checks what was sent, and the engine's own invariants.
     fn settle(&mut self) {
         self.engine.check().expect("an invariant");
         self.abi = self.engine.abi();
-        let reason = self.out.let_go.first().copied();
-        self.out.let_go.clear();
-        if let (Some(reason), Some(id)) = (reason, self.by_module) {
-            self.by_module = None;
-            if !self.says_so {
-                self.untold = Some((id, reason));
-            }
-        }
         for (packet, request_id, heard) in std::mem::take(&mut self.out.sent) {
             if packet[12] == 0 {
                 self.answers.push((request_id, packet));
@@ -780,6 +814,14 @@ impl<'a> World<'a> {
             self.check_answer(&waiting, &packet, heard);
             if heard {
                 self.answers.push((request_id, packet));
+            }
+        }
+        let reason = self.out.let_go.first().copied();
+        self.out.let_go.clear();
+        if let (Some(reason), Some(id)) = (reason, self.by_module) {
+            self.by_module = None;
+            if !self.says_so {
+                self.has_to_tell(id, reason);
             }
         }
         let in_hand = self.in_hand.filter(|seen| seen.operation == op::FREEZE);

@@ -102,6 +102,16 @@ pub const CASES: &[Case] = &[
         deadline,
     ).long(),
     case(
+        "owned/deadline-after-thaw",
+        "a deadline that passes when the host has sent its THAW, read or not, breaks nothing",
+        deadline_after_thaw,
+    ),
+    case(
+        "owned/stopped-at-thaw",
+        "our daemon stopped over its deadline: good when the host's THAW came before that, failed when it came after",
+        stopped_at_thaw,
+    ),
+    case(
         "owned/called-off",
         "a FREEZE that fails, for whatever reason, lets go what was held for it",
         called_off,
@@ -933,6 +943,110 @@ fn deadline(guest: &Guest) -> Result<()> {
         one().with_context(|| format!("deadline_ms={given_ms}, hold_ms=2500"))?;
     }
     good_backup(guest, daemon)
+}
+
+fn deadline_after_thaw(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    let limit = guest.host().patience(Duration::from_secs(4));
+    for read in [true, false] {
+        let one = || -> Result<()> {
+            let tx = guest.vss().send_freeze(&[])?;
+            let frozen = daemon.take(op::FREEZE)?;
+            for path in PATHS {
+                let mut call = freezing(frozen.id, path);
+                call.0.deadline_ms = limit.as_millis() as u32;
+                daemon.device.ioctl(&freeze_ioctl(call))?;
+            }
+            daemon.answer(&frozen, status::OK)?;
+            answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
+            Still::wait(guest, &[])?;
+
+            let tx = send_thaw(guest)?;
+            let mut in_hand = None;
+            if read {
+                let asked = daemon.take(op::THAW)?;
+                // ext4 writes its superblock in a thaw, which hangs, and the others are behind it.
+                guest.sh("dmsetup suspend --noflush --nolockfs volume")?;
+                let thaw = daemon.device.start_ioctl(&thaw_ioctl(Some(PATHS[0])))?;
+                guest.wait_until("its thaw hangs", STEP, || {
+                    let held = guest.held()?;
+                    Ok(held.iter().any(|(_, state)| state == "thawing"))
+                })?;
+                in_hand = Some((asked, thaw));
+            }
+            let held = guest.held()?;
+            let are_held = held.iter().filter(|(_, state)| state == "held").count();
+            equal(
+                "how many are held when the THAW was sent",
+                are_held,
+                PATHS.len() - usize::from(read),
+            )?;
+            guest.wait_until("the deadline has passed", STEP, || {
+                let held = guest.held()?;
+                Ok(!held.iter().any(|(_, state)| state == "held"))
+            })?;
+            let asked = match in_hand {
+                Some((asked, thaw)) => {
+                    guest.sh("dmsetup resume volume")?;
+                    daemon.device.finish_ioctl(thaw, STEP)?;
+                    asked
+                }
+                // What came first is read first.
+                None => daemon.take(op::THAW)?,
+            };
+            is_told(daemon, frozen.id, thawed::DEADLINE)?;
+            daemon.device.ioctl(&thaw_ioctl(None))?;
+            daemon.answer(&asked, status::OK)?;
+            answered("THAW", &guest.vss().wait(tx, STEP)?, status::OK)?;
+            equal("what is held after THAW", guest.held()?, Vec::new())?;
+            all_go_on(guest, "after THAW")
+        };
+        one().with_context(|| format!("the THAW was read: {read}"))?;
+    }
+    good_backup(guest, daemon)
+}
+
+fn stopped_at_thaw(guest: &Guest) -> Result<()> {
+    const SIGSTOP: i32 = 19;
+    const SIGCONT: i32 = 18;
+    make(guest, &[])?;
+    let limit = guest.host().patience(Duration::from_secs(3)).as_secs();
+    let daemon = guest.start_daemon_with(&format!("deadline = {limit}"))?;
+    super::wait_for_daemon(guest)?;
+    let vss = guest.vss();
+    for (when, in_time, told) in [
+        ("before the deadline", true, status::OK),
+        ("after the deadline", false, status::FAIL),
+    ] {
+        let one = || -> Result<()> {
+            answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+            guest.signal(&daemon, SIGSTOP)?;
+            let until_let_go =
+                || guest.wait_until("all is let go", STEP, || Ok(guest.held()?.is_empty()));
+            if !in_time {
+                until_let_go()?;
+            }
+            let tx = send_thaw(guest)?;
+            if in_time {
+                equal("how many are held", guest.held()?.len(), PATHS.len() + 1)?;
+                until_let_go()?;
+            }
+            guest.signal(&daemon, SIGCONT)?;
+            answered("THAW", &vss.wait(tx, STEP)?, told)?;
+            all_go_on(guest, "after THAW")
+        };
+        one().with_context(|| format!("THAW {when}"))?;
+    }
+    let said = super::logged_all(guest, &daemon, 2)?;
+    equal(
+        "how many backups the daemon calls good",
+        said.matches("the backup is good").count(),
+        1,
+    )
+    .with_context(|| said.clone())?;
+    super::good_backup(guest)?;
+    stop(guest, Module::Ours, &daemon)
 }
 
 /// A host's FREEZE that is read and for which all is held, but which is not answered.
