@@ -325,6 +325,7 @@ impl Freezer {
             then,
             layers,
             at_rest,
+            stuck,
             is_believed,
         } = self.cache.gather(config, disks, may_believe)?;
         let devices = targets.iter().flat_map(|it| it.devices.iter().copied());
@@ -338,6 +339,7 @@ impl Freezer {
         warnings.of_moving(&moving);
         let learnt = &self.learnt;
         let known = targets.iter();
+        self.learnt.set_stuck(stuck);
         let known = known.filter(|it| !config.strict && learnt.is_unfreezable(it.dev));
         let (known, written): (BTreeSet<DevId>, Vec<Written>) = known
             .map(|it| (it.dev, (it.devices.clone(), it.below.clone())))
