@@ -449,9 +449,9 @@ mod tests {
         again.sort_unstable();
         assert_eq!(again, hung, "not asked again");
         drop(hold);
-        // Unless it is kept waiting, one does it all.
+        // Unless it is kept waiting, one does a lot, and may just be at its end when the next one comes.
         let fewest = (0..10).map(|_| ask(100, LONG, |_| false).0).min();
-        assert_eq!(fewest, Some(1));
+        assert!(fewest.is_some_and(|it| it <= 2), "{fewest:?}");
     }
 
     #[test]

@@ -174,12 +174,15 @@ pub const CASES: &[Case] = &[
         killed_beside_an_unmount_that_hangs,
     )
     .asking_our_module(),
-    case(
-        "deadman/hung-folder",
-        "a btrfs or xfs whose folder cannot even be opened, as its disk hangs, is left out after give_up, and at once \
-         the next time; strict fails by name",
-        hung_folder,
-    )
+    Case {
+        per_round: Duration::from_secs(6),
+        ..case(
+            "deadman/hung-folder",
+            "a btrfs or xfs whose folder cannot even be opened, as its disk hangs, is left out after give_up, and at \
+             once the next time; strict fails by name",
+            hung_folder,
+        )
+    }
     .long(),
     case(
         "deadman/hung-open",
