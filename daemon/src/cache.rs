@@ -19,7 +19,7 @@ use crate::apart::Questions;
 use crate::busy;
 use crate::config::{Config, IdleRule};
 use crate::freeze::Stuck;
-use crate::ground::Watched;
+use crate::ground::{GoesOn, Watched};
 use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
 use crate::moving::Layers;
@@ -106,17 +106,19 @@ pub struct Gathered {
     pub disks: Vec<String>,
     /// Why it is not only for those disks though it was to be.
     pub not_only_listed: Option<String>,
-    /// The devices of the backup's disks that nothing should be written to once all is frozen.
-    pub at_rest: Vec<Watched>,
+    /// The devices of the backup's disks that nothing should be written to once all is frozen, but by what goes on.
+    pub watched: BTreeSet<Watched>,
+    /// What does.
+    pub goes_on: Vec<GoesOn>,
     /// What there was when it was planned.
     pub then: Scene,
     /// What may move data from disk to disk below it.
     pub layers: Arc<Layers>,
+    /// What hangs when it is opened, and is missing.
+    pub stuck: Vec<Stuck>,
     /// Whether the plan was only believed to hold: [`Cache::holds`] is to be asked before anybody relies on it.
     pub is_believed: bool,
 }
-    /// What hangs when it is opened, and is missing.
-    pub stuck: Vec<Stuck>,
 
 /// What a backup would freeze now, and what it would not: the plan, after a try to open each.
 pub fn survey(config: &Config) -> Result<Plan, GatherError> {
@@ -307,18 +309,19 @@ impl Cache {
             scope,
             mut open,
             states,
+            stuck,
             is_believed,
         } = self.open(config, disks, may_believe)?;
         let mut gathered = Gathered {
-            stuck,
             not_only_listed: why_not_only(disks, &scope).filter(|_| config.listed_disks_only),
             then: self
                 .signals
                 .then(self.alive.clone(), states.as_deref(), &plan),
+            stuck,
             is_believed,
             layers: Arc::clone(&self.layers),
-            at_rest: plan.at_rest(&scope),
-            stuck,
+            watched: plan.watched(&scope),
+            goes_on: plan.goes_on(),
             ..Gathered::default()
         };
         let known = scope.disks.iter().map(|dev| plan.words_for(*dev));
@@ -453,11 +456,11 @@ impl Cache {
                     scope,
                     open,
                     states,
+                    stuck,
                     is_believed,
                 });
             }
             attempt += 1;
-                    stuck,
         }
     }
 }
@@ -510,12 +513,12 @@ struct Opening {
     open: BTreeMap<DevId, OwnedFd>,
     /// How the other namespaces were when it was planned.
     states: Option<Vec<State>>,
+    /// What hangs when it is opened.
+    stuck: Vec<Stuck>,
     /// Whether nobody has looked if the plan holds.
     is_believed: bool,
 }
 
-    /// What hangs when it is opened.
-    stuck: Vec<Stuck>,
 /// Why a backup that is to be of its disks only is of all, if it is: whoever leaves out what might be in
 /// the backup makes a bad one.
 fn why_not_only(disks: &[String], scope: &Scope) -> Option<String> {
@@ -583,15 +586,15 @@ fn open_all(
                     (Err(error), _) if error.is_our_own() => return Err(error),
                     (Err(error), _) => {
                         has_changed |= error.may_be_gone();
-                        left_out.push(left_out_for(file_system, &error));
-                        continue;
-                    }
-                }
                         stuck.extend(error.is_stuck().then(|| Stuck {
                             dev: file_system.dev,
                             name: file_system.to_string(),
                             wave,
                         }));
+                        left_out.push(left_out_for(file_system, &error));
+                        continue;
+                    }
+                }
             }
             reached.push(file_system);
         }
