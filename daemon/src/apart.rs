@@ -7,13 +7,14 @@
 //! on a disk is done here, and whoever had it done waits for as long as they like. A thread that has come
 //! back is used again. It knows nothing of what it runs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::Builder;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
 
@@ -21,6 +22,8 @@ use crate::sys;
 
 /// Enough for a look-up.
 const STACK_BYTES: usize = 128 * 1024;
+/// How long one question of many may hold up those after it.
+const MOMENT: Duration = Duration::from_millis(5);
 
 type Step = Box<dyn FnOnce(Vec<OwnedFd>) + Send>;
 
@@ -206,6 +209,120 @@ impl<About: Clone + Ord + Send> Questions<About> {
     }
 }
 
+/// Questions about several things, to be asked with copies of the same descriptors.
+pub struct Lot<'a, About> {
+    /// About each of these, in this order.
+    pub abouts: Vec<About>,
+    /// What whoever asks them has open.
+    pub fds: Vec<BorrowedFd<'a>>,
+}
+
+/// A lot on its way: whoever is free takes the next question.
+struct Queue<About> {
+    abouts: Vec<About>,
+    next: AtomicUsize,
+}
+
+impl<About: Clone + Ord + Send + Sync> Questions<About> {
+    /// Asks many at the price of one: a thread asks one after the other, and only when nothing has come for a moment
+    /// another one goes on with the rest, so that all that hang are waited for together. `heard` gets what came of
+    /// each, with its number, counted from 0 through all lots: as of [`Questions::ask`], `limit` counting from when the
+    /// last was asked. What `question` is given are a number and the descriptors of its lot.
+    pub fn ask_all<T: Send + 'static>(
+        &'static self,
+        lots: Vec<Lot<'_, About>>,
+        limit: Duration,
+        question: impl Fn(usize, &[OwnedFd]) -> T + Send + Sync + 'static,
+        mut heard: impl FnMut(usize, io::Result<T>),
+    ) {
+        let question = Arc::new(question);
+        let (tell, told) = channel();
+        let mut open = BTreeSet::new();
+        let mut hear = |open: &mut BTreeSet<usize>, (number, answer)| {
+            open.remove(&number);
+            heard(number, answer);
+        };
+        let mut first = 0;
+        for Lot { abouts, fds } in lots {
+            let last = first + abouts.len();
+            open.extend(first..last);
+            let next = AtomicUsize::new(0);
+            let queue = Arc::new(Queue { abouts, next });
+            let (end, ended) = channel();
+            loop {
+                let (queue_too, question) = (Arc::clone(&queue), Arc::clone(&question));
+                let (tell, end) = (tell.clone(), end.clone());
+                let step = move |fds: Vec<OwnedFd>| {
+                    self.work_off(
+                        &queue_too,
+                        |number| question(first + number, &fds),
+                        &|it, answer| {
+                            // Nobody listens any more when it took too long.
+                            let _ = tell.send((first + it, answer));
+                        },
+                    );
+                    let _ = end.send(());
+                };
+                if let Err(error) = self.apart.hand_over(&fds, step) {
+                    // Whoever is at one already goes on with the rest, if it comes back.
+                    let rest = queue.next.swap(queue.abouts.len(), Ordering::SeqCst);
+                    for number in rest..queue.abouts.len() {
+                        let error = io::Error::new(error.kind(), error.to_string());
+                        hear(&mut open, (first + number, Err(error)));
+                    }
+                    break;
+                }
+                let is_stuck = loop {
+                    let before = open.len();
+                    let waited = ended.recv_timeout(MOMENT);
+                    told.try_iter().for_each(|it| hear(&mut open, it));
+                    match waited {
+                        Err(RecvTimeoutError::Timeout) if open.len() == before => break true,
+                        Err(RecvTimeoutError::Timeout) => {}
+                        Ok(()) | Err(RecvTimeoutError::Disconnected) => break false,
+                    }
+                };
+                if !is_stuck || queue.next.load(Ordering::SeqCst) >= queue.abouts.len() {
+                    break;
+                }
+            }
+            first = last;
+        }
+        let until = Instant::now() + limit;
+        while !open.is_empty() {
+            let left = until.saturating_duration_since(Instant::now());
+            match told.recv_timeout(left) {
+                Ok(it) => hear(&mut open, it),
+                Err(_) => break,
+            }
+        }
+        for number in std::mem::take(&mut open) {
+            heard(number, Err(silent()));
+        }
+    }
+
+    /// Asks what is left of these, as long as anything is.
+    fn work_off<T>(
+        &self,
+        queue: &Queue<About>,
+        question: impl Fn(usize) -> T,
+        tell: &dyn Fn(usize, io::Result<T>),
+    ) {
+        loop {
+            let number = queue.next.fetch_add(1, Ordering::SeqCst);
+            let Some(about) = queue.abouts.get(number) else {
+                return;
+            };
+            let answer = self.begin(about).then(|| {
+                let answer = question(number);
+                self.end(about);
+                answer
+            });
+            tell(number, answer.ok_or_else(silent));
+        }
+    }
+}
+
 fn silent() -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, "it does not answer")
 }
@@ -284,6 +401,57 @@ mod tests {
             assert!(since.elapsed() < LONG);
             std::thread::yield_now();
         }
+    }
+
+    #[test]
+    fn many_are_asked_by_one_thread_and_those_that_hang_are_waited_for_together() {
+        static ASKED: Questions<usize> = Questions::new();
+        static HANG: Mutex<()> = Mutex::new(());
+        // Enough for the others, however busy the machine is.
+        const LIMIT: Duration = Duration::from_secs(2);
+        let (ours, theirs) = nix::unistd::pipe().unwrap();
+        let ask = |from: usize, limit: Duration, hangs: fn(usize) -> bool| {
+            let lots = [
+                (from, vec![ours.as_fd()]),
+                (from + 30, vec![ours.as_fd(), theirs.as_fd()]),
+            ];
+            let lots = lots.map(|(first, fds)| Lot {
+                abouts: (first..first + 30).collect(),
+                fds,
+            });
+            let question = move |number: usize, fds: &[OwnedFd]| {
+                if hangs(number) {
+                    drop(HANG.lock());
+                }
+                (fds.len(), nix::unistd::gettid())
+            };
+            let (mut threads, mut silent) = (BTreeSet::new(), Vec::new());
+            ASKED.ask_all(lots.into(), limit, question, |number, heard| match heard {
+                Ok((fds, thread)) => {
+                    assert_eq!(fds, 1 + number / 30);
+                    threads.insert(thread.as_raw());
+                }
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+                    silent.push(number);
+                }
+            });
+            (threads.len(), silent)
+        };
+        let every_tenth = |number: usize| number % 10 == 5;
+        let hung: Vec<usize> = (0..60).filter(|it| every_tenth(*it)).collect();
+        let hold = HANG.lock().unwrap();
+        let begin = Instant::now();
+        assert_eq!(ask(0, LIMIT, every_tenth).1, hung);
+        // One after the other they would be waited for six times as long.
+        assert!(begin.elapsed() < LIMIT * 3, "{:?}", begin.elapsed());
+        let mut again = ask(0, LONG, every_tenth).1;
+        again.sort_unstable();
+        assert_eq!(again, hung, "not asked again");
+        drop(hold);
+        // Unless it is kept waiting, one does a lot, and may just be at its end when the next one comes.
+        let fewest = (0..10).map(|_| ask(100, LONG, |_| false).0).min();
+        assert!(fewest.is_some_and(|it| it <= 2), "{fewest:?}");
     }
 
     #[test]

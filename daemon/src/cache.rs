@@ -15,14 +15,16 @@ use std::time::Duration;
 
 use nix::sys::statvfs::{fstatvfs, FsFlags};
 
+use crate::apart::Questions;
 use crate::busy;
 use crate::config::{Config, IdleRule};
-use crate::ground::Watched;
+use crate::freeze::Stuck;
+use crate::ground::{GoesOn, Watched};
 use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::namespaces::State;
-use crate::open::{open_within, OpenError};
+use crate::open::{open_all_within, open_within, OpenError};
 use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope, READ_ONLY_SINCE_AN_ERROR};
 use crate::watch::{Before, Come, Kernel, Marks, ReadOnly, Scene, Signals};
 
@@ -104,12 +106,16 @@ pub struct Gathered {
     pub disks: Vec<String>,
     /// Why it is not only for those disks though it was to be.
     pub not_only_listed: Option<String>,
-    /// The devices of the backup's disks that nothing should be written to once all is frozen.
-    pub at_rest: Vec<Watched>,
+    /// The devices of the backup's disks that nothing should be written to once all is frozen, but by what goes on.
+    pub watched: BTreeSet<Watched>,
+    /// What does.
+    pub goes_on: Vec<GoesOn>,
     /// What there was when it was planned.
     pub then: Scene,
     /// What may move data from disk to disk below it.
     pub layers: Arc<Layers>,
+    /// What hangs when it is opened, and is missing.
+    pub stuck: Vec<Stuck>,
     /// Whether the plan was only believed to hold: [`Cache::holds`] is to be asked before anybody relies on it.
     pub is_believed: bool,
 }
@@ -303,6 +309,7 @@ impl Cache {
             scope,
             mut open,
             states,
+            stuck,
             is_believed,
         } = self.open(config, disks, may_believe)?;
         let mut gathered = Gathered {
@@ -310,9 +317,11 @@ impl Cache {
             then: self
                 .signals
                 .then(self.alive.clone(), states.as_deref(), &plan),
+            stuck,
             is_believed,
             layers: Arc::clone(&self.layers),
-            at_rest: plan.at_rest(&scope),
+            watched: plan.watched(&scope),
+            goes_on: plan.goes_on(),
             ..Gathered::default()
         };
         let known = scope.disks.iter().map(|dev| plan.words_for(*dev));
@@ -436,7 +445,7 @@ impl Cache {
             let (mut plan, scope) = self.plan_of(config, disks);
             leave_out_busy(&mut plan);
             tell_failed(config.give_up, &ways, &mut plan);
-            let (plan, has_changed) = open_all(config.give_up, &ways, plan, &mut open)?;
+            let (plan, stuck, has_changed) = open_all(config.give_up, &ways, plan, &mut open)?;
             if has_changed {
                 // What a path leads to is not always told: a mount that was moved is in its table as before.
                 self.marks = None;
@@ -447,6 +456,7 @@ impl Cache {
                     scope,
                     open,
                     states,
+                    stuck,
                     is_believed,
                 });
             }
@@ -503,6 +513,8 @@ struct Opening {
     open: BTreeMap<DevId, OwnedFd>,
     /// How the other namespaces were when it was planned.
     states: Option<Vec<State>>,
+    /// What hangs when it is opened.
+    stuck: Vec<Stuck>,
     /// Whether nobody has looked if the plan holds.
     is_believed: bool,
 }
@@ -520,33 +532,43 @@ fn why_not_only(disks: &[String], scope: &Scope) -> Option<String> {
 }
 
 /// Opens all of `plan` that is not in `open` yet, and moves what cannot be opened to what is left
-/// out. Says as well whether the plan seems to be out of date. What a program serves has so much time to
-/// be opened.
+/// out. Says as well what hangs when it is opened, and whether the plan seems to be out of date. Each has so much time
+/// to be opened.
 fn open_all(
     limit: Duration,
     ways: &Ways,
     mut plan: Plan,
     open: &mut BTreeMap<DevId, OwnedFd>,
-) -> Result<(Plan, bool), OpenError> {
-    let mut has_changed = false;
+) -> Result<(Plan, Vec<Stuck>, bool), OpenError> {
+    let (mut has_changed, mut stuck) = (false, Vec::new());
     let Plan {
         waves,
         synced,
         left_out,
         ..
     } = &mut plan;
-    for members in waves.iter_mut().chain([synced]) {
-        let mut opened = Vec::new();
+    let chosen = waves.iter().flatten().chain(&*synced);
+    let closed: Vec<_> = chosen.filter(|it| !open.contains_key(&it.dev)).collect();
+    let mut opened = open_all_within(limit, ways, &closed).into_iter();
+    let waves_too = waves.iter_mut().enumerate();
+    for (wave, members) in waves_too.chain([(0, synced)]) {
+        let mut reached = Vec::new();
         for file_system in std::mem::take(members) {
             if let Entry::Vacant(place) = open.entry(file_system.dev) {
-                let opened = open_within(limit, ways, &file_system);
+                // One for each that is not open, in this order.
+                let Some(opened) = opened.next() else {
+                    continue;
+                };
                 let waits = match &opened {
                     Ok(fd) if is_btrfs(&file_system) => busy::unshown(fd.as_fd()),
                     _ => None,
                 };
                 match (opened, waits) {
                     // No table shows it, so only now it can be asked.
-                    (Ok(fd), _) if file_system.places.is_empty() && is_read_only(&fd) => {
+                    (Ok(fd), _)
+                        if file_system.places.is_empty()
+                            && is_read_only(limit, file_system.dev, &fd) =>
+                    {
                         left_out.push(LeftOut {
                             reason: why_read_only(&file_system, &fd, Reason::ReadOnly),
                             file_system,
@@ -564,22 +586,35 @@ fn open_all(
                     (Err(error), _) if error.is_our_own() => return Err(error),
                     (Err(error), _) => {
                         has_changed |= error.may_be_gone();
+                        stuck.extend(error.is_stuck().then(|| Stuck {
+                            dev: file_system.dev,
+                            name: file_system.to_string(),
+                            wave,
+                        }));
                         left_out.push(left_out_for(file_system, &error));
                         continue;
                     }
                 }
             }
-            opened.push(file_system);
+            reached.push(file_system);
         }
-        *members = opened;
+        *members = reached;
     }
     waves.retain(|members| !members.is_empty());
-    Ok((plan, has_changed))
+    Ok((plan, stuck, has_changed))
 }
 
-/// Whether this is on a read-only superblock, or a read-only mount.
-fn is_read_only(fd: &OwnedFd) -> bool {
-    fstatvfs(fd).is_ok_and(|found| found.flags().contains(FsFlags::ST_RDONLY))
+/// Whether this is on a read-only superblock, or a read-only mount. The kernel asks the file system, which may have to
+/// read a lot for it: one that says nothing is tried.
+fn is_read_only(limit: Duration, dev: DevId, fd: &OwnedFd) -> bool {
+    static ASKED: Questions<DevId> = Questions::new();
+    let ask = |fds: Vec<OwnedFd>| {
+        let said = fds.first().map(fstatvfs);
+        said.is_some_and(|it| it.is_ok_and(|it| it.flags().contains(FsFlags::ST_RDONLY)))
+    };
+    ASKED
+        .ask(dev, &[fd.as_fd()], limit, ask)
+        .unwrap_or_default()
 }
 
 fn left_out_for(file_system: FileSystem, error: &OpenError) -> LeftOut {

@@ -640,12 +640,14 @@ fn is_of_the_firmware(file_system: &FileSystem) -> bool {
 fn raw_writers(plan: &Plan) -> Vec<Finding> {
     let at_rest = plan.at_rest(&Scope::default());
     let mut devices: BTreeSet<DevId> = at_rest
-        .iter()
+        .watched
+        .keys()
         .flat_map(|it| match it.without.is_empty() {
             true => topology::all_above(it.dev),
             false => BTreeSet::from([it.dev]),
         })
         .collect();
+    devices.retain(|dev| !at_rest.watched.values().any(|it| it.contains(dev)));
     // A program may serve these, and they are named already.
     for synced in plan.only_synced() {
         devices.retain(|dev| !synced.devices.contains(dev));

@@ -39,7 +39,7 @@ use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
 use crate::sys;
 
-pub use self::learnt::Learnt;
+pub use self::learnt::{Learnt, Stuck};
 use self::target::State;
 pub use self::target::{How, Stay, Target};
 
@@ -461,7 +461,7 @@ impl Session {
         let (work, limit) = (&self.work, self.work.limits.give_up);
         let asks_all = !std::mem::replace(&mut learnt.has_asked, true);
         let until = Instant::now() + STUCK_TIME;
-        let mut hung: Vec<&Target> = Vec::new();
+        let mut hung = learnt.stuck.clone();
         for target in &work.targets {
             let dev = &target.dev;
             let is_known = learnt.called_off.contains(dev);
@@ -482,7 +482,7 @@ impl Session {
                 format!("hangs: {disk} does not answer within {limit} s (give_up)")
             } else if self.is_unfreezable(target, learnt) {
                 // It is known not to freeze, and left out when it is to be synced.
-                hung.extend(learnt.hangs(*dev).then_some(target));
+                hung.extend(learnt.hangs(*dev).then(|| target.as_stuck()));
                 continue;
             } else if was_left || learnt.hangs_in_thaw(*dev) {
                 "hangs: an earlier freeze or thaw of it has not come back".into()
@@ -492,14 +492,16 @@ impl Session {
             } else {
                 continue;
             };
-            hung.push(target);
+            hung.push(target.as_stuck());
             if target.is_due() {
                 work.give_up_on(target, State::Broken, why);
             }
         }
-        let (verb, stands_on): (_, fn(&Target, &Target) -> bool) = match work.door.can_call_off() {
-            true => ("stands", Target::stands_on),
-            false => ("may stand", Target::may_stand_on),
+        let (verb, stands_on): (_, fn(&Target, &Stuck) -> bool) = match work.door.can_call_off() {
+            true => ("stands", |target, it| target.stands_on(it.dev)),
+            false => ("may stand", |target, it| {
+                target.may_stand_on(it.dev, it.wave)
+            }),
         };
         for target in work.targets.iter().filter(|it| it.is_due()) {
             let mut below = hung.iter().filter(|it| it.dev != target.dev);
@@ -721,7 +723,7 @@ impl Session {
             }
             let mut others = work.targets.iter();
             let holds = |it: &Target| it.is_ours() || it.is_thawing();
-            let is_below = others.any(|it| holds(it) && it.stands_on(target));
+            let is_below = others.any(|it| holds(it) && it.stands_on(target.dev));
             if is_below || !target.give_up() {
                 continue;
             }
@@ -771,7 +773,8 @@ impl Session {
         let work = &self.work;
         let slow = work.which(Target::is_freezing);
         let slow: Vec<&Target> = slow.iter().filter_map(|i| work.targets.get(*i)).collect();
-        let may_go = |t: &&Target| t.is_ours() && !slow.iter().any(|it| t.may_stand_on(it));
+        let may_go =
+            |t: &&Target| t.is_ours() && !slow.iter().any(|it| t.may_stand_on(it.dev, it.wave));
         let free = self.stages(|target| may_go(&target));
         if slow.is_empty() || free.ends.is_empty() {
             return;

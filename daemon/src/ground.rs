@@ -35,6 +35,8 @@ pub struct Watched {
     pub name: String,
     /// The partitions on it, where what is written to those does not count.
     pub without: Vec<DevId>,
+    /// Of a disk: the topmost devices that are made of it, for when something on it goes on.
+    pub instead: Vec<Watched>,
 }
 
 impl Watched {
@@ -52,6 +54,80 @@ impl fmt::Display for Watched {
             true => Ok(()),
             false => f.write_str(" outside of its partitions"),
         }
+    }
+}
+
+/// What is written to although all is frozen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GoesOn {
+    /// For people.
+    pub name: String,
+    /// What it is on.
+    pub devices: Vec<DevId>,
+    /// Those and all that is below; `None` where that may be any.
+    pub below: Option<BTreeSet<DevId>>,
+}
+
+/// Where nothing should be written to once all is frozen, and where nobody can tell.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AtRest {
+    /// Those by which it is told, each with the partitions on it that are written to all the same.
+    pub watched: BTreeMap<Watched, Vec<DevId>>,
+    /// The others, each with one that goes on there.
+    pub unwatched: BTreeMap<Watched, String>,
+}
+
+impl AtRest {
+    /// Those of `watched` that are left by what goes on: it takes away only the devices that count it.
+    pub fn of(watched: impl IntoIterator<Item = Watched>, goes_on: &[GoesOn]) -> Self {
+        let mut at_rest = AtRest::default();
+        let anywhere = goes_on.iter().find(|it| it.below.is_none());
+        for it in watched {
+            match anywhere {
+                Some(part) => drop(at_rest.unwatched.insert(it, part.name.clone())),
+                None => at_rest.add(it, goes_on),
+            }
+        }
+        at_rest
+    }
+
+    fn add(&mut self, it: Watched, goes_on: &[GoesOn]) {
+        let mut others = Vec::new();
+        let counted = goes_on.iter();
+        let counted = counted.filter_map(|part| Some((part, part.below.as_ref()?)));
+        for (part, below) in counted.filter(|(_, below)| it.counts(below)) {
+            match part.devices.as_slice() {
+                [dev] if *dev != it.dev && *below == BTreeSet::from([*dev, it.dev]) => {
+                    others.push(*dev);
+                }
+                // Of what is written to a stripe or a mirror it has a part or several copies, and of what is written
+                // to a volume all, at another time.
+                _ if it.instead.is_empty() => {
+                    self.unwatched.insert(it, part.name.clone());
+                    return;
+                }
+                _ => {
+                    for it in it.instead {
+                        self.add(it, goes_on);
+                    }
+                    return;
+                }
+            }
+        }
+        self.watched.insert(it, others);
+    }
+
+    /// What is not looked at and why, in words; `None` when there is nothing of that kind.
+    pub fn unwatched(&self) -> Option<String> {
+        let words = |(it, because): (&Watched, &String)| format!("{it} ({because})");
+        let words: Vec<String> = self.unwatched.iter().map(words).collect();
+        let is_any = !words.is_empty();
+        is_any.then(|| {
+            format!(
+                "what programs write to devices themselves while all is frozen is not seen where something goes on: {}",
+                words.join(", ")
+            )
+        })
     }
 }
 
@@ -227,6 +303,7 @@ impl<'a> Ground<'a> {
                         dev: *dev,
                         name: it.name.clone(),
                         without: Vec::new(),
+                        instead: self.topmost(*dev),
                     }],
                 },
             };
@@ -263,6 +340,7 @@ impl<'a> Ground<'a> {
                     dev,
                     name: above.name.clone(),
                     without: above.partitions.clone(),
+                    instead: Vec::new(),
                 });
             }
         }
@@ -293,5 +371,80 @@ impl<'a> Ground<'a> {
         }
         let lowest = below.iter().filter(|(_, device)| device.below.is_empty());
         lowest.map(|(dev, _)| *dev).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_goes_on_takes_away_only_the_devices_that_count_it() {
+        let dev = |text: &str| -> DevId { text.parse().unwrap() };
+        let devs = |all: &[&str]| -> Vec<DevId> { all.iter().map(|it| dev(it)).collect() };
+        let watched = |text: &str, name: &str, without: &[&str]| Watched {
+            dev: dev(text),
+            name: name.into(),
+            without: devs(without),
+            instead: Vec::new(),
+        };
+        // Below LVM on its third partition are two volumes.
+        let outside = watched("8:0", "sda", &["8:1", "8:2", "8:3"]);
+        let parts = [
+            outside,
+            watched("8:1", "sda1", &[]),
+            watched("8:2", "sda2", &[]),
+            watched("253:0", "dm-0", &[]),
+            watched("253:1", "dm-1", &[]),
+        ];
+        let disk = Watched {
+            instead: parts.to_vec(),
+            ..watched("8:0", "sda", &[])
+        };
+        let found = |goes_on: &[(&[&str], Option<&[&str]>)]| {
+            let goes_on = goes_on.iter().map(|(devices, below)| GoesOn {
+                name: "it".into(),
+                devices: devs(devices),
+                below: below.map(|it| devs(it).into_iter().collect()),
+            });
+            let goes_on: Vec<GoesOn> = goes_on.collect();
+            let AtRest { watched, unwatched } = AtRest::of([disk.clone()], &goes_on);
+            let words = |it: &Watched| it.to_string();
+            let others = watched.values().flatten().copied();
+            (
+                watched.keys().map(words).collect::<Vec<_>>().join(", "),
+                others.collect::<Vec<_>>(),
+                unwatched.keys().map(words).collect::<Vec<_>>().join(", "),
+            )
+        };
+        let whole = |others: &[&str]| ("/dev/sda".to_owned(), devs(others), String::new());
+        assert_eq!(found(&[]), whole(&[]));
+        let partition: (&[&str], Option<&[&str]>) = (&["8:2"], Some(&["8:2", "8:0"]));
+        assert_eq!(found(&[partition]), whole(&["8:2"]));
+        // On another disk.
+        assert_eq!(found(&[(&["8:18"], Some(&["8:18", "8:16"]))]), whole(&[]));
+        // A volume, and one of two disks.
+        let rest = "/dev/sda outside of its partitions, /dev/sda1, /dev/sda2, ";
+        let volume: &[&str] = &["253:1", "8:3", "8:0"];
+        let without = |volume: &str, left: &str| {
+            let left = format!("{rest}{left}");
+            (left, Vec::new(), volume.to_owned())
+        };
+        assert_eq!(
+            found(&[(&["253:1"], Some(volume))]),
+            without("/dev/dm-1", "/dev/dm-0")
+        );
+        let striped: &[&str] = &["253:0", "8:3", "8:18", "8:0", "8:16"];
+        assert_eq!(
+            found(&[(&["253:0"], Some(striped))]),
+            without("/dev/dm-0", "/dev/dm-1")
+        );
+        // A partition beside a volume: each takes away itself.
+        let left = "/dev/sda outside of its partitions, /dev/sda1, /dev/dm-0";
+        let both = (left.to_owned(), vec![], "/dev/sda2, /dev/dm-1".to_owned());
+        assert_eq!(found(&[partition, (&["253:1"], Some(volume))]), both);
+        // That may be anywhere.
+        let nothing = (String::new(), Vec::new(), "/dev/sda".to_owned());
+        assert_eq!(found(&[(&["253:9"], None)]), nothing);
     }
 }

@@ -31,11 +31,11 @@ use crate::fifreeze::Unguarded;
 use crate::freeze::{
     FreezeError, How, Learnt, Limits, Means, Session, Stay, Summary, Target, ThawError,
 };
-use crate::ground::Watched;
+use crate::ground::{self, GoesOn};
 use crate::hooks::{self, Found, HookError};
 use crate::logbook::{Held, Logbook, Sink};
 use crate::machine::LookError;
-use crate::mounts::DevId;
+use crate::mounts::{has_means_to_freeze, DevId};
 use crate::moving::Layers;
 use crate::plan::Reason;
 use crate::pool::Pool;
@@ -324,7 +324,9 @@ impl Freezer {
             not_only_listed,
             then,
             layers,
-            at_rest,
+            watched,
+            goes_on,
+            stuck,
             is_believed,
         } = self.cache.gather(config, disks, may_believe)?;
         let devices = targets.iter().flat_map(|it| it.devices.iter().copied());
@@ -336,26 +338,43 @@ impl Freezer {
         }
         let mut warnings = Warnings::new(log);
         warnings.of_moving(&moving);
+        self.learnt.set_stuck(stuck);
         let learnt = &self.learnt;
         let known = targets.iter();
-        let known = known.filter(|it| !config.strict && learnt.is_unfreezable(it.dev));
-        let (known, written): (BTreeSet<DevId>, Vec<Written>) = known
-            .map(|it| (it.dev, (it.devices.clone(), it.below.clone())))
+        // The first time only its type tells.
+        let is_known =
+            |it: &Opened| learnt.is_unfreezable(it.dev) || !has_means_to_freeze(&it.fs_type);
+        let known = known.filter(|it| !config.strict && is_known(it));
+        let (known, only_synced): (BTreeSet<DevId>, Vec<GoesOn>) = known
+            .map(|it| {
+                let goes_on = GoesOn {
+                    name: it.name.clone(),
+                    devices: it.devices.clone(),
+                    below: it.below.clone(),
+                };
+                (it.dev, goes_on)
+            })
             .unzip();
-        let at_rest = match at_rest.is_empty() {
-            true => Vec::new(),
+        let at_rest = match watched.is_empty() {
+            true => ground::AtRest::default(),
             false => match swapped_to(&targets) {
-                Some(swapped_to) => beside(at_rest, &[written, swapped_to].concat()),
+                Some(swapped_to) => {
+                    let goes_on = [goes_on, only_synced, swapped_to].concat();
+                    ground::AtRest::of(watched, &goes_on)
+                }
                 None => {
                     warnings.add(
                         "not all that is swapped to can be found: whether anything else writes to a disk is not known"
                             .into(),
                     );
-                    Vec::new()
+                    ground::AtRest::default()
                 }
             },
         };
-        let mut at_rest = AtRest::new(at_rest);
+        if let Some(why) = at_rest.unwatched() {
+            log.info(why);
+        }
+        let mut at_rest = AtRest::new(at_rest.watched);
         for it in &disks {
             log.info(format!("in the backup: {it}"));
         }
@@ -426,7 +445,11 @@ impl Freezer {
                 Ok(()) | Err(_) => Ok(Tried::InVain),
             };
         }
-        at_rest.begin(|device| session.goes_on_on(device, &known));
+        for device in at_rest.begin(|device| session.goes_on_on(device, &known)) {
+            log.info(format!(
+                "what programs write to {device} itself is not seen: something that is on it is not frozen"
+            ));
+        }
         let losses = losses + summary.left_out;
         summary.left_out += missing.len();
         if !is_all_there {
@@ -633,41 +656,23 @@ impl<'a> Warnings<'a> {
     }
 }
 
-/// What is written to all the same: these devices, and all that is below; `None` where that may be any.
-type Written = (Vec<DevId>, Option<BTreeSet<DevId>>);
-
 /// What the kernel swaps to, which is in no file system, so that nobody misses it in a copy: partitions and the
 /// like, and file systems with a file for it. `None` where some of that may be anywhere.
-fn swapped_to(targets: &[Opened]) -> Option<Vec<Written>> {
+fn swapped_to(targets: &[Opened]) -> Option<Vec<GoesOn>> {
     let (files, wholes) = (SwapFiles::find(), writes::swapped_to_as_a_whole());
     let wholes = wholes.filter(|_| !files.is_one_lost())?;
     let below_files = targets.iter().filter(|it| files.may_be_on(it.dev));
-    let below_files = below_files.map(|it| (it.devices.clone(), it.below.clone()));
-    let below = |dev| topology::all_below([dev]).into_keys().collect();
-    let wholes = wholes.into_iter();
-    let wholes = wholes.map(|dev| (vec![dev], Some(below(dev))));
+    let below_files = below_files.map(|it| GoesOn {
+        name: format!("swap in a file of {}", it.name),
+        devices: it.devices.clone(),
+        below: it.below.clone(),
+    });
+    let wholes = wholes.into_iter().map(|dev| GoesOn {
+        name: format!("swap on {dev}"),
+        devices: vec![dev],
+        below: Some(topology::all_below([dev]).into_keys().collect()),
+    });
     Some(below_files.chain(wholes).collect())
-}
-
-/// With each the partitions on it that are written to all the same. Without those on which there is more of that
-/// kind: of what is written to a stripe or a mirror they have a part or several copies, at another time.
-fn beside(watched: Vec<Watched>, written: &[Written]) -> Vec<(Watched, Vec<DevId>)> {
-    let beside = |it: Watched| {
-        let mut others = Vec::new();
-        for (devices, below) in written {
-            match (devices.as_slice(), below) {
-                (_, Some(below)) if !it.counts(below) => {}
-                ([dev], Some(below))
-                    if *below == BTreeSet::from([*dev, it.dev]) && *dev != it.dev =>
-                {
-                    others.push(*dev);
-                }
-                _ => return None,
-            }
-        }
-        Some((it, others))
-    };
-    watched.into_iter().filter_map(beside).collect()
 }
 
 fn target(opened: Opened) -> Target {
@@ -1185,35 +1190,6 @@ mod tests {
 
     /// Longer than any step of a test takes.
     const LONG: Duration = Duration::from_secs(60);
-
-    #[test]
-    fn what_is_swapped_to_is_not_looked_at_and_all_else_on_the_disk_is() {
-        let dev = |text: &str| -> DevId { text.parse().unwrap() };
-        let devs = |all: &[&str]| -> BTreeSet<DevId> { all.iter().map(|it| dev(it)).collect() };
-        let disk = Watched {
-            dev: dev("8:0"),
-            name: "sda".into(),
-            without: vec![dev("8:3")],
-        };
-        let found = |devices: &[&str], below: Option<&[&str]>| {
-            let devices = devs(devices).into_iter().collect();
-            let found = beside(vec![disk.clone()], &[(devices, below.map(devs))]);
-            found
-                .first()
-                .map(|(_, others)| others.iter().copied().collect())
-        };
-        assert_eq!(found(&["8:2"], Some(&["8:2", "8:0"])), Some(devs(&["8:2"])));
-        // On another disk, or where nobody looks anyway.
-        assert_eq!(found(&["8:18"], Some(&["8:18", "8:16"])), Some(devs(&[])));
-        assert_eq!(found(&["8:3"], Some(&["8:3", "8:0"])), Some(devs(&[])));
-        // All of it is, or that may be anywhere.
-        assert_eq!(found(&["8:0"], Some(&["8:0"])), None);
-        assert_eq!(found(&["253:1"], None), None);
-        // A part of each write, or a copy, or of some only.
-        let striped = ["253:1", "8:2", "8:18", "8:0", "8:16"];
-        assert_eq!(found(&["253:1"], Some(&striped)), None);
-        assert_eq!(found(&["253:1"], Some(&["253:1", "8:2", "8:0"])), None);
-    }
 
     #[test]
     fn what_hangs_on_a_disk_holds_up_only_what_needs_one_as_well_and_keeps_nothing_open() {

@@ -12,8 +12,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use crate::apart::Questions;
 use crate::mounts::{is_served, DevId, Mount};
 use crate::superblocks::Superblock;
 
@@ -72,6 +74,9 @@ impl Lost {
     }
 }
 
+/// How long one may take to say what is open there: whatever does not hang answers long before.
+const ANSWER_TIME: Duration = Duration::from_secs(1);
+
 /// Of these mounts, by number, what is open through them: a file or folder for each superblock.
 fn held(gone: &BTreeMap<u64, &Mount>) -> BTreeMap<DevId, PathBuf> {
     let mut found = BTreeMap::new();
@@ -90,16 +95,24 @@ fn held(gone: &BTreeMap<u64, &Mount>) -> BTreeMap<DevId, PathBuf> {
                 continue;
             };
             let link = process.path().join("fd").join(info.file_name());
-            // What was opened may be a device or a FIFO on it.
-            let is_it = fs::metadata(&link).is_ok_and(|it| {
-                DevId::from_raw(it.dev()) == mount.dev && (it.is_file() || it.is_dir())
-            });
-            if is_it {
-                found.entry(mount.dev).or_insert(link);
+            if !found.contains_key(&mount.dev) && may_be_on(mount.dev, &link) {
+                found.insert(mount.dev, link);
             }
         }
     }
     found
+}
+
+/// Whether this link leads to a file or folder of that file system: what was opened may be a device or a FIFO on it.
+/// Where nobody says so, it may: that is found out when it is opened.
+fn may_be_on(dev: DevId, link: &Path) -> bool {
+    static ASKED: Questions<DevId> = Questions::new();
+    let link = link.to_owned();
+    let ask = move |_| {
+        let found = fs::metadata(link);
+        found.is_ok_and(|it| DevId::from_raw(it.dev()) == dev && (it.is_file() || it.is_dir()))
+    };
+    ASKED.ask(dev, &[], ANSWER_TIME, ask).unwrap_or(true)
 }
 
 /// The number of the mount in what `/proc/PID/fdinfo` says of a descriptor.
@@ -115,7 +128,6 @@ mod tests {
     use crate::mounts::parse;
     use crate::plan::plan;
     use crate::topology::Topology;
-    use std::path::Path;
 
     const ROOT: &str = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n";
     const FAT: &str = "7 1 8:2 / /fat rw - vfat /dev/sda2 rw\n";

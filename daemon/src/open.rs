@@ -3,12 +3,13 @@
 //! Gets a descriptor for each planned file system, and makes sure that it is the right one.
 //!
 //! Between reading the table and opening a path, mounts come and go: the path may lead to the
-//! parent file system, to whatever was mounted over it, to a FIFO. So nothing is opened that could
-//! block, and what was opened is compared with what was planned before it is used. What no path leads
+//! parent file system, to whatever was mounted over it, to a FIFO. So no device and no FIFO is opened,
+//! and what was opened is compared with what was planned before it is used. What no path leads
 //! to, or only one that a program or another machine has to answer for, is mounted once more, attached
-//! nowhere. Whether one that leads through layers hangs is up to those; it is tried apart.
+//! nowhere. Any open may hang: the file system may have to read, or to wait for the lock of somebody who does (btrfs
+//! and xfs lock the folder), and a security agent may take its time. So nothing is opened but apart.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CString, OsStr};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -24,7 +25,7 @@ use nix::mount::{umount2, MntFlags};
 use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
 use nix::sys::stat::Mode;
 
-use crate::apart::Questions;
+use crate::apart::{Lot, Questions};
 use crate::machine::Ways;
 use crate::mounts::{self, Attached, DevId};
 use crate::namespaces::Namespaces;
@@ -89,6 +90,12 @@ pub enum PlaceError {
     /// The program that serves it has to be asked, and says nothing.
     #[error("its server does not answer")]
     Silent,
+    /// Whoever opens it hangs.
+    #[error("opening {} does not come back", shown(.path))]
+    Stuck {
+        /// Which path.
+        path: PathBuf,
+    },
     /// The kernel has it locked, and does not say how it is.
     #[error("the kernel has it locked, as while it is being unmounted")]
     Locked,
@@ -146,7 +153,13 @@ impl OpenError {
 
     /// Whether no other way is of any use.
     fn is_final(&self) -> bool {
-        self.is_broken() || self.is_our_own()
+        self.is_broken() || self.is_our_own() || self.is_stuck()
+    }
+
+    /// Whether it hangs when it is opened, as it would in its freeze.
+    pub fn is_stuck(&self) -> bool {
+        let is_stuck = |it: &PlaceError| matches!(it, PlaceError::Stuck { .. });
+        self.tried.iter().any(is_stuck)
     }
 
     /// The same of a way through layers: what the kernel says there may be of one of those.
@@ -228,37 +241,224 @@ impl OpenError {
 /// How long a look-up through layers may take: there is another way.
 const LAYERS_TIME: Duration = Duration::from_secs(2);
 
-/// Opens `file_system`, in no longer than `limit` where that may hang: what a program serves, which the kernel
-/// asks first, and what no path leads to, or only one through layers. That is mounted once more, and the kernel lets
-/// nobody do so while another writes it back or unmounts it, which takes as long as its disk does.
+/// Opens one, as [`open_all_within`] does.
 pub fn open_within(
     limit: Duration,
     ways: &Ways,
     file_system: &FileSystem,
 ) -> Result<OwnedFd, OpenError> {
+    let opened = open_all_within(limit, ways, &[file_system]).pop();
+    opened.unwrap_or_else(|| Err(OpenError::of(file_system, Vec::new())))
+}
+
+/// Opens these, each in no longer than `limit`; those that hang are waited for together. What is mounted once more
+/// is opened apart from the others as well: the kernel lets nobody do so while another writes it back or unmounts it,
+/// which takes as long as its disk does.
+pub fn open_all_within(
+    limit: Duration,
+    ways: &Ways,
+    file_systems: &[&FileSystem],
+) -> Vec<Result<OwnedFd, OpenError>> {
     // What hangs in its layers can be mounted once more all the same, and what is below the same ones is not tried.
     static OPENED: Questions<DevId> = Questions::new();
     static LAYERS: Questions<DevId> = Questions::new();
     static MOUNTED: Questions<DevId> = Questions::new();
-    let dev = file_system.dev;
-    if mounts::is_served(&file_system.fs_type) {
-        let ask = (&OPENED, dev, limit, open_file_system as Open);
-        return open_apart(ask, ways, file_system, PlaceError::Silent);
+    let served = |file_system: &FileSystem| {
+        let ask = (&OPENED, file_system.dev, limit, open_file_system as Open);
+        open_apart(ask, ways, file_system, PlaceError::Silent)
+    };
+    let other_ways = |file_system: &FileSystem, error: OpenError| {
+        let dev = file_system.dev;
+        let again = || {
+            let ask = (&MOUNTED, dev, limit, mount_again as Open);
+            open_apart(ask, ways, file_system, PlaceError::Locked)
+        };
+        let below_layers = || {
+            let (layers, below, path) = below_layers(file_system)?;
+            let ask = (&LAYERS, layers, limit.min(LAYERS_TIME), by_path as Open);
+            let source = io::ErrorKind::TimedOut.into();
+            let opened = open_apart(ask, ways, &below, PlaceError::Layers { path, source });
+            Some(opened.map_err(OpenError::below_layers))
+        };
+        let opened = error.or_by(below_layers);
+        opened.or_else(|error| error.or_by(|| Some(again())))
+    };
+    let is_served = |it: &FileSystem| mounts::is_served(&it.fs_type);
+    let others = file_systems.iter().filter(|it| !is_served(it));
+    let others: Vec<&FileSystem> = others.copied().collect();
+    let mut by_path = by_paths(limit, ways, &others).into_iter();
+    let open = |file_system: &&FileSystem| match is_served(file_system) {
+        true => served(file_system),
+        // One for each of the others, in this order.
+        false => match by_path.next() {
+            Some(opened) => opened.or_else(|error| other_ways(file_system, error)),
+            None => Err(OpenError::of(file_system, Vec::new())),
+        },
+    };
+    file_systems.iter().map(open).collect()
+}
+
+/// So many may be open on the way back while nobody takes them.
+const AT_ONCE: usize = 128;
+
+/// One to be opened by its path.
+struct Walk {
+    /// Its place among all that are.
+    index: usize,
+    /// Where it is opened.
+    namespace: usize,
+    /// As it looks there.
+    file_system: FileSystem,
+}
+
+/// Opens each by its path: all that are reached in one namespace at the price of one hand-over. What hangs is not
+/// tried again as long as it does.
+fn by_paths(
+    limit: Duration,
+    ways: &Ways,
+    file_systems: &[&FileSystem],
+) -> Vec<Result<OwnedFd, OpenError>> {
+    let walk = |(index, file_system): (usize, &&FileSystem)| {
+        let namespace = namespace_to(file_system)?;
+        let file_system = only_in(namespace, file_system);
+        Some(Walk {
+            index,
+            namespace,
+            file_system,
+        })
+    };
+    let mut walks: Vec<Walk> = file_systems.iter().enumerate().filter_map(walk).collect();
+    walks.sort_by_key(|it| it.namespace);
+    let asked = walks.iter().map(|it| (it.index, it.namespace));
+    let mut asked: BTreeMap<usize, usize> = asked.collect();
+    let mut walked = match walk_apart(limit, ways, walks) {
+        Ok(walked) => walked,
+        Err(errno) => {
+            let cannot = |it: &&FileSystem| {
+                let error = PlaceError::open(Path::new(""), errno.into());
+                Err(OpenError::of(it, vec![error]))
+            };
+            return file_systems.iter().map(cannot).collect();
+        }
+    };
+    let opened = |(index, file_system): (usize, &&FileSystem)| {
+        let found = asked.remove(&index).zip(walked.remove(&index));
+        let Some((namespace, opened)) = found else {
+            // There is no path to walk, so that is all that is said.
+            return by_path(ways, file_system);
+        };
+        let elsewhere = || {
+            let mut rest = (*file_system).clone();
+            rest.places.retain(|place| place.namespace != namespace);
+            let is_any = !rest.places.is_empty();
+            is_any
+                .then(|| by_paths(limit, ways, &[&rest]).pop())
+                .flatten()
+        };
+        opened.or_else(|error| error.or_by(elsewhere))
+    };
+    file_systems.iter().enumerate().map(opened).collect()
+}
+
+/// The namespace with the best path to it that can be walked, if there is one.
+fn namespace_to(file_system: &FileSystem) -> Option<usize> {
+    let walkable = || file_system.places.iter().filter(|place| place.walkable);
+    let best = walkable().find(|place| !place.hidden);
+    best.or_else(|| walkable().next())
+        .map(|place| place.namespace)
+}
+
+/// What it takes to walk to it there.
+fn only_in(namespace: usize, file_system: &FileSystem) -> FileSystem {
+    let places = file_system.places.iter();
+    let places = places.filter(|place| place.namespace == namespace);
+    FileSystem {
+        dev: file_system.dev,
+        fs_type: file_system.fs_type.clone(),
+        source: file_system.source.clone(),
+        devices: Vec::new(),
+        disks: Vec::new(),
+        below: None,
+        stands_on: None,
+        places: places.cloned().collect(),
     }
-    let again = || {
-        let ask = (&MOUNTED, dev, limit, mount_again as Open);
-        open_apart(ask, ways, file_system, PlaceError::Locked)
+}
+
+/// Goes these ways, by namespace, and returns what came of each by its index.
+fn walk_apart(
+    limit: Duration,
+    ways: &Ways,
+    walks: Vec<Walk>,
+) -> nix::Result<BTreeMap<usize, Result<OwnedFd, OpenError>>> {
+    static WALKED: Questions<DevId> = Questions::new();
+    let mut walked = BTreeMap::new();
+    if walks.is_empty() {
+        return Ok(walked);
+    }
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let (line, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+    let walks = Arc::new(walks);
+    let together = walks.chunk_by(|one, next| one.namespace == next.namespace);
+    let together = together.flat_map(|some| some.chunks(AT_ONCE));
+    let together: Vec<(&[Walk], Namespaces)> = together
+        .map(|some| {
+            let namespace = some.first().map_or(0, |it| it.namespace);
+            // Without it they say themselves that it is not there.
+            (some, ways.namespaces.only(namespace).unwrap_or_default())
+        })
+        .collect();
+    let needed = [theirs.as_fd(), ways.proc.as_fd()];
+    let lots = together.iter().map(|(some, only)| Lot {
+        abouts: some.iter().map(|it| it.file_system.dev).collect(),
+        fds: needed.into_iter().chain(only.fds()).collect(),
+    });
+    let asked = Arc::clone(&walks);
+    let walk = move |number: usize, fds: &[OwnedFd]| match asked.get(number) {
+        Some(it) => open_handed(fds, it.namespace, &it.file_system, by_path, number),
+        None => Ok(()),
     };
-    let below_layers = || {
-        let (layers, below, path) = below_layers(file_system)?;
-        let ask = (&LAYERS, layers, limit.min(LAYERS_TIME), by_path as Open);
-        let source = io::ErrorKind::TimedOut.into();
-        let opened = open_apart(ask, ways, &below, PlaceError::Layers { path, source });
-        Some(opened.map_err(OpenError::below_layers))
-    };
-    let opened = by_path(ways, file_system);
-    let opened = opened.or_else(|error| error.or_by(below_layers));
-    opened.or_else(|error| error.or_by(|| Some(again())))
+    let mut fds = BTreeMap::new();
+    WALKED.ask_all(lots.collect(), limit, walk, |number, heard| {
+        let Some(Walk {
+            index, file_system, ..
+        }) = walks.get(number)
+        else {
+            return;
+        };
+        let path = || {
+            let first = file_system.places.first();
+            first.map(|it| it.path.clone()).unwrap_or_default()
+        };
+        let fail = |error| OpenError::of(file_system, vec![error]);
+        let opened = match heard {
+            Ok(Ok(())) => sent_with(line.as_fd(), number, &mut fds)
+                .map_err(|error| fail(PlaceError::open(&path(), error))),
+            Ok(Err(error)) => Err(error),
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                Err(fail(PlaceError::Stuck { path: path() }))
+            }
+            Err(error) => Err(fail(PlaceError::open(&path(), error))),
+        };
+        walked.insert(*index, opened);
+    });
+    Ok(walked)
+}
+
+/// What was sent with this number, and has been; what comes before it is kept.
+fn sent_with(
+    line: BorrowedFd<'_>,
+    number: usize,
+    kept: &mut BTreeMap<usize, OwnedFd>,
+) -> io::Result<OwnedFd> {
+    loop {
+        if let Some(fd) = kept.remove(&number) {
+            return Ok(fd);
+        }
+        let mut its = [0; size_of::<usize>()];
+        let (_, mut fds) = sys::receive(line, &mut its)?;
+        let fd = fds.pop().ok_or(io::ErrorKind::UnexpectedEof)?;
+        kept.insert(usize::from_ne_bytes(its), fd);
+    }
 }
 
 /// A way to open it.
@@ -301,7 +501,7 @@ fn open_apart(
     let (line, theirs) = line.map_err(|e| cannot(e.into()))?;
     let needed = [theirs.as_fd(), ways.proc.as_fd()];
     let needed: Vec<BorrowedFd<'_>> = needed.into_iter().chain(only.fds()).collect();
-    let question = move |fds| open_handed(fds, namespace, &asked, open);
+    let question = move |fds: Vec<OwnedFd>| open_handed(&fds, namespace, &asked, open, 0);
     let opened = questions.ask(about, &needed, limit, question);
     opened.map_err(|error| match error.kind() {
         io::ErrorKind::TimedOut => fail(silent),
@@ -312,28 +512,29 @@ fn open_apart(
         .ok_or_else(|| cannot(io::ErrorKind::NotFound.into()))
 }
 
-/// Opens it with what was handed over: a line over which to give what was opened, the root of procfs, and the
-/// namespace with this number unless it is the own one.
+/// Opens it with what was handed over: a line over which to give what was opened, with this number, the root of
+/// procfs, and the namespace it is in unless it is the own one.
 fn open_handed(
-    fds: Vec<OwnedFd>,
+    fds: &[OwnedFd],
     namespace: usize,
     file_system: &FileSystem,
     open: Open,
+    number: usize,
 ) -> Result<(), OpenError> {
-    let mut fds = fds.into_iter();
     let cannot = |source| {
         let error = PlaceError::open(Path::new(""), source);
         OpenError::of(file_system, vec![error])
     };
-    let (Some(line), Some(proc)) = (fds.next(), fds.next()) else {
+    let [line, proc, namespaces @ ..] = fds else {
         return Err(cannot(io::ErrorKind::NotFound.into()));
     };
+    let copy = |it: &OwnedFd| it.try_clone().map_err(cannot);
     let ways = Ways {
-        proc: Arc::new(proc),
-        namespaces: Namespaces::alone(namespace, fds.next()),
+        proc: Arc::new(copy(proc)?),
+        namespaces: Namespaces::alone(namespace, namespaces.first().map(copy).transpose()?),
     };
     let opened = open(&ways, file_system)?;
-    sys::send(line.as_fd(), &[opened.as_fd()]).map_err(cannot)
+    sys::send_with(line.as_fd(), &number.to_ne_bytes(), &[opened.as_fd()]).map_err(cannot)
 }
 
 /// Opens `file_system` through the first of its places that still leads to it. If there is none, or none that can
@@ -615,6 +816,38 @@ mod tests {
     }
 
     #[test]
+    fn of_several_each_is_opened_as_itself() {
+        let ways = Ways {
+            proc: Arc::new(proc()),
+            namespaces: Namespaces::default(),
+        };
+        let paths = ["/sys", "/", "/nowhere", "/proc"].map(Path::new);
+        let planned = paths.map(|path| {
+            let dev = path.exists().then(|| dev_of(path));
+            file_system(path, dev.unwrap_or_default())
+        });
+        // In a namespace that is not there it is looked for where it is as well.
+        let mut elsewhere = file_system(Path::new("/dev"), dev_of(Path::new("/dev")));
+        elsewhere.places.insert(0, elsewhere.places[0].clone());
+        elsewhere.places[0].namespace = 7;
+        let planned: Vec<&FileSystem> = planned.iter().chain([&elsewhere]).collect();
+        let opened = open_all_within(Duration::from_secs(60), &ways, &planned);
+        assert_eq!(opened.len(), planned.len());
+        for (planned, opened) in planned.iter().zip(opened) {
+            match opened {
+                Ok(fd) => {
+                    let found = sys::identify(fd.as_fd()).unwrap();
+                    assert_eq!(found.dev(), planned.dev);
+                }
+                Err(error) => {
+                    assert_eq!(planned.places[0].path, Path::new("/nowhere"));
+                    assert!(error.may_be_gone() && !error.is_stuck(), "{error}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn below_layers_it_is_opened_apart_and_what_they_say_is_not_said_of_it() {
         let ways = Ways {
             proc: Arc::new(proc()),
@@ -647,6 +880,7 @@ mod tests {
                 found: DevId::default(),
             },
             PlaceError::Foreign { path: path() },
+            PlaceError::Stuck { path: path() },
             PlaceError::Layers {
                 path: path(),
                 source: source(),
@@ -658,7 +892,7 @@ mod tests {
         ];
         let said = OpenError::of(&planned, tried).to_string();
         assert!(!said.contains('\n'), "{said}");
-        assert_eq!(said.matches("/a\\nerror: /b").count(), 7, "{said}");
+        assert_eq!(said.matches("/a\\nerror: /b").count(), 8, "{said}");
     }
 
     #[test]

@@ -21,7 +21,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use crate::ground::{devices_below, holder, Disk, Ground, Holder, Watched};
+use crate::ground::{devices_below, holder, AtRest, Disk, GoesOn, Ground, Holder, Watched};
 use crate::mounts::{self, has_means_to_freeze, DevId, Mount};
 use crate::topology::{Topology, Unmounted};
 use crate::unlisted::UNKNOWN;
@@ -235,27 +235,34 @@ impl Plan {
             .filter(move |it| it.disks.contains(&dev))
     }
 
-    /// Those devices of the disks of a backup to which nothing should be written once all is frozen that is
-    /// planned: no file system on them goes on. Where the host has named no disks, those of all its disks.
-    pub fn at_rest(&self, scope: &Scope) -> Vec<Watched> {
-        let goes_on =
-            |it: &&LeftOut| !it.reason.is_read_only() && it.reason != Reason::NoBlockDevice;
-        let left_out = self.left_out.iter().filter(goes_on);
-        let moving = left_out.map(|it| &it.file_system).chain(&self.synced);
-        let moving: Option<Vec<_>> = moving.map(|it| it.below.as_ref()).collect();
-        let Some(moving) = moving else {
-            // It may be any disk that is written to.
-            return Vec::new();
-        };
+    /// The devices of the disks of a backup by which it is told that something was written there past all that is
+    /// frozen. Where the host has named no disks, those of all its disks.
+    pub fn watched(&self, scope: &Scope) -> BTreeSet<Watched> {
         let is_of_it = |(dev, disk): &(&DevId, &Disk)| match scope.disks.is_empty() {
             true => disk.address.is_some(),
             false => scope.disks.contains(dev),
         };
         let disks = self.disks.iter().filter(is_of_it);
-        let watched: BTreeSet<&Watched> = disks.flat_map(|(_, disk)| &disk.watched).collect();
-        let at_rest = watched.into_iter();
-        let at_rest = at_rest.filter(|it| !moving.iter().any(|below| it.counts(below)));
-        at_rest.cloned().collect()
+        disks.flat_map(|(_, disk)| &disk.watched).cloned().collect()
+    }
+
+    /// The file systems that are written to once all is frozen that is planned.
+    pub fn goes_on(&self) -> Vec<GoesOn> {
+        let goes_on =
+            |it: &&LeftOut| !it.reason.is_read_only() && it.reason != Reason::NoBlockDevice;
+        let left_out = self.left_out.iter().filter(goes_on);
+        let moving = left_out.map(|it| &it.file_system).chain(&self.synced);
+        let moving = moving.map(|it| GoesOn {
+            name: it.to_string(),
+            devices: it.devices.clone(),
+            below: it.below.clone(),
+        });
+        moving.collect()
+    }
+
+    /// By which of those devices it is told whatever goes on.
+    pub fn at_rest(&self, scope: &Scope) -> AtRest {
+        AtRest::of(self.watched(scope), &self.goes_on())
     }
 
     /// Leaves out what has no part of any of these disks. Where that is not certain, it stays. What is lost there
@@ -1242,7 +1249,7 @@ mod tests {
         let rule = |it: &FileSystem| (it.dev == dev("8:32")).then(|| "a rule".to_owned());
         let plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &rule);
         let nodes = |scope: &Scope| -> Vec<String> {
-            let at_rest = plan.at_rest(scope).into_iter();
+            let at_rest = plan.at_rest(scope).watched.into_keys();
             at_rest.map(|it| it.to_string()).collect()
         };
         assert_eq!(nodes(&Scope::default()), ["/dev/sda", "/dev/sdd"]);
@@ -1285,7 +1292,8 @@ mod tests {
         }
         let mounts = parse(b"1 0 253:1 / / rw - ext4 /dev/dm-1 rw\n", 0).unwrap();
         let at_rest = |topology: &Topology, rule: &dyn Fn(&FileSystem) -> Option<String>| {
-            plan(&mounts, topology, rule).at_rest(&Scope::default())
+            let at_rest = plan(&mounts, topology, rule).at_rest(&Scope::default());
+            at_rest.watched.into_keys().collect::<Vec<_>>()
         };
         let words = |all: &[Watched]| all.iter().map(ToString::to_string).collect::<Vec<_>>();
         let all = at_rest(&topology, &|_| None);

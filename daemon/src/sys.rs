@@ -582,11 +582,20 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
 
 /// Sends copies of these descriptors to whoever [receives](receive) them, with one byte.
 pub fn send(socket: BorrowedFd<'_>, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    send_with(socket, &[0], descriptors)
+}
+
+/// The same with these bytes, at least one.
+pub fn send_with(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
     let raw: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
-    let byte = [io::IoSlice::new(&[0])];
+    let bytes = [io::IoSlice::new(bytes)];
     let flags = MsgFlags::MSG_NOSIGNAL;
-    sendmsg::<()>(socket.as_raw_fd(), &byte, &rights, flags, None)?;
+    sendmsg::<()>(socket.as_raw_fd(), &bytes, &rights, flags, None)?;
     Ok(())
 }
 

@@ -169,7 +169,7 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
     };
     for mount in mounts.iter().filter(|m| m.is_on_disks()) {
         if mount.dev.major == 0 {
-            add_alias(&mut topology, mount);
+            add_alias(&mut topology, mount, &patience);
             topology.members.entry(mount.dev).or_default();
         } else if mount.writable && folder_of(mount.dev).is_none() && has_sysfs() {
             topology.gone.insert(mount.dev);
@@ -257,13 +257,16 @@ fn has_sysfs() -> bool {
     Path::new("/sys/dev/block").exists()
 }
 
-fn add_alias(topology: &mut Topology, mount: &Mount) {
+fn add_alias(topology: &mut Topology, mount: &Mount, patience: &Patience) {
+    static ASKED: Questions<DevId> = Questions::new();
     // Nor is looked up what lies over it, whose server may be dead, or its own.
     let is_served = is_served(&mount.fs_type);
     if mount.namespace != 0 || !mount.walkable || mount.hidden || is_served {
         return;
     }
-    if let Ok(meta) = fs::symlink_metadata(&mount.path) {
+    let path = mount.path.clone();
+    let found = patience.ask(&ASKED, mount.dev, || fs::symlink_metadata(path).ok());
+    if let Some(meta) = found.flatten() {
         let alias = DevId::from_raw(meta.dev());
         if alias.major == 0 && alias != mount.dev {
             topology.aliases.insert(alias, mount.dev);

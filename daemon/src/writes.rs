@@ -255,12 +255,15 @@ impl AtRest {
         AtRest(watched.into_iter().map(disk).collect())
     }
 
-    /// From now on; not those on which something else goes on.
-    pub fn begin(&mut self, goes_on: impl Fn(&Watched) -> bool) {
-        self.0.retain(|disk| !goes_on(&disk.watched));
+    /// From now on; not those on which something else goes on, which are named.
+    pub fn begin(&mut self, goes_on: impl Fn(&Watched) -> bool) -> Vec<String> {
+        let all = std::mem::take(&mut self.0).into_iter();
+        let (off, on): (Vec<Disk>, Vec<Disk>) = all.partition(|disk| goes_on(&disk.watched));
+        self.0 = on;
         for disk in &mut self.0 {
             disk.before = disk.sectors();
         }
+        off.iter().map(|it| it.watched.to_string()).collect()
     }
 
     /// Those that something was written to since.
@@ -499,19 +502,20 @@ mod tests {
                 dev: DevId::default(),
                 name: "sda".into(),
                 without: Vec::new(),
+                instead: Vec::new(),
             },
             writes: put("disk", 100),
             others: put("partition", 40),
             before: None,
         };
         let mut at_rest = AtRest(vec![disk]);
-        at_rest.begin(|_| false);
+        assert!(at_rest.begin(|_| false).is_empty());
         put("disk", 108);
         put("partition", 48);
         assert!(at_rest.written().is_empty());
         put("disk", 116);
         assert_eq!(at_rest.written(), ["/dev/sda"]);
-        at_rest.begin(|_| true);
+        assert_eq!(at_rest.begin(|_| true), ["/dev/sda"]);
         put("disk", 124);
         assert!(at_rest.written().is_empty());
         fs::remove_dir_all(&dir).unwrap();
@@ -540,6 +544,7 @@ mod tests {
                     dev: DevId::default(),
                     name: "sda".into(),
                     without: Vec::new(),
+                    instead: Vec::new(),
                 },
                 writes: put("disk", stat),
                 others: put("partition", stat),

@@ -230,7 +230,7 @@ fn where_nobody_knows_the_disks_of_what_goes_on_none_of_them_is_at_rest() {
     };
     let number = "65:144".parse().unwrap();
     table.topology.disks.insert(number, disk);
-    let at_rest = |table: &Table| plan_of(table).at_rest(&Scope::default()).len();
+    let at_rest = |table: &Table| plan_of(table).at_rest(&Scope::default()).watched.len();
     assert_eq!(at_rest(&table), 0, "the pool may be on any disk");
     for lines in &mut table.namespaces {
         lines.retain(|line| !line.contains(" - zfs "));

@@ -25,8 +25,21 @@ pub struct Learnt {
     pub(super) called_off: BTreeSet<DevId>,
     /// Whose thaw has not come back, as long as its thread is there.
     pub(super) in_thaw: Vec<(Weak<Work>, usize)>,
+    /// What could not be opened, in the last look before this freeze.
+    pub(super) stuck: Vec<Stuck>,
     /// Whether it is known of all: an earlier process, or the module, may have left any in a freeze or a thaw.
     pub(super) has_asked: bool,
+}
+
+/// A file system that hangs, for what may stand on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stuck {
+    /// Its superblock.
+    pub dev: DevId,
+    /// For people.
+    pub name: String,
+    /// Its wave in the plan, from 0.
+    pub wave: usize,
 }
 
 /// One whose sync has not returned.
@@ -90,6 +103,11 @@ impl Learnt {
     /// Whether it had no means to freeze the last time.
     pub fn is_unfreezable(&self, dev: DevId) -> bool {
         self.unfreezable.contains(&dev)
+    }
+
+    /// These hang, and are not among what is to be frozen: they cannot even be opened.
+    pub fn set_stuck(&mut self, stuck: Vec<Stuck>) {
+        self.stuck = stuck;
     }
 
     /// The module may have undone something by itself, and be stuck in that.

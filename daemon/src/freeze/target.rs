@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::learnt::Stuck;
 use super::work::lock;
 use crate::mounts::DevId;
 use crate::writes::{Look, Writes};
@@ -234,19 +235,28 @@ impl Target {
         self.devices.iter().chain(&self.disks).chain(below).copied()
     }
 
-    /// Whether it may be written only while `other` is. For whoever cannot help it when that hangs; of what it
+    /// Whether it may be written only while that one is, of this wave. For whoever cannot help it when that hangs; of what it
     /// may stand on is all that comes later, where nobody knows.
-    pub(super) fn may_stand_on(&self, other: &Target) -> bool {
+    pub(super) fn may_stand_on(&self, dev: DevId, wave: usize) -> bool {
         match &self.stands_on {
-            Some(known) => known.contains(&other.dev),
-            None => self.wave < other.wave,
+            Some(known) => known.contains(&dev),
+            None => self.wave < wave,
         }
     }
 
     /// Whether it is known to be: to leave one out for what may be would be to leave out all.
-    pub(super) fn stands_on(&self, other: &Target) -> bool {
+    pub(super) fn stands_on(&self, dev: DevId) -> bool {
         let known = self.stands_on.as_ref();
-        known.is_some_and(|it| it.contains(&other.dev))
+        known.is_some_and(|it| it.contains(&dev))
+    }
+
+    /// This one, when it hangs.
+    pub(super) fn as_stuck(&self) -> Stuck {
+        Stuck {
+            dev: self.dev,
+            name: self.name.clone(),
+            wave: self.wave,
+        }
     }
 
     /// From its freeze to its thaw nothing may be written there.

@@ -1691,3 +1691,27 @@ fn what_is_frozen_is_not_given_up_on_and_what_is_given_up_on_is_not_taken_for_fr
     assert!(second.end_freezing(ours()) && !second.give_up() && second.is_ours());
     *second.state() = State::Open;
 }
+
+#[test]
+fn what_stands_on_one_that_cannot_be_opened_is_not_tried() {
+    // 0 stands on it, nobody knows of 1, and the others have nothing to do with it.
+    let waves = [0, 0, 1, 1].map(|wave| (wave, None));
+    let stand_on: [Option<&[&str]>; 4] = [Some(&["9:9"]), None, Some(&[]), None];
+    let mut s = setup_before(Double::default(), &waves, &stand_on, &[], false);
+    s.learnt.set_stuck(vec![Stuck {
+        dev: "9:9".parse().unwrap(),
+        name: "/stuck".into(),
+        wave: 1,
+    }]);
+    let summary = s.freeze().unwrap();
+    assert_eq!((summary.ours, summary.left_out), (2, 2));
+    let said = s.means.log.held();
+    for name in ["/fs0", "/fs1"] {
+        let words = format!("{name} may stand on /stuck, which hangs");
+        assert!(
+            said.iter().any(|(_, line)| line.contains(&words)),
+            "{said:?}"
+        );
+    }
+    s.session.thaw().unwrap();
+}

@@ -181,10 +181,10 @@ impl Work {
         self.give_up_on(target, State::Broken, why);
         for other in self.targets.iter().filter(|it| it.is_due()) {
             // What is stuck in an image waits for what that is on, and must not meet it frozen.
-            if target.stands_on(other) {
+            if target.stands_on(other.dev) {
                 let why = format!("holds what {name} is on, which hangs in its freeze");
                 self.give_up_on(other, State::Broken, why);
-            } else if other.stands_on(target) {
+            } else if other.stands_on(target.dev) {
                 let why = format!("stands on {name}, which hangs in its freeze");
                 self.give_up_on(other, State::Broken, why);
             }

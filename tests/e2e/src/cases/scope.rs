@@ -172,7 +172,7 @@ pub const CASES: &[Case] = &[
     .asking_our_module(),
     disks::case(
         "scope/raw-writer-beside-swap",
-        "and so is one on a disk that the machine swaps to as well",
+        "and so is one on a disk where swap, or a partition that is excluded, goes on",
         raw_writer_beside_swap,
     )
     .asking_our_module(),
@@ -1320,21 +1320,41 @@ fn raw_writer_beside_swap(guest: &Guest) -> Result<()> {
     ))?;
     guest.writer_start("/mnt/a/w")?;
     let on_both = disks.each_ref().map(Attached::in_backup);
-    let check = || -> Result<()> {
-        let daemon = start_with(guest, "strict = true")?;
+    let check = |what: &str, config: &str, node: &str| -> Result<()> {
+        let daemon = start_with(guest, &format!("strict = true\n{config}"))?;
         let seen = observe_backup_of(guest, &on_both)?;
-        equal("without a writer", &seen, &good(&["/mnt/a/w"]))?;
-        let of = format!("of={second}2");
+        equal(what, &seen, &good(&["/mnt/a/w"]))?;
+        let of = format!("of={node}");
         let writer = guest.spawn(&["dd", "if=/dev/zero", &of, "bs=4k", "oflag=direct"])?;
         let seen = observe_backup_of(guest, &on_both)?;
         let told = (seen.freeze, seen.thaw);
-        equal("with one", told, (status::OK, Some(status::FAIL)))?;
+        let what = format!("{what}, with a writer");
+        equal(&what, told, (status::OK, Some(status::FAIL)))?;
         guest.signal(&writer, 9)?;
         guest.wait(&writer, STEP)?;
         stop(guest, guest.module(), &daemon)
     };
-    let seen = check();
+    let seen = check("swap on a partition", "", &format!("{second}2"));
     guest.sh(&format!("swapoff {second}1"))?;
+    seen?;
+    // It is excluded, and is written to at any time.
+    guest.sh(&format!(
+        "modprobe vfat; mkdir -p /mnt/esp && mkfs.vfat {second}1 >/dev/null && mount {second}1 /mnt/esp"
+    ))?;
+    let rule = "exclude.types = [\"vfat\"]";
+    let seen = check("an excluded partition", rule, &format!("{second}2"));
+    guest.sh("umount /mnt/esp")?;
+    seen?;
+    // Its volumes count what is written to each.
+    guest.sh(&format!(
+        "modprobe dm_mod
+         make() {{ dmsetup create $1 --noudevsync -u LVM-$1 --table \"0 $2 linear {second}2 $3\"
+             [ -e /dev/mapper/$1 ] || dmsetup mknodes; }}
+         make pages 131072 0 && make spare $(($(blockdev --getsz {second}2) - 131072)) 131072 &&
+         mkswap /dev/mapper/pages >/dev/null && swapon /dev/mapper/pages"
+    ))?;
+    let seen = check("swap on a volume", "", "/dev/mapper/spare");
+    guest.sh("swapoff /dev/mapper/pages && dmsetup remove pages && dmsetup remove spare")?;
     seen
 }
 
