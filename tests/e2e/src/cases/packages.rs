@@ -342,10 +342,13 @@ fn reboot_as(guest: &Guest, machine: Machine) -> Result<Guest> {
     power_off(guest)?;
     let disk = guest.root_disk().context("its root is elsewhere")?;
     let guest = guest.start_as(machine, disk.snapshot()?)?;
-    // The agent is there long before whatever the boot starts.
+    // The agent is there long before whatever the boot starts, and of that what belongs to a device begins when udev
+    // has come to it.
+    let has_ended =
+        "udevadm settle --timeout=0 && systemctl list-jobs --no-legend | grep -c . || true";
     guest
         .wait_until("the boot has ended", STEP * 4, || {
-            Ok(guest.sh("systemctl list-jobs --no-legend")?.is_empty())
+            Ok(guest.sh(has_ended)?.trim() == "0")
         })
         .with_context(|| what_units_say(&guest))?;
     Ok(guest)
