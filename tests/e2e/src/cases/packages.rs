@@ -591,7 +591,10 @@ fn variants(command: &str) -> Vec<String> {
 fn bring_apt(guest: &Guest) -> Result<()> {
     let line = format!(
         "cd {PACKAGES}/apt && set -- && for file in *.deb; do
-             dpkg-query --show ${{file%%_*}} >/dev/null 2>&1 || set -- \"$@\" $file
+             case $(dpkg-query --show --showformat '${{db:Status-Status}}' ${{file%%_*}} 2>/dev/null) in
+             installed) ;;
+             *) set -- \"$@\" $file ;;
+             esac
          done && dpkg --install \"$@\" 2>&1"
     );
     guest.sh(&line).map(drop)
