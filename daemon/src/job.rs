@@ -414,6 +414,7 @@ impl Freezer {
             self.cache.rewind();
         }
         session.ask_disks(&mut self.learnt, answers::silent);
+        sys::set_memory_aside();
         log.seal();
         // While the kernel is at work there is time for a look.
         let cache = &mut self.cache;

@@ -739,7 +739,7 @@ fn uncover(
 
 /// Opens what `path` leads to, if that is a directory or a regular file, and says what it is.
 fn open_path(proc: BorrowedFd<'_>, path: &Path) -> Result<(OwnedFd, Identity), PlaceError> {
-    // A directory can be opened at once: nothing happens but the look-up.
+    // Nothing is done to a directory that is opened: it may hang, and that is all.
     let fd = match open_nonblocking(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY) {
         Err(Errno::ENOTDIR) => open_file(proc, path)?,
         other => other.map_err(|e| PlaceError::open(path, e.into()))?,

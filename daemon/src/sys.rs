@@ -694,6 +694,18 @@ pub fn use_one_heap() {
     }
 }
 
+/// Sees to it that the heap has something free, so that it need not grow while file systems are frozen: the kernel may have
+/// to write to one of them before it has a page to give.
+pub fn set_memory_aside() {
+    /// Bytes; smaller than what is mapped by itself.
+    const BLOCK: usize = 8 << 10;
+    /// Of such blocks: what is looked at and noted meanwhile takes a few.
+    const BLOCKS: usize = 8;
+    let blocks: [Vec<u8>; BLOCKS] = std::array::from_fn(|_| Vec::with_capacity(BLOCK));
+    // Else nobody would ask for what nobody uses.
+    drop(std::hint::black_box(blocks));
+}
+
 /// Gives memory that the allocator keeps for later back to the kernel, but for a little with which the next
 /// backup begins.
 pub fn give_back_memory() {

@@ -181,6 +181,10 @@ fn what_units_say(guest: &Guest) -> String {
     let line = format!(
         "systemctl --no-pager --full --lines=0 status {OURS} {THEIRS} dev-vmbus-hv_vss.device
          systemctl --no-pager list-jobs
+         for process in /proc/[0-9]*; do
+             [ -z \"$(tr -d '\\0' <$process/cmdline)\" ] ||
+                 echo \"${{process##*/}} $(cat $process/wchan) $(tr '\\0' ' ' <$process/cmdline)\"
+         done
          journalctl --no-pager --boot --output=short-monotonic --lines=80"
     );
     let ended = guest.try_sh(&line).map(|it| it.out);
@@ -221,31 +225,33 @@ fn amid_backups(guest: &Guest, line: &str) -> Result<()> {
     guest.writer_start_every("/var/tmp/amid", 20_000)?;
     let work = guest.spawn(&["sh", "-c", line])?;
     let mut taken = 0;
-    guest.wait_until(&format!("this ends amid backups: {line}"), STEP * 4, || {
-        // The channel closes while the device changes hands. Who has it then knows no version yet.
-        let soon = Duration::from_secs(5);
-        let ready = vss.negotiated().is_some() || vss.is_open() && vss.agree(soon).is_ok();
-        let is_frozen = ready
-            && vss
-                .freeze(&[], STEP)
-                .is_ok_and(|it| it.status() == status::OK);
-        if is_frozen {
-            taken += 1;
-            // Time for whatever is at work to get between.
-            std::thread::sleep(A_MOMENT);
-            let stands = stands_still(guest)?;
-            // An error: it has closed since.
-            if let Ok(thaw) = vss.thaw(STEP) {
-                ensure!(
-                    thaw.status() == status::FAIL || stands,
-                    "THAW should fail, its freeze did not last: {line}"
-                );
+    guest
+        .wait_until(&format!("this ends amid backups: {line}"), STEP * 4, || {
+            // The channel closes while the device changes hands. Who has it then knows no version yet.
+            let soon = Duration::from_secs(5);
+            let ready = vss.negotiated().is_some() || vss.is_open() && vss.agree(soon).is_ok();
+            let is_frozen = ready
+                && vss
+                    .freeze(&[], STEP)
+                    .is_ok_and(|it| it.status() == status::OK);
+            if is_frozen {
+                taken += 1;
+                // Time for whatever is at work to get between.
+                std::thread::sleep(A_MOMENT);
+                let stands = stands_still(guest)?;
+                // An error: it has closed since.
+                if let Ok(thaw) = vss.thaw(STEP) {
+                    ensure!(
+                        thaw.status() == status::FAIL || stands,
+                        "THAW should fail, its freeze did not last: {line}"
+                    );
+                }
             }
-        }
-        // Back to back they would hold up the work for most of its time: it writes to the root.
-        std::thread::sleep(PAUSE);
-        Ok(guest.has_ended(&work)?)
-    })?;
+            // Back to back they would hold up the work for most of its time: it writes to the root.
+            std::thread::sleep(PAUSE);
+            Ok(guest.has_ended(&work)?)
+        })
+        .with_context(|| what_units_say(guest))?;
     guest.writers_stop()?;
     let ended = guest.wait(&work, STEP)?;
     let output = guest.output(&work)?;
