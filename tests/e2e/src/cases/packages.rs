@@ -623,15 +623,16 @@ fn start_server(guest: &Guest) -> Result<()> {
          printf '[client]\\nskip-ssl\\n' >/root/.my.cnf &&
          printf '#!/bin/sh\\n{libraries} exec {SERVER}/usr/bin/mariadb \"$@\"\\n' >/usr/local/bin/mariadb &&
          chmod 755 /usr/local/bin/mariadb &&
-         cat >/etc/systemd/system/mariadb.service <<'.' && systemctl daemon-reload && systemctl enable --now mariadb 2>&1
+         start() {{ systemctl daemon-reload && systemctl enable --now mariadb 2>&1; }} &&
+         cat >/etc/systemd/system/mariadb.service <<'.' && {{ start || ! journalctl --no-pager --unit mariadb; }}
 [Unit]
 RequiresMountsFor={SERVER}
 [Service]
 Type=notify
+User=mysql
 Environment={libraries}
 RuntimeDirectory=mysqld
-ExecStartPre=chown mysql: /run/mysqld
-ExecStart={SERVER}/usr/sbin/mariadbd --no-defaults --user=mysql --datadir={SERVER}/srv/mariadb \\
+ExecStart={SERVER}/usr/sbin/mariadbd --no-defaults --datadir={SERVER}/srv/mariadb \\
     --lc-messages-dir={SERVER}/usr/share/mariadb --character-sets-dir={SERVER}/usr/share/mariadb/charsets \\
     --socket=/run/mysqld/mysqld.sock --skip-networking --skip-ssl --innodb-buffer-pool-size=32M \\
     --innodb-log-file-size=4M --innodb-data-file-path=ibdata1:4M:autoextend --innodb-autoextend-increment=1
