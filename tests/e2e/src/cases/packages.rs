@@ -345,9 +345,19 @@ fn reboot(guest: &Guest) -> Result<Guest> {
 
 /// The same, as one of another kind.
 fn reboot_as(guest: &Guest, machine: Machine) -> Result<Guest> {
+    reboot_with(guest, machine, |_| Ok(())).map(|(guest, ())| guest)
+}
+
+/// The same, with what the host `brings` as soon as there is an agent, which the boot may wait for.
+fn reboot_with<T>(
+    guest: &Guest,
+    machine: Machine,
+    brings: impl FnOnce(&Guest) -> Result<T>,
+) -> Result<(Guest, T)> {
     power_off(guest)?;
     let disk = guest.root_disk().context("its root is elsewhere")?;
     let guest = guest.start_as(machine, disk.snapshot()?)?;
+    let brought = brings(&guest)?;
     // The agent is there long before whatever the boot starts, and of that what belongs to a device begins when udev
     // has come to it.
     let has_ended =
@@ -357,7 +367,7 @@ fn reboot_as(guest: &Guest, machine: Machine) -> Result<Guest> {
             Ok(guest.sh(has_ended)?.trim() == "0")
         })
         .with_context(|| what_units_say(&guest))?;
-    Ok(guest)
+    Ok((guest, brought))
 }
 
 fn install_to_purge(guest: &Guest) -> Result<()> {
@@ -593,7 +603,8 @@ fn variants(command: &str) -> Vec<String> {
     }
 }
 
-/// Brings apt, which the guest has not, with what it needs of its own. The lists of a mirror it has none.
+/// Brings apt, which the guest has not, with what it needs of its own; on a small disk nothing of that is kept twice. The
+/// lists of a mirror it has none.
 fn bring_apt(guest: &Guest) -> Result<()> {
     let line = format!(
         "cd {PACKAGES}/apt && set -- && for file in *.deb; do
@@ -601,7 +612,7 @@ fn bring_apt(guest: &Guest) -> Result<()> {
              installed) ;;
              *) set -- \"$@\" $file ;;
              esac
-         done && dpkg --install \"$@\" 2>&1"
+         done && dpkg --install \"$@\" 2>&1 && rm -r {PACKAGES}/apt"
     );
     guest.sh(&line).map(drop)
 }
@@ -618,7 +629,7 @@ fn attach_server(guest: &Guest, content: Image, len: u64) -> Result<Attached> {
 fn start_server(guest: &Guest) -> Result<()> {
     let libraries = format!("LD_LIBRARY_PATH={SERVER}/usr/lib/x86_64-linux-gnu");
     let line = format!(
-        "mkdir {SERVER} && echo 'LABEL=mariadb {SERVER} ext4 defaults 0 0' >>/etc/fstab &&
+        "mkdir {SERVER} && echo 'LABEL=mariadb {SERVER} ext4 nofail 0 0' >>/etc/fstab &&
          echo mysql:x:101:101::/nonexistent:/bin/false >>/etc/passwd && echo mysql:x:101: >>/etc/group &&
          printf '[client]\\nskip-ssl\\n' >/root/.my.cnf &&
          printf '#!/bin/sh\\n{libraries} exec {SERVER}/usr/bin/mariadb \"$@\"\\n' >/usr/local/bin/mariadb &&
@@ -754,8 +765,8 @@ fn page(guest: &Guest) -> Result<()> {
          chmod 755 /etc/hv_vss/hooks.d/10-note",
     )?;
     let text = record.text;
-    let guest = &reboot(guest)?;
-    let _data = attach_server(guest, data.disk.snapshot()?, len)?;
+    let back = |guest: &Guest| attach_server(guest, data.disk.snapshot()?, len);
+    let (guest, _data) = &reboot_with(guest, guest.machine(), back)?;
     let mut record = Record { guest, text };
 
     serves(guest, OURS, "hv_vss")?;
