@@ -539,8 +539,8 @@ impl Backup {
         }
     }
 
-    /// The kernel says that it has thawed what it held for request `id`.
-    /// Why, as one of `hv_vss_uapi::thawed` and in words. It has the THAW that the host had sent before read before.
+    /// The kernel says that it has thawed what it held for request `id`, and why: one of `hv_vss_uapi::thawed`, and that
+    /// in words. It has the THAW that the host had sent before read before.
     pub fn notice(
         &mut self,
         now: Instant,
