@@ -658,7 +658,7 @@ WantedBy=multi-user.target
 /// and in its log.
 fn server_takes(guest: &Guest, name: &str) -> Result<bool> {
     let line = format!(
-        "mariadb -e 'SET lock_wait_timeout = 1; CREATE DATABASE {name}; DROP DATABASE {name}'"
+        "/usr/local/bin/mariadb -e 'SET lock_wait_timeout = 1; CREATE DATABASE {name}; DROP DATABASE {name}'"
     );
     let ended = guest.try_sh(&line)?;
     match ended.status {
