@@ -64,7 +64,7 @@ demo: lab-module user images ## Back up a stock Debian guest once and print the 
 .PHONY: test
 test: lint unit-and-wire fuzz-shortly e2e ## Lint, unit and layout tests, a short fuzz run, then the end-to-end cases
 
-# The long cases come last: the tables of the README are made of what the last run has left.
+# The long cases come last: the tables of tests/RESULTS.md are made of what the last run has left.
 .PHONY: test-all
 test-all: lint unit-and-wire fuzz test-packages test-databases test-volumes e2e-all ## The same with a longer fuzz run, packages, databases, volumes and the long cases
 
@@ -147,25 +147,25 @@ e2e-list: packages ## List the end-to-end cases
 	@$(CARGO_LAB) --quiet
 	@target/lab/e2e list
 
-# Puts build/results/$(1).md where the README has its place.
-into_readme = awk -v name=$(1) 'FNR == NR { table = table $$0 "\n"; next } \
+# Puts build/results/$(1).md where tests/RESULTS.md has its place.
+into_results = awk -v name=$(1) 'FNR == NR { table = table $$0 "\n"; next } \
 	$$0 == "<!-- end of " name " -->" { skip = 0 } \
 	!skip { print } \
-	index($$0, "<!-- " name ":") == 1 { printf "%s", table; skip = 1 }' build/results/$(1).md README.md >build/README.md && \
-	cat build/README.md >README.md
+	index($$0, "<!-- " name ":") == 1 { printf "%s", table; skip = 1 }' build/results/$(1).md tests/RESULTS.md >build/RESULTS.md && \
+	cat build/RESULTS.md >tests/RESULTS.md
 
-# These tables of the README are what all runs so far have seen, which tests/e2e/seen.json keeps: the last run
+# These tables of tests/RESULTS.md are what all runs so far have seen, which tests/e2e/seen.json keeps: the last run
 # on each kernel is merged into it.
 .PHONY: comparison matrix kernels
-comparison: ## Put what the last e2e run saw of the peer into the README, beside what earlier ones saw
-matrix: ## Put what the last run of matrix/* saw into the README, likewise
-kernels: ## Put how the last e2e run and 'make test-kernels' went on each kernel into the README, likewise
+comparison: ## Put what the last e2e run saw of the peer into tests/RESULTS.md, beside what earlier ones saw
+matrix: ## Put what the last run of matrix/* saw into tests/RESULTS.md, likewise
+kernels: ## Put how the last e2e run and 'make test-kernels' went on each kernel into tests/RESULTS.md, likewise
 RUNS = $(wildcard build/results/e2e.json build/runs/*/e2e.json)
 comparison matrix kernels:
 	@$(CARGO_LAB) --quiet
 	@target/lab/e2e tables --seen tests/e2e/seen.json $(addprefix --run ,$(RUNS)) --kernels build/kernels \
 		--results build/results
-	@$(call into_readme,$@)
+	@$(call into_results,$@)
 
 .PHONY: bench
 bench: lab-module user images ## Measure ours against the peer; table, plot and JSON in build/bench
@@ -173,10 +173,10 @@ bench: lab-module user images ## Measure ours against the peer; table, plot and 
 	@git describe --always --dirty >build/bench/commit
 
 .PHONY: figures
-figures: ## Put what the last 'make bench' measured into the README
+figures: ## Put what the last 'make bench' measured into tests/RESULTS.md
 	@mkdir -p build/results && { echo; echo "Commit $$(cat build/bench/commit):"; echo; \
 	    sed 's/^\(.\)/    \1/' build/bench/table.txt; echo; } >build/results/bench.md
-	@$(call into_readme,bench)
+	@$(call into_results,bench)
 
 # Seconds for each of the four fuzz targets.
 FUZZ_SECONDS ?= 60

@@ -40,6 +40,8 @@ mapfile -t cpus < <(taskset --cpu-list --pid $$ | sed 's/.*: //' | tr ',' '\n' |
 cases=$("$e2e" list "$@" | wc -l)
 parts=${#cpus[@]}
 [ "$parts" -le 4 ] || parts=4
+free_mib=$(awk '/^MemAvailable:/ { print int($2 / 1024) }' /proc/meminfo)
+[ "$parts" -le $((free_mib / outer_mib)) ] || parts=$((free_mib / outer_mib))
 # another boot takes longer than a few cases
 [ "$parts" -le $((cases / 8)) ] || parts=$((cases / 8))
 [ "$parts" -ge 1 ] || parts=1

@@ -22,6 +22,8 @@ root=$build/root
 # What is made for another than the default lies in a folder of its own, so that nothing is made anew
 # when the choice changes. The outer guest always runs the default.
 default_kernel=7.3
+# Memory of an outer guest, unless it is given another.
+outer_mib=4096
 # The one from which packages/kernel-upgrade* come to the default.
 older_kernel=7.2
 kernel=${KERNEL:-$default_kernel}

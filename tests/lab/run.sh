@@ -13,8 +13,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 limit=600
-# the outer guest's, if there is one
-memory=4096
+memory=$outer_mib
 results=$choice/results
 name=outer
 module=$choice/lab/hv_vss.ko
@@ -30,9 +29,9 @@ while [ $# -gt 1 ]; do
     shift 2
 done
 [ $# -gt 0 ] || die "usage: run.sh [--timeout SECONDS] [--memory MIB] [--results FOLDER] [--name NAME] [--module FILE] COMMAND..."
-# where cargo puts the lab's programs, and the daemon as it is shipped (PROFILE=lab: in a hurry)
+# where cargo puts the lab's programs, and the daemon as it is shipped
 programs=$repo/target/lab
-daemon=$repo/target/${PROFILE:-release}/hv_vss_daemon
+daemon=$repo/target/release/hv_vss_daemon
 
 "$lab/image.sh"
 # The outer guest runs the default kernel whatever the one under test.

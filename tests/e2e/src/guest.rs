@@ -526,7 +526,7 @@ pub struct Guest {
     expected: Mutex<Vec<&'static str>>,
 }
 
-/// What ours and the peer did in the same situation: a row of the README's table.
+/// What ours and the peer did in the same situation: a row of the table `comparison`.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Comparison {
     /// The situation.
@@ -537,7 +537,7 @@ pub struct Comparison {
     pub peer: String,
 }
 
-/// What came of one fault at one stage of a backup: a cell of the README's matrix.
+/// What came of one fault at one stage of a backup: a cell of the table `matrix`.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Cell {
     /// What went wrong.

@@ -93,7 +93,7 @@ enum Action {
         #[arg(long)]
         stock: bool,
     },
-    /// Merge runs into what was seen before, and make the tables of the README from it
+    /// Merge runs into what was seen before, and make the tables of tests/RESULTS.md from it
     Tables {
         /// What was seen before
         #[arg(long, value_name = "FILE")]
@@ -194,7 +194,7 @@ fn make_tables(kept: &Path, runs: &[PathBuf], kernels: &Path, results: &Path) ->
     Ok(())
 }
 
-/// The tables of the README, by what it calls them, each with where what it says was seen.
+/// The tables of tests/RESULTS.md, by what it calls them, each with where what it says was seen.
 fn tables_of(seen: &seen::Seen) -> [(&'static str, String); 3] {
     let cases = cases::all();
     let places = cases::matrix_of(|fault, stage, stack| seen.cell(fault, stage, stack));
@@ -337,9 +337,9 @@ mod tests {
 
     /// Of the kernels' table the sums change with each new case, and a comparison may wait for its case to be run.
     #[test]
-    fn the_readme_has_the_tables_of_what_was_seen_and_no_cell_is_unknown() {
+    fn the_results_have_the_tables_of_what_was_seen_and_no_cell_is_unknown() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-        let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
+        let results = std::fs::read_to_string(root.join("tests/RESULTS.md")).unwrap();
         let seen = seen::Seen::read(&root.join("tests/e2e/seen.json")).unwrap();
         for (name, text) in tables_of(&seen) {
             assert!(
@@ -348,12 +348,12 @@ mod tests {
             );
             let begin = format!("<!-- {name}: ");
             let end = format!("<!-- end of {name} -->");
-            let (_, begun) = readme.split_once(&begin).unwrap();
+            let (_, begun) = results.split_once(&begin).unwrap();
             let (_, lines) = begun.split_once('\n').unwrap();
             let (table, _) = lines.split_once(&end).unwrap();
             assert!(
                 name == "kernels" || table == text,
-                "'make {name}' changes the README"
+                "'make {name}' changes tests/RESULTS.md"
             );
         }
     }
