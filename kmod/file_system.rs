@@ -69,6 +69,10 @@ impl FileSystem {
     }
 
     /// Freezes it for `owner`. Process context; waits for writers and for the disk.
+    ///
+    /// # Errors
+    ///
+    /// What the file system says, such as `EIO`.
     pub(crate) fn freeze<T>(&self, owner: &T) -> Result {
         let owner = ptr::from_ref(owner).cast();
         // SAFETY: By the type invariant the superblock is alive and active. The owner is not null.

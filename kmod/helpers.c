@@ -22,6 +22,7 @@ u32 hv_vss_ring_size(u32 payload)
 
 bool hv_vss_channel_is_closed(const struct vmbus_channel *channel)
 {
+	/* The name of the state says that it may be opened; an open one is in CHANNEL_OPENED_STATE. */
 	return channel->state == CHANNEL_OPEN_STATE;
 }
 

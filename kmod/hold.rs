@@ -289,6 +289,10 @@ impl Hold {
     }
 
     /// Sets memory aside for a series that `request` may begin. Sleeps.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` without it.
     pub(crate) fn set_aside(self: &Arc<Self>, request: &mut Request) -> Result {
         let left = self.state.lock().entries.len();
         request.entries = KVVec::with_capacity(left + request.count, GFP_KERNEL)?;

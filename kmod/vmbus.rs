@@ -132,13 +132,14 @@ impl<T: Driver> Adapter<T> {
 
     extern "C" fn suspend_callback(hdev: *mut bindings::hv_device) -> c_int {
         // SAFETY: The VMBus suspends only devices that it has, whose driver was this one a moment
-        // ago.
+        // ago, and the caller in the driver core keeps the device until this returns. In the phase
+        // `noirq` neither of them holds its lock (see `Locked`).
         let locked = unsafe { Locked::new(hdev) };
         if !locked.is_bound() {
             return 0;
         }
-        // SAFETY: The device is bound to this driver, so its probe has succeeded, and it stays so
-        // as long as it is locked.
+        // SAFETY: The device is bound, and to this driver, since nothing is probed in this phase: its
+        // probe has succeeded, and it stays so as long as it is locked.
         unsafe {
             Self::with_data(hdev, |dev, data| {
                 from_result(|| T::suspend(dev, data).map(|()| 0))
@@ -388,7 +389,8 @@ pub(crate) struct Channel<L: Listener> {
 
 // SAFETY: The channel functions may be called from any thread.
 unsafe impl<L: Listener> Send for Channel<L> {}
-// SAFETY: `send` takes the ring's own lock, `receive` needs an exclusive reference.
+// SAFETY: `send` takes the ring's own lock, `receive` needs an exclusive reference, and what
+// `longest_packet` reads was written before the channel was opened.
 unsafe impl<L: Listener> Sync for Channel<L> {}
 
 impl<L: Listener> Channel<L> {
