@@ -10,7 +10,7 @@ set -euo pipefail
 
 deb_root=$build/deb.root
 out=$build/deb
-sources=(Kbuild Makefile Cargo.toml Cargo.lock COPYING README.md .debian daemon kmod uapi tests)
+sources=(Kbuild Makefile Cargo.toml Cargo.lock COPYING .debian daemon kmod uapi tests)
 packages=(build-essential cargo cargo-auditable debhelper dh-dkms fakeroot jq lintian rustc)
 options=(
     --variant=apt --mode=root --architectures=amd64
