@@ -292,9 +292,7 @@ fn daemon_killed_while_frozen(guest: &Guest) -> Result<()> {
         || Ok(vss.hot_backup(STEP)?.status() == status::OK),
     )?;
     answered("THAW with a new daemon", &vss.thaw(STEP)?, status::FAIL)?;
-    guest.wait_until("every writer goes on", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us < 100_000))
-    })?;
+    equal("who is stuck", super::stuck_writers(guest)?, Vec::new())?;
     backup(guest)
 }
 

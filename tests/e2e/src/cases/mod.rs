@@ -599,7 +599,7 @@ fn stands_still(then: &Writer, now: &Writer) -> Option<bool> {
 }
 
 /// The writers that do not go on within 5 s, by file: none of whose writes ends well.
-fn stuck_writers(guest: &Guest) -> Result<Vec<String>> {
+pub fn stuck_writers(guest: &Guest) -> Result<Vec<String>> {
     stuck_writers_of(guest, |_| true)
 }
 
