@@ -174,7 +174,8 @@ fn long_packet_wedges(guest: &Guest) -> Result<()> {
         Ok(reply) if reply.status() == status::OK => {
             bail!("FREEZE after the long message should not be served, it was answered 0")
         }
-        _ => {}
+        Ok(_) | Err(HostError::Timeout { .. }) => {}
+        Err(error) => return Err(error.into()),
     }
 
     // Only opening the channel anew helps.
