@@ -258,7 +258,7 @@ fn kexec_while_frozen(first: &Guest) -> Result<()> {
     let daemon = start(guest, module, Daemon::Ours)?;
     equal("the next backup", observe(guest)?, good(&["/mnt/a/w"]))?;
     stop(guest, module, &daemon)?;
-    guest.check_log()
+    guest.close()
 }
 
 fn daemon_killed_while_frozen(guest: &Guest) -> Result<()> {

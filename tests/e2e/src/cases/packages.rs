@@ -340,10 +340,12 @@ fn end(guest: &Guest) -> Result<()> {
 
 /// Shuts the guest down as an administrator does.
 fn power_off(guest: &Guest) -> Result<()> {
+    guest.ends()?;
     // It does not answer that.
     let _ = guest.spawn(&["systemctl", "poweroff"]);
     let exit = guest.vm().wait_exit(STEP * 2)?;
-    equal("how the guest ended", exit, Exit::PowerOff)
+    equal("how the guest ended", exit, Exit::PowerOff)?;
+    guest.close()
 }
 
 /// The same, and boots another from what is on its disk then.
@@ -465,8 +467,7 @@ fn install_to_purge(guest: &Guest) -> Result<()> {
         files(guest)?.as_str(),
         before.as_str(),
     )?;
-    guest.vm().kill();
-    Ok(())
+    guest.close()
 }
 
 /// The kernels of a machine before its upgrade.
@@ -543,8 +544,7 @@ fn kernel_upgrade(guest: &Guest) -> Result<()> {
     let guest = &reboot_as(guest, Machine::OLDER_DEBIAN)?;
     equal("the kernel", &guest.kernel().release, &older)?;
     serves(guest, OURS, "hv_vss")?;
-    guest.vm().kill();
-    Ok(())
+    guest.close()
 }
 
 fn kernel_upgrade_unbuilt(guest: &Guest) -> Result<()> {
@@ -573,8 +573,7 @@ fn kernel_upgrade_unbuilt(guest: &Guest) -> Result<()> {
     guest.sh(&format!("{build} && {take}"))?;
     serves(guest, OURS, "hv_vss")?;
     rest_is_stock(guest)?;
-    guest.vm().kill();
-    Ok(())
+    guest.close()
 }
 
 /// The commands of the README's page for an administrator, each in one line.
@@ -815,8 +814,7 @@ fn page(guest: &Guest) -> Result<()> {
         guest.read("/run/F")?.starts_with("<svg"),
         "the timeline should be a drawing"
     );
-    guest.vm().kill();
-    Ok(())
+    guest.close()
 }
 
 /// The version of our packages.
@@ -1239,8 +1237,7 @@ fn secure_boot(guest: &Guest) -> Result<()> {
         guest,
         "it is not signed, and the kernel takes no such module (Secure Boot)",
     )?;
-    guest.vm().kill();
-    Ok(())
+    guest.close()
 }
 
 /// The kernel has found that Secure Boot is enforced.

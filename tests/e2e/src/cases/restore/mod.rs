@@ -627,6 +627,8 @@ fn restored_root(guest: &Guest, name: &str, module: Module, daemon: Daemon) -> R
         records: judge_records_at(&restored, "/var/lab/records", copy.expected)?,
     };
     println!("     {module:?}: {:?}, {verdict:?}", copy.expected);
+    // What it has said is in the verdict.
+    restored.set_judged();
     restored.vm().kill();
     Ok(describe(&backup, Some(&verdict)))
 }
