@@ -228,10 +228,11 @@ fn one_disk(guest: &Guest) -> Result<()> {
     });
     let after = at.and_then(|at| log.get(at..)).unwrap_or_default();
     ensure!(
-        after.iter().any(|entry| matches!(
-            entry.change,
-            Change::Flush | Change::Write { fua: true, .. }
-        )),
+        after.iter().any(|entry| entry.ended.is_some()
+            && matches!(
+                entry.change,
+                Change::Flush | Change::Write { fua: true, .. }
+            )),
         "the record should be in the write log, and be flushed: {at:?} of {} entries",
         log.len()
     );

@@ -184,11 +184,12 @@ fn backup(guest: &Guest) -> Result<()> {
     thawed(guest, "THAW")?;
     // Journal, syslog and whoever else has the disk: as the host saw it.
     let written = written_within(&disk.log(), 0, |entry| {
-        host.time_of(entry.ended) > frozen.at && host.time_of(entry.arrived) < thawing
+        entry.is_within(|moment| host.time_of(moment), frozen.at, thawing)
     });
     equal("writes between the answer and THAW", written, Vec::new())?;
     let before = written_within(&disk.log(), 0, |entry| {
-        host.time_of(entry.ended) <= frozen.at
+        let ended = entry.ended.map(|moment| host.time_of(moment));
+        ended.is_some_and(|ended| ended <= frozen.at)
     });
     ensure!(
         !before.is_empty(),

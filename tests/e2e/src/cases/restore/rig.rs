@@ -254,8 +254,7 @@ impl Rig {
                 let mut log = attached.disk.log();
                 let metadata = volume.stack.metadata(&image);
                 let in_window = |entry: &Entry| {
-                    let (arrived, ended) = (host.time_of(entry.arrived), host.time_of(entry.ended));
-                    ended > freeze.at && arrived < thawing
+                    entry.is_within(|moment| host.time_of(moment), freeze.at, thawing)
                 };
                 let at_will = |entry: &Entry| volume.format.discards_at_will(entry);
                 copy.written.extend(written_within(&log, metadata, |entry| {
@@ -265,7 +264,8 @@ impl Rig {
                 let discards = log.iter().filter(|it| in_window(it) && at_will(it));
                 copy.discarded += discards.clone().count();
                 let image = log::replay(&image, discards);
-                log.retain(|entry| host.time_of(entry.ended) <= freeze.at);
+                let is_before = |moment| host.time_of(moment) <= freeze.at;
+                log.retain(|entry| entry.ended.is_some_and(is_before));
                 copy.parts.push(Part { base, log, image });
             }
             copies.push(copy);
@@ -430,7 +430,7 @@ impl Expected {
             if is_before(entry.arrived) {
                 expected.least = note.synced;
             }
-            if is_before(entry.ended) {
+            if entry.ended.is_some_and(&is_before) {
                 expected.most = note.begun;
             }
         }
@@ -472,7 +472,7 @@ mod tests {
         let at = |ms| start + Duration::from_millis(ms);
         let note = |slot: u64, arrived, ended, begun, synced| Entry {
             arrived: at(arrived),
-            ended: at(ended),
+            ended: Some(at(ended)),
             change: Change::Write {
                 offset: slot * NOTE_LEN as u64,
                 data: Note { begun, synced }.block().into(),
