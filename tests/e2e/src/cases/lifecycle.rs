@@ -5,6 +5,7 @@
 use super::abi::{answer_v2, read_request, register};
 use super::dialogue::{Abi, Scripted};
 use super::disks::{load_driver, Attached};
+use super::restore::stood_still;
 use super::{
     backup, both_requests, case, good, make_file_systems, observe, rounds_or, start, stop, suspend,
     wait_for_daemon, Case, Growth, ModuleState, When, LEAKS,
@@ -242,15 +243,15 @@ fn kexec_while_frozen(first: &Guest) -> Result<()> {
     ))?;
     guest.writer_start("/mnt/a/w")?;
     let _daemon = start(guest, module, Daemon::Ours)?;
-    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     disk.disk.start_log()?;
+    let freeze = vss.freeze(&[], STEP)?;
+    answered("FREEZE", &freeze, status::OK)?;
     guest.kexec()?;
     equal("UNLOAD, in all", suspend::unloads(guest), 1)?;
 
     load_driver(guest)?;
     let node = disk.node(guest)?;
-    let writes = disk.disk.log().iter().filter(|it| it.is_write()).count();
-    equal("writes since FREEZE was answered", writes, 0)?;
+    stood_still(guest, &disk.disk, &freeze, guest.host().now())?;
     disk.disk.stop_log();
     guest.sh(&format!("e2fsck -f -n {node}"))?;
     guest.sh(&format!("mkdir -p /mnt/a && mount {node} /mnt/a"))?;

@@ -28,11 +28,11 @@ use hyperv_sim::storage::{log, Change, Entry, Image};
 use hyperv_sim::Exit;
 use judge::{judge, judge_by_checker, judge_records_at, Verdict, RESTORES, RESTORES_UNWRITTEN};
 use lab_agent::record;
-use rig::{Backup, Copy, Part, Rig, Volume, COPIES};
+use rig::{written_within, Backup, Copy, Part, Rig, Volume, COPIES};
 use std::time::{Duration, Instant};
 use volume::{Format, Stack};
 
-pub(super) use rig::{written_within, Expected, NOTES};
+pub(super) use rig::{stood_still, Expected, NOTES};
 
 pub const CASES: &[Case] = &[
     long(

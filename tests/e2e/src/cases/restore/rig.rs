@@ -9,7 +9,8 @@ use anyhow::{bail, ensure, Context, Result};
 use e2e::check::{equal, status_name};
 use e2e::guest::{Guest, Process, STEP};
 use hyperv_sim::ic::status;
-use hyperv_sim::storage::{log, Change, Entry, Image};
+use hyperv_sim::storage::{log, Change, Disk, Entry, Image};
+use hyperv_sim::Reply;
 use lab_agent::{Note, NOTE_LEN};
 use std::time::{Duration, Instant};
 
@@ -281,7 +282,7 @@ impl Rig {
 }
 
 /// Which of these entries changed the disk behind its first `metadata` bytes while `within` says so, in words.
-pub(in crate::cases) fn written_within(
+pub(super) fn written_within(
     log: &[Entry],
     metadata: u64,
     within: impl Fn(&Entry) -> bool,
@@ -297,6 +298,28 @@ pub(in crate::cases) fn written_within(
     };
     let log = log.iter().filter(|entry| within(entry));
     log.filter_map(words).collect()
+}
+
+/// Nothing was written to this disk between the answer to FREEZE and `thawing`, on the host's clock; something
+/// was before it, or its log would tell nothing.
+pub(in crate::cases) fn stood_still(
+    guest: &Guest,
+    disk: &Disk,
+    freeze: &Reply,
+    thawing: Duration,
+) -> Result<()> {
+    let clock = |moment| guest.host().time_of(moment);
+    let log = disk.log();
+    let within = |from, to| written_within(&log, 0, |entry| entry.is_within(clock, from, to));
+    ensure!(
+        !within(Duration::ZERO, freeze.at).is_empty(),
+        "there should be writes before the answer"
+    );
+    equal(
+        "writes since the answer",
+        within(freeze.at, thawing),
+        Vec::new(),
+    )
 }
 
 /// What a backup brought.
