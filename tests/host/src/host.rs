@@ -487,8 +487,8 @@ impl Host {
     /// none among them.
     pub fn violations(&self, since: Duration) -> Vec<Event> {
         let bus = self.bus();
-        let broken = |it: &&Event| it.at >= since && matches!(it.kind, EventKind::Violation(_));
-        bus.log().filter(broken).cloned().collect()
+        let violations = bus.violations().filter(|it| it.at >= since);
+        violations.cloned().collect()
     }
 
     fn component<const N: usize>(&self) -> IcChannel {

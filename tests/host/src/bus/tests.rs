@@ -198,9 +198,7 @@ impl Guest {
     }
 
     fn violations(&self) -> usize {
-        let log = self.bus.log();
-        log.filter(|event| matches!(event.kind, EventKind::Violation(_)))
-            .count()
+        self.bus.violations().count()
     }
 }
 
@@ -448,6 +446,24 @@ fn rings_outside_of_memory_are_refused() {
     assert_eq!(kind, message::OPENCHANNEL_RESULT);
     assert_ne!(result[16..20], [0; 4]);
     assert!(!guest.bus.channel(1).unwrap().is_open());
+}
+
+#[test]
+fn a_broken_rule_is_kept_whatever_else_happens_and_one_that_is_not_is_missed() {
+    let mut guest = Guest::new();
+    let broken = |what: &str| EventKind::Violation(what.to_owned());
+    guest.bus.note("vss", broken("the first"));
+    for _ in 0..KEEP {
+        guest.bus.note("vss", EventKind::Offered);
+    }
+    assert_eq!(guest.bus.log().count(), KEEP);
+    assert_eq!(guest.violations(), 1);
+    for _ in 0..KEEP {
+        guest.bus.note("vss", broken("another"));
+    }
+    let first = guest.bus.violations().next().map(|it| &it.kind);
+    assert_eq!(first, Some(&broken(MORE)));
+    assert_eq!(guest.violations(), KEEP);
 }
 
 #[test]
