@@ -3,9 +3,9 @@
 //! One backup for people to read along: what the host said and was told, what the daemon did, and
 //! for how long a writer on each file system stood still.
 
-use crate::cases::make_file_systems;
+use crate::cases::{make_file_systems, stuck_writers};
 use anyhow::{Context, Result};
-use e2e::check::{answered, status_name};
+use e2e::check::{answered, equal, status_name};
 use e2e::guest::{Daemon, Guest, Images, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::ic::vss::{Lun, CLASS};
@@ -54,9 +54,7 @@ fn back_up(guest: &Guest, images: &Images) -> Result<()> {
     })?;
     let thawed = vss.thaw(STEP)?;
     answered("THAW", &thawed, status::OK)?;
-    guest.wait_until("every writer goes on", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us < 100_000))
-    })?;
+    equal("who is stuck", stuck_writers(guest)?, Vec::new())?;
     // The daemon writes its log after the thaw.
     guest.wait_until("the daemon has written its log", STEP, || {
         Ok(guest.output(&daemon)?.contains("THAW answered"))

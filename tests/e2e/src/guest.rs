@@ -495,6 +495,38 @@ impl Standstill {
     }
 }
 
+/// Whether anybody has looked at what a machine and its host have said, by the time it is let go of. Of the
+/// machine that a case is given the runner does so, of each that it starts the case itself.
+struct Judgement {
+    is_there: AtomicBool,
+    /// How many went without, of those that the case has started.
+    missing: Arc<AtomicUsize>,
+}
+
+impl Judgement {
+    fn of_runner() -> Judgement {
+        Judgement {
+            is_there: AtomicBool::new(true),
+            missing: Arc::default(),
+        }
+    }
+
+    fn of_case(&self) -> Judgement {
+        Judgement {
+            is_there: AtomicBool::new(false),
+            missing: self.missing.clone(),
+        }
+    }
+}
+
+impl Drop for Judgement {
+    fn drop(&mut self) {
+        if !self.is_there.load(SeqCst) {
+            self.missing.fetch_add(1, SeqCst);
+        }
+    }
+}
+
 /// A running guest.
 pub struct Guest {
     vm: Arc<Vm>,
@@ -515,6 +547,7 @@ pub struct Guest {
     console_mark: AtomicUsize,
     /// Whether the case has said that it ends it.
     is_to_end: AtomicBool,
+    judgement: Judgement,
     /// The host's log is looked at from this moment of its clock on.
     host_mark: Mutex<Duration>,
     logs: AtomicU64,
@@ -590,6 +623,7 @@ impl Guest {
 
     /// Starts that kernel as it is, and waits until its agent is there. Nothing is known of the guest any more.
     pub fn kexec(&self) -> Result<()> {
+        self.check_log()?;
         self.agent.start(Command::Kexec)?;
         self.agent.wait_next(BOOT)?;
         Ok(self.mark_log()?)
@@ -611,8 +645,9 @@ impl Guest {
     }
 
     fn start_other(&self, machine: Machine, name: &str, root: Image) -> Result<Guest> {
-        let guest = Guest::boot(&self.images, machine, name, root)?;
+        let mut guest = Guest::boot(&self.images, machine, name, root)?;
         guest.expected().clone_from(&self.expected());
+        guest.judgement = self.judgement.of_case();
         Ok(guest)
     }
 
@@ -712,6 +747,7 @@ impl Guest {
             log_mark: AtomicU64::new(0),
             console_mark: AtomicUsize::new(0),
             is_to_end: AtomicBool::new(false),
+            judgement: Judgement::of_runner(),
             host_mark: Mutex::default(),
             logs: AtomicU64::new(0),
             outputs: Mutex::default(),
@@ -1327,8 +1363,9 @@ impl Guest {
     // --- Between two cases ---
 
     /// Brings the guest back to how it was before the case and makes sure that it is so: nothing
-    /// frozen, no process, mount or module left, no complaint in the kernel's log.
+    /// frozen, no request without an answer, no process, mount or module left, no complaint in the kernel's log.
     pub fn tidy(&self) -> Result<()> {
+        self.owes_nothing()?;
         let mut done = self.agent.call_each(
             vec![
                 Command::ReleaseOpens,
@@ -1395,6 +1432,17 @@ impl Guest {
         Ok(())
     }
 
+    /// Whatever the host has asked and not [forgotten](hyperv_sim::IcChannel::forget) is answered, or the channel
+    /// is closed.
+    fn owes_nothing(&self) -> Result<()> {
+        let mut owed = Vec::new();
+        let answered = self.wait_until("all that the host asked is answered", STEP, || {
+            owed = self.host().unanswered();
+            Ok(owed.is_empty())
+        });
+        answered.with_context(|| format!("without an answer: {}", owed.join(", ")))
+    }
+
     /// Neither the kernel nor the host has complained since the case began, or since the last call.
     pub fn check_log(&self) -> Result<()> {
         // What the detectors find they may log as well.
@@ -1443,6 +1491,32 @@ impl Guest {
         ensure!(
             text.is_empty(),
             "the kernel or the host complained before it ended:\n{text}"
+        );
+        Ok(())
+    }
+
+    /// The last look at a machine that the case has started, which ends by that.
+    pub fn close(&self) -> Result<()> {
+        match self.is_to_end() {
+            true => self.check_end()?,
+            false => self.check_log()?,
+        }
+        self.set_judged();
+        self.vm.kill();
+        Ok(())
+    }
+
+    /// Such a machine was looked at otherwise.
+    pub fn set_judged(&self) {
+        self.judgement.is_there.store(true, SeqCst);
+    }
+
+    /// None of them was let go of without a look.
+    pub fn all_judged(&self) -> Result<()> {
+        let missing = self.judgement.missing.swap(0, SeqCst);
+        ensure!(
+            missing == 0,
+            "the case has not looked at what {missing} of its own machines have said"
         );
         Ok(())
     }
@@ -2021,6 +2095,19 @@ mod tests {
         let cut = ["=====", "BUG: KCSAN: data-race in a / b", " a+0x1/0x2"];
         assert_eq!(text(log(&cut)), cut);
         assert_eq!(text(log(&known[..3])), known[..3]);
+    }
+
+    #[test]
+    fn a_machine_that_a_case_has_started_and_nobody_has_looked_at_is_missed() {
+        let given = Judgement::of_runner();
+        let missing = given.missing.clone();
+        let first = given.of_case();
+        let second = first.of_case();
+        second.is_there.store(true, SeqCst);
+        drop((second, given));
+        assert_eq!(missing.load(SeqCst), 0);
+        drop(first);
+        assert_eq!(missing.load(SeqCst), 1);
     }
 
     #[test]

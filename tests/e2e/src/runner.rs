@@ -299,11 +299,12 @@ fn run_one(case: &Case, guest: Guest, cells: &mut Vec<Cell>) -> Result<Passed, F
     }
     let result = result.and_then(|()| match guest.vm().exit() {
         None => guest.tidy().context("afterwards the guest was not clean"),
-        Some(Exit::PowerOff) => guest.check_end(),
-        // Else a reset is what comes of a fault that no handler was left for.
-        Some(Exit::Reset) if guest.is_to_end() => guest.check_end(),
+        // Else nothing of its last warnings was on the console, and a reset is what comes of a fault that no
+        // handler was left for.
+        Some(Exit::PowerOff | Exit::Reset) if guest.is_to_end() => guest.check_end(),
         Some(exit) => Err(anyhow!("the guest ended by itself: {exit:?}")),
     });
+    let result = result.and_then(|()| guest.all_judged());
     match result {
         Ok(()) => Ok(Passed {
             comparisons: guest.take_comparisons(),

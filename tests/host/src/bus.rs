@@ -21,8 +21,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::little_endian::U32;
 use zerocopy::FromBytes;
 
-/// How many events are kept; beyond that the oldest go.
+/// How many events are kept, and how many broken rules; beyond that the oldest go.
 const KEEP: usize = 100_000;
+
+/// What is left of the broken rules that went.
+const MORE: &str = "more rules were broken than are kept";
 
 /// Type of a VMBus message in a SynIC slot.
 const CHANNEL_MESSAGE: u32 = 1;
@@ -153,6 +156,8 @@ pub(crate) struct Bus {
     /// Messages that wait for the guest's slot.
     messages: VecDeque<(u32, Vec<u8>)>,
     log: VecDeque<Event>,
+    /// The rules that the guest has broken, once more: nothing else drives them out.
+    violations: VecDeque<Event>,
     pub gone: Option<Exit>,
 }
 
@@ -186,6 +191,7 @@ impl Bus {
             channels,
             messages: VecDeque::new(),
             log: VecDeque::new(),
+            violations: VecDeque::new(),
             gone: None,
         }
     }
@@ -202,6 +208,10 @@ impl Bus {
         self.log.iter()
     }
 
+    pub(crate) fn violations(&self) -> impl Iterator<Item = &Event> {
+        self.violations.iter()
+    }
+
     pub(crate) fn channel(&mut self, relid: u32) -> Option<&mut Chan> {
         self.channels.iter_mut().find(|c| c.place.relid == relid)
     }
@@ -215,7 +225,18 @@ impl Bus {
             self.log.pop_front();
         }
         let at = self.since_start(at);
-        self.log.push_back(Event { at, channel, kind });
+        let event = Event { at, channel, kind };
+        if matches!(event.kind, EventKind::Violation(_)) {
+            self.violations.push_back(event.clone());
+        }
+        if self.violations.len() > KEEP {
+            self.violations.pop_front();
+            // The oldest that is left stands for those that went.
+            if let Some(oldest) = self.violations.front_mut() {
+                oldest.kind = EventKind::Violation(MORE.to_owned());
+            }
+        }
+        self.log.push_back(event);
     }
 
     fn name(&mut self, relid: u32) -> &'static str {

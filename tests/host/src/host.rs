@@ -487,8 +487,19 @@ impl Host {
     /// none among them.
     pub fn violations(&self, since: Duration) -> Vec<Event> {
         let bus = self.bus();
-        let broken = |it: &&Event| it.at >= since && matches!(it.kind, EventKind::Violation(_));
-        bus.log().filter(broken).cloned().collect()
+        let violations = bus.violations().filter(|it| it.at >= since);
+        violations.cloned().collect()
+    }
+
+    /// The requests to integration components that the guest has and has not answered, each with its channel.
+    pub fn unanswered(&self) -> Vec<String> {
+        let _bus = self.bus();
+        let all = COMPONENTS.iter().zip(&self.shared.dialogues);
+        let owed = all.flat_map(|(component, dialogue)| {
+            let names = lock(dialogue).unanswered().into_iter();
+            names.map(|name| format!("{}: {name}", component.place.name))
+        });
+        owed.collect()
     }
 
     fn component<const N: usize>(&self) -> IcChannel {

@@ -12,7 +12,7 @@ use super::disks::{self, load_driver, Attached};
 use super::hooks::{self, hook, noted};
 use super::scope::tells_superblocks;
 use super::{
-    case, good_backup, load, logged_all, reply_within, rounds_or, seed, start, stop,
+    case, good_backup, load, logged_all, reply_within, rounds_or, seed, start, stop, stuck_writers,
     wait_for_daemon, wait_out, who_stands_still, Case,
 };
 use anyhow::{ensure, Context, Result};
@@ -232,8 +232,7 @@ fn freeze_that_hangs(guest: &Guest, daemon: &Process) -> Result<Tx> {
     guest.sh(&format!("sync && {}", hang_writes("hung")))?;
     let tx = guest.vss().send_freeze(&[])?;
     guest.wait_until("one hangs, and the other goes on", STEP, || {
-        let goes_on = guest.writers()?.iter().all(|it| it.in_write_us < 100_000);
-        Ok(goes_on && in_freeze(guest, daemon)? == 1)
+        Ok(stuck_writers(guest)?.is_empty() && in_freeze(guest, daemon)? == 1)
     })?;
     Ok(tx)
 }

@@ -5,6 +5,7 @@
 use super::abi::{answer_v2, read_request, register};
 use super::dialogue::{Abi, Scripted};
 use super::disks::{load_driver, Attached};
+use super::restore::stood_still;
 use super::{
     backup, both_requests, case, good, make_file_systems, observe, rounds_or, start, stop, suspend,
     wait_for_daemon, Case, Growth, ModuleState, When, LEAKS,
@@ -242,15 +243,15 @@ fn kexec_while_frozen(first: &Guest) -> Result<()> {
     ))?;
     guest.writer_start("/mnt/a/w")?;
     let _daemon = start(guest, module, Daemon::Ours)?;
-    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     disk.disk.start_log()?;
+    let freeze = vss.freeze(&[], STEP)?;
+    answered("FREEZE", &freeze, status::OK)?;
     guest.kexec()?;
     equal("UNLOAD, in all", suspend::unloads(guest), 1)?;
 
     load_driver(guest)?;
     let node = disk.node(guest)?;
-    let writes = disk.disk.log().iter().filter(|it| it.is_write()).count();
-    equal("writes since FREEZE was answered", writes, 0)?;
+    stood_still(guest, &disk.disk, &freeze, guest.host().now())?;
     disk.disk.stop_log();
     guest.sh(&format!("e2fsck -f -n {node}"))?;
     guest.sh(&format!("mkdir -p /mnt/a && mount {node} /mnt/a"))?;
@@ -258,7 +259,7 @@ fn kexec_while_frozen(first: &Guest) -> Result<()> {
     let daemon = start(guest, module, Daemon::Ours)?;
     equal("the next backup", observe(guest)?, good(&["/mnt/a/w"]))?;
     stop(guest, module, &daemon)?;
-    guest.check_log()
+    guest.close()
 }
 
 fn daemon_killed_while_frozen(guest: &Guest) -> Result<()> {
@@ -292,9 +293,7 @@ fn daemon_killed_while_frozen(guest: &Guest) -> Result<()> {
         || Ok(vss.hot_backup(STEP)?.status() == status::OK),
     )?;
     answered("THAW with a new daemon", &vss.thaw(STEP)?, status::FAIL)?;
-    guest.wait_until("every writer goes on", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us < 100_000))
-    })?;
+    equal("who is stuck", super::stuck_writers(guest)?, Vec::new())?;
     backup(guest)
 }
 
@@ -387,7 +386,7 @@ fn unload_with_open_device(guest: &Guest) -> Result<()> {
     let device = guest.open_device(Blocking::Yes)?;
     let refusal = guest.try_sh("rmmod hv_vss")?;
     ensure!(
-        refusal.status != Some(0) && guest.vss().is_open(),
+        refusal.status == Some(1) && guest.vss().is_open(),
         "rmmod should be refused while the device is open"
     );
     device.close()?;
@@ -618,7 +617,7 @@ fn one_end(guest: &Guest, stage: Stage, end: End) -> Result<()> {
     let waited_for = reach(guest, device, stage)?;
     if end == End::Unload {
         let refusal = guest.try_sh("rmmod hv_vss")?;
-        ensure!(refusal.status != Some(0), "rmmod should be refused");
+        ensure!(refusal.status == Some(1), "rmmod should be refused");
         device.close()?;
         // Without a daemon the request has its grace time; it must not outlive the module.
         end.take(guest)?;
@@ -752,11 +751,7 @@ fn daemon_comes_back(guest: &Guest) -> Result<()> {
 
 fn dying_daemon(guest: &Guest) -> Result<()> {
     let grace = guest.host().patience(Duration::from_millis(2500));
-    super::load(
-        guest,
-        Module::Ours,
-        &[&format!("grace_ms={}", grace.as_millis())],
-    )?;
+    super::load(guest, Module::Ours, &[&super::limit("grace", grace)])?;
     let vss = guest.vss();
     let disks = [Lun::scsi(CLASS, 0, 0, 0)];
     for abi in Abi::BOTH {
@@ -801,7 +796,7 @@ fn other_class(guest: &Guest) -> Result<()> {
     let unbound = |what: &str| -> Result<()> {
         let seen = guest.try_sh(&format!("test -e {folder}/driver"))?;
         ensure!(
-            seen.status != Some(0),
+            seen.status == Some(1),
             "{what}: the heartbeat should have no driver"
         );
         ensure!(
@@ -877,7 +872,7 @@ fn open_refused(guest: &Guest) -> Result<()> {
     };
     let nothing_left = |what: &str| -> Result<()> {
         let left = guest.try_sh("test -e /dev/vmbus/hv_vss || test -e /sys/kernel/debug/hv_vss")?;
-        ensure!(left.status != Some(0), "{what}: no node should be left");
+        ensure!(left.status == Some(1), "{what}: no node should be left");
         let rings = guest.host().gpadls();
         ensure!(rings == 0, "{what}: {rings} rings are left");
         Ok(())

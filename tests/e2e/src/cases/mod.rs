@@ -207,6 +207,11 @@ fn short_grace(module: Module) -> &'static [&'static str] {
     }
 }
 
+/// What a module is loaded with whose limits leave the case time to come in between, on whichever machine.
+fn limit(name: &str, limit: Duration) -> String {
+    format!("{name}_ms={}", limit.as_millis())
+}
+
 /// Waits until a daemon has registered: from then on HOT_BACKUP is answered 0.
 fn wait_for_daemon(guest: &Guest) -> Result<()> {
     guest.wait_until("HOT_BACKUP is answered 0: a daemon is there", STEP, || {
@@ -599,7 +604,7 @@ fn stands_still(then: &Writer, now: &Writer) -> Option<bool> {
 }
 
 /// The writers that do not go on within 5 s, by file: none of whose writes ends well.
-fn stuck_writers(guest: &Guest) -> Result<Vec<String>> {
+pub fn stuck_writers(guest: &Guest) -> Result<Vec<String>> {
     stuck_writers_of(guest, |_| true)
 }
 

@@ -10,7 +10,7 @@ use super::abi::Received;
 use super::deadman::{make_hung, released, HANG, RELEASED, UNHANG};
 use super::dialogue::{send_thaw, Abi, Asked, Scripted};
 use super::suspend::{self, hibernate};
-use super::{case, load, rounds_or, start, stop, stuck_writers, wait_for_daemon};
+use super::{case, limit, load, rounds_or, start, stop, stuck_writers, wait_for_daemon};
 use super::{who_stands_still, Case};
 use anyhow::{ensure, Context, Result};
 use e2e::agent::CallError;
@@ -821,7 +821,7 @@ fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
     released(guest, "kill -9 in a hung freeze", at, RELEASED)?;
     answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::FAIL)?;
     let left = guest.try_sh(&format!("test -e /proc/{pid}"))?;
-    ensure!(left.status != Some(0), "the killed process should be gone");
+    ensure!(left.status == Some(1), "the killed process should be gone");
     let called_off = vec![(hung.clone(), "called-off".to_owned())];
     equal("what is held", guest.held()?, called_off.clone())?;
 
@@ -1104,7 +1104,8 @@ fn called_off(guest: &Guest) -> Result<()> {
 }
 
 fn thaw_not_answered(guest: &Guest) -> Result<()> {
-    make(guest, &["timeout_ms=2500"])?;
+    let timeout = guest.host().patience(Duration::from_millis(2500));
+    make(guest, &[&limit("timeout", timeout)])?;
     let vss = guest.vss();
     let daemon = Scripted::start(guest, Abi::V2)?;
     for what in ["not read", "read and not answered", "failed"] {

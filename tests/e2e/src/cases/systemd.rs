@@ -7,7 +7,7 @@
 //! What the guest has of ours is what `make install` puts in place, enabled before it boots.
 
 use super::disks::Attached;
-use super::restore::written_within;
+use super::restore::stood_still;
 use super::{Case, When};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
@@ -183,17 +183,7 @@ fn backup(guest: &Guest) -> Result<()> {
     answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
     thawed(guest, "THAW")?;
     // Journal, syslog and whoever else has the disk: as the host saw it.
-    let written = written_within(&disk.log(), 0, |entry| {
-        host.time_of(entry.ended) > frozen.at && host.time_of(entry.arrived) < thawing
-    });
-    equal("writes between the answer and THAW", written, Vec::new())?;
-    let before = written_within(&disk.log(), 0, |entry| {
-        host.time_of(entry.ended) <= frozen.at
-    });
-    ensure!(
-        !before.is_empty(),
-        "there should be writes before the answer"
-    );
+    stood_still(guest, &disk, &frozen, thawing)?;
     disk.stop_log();
     equal("the daemon", wait_active(guest, 0)?, pid)?;
     equal("restarts", property(guest, "NRestarts")?.as_str(), "0")?;

@@ -206,5 +206,5 @@ fn restarted(guest: &Guest) -> Result<()> {
     );
     frozen(next)?;
     answered("THAW", &next.vss().thaw(STEP)?, status::OK)?;
-    next.check_log()
+    next.close()
 }

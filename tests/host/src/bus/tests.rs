@@ -5,7 +5,7 @@
 use super::*;
 use crate::channel::Tx;
 use crate::ic::device::{self, Dialogue, IcDevice, ReplyState};
-use crate::ic::{message_type, Envelope, Version};
+use crate::ic::{message_type, status, Envelope, Version};
 use crate::profile::{Carriage, Profile};
 use crate::vmbus::protocol::{message, GpadlHeader, Guid, InitiateContact, MessageHeader};
 use crate::vmbus::protocol::{OpenChannel, PAGE_SIZE};
@@ -198,9 +198,17 @@ impl Guest {
     }
 
     fn violations(&self) -> usize {
-        let log = self.bus.log();
-        log.filter(|event| matches!(event.kind, EventKind::Violation(_)))
-            .count()
+        self.bus.violations().count()
+    }
+}
+
+/// Makes the answer of a request: of versions that are offered it chooses the first.
+fn answer(packet: &mut [u8]) {
+    packet[25] = 5;
+    if packet[12..14] == message_type::NEGOTIATE.to_le_bytes() {
+        let messages = 36 + 4 * usize::from(packet[28]);
+        packet.copy_within(messages..messages + 4, 40);
+        (packet[18], packet[28], packet[30]) = (16, 1, 1);
     }
 }
 
@@ -216,7 +224,7 @@ fn a_request_reaches_the_guest_and_its_answer_comes_back() {
     assert_eq!(packet.transaction, tx.0);
 
     let mut answer = packet.payload;
-    answer[20..24].copy_from_slice(&7u32.to_le_bytes());
+    answer[20..24].copy_from_slice(&status::FAIL.to_le_bytes());
     answer[25] = 5;
     writer.send(6, 0, packet.transaction, &answer).unwrap();
     assert_eq!(guest.signal(), hypercall::SUCCESS);
@@ -233,7 +241,10 @@ fn a_request_reaches_the_guest_and_its_answer_comes_back() {
             EventKind::Offered,
             EventKind::Opened { ring: 12288 },
             EventKind::Sent { bytes: 6288, .. },
-            EventKind::Reply { status: 7, .. }
+            EventKind::Reply {
+                status: status::FAIL,
+                ..
+            }
         ]
     ));
 }
@@ -305,7 +316,7 @@ fn only_what_was_given_up_is_forgiven_whatever_the_host() {
         // The offer of versions that comes first on a pipe waits as well.
         let offer = lock(&guest.dialogue).first_offer;
         while let Some((mut packet, _)) = reader.receive().unwrap() {
-            packet.payload[25] = 5;
+            answer(&mut packet.payload);
             if packet.payload[28] != 9 {
                 writer
                     .send(6, 0, packet.transaction, &packet.payload)
@@ -336,6 +347,36 @@ fn only_what_was_given_up_is_forgiven_whatever_the_host() {
         guest.signal();
         assert_eq!(guest.violations(), 3, "{}", profile.name);
     }
+}
+
+#[test]
+fn what_is_asked_and_not_answered_is_known() {
+    let mut guest = Guest::new();
+    guest.connect();
+    let (mut reader, mut writer) = guest.open();
+    let unanswered = |guest: &Guest| lock(&guest.dialogue).unanswered();
+    // No answer is held against the guest.
+    assert!(guest.send(b"nonsense").is_ok());
+    assert!(unanswered(&guest).is_empty());
+    reader.receive().unwrap();
+    guest.request(&[1; 6260]);
+    guest.request(&[2; 6260]);
+    assert!(guest.bus.channel(1).unwrap().has_unsent());
+    assert_eq!(unanswered(&guest), ["test"]);
+    let (mut packet, _) = reader.receive().unwrap().expect("a request");
+    answer(&mut packet.payload);
+    writer
+        .send(6, 0, packet.transaction, &packet.payload)
+        .unwrap();
+    guest.signal();
+    // The next one has had room since.
+    assert_eq!(unanswered(&guest), ["test"]);
+    lock(&guest.dialogue).forget();
+    assert!(unanswered(&guest).is_empty());
+    guest.request(&[1; 32]);
+    assert_eq!(unanswered(&guest), ["test"]);
+    guest.bus.rescind(1);
+    assert!(unanswered(&guest).is_empty());
 }
 
 #[test]
@@ -370,7 +411,7 @@ fn a_host_of_pipes_speaks_first_and_without_transactions() {
         let (mut packet, _) = reader.receive().unwrap().expect("a message");
         assert_eq!((packet.transaction, packet.flags), (0, 0));
         assert_eq!(packet.payload[24], 0, "the message's own id");
-        packet.payload[25] = 5;
+        answer(&mut packet.payload);
         writer.send(6, 0, 0, &packet.payload).unwrap();
         guest.signal();
         assert!(matches!(guest.take_reply(tx), ReplyState::Here(_)));
@@ -448,6 +489,24 @@ fn rings_outside_of_memory_are_refused() {
     assert_eq!(kind, message::OPENCHANNEL_RESULT);
     assert_ne!(result[16..20], [0; 4]);
     assert!(!guest.bus.channel(1).unwrap().is_open());
+}
+
+#[test]
+fn a_broken_rule_is_kept_whatever_else_happens_and_one_that_is_not_is_missed() {
+    let mut guest = Guest::new();
+    let broken = |what: &str| EventKind::Violation(what.to_owned());
+    guest.bus.note("vss", broken("the first"));
+    for _ in 0..KEEP {
+        guest.bus.note("vss", EventKind::Offered);
+    }
+    assert_eq!(guest.bus.log().count(), KEEP);
+    assert_eq!(guest.violations(), 1);
+    for _ in 0..KEEP {
+        guest.bus.note("vss", broken("another"));
+    }
+    let first = guest.bus.violations().next().map(|it| &it.kind);
+    assert_eq!(first, Some(&broken(MORE)));
+    assert_eq!(guest.violations(), KEEP);
 }
 
 #[test]

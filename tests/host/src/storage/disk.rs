@@ -48,6 +48,16 @@ pub(crate) struct Command {
     pub done: Box<dyn FnOnce(Outcome) + Send>,
 }
 
+impl Command {
+    /// The data that comes with it.
+    fn brings(&self) -> Result<Vec<u8>, LentError> {
+        match self.way {
+            Way::Out => self.data.read(),
+            Way::In | Way::None => Ok(Vec::new()),
+        }
+    }
+}
+
 /// Which way the data of a command goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
@@ -257,9 +267,20 @@ impl Disk {
         Ok(image)
     }
 
-    /// The log so far.
+    /// The log so far, and behind it the writes that wait for their turn, as they would be now.
     pub fn log(&self) -> Vec<Entry> {
-        self.content().log.clone().unwrap_or_default()
+        let queue = self.queue();
+        let Some(mut log) = self.content().log.clone() else {
+            return Vec::new();
+        };
+        for command in &queue.commands {
+            log.extend(self.0 .0.writes(command).into_iter().map(|change| Entry {
+                arrived: command.arrived,
+                ended: None,
+                change,
+            }));
+        }
+        log
     }
 
     /// Ends the log and gives its memory back.
@@ -335,11 +356,7 @@ impl Shared {
 
     /// Carries a command out; `None` when nobody waits for it any more.
     fn carry_out(&self, command: &Command) -> Option<Outcome> {
-        let data = match command.way {
-            Way::Out => command.data.read(),
-            Way::In | Way::None => Ok(Vec::new()),
-        };
-        let result = data.and_then(|data| {
+        let result = command.brings().and_then(|data| {
             let action = match self.unit.command(&command.cdb, &data) {
                 Ok(action) => action,
                 Err(sense) => return Ok(Outcome::Check(sense)),
@@ -369,6 +386,28 @@ impl Shared {
             Ok(outcome) => Some(outcome),
             Err(LentError::Closed) => None,
             Err(LentError::List | LentError::Memory) => Some(Outcome::BadMemory),
+        }
+    }
+
+    /// What a command that waits for its turn is to change: nothing if it would be refused.
+    fn writes(&self, command: &Command) -> Vec<Change> {
+        let data = command.brings().unwrap_or_default();
+        let write = |extent: Extent, data: Vec<u8>, fua| Change::Write {
+            offset: extent.offset(),
+            data: data.into(),
+            fua,
+        };
+        let discard = |extent: Extent| Change::Discard {
+            offset: extent.offset(),
+            len: extent.len(),
+        };
+        match self.unit.command(&command.cdb, &data) {
+            Ok(Action::Write { extent, fua }) => vec![write(extent, data, fua)],
+            Ok(Action::Fill { extent, block }) => {
+                vec![write(extent, block.repeat(extent.blocks as usize), false)]
+            }
+            Ok(Action::Discard(extents)) => extents.into_iter().map(discard).collect(),
+            Ok(Action::Answer(_) | Action::Read(_) | Action::Flush) | Err(_) => Vec::new(),
         }
     }
 
@@ -436,15 +475,17 @@ impl Content {
         let offset = extent.offset();
         let result = self.store.write(offset, &data);
         result.map_err(|_| Sense::WRITE_ERROR)?;
-        if fua {
-            self.store.flush().map_err(|_| Sense::WRITE_ERROR)?;
-        }
+        let flushed = match fua {
+            true => self.store.flush(),
+            false => Ok(()),
+        };
+        // Written it is either way.
         self.note(arrived, || Change::Write {
             offset,
             data: data.into(),
-            fua,
+            fua: fua && flushed.is_ok(),
         });
-        Ok(())
+        flushed.map_err(|_| Sense::WRITE_ERROR)
     }
 
     fn note(&mut self, arrived: Instant, change: impl FnOnce() -> Change) {
@@ -452,7 +493,7 @@ impl Content {
             let change = change();
             log.push(Entry {
                 arrived,
-                ended: Instant::now(),
+                ended: Some(Instant::now()),
                 change,
             });
         }
@@ -556,7 +597,7 @@ mod tests {
             fua,
         };
         assert_eq!(changes, [&write(1, false), &Change::Flush, &write(2, true)]);
-        assert!(log.iter().all(|entry| entry.arrived <= entry.ended));
+        assert!(log.iter().all(|entry| Some(entry.arrived) <= entry.ended));
         let mut seen = [9; 1];
         before.read(4096, &mut seen);
         assert_eq!(seen, [0]);
@@ -565,6 +606,51 @@ mod tests {
         rig.disk.stop_log();
         assert_eq!(rig.run(&WRITE), WHOLE);
         assert!(rig.disk.log().is_empty());
+    }
+
+    #[test]
+    fn a_write_that_waits_is_in_the_log_and_within_any_time_since_it_came() {
+        let rig = Rig::new();
+        rig.disk.start_log().unwrap();
+        rig.disk.set_hung(true);
+        let start = Instant::now();
+        rig.page(1);
+        let told = rig.start(&WRITE);
+        let (_read, _flush) = (rig.start(&READ), rig.start(&FLUSH));
+        let within = |it: &Entry| it.is_within(|at| at, start, Instant::now());
+        let log = rig.disk.log();
+        assert!(log.len() == 1 && log.iter().all(within), "{log:?}");
+        assert_eq!(log[0].ended, None);
+        rig.disk.set_hung(false);
+        assert_eq!(told.recv_timeout(SOON), Ok(WHOLE));
+        let ended = &rig.disk.log()[0];
+        assert!(ended.ended.is_some() && ended.change == log[0].change);
+        // One that is given back has changed nothing.
+        rig.disk.set_hung(true);
+        let _told = rig.start(&WRITE);
+        rig.disk.abort(5);
+        assert!(rig.disk.log().iter().all(|it| it.ended.is_some()));
+    }
+
+    #[test]
+    fn what_was_written_and_could_not_be_flushed_is_in_the_log() {
+        // It takes whatever is written, and cannot be synced.
+        let null = File::options().write(true).open("/dev/null").unwrap();
+        let mut content = Content {
+            store: Store::File(null),
+            faults: Vec::new(),
+            log: Some(Vec::new()),
+        };
+        let block = Extent { lba: 1, blocks: 1 };
+        let told = content.write(block, vec![1; BLOCK], true, Instant::now());
+        assert_eq!(told, Err(Sense::WRITE_ERROR));
+        let log = content.log.unwrap();
+        let written = Change::Write {
+            offset: BLOCK as u64,
+            data: [1; BLOCK].into(),
+            fua: false,
+        };
+        assert_eq!(log.first().map(|it| &it.change), Some(&written));
     }
 
     #[test]

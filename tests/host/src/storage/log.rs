@@ -35,8 +35,8 @@ pub enum Change {
 pub struct Entry {
     /// When the host took the guest's command.
     pub arrived: Instant,
-    /// When it had been carried out, and the guest was told so.
-    pub ended: Instant,
+    /// When it had been carried out, and the guest was told so; `None` of a write that still waits for its turn.
+    pub ended: Option<Instant>,
     /// What it was.
     pub change: Change,
 }
@@ -47,9 +47,11 @@ impl Entry {
         self.change != Change::Flush
     }
 
-    /// Whether it was under way at some moment after `start` and before `end`.
-    pub fn is_within(&self, start: Instant, end: Instant) -> bool {
-        self.ended > start && self.arrived < end
+    /// Whether it was under way at some moment after `start` and before `end`, which are moments as `clock` has
+    /// them.
+    pub fn is_within<T: PartialOrd>(&self, clock: impl Fn(Instant) -> T, start: T, end: T) -> bool {
+        let has_ended = self.ended.is_some_and(|ended| clock(ended) <= start);
+        !has_ended && clock(self.arrived) < end
     }
 }
 
@@ -75,7 +77,7 @@ mod tests {
         let now = Instant::now();
         Entry {
             arrived: now,
-            ended: now,
+            ended: Some(now),
             change,
         }
     }
@@ -115,13 +117,20 @@ mod tests {
         let at = |ms| start + Duration::from_millis(ms);
         let straddles = Entry {
             arrived: at(10),
-            ended: at(30),
+            ended: Some(at(30)),
             change: Change::Flush,
         };
-        assert!(straddles.is_within(at(20), at(25)));
-        assert!(straddles.is_within(at(0), at(11)));
-        assert!(!straddles.is_within(at(30), at(40)));
-        assert!(!straddles.is_within(at(0), at(10)));
+        let is_within = |it: &Entry, from, to| it.is_within(|at| at, at(from), at(to));
+        assert!(is_within(&straddles, 20, 25));
+        assert!(is_within(&straddles, 0, 11));
+        assert!(!is_within(&straddles, 30, 40));
+        assert!(!is_within(&straddles, 0, 10));
         assert!(!straddles.is_write());
+        let waits = Entry {
+            ended: None,
+            ..straddles
+        };
+        assert!(is_within(&waits, 30, 40));
+        assert!(!is_within(&waits, 0, 10));
     }
 }

@@ -443,8 +443,9 @@ fn end_at(first: &Guest, fault: Fault, stack: Stack, stage: Stage) -> Result<See
         // What it says of that is its last word.
         let ours = "Kernel panic - not syncing: sysrq triggered crash";
         ensure!(guest.vm().console().contains(ours), "another panic");
+        guest.set_judged();
     } else {
-        guest.check_end()?;
+        guest.close()?;
     }
     let unloaded = match suspend::unloads(guest) {
         0 => "without UNLOAD",

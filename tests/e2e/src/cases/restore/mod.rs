@@ -28,11 +28,11 @@ use hyperv_sim::storage::{log, Change, Entry, Image};
 use hyperv_sim::Exit;
 use judge::{judge, judge_by_checker, judge_records_at, Verdict, RESTORES, RESTORES_UNWRITTEN};
 use lab_agent::record;
-use rig::{Backup, Copy, Part, Rig, Volume, COPIES};
+use rig::{written_within, Backup, Copy, Part, Rig, Volume, COPIES};
 use std::time::{Duration, Instant};
 use volume::{Format, Stack};
 
-pub(super) use rig::{written_within, Expected, NOTES};
+pub(super) use rig::{stood_still, Expected, NOTES};
 
 pub const CASES: &[Case] = &[
     long(
@@ -188,7 +188,8 @@ fn lost_thaw(guest: &Guest) -> Result<()> {
         let mut copies = Vec::new();
         for ((volume, attached), base) in rig.volumes.iter().zip(rig.disks()).zip(bases) {
             let mut log = attached.disk.log();
-            let is_after = |entry: &Entry| host.time_of(entry.ended) > freeze.at;
+            let is_before = |at: Instant| host.time_of(at) <= freeze.at;
+            let is_after = |entry: &Entry| !entry.ended.is_some_and(is_before);
             let found = until_written(volume.format, &log, is_after);
             let still = found.map(|it| host.time_of(it.1.arrived).saturating_sub(freeze.at));
             let until = found.map_or(log.as_slice(), |it| it.0);
@@ -504,9 +505,12 @@ fn without_freeze(guest: &Guest, rig: &Rig) -> Result<Vec<Copy>> {
             expected: Expected::at(&notes, volume.slot, |moment| moment < answer),
         };
         for (attached, (base, image)) in volume.disks.iter().zip(parts.by_ref()) {
-            let log = attached.disk.log();
+            let mut log = attached.disk.log();
             let metadata = volume.stack.metadata(&image);
-            let written = written_within(&log, metadata, |entry| entry.ended > answer);
+            let written = written_within(&log, metadata, |entry| {
+                entry.ended.is_none_or(|ended| ended > answer)
+            });
+            log.retain(|entry| entry.ended.is_some());
             copy.written.extend(written);
             copy.parts.push(Part { base, log, image });
         }
@@ -627,6 +631,8 @@ fn restored_root(guest: &Guest, name: &str, module: Module, daemon: Daemon) -> R
         records: judge_records_at(&restored, "/var/lab/records", copy.expected)?,
     };
     println!("     {module:?}: {:?}, {verdict:?}", copy.expected);
+    // What it has said is in the verdict.
+    restored.set_judged();
     restored.vm().kill();
     Ok(describe(&backup, Some(&verdict)))
 }
@@ -808,7 +814,7 @@ mod tests {
         let start = Instant::now();
         let entry = |ms, change| Entry {
             arrived: start + Duration::from_millis(ms),
-            ended: start + Duration::from_millis(ms + 1),
+            ended: Some(start + Duration::from_millis(ms + 1)),
             change,
         };
         let write = |offset| Change::Write {
@@ -824,7 +830,7 @@ mod tests {
             entry(80, write(4)),
         ];
         let until = |format| {
-            let is_after = |it: &Entry| it.ended > start + Duration::from_millis(30);
+            let is_after = |it: &Entry| it.ended > Some(start + Duration::from_millis(30));
             let (until, first) = until_written(format, &log, is_after)?;
             let mut seen = [9; 8];
             log::replay(&Image::default(), until).read(0, &mut seen);

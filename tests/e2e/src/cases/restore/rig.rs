@@ -9,7 +9,8 @@ use anyhow::{bail, ensure, Context, Result};
 use e2e::check::{equal, status_name};
 use e2e::guest::{Guest, Process, STEP};
 use hyperv_sim::ic::status;
-use hyperv_sim::storage::{log, Change, Entry, Image};
+use hyperv_sim::storage::{log, Change, Disk, Entry, Image};
+use hyperv_sim::Reply;
 use lab_agent::{Note, NOTE_LEN};
 use std::time::{Duration, Instant};
 
@@ -254,8 +255,7 @@ impl Rig {
                 let mut log = attached.disk.log();
                 let metadata = volume.stack.metadata(&image);
                 let in_window = |entry: &Entry| {
-                    let (arrived, ended) = (host.time_of(entry.arrived), host.time_of(entry.ended));
-                    ended > freeze.at && arrived < thawing
+                    entry.is_within(|moment| host.time_of(moment), freeze.at, thawing)
                 };
                 let at_will = |entry: &Entry| volume.format.discards_at_will(entry);
                 copy.written.extend(written_within(&log, metadata, |entry| {
@@ -265,7 +265,8 @@ impl Rig {
                 let discards = log.iter().filter(|it| in_window(it) && at_will(it));
                 copy.discarded += discards.clone().count();
                 let image = log::replay(&image, discards);
-                log.retain(|entry| host.time_of(entry.ended) <= freeze.at);
+                let is_before = |moment| host.time_of(moment) <= freeze.at;
+                log.retain(|entry| entry.ended.is_some_and(is_before));
                 copy.parts.push(Part { base, log, image });
             }
             copies.push(copy);
@@ -281,7 +282,7 @@ impl Rig {
 }
 
 /// Which of these entries changed the disk behind its first `metadata` bytes while `within` says so, in words.
-pub(in crate::cases) fn written_within(
+pub(super) fn written_within(
     log: &[Entry],
     metadata: u64,
     within: impl Fn(&Entry) -> bool,
@@ -297,6 +298,28 @@ pub(in crate::cases) fn written_within(
     };
     let log = log.iter().filter(|entry| within(entry));
     log.filter_map(words).collect()
+}
+
+/// Nothing was written to this disk between the answer to FREEZE and `thawing`, on the host's clock; something
+/// was before it, or its log would tell nothing.
+pub(in crate::cases) fn stood_still(
+    guest: &Guest,
+    disk: &Disk,
+    freeze: &Reply,
+    thawing: Duration,
+) -> Result<()> {
+    let clock = |moment| guest.host().time_of(moment);
+    let log = disk.log();
+    let within = |from, to| written_within(&log, 0, |entry| entry.is_within(clock, from, to));
+    ensure!(
+        !within(Duration::ZERO, freeze.at).is_empty(),
+        "there should be writes before the answer"
+    );
+    equal(
+        "writes since the answer",
+        within(freeze.at, thawing),
+        Vec::new(),
+    )
 }
 
 /// What a backup brought.
@@ -430,7 +453,7 @@ impl Expected {
             if is_before(entry.arrived) {
                 expected.least = note.synced;
             }
-            if is_before(entry.ended) {
+            if entry.ended.is_some_and(&is_before) {
                 expected.most = note.begun;
             }
         }
@@ -472,7 +495,7 @@ mod tests {
         let at = |ms| start + Duration::from_millis(ms);
         let note = |slot: u64, arrived, ended, begun, synced| Entry {
             arrived: at(arrived),
-            ended: at(ended),
+            ended: Some(at(ended)),
             change: Change::Write {
                 offset: slot * NOTE_LEN as u64,
                 data: Note { begun, synced }.block().into(),
