@@ -19,6 +19,7 @@ use serde_json::Value;
 use crate::cache::survey;
 use crate::config::Config;
 use crate::control::{ask, reply_of, ControlError, Method};
+use crate::freeze::is_of_anything;
 use crate::hooks;
 use crate::logbook::words;
 use crate::mounts::DevId;
@@ -583,7 +584,10 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
 /// How many file systems are to be frozen, of which the module holds no more than `most`.
 fn how_many(plan: &Plan, most: Option<u64>, is_strict: bool) -> Finding {
     let count = plan.waves.iter().flatten().count();
-    let (grade, text) = match count {
+    let members = plan.waves.iter().flatten();
+    let frozen = members.filter(|it| it.has_means_to_freeze()).count();
+    let is_of_anything = is_of_anything(frozen, plan.losses().count(), is_strict);
+    let (grade, text) = match is_of_anything {
         _ if most.is_some_and(|most| count as u64 > most) => (
             Grade::Problem,
             format!(
@@ -592,9 +596,9 @@ fn how_many(plan: &Plan, most: Option<u64>, is_strict: bool) -> Finding {
                 most.unwrap_or_default()
             ),
         ),
-        0 if is_strict => (Grade::Problem, "there is nothing to freeze".into()),
-        0 => (Grade::Warning, "there is nothing to freeze".into()),
-        _ => {
+        Err(error) => (Grade::Problem, words(&error)),
+        Ok(false) => (Grade::Warning, "there is nothing to freeze".into()),
+        Ok(true) => {
             let waves = plan.waves.len();
             (
                 Grade::Ok,
@@ -811,7 +815,7 @@ fn asks_for_permission(fdinfo: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::Place;
+    use crate::plan::{LeftOut, Place};
 
     #[test]
     fn a_group_that_is_asked_for_permission_is_told_from_one_that_only_hears() {
@@ -1050,6 +1054,34 @@ mod tests {
         let none = Plan::default();
         assert_eq!(grade(&none, Some(2), false), Grade::Warning);
         assert_eq!(grade(&none, Some(2), true), Grade::Problem);
+    }
+
+    #[test]
+    fn where_something_is_wrong_with_all_that_can_freeze_each_freeze_fails() {
+        let lost = |reason| LeftOut {
+            file_system: on("/", &[0]),
+            reason,
+        };
+        let efi = || FileSystem {
+            fs_type: "vfat".into(),
+            ..on("/boot/efi", &[0])
+        };
+        let grade = |waves: Vec<FileSystem>, left_out: Vec<LeftOut>, is_strict| {
+            let plan = Plan {
+                waves: vec![waves],
+                left_out,
+                ..Plan::default()
+            };
+            how_many(&plan, None, is_strict).grade
+        };
+        let broken = || vec![lost(Reason::Broken("it has shut down".into()))];
+        assert_eq!(grade(vec![efi()], broken(), false), Grade::Problem);
+        assert_eq!(grade(vec![], broken(), false), Grade::Problem);
+        assert_eq!(grade(vec![on("/", &[0])], broken(), false), Grade::Ok);
+        // By a rule, or read-only as it was meant to be: then that is all there is.
+        let excluded = || vec![lost(Reason::Excluded("a rule".into()))];
+        assert_eq!(grade(vec![efi()], excluded(), false), Grade::Warning);
+        assert_eq!(grade(vec![efi()], excluded(), true), Grade::Problem);
     }
 
     #[test]

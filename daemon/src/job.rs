@@ -29,7 +29,8 @@ use crate::config::Config;
 use crate::door::Door;
 use crate::fifreeze::Unguarded;
 use crate::freeze::{
-    FreezeError, How, Learnt, Limits, Means, Session, Stay, Summary, Target, ThawError,
+    is_of_anything, FreezeError, How, Learnt, Limits, Means, Session, Stay, Summary, Target,
+    ThawError,
 };
 use crate::ground::{self, GoesOn};
 use crate::hooks::{self, Found, HookError};
@@ -469,16 +470,16 @@ impl Freezer {
                 "{name} has become read-only while it was being frozen, perhaps since an error"
             ));
         }
-        if summary.ours + summary.foreign == 0 {
-            if config.strict || losses > 0 {
-                session.disarm();
-                return Err(match losses {
-                    0 => FreezeError::Nothing.into(),
-                    // Good without that one is one thing, good without all another.
-                    _ => FreezeError::Lost.into(),
-                });
+        match is_of_anything(summary.ours + summary.foreign, losses, config.strict) {
+            Ok(true) => {}
+            Ok(false) => {
+                warnings
+                    .add("nothing at all is frozen: no file system was found that can be".into());
             }
-            warnings.add("nothing at all is frozen: no file system was found that can be".into());
+            Err(error) => {
+                session.disarm();
+                return Err(error.into());
+            }
         }
         Ok(Tried::Done(Frozen {
             session,

@@ -2,7 +2,9 @@
 
 //! What an operator does by hand, and what happens when it is done wrong.
 
-use super::{case, load, observe, start, stood_for_a_second, stop, wait_for_daemon, Case};
+use super::{
+    case, load, observe, start, start_with, stood_for_a_second, stop, wait_for_daemon, Case,
+};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, STEP};
@@ -18,6 +20,11 @@ pub const CASES: &[Case] = &[
         "commands/check-strict-vfat",
         "check and list say what cannot freeze before a strict backup fails of it",
         check_strict_vfat,
+    ),
+    case(
+        "commands/check-lost",
+        "where the only one that can freeze has shut down, beside one that is synced, check says that each FREEZE fails",
+        check_lost,
     ),
     case(
         "commands/rehearsal",
@@ -133,6 +140,34 @@ fn check_strict_vfat(guest: &Guest) -> Result<()> {
         stop(guest, guest.module(), &daemon)?;
     }
     Ok(())
+}
+
+fn check_lost(guest: &Guest) -> Result<()> {
+    const CONFIG: &str = "[include]\npaths = ['/mnt/*']";
+    guest.expect_in_log(&["EXT4-fs (ram1)"])?;
+    make_one(guest)?;
+    make_vfat(guest)?;
+    let daemon = start_with(guest, guest.module(), &[], CONFIG)?;
+    let vss = guest.vss();
+    let agree = |exit, freeze| -> Result<()> {
+        let check = guest.try_sh(&format!("{OURS} check"))?;
+        ensure!(
+            check.status == Some(exit),
+            "check should end with {exit}: {check:?}"
+        );
+        answered("FREEZE", &vss.freeze(&[], STEP)?, freeze)?;
+        if freeze == status::OK {
+            answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+        }
+        Ok(())
+    };
+    // That vfat has no means to freeze is a warning.
+    agree(7, status::OK)?;
+    guest.sh("xfs_io -x -c shutdown /mnt/a")?;
+    agree(6, status::FAIL)?;
+    guest.sh("umount /mnt/a && mount /dev/ram1 /mnt/a")?;
+    agree(7, status::OK)?;
+    stop(guest, guest.module(), &daemon)
 }
 
 fn rehearsal(guest: &Guest) -> Result<()> {
