@@ -25,7 +25,8 @@ use crate::logbook::words;
 use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::plan::{FileSystem, Plan, Reason, Scope};
-use crate::record::RunDir;
+use crate::process;
+use crate::record::{Record, RunDir};
 use crate::sys;
 use crate::topology;
 
@@ -536,7 +537,27 @@ fn run_dir(run: &RunDir, left: Room, is_needed: bool) -> Vec<Finding> {
             finding("record", Grade::Warning, text)
         }
     });
-    error.into_iter().chain(full).chain(aside).collect()
+    let mut all: Vec<Finding> = error.into_iter().chain(full).chain(aside).collect();
+    all.extend(left_behind(run));
+    all
+}
+
+/// What is on record there and has nobody any more who would undo it.
+fn left_behind(run: &RunDir) -> Vec<Finding> {
+    let frozen = run.read().ok().flatten().map(Record::as_one);
+    let frozen = frozen.filter(|it| process::is_dead(it.pid));
+    let frozen = frozen.map(|it| it.frozen).unwrap_or_default();
+    let hooks = run.read_hooks().ok().flatten();
+    let hooks = hooks.filter(|it| process::is_dead(it.pid));
+    let hooks = hooks.map(|it| it.owed).unwrap_or_default();
+    let frozen = frozen.iter().map(|it| format!("{} may be frozen", it.name));
+    let hooks = hooks.iter();
+    let hooks = hooks.map(|it| format!("hook {} is not let go", it.hook.name()));
+    let found = frozen.chain(hooks).map(|what| {
+        let text = format!("{what}, and whoever was to see to that has died: hv_vss thaw");
+        finding("record", Grade::Problem, text)
+    });
+    found.collect()
 }
 
 fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
@@ -815,7 +836,9 @@ fn asks_for_permission(fdinfo: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::calls::{HookRecord, Owed};
     use crate::plan::{LeftOut, Place};
+    use crate::record::Entry;
 
     #[test]
     fn a_group_that_is_asked_for_permission_is_told_from_one_that_only_hears() {
@@ -1165,6 +1188,46 @@ mod tests {
         let found = run_dir(&run, Room::default(), true);
         let is_it = |it: &Finding| it.grade == Grade::Warning && it.text.contains("hooks.json.bad");
         assert!(found.iter().any(is_it), "{found:?}");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_a_dead_process_has_left_is_named_and_what_a_living_one_has_is_not() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-dead-{}", std::process::id()));
+        let run = RunDir::new(&dir);
+        let mut dead = Command::new("true").spawn().unwrap();
+        dead.wait().unwrap();
+        let lock = run.lock().unwrap();
+        for (pid, found) in [(dead.id(), 2), (std::process::id(), 0)] {
+            let entry = Entry {
+                dev: dev(1),
+                devices: Vec::new(),
+                name: "/srv (ext4, 43:1)".into(),
+            };
+            let record = Record {
+                pid,
+                frozen: vec![entry],
+                ..Record::default()
+            };
+            run.write(&record, &lock).unwrap();
+            let hooks = HookRecord {
+                pid,
+                owed: vec![Owed {
+                    hook: hooks::Hook {
+                        path: "/etc/hv_vss/hooks.d/10-a".into(),
+                        contract: hooks::Contract::Qemu,
+                    },
+                    process: None,
+                }],
+                ..HookRecord::default()
+            };
+            run.write_hooks(&hooks).unwrap();
+            let all = left_behind(&run);
+            assert_eq!(all.len(), found, "{all:?}");
+            let says = |words: &str| all.iter().any(|it| it.text.starts_with(words));
+            let all_said = says("/srv (ext4, 43:1) may be frozen") && says("hook 10-a is not");
+            assert_eq!(all_said, found > 0, "{all:?}");
+        }
         fs::remove_dir_all(&dir).unwrap();
     }
 

@@ -234,8 +234,8 @@ impl Freezer {
     }
 
     /// Thaws what somebody has left frozen who has died since.
-    fn undo(&mut self, setting: &Setting) {
-        self.leavings.thaw(&setting.run, &setting.log);
+    fn undo(&mut self, run: &RunDir, log: &Logbook) {
+        self.leavings.thaw(run, log);
     }
 
     /// The hooks that are to be called first, and what they are told; `None` when there are none.
@@ -883,6 +883,7 @@ type Then = Box<dyn FnOnce() + Send>;
 
 enum Order {
     Prepare(Arc<Config>, Logbook),
+    Undo(RunDir, Logbook, Then),
     Do(Then),
     Backup(Box<Backup>),
 }
@@ -933,6 +934,10 @@ impl Worker {
                         freezer.look_over(&config, &log);
                         let _ = process::go_first();
                     }
+                    Order::Undo(run, log, then) => {
+                        freezer.undo(&run, &log);
+                        then();
+                    }
                     Order::Do(then) => then(),
                     Order::Backup(backup) => backup.run(&mut freezer),
                 }
@@ -971,6 +976,13 @@ impl Worker {
     pub fn prepare(&self, config: &Arc<Config>, log: &Logbook) {
         // Without a worker the next backup fails, and that is where it is said.
         let order = Order::Prepare(Arc::clone(config), log.clone());
+        let _ = self.orders.send(order);
+    }
+
+    /// Has undone what somebody has left frozen in `run` who has died, and `then` done, whatever came of it.
+    pub fn undo(&self, run: &RunDir, log: &Logbook, then: impl FnOnce() + Send + 'static) {
+        let order = Order::Undo(run.clone(), log.clone(), Box::new(then));
+        // Without a worker the next backup fails, and that is where it is said.
         let _ = self.orders.send(order);
     }
 
@@ -1038,7 +1050,7 @@ fn in_two<T: Send + 'static>(
 impl Backup {
     fn run(self, freezer: &mut Freezer) {
         // What is frozen would hold up hooks.
-        freezer.undo(&self.setting);
+        freezer.undo(&self.setting.run, &self.setting.log);
         let quiesced = self.quiesce(freezer);
         match quiesced.and_then(|()| freezer.freeze(&self.setting)) {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use hv_vss_uapi::{op, thawed};
 use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token, Waker};
+use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use sd_notify::NotifyState;
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
@@ -42,7 +42,7 @@ use crate::job::{About, Job, Outcome, Setting, Worker, LOOK};
 use crate::logbook::{words, Level, Logbook};
 use crate::process;
 use crate::progress::Stage;
-use crate::record::{RecordError, RunDir};
+use crate::record::{Ends, RecordError, RunDir};
 use crate::recovery::{self, Recovery};
 use crate::sys;
 use crate::waiting::Waiting;
@@ -51,8 +51,9 @@ const DEVICE: Token = Token(0);
 const SIGNALS: Token = Token(1);
 const JOB: Token = Token(2);
 const GUARD: Token = Token(3);
+const LOCKS: Token = Token(4);
 /// And all above.
-const CONTROL: Token = Token(4);
+const CONTROL: Token = Token(5);
 
 /// First and longest pause between attempts to open a device that went away.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
@@ -177,18 +178,30 @@ fn answer_meanwhile(run: &RunDir, log: &Logbook, who: &str) -> Option<Waiting> {
     })
 }
 
-/// Lets go what a dead daemon has called, if it has left any hooks.
+/// Without that what a dead process has left is undone with the next backup.
+fn watch_ends(run: &RunDir, registry: &Registry, log: &Logbook) -> Option<Ends> {
+    let watched = run.ends().map_err(|error| words(&error)).and_then(|ends| {
+        let registered =
+            registry.register(&mut SourceFd(&ends.as_raw_fd()), LOCKS, Interest::READABLE);
+        registered.map(|()| ends).map_err(|error| error.to_string())
+    });
+    watched
+        .inspect_err(|error| log.warning(format!("the death of a rehearsal is not seen: {error}")))
+        .ok()
+}
+
+/// Lets go what a dead daemon or rehearsal has called, if it has left any hooks.
 fn let_go_what_is_left(
     run: &RunDir,
     log: &Logbook,
     tell: impl Fn(HookOutcome) + Send + 'static,
 ) -> Option<Calling> {
     let left = Calling::recover(run, log, tell).unwrap_or_else(|error| {
-        log.error(format!("hooks that a dead daemon has called: {error}"));
+        log.error(format!("hooks that a dead process has called: {error}"));
         None
     });
     if left.is_some() {
-        log.warning("a dead daemon has left hooks that are now let go");
+        log.warning("a dead process has left hooks that are now let go");
     }
     left
 }
@@ -204,6 +217,8 @@ fn notify(log: &Logbook, states: &[NotifyState<'_>]) {
 enum News {
     Job(Outcome),
     Hooks(HookOutcome),
+    /// What a dead process had frozen is thawed, as far as can be.
+    Undone,
     Config(Box<Result<Config, ConfigError>>),
     Reply((Client, Result<Vec<u8>, String>)),
 }
@@ -216,6 +231,10 @@ pub struct Service {
     machine: Backup,
     hands: Hands,
     control: Control,
+    /// Tells of the end of whoever has a record in the run directory, if anything does.
+    ends: Option<Ends>,
+    /// Whether somebody may have died there since that was looked at.
+    has_ended: bool,
     /// Guards that have been killed and may still be inside the kernel.
     buried: Vec<Arc<Guard>>,
     /// Those who wait to hear that all is thawed.
@@ -296,6 +315,7 @@ impl Service {
             .register(&mut signals, SIGNALS, Interest::READABLE)
             .map_err(failed("watch signals"))?;
         let waker = Waker::new(registry, JOB).map_err(failed("make a waker"))?;
+        let ends = watch_ends(&run, registry, &log);
         let control = Control::listen(&run, registry, CONTROL).map_err(failed("be asked"))?;
         let mut recovery = Recovery::start(&run, &log);
         let mut unfinished = Unfinished::new(&run);
@@ -338,6 +358,8 @@ impl Service {
                 last_entry: None,
             },
             control,
+            ends,
+            has_ended: false,
             buried: Vec::new(),
             waiting: Vec::new(),
             reloading: Vec::new(),
@@ -370,6 +392,9 @@ impl Service {
                 match news {
                     News::Job(outcome) => self.on_outcome(outcome),
                     News::Hooks(outcome) => self.on_hooks(outcome),
+                    News::Undone if self.machine.is_at_rest() => self.let_go_what_is_left(),
+                    // It is looked at again.
+                    News::Undone => self.has_ended = true,
                     News::Config(loaded) => self.on_config(*loaded),
                     News::Reply((client, reply)) => self.control.reply_with(client, reply),
                 }
@@ -387,6 +412,9 @@ impl Service {
             }
             if woken(GUARD) {
                 self.on_guard();
+            }
+            if woken(LOCKS) {
+                self.has_ended |= self.ends.as_ref().is_some_and(Ends::any);
             }
             // And what the host asks before what is due as long as it has not asked, should this have been stopped.
             if woken(DEVICE) {
@@ -429,6 +457,39 @@ impl Service {
             self.control.reply(client, json!({ "thawed": true }));
         }
         self.see_to_guard();
+        if self.has_ended && self.machine.is_at_rest() {
+            self.has_ended = false;
+            self.undo_what_is_left();
+        }
+    }
+
+    /// Has undone what somebody has left who has died beside this: a rehearsal.
+    fn undo_what_is_left(&mut self) {
+        let Hands {
+            run, log, worker, ..
+        } = &self.hands;
+        if !matches!(run.read(), Ok(Some(_))) {
+            self.let_go_what_is_left();
+        } else if run.is_free() {
+            let tell = teller(&self.hands.tell, |()| News::Undone);
+            worker.undo(run, log, move || tell(()));
+        }
+        // Else it lives, or its guard is at the thaw, and the end of that is told as well.
+    }
+
+    /// Lets go its hooks, if nobody else does.
+    fn let_go_what_is_left(&mut self) {
+        let Hands { run, log, tell, .. } = &self.hands;
+        let own = std::process::id();
+        // What we could not let go ourselves is tried again with the next backup.
+        let is_left = matches!(run.read_hooks(), Ok(Some(it)) if it.pid != own);
+        if !is_left || !run.is_free_of_hooks() {
+            return;
+        }
+        self.hands.calling = let_go_what_is_left(run, log, teller(tell, News::Hooks));
+        if self.hands.calling.is_some() {
+            self.machine.releases();
+        }
     }
 
     /// Has a guard ready where one is wanted.

@@ -2,9 +2,7 @@
 
 //! What an operator does by hand, and what happens when it is done wrong.
 
-use super::{
-    case, load, observe, start, start_with, stood_for_a_second, stop, wait_for_daemon, Case,
-};
+use super::{case, load, observe, start, stood_for_a_second, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, STEP};
@@ -147,7 +145,9 @@ fn check_lost(guest: &Guest) -> Result<()> {
     guest.expect_in_log(&["EXT4-fs (ram1)"])?;
     make_one(guest)?;
     make_vfat(guest)?;
-    let daemon = start_with(guest, guest.module(), &[], CONFIG)?;
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with(CONFIG)?;
+    wait_for_daemon(guest)?;
     let vss = guest.vss();
     let agree = |exit, freeze| -> Result<()> {
         let check = guest.try_sh(&format!("{OURS} check"))?;
