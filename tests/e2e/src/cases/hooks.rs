@@ -67,8 +67,8 @@ pub const CASES: &[Case] = &[
     ).long(),
     case(
         "hooks/rehearsal",
-        "a rehearsal calls hooks as a backup does, also when its terminal is closed, fails with one that is required, \
-         and calls none when told so",
+        "a rehearsal calls hooks as a backup does, also when its terminal is closed or stops it, or nobody reads its log, \
+         fails with one that is required, and calls none when told so",
         rehearsal,
     ).long(),
     case(
@@ -599,8 +599,8 @@ fn rehearsal(guest: &Guest) -> Result<()> {
     noted(guest, "a rehearsal", &["10-a freeze ", "10-a thaw good"])?;
     guest.sh(&format!("{REHEARSAL} --no-hooks"))?;
     equal("hooks that are not to be called", notes(guest)?.len(), 0)?;
-    // The terminal that it was started from is closed, and its quit key.
-    for signal in [1, 3] {
+    // The terminal that it was started from is closed, and the keys of that which quit and stop.
+    for signal in [1, 3, 20] {
         let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "50s"])?;
         guest.wait_until("both writers stand still", STEP, || {
             Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
@@ -610,6 +610,16 @@ fn rehearsal(guest: &Guest) -> Result<()> {
         let expected = ["10-a freeze ", "10-a thaw good"];
         noted(guest, &format!("signal {signal}"), &expected)?;
     }
+    let stuck = format!(
+        "mkfifo /run/stuck; exec 3<>/run/stuck; head -c 65536 /dev/zero >&3; exec {REHEARSAL} 2>&3"
+    );
+    let rehearsal = guest.spawn(&["sh", "-c", &stuck])?;
+    let expected = ["10-a freeze ", "10-a thaw good"];
+    let seen = noted(guest, "a log that nobody reads", &expected);
+    guest.signal(&rehearsal, 9)?;
+    guest.wait(&rehearsal, STEP)?;
+    guest.sh("rm /run/stuck; /payload/hv_vss_daemon thaw")?;
+    seen?;
     hook(guest, "20-b", "[ $1 != freeze ]")?;
     let ended = guest.try_sh(REHEARSAL)?;
     ensure!(
