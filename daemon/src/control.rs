@@ -358,6 +358,12 @@ impl Control {
         if self.clients.len() < MOST_CLIENTS {
             return true;
         }
+        // Whose call has come and is not taken up yet waits as well.
+        self.clients
+            .retain(|_, line| line.hear() && !line.is_over());
+        if self.clients.len() < MOST_CLIENTS {
+            return true;
+        }
         let oldest = |may_go: fn(&Line) -> bool| {
             let mut clients = self.clients.iter();
             let found = clients.find(|(_, line)| may_go(line));
@@ -550,6 +556,37 @@ mod tests {
         for stream in &mut streams {
             assert!(stream.read(&mut [0; 8]).unwrap() > 0);
         }
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn whose_call_has_come_already_is_not_sent_away() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-called-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let run = RunDir::new(&dir);
+        let poll = Poll::new().unwrap();
+        let mut control = Control::listen(&run, poll.registry(), Token(7)).unwrap();
+        let call = message(&json!({ "method": Method::Thaw.name() }));
+        // One more than there is room for, and all of them while nobody listens.
+        let ask = |_| {
+            let mut stream = connect(&run);
+            stream.write_all(&call).unwrap();
+            let limit = Some(Duration::from_millis(50));
+            stream.set_read_timeout(limit).unwrap();
+            stream
+        };
+        let mut streams: Vec<_> = (0..=MOST_CLIENTS).map(ask).collect();
+        control.accept(poll.registry());
+        let asked: Vec<_> = std::iter::from_fn(|| control.next_call()).collect();
+        for (client, _) in &asked {
+            control.reply(*client, json!({ "thawed": true }));
+        }
+        let replied = streams
+            .iter_mut()
+            .map(|it| it.read(&mut [0; 8]).is_ok_and(|n| n > 0));
+        let replied: Vec<bool> = replied.collect();
+        let expected: Vec<bool> = (0..=MOST_CLIENTS).map(|it| it < MOST_CLIENTS).collect();
+        assert_eq!(replied, expected);
         std::fs::remove_dir_all(&dir).unwrap();
     }
 
