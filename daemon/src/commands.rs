@@ -588,7 +588,8 @@ pub fn reload(
     config: impl FnOnce() -> Result<Config, ConfigError>,
     log: &Logbook,
 ) -> Result<(), CommandError> {
-    let reply = control::ask(run, Method::Reload)?;
+    // Each file of it may take some seconds, and so may what another has asked for before.
+    let reply = control::ask_patiently(run, Method::Reload, |_| {})?;
     reloaded(&reply, config, log)
 }
 

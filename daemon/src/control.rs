@@ -19,7 +19,6 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::Serialize;
 use serde_json::{json, Value};
 
-use crate::config;
 use crate::process;
 use crate::record::RunDir;
 
@@ -72,15 +71,6 @@ impl Method {
         };
         format!("{INTERFACE}.{method}")
     }
-
-    /// How long the daemon may take for the reply.
-    fn patience(self) -> Duration {
-        match self {
-            // It replies when that has been read, or cannot be.
-            Method::Reload => config::PATIENCE + PATIENCE,
-            Method::Thaw | Method::Status | Method::History | Method::Check => PATIENCE,
-        }
-    }
 }
 
 /// Why there is no reply.
@@ -122,7 +112,7 @@ pub fn who_serves(run: &RunDir) -> Option<u32> {
 
 /// Asks the daemon whose run directory this is.
 pub fn ask(run: &RunDir, method: Method) -> Result<Value, ControlError> {
-    ask_for(run, method, method.patience(), |silent| Err(silent.into()))
+    ask_for(run, method, PATIENCE, |silent| Err(silent.into()))
 }
 
 /// The same for what may take as long as a disk hangs: as long as the daemon replies to others it is waited for, and
@@ -690,11 +680,6 @@ mod tests {
         let reply = ask_for(&run, Method::Thaw, PAUSE, silent);
         assert!(matches!(reply, Err(ControlError::Nobody)));
         std::fs::remove_dir_all(&dir).unwrap();
-    }
-
-    #[test]
-    fn who_asks_for_the_configuration_to_be_read_waits_for_as_long_as_that_may_take() {
-        assert!(Method::Reload.patience() > config::PATIENCE);
     }
 
     #[test]

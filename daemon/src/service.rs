@@ -219,7 +219,8 @@ enum News {
     Hooks(HookOutcome),
     /// What a dead process had frozen is thawed, as far as can be.
     Undone,
-    Config(Box<Result<Config, ConfigError>>),
+    /// For whoever has asked for it.
+    Config(Option<Client>, Box<Result<Config, ConfigError>>),
     Reply((Client, Result<Vec<u8>, String>)),
 }
 
@@ -239,8 +240,8 @@ pub struct Service {
     buried: Vec<Arc<Guard>>,
     /// Those who wait to hear that all is thawed.
     waiting: Vec<Client>,
-    /// Those who wait to hear whether a configuration is in force.
-    reloading: Vec<Client>,
+    /// The configuration that is in force once no backup is under way.
+    next_config: Option<Config>,
     stopping: bool,
     /// How often the service manager wants to hear from us, and when next.
     watchdog: Option<(Duration, Instant)>,
@@ -362,7 +363,7 @@ impl Service {
             has_ended: false,
             buried: Vec::new(),
             waiting: Vec::new(),
-            reloading: Vec::new(),
+            next_config: None,
             stopping: false,
             watchdog: sd_notify::watchdog_enabled().map(|limit| (limit / 2, Instant::now())),
             poll,
@@ -395,7 +396,7 @@ impl Service {
                     News::Undone if self.machine.is_at_rest() => self.let_go_what_is_left(),
                     // It is looked at again.
                     News::Undone => self.has_ended = true,
-                    News::Config(loaded) => self.on_config(*loaded),
+                    News::Config(client, loaded) => self.on_config(client, *loaded),
                     News::Reply((client, reply)) => self.control.reply_with(client, reply),
                 }
             }
@@ -404,7 +405,7 @@ impl Service {
                     match signal {
                         SIGHUP => {
                             // Why not, it has said.
-                            let _ = self.hands.reload();
+                            let _ = self.hands.reload(None);
                         }
                         _ => self.stop(),
                     }
@@ -457,6 +458,9 @@ impl Service {
             self.control.reply(client, json!({ "thawed": true }));
         }
         self.see_to_guard();
+        if let Some(config) = self.next_config.take() {
+            self.adopt_config(config);
+        }
         if self.has_ended && self.machine.is_at_rest() {
             self.has_ended = false;
             self.undo_what_is_left();
@@ -765,29 +769,38 @@ impl Service {
         }
     }
 
-    /// Goes by another configuration, or, when it is not one, by the one that there is.
-    fn on_config(&mut self, loaded: Result<Config, ConfigError>) {
-        let hands = &mut self.hands;
+    /// Goes by another configuration, at once or after the backup under way; or, when it is not one, by the one that
+    /// there is.
+    fn on_config(&mut self, client: Option<Client>, loaded: Result<Config, ConfigError>) {
         let reply = match loaded {
-            Ok(config) => {
-                self.machine.set_deadline(config.deadline);
-                hands.config = Arc::new(config);
-                hands.log.info("the configuration is read again");
-                hands.warn();
-                hands.look_over();
+            Ok(config) if self.machine.is_idle() => {
+                self.adopt_config(config);
                 json!({ "reloaded": true })
+            }
+            Ok(config) => {
+                self.next_config = Some(config);
+                json!({ "reloaded": false, "later": true })
             }
             Err(error) => {
                 let error = words(&error);
-                hands
-                    .log
-                    .error(format!("{error}; the configuration stays as it was"));
+                let log = &self.hands.log;
+                log.error(format!("{error}; the configuration stays as it was"));
                 json!({ "reloaded": false, "error": error })
             }
         };
-        for client in std::mem::take(&mut self.reloading) {
-            self.control.reply(client, reply.clone());
+        if let Some(client) = client {
+            self.control.reply(client, reply);
         }
+    }
+
+    fn adopt_config(&mut self, config: Config) {
+        self.next_config = None;
+        self.machine.set_deadline(config.deadline);
+        let hands = &mut self.hands;
+        hands.config = Arc::new(config);
+        hands.log.info("the configuration is read again");
+        hands.warn();
+        hands.look_over();
     }
 
     /// Why a FREEZE would be refused as things are, if it would.
@@ -805,10 +818,11 @@ impl Service {
     fn on_call(&mut self, client: Client, method: Method) {
         match method {
             Method::Reload => {
-                let reply = match self.hands.reload() {
+                // Else it would take longer than anybody waits.
+                let waits = self.machine.is_idle().then_some(client);
+                let reply = match self.hands.reload(waits) {
                     Err(why) => json!({ "reloaded": false, "error": why }),
-                    Ok(()) if self.machine.is_idle() => return self.reloading.push(client),
-                    // It would take longer than anybody waits.
+                    Ok(()) if waits.is_some() => return,
                     Ok(()) => json!({ "reloaded": false, "later": true }),
                 };
                 self.control.reply(client, reply);
@@ -1002,13 +1016,15 @@ impl Hands {
         }
     }
 
-    /// Has the configuration read again, which counts as soon as nothing is frozen; or says why not.
-    fn reload(&mut self) -> Result<(), &'static str> {
-        let tell = teller(&self.tell, |it| News::Config(Box::new(it)));
+    /// Has the configuration read again for `client`, if anybody waits for that; or says why not.
+    fn reload(&mut self, client: Option<Client>) -> Result<(), &'static str> {
+        let tell = teller(&self.tell, |(client, it)| {
+            News::Config(client, Box::new(it))
+        });
         let path = self.config_path.clone();
-        let read = move || Config::load_in_time(path.as_deref());
-        // The setting that cures what the history hangs in may be in it.
-        if self.worker.aside(read, tell) {
+        let read = move || tell((client, Config::load_in_time(path.as_deref())));
+        // The setting that cures what the history, or whoever freezes, hangs in may be in it.
+        if self.worker.aside(read) {
             return Ok(());
         }
         let why = "the configuration is not read: a disk does not let itself be used";
