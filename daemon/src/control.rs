@@ -94,8 +94,13 @@ fn path(run: &RunDir) -> PathBuf {
 /// Who listens in this run directory, and a line to it. One that has ended and is still inside the kernel has its
 /// socket open, and will never reply: that is nobody.
 fn connect(run: &RunDir) -> Result<(std::os::unix::net::UnixStream, u32), ControlError> {
-    let connected = std::os::unix::net::UnixStream::connect(path(run));
-    let stream = connected.map_err(|_| ControlError::Nobody)?;
+    // One that takes nobody up any more, and has no room for more to wait, would be waited for without end.
+    let stream = match UnixStream::connect(path(run)) {
+        Ok(stream) => std::os::unix::net::UnixStream::from(stream),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(e.into()),
+        Err(_) => return Err(ControlError::Nobody),
+    };
+    stream.set_nonblocking(false)?;
     let peer = getsockopt(&stream, PeerCredentials).map_err(io::Error::from)?;
     // 0 is one of a container, whose number is not known here.
     let pid = u32::try_from(peer.pid()).unwrap_or_default();
@@ -106,8 +111,8 @@ fn connect(run: &RunDir) -> Result<(std::os::unix::net::UnixStream, u32), Contro
 }
 
 /// The process that listens in this run directory, be it one that does not reply.
-pub fn who_serves(run: &RunDir) -> Option<u32> {
-    connect(run).ok().map(|(_, pid)| pid)
+pub fn who_serves(run: &RunDir) -> Result<u32, ControlError> {
+    connect(run).map(|(_, pid)| pid)
 }
 
 /// Asks the daemon whose run directory this is.
@@ -679,6 +684,34 @@ mod tests {
         let silent = |_| Err(ControlError::Nobody);
         let reply = ask_for(&run, Method::Thaw, PAUSE, silent);
         assert!(matches!(reply, Err(ControlError::Nobody)));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_daemon_that_takes_nobody_up_any_more_does_not_reply() {
+        use nix::sys::socket::{
+            bind, listen, socket, AddressFamily, Backlog, SockFlag, SockType, UnixAddr,
+        };
+        let dir = std::env::temp_dir().join(format!("hv-vss-full-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let run = RunDir::new(&dir);
+        let (family, none) = (AddressFamily::Unix, SockFlag::empty());
+        let listener = socket(family, SockType::Stream, none, None).unwrap();
+        let address = UnixAddr::new(&path(&run)).unwrap();
+        bind(std::os::fd::AsRawFd::as_raw_fd(&listener), &address).unwrap();
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        // There is room for one.
+        let _first = connect(&run);
+        let (tell, told) = std::sync::mpsc::channel();
+        let theirs = run.clone();
+        std::thread::spawn(move || {
+            let _ = tell.send((ask(&theirs, Method::Status), who_serves(&theirs)));
+        });
+        let (asked, who) = told.recv_timeout(PATIENCE).expect("it hangs");
+        assert!(matches!(asked, Err(ControlError::Io(_))), "{asked:?}");
+        assert!(matches!(who, Err(ControlError::Io(_))), "{who:?}");
+        drop(listener);
+        assert!(matches!(who_serves(&run), Err(ControlError::Nobody)));
         std::fs::remove_dir_all(&dir).unwrap();
     }
 

@@ -135,7 +135,9 @@ pub fn open_device(
         let dead = match Device::open(path) {
             // Beside another that serves it does not matter who has died.
             Err(error) if error.is_busy() => {
-                let other = control::who_serves(run).filter(|it| *it != std::process::id());
+                let other = control::who_serves(run)
+                    .ok()
+                    .filter(|it| *it != std::process::id());
                 match other.is_none() && recovery::owner_lingers(run) {
                     // One that has died may have come out just now.
                     false if !managed => return Device::open(path),
