@@ -181,6 +181,11 @@ impl Backup {
         }
     }
 
+    /// Hooks that somebody has left who has died are being let go. Only while it is [at rest](Backup::is_at_rest).
+    pub fn releases(&mut self) {
+        self.phase = Phase::Releasing(None);
+    }
+
     /// From the next FREEZE on.
     pub fn set_deadline(&mut self, deadline: Duration) {
         self.deadline = deadline;
@@ -189,6 +194,11 @@ impl Backup {
     /// Whether no job is under way.
     pub fn is_idle(&self) -> bool {
         matches!(self.phase, Phase::Idle | Phase::Releasing(_))
+    }
+
+    /// Whether there is nothing to be done, not even for hooks.
+    pub fn is_at_rest(&self) -> bool {
+        self.phase == Phase::Idle && !self.stopping
     }
 
     /// Whether a job freezes.

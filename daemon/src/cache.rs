@@ -357,7 +357,7 @@ impl Cache {
         };
         let left_out = plan.left_out.iter().filter(is_worth_a_word);
         gathered.missing = left_out.map(missing).collect();
-        gathered.losses = losses(&plan).count();
+        gathered.losses = plan.losses().count();
         if config.strict {
             let missing = strict_about(&plan);
             if !missing.is_empty() {
@@ -635,18 +635,13 @@ fn missing(left: &LeftOut) -> Missing {
     }
 }
 
-/// What something is wrong with.
-fn losses(plan: &Plan) -> impl Iterator<Item = &LeftOut> {
-    plan.left_out.iter().filter(|it| it.reason.is_a_loss())
-}
-
 /// What a strict backup fails for: that, and what is known to have no means to freeze.
 fn strict_about(plan: &Plan) -> Vec<Missing> {
     let never_held = plan.synced.iter().map(|it| Missing {
         name: it.to_string(),
         reason: "it has no means to freeze".into(),
     });
-    losses(plan).map(missing).chain(never_held).collect()
+    plan.losses().map(missing).chain(never_held).collect()
 }
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use nix::sys::signal::{killpg, Signal};
+use nix::sys::signal::{killpg, SigSet, Signal};
 use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::{pipe2, Pid};
 use serde::{Deserialize, Serialize};
@@ -933,6 +933,8 @@ pub fn become_hook(mut args: impl Iterator<Item = OsString>) -> u8 {
         return NO_WORD;
     }
     let path = args.next().unwrap_or_default();
+    // A rehearsal has some signals blocked.
+    let _ = SigSet::empty().thread_set_mask();
     let mut hook = Command::new(&path);
     let error = hook.args(args).stdin(Stdio::null()).exec();
     // It goes into the log; if not, the exit status says as much.

@@ -19,12 +19,14 @@ use serde_json::Value;
 use crate::cache::survey;
 use crate::config::Config;
 use crate::control::{ask, reply_of, ControlError, Method};
+use crate::freeze::is_of_anything;
 use crate::hooks;
 use crate::logbook::words;
 use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::plan::{FileSystem, Plan, Reason, Scope};
-use crate::record::RunDir;
+use crate::process;
+use crate::record::{Record, RunDir};
 use crate::sys;
 use crate::topology;
 
@@ -535,7 +537,27 @@ fn run_dir(run: &RunDir, left: Room, is_needed: bool) -> Vec<Finding> {
             finding("record", Grade::Warning, text)
         }
     });
-    error.into_iter().chain(full).chain(aside).collect()
+    let mut all: Vec<Finding> = error.into_iter().chain(full).chain(aside).collect();
+    all.extend(left_behind(run));
+    all
+}
+
+/// What is on record there and has nobody any more who would undo it.
+fn left_behind(run: &RunDir) -> Vec<Finding> {
+    let frozen = run.read().ok().flatten().map(Record::as_one);
+    let frozen = frozen.filter(|it| process::is_dead(it.pid));
+    let frozen = frozen.map(|it| it.frozen).unwrap_or_default();
+    let hooks = run.read_hooks().ok().flatten();
+    let hooks = hooks.filter(|it| process::is_dead(it.pid));
+    let hooks = hooks.map(|it| it.owed).unwrap_or_default();
+    let frozen = frozen.iter().map(|it| format!("{} may be frozen", it.name));
+    let hooks = hooks.iter();
+    let hooks = hooks.map(|it| format!("hook {} is not let go", it.hook.name()));
+    let found = frozen.chain(hooks).map(|what| {
+        let text = format!("{what}, and whoever was to see to that has died: hv_vss thaw");
+        finding("record", Grade::Problem, text)
+    });
+    found.collect()
 }
 
 fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
@@ -583,7 +605,10 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
 /// How many file systems are to be frozen, of which the module holds no more than `most`.
 fn how_many(plan: &Plan, most: Option<u64>, is_strict: bool) -> Finding {
     let count = plan.waves.iter().flatten().count();
-    let (grade, text) = match count {
+    let members = plan.waves.iter().flatten();
+    let frozen = members.filter(|it| it.has_means_to_freeze()).count();
+    let is_of_anything = is_of_anything(frozen, plan.losses().count(), is_strict);
+    let (grade, text) = match is_of_anything {
         _ if most.is_some_and(|most| count as u64 > most) => (
             Grade::Problem,
             format!(
@@ -592,9 +617,9 @@ fn how_many(plan: &Plan, most: Option<u64>, is_strict: bool) -> Finding {
                 most.unwrap_or_default()
             ),
         ),
-        0 if is_strict => (Grade::Problem, "there is nothing to freeze".into()),
-        0 => (Grade::Warning, "there is nothing to freeze".into()),
-        _ => {
+        Err(error) => (Grade::Problem, words(&error)),
+        Ok(false) => (Grade::Warning, "there is nothing to freeze".into()),
+        Ok(true) => {
             let waves = plan.waves.len();
             (
                 Grade::Ok,
@@ -811,7 +836,9 @@ fn asks_for_permission(fdinfo: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::Place;
+    use crate::calls::{HookRecord, Owed};
+    use crate::plan::{LeftOut, Place};
+    use crate::record::Entry;
 
     #[test]
     fn a_group_that_is_asked_for_permission_is_told_from_one_that_only_hears() {
@@ -1053,6 +1080,34 @@ mod tests {
     }
 
     #[test]
+    fn where_something_is_wrong_with_all_that_can_freeze_each_freeze_fails() {
+        let lost = |reason| LeftOut {
+            file_system: on("/", &[0]),
+            reason,
+        };
+        let efi = || FileSystem {
+            fs_type: "vfat".into(),
+            ..on("/boot/efi", &[0])
+        };
+        let grade = |waves: Vec<FileSystem>, left_out: Vec<LeftOut>, is_strict| {
+            let plan = Plan {
+                waves: vec![waves],
+                left_out,
+                ..Plan::default()
+            };
+            how_many(&plan, None, is_strict).grade
+        };
+        let broken = || vec![lost(Reason::Broken("it has shut down".into()))];
+        assert_eq!(grade(vec![efi()], broken(), false), Grade::Problem);
+        assert_eq!(grade(vec![], broken(), false), Grade::Problem);
+        assert_eq!(grade(vec![on("/", &[0])], broken(), false), Grade::Ok);
+        // By a rule, or read-only as it was meant to be: then that is all there is.
+        let excluded = || vec![lost(Reason::Excluded("a rule".into()))];
+        assert_eq!(grade(vec![efi()], excluded(), false), Grade::Warning);
+        assert_eq!(grade(vec![efi()], excluded(), true), Grade::Problem);
+    }
+
+    #[test]
     fn what_is_on_a_disk_from_elsewhere_is_named_with_it() {
         let disk = |name: &str, served| crate::ground::Disk {
             name: name.into(),
@@ -1133,6 +1188,46 @@ mod tests {
         let found = run_dir(&run, Room::default(), true);
         let is_it = |it: &Finding| it.grade == Grade::Warning && it.text.contains("hooks.json.bad");
         assert!(found.iter().any(is_it), "{found:?}");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_a_dead_process_has_left_is_named_and_what_a_living_one_has_is_not() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-dead-{}", std::process::id()));
+        let run = RunDir::new(&dir);
+        let mut dead = Command::new("true").spawn().unwrap();
+        dead.wait().unwrap();
+        let lock = run.lock().unwrap();
+        for (pid, found) in [(dead.id(), 2), (std::process::id(), 0)] {
+            let entry = Entry {
+                dev: dev(1),
+                devices: Vec::new(),
+                name: "/srv (ext4, 43:1)".into(),
+            };
+            let record = Record {
+                pid,
+                frozen: vec![entry],
+                ..Record::default()
+            };
+            run.write(&record, &lock).unwrap();
+            let hooks = HookRecord {
+                pid,
+                owed: vec![Owed {
+                    hook: hooks::Hook {
+                        path: "/etc/hv_vss/hooks.d/10-a".into(),
+                        contract: hooks::Contract::Qemu,
+                    },
+                    process: None,
+                }],
+                ..HookRecord::default()
+            };
+            run.write_hooks(&hooks).unwrap();
+            let all = left_behind(&run);
+            assert_eq!(all.len(), found, "{all:?}");
+            let says = |words: &str| all.iter().any(|it| it.text.starts_with(words));
+            let all_said = says("/srv (ext4, 43:1) may be frozen") && says("hook 10-a is not");
+            assert_eq!(all_said, found > 0, "{all:?}");
+        }
         fs::remove_dir_all(&dir).unwrap();
     }
 

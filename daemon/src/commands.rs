@@ -588,7 +588,8 @@ pub fn reload(
     config: impl FnOnce() -> Result<Config, ConfigError>,
     log: &Logbook,
 ) -> Result<(), CommandError> {
-    let reply = control::ask(run, Method::Reload)?;
+    // Each file of it may take some seconds, and so may what another has asked for before.
+    let reply = control::ask_patiently(run, Method::Reload, |_| {})?;
     reloaded(&reply, config, log)
 }
 
@@ -698,7 +699,7 @@ fn let_go_hooks(run: &RunDir, log: &Logbook) -> Result<bool, RecoveryError> {
 pub fn thaw(run: &RunDir, log: &Logbook) -> Result<(), CommandError> {
     let mut nothing = true;
     let mut failure = None;
-    let mut is_silent = false;
+    let mut silent = None;
     let mut last = String::new();
     let meanwhile = |status: &Value| {
         let doing = status["doing"].as_str().or(status["phase"].as_str());
@@ -718,7 +719,7 @@ pub fn thaw(run: &RunDir, log: &Logbook) -> Result<(), CommandError> {
         Ok(_) | Err(ControlError::Nobody) => {}
         Err(error) => {
             log.warning(words(&error));
-            is_silent = true;
+            silent = Some(error);
         }
     }
     let mut thawed = recovery::thaw(run, log, By::Operator);
@@ -733,11 +734,15 @@ pub fn thaw(run: &RunDir, log: &Logbook) -> Result<(), CommandError> {
     }
     match thawed {
         // Of what the module holds there is no record.
-        Ok(Recovered::Nothing) if is_silent => {
-            let pid = control::who_serves(run);
-            failure = pid.map(CommandError::Silent);
+        Ok(Recovered::Nothing) => {
+            if let Some(error) = silent {
+                match control::who_serves(run) {
+                    Ok(pid) => failure = Some(CommandError::Silent(pid)),
+                    Err(ControlError::Nobody) => {}
+                    Err(_) => failure = Some(error.into()),
+                }
+            }
         }
-        Ok(Recovered::Nothing) => {}
         Ok(Recovered::CutShort) => {
             log.info("all that was recorded as frozen is thawed");
             nothing = false;

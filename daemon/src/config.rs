@@ -55,7 +55,7 @@ use crate::record::RUN_DIR;
 pub const DEFAULT_PATH: &str = "/etc/hv_vss/daemon.toml";
 
 /// How long reading it may take: it may be a link into a network mount that is dead.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How often it is read again while that hangs: what it hangs in may be in the way no longer.
 const MOST_HANGING: usize = 4;
 /// Bytes that one file may have.

@@ -19,7 +19,6 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::Serialize;
 use serde_json::{json, Value};
 
-use crate::config;
 use crate::process;
 use crate::record::RunDir;
 
@@ -72,15 +71,6 @@ impl Method {
         };
         format!("{INTERFACE}.{method}")
     }
-
-    /// How long the daemon may take for the reply.
-    fn patience(self) -> Duration {
-        match self {
-            // It replies when that has been read, or cannot be.
-            Method::Reload => config::PATIENCE + PATIENCE,
-            Method::Thaw | Method::Status | Method::History | Method::Check => PATIENCE,
-        }
-    }
 }
 
 /// Why there is no reply.
@@ -104,8 +94,13 @@ fn path(run: &RunDir) -> PathBuf {
 /// Who listens in this run directory, and a line to it. One that has ended and is still inside the kernel has its
 /// socket open, and will never reply: that is nobody.
 fn connect(run: &RunDir) -> Result<(std::os::unix::net::UnixStream, u32), ControlError> {
-    let connected = std::os::unix::net::UnixStream::connect(path(run));
-    let stream = connected.map_err(|_| ControlError::Nobody)?;
+    // One that takes nobody up any more, and has no room for more to wait, would be waited for without end.
+    let stream = match UnixStream::connect(path(run)) {
+        Ok(stream) => std::os::unix::net::UnixStream::from(stream),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(e.into()),
+        Err(_) => return Err(ControlError::Nobody),
+    };
+    stream.set_nonblocking(false)?;
     let peer = getsockopt(&stream, PeerCredentials).map_err(io::Error::from)?;
     // 0 is one of a container, whose number is not known here.
     let pid = u32::try_from(peer.pid()).unwrap_or_default();
@@ -116,13 +111,13 @@ fn connect(run: &RunDir) -> Result<(std::os::unix::net::UnixStream, u32), Contro
 }
 
 /// The process that listens in this run directory, be it one that does not reply.
-pub fn who_serves(run: &RunDir) -> Option<u32> {
-    connect(run).ok().map(|(_, pid)| pid)
+pub fn who_serves(run: &RunDir) -> Result<u32, ControlError> {
+    connect(run).map(|(_, pid)| pid)
 }
 
 /// Asks the daemon whose run directory this is.
 pub fn ask(run: &RunDir, method: Method) -> Result<Value, ControlError> {
-    ask_for(run, method, method.patience(), |silent| Err(silent.into()))
+    ask_for(run, method, PATIENCE, |silent| Err(silent.into()))
 }
 
 /// The same for what may take as long as a disk hangs: as long as the daemon replies to others it is waited for, and
@@ -358,6 +353,12 @@ impl Control {
         if self.clients.len() < MOST_CLIENTS {
             return true;
         }
+        // Whose call has come and is not taken up yet waits as well.
+        self.clients
+            .retain(|_, line| line.hear() && !line.is_over());
+        if self.clients.len() < MOST_CLIENTS {
+            return true;
+        }
         let oldest = |may_go: fn(&Line) -> bool| {
             let mut clients = self.clients.iter();
             let found = clients.find(|(_, line)| may_go(line));
@@ -554,6 +555,37 @@ mod tests {
     }
 
     #[test]
+    fn whose_call_has_come_already_is_not_sent_away() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-called-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let run = RunDir::new(&dir);
+        let poll = Poll::new().unwrap();
+        let mut control = Control::listen(&run, poll.registry(), Token(7)).unwrap();
+        let call = message(&json!({ "method": Method::Thaw.name() }));
+        // One more than there is room for, and all of them while nobody listens.
+        let ask = |_| {
+            let mut stream = connect(&run);
+            stream.write_all(&call).unwrap();
+            let limit = Some(Duration::from_millis(50));
+            stream.set_read_timeout(limit).unwrap();
+            stream
+        };
+        let mut streams: Vec<_> = (0..=MOST_CLIENTS).map(ask).collect();
+        control.accept(poll.registry());
+        let asked: Vec<_> = std::iter::from_fn(|| control.next_call()).collect();
+        for (client, _) in &asked {
+            control.reply(*client, json!({ "thawed": true }));
+        }
+        let replied = streams
+            .iter_mut()
+            .map(|it| it.read(&mut [0; 8]).is_ok_and(|n| n > 0));
+        let replied: Vec<bool> = replied.collect();
+        let expected: Vec<bool> = (0..=MOST_CLIENTS).map(|it| it < MOST_CLIENTS).collect();
+        assert_eq!(replied, expected);
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
     fn a_service_describes_itself_and_replies_in_order_in_full_and_only_to_who_wants_it() {
         let dir = std::env::temp_dir().join(format!("hv-vss-varlink-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
@@ -656,8 +688,31 @@ mod tests {
     }
 
     #[test]
-    fn who_asks_for_the_configuration_to_be_read_waits_for_as_long_as_that_may_take() {
-        assert!(Method::Reload.patience() > config::PATIENCE);
+    fn a_daemon_that_takes_nobody_up_any_more_does_not_reply() {
+        use nix::sys::socket::{
+            bind, listen, socket, AddressFamily, Backlog, SockFlag, SockType, UnixAddr,
+        };
+        let dir = std::env::temp_dir().join(format!("hv-vss-full-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let run = RunDir::new(&dir);
+        let (family, none) = (AddressFamily::Unix, SockFlag::empty());
+        let listener = socket(family, SockType::Stream, none, None).unwrap();
+        let address = UnixAddr::new(&path(&run)).unwrap();
+        bind(std::os::fd::AsRawFd::as_raw_fd(&listener), &address).unwrap();
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        // There is room for one.
+        let _first = connect(&run);
+        let (tell, told) = std::sync::mpsc::channel();
+        let theirs = run.clone();
+        std::thread::spawn(move || {
+            let _ = tell.send((ask(&theirs, Method::Status), who_serves(&theirs)));
+        });
+        let (asked, who) = told.recv_timeout(PATIENCE).expect("it hangs");
+        assert!(matches!(asked, Err(ControlError::Io(_))), "{asked:?}");
+        assert!(matches!(who, Err(ControlError::Io(_))), "{who:?}");
+        drop(listener);
+        assert!(matches!(who_serves(&run), Err(ControlError::Nobody)));
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

@@ -93,7 +93,7 @@ pub enum FreezeError {
     Nothing,
     /// Something is wrong with each that there is to freeze.
     #[error(
-        "nothing at all would be frozen: something is wrong with each file system, as named before"
+        "nothing at all would be frozen: something is wrong with each file system that could be"
     )]
     Lost,
     /// One that was to be frozen again does not come back from its thaw.
@@ -150,6 +150,17 @@ pub enum ThawError {
         /// What the kernel said.
         source: io::Error,
     },
+}
+
+/// Whether a backup that has frozen so many, and has lost so many to what is wrong with them, is of anything at all; an
+/// error where it is none: good without one is one thing, good without all another.
+pub fn is_of_anything(frozen: usize, losses: usize, is_strict: bool) -> Result<bool, FreezeError> {
+    match (frozen, losses) {
+        (0, 0) if is_strict => Err(FreezeError::Nothing),
+        (0, 0) => Ok(false),
+        (0, _) => Err(FreezeError::Lost),
+        _ => Ok(true),
+    }
 }
 
 /// How many file systems ended how.

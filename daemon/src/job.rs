@@ -29,7 +29,8 @@ use crate::config::Config;
 use crate::door::Door;
 use crate::fifreeze::Unguarded;
 use crate::freeze::{
-    FreezeError, How, Learnt, Limits, Means, Session, Stay, Summary, Target, ThawError,
+    is_of_anything, FreezeError, How, Learnt, Limits, Means, Session, Stay, Summary, Target,
+    ThawError,
 };
 use crate::ground::{self, GoesOn};
 use crate::hooks::{self, Found, HookError};
@@ -233,8 +234,8 @@ impl Freezer {
     }
 
     /// Thaws what somebody has left frozen who has died since.
-    fn undo(&mut self, setting: &Setting) {
-        self.leavings.thaw(&setting.run, &setting.log);
+    fn undo(&mut self, run: &RunDir, log: &Logbook) {
+        self.leavings.thaw(run, log);
     }
 
     /// The hooks that are to be called first, and what they are told; `None` when there are none.
@@ -469,16 +470,16 @@ impl Freezer {
                 "{name} has become read-only while it was being frozen, perhaps since an error"
             ));
         }
-        if summary.ours + summary.foreign == 0 {
-            if config.strict || losses > 0 {
-                session.disarm();
-                return Err(match losses {
-                    0 => FreezeError::Nothing.into(),
-                    // Good without that one is one thing, good without all another.
-                    _ => FreezeError::Lost.into(),
-                });
+        match is_of_anything(summary.ours + summary.foreign, losses, config.strict) {
+            Ok(true) => {}
+            Ok(false) => {
+                warnings
+                    .add("nothing at all is frozen: no file system was found that can be".into());
             }
-            warnings.add("nothing at all is frozen: no file system was found that can be".into());
+            Err(error) => {
+                session.disarm();
+                return Err(error.into());
+            }
         }
         Ok(Tried::Done(Frozen {
             session,
@@ -873,7 +874,7 @@ pub struct Worker {
     later: SyncSender<Look>,
     /// To another one, if it was ever needed: what is asked of it may cure what the first one hangs in. It has the
     /// descriptors of all, and so must not hang itself.
-    aside: Option<SyncSender<Look>>,
+    aside: Option<SyncSender<Then>>,
 }
 
 /// What needs a disk; what it returns is to be done then.
@@ -882,6 +883,7 @@ type Then = Box<dyn FnOnce() + Send>;
 
 enum Order {
     Prepare(Arc<Config>, Logbook),
+    Undo(RunDir, Logbook, Then),
     Do(Then),
     Backup(Box<Backup>),
 }
@@ -932,6 +934,10 @@ impl Worker {
                         freezer.look_over(&config, &log);
                         let _ = process::go_first();
                     }
+                    Order::Undo(run, log, then) => {
+                        freezer.undo(&run, &log);
+                        then();
+                    }
                     Order::Do(then) => then(),
                     Order::Backup(backup) => backup.run(&mut freezer),
                 }
@@ -939,7 +945,12 @@ impl Worker {
         };
         let builder = Builder::new().name("backup".into()).stack_size(STACK_BYTES);
         builder.spawn(body)?;
-        let later = Self::line("later", true, &sender)?;
+        let orders = sender.clone();
+        let look = move |look: Look| {
+            // Without a worker nobody is left to tell.
+            let _ = orders.send(Order::Do(look()));
+        };
+        let later = Self::line("later", true, look)?;
         Ok(Worker {
             orders: sender,
             later,
@@ -947,19 +958,19 @@ impl Worker {
         })
     }
 
-    /// To a new thread that looks and hands on what is to be done then.
-    fn line(name: &str, may_hang: bool, orders: &Sender<Order>) -> io::Result<SyncSender<Look>> {
-        let (sender, looks) = sync_channel::<Look>(MOST_LATER);
-        let orders = orders.clone();
+    /// To a new thread that does this with each.
+    fn line<T: Send + 'static>(
+        name: &str,
+        may_hang: bool,
+        each: impl Fn(T) + Send + 'static,
+    ) -> io::Result<SyncSender<T>> {
+        let (sender, all) = sync_channel(MOST_LATER);
         let body = move || {
             let _ = process::go_along();
             // Standard input is nothing of ours. Should it hang when the process dies, and be it behind a
             // freeze of ours, all else is closed; where the kernel cannot do that, it is as before.
             let _kept = may_hang.then(|| sys::keep_only(0));
-            for look in looks {
-                // Without a worker nobody is left to tell.
-                let _ = orders.send(Order::Do(look()));
-            }
+            all.into_iter().for_each(each);
         };
         let builder = Builder::new().name(name.into());
         builder.stack_size(LATER_STACK_BYTES).spawn(body)?;
@@ -973,6 +984,13 @@ impl Worker {
         let _ = self.orders.send(order);
     }
 
+    /// Has undone what somebody has left frozen in `run` who has died, and `then` done, whatever came of it.
+    pub fn undo(&self, run: &RunDir, log: &Logbook, then: impl FnOnce() + Send + 'static) {
+        let order = Order::Undo(run.clone(), log.clone(), Box::new(then));
+        // Without a worker the next backup fails, and that is where it is said.
+        let _ = self.orders.send(order);
+    }
+
     /// Has `look`, which needs a disk and no descriptor that is open already, done when that can be had, and
     /// `then`, which needs none, when no backup is under way. False when too much waits already.
     pub fn later<T: Send + 'static>(
@@ -980,20 +998,21 @@ impl Worker {
         look: impl FnOnce() -> T + Send + 'static,
         then: impl FnOnce(T) + Send + 'static,
     ) -> bool {
-        self.later.try_send(in_two(look, then)).is_ok()
+        let look: Look = Box::new(|| {
+            let seen = look();
+            Box::new(move || then(seen))
+        });
+        self.later.try_send(look).is_ok()
     }
 
-    /// The same, whatever [`Worker::later`] hangs in, for a `look` that ends in time whatever it needs.
-    pub fn aside<T: Send + 'static>(
-        &mut self,
-        look: impl FnOnce() -> T + Send + 'static,
-        then: impl FnOnce(T) + Send + 'static,
-    ) -> bool {
+    /// Has `step` done, which ends in time whatever it needs: at once, whatever [`Worker::later`] or this hangs in, and also
+    /// while a backup is under way. False when too much waits already.
+    pub fn aside(&mut self, step: impl FnOnce() + Send + 'static) -> bool {
         if self.aside.is_none() {
-            self.aside = Self::line("aside", false, &self.orders).ok();
+            self.aside = Self::line("aside", false, |step: Then| step()).ok();
         }
         let aside = self.aside.as_ref();
-        aside.is_some_and(|it| it.try_send(in_two(look, then)).is_ok())
+        aside.is_some_and(|it| it.try_send(Box::new(step)).is_ok())
     }
 
     /// Begins a backup, for which the log is held. `tell` is called from the worker's thread. `None`
@@ -1024,20 +1043,10 @@ impl Worker {
     }
 }
 
-fn in_two<T: Send + 'static>(
-    look: impl FnOnce() -> T + Send + 'static,
-    then: impl FnOnce(T) + Send + 'static,
-) -> Look {
-    Box::new(|| {
-        let seen = look();
-        Box::new(move || then(seen))
-    })
-}
-
 impl Backup {
     fn run(self, freezer: &mut Freezer) {
         // What is frozen would hold up hooks.
-        freezer.undo(&self.setting);
+        freezer.undo(&self.setting.run, &self.setting.log);
         let quiesced = self.quiesce(freezer);
         match quiesced.and_then(|()| freezer.freeze(&self.setting)) {
             Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
@@ -1213,12 +1222,26 @@ mod tests {
         assert_eq!(taken.count(), MOST_LATER);
         // What may be the cure does not wait.
         let cure = tell.clone();
-        assert!(worker.aside(|| 1, move |it| cure.send(it).unwrap()));
+        assert!(worker.aside(move || cure.send(1).unwrap()));
         assert_eq!(told.recv_timeout(LONG), Ok(1));
         // The thread that freezes does not wait.
+        let again = tell.clone();
         let done = Order::Do(Box::new(move || tell.send(0).unwrap()));
         worker.orders.send(done).unwrap();
         assert_eq!(told.recv_timeout(LONG), Ok(0));
+        // Nor does the cure wait for that thread, should it hang.
+        let (end, hang) = channel::<()>();
+        let (begun, has_begun) = channel();
+        let hangs = Order::Do(Box::new(move || {
+            begun.send(()).unwrap();
+            let _ = hang.recv();
+        }));
+        worker.orders.send(hangs).unwrap();
+        has_begun.recv_timeout(LONG).unwrap();
+        let cure = again.clone();
+        assert!(worker.aside(move || cure.send(2).unwrap()));
+        assert_eq!(told.recv_timeout(LONG), Ok(2));
+        drop(end);
         drop(release);
         for number in 0..MOST_LATER {
             assert_eq!(told.recv_timeout(LONG), Ok(10 + number));

@@ -7,8 +7,8 @@
 //! time each was said at, and they are written out when it is dropped, after the thaw. It does not
 //! know what the lines mean.
 //!
-//! Whoever takes the lines may stop to do so: a system log that is stopped, a pipe that nobody reads. So while
-//! the daemon serves, a thread of its own writes them ([`Logbook::write_behind`]), and nobody else waits for that.
+//! Whoever takes the lines may stop to do so: a system log that is stopped, a pipe or a terminal that nobody reads. So
+//! for whoever freezes or thaws, a thread of its own writes them ([`Logbook::write_behind`]), and nobody else waits for that.
 
 use std::collections::VecDeque;
 use std::io::{self, Write as _};
@@ -117,6 +117,9 @@ impl Logbook {
 
     /// From here on another thread writes, in the same order, for as long as the process lives.
     pub fn write_behind(&self) -> io::Result<()> {
+        if self.inner().is_behind {
+            return Ok(());
+        }
         let log = self.clone();
         let body = move || {
             // Nobody waits for it.

@@ -15,12 +15,14 @@ use clap::parser::ValueSource;
 use clap::{value_parser, Arg, ArgAction, ArgMatches, Command};
 use hv_vss_daemon::commands::{self, Stop};
 use hv_vss_daemon::config::{Config, ConfigError};
+use hv_vss_daemon::device::Device;
 use hv_vss_daemon::logbook::{stderr_is_journal, words, Logbook, Sink};
 use hv_vss_daemon::record::{RunDir, RUN_DIR};
 use hv_vss_daemon::report::Outcome;
 use hv_vss_daemon::service::{self, Service};
 use hv_vss_daemon::{calls, check, guard, job, process, recovery, sys};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use nix::sys::signal::{SigSet, Signal};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
 use signal_hook::iterator::Signals;
 
 type Failure = Box<dyn Error>;
@@ -210,7 +212,7 @@ fn dispatch() -> Result<ExitCode, Failure> {
             // Whatever the configuration says, or whoever reads it waits for.
             let run = RunDir::new(path_of(thaw, "run-dir"));
             let log = Logbook::new(foreground_sink());
-            done(commands::thaw(&run, &log).map_err(Failure::from))
+            done(behind(&log, || Ok(commands::thaw(&run, &log)?)))
         }
         Some(("status", status)) => {
             need_root(ASK)?;
@@ -265,18 +267,49 @@ fn foreground_sink() -> Sink {
     }
 }
 
+/// Has `step` done, which freezes or thaws, while another thread writes the log: what is frozen waits for nobody who
+/// has stopped reading that.
+fn behind<T>(log: &Logbook, step: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    if let Err(error) = log.write_behind() {
+        log.warning(format!("who reads the log may hold up all: {error}"));
+    }
+    let done = step();
+    log.drain(LAST_LINES);
+    done
+}
+
 fn serve(device: PathBuf, config_path: Option<PathBuf>, foreground: bool) -> Result<(), Failure> {
     // In the background it is elsewhere.
     let path = std::path::absolute(device)?;
-    let run = RunDir::default();
     // Before going to the background, so that whoever starts it sees why it cannot run.
     let log = Logbook::new(foreground_sink());
-    let config = match Config::load_in_time(config_path.as_deref()) {
+    if foreground {
+        return behind(&log, || {
+            let (device, config) = begin(&path, config_path.as_deref(), &log)?;
+            carry_on(device, &path, config, config_path, &log)
+        });
+    }
+    // A thread that writes would be left behind, maybe amid a line.
+    let (device, config) = begin(&path, config_path.as_deref(), &log)?;
+    nix::unistd::daemon(false, false)?;
+    let log = Logbook::new(Sink::Syslog);
+    behind(&log, || carry_on(device, &path, config, config_path, &log))
+}
+
+/// The device and the configuration of a daemon that starts.
+fn begin(
+    path: &Path,
+    config_path: Option<&Path>,
+    log: &Logbook,
+) -> Result<(Device, Config), Failure> {
+    let run = RunDir::default();
+    let config = match Config::load_in_time(config_path) {
         Ok(config) => config,
         Err(error) => {
             // Whatever is wrong with it, nothing stays frozen for that.
-            if let Err(error) = recovery::thaw(&run, &log, recovery::By::Start) {
-                log.error(words(&error));
+            let thaw = || Ok(recovery::thaw(&run, log, recovery::By::Start)?);
+            if let Err(error) = behind(log, thaw) {
+                log.error(words(error.as_ref()));
             }
             return Err(error.into());
         }
@@ -284,33 +317,32 @@ fn serve(device: PathBuf, config_path: Option<PathBuf>, foreground: bool) -> Res
     // Another program may have the device for as long as it likes.
     let asked_to_reload = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(SIGHUP, Arc::clone(&asked_to_reload))?;
-    let device = service::open_device(&path, &run, &log, &asked_to_reload).map_err(|error| {
-        match check::why_no_device(&path) {
+    let device = service::open_device(path, &run, log, &asked_to_reload).map_err(|error| {
+        match check::why_no_device(path) {
             Some(why) => Failure::from(why),
             None => error.into(),
         }
     })?;
     let config = match asked_to_reload.load(Ordering::SeqCst) {
-        true => read_again(config, config_path.as_deref(), &log),
+        true => read_again(config, config_path, log),
         false => config,
     };
-    let log = match foreground {
-        true => log,
-        false => {
-            nix::unistd::daemon(false, false)?;
-            Logbook::new(Sink::Syslog)
-        }
-    };
-    if let Err(error) = log.write_behind() {
-        log.warning(format!("who reads the log may hold up all: {error}"));
-    }
-    let service = harden(&log).and_then(|()| {
-        let service = Service::new(device, &path, run, config, config_path, log.clone())?;
+    Ok((device, config))
+}
+
+fn carry_on(
+    device: Device,
+    path: &Path,
+    config: Config,
+    config_path: Option<PathBuf>,
+    log: &Logbook,
+) -> Result<(), Failure> {
+    let service = harden(log).and_then(|()| {
+        let run = RunDir::default();
+        let service = Service::new(device, path, run, config, config_path, log.clone())?;
         Ok(service.run()?)
     });
-    let service = service.inspect_err(|error| log.error(words(error.as_ref())));
-    log.drain(LAST_LINES);
-    service
+    service.inspect_err(|error| log.error(words(error.as_ref())))
 }
 
 /// The configuration as it is now, or the one that there was when it is none.
@@ -358,20 +390,26 @@ fn harden(log: &Logbook) -> Result<(), Failure> {
 }
 
 fn rehearse(config: Config, time: Duration, with_hooks: bool) -> Result<(), Failure> {
+    // Whoever stops who writes to a terminal, or reads it, in the background stops nothing that has frozen.
+    let stopping = SigSet::from_iter([Signal::SIGTTOU, Signal::SIGTTIN]);
+    stopping.thread_block()?;
     let log = Logbook::new(foreground_sink());
-    harden(&log)?;
-    let stop = Stop::default();
-    // Whoever was started so that it is not ended by one (nohup) goes on.
-    let ends = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
-    let ends = ends.into_iter().filter(|it| !process::ignores(*it));
-    let mut signals = Signals::new(ends)?;
-    let on_signal = stop.clone();
-    std::thread::spawn(move || {
-        if signals.forever().next().is_some() {
-            on_signal.stop();
-        }
-    });
-    Ok(commands::freeze_for(config, &log, time, with_hooks, &stop)?)
+    behind(&log, || {
+        harden(&log)?;
+        let stop = Stop::default();
+        // Whoever was started so that it is not ended by one (nohup) goes on. None may stop it: it would thaw at the
+        // deadline only, and let no hook go.
+        let ends = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP];
+        let ends = ends.into_iter().filter(|it| !process::ignores(*it));
+        let mut signals = Signals::new(ends)?;
+        let on_signal = stop.clone();
+        std::thread::spawn(move || {
+            if signals.forever().next().is_some() {
+                on_signal.stop();
+            }
+        });
+        Ok(commands::freeze_for(config, &log, time, with_hooks, &stop)?)
+    })
 }
 
 #[cfg(test)]

@@ -305,6 +305,11 @@ impl Plan {
         self.synced.iter().chain(without_means)
     }
 
+    /// What something is wrong with.
+    pub fn losses(&self) -> impl Iterator<Item = &LeftOut> {
+        self.left_out.iter().filter(|it| it.reason.is_a_loss())
+    }
+
     /// All file systems, whatever becomes of them.
     pub fn file_systems(&self) -> impl Iterator<Item = &FileSystem> {
         let left_out = self.left_out.iter().map(|it| &it.file_system);

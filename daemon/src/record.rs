@@ -7,14 +7,19 @@
 //! first freeze until all is thawed, and never in between without what it has to say: it is replaced,
 //! not rewritten. Beside it is the word for a later daemon that a freeze has ended before its THAW, so
 //! that this THAW must be failed, and the record of hooks that were called and have to be let go.
+//!
+//! Each record has a lock, which whoever owns it has open to write. So its end, be it a death, closes a file that was
+//! written to, and the kernel tells ([`Ends`]): nobody has to look now and then.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::statfs::{statfs, FsType, TMPFS_MAGIC};
 use serde::{de::DeserializeOwned, Deserialize, Serialize};
 
@@ -24,6 +29,9 @@ use crate::mounts::DevId;
 /// Where it is kept. No setting: whoever undoes after a death, and the next daemon, would have to know the one
 /// that the dead daemon went by.
 pub const RUN_DIR: &str = "/run/hv_vss";
+
+const LOCK: &str = "lock";
+const HOOKS_LOCK: &str = "hooks.lock";
 
 /// `RAMFS_MAGIC` of `linux/magic.h`.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
@@ -134,6 +142,27 @@ pub struct RunDir(PathBuf);
 /// who have one; when its process dies, it ends with the last one.
 pub type Lock = Flock<File>;
 
+/// Hears when a lock is let go, by whoever had it last: also by this very process.
+#[derive(Debug)]
+pub struct Ends(Inotify);
+
+impl Ends {
+    /// Whether one was since this was asked last.
+    pub fn any(&self) -> bool {
+        let mut any = false;
+        while self.0.read_events().is_ok_and(|it| !it.is_empty()) {
+            any = true;
+        }
+        any
+    }
+}
+
+impl AsRawFd for Ends {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}
+
 impl Default for RunDir {
     fn default() -> Self {
         RunDir::new(RUN_DIR)
@@ -194,26 +223,59 @@ impl RunDir {
 
     /// Takes the lock, or fails at once with [`RecordError::Locked`].
     pub fn lock(&self) -> Result<Lock, RecordError> {
-        self.lock_file("lock")
+        self.lock_file(LOCK)
     }
 
     /// The same for calling hooks, which goes on beyond a freeze.
     pub fn lock_hooks(&self) -> Result<Lock, RecordError> {
-        self.lock_file("hooks.lock")
+        self.lock_file(HOOKS_LOCK)
+    }
+
+    /// Whether nobody has the lock. It is not opened to write for that, which would be told as an [end](Ends).
+    pub fn is_free(&self) -> bool {
+        self.is_free_file(LOCK)
+    }
+
+    /// The same of that for hooks.
+    pub fn is_free_of_hooks(&self) -> bool {
+        self.is_free_file(HOOKS_LOCK)
+    }
+
+    fn is_free_file(&self, name: &str) -> bool {
+        let file = File::open(self.0.join(name));
+        let locked = file.map(|it| Flock::lock(it, FlockArg::LockExclusiveNonblock));
+        !matches!(locked, Ok(Err((_, Errno::EWOULDBLOCK))))
+    }
+
+    /// Hears from here on when somebody is done with one of the locks.
+    pub fn ends(&self) -> Result<Ends, RecordError> {
+        let flags = InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK;
+        let inotify = Inotify::init(flags).map_err(|e| failed("watch", &self.0)(e.into()))?;
+        for name in [LOCK, HOOKS_LOCK] {
+            let path = self.0.join(name);
+            self.open_lock(&path)?;
+            let watched = inotify.add_watch(&path, AddWatchFlags::IN_CLOSE_WRITE);
+            watched.map_err(|e| failed("watch", &path)(e.into()))?;
+        }
+        Ok(Ends(inotify))
+    }
+
+    fn open_lock(&self, path: &Path) -> Result<File, RecordError> {
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(0o600);
+        let file = match options.open(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                self.make()?;
+                options.open(path)
+            }
+            other => other,
+        };
+        file.map_err(failed("open", path))
     }
 
     fn lock_file(&self, name: &str) -> Result<Lock, RecordError> {
         let path = self.0.join(name);
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(false).mode(0o600);
-        let file = match options.open(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                self.make()?;
-                options.open(&path)
-            }
-            other => other,
-        };
-        let file = file.map_err(failed("open", &path))?;
+        let file = self.open_lock(&path)?;
         Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
             Errno::EWOULDBLOCK => RecordError::Locked { path },
             errno => failed("lock", &path)(errno.into()),
@@ -466,6 +528,28 @@ mod tests {
         assert!(matches!(run.lock(), Err(RecordError::Locked { .. })));
         drop(lock);
         run.lock().unwrap();
+    }
+
+    #[test]
+    fn the_end_of_a_lock_is_told_when_the_last_copy_is_closed_and_a_look_is_none() {
+        let scratch = Scratch::new("ends");
+        let run = RunDir::new(&scratch.0);
+        let ends = run.ends().unwrap();
+        assert!(!ends.any());
+        for (lock, is_free) in [
+            (run.lock(), RunDir::is_free as fn(&RunDir) -> bool),
+            (run.lock_hooks(), RunDir::is_free_of_hooks),
+        ] {
+            let lock = lock.unwrap();
+            let copy = lock.try_clone().unwrap();
+            assert!(!is_free(&run));
+            drop(lock);
+            assert!(is_free(&run));
+            assert!(!ends.any());
+            drop(copy);
+            assert!(ends.any());
+            assert!(!ends.any());
+        }
     }
 
     #[test]

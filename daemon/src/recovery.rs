@@ -61,7 +61,7 @@ pub enum By {
     Start,
     /// The same daemon later, while a dead owner is still inside the kernel: only when that is over.
     Later,
-    /// A daemon that serves, before it freezes: as one that starts, and the host begins anew.
+    /// A daemon that serves, before it freezes or at rest: as one that starts, and the host begins anew.
     Next,
 }
 
@@ -145,7 +145,7 @@ pub struct Leavings {
 }
 
 impl Leavings {
-    /// Thaws it, before this process freezes. Where that cannot be it stays as it is, and counts as frozen by others.
+    /// Thaws it, before this process freezes or as soon as it is known. Where that cannot be it stays as it is, and counts as frozen by others.
     pub fn thaw(&mut self, run: &RunDir, log: &Logbook) {
         // What is wrong with one that cannot be read has been said at the start.
         let record = run.read().ok().flatten();

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use hv_vss_uapi::{op, thawed};
 use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token, Waker};
+use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use sd_notify::NotifyState;
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
@@ -42,7 +42,7 @@ use crate::job::{About, Job, Outcome, Setting, Worker, LOOK};
 use crate::logbook::{words, Level, Logbook};
 use crate::process;
 use crate::progress::Stage;
-use crate::record::{RecordError, RunDir};
+use crate::record::{Ends, RecordError, RunDir};
 use crate::recovery::{self, Recovery};
 use crate::sys;
 use crate::waiting::Waiting;
@@ -51,8 +51,9 @@ const DEVICE: Token = Token(0);
 const SIGNALS: Token = Token(1);
 const JOB: Token = Token(2);
 const GUARD: Token = Token(3);
+const LOCKS: Token = Token(4);
 /// And all above.
-const CONTROL: Token = Token(4);
+const CONTROL: Token = Token(5);
 
 /// First and longest pause between attempts to open a device that went away.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
@@ -134,7 +135,9 @@ pub fn open_device(
         let dead = match Device::open(path) {
             // Beside another that serves it does not matter who has died.
             Err(error) if error.is_busy() => {
-                let other = control::who_serves(run).filter(|it| *it != std::process::id());
+                let other = control::who_serves(run)
+                    .ok()
+                    .filter(|it| *it != std::process::id());
                 match other.is_none() && recovery::owner_lingers(run) {
                     // One that has died may have come out just now.
                     false if !managed => return Device::open(path),
@@ -177,18 +180,30 @@ fn answer_meanwhile(run: &RunDir, log: &Logbook, who: &str) -> Option<Waiting> {
     })
 }
 
-/// Lets go what a dead daemon has called, if it has left any hooks.
+/// Without that what a dead process has left is undone with the next backup.
+fn watch_ends(run: &RunDir, registry: &Registry, log: &Logbook) -> Option<Ends> {
+    let watched = run.ends().map_err(|error| words(&error)).and_then(|ends| {
+        let registered =
+            registry.register(&mut SourceFd(&ends.as_raw_fd()), LOCKS, Interest::READABLE);
+        registered.map(|()| ends).map_err(|error| error.to_string())
+    });
+    watched
+        .inspect_err(|error| log.warning(format!("the death of a rehearsal is not seen: {error}")))
+        .ok()
+}
+
+/// Lets go what a dead daemon or rehearsal has called, if it has left any hooks.
 fn let_go_what_is_left(
     run: &RunDir,
     log: &Logbook,
     tell: impl Fn(HookOutcome) + Send + 'static,
 ) -> Option<Calling> {
     let left = Calling::recover(run, log, tell).unwrap_or_else(|error| {
-        log.error(format!("hooks that a dead daemon has called: {error}"));
+        log.error(format!("hooks that a dead process has called: {error}"));
         None
     });
     if left.is_some() {
-        log.warning("a dead daemon has left hooks that are now let go");
+        log.warning("a dead process has left hooks that are now let go");
     }
     left
 }
@@ -204,7 +219,10 @@ fn notify(log: &Logbook, states: &[NotifyState<'_>]) {
 enum News {
     Job(Outcome),
     Hooks(HookOutcome),
-    Config(Box<Result<Config, ConfigError>>),
+    /// What a dead process had frozen is thawed, as far as can be.
+    Undone,
+    /// For whoever has asked for it.
+    Config(Option<Client>, Box<Result<Config, ConfigError>>),
     Reply((Client, Result<Vec<u8>, String>)),
 }
 
@@ -216,12 +234,16 @@ pub struct Service {
     machine: Backup,
     hands: Hands,
     control: Control,
+    /// Tells of the end of whoever has a record in the run directory, if anything does.
+    ends: Option<Ends>,
+    /// Whether somebody may have died there since that was looked at.
+    has_ended: bool,
     /// Guards that have been killed and may still be inside the kernel.
     buried: Vec<Arc<Guard>>,
     /// Those who wait to hear that all is thawed.
     waiting: Vec<Client>,
-    /// Those who wait to hear whether a configuration is in force.
-    reloading: Vec<Client>,
+    /// The configuration that is in force once no backup is under way.
+    next_config: Option<Config>,
     stopping: bool,
     /// How often the service manager wants to hear from us, and when next.
     watchdog: Option<(Duration, Instant)>,
@@ -296,6 +318,7 @@ impl Service {
             .register(&mut signals, SIGNALS, Interest::READABLE)
             .map_err(failed("watch signals"))?;
         let waker = Waker::new(registry, JOB).map_err(failed("make a waker"))?;
+        let ends = watch_ends(&run, registry, &log);
         let control = Control::listen(&run, registry, CONTROL).map_err(failed("be asked"))?;
         let mut recovery = Recovery::start(&run, &log);
         let mut unfinished = Unfinished::new(&run);
@@ -338,9 +361,11 @@ impl Service {
                 last_entry: None,
             },
             control,
+            ends,
+            has_ended: false,
             buried: Vec::new(),
             waiting: Vec::new(),
-            reloading: Vec::new(),
+            next_config: None,
             stopping: false,
             watchdog: sd_notify::watchdog_enabled().map(|limit| (limit / 2, Instant::now())),
             poll,
@@ -370,7 +395,10 @@ impl Service {
                 match news {
                     News::Job(outcome) => self.on_outcome(outcome),
                     News::Hooks(outcome) => self.on_hooks(outcome),
-                    News::Config(loaded) => self.on_config(*loaded),
+                    News::Undone if self.machine.is_at_rest() => self.let_go_what_is_left(),
+                    // It is looked at again.
+                    News::Undone => self.has_ended = true,
+                    News::Config(client, loaded) => self.on_config(client, *loaded),
                     News::Reply((client, reply)) => self.control.reply_with(client, reply),
                 }
             }
@@ -379,7 +407,7 @@ impl Service {
                     match signal {
                         SIGHUP => {
                             // Why not, it has said.
-                            let _ = self.hands.reload();
+                            let _ = self.hands.reload(None);
                         }
                         _ => self.stop(),
                     }
@@ -387,6 +415,9 @@ impl Service {
             }
             if woken(GUARD) {
                 self.on_guard();
+            }
+            if woken(LOCKS) {
+                self.has_ended |= self.ends.as_ref().is_some_and(Ends::any);
             }
             // And what the host asks before what is due as long as it has not asked, should this have been stopped.
             if woken(DEVICE) {
@@ -429,6 +460,42 @@ impl Service {
             self.control.reply(client, json!({ "thawed": true }));
         }
         self.see_to_guard();
+        if let Some(config) = self.next_config.take() {
+            self.adopt_config(config);
+        }
+        if self.has_ended && self.machine.is_at_rest() {
+            self.has_ended = false;
+            self.undo_what_is_left();
+        }
+    }
+
+    /// Has undone what somebody has left who has died beside this: a rehearsal.
+    fn undo_what_is_left(&mut self) {
+        let Hands {
+            run, log, worker, ..
+        } = &self.hands;
+        if !matches!(run.read(), Ok(Some(_))) {
+            self.let_go_what_is_left();
+        } else if run.is_free() {
+            let tell = teller(&self.hands.tell, |()| News::Undone);
+            worker.undo(run, log, move || tell(()));
+        }
+        // Else it lives, or its guard is at the thaw, and the end of that is told as well.
+    }
+
+    /// Lets go its hooks, if nobody else does.
+    fn let_go_what_is_left(&mut self) {
+        let Hands { run, log, tell, .. } = &self.hands;
+        let own = std::process::id();
+        // What we could not let go ourselves is tried again with the next backup.
+        let is_left = matches!(run.read_hooks(), Ok(Some(it)) if it.pid != own);
+        if !is_left || !run.is_free_of_hooks() {
+            return;
+        }
+        self.hands.calling = let_go_what_is_left(run, log, teller(tell, News::Hooks));
+        if self.hands.calling.is_some() {
+            self.machine.releases();
+        }
     }
 
     /// Has a guard ready where one is wanted.
@@ -704,29 +771,38 @@ impl Service {
         }
     }
 
-    /// Goes by another configuration, or, when it is not one, by the one that there is.
-    fn on_config(&mut self, loaded: Result<Config, ConfigError>) {
-        let hands = &mut self.hands;
+    /// Goes by another configuration, at once or after the backup under way; or, when it is not one, by the one that
+    /// there is.
+    fn on_config(&mut self, client: Option<Client>, loaded: Result<Config, ConfigError>) {
         let reply = match loaded {
-            Ok(config) => {
-                self.machine.set_deadline(config.deadline);
-                hands.config = Arc::new(config);
-                hands.log.info("the configuration is read again");
-                hands.warn();
-                hands.look_over();
+            Ok(config) if self.machine.is_idle() => {
+                self.adopt_config(config);
                 json!({ "reloaded": true })
+            }
+            Ok(config) => {
+                self.next_config = Some(config);
+                json!({ "reloaded": false, "later": true })
             }
             Err(error) => {
                 let error = words(&error);
-                hands
-                    .log
-                    .error(format!("{error}; the configuration stays as it was"));
+                let log = &self.hands.log;
+                log.error(format!("{error}; the configuration stays as it was"));
                 json!({ "reloaded": false, "error": error })
             }
         };
-        for client in std::mem::take(&mut self.reloading) {
-            self.control.reply(client, reply.clone());
+        if let Some(client) = client {
+            self.control.reply(client, reply);
         }
+    }
+
+    fn adopt_config(&mut self, config: Config) {
+        self.next_config = None;
+        self.machine.set_deadline(config.deadline);
+        let hands = &mut self.hands;
+        hands.config = Arc::new(config);
+        hands.log.info("the configuration is read again");
+        hands.warn();
+        hands.look_over();
     }
 
     /// Why a FREEZE would be refused as things are, if it would.
@@ -744,10 +820,11 @@ impl Service {
     fn on_call(&mut self, client: Client, method: Method) {
         match method {
             Method::Reload => {
-                let reply = match self.hands.reload() {
+                // Else it would take longer than anybody waits.
+                let waits = self.machine.is_idle().then_some(client);
+                let reply = match self.hands.reload(waits) {
                     Err(why) => json!({ "reloaded": false, "error": why }),
-                    Ok(()) if self.machine.is_idle() => return self.reloading.push(client),
-                    // It would take longer than anybody waits.
+                    Ok(()) if waits.is_some() => return,
                     Ok(()) => json!({ "reloaded": false, "later": true }),
                 };
                 self.control.reply(client, reply);
@@ -941,13 +1018,15 @@ impl Hands {
         }
     }
 
-    /// Has the configuration read again, which counts as soon as nothing is frozen; or says why not.
-    fn reload(&mut self) -> Result<(), &'static str> {
-        let tell = teller(&self.tell, |it| News::Config(Box::new(it)));
+    /// Has the configuration read again for `client`, if anybody waits for that; or says why not.
+    fn reload(&mut self, client: Option<Client>) -> Result<(), &'static str> {
+        let tell = teller(&self.tell, |(client, it)| {
+            News::Config(client, Box::new(it))
+        });
         let path = self.config_path.clone();
-        let read = move || Config::load_in_time(path.as_deref());
-        // The setting that cures what the history hangs in may be in it.
-        if self.worker.aside(read, tell) {
+        let read = move || tell((client, Config::load_in_time(path.as_deref())));
+        // The setting that cures what the history, or whoever freezes, hangs in may be in it.
+        if self.worker.aside(read) {
             return Ok(());
         }
         let why = "the configuration is not read: a disk does not let itself be used";

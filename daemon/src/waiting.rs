@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use mio::{Events, Poll, Token};
 use serde_json::json;
 
-use crate::control::{who_serves, Client, Control, Method};
+use crate::control::{who_serves, Client, Control, ControlError, Method};
 use crate::record::RunDir;
 
 /// What is asked while the device is waited for.
@@ -29,7 +29,7 @@ impl Waiting {
     /// that one who is asked. A dead one has its socket open as long as it is inside the kernel, and is in nobody's
     /// way.
     pub fn listen(run: &RunDir, doing: String) -> io::Result<Option<Self>> {
-        if who_serves(run).is_some() {
+        if !matches!(who_serves(run), Err(ControlError::Nobody)) {
             return Ok(None);
         }
         let poll = Poll::new()?;

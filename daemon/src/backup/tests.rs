@@ -27,6 +27,8 @@ enum Event {
     HooksReady,
     HookFailed,
     HooksReleased,
+    /// At rest: somebody has died who has left hooks that are let go.
+    HooksLeft,
     /// The guard, or an operator, thaws.
     Broken,
     /// The module has let go of what it held for the last FREEZE, at the deadline or since the host was told that it
@@ -44,7 +46,7 @@ enum Event {
     Stop,
 }
 
-const ALL: [Event; 21] = [
+const ALL: [Event; 22] = [
     Event::Freeze,
     Event::FreezeMore,
     Event::Thaw,
@@ -57,6 +59,7 @@ const ALL: [Event; 21] = [
     Event::HooksReady,
     Event::HookFailed,
     Event::HooksReleased,
+    Event::HooksLeft,
     Event::Broken,
     Event::Notice,
     Event::SpoilingNotice,
@@ -368,6 +371,7 @@ impl World {
             Event::HooksFound => job == Job::Freezing && hooks == Hooks::None && !told,
             Event::HooksReady | Event::HookFailed => hooks == Hooks::Calling,
             Event::HooksReleased => hooks == Hooks::Releasing,
+            Event::HooksLeft => self.machine.is_at_rest(),
             Event::JobThawed | Event::JobThawedBadly => job == Job::Frozen && told,
             Event::Time => self.machine.next().is_some(),
             _ => true,
@@ -450,6 +454,10 @@ impl World {
             Event::HookFailed => {
                 truth.hooks = Hooks::Failed;
                 machine.quiesced(*now, Err("a hook failed".into()), truth);
+            }
+            Event::HooksLeft => {
+                truth.hooks = Hooks::Releasing;
+                machine.releases();
             }
             Event::HooksReleased => {
                 truth.hooks = Hooks::None;

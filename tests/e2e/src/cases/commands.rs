@@ -22,6 +22,11 @@ pub const CASES: &[Case] = &[
         check_strict_vfat,
     ),
     case(
+        "commands/check-lost",
+        "where the only one that can freeze has shut down, beside one that is synced, check says that each FREEZE fails",
+        check_lost,
+    ),
+    case(
         "commands/rehearsal",
         "freeze --for freezes, thaws and needs no host",
         rehearsal,
@@ -135,6 +140,36 @@ fn check_strict_vfat(guest: &Guest) -> Result<()> {
         stop(guest, guest.module(), &daemon)?;
     }
     Ok(())
+}
+
+fn check_lost(guest: &Guest) -> Result<()> {
+    const CONFIG: &str = "[include]\npaths = ['/mnt/*']";
+    guest.expect_in_log(&["EXT4-fs (ram1)"])?;
+    make_one(guest)?;
+    make_vfat(guest)?;
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with(CONFIG)?;
+    wait_for_daemon(guest)?;
+    let vss = guest.vss();
+    let agree = |exit, freeze| -> Result<()> {
+        let check = guest.try_sh(&format!("{OURS} check"))?;
+        ensure!(
+            check.status == Some(exit),
+            "check should end with {exit}: {check:?}"
+        );
+        answered("FREEZE", &vss.freeze(&[], STEP)?, freeze)?;
+        if freeze == status::OK {
+            answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+        }
+        Ok(())
+    };
+    // That vfat has no means to freeze is a warning.
+    agree(7, status::OK)?;
+    guest.sh("xfs_io -x -c shutdown /mnt/a")?;
+    agree(6, status::FAIL)?;
+    guest.sh("umount /mnt/a && mount /dev/ram1 /mnt/a")?;
+    agree(7, status::OK)?;
+    stop(guest, guest.module(), &daemon)
 }
 
 fn rehearsal(guest: &Guest) -> Result<()> {

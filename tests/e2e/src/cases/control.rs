@@ -83,7 +83,7 @@ pub const CASES: &[Case] = &[
     case(
         "control/reload-that-hangs",
         "a reload that hangs on a disk fails in time and changes nothing, and the next one succeeds once the file is \
-         another",
+         another, also while the first one hangs",
         reload_that_hangs,
     ),
     case(
@@ -774,7 +774,16 @@ fn reload_that_hangs(guest: &Guest) -> Result<()> {
         guest.sh(&format!("rm -f {FILE} && echo 'give_up = 9' >{FILE}"))?;
         in_force(7)?;
         asked(guest, "reload", 0)?;
-        in_force(9)
+        in_force(9)?;
+        // Whoever asks while another's read hangs hears of his own.
+        guest.sh(&format!("ln -sf /mnt/hung/a.toml {FILE}"))?;
+        let first = guest.spawn(&["/payload/hv_vss_daemon", "reload"])?;
+        guest.sh(&format!(
+            "sleep 2; rm -f {FILE} && echo 'give_up = 6' >{FILE}"
+        ))?;
+        asked(guest, "reload", 0)?;
+        in_force(6)?;
+        equal("the first", guest.wait(&first, STEP)?.status, Some(1))
     };
     let seen = check();
     guest.sh(&format!("{UNHANG}; rm -rf /etc/hv_vss"))?;

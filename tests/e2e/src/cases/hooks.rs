@@ -67,10 +67,16 @@ pub const CASES: &[Case] = &[
     ).long(),
     case(
         "hooks/rehearsal",
-        "a rehearsal calls hooks as a backup does, also when its terminal is closed, fails with one that is required, \
-         and calls none when told so; what one leaves that dies beside the daemon, the next backup lets go",
+        "a rehearsal calls hooks as a backup does, also when its terminal is closed or stops it, or nobody reads its log, \
+         fails with one that is required, and calls none when told so",
         rehearsal,
     ).long(),
+    case(
+        "hooks/rehearsal-killed",
+        "a rehearsal is killed beside a daemon, while a hook is at freeze and while all is frozen: the daemon lets go at \
+         once; without one check names what is owed",
+        rehearsal_killed,
+    ),
     case(
         "hooks/unfit",
         "a file that others than root may write, or that cannot be found behind its link, is not run, and no \
@@ -593,8 +599,8 @@ fn rehearsal(guest: &Guest) -> Result<()> {
     noted(guest, "a rehearsal", &["10-a freeze ", "10-a thaw good"])?;
     guest.sh(&format!("{REHEARSAL} --no-hooks"))?;
     equal("hooks that are not to be called", notes(guest)?.len(), 0)?;
-    // The terminal that it was started from is closed, and its quit key.
-    for signal in [1, 3] {
+    // The terminal that it was started from is closed, and the keys of that which quit and stop.
+    for signal in [1, 3, 20] {
         let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "50s"])?;
         guest.wait_until("both writers stand still", STEP, || {
             Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
@@ -604,6 +610,16 @@ fn rehearsal(guest: &Guest) -> Result<()> {
         let expected = ["10-a freeze ", "10-a thaw good"];
         noted(guest, &format!("signal {signal}"), &expected)?;
     }
+    let stuck = format!(
+        "mkfifo /run/stuck; exec 3<>/run/stuck; head -c 65536 /dev/zero >&3; exec {REHEARSAL} 2>&3"
+    );
+    let rehearsal = guest.spawn(&["sh", "-c", &stuck])?;
+    let expected = ["10-a freeze ", "10-a thaw good"];
+    let seen = noted(guest, "a log that nobody reads", &expected);
+    guest.signal(&rehearsal, 9)?;
+    guest.wait(&rehearsal, STEP)?;
+    guest.sh("rm /run/stuck; /payload/hv_vss_daemon thaw")?;
+    seen?;
     hook(guest, "20-b", "[ $1 != freeze ]")?;
     let ended = guest.try_sh(REHEARSAL)?;
     ensure!(
@@ -620,26 +636,59 @@ fn rehearsal(guest: &Guest) -> Result<()> {
         "10-a thaw failed",
     ];
     noted(guest, "a rehearsal that fails", &expected)?;
-    hook(guest, "20-b", HANGS)?;
-    let daemon = start(guest, guest.module(), Daemon::Ours)?;
-    let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "1s"])?;
-    let expected = ["10-a freeze ", "20-b freeze "];
-    noted(guest, "a rehearsal that dies", &expected)?;
-    guest.signal(&rehearsal, 9)?;
-    guest.wait(&rehearsal, STEP)?;
-    hook(guest, "20-b", "")?;
-    good_backup(guest, "the next backup")?;
-    let expected = [
-        "20-b thaw unknown",
-        "10-a thaw unknown",
-        "10-a freeze ",
-        "20-b freeze ",
-        "20-b thaw good",
-        "10-a thaw good",
-    ];
-    noted(guest, "the next backup", &expected)?;
+    end(guest)
+}
+
+fn rehearsal_killed(guest: &Guest) -> Result<()> {
+    const LET_GO: [&str; 2] = ["20-b thaw unknown", "10-a thaw unknown"];
+    prepare(guest)?;
+    hook(guest, "10-a", "")?;
+    let begun = || -> Result<Process> {
+        let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "50s"])?;
+        noted(guest, "a rehearsal", &["10-a freeze ", "20-b freeze "])?;
+        Ok(rehearsal)
+    };
+    let killed = |rehearsal| -> Result<()> {
+        guest.signal(&rehearsal, 9)?;
+        guest.wait(&rehearsal, STEP)?;
+        Ok(())
+    };
+    for is_frozen in [false, true] {
+        hook(guest, "20-b", if is_frozen { "" } else { HANGS })?;
+        let rehearsal = begun()?;
+        if is_frozen {
+            guest.wait_until("both writers stand still", STEP, || {
+                Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+            })?;
+        }
+        // It has begun before there was a daemon, and so goes by itself.
+        let daemon = start(guest, guest.module(), Daemon::Ours)?;
+        killed(rehearsal)?;
+        noted(guest, "what a dead rehearsal has called", &LET_GO)?;
+        guest.wait_until("the daemon is done with its freeze", STEP, || {
+            let status = guest.try_sh("/payload/hv_vss_daemon status --json")?;
+            Ok(status.out.contains("\"refuses\": null"))
+        })?;
+        hook(guest, "20-b", "")?;
+        good_backup(guest, "the next backup")?;
+        let expected = [
+            "10-a freeze ",
+            "20-b freeze ",
+            "20-b thaw good",
+            "10-a thaw good",
+        ];
+        noted(guest, "the next backup", &expected)?;
+        stop_at_rest(guest, guest.module(), &daemon)?;
+    }
     nothing_hangs(guest)?;
-    stop_at_rest(guest, guest.module(), &daemon)?;
+    killed(begun()?)?;
+    let check = guest.try_sh("/payload/hv_vss_daemon check")?;
+    ensure!(
+        check.out.contains("hook 10-a is not let go"),
+        "check should name what is owed: {check:?}"
+    );
+    guest.sh("/payload/hv_vss_daemon thaw")?;
+    noted(guest, "what is let go by hand", &LET_GO)?;
     end(guest)
 }
 
