@@ -525,6 +525,8 @@ impl Backup {
             self.phase = Phase::Thawing { id, request, kept };
             return;
         }
+        // The module lets go of what it holds for nobody once this is answered, and a v1 kernel may want to sleep.
+        self.end_rehearsal(now, "the host has said THAW", false, effects);
         // A v1 kernel has a daemon thaw before the machine sleeps with a THAW that looks like the host's.
         // The host's own is still to come then, and it is not what ended the freeze.
         let is_second = (self.spent && request.id == 0)

@@ -164,7 +164,7 @@ impl Effects for Truth {
             }
             (op::THAW, status::OK) => {
                 assert!(
-                    !self.is_for_the_host(),
+                    self.job == Job::None || (self.rehearses && self.told),
                     "THAW is good and the job is not over"
                 );
                 assert!(!self.owed, "good after an earlier freeze that broke");
@@ -784,16 +784,22 @@ fn a_rehearsal_is_nothing_to_the_host() {
     assert_eq!(world.machine.phase(), "rehearsing");
     let until = world.now + Duration::from_secs(5);
     assert_eq!(world.machine.next(), Some(until));
-    // It says THAW although nothing is frozen for it, or asks whether it could take a backup.
-    for event in [Thaw, HotBackup] {
-        world.happen(event);
-        assert_eq!(world.truth.said, Some(status::OK), "{event:?}");
-        assert_eq!(world.machine.phase(), "rehearsing", "{event:?}");
-    }
+    // It asks whether it could take a backup.
+    world.happen(HotBackup);
+    assert_eq!(world.truth.said, Some(status::OK));
+    assert_eq!(world.machine.phase(), "rehearsing");
     world.happen(Time);
     assert!(world.truth.told && world.now == until);
     world.happen(JobThawed);
     assert_eq!(world.machine, World::new().machine);
+    // Its THAW, for which nothing is frozen, has the module let go of all.
+    for events in [&[Rehearse][..], &[Rehearse, JobFrozen]] {
+        let mut world = after(events);
+        world.happen(Thaw);
+        assert_eq!(world.truth.said, Some(status::OK));
+        assert!(world.truth.told);
+        world.drain();
+    }
     // What it has not heard of an earlier backup it still has to.
     let mut world = after(&[Freeze, JobFrozen, Event::Broken, JobThawed]);
     for event in [Rehearse, JobFrozen, Time, JobThawed] {
