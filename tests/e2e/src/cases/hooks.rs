@@ -621,17 +621,26 @@ fn rehearsal(guest: &Guest) -> Result<()> {
     ];
     noted(guest, "a rehearsal that fails", &expected)?;
     hook(guest, "20-b", HANGS)?;
-    let daemon = start(guest, guest.module(), Daemon::Ours)?;
     let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "1s"])?;
     let expected = ["10-a freeze ", "20-b freeze "];
     noted(guest, "a rehearsal that dies", &expected)?;
     guest.signal(&rehearsal, 9)?;
     guest.wait(&rehearsal, STEP)?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let unknown = ["20-b thaw unknown", "10-a thaw unknown"];
+    noted(guest, "the next start", &unknown)?;
+    // One by the daemon that serves does not die with whoever asked.
+    let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "1s"])?;
+    noted(guest, "one by the daemon", &expected)?;
+    guest.signal(&rehearsal, 9)?;
+    guest.wait(&rehearsal, STEP)?;
+    let failed = ["20-b thaw failed", "10-a thaw failed"];
+    noted(guest, "whoever asked has gone", &failed)?;
+    guest.sh(&format!("{REHEARSAL} --no-hooks"))?;
+    equal("hooks that it is not to call", notes(guest)?.len(), 0)?;
     hook(guest, "20-b", "")?;
     good_backup(guest, "the next backup")?;
     let expected = [
-        "20-b thaw unknown",
-        "10-a thaw unknown",
         "10-a freeze ",
         "20-b freeze ",
         "20-b thaw good",
