@@ -742,7 +742,7 @@ pub fn thaw(run: &RunDir, log: &Logbook) -> Result<(), CommandError> {
     };
     match control::ask_patiently(run, Method::Thaw, meanwhile) {
         Ok(reply) if reply["thawed"] == true => {
-            log.info("the daemon that serves has thawed; its backup fails");
+            log.info("the daemon that serves has thawed; its backup fails, or what it rehearses");
             nothing = false;
         }
         Ok(_) | Err(ControlError::Nobody) => {}

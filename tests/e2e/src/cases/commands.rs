@@ -234,7 +234,12 @@ fn one_at_a_time(guest: &Guest) -> Result<()> {
 
         let rehearsal = guest.spawn(&[OURS, "freeze", "--for", "50s"])?;
         still()?;
-        answered("THAW of nothing", &vss.thaw(STEP)?, status::OK)?;
+        // In v1 it may be that of the last backup, which had another.
+        let said = match module {
+            Module::Stock => status::FAIL,
+            Module::Ours => status::OK,
+        };
+        answered("THAW of nothing", &vss.thaw(STEP)?, said)?;
         ends(&rehearsal, "the host has said THAW")?;
         guest.not_frozen("after it", &["/", "/mnt/a"])?;
         stop(guest, module, &daemon)?;
