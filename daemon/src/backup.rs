@@ -7,7 +7,7 @@
 //! about them leaves through [`Effects`]. Four rules hold, whatever happens in which order:
 //!
 //! - a freeze that did not last is never called good: its THAW fails, until the host has heard that or another
-//!   FREEZE is good;
+//!   FREEZE is good; and a rehearsal is none to the host;
 //! - each request is answered once. One that the kernel has withdrawn is not: it shows a daemon only
 //!   one request at a time, so the next one says that the last has ended;
 //! - whatever is frozen has a way out: a time at which it is called off, or a thaw under way;
@@ -34,6 +34,8 @@ const LAST: Duration = Duration::from_secs(5);
 /// How long hooks are kept once the job is to thaw or to give up. What is not over by then hangs, and all else
 /// is thawed.
 const KEEP: Duration = Duration::from_secs(3);
+/// How long a rehearsal may take until all is frozen: as long as most kernels wait for a FREEZE.
+const MAKE: Duration = Duration::from_secs(15 * 60);
 
 /// What the machine asks its surroundings to do. None of it may call back.
 pub trait Effects {
@@ -43,9 +45,11 @@ pub trait Effects {
     fn tell_thawed(&mut self, id: u64, reason: u32);
     /// Begins to freeze, with `text` as the first line of this backup's log. Or says why not.
     fn begin(&mut self, request: &Request, text: String) -> Result<(), String>;
+    /// The same for a rehearsal, which is for nobody; it calls no hooks unless it is to.
+    fn rehearse(&mut self, with_hooks: bool, text: String) -> Result<(), String>;
     /// Whether what is frozen is all that this other FREEZE asks for.
     fn covers(&self, request: &Request) -> bool;
-    /// The host has been told that all is frozen.
+    /// All is frozen, and the host has been told so if it has asked.
     fn settle(&mut self);
     /// The job is to thaw what it has frozen, and to leave by then what hangs.
     fn thaw(&mut self, by: Instant);
@@ -92,6 +96,24 @@ pub struct Begun {
     pub names: Vec<String>,
 }
 
+/// What is to be rehearsed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rehearsal {
+    /// How long all is to stay frozen.
+    pub time: Duration,
+    /// Whether hooks are called.
+    pub with_hooks: bool,
+}
+
+/// Why there is no rehearsal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NoRehearsal {
+    /// Something else is under way.
+    Busy(&'static str),
+    /// It cannot be.
+    Failed(String),
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Phase {
     Idle,
@@ -111,14 +133,30 @@ enum Phase {
         request: Request,
         kept: Kept,
     },
-    /// Called off: the job has yet to end. The next FREEZE may wait for that.
+    /// The job is at a rehearsal; thawed, or called off, at `until`.
+    Rehearsing {
+        /// How long it is to stay frozen once all is; `None` from then on.
+        time: Option<Duration>,
+        until: Instant,
+    },
+    /// Called off, or a rehearsal that is over: the job has yet to end. The next FREEZE may wait for that.
     Ending {
+        whose: Whose,
         verdict: Verdict,
         waiting: Waiting,
         kept: Kept,
     },
     /// Nothing is frozen; hooks have yet to end. The next FREEZE may wait for that.
     Releasing(Waiting),
+}
+
+/// Whose freeze it was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Whose {
+    /// The host's.
+    Host,
+    /// Nobody's: a rehearsal, and why it is not good.
+    Nobody(Option<Cow<'static, str>>),
 }
 
 /// A FREEZE that waits for the end of the last one.
@@ -203,7 +241,10 @@ impl Backup {
 
     /// Whether a job freezes.
     pub fn is_freezing(&self) -> bool {
-        matches!(self.phase, Phase::Freezing { .. })
+        matches!(
+            self.phase,
+            Phase::Freezing { .. } | Phase::Rehearsing { time: Some(_), .. }
+        )
     }
 
     /// Whether a job that was called off has yet to end.
@@ -223,6 +264,7 @@ impl Backup {
             Phase::Freezing { .. } => "freezing",
             Phase::Frozen { .. } => "frozen",
             Phase::Thawing { .. } => "thawing",
+            Phase::Rehearsing { .. } => "rehearsing",
             Phase::Ending { .. } => "ending",
             Phase::Releasing(_) => "releasing",
         }
@@ -239,7 +281,7 @@ impl Backup {
                 patience.into_iter().chain(kept).min()
             }
             Phase::Thawing { kept, .. } => kept,
-            Phase::Frozen { until, .. } => Some(until),
+            Phase::Frozen { until, .. } | Phase::Rehearsing { until, .. } => Some(until),
             Phase::Idle | Phase::Releasing(None) => None,
         }
     }
@@ -285,13 +327,16 @@ impl Backup {
                 let text = "the host did not wait for the hooks of the last backup";
                 return effects.say(Level::Error, text.into());
             }
-            Phase::Idle | Phase::Frozen { .. } | Phase::Ending { .. } | Phase::Releasing(_) => {
-                return
-            }
+            Phase::Idle
+            | Phase::Frozen { .. }
+            | Phase::Rehearsing { .. }
+            | Phase::Ending { .. }
+            | Phase::Releasing(_) => return,
         };
         effects.call_off();
         effects.say(Level::Error, format!("{why}; called off"));
         self.phase = Phase::Ending {
+            whose: Whose::Host,
             verdict,
             waiting: None,
             kept,
@@ -308,6 +353,8 @@ impl Backup {
             };
             self.end_early(now, broken, effects);
         }
+        // The host's comes first, and is one of its own.
+        self.end_rehearsal(now, "the host has begun a backup", false, effects);
         let patience = request.time_left.max(MARGIN * 2) - MARGIN;
         let give_up = now + patience;
         let waiter = Waiter {
@@ -335,7 +382,9 @@ impl Backup {
                 return effects.say(Level::Warning, text.into());
             }
             // The one that was open is withdrawn by then.
-            Phase::Freezing { .. } | Phase::Thawing { .. } => "the last one has not ended",
+            Phase::Freezing { .. } | Phase::Thawing { .. } | Phase::Rehearsing { .. } => {
+                "the last one has not ended"
+            }
         };
         refuse(&request, refused, effects);
     }
@@ -356,6 +405,89 @@ impl Backup {
         self.phase = Phase::Freezing { request, give_up };
     }
 
+    /// Somebody rehearses. The host knows nothing of it, and what it asks comes first.
+    pub fn rehearse(
+        &mut self,
+        now: Instant,
+        rehearsal: Rehearsal,
+        effects: &mut impl Effects,
+    ) -> Result<(), NoRehearsal> {
+        let Rehearsal { time, with_hooks } = rehearsal;
+        if self.stopping {
+            return Err(NoRehearsal::Busy("the daemon is being stopped"));
+        }
+        if self.phase != Phase::Idle {
+            return Err(NoRehearsal::Busy(
+                "a backup or another rehearsal is under way",
+            ));
+        }
+        lasts(time, self.deadline).map_err(NoRehearsal::Failed)?;
+        let seconds = time.as_secs_f64();
+        let text = format!("a rehearsal, to stay frozen for {seconds:.1} s");
+        let begun = effects.rehearse(with_hooks, text);
+        begun.map_err(NoRehearsal::Failed)?;
+        self.phase = Phase::Rehearsing {
+            time: Some(time),
+            until: now + MAKE,
+        };
+        Ok(())
+    }
+
+    /// Whoever has asked for the rehearsal does not wait for it any longer.
+    pub fn nobody_rehearses(&mut self, now: Instant, effects: &mut impl Effects) {
+        self.end_rehearsal(now, "whoever asked for it has gone", true, effects);
+    }
+
+    /// Ends a rehearsal, if one is under way, and in order; whether it is good if all was frozen.
+    fn end_rehearsal(
+        &mut self,
+        now: Instant,
+        why: &'static str,
+        is_good: bool,
+        effects: &mut impl Effects,
+    ) {
+        let Phase::Rehearsing { time, .. } = self.phase else {
+            return;
+        };
+        if time.is_some() {
+            return self.break_rehearsal(now, why.into(), effects);
+        }
+        effects.thaw(now + KEEP);
+        effects.say(Level::Info, format!("the rehearsal ends: {why}"));
+        let (verdict, fault) = match is_good {
+            true => (Verdict::Good, None),
+            false => (Verdict::Broken, Some(why.into())),
+        };
+        self.phase = Phase::Ending {
+            whose: Whose::Nobody(fault),
+            verdict,
+            waiting: None,
+            kept: Some(now + KEEP),
+        };
+    }
+
+    /// Calls off one that is under way.
+    fn break_rehearsal(
+        &mut self,
+        now: Instant,
+        why: Cow<'static, str>,
+        effects: &mut impl Effects,
+    ) {
+        effects.call_off();
+        let text = format!("the rehearsal is called off: {why}");
+        effects.say(Level::Error, text);
+        let verdict = match self.is_freezing() {
+            true => Verdict::Failed,
+            false => Verdict::Broken,
+        };
+        self.phase = Phase::Ending {
+            whose: Whose::Nobody(Some(why)),
+            verdict,
+            waiting: None,
+            kept: Some(now + KEEP),
+        };
+    }
+
     /// The hooks are ready for the freeze, or one that is required is not.
     pub fn quiesced(
         &mut self,
@@ -363,19 +495,21 @@ impl Backup {
         result: Result<(), String>,
         effects: &mut impl Effects,
     ) {
-        let Phase::Freezing { request, .. } = self.phase else {
+        if !self.is_freezing() {
             // It was called off meanwhile.
             return;
-        };
-        match result {
-            Ok(()) => effects.go_on(),
-            Err(why) => {
+        }
+        match (result, &self.phase) {
+            (Ok(()), _) => effects.go_on(),
+            (Err(why), Phase::Freezing { request, .. }) => {
+                let request = *request;
                 effects.call_off();
                 effects.answer(&request, status::FAIL);
                 effects.say(Level::Error, format!("FREEZE fails: {why}"));
                 self.phase = called_off(now, Verdict::Failed);
                 self.set_broken(why.into(), true, effects);
             }
+            (Err(why), _) => self.break_rehearsal(now, why.into(), effects),
         }
     }
 
@@ -401,6 +535,8 @@ impl Backup {
             self.phase = Phase::Thawing { id, request, kept };
             return;
         }
+        // The module lets go of what it holds for nobody once this is answered, and a v1 kernel may want to sleep.
+        self.end_rehearsal(now, "the host has said THAW", false, effects);
         // A v1 kernel has a daemon thaw before the machine sleeps with a THAW that looks like the host's.
         // The host's own is still to come then, and it is not what ended the freeze.
         let is_second = (self.spent && request.id == 0)
@@ -455,14 +591,36 @@ impl Backup {
                 effects.say(Level::Error, text);
                 self.over(Verdict::Failed, Some(why.into()), None, effects);
             }
+            (
+                Phase::Rehearsing {
+                    time: Some(time), ..
+                },
+                Ok(begun),
+            ) => {
+                effects.settle();
+                let text = format!("all is frozen for the rehearsal: {}", begun.counts);
+                effects.say(Level::Info, text);
+                self.phase = Phase::Rehearsing {
+                    time: None,
+                    until: now + time,
+                };
+            }
+            (Phase::Rehearsing { .. }, Err(why)) => {
+                let text = format!("the rehearsal fails, nothing is left frozen: {why}");
+                effects.say(Level::Error, text);
+                self.over(Verdict::Failed, Some(why.into()), None, effects);
+            }
             // It got through just before it was called off: its thaw has yet to end.
             (phase @ Phase::Ending { .. }, Ok(_)) => self.phase = phase,
             (
                 Phase::Ending {
-                    verdict, waiting, ..
+                    whose,
+                    verdict,
+                    waiting,
+                    ..
                 },
                 Err(_),
-            ) => self.end(verdict, waiting, effects),
+            ) => self.end(whose, verdict, waiting, effects),
             (phase, _) => {
                 self.phase = phase;
                 effects.say(Level::Warning, "an outcome of no freeze".into());
@@ -515,8 +673,17 @@ impl Backup {
                 self.over(verdict, why, None, effects);
             }
             Phase::Ending {
-                verdict, waiting, ..
-            } => self.end(verdict, waiting, effects),
+                whose,
+                verdict,
+                waiting,
+                ..
+            } => match (whose, result) {
+                (Whose::Nobody(None), Err(why)) => {
+                    let whose = Whose::Nobody(Some(why.into()));
+                    self.end(whose, Verdict::Broken, waiting, effects);
+                }
+                (whose, _) => self.end(whose, verdict, waiting, effects),
+            },
             phase => {
                 self.phase = phase;
                 effects.say(Level::Warning, "an outcome of no thaw".into());
@@ -524,10 +691,19 @@ impl Backup {
         }
     }
 
-    fn end(&mut self, verdict: Verdict, waiting: Waiting, effects: &mut impl Effects) {
-        let text = "the freeze that was called off has ended, nothing is left frozen";
-        effects.say(Level::Info, text.into());
-        let why = self.broken.clone();
+    fn end(
+        &mut self,
+        whose: Whose,
+        verdict: Verdict,
+        waiting: Waiting,
+        effects: &mut impl Effects,
+    ) {
+        let (what, why) = match whose {
+            Whose::Host => ("freeze that was called off", self.broken.clone()),
+            Whose::Nobody(why) => ("rehearsal", why),
+        };
+        let text = format!("the {what} has ended, nothing is left frozen");
+        effects.say(Level::Info, text);
         self.over(verdict, why, waiting, effects);
     }
 
@@ -561,6 +737,7 @@ impl Backup {
         let current = match &self.phase {
             Phase::Freezing { request, .. } => request.id,
             Phase::Frozen { id, .. } | Phase::Thawing { id, .. } => *id,
+            Phase::Rehearsing { .. } => 0,
             // What was called off, it has heard from us.
             Phase::Idle | Phase::Ending { .. } | Phase::Releasing(_) => return,
         };
@@ -602,6 +779,10 @@ impl Backup {
             phase @ Phase::Thawing { .. } if reason.is_some_and(only_thaws) => {
                 self.phase = phase;
                 return;
+            }
+            phase @ Phase::Rehearsing { .. } => {
+                self.phase = phase;
+                return self.break_rehearsal(now, why, effects);
             }
             // The thaw is on its way; only its success is no longer worth anything.
             phase @ Phase::Thawing { .. } => {
@@ -647,9 +828,12 @@ impl Backup {
                 verdict,
                 waiting,
                 kept,
+                ..
             } => {
                 if kept.take_if(|at| *at <= now).is_some() {
-                    let_go_beside_what_hangs(Some(*verdict), effects);
+                    // A rehearsal may be good yet.
+                    let verdict = Some(*verdict).filter(|it| *it != Verdict::Good);
+                    let_go_beside_what_hangs(verdict, effects);
                 }
                 if waiting.is_some_and(|it| it.patience <= now) {
                     self.refuse_waiting("the last one has not ended in time", effects);
@@ -665,6 +849,13 @@ impl Backup {
             Phase::Releasing(_) => {
                 let why = "the hooks of the last backup have not ended in time";
                 return self.refuse_waiting(why, effects);
+            }
+            Phase::Rehearsing { time, .. } => {
+                let why = match time {
+                    Some(_) => "it takes too long to freeze",
+                    None => "its time is over",
+                };
+                return self.end_rehearsal(now, why, true, effects);
             }
             Phase::Freezing { .. } => "the host would not wait any longer",
             _ => "the deadline passed, and whoever was to thaw then has not",
@@ -708,9 +899,21 @@ fn only_thaws(reason: u32) -> bool {
 /// The phase of a job that was called off just now.
 fn called_off(now: Instant, verdict: Verdict) -> Phase {
     Phase::Ending {
+        whose: Whose::Host,
         verdict,
         waiting: None,
         kept: Some(now + KEEP),
+    }
+}
+
+/// Whether a rehearsal of that length can last, or why not: at the deadline whoever minds what is frozen thaws.
+pub fn lasts(time: Duration, deadline: Duration) -> Result<(), String> {
+    match time < deadline {
+        true => Ok(()),
+        false => Err(format!(
+            "a rehearsal is to be shorter than the deadline, after which all is thawed ({} s)",
+            deadline.as_secs()
+        )),
     }
 }
 

@@ -16,10 +16,10 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize as _, Serialize};
 use serde_json::Value;
 
-use crate::backup::Verdict;
+use crate::backup::{lasts, Rehearsal, Verdict};
 use crate::cache::{survey, GatherError};
 use crate::calls::{self, Calling, Context, HookOutcome, Means};
 use crate::check;
@@ -28,7 +28,7 @@ use crate::control::{self, ControlError, Method};
 use crate::fifreeze::Fifreeze;
 use crate::ground::Disk;
 use crate::guard::{Event, Guard, GuardError};
-use crate::history::{History, HistoryError};
+use crate::history::{Entry, History, HistoryError};
 use crate::hooks::Found;
 use crate::job::{About, Freezer, JobError, Setting};
 use crate::logbook::{words, Logbook};
@@ -41,10 +41,6 @@ use crate::recovery::{self, By, Recovered, RecoveryError};
 use crate::report::{self, Outcome, Status};
 use crate::timeline::{self, TimelineError};
 
-/// What a rehearsal does not show where the daemon serves through our module.
-const OTHER_DOOR: &str =
-    "this rehearsal freezes through FIFREEZE, with a guard; in a backup the module holds what is \
-    frozen, for the daemon";
 /// How often it is asked whether a rehearsal is to end.
 const GLANCE: Duration = Duration::from_millis(100);
 
@@ -72,6 +68,18 @@ pub enum CommandError {
     /// The rehearsal did not last.
     #[error("the rehearsal was ended before its time: {0}")]
     Ended(&'static str),
+    /// It cannot last so long.
+    #[error("{0}")]
+    TooLong(String),
+    /// The daemon has rehearsed, and it was no good.
+    #[error("the rehearsal was not good: {0}")]
+    NotGood(String),
+    /// The daemon that serves goes by another configuration.
+    #[error(
+        "a daemon serves, and rehearses by its own configuration: without --config, after `hv_vss reload` if that is to \
+         be another"
+    )]
+    ByItsOwn,
     /// Record or lock cannot be used.
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -110,8 +118,8 @@ pub enum CommandError {
          its deadline, or when it has ended (kill -9 {0})"
     )]
     Silent(u32),
-    /// The list cannot be written.
-    #[error("cannot write the list")]
+    /// The list cannot be written, or what the daemon replies is not understood.
+    #[error("JSON that is not as it should be")]
     Json(#[from] serde_json::Error),
 }
 
@@ -339,25 +347,47 @@ fn as_text(plan: &Plan, listing: &Listing<'_>) -> String {
     text
 }
 
-/// A rehearsal: calls hooks, if it is to, and freezes as for a backup, stays frozen for `time`, thaws. Sends
-/// `stop` to end early. It goes by itself, beside a daemon that serves: through FIFREEZE, with a guard of its own. The
-/// device is for one process, so what the module can hold it holds for the daemon alone; where that has it do so, the
-/// log says that a backup freezes by other means.
+/// A rehearsal by the daemon that serves, which freezes as it would for a backup, and ends it should this process end.
+/// Returns what came of it, as text; `None` where no daemon serves. `path` is the configuration that was asked for.
+pub fn rehearse_there(
+    run: &RunDir,
+    path: Option<&Path>,
+    rehearsal: Rehearsal,
+) -> Result<Option<String>, CommandError> {
+    match control::ask(run, Method::Status) {
+        // One that waits for a device serves nobody.
+        Ok(status) if status["door"].is_null() => return Ok(None),
+        Ok(_) if path.is_some() => return Err(CommandError::ByItsOwn),
+        Ok(_) => {}
+        Err(ControlError::Nobody) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    }
+    let reply = control::ask_patiently(run, Method::Rehearse(rehearsal), |_| ())?;
+    let entry = Entry::deserialize(&reply["rehearsal"])?;
+    let text = report::rehearsal(&entry);
+    match entry.result {
+        Verdict::Good => Ok(Some(text)),
+        Verdict::Broken | Verdict::Failed => {
+            let why = entry.why.unwrap_or_default();
+            Err(CommandError::NotGood(format!("{why}\n{}", text.trim_end())))
+        }
+    }
+}
+
+/// A rehearsal without a daemon: calls hooks, if it is to, and freezes as for a backup, stays frozen for `time`, thaws.
+/// Sends `stop` to end early. It freezes through FIFREEZE, with a guard of its own.
 pub fn freeze_for(
     config: Config,
     log: &Logbook,
-    time: Duration,
-    with_hooks: bool,
+    rehearsal: Rehearsal,
     stop: &Stop,
 ) -> Result<(), CommandError> {
+    let Rehearsal { time, with_hooks } = rehearsal;
+    lasts(time, config.deadline).map_err(CommandError::TooLong)?;
     let run = RunDir::default();
     run.check()?;
     // What somebody has left frozen who has died would count as frozen by others.
     recovery::thaw(&run, log, By::Start)?;
-    let status = control::ask(&run, Method::Status);
-    if status.is_ok_and(|it| it["door"] == "held") {
-        log.warning(OTHER_DOOR);
-    }
     let guard = Arc::new(Guard::start(&run)?);
     let deadline = config.deadline;
     let door = Fifreeze::new(
@@ -713,7 +743,7 @@ pub fn thaw(run: &RunDir, log: &Logbook) -> Result<(), CommandError> {
     };
     match control::ask_patiently(run, Method::Thaw, meanwhile) {
         Ok(reply) if reply["thawed"] == true => {
-            log.info("the daemon that serves has thawed; its backup fails");
+            log.info("the daemon that serves has thawed; its backup fails, or what it rehearses");
             nothing = false;
         }
         Ok(_) | Err(ControlError::Nobody) => {}

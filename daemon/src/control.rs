@@ -9,16 +9,19 @@
 use std::collections::BTreeMap;
 use std::fs::Permissions;
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use mio::net::{UnixListener, UnixStream};
 use mio::{Interest, Registry, Token};
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::Serialize;
 use serde_json::{json, Value};
 
+use crate::backup::Rehearsal;
 use crate::process;
 use crate::record::RunDir;
 
@@ -50,15 +53,22 @@ pub enum Method {
     History,
     /// What would a backup lack?
     Check,
+    /// Rehearse a backup; the reply comes when it has ended, and it ends with the line of whoever has asked.
+    Rehearse(Rehearsal),
 }
 
 impl Method {
-    const ALL: [Method; 5] = [
+    /// Each once, with nothing said of how.
+    const ALL: [Method; 6] = [
         Method::Thaw,
         Method::Reload,
         Method::Status,
         Method::History,
         Method::Check,
+        Method::Rehearse(Rehearsal {
+            time: Duration::ZERO,
+            with_hooks: true,
+        }),
     ];
 
     fn name(self) -> String {
@@ -68,8 +78,32 @@ impl Method {
             Method::Status => "Status",
             Method::History => "History",
             Method::Check => "Check",
+            Method::Rehearse(_) => "Rehearse",
         };
         format!("{INTERFACE}.{method}")
+    }
+
+    fn call(self) -> Value {
+        let mut call = json!({ "method": self.name() });
+        if let Method::Rehearse(Rehearsal { time, with_hooks }) = self {
+            let for_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+            call["parameters"] = json!({ "for_ms": for_ms, "hooks": with_hooks });
+        }
+        call
+    }
+
+    /// As this call has it; an error names the parameter that is not understood.
+    fn said_in(self, call: &Value) -> Result<Self, &'static str> {
+        let Method::Rehearse(_) = self else {
+            return Ok(self);
+        };
+        let parameter = |name| call.pointer("/parameters").and_then(|it| it.get(name));
+        let for_ms = parameter("for_ms").and_then(Value::as_u64);
+        let hooks = parameter("hooks").and_then(Value::as_bool);
+        Ok(Method::Rehearse(Rehearsal {
+            time: Duration::from_millis(for_ms.ok_or("for_ms")?),
+            with_hooks: hooks.ok_or("hooks")?,
+        }))
     }
 }
 
@@ -82,8 +116,8 @@ pub enum ControlError {
     /// One does and does not reply.
     #[error("the daemon that serves does not reply")]
     Io(#[from] io::Error),
-    /// What it replies is not understood.
-    #[error("the daemon that serves replies {0}")]
+    /// It refuses, or what it replies is not understood.
+    #[error("the daemon that serves replies: {0}")]
     Refused(String),
 }
 
@@ -151,7 +185,7 @@ fn ask_for(
     let (mut stream, _) = connect(run)?;
     stream.set_read_timeout(Some(pause))?;
     stream.set_write_timeout(Some(PATIENCE))?;
-    stream.write_all(&message(&json!({ "method": method.name() })))?;
+    stream.write_all(&message(&method.call()))?;
     let mut text = Vec::new();
     let mut part = [0; 512];
     while !text.contains(&0) {
@@ -167,7 +201,11 @@ fn ask_for(
     let reply: Value = serde_json::from_slice(&text).map_err(io::Error::from)?;
     match reply.get("parameters") {
         Some(parameters) if reply.get("error").is_none() => Ok(parameters.clone()),
-        _ => Err(ControlError::Refused(reply.to_string())),
+        parameters => {
+            let why = parameters.and_then(|it| it["why"].as_str());
+            let why = why.map_or_else(|| reply.to_string(), str::to_owned);
+            Err(ControlError::Refused(why))
+        }
     }
 }
 
@@ -203,6 +241,14 @@ impl Line {
 
     fn is_over(&self) -> bool {
         self.is_ended && self.rests()
+    }
+
+    /// Whether nobody hears either: who has said all that there is to say may still wait for replies.
+    fn is_closed(&self) -> bool {
+        let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::empty())];
+        let closed = PollFlags::POLLHUP | PollFlags::POLLERR;
+        let is_closed = |it: &PollFd| it.revents().is_some_and(|it| it.intersects(closed));
+        poll(&mut fds, PollTimeout::ZERO).is_ok() && fds.iter().any(is_closed)
     }
 
     /// Takes what has come; false when there is nobody any more.
@@ -321,6 +367,12 @@ impl Control {
         }
     }
 
+    /// Whether there is anybody to reply to. That may change when the loop has woken, and then alone.
+    pub fn is_there(&self, client: Client) -> bool {
+        let line = self.clients.get(&client);
+        line.is_some_and(|it| !it.is_closed())
+    }
+
     fn accept(&mut self, registry: &Registry) {
         // An error means that whoever came is gone again, or that there is nobody more.
         while let Ok((mut stream, _)) = self.listener.accept() {
@@ -377,11 +429,13 @@ impl Control {
 
     /// Replies to a call with what [`reply_of`] has made, or with why there is none.
     pub fn reply_with(&mut self, client: Client, reply: Result<Vec<u8>, String>) {
-        let failed = |why: String| {
-            let error = format!("{INTERFACE}.Failed");
-            message(&json!({ "error": error, "parameters": { "why": why } }))
-        };
-        self.send(client, reply.unwrap_or_else(failed));
+        let reply = reply.unwrap_or_else(|why| refusal("Failed", &why));
+        self.send(client, reply);
+    }
+
+    /// Replies to a call that what was asked for cannot be now.
+    pub fn say_busy(&mut self, client: Client, why: &str) {
+        self.send(client, refusal("Busy", why));
     }
 
     fn send(&mut self, client: Client, reply: Vec<u8>) {
@@ -396,6 +450,11 @@ impl Control {
             self.clients.remove(&client);
         }
     }
+}
+
+fn refusal(error: &str, why: &str) -> Vec<u8> {
+    let error = format!("{INTERFACE}.{error}");
+    message(&json!({ "error": error, "parameters": { "why": why } }))
 }
 
 /// A reply that may be long, for [`Control::reply_with`].
@@ -417,11 +476,14 @@ enum Understood {
 
 fn understood(call: &Value) -> Understood {
     let name = call.get("method").and_then(Value::as_str);
+    let error = |error: &str, key: &str, value: Option<&str>| json!({ "error": format!("{SERVICE}.{error}"), "parameters": { key: value } });
     let mut methods = Method::ALL.into_iter();
     if let Some(method) = methods.find(|it| name == Some(&it.name())) {
-        return Understood::Method(method);
+        return match method.said_in(call) {
+            Ok(method) => Understood::Method(method),
+            Err(it) => Understood::Reply(error("InvalidParameter", "parameter", Some(it))),
+        };
     }
-    let error = |error: &str, key: &str, value: Option<&str>| json!({ "error": format!("{SERVICE}.{error}"), "parameters": { key: value } });
     let (interface, method) = name.and_then(|it| it.rsplit_once('.')).unwrap_or_default();
     Understood::Reply(match (interface, method) {
         (SERVICE, "GetInfo") => json!({ "parameters": {
@@ -509,6 +571,65 @@ mod tests {
         assert_eq!(replies.matches("idle").count(), 2, "{replies}");
         assert!(asked.iter().all(|it| *it), "{asked:?}");
         std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn who_has_said_all_is_still_there_and_who_has_gone_is_not() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-there-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let run = RunDir::new(&dir);
+        let mut poll = Poll::new().unwrap();
+        let mut control = Control::listen(&run, poll.registry(), Token(7)).unwrap();
+        let rehearsal = Rehearsal {
+            time: Duration::from_millis(1500),
+            with_hooks: false,
+        };
+        let mut stream = connect(&run);
+        let call = Method::Rehearse(rehearsal).call();
+        stream.write_all(&message(&call)).unwrap();
+        let mut events = Events::with_capacity(8);
+        // The loop wakes at each change.
+        let mut look = |control: &mut Control| {
+            poll.poll(&mut events, Some(Duration::from_secs(60)))
+                .unwrap();
+            assert!(!events.is_empty());
+            for event in &events {
+                control.ready(poll.registry(), event.token());
+            }
+        };
+        let (client, method) = loop {
+            look(&mut control);
+            if let Some(call) = control.next_call() {
+                break call;
+            }
+        };
+        assert_eq!(method, Method::Rehearse(rehearsal));
+        assert!(control.is_there(client));
+        stream.shutdown(Shutdown::Write).unwrap();
+        look(&mut control);
+        assert!(control.is_there(client));
+        drop(stream);
+        look(&mut control);
+        assert!(!control.is_there(client));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_is_to_be_rehearsed_has_to_be_said() {
+        let name = Method::ALL.map(Method::name);
+        let name = name.iter().find(|it| it.ends_with("Rehearse")).unwrap();
+        for (parameters, lacks) in [
+            (Value::Null, "for_ms"),
+            (json!({ "for_ms": -1, "hooks": true }), "for_ms"),
+            (json!({ "for_ms": 5 }), "hooks"),
+        ] {
+            let call = json!({ "method": name, "parameters": parameters });
+            let Understood::Reply(reply) = understood(&call) else {
+                panic!("{call} is understood");
+            };
+            assert_eq!(reply["error"], "org.varlink.service.InvalidParameter");
+            assert_eq!(reply["parameters"]["parameter"], lacks);
+        }
     }
 
     #[test]

@@ -7,7 +7,9 @@
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::Arc;
+use std::thread::Builder;
 use std::time::Duration;
 
 use hv_vss_uapi::IocFreeze;
@@ -18,29 +20,40 @@ use crate::door::{Door, DoorError};
 use crate::freeze::Target;
 use crate::sys;
 
-/// The door, for one FREEZE of the host.
+/// Instead of the id of a FREEZE, for a rehearsal.
+pub const NOBODY: u64 = 0;
+const STACK_BYTES: usize = 64 * 1024;
+
+/// The door, for one FREEZE of the host, or a rehearsal.
 pub struct Held {
     hold: Hold,
     id: u64,
     deadline: Duration,
     /// How many are to be frozen, once that is known.
     count: AtomicU32,
+    /// Whether nothing of it is held any more but what hangs.
+    is_over: Arc<AtomicBool>,
 }
 
 impl Held {
-    /// For the FREEZE with this id.
+    /// For the FREEZE with this id, or for [`NOBODY`].
     pub fn new(hold: Hold, id: u64, deadline: Duration) -> Self {
         Held {
             hold,
             id,
             deadline,
             count: AtomicU32::new(0),
+            is_over: Arc::default(),
         }
     }
 }
 
 fn is_no_device(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ENODEV)
+}
+
+fn is_stale(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ESTALE)
 }
 
 fn is_busy(error: &io::Error) -> bool {
@@ -80,6 +93,10 @@ impl Door for Held {
             Err(e) if is_no_device(&e) && is_gone(sys::let_go(device, fd)) => {
                 // That is no fault of a file system: none is tried any more.
                 Err(io::Error::other("the device has gone away"))
+            }
+            // Nor is that one: the FREEZE has come to the module already, and will be read.
+            Err(e) if self.id == NOBODY && is_stale(&e) => {
+                Err(io::Error::other("the host asks, and comes first"))
             }
             other => other,
         }
@@ -130,11 +147,29 @@ impl Door for Held {
 
     fn settle(&self, _targets: &[Target]) {}
 
-    /// The module does by itself when the FREEZE is failed or told to have ended, which has been done.
-    fn let_go(&self) {}
+    /// The module does by itself when the FREEZE is failed or told to have ended, which has been done. Of a rehearsal
+    /// nobody has told it, and whoever does may have to wait for a disk.
+    fn let_go(&self) {
+        if self.id != NOBODY {
+            return;
+        }
+        let (hold, is_over) = (self.hold.clone(), Arc::clone(&self.is_over));
+        let thaw = move || {
+            // By then it might be another's.
+            if !is_over.load(Ordering::SeqCst) {
+                // What it cannot thaw the module goes on with.
+                let _ = sys::let_all_go(hold.device.as_fd());
+            }
+        };
+        let builder = Builder::new().name("let go".into());
+        // Without it the session thaws, behind what holds it up.
+        let _ = builder.stack_size(STACK_BYTES).spawn(thaw);
+    }
 
     /// The module goes on by itself with what is left.
-    fn disarm(&self, _targets: &[Target]) {}
+    fn disarm(&self, _targets: &[Target]) {
+        self.is_over.store(true, Ordering::SeqCst);
+    }
 
     fn watched_every(&self) -> Option<Duration> {
         None

@@ -250,6 +250,9 @@ impl Freezer {
             disks,
             ..
         } = setting;
+        if about.without_hooks {
+            return Ok(None);
+        }
         let found = hooks::find(&config.hooks)?;
         if found.is_empty() {
             return Ok(None);
@@ -261,6 +264,7 @@ impl Freezer {
         let About {
             request,
             backup_type,
+            ..
         } = about;
         let context = Context::new(*request, *backup_type, &planned.disks, &planned.paths);
         progress.enter(Stage::Hooks, found.len());
@@ -888,13 +892,15 @@ enum Order {
     Backup(Box<Backup>),
 }
 
-/// What the host says of a backup.
+/// What the host says of a backup, or whoever rehearses one.
 #[derive(Clone, Debug, Default)]
 pub struct About {
     /// The number of its FREEZE.
     pub request: u64,
     /// Its kind, in the host's own number.
     pub backup_type: Option<u32>,
+    /// No hooks are called: it is a rehearsal of the freeze alone.
+    pub without_hooks: bool,
 }
 
 /// What the event loop tells the worker of a backup under way.

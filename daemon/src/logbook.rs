@@ -175,7 +175,7 @@ impl Logbook {
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// From here on each line is stamped with the seconds since `start`, as part of backup `number`,
+    /// From here on each line is stamped with the seconds since `start`, as part of backup `number`, 0 for a rehearsal,
     /// and kept in memory, until what is returned is dropped.
     pub fn hold(&self, number: u64, start: Instant) -> Held {
         self.inner().backup = Some((number, start));
@@ -254,7 +254,10 @@ impl Logbook {
         let line = match inner.backup {
             Some((number, start)) => {
                 let at = start.elapsed().as_secs_f64();
-                format!("backup {number} +{at:.6}s: {text}")
+                match number {
+                    0 => format!("rehearsal +{at:.6}s: {text}"),
+                    _ => format!("backup {number} +{at:.6}s: {text}"),
+                }
             }
             None => text.to_owned(),
         };

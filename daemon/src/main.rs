@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use clap::parser::ValueSource;
 use clap::{value_parser, Arg, ArgAction, ArgMatches, Command};
+use hv_vss_daemon::backup::Rehearsal;
 use hv_vss_daemon::commands::{self, Stop};
 use hv_vss_daemon::config::{Config, ConfigError};
 use hv_vss_daemon::device::Device;
@@ -114,7 +115,7 @@ fn command() -> Command {
                 .about("Show what would be frozen, in which order, and what would not and why")
                 .args([json, table]),
             Command::new("freeze")
-                .about("Rehearse: call hooks, freeze as for a backup but always with FIFREEZE, wait, thaw")
+                .about("Rehearse: call hooks, freeze as for a backup, wait, thaw")
                 .args([time, no_hooks]),
             Command::new("reload")
                 .about("Have the daemon that serves read its configuration again"),
@@ -204,8 +205,16 @@ fn dispatch() -> Result<ExitCode, Failure> {
             print((text, Outcome::Well))
         }
         Some(("freeze", freeze)) => {
-            let time = freeze.get_one("for").copied().unwrap_or_default();
-            done(rehearse(config()?, time, !freeze.get_flag("no-hooks")))
+            need_root(FREEZE)?;
+            let rehearsal = Rehearsal {
+                time: freeze.get_one("for").copied().unwrap_or_default(),
+                with_hooks: !freeze.get_flag("no-hooks"),
+            };
+            let (run, path) = (RunDir::default(), config_path.as_deref());
+            match commands::rehearse_there(&run, path, rehearsal)? {
+                Some(text) => print((text, Outcome::Well)),
+                None => done(rehearse(config()?, rehearsal)),
+            }
         }
         Some(("thaw", thaw)) => {
             need_root(FREEZE)?;
@@ -389,7 +398,7 @@ fn harden(log: &Logbook) -> Result<(), Failure> {
     Ok(())
 }
 
-fn rehearse(config: Config, time: Duration, with_hooks: bool) -> Result<(), Failure> {
+fn rehearse(config: Config, rehearsal: Rehearsal) -> Result<(), Failure> {
     // Whoever stops who writes to a terminal, or reads it, in the background stops nothing that has frozen.
     let stopping = SigSet::from_iter([Signal::SIGTTOU, Signal::SIGTTIN]);
     stopping.thread_block()?;
@@ -408,7 +417,7 @@ fn rehearse(config: Config, time: Duration, with_hooks: bool) -> Result<(), Fail
                 on_signal.stop();
             }
         });
-        Ok(commands::freeze_for(config, &log, time, with_hooks, &stop)?)
+        Ok(commands::freeze_for(config, &log, rehearsal, &stop)?)
     })
 }
 

@@ -180,6 +180,41 @@ pub fn history(all: &[Entry]) -> String {
     align(&rows)
 }
 
+/// What `freeze --for` prints for people of one that the daemon has done: what became of each file system, and what
+/// there is to say against it.
+pub fn rehearsal(entry: &Entry) -> String {
+    let file_systems = entry.file_systems.iter().map(|it| {
+        let stood = it.since_us.zip(it.until_us);
+        let stood = stood.map(|(since, until)| until.saturating_sub(since));
+        let text = match (&it.reason, it.how) {
+            (Some(reason), _) => format!("left out: {reason}"),
+            (None, How::Frozen) => format!("frozen for {}", seconds(stood)),
+            (None, How::Foreign) => "frozen by somebody else".into(),
+            (None, How::Synced) => "synced, without means to freeze".into(),
+            (None, How::LeftOut) => "left out".into(),
+        };
+        [it.name.clone(), text]
+    });
+    let hooks = entry.hooks.iter().map(|it| {
+        let fault = it.fault.as_ref().map(|it| format!(": {it}"));
+        let took = seconds(Some(it.took_us));
+        let text = format!(
+            "{} in {took}{}",
+            it.verb.as_str(),
+            fault.unwrap_or_default()
+        );
+        [format!("hook {}", it.name), text]
+    });
+    let warnings = entry.warnings.iter();
+    let warnings = warnings.map(|it| ["warning".into(), it.clone()]);
+    align(
+        &file_systems
+            .chain(hooks)
+            .chain(warnings)
+            .collect::<Vec<_>>(),
+    )
+}
+
 /// What `check` prints for people.
 pub fn check(all: &[Finding]) -> String {
     let row = |it: &Finding| {

@@ -25,7 +25,7 @@ use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
-use crate::backup::{name_of, Backup, Break, Effects, Verdict};
+use crate::backup::{name_of, Backup, Break, Effects, NoRehearsal, Rehearsal, Verdict};
 use crate::calls::{Called, Calling, Context, HookOutcome, Means};
 use crate::check;
 use crate::config::{Config, ConfigError};
@@ -35,7 +35,7 @@ use crate::disks;
 use crate::door::Door;
 use crate::fifreeze::Fifreeze;
 use crate::guard::{Event, Guard, GuardError};
-use crate::held::Held;
+use crate::held::{self, Held};
 use crate::history::{Draft, Entry, History, HistoryError, Unfinished};
 use crate::hooks::Found;
 use crate::job::{About, Job, Outcome, Setting, Worker, LOOK};
@@ -281,6 +281,10 @@ struct Hands {
     backups: u64,
     /// What is to be remembered of the one under way.
     draft: Option<Draft>,
+    /// Who has asked for the one under way, if it is a rehearsal: of that nothing is remembered.
+    rehearses: Option<Client>,
+    /// What came of one, for whoever has asked for it.
+    rehearsed: Option<(Client, Entry)>,
     /// What is going on, as it was last shown.
     doing: String,
     /// What is to be remembered of the one under way, for a later daemon.
@@ -351,6 +355,8 @@ impl Service {
                 backups: 0,
                 is_ahead: true,
                 draft: None,
+                rehearses: None,
+                rehearsed: None,
                 unfinished,
                 left: true,
                 checking: Weak::new(),
@@ -427,6 +433,7 @@ impl Service {
             for event in events.iter().filter(|event| event.token() >= CONTROL) {
                 self.control.ready(self.poll.registry(), event.token());
             }
+            self.see_to_rehearsal();
             if self.machine.is_idle() {
                 self.rest();
             }
@@ -442,6 +449,20 @@ impl Service {
                 self.hands.log.info("stopped, nothing is frozen");
                 return Ok(());
             }
+        }
+    }
+
+    /// Ends a rehearsal that nobody waits for, and says what came of one that has ended.
+    fn see_to_rehearsal(&mut self) {
+        let has_gone = |it: Client| !self.control.is_there(it);
+        if self.hands.rehearses.is_some_and(has_gone) {
+            self.machine
+                .nobody_rehearses(Instant::now(), &mut self.hands);
+        }
+        if let Some((client, entry)) = self.hands.rehearsed.take() {
+            let reply = reply_of(&BTreeMap::from([("rehearsal", entry)]));
+            let reply = reply.map_err(|error| error.to_string());
+            self.control.reply_with(client, reply);
         }
     }
 
@@ -561,6 +582,12 @@ impl Service {
         }
     }
 
+    /// Before a freeze: it may have been killed or stopped since.
+    fn look_at_guard(&mut self) {
+        self.dismiss_unfit_guard();
+        self.see_to_guard();
+    }
+
     fn on_guard(&mut self) {
         while let Some(event) = self.hands.guard.as_ref().and_then(|it| it.event()) {
             let (why, reason) = match event {
@@ -630,9 +657,7 @@ impl Service {
                 Ok(None) => return,
                 Ok(Some(Incoming::Request(request))) => {
                     if self.machine.is_idle() && request.operation == op::FREEZE {
-                        // It may have been killed or stopped since.
-                        self.dismiss_unfit_guard();
-                        self.see_to_guard();
+                        self.look_at_guard();
                     }
                     self.machine
                         .request(Instant::now(), request, &mut self.hands);
@@ -817,6 +842,23 @@ impl Service {
         }
     }
 
+    fn rehearse(&mut self, client: Client, rehearsal: Rehearsal) {
+        if self.machine.is_idle() {
+            self.look_at_guard();
+        }
+        if !self.control.is_there(client) {
+            return self
+                .control
+                .reply_with(client, Err("nobody waits for it".into()));
+        }
+        let now = Instant::now();
+        match self.machine.rehearse(now, rehearsal, &mut self.hands) {
+            Ok(()) => self.hands.rehearses = Some(client),
+            Err(NoRehearsal::Busy(why)) => self.control.say_busy(client, why),
+            Err(NoRehearsal::Failed(why)) => self.control.reply_with(client, Err(why)),
+        }
+    }
+
     fn on_call(&mut self, client: Client, method: Method) {
         match method {
             Method::Reload => {
@@ -837,6 +879,7 @@ impl Service {
                 self.end_early(why.into(), thawed::OPERATOR);
                 self.waiting.push(client);
             }
+            Method::Rehearse(rehearsal) => self.rehearse(client, rehearsal),
             Method::History => {
                 if let Err(why) = self.hands.read_history(client) {
                     self.control.reply_with(client, Err(why.into()));
@@ -954,7 +997,10 @@ impl Hands {
     /// Puts what came of the backup that has ended into the history, with all calls of hooks.
     fn remember_backup(&mut self) {
         let called = std::mem::take(&mut self.called);
-        if let Some(draft) = self.draft.take() {
+        if let Some(client) = self.rehearses.take() {
+            let draft = self.draft.take();
+            self.rehearsed = draft.map(|it| (client, it.finish(called)));
+        } else if let Some(draft) = self.draft.take() {
             let erase = self.unfinished.eraser();
             let entry = draft.finish(called);
             if !entry.warnings.is_empty() {
@@ -1124,15 +1170,53 @@ impl Hands {
         self.device.as_ref().is_some_and(|it| it.hold().is_some())
     }
 
-    /// The door for this freeze, if there is one.
-    fn door(&self, request: &Request) -> Result<Arc<dyn Door>, String> {
+    /// The door for this freeze, if there is one; none is the host's for a rehearsal.
+    fn door(&self, request: Option<&Request>) -> Result<Arc<dyn Door>, String> {
+        self.may_begin()?;
         let deadline = self.config.deadline;
         if let Some(hold) = self.device.as_ref().and_then(Device::hold) {
-            return Ok(Arc::new(Held::new(hold.clone(), request.id, deadline)));
+            let id = request.map_or(held::NOBODY, |it| it.id);
+            return Ok(Arc::new(Held::new(hold.clone(), id, deadline)));
         }
         let guard = self.guard.clone().ok_or(NO_GUARD)?;
+        // One that has waited for the end of another comes without a look at the guard before it.
+        if let Some(why) = guard.is_unfit() {
+            return Err(format!("the guard process {why}"));
+        }
         let (run, log) = (self.run.clone(), self.log.clone());
-        Ok(Arc::new(Fifreeze::new(guard, run, deadline, true, log)))
+        let for_host = request.is_some();
+        Ok(Arc::new(Fifreeze::new(guard, run, deadline, for_host, log)))
+    }
+
+    /// Has the job begin, number 0 for a rehearsal.
+    fn begin_job(
+        &mut self,
+        door: Arc<dyn Door>,
+        number: u64,
+        about: About,
+        disks: Vec<String>,
+        text: String,
+    ) -> Result<(), String> {
+        let now = Instant::now();
+        // Words can wait until the host has its answer.
+        let held = self.log.hold(number, now);
+        self.log.info(text);
+        let tell = teller(&self.tell, News::Job);
+        let setting = Setting {
+            config: Arc::clone(&self.config),
+            log: self.log.clone(),
+            door,
+            run: self.run.clone(),
+            abort: Arc::default(),
+            progress: Arc::default(),
+            disks,
+        };
+        let job = self.worker.begin(setting, about, held, tell);
+        self.job = Some(job.ok_or("the thread that freezes has died")?);
+        // Only now: that thread goes first already, and to ask for it is to give the processor away.
+        self.is_ahead = process::go_first().is_ok();
+        self.report = now + REPORT;
+        Ok(())
     }
 }
 
@@ -1160,50 +1244,37 @@ impl Effects for Hands {
     }
 
     fn begin(&mut self, request: &Request, text: String) -> Result<(), String> {
-        self.may_begin()?;
-        // One that has waited for the end of another comes without a look at the guard before it.
-        if let (false, Some(why)) = (
-            self.is_held(),
-            self.guard.as_ref().and_then(|it| it.is_unfit()),
-        ) {
-            return Err(format!("the guard process {why}"));
-        }
-        let door = self.door(request)?;
+        let door = self.door(Some(request))?;
         if let (false, Err(error)) = (self.is_held(), self.run.prepare_word()) {
             // Then there is no room for a record either, and nothing is frozen.
             self.log.warning(words(&error));
         }
         self.remember_what_is_left();
         self.left = false;
-        let now = Instant::now();
-        // Words can wait until the host has its answer.
-        let held = self.log.hold(self.backups + 1, now);
-        self.log.info(text);
         let about = About {
             request: request.id,
             backup_type: request.about.map(|it| it.backup_type),
+            without_hooks: false,
         };
-        let tell = teller(&self.tell, News::Job);
-        let setting = Setting {
-            config: Arc::clone(&self.config),
-            log: self.log.clone(),
-            door,
-            run: self.run.clone(),
-            abort: Arc::default(),
-            progress: Arc::default(),
-            disks: self.disks_of(request),
-        };
-        let job = self.worker.begin(setting, about, held, tell);
-        self.job = Some(job.ok_or("the thread that freezes has died")?);
-        // Only now: that thread goes first already, and to ask for it is to give the processor away.
-        self.is_ahead = process::go_first().is_ok();
+        let disks = self.disks_of(request);
+        self.begin_job(door, self.backups + 1, about, disks, text)?;
         self.backups += 1;
-        self.report = now + REPORT;
         // Beside that thread, which the host waits for.
         let draft = self.draft(request);
         let noted = self.unfinished.begin(draft.so_far());
         self.say_failure(noted);
         self.draft = Some(draft);
+        Ok(())
+    }
+
+    fn rehearse(&mut self, with_hooks: bool, text: String) -> Result<(), String> {
+        let door = self.door(None)?;
+        let about = About {
+            without_hooks: !with_hooks,
+            ..About::default()
+        };
+        self.begin_job(door, 0, about, Vec::new(), text)?;
+        self.draft = Some(Draft::new(0, None, None, self.is_held()));
         Ok(())
     }
 
@@ -1218,7 +1289,9 @@ impl Effects for Hands {
         }
         if let Some(draft) = &mut self.draft {
             let us = draft.answered();
-            self.say_failure(self.unfinished.answered(us));
+            if self.rehearses.is_none() {
+                self.say_failure(self.unfinished.answered(us));
+            }
         }
         self.show("frozen");
     }
@@ -1261,9 +1334,11 @@ impl Effects for Hands {
     fn finish(&mut self, verdict: Verdict, why: Option<&str>) {
         if let Some(draft) = &mut self.draft {
             draft.ended(verdict, why.map(str::to_owned));
-            // Hooks may yet take long.
-            let noted = self.unfinished.put(draft.so_far());
-            self.say_failure(noted);
+            if self.rehearses.is_none() {
+                // Hooks may yet take long.
+                let noted = self.unfinished.put(draft.so_far());
+                self.say_failure(noted);
+            }
         }
         if let Some(job) = self.job.take() {
             job.join();
@@ -1273,7 +1348,9 @@ impl Effects for Hands {
             Verdict::Good => "was good",
             Verdict::Broken | Verdict::Failed => "failed",
         };
-        self.last = format!("backup {} {how}", self.backups);
+        if self.rehearses.is_none() {
+            self.last = format!("backup {} {how}", self.backups);
+        }
         self.show("idle");
         self.look_over();
     }

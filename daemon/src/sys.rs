@@ -148,6 +148,14 @@ pub fn let_go(device: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+/// Thaws all that [`hold`] has frozen, as far as it can be.
+pub fn let_all_go(device: BorrowedFd<'_>) -> io::Result<()> {
+    let thaw = IocThaw { fd: -1, flags: 0 };
+    // SAFETY: as for `let_go`.
+    unsafe { ioctl::let_go(device.as_raw_fd(), &thaw) }?;
+    Ok(())
+}
+
 /// How large a logical block of the device that `fd` is open on is, in bytes (`BLKSSZGET`). Waits for no disk.
 pub fn logical_block(fd: BorrowedFd<'_>) -> io::Result<usize> {
     let mut bytes: libc::c_int = 0;

@@ -83,8 +83,8 @@ impl Waiting {
             // What a dead one has left frozen, whoever asks for the thaw thaws himself.
             Method::Thaw => json!({ "thawed": false }),
             Method::Reload => json!({ "reloaded": false, "later": true }),
-            // Both commands look for themselves, and there are disks that hang.
-            Method::History | Method::Check => {
+            // Whoever asks does it himself, and there are disks that hang.
+            Method::History | Method::Check | Method::Rehearse(_) => {
                 return self.control.reply_with(client, Err(self.doing.clone()));
             }
         };

@@ -17,6 +17,9 @@ enum Event {
     FreezeMore,
     Thaw,
     HotBackup,
+    /// Somebody rehearses, and has gone.
+    Rehearse,
+    NobodyRehearses,
     /// The job has frozen all, has failed to, has thawed all, has found that somebody else had.
     JobFrozen,
     JobFailed,
@@ -46,11 +49,13 @@ enum Event {
     Stop,
 }
 
-const ALL: [Event; 22] = [
+const ALL: [Event; 24] = [
     Event::Freeze,
     Event::FreezeMore,
     Event::Thaw,
     Event::HotBackup,
+    Event::Rehearse,
+    Event::NobodyRehearses,
     Event::JobFrozen,
     Event::JobFailed,
     Event::JobThawed,
@@ -96,6 +101,8 @@ struct Truth {
     /// The request that was read and not answered.
     open: Option<Request>,
     job: Job,
+    /// The last one was a rehearsal.
+    rehearses: bool,
     hooks: Hooks,
     /// The job was told to thaw, or to give up.
     told: bool,
@@ -151,6 +158,7 @@ impl Effects for Truth {
                     "FREEZE is good and nothing is frozen"
                 );
                 assert!(!self.told, "FREEZE is good and is being thawed");
+                assert!(!self.rehearses, "FREEZE is good by a rehearsal");
                 assert!(self.covers, "FREEZE is good and was for more");
                 let are_quiet = matches!(self.hooks, Hooks::None | Hooks::Ready);
                 assert!(are_quiet, "FREEZE is good and hooks are {:?}", self.hooks);
@@ -158,7 +166,10 @@ impl Effects for Truth {
                 self.owed = false;
             }
             (op::THAW, status::OK) => {
-                assert_eq!(self.job, Job::None, "THAW is good and the job is not over");
+                assert!(
+                    self.job == Job::None || (self.rehearses && self.told),
+                    "THAW is good and the job is not over"
+                );
                 assert!(!self.owed, "good after an earlier freeze that broke");
                 assert!(
                     !(self.reported && self.broken),
@@ -177,26 +188,22 @@ impl Effects for Truth {
 
     fn tell_thawed(&mut self, id: u64, _reason: u32) {
         assert!(
-            id != 0 && self.reported,
+            id != 0 && self.reported && !self.rehearses,
             "a notice for a FREEZE that was not good"
         );
     }
 
     fn begin(&mut self, _request: &Request, _text: String) -> Result<(), String> {
-        assert_eq!(self.job, Job::None, "two jobs");
-        assert_eq!(
-            self.hooks,
-            Hooks::None,
-            "the hooks of the last are not let go"
-        );
-        if std::mem::take(&mut self.refuse_begin) {
-            return Err("no door".into());
-        }
-        (self.job, self.told) = (Job::Freezing, false);
+        self.begin_a_job(false)?;
         self.owed |= self.reported && self.broken && !self.heard;
         (self.reported, self.broken, self.heard) = (false, false, false);
         self.covers = true;
         Ok(())
+    }
+
+    fn rehearse(&mut self, _with_hooks: bool, _text: String) -> Result<(), String> {
+        assert_eq!(self.open, None, "a rehearsal while the host waits");
+        self.begin_a_job(true)
     }
 
     fn covers(&self, _request: &Request) -> bool {
@@ -204,7 +211,7 @@ impl Effects for Truth {
     }
 
     fn settle(&mut self) {
-        assert!(self.reported && self.job == Job::Frozen);
+        assert!((self.reported || self.rehearses) && self.job == Job::Frozen);
     }
 
     fn thaw(&mut self, _by: Instant) {
@@ -241,7 +248,7 @@ impl Effects for Truth {
             "what is not good has a reason"
         );
         assert!(
-            !(verdict == Verdict::Good && self.broken),
+            !(verdict == Verdict::Good && self.is_broken()),
             "called good after a freeze that broke"
         );
         assert_eq!(self.job, Job::None, "finished, and the job is not over");
@@ -253,7 +260,7 @@ impl Effects for Truth {
             "hooks are let go and the job is neither over nor to be so"
         );
         assert!(
-            !(verdict == Some(Verdict::Good) && (self.broken || self.job != Job::None)),
+            !(verdict == Some(Verdict::Good) && (self.is_broken() || self.job != Job::None)),
             "hooks are told of a good backup"
         );
         if self.hooks == Hooks::None {
@@ -264,6 +271,10 @@ impl Effects for Truth {
     }
 
     fn remember(&mut self, broken: Option<&str>) {
+        assert!(
+            self.job == Job::None || !self.rehearses || broken.is_none(),
+            "a word of a rehearsal"
+        );
         self.word = broken.is_some();
     }
 
@@ -279,6 +290,30 @@ impl Effects for Truth {
 }
 
 impl Truth {
+    fn begin_a_job(&mut self, rehearses: bool) -> Result<(), String> {
+        assert_eq!(self.job, Job::None, "two jobs");
+        assert_eq!(
+            self.hooks,
+            Hooks::None,
+            "the hooks of the last are not let go"
+        );
+        if std::mem::take(&mut self.refuse_begin) {
+            return Err("no door".into());
+        }
+        (self.job, self.told, self.rehearses) = (Job::Freezing, false, rehearses);
+        Ok(())
+    }
+
+    /// Whether there is a job that the host waits for, or counts on.
+    fn is_for_the_host(&self) -> bool {
+        self.job != Job::None && !self.rehearses
+    }
+
+    /// Whether the last one has not lasted, if it was the host's.
+    fn is_broken(&self) -> bool {
+        self.broken && !self.rehearses
+    }
+
     /// The host hears that this has failed.
     fn failed(&mut self, request: &Request) {
         if request.operation == op::THAW {
@@ -294,6 +329,7 @@ impl World {
             truth: Truth {
                 open: None,
                 job: Job::None,
+                rehearses: false,
                 hooks: Hooks::None,
                 told: false,
                 reported: false,
@@ -327,6 +363,7 @@ impl World {
         } = &self.truth;
         let Truth {
             told,
+            rehearses,
             reported,
             broken,
             heard,
@@ -351,8 +388,12 @@ impl World {
             Phase::Ending { kept, .. } | Phase::Thawing { kept, .. } => kept.is_some(),
             _ => false,
         };
+        let is_good = match &self.machine.phase {
+            Phase::Ending { whose, .. } => *whose == Whose::Nobody(None),
+            _ => false,
+        };
         format!(
-            "{phase} {kept} {} {known_to} {} {stopping} {spent} {operation:?} {job:?} {hooks:?} {told} {reported} \
+            "{phase} {kept} {is_good} {} {known_to} {} {stopping} {spent} {operation:?} {job:?} {hooks:?} {told} {rehearses} {reported} \
              {broken} {heard} {owed} {covers} {refuse_answer} {is_unheard} {refuse_begin}",
             known.is_some(),
             untold.is_some()
@@ -413,7 +454,7 @@ impl World {
             Event::FreezeMore => {
                 let request = ask(op::FREEZE, truth);
                 truth.covers = truth.job == Job::None;
-                truth.broken |= truth.job == Job::Frozen;
+                truth.broken |= truth.job == Job::Frozen && !truth.rehearses;
                 machine.request(*now, request, truth);
             }
             Event::Thaw => {
@@ -424,6 +465,17 @@ impl World {
                 let request = ask(op::HOT_BACKUP, truth);
                 machine.request(*now, request, truth);
             }
+            Event::Rehearse => {
+                let rehearsal = Rehearsal {
+                    time: Duration::from_secs(5),
+                    with_hooks: true,
+                };
+                let was = machine.clone();
+                if machine.rehearse(*now, rehearsal, truth).is_err() {
+                    assert_eq!(*machine, was, "it is refused and leaves a trace");
+                }
+            }
+            Event::NobodyRehearses => machine.nobody_rehearses(*now, truth),
             Event::JobFrozen => {
                 truth.job = Job::Frozen;
                 let begun = Begun {
@@ -443,7 +495,7 @@ impl World {
             }
             Event::JobThawedBadly => {
                 truth.job = Job::None;
-                truth.broken = true;
+                truth.broken |= !truth.rehearses;
                 machine.thawed(Err("somebody else had".into()), truth);
             }
             Event::HooksFound => (truth.job, truth.hooks) = (Job::Waiting, Hooks::Calling),
@@ -464,7 +516,7 @@ impl World {
                 machine.released(truth);
             }
             Event::Broken => {
-                truth.broken |= truth.job != Job::None && !is_thawing(machine);
+                truth.broken |= truth.is_for_the_host() && !is_thawing(machine);
                 let broken = Break {
                     why: "an operator".into(),
                     reason: Some(thawed::OPERATOR),
@@ -477,10 +529,11 @@ impl World {
                     _ => thawed::CALLED_OFF,
                 };
                 let only_thaws = event == Event::Notice && is_thawing(machine);
-                truth.broken |= truth.job != Job::None && !only_thaws;
+                truth.broken |= truth.is_for_the_host() && !only_thaws;
                 let id = match &machine.phase {
                     Phase::Freezing { request, .. } => request.id,
                     Phase::Frozen { id, .. } | Phase::Thawing { id, .. } => *id,
+                    Phase::Rehearsing { .. } => 0,
                     Phase::Idle | Phase::Ending { .. } | Phase::Releasing(_) => *ids,
                 };
                 machine.notice(*now, id, (reason, "the module"), truth);
@@ -490,7 +543,7 @@ impl World {
                 machine.notice(*now, 0, why, truth);
             }
             Event::DeviceLost => {
-                truth.broken |= truth.job != Job::None;
+                truth.broken |= truth.is_for_the_host();
                 // What was open went with it, and so does what is said to it.
                 let gone = truth.open.take();
                 if let Some(gone) = gone {
@@ -511,13 +564,13 @@ impl World {
                 let Some(next) = machine.next() else { return };
                 *now = next;
                 // What hangs in its thaw may be good yet.
-                truth.broken |= truth.job != Job::None && !is_thawing(machine);
+                truth.broken |= truth.is_for_the_host() && !is_thawing(machine);
                 machine.time(*now, truth);
             }
             Event::Late => truth.refuse_answer = true,
             Event::NoDoor => truth.refuse_begin = true,
             Event::Stop => {
-                truth.broken |= truth.job != Job::None && !is_thawing(machine);
+                truth.broken |= truth.is_for_the_host() && !is_thawing(machine);
                 machine.stop(*now, truth);
             }
         }
@@ -730,6 +783,103 @@ fn in_v1_a_second_thaw_fails_for_the_first_may_have_been_the_kernels() {
     world.truth.broken = false;
     world.machine.request(world.now, thaw, &mut world.truth);
     assert_eq!(world.truth.said, Some(status::OK));
+}
+
+#[test]
+fn a_rehearsal_is_nothing_to_the_host() {
+    use Event::{Freeze, HotBackup, JobFrozen, JobThawed, Rehearse, Thaw, Time};
+    let mut world = after(&[Rehearse, JobFrozen]);
+    assert_eq!(world.machine.phase(), "rehearsing");
+    let until = world.now + Duration::from_secs(5);
+    assert_eq!(world.machine.next(), Some(until));
+    // It asks whether it could take a backup.
+    world.happen(HotBackup);
+    assert_eq!(world.truth.said, Some(status::OK));
+    assert_eq!(world.machine.phase(), "rehearsing");
+    world.happen(Time);
+    assert!(world.truth.told && world.now == until);
+    world.happen(JobThawed);
+    assert_eq!(world.machine, World::new().machine);
+    // Its THAW, for which nothing is frozen, has the module let go of all.
+    for events in [&[Rehearse][..], &[Rehearse, JobFrozen]] {
+        let mut world = after(events);
+        world.happen(Thaw);
+        assert_eq!(world.truth.said, Some(status::OK));
+        assert!(world.truth.told);
+        world.drain();
+    }
+    // What it has not heard of an earlier backup it still has to.
+    let mut world = after(&[Freeze, JobFrozen, Event::Broken, JobThawed]);
+    for event in [Rehearse, JobFrozen, Time, JobThawed] {
+        world.happen(event);
+    }
+    assert!(world.truth.word);
+    world.happen(Thaw);
+    assert_eq!(world.truth.said, Some(status::FAIL));
+}
+
+#[test]
+fn a_freeze_during_a_rehearsal_is_good_by_a_freeze_of_its_own() {
+    use Event::{Freeze, HooksFound, HooksReady, HooksReleased, JobFailed, JobFrozen, JobThawed};
+    use Event::{Rehearse, Thaw, Time};
+    for (events, ends) in [
+        (&[JobFrozen][..], &[JobThawed][..]),
+        (&[], &[JobFailed]),
+        (&[HooksFound], &[JobFailed, HooksReleased]),
+        (
+            &[HooksFound, HooksReady, JobFrozen],
+            &[JobThawed, HooksReleased],
+        ),
+    ] {
+        let mut world = after(&[Rehearse]);
+        events.iter().for_each(|it| world.happen(*it));
+        world.happen(Freeze);
+        assert!(world.truth.told && world.truth.said.is_none(), "{events:?}");
+        ends.iter().for_each(|it| world.happen(*it));
+        assert_eq!(world.machine.phase(), "freezing", "{events:?}");
+        for event in [JobFrozen, Thaw, JobThawed] {
+            world.happen(event);
+            assert_ne!(world.truth.said, Some(status::FAIL), "{events:?}");
+        }
+        assert!(!world.truth.reported, "{events:?}");
+        // One that hangs is not waited for without end.
+        let mut world = after(&[Rehearse]);
+        events.iter().for_each(|it| world.happen(*it));
+        for event in [Freeze, Time, Time] {
+            world.happen(event);
+        }
+        assert_eq!(world.truth.said, Some(status::FAIL), "{events:?}");
+        world.drain();
+    }
+}
+
+#[test]
+fn a_rehearsal_that_nobody_waits_for_ends_and_so_does_one_that_cannot_last() {
+    use Event::{JobFrozen, JobThawed, NobodyRehearses, Rehearse, Stop};
+    for events in [&[Rehearse][..], &[Rehearse, JobFrozen]] {
+        for end in [NobodyRehearses, Event::Broken, Event::Notice, Stop] {
+            let mut world = after(events);
+            world.happen(end);
+            assert!(world.truth.told && !world.truth.word, "{end:?}");
+            world.happen(JobFrozen);
+            world.happen(JobThawed);
+            assert_eq!(world.machine.phase(), "idle", "{end:?}");
+        }
+    }
+    let mut world = World::new();
+    let rehearsal = Rehearsal {
+        time: Duration::MAX,
+        with_hooks: true,
+    };
+    let refused = world
+        .machine
+        .rehearse(world.now, rehearsal, &mut world.truth);
+    assert!(matches!(refused, Err(NoRehearsal::Failed(_))));
+    world.happen(Event::Freeze);
+    let busy = world
+        .machine
+        .rehearse(world.now, Rehearsal::default(), &mut world.truth);
+    assert!(matches!(busy, Err(NoRehearsal::Busy(_))));
 }
 
 #[test]

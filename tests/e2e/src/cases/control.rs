@@ -4,13 +4,14 @@
 //! what is frozen.
 
 use super::deadman::{hang_writes, make_hung, released, remove_hung, HANG, RELEASED, UNHANG};
+use super::hooks::{self, hook, noted};
 use super::lifecycle::{end_override, take_over};
 use super::{
     case, load, logged_all, observe, start, stood_for_a_second, stop, wait_for_daemon, Case,
 };
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
-use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
+use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
 use std::time::Duration;
 
@@ -32,7 +33,8 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "control/rehearsal",
-        "a rehearsal beside a daemon that serves freezes and thaws, and the next backup is good",
+        "the daemon that serves rehearses, by what a backup freezes with: all goes on and hooks are let go after its time \
+         and when whoever asked is killed, FREEZE during it is good by a freeze of its own, and so is the next backup",
         rehearsal,
     ),
     case(
@@ -274,12 +276,36 @@ fn thaw_of_a_dead_disk(guest: &Guest) -> Result<()> {
     remove_hung(guest)
 }
 
+/// A rehearsal in which all stands still, by the daemon that serves `module`.
+fn rehearse(guest: &Guest, module: Module) -> Result<Process> {
+    let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "50s"])?;
+    all_stand_still(guest)?;
+    noted(guest, "a rehearsal", &["10-a freeze "])?;
+    let status = asked(guest, "status", 5)?;
+    ensure!(
+        status.contains("rehearsing") && status.contains("/mnt/a (ext4"),
+        "{status}"
+    );
+    let record = guest.try_sh("test -e /run/hv_vss/frozen.json")?;
+    match module {
+        Module::Ours => equal("what the module holds", guest.held()?.len(), 2)?,
+        Module::Stock => equal("the record", record.status, Some(0))?,
+    }
+    Ok(rehearsal)
+}
+
 fn rehearsal(guest: &Guest) -> Result<()> {
     make_one(guest)?;
+    guest.sh("rm -rf /etc/hv_vss /run/notes; mkdir -p /etc/hv_vss/hooks.d")?;
+    hook(guest, "10-a", "")?;
     for &module in guest.modules() {
         let daemon = start(guest, module, Daemon::Ours)?;
         guest.writers_reset()?;
-        guest.sh("/payload/hv_vss_daemon freeze --for 1s")?;
+        let said = guest.sh("/payload/hv_vss_daemon freeze --for 1s")?;
+        ensure!(
+            said.contains("/mnt/a (ext4") && said.contains("frozen for 1."),
+            "it should say what it has frozen, it was: {said}"
+        );
         for writer in guest.writers()? {
             ensure!(
                 stood_for_a_second(guest, &writer),
@@ -288,15 +314,50 @@ fn rehearsal(guest: &Guest) -> Result<()> {
             );
         }
         guest.not_frozen("after the rehearsal", &["/", "/mnt/a"])?;
+        noted(guest, "a rehearsal", &["10-a freeze ", "10-a thaw good"])?;
+
+        let rehearsal = rehearse(guest, module)?;
+        guest.signal(&rehearsal, 9)?;
+        let what = "whoever asked is killed";
+        released(guest, what, guest.clock()?, RELEASED)?;
+        noted(guest, what, &["10-a thaw good"])?;
+        guest.wait(&rehearsal, STEP)?;
+
+        let rehearsal = rehearse(guest, module)?;
+        let seen = observe(guest)?;
+        equal(
+            "FREEZE during one",
+            seen,
+            super::good(&["/writer", "/mnt/a/w"]),
+        )?;
+        let own = ["10-a thaw broken", "10-a freeze ", "10-a thaw good"];
+        noted(guest, "FREEZE during one", &own)?;
+        let ended = guest.wait(&rehearsal, STEP)?;
+        let said = guest.output(&rehearsal)?;
+        ensure!(
+            ended.status == Some(1) && said.contains("the host has begun a backup"),
+            "it should say why it has ended, it was: {ended:?}\n{said}"
+        );
+
+        let rehearsal = rehearse(guest, module)?;
+        guest.sh(THAW)?;
+        released(guest, "thaw by hand", guest.clock()?, RELEASED)?;
+        noted(guest, "thaw by hand", &["10-a thaw broken"])?;
+        guest.wait(&rehearsal, STEP)?;
         let seen = observe(guest)?;
         equal(
             "the next backup",
             seen,
             super::good(&["/writer", "/mnt/a/w"]),
         )?;
+        noted(
+            guest,
+            "the next backup",
+            &["10-a freeze ", "10-a thaw good"],
+        )?;
         stop(guest, module, &daemon)?;
     }
-    Ok(())
+    hooks::end(guest)
 }
 
 fn hand_over(guest: &Guest) -> Result<()> {
@@ -665,7 +726,17 @@ fn check_while_refusing(guest: &Guest) -> Result<()> {
     serves_again()?;
     stop(guest, Module::Stock, &daemon)?;
 
-    let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "1h"])?;
+    let config = "/run/rehearsal.toml";
+    guest.sh(&format!("echo 'deadline = 3600' >{config}"))?;
+    let rehearse = [
+        "/payload/hv_vss_daemon",
+        "-c",
+        config,
+        "freeze",
+        "--for",
+        "59m",
+    ];
+    let rehearsal = guest.spawn(&rehearse)?;
     all_stand_still(guest)?;
     let daemon = start(guest, Module::Stock, Daemon::Ours)?;
     let text = graded("problem")?;

@@ -110,7 +110,7 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "deadman/rehearsal-killed-beside-a-daemon",
-        "a rehearsal and its guard killed while a daemon serves, which is killed as well: what they had frozen is \
+        "a rehearsal and its guard killed once a daemon serves, which is killed as well: what they had frozen is \
          thawed, not forgotten",
         rehearsal_killed_beside_a_daemon,
     ),
@@ -796,8 +796,9 @@ fn both_killed_then_a_rehearsal(guest: &Guest) -> Result<()> {
 
 fn rehearsal_killed_beside_a_daemon(guest: &Guest) -> Result<()> {
     make_writers(guest)?;
+    let rehearsal = begin_a_rehearsal(guest)?;
     let daemon = start(guest, Module::Stock, Daemon::Ours)?;
-    kill_a_rehearsal(guest)?;
+    kill_a_rehearsal(guest, &rehearsal)?;
     let vss = guest.vss();
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     // Its guard thaws what is the daemon's.
@@ -811,8 +812,9 @@ fn rehearsal_killed_beside_a_daemon(guest: &Guest) -> Result<()> {
     stop(guest, Module::Stock, &next)?;
     // One that goes on to serve thaws it before it freezes.
     for &module in guest.modules() {
+        let rehearsal = begin_a_rehearsal(guest)?;
         let daemon = start(guest, module, Daemon::Ours)?;
-        kill_a_rehearsal(guest)?;
+        kill_a_rehearsal(guest, &rehearsal)?;
         good_backup(guest)?;
         released(guest, "the next backup", guest.clock()?, RELEASED)?;
         stop(guest, module, &daemon)?;
@@ -820,9 +822,9 @@ fn rehearsal_killed_beside_a_daemon(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// Leaves all frozen by a rehearsal that is dead, as its guard is.
-fn kill_a_rehearsal(guest: &Guest) -> Result<()> {
-    let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "60s"])?;
+/// A rehearsal without a daemon, by which all is frozen.
+fn begin_a_rehearsal(guest: &Guest) -> Result<Process> {
+    let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "50s"])?;
     // Until then they may stand still because all is written back.
     guest.wait_until("the freeze is on record", STEP, || {
         Ok(guest.try_sh("test -e /run/hv_vss/frozen.json")?.status == Some(0))
@@ -831,14 +833,18 @@ fn kill_a_rehearsal(guest: &Guest) -> Result<()> {
     guest.wait_until("all stand still", STEP, || {
         Ok(guest.writers()?.iter().all(|it| it.in_write_us > frozen_us))
     })?;
-    let victims = victims(guest, &rehearsal, Death::Both)?;
+    Ok(rehearsal)
+}
+
+/// Leaves all frozen by one that is dead, as its guard is, to the daemon that serves.
+fn kill_a_rehearsal(guest: &Guest, rehearsal: &Process) -> Result<()> {
+    let victims = victims(guest, rehearsal, Death::Both)?;
     strike(guest, &victims, Death::Both)?;
-    guest.wait(&rehearsal, STEP)?;
-    guest.wait_until("nobody has the lock any more", STEP, || {
-        let alive = |pid: &i32| format!("grep -qs '^State:.[^ZX]' /proc/{pid}/status");
-        let alive: Vec<String> = victims.iter().map(alive).collect();
-        let status = guest.try_sh(&alive.join(" || "))?.status;
-        Ok(status.is_some_and(|it| it != 0))
+    guest.wait(rehearsal, STEP)?;
+    guest.wait_until("it is undone", STEP, || {
+        let out = guest.try_sh("/payload/hv_vss_daemon status --json")?.out;
+        let status: serde_json::Value = serde_json::from_str(&out)?;
+        Ok(status["daemon"]["refuses"].is_null())
     })
 }
 

@@ -132,6 +132,12 @@ pub const CASES: &[Case] = &[
         rehearsal_stopped_beside_a_hang,
     ),
     case(
+        "deadman/rehearsal-let-go-beside-a-hang",
+        "whoever has asked the daemon for a rehearsal is killed while a freeze hangs: all but that one goes on at once; \
+         with ours the next FREEZE is good without it, and once its disk is back all is good",
+        rehearsal_let_go_beside_a_hang,
+    ),
+    case(
         "deadman/hung-below-fuse",
         "a disk that hangs in a sync, mounted where root may not walk, costs no backup but its own",
         hung_below_fuse,
@@ -477,6 +483,39 @@ fn rehearsal_stopped_beside_a_hang(guest: &Guest) -> Result<()> {
         thawed_in_time(guest, "/mnt/hung")?;
     }
     Ok(())
+}
+
+fn rehearsal_let_go_beside_a_hang(guest: &Guest) -> Result<()> {
+    make_two(guest)?;
+    let vss = guest.vss();
+    for &module in guest.modules() {
+        load(guest, module, &[])?;
+        // Nothing but the end of whoever asked ends what hangs, however slow the guest is.
+        let daemon = guest.start_daemon_with("give_up = 600")?;
+        wait_for_daemon(guest)?;
+        guest.sh("sync")?;
+        guest.sh(&hang_writes("hung"))?;
+        let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "50s"])?;
+        guest.wait_until("it hangs", STEP, || Ok(in_freeze(guest, &daemon)? == 1))?;
+        let at = guest.signal_all(&[rehearsal.pid], 9)?;
+        released(guest, "whoever asked is killed", at, RELEASED)?;
+        guest.wait(&rehearsal, STEP)?;
+        thawed_in_time(guest, "/mnt/a")?;
+        // Nobody can call off the stock one's.
+        let expected = match module {
+            Module::Ours => status::OK,
+            Module::Stock => status::FAIL,
+        };
+        answered("FREEZE beside it", &vss.freeze(&[], STEP)?, expected)?;
+        if module == Module::Ours {
+            answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+        }
+        guest.sh(UNHANG)?;
+        thawed_in_time(guest, "/mnt/hung")?;
+        good_backup_after(guest, &daemon)?;
+        stop(guest, module, &daemon)?;
+    }
+    remove_hung(guest)
 }
 
 fn hung_thaw(guest: &Guest, module: Module) -> Result<()> {

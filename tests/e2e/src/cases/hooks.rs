@@ -636,6 +636,18 @@ fn rehearsal(guest: &Guest) -> Result<()> {
         "10-a thaw failed",
     ];
     noted(guest, "a rehearsal that fails", &expected)?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    hook(guest, "20-b", HANGS)?;
+    // One by the daemon that serves does not die with whoever asked.
+    let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "1s"])?;
+    noted(guest, "one by the daemon", &["10-a freeze ", "20-b freeze "])?;
+    guest.signal(&rehearsal, 9)?;
+    guest.wait(&rehearsal, STEP)?;
+    let failed = ["20-b thaw failed", "10-a thaw failed"];
+    noted(guest, "whoever asked has gone", &failed)?;
+    guest.sh(&format!("{REHEARSAL} --no-hooks"))?;
+    equal("hooks that it is not to call", notes(guest)?.len(), 0)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
     end(guest)
 }
 
