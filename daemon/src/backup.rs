@@ -17,6 +17,7 @@
 //! It knows no device, no file system and no thread.
 
 use std::borrow::Cow;
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use hv_vss_uapi::{op, status, thawed};
@@ -122,14 +123,14 @@ enum Phase {
         request: Request,
         give_up: Instant,
     },
-    /// FREEZE `id` was answered; thawed at `until` if nobody else has by then.
+    /// FREEZE was answered; thawed at `until` if nobody else has by then.
     Frozen {
-        id: u64,
+        ids: Ids,
         until: Instant,
     },
-    /// The job thaws; the request is open. `id` is that of the FREEZE.
+    /// The job thaws; the request is open.
     Thawing {
-        id: u64,
+        ids: Ids,
         request: Request,
         kept: Kept,
     },
@@ -149,6 +150,10 @@ enum Phase {
     /// Nothing is frozen; hooks have yet to end. The next FREEZE may wait for that.
     Releasing(Waiting),
 }
+
+/// From the FREEZE that the job was begun for, by which the module knows what it holds, to the last one that was
+/// answered by it.
+type Ids = RangeInclusive<u64>;
 
 /// Whose freeze it was.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -375,8 +380,8 @@ impl Backup {
                 let text = "FREEZE from the host waits for the hooks of the last backup";
                 return effects.say(Level::Info, text.into());
             }
-            Phase::Frozen { id, .. } => {
-                *id = request.id;
+            Phase::Frozen { ids, .. } => {
+                *ids = *ids.start()..=request.id;
                 effects.answer(&request, status::OK);
                 let text = "FREEZE from the host, although frozen already";
                 return effects.say(Level::Warning, text.into());
@@ -528,11 +533,12 @@ impl Backup {
     }
 
     fn thaw(&mut self, now: Instant, request: Request, effects: &mut impl Effects) {
-        if let Phase::Frozen { id, .. } = self.phase {
+        if let Phase::Frozen { ids, .. } = &self.phase {
+            let ids = ids.clone();
             effects.thaw(now + request.time_left.max(MARGIN * 2) - MARGIN);
             effects.say(Level::Info, describe(&request));
             let kept = Some(now + KEEP);
-            self.phase = Phase::Thawing { id, request, kept };
+            self.phase = Phase::Thawing { ids, request, kept };
             return;
         }
         // The module lets go of what it holds for nobody once this is answered, and a v1 kernel may want to sleep.
@@ -573,7 +579,7 @@ impl Backup {
                     }
                     effects.say(Level::Info, format!("FREEZE answered: {counts}"));
                     self.phase = Phase::Frozen {
-                        id: request.id,
+                        ids: request.id..=request.id,
                         until: begun.since + self.deadline + SLACK,
                     };
                 } else {
@@ -734,14 +740,14 @@ impl Backup {
         (reason, why): (u32, &'static str),
         effects: &mut impl Effects,
     ) {
-        let current = match &self.phase {
-            Phase::Freezing { request, .. } => request.id,
-            Phase::Frozen { id, .. } | Phase::Thawing { id, .. } => *id,
-            Phase::Rehearsing { .. } => 0,
+        let is_ours = match &self.phase {
+            Phase::Freezing { request, .. } => id == request.id,
+            Phase::Frozen { ids, .. } | Phase::Thawing { ids, .. } => ids.contains(&id),
+            Phase::Rehearsing { .. } => id == 0,
             // What was called off, it has heard from us.
-            Phase::Idle | Phase::Ending { .. } | Phase::Releasing(_) => return,
+            Phase::Idle | Phase::Ending { .. } | Phase::Releasing(_) => false,
         };
-        if id != current {
+        if !is_ours {
             return;
         }
         if matches!(self.phase, Phase::Thawing { .. }) && only_thaws(reason) {
@@ -765,9 +771,9 @@ impl Backup {
                 effects.say(Level::Error, text);
                 self.phase = called_off(now, Verdict::Failed);
             }
-            Phase::Frozen { id, .. } => {
+            Phase::Frozen { ids, .. } => {
                 if let Some(reason) = reason {
-                    effects.tell_thawed(id, reason);
+                    effects.tell_thawed(*ids.end(), reason);
                 }
                 effects.call_off();
                 let text = format!("{why}: thawing before the host said so");

@@ -100,6 +100,8 @@ enum Hooks {
 struct Truth {
     /// The request that was read and not answered.
     open: Option<Request>,
+    /// The FREEZE that the job was begun for: the module knows what it holds by that one.
+    begun: u64,
     job: Job,
     /// The last one was a rehearsal.
     rehearses: bool,
@@ -193,8 +195,9 @@ impl Effects for Truth {
         );
     }
 
-    fn begin(&mut self, _request: &Request, _text: String) -> Result<(), String> {
+    fn begin(&mut self, request: &Request, _text: String) -> Result<(), String> {
         self.begin_a_job(false)?;
+        self.begun = request.id;
         self.owed |= self.reported && self.broken && !self.heard;
         (self.reported, self.broken, self.heard) = (false, false, false);
         self.covers = true;
@@ -328,6 +331,7 @@ impl World {
             machine: Backup::new(Duration::from_secs(60), None, false),
             truth: Truth {
                 open: None,
+                begun: 0,
                 job: Job::None,
                 rehearses: false,
                 hooks: Hooks::None,
@@ -531,8 +535,9 @@ impl World {
                 let only_thaws = event == Event::Notice && is_thawing(machine);
                 truth.broken |= truth.is_for_the_host() && !only_thaws;
                 let id = match &machine.phase {
-                    Phase::Freezing { request, .. } => request.id,
-                    Phase::Frozen { id, .. } | Phase::Thawing { id, .. } => *id,
+                    Phase::Freezing { .. } | Phase::Frozen { .. } | Phase::Thawing { .. } => {
+                        truth.begun
+                    }
                     Phase::Rehearsing { .. } => 0,
                     Phase::Idle | Phase::Ending { .. } | Phase::Releasing(_) => *ids,
                 };
@@ -756,6 +761,21 @@ fn an_operator_who_wants_a_thaw_has_no_freeze_begin_that_has_waited() {
     world.happen(JobThawed);
     assert_eq!(world.machine.phase(), "idle");
     world.drain();
+}
+
+#[test]
+fn what_the_module_lets_go_breaks_each_freeze_that_it_was_held_for() {
+    use Event::{Freeze, JobFrozen, JobThawed, Notice, Thaw};
+    for events in [
+        &[Freeze, JobFrozen, Freeze, Notice][..],
+        &[Freeze, JobFrozen, Freeze, Freeze, Notice],
+    ] {
+        let mut world = after(events);
+        assert_eq!(world.machine.phase(), "ending", "{events:?}");
+        world.happen(JobThawed);
+        world.happen(Thaw);
+        assert_eq!(world.truth.said, Some(status::FAIL), "{events:?}");
+    }
 }
 
 #[test]
