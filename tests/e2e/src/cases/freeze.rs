@@ -818,7 +818,7 @@ fn excluded(guest: &Guest) -> Result<()> {
 
 fn twice(guest: &Guest) -> Result<()> {
     guest.writer_start("/writer")?;
-    start(guest, guest.module(), Daemon::Ours)?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
     let vss = guest.vss();
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     answered("FREEZE again", &vss.freeze(&[], STEP)?, status::OK)?;
@@ -826,5 +826,20 @@ fn twice(guest: &Guest) -> Result<()> {
         Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
     })?;
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
-    guest.not_frozen("after the one THAW", &["/"])
+    guest.not_frozen("after the one THAW", &["/"])?;
+    stop(guest, guest.module(), &daemon)?;
+
+    // Nor does it last longer for that, and nobody calls it good.
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("deadline = 2")?;
+    wait_for_daemon(guest)?;
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    answered("FREEZE again", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until("the deadline has passed", STEP, || {
+        Ok(guest.output(&daemon)?.contains("thawing before the host said so"))
+    })?;
+    answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+    let said = guest.output(&daemon)?;
+    ensure!(!said.contains("the backup is good"), "it says: {said}");
+    Ok(())
 }
