@@ -1363,8 +1363,9 @@ impl Guest {
     // --- Between two cases ---
 
     /// Brings the guest back to how it was before the case and makes sure that it is so: nothing
-    /// frozen, no process, mount or module left, no complaint in the kernel's log.
+    /// frozen, no request without an answer, no process, mount or module left, no complaint in the kernel's log.
     pub fn tidy(&self) -> Result<()> {
+        self.owes_nothing()?;
         let mut done = self.agent.call_each(
             vec![
                 Command::ReleaseOpens,
@@ -1429,6 +1430,17 @@ impl Guest {
         let mut outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
         outputs.clear();
         Ok(())
+    }
+
+    /// Whatever the host has asked and not [forgotten](hyperv_sim::IcChannel::forget) is answered, or the channel
+    /// is closed.
+    fn owes_nothing(&self) -> Result<()> {
+        let mut owed = Vec::new();
+        let answered = self.wait_until("all that the host asked is answered", STEP, || {
+            owed = self.host().unanswered();
+            Ok(owed.is_empty())
+        });
+        answered.with_context(|| format!("without an answer: {}", owed.join(", ")))
     }
 
     /// Neither the kernel nor the host has complained since the case began, or since the last call.

@@ -491,6 +491,17 @@ impl Host {
         violations.cloned().collect()
     }
 
+    /// The requests to integration components that the guest has and has not answered, each with its channel.
+    pub fn unanswered(&self) -> Vec<String> {
+        let _bus = self.bus();
+        let all = COMPONENTS.iter().zip(&self.shared.dialogues);
+        let owed = all.flat_map(|(component, dialogue)| {
+            let names = lock(dialogue).unanswered().into_iter();
+            names.map(|name| format!("{}: {name}", component.place.name))
+        });
+        owed.collect()
+    }
+
     fn component<const N: usize>(&self) -> IcChannel {
         let (component, dialogue) = const {
             assert!(N < COMPONENTS.len());

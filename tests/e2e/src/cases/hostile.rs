@@ -292,6 +292,8 @@ fn frame_header(kind: u32, id: u64) -> FrameHdr {
 
 fn both_sides(guest: &Guest) -> Result<()> {
     guest.expect_in_log(MISLED)?;
+    // That of the daemon goes to the host as it is.
+    guest.expect_in_log(&["the status of an answer is"])?;
     // Short times, since nobody answers what the host asks, except by chance; enough for a backup.
     let times = ["timeout_ms=1000", "freeze_timeout_ms=5000", "grace_ms=50"];
     load(guest, Module::Ours, &times)?;

@@ -5,7 +5,7 @@
 use super::*;
 use crate::channel::Tx;
 use crate::ic::device::{self, Dialogue, IcDevice, ReplyState};
-use crate::ic::{message_type, Envelope, Version};
+use crate::ic::{message_type, status, Envelope, Version};
 use crate::profile::{Carriage, Profile};
 use crate::vmbus::protocol::{message, GpadlHeader, Guid, InitiateContact, MessageHeader};
 use crate::vmbus::protocol::{OpenChannel, PAGE_SIZE};
@@ -202,6 +202,16 @@ impl Guest {
     }
 }
 
+/// Makes the answer of a request: of versions that are offered it chooses the first.
+fn answer(packet: &mut [u8]) {
+    packet[25] = 5;
+    if packet[12..14] == message_type::NEGOTIATE.to_le_bytes() {
+        let messages = 36 + 4 * usize::from(packet[28]);
+        packet.copy_within(messages..messages + 4, 40);
+        (packet[18], packet[28], packet[30]) = (16, 1, 1);
+    }
+}
+
 #[test]
 fn a_request_reaches_the_guest_and_its_answer_comes_back() {
     let mut guest = Guest::new();
@@ -214,7 +224,7 @@ fn a_request_reaches_the_guest_and_its_answer_comes_back() {
     assert_eq!(packet.transaction, tx.0);
 
     let mut answer = packet.payload;
-    answer[20..24].copy_from_slice(&7u32.to_le_bytes());
+    answer[20..24].copy_from_slice(&status::FAIL.to_le_bytes());
     answer[25] = 5;
     writer.send(6, 0, packet.transaction, &answer).unwrap();
     assert_eq!(guest.signal(), hypercall::SUCCESS);
@@ -231,7 +241,10 @@ fn a_request_reaches_the_guest_and_its_answer_comes_back() {
             EventKind::Offered,
             EventKind::Opened { ring: 12288 },
             EventKind::Sent { bytes: 6288, .. },
-            EventKind::Reply { status: 7, .. }
+            EventKind::Reply {
+                status: status::FAIL,
+                ..
+            }
         ]
     ));
 }
@@ -303,7 +316,7 @@ fn only_what_was_given_up_is_forgiven_whatever_the_host() {
         // The offer of versions that comes first on a pipe waits as well.
         let offer = lock(&guest.dialogue).first_offer;
         while let Some((mut packet, _)) = reader.receive().unwrap() {
-            packet.payload[25] = 5;
+            answer(&mut packet.payload);
             if packet.payload[28] != 9 {
                 writer
                     .send(6, 0, packet.transaction, &packet.payload)
@@ -334,6 +347,36 @@ fn only_what_was_given_up_is_forgiven_whatever_the_host() {
         guest.signal();
         assert_eq!(guest.violations(), 3, "{}", profile.name);
     }
+}
+
+#[test]
+fn what_is_asked_and_not_answered_is_known() {
+    let mut guest = Guest::new();
+    guest.connect();
+    let (mut reader, mut writer) = guest.open();
+    let unanswered = |guest: &Guest| lock(&guest.dialogue).unanswered();
+    // No answer is held against the guest.
+    assert!(guest.send(b"nonsense").is_ok());
+    assert!(unanswered(&guest).is_empty());
+    reader.receive().unwrap();
+    guest.request(&[1; 6260]);
+    guest.request(&[2; 6260]);
+    assert!(guest.bus.channel(1).unwrap().has_unsent());
+    assert_eq!(unanswered(&guest), ["test"]);
+    let (mut packet, _) = reader.receive().unwrap().expect("a request");
+    answer(&mut packet.payload);
+    writer
+        .send(6, 0, packet.transaction, &packet.payload)
+        .unwrap();
+    guest.signal();
+    // The next one has had room since.
+    assert_eq!(unanswered(&guest), ["test"]);
+    lock(&guest.dialogue).forget();
+    assert!(unanswered(&guest).is_empty());
+    guest.request(&[1; 32]);
+    assert_eq!(unanswered(&guest), ["test"]);
+    guest.bus.rescind(1);
+    assert!(unanswered(&guest).is_empty());
 }
 
 #[test]
@@ -368,7 +411,7 @@ fn a_host_of_pipes_speaks_first_and_without_transactions() {
         let (mut packet, _) = reader.receive().unwrap().expect("a message");
         assert_eq!((packet.transaction, packet.flags), (0, 0));
         assert_eq!(packet.payload[24], 0, "the message's own id");
-        packet.payload[25] = 5;
+        answer(&mut packet.payload);
         writer.send(6, 0, 0, &packet.payload).unwrap();
         guest.signal();
         assert!(matches!(guest.take_reply(tx), ReplyState::Here(_)));

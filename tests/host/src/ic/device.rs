@@ -230,17 +230,26 @@ impl Dialogue {
         self.strays.clear();
     }
 
+    /// Whether the guest has it and has not answered, on this opening.
+    fn waits(&self, it: &Transaction) -> bool {
+        it.opening == self.opening && it.sent.is_some() && it.reply.is_none()
+    }
+
+    /// The requests that the guest owes an answer, by name: none once the channel is closed.
+    pub(crate) fn unanswered(&self) -> Vec<String> {
+        let all = self.transactions.values().filter(|_| self.open);
+        let owed = all.filter(|it| it.request.is_some() && self.waits(it));
+        owed.map(|it| it.name.clone()).collect()
+    }
+
     /// Which transaction a packet from the guest belongs to, if to any.
     fn belongs_to(&self, packet: &Packet) -> Tx {
-        let waits = |it: &Transaction| {
-            it.opening == self.opening && it.sent.is_some() && it.reply.is_none()
-        };
         match self.carriage {
             Carriage::Packets => Tx(packet.transaction),
             // All have the same number. It is the oldest that it is like; if it is like none, the oldest
             // that waits, of which it will be held to be a bad answer.
             Carriage::Pipe => {
-                let waiting = || self.transactions.iter().filter(|(_, it)| waits(it));
+                let waiting = || self.transactions.iter().filter(|(_, it)| self.waits(it));
                 let is_like = |it: &Transaction| {
                     let asked = it.request.as_ref();
                     asked.is_some_and(|asked| asked.is_like(&packet.payload))
@@ -260,7 +269,8 @@ impl Dialogue {
         if let (Some((header, _)), Some(transaction)) = (header, transaction) {
             if let (Some(sent), None) = (transaction.sent, &transaction.reply) {
                 let id = transaction.id;
-                let judged = transaction.request.map(|it| judge(&it, id, &packet));
+                let judged = transaction.request.as_ref();
+                let judged = judged.map(|it| judge(it, id, &packet));
                 if let Some(Err(wrong)) = judged {
                     let what = format!("{}: {wrong}", transaction.name);
                     notes.push(EventKind::Violation(what));

@@ -213,6 +213,16 @@ pub fn negotiate_body(frameworks: &[Version], messages: &[Version]) -> Vec<u8> {
     body
 }
 
+/// The versions of framework and messages that such a body offers, if it is one.
+pub(crate) fn parse_offer(body: &[u8]) -> Option<(Vec<Version>, Vec<Version>)> {
+    let (header, rest) = NegotiateHeader::read_from_prefix(body).ok()?;
+    let count = header.framework_count.get().into();
+    let (frameworks, rest) = <[Version]>::ref_from_prefix_with_elems(rest, count).ok()?;
+    let count = header.message_count.get().into();
+    let (messages, _) = <[Version]>::ref_from_prefix_with_elems(rest, count).ok()?;
+    Some((frameworks.to_vec(), messages.to_vec()))
+}
+
 /// What the guest chose, from the body of its answer to a negotiation.
 ///
 /// `Ok(None)` when it refused all (it answers with no framework version); `Err` names what is wrong
