@@ -285,20 +285,6 @@ fn reports_its_memory(guest: &Guest, balloon: &Balloon) -> Result<()> {
     Ok(())
 }
 
-/// Neither the driver nor anybody else has warned, but for ours, which is out of tree.
-fn no_warning(guest: &Guest) -> Result<()> {
-    for record in guest.log(4)? {
-        ensure!(
-            record
-                .text
-                .starts_with("hv_vss: loading out-of-tree module"),
-            "the kernel warned: {}",
-            record.text
-        );
-    }
-    Ok(())
-}
-
 /// A writer on a file system of its own, our module and daemon, and the driver of dynamic memory.
 fn with_balloon(guest: &Guest) -> Result<(Balloon, Process)> {
     // What is made later, of a disk that is memory, would take some of it.
@@ -330,7 +316,6 @@ fn without_balloon(guest: &Guest, balloon: &Balloon, daemon: &Process) -> Result
         balloon.instance()
     ))?;
     balloon.wait_closed(STEP)?;
-    no_warning(guest)?;
     stop(guest, Module::Ours, daemon)
 }
 
