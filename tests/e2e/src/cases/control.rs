@@ -1086,7 +1086,7 @@ fn log_not_read(guest: &Guest) -> Result<()> {
     }
     guest.sh("kill $(pidof hv_vss_daemon)")?;
     guest.wait_until("the daemon has ended", STEP, || {
-        Ok(guest.try_sh("pidof hv_vss_daemon")?.status != Some(0))
+        Ok(guest.try_sh("pidof hv_vss_daemon")?.status == Some(1))
     })?;
     guest.signal(&syslogd, 9)?;
     guest.wait(&syslogd, STEP)?;

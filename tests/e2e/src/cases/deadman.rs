@@ -837,7 +837,8 @@ fn kill_a_rehearsal(guest: &Guest) -> Result<()> {
     guest.wait_until("nobody has the lock any more", STEP, || {
         let alive = |pid: &i32| format!("grep -qs '^State:.[^ZX]' /proc/{pid}/status");
         let alive: Vec<String> = victims.iter().map(alive).collect();
-        Ok(guest.try_sh(&alive.join(" || "))?.status != Some(0))
+        let status = guest.try_sh(&alive.join(" || "))?.status;
+        Ok(status.is_some_and(|it| it != 0))
     })
 }
 

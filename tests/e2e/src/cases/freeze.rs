@@ -793,7 +793,7 @@ fn log_on_the_frozen_root(guest: &Guest) -> Result<()> {
     })?;
     guest.sh("kill $(pidof hv_vss_daemon)")?;
     guest.wait_until("the daemon has ended", STEP, || {
-        Ok(guest.try_sh("pidof hv_vss_daemon")?.status != Some(0))
+        Ok(guest.try_sh("pidof hv_vss_daemon")?.status == Some(1))
     })?;
     guest.signal(&syslogd, 9)?;
     guest.sh("rm /hv_vss_daemon /messages").map(drop)

@@ -1102,9 +1102,10 @@ fn removed_amid_a_freeze(guest: &Guest) -> Result<()> {
     let stop = "DPKG_MAINTSCRIPT_PACKAGE=hv-vss-daemon exec sh /run/prerm remove";
     waits_for_the_backup(guest, stop)?;
     let active = format!("systemctl --quiet is-active {OURS}");
+    let status = guest.try_sh(&active)?.status;
     ensure!(
-        guest.try_sh(&active)?.status != Some(0),
-        "ours should be stopped"
+        status.is_some_and(|it| it != 0),
+        "ours should be stopped: {status:?}"
     );
     power_off(guest)
 }

@@ -745,7 +745,7 @@ fn silent_server(guest: &Guest) -> Result<()> {
     guest.signal(&there, 9)?;
     guest.wait(&there, STEP)?;
     let gone = guest.wait_until("what only a container had mounted is gone", STEP, || {
-        Ok(guest.try_sh("[ -e /sys/fs/ext4/ram3 ]")?.status != Some(0))
+        Ok(guest.try_sh("[ -e /sys/fs/ext4/ram3 ]")?.status == Some(1))
     });
     end(guest, &server, "/mnt/served")?;
     gone?;
