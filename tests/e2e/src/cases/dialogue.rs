@@ -6,7 +6,7 @@
 //! by its parameters, and times are those of the host.
 
 use super::abi::{answer_v2, read_request, register, thawed_v2, REGISTER1};
-use super::{case, load, stop, stuck_writers, wait_for_daemon, Case, ModuleState};
+use super::{case, limit, load, stop, stuck_writers, wait_for_daemon, Case, ModuleState};
 use anyhow::{ensure, Context, Result};
 use e2e::agent::CallError;
 use e2e::check::{answered, equal, refused, status_name};
@@ -309,11 +309,6 @@ fn send_hot_backup(guest: &Guest) -> Result<Tx> {
     Ok(guest.vss().send(Op::HOT_BACKUP, &SHORT_BODY)?)
 }
 
-/// What a module is loaded with whose limits leave the case time to come in between, on whichever machine.
-fn limit(name: &str, limit: Duration) -> String {
-    format!("{name}_ms={}", limit.as_millis())
-}
-
 fn grace_counts(guest: &Guest) -> Result<()> {
     let second = guest.host().patience(Duration::from_secs(1));
     let (grace, timeout) = (limit("grace", second * 4), limit("timeout", second * 5));
@@ -470,7 +465,8 @@ fn broken_once(guest: &Guest) -> Result<()> {
 }
 
 fn closed_before_read(guest: &Guest) -> Result<()> {
-    load(guest, Module::Ours, &["grace_ms=4000"])?;
+    let grace = guest.host().patience(Duration::from_secs(4));
+    load(guest, Module::Ours, &[&limit("grace", grace)])?;
     let vss = guest.vss();
     for abi in Abi::BOTH {
         let one = || -> Result<()> {
@@ -504,7 +500,6 @@ fn closed_before_read(guest: &Guest) -> Result<()> {
             next.is_offered()?;
             next.device.close()?;
             let reply = vss.wait(tx, STEP)?;
-            let grace = Duration::from_secs(4);
             told_after(guest, "HOT_BACKUP", &reply, status::FAIL, grace)
         };
         one().with_context(|| format!("{abi:?}"))?;
@@ -580,7 +575,10 @@ fn stopped_at_thaw(guest: &Guest) -> Result<()> {
 }
 
 fn silent_daemon(guest: &Guest) -> Result<()> {
-    load(guest, Module::Ours, &["timeout_ms=5000", "grace_ms=500"])?;
+    let second = guest.host().patience(Duration::from_secs(1));
+    let (timeout, grace) = (second * 5, second / 2);
+    let limits = [limit("timeout", timeout), limit("grace", grace)];
+    load(guest, Module::Ours, &limits.each_ref().map(String::as_str))?;
     let vss = guest.vss();
     for (abi, is_read) in [Abi::V1, Abi::V2]
         .map(|abi| [(abi, true), (abi, false)])
@@ -592,10 +590,9 @@ fn silent_daemon(guest: &Guest) -> Result<()> {
             if is_read {
                 daemon.take(op::HOT_BACKUP)?;
             }
-            let (reply, limit) = (vss.wait(tx, STEP)?, Duration::from_secs(5));
-            told_after(guest, "the first", &reply, status::FAIL, limit)?;
+            let reply = vss.wait(tx, STEP)?;
+            told_after(guest, "the first", &reply, status::FAIL, timeout)?;
             // Nobody waits for that daemon again, whatever is asked.
-            let grace = Duration::from_millis(500);
             for operation in [Op::HOT_BACKUP, Op::FREEZE, Op::THAW] {
                 let reply = vss.op(operation, &SHORT_BODY, STEP)?;
                 answered(&operation.to_string(), &reply, status::FAIL)?;

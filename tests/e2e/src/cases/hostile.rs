@@ -6,7 +6,7 @@
 //! What is random comes from a seed: `e2e run --rounds N --seed S`; a round is [`PACKETS`] packets,
 //! and in one case [`WRITES`] writes besides.
 
-use super::{backup, load, rounds, seed, start, wait_for_daemon};
+use super::{backup, limit, load, rounds, seed, start, wait_for_daemon};
 use super::{Case, Growth, ModuleState, When};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
@@ -295,8 +295,12 @@ fn both_sides(guest: &Guest) -> Result<()> {
     // That of the daemon goes to the host as it is.
     guest.expect_in_log(&["the status of an answer is"])?;
     // Short times, since nobody answers what the host asks, except by chance; enough for a backup.
-    let times = ["timeout_ms=1000", "freeze_timeout_ms=5000", "grace_ms=50"];
-    load(guest, Module::Ours, &times)?;
+    let second = guest.host().patience(Duration::from_secs(1));
+    let (timeout, freeze) = (
+        limit("timeout", second),
+        limit("freeze_timeout", second * 5),
+    );
+    load(guest, Module::Ours, &[&timeout, &freeze, "grace_ms=50"])?;
     with_heartbeat(guest)?;
     let register = Register {
         frame: frame_header(frame::REGISTER, 0),

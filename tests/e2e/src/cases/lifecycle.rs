@@ -751,11 +751,7 @@ fn daemon_comes_back(guest: &Guest) -> Result<()> {
 
 fn dying_daemon(guest: &Guest) -> Result<()> {
     let grace = guest.host().patience(Duration::from_millis(2500));
-    super::load(
-        guest,
-        Module::Ours,
-        &[&format!("grace_ms={}", grace.as_millis())],
-    )?;
+    super::load(guest, Module::Ours, &[&super::limit("grace", grace)])?;
     let vss = guest.vss();
     let disks = [Lun::scsi(CLASS, 0, 0, 0)];
     for abi in Abi::BOTH {

@@ -207,6 +207,11 @@ fn short_grace(module: Module) -> &'static [&'static str] {
     }
 }
 
+/// What a module is loaded with whose limits leave the case time to come in between, on whichever machine.
+fn limit(name: &str, limit: Duration) -> String {
+    format!("{name}_ms={}", limit.as_millis())
+}
+
 /// Waits until a daemon has registered: from then on HOT_BACKUP is answered 0.
 fn wait_for_daemon(guest: &Guest) -> Result<()> {
     guest.wait_until("HOT_BACKUP is answered 0: a daemon is there", STEP, || {

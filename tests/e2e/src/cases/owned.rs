@@ -10,7 +10,7 @@ use super::abi::Received;
 use super::deadman::{make_hung, released, HANG, RELEASED, UNHANG};
 use super::dialogue::{send_thaw, Abi, Asked, Scripted};
 use super::suspend::{self, hibernate};
-use super::{case, load, rounds_or, start, stop, stuck_writers, wait_for_daemon};
+use super::{case, limit, load, rounds_or, start, stop, stuck_writers, wait_for_daemon};
 use super::{who_stands_still, Case};
 use anyhow::{ensure, Context, Result};
 use e2e::agent::CallError;
@@ -1104,7 +1104,8 @@ fn called_off(guest: &Guest) -> Result<()> {
 }
 
 fn thaw_not_answered(guest: &Guest) -> Result<()> {
-    make(guest, &["timeout_ms=2500"])?;
+    let timeout = guest.host().patience(Duration::from_millis(2500));
+    make(guest, &[&limit("timeout", timeout)])?;
     let vss = guest.vss();
     let daemon = Scripted::start(guest, Abi::V2)?;
     for what in ["not read", "read and not answered", "failed"] {

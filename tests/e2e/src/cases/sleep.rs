@@ -12,7 +12,7 @@ use super::deadman::{
 };
 use super::dialogue::{Abi, Scripted};
 use super::suspend::{self, unloads};
-use super::{load, rounds_or, seed, start, stuck_writers, wait_for_daemon, wait_out, Case};
+use super::{limit, load, rounds_or, seed, start, stuck_writers, wait_for_daemon, wait_out, Case};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
@@ -263,12 +263,8 @@ fn after_the_sleep(guest: &Guest, daemon: Scripted<'_>) -> Result<()> {
 
 fn freeze_that_ran_out(guest: &Guest) -> Result<()> {
     // Enough for the backups that are to be good.
-    let limit = guest.host().patience(Duration::from_secs(4)).as_millis();
-    load(
-        guest,
-        Module::Ours,
-        &[&format!("freeze_timeout_ms={limit}")],
-    )?;
+    let timeout = guest.host().patience(Duration::from_secs(4));
+    load(guest, Module::Ours, &[&limit("freeze_timeout", timeout)])?;
     for abi in Abi::BOTH {
         let one = || -> Result<()> {
             let daemon = Scripted::start(guest, abi)?;

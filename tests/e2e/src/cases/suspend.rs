@@ -8,7 +8,7 @@
 //! where it is there (debug kernels), the levels that reach the bus are gone through as well.
 
 use super::abi::{answer_v2, read_request, register};
-use super::{backup, load, start, stuck_writers, wait_for_daemon, Case};
+use super::{backup, limit, load, start, stuck_writers, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused, status_name};
 use e2e::guest::{Blocking, Daemon, Guest, Machine, Module, STEP};
@@ -252,7 +252,8 @@ fn request_open(guest: &Guest) -> Result<()> {
 }
 
 fn daemon_stopped(guest: &Guest) -> Result<()> {
-    load(guest, Module::Ours, &["timeout_ms=1000"])?;
+    let timeout = guest.host().patience(Duration::from_secs(1));
+    load(guest, Module::Ours, &[&limit("timeout", timeout)])?;
     let daemon = guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
     let vss = guest.vss();
