@@ -100,6 +100,8 @@ struct Truth {
     job: Job,
     /// The last one was a rehearsal.
     rehearses: bool,
+    /// Its thaw has found that not all was frozen until then.
+    spoilt: bool,
     hooks: Hooks,
     /// The job was told to thaw, or to give up.
     told: bool,
@@ -248,6 +250,10 @@ impl Effects for Truth {
             !(verdict == Verdict::Good && self.is_broken()),
             "called good after a freeze that broke"
         );
+        assert!(
+            !(verdict == Verdict::Good && self.spoilt),
+            "called good after a thaw that was not"
+        );
         assert_eq!(self.job, Job::None, "finished, and the job is not over");
     }
 
@@ -298,6 +304,7 @@ impl Truth {
             return Err("no door".into());
         }
         (self.job, self.told, self.rehearses) = (Job::Freezing, false, rehearses);
+        self.spoilt = false;
         Ok(())
     }
 
@@ -327,6 +334,7 @@ impl World {
                 open: None,
                 job: Job::None,
                 rehearses: false,
+                spoilt: false,
                 hooks: Hooks::None,
                 told: false,
                 reported: false,
@@ -492,6 +500,7 @@ impl World {
             Event::JobThawedBadly => {
                 truth.job = Job::None;
                 truth.broken |= !truth.rehearses;
+                truth.spoilt = true;
                 machine.thawed(Err("somebody else had".into()), truth);
             }
             Event::HooksFound => (truth.job, truth.hooks) = (Job::Waiting, Hooks::Calling),
