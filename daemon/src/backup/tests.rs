@@ -105,6 +105,8 @@ struct Truth {
     job: Job,
     /// The last one was a rehearsal.
     rehearses: bool,
+    /// Its thaw has found that not all was frozen until then.
+    spoilt: bool,
     hooks: Hooks,
     /// The job was told to thaw, or to give up.
     told: bool,
@@ -254,6 +256,10 @@ impl Effects for Truth {
             !(verdict == Verdict::Good && self.is_broken()),
             "called good after a freeze that broke"
         );
+        assert!(
+            !(verdict == Verdict::Good && self.spoilt),
+            "called good after a thaw that was not"
+        );
         assert_eq!(self.job, Job::None, "finished, and the job is not over");
     }
 
@@ -304,6 +310,7 @@ impl Truth {
             return Err("no door".into());
         }
         (self.job, self.told, self.rehearses) = (Job::Freezing, false, rehearses);
+        self.spoilt = false;
         Ok(())
     }
 
@@ -334,6 +341,7 @@ impl World {
                 begun: 0,
                 job: Job::None,
                 rehearses: false,
+                spoilt: false,
                 hooks: Hooks::None,
                 told: false,
                 reported: false,
@@ -500,6 +508,7 @@ impl World {
             Event::JobThawedBadly => {
                 truth.job = Job::None;
                 truth.broken |= !truth.rehearses;
+                truth.spoilt = true;
                 machine.thawed(Err("somebody else had".into()), truth);
             }
             Event::HooksFound => (truth.job, truth.hooks) = (Job::Waiting, Hooks::Calling),
