@@ -127,6 +127,18 @@ pub struct Questions<About: 'static> {
     open: Mutex<BTreeMap<About, usize>>,
 }
 
+/// A question that is under way until this is dropped, be it that nobody comes to ask it.
+struct UnderWay<About: Clone + Ord + Send + 'static> {
+    of: &'static Questions<About>,
+    about: About,
+}
+
+impl<About: Clone + Ord + Send> Drop for UnderWay<About> {
+    fn drop(&mut self) {
+        self.of.end(&self.about);
+    }
+}
+
 impl<About: Clone + Ord + Send> Questions<About> {
     /// Nothing is asked yet.
     #[expect(clippy::new_without_default, reason = "it is for statics")]
@@ -149,13 +161,16 @@ impl<About: Clone + Ord + Send> Questions<About> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether one more may be asked about this, which is under way then.
-    fn begin(&self, about: &About) -> bool {
+    /// One more about this, if it may be asked.
+    fn begin(&'static self, about: &About) -> Option<UnderWay<About>> {
         let mut open = self.open();
         let under_way = open.entry(about.clone()).or_default();
         let may_be = *under_way < self.most;
         *under_way += usize::from(may_be);
-        may_be
+        may_be.then(|| UnderWay {
+            of: self,
+            about: about.clone(),
+        })
     }
 
     /// One is not under way any more.
@@ -190,21 +205,15 @@ impl<About: Clone + Ord + Send> Questions<About> {
         fds: &[BorrowedFd<'_>],
         question: impl FnOnce(Vec<OwnedFd>) -> T + Send + 'static,
     ) -> io::Result<Receiver<T>> {
-        if !self.begin(&about) {
-            return Err(silent());
-        }
+        let under_way = self.begin(&about).ok_or_else(silent)?;
         let (tell, told) = channel();
-        let it = about.clone();
         let step = move |fds| {
             let answer = question(fds);
-            self.end(&it);
+            drop(under_way);
             // Nobody listens any more when it took too long.
             let _ = tell.send(answer);
         };
-        if let Err(error) = self.apart.hand_over(fds, step) {
-            self.end(&about);
-            return Err(error);
-        }
+        self.apart.hand_over(fds, step)?;
         Ok(told)
     }
 }
@@ -303,7 +312,7 @@ impl<About: Clone + Ord + Send + Sync> Questions<About> {
 
     /// Asks what is left of these, as long as anything is.
     fn work_off<T>(
-        &self,
+        &'static self,
         queue: &Queue<About>,
         question: impl Fn(usize) -> T,
         tell: &dyn Fn(usize, io::Result<T>),
@@ -313,11 +322,7 @@ impl<About: Clone + Ord + Send + Sync> Questions<About> {
             let Some(about) = queue.abouts.get(number) else {
                 return;
             };
-            let answer = self.begin(about).then(|| {
-                let answer = question(number);
-                self.end(about);
-                answer
-            });
+            let answer = self.begin(about).map(|_under_way| question(number));
             tell(number, answer.ok_or_else(silent));
         }
     }
@@ -479,5 +484,43 @@ mod tests {
             assert!(since.elapsed() < LONG);
             std::thread::yield_now();
         }
+    }
+
+    /// The limit is that of a whole process.
+    #[test]
+    fn what_nobody_came_to_ask_may_be_asked_again() {
+        use nix::sys::resource::{getrlimit, setrlimit, Resource};
+        const CHILD: &str = "HV_VSS_TEST_APART";
+        static ASKED: Questions<u32> = Questions::new();
+        if std::env::var_os(CHILD).is_none() {
+            let this = std::env::current_exe().unwrap();
+            let name = "apart::tests::what_nobody_came_to_ask_may_be_asked_again";
+            let mut child = std::process::Command::new(this);
+            let child = child.args(["--exact", name, "--nocapture"]).env(CHILD, "1");
+            let ended = child.output().unwrap();
+            let text = String::from_utf8_lossy(&ended.stderr);
+            assert!(ended.status.success(), "{text}");
+            return;
+        }
+        let (ours, _theirs) = nix::unistd::pipe().unwrap();
+        let ask = |count| {
+            let fds = vec![ours.as_fd(); count];
+            ASKED.ask(7, &fds, LONG, |fds| fds.len())
+        };
+        assert_eq!(ask(5).unwrap(), 5);
+        // Until that thread is free again.
+        let is_free = |it: &Helper| it.last.strong_count() == 0;
+        while !ASKED.apart.0.lock().unwrap().iter().all(is_free) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        // There is no room for all of them.
+        setrlimit(Resource::RLIMIT_NOFILE, 3, hard).unwrap();
+        let lost = ask(5);
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+        assert!(lost.is_err());
+        // That thread has ended, which is seen when it is wanted.
+        let again = ask(5).or_else(|_| ask(5));
+        assert_eq!(again.unwrap(), 5);
     }
 }

@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sched::{unshare, CloneFlags};
 use nix::sys::signal::SigSet;
-use nix::sys::socket::{recvmsg, sendmsg, ControlMessage, ControlMessageOwned, MsgFlags};
+use nix::sys::socket::{recvmsg, sendmsg, ControlMessage, MsgFlags};
 use nix::unistd::pipe2;
 
 /// The raw ioctl wrappers that nix generates; all of them are unsafe functions.
@@ -571,21 +571,32 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
     let mut iov = [io::IoSliceMut::new(buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), flags)?;
-    let mut descriptors = Vec::new();
-    for part in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(raw) = part {
-            // SAFETY: the kernel has just made these descriptors for this process; nothing else
-            // knows their numbers yet.
-            descriptors.extend(
-                raw.into_iter()
-                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
-            );
-        }
-    }
-    match message.flags.contains(MsgFlags::MSG_CTRUNC) {
-        false => Ok((message.bytes, descriptors)),
+    let (bytes, flags) = (message.bytes, message.flags);
+    // Also of those that came although others were lost, which nix does not go through.
+    let descriptors = descriptors_in(&space);
+    match flags.contains(MsgFlags::MSG_CTRUNC) {
+        false => Ok((bytes, descriptors)),
         true => Err(Errno::EMFILE.into()),
     }
+}
+
+/// Those that the kernel has put there, with one header before all; where none came, it is zeros as before.
+fn descriptors_in(space: &[u8]) -> Vec<OwnedFd> {
+    if space.len() < size_of::<libc::cmsghdr>() {
+        return Vec::new();
+    }
+    // SAFETY: there is a header, which is integers only and need not be aligned.
+    let header: libc::cmsghdr = unsafe { std::ptr::read_unaligned(space.as_ptr().cast()) };
+    if (header.cmsg_level, header.cmsg_type) != (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+        return Vec::new();
+    }
+    // SAFETY: it only computes.
+    let begin = unsafe { libc::CMSG_LEN(0) } as usize;
+    let raw = space.get(begin..header.cmsg_len).unwrap_or_default();
+    let raw = raw.chunks_exact(size_of::<RawFd>());
+    let raw = raw.filter_map(|it| Some(RawFd::from_ne_bytes(it.try_into().ok()?)));
+    // SAFETY: the kernel has just made these descriptors for this process; nothing else knows their numbers yet.
+    raw.map(|it| unsafe { OwnedFd::from_raw_fd(it) }).collect()
 }
 
 /// Sends copies of these descriptors to whoever [receives](receive) them, with one byte.
@@ -765,4 +776,48 @@ pub fn drop_resident_text() -> io::Result<()> {
         Errno::result(ret)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::resource::{getrlimit, setrlimit, Resource};
+    use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
+    use std::os::fd::AsFd as _;
+
+    /// The limit is that of a whole process.
+    #[test]
+    fn of_descriptors_that_do_not_all_fit_none_stays() {
+        const CHILD: &str = "HV_VSS_TEST_LIMIT";
+        if std::env::var_os(CHILD).is_none() {
+            let this = std::env::current_exe().unwrap();
+            let name = "sys::tests::of_descriptors_that_do_not_all_fit_none_stays";
+            let mut child = Command::new(this);
+            let child = child.args(["--exact", name, "--nocapture"]).env(CHILD, "1");
+            let ended = child.output().unwrap();
+            let text = String::from_utf8_lossy(&ended.stderr);
+            assert!(ended.status.success(), "{text}");
+            return;
+        }
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let family = AddressFamily::Unix;
+        let (ours, theirs) = socketpair(family, SockType::SeqPacket, None, flags).unwrap();
+        let count = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+        let before = count();
+        send(theirs.as_fd(), &[ours.as_fd(); 5]).unwrap();
+        let next = ours.try_clone().unwrap().as_raw_fd();
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        let limit = u64::try_from(next).unwrap() + 2;
+        setrlimit(Resource::RLIMIT_NOFILE, limit, hard).unwrap();
+        let received = receive(ours.as_fd(), &mut [0]);
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+        let error = received.unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EMFILE), "{error}");
+        assert_eq!(count(), before);
+        send(theirs.as_fd(), &[ours.as_fd(); 5]).unwrap();
+        let (bytes, all) = receive(ours.as_fd(), &mut [7]).unwrap();
+        assert_eq!((bytes, all.len(), count()), (1, 5, before + 5));
+        send(theirs.as_fd(), &[]).unwrap();
+        assert!(receive(ours.as_fd(), &mut [0]).unwrap().1.is_empty());
+    }
 }
