@@ -68,14 +68,14 @@ pub fn unshown(fd: BorrowedFd<'_>) -> Option<&'static str> {
 }
 
 /// Whether an error has made a btrfs, open, read-only. One that somebody has made so syncs nothing, and says that all is
-/// well (`btrfs_start_delalloc_roots` in `fs/btrfs/inode.c`). One that does not say it in time is not known to have
-/// met an error.
-pub fn has_failed(fd: BorrowedFd<'_>) -> bool {
+/// well (`btrfs_start_delalloc_roots` in `fs/btrfs/inode.c`). `None` of one that does not say it in time.
+pub fn has_failed(fd: BorrowedFd<'_>) -> Option<bool> {
     static ASKED: Questions<DevId> = Questions::new();
-    let Ok(found) = sys::identify(fd) else {
-        return false;
-    };
+    let found = sys::identify(fd).ok()?;
     let sync = |fds: Vec<OwnedFd>| fds.first().map(|it| sys::btrfs_sync(it.as_fd()));
     let said = ASKED.ask(found.dev(), &[fd], ANSWER_TIME, sync);
-    matches!(said, Ok(Some(Err(error))) if error.raw_os_error() == Some(libc::EROFS))
+    match said.ok()?? {
+        Ok(()) => Some(false),
+        Err(error) => (error.raw_os_error() == Some(libc::EROFS)).then_some(true),
+    }
 }

@@ -576,8 +576,11 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
     for left in &plan.left_out {
         let grade = match left.reason {
             Reason::Excluded(_) | Reason::Elsewhere => Grade::Ok,
-            Reason::Broken(_) | Reason::Unreachable(_) | Reason::Busy(_) => loss,
-            Reason::TurnedReadOnly => Grade::Warning,
+            Reason::Broken(_)
+            | Reason::Unreachable(_)
+            | Reason::Busy(_)
+            | Reason::TurnedReadOnly => loss,
+            Reason::MadeReadOnly => Grade::Warning,
             Reason::ReadOnly | Reason::NoBlockDevice => continue,
         };
         let text = format!("{} is left out: {}", left.file_system, left.reason);

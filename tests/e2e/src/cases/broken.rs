@@ -32,6 +32,11 @@ pub const CASES: &[Case] = &[
         btrfs_read_only_since_an_error,
     )
     .comparing(),
+    case(
+        "broken/vfat-read-only-since-an-error",
+        "and a vfat that an error has made read-only, which it tells nobody: named, and fails a strict backup",
+        vfat_read_only_since_an_error,
+    ),
     disks::case(
         "broken/btrfs-read-only-after-a-backup",
         "and so is one whose disk fails after a good backup, when the plan is still there, of which nobody tells",
@@ -230,6 +235,27 @@ fn btrfs_read_only_since_an_error(guest: &Guest) -> Result<()> {
     let ours = left_out(guest, &["/mnt/bad (btrfs, "])?;
     compare(guest, "one btrfs is read-only since its disk failed", &ours)?;
     guest.sh("umount /mnt/bad && dmsetup remove bad").map(drop)
+}
+
+fn vfat_read_only_since_an_error(guest: &Guest) -> Result<()> {
+    guest.expect_in_log(&["FAT-fs (ram2)"])?;
+    guest.sh(HEALTHY)?;
+    // The first sectors of the table of clusters are lost, in which a file of many is.
+    guest.sh(
+        "modprobe -a vfat nls_cp437 nls_ascii; mkfs.vfat /dev/ram2 >/dev/null
+         mount /dev/ram2 /mnt/bad && dd if=/dev/zero of=/mnt/bad/file bs=1M count=1 2>/dev/null &&
+         umount /mnt/bad && mount /dev/ram2 /mnt/bad
+         at=$(dd if=/dev/ram2 bs=1 skip=14 count=2 2>/dev/null | od -An -tu2)
+         dd if=/dev/zero of=/dev/ram2 bs=512 seek=$((at)) count=8 conv=notrunc 2>/dev/null
+         cat /mnt/bad/file >/dev/null 2>&1; true",
+    )?;
+    let table = guest.sh("grep ' /mnt/bad ' /proc/self/mountinfo")?;
+    ensure!(
+        table.contains("/dev/ram2 ro"),
+        "it should have become read-only: {table}"
+    );
+    left_out(guest, &["/mnt/bad (vfat, 1:2)"])?;
+    guest.sh("umount /mnt/bad").map(drop)
 }
 
 fn btrfs_read_only_after_a_backup(guest: &Guest) -> Result<()> {

@@ -596,7 +596,7 @@ fn read_only_though_mounted_for_writing(guest: &Guest) -> Result<()> {
     for backup in ["the first backup", "the second"] {
         equal(backup, &observe(guest)?, &good(&[]))?;
     }
-    let words = "left out: read-only though mounted for writing, perhaps since an error";
+    let words = "left out: read-only though mounted for writing, and not since an error";
     says(guest, &daemon, &["/mnt/b (btrfs, ", words])?;
     guest.sh("mount -o remount,rw /mnt/b")?;
     guest.writer_start("/mnt/b/w")?;
