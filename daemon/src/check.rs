@@ -596,7 +596,7 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
     }
     let devices = plan.waves.iter().flatten().flat_map(|it| &it.devices);
     for layer in Layers::below(devices).at_work() {
-        let text = format!("{layer} copies from disk to disk, which no freeze holds back");
+        let text = format!("{layer}, which no freeze holds back");
         all.push(finding(FILE_SYSTEMS, loss, text));
     }
     all.extend(not_counting(&plan, &writes::not_counting));

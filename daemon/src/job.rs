@@ -656,8 +656,8 @@ impl<'a> Warnings<'a> {
     fn of_moving(&mut self, layers: &BTreeSet<String>) {
         for layer in layers {
             self.add(format!(
-                "{layer} copies from disk to disk while what is on it is frozen: copies of those disks that are \
-                 not of one moment may not fit together"
+                "{layer} while what is on it is frozen: copies of those disks that are not of one moment may not fit \
+                 together"
             ));
         }
     }

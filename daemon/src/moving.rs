@@ -6,17 +6,30 @@
 //!
 //! md says what it is at (`sync_action`, `Documentation/admin-guide/md.rst`), bcache whether it has
 //! something to write back (`state`, `Documentation/admin-guide/bcache.rst`), and LVM calls the volume by
-//! which it moves extents `pvmove` and a number. Of caches and RAID of the device mapper only an ioctl
-//! would tell; those are not looked at.
+//! which it moves extents `pvmove` and a number. Of its caches and RAID only the device mapper tells, which is
+//! asked for the status of each target (`Documentation/admin-guide/device-mapper`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
+use crate::apart::{Lot, Questions};
 use crate::mounts::DevId;
 use crate::superblocks::folder_of;
+use crate::sys;
 use crate::topology::{all_below, Device};
+
+/// Of whom the device mapper is asked.
+const MAPPER: &str = "/dev/mapper/control";
+
+/// How long it may take to answer, and how long as writers wait: a moment, as a rule.
+const PATIENCE: Duration = Duration::from_secs(1);
+const MOMENT: Duration = Duration::from_millis(100);
 
 /// The devices that may be at such a thing. What they say is open, so that no path has to be looked up
 /// to hear it again.
@@ -41,6 +54,8 @@ enum Sign {
     Word(File, &'static [&'static str]),
     /// The device exists.
     Presence(&'static str),
+    /// Its status by this, the device mapper's.
+    Status(Arc<File>, DevId),
 }
 
 /// "check" only reads; "repair" writes what it finds wrong.
@@ -52,8 +67,19 @@ impl Layers {
     pub fn below<'a>(devices: impl IntoIterator<Item = &'a DevId>) -> Self {
         let devices: BTreeSet<DevId> = devices.into_iter().copied().collect();
         let all = all_below(devices.iter().copied());
+        let is_mapped = |folder: &Path| folder.join("dm").exists();
+        let mut mapper = None;
         let layers = all.keys().filter_map(|dev| {
-            let layer = layer(&folder_of(*dev)?)?;
+            let folder = folder_of(*dev)?;
+            let mut open = || Some(Arc::new(File::open(MAPPER).ok()?));
+            let mapped = || {
+                mapper = mapper
+                    .take()
+                    .or_else(|| is_mapped(&folder).then(&mut open)?);
+                let asked = mapper.as_ref().filter(|_| is_mapped(&folder))?;
+                Some(Sign::Status(Arc::clone(asked), *dev))
+            };
+            let layer = layer(&folder, mapped)?;
             let is_lowest = |it: &DevId| all.get(it).is_some_and(|it| it.below.is_empty());
             let lowest = below(&all, *dev).into_iter().filter(is_lowest);
             let stands_on_it = |it: &&DevId| below(&all, **it).contains(dev);
@@ -67,37 +93,130 @@ impl Layers {
 
     /// Those that are at it now, and at what.
     pub fn at_work(&self) -> BTreeSet<String> {
-        at_work(self.0.iter())
+        at_work(self.0.iter(), PATIENCE)
     }
 
     /// Those of them below one of these devices, which are of those that were asked for.
     pub fn at_work_below(&self, devices: &BTreeSet<DevId>) -> BTreeSet<String> {
-        at_work(self.0.iter().filter(|it| !it.carries.is_disjoint(devices)))
+        let below = self.0.iter().filter(|it| !it.carries.is_disjoint(devices));
+        at_work(below, PATIENCE)
     }
 
-    /// Those of them that have begun since `before` was all. It never waits, though writers do: bcache,
-    /// which answers under a lock that it keeps while it waits for disks, is not asked. It begins only with a
-    /// write from above, and all there is frozen.
+    /// Those of them that have begun since `before` was all. It waits no longer than a moment, since writers do:
+    /// bcache, which answers under a lock that it keeps while it waits for disks, is not asked. It begins only with
+    /// a write from above, and all there is frozen.
     pub fn begun_below(
         &self,
         devices: &BTreeSet<DevId>,
         before: &BTreeSet<String>,
     ) -> BTreeSet<String> {
         let below = self.0.iter().filter(|it| !it.carries.is_disjoint(devices));
-        let now = at_work(below.filter(|it| !it.is_bcache));
+        let now = at_work(below.filter(|it| !it.is_bcache), MOMENT);
         now.difference(before).cloned().collect()
     }
 }
 
-fn at_work<'a>(layers: impl Iterator<Item = &'a Layer>) -> BTreeSet<String> {
-    let words = layers.filter_map(|layer| {
+/// What these do, in words. One that has to be asked, and does not say it within `limit`, may do anything.
+fn at_work<'a>(layers: impl Iterator<Item = &'a Layer>, limit: Duration) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let mut asked = Vec::new();
+    for layer in layers {
         let what = match &layer.sign {
-            Sign::Presence(what) => (*what).to_owned(),
-            Sign::Word(file, words) => word(file).filter(|it| words.contains(&it.as_str()))?,
+            Sign::Presence(what) => Some((*what).to_owned()),
+            Sign::Word(file, words) => word(file).filter(|it| words.contains(&it.as_str())),
+            Sign::Status(mapper, dev) => {
+                asked.push((layer, mapper, *dev));
+                None
+            }
         };
-        Some(format!("{} ({what})", layer.name))
+        found.extend(what.map(|it| layer.copies(&it)));
+    }
+    let lots = asked.iter().map(|(_, mapper, dev)| Lot {
+        abouts: vec![*dev],
+        fds: vec![mapper.as_fd()],
     });
-    words.collect()
+    let devices: Vec<DevId> = asked.iter().map(|(_, _, dev)| *dev).collect();
+    let ask = move |number: usize, fds: &[OwnedFd]| {
+        let (dev, mapper) = devices.get(number).zip(fds.first())?;
+        Some(sys::mapper_status(mapper.as_fd(), *dev))
+    };
+    static ASKED: Questions<DevId> = Questions::new();
+    ASKED.ask_all(lots.collect(), limit, ask, |number, said| {
+        if let Some((layer, ..)) = asked.get(number) {
+            found.extend(layer.by_status(said.ok().flatten()));
+        }
+    });
+    found
+}
+
+impl Layer {
+    fn copies(&self, what: &str) -> String {
+        format!("{} ({what}) copies from disk to disk", self.name)
+    }
+
+    fn by_status(&self, said: Option<io::Result<Vec<sys::Mapped>>>) -> Option<String> {
+        let said = match said {
+            // It is gone.
+            Some(Err(error)) if error.raw_os_error() == Some(libc::ENXIO) => return None,
+            said => said.and_then(Result::ok),
+        };
+        let what = said.map(|all| {
+            let mut all = all.iter().map(|it| copying(&it.kind, &it.status));
+            all.find(|it| *it != Copying::Nothing)
+                .unwrap_or(Copying::Nothing)
+        });
+        match what.unwrap_or(Copying::Unknown) {
+            Copying::Nothing => None,
+            Copying::At(what) => Some(self.copies(what)),
+            Copying::Unknown => Some(format!(
+                "{} does not say whether it copies from disk to disk",
+                self.name
+            )),
+        }
+    }
+}
+
+/// What a target of the device mapper is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Copying {
+    Nothing,
+    At(&'static str),
+    Unknown,
+}
+
+/// The same by its kind and status.
+fn copying(kind: &str, status: &str) -> Copying {
+    let words: Vec<&str> = status.split_ascii_whitespace().collect();
+    let number = |at: usize| words.get(at)?.parse::<usize>().ok();
+    let is_done = |at: usize| {
+        let (done, all) = words.get(at)?.split_once('/')?;
+        Some(done == all)
+    };
+    let (is_at_rest, what) = match kind {
+        "raid" => {
+            let action = words.get(4);
+            let at = action.map(|action| MD.iter().find(|it| *it == action));
+            (
+                at.map(|it| it.is_none()),
+                at.flatten().copied().unwrap_or_default(),
+            )
+        }
+        "cache" => (number(10).map(|dirty| dirty == 0), "dirty"),
+        // It frees what it has written back.
+        "writecache" => (
+            number(1).zip(number(2)).map(|(all, free)| all == free),
+            "dirty",
+        ),
+        "clone" => (is_done(3), "clone"),
+        "mirror" => (number(0).and_then(|legs| is_done(legs + 1)), "resync"),
+        "snapshot-merge" => (Some(false), "merge"),
+        _ => (Some(true), ""),
+    };
+    match is_at_rest {
+        Some(true) => Copying::Nothing,
+        Some(false) => Copying::At(what),
+        None => Copying::Unknown,
+    }
 }
 
 /// This device and all below it, of these.
@@ -111,8 +230,9 @@ fn below(all: &BTreeMap<DevId, Device>, dev: DevId) -> BTreeSet<DevId> {
     found
 }
 
-/// The device with this folder, if it is of a kind that copies by itself.
-fn layer(folder: &Path) -> Option<Layer> {
+/// The device with this folder, if it is of a kind that copies by itself; `mapped` is the sign of one of the device
+/// mapper's that may be.
+fn layer(folder: &Path, mapped: impl FnOnce() -> Option<Sign>) -> Option<Layer> {
     let open = |name: &str| File::open(folder.join(name)).ok();
     let name = folder.file_name()?.to_string_lossy();
     // The disk below it has that file, too.
@@ -133,7 +253,7 @@ fn layer(folder: &Path) -> Option<Layer> {
         is_its.then_some(Sign::Presence("pvmove"))
     };
     Some(Layer {
-        sign: md().or_else(bcache).or_else(lvm)?,
+        sign: md().or_else(bcache).or_else(lvm).or_else(mapped)?,
         is_bcache,
         carries: BTreeSet::new(),
         name: name.into(),
@@ -176,7 +296,7 @@ mod tests {
         ];
         let dev = |minor| DevId { major: 8, minor };
         let layers = names.iter().filter_map(|it| {
-            let layer = layer(&root.join(it))?;
+            let layer = layer(&root.join(it), || None)?;
             let carries = BTreeSet::from([dev(u32::from(it.starts_with("md")))]);
             Some(Layer { carries, ..layer })
         });
@@ -184,20 +304,83 @@ mod tests {
         let seen = |layers: &Layers| layers.at_work().into_iter().collect::<Vec<_>>();
         assert_eq!(
             seen(&layers),
-            ["bcache0 (dirty)", "dm-0 (pvmove)", "md0 (resync)"]
+            ["bcache0 (dirty)", "dm-0 (pvmove)", "md0 (resync)"].map(copies)
         );
         let of_some = layers.at_work_below(&BTreeSet::from([dev(1)]));
-        assert_eq!(of_some, BTreeSet::from(["md0 (resync)".to_owned()]));
+        assert_eq!(of_some, BTreeSet::from([copies("md0 (resync)")]));
         put("md1/md/sync_action", "recover");
         put("md0/md/sync_action", "idle");
         assert_eq!(
             seen(&layers),
-            ["bcache0 (dirty)", "dm-0 (pvmove)", "md1 (recover)"]
+            ["bcache0 (dirty)", "dm-0 (pvmove)", "md1 (recover)"].map(copies)
         );
         // Of those, what was at it before has not begun, and bcache is not asked.
-        let before = BTreeSet::from(["dm-0 (pvmove)".to_owned()]);
+        let before = BTreeSet::from([copies("dm-0 (pvmove)")]);
         let begun = layers.begun_below(&BTreeSet::from([dev(0), dev(1)]), &before);
-        assert_eq!(begun, BTreeSet::from(["md1 (recover)".to_owned()]));
+        assert_eq!(begun, BTreeSet::from([copies("md1 (recover)")]));
         fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn the_device_mapper_says_what_its_targets_are_at() {
+        use Copying::{At, Nothing, Unknown};
+        for (kind, status, is_at) in [
+            ("raid", "raid1 2 AA 65536/65536 idle 0 0 -", Nothing),
+            ("raid", "raid1 2 AA 65536/65536 check 0 0 -", Nothing),
+            ("raid", "raid1 2 Aa 512/65536 recover 0 0 -", At("recover")),
+            ("raid", "raid5_ls 3 AAA 0/65536 resync 0 0 -", At("resync")),
+            ("raid", "raid1 2 AA 65536/65536", Unknown),
+            (
+                "cache",
+                "8 27/512 128 9/800 1 2 3 4 0 9 0 1 writeback 2 x",
+                Nothing,
+            ),
+            (
+                "cache",
+                "8 27/512 128 9/800 1 2 3 4 0 9 5 1 writeback 2 x",
+                At("dirty"),
+            ),
+            ("cache", "Fail", Unknown),
+            ("writecache", "0 1000 1000 0 1 2", Nothing),
+            ("writecache", "0 1000 990 0 1 2", At("dirty")),
+            ("clone", "8 33/512 8 900/900 0 0 1 rw", Nothing),
+            ("clone", "8 33/512 8 899/900 1 0 1 rw", At("clone")),
+            ("mirror", "2 253:1 253:2 400/400 1 AA 1 core", Nothing),
+            ("mirror", "2 253:1 253:2 10/400 1 AA 1 core", At("resync")),
+            ("snapshot-merge", "16/2048 16", At("merge")),
+            ("linear", "", Nothing),
+            ("thin", "8192 8191", Nothing),
+        ] {
+            assert_eq!(copying(kind, status), is_at, "{kind} {status}");
+        }
+    }
+
+    #[test]
+    fn of_several_targets_each_counts_and_one_that_does_not_answer_may_copy() {
+        let layer = Layer {
+            name: "dm-3".into(),
+            sign: Sign::Presence(""),
+            is_bcache: false,
+            carries: BTreeSet::new(),
+        };
+        let mapped = |kind: &str, status: &str| sys::Mapped {
+            kind: kind.into(),
+            status: status.into(),
+        };
+        let both = vec![mapped("linear", ""), mapped("snapshot-merge", "1/2 1")];
+        assert_eq!(
+            layer.by_status(Some(Ok(both))),
+            Some(copies("dm-3 (merge)"))
+        );
+        assert_eq!(layer.by_status(Some(Ok(Vec::new()))), None);
+        let failed = |code| layer.by_status(Some(Err(io::Error::from_raw_os_error(code))));
+        assert_eq!(failed(libc::ENXIO), None);
+        for said in [failed(libc::ENOMEM), layer.by_status(None)] {
+            assert!(said.is_some_and(|it| it.starts_with("dm-3 does not say")));
+        }
+    }
+
+    fn copies(what: &str) -> String {
+        format!("{what} copies from disk to disk")
     }
 }

@@ -81,6 +81,11 @@ pub const CASES: &[Case] = &[
         "an md that copies from disk to disk below a frozen file system is named; strict fails",
         md_repair,
     ),
+    case(
+        "broken/mapper-merge",
+        "and so is a volume of the device mapper that merges a snapshot into another disk",
+        mapper_merge,
+    ),
 ];
 
 /// The healthy one.
@@ -550,6 +555,54 @@ fn btrfs_scrub(guest: &Guest) -> Result<()> {
         ensure!(log.contains(words), "it should be named:\n{log}");
     }
     stop(guest, guest.module(), &daemon)
+}
+
+/// What is on such a volume is on the second disk until it is merged into the first.
+fn mapper_merge(guest: &Guest) -> Result<()> {
+    let vss = guest.vss();
+    guest.sh(HEALTHY)?;
+    let table = |kind: &str| format!("'0 131072 {kind} /dev/ram2 /dev/ram3 P 8'");
+    guest.sh(&format!(
+        "modprobe -a dm-mod dm-snapshot && dd if=/dev/zero of=/dev/ram3 bs=1M count=1 2>/dev/null
+         dmsetup create bad --noudevsync --table {}
+         [ -e /dev/mapper/bad ] || dmsetup mknodes
+         mkfs.ext4 -q -F /dev/mapper/bad && mount /dev/mapper/bad /mnt/bad",
+        table("snapshot")
+    ))?;
+    for path in ["/mnt/good/w", "/mnt/bad/w"] {
+        guest.writer_start(path)?;
+    }
+    let node = guest.sh("dmsetup info -c --noheadings -o blkdevname bad")?;
+    let copies = format!("{} (merge) copies from disk to disk", node.trim());
+    let all = good(&["/mnt/good/w", "/mnt/bad/w"]);
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("strict = true")?;
+    wait_for_daemon(guest)?;
+    equal("without a merge", observe(guest)?, all.clone())?;
+    // It begins in the window.
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.sh(&format!(
+        "dmsetup suspend --nolockfs bad && dmsetup load bad --table {} && dmsetup resume --noudevsync bad",
+        table("snapshot-merge")
+    ))?;
+    answered("THAW with strict = true", &vss.thaw(STEP)?, status::FAIL)?;
+    let freeze = vss.freeze(&[], STEP)?;
+    answered("FREEZE with strict = true", &freeze, status::FAIL)?;
+    let log = logged(guest, &daemon)?;
+    ensure!(log.contains(&copies), "it should be named:\n{log}");
+    stop(guest, guest.module(), &daemon)?;
+
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    equal("the backup", observe(guest)?, all)?;
+    remembered(guest, "the warning", |last| {
+        let mut all = last["warnings"].as_array().into_iter().flatten();
+        all.any(|it| it.as_str().is_some_and(|it| it.contains(&copies)))
+    })?;
+    let check = guest.try_sh("/payload/hv_vss_daemon check")?.out;
+    ensure!(check.contains(&copies), "check should name it:\n{check}");
+    stop(guest, guest.module(), &daemon)?;
+    guest.writers_stop()?;
+    guest.sh("umount /mnt/bad && dmsetup remove bad").map(drop)
 }
 
 fn md_repair(guest: &Guest) -> Result<()> {
