@@ -12,11 +12,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::FileExt as _;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+
+use nix::sys::uio::pread;
 
 use crate::apart::{Lot, Questions};
 use crate::mounts::DevId;
@@ -41,8 +42,6 @@ struct Layer {
     /// The kernel's name.
     name: String,
     sign: Sign,
-    /// Its cache does not count as what it stands on.
-    is_bcache: bool,
     /// Of the devices that were asked for, those that stand on it, itself among them.
     carries: BTreeSet<DevId>,
 }
@@ -54,13 +53,22 @@ enum Sign {
     Word(File, &'static [&'static str]),
     /// The device exists.
     Presence(&'static str),
-    /// Its status by this, the device mapper's.
-    Status(Arc<File>, DevId),
+    /// It says so, and may have anybody wait for that.
+    Asked(Asked, Arc<File>),
+}
+
+/// Who is asked of a device, apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Asked {
+    /// The device mapper, by its own node.
+    Mapper(DevId),
+    /// bcache, by its state: it answers under a lock (`bch_register_lock`) that it keeps while it writes to disks. Its
+    /// cache does not count as what it stands on.
+    Bcache(DevId),
 }
 
 /// "check" only reads; "repair" writes what it finds wrong.
 const MD: &[&str] = &["resync", "recover", "reshape", "repair"];
-const BCACHE: &[&str] = &["dirty"];
 
 impl Layers {
     /// Those below these devices, themselves among them, as far as they stand on more than one disk.
@@ -77,13 +85,13 @@ impl Layers {
                     .take()
                     .or_else(|| is_mapped(&folder).then(&mut open)?);
                 let asked = mapper.as_ref().filter(|_| is_mapped(&folder))?;
-                Some(Sign::Status(Arc::clone(asked), *dev))
+                Some(Sign::Asked(Asked::Mapper(*dev), Arc::clone(asked)))
             };
-            let layer = layer(&folder, mapped)?;
+            let layer = layer(*dev, &folder, mapped)?;
             let is_lowest = |it: &DevId| all.get(it).is_some_and(|it| it.below.is_empty());
             let lowest = below(&all, *dev).into_iter().filter(is_lowest);
             let stands_on_it = |it: &&DevId| below(&all, **it).contains(dev);
-            (layer.is_bcache || lowest.count() > 1).then(|| Layer {
+            (layer.is_bcache() || lowest.count() > 1).then(|| Layer {
                 carries: devices.iter().filter(stands_on_it).copied().collect(),
                 ..layer
             })
@@ -103,69 +111,70 @@ impl Layers {
     }
 
     /// Those of them that have begun since `before` was all. It waits no longer than a moment, since writers do:
-    /// bcache, which answers under a lock that it keeps while it waits for disks, is not asked. It begins only with
-    /// a write from above, and all there is frozen.
+    /// bcache is not asked. It begins only with a write from above, and all there is frozen.
     pub fn begun_below(
         &self,
         devices: &BTreeSet<DevId>,
         before: &BTreeSet<String>,
     ) -> BTreeSet<String> {
         let below = self.0.iter().filter(|it| !it.carries.is_disjoint(devices));
-        let now = at_work(below.filter(|it| !it.is_bcache), MOMENT);
+        let now = at_work(below.filter(|it| !it.is_bcache()), MOMENT);
         now.difference(before).cloned().collect()
     }
 }
 
 /// What these do, in words. One that has to be asked, and does not say it within `limit`, may do anything.
 fn at_work<'a>(layers: impl Iterator<Item = &'a Layer>, limit: Duration) -> BTreeSet<String> {
+    at_work_by(layers, limit, Asked::answer)
+}
+
+fn at_work_by<'a>(
+    layers: impl Iterator<Item = &'a Layer>,
+    limit: Duration,
+    answer: impl Fn(Asked, &OwnedFd) -> Copying + Send + Sync + 'static,
+) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     let mut asked = Vec::new();
     for layer in layers {
         let what = match &layer.sign {
             Sign::Presence(what) => Some((*what).to_owned()),
             Sign::Word(file, words) => word(file).filter(|it| words.contains(&it.as_str())),
-            Sign::Status(mapper, dev) => {
-                asked.push((layer, mapper, *dev));
+            Sign::Asked(it, file) => {
+                asked.push((layer, *it, file));
                 None
             }
         };
         found.extend(what.map(|it| layer.copies(&it)));
     }
-    let lots = asked.iter().map(|(_, mapper, dev)| Lot {
-        abouts: vec![*dev],
-        fds: vec![mapper.as_fd()],
+    let lots = asked.iter().map(|(_, it, file)| Lot {
+        abouts: vec![*it],
+        fds: vec![file.as_fd()],
     });
-    let devices: Vec<DevId> = asked.iter().map(|(_, _, dev)| *dev).collect();
+    let lots = lots.collect();
+    let them: Vec<Asked> = asked.iter().map(|(_, it, _)| *it).collect();
     let ask = move |number: usize, fds: &[OwnedFd]| {
-        let (dev, mapper) = devices.get(number).zip(fds.first())?;
-        Some(sys::mapper_status(mapper.as_fd(), *dev))
+        let (it, fd) = them.get(number).zip(fds.first())?;
+        Some(answer(*it, fd))
     };
-    static ASKED: Questions<DevId> = Questions::new();
-    ASKED.ask_all(lots.collect(), limit, ask, |number, said| {
-        if let Some((layer, ..)) = asked.get(number) {
-            found.extend(layer.by_status(said.ok().flatten()));
-        }
+    static ASKED: Questions<Asked> = Questions::new();
+    ASKED.ask_all(lots, limit, ask, |number, said| {
+        let said = said.ok().flatten().unwrap_or(Copying::Unknown);
+        found.extend(asked.get(number).and_then(|it| it.0.by_answer(said)));
     });
     found
 }
 
 impl Layer {
+    fn is_bcache(&self) -> bool {
+        matches!(self.sign, Sign::Asked(Asked::Bcache(_), _))
+    }
+
     fn copies(&self, what: &str) -> String {
         format!("{} ({what}) copies from disk to disk", self.name)
     }
 
-    fn by_status(&self, said: Option<io::Result<Vec<sys::Mapped>>>) -> Option<String> {
-        let said = match said {
-            // It is gone.
-            Some(Err(error)) if error.raw_os_error() == Some(libc::ENXIO) => return None,
-            said => said.and_then(Result::ok),
-        };
-        let what = said.map(|all| {
-            let mut all = all.iter().map(|it| copying(&it.kind, &it.status));
-            all.find(|it| *it != Copying::Nothing)
-                .unwrap_or(Copying::Nothing)
-        });
-        match what.unwrap_or(Copying::Unknown) {
+    fn by_answer(&self, said: Copying) -> Option<String> {
+        match said {
             Copying::Nothing => None,
             Copying::At(what) => Some(self.copies(what)),
             Copying::Unknown => Some(format!(
@@ -173,6 +182,33 @@ impl Layer {
                 self.name
             )),
         }
+    }
+}
+
+impl Asked {
+    fn answer(self, fd: &OwnedFd) -> Copying {
+        match self {
+            Asked::Mapper(dev) => of_targets(sys::mapper_status(fd.as_fd(), dev)),
+            Asked::Bcache(_) => match word(fd).as_deref() {
+                Some("dirty") => Copying::At("dirty"),
+                // It may be gone.
+                _ => Copying::Nothing,
+            },
+        }
+    }
+}
+
+/// What a device of the device mapper is at by its targets.
+fn of_targets(said: io::Result<Vec<sys::Mapped>>) -> Copying {
+    match said {
+        Ok(all) => {
+            let mut all = all.iter().map(|it| copying(&it.kind, &it.status));
+            all.find(|it| *it != Copying::Nothing)
+                .unwrap_or(Copying::Nothing)
+        }
+        // It is gone.
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Copying::Nothing,
+        Err(_) => Copying::Unknown,
     }
 }
 
@@ -232,17 +268,15 @@ fn below(all: &BTreeMap<DevId, Device>, dev: DevId) -> BTreeSet<DevId> {
 
 /// The device with this folder, if it is of a kind that copies by itself; `mapped` is the sign of one of the device
 /// mapper's that may be.
-fn layer(folder: &Path, mapped: impl FnOnce() -> Option<Sign>) -> Option<Layer> {
+fn layer(dev: DevId, folder: &Path, mapped: impl FnOnce() -> Option<Sign>) -> Option<Layer> {
     let open = |name: &str| File::open(folder.join(name)).ok();
     let name = folder.file_name()?.to_string_lossy();
     // The disk below it has that file, too.
     let is_bcache = name.starts_with("bcache");
     let md = || Some(Sign::Word(open("md/sync_action")?, MD));
     let bcache = || {
-        Some(Sign::Word(
-            open("bcache/state").filter(|_| is_bcache)?,
-            BCACHE,
-        ))
+        let state = open("bcache/state").filter(|_| is_bcache)?;
+        Some(Sign::Asked(Asked::Bcache(dev), Arc::new(state)))
     };
     let lvm = || {
         let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
@@ -254,15 +288,14 @@ fn layer(folder: &Path, mapped: impl FnOnce() -> Option<Sign>) -> Option<Layer> 
     };
     Some(Layer {
         sign: md().or_else(bcache).or_else(lvm).or_else(mapped)?,
-        is_bcache,
         carries: BTreeSet::new(),
         name: name.into(),
     })
 }
 
-fn word(file: &File) -> Option<String> {
+fn word(file: impl AsFd) -> Option<String> {
     let mut text = [0; 32];
-    let read = file.read_at(&mut text, 0).ok()?;
+    let read = pread(file, &mut text, 0).ok()?;
     let text = String::from_utf8_lossy(text.get(..read)?);
     Some(text.trim().to_owned())
 }
@@ -296,7 +329,7 @@ mod tests {
         ];
         let dev = |minor| DevId { major: 8, minor };
         let layers = names.iter().filter_map(|it| {
-            let layer = layer(&root.join(it), || None)?;
+            let layer = layer(dev(0), &root.join(it), || None)?;
             let carries = BTreeSet::from([dev(u32::from(it.starts_with("md")))]);
             Some(Layer { carries, ..layer })
         });
@@ -360,24 +393,48 @@ mod tests {
         let layer = Layer {
             name: "dm-3".into(),
             sign: Sign::Presence(""),
-            is_bcache: false,
             carries: BTreeSet::new(),
         };
+        let by_status = |said| layer.by_answer(of_targets(said));
         let mapped = |kind: &str, status: &str| sys::Mapped {
             kind: kind.into(),
             status: status.into(),
         };
         let both = vec![mapped("linear", ""), mapped("snapshot-merge", "1/2 1")];
-        assert_eq!(
-            layer.by_status(Some(Ok(both))),
-            Some(copies("dm-3 (merge)"))
-        );
-        assert_eq!(layer.by_status(Some(Ok(Vec::new()))), None);
-        let failed = |code| layer.by_status(Some(Err(io::Error::from_raw_os_error(code))));
+        assert_eq!(by_status(Ok(both)), Some(copies("dm-3 (merge)")));
+        assert_eq!(by_status(Ok(Vec::new())), None);
+        let failed = |code| by_status(Err(io::Error::from_raw_os_error(code)));
         assert_eq!(failed(libc::ENXIO), None);
-        for said in [failed(libc::ENOMEM), layer.by_status(None)] {
-            assert!(said.is_some_and(|it| it.starts_with("dm-3 does not say")));
-        }
+        let said = failed(libc::ENOMEM);
+        assert!(said.is_some_and(|it| it.starts_with("dm-3 does not say")));
+    }
+
+    #[test]
+    fn a_bcache_that_waits_for_a_disk_holds_up_nobody_and_may_copy() {
+        let dev = |minor| DevId { major: 252, minor };
+        let file = Arc::new(File::open("/dev/null").unwrap());
+        let layer = |minor| Layer {
+            name: format!("bcache{minor}"),
+            sign: Sign::Asked(Asked::Bcache(dev(minor)), Arc::clone(&file)),
+            carries: BTreeSet::new(),
+        };
+        let layers = [layer(0), layer(1), layer(2)];
+        let answer = move |it, _: &OwnedFd| match it {
+            Asked::Bcache(it) if it == dev(0) => {
+                std::thread::sleep(Duration::from_secs(60));
+                Copying::Nothing
+            }
+            Asked::Bcache(it) if it == dev(1) => Copying::At("dirty"),
+            _ => Copying::Nothing,
+        };
+        let begun = std::time::Instant::now();
+        let said = at_work_by(layers.iter(), MOMENT, answer);
+        let expected = [
+            "bcache0 does not say whether it copies from disk to disk".into(),
+            copies("bcache1 (dirty)"),
+        ];
+        assert_eq!(said, BTreeSet::from(expected));
+        assert!(begun.elapsed() < Duration::from_secs(30));
     }
 
     fn copies(what: &str) -> String {
