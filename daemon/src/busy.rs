@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use crate::apart::Questions;
 use crate::mounts::DevId;
+use crate::process;
 use crate::superblocks::{self, Entry};
 use crate::sys;
 
@@ -50,10 +51,8 @@ pub fn with(devices: &[DevId], fd: BorrowedFd<'_>) -> Option<String> {
 pub fn unshown(fd: BorrowedFd<'_>) -> Option<&'static str> {
     static ASKED: Questions<DevId> = Questions::new();
     // The kernel that runs stays what it is.
-    static MAY_WAIT: LazyLock<bool> = LazyLock::new(|| {
-        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        version_in(&release).is_some_and(|it| it < FREEZE_ENDS_SCRUB)
-    });
+    static MAY_WAIT: LazyLock<bool> =
+        LazyLock::new(|| process::kernel_version().is_some_and(|it| it < FREEZE_ENDS_SCRUB));
     if !*MAY_WAIT {
         return None;
     }
@@ -69,32 +68,14 @@ pub fn unshown(fd: BorrowedFd<'_>) -> Option<&'static str> {
 }
 
 /// Whether an error has made a btrfs, open, read-only. One that somebody has made so syncs nothing, and says that all is
-/// well (`btrfs_start_delalloc_roots` in `fs/btrfs/inode.c`). One that does not say it in time is not known to have
-/// met an error.
-pub fn has_failed(fd: BorrowedFd<'_>) -> bool {
+/// well (`btrfs_start_delalloc_roots` in `fs/btrfs/inode.c`). `None` of one that does not say it in time.
+pub fn has_failed(fd: BorrowedFd<'_>) -> Option<bool> {
     static ASKED: Questions<DevId> = Questions::new();
-    let Ok(found) = sys::identify(fd) else {
-        return false;
-    };
+    let found = sys::identify(fd).ok()?;
     let sync = |fds: Vec<OwnedFd>| fds.first().map(|it| sys::btrfs_sync(it.as_fd()));
     let said = ASKED.ask(found.dev(), &[fd], ANSWER_TIME, sync);
-    matches!(said, Ok(Some(Err(error))) if error.raw_os_error() == Some(libc::EROFS))
-}
-
-/// Of a release such as "6.12.117+deb13-amd64" the first two numbers.
-fn version_in(release: &str) -> Option<(u32, u32)> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_release_tells_its_version() {
-        assert_eq!(version_in("6.12.117+deb13-amd64\n"), Some((6, 12)));
-        assert_eq!(version_in("7.4-rc1"), Some((7, 4)));
-        assert_eq!(version_in("strange"), None);
+    match said.ok()?? {
+        Ok(()) => Some(false),
+        Err(error) => (error.raw_os_error() == Some(libc::EROFS)).then_some(true),
     }
 }

@@ -352,6 +352,7 @@ impl Cache {
             | Reason::Unreachable(_)
             | Reason::Elsewhere
             | Reason::TurnedReadOnly
+            | Reason::MadeReadOnly
             | Reason::Busy(_) => true,
             Reason::ReadOnly | Reason::NoBlockDevice => false,
         };
@@ -479,7 +480,8 @@ fn leave_out_busy(plan: &mut Plan) {
     });
 }
 
-/// Names what an error has made read-only, where that has to be asked for.
+/// Tells what an error has made read-only from what somebody has, where that has to be asked for. Of what does not
+/// answer it stays unknown.
 fn tell_failed(limit: Duration, ways: &Ways, plan: &mut Plan) {
     let has_turned = |it: &&mut LeftOut| it.reason == Reason::TurnedReadOnly;
     for left in plan.left_out.iter_mut().filter(has_turned) {
@@ -487,7 +489,7 @@ fn tell_failed(limit: Duration, ways: &Ways, plan: &mut Plan) {
             continue;
         }
         if let Ok(fd) = open_within(limit, ways, &left.file_system) {
-            left.reason = why_read_only(&left.file_system, &fd, Reason::TurnedReadOnly);
+            left.reason = why_turned(busy::has_failed(fd.as_fd()));
         }
     }
 }
@@ -496,11 +498,20 @@ fn is_btrfs(file_system: &FileSystem) -> bool {
     file_system.fs_type == "btrfs"
 }
 
-/// Why this one, open, is left out that is read-only: that it met an error, or else this.
-fn why_read_only(file_system: &FileSystem, fd: &OwnedFd, otherwise: Reason) -> Reason {
-    match is_btrfs(file_system) && busy::has_failed(fd.as_fd()) {
+/// Why one is read-only that was mounted for writing, by what it says of whether it met an error.
+fn why_turned(has_failed: Option<bool>) -> Reason {
+    match has_failed {
+        Some(true) => Reason::Broken(READ_ONLY_SINCE_AN_ERROR.into()),
+        Some(false) => Reason::MadeReadOnly,
+        None => Reason::TurnedReadOnly,
+    }
+}
+
+/// Why this one, open and mounted nowhere, is left out that is read-only: nobody tells for what it was mounted.
+fn why_read_only(file_system: &FileSystem, fd: &OwnedFd) -> Reason {
+    match is_btrfs(file_system) && busy::has_failed(fd.as_fd()) == Some(true) {
         true => Reason::Broken(READ_ONLY_SINCE_AN_ERROR.into()),
-        false => otherwise,
+        false => Reason::ReadOnly,
     }
 }
 
@@ -570,7 +581,7 @@ fn open_all(
                             && is_read_only(limit, file_system.dev, &fd) =>
                     {
                         left_out.push(LeftOut {
-                            reason: why_read_only(&file_system, &fd, Reason::ReadOnly),
+                            reason: why_read_only(&file_system, &fd),
                             file_system,
                         });
                         continue;
@@ -1180,6 +1191,7 @@ mod tests {
 3 1 100:2 / /down rw - ext4 /dev/d2 rw,shutdown
 4 1 100:3 / /unwanted rw - ext4 /dev/d3 rw,shutdown
 5 1 100:4 / /media ro - iso9660 /dev/d4 ro
+6 1 100:5 / /turned rw - vfat /dev/d5 ro
 ";
         let unwanted = |it: &FileSystem| (it.dev == disk(3)).then(|| "a rule".to_owned());
         let mounts = parse(table.as_bytes(), 0).unwrap();
@@ -1189,9 +1201,17 @@ mod tests {
             said,
             [
                 "/down (ext4, 100:2) is left out: out of order: shut down after an error",
+                "/turned (vfat, 100:5) is left out: read-only though mounted for writing, perhaps since an error",
                 "/pool (zfs, 0:50) is left out: it has no means to freeze",
             ]
         );
+    }
+
+    #[test]
+    fn what_has_turned_read_only_is_no_loss_only_if_it_says_so_itself() {
+        let is_a_loss = |said| why_turned(said).is_a_loss();
+        let lost = [Some(true), Some(false), None].map(is_a_loss);
+        assert_eq!(lost, [true, false, true]);
     }
 
     #[test]

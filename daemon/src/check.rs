@@ -20,6 +20,7 @@ use crate::cache::survey;
 use crate::config::Config;
 use crate::control::{ask, reply_of, ControlError, Method};
 use crate::freeze::is_of_anything;
+use crate::ground::{self, AtRest};
 use crate::hooks;
 use crate::logbook::words;
 use crate::mounts::DevId;
@@ -29,6 +30,7 @@ use crate::process;
 use crate::record::{Record, RunDir};
 use crate::sys;
 use crate::topology;
+use crate::writes;
 
 /// Asks whether the device is there, on the command line of `hv_vss_daemon`; for its unit.
 pub const SUBCOMMAND: &str = "has-device";
@@ -574,8 +576,11 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
     for left in &plan.left_out {
         let grade = match left.reason {
             Reason::Excluded(_) | Reason::Elsewhere => Grade::Ok,
-            Reason::Broken(_) | Reason::Unreachable(_) | Reason::Busy(_) => loss,
-            Reason::TurnedReadOnly => Grade::Warning,
+            Reason::Broken(_)
+            | Reason::Unreachable(_)
+            | Reason::Busy(_)
+            | Reason::TurnedReadOnly => loss,
+            Reason::MadeReadOnly => Grade::Warning,
             Reason::ReadOnly | Reason::NoBlockDevice => continue,
         };
         let text = format!("{} is left out: {}", left.file_system, left.reason);
@@ -591,9 +596,10 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
     }
     let devices = plan.waves.iter().flatten().flat_map(|it| &it.devices);
     for layer in Layers::below(devices).at_work() {
-        let text = format!("{layer} copies from disk to disk, which no freeze holds back");
+        let text = format!("{layer}, which no freeze holds back");
         all.push(finding(FILE_SYSTEMS, loss, text));
     }
+    all.extend(not_counting(&plan, &writes::not_counting));
     all.extend(raw_writers(&plan));
     all.extend(elsewhere(&plan));
     for rule in config.idle_rules(&plan) {
@@ -659,6 +665,27 @@ fn is_of_the_firmware(file_system: &FileSystem) -> bool {
     let mut places = file_system.places.iter();
     let is_there = places.any(|it| PLACES.iter().any(|place| it.path == Path::new(place)));
     file_system.fs_type == "vfat" && is_there
+}
+
+/// Devices of the host whose counters do not tell what is written there.
+fn not_counting(plan: &Plan, of: &dyn Fn(BTreeSet<DevId>) -> BTreeSet<DevId>) -> Option<Finding> {
+    let at_rest = plan.at_rest(&Scope::default());
+    let off = of(at_rest.counted());
+    let watched = AtRest {
+        unwatched: BTreeMap::new(),
+        ..at_rest
+    };
+    let off = watched.but(&off).unwatched.into_keys();
+    let names: Vec<String> = off.map(|it| it.to_string()).collect();
+    (!names.is_empty()).then(|| {
+        let text = format!(
+            "{}: {}; what is written there in a backup, past file systems or by whoever thaws one for a moment, is not \
+             seen",
+            names.join(", "),
+            ground::NOT_COUNTED
+        );
+        finding("disks", Grade::Warning, text)
+    })
 }
 
 /// Programs that may write to a disk past its file systems, where a backup would name that.
@@ -1105,6 +1132,31 @@ mod tests {
         let excluded = || vec![lost(Reason::Excluded("a rule".into()))];
         assert_eq!(grade(vec![efi()], excluded(), false), Grade::Warning);
         assert_eq!(grade(vec![efi()], excluded(), true), Grade::Problem);
+    }
+
+    #[test]
+    fn a_disk_whose_counters_are_off_is_named() {
+        let watched = |minor, name: &str| ground::Watched {
+            dev: dev(minor),
+            name: name.into(),
+            without: Vec::new(),
+            instead: Vec::new(),
+        };
+        let disk = |minor, name: &str| ground::Disk {
+            name: name.into(),
+            address: Some(name.into()),
+            served: false,
+            watched: vec![watched(minor, name)],
+        };
+        let plan = Plan {
+            disks: BTreeMap::from([(dev(0), disk(0, "sda")), (dev(16), disk(16, "sdb"))]),
+            ..Plan::default()
+        };
+        assert_eq!(not_counting(&plan, &|_| BTreeSet::new()), None);
+        let found = not_counting(&plan, &|_| BTreeSet::from([dev(16)])).unwrap();
+        assert_eq!(found.grade, Grade::Warning);
+        let words = "/dev/sdb: its counters are off";
+        assert!(found.text.starts_with(words), "{}", found.text);
     }
 
     #[test]

@@ -83,9 +83,9 @@ pub enum FreezeError {
         why: String,
     },
     /// Something below what is to be frozen goes on, and the configuration is strict.
-    #[error("data is moved from disk to disk, and the configuration is strict: {}", .layers.join(", "))]
+    #[error("the configuration is strict, and {}", .layers.join("; "))]
     Moving {
-        /// What does.
+        /// What does, in words.
         layers: Vec<String>,
     },
     /// There is nothing to freeze, and the configuration is strict.
@@ -130,9 +130,9 @@ pub enum ThawError {
         nodes: Vec<String>,
     },
     /// Something below what was frozen has begun, and the configuration is strict.
-    #[error("data was moved from disk to disk, and the configuration is strict: {}", .layers.join(", "))]
+    #[error("the configuration is strict, and meanwhile {}", .layers.join("; "))]
     Moving {
-        /// What did.
+        /// What did, in words.
         layers: Vec<String>,
     },
     /// They hang in their thaw, and nobody knows whether they were frozen until then, or the configuration is

@@ -117,6 +117,31 @@ impl AtRest {
         self.watched.insert(it, others);
     }
 
+    /// Without those that are told by one of these devices, which do not count.
+    pub fn but(mut self, not_counting: &BTreeSet<DevId>) -> Self {
+        let is_told = |it: &Watched, others: &[DevId]| {
+            let mut counted = it.without.iter().chain(others).chain([&it.dev]);
+            !counted.any(|dev| not_counting.contains(dev))
+        };
+        for (it, others) in std::mem::take(&mut self.watched) {
+            if is_told(&it, &others) {
+                self.watched.insert(it, others);
+            } else {
+                self.unwatched.insert(it, NOT_COUNTED.into());
+            }
+        }
+        self
+    }
+
+    /// The devices that have to count for it to be told.
+    pub fn counted(&self) -> BTreeSet<DevId> {
+        let own = self.watched.keys();
+        let own = own.flat_map(|it| it.without.iter().chain([&it.dev]));
+        own.chain(self.watched.values().flatten())
+            .copied()
+            .collect()
+    }
+
     /// What is not looked at and why, in words; `None` when there is nothing of that kind.
     pub fn unwatched(&self) -> Option<String> {
         let words = |(it, because): (&Watched, &String)| format!("{it} ({because})");
@@ -124,12 +149,16 @@ impl AtRest {
         let is_any = !words.is_empty();
         is_any.then(|| {
             format!(
-                "what programs write to devices themselves while all is frozen is not seen where something goes on: {}",
+                "what programs write to devices themselves while all is frozen is not seen where something goes on, or nothing \
+                 is counted: {}",
                 words.join(", ")
             )
         })
     }
 }
+
+/// Why what is written to a device is not known.
+pub const NOT_COUNTED: &str = "its counters are off: queue/iostats";
 
 /// How the UUIDs begin of what the device mapper has in one layer and that writes only what it is given to
 /// write: volumes of LVM, encryption, several paths to a disk. An integrity device, which writes its journal
@@ -443,6 +472,27 @@ mod tests {
         let left = "/dev/sda outside of its partitions, /dev/sda1, /dev/dm-0";
         let both = (left.to_owned(), vec![], "/dev/sda2, /dev/dm-1".to_owned());
         assert_eq!(found(&[partition, (&["253:1"], Some(volume))]), both);
+        // One whose counters are off, or those of what goes on there, tells nothing.
+        let told = |off: &[&str]| {
+            let goes_on = GoesOn {
+                name: "it".into(),
+                devices: devs(&["8:2"]),
+                below: Some(devs(&["8:2", "8:0"]).into_iter().collect()),
+            };
+            let at_rest = AtRest::of([disk.clone()], &[goes_on]);
+            assert_eq!(
+                at_rest.counted(),
+                devs(&["8:0", "8:2"]).into_iter().collect()
+            );
+            let at_rest = at_rest.but(&devs(off).into_iter().collect());
+            (at_rest.watched.len(), at_rest.unwatched())
+        };
+        assert_eq!(told(&["8:1", "253:0"]), (1, None));
+        for off in ["8:0", "8:2"] {
+            let (watched, unwatched) = told(&[off]);
+            let words = "counted: /dev/sda (its counters are off: queue/iostats)";
+            assert!(watched == 0 && unwatched.unwrap().ends_with(words), "{off}");
+        }
         // That may be anywhere.
         let nothing = (String::new(), Vec::new(), "/dev/sda".to_owned());
         assert_eq!(found(&[(&["253:9"], None)]), nothing);

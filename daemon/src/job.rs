@@ -376,6 +376,11 @@ impl Freezer {
                 }
             },
         };
+        let is_watched = door.watched_every().is_some();
+        let mut counted = at_rest.counted();
+        counted.extend(devices.iter().filter(|_| is_watched));
+        let not_counting = writes::not_counting(counted);
+        let at_rest = at_rest.but(&not_counting);
         if let Some(why) = at_rest.unwatched() {
             log.info(why);
         }
@@ -389,9 +394,9 @@ impl Freezer {
         for it in &missing {
             log.warning(it.to_string());
         }
-        let targets: Vec<Target> = match door.watched_every() {
-            Some(_) => look_out_for_writes(targets, log),
-            None => targets.into_iter().map(target).collect(),
+        let targets: Vec<Target> = match is_watched {
+            true => look_out_for_writes(targets, &not_counting, log),
+            false => targets.into_iter().map(target).collect(),
         };
         let means = Means {
             door: Arc::clone(door),
@@ -655,8 +660,8 @@ impl<'a> Warnings<'a> {
     fn of_moving(&mut self, layers: &BTreeSet<String>) {
         for layer in layers {
             self.add(format!(
-                "{layer} copies from disk to disk while what is on it is frozen: copies of those disks that are \
-                 not of one moment may not fit together"
+                "{layer} while what is on it is frozen: copies of those disks that are not of one moment may not fit \
+                 together"
             ));
         }
     }
@@ -707,9 +712,26 @@ fn target(opened: Opened) -> Target {
     }
 }
 
-/// Where others can thaw, what is written tells of it, unless the kernel itself writes there.
-fn look_out_for_writes(targets: Vec<Opened>, log: &Logbook) -> Vec<Target> {
+/// Where others can thaw, what is written tells of it, unless the kernel itself writes there, or nothing is counted.
+fn look_out_for_writes(
+    targets: Vec<Opened>,
+    not_counting: &BTreeSet<DevId>,
+    log: &Logbook,
+) -> Vec<Target> {
     let swap_files = SwapFiles::find();
+    let blind: Vec<String> = targets
+        .iter()
+        .filter_map(|it| {
+            let why = why_untold(&it.devices, not_counting)?;
+            Some(format!("{} ({why})", it.name))
+        })
+        .collect();
+    if !blind.is_empty() {
+        let names = blind.join(", ");
+        log.info(format!(
+            "if others thaw one of these for a moment and freeze it again, that is not seen: {names}"
+        ));
+    }
     if swap_files.is_one_lost() {
         log.info(
             "a file that is swapped to cannot be found, and may be in any file system: if others thaw one for a \
@@ -731,6 +753,15 @@ fn look_out_for_writes(targets: Vec<Opened>, log: &Logbook) -> Vec<Target> {
         target(it).with_writes(writes)
     });
     each.collect()
+}
+
+/// Why what is written to a file system on these devices is not known, if it is not.
+fn why_untold(devices: &[DevId], not_counting: &BTreeSet<DevId>) -> Option<&'static str> {
+    match devices {
+        [] => Some("its devices are not known"),
+        all if all.iter().any(|it| not_counting.contains(it)) => Some(ground::NOT_COUNTED),
+        _ => None,
+    }
 }
 
 /// Whether more is dirty than a freeze writes as fast, which a sync would only delay. Where nobody tells, it may be.
@@ -1289,6 +1320,17 @@ mod tests {
         let step = move |_: &mut ()| hang.recv().is_ok();
         assert!(done_by(begun + Duration::from_millis(50), (), step).is_none());
         assert!(begun.elapsed() < LONG / 2);
+    }
+
+    #[test]
+    fn what_counts_nothing_tells_of_no_thaw_by_others() {
+        let dev = |minor| DevId { major: 8, minor };
+        let off = BTreeSet::from([dev(16)]);
+        assert_eq!(why_untold(&[dev(0)], &off), None);
+        // A copy of what is written to one of them is written to the other, or is not.
+        let both = why_untold(&[dev(0), dev(16)], &off);
+        assert!(both.is_some_and(|it| it.contains("iostats")));
+        assert!(why_untold(&[], &off).is_some_and(|it| it.contains("not known")));
     }
 
     #[test]

@@ -121,6 +121,8 @@ pub enum Reason {
     /// The same, though it was mounted for writing. Whoever administers the machine may have made it so, or
     /// the kernel after an error: nobody tells.
     TurnedReadOnly,
+    /// The same of one that tells, or whose type no error makes so: somebody has made it read-only.
+    MadeReadOnly,
     /// It is not on a block device of this machine: network, memory, overlay, FUSE, ...
     NoBlockDevice,
     /// The configuration says so; the text names the rule.
@@ -140,9 +142,12 @@ impl Reason {
     /// Whether an operator who wants everything frozen has to hear of it.
     pub fn is_a_loss(&self) -> bool {
         match self {
-            Reason::Broken(_) | Reason::Unreachable(_) | Reason::Busy(_) => true,
+            Reason::Broken(_)
+            | Reason::Unreachable(_)
+            | Reason::Busy(_)
+            | Reason::TurnedReadOnly => true,
             Reason::ReadOnly
-            | Reason::TurnedReadOnly
+            | Reason::MadeReadOnly
             | Reason::NoBlockDevice
             | Reason::Excluded(_)
             | Reason::Elsewhere => false,
@@ -151,7 +156,10 @@ impl Reason {
 
     /// Whether it holds only as long as the superblock is read-only.
     pub fn is_read_only(&self) -> bool {
-        matches!(self, Reason::ReadOnly | Reason::TurnedReadOnly)
+        matches!(
+            self,
+            Reason::ReadOnly | Reason::TurnedReadOnly | Reason::MadeReadOnly
+        )
     }
 }
 
@@ -161,6 +169,9 @@ impl fmt::Display for Reason {
             Reason::ReadOnly => f.write_str("read-only"),
             Reason::TurnedReadOnly => {
                 f.write_str("read-only though mounted for writing, perhaps since an error")
+            }
+            Reason::MadeReadOnly => {
+                f.write_str("read-only though mounted for writing, and not since an error")
             }
             Reason::NoBlockDevice => f.write_str("not on a block device"),
             Reason::Excluded(rule) => write!(f, "excluded by {rule}"),
@@ -274,8 +285,7 @@ impl Plan {
             is_certain && !it.disks.iter().any(|dev| disks.contains(dev))
         };
         for left in &mut self.left_out {
-            let may_be_a_loss = left.reason.is_a_loss() || left.reason == Reason::TurnedReadOnly;
-            if may_be_a_loss && is_elsewhere(&left.file_system) {
+            if left.reason.is_a_loss() && is_elsewhere(&left.file_system) {
                 left.reason = Reason::Elsewhere;
             }
         }
@@ -406,7 +416,12 @@ impl Superblock {
         let unreachable = self
             .unreachable
             .map(|it| Reason::Unreachable(it.to_owned()));
-        let turned = self.has_turned.then_some(Reason::TurnedReadOnly);
+        let turned = self.has_turned.then(|| {
+            match SHUT_DOWN_RATHER.contains(&self.file_system.fs_type.as_str()) {
+                true => Reason::MadeReadOnly,
+                false => Reason::TurnedReadOnly,
+            }
+        });
         rule.or(trouble).or(unreachable).or(turned)
     }
 }
@@ -430,6 +445,9 @@ pub const READ_ONLY_SINCE_AN_ERROR: &str = "read-only since an error";
 const READ_ONLY_BY_NATURE: [&str; 11] = [
     "squashfs", "erofs", "cramfs", "romfs", "iso9660", "efs", "qnx4", "qnx6", "vxfs", "befs", "zfs",
 ];
+
+/// Types that an error shuts down and never makes read-only.
+const SHUT_DOWN_RATHER: [&str; 1] = ["xfs"];
 
 /// Whether a superblock is read-only although its mounts here, or where there is none here those elsewhere,
 /// were made for writing: whoever makes it so on purpose (`mount -o remount,ro`) makes a mount so, too. But
@@ -1399,7 +1417,8 @@ mod tests {
                 )
             })
             .collect();
-        let expected = [(Some("/turned"), true), (Some("/turned-there"), false)];
+        // The second has not been asked yet.
+        let expected = [(Some("/turned"), true), (Some("/turned-there"), true)];
         assert_eq!(said, expected);
         assert_eq!(plan.left_out.len(), 7);
     }
@@ -1439,6 +1458,7 @@ mod tests {
 12 1 8:11 / /cluster rw - ocfs2 /dev/sda11 ro
 13 1 11:0 / /media rw - iso9660 /dev/sr0 ro
 14 1 0:50 / /home/.zfs/snapshot/old rw - zfs tank/home@old ro
+15 1 8:12 / /made-so rw - xfs /dev/sda12 ro
 ";
         let mut topology = Topology::default();
         topology.gone.insert(dev("8:4"));
@@ -1469,8 +1489,13 @@ mod tests {
                 "/cluster: read-only though mounted for writing, perhaps since an error",
                 "/media: read-only",
                 "/home/.zfs/snapshot/old: read-only",
+                "/made-so: read-only though mounted for writing, and not since an error",
             ]
         );
+        // Nobody can be asked what has made it so.
+        let lost = plan.losses().flat_map(|it| &it.file_system.places);
+        let lost: Vec<String> = lost.map(|it| it.path.display().to_string()).collect();
+        assert_eq!(lost, ["/errors", "/down", "/gone", "/turned", "/cluster"]);
         assert_eq!(plan.waves.concat().len(), 1);
     }
 

@@ -3,6 +3,7 @@
 //! What the daemon and its guard do to themselves before they may freeze anything: lock their
 //! memory, so that no page has to be read from a frozen disk, and get out of the way of limits.
 
+use std::fs;
 use std::io::{self, Write as _};
 
 use nix::sys::mman::{mlockall, MlockAllFlags};
@@ -55,6 +56,17 @@ pub fn abort_on_panic() {
         tell_kernel(&panic.to_string());
         std::process::abort();
     }));
+}
+
+/// The first two numbers of the kernel's version, where those tell what nothing else does.
+pub fn kernel_version() -> Option<(u32, u32)> {
+    version_in(&fs::read_to_string("/proc/sys/kernel/osrelease").ok()?)
+}
+
+/// Of a release such as "6.12.117+deb13-amd64".
+fn version_in(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
 /// Puts a line into the kernel's log, which waits for no disk.
@@ -153,6 +165,13 @@ pub fn escape_oom_killer() -> io::Result<()> {
 mod tests {
     use super::*;
     use std::os::unix::process::ExitStatusExt as _;
+
+    #[test]
+    fn a_release_tells_its_version() {
+        assert_eq!(version_in("6.12.117+deb13-amd64\n"), Some((6, 12)));
+        assert_eq!(version_in("7.4-rc1"), Some((7, 4)));
+        assert_eq!(version_in("strange"), None);
+    }
 
     #[test]
     fn a_panic_in_any_thread_ends_the_process() {

@@ -4,7 +4,7 @@
 //!
 //! This is the only file of the daemon that holds `unsafe`. It knows descriptors and numbers, and
 //! nothing of what they are used for. Constants come from the kernel's `linux/fs.h`,
-//! `linux/loop.h`, `linux/btrfs.h`, `linux/stat.h` and `linux/nsfs.h`.
+//! `linux/loop.h`, `linux/btrfs.h`, `linux/dm-ioctl.h`, `linux/stat.h` and `linux/nsfs.h`.
 
 use std::ffi::CStr;
 use std::io;
@@ -38,6 +38,7 @@ mod ioctl {
     nix::ioctl_none!(btrfs_sync, 0x94, 8);
     nix::ioctl_read!(btrfs_fs_info, 0x94, 31, super::BtrfsFsInfo);
     nix::ioctl_readwrite!(btrfs_scrub_progress, 0x94, 29, super::BtrfsScrub);
+    nix::ioctl_readwrite!(dm_table_status, 0xfd, 12, super::DmIoctl);
     nix::ioctl_read!(ns_get_mntns_id, 0xb7, 5, u64);
     nix::ioctl_read!(ns_mnt_get_next, 0xb7, 11, super::MntNsInfo);
     nix::ioctl_read!(ns_mnt_get_prev, 0xb7, 12, super::MntNsInfo);
@@ -204,6 +205,96 @@ pub fn is_scrubbed(fd: BorrowedFd<'_>) -> io::Result<bool> {
         }
     }
     Ok(false)
+}
+
+/// `struct dm_ioctl`, behind which the kernel puts its answer.
+#[repr(C)]
+struct DmIoctl {
+    version: [u32; 3],
+    data_size: u32,
+    data_start: u32,
+    target_count: u32,
+    open_count: i32,
+    flags: u32,
+    event_nr: u32,
+    padding: u32,
+    dev: u64,
+    names: [u8; 264],
+}
+
+/// Enough for the targets of a volume of some hundred pieces, in bytes.
+const DM_ROOM: usize = 32 << 10;
+
+#[repr(C)]
+struct DmStatus {
+    head: DmIoctl,
+    room: [u8; DM_ROOM],
+}
+
+/// A target of the device mapper.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapped {
+    /// Such as `raid`.
+    pub kind: String,
+    /// In the kernel's words.
+    pub status: String,
+}
+
+/// Asks the device mapper, of which `control` is the node, what the targets of a device are at; nothing is written for it.
+/// Takes `CAP_SYS_ADMIN`. Fails with `ENXIO` if it has no such device.
+pub fn mapper_status(control: BorrowedFd<'_>, dev: DevId) -> io::Result<Vec<Mapped>> {
+    const NO_FLUSH: u32 = 1 << 11;
+    const BUFFER_FULL: u32 = 1 << 8;
+    const HEAD: usize = size_of::<DmIoctl>();
+    const { assert!(HEAD == 312, "as the kernel has it") };
+    let mut status = DmStatus {
+        head: DmIoctl {
+            version: [4, 0, 0],
+            data_size: size_of::<DmStatus>() as u32,
+            data_start: HEAD as u32,
+            target_count: 0,
+            open_count: 0,
+            flags: NO_FLUSH,
+            event_nr: 0,
+            padding: 0,
+            dev: libc::makedev(dev.major, dev.minor),
+            names: [0; 264],
+        },
+        room: [0; DM_ROOM],
+    };
+    let both = &raw mut status;
+    // SAFETY: an open descriptor, and a structure that outlives the call and begins with what the kernel reads; it
+    // writes no more than `data_size`, which is all of it, and any bytes will do there.
+    unsafe { ioctl::dm_table_status(control.as_raw_fd(), both.cast()) }?;
+    let DmStatus { head, room } = &status;
+    let at = usize::try_from(head.data_start).ok();
+    let told = at.and_then(|at| room.get(at.checked_sub(HEAD)?..));
+    let all = told.filter(|_| head.flags & BUFFER_FULL == 0);
+    let all = all.and_then(|it| targets_in(it, head.target_count));
+    all.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// So many targets: of each a `struct dm_target_spec` and its status.
+fn targets_in(told: &[u8], count: u32) -> Option<Vec<Mapped>> {
+    let text = |bytes: &[u8]| {
+        Some(
+            CStr::from_bytes_until_nul(bytes)
+                .ok()?
+                .to_string_lossy()
+                .into(),
+        )
+    };
+    let mut at = 0;
+    let target = |_| {
+        let target = told.get(at..)?;
+        let next = target.get(20..24)?.try_into().ok()?;
+        at = usize::try_from(u32::from_ne_bytes(next)).ok()?;
+        Some(Mapped {
+            kind: text(target.get(24..40)?)?,
+            status: text(target.get(40..)?)?,
+        })
+    };
+    (0..count).map(target).collect()
 }
 
 /// What is behind a loop device, with numbers in the kernel's own encoding (`huge_encode_dev`), which
@@ -819,5 +910,27 @@ mod tests {
         assert_eq!((bytes, all.len(), count()), (1, 5, before + 5));
         send(theirs.as_fd(), &[]).unwrap();
         assert!(receive(ours.as_fd(), &mut [0]).unwrap().1.is_empty());
+    }
+
+    #[test]
+    fn what_the_device_mapper_tells_is_read_target_by_target() {
+        let spec = |next: u32, kind: &str, status: &str, len: usize| {
+            let mut bytes = [&[0; 20], next.to_ne_bytes().as_slice()].concat();
+            bytes.extend(kind.bytes());
+            bytes.resize(40, 0);
+            bytes.extend(status.bytes());
+            bytes.resize(len, 0);
+            bytes
+        };
+        let told = [spec(48, "linear", "", 48), spec(112, "mirror", "2 a b", 64)].concat();
+        let mapped = |kind: &str, status: &str| Mapped {
+            kind: kind.into(),
+            status: status.into(),
+        };
+        let all = vec![mapped("linear", ""), mapped("mirror", "2 a b")];
+        assert_eq!(targets_in(&told, 2), Some(all));
+        assert_eq!(targets_in(&told, 0), Some(Vec::new()));
+        assert_eq!(targets_in(&told, 3), None);
+        assert_eq!(targets_in(told.get(..60).unwrap_or_default(), 2), None);
     }
 }

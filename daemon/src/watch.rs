@@ -115,6 +115,7 @@ impl<S: Signals> Before<S> {
                 // The last two are of one backup only.
                 Reason::ReadOnly
                 | Reason::TurnedReadOnly
+                | Reason::MadeReadOnly
                 | Reason::NoBlockDevice
                 | Reason::Excluded(_)
                 | Reason::Elsewhere

@@ -6,17 +6,19 @@
 //! shows it. What was written in between does. Facts only; what follows is decided in
 //! [`crate::freeze`].
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
-use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::path::{Path, PathBuf};
+use std::sync::{LazyLock, OnceLock};
 use std::time::Duration;
 
-use crate::apart::Questions;
+use crate::apart::{Lot, Questions};
 use crate::ground::Watched;
 use crate::mounts::{unescape, DevId};
+use crate::process;
 
 /// Where `Documentation/block/stat.rst` has "write sectors" in a line of `stat`. The kernel adds to it
 /// before whoever waits for the write hears of its end. Discards and flushes are counted elsewhere.
@@ -28,11 +30,15 @@ const DONE: [usize; 5] = [0, 4, WRITE_SECTORS, 11, 15];
 /// And what it has in hand.
 const IN_FLIGHT: usize = 8;
 
-/// How long a look-up of what is swapped to may take.
+/// Since when what the device mapper has made counts only if its queue says so. Before, it counts all, and its queue
+/// says that it does not (`alloc_io` in `drivers/md/dm.c`).
+const MAPPED_GO_BY_IOSTATS: (u32, u32) = (6, 4);
+
+/// How long a look-up of what is swapped to may take, or at whether something counts.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// The counters behind one file system, open. A device that has none, or whose queue does not count
-/// (`iostats`), adds nothing.
+/// The counters behind one file system, open. A device that has none, or that does not count, adds nothing: see
+/// [`not_counting`].
 #[derive(Debug, Default)]
 pub struct Writes(Vec<File>);
 
@@ -71,6 +77,46 @@ fn look_at(stat: &File, parse: impl Fn(&str) -> Option<u64>) -> Option<u64> {
     let mut text = [0; 512];
     let read = stat.read_at(&mut text, 0).ok()?;
     parse(std::str::from_utf8(text.get(..read)?).ok()?)
+}
+
+/// Those of these devices that are not known to count: their counters stand still whatever is written. To look at
+/// that takes a lock of the queue, which may be held as long as a disk hangs.
+pub fn not_counting(devices: BTreeSet<DevId>) -> BTreeSet<DevId> {
+    static ASKED: Questions<DevId> = Questions::new();
+    // The kernel that runs stays what it is.
+    static MAPPED_ALL_COUNT: LazyLock<bool> =
+        LazyLock::new(|| process::kernel_version().is_some_and(|it| it < MAPPED_GO_BY_IOSTATS));
+    let abouts: Vec<DevId> = devices.into_iter().collect();
+    let folders: Vec<PathBuf> = abouts
+        .iter()
+        .map(|it| format!("/sys/dev/block/{it}").into())
+        .collect();
+    let look = move |number: usize, _: &[_]| {
+        folders
+            .get(number)
+            .is_some_and(|it| counts(it, *MAPPED_ALL_COUNT))
+    };
+    let mut found = BTreeSet::new();
+    let lot = Lot {
+        abouts: abouts.clone(),
+        fds: Vec::new(),
+    };
+    ASKED.ask_all(vec![lot], PATIENCE, look, |number, said| {
+        let silent = abouts.get(number).filter(|_| !said.unwrap_or(false));
+        found.extend(silent);
+    });
+    found
+}
+
+/// Whether the device with this folder in sysfs is known to count what is written to it.
+fn counts(folder: &Path, mapped_all_count: bool) -> bool {
+    // A partition has the queue of its disk.
+    let queues = ["queue/iostats", "../queue/iostats"];
+    let mut said = queues.iter().map(|it| fs::read_to_string(folder.join(it)));
+    let says_so = said
+        .find_map(Result::ok)
+        .is_some_and(|it| it.trim_end() != "0");
+    says_so || (mapped_all_count && folder.join("dm").exists())
 }
 
 /// What a look at the devices of one file system shows.
@@ -452,6 +498,40 @@ mod tests {
         let nobody = |devices| WriteBack::to(devices, []).look();
         assert_eq!(nobody(vec![DevId::default()]), Look::default());
         assert_eq!(nobody(Vec::new()), Look::default());
+    }
+
+    #[test]
+    fn a_counter_tells_only_where_it_is_known_to_count() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-iostats-{}", std::process::id()));
+        let put = |path: &str, text: &str| {
+            let path = dir.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        put("sda/queue/iostats", "1\n");
+        put("sda/sda1/stat", "");
+        put("sdb/queue/iostats", "0\n");
+        put("sdb/sdb1/stat", "");
+        put("dm-0/queue/iostats", "0\n");
+        put("dm-0/dm/name", "v");
+        put("silent/stat", "");
+        let counting = |mapped_all_count| {
+            let all = [
+                "sda", "sda/sda1", "sdb", "sdb/sdb1", "dm-0", "silent", "none",
+            ];
+            all.map(|it| counts(&dir.join(it), mapped_all_count))
+        };
+        assert_eq!(
+            counting(false),
+            [true, true, false, false, false, false, false]
+        );
+        assert_eq!(
+            counting(true),
+            [true, true, false, false, true, false, false]
+        );
+        fs::remove_dir_all(&dir).unwrap();
+        let nobody = BTreeSet::from([DevId::default()]);
+        assert_eq!(not_counting(nobody.clone()), nobody);
     }
 
     #[test]

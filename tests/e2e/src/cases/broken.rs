@@ -32,6 +32,11 @@ pub const CASES: &[Case] = &[
         btrfs_read_only_since_an_error,
     )
     .comparing(),
+    case(
+        "broken/vfat-read-only-since-an-error",
+        "and a vfat that an error has made read-only, which it tells nobody: named, and fails a strict backup",
+        vfat_read_only_since_an_error,
+    ),
     disks::case(
         "broken/btrfs-read-only-after-a-backup",
         "and so is one whose disk fails after a good backup, when the plan is still there, of which nobody tells",
@@ -75,6 +80,11 @@ pub const CASES: &[Case] = &[
         "broken/md-repair",
         "an md that copies from disk to disk below a frozen file system is named; strict fails",
         md_repair,
+    ),
+    case(
+        "broken/mapper-merge",
+        "and so is a volume of the device mapper that merges a snapshot into another disk",
+        mapper_merge,
     ),
 ];
 
@@ -230,6 +240,27 @@ fn btrfs_read_only_since_an_error(guest: &Guest) -> Result<()> {
     let ours = left_out(guest, &["/mnt/bad (btrfs, "])?;
     compare(guest, "one btrfs is read-only since its disk failed", &ours)?;
     guest.sh("umount /mnt/bad && dmsetup remove bad").map(drop)
+}
+
+fn vfat_read_only_since_an_error(guest: &Guest) -> Result<()> {
+    guest.expect_in_log(&["FAT-fs (ram2)"])?;
+    guest.sh(HEALTHY)?;
+    // The first sectors of the table of clusters are lost, in which a file of many is.
+    guest.sh(
+        "modprobe -a vfat nls_cp437 nls_ascii; mkfs.vfat /dev/ram2 >/dev/null
+         mount /dev/ram2 /mnt/bad && dd if=/dev/zero of=/mnt/bad/file bs=1M count=1 2>/dev/null &&
+         umount /mnt/bad && mount /dev/ram2 /mnt/bad
+         at=$(dd if=/dev/ram2 bs=1 skip=14 count=2 2>/dev/null | od -An -tu2)
+         dd if=/dev/zero of=/dev/ram2 bs=512 seek=$((at)) count=8 conv=notrunc 2>/dev/null
+         cat /mnt/bad/file >/dev/null 2>&1; true",
+    )?;
+    let table = guest.sh("grep ' /mnt/bad ' /proc/self/mountinfo")?;
+    ensure!(
+        table.contains("/dev/ram2 ro"),
+        "it should have become read-only: {table}"
+    );
+    left_out(guest, &["/mnt/bad (vfat, 1:2)"])?;
+    guest.sh("umount /mnt/bad").map(drop)
 }
 
 fn btrfs_read_only_after_a_backup(guest: &Guest) -> Result<()> {
@@ -524,6 +555,54 @@ fn btrfs_scrub(guest: &Guest) -> Result<()> {
         ensure!(log.contains(words), "it should be named:\n{log}");
     }
     stop(guest, guest.module(), &daemon)
+}
+
+/// What is on such a volume is on the second disk until it is merged into the first.
+fn mapper_merge(guest: &Guest) -> Result<()> {
+    let vss = guest.vss();
+    guest.sh(HEALTHY)?;
+    let table = |kind: &str| format!("'0 131072 {kind} /dev/ram2 /dev/ram3 P 8'");
+    guest.sh(&format!(
+        "modprobe -a dm-mod dm-snapshot && dd if=/dev/zero of=/dev/ram3 bs=1M count=1 2>/dev/null
+         dmsetup create bad --noudevsync --table {}
+         [ -e /dev/mapper/bad ] || dmsetup mknodes
+         mkfs.ext4 -q -F /dev/mapper/bad && mount /dev/mapper/bad /mnt/bad",
+        table("snapshot")
+    ))?;
+    for path in ["/mnt/good/w", "/mnt/bad/w"] {
+        guest.writer_start(path)?;
+    }
+    let node = guest.sh("dmsetup info -c --noheadings -o blkdevname bad")?;
+    let copies = format!("{} (merge) copies from disk to disk", node.trim());
+    let all = good(&["/mnt/good/w", "/mnt/bad/w"]);
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("strict = true")?;
+    wait_for_daemon(guest)?;
+    equal("without a merge", observe(guest)?, all.clone())?;
+    // It begins in the window.
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.sh(&format!(
+        "dmsetup suspend --nolockfs bad && dmsetup load bad --table {} && dmsetup resume --noudevsync bad",
+        table("snapshot-merge")
+    ))?;
+    answered("THAW with strict = true", &vss.thaw(STEP)?, status::FAIL)?;
+    let freeze = vss.freeze(&[], STEP)?;
+    answered("FREEZE with strict = true", &freeze, status::FAIL)?;
+    let log = logged(guest, &daemon)?;
+    ensure!(log.contains(&copies), "it should be named:\n{log}");
+    stop(guest, guest.module(), &daemon)?;
+
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    equal("the backup", observe(guest)?, all)?;
+    remembered(guest, "the warning", |last| {
+        let mut all = last["warnings"].as_array().into_iter().flatten();
+        all.any(|it| it.as_str().is_some_and(|it| it.contains(&copies)))
+    })?;
+    let check = guest.try_sh("/payload/hv_vss_daemon check")?.out;
+    ensure!(check.contains(&copies), "check should name it:\n{check}");
+    stop(guest, guest.module(), &daemon)?;
+    guest.writers_stop()?;
+    guest.sh("umount /mnt/bad && dmsetup remove bad").map(drop)
 }
 
 fn md_repair(guest: &Guest) -> Result<()> {

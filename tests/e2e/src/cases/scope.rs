@@ -596,7 +596,7 @@ fn read_only_though_mounted_for_writing(guest: &Guest) -> Result<()> {
     for backup in ["the first backup", "the second"] {
         equal(backup, &observe(guest)?, &good(&[]))?;
     }
-    let words = "left out: read-only though mounted for writing, perhaps since an error";
+    let words = "left out: read-only though mounted for writing, and not since an error";
     says(guest, &daemon, &["/mnt/b (btrfs, ", words])?;
     guest.sh("mount -o remount,rw /mnt/b")?;
     guest.writer_start("/mnt/b/w")?;
@@ -1288,6 +1288,19 @@ fn raw_writer(guest: &Guest) -> Result<()> {
         told,
         (status::OK, Some(status::FAIL)),
     )?;
+    // What stands still whatever is written is no sign that nothing was.
+    let iostats = format!(
+        "/sys/block/{}/queue/iostats",
+        second.trim_start_matches("/dev/")
+    );
+    guest.sh(&format!("echo 0 >{iostats}"))?;
+    observe(guest)?;
+    let check = guest.try_sh(&format!("{OURS} check"))?.out;
+    guest.sh(&format!("echo 1 >{iostats}"))?;
+    let untold = format!("{second} (its counters are off: ");
+    says(guest, &daemon, &["not seen", &untold])?;
+    let untold = format!("{second}: its counters are off");
+    ensure!(check.contains(&untold), "check should say so:\n{check}");
     guest.signal(&writer, 9)?;
     guest.wait(&writer, STEP)?;
     stop(guest, Module::Stock, &daemon)
