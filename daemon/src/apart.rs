@@ -301,6 +301,27 @@ impl<About: Clone + Ord + Send + Sync> Questions<About> {
         }
     }
 
+    /// Asks the same about each of these, with a copy of what is open of it; those that hang are waited for together.
+    /// The answers are in their order, as of [`Questions::ask_all`].
+    pub fn ask_each<T: Send + 'static>(
+        &'static self,
+        each: &[(About, BorrowedFd<'_>)],
+        limit: Duration,
+        question: impl Fn(BorrowedFd<'_>) -> T + Send + Sync + 'static,
+    ) -> Vec<io::Result<T>> {
+        let lot = |(about, fd): &(About, _)| Lot {
+            abouts: vec![about.clone()],
+            fds: vec![*fd],
+        };
+        let ask = move |_, fds: &[OwnedFd]| fds.first().map(|it| question(it.as_fd()));
+        let mut answers = BTreeMap::new();
+        let lots = each.iter().map(lot).collect();
+        self.ask_all(lots, limit, ask, |number, heard| {
+            answers.insert(number, heard.and_then(|it| it.ok_or_else(silent)));
+        });
+        answers.into_values().collect()
+    }
+
     /// Asks what is left of these, as long as anything is.
     fn work_off<T>(
         &self,
@@ -452,6 +473,30 @@ mod tests {
         // Unless it is kept waiting, one does a lot, and may just be at its end when the next one comes.
         let fewest = (0..10).map(|_| ask(100, LONG, |_| false).0).min();
         assert!(fewest.is_some_and(|it| it <= 2), "{fewest:?}");
+    }
+
+    #[test]
+    fn each_is_asked_with_what_is_open_of_it() {
+        static ASKED: Questions<usize> = Questions::new();
+        static HANG: Mutex<()> = Mutex::new(());
+        let (ours, theirs) = nix::unistd::pipe().unwrap();
+        let number = |fd: BorrowedFd<'_>| sys::identify(fd).map(|it| it.mode).unwrap_or_default();
+        let file = std::fs::File::open("/proc/self/stat").unwrap();
+        let each = [(0, ours.as_fd()), (1, file.as_fd()), (2, theirs.as_fd())];
+        let expected = each.map(|(_, fd)| number(fd));
+        let regular = expected[1];
+        let hold = HANG.lock().unwrap();
+        let question = move |fd: BorrowedFd<'_>| {
+            let its = number(fd);
+            if its == regular {
+                drop(HANG.lock());
+            }
+            its
+        };
+        let said = ASKED.ask_each(&each, Duration::from_millis(200), question);
+        let said: Vec<Option<_>> = said.into_iter().map(Result::ok).collect();
+        assert_eq!(said, [Some(expected[0]), None, Some(expected[2])]);
+        drop(hold);
     }
 
     #[test]

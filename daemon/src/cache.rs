@@ -9,7 +9,7 @@
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::collections::BTreeSet;
 use std::fmt;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use crate::machine::{LookError, Ways};
 use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::namespaces::State;
-use crate::open::{open_all_within, open_within, OpenError};
+use crate::open::{open_all_within, OpenError};
 use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope, READ_ONLY_SINCE_AN_ERROR};
 use crate::watch::{Before, Come, Kernel, Marks, ReadOnly, Scene, Signals};
 
@@ -481,27 +481,74 @@ fn leave_out_busy(plan: &mut Plan) {
 
 /// Names what an error has made read-only, where that has to be asked for.
 fn tell_failed(limit: Duration, ways: &Ways, plan: &mut Plan) {
-    let has_turned = |it: &&mut LeftOut| it.reason == Reason::TurnedReadOnly;
-    for left in plan.left_out.iter_mut().filter(has_turned) {
-        if !is_btrfs(&left.file_system) {
-            continue;
-        }
-        if let Ok(fd) = open_within(limit, ways, &left.file_system) {
-            left.reason = why_read_only(&left.file_system, &fd, Reason::TurnedReadOnly);
-        }
+    let left_out = plan.left_out.iter();
+    let turned = left_out.filter(|it| it.reason == Reason::TurnedReadOnly);
+    let turned = turned.map(|it| &it.file_system);
+    let turned: Vec<&FileSystem> = turned.filter(|it| is_btrfs(it)).collect();
+    let opened = open_all_within(limit, ways, &turned);
+    let failed = failed(&reached(&turned, &opened));
+    let left_out = plan.left_out.iter_mut();
+    for left in left_out.filter(|it| failed.contains(&it.file_system.dev)) {
+        left.reason = Reason::Broken(READ_ONLY_SINCE_AN_ERROR.into());
     }
+}
+
+/// One that is open.
+type Reached<'a> = (&'a FileSystem, BorrowedFd<'a>);
+
+/// Those that could be opened.
+fn reached<'a>(
+    all: &[&'a FileSystem],
+    opened: &'a [Result<OwnedFd, OpenError>],
+) -> Vec<Reached<'a>> {
+    let each = all.iter().zip(opened);
+    let reached = each.filter_map(|(it, opened)| Some((*it, opened.as_ref().ok()?.as_fd())));
+    reached.collect()
+}
+
+/// Of these those that are `so`, as they are asked.
+fn which<'a>(
+    open: &[Reached<'a>],
+    so: impl Fn(&FileSystem) -> bool,
+) -> Vec<(DevId, BorrowedFd<'a>)> {
+    let found = open.iter().filter(|(it, _)| so(it));
+    found.map(|(it, fd)| (it.dev, *fd)).collect()
 }
 
 fn is_btrfs(file_system: &FileSystem) -> bool {
     file_system.fs_type == "btrfs"
 }
 
-/// Why this one, open, is left out that is read-only: that it met an error, or else this.
-fn why_read_only(file_system: &FileSystem, fd: &OwnedFd, otherwise: Reason) -> Reason {
-    match is_btrfs(file_system) && busy::has_failed(fd.as_fd()) {
-        true => Reason::Broken(READ_ONLY_SINCE_AN_ERROR.into()),
-        false => otherwise,
-    }
+/// Of these, read-only, those that have met an error, where that has to be asked for.
+fn failed(open: &[Reached<'_>]) -> BTreeSet<DevId> {
+    let asked = which(open, is_btrfs);
+    let each = asked.iter().zip(busy::have_failed(&asked));
+    let failed = each.filter(|(_, has_failed)| *has_failed);
+    failed.map(|((dev, _), _)| *dev).collect()
+}
+
+/// Why these, open, are left out all the same: what is asked only now, for no table shows it. Those that hang are waited
+/// for together.
+fn told_by(limit: Duration, open: &[Reached<'_>]) -> BTreeMap<DevId, Reason> {
+    let asked = which(open, is_btrfs);
+    let each = asked.iter().zip(busy::unshown(&asked));
+    let busy = each.filter_map(|((dev, _), what)| Some((*dev, Reason::Busy(what?.into()))));
+    let mut told: BTreeMap<DevId, Reason> = busy.collect();
+    let asked = which(open, |it| it.places.is_empty());
+    let each = asked.iter().zip(are_read_only(limit, &asked));
+    let read_only = each.filter(|(_, is_read_only)| *is_read_only);
+    let read_only: BTreeSet<DevId> = read_only.map(|((dev, _), _)| *dev).collect();
+    let mut open = open.to_vec();
+    open.retain(|(it, _)| read_only.contains(&it.dev));
+    let failed = failed(&open);
+    told.extend(read_only.into_iter().map(|dev| {
+        let reason = match failed.contains(&dev) {
+            true => Reason::Broken(READ_ONLY_SINCE_AN_ERROR.into()),
+            false => Reason::ReadOnly,
+        };
+        (dev, reason)
+    }));
+    told
 }
 
 /// A plan and all that it needs.
@@ -549,7 +596,9 @@ fn open_all(
     } = &mut plan;
     let chosen = waves.iter().flatten().chain(&*synced);
     let closed: Vec<_> = chosen.filter(|it| !open.contains_key(&it.dev)).collect();
-    let mut opened = open_all_within(limit, ways, &closed).into_iter();
+    let opened = open_all_within(limit, ways, &closed);
+    let mut told = told_by(limit, &reached(&closed, &opened));
+    let mut opened = opened.into_iter();
     let waves_too = waves.iter_mut().enumerate();
     for (wave, members) in waves_too.chain([(0, synced)]) {
         let mut reached = Vec::new();
@@ -559,26 +608,11 @@ fn open_all(
                 let Some(opened) = opened.next() else {
                     continue;
                 };
-                let waits = match &opened {
-                    Ok(fd) if is_btrfs(&file_system) => busy::unshown(fd.as_fd()),
-                    _ => None,
-                };
-                match (opened, waits) {
-                    // No table shows it, so only now it can be asked.
-                    (Ok(fd), _)
-                        if file_system.places.is_empty()
-                            && is_read_only(limit, file_system.dev, &fd) =>
-                    {
-                        left_out.push(LeftOut {
-                            reason: why_read_only(&file_system, &fd, Reason::ReadOnly),
-                            file_system,
-                        });
-                        continue;
-                    }
-                    (Ok(_), Some(what)) => {
+                match (opened, told.remove(&file_system.dev)) {
+                    (Ok(_), Some(reason)) => {
                         left_out.push(LeftOut {
                             file_system,
-                            reason: Reason::Busy(what.into()),
+                            reason,
                         });
                         continue;
                     }
@@ -604,17 +638,14 @@ fn open_all(
     Ok((plan, stuck, has_changed))
 }
 
-/// Whether this is on a read-only superblock, or a read-only mount. The kernel asks the file system, which may have to
-/// read a lot for it: one that says nothing is tried.
-fn is_read_only(limit: Duration, dev: DevId, fd: &OwnedFd) -> bool {
+/// Whether each of these is on a read-only superblock, or a read-only mount. The kernel asks the file system, which may
+/// have to read a lot for it: one that says nothing is tried.
+fn are_read_only(limit: Duration, open: &[(DevId, BorrowedFd<'_>)]) -> Vec<bool> {
     static ASKED: Questions<DevId> = Questions::new();
-    let ask = |fds: Vec<OwnedFd>| {
-        let said = fds.first().map(fstatvfs);
-        said.is_some_and(|it| it.is_ok_and(|it| it.flags().contains(FsFlags::ST_RDONLY)))
-    };
-    ASKED
-        .ask(dev, &[fd.as_fd()], limit, ask)
-        .unwrap_or_default()
+    let ask =
+        |fd: BorrowedFd<'_>| fstatvfs(fd).is_ok_and(|it| it.flags().contains(FsFlags::ST_RDONLY));
+    let said = ASKED.ask_each(open, limit, ask);
+    said.into_iter().map(Result::unwrap_or_default).collect()
 }
 
 fn left_out_for(file_system: FileSystem, error: &OpenError) -> LeftOut {
