@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::apart::Questions;
 use crate::disks::{self, HostDisk};
-use crate::mounts::{is_served, DevId, Mount};
+use crate::mounts::{is_served, may_be_a_node, DevId, Mount};
 use crate::superblocks::{dev_in, folder_of, Superblock};
 use crate::sys::{self, LoopBacking};
 
@@ -177,9 +177,10 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
     }
     find_errors(&mut topology, mounts);
     let uuid_at = |mount: &Mount| uuid_at(mount, &patience);
+    let named_devices = |mount: &Mount| named_devices(mount, &patience);
     assign_members(&mut topology, mounts, superblocks, named_devices, uuid_at);
     find_unmounted(&mut topology, mounts, superblocks);
-    find_logs(&mut topology, mounts, superblocks);
+    find_logs(&mut topology, mounts, superblocks, &patience);
     let own = mounts.iter().filter(|m| m.writable).map(|m| m.dev);
     let members = topology.members.values().flatten().copied();
     let unmounted = topology.unmounted.iter();
@@ -347,9 +348,11 @@ fn in_words(uuid: [u8; 16]) -> String {
 }
 
 /// The block devices that a mount names as its source.
-fn named_devices(mount: &Mount) -> Vec<DevId> {
+fn named_devices(mount: &Mount, patience: &Patience) -> Vec<DevId> {
     let nodes = named_nodes(mount).into_iter();
-    nodes.filter_map(device_at).collect()
+    nodes
+        .filter_map(|node| device_named(mount, node, patience))
+        .collect()
 }
 
 /// What a mount names as its source: with any other type than bcachefs one node, whose name may have a colon,
@@ -362,6 +365,16 @@ fn named_nodes(mount: &Mount) -> Vec<&OsStr> {
     // All of its devices.
     let parts = source.as_bytes().split(|&b| b == b':');
     parts.map(OsStr::from_bytes).collect()
+}
+
+/// The device with the node that a mount names. Whoever looks elsewhere than in `/dev` may hang there.
+fn device_named(mount: &Mount, node: &OsStr, patience: &Patience) -> Option<DevId> {
+    static ASKED: Questions<DevId> = Questions::new();
+    if !may_be_a_node(Path::new(node)) {
+        return None;
+    }
+    let node = node.to_owned();
+    patience.ask(&ASKED, mount.dev, move || device_at(&node))?
 }
 
 /// The number of the block device whose node is here.
@@ -416,12 +429,17 @@ fn find_unmounted(topology: &mut Topology, mounts: &[Mount], superblocks: &[Supe
 /// Journals, logs and data that have a device of their own: xfs names them among its options, ext4 names
 /// its journal's thread after the device. f2fs tells of its first device only, and without a mount xfs
 /// tells of none.
-fn find_logs(topology: &mut Topology, mounts: &[Mount], superblocks: &[Superblock]) {
+fn find_logs(
+    topology: &mut Topology,
+    mounts: &[Mount],
+    superblocks: &[Superblock],
+    patience: &Patience,
+) {
     for mount in mounts.iter().filter(|m| m.is_on_disks()) {
         let named = ["logdev", "rtdev"].into_iter();
         for path in named.filter_map(|name| mount.option(name)) {
             let logs = topology.logs.entry(mount.dev).or_default();
-            match device_at(path) {
+            match device_named(mount, path, patience) {
                 Some(dev) if logs.contains(&dev) => {}
                 Some(dev) => logs.push(dev),
                 None => drop(topology.unclear.insert(mount.dev)),
@@ -711,6 +729,31 @@ mod tests {
             named_nodes(&mounts[0]).len()
         };
         assert_eq!((nodes("fuse.fuse2fs"), nodes("bcachefs")), (1, 2));
+    }
+
+    #[test]
+    fn a_source_is_looked_for_in_dev_only() {
+        // Whoever follows this one is out of `/dev`, as from a data set of this name, whose parts are folders.
+        let out = std::env::temp_dir().join(format!("hv-vss-source-{}", std::process::id()));
+        let any = fs::read_dir("/sys/class/block").into_iter().flatten();
+        let node = any.flatten().find_map(|it| {
+            let node = Path::new("/dev").join(it.file_name());
+            device_at(node.as_os_str()).map(|_| node)
+        });
+        let Some(node) = node else {
+            // There is none in a container.
+            return;
+        };
+        std::os::unix::fs::symlink(&node, &out).unwrap();
+        let found = |source: &Path| {
+            let line = format!("1 0 0:31 / /a rw - zfs {} rw\n", source.display());
+            let mounts = parse(line.as_bytes(), 0).unwrap();
+            named_devices(&mounts[0], &Patience::new()).len()
+        };
+        let around = Path::new("/dev/..").join(out.strip_prefix("/").unwrap());
+        let seen = [node.as_path(), &out, &around].map(found);
+        fs::remove_file(&out).unwrap();
+        assert_eq!(seen, [1, 0, 0]);
     }
 
     #[test]
