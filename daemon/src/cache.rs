@@ -20,7 +20,7 @@ use crate::busy;
 use crate::config::{Config, IdleRule};
 use crate::freeze::Stuck;
 use crate::ground::{GoesOn, Watched};
-use crate::machine::{LookError, Ways};
+use crate::machine::{LookError, Unseen, Ways};
 use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::namespaces::State;
@@ -172,6 +172,7 @@ impl<S: Signals> Cache<S> {
         };
         let machine = self.signals.look()?;
         self.plan = plan(&machine.mounts, &machine.topology, &|f| config.excludes(f));
+        self.plan.unseen.clone_from(&machine.unseen);
         let chosen = self.plan.waves.iter().flatten().chain(&self.plan.synced);
         // What they stand on changes with a word that the marks hear.
         self.layers = Arc::new(Layers::below(chosen.flat_map(|it| &it.devices)));
@@ -356,8 +357,9 @@ impl Cache {
             Reason::ReadOnly | Reason::NoBlockDevice => false,
         };
         let left_out = plan.left_out.iter().filter(is_worth_a_word);
-        gathered.missing = left_out.map(missing).collect();
-        gathered.losses = plan.losses().count();
+        let unseen = plan.unseen.iter().map(not_seen);
+        gathered.missing = left_out.map(missing).chain(unseen).collect();
+        gathered.losses = plan.losses().count() + plan.unseen.len();
         if config.strict {
             let missing = strict_about(&plan);
             if !missing.is_empty() {
@@ -666,13 +668,22 @@ fn missing(left: &LeftOut) -> Missing {
     }
 }
 
+fn not_seen(Unseen { name, reason }: &Unseen) -> Missing {
+    Missing {
+        name: name.clone(),
+        reason: reason.clone(),
+    }
+}
+
 /// What a strict backup fails for: that, and what is known to have no means to freeze.
 fn strict_about(plan: &Plan) -> Vec<Missing> {
     let never_held = plan.synced.iter().map(|it| Missing {
         name: it.to_string(),
         reason: "it has no means to freeze".into(),
     });
-    plan.losses().map(missing).chain(never_held).collect()
+    let lost = plan.losses().map(missing);
+    let unseen = plan.unseen.iter().map(not_seen);
+    lost.chain(never_held).chain(unseen).collect()
 }
 
 #[cfg(test)]
@@ -1038,6 +1049,7 @@ mod tests {
                 ways,
                 mounts,
                 topology,
+                unseen: Vec::new(),
             })
         }
 

@@ -16,6 +16,7 @@ use std::thread;
 
 use nix::mount::{mount, MsFlags};
 use nix::sched::{setns, unshare, CloneFlags};
+use nix::sys::stat::fstat;
 
 use crate::sys::{self, MntNsInfo};
 
@@ -115,6 +116,13 @@ impl Namespaces {
     /// How many there are.
     pub fn count(&self) -> usize {
         self.others.len()
+    }
+
+    /// What this one is called, by the number that lsns(8) has for it.
+    pub fn name(&self, number: usize) -> String {
+        let found = self.other(number).ok().and_then(|it| fstat(it).ok());
+        let inode = found.map_or_else(|| "?".into(), |it| it.st_ino.to_string());
+        format!("mount namespace {inode}")
     }
 
     /// Runs `work` inside namespace `number`; 0 is the own one, where it runs right here.

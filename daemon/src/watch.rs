@@ -107,6 +107,10 @@ impl<S: Signals> Before<S> {
         plan: &Plan,
         read_only: &ReadOnly<S>,
     ) -> Option<Marks<S>> {
+        if !machine.unseen.is_empty() {
+            // Nothing tells when they can be looked into.
+            return None;
+        }
         for left in &plan.left_out {
             match left.reason {
                 // Nothing tells when one is repaired.
