@@ -115,13 +115,17 @@ impl PlaceError {
         }
     }
 
-    fn errno(&self) -> Option<Errno> {
+    fn source(&self) -> Option<&io::Error> {
         match self {
             PlaceError::Open { source, .. }
             | PlaceError::Layers { source, .. }
-            | PlaceError::Again { source, .. } => source.raw_os_error().map(Errno::from_raw),
+            | PlaceError::Again { source, .. } => Some(source),
             _ => None,
         }
+    }
+
+    fn errno(&self) -> Option<Errno> {
+        self.source()?.raw_os_error().map(Errno::from_raw)
     }
 
     /// Whether this is what a mount over the place, or over a folder on the way there, looks like, or
@@ -218,13 +222,8 @@ impl OpenError {
 
     /// Whether it is this process that lacks something.
     pub fn is_our_own(&self) -> bool {
-        let lacks = |e: &PlaceError| {
-            matches!(
-                e.errno(),
-                Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
-            )
-        };
-        self.tried.iter().any(lacks)
+        let mut errors = self.tried.iter().filter_map(PlaceError::source);
+        errors.any(sys::is_our_own)
     }
 
     /// What was tried and what came of it, in words.
