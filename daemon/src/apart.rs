@@ -7,6 +7,7 @@
 //! on a disk is done here, and whoever had it done waits for as long as they like. A thread that has come
 //! back is used again. It knows nothing of what it runs.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -206,6 +207,40 @@ impl<About: Clone + Ord + Send> Questions<About> {
             return Err(error);
         }
         Ok(told)
+    }
+}
+
+/// How long each may take that is asked after a [`Patience`] is used up: whatever does not hang answers long before.
+const LEAST: Duration = Duration::from_millis(50);
+
+/// How long all that hangs may hold up one look.
+pub struct Patience(Cell<Duration>);
+
+impl Patience {
+    /// So long.
+    pub fn new(limit: Duration) -> Self {
+        Patience(Cell::new(limit))
+    }
+
+    /// What is left of it.
+    pub fn left(&self) -> Duration {
+        self.0.get()
+    }
+
+    /// As [`Questions::ask`]. `None` when it hangs.
+    pub fn ask<About: Clone + Ord + Send, T: Send + 'static>(
+        &self,
+        questions: &'static Questions<About>,
+        about: About,
+        fds: &[BorrowedFd<'_>],
+        question: impl FnOnce(Vec<OwnedFd>) -> T + Send + 'static,
+    ) -> Option<T> {
+        let (left, began) = (self.left(), Instant::now());
+        let answer = questions.ask(about, fds, left.max(LEAST), question);
+        if answer.is_err() {
+            self.0.set(left.saturating_sub(began.elapsed()));
+        }
+        answer.ok()
     }
 }
 

@@ -695,6 +695,7 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use crate::apart::Patience;
     use crate::machine::Machine;
     use crate::mounts::parse;
     use crate::plan::Place;
@@ -1090,7 +1091,13 @@ mod tests {
             Some(ways.clone())
         }
 
-        fn find(&mut self, ways: &Self::Ways, place: &Place, _: DevId) -> Option<(u64, u64)> {
+        fn find(
+            &mut self,
+            ways: &Self::Ways,
+            place: &Place,
+            _: DevId,
+            _: &Patience,
+        ) -> Option<(u64, u64)> {
             let space = match place.namespace {
                 0 => 0,
                 n => ways.get(n - 1)?.0,

@@ -8,7 +8,6 @@
 //! system, be it through the kernel, is asked [apart](Questions): one whose server or disk is dead must not
 //! cost the order of all others, nor their thaw.
 
-use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -16,13 +15,13 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::fcntl::{open, OFlag};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
-use crate::apart::Questions;
+use crate::apart::{Patience, Questions};
 use crate::disks::{self, HostDisk};
 use crate::mounts::{is_served, may_be_a_node, DevId, Mount};
 use crate::superblocks::{dev_in, folder_of, Superblock};
@@ -30,32 +29,6 @@ use crate::sys::{self, LoopBacking};
 
 /// How long all that hangs may hold up one look: a thaw may wait for it.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How long each may take that is asked after that is used up: whatever does not hang answers long before.
-const MOMENT: Duration = Duration::from_millis(50);
-
-/// What is left of [`PATIENCE`] in one look.
-struct Patience(Cell<Duration>);
-
-impl Patience {
-    fn new() -> Self {
-        Patience(Cell::new(PATIENCE))
-    }
-
-    /// The answer to something that may hang. `None` when it does.
-    fn ask<T: Send + 'static>(
-        &self,
-        questions: &'static Questions<DevId>,
-        about: DevId,
-        question: impl FnOnce() -> T + Send + 'static,
-    ) -> Option<T> {
-        let (left, began) = (self.0.get(), Instant::now());
-        let answer = questions.ask(about, &[], left.max(MOMENT), |_| question());
-        if answer.is_err() {
-            self.0.set(left.saturating_sub(began.elapsed()));
-        }
-        answer.ok()
-    }
-}
 
 /// What was asked does not answer in time.
 struct Silent;
@@ -161,7 +134,7 @@ pub struct Unmounted {
 /// What cannot be read is left out: a device may vanish at any time, and an order that lacks one
 /// edge is better than no backup.
 pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
-    let patience = Patience::new();
+    let patience = Patience::new(PATIENCE);
     let mut topology = Topology {
         disks: disks::of_host(),
         born: born(superblocks),
@@ -266,7 +239,7 @@ fn add_alias(topology: &mut Topology, mount: &Mount, patience: &Patience) {
         return;
     }
     let path = mount.path.clone();
-    let found = patience.ask(&ASKED, mount.dev, || fs::symlink_metadata(path).ok());
+    let found = patience.ask(&ASKED, mount.dev, &[], |_| fs::symlink_metadata(path).ok());
     if let Some(meta) = found.flatten() {
         let alias = DevId::from_raw(meta.dev());
         if alias.major == 0 && alias != mount.dev {
@@ -330,7 +303,9 @@ fn uuid_at(mount: &Mount, patience: &Patience) -> Result<Option<String>, Silent>
         let uuid = sys::btrfs_uuid(fd.as_fd()).ok()?;
         (found.mount_id == Some(id)).then(|| in_words(uuid))
     };
-    patience.ask(&ASKED, mount.dev, ask).ok_or(Silent)
+    patience
+        .ask(&ASKED, mount.dev, &[], move |_| ask())
+        .ok_or(Silent)
 }
 
 /// A UUID in the form that everybody writes.
@@ -374,7 +349,7 @@ fn device_named(mount: &Mount, node: &OsStr, patience: &Patience) -> Option<DevI
         return None;
     }
     let node = node.to_owned();
-    patience.ask(&ASKED, mount.dev, move || device_at(&node))?
+    patience.ask(&ASKED, mount.dev, &[], move |_| device_at(&node))?
 }
 
 /// The number of the block device whose node is here.
@@ -494,7 +469,7 @@ fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount], patience
         let Some(mount) = below.filter(is_reached) else {
             continue;
         };
-        let found = patience.ask(&ASKED, mount.dev, || fs::symlink_metadata(path).ok());
+        let found = patience.ask(&ASKED, mount.dev, &[], |_| fs::symlink_metadata(path).ok());
         if found
             .flatten()
             .is_some_and(|meta| DevId::from_raw(meta.dev()) == dev)
@@ -506,7 +481,7 @@ fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount], patience
 
 /// These devices and all that they stand on, to any depth.
 pub fn all_below(devices: impl IntoIterator<Item = DevId>) -> BTreeMap<DevId, Device> {
-    let patience = Patience::new();
+    let patience = Patience::new(PATIENCE);
     let mut topology = Topology::default();
     for dev in devices {
         add(&mut topology, dev, &patience);
@@ -522,7 +497,7 @@ fn add(topology: &mut Topology, dev: DevId, patience: &Patience) {
     let device = describe(&folder, |node| {
         static ASKED: Questions<DevId> = Questions::new();
         let ask = move || sys::loop_backing(File::open(node).ok()?.as_fd()).ok();
-        patience.ask(&ASKED, dev, ask)?
+        patience.ask(&ASKED, dev, &[], move |_| ask())?
     });
     let below = device.below.clone();
     topology.devices.insert(dev, device);
@@ -650,6 +625,7 @@ fn list(dir: &Path) -> impl Iterator<Item = PathBuf> {
 mod tests {
     use super::*;
     use crate::mounts::parse;
+    use std::time::Instant;
 
     fn superblock(name: &str, dev: &str) -> Superblock {
         Superblock {
@@ -748,7 +724,7 @@ mod tests {
         let found = |source: &Path| {
             let line = format!("1 0 0:31 / /a rw - zfs {} rw\n", source.display());
             let mounts = parse(line.as_bytes(), 0).unwrap();
-            named_devices(&mounts[0], &Patience::new()).len()
+            named_devices(&mounts[0], &Patience::new(PATIENCE)).len()
         };
         let around = Path::new("/dev/..").join(out.strip_prefix("/").unwrap());
         let seen = [node.as_path(), &out, &around].map(found);
@@ -796,14 +772,16 @@ mod tests {
         let dir = root.join("loop7");
         fs::create_dir_all(dir.join("loop")).unwrap();
         fs::write(dir.join("loop/backing_file"), "/mnt/dead/a\n").unwrap();
-        let patience = Patience(Cell::new(Duration::from_millis(300)));
+        let patience = Patience::new(Duration::from_millis(300));
         let (release, hang) = std::sync::mpsc::channel::<()>();
         let device = |number: u32, answer: Box<dyn FnOnce() -> Option<LoopBacking> + Send>| {
             let dev = DevId {
                 major: 7,
                 minor: number,
             };
-            describe(&dir, |_| patience.ask(&ASKED, dev, answer)?)
+            describe(&dir, |_| {
+                patience.ask(&ASKED, dev, &[], move |_| answer())?
+            })
         };
         let began = Instant::now();
         let dead = device(
@@ -819,7 +797,7 @@ mod tests {
         };
         assert_eq!(dead.backing, Some(unknown));
         assert!(!dead.user_space && dead.below.is_empty());
-        assert_eq!(patience.0.get(), Duration::ZERO);
+        assert_eq!(patience.left(), Duration::ZERO);
         // Another one is asked all the same, each time for a moment.
         let answer = LoopBacking {
             dev: 0x801,
