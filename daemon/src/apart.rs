@@ -7,6 +7,7 @@
 //! on a disk is done here, and whoever had it done waits for as long as they like. A thread that has come
 //! back is used again. It knows nothing of what it runs.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -218,6 +219,40 @@ impl<About: Clone + Ord + Send> Questions<About> {
     }
 }
 
+/// How long each may take that is asked after a [`Patience`] is used up: whatever does not hang answers long before.
+const LEAST: Duration = Duration::from_millis(50);
+
+/// How long all that hangs may hold up one look.
+pub struct Patience(Cell<Duration>);
+
+impl Patience {
+    /// So long.
+    pub fn new(limit: Duration) -> Self {
+        Patience(Cell::new(limit))
+    }
+
+    /// What is left of it.
+    pub fn left(&self) -> Duration {
+        self.0.get()
+    }
+
+    /// As [`Questions::ask`]. `None` when it hangs.
+    pub fn ask<About: Clone + Ord + Send, T: Send + 'static>(
+        &self,
+        questions: &'static Questions<About>,
+        about: About,
+        fds: &[BorrowedFd<'_>],
+        question: impl FnOnce(Vec<OwnedFd>) -> T + Send + 'static,
+    ) -> Option<T> {
+        let (left, began) = (self.left(), Instant::now());
+        let answer = questions.ask(about, fds, left.max(LEAST), question);
+        if answer.is_err() {
+            self.0.set(left.saturating_sub(began.elapsed()));
+        }
+        answer.ok()
+    }
+}
+
 /// Questions about several things, to be asked with copies of the same descriptors.
 pub struct Lot<'a, About> {
     /// About each of these, in this order.
@@ -308,6 +343,27 @@ impl<About: Clone + Ord + Send + Sync> Questions<About> {
         for number in std::mem::take(&mut open) {
             heard(number, Err(silent()));
         }
+    }
+
+    /// Asks the same about each of these, with a copy of what is open of it; those that hang are waited for together.
+    /// The answers are in their order, as of [`Questions::ask_all`].
+    pub fn ask_each<T: Send + 'static>(
+        &'static self,
+        each: &[(About, BorrowedFd<'_>)],
+        limit: Duration,
+        question: impl Fn(BorrowedFd<'_>) -> T + Send + Sync + 'static,
+    ) -> Vec<io::Result<T>> {
+        let lot = |(about, fd): &(About, _)| Lot {
+            abouts: vec![about.clone()],
+            fds: vec![*fd],
+        };
+        let ask = move |_, fds: &[OwnedFd]| fds.first().map(|it| question(it.as_fd()));
+        let mut answers = BTreeMap::new();
+        let lots = each.iter().map(lot).collect();
+        self.ask_all(lots, limit, ask, |number, heard| {
+            answers.insert(number, heard.and_then(|it| it.ok_or_else(silent)));
+        });
+        answers.into_values().collect()
     }
 
     /// Asks what is left of these, as long as anything is.
@@ -457,6 +513,30 @@ mod tests {
         // Unless it is kept waiting, one does a lot, and may just be at its end when the next one comes.
         let fewest = (0..10).map(|_| ask(100, LONG, |_| false).0).min();
         assert!(fewest.is_some_and(|it| it <= 2), "{fewest:?}");
+    }
+
+    #[test]
+    fn each_is_asked_with_what_is_open_of_it() {
+        static ASKED: Questions<usize> = Questions::new();
+        static HANG: Mutex<()> = Mutex::new(());
+        let (ours, theirs) = nix::unistd::pipe().unwrap();
+        let number = |fd: BorrowedFd<'_>| sys::identify(fd).map(|it| it.mode).unwrap_or_default();
+        let file = std::fs::File::open("/proc/self/stat").unwrap();
+        let each = [(0, ours.as_fd()), (1, file.as_fd()), (2, theirs.as_fd())];
+        let expected = each.map(|(_, fd)| number(fd));
+        let regular = expected[1];
+        let hold = HANG.lock().unwrap();
+        let question = move |fd: BorrowedFd<'_>| {
+            let its = number(fd);
+            if its == regular {
+                drop(HANG.lock());
+            }
+            its
+        };
+        let said = ASKED.ask_each(&each, Duration::from_millis(200), question);
+        let said: Vec<Option<_>> = said.into_iter().map(Result::ok).collect();
+        assert_eq!(said, [Some(expected[0]), None, Some(expected[2])]);
+        drop(hold);
     }
 
     #[test]

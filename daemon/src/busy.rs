@@ -6,7 +6,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -42,40 +43,41 @@ pub fn shown() -> Vec<(Vec<DevId>, String)> {
 pub fn with(devices: &[DevId], fd: BorrowedFd<'_>) -> Option<String> {
     let is_it = |of: &[DevId]| of.iter().any(|dev| devices.contains(dev));
     let operation = shown().into_iter().find(|(of, _)| is_it(of));
-    operation
-        .map(|(_, operation)| operation)
-        .or_else(|| unshown(fd).map(str::to_owned))
+    let unshown = || {
+        let dev = sys::identify(fd).ok()?.dev();
+        unshown(&[(dev, fd)]).pop().flatten().map(str::to_owned)
+    };
+    operation.map(|(_, operation)| operation).or_else(unshown)
 }
 
-/// What a btrfs, open, is at that sysfs does not show: it is being scrubbed, or does not say in time whether it is.
-pub fn unshown(fd: BorrowedFd<'_>) -> Option<&'static str> {
+/// What each btrfs of these, open, is at that sysfs does not show: it is being scrubbed, or does not say in time whether
+/// it is. Those that hang are waited for together.
+pub fn unshown(open: &[(DevId, BorrowedFd<'_>)]) -> Vec<Option<&'static str>> {
     static ASKED: Questions<DevId> = Questions::new();
     // The kernel that runs stays what it is.
     static MAY_WAIT: LazyLock<bool> =
         LazyLock::new(|| process::kernel_version().is_some_and(|it| it < FREEZE_ENDS_SCRUB));
     if !*MAY_WAIT {
-        return None;
+        return vec![None; open.len()];
     }
-    let dev = sys::identify(fd).ok()?.dev();
-    let is_scrubbed = |fds: Vec<OwnedFd>| {
-        let said = fds.first().map(|it| sys::is_scrubbed(it.as_fd()));
-        said.is_some_and(|it| it.unwrap_or(false))
-    };
-    match ASKED.ask(dev, &[fd], ANSWER_TIME, is_scrubbed) {
+    let is_scrubbed = |fd: BorrowedFd<'_>| sys::is_scrubbed(fd).unwrap_or(false);
+    let said = ASKED.ask_each(open, ANSWER_TIME, is_scrubbed);
+    let words = said.into_iter().map(|it| match it {
         Ok(is_scrubbed) => is_scrubbed.then_some("scrub"),
         Err(_) => Some("a commit that hangs"),
-    }
+    });
+    words.collect()
 }
 
-/// Whether an error has made a btrfs, open, read-only. One that somebody has made so syncs nothing, and says that all is
-/// well (`btrfs_start_delalloc_roots` in `fs/btrfs/inode.c`). `None` of one that does not say it in time.
-pub fn has_failed(fd: BorrowedFd<'_>) -> Option<bool> {
+/// Whether an error has made each btrfs of these, open, read-only. One that somebody has made so syncs nothing, and says
+/// that all is well (`btrfs_start_delalloc_roots` in `fs/btrfs/inode.c`). `None` of one that does not say it in time. Those
+/// that hang are waited for together.
+pub fn have_failed(open: &[(DevId, BorrowedFd<'_>)]) -> Vec<Option<bool>> {
     static ASKED: Questions<DevId> = Questions::new();
-    let found = sys::identify(fd).ok()?;
-    let sync = |fds: Vec<OwnedFd>| fds.first().map(|it| sys::btrfs_sync(it.as_fd()));
-    let said = ASKED.ask(found.dev(), &[fd], ANSWER_TIME, sync);
-    match said.ok()?? {
+    let said = ASKED.ask_each(open, ANSWER_TIME, sys::btrfs_sync);
+    let has_failed = |it: io::Result<io::Result<()>>| match it.ok()? {
         Ok(()) => Some(false),
         Err(error) => (error.raw_os_error() == Some(libc::EROFS)).then_some(true),
-    }
+    };
+    said.into_iter().map(has_failed).collect()
 }

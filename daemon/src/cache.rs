@@ -9,7 +9,7 @@
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::collections::BTreeSet;
 use std::fmt;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,11 +20,11 @@ use crate::busy;
 use crate::config::{Config, IdleRule};
 use crate::freeze::Stuck;
 use crate::ground::{GoesOn, Watched};
-use crate::machine::{LookError, Ways};
+use crate::machine::{LookError, Unseen, Ways};
 use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::namespaces::State;
-use crate::open::{open_all_within, open_within, OpenError};
+use crate::open::{open_all_within, OpenError};
 use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope, READ_ONLY_SINCE_AN_ERROR};
 use crate::watch::{Before, Come, Kernel, Marks, ReadOnly, Scene, Signals};
 
@@ -172,6 +172,7 @@ impl<S: Signals> Cache<S> {
         };
         let machine = self.signals.look()?;
         self.plan = plan(&machine.mounts, &machine.topology, &|f| config.excludes(f));
+        self.plan.unseen.clone_from(&machine.unseen);
         let chosen = self.plan.waves.iter().flatten().chain(&self.plan.synced);
         // What they stand on changes with a word that the marks hear.
         self.layers = Arc::new(Layers::below(chosen.flat_map(|it| &it.devices)));
@@ -357,8 +358,9 @@ impl Cache {
             Reason::ReadOnly | Reason::NoBlockDevice => false,
         };
         let left_out = plan.left_out.iter().filter(is_worth_a_word);
-        gathered.missing = left_out.map(missing).collect();
-        gathered.losses = plan.losses().count();
+        let unseen = plan.unseen.iter().map(not_seen);
+        gathered.missing = left_out.map(missing).chain(unseen).collect();
+        gathered.losses = plan.losses().count() + plan.unseen.len();
         if config.strict {
             let missing = strict_about(&plan);
             if !missing.is_empty() {
@@ -483,15 +485,36 @@ fn leave_out_busy(plan: &mut Plan) {
 /// Tells what an error has made read-only from what somebody has, where that has to be asked for. Of what does not
 /// answer it stays unknown.
 fn tell_failed(limit: Duration, ways: &Ways, plan: &mut Plan) {
-    let has_turned = |it: &&mut LeftOut| it.reason == Reason::TurnedReadOnly;
-    for left in plan.left_out.iter_mut().filter(has_turned) {
-        if !is_btrfs(&left.file_system) {
-            continue;
-        }
-        if let Ok(fd) = open_within(limit, ways, &left.file_system) {
-            left.reason = why_turned(busy::has_failed(fd.as_fd()));
-        }
+    let is_asked = |it: &LeftOut| it.reason == Reason::TurnedReadOnly && is_btrfs(&it.file_system);
+    let turned = plan.left_out.iter().filter(|it| is_asked(it));
+    let turned: Vec<&FileSystem> = turned.map(|it| &it.file_system).collect();
+    let opened = open_all_within(limit, ways, &turned);
+    let failed = failed(&reached(&turned, &opened));
+    for left in plan.left_out.iter_mut().filter(|it| is_asked(it)) {
+        left.reason = why_turned(failed.get(&left.file_system.dev).copied());
     }
+}
+
+/// One that is open.
+type Reached<'a> = (&'a FileSystem, BorrowedFd<'a>);
+
+/// Those that could be opened.
+fn reached<'a>(
+    all: &[&'a FileSystem],
+    opened: &'a [Result<OwnedFd, OpenError>],
+) -> Vec<Reached<'a>> {
+    let each = all.iter().zip(opened);
+    let reached = each.filter_map(|(it, opened)| Some((*it, opened.as_ref().ok()?.as_fd())));
+    reached.collect()
+}
+
+/// Of these those that are `so`, as they are asked.
+fn which<'a>(
+    open: &[Reached<'a>],
+    so: impl Fn(&FileSystem) -> bool,
+) -> Vec<(DevId, BorrowedFd<'a>)> {
+    let found = open.iter().filter(|(it, _)| so(it));
+    found.map(|(it, fd)| (it.dev, *fd)).collect()
 }
 
 fn is_btrfs(file_system: &FileSystem) -> bool {
@@ -507,12 +530,37 @@ fn why_turned(has_failed: Option<bool>) -> Reason {
     }
 }
 
-/// Why this one, open and mounted nowhere, is left out that is read-only: nobody tells for what it was mounted.
-fn why_read_only(file_system: &FileSystem, fd: &OwnedFd) -> Reason {
-    match is_btrfs(file_system) && busy::has_failed(fd.as_fd()) == Some(true) {
-        true => Reason::Broken(READ_ONLY_SINCE_AN_ERROR.into()),
-        false => Reason::ReadOnly,
-    }
+/// Of these, read-only, whether they have met an error, where that has to be asked for and is said.
+fn failed(open: &[Reached<'_>]) -> BTreeMap<DevId, bool> {
+    let asked = which(open, is_btrfs);
+    let each = asked.iter().zip(busy::have_failed(&asked));
+    let said = each.filter_map(|((dev, _), has_failed)| Some((*dev, has_failed?)));
+    said.collect()
+}
+
+/// Why these, open, are left out all the same: what is asked only now, for no table shows it. Those that hang are waited
+/// for together.
+fn told_by(limit: Duration, open: &[Reached<'_>]) -> BTreeMap<DevId, Reason> {
+    let asked = which(open, is_btrfs);
+    let each = asked.iter().zip(busy::unshown(&asked));
+    let busy = each.filter_map(|((dev, _), what)| Some((*dev, Reason::Busy(what?.into()))));
+    let mut told: BTreeMap<DevId, Reason> = busy.collect();
+    let asked = which(open, |it| it.places.is_empty());
+    let each = asked.iter().zip(are_read_only(limit, &asked));
+    let read_only = each.filter(|(_, is_read_only)| *is_read_only);
+    let read_only: BTreeSet<DevId> = read_only.map(|((dev, _), _)| *dev).collect();
+    let mut open = open.to_vec();
+    open.retain(|(it, _)| read_only.contains(&it.dev));
+    let failed = failed(&open);
+    told.extend(read_only.into_iter().map(|dev| {
+        // Nobody tells for what one was mounted that is mounted nowhere.
+        let reason = match failed.get(&dev) {
+            Some(true) => Reason::Broken(READ_ONLY_SINCE_AN_ERROR.into()),
+            Some(false) | None => Reason::ReadOnly,
+        };
+        (dev, reason)
+    }));
+    told
 }
 
 /// A plan and all that it needs.
@@ -560,7 +608,9 @@ fn open_all(
     } = &mut plan;
     let chosen = waves.iter().flatten().chain(&*synced);
     let closed: Vec<_> = chosen.filter(|it| !open.contains_key(&it.dev)).collect();
-    let mut opened = open_all_within(limit, ways, &closed).into_iter();
+    let opened = open_all_within(limit, ways, &closed);
+    let mut told = told_by(limit, &reached(&closed, &opened));
+    let mut opened = opened.into_iter();
     let waves_too = waves.iter_mut().enumerate();
     for (wave, members) in waves_too.chain([(0, synced)]) {
         let mut reached = Vec::new();
@@ -570,26 +620,11 @@ fn open_all(
                 let Some(opened) = opened.next() else {
                     continue;
                 };
-                let waits = match &opened {
-                    Ok(fd) if is_btrfs(&file_system) => busy::unshown(fd.as_fd()),
-                    _ => None,
-                };
-                match (opened, waits) {
-                    // No table shows it, so only now it can be asked.
-                    (Ok(fd), _)
-                        if file_system.places.is_empty()
-                            && is_read_only(limit, file_system.dev, &fd) =>
-                    {
-                        left_out.push(LeftOut {
-                            reason: why_read_only(&file_system, &fd),
-                            file_system,
-                        });
-                        continue;
-                    }
-                    (Ok(_), Some(what)) => {
+                match (opened, told.remove(&file_system.dev)) {
+                    (Ok(_), Some(reason)) => {
                         left_out.push(LeftOut {
                             file_system,
-                            reason: Reason::Busy(what.into()),
+                            reason,
                         });
                         continue;
                     }
@@ -615,17 +650,14 @@ fn open_all(
     Ok((plan, stuck, has_changed))
 }
 
-/// Whether this is on a read-only superblock, or a read-only mount. The kernel asks the file system, which may have to
-/// read a lot for it: one that says nothing is tried.
-fn is_read_only(limit: Duration, dev: DevId, fd: &OwnedFd) -> bool {
+/// Whether each of these is on a read-only superblock, or a read-only mount. The kernel asks the file system, which may
+/// have to read a lot for it: one that says nothing is tried.
+fn are_read_only(limit: Duration, open: &[(DevId, BorrowedFd<'_>)]) -> Vec<bool> {
     static ASKED: Questions<DevId> = Questions::new();
-    let ask = |fds: Vec<OwnedFd>| {
-        let said = fds.first().map(fstatvfs);
-        said.is_some_and(|it| it.is_ok_and(|it| it.flags().contains(FsFlags::ST_RDONLY)))
-    };
-    ASKED
-        .ask(dev, &[fd.as_fd()], limit, ask)
-        .unwrap_or_default()
+    let ask =
+        |fd: BorrowedFd<'_>| fstatvfs(fd).is_ok_and(|it| it.flags().contains(FsFlags::ST_RDONLY));
+    let said = ASKED.ask_each(open, limit, ask);
+    said.into_iter().map(Result::unwrap_or_default).collect()
 }
 
 fn left_out_for(file_system: FileSystem, error: &OpenError) -> LeftOut {
@@ -646,13 +678,22 @@ fn missing(left: &LeftOut) -> Missing {
     }
 }
 
+fn not_seen(Unseen { name, reason }: &Unseen) -> Missing {
+    Missing {
+        name: name.clone(),
+        reason: reason.clone(),
+    }
+}
+
 /// What a strict backup fails for: that, and what is known to have no means to freeze.
 fn strict_about(plan: &Plan) -> Vec<Missing> {
     let never_held = plan.synced.iter().map(|it| Missing {
         name: it.to_string(),
         reason: "it has no means to freeze".into(),
     });
-    plan.losses().map(missing).chain(never_held).collect()
+    let lost = plan.losses().map(missing);
+    let unseen = plan.unseen.iter().map(not_seen);
+    lost.chain(never_held).chain(unseen).collect()
 }
 
 #[cfg(test)]
@@ -664,6 +705,7 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use crate::apart::Patience;
     use crate::machine::Machine;
     use crate::mounts::parse;
     use crate::plan::Place;
@@ -1018,6 +1060,7 @@ mod tests {
                 ways,
                 mounts,
                 topology,
+                unseen: Vec::new(),
             })
         }
 
@@ -1058,7 +1101,13 @@ mod tests {
             Some(ways.clone())
         }
 
-        fn find(&mut self, ways: &Self::Ways, place: &Place, _: DevId) -> Option<(u64, u64)> {
+        fn find(
+            &mut self,
+            ways: &Self::Ways,
+            place: &Place,
+            _: DevId,
+            _: &Patience,
+        ) -> Option<(u64, u64)> {
             let space = match place.namespace {
                 0 => 0,
                 n => ways.get(n - 1)?.0,

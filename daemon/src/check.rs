@@ -586,6 +586,9 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
         let text = format!("{} is left out: {}", left.file_system, left.reason);
         all.push(finding(FILE_SYSTEMS, grade, text));
     }
+    for unseen in &plan.unseen {
+        all.push(finding(FILE_SYSTEMS, loss, unseen.to_string()));
+    }
     for synced in plan.only_synced() {
         let grade = match loss {
             Grade::Warning if is_of_the_firmware(synced) => Grade::Ok,
@@ -613,7 +616,8 @@ fn how_many(plan: &Plan, most: Option<u64>, is_strict: bool) -> Finding {
     let count = plan.waves.iter().flatten().count();
     let members = plan.waves.iter().flatten();
     let frozen = members.filter(|it| it.has_means_to_freeze()).count();
-    let is_of_anything = is_of_anything(frozen, plan.losses().count(), is_strict);
+    let losses = plan.losses().count() + plan.unseen.len();
+    let is_of_anything = is_of_anything(frozen, losses, is_strict);
     let (grade, text) = match is_of_anything {
         _ if most.is_some_and(|most| count as u64 > most) => (
             Grade::Problem,

@@ -27,8 +27,6 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-
 use self::work::{lock, ms, Obstacle, Pace, Work};
 use crate::apart::Apart;
 use crate::door::{Door, DoorError};
@@ -272,7 +270,7 @@ impl Session {
                 obstacles: Mutex::new(Vec::new()),
                 busy_until: Mutex::new(None),
                 failure: Mutex::new(None),
-                no_room: Mutex::new(None),
+                refused: Mutex::new(None),
                 lost: Mutex::new(Vec::new()),
                 early: Mutex::new(Vec::new()),
                 thaw_failure: Mutex::new(None),
@@ -420,10 +418,10 @@ impl Session {
             return Err(failure.unwrap_or(FreezeError::Aborted));
         }
         let summary = self.summary();
-        match lock(&work.no_room).take() {
-            Some(name) if summary.ours == 0 => Err(FreezeError::Failed {
+        match lock(&work.refused).take() {
+            Some((name, errno)) if summary.ours == 0 => Err(FreezeError::Failed {
                 name,
-                source: Errno::ENOSPC.into(),
+                source: errno.into(),
             }),
             _ => Ok(summary),
         }

@@ -7,13 +7,15 @@
 //! [`crate::plan`].
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, OwnedFd};
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::fcntl::{open, OFlag};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
+use crate::logbook::words;
 use crate::lost::Lost;
 use crate::mounts::{self, Mount, MountsError};
 use crate::namespaces::Namespaces;
@@ -36,7 +38,7 @@ pub enum LookError {
     /// Which superblocks are alive cannot be found out.
     #[error("cannot read what /sys/fs says of file systems")]
     Superblocks(#[source] std::io::Error),
-    /// One of them cannot be read, so that there may be file systems nobody knows of.
+    /// One of them cannot be entered.
     #[error("cannot look into another mount namespace")]
     Enter(#[source] std::io::Error),
 }
@@ -60,6 +62,23 @@ pub struct Machine<W = Ways> {
     pub mounts: Vec<Mount>,
     /// What the block devices stand on.
     pub topology: Topology,
+    /// The namespaces that could not be looked into, with the reason: there may be file systems nobody knows of.
+    pub unseen: Vec<Unseen>,
+}
+
+/// A namespace that could not be looked into.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unseen {
+    /// For people.
+    pub name: String,
+    /// Why.
+    pub reason: String,
+}
+
+impl fmt::Display for Unseen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} is left out: {}", self.name, self.reason)
+    }
 }
 
 impl Machine {
@@ -73,13 +92,7 @@ impl Machine {
         // Before the tables: what vanishes in between is shown by none and has to be open still.
         let alive = alive()?;
         let namespaces = Namespaces::find().map_err(LookError::Namespaces)?;
-        let mut mounts = mounts::read(proc.as_fd(), 0)?;
-        for number in 1..=namespaces.count() {
-            let seen = namespaces
-                .within(number, || mounts::read(proc.as_fd(), number))
-                .map_err(LookError::Enter)??;
-            mounts.extend(of_interest(seen));
-        }
+        let (mut mounts, unseen) = tables(proc.as_fd(), &namespaces)?;
         let mut superblocks = superblocks::of(&alive);
         let lost = lost.find(&mounts, &superblocks);
         mounts.extend(lost);
@@ -89,6 +102,7 @@ impl Machine {
             ways: Ways { proc, namespaces },
             mounts,
             topology,
+            unseen,
         })
     }
 }
@@ -97,6 +111,26 @@ impl Machine {
 pub fn open_proc() -> Result<OwnedFd, LookError> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     open("/proc", flags, Mode::empty()).map_err(|e| LookError::Proc(e.into()))
+}
+
+/// The tables of all namespaces but those that cannot be looked into.
+fn tables(
+    proc: BorrowedFd<'_>,
+    namespaces: &Namespaces,
+) -> Result<(Vec<Mount>, Vec<Unseen>), LookError> {
+    let mut mounts = mounts::read(proc, 0)?;
+    let mut unseen = Vec::new();
+    for number in 1..=namespaces.count() {
+        let seen = namespaces.within(number, || mounts::read(proc, number));
+        match seen.map_err(LookError::Enter).and_then(|it| Ok(it?)) {
+            Ok(seen) => mounts.extend(of_interest(seen)),
+            Err(error) => unseen.push(Unseen {
+                name: namespaces.name(number),
+                reason: words(&error),
+            }),
+        }
+    }
+    Ok((mounts, unseen))
 }
 
 /// Of another namespace's table the rest (overlay, proc, tmpfs, ...) is of no interest.
@@ -159,5 +193,23 @@ impl Table {
             }
         }
         Ok(mounts)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_that_cannot_be_entered_is_named_and_costs_nobody_else() {
+        let proc = open_proc().unwrap();
+        // Nobody enters that.
+        let other = Some(open("/dev/null", OFlag::O_RDONLY, Mode::empty()).unwrap());
+        let namespaces = Namespaces::alone(1, other);
+        let (mounts, unseen) = tables(proc.as_fd(), &namespaces).unwrap();
+        assert!(mounts.iter().any(|it| it.namespace == 0));
+        assert_eq!(unseen.len(), 1);
+        let said = unseen[0].to_string();
+        assert!(said.starts_with("mount namespace "), "{said}");
     }
 }

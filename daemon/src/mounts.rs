@@ -179,12 +179,7 @@ impl Mount {
         let is_fuse = fs_type == FUSE || fs_type.strip_prefix(FUSE).is_some_and(is_name);
         let is_roots = self.namespace == 0 && self.option("user_id") == Some(OsStr::new("0"));
         let source = Path::new(self.source.as_deref().unwrap_or_default());
-        let leads_out = || source.components().any(|it| it == Component::ParentDir);
-        is_fuse
-            && is_roots
-            && source.starts_with("/dev")
-            && source != Path::new("/dev/fuse")
-            && !leads_out()
+        is_fuse && is_roots && may_be_a_node(source) && source != Path::new("/dev/fuse")
     }
 
     /// False for what is on disks and known to have no means to freeze.
@@ -232,6 +227,12 @@ pub fn has_means_to_freeze(fs_type: &str) -> bool {
 /// Whether a superblock of this type has an anonymous number although it is on disks.
 pub fn is_anonymous(fs_type: &str) -> bool {
     ANONYMOUS_TYPES.contains(&fs_type)
+}
+
+/// Whether a name is a path below `/dev`. Any other may be that of a pool or of anything, or lead to who does not answer.
+pub fn may_be_a_node(name: &Path) -> bool {
+    let leads_out = || name.components().any(|it| it == Component::ParentDir);
+    name.starts_with("/dev") && !leads_out()
 }
 
 /// Whether a program has to answer for what is of this type.

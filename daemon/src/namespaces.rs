@@ -16,6 +16,7 @@ use std::thread;
 
 use nix::mount::{mount, MsFlags};
 use nix::sched::{setns, unshare, CloneFlags};
+use nix::sys::stat::fstat;
 
 use crate::sys::{self, MntNsInfo};
 
@@ -117,6 +118,13 @@ impl Namespaces {
         self.others.len()
     }
 
+    /// What this one is called, by the number that lsns(8) has for it.
+    pub fn name(&self, number: usize) -> String {
+        let found = self.other(number).ok().and_then(|it| fstat(it).ok());
+        let inode = found.map_or_else(|| "?".into(), |it| it.st_ino.to_string());
+        format!("mount namespace {inode}")
+    }
+
     /// Runs `work` inside namespace `number`; 0 is the own one, where it runs right here.
     ///
     /// Fails with `ENOENT` when there is no such namespace, and with what the kernel says when it
@@ -216,27 +224,32 @@ fn of_processes(own: &File) -> io::Result<Vec<OwnedFd>> {
         }
     }
     let seen = BTreeSet::from([own.metadata()?.ino()]);
-    Ok(new_ones(seen, links, |link| File::open(link)))
+    new_ones(seen, links, |link| File::open(link))
 }
 
 /// Each once of those that these links lead to, without those that were seen. One counts as seen when it is open: the
-/// process may end before, and others of the same namespace stay.
+/// process may end before, and others of the same namespace stay. Fails when it is we who cannot open any more: the rest
+/// would be missing without a word.
 fn new_ones(
     mut seen: BTreeSet<u64>,
     links: Vec<PathBuf>,
     open: impl Fn(&Path) -> io::Result<File>,
-) -> Vec<OwnedFd> {
+) -> io::Result<Vec<OwnedFd>> {
     let number = |link: &Path| std::fs::metadata(link).map(|it| it.ino());
     let mut others = Vec::new();
     for link in links {
         if !number(&link).is_ok_and(|it| !seen.contains(&it)) {
             continue;
         }
+        let opened = match open(&link) {
+            Err(error) if sys::is_our_own(&error) => return Err(error),
+            opened => opened.ok(),
+        };
         // Its process may be in another by now.
         let is_new = |it: &File| it.metadata().is_ok_and(|it| seen.insert(it.ino()));
-        others.extend(open(&link).ok().filter(is_new).map(OwnedFd::from));
+        others.extend(opened.filter(is_new).map(OwnedFd::from));
     }
-    others
+    Ok(others)
 }
 
 #[cfg(test)]
@@ -267,7 +280,13 @@ mod tests {
             true => Err(io::ErrorKind::NotFound.into()),
             false => File::open(link),
         };
-        assert_eq!(new_ones(BTreeSet::new(), links, open).len(), 1);
+        let found = |open: &dyn Fn(&Path) -> io::Result<File>| {
+            new_ones(BTreeSet::new(), links.clone(), open).map(|it| it.len())
+        };
+        assert_eq!(found(&open).unwrap(), 1);
+        // That no more can be opened is no end of a process.
+        let full = |_: &Path| Err(io::Error::from_raw_os_error(libc::EMFILE));
+        assert!(found(&full).is_err());
         std::fs::remove_dir_all(&dir).unwrap();
     }
 

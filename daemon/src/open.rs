@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CString, OsStr};
 use std::io;
+use std::iter;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -114,13 +115,17 @@ impl PlaceError {
         }
     }
 
-    fn errno(&self) -> Option<Errno> {
+    fn source(&self) -> Option<&io::Error> {
         match self {
             PlaceError::Open { source, .. }
             | PlaceError::Layers { source, .. }
-            | PlaceError::Again { source, .. } => source.raw_os_error().map(Errno::from_raw),
+            | PlaceError::Again { source, .. } => Some(source),
             _ => None,
         }
+    }
+
+    fn errno(&self) -> Option<Errno> {
+        self.source()?.raw_os_error().map(Errno::from_raw)
     }
 
     /// Whether this is what a mount over the place, or over a folder on the way there, looks like, or
@@ -217,13 +222,8 @@ impl OpenError {
 
     /// Whether it is this process that lacks something.
     pub fn is_our_own(&self) -> bool {
-        let lacks = |e: &PlaceError| {
-            matches!(
-                e.errno(),
-                Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
-            )
-        };
-        self.tried.iter().any(lacks)
+        let mut errors = self.tried.iter().filter_map(PlaceError::source);
+        errors.any(sys::is_our_own)
     }
 
     /// What was tried and what came of it, in words.
@@ -241,207 +241,208 @@ impl OpenError {
 /// How long a look-up through layers may take: there is another way.
 const LAYERS_TIME: Duration = Duration::from_secs(2);
 
-/// Opens one, as [`open_all_within`] does.
-pub fn open_within(
-    limit: Duration,
-    ways: &Ways,
-    file_system: &FileSystem,
-) -> Result<OwnedFd, OpenError> {
-    let opened = open_all_within(limit, ways, &[file_system]).pop();
-    opened.unwrap_or_else(|| Err(OpenError::of(file_system, Vec::new())))
+/// How one may be opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Way {
+    /// With the program that has to answer for it.
+    Served,
+    /// By a path in one namespace.
+    Path,
+    /// By a path that leads through layers.
+    Layers,
+    /// Mounted once more: the kernel lets nobody do so while another writes it back or unmounts it, which takes as long
+    /// as its disk does.
+    Again,
 }
 
-/// Opens these, each in no longer than `limit`; those that hang are waited for together. What is mounted once more
-/// is opened apart from the others as well: the kernel lets nobody do so while another writes it back or unmounts it,
-/// which takes as long as its disk does.
-pub fn open_all_within(
-    limit: Duration,
-    ways: &Ways,
-    file_systems: &[&FileSystem],
-) -> Vec<Result<OwnedFd, OpenError>> {
-    // What hangs in its layers can be mounted once more all the same, and what is below the same ones is not tried.
-    static OPENED: Questions<DevId> = Questions::new();
-    static LAYERS: Questions<DevId> = Questions::new();
-    static MOUNTED: Questions<DevId> = Questions::new();
-    let served = |file_system: &FileSystem| {
-        let ask = (&OPENED, file_system.dev, limit, open_file_system as Open);
-        open_apart(ask, ways, file_system, PlaceError::Silent)
-    };
-    let other_ways = |file_system: &FileSystem, error: OpenError| {
-        let dev = file_system.dev;
-        let again = || {
-            let ask = (&MOUNTED, dev, limit, mount_again as Open);
-            open_apart(ask, ways, file_system, PlaceError::Locked)
-        };
-        let below_layers = || {
-            let (layers, below, path) = below_layers(file_system)?;
-            let ask = (&LAYERS, layers, limit.min(LAYERS_TIME), by_path as Open);
-            let source = io::ErrorKind::TimedOut.into();
-            let opened = open_apart(ask, ways, &below, PlaceError::Layers { path, source });
-            Some(opened.map_err(OpenError::below_layers))
-        };
-        let opened = error.or_by(below_layers);
-        opened.or_else(|error| error.or_by(|| Some(again())))
-    };
-    let is_served = |it: &FileSystem| mounts::is_served(&it.fs_type);
-    let others = file_systems.iter().filter(|it| !is_served(it));
-    let others: Vec<&FileSystem> = others.copied().collect();
-    let mut by_path = by_paths(limit, ways, &others).into_iter();
-    let open = |file_system: &&FileSystem| match is_served(file_system) {
-        true => served(file_system),
-        // One for each of the others, in this order.
-        false => match by_path.next() {
-            Some(opened) => opened.or_else(|error| other_ways(file_system, error)),
-            None => Err(OpenError::of(file_system, Vec::new())),
-        },
-    };
-    file_systems.iter().map(open).collect()
-}
-
-/// So many may be open on the way back while nobody takes them.
-const AT_ONCE: usize = 128;
-
-/// One to be opened by its path.
+/// One to be opened one way.
 struct Walk {
-    /// Its place among all that are.
-    index: usize,
+    way: Way,
+    /// What may hang: that superblock, or the layers on the way.
+    about: DevId,
     /// Where it is opened.
     namespace: usize,
     /// As it looks there.
     file_system: FileSystem,
 }
 
-/// Opens each by its path: all that are reached in one namespace at the price of one hand-over. What hangs is not
-/// tried again as long as it does.
-fn by_paths(
+impl Walk {
+    fn new(way: Way, file_system: &FileSystem, namespace: usize) -> Self {
+        let places = file_system.places.iter();
+        let places = places.filter(|place| place.namespace == namespace);
+        Walk {
+            way,
+            about: file_system.dev,
+            namespace,
+            file_system: FileSystem {
+                dev: file_system.dev,
+                fs_type: file_system.fs_type.clone(),
+                source: file_system.source.clone(),
+                devices: file_system.devices.clone(),
+                disks: Vec::new(),
+                below: None,
+                stands_on: None,
+                places: places.cloned().collect(),
+            },
+        }
+    }
+
+    /// Where it is mounted first.
+    fn at_first(way: Way, file_system: &FileSystem) -> Self {
+        let first = file_system.places.first();
+        Walk::new(way, file_system, first.map_or(0, |it| it.namespace))
+    }
+
+    /// Why it is not open when nothing has come of it in time, or does not as long as another hangs there.
+    fn silent(&self) -> PlaceError {
+        let path = self.path();
+        match self.way {
+            Way::Served => PlaceError::Silent,
+            Way::Path => PlaceError::Stuck { path },
+            Way::Layers => {
+                let source = io::ErrorKind::TimedOut.into();
+                PlaceError::Layers { path, source }
+            }
+            Way::Again => PlaceError::Locked,
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        let first = self.file_system.places.first();
+        first.map(|it| it.path.clone()).unwrap_or_default()
+    }
+}
+
+/// The ways to this one, the best first: what hangs in its layers can be mounted once more all the same.
+fn ways_to(file_system: &FileSystem) -> Box<dyn Iterator<Item = Walk> + '_> {
+    if mounts::is_served(&file_system.fs_type) {
+        return Box::new(iter::once(Walk::at_first(Way::Served, file_system)));
+    }
+    let walkable = || file_system.places.iter().filter(|place| place.walkable);
+    let shown = walkable().filter(|place| !place.hidden);
+    let mut seen = BTreeSet::new();
+    let each = shown.chain(walkable()).map(|place| place.namespace);
+    let each = each.filter(move |namespace| seen.insert(*namespace));
+    let by_path = each.map(|namespace| Walk::new(Way::Path, file_system, namespace));
+    let below_layers = iter::once_with(|| {
+        let (layers, below) = below_layers(file_system)?;
+        let walk = Walk::at_first(Way::Layers, &below);
+        Some(Walk {
+            about: layers,
+            ..walk
+        })
+    });
+    let again = iter::once_with(|| Walk::at_first(Way::Again, file_system));
+    Box::new(by_path.chain(below_layers.flatten()).chain(again))
+}
+
+/// Opens these, each by the first of its ways that leads to it. Each way may take no longer than `limit`, and those
+/// that hang are waited for together.
+pub fn open_all_within(
     limit: Duration,
     ways: &Ways,
     file_systems: &[&FileSystem],
 ) -> Vec<Result<OwnedFd, OpenError>> {
-    let walk = |(index, file_system): (usize, &&FileSystem)| {
-        let namespace = namespace_to(file_system)?;
-        let file_system = only_in(namespace, file_system);
-        Some(Walk {
-            index,
-            namespace,
-            file_system,
-        })
-    };
-    let mut walks: Vec<Walk> = file_systems.iter().enumerate().filter_map(walk).collect();
-    walks.sort_by_key(|it| it.namespace);
-    let asked = walks.iter().map(|it| (it.index, it.namespace));
-    let mut asked: BTreeMap<usize, usize> = asked.collect();
-    let mut walked = match walk_apart(limit, ways, walks) {
-        Ok(walked) => walked,
-        Err(errno) => {
-            let cannot = |it: &&FileSystem| {
-                let error = PlaceError::open(Path::new(""), errno.into());
-                Err(OpenError::of(it, vec![error]))
-            };
-            return file_systems.iter().map(cannot).collect();
-        }
-    };
-    let opened = |(index, file_system): (usize, &&FileSystem)| {
-        let found = asked.remove(&index).zip(walked.remove(&index));
-        let Some((namespace, opened)) = found else {
-            // There is no path to walk, so that is all that is said.
-            return by_path(ways, file_system);
-        };
-        let elsewhere = || {
-            let mut rest = (*file_system).clone();
-            rest.places.retain(|place| place.namespace != namespace);
-            let is_any = !rest.places.is_empty();
-            is_any
-                .then(|| by_paths(limit, ways, &[&rest]).pop())
-                .flatten()
-        };
-        opened.or_else(|error| error.or_by(elsewhere))
-    };
-    file_systems.iter().enumerate().map(opened).collect()
+    open_all_by(Way::open, limit, ways, file_systems)
 }
 
-/// The namespace with the best path to it that can be walked, if there is one.
-fn namespace_to(file_system: &FileSystem) -> Option<usize> {
-    let walkable = || file_system.places.iter().filter(|place| place.walkable);
-    let best = walkable().find(|place| !place.hidden);
-    best.or_else(|| walkable().next())
-        .map(|place| place.namespace)
-}
-
-/// What it takes to walk to it there.
-fn only_in(namespace: usize, file_system: &FileSystem) -> FileSystem {
-    let places = file_system.places.iter();
-    let places = places.filter(|place| place.namespace == namespace);
-    FileSystem {
-        dev: file_system.dev,
-        fs_type: file_system.fs_type.clone(),
-        source: file_system.source.clone(),
-        devices: Vec::new(),
-        disks: Vec::new(),
-        below: None,
-        stands_on: None,
-        places: places.cloned().collect(),
-    }
-}
-
-/// Goes these ways, by namespace, and returns what came of each by its index.
-fn walk_apart(
+fn open_all_by(
+    open: fn(Way) -> Open,
     limit: Duration,
     ways: &Ways,
-    walks: Vec<Walk>,
-) -> nix::Result<BTreeMap<usize, Result<OwnedFd, OpenError>>> {
-    static WALKED: Questions<DevId> = Questions::new();
-    let mut walked = BTreeMap::new();
+    file_systems: &[&FileSystem],
+) -> Vec<Result<OwnedFd, OpenError>> {
+    let closed = |it: &&FileSystem| Err(OpenError::of(it, foreign(it)));
+    let mut all: Vec<Result<OwnedFd, OpenError>> = file_systems.iter().map(closed).collect();
+    let mut left: Vec<_> = file_systems.iter().map(|it| ways_to(it)).collect();
+    loop {
+        let each = all.iter().zip(&mut left).enumerate();
+        let next = each.filter_map(|(index, (opened, left))| {
+            let is_closed = opened.as_ref().is_err_and(|it| !it.is_final());
+            let next = is_closed.then(|| left.next()).flatten();
+            next.map(|walk| (index, walk))
+        });
+        let (layers, others): (Vec<_>, Vec<_>) = next.partition(|(_, it)| it.way == Way::Layers);
+        if layers.is_empty() && others.is_empty() {
+            return all;
+        }
+        for (limit, walks) in [(limit, others), (limit.min(LAYERS_TIME), layers)] {
+            walk_apart(open, limit, ways, walks, |index, opened| {
+                match (all.get_mut(index), opened) {
+                    (Some(Err(before)), Err(error)) => before.tried.extend(error.tried),
+                    (Some(it), opened) => *it = opened,
+                    (None, _) => {}
+                }
+            });
+        }
+    }
+}
+
+/// So many may be open on the way back while nobody takes them.
+const AT_ONCE: usize = 128;
+
+/// Goes these ways, which have a number each, by who has nothing else open, in one namespace only: the others, what is
+/// mounted there, and the device of the module must not stay because of a thread that hangs. All in one namespace are
+/// at the price of one hand-over; what hangs is not tried again as long as it does. `heard` gets what came of each.
+fn walk_apart(
+    open: fn(Way) -> Open,
+    limit: Duration,
+    ways: &Ways,
+    mut walks: Vec<(usize, Walk)>,
+    mut heard: impl FnMut(usize, Result<OwnedFd, OpenError>),
+) {
+    static WALKED: Questions<(Way, DevId)> = Questions::new();
     if walks.is_empty() {
-        return Ok(walked);
+        return;
     }
     let flags = SockFlag::SOCK_CLOEXEC;
-    let (line, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+    let line = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
+    let (line, theirs) = match line {
+        Ok(ends) => ends,
+        Err(errno) => {
+            for (index, walk) in walks {
+                let error = PlaceError::open(&walk.path(), errno.into());
+                heard(index, Err(OpenError::of(&walk.file_system, vec![error])));
+            }
+            return;
+        }
+    };
+    walks.sort_by_key(|(_, it)| it.namespace);
     let walks = Arc::new(walks);
-    let together = walks.chunk_by(|one, next| one.namespace == next.namespace);
+    let together = walks.chunk_by(|(_, one), (_, next)| one.namespace == next.namespace);
     let together = together.flat_map(|some| some.chunks(AT_ONCE));
-    let together: Vec<(&[Walk], Namespaces)> = together
+    let together: Vec<(&[(usize, Walk)], Namespaces)> = together
         .map(|some| {
-            let namespace = some.first().map_or(0, |it| it.namespace);
+            let namespace = some.first().map_or(0, |(_, it)| it.namespace);
             // Without it they say themselves that it is not there.
             (some, ways.namespaces.only(namespace).unwrap_or_default())
         })
         .collect();
     let needed = [theirs.as_fd(), ways.proc.as_fd()];
     let lots = together.iter().map(|(some, only)| Lot {
-        abouts: some.iter().map(|it| it.file_system.dev).collect(),
+        abouts: some.iter().map(|(_, it)| (it.way, it.about)).collect(),
         fds: needed.into_iter().chain(only.fds()).collect(),
     });
     let asked = Arc::clone(&walks);
     let walk = move |number: usize, fds: &[OwnedFd]| match asked.get(number) {
-        Some(it) => open_handed(fds, it.namespace, &it.file_system, by_path, number),
+        Some((_, it)) => open_handed(fds, it.namespace, &it.file_system, open(it.way), number),
         None => Ok(()),
     };
     let mut fds = BTreeMap::new();
-    WALKED.ask_all(lots.collect(), limit, walk, |number, heard| {
-        let Some(Walk {
-            index, file_system, ..
-        }) = walks.get(number)
-        else {
+    WALKED.ask_all(lots.collect(), limit, walk, |number, said| {
+        let Some((index, walk)) = walks.get(number) else {
             return;
         };
-        let path = || {
-            let first = file_system.places.first();
-            first.map(|it| it.path.clone()).unwrap_or_default()
-        };
-        let fail = |error| OpenError::of(file_system, vec![error]);
-        let opened = match heard {
+        let fail = |error| OpenError::of(&walk.file_system, vec![error]);
+        let opened = match said {
             Ok(Ok(())) => sent_with(line.as_fd(), number, &mut fds)
-                .map_err(|error| fail(PlaceError::open(&path(), error))),
+                .map_err(|error| fail(PlaceError::open(&walk.path(), error))),
             Ok(Err(error)) => Err(error),
-            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
-                Err(fail(PlaceError::Stuck { path: path() }))
-            }
-            Err(error) => Err(fail(PlaceError::open(&path(), error))),
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(fail(walk.silent())),
+            Err(error) => Err(fail(PlaceError::open(&walk.path(), error))),
         };
-        walked.insert(*index, opened);
+        heard(*index, opened);
     });
-    Ok(walked)
 }
 
 /// What was sent with this number, and has been; what comes before it is kept.
@@ -461,55 +462,30 @@ fn sent_with(
     }
 }
 
-/// A way to open it.
+/// What opens it.
 type Open = fn(&Ways, &FileSystem) -> Result<OwnedFd, OpenError>;
-/// About what is asked, for how long, and for what.
-type Ask = (&'static Questions<DevId>, DevId, Duration, Open);
 
-/// The same file system as it looks through the layers nearest to it that are on the way, for who may hang there: those
-/// layers, and the path that leads through them. `None` if no place is below some.
-fn below_layers(file_system: &FileSystem) -> Option<(DevId, FileSystem, PathBuf)> {
+impl Way {
+    fn open(self) -> Open {
+        match self {
+            Way::Served => open_file_system,
+            Way::Path => by_path,
+            Way::Layers => by_layers,
+            Way::Again => mount_again,
+        }
+    }
+}
+
+/// The same file system as it looks through the layers nearest to it that are on the way, for who may hang there, and
+/// those layers. `None` if no place is below some.
+fn below_layers(file_system: &FileSystem) -> Option<(DevId, FileSystem)> {
     let mut found = file_system.clone();
     let layers = found.places.iter().find_map(|place| place.layers)?;
     found.places.retain(|place| place.layers == Some(layers));
     for place in &mut found.places {
         (place.walkable, place.layers) = (true, None);
     }
-    let path = found.places.first()?.path.clone();
-    Some((layers, found, path))
-}
-
-/// Has it opened so by who has nothing else open, in one namespace only: the others, what is mounted there, and
-/// the device of the module must not stay because of a thread that hangs. It is `silent` when that takes longer
-/// than it may, and as long as it does.
-fn open_apart(
-    (questions, about, limit, open): Ask,
-    ways: &Ways,
-    file_system: &FileSystem,
-    silent: PlaceError,
-) -> Result<OwnedFd, OpenError> {
-    let first = file_system.places.first();
-    let path = first.map(|it| it.path.clone()).unwrap_or_default();
-    let namespace = first.map_or(0, |it| it.namespace);
-    let mut asked = file_system.clone();
-    asked.places.retain(|it| it.namespace == namespace);
-    let fail = |error| OpenError::of(file_system, vec![error]);
-    let cannot = |source| fail(PlaceError::open(&path, source));
-    let only = ways.namespaces.only(namespace).map_err(cannot)?;
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let line = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
-    let (line, theirs) = line.map_err(|e| cannot(e.into()))?;
-    let needed = [theirs.as_fd(), ways.proc.as_fd()];
-    let needed: Vec<BorrowedFd<'_>> = needed.into_iter().chain(only.fds()).collect();
-    let question = move |fds: Vec<OwnedFd>| open_handed(&fds, namespace, &asked, open, 0);
-    let opened = questions.ask(about, &needed, limit, question);
-    opened.map_err(|error| match error.kind() {
-        io::ErrorKind::TimedOut => fail(silent),
-        _ => cannot(error),
-    })??;
-    let (_, mut fds) = sys::receive(line.as_fd(), &mut [0]).map_err(cannot)?;
-    fds.pop()
-        .ok_or_else(|| cannot(io::ErrorKind::NotFound.into()))
+    Some((layers, found))
 }
 
 /// Opens it with what was handed over: a line over which to give what was opened, with this number, the root of
@@ -541,12 +517,27 @@ fn open_handed(
 /// be walked to, it is mounted once more. The way through layers is the last: whoever goes it may hang.
 pub fn open_file_system(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenError> {
     let below_layers = || {
-        let (_, below, _) = below_layers(file_system)?;
-        Some(by_path(ways, &below).map_err(OpenError::below_layers))
+        let (_, below) = below_layers(file_system)?;
+        Some(by_layers(ways, &below))
     };
     let opened = by_path(ways, file_system);
     let opened = opened.or_else(|error| error.or_by(|| Some(mount_again(ways, file_system))));
     opened.or_else(|error| error.or_by(below_layers))
+}
+
+/// Opens what [`below_layers`] has found.
+fn by_layers(ways: &Ways, below: &FileSystem) -> Result<OwnedFd, OpenError> {
+    by_path(ways, below).map_err(OpenError::below_layers)
+}
+
+/// The places of one whose paths nobody walks to.
+fn foreign(file_system: &FileSystem) -> Vec<PlaceError> {
+    let places = file_system.places.iter();
+    let foreign = places.filter(|place| !place.walkable && place.layers.is_none());
+    let path = |place: &Place| place.path.clone();
+    foreign
+        .map(|it| PlaceError::Foreign { path: path(it) })
+        .collect()
 }
 
 /// Opens it through the first of its places that can be walked to and still leads to it. If none does because other mounts lie over all
@@ -556,9 +547,8 @@ fn by_path(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenError> 
     let mut tried = Vec::new();
     let proc = ways.proc.as_fd();
     let namespaces = &ways.namespaces;
-    let (walkable, foreign): (Vec<&Place>, Vec<&Place>) =
-        file_system.places.iter().partition(|place| place.walkable);
-    for place in walkable.iter().filter(|place| !place.hidden) {
+    let walkable = || file_system.places.iter().filter(|place| place.walkable);
+    for place in walkable().filter(|place| !place.hidden) {
         let opened = namespaces.within(place.namespace, || open_place(proc, file_system, place));
         match opened {
             Ok(Ok(fd)) => return Ok(fd),
@@ -566,22 +556,18 @@ fn by_path(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenError> 
             Err(source) => tried.push(PlaceError::open(&place.path, source)),
         }
     }
-    let mut error = OpenError::of(file_system, tried);
+    let error = OpenError::of(file_system, tried);
     if error.is_final() {
         return Err(error);
     }
     if error.tried.is_empty() || error.tried.iter().any(PlaceError::may_be_elsewhere) {
-        for place in walkable {
+        for place in walkable() {
             let uncover = || uncover(proc, file_system, place);
             if let Ok(Ok(fd)) = namespaces.within_copy(place.namespace, uncover) {
                 return Ok(fd);
             }
         }
     }
-    let foreign = foreign.iter().filter(|place| place.layers.is_none());
-    error.tried.extend(foreign.map(|place| PlaceError::Foreign {
-        path: place.path.clone(),
-    }));
     Err(error)
 }
 
@@ -773,6 +759,8 @@ fn open_nonblocking(path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
 mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
+    use std::sync::Mutex;
+    use std::time::Instant;
 
     fn file_system(path: &Path, dev: DevId) -> FileSystem {
         FileSystem {
@@ -859,12 +847,47 @@ mod tests {
         planned.places[0].layers = Some("0:99".parse().unwrap());
         let error = by_path(&ways, &planned).unwrap_err();
         assert!(error.tried.is_empty(), "{error}");
-        open_within(Duration::from_secs(60), &ways, &planned).unwrap();
+        let opened = open_all_within(Duration::from_secs(60), &ways, &[&planned]);
+        assert!(opened.iter().all(Result::is_ok), "{opened:?}");
         let broken = || {
             let source = Errno::EIO.into();
             OpenError::of(&planned, vec![PlaceError::open(root, source)])
         };
         assert!(broken().is_broken() && !broken().below_layers().is_broken());
+    }
+
+    #[test]
+    fn those_that_hang_are_waited_for_together_whatever_the_way() {
+        static HANG: Mutex<()> = Mutex::new(());
+        const LIMIT: Duration = Duration::from_millis(500);
+        let ways = Ways {
+            proc: Arc::new(proc()),
+            namespaces: Namespaces::default(),
+        };
+        fn hangs(_: &Ways, it: &FileSystem) -> Result<OwnedFd, OpenError> {
+            drop(HANG.lock());
+            Err(OpenError::of(it, Vec::new()))
+        }
+        let elsewhere = |minor| {
+            let mut it = file_system(Path::new("/"), DevId { major: 99, minor });
+            it.places.clear();
+            it
+        };
+        let planned: Vec<FileSystem> = (0..6).map(elsewhere).collect();
+        let planned: Vec<&FileSystem> = planned.iter().collect();
+        let hold = HANG.lock().unwrap();
+        // As long as they hang nobody waits for them again.
+        for limit in [LIMIT, LIMIT * 100] {
+            let begin = Instant::now();
+            let opened = open_all_by(|_| hangs, limit, &ways, &planned);
+            assert_eq!(opened.len(), 6);
+            for error in opened.into_iter().map(Result::unwrap_err) {
+                let is_locked = matches!(error.tried[..], [PlaceError::Locked]);
+                assert!(is_locked, "{error}");
+            }
+            assert!(begin.elapsed() < LIMIT * 3, "{:?}", begin.elapsed());
+        }
+        drop(hold);
     }
 
     #[test]

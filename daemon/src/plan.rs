@@ -22,6 +22,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::ground::{devices_below, holder, AtRest, Disk, GoesOn, Ground, Holder, Watched};
+use crate::machine::Unseen;
 use crate::mounts::{self, has_means_to_freeze, DevId, Mount};
 use crate::topology::{Topology, Unmounted};
 use crate::unlisted::UNKNOWN;
@@ -205,6 +206,8 @@ pub struct Plan {
     pub left_out: Vec<LeftOut>,
     /// The disks that the host gives, and all others that something here is on.
     pub disks: BTreeMap<DevId, Disk>,
+    /// Where nobody could look: there may be more.
+    pub unseen: Vec<Unseen>,
 }
 
 /// Of which disks a backup is.

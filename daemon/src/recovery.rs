@@ -259,6 +259,9 @@ fn thaw_record(record: &Record, log: &Logbook) -> Result<(), RecoveryError> {
         return Ok(());
     }
     let machine = Machine::look()?;
+    for unseen in &machine.unseen {
+        log.warning(unseen.to_string());
+    }
     let everything = plan(&machine.mounts, &machine.topology, &|_| None);
     let ways = Arc::new(machine.ways);
     let mut opens = Vec::new();

@@ -356,6 +356,12 @@ pub fn identify(fd: BorrowedFd<'_>) -> io::Result<Identity> {
     })
 }
 
+/// Whether it is this process, or the machine, that lacks what it takes to open anything.
+pub fn is_our_own(error: &io::Error) -> bool {
+    let lacks = [libc::EMFILE, libc::ENFILE, libc::ENOMEM];
+    error.raw_os_error().is_some_and(|it| lacks.contains(&it))
+}
+
 /// The number of the mount that `fd` was opened through, of the kind that is never used again.
 /// Fails with [`io::ErrorKind::Unsupported`] before Linux 6.8.
 pub fn unique_mount_id(fd: BorrowedFd<'_>) -> io::Result<u64> {

@@ -8,7 +8,6 @@
 //! system, be it through the kernel, is asked [apart](Questions): one whose server or disk is dead must not
 //! cost the order of all others, nor their thaw.
 
-use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -16,46 +15,20 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::fcntl::{open, OFlag};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
-use crate::apart::Questions;
+use crate::apart::{Patience, Questions};
 use crate::disks::{self, HostDisk};
-use crate::mounts::{is_served, DevId, Mount};
+use crate::mounts::{is_served, may_be_a_node, DevId, Mount};
 use crate::superblocks::{dev_in, folder_of, Superblock};
 use crate::sys::{self, LoopBacking};
 
 /// How long all that hangs may hold up one look: a thaw may wait for it.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How long each may take that is asked after that is used up: whatever does not hang answers long before.
-const MOMENT: Duration = Duration::from_millis(50);
-
-/// What is left of [`PATIENCE`] in one look.
-struct Patience(Cell<Duration>);
-
-impl Patience {
-    fn new() -> Self {
-        Patience(Cell::new(PATIENCE))
-    }
-
-    /// The answer to something that may hang. `None` when it does.
-    fn ask<T: Send + 'static>(
-        &self,
-        questions: &'static Questions<DevId>,
-        about: DevId,
-        question: impl FnOnce() -> T + Send + 'static,
-    ) -> Option<T> {
-        let (left, began) = (self.0.get(), Instant::now());
-        let answer = questions.ask(about, &[], left.max(MOMENT), |_| question());
-        if answer.is_err() {
-            self.0.set(left.saturating_sub(began.elapsed()));
-        }
-        answer.ok()
-    }
-}
 
 /// What was asked does not answer in time.
 struct Silent;
@@ -161,7 +134,7 @@ pub struct Unmounted {
 /// What cannot be read is left out: a device may vanish at any time, and an order that lacks one
 /// edge is better than no backup.
 pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
-    let patience = Patience::new();
+    let patience = Patience::new(PATIENCE);
     let mut topology = Topology {
         disks: disks::of_host(),
         born: born(superblocks),
@@ -177,9 +150,10 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
     }
     find_errors(&mut topology, mounts);
     let uuid_at = |mount: &Mount| uuid_at(mount, &patience);
+    let named_devices = |mount: &Mount| named_devices(mount, &patience);
     assign_members(&mut topology, mounts, superblocks, named_devices, uuid_at);
     find_unmounted(&mut topology, mounts, superblocks);
-    find_logs(&mut topology, mounts, superblocks);
+    find_logs(&mut topology, mounts, superblocks, &patience);
     let own = mounts.iter().filter(|m| m.writable).map(|m| m.dev);
     let members = topology.members.values().flatten().copied();
     let unmounted = topology.unmounted.iter();
@@ -265,7 +239,7 @@ fn add_alias(topology: &mut Topology, mount: &Mount, patience: &Patience) {
         return;
     }
     let path = mount.path.clone();
-    let found = patience.ask(&ASKED, mount.dev, || fs::symlink_metadata(path).ok());
+    let found = patience.ask(&ASKED, mount.dev, &[], |_| fs::symlink_metadata(path).ok());
     if let Some(meta) = found.flatten() {
         let alias = DevId::from_raw(meta.dev());
         if alias.major == 0 && alias != mount.dev {
@@ -329,7 +303,9 @@ fn uuid_at(mount: &Mount, patience: &Patience) -> Result<Option<String>, Silent>
         let uuid = sys::btrfs_uuid(fd.as_fd()).ok()?;
         (found.mount_id == Some(id)).then(|| in_words(uuid))
     };
-    patience.ask(&ASKED, mount.dev, ask).ok_or(Silent)
+    patience
+        .ask(&ASKED, mount.dev, &[], move |_| ask())
+        .ok_or(Silent)
 }
 
 /// A UUID in the form that everybody writes.
@@ -347,9 +323,11 @@ fn in_words(uuid: [u8; 16]) -> String {
 }
 
 /// The block devices that a mount names as its source.
-fn named_devices(mount: &Mount) -> Vec<DevId> {
+fn named_devices(mount: &Mount, patience: &Patience) -> Vec<DevId> {
     let nodes = named_nodes(mount).into_iter();
-    nodes.filter_map(device_at).collect()
+    nodes
+        .filter_map(|node| device_named(mount, node, patience))
+        .collect()
 }
 
 /// What a mount names as its source: with any other type than bcachefs one node, whose name may have a colon,
@@ -362,6 +340,16 @@ fn named_nodes(mount: &Mount) -> Vec<&OsStr> {
     // All of its devices.
     let parts = source.as_bytes().split(|&b| b == b':');
     parts.map(OsStr::from_bytes).collect()
+}
+
+/// The device with the node that a mount names. Whoever looks elsewhere than in `/dev` may hang there.
+fn device_named(mount: &Mount, node: &OsStr, patience: &Patience) -> Option<DevId> {
+    static ASKED: Questions<DevId> = Questions::new();
+    if !may_be_a_node(Path::new(node)) {
+        return None;
+    }
+    let node = node.to_owned();
+    patience.ask(&ASKED, mount.dev, &[], move |_| device_at(&node))?
 }
 
 /// The number of the block device whose node is here.
@@ -416,12 +404,17 @@ fn find_unmounted(topology: &mut Topology, mounts: &[Mount], superblocks: &[Supe
 /// Journals, logs and data that have a device of their own: xfs names them among its options, ext4 names
 /// its journal's thread after the device. f2fs tells of its first device only, and without a mount xfs
 /// tells of none.
-fn find_logs(topology: &mut Topology, mounts: &[Mount], superblocks: &[Superblock]) {
+fn find_logs(
+    topology: &mut Topology,
+    mounts: &[Mount],
+    superblocks: &[Superblock],
+    patience: &Patience,
+) {
     for mount in mounts.iter().filter(|m| m.is_on_disks()) {
         let named = ["logdev", "rtdev"].into_iter();
         for path in named.filter_map(|name| mount.option(name)) {
             let logs = topology.logs.entry(mount.dev).or_default();
-            match device_at(path) {
+            match device_named(mount, path, patience) {
                 Some(dev) if logs.contains(&dev) => {}
                 Some(dev) => logs.push(dev),
                 None => drop(topology.unclear.insert(mount.dev)),
@@ -476,7 +469,7 @@ fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount], patience
         let Some(mount) = below.filter(is_reached) else {
             continue;
         };
-        let found = patience.ask(&ASKED, mount.dev, || fs::symlink_metadata(path).ok());
+        let found = patience.ask(&ASKED, mount.dev, &[], |_| fs::symlink_metadata(path).ok());
         if found
             .flatten()
             .is_some_and(|meta| DevId::from_raw(meta.dev()) == dev)
@@ -488,7 +481,7 @@ fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount], patience
 
 /// These devices and all that they stand on, to any depth.
 pub fn all_below(devices: impl IntoIterator<Item = DevId>) -> BTreeMap<DevId, Device> {
-    let patience = Patience::new();
+    let patience = Patience::new(PATIENCE);
     let mut topology = Topology::default();
     for dev in devices {
         add(&mut topology, dev, &patience);
@@ -504,7 +497,7 @@ fn add(topology: &mut Topology, dev: DevId, patience: &Patience) {
     let device = describe(&folder, |node| {
         static ASKED: Questions<DevId> = Questions::new();
         let ask = move || sys::loop_backing(File::open(node).ok()?.as_fd()).ok();
-        patience.ask(&ASKED, dev, ask)?
+        patience.ask(&ASKED, dev, &[], move |_| ask())?
     });
     let below = device.below.clone();
     topology.devices.insert(dev, device);
@@ -632,6 +625,7 @@ fn list(dir: &Path) -> impl Iterator<Item = PathBuf> {
 mod tests {
     use super::*;
     use crate::mounts::parse;
+    use std::time::Instant;
 
     fn superblock(name: &str, dev: &str) -> Superblock {
         Superblock {
@@ -714,6 +708,31 @@ mod tests {
     }
 
     #[test]
+    fn a_source_is_looked_for_in_dev_only() {
+        // Whoever follows this one is out of `/dev`, as from a data set of this name, whose parts are folders.
+        let out = std::env::temp_dir().join(format!("hv-vss-source-{}", std::process::id()));
+        let any = fs::read_dir("/sys/class/block").into_iter().flatten();
+        let node = any.flatten().find_map(|it| {
+            let node = Path::new("/dev").join(it.file_name());
+            device_at(node.as_os_str()).map(|_| node)
+        });
+        let Some(node) = node else {
+            // There is none in a container.
+            return;
+        };
+        std::os::unix::fs::symlink(&node, &out).unwrap();
+        let found = |source: &Path| {
+            let line = format!("1 0 0:31 / /a rw - zfs {} rw\n", source.display());
+            let mounts = parse(line.as_bytes(), 0).unwrap();
+            named_devices(&mounts[0], &Patience::new(PATIENCE)).len()
+        };
+        let around = Path::new("/dev/..").join(out.strip_prefix("/").unwrap());
+        let seen = [node.as_path(), &out, &around].map(found);
+        fs::remove_file(&out).unwrap();
+        assert_eq!(seen, [1, 0, 0]);
+    }
+
+    #[test]
     fn a_disk_of_virtio_is_hardware_unless_a_program_may_serve_it_as_vdpa() {
         let root = std::env::temp_dir().join(format!("hv-vss-buses-{}", std::process::id()));
         // A device, by the subsystem of each on the way to it.
@@ -753,14 +772,16 @@ mod tests {
         let dir = root.join("loop7");
         fs::create_dir_all(dir.join("loop")).unwrap();
         fs::write(dir.join("loop/backing_file"), "/mnt/dead/a\n").unwrap();
-        let patience = Patience(Cell::new(Duration::from_millis(300)));
+        let patience = Patience::new(Duration::from_millis(300));
         let (release, hang) = std::sync::mpsc::channel::<()>();
         let device = |number: u32, answer: Box<dyn FnOnce() -> Option<LoopBacking> + Send>| {
             let dev = DevId {
                 major: 7,
                 minor: number,
             };
-            describe(&dir, |_| patience.ask(&ASKED, dev, answer)?)
+            describe(&dir, |_| {
+                patience.ask(&ASKED, dev, &[], move |_| answer())?
+            })
         };
         let began = Instant::now();
         let dead = device(
@@ -776,7 +797,7 @@ mod tests {
         };
         assert_eq!(dead.backing, Some(unknown));
         assert!(!dead.user_space && dead.below.is_empty());
-        assert_eq!(patience.0.get(), Duration::ZERO);
+        assert_eq!(patience.left(), Duration::ZERO);
         // Another one is asked all the same, each time for a moment.
         let answer = LoopBacking {
             dev: 0x801,

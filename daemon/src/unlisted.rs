@@ -9,15 +9,17 @@
 //! It only asks of devices on which none is known. What that may wait for is a superblock that is just
 //! being unmounted, on a slow disk for long; so it is asked aside, and there is a limit.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::apart::Questions;
+use crate::apart::{Lot, Questions};
 use crate::mounts::{is_served, DevId};
 use crate::superblocks::Superblock;
 use crate::sys;
@@ -46,25 +48,34 @@ pub fn find(shown: &BTreeSet<DevId>) -> Vec<Superblock> {
 }
 
 /// Those of `left` with a superblock, of the type that `ask` has for it; of one that does not answer in time
-/// it is not known.
+/// it is not known, and such are waited for together.
 fn find_with(
     left: impl Iterator<Item = Device>,
     patience: Duration,
     ask: fn(&Device) -> Option<String>,
 ) -> Vec<Superblock> {
     static ASKED: Questions<DevId> = Questions::new();
-    let superblock = |device: Device| {
-        let asked = device.clone();
-        let answer = ASKED.ask(device.dev, &[], patience, move |_| ask(&asked));
-        let fs_type = answer.unwrap_or_else(|_| Some(UNKNOWN.into()))?;
+    let left: Arc<[Device]> = left.collect();
+    let lot = Lot {
+        abouts: left.iter().map(|it| it.dev).collect(),
+        fds: Vec::new(),
+    };
+    let asked = Arc::clone(&left);
+    let question = move |number: usize, _: &[OwnedFd]| asked.get(number).and_then(ask);
+    let mut types = BTreeMap::new();
+    ASKED.ask_all(vec![lot], patience, question, |number, answer| {
+        types.insert(number, answer.unwrap_or_else(|_| Some(UNKNOWN.into())));
+    });
+    let superblock = |(device, fs_type): (&Device, Option<String>)| {
         Some(Superblock {
-            fs_type,
-            name: device.name,
+            fs_type: fs_type?,
+            name: device.name.clone(),
             devices: vec![device.dev],
             number: None,
         })
     };
-    left.filter_map(superblock).collect()
+    let each = left.iter().zip(types.into_values());
+    each.filter_map(superblock).collect()
 }
 
 fn devices() -> impl Iterator<Item = Device> {
@@ -110,32 +121,45 @@ fn type_on(device: &Device) -> Option<String> {
 mod tests {
     use super::*;
     use std::sync::Barrier;
+    use std::time::Instant;
 
     #[test]
-    fn one_that_hangs_is_named_and_keeps_nobody_from_asking_for_the_others() {
-        static HANGS: Barrier = Barrier::new(2);
+    fn those_that_hang_are_named_and_waited_for_together_and_keep_nobody_from_asking_for_the_others(
+    ) {
+        static HANGS: Barrier = Barrier::new(5);
+        const PATIENCE: Duration = Duration::from_millis(500);
         let device = |minor| Device {
             dev: DevId { major: 8, minor },
             name: format!("sda{minor}"),
             node: PathBuf::new(),
         };
         let ask = |device: &Device| {
-            if device.dev.minor == 2 {
+            if device.dev.minor % 2 == 0 {
                 HANGS.wait();
             }
             (device.dev.minor != 3).then(|| "vfat".to_owned())
         };
         let find = |patience| {
-            let found = find_with((1..=4).map(device), patience, ask);
+            let found = find_with((1..=8).map(device), patience, ask);
             let words = found
                 .iter()
                 .map(|it| format!("{} {}", it.name, it.fs_type))
                 .collect::<BTreeSet<_>>();
             words.into_iter().collect::<Vec<_>>()
         };
-        let expected = ["sda1 vfat", "sda2 ?", "sda4 vfat"];
-        assert_eq!(find(Duration::from_millis(200)), expected);
-        // Nobody waits for it again.
+        let expected = [
+            "sda1 vfat",
+            "sda2 ?",
+            "sda4 ?",
+            "sda5 vfat",
+            "sda6 ?",
+            "sda7 vfat",
+            "sda8 ?",
+        ];
+        let begin = Instant::now();
+        assert_eq!(find(PATIENCE), expected);
+        assert!(begin.elapsed() < PATIENCE * 3, "{:?}", begin.elapsed());
+        // Nobody waits for them again.
         assert_eq!(find(Duration::from_secs(60)), expected);
         HANGS.wait();
     }

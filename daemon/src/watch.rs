@@ -27,7 +27,7 @@ use nix::fcntl::{open, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::Mode;
 
-use crate::apart::Questions;
+use crate::apart::{Patience, Questions};
 use crate::lost::Lost;
 use crate::machine::{self, LookError, Machine, Ways};
 use crate::mounts::{self, DevId, Mount};
@@ -37,7 +37,7 @@ use crate::superblocks::{self, Listed, Lists};
 use crate::sys;
 use crate::topology;
 
-/// How long a look-up may take that asks layers.
+/// How long all look-ups of one plan may be held up by those that hang.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What tells of changes, and of the machine itself: the kernel, or a model of it in tests.
@@ -69,9 +69,15 @@ pub trait Signals {
     fn ways(&mut self) -> io::Result<Self::Ways>;
     /// The states of the other namespaces when this way was found; `None` where nobody tells.
     fn states(ways: &Self::Ways) -> Option<Self::States>;
-    /// Where the file system with this number can be looked at, if this place shows it. What may hang is waited
-    /// for a moment only.
-    fn find(&mut self, ways: &Self::Ways, place: &Place, dev: DevId) -> Option<Self::At>;
+    /// Where the file system with this number can be looked at, if this place shows it. What hangs is waited for
+    /// with `patience`.
+    fn find(
+        &mut self,
+        ways: &Self::Ways,
+        place: &Place,
+        dev: DevId,
+        patience: &Patience,
+    ) -> Option<Self::At>;
     /// Whether what is mounted there is read-only; `None` when it is mounted there no longer.
     fn is_read_only(&mut self, at: &Self::At) -> Option<bool>;
 }
@@ -107,6 +113,10 @@ impl<S: Signals> Before<S> {
         plan: &Plan,
         read_only: &ReadOnly<S>,
     ) -> Option<Marks<S>> {
+        if !machine.unseen.is_empty() {
+            // Nothing tells when they can be looked into.
+            return None;
+        }
         for left in &plan.left_out {
             match left.reason {
                 // Nothing tells when one is repaired.
@@ -213,12 +223,13 @@ impl<S: Signals> Default for ReadOnly<S> {
 impl<S: Signals> ReadOnly<S> {
     /// Those of a plan.
     pub fn of(signals: &mut S, ways: &S::Ways, plan: &Plan) -> Self {
+        let patience = Patience::new(PATIENCE);
         let mut find = |file_system: &FileSystem| {
             // A walk through what another has to answer for, or to what lies over it, is not worth it.
             let places = file_system.places.iter();
             let mut places = places.filter(|p| (p.walkable || p.layers.is_some()) && !p.hidden);
             let at = places.find_map(|place| {
-                let at = signals.find(ways, place, file_system.dev)?;
+                let at = signals.find(ways, place, file_system.dev, &patience)?;
                 // It may be different by now, and then that has to be heard of.
                 signals.is_read_only(&at).map(|_| at)
             })?;
@@ -577,33 +588,32 @@ impl Signals for Kernel {
         ways.namespaces.states().map(<[State]>::to_vec)
     }
 
-    fn find(&mut self, ways: &Ways, place: &Place, dev: DevId) -> Option<MountAt> {
+    fn find(
+        &mut self,
+        ways: &Ways,
+        place: &Place,
+        dev: DevId,
+        patience: &Patience,
+    ) -> Option<MountAt> {
+        static ASKED: Questions<DevId> = Questions::new();
         let namespace = match place.namespace {
             0 => self.number?,
             n => ways.namespaces.states()?.get(n - 1)?.id(),
         };
         let (number, path) = (place.namespace, place.path.clone());
-        let look = move |namespaces: &Namespaces| {
+        let look = move |fds: Vec<OwnedFd>| {
             let look = || {
                 let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
                 let fd = open(&path, flags, Mode::empty())?;
                 sys::unique_mount_id(fd.as_fd())
             };
-            namespaces.within(number, look)?
+            Namespaces::alone(number, fds.into_iter().next()).within(number, look)?
         };
-        let mount = match place.layers {
-            None => look(&ways.namespaces),
-            Some(layers) => {
-                static ASKED: Questions<DevId> = Questions::new();
-                let only = ways.namespaces.only(number).ok()?;
-                let fds: Vec<BorrowedFd<'_>> = only.fds().collect();
-                let handed = move |fds: Vec<OwnedFd>| {
-                    look(&Namespaces::alone(number, fds.into_iter().next()))
-                };
-                ASKED.ask(layers, &fds, PATIENCE, handed).ok()?
-            }
-        };
-        let mount = mount.ok()?;
+        let only = ways.namespaces.only(number).ok()?;
+        let fds: Vec<BorrowedFd<'_>> = only.fds().collect();
+        // Also what can be walked to may be below an automount, whose daemon is waited for while it unmounts it.
+        let about = place.layers.unwrap_or(dev);
+        let mount = patience.ask(&ASKED, about, &fds, look)?.ok()?;
         Some(MountAt {
             namespace,
             mount,
@@ -630,6 +640,8 @@ fn number_in(file: &File) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsRawFd as _;
+
     use crate::plan::plan;
     use crate::topology::{Topology, Unmounted};
 
@@ -722,7 +734,17 @@ mod tests {
             proc: Arc::new(machine::open_proc().unwrap()),
             namespaces: Namespaces::default(),
         };
-        let found = kernel.find(&ways, &root, DevId::default());
+        let patience = Patience::new(Duration::from_secs(60));
+        let mut find = |place| kernel.find(&ways, place, DevId::default(), &patience);
+        let found = find(&root);
+        // Who looks may hang, and has nothing open of whoever asks.
+        let ours = File::open("/").unwrap();
+        let path = format!("/proc/thread-self/fd/{}", ours.as_raw_fd()).into();
+        assert!(find(&Place {
+            path,
+            ..root.clone()
+        })
+        .is_none());
         // Kernels before 6.12 do not tell numbers.
         assert_eq!(found.is_some(), kernel.number.is_some());
     }

@@ -50,8 +50,8 @@ pub(super) struct Work {
     /// From then on what is busy is taken for frozen by somebody else.
     pub(super) busy_until: Mutex<Option<Instant>>,
     pub(super) failure: Mutex<Option<FreezeError>>,
-    /// What had no room, on its disk or in the module.
-    pub(super) no_room: Mutex<Option<String>>,
+    /// What was refused for a reason that may be its own, or ours and then the same with any.
+    pub(super) refused: Mutex<Option<(String, Errno)>>,
     /// What was found not to be frozen any more, and has not been told yet.
     pub(super) lost: Mutex<Vec<String>>,
     pub(super) early: Mutex<Vec<String>>,
@@ -209,28 +209,26 @@ impl Work {
                 lock(&self.obstacles).push(Obstacle::Unfreezable(index));
             }
             // What is ours, and would be the same with any other.
-            Errno::EBADF
-            | Errno::EPERM
-            | Errno::EACCES
-            | Errno::EPROTO
-            | Errno::ESTALE
-            | Errno::EINTR
-            | Errno::ENOMEM
-            | Errno::UnknownErrno => {
+            Errno::EBADF | Errno::EPROTO | Errno::ESTALE | Errno::UnknownErrno => {
                 self.log.error(format!("{name} cannot be frozen: {error}"));
                 self.fail(FreezeError::Failed {
                     name: name.clone(),
                     source: error,
                 });
             }
-            // The file system's own words, and what a disk that fails a write-back makes of it: nobody has a
-            // list of those. One of them the module says as well, when it has no room for any.
-            errno => {
-                if errno == Errno::ENOSPC {
-                    *lock(&self.no_room) = Some(name.clone());
-                }
-                self.give_up_on(target, State::Broken, format!("is out of order: {error}"));
+            // It may have no room or no memory, or a security module may guard it alone. Or the module has no room for
+            // any, or we may freeze none.
+            errno @ (Errno::ENOSPC
+            | Errno::ENOMEM
+            | Errno::EINTR
+            | Errno::EPERM
+            | Errno::EACCES) => {
+                *lock(&self.refused) = Some((name.clone(), errno));
+                self.give_up_on(target, State::Broken, format!("cannot be frozen: {error}"));
             }
+            // The file system's own words, and what a disk that fails a write-back makes of it: nobody has a
+            // list of those.
+            _ => self.give_up_on(target, State::Broken, format!("is out of order: {error}")),
         }
     }
 

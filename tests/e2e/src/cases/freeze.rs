@@ -836,7 +836,9 @@ fn twice(guest: &Guest) -> Result<()> {
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     answered("FREEZE again", &vss.freeze(&[], STEP)?, status::OK)?;
     guest.wait_until("the deadline has passed", STEP, || {
-        Ok(guest.output(&daemon)?.contains("thawing before the host said so"))
+        Ok(guest
+            .output(&daemon)?
+            .contains("thawing before the host said so"))
     })?;
     answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
     let said = guest.output(&daemon)?;

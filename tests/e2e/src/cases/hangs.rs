@@ -174,6 +174,11 @@ pub const CASES: &[Case] = &[
     )
     .long(),
     case(
+        "deadman/unmounts-that-hang",
+        "four ext4 whose unmounts hang on one disk are waited for together: one give_up, and then none",
+        unmounts_that_hang,
+    ),
+    case(
         "deadman/killed-beside-an-unmount-that-hangs",
         "the daemon is killed with all frozen while an ext4 is being unmounted whose disk hangs: thawed at once, \
          and the next daemon serves",
@@ -1230,6 +1235,70 @@ fn unmount_that_hangs(guest: &Guest) -> Result<()> {
     good_backup(guest)?;
     let list = guest.sh("/payload/hv_vss_daemon list")?;
     ensure!(!list.contains("dm-0 ("), "it is gone:\n{list}");
+    stop(guest, guest.module(), &daemon)
+}
+
+fn unmounts_that_hang(guest: &Guest) -> Result<()> {
+    make_hung_disk(guest, "/dev/ram4", 320)?;
+    guest.sh(
+        "mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a || exit 1
+         for i in 1 2 3 4; do
+             dmsetup create on$i --noudevsync --table \"0 65536 linear /dev/mapper/hung $((i * 65536))\" || exit 1
+         done
+         dmsetup mknodes
+         for i in 1 2 3 4; do
+             mkdir -p /mnt/on$i && mkfs.ext4 -q -F /dev/mapper/on$i || exit 1
+             mount -o barrier=0 /dev/mapper/on$i /mnt/on$i || exit 1
+         done",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("give_up = 2")?;
+    wait_for_daemon(guest)?;
+    good_backup(guest)?;
+    // Each is unmounted by whoever has it last.
+    let mut holders = Vec::new();
+    for i in 1..=4 {
+        let script = format!("cd /mnt/on{i} && touch /run/done && exec sleep 1000");
+        holders.push(guest.spawn(&["sh", "-c", &script])?);
+        guest.wait_until("it is in there", STEP, || {
+            Ok(guest.try_sh("rm /run/done")?.status == Some(0))
+        })?;
+    }
+    guest.sh(&format!(
+        "for i in 1 2 3 4; do echo 1 >/mnt/on$i/f && umount -l /mnt/on$i || exit 1; done; {HANG}"
+    ))?;
+    for holder in &holders {
+        guest.signal(holder, 9)?;
+        guest.wait_until("it hangs", STEP, || {
+            let said = guest.try_sh(&format!("cat /proc/{}/status", holder.pid))?;
+            Ok(said.out.contains("State:\tD"))
+        })?;
+    }
+    let vss = guest.vss();
+    let limit = guest.host().patience(Duration::from_secs(1));
+    let back_up = |known: bool| -> Result<()> {
+        let reply = vss.freeze(&[], STEP)?;
+        answered("FREEZE with four that hang", &reply, status::OK)?;
+        answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+        let waited = reply.latency;
+        let is_right = match known {
+            true => waited < limit,
+            false => is_given_up(waited, limit),
+        };
+        ensure!(is_right, "FREEZE took {waited:?}, known to hang: {known}");
+        Ok(())
+    };
+    let seen = back_up(false).and_then(|()| back_up(true));
+    guest.sh(UNHANG)?;
+    for holder in &holders {
+        guest.wait(holder, STEP)?;
+    }
+    seen?;
+    let log = logged_all(guest, &daemon, 3)?;
+    let named = log.matches("the kernel has it locked").count();
+    equal("how often one is named", named, 8)?;
+    good_backup(guest)?;
     stop(guest, guest.module(), &daemon)
 }
 

@@ -640,7 +640,11 @@ fn rehearsal(guest: &Guest) -> Result<()> {
     hook(guest, "20-b", HANGS)?;
     // One by the daemon that serves does not die with whoever asked.
     let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "1s"])?;
-    noted(guest, "one by the daemon", &["10-a freeze ", "20-b freeze "])?;
+    noted(
+        guest,
+        "one by the daemon",
+        &["10-a freeze ", "20-b freeze "],
+    )?;
     guest.signal(&rehearsal, 9)?;
     guest.wait(&rehearsal, STEP)?;
     let failed = ["20-b thaw failed", "10-a thaw failed"];
