@@ -1192,23 +1192,49 @@ fn the_module_lets_go_when_the_host_has_no_use_for_it_any_more() {
 
 #[test]
 fn what_the_daemon_has_thawed_before_the_hosts_thaw_makes_that_fail() {
-    for (after_thaw, code) in [(false, status::FAIL), (true, status::OK)] {
+    type Thaws = fn(&mut World<'_>);
+    let thaws: [Thaws; 2] = [|w| w.thaw_held().unwrap(), |w| w.thaw_one().unwrap()];
+    for thaws in thaws {
+        for (after_thaw, code) in [(false, status::FAIL), (true, status::OK)] {
+            let mut store = Vec::new();
+            let mut w = world(&mut store);
+            w.daemon_v2();
+            let (_, seen) = holding(&mut w);
+            w.answer(seen, status::OK).unwrap();
+            if !after_thaw {
+                thaws(&mut w);
+            }
+            let thaw = w.ask(op::THAW);
+            let seen = w.read().unwrap();
+            if after_thaw {
+                thaws(&mut w);
+            }
+            w.answer(seen, status::OK).unwrap();
+            assert_eq!(w.answered(thaw), Some(code));
+            assert_eq!(w.engine.stats().broken, u64::from(!after_thaw));
+            good_backup(&mut w);
+        }
+    }
+}
+
+#[test]
+fn what_is_held_beside_one_that_is_thawed_alone_still_ends_the_freeze() {
+    for answered in [false, true] {
         let mut store = Vec::new();
         let mut w = world(&mut store);
         w.daemon_v2();
         let (_, seen) = holding(&mut w);
-        w.answer(seen, status::OK).unwrap();
-        if !after_thaw {
-            w.thaw_held().unwrap();
+        // It holds more, and freezes another one in the place of this, say.
+        w.thaw_one().unwrap();
+        if answered {
+            w.answer(seen, status::OK).unwrap();
         }
+        w.lose(thawed::DEADLINE);
+        assert_eq!(notice(&mut w), (seen.id, thawed::DEADLINE));
         let thaw = w.ask(op::THAW);
-        let seen = w.read().unwrap();
-        if after_thaw {
-            w.thaw_held().unwrap();
-        }
-        w.answer(seen, status::OK).unwrap();
+        w.serve(op::THAW, status::OK);
+        let code = if answered { status::FAIL } else { status::OK };
         assert_eq!(w.answered(thaw), Some(code));
-        assert_eq!(w.engine.stats().broken, u64::from(!after_thaw));
         good_backup(&mut w);
     }
 }

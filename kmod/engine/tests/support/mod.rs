@@ -193,6 +193,8 @@ enum Backup {
     Unseen,
     /// It was told that its FREEZE succeeded, and that is still so.
     Good,
+    /// That is not so any more, for the daemon has thawed one. The rest stands still until the THAW.
+    Torn,
     /// That is not so any more, or it waits in vain to be told how its FREEZE ended.
     Spoilt,
     /// It was told so by a THAW that failed.
@@ -646,6 +648,18 @@ impl<'a> World<'a> {
         result
     }
 
+    /// The daemon has the module thaw one of those that it holds.
+    pub fn thaw_one(&mut self) -> Result<(), Refusal> {
+        self.engine.may_thaw()?;
+        self.engine.thaws(false);
+        self.sign_of_life();
+        if self.backup == Backup::Good && self.open_thaws().next().is_none() {
+            self.backup = Backup::Torn;
+        }
+        self.settle();
+        Ok(())
+    }
+
     /// The module thaws by itself what the daemon has in it.
     pub fn lose(&mut self, reason: u32) {
         self.out.holds = false;
@@ -771,9 +785,14 @@ impl<'a> World<'a> {
 
     /// Something has ended the freeze that the host counts on.
     fn spoil(&mut self) {
-        if self.backup == Backup::Good {
+        if self.is_in_force() {
             self.backup = Backup::Spoilt;
         }
+    }
+
+    /// Whether something stands still for the host until its THAW.
+    fn is_in_force(&self) -> bool {
+        matches!(self.backup, Backup::Good | Backup::Torn)
     }
 
     /// Something is thawed, which the host may have asked for.
@@ -869,17 +888,17 @@ impl<'a> World<'a> {
                 self.after_freeze(request, code, heard);
             }
             op::THAW => {
-                let is_bad = matches!(self.backup, Backup::Unseen | Backup::Spoilt | Backup::Told);
+                let is_good = matches!(self.backup, Backup::None | Backup::Good);
                 let expected = match verdict {
-                    status::OK if is_bad => status::FAIL,
+                    status::OK if !is_good => status::FAIL,
                     verdict => verdict,
                 };
                 assert_eq!(code, expected, "what the host is told of its THAW");
                 self.backup = match self.backup {
                     Backup::None | Backup::Unseen => self.backup,
                     Backup::Good if code == status::OK => Backup::None,
-                    Backup::Good | Backup::Spoilt if heard => Backup::Told,
-                    Backup::Good | Backup::Spoilt => Backup::Spoilt,
+                    Backup::Good | Backup::Torn | Backup::Spoilt if heard => Backup::Told,
+                    Backup::Good | Backup::Torn | Backup::Spoilt => Backup::Spoilt,
                     Backup::Told => Backup::Told,
                 };
             }
@@ -909,18 +928,18 @@ impl<'a> World<'a> {
         let in_hand = self.in_hand.filter(|seen| self.is_open(*seen));
         let making = in_hand.is_some_and(|seen| seen.operation == op::FREEZE);
         let thawing = in_hand.is_some_and(|seen| seen.operation == op::THAW);
-        let good = self.backup == Backup::Good;
+        let in_force = self.is_in_force();
         let owed = self.engine.owed_thaw().is_some();
         if making || thawing {
             assert!(self.engine.deadline().is_some(), "no clock runs");
         }
         assert!(
-            !self.by_daemon || good || making || thawing || owed,
+            !self.by_daemon || in_force || making || thawing || owed,
             "frozen, and nobody is told to thaw"
         );
         let rehearsal = self.by_module == Some(0);
         assert!(
-            self.by_module.is_none() || good || making || rehearsal,
+            self.by_module.is_none() || in_force || making || rehearsal,
             "held for nothing"
         );
         let wait_ms = self.config.grace_ms.max(REOPEN_MS);

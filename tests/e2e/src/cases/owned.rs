@@ -123,7 +123,7 @@ pub const CASES: &[Case] = &[
     ).long(),
     case(
         "owned/one-by-one",
-        "each can be thawed alone, and another one frozen in its place",
+        "each can be thawed alone, and another one frozen in its place; in the window that fails the THAW",
         one_by_one,
     ).long(),
     case(
@@ -1167,6 +1167,16 @@ fn one_by_one(guest: &Guest) -> Result<()> {
         .device
         .ioctl(&thaw_ioctl(None))
         .context("a thaw of nothing")?;
+
+    // Between FREEZE and THAW: the rest stands still, and the host is told.
+    freeze(guest, daemon)?;
+    let mut rest = Still::wait(guest, &[])?;
+    daemon.device.ioctl(&thaw_ioctl(Some(PATHS[0])))?;
+    rest.0.retain(|(path, _)| !path.starts_with(PATHS[0]));
+    equal("how many are held", guest.held()?.len(), rest.0.len())?;
+    rest.holds(guest, "with one of them thawed")?;
+    thaw(guest, daemon, status::FAIL)?;
+    all_go_on(guest, "after THAW")?;
     good_backup(guest, daemon)
 }
 
