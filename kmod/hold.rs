@@ -6,7 +6,8 @@
 //! A freeze waits for writers and for the disk, and nothing can end that wait. So kernel workers do
 //! it, and whoever asked for it waits so that it can be killed. Until it is done it can be called
 //! off: then it is undone the moment it comes back. Each freeze and each thaw has a worker of its
-//! own, so that one that hangs holds up no other.
+//! own, so that one that hangs holds up no other, as long as the kernel can make workers. While it cannot, each of the
+//! two queues has the one that was set aside for that, and what hangs in it holds up the rest.
 //!
 //! While anything is frozen memory may not be had, since what would have to be written for it
 //! stands still: all that a freeze and its thaw need is set aside before the first one begins.
