@@ -42,7 +42,7 @@ pub enum Event {
     AnswerUnheard(Verdict),
     ExpireUnheard,
     OverLongUnheard(u8),
-    /// The daemon polls.
+    /// The daemon begins to read.
     Alive,
     /// The daemon has the module freeze something for the FREEZE in hand.
     Hold,

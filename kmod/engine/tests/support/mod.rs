@@ -11,7 +11,8 @@
 //!   the module was loaded;
 //! - a freeze has to last until the host has sent its THAW. What is thawed after that breaks it no more, as long
 //!   as its daemon is there to answer for it;
-//! - that happens within its time, and, as long as nobody serves requests, within the grace time;
+//! - that happens within its time, and, as long as nobody serves requests, within the grace time, or, where a daemon
+//!   is there, within [`WAKE_MS`] if that is longer;
 //! - what is frozen has a way out: a freeze in force ends with the host's THAW, one that is being made
 //!   with its time; all else is thawed by the module, or by a THAW that the daemon can read;
 //! - a daemon for which the module has thawed something reads that, once, and no earlier than a THAW that the host
@@ -163,8 +164,8 @@ struct Waiting {
     packet: Vec<u8>,
     operation: u8,
     arrived: u64,
-    /// Nobody has served requests since it arrived.
-    quiet: bool,
+    /// How long it waits for somebody who serves requests: nobody has since it arrived.
+    wait_ms: Option<u32>,
     /// The id that the engine gave it, if it is one for the daemon.
     id: Option<u64>,
     /// A read has been shown it, which may or may not have gone well.
@@ -203,6 +204,9 @@ enum Backup {
 
 /// How long a daemon that was to thaw is waited for before the machine sleeps, however short the grace time.
 const REOPEN_MS: u32 = 2_000;
+
+/// How long one that is there and has let a request run out is waited for, however short the grace time.
+pub const WAKE_MS: u32 = 1_000;
 
 /// Host, engine and daemon. Times are microseconds.
 pub struct World<'a> {
@@ -318,11 +322,12 @@ impl<'a> World<'a> {
         let vss = is_vss(&packet);
         let operation = if vss { packet[28] } else { u8::MAX };
         if vss {
+            let least_ms = if self.abi != 0 { WAKE_MS } else { 0 };
             let waiting = Waiting {
                 operation,
                 packet,
                 arrived: self.now,
-                quiet: self.quiet,
+                wait_ms: self.quiet.then_some(self.config.grace_ms.max(least_ms)),
                 id: None,
                 shown: false,
                 read: false,
@@ -687,7 +692,7 @@ impl<'a> World<'a> {
     fn sign_of_life(&mut self) {
         self.quiet = false;
         for waiting in self.waiting.values_mut() {
-            waiting.quiet = false;
+            waiting.wait_ms = None;
         }
     }
 
@@ -874,10 +879,7 @@ impl<'a> World<'a> {
             op::FREEZE => self.config.freeze_ms,
             _ => self.config.other_ms,
         };
-        let limit_ms = match request.quiet {
-            true => time_ms.min(self.config.grace_ms),
-            false => time_ms,
-        };
+        let limit_ms = request.wait_ms.map_or(time_ms, |ms| time_ms.min(ms));
         let late = self.now - request.arrived > u64::from(limit_ms) * 1000;
         assert!(!late, "an answer after its time");
 
