@@ -6,7 +6,8 @@
 //! A freeze waits for writers and for the disk, and nothing can end that wait. So kernel workers do
 //! it, and whoever asked for it waits so that it can be killed. Until it is done it can be called
 //! off: then it is undone the moment it comes back. Each freeze and each thaw has a worker of its
-//! own, so that one that hangs holds up no other.
+//! own, so that one that hangs holds up no other, as long as the kernel can make workers. While it cannot, each of the
+//! two queues has the one that was set aside for that, and what hangs in it holds up the rest.
 //!
 //! While anything is frozen memory may not be had, since what would have to be written for it
 //! stands still: all that a freeze and its thaw need is set aside before the first one begins.
@@ -173,7 +174,7 @@ impl_has_delayed_work! {
     impl HasDelayedWork<Self, 1> for Slot { self.thaw }
 }
 
-/// Somebody who waits for an entry. A freeze that nobody waits for any more is called off.
+/// Somebody who waits for an entry.
 pub(crate) struct Watch {
     slot: Arc<Slot>,
     number: u64,
@@ -399,7 +400,7 @@ impl Hold {
     pub(crate) fn wait_frozen(&self, watch: Watch) -> Result {
         let _expedited = Expedited::new();
         let _ = watch.wait(None, |stage| !matches!(stage, Stage::Freezing));
-        match watch.stage() {
+        match watch.give_up() {
             Stage::Held => Ok(()),
             Stage::Freezing => Err(EINTR),
             Stage::Failed(error) => Err(error),
@@ -671,6 +672,22 @@ impl Watch {
         }
     }
 
+    /// As [`Self::stage`], for the last time: a freeze that is not done then is called off under the same lock, so
+    /// that nobody who is told that it is not held finds it held after all.
+    fn give_up(&self) -> Stage {
+        let mut state = self.slot.hold.state.lock();
+        match state.numbered(self.number) {
+            Some(entry) => {
+                let stage = entry.stage;
+                if matches!(stage, Stage::Freezing) {
+                    entry.enter(Stage::CalledOff);
+                }
+                stage
+            }
+            None => Stage::Thawed(Ok(())),
+        }
+    }
+
     /// Which was the last thaw that was asked for the entry when it was on its way to that already, or for all.
     fn asked(&self) -> u64 {
         let mut state = self.slot.hold.state.lock();
@@ -701,9 +718,6 @@ impl Drop for Watch {
             let mut state = self.slot.hold.state.lock();
             if let Some(entry) = state.numbered(self.number) {
                 entry.watches = entry.watches.saturating_sub(1);
-                if entry.watches == 0 && matches!(entry.stage, Stage::Freezing) {
-                    entry.enter(Stage::CalledOff);
-                }
             }
             state.sweep(self.number)
         };

@@ -427,6 +427,7 @@ impl Service {
     /// Waits until a read would find something.
     fn wait_readable(&self, nonblocking: bool) -> Result {
         let mut state = self.state.lock();
+        // No event. The timer may go off too early for it, and finds nothing to do then.
         state.device.engine.alive();
         loop {
             if state.device.gone {
@@ -628,10 +629,7 @@ impl chardev::Handler for Service {
     }
 
     fn readiness(&self) -> Readiness {
-        let mut state = self.state.lock();
-        // No event, which would have the polls woken, this one too, and so without end. The timer may go off
-        // too early for it, and finds nothing to do then.
-        state.device.engine.alive();
+        let state = self.state.lock();
         if state.device.gone {
             Readiness::Gone
         } else if state.device.engine.readable() {

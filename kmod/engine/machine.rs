@@ -60,12 +60,16 @@ pub struct Config {
     /// Time for any other request (mainline: 30 seconds).
     pub other_ms: u32,
     /// How long a request waits for a daemon that is not there or does not read; 0 fails it at once,
-    /// as mainline does when no daemon is there. As long, and for [`REOPEN_MS`] at the least, the machine's
-    /// sleep waits for one that is to thaw.
+    /// as mainline does, when no daemon is there. For one that does not read it waits for [`WAKE_MS`] at the least,
+    /// and the machine's sleep for [`REOPEN_MS`] for one that is to thaw.
     pub grace_ms: u32,
     /// How many file systems the module can hold for the daemon at a time; 0 when it cannot.
     pub max_held: u32,
 }
+
+/// How long a request waits at the least for a daemon that is there and has let one run out, in milliseconds: it reads
+/// when its poll says that there is something.
+const WAKE_MS: u32 = 1_000;
 
 /// How long the machine's sleep waits at the least for a daemon that has closed the device, in milliseconds:
 /// mainline's thaws before it opens it again.
@@ -584,7 +588,9 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     /// While nobody serves requests: until when one that came at `arrived` waits for somebody who does.
     fn grace(&self, arrived: u64) -> Option<u64> {
         let since = self.quiet_since?;
-        Some(after(arrived.max(since), self.config.grace_ms))
+        let least_ms = if self.registered() { WAKE_MS } else { 0 };
+        let wait_ms = self.config.grace_ms.max(least_ms);
+        Some(after(arrived.max(since), wait_ms))
     }
 
     /// While nobody serves requests: until when somebody may come who does the THAW that is owed. However long

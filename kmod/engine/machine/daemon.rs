@@ -90,7 +90,8 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         self.advance(now, effects);
     }
 
-    /// The daemon shows that it is there: it polls, or begins to read.
+    /// The daemon shows that it is there: it begins to read, say. A poll shows nothing: what polls may be a loop
+    /// whose reader hangs.
     pub fn alive(&mut self) {
         if self.registered() {
             self.quiet_since = None;

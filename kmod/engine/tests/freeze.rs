@@ -855,7 +855,7 @@ fn what_a_daemon_was_shown_and_has_not_read_is_the_next_ones() {
 
 #[test]
 fn a_daemon_that_let_one_run_out_costs_no_further_30_seconds() {
-    for grace_ms in [0, 5_000] {
+    for (grace_ms, wait_ms) in [(0, WAKE_MS), (5_000, 5_000)] {
         for operation in [op::HOT_BACKUP, op::FREEZE, op::THAW] {
             let mut store = Vec::new();
             let mut w = world_with(&mut store, Config { grace_ms, ..CONFIG });
@@ -865,7 +865,7 @@ fn a_daemon_that_let_one_run_out_costs_no_further_30_seconds() {
             assert_eq!(w.answered(first), Some(status::FAIL));
             w.pass(60 * SECOND);
             let next = w.ask(operation);
-            w.pass(u64::from(grace_ms) * 1000);
+            w.pass(u64::from(wait_ms) * 1000);
             assert_eq!(w.answered(next), Some(status::FAIL));
         }
     }
@@ -887,7 +887,7 @@ fn those_that_wait_behind_one_that_ran_out_cost_no_further_30_seconds() {
 fn a_daemon_that_is_heard_of_again_has_its_full_time() {
     type Sign = fn(&mut World<'_>);
     let signs: [(&str, Sign); 3] = [
-        ("polls", |w| w.alive()),
+        ("begins to read", |w| w.alive()),
         ("holds", |w| w.hold(0).unwrap()),
         ("registers anew", |w| {
             w.release();
@@ -911,18 +911,21 @@ fn a_daemon_that_is_heard_of_again_has_its_full_time() {
         w.pass(30 * SECOND - 1);
         assert_eq!(w.answered(request), None, "a daemon that {name}");
     }
-    // Within the grace time a read is enough.
-    let mut store = Vec::new();
-    let mut w = world(&mut store);
-    w.daemon_v2();
-    w.ask(op::HOT_BACKUP);
-    w.pass(30 * SECOND);
-    let request = w.ask(op::HOT_BACKUP);
-    w.pass(4 * SECOND);
-    let seen = w.read().unwrap();
-    w.pass(20 * SECOND);
-    w.answer(seen, status::OK).unwrap();
-    assert_eq!(w.answered(request), Some(status::OK));
+    // Within the grace time a read is enough, and without one it can come as well: such a daemon reads when its poll
+    // says that there is something.
+    for (grace_ms, read_after) in [(5_000, 4 * SECOND), (0, SECOND - 1)] {
+        let mut store = Vec::new();
+        let mut w = world_with(&mut store, Config { grace_ms, ..CONFIG });
+        w.daemon_v2();
+        w.ask(op::HOT_BACKUP);
+        w.pass(30 * SECOND);
+        let request = w.ask(op::HOT_BACKUP);
+        w.pass(read_after);
+        let seen = w.read().unwrap();
+        w.pass(20 * SECOND);
+        w.answer(seen, status::OK).unwrap();
+        assert_eq!(w.answered(request), Some(status::OK));
+    }
 }
 
 // --- What the module holds ---
@@ -1192,23 +1195,49 @@ fn the_module_lets_go_when_the_host_has_no_use_for_it_any_more() {
 
 #[test]
 fn what_the_daemon_has_thawed_before_the_hosts_thaw_makes_that_fail() {
-    for (after_thaw, code) in [(false, status::FAIL), (true, status::OK)] {
+    type Thaws = fn(&mut World<'_>);
+    let thaws: [Thaws; 2] = [|w| w.thaw_held().unwrap(), |w| w.thaw_one().unwrap()];
+    for thaws in thaws {
+        for (after_thaw, code) in [(false, status::FAIL), (true, status::OK)] {
+            let mut store = Vec::new();
+            let mut w = world(&mut store);
+            w.daemon_v2();
+            let (_, seen) = holding(&mut w);
+            w.answer(seen, status::OK).unwrap();
+            if !after_thaw {
+                thaws(&mut w);
+            }
+            let thaw = w.ask(op::THAW);
+            let seen = w.read().unwrap();
+            if after_thaw {
+                thaws(&mut w);
+            }
+            w.answer(seen, status::OK).unwrap();
+            assert_eq!(w.answered(thaw), Some(code));
+            assert_eq!(w.engine.stats().broken, u64::from(!after_thaw));
+            good_backup(&mut w);
+        }
+    }
+}
+
+#[test]
+fn what_is_held_beside_one_that_is_thawed_alone_still_ends_the_freeze() {
+    for answered in [false, true] {
         let mut store = Vec::new();
         let mut w = world(&mut store);
         w.daemon_v2();
         let (_, seen) = holding(&mut w);
-        w.answer(seen, status::OK).unwrap();
-        if !after_thaw {
-            w.thaw_held().unwrap();
+        // It holds more, and freezes another one in the place of this, say.
+        w.thaw_one().unwrap();
+        if answered {
+            w.answer(seen, status::OK).unwrap();
         }
+        w.lose(thawed::DEADLINE);
+        assert_eq!(notice(&mut w), (seen.id, thawed::DEADLINE));
         let thaw = w.ask(op::THAW);
-        let seen = w.read().unwrap();
-        if after_thaw {
-            w.thaw_held().unwrap();
-        }
-        w.answer(seen, status::OK).unwrap();
+        w.serve(op::THAW, status::OK);
+        let code = if answered { status::FAIL } else { status::OK };
         assert_eq!(w.answered(thaw), Some(code));
-        assert_eq!(w.engine.stats().broken, u64::from(!after_thaw));
         good_backup(&mut w);
     }
 }

@@ -42,7 +42,7 @@ pub enum Event {
     AnswerUnheard(Verdict),
     ExpireUnheard,
     OverLongUnheard(u8),
-    /// The daemon polls.
+    /// The daemon begins to read.
     Alive,
     /// The daemon has the module freeze something for the FREEZE in hand.
     Hold,
@@ -50,6 +50,8 @@ pub enum Event {
     Rehearse,
     /// The daemon has the module thaw that.
     ThawHeld,
+    /// ... one of it, and keeps the rest.
+    ThawOne,
     /// The module thaws that by itself.
     Lose,
     /// The machine prepares to sleep.
@@ -103,7 +105,7 @@ impl Gap {
 }
 
 /// Each event once.
-pub const ALL: [Event; 46] = [
+pub const ALL: [Event; 47] = [
     Event::Ask(op::FREEZE),
     Event::Ask(op::THAW),
     Event::Ask(op::HOT_BACKUP),
@@ -150,6 +152,7 @@ pub const ALL: [Event; 46] = [
     Event::SlowRead(Gap::Lose),
     Event::SlowRead(Gap::PrepareSleep),
     Event::SlowRead(Gap::Close),
+    Event::ThawOne,
 ];
 
 impl World<'_> {
@@ -261,6 +264,10 @@ impl World<'_> {
             Event::ThawHeld if self.open => {
                 assert_eq!(self.thaw_held().is_ok(), self.abi == 2);
             }
+            // The module does so only with what it holds.
+            Event::ThawOne if self.by_module.is_some() => {
+                assert_eq!(self.thaw_one(), Ok(()));
+            }
             // The module says so only of what it holds.
             Event::Lose if self.by_module.is_some() => self.lose(thawed::DEADLINE),
             Event::PrepareSleep => self.prepare_sleep(),
@@ -278,6 +285,7 @@ impl World<'_> {
             | Event::Hold
             | Event::Rehearse
             | Event::ThawHeld
+            | Event::ThawOne
             | Event::Lose
             | Event::Close
             | Event::Release

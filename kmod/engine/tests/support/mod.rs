@@ -11,7 +11,8 @@
 //!   the module was loaded;
 //! - a freeze has to last until the host has sent its THAW. What is thawed after that breaks it no more, as long
 //!   as its daemon is there to answer for it;
-//! - that happens within its time, and, as long as nobody serves requests, within the grace time;
+//! - that happens within its time, and, as long as nobody serves requests, within the grace time, or, where a daemon
+//!   is there, within [`WAKE_MS`] if that is longer;
 //! - what is frozen has a way out: a freeze in force ends with the host's THAW, one that is being made
 //!   with its time; all else is thawed by the module, or by a THAW that the daemon can read;
 //! - a daemon for which the module has thawed something reads that, once, and no earlier than a THAW that the host
@@ -163,8 +164,8 @@ struct Waiting {
     packet: Vec<u8>,
     operation: u8,
     arrived: u64,
-    /// Nobody has served requests since it arrived.
-    quiet: bool,
+    /// How long it waits for somebody who serves requests: nobody has since it arrived.
+    wait_ms: Option<u32>,
     /// The id that the engine gave it, if it is one for the daemon.
     id: Option<u64>,
     /// A read has been shown it, which may or may not have gone well.
@@ -193,6 +194,8 @@ enum Backup {
     Unseen,
     /// It was told that its FREEZE succeeded, and that is still so.
     Good,
+    /// That is not so any more, for the daemon has thawed one. The rest stands still until the THAW.
+    Torn,
     /// That is not so any more, or it waits in vain to be told how its FREEZE ended.
     Spoilt,
     /// It was told so by a THAW that failed.
@@ -201,6 +204,9 @@ enum Backup {
 
 /// How long a daemon that was to thaw is waited for before the machine sleeps, however short the grace time.
 const REOPEN_MS: u32 = 2_000;
+
+/// How long one that is there and has let a request run out is waited for, however short the grace time.
+pub const WAKE_MS: u32 = 1_000;
 
 /// Host, engine and daemon. Times are microseconds.
 pub struct World<'a> {
@@ -316,11 +322,12 @@ impl<'a> World<'a> {
         let vss = is_vss(&packet);
         let operation = if vss { packet[28] } else { u8::MAX };
         if vss {
+            let least_ms = if self.abi != 0 { WAKE_MS } else { 0 };
             let waiting = Waiting {
                 operation,
                 packet,
                 arrived: self.now,
-                quiet: self.quiet,
+                wait_ms: self.quiet.then_some(self.config.grace_ms.max(least_ms)),
                 id: None,
                 shown: false,
                 read: false,
@@ -646,6 +653,18 @@ impl<'a> World<'a> {
         result
     }
 
+    /// The daemon has the module thaw one of those that it holds.
+    pub fn thaw_one(&mut self) -> Result<(), Refusal> {
+        self.engine.may_thaw()?;
+        self.engine.thaws(false);
+        self.sign_of_life();
+        if self.backup == Backup::Good && self.open_thaws().next().is_none() {
+            self.backup = Backup::Torn;
+        }
+        self.settle();
+        Ok(())
+    }
+
     /// The module thaws by itself what the daemon has in it.
     pub fn lose(&mut self, reason: u32) {
         self.out.holds = false;
@@ -673,7 +692,7 @@ impl<'a> World<'a> {
     fn sign_of_life(&mut self) {
         self.quiet = false;
         for waiting in self.waiting.values_mut() {
-            waiting.quiet = false;
+            waiting.wait_ms = None;
         }
     }
 
@@ -771,9 +790,14 @@ impl<'a> World<'a> {
 
     /// Something has ended the freeze that the host counts on.
     fn spoil(&mut self) {
-        if self.backup == Backup::Good {
+        if self.is_in_force() {
             self.backup = Backup::Spoilt;
         }
+    }
+
+    /// Whether something stands still for the host until its THAW.
+    fn is_in_force(&self) -> bool {
+        matches!(self.backup, Backup::Good | Backup::Torn)
     }
 
     /// Something is thawed, which the host may have asked for.
@@ -855,10 +879,7 @@ impl<'a> World<'a> {
             op::FREEZE => self.config.freeze_ms,
             _ => self.config.other_ms,
         };
-        let limit_ms = match request.quiet {
-            true => time_ms.min(self.config.grace_ms),
-            false => time_ms,
-        };
+        let limit_ms = request.wait_ms.map_or(time_ms, |ms| time_ms.min(ms));
         let late = self.now - request.arrived > u64::from(limit_ms) * 1000;
         assert!(!late, "an answer after its time");
 
@@ -869,17 +890,17 @@ impl<'a> World<'a> {
                 self.after_freeze(request, code, heard);
             }
             op::THAW => {
-                let is_bad = matches!(self.backup, Backup::Unseen | Backup::Spoilt | Backup::Told);
+                let is_good = matches!(self.backup, Backup::None | Backup::Good);
                 let expected = match verdict {
-                    status::OK if is_bad => status::FAIL,
+                    status::OK if !is_good => status::FAIL,
                     verdict => verdict,
                 };
                 assert_eq!(code, expected, "what the host is told of its THAW");
                 self.backup = match self.backup {
                     Backup::None | Backup::Unseen => self.backup,
                     Backup::Good if code == status::OK => Backup::None,
-                    Backup::Good | Backup::Spoilt if heard => Backup::Told,
-                    Backup::Good | Backup::Spoilt => Backup::Spoilt,
+                    Backup::Good | Backup::Torn | Backup::Spoilt if heard => Backup::Told,
+                    Backup::Good | Backup::Torn | Backup::Spoilt => Backup::Spoilt,
                     Backup::Told => Backup::Told,
                 };
             }
@@ -909,18 +930,18 @@ impl<'a> World<'a> {
         let in_hand = self.in_hand.filter(|seen| self.is_open(*seen));
         let making = in_hand.is_some_and(|seen| seen.operation == op::FREEZE);
         let thawing = in_hand.is_some_and(|seen| seen.operation == op::THAW);
-        let good = self.backup == Backup::Good;
+        let in_force = self.is_in_force();
         let owed = self.engine.owed_thaw().is_some();
         if making || thawing {
             assert!(self.engine.deadline().is_some(), "no clock runs");
         }
         assert!(
-            !self.by_daemon || good || making || thawing || owed,
+            !self.by_daemon || in_force || making || thawing || owed,
             "frozen, and nobody is told to thaw"
         );
         let rehearsal = self.by_module == Some(0);
         assert!(
-            self.by_module.is_none() || good || making || rehearsal,
+            self.by_module.is_none() || in_force || making || rehearsal,
             "held for nothing"
         );
         let wait_ms = self.config.grace_ms.max(REOPEN_MS);

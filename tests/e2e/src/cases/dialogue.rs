@@ -575,15 +575,17 @@ fn stopped_at_thaw(guest: &Guest) -> Result<()> {
 }
 
 fn silent_daemon(guest: &Guest) -> Result<()> {
-    let second = guest.host().patience(Duration::from_secs(1));
-    let (timeout, grace) = (second * 5, second / 2);
-    let limits = [limit("timeout", timeout), limit("grace", grace)];
-    load(guest, Module::Ours, &limits.each_ref().map(String::as_str))?;
+    let grace = guest.host().patience(Duration::from_secs(1));
+    let timeout = grace * 5;
+    let parameters = [limit("timeout", timeout), limit("grace", grace)];
+    load(guest, Module::Ours, &[&parameters[0], &parameters[1]])?;
     let vss = guest.vss();
-    for (abi, is_read) in [Abi::V1, Abi::V2]
-        .map(|abi| [(abi, true), (abi, false)])
-        .concat()
-    {
+    for (abi, is_read, polls) in [
+        (Abi::V1, true, false),
+        (Abi::V1, false, true),
+        (Abi::V2, true, true),
+        (Abi::V2, false, false),
+    ] {
         let one = || -> Result<()> {
             let daemon = Scripted::start(guest, abi)?;
             let tx = send_hot_backup(guest)?;
@@ -592,9 +594,16 @@ fn silent_daemon(guest: &Guest) -> Result<()> {
             }
             let reply = vss.wait(tx, STEP)?;
             told_after(guest, "the first", &reply, status::FAIL, timeout)?;
-            // Nobody waits for that daemon again, whatever is asked.
+            // Nobody waits for that daemon again, whatever is asked, also when a part of it still polls.
             for operation in [Op::HOT_BACKUP, Op::FREEZE, Op::THAW] {
-                let reply = vss.op(operation, &SHORT_BODY, STEP)?;
+                if polls {
+                    daemon.has_nothing()?;
+                }
+                let tx = vss.send(operation, &SHORT_BODY)?;
+                if polls {
+                    daemon.is_offered()?;
+                }
+                let reply = vss.wait(tx, STEP)?;
                 answered(&operation.to_string(), &reply, status::FAIL)?;
                 ensure!(
                     reply.latency < grace + guest.host().patience(AT_ONCE),
@@ -626,13 +635,14 @@ fn silent_daemon(guest: &Guest) -> Result<()> {
                 time_left_ms: 0,
             };
             // It has its whole time again: more than the grace.
-            std::thread::sleep(grace * 4);
+            std::thread::sleep(grace * 2);
             daemon.answer(&asked, status::OK)?;
             answered("HOT_BACKUP", &vss.wait(tx, STEP)?, status::OK)?;
             daemon.good_backup(guest)?;
             Ok(daemon.device.close()?)
         };
-        one().with_context(|| format!("{abi:?}, the request was read: {is_read}"))?;
+        let what = format!("{abi:?}, the request was read: {is_read}, it polls: {polls}");
+        one().context(what)?;
     }
     Ok(())
 }

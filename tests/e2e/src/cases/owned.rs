@@ -123,7 +123,7 @@ pub const CASES: &[Case] = &[
     ).long(),
     case(
         "owned/one-by-one",
-        "each can be thawed alone, and another one frozen in its place",
+        "each can be thawed alone, and another one frozen in its place; in the window that fails the THAW",
         one_by_one,
     ).long(),
     case(
@@ -1168,13 +1168,26 @@ fn one_by_one(guest: &Guest) -> Result<()> {
         .device
         .ioctl(&thaw_ioctl(None))
         .context("a thaw of nothing")?;
+
+    // Between FREEZE and THAW: the rest stands still, and the host is told.
+    freeze(guest, daemon)?;
+    let mut rest = Still::wait(guest, &[])?;
+    daemon.device.ioctl(&thaw_ioctl(Some(PATHS[0])))?;
+    rest.0.retain(|(path, _)| !path.starts_with(PATHS[0]));
+    equal("how many are held", guest.held()?.len(), rest.0.len())?;
+    rest.holds(guest, "with one of them thawed")?;
+    thaw(guest, daemon, status::FAIL)?;
+    all_go_on(guest, "after THAW")?;
     good_backup(guest, daemon)
 }
 
 /// A freeze of `/mnt/hung` that is called off and hangs.
 fn make_called_off(guest: &Guest, device: Device<'_>) -> Result<()> {
     guest.sh(HANG)?;
-    let freeze = device.start_ioctl(&freeze_ioctl(freezing(0, "/mnt/hung")))?;
+    // There is room for this one. What comes after it is not of its series, nor has its deadline.
+    let mut call = freezing(0, "/mnt/hung");
+    call.0.count = 1;
+    let freeze = device.start_ioctl(&freeze_ioctl(call))?;
     guest.wait_until("it hangs in its freeze", STEP, || {
         Ok(guest.held()?.iter().any(|(_, state)| state == "freezing"))
     })?;
