@@ -611,9 +611,9 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
     all
 }
 
-/// How many file systems are to be frozen, of which the module holds no more than `most`.
+/// How many file systems are to be frozen or synced, of which the module is handed no more than `most`.
 fn how_many(plan: &Plan, most: Option<u64>, is_strict: bool) -> Finding {
-    let count = plan.waves.iter().flatten().count();
+    let count = plan.waves.iter().flatten().chain(&plan.synced).count();
     let members = plan.waves.iter().flatten();
     let frozen = members.filter(|it| it.has_means_to_freeze()).count();
     let losses = plan.losses().count() + plan.unseen.len();
@@ -1105,6 +1105,12 @@ mod tests {
             // It is not the module that freezes.
             assert_eq!(grade(&plan, None, is_strict), Grade::Ok);
         }
+        // What is only synced is handed to it as well.
+        let synced = Plan {
+            synced: vec![on("/net", &[])],
+            ..plan
+        };
+        assert_eq!(grade(&synced, Some(3), false), Grade::Problem);
         let none = Plan::default();
         assert_eq!(grade(&none, Some(2), false), Grade::Warning);
         assert_eq!(grade(&none, Some(2), true), Grade::Problem);

@@ -296,14 +296,15 @@ impl History {
         bytes.map(entries_in).map_err(self.failed("read"))
     }
 
-    /// Remembers one more, and forgets the older half when it has become too much.
-    pub fn add(&self, entry: &Entry) -> Result<(), HistoryError> {
-        self.append(entry)
-            .and_then(|size| match size > MOST_BYTES {
-                true => self.forget_older_half(),
-                false => Ok(()),
-            })
-            .map_err(self.failed("write"))
+    /// Remembers one more, and forgets the older half when it has become too much. One that is remembered is so also
+    /// where that cannot be, and returns why.
+    pub fn add(&self, entry: &Entry) -> Result<Option<HistoryError>, HistoryError> {
+        let size = self.append(entry).map_err(self.failed("write"))?;
+        let shortened = match size > MOST_BYTES {
+            true => self.forget_older_half(),
+            false => Ok(()),
+        };
+        Ok(shortened.map_err(self.failed("shorten")).err())
     }
 
     /// Returns how large the file is then.
@@ -602,6 +603,21 @@ pub(crate) mod tests {
         let next = long("d", most);
         history.add(&next).unwrap();
         assert_eq!(history.read().unwrap(), [next]);
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn one_is_remembered_although_the_older_ones_cannot_be_forgotten() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-shorten-{}", std::process::id()));
+        std::fs::create_dir_all(dir.join("history.new")).unwrap();
+        let history = History::new(&dir);
+        let entry = Entry {
+            why: Some("a".repeat(MOST_BYTES as usize)),
+            ..example()
+        };
+        let why = history.add(&entry).unwrap().unwrap().to_string();
+        assert!(why.starts_with("cannot shorten"), "{why}");
+        assert_eq!(history.read().unwrap(), [entry]);
         std::fs::remove_dir_all(&dir).unwrap();
     }
 

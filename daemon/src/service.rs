@@ -1043,9 +1043,11 @@ impl Hands {
         let log = self.log.clone();
         let (writing, written) = channel::<()>();
         self.written = Some(written);
-        let added = move |done: Result<(), HistoryError>| {
-            if let Err(error) = done.and_then(|()| then()) {
-                log.warning(words(&error));
+        let added = move |done: Result<Option<HistoryError>, HistoryError>| {
+            let warn = |error: HistoryError| log.warning(words(&error));
+            match done {
+                Ok(too_long) => too_long.into_iter().chain(then().err()).for_each(warn),
+                Err(error) => warn(error),
             }
             drop(writing);
             sys::give_back_memory();
