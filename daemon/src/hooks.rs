@@ -113,13 +113,7 @@ impl Hook {
     }
 
     /// Why root must not run it, if so: it, or a folder on the way to it, is somebody else's, or others
-    /// may write to it; or it does not let itself be looked up.
-    pub fn fault_in_time(&self) -> Option<String> {
-        self.look_up()
-            .unwrap_or_else(|error| Some(error.to_string()))
-    }
-
-    /// The same, where what does not let itself be looked up is an error; that nothing is there is none.
+    /// may write to it. What does not let itself be looked up is an error; that nothing is there is none.
     pub fn look_up(&self) -> io::Result<Option<String>> {
         let hook = self.clone();
         let looked = ask(&self.path, move || hook.fault());

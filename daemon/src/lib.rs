@@ -18,6 +18,7 @@
 //!
 //! It knows nothing of VMBus: what the host says arrives as frames of `uapi/hv_vss.rs`.
 
+#![deny(unsafe_code)]
 pub mod answers;
 pub mod apart;
 pub mod backup;
@@ -57,6 +58,7 @@ pub mod report;
 pub mod rescue;
 pub mod service;
 pub mod superblocks;
+#[expect(unsafe_code, reason = "system calls that no library wraps")]
 pub mod sys;
 pub mod timeline;
 pub mod topology;

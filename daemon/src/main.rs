@@ -2,6 +2,8 @@
 
 //! The command line of `hv_vss_daemon`. All work is done by the library.
 
+#![forbid(unsafe_code)]
+
 use std::error::Error;
 use std::ffi::OsStr;
 use std::io::{self, Write};

@@ -78,7 +78,10 @@ struct LoopInfo64 {
     lo_init: [u64; 2],
 }
 
+// As long as the kernel's headers have them, or their first version.
 const _: () = assert!(size_of::<LoopInfo64>() == 232);
+const _: () = assert!(size_of::<BtrfsFsInfo>() == 1024 && size_of::<BtrfsScrub>() == 1024);
+const _: () = assert!(size_of::<MntNsInfo>() == 16 && size_of::<MntIdReq>() == 32);
 
 /// Adds what an open folder lists from where it was read last on, as the kernel writes it: one
 /// `struct linux_dirent64` of getdents(2) after the other. Nothing is opened or looked up for it.

@@ -13,6 +13,10 @@ use crate::logbook::Sink;
 
 /// What `main` does with such a first argument: these tests start this very program, too.
 #[used]
+#[expect(
+    unsafe_code,
+    reason = "the linker puts it where what runs first is looked for"
+)]
 #[link_section = ".init_array"]
 static BEGIN: extern "C" fn() = {
     extern "C" fn begin() {
