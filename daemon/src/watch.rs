@@ -320,15 +320,16 @@ impl Known {
     pub fn come_since(&self, later: &Plan) -> Vec<Come> {
         let left_out = later.left_out.iter();
         let losses = left_out.filter(|it| it.reason.is_a_loss());
+        let losses = losses.map(|it| (&it.file_system, it.reason == Reason::TurnedReadOnly));
         let all = later.waves.iter().flatten().chain(&later.synced);
-        let all = all.chain(losses.map(|it| &it.file_system));
-        let come = |it: &FileSystem| {
+        let all = all.map(|it| (it, false)).chain(losses);
+        let come = |(it, is_read_only): (&FileSystem, bool)| {
             let is_in = |known: &BTreeSet<DevId>| {
                 known.contains(&it.dev) || it.devices.iter().any(|dev| known.contains(dev))
             };
             let was_read_only = is_in(&self.read_only);
             // That of one without a mount shows only when it is reached, and nobody changes it.
-            let is_as_before = was_read_only && it.places.is_empty();
+            let is_as_before = was_read_only && (it.places.is_empty() || is_read_only);
             (!is_in(&self.devices) && !is_as_before).then(|| Come {
                 name: it.to_string(),
                 was_read_only,
@@ -640,7 +641,7 @@ fn number_in(file: &File) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsRawFd as _;
+    use nix::fcntl::{fcntl, FcntlArg};
 
     use crate::plan::plan;
     use crate::topology::{Topology, Unmounted};
@@ -681,6 +682,16 @@ mod tests {
         let known = Known::of(&planned(THEN, &[]));
         let come = known.come_since(later).into_iter();
         come.map(|it| it.to_string()).collect()
+    }
+
+    #[test]
+    fn what_is_read_only_as_before_has_not_come() {
+        let turned = planned(
+            &format!("{THEN}20 1 8:20 / /turned rw - vfat /dev/sda20 ro\n"),
+            &[],
+        );
+        assert_eq!(Known::of(&turned).come_since(&turned), Vec::new());
+        assert_eq!(come(&turned), ["/turned (vfat, 8:20) was mounted"]);
     }
 
     #[test]
@@ -739,12 +750,15 @@ mod tests {
         let found = find(&root);
         // Who looks may hang, and has nothing open of whoever asks.
         let ours = File::open("/").unwrap();
-        let path = format!("/proc/thread-self/fd/{}", ours.as_raw_fd()).into();
+        // By a number that nobody else's descriptor has.
+        let number = fcntl(&ours, FcntlArg::F_DUPFD_CLOEXEC(700)).unwrap();
+        let path = format!("/proc/thread-self/fd/{number}").into();
         assert!(find(&Place {
             path,
             ..root.clone()
         })
         .is_none());
+        nix::unistd::close(number).unwrap();
         // Kernels before 6.12 do not tell numbers.
         assert_eq!(found.is_some(), kernel.number.is_some());
     }

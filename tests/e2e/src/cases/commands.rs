@@ -144,7 +144,7 @@ fn check_strict_vfat(guest: &Guest) -> Result<()> {
 
 fn check_lost(guest: &Guest) -> Result<()> {
     const CONFIG: &str = "[include]\npaths = ['/mnt/*']";
-    guest.expect_in_log(&["EXT4-fs (ram1)"])?;
+    guest.expect_in_log(&["EXT4-fs (ram1)", "Aborting journal on device ram1"])?;
     make_one(guest)?;
     make_vfat(guest)?;
     load(guest, guest.module(), &[])?;
