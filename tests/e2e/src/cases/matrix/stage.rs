@@ -64,11 +64,9 @@ struct Call {
 enum Thread {
     /// The one that talks to the device; the only one of the peer.
     Main,
-    /// The one on which a backup happens.
-    Backup,
     /// The one in which file systems are frozen.
     Freezer,
-    /// Whichever makes it first, such as one that lives for one sync: all that the daemon has are traced.
+    /// Whichever makes it first, such as one that has nothing else open: all that the daemon has are traced.
     Any,
 }
 
@@ -188,7 +186,7 @@ impl Stage {
             Stage::FreezeSent | Stage::ThawSent => device("read", false),
             Stage::HotBackup | Stage::FreezeRead | Stage::ThawRead => device("read", true),
             Stage::Hooks => Way::Hook("freeze"),
-            Stage::Opening => call(Thread::Backup, "openat", &["/mnt/a"], 1, false),
+            Stage::Opening => call(Thread::Any, "openat", &["/mnt/a"], 1, false),
             Stage::Syncing => call(Thread::Any, "syncfs", FILE_SYSTEMS, 1, false),
             Stage::NoneFrozen => ioctl(Thread::Freezer, 1),
             Stage::SomeFrozen => ioctl(Thread::Freezer, 2),
@@ -313,7 +311,6 @@ impl Call {
         let pid = daemon.pid;
         let name = match self.thread {
             Thread::Main | Thread::Any => return Ok(pid),
-            Thread::Backup => "backup",
             Thread::Freezer => "freezer",
         };
         let line = format!("grep -l -x {name} /proc/{pid}/task/*/comm");
