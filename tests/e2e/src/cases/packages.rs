@@ -872,10 +872,12 @@ fn cold_plug(guest: &Guest) -> Result<()> {
 
 /// Waits until the journal has this of the hand-over.
 fn journal_says(guest: &Guest, line: &str) -> Result<()> {
-    guest.wait_until(&format!("the journal says: {line}"), STEP, || {
-        let text = guest.sh("journalctl --quiet --boot --identifier hv_vss_hand_over")?;
+    let mut text = String::new();
+    let said = guest.wait_until(&format!("the journal says: {line}"), STEP, || {
+        text = guest.sh("journalctl --quiet --boot --identifier hv_vss_hand_over")?;
         Ok(text.contains(line))
-    })
+    });
+    said.with_context(|| format!("it says {text:?}"))
 }
 
 /// What an operator is told who asks.
