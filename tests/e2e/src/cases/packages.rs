@@ -969,7 +969,7 @@ fn installed_amid_a_freeze(guest: &Guest) -> Result<()> {
         "-c",
         &format!(
             "cp {script} /run/postinst && until [ -e /run/frozen ]; do sleep 0.2; done
-             DPKG_MAINTSCRIPT_PACKAGE=hv-vss-daemon exec sh /run/postinst configure"
+             DPKG_MAINTSCRIPT_PACKAGE=hv-vss-daemon exec sh -x /run/postinst configure"
         ),
     ])?;
     guest.wait_until("the script is ready", STEP, || {
