@@ -287,7 +287,8 @@ impl<About: Clone + Ord + Send + Sync> Questions<About> {
             heard(number, answer);
         };
         let mut first = 0;
-        for Lot { abouts, fds } in lots {
+        // For a lot of none nobody is woken: a host may wait.
+        for Lot { abouts, fds } in lots.into_iter().filter(|it| !it.abouts.is_empty()) {
             let last = first + abouts.len();
             open.extend(first..last);
             let next = AtomicUsize::new(0);
