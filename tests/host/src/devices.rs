@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The machine's I/O ports: two serial ports, power management, the reset line, an empty PCI bus.
+//! The machine's I/O ports: two serial ports, power management, the reset line, the clock, an empty PCI bus.
 //!
 //! Every port access is an exit from the guest, and under nested emulation an expensive one, so data
 //! for the guest is refilled from within the exit that emptied the port: the guest's interrupt
@@ -12,9 +12,9 @@ use crate::console::ConsoleWriter;
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
@@ -30,8 +30,6 @@ const COM_PORTS: u16 = 8;
 const KEYBOARD_DATA: u16 = 0x60;
 const KEYBOARD: u16 = 0x64;
 const KEYBOARD_RESET: u8 = 0xfe;
-/// The clock chip, which is not there.
-const CMOS: std::ops::RangeInclusive<u16> = 0x70..=0x71;
 
 /// Why there is an NMI (port B of the PC): for none of these errors of memory or bus.
 const NMI_REASON: u16 = 0x61;
@@ -118,6 +116,58 @@ impl PowerManagement {
             return PortEffect::PowerOff;
         }
         PortEffect::None
+    }
+}
+
+/// The clock chip (MC146818): the time of day of this machine, UTC, which nobody can set and which raises no
+/// interrupt. Without it a guest begins in 1999, and what its journal has of the boot may be gone, as too old,
+/// once the host's time synchronization tells the guest what time it is.
+#[derive(Default)]
+struct Clock {
+    register: AtomicU8,
+}
+
+impl Clock {
+    const INDEX: u16 = 0x70;
+    const DATA: u16 = 0x71;
+    /// Bit 7 of the index masks NMIs.
+    const INDEX_BITS: u8 = 0x7f;
+
+    /// Reads one byte at `now`; `None` when the port is none of these.
+    fn read(&self, port: u16, now: SystemTime) -> Option<u8> {
+        // 2026-11-30T01:00:13Z
+        let digits = |at: usize| {
+            let text = humantime::format_rfc3339_seconds(now).to_string();
+            let pair = text.as_bytes().get(at..at + 2);
+            pair.map_or(0, |it| (it[0] & 0xf) << 4 | it[1] & 0xf)
+        };
+        match port {
+            // Its index cannot be read.
+            Self::INDEX => Some(0),
+            Self::DATA => Some(match self.register.load(Ordering::SeqCst) {
+                0 => digits(17),
+                2 => digits(14),
+                4 => digits(11),
+                7 => digits(8),
+                8 => digits(5),
+                9 => digits(2),
+                // 32768 Hz, and no update is under way.
+                0xa => 0x26,
+                // 24 hours, BCD.
+                0xb => 0x02,
+                // The time is valid.
+                0xd => 0x80,
+                _ => 0,
+            }),
+            _ => None,
+        }
+    }
+
+    fn write(&self, port: u16, value: u8) {
+        if port == Self::INDEX {
+            self.register
+                .store(value & Self::INDEX_BITS, Ordering::SeqCst);
+        }
     }
 }
 
@@ -287,6 +337,7 @@ pub(crate) struct Ports {
     agent_room: Condvar,
     agent_out: Arc<Outgoing>,
     power: PowerManagement,
+    clock: Clock,
     pci: PciBus,
 }
 
@@ -307,6 +358,7 @@ impl Ports {
             agent_room: Condvar::new(),
             agent_out,
             power: PowerManagement::default(),
+            clock: Clock::default(),
             pci: PciBus::default(),
         }
     }
@@ -330,9 +382,11 @@ impl Ports {
             for (byte, port) in data.iter_mut().zip(ports_from(port)) {
                 *byte = match port {
                     KEYBOARD_DATA | KEYBOARD => 0,
-                    port if CMOS.contains(&port) => 0,
                     NMI_REASON => !NMI_ERRORS,
-                    port => self.power.read(port).unwrap_or(0xff),
+                    port => {
+                        let clock = || self.clock.read(port, SystemTime::now());
+                        self.power.read(port).or_else(clock).unwrap_or(0xff)
+                    }
                 };
             }
         }
@@ -359,6 +413,7 @@ impl Ports {
         } else {
             self.pci.write(port, data);
             for (byte, port) in data.iter().zip(ports_from(port)) {
+                self.clock.write(port, *byte);
                 match self.power.write(port, *byte) {
                     PortEffect::None => {}
                     effect => return effect,
@@ -512,6 +567,22 @@ mod tests {
         ports.read(0xffff, &mut bytes);
         ports.read(NMI_REASON, &mut bytes[..1]);
         assert_eq!(bytes[0], 0x3f);
+    }
+
+    #[test]
+    fn the_clock_tells_the_time_of_day_in_bcd() {
+        let clock = Clock::default();
+        // 2026-11-30T01:02:59Z
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_796_000_579);
+        let read = |register: u8| {
+            clock.write(0x70, 0x80 | register);
+            clock.read(0x71, now)
+        };
+        let time = [9, 8, 7, 4, 2, 0].map(read);
+        assert_eq!(time, [0x26, 0x11, 0x30, 0x01, 0x02, 0x59].map(Some));
+        // Valid, no update, 24 hours in BCD.
+        assert_eq!([0xd, 0xa, 0xb].map(read), [0x80, 0x26, 0x02].map(Some));
+        assert_eq!(clock.read(0x72, now), None);
     }
 
     #[test]
