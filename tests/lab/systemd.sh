@@ -91,6 +91,10 @@ done
 install -m 0644 "$lab/systemd/lab-agent.service" "$target/etc/systemd/system/"
 mkdir -p "$target"/etc/systemd/system/multi-user.target.wants "$target"/var/log/journal "$target"/payload
 ln -s ../lab-agent.service "$target/etc/systemd/system/multi-user.target.wants/"
+# The journal begins a new file when the time is set back, and deletes what it had where the disk has little room left, as
+# here it has: the boot would be gone.
+mkdir -p "$target/etc/systemd/journald.conf.d"
+printf '[Journal]\nSystemKeepFree=1M\n' >"$target/etc/systemd/journald.conf.d/lab.conf"
 # Nothing is to wait for a terminal, and the first boot asks nothing.
 ln -sf multi-user.target "$target/etc/systemd/system/default.target"
 echo guest >"$target/etc/hostname"
