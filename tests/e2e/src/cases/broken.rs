@@ -7,8 +7,8 @@ use super::control::asked;
 use super::deadman::{make_dirty, make_hung, HANG, UNHANG};
 use super::disks::{self, load_driver, Attached};
 use super::{
-    case, describe, good, good_backup, load, logged, observe, start, stop, wait_for_daemon, Case,
-    Seen,
+    case, describe, good, good_backup, is_frozen, load, logged, observe, start, stop,
+    wait_for_daemon, Case, Seen,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
@@ -420,7 +420,7 @@ fn balance_begins_in_the_sync(guest: &Guest) -> Result<()> {
         let mut pairs = before.iter().zip(guest.writers()?);
         Ok(pairs.all(|(then, now)| match now.path.as_str() {
             "/mnt/bad/w" => now.count > then.count + 10,
-            _ => now.in_write_us > 300_000,
+            _ => is_frozen(guest, &now),
         }))
     })?;
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;

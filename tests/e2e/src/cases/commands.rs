@@ -3,7 +3,8 @@
 //! What an operator does by hand, and what happens when it is done wrong.
 
 use super::{
-    case, load, observe, start, stood_for_a_second, stop, stuck_writers, wait_for_daemon, Case,
+    all_frozen, case, load, observe, start, stood_for_a_second, stop, stuck_writers,
+    wait_for_daemon, Case,
 };
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
@@ -212,9 +213,7 @@ fn rehearsal_ended_early(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/a/w")?;
     for signal in [15, 9] {
         let rehearsal = guest.spawn(&[OURS, "freeze", "--for", "50s"])?;
-        guest.wait_until("both writers stand still", STEP, || {
-            Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-        })?;
+        guest.wait_until("both writers stand still", STEP, || all_frozen(guest))?;
         guest.signal(&rehearsal, signal)?;
         guest.wait(&rehearsal, STEP)?;
         equal("who is stuck", stuck_writers(guest)?, Vec::new())?;
@@ -234,11 +233,7 @@ fn one_at_a_time(guest: &Guest) -> Result<()> {
         );
         Ok(())
     };
-    let still = || {
-        guest.wait_until("the writer stands still", STEP, || {
-            Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-        })
-    };
+    let still = || guest.wait_until("the writer stands still", STEP, || all_frozen(guest));
     let ends = |rehearsal: &Process, why: &str| -> Result<()> {
         let ended = guest.wait(rehearsal, STEP)?;
         let said = guest.output(rehearsal)?;
@@ -298,9 +293,7 @@ fn thaw(guest: &Guest) -> Result<()> {
     start(guest, guest.module(), Daemon::Ours)?;
     let vss = guest.vss();
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
-    guest.wait_until("both writers stand still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-    })?;
+    guest.wait_until("both writers stand still", STEP, || all_frozen(guest))?;
     by_hand("the daemon that serves has thawed; its backup fails")?;
     equal("who is stuck", stuck_writers(guest)?, Vec::new())?;
     answered("THAW after a thaw by hand", &vss.thaw(STEP)?, status::FAIL)?;

@@ -7,7 +7,8 @@ use super::deadman::{hang_writes, make_hung, released, remove_hung, HANG, RELEAS
 use super::hooks::{self, hook, noted};
 use super::lifecycle::{end_override, take_over};
 use super::{
-    case, load, logged_all, observe, start, stood_for_a_second, stop, wait_for_daemon, Case,
+    all_frozen, case, load, logged_all, observe, start, stood_for_a_second, stop, wait_for_daemon,
+    Case,
 };
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
@@ -172,9 +173,7 @@ fn make_one(guest: &Guest) -> Result<()> {
 }
 
 fn all_stand_still(guest: &Guest) -> Result<()> {
-    guest.wait_until("both writers stand still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-    })
+    guest.wait_until("both writers stand still", STEP, || all_frozen(guest))
 }
 
 fn thaw(guest: &Guest) -> Result<()> {

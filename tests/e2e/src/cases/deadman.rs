@@ -8,8 +8,8 @@
 //! longer under emulation than what is to be measured.
 
 use super::{
-    case, good_backup, load, observe, rounds, rounds_or, seed, start, stop, stuck_writers,
-    wait_for_daemon, wait_out, Case,
+    all_frozen, case, frozen_us, good_backup, load, observe, rounds, rounds_or, seed, start, stop,
+    stuck_writers, wait_for_daemon, wait_out, Case,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
@@ -135,19 +135,9 @@ const FILES: [&str; 3] = ["/writer", "/mnt/a/w", "/mnt/b/w"];
 /// How long after a death, or after a deadline, a file system may still be frozen.
 pub(super) const RELEASED: Duration = Duration::from_secs(1);
 
-/// A write that is older than this many microseconds is held up by a freeze: no other has been seen to take a
-/// third of it. What a death leaves frozen was frozen before it, or at
-/// once after it by a call that was under way, so it is far older when [`RELEASED`] is over.
-pub(super) fn frozen_us(guest: &Guest) -> u64 {
-    guest.host().patience(UNFROZEN).as_micros() as u64
-}
-
-/// So long no write takes that no freeze holds up, on a machine that is not busy elsewhere.
-const UNFROZEN: Duration = Duration::from_millis(250);
-
 /// The same for where it is told from a freeze that is over after `freeze` whatever the machine: less than that.
 pub(super) fn held_up(guest: &Guest, freeze: Duration) -> Duration {
-    guest.host().patience(UNFROZEN).min(freeze)
+    Duration::from_micros(frozen_us(guest)).min(freeze)
 }
 
 /// How many rounds are not left to chance: death comes while all is frozen.
@@ -578,10 +568,7 @@ fn killed_behind_an_agent(guest: &Guest) -> Result<()> {
     guest.watch_opens("/mnt/b", Some("/mnt/a/opens"))?;
     let victims = victims(guest, &daemon, Death::Both)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
-    let frozen_us = frozen_us(guest);
-    guest.wait_until("all stand still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > frozen_us))
-    })?;
+    guest.wait_until("all stand still", STEP, || all_frozen(guest))?;
     strike(guest, &victims, Death::Both)?;
     guest.wait(&daemon, STEP)?;
     // The open of the one hangs behind the freeze of the other.
@@ -829,10 +816,7 @@ fn begin_a_rehearsal(guest: &Guest) -> Result<Process> {
     guest.wait_until("the freeze is on record", STEP, || {
         Ok(guest.try_sh("test -e /run/hv_vss/frozen.json")?.status == Some(0))
     })?;
-    let frozen_us = frozen_us(guest);
-    guest.wait_until("all stand still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > frozen_us))
-    })?;
+    guest.wait_until("all stand still", STEP, || all_frozen(guest))?;
     Ok(rehearsal)
 }
 

@@ -7,7 +7,7 @@
 //! FIFREEZE, which is what there is with the stock `hv_utils`.
 
 use super::deadman::{guard_of, released, RELEASED};
-use super::{case, good_backup, load, logged, observe, start, stop, wait_for_daemon};
+use super::{all_frozen, case, good_backup, load, logged, observe, start, stop, wait_for_daemon};
 use super::{who_stands_still, Case};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
@@ -373,9 +373,7 @@ fn quit_key(guest: &Guest) -> Result<()> {
         let line = "exec setsid sh -c 'echo $$ >/run/group; \
                     exec /payload/hv_vss_daemon freeze --for 50s'";
         let rehearsal = guest.spawn(&["sh", "-c", line])?;
-        guest.wait_until("both writers stand still", STEP, || {
-            Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-        })?;
+        guest.wait_until("both writers stand still", STEP, || all_frozen(guest))?;
         guest.sh(&format!("kill -s {signal} -- -$(cat /run/group)"))?;
         let at = guest.clock()?;
         released(guest, &format!("SIG{signal} to the group"), at, RELEASED)?;
@@ -448,9 +446,7 @@ fn guard_stopped(guest: &Guest) -> Result<()> {
     for signal in [15, 2, 3, 1] {
         guest.signal_all(&[guard], signal)?;
     }
-    guest.wait_until("both writers stand still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-    })?;
+    guest.wait_until("both writers stand still", STEP, || all_frozen(guest))?;
     equal("the guard, after them", guard_of(guest, &daemon)?, guard)?;
     let killed = guest.signal_all(&[daemon.pid], 9)?;
     released(guest, "the death of the daemon", killed, RELEASED)?;

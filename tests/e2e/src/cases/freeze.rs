@@ -3,7 +3,9 @@
 //! Which file systems our daemon freezes, and whose freeze it is. Where the peer does otherwise, the
 //! same is done with the stock module and Debian's daemon, and both are noted.
 
-use super::{case, describe, good, load, logged, observe, reply_within, start, stop};
+use super::{
+    all_frozen, case, describe, good, is_frozen, load, logged, observe, reply_within, start, stop,
+};
 use super::{wait_for_daemon, Case, Seen};
 use anyhow::{bail, ensure, Context, Result};
 use e2e::check::{answered, equal, refused, status_name};
@@ -422,10 +424,10 @@ fn vanished_mount(guest: &Guest) -> Result<()> {
     guest.release_opens()?;
     answered("FREEZE", &vss.wait(tx, STEP)?, status::OK)?;
     guest.wait_until("/mnt/a stands still", STEP, || {
-        Ok(guest.writers()?.iter().any(|it| it.in_write_us > 300_000))
+        Ok(guest.writers()?.iter().any(|it| is_frozen(guest, it)))
     })?;
     for writer in guest.writers()? {
-        let frozen = writer.in_write_us > 300_000;
+        let frozen = is_frozen(guest, &writer);
         equal(&writer.path, frozen, writer.path == "/mnt/a/w")?;
     }
     answered("THAW", &vss.thaw(STEP)?, status::OK)
@@ -594,9 +596,7 @@ fn covered_while_frozen(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/b/w")?;
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
-    guest.wait_until("both writers stand still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-    })?;
+    guest.wait_until("both writers stand still", STEP, || all_frozen(guest))?;
     guest.sh(disturb)?;
     let told = vss.thaw(STEP)?.status();
     equal("THAW", told, status::OK)?;
@@ -612,9 +612,7 @@ fn covered_while_frozen(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/a/w")?;
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
     answered("FREEZE with the peer", &vss.freeze(&[], STEP)?, status::OK)?;
-    guest.wait_until("the writer stands still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-    })?;
+    guest.wait_until("the writer stands still", STEP, || all_frozen(guest))?;
     guest.sh("mount -t tmpfs cover /mnt/a")?;
     let thaw = vss.thaw(STEP)?.status();
     guest.sh("umount /mnt/a")?;
@@ -645,9 +643,7 @@ fn renamed_while_frozen(guest: &Guest) -> Result<()> {
     start(guest, guest.module(), Daemon::Ours)?;
     for (before, after) in [("dir", "other"), ("other", "dir")] {
         answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
-        guest.wait_until("both writers stand still", STEP, || {
-            Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-        })?;
+        guest.wait_until("both writers stand still", STEP, || all_frozen(guest))?;
         // What was opened as one name has another now, and the old one leads elsewhere. (Not with
         // mkdir -p, which would try to make /mnt, too, and wait for the thaw.)
         let rename = format!("cd /mnt/t && mv {before} {after} && mkdir {before} {before}/a");
@@ -822,9 +818,7 @@ fn twice(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     answered("FREEZE again", &vss.freeze(&[], STEP)?, status::OK)?;
-    guest.wait_until("the writer stands still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-    })?;
+    guest.wait_until("the writer stands still", STEP, || all_frozen(guest))?;
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
     guest.not_frozen("after the one THAW", &["/"])?;
     stop(guest, guest.module(), &daemon)?;

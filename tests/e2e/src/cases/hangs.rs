@@ -12,8 +12,8 @@ use super::disks::{self, load_driver, Attached};
 use super::hooks::{self, hook, noted};
 use super::scope::tells_superblocks;
 use super::{
-    case, good_backup, load, logged_all, reply_within, rounds_or, seed, start, stop, stuck_writers,
-    wait_for_daemon, wait_out, who_stands_still, Case,
+    all_frozen, case, good_backup, load, logged_all, reply_within, rounds_or, seed, start, stop,
+    stuck_writers, wait_for_daemon, wait_out, who_stands_still, Case,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
@@ -1585,9 +1585,7 @@ fn open_behind_the_freeze(guest: &Guest) -> Result<()> {
 
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
     answered("FREEZE with the peer", &vss.freeze(&[], STEP)?, status::OK)?;
-    guest.wait_until("both stand still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-    })?;
+    guest.wait_until("both stand still", STEP, || all_frozen(guest))?;
     let thaw = vss.send(Op::THAW, &SHORT_BODY)?;
     let early = reply_within(guest, thaw, Duration::from_secs(3))?;
     // How long all have been standing still by now.

@@ -5,7 +5,9 @@
 //! Each hook here notes what it is told in a file in memory, and writes to the disk that is frozen, as a
 //! database would.
 
-use super::{case, good, load, logged, observe, start, stop, wait_for_daemon, wait_out, Case};
+use super::{
+    all_frozen, case, good, load, logged, observe, start, stop, wait_for_daemon, wait_out, Case,
+};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
@@ -200,9 +202,7 @@ fn backup(guest: &Guest) -> Result<()> {
                 && (module == Module::Stock) == (words.first() == Some(&"0")),
             "{module:?}: a hook was told {told:?}"
         );
-        guest.wait_until("both writers stand still", STEP, || {
-            Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-        })?;
+        guest.wait_until("both writers stand still", STEP, || all_frozen(guest))?;
         equal("hooks while frozen", notes(guest)?.len(), 0)?;
         let said = guest.output(&daemon)?;
         ensure!(!said.contains("I am ready"), "said while frozen:\n{said}");
@@ -602,9 +602,7 @@ fn rehearsal(guest: &Guest) -> Result<()> {
     // The terminal that it was started from is closed, and the keys of that which quit and stop.
     for signal in [1, 3, 20] {
         let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "50s"])?;
-        guest.wait_until("both writers stand still", STEP, || {
-            Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-        })?;
+        guest.wait_until("both writers stand still", STEP, || all_frozen(guest))?;
         guest.signal(&rehearsal, signal)?;
         guest.wait(&rehearsal, STEP)?;
         let expected = ["10-a freeze ", "10-a thaw good"];
@@ -673,9 +671,7 @@ fn rehearsal_killed(guest: &Guest) -> Result<()> {
         hook(guest, "20-b", if is_frozen { "" } else { HANGS })?;
         let rehearsal = begun()?;
         if is_frozen {
-            guest.wait_until("both writers stand still", STEP, || {
-                Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-            })?;
+            guest.wait_until("both writers stand still", STEP, || all_frozen(guest))?;
         }
         // It has begun before there was a daemon, and so goes by itself.
         let daemon = start(guest, guest.module(), Daemon::Ours)?;

@@ -4,7 +4,9 @@
 //! nothing to complain of. And what else a host does to a guest while it backs it up.
 
 use super::deadman::{released, RELEASED};
-use super::{case, good, load, observe, start, stop, stuck_writers, wait_for_daemon, Case};
+use super::{
+    all_frozen, case, good, load, observe, start, stop, stuck_writers, wait_for_daemon, Case,
+};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
@@ -188,9 +190,7 @@ fn time_set_while_frozen(guest: &Guest, module: Module) -> Result<()> {
         let before = history(guest)?.len();
         answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
         set_clock(guest, time)?;
-        guest.wait_until("the writer stands still", STEP, || {
-            Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-        })?;
+        guest.wait_until("the writer stands still", STEP, || all_frozen(guest))?;
         answered("THAW", &vss.thaw(STEP)?, status::OK)?;
         equal("who is stuck", stuck_writers(guest)?, Vec::new())?;
         guest.wait_until("the backup is remembered", STEP, || {
@@ -364,9 +364,7 @@ fn balloon_while_frozen(guest: &Guest) -> Result<()> {
         };
         equal("pages", moved, PAGES.into())?;
         balloon.wait_status(STEP)?;
-        guest.wait_until("the writer stands still", STEP, || {
-            Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-        })?;
+        guest.wait_until("the writer stands still", STEP, || all_frozen(guest))?;
         answered("THAW", &vss.thaw(STEP)?, status::OK)?;
         equal("who is stuck", stuck_writers(guest)?, Vec::new())?;
     }

@@ -7,8 +7,8 @@ use super::dialogue::{Abi, Scripted};
 use super::disks::{load_driver, Attached};
 use super::restore::stood_still;
 use super::{
-    backup, both_requests, case, good, make_file_systems, observe, rounds_or, start, stop, suspend,
-    wait_for_daemon, Case, Growth, ModuleState, When, LEAKS,
+    all_frozen, backup, both_requests, case, good, make_file_systems, observe, rounds_or, start,
+    stop, suspend, wait_for_daemon, Case, Growth, ModuleState, When, LEAKS,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
@@ -278,9 +278,7 @@ fn daemon_killed_while_frozen(guest: &Guest) -> Result<()> {
         guest.writer_start(path)?;
     }
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
-    guest.wait_until("every writer stands still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-    })?;
+    guest.wait_until("every writer stands still", STEP, || all_frozen(guest))?;
     guest.signal(&first, 9)?;
     guest.wait(&first, STEP)?;
     answered("THAW with the daemon dead", &vss.thaw(STEP)?, status::FAIL)?;
@@ -332,9 +330,7 @@ fn killed_and_reloaded(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
     guest.writer_start("/writer")?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
-    guest.wait_until("the writer stands still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-    })?;
+    guest.wait_until("the writer stands still", STEP, || all_frozen(guest))?;
     guest.signal(&daemon, 9)?;
     guest.wait(&daemon, STEP)?;
     guest.unload(Module::Ours)?;

@@ -9,7 +9,9 @@
 //! either kind), iSCSI, and the machine that is saved or off when it is backed up.
 
 use super::disks::{load_driver, Attached};
-use super::{case, good, load, logged, observe, start, stop, wait_for_daemon, Case, Seen};
+use super::{
+    all_frozen, case, good, load, logged, observe, start, stop, wait_for_daemon, Case, Seen,
+};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, STEP};
@@ -323,9 +325,7 @@ fn paused(guest: &Guest) -> Result<()> {
 /// How much is written in a while in which nobody should.
 fn moved(guest: &Guest) -> Result<u64> {
     let written = || -> Result<u64> { Ok(guest.writers()?.iter().map(|it| it.count).sum()) };
-    guest.wait_until("all stand still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-    })?;
+    guest.wait_until("all stand still", STEP, || all_frozen(guest))?;
     let before = written()?;
     let over = guest.clock()? + 500_000;
     guest.wait_until("a while is over", STEP, || Ok(guest.clock()? > over))?;

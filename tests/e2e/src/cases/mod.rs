@@ -579,7 +579,7 @@ fn who_stands_still(guest: &Guest) -> Result<(Vec<String>, Vec<String>)> {
         moving.clear();
         last = guest.writers()?;
         for (then, now) in start.iter().zip(&last) {
-            match stands_still(then, now) {
+            match stands_still(frozen_us(guest), then, now) {
                 Some(true) => still.push(now.path.clone()),
                 Some(false) => moving.push(now.path.clone()),
                 None => {}
@@ -591,14 +591,34 @@ fn who_stands_still(guest: &Guest) -> Result<(Vec<String>, Vec<String>)> {
     Ok((still, moving))
 }
 
-/// Whether a writer has stood still since the look `then`: it has been inside one write for 300 ms, and no other
+/// So long no write takes that no freeze holds up, on a machine that is not busy elsewhere.
+const UNFROZEN: Duration = Duration::from_millis(250);
+
+/// A write that is older than this many microseconds is held up by a freeze: no other has been seen to take a
+/// third of it. What a death leaves frozen was frozen before it, or at
+/// once after it by a call that was under way, so it is far older when [`deadman::RELEASED`] is over.
+fn frozen_us(guest: &Guest) -> u64 {
+    guest.host().patience(UNFROZEN).as_micros() as u64
+}
+
+/// Whether a freeze holds up this writer now.
+fn is_frozen(guest: &Guest, writer: &Writer) -> bool {
+    writer.in_write_us > frozen_us(guest)
+}
+
+/// Whether one holds up each.
+fn all_frozen(guest: &Guest) -> Result<bool> {
+    Ok(guest.writers()?.iter().all(|it| is_frozen(guest, it)))
+}
+
+/// Whether a writer has stood still since the look `then`: it has been inside one write for longer than that, and no other write
 /// has ended but the one that was under way. It has gone on when ten more have ended, wherever it is now. Of one
 /// that has done neither nothing is known yet.
-fn stands_still(then: &Writer, now: &Writer) -> Option<bool> {
+fn stands_still(frozen_us: u64, then: &Writer, now: &Writer) -> Option<bool> {
     let ended = now.count.saturating_sub(then.count);
     match () {
         () if ended > 10 => Some(false),
-        () if ended <= 1 && now.in_write_us > 300_000 => Some(true),
+        () if ended <= 1 && now.in_write_us > frozen_us => Some(true),
         () => None,
     }
 }
@@ -685,7 +705,9 @@ mod tests {
             longest_us: in_write_us,
             in_write_us,
         };
-        let seen = |count, in_write_us| stands_still(&writer(100, 50), &writer(count, in_write_us));
+        let seen = |count, in_write_us| {
+            stands_still(300_000, &writer(100, 50), &writer(count, in_write_us))
+        };
         assert_eq!(seen(100, 300_001), Some(true));
         // The write that was under way had hardly been counted.
         assert_eq!(seen(101, 300_001), Some(true));

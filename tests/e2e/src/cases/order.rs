@@ -7,7 +7,8 @@ use super::control::asked;
 use super::deadman::{hang_writes, released, RELEASED};
 use super::hangs::in_freeze;
 use super::{
-    case, describe, good_backup, load, logged, logged_all, observe, reply_within, start, stop,
+    all_frozen, case, describe, good_backup, load, logged, logged_all, observe, reply_within,
+    start, stop,
 };
 use super::{wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Context, Result};
@@ -276,9 +277,8 @@ fn nbd_or_another_hangs(guest: &Guest) -> Result<()> {
             // It is found out once, and then it is known.
             for _ in 0..2 {
                 answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
-                let stand_still = guest.wait_until("the others stand still", STEP, || {
-                    Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-                });
+                let stand_still =
+                    guest.wait_until("the others stand still", STEP, || all_frozen(guest));
                 answered("THAW", &vss.thaw(STEP)?, status::OK)?;
                 stand_still?;
                 released(guest, "after it", guest.clock()?, RELEASED)?;

@@ -10,7 +10,9 @@ use super::abi::Received;
 use super::deadman::{make_hung, released, HANG, RELEASED, UNHANG};
 use super::dialogue::{send_thaw, Abi, Asked, Scripted};
 use super::suspend::{self, hibernate};
-use super::{case, limit, load, rounds_or, start, stop, stuck_writers, wait_for_daemon};
+use super::{
+    case, frozen_us, is_frozen, limit, load, rounds_or, start, stop, stuck_writers, wait_for_daemon,
+};
 use super::{who_stands_still, Case};
 use anyhow::{ensure, Context, Result};
 use e2e::agent::CallError;
@@ -247,7 +249,7 @@ impl Still {
         guest.wait_until("every writer stands still", STEP, || {
             let writers = guest.writers()?;
             let mut frozen = writers.iter().filter(|it| !without.contains(&&*it.path));
-            let all = frozen.clone().all(|it| it.in_write_us > 300_000);
+            let all = frozen.clone().all(|it| is_frozen(guest, it));
             still = frozen
                 .by_ref()
                 .map(|it| (it.path.clone(), it.count))
@@ -259,7 +261,7 @@ impl Still {
 
     /// None of them has written since, nor does within some time from now.
     fn holds(&self, guest: &Guest, what: &str) -> Result<()> {
-        let until = guest.clock()? + 300_000;
+        let until = guest.clock()? + frozen_us(guest);
         guest.wait_until("some time has passed", STEP, || Ok(guest.clock()? > until))?;
         let writers = guest.writers()?;
         for (path, count) in &self.0 {
@@ -268,7 +270,7 @@ impl Still {
                 .find(|it| it.path == *path)
                 .context("no writer")?;
             ensure!(
-                now.count == *count && now.in_write_us > 300_000,
+                now.count == *count && is_frozen(guest, now),
                 "{what}: {path} should stand still, it was written {} times more",
                 now.count - count
             );

@@ -2,7 +2,7 @@
 
 //! The main case: one backup, from one source for all four pairings of module and daemon.
 
-use super::{case, Case};
+use super::{all_frozen, case, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, Module, STEP};
@@ -96,7 +96,7 @@ fn backup(guest: &Guest, module: Module, daemon: Daemon) -> Result<()> {
 
     // Every writer stands still, inside one write that grows older while its count does not move.
     guest.wait_until("every writer is in a write older than 300 ms", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
+        all_frozen(guest)
     })?;
     let still = guest.writers()?;
     guest.wait_until("every writer is in a write older than 600 ms", STEP, || {

@@ -8,7 +8,9 @@
 use super::disks::{self, Attached};
 use super::hooks;
 use super::order::{frozen_in_order, inner_before_outer};
-use super::{case, describe, good, load, logged, logged_all, observe, observe_backup_of};
+use super::{
+    case, describe, good, is_frozen, load, logged, logged_all, observe, observe_backup_of,
+};
 use super::{rounds_or, seed, start, stop, wait_for_daemon, Case, Seen};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
@@ -1191,11 +1193,9 @@ fn listed_disks_only(guest: &Guest) -> Result<()> {
         answered("FREEZE", &vss.freeze(&[disk], STEP)?, status::OK)?;
     }
     guest.wait_until("the first disk alone stands still", STEP, || {
-        let still = |path: &str, us: u64| path == ON_FIRST && us > 300_000;
-        let moving = |path: &str, us: u64| path != ON_FIRST && us < 100_000;
         let writers = guest.writers()?;
-        let mut writers = writers.iter().map(|it| (it.path.as_str(), it.in_write_us));
-        Ok(writers.all(|(path, us)| still(path, us) || moving(path, us)))
+        let mut writers = writers.iter();
+        Ok(writers.all(|it| (it.path == ON_FIRST) == is_frozen(guest, it)))
     })?;
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
     let both = two.disks.each_ref().map(Attached::in_backup);

@@ -12,7 +12,9 @@ use super::deadman::{
 };
 use super::dialogue::{Abi, Scripted};
 use super::suspend::{self, unloads};
-use super::{limit, load, rounds_or, seed, start, stuck_writers, wait_for_daemon, wait_out, Case};
+use super::{
+    is_frozen, limit, load, rounds_or, seed, start, stuck_writers, wait_for_daemon, wait_out, Case,
+};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
@@ -424,7 +426,7 @@ fn daemon_of_mainline(guest: &Guest) -> Result<()> {
     let tx = vss.send_freeze(&[])?;
     guest.wait_until("the first file systems are frozen", STEP, || {
         let writers = guest.writers()?;
-        Ok(writers.iter().any(|it| it.in_write_us > 300_000))
+        Ok(writers.iter().any(|it| is_frozen(guest, it)))
     })?;
     let process = guest.spawn(&["sh", "-c", "echo disk > /sys/power/state"])?;
     answered("FREEZE", &vss.wait(tx, STEP)?, status::FAIL)?;

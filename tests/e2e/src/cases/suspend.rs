@@ -8,7 +8,7 @@
 //! where it is there (debug kernels), the levels that reach the bus are gone through as well.
 
 use super::abi::{answer_v2, read_request, register};
-use super::{backup, limit, load, start, stuck_writers, wait_for_daemon, Case};
+use super::{all_frozen, backup, limit, load, start, stuck_writers, wait_for_daemon, Case};
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal, refused, status_name};
 use e2e::guest::{Blocking, Daemon, Guest, Machine, Module, STEP};
@@ -159,9 +159,7 @@ fn sleep_frozen(guest: &Guest, module: Module, daemon: Daemon) -> Result<Slept> 
         guest.writer_start(path)?;
     }
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
-    guest.wait_until("every writer stands still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-    })?;
+    guest.wait_until("every writer stands still", STEP, || all_frozen(guest))?;
     hibernate(guest)?;
     let stuck = stuck_writers(guest)?;
     vss.agree(STEP)?;

@@ -8,7 +8,7 @@
 
 use super::disks::Attached;
 use super::restore::stood_still;
-use super::{Case, When};
+use super::{all_frozen, Case, When};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
 use e2e::guest::{Guest, Machine, STEP};
@@ -130,9 +130,7 @@ fn freeze(guest: &Guest) -> Result<Reply> {
     let disks = [Attached::root(guest)?.in_backup()];
     let freeze = guest.vss().freeze(&disks, STEP)?;
     answered("FREEZE", &freeze, status::OK)?;
-    guest.wait_until("the root stands still", STEP, || {
-        Ok(guest.writers()?.iter().all(|it| it.in_write_us > 300_000))
-    })?;
+    guest.wait_until("the root stands still", STEP, || all_frozen(guest))?;
     Ok(freeze)
 }
 

@@ -4,7 +4,7 @@
 //! called good was one.
 
 use super::fault::DEADLINE;
-use crate::cases::deadman::frozen_us;
+use crate::cases::frozen_us;
 use anyhow::Result;
 use e2e::guest::{Guest, STEP};
 use hyperv_sim::ic::status;

@@ -11,8 +11,8 @@ mod dialogue;
 mod fault;
 mod stage;
 
-use super::deadman::{frozen_us, make_hung, remove_hung, GROUP, RELEASED, UNHANG};
-use super::{case, load, observe, stuck_writers_of, suspend, wait_for_daemon, Case};
+use super::deadman::{make_hung, remove_hung, GROUP, RELEASED, UNHANG};
+use super::{case, frozen_us, load, observe, stuck_writers_of, suspend, wait_for_daemon, Case};
 use crate::table::{Place, NONE, NOT_RUN};
 use anyhow::{bail, ensure, Context, Result};
 use dialogue::Dialogue;
