@@ -33,6 +33,9 @@ pub struct Verdict {
     passed: bool,
     seconds: f64,
     error: Option<String>,
+    /// Why there was nothing to be seen: [`Skipped`].
+    #[serde(default)]
+    skipped: Option<String>,
     /// What the guest ran, if there was one and it began on the kernel under test.
     #[serde(default)]
     pub kernel: Option<Kernel>,
@@ -49,6 +52,11 @@ pub struct Verdict {
     #[serde(default)]
     pub cells: Vec<Cell>,
 }
+
+/// What a case ends with that finds nothing to look at on this kernel: it has neither passed nor failed.
+#[derive(Debug, thiserror::Error)]
+#[error("nothing to be seen: {0}")]
+pub struct Skipped(pub &'static str);
 
 /// A machine on which a case could not be judged.
 #[derive(Debug, Serialize, Deserialize)]
@@ -70,6 +78,7 @@ impl Verdict {
             passed: false,
             seconds: 0.0,
             error: Some(MISSING.into()),
+            skipped: None,
             kernel: None,
             commit: None,
             again: None,
@@ -94,6 +103,11 @@ impl Verdict {
     /// Whether there is nothing wrong with it.
     pub fn has_passed(&self) -> bool {
         self.passed
+    }
+
+    /// Whether there was nothing to be seen.
+    pub fn was_skipped(&self) -> bool {
+        self.skipped.is_some()
     }
 
     /// Of a case that did not pass.
@@ -192,10 +206,11 @@ pub fn run_all(
             outcome = start_one(case).and_then(|guest| run_one(case, guest, &mut cells));
         }
         let seconds = start.elapsed().as_secs_f64();
-        let mut comparisons = Vec::new();
+        let (mut comparisons, mut skipped) = (Vec::new(), None);
         let error = match outcome {
             Ok(passed) => {
                 idle = passed.guest;
+                skipped = passed.skipped;
                 comparisons = passed.comparisons;
                 let is_unsaid = !comparisons.is_empty() && !case.compares;
                 is_unsaid.then(|| "it compares, and is not one of the cases that do".to_owned())
@@ -204,9 +219,10 @@ pub fn run_all(
         };
         verdicts.push(Verdict {
             name: case.name.to_string(),
-            passed: error.is_none(),
+            passed: error.is_none() && skipped.is_none(),
             seconds,
             error: error.clone(),
+            skipped: skipped.clone(),
             kernel,
             commit: commit.cloned(),
             again,
@@ -214,9 +230,10 @@ pub fn run_all(
             cells,
         });
         keep(&verdicts)?;
-        match error {
-            None => println!("ok   {} ({seconds:.1} s)", case.name),
-            Some(error) => {
+        match (error, skipped) {
+            (None, None) => println!("ok   {} ({seconds:.1} s)", case.name),
+            (None, Some(why)) => println!("skip {} ({seconds:.1} s): {why}", case.name),
+            (Some(error), _) => {
                 println!("FAIL {} ({seconds:.1} s)", case.name);
                 for line in error.lines() {
                     println!("     {line}");
@@ -250,6 +267,8 @@ struct Passed {
     /// `None` when the case has ended its guest on purpose.
     guest: Option<Guest>,
     comparisons: Vec<Comparison>,
+    /// Why there was nothing to be seen.
+    skipped: Option<String>,
 }
 
 /// Runs one case. On failure the guest is ended and what it left behind is in the error. The cells of the
@@ -297,6 +316,10 @@ fn run_one(case: &Case, guest: Guest, cells: &mut Vec<Cell>) -> Result<Passed, F
     if raised > 0 {
         println!("     the agent had to be called again {raised} times: an interrupt was lost, or the guest slow");
     }
+    let (skipped, result) = match result {
+        Err(error) if error.is::<Skipped>() => (Some(error.to_string()), Ok(())),
+        result => (None, result),
+    };
     let result = result.and_then(|()| match guest.vm().exit() {
         None => guest.tidy().context("afterwards the guest was not clean"),
         // Else nothing of its last warnings was on the console, and a reset is what comes of a fault that no
@@ -308,6 +331,7 @@ fn run_one(case: &Case, guest: Guest, cells: &mut Vec<Cell>) -> Result<Passed, F
     match result {
         Ok(()) => Ok(Passed {
             comparisons: guest.take_comparisons(),
+            skipped,
             guest: Arc::into_inner(guest).filter(|guest| guest.vm().exit().is_none()),
         }),
         Err(error) => {
@@ -375,8 +399,13 @@ pub fn print_slowest(verdicts: &[Verdict]) {
 /// Prints the closing lines and says whether everything passed. Of a case that failed they have what
 /// it said first, for whoever sees no more than the end.
 pub fn close(verdicts: &[Verdict]) -> bool {
-    let failed = verdicts.iter().filter(|it| !it.passed).count();
+    let passed = verdicts.iter().filter(|it| it.passed).count();
+    let skipped = verdicts.iter().filter(|it| it.was_skipped()).count();
+    let failed = verdicts.len() - passed - skipped;
     for verdict in verdicts {
+        if let Some(why) = &verdict.skipped {
+            println!("skipped: {}: {why}", verdict.name);
+        }
         if let Some(error) = &verdict.error {
             let first = error.lines().next().unwrap_or_default();
             println!("failed: {}: {first}", verdict.name);
@@ -413,7 +442,11 @@ pub fn close(verdicts: &[Verdict]) -> bool {
             same.len()
         );
     }
-    println!("{} passed, {failed} failed", verdicts.len() - failed);
+    let skipped = match skipped {
+        0 => String::new(),
+        n => format!(", {n} skipped"),
+    };
+    println!("{passed} passed, {failed} failed{skipped}");
     failed == 0 && accident
 }
 

@@ -48,6 +48,9 @@ struct OnKernel {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Went {
     passed: bool,
+    /// Whether there was nothing to be seen on this kernel.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    skipped: bool,
     #[serde(flatten)]
     origin: Origin,
 }
@@ -76,12 +79,20 @@ impl OnKernel {
             .iter()
             .filter(|it| ours || !it.asks_our_module)
             .collect();
-        let (mut sum, mut passed_of, mut failed) = (0, Vec::new(), Vec::new());
+        let (mut sum, mut passed_of) = (0, Vec::new());
+        let (mut failed, mut skipped) = (Vec::new(), Vec::new());
         for of_area in cases.chunk_by(|a, b| area(a) == area(b)) {
-            let went = |it: &&Case| self.cases.get(it.name).map(|it| it.passed);
-            let passed = of_area.iter().filter(|it| went(it) == Some(true)).count();
-            let those = of_area.iter().filter(|it| went(it) == Some(false));
-            failed.extend(those.map(|it| format!("`{}`", it.name)));
+            let went = |it: &&Case| self.cases.get(it.name);
+            let passed = |it: &&Case| went(it).is_some_and(|it| it.passed);
+            let passed = of_area.iter().filter(|it| passed(it)).count();
+            for it in of_area {
+                match went(&it) {
+                    Some(it) if it.passed => {}
+                    Some(went) if went.skipped => skipped.push(format!("`{}`", it.name)),
+                    Some(_) => failed.push(format!("`{}`", it.name)),
+                    None => {}
+                }
+            }
             sum += passed;
             let (area, all) = (area(of_area[0]), of_area.len());
             match passed {
@@ -94,14 +105,17 @@ impl OnKernel {
             true => "ours, and its own `hv_utils`",
             false => "its own `hv_utils`",
         };
-        if failed.is_empty() {
-            failed.push("none".into());
+        for list in [&mut failed, &mut skipped] {
+            if list.is_empty() {
+                list.push("none".into());
+            }
         }
         format!(
-            "| {} (`{name}`) | {module} | {sum}: {} | {} |\n",
+            "| {} (`{name}`) | {module} | {sum}: {} | {} | {} |\n",
             self.kernel.release,
             passed_of.join(", "),
-            failed.join(", ")
+            failed.join(", "),
+            skipped.join(", ")
         )
     }
 }
@@ -129,6 +143,9 @@ impl Seen {
     /// Takes in what a run has seen.
     pub fn merge(&mut self, verdicts: &[Verdict]) {
         for verdict in verdicts.iter().filter(|it| it.was_run()) {
+            if verdict.was_skipped() {
+                continue;
+            }
             if !verdict.has_passed() {
                 if let Some(rows) = self.comparisons.get_mut(&verdict.name) {
                     rows.failed = true;
@@ -168,16 +185,19 @@ impl Seen {
             *on = begin();
         }
         for verdict in verdicts.iter().filter(|it| it.was_run()) {
-            let (passed, origin) = (verdict.has_passed(), verdict.origin());
-            on.cases
-                .insert(verdict.name.clone(), Went { passed, origin });
+            let went = Went {
+                passed: verdict.has_passed(),
+                skipped: verdict.was_skipped(),
+                origin: verdict.origin(),
+            };
+            on.cases.insert(verdict.name.clone(), went);
         }
     }
 
     /// How these cases went on each kernel as a table in Markdown, the newest kernel first.
     pub fn kernels(&self, cases: &[Case]) -> String {
         let mut text =
-            String::from("| kernel | module | passed | failed |\n| --- | --- | --- | --- |\n");
+            String::from("| kernel | module | passed | failed | nothing to be seen |\n| --- | --- | --- | --- | --- |\n");
         let mut all: Vec<_> = self.kernels.iter().collect();
         all.sort_by_key(|(name, on)| (Reverse(numbers(&on.kernel.release)), *name));
         for (name, on) in all {
@@ -320,10 +340,10 @@ mod tests {
         let of = all.len();
         let expected = format!(
             "\
-| kernel | module | passed | failed |
-| --- | --- | --- | --- |
-| 6.12.117+deb13 (`6.12`) | its own `hv_utils` | 1: 1 of {of} of `order` | none |
-| 6.1.0-50 (`6.1`) | its own `hv_utils` | 1: 1 of {of} of `order` | `order/nbd` |
+| kernel | module | passed | failed | nothing to be seen |
+| --- | --- | --- | --- | --- |
+| 6.12.117+deb13 (`6.12`) | its own `hv_utils` | 1: 1 of {of} of `order` | none | none |
+| 6.1.0-50 (`6.1`) | its own `hv_utils` | 1: 1 of {of} of `order` | `order/nbd` | none |
 "
         );
         assert_eq!(text, expected);

@@ -136,6 +136,11 @@ impl Fault {
         matches!(self, Fault::ShutDown | Fault::Panic)
     }
 
+    /// Whether it is of one disk alone, and costs nobody a backup.
+    pub fn is_one_disk(self) -> bool {
+        matches!(self, Fault::DiskHung | Fault::DiskGone | Fault::DiskAdded)
+    }
+
     /// Whether the host says THAW at all.
     pub fn host_says_thaw(self) -> bool {
         self != Fault::ThawLost

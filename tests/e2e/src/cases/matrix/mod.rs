@@ -378,8 +378,8 @@ fn cell(lab: &mut Lab<'_>, stage: Stage) -> Result<Seen> {
     let left_out = |it: &str| it.contains(": /mnt/hung (") && it.ends_with("it is left out");
     let is_left_out = said.lines().any(left_out);
     let mut wrong = dialogue.wrong(|path| fault.blocks(path) && is_left_out);
-    if fault == Fault::DiskAdded && !dialogue.is_all_good() {
-        wrong.push(format!("a disk more fails no backup: {}", dialogue.words()));
+    if fault.is_one_disk() && !dialogue.is_all_good() {
+        wrong.push(format!("one disk fails no backup: {}", dialogue.words()));
     }
     if let Some(path) = &standing.stuck {
         wrong.push(format!("the writer of {path} had not gone on"));
