@@ -17,6 +17,7 @@ use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::Image;
+use hyperv_sim::HostError;
 use std::time::Duration;
 
 pub const CASES: &[Case] = &[
@@ -288,7 +289,11 @@ fn disable_enable(guest: &Guest) -> Result<()> {
     wait_for_daemon(guest)?;
     vss.rescind();
     vss.wait_released(STEP)?;
-    ensure!(!vss.is_open(), "the service is off, and the channel open");
+    let refused = vss.freeze(&[], STEP);
+    ensure!(
+        matches!(refused, Err(HostError::NotOpen { .. })),
+        "the service is off, and FREEZE was sent: {refused:?}"
+    );
     vss.offer();
     vss.wait_open(STEP)?;
     vss.agree(STEP)?;

@@ -3,7 +3,7 @@
 //! What the stock `hv_utils` and Debian's daemon are known to do. An independent host has measured
 //! the same: where a case here fails, the simulated host is wrong.
 
-use super::{case, make_file_systems, Case};
+use super::{all_frozen, case, make_file_systems, Case};
 use anyhow::{bail, ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, STEP};
@@ -83,9 +83,12 @@ fn freeze_twice(guest: &Guest) -> Result<()> {
     make_file_systems(guest)?;
     start_with_daemon(guest)?;
     let vss = guest.vss();
+    guest.writer_start("/mnt/xfs/w")?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     answered("FREEZE again", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until("it stands still", STEP, || all_frozen(guest))?;
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+    guest.writers_stop()?;
     guest.not_frozen("after the one THAW", &["/mnt/xfs"])
 }
 

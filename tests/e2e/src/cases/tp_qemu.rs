@@ -5,7 +5,7 @@
 //! commands: what its users rely on holds here too. What differs is said at the case.
 
 use super::disks::{load_driver, Attached};
-use super::{backup, case, good, observe, start, stop, wait_for_daemon, Case};
+use super::{all_frozen, backup, case, good, observe, start, stop, wait_for_daemon, Case};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, STEP};
@@ -119,14 +119,15 @@ fn snapshot(guest: &Guest) -> Result<()> {
 fn hotplug_frozen(guest: &Guest) -> Result<()> {
     let _disk = mounted(guest, "/mnt/a")?;
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
-    answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
+    stand_still(guest, "/mnt/a/w")?;
     let added = Attached::new(guest, 1, 0, 64, Image::default())?;
     let node = added.node(guest)?;
     guest.sh(&format!("mkfs.ext4 -q -F {node}"))?;
     answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
     guest.sh(&format!("mkdir -p /mnt/b && mount {node} /mnt/b"))?;
     guest.writer_start("/mnt/b/w")?;
-    equal("the next backup", observe(guest)?, good(&["/mnt/b/w"]))?;
+    let both = good(&["/mnt/a/w", "/mnt/b/w"]);
+    equal("the next backup", observe(guest)?, both)?;
     guest.writers_stop()?;
     guest.sh("umount /mnt/b")?;
     added.detach(guest)?;
@@ -172,7 +173,14 @@ fn frozen(guest: &Guest) -> Result<()> {
     vss.wait_open(STEP * 4)?;
     vss.agree(STEP)?;
     wait_for_daemon(guest)?;
-    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)
+    stand_still(guest, "/writer")
+}
+
+/// FREEZE, until whoever writes there stands still.
+fn stand_still(guest: &Guest, file: &str) -> Result<()> {
+    guest.writer_start(file)?;
+    answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
+    guest.wait_until(&format!("{file} stands still"), STEP, || all_frozen(guest))
 }
 
 /// There such a request is refused while frozen. Here it comes from the host, which may have lost its own
