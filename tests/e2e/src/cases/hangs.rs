@@ -1587,11 +1587,12 @@ fn open_behind_the_freeze(guest: &Guest) -> Result<()> {
     answered("FREEZE with the peer", &vss.freeze(&[], STEP)?, status::OK)?;
     guest.wait_until("both stand still", STEP, || all_frozen(guest))?;
     let thaw = vss.send(Op::THAW, &SHORT_BODY)?;
-    let early = reply_within(guest, thaw, Duration::from_secs(3))?;
+    let limit = guest.host().patience(Duration::from_secs(3));
+    let early = reply_within(guest, thaw, limit)?;
     // How long all have been standing still by now.
     let still = guest.writers()?.iter().map(|it| it.in_write_us).min();
     let still = Duration::from_micros(still.unwrap_or_default());
-    let stuck = early.is_none() && still > Duration::from_secs(3);
+    let stuck = early.is_none() && still > limit;
     if stuck {
         // Only somebody who needs no open there can resolve that.
         guest.thaw("/mnt/log")?;

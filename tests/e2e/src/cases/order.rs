@@ -7,8 +7,8 @@ use super::control::asked;
 use super::deadman::{hang_writes, released, RELEASED};
 use super::hangs::in_freeze;
 use super::{
-    all_frozen, case, describe, good_backup, load, logged, logged_all, observe, reply_within,
-    start, stop,
+    all_frozen, case, describe, good_backup, is_frozen, load, logged, logged_all, observe,
+    reply_within, start, stop,
 };
 use super::{wait_for_daemon, Case, Seen};
 use crate::runner::Skipped;
@@ -323,16 +323,23 @@ fn hangs_or_not(guest: &Guest) -> Result<String> {
     let vss = guest.vss();
     guest.sh("dd if=/dev/zero of=/mnt/nbd/dirty bs=1M count=10 conv=notrunc 2>/dev/null")?;
     let tx = vss.send_freeze(&[])?;
-    if let Some(reply) = reply_within(guest, tx, Duration::from_secs(3))? {
+    let limit = guest.host().patience(Duration::from_secs(3));
+    if let Some(reply) = reply_within(guest, tx, limit)? {
         let thaw = vss.thaw(STEP)?.status();
         let (freeze, thaw) = (status_name(reply.status()), status_name(thaw));
         return Ok(format!("FREEZE {freeze}; THAW {thaw}"));
     }
+    let writers = guest.writers()?;
+    let frozen = writers.iter().filter(|it| is_frozen(guest, it)).count();
     // The server's file system is what has to be thawed for anything to go on.
     guest.thaw("/mnt/disk")?;
     vss.wait(tx, STEP)?;
     vss.thaw(STEP)?;
-    Ok("FREEZE hangs behind its own freeze, 3 s later all is still frozen".to_owned())
+    Ok(format!(
+        "FREEZE hangs behind its own freeze, after {:.0} s {frozen} of {} writers stand still",
+        limit.as_secs_f64(),
+        writers.len()
+    ))
 }
 
 fn nvme_fabrics(guest: &Guest) -> Result<()> {
