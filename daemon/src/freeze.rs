@@ -898,6 +898,11 @@ impl Session {
         }
     }
 
+    /// Names what is frozen, by whomever.
+    pub fn frozen(&self) -> Vec<String> {
+        self.names(|it| it.is_ours() || *it.state() == State::Foreign)
+    }
+
     /// Names what hangs in its thaw.
     pub fn in_thaw(&self) -> Vec<String> {
         self.names(Target::is_thawing)

@@ -29,8 +29,7 @@ use crate::config::Config;
 use crate::door::Door;
 use crate::fifreeze::Unguarded;
 use crate::freeze::{
-    is_of_anything, FreezeError, How, Learnt, Limits, Means, Session, Stay, Summary, Target,
-    ThawError,
+    is_of_anything, FreezeError, Learnt, Limits, Means, Session, Stay, Summary, Target, ThawError,
 };
 use crate::ground::{self, GoesOn};
 use crate::hooks::{self, Found, HookError};
@@ -823,12 +822,10 @@ impl Frozen {
         let counts = format!(
             "{ours} frozen, {foreign} frozen by others, {synced} only synced, {left_out} left out"
         );
-        let stays = self.session.account().into_iter();
-        let frozen = stays.filter(|it| matches!(it.how, How::Frozen | How::Foreign));
         Begun {
             since: self.session.armed_at(),
             counts,
-            names: frozen.map(|it| it.name).collect(),
+            names: self.session.frozen(),
         }
     }
 

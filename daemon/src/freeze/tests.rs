@@ -326,6 +326,13 @@ fn what_is_out_of_order_is_left_out_unless_strict() {
     assert!(said
         .iter()
         .any(|(_, line)| line.contains("/fs1 is out of order")));
+    s.session.thaw().unwrap();
+    // For the history, which has no log.
+    let account = s.session.account();
+    let reasons = account.iter().map(|it| it.reason.is_some());
+    assert_eq!(reasons.collect::<Vec<_>>(), [false, true, false]);
+    let reason = account[1].reason.as_deref().unwrap_or_default();
+    assert!(reason.starts_with("is out of order: "), "{reason}");
 
     let mut s = setup(&[0, 1, 2], &failures, true);
     let error = s.freeze().unwrap_err();

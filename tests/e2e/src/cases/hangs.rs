@@ -663,6 +663,11 @@ fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {
             let said = guest.output(&daemon)?;
             Ok(said.contains(" hangs: an earlier freeze or thaw of it has not come back"))
         })?;
+        guest.wait_until("status says why", STEP, || {
+            let status = guest.try_sh("/payload/hv_vss_daemon status")?.out;
+            let mut lines = status.lines().filter(|it| it.starts_with("left out"));
+            Ok(lines.any(|it| it.contains("/mnt/hung (ext4, ") && it.contains(HANGS)))
+        })?;
     }
     guest.sh(UNHANG)?;
     guest.not_frozen("with its disk back", &["/mnt/hung"])?;
@@ -696,6 +701,9 @@ fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {
     );
     Ok(())
 }
+
+/// Why a backup is without one that hangs in its thaw.
+const HANGS: &str = "): hangs: an earlier freeze or thaw of it has not come back";
 
 /// Somebody syncs the disk that has died while it was frozen, so that the next look whether it still is hangs;
 /// THAW is answered, and then the daemon dies.
