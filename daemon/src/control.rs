@@ -128,6 +128,8 @@ pub struct Status<'a> {
     pub most: Option<u32>,
     /// What is frozen, by name.
     pub frozen: &'a [String],
+    /// What hangs, by name, and why backups are without it.
+    pub given_up: Vec<String>,
     /// How many there were since it was started.
     pub backups: u64,
     /// How the last one went, in words.
@@ -158,6 +160,7 @@ impl Status<'_> {
             door: None,
             most: None,
             frozen: &[],
+            given_up: Vec::new(),
             backups: 0,
             last: NO_BACKUP,
             last_backup: None,

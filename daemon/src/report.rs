@@ -102,8 +102,10 @@ impl<'a> Status<'a> {
                 if let Some(why) = self.refuses() {
                     rows.push(["refuses".into(), format!("each FREEZE: {why}")]);
                 }
-                let frozen = daemon["frozen"].as_array().into_iter().flatten();
-                rows.extend(frozen.map(|it| ["frozen".into(), text(it)]));
+                for (field, what) in [("frozen", "frozen"), ("given_up", "given up")] {
+                    let all = daemon[field].as_array().into_iter().flatten();
+                    rows.extend(all.map(|it| [what.into(), text(it)]));
+                }
             }
         }
         let last = self.last.map(|it| {
@@ -303,6 +305,18 @@ mod tests {
         assert_eq!(outcome_of(&[]), Outcome::Well);
         assert_eq!(outcome_of(&[good.clone(), example()]), Outcome::LastNotGood);
         assert_eq!(outcome_of(&[example(), good]), Outcome::Well);
+    }
+
+    #[test]
+    fn what_hangs_is_named_and_changes_no_exit_status() {
+        let given_up = ["/hung (ext4, 8:2): its thaw has not come back"];
+        let daemon = json!({ "phase": "idle", "door": "held", "given_up": given_up });
+        let status = Status::new(Some(&daemon), &[], None);
+        assert_eq!(status.outcome(), Outcome::Well);
+        let table = status.table();
+        let mut lines = table.lines();
+        let is_named = |it: &str| it.starts_with("given up ") && it.ends_with(given_up[0]);
+        assert!(lines.any(is_named), "{table}");
     }
 
     #[test]

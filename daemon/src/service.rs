@@ -906,6 +906,7 @@ impl Service {
                     door,
                     most,
                     frozen: &hands.held,
+                    given_up: hands.worker.given_up(),
                     backups: hands.backups,
                     last: &hands.last,
                     last_backup: hands.last_entry.as_ref(),
