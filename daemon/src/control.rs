@@ -179,8 +179,24 @@ pub enum ControlError {
     #[error("the daemon that serves does not reply")]
     Io(#[from] io::Error),
     /// It refuses, or what it replies is not understood.
-    #[error("the daemon that serves replies: {0}")]
-    Refused(String),
+    #[error("the daemon that serves replies: {why}")]
+    Refused {
+        /// The name of the error, as the interface has it; empty when it is none.
+        error: String,
+        /// In words, or the reply itself.
+        why: String,
+    },
+}
+
+impl ControlError {
+    /// Whether something is under way beside which it cannot be.
+    pub fn is_busy(&self) -> bool {
+        let name = match self {
+            ControlError::Refused { error, .. } => error.strip_prefix(INTERFACE),
+            ControlError::Nobody | ControlError::Io(_) => None,
+        };
+        name == Some(".Busy")
+    }
 }
 
 fn path(run: &RunDir) -> PathBuf {
@@ -260,13 +276,19 @@ fn ask_for(
         }
     }
     text.pop();
-    let reply: Value = serde_json::from_slice(&text).map_err(io::Error::from)?;
+    parameters_of(&text)
+}
+
+/// What a reply has to tell.
+fn parameters_of(reply: &[u8]) -> Result<Value, ControlError> {
+    let reply: Value = serde_json::from_slice(reply).map_err(io::Error::from)?;
     match reply.get("parameters") {
         Some(parameters) if reply.get("error").is_none() => Ok(parameters.clone()),
         parameters => {
             let why = parameters.and_then(|it| it["why"].as_str());
             let why = why.map_or_else(|| reply.to_string(), str::to_owned);
-            Err(ControlError::Refused(why))
+            let error = reply["error"].as_str().unwrap_or_default().to_owned();
+            Err(ControlError::Refused { error, why })
         }
     }
 }
@@ -903,6 +925,21 @@ mod tests {
         drop(listener);
         assert!(matches!(who_serves(&run), Err(ControlError::Nobody)));
         std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn who_is_refused_knows_whether_something_is_under_way() {
+        for (error, is_busy) in [("Busy", true), ("Failed", false)] {
+            let declared = format!("\nerror {error} (");
+            assert!(DESCRIPTION.contains(&declared));
+            let mut reply = refusal(error, "it is so");
+            reply.pop();
+            let refused = parameters_of(&reply).unwrap_err();
+            assert_eq!(refused.is_busy(), is_busy);
+            assert!(refused.to_string().ends_with(": it is so"), "{refused}");
+        }
+        let odd = parameters_of(b"{\"phase\": 1}").unwrap_err();
+        assert!(!odd.is_busy() && odd.to_string().contains("phase"));
     }
 
     #[test]

@@ -19,9 +19,9 @@ pub enum Outcome {
     Well = 0,
     /// No daemon serves: there is none, it waits for the device, or it refuses each FREEZE.
     NoDaemon = 3,
-    /// The last backup was not good.
-    LastNotGood = 4,
-    /// A backup is under way.
+    /// The last backup was not good, or the rehearsal that was asked for.
+    NotGood = 4,
+    /// A backup is under way, or a rehearsal.
     UnderWay = 5,
     /// No backup can be taken, or it would fail.
     Problem = 6,
@@ -67,7 +67,7 @@ impl<'a> Status<'a> {
             Some(_) if self.refuses().is_some() => Outcome::NoDaemon,
             Some(phase) if phase != "idle" => Outcome::UnderWay,
             Some(_) if self.waits() => Outcome::NoDaemon,
-            Some(_) if !last_is_good => Outcome::LastNotGood,
+            Some(_) if !last_is_good => Outcome::NotGood,
             Some(_) => Outcome::Well,
         }
     }
@@ -137,7 +137,7 @@ impl<'a> Status<'a> {
 pub fn outcome_of(history: &[Entry]) -> Outcome {
     match history.last().map(|it| it.result) {
         None | Some(Verdict::Good) => Outcome::Well,
-        Some(Verdict::Broken | Verdict::Failed) => Outcome::LastNotGood,
+        Some(Verdict::Broken | Verdict::Failed) => Outcome::NotGood,
     }
 }
 
@@ -182,8 +182,8 @@ pub fn history(all: &[Entry]) -> String {
     align(&rows)
 }
 
-/// What `freeze --for` prints for people of one that the daemon has done: what became of each file system, and what
-/// there is to say against it.
+/// What `freeze --for` prints for people of one that the daemon has done: what became of each file system, what
+/// there is to say against it, and how it went.
 pub fn rehearsal(entry: &Entry) -> String {
     let file_systems = entry.file_systems.iter().map(|it| {
         let stood = it.since_us.zip(it.until_us);
@@ -209,12 +209,14 @@ pub fn rehearsal(entry: &Entry) -> String {
     });
     let warnings = entry.warnings.iter();
     let warnings = warnings.map(|it| ["warning".into(), it.clone()]);
-    align(
-        &file_systems
-            .chain(hooks)
-            .chain(warnings)
-            .collect::<Vec<_>>(),
-    )
+    let why = entry.why.as_ref().map(|it| format!(": {it}"));
+    let result = word_for(entry.result);
+    let result = [
+        "result".into(),
+        format!("{result}{}", why.unwrap_or_default()),
+    ];
+    let rows = file_systems.chain(hooks).chain(warnings);
+    align(&rows.chain([result]).collect::<Vec<_>>())
 }
 
 /// What `check` prints for people.
@@ -292,7 +294,7 @@ mod tests {
             (None, Some(good.clone()), Outcome::NoDaemon),
             (Some(&idle), None, Outcome::Well),
             (Some(&idle), Some(good.clone()), Outcome::Well),
-            (Some(&idle), Some(example()), Outcome::LastNotGood),
+            (Some(&idle), Some(example()), Outcome::NotGood),
             (Some(&frozen), Some(good.clone()), Outcome::UnderWay),
             (Some(&waits), Some(good.clone()), Outcome::NoDaemon),
             (Some(&refuses), Some(good.clone()), Outcome::NoDaemon),
@@ -303,7 +305,7 @@ mod tests {
             assert_eq!(status.outcome(), outcome, "{status:?}");
         }
         assert_eq!(outcome_of(&[]), Outcome::Well);
-        assert_eq!(outcome_of(&[good.clone(), example()]), Outcome::LastNotGood);
+        assert_eq!(outcome_of(&[good.clone(), example()]), Outcome::NotGood);
         assert_eq!(outcome_of(&[example(), good]), Outcome::Well);
     }
 
@@ -335,22 +337,12 @@ mod tests {
             json!({ "phase": "idle", "door": "held", "last_backup": last })
         };
         for (remembered, told, outcome, is_remembered) in [
-            (
-                Some(good.clone()),
-                Some(&broken),
-                Outcome::LastNotGood,
-                false,
-            ),
-            (None, Some(&broken), Outcome::LastNotGood, false),
-            (
-                Some(broken.clone()),
-                Some(&broken),
-                Outcome::LastNotGood,
-                true,
-            ),
+            (Some(good.clone()), Some(&broken), Outcome::NotGood, false),
+            (None, Some(&broken), Outcome::NotGood, false),
+            (Some(broken.clone()), Some(&broken), Outcome::NotGood, true),
             (Some(broken.clone()), Some(&good), Outcome::Well, false),
             // It has seen none since it was started.
-            (Some(broken.clone()), None, Outcome::LastNotGood, true),
+            (Some(broken.clone()), None, Outcome::NotGood, true),
             (None, None, Outcome::Well, true),
         ] {
             let daemon = reply(told);

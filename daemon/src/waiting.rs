@@ -89,7 +89,7 @@ impl Waiting {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::{ask, ControlError};
+    use crate::control::ask;
     use std::thread::{spawn, JoinHandle};
 
     /// A run directory that goes with it.
@@ -138,7 +138,7 @@ mod tests {
         assert!(status["door"].is_null() && status["phase"] == "idle");
         assert_eq!(thaw.unwrap()["thawed"], false);
         let refused = check.unwrap_err();
-        assert!(matches!(&refused, ControlError::Refused(it) if it.contains("somebody has it")));
+        assert!(refused.to_string().contains("somebody has it") && !refused.is_busy());
         assert!(!to_reload);
         let run = scene.run();
         let asking = spawn(move || ask(&run, Method::Reload).unwrap());
