@@ -289,6 +289,7 @@ mod tests {
         let waits = json!({ "phase": "idle", "door": null });
         let refuses = json!({ "phase": "idle", "door": "held", "refuses": "why" });
         let hangs = json!({ "phase": "ending", "door": "held", "refuses": "why" });
+        let ends = json!({ "phase": "ending", "door": "held", "refuses": null });
         let gone = json!({ "phase": "frozen", "door": null });
         for (daemon, last, outcome) in [
             (None, Some(good.clone()), Outcome::NoDaemon),
@@ -299,6 +300,7 @@ mod tests {
             (Some(&waits), Some(good.clone()), Outcome::NoDaemon),
             (Some(&refuses), Some(good.clone()), Outcome::NoDaemon),
             (Some(&hangs), Some(good.clone()), Outcome::NoDaemon),
+            (Some(&ends), Some(good.clone()), Outcome::UnderWay),
             (Some(&gone), Some(good.clone()), Outcome::UnderWay),
         ] {
             let status = Status::new(daemon, last.as_slice(), None);

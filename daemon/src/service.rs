@@ -832,7 +832,9 @@ impl Service {
 
     /// Why a FREEZE would be refused as things are, if it would.
     fn refuses(&self) -> Option<String> {
-        if self.machine.is_ending() {
+        let job = self.hands.job.as_ref();
+        let is_stuck = job.is_some_and(|it| it.stuck(Instant::now()).is_some());
+        if self.machine.refuses(is_stuck) {
             let inside = self.hands.inside();
             return Some(inside.unwrap_or("the last one was called off and has not ended".into()));
         }
