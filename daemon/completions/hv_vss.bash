@@ -125,7 +125,7 @@ _hv_vss() {
             return 0
             ;;
         hv_vss__subcmd__freeze)
-            opts="-c -h --for --no-hooks --config --help"
+            opts="-c -h --for --no-hooks --json --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

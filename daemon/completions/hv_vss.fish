@@ -60,6 +60,7 @@ complete -c hv_vss -n "__fish_hv_vss_using_subcommand list" -s h -l help -d 'Pri
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand freeze" -l for -d 'How long to stay frozen, such as 5s or 500ms' -r
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand freeze" -s c -l config -d 'The configuration [default: /etc/hv_vss/daemon.toml, if it exists]' -r -F
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand freeze" -l no-hooks -d 'Call no hooks'
+complete -c hv_vss -n "__fish_hv_vss_using_subcommand freeze" -l json -d 'Print JSON'
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand freeze" -s h -l help -d 'Print help'
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand reload" -s c -l config -d 'The configuration [default: /etc/hv_vss/daemon.toml, if it exists]' -r -F
 complete -c hv_vss -n "__fish_hv_vss_using_subcommand reload" -s h -l help -d 'Print help'

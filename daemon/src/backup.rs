@@ -252,9 +252,15 @@ impl Backup {
         )
     }
 
-    /// Whether a job that was called off has yet to end.
-    pub fn is_ending(&self) -> bool {
-        matches!(self.phase, Phase::Ending { .. })
+    /// Whether the job that is ending would refuse a FREEZE: it hangs, be it that it `is_stuck` or that its time is
+    /// over. One that does not is as good as over, and a FREEZE that waits for it is not refused yet.
+    pub fn refuses(&self, is_stuck: bool) -> bool {
+        match self.phase {
+            Phase::Ending { waiting, kept, .. } => {
+                waiting.is_none() && (is_stuck || kept.is_none())
+            }
+            _ => false,
+        }
     }
 
     /// Whether the machine was stopped and nothing is left to be done.

@@ -589,6 +589,10 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
     for unseen in &plan.unseen {
         all.push(finding(FILE_SYSTEMS, loss, unseen.to_string()));
     }
+    let given_up = status.map(|it| given_up(it, &plan)).unwrap_or_default();
+    for text in given_up {
+        all.push(finding(FILE_SYSTEMS, loss, text));
+    }
     for synced in plan.only_synced() {
         let grade = match loss {
             Grade::Warning if is_of_the_firmware(synced) => Grade::Ok,
@@ -609,6 +613,17 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
         all.push(finding(FILE_SYSTEMS, Grade::Warning, rule.to_string()));
     }
     all
+}
+
+/// What the daemon knows to hang, but for what the plan has left out already.
+fn given_up(status: &Value, plan: &Plan) -> Vec<String> {
+    let names = plan.left_out.iter().map(|it| it.file_system.to_string());
+    let names: Vec<String> = names.collect();
+    let all = status["given_up"].as_array().into_iter().flatten();
+    let all = all.filter_map(Value::as_str);
+    let all = all.filter(|it| !names.iter().any(|name| it.starts_with(name)));
+    all.map(|it| format!("{it}; backups are without it"))
+        .collect()
 }
 
 /// How many file systems are to be frozen or synced, of which the module is handed no more than `most`.
@@ -1167,6 +1182,26 @@ mod tests {
         assert_eq!(found.grade, Grade::Warning);
         let words = "/dev/sdb: its counters are off";
         assert!(found.text.starts_with(words), "{}", found.text);
+    }
+
+    #[test]
+    fn what_the_daemon_knows_to_hang_is_named_once() {
+        let plan = Plan {
+            left_out: vec![LeftOut {
+                file_system: on("/known", &[0]),
+                reason: Reason::TurnedReadOnly,
+            }],
+            ..Plan::default()
+        };
+        let known = format!("{}: it hangs", plan.left_out[0].file_system);
+        let status = serde_json::json!({ "given_up": [known, "/other (ext4, 8:9): it hangs"] });
+        let named = given_up(&status, &plan);
+        assert_eq!(
+            named,
+            ["/other (ext4, 8:9): it hangs; backups are without it"]
+        );
+        // One of another version may not say so.
+        assert!(given_up(&serde_json::json!({}), &plan).is_empty());
     }
 
     #[test]

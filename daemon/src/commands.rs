@@ -25,7 +25,9 @@ use crate::calls::{self, Calling, Context, HookOutcome, Means};
 use crate::check;
 use crate::config::{Config, ConfigError};
 use crate::control::{self, ControlError, Method};
+use crate::door::DoorError;
 use crate::fifreeze::Fifreeze;
+use crate::freeze::FreezeError;
 use crate::ground::Disk;
 use crate::guard::{Event, Guard, GuardError};
 use crate::history::{Entry, History, HistoryError};
@@ -71,9 +73,9 @@ pub enum CommandError {
     /// It cannot last so long.
     #[error("{0}")]
     TooLong(String),
-    /// The daemon has rehearsed, and it was no good.
-    #[error("the rehearsal was not good: {0}")]
-    NotGood(String),
+    /// What came of it only a daemon tells.
+    #[error("no daemon serves, and of a rehearsal without one there is no JSON: it says what comes of it in its log")]
+    NoJson,
     /// The daemon that serves goes by another configuration.
     #[error(
         "a daemon serves, and rehearses by its own configuration: without --config, after `hv_vss reload` if that is to \
@@ -121,6 +123,24 @@ pub enum CommandError {
     /// The list cannot be written, or what the daemon replies is not understood.
     #[error("JSON that is not as it should be")]
     Json(#[from] serde_json::Error),
+}
+
+impl CommandError {
+    /// The exit status that tells it from others; `None` where it is a failure like any.
+    pub fn outcome(&self) -> Option<Outcome> {
+        match self {
+            CommandError::Control(error) if error.is_busy() => Some(Outcome::UnderWay),
+            CommandError::Record(RecordError::Locked { .. })
+            | CommandError::Freeze(JobError::Freeze(FreezeError::Door(DoorError::Record(
+                RecordError::Locked { .. },
+            )))) => Some(Outcome::UnderWay),
+            CommandError::Freeze(_)
+            | CommandError::Thaw(_)
+            | CommandError::Hooks(_)
+            | CommandError::Ended(_) => Some(Outcome::NotGood),
+            _ => None,
+        }
+    }
 }
 
 /// `list --json`: one file system.
@@ -348,30 +368,34 @@ fn as_text(plan: &Plan, listing: &Listing<'_>) -> String {
 }
 
 /// A rehearsal by the daemon that serves, which freezes as it would for a backup, and ends it should this process end.
-/// Returns what came of it, as text; `None` where no daemon serves. `path` is the configuration that was asked for.
+/// Returns what came of it, as text or as JSON; `None` where no daemon serves. `path` is the configuration that was
+/// asked for.
 pub fn rehearse_there(
     run: &RunDir,
     path: Option<&Path>,
     rehearsal: Rehearsal,
-) -> Result<Option<String>, CommandError> {
-    match control::ask(run, Method::Status) {
+    json: bool,
+) -> Result<Option<(String, Outcome)>, CommandError> {
+    let serves = match control::ask(run, Method::Status) {
         // One that waits for a device serves nobody.
-        Ok(status) if status["door"].is_null() => return Ok(None),
-        Ok(_) if path.is_some() => return Err(CommandError::ByItsOwn),
-        Ok(_) => {}
-        Err(ControlError::Nobody) => return Ok(None),
+        Ok(status) => !status["door"].is_null(),
+        Err(ControlError::Nobody) => false,
         Err(error) => return Err(error.into()),
+    };
+    match (serves, path) {
+        (true, Some(_)) => return Err(CommandError::ByItsOwn),
+        (true, None) => {}
+        (false, _) if json => return Err(CommandError::NoJson),
+        (false, _) => return Ok(None),
     }
     let reply = control::ask_patiently(run, Method::Rehearse(rehearsal), |_| ())?;
-    let entry = Entry::deserialize(&reply["rehearsal"])?;
-    let text = report::rehearsal(&entry);
-    match entry.result {
-        Verdict::Good => Ok(Some(text)),
-        Verdict::Broken | Verdict::Failed => {
-            let why = entry.why.unwrap_or_default();
-            Err(CommandError::NotGood(format!("{why}\n{}", text.trim_end())))
-        }
-    }
+    let reply = &reply["rehearsal"];
+    let entry = Entry::deserialize(reply)?;
+    let text = match json {
+        true => as_json(reply)?,
+        false => report::rehearsal(&entry),
+    };
+    Ok(Some((text, report::outcome_of(&[entry]))))
 }
 
 /// A rehearsal without a daemon: calls hooks, if it is to, and freezes as for a backup, stays frozen for `time`, thaws.

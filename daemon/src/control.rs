@@ -6,6 +6,7 @@
 //! methods are those of the interface `org.hv-vss.Daemon`, which it describes itself. Only root may ask. It
 //! carries calls and replies; what they do is decided by [`crate::service`].
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::Permissions;
 use std::io::{self, Read, Write};
@@ -22,6 +23,7 @@ use serde::Serialize;
 use serde_json::{json, Value};
 
 use crate::backup::Rehearsal;
+use crate::history::Entry;
 use crate::process;
 use crate::record::RunDir;
 
@@ -34,6 +36,8 @@ const SERVICE_DESCRIPTION: &str = include_str!("org.varlink.service.varlink");
 const MOST_CLIENTS: usize = 8;
 /// Bytes of the calls of one program that wait for their turn.
 const LONGEST_CALL: usize = 4096;
+/// What the last backup is as long as there was none.
+pub const NO_BACKUP: &str = "no backup yet";
 /// How long the daemon may take for a reply, beside what it has to wait for itself.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// After which time a daemon that is waited for is asked what it is at.
@@ -107,6 +111,64 @@ impl Method {
     }
 }
 
+/// What the daemon replies to [`Method::Status`]: the interface describes each field.
+#[derive(Debug, Serialize)]
+pub struct Status<'a> {
+    /// The process.
+    pub pid: u32,
+    /// As [`Backup::phase`](crate::backup::Backup::phase).
+    pub phase: &'static str,
+    /// What it is at, in words.
+    pub doing: Option<String>,
+    /// Why a FREEZE would be refused.
+    pub refuses: Option<String>,
+    /// By what it freezes; `None` without a device.
+    pub door: Option<&'static str>,
+    /// How many file systems the module holds at most.
+    pub most: Option<u32>,
+    /// What is frozen, by name.
+    pub frozen: &'a [String],
+    /// What hangs, by name, and why backups are without it.
+    pub given_up: Vec<String>,
+    /// How many there were since it was started.
+    pub backups: u64,
+    /// How the last one went, in words.
+    pub last: &'a str,
+    /// And as the history has it, in short.
+    pub last_backup: Option<&'a Entry>,
+    /// By which it goes.
+    pub configuration: Option<InForce<'a>>,
+}
+
+/// The configuration of the daemon that replies.
+#[derive(Debug, Serialize)]
+pub struct InForce<'a> {
+    /// From where it is read, if that was said.
+    pub path: Option<Cow<'a, str>>,
+    /// What is in force.
+    pub in_force: Value,
+}
+
+impl Status<'_> {
+    /// Of a daemon that is at nothing, and has no device.
+    pub fn at_rest() -> Self {
+        Status {
+            pid: std::process::id(),
+            phase: "idle",
+            doing: None,
+            refuses: None,
+            door: None,
+            most: None,
+            frozen: &[],
+            given_up: Vec::new(),
+            backups: 0,
+            last: NO_BACKUP,
+            last_backup: None,
+            configuration: None,
+        }
+    }
+}
+
 /// Why there is no reply.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
@@ -117,8 +179,24 @@ pub enum ControlError {
     #[error("the daemon that serves does not reply")]
     Io(#[from] io::Error),
     /// It refuses, or what it replies is not understood.
-    #[error("the daemon that serves replies: {0}")]
-    Refused(String),
+    #[error("the daemon that serves replies: {why}")]
+    Refused {
+        /// The name of the error, as the interface has it; empty when it is none.
+        error: String,
+        /// In words, or the reply itself.
+        why: String,
+    },
+}
+
+impl ControlError {
+    /// Whether something is under way beside which it cannot be.
+    pub fn is_busy(&self) -> bool {
+        let name = match self {
+            ControlError::Refused { error, .. } => error.strip_prefix(INTERFACE),
+            ControlError::Nobody | ControlError::Io(_) => None,
+        };
+        name == Some(".Busy")
+    }
 }
 
 fn path(run: &RunDir) -> PathBuf {
@@ -198,13 +276,19 @@ fn ask_for(
         }
     }
     text.pop();
-    let reply: Value = serde_json::from_slice(&text).map_err(io::Error::from)?;
+    parameters_of(&text)
+}
+
+/// What a reply has to tell.
+fn parameters_of(reply: &[u8]) -> Result<Value, ControlError> {
+    let reply: Value = serde_json::from_slice(reply).map_err(io::Error::from)?;
     match reply.get("parameters") {
         Some(parameters) if reply.get("error").is_none() => Ok(parameters.clone()),
         parameters => {
             let why = parameters.and_then(|it| it["why"].as_str());
             let why = why.map_or_else(|| reply.to_string(), str::to_owned);
-            Err(ControlError::Refused(why))
+            let error = reply["error"].as_str().unwrap_or_default().to_owned();
+            Err(ControlError::Refused { error, why })
         }
     }
 }
@@ -427,6 +511,12 @@ impl Control {
         self.send(client, message(&json!({ "parameters": parameters })));
     }
 
+    /// Replies to [`Method::Status`].
+    pub fn reply_status(&mut self, client: Client, status: &Status<'_>) {
+        let reply = reply_of(status).map_err(|error| error.to_string());
+        self.reply_with(client, reply);
+    }
+
     /// Replies to a call with what [`reply_of`] has made, or with why there is none.
     pub fn reply_with(&mut self, client: Client, reply: Result<Vec<u8>, String>) {
         let reply = reply.unwrap_or_else(|why| refusal("Failed", &why));
@@ -513,6 +603,7 @@ fn understood(call: &Value) -> Understood {
 mod tests {
     use super::*;
     use mio::{Events, Poll};
+    use std::collections::BTreeSet;
     use std::net::Shutdown;
 
     fn connect(run: &RunDir) -> std::os::unix::net::UnixStream {
@@ -837,6 +928,21 @@ mod tests {
     }
 
     #[test]
+    fn who_is_refused_knows_whether_something_is_under_way() {
+        for (error, is_busy) in [("Busy", true), ("Failed", false)] {
+            let declared = format!("\nerror {error} (");
+            assert!(DESCRIPTION.contains(&declared));
+            let mut reply = refusal(error, "it is so");
+            reply.pop();
+            let refused = parameters_of(&reply).unwrap_err();
+            assert_eq!(refused.is_busy(), is_busy);
+            assert!(refused.to_string().ends_with(": it is so"), "{refused}");
+        }
+        let odd = parameters_of(b"{\"phase\": 1}").unwrap_err();
+        assert!(!odd.is_busy() && odd.to_string().contains("phase"));
+    }
+
+    #[test]
     fn each_method_is_described() {
         for method in Method::ALL {
             let name = method.name();
@@ -847,6 +953,41 @@ mod tests {
         let methods = DESCRIPTION.matches("\nmethod ").count();
         assert_eq!(methods, Method::ALL.len());
         assert!(DESCRIPTION.contains(&format!("\ninterface {INTERFACE}\n")));
+    }
+
+    /// The names of the fields in this part of a description, but for those of fields of theirs.
+    fn described(part: &str) -> BTreeSet<&str> {
+        let mut depth = 0;
+        let fields = part.split(|it| {
+            depth += i32::from(it == '(') - i32::from(it == ')');
+            it == ',' && depth == 0
+        });
+        let names = fields.filter_map(|it| it.split_once(':'));
+        names.map(|(name, _)| name.trim()).collect()
+    }
+
+    #[test]
+    fn a_status_has_the_fields_that_are_described() {
+        let status = Status {
+            configuration: Some(InForce {
+                path: None,
+                in_force: Value::Null,
+            }),
+            ..Status::at_rest()
+        };
+        let status = serde_json::to_value(status).unwrap();
+        let part = |from: &str, to: &str| {
+            let (_, rest) = DESCRIPTION.split_once(from).unwrap();
+            rest.split_once(to).unwrap().0
+        };
+        for (value, part) in [
+            (&status, part("\nmethod Status() -> (", "\n)")),
+            (&status["configuration"], part("configuration: ?(", ")")),
+        ] {
+            let fields = value.as_object().into_iter().flat_map(|it| it.keys());
+            let fields: BTreeSet<&str> = fields.map(String::as_str).collect();
+            assert_eq!(fields, described(part));
+        }
     }
 
     #[test]

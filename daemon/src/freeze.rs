@@ -37,7 +37,8 @@ use crate::pool::Pool;
 use crate::progress::{Progress, Stage};
 use crate::sys;
 
-pub use self::learnt::{Learnt, Stuck};
+use self::learnt::InThaw;
+pub use self::learnt::{GivenUp, Learnt, Stuck};
 use self::target::State;
 pub use self::target::{How, Stay, Target};
 
@@ -316,10 +317,15 @@ impl Session {
     /// Adds to what is known, whatever came of the freeze.
     pub fn learn(&self, learnt: &mut Learnt) {
         learnt.hung.retain(|it| it.thread.strong_count() > 0);
-        learnt.in_thaw.retain(|(work, _)| work.strong_count() > 0);
-        let in_thaw = self.work.which(Target::is_thawing).into_iter();
-        let in_thaw = in_thaw.map(|index| (Arc::downgrade(&self.work), index));
-        learnt.in_thaw.extend(in_thaw);
+        learnt.in_thaw.retain(|it| it.work.strong_count() > 0);
+        let each = self.work.targets.iter().enumerate();
+        let in_thaw = each.filter(|(_, it)| it.is_thawing());
+        learnt.in_thaw.extend(in_thaw.map(|(index, it)| InThaw {
+            dev: it.dev,
+            name: it.name.clone(),
+            index,
+            work: Arc::downgrade(&self.work),
+        }));
         for target in &self.work.targets {
             match *target.state() {
                 State::Ours { .. } | State::Thawing { .. } | State::Thawed { .. } => {
@@ -331,7 +337,7 @@ impl Session {
                 State::Open | State::Freezing { .. } | State::Foreign | State::Broken => {}
             }
             if target.given_up.load(Ordering::SeqCst) {
-                learnt.called_off.insert(target.dev);
+                learnt.called_off.insert(target.dev, target.name.clone());
             }
             if let Some(took) = target.took() {
                 learnt.usual.insert(target.dev, took);
@@ -449,6 +455,7 @@ impl Session {
         ask: impl FnOnce(&BTreeSet<DevId>, Duration, &dyn Fn() -> bool) -> BTreeSet<DevId>,
     ) {
         let work = &self.work;
+        learnt.silent.clear();
         if work.door.can_call_off() {
             return;
         }
@@ -473,7 +480,7 @@ impl Session {
         let mut hung = learnt.stuck.clone();
         for target in &work.targets {
             let dev = &target.dev;
-            let is_known = learnt.called_off.contains(dev);
+            let is_known = learnt.called_off.contains_key(dev);
             let is_stuck = || work.door.is_stuck(target.as_fd());
             let mut was_left = (asks_all || is_known) && is_stuck();
             while was_left && !is_known && Instant::now() < until {
@@ -482,11 +489,12 @@ impl Session {
                 was_left = is_stuck();
             }
             match was_left {
-                true => learnt.called_off.insert(*dev),
+                true => learnt.called_off.insert(*dev, target.name.clone()),
                 false => learnt.called_off.remove(dev),
             };
             let disk = target.all_below().find(|it| silent.contains(it));
             let why = if let Some(disk) = disk.filter(|_| target.is_due()) {
+                learnt.silent.insert(*dev, (target.name.clone(), disk));
                 let limit = limit.as_secs();
                 format!("hangs: {disk} does not answer within {limit} s (give_up)")
             } else if self.is_unfreezable(target, learnt) {
@@ -896,6 +904,11 @@ impl Session {
             names if names.is_empty() => Ok(()),
             names => Err(ThawError::Hung { names }),
         }
+    }
+
+    /// Names what is frozen, by whomever.
+    pub fn frozen(&self) -> Vec<String> {
+        self.names(|it| it.is_ours() || *it.state() == State::Foreign)
     }
 
     /// Names what hangs in its thaw.

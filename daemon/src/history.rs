@@ -111,7 +111,7 @@ pub struct FileSystem {
     pub name: String,
     /// Whether it was frozen.
     pub how: How,
-    /// Why it was left out, where the plan has done that.
+    /// Why it was left out.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub reason: Option<String>,
     /// When it was about to be frozen.
@@ -198,7 +198,7 @@ impl Draft {
         let stayed = |stay: Stay| FileSystem {
             name: stay.name,
             how: stay.how,
-            reason: None,
+            reason: stay.reason,
             since_us: stay.since.map(|at| self.us(at)),
             took_us: stay.took.map(|it| it.as_micros() as u64),
             until_us: stay.until.map(|at| self.us(at)),
@@ -556,6 +556,7 @@ pub(crate) mod tests {
         let stay = Stay {
             name: "/srv (ext4, 8:1)".into(),
             how: How::Frozen,
+            reason: None,
             since: Some(at(100)),
             took: Some(Duration::from_millis(2)),
             until: Some(at(200)),

@@ -14,7 +14,7 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, sync_channel, Receiver, RecvTimeoutError, Sender, SyncSender};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
@@ -29,7 +29,7 @@ use crate::config::Config;
 use crate::door::Door;
 use crate::fifreeze::Unguarded;
 use crate::freeze::{
-    is_of_anything, FreezeError, How, Learnt, Limits, Means, Session, Stay, Summary, Target,
+    is_of_anything, FreezeError, GivenUp, Learnt, Limits, Means, Session, Stay, Summary, Target,
     ThawError,
 };
 use crate::ground::{self, GoesOn};
@@ -188,12 +188,24 @@ fn until_it_is<T>(
     Err(JobError::Restless)
 }
 
+/// What hangs, as the thread that freezes has seen it last, for the others.
+#[derive(Clone, Default)]
+struct Shown(Arc<Mutex<Vec<GivenUp>>>);
+
+impl Shown {
+    fn all(&self) -> MutexGuard<'_, Vec<GivenUp>> {
+        // It is whole after each change.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Whoever freezes, with all that is known, or open, or running, before it is needed.
 pub struct Freezer {
     cache: Cache,
     /// By which the plan was made that is in the cache.
     config: Arc<Config>,
     learnt: Learnt,
+    given_up: Shown,
     leavings: Leavings,
     pool: Arc<Pool>,
     aside: Arc<Pool>,
@@ -210,6 +222,7 @@ impl Freezer {
             cache: Cache::default(),
             config: Arc::default(),
             learnt: Learnt::default(),
+            given_up: Shown::default(),
             leavings: Leavings::default(),
             pool: Arc::default(),
             aside: Arc::default(),
@@ -285,7 +298,7 @@ impl Freezer {
     /// leaves it out, nobody has looked by then; [`Freezer::thaw`] does, and fails if it is to be strict. The log is
     /// held by whoever calls, and speaks only as long as nothing is frozen.
     pub fn freeze(&mut self, setting: &Setting) -> Result<Frozen, JobError> {
-        until_it_is(|may_sync, is_last| {
+        let frozen = until_it_is(|may_sync, is_last| {
             let tried = self.try_to_freeze(setting, may_sync, is_last)?;
             if !matches!(tried, Tried::Done(_)) {
                 self.cache.doubt();
@@ -296,7 +309,17 @@ impl Freezer {
                 setting.log.aloud(|| ());
             }
             Ok(tried)
-        })
+        });
+        if frozen.is_err() {
+            self.show_given_up();
+        }
+        frozen
+    }
+
+    /// Shows what hangs, to be called while nothing else is frozen: it takes memory.
+    fn show_given_up(&self) {
+        let given_up = self.learnt.given_up();
+        *self.given_up.all() = given_up;
     }
 
     /// One attempt at it, after a sync if it may be. The last one counts although something has come meanwhile, and
@@ -517,6 +540,7 @@ impl Freezer {
         let mut begun = begun_since(&frozen.layers);
         let thawed = frozen.session.thaw_by(by);
         frozen.session.learn(&mut self.learnt);
+        self.show_given_up();
         if thawed.is_err() || setting.abort.load(Ordering::SeqCst) {
             // It was not frozen all the time, so it may have been any writer.
             nodes.clear();
@@ -823,12 +847,10 @@ impl Frozen {
         let counts = format!(
             "{ours} frozen, {foreign} frozen by others, {synced} only synced, {left_out} left out"
         );
-        let stays = self.session.account().into_iter();
-        let frozen = stays.filter(|it| matches!(it.how, How::Frozen | How::Foreign));
         Begun {
             since: self.session.armed_at(),
             counts,
-            names: frozen.map(|it| it.name).collect(),
+            names: self.session.frozen(),
         }
     }
 
@@ -910,6 +932,7 @@ pub struct Worker {
     /// To another one, if it was ever needed: what is asked of it may cure what the first one hangs in. It has the
     /// descriptors of all, and so must not hang itself.
     aside: Option<SyncSender<Then>>,
+    given_up: Shown,
 }
 
 /// What needs a disk; what it returns is to be done then.
@@ -960,8 +983,11 @@ impl Worker {
     /// Starts it.
     pub fn start() -> io::Result<Self> {
         let (sender, orders) = channel();
+        let given_up = Shown::default();
+        let shown = given_up.clone();
         let body = move || {
             let mut freezer = Freezer::new();
+            freezer.given_up = shown;
             while let Ok(order) = orders.recv() {
                 match order {
                     Order::Prepare(config, log) => {
@@ -992,6 +1018,7 @@ impl Worker {
             orders: sender,
             later,
             aside: None,
+            given_up,
         })
     }
 
@@ -1019,6 +1046,13 @@ impl Worker {
         // Without a worker the next backup fails, and that is where it is said.
         let order = Order::Prepare(Arc::clone(config), log.clone());
         let _ = self.orders.send(order);
+    }
+
+    /// Names what hangs, and why backups are without it, as far as the last one, or a rehearsal, has seen.
+    pub fn given_up(&self) -> Vec<String> {
+        let all = self.given_up.all();
+        let all = all.iter().filter(|it| it.lasts());
+        all.map(ToString::to_string).collect()
     }
 
     /// Has undone what somebody has left frozen in `run` who has died, and `then` done, whatever came of it.

@@ -16,7 +16,7 @@ use std::time::Duration;
 use clap::parser::ValueSource;
 use clap::{value_parser, Arg, ArgAction, ArgMatches, Command};
 use hv_vss_daemon::backup::Rehearsal;
-use hv_vss_daemon::commands::{self, Stop};
+use hv_vss_daemon::commands::{self, CommandError, Stop};
 use hv_vss_daemon::config::{Config, ConfigError};
 use hv_vss_daemon::device::Device;
 use hv_vss_daemon::logbook::{stderr_is_journal, words, Logbook, Sink};
@@ -115,10 +115,10 @@ fn command() -> Command {
                 .args([json.clone()]),
             Command::new("list")
                 .about("Show what would be frozen, in which order, and what would not and why")
-                .args([json, table]),
+                .args([json.clone(), table]),
             Command::new("freeze")
                 .about("Rehearse: call hooks, freeze as for a backup, wait, thaw")
-                .args([time, no_hooks]),
+                .args([time, no_hooks, json]),
             Command::new("reload")
                 .about("Have the daemon that serves read its configuration again"),
             Command::new("thaw")
@@ -150,7 +150,8 @@ fn exit_with(result: Result<ExitCode, Failure>) -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             let _ = writeln!(io::stderr(), "hv_vss_daemon: {}", words(error.as_ref()));
-            ExitCode::FAILURE
+            let outcome = error.downcast_ref().and_then(CommandError::outcome);
+            outcome.map_or(ExitCode::FAILURE, |it| ExitCode::from(it as u8))
         }
     }
 }
@@ -213,8 +214,9 @@ fn dispatch() -> Result<ExitCode, Failure> {
                 with_hooks: !freeze.get_flag("no-hooks"),
             };
             let (run, path) = (RunDir::default(), config_path.as_deref());
-            match commands::rehearse_there(&run, path, rehearsal)? {
-                Some(text) => print((text, Outcome::Well)),
+            let json = freeze.get_flag("json");
+            match commands::rehearse_there(&run, path, rehearsal, json)? {
+                Some(told) => print(told),
                 None => done(rehearse(config()?, rehearsal)),
             }
         }

@@ -19,9 +19,9 @@ pub enum Outcome {
     Well = 0,
     /// No daemon serves: there is none, it waits for the device, or it refuses each FREEZE.
     NoDaemon = 3,
-    /// The last backup was not good.
-    LastNotGood = 4,
-    /// A backup is under way.
+    /// The last backup was not good, or the rehearsal that was asked for.
+    NotGood = 4,
+    /// A backup is under way, or a rehearsal.
     UnderWay = 5,
     /// No backup can be taken, or it would fail.
     Problem = 6,
@@ -67,7 +67,7 @@ impl<'a> Status<'a> {
             Some(_) if self.refuses().is_some() => Outcome::NoDaemon,
             Some(phase) if phase != "idle" => Outcome::UnderWay,
             Some(_) if self.waits() => Outcome::NoDaemon,
-            Some(_) if !last_is_good => Outcome::LastNotGood,
+            Some(_) if !last_is_good => Outcome::NotGood,
             Some(_) => Outcome::Well,
         }
     }
@@ -102,8 +102,10 @@ impl<'a> Status<'a> {
                 if let Some(why) = self.refuses() {
                     rows.push(["refuses".into(), format!("each FREEZE: {why}")]);
                 }
-                let frozen = daemon["frozen"].as_array().into_iter().flatten();
-                rows.extend(frozen.map(|it| ["frozen".into(), text(it)]));
+                for (field, what) in [("frozen", "frozen"), ("given_up", "given up")] {
+                    let all = daemon[field].as_array().into_iter().flatten();
+                    rows.extend(all.map(|it| [what.into(), text(it)]));
+                }
             }
         }
         let last = self.last.map(|it| {
@@ -135,7 +137,7 @@ impl<'a> Status<'a> {
 pub fn outcome_of(history: &[Entry]) -> Outcome {
     match history.last().map(|it| it.result) {
         None | Some(Verdict::Good) => Outcome::Well,
-        Some(Verdict::Broken | Verdict::Failed) => Outcome::LastNotGood,
+        Some(Verdict::Broken | Verdict::Failed) => Outcome::NotGood,
     }
 }
 
@@ -180,8 +182,8 @@ pub fn history(all: &[Entry]) -> String {
     align(&rows)
 }
 
-/// What `freeze --for` prints for people of one that the daemon has done: what became of each file system, and what
-/// there is to say against it.
+/// What `freeze --for` prints for people of one that the daemon has done: what became of each file system, what
+/// there is to say against it, and how it went.
 pub fn rehearsal(entry: &Entry) -> String {
     let file_systems = entry.file_systems.iter().map(|it| {
         let stood = it.since_us.zip(it.until_us);
@@ -207,12 +209,14 @@ pub fn rehearsal(entry: &Entry) -> String {
     });
     let warnings = entry.warnings.iter();
     let warnings = warnings.map(|it| ["warning".into(), it.clone()]);
-    align(
-        &file_systems
-            .chain(hooks)
-            .chain(warnings)
-            .collect::<Vec<_>>(),
-    )
+    let why = entry.why.as_ref().map(|it| format!(": {it}"));
+    let result = word_for(entry.result);
+    let result = [
+        "result".into(),
+        format!("{result}{}", why.unwrap_or_default()),
+    ];
+    let rows = file_systems.chain(hooks).chain(warnings);
+    align(&rows.chain([result]).collect::<Vec<_>>())
 }
 
 /// What `check` prints for people.
@@ -285,24 +289,38 @@ mod tests {
         let waits = json!({ "phase": "idle", "door": null });
         let refuses = json!({ "phase": "idle", "door": "held", "refuses": "why" });
         let hangs = json!({ "phase": "ending", "door": "held", "refuses": "why" });
+        let ends = json!({ "phase": "ending", "door": "held", "refuses": null });
         let gone = json!({ "phase": "frozen", "door": null });
         for (daemon, last, outcome) in [
             (None, Some(good.clone()), Outcome::NoDaemon),
             (Some(&idle), None, Outcome::Well),
             (Some(&idle), Some(good.clone()), Outcome::Well),
-            (Some(&idle), Some(example()), Outcome::LastNotGood),
+            (Some(&idle), Some(example()), Outcome::NotGood),
             (Some(&frozen), Some(good.clone()), Outcome::UnderWay),
             (Some(&waits), Some(good.clone()), Outcome::NoDaemon),
             (Some(&refuses), Some(good.clone()), Outcome::NoDaemon),
             (Some(&hangs), Some(good.clone()), Outcome::NoDaemon),
+            (Some(&ends), Some(good.clone()), Outcome::UnderWay),
             (Some(&gone), Some(good.clone()), Outcome::UnderWay),
         ] {
             let status = Status::new(daemon, last.as_slice(), None);
             assert_eq!(status.outcome(), outcome, "{status:?}");
         }
         assert_eq!(outcome_of(&[]), Outcome::Well);
-        assert_eq!(outcome_of(&[good.clone(), example()]), Outcome::LastNotGood);
+        assert_eq!(outcome_of(&[good.clone(), example()]), Outcome::NotGood);
         assert_eq!(outcome_of(&[example(), good]), Outcome::Well);
+    }
+
+    #[test]
+    fn what_hangs_is_named_and_changes_no_exit_status() {
+        let given_up = ["/hung (ext4, 8:2): its thaw has not come back"];
+        let daemon = json!({ "phase": "idle", "door": "held", "given_up": given_up });
+        let status = Status::new(Some(&daemon), &[], None);
+        assert_eq!(status.outcome(), Outcome::Well);
+        let table = status.table();
+        let mut lines = table.lines();
+        let is_named = |it: &str| it.starts_with("given up ") && it.ends_with(given_up[0]);
+        assert!(lines.any(is_named), "{table}");
     }
 
     #[test]
@@ -321,22 +339,12 @@ mod tests {
             json!({ "phase": "idle", "door": "held", "last_backup": last })
         };
         for (remembered, told, outcome, is_remembered) in [
-            (
-                Some(good.clone()),
-                Some(&broken),
-                Outcome::LastNotGood,
-                false,
-            ),
-            (None, Some(&broken), Outcome::LastNotGood, false),
-            (
-                Some(broken.clone()),
-                Some(&broken),
-                Outcome::LastNotGood,
-                true,
-            ),
+            (Some(good.clone()), Some(&broken), Outcome::NotGood, false),
+            (None, Some(&broken), Outcome::NotGood, false),
+            (Some(broken.clone()), Some(&broken), Outcome::NotGood, true),
             (Some(broken.clone()), Some(&good), Outcome::Well, false),
             // It has seen none since it was started.
-            (Some(broken.clone()), None, Outcome::LastNotGood, true),
+            (Some(broken.clone()), None, Outcome::NotGood, true),
             (None, None, Outcome::Well, true),
         ] {
             let daemon = reply(told);

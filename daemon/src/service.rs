@@ -29,7 +29,7 @@ use crate::backup::{name_of, Backup, Break, Effects, NoRehearsal, Rehearsal, Ver
 use crate::calls::{Called, Calling, Context, HookOutcome, Means};
 use crate::check;
 use crate::config::{Config, ConfigError};
-use crate::control::{self, reply_of, Client, Control, Method};
+use crate::control::{self, reply_of, Client, Control, InForce, Method, Status, NO_BACKUP};
 use crate::device::{Abi, Device, DeviceError, Incoming, Request};
 use crate::disks;
 use crate::door::Door;
@@ -363,7 +363,7 @@ impl Service {
                 written: None,
                 held: Vec::new(),
                 doing: String::new(),
-                last: "no backup yet".into(),
+                last: NO_BACKUP.into(),
                 last_entry: None,
             },
             control,
@@ -832,7 +832,9 @@ impl Service {
 
     /// Why a FREEZE would be refused as things are, if it would.
     fn refuses(&self) -> Option<String> {
-        if self.machine.is_ending() {
+        let job = self.hands.job.as_ref();
+        let is_stuck = job.is_some_and(|it| it.stuck(Instant::now()).is_some());
+        if self.machine.refuses(is_stuck) {
             let inside = self.hands.inside();
             return Some(inside.unwrap_or("the last one was called off and has not ended".into()));
         }
@@ -899,23 +901,24 @@ impl Service {
                 let most = hands.device.as_ref().and_then(|it| Some(it.hold()?.most));
                 let now = Instant::now();
                 let job = hands.job.as_ref().filter(|_| self.machine.is_freezing());
-                let status = json!({
-                    "pid": std::process::id(),
-                    "phase": self.machine.phase(),
-                    "doing": job.map(|it| it.progress().words(now)).or(hands.inside()),
-                    "refuses": self.refuses(),
-                    "door": door,
-                    "most": most,
-                    "frozen": hands.held,
-                    "backups": hands.backups,
-                    "last": hands.last,
-                    "last_backup": hands.last_entry,
-                    "configuration": {
-                        "path": hands.config_path.as_ref().map(|it| it.to_string_lossy()),
-                        "in_force": hands.config.to_value(),
-                    },
-                });
-                self.control.reply(client, status);
+                let status = Status {
+                    phase: self.machine.phase(),
+                    doing: job.map(|it| it.progress().words(now)).or(hands.inside()),
+                    refuses: self.refuses(),
+                    door,
+                    most,
+                    frozen: &hands.held,
+                    given_up: hands.worker.given_up(),
+                    backups: hands.backups,
+                    last: &hands.last,
+                    last_backup: hands.last_entry.as_ref(),
+                    configuration: Some(InForce {
+                        path: hands.config_path.as_ref().map(|it| it.to_string_lossy()),
+                        in_force: hands.config.to_value(),
+                    }),
+                    ..Status::at_rest()
+                };
+                self.control.reply_status(client, &status);
             }
         }
     }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use mio::{Events, Poll, Token};
 use serde_json::json;
 
-use crate::control::{who_serves, Client, Control, ControlError, Method};
+use crate::control::{who_serves, Client, Control, ControlError, Method, Status};
 use crate::record::RunDir;
 
 /// What is asked while the device is waited for.
@@ -67,19 +67,13 @@ impl Waiting {
 
     fn reply(&mut self, client: Client, method: Method) {
         let reply = match method {
-            Method::Status => json!({
-                "pid": std::process::id(),
-                "phase": "idle",
-                "doing": self.doing,
-                "refuses": null,
-                "door": null,
-                "most": null,
-                "frozen": [],
-                "backups": 0,
-                "last": "no backup yet",
-                "last_backup": null,
-                "configuration": null,
-            }),
+            Method::Status => {
+                let status = Status {
+                    doing: Some(self.doing.clone()),
+                    ..Status::at_rest()
+                };
+                return self.control.reply_status(client, &status);
+            }
             // What a dead one has left frozen, whoever asks for the thaw thaws himself.
             Method::Thaw => json!({ "thawed": false }),
             Method::Reload => json!({ "reloaded": false, "later": true }),
@@ -95,7 +89,7 @@ impl Waiting {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::{ask, ControlError};
+    use crate::control::ask;
     use std::thread::{spawn, JoinHandle};
 
     /// A run directory that goes with it.
@@ -144,7 +138,7 @@ mod tests {
         assert!(status["door"].is_null() && status["phase"] == "idle");
         assert_eq!(thaw.unwrap()["thawed"], false);
         let refused = check.unwrap_err();
-        assert!(matches!(&refused, ControlError::Refused(it) if it.contains("somebody has it")));
+        assert!(refused.to_string().contains("somebody has it") && !refused.is_busy());
         assert!(!to_reload);
         let run = scene.run();
         let asking = spawn(move || ask(&run, Method::Reload).unwrap());

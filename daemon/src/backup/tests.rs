@@ -976,6 +976,35 @@ fn a_freeze_waits_for_the_end_of_one_that_was_called_off_and_then_begins() {
 }
 
 #[test]
+fn what_is_about_to_end_refuses_no_freeze_and_what_hangs_does() {
+    use Event::{Broken, Freeze, JobFailed, JobFrozen, JobThawed, Rehearse, Time};
+    for (events, ends) in [
+        (&[Rehearse, JobFrozen, Time][..], JobThawed),
+        (&[Rehearse, Broken], JobFailed),
+        (&[Freeze, JobFrozen, Broken], JobThawed),
+        (&[Freeze, Broken], JobFailed),
+    ] {
+        let mut world = after(events);
+        assert_eq!(world.machine.phase(), "ending");
+        assert!(!world.machine.refuses(false), "{events:?}");
+        // It would wait, and be refused in the end.
+        assert!(world.machine.refuses(true), "{events:?}");
+        world.happen(Freeze);
+        assert!(world.truth.open.is_some() && !world.machine.refuses(true));
+        world.happen(ends);
+        assert_eq!(world.machine.phase(), "freezing", "{events:?}");
+        world.drain();
+        // So does one that has had its time.
+        let mut world = after(events);
+        world.happen(Time);
+        assert_eq!(world.machine.phase(), "ending");
+        assert!(world.machine.refuses(false), "{events:?}");
+        world.happen(ends);
+        assert!(!world.machine.refuses(false), "{events:?}");
+    }
+}
+
+#[test]
 fn a_freeze_that_has_waited_has_as_long_as_the_host_waits() {
     use Event::{Broken, Freeze, FreezeMore, HooksFound, HooksReady, HooksReleased};
     use Event::{JobFailed, JobFrozen, JobThawed};

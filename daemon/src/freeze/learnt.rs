@@ -2,7 +2,9 @@
 
 //! What one freeze leaves for the next to know: how long each took, what cannot freeze, and what hangs.
 
+use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::sync::Weak;
 use std::time::{Duration, Instant};
 
@@ -22,11 +24,13 @@ pub struct Learnt {
     /// Whose sync has not returned, as long as its thread is there.
     pub(super) hung: Vec<Hung>,
     /// Whose freeze was called off, and may not have come back.
-    pub(super) called_off: BTreeSet<DevId>,
+    pub(super) called_off: BTreeMap<DevId, String>,
     /// Whose thaw has not come back, as long as its thread is there.
-    pub(super) in_thaw: Vec<(Weak<Work>, usize)>,
+    pub(super) in_thaw: Vec<InThaw>,
     /// What could not be opened, in the last look before this freeze.
     pub(super) stuck: Vec<Stuck>,
+    /// What is on a disk that did not answer when all were asked, and which.
+    pub(super) silent: BTreeMap<DevId, (String, DevId)>,
     /// Whether it is known of all: an earlier process, or the module, may have left any in a freeze or a thaw.
     pub(super) has_asked: bool,
 }
@@ -45,8 +49,57 @@ pub struct Stuck {
 /// One whose sync has not returned.
 pub(super) struct Hung {
     pub(super) dev: DevId,
+    pub(super) name: String,
     pub(super) thread: Weak<()>,
     pub(super) quiet: Quiet,
+    /// It takes so long that it is not one that is slow, as far as was seen.
+    pub(super) is_given_up: bool,
+}
+
+/// One whose thaw has not come back.
+pub(super) struct InThaw {
+    pub(super) dev: DevId,
+    pub(super) name: String,
+    /// Its number among these.
+    pub(super) index: usize,
+    pub(super) work: Weak<Work>,
+}
+
+/// A file system without which backups are, as it hangs.
+#[derive(Clone, Debug)]
+pub struct GivenUp {
+    name: String,
+    why: String,
+    /// There as long as it does; `None` where that is only known once the next freeze asks. It is never made a strong
+    /// one: who drops the last of those closes what hangs.
+    life: Option<Weak<dyn Any + Send + Sync>>,
+}
+
+impl GivenUp {
+    fn new(name: &str, why: impl Into<String>) -> Self {
+        GivenUp {
+            name: name.to_owned(),
+            why: why.into(),
+            life: None,
+        }
+    }
+
+    fn lasting(self, life: Weak<dyn Any + Send + Sync>) -> Self {
+        let life = Some(life);
+        GivenUp { life, ..self }
+    }
+
+    /// Whether it still hangs, as far as is known.
+    pub fn lasts(&self) -> bool {
+        let life = self.life.as_ref();
+        life.is_none_or(|it| it.strong_count() > 0)
+    }
+}
+
+impl fmt::Display for GivenUp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.name, self.why)
+    }
 }
 
 /// How many times as long a file system may have nothing done with nothing in hand as with something: it may compute,
@@ -117,11 +170,43 @@ impl Learnt {
 
     /// Whether its thaw has not come back.
     pub(super) fn hangs_in_thaw(&self, dev: DevId) -> bool {
-        self.in_thaw.iter().any(|(work, index)| {
-            let work = work.upgrade();
-            let target = work.as_ref().and_then(|it| it.targets.get(*index));
-            target.is_some_and(|it| it.dev == dev && it.is_thawing())
+        let mut its = self.in_thaw.iter().filter(|it| it.dev == dev);
+        its.any(|it| {
+            let work = it.work.upgrade();
+            let target = work.as_ref().and_then(|work| work.targets.get(it.index));
+            target.is_some_and(Target::is_thawing)
         })
+    }
+
+    /// What hangs, each once, in the order of the devices. It takes memory.
+    pub fn given_up(&self) -> Vec<GivenUp> {
+        let hung = self.hung.iter().filter(|it| it.is_given_up).map(|it| {
+            let given_up = GivenUp::new(&it.name, "its sync has not come back");
+            (it.dev, given_up.lasting(it.thread.clone()))
+        });
+        let in_thaw = self.in_thaw.iter().map(|it| {
+            let given_up = GivenUp::new(&it.name, "its thaw has not come back");
+            (it.dev, given_up.lasting(it.work.clone()))
+        });
+        let called_off = self.called_off.iter().map(|(dev, name)| {
+            let why = "a freeze or thaw of it had not come back when that was last asked";
+            (*dev, GivenUp::new(name, why))
+        });
+        let stuck = self.stuck.iter().map(|it| {
+            let why = "it could not be opened, that did not come back";
+            (it.dev, GivenUp::new(&it.name, why))
+        });
+        let silent = self.silent.iter().map(|(dev, (name, disk))| {
+            let why = format!("{disk} did not answer when it was last asked");
+            (*dev, GivenUp::new(name, why))
+        });
+        let mut all = BTreeMap::new();
+        let each = hung.chain(in_thaw).chain(called_off);
+        let each = each.chain(stuck).chain(silent);
+        for (dev, given_up) in each.filter(|(_, it)| it.lasts()) {
+            all.entry(dev).or_insert(given_up);
+        }
+        all.into_values().collect()
     }
 
     pub(super) fn hangs(&self, dev: DevId) -> bool {
@@ -134,7 +219,11 @@ impl Learnt {
     pub(super) fn has_hung_for(&mut self, target: &Target, limit: Duration) -> bool {
         let mut hung = self.hung.iter_mut();
         let hung = hung.find(|it| it.dev == target.dev && it.thread.strong_count() > 0);
-        hung.is_some_and(|it| it.quiet.lasts(target) >= limit)
+        hung.is_some_and(|it| {
+            let has_hung = it.quiet.lasts(target) >= limit;
+            it.is_given_up |= has_hung;
+            has_hung
+        })
     }
 
     /// One has not returned: its own, or an earlier one that it waits for.
@@ -143,14 +232,23 @@ impl Learnt {
             target,
             thread,
             quiet,
+            has_hung,
             ..
         } = it;
         let dev = target.dev;
         match thread {
-            Some(thread) => self.hung.push(Hung { dev, thread, quiet }),
+            Some(thread) => self.hung.push(Hung {
+                dev,
+                name: target.name.clone(),
+                thread,
+                quiet,
+                is_given_up: has_hung,
+            }),
             None => {
-                let earlier = self.hung.iter_mut().filter(|it| it.dev == dev);
-                earlier.for_each(|it| it.quiet = quiet.clone());
+                for it in self.hung.iter_mut().filter(|it| it.dev == dev) {
+                    it.quiet = quiet.clone();
+                    it.is_given_up |= has_hung;
+                }
             }
         }
     }

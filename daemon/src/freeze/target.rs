@@ -115,6 +115,8 @@ pub struct Stay {
     pub name: String,
     /// Whether it was frozen.
     pub how: How,
+    /// Why it was left out.
+    pub reason: Option<String>,
     /// When it was about to be frozen.
     pub since: Option<Instant>,
     /// How long that took.
@@ -157,6 +159,8 @@ pub struct Target {
     /// That, when it was frozen; `None` when nobody could tell.
     pub(super) written: Mutex<Option<u64>>,
     pub(super) state: Mutex<State>,
+    /// Why it was left out, if it was.
+    pub(super) why: Mutex<Option<String>>,
     /// Its freeze has taken for too long and was called off.
     pub(super) given_up: AtomicBool,
     pub(super) turn: Turn,
@@ -186,6 +190,7 @@ impl Target {
             writes: Writes::default(),
             written: Mutex::default(),
             state: Mutex::new(State::Open),
+            why: Mutex::default(),
             given_up: AtomicBool::new(false),
             turn: Turn::default(),
             unheard: AtomicBool::new(false),
@@ -360,9 +365,11 @@ impl Target {
                 (How::LeftOut, None, None, None)
             }
         };
+        let is_left_out = how == How::LeftOut;
         Stay {
             name: self.name.clone(),
             how,
+            reason: is_left_out.then(|| lock(&self.why).clone()).flatten(),
             since,
             took,
             until,

@@ -326,6 +326,13 @@ fn what_is_out_of_order_is_left_out_unless_strict() {
     assert!(said
         .iter()
         .any(|(_, line)| line.contains("/fs1 is out of order")));
+    s.session.thaw().unwrap();
+    // For the history, which has no log.
+    let account = s.session.account();
+    let reasons = account.iter().map(|it| it.reason.is_some());
+    assert_eq!(reasons.collect::<Vec<_>>(), [false, true, false]);
+    let reason = account[1].reason.as_deref().unwrap_or_default();
+    assert!(reason.starts_with("is out of order: "), "{reason}");
 
     let mut s = setup(&[0, 1, 2], &failures, true);
     let error = s.freeze().unwrap_err();
@@ -897,7 +904,7 @@ fn a_freeze_that_hangs_is_called_off_alone_and_costs_nobody_else_the_backup() {
             let summary = result.unwrap();
             assert_eq!((summary.ours, summary.left_out), (2, 1));
         }
-        assert!(s.learnt.called_off.contains(&"8:0".parse().unwrap()));
+        assert!(s.learnt.called_off.contains_key(&"8:0".parse().unwrap()));
         // As long as it has not come back it is left alone, also by the next process.
         for learnt in [std::mem::take(&mut s.learnt), Learnt::default()] {
             let mut next = with(false, BTreeSet::from([0]));
@@ -968,7 +975,8 @@ fn what_nobody_knows_the_ground_of_costs_nobody_else_the_backup_and_nobody_costs
     // Another is known to hang: where it could not be called off should it be on that, it is not tried.
     for (can_call_off, ours) in [(true, 2), (false, 1)] {
         let mut s = with(can_call_off, &[1]);
-        s.learnt.called_off.insert("8:1".parse().unwrap());
+        let dev = "8:1".parse().unwrap();
+        s.learnt.called_off.insert(dev, "/fs1".into());
         let summary = s.freeze().unwrap();
         assert_eq!((summary.ours, summary.left_out), (ours, 3 - ours));
     }
@@ -1172,6 +1180,30 @@ fn a_thaw_that_does_not_come_back_ends_the_backup_in_time_and_is_no_loss_where_i
             assert!(s.calls().iter().all(|(_, number)| *number != 0));
             s.session.thaw().unwrap();
         }
+    }
+}
+
+#[test]
+fn what_hangs_is_named_for_as_long_as_it_does_by_whoever_keeps_nothing_of_it_open() {
+    let waves = [(0, None), (0, None)];
+    let mut s = setup_before(Double::default(), &waves, &[Some(&[][..]); 2], &[], false);
+    let (ends, hang) = channel();
+    lock(&s.double.held).insert(("thaw", 0), hang);
+    s.freeze().unwrap();
+    assert!(s.learnt.given_up().is_empty());
+    s.session.thaw().unwrap();
+    s.session.learn(&mut s.learnt);
+    let given_up = s.learnt.given_up();
+    let names: Vec<String> = given_up.iter().map(ToString::to_string).collect();
+    assert_eq!(names, ["/fs0: its thaw has not come back"]);
+    let Setup { session, .. } = s;
+    drop(session);
+    assert!(given_up[0].lasts());
+    drop(ends);
+    let since = Instant::now();
+    while given_up[0].lasts() {
+        assert!(since.elapsed() < Duration::from_secs(60));
+        thread::sleep(ABORT_TICK);
     }
 }
 

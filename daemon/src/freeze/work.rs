@@ -239,13 +239,15 @@ impl Work {
 
     /// Leaves one out.
     pub(super) fn give_up_on(&self, target: &Target, state: State, why: String) {
-        let name = target.name.clone();
+        let name = &target.name;
         *target.state() = state;
         if self.limits.strict {
+            let (name, why) = (name.clone(), why.clone());
             self.fail(FreezeError::Strict { name, why });
         } else {
             self.log.warning(format!("{name} {why}; it is left out"));
         }
+        *lock(&target.why) = Some(why);
     }
 
     /// Thaws one that will be frozen again, so that it may be thawed already.

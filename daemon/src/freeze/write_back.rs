@@ -227,8 +227,10 @@ impl Session {
             work.give_up_on(target, State::Unsynced, why);
             learnt.hung.push(Hung {
                 dev: target.dev,
+                name: target.name.clone(),
                 thread,
                 quiet: Quiet::begin(),
+                is_given_up: true,
             });
         }
     }
@@ -244,7 +246,7 @@ pub(super) struct Syncing<'a> {
     pub(super) since: Instant,
     pub(super) quiet: Quiet,
     /// It is not waited for any longer.
-    has_hung: bool,
+    pub(super) has_hung: bool,
     /// There as long as it is; `None` while an earlier sync of the same is waited for.
     pub(super) thread: Option<Weak<()>>,
     /// What is to be synced after it.

@@ -109,14 +109,16 @@ fn left_out(guest: &Guest, names: &[&str]) -> Result<Seen> {
         said.with_context(|| format!("{name} is not named:\n{log}"))?;
         remembered(guest, &format!("{name} as left out"), |last| {
             let all = last["file_systems"].as_array().into_iter().flatten();
-            let mut all = all.filter(|it| it["how"] == "left-out");
+            let mut all = all.filter(|it| it["how"] == "left-out" && it["reason"].is_string());
             all.any(|it| it["name"].as_str().is_some_and(|it| it.contains(name)))
         })?;
         let status = guest.try_sh("/payload/hv_vss_daemon status")?.out;
-        let is_named = |it: &str| it.starts_with("left out") && it.contains(name);
+        // What follows the name is why.
+        let is_named =
+            |it: &str| it.starts_with("left out") && it.contains(name) && it.contains("): ");
         ensure!(
             status.lines().any(is_named),
-            "status should name {name}:\n{status}"
+            "status should name {name}, and say why:\n{status}"
         );
     }
     checked(guest, names, 7)?;

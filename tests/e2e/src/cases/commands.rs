@@ -39,7 +39,8 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "commands/one-at-a-time",
-        "a rehearsal during a backup or another is refused, FREEZE during one is good by a freeze of its own",
+        "a rehearsal during a backup or another is refused, FREEZE during one is good by a freeze of its own; the exit \
+         status tells one from the other, and the JSON says what came of it",
         one_at_a_time,
     ),
     case(
@@ -228,7 +229,7 @@ fn one_at_a_time(guest: &Guest) -> Result<()> {
     let no_rehearsal = |when: &str| -> Result<()> {
         let second = guest.try_sh(&format!("{OURS} freeze --for 1s"))?;
         ensure!(
-            second.status == Some(1) && second.err.contains("is under way"),
+            second.status == Some(5) && second.err.contains("is under way"),
             "a rehearsal during a {when} should be refused, it was: {second:?}"
         );
         Ok(())
@@ -238,7 +239,7 @@ fn one_at_a_time(guest: &Guest) -> Result<()> {
         let ended = guest.wait(rehearsal, STEP)?;
         let said = guest.output(rehearsal)?;
         ensure!(
-            ended.status == Some(1) && said.contains(why),
+            ended.status == Some(4) && said.contains(why),
             "the rehearsal should have ended because {why}, it was: {ended:?}\n{said}"
         );
         Ok(())
@@ -272,8 +273,28 @@ fn one_at_a_time(guest: &Guest) -> Result<()> {
         answered("THAW of nothing", &vss.thaw(STEP)?, said)?;
         ends(&rehearsal, "the host has said THAW")?;
         guest.not_frozen("after it", &["/", "/mnt/a"])?;
+
+        let good = guest.sh(&format!("{OURS} freeze --for 100ms --json"))?;
+        rehearsed(&good, "good", &serde_json::Value::Null)?;
+        let rehearsal = guest.spawn(&[OURS, "freeze", "--for", "50s", "--json"])?;
+        still()?;
+        guest.sh(&format!("{OURS} thaw"))?;
+        let why = "an operator asked for the thaw";
+        ends(&rehearsal, why)?;
+        rehearsed(&guest.output(&rehearsal)?, "broken", &why.into())?;
         stop(guest, module, &daemon)?;
     }
+    Ok(())
+}
+
+/// What a rehearsal prints as JSON is this, of all that there is to freeze.
+fn rehearsed(printed: &str, result: &str, why: &serde_json::Value) -> Result<()> {
+    let entry: serde_json::Value = serde_json::from_str(printed)?;
+    let file_systems = entry["file_systems"].as_array().map(Vec::len);
+    ensure!(
+        entry["result"] == result && entry["why"] == *why && file_systems == Some(2),
+        "the rehearsal should be {result}, it was: {printed}"
+    );
     Ok(())
 }
 

@@ -334,7 +334,7 @@ fn rehearsal(guest: &Guest) -> Result<()> {
         let ended = guest.wait(&rehearsal, STEP)?;
         let said = guest.output(&rehearsal)?;
         ensure!(
-            ended.status == Some(1) && said.contains("the host has begun a backup"),
+            ended.status == Some(4) && said.contains("the host has begun a backup"),
             "it should say why it has ended, it was: {ended:?}\n{said}"
         );
 

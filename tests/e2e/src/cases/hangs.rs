@@ -4,6 +4,7 @@
 //! not: a disk, a freeze, an open.
 
 use super::broken::{no_raid, raid};
+use super::control::asked;
 use super::deadman::{
     all_of_ours, hang_writes, held_up, make_dirty, make_hung, make_hung_disk, released,
     remove_hung, rounds_of, Tally, FEW, HANG, RELEASED, UNHANG,
@@ -475,7 +476,7 @@ fn rehearsal_stopped_beside_a_hang(guest: &Guest) -> Result<()> {
         let ended = guest.wait(&rehearsal, STEP)?;
         let said = guest.output(&rehearsal)?;
         ensure!(
-            ended.status == Some(1) && said.contains("the freeze was called off"),
+            ended.status == Some(4) && said.contains("the freeze was called off"),
             "it should end called off, synced {is_synced}, it ended with {ended:?}:\n{said}"
         );
         if is_synced {
@@ -642,6 +643,7 @@ fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {
     guest.wait_until("nobody keeps another one open for it", STEP, || {
         Ok(guest.try_sh("umount /mnt/b")?.status == Some(0))
     })?;
+    equal("what is given up", without(guest)?.len(), 1)?;
     for next in [false, true] {
         if next {
             // Of what another daemon cannot know only the module can tell.
@@ -663,6 +665,23 @@ fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {
             let said = guest.output(&daemon)?;
             Ok(said.contains(" hangs: an earlier freeze or thaw of it has not come back"))
         })?;
+        guest.wait_until("status says why", STEP, || {
+            let status = guest.try_sh("/payload/hv_vss_daemon status")?.out;
+            let mut lines = status.lines().filter(|it| it.starts_with("left out"));
+            Ok(lines.any(|it| it.contains("/mnt/hung (ext4, ") && it.contains(HANGS)))
+        })?;
+        let named = without(guest)?;
+        let is_named = |it: &String| it.contains("/mnt/hung (ext4, ");
+        ensure!(
+            named.len() == 1 && named.iter().all(is_named),
+            "status should name what is given up, and nothing else: {named:?}"
+        );
+        let check = asked(guest, "check", 7)?;
+        let mut lines = check.lines().filter(|it| it.starts_with("warning"));
+        ensure!(
+            lines.any(|it| it.contains("/mnt/hung (ext4, ") && it.contains("backups are without")),
+            "check should warn of it:\n{check}"
+        );
     }
     guest.sh(UNHANG)?;
     guest.not_frozen("with its disk back", &["/mnt/hung"])?;
@@ -670,6 +689,7 @@ fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {
         good_backup(guest).context("with its disk back")?;
         Ok(guest.output(&daemon)?.contains("2 frozen"))
     })?;
+    equal("what is given up", without(guest)?.len(), 0)?;
     stop(guest, module, &daemon)?;
     if module == Module::Ours {
         return Ok(());
@@ -696,6 +716,16 @@ fn dead_while_frozen(guest: &Guest, module: Module) -> Result<()> {
     );
     Ok(())
 }
+
+/// What `status` says that backups are without, a line each.
+fn without(guest: &Guest) -> Result<Vec<String>> {
+    let status = guest.try_sh("/payload/hv_vss_daemon status")?.out;
+    let lines = status.lines().filter(|it| it.starts_with("given up"));
+    Ok(lines.map(str::to_owned).collect())
+}
+
+/// Why a backup is without one that hangs in its thaw.
+const HANGS: &str = "): hangs: an earlier freeze or thaw of it has not come back";
 
 /// Somebody syncs the disk that has died while it was frozen, so that the next look whether it still is hangs;
 /// THAW is answered, and then the daemon dies.

@@ -621,7 +621,7 @@ fn rehearsal(guest: &Guest) -> Result<()> {
     hook(guest, "20-b", "[ $1 != freeze ]")?;
     let ended = guest.try_sh(REHEARSAL)?;
     ensure!(
-        ended.status == Some(1)
+        ended.status == Some(4)
             && ended
                 .err
                 .contains("hook 20-b: it failed with exit status 1"),
