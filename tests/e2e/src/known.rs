@@ -221,7 +221,7 @@ const KNOWN: &[Known] = &[
     },
     Known {
         text: "Aborting journal on device",
-        cases: &["broken/disk-gone", "broken/read-only-since-an-error"],
+        cases: &["broken/disk-gone", "broken/read-only-since-an-error", "broken/shut-down"],
         why: "what an ext4 does after an error, which is what the case is about",
     },
     Known {
