@@ -45,6 +45,11 @@ pub const CASES: &[Case] = &[
         "a stopped daemon is noticed by the watchdog while frozen: all thawed, restarted",
         watchdog,
     ).long(),
+    case(
+        "systemd/not-configured",
+        "with a configuration that is not valid the unit fails once, and serves again when somebody has mended that",
+        not_configured,
+    ).long(),
 ];
 
 const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result<()>) -> Case {
@@ -344,4 +349,44 @@ fn watchdog(guest: &Guest) -> Result<()> {
         end(guest, module)?;
     }
     Ok(())
+}
+
+fn not_configured(guest: &Guest) -> Result<()> {
+    const BAD: &str = "/etc/hv_vss/daemon.toml.d/test.toml";
+    let module = guest.module();
+    let pid = begin(guest, module, "")?;
+    guest.sh(&format!(
+        "mkdir -p $(dirname {BAD}) && echo 'deadline = x' >{BAD}"
+    ))?;
+    // As when it dies while a bad file lies there, which no reload was told of.
+    guest.sh(&format!("kill -KILL {pid}"))?;
+    guest.wait_until("the unit has failed", STEP, || {
+        Ok(property(guest, "ActiveState")? == "failed")
+    })?;
+    // Three times what the unit waits before it starts again.
+    super::wait_out(guest, Duration::from_secs(3))?;
+    equal(
+        "the state",
+        property(guest, "ActiveState")?.as_str(),
+        "failed",
+    )?;
+    equal(
+        "starts after the death",
+        property(guest, "NRestarts")?.as_str(),
+        "1",
+    )?;
+    equal(
+        "how it ended",
+        property(guest, "ExecMainStatus")?.as_str(),
+        "78",
+    )?;
+    let complaints =
+        format!("journalctl --quiet --boot --unit {UNIT} | grep -c 'line 1, column 12'");
+    equal("complaints", guest.try_sh(&complaints)?.out.trim(), "1")?;
+    guest.sh(&format!("rm {BAD} && systemctl restart {UNIT}"))?;
+    wait_active(guest, pid)?;
+    freeze(guest)?;
+    answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+    thawed(guest, "the next backup")?;
+    end(guest, module)
 }
