@@ -146,13 +146,13 @@ fn begin(guest: &Guest, module: Module, drop_in: &str) -> Result<i32> {
 /// Back to a guest that the next case may have, or the other module.
 fn end(guest: &Guest, module: Module) -> Result<()> {
     guest.writers_stop()?;
-    let unload = match module {
-        Module::Ours => "modprobe -r hv_vss",
-        Module::Stock => "rm /run/modprobe.d/test.conf; modprobe -r hv_utils",
-    };
+    if module == Module::Stock {
+        guest.sh("rm /run/modprobe.d/test.conf")?;
+    }
+    // Since the boot hv_utils has been there as well: one that is loaded takes no device that comes free.
     guest.sh(&format!(
         "rm -rf /run/systemd/system/{UNIT}.d; systemctl daemon-reload
-         systemctl stop {UNIT}; {unload}"
+         systemctl stop {UNIT}; modprobe -r hv_vss && modprobe -r hv_utils"
     ))?;
     Ok(guest.vss().wait_closed(STEP)?)
 }
