@@ -229,7 +229,17 @@ test-packages: dkms lab-module user images ## Install them in a guest, and take 
 	@$(LAB)/programs.sh mariadb
 	@$(LAB)/run.sh --timeout 3600 --results build/runs/packages ./e2e run $(PACKAGES_CASES)
 
-# By their full names, for the same reason.
+# What only a guest with systemd shows: the unit, the rules of udev, the hand-over. They are long cases, so that
+# 'make test-all' has them with the others.
+SYSTEMD_CASES = $(addprefix systemd/,backup stop daemon-killed both-killed watchdog not-configured) \
+	$(addprefix control/,systemctl-reload varlink no-device hand-over-held-open hand-over-held-open-by-udev \
+	check-privileges gives-way)
+
+.PHONY: test-systemd
+test-systemd: lab-module user images ## Run what only a guest with systemd shows: the unit, udev's rules, the hand-over
+	@$(LAB)/run.sh --timeout 2400 --results build/runs/systemd ./e2e run $(SYSTEMD_CASES)
+
+# By their full names, since they need what takes a while to make.
 DATABASES_CASES = $(addprefix databases/,mariadb mariadb-without-hook mariadb-killed mariadb-never-thawed \
 	mariadb-long-statement postgresql postgresql-without-hook postgresql-killed guest-agent-hook)
 

@@ -278,7 +278,8 @@ fn module_missed(status: Option<&Value>, sources: &Path, vmbus: &Path) -> Option
         let ended = modinfo.stdout(Stdio::null()).stderr(Stdio::null()).status();
         ended.is_ok_and(|it| it.success())
     };
-    let text = why_missed(&build, release.trim(), has_module, Loading::look);
+    let loading = || Loading::look(&build, release.trim());
+    let text = why_missed(&build, release.trim(), has_module, loading);
     Some(finding("module", Grade::Warning, text))
 }
 
@@ -331,10 +332,13 @@ struct Loading {
     signer: String,
     /// The keys that the kernel has (`/proc/keys`).
     keys: String,
+    /// What DKMS calls it, for this kernel, as two arguments of `dkms`.
+    of_dkms: String,
 }
 
 impl Loading {
-    fn look() -> Self {
+    /// `build` is what the newest package builds the module with, for the kernel `release` that runs.
+    fn look(build: &Path, release: &str) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let said = |program: &str, args: &[&str]| {
             let said = Command::new(program)
@@ -355,6 +359,7 @@ impl Loading {
                     .any(|it| lockdown.contains(it)),
             signer: said("modinfo", &["-F", "signer", "hv_vss"]),
             keys: read("/proc/keys"),
+            of_dkms: of_dkms(build, release),
         }
     }
 
@@ -384,9 +389,12 @@ impl Loading {
         }
         let is_known = !self.signer.is_empty() && self.keys.contains(&self.signer);
         match (self.is_strict && !is_known, self.signer.as_str()) {
-            (true, "") => "it is not signed, and the kernel takes no such module (Secure Boot): install openssl, with \
-                           which DKMS signs, and have it built again (apt install --reinstall hv-vss-dkms)"
-                .into(),
+            // Where the package came as a file, apt could not install it again.
+            (true, "") => format!(
+                "it is not signed, and the kernel takes no such module (Secure Boot): install openssl, with which \
+                 DKMS signs, and have it built again (dkms build --force {0} && dkms install --force {0})",
+                self.of_dkms
+            ),
             (true, signer) => format!(
                 "the kernel does not know the key that it is signed with (Secure Boot), that of {}: \
                  mokutil --import /var/lib/dkms/mok.pub, and reboot",
@@ -397,6 +405,14 @@ impl Loading {
                 .into(),
         }
     }
+}
+
+/// What DKMS calls the module that `build` is a part of, for this kernel.
+fn of_dkms(build: &Path, release: &str) -> String {
+    // Below it there is kmod/dkms/build.
+    let folder = build.ancestors().nth(3).and_then(Path::file_name);
+    let version = folder.and_then(|it| it.to_str()?.strip_prefix("hv_vss-"));
+    format!("hv_vss/{} -k {release}", version.unwrap_or("VERSION"))
 }
 
 /// Why the device is not there, and what to do about it; `None` when it is.
@@ -1023,9 +1039,10 @@ mod tests {
             (
                 Loading {
                     signer: String::new(),
+                    of_dkms: of_dkms(Path::new("/usr/src/hv_vss-0.1.0/kmod/dkms/build"), "7.3"),
                     ..strict.clone()
                 },
-                "not signed",
+                "(dkms build --force hv_vss/0.1.0 -k 7.3 && dkms install --force hv_vss/0.1.0 -k 7.3)",
             ),
             (
                 Loading {

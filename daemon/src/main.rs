@@ -37,6 +37,10 @@ const ASK: &str = "ask the daemon";
 /// The device of the module, whichever it is.
 const DEVICE: &str = "/dev/vmbus/hv_vss";
 
+/// How a start ends whose configuration is not valid: sysexits' EX_CONFIG. The unit begins none anew after it
+/// (`RestartPreventExitStatus=`), since nothing but an administrator changes that.
+const NOT_CONFIGURED: u8 = 78;
+
 /// How long the end waits for the log.
 const LAST_LINES: Duration = Duration::from_secs(2);
 
@@ -149,11 +153,22 @@ fn exit_with(result: Result<ExitCode, Failure>) -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            let _ = writeln!(io::stderr(), "hv_vss_daemon: {}", words(error.as_ref()));
+            complain(&error);
             let outcome = error.downcast_ref().and_then(CommandError::outcome);
             outcome.map_or(ExitCode::FAILURE, |it| ExitCode::from(it as u8))
         }
     }
+}
+
+fn complain(error: &Failure) {
+    let _ = writeln!(io::stderr(), "hv_vss_daemon: {}", words(error.as_ref()));
+}
+
+/// Whether the configuration was read and says what it must not.
+fn is_of_configuration(error: &Failure) -> bool {
+    let error = error.downcast_ref::<ConfigError>();
+    // One that cannot be read now may be readable soon.
+    error.is_some_and(|it| !matches!(it, ConfigError::Read { .. }))
 }
 
 /// What is asked for when the daemon is asked goes by whatever there is, and says so.
@@ -264,7 +279,13 @@ fn dispatch() -> Result<ExitCode, Failure> {
         run => {
             let foreground = |it: &ArgMatches| it.get_flag("no-daemon");
             let foreground = foreground(&matches) || run.is_some_and(|(_, it)| foreground(it));
-            done(serve(device_of(&matches), config_path, foreground))
+            match serve(device_of(&matches), config_path, foreground) {
+                Err(error) if is_of_configuration(&error) => {
+                    complain(&error);
+                    Ok(ExitCode::from(NOT_CONFIGURED))
+                }
+                served => done(served),
+            }
         }
     }
 }

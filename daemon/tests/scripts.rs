@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 const CONFIGURES: &str = "../.debian/hv-vss-daemon.postinst";
+const INSTALLS_MODULE: &str = "../.debian/hv-vss-dkms.postinst";
 const REMOVES: &str = "../.debian/hv-vss-daemon.postrm";
 const MARIADB: &str = "hooks/mariadb";
 const BUILDS: &str = "../kmod/dkms/build";
@@ -569,11 +570,19 @@ fn why_the_kernel_has_refused_the_module_is_told_apart() {
     const REJECTED: &str =
         "modprobe: ERROR: could not insert 'hv_vss': Key was rejected by service";
     const OTHER: &str = "modprobe: ERROR: could not insert 'hv_vss': Exec format error";
-    let functions = ["is_barred_at_boot", "why_refused"].map(|it| function_of(HANDS_OVER, it));
+    let functions = [
+        "is_barred_at_boot",
+        "newest_build",
+        "rebuild",
+        "why_refused",
+    ];
+    let functions = functions.map(|it| function_of(HANDS_OVER, it));
     let text = format!(
-        "set -u\ncommand_line=line closed=closed lockdown=lockdown\n{}\nwhy_refused \"$1\"",
+        "set -u\ncommand_line=line closed=closed lockdown=lockdown sources=src\n{}\nwhy_refused \"$1\"",
         functions.join("\n")
     );
+    const AGAIN: &str =
+        "dkms build --force hv_vss/0.10.0 -k 7.3 && dkms install --force hv_vss/0.10.0 -k 7.3";
     const STRICT: &str = "none [integrity] confidentiality";
     for (said, line, closed, lockdown, signer, words) in [
         (
@@ -602,6 +611,7 @@ fn why_the_kernel_has_refused_the_module_is_told_apart() {
         ),
         (EPERM, "quiet", "0", STRICT, "", "it is not signed"),
         (REJECTED, "quiet", "0", "", "", "it is not signed"),
+        (REJECTED, "quiet", "0", "", "", AGAIN),
         (
             EPERM,
             "ro module_blacklist=a,hv_vss,b",
@@ -631,7 +641,12 @@ fn why_the_kernel_has_refused_the_module_is_told_apart() {
         (OTHER, "module_blacklist=hv_vss2", "0", STRICT, "", OTHER),
     ] {
         let modinfo = format!("echo {signer}");
-        let dir = programs("refused", &[("modinfo", &modinfo)]);
+        let dir = programs("refused", &[("modinfo", &modinfo), ("uname", "echo 7.3")]);
+        for version in ["0.9.0", "0.10.0"] {
+            let folder = dir.join(format!("src/hv_vss-{version}/kmod/dkms"));
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::copy(dir.join("uname"), folder.join("build")).unwrap();
+        }
         for (name, text) in [("line", line), ("closed", closed), ("lockdown", lockdown)] {
             std::fs::write(dir.join(name), format!("{text}\n")).unwrap();
         }
@@ -769,4 +784,66 @@ END";
         "{ended:?}"
     );
     std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// With the device the daemon that serves it would lose the backup that is under way.
+#[test]
+fn a_backup_is_waited_for_before_the_module_takes_the_device() {
+    let dir = programs(
+        "take",
+        &[("hand_over", "echo \"$1\" >>said; [ $1 != settle ]")],
+    );
+    let text = text_of(INSTALLS_MODULE)
+        .replace("/usr/libexec/hv_vss_hand_over", "./hand_over")
+        .replace("/lib/modules", "./modules")
+        .replace("/run/systemd/system", ".");
+    let mut shell = Command::new("sh");
+    let shell = shell
+        .args(["-c", &text, "sh", "configure"])
+        .current_dir(&dir);
+    let ended = shell.env("DKMS_VERSION", "0.1.0").output().unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    let said = std::fs::read_to_string(dir.join("said")).unwrap();
+    assert_eq!(said, "settle\ntake\n");
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// What the last part of an installation says, with systemd and the daemon's `list` as these do.
+fn none_serves(device: &str, systemctl: &str, list: &str) -> String {
+    let dir = programs("serves", &[("systemctl", systemctl), ("daemon", list)]);
+    let text = function_of(CONFIGURES, "tell_if_none_serves");
+    let text = text.replace("/usr/libexec/hv_vss_daemon", "daemon");
+    let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
+    let text = format!("set -e\n{text}\ntell_if_none_serves {device}");
+    let mut shell = Command::new("sh");
+    let ended = shell
+        .args(["-c", &text])
+        .env("PATH", path)
+        .output()
+        .unwrap();
+    std::fs::remove_dir_all(&dir).unwrap();
+    // An upgrade ends well all the same.
+    assert!(
+        ended.status.success() && ended.stdout.is_empty(),
+        "{ended:?}"
+    );
+    String::from_utf8(ended.stderr).unwrap()
+}
+
+#[test]
+fn an_upgrade_whose_daemon_does_not_start_says_so_and_why() {
+    const RUNS: &str = "[ \"$*\" = '--quiet is-active hv_vss.service' ]";
+    const FAILS: &str = "exit 3";
+    const BAD: &str =
+        "echo rows; echo 'a.toml is not valid: line 3' >&2; echo '  more' >&2; exit 1";
+    assert_eq!(none_serves("/dev/null", RUNS, BAD), "");
+    assert_eq!(none_serves("/absent", FAILS, BAD), "");
+    let said = none_serves("/dev/null", FAILS, BAD);
+    assert_eq!(
+        said,
+        "hv_vss.service does not run, and each backup by the host fails until it does: a.toml is not valid: line 3; \
+         see 'journalctl -u hv_vss', then 'systemctl restart hv_vss'\n"
+    );
+    let said = none_serves("/dev/null", FAILS, "echo a warning >&2");
+    assert!(said.contains("until it does: see 'journalctl"), "{said}");
 }

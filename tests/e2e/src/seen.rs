@@ -86,7 +86,7 @@ impl OnKernel {
             let passed = |it: &&Case| went(it).is_some_and(|it| it.passed);
             let passed = of_area.iter().filter(|it| passed(it)).count();
             for it in of_area {
-                match went(&it) {
+                match went(it) {
                     Some(it) if it.passed => {}
                     Some(went) if went.skipped => skipped.push(format!("`{}`", it.name)),
                     Some(_) => failed.push(format!("`{}`", it.name)),

@@ -8,7 +8,7 @@ use super::{
 };
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
-use e2e::guest::{Daemon, Guest, Module, Process, STEP};
+use e2e::guest::{how_it_ended, Daemon, Guest, Module, Process, STEP};
 use hyperv_sim::ic::status;
 
 pub const CASES: &[Case] = &[
@@ -63,7 +63,8 @@ pub const CASES: &[Case] = &[
         "commands/bad-start",
         "no device, a wrong one, one in use, no privilege, no place in memory: clear errors",
         bad_start,
-    ),
+    )
+    .comparing(),
 ];
 
 const OURS: &str = "/payload/hv_vss_daemon";
@@ -399,10 +400,12 @@ fn bad_configuration(guest: &Guest) -> Result<()> {
     };
     load(guest, guest.module(), no_grace)?;
     guest.sh("printf 'strict = true\\ndeadline = \"soon\"\\n' >/run/bad.toml")?;
-    for command in ["-n", "list", "freeze --for 1s"] {
+    // By which the unit tells a start that is of no use a second time.
+    const NOT_CONFIGURED: i32 = 78;
+    for (command, code) in [("-n", NOT_CONFIGURED), ("list", 1), ("freeze --for 1s", 1)] {
         let ended = guest.try_sh(&format!("{OURS} -c /run/bad.toml {command}"))?;
         ensure!(
-            ended.status == Some(1)
+            ended.status == Some(code)
                 && ended.err.contains("/run/bad.toml")
                 && ended.err.contains("line 2, column 12"),
             "'{command}' should name file, line and column, it was: {ended:?}"
@@ -440,17 +443,53 @@ fn bad_configuration(guest: &Guest) -> Result<()> {
         guest.sh(&format!("cat >/run/bad.toml <<'END'\n{config}\nEND"))?;
         let ended = guest.try_sh(&format!("{OURS} -c /run/bad.toml -n"))?;
         ensure!(
-            ended.status == Some(1) && ended.err.contains(place) && ended.err.contains(words),
+            ended.status == Some(NOT_CONFIGURED)
+                && ended.err.contains(place)
+                && ended.err.contains(words),
             "{config:?} should be refused at {place} with {words:?}, it was: {ended:?}"
         );
     }
-    let ended = guest.try_sh(&format!("{OURS} -c /run/absent.toml list"))?;
-    ensure!(
-        ended.status == Some(1) && ended.err.contains("/run/absent.toml"),
-        "a configuration that is not there should be named, it was: {ended:?}"
-    );
+    for command in ["list", "-n"] {
+        let ended = guest.try_sh(&format!("{OURS} -c /run/absent.toml {command}"))?;
+        ensure!(
+            ended.status == Some(1) && ended.err.contains("/run/absent.toml"),
+            "a configuration that is not there should be named, it was: {ended:?}"
+        );
+    }
     answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::FAIL)?;
     guest.not_frozen("after that", &["/"])
+}
+
+/// What each daemon says where it is started without a driver.
+fn compare_no_driver(guest: &Guest) -> Result<()> {
+    let syslogd = guest.spawn(&["syslogd", "-n", "-O", "/run/messages"])?;
+    guest.wait_until("the system log is there", STEP, || {
+        Ok(guest.try_sh("test -S /dev/log")?.status == Some(0))
+    })?;
+    let told = |daemon: Daemon| -> Result<String> {
+        guest.sh(": >/run/messages")?;
+        let ended = guest.try_sh(&format!("timeout 20 {}", daemon.argv().join(" ")))?;
+        let end = how_it_ended(&ended);
+        let said = (ended.out + &ended.err).trim().to_owned();
+        let said = match said.as_str() {
+            "" => "says nothing".to_owned(),
+            said => format!("says \"{said}\""),
+        };
+        // Without time, machine and who it is. The server of the log says that it has started.
+        let log = guest.read("/run/messages")?;
+        let mut lines = log.lines().filter(|it| !it.contains("syslogd"));
+        let logged = match lines.next_back().and_then(|it| it.split_once(": ")) {
+            None => "nothing in the system log".to_owned(),
+            Some((_, line)) => format!("in the system log \"{line}\""),
+        };
+        Ok(format!("{said}, {logged}; {end}"))
+    };
+    let (ours, peer) = (told(Daemon::Ours)?, told(Daemon::Debian)?);
+    guest.signal(&syslogd, 9)?;
+    guest.wait(&syslogd, STEP)?;
+    guest.sh("rm -f /run/messages /dev/log")?;
+    guest.compare("a start by hand with no driver loaded", &ours, &peer);
+    Ok(())
 }
 
 fn bad_start(guest: &Guest) -> Result<()> {
@@ -467,6 +506,7 @@ fn bad_start(guest: &Guest) -> Result<()> {
         &format!("{OURS} -n"),
         &["no /dev/vmbus/hv_vss", "modprobe hv_vss"],
     )?;
+    compare_no_driver(guest)?;
     fails(
         "a start on another device",
         &format!("{OURS} -n --device /dev/zero"),

@@ -7,13 +7,14 @@ use super::deadman::{hang_writes, make_hung, released, remove_hung, HANG, RELEAS
 use super::hooks::{self, hook, noted};
 use super::lifecycle::{end_override, take_over};
 use super::{
-    all_frozen, case, load, logged_all, observe, start, stood_for_a_second, stop, wait_for_daemon,
-    Case,
+    all_frozen, case, load, logged_all, observe, reply_within, start, stood_for_a_second, stop,
+    wait_for_daemon, Case,
 };
 use anyhow::{ensure, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Machine, Module, Process, STEP};
 use hyperv_sim::ic::status;
+use hyperv_sim::ic::vss::{Op, SHORT_BODY};
 use std::time::Duration;
 
 pub const CASES: &[Case] = &[
@@ -146,6 +147,8 @@ pub const CASES: &[Case] = &[
     }.long(),
     Case {
         machine: Machine::SYSTEMD,
+        // systemd reads all its units again some thirty times, and starts as many.
+        per_round: Duration::from_secs(15),
         ..case(
             "control/gives-way",
             "the units of Fedora's and of SUSE's daemon stay away while ours is enabled, and only so long",
@@ -156,7 +159,8 @@ pub const CASES: &[Case] = &[
         "control/log-not-read",
         "a system log that is stopped holds up no backup, and has all of them once it goes on",
         log_not_read,
-    ),
+    )
+    .comparing(),
     case(
         "control/footprint",
         "held by the module: one process of 3.5 MiB at most; else a guard beside it",
@@ -1136,6 +1140,8 @@ fn gives_way(guest: &Guest) -> Result<()> {
 }
 
 fn log_not_read(guest: &Guest) -> Result<()> {
+    // It has room for some ten lines.
+    const ROUNDS: usize = 3;
     make_one(guest)?;
     let syslogd = guest.spawn(&["syslogd", "-n", "-O", "/run/messages"])?;
     guest.wait_until("the system log is there", STEP, || {
@@ -1148,28 +1154,91 @@ fn log_not_read(guest: &Guest) -> Result<()> {
     asked(guest, "reload", 0)?;
     guest.signal(&syslogd, 19)?;
     let both = super::good(&["/writer", "/mnt/a/w"]);
-    // It has room for some ten lines.
-    for _ in 0..3 {
+    for _ in 0..ROUNDS {
         equal("a backup", observe(guest)?, both.clone())?;
     }
     asked(guest, "status", 0)?;
     guest.signal(&syslogd, 18)?;
     guest.wait_until("the log has them", STEP, || {
         let text = guest.read("/run/messages")?;
-        Ok(text.matches("the backup is good").count() == 3)
+        Ok(text.matches("the backup is good").count() == ROUNDS)
     })?;
     // It ends, too, while nobody takes what it says last.
     guest.signal(&syslogd, 19)?;
-    for _ in 0..3 {
+    for _ in 0..ROUNDS {
         equal("a backup", observe(guest)?, both.clone())?;
     }
     guest.sh("kill $(pidof hv_vss_daemon)")?;
     guest.wait_until("the daemon has ended", STEP, || {
         Ok(guest.try_sh("pidof hv_vss_daemon")?.status == Some(1))
     })?;
+    guest.signal(&syslogd, 18)?;
+    guest.unload(guest.module())?;
+    let peer = peer_log_not_read(guest, &syslogd, 2 * ROUNDS)?;
+    guest.compare(
+        &format!(
+            "the system log is stopped (SIGSTOP), {} backups",
+            2 * ROUNDS
+        ),
+        &format!("{} are good", 2 * ROUNDS),
+        &peer,
+    );
     guest.signal(&syslogd, 9)?;
     guest.wait(&syslogd, STEP)?;
     guest.sh("rm -f /run/messages").map(drop)
+}
+
+/// What becomes of so many backups by the peer while the log is stopped, in words.
+fn peer_log_not_read(guest: &Guest, syslogd: &Process, rounds: usize) -> Result<String> {
+    /// The machine's own time.
+    const LIMIT: Duration = Duration::from_secs(5);
+    let vss = guest.vss();
+    let daemon = start(guest, Module::Stock, Daemon::Debian)?;
+    guest.signal(syslogd, 19)?;
+    let mut words = format!("{rounds} are good");
+    for round in 1..=rounds {
+        let stuck = |what: &str| -> Result<String> {
+            let still = guest.writers()?.iter().map(|it| it.in_write_us).min();
+            let still = Duration::from_micros(still.unwrap_or_default());
+            let since = match still < LIMIT / 2 {
+                true => "all goes on".to_owned(),
+                false => format!("all has stood still for {:.0} s", still.as_secs_f64()),
+            };
+            let number = round - 1;
+            Ok(format!(
+                "{number} are good, then {what} is not answered within {} s, {since}",
+                LIMIT.as_secs()
+            ))
+        };
+        let freeze = vss.send_freeze(&[])?;
+        let early = reply_within(guest, freeze, LIMIT)?;
+        let freezes_late = early.is_none();
+        if freezes_late {
+            words = stuck("FREEZE")?;
+            guest.signal(syslogd, 18)?;
+        }
+        let answer = early.map_or_else(|| vss.wait(freeze, STEP), Ok)?;
+        answered("the peer's FREEZE, at last", &answer, status::OK)?;
+        all_stand_still(guest)?;
+        let thaw = vss.send(Op::THAW, &SHORT_BODY)?;
+        let late = reply_within(guest, thaw, LIMIT)?;
+        let thaws_late = late.is_none() && !freezes_late;
+        if thaws_late {
+            words = stuck("THAW")?;
+            guest.signal(syslogd, 18)?;
+        }
+        late.map_or_else(|| vss.wait(thaw, STEP), Ok)?;
+        let paths = ["/", "/mnt/a"];
+        guest.wait_until("all is thawed once the log goes on", STEP, || {
+            Ok(guest.not_frozen("then", &paths).is_ok())
+        })?;
+        if freezes_late || thaws_late {
+            break;
+        }
+    }
+    guest.signal(syslogd, 18)?;
+    stop(guest, Module::Stock, &daemon)?;
+    Ok(words)
 }
 
 fn footprint(guest: &Guest) -> Result<()> {

@@ -89,7 +89,9 @@ pub const CASES: &[Case] = &[
         "hooks/other-contracts",
         "by choice those of the QEMU guest agent and of open-vm-tools are called, as they are by these",
         other_contracts,
-    ).long(),
+    )
+    .long()
+    .comparing(),
 ];
 
 const FOLDER: &str = "/etc/hv_vss/hooks.d";
@@ -801,6 +803,17 @@ fn other_contracts(guest: &Guest) -> Result<()> {
         "10-ours thaw good",
     ];
     noted(guest, "all", &expected)?;
+    let agents = |notes: &[&str]| -> Vec<String> {
+        let mut calls = Vec::new();
+        for note in notes {
+            let mut words = note.split_whitespace();
+            if words.next() == Some("fsfreeze-hook") {
+                calls.extend(words.next().map(str::to_owned));
+            }
+        }
+        calls
+    };
+    let ours = agents(&expected);
     // Instead of the dispatcher of the QEMU guest agent, what that would run; and a freeze that fails.
     hook_at(guest, &format!("{qemu}.d/10-qemu"), "")?;
     hook_at(guest, &format!("{tools}/20-fails"), "[ $1 != freeze ]")?;
@@ -817,5 +830,20 @@ fn other_contracts(guest: &Guest) -> Result<()> {
     ];
     noted(guest, "a freeze that fails", &expected)?;
     stop_at_rest(guest, guest.module(), &daemon)?;
+
+    let daemon = start(guest, Module::Stock, Daemon::Debian)?;
+    good_backup(guest, "a backup by the peer")?;
+    stop(guest, Module::Stock, &daemon)?;
+    let seen = notes(guest)?;
+    let peer = agents(&seen.iter().map(String::as_str).collect::<Vec<_>>());
+    let words = |calls: &[String]| match calls {
+        [] => "a good backup, it is not called".to_owned(),
+        calls => format!("a good backup, it is called: {}", calls.join(", ")),
+    };
+    guest.compare(
+        "a hook of the QEMU guest agent (hooks.qemu set for ours)",
+        &words(&ours),
+        &words(&peer),
+    );
     end(guest)
 }

@@ -7,11 +7,11 @@ use super::dialogue::{Abi, Scripted};
 use super::disks::{load_driver, Attached};
 use super::restore::stood_still;
 use super::{
-    all_frozen, backup, both_requests, case, good, make_file_systems, observe, rounds_or, start,
-    stop, suspend, wait_for_daemon, Case, Growth, ModuleState, When, LEAKS,
+    all_frozen, backup, both_requests, case, good, load, make_file_systems, observe, reply_within,
+    rounds_or, start, stop, suspend, wait_for_daemon, Case, Growth, ModuleState, When, LEAKS,
 };
 use anyhow::{ensure, Context, Result};
-use e2e::check::{answered, equal, refused};
+use e2e::check::{answered, equal, refused, status_name};
 use e2e::guest::{Blocking, Daemon, Device, Guest, Machine, Module, STEP};
 use hv_vss_uapi::{op, MAX_FRAME};
 use hyperv_sim::ic::status;
@@ -31,7 +31,8 @@ pub const CASES: &[Case] = &[
         "lifecycle/daemon-comes-late",
         "a request that arrives before the daemon waits for it",
         daemon_comes_late,
-    ),
+    )
+    .comparing(),
     case(
         "lifecycle/daemon-killed-while-frozen",
         "the host's THAW is failed, also by a new daemon; the next backup is good",
@@ -201,6 +202,7 @@ fn daemon_comes_late(guest: &Guest) -> Result<()> {
     let vss = guest.vss();
     vss.wait_open(STEP)?;
     vss.agree(STEP)?;
+    let mut ours = status::FAIL;
     for daemon in [Daemon::Ours, Daemon::Debian] {
         let tx = vss.send(Op::HOT_BACKUP, &SHORT_BODY)?;
         // The guest has answered GET_DM_INFO, which was sent later: the first request waits.
@@ -210,10 +212,34 @@ fn daemon_comes_late(guest: &Guest) -> Result<()> {
             "HOT_BACKUP should wait for a daemon, it was answered"
         );
         let process = guest.start_daemon(daemon)?;
-        answered("HOT_BACKUP", &vss.wait(tx, STEP)?, status::OK)?;
+        let reply = vss.wait(tx, STEP)?;
+        answered("HOT_BACKUP", &reply, status::OK)?;
+        ours = reply.status();
         guest.signal(&process, 9)?;
         guest.wait(&process, STEP)?;
     }
+    guest.unload(Module::Ours)?;
+    vss.wait_closed(STEP)?;
+    load(guest, Module::Stock, &[])?;
+    let tx = vss.send(Op::HOT_BACKUP, &SHORT_BODY)?;
+    let early = reply_within(guest, tx, Duration::from_secs(1))?;
+    let daemon = guest.start_daemon(Daemon::Debian)?;
+    let waited = early.is_none();
+    let peer = early.map_or_else(|| vss.wait(tx, STEP), Ok)?.status();
+    wait_for_daemon(guest)?;
+    stop(guest, Module::Stock, &daemon)?;
+    let words = |waited: bool, answer: u32| {
+        let when = match waited {
+            true => "once it is there",
+            false => "before it is there",
+        };
+        format!("HOT_BACKUP {} {when}", status_name(answer))
+    };
+    guest.compare(
+        "the host asks before the daemon is there, as at boot (grace_ms set to 20 s for ours)",
+        &words(true, ours),
+        &words(waited, peer),
+    );
     Ok(())
 }
 

@@ -4,14 +4,15 @@
 //! that is frozen, the daemon's own program and systemd's among it; that on the disk of the host's of
 //! which it makes the backup.
 //!
-//! What the guest has of ours is what `make install` puts in place, enabled before it boots.
+//! What the guest has of ours is what `make install` puts in place, enabled before it boots. Each case goes
+//! through both ways to hold a freeze: our module, and guard and record on the stock one.
 
 use super::disks::Attached;
 use super::restore::stood_still;
 use super::{all_frozen, Case, When};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
-use e2e::guest::{Guest, Machine, STEP};
+use e2e::guest::{Guest, Machine, Module, STEP};
 use hyperv_sim::ic::status;
 use hyperv_sim::Reply;
 use std::time::Duration;
@@ -30,18 +31,24 @@ pub const CASES: &[Case] = &[
     ).long(),
     case(
         "systemd/daemon-killed",
-        "kill -9 of the daemon while frozen: the guard outlives it and thaws, the service comes back",
+        "kill -9 of the daemon while frozen, without a stop step: the module thaws, or the guard, which outlives it; the \
+         service comes back",
         daemon_killed,
     ).long(),
     case(
         "systemd/both-killed",
-        "kill -9 of daemon and guard while frozen: the unit's stop step thaws from a frozen root",
+        "kill -9 of the daemon and its guard while frozen: the module thaws, or the unit's stop step from a frozen root",
         both_killed,
     ).long(),
     case(
         "systemd/watchdog",
         "a stopped daemon is noticed by the watchdog while frozen: all thawed, restarted",
         watchdog,
+    ).long(),
+    case(
+        "systemd/not-configured",
+        "with a configuration that is not valid the unit fails once, and serves again when somebody has mended that",
+        not_configured,
     ).long(),
 ];
 
@@ -50,7 +57,8 @@ const fn case(name: &'static str, about: &'static str, run: fn(&Guest) -> Result
         name,
         about,
         machine: Machine::SYSTEMD,
-        per_round: Duration::ZERO,
+        // systemd is slow in an emulated machine, and each goes through it twice.
+        per_round: Duration::from_secs(15),
         when: When::Always,
         asks_our_module: false,
         compares: false,
@@ -89,10 +97,15 @@ fn wait_active(guest: &Guest, old: i32) -> Result<i32> {
     Ok(pid)
 }
 
-/// The service as it is after boot, and as the device brings it when the last case took that away;
+/// Keeps our module from being loaded, whoever asks: by name, by the soft dependency of `hv_utils`, by the
+/// hand-over.
+const BAR: &str =
+    "mkdir -p /run/modprobe.d && echo 'install hv_vss /bin/false' >/run/modprobe.d/test.conf";
+
+/// The service as it is after boot, and as the device of `module` brings it when the last case took that away;
 /// with a drop-in, and with somebody who writes to the root, to journal and to syslog. Returns the
 /// daemon's process id.
-fn begin(guest: &Guest, drop_in: &str) -> Result<i32> {
+fn begin(guest: &Guest, module: Module, drop_in: &str) -> Result<i32> {
     if !drop_in.is_empty() {
         guest.sh(&format!(
             "mkdir -p /run/systemd/system/{UNIT}.d
@@ -100,7 +113,10 @@ fn begin(guest: &Guest, drop_in: &str) -> Result<i32> {
              systemctl daemon-reload"
         ))?;
     }
-    guest.sh("modprobe hv_vss")?;
+    match module {
+        Module::Ours => guest.sh("modprobe hv_vss")?,
+        Module::Stock => guest.sh(&format!("{BAR} && modprobe hv_utils"))?,
+    };
     let mut pid = wait_active(guest, 0)?;
     if !drop_in.is_empty() {
         guest.sh(&format!("systemctl restart {UNIT}"))?;
@@ -108,20 +124,37 @@ fn begin(guest: &Guest, drop_in: &str) -> Result<i32> {
     }
     guest.vss().wait_open(STEP)?;
     guest.vss().agree(STEP)?;
+    let door = match module {
+        Module::Ours => "held",
+        Module::Stock => "fifreeze",
+    };
+    let mut said = serde_json::Value::Null;
+    guest.wait_until("it has registered", STEP, || {
+        said = serde_json::from_str(&guest.sh("hv_vss status --json")?)?;
+        Ok(!said["daemon"]["door"].is_null())
+    })?;
+    equal(
+        "how freezes are held",
+        &said["daemon"]["door"],
+        &door.into(),
+    )?;
     guest.writer_start(WRITER)?;
     guest.spawn(&["sh", "-c", "while :; do logger flood; sleep 0.2; done"])?;
     Ok(pid)
 }
 
-/// Back to a guest that the next case may have.
-fn end(guest: &Guest) -> Result<()> {
+/// Back to a guest that the next case may have, or the other module.
+fn end(guest: &Guest, module: Module) -> Result<()> {
     guest.writers_stop()?;
-    guest
-        .sh(&format!(
-            "rm -rf /run/systemd/system/{UNIT}.d; systemctl daemon-reload
-         systemctl stop {UNIT}"
-        ))
-        .map(drop)
+    if module == Module::Stock {
+        guest.sh("rm /run/modprobe.d/test.conf")?;
+    }
+    // Since the boot hv_utils has been there as well: one that is loaded takes no device that comes free.
+    guest.sh(&format!(
+        "rm -rf /run/systemd/system/{UNIT}.d; systemctl daemon-reload
+         systemctl stop {UNIT}; modprobe -r hv_vss && modprobe -r hv_utils"
+    ))?;
+    Ok(guest.vss().wait_closed(STEP)?)
 }
 
 /// FREEZE of a backup of the root's disk, and the look that the root stands: its writer has been inside one
@@ -169,7 +202,15 @@ fn backup(guest: &Guest) -> Result<()> {
         guest.sh(&format!("systemctl is-enabled {UNIT}"))?.trim(),
         "enabled",
     )?;
-    let pid = begin(guest, "WatchdogSec=3")?;
+    for &module in guest.modules() {
+        backup_by(guest, module)?;
+    }
+    Ok(())
+}
+
+fn backup_by(guest: &Guest, module: Module) -> Result<()> {
+    let begun = guest.sh("date '+%F %T'")?;
+    let pid = begin(guest, module, "WatchdogSec=3")?;
     let (host, disk) = (guest.host(), Attached::root(guest)?.disk);
     disk.start_log().context("cannot start the log")?;
     let frozen = freeze(guest)?;
@@ -188,78 +229,162 @@ fn backup(guest: &Guest) -> Result<()> {
     guest.wait_until("the status tells how it went", STEP, || {
         Ok(property(guest, "StatusText")?.ends_with("backup 1 was good"))
     })?;
-    for (place, look) in [
-        ("the journal", "journalctl --quiet --boot --unit hv_vss"),
-        ("syslog", "cat /var/log/syslog"),
-    ] {
+    let journal = format!(
+        "journalctl --quiet --boot --unit hv_vss --since '{}'",
+        begun.trim()
+    );
+    // syslog has that of each module in turn.
+    let syslog = format!("grep -F 'hv_vss_daemon[{pid}]' /var/log/syslog");
+    for (place, look) in [("the journal", journal), ("syslog", syslog)] {
         guest.wait_until(&format!("{place} tells of the backup"), STEP, || {
-            let text = guest.sh(look)?;
+            let text = guest.try_sh(&look)?.out;
             Ok(text.contains("FREEZE answered: 1 frozen") && text.contains("the backup is good"))
         })?;
     }
-    end(guest)
+    end(guest, module)
 }
 
 fn stop(guest: &Guest) -> Result<()> {
-    let pid = begin(guest, "")?;
-    freeze(guest)?;
-    guest.sh(&format!("systemctl restart {UNIT}"))?;
-    thawed(guest, "restart")?;
-    wait_active(guest, pid)?;
-    recovered(guest, "restart")?;
-    // What went wrong stands out by its priority, and nothing else does.
-    let errors = format!("journalctl --quiet --boot --priority err --unit {UNIT}");
-    let text = guest.sh(&errors)?;
-    ensure!(
-        text.contains("the daemon was stopped: thawing before the host said so")
-            && text.contains("THAW from the host fails")
-            && !text.contains("acknowledged"),
-        "these are the errors in the journal:\n{text}"
-    );
-    freeze(guest)?;
-    guest.sh(&format!("systemctl stop {UNIT}"))?;
-    equal("after stop", property(guest, "Result")?.as_str(), "success")?;
-    thawed(guest, "stop")?;
-    guest.sh(&format!("systemctl start {UNIT}"))?;
-    recovered(guest, "stop")?;
-    end(guest)
+    for &module in guest.modules() {
+        let pid = begin(guest, module, "")?;
+        freeze(guest)?;
+        guest.sh(&format!("systemctl restart {UNIT}"))?;
+        thawed(guest, "restart")?;
+        let pid = wait_active(guest, pid)?;
+        recovered(guest, "restart")?;
+        // What went wrong stands out by its priority, and nothing else does.
+        let errors = format!("journalctl --quiet --boot --priority err --unit {UNIT}");
+        let text = guest.sh(&errors)?;
+        ensure!(
+            text.contains("the daemon was stopped: thawing before the host said so")
+                && text.contains("THAW from the host fails")
+                && !text.contains("acknowledged"),
+            "these are the errors in the journal:\n{text}"
+        );
+        freeze(guest)?;
+        guest.sh(&format!("systemctl stop {UNIT}"))?;
+        equal("after stop", property(guest, "Result")?.as_str(), "success")?;
+        thawed(guest, "stop")?;
+        guest.sh(&format!("systemctl start {UNIT}"))?;
+        wait_active(guest, pid)?;
+        recovered(guest, "stop")?;
+        end(guest, module)?;
+    }
+    Ok(())
 }
 
 fn daemon_killed(guest: &Guest) -> Result<()> {
-    // Without the stop step only the module can thaw, or the guard.
-    let pid = begin(guest, "ExecStopPost=")?;
-    freeze(guest)?;
-    guest.sh(&format!("kill -KILL {pid}"))?;
-    thawed(guest, "kill -9 of the daemon")?;
-    wait_active(guest, pid)?;
-    recovered(guest, "kill -9 of the daemon")?;
-    end(guest)
+    for &module in guest.modules() {
+        // Without the stop step only the module can thaw, or the guard; without a next start, too, which would do
+        // the guard's work.
+        let drop_in = match module {
+            Module::Ours => "ExecStopPost=",
+            Module::Stock => "ExecStopPost=\nRestart=no",
+        };
+        let pid = begin(guest, module, drop_in)?;
+        let all = all_of_it(guest, pid)?;
+        freeze(guest)?;
+        match module {
+            Module::Ours => guest.sh(&format!("kill -KILL {pid}"))?,
+            Module::Stock => {
+                // A guard that takes its time is left alone: it would be sent on, or killed, with the rest of the unit.
+                let (guard, _) = all.split_once(' ').context("no guard")?;
+                guest.sh(&format!("kill -STOP {guard}; kill -KILL {pid}"))?;
+                guest.wait_until("the unit has failed", STEP, || {
+                    Ok(property(guest, "ActiveState")? == "failed")
+                })?;
+                let state = guest
+                    .try_sh(&format!("cut -d ' ' -f 3 /proc/{guard}/stat"))?
+                    .out;
+                equal("the guard", state.trim(), "T")?;
+                guest.sh(&format!("kill -CONT {guard}"))?
+            }
+        };
+        thawed(guest, "kill -9 of the daemon")?;
+        if module == Module::Stock {
+            guest.sh(&format!("systemctl start {UNIT}"))?;
+        }
+        wait_active(guest, pid)?;
+        recovered(guest, "kill -9 of the daemon")?;
+        end(guest, module)?;
+    }
+    Ok(())
 }
 
 fn both_killed(guest: &Guest) -> Result<()> {
-    // No next start comes to help.
-    let pid = begin(guest, "Restart=no")?;
-    let all = all_of_it(guest, pid)?;
-    freeze(guest)?;
-    // Stopped first, so that neither sees the other die.
-    guest.sh(&format!("kill -STOP {all}; kill -KILL {all}"))?;
-    thawed(guest, "kill -9 of both")?;
-    guest.sh(&format!("systemctl start {UNIT}"))?;
-    recovered(guest, "kill -9 of both")?;
-    end(guest)
+    for &module in guest.modules() {
+        // No next start comes to help.
+        let pid = begin(guest, module, "Restart=no")?;
+        let all = all_of_it(guest, pid)?;
+        let guards = all.split_whitespace().count() - 1;
+        equal("guards", guards, usize::from(module == Module::Stock))?;
+        freeze(guest)?;
+        // Stopped first, so that neither sees the other die.
+        guest.sh(&format!("kill -STOP {all}; kill -KILL {all}"))?;
+        thawed(guest, "kill -9 of both")?;
+        guest.sh(&format!("systemctl start {UNIT}"))?;
+        recovered(guest, "kill -9 of both")?;
+        end(guest, module)?;
+    }
+    Ok(())
 }
 
 fn watchdog(guest: &Guest) -> Result<()> {
-    let pid = begin(guest, "WatchdogSec=2")?;
-    freeze(guest)?;
-    guest.sh(&format!("kill -STOP {pid}"))?;
-    thawed(guest, "a stopped daemon")?;
+    const BITES: &str = "journalctl --quiet --boot --unit hv_vss | grep -c 'Watchdog timeout'";
+    for (number, &module) in guest.modules().iter().enumerate() {
+        let pid = begin(guest, module, "WatchdogSec=2")?;
+        freeze(guest)?;
+        guest.sh(&format!("kill -STOP {pid}"))?;
+        thawed(guest, "a stopped daemon")?;
+        wait_active(guest, pid)?;
+        let bites = guest.try_sh(BITES)?.out;
+        equal(
+            "how often the journal tells of the watchdog",
+            bites.trim(),
+            (number + 1).to_string().as_str(),
+        )?;
+        recovered(guest, "a stopped daemon")?;
+        end(guest, module)?;
+    }
+    Ok(())
+}
+
+fn not_configured(guest: &Guest) -> Result<()> {
+    const BAD: &str = "/etc/hv_vss/daemon.toml.d/test.toml";
+    let module = guest.module();
+    let pid = begin(guest, module, "")?;
+    guest.sh(&format!(
+        "mkdir -p $(dirname {BAD}) && echo 'deadline = x' >{BAD}"
+    ))?;
+    // As when it dies while a bad file lies there, which no reload was told of.
+    guest.sh(&format!("kill -KILL {pid}"))?;
+    guest.wait_until("the unit has failed", STEP, || {
+        Ok(property(guest, "ActiveState")? == "failed")
+    })?;
+    // Three times what the unit waits before it starts again.
+    super::wait_out(guest, Duration::from_secs(3))?;
+    equal(
+        "the state",
+        property(guest, "ActiveState")?.as_str(),
+        "failed",
+    )?;
+    equal(
+        "starts after the death",
+        property(guest, "NRestarts")?.as_str(),
+        "1",
+    )?;
+    equal(
+        "how it ended",
+        property(guest, "ExecMainStatus")?.as_str(),
+        "78",
+    )?;
+    let complaints =
+        format!("journalctl --quiet --boot --unit {UNIT} | grep -c 'line 1, column 12'");
+    equal("complaints", guest.try_sh(&complaints)?.out.trim(), "1")?;
+    guest.sh(&format!("rm {BAD} && systemctl restart {UNIT}"))?;
     wait_active(guest, pid)?;
-    let text = guest.sh("journalctl --quiet --boot --unit hv_vss")?;
-    ensure!(
-        text.contains("Watchdog timeout"),
-        "the journal does not tell of the watchdog:\n{text}"
-    );
-    recovered(guest, "a stopped daemon")?;
-    end(guest)
+    freeze(guest)?;
+    answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+    thawed(guest, "the next backup")?;
+    end(guest, module)
 }
