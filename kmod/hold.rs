@@ -12,7 +12,8 @@
 //! While anything is frozen memory may not be had, since what would have to be written for it
 //! stands still: all that a freeze and its thaw need is set aside before the first one begins.
 //!
-//! Knows nothing of VMBus, of VSS, nor of who asks.
+//! There is one [`Hold`], the module's: a device can go while a freeze hangs, and the one that comes after it has to
+//! know of that. Knows nothing of VMBus, of VSS, nor of who asks.
 
 use crate::compat::error;
 use crate::compat::new_spinlock_irq;
@@ -29,6 +30,10 @@ use crate::workers::Queues;
 use core::mem;
 use kernel::bindings::ESTALE;
 use kernel::prelude::*;
+use kernel::sync::atomic::Acquire;
+use kernel::sync::atomic::AtomicFlag;
+use kernel::sync::atomic::Release;
+use kernel::sync::global_lock;
 use kernel::sync::Arc;
 use kernel::time::msecs_to_jiffies;
 use kernel::time::Instant;
@@ -53,6 +58,46 @@ const RETRY_MS: u32 = 1_000;
 const FREEZE: u64 = 0;
 const THAW: u64 = 1;
 
+/// [`HOLD`] is initialised.
+static INITIALISED: AtomicFlag = AtomicFlag::new(false);
+
+global_lock! {
+    // SAFETY: Locked only where it is initialised: in `Holding::new` after that, in the drop of what this
+    // returns, and where `INITIALISED` says so.
+    unsafe(uninit) static HOLD: Mutex<Option<Arc<Hold>>> = None;
+}
+
+/// There is a [`Hold`] as long as this lives.
+pub(crate) struct Holding(());
+
+impl Holding {
+    /// Makes it, with nothing held. Sleeps.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` without memory.
+    ///
+    /// # Safety
+    ///
+    /// May be called once.
+    pub(crate) unsafe fn new() -> Result<Self> {
+        // SAFETY: Guaranteed by the caller.
+        unsafe { HOLD.init() };
+        INITIALISED.store(true, Release);
+        *HOLD.lock() = Some(Hold::new()?);
+        Ok(Holding(()))
+    }
+}
+
+impl Drop for Holding {
+    fn drop(&mut self) {
+        // The last reference: no device is bound, no descriptor is open, and a work gives back its
+        // own before its `ModuleReference`. Waits for works to return that have done so.
+        let hold = HOLD.lock().take();
+        drop(hold);
+    }
+}
+
 /// All that is held, being frozen or being thawed. Its lock is taken in any context, also below the
 /// lock of whoever uses this.
 #[pin_data]
@@ -62,7 +107,7 @@ pub(crate) struct Hold {
     /// Woken when a file system has been thawed.
     #[pin]
     thawed: WaitQueue,
-    queues: Arc<Queues>,
+    queues: Queues,
 }
 
 struct State {
@@ -243,8 +288,20 @@ pub(crate) struct Line {
 }
 
 impl Hold {
+    /// The module's, as long as there is a [`Holding`].
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` when there is none.
+    pub(crate) fn get() -> Result<Arc<Self>> {
+        if !INITIALISED.load(Acquire) {
+            return Err(ENODEV);
+        }
+        HOLD.lock().clone().ok_or(ENODEV)
+    }
+
     /// Nothing is held.
-    pub(crate) fn new() -> Result<Arc<Self>> {
+    fn new() -> Result<Arc<Self>> {
         let state = State {
             series: None,
             last_series: 0,
@@ -258,7 +315,7 @@ impl Hold {
             try_pin_init!(Self {
                 state <- new_spinlock_irq!(state, "hv_vss::hold"),
                 thawed <- new_wait_queue!("hv_vss::thawed"),
-                queues: Queues::get()?,
+                queues: Queues::new()?,
             }),
             GFP_KERNEL,
         )
