@@ -40,6 +40,7 @@ use kernel::iov::IovIterSource;
 use kernel::new_mutex;
 use kernel::new_poll_condvar;
 use kernel::prelude::*;
+use kernel::sync::atomic::Atomic;
 use kernel::sync::atomic::AtomicFlag;
 use kernel::sync::atomic::Relaxed;
 use kernel::sync::poll::PollCondVar;
@@ -75,22 +76,26 @@ static UNTOLD: AtomicFlag = AtomicFlag::new(false);
 static UNSEEN: AtomicFlag = AtomicFlag::new(true);
 static OWES_THAW: AtomicFlag = AtomicFlag::new(false);
 
-/// The machine prepares to sleep. A device that is bound by then has heard of it, one that comes later has not.
-static SLEEPING: AtomicFlag = AtomicFlag::new(false);
+/// How many sleeps the machine prepares, or is in: while user space makes an image through `/dev/snapshot` it may be
+/// suspended as well. A device that is bound by then has heard of it, one that comes later has not.
+static SLEEPS: Atomic<u32> = Atomic::new(0);
 
-/// Keeps [`SLEEPING`], as long as the module is loaded. It is told before any device is, so that a device that was not
+/// Keeps [`SLEEPS`], as long as the module is loaded. It is told before any device is, so that a device that was not
 /// there to hear of the sleep finds it, and one that finds it hears of its end.
 pub(crate) struct SleepWatch;
 
 impl pm_notifier::Callbacks for SleepWatch {
     const TURN: Turn = Turn::First;
 
+    // The kernel begins and ends one sleep at a time, so nobody else counts meanwhile.
+
     fn prepare(&self) {
-        SLEEPING.store(true, Relaxed);
+        SLEEPS.store(SLEEPS.load(Relaxed).saturating_add(1), Relaxed);
     }
 
     fn post(&self) {
-        SLEEPING.store(false, Relaxed);
+        // One that had begun when the module was loaded has not been counted.
+        SLEEPS.store(SLEEPS.load(Relaxed).saturating_sub(1), Relaxed);
     }
 }
 
@@ -269,7 +274,7 @@ impl Service {
         }
         self.with_engine(|engine, now, out| {
             // Under the lock: the end of that sleep is told to the engine after this, if at all.
-            if SLEEPING.load(Relaxed) {
+            if SLEEPS.load(Relaxed) > 0 {
                 engine.prepare_sleep(now, out);
             }
         });
@@ -572,7 +577,11 @@ impl pm_notifier::Callbacks for Service {
     }
 
     fn post(&self) {
-        self.with_engine(|engine, _, _| engine.resume());
+        self.with_engine(|engine, _, _| {
+            if SLEEPS.load(Relaxed) == 0 {
+                engine.resume();
+            }
+        });
     }
 }
 

@@ -211,6 +211,10 @@ fn idles(guest: &Guest, daemon: &Process) -> Result<()> {
         let (_, fields) = stat.rsplit_once(')').context("no name")?;
         let times = fields.split_whitespace().skip(11).take(2);
         let times: Vec<u64> = times.map(str::parse).collect::<Result<_, _>>()?;
+                // The end of another sleep is not that of the one that is prepared.
+                suspend_in_vain(guest)?;
+                let freeze = vss.freeze(&[], STEP)?;
+                answered("FREEZE after a suspend meanwhile", &freeze, status::FAIL)?;
         Ok(times.iter().sum())
     };
     // What it has to do for a backup that may come it does after the first request.
@@ -219,6 +223,23 @@ fn idles(guest: &Guest, daemon: &Process) -> Result<()> {
         guest.wait_until("a second has passed", STEP, || Ok(guest.clock()? > until))?;
         Ok(used()? - before < 20)
     })
+}
+
+/// A suspend that is given up, since a process cannot be put to sleep: it reads from a disk that hangs.
+fn suspend_in_vain(guest: &Guest) -> Result<()> {
+    guest.expect_in_log(&["Freezing user space processes failed"])?;
+    make_hung_disk(guest, "/dev/ram6", 32)?;
+    guest.sh(&format!("{HANG}; echo 500 > /sys/power/pm_freeze_timeout"))?;
+    let reader = guest.spawn(&["dd", "if=/dev/mapper/hung", "of=/dev/null", "count=1"])?;
+    guest.wait_until("it waits for the disk", STEP, || {
+        let status = guest.read(&format!("/proc/{}/status", reader.pid))?;
+        Ok(status.contains("State:\tD"))
+    })?;
+    let suspend = guest.try_sh("echo freeze > /sys/power/state")?;
+    ensure!(suspend.status == Some(1), "it should fail: {suspend:?}");
+    guest.sh(UNHANG)?;
+    guest.wait(&reader, STEP)?;
+    guest.sh("dmsetup remove hung").map(drop)
 }
 
 /// FREEZE is failed at once, and the daemon hears nothing of it.
