@@ -249,11 +249,8 @@ impl World<'_> {
             Event::Hold if self.open => {
                 if let Some(seen) = self.in_hand {
                     let freezes = seen.operation == op::FREEZE && self.is_open(seen);
-                    // A daemon that freezes by itself does not use the module as well.
-                    if !self.own || !freezes {
-                        let allowed = self.config.max_held > 0 && self.abi == 2 && freezes;
-                        assert_eq!(self.hold(seen.id).is_ok(), allowed);
-                    }
+                    let allowed = self.config.max_held > 0 && self.abi == 2 && freezes;
+                    assert_eq!(self.hold(seen.id).is_ok(), allowed);
                 }
             }
             Event::Rehearse if self.open => {
