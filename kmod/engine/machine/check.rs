@@ -59,6 +59,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
     }
 
+    /// The place for packets, for another machine.
+    pub fn into_store(self) -> B {
+        self.queue.into_store()
+    }
+
     /// The THAW that the daemon is given without the host asking for one: its id, and whether it has
     /// been read.
     pub fn owed_thaw(&self) -> Option<(u64, bool)> {

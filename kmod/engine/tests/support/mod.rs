@@ -24,7 +24,7 @@
 pub mod events;
 
 use hv_vss_engine::{Config, Effects, Engine, Left, Note, Refusal, Token};
-use hv_vss_uapi::{self as uapi, op, status};
+use hv_vss_uapi::{self as uapi, op, status, thawed};
 use std::collections::BTreeMap;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -137,12 +137,15 @@ pub struct Recorder {
     pub notes: Vec<Note>,
     pub let_go: Vec<u32>,
     pub ring_full: bool,
+    /// How many packets it wanted to send.
+    pub sends: usize,
     /// Whether the module holds anything.
     holds: bool,
 }
 
 impl Effects for Recorder {
     fn send(&mut self, packet: &[u8], request_id: u64) -> bool {
+        self.sends += 1;
         self.sent
             .push((packet.to_vec(), request_id, !self.ring_full));
         !self.ring_full
@@ -631,6 +634,17 @@ impl<'a> World<'a> {
         result
     }
 
+    /// As [`World::hold`], but the file system cannot be frozen, as one on a bad disk.
+    pub fn hold_fails(&mut self, id: u64) -> Result<(), Refusal> {
+        let result = self.engine.may_hold(id);
+        if result.is_ok() {
+            self.engine.holds(id);
+            self.sign_of_life();
+        }
+        self.settle();
+        result
+    }
+
     /// The daemon has the module thaw all that it holds, which may be nothing.
     pub fn thaw_held(&mut self) -> Result<(), Refusal> {
         let result = self.engine.may_thaw();
@@ -757,6 +771,38 @@ impl<'a> World<'a> {
             assert_eq!(left.untold, self.backup == Backup::Spoilt);
             assert_eq!(left.unseen, self.backup == Backup::Unseen);
         }
+    }
+
+    /// The device goes, and another one comes with what this one has left. Whoever has this one open hears of nothing
+    /// that happens to that.
+    pub fn next_device(&mut self) {
+        self.close(thawed::GONE);
+        // Its daemon reads an error instead of the notice.
+        self.by_daemon &= !self.hears_of_it();
+        let left = self.engine.left();
+        let config = self.config;
+        let nobody = Engine::new(config, &mut [][..], Left::default());
+        let store = std::mem::replace(&mut self.engine, nobody).into_store();
+        let next = World {
+            backup: match self.backup {
+                // It has been told, and knows.
+                Backup::Told => Backup::None,
+                backup => backup,
+            },
+            by_daemon: self.by_daemon,
+            sleeping: self.sleeping,
+            next_request: self.next_request,
+            next_status: self.next_status,
+            answers: std::mem::take(&mut self.answers),
+            strict: self.strict,
+            ..World::after(config, store, left)
+        };
+        *self = next;
+        if self.sleeping {
+            // It comes too late to hear of it.
+            self.engine.prepare_sleep(self.now, &mut self.out);
+        }
+        self.settle();
     }
 
     pub fn resume(&mut self) {
