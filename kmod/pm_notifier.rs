@@ -18,8 +18,11 @@ use kernel::types::Opaque;
 /// When somebody is told, of all who are: the priority of a notifier.
 #[derive(Clone, Copy)]
 pub(crate) enum Turn {
+    /// Before all that have no priority, as nearly all in the kernel.
     First = 1,
+    /// With them.
     Between = 0,
+    /// After them.
     Last = -1,
 }
 
