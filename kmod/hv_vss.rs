@@ -75,22 +75,24 @@ impl Parameters {
     }
 }
 
-/// Fields are dropped in this order: the driver needs the workers.
+/// Fields are dropped in this order: the driver and the watch over its thaws need what is held.
 #[pin_data]
 struct HvVssModule {
     #[pin]
     _driver: kernel::driver::Registration<vmbus::Adapter<driver::Driver>>,
     #[pin]
     _sleep: pm_notifier::Registration<service::SleepWatch>,
-    _workers: workers::Workers,
+    #[pin]
+    _thaws: pm_notifier::Registration<service::ThawWatch>,
+    _holding: hold::Holding,
 }
 
 impl kernel::InPlaceModule for HvVssModule {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             // SAFETY: A module is initialised once.
-            _workers: unsafe { workers::Workers::new() }?,
-            // Before the driver, so that it is told before any device.
+            _holding: unsafe { hold::Holding::new() }?,
+            _thaws <- pm_notifier::Registration::new(service::ThawWatch::new()?),
             _sleep <- pm_notifier::Registration::new(Arc::new(service::SleepWatch, GFP_KERNEL)?),
             _driver <- kernel::driver::Registration::new(
                 <Self as kernel::ModuleMetadata>::NAME,

@@ -15,8 +15,22 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
+/// When somebody is told, of all who are: the priority of a notifier.
+#[derive(Clone, Copy)]
+pub(crate) enum Turn {
+    /// Before all that have no priority, as nearly all in the kernel.
+    First = 1,
+    /// With them.
+    Between = 0,
+    /// After them.
+    Last = -1,
+}
+
 /// Whoever wants to be told. Both run in process context and may sleep.
 pub(crate) trait Callbacks: Send + Sync + 'static {
+    /// When it is told, whichever came first.
+    const TURN: Turn;
+
     /// The machine is about to be suspended, to hibernate, or to become the one of an image that is restored,
     /// and waits for this to return.
     fn prepare(&self);
@@ -51,6 +65,8 @@ impl<T: Callbacks> Registration<T> {
             inner <- Opaque::try_ffi_init(move |slot: *mut bindings::notifier_block| {
                 let mut block: bindings::notifier_block = pin_init::zeroed();
                 block.notifier_call = Some(Self::call);
+                // CAST: a discriminant that fits.
+                block.priority = T::TURN as c_int;
                 // SAFETY: The initializer can write to the provided `slot`.
                 unsafe { slot.write(block) };
                 // SAFETY: `slot` was just written, is pinned, and is unregistered in `drop`.

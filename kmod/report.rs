@@ -10,6 +10,7 @@
 use crate::bindings as c;
 use crate::compat::error;
 use crate::engine;
+use crate::engine::hold::Stage;
 use crate::engine::Engine;
 use crate::engine::Note;
 use crate::engine::Refusal;
@@ -283,11 +284,16 @@ pub(crate) fn held_head(out: &mut fmt::Formatter<'_>) -> fmt::Result {
 /// A line of it: one file system that is frozen, or on the way to or from there.
 pub(crate) fn held(line: &Line, out: &mut fmt::Formatter<'_>) -> fmt::Result {
     let (major, minor) = line.identity.device;
-    let (kind, stage) = (line.identity.kind(), line.stage);
+    let (kind, stage) = (line.identity.kind(), line.stage.as_str());
+    let for_ms = line.since.elapsed().as_millis();
+    let error = match line.stage {
+        Stage::Thawing(Some(error)) => error.to_errno(),
+        _ => 0,
+    };
     writeln!(
         out,
-        "{major}:{minor} {kind} {stage} {} {} {}",
-        line.for_ms, line.id, line.error
+        "{major}:{minor} {kind} {stage} {for_ms} {} {error}",
+        line.id
     )
 }
 

@@ -20,6 +20,7 @@ use crate::hold;
 use crate::hold::Begun;
 use crate::hold::Hold;
 use crate::pm_notifier;
+use crate::pm_notifier::Turn;
 use crate::report;
 use crate::report::Log;
 use crate::timer::impl_has_timer;
@@ -39,6 +40,7 @@ use kernel::iov::IovIterSource;
 use kernel::new_mutex;
 use kernel::new_poll_condvar;
 use kernel::prelude::*;
+use kernel::sync::atomic::Atomic;
 use kernel::sync::atomic::AtomicFlag;
 use kernel::sync::atomic::Relaxed;
 use kernel::sync::poll::PollCondVar;
@@ -74,21 +76,50 @@ static UNTOLD: AtomicFlag = AtomicFlag::new(false);
 static UNSEEN: AtomicFlag = AtomicFlag::new(true);
 static OWES_THAW: AtomicFlag = AtomicFlag::new(false);
 
-/// The machine prepares to sleep. A device that is bound by then has heard of it, one that comes later has not.
-static SLEEPING: AtomicFlag = AtomicFlag::new(false);
+/// How many sleeps the machine prepares, or is in: while user space makes an image through `/dev/snapshot` it may be
+/// suspended as well. A device that is bound by then has heard of it, one that comes later has not.
+static SLEEPS: Atomic<u32> = Atomic::new(0);
 
-/// Keeps [`SLEEPING`], as long as the module is loaded. It is told before any device is, so that a device that was not
+/// Keeps [`SLEEPS`], as long as the module is loaded. It is told before any device is, so that a device that was not
 /// there to hear of the sleep finds it, and one that finds it hears of its end.
 pub(crate) struct SleepWatch;
 
 impl pm_notifier::Callbacks for SleepWatch {
+    const TURN: Turn = Turn::First;
+
+    // The kernel begins and ends one sleep at a time, so nobody else counts meanwhile.
+
     fn prepare(&self) {
-        SLEEPING.store(true, Relaxed);
+        SLEEPS.store(SLEEPS.load(Relaxed).saturating_add(1), Relaxed);
     }
 
     fn post(&self) {
-        SLEEPING.store(false, Relaxed);
+        // One that had begun when the module was loaded has not been counted.
+        SLEEPS.store(SLEEPS.load(Relaxed).saturating_sub(1), Relaxed);
     }
+}
+
+/// Keeps the machine awake while something is frozen here, or being so, after all devices were told to let go of it; also
+/// when none is there any more.
+pub(crate) struct ThawWatch(Arc<Hold>);
+
+impl ThawWatch {
+    /// # Errors
+    ///
+    /// As [`Hold::get`].
+    pub(crate) fn new() -> Result<Arc<Self>> {
+        Ok(Arc::new(ThawWatch(Hold::get()?), GFP_KERNEL)?)
+    }
+}
+
+impl pm_notifier::Callbacks for ThawWatch {
+    const TURN: Turn = Turn::Last;
+
+    fn prepare(&self) {
+        self.0.wait_idle(THAW_MS);
+    }
+
+    fn post(&self) {}
 }
 
 /// What all who have the engine share: its packets wait in memory that is allocated in one piece.
@@ -110,7 +141,8 @@ pub(crate) struct Service {
     /// Where a frame lies between the engine and the reader; also makes readers take turns.
     #[pin]
     outgoing: Mutex<KVec<u8>>,
-    /// What the module has frozen for the daemon.
+    /// What the module has frozen for the daemon. It is the module's: once the device is gone it serves the next one,
+    /// and is not touched any more.
     hold: Arc<Hold>,
     parameters: Parameters,
     /// The engine's clock starts here.
@@ -135,8 +167,9 @@ struct Device {
 
 impl Device {
     /// It is gone from here on, with its engine closed.
-    fn leave(&mut self) {
+    fn leave(&mut self, hold: &Hold) {
         self.gone = true;
+        hold.forget();
         let left = self.engine.left();
         UNTOLD.store(left.untold, Relaxed);
         UNSEEN.store(left.unseen, Relaxed);
@@ -206,7 +239,7 @@ impl Service {
             incoming: KVVec::new(),
         };
         let outgoing = KVec::from_elem(0, uapi::MAX_FRAME, GFP_KERNEL)?;
-        let hold = Hold::new()?;
+        let hold = Hold::get()?;
         Arc::pin_init(
             pin_init!(Self {
                 timer <- Timer::new(),
@@ -241,7 +274,7 @@ impl Service {
         }
         self.with_engine(|engine, now, out| {
             // Under the lock: the end of that sleep is told to the engine after this, if at all.
-            if SLEEPING.load(Relaxed) {
+            if SLEEPS.load(Relaxed) > 0 {
                 engine.prepare_sleep(now, out);
             }
         });
@@ -296,9 +329,10 @@ impl Service {
                 self.event(device, &mut log, |engine, now, out| {
                     engine.close(now, reason, out)
                 });
-                self.hold.let_go();
                 if for_good {
-                    device.leave();
+                    device.leave(&self.hold);
+                } else {
+                    self.hold.let_go();
                 }
             }
             device.channel.take()
@@ -391,7 +425,7 @@ impl Service {
                     self.event(device, &mut log, |engine, now, out| {
                         engine.close(now, thawed::GONE, out);
                     });
-                    device.leave();
+                    device.leave(&self.hold);
                     self.tell_gone();
                     log.ring_failed(error);
                     false
@@ -525,6 +559,8 @@ impl Service {
 }
 
 impl pm_notifier::Callbacks for Service {
+    const TURN: Turn = Turn::Between;
+
     fn prepare(&self) {
         self.with_engine(|engine, now, out| {
             engine.prepare_sleep(now, out);
@@ -538,11 +574,14 @@ impl pm_notifier::Callbacks for Service {
             let state = self.state.lock();
             state.device.gone || state.device.engine.thawed_for_sleep()
         });
-        self.hold.wait_idle(THAW_MS);
     }
 
     fn post(&self) {
-        self.with_engine(|engine, _, _| engine.resume());
+        self.with_engine(|engine, _, _| {
+            if SLEEPS.load(Relaxed) == 0 {
+                engine.resume();
+            }
+        });
     }
 }
 
@@ -569,13 +608,10 @@ impl chardev::Handler for Service {
 
     fn release(&self) {
         // All of it before the next one can open.
-        let done = self.with_engine(|engine, now, out| {
+        self.with_engine(|engine, now, out| {
             engine.release(now, out);
             out.hold.forget();
         });
-        if done.is_none() {
-            self.hold.forget();
-        }
     }
 
     fn read(&self, nonblocking: bool, out: &mut IovIterDest<'_>) -> Result<usize> {

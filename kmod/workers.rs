@@ -2,8 +2,7 @@
 
 //! The module's workqueues, and that the module stays as long as they have work.
 //!
-//! They are the module's, not a device's: a device can go while a freeze hangs. Knows nothing of
-//! what is done in them.
+//! Knows nothing of what is done in them.
 //!
 //! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
 
@@ -11,21 +10,7 @@ use crate::bindings;
 use core::ptr::NonNull;
 use kernel::bindings as raw;
 use kernel::prelude::*;
-use kernel::sync::atomic::Acquire;
-use kernel::sync::atomic::AtomicFlag;
-use kernel::sync::atomic::Release;
-use kernel::sync::global_lock;
-use kernel::sync::Arc;
 use kernel::workqueue::Queue;
-
-/// [`QUEUES`] is initialised.
-static INITIALISED: AtomicFlag = AtomicFlag::new(false);
-
-global_lock! {
-    // SAFETY: Locked only where it is initialised: in `Workers::new` after that, in the drop of what this
-    // returns, and where `INITIALISED` says so.
-    unsafe(uninit) static QUEUES: Mutex<Option<Arc<Queues>>> = None;
-}
 
 /// The queues. Thaws have one of their own, that no hanging freeze can keep busy.
 pub(crate) struct Queues {
@@ -34,16 +19,18 @@ pub(crate) struct Queues {
 }
 
 impl Queues {
-    /// The module's, as long as there are [`Workers`].
+    /// Makes them. Sleeps.
     ///
     /// # Errors
     ///
-    /// `ENODEV` when there are none.
-    pub(crate) fn get() -> Result<Arc<Self>> {
-        if !INITIALISED.load(Acquire) {
-            return Err(ENODEV);
-        }
-        QUEUES.lock().clone().ok_or(ENODEV)
+    /// `ENOMEM` without memory.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Queues {
+            // A freeze waits for whatever its file system waits for, also for work of queues that
+            // make no such promise; with this flag the kernel does not warn of that.
+            freezes: OwnedQueue::new(c"hv_vss_freeze", raw::wq_flags___WQ_LEGACY)?,
+            thaws: OwnedQueue::new(c"hv_vss_thaw", 0)?,
+        })
     }
 
     pub(crate) fn freezes(&self) -> &Queue {
@@ -52,39 +39,6 @@ impl Queues {
 
     pub(crate) fn thaws(&self) -> &Queue {
         self.thaws.get()
-    }
-}
-
-/// There are workqueues as long as this lives.
-pub(crate) struct Workers(());
-
-impl Workers {
-    /// Makes the workqueues.
-    ///
-    /// # Safety
-    ///
-    /// May be called once.
-    pub(crate) unsafe fn new() -> Result<Self> {
-        // SAFETY: Guaranteed by the caller.
-        unsafe { QUEUES.init() };
-        INITIALISED.store(true, Release);
-        let queues = Queues {
-            // A freeze waits for whatever its file system waits for, also for work of queues that
-            // make no such promise; with this flag the kernel does not warn of that.
-            freezes: OwnedQueue::new(c"hv_vss_freeze", raw::wq_flags___WQ_LEGACY)?,
-            thaws: OwnedQueue::new(c"hv_vss_thaw", 0)?,
-        };
-        *QUEUES.lock() = Some(Arc::new(queues, GFP_KERNEL)?);
-        Ok(Workers(()))
-    }
-}
-
-impl Drop for Workers {
-    fn drop(&mut self) {
-        // The last reference: no device is bound, no descriptor is open, and a work gives back its
-        // own before its `ModuleReference`. Waits for works to return that have done so.
-        let queues = QUEUES.lock().take();
-        drop(queues);
     }
 }
 
@@ -137,7 +91,7 @@ impl Drop for OwnedQueue {
 }
 
 /// Keeps the module from being unloaded. A work has one until all that is left of it is to return; for that
-/// much the end of [`Workers`] waits.
+/// much the end of its [queue](Queues) waits.
 ///
 /// # Invariants
 ///

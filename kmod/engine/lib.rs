@@ -6,7 +6,7 @@
 //! a read, the clock, open, release, what the module holds, sleep. What is to be done comes out
 //! through [`Effects`] (packets for the host, what to let go, notes for log and trace), through return
 //! values (a frame for the reader, an errno for the writer) and through [`Engine::deadline`] (when to
-//! call [`Engine::timer`]).
+//! call [`Engine::timer`]). What the module holds is a machine of its own, in [`hold`].
 //!
 //! There is no clock, no lock, no allocation and no `unsafe` in here, so every method may be called
 //! from softirq and under a spinlock. The same files are compiled by Kbuild into the module and by
@@ -25,6 +25,7 @@ use hv_vss_uapi as uapi;
 
 mod frames;
 mod freeze;
+pub mod hold;
 mod machine;
 mod notes;
 mod queue;

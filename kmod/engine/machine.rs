@@ -24,7 +24,8 @@
 //! - what may be frozen and is of no use to the host any more is thawed: the module lets go of what it
 //!   holds, and a daemon that freezes by itself is given a THAW, whether the host asks for one or not.
 //!   That THAW stays until a daemon has answered it, also when the device goes and comes back (see
-//!   [`Left`]).
+//!   [`Left`]). What it has frozen beside what the module held it thaws when it reads that this is let go; if it
+//!   closes the device before, the next one is given that THAW.
 
 use super::freeze::Freeze;
 use super::notes::bump;
@@ -522,7 +523,8 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         effects.let_go(thawed::CALLED_OFF);
     }
 
-    /// Has thawed what was frozen for FREEZE `id`: by the module, or else by the daemon.
+    /// Has thawed what was frozen for FREEZE `id`: by the module, or else by the daemon. One that has held for it reads
+    /// of that, and thaws what it may have frozen by itself as well.
     fn undo(&mut self, now: u64, id: u64, reason: u32, effects: &mut impl Effects) {
         if self.let_go(reason, effects) != Some(id) {
             self.owe_thaw(now, effects);

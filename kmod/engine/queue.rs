@@ -139,6 +139,12 @@ impl<B: DerefMut<Target = [u8]>> Queue<B> {
         self.requests.iter().flatten()
     }
 
+    /// The place for packets.
+    #[cfg(not(hv_vss_kernel))]
+    pub(super) fn into_store(self) -> B {
+        self.store
+    }
+
     /// Checks the invariants.
     #[cfg(not(hv_vss_kernel))]
     pub(super) fn check(&self) -> Result<(), &'static str> {

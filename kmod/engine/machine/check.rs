@@ -17,9 +17,11 @@ pub struct Shape {
     requests: [Option<(u8, Stage, bool)>; QUEUE],
     daemon: Daemon,
     reply_waits: bool,
-    notice_waits: Option<bool>,
+    /// Whether it is for a FREEZE, and whether behind a THAW.
+    notice_waits: Option<(bool, bool)>,
     quiet: bool,
-    holds: bool,
+    /// Whether it is for a FREEZE.
+    holds: Option<bool>,
     freeze: &'static str,
     held: bool,
     told: bool,
@@ -41,9 +43,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             requests,
             daemon: self.daemon,
             reply_waits: self.reply_waits,
-            notice_waits: self.notice.map(|notice| notice.behind.is_some()),
+            notice_waits: self
+                .notice
+                .map(|notice| (notice.id != 0, notice.behind.is_some())),
             quiet: self.quiet_since.is_some(),
-            holds: self.hold.is_some(),
+            holds: self.hold.map(|id| id != 0),
             freeze: self.freeze.as_str(),
             held: self.freeze.held().is_some(),
             told: self.freeze == (Freeze::Broken { told: true }),
@@ -53,6 +57,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             calling_off: self.calling_off,
             sleeping: self.sleeping,
         }
+    }
+
+    /// The place for packets, for another machine.
+    pub fn into_store(self) -> B {
+        self.queue.into_store()
     }
 
     /// The THAW that the daemon is given without the host asking for one: its id, and whether it has

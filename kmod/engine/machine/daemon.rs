@@ -74,10 +74,12 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             if let Some(head) = self.queue.head_mut() {
                 head.shown = false;
             }
-            if let Some(id) = self.break_freeze(thawed::CRASH, effects) {
-                self.undo(now, id, thawed::CRASH, effects);
-            }
+            let is_broken = self.break_freeze(thawed::CRASH, effects).is_some();
             self.let_go(thawed::CRASH, effects);
+            // It reads nothing any more of what was let go, and may have frozen by itself as well.
+            if is_broken || self.notice.is_some_and(|notice| notice.id != 0) {
+                self.owe_thaw(now, effects);
+            }
             self.quiet_since = Some(now);
         }
         self.daemon = Daemon::Absent;

@@ -7,7 +7,7 @@ mod support;
 use hv_vss_engine::{Config, Left, PACKET_MAX, QUEUE};
 use hv_vss_uapi::op;
 use proptest::prelude::*;
-use support::events::{Event, ALL};
+use support::events::{Event, Host, ALL};
 use support::World;
 
 fn event() -> impl Strategy<Value = Event> {
@@ -24,6 +24,12 @@ fn event() -> impl Strategy<Value = Event> {
             Event::Answer(support::events::Verdict::Ok),
         ]),
     ]
+}
+
+/// An event, which now and then the host does not hear of.
+fn happening() -> impl Strategy<Value = (Event, Host)> {
+    let host = prop_oneof![7 => Just(Host::Hears), 1 => Just(Host::IsDeaf)];
+    (event(), host)
 }
 
 fn config() -> impl Strategy<Value = Config> {
@@ -77,7 +83,7 @@ fn bytes() -> impl Strategy<Value = Vec<u8>> {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Event(Event),
+    Event(Event, Host),
     Packet(Vec<u8>),
     Write(Vec<u8>),
     Pass(u32),
@@ -85,7 +91,7 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        6 => event().prop_map(Step::Event),
+        6 => happening().prop_map(|(event, host)| Step::Event(event, host)),
         1 => bytes().prop_map(Step::Packet),
         1 => bytes().prop_map(Step::Write),
         1 => any::<u32>().prop_map(Step::Pass),
@@ -99,12 +105,12 @@ proptest! {
     fn any_sequence_keeps_the_promises(
         config in config(),
         left in left(),
-        events in prop::collection::vec(event(), 0..200),
+        events in prop::collection::vec(happening(), 0..200),
     ) {
         let mut store = vec![0u8; QUEUE * PACKET_MAX];
         let mut world = World::after(config, &mut store, left);
-        for event in events {
-            world.happen(event);
+        for (event, host) in events {
+            world.happen(event, host);
         }
         world.drain();
     }
@@ -122,7 +128,7 @@ proptest! {
         world.strict = false;
         for step in steps {
             match step {
-                Step::Event(event) => world.happen(event),
+                Step::Event(event, host) => world.happen(event, host),
                 Step::Packet(bytes) => { world.send(bytes); }
                 Step::Write(bytes) => { let _ = world.write(&bytes); }
                 Step::Pass(us) => world.pass(us.into()),
@@ -135,12 +141,12 @@ proptest! {
     #[test]
     fn a_small_store_is_enough(
         slots in 0..=QUEUE,
-        events in prop::collection::vec(event(), 0..100),
+        events in prop::collection::vec(happening(), 0..100),
     ) {
         let mut store = vec![0u8; slots * PACKET_MAX + 100];
         let mut world = World::new(Config::default(), &mut store);
-        for event in events {
-            world.happen(event);
+        for (event, host) in events {
+            world.happen(event, host);
             prop_assert!(world.engine.queued() <= slots);
         }
         world.drain();

@@ -9,7 +9,7 @@ mod support;
 
 use hv_vss_engine::{Config, Left, PACKET_MAX, QUEUE};
 use libfuzzer_sys::fuzz_target;
-use support::events::ALL;
+use support::events::{Host, ALL};
 use support::World;
 
 std::thread_local! {
@@ -33,7 +33,11 @@ fuzz_target!(|bytes: &[u8]| {
     STORE.with_borrow_mut(|store| {
         let mut world = World::after(config, store, left);
         for byte in events {
-            world.happen(ALL[usize::from(*byte) % ALL.len()]);
+            let host = match byte & 0x80 {
+                0 => Host::Hears,
+                _ => Host::IsDeaf,
+            };
+            world.happen(ALL[usize::from(byte & 0x7f) % ALL.len()], host);
         }
         world.drain();
     });

@@ -38,14 +38,12 @@ pub enum Event {
     Tick,
     /// Time passes until the next limit.
     Expire,
-    /// As the last two, with a host that cannot hear it.
-    AnswerUnheard(Verdict),
-    ExpireUnheard,
-    OverLongUnheard(u8),
     /// The daemon begins to read.
     Alive,
     /// The daemon has the module freeze something for the FREEZE in hand.
     Hold,
+    /// ... which fails: nothing is frozen.
+    HoldFails,
     /// ... for nobody.
     Rehearse,
     /// The daemon has the module thaw that.
@@ -60,6 +58,15 @@ pub enum Event {
     Close,
     Reopen,
     Resume,
+    /// The device goes, and another one comes.
+    NextDevice,
+}
+
+/// Whether the host hears what it is sent meanwhile. When it takes its device back it does not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Host {
+    Hears,
+    IsDeaf,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +97,12 @@ pub enum Gap {
     Lose,
     PrepareSleep,
     Close,
+    /// Another thread of the daemon answers what it has in hand.
+    Answer,
+    /// ... has something frozen for it.
+    Hold,
+    /// ... has the module thaw all that.
+    ThawHeld,
 }
 
 impl Gap {
@@ -100,6 +113,9 @@ impl Gap {
             Gap::Lose => Event::Lose,
             Gap::PrepareSleep => Event::PrepareSleep,
             Gap::Close => Event::Close,
+            Gap::Answer => Event::Answer(Verdict::Ok),
+            Gap::Hold => Event::Hold,
+            Gap::ThawHeld => Event::ThawHeld,
         }
     }
 }
@@ -134,11 +150,6 @@ pub const ALL: [Event; 47] = [
     Event::Thawed,
     Event::Tick,
     Event::Expire,
-    Event::AnswerUnheard(Verdict::Ok),
-    Event::AnswerUnheard(Verdict::Fail),
-    Event::ExpireUnheard,
-    Event::OverLongUnheard(op::FREEZE),
-    Event::OverLongUnheard(op::THAW),
     Event::Alive,
     Event::Hold,
     Event::Rehearse,
@@ -153,23 +164,22 @@ pub const ALL: [Event; 47] = [
     Event::SlowRead(Gap::PrepareSleep),
     Event::SlowRead(Gap::Close),
     Event::ThawOne,
+    Event::HoldFails,
+    Event::SlowRead(Gap::Answer),
+    Event::SlowRead(Gap::Hold),
+    Event::SlowRead(Gap::ThawHeld),
+    Event::NextDevice,
 ];
 
 impl World<'_> {
     /// Lets `event` happen; the promises are checked on the way.
-    pub fn happen(&mut self, event: Event) {
-        let heard = match event {
-            Event::AnswerUnheard(verdict) => Event::Answer(verdict),
-            Event::ExpireUnheard => Event::Expire,
-            Event::OverLongUnheard(operation) => Event::OverLong(operation),
-            event => return self.happen_heard(event),
-        };
-        self.out.ring_full = true;
-        self.happen_heard(heard);
+    pub fn happen(&mut self, event: Event, host: Host) {
+        self.out.ring_full = host == Host::IsDeaf;
+        self.happens(event);
         self.out.ring_full = false;
     }
 
-    fn happen_heard(&mut self, event: Event) {
+    fn happens(&mut self, event: Event) {
         match event {
             Event::Ask(operation) if self.channel => {
                 self.send(vss_packet(operation, &[0xaa; 16]));
@@ -218,7 +228,7 @@ impl World<'_> {
             Event::SlowRead(gap) if self.open => {
                 if self.abi == 2 || self.in_hand.is_none() {
                     if let Some((bytes, token)) = self.peek() {
-                        self.happen_heard(gap.event());
+                        self.happens(gap.event());
                         self.take(&bytes, token);
                     }
                 }
@@ -249,11 +259,13 @@ impl World<'_> {
             Event::Hold if self.open => {
                 if let Some(seen) = self.in_hand {
                     let freezes = seen.operation == op::FREEZE && self.is_open(seen);
-                    // A daemon that freezes by itself does not use the module as well.
-                    if !self.own || !freezes {
-                        let allowed = self.config.max_held > 0 && self.abi == 2 && freezes;
-                        assert_eq!(self.hold(seen.id).is_ok(), allowed);
-                    }
+                    let allowed = self.config.max_held > 0 && self.abi == 2 && freezes;
+                    assert_eq!(self.hold(seen.id).is_ok(), allowed);
+                }
+            }
+            Event::HoldFails if self.open => {
+                if let Some(seen) = self.in_hand {
+                    let _ = self.hold_fails(seen.id);
                 }
             }
             Event::Rehearse if self.open => {
@@ -274,15 +286,14 @@ impl World<'_> {
             Event::Close if self.channel => self.close(thawed::SLEEP),
             Event::Reopen => self.channel = true,
             Event::Resume => self.resume(),
-            Event::AnswerUnheard(_)
-            | Event::ExpireUnheard
-            | Event::OverLongUnheard(_)
-            | Event::Ask(_)
+            Event::NextDevice => self.next_device(),
+            Event::Ask(_)
             | Event::Negotiate
             | Event::Junk
             | Event::OverLong(_)
             | Event::Alive
             | Event::Hold
+            | Event::HoldFails
             | Event::Rehearse
             | Event::ThawHeld
             | Event::ThawOne

@@ -24,7 +24,7 @@
 pub mod events;
 
 use hv_vss_engine::{Config, Effects, Engine, Left, Note, Refusal, Token};
-use hv_vss_uapi::{self as uapi, op, status};
+use hv_vss_uapi::{self as uapi, op, status, thawed};
 use std::collections::BTreeMap;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -137,12 +137,15 @@ pub struct Recorder {
     pub notes: Vec<Note>,
     pub let_go: Vec<u32>,
     pub ring_full: bool,
+    /// How many packets it wanted to send.
+    pub sends: usize,
     /// Whether the module holds anything.
     holds: bool,
 }
 
 impl Effects for Recorder {
     fn send(&mut self, packet: &[u8], request_id: u64) -> bool {
+        self.sends += 1;
         self.sent
             .push((packet.to_vec(), request_id, !self.ring_full));
         !self.ring_full
@@ -226,10 +229,8 @@ pub struct World<'a> {
     /// The id of the last successful FREEZE that the daemon knows of.
     pub frozen: Option<u64>,
     backup: Backup,
-    /// The daemon may have frozen something by itself.
+    /// The daemon may have frozen something by itself, also beside what it has in the module.
     by_daemon: bool,
-    /// It has, and has said so.
-    own: bool,
     /// What it has in the module: the id that it gave for it.
     by_module: Option<u64>,
     /// What it has to be told of that: the id, and why it has ended.
@@ -277,7 +278,6 @@ impl<'a> World<'a> {
                 Left { .. } => Backup::None,
             },
             by_daemon: left.owes_thaw,
-            own: false,
             by_module: None,
             untold: None,
             sent_before: None,
@@ -304,7 +304,7 @@ impl<'a> World<'a> {
             [
                 self.frozen.is_some(),
                 self.by_daemon,
-                self.own,
+                self.hears_of_it(),
                 self.late,
                 self.by_module.is_some(),
                 self.channel,
@@ -391,6 +391,7 @@ impl<'a> World<'a> {
         self.settle();
         assert_eq!(self.by_module, None, "held for nobody");
         self.untold = None;
+        self.settle();
     }
 
     pub fn register_v1(&mut self, operation: u8) -> Result<(), Refusal> {
@@ -523,6 +524,8 @@ impl<'a> World<'a> {
                 !self.waiting.values().any(is_unread),
                 "a notice before a THAW that came first"
             );
+            // It thaws what else it has frozen for that.
+            self.by_daemon &= notice.frame.id == 0;
             self.untold = None;
         }
     }
@@ -560,7 +563,7 @@ impl<'a> World<'a> {
         let open = self.is_open(seen);
         let gave_up = seen.operation == op::FREEZE && code != status::OK;
         if open && (seen.operation == op::THAW || gave_up) {
-            (self.by_daemon, self.own, self.says_so) = (false, false, true);
+            (self.by_daemon, self.says_so) = (false, true);
             self.late &= gave_up;
         }
         // Set first, because the answer leaves within the write. An owed THAW is nobody's.
@@ -581,7 +584,6 @@ impl<'a> World<'a> {
         assert_eq!(result.is_ok(), open, "an answer counts if it is waited for");
         if open && seen.operation == op::FREEZE && code == status::OK {
             self.frozen = Some(seen.id);
-            self.own = self.by_daemon;
         }
         result
     }
@@ -602,13 +604,13 @@ impl<'a> World<'a> {
 
     /// The daemon says that freeze `id` has ended.
     pub fn tell_thawed(&mut self, id: u64, reason: u32) -> Result<(), Refusal> {
-        let by_daemon = (self.by_daemon, self.own);
-        (self.by_daemon, self.own, self.says_so) = (false, false, true);
+        let by_daemon = self.by_daemon;
+        (self.by_daemon, self.says_so) = (false, true);
         let result = self.write(&thawed(id, reason));
         self.says_so = false;
         match result {
             Ok(()) => self.spoil(),
-            Err(_) => (self.by_daemon, self.own) = by_daemon,
+            Err(_) => self.by_daemon = by_daemon,
         }
         result
     }
@@ -627,8 +629,17 @@ impl<'a> World<'a> {
                 "held for another request"
             );
             assert!(!self.sleeping, "held while the machine goes to sleep");
-            // It uses one way or the other.
-            self.by_daemon &= id == 0;
+        }
+        self.settle();
+        result
+    }
+
+    /// As [`World::hold`], but the file system cannot be frozen, as one on a bad disk.
+    pub fn hold_fails(&mut self, id: u64) -> Result<(), Refusal> {
+        let result = self.engine.may_hold(id);
+        if result.is_ok() {
+            self.engine.holds(id);
+            self.sign_of_life();
         }
         self.settle();
         result
@@ -753,10 +764,45 @@ impl<'a> World<'a> {
         if self.strict {
             // The device may not come back, and the next one has to know.
             let left = self.engine.left();
-            assert!(left.owes_thaw || !self.by_daemon, "frozen, and forgotten");
+            assert!(
+                left.owes_thaw || !self.by_daemon || self.hears_of_it(),
+                "frozen, and forgotten"
+            );
             assert_eq!(left.untold, self.backup == Backup::Spoilt);
             assert_eq!(left.unseen, self.backup == Backup::Unseen);
         }
+    }
+
+    /// The device goes, and another one comes with what this one has left. Whoever has this one open hears of nothing
+    /// that happens to that.
+    pub fn next_device(&mut self) {
+        self.close(thawed::GONE);
+        // Its daemon reads an error instead of the notice.
+        self.by_daemon &= !self.hears_of_it();
+        let left = self.engine.left();
+        let config = self.config;
+        let nobody = Engine::new(config, &mut [][..], Left::default());
+        let store = std::mem::replace(&mut self.engine, nobody).into_store();
+        let next = World {
+            backup: match self.backup {
+                // It has been told, and knows.
+                Backup::Told => Backup::None,
+                backup => backup,
+            },
+            by_daemon: self.by_daemon,
+            sleeping: self.sleeping,
+            next_request: self.next_request,
+            next_status: self.next_status,
+            answers: std::mem::take(&mut self.answers),
+            strict: self.strict,
+            ..World::after(config, store, left)
+        };
+        *self = next;
+        if self.sleeping {
+            // It comes too late to hear of it.
+            self.engine.prepare_sleep(self.now, &mut self.out);
+        }
+        self.settle();
     }
 
     pub fn resume(&mut self) {
@@ -820,6 +866,11 @@ impl<'a> World<'a> {
         let sent_before = self.open_thaws().next_back();
         let behind = self.open_thaws().next().filter(|_| is_good);
         (self.sent_before, self.behind) = (sent_before, behind);
+    }
+
+    /// The daemon will read that what it held for a FREEZE is thawed, and thaws what else it has frozen for that.
+    fn hears_of_it(&self) -> bool {
+        self.untold.is_some_and(|(id, _)| id != 0)
     }
 
     /// Checks what was sent, and the engine's own invariants.
@@ -936,7 +987,7 @@ impl<'a> World<'a> {
             assert!(self.engine.deadline().is_some(), "no clock runs");
         }
         assert!(
-            !self.by_daemon || in_force || making || thawing || owed,
+            !self.by_daemon || in_force || making || thawing || owed || self.hears_of_it(),
             "frozen, and nobody is told to thaw"
         );
         let rehearsal = self.by_module == Some(0);
@@ -949,7 +1000,10 @@ impl<'a> World<'a> {
         let deserted = self.abi == 0 && wait_is_over;
         if self.engine.thawed_for_sleep() {
             assert!(self.sleeping);
-            assert!(!self.by_daemon || deserted, "sleeps while frozen");
+            assert!(
+                !self.by_daemon || deserted || self.hears_of_it(),
+                "sleeps while frozen"
+            );
             assert_eq!(self.by_module, None, "sleeps while something is held");
         } else {
             assert!(!self.sleeping || !deserted, "waits for nobody");

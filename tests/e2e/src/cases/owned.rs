@@ -293,7 +293,7 @@ fn good_backup(guest: &Guest, daemon: Scripted<'_>) -> Result<()> {
 }
 
 /// The daemon is told that what the module held for it is thawed.
-fn is_told(daemon: Scripted<'_>, id: u64, reason: u32) -> Result<()> {
+pub(super) fn is_told(daemon: Scripted<'_>, id: u64, reason: u32) -> Result<()> {
     match Received::read(daemon.device)? {
         Received::Thawed(notice) => {
             equal("the notice", (notice.frame.id, notice.reason), (id, reason))
@@ -832,20 +832,47 @@ fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
     next.serve(op::THAW, status::OK)?;
     freeze(guest, next)?;
     Still::wait(guest, &[])?.holds(guest, "in the next backup")?;
-    thaw_but(guest, next, status::OK, called_off)?;
+    thaw_but(guest, next, status::OK, called_off.clone())?;
     all_go_on(guest, "after the next backup")?;
     // For that it waits, until its own deadline.
     let mut again = freezing(0, "/mnt/hung");
     again.0.deadline_ms = 1000;
     let again = next.device.ioctl(&freeze_ioctl(again));
     refused("a freeze of the one that hangs", again, "EBUSY")?;
+    next.device.close()?;
 
-    // It comes back, and is thawed then.
+    // So can the one after it, on a device that has gone and come back.
+    let vss = guest.vss();
+    for by_host in [false, true] {
+        if by_host {
+            vss.rescind();
+            vss.wait_released(STEP)?;
+            vss.offer();
+        } else {
+            super::lifecycle::unbind_rebind(guest)?;
+        }
+        vss.wait_open(STEP)?;
+        vss.agree(STEP)?;
+        let held = guest.held()?;
+        equal("what is held on a new device", held, called_off.clone())
+            .with_context(|| format!("taken back by the host: {by_host}"))?;
+    }
+    let pid = guest.fork()?;
+    let next = Scripted::start_in(guest, Some(pid), Abi::V2)?;
+    let freeze = next
+        .device
+        .start_ioctl(&freeze_ioctl(freezing(0, "/mnt/hung")))?;
+    waits_for_its_turn(guest, pid)?;
+
+    // It comes back, is thawed then, and is the next one's.
     guest.sh(UNHANG)?;
-    guest.wait_until("nothing is held", Duration::from_secs(2), || {
-        Ok(guest.held()?.is_empty())
-    })?;
+    next.device.finish_ioctl(freeze, STEP)?;
+    let held = vec![(hung, "held".to_owned())];
+    equal("what is held of it", guest.held()?, held)?;
+    next.device.ioctl(&thaw_ioctl(None))?;
+    equal("what is held at the end", guest.held()?, Vec::new())?;
     guest.not_frozen("when the disk was back", &["/mnt/hung"])?;
+    good_backup(guest, next)?;
     guest.sh("touch /mnt/hung/file && sync")?;
     hold(next.device, 0, "/mnt/hung")?;
     next.device.ioctl(&thaw_ioctl(None))?;
@@ -1235,6 +1262,14 @@ fn refused_changes_nothing(guest: &Guest) -> Result<()> {
     thaw(guest, daemon, status::OK)
 }
 
+/// A freeze that this process has asked for waits for the thaw of the same file system.
+fn waits_for_its_turn(guest: &Guest, pid: i32) -> Result<()> {
+    guest.wait_until("another freeze of it waits", STEP, || {
+        let stacks = guest.sh(&format!("cat /proc/{pid}/task/*/stack"))?;
+        Ok(stacks.contains("hv_vss_wait_killable"))
+    })
+}
+
 fn waits_its_turn(guest: &Guest) -> Result<()> {
     load(guest, Module::Ours, &[])?;
     make_hung(guest)?;
@@ -1243,10 +1278,7 @@ fn waits_its_turn(guest: &Guest) -> Result<()> {
     make_called_off(guest, device)?;
     for path in [Some("/mnt/hung"), None] {
         let freeze = device.start_ioctl(&freeze_ioctl(freezing(0, "/mnt/hung")))?;
-        guest.wait_until("another freeze of it waits", STEP, || {
-            let stacks = guest.sh(&format!("cat /proc/{pid}/task/*/stack"))?;
-            Ok(stacks.contains("hv_vss_wait_killable"))
-        })?;
+        waits_for_its_turn(guest, pid)?;
         let thaw = device.ioctl(&thaw_ioctl(path));
         match path {
             Some(_) => refused("a thaw of it", thaw, "EBUSY")?,

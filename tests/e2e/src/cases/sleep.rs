@@ -13,12 +13,13 @@ use super::deadman::{
 use super::dialogue::{Abi, Scripted};
 use super::suspend::{self, unloads};
 use super::{
-    is_frozen, limit, load, rounds_or, seed, start, stuck_writers, wait_for_daemon, wait_out, Case,
+    is_frozen, limit, load, owned, rounds_or, seed, start, stuck_writers, wait_for_daemon,
+    wait_out, Case,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
-use hv_vss_uapi::op;
+use hv_vss_uapi::{op, thawed};
 use hyperv_sim::ic::status;
 use std::time::Duration;
 
@@ -75,6 +76,11 @@ pub const CASES: &[Case] = &[
         snapshot_device,
     ),
     suspend::case(
+        "sleep/thaw-that-hangs",
+        "a thaw of the module's own that hangs is waited for, also when its device is gone, but not for ever",
+        thaw_that_hangs,
+    ),
+    suspend::case(
         "sleep/backups-all-the-time",
         "backups one after the other while the machine sleeps: none is called good that was not",
         backups_all_the_time,
@@ -93,15 +99,27 @@ struct Window {
 }
 
 impl Window {
-    /// Sends the machine to sleep, by a process that lives through SIGUSR1.
+    /// Sends the machine to sleep.
     fn begin(guest: &Guest) -> Result<Window> {
+        Self::prepare(guest)?;
+        Self::send(guest)
+    }
+
+    /// Makes the disk in whose sync it stays.
+    fn prepare(guest: &Guest) -> Result<()> {
         make_hung_disk(guest, "/dev/ram6", 32)?;
-        guest.sh(&format!(
-            "mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync
-             dd if=/dev/zero of=/mnt/hung/dirty bs=64k count=1 2>/dev/null
-             {HANG}
-             echo shutdown > /sys/power/disk"
-        ))?;
+        guest
+            .sh(&format!(
+                "mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync
+                 dd if=/dev/zero of=/mnt/hung/dirty bs=64k count=1 2>/dev/null
+                 {HANG}
+                 echo shutdown > /sys/power/disk"
+            ))
+            .map(drop)
+    }
+
+    /// Sends it to sleep then, by a process that lives through SIGUSR1.
+    fn send(guest: &Guest) -> Result<Window> {
         let (unloads, openings) = (unloads(guest), guest.vss().openings());
         let sleep = "trap : USR1; echo disk > /sys/power/state";
         let process = guest.spawn(&["sh", "-c", sleep])?;
@@ -194,6 +212,10 @@ fn snapshot_device(guest: &Guest) -> Result<()> {
                     &freeze,
                     status::FAIL,
                 )?;
+                // The end of another sleep is not that of the one that is prepared.
+                suspend_in_vain(guest)?;
+                let freeze = vss.freeze(&[], STEP)?;
+                answered("FREEZE after a suspend meanwhile", &freeze, status::FAIL)?;
             }
             guest.signal(&holder, 9)?;
             guest.wait(&holder, STEP)?;
@@ -202,6 +224,23 @@ fn snapshot_device(guest: &Guest) -> Result<()> {
         one().with_context(|| format!("exec 3{way}/dev/snapshot, frozen before it: {held_too}"))?;
     }
     Ok(())
+}
+
+/// A suspend that is given up, since a process cannot be put to sleep: it reads from a disk that hangs.
+fn suspend_in_vain(guest: &Guest) -> Result<()> {
+    guest.expect_in_log(&["Freezing user space processes failed"])?;
+    make_hung_disk(guest, "/dev/ram6", 32)?;
+    guest.sh(&format!("{HANG}; echo 500 > /sys/power/pm_freeze_timeout"))?;
+    let reader = guest.spawn(&["dd", "if=/dev/mapper/hung", "of=/dev/null", "count=1"])?;
+    guest.wait_until("it waits for the disk", STEP, || {
+        let status = guest.read(&format!("/proc/{}/status", reader.pid))?;
+        Ok(status.contains("State:\tD"))
+    })?;
+    let suspend = guest.try_sh("echo freeze > /sys/power/state")?;
+    ensure!(suspend.status == Some(1), "it should fail: {suspend:?}");
+    guest.sh(UNHANG)?;
+    guest.wait(&reader, STEP)?;
+    guest.sh("dmsetup remove hung").map(drop)
 }
 
 /// The daemon has nothing to do, and does nothing.
@@ -399,6 +438,84 @@ fn device_bound_anew(guest: &Guest) -> Result<()> {
             Ok(next.device.close()?)
         };
         one().with_context(|| format!("{abi:?}"))?;
+    }
+    Ok(())
+}
+
+/// ext4 writes its superblock in a thaw, and its disk hangs by then.
+fn thaw_that_hangs(guest: &Guest) -> Result<()> {
+    // `THAW_MS` of the module, in microseconds.
+    const LIMIT: u64 = 5_000_000;
+    load(guest, Module::Ours, &[])?;
+    guest.sh("modprobe dm-mod; mkdir -p /mnt/a
+         dmsetup create volume --noudevsync --table '0 131072 linear /dev/ram1 0'
+         [ -e /dev/mapper/volume ] || dmsetup mknodes
+         mkfs.ext4 -q -F /dev/mapper/volume && mount /dev/mapper/volume /mnt/a")?;
+    let vss = guest.vss();
+    let name = vss.instance().to_string();
+    let states =
+        || -> Result<Vec<String>> { Ok(guest.held()?.into_iter().map(|it| it.1).collect()) };
+    for (device_stays, comes_back) in [(true, true), (false, true), (true, false)] {
+        let one = || -> Result<()> {
+            let daemon = Scripted::start(guest, Abi::V2)?;
+            Window::prepare(guest)?;
+            owned::hold(daemon.device, 0, "/mnt/a")?;
+            guest.sh("dmsetup suspend --noflush --nolockfs volume")?;
+            if !device_stays {
+                guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &name)?;
+                vss.wait_closed(STEP)?;
+                daemon.device.close()?;
+            }
+            let sent = guest.clock()?;
+            let mut window = Window::send(guest)?;
+            window.is_told(guest)?;
+            if comes_back {
+                wait_out(guest, Duration::from_millis(500))?;
+                window.is_still_told(guest)?;
+                guest.sh("dmsetup resume volume")?;
+            }
+            window.wait(guest)?;
+            let waited = guest.clock()? - sent;
+            ensure!(
+                comes_back || waited >= LIMIT,
+                "the machine has waited for {} ms",
+                waited / 1000
+            );
+            if !device_stays {
+                guest.write("/sys/bus/vmbus/drivers/hv_vss/bind", &name)?;
+                vss.wait_open(STEP)?;
+                vss.agree(STEP)?;
+                window.openings += 1;
+            }
+            let left = if comes_back {
+                None
+            } else {
+                Some("thawing".to_owned())
+            };
+            equal(
+                "what is held when it syncs",
+                states()?,
+                Vec::from_iter(left),
+            )?;
+            if !comes_back {
+                guest.sh("dmsetup resume volume")?;
+                guest.wait_until("nothing is held", STEP, || Ok(states()?.is_empty()))?;
+            }
+            window.end(guest)?;
+            guest.not_frozen("after the sleep", &["/mnt/a"])?;
+            let daemon = match device_stays {
+                true => {
+                    owned::is_told(daemon, 0, thawed::SLEEP)?;
+                    daemon
+                }
+                false => Scripted::start(guest, Abi::V2)?,
+            };
+            after_the_sleep(guest, daemon)?;
+            Ok(daemon.device.close()?)
+        };
+        one().with_context(|| {
+            format!("its device stays: {device_stays}, its disk comes back: {comes_back}")
+        })?;
     }
     Ok(())
 }
