@@ -174,12 +174,12 @@ impl Stage {
         };
         let device = |name, after| call(Thread::Main, name, DEVICE_ONLY, 1, after);
         // Where our module freezes, the ioctl is the device's, else that of each file system.
-        let ioctl = |thread, when| {
+        let ioctl = |thread, when, after| {
             let paths = match stack {
                 Stack::Ours => DEVICE_ONLY,
                 Stack::OursOnStock | Stack::Peer => FILE_SYSTEMS,
             };
-            call(thread, "ioctl", paths, when, false)
+            call(thread, "ioctl", paths, when, after)
         };
         match self {
             Stage::Idle | Stage::Frozen => Way::Host,
@@ -188,13 +188,13 @@ impl Stage {
             Stage::Hooks => Way::Hook("freeze"),
             Stage::Opening => call(Thread::Any, "openat", &["/mnt/a"], 1, false),
             Stage::Syncing => call(Thread::Any, "syncfs", FILE_SYSTEMS, 1, false),
-            Stage::NoneFrozen => ioctl(Thread::Freezer, 1),
-            Stage::SomeFrozen => ioctl(Thread::Freezer, 2),
+            Stage::NoneFrozen => ioctl(Thread::Freezer, 1, false),
+            Stage::SomeFrozen => ioctl(Thread::Any, 1, true),
             Stage::FreezeHangs => Way::Disk,
             Stage::AllFrozen | Stage::AllThawed => device("write", false),
-            Stage::NoneThawed => ioctl(Thread::Any, 1),
-            // One thread thaws, the root first; another begins only where one thaw takes long.
-            Stage::SomeThawed => ioctl(Thread::Freezer, 2),
+            Stage::NoneThawed => ioctl(Thread::Any, 1, false),
+            // The root is thawed first, alone; who freezes or thaws the next is whoever comes first.
+            Stage::SomeThawed => ioctl(Thread::Any, 1, true),
             Stage::Thawed => Way::Hook("thaw"),
         }
     }
@@ -358,7 +358,8 @@ impl Call {
                 Thread::Any => {
                     let first = lines.first().and_then(|it| it.split(' ').next());
                     let tid = first.and_then(|it| it.parse().ok());
-                    (tid.is_some(), tid.unwrap_or(known))
+                    let there = tid.is_some() && (!self.after || seen.contains("(DELAYED)"));
+                    (there, tid.unwrap_or(known))
                 }
                 _ => {
                     let there = lines.len() == self.when
