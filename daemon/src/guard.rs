@@ -500,9 +500,14 @@ impl Watch<'_> {
 
     fn hear(&mut self) {
         let mut packet = [0u8; size_of::<Message>() + 4 * sys::MAX_DESCRIPTORS];
-        let Ok((size, mut fds)) = sys::receive(self.socket, &mut packet) else {
-            self.lose_daemon();
-            return;
+        let (size, mut fds) = match sys::receive(self.socket, &mut packet) {
+            Ok(received) => received,
+            // It died with something of ours unheard, and what it had said itself comes after this.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return,
+            Err(_) => {
+                self.lose_daemon();
+                return;
+            }
         };
         let packet = packet.get(..size).unwrap_or_default();
         let Ok((message, waves)) = Message::read_from_prefix(packet) else {
@@ -737,12 +742,12 @@ fn wait_readable_unless(fd: BorrowedFd<'_>, deaf: bool, limit: PollTimeout) -> i
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_daemon_that_is_about_to_thaw_has_another_deadline_for_that() {
-        let name = format!("hv-vss-thawing-{}", std::process::id());
+    /// A guard that the test plays, for a daemon that does as well, and where that has its lock.
+    fn watched(name: &str, test: impl FnOnce(Arc<Guard>, Watch<'_>, &Lock)) {
+        let name = format!("hv-vss-{name}-{}", std::process::id());
         let run = RunDir::new(std::env::temp_dir().join(name));
         let (guard, played) = played::guard();
-        let mut watch = Watch {
+        let watch = Watch {
             socket: played.0.as_fd(),
             daemon: File::open("/proc/self/stat").unwrap(),
             run: run.clone(),
@@ -751,18 +756,36 @@ mod tests {
             crew: Arc::default(),
             armed: Armed::default(),
         };
-        let lock = run.lock().unwrap();
-        let long = Duration::from_secs(60);
-        guard.arm(&[], Duration::ZERO, &lock, true).unwrap();
-        watch.hear_all().unwrap();
-        assert!(watch.must_thaw());
-        // It was said before the last one had passed, as far as anybody can tell.
-        for (deadline, must_thaw) in [(long, false), (Duration::ZERO, true)] {
-            guard.thawing(deadline).unwrap();
-            watch.hear_all().unwrap();
-            assert_eq!(watch.must_thaw(), must_thaw, "{deadline:?}");
-        }
+        test(guard, watch, &run.lock().unwrap());
         std::fs::remove_dir_all(run.path()).unwrap();
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_daemon_that_is_about_to_thaw_has_another_deadline_for_that() {
+        watched("thawing", |guard, mut watch, lock| {
+            guard.arm(&[], Duration::ZERO, lock, true).unwrap();
+            watch.hear_all().unwrap();
+            assert!(watch.must_thaw());
+            // It was said before the last one had passed, as far as anybody can tell.
+            for (deadline, must_thaw) in [(LONG, false), (Duration::ZERO, true)] {
+                guard.thawing(deadline).unwrap();
+                watch.hear_all().unwrap();
+                assert_eq!(watch.must_thaw(), must_thaw, "{deadline:?}");
+            }
+        });
+    }
+
+    #[test]
+    fn what_a_daemon_has_said_before_its_death_is_heard_whatever_it_had_not_heard() {
+        watched("unheard", |guard, mut watch, lock| {
+            watch.tell(READY).unwrap();
+            guard.arm(&[], LONG, lock, true).unwrap();
+            drop(guard);
+            watch.hear_all().unwrap();
+            assert!(watch.must_thaw());
+        });
     }
 
     #[test]
