@@ -54,6 +54,8 @@ const START: u32 = 2;
 const FORGET: u32 = 3;
 /// Daemon to guard: one of those may be the daemon's after all, should that die.
 const CLAIM: u32 = 9;
+/// Daemon to guard: it is.
+const OWN: u32 = 11;
 /// Daemon to guard: all freezes have ended; from here on nothing becomes frozen.
 const FROZEN: u32 = 4;
 /// Daemon to guard: all is thawed, let go of everything.
@@ -86,7 +88,7 @@ struct Message {
     kind: u32,
     /// For `START`: 1 when a host waits, 0 for a rehearsal.
     for_host: u32,
-    /// For `START` and `THAWING`: the deadline in nanoseconds of `CLOCK_BOOTTIME`. For `FORGET` and `CLAIM`:
+    /// For `START` and `THAWING`: the deadline in nanoseconds of `CLOCK_BOOTTIME`. For `FORGET`, `CLAIM` and `OWN`:
     /// which, counted over all that was added.
     value: u64,
 }
@@ -222,6 +224,11 @@ impl Guard {
     /// Says that the one with that number may be the daemon's after all: it is thawed should that die.
     pub fn claim(&self, index: usize) -> Result<(), GuardError> {
         self.tell(CLAIM, index as u64)
+    }
+
+    /// Says that this one is the daemon's after all: it is thawed with all others.
+    pub fn own(&self, index: usize) -> Result<(), GuardError> {
+        self.tell(OWN, index as u64)
     }
 
     /// Says that no further freeze will follow.
@@ -537,12 +544,13 @@ impl Watch<'_> {
                 });
             }
             START => self.lose_daemon(),
-            FORGET | CLAIM => {
+            FORGET | CLAIM | OWN => {
                 let member = self.armed.members.get(message.value as usize);
                 if let Some(member) = member {
                     match message.kind {
                         FORGET => member.forget(),
-                        _ => member.claim(),
+                        CLAIM => member.claim(),
+                        _ => member.own(),
                     }
                 }
             }
@@ -715,6 +723,7 @@ pub(crate) mod played {
                     START => ("start", 0),
                     FORGET => ("forget", message.value),
                     CLAIM => ("claim", message.value),
+                    OWN => ("own", message.value),
                     FROZEN => ("frozen", 0),
                     RELEASE => ("release", 0),
                     THAWING => ("thawing", 0),
