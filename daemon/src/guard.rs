@@ -20,9 +20,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt as _;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -35,6 +34,7 @@ use nix::sys::socket::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::children;
 use crate::clock::boot_time;
 use crate::freeze::Target;
 use crate::process;
@@ -142,15 +142,14 @@ impl Guard {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (socket, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
             .map_err(|e| GuardError::Start(e.into()))?;
-        let child = Command::new("/proc/self/exe")
-            .arg0("hv_vss_daemon")
-            .arg(SUBCOMMAND)
-            .arg(run.path())
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .env_clear()
-            .spawn()
-            .map_err(GuardError::Start)?;
+        let mut command = children::this_program(SUBCOMMAND);
+        command.arg(run.path()).env_clear();
+        let said = io::stderr();
+        let fds = [theirs.as_fd(), said.as_fd(), said.as_fd()];
+        let starting = children::start("guard", command, &fds);
+        let child = starting.and_then(|it| it.in_time(START_TIMEOUT));
+        let child = child.map_err(GuardError::Start)?;
+        drop(theirs);
         let pid = child.id();
         let guard = Guard {
             socket,
@@ -691,6 +690,7 @@ impl Watch<'_> {
 #[cfg(test)]
 pub(crate) mod played {
     use super::*;
+    use std::process::Command;
 
     /// The other end.
     pub(crate) struct Played(pub(super) OwnedFd);
