@@ -213,20 +213,28 @@ pub(super) fn make_writers(guest: &Guest) -> Result<()> {
 
 /// All processes of a daemon: itself and whatever it has started.
 pub(super) fn all_of_ours(guest: &Guest, daemon: &Process) -> Result<Vec<i32>> {
-    let children = format!("/proc/{pid}/task/{pid}/children", pid = daemon.pid);
     let mut pids = vec![daemon.pid];
-    for pid in guest.read(&children)?.split_whitespace() {
-        pids.push(pid.parse()?);
-    }
+    pids.extend(children(guest, daemon.pid)?);
     Ok(pids)
+}
+
+/// What a process has started and has not reaped yet.
+pub(super) fn children(guest: &Guest, pid: i32) -> Result<Vec<i32>> {
+    // Each is of the thread that has started it, and threads end meanwhile.
+    let line = format!("cat /proc/{pid}/task/[0-9]*/children 2>/dev/null; true");
+    let listed = guest.sh(&line)?;
+    let pids = listed.split_whitespace().map(str::parse);
+    Ok(pids.collect::<Result<_, _>>()?)
 }
 
 /// The guard of a daemon on the stock module: its only child.
 pub(super) fn guard_of(guest: &Guest, daemon: &Process) -> Result<i32> {
-    let children = format!("/proc/{pid}/task/{pid}/children", pid = daemon.pid);
     let mut pid = None;
     guest.wait_until("the daemon has a guard", STEP, || {
-        pid = guest.read(&children)?.trim().parse().ok();
+        pid = match children(guest, daemon.pid)?[..] {
+            [only] => Some(only),
+            _ => None,
+        };
         Ok(pid.is_some())
     })?;
     pid.context("no guard")

@@ -77,8 +77,10 @@ fn property(guest: &Guest, name: &str) -> Result<String> {
 
 /// The daemon that runs, after its guard, if it has one.
 fn all_of_it(guest: &Guest, daemon: i32) -> Result<String> {
-    let children = guest.read(&format!("/proc/{daemon}/task/{daemon}/children"))?;
-    Ok(format!("{} {daemon}", children.trim()))
+    let mut all = super::deadman::children(guest, daemon)?;
+    all.push(daemon);
+    let all: Vec<String> = all.iter().map(i32::to_string).collect();
+    Ok(all.join(" "))
 }
 
 /// Waits until the unit is active with another daemon than `old`, which has then registered, and
