@@ -5,8 +5,8 @@
 //!
 //! It has a thread of its own, for as long as there are hooks to be called or to be let go, and waits on
 //! nothing but time, a process, what that writes and the word to let go. Each call has a process group
-//! of its own; when its time is over all of it is killed. It begins as this very program, which is in
-//! memory, and becomes the hook then: to get at that may take as long as anything, and nothing of it is run
+//! of its own; when its time is over all of it is killed. It begins as this very program and becomes the hook then
+//! ([`crate::children`]): to get at either may take as long as anything, and nothing of the hook is run
 //! before it is on record which process it is. What a hook writes is read all the time, since
 //! one that stays over the freeze would hang otherwise, and is logged after the thaw. Only a call with `thaw` that
 //! was started ends what is owed to a hook: what does not let itself be looked up, or cannot be started, stays on
@@ -15,13 +15,13 @@
 //! of what is to be let go is in the run directory, for whoever comes after a death. It freezes nothing and
 //! decides of no backup.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
@@ -29,21 +29,19 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use nix::sys::signal::{killpg, SigSet, Signal};
+use nix::sys::signal::{killpg, Signal};
 use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::{pipe2, Pid};
 use serde::{Deserialize, Serialize};
 
 use crate::backup::{name_of_type, Verdict};
+use crate::children::{self, Starting};
 use crate::hooks::{Found, Hook, Verb};
 use crate::logbook::{words, Logbook};
 use crate::process;
 use crate::progress::Progress;
 use crate::record::{Lock, RecordError, RunDir};
 use crate::sys;
-
-/// What a hook begins as, on the command line of `hv_vss_daemon`; not for people.
-pub const SUBCOMMAND: &str = "hook";
 
 /// Bytes of what a call writes that are kept.
 const MOST_OUTPUT: usize = 8192;
@@ -54,12 +52,10 @@ const MOST_READS: usize = 64;
 /// How long after the end of a call what it has left running is looked at: a logger at the end of its pipe ends
 /// with it, if somewhat later, and is nothing that an application is kept ready by.
 const SETTLED: Duration = Duration::from_millis(500);
-/// How long a process waits to become a hook. It is on record within a moment.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How often one that does not come to its start is left for the word to let go.
+const TICK: Duration = Duration::from_millis(20);
 /// How long after a call that could not be started it is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
-/// The exit status of one that waited in vain.
-const NO_WORD: u8 = 125;
 /// How long what was killed may take to end.
 const GRACE: Duration = Duration::from_secs(2);
 /// Where hooks find programs.
@@ -586,15 +582,17 @@ impl Calls {
 
     fn call_to_freeze(&mut self, hook: Hook, required: bool) -> End {
         let since = Instant::now();
-        let end = match self.spawn(&hook, Verb::Freeze, None) {
-            Ok(call) => self.freeze_by(&hook, required, call),
+        let until = since + self.means.limit;
+        let end = match self.spawn(&hook, Verb::Freeze, None, until) {
+            Ok(call) => self.freeze_by(&hook, required, call, until),
+            Err(_) if self.word.is_some() => End::CutShort,
             Err(error) => End::Bad(format!("it cannot be started: {error}")),
         };
         self.note(&hook, Verb::Freeze, since, &end);
         end
     }
 
-    fn freeze_by(&mut self, hook: &Hook, required: bool, call: Call) -> End {
+    fn freeze_by(&mut self, hook: &Hook, required: bool, call: Call, until: Instant) -> End {
         self.record.owed.push(Owed {
             hook: hook.clone(),
             process: call.process(),
@@ -606,7 +604,7 @@ impl Calls {
         }
         // From here on it is let go, whatever happens.
         let (child, pidfd) = call.go_on();
-        let end = self.watch(&child, &pidfd, true);
+        let end = self.watch(&child, &pidfd, until, true);
         if matches!(end, End::Good) {
             self.settling.push(Settling {
                 hook: hook.name(),
@@ -695,7 +693,8 @@ impl Calls {
                     self.means.log.warning(words(&error));
                 }
                 let (child, pidfd) = call.go_on();
-                (self.watch(&child, &pidfd, false), Some(child))
+                let until = Instant::now() + self.means.limit;
+                (self.watch(&child, &pidfd, until, false), Some(child))
             }
             Err(error) => {
                 self.is_still_owed(hook, &error);
@@ -730,7 +729,7 @@ impl Calls {
     ) -> io::Result<Call> {
         let until = Instant::now() + self.means.limit;
         loop {
-            let call = self.spawn(hook, verb, Some(verdict));
+            let call = self.spawn(hook, verb, Some(verdict), until);
             let now = Instant::now();
             if call.is_ok() || now >= until {
                 return call;
@@ -764,25 +763,19 @@ impl Calls {
         hook: &Hook,
         verb: Verb,
         verdict: Option<Option<Verdict>>,
+        until: Instant,
     ) -> io::Result<Call> {
         let (ours, theirs) = pipe2(OFlag::O_CLOEXEC)?;
         let (waits, word) = pipe2(OFlag::O_CLOEXEC)?;
         fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let Context(variables) = &self.means.context;
-        let mut command = Command::new("/proc/self/exe");
+        let mut command = children::becoming(&hook.path);
         command
-            .arg0("hv_vss_daemon")
-            .arg(SUBCOMMAND)
-            .arg(&hook.path)
             .arg(verb.as_str())
-            .current_dir("/")
             .env_clear()
             .env("PATH", PATH)
             .envs(variables.iter().map(|(name, value)| (name, value)))
             .env("HV_VSS_LIMIT", self.means.limit.as_secs().to_string())
-            .stdin(waits)
-            .stdout(theirs.try_clone()?)
-            .stderr(theirs)
             .process_group(0);
         for name in ["LANG", "TZ"] {
             if let Some(value) = std::env::var_os(name) {
@@ -792,8 +785,10 @@ impl Calls {
         if let Some(verdict) = verdict {
             command.env("HV_VSS_OUTCOME", OsStr::new(word_for(verdict)));
         }
-        sys::start_as_an_ordinary_process(&mut command);
-        let mut child = command.spawn()?;
+        let fds = [waits.as_fd(), theirs.as_fd(), theirs.as_fd()];
+        let starting = children::start("hook", command, &fds)?;
+        let mut child = self.started(&starting, until, verb == Verb::Freeze)?;
+        drop((waits, theirs));
         let pidfd = match sys::pidfd_open(child.id()) {
             Ok(pidfd) => pidfd,
             Err(error) => {
@@ -815,10 +810,23 @@ impl Calls {
         })
     }
 
-    /// Waits for the end of a call, within its time; `may_end` when the word to let go ends it.
-    fn watch(&mut self, child: &Child, pidfd: &OwnedFd, may_end: bool) -> End {
+    /// Waits for the start of a call, until then; `may_end` when the word to let go ends that.
+    fn started(&mut self, starting: &Starting, until: Instant, may_end: bool) -> io::Result<Child> {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if let Some(started) = starting.within(left.min(TICK)) {
+                return started;
+            }
+            self.look(None, Some(Instant::now()));
+            if left.is_zero() || may_end && self.word.is_some() {
+                return starting.in_time(Duration::ZERO);
+            }
+        }
+    }
+
+    /// Waits for the end of a call, until then; `may_end` when the word to let go ends it.
+    fn watch(&mut self, child: &Child, pidfd: &OwnedFd, mut until: Instant, may_end: bool) -> End {
         let limit = self.means.limit;
-        let mut until = Instant::now() + limit;
         let mut killed: Option<End> = None;
         loop {
             if self.look(Some(pidfd), Some(until)) {
@@ -923,35 +931,6 @@ impl Calls {
         }
         self.outputs.retain(|it| it.pipe.is_some());
     }
-}
-
-/// Becomes the first of `args`, called with the others, once standard input has the word for it. It returns only
-/// when that fails, with the exit status that a shell has then.
-pub fn become_hook(mut args: impl Iterator<Item = OsString>) -> u8 {
-    if !has_word(&io::stdin()) {
-        // Whoever would have called is dead, and nobody knows of this call.
-        return NO_WORD;
-    }
-    let path = args.next().unwrap_or_default();
-    // A rehearsal has some signals blocked.
-    let _ = SigSet::empty().thread_set_mask();
-    let mut hook = Command::new(&path);
-    let error = hook.args(args).stdin(Stdio::null()).exec();
-    // It goes into the log; if not, the exit status says as much.
-    let _ = writeln!(io::stderr(), "it cannot be run: {error}");
-    match error.kind() {
-        io::ErrorKind::NotFound => 127,
-        _ => 126,
-    }
-}
-
-/// Waits for the word. That a dead process cannot give it is not seen as long as a thread of that is inside the
-/// kernel, which keeps all open: so not for ever.
-fn has_word(input: &io::Stdin) -> bool {
-    let mut fds = [PollFd::new(input.as_fd(), PollFlags::POLLIN)];
-    let timeout = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
-    let has_come = matches!(poll(&mut fds, timeout), Ok(1));
-    has_come && matches!(input.lock().read(&mut [0]), Ok(1))
 }
 
 /// Kills a whole process group, whose first process has not been reaped.

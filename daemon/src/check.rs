@@ -7,16 +7,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::OFlag;
 use nix::sys::statfs::statfs;
+use nix::unistd::pipe2;
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::cache::survey;
+use crate::children;
 use crate::config::Config;
 use crate::control::{ask, reply_of, ControlError, Method};
 use crate::freeze::is_of_anything;
@@ -28,12 +33,14 @@ use crate::moving::Layers;
 use crate::plan::{FileSystem, Plan, Reason, Scope};
 use crate::process;
 use crate::record::{Record, RunDir};
-use crate::sys;
 use crate::topology;
 use crate::writes;
 
 /// Asks whether the device is there, on the command line of `hv_vss_daemon`; for its unit.
 pub const SUBCOMMAND: &str = "has-device";
+
+/// How long the process may take to start that looks for a daemon.
+const START_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long the VSS device may be without a driver that shows it, and how often that is looked at.
 const HAND_OVER: Duration = Duration::from_secs(15);
@@ -139,19 +146,27 @@ fn configuration(path: Option<&Path>, its: Option<&Value>) -> (Config, Finding) 
 
 /// The same by a process of its own, as the reply to a call: of the daemon that serves `device`.
 pub fn by_another(device: &Path) -> Result<Vec<u8>, String> {
-    let mut command = Command::new("/proc/self/exe");
-    command.arg("--device").arg(device);
+    let mut command = children::becoming("/proc/self/exe");
     command
-        .args(["check", "--json"])
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stderr(Stdio::null());
-    sys::start_as_an_ordinary_process(&mut command);
-    let ended = command
-        .output()
-        .map_err(|error| format!("it cannot be started: {error}"))?;
+        .arg("--device")
+        .arg(device)
+        .args(["check", "--json"]);
+    let run = || -> io::Result<(Vec<u8>, ExitStatus)> {
+        let (waits, word) = pipe2(OFlag::O_CLOEXEC)?;
+        let (said, theirs) = pipe2(OFlag::O_CLOEXEC)?;
+        let starting = children::start("check", command, &[waits.as_fd(), theirs.as_fd()])?;
+        let mut child = starting.in_time(START_LIMIT)?;
+        drop((waits, theirs));
+        // It fails when the process has ended, and that is seen.
+        let _ = fs::File::from(word).write_all(&[0]);
+        let mut text = Vec::new();
+        let read = fs::File::from(said).read_to_end(&mut text);
+        let ended = child.wait()?;
+        read.map(|_| (text, ended))
+    };
+    let (text, ended) = run().map_err(|error| format!("it cannot be started: {error}"))?;
     let findings: Vec<Value> =
-        serde_json::from_slice(&ended.stdout).map_err(|_| format!("it has {}", ended.status))?;
+        serde_json::from_slice(&text).map_err(|_| format!("it has {ended}"))?;
     reply_of(&BTreeMap::from([("findings", findings)])).map_err(|error| error.to_string())
 }
 

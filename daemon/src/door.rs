@@ -82,8 +82,12 @@ pub trait Door: Send + Sync {
     /// to be said again.
     fn leave(&self, index: usize) -> bool;
 
-    /// What target number `index` was left for may be over: if a freeze of it succeeds now, it is ours.
+    /// What target number `index` was left for may be over: if a freeze of it succeeds now, it is ours. Until that is
+    /// known it is thawed only should this process die.
     fn claim(&self, index: usize);
+
+    /// It has succeeded: from here on that one is as if it had never been left.
+    fn own(&self, index: usize);
 
     /// No freeze is under way any more, and none follows: what is not frozen by now is not ours to thaw. Whether that
     /// was heard, as with [`Door::leave`].

@@ -227,14 +227,21 @@ impl Door for Fifreeze {
     }
 
     fn leave(&self, index: usize) -> bool {
+        // First whoever would thaw it: what has been claimed is theirs for as short as can be.
+        let is_heard = self.tell(|guard| guard.forget(index));
         self.list(|kept| kept.listed.remove(&index));
-        self.tell(|guard| guard.forget(index))
+        is_heard
     }
 
     fn claim(&self, index: usize) {
         self.list(|kept| kept.listed.insert(index));
         // Where it is not heard nobody thaws it should this process die in the next moment.
         self.tell(|guard| guard.claim(index));
+    }
+
+    fn own(&self, index: usize) {
+        // As above, and should the deadline pass only this process thaws it.
+        self.tell(|guard| guard.own(index));
     }
 
     fn freezes_are_over(&self) -> bool {
@@ -315,6 +322,8 @@ impl Door for Unguarded {
     }
 
     fn claim(&self, _index: usize) {}
+
+    fn own(&self, _index: usize) {}
 
     fn freezes_are_over(&self) -> bool {
         true
@@ -434,6 +443,7 @@ mod tests {
         assert_eq!(on_record(&run), Some((lists(&["8:1"]), Vec::new())));
         door.claim(1);
         assert_eq!(on_record(&run), Some((lists(&["8:1", "8:2"]), Vec::new())));
+        door.own(1);
         door.freezes_are_over();
         door.thaw_begins();
         door.let_go();
@@ -441,6 +451,7 @@ mod tests {
             ("start", 0),
             ("forget", 1),
             ("claim", 1),
+            ("own", 1),
             ("frozen", 0),
             ("thawing", 0),
             ("release", 0),
@@ -449,6 +460,7 @@ mod tests {
         door.disarm(&targets);
         assert!(door.leave(1));
         door.claim(1);
+        door.own(1);
         door.freezes_are_over();
         door.settle(&targets);
         door.let_go();
@@ -493,14 +505,14 @@ mod tests {
         let says = thread::spawn(move || theirs.let_go());
         let until = Instant::now() + Duration::from_secs(10);
         let mut heard = Vec::new();
-        while heard.len() < 2 && Instant::now() < until {
+        while heard.len() < 3 && Instant::now() < until {
             heard.extend(played.heard());
             thread::yield_now();
         }
         drop(std::fs::File::open(&new).unwrap());
         says.join().unwrap();
         leaves.join().unwrap();
-        assert_eq!(heard, [("start", 0), ("release", 0)]);
+        assert_eq!(heard, [("start", 0), ("forget", 1), ("release", 0)]);
         std::fs::remove_dir_all(run.path()).unwrap();
     }
 

@@ -575,9 +575,11 @@ impl Session {
     /// Sees to it that what could not freeze the last time still cannot: another file system may have
     /// its number by now. Nothing is frozen yet.
     fn ask_again(&self, known: &[usize]) {
-        let targets = known.iter().filter_map(|i| self.work.targets.get(*i));
-        for target in targets.filter(|t| *t.state() == State::Synced) {
-            if self.work.door.freeze(target.as_fd()).is_ok() {
+        let targets = known
+            .iter()
+            .filter_map(|i| Some((*i, self.work.targets.get(*i)?)));
+        for (index, target) in targets.filter(|(_, t)| *t.state() == State::Synced) {
+            if self.work.freeze_or_leave(index, target).is_ok() {
                 *target.state() = State::Ours {
                     since: Instant::now(),
                     took: Duration::ZERO,

@@ -20,9 +20,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt as _;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -35,6 +34,7 @@ use nix::sys::socket::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::children;
 use crate::clock::boot_time;
 use crate::freeze::Target;
 use crate::process;
@@ -54,6 +54,8 @@ const START: u32 = 2;
 const FORGET: u32 = 3;
 /// Daemon to guard: one of those may be the daemon's after all, should that die.
 const CLAIM: u32 = 9;
+/// Daemon to guard: it is.
+const OWN: u32 = 11;
 /// Daemon to guard: all freezes have ended; from here on nothing becomes frozen.
 const FROZEN: u32 = 4;
 /// Daemon to guard: all is thawed, let go of everything.
@@ -86,7 +88,7 @@ struct Message {
     kind: u32,
     /// For `START`: 1 when a host waits, 0 for a rehearsal.
     for_host: u32,
-    /// For `START` and `THAWING`: the deadline in nanoseconds of `CLOCK_BOOTTIME`. For `FORGET` and `CLAIM`:
+    /// For `START` and `THAWING`: the deadline in nanoseconds of `CLOCK_BOOTTIME`. For `FORGET`, `CLAIM` and `OWN`:
     /// which, counted over all that was added.
     value: u64,
 }
@@ -140,15 +142,14 @@ impl Guard {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (socket, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
             .map_err(|e| GuardError::Start(e.into()))?;
-        let child = Command::new("/proc/self/exe")
-            .arg0("hv_vss_daemon")
-            .arg(SUBCOMMAND)
-            .arg(run.path())
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .env_clear()
-            .spawn()
-            .map_err(GuardError::Start)?;
+        let mut command = children::this_program(SUBCOMMAND);
+        command.arg(run.path()).env_clear();
+        let said = io::stderr();
+        let fds = [theirs.as_fd(), said.as_fd(), said.as_fd()];
+        let starting = children::start("guard", command, &fds);
+        let child = starting.and_then(|it| it.in_time(START_TIMEOUT));
+        let child = child.map_err(GuardError::Start)?;
+        drop(theirs);
         let pid = child.id();
         let guard = Guard {
             socket,
@@ -222,6 +223,11 @@ impl Guard {
     /// Says that the one with that number may be the daemon's after all: it is thawed should that die.
     pub fn claim(&self, index: usize) -> Result<(), GuardError> {
         self.tell(CLAIM, index as u64)
+    }
+
+    /// Says that this one is the daemon's after all: it is thawed with all others.
+    pub fn own(&self, index: usize) -> Result<(), GuardError> {
+        self.tell(OWN, index as u64)
     }
 
     /// Says that no further freeze will follow.
@@ -500,9 +506,14 @@ impl Watch<'_> {
 
     fn hear(&mut self) {
         let mut packet = [0u8; size_of::<Message>() + 4 * sys::MAX_DESCRIPTORS];
-        let Ok((size, mut fds)) = sys::receive(self.socket, &mut packet) else {
-            self.lose_daemon();
-            return;
+        let (size, mut fds) = match sys::receive(self.socket, &mut packet) {
+            Ok(received) => received,
+            // It died with something of ours unheard, and what it had said itself comes after this.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return,
+            Err(_) => {
+                self.lose_daemon();
+                return;
+            }
         };
         let packet = packet.get(..size).unwrap_or_default();
         let Ok((message, waves)) = Message::read_from_prefix(packet) else {
@@ -532,12 +543,13 @@ impl Watch<'_> {
                 });
             }
             START => self.lose_daemon(),
-            FORGET | CLAIM => {
+            FORGET | CLAIM | OWN => {
                 let member = self.armed.members.get(message.value as usize);
                 if let Some(member) = member {
                     match message.kind {
                         FORGET => member.forget(),
-                        _ => member.claim(),
+                        CLAIM => member.claim(),
+                        _ => member.own(),
                     }
                 }
             }
@@ -678,6 +690,7 @@ impl Watch<'_> {
 #[cfg(test)]
 pub(crate) mod played {
     use super::*;
+    use std::process::Command;
 
     /// The other end.
     pub(crate) struct Played(pub(super) OwnedFd);
@@ -710,6 +723,7 @@ pub(crate) mod played {
                     START => ("start", 0),
                     FORGET => ("forget", message.value),
                     CLAIM => ("claim", message.value),
+                    OWN => ("own", message.value),
                     FROZEN => ("frozen", 0),
                     RELEASE => ("release", 0),
                     THAWING => ("thawing", 0),
@@ -737,12 +751,12 @@ fn wait_readable_unless(fd: BorrowedFd<'_>, deaf: bool, limit: PollTimeout) -> i
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_daemon_that_is_about_to_thaw_has_another_deadline_for_that() {
-        let name = format!("hv-vss-thawing-{}", std::process::id());
+    /// A guard that the test plays, for a daemon that does as well, and where that has its lock.
+    fn watched(name: &str, test: impl FnOnce(Arc<Guard>, Watch<'_>, &Lock)) {
+        let name = format!("hv-vss-{name}-{}", std::process::id());
         let run = RunDir::new(std::env::temp_dir().join(name));
         let (guard, played) = played::guard();
-        let mut watch = Watch {
+        let watch = Watch {
             socket: played.0.as_fd(),
             daemon: File::open("/proc/self/stat").unwrap(),
             run: run.clone(),
@@ -751,18 +765,36 @@ mod tests {
             crew: Arc::default(),
             armed: Armed::default(),
         };
-        let lock = run.lock().unwrap();
-        let long = Duration::from_secs(60);
-        guard.arm(&[], Duration::ZERO, &lock, true).unwrap();
-        watch.hear_all().unwrap();
-        assert!(watch.must_thaw());
-        // It was said before the last one had passed, as far as anybody can tell.
-        for (deadline, must_thaw) in [(long, false), (Duration::ZERO, true)] {
-            guard.thawing(deadline).unwrap();
-            watch.hear_all().unwrap();
-            assert_eq!(watch.must_thaw(), must_thaw, "{deadline:?}");
-        }
+        test(guard, watch, &run.lock().unwrap());
         std::fs::remove_dir_all(run.path()).unwrap();
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_daemon_that_is_about_to_thaw_has_another_deadline_for_that() {
+        watched("thawing", |guard, mut watch, lock| {
+            guard.arm(&[], Duration::ZERO, lock, true).unwrap();
+            watch.hear_all().unwrap();
+            assert!(watch.must_thaw());
+            // It was said before the last one had passed, as far as anybody can tell.
+            for (deadline, must_thaw) in [(LONG, false), (Duration::ZERO, true)] {
+                guard.thawing(deadline).unwrap();
+                watch.hear_all().unwrap();
+                assert_eq!(watch.must_thaw(), must_thaw, "{deadline:?}");
+            }
+        });
+    }
+
+    #[test]
+    fn what_a_daemon_has_said_before_its_death_is_heard_whatever_it_had_not_heard() {
+        watched("unheard", |guard, mut watch, lock| {
+            watch.tell(READY).unwrap();
+            guard.arm(&[], LONG, lock, true).unwrap();
+            drop(guard);
+            watch.hear_all().unwrap();
+            assert!(watch.must_thaw());
+        });
     }
 
     #[test]

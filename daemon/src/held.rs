@@ -141,6 +141,8 @@ impl Door for Held {
 
     fn claim(&self, _index: usize) {}
 
+    fn own(&self, _index: usize) {}
+
     fn freezes_are_over(&self) -> bool {
         true
     }

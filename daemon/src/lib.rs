@@ -26,6 +26,7 @@ pub mod busy;
 pub mod cache;
 pub mod calls;
 pub mod check;
+pub mod children;
 pub mod clock;
 pub mod commands;
 pub mod config;

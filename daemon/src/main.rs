@@ -23,7 +23,7 @@ use hv_vss_daemon::logbook::{stderr_is_journal, words, Logbook, Sink};
 use hv_vss_daemon::record::{RunDir, RUN_DIR};
 use hv_vss_daemon::report::Outcome;
 use hv_vss_daemon::service::{self, Service};
-use hv_vss_daemon::{calls, check, guard, job, process, recovery, sys};
+use hv_vss_daemon::{check, children, guard, job, process, recovery, sys};
 use nix::sys::signal::{SigSet, Signal};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
 use signal_hook::iterator::Signals;
@@ -143,7 +143,7 @@ fn main() -> ExitCode {
                 guard::main(Path::new(&run_dir)).map_err(Failure::from),
             ))
         }
-        Some(calls::SUBCOMMAND) => calls::become_hook(args).into(),
+        Some(children::SUBCOMMAND) => children::become_other(args).into(),
         Some(check::SUBCOMMAND) => exit_with(done(has_device())),
         _ => exit_with(dispatch()),
     }

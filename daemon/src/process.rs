@@ -11,6 +11,9 @@ use nix::sys::resource::{getrlimit, setrlimit, Resource};
 
 use crate::sys;
 
+/// How many files a process may have open that nobody has said anything else of.
+const USUAL_FILES: u64 = 1024;
+
 /// Locks what is mapped now and later: each page once it has been touched.
 ///
 /// With `MCL_ONFAULT` pages that were never touched, most of the C library among them, do not
@@ -28,6 +31,17 @@ pub fn lock_memory() -> io::Result<()> {
 pub fn raise_descriptor_limit() -> io::Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
+}
+
+/// Makes this one that shares the processor and dies for want of memory as others do, whatever its parent does, and gives
+/// it the usual limit of open files.
+pub fn be_ordinary() {
+    // None of it takes privilege.
+    let _ = go_along();
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard.min(USUAL_FILES), hard);
+    }
+    let _ = fs::write("/proc/self/oom_score_adj", "0");
 }
 
 /// Goes before all who share the processor: they wait for what this process has frozen.

@@ -60,10 +60,16 @@ impl Member {
         self.claimed.store(true, Ordering::SeqCst);
     }
 
+    /// It is the daemon's: it is thawed with all others.
+    pub fn own(&self) {
+        self.claimed.store(false, Ordering::SeqCst);
+        self.forgotten.store(false, Ordering::SeqCst);
+    }
+
     /// The daemon is dead: what it has claimed is thawed.
     pub fn inherit(&self) {
-        if self.claimed.swap(false, Ordering::SeqCst) {
-            self.forgotten.store(false, Ordering::SeqCst);
+        if self.claimed.load(Ordering::SeqCst) {
+            self.own();
         }
     }
 
@@ -368,6 +374,11 @@ mod tests {
         member.forget();
         member.inherit();
         assert!(member.is_forgotten());
+        // It has been asked once more, and is nobody's.
+        member.claim();
+        assert!(member.is_forgotten());
+        member.own();
+        assert!(!member.is_forgotten());
     }
 
     #[test]

@@ -10,8 +10,6 @@ use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::process::CommandExt as _;
-use std::process::Command;
 
 use crate::mounts::DevId;
 use hv_vss_uapi::{IocFreeze, IocThaw};
@@ -767,32 +765,6 @@ pub fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
     new_descriptor(ret)
 }
 
-/// Has what `command` starts share the processor and die for want of memory as others do, whatever this
-/// process does, and gives it the usual limit of open files.
-pub fn start_as_an_ordinary_process(command: &mut Command) {
-    let become_one = || {
-        set_nice(0)?;
-        let mut limit = MaybeUninit::<libc::rlimit>::zeroed();
-        // SAFETY: the kernel writes one `struct rlimit`, which is there.
-        Errno::result(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, limit.as_mut_ptr()) })?;
-        // SAFETY: it holds only integers and was filled just now.
-        let mut limit = unsafe { limit.assume_init() };
-        limit.rlim_cur = limit.rlim_max.min(1024);
-        // SAFETY: the kernel reads one `struct rlimit`.
-        Errno::result(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) })?;
-        let path = c"/proc/self/oom_score_adj".as_ptr();
-        // SAFETY: the path is a C string.
-        let fd = unsafe { libc::open(path, libc::O_WRONLY | libc::O_CLOEXEC) };
-        // SAFETY: two bytes that are there. Where the file cannot be opened it writes nowhere, and all
-        // is as it was.
-        unsafe { libc::write(fd, c"0\n".as_ptr().cast(), 2) };
-        Ok(())
-    };
-    // SAFETY: between fork and exec only system calls are made: no memory is allocated and no lock is
-    // taken that another thread may have held at the fork. What is opened is closed by exec.
-    unsafe { command.pre_exec(become_one) };
-}
-
 /// Makes all threads allocate from one heap. By default each sets 64 MiB of addresses aside, all of
 /// which count as locked, and gives back none of what it has touched (`mallopt(3)`). That is given back when
 /// nobody waits, by [`give_back_memory`]. To be called before there are threads.
@@ -884,6 +856,7 @@ mod tests {
     use nix::sys::resource::{getrlimit, setrlimit, Resource};
     use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
     use std::os::fd::AsFd as _;
+    use std::process::Command;
 
     /// The limit is that of a whole process.
     #[test]

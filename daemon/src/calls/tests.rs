@@ -5,31 +5,26 @@
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::mpsc::{channel, Receiver};
 
 use super::*;
 use crate::hooks::Contract;
 use crate::logbook::Sink;
 
-/// What `main` does with such a first argument: these tests start this very program, too.
-#[used]
-#[expect(
-    unsafe_code,
-    reason = "the linker puts it where what runs first is looked for"
-)]
-#[link_section = ".init_array"]
-static BEGIN: extern "C" fn() = {
-    extern "C" fn begin() {
-        let mut args = std::env::args_os().skip(1);
-        if args.next().is_some_and(|it| it == SUBCOMMAND) {
-            std::process::exit(become_hook(args).into());
-        }
-    }
-    begin
-};
-
 /// Longer than any step of a test takes.
 const LONG: Duration = Duration::from_secs(60);
+
+/// Whether what takes root can be tested. If not that is said, past what keeps a test's output back.
+fn is_root() -> bool {
+    let is_root = nix::unistd::geteuid().is_root();
+    if !is_root {
+        let test = std::thread::current();
+        let name = test.name().unwrap_or_default();
+        let _ = writeln!(io::stderr(), "{name}: not tested, that takes root");
+    }
+    is_root
+}
 
 /// A folder with hooks, a run directory, and a file in which the hooks note what they are told.
 struct Scene {
@@ -332,7 +327,7 @@ fn one_that_stays_may_write_as_much_as_it_likes_and_is_killed_when_its_thaw_fail
 #[test]
 fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
     // Everything on the way to it is root's: that is looked at, since it may be long ago.
-    if !nix::unistd::geteuid().is_root() {
+    if !is_root() {
         return;
     }
     let scene = Scene::new("dead");
@@ -396,7 +391,7 @@ fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
 
 #[test]
 fn what_somebody_has_left_beside_us_is_let_go_before_ours_are_called() {
-    if !nix::unistd::geteuid().is_root() {
+    if !is_root() {
         return;
     }
     let mut scene = Scene::new("beside");
@@ -424,7 +419,7 @@ fn what_somebody_has_left_beside_us_is_let_go_before_ours_are_called() {
 
 #[test]
 fn what_could_not_be_called_is_owed_until_it_is() {
-    if !nix::unistd::geteuid().is_root() {
+    if !is_root() {
         return;
     }
     let mut scene = Scene::new("owed");
@@ -529,9 +524,11 @@ fn no_hook_is_run_before_its_process_is_on_record() {
     // As when we die before it is there.
     let Call {
         mut child, word, ..
-    } = calls.spawn(&hook, Verb::Freeze, None).unwrap();
+    } = calls
+        .spawn(&hook, Verb::Freeze, None, Instant::now() + LONG)
+        .unwrap();
     drop(word);
-    assert_eq!(child.wait().unwrap().code(), Some(NO_WORD.into()));
+    assert_eq!(child.wait().unwrap().code(), Some(children::NO_WORD.into()));
     // And when it cannot be written.
     std::fs::create_dir(&record).unwrap();
     let end = calls.call_to_freeze(hook, true);

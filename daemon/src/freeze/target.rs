@@ -164,7 +164,9 @@ pub struct Target {
     /// Its freeze has taken for too long and was called off.
     pub(super) given_up: AtomicBool,
     pub(super) turn: Turn,
-    /// That it is not ours to thaw was said, and not heard.
+    /// That it is not ours to thaw was said.
+    pub(super) left: AtomicBool,
+    /// And was not heard.
     pub(super) unheard: AtomicBool,
     /// Whether others have thawed it meanwhile is being asked, or could not be.
     pub(super) unasked: AtomicBool,
@@ -193,6 +195,7 @@ impl Target {
             why: Mutex::default(),
             given_up: AtomicBool::new(false),
             turn: Turn::default(),
+            left: AtomicBool::new(false),
             unheard: AtomicBool::new(false),
             unasked: AtomicBool::new(false),
             asks: AtomicBool::new(false),

@@ -41,6 +41,8 @@ struct Double {
     /// What a first call waits for.
     held: Mutex<BTreeMap<Call, Receiver<()>>>,
     left: Mutex<Vec<usize>>,
+    /// What was said of whose each is.
+    said: Mutex<Vec<Call>>,
     /// How many more words it does not hear: that one is left, or that no freeze follows.
     deaf: AtomicIsize,
     /// After how many calls it heard that no freeze is under way any more.
@@ -142,6 +144,7 @@ impl Door for Double {
         lock(&self.called_off).contains(&self.numbers[&inode_of(fd)])
     }
     fn leave(&self, index: usize) -> bool {
+        lock(&self.said).push(("leave", index));
         let is_heard = self.hears();
         if is_heard {
             lock(&self.left).push(index);
@@ -149,7 +152,11 @@ impl Door for Double {
         is_heard
     }
     fn claim(&self, index: usize) {
+        lock(&self.said).push(("claim", index));
         lock(&self.left).retain(|it| *it != index);
+    }
+    fn own(&self, index: usize) {
+        lock(&self.said).push(("own", index));
     }
     fn freezes_are_over(&self) -> bool {
         let is_heard = self.hears();
@@ -470,6 +477,9 @@ fn what_is_busy_is_waited_for_while_nothing_is_frozen() {
         ("freeze", 1),
     ];
     assert_eq!(s.calls(), expected);
+    // Until its own freeze has succeeded it is nobody's.
+    let expected = ["leave", "claim", "leave", "claim", "own"].map(|word| (word, 1));
+    assert_eq!(*lock(&s.double.said), expected);
 }
 
 #[test]

@@ -81,8 +81,30 @@ impl Work {
     pub(super) fn leave(&self, index: usize) {
         let is_heard = self.door.leave(index);
         if let Some(target) = self.targets.get(index) {
+            target.left.store(true, Ordering::SeqCst);
             target.unheard.store(!is_heard, Ordering::SeqCst);
         }
+    }
+
+    /// Freezes one, whatever its state. What says that somebody else has frozen it is left to them, also while that is
+    /// waited for: it is ours when a freeze of ours has succeeded, and until then nobody thaws it unless this process
+    /// dies in the very call.
+    pub(super) fn freeze_or_leave(&self, index: usize, target: &Target) -> io::Result<()> {
+        let was_left = target.left.load(Ordering::SeqCst);
+        if was_left {
+            self.door.claim(index);
+        }
+        let frozen = self.door.freeze(target.as_fd());
+        match &frozen {
+            Ok(()) if was_left => {
+                target.left.store(false, Ordering::SeqCst);
+                target.unheard.store(false, Ordering::SeqCst);
+                self.door.own(index);
+            }
+            Err(error) if was_left || is(error, Errno::EBUSY) => self.leave(index),
+            _ => {}
+        }
+        frozen
     }
 
     /// Waits until `at`, or until as many have ended as began before: the slow ones were quick this
@@ -129,7 +151,7 @@ impl Work {
             *state = State::Freezing { since: start };
         }
         self.progress.begin(name, start);
-        let result = self.door.freeze(target.as_fd());
+        let result = self.freeze_or_leave(index, target);
         let took = start.elapsed();
         self.progress.end(name);
         let state = match result {
@@ -199,7 +221,6 @@ impl Work {
                 lock(&self.obstacles).push(Obstacle::Busy(index));
             }
             Errno::EBUSY if self.door.watched_every().is_some() => {
-                self.leave(index);
                 target.set_frozen(State::Foreign);
                 self.log.warning(format!(
                     "{name} was frozen by somebody else before; it counts and stays theirs"
@@ -335,8 +356,7 @@ impl Work {
         // It may hang, and then nobody is to close it.
         let _turn = target.turn.take_within(LOOK_TIME);
         // If nobody has frozen it any more this does, whatever becomes of this process meanwhile.
-        self.door.claim(index);
-        let frozen = self.door.freeze(target.as_fd());
+        let frozen = self.freeze_or_leave(index, target);
         target.unasked.store(false, Ordering::SeqCst);
         if frozen.is_ok() {
             // It is nobody's any more. If it cannot be thawed, that is the news.
@@ -348,7 +368,6 @@ impl Work {
                 .error(format!("{name} had been thawed by whoever froze it"));
             return self.note_early(name);
         }
-        self.leave(index);
         if was_written {
             self.note_written(name);
         }

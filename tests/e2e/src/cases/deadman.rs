@@ -88,10 +88,25 @@ pub const CASES: &[Case] = &[
     rounds_of(
         12,
         "deadman/daemon-stopped",
-        "SIGSTOP of the daemon at random moments: thawed at the deadline",
-        stopped,
+        "SIGSTOP of the daemon at random moments, our module: thawed at the deadline",
+        |guest| stopped(guest, Module::Ours),
+    )
+    .long()
+    .asking_our_module(),
+    rounds_of(
+        12,
+        "deadman/daemon-stopped-stock-module",
+        "the same with the stock hv_utils: its guard thaws",
+        |guest| stopped(guest, Module::Stock),
     )
     .long(),
+    case(
+        "deadman/killed-while-checked",
+        "kill -9 of the daemon while frozen and called to check, with a security agent that logs to a frozen disk and \
+         judges the open of its program: all is thawed at once",
+        killed_while_checked,
+    )
+    .asking_our_module(),
     case(
         "deadman/both-killed-behind-an-agent",
         "the same with a security agent that logs to a frozen disk and judges the open of another: all is \
@@ -188,20 +203,28 @@ pub(super) fn make_writers(guest: &Guest) -> Result<()> {
 
 /// All processes of a daemon: itself and whatever it has started.
 pub(super) fn all_of_ours(guest: &Guest, daemon: &Process) -> Result<Vec<i32>> {
-    let children = format!("/proc/{pid}/task/{pid}/children", pid = daemon.pid);
     let mut pids = vec![daemon.pid];
-    for pid in guest.read(&children)?.split_whitespace() {
-        pids.push(pid.parse()?);
-    }
+    pids.extend(children(guest, daemon.pid)?);
     Ok(pids)
+}
+
+/// What a process has started and has not reaped yet.
+pub(super) fn children(guest: &Guest, pid: i32) -> Result<Vec<i32>> {
+    // Each is of the thread that has started it, and threads end meanwhile.
+    let line = format!("cat /proc/{pid}/task/[0-9]*/children 2>/dev/null; true");
+    let listed = guest.sh(&line)?;
+    let pids = listed.split_whitespace().map(str::parse);
+    Ok(pids.collect::<Result<_, _>>()?)
 }
 
 /// The guard of a daemon on the stock module: its only child.
 pub(super) fn guard_of(guest: &Guest, daemon: &Process) -> Result<i32> {
-    let children = format!("/proc/{pid}/task/{pid}/children", pid = daemon.pid);
     let mut pid = None;
     guest.wait_until("the daemon has a guard", STEP, || {
-        pid = guest.read(&children)?.trim().parse().ok();
+        pid = match children(guest, daemon.pid)?[..] {
+            [only] => Some(only),
+            _ => None,
+        };
         Ok(pid.is_some())
     })?;
     pid.context("no guard")
@@ -333,9 +356,9 @@ impl Told {
     }
 }
 
-/// One backup while something happens to the guest. Between FREEZE and THAW the host takes its
-/// time, `hold`. A backup that is called good must have been frozen for all of it.
-pub(super) fn backup_in_trouble(guest: &Guest, hold: Duration) -> Result<Told> {
+/// One backup while something happens to the guest. Between FREEZE and THAW there is `meanwhile`. A backup that is
+/// called good must have been frozen for all of it.
+pub(super) fn backup_in_trouble(guest: &Guest, meanwhile: impl FnOnce()) -> Result<Told> {
     let vss = guest.vss();
     let freeze = vss.freeze(&[], STEP)?.status();
     if freeze != status::OK {
@@ -343,7 +366,7 @@ pub(super) fn backup_in_trouble(guest: &Guest, hold: Duration) -> Result<Told> {
     }
     let first = guest.writers()?;
     // The host takes its snapshot.
-    std::thread::sleep(hold);
+    meanwhile();
     let last = guest.writers()?;
     let sent = guest.clock()?;
     let thaw = vss.thaw(STEP)?.status();
@@ -361,6 +384,39 @@ pub(super) fn backup_in_trouble(guest: &Guest, hold: Duration) -> Result<Told> {
     Ok(Told {
         thaw: Some((thaw, sent)),
     })
+}
+
+/// One backup, and what `strike` does meanwhile: while all is frozen, and THAW comes after it, or else the host's thread
+/// does not wait for it and takes its time, `hold`.
+fn backup_and<T: Send>(
+    guest: &Guest,
+    frozen: bool,
+    hold: Duration,
+    strike: impl FnOnce() -> Result<T> + Send,
+) -> Result<(Told, T)> {
+    if !frozen {
+        return std::thread::scope(|scope| {
+            let strike = scope.spawn(strike);
+            let told = backup_in_trouble(guest, || std::thread::sleep(hold));
+            let struck = strike.join();
+            let struck = struck.map_err(|_| anyhow::anyhow!("who strikes panicked"))?;
+            Ok((told?, struck?))
+        });
+    }
+    let mut struck = None;
+    let told = backup_in_trouble(guest, || {
+        let still = guest.wait_until("all stand still", STEP, || {
+            let still = |it: &Writer| it.in_write_us > 100_000;
+            Ok(guest.writers()?.iter().all(still))
+        });
+        struck = Some(still.and_then(|()| strike()));
+    })?;
+    let struck = struck.context("FREEZE failed with nothing in its way")??;
+    ensure!(
+        told.was_frozen() && !told.is_good(),
+        "all was frozen by then, and the host was told that the backup is good"
+    );
+    Ok((told, struck))
 }
 
 /// How the backups went and how long the writers stood still after the deaths.
@@ -482,7 +538,7 @@ fn deaths(guest: &Guest, module: Module, death: Death) -> Result<Process> {
         let (mut delay, mut hold) = (span.mul_f64(random.f64() * 2.0), span.mul_f64(random.f64()));
         let frozen = round <= WHILE_FROZEN;
         if frozen {
-            (delay, hold) = (Duration::ZERO, RELEASED);
+            (delay, hold) = (Duration::ZERO, Duration::ZERO);
         }
         let victims = victims(guest, &daemon, death)?;
         let what = match frozen {
@@ -493,10 +549,6 @@ fn deaths(guest: &Guest, module: Module, death: Death) -> Result<Process> {
         // Nobody can thaw when both are dead, so then that comes later.
         let killer = || -> Result<(Moment, Result<Duration>)> {
             std::thread::sleep(delay);
-            guest.wait_until("it is time to strike", STEP, || {
-                let still = |it: &Writer| it.in_write_us > 100_000;
-                Ok(!frozen || guest.writers()?.iter().all(still))
-            })?;
             let moment = strike(guest, &victims, death)?;
             let took = match death {
                 Death::Both => Ok(Duration::ZERO),
@@ -504,14 +556,8 @@ fn deaths(guest: &Guest, module: Module, death: Death) -> Result<Process> {
             };
             Ok((moment, took))
         };
-        let (told, killed) = std::thread::scope(|scope| {
-            let killer = scope.spawn(killer);
-            let told = backup_in_trouble(guest, hold);
-            (told, killer.join())
-        });
-        let told = told.with_context(|| what.clone())?;
-        let killed = killed.map_err(|_| anyhow::anyhow!("the killer panicked"))?;
-        let (moment, took) = killed.with_context(|| what.clone())?;
+        let struck = backup_and(guest, frozen, hold, killer);
+        let (told, (moment, took)) = struck.with_context(|| what.clone())?;
         let mut took = match took {
             // On a slow machine it was replaced before the daemon had read FREEZE, and the new one minds that.
             Err(_) if death == Death::Guard && !frozen && told.is_good() => Duration::ZERO,
@@ -587,6 +633,45 @@ fn killed_behind_an_agent(guest: &Guest) -> Result<()> {
     good_backup(guest)?;
     guest.release_opens()?;
     stop(guest, Module::Stock, &daemon)
+}
+
+/// What the daemon has open a child that it has just started has as well, unless it has been seen to; and here that
+/// does not come to be another program before the daemon is dead.
+fn killed_while_checked(guest: &Guest) -> Result<()> {
+    const PROGRAM: &str = "/mnt/b/hv_vss_daemon";
+    make_writers(guest)?;
+    guest.writers_stop()?;
+    guest.writer_start("/mnt/a/w")?;
+    // Another that stays, so that the agent's file is on one that is frozen and the program's is not.
+    guest.sh("umount /mnt/b && mount -t tmpfs none /mnt/b && cp /payload/hv_vss_daemon /mnt/b/")?;
+    load(guest, Module::Ours, &[])?;
+    let daemon = guest.spawn(&[PROGRAM, "run", "-n"])?;
+    wait_for_daemon(guest)?;
+    good_backup(guest)?;
+    guest.watch_opens("/mnt/b", Some("/mnt/a/opens"))?;
+    let vss = guest.vss();
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    let frozen_us = frozen_us(guest);
+    guest.wait_until("all stand still", STEP, || {
+        Ok(guest.writers()?.iter().all(|it| it.in_write_us > frozen_us))
+    })?;
+    let (socket, method) = ("/run/hv_vss/control", "org.hv-vss.Daemon.Check");
+    let caller = guest.spawn(&["/payload/lab-agent", "ask", socket, method])?;
+    guest.wait_until("it is called", STEP, || {
+        Ok(all_of_ours(guest, &daemon)?.len() > 1)
+    })?;
+    let (killed, _) = strike(guest, &[daemon.pid], Death::Daemon)?;
+    released(guest, "kill -9", killed, RELEASED)?;
+    guest.wait(&daemon, STEP)?;
+    guest.release_opens()?;
+    guest.signal(&caller, 9)?;
+    guest.wait(&caller, STEP)?;
+    let daemon = guest.start_daemon(Daemon::Ours)?;
+    wait_for_daemon(guest)?;
+    answered("THAW, later", &vss.thaw(STEP)?, status::FAIL)?;
+    good_backup(guest)?;
+    stop(guest, Module::Ours, &daemon)?;
+    guest.sh("umount /mnt/b").map(drop)
 }
 
 fn out_of_memory(guest: &Guest, module: Module) -> Result<()> {
@@ -684,11 +769,10 @@ fn killed_while_a_disk_hangs(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-fn stopped(guest: &Guest) -> Result<()> {
+fn stopped(guest: &Guest, module: Module) -> Result<()> {
     // Long enough for a look at all writers in a good backup.
     const DEADLINE: Duration = Duration::from_secs(2);
     make_writers(guest)?;
-    let module = guest.module();
     let silence: &[&str] = match module {
         // It gives up on a daemon that is silent for longer than this.
         Module::Ours => &["freeze_timeout_ms=4000", "timeout_ms=2500"],
@@ -701,8 +785,15 @@ fn stopped(guest: &Guest) -> Result<()> {
     let mut random = fastrand::Rng::with_seed(seed());
     let mut tally = Tally::default();
     for round in 1..=rounds_or(FEW) {
-        let (delay, hold) = (span.mul_f64(random.f64() * 2.0), span.mul_f64(random.f64()));
-        let what = format!("round {round}, stopped {delay:?} after FREEZE was sent");
+        let (mut delay, mut hold) = (span.mul_f64(random.f64() * 2.0), span.mul_f64(random.f64()));
+        let frozen = round <= WHILE_FROZEN;
+        if frozen {
+            (delay, hold) = (Duration::ZERO, Duration::ZERO);
+        }
+        let what = match frozen {
+            true => format!("round {round}, stopped while all was frozen"),
+            false => format!("round {round}, stopped {delay:?} after FREEZE was sent"),
+        };
         let stopper = || -> Result<(u64, Duration)> {
             std::thread::sleep(delay);
             let at = guest.signal_all(&[daemon.pid], 19)?;
@@ -713,14 +804,12 @@ fn stopped(guest: &Guest) -> Result<()> {
             }
             Ok((at, took))
         };
-        let (told, stopped) = std::thread::scope(|scope| {
-            let stopper = scope.spawn(stopper);
-            let told = backup_in_trouble(guest, hold);
-            (told, stopper.join())
-        });
-        let told = told.with_context(|| what.clone())?;
-        let stopped = stopped.map_err(|_| anyhow::anyhow!("the stopper panicked"))?;
-        let (at, took) = stopped.with_context(|| what.clone())?;
+        let struck = backup_and(guest, frozen, hold, stopper);
+        let (told, (at, took)) = struck.with_context(|| what.clone())?;
+        ensure!(
+            !frozen || !took.is_zero(),
+            "{what}: nobody stood still until the deadline"
+        );
         // The deadline counts from the first freeze.
         let limit = guest.host().patience(DEADLINE + RELEASED);
         let seen = guest.stalls(at)?;

@@ -7,8 +7,10 @@
 //! FIFREEZE, which is what there is with the stock `hv_utils`.
 
 use super::deadman::{guard_of, released, RELEASED};
-use super::{all_frozen, case, good_backup, load, logged, observe, start, stop, wait_for_daemon};
-use super::{who_stands_still, Case};
+use super::{
+    all_frozen, case, good_backup, load, logged, observe, start, stop, wait_for_daemon, wait_out,
+    who_stands_still, Case,
+};
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
@@ -63,6 +65,12 @@ pub const CASES: &[Case] = &[
         kept_frozen,
     )
     .long(),
+    case(
+        "foreign/kept-frozen-and-daemon-killed",
+        "kill -9 of the daemon while it waits for what an administrator has frozen, or the deadline, stock module: \
+         it stays theirs",
+        kept_frozen_and_daemon_killed,
+    ),
     case(
         "foreign/suspended-at-thaw",
         "a volume is suspended in the window and still is at THAW, both modules: the backup is good",
@@ -362,6 +370,49 @@ fn kept_frozen(guest: &Guest) -> Result<()> {
         )?;
         guest.thaw("/mnt/v")?;
         stop(guest, module, &daemon)?;
+    }
+    Ok(())
+}
+
+fn kept_frozen_and_daemon_killed(guest: &Guest) -> Result<()> {
+    make_volume(guest)?;
+    let vss = guest.vss();
+    // It waits for longer than a deadline of so much.
+    for (config, kills) in [("", true), ("deadline = 3", false)] {
+        load(guest, Module::Stock, &[])?;
+        let daemon = guest.start_daemon_with(config)?;
+        wait_for_daemon(guest)?;
+        guest.freeze("/mnt/v")?;
+        let freeze = vss.send_freeze(&[])?;
+        guest.wait_until("the freeze is on record", STEP, || {
+            Ok(guest.try_sh("test -e /run/hv_vss/frozen.json")?.status == Some(0))
+        })?;
+        // Between two of its attempts, as nearly all the time.
+        wait_out(guest, Duration::from_millis(500))?;
+        if kills {
+            guest.signal(&daemon, 9)?;
+            guest.wait(&daemon, STEP)?;
+            guest.sh("/payload/hv_vss_daemon thaw")?;
+        }
+        answered("FREEZE", &vss.wait(freeze, STEP)?, status::FAIL)?;
+        let before = count_of(guest, "/mnt/v/w")?;
+        wait_out(guest, RELEASED)?;
+        equal(
+            &format!("who stands still, killed: {kills}"),
+            super::stuck_writers(guest)?,
+            vec!["/mnt/v/w".to_owned()],
+        )?;
+        equal("writes there", count_of(guest, "/mnt/v/w")?, before)?;
+        guest.thaw("/mnt/v").context("their own thaw")?;
+        if !kills {
+            good_backup(guest)?;
+            guest.signal(&daemon, 9)?;
+            guest.wait(&daemon, STEP)?;
+        }
+        guest.wait_until("the module can be unloaded", STEP, || {
+            Ok(guest.unload(Module::Stock).is_ok())
+        })?;
+        vss.wait_closed(STEP)?;
     }
     Ok(())
 }

@@ -46,6 +46,12 @@ pub const CASES: &[Case] = &[
         hung_interpreter,
     ),
     case(
+        "hooks/hung-start",
+        "nobody gets to the daemon's own program, as which each hook begins: FREEZE fails at the limit, and SIGTERM \
+         ends it before",
+        hung_start,
+    ),
+    case(
         "hooks/hung-look-up",
         "a link into a file system that does not answer: an optional hook costs nobody the backup, a required \
          one that alone, and no later start; it is let go once it answers",
@@ -350,12 +356,17 @@ const HANGS: &str = "[ $1 != freeze ] || { sleep 4711 & wait; }";
 /// Waits until nothing of [`HANGS`] is left.
 fn nothing_hangs(guest: &Guest) -> Result<()> {
     guest.wait_until("what the hook had started is gone", STEP, || {
-        let found = guest.try_sh("grep -l 4711 /proc/[0-9]*/cmdline 2>/dev/null | grep -v self")?;
-        let pids = found.out.lines().filter(|it| {
-            let command = guest.read(it).unwrap_or_default();
-            command.starts_with("sleep")
-        });
-        Ok(pids.count() == 0)
+        // The shell and grep are processes as well, and others end meanwhile.
+        let found = guest.sh("grep -sl 4711 /proc/[0-9]*/cmdline; [ $? -le 2 ]")?;
+        for path in found.lines() {
+            match guest.read(path) {
+                Ok(command) if command.starts_with("sleep") => return Ok(false),
+                Ok(_) => {}
+                Err(error) if matches!(error.errno(), Some("ENOENT" | "ESRCH")) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(true)
     })
 }
 
@@ -405,6 +416,56 @@ fn hung_interpreter(guest: &Guest) -> Result<()> {
     guest.release_opens()?;
     good_backup(guest, "the next backup")?;
     stop_at_rest(guest, guest.module(), &daemon)?;
+    guest.sh("umount /mnt/b")?;
+    end(guest)
+}
+
+fn hung_start(guest: &Guest) -> Result<()> {
+    prepare(guest)?;
+    let vss = guest.vss();
+    hook(guest, "10-a", "")?;
+    guest
+        .sh("mkdir -p /mnt/b && mount -t tmpfs none /mnt/b && cp /payload/hv_vss_daemon /mnt/b/")?;
+    for (limit, ends) in [(2, false), (3600, true)] {
+        guest.sh(&format!(
+            "printf '[hooks]\nlimit = {limit}\n' >/run/hung-start.toml"
+        ))?;
+        load(guest, guest.module(), &[])?;
+        let daemon = guest.spawn(&[
+            "/mnt/b/hv_vss_daemon",
+            "run",
+            "-n",
+            "-c",
+            "/run/hung-start.toml",
+        ])?;
+        wait_for_daemon(guest)?;
+        guest.watch_opens("/mnt/b", None)?;
+        let freeze = vss.send_freeze(&[])?;
+        if ends {
+            wait_out(guest, Duration::from_secs(1))?;
+            guest.signal(&daemon, 15)?;
+            guest.wait(&daemon, STEP)?;
+        }
+        answered("FREEZE", &vss.wait(freeze, STEP)?, status::FAIL)?;
+        if !ends {
+            let said = logged(guest, &daemon)?;
+            ensure!(
+                said.contains("hook 10-a: it cannot be started: it does not answer"),
+                "the log should say why:\n{said}"
+            );
+        }
+        guest.release_opens()?;
+        if !ends {
+            good_backup(guest, "the next backup")?;
+            let expected = ["10-a freeze ", "10-a thaw good"];
+            noted(guest, "once it can be started", &expected)?;
+            stop_at_rest(guest, guest.module(), &daemon)?;
+        }
+    }
+    guest.wait_until("the module can be unloaded", STEP, || {
+        Ok(guest.unload(guest.module()).is_ok())
+    })?;
+    vss.wait_closed(STEP)?;
     guest.sh("umount /mnt/b")?;
     end(guest)
 }

@@ -596,7 +596,9 @@ fn backups_all_the_time(guest: &Guest) -> Result<()> {
         let mut backups = || -> Result<()> {
             // Until it has left the bus: what is asked later waits until it is back.
             while unloads(guest) == unloads_before && vss.is_open() {
-                let told = match backup_in_trouble(guest, Duration::from_millis(50)) {
+                let told = match backup_in_trouble(guest, || {
+                    std::thread::sleep(Duration::from_millis(50));
+                }) {
                     Ok(told) => told,
                     // The channel has gone in the middle; nothing was called good.
                     Err(error) if closed_in_between(&error) => break,

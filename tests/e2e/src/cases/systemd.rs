@@ -25,6 +25,12 @@ pub const CASES: &[Case] = &[
         backup,
     ).long(),
     case(
+        "systemd/hook-out-of-memory",
+        "the OOM killer takes what a hook has left running while all is frozen: the daemon goes on, and the backup is \
+         good",
+        hook_out_of_memory,
+    ).long(),
+    case(
         "systemd/stop",
         "systemctl stop and restart while frozen: all thawed, the host's THAW is failed",
         stop,
@@ -79,8 +85,10 @@ fn property(guest: &Guest, name: &str) -> Result<String> {
 
 /// The daemon that runs, after its guard, if it has one.
 fn all_of_it(guest: &Guest, daemon: i32) -> Result<String> {
-    let children = guest.read(&format!("/proc/{daemon}/task/{daemon}/children"))?;
-    Ok(format!("{} {daemon}", children.trim()))
+    let mut all = super::deadman::children(guest, daemon)?;
+    all.push(daemon);
+    let all: Vec<String> = all.iter().map(i32::to_string).collect();
+    Ok(all.join(" "))
 }
 
 /// Waits until the unit is active with another daemon than `old`, which has then registered, and
@@ -242,6 +250,34 @@ fn backup_by(guest: &Guest, module: Module) -> Result<()> {
         })?;
     }
     end(guest, module)
+}
+
+fn hook_out_of_memory(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "mkdir -p /etc/hv_vss/hooks.d && cat >/etc/hv_vss/hooks.d/10-a <<'END'
+#!/bin/sh
+[ $1 = freeze ] || exit 0
+sleep 4711 &
+echo $! >/run/session
+echo 1000 >/proc/$!/oom_score_adj
+END
+         chmod 755 /etc/hv_vss/hooks.d/10-a",
+    )?;
+    let pid = begin(guest, guest.module(), "")?;
+    freeze(guest)?;
+    guest.sh("echo f >/proc/sysrq-trigger")?;
+    guest.wait_until("the OOM killer has taken it", STEP, || {
+        let line = "! grep -q '^State:.[^ZX]' /proc/$(cat /run/session)/status 2>/dev/null";
+        Ok(guest.try_sh(line)?.status == Some(0))
+    })?;
+    // By then whoever hears of it has done what it does.
+    std::thread::sleep(guest.host().patience(Duration::from_secs(2)));
+    answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+    thawed(guest, "THAW")?;
+    equal("the daemon", wait_active(guest, 0)?, pid)?;
+    equal("restarts", property(guest, "NRestarts")?.as_str(), "0")?;
+    guest.sh("rm -rf /etc/hv_vss /run/session")?;
+    end(guest, guest.module())
 }
 
 fn stop(guest: &Guest) -> Result<()> {

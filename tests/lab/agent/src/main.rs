@@ -2,12 +2,13 @@
 
 //! The test's hands in the guest: `lab-agent TTY` reads calls from that serial line and does them,
 //! `lab-agent -` from its standard input. What else it can be is a program of its own each time:
-//! [`nbd`], [`fuse`], [`unmounted`].
+//! [`ask`], [`nbd`], [`fuse`], [`unmounted`].
 //!
 //! It must go on working while every file system is frozen, its own included: its memory is locked
 //! and it opens no file that it was not told to. It decides nothing and checks nothing; what is
 //! right or wrong is the test's business.
 
+mod ask;
 mod device;
 mod error;
 mod fork;
@@ -298,6 +299,7 @@ fn main() -> ExitCode {
         ["-"] => duplicate(&std::io::stdin())
             .and_then(|input| serve(input, duplicate(&std::io::stdout())?)),
         ["unmounted"] => unmounted::stay(),
+        ["ask", socket, method] => ask::ask(socket, method),
         [tty] => open_tty(tty).and_then(|line| serve(line.try_clone()?, line)),
         ["nbd", port, file] => match port.parse() {
             Ok(port) => nbd::serve(port, file),
@@ -310,7 +312,7 @@ fn main() -> ExitCode {
         ["fuse-file", folder, file] => fuse::serve_file(folder, file),
         _ => {
             eprintln!(
-                "usage: lab-agent TTY | lab-agent - | lab-agent nbd PORT FILE | \
+                "usage: lab-agent TTY | lab-agent - | lab-agent ask SOCKET METHOD | lab-agent nbd PORT FILE | \
                  lab-agent fuse FOLDER UID DEVICE | lab-agent fuse-file FOLDER FILE | lab-agent unmounted"
             );
             return ExitCode::from(2);
