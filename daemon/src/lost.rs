@@ -142,7 +142,7 @@ mod tests {
             fs_type: "ext4".into(),
             name: dev.into(),
             devices: vec![dev.parse().unwrap()],
-            number: None,
+            listed: None,
         });
         lost.find_with(&tables, &listed, held)
     }

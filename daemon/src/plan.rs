@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use crate::ground::{devices_below, holder, AtRest, Disk, GoesOn, Ground, Holder, Watched};
 use crate::machine::Unseen;
 use crate::mounts::{self, has_means_to_freeze, DevId, Mount};
+use crate::superblocks::Entry;
 use crate::topology::{Topology, Unmounted};
 use crate::unlisted::UNKNOWN;
 
@@ -68,6 +69,8 @@ pub struct FileSystem {
     pub source: Option<OsString>,
     /// The block devices that it is on, as far as they are known; its journals and logs last.
     pub devices: Vec<DevId>,
+    /// Where sysfs lists it, as far as that is known.
+    pub listed: Option<Entry>,
     /// The lowest devices below those, and below what holds a file that it is on. Others may have a
     /// part of them as well. Empty when they are not known.
     pub disks: Vec<DevId>,
@@ -365,7 +368,7 @@ pub fn plan(
             None => plan.synced.push(file_system),
         }
     }
-    let order = Order::new(mounts, topology, &stack, &chosen);
+    let order = Order::new(mounts, &stack, &chosen);
     let stand_on: Vec<_> = (0..chosen.len())
         .map(|i| order.stands_on(i, &chosen))
         .collect();
@@ -530,6 +533,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
             fs_type: first.fs_type.clone(),
             source: first.source.clone(),
             devices,
+            listed: topology.listed.get(&first.dev).cloned(),
             disks: Vec::new(),
             below: None,
             stands_on: None,
@@ -552,6 +556,7 @@ fn unmounted(found: &Unmounted) -> Superblock {
             fs_type: found.fs_type.clone(),
             source: Some(found.name.clone().into()),
             devices: found.devices.clone(),
+            listed: found.listed.clone(),
             disks: Vec::new(),
             below: None,
             stands_on: None,
@@ -636,7 +641,7 @@ struct Order {
 }
 
 impl Order {
-    fn new(mounts: &[Mount], topology: &Topology, stack: &Stack, chosen: &[FileSystem]) -> Self {
+    fn new(mounts: &[Mount], stack: &Stack, chosen: &[FileSystem]) -> Self {
         let by_dev: BTreeMap<DevId, usize> =
             chosen.iter().enumerate().map(|(i, f)| (f.dev, i)).collect();
         let indices = |devs: &BTreeSet<DevId>| -> BTreeSet<usize> {
@@ -657,7 +662,7 @@ impl Order {
             devs.insert(dev);
             indices(&devs)
         });
-        let born = chosen.iter().map(|it| topology.born_of(&it.devices));
+        let born = chosen.iter().map(|it| Some(it.listed.as_ref()?.inode));
         Order {
             stands_on,
             user_space,

@@ -391,6 +391,7 @@ mod tests {
         let anonymous = device(0, 40);
         let on = |devices: &[DevId]| Unmounted {
             devices: devices.to_vec(),
+            listed: None,
             name: "a btrfs".into(),
             fs_type: "btrfs".into(),
         };

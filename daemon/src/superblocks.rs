@@ -15,6 +15,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::mounts::DevId;
 use crate::sys;
 
@@ -22,7 +24,7 @@ use crate::sys;
 const ROOT: &str = "/sys/fs";
 
 /// One that is alive, or something else in its type's folder.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Entry {
     /// The folder: the type, or of `ext2` and `ext3` the driver, `ext4`.
     pub fs_type: String,
@@ -30,7 +32,7 @@ pub struct Entry {
     pub name: String,
     /// The number of its folder, which no other gets: it is greater than those of all that were there before
     /// (`kernfs_new_node`).
-    inode: u64,
+    pub inode: u64,
 }
 
 /// A superblock that is alive.
@@ -42,8 +44,8 @@ pub struct Superblock {
     pub name: String,
     /// The devices that it is on. Never empty.
     pub devices: Vec<DevId>,
-    /// Greater than those of all that came to be before it. `None` of what is not listed.
-    pub number: Option<u64>,
+    /// Where sysfs lists it, if it does.
+    pub listed: Option<Entry>,
 }
 
 /// What is never written to, and listed all the same: that one comes is no news, and containers have many.
@@ -196,7 +198,7 @@ pub fn of(entries: &BTreeSet<Entry>) -> Vec<Superblock> {
             fs_type: entry.fs_type.clone(),
             name: entry.name.clone(),
             devices,
-            number: Some(entry.inode),
+            listed: Some(entry.clone()),
         })
     };
     entries.iter().filter_map(superblock).collect()

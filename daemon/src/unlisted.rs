@@ -71,7 +71,7 @@ fn find_with(
             fs_type: fs_type?,
             name: device.name.clone(),
             devices: vec![device.dev],
-            number: None,
+            listed: None,
         })
     };
     let each = left.iter().zip(types.into_values());

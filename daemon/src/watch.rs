@@ -667,6 +667,7 @@ mod tests {
             fs_type: "ext4".into(),
             name: format!("sd{minor}"),
             devices: vec![dev(*minor)],
+            listed: None,
         });
         topology.unmounted = unmounted.collect();
         let mounts = mounts::parse(table.as_bytes(), 0).unwrap();

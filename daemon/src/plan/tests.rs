@@ -83,6 +83,7 @@ fn one_that_the_kernel_has_locked_is_named_and_not_tried() {
             fs_type: UNKNOWN.into(),
             name: "sdc1".into(),
             devices: vec![dev("8:33")],
+            listed: None,
         }],
         ..Topology::default()
     };
@@ -232,6 +233,7 @@ fn what_programs_serve_is_frozen_by_the_age_of_the_superblock_where_sysfs_tells_
         fs_type: "ext4".into(),
         name: "nbd4".into(),
         devices: vec![dev("43:4")],
+        listed: None,
     });
     let order = |topology: &Topology| -> Vec<String> {
         let plan = plan(&mounts, topology, &|_| None);
@@ -240,8 +242,13 @@ fn what_programs_serve_is_frozen_by_the_age_of_the_superblock_where_sysfs_tells_
     };
     let by_table = ["43:4", "43:3", "43:2", "43:1", "43:0", "8:1"];
     assert_eq!(order(&topology), by_table);
-    let born = [("43:4", 2), ("43:3", 5), ("43:2", 7), ("43:0", 9)];
-    topology.born = born.map(|(it, at)| (dev(it), at)).into();
+    let born_at = |inode| Entry {
+        inode,
+        ..Entry::default()
+    };
+    topology.unmounted[0].listed = Some(born_at(2));
+    let born = [("43:3", 5), ("43:2", 7), ("43:0", 9)];
+    topology.listed = born.map(|(it, at)| (dev(it), born_at(at))).into();
     // That of which nothing is known keeps its place.
     let by_age = ["43:0", "43:2", "43:3", "43:1", "43:4", "8:1"];
     assert_eq!(order(&topology), by_age);
@@ -606,6 +613,7 @@ fn what_is_mounted_nowhere_is_planned_and_named_by_its_device() {
         fs_type: "xfs".into(),
         name: "loop0".into(),
         devices: vec![dev("7:0")],
+        listed: None,
     });
     let plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &|_| None);
     let names: Vec<String> = plan.waves.iter().flatten().map(|f| f.to_string()).collect();
@@ -669,6 +677,7 @@ fn what_may_be_mounted_nowhere_is_a_loss() {
             fs_type: "btrfs".into(),
             name: number.into(),
             devices: vec![dev(number)],
+            listed: None,
         })
         .into();
     let plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &|_| None);
