@@ -143,6 +143,7 @@ mod tests {
             name: dev.into(),
             devices: vec![dev.parse().unwrap()],
             listed: None,
+            unreachable: None,
         });
         lost.find_with(&tables, &listed, held)
     }

@@ -46,6 +46,8 @@ pub struct Superblock {
     pub devices: Vec<DevId>,
     /// Where sysfs lists it, if it does.
     pub listed: Option<Entry>,
+    /// Why nobody can reach it, if that is so.
+    pub unreachable: Option<String>,
 }
 
 /// What is never written to, and listed all the same: that one comes is no news, and containers have many.
@@ -199,6 +201,7 @@ pub fn of(entries: &BTreeSet<Entry>) -> Vec<Superblock> {
             name: entry.name.clone(),
             devices,
             listed: Some(entry.clone()),
+            unreachable: None,
         })
     };
     entries.iter().filter_map(superblock).collect()
@@ -219,6 +222,20 @@ pub fn devices_of(entry: &Entry) -> Vec<DevId> {
     let mut devices: Vec<DevId> = listed.chain(members).filter_map(|it| dev_in(&it)).collect();
     devices.sort_unstable();
     devices
+}
+
+/// A UUID in the form that everybody writes.
+pub fn in_words(uuid: [u8; 16]) -> String {
+    let digits: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+    let part = |at| digits.get(at).unwrap_or_default();
+    [
+        part(0..8),
+        part(8..12),
+        part(12..16),
+        part(16..20),
+        part(20..32),
+    ]
+    .join("-")
 }
 
 /// Its folder.
@@ -283,5 +300,14 @@ mod tests {
         assert!(!has_news(None, None));
         assert!(has_news(Some(&before), None) && has_news(None, Some(&before)));
         fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_uuid_is_written_as_in_sysfs() {
+        let mut uuid = [0; 16];
+        (0x10..)
+            .zip(&mut uuid)
+            .for_each(|(value, byte)| *byte = value);
+        assert_eq!(in_words(uuid), "10111213-1415-1617-1819-1a1b1c1d1e1f");
     }
 }

@@ -24,8 +24,9 @@ use serde::{Deserialize, Serialize};
 use crate::apart::{Patience, Questions};
 use crate::disks::{self, HostDisk};
 use crate::mounts::{is_served, may_be_a_node, DevId, Mount};
-use crate::superblocks::{dev_in, folder_of, Entry, Superblock};
+use crate::superblocks::{self, dev_in, folder_of, Entry, Superblock};
 use crate::sys::{self, LoopBacking};
+use crate::unlisted::UNREACHED;
 
 /// How long all that hangs may hold up one look: a thaw may wait for it.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -84,6 +85,9 @@ pub struct Topology {
     /// How many errors ext4 remembers of a superblock that is read-only, on a disk that is not.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub errors: BTreeMap<DevId, u64>,
+    /// Superblocks that have become read-only though nobody has changed their mounts, as far as that was seen.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub turned: BTreeSet<DevId>,
     /// Superblocks whose device is no more.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub gone: BTreeSet<DevId>,
@@ -138,6 +142,9 @@ pub struct Unmounted {
     /// Where sysfs lists it, if it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub listed: Option<Entry>,
+    /// Why nobody can reach it, if that is so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unreachable: Option<String>,
 }
 
 /// Reads what is below every file system that may be on block devices: among `mounts`, and those of
@@ -165,6 +172,7 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
     assign_members(&mut topology, mounts, superblocks, named_devices, uuid_at);
     find_unmounted(&mut topology, mounts, superblocks);
     find_logs(&mut topology, mounts, superblocks, &patience);
+    leave_out_parts(&mut topology);
     let own = mounts.iter().filter(|m| m.writable).map(|m| m.dev);
     let members = topology.members.values().flatten().copied();
     let unmounted = topology.unmounted.iter();
@@ -312,25 +320,11 @@ fn uuid_at(mount: &Mount, patience: &Patience) -> Result<Option<String>, Silent>
         let fd = open(&path, flags, Mode::empty()).ok()?;
         let found = sys::identify(fd.as_fd()).ok()?;
         let uuid = sys::btrfs_uuid(fd.as_fd()).ok()?;
-        (found.mount_id == Some(id)).then(|| in_words(uuid))
+        (found.mount_id == Some(id)).then(|| superblocks::in_words(uuid))
     };
     patience
         .ask(&ASKED, mount.dev, &[], move |_| ask())
         .ok_or(Silent)
-}
-
-/// A UUID in the form that everybody writes.
-fn in_words(uuid: [u8; 16]) -> String {
-    let digits: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
-    let part = |at| digits.get(at).unwrap_or_default();
-    [
-        part(0..8),
-        part(8..12),
-        part(12..16),
-        part(16..20),
-        part(20..32),
-    ]
-    .join("-")
 }
 
 /// The block devices that a mount names as its source.
@@ -383,6 +377,7 @@ fn find_unmounted(topology: &mut Topology, mounts: &[Mount], superblocks: &[Supe
             name: it.name.clone(),
             devices: it.devices.clone(),
             listed: it.listed.clone(),
+            unreachable: it.unreachable.clone(),
         });
     }
     let without_devices = |fs_type: &str| {
@@ -436,6 +431,16 @@ fn find_logs(
         }
     }
     topology.logs.retain(|_, devices| !devices.is_empty());
+}
+
+/// The kernel says of a log, or of a further device of f2fs, that a superblock is on it: that is the other one's, and
+/// cannot be reached there. Where somebody has devices that nobody names, each may be one of them.
+fn leave_out_parts(topology: &mut Topology) {
+    let parts: BTreeSet<DevId> = topology.logs.values().flatten().copied().collect();
+    let is_any = !topology.unclear.is_empty();
+    let is_part = |it: &Unmounted| is_any || it.devices.iter().any(|dev| parts.contains(dev));
+    let answers = |it: &Unmounted| it.unreachable.as_deref() == Some(UNREACHED);
+    (topology.unmounted).retain(|it| !answers(it) || !is_part(it));
 }
 
 /// The device that holds the journal of an ext4, if it is another. A journal inside is called
@@ -639,6 +644,7 @@ mod tests {
                 name: name.into(),
                 inode: 7,
             }),
+            unreachable: None,
         }
     }
 
@@ -727,6 +733,29 @@ mod tests {
         assert_eq!(members("8:3", Ok(Some("none"))), ["8:3"]);
         // Of who does not answer that is not known.
         assert!(members("8:2", Err(())).is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_reached_is_named_unless_it_is_a_part_of_another() {
+        let dev = |text: &str| text.parse().unwrap();
+        let lost = Unmounted {
+            unreachable: Some(UNREACHED.into()),
+            devices: vec![dev("8:5")],
+            ..Unmounted::default()
+        };
+        let is_named = |logs: &[&str], unclear: &[&str]| {
+            let logs = logs.iter().map(|it| dev(it)).collect();
+            let mut topology = Topology {
+                unmounted: vec![lost.clone()],
+                logs: [(dev("8:1"), logs)].into(),
+                unclear: unclear.iter().map(|it| dev(it)).collect(),
+                ..Topology::default()
+            };
+            leave_out_parts(&mut topology);
+            !topology.unmounted.is_empty()
+        };
+        assert!(is_named(&[], &[]) && is_named(&["8:6"], &[]));
+        assert!(!is_named(&["8:5"], &[]) && !is_named(&[], &["8:7"]));
     }
 
     #[test]
@@ -855,14 +884,5 @@ mod tests {
         }
         drop(release);
         fs::remove_dir_all(&root).unwrap();
-    }
-
-    #[test]
-    fn a_uuid_is_written_as_in_sysfs() {
-        let mut uuid = [0; 16];
-        (0x10..)
-            .zip(&mut uuid)
-            .for_each(|(value, byte)| *byte = value);
-        assert_eq!(in_words(uuid), "10111213-1415-1617-1819-1a1b1c1d1e1f");
     }
 }

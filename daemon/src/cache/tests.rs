@@ -331,6 +331,7 @@ impl Model {
                     .chain(self.grown.get(&minor).map(|to| image_in(*to)))
                     .collect(),
                 listed: None,
+                unreachable: None,
             })
             .collect();
         topology
