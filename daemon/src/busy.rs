@@ -4,7 +4,7 @@
 //! writers for the freeze. A balance and its like are shown in sysfs; for a scrub the file system has to be asked,
 //! and that may hang. So it has to be for whether an error has ended all writing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -24,8 +24,9 @@ const FREEZE_ENDS_SCRUB: (u32, u32) = (6, 19);
 /// How long the kernel may take to say something: it waits for a commit, and that for a disk.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
 
-/// Each btrfs that is at something which sysfs shows: its devices, and what it is.
-pub fn shown() -> Vec<(Vec<DevId>, String)> {
+/// Each btrfs that is at something which sysfs shows, and what it is. It is not told by its devices, of which another
+/// may have some as well, those of a seed.
+pub fn shown() -> BTreeMap<Entry, String> {
     let entries = superblocks::entries(&BTreeSet::from(["btrfs".to_owned()])).unwrap_or_default();
     let operation = |entry: &Entry| {
         let path = superblocks::folder_for(entry).join("exclusive_operation");
@@ -33,21 +34,19 @@ pub fn shown() -> Vec<(Vec<DevId>, String)> {
         match said.trim() {
             // The last is over in a moment.
             "none" | "balance paused" | "swap activate" => None,
-            operation => Some((superblocks::devices_of(entry), operation.to_owned())),
+            operation => Some((entry.clone(), operation.to_owned())),
         }
     };
     entries.iter().filter_map(operation).collect()
 }
 
-/// What a btrfs on these devices, open, is at.
-pub fn with(devices: &[DevId], fd: BorrowedFd<'_>) -> Option<String> {
-    let is_it = |of: &[DevId]| of.iter().any(|dev| devices.contains(dev));
-    let operation = shown().into_iter().find(|(of, _)| is_it(of));
+/// What this btrfs, open, is at.
+pub fn with(listed: Option<&Entry>, fd: BorrowedFd<'_>) -> Option<String> {
     let unshown = || {
         let dev = sys::identify(fd).ok()?.dev();
         unshown(&[(dev, fd)]).pop().flatten().map(str::to_owned)
     };
-    operation.map(|(_, operation)| operation).or_else(unshown)
+    listed.and_then(|it| shown().remove(it)).or_else(unshown)
 }
 
 /// What each btrfs of these, open, is at that sysfs does not show: it is being scrubbed, or does not say in time whether

@@ -25,7 +25,10 @@ use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::namespaces::State;
 use crate::open::{open_all_within, OpenError};
-use crate::plan::{plan, FileSystem, LeftOut, Plan, Reason, Scope, READ_ONLY_SINCE_AN_ERROR};
+use crate::plan::{
+    plan, tells_of_errors, FileSystem, LeftOut, Plan, Reason, Scope, READ_ONLY_SINCE_AN_ERROR,
+};
+use crate::superblocks;
 use crate::watch::{Before, Come, Kernel, Marks, ReadOnly, Scene, Signals};
 
 /// How often the machine is looked at anew when it changed between reading and opening. What was
@@ -67,6 +70,8 @@ pub struct Opened {
     pub wave: usize,
     /// As [`FileSystem::devices`].
     pub devices: Vec<DevId>,
+    /// As [`FileSystem::listed`].
+    pub listed: Option<superblocks::Entry>,
     /// The disks below those.
     pub disks: Vec<DevId>,
     /// As [`FileSystem::below`].
@@ -341,6 +346,7 @@ impl Cache {
                     fs_type: file_system.fs_type.clone(),
                     wave,
                     devices: file_system.devices.clone(),
+                    listed: file_system.listed.clone(),
                     disks: file_system.disks.clone(),
                     below: file_system.below.clone(),
                     stands_on: file_system.stands_on.clone(),
@@ -475,17 +481,16 @@ fn leave_out_busy(plan: &mut Plan) {
     }
     let busy = busy::shown();
     plan.leave_out(|file_system| {
-        let devices = &file_system.devices;
-        let mut busy = busy.iter();
-        let found = busy.find(|(of, _)| of.iter().any(|dev| devices.contains(dev)));
-        found.map(|(_, operation)| Reason::Busy(operation.clone()))
+        let operation = busy.get(file_system.listed.as_ref()?);
+        operation.cloned().map(Reason::Busy)
     });
 }
 
 /// Tells what an error has made read-only from what somebody has, where that has to be asked for. Of what does not
 /// answer it stays unknown.
 fn tell_failed(limit: Duration, ways: &Ways, plan: &mut Plan) {
-    let is_asked = |it: &LeftOut| it.reason == Reason::TurnedReadOnly && is_btrfs(&it.file_system);
+    let tells = |it: &LeftOut| tells_of_errors(&it.file_system.fs_type);
+    let is_asked = |it: &LeftOut| it.reason == Reason::TurnedReadOnly && tells(it);
     let turned = plan.left_out.iter().filter(|it| is_asked(it));
     let turned: Vec<&FileSystem> = turned.map(|it| &it.file_system).collect();
     let opened = open_all_within(limit, ways, &turned);
@@ -532,7 +537,7 @@ fn why_turned(has_failed: Option<bool>) -> Reason {
 
 /// Of these, read-only, whether they have met an error, where that has to be asked for and is said.
 fn failed(open: &[Reached<'_>]) -> BTreeMap<DevId, bool> {
-    let asked = which(open, is_btrfs);
+    let asked = which(open, |it| tells_of_errors(&it.fs_type));
     let each = asked.iter().zip(busy::have_failed(&asked));
     let said = each.filter_map(|((dev, _), has_failed)| Some((*dev, has_failed?)));
     said.collect()

@@ -1119,6 +1119,7 @@ mod tests {
             fs_type: "ext4".into(),
             source: None,
             devices: Vec::new(),
+            listed: None,
             disks: disks.iter().map(|it| dev(*it)).collect(),
             below: None,
             stands_on: None,

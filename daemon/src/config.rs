@@ -824,6 +824,7 @@ mod tests {
             fs_type: fs_type.into(),
             source: Some(source.into()),
             devices: Vec::new(),
+            listed: None,
             disks: Vec::new(),
             below: None,
             stands_on: None,

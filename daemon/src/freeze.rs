@@ -544,15 +544,23 @@ impl Session {
         }
     }
 
-    /// Whether something that may be on that device is not frozen although it was to be, other than these.
-    pub fn goes_on_on(&self, device: &Watched, but: &BTreeSet<DevId>) -> bool {
+    /// What is not frozen although it was to be, other than these.
+    fn going_on<'a>(&'a self, but: &'a BTreeSet<DevId>) -> impl Iterator<Item = &'a Target> {
+        let is_frozen = |it: &Target| matches!(*it.state(), State::Ours { .. } | State::Foreign);
         let targets = self.work.targets.iter();
-        let mut targets = targets.filter(|it| !but.contains(&it.dev));
-        targets.any(|target| {
-            let is_frozen = matches!(*target.state(), State::Ours { .. } | State::Foreign);
-            let below = target.below.as_ref();
-            !is_frozen && below.is_none_or(|below| device.counts(below))
-        })
+        targets.filter(move |it| !but.contains(&it.dev) && !is_frozen(it))
+    }
+
+    /// Whether something of that is on that device.
+    pub fn goes_on_on(&self, device: &Watched, but: &BTreeSet<DevId>) -> bool {
+        let known = |it: &Target| it.below.as_ref().is_some_and(|it| device.counts(it));
+        self.going_on(but).any(known)
+    }
+
+    /// The name of one of that which may be on any device.
+    pub fn goes_on_anywhere(&self, but: &BTreeSet<DevId>) -> Option<String> {
+        let mut targets = self.going_on(but);
+        Some(targets.find(|it| it.below.is_none())?.name.clone())
     }
 
     fn summary(&self) -> Summary {

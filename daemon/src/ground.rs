@@ -75,18 +75,20 @@ pub struct AtRest {
     pub watched: BTreeMap<Watched, Vec<DevId>>,
     /// The others, each with one that goes on there.
     pub unwatched: BTreeMap<Watched, String>,
+    /// One that goes on and may be on any of them: what is written there may be its.
+    pub perhaps: Option<String>,
 }
 
 impl AtRest {
     /// Those of `watched` that are left by what goes on: it takes away only the devices that count it.
     pub fn of(watched: impl IntoIterator<Item = Watched>, goes_on: &[GoesOn]) -> Self {
-        let mut at_rest = AtRest::default();
         let anywhere = goes_on.iter().find(|it| it.below.is_none());
+        let mut at_rest = AtRest {
+            perhaps: anywhere.map(|it| it.name.clone()),
+            ..AtRest::default()
+        };
         for it in watched {
-            match anywhere {
-                Some(part) => drop(at_rest.unwatched.insert(it, part.name.clone())),
-                None => at_rest.add(it, goes_on),
-            }
+            at_rest.add(it, goes_on);
         }
         at_rest
     }
@@ -437,7 +439,13 @@ mod tests {
                 below: below.map(|it| devs(it).into_iter().collect()),
             });
             let goes_on: Vec<GoesOn> = goes_on.collect();
-            let AtRest { watched, unwatched } = AtRest::of([disk.clone()], &goes_on);
+            let AtRest {
+                watched,
+                unwatched,
+                perhaps,
+            } = AtRest::of([disk.clone()], &goes_on);
+            let is_any_anywhere = goes_on.iter().any(|it| it.below.is_none());
+            assert_eq!(perhaps.is_some(), is_any_anywhere);
             let words = |it: &Watched| it.to_string();
             let others = watched.values().flatten().copied();
             (
@@ -493,8 +501,8 @@ mod tests {
             let words = "counted: /dev/sda (its counters are off: queue/iostats)";
             assert!(watched == 0 && unwatched.unwrap().ends_with(words), "{off}");
         }
-        // That may be anywhere.
-        let nothing = (String::new(), Vec::new(), "/dev/sda".to_owned());
-        assert_eq!(found(&[(&["253:9"], None)]), nothing);
+        // What may be anywhere takes nothing away.
+        assert_eq!(found(&[(&["253:9"], None)]), whole(&[]));
+        assert_eq!(found(&[partition, (&["253:9"], None)]), whole(&["8:2"]));
     }
 }

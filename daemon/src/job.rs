@@ -407,6 +407,7 @@ impl Freezer {
         if let Some(why) = at_rest.unwatched() {
             log.info(why);
         }
+        let perhaps = at_rest.perhaps;
         let mut at_rest = AtRest::new(at_rest.watched);
         for it in &disks {
             log.info(format!("in the backup: {it}"));
@@ -484,6 +485,7 @@ impl Freezer {
                 "what programs write to {device} itself is not seen: something that is on it is not frozen"
             ));
         }
+        let perhaps = perhaps.or_else(|| session.goes_on_anywhere(&known));
         let losses = losses + summary.left_out;
         summary.left_out += missing.len();
         if !is_all_there {
@@ -518,6 +520,7 @@ impl Freezer {
             summary,
             then,
             at_rest,
+            perhaps,
             layers,
             devices,
             moving,
@@ -571,9 +574,12 @@ impl Freezer {
         // What has begun may be on a device that was not there before.
         begun.extend(begun_since(self.cache.layers()));
         for node in &nodes {
+            let perhaps = frozen.perhaps.as_ref();
+            let perhaps = perhaps.map(|it| format!(", or perhaps by {it}, which is not frozen"));
             warnings.add(format!(
                 "something was written to {node} while all that is known to be on it was frozen: by a \
-                 program that has the disk itself open, or by what is in no mount table"
+                 program that has the disk itself open, or by what is in no mount table{}",
+                perhaps.unwrap_or_default()
             ));
         }
         warnings.of_moving(&begun);
@@ -721,15 +727,16 @@ fn target(opened: Opened) -> Target {
         fd,
         fs_type,
         devices,
+        listed,
     } = opened;
     let target = Target::new(dev, name, wave, fd).with_disks(disks);
     let target = target.with_devices(devices.clone());
-    let write_back = WriteBack::to(devices.clone(), below.iter().flatten().copied());
+    let write_back = WriteBack::to(devices, below.iter().flatten().copied());
     let target = target.with_all_below(below).standing_on(stands_on);
     let target = target.written_back(Box::new(move || write_back.look()));
     match fs_type.as_str() {
         "btrfs" => target.asked(Box::new(move |fd| {
-            let operation = busy::with(&devices, fd)?;
+            let operation = busy::with(listed.as_ref(), fd)?;
             Some(Reason::Busy(operation).to_string())
         })),
         _ => target,
@@ -815,6 +822,8 @@ pub struct Frozen {
     then: Scene,
     /// Disks that should not be written to meanwhile.
     at_rest: AtRest,
+    /// One that goes on and may be on any disk.
+    perhaps: Option<String>,
     /// What may move data from disk to disk below it, the devices that it is on, and what did so before.
     layers: Arc<Layers>,
     devices: BTreeSet<DevId>,

@@ -63,6 +63,7 @@ pub mod superblocks;
 pub mod sys;
 pub mod timeline;
 pub mod topology;
+pub mod turned;
 pub mod unlisted;
 pub mod waiting;
 pub mod watch;

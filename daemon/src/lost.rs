@@ -142,7 +142,8 @@ mod tests {
             fs_type: "ext4".into(),
             name: dev.into(),
             devices: vec![dev.parse().unwrap()],
-            number: None,
+            listed: None,
+            unreachable: None,
         });
         lost.find_with(&tables, &listed, held)
     }

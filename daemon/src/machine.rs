@@ -21,6 +21,7 @@ use crate::mounts::{self, Mount, MountsError};
 use crate::namespaces::Namespaces;
 use crate::superblocks::{self, Entry, Superblock};
 use crate::topology::{self, Topology};
+use crate::turned::Turned;
 use crate::unlisted;
 
 /// Why the machine cannot be looked at.
@@ -66,6 +67,13 @@ pub struct Machine<W = Ways> {
     pub unseen: Vec<Unseen>,
 }
 
+/// What there was when the machine was looked at last.
+#[derive(Debug, Default)]
+pub struct Memory {
+    lost: Lost,
+    turned: Turned,
+}
+
 /// A namespace that could not be looked into.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unseen {
@@ -84,20 +92,21 @@ impl fmt::Display for Unseen {
 impl Machine {
     /// Reads everything anew.
     pub fn look() -> Result<Self, LookError> {
-        Self::look_through(Arc::new(open_proc()?), &mut Lost::default())
+        Self::look_through(Arc::new(open_proc()?), &mut Memory::default())
     }
 
-    /// The same for who has a procfs open already, and remembers what was mounted.
-    pub fn look_through(proc: Arc<OwnedFd>, lost: &mut Lost) -> Result<Self, LookError> {
+    /// The same for who has a procfs open already, and remembers what was seen last.
+    pub fn look_through(proc: Arc<OwnedFd>, memory: &mut Memory) -> Result<Self, LookError> {
         // Before the tables: what vanishes in between is shown by none and has to be open still.
         let alive = alive()?;
         let namespaces = Namespaces::find().map_err(LookError::Namespaces)?;
         let (mut mounts, unseen) = tables(proc.as_fd(), &namespaces)?;
         let mut superblocks = superblocks::of(&alive);
-        let lost = lost.find(&mounts, &superblocks);
+        let lost = memory.lost.find(&mounts, &superblocks);
         mounts.extend(lost);
         add_unlisted(&mut superblocks, &mounts);
-        let topology = topology::read(&mounts, &superblocks);
+        let mut topology = topology::read(&mounts, &superblocks);
+        topology.turned = memory.turned.find(&mounts);
         Ok(Machine {
             ways: Ways { proc, namespaces },
             mounts,

@@ -100,6 +100,14 @@ pub enum PlaceError {
     /// The kernel has it locked, and does not say how it is.
     #[error("the kernel has it locked, as while it is being unmounted")]
     Locked,
+    /// It was not even asked, or what it answered has not come: this process lacks something.
+    #[error("cannot even try {}", shown(.path))]
+    Lack {
+        /// Which path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
 }
 
 /// Escaped, so that a newline in a name cannot forge a log line.
@@ -119,7 +127,8 @@ impl PlaceError {
         match self {
             PlaceError::Open { source, .. }
             | PlaceError::Layers { source, .. }
-            | PlaceError::Again { source, .. } => Some(source),
+            | PlaceError::Again { source, .. }
+            | PlaceError::Lack { source, .. } => Some(source),
             _ => None,
         }
     }
@@ -220,10 +229,23 @@ impl OpenError {
         !self.is_broken() && tried.iter().any(PlaceError::may_be_elsewhere)
     }
 
-    /// Whether it is this process that lacks something.
+    /// Whether it is this process that lacks something. That follows from where the error arose, for a program may
+    /// answer whatever it likes.
     pub fn is_our_own(&self) -> bool {
-        let mut errors = self.tried.iter().filter_map(PlaceError::source);
-        errors.any(sys::is_our_own)
+        let is_lack = |it: &PlaceError| matches!(it, PlaceError::Lack { .. });
+        self.tried.iter().any(is_lack)
+    }
+
+    /// The same of a path that nobody but the kernel answers for: what it lacks is not the file system's.
+    fn by_the_kernel(mut self) -> Self {
+        let lack = |error| match error {
+            PlaceError::Open { path, source } if sys::is_our_own(&source) => {
+                PlaceError::Lack { path, source }
+            }
+            other => other,
+        };
+        self.tried = self.tried.into_iter().map(lack).collect();
+        self
     }
 
     /// What was tried and what came of it, in words.
@@ -231,7 +253,8 @@ impl OpenError {
         let words = self.tried.iter().map(|e| match e {
             PlaceError::Open { source, .. }
             | PlaceError::Layers { source, .. }
-            | PlaceError::Again { source, .. } => format!("{e}: {source}"),
+            | PlaceError::Again { source, .. }
+            | PlaceError::Lack { source, .. } => format!("{e}: {source}"),
             _ => e.to_string(),
         });
         words.collect::<Vec<_>>().join("; ")
@@ -279,6 +302,7 @@ impl Walk {
                 fs_type: file_system.fs_type.clone(),
                 source: file_system.source.clone(),
                 devices: file_system.devices.clone(),
+                listed: file_system.listed.clone(),
                 disks: Vec::new(),
                 below: None,
                 stands_on: None,
@@ -305,6 +329,12 @@ impl Walk {
             }
             Way::Again => PlaceError::Locked,
         }
+    }
+
+    /// It is not open for want of something that has nothing to do with it.
+    fn lack(&self, source: io::Error) -> OpenError {
+        let path = self.path();
+        OpenError::of(&self.file_system, vec![PlaceError::Lack { path, source }])
     }
 
     fn path(&self) -> PathBuf {
@@ -401,8 +431,7 @@ fn walk_apart(
         Ok(ends) => ends,
         Err(errno) => {
             for (index, walk) in walks {
-                let error = PlaceError::open(&walk.path(), errno.into());
-                heard(index, Err(OpenError::of(&walk.file_system, vec![error])));
+                heard(index, Err(walk.lack(errno.into())));
             }
             return;
         }
@@ -433,13 +462,16 @@ fn walk_apart(
         let Some((index, walk)) = walks.get(number) else {
             return;
         };
-        let fail = |error| OpenError::of(&walk.file_system, vec![error]);
         let opened = match said {
-            Ok(Ok(())) => sent_with(line.as_fd(), number, &mut fds)
-                .map_err(|error| fail(PlaceError::open(&walk.path(), error))),
+            Ok(Ok(())) => {
+                sent_with(line.as_fd(), number, &mut fds).map_err(|error| walk.lack(error))
+            }
+            Ok(Err(error)) if walk.way == Way::Path => Err(error.by_the_kernel()),
             Ok(Err(error)) => Err(error),
-            Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(fail(walk.silent())),
-            Err(error) => Err(fail(PlaceError::open(&walk.path(), error))),
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                Err(OpenError::of(&walk.file_system, vec![walk.silent()]))
+            }
+            Err(error) => Err(walk.lack(error)),
         };
         heard(*index, opened);
     });
@@ -498,8 +530,8 @@ fn open_handed(
     number: usize,
 ) -> Result<(), OpenError> {
     let cannot = |source| {
-        let error = PlaceError::open(Path::new(""), source);
-        OpenError::of(file_system, vec![error])
+        let path = PathBuf::new();
+        OpenError::of(file_system, vec![PlaceError::Lack { path, source }])
     };
     let [line, proc, namespaces @ ..] = fds else {
         return Err(cannot(io::ErrorKind::NotFound.into()));
@@ -576,9 +608,26 @@ fn mount_again(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenErr
     mount_if_alive(ways, file_system).map_err(|it| OpenError::of(file_system, vec![it]))
 }
 
-/// The same, only while it is alive, or that would be more than a look.
+/// The same, only while it is alive, or that would be more than a look. Of a btrfs the last devices come first: by one of
+/// its seed the kernel mounts that.
 fn mount_if_alive(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, PlaceError> {
-    let device = file_system.devices.first().copied().unwrap_or_default();
+    let mut devices = file_system.devices.clone();
+    match file_system.fs_type.as_str() {
+        "btrfs" => devices.reverse(),
+        _ => devices.truncate(1),
+    }
+    let mut refused = None;
+    for device in devices {
+        match mount_by(device, ways, file_system) {
+            Err(error) => refused = refused.or(Some(error)),
+            opened => return opened,
+        }
+    }
+    Err(refused.unwrap_or(PlaceError::NoNode(DevId::default())))
+}
+
+/// The same by this device of it.
+fn mount_by(device: DevId, ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, PlaceError> {
     let node = node_of(device);
     // One that is just being unmounted is listed as long as its disk takes, and mounted anew by whoever has
     // waited for that. The kernel, where it tells, waits with its answer.
@@ -601,24 +650,18 @@ fn mount_if_alive(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, Plac
     };
     let c_string = |text: &OsStr| CString::new(text.as_bytes()).map_err(|e| again(e.into()));
     let source = c_string(node.as_os_str())?;
-    let mut refused = Errno::ENODEV.into();
-    for fs_type in types_of(file_system) {
-        let fs_type = c_string(OsStr::new(fs_type))?;
-        // Read-only first: that never changes a superblock that is alive. btrfs would make a read-only one
-        // writable where it is asked for a writable mount.
-        for read_only in [true, false] {
-            match sys::mount_detached(&fs_type, &source, read_only) {
-                Ok(root) => {
-                    let fd = open_root(&root).map_err(again)?;
-                    // A superblock that is new is not the one that was written to.
-                    let same = listed.is_none() || self::listed(file_system) == listed;
-                    return if same { Ok(fd) } else { Err(PlaceError::Gone) };
-                }
-                Err(error) => refused = error,
-            }
-        }
+    let mount = |fs_type: &str, read_only| {
+        let fs_type = CString::new(fs_type)?;
+        sys::mount_detached(&fs_type, &source, read_only)
+    };
+    let (_, root) = unlisted::mount_once_more(types_of(file_system), mount).map_err(again)?;
+    let fd = open_root(&root).map_err(again)?;
+    // A superblock that is new is not the one that was written to.
+    let same = listed.is_none() || self::listed(file_system) == listed;
+    match same && is_that(file_system, fd.as_fd()) {
+        true => Ok(fd),
+        false => Err(PlaceError::Gone),
     }
-    Err(again(refused))
 }
 
 fn open_root(root: &OwnedFd) -> io::Result<OwnedFd> {
@@ -634,16 +677,31 @@ fn types_of(file_system: &FileSystem) -> Vec<&str> {
     }
 }
 
-/// What sysfs says of the superblock, if it lists it.
+/// Whether a btrfs that is open is the one that is planned, as it says itself.
+fn is_that(file_system: &FileSystem, fd: BorrowedFd<'_>) -> bool {
+    let Some(listed) = file_system
+        .listed
+        .as_ref()
+        .filter(|it| it.fs_type == "btrfs")
+    else {
+        return true;
+    };
+    sys::btrfs_uuid(fd).is_ok_and(|it| superblocks::in_words(it) == listed.name)
+}
+
+/// Where sysfs lists it, if it does still.
 fn listed(file_system: &FileSystem) -> Option<Entry> {
     let driver = match file_system.fs_type.as_str() {
         "ext2" | "ext3" => "ext4",
         other => other,
     };
     let entries = superblocks::entries(&BTreeSet::from([driver.to_owned()])).ok()?;
-    entries.into_iter().find(|entry| {
-        let devices = superblocks::devices_of(entry);
-        devices.iter().any(|dev| file_system.devices.contains(dev))
+    entries.into_iter().find(|entry| match &file_system.listed {
+        Some(it) => it == entry,
+        None => {
+            let devices = superblocks::devices_of(entry);
+            devices.iter().any(|dev| file_system.devices.contains(dev))
+        }
     })
 }
 
@@ -768,6 +826,7 @@ mod tests {
             fs_type: "ext4".into(),
             source: None,
             devices: vec![dev],
+            listed: None,
             disks: Vec::new(),
             below: None,
             stands_on: None,
@@ -789,6 +848,13 @@ mod tests {
         open("/proc", OFlag::O_RDONLY, Mode::empty()).unwrap()
     }
 
+    fn here() -> Ways {
+        Ways {
+            proc: Arc::new(proc()),
+            namespaces: Namespaces::default(),
+        }
+    }
+
     fn dev_of(path: &Path) -> DevId {
         DevId::from_raw(std::fs::metadata(path).unwrap().dev())
     }
@@ -805,10 +871,7 @@ mod tests {
 
     #[test]
     fn of_several_each_is_opened_as_itself() {
-        let ways = Ways {
-            proc: Arc::new(proc()),
-            namespaces: Namespaces::default(),
-        };
+        let ways = here();
         let paths = ["/sys", "/", "/nowhere", "/proc"].map(Path::new);
         let planned = paths.map(|path| {
             let dev = path.exists().then(|| dev_of(path));
@@ -837,10 +900,7 @@ mod tests {
 
     #[test]
     fn below_layers_it_is_opened_apart_and_what_they_say_is_not_said_of_it() {
-        let ways = Ways {
-            proc: Arc::new(proc()),
-            namespaces: Namespaces::default(),
-        };
+        let ways = here();
         let root = Path::new("/");
         let mut planned = file_system(root, dev_of(root));
         planned.places[0].walkable = false;
@@ -860,10 +920,7 @@ mod tests {
     fn those_that_hang_are_waited_for_together_whatever_the_way() {
         static HANG: Mutex<()> = Mutex::new(());
         const LIMIT: Duration = Duration::from_millis(500);
-        let ways = Ways {
-            proc: Arc::new(proc()),
-            namespaces: Namespaces::default(),
-        };
+        let ways = here();
         fn hangs(_: &Ways, it: &FileSystem) -> Result<OwnedFd, OpenError> {
             drop(HANG.lock());
             Err(OpenError::of(it, Vec::new()))
@@ -891,6 +948,61 @@ mod tests {
     }
 
     #[test]
+    fn what_a_program_answers_is_no_lack_of_ours() {
+        const LIMIT: Duration = Duration::from_secs(60);
+        let root = Path::new("/");
+        let with = |minor, fs_type: &str| FileSystem {
+            fs_type: fs_type.into(),
+            ..file_system(root, DevId { major: 97, minor })
+        };
+        fn answers(_: &Ways, it: &FileSystem) -> Result<OwnedFd, OpenError> {
+            let error = match it.dev.minor {
+                0 => return Ok(open("/", OFlag::O_RDONLY, Mode::empty()).unwrap()),
+                1 => Errno::EMFILE,
+                _ => Errno::ENOMEM,
+            };
+            let error = PlaceError::open(Path::new("/"), error.into());
+            Err(OpenError::of(it, vec![error]))
+        }
+        let planned = [with(0, "ext4"), with(1, "fuse.sshfs"), with(2, "ext4")];
+        let planned: Vec<&FileSystem> = planned.iter().collect();
+        let opened = open_all_by(|_| answers, LIMIT, &here(), &planned);
+        let opened = opened.into_iter();
+        let is_ours = opened.map(|it| it.map(drop).map_err(|error| error.is_our_own()));
+        let is_ours: Vec<_> = is_ours.collect();
+        assert_eq!(is_ours, [Ok(()), Err(false), Err(true)]);
+    }
+
+    /// The limit is that of a whole process.
+    #[test]
+    fn what_could_not_even_be_asked_is_our_lack_whatever_it_is() {
+        use nix::sys::resource::{getrlimit, setrlimit, Resource};
+        const CHILD: &str = "HV_VSS_TEST_OPEN";
+        if std::env::var_os(CHILD).is_none() {
+            let this = std::env::current_exe().unwrap();
+            let name = "open::tests::what_could_not_even_be_asked_is_our_lack_whatever_it_is";
+            let mut child = std::process::Command::new(this);
+            let child = child.args(["--exact", name, "--nocapture"]).env(CHILD, "1");
+            let ended = child.output().unwrap();
+            let text = String::from_utf8_lossy(&ended.stderr);
+            assert!(ended.status.success(), "{text}");
+            return;
+        }
+        let ways = here();
+        let planned = file_system(Path::new("/"), dev_of(Path::new("/")));
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        let next = open("/", OFlag::O_PATH, Mode::empty()).unwrap();
+        let first = u64::try_from(next.as_raw_fd()).unwrap();
+        drop(next);
+        // Enough for the line, and not for who asks.
+        setrlimit(Resource::RLIMIT_NOFILE, first + 3, hard).unwrap();
+        let opened = open_all_within(Duration::from_secs(60), &ways, &[&planned]);
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+        let error = opened.into_iter().next().unwrap().unwrap_err();
+        assert!(error.is_our_own(), "{error}");
+    }
+
+    #[test]
     fn a_name_forges_no_line_of_the_log() {
         let planned = file_system(Path::new("/a\nerror: /b"), DevId::default());
         let path = || planned.places[0].path.clone();
@@ -912,10 +1024,14 @@ mod tests {
                 device: path(),
                 source: source(),
             },
+            PlaceError::Lack {
+                path: path(),
+                source: source(),
+            },
         ];
         let said = OpenError::of(&planned, tried).to_string();
         assert!(!said.contains('\n'), "{said}");
-        assert_eq!(said.matches("/a\\nerror: /b").count(), 8, "{said}");
+        assert_eq!(said.matches("/a\\nerror: /b").count(), 9, "{said}");
     }
 
     #[test]

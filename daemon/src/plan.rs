@@ -24,8 +24,8 @@ use std::path::{Path, PathBuf};
 use crate::ground::{devices_below, holder, AtRest, Disk, GoesOn, Ground, Holder, Watched};
 use crate::machine::Unseen;
 use crate::mounts::{self, has_means_to_freeze, DevId, Mount};
+use crate::superblocks::Entry;
 use crate::topology::{Topology, Unmounted};
-use crate::unlisted::UNKNOWN;
 
 /// One place where a file system can be reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +68,8 @@ pub struct FileSystem {
     pub source: Option<OsString>,
     /// The block devices that it is on, as far as they are known; its journals and logs last.
     pub devices: Vec<DevId>,
+    /// Where sysfs lists it, as far as that is known.
+    pub listed: Option<Entry>,
     /// The lowest devices below those, and below what holds a file that it is on. Others may have a
     /// part of them as well. Empty when they are not known.
     pub disks: Vec<DevId>,
@@ -260,10 +262,12 @@ impl Plan {
         disks.flat_map(|(_, disk)| &disk.watched).cloned().collect()
     }
 
-    /// The file systems that are written to once all is frozen that is planned.
+    /// The file systems that are written to once all is frozen that is planned. Nothing can be to what is out of order.
     pub fn goes_on(&self) -> Vec<GoesOn> {
-        let goes_on =
-            |it: &&LeftOut| !it.reason.is_read_only() && it.reason != Reason::NoBlockDevice;
+        let goes_on = |it: &&LeftOut| {
+            let stands = matches!(it.reason, Reason::NoBlockDevice | Reason::Broken(_));
+            !it.reason.is_read_only() && !stands
+        };
         let left_out = self.left_out.iter().filter(goes_on);
         let moving = left_out.map(|it| &it.file_system).chain(&self.synced);
         let moving = moving.map(|it| GoesOn {
@@ -365,7 +369,7 @@ pub fn plan(
             None => plan.synced.push(file_system),
         }
     }
-    let order = Order::new(mounts, topology, &stack, &chosen);
+    let order = Order::new(mounts, &stack, &chosen);
     let stand_on: Vec<_> = (0..chosen.len())
         .map(|i| order.stands_on(i, &chosen))
         .collect();
@@ -394,7 +398,7 @@ struct Superblock {
     /// In what way it is out of order.
     trouble: Option<&'static str>,
     /// Why nobody can reach it.
-    unreachable: Option<&'static str>,
+    unreachable: Option<String>,
 }
 
 impl Superblock {
@@ -416,9 +420,7 @@ impl Superblock {
         }
         let rule = excluded(&self.file_system).map(Reason::Excluded);
         let trouble = trouble.map(|it| Reason::Broken(it.to_owned()));
-        let unreachable = self
-            .unreachable
-            .map(|it| Reason::Unreachable(it.to_owned()));
+        let unreachable = self.unreachable.clone().map(Reason::Unreachable);
         let turned = self.has_turned.then(|| {
             match SHUT_DOWN_RATHER.contains(&self.file_system.fs_type.as_str()) {
                 true => Reason::MadeReadOnly,
@@ -452,11 +454,17 @@ const READ_ONLY_BY_NATURE: [&str; 11] = [
 /// Types that an error shuts down and never makes read-only.
 const SHUT_DOWN_RATHER: [&str; 1] = ["xfs"];
 
+/// Whether one of this type says when it is asked whether an error has made it read-only.
+pub fn tells_of_errors(fs_type: &str) -> bool {
+    fs_type == "btrfs"
+}
+
 /// Whether a superblock is read-only although its mounts here, or where there is none here those elsewhere,
 /// were made for writing: whoever makes it so on purpose (`mount -o remount,ro`) makes a mount so, too. But
-/// that one may have been unmounted since, a mount of its own may be read-only, and a superblock below one
-/// that is not; where ext4 says whether there was an error, that decides.
-fn has_turned_read_only(mounts: &[&Mount], errors: Option<u64>) -> bool {
+/// that one may have been unmounted since, and a mount of its own may be read-only beside others that are not. So
+/// one of them is enough where ext4 says whether there was an error, which decides, where it can be asked for that,
+/// and where it was seen that nobody has made it so.
+fn has_turned_read_only(mounts: &[&Mount], topology: &Topology) -> bool {
     let turns = |m: &&Mount| !m.writable && !READ_ONLY_BY_NATURE.contains(&m.fs_type.as_str());
     if !mounts.iter().all(turns) {
         return false;
@@ -464,11 +472,20 @@ fn has_turned_read_only(mounts: &[&Mount], errors: Option<u64>) -> bool {
     let is_here = |m: &&&Mount| m.namespace == 0;
     let any_here = mounts.iter().any(|m| is_here(&m));
     let mut asked = mounts.iter().filter(|m| !any_here || is_here(m));
-    match errors {
-        Some(count) => count > 0 && asked.any(|m| m.for_writing),
+    let Some(first) = mounts.first() else {
+        return false;
+    };
+    let tells = tells_of_errors(&first.fs_type) || topology.turned.contains(&first.dev);
+    match topology.errors.get(&first.dev) {
+        Some(count) => *count > 0 && asked.any(|m| m.for_writing),
+        None if tells => asked.any(|m| m.for_writing),
         None => asked.all(|m| m.for_writing),
     }
 }
+
+/// Why one cannot be reached that may be one that is mounted.
+const UNCLEAR: &str =
+    "of this and others of its type one at least is mounted nowhere, and nobody tells which";
 
 /// Each superblock once, in the order of the table, those that are mounted nowhere last.
 fn superblocks(mounts: &[Mount], topology: &Topology) -> Vec<Superblock> {
@@ -482,13 +499,9 @@ fn superblocks(mounts: &[Mount], topology: &Topology) -> Vec<Superblock> {
         }
     }
     let mounted = found.iter().filter_map(|group| mounted(group, topology));
-    let unclear = |found| {
-        Superblock {
-        unreachable: Some(
-            "of this and others of its type one at least is mounted nowhere, and nobody tells which",
-        ),
+    let unclear = |found| Superblock {
+        unreachable: Some(UNCLEAR.to_owned()),
         ..unmounted(found)
-    }
     };
     mounted
         .chain(topology.unmounted.iter().map(unmounted))
@@ -521,15 +534,16 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
         None => vec![first.dev],
     };
     let is_on_disks = first.is_on_disks() && !(first.may_be_from_a_device() && devices.is_empty());
-    let errors = topology.errors.get(&first.dev).copied();
-    let has_turned = has_turned_read_only(group, errors);
-    let after_an_error = (has_turned && errors.is_some()).then_some(READ_ONLY_SINCE_AN_ERROR);
+    let has_turned = has_turned_read_only(group, topology);
+    let says_so = topology.errors.contains_key(&first.dev);
+    let after_an_error = (has_turned && says_so).then_some(READ_ONLY_SINCE_AN_ERROR);
     Some(Superblock {
         file_system: FileSystem {
             dev: first.dev,
             fs_type: first.fs_type.clone(),
             source: first.source.clone(),
             devices,
+            listed: topology.listed.get(&first.dev).cloned(),
             disks: Vec::new(),
             below: None,
             stands_on: None,
@@ -552,6 +566,7 @@ fn unmounted(found: &Unmounted) -> Superblock {
             fs_type: found.fs_type.clone(),
             source: Some(found.name.clone().into()),
             devices: found.devices.clone(),
+            listed: found.listed.clone(),
             disks: Vec::new(),
             below: None,
             stands_on: None,
@@ -562,8 +577,7 @@ fn unmounted(found: &Unmounted) -> Superblock {
         has_turned: false,
         can_be_held: true,
         trouble: None,
-        unreachable: (found.fs_type == UNKNOWN)
-            .then_some("the kernel has it locked, as while it is being unmounted"),
+        unreachable: found.unreachable.clone(),
     }
 }
 
@@ -636,7 +650,7 @@ struct Order {
 }
 
 impl Order {
-    fn new(mounts: &[Mount], topology: &Topology, stack: &Stack, chosen: &[FileSystem]) -> Self {
+    fn new(mounts: &[Mount], stack: &Stack, chosen: &[FileSystem]) -> Self {
         let by_dev: BTreeMap<DevId, usize> =
             chosen.iter().enumerate().map(|(i, f)| (f.dev, i)).collect();
         let indices = |devs: &BTreeSet<DevId>| -> BTreeSet<usize> {
@@ -657,7 +671,7 @@ impl Order {
             devs.insert(dev);
             indices(&devs)
         });
-        let born = chosen.iter().map(|it| topology.born_of(&it.devices));
+        let born = chosen.iter().map(|it| Some(it.listed.as_ref()?.inode));
         Order {
             stands_on,
             user_space,

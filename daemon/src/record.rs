@@ -102,9 +102,11 @@ pub struct Record {
 }
 
 impl Entry {
-    /// Whether that is of the same file system, or of one on the same devices, which are never of two at a time.
+    /// Whether that is of the same file system, or of one on the same devices, which are never of two at a time; some
+    /// of them may be, those of a seed of btrfs.
     fn is_or_was(&self, other: &Entry) -> bool {
-        self.dev == other.dev || self.devices.iter().any(|it| other.devices.contains(it))
+        let is_own = self.dev.major != 0 && self.dev == other.dev;
+        is_own || (!self.devices.is_empty() && self.devices == other.devices)
     }
 }
 
@@ -511,8 +513,10 @@ mod tests {
         assert_eq!((all.pid, all.for_host, all.earlier), (9, true, None));
         run.close().unwrap();
         assert_eq!(run.read().unwrap(), Some(earlier.clone()));
+        // Another that has sprouted from its seed says nothing of it.
+        assert!(!earlier.leave_out(&[entry("0:40", &["8:3", "8:5"])]));
         // The other has been unmounted and mounted since, or it could not have been frozen.
-        assert!(earlier.leave_out(&[entry("8:1", &[]), entry("0:41", &["8:4"])]));
+        assert!(earlier.leave_out(&[entry("8:1", &[]), entry("0:41", &["8:3", "8:4"])]));
         assert_eq!(earlier.frozen, [entry("8:2", &[])]);
         assert!(!earlier.leave_out(&[entry("8:1", &[])]));
         run.close().unwrap();

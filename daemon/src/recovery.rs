@@ -285,11 +285,14 @@ fn thaw_record(record: &Record, log: &Logbook) -> Result<(), RecoveryError> {
 
 /// What is recorded, as it is known by now. One that is mounted nowhere has the number of a device, whatever it
 /// had; another superblock on the same device is not frozen, and asking it costs nothing.
+/// Of several that have a device of a seed in common it is the one that has the most.
 fn find<'a>(plan: &'a Plan, Entry { dev, devices, .. }: &Entry) -> Option<&'a FileSystem> {
-    let is_on = |it: &&FileSystem| it.devices.iter().any(|dev| devices.contains(dev));
-    let mut all = plan.file_systems();
-    all.find(|it| it.dev == *dev)
-        .or_else(|| plan.file_systems().find(is_on))
+    let common = |it: &&FileSystem| it.devices.iter().filter(|it| devices.contains(it)).count();
+    let all = plan.file_systems();
+    let on_some = all.filter(|it| common(it) > 0);
+    // Where several have as many, the one with its number.
+    let found = on_some.max_by_key(|it| (common(it), it.dev == *dev));
+    found.or_else(|| plan.file_systems().find(|it| it.dev == *dev))
 }
 
 /// Opens and thaws one after the other, as far as nothing hangs; says how many are not thawed. What hangs is
@@ -388,14 +391,17 @@ mod tests {
     fn what_is_mounted_nowhere_any_more_is_found_by_its_devices() {
         let device = |major, minor| DevId { major, minor };
         let (root, disk, second) = (device(254, 1), device(8, 16), device(8, 32));
+        let third = device(8, 48);
         let anonymous = device(0, 40);
         let on = |devices: &[DevId]| Unmounted {
             devices: devices.to_vec(),
+            listed: None,
+            unreachable: None,
             name: "a btrfs".into(),
             fs_type: "btrfs".into(),
         };
         let topology = Topology {
-            unmounted: vec![on(&[root]), on(&[disk, second])],
+            unmounted: vec![on(&[root]), on(&[disk, second]), on(&[disk, third])],
             ..Topology::default()
         };
         let plan = plan(&[], &topology, &|_| None);
@@ -409,6 +415,7 @@ mod tests {
         };
         let both = Some(vec![disk, second]);
         assert_eq!(found(anonymous, &[disk, second]), both);
+        assert_eq!(found(anonymous, &[disk, third]), Some(vec![disk, third]));
         assert_eq!(found(anonymous, &[second]), both);
         assert_eq!(found(disk, &[]), both);
         assert_eq!(found(anonymous, &[]), None, "of an older daemon");

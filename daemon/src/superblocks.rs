@@ -15,6 +15,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::mounts::DevId;
 use crate::sys;
 
@@ -22,7 +24,7 @@ use crate::sys;
 const ROOT: &str = "/sys/fs";
 
 /// One that is alive, or something else in its type's folder.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Entry {
     /// The folder: the type, or of `ext2` and `ext3` the driver, `ext4`.
     pub fs_type: String,
@@ -30,7 +32,7 @@ pub struct Entry {
     pub name: String,
     /// The number of its folder, which no other gets: it is greater than those of all that were there before
     /// (`kernfs_new_node`).
-    inode: u64,
+    pub inode: u64,
 }
 
 /// A superblock that is alive.
@@ -42,8 +44,10 @@ pub struct Superblock {
     pub name: String,
     /// The devices that it is on. Never empty.
     pub devices: Vec<DevId>,
-    /// Greater than those of all that came to be before it. `None` of what is not listed.
-    pub number: Option<u64>,
+    /// Where sysfs lists it, if it does.
+    pub listed: Option<Entry>,
+    /// Why nobody can reach it, if that is so.
+    pub unreachable: Option<String>,
 }
 
 /// What is never written to, and listed all the same: that one comes is no news, and containers have many.
@@ -196,7 +200,8 @@ pub fn of(entries: &BTreeSet<Entry>) -> Vec<Superblock> {
             fs_type: entry.fs_type.clone(),
             name: entry.name.clone(),
             devices,
-            number: Some(entry.inode),
+            listed: Some(entry.clone()),
+            unreachable: None,
         })
     };
     entries.iter().filter_map(superblock).collect()
@@ -217,6 +222,20 @@ pub fn devices_of(entry: &Entry) -> Vec<DevId> {
     let mut devices: Vec<DevId> = listed.chain(members).filter_map(|it| dev_in(&it)).collect();
     devices.sort_unstable();
     devices
+}
+
+/// A UUID in the form that everybody writes.
+pub fn in_words(uuid: [u8; 16]) -> String {
+    let digits: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+    let part = |at| digits.get(at).unwrap_or_default();
+    [
+        part(0..8),
+        part(8..12),
+        part(12..16),
+        part(16..20),
+        part(20..32),
+    ]
+    .join("-")
 }
 
 /// Its folder.
@@ -281,5 +300,14 @@ mod tests {
         assert!(!has_news(None, None));
         assert!(has_news(Some(&before), None) && has_news(None, Some(&before)));
         fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_uuid_is_written_as_in_sysfs() {
+        let mut uuid = [0; 16];
+        (0x10..)
+            .zip(&mut uuid)
+            .for_each(|(value, byte)| *byte = value);
+        assert_eq!(in_words(uuid), "10111213-1415-1617-1819-1a1b1c1d1e1f");
     }
 }

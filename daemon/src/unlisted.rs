@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::fs;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -21,13 +22,20 @@ use std::time::Duration;
 
 use crate::apart::{Lot, Questions};
 use crate::mounts::{is_served, DevId};
-use crate::superblocks::Superblock;
+use crate::superblocks::{self, Superblock};
 use crate::sys;
 
 /// How long the kernel may take to answer for one device.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// The type of one that it does not answer for.
-pub const UNKNOWN: &str = "?";
+/// The type of one that nobody can reach.
+const UNKNOWN: &str = "?";
+/// Why, if it does not answer.
+const LOCKED: &str = "the kernel has it locked, as while it is being unmounted";
+/// Why, if it does.
+pub const UNREACHED: &str = "it cannot be mounted once more as anything that the kernel knows";
+
+/// A superblock by its type, or why nobody can reach it.
+type Found = Result<String, &'static str>;
 
 /// A block device.
 #[derive(Clone, Debug)]
@@ -47,12 +55,12 @@ pub fn find(shown: &BTreeSet<DevId>) -> Vec<Superblock> {
     find_with(left, PATIENCE, type_on)
 }
 
-/// Those of `left` with a superblock, of the type that `ask` has for it; of one that does not answer in time
-/// it is not known, and such are waited for together.
+/// Those of `left` with a superblock, of which `ask` has the type; of one that does not answer in time it is not
+/// known, and such are waited for together.
 fn find_with(
     left: impl Iterator<Item = Device>,
     patience: Duration,
-    ask: fn(&Device) -> Option<String>,
+    ask: fn(&Device) -> Option<Found>,
 ) -> Vec<Superblock> {
     static ASKED: Questions<DevId> = Questions::new();
     let left: Arc<[Device]> = left.collect();
@@ -64,14 +72,16 @@ fn find_with(
     let question = move |number: usize, _: &[OwnedFd]| asked.get(number).and_then(ask);
     let mut types = BTreeMap::new();
     ASKED.ask_all(vec![lot], patience, question, |number, answer| {
-        types.insert(number, answer.unwrap_or_else(|_| Some(UNKNOWN.into())));
+        types.insert(number, answer.unwrap_or(Some(Err(LOCKED))));
     });
-    let superblock = |(device, fs_type): (&Device, Option<String>)| {
+    let superblock = |(device, found): (&Device, Option<Found>)| {
+        let found = found?;
         Some(Superblock {
-            fs_type: fs_type?,
+            unreachable: found.as_ref().err().map(|it| (*it).to_owned()),
+            fs_type: found.unwrap_or_else(|_| UNKNOWN.into()),
             name: device.name.clone(),
             devices: vec![device.dev],
-            number: None,
+            listed: None,
         })
     };
     let each = left.iter().zip(types.into_values());
@@ -96,25 +106,56 @@ pub fn is_alive(node: &Path) -> bool {
     node.is_ok_and(|it| sys::has_superblock(&it))
 }
 
-/// The type of the superblock on this device: the one as which it can be mounted once more. With none it
-/// cannot be reached, or the device is the second one of another, of which is known.
-fn type_on(device: &Device) -> Option<String> {
-    if !is_alive(&device.node) {
-        return None;
-    }
+/// The type of the superblock on this device, if there is one. Those that sysfs lists are found there.
+fn type_on(device: &Device) -> Option<Found> {
     let node = CString::new(device.node.as_os_str().as_bytes()).ok()?;
     let text = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let listed = superblocks::types();
     // Of those that need no block device the line begins with "nodev".
-    let mut types = text.lines().filter_map(|line| line.strip_prefix('\t'));
-    let is_it = types.find(|it| {
-        let fs_type = CString::new(*it).ok().filter(|_| !is_served(it));
-        // Read-only first: that never changes a superblock that is alive.
-        fs_type.is_some_and(|it| {
-            let mut ways = [true, false].into_iter();
-            ways.any(|read_only| sys::mount_detached(&it, &node, read_only).is_ok())
-        })
-    });
-    is_it.map(str::to_owned)
+    let types = text.lines().filter_map(|line| line.strip_prefix('\t'));
+    let types = types.filter(|it| !is_served(it) && !listed.contains(*it));
+    let mount = |fs_type: &str, read_only| {
+        let fs_type = CString::new(fs_type)?;
+        sys::mount_detached(&fs_type, &node, read_only)
+    };
+    type_with(types, || is_alive(&device.node), mount)
+}
+
+/// The type of one, as far as it is alive: the one as which it can be mounted once more.
+fn type_with<'a, T>(
+    types: impl IntoIterator<Item = &'a str>,
+    is_alive: impl Fn() -> bool,
+    mount: impl FnMut(&str, bool) -> io::Result<T>,
+) -> Option<Found> {
+    if !is_alive() {
+        return None;
+    }
+    match mount_once_more(types, mount) {
+        Ok((fs_type, _)) => Some(Ok(fs_type.to_owned())),
+        // It may have gone meanwhile.
+        Err(_) => is_alive().then_some(Err(UNREACHED)),
+    }
+}
+
+/// Mounts a superblock that is alive once more, as the first of these types that it can be, and says which. The kernel
+/// may have let go of it by then, and does so in earnest: so read-only, which changes none that is alive, and for writing
+/// only where it says that this one is. btrfs would make a read-only one writable where it is asked for a writable mount.
+pub fn mount_once_more<'a, T>(
+    types: impl IntoIterator<Item = &'a str>,
+    mut mount: impl FnMut(&str, bool) -> io::Result<T>,
+) -> io::Result<(&'a str, T)> {
+    let mut refused = io::Error::from_raw_os_error(libc::ENODEV);
+    for fs_type in types {
+        let mounted = mount(fs_type, true).or_else(|error| match error.raw_os_error() {
+            Some(libc::EBUSY) => mount(fs_type, false),
+            _ => Err(error),
+        });
+        match mounted {
+            Ok(it) => return Ok((fs_type, it)),
+            Err(error) => refused = error,
+        }
+    }
+    Err(refused)
 }
 
 #[cfg(test)]
@@ -137,7 +178,7 @@ mod tests {
             if device.dev.minor % 2 == 0 {
                 HANGS.wait();
             }
-            (device.dev.minor != 3).then(|| "vfat".to_owned())
+            (device.dev.minor != 3).then(|| Ok("vfat".to_owned()))
         };
         let find = |patience| {
             let found = find_with((1..=8).map(device), patience, ask);
@@ -162,6 +203,51 @@ mod tests {
         // Nobody waits for them again.
         assert_eq!(find(Duration::from_secs(60)), expected);
         HANGS.wait();
+    }
+
+    #[test]
+    fn for_writing_it_is_mounted_only_where_it_is_known_to_be_so() {
+        let found = |is_alive: &[bool], busy: &str, is_writable: bool| {
+            let mut asked = is_alive.iter();
+            let asked = std::cell::RefCell::new(&mut asked);
+            let is_alive = || *asked.borrow_mut().next().unwrap();
+            let mut tried = Vec::new();
+            let found = type_with(["msdos", "vfat"], is_alive, |fs_type, read_only| {
+                tried.push(format!("{fs_type} {}", if read_only { "ro" } else { "rw" }));
+                let errno = if fs_type == busy {
+                    libc::EBUSY
+                } else {
+                    libc::EINVAL
+                };
+                let is_it = fs_type == busy && !read_only && is_writable;
+                is_it
+                    .then_some(())
+                    .ok_or(io::Error::from_raw_os_error(errno))
+            });
+            (found, tried.join(", "))
+        };
+        let said = |found, tried: &str| (found, tried.to_owned());
+        assert_eq!(found(&[false], "vfat", true), said(None, ""));
+        let vfat = Some(Ok("vfat".to_owned()));
+        assert_eq!(
+            found(&[true], "vfat", true),
+            said(vfat, "msdos ro, vfat ro, vfat rw")
+        );
+        let none = "msdos ro, vfat ro";
+        assert_eq!(
+            found(&[true, true], "", true),
+            said(Some(Err(UNREACHED)), none)
+        );
+        assert_eq!(
+            found(&[true, false], "", true),
+            said(None, none),
+            "it has gone"
+        );
+        let refused = "msdos ro, msdos rw, vfat ro";
+        assert_eq!(
+            found(&[true, true], "msdos", false),
+            said(Some(Err(UNREACHED)), refused)
+        );
     }
 
     #[test]

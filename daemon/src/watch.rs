@@ -28,11 +28,10 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::Mode;
 
 use crate::apart::{Patience, Questions};
-use crate::lost::Lost;
-use crate::machine::{self, LookError, Machine, Ways};
+use crate::machine::{self, LookError, Machine, Memory, Ways};
 use crate::mounts::{self, DevId, Mount};
 use crate::namespaces::{self, Namespaces, State};
-use crate::plan::{FileSystem, Place, Plan, Reason};
+use crate::plan::{FileSystem, LeftOut, Place, Plan, Reason};
 use crate::superblocks::{self, Listed, Lists};
 use crate::sys;
 use crate::topology;
@@ -287,33 +286,77 @@ pub struct Alive {
     made: Option<u64>,
 }
 
-/// What a plan knows of, by the numbers of superblocks and of the devices that they are on.
+/// By what it is told whether a superblock is one that was there before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Superblock {
+    /// When it came to be, where sysfs lists it: no other has that.
+    born: Option<u64>,
+    /// The devices that it is on. An anonymous number is none: whoever comes next gets it.
+    devices: Vec<DevId>,
+    /// What is on no device that is known is told by its type and source: the name of a data set of ZFS.
+    named: (String, Option<OsString>),
+}
+
+impl Superblock {
+    fn of(it: &FileSystem) -> Self {
+        let own = Some(it.dev).filter(|dev| dev.major != 0);
+        Superblock {
+            born: it.listed.as_ref().map(|it| it.inode),
+            devices: own.into_iter().chain(it.devices.iter().copied()).collect(),
+            named: (it.fs_type.clone(), it.source.clone()),
+        }
+    }
+
+    fn is(&self, other: &Superblock) -> bool {
+        match (self.born, other.born) {
+            (Some(one), Some(other)) => one == other,
+            _ if self.devices.is_empty() || other.devices.is_empty() => self.named == other.named,
+            _ => self.devices.iter().any(|dev| other.devices.contains(dev)),
+        }
+    }
+}
+
+/// What a plan knows of that is on disks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Known {
     /// What is frozen, synced, or left out for a reason that stays.
-    devices: BTreeSet<DevId>,
+    all: Vec<Superblock>,
     /// What is left out for being read-only.
-    read_only: BTreeSet<DevId>,
-    /// The superblocks of what is frozen or synced.
+    read_only: Vec<Superblock>,
+    /// The superblocks of what is frozen or synced, by number.
     chosen: BTreeSet<DevId>,
+    /// The same of what a rule leaves out, or something else that stays.
+    others: BTreeSet<DevId>,
 }
 
 impl Known {
     /// What this plan knows.
     pub fn of(plan: &Plan) -> Self {
-        let numbers = |it: &FileSystem| [&[it.dev], it.devices.as_slice()].concat();
-        let left_out = plan.left_out.iter();
-        let (read_only, others): (Vec<_>, Vec<_>) =
-            left_out.partition(|it| it.reason.is_read_only());
-        let others = others.into_iter().map(|it| &it.file_system);
         let chosen = || plan.waves.iter().flatten().chain(&plan.synced);
-        Known {
-            devices: chosen().chain(others).flat_map(numbers).collect(),
+        let mut known = Known {
+            all: chosen().map(Superblock::of).collect(),
             chosen: chosen().map(|it| it.dev).collect(),
-            read_only: (read_only.iter())
-                .flat_map(|it| numbers(&it.file_system))
-                .collect(),
+            ..Known::default()
+        };
+        for LeftOut {
+            file_system,
+            reason,
+        } in &plan.left_out
+        {
+            let it = Superblock::of(file_system);
+            match reason {
+                Reason::NoBlockDevice => continue,
+                reason if reason.is_read_only() => {
+                    known.read_only.push(it);
+                    continue;
+                }
+                // A rule leaves it out the next time as well. Another on the same device it may not.
+                Reason::Excluded(_) if it.born.is_none() => {}
+                _ => known.all.push(it),
+            }
+            known.others.insert(file_system.dev);
         }
+        known
     }
 
     /// What a later plan has on its disks and this one did not have, with what has become of it.
@@ -324,13 +367,12 @@ impl Known {
         let all = later.waves.iter().flatten().chain(&later.synced);
         let all = all.map(|it| (it, false)).chain(losses);
         let come = |(it, is_read_only): (&FileSystem, bool)| {
-            let is_in = |known: &BTreeSet<DevId>| {
-                known.contains(&it.dev) || it.devices.iter().any(|dev| known.contains(dev))
-            };
+            let this = Superblock::of(it);
+            let is_in = |known: &[Superblock]| known.iter().any(|it| it.is(&this));
             let was_read_only = is_in(&self.read_only);
             // That of one without a mount shows only when it is reached, and nobody changes it.
             let is_as_before = was_read_only && (it.places.is_empty() || is_read_only);
-            (!is_in(&self.devices) && !is_as_before).then(|| Come {
+            (!is_in(&self.all) && !is_as_before).then(|| Come {
                 name: it.to_string(),
                 was_read_only,
             })
@@ -382,8 +424,8 @@ pub struct Kernel {
     uevents: Option<File>,
     /// Where superblocks are listed.
     lists: Option<Lists>,
-    /// What was mounted when the machine was looked at last.
-    lost: Lost,
+    /// What there was when the machine was looked at last.
+    memory: Memory,
     /// How many mounts were made only for their numbers, and those that are still there.
     own_mounts: u64,
     mounts: Vec<OwnedFd>,
@@ -409,7 +451,7 @@ impl Default for Kernel {
             table: File::open(Path::new("/proc").join(mounts::OWN_TABLE)).ok(),
             uevents: File::open("/sys/kernel/uevent_seqnum").ok(),
             lists: Lists::open().ok(),
-            lost: Lost::default(),
+            memory: Memory::default(),
             own_mounts: 0,
             mounts: Vec::new(),
         }
@@ -481,7 +523,8 @@ impl Kernel {
     /// Types that have no block device of their own are listed in sysfs, but for one that nothing can hold.
     fn has_new_mounts(&self, then: &Scene) -> io::Result<bool> {
         let is_news = |dev: DevId, read_only: bool| {
-            dev.major != 0 && !read_only && !then.known.devices.contains(&dev)
+            let known = [&then.known.chosen, &then.known.others];
+            dev.major != 0 && !read_only && !known.iter().any(|it| it.contains(&dev))
         };
         let (Some(newest), Some(number)) = (&then.newest, self.number) else {
             // Nobody tells of the other namespaces.
@@ -526,7 +569,7 @@ impl Signals for Kernel {
 
     fn look(&mut self) -> Result<Machine, LookError> {
         match &self.proc {
-            Some(proc) => Machine::look_through(Arc::clone(proc), &mut self.lost),
+            Some(proc) => Machine::look_through(Arc::clone(proc), &mut self.memory),
             None => Machine::look(),
         }
     }
@@ -644,6 +687,7 @@ mod tests {
     use nix::fcntl::{fcntl, FcntlArg};
 
     use crate::plan::plan;
+    use crate::superblocks::Entry;
     use crate::topology::{Topology, Unmounted};
 
     const THEN: &str = "\
@@ -658,15 +702,22 @@ mod tests {
     fn planned(table: &str, unmounted: &[u32]) -> Plan {
         let dev = |minor| DevId { major: 8, minor };
         let mut topology = Topology::default();
-        let btrfs = DevId {
-            major: 0,
-            minor: 40,
-        };
-        topology.members.insert(btrfs, vec![dev(16)]);
+        for (minor, device, inode) in [(40, 16, 7), (41, 32, 9)] {
+            let btrfs = DevId { major: 0, minor };
+            topology.members.insert(btrfs, vec![dev(device)]);
+            let listed = Entry {
+                fs_type: "btrfs".into(),
+                name: String::new(),
+                inode,
+            };
+            topology.listed.insert(btrfs, listed);
+        }
         let unmounted = unmounted.iter().map(|minor| Unmounted {
             fs_type: "ext4".into(),
             name: format!("sd{minor}"),
             devices: vec![dev(*minor)],
+            listed: None,
+            unreachable: None,
         });
         topology.unmounted = unmounted.collect();
         let mounts = mounts::parse(table.as_bytes(), 0).unwrap();
@@ -713,6 +764,34 @@ mod tests {
                 "/tank (zfs, 0:50) was mounted",
                 "/down (ext4, 8:13) was mounted",
             ]
+        );
+    }
+
+    #[test]
+    fn what_has_the_number_of_another_has_come() {
+        // That of a memory file system: the kernel gives out the lowest.
+        let anonymous = THEN.replace(
+            "5 1 0:41 / /run rw - tmpfs tmpfs rw",
+            "5 1 0:41 / /new rw - btrfs /dev/sdc rw",
+        );
+        assert_eq!(
+            come(&planned(&anonymous, &[])),
+            ["/new (btrfs, 0:41) was mounted"]
+        );
+        // A loop device that was let go, with what a rule leaves out, and set up anew.
+        let device = THEN.replace("/unwanted", "/wanted");
+        assert_eq!(
+            come(&planned(&device, &[])),
+            ["/wanted (ext4, 8:4) was mounted"]
+        );
+        let data_set = |name: &str| format!("{THEN}7 1 0:50 / /tank rw - zfs {name} rw\n");
+        let known = Known::of(&planned(&data_set("tank/a"), &[]));
+        assert!(known
+            .come_since(&planned(&data_set("tank/a"), &[]))
+            .is_empty());
+        assert_eq!(
+            known.come_since(&planned(&data_set("tank/b"), &[])).len(),
+            1
         );
     }
 
@@ -774,7 +853,7 @@ mod tests {
             lists: None,
             own_mounts: 0,
             mounts: Vec::new(),
-            lost: Lost::default(),
+            memory: Memory::default(),
         };
         let mut then = Scene::default();
         assert!(!silent.has_news(&then), "nobody ever told");

@@ -14,6 +14,7 @@ use hv_vss_daemon::disks::HostDisk;
 use hv_vss_daemon::machine::Table;
 use hv_vss_daemon::mounts::{parse, DevId, Mount};
 use hv_vss_daemon::plan::{plan, FileSystem, Plan, Reason, Scope};
+use hv_vss_daemon::superblocks::Entry;
 use hv_vss_daemon::topology::{Backing, Device, Topology};
 use proptest::prelude::*;
 
@@ -135,6 +136,21 @@ fn btrfs_with_snapshots_is_one_file_system_however_many_subvolumes_it_shows() {
     assert_eq!(pool.len(), 2, "both disks of the pool");
 }
 
+#[test]
+fn a_root_that_is_never_written_to_hides_no_error() {
+    let mut table = recorded("microos-read-only-root");
+    for line in table.namespaces.iter_mut().flatten() {
+        *line = line.replace(" - btrfs /dev/sda3 rw", " - btrfs /dev/sda3 ro");
+    }
+    let plan = plan_of(&table);
+    let lost: Vec<_> = plan
+        .losses()
+        .map(|it| (it.file_system.dev, &it.reason))
+        .collect();
+    let root = "0:31".parse().unwrap();
+    assert_eq!(lost, [(root, &Reason::TurnedReadOnly)]);
+}
+
 /// The waves of a table, by path, with a mark on what only another namespace has mounted.
 fn waves_of(name: &str) -> Vec<Vec<String>> {
     let marked = |f: &FileSystem| {
@@ -222,7 +238,7 @@ fn zfs_is_on_disks_and_cannot_be_held() {
 }
 
 #[test]
-fn where_nobody_knows_the_disks_of_what_goes_on_none_of_them_is_at_rest() {
+fn where_nobody_knows_the_disks_of_what_goes_on_it_may_have_written_to_any() {
     let mut table = recorded("zfs-root");
     let disk = HostDisk {
         name: "sdz".into(),
@@ -230,12 +246,15 @@ fn where_nobody_knows_the_disks_of_what_goes_on_none_of_them_is_at_rest() {
     };
     let number = "65:144".parse().unwrap();
     table.topology.disks.insert(number, disk);
-    let at_rest = |table: &Table| plan_of(table).at_rest(&Scope::default()).watched.len();
-    assert_eq!(at_rest(&table), 0, "the pool may be on any disk");
+    let at_rest = |table: &Table| {
+        let at_rest = plan_of(table).at_rest(&Scope::default());
+        (at_rest.watched.len(), at_rest.perhaps.is_some())
+    };
+    assert_eq!(at_rest(&table), (1, true), "the pool may be on that disk");
     for lines in &mut table.namespaces {
         lines.retain(|line| !line.contains(" - zfs "));
     }
-    assert_eq!(at_rest(&table), 1);
+    assert_eq!(at_rest(&table), (1, false));
 }
 
 #[test]
@@ -306,7 +325,15 @@ impl Machine {
     fn topology(&self) -> Topology {
         let mut topology = Topology::default();
         let born = self.born.iter().flatten().enumerate();
-        topology.born = born.map(|(at, &i)| (Self::dev(i), at as u64)).collect();
+        let listed = |(at, &i): (usize, &usize)| {
+            let inode = at as u64;
+            let it = Entry {
+                inode,
+                ..Entry::default()
+            };
+            (Self::dev(i), it)
+        };
+        topology.listed = born.map(listed).collect();
         for (i, &(holder, through_dm, served, _)) in self.parts.iter().enumerate() {
             let mut device = Device {
                 user_space: served,

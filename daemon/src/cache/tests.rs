@@ -330,6 +330,8 @@ impl Model {
                     .into_iter()
                     .chain(self.grown.get(&minor).map(|to| image_in(*to)))
                     .collect(),
+                listed: None,
+                unreachable: None,
             })
             .collect();
         topology

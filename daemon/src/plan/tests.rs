@@ -80,9 +80,11 @@ fn what_a_program_serves_from_a_device_here_is_synced_and_not_passed_over() {
 fn one_that_the_kernel_has_locked_is_named_and_not_tried() {
     let topology = Topology {
         unmounted: vec![Unmounted {
-            fs_type: UNKNOWN.into(),
+            fs_type: "?".into(),
             name: "sdc1".into(),
             devices: vec![dev("8:33")],
+            listed: None,
+            unreachable: Some("it is locked".into()),
         }],
         ..Topology::default()
     };
@@ -232,6 +234,8 @@ fn what_programs_serve_is_frozen_by_the_age_of_the_superblock_where_sysfs_tells_
         fs_type: "ext4".into(),
         name: "nbd4".into(),
         devices: vec![dev("43:4")],
+        listed: None,
+        unreachable: None,
     });
     let order = |topology: &Topology| -> Vec<String> {
         let plan = plan(&mounts, topology, &|_| None);
@@ -240,8 +244,13 @@ fn what_programs_serve_is_frozen_by_the_age_of_the_superblock_where_sysfs_tells_
     };
     let by_table = ["43:4", "43:3", "43:2", "43:1", "43:0", "8:1"];
     assert_eq!(order(&topology), by_table);
-    let born = [("43:4", 2), ("43:3", 5), ("43:2", 7), ("43:0", 9)];
-    topology.born = born.map(|(it, at)| (dev(it), at)).into();
+    let born_at = |inode| Entry {
+        inode,
+        ..Entry::default()
+    };
+    topology.unmounted[0].listed = Some(born_at(2));
+    let born = [("43:3", 5), ("43:2", 7), ("43:0", 9)];
+    topology.listed = born.map(|(it, at)| (dev(it), born_at(at))).into();
     // That of which nothing is known keeps its place.
     let by_age = ["43:0", "43:2", "43:3", "43:1", "43:4", "8:1"];
     assert_eq!(order(&topology), by_age);
@@ -606,6 +615,8 @@ fn what_is_mounted_nowhere_is_planned_and_named_by_its_device() {
         fs_type: "xfs".into(),
         name: "loop0".into(),
         devices: vec![dev("7:0")],
+        listed: None,
+        unreachable: None,
     });
     let plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &|_| None);
     let names: Vec<String> = plan.waves.iter().flatten().map(|f| f.to_string()).collect();
@@ -669,6 +680,8 @@ fn what_may_be_mounted_nowhere_is_a_loss() {
             fs_type: "btrfs".into(),
             name: number.into(),
             devices: vec![dev(number)],
+            listed: None,
+            unreachable: None,
         })
         .into();
     let plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &|_| None);
@@ -692,12 +705,15 @@ fn what_is_out_of_order_is_left_out_by_name_unless_a_rule_did_so_before() {
 10 1 0:40 / /made-read-only ro - btrfs /dev/sda9 ro
 11 1 0:40 / /bind rw - btrfs /dev/sda9 ro
 12 1 8:11 / /cluster rw - ocfs2 /dev/sda11 ro
-13 1 11:0 / /media rw - iso9660 /dev/sr0 ro
-14 1 0:50 / /home/.zfs/snapshot/old rw - zfs tank/home@old ro
-15 1 8:12 / /made-so rw - xfs /dev/sda12 ro
+14 1 8:13 / /own-mount-was ro - vfat /dev/sda13 ro
+15 1 8:13 / /as-it-was rw - vfat /dev/sda13 ro
+16 1 11:0 / /media rw - iso9660 /dev/sr0 ro
+17 1 0:50 / /home/.zfs/snapshot/old rw - zfs tank/home@old ro
+18 1 8:12 / /made-so rw - xfs /dev/sda12 ro
 ";
     let mut topology = Topology::default();
     topology.gone.insert(dev("8:4"));
+    topology.turned.insert(dev("8:13"));
     let mounts = parse(table.as_bytes(), 0).unwrap();
     let unwanted = |f: &FileSystem| {
         [dev("8:8"), dev("8:10")]
@@ -721,8 +737,9 @@ fn what_is_out_of_order_is_left_out_by_name_unless_a_rule_did_so_before() {
             "/image: read-only",
             "/unwanted: excluded by a rule",
             "/turned-and-unwanted: excluded by a rule",
-            "/bind: read-only",
+            "/bind: read-only though mounted for writing, perhaps since an error",
             "/cluster: read-only though mounted for writing, perhaps since an error",
+            "/as-it-was: read-only though mounted for writing, perhaps since an error",
             "/media: read-only",
             "/home/.zfs/snapshot/old: read-only",
             "/made-so: read-only though mounted for writing, and not since an error",
@@ -731,7 +748,17 @@ fn what_is_out_of_order_is_left_out_by_name_unless_a_rule_did_so_before() {
     // Nobody can be asked what has made it so.
     let lost = plan.losses().flat_map(|it| &it.file_system.places);
     let lost: Vec<String> = lost.map(|it| it.path.display().to_string()).collect();
-    assert_eq!(lost, ["/errors", "/down", "/gone", "/turned", "/cluster"]);
+    let own = [
+        "/bind",
+        "/made-read-only",
+        "/cluster",
+        "/as-it-was",
+        "/own-mount-was",
+    ];
+    assert_eq!(
+        lost,
+        [&["/errors", "/down", "/gone", "/turned"][..], &own].concat()
+    );
     assert_eq!(plan.waves.concat().len(), 1);
 }
 

@@ -28,7 +28,7 @@ pub const CASES: &[Case] = &[
     .comparing(),
     case(
         "broken/btrfs-read-only-since-an-error",
-        "the same with a btrfs whose disk has failed, and which one that was made read-only is not taken for",
+        "the same with a btrfs whose disk has failed, of which one mount was read-only before",
         btrfs_read_only_since_an_error,
     )
     .comparing(),
@@ -229,6 +229,8 @@ fn btrfs_read_only_since_an_error(guest: &Guest) -> Result<()> {
          dmsetup create bad --noudevsync --table '0 655360 linear /dev/ram2 0'
          [ -e /dev/mapper/bad ] || dmsetup mknodes
          mkfs.btrfs -q -f /dev/mapper/bad && mount /dev/mapper/bad /mnt/bad
+         mkdir -p /mnt/bad-ro && mount --bind /mnt/bad /mnt/bad-ro &&
+         mount -o remount,bind,ro /mnt/bad-ro
          echo 1 >/mnt/bad/f && sync
          dmsetup suspend bad
          dmsetup load bad --table '0 655360 error' && dmsetup resume bad
@@ -241,7 +243,9 @@ fn btrfs_read_only_since_an_error(guest: &Guest) -> Result<()> {
     listed(guest, "/mnt/bad (btrfs, ", "read-only since an error")?;
     let ours = left_out(guest, &["/mnt/bad (btrfs, "])?;
     compare(guest, "one btrfs is read-only since its disk failed", &ours)?;
-    guest.sh("umount /mnt/bad && dmsetup remove bad").map(drop)
+    guest
+        .sh("umount /mnt/bad-ro && umount /mnt/bad && dmsetup remove bad")
+        .map(drop)
 }
 
 fn vfat_read_only_since_an_error(guest: &Guest) -> Result<()> {

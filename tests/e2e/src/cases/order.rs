@@ -205,7 +205,7 @@ fn md_on_loop(guest: &Guest) -> Result<()> {
 }
 
 /// A disk that a program serves from a file on another, each with a file system, and that program.
-fn make_nbd(guest: &Guest, options: &str) -> Result<Process> {
+pub(super) fn make_nbd(guest: &Guest, options: &str) -> Result<Process> {
     guest.sh("modprobe nbd nbds_max=1; mkdir -p /mnt/disk /mnt/nbd
               mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/disk
               truncate -s 64M /mnt/disk/image")?;
@@ -223,7 +223,7 @@ fn make_nbd(guest: &Guest, options: &str) -> Result<Process> {
     Ok(server)
 }
 
-fn end_nbd(guest: &Guest, server: &Process) -> Result<()> {
+pub(super) fn end_nbd(guest: &Guest, server: &Process) -> Result<()> {
     guest.sh("umount /mnt/nbd && nbd-client -d /dev/nbd0")?;
     guest.wait(server, STEP)?;
     Ok(())

@@ -42,6 +42,12 @@ pub const CASES: &[Case] = &[
         writable_while_frozen,
     ),
     case(
+        "freeze/number-of-another-while-frozen",
+        "a btrfs that is mounted before THAW under the number of a tmpfs that has gone is named, and fails THAW \
+         when strict",
+        number_of_another,
+    ),
+    case(
         "freeze/moved-since",
         "a file system that was moved to another directory stands still",
         moved_since,
@@ -581,6 +587,33 @@ fn writable_while_frozen(guest: &Guest) -> Result<()> {
         stop(guest, guest.module(), &daemon)?;
     }
     Ok(())
+}
+
+fn number_of_another(guest: &Guest) -> Result<()> {
+    guest.sh(
+        "modprobe btrfs; mkdir -p /mnt/a /mnt/b /mnt/t && mkfs.ext4 -q -F /dev/ram1 &&
+         mount /dev/ram1 /mnt/a && mkfs.btrfs -q -f /dev/ram2 && mount -t tmpfs none /mnt/t",
+    )?;
+    let number_at = |path: &str| -> Result<String> {
+        let table = guest.read("/proc/self/mountinfo")?;
+        let mut lines = table.lines().map(|it| it.split(' ').collect::<Vec<_>>());
+        let line = lines.find(|it| it.get(4) == Some(&path));
+        Ok(line.context("it is not mounted")?[2].to_owned())
+    };
+    let number = number_at("/mnt/t")?;
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("strict = true")?;
+    wait_for_daemon(guest)?;
+    let vss = guest.vss();
+    answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+    guest.sh("umount /mnt/t && mount -t btrfs /dev/ram2 /mnt/b")?;
+    equal("its number", &number_at("/mnt/b")?, &number)?;
+    answered("THAW", &vss.thaw(STEP)?, status::FAIL)?;
+    let words = format!("/mnt/b (btrfs, {number}) was mounted while the rest was frozen");
+    guest.wait_until("the log names it", STEP, || {
+        Ok(guest.output(&daemon)?.contains(&words))
+    })?;
+    stop(guest, guest.module(), &daemon)
 }
 
 fn moved_since(guest: &Guest) -> Result<()> {

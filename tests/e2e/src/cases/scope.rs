@@ -7,7 +7,7 @@
 
 use super::disks::{self, Attached};
 use super::hooks;
-use super::order::{frozen_in_order, inner_before_outer};
+use super::order::{end_nbd, frozen_in_order, inner_before_outer, make_nbd};
 use super::{
     case, describe, good, is_frozen, load, logged, logged_all, observe, observe_backup_of,
 };
@@ -96,7 +96,8 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "scope/lazily-unmounted-and-listed-by-nobody",
-        "a vfat and an exfat in use by a working directory alone since before the daemon are named",
+        "a vfat and an exfat in use by a working directory alone since before the daemon are named, and so is what a \
+         program serves",
         lazily_unmounted_and_listed_by_nobody,
     ),
     case(
@@ -478,16 +479,30 @@ fn lazily_unmounted_and_listed_by_nobody(guest: &Guest) -> Result<()> {
         })?;
         guest.sh(&format!("umount -l {path}"))?;
     }
+    guest.sh("modprobe fuse; mkdir -p /mnt/served")?;
+    let server = silent_fuse(guest, "-t fuseblk /dev/ram4 /mnt/served")?;
+    // Whoever goes there waits for the server, and holds it meanwhile.
+    let holder = guest.spawn(&["sh", "-c", "cd /mnt/served"])?;
+    guest.wait_until("it waits there", STEP, || {
+        let waits = format!("grep -q fuse /proc/{}/stack", holder.pid);
+        Ok(guest.try_sh(&waits)?.status == Some(0))
+    })?;
+    guest.sh("umount -l /mnt/served")?;
+    holders.extend([holder, server]);
     let names = [
         "ram1 (vfat, 1:1, in use but mounted nowhere)",
         "ram2 (exfat, 1:2, in use but mounted nowhere)",
+        "ram4 (?, 1:4, in use but mounted nowhere)",
     ];
     let list = guest.sh(&format!("{OURS} list"))?;
     for name in names {
         ensure!(list.contains(name), "list should name {name:?}:\n{list}");
     }
     equal("the backup", &ours(guest)?, &good(&["/mnt/b/w"]))?;
-    let strict = strict_names(guest, &["in use but mounted nowhere"]);
+    let strict = strict_names(
+        guest,
+        &["ram4 (?, 1:4, in use but mounted nowhere) is left out"],
+    );
     for holder in &holders {
         guest.signal(holder, 9)?;
         guest.wait(holder, STEP)?;
@@ -1273,6 +1288,29 @@ fn raw_writer(guest: &Guest) -> Result<()> {
     let seen = observe_backup_of(guest, &[on_first, on_second])?;
     equal("strict, without a writer", &seen, &good(&["/mnt/a/w"]))?;
     stop(guest, guest.module(), &daemon)?;
+
+    // What goes on and may be anywhere is no reason not to look.
+    let server = make_nbd(guest, "rw")?;
+    let daemon = start_with(guest, "strict = true\nexclude.paths = [\"/mnt/nbd\"]")?;
+    let seen = observe_backup_of(guest, &[on_first, on_second])?;
+    equal("beside what may be anywhere", &seen, &good(&["/mnt/a/w"]))?;
+    let writer = guest.spawn(&write)?;
+    let seen = observe_backup_of(guest, &[on_first, on_second])?;
+    equal(
+        "a writer beside what may be anywhere",
+        (seen.freeze, seen.thaw),
+        (status::OK, Some(status::FAIL)),
+    )?;
+    guest.signal(&writer, 9)?;
+    guest.wait(&writer, STEP)?;
+    let log = logged_all(guest, &daemon, 2)?;
+    let may_be_its = "or perhaps by /mnt/nbd (ext4, ";
+    ensure!(
+        says_written(&log, &second) && log.contains(may_be_its),
+        "it should say whose that may be:\n{log}"
+    );
+    stop(guest, guest.module(), &daemon)?;
+    end_nbd(guest, &server)?;
 
     // The stock module does not say which disks: all of the host's are looked at.
     load(guest, Module::Stock, &[])?;
