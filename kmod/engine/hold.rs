@@ -233,6 +233,8 @@ pub struct LetGo {
     pub before: u64,
     /// Nor what hangs since an earlier series.
     series: u64,
+    /// Nor what somebody else had let go before.
+    forgotten: u64,
 }
 
 impl LetGo {
@@ -426,6 +428,7 @@ impl<M: Matter> Held<M> {
             freezing: false,
             before: self.last_entry + 1,
             series: self.last_series,
+            forgotten: self.forgotten,
         };
         self.asked += 1;
         self.asked_for_all = self.asked;
@@ -451,11 +454,11 @@ impl<M: Matter> Held<M> {
         self.forgotten = self.last_series;
     }
 
-    /// The last one before number `before` of what was let go, if it was frozen and may not be thawed yet.
+    /// The last one before number `before` of what was let go, if it was frozen and may not be thawed yet. Whoever waits
+    /// waits for it, also when others forget it meanwhile.
     pub fn unthawed(&mut self, let_go: LetGo, before: u64) -> Option<Ticket<M>> {
-        let forgotten = self.forgotten;
         let counts = |entry: &&mut Entry<M>| {
-            let ours = entry.series == let_go.series && entry.series > forgotten;
+            let ours = entry.series == let_go.series && entry.series > let_go.forgotten;
             ours && entry.number < before && !matches!(entry.stage, Stage::CalledOff)
         };
         let mut entries = self.entries.all_mut().iter_mut().rev();

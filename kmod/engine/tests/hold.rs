@@ -434,8 +434,7 @@ impl World {
     ) {
         let next = self.held.unthawed(let_go, before);
         if next.is_none() && !has_failed {
-            // What it was let go with may be another one's concern by now.
-            let left = self.held.entries().filter(|it| !it.is_forgotten);
+            let left = self.held.entries();
             let left = left.filter(|it| held.contains(&it.number) && !it.stage.is_done());
             assert_eq!(left.count(), 0, "it has not waited for all");
         }
