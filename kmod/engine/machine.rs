@@ -178,6 +178,15 @@ struct Notice {
     /// The THAW that the host had sent before, to a freeze that was whole. It is to be read before, so that the daemon
     /// knows that.
     behind: Option<u64>,
+    /// The daemon has said since that it has thawed all, without having read this.
+    is_settled: bool,
+}
+
+impl Notice {
+    /// Whether the daemon may have frozen by itself for this request, and nobody has said that it has thawed that.
+    fn is_open(&self) -> bool {
+        self.id != 0 && !self.is_settled
+    }
 }
 
 /// What a machine leaves undone for the next one, when its device goes.
@@ -520,6 +529,9 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     /// The daemon has said that nothing is frozen; what the module may still hold must not stay.
     fn thawed(&mut self, effects: &mut impl Effects) {
         self.hold = None;
+        if let Some(notice) = &mut self.notice {
+            notice.is_settled = true;
+        }
         effects.let_go(thawed::CALLED_OFF);
     }
 
@@ -548,6 +560,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             id,
             reason,
             behind: self.queue.iter().find(is_unread).map(|r| r.id),
+            is_settled: false,
         });
     }
 

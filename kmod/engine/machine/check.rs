@@ -18,7 +18,7 @@ pub struct Shape {
     daemon: Daemon,
     reply_waits: bool,
     /// Whether it is for a FREEZE, and whether behind a THAW.
-    notice_waits: Option<(bool, bool)>,
+    notice_waits: Option<(bool, bool, bool)>,
     quiet: bool,
     /// Whether it is for a FREEZE.
     holds: Option<bool>,
@@ -45,7 +45,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             reply_waits: self.reply_waits,
             notice_waits: self
                 .notice
-                .map(|notice| (notice.id != 0, notice.behind.is_some())),
+                .map(|it| (it.id != 0, it.behind.is_some(), it.is_open())),
             quiet: self.quiet_since.is_some(),
             holds: self.hold.map(|id| id != 0),
             freeze: self.freeze.as_str(),

@@ -77,7 +77,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             let is_broken = self.break_freeze(thawed::CRASH, effects).is_some();
             self.let_go(thawed::CRASH, effects);
             // It reads nothing any more of what was let go, and may have frozen by itself as well.
-            if is_broken || self.notice.is_some_and(|notice| notice.id != 0) {
+            if is_broken || self.notice.is_some_and(|notice| notice.is_open()) {
                 self.owe_thaw(now, effects);
             }
             self.quiet_since = Some(now);

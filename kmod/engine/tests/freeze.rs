@@ -1064,6 +1064,25 @@ fn what_is_let_go_before_the_host_has_sent_its_thaw_is_told_before_it() {
 }
 
 #[test]
+fn a_daemon_that_goes_without_a_notice_owes_no_thaw_once_it_has_answered_one() {
+    for answers in [false, true] {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon_v2();
+        let (_, frozen) = holding(&mut w);
+        w.answer(frozen, status::OK).unwrap();
+        w.ask(op::THAW);
+        let seen = w.read().unwrap();
+        w.lose(thawed::DEADLINE);
+        if answers {
+            w.answer(seen, status::OK).unwrap();
+        }
+        w.release();
+        assert_eq!(w.engine.left().owes_thaw, !answers);
+    }
+}
+
+#[test]
 fn a_notice_that_waits_for_a_thaw_does_not_outlast_it() {
     let mut store = Vec::new();
     let mut w = world(&mut store);
