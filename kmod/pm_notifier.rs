@@ -26,6 +26,15 @@ pub(crate) enum Turn {
     Last = -1,
 }
 
+/// What is begun or over. There is one of each at a time, and one may lie in the other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sleep {
+    /// A suspension, to memory or to idle.
+    Suspension,
+    /// A hibernation, or the start of an image of one.
+    Hibernation,
+}
+
 /// Whoever wants to be told. Both run in process context and may sleep.
 pub(crate) trait Callbacks: Send + Sync + 'static {
     /// When it is told, whichever came first.
@@ -33,10 +42,10 @@ pub(crate) trait Callbacks: Send + Sync + 'static {
 
     /// The machine is about to be suspended, to hibernate, or to become the one of an image that is restored,
     /// and waits for this to return.
-    fn prepare(&self);
+    fn prepare(&self, sleep: Sleep);
 
     /// It is awake again and user space runs, also when the attempt was given up.
-    fn post(&self);
+    fn post(&self, sleep: Sleep);
 }
 
 /// The registration of a [`Callbacks`]; dropping it waits for a call that is running.
@@ -85,13 +94,16 @@ impl<T: Callbacks> Registration<T> {
         // this function; it is not dropped before its unregistration, which waits for us.
         let registration = unsafe { &*kernel::container_of!(block, Registration<T>, inner) };
         // CAST: the actions are small numbers.
+        let callbacks = &registration.callbacks;
         match action as u32 {
-            bindings::PM_HIBERNATION_PREPARE
-            | bindings::PM_SUSPEND_PREPARE
-            | bindings::PM_RESTORE_PREPARE => registration.callbacks.prepare(),
-            bindings::PM_POST_HIBERNATION
-            | bindings::PM_POST_SUSPEND
-            | bindings::PM_POST_RESTORE => registration.callbacks.post(),
+            bindings::PM_SUSPEND_PREPARE => callbacks.prepare(Sleep::Suspension),
+            bindings::PM_POST_SUSPEND => callbacks.post(Sleep::Suspension),
+            bindings::PM_HIBERNATION_PREPARE | bindings::PM_RESTORE_PREPARE => {
+                callbacks.prepare(Sleep::Hibernation);
+            }
+            bindings::PM_POST_HIBERNATION | bindings::PM_POST_RESTORE => {
+                callbacks.post(Sleep::Hibernation);
+            }
             _ => {}
         }
         // CAST: 0, which lets the machine go on.

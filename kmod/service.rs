@@ -20,6 +20,7 @@ use crate::hold;
 use crate::hold::Begun;
 use crate::hold::Hold;
 use crate::pm_notifier;
+use crate::pm_notifier::Sleep;
 use crate::pm_notifier::Turn;
 use crate::report;
 use crate::report::Log;
@@ -40,7 +41,6 @@ use kernel::iov::IovIterSource;
 use kernel::new_mutex;
 use kernel::new_poll_condvar;
 use kernel::prelude::*;
-use kernel::sync::atomic::Atomic;
 use kernel::sync::atomic::AtomicFlag;
 use kernel::sync::atomic::Relaxed;
 use kernel::sync::poll::PollCondVar;
@@ -76,26 +76,36 @@ static UNTOLD: AtomicFlag = AtomicFlag::new(false);
 static UNSEEN: AtomicFlag = AtomicFlag::new(true);
 static OWES_THAW: AtomicFlag = AtomicFlag::new(false);
 
-/// How many sleeps the machine prepares, or is in: while user space makes an image through `/dev/snapshot` it may be
-/// suspended as well. A device that is bound by then has heard of it, one that comes later has not.
-static SLEEPS: Atomic<u32> = Atomic::new(0);
+/// Whether the machine prepares to be suspended, or is; and to hibernate: while user space makes an image through
+/// `/dev/snapshot` it may be suspended as well. A device that is bound by then has heard of it, one that comes later has
+/// not.
+static SUSPENDS: AtomicFlag = AtomicFlag::new(false);
+static HIBERNATES: AtomicFlag = AtomicFlag::new(false);
 
-/// Keeps [`SLEEPS`], as long as the module is loaded. It is told before any device is, so that a device that was not
+fn sleeps() -> bool {
+    SUSPENDS.load(Relaxed) || HIBERNATES.load(Relaxed)
+}
+
+fn flag_of(sleep: Sleep) -> &'static AtomicFlag {
+    match sleep {
+        Sleep::Suspension => &SUSPENDS,
+        Sleep::Hibernation => &HIBERNATES,
+    }
+}
+
+/// Keeps what [`sleeps`] says, as long as the module is loaded. It is told before any device is, so that a device that was not
 /// there to hear of the sleep finds it, and one that finds it hears of its end.
 pub(crate) struct SleepWatch;
 
 impl pm_notifier::Callbacks for SleepWatch {
     const TURN: Turn = Turn::First;
 
-    // The kernel begins and ends one sleep at a time, so nobody else counts meanwhile.
-
-    fn prepare(&self) {
-        SLEEPS.store(SLEEPS.load(Relaxed).saturating_add(1), Relaxed);
+    fn prepare(&self, sleep: Sleep) {
+        flag_of(sleep).store(true, Relaxed);
     }
 
-    fn post(&self) {
-        // One that had begun when the module was loaded has not been counted.
-        SLEEPS.store(SLEEPS.load(Relaxed).saturating_sub(1), Relaxed);
+    fn post(&self, sleep: Sleep) {
+        flag_of(sleep).store(false, Relaxed);
     }
 }
 
@@ -115,11 +125,11 @@ impl ThawWatch {
 impl pm_notifier::Callbacks for ThawWatch {
     const TURN: Turn = Turn::Last;
 
-    fn prepare(&self) {
+    fn prepare(&self, _sleep: Sleep) {
         self.0.wait_idle(THAW_MS);
     }
 
-    fn post(&self) {}
+    fn post(&self, _sleep: Sleep) {}
 }
 
 /// What all who have the engine share: its packets wait in memory that is allocated in one piece.
@@ -274,7 +284,7 @@ impl Service {
         }
         self.with_engine(|engine, now, out| {
             // Under the lock: the end of that sleep is told to the engine after this, if at all.
-            if SLEEPS.load(Relaxed) > 0 {
+            if sleeps() {
                 engine.prepare_sleep(now, out);
             }
         });
@@ -561,7 +571,7 @@ impl Service {
 impl pm_notifier::Callbacks for Service {
     const TURN: Turn = Turn::Between;
 
-    fn prepare(&self) {
+    fn prepare(&self, _sleep: Sleep) {
         self.with_engine(|engine, now, out| {
             engine.prepare_sleep(now, out);
             out.hold.let_go();
@@ -576,9 +586,9 @@ impl pm_notifier::Callbacks for Service {
         });
     }
 
-    fn post(&self) {
+    fn post(&self, _sleep: Sleep) {
         self.with_engine(|engine, _, _| {
-            if SLEEPS.load(Relaxed) == 0 {
+            if !sleeps() {
                 engine.resume();
             }
         });
