@@ -69,7 +69,7 @@
  * the notice behind it, so that the daemon knows, and it is good if this daemon answers it so.
  * What a daemon has frozen by itself beside what it holds for a FREEZE it thaws when it reads that notice, or ENODEV:
  * it is given no THAW for that, and the machine's sleep does not wait for it. When it closes the descriptor before it
- * has read of that, the next daemon is told to thaw.
+ * has read of that, the next daemon is told to thaw, unless the device has gone by then.
  * A daemon that crashes closes nothing before its core is dumped, for which it may have to wait until what it
  * holds is thawed: PR_SET_DUMPABLE of prctl(2) should be 0, and the deadline short.
  * A daemon that freezes by other means needs none of this.
