@@ -6,8 +6,7 @@
 //! that they did not. Whoever asks gets everything that is to be frozen, open, with the name and the
 //! reason of whatever is not. It freezes nothing.
 
-use std::collections::btree_map::{BTreeMap, Entry};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -595,6 +594,9 @@ fn why_not_only(disks: &[String], scope: &Scope) -> Option<String> {
     ))
 }
 
+/// Why one is not frozen that cannot be told from another by its number.
+const SAME_NUMBER: &str = "another file system has the same number, and is opened as that";
+
 /// Opens all of `plan` that is not in `open` yet, and moves what cannot be opened to what is left
 /// out. Says as well what hangs when it is opened, and whether the plan seems to be out of date. Each has so much time
 /// to be opened.
@@ -612,6 +614,8 @@ fn open_all(
         ..
     } = &mut plan;
     let chosen = waves.iter().flatten().chain(&*synced);
+    let is_closed = chosen.clone().map(|it| !open.contains_key(&it.dev));
+    let mut is_closed = is_closed.collect::<Vec<_>>().into_iter();
     let closed: Vec<_> = chosen.filter(|it| !open.contains_key(&it.dev)).collect();
     let opened = open_all_within(limit, ways, &closed);
     let mut told = told_by(limit, &reached(&closed, &opened));
@@ -620,12 +624,19 @@ fn open_all(
     for (wave, members) in waves_too.chain([(0, synced)]) {
         let mut reached = Vec::new();
         for file_system in std::mem::take(members) {
-            if let Entry::Vacant(place) = open.entry(file_system.dev) {
-                // One for each that is not open, in this order.
+            // One for each that was not open, in this order, whatever its number.
+            if is_closed.next() == Some(true) {
                 let Some(opened) = opened.next() else {
                     continue;
                 };
                 match (opened, told.remove(&file_system.dev)) {
+                    (Ok(_), None) if open.contains_key(&file_system.dev) => {
+                        left_out.push(LeftOut {
+                            file_system,
+                            reason: Reason::Unreachable(SAME_NUMBER.into()),
+                        });
+                        continue;
+                    }
                     (Ok(_), Some(reason)) => {
                         left_out.push(LeftOut {
                             file_system,
@@ -633,7 +644,7 @@ fn open_all(
                         });
                         continue;
                     }
-                    (Ok(fd), None) => drop(place.insert(fd)),
+                    (Ok(fd), None) => drop(open.insert(file_system.dev, fd)),
                     (Err(error), _) if error.is_our_own() => return Err(error),
                     (Err(error), _) => {
                         has_changed |= error.may_be_gone();

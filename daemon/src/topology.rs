@@ -270,8 +270,15 @@ fn assign_members(
     named_devices: impl Fn(&Mount) -> Vec<DevId>,
     uuid_at: impl Fn(&Mount) -> Result<Option<String>, Silent>,
 ) {
-    for dev in mounts.iter().map(|m| m.dev).filter(|dev| dev.major != 0) {
-        let its = superblocks.iter().find(|it| it.devices == [dev]);
+    for mount in mounts.iter().filter(|it| it.dev.major != 0) {
+        let dev = mount.dev;
+        let mut all = superblocks.iter();
+        let its = all.find(|it| it.devices == [dev]).or_else(|| {
+            // One on several devices may have the number of one of them, as bcachefs has.
+            let is_its =
+                |it: &&Superblock| it.fs_type == mount.fs_type && it.devices.contains(&dev);
+            superblocks.iter().find(is_its)
+        });
         let listed = its.and_then(|it| it.listed.clone());
         topology.listed.extend(listed.map(|it| (dev, it)));
     }
@@ -691,6 +698,27 @@ mod tests {
         ];
         let found = unmounted(&mounts, &all, "8:1", Some("b"));
         assert_eq!(found, [vec!["a", "seed"], vec![]]);
+    }
+
+    #[test]
+    fn one_on_several_devices_that_has_the_number_of_one_is_mounted() {
+        let mounts = parse(b"1 0 8:16 / /a rw - bcachefs /dev/sdb:/dev/sdc rw\n", 0).unwrap();
+        let its = Superblock {
+            fs_type: "bcachefs".into(),
+            ..superblock("a", &["8:16", "8:32"])
+        };
+        let mut topology = Topology::default();
+        let no_name = |_: &Mount| Vec::new();
+        assign_members(
+            &mut topology,
+            &mounts,
+            std::slice::from_ref(&its),
+            no_name,
+            |_| Ok(None),
+        );
+        find_unmounted(&mut topology, &mounts, &[its]);
+        assert_eq!(topology.unmounted.len(), 0);
+        assert_eq!(topology.listed.len(), 1);
     }
 
     #[test]

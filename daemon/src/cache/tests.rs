@@ -697,3 +697,49 @@ proptest! {
         walk(&steps)?;
     }
 }
+
+/// What is opened for one is never taken for another's, should two have one number.
+#[test]
+fn each_is_opened_as_itself_also_behind_two_of_one_number() {
+    let dev_of = |path: &str| {
+        use std::os::unix::fs::MetadataExt as _;
+        DevId::from_raw(std::fs::metadata(path).unwrap().dev())
+    };
+    let file_system = |path: &str| FileSystem {
+        dev: dev_of(path),
+        fs_type: "ext4".into(),
+        source: None,
+        devices: vec![dev_of(path)],
+        listed: None,
+        disks: Vec::new(),
+        below: None,
+        stands_on: None,
+        places: vec![Place {
+            namespace: 0,
+            id: 0,
+            path: path.into(),
+            whole: true,
+            subvolume: None,
+            walkable: true,
+            layers: None,
+            hidden: false,
+            was_at: None,
+        }],
+    };
+    let planned = Plan {
+        waves: vec![
+            vec![file_system("/proc"), file_system("/proc")],
+            vec![file_system("/")],
+        ],
+        ..Plan::default()
+    };
+    let ways = Kernel::default().own_way().unwrap();
+    let mut open = BTreeMap::new();
+    let (plan, ..) = open_all(Duration::from_secs(60), &ways, planned, &mut open).unwrap();
+    for (dev, fd) in &open {
+        assert_eq!(*dev, crate::sys::identify(fd.as_fd()).unwrap().dev());
+    }
+    assert_eq!(open.len(), 2);
+    let frozen: Vec<usize> = plan.waves.iter().map(Vec::len).collect();
+    assert_eq!((frozen, plan.left_out.len()), (vec![1, 1], 1));
+}
