@@ -75,20 +75,26 @@ pub struct AtRest {
     pub watched: BTreeMap<Watched, Vec<DevId>>,
     /// The others, each with one that goes on there.
     pub unwatched: BTreeMap<Watched, String>,
-    /// One that goes on and may be on any of them: what is written there may be its.
+    /// One that goes on and may be on any of them by way of a program, which serves its device: what is written there
+    /// may be its.
     pub perhaps: Option<String>,
 }
 
 impl AtRest {
-    /// Those of `watched` that are left by what goes on: it takes away only the devices that count it.
+    /// Those of `watched` that are left by what goes on: it takes away only the devices that count it, and all where its
+    /// own are not known, as with ZFS.
     pub fn of(watched: impl IntoIterator<Item = Watched>, goes_on: &[GoesOn]) -> Self {
-        let anywhere = goes_on.iter().find(|it| it.below.is_none());
+        let mut anywhere = goes_on.iter().filter(|it| it.below.is_none());
+        let unknown = anywhere.clone().find(|it| it.devices.is_empty());
         let mut at_rest = AtRest {
-            perhaps: anywhere.map(|it| it.name.clone()),
+            perhaps: anywhere.next().map(|it| it.name.clone()),
             ..AtRest::default()
         };
         for it in watched {
-            at_rest.add(it, goes_on);
+            match unknown {
+                Some(part) => drop(at_rest.unwatched.insert(it, part.name.clone())),
+                None => at_rest.add(it, goes_on),
+            }
         }
         at_rest
     }
@@ -501,7 +507,9 @@ mod tests {
             let words = "counted: /dev/sda (its counters are off: queue/iostats)";
             assert!(watched == 0 && unwatched.unwrap().ends_with(words), "{off}");
         }
-        // What may be anywhere takes nothing away.
+        // What may be anywhere by way of a program takes nothing away, and what is on disks that are not known all.
+        let nothing = (String::new(), Vec::new(), "/dev/sda".to_owned());
+        assert_eq!(found(&[partition, (&[], None)]), nothing);
         assert_eq!(found(&[(&["253:9"], None)]), whole(&[]));
         assert_eq!(found(&[partition, (&["253:9"], None)]), whole(&["8:2"]));
     }
