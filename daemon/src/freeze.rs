@@ -478,6 +478,13 @@ impl Session {
         let asks_all = !std::mem::replace(&mut learnt.has_asked, true);
         let until = Instant::now() + STUCK_TIME;
         let mut hung = learnt.stuck.clone();
+        let before = learnt.called_off.len();
+        let is_here = |dev: &DevId| work.targets.iter().any(|it| it.dev == *dev);
+        learnt.called_off.retain(|dev, _| is_here(dev));
+        if learnt.called_off.len() < before {
+            // It may be back before it has come back.
+            learnt.ask_all();
+        }
         for target in &work.targets {
             let dev = &target.dev;
             let is_known = learnt.called_off.contains_key(dev);

@@ -919,9 +919,13 @@ fn a_freeze_that_hangs_is_called_off_alone_and_costs_nobody_else_the_backup() {
         for learnt in [std::mem::take(&mut s.learnt), Learnt::default()] {
             let mut next = with(false, BTreeSet::from([0]));
             next.learnt = learnt;
+            // Its disk was taken away: nobody is told of it any more.
+            let gone = "9:9".parse().unwrap();
+            next.learnt.called_off.insert(gone, "/gone".into());
             next.session.sync(1, &mut next.learnt);
             let summary = next.freeze().unwrap();
             assert_eq!((summary.ours, summary.left_out), (2, 1));
+            assert!(!next.learnt.called_off.contains_key(&gone));
             assert!(next.calls().iter().all(|(_, number)| *number != 0));
             let mut back = with(true, BTreeSet::new());
             back.learnt = next.learnt;
