@@ -251,7 +251,7 @@ const KNOWN: &[Known] = &[
     },
     Known {
         text: "shutting down sockets",
-        cases: &["order/nbd*"],
+        cases: &["order/nbd*", "scope/raw-writer"],
         why: "the program that serves the device ends",
     },
     Known {
