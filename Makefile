@@ -231,7 +231,7 @@ test-packages: dkms lab-module user images ## Install them in a guest, and take 
 
 # What only a guest with systemd shows: the unit, the rules of udev, the hand-over. They are long cases, so that
 # 'make test-all' has them with the others.
-SYSTEMD_CASES = $(addprefix systemd/,backup stop daemon-killed both-killed watchdog not-configured) \
+SYSTEMD_CASES = $(addprefix systemd/,backup stop daemon-killed both-killed watchdog hook-out-of-memory not-configured) \
 	$(addprefix control/,systemctl-reload varlink no-device hand-over-held-open hand-over-held-open-by-udev \
 	check-privileges gives-way)
 
