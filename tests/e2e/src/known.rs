@@ -231,8 +231,8 @@ const KNOWN: &[Known] = &[
     },
     Known {
         text: "invoked oom-killer",
-        cases: &["deadman/daemon-out-of-memory*", "matrix/out-of-memory*"],
-        why: "the daemon is left no memory",
+        cases: &["deadman/daemon-out-of-memory*", "matrix/out-of-memory*", "systemd/hook-out-of-memory"],
+        why: "the daemon is left no memory, or a hook's process is to be taken",
     },
     Known {
         text: "Out of memory and no killable processes",

@@ -201,10 +201,15 @@ pub(super) fn make_writers(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// All processes of a daemon: itself and whatever it has started.
+/// All processes of a daemon: itself and whatever it has started that runs the same program. Its hooks are none: one
+/// that is stopped ends by itself when the daemon is dead, since nobody could let its group go on.
 pub(super) fn all_of_ours(guest: &Guest, daemon: &Process) -> Result<Vec<i32>> {
+    let program = guest.sh(&format!("readlink /proc/{}/exe", daemon.pid))?;
     let mut pids = vec![daemon.pid];
-    pids.extend(children(guest, daemon.pid)?);
+    for pid in children(guest, daemon.pid)? {
+        let its = guest.try_sh(&format!("readlink /proc/{pid}/exe"))?.out;
+        pids.extend((its == program).then_some(pid));
+    }
     Ok(pids)
 }
 
