@@ -640,6 +640,8 @@ impl<'a> World<'a> {
         if result.is_ok() {
             self.engine.holds(id);
             self.sign_of_life();
+            // What was held for nobody before may be part of that.
+            self.by_module = self.by_module.map(|_| id);
         }
         self.settle();
         result
