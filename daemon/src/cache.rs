@@ -6,7 +6,8 @@
 //! that they did not. Whoever asks gets everything that is to be frozen, open, with the name and the
 //! reason of whatever is not. It freezes nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::btree_map::{BTreeMap, Entry};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -452,6 +453,7 @@ impl Cache {
             };
             let (mut plan, scope) = self.plan_of(config, disks);
             leave_out_busy(&mut plan);
+            leave_out_namesakes(&mut plan);
             tell_failed(config.give_up, &ways, &mut plan);
             let (plan, stuck, has_changed) = open_all(config.give_up, &ways, plan, &mut open)?;
             if has_changed {
@@ -482,6 +484,17 @@ fn leave_out_busy(plan: &mut Plan) {
     plan.leave_out(|file_system| {
         let operation = busy.get(file_system.listed.as_ref()?);
         operation.cloned().map(Reason::Busy)
+    });
+}
+
+/// Leaves out what has the number of another that is planned: what is opened is told by that. Two have one where what
+/// is mounted nowhere is known by its devices alone, as what has sprouted from a seed of btrfs.
+fn leave_out_namesakes(plan: &mut Plan) {
+    let mut numbers = BTreeSet::new();
+    plan.leave_out(|it| {
+        let is_first = numbers.insert(it.dev);
+        let why = "another file system has the same number, and is opened as that";
+        (!is_first).then(|| Reason::Unreachable(why.into()))
     });
 }
 
@@ -594,9 +607,6 @@ fn why_not_only(disks: &[String], scope: &Scope) -> Option<String> {
     ))
 }
 
-/// Why one is not frozen that cannot be told from another by its number.
-const SAME_NUMBER: &str = "another file system has the same number, and is opened as that";
-
 /// Opens all of `plan` that is not in `open` yet, and moves what cannot be opened to what is left
 /// out. Says as well what hangs when it is opened, and whether the plan seems to be out of date. Each has so much time
 /// to be opened.
@@ -614,8 +624,6 @@ fn open_all(
         ..
     } = &mut plan;
     let chosen = waves.iter().flatten().chain(&*synced);
-    let is_closed = chosen.clone().map(|it| !open.contains_key(&it.dev));
-    let mut is_closed = is_closed.collect::<Vec<_>>().into_iter();
     let closed: Vec<_> = chosen.filter(|it| !open.contains_key(&it.dev)).collect();
     let opened = open_all_within(limit, ways, &closed);
     let mut told = told_by(limit, &reached(&closed, &opened));
@@ -624,19 +632,12 @@ fn open_all(
     for (wave, members) in waves_too.chain([(0, synced)]) {
         let mut reached = Vec::new();
         for file_system in std::mem::take(members) {
-            // One for each that was not open, in this order, whatever its number.
-            if is_closed.next() == Some(true) {
+            if let Entry::Vacant(place) = open.entry(file_system.dev) {
+                // One for each that is not open, in this order.
                 let Some(opened) = opened.next() else {
                     continue;
                 };
                 match (opened, told.remove(&file_system.dev)) {
-                    (Ok(_), None) if open.contains_key(&file_system.dev) => {
-                        left_out.push(LeftOut {
-                            file_system,
-                            reason: Reason::Unreachable(SAME_NUMBER.into()),
-                        });
-                        continue;
-                    }
                     (Ok(_), Some(reason)) => {
                         left_out.push(LeftOut {
                             file_system,
@@ -644,7 +645,7 @@ fn open_all(
                         });
                         continue;
                     }
-                    (Ok(fd), None) => drop(open.insert(file_system.dev, fd)),
+                    (Ok(fd), None) => drop(place.insert(fd)),
                     (Err(error), _) if error.is_our_own() => return Err(error),
                     (Err(error), _) => {
                         has_changed |= error.may_be_gone();

@@ -300,7 +300,7 @@ impl Plan {
     }
 
     /// Leaves out whatever there is a reason for.
-    pub fn leave_out(&mut self, why: impl Fn(&FileSystem) -> Option<Reason>) {
+    pub fn leave_out(&mut self, mut why: impl FnMut(&FileSystem) -> Option<Reason>) {
         for members in self.waves.iter_mut().chain([&mut self.synced]) {
             for file_system in std::mem::take(members) {
                 match why(&file_system) {

@@ -726,20 +726,25 @@ fn each_is_opened_as_itself_also_behind_two_of_one_number() {
             was_at: None,
         }],
     };
-    let planned = Plan {
+    let mut planned = Plan {
         waves: vec![
             vec![file_system("/proc"), file_system("/proc")],
             vec![file_system("/")],
         ],
         ..Plan::default()
     };
+    leave_out_namesakes(&mut planned);
     let ways = Kernel::default().own_way().unwrap();
     let mut open = BTreeMap::new();
-    let (plan, ..) = open_all(Duration::from_secs(60), &ways, planned, &mut open).unwrap();
-    for (dev, fd) in &open {
-        assert_eq!(*dev, crate::sys::identify(fd.as_fd()).unwrap().dev());
+    // A second attempt finds them open.
+    for _ in 0..2 {
+        let opened = open_all(Duration::from_secs(60), &ways, planned.clone(), &mut open);
+        let (plan, ..) = opened.unwrap();
+        for (dev, fd) in &open {
+            assert_eq!(*dev, crate::sys::identify(fd.as_fd()).unwrap().dev());
+        }
+        assert_eq!(open.len(), 2);
+        let frozen: Vec<usize> = plan.waves.iter().map(Vec::len).collect();
+        assert_eq!((frozen, plan.left_out.len()), (vec![1, 1], 1));
     }
-    assert_eq!(open.len(), 2);
-    let frozen: Vec<usize> = plan.waves.iter().map(Vec::len).collect();
-    assert_eq!((frozen, plan.left_out.len()), (vec![1, 1], 1));
 }
