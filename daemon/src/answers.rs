@@ -23,6 +23,8 @@ use crate::sys;
 const AT_ONCE: usize = 16;
 /// How long they may then take before one more is asked beside them.
 const MOMENT: Duration = Duration::from_millis(1);
+/// How often it is looked whether one has come. Whoever asks may go before those who answer.
+const TURN: Duration = Duration::from_micros(100);
 /// How often it is looked whether it is off.
 const TICK: Duration = Duration::from_millis(20);
 
@@ -60,7 +62,7 @@ fn silent_to(
         }
         let moment = Instant::now() + MOMENT;
         while waited_for.len() >= AT_ONCE && Instant::now() < moment {
-            thread::yield_now();
+            thread::sleep(TURN);
             waited_for.retain(|_, told| told.try_recv() == Err(TryRecvError::Empty));
         }
     }

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
 
+use crate::process;
 use crate::sys;
 
 /// Enough for a look-up.
@@ -88,6 +89,8 @@ impl Helper {
         let (begin, begun) = channel();
         let number = theirs.as_raw_fd();
         let body = move || {
+            // Whoever hands over waits, as a rule, and may be one that goes first.
+            let _ = process::go_ahead();
             let kept = sys::keep_only(number);
             // Whoever waits for it is there.
             let _ = begin.send(kept.as_ref().map(drop).map_err(io::Error::kind));

@@ -50,6 +50,8 @@ const BUSY_TICK: Duration = Duration::from_millis(20);
 const THAW_TIME: Duration = Duration::from_millis(500);
 /// How long what may be stuck in a freeze or a thaw of somebody who has just ended may take to come back.
 const STUCK_TIME: Duration = Duration::from_secs(1);
+/// How long it takes to end what has nothing left to do.
+const MOMENT: Duration = Duration::from_micros(100);
 /// How long a look whether all is still frozen is waited for.
 const LOOK_TIME: Duration = Duration::from_millis(200);
 /// How often it is tried again to thaw what could not be when its session ended.
@@ -707,20 +709,21 @@ impl Session {
         };
         // Nobody else is to be thawed or left alone should it be called off.
         let is_alone = work.targets.len() == 1;
-        if is_alone && meanwhile.is_none() {
+        if is_alone {
+            // To wake another, and to be woken, takes longer than to look when it is done.
             run_one(0);
+            if let Some(meanwhile) = meanwhile.take() {
+                meanwhile();
+            }
         } else if count > 0 {
             let step = Arc::new(run_one);
             let mut may_back_off = may_back_off;
             let mut left = vec![false; work.targets.len()];
             self.pool.run_watched(count, step, || {
                 if let Some(meanwhile) = meanwhile.take() {
-                    // On a single processor they would begin later.
-                    thread::yield_now();
+                    // On a single processor they would begin later: the caller goes before them.
+                    thread::sleep(MOMENT);
                     meanwhile();
-                }
-                if is_alone {
-                    return None;
                 }
                 let next = self.call_off_stuck();
                 let next = self.leave_alone(&mut left).or(next);
@@ -968,7 +971,7 @@ impl Session {
             let is_closed = told.recv_timeout(left).is_ok();
             // It is about to be free for the next one.
             while is_closed && closing.strong_count() > 0 {
-                thread::yield_now();
+                thread::sleep(MOMENT);
             }
         }
     }

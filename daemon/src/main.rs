@@ -414,7 +414,7 @@ fn harden(log: &Logbook) -> Result<(), Failure> {
     if let Err(error) = process::raise_descriptor_limit() {
         log.warning(format!("cannot raise the limit of open files: {error}"));
     }
-    if let Err(error) = process::go_first() {
+    if let Err(error) = process::go_ahead() {
         log.warning(format!("cannot go before others on the processor: {error}"));
     }
     process::leave_no_dump().map_err(|e| format!("cannot forgo a dump of core: {e}"))?;

@@ -4,12 +4,14 @@
 //!
 //! They are started before a first freeze, because a thread needs memory that may not be had while
 //! file systems are frozen, and takes longer to start than a clean file system to freeze; their stacks
-//! are small, because all memory is locked. It knows nothing of what it runs.
+//! are small, because all memory is locked. They go ahead of others. It knows nothing of what it runs.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
+
+use crate::process;
 
 /// Enough for an ioctl and a formatted log line.
 const STACK_BYTES: usize = 64 * 1024;
@@ -106,6 +108,8 @@ impl Shared {
     }
 
     fn work(&self) {
+        // Whoever has it work waits, and may be one that goes first.
+        let _ = process::go_ahead();
         let mut state = self.lock();
         state.begun += 1;
         self.idle.notify_all();

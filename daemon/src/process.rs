@@ -44,13 +44,29 @@ pub fn be_ordinary() {
     let _ = fs::write("/proc/self/oom_score_adj", "0");
 }
 
-/// Goes before all who share the processor: they wait for what this process has frozen.
+/// Whoever freezes goes before all others on its processor: they wait for what is frozen, and each turn that one of them
+/// takes between two steps makes that longer for all. Nice alone is no help there: whoever wakes up gets its turn. It
+/// must wait for nobody by [yielding](std::thread::yield_now): only its like would run.
 pub fn go_first() -> io::Result<()> {
+    /// Above [`go_second`]'s, and below all that an administrator would choose.
+    const PRIORITY: i32 = 2;
+    sys::run_before_others(PRIORITY).or_else(|_| go_ahead())
+}
+
+/// And before all but that goes whoever gives the host the answer.
+pub fn go_second() -> io::Result<()> {
+    const PRIORITY: i32 = 1;
+    sys::run_before_others(PRIORITY).or_else(|_| go_ahead())
+}
+
+/// Goes ahead of others, and leaves them a little: for what is waited for and may take long.
+pub fn go_ahead() -> io::Result<()> {
     sys::set_nice(-20)
 }
 
 /// Takes that back, for one that only waits and must not be in the way.
 pub fn go_along() -> io::Result<()> {
+    sys::run_by_turns()?;
     sys::set_nice(0)
 }
 

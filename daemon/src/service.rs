@@ -1216,10 +1216,10 @@ impl Hands {
             progress: Arc::default(),
             disks,
         };
+        // Before: that thread goes first, and what is left to be done here is done while it waits for the kernel.
+        self.is_ahead = process::go_second().is_ok();
         let job = self.worker.begin(setting, about, held, tell);
         self.job = Some(job.ok_or("the thread that freezes has died")?);
-        // Only now: that thread goes first already, and to ask for it is to give the processor away.
-        self.is_ahead = process::go_first().is_ok();
         self.report = now + REPORT;
         Ok(())
     }

@@ -725,6 +725,27 @@ pub fn set_nice(nice: i32) -> io::Result<()> {
     Ok(())
 }
 
+/// Has the calling thread run before all that share the processor by turns (`SCHED_FIFO`), and among those that
+/// do so, too, by this priority, 1 to 99. What it starts does not. Fails with `EPERM` when that takes privilege that is
+/// lacking, or the machine has no such time to give (`CONFIG_RT_GROUP_SCHED`).
+pub fn run_before_others(priority: libc::c_int) -> io::Result<()> {
+    set_scheduler(libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, priority)
+}
+
+/// Has it share the processor by turns again, as its `nice` says.
+pub fn run_by_turns() -> io::Result<()> {
+    const NONE: libc::c_int = 0;
+    set_scheduler(libc::SCHED_OTHER, NONE)
+}
+
+fn set_scheduler(policy: libc::c_int, sched_priority: libc::c_int) -> io::Result<()> {
+    let param = libc::sched_param { sched_priority };
+    // SAFETY: the call reads one structure, which lives until it returns; 0 stands for the calling thread.
+    let ret = unsafe { libc::sched_setscheduler(0, policy, &raw const param) };
+    Errno::result(ret)?;
+    Ok(())
+}
+
 /// Gives the calling thread a table of descriptors of its own, with none in it but that with this number,
 /// which is returned. What the others have open ends with them then, even if this thread hangs in the kernel
 /// for good. It must not have anything else that closes a descriptor when it is dropped.
@@ -797,16 +818,21 @@ pub fn set_memory_aside() {
     drop(std::hint::black_box(blocks));
 }
 
-/// Gives memory that the allocator keeps for later back to the kernel, but for a little with which the next
-/// backup begins.
+/// Gives memory that the allocator keeps for later back to the kernel, where that is much. A little is what the next
+/// backup begins with: to have it zeroed and mapped anew, page by page, takes longer than the rest of its preparation.
 pub fn give_back_memory() {
-    /// Bytes.
+    /// Bytes that may be free.
+    #[cfg(target_env = "gnu")]
+    const MUCH: usize = 512 << 10;
+    /// Bytes that are kept of more.
     #[cfg(target_env = "gnu")]
     const KEPT: usize = 8 << 10;
     #[cfg(target_env = "gnu")]
-    // SAFETY: malloc_trim has no preconditions; it only looks at the allocator's own lists.
+    // SAFETY: neither has preconditions; they only look at the allocator's own lists, under its lock.
     unsafe {
-        libc::malloc_trim(KEPT);
+        if libc::mallinfo2().fordblks > MUCH {
+            libc::malloc_trim(KEPT);
+        }
     }
 }
 
