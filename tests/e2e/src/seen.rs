@@ -22,6 +22,9 @@ type Cells = BTreeMap<String, BTreeMap<String, BTreeMap<String, Cell>>>;
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Cell {
     seen: String,
+    /// The case that it is of. Not known of what was seen before this was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    case: Option<String>,
     #[serde(flatten)]
     origin: Origin,
 }
@@ -69,6 +72,19 @@ struct Rows {
 
 /// What stands in the row of a case that has failed.
 const FAILED: &str = "not known, the case failed";
+
+/// How what stands in a cell ends when its case has failed.
+const CASE_FAILED: &str = "; its case failed";
+
+impl Cell {
+    /// Its case has failed. Where nothing was seen there is nothing to doubt.
+    fn fail(&mut self, origin: Origin) {
+        self.origin = origin;
+        if self.seen != NOT_RUN && !self.seen.ends_with(CASE_FAILED) {
+            self.seen.push_str(CASE_FAILED);
+        }
+    }
+}
 
 impl OnKernel {
     /// The row of the kernel that goes by this name. A case that has not been run on it is of those that have
@@ -164,8 +180,18 @@ impl Seen {
             for cell in &verdict.cells {
                 let fault = self.cells.entry(cell.fault.clone()).or_default();
                 let stage = fault.entry(cell.stage.clone()).or_default();
-                let (seen, origin) = (cell.seen.clone(), verdict.origin());
-                stage.insert(cell.stack.clone(), Cell { seen, origin });
+                let kept = Cell {
+                    seen: cell.seen.clone(),
+                    case: Some(verdict.name.clone()),
+                    origin: verdict.origin(),
+                };
+                stage.insert(cell.stack.clone(), kept);
+            }
+            if !verdict.has_passed() {
+                let is_of = |it: &&mut Cell| it.case.as_deref() == Some(&verdict.name);
+                let stages = self.cells.values_mut().flat_map(BTreeMap::values_mut);
+                let cells = stages.flat_map(BTreeMap::values_mut);
+                cells.filter(is_of).for_each(|it| it.fail(verdict.origin()));
             }
         }
     }
@@ -455,7 +481,7 @@ mod tests {
         let mut early = Verdict::failed("a/b");
         early.cells = row(&[&begun[..], &[cell("1", "frozen")]].concat()).cells;
         seen.merge(&[early]);
-        let left = ["frozen", NOT_RUN, NOT_RUN].map(|it| Some(it.to_owned()));
+        let left = ["frozen; its case failed", NOT_RUN, NOT_RUN].map(|it| Some(it.to_owned()));
         assert_eq!(cells(&seen), left);
     }
 
@@ -518,5 +544,36 @@ mod tests {
         assert!(seen.comparison(&[case("a/b")]).contains("| good |"));
         let text = serde_json::to_string(&seen).unwrap();
         assert_eq!(serde_json::from_str::<Seen>(&text).unwrap(), seen);
+    }
+
+    #[test]
+    fn a_case_that_fails_keeps_its_cells_and_they_say_so() {
+        let cells = |seen: &Seen| {
+            ["1", "2"].map(|it| seen.cell("dead", it, "ours").unwrap_or_default().to_owned())
+        };
+        let whole = [["dead", "1", "ours", "F ok"], ["dead", "2", "ours", "F ok"]];
+        let other = [["late", "1", "ours", "F ok"]];
+        let mut seen = Seen::default();
+        seen.merge(&[verdict("a/b", "", &whole), verdict("c/d", "", &other)]);
+        // Its guest did not come up, and twice so: it has no cells to say it with.
+        for _ in 0..2 {
+            seen.merge(&[Verdict::failed("a/b")]);
+            assert_eq!(cells(&seen), ["F ok; its case failed"; 2]);
+        }
+        // One stage of it was wrong: of the others it is not known how much that says.
+        let mut wrong = Verdict::failed("a/b");
+        wrong.cells = verdict("a/b", "", &whole).cells;
+        wrong.cells[0].seen = "F ok; wrong: written".into();
+        seen.merge(&[wrong]);
+        let said = [
+            "F ok; wrong: written; its case failed",
+            "F ok; its case failed",
+        ];
+        assert_eq!(cells(&seen), said);
+        assert_eq!(seen.cell("late", "1", "ours"), Some("F ok"));
+        let text = serde_json::to_string(&seen).unwrap();
+        assert_eq!(serde_json::from_str::<Seen>(&text).unwrap(), seen);
+        seen.merge(&[verdict("a/b", "", &whole)]);
+        assert_eq!(cells(&seen), ["F ok"; 2]);
     }
 }

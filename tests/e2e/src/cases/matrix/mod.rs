@@ -634,7 +634,7 @@ fn row(guest: &Guest, fault: Fault, stack: Stack) -> Result<()> {
         };
         if let Ok(seen) = &seen {
             println!("     {}: {} ({:?})", stage.words(), seen.words, seen.on);
-            note(guest, fault, stage, stack, &seen.words, seen.on);
+            note(guest, fault, stage, stack, &in_table(stack, seen), seen.on);
         }
         let counts = fails(stack, &seen);
         let problems = match seen {
@@ -677,6 +677,18 @@ fn fails(stack: Stack, seen: &Result<Seen>) -> bool {
     match seen {
         Ok(seen) => stack != Stack::Peer && !seen.wrong.is_empty(),
         Err(_) => true,
+    }
+}
+
+/// What the table has of a cell: where it fails its case, also what was wrong.
+fn in_table(stack: Stack, seen: &Seen) -> String {
+    match stack {
+        Stack::Ours | Stack::OursOnStock if !seen.wrong.is_empty() => {
+            // A cell is one line, and ends at a bar.
+            let wrong = seen.wrong.join(", ").replace(['\n', '|'], " ");
+            format!("{}; wrong: {wrong}", seen.words)
+        }
+        _ => seen.words.clone(),
     }
 }
 
@@ -735,6 +747,28 @@ mod tests {
             assert!(!fails(stack, &seen(&[])));
             assert_eq!(fails(stack, &seen(&["frozen"])), stack != Stack::Peer);
         }
+    }
+
+    #[test]
+    fn what_was_wrong_stands_in_the_table() {
+        let seen = |wrong: &[&str]| Seen {
+            told: "F ok, T ok".into(),
+            words: "F ok, T ok; on with THAW; next good".into(),
+            on: None,
+            wrong: wrong.iter().map(|it| it.to_string()).collect(),
+        };
+        for stack in Stack::ALL {
+            assert_eq!(in_table(stack, &seen(&[])), seen(&[]).words);
+        }
+        let bad = seen(&["written in the window: /a", "said:\nno | more"]);
+        for stack in [Stack::Ours, Stack::OursOnStock] {
+            assert_eq!(
+                in_table(stack, &bad),
+                "F ok, T ok; on with THAW; next good; \
+                 wrong: written in the window: /a, said: no   more"
+            );
+        }
+        assert_eq!(in_table(Stack::Peer, &bad), bad.words);
     }
 
     #[test]
