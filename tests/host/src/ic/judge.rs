@@ -78,7 +78,11 @@ pub(crate) fn judge(asked: &Asked, id: u64, answer: &Packet) -> Result<(), Strin
         ),
         // With any the host would owe a completion, which no component looks for: it would be taken for a request.
         ("descriptor's flags", &answer.flags, &0),
-        ("length between descriptor and data", &answer.extra.len(), &0),
+        (
+            "length between descriptor and data",
+            &answer.extra.len(),
+            &0,
+        ),
         ("transaction id in the ring", &answer.transaction, &id),
         ("length in the ring", &answer.payload.len(), &in_ring),
         ("pipe flags", &header.pipe_flags, &request.pipe_flags),
