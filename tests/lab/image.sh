@@ -16,7 +16,7 @@ inner_modules=(
     xfs btrfs vfat nls_cp437 nls_ascii nls_utf8 exfat overlay squashfs autofs4 fuse
 )
 inner_tools=(
-    mke2fs mkfs.ext4 tune2fs dumpe2fs e2fsck mkfs.xfs xfs_io xfs_freeze xfs_logprint xfs_repair mkfs.btrfs btrfs mkfs.vfat mkfs.exfat
+    mke2fs mkfs.ext4 tune2fs dumpe2fs e2fsck mkfs.xfs xfs_io xfs_freeze xfs_logprint xfs_repair mkfs.btrfs btrfs btrfstune mkfs.vfat mkfs.exfat
     dash blkid findmnt fsfreeze losetup lsblk mount nsenter umount unshare wipefs dmsetup strace
 )
 

@@ -70,11 +70,18 @@ pub(crate) fn judge(asked: &Asked, id: u64, answer: &Packet) -> Result<(), Strin
         None => request.message_size.get().into(),
     };
     let answers = flags::TRANSACTION | flags::RESPONSE;
-    let expected: [(&str, &dyn Display, &dyn Display); 11] = [
+    let expected: [(&str, &dyn Display, &dyn Display); 13] = [
         (
             "packet type",
             &answer.packet_type,
             &packet_type::DATA_INBAND,
+        ),
+        // With any the host would owe a completion, which no component looks for: it would be taken for a request.
+        ("descriptor's flags", &answer.flags, &0),
+        (
+            "length between descriptor and data",
+            &answer.extra.len(),
+            &0,
         ),
         ("transaction id in the ring", &answer.transaction, &id),
         ("length in the ring", &answer.payload.len(), &in_ring),
@@ -184,6 +191,20 @@ mod tests {
         for byte in 0..26 {
             let wrong = judged(|packet| packet.payload[byte] ^= 0x40);
             assert!(wrong.is_err(), "byte {byte}");
+        }
+    }
+
+    #[test]
+    fn an_answer_stands_alone_in_the_ring() {
+        let wrong = judged(|packet| packet.flags = 1).unwrap_err();
+        assert!(wrong.contains("descriptor's flags"), "{wrong}");
+        assert!(judged(|packet| packet.flags = 0x8000).is_err());
+        let wrong = judged(|packet| packet.extra = vec![0; 8]).unwrap_err();
+        assert!(wrong.contains("between descriptor and data"), "{wrong}");
+        // What a list of pages, or the header of transfer pages, would be.
+        for kind in [0, 7, 9, packet_type::COMPLETION] {
+            let wrong = judged(|packet| packet.packet_type = kind).unwrap_err();
+            assert!(wrong.contains("packet type"), "{wrong}");
         }
     }
 
