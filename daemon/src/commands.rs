@@ -486,7 +486,7 @@ impl Rehearsed {
         loop {
             match self.told.try_recv() {
                 Ok(HookOutcome::Quiesced(result)) => return result.map_err(CommandError::Hooks),
-                Ok(HookOutcome::Released(_)) | Err(TryRecvError::Disconnected) => {
+                Ok(HookOutcome::Released { .. }) | Err(TryRecvError::Disconnected) => {
                     return Err(CommandError::Hooks("hooks have ended".into()))
                 }
                 Err(TryRecvError::Empty) => {}

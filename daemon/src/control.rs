@@ -130,6 +130,8 @@ pub struct Status<'a> {
     pub frozen: &'a [String],
     /// What hangs, by name, and why backups are without it.
     pub given_up: Vec<String>,
+    /// Which hooks are not let go yet, and why.
+    pub owed: &'a [String],
     /// How many there were since it was started.
     pub backups: u64,
     /// How the last one went, in words.
@@ -161,6 +163,7 @@ impl Status<'_> {
             most: None,
             frozen: &[],
             given_up: Vec::new(),
+            owed: &[],
             backups: 0,
             last: NO_BACKUP,
             last_backup: None,
