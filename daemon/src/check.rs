@@ -23,7 +23,7 @@ use serde_json::Value;
 use crate::cache::survey;
 use crate::children;
 use crate::config::Config;
-use crate::control::{ask, reply_of, ControlError, Method};
+use crate::control::{ask, reply_of, turned_in, ControlError, Method};
 use crate::freeze::is_of_anything;
 use crate::ground::{self, AtRest};
 use crate::hooks;
@@ -609,7 +609,8 @@ fn left_behind(run: &RunDir) -> Vec<Finding> {
 }
 
 fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
-    let plan = match survey(config) {
+    let turned = status.map(turned_in).unwrap_or_default();
+    let plan = match survey(config, turned) {
         Ok(plan) => plan,
         Err(error) => return vec![finding(FILE_SYSTEMS, Grade::Problem, words(&error))],
     };

@@ -926,6 +926,7 @@ impl Service {
                     most,
                     frozen: &hands.held,
                     given_up: hands.worker.given_up(),
+                    turned: hands.worker.turned(),
                     owed: &hands.owed.0,
                     backups: hands.backups,
                     last: &hands.last,
