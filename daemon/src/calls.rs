@@ -11,7 +11,7 @@
 //! one that stays over the freeze would hang otherwise, and is logged after the thaw. Only a call with `thaw` that
 //! has run the hook ends what is owed to it. What is not there for the moment, as while a package is upgraded, is
 //! waited for a little. What does not let itself be looked up, must not be run or cannot be stays on record, and is tried
-//! again: by the daemon each minute, with each backup that calls any, at the next start and by hand; after a day it is
+//! again: by the daemon twice a minute, with each backup that calls any, at the next start and by hand; after a day it is
 //! given up on. What one that ended well leaves running is its [`Session`]: should that end by itself, the application is no longer ready. A record
 //! of what is to be let go is in the run directory, for whoever comes after a death. It freezes nothing and
 //! decides of no backup.

@@ -600,7 +600,7 @@ fn left_behind(run: &RunDir) -> Vec<Finding> {
     });
     let tried = tried.into_iter().map(|what| {
         let text = format!(
-            "{what}; the daemon tries it again each minute, and gives up on it after a day: put the hook back for that \
+            "{what}; the daemon tries it again twice a minute, and gives up on it after a day: put the hook back for that \
              time"
         );
         finding("record", Grade::Problem, text)

@@ -66,7 +66,7 @@ const LAST_ENTRY: Duration = Duration::from_secs(5);
 /// How often it is looked whether a guard that was killed is out of the kernel.
 const GRAVE: Duration = Duration::from_secs(1);
 /// How long after it was tried last what could not be let go is tried again.
-const OWED: Duration = Duration::from_secs(60);
+const OWED: Duration = Duration::from_secs(30);
 const CHECK_STACK_BYTES: usize = 64 * 1024;
 /// How often the log says so while nothing is frozen.
 const REPORT: Duration = Duration::from_secs(10);

@@ -538,10 +538,12 @@ fn hung_look_up(guest: &Guest) -> Result<()> {
 
 fn away(guest: &Guest) -> Result<()> {
     /// After which the daemon tries again, and a step.
-    const AGAIN: Duration = Duration::from_secs(60);
+    const AGAIN: Duration = Duration::from_secs(30);
     const OUT: &str = "mv /etc/hv_vss/hooks.d/10-a /run/10-a";
     const BACK: &str = "mv /run/10-a /etc/hv_vss/hooks.d/10-a";
     prepare(guest)?;
+    // What is frozen lets nobody take it away.
+    guest.sh("mount -t tmpfs -o mode=755 none /etc/hv_vss")?;
     let vss = guest.vss();
     hook(guest, "10-a", "")?;
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
@@ -580,13 +582,8 @@ fn away(guest: &Guest) -> Result<()> {
         noted(guest, "back late", &["10-a thaw unknown"])?;
         guest.wait_until("nothing is owed", STEP, || Ok(!says("status")?))?;
     }
-    good_backup(guest, "the next backup")?;
-    noted(
-        guest,
-        "the next backup",
-        &["10-a freeze ", "10-a thaw good"],
-    )?;
     stop_at_rest(guest, guest.module(), &daemon)?;
+    guest.sh("umount /etc/hv_vss")?;
     end(guest)
 }
 
