@@ -125,9 +125,10 @@ pub struct Gathered {
     pub is_believed: bool,
 }
 
-/// What a backup would freeze now, and what it would not: the plan, after a try to open each.
-pub fn survey(config: &Config) -> Result<Plan, GatherError> {
-    let opened = Cache::default().open(config, &[], false)?;
+/// What a backup would freeze now, and what it would not: the plan, after a try to open each. `turned` is what the daemon
+/// that serves knows to have turned read-only, which cannot be seen afterwards.
+pub fn survey(config: &Config, turned: BTreeSet<DevId>) -> Result<Plan, GatherError> {
+    let opened = Cache::with(Kernel::told(turned)).open(config, &[], false)?;
     Ok(opened.plan)
 }
 
@@ -225,6 +226,13 @@ impl<S: Signals> Cache<S> {
         let marks = self.marks.take();
         self.marks = marks.filter(|it| it.may_hold(&mut self.signals));
         self.marks.is_some()
+    }
+
+    /// What the plan leaves out for having turned read-only, perhaps since an error.
+    pub fn left_out_as_turned(&self) -> Vec<DevId> {
+        let left_out = self.plan.left_out.iter();
+        let turned = left_out.filter(|it| it.reason == Reason::TurnedReadOnly);
+        turned.map(|it| it.file_system.dev).collect()
     }
 
     /// Has the plan looked at before it is used again, as when it has turned out not to hold, or when others were

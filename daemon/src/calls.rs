@@ -9,9 +9,10 @@
 //! ([`crate::children`]): to get at either may take as long as anything, and nothing of the hook is run
 //! before it is on record which process it is. What a hook writes is read all the time, since
 //! one that stays over the freeze would hang otherwise, and is logged after the thaw. Only a call with `thaw` that
-//! was started ends what is owed to a hook: what does not let itself be looked up, or cannot be started, stays on
-//! record, and is tried again with the next backup that calls any, at the next start and by hand. What one that ended well
-//! leaves running is its [`Session`]: should that end by itself, the application is no longer ready. A record
+//! has run the hook ends what is owed to it. What is not there for the moment, as while a package is upgraded, is
+//! waited for a little. What does not let itself be looked up, must not be run or cannot be stays on record, and is tried
+//! again: by the daemon twice a minute, with each backup that calls any, at the next start and by hand; after a day it is
+//! given up on. What one that ended well leaves running is its [`Session`]: should that end by itself, the application is no longer ready. A record
 //! of what is to be let go is in the run directory, for whoever comes after a death. It freezes nothing and
 //! decides of no backup.
 
@@ -36,6 +37,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backup::{name_of_type, Verdict};
 use crate::children::{self, Starting};
+use crate::clock::boot_time;
 use crate::hooks::{Found, Hook, Verb};
 use crate::logbook::{words, Logbook};
 use crate::process;
@@ -56,6 +58,12 @@ const SETTLED: Duration = Duration::from_millis(500);
 const TICK: Duration = Duration::from_millis(20);
 /// How long after a call that could not be started it is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
+/// How long one that was called is waited for that cannot be run at the thaw, all of them together: its file is being
+/// replaced by another.
+const GAP: Duration = Duration::from_secs(5);
+/// How long after it was first tried what is owed to one is given up on. Its application goes on without by then, or is
+/// known to somebody who sees to it.
+const GIVEN_UP_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long what was killed may take to end.
 const GRACE: Duration = Duration::from_secs(2);
 /// Where hooks find programs.
@@ -129,6 +137,36 @@ pub struct Owed {
     pub hook: Hook,
     /// The process of its last call, with the time of its start, if that has been seen.
     pub process: Option<(u32, u64)>,
+    /// What it was not let go for, once that was tried.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub lacks: Option<Lack>,
+}
+
+impl Owed {
+    /// Why it is not let go yet, if that was tried, for people.
+    pub fn in_words(&self) -> Option<String> {
+        let Lack { why, .. } = self.lacks.as_ref()?;
+        Some(format!(
+            "hook {} is not let go yet: {why}",
+            self.hook.name()
+        ))
+    }
+}
+
+/// Why a hook could not be let go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lack {
+    /// When that was first tried, in seconds since the machine was booted: the record lasts no longer.
+    pub since_s: u64,
+    /// When it was last.
+    pub why: String,
+}
+
+impl Lack {
+    /// Whether it is given up on, so many seconds after the machine was booted.
+    fn is_over(&self, now_s: u64) -> bool {
+        now_s.saturating_sub(self.since_s) >= GIVEN_UP_AFTER.as_secs()
+    }
 }
 
 /// Hooks that are to be let go, on record for whoever comes after a death.
@@ -218,8 +256,13 @@ struct Settling {
 pub enum HookOutcome {
     /// All are ready, or one that is required is not.
     Quiesced(Result<(), String>),
-    /// All have been let go; these are all calls.
-    Released(Vec<Called>),
+    /// All have been let go that could be.
+    Released {
+        /// All calls.
+        called: Vec<Called>,
+        /// What is not let go yet, and why.
+        owed: Vec<String>,
+    },
 }
 
 /// What a call needs.
@@ -267,7 +310,7 @@ impl Calling {
                 tell(HookOutcome::Quiesced(result));
             }
             let verdict = calls.wait();
-            tell(HookOutcome::Released(calls.thaw(verdict)));
+            tell(calls.release(verdict));
         };
         Self::spawn(word, sessions, body)
     }
@@ -283,7 +326,7 @@ impl Calling {
             return Ok(None);
         };
         let (word, _) = UnixStream::pair().map_err(|e| e.to_string())?;
-        let body = move || tell(HookOutcome::Released(calls.thaw(None)));
+        let body = move || tell(calls.release(None));
         Self::spawn(word, Sessions::default(), body).map(Some)
     }
 
@@ -395,7 +438,30 @@ struct Call {
     child: Child,
     pidfd: OwnedFd,
     /// Without that word, be it that we die, it ends.
-    word: File,
+    word: UnixStream,
+}
+
+/// One that was given the word.
+struct Running {
+    child: Child,
+    pidfd: OwnedFd,
+    /// It is closed once it is the hook, or says why it cannot be.
+    word: UnixStream,
+}
+
+impl Running {
+    /// Whether it is the hook, or has ended as that.
+    fn has_begun(&self) -> Result<(), String> {
+        let mut number = [0; 4];
+        match (&self.word).read(&mut number) {
+            Ok(4) => {
+                let error = io::Error::from_raw_os_error(i32::from_ne_bytes(number));
+                Err(format!("it cannot be run: {error}"))
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err("it has not begun".into()),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Call {
@@ -405,10 +471,14 @@ impl Call {
         process::start_of(pid).map(|start| (pid, start))
     }
 
-    fn go_on(mut self) -> (Child, OwnedFd) {
+    fn go_on(mut self) -> Running {
         // It fails when the process has ended, and that is seen.
         let _ = self.word.write_all(&[0]);
-        (self.child, self.pidfd)
+        Running {
+            child: self.child,
+            pidfd: self.pidfd,
+            word: self.word,
+        }
     }
 
     fn call_off(mut self) {
@@ -422,8 +492,23 @@ impl Call {
 enum End {
     Good,
     Bad(String),
+    /// Nothing of the hook was run.
+    NotRun(String),
+    /// It was killed before it was the hook, or as it became that.
+    NotBegun(String),
     /// The word to let go has come first.
     CutShort,
+}
+
+impl End {
+    /// What was wrong with it.
+    fn fault(&self) -> Option<&str> {
+        match self {
+            End::Good => None,
+            End::Bad(why) | End::NotRun(why) | End::NotBegun(why) => Some(why),
+            End::CutShort => Some("called off"),
+        }
+    }
 }
 
 struct Calls {
@@ -439,6 +524,8 @@ struct Calls {
     children: Vec<Option<Child>>,
     /// How many of those on record, the first, are still owed from an earlier backup.
     inherited: usize,
+    /// Whether this process has said already what it could not let go of those.
+    has_said: bool,
     /// The one that is looked at next is the first.
     settling: Vec<Settling>,
     sessions: Sessions,
@@ -462,6 +549,7 @@ impl Calls {
             record,
             children: Vec::new(),
             inherited: 0,
+            has_said: false,
             settling: Vec::new(),
             sessions: Sessions::default(),
             outputs: Vec::new(),
@@ -518,6 +606,7 @@ impl Calls {
             }
         }
         // Nobody else lets them go as long as we live.
+        let has_said = record.pid == std::process::id();
         record.pid = std::process::id();
         if record.owed.is_empty() {
             run.remove_hooks()?;
@@ -527,6 +616,7 @@ impl Calls {
         let children = record.owed.iter().map(|_| None).collect();
         Ok(Calls {
             inherited: record.owed.len(),
+            has_said,
             record,
             children,
             ..Calls::new(means, None, lock)
@@ -542,6 +632,7 @@ impl Calls {
                 self.record.owed = left.record.owed;
                 self.children = left.children;
                 self.inherited = self.record.owed.len();
+                self.has_said = true;
             }
             Err(error) => log.error(words(&error)),
         }
@@ -561,8 +652,10 @@ impl Calls {
             match end {
                 End::Good => {}
                 End::CutShort => break,
-                End::Bad(why) if found.required => return Err(format!("hook {name}: {why}")),
-                End::Bad(why) => {
+                End::Bad(why) | End::NotRun(why) | End::NotBegun(why) if found.required => {
+                    return Err(format!("hook {name}: {why}"));
+                }
+                End::Bad(why) | End::NotRun(why) | End::NotBegun(why) => {
                     let text = format!("hook {name}, which is optional: {why}");
                     self.means.log.warning(text);
                     if !is_run {
@@ -596,25 +689,59 @@ impl Calls {
         self.record.owed.push(Owed {
             hook: hook.clone(),
             process: call.process(),
+            lacks: None,
         });
         if let Err(error) = self.means.run.write_hooks(&self.record) {
             self.record.owed.pop();
             call.call_off();
             return End::Bad(words(&error));
         }
-        // From here on it is let go, whatever happens.
-        let (child, pidfd) = call.go_on();
-        let end = self.watch(&child, &pidfd, until, true);
-        if matches!(end, End::Good) {
-            self.settling.push(Settling {
+        // From here on it is let go, whatever happens, unless it says itself that it is not the hook.
+        let running = call.go_on();
+        let end = self.watch(&running, until, true);
+        let mut child = running.child;
+        match end {
+            End::NotRun(_) => {
+                // It has ended.
+                let _ = child.try_wait();
+                self.record.owed.pop();
+                self.write_record();
+                return end;
+            }
+            End::Good => self.settling.push(Settling {
                 hook: hook.name(),
                 required,
                 group: child.id(),
                 at: Instant::now() + SETTLED,
-            });
+            }),
+            _ => {}
         }
         self.children.push(Some(child));
+        self.is_owed_once(hook);
         end
+    }
+
+    /// The last one on record was called, which may still be owed what an earlier backup owes it: one call serves
+    /// for both.
+    fn is_owed_once(&mut self, hook: &Hook) {
+        let mut inherited = self.record.owed.iter().take(self.inherited);
+        if let Some(at) = inherited.position(|it| it.hook == *hook) {
+            self.record.owed.remove(at);
+            self.children.remove(at);
+            self.inherited -= 1;
+        }
+    }
+
+    /// What is on record is on disk, or the log says why not.
+    fn write_record(&self) {
+        let run = &self.means.run;
+        let done = match self.record.owed.is_empty() {
+            true => run.remove_hooks(),
+            false => run.write_hooks(&self.record),
+        };
+        if let Err(error) = done {
+            self.means.log.warning(words(&error));
+        }
     }
 
     /// Until the word to let go comes, which may have come already. Returns how the backup went.
@@ -627,60 +754,116 @@ impl Calls {
         }
     }
 
-    /// Lets all go, the last one first. What could not even be called stays on record.
+    /// Lets all go that can be, and tells of it.
+    fn release(&mut self, verdict: Option<Verdict>) -> HookOutcome {
+        let called = self.thaw(verdict);
+        let owed = self.record.owed.iter().filter_map(Owed::in_words);
+        HookOutcome::Released {
+            called,
+            owed: owed.collect(),
+        }
+    }
+
+    /// Lets all go, the last one first. What could not even be run stays on record.
     fn thaw(&mut self, verdict: Option<Verdict>) -> Vec<Called> {
         self.settling.clear();
         self.sessions.all().clear();
         self.say_output();
+        let mut gap = None;
         for at in (0..self.record.owed.len()).rev() {
             let Some(hook) = self.record.owed.get(at).map(|it| it.hook.clone()) else {
                 continue;
             };
-            // It was fit when it was called first, which may be long ago.
             let is_inherited = at < self.inherited;
-            let looked = if is_inherited {
-                hook.look_up()
-            } else {
-                Ok(None)
+            let done = match is_inherited {
+                true => self.thaw_inherited(&hook, at),
+                false => self.thaw_own(&hook, at, verdict, &mut gap),
             };
-            let is_over = match looked {
-                Ok(None) => self.thaw_one(&hook, at, verdict.filter(|_| !is_inherited)),
-                Ok(Some(fault)) => {
-                    let name = hook.name();
-                    let text = format!("hook {name} is not let go, it is not run: {fault}");
-                    self.means.log.error(text);
-                    true
-                }
-                Err(error) => {
-                    self.is_still_owed(&hook, &error);
-                    false
-                }
+            let is_over = match done {
+                Ok(()) => true,
+                Err(why) => self.is_given_up(at, why),
             };
             if is_over {
                 self.record.owed.remove(at);
                 self.children.remove(at);
                 self.inherited -= usize::from(is_inherited);
             }
-            let done = match self.record.owed.is_empty() {
-                true => self.means.run.remove_hooks(),
-                false => self.means.run.write_hooks(&self.record),
-            };
-            if let Err(error) = done {
-                self.means.log.warning(words(&error));
-            }
+            self.write_record();
         }
         self.say_output();
         std::mem::take(&mut self.called)
     }
 
-    fn is_still_owed(&self, hook: &Hook, error: &io::Error) {
-        let name = hook.name();
-        let text = format!("hook {name} is not let go before the next backup or start: {error}");
-        self.means.log.error(text);
+    /// One of an earlier backup, which was fit when it was called first: that may be long ago.
+    fn thaw_inherited(&mut self, hook: &Hook, at: usize) -> Result<(), String> {
+        let since = Instant::now();
+        let fault = match hook.look_up() {
+            Ok(None) => return self.thaw_one(hook, at, None),
+            Ok(Some(fault)) => format!("it is not run: {fault}"),
+            Err(error) => error.to_string(),
+        };
+        self.called.push(Called {
+            name: hook.name(),
+            verb: hook.release(None),
+            since,
+            took: since.elapsed(),
+            fault: Some(fault.clone()),
+        });
+        Err(fault)
     }
 
-    /// Calls the one at `at` with `thaw`. Whether nothing is owed to it any more.
-    fn thaw_one(&mut self, hook: &Hook, at: usize, verdict: Option<Verdict>) -> bool {
+    /// One of this backup: what cannot be run is tried again until `gap`, which begins with the first of them.
+    fn thaw_own(
+        &mut self,
+        hook: &Hook,
+        at: usize,
+        verdict: Option<Verdict>,
+        gap: &mut Option<Instant>,
+    ) -> Result<(), String> {
+        loop {
+            let since = Instant::now();
+            let done = self.thaw_one(hook, at, verdict);
+            if done.is_ok() {
+                return done;
+            }
+            let until = *gap.get_or_insert(since + GAP.min(self.means.limit));
+            if Instant::now() >= until {
+                return done;
+            }
+            // What is told of the backup is how it went at last.
+            self.called.pop();
+            let next = until.min(Instant::now() + AGAIN);
+            while Instant::now() < next {
+                self.look(None, Some(next));
+            }
+        }
+    }
+
+    /// Says that the one at `at` is not let go. Whether it is given up on.
+    fn is_given_up(&mut self, at: usize, why: String) -> bool {
+        let log = &self.means.log;
+        let Some(owed) = self.record.owed.get_mut(at) else {
+            return true;
+        };
+        let now_s = boot_time().as_secs();
+        let since_s = owed.lacks.as_ref().map_or(now_s, |it| it.since_s);
+        let is_said = owed.lacks.as_ref().is_some_and(|it| it.why == why) && self.has_said;
+        let lacks = owed.lacks.insert(Lack { since_s, why });
+        if lacks.is_over(now_s) {
+            let (name, why) = (owed.hook.name(), &lacks.why);
+            log.error(format!(
+                "hook {name} is given up on, which could not be let go for a day: {why}"
+            ));
+            return true;
+        }
+        if let Some(text) = owed.in_words().filter(|_| !is_said) {
+            log.error(format!("{text}; it is tried again"));
+        }
+        false
+    }
+
+    /// Calls the one at `at` with `thaw`; an error says why it has not been run.
+    fn thaw_one(&mut self, hook: &Hook, at: usize, verdict: Option<Verdict>) -> Result<(), String> {
         let verb = hook.release(verdict);
         let since = Instant::now();
         let (end, child) = match self.spawn_in_time(hook, verb, verdict) {
@@ -692,22 +875,20 @@ impl Calls {
                 if let Err(error) = self.means.run.write_hooks(&self.record) {
                     self.means.log.warning(words(&error));
                 }
-                let (child, pidfd) = call.go_on();
+                let running = call.go_on();
                 let until = Instant::now() + self.means.limit;
-                (self.watch(&child, &pidfd, until, false), Some(child))
+                (self.watch(&running, until, false), Some(running.child))
             }
-            Err(error) => {
-                self.is_still_owed(hook, &error);
-                (End::Bad(format!("it cannot be started: {error}")), None)
-            }
+            Err(error) => (End::NotRun(format!("it cannot be started: {error}")), None),
         };
-        let was_started = child.is_some();
         self.note(hook, verb, since, &end);
         self.say_output();
         let first = self.children.get_mut(at).and_then(Option::take);
-        if let End::Bad(why) = &end {
-            let (log, name) = (&self.means.log, hook.name());
-            log.error(format!("hook {name}, {}: {why}", verb.as_str()));
+        if let Some(why) = end.fault() {
+            if let End::Bad(_) = end {
+                let (log, name) = (&self.means.log, hook.name());
+                log.error(format!("hook {name}, {}: {why}", verb.as_str()));
+            }
             // A session that it keeps ends with it.
             for child in [&first, &child].into_iter().flatten() {
                 kill(child.id());
@@ -717,7 +898,10 @@ impl Calls {
             // One that cannot be killed is left behind.
             let _ = child.try_wait();
         }
-        was_started
+        match end {
+            End::NotRun(why) | End::NotBegun(why) => Err(why),
+            End::Good | End::Bad(_) | End::CutShort => Ok(()),
+        }
     }
 
     /// What stands against a call may be over in a moment, as a lack of memory.
@@ -740,11 +924,7 @@ impl Calls {
 
     fn note(&mut self, hook: &Hook, verb: Verb, since: Instant, end: &End) {
         let (name, took) = (hook.name(), since.elapsed());
-        let fault = match end {
-            End::Good => None,
-            End::Bad(why) => Some(why.clone()),
-            End::CutShort => Some("called off".into()),
-        };
+        let fault = end.fault().map(str::to_owned);
         let how = fault.as_deref().unwrap_or("ended well");
         let (word, seconds) = (verb.as_str(), took.as_secs_f64());
         let text = format!("hook {name}, {word}: {how} after {seconds:.3} s");
@@ -766,7 +946,8 @@ impl Calls {
         until: Instant,
     ) -> io::Result<Call> {
         let (ours, theirs) = pipe2(OFlag::O_CLOEXEC)?;
-        let (waits, word) = pipe2(OFlag::O_CLOEXEC)?;
+        let (word, waits) = UnixStream::pair()?;
+        word.set_nonblocking(true)?;
         fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let Context(variables) = &self.means.context;
         let mut command = children::becoming(&hook.path);
@@ -803,11 +984,7 @@ impl Calls {
             kept: Vec::with_capacity(MOST_OUTPUT),
             lost: 0,
         });
-        Ok(Call {
-            child,
-            pidfd,
-            word: word.into(),
-        })
+        Ok(Call { child, pidfd, word })
     }
 
     /// Waits for the start of a call, until then; `may_end` when the word to let go ends that.
@@ -825,12 +1002,17 @@ impl Calls {
     }
 
     /// Waits for the end of a call, until then; `may_end` when the word to let go ends it.
-    fn watch(&mut self, child: &Child, pidfd: &OwnedFd, mut until: Instant, may_end: bool) -> End {
+    fn watch(&mut self, running: &Running, mut until: Instant, may_end: bool) -> End {
+        let Running { child, pidfd, .. } = running;
         let limit = self.means.limit;
         let mut killed: Option<End> = None;
         loop {
             if self.look(Some(pidfd), Some(until)) {
-                return killed.unwrap_or_else(|| how_it_ended(child.id()));
+                let ended = || match running.has_begun() {
+                    Ok(()) => how_it_ended(child.id()),
+                    Err(why) => End::NotRun(why),
+                };
+                return killed.unwrap_or_else(ended);
             }
             if may_end && self.word.is_some() && killed.is_none() {
                 killed = Some(End::CutShort);
@@ -844,7 +1026,10 @@ impl Calls {
             } else {
                 let seconds = limit.as_secs_f64();
                 let text = format!("killed, it took longer than {seconds} s (hooks.limit)");
-                killed = Some(End::Bad(text));
+                killed = Some(match running.has_begun() {
+                    Ok(()) => End::Bad(text),
+                    Err(_) => End::NotBegun(text),
+                });
             }
             kill(child.id());
             until = Instant::now() + GRACE;

@@ -23,7 +23,7 @@ use serde_json::Value;
 use crate::cache::survey;
 use crate::children;
 use crate::config::Config;
-use crate::control::{ask, reply_of, ControlError, Method};
+use crate::control::{ask, reply_of, turned_in, ControlError, Method};
 use crate::freeze::is_of_anything;
 use crate::ground::{self, AtRest};
 use crate::hooks;
@@ -575,26 +575,42 @@ fn run_dir(run: &RunDir, left: Room, is_needed: bool) -> Vec<Finding> {
     all
 }
 
-/// What is on record there and has nobody any more who would undo it.
+/// What is on record there and has nobody any more who would undo it, or was not undone so far.
 fn left_behind(run: &RunDir) -> Vec<Finding> {
     let frozen = run.read().ok().flatten().map(Record::as_one);
     let frozen = frozen.filter(|it| process::is_dead(it.pid));
     let frozen = frozen.map(|it| it.frozen).unwrap_or_default();
-    let hooks = run.read_hooks().ok().flatten();
-    let hooks = hooks.filter(|it| process::is_dead(it.pid));
-    let hooks = hooks.map(|it| it.owed).unwrap_or_default();
     let frozen = frozen.iter().map(|it| format!("{} may be frozen", it.name));
-    let hooks = hooks.iter();
-    let hooks = hooks.map(|it| format!("hook {} is not let go", it.hook.name()));
-    let found = frozen.chain(hooks).map(|what| {
+    let hooks = run.read_hooks().ok().flatten().unwrap_or_default();
+    let is_dead = process::is_dead(hooks.pid);
+    let owed = hooks.owed.iter();
+    // As long as it was not tried to let them go, whoever has called them does so.
+    let owed = owed.filter_map(|it| match it.in_words() {
+        None if is_dead => Some(format!("hook {} is not let go", it.hook.name())),
+        tried => tried,
+    });
+    let owed: Vec<String> = owed.collect();
+    let (left, tried) = match is_dead {
+        true => (owed, Vec::new()),
+        false => (Vec::new(), owed),
+    };
+    let left = frozen.chain(left).map(|what| {
         let text = format!("{what}, and whoever was to see to that has died: hv_vss thaw");
         finding("record", Grade::Problem, text)
     });
-    found.collect()
+    let tried = tried.into_iter().map(|what| {
+        let text = format!(
+            "{what}; the daemon tries it again twice a minute, and gives up on it after a day: put the hook back for that \
+             time"
+        );
+        finding("record", Grade::Problem, text)
+    });
+    left.chain(tried).collect()
 }
 
 fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
-    let plan = match survey(config) {
+    let turned = status.map(turned_in).unwrap_or_default();
+    let plan = match survey(config, turned) {
         Ok(plan) => plan,
         Err(error) => return vec![finding(FILE_SYSTEMS, Grade::Problem, words(&error))],
     };
@@ -913,7 +929,7 @@ fn asks_for_permission(fdinfo: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::calls::{HookRecord, Owed};
+    use crate::calls::{HookRecord, Lack, Owed};
     use crate::plan::{LeftOut, Place};
     use crate::record::Entry;
 
@@ -1328,7 +1344,18 @@ mod tests {
         let mut dead = Command::new("true").spawn().unwrap();
         dead.wait().unwrap();
         let lock = run.lock().unwrap();
-        for (pid, found) in [(dead.id(), 2), (std::process::id(), 0)] {
+        let own = std::process::id();
+        let lack = Lack {
+            since_s: 7,
+            why: "it is away".into(),
+        };
+        for (pid, lacks, found) in [
+            (dead.id(), None, 2),
+            (dead.id(), Some(lack.clone()), 2),
+            (own, None, 0),
+            (own, Some(lack), 1),
+        ] {
+            let is_tried = lacks.is_some();
             let entry = Entry {
                 dev: dev(1),
                 devices: Vec::new(),
@@ -1348,6 +1375,7 @@ mod tests {
                         contract: hooks::Contract::Qemu,
                     },
                     process: None,
+                    lacks,
                 }],
                 ..HookRecord::default()
             };
@@ -1355,8 +1383,14 @@ mod tests {
             let all = left_behind(&run);
             assert_eq!(all.len(), found, "{all:?}");
             let says = |words: &str| all.iter().any(|it| it.text.starts_with(words));
-            let all_said = says("/srv (ext4, 43:1) may be frozen") && says("hook 10-a is not");
-            assert_eq!(all_said, found > 0, "{all:?}");
+            assert_eq!(
+                says("/srv (ext4, 43:1) may be frozen"),
+                found > 1,
+                "{all:?}"
+            );
+            assert_eq!(says("hook 10-a is not"), found > 0, "{all:?}");
+            let why = says("hook 10-a is not let go yet: it is away");
+            assert_eq!(why, is_tried, "{all:?}");
         }
         fs::remove_dir_all(&dir).unwrap();
     }

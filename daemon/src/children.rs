@@ -12,7 +12,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{sync_channel, Receiver, RecvTimeoutError, SendError};
@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::SigSet;
+use nix::sys::socket::{send, MsgFlags};
 
 use crate::apart::Questions;
 use crate::process;
@@ -100,7 +101,8 @@ pub fn start(
 }
 
 /// Becomes the first of `args`, called with the others, once standard input has the word for it. It returns only
-/// when that fails, with the exit status that a shell has then.
+/// when that fails, with the exit status that a shell has then. Why it failed goes back to where the word came from, as
+/// the number of the error, if that is a socket, which is closed once it is the other program; else to standard error.
 pub fn become_other(mut args: impl Iterator<Item = OsString>) -> u8 {
     process::be_ordinary();
     // Whoever has started it has them blocked.
@@ -109,6 +111,7 @@ pub fn become_other(mut args: impl Iterator<Item = OsString>) -> u8 {
         // Whoever would have called is dead, and nobody knows of this call.
         return NO_WORD;
     }
+    let from = io::stdin().as_fd().try_clone_to_owned();
     let path = args.next().unwrap_or_default();
     let mut other = Command::new(&path);
     let error = other
@@ -116,8 +119,12 @@ pub fn become_other(mut args: impl Iterator<Item = OsString>) -> u8 {
         .stdin(Stdio::null())
         .current_dir("/")
         .exec();
-    // It goes into the log; if not, the exit status says as much.
-    let _ = writeln!(io::stderr(), "it cannot be run: {error}");
+    let number = error.raw_os_error().unwrap_or(libc::EIO).to_ne_bytes();
+    let told = from.map(|it| send(it.as_raw_fd(), &number, MsgFlags::MSG_NOSIGNAL));
+    if !matches!(told, Ok(Ok(_))) {
+        // If not, the exit status says as much.
+        let _ = writeln!(io::stderr(), "it cannot be run: {error}");
+    }
     match error.kind() {
         io::ErrorKind::NotFound => 127,
         _ => 126,

@@ -261,9 +261,12 @@ fn row<'a>(
 }
 
 /// What would be frozen, in which order, and what would not and why: as text or as JSON. Everything
-/// is opened as for a backup, so that what cannot be reached is known.
-pub fn list(config: &Config, json: bool) -> Result<String, CommandError> {
-    let plan = survey(config)?;
+/// is opened as for a backup, so that what cannot be reached is known. What only the daemon knows that serves with `run`,
+/// if one does and replies in time, counts as well.
+pub fn list(config: &Config, run: &RunDir, json: bool) -> Result<String, CommandError> {
+    let status = control::ask(run, Method::Status).ok();
+    let turned = status.as_ref().map(control::turned_in);
+    let plan = survey(config, turned.unwrap_or_default())?;
     // What is not remembered, or not for everybody to read, is missing in the list.
     let last = History::new(&config.state_dir).read_in_time().ok();
     let last = last
@@ -486,7 +489,7 @@ impl Rehearsed {
         loop {
             match self.told.try_recv() {
                 Ok(HookOutcome::Quiesced(result)) => return result.map_err(CommandError::Hooks),
-                Ok(HookOutcome::Released(_)) | Err(TryRecvError::Disconnected) => {
+                Ok(HookOutcome::Released { .. }) | Err(TryRecvError::Disconnected) => {
                     return Err(CommandError::Hooks("hooks have ended".into()))
                 }
                 Err(TryRecvError::Empty) => {}

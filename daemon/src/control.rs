@@ -7,7 +7,7 @@
 //! carries calls and replies; what they do is decided by [`crate::service`].
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::Permissions;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd as _;
@@ -24,6 +24,7 @@ use serde_json::{json, Value};
 
 use crate::backup::Rehearsal;
 use crate::history::Entry;
+use crate::mounts::DevId;
 use crate::process;
 use crate::record::RunDir;
 
@@ -130,6 +131,10 @@ pub struct Status<'a> {
     pub frozen: &'a [String],
     /// What hangs, by name, and why backups are without it.
     pub given_up: Vec<String>,
+    /// The numbers of what has turned read-only, perhaps since an error, and backups are without.
+    pub turned: Vec<String>,
+    /// Which hooks are not let go yet, and why.
+    pub owed: &'a [String],
     /// How many there were since it was started.
     pub backups: u64,
     /// How the last one went, in words.
@@ -161,12 +166,21 @@ impl Status<'_> {
             most: None,
             frozen: &[],
             given_up: Vec::new(),
+            turned: Vec::new(),
+            owed: &[],
             backups: 0,
             last: NO_BACKUP,
             last_backup: None,
             configuration: None,
         }
     }
+}
+
+/// What has turned read-only, by this reply to [`Method::Status`].
+pub fn turned_in(status: &Value) -> BTreeSet<DevId> {
+    let all = status["turned"].as_array().into_iter().flatten();
+    let all = all.filter_map(|it| it.as_str()?.parse().ok());
+    all.collect()
 }
 
 /// Why there is no reply.
@@ -603,7 +617,6 @@ fn understood(call: &Value) -> Understood {
 mod tests {
     use super::*;
     use mio::{Events, Poll};
-    use std::collections::BTreeSet;
     use std::net::Shutdown;
 
     fn connect(run: &RunDir) -> std::os::unix::net::UnixStream {
@@ -988,6 +1001,21 @@ mod tests {
             let fields: BTreeSet<&str> = fields.map(String::as_str).collect();
             assert_eq!(fields, described(part));
         }
+    }
+
+    #[test]
+    fn what_has_turned_is_told_by_its_number() {
+        let all = [(8, 2), (0, 45)].map(|(major, minor)| DevId { major, minor });
+        let status = Status {
+            turned: all.map(|it| it.to_string()).into(),
+            ..Status::at_rest()
+        };
+        let mut status = serde_json::to_value(status).unwrap();
+        assert_eq!(turned_in(&status), BTreeSet::from(all));
+        // A daemon of another version says none, or what is not understood.
+        status["turned"] = json!(["8:2", 7, "sda2"]);
+        assert_eq!(turned_in(&status).len(), 1);
+        assert_eq!(turned_in(&json!({})), BTreeSet::new());
     }
 
     #[test]

@@ -188,12 +188,20 @@ fn until_it_is<T>(
     Err(JobError::Restless)
 }
 
-/// What hangs, as the thread that freezes has seen it last, for the others.
+/// What the thread that freezes has seen last, for the others.
+#[derive(Default)]
+struct Seen {
+    /// What hangs.
+    given_up: Vec<GivenUp>,
+    /// What has turned read-only, perhaps since an error.
+    turned: Vec<DevId>,
+}
+
 #[derive(Clone, Default)]
-struct Shown(Arc<Mutex<Vec<GivenUp>>>);
+struct Shown(Arc<Mutex<Seen>>);
 
 impl Shown {
-    fn all(&self) -> MutexGuard<'_, Vec<GivenUp>> {
+    fn seen(&self) -> MutexGuard<'_, Seen> {
         // It is whole after each change.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -205,7 +213,7 @@ pub struct Freezer {
     /// By which the plan was made that is in the cache.
     config: Arc<Config>,
     learnt: Learnt,
-    given_up: Shown,
+    shown: Shown,
     leavings: Leavings,
     pool: Arc<Pool>,
     aside: Arc<Pool>,
@@ -222,7 +230,7 @@ impl Freezer {
             cache: Cache::default(),
             config: Arc::default(),
             learnt: Learnt::default(),
-            given_up: Shown::default(),
+            shown: Shown::default(),
             leavings: Leavings::default(),
             pool: Arc::default(),
             aside: Arc::default(),
@@ -240,6 +248,7 @@ impl Freezer {
         for rule in self.cache.prepare(config).unwrap_or_default() {
             log.warning(rule.to_string());
         }
+        self.shown.seen().turned = self.cache.left_out_as_turned();
         // Without memory for them it is said when they are needed.
         let _ = self
             .pool
@@ -319,7 +328,7 @@ impl Freezer {
     /// Shows what hangs, to be called while nothing else is frozen: it takes memory.
     fn show_given_up(&self) {
         let given_up = self.learnt.given_up();
-        *self.given_up.all() = given_up;
+        self.shown.seen().given_up = given_up;
     }
 
     /// One attempt at it, after a sync if it may be. The last one counts although something has come meanwhile, and
@@ -941,7 +950,7 @@ pub struct Worker {
     /// To another one, if it was ever needed: what is asked of it may cure what the first one hangs in. It has the
     /// descriptors of all, and so must not hang itself.
     aside: Option<SyncSender<Then>>,
-    given_up: Shown,
+    shown: Shown,
 }
 
 /// What needs a disk; what it returns is to be done then.
@@ -992,11 +1001,11 @@ impl Worker {
     /// Starts it.
     pub fn start() -> io::Result<Self> {
         let (sender, orders) = channel();
-        let given_up = Shown::default();
-        let shown = given_up.clone();
+        let shown = Shown::default();
+        let its = shown.clone();
         let body = move || {
             let mut freezer = Freezer::new();
-            freezer.given_up = shown;
+            freezer.shown = its;
             while let Ok(order) = orders.recv() {
                 match order {
                     Order::Prepare(config, log) => {
@@ -1027,7 +1036,7 @@ impl Worker {
             orders: sender,
             later,
             aside: None,
-            given_up,
+            shown,
         })
     }
 
@@ -1059,9 +1068,15 @@ impl Worker {
 
     /// Names what hangs, and why backups are without it, as far as the last one, or a rehearsal, has seen.
     pub fn given_up(&self) -> Vec<String> {
-        let all = self.given_up.all();
-        let all = all.iter().filter(|it| it.lasts());
+        let seen = self.shown.seen();
+        let all = seen.given_up.iter().filter(|it| it.lasts());
         all.map(ToString::to_string).collect()
+    }
+
+    /// The numbers of what has turned read-only, perhaps since an error, as far as the plan for the next backup has it.
+    pub fn turned(&self) -> Vec<String> {
+        let seen = self.shown.seen();
+        seen.turned.iter().map(ToString::to_string).collect()
     }
 
     /// Has undone what somebody has left frozen in `run` who has died, and `then` done, whatever came of it.

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::logbook::words;
 use crate::lost::Lost;
-use crate::mounts::{self, Mount, MountsError};
+use crate::mounts::{self, DevId, Mount, MountsError};
 use crate::namespaces::Namespaces;
 use crate::superblocks::{self, Entry, Superblock};
 use crate::topology::{self, Topology};
@@ -72,6 +72,16 @@ pub struct Machine<W = Ways> {
 pub struct Memory {
     lost: Lost,
     turned: Turned,
+}
+
+impl Memory {
+    /// That of who has seen nothing yet, and is told what has turned read-only.
+    pub fn told(turned: BTreeSet<DevId>) -> Self {
+        Memory {
+            turned: Turned::told(turned),
+            ..Memory::default()
+        }
+    }
 }
 
 /// A namespace that could not be looked into.

@@ -218,7 +218,10 @@ fn dispatch() -> Result<ExitCode, Failure> {
         Some(("list", list)) => {
             let text = match list.get_flag("table") {
                 true => commands::table()?,
-                false => commands::list(&config()?, list.get_flag("json"))?,
+                false => {
+                    let run = RunDir::default();
+                    commands::list(&config()?, &run, list.get_flag("json"))?
+                }
             };
             print((text, Outcome::Well))
         }

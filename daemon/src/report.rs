@@ -102,7 +102,11 @@ impl<'a> Status<'a> {
                 if let Some(why) = self.refuses() {
                     rows.push(["refuses".into(), format!("each FREEZE: {why}")]);
                 }
-                for (field, what) in [("frozen", "frozen"), ("given_up", "given up")] {
+                for (field, what) in [
+                    ("frozen", "frozen"),
+                    ("given_up", "given up"),
+                    ("owed", "owed"),
+                ] {
                     let all = daemon[field].as_array().into_iter().flatten();
                     rows.extend(all.map(|it| [what.into(), text(it)]));
                 }
@@ -312,15 +316,18 @@ mod tests {
     }
 
     #[test]
-    fn what_hangs_is_named_and_changes_no_exit_status() {
+    fn what_hangs_and_what_is_owed_is_named_and_changes_no_exit_status() {
         let given_up = ["/hung (ext4, 8:2): its thaw has not come back"];
-        let daemon = json!({ "phase": "idle", "door": "held", "given_up": given_up });
+        let owed = ["hook 10-a is not let go yet: it is away"];
+        let daemon = json!({ "phase": "idle", "door": "held", "given_up": given_up, "owed": owed });
         let status = Status::new(Some(&daemon), &[], None);
         assert_eq!(status.outcome(), Outcome::Well);
         let table = status.table();
         let mut lines = table.lines();
         let is_named = |it: &str| it.starts_with("given up ") && it.ends_with(given_up[0]);
         assert!(lines.any(is_named), "{table}");
+        let is_owed = |it: &str| it.starts_with("owed ") && it.ends_with(owed[0]);
+        assert!(lines.any(is_owed), "{table}");
     }
 
     #[test]

@@ -65,6 +65,8 @@ const FIRST_LINES: Duration = Duration::from_millis(500);
 const LAST_ENTRY: Duration = Duration::from_secs(5);
 /// How often it is looked whether a guard that was killed is out of the kernel.
 const GRAVE: Duration = Duration::from_secs(1);
+/// How long after it was tried last what could not be let go is tried again.
+const OWED: Duration = Duration::from_secs(30);
 const CHECK_STACK_BYTES: usize = 64 * 1024;
 /// How often the log says so while nothing is frozen.
 const REPORT: Duration = Duration::from_secs(10);
@@ -192,17 +194,19 @@ fn watch_ends(run: &RunDir, registry: &Registry, log: &Logbook) -> Option<Ends> 
         .ok()
 }
 
-/// Lets go what a dead daemon or rehearsal has called, if it has left any hooks.
+/// Lets go what a dead daemon or rehearsal has called, if it has left any hooks, or what we could not let go.
 fn let_go_what_is_left(
     run: &RunDir,
     log: &Logbook,
     tell: impl Fn(HookOutcome) + Send + 'static,
 ) -> Option<Calling> {
+    let own = std::process::id();
+    let is_ours = matches!(run.read_hooks(), Ok(Some(it)) if it.pid == own);
     let left = Calling::recover(run, log, tell).unwrap_or_else(|error| {
         log.error(format!("hooks that a dead process has called: {error}"));
         None
     });
-    if left.is_some() {
+    if left.is_some() && !is_ours {
         log.warning("a dead process has left hooks that are now let go");
     }
     left
@@ -274,6 +278,8 @@ struct Hands {
     calling: Option<Calling>,
     /// All calls of hooks of a backup under way that have been let go already, beside what hangs.
     called: Vec<Called>,
+    /// What is not let go yet, and why, and when that is tried next.
+    owed: (Vec<String>, Option<Instant>),
     /// When the log says next what the freeze is at.
     report: Instant,
     recovery: Recovery,
@@ -349,6 +355,7 @@ impl Service {
                 job: None,
                 calling,
                 called: Vec::new(),
+                owed: (Vec::new(), None),
                 report: Instant::now(),
                 recovery,
                 tell,
@@ -488,6 +495,9 @@ impl Service {
             self.has_ended = false;
             self.undo_what_is_left();
         }
+        if self.machine.is_at_rest() && self.hands.owes_by_now() {
+            self.let_go_what_is_left();
+        }
     }
 
     /// Has undone what somebody has left who has died beside this: a rehearsal.
@@ -504,18 +514,23 @@ impl Service {
         // Else it lives, or its guard is at the thaw, and the end of that is told as well.
     }
 
-    /// Lets go its hooks, if nobody else does.
+    /// Lets go its hooks, if nobody else does, and what we could not let go ourselves.
     fn let_go_what_is_left(&mut self) {
         let Hands { run, log, tell, .. } = &self.hands;
         let own = std::process::id();
-        // What we could not let go ourselves is tried again with the next backup.
-        let is_left = matches!(run.read_hooks(), Ok(Some(it)) if it.pid != own);
-        if !is_left || !run.is_free_of_hooks() {
-            return;
+        match run.read_hooks() {
+            Ok(None) => return self.hands.owe(Vec::new()),
+            // That has just been tried.
+            Ok(Some(it)) if it.pid == own && !self.hands.owes_by_now() => return,
+            _ => {}
         }
-        self.hands.calling = let_go_what_is_left(run, log, teller(tell, News::Hooks));
-        if self.hands.calling.is_some() {
-            self.machine.releases();
+        if run.is_free_of_hooks() {
+            self.hands.calling = let_go_what_is_left(run, log, teller(tell, News::Hooks));
+        }
+        match self.hands.calling {
+            Some(_) => self.machine.releases(),
+            // The end of whoever has them is told; and what cannot be read now may be then.
+            None => self.hands.owed.1 = Some(Instant::now() + OWED),
         }
     }
 
@@ -547,7 +562,8 @@ impl Service {
         let grave = (idle && !self.buried.is_empty()).then(|| now + GRAVE);
         let next = self.machine.next().into_iter();
         let next = next.chain(retry).chain(watchdog).chain(look);
-        let next = next.chain(unfit).chain(grave).min()?;
+        let owed = self.hands.owed.1.filter(|_| self.machine.is_at_rest());
+        let next = next.chain(unfit).chain(grave).chain(owed).min()?;
         Some(next.saturating_duration_since(now))
     }
 
@@ -783,7 +799,8 @@ impl Service {
                 self.machine
                     .quiesced(Instant::now(), result, &mut self.hands);
             }
-            HookOutcome::Released(called) => {
+            HookOutcome::Released { called, owed } => {
+                self.hands.owe(owed);
                 if let Some(calling) = self.hands.calling.take() {
                     calling.join();
                 }
@@ -909,6 +926,8 @@ impl Service {
                     most,
                     frozen: &hands.held,
                     given_up: hands.worker.given_up(),
+                    turned: hands.worker.turned(),
+                    owed: &hands.owed.0,
                     backups: hands.backups,
                     last: &hands.last,
                     last_backup: hands.last_entry.as_ref(),
@@ -950,6 +969,18 @@ fn teller<T: Send + 'static>(
 }
 
 impl Hands {
+    /// These are not let go yet.
+    fn owe(&mut self, hooks: Vec<String>) {
+        let next = (!hooks.is_empty()).then(|| Instant::now() + OWED);
+        self.owed = (hooks, next);
+    }
+
+    /// Whether what is not let go yet is to be tried again.
+    fn owes_by_now(&self) -> bool {
+        let (_, next) = self.owed;
+        next.is_some_and(|it| it <= Instant::now())
+    }
+
     /// Calls hooks, for which the job waits.
     fn call(&mut self, hooks: Vec<Found>, context: Context) -> Result<(), String> {
         let progress = self.job.as_ref().map(|job| Arc::clone(job.progress()));

@@ -459,6 +459,14 @@ impl Default for Kernel {
 }
 
 impl Kernel {
+    /// One that is told what has turned read-only.
+    pub fn told(turned: BTreeSet<DevId>) -> Self {
+        Kernel {
+            memory: Memory::told(turned),
+            ..Kernel::default()
+        }
+    }
+
     /// What to tell from, later, what has come since `alive` and these states of the other namespaces were
     /// found, in this order, and the plan was made.
     pub fn then(&self, alive: Option<Alive>, states: Option<&[State]>, plan: &Plan) -> Scene {

@@ -88,13 +88,13 @@ impl Scene {
     fn quiesced(&self) -> Result<(), String> {
         match self.outcomes.as_ref().unwrap().recv_timeout(LONG).unwrap() {
             HookOutcome::Quiesced(result) => result,
-            HookOutcome::Released(called) => panic!("released: {called:?}"),
+            HookOutcome::Released { called, .. } => panic!("released: {called:?}"),
         }
     }
 
     fn released(&self) -> Vec<Called> {
         match self.outcomes.as_ref().unwrap().recv_timeout(LONG).unwrap() {
-            HookOutcome::Released(called) => called,
+            HookOutcome::Released { called, .. } => called,
             HookOutcome::Quiesced(result) => panic!("quiesced: {result:?}"),
         }
     }
@@ -196,7 +196,7 @@ fn one_that_is_let_go_is_told_what_came_of_the_backup() {
 }
 
 #[test]
-fn one_that_cannot_be_run_fails_with_the_status_that_a_shell_has_and_the_log_says_why() {
+fn one_that_cannot_be_run_fails_and_is_owed_nothing_and_the_log_says_why() {
     let mut scene = Scene::new("unrunnable");
     let mut without = scene.hook("10-a", "");
     without.required = false;
@@ -205,12 +205,20 @@ fn one_that_cannot_be_run_fails_with_the_status_that_a_shell_has_and_the_log_say
     std::fs::set_permissions(&forbidden.hook.path, Permissions::from_mode(0o644)).unwrap();
     let calling = scene.start(vec![without, forbidden], LONG);
     let why = scene.quiesced().unwrap_err();
-    assert_eq!(why, "hook 20-b: it failed with exit status 126");
+    assert_eq!(
+        why,
+        "hook 20-b: it cannot be run: Permission denied (os error 13)"
+    );
     calling.release(Some(Verdict::Failed));
-    scene.released();
+    let called = scene.released();
+    assert!(
+        called.iter().all(|it| it.verb == Verb::Freeze),
+        "{called:?}"
+    );
+    assert!(scene.run().read_hooks().unwrap().is_none());
     let log = scene.log();
     for part in [
-        "hook 10-a, which is optional: it failed with exit status 127",
+        "hook 10-a, which is optional: it cannot be run: No such file",
         "hook 10-a, freeze: it cannot be run: No such file",
         "hook 20-b, freeze: it cannot be run: Permission denied",
     ] {
@@ -341,6 +349,7 @@ fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
     let owed = |path: &str, process| Owed {
         hook: hook(path),
         process,
+        lacks: None,
     };
     let start = process::start_of(sleeper.id()).unwrap();
     let record = HookRecord {
@@ -363,8 +372,11 @@ fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
     );
     assert!(log.contains("hook echo, thaw: thaw"), "{log}");
     assert!(log.contains("hook true, thaw: ended well"), "{log}");
-    assert!(log.contains("hook unfit is not let go"), "{log}");
+    assert!(log.contains("hook unfit is not let go yet"), "{log}");
     assert!(!sleeper.wait().unwrap().success());
+    let left = run.read_hooks().unwrap().unwrap();
+    assert_eq!(left.owed.len(), 1, "{left:?}");
+    run.remove_hooks().unwrap();
     assert!(!recover(&run, &scene.log).unwrap());
     // As long as somebody lives who has called, nobody else lets go.
     let record = HookRecord {
@@ -405,6 +417,7 @@ fn what_somebody_has_left_beside_us_is_let_go_before_ours_are_called() {
         owed: vec![Owed {
             hook: owed,
             process: None,
+            lacks: None,
         }],
     };
     scene.run().write_hooks(&record).unwrap();
@@ -429,6 +442,7 @@ fn what_could_not_be_called_is_owed_until_it_is() {
             contract: Contract::Qemu,
         },
         process: None,
+        lacks: None,
     };
     // No program can be given such a variable.
     let variable = ("HV_VSS_DISKS".to_owned(), "a\0b".to_owned());
@@ -450,7 +464,8 @@ fn what_could_not_be_called_is_owed_until_it_is() {
         "{log}"
     );
     let left = scene.run().read_hooks().unwrap().unwrap();
-    assert_eq!(left.owed, record.owed);
+    let hooks = |all: &[Owed]| all.iter().map(|it| it.hook.clone()).collect::<Vec<_>>();
+    assert_eq!(hooks(&left.owed), hooks(&record.owed));
 
     // Both are tried before the next backup, and after it.
     let calling = scene.start(vec![scene.hook("20-b", NOTE)], LONG);
@@ -470,6 +485,207 @@ fn what_could_not_be_called_is_owed_until_it_is() {
     assert_eq!(names, expected);
     assert!(called.iter().all(|it| it.fault.is_none()));
     assert!(scene.run().read_hooks().unwrap().is_none());
+}
+
+/// A folder that nobody but root may write to, for hooks that are looked up again.
+struct RootsOwn(PathBuf);
+
+impl RootsOwn {
+    fn new(name: &str) -> Self {
+        let dir = format!("/run/hv-vss-calls-{name}-{}", std::process::id());
+        std::fs::create_dir_all(&dir).unwrap();
+        RootsOwn(dir.into())
+    }
+}
+
+impl Drop for RootsOwn {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn what_is_away_for_a_moment_is_let_go_once_it_is_there_again() {
+    let mut scene = Scene::new("moment");
+    let [upgraded, edited] = ["10-a", "20-b"].map(|it| scene.hook(it, NOTE));
+    let away = scene.dir.join("away");
+    std::fs::create_dir(&away).unwrap();
+    let paths = [&upgraded, &edited].map(|it| it.hook.path.clone());
+    let calling = scene.start(vec![upgraded, edited], LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    let move_all = |back: bool| {
+        for path in &paths {
+            let other = away.join(path.file_name().unwrap());
+            let (from, to) = if back { (&other, path) } else { (path, &other) };
+            std::fs::rename(from, to).unwrap();
+        }
+    };
+    move_all(false);
+    calling.release(Some(Verdict::Good));
+    let until = Instant::now() + LONG;
+    while !scene
+        .log()
+        .contains("20-b, thaw: it cannot be run: No such file")
+    {
+        assert!(Instant::now() < until, "{}", scene.log());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    move_all(true);
+    let called = scene.released();
+    assert!(called.iter().all(|it| it.fault.is_none()), "{called:?}");
+    let expected = [
+        "10-a freeze ",
+        "20-b freeze ",
+        "20-b thaw good",
+        "10-a thaw good",
+    ];
+    assert_eq!(scene.notes(), expected);
+    assert!(scene.run().read_hooks().unwrap().is_none());
+}
+
+#[test]
+fn what_was_called_is_owed_its_thaw_until_that_has_run() {
+    if !is_root() {
+        return;
+    }
+    let mut scene = Scene::new("away");
+    let own = RootsOwn::new("away");
+    let limit = Duration::from_secs(2);
+    // At its end with a status that a shell has for what it does not find, which says nothing of the hook itself.
+    let hook = |scene: &Scene, name: &str| {
+        let mut found = scene.hook(name, &format!("{NOTE}; [ $1 = freeze ] || exit 127"));
+        let path = own.0.join(name);
+        std::fs::copy(&found.hook.path, &path).unwrap();
+        found.hook.path = path;
+        found
+    };
+    let hooks = vec![
+        hook(&scene, "10-a"),
+        hook(&scene, "20-b"),
+        hook(&scene, "30-c"),
+    ];
+    let path = |name: &str| own.0.join(name);
+    let calling = scene.start(hooks, limit);
+    assert_eq!(scene.quiesced(), Ok(()));
+    std::fs::rename(path("10-a"), path("10-a.old")).unwrap();
+    std::fs::set_permissions(path("20-b"), Permissions::from_mode(0o644)).unwrap();
+    calling.release(Some(Verdict::Good));
+    let called = scene.released();
+    calling.join();
+    let of = |called: &[Called], name: &str| {
+        let mut its = called.iter().filter(|it| it.name == name);
+        its.next_back().and_then(|it| it.fault.clone())
+    };
+    for (name, why) in [("10-a", "No such file"), ("20-b", "Permission denied")] {
+        let fault = of(&called, name).unwrap_or_default();
+        assert!(
+            fault.contains("cannot be run") && fault.contains(why),
+            "{fault}"
+        );
+    }
+    let fault = of(&called, "30-c");
+    assert_eq!(fault.as_deref(), Some("it failed with exit status 127"));
+    let owed = || {
+        let left = scene.run().read_hooks().unwrap();
+        let left = left.map(|it| it.owed).unwrap_or_default();
+        left.iter().map(|it| it.hook.name()).collect::<Vec<_>>()
+    };
+    assert_eq!(owed(), ["10-a", "20-b"]);
+
+    // Whoever comes finds that one of them is not there, and that others than root may write to the other.
+    std::fs::set_permissions(path("20-b"), Permissions::from_mode(0o777)).unwrap();
+    assert!(recover(&scene.run(), &scene.log).unwrap());
+    assert_eq!(owed(), ["10-a", "20-b"]);
+    let log = scene.log();
+    for (name, why) in [("10-a", "No such file"), ("20-b", "others than root")] {
+        let is_said = |it: &str| {
+            it.starts_with(&format!("hook {name} is not let go yet")) && it.contains(why)
+        };
+        assert!(log.lines().any(is_said), "{log}");
+    }
+    std::fs::rename(path("10-a.old"), path("10-a")).unwrap();
+    std::fs::set_permissions(path("20-b"), Permissions::from_mode(0o755)).unwrap();
+    assert!(recover(&scene.run(), &scene.log).unwrap());
+    assert_eq!(owed(), Vec::<String>::new());
+    assert_eq!(
+        scene.notes()[4..],
+        ["20-b thaw unknown", "10-a thaw unknown"]
+    );
+}
+
+#[test]
+fn one_that_is_called_again_meanwhile_is_owed_one_thaw() {
+    if !is_root() {
+        return;
+    }
+    let mut scene = Scene::new("again");
+    let own = RootsOwn::new("again");
+    let mut found = scene.hook("10-a", NOTE);
+    let path = own.0.join("10-a");
+    let (there, away) = (found.hook.path.clone(), own.0.join("10-a.old"));
+    std::fs::copy(there, &path).unwrap();
+    found.hook.path.clone_from(&path);
+    // Whoever looks it up before the next backup must not run it.
+    std::fs::set_permissions(&path, Permissions::from_mode(0o777)).unwrap();
+    for _ in 0..3 {
+        let calling = scene.start(vec![found.clone()], Duration::from_secs(1));
+        assert_eq!(scene.quiesced(), Ok(()));
+        std::fs::rename(&path, &away).unwrap();
+        calling.release(Some(Verdict::Good));
+        scene.released();
+        calling.join();
+        std::fs::rename(&away, &path).unwrap();
+        let left = scene.run().read_hooks().unwrap().unwrap();
+        assert_eq!(left.owed.len(), 1);
+    }
+    assert_eq!(scene.notes(), ["10-a freeze "; 3]);
+}
+
+#[test]
+fn what_was_not_let_go_for_a_day_is_given_up_on() {
+    if !is_root() {
+        return;
+    }
+    let scene = Scene::new("day");
+    let mut record = HookRecord {
+        pid: u32::MAX,
+        context: Context::default(),
+        limit_ms: 1000,
+        owed: vec![Owed {
+            hook: Hook {
+                path: "/run/no such hook".into(),
+                contract: Contract::Qemu,
+            },
+            process: None,
+            lacks: None,
+        }],
+    };
+    scene.run().write_hooks(&record).unwrap();
+    let now = boot_time().as_secs();
+    assert!(recover(&scene.run(), &scene.log).unwrap());
+    let left = scene.run().read_hooks().unwrap().unwrap();
+    let lacks = left.owed[0].lacks.clone().unwrap();
+    assert!(
+        lacks.since_s >= now && lacks.why.contains("No such file"),
+        "{lacks:?}"
+    );
+    // Not every machine of a test has been up for a day.
+    let days = |count: u64| {
+        Lack {
+            since_s: now,
+            ..lacks.clone()
+        }
+        .is_over(now + count * GIVEN_UP_AFTER.as_secs())
+    };
+    assert_eq!([0, 1].map(days), [false, true]);
+    let Some(since_s) = now.checked_sub(GIVEN_UP_AFTER.as_secs()) else {
+        return;
+    };
+    record.owed[0].lacks = Some(Lack { since_s, ..lacks });
+    scene.run().write_hooks(&record).unwrap();
+    assert!(recover(&scene.run(), &scene.log).unwrap());
+    assert!(scene.run().read_hooks().unwrap().is_none());
+    assert!(scene.log().contains("given up on"), "{}", scene.log());
 }
 
 #[test]

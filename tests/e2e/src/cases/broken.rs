@@ -249,24 +249,56 @@ fn btrfs_read_only_since_an_error(guest: &Guest) -> Result<()> {
 }
 
 fn vfat_read_only_since_an_error(guest: &Guest) -> Result<()> {
+    /// One with a file of many clusters, that nobody has read since it was mounted.
+    const MAKE: &str = "mkfs.vfat /dev/ram2 >/dev/null
+        mount /dev/ram2 /mnt/bad && dd if=/dev/zero of=/mnt/bad/file bs=1M count=1 2>/dev/null &&
+        umount /mnt/bad && mount /dev/ram2 /mnt/bad";
     guest.expect_in_log(&["FAT-fs (ram2)"])?;
     guest.sh(HEALTHY)?;
-    // The first sectors of the table of clusters are lost, in which a file of many is.
-    guest.sh(
-        "modprobe -a vfat nls_cp437 nls_ascii; mkfs.vfat /dev/ram2 >/dev/null
-         mount /dev/ram2 /mnt/bad && dd if=/dev/zero of=/mnt/bad/file bs=1M count=1 2>/dev/null &&
-         umount /mnt/bad && mount /dev/ram2 /mnt/bad
-         at=$(dd if=/dev/ram2 bs=1 skip=14 count=2 2>/dev/null | od -An -tu2)
-         dd if=/dev/zero of=/dev/ram2 bs=512 seek=$((at)) count=8 conv=notrunc 2>/dev/null
-         cat /mnt/bad/file >/dev/null 2>&1; true",
-    )?;
-    let table = guest.sh("grep ' /mnt/bad ' /proc/self/mountinfo")?;
-    ensure!(
-        table.contains("/dev/ram2 ro"),
-        "it should have become read-only: {table}"
-    );
+    guest.sh("modprobe -a vfat nls_cp437 nls_ascii")?;
+    // The first sectors of the table of clusters are lost, in which that file is.
+    let meets_an_error = || -> Result<()> {
+        guest.sh(
+            "at=$(dd if=/dev/ram2 bs=1 skip=14 count=2 2>/dev/null | od -An -tu2)
+             dd if=/dev/zero of=/dev/ram2 bs=512 seek=$((at)) count=8 conv=notrunc 2>/dev/null
+             cat /mnt/bad/file >/dev/null 2>&1; true",
+        )?;
+        let table = guest.sh("grep ' /mnt/bad ' /proc/self/mountinfo")?;
+        ensure!(
+            table.contains("/dev/ram2 ro"),
+            "it should have become read-only: {table}"
+        );
+        Ok(())
+    };
+    guest.sh(MAKE)?;
+    meets_an_error()?;
     left_out(guest, &["/mnt/bad (vfat, 1:2)"])?;
-    guest.sh("umount /mnt/bad").map(drop)
+    guest.sh("umount /mnt/bad")?;
+
+    // With a mount that was read-only before only whoever has seen it writable knows.
+    guest.sh(MAKE)?;
+    guest.sh("mkdir -p /mnt/bad-ro && mount --bind /mnt/bad /mnt/bad-ro && mount -o remount,bind,ro /mnt/bad-ro")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    good_backup(guest).context("before the error")?;
+    meets_an_error()?;
+    good_backup(guest).context("after the error")?;
+    let how = "/mnt/bad (vfat, 1:2): read-only though mounted for writing, perhaps since an error";
+    let said = || -> Result<bool> {
+        let status = guest.sh("/payload/hv_vss_daemon status --json")?;
+        let status: Value = serde_json::from_str(&status)?;
+        Ok(status["daemon"]["turned"] == serde_json::json!(["1:2"]))
+    };
+    guest.wait_until("the daemon says what it knows", STEP, said)?;
+    let list = guest.sh("/payload/hv_vss_daemon list")?;
+    ensure!(list.contains(how), "list should say {how:?}:\n{list}");
+    let list = guest.sh("/payload/hv_vss_daemon list --json")?;
+    ensure!(
+        list.contains("perhaps since an error"),
+        "so should list --json:\n{list}"
+    );
+    checked(guest, &["/mnt/bad (vfat, 1:2)"], 7)?;
+    stop(guest, guest.module(), &daemon)?;
+    guest.sh("umount /mnt/bad-ro && umount /mnt/bad").map(drop)
 }
 
 fn btrfs_read_only_after_a_backup(guest: &Guest) -> Result<()> {

@@ -58,6 +58,12 @@ pub const CASES: &[Case] = &[
         hung_look_up,
     ).long(),
     case(
+        "hooks/away",
+        "a hook is not there when all is thawed: it is let go should it come back within seconds, as in an upgrade, and \
+         else by the daemon once it is there; so long status and check name it",
+        away,
+    ).long(),
+    case(
         "hooks/the-hosts-limit",
         "the host's time is over first: FREEZE fails in time, and what hangs is killed and let go",
         the_hosts_limit,
@@ -507,14 +513,13 @@ fn hung_look_up(guest: &Guest) -> Result<()> {
     wait_for_daemon(guest)?;
     says(&daemon)?;
     good_backup(guest, "a backup after the next start")?;
-    // It is owed its thaw until it can be called: at the start, before that backup and after it that was tried.
-    guest.wait_until("it is tried a third time", STEP, || {
-        let said = guest.output(&daemon)?;
-        Ok(said
-            .matches("10-a is not let go before the next backup")
-            .count()
-            == 3)
-    })?;
+    // It is owed its thaw until it can be called: before that backup and after it that was tried as well, and what is
+    // known is not said again.
+    let said = logged(guest, &daemon)?;
+    let owed = format!("hook 10-a is not let go yet: {silent}");
+    equal("how often it is said", said.matches(&owed).count(), 1)?;
+    let known = guest.sh("/payload/hv_vss_daemon status")?;
+    ensure!(known.contains(&owed), "status should name it:\n{known}");
     super::scope::end(guest, &server, "/mnt/dead")?;
     hook_at(guest, "/mnt/dead/hook", "")?;
     guest.sh("rm -f /run/notes")?;
@@ -528,6 +533,57 @@ fn hung_look_up(guest: &Guest) -> Result<()> {
     ];
     noted(guest, "a hook that is called at last", &expected)?;
     stop_at_rest(guest, guest.module(), &daemon)?;
+    end(guest)
+}
+
+fn away(guest: &Guest) -> Result<()> {
+    /// After which the daemon tries again, and a step.
+    const AGAIN: Duration = Duration::from_secs(30);
+    const OUT: &str = "mv /etc/hv_vss/hooks.d/10-a /run/10-a";
+    const BACK: &str = "mv /run/10-a /etc/hv_vss/hooks.d/10-a";
+    prepare(guest)?;
+    // What is frozen lets nobody take it away.
+    guest.sh("mount -t tmpfs -o mode=755 none /etc/hv_vss")?;
+    let vss = guest.vss();
+    hook(guest, "10-a", "")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let says = |command: &str| -> Result<bool> {
+        let said = guest.try_sh(&format!("/payload/hv_vss_daemon {command}"))?;
+        let is_owed = "hook 10-a is not let go yet: it cannot be run: No such file";
+        Ok(said.out.contains(is_owed))
+    };
+    for is_soon in [true, false] {
+        answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
+        guest.sh(OUT)?;
+        answered("THAW", &vss.thaw(STEP)?, status::OK)?;
+        if is_soon {
+            wait_out(guest, Duration::from_secs(2))?;
+            guest.sh(BACK)?;
+            noted(guest, "back soon", &["10-a freeze ", "10-a thaw good"])?;
+            continue;
+        }
+        guest.wait_until("status names it", STEP, || says("status"))?;
+        ensure!(says("check")?, "check should name it");
+        let last = guest.sh("/payload/hv_vss_daemon status")?;
+        ensure!(
+            last.contains("hook 10-a, thaw: it cannot be run"),
+            "it should be a warning of the backup:\n{last}"
+        );
+        equal(
+            "what it was told",
+            notes(guest)?,
+            vec!["10-a freeze ".into()],
+        )?;
+        guest.sh(BACK)?;
+        guest.wait_until("the daemon lets it go", AGAIN + STEP, || {
+            let left = guest.try_sh(&format!("test ! -e {OWED}"))?;
+            Ok(left.status == Some(0))
+        })?;
+        noted(guest, "back late", &["10-a thaw unknown"])?;
+        guest.wait_until("nothing is owed", STEP, || Ok(!says("status")?))?;
+    }
+    stop_at_rest(guest, guest.module(), &daemon)?;
+    guest.sh("umount /etc/hv_vss")?;
     end(guest)
 }
 
