@@ -793,9 +793,10 @@ impl Calls {
         if let End::Bad(why) = &end {
             let (log, name) = (&self.means.log, hook.name());
             log.error(format!("hook {name}, {}: {why}", verb.as_str()));
-            // A session that it keeps ends with it.
-            for child in [&first, &child].into_iter().flatten() {
-                kill(child.id());
+            // A session that it keeps ends with it, but not what this very call has started: that may be the
+            // application. When its time was over that is killed already.
+            if let Some(first) = &first {
+                kill(first.id());
             }
         }
         for mut child in [first, child].into_iter().flatten() {

@@ -356,6 +356,26 @@ fn what_is_started_at_thaw_may_write_when_all_have_been_let_go() {
     assert!(!log.contains("10-a, freeze: what"), "{log}");
 }
 
+#[test]
+fn what_a_call_with_thaw_has_started_goes_on_though_that_call_fails() {
+    let mut scene = Scene::new("restarts");
+    let body = "[ $1 = freeze ] || { sleep 1000 >/dev/null 2>&1 & echo $! >>$notes; exit 1; }";
+    let calling = scene.start(vec![scene.hook("10-a", body)], LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    calling.release(Some(Verdict::Good));
+    let called = scene.released();
+    calling.join();
+    let fault = called[1].fault.as_deref();
+    assert_eq!(fault, Some("it failed with exit status 1"));
+    let pid: u32 = scene.notes()[0].parse().unwrap();
+    // A signal that was sent has come by then.
+    std::thread::sleep(Duration::from_millis(100));
+    let goes_on = !process::is_dead(pid);
+    let pid = Pid::from_raw(pid.try_into().unwrap());
+    let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
+    assert!(goes_on);
+}
+
 /// What is left of a daemon that died: its record, and nobody who holds the lock.
 #[test]
 fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
