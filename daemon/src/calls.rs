@@ -8,18 +8,20 @@
 //! of its own; when its time is over all of it is killed. It begins as this very program and becomes the hook then
 //! ([`crate::children`]): to get at either may take as long as anything, and nothing of the hook is run
 //! before it is on record which process it is. What a hook writes is read all the time, since
-//! one that stays over the freeze would hang otherwise, and is logged after the thaw. Only a call with `thaw` that
-//! has run the hook ends what is owed to it. What is not there for the moment, as while a package is upgraded, is
-//! waited for a little. What does not let itself be looked up, must not be run or cannot be stays on record, and is tried
-//! again: by the daemon twice a minute, with each backup that calls any, at the next start and by hand; after a day it is
-//! given up on. What one that ended well leaves running is its [`Session`]: should that end by itself, the application is no longer ready. A record
+//! one that stays over the freeze would hang otherwise, and is logged after the thaw. What it leaves running then has a
+//! reader as long as this process lives. Only a call with `thaw` that has run the hook ends what is owed to it. What is
+//! not there for the moment, as while a package is upgraded, is waited for a little. What does not let itself be looked
+//! up, must not be run or cannot be stays on record, and is tried again: by the daemon twice a minute, with each backup
+//! that calls any, at the next start and by hand; after a day it is given up on. What one that ended well leaves running
+//! is its [`Session`]: should that end by itself, the application is no longer ready. A record
 //! of what is to be let go is in the run directory, for whoever comes after a death. It freezes nothing and
 //! decides of no backup.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::process::Child;
@@ -30,6 +32,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::{killpg, Signal};
 use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::{pipe2, Pid};
@@ -433,6 +436,87 @@ impl Output {
     }
 }
 
+/// Where those write to that hooks have left running when all were let go. Without a reader the next line would be
+/// the end of them (`SIGPIPE`), long after a backup that was good. Nothing of it is kept.
+struct Leftover {
+    epoll: Epoll,
+    /// By the numbers of their descriptors.
+    pipes: Mutex<HashMap<u64, File>>,
+}
+
+/// One for all backups, once there is any: it has a thread.
+static LEFTOVER: Mutex<Option<Arc<Leftover>>> = Mutex::new(None);
+
+impl Leftover {
+    /// Reads this until nobody can write any more.
+    fn put(pipe: File) -> io::Result<()> {
+        // It is whole after each change.
+        let mut one = LEFTOVER.lock().unwrap_or_else(PoisonError::into_inner);
+        let leftover = match &*one {
+            Some(leftover) => leftover,
+            None => one.insert(Self::start()?),
+        };
+        let key = u64::try_from(pipe.as_raw_fd()).map_err(io::Error::other)?;
+        // It is in there before it is told of.
+        let mut pipes = leftover.pipes();
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, key);
+        leftover.epoll.add(&pipe, event)?;
+        pipes.insert(key, pipe);
+        Ok(())
+    }
+
+    fn start() -> io::Result<Arc<Self>> {
+        let leftover = Arc::new(Leftover {
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            pipes: Mutex::default(),
+        });
+        let its = Arc::clone(&leftover);
+        let builder = Builder::new()
+            .name("leftover".into())
+            .stack_size(STACK_BYTES);
+        builder.spawn(move || its.read())?;
+        Ok(leftover)
+    }
+
+    fn read(&self) {
+        // Who writes without end must not be in the way of anybody. It takes no privilege.
+        let _ = process::go_along();
+        let mut events = [EpollEvent::empty(); 8];
+        loop {
+            // It fails only when a signal comes.
+            let happened = self.epoll.wait(&mut events, EpollTimeout::NONE);
+            for event in events.iter().take(happened.unwrap_or(0)) {
+                self.read_one(event.data());
+            }
+        }
+    }
+
+    /// As much as there is, up to 4 KiB.
+    fn read_one(&self, key: u64) {
+        let mut pipes = self.pipes();
+        let Some(pipe) = pipes.get_mut(&key) else {
+            return;
+        };
+        match pipe.read(&mut [0; 4096]) {
+            Ok(1..) => {}
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) => {}
+            Ok(0) | Err(_) => {
+                // It fails only where it is not in there.
+                let _ = self.epoll.delete(&*pipe);
+                pipes.remove(&key);
+            }
+        }
+    }
+
+    fn pipes(&self) -> MutexGuard<'_, HashMap<u64, File>> {
+        self.pipes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A process that waits for the word to become a hook.
 struct Call {
     child: Child,
@@ -791,6 +875,7 @@ impl Calls {
             self.write_record();
         }
         self.say_output();
+        self.leave_outputs();
         std::mem::take(&mut self.called)
     }
 
@@ -889,9 +974,10 @@ impl Calls {
                 let (log, name) = (&self.means.log, hook.name());
                 log.error(format!("hook {name}, {}: {why}", verb.as_str()));
             }
-            // A session that it keeps ends with it.
-            for child in [&first, &child].into_iter().flatten() {
-                kill(child.id());
+            // A session that it keeps ends with it, but not what this very call has started: that may be the
+            // application. When its time was over that is killed already.
+            if let Some(first) = &first {
+                kill(first.id());
             }
         }
         for mut child in [first, child].into_iter().flatten() {
@@ -1115,6 +1201,21 @@ impl Calls {
             }
         }
         self.outputs.retain(|it| it.pipe.is_some());
+    }
+
+    /// Sees to it that what hooks have left running can go on writing when nobody calls any more.
+    fn leave_outputs(&mut self) {
+        for Output { who, pipe, .. } in std::mem::take(&mut self.outputs) {
+            let Some(pipe) = pipe else { continue };
+            match Leftover::put(pipe) {
+                Ok(()) => self.means.log.info(format!(
+                    "{who}: what it has left running can still write, which is not logged any more"
+                )),
+                Err(error) => self.means.log.error(format!(
+                    "{who}: what it has left running cannot write any more, nobody can read it: {error}"
+                )),
+            }
+        }
     }
 }
 

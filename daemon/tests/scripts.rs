@@ -7,6 +7,7 @@ use std::process::Command;
 
 const CONFIGURES: &str = "../.debian/hv-vss-daemon.postinst";
 const INSTALLS_MODULE: &str = "../.debian/hv-vss-dkms.postinst";
+const REMOVES_MODULE: &str = "../.debian/hv-vss-dkms.prerm";
 const REMOVES: &str = "../.debian/hv-vss-daemon.postrm";
 const MARIADB: &str = "hooks/mariadb";
 const BUILDS: &str = "../kmod/dkms/build";
@@ -786,26 +787,50 @@ END";
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
-/// With the device the daemon that serves it would lose the backup that is under way.
-#[test]
-fn a_backup_is_waited_for_before_the_module_takes_the_device() {
-    let dir = programs(
-        "take",
-        &[("hand_over", "echo \"$1\" >>said; [ $1 != settle ]")],
-    );
-    let text = text_of(INSTALLS_MODULE)
+/// What this script of the module's package asks of the hand-over, called so, where systemd runs: in a container or not.
+fn asked_of_hand_over(script: &str, verb: &str, in_container: bool) -> String {
+    let all = [
+        ("hand_over", "echo \"$1\" >>said; [ $1 != settle ]"),
+        (
+            "systemd-detect-virt",
+            match in_container {
+                true => "[ $1 = -qc ]",
+                false => "exit 1",
+            },
+        ),
+    ];
+    let dir = programs(&format!("{verb}-{in_container}"), &all);
+    let text = text_of(script)
         .replace("/usr/libexec/hv_vss_hand_over", "./hand_over")
         .replace("/lib/modules", "./modules")
         .replace("/run/systemd/system", ".");
+    let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
     let mut shell = Command::new("sh");
-    let shell = shell
-        .args(["-c", &text, "sh", "configure"])
-        .current_dir(&dir);
-    let ended = shell.env("DKMS_VERSION", "0.1.0").output().unwrap();
+    let shell = shell.args(["-c", &text, "sh", verb]).current_dir(&dir);
+    let shell = shell.env("DKMS_VERSION", "0.1.0").env("PATH", path);
+    let ended = shell.output().unwrap();
     assert!(ended.status.success(), "{ended:?}");
-    let said = std::fs::read_to_string(dir.join("said")).unwrap();
-    assert_eq!(said, "settle\ntake\n");
+    let said = std::fs::read_to_string(dir.join("said")).unwrap_or_default();
     std::fs::remove_dir_all(&dir).unwrap();
+    said
+}
+
+/// With the device the daemon that serves it would lose the backup that is under way.
+#[test]
+fn a_backup_is_waited_for_before_the_module_takes_the_device() {
+    let asked = asked_of_hand_over(INSTALLS_MODULE, "configure", false);
+    assert_eq!(asked, "settle\ntake\n");
+    assert_eq!(
+        asked_of_hand_over(REMOVES_MODULE, "remove", false),
+        "give\n"
+    );
+}
+
+/// A container with systemd may see the devices of its host, whose they are.
+#[test]
+fn in_a_container_the_module_takes_and_gives_no_device() {
+    assert_eq!(asked_of_hand_over(INSTALLS_MODULE, "configure", true), "");
+    assert_eq!(asked_of_hand_over(REMOVES_MODULE, "remove", true), "");
 }
 
 /// What the last part of an installation says, with systemd and the daemon's `list` as these do.

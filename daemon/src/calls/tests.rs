@@ -331,6 +331,59 @@ fn one_that_stays_may_write_as_much_as_it_likes_and_is_killed_when_its_thaw_fail
     }
 }
 
+/// Waits until it is noted.
+fn noted(scene: &Scene, word: &str) {
+    let until = Instant::now() + LONG;
+    while !scene.notes().iter().any(|it| it == word) {
+        assert!(Instant::now() < until, "no {word}: {:?}", scene.notes());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn what_is_started_at_thaw_may_write_when_all_have_been_let_go() {
+    let mut scene = Scene::new("outlives");
+    // It waits for a word, and writes more than a pipe takes.
+    let starts =
+        "(while [ ! -e $notes.go ]; do sleep 0.01; done; head -c 300000 /dev/zero; echo x; \
+                  echo alive $me >>$notes) &";
+    let body = format!("me=${{0##*/}}; [ $1 = freeze ] || {{ {starts} }}");
+    let hooks = vec![scene.hook("10-a", &body), scene.hook("20-b", &body)];
+    let calling = scene.start(hooks, LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    calling.release(Some(Verdict::Good));
+    scene.released();
+    calling.join();
+    std::fs::write(scene.dir.join("notes.go"), "").unwrap();
+    noted(&scene, "alive 10-a");
+    noted(&scene, "alive 20-b");
+    let log = scene.log();
+    let said =
+        "hook 20-b, thaw: what it has left running can still write, which is not logged any more";
+    assert!(log.contains(said), "{log}");
+    assert!(!log.contains("10-a, freeze: what"), "{log}");
+}
+
+#[test]
+fn what_a_call_with_thaw_has_started_goes_on_though_that_call_fails() {
+    let mut scene = Scene::new("restarts");
+    let body = "[ $1 = freeze ] || { sleep 1000 >/dev/null 2>&1 & echo $! >>$notes; exit 1; }";
+    let calling = scene.start(vec![scene.hook("10-a", body)], LONG);
+    assert_eq!(scene.quiesced(), Ok(()));
+    calling.release(Some(Verdict::Good));
+    let called = scene.released();
+    calling.join();
+    let fault = called[1].fault.as_deref();
+    assert_eq!(fault, Some("it failed with exit status 1"));
+    let pid: u32 = scene.notes()[0].parse().unwrap();
+    // A signal that was sent has come by then.
+    std::thread::sleep(Duration::from_millis(100));
+    let goes_on = !process::is_dead(pid);
+    let pid = Pid::from_raw(pid.try_into().unwrap());
+    let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
+    assert!(goes_on);
+}
+
 /// What is left of a daemon that died: its record, and nobody who holds the lock.
 #[test]
 fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
