@@ -29,6 +29,7 @@ use crate::plan::{
     plan, tells_of_errors, FileSystem, LeftOut, Plan, Reason, Scope, READ_ONLY_SINCE_AN_ERROR,
 };
 use crate::superblocks;
+use crate::topology;
 use crate::watch::{Before, Come, Kernel, Marks, ReadOnly, Scene, Signals};
 
 /// How often the machine is looked at anew when it changed between reading and opening. What was
@@ -576,7 +577,13 @@ fn told_by(limit: Duration, open: &[Reached<'_>]) -> BTreeMap<DevId, Reason> {
     let read_only: BTreeSet<DevId> = read_only.map(|((dev, _), _)| *dev).collect();
     let mut open = open.to_vec();
     open.retain(|(it, _)| read_only.contains(&it.dev));
-    let failed = failed(&open);
+    let mut failed = failed(&open);
+    // It tells of none by its descriptor.
+    let ext4 = open.iter().filter_map(|(it, _)| {
+        let count = topology::errors_on(&it.fs_type, it.dev)?;
+        Some((it.dev, count > 0))
+    });
+    failed.extend(ext4);
     told.extend(read_only.into_iter().map(|dev| {
         // Nobody tells for what one was mounted that is mounted nowhere.
         let reason = match failed.get(&dev) {

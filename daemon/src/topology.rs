@@ -219,23 +219,26 @@ fn name_of(folder: &Path) -> String {
     name.to_string_lossy().into_owned()
 }
 
-/// A disk that is read-only itself takes no note of an error, so nothing is said of what is on one.
 fn find_errors(topology: &mut Topology, mounts: &[Mount]) {
-    let is_ext4 = |m: &&Mount| ["ext2", "ext3", "ext4"].contains(&m.fs_type.as_str());
-    for dev in mounts
-        .iter()
-        .filter(is_ext4)
-        .filter(|m| !m.writable)
-        .map(|m| m.dev)
-    {
-        let read = |path: PathBuf| fs::read_to_string(path).ok();
-        let count = folder_of(dev).and_then(|disk| {
-            let entry = Path::new("/sys/fs/ext4").join(name_of(&disk));
-            let count = read(entry.join("errors_count"))?.trim().parse().ok()?;
-            (read(disk.join("ro"))?.trim() == "0").then_some(count)
-        });
-        topology.errors.extend(count.map(|count| (dev, count)));
+    for mount in mounts.iter().filter(|m| !m.writable) {
+        let count = errors_on(&mount.fs_type, mount.dev);
+        topology
+            .errors
+            .extend(count.map(|count| (mount.dev, count)));
     }
+}
+
+/// How many errors an ext4 on this device has met, if it is one. A disk that is read-only itself takes no note of an
+/// error, so nothing is said of what is on one.
+pub fn errors_on(fs_type: &str, dev: DevId) -> Option<u64> {
+    if !["ext2", "ext3", "ext4"].contains(&fs_type) {
+        return None;
+    }
+    let read = |path: PathBuf| fs::read_to_string(path).ok();
+    let disk = folder_of(dev)?;
+    let entry = Path::new("/sys/fs/ext4").join(name_of(&disk));
+    let count = read(entry.join("errors_count"))?.trim().parse().ok()?;
+    (read(disk.join("ro"))?.trim() == "0").then_some(count)
 }
 
 fn has_sysfs() -> bool {
