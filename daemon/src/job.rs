@@ -551,6 +551,8 @@ impl Freezer {
         let begun_since = |layers: &Layers| layers.begun_below(&frozen.devices, &frozen.moving);
         let mut begun = begun_since(&frozen.layers);
         let thawed = frozen.session.thaw_by(by);
+        // Writers go on, and what is looked for now may take a while.
+        let _ = process::go_ahead();
         frozen.session.learn(&mut self.learnt);
         self.show_given_up();
         if thawed.is_err() || setting.abort.load(Ordering::SeqCst) {

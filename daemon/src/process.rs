@@ -61,6 +61,7 @@ pub fn go_second() -> io::Result<()> {
 
 /// Goes ahead of others, and leaves them a little: for what is waited for and may take long.
 pub fn go_ahead() -> io::Result<()> {
+    sys::run_by_turns()?;
     sys::set_nice(-20)
 }
 
