@@ -818,21 +818,16 @@ pub fn set_memory_aside() {
     drop(std::hint::black_box(blocks));
 }
 
-/// Gives memory that the allocator keeps for later back to the kernel, where that is much. A little is what the next
-/// backup begins with: to have it zeroed and mapped anew, page by page, takes longer than the rest of its preparation.
+/// Gives memory that the allocator keeps for later back to the kernel, but for a little with which the next backup
+/// begins: to have that zeroed and mapped anew, page by page, takes longer than the rest of its preparation.
 pub fn give_back_memory() {
-    /// Bytes that may be free.
+    /// Bytes at the end of the heap.
     #[cfg(target_env = "gnu")]
-    const MUCH: usize = 512 << 10;
-    /// Bytes that are kept of more.
+    const KEPT: usize = 128 << 10;
     #[cfg(target_env = "gnu")]
-    const KEPT: usize = 8 << 10;
-    #[cfg(target_env = "gnu")]
-    // SAFETY: neither has preconditions; they only look at the allocator's own lists, under its lock.
+    // SAFETY: malloc_trim has no preconditions; it only looks at the allocator's own lists.
     unsafe {
-        if libc::mallinfo2().fordblks > MUCH {
-            libc::malloc_trim(KEPT);
-        }
+        libc::malloc_trim(KEPT);
     }
 }
 
