@@ -530,6 +530,12 @@ fn btrfs_balance(guest: &Guest) -> Result<()> {
 pub(super) fn raid(guest: &Guest, [first, second]: [&str; 2]) -> Result<String> {
     static MADE: AtomicU32 = AtomicU32::new(0);
     let name = format!("md_lab{}", MADE.fetch_add(1, Ordering::Relaxed));
+    // What a vfat has left in the first block is taken for a table of partitions.
+    for disk in [first, second] {
+        guest.sh(&format!(
+            "dd if=/dev/zero of=/dev/{disk} bs=4k count=1 conv=fsync 2>&1"
+        ))?;
+    }
     guest.sh(&format!(
         "modprobe raid1 && mkdir -p /mnt/bad && echo {name} >/sys/module/md_mod/parameters/new_array &&
          cd /sys/block/{name}/md &&
