@@ -823,7 +823,7 @@ pub fn set_memory_aside() {
 pub fn give_back_memory() {
     /// Bytes at the end of the heap.
     #[cfg(target_env = "gnu")]
-    const KEPT: usize = 128 << 10;
+    const KEPT: usize = 64 << 10;
     #[cfg(target_env = "gnu")]
     // SAFETY: malloc_trim has no preconditions; it only looks at the allocator's own lists.
     unsafe {
