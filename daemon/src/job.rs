@@ -18,6 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
+use nix::unistd::{gettid, Pid};
+
 use crate::answers;
 use crate::apart::Apart;
 use crate::backup::Begun;
@@ -945,6 +947,9 @@ pub enum Outcome {
 /// The thread on which backups happen, one after the other. It lives as long as the process: a thread
 /// takes longer to start than a clean file system to freeze.
 pub struct Worker {
+    thread: Pid,
+    /// Whether that looks over the plan for the next one, by turns with all others.
+    is_at_a_plan: Arc<AtomicBool>,
     orders: Sender<Order>,
     /// To a thread of its own: a disk may hang, or be frozen by somebody else for as long as they like, and
     /// no backup waits for that.
@@ -1003,18 +1008,31 @@ impl Worker {
     /// Starts it.
     pub fn start() -> io::Result<Self> {
         let (sender, orders) = channel();
+        let (begin, begun) = channel();
+        let is_at_a_plan = Arc::new(AtomicBool::new(false));
+        let its_plan = Arc::clone(&is_at_a_plan);
         let shown = Shown::default();
         let its = shown.clone();
         let body = move || {
             let mut freezer = Freezer::new();
             freezer.shown = its;
-            while let Ok(order) = orders.recv() {
+            let _ = begin.send(gettid());
+            let at_a_plan = its_plan;
+            let mut next: Option<Order> = None;
+            while let Some(order) = next.take().or_else(|| orders.recv().ok()) {
                 match order {
                     Order::Prepare(config, log) => {
                         // Nobody waits for that. In a backup the host does, and then others for what is
                         // frozen: this thread goes first there, with those that it starts, where it may.
                         let _ = process::go_along();
-                        freezer.look_over(&config, &log);
+                        // In this order: whoever sends one that is not seen here sees this.
+                        at_a_plan.store(true, Ordering::SeqCst);
+                        next = orders.try_recv().ok();
+                        // A backup looks over what it needs, and has it done again.
+                        if !matches!(next, Some(Order::Backup(_))) {
+                            freezer.look_over(&config, &log);
+                        }
+                        at_a_plan.store(false, Ordering::SeqCst);
                         let _ = process::go_first();
                     }
                     Order::Undo(run, log, then) => {
@@ -1028,6 +1046,7 @@ impl Worker {
         };
         let builder = Builder::new().name("backup".into()).stack_size(STACK_BYTES);
         builder.spawn(body)?;
+        let thread = begun.recv().map_err(io::Error::other)?;
         let orders = sender.clone();
         let look = move |look: Look| {
             // Without a worker nobody is left to tell.
@@ -1035,6 +1054,8 @@ impl Worker {
         };
         let later = Self::line("later", true, look)?;
         Ok(Worker {
+            thread,
+            is_at_a_plan,
             orders: sender,
             later,
             aside: None,
@@ -1131,6 +1152,9 @@ impl Worker {
             tell: Box::new(tell),
         };
         self.orders.send(Order::Backup(Box::new(backup))).ok()?;
+        if self.is_at_a_plan.load(Ordering::SeqCst) {
+            process::have_go_first(self.thread, true);
+        }
         Some(Job {
             setting,
             speaker,

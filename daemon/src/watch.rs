@@ -36,6 +36,8 @@ use crate::superblocks::{self, Listed, Lists};
 use crate::sys;
 use crate::topology;
 
+/// So many mounts that were made only for their numbers are there before that takes time which is waited for.
+const MOST_KEPT: usize = 64;
 /// How long all look-ups of one plan may be held up by those that hang.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -495,6 +497,10 @@ impl Kernel {
     fn mounts_made(&mut self) -> io::Result<u64> {
         let mount = sys::clone_mount(told(self.proc.as_ref())?.as_fd())?;
         self.own_mounts += 1;
+        if self.mounts.len() == MOST_KEPT {
+            // There was no rest between so many backups.
+            self.mounts.clear();
+        }
         let number = sys::unique_mount_id(mount.as_fd())?;
         self.mounts.push(mount);
         Ok(number.wrapping_sub(self.own_mounts))
