@@ -595,7 +595,7 @@ fn rehearse(
         setting.abort.store(true, Ordering::SeqCst);
     }
     let thawed = freezer.thaw(&mut frozen, setting, None);
-    frozen.tidy();
+    frozen.tidy().say(&setting.log);
     if let Some(why) = ended {
         return Err(CommandError::Ended(why));
     }

@@ -411,14 +411,8 @@ impl Freezer {
             },
         };
         let is_watched = door.watched_every().is_some();
-        let mut counted = at_rest.counted();
-        counted.extend(devices.iter().filter(|_| is_watched));
-        let not_counting = writes::not_counting(counted);
-        let at_rest = at_rest.but(&not_counting);
-        if let Some(why) = at_rest.unwatched() {
-            log.info(why);
-        }
-        let perhaps = at_rest.perhaps;
+        let perhaps = at_rest.perhaps.clone();
+        let mut counters = Counters::new(at_rest.clone());
         let mut at_rest = AtRest::new(at_rest.watched);
         for it in &disks {
             log.info(format!("in the backup: {it}"));
@@ -430,7 +424,7 @@ impl Freezer {
             log.warning(it.to_string());
         }
         let targets: Vec<Target> = match is_watched {
-            true => look_out_for_writes(targets, &not_counting, log),
+            true => look_out_for_writes(targets, &mut counters, log),
             false => targets.into_iter().map(target).collect(),
         };
         let means = Means {
@@ -531,6 +525,7 @@ impl Freezer {
             summary,
             then,
             at_rest,
+            counters,
             perhaps,
             layers,
             devices,
@@ -756,26 +751,52 @@ fn target(opened: Opened) -> Target {
     }
 }
 
+/// By whose counters it would be told that something was written while all is frozen. One that is off tells nothing, and
+/// whether one is must be asked of its device: that is said when the host has all its answers.
+pub struct Counters {
+    at_rest: ground::AtRest,
+    /// By name, each with its devices, what others might thaw.
+    thawed: Vec<(String, Vec<DevId>)>,
+}
+
+impl Counters {
+    fn new(at_rest: ground::AtRest) -> Self {
+        let thawed = Vec::new();
+        Counters { at_rest, thawed }
+    }
+
+    /// Says which are off.
+    pub fn say(self, log: &Logbook) {
+        let mut counted = self.at_rest.counted();
+        counted.extend(self.thawed.iter().flat_map(|(_, devices)| devices));
+        let not_counting = writes::not_counting(counted);
+        if let Some(why) = self.at_rest.but(&not_counting).unwatched() {
+            log.info(why);
+        }
+        let blind = self.thawed.iter().filter_map(|(name, devices)| {
+            let why = why_untold(devices, &not_counting)?;
+            Some(format!("{name} ({why})"))
+        });
+        let blind: Vec<String> = blind.collect();
+        if !blind.is_empty() {
+            let names = blind.join(", ");
+            log.info(format!(
+                "if others thaw one of these for a moment and freeze it again, that is not seen: {names}"
+            ));
+        }
+    }
+}
+
 /// Where others can thaw, what is written tells of it, unless the kernel itself writes there, or nothing is counted.
 fn look_out_for_writes(
     targets: Vec<Opened>,
-    not_counting: &BTreeSet<DevId>,
+    counters: &mut Counters,
     log: &Logbook,
 ) -> Vec<Target> {
     let swap_files = SwapFiles::find();
-    let blind: Vec<String> = targets
-        .iter()
-        .filter_map(|it| {
-            let why = why_untold(&it.devices, not_counting)?;
-            Some(format!("{} ({why})", it.name))
-        })
-        .collect();
-    if !blind.is_empty() {
-        let names = blind.join(", ");
-        log.info(format!(
-            "if others thaw one of these for a moment and freeze it again, that is not seen: {names}"
-        ));
-    }
+    let each = targets.iter();
+    let thawed = each.map(|it| (it.name.clone(), it.devices.clone()));
+    counters.thawed = thawed.collect();
     if swap_files.is_one_lost() {
         log.info(
             "a file that is swapped to cannot be found, and may be in any file system: if others thaw one for a \
@@ -835,6 +856,8 @@ pub struct Frozen {
     then: Scene,
     /// Disks that should not be written to meanwhile.
     at_rest: AtRest,
+    /// Of which counters it is to be said if they are off.
+    counters: Counters,
     /// One that goes on and may be on any disk.
     perhaps: Option<String>,
     /// What may move data from disk to disk below it, the devices that it is on, and what did so before.
@@ -895,9 +918,10 @@ impl Frozen {
     }
 
     /// Gives up what is needed only as long as anything is frozen. It takes a while, which nobody need
-    /// wait for.
-    pub fn tidy(self) {
+    /// wait for, and longer what could not have been seen meanwhile: that can be [said](Counters::say) then.
+    pub fn tidy(self) -> Counters {
         self.session.disarm();
+        self.counters
     }
 }
 
@@ -1169,20 +1193,27 @@ impl Backup {
         // What is frozen would hold up hooks.
         freezer.undo(&self.setting.run, &self.setting.log);
         let quiesced = self.quiesce(freezer);
-        match quiesced.and_then(|()| freezer.freeze(&self.setting)) {
-            Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
+        let counters = match quiesced.and_then(|()| freezer.freeze(&self.setting)) {
+            Err(error) => {
+                (self.tell)(Outcome::Frozen(Err(error)));
+                None
+            }
             Ok(mut frozen) => {
                 (self.tell)(Outcome::Frozen(Ok(frozen.begun())));
                 let by = self.wait(&frozen, freezer);
                 let result = freezer.thaw(&mut frozen, &self.setting, by);
                 (self.tell)(Outcome::Thawed(result, frozen.account()));
-                frozen.tidy();
+                Some(frozen.tidy())
             }
-        }
+        };
         let Backup { setting, over, .. } = self;
+        let log = setting.log.clone();
         // The door is closed before anybody hears that it is over.
         drop(setting);
         drop(over);
+        if let Some(counters) = counters {
+            counters.say(&log);
+        }
     }
 
     /// Has the hooks called, if there are any, and waits until they are ready.
