@@ -162,7 +162,10 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
         if mount.dev.major == 0 {
             add_alias(&mut topology, mount, &patience);
             topology.members.entry(mount.dev).or_default();
-        } else if mount.writable && folder_of(mount.dev).is_none() && has_sysfs() {
+        }
+    }
+    for mount in once_each(mounts).filter(|m| m.writable && m.is_on_disks()) {
+        if mount.dev.major != 0 && folder_of(mount.dev).is_none() && has_sysfs() {
             topology.gone.insert(mount.dev);
         }
     }
@@ -188,6 +191,12 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
         add_above(&mut topology.above, dev);
     }
     topology
+}
+
+/// One mount of each superblock, for what goes for all of them: anybody may have made many.
+fn once_each(mounts: &[Mount]) -> impl Iterator<Item = &Mount> {
+    let mut seen = BTreeSet::new();
+    mounts.iter().filter(move |it| seen.insert(it.dev))
 }
 
 /// This device and all that is made of it, to any depth.
@@ -220,7 +229,7 @@ fn name_of(folder: &Path) -> String {
 }
 
 fn find_errors(topology: &mut Topology, mounts: &[Mount]) {
-    for mount in mounts.iter().filter(|m| !m.writable) {
+    for mount in once_each(mounts).filter(|m| !m.writable) {
         let count = errors_on(&mount.fs_type, mount.dev);
         topology
             .errors
@@ -273,7 +282,7 @@ fn assign_members(
     named_devices: impl Fn(&Mount) -> Vec<DevId>,
     uuid_at: impl Fn(&Mount) -> Result<Option<String>, Silent>,
 ) {
-    for mount in mounts.iter().filter(|it| it.dev.major != 0) {
+    for mount in once_each(mounts).filter(|it| it.dev.major != 0) {
         let dev = mount.dev;
         let mut all = superblocks.iter();
         let its = all.find(|it| it.devices == [dev]).or_else(|| {
@@ -299,7 +308,11 @@ fn assign_members(
             None => unasked.push(dev),
         }
     }
+    let mut asked = BTreeSet::new();
     for mount in unasked.into_iter().flat_map(of) {
+        if !asked.insert((mount.dev, &mount.source)) {
+            continue;
+        }
         if !topology.members.get(&mount.dev).is_some_and(Vec::is_empty) {
             continue;
         }
@@ -417,7 +430,7 @@ fn find_logs(
     superblocks: &[Superblock],
     patience: &Patience,
 ) {
-    for mount in mounts.iter().filter(|m| m.is_on_disks()) {
+    for mount in once_each(mounts).filter(|m| m.is_on_disks()) {
         let named = ["logdev", "rtdev"].into_iter();
         for path in named.filter_map(|name| mount.option(name)) {
             let logs = topology.logs.entry(mount.dev).or_default();
