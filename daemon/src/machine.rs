@@ -113,7 +113,7 @@ impl Machine {
         // Before the tables: what vanishes in between is shown by none and has to be open still.
         let alive = alive()?;
         let namespaces = Namespaces::find().map_err(LookError::Namespaces)?;
-        let (mut mounts, mut unseen) = tables(proc.as_fd(), &namespaces)?;
+        let (mut mounts, mut unseen) = tables(proc.as_fd(), &namespaces, PATIENCE)?;
         let mut superblocks = superblocks::of(&alive);
         let (lost, may_be_more) = memory.lost.find(&mounts, &superblocks);
         mounts.extend(lost);
@@ -141,14 +141,15 @@ pub fn open_proc() -> Result<OwnedFd, LookError> {
     open("/proc", flags, Mode::empty()).map_err(|e| LookError::Proc(e.into()))
 }
 
-/// The tables of all namespaces but those that cannot be looked into.
+/// The tables of all namespaces, those of the others within this time, and those that may show what no table does.
 fn tables(
     proc: BorrowedFd<'_>,
     namespaces: &Namespaces,
+    patience: Duration,
 ) -> Result<(Vec<Mount>, Vec<Unseen>), LookError> {
     let mut mounts = mounts::read(proc, 0)?;
     let mut closed = Vec::new();
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + patience;
     for number in 1..=namespaces.count() {
         let seen = namespaces.within(number, || mounts::read_until(proc, number, until));
         match seen.map_err(LookError::Enter).and_then(|it| Ok(it?)) {
@@ -257,12 +258,48 @@ mod tests {
     use super::*;
 
     #[test]
+    fn one_whose_table_takes_too_long_is_no_loss_if_others_show_all_that_it_does() {
+        use nix::sched::{unshare, CloneFlags};
+        let (tell, told) = std::sync::mpsc::channel();
+        let (done, wait) = std::sync::mpsc::channel::<()>();
+        let other = std::thread::spawn(move || {
+            let flags = CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS;
+            tell.send(unshare(flags).is_ok()).unwrap();
+            let _ = wait.recv();
+        });
+        let is_there = told.recv().unwrap();
+        let namespaces = Namespaces::find().unwrap();
+        // It takes privilege, and a kernel that tells.
+        if is_there && namespaces.states().is_some() {
+            let proc = open_proc().unwrap();
+            let (all, _) = tables(proc.as_fd(), &namespaces, PATIENCE).unwrap();
+            let own = all.iter().filter(|it| it.namespace == 0);
+            let own: BTreeSet<DevId> = own.map(|it| it.dev).collect();
+            let shows_more = |number| {
+                let mut its = all.iter().filter(|it| it.namespace == number);
+                its.any(|it| !own.contains(&it.dev))
+            };
+            let more: Vec<usize> = (1..=namespaces.count())
+                .filter(|it| shows_more(*it))
+                .collect();
+            assert!(more.len() < namespaces.count());
+            let (mounts, unseen) = tables(proc.as_fd(), &namespaces, Duration::ZERO).unwrap();
+            assert!(mounts.iter().all(|it| it.namespace == 0));
+            let unseen: Vec<String> = unseen.into_iter().map(|it| it.name).collect();
+            let more: Vec<String> = more.into_iter().map(|it| namespaces.name(it)).collect();
+            assert_eq!(unseen, more);
+        }
+        drop(done);
+        other.join().unwrap();
+    }
+
+    #[test]
     fn a_namespace_that_cannot_be_entered_is_named_and_costs_nobody_else() {
         let proc = open_proc().unwrap();
         // Nobody enters that.
         let other = Some(open("/dev/null", OFlag::O_RDONLY, Mode::empty()).unwrap());
         let namespaces = Namespaces::alone(1, other);
-        let (mounts, unseen) = tables(proc.as_fd(), &namespaces).unwrap();
+        let (mounts, unseen) = tables(proc.as_fd(), &namespaces, PATIENCE).unwrap();
         assert!(mounts.iter().any(|it| it.namespace == 0));
         assert_eq!(unseen.len(), 1);
         let said = unseen[0].to_string();
