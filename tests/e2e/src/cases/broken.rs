@@ -266,7 +266,7 @@ fn not_written_back(guest: &Guest) -> Result<()> {
         dmsetup resume bad";
     /// Nothing but its pages.
     const DIRTY: &str = "dd if=/dev/zero of=/mnt/bad/f bs=1M conv=notrunc 2>/dev/null; true";
-    guest.expect_in_log(&["dm-0"])?;
+    guest.expect_in_log(&["dm-0", "buffer_io_error: "])?;
     guest.sh(HEALTHY)?;
     guest.sh(MAKE)?;
     guest.writer_start("/mnt/good/w")?;

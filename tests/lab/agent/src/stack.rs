@@ -7,13 +7,18 @@ use crate::error::Error;
 use nix::mount::{mount, MsFlags};
 use nix::sched::{unshare, CloneFlags};
 use nix::unistd::pause;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 
 /// Makes so many, says so, and stays until somebody ends it.
 pub fn stay(count: usize, folder: &str) -> Result<(), Error> {
     unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)?;
+    // By its name the kernel would go up through all of them.
+    let lowest = File::open(folder)?;
+    let folder = format!("/proc/self/fd/{}", lowest.as_raw_fd());
     for _ in 0..count {
         let none = None::<&str>;
-        mount(Some(folder), folder, none, MsFlags::MS_BIND, none)?;
+        mount(Some(&*folder), &*folder, none, MsFlags::MS_BIND, none)?;
     }
     println!("{count} are mounted");
     loop {
