@@ -404,15 +404,24 @@ impl Rules {
         paths.chain(types).chain(devices)
     }
 
-    /// The first rule that fits, in words; if it is to be of `all` of it, none for a part.
-    fn find(&self, file_system: &FileSystem, all: bool) -> Option<String> {
+    /// The first rule that fits, with what it speaks of; if it is to be of `all` of it, none for a part.
+    fn find(&self, file_system: &FileSystem, all: bool) -> Option<(Kind, &Rule)> {
         let mut each = self.each();
-        let (kind, rule) = each.find(|(kind, rule)| {
+        each.find(|(kind, rule)| {
             let is_for_a_part =
                 || all && matches!(kind, Kind::Path) && self.is_for_a_part(file_system);
             rule.fits(*kind, file_system) && !is_for_a_part()
-        })?;
-        Some(format!("{kind} {}", rule.0))
+        })
+    }
+
+    /// Where one is mounted that a rule names by its path, and a path as well that none names: it freezes as a whole
+    /// or not at all.
+    fn also_at(&self, file_system: &FileSystem, rule: &Rule) -> Option<(String, String)> {
+        let shown = |it: &Place| it.known_path().to_string_lossy().escape_debug().to_string();
+        let is_named = |it: &&Place| self.paths.iter().any(|rule| rule.matches_path(it));
+        let named = places_of(file_system).find(|it| rule.matches_path(it))?;
+        let other = places_of(file_system).find(|it| !is_named(it))?;
+        Some((shown(named), shown(other)))
     }
 
     /// Whether its subvolumes, which freeze together, are not all among what the paths together name. Whoever
@@ -535,8 +544,18 @@ impl Config {
 
     /// The rule by which `file_system` is not to be frozen, if there is one.
     pub fn excludes(&self, file_system: &FileSystem) -> Option<String> {
-        if let Some(rule) = self.exclude.find(file_system, true) {
-            return Some(format!("exclude {rule}"));
+        if let Some((kind, rule)) = self.exclude.find(file_system, true) {
+            let is_path = matches!(kind, Kind::Path);
+            let also_at = is_path.then(|| self.exclude.also_at(file_system, rule));
+            let text = format!("exclude {kind} {}", rule.0);
+            return Some(match also_at.flatten() {
+                Some((named, other)) => {
+                    format!(
+                        "{text}, being mounted at {named}, though it is also mounted at {other}"
+                    )
+                }
+                None => text,
+            });
         }
         // What is mounted nowhere may have been where an operator wants it from, and by the name that it was
         // mounted by, which nobody tells any more.
@@ -876,6 +895,29 @@ mod tests {
     }
 
     #[test]
+    fn what_a_rule_leaves_out_that_is_also_mounted_elsewhere_is_named_with_both_paths() {
+        let excludes = |rules: &str, places: &[(usize, &str)]| {
+            let each = places.iter();
+            let places = each.map(|(namespace, path)| place(*namespace, path, true));
+            let it = FileSystem {
+                places: places.collect(),
+                ..file_system(&[], "ext4", "/dev/sda1", "8:1")
+            };
+            let config = parse(&format!("exclude.paths = [{rules}]")).unwrap();
+            config.excludes(&it).unwrap()
+        };
+        let both = [(0, "/data"), (0, "/srv/a"), (0, "/srv/b")];
+        assert_eq!(
+            excludes("'/srv/*'", &both),
+            "exclude path /srv/*, being mounted at /srv/a, though it is also mounted at /data"
+        );
+        assert_eq!(excludes("'/srv/*', '/data'", &both), "exclude path /srv/*");
+        // Others may have it where they like.
+        let there = [(0, "/srv/a"), (1, "/data")];
+        assert_eq!(excludes("'/srv/*'", &there), "exclude path /srv/*");
+    }
+
+    #[test]
     fn subvolumes_freeze_together_so_a_rule_to_exclude_names_all_that_are_mounted() {
         let at = |namespace, path, subvolume: Option<&str>| Place {
             subvolume: subvolume.map(PathBuf::from),
@@ -1005,7 +1047,7 @@ mod tests {
                 "ext4",
                 "/dev/sda1",
                 "8:1",
-                "exclude path /srv/*",
+                "exclude path /srv/*, being mounted at /srv/a/b, though it is also mounted at /data",
             ),
             (&["/efi"], "vfat", "/dev/sda1", "8:1", "exclude type vfa?"),
             (

@@ -309,6 +309,7 @@ impl Freezer {
     /// leaves it out, nobody has looked by then; [`Freezer::thaw`] does, and fails if it is to be strict. The log is
     /// held by whoever calls, and speaks only as long as nothing is frozen.
     pub fn freeze(&mut self, setting: &Setting) -> Result<Frozen, JobError> {
+        self.learnt.begin();
         let frozen = until_it_is(|may_sync, is_last| {
             let tried = self.try_to_freeze(setting, may_sync, is_last)?;
             if !matches!(tried, Tried::Done(_)) {
@@ -509,6 +510,8 @@ impl Freezer {
                 "{name} has become read-only while it was being frozen, perhaps since an error"
             ));
         }
+        // It is in the log.
+        warnings.all.extend(self.learnt.unwritten().cloned());
         match is_of_anything(summary.ours + summary.foreign, losses, config.strict) {
             Ok(true) => {}
             Ok(false) => {

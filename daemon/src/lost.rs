@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::apart::Questions;
 use crate::mounts::{is_served, DevId, Mount};
@@ -23,10 +23,20 @@ use crate::superblocks::Superblock;
 #[derive(Debug, Default)]
 pub struct Lost(Vec<Mount>);
 
+/// What of it is held.
+#[derive(Debug, Default)]
+struct Held {
+    /// A file or folder that is open there, for each superblock.
+    found: BTreeMap<DevId, PathBuf>,
+    /// Whether there was no time to look at all that is open.
+    is_a_part: bool,
+}
+
 impl Lost {
     /// Remembers what these tables show and is not among the superblocks that are listed, and returns what
-    /// they show no longer and is held: as it was mounted, with a file that is open there for a path.
-    pub fn find(&mut self, tables: &[Mount], listed: &[Superblock]) -> Vec<Mount> {
+    /// they show no longer and is held: as it was mounted, with a file that is open there for a path. And whether
+    /// there may be more.
+    pub fn find(&mut self, tables: &[Mount], listed: &[Superblock]) -> (Vec<Mount>, bool) {
         self.find_with(tables, listed, held)
     }
 
@@ -34,24 +44,33 @@ impl Lost {
         &mut self,
         tables: &[Mount],
         listed: &[Superblock],
-        held: impl FnOnce(&BTreeMap<u64, &Mount>) -> BTreeMap<DevId, PathBuf>,
-    ) -> Vec<Mount> {
+        held: impl FnOnce(&BTreeMap<u64, &Mount>) -> Held,
+    ) -> (Vec<Mount>, bool) {
         let shown: BTreeSet<DevId> = tables.iter().map(|it| it.dev).collect();
-        let taken: BTreeSet<u64> = tables.iter().map(|it| it.id).collect();
+        let taken: BTreeSet<u64> = tables.iter().flat_map(Mount::ids).collect();
         // The number of a mount that is gone for good may be another's.
+        self.0.retain(|it| !shown.contains(&it.dev));
+        for mount in &mut self.0 {
+            mount.alike.retain(|id| !taken.contains(id));
+        }
         self.0
-            .retain(|it| !shown.contains(&it.dev) && !taken.contains(&it.id));
-        let gone: BTreeMap<u64, &Mount> = self.0.iter().map(|it| (it.id, it)).collect();
-        let held = match gone.is_empty() {
-            true => BTreeMap::new(),
+            .retain(|it| !it.alike.is_empty() || !taken.contains(&it.id));
+        let ids = self
+            .0
+            .iter()
+            .flat_map(|it| it.ids().map(move |id| (id, it)));
+        let gone: BTreeMap<u64, &Mount> = ids.filter(|(id, _)| !taken.contains(id)).collect();
+        let Held { found, is_a_part } = match gone.is_empty() {
+            true => Held::default(),
             false => held(&gone),
         };
-        self.0.retain(|it| held.contains_key(&it.dev));
-        let was_here = |dev: DevId| self.0.iter().any(|it| it.dev == dev && it.namespace == 0);
+        self.0.retain(|it| is_a_part || found.contains_key(&it.dev));
+        let here = self.0.iter().filter(|it| it.namespace == 0);
+        let was_here: BTreeSet<DevId> = here.map(|it| it.dev).collect();
         let lost = self.0.iter().filter_map(|mount| {
             // How it was mounted elsewhere counts for as much as if it were mounted.
-            let counts = mount.namespace == 0 || !was_here(mount.dev);
-            let path = held.get(&mount.dev).filter(|_| counts)?;
+            let counts = mount.namespace == 0 || !was_here.contains(&mount.dev);
+            let path = found.get(&mount.dev).filter(|_| counts)?;
             Some(Mount {
                 // The file is open for all to see.
                 namespace: 0,
@@ -70,16 +89,21 @@ impl Lost {
             is_on_a_disk && it.writable && !listed.contains(&it.dev)
         };
         self.0.extend(tables.iter().filter(unlisted).cloned());
-        lost
+        (lost, is_a_part)
     }
 }
 
 /// How long one may take to say what is open there: whatever does not hang answers long before.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
 
-/// Of these mounts, by number, what is open through them: a file or folder for each superblock.
-fn held(gone: &BTreeMap<u64, &Mount>) -> BTreeMap<DevId, PathBuf> {
-    let mut found = BTreeMap::new();
+/// How long a look at all that is open may take: some 500,000 descriptors. There may be any number of them.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Of these mounts, by number, what is open through them.
+fn held(gone: &BTreeMap<u64, &Mount>) -> Held {
+    let mut held = Held::default();
+    let all: BTreeSet<DevId> = gone.values().map(|it| it.dev).collect();
+    let until = Instant::now() + PATIENCE;
     let own = std::process::id().to_string();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let name = process.file_name();
@@ -90,17 +114,21 @@ fn held(gone: &BTreeMap<u64, &Mount>) -> BTreeMap<DevId, PathBuf> {
         }
         let infos = fs::read_dir(process.path().join("fdinfo"));
         for info in infos.into_iter().flatten().flatten() {
+            held.is_a_part = held.found.len() < all.len() && Instant::now() >= until;
+            if held.is_a_part || held.found.len() == all.len() {
+                return held;
+            }
             let text = fs::read_to_string(info.path()).unwrap_or_default();
             let Some(mount) = mount_in(&text).and_then(|it| gone.get(&it)) else {
                 continue;
             };
             let link = process.path().join("fd").join(info.file_name());
-            if !found.contains_key(&mount.dev) && may_be_on(mount.dev, &link) {
-                found.insert(mount.dev, link);
+            if !held.found.contains_key(&mount.dev) && may_be_on(mount.dev, &link) {
+                held.found.insert(mount.dev, link);
             }
         }
     }
-    found
+    held
 }
 
 /// Whether this link leads to a file or folder of that file system: what was opened may be a device or a FIFO on it.
@@ -125,7 +153,7 @@ fn mount_in(fdinfo: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mounts::parse;
+    use crate::mounts::{of_interest, parse};
     use crate::plan::plan;
     use crate::topology::Topology;
 
@@ -145,7 +173,13 @@ mod tests {
             listed: None,
             unreachable: None,
         });
-        lost.find_with(&tables, &listed, held)
+        let held = |gone: &BTreeMap<u64, &Mount>| all(held(gone));
+        lost.find_with(&tables, &listed, held).0
+    }
+
+    fn all(found: BTreeMap<DevId, PathBuf>) -> Held {
+        let is_a_part = false;
+        Held { found, is_a_part }
     }
 
     fn nobody_asks(_: &BTreeMap<u64, &Mount>) -> BTreeMap<DevId, PathBuf> {
@@ -181,10 +215,10 @@ mod tests {
             b"21 20 8:2 / /there rw - vfat /dev/sda2 rw\n22 20 8:4 / /only rw - vfat b rw\n";
         tables.extend(parse(&there[..], 1).unwrap());
         let mut lost = Lost::default();
-        lost.find_with(&tables, &[], nobody_asks);
+        lost.find_with(&tables, &[], |gone| all(nobody_asks(gone)));
         let dev = |minor| DevId { major: 8, minor };
         let link = |minor| (dev(minor), PathBuf::from(format!("/proc/9/fd/{minor}")));
-        let found = lost.find_with(&[], &[], |_| BTreeMap::from([link(2), link(4)]));
+        let (found, _) = lost.find_with(&[], &[], |_| all(BTreeMap::from([link(2), link(4)])));
         let was_at: Vec<_> = found.iter().map(|it| it.was_at.as_deref()).collect();
         assert_eq!(
             was_at,
@@ -204,6 +238,43 @@ mod tests {
                 "/only (vfat, 8:4, mounted no longer, open at /proc/9/fd/4)",
             ]
         );
+    }
+
+    #[test]
+    fn what_there_was_no_time_for_is_looked_for_again() {
+        let mut lost = Lost::default();
+        find(&mut lost, &[ROOT, FAT].concat(), nobody_asks);
+        let root = parse(ROOT.as_bytes(), 0).unwrap();
+        for is_a_part in [true, true, false] {
+            let mut is_asked = false;
+            let (found, is_more) = lost.find_with(&root, &[], |_| {
+                is_asked = true;
+                Held {
+                    found: BTreeMap::new(),
+                    is_a_part,
+                }
+            });
+            assert!(is_asked && found.is_empty());
+            assert_eq!(is_more, is_a_part);
+        }
+        find(&mut lost, ROOT, nobody_asks);
+    }
+
+    #[test]
+    fn it_is_found_by_each_of_its_mounts() {
+        let line = |id: u64| format!("{id} 1 8:2 /me /m{id} rw - vfat /dev/sda2 rw\n");
+        let text: String = (2..40).map(line).collect();
+        let tables = of_interest(parse(text.as_bytes(), 1).unwrap());
+        let mut lost = Lost::default();
+        lost.find_with(&tables, &[], |gone| all(nobody_asks(gone)));
+        // The number of one is another's by now.
+        let other = parse(&b"2 1 0:30 / /tmp rw - tmpfs tmpfs rw\n"[..], 0).unwrap();
+        let mut ids = Vec::new();
+        lost.find_with(&other, &[], |gone| {
+            ids.extend(gone.keys().copied());
+            Held::default()
+        });
+        assert_eq!(ids, (3..40).collect::<Vec<_>>());
     }
 
     #[test]

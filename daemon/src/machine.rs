@@ -8,8 +8,10 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{open, OFlag};
 use nix::sys::stat::Mode;
@@ -17,9 +19,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::logbook::words;
 use crate::lost::Lost;
-use crate::mounts::{self, DevId, Mount, MountsError};
+use crate::mounts::{self, of_interest, DevId, Mount, MountsError};
 use crate::namespaces::Namespaces;
 use crate::superblocks::{self, Entry, Superblock};
+use crate::sys;
 use crate::topology::{self, Topology};
 use crate::turned::Turned;
 use crate::unlisted;
@@ -110,10 +113,16 @@ impl Machine {
         // Before the tables: what vanishes in between is shown by none and has to be open still.
         let alive = alive()?;
         let namespaces = Namespaces::find().map_err(LookError::Namespaces)?;
-        let (mut mounts, unseen) = tables(proc.as_fd(), &namespaces)?;
+        let (mut mounts, mut unseen) = tables(proc.as_fd(), &namespaces, PATIENCE)?;
         let mut superblocks = superblocks::of(&alive);
-        let lost = memory.lost.find(&mounts, &superblocks);
+        let (lost, may_be_more) = memory.lost.find(&mounts, &superblocks);
         mounts.extend(lost);
+        if may_be_more && !sys::tells_superblocks() {
+            unseen.push(Unseen {
+                name: "what is open on file systems that are mounted no longer".to_owned(),
+                reason: "there is more than can be looked at".to_owned(),
+            });
+        }
         add_unlisted(&mut superblocks, &mounts);
         let mut topology = topology::read(&mounts, &superblocks);
         topology.turned = memory.turned.find(&mounts);
@@ -132,29 +141,58 @@ pub fn open_proc() -> Result<OwnedFd, LookError> {
     open("/proc", flags, Mode::empty()).map_err(|e| LookError::Proc(e.into()))
 }
 
-/// The tables of all namespaces but those that cannot be looked into.
+/// The tables of all namespaces, those of the others within this time, and those that may show what no table does.
 fn tables(
     proc: BorrowedFd<'_>,
     namespaces: &Namespaces,
+    patience: Duration,
 ) -> Result<(Vec<Mount>, Vec<Unseen>), LookError> {
     let mut mounts = mounts::read(proc, 0)?;
-    let mut unseen = Vec::new();
+    let mut closed = Vec::new();
+    let until = Instant::now() + patience;
     for number in 1..=namespaces.count() {
-        let seen = namespaces.within(number, || mounts::read(proc, number));
+        let seen = namespaces.within(number, || mounts::read_until(proc, number, until));
         match seen.map_err(LookError::Enter).and_then(|it| Ok(it?)) {
             Ok(seen) => mounts.extend(of_interest(seen)),
-            Err(error) => unseen.push(Unseen {
-                name: namespaces.name(number),
-                reason: words(&error),
-            }),
+            Err(error) => closed.push((number, error)),
         }
     }
-    Ok((mounts, unseen))
+    let shown = mounts.iter().map(|it| it.dev).collect();
+    let until = Instant::now() + PATIENCE;
+    closed.retain(|(number, _)| !shows_nothing_else(namespaces, *number, &shown, until));
+    let unseen = closed.into_iter().map(|(number, error)| Unseen {
+        name: namespaces.name(number),
+        reason: words(&error),
+    });
+    Ok((mounts, unseen.collect()))
 }
 
-/// Of another namespace's table the rest (overlay, proc, tmpfs, ...) is of no interest.
-fn of_interest(table: Vec<Mount>) -> impl Iterator<Item = Mount> {
-    table.into_iter().filter(Mount::is_on_disks)
+/// How long the tables of the other namespaces may take together. Anybody may have some of his own, as high a stack of
+/// mounts as he likes in each, and of each mount there the kernel goes down all the way to say where it is.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Whether this namespace is known to have nothing on disks that others do not show. For each mount that is asked
+/// without its path, where the kernel tells.
+fn shows_nothing_else(
+    namespaces: &Namespaces,
+    number: usize,
+    shown: &BTreeSet<DevId>,
+    until: Instant,
+) -> bool {
+    let states = namespaces.states().unwrap_or_default();
+    let Some(id) = number.checked_sub(1).and_then(|it| states.get(it)) else {
+        return false;
+    };
+    let is_no_other = |mount| match sys::superblock_of(id.id(), mount) {
+        Ok(it) => shown.contains(&it.dev) || !mounts::may_be_on_disks(it.dev, it.magic),
+        // It is gone.
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    };
+    let all = sys::mounts_after(id.id(), 0);
+    all.is_ok_and(|all| {
+        let mut all = all.into_iter();
+        all.all(|mount| Instant::now() < until && is_no_other(mount))
+    })
 }
 
 fn alive() -> Result<BTreeSet<Entry>, LookError> {
@@ -220,12 +258,48 @@ mod tests {
     use super::*;
 
     #[test]
+    fn one_whose_table_takes_too_long_is_no_loss_if_others_show_all_that_it_does() {
+        use nix::sched::{unshare, CloneFlags};
+        let (tell, told) = std::sync::mpsc::channel();
+        let (done, wait) = std::sync::mpsc::channel::<()>();
+        let other = std::thread::spawn(move || {
+            let flags = CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS;
+            tell.send(unshare(flags).is_ok()).unwrap();
+            let _ = wait.recv();
+        });
+        let is_there = told.recv().unwrap();
+        let namespaces = Namespaces::find().unwrap();
+        // It takes privilege, and a kernel that tells.
+        if is_there && namespaces.states().is_some() {
+            let proc = open_proc().unwrap();
+            let (all, _) = tables(proc.as_fd(), &namespaces, PATIENCE).unwrap();
+            let own = all.iter().filter(|it| it.namespace == 0);
+            let own: BTreeSet<DevId> = own.map(|it| it.dev).collect();
+            let shows_more = |number| {
+                let mut its = all.iter().filter(|it| it.namespace == number);
+                its.any(|it| !own.contains(&it.dev))
+            };
+            let more: Vec<usize> = (1..=namespaces.count())
+                .filter(|it| shows_more(*it))
+                .collect();
+            assert!(more.len() < namespaces.count());
+            let (mounts, unseen) = tables(proc.as_fd(), &namespaces, Duration::ZERO).unwrap();
+            assert!(mounts.iter().all(|it| it.namespace == 0));
+            let unseen: Vec<String> = unseen.into_iter().map(|it| it.name).collect();
+            let more: Vec<String> = more.into_iter().map(|it| namespaces.name(it)).collect();
+            assert_eq!(unseen, more);
+        }
+        drop(done);
+        other.join().unwrap();
+    }
+
+    #[test]
     fn a_namespace_that_cannot_be_entered_is_named_and_costs_nobody_else() {
         let proc = open_proc().unwrap();
         // Nobody enters that.
         let other = Some(open("/dev/null", OFlag::O_RDONLY, Mode::empty()).unwrap());
         let namespaces = Namespaces::alone(1, other);
-        let (mounts, unseen) = tables(proc.as_fd(), &namespaces).unwrap();
+        let (mounts, unseen) = tables(proc.as_fd(), &namespaces, PATIENCE).unwrap();
         assert!(mounts.iter().any(|it| it.namespace == 0));
         assert_eq!(unseen.len(), 1);
         let said = unseen[0].to_string();

@@ -16,6 +16,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
+use std::time::Instant;
 
 use nix::fcntl::{openat, OFlag};
 use nix::sys::stat::Mode;
@@ -141,6 +142,8 @@ pub struct Mount {
     pub was_at: Option<PathBuf>,
     /// What the file system says of itself: options by name, with their values where they have one.
     pub options: BTreeMap<String, OsString>,
+    /// The ids of further ones that it stands for, as [`of_interest`] has left them out.
+    pub alike: Vec<u64>,
 }
 
 /// Types whose superblock has an anonymous number although it is on disks, and that can be frozen.
@@ -213,6 +216,11 @@ impl Mount {
         (path != Path::new("/")).then_some(path)
     }
 
+    /// Its own id and those of the others that it stands for.
+    pub fn ids(&self) -> impl Iterator<Item = u64> + '_ {
+        self.alike.iter().copied().chain([self.id])
+    }
+
     /// The value of an option of the superblock, empty for one that has none.
     pub fn option(&self, name: &str) -> Option<&OsStr> {
         self.options.get(name).map(OsString::as_os_str)
@@ -227,6 +235,13 @@ pub fn has_means_to_freeze(fs_type: &str) -> bool {
 /// Whether a superblock of this type has an anonymous number although it is on disks.
 pub fn is_anonymous(fs_type: &str) -> bool {
     ANONYMOUS_TYPES.contains(&fs_type)
+}
+
+/// Whether a superblock with this number may be on disks of this machine, by the number of its type.
+pub fn may_be_on_disks(dev: DevId, magic: u64) -> bool {
+    // As the types that [`is_anonymous`] and [`NEVER_HELD`] name, in this order.
+    const ANONYMOUS: [u64; 3] = [0x9123_683e, 0xca45_1a4e, 0x2fc1_2fc1];
+    dev.major != 0 || ANONYMOUS.contains(&magic)
 }
 
 /// Whether a name is a path below `/dev`. Any other may be that of a pool or of anything, or lead to who does not answer.
@@ -257,16 +272,47 @@ pub fn read(proc: BorrowedFd<'_>, namespace: usize) -> Result<Vec<Mount>, Mounts
     parse(&read_text(proc, namespace)?, namespace)
 }
 
+/// The same of a table that may be anybody's, until then. It fails with [`io::ErrorKind::TimedOut`] when that has come,
+/// and with [`io::ErrorKind::FileTooLarge`] when there is more than 32 MiB of it.
+pub fn read_until(
+    proc: BorrowedFd<'_>,
+    namespace: usize,
+    until: Instant,
+) -> Result<Vec<Mount>, MountsError> {
+    let text = text(proc, namespace, |length| match length {
+        _ if Instant::now() >= until => Err(io::ErrorKind::TimedOut.into()),
+        length if length > MOST_BYTES => Err(io::ErrorKind::FileTooLarge.into()),
+        _ => Ok(()),
+    })?;
+    parse(&text, namespace)
+}
+
+/// The longest table of another namespace that is read: 100,000 mounts, as many as there may be, with 300 bytes each.
+const MOST_BYTES: usize = 32 << 20;
+
 /// The same table as the kernel writes it.
 pub fn read_text(proc: BorrowedFd<'_>, namespace: usize) -> Result<Vec<u8>, MountsError> {
+    text(proc, namespace, |_| Ok(()))
+}
+
+fn text(
+    proc: BorrowedFd<'_>,
+    namespace: usize,
+    go_on: impl Fn(usize) -> io::Result<()>,
+) -> Result<Vec<u8>, MountsError> {
     let failed = |source| MountsError::Read { namespace, source };
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     let fd = openat(proc, OWN_TABLE, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
-    whole(&File::from(fd)).map_err(failed)
+    whole_while(&File::from(fd), go_on).map_err(failed)
 }
 
 /// The whole text of a file of procfs.
 pub fn whole(file: &File) -> io::Result<Vec<u8>> {
+    whole_while(file, |_| Ok(()))
+}
+
+/// The same, as long as who is told how much of it there is so far lets it go on.
+fn whole_while(file: &File, go_on: impl Fn(usize) -> io::Result<()>) -> io::Result<Vec<u8>> {
     // Large reads: the fewer there are, the less can change in between.
     let mut text = vec![0; 1 << 16];
     let mut length = 0;
@@ -279,6 +325,7 @@ pub fn whole(file: &File) -> io::Result<Vec<u8>> {
             0 => break,
             count => length += count,
         }
+        go_on(length)?;
     }
     text.truncate(length);
     Ok(text)
@@ -296,21 +343,84 @@ pub fn parse(text: &[u8], namespace: usize) -> Result<Vec<Mount>, MountsError> {
     Ok(mounts)
 }
 
+/// Of another namespace's table what is of interest: the rest (overlay, proc, tmpfs, ...) is not, and of those that are
+/// alike a few are enough. Anybody may have 100,000 of them in each of his, and all have to be kept.
+pub fn of_interest(table: Vec<Mount>) -> Vec<Mount> {
+    let mut kept: Vec<Mount> = Vec::new();
+    let mut kinds = BTreeMap::new();
+    for mount in table.into_iter().filter(Mount::is_on_disks) {
+        let subvolume = mount.subvolume().map(Path::to_owned);
+        let is = (mount.for_writing, mount.is_whole(), mount.hidden);
+        let kind = (mount.dev, subvolume, is, mount.walkable, mount.layers);
+        let (first, count) = kinds.entry(kind).or_insert((kept.len(), 0));
+        *count += 1;
+        match kept.get_mut(*first).filter(|_| *count > ENOUGH) {
+            Some(first) => first.alike.push(mount.id),
+            None => kept.push(mount),
+        }
+    }
+    kept
+}
+
+/// So many ways to a superblock are kept of each kind.
+pub const ENOUGH: usize = 8;
+
 /// Says of each mount whether its path leads to it, and through what.
 fn find_ways(mounts: &mut [Mount]) {
     let ways: Vec<_> = {
         let table = Attached::new(mounts);
-        let way = |m: &Mount| (table.walk(m), table.cover(m).is_some());
-        mounts.iter().map(way).collect()
+        let aside = table.aside();
+        let mut known = BTreeMap::new();
+        let mut way = |m: &Mount| {
+            let way = table.way_into(m.parent, &aside, &mut known);
+            let is_covered = table.at.contains_key(&(m.id, m.path.as_path()));
+            let hidden = !way.leads || aside.contains(&m.id) || is_covered;
+            (way, hidden)
+        };
+        mounts.iter().map(&mut way).collect()
     };
-    for (mount, ((walkable, layers), hidden)) in mounts.iter_mut().zip(ways) {
-        mount.walkable = walkable;
-        mount.layers = layers;
+    for (mount, (way, hidden)) in mounts.iter_mut().zip(ways) {
+        mount.walkable = way.walkable;
+        mount.layers = way.layers;
         mount.hidden = hidden;
     }
 }
 
-/// A table by what is attached to what.
+/// The way from the root to the inside of a mount.
+#[derive(Clone, Copy)]
+struct Way {
+    /// As [`Mount::walkable`] of what is attached there.
+    walkable: bool,
+    /// As [`Mount::layers`] of that.
+    layers: Option<DevId>,
+    /// Whether it leads there.
+    leads: bool,
+}
+
+impl Way {
+    const START: Way = Way {
+        walkable: true,
+        layers: None,
+        leads: true,
+    };
+
+    /// On into what is attached there.
+    fn into(self, mount: &Mount, is_aside: bool) -> Self {
+        let are_layers = mount.is_layered() && (self.walkable || self.layers.is_some());
+        let is_walked = mount.is_walked();
+        Way {
+            walkable: self.walkable && is_walked,
+            layers: match is_walked {
+                true => self.layers,
+                false => are_layers.then_some(mount.dev),
+            },
+            leads: self.leads && !is_aside,
+        }
+    }
+}
+
+/// A table by what is attached to what. Anybody may make a table of his own that is 100,000 mounts high, so what is
+/// asked of all of them costs no more for each the more there are.
 pub struct Attached<'a> {
     by_id: BTreeMap<u64, &'a Mount>,
     /// By the mount below and the path, the first of those that are attached there.
@@ -331,45 +441,80 @@ impl<'a> Attached<'a> {
         }
     }
 
-    /// What `mount` is attached to, directly or not, the nearest first.
-    fn above(&self, mount: &Mount) -> impl Iterator<Item = &'a Mount> + '_ {
-        let mut seen = BTreeSet::from([mount.id]);
-        let mut parent = mount.parent;
-        std::iter::from_fn(move || {
-            // A circle would be a table that contradicts itself.
-            let next = self.by_id.get(&parent).filter(|_| seen.insert(parent))?;
-            parent = next.parent;
-            Some(*next)
-        })
-    }
-
-    /// `mount`'s own id and those of all that it is attached to.
-    fn chain(&self, mount: &Mount) -> BTreeSet<u64> {
-        let above = self.above(mount).map(|it| it.id);
-        above.chain([mount.id]).collect()
-    }
-
-    /// As [`Mount::walkable`] and [`Mount::layers`].
-    fn walk(&self, mount: &Mount) -> (bool, Option<DevId>) {
-        let mut others = self.above(mount).filter(|it| !it.is_walked()).peekable();
-        match others.peek().copied() {
-            None => (true, None),
-            Some(nearest) => (
-                false,
-                others.all(|it| it.is_layered()).then_some(nearest.dev),
-            ),
+    /// The mounts that no path leads to from what they are attached to: another one is over a folder on the way, or
+    /// over the same one.
+    fn aside(&self) -> BTreeSet<u64> {
+        let mut aside: BTreeSet<u64> = self.by_id.keys().copied().collect();
+        let mut last: Option<(u64, &Path)> = None;
+        // Of those on one mount whatever is below a path comes right after it.
+        for (&(below, path), mount) in &self.at {
+            if last.is_none_or(|(other, over)| other != below || !path.starts_with(over)) {
+                last = Some((below, path));
+                aside.remove(&mount.id);
+            }
         }
+        let is_root = |m: &&Mount| m.parent == m.id || !self.by_id.contains_key(&m.parent);
+        let roots = self.by_id.values().copied().filter(is_root);
+        for root in roots {
+            aside.remove(&root.id);
+        }
+        aside
+    }
+
+    /// The way to the inside of the mount with this number, with what is `known` of others.
+    fn way_into(&self, id: u64, aside: &BTreeSet<u64>, known: &mut BTreeMap<u64, Way>) -> Way {
+        let (mut up, mut next) = (Vec::new(), id);
+        while let Some(mount) = self.by_id.get(&next).filter(|_| !known.contains_key(&next)) {
+            // A circle would be a table that contradicts itself.
+            known.insert(next, Way::START);
+            up.push(*mount);
+            next = mount.parent;
+        }
+        let mut way = known.get(&next).copied().unwrap_or(Way::START);
+        for mount in up.into_iter().rev() {
+            way = way.into(mount, aside.contains(&mount.id));
+            known.insert(mount.id, way);
+        }
+        way
+    }
+
+    /// `mount` and what it is attached to, directly or not, the nearest first.
+    fn chain(&self, mount: &'a Mount) -> Vec<&'a Mount> {
+        let mut seen = BTreeSet::from([mount.id]);
+        let mut chain = vec![mount];
+        let mut parent = mount.parent;
+        while let Some(next) = self.by_id.get(&parent).filter(|it| seen.insert(it.id)) {
+            chain.push(next);
+            parent = next.parent;
+        }
+        chain
     }
 
     /// The first mount on the way to `mount` that does not lead there.
-    pub fn cover(&self, mount: &Mount) -> Option<&'a Mount> {
-        let chain = self.chain(mount);
-        let prefixes: Vec<&Path> = mount.path.ancestors().collect();
-        prefixes.into_iter().rev().find_map(|prefix| {
-            let attached = |below: &u64| self.at.get(&(*below, prefix)).copied();
-            let mut here = chain.iter().filter_map(attached);
-            here.find(|m| !chain.contains(&m.id))
-        })
+    pub fn cover(&self, mount: &'a Mount) -> Option<&'a Mount> {
+        let mut chain = self.chain(mount);
+        chain.reverse();
+        let steps = chain.windows(2).filter_map(|step| match step {
+            [below, above] => Some((*below, *above)),
+            _ => None,
+        });
+        let between = steps.map(|(below, above)| self.on_the_way(below, above));
+        let over = self.at.get(&(mount.id, mount.path.as_path())).copied();
+        between.flatten().chain(over).next()
+    }
+
+    /// What lies over a folder on the way from `below` to what is attached to that, or over the same one.
+    fn on_the_way(&self, below: &Mount, above: &Mount) -> Option<&'a Mount> {
+        let folders = match above.path.strip_prefix(&below.path) {
+            Ok(rest) => rest.components().count() + 1,
+            Err(_) => usize::MAX,
+        };
+        let mut folders: Vec<&Path> = above.path.ancestors().take(folders).collect();
+        folders.reverse();
+        let mut attached = folders
+            .into_iter()
+            .filter_map(|folder| self.at.get(&(below.id, folder)).copied());
+        attached.next().filter(|it| it.id != above.id)
     }
 }
 
@@ -404,6 +549,7 @@ fn parse_line(line: &[u8], number: usize, namespace: usize) -> Result<Mount, Mou
             .into_iter()
             .map(|(name, value)| (name, unescape(value.unwrap_or_default().as_bytes())))
             .collect(),
+        alike: Vec::new(),
     })
 }
 
@@ -580,8 +726,54 @@ mod tests {
     fn a_circle_of_mounts_ends() {
         let line = |id, parent| format!("{id} {parent} 8:1 / /x rw - ext4 /dev/sda1 rw\n");
         let table = parse([line(7, 8), line(8, 7)].concat().as_bytes(), 0).unwrap();
-        let chain = Attached::new(&table).chain(&table[0]);
-        assert_eq!(chain, BTreeSet::from([7, 8]));
+        let attached = Attached::new(&table);
+        let chain: Vec<u64> = attached.chain(&table[0]).iter().map(|it| it.id).collect();
+        assert_eq!(chain, [7, 8]);
+    }
+
+    /// By default the kernel lets a namespace have so many mounts, and anybody have one.
+    const MOST: u64 = 100_000;
+
+    #[test]
+    fn a_stack_as_high_as_anybody_can_make_it_costs_no_more_for_each() {
+        let begin = std::time::Instant::now();
+        let line = |id: u64| {
+            let parent = id - 1;
+            format!("{id} {parent} 8:1 /home/me/a /home/me/a rw - ext4 /dev/sda1 rw\n")
+        };
+        let root = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n".to_owned();
+        let text: String = std::iter::once(root).chain((2..=MOST).map(line)).collect();
+        let mut table = parse(text.as_bytes(), 1).unwrap();
+        let shown: Vec<u64> = table.iter().filter(|m| !m.hidden).map(|m| m.id).collect();
+        assert_eq!(shown, [1, MOST]);
+        assert!(table.iter().all(|m| m.walkable));
+        // The same with a program at its foot.
+        table[1].fs_type = "fuse".to_owned();
+        find_ways(&mut table);
+        assert_eq!(table.iter().filter(|m| m.walkable).count(), 2);
+        let attached = Attached::new(&table);
+        assert_eq!(attached.cover(&table[1]).map(|m| m.id), Some(3));
+        assert!(attached.cover(&table[table.len() - 1]).is_none());
+        // One step for each pair would be hours.
+        assert!(begin.elapsed().as_secs() < 60, "{:?}", begin.elapsed());
+    }
+
+    #[test]
+    fn of_those_that_are_alike_in_another_namespace_a_few_are_kept() {
+        let line = |id: u64| {
+            let (access, folder) = (
+                ["rw", "ro"][id as usize % 2],
+                ["", "me"][id as usize / 2 % 2],
+            );
+            format!("{id} 1 8:1 /{folder} /m{id} {access} - ext4 /dev/sda1 rw\n")
+        };
+        let text: String = (2..102).map(line).collect();
+        let other = "200 1 8:2 / /other rw - xfs /dev/sda2 rw\n201 1 0:9 / /t rw - tmpfs t rw\n";
+        let kept = of_interest(parse((text + other).as_bytes(), 1).unwrap());
+        assert_eq!(kept.len(), 4 * ENOUGH + 1);
+        let mut ids: Vec<u64> = kept.iter().flat_map(Mount::ids).collect();
+        ids.sort_unstable();
+        assert_eq!(ids, (2..102).chain([200]).collect::<Vec<_>>());
     }
 
     #[test]
@@ -610,6 +802,28 @@ mod tests {
     }
 
     proptest::proptest! {
+        #[test]
+        fn what_is_hidden_has_a_cover(
+            all in proptest::collection::vec((0..9_usize, "(/[ab]){0,3}"), 1..9),
+        ) {
+            // Each is attached somewhere below one that was there before.
+            let mut paths = vec!["/".to_owned()];
+            let mut text = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n".to_owned();
+            for (parent, folder) in all {
+                let parent = parent % paths.len();
+                let (id, on) = (paths.len() + 1, parent + 1);
+                let path = format!("{}{folder}", paths[parent].trim_end_matches('/'));
+                let path = if path.is_empty() { "/".to_owned() } else { path };
+                text += &format!("{id} {on} 8:1 / {path} rw - ext4 /dev/sda1 rw\n");
+                paths.push(path);
+            }
+            let table = parse(text.as_bytes(), 0).unwrap();
+            let attached = Attached::new(&table);
+            for mount in &table {
+                proptest::prop_assert_eq!(mount.hidden, attached.cover(mount).is_some(), "{:?}", mount);
+            }
+        }
+
         #[test]
         fn no_input_panics(text in proptest::collection::vec(0u8.., 0..200)) {
             let _ = parse(&text, 0);

@@ -18,7 +18,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{open, openat, OFlag};
@@ -28,7 +28,7 @@ use nix::sys::stat::Mode;
 
 use crate::apart::{Lot, Questions};
 use crate::machine::Ways;
-use crate::mounts::{self, Attached, DevId};
+use crate::mounts::{self, Attached, DevId, ENOUGH};
 use crate::namespaces::Namespaces;
 use crate::plan::{FileSystem, Place};
 use crate::superblocks::{self, Entry};
@@ -352,7 +352,9 @@ fn ways_to(file_system: &FileSystem) -> Box<dyn Iterator<Item = Walk> + '_> {
     let shown = walkable().filter(|place| !place.hidden);
     let mut seen = BTreeSet::new();
     let each = shown.chain(walkable()).map(|place| place.namespace);
+    // There may be any number of them, and there is another way.
     let each = each.filter(move |namespace| seen.insert(*namespace));
+    let each = each.take(ENOUGH);
     let by_path = each.map(|namespace| Walk::new(Way::Path, file_system, namespace));
     let below_layers = iter::once_with(|| {
         let (layers, below) = below_layers(file_system)?;
@@ -580,7 +582,7 @@ fn by_path(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenError> 
     let proc = ways.proc.as_fd();
     let namespaces = &ways.namespaces;
     let walkable = || file_system.places.iter().filter(|place| place.walkable);
-    for place in walkable().filter(|place| !place.hidden) {
+    for place in walkable().filter(|place| !place.hidden).take(ENOUGH) {
         let opened = namespaces.within(place.namespace, || open_place(proc, file_system, place));
         match opened {
             Ok(Ok(fd)) => return Ok(fd),
@@ -593,7 +595,7 @@ fn by_path(ways: &Ways, file_system: &FileSystem) -> Result<OwnedFd, OpenError> 
         return Err(error);
     }
     if error.tried.is_empty() || error.tried.iter().any(PlaceError::may_be_elsewhere) {
-        for place in walkable() {
+        for place in walkable().take(ENOUGH) {
             let uncover = || uncover(proc, file_system, place);
             if let Ok(Ok(fd)) = namespaces.within_copy(place.namespace, uncover) {
                 return Ok(fd);
@@ -750,6 +752,9 @@ fn open_place(
     }
 }
 
+/// How long it may take to take away what lies over one: that may be any number.
+const UNCOVER_TIME: Duration = Duration::from_secs(1);
+
 /// In a private copy of a namespace: unmounts whatever lies over `place`, or over a folder on the
 /// way there, until it leads to `file_system`. Mounts have other ids in the copy, so its own table
 /// is read.
@@ -760,8 +765,10 @@ fn uncover(
 ) -> Result<OwnedFd, PlaceError> {
     let path = place.path.as_path();
     let gone = |errno: Errno| PlaceError::open(path, errno.into());
+    let until = Instant::now() + UNCOVER_TIME;
     loop {
-        let table = mounts::read(proc, place.namespace).map_err(|_| gone(Errno::ENOENT))?;
+        let table = mounts::read_until(proc, place.namespace, until);
+        let table = table.map_err(|_| gone(Errno::ENOENT))?;
         let target = table
             .iter()
             .find(|m| m.dev == file_system.dev && m.path == path)
@@ -818,7 +825,6 @@ mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
     use std::sync::Mutex;
-    use std::time::Instant;
 
     fn file_system(path: &Path, dev: DevId) -> FileSystem {
         FileSystem {

@@ -520,6 +520,8 @@ pub struct Superblock {
     pub dev: DevId,
     /// Whether it is read-only, whatever the mount is.
     pub read_only: bool,
+    /// Its type, by the number that `statfs(2)` has for it.
+    pub magic: u64,
 }
 
 /// What is mounted as the mount with number `mnt_id` (from [`unique_mount_id`]) in the namespace with
@@ -570,6 +572,7 @@ pub fn superblock_of(mnt_ns_id: u64, mnt_id: u64) -> io::Result<Superblock> {
             minor: found.sb_dev_minor,
         },
         read_only: found.sb_flags & SB_RDONLY != 0,
+        magic: found.sb_magic,
     })
 }
 

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::apart::{Patience, Questions};
 use crate::disks::{self, HostDisk};
-use crate::mounts::{is_served, may_be_a_node, DevId, Mount};
+use crate::mounts::{is_anonymous, is_served, may_be_a_node, DevId, Mount};
 use crate::superblocks::{self, dev_in, folder_of, Entry, Superblock};
 use crate::sys::{self, LoopBacking};
 use crate::unlisted::UNREACHED;
@@ -162,7 +162,10 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
         if mount.dev.major == 0 {
             add_alias(&mut topology, mount, &patience);
             topology.members.entry(mount.dev).or_default();
-        } else if mount.writable && folder_of(mount.dev).is_none() && has_sysfs() {
+        }
+    }
+    for mount in once_each(mounts).filter(|m| m.writable && m.is_on_disks()) {
+        if mount.dev.major != 0 && folder_of(mount.dev).is_none() && has_sysfs() {
             topology.gone.insert(mount.dev);
         }
     }
@@ -172,7 +175,7 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
     assign_members(&mut topology, mounts, superblocks, named_devices, uuid_at);
     find_unmounted(&mut topology, mounts, superblocks);
     find_logs(&mut topology, mounts, superblocks, &patience);
-    leave_out_parts(&mut topology);
+    leave_out_parts(&mut topology, holds_a_file_system);
     let own = mounts.iter().filter(|m| m.writable).map(|m| m.dev);
     let members = topology.members.values().flatten().copied();
     let unmounted = topology.unmounted.iter();
@@ -188,6 +191,12 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
         add_above(&mut topology.above, dev);
     }
     topology
+}
+
+/// One mount of each superblock, for what goes for all of them: anybody may have made many.
+fn once_each(mounts: &[Mount]) -> impl Iterator<Item = &Mount> {
+    let mut seen = BTreeSet::new();
+    mounts.iter().filter(move |it| seen.insert(it.dev))
 }
 
 /// This device and all that is made of it, to any depth.
@@ -220,7 +229,7 @@ fn name_of(folder: &Path) -> String {
 }
 
 fn find_errors(topology: &mut Topology, mounts: &[Mount]) {
-    for mount in mounts.iter().filter(|m| !m.writable) {
+    for mount in once_each(mounts).filter(|m| !m.writable) {
         let count = errors_on(&mount.fs_type, mount.dev);
         topology
             .errors
@@ -273,7 +282,7 @@ fn assign_members(
     named_devices: impl Fn(&Mount) -> Vec<DevId>,
     uuid_at: impl Fn(&Mount) -> Result<Option<String>, Silent>,
 ) {
-    for mount in mounts.iter().filter(|it| it.dev.major != 0) {
+    for mount in once_each(mounts).filter(|it| it.dev.major != 0) {
         let dev = mount.dev;
         let mut all = superblocks.iter();
         let its = all.find(|it| it.devices == [dev]).or_else(|| {
@@ -284,6 +293,15 @@ fn assign_members(
         });
         let listed = its.and_then(|it| it.listed.clone());
         topology.listed.extend(listed.map(|it| (dev, it)));
+        if is_anonymous(&mount.fs_type) {
+            let all = its.map_or_else(|| named_devices(mount), |it| it.devices.clone());
+            if its.is_none() && all.len() < named_nodes(mount).len() {
+                topology.unclear.insert(dev);
+            }
+            let others = all.into_iter().filter(|it| *it != dev);
+            let members = [dev].into_iter().chain(others);
+            topology.members.insert(dev, members.collect());
+        }
     }
     let of = |dev: DevId| mounts.iter().filter(move |m| m.dev == dev);
     let mut unasked = Vec::new();
@@ -299,7 +317,11 @@ fn assign_members(
             None => unasked.push(dev),
         }
     }
+    let mut asked = BTreeSet::new();
     for mount in unasked.into_iter().flat_map(of) {
+        if !asked.insert((mount.dev, &mount.source)) {
+            continue;
+        }
         if !topology.members.get(&mount.dev).is_some_and(Vec::is_empty) {
             continue;
         }
@@ -408,17 +430,20 @@ fn find_unmounted(topology: &mut Topology, mounts: &[Mount], superblocks: &[Supe
     topology.unclear_unmounted = unclear;
 }
 
-/// Journals, logs and data that have a device of their own: xfs names them among its options, ext4 names
-/// its journal's thread after the device. f2fs tells of its first device only, and without a mount xfs
-/// tells of none.
+/// Types with further devices that nobody names, or nobody where none is mounted.
+const UNCLEAR: [&str; 4] = ["f2fs", "jfs", "reiserfs", "xfs"];
+
+/// Journals, logs and data that have a device of their own: xfs names them among its options, and reiserfs its
+/// journal where it was told of that; ext4 names its journal's thread after the device. f2fs tells of its first device
+/// only, jfs not of its log, and without a mount xfs tells of none.
 fn find_logs(
     topology: &mut Topology,
     mounts: &[Mount],
     superblocks: &[Superblock],
     patience: &Patience,
 ) {
-    for mount in mounts.iter().filter(|m| m.is_on_disks()) {
-        let named = ["logdev", "rtdev"].into_iter();
+    for mount in once_each(mounts).filter(|m| m.is_on_disks()) {
+        let named = ["logdev", "rtdev", "jdev"].into_iter();
         for path in named.filter_map(|name| mount.option(name)) {
             let logs = topology.logs.entry(mount.dev).or_default();
             match device_named(mount, path, patience) {
@@ -427,12 +452,13 @@ fn find_logs(
                 None => drop(topology.unclear.insert(mount.dev)),
             }
         }
-        if mount.fs_type == "f2fs" {
+        let names_all = mount.fs_type == "xfs" || mount.option("jdev").is_some();
+        if UNCLEAR.contains(&mount.fs_type.as_str()) && !names_all {
             topology.unclear.insert(mount.dev);
         }
     }
     let unmounted = topology.unmounted.iter();
-    let unmounted = unmounted.filter(|it| ["f2fs", "xfs"].contains(&it.fs_type.as_str()));
+    let unmounted = unmounted.filter(|it| UNCLEAR.contains(&it.fs_type.as_str()));
     let unclear = unmounted.filter_map(|it| it.devices.first());
     topology.unclear.extend(unclear);
     for superblock in superblocks.iter().filter(|it| it.fs_type == "ext4") {
@@ -444,13 +470,28 @@ fn find_logs(
 }
 
 /// The kernel says of a log, or of a further device of f2fs, that a superblock is on it: that is the other one's, and
-/// cannot be reached there. Where somebody has devices that nobody names, each may be one of them.
-fn leave_out_parts(topology: &mut Topology) {
+/// cannot be reached there. Where somebody has devices that nobody names, each may be one of them, unless it `is_whole`:
+/// there is a file system on it.
+fn leave_out_parts(topology: &mut Topology, is_whole: impl Fn(DevId) -> bool) {
     let parts: BTreeSet<DevId> = topology.logs.values().flatten().copied().collect();
     let is_any = !topology.unclear.is_empty();
-    let is_part = |it: &Unmounted| is_any || it.devices.iter().any(|dev| parts.contains(dev));
+    let is_part = |it: &Unmounted| {
+        let mut devices = it.devices.iter();
+        devices.any(|dev| parts.contains(dev) || is_any && !is_whole(*dev))
+    };
     let answers = |it: &Unmounted| it.unreachable.as_deref() == Some(UNREACHED);
     (topology.unmounted).retain(|it| !answers(it) || !is_part(it));
+}
+
+/// Whether there is a file system on this device by itself, as FUSE knows of those that are served from one, and udev of
+/// what it has found there.
+fn holds_a_file_system(dev: DevId) -> bool {
+    // The connection has the kernel's own number of the device.
+    let number = dev.major << 20 | dev.minor;
+    let connection = Path::new("/sys/fs/fuse/connections").join(number.to_string());
+    let found = fs::read_to_string(format!("/run/udev/data/b{dev}")).unwrap_or_default();
+    let mut found = found.lines();
+    connection.exists() || found.any(|it| it == "E:ID_FS_USAGE=filesystem")
 }
 
 /// The device that holds the journal of an ext4, if it is another. A journal inside is called
@@ -642,6 +683,7 @@ fn list(dir: &Path) -> impl Iterator<Item = PathBuf> {
 mod tests {
     use super::*;
     use crate::mounts::parse;
+    use crate::plan::plan;
     use std::time::Instant;
 
     fn superblock(name: &str, devices: &[&str]) -> Superblock {
@@ -725,6 +767,38 @@ mod tests {
     }
 
     #[test]
+    fn all_devices_of_one_that_has_the_number_of_one_of_them_are_its() {
+        let line = b"1 0 8:32 / /a rw - bcachefs /dev/sdb:/dev/sdc rw\n";
+        let mounts = parse(line, 0).unwrap();
+        let its = Superblock {
+            fs_type: "bcachefs".into(),
+            ..superblock("a", &["8:16", "8:32"])
+        };
+        let planned = |superblocks: &[Superblock], named: &[&str]| {
+            let mut topology = Topology::default();
+            let named = |_: &Mount| named.iter().map(|it| it.parse().unwrap()).collect();
+            assign_members(&mut topology, &mounts, superblocks, named, |_| Ok(None));
+            for dev in ["8:16", "8:32"] {
+                topology
+                    .devices
+                    .insert(dev.parse().unwrap(), Device::default());
+            }
+            let plan = plan(&mounts, &topology, &|_| None);
+            let it = &plan.waves[0][0];
+            let words = |all: &[DevId]| all.iter().map(ToString::to_string).collect::<Vec<_>>();
+            (words(&it.devices), words(&it.disks), it.below.is_some())
+        };
+        let both = |of: [&str; 2]| of.map(str::to_owned).to_vec();
+        // The one that has its number comes first: by that it is mounted once more.
+        let all = (both(["8:32", "8:16"]), both(["8:16", "8:32"]), true);
+        assert_eq!(planned(&[its], &[]), all);
+        assert_eq!(planned(&[], &["8:16", "8:32"]), all);
+        // One of those that it was mounted by has gone.
+        let one = || vec!["8:32".to_owned()];
+        assert_eq!(planned(&[], &["8:32"]), (one(), one(), false));
+    }
+
+    #[test]
     fn the_name_of_another_that_is_mounted_is_not_its_name() {
         let table = "1 0 0:40 / /a rw - btrfs /dev/mapper/a rw\n\
                      2 0 0:41 / /b rw - btrfs /dev/mapper/a rw\n";
@@ -774,7 +848,7 @@ mod tests {
             devices: vec![dev("8:5")],
             ..Unmounted::default()
         };
-        let is_named = |logs: &[&str], unclear: &[&str]| {
+        let is_named = |logs: &[&str], unclear: &[&str], is_whole: bool| {
             let logs = logs.iter().map(|it| dev(it)).collect();
             let mut topology = Topology {
                 unmounted: vec![lost.clone()],
@@ -782,11 +856,40 @@ mod tests {
                 unclear: unclear.iter().map(|it| dev(it)).collect(),
                 ..Topology::default()
             };
-            leave_out_parts(&mut topology);
+            leave_out_parts(&mut topology, |_| is_whole);
             !topology.unmounted.is_empty()
         };
-        assert!(is_named(&[], &[]) && is_named(&["8:6"], &[]));
-        assert!(!is_named(&["8:5"], &[]) && !is_named(&[], &["8:7"]));
+        assert!(is_named(&[], &[], false) && is_named(&["8:6"], &[], false));
+        assert!(!is_named(&["8:5"], &[], true) && !is_named(&[], &["8:7"], false));
+        // One somewhere hides none that is known to be there.
+        assert!(is_named(&[], &["8:7"], true));
+    }
+
+    #[test]
+    fn what_may_have_a_journal_that_nobody_names_is_unclear() {
+        let table = b"\
+1 0 8:1 / /jfs rw - jfs /dev/sda1 rw
+2 0 8:2 / /reiserfs rw - reiserfs /dev/sda2 rw
+3 0 8:3 / /named rw - reiserfs /dev/sda3 rw,jdev=/dev/hv-vss-none
+4 0 8:4 / /f2fs rw - f2fs /dev/sda4 rw
+5 0 8:5 / /xfs rw - xfs /dev/sda5 rw
+6 0 8:6 / /vfat rw - vfat /dev/sda6 rw
+";
+        let mounts = parse(table, 0).unwrap();
+        let unmounted = |(fs_type, dev): (&str, &str)| Unmounted {
+            fs_type: fs_type.into(),
+            devices: vec![dev.parse().unwrap()],
+            ..Unmounted::default()
+        };
+        let lost = [("jfs", "8:17"), ("xfs", "8:18"), ("vfat", "8:19")];
+        let mut topology = Topology {
+            unmounted: lost.map(unmounted).into(),
+            ..Topology::default()
+        };
+        find_logs(&mut topology, &mounts, &[], &Patience::new(PATIENCE));
+        let unclear: Vec<String> = topology.unclear.iter().map(ToString::to_string).collect();
+        // No device has that name.
+        assert_eq!(unclear, ["8:1", "8:2", "8:3", "8:4", "8:17", "8:18"]);
     }
 
     #[test]

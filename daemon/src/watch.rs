@@ -228,7 +228,8 @@ impl<S: Signals> ReadOnly<S> {
         let mut find = |file_system: &FileSystem| {
             // A walk through what another has to answer for, or to what lies over it, is not worth it.
             let places = file_system.places.iter();
-            let mut places = places.filter(|p| (p.walkable || p.layers.is_some()) && !p.hidden);
+            let places = places.filter(|p| (p.walkable || p.layers.is_some()) && !p.hidden);
+            let mut places = places.take(mounts::ENOUGH);
             let at = places.find_map(|place| {
                 let at = signals.find(ways, place, file_system.dev, &patience)?;
                 // It may be different by now, and then that has to be heard of.

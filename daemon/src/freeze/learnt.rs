@@ -31,6 +31,8 @@ pub struct Learnt {
     pub(super) stuck: Vec<Stuck>,
     /// What is on a disk that did not answer when all were asked, and which.
     pub(super) silent: BTreeMap<DevId, (String, DevId)>,
+    /// What could not be written back for this backup, in words.
+    pub(super) unwritten: BTreeMap<DevId, String>,
     /// Whether it is known of all: an earlier process, or the module, may have left any in a freeze or a thaw.
     pub(super) has_asked: bool,
 }
@@ -153,6 +155,16 @@ impl Quiet {
 }
 
 impl Learnt {
+    /// Another backup begins.
+    pub fn begin(&mut self) {
+        self.unwritten.clear();
+    }
+
+    /// What could not be written back for it, in words.
+    pub fn unwritten(&self) -> impl Iterator<Item = &String> {
+        self.unwritten.values()
+    }
+
     /// Whether it had no means to freeze the last time.
     pub fn is_unfreezable(&self, dev: DevId) -> bool {
         self.unfreezable.contains(&dev)

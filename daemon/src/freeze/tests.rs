@@ -384,6 +384,24 @@ fn a_disk_that_fails_in_whatever_way_costs_nobody_else_the_backup() {
 }
 
 #[test]
+fn a_failure_whose_number_has_no_name_is_of_that_file_system_and_one_without_a_number_is_ours() {
+    // ENOTSUPP, which the kernel keeps to itself as a rule.
+    const NAMELESS: i32 = 524;
+    assert_eq!(Errno::from_raw(NAMELESS), Errno::UnknownErrno);
+    for (error, is_ours) in [
+        (io::Error::from_raw_os_error(NAMELESS), false),
+        (io::Error::other("no answer"), true),
+    ] {
+        let mut s = setup(&[0, 1], &[], false);
+        let work = &s.session.work;
+        work.meet(0, &work.targets[0], error);
+        assert_eq!(work.gave_up(), is_ours);
+        let frozen = s.freeze().map(|it| (it.ours, it.left_out));
+        assert_eq!(frozen.ok(), (!is_ours).then_some((1, 1)));
+    }
+}
+
+#[test]
 fn what_is_our_own_fault_is_nobody_elses() {
     for errno in [Errno::EBADF, Errno::EPROTO, Errno::ESTALE] {
         let mut s = setup(&[0, 1], &[("freeze", 1, errno, ALWAYS)], false);
@@ -793,6 +811,27 @@ fn a_sync_that_fails_or_hangs_costs_nobody_else_the_backup() {
     let summary = next.freeze().unwrap();
     assert_eq!((summary.ours, summary.left_out), (1, 1));
     assert!(!next.calls().contains(&("sync", 1)));
+}
+
+#[test]
+fn what_is_not_written_back_is_named_though_its_freeze_succeeds() {
+    let failures = [("sync", 1, Errno::EIO, 1)];
+    let mut s = setup(&[0, 0], &failures, false);
+    s.session.sync(1, &mut s.learnt);
+    let summary = s.freeze().unwrap();
+    assert_eq!((summary.ours, summary.left_out), (2, 0));
+    let said: Vec<&String> = s.learnt.unwritten().collect();
+    assert_eq!(said.len(), 1);
+    let begin = "/fs1 has not been written back as a whole: ";
+    assert!(said[0].starts_with(begin), "{said:?}");
+    s.learnt.begin();
+    assert_eq!(s.learnt.unwritten().count(), 0);
+
+    let mut s = setup(&[0, 0], &failures, true);
+    s.session.sync(1, &mut s.learnt);
+    let error = s.freeze().unwrap_err();
+    assert!(error.to_string().starts_with(begin), "{error}");
+    assert!(!s.calls().iter().any(|(what, _)| *what == "freeze"));
 }
 
 #[test]

@@ -216,21 +216,21 @@ impl Work {
     /// What comes of an error at the freeze of one.
     pub(super) fn meet(&self, index: usize, target: &Target, error: io::Error) {
         let name = &target.name;
-        match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
-            Errno::EBUSY if self.is_patient() => {
+        match error.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EBUSY) if self.is_patient() => {
                 lock(&self.obstacles).push(Obstacle::Busy(index));
             }
-            Errno::EBUSY if self.door.watched_every().is_some() => {
+            Some(Errno::EBUSY) if self.door.watched_every().is_some() => {
                 target.set_frozen(State::Foreign);
                 self.log.warning(format!(
                     "{name} was frozen by somebody else before; it counts and stays theirs"
                 ));
             }
-            Errno::EOPNOTSUPP | Errno::ENOTTY => {
+            Some(Errno::EOPNOTSUPP | Errno::ENOTTY) => {
                 lock(&self.obstacles).push(Obstacle::Unfreezable(index));
             }
-            // What is ours, and would be the same with any other.
-            Errno::EBADF | Errno::EPROTO | Errno::ESTALE | Errno::UnknownErrno => {
+            // What is ours, and would be the same with any other. The kernel gives each failure a number, if not a name.
+            None | Some(Errno::EBADF | Errno::EPROTO | Errno::ESTALE) => {
                 self.log.error(format!("{name} cannot be frozen: {error}"));
                 self.fail(FreezeError::Failed {
                     name: name.clone(),
@@ -239,17 +239,21 @@ impl Work {
             }
             // It may have no room or no memory, or a security module may guard it alone. Or the module has no room for
             // any, or we may freeze none.
-            errno @ (Errno::ENOSPC
-            | Errno::ENOMEM
-            | Errno::EINTR
-            | Errno::EPERM
-            | Errno::EACCES) => {
+            Some(
+                errno @ (Errno::ENOSPC
+                | Errno::ENOMEM
+                | Errno::EINTR
+                | Errno::EPERM
+                | Errno::EACCES),
+            ) => {
                 *lock(&self.refused) = Some((name.clone(), errno));
                 self.give_up_on(target, State::Broken, format!("cannot be frozen: {error}"));
             }
             // The file system's own words, and what a disk that fails a write-back makes of it: nobody has a
             // list of those.
-            _ => self.give_up_on(target, State::Broken, format!("is out of order: {error}")),
+            Some(_) => {
+                self.give_up_on(target, State::Broken, format!("is out of order: {error}"));
+            }
         }
     }
 

@@ -14,7 +14,7 @@ use std::time::Instant;
 use super::learnt::{Hung, Learnt, Quiet};
 use super::target::{State, Target};
 use super::work::{ms, Work};
-use super::{Session, ABORT_TICK};
+use super::{FreezeError, Session, ABORT_TICK};
 use crate::mounts::DevId;
 use crate::progress::Stage;
 
@@ -85,7 +85,7 @@ impl Session {
             if let Ok((index, result)) = told.recv_timeout(ABORT_TICK) {
                 if let Some(at) = under_way.iter().position(|it| it.index == index) {
                     let ended = under_way.swap_remove(at);
-                    work.note_sync(ended.target, ended.since, result);
+                    work.note_sync(ended.target, ended.since, result, learnt);
                     waiting.push_front(ended.rest);
                 }
             }
@@ -254,16 +254,31 @@ pub(super) struct Syncing<'a> {
 }
 
 impl Work {
-    fn note_sync(&self, target: &Target, since: Instant, result: io::Result<()>) {
+    /// The kernel tells of a page that could not be written once, and drops it: what is frozen then is without it, and
+    /// the freeze succeeds.
+    fn note_sync(
+        &self,
+        target: &Target,
+        since: Instant,
+        result: io::Result<()>,
+        learnt: &mut Learnt,
+    ) {
         let name = &target.name;
         self.progress.end(name);
-        match result {
+        let error = match result {
             Ok(()) => {
                 let took = ms(since.elapsed());
-                self.log.info(format!("{name} synced in {took}"));
+                return self.log.info(format!("{name} synced in {took}"));
             }
-            // The freeze will meet the same error, if it matters.
-            Err(e) => self.log.warning(format!("{name} cannot be synced: {e}")),
+            Err(error) => error,
+        };
+        let why = format!("has not been written back as a whole: {error}");
+        let text = format!("{name} {why}");
+        self.log.warning(text.clone());
+        if self.limits.strict {
+            let name = name.clone();
+            self.fail(FreezeError::Strict { name, why });
         }
+        learnt.unwritten.insert(target.dev, text);
     }
 }

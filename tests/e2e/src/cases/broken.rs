@@ -50,6 +50,11 @@ pub const CASES: &[Case] = &[
     .comparing()
     .long(),
     case(
+        "broken/not-written-back",
+        "a page that a disk does not take is named, though all is frozen then; strict fails",
+        not_written_back,
+    ),
+    case(
         "broken/disk-gone",
         "the same with a disk that was taken away under its file system",
         disk_gone,
@@ -246,6 +251,54 @@ fn btrfs_read_only_since_an_error(guest: &Guest) -> Result<()> {
     guest
         .sh("umount /mnt/bad-ro && umount /mnt/bad && dmsetup remove bad")
         .map(drop)
+}
+
+/// The kernel says so once, drops the page, and freezes.
+fn not_written_back(guest: &Guest) -> Result<()> {
+    /// One file has all blocks, so that a bad one is its.
+    const MAKE: &str = "modprobe dm-mod
+        dmsetup create bad --noudevsync --table '0 131072 linear /dev/ram2 0'
+        [ -e /dev/mapper/bad ] || dmsetup mknodes
+        mkfs.ext4 -q -F -E packed_meta_blocks=1 /dev/mapper/bad && mount /dev/mapper/bad /mnt/bad
+        dd if=/dev/zero of=/mnt/bad/f bs=1M 2>/dev/null; sync; dmsetup suspend bad
+        printf '0 98304 linear /dev/ram2 0\n98304 8 error\n98312 32760 linear /dev/ram2 98312\n' |
+            dmsetup load bad
+        dmsetup resume bad";
+    /// Nothing but its pages.
+    const DIRTY: &str = "dd if=/dev/zero of=/mnt/bad/f bs=1M conv=notrunc 2>/dev/null; true";
+    guest.expect_in_log(&["dm-0", "buffer_io_error: "])?;
+    guest.sh(HEALTHY)?;
+    guest.sh(MAKE)?;
+    guest.writer_start("/mnt/good/w")?;
+    let how = "has not been written back as a whole";
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    guest.sh(DIRTY)?;
+    equal("the backup", &observe(guest)?, &good(&["/mnt/good/w"]))?;
+    remembered(guest, "a warning", |last| {
+        let all = last["warnings"].as_array().into_iter().flatten();
+        let mut all = all.filter_map(Value::as_str);
+        all.any(|it| it.contains("/mnt/bad (ext4, ") && it.contains(how))
+    })?;
+    // It has been said, and the next one has all that there is.
+    good_backup(guest).context("the next one")?;
+    remembered(guest, "no warning", |last| last["warnings"].is_null())?;
+    stop(guest, guest.module(), &daemon)?;
+
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("strict = true")?;
+    wait_for_daemon(guest)?;
+    guest.sh(DIRTY)?;
+    let freeze = guest.vss().freeze(&[], STEP)?;
+    answered("FREEZE with strict = true", &freeze, status::FAIL)?;
+    guest.wait_until("it is named", STEP, || {
+        let log = guest.output(&daemon)?;
+        Ok(log
+            .lines()
+            .any(|it| it.contains("strict") && it.contains(how)))
+    })?;
+    good_backup(guest).context("the next strict one")?;
+    stop(guest, guest.module(), &daemon)?;
+    guest.sh("umount /mnt/bad && dmsetup remove bad").map(drop)
 }
 
 fn vfat_read_only_since_an_error(guest: &Guest) -> Result<()> {

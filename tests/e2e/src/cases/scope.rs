@@ -21,7 +21,7 @@ use hyperv_sim::ic::vss::{FreezeBody, Lun, Op};
 use hyperv_sim::storage::Image;
 use hyperv_sim::Guid;
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 
 pub const CASES: &[Case] = &[
@@ -29,6 +29,11 @@ pub const CASES: &[Case] = &[
         "scope/rule-and-bind-mount",
         "a rule that matches a bind mount of a folder elsewhere leaves nothing out, and says so",
         rule_and_bind_mount,
+    ),
+    case(
+        "scope/stack-of-mounts",
+        "thousands of mounts one over the other, as anybody may have them, cost no backup its time",
+        stack_of_mounts,
     ),
     case(
         "scope/left-out-by-rule",
@@ -292,6 +297,16 @@ fn rule_and_bind_mount(guest: &Guest) -> Result<()> {
     )?;
     stop(guest, guest.module(), &daemon)?;
 
+    // A file system that is mounted twice freezes as a whole or not at all.
+    guest.sh("mkdir -p /mnt/twice && mount /dev/ram1 /mnt/twice")?;
+    let daemon = start_with(guest, "[exclude]\npaths = ['/mnt/tw*']")?;
+    equal("what stood still", observe(guest)?.still.len(), 0)?;
+    let words =
+        "exclude path /mnt/tw*, being mounted at /mnt/twice, though it is also mounted at /mnt/a";
+    says(guest, &daemon, &["/mnt/a (ext4, 1:1) is left out", words])?;
+    stop(guest, guest.module(), &daemon)?;
+    guest.sh("umount /mnt/twice")?;
+
     // Of what is mounted nowhere else, a path over there is as good as any.
     guest.sh("mkdir -p /mnt/b && mkfs.ext4 -q -F /dev/ram2")?;
     let there = in_a_namespace(guest, "mount /dev/ram2 /mnt/b")?;
@@ -303,6 +318,50 @@ fn rule_and_bind_mount(guest: &Guest) -> Result<()> {
         &daemon,
         &["/mnt/b (ext4, 1:2", "left out", "exclude path /mnt/b"],
     )
+}
+
+/// Of each mount the kernel goes down all the way to say where it is: what is left of the time is that.
+fn stack_of_mounts(guest: &Guest) -> Result<()> {
+    const COUNT: usize = 5000;
+    const MOST: Duration = Duration::from_secs(20);
+    guest.sh(
+        "mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
+         mkdir /mnt/a/user && chown 1000:1000 /mnt/a/user",
+    )?;
+    guest.writer_start("/mnt/a/w")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let timed = || -> Result<Duration> {
+        // It is planned anew.
+        guest.sh("mount -t tmpfs none /mnt && umount /mnt")?;
+        let begin = Instant::now();
+        answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::OK)?;
+        let took = begin.elapsed();
+        answered("THAW", &guest.vss().thaw(STEP)?, status::OK)?;
+        Ok(took)
+    };
+    let without = timed()?;
+    let count = COUNT.to_string();
+    let somebody = ["unshare", "--setuid", "1000", "--setgid", "1000"];
+    let stack = ["/payload/lab-agent", "stack", &count, "/mnt/a/user"];
+    let begin = Instant::now();
+    let holder = guest.spawn(&[&somebody[..], &stack].concat())?;
+    guest.wait_until("they are mounted", STEP * 4, || {
+        Ok(guest.output(&holder)?.contains("are mounted"))
+    })?;
+    println!("     {COUNT} mounts were made in {:?}", begin.elapsed());
+    let with = timed()?;
+    println!("     FREEZE took {without:?} without them, {with:?} with them");
+    ensure!(
+        with < without + MOST,
+        "FREEZE took {with:?}, {without:?} without"
+    );
+    equal("the backup", &observe(guest)?, &good(&["/mnt/a/w"]))?;
+    let list = guest.sh(&format!("{OURS} list"))?;
+    ensure!(list.contains("/mnt/a (ext4, 1:1)"), "{list}");
+    stop(guest, guest.module(), &daemon)?;
+    guest.signal(&holder, 9)?;
+    guest.wait(&holder, STEP)?;
+    Ok(())
 }
 
 fn left_out_by_rule(guest: &Guest) -> Result<()> {
@@ -495,6 +554,17 @@ fn lazily_unmounted_and_listed_by_nobody(guest: &Guest) -> Result<()> {
     })?;
     guest.sh("umount -l /mnt/served")?;
     holders.extend([holder, server]);
+    // Of an xfs that is mounted nowhere nobody tells whether it has a log elsewhere.
+    guest.sh("modprobe xfs; mkdir -p /mnt/xfs /sys/fs/fuse/connections
+              mountpoint -q /sys/fs/fuse/connections ||
+                  mount -t fusectl fusectl /sys/fs/fuse/connections
+              mkfs.xfs -q -f /dev/ram5 && mount /dev/ram5 /mnt/xfs")?;
+    let script = "cd /mnt/xfs && touch /run/done && exec sleep 1000";
+    holders.push(guest.spawn(&["sh", "-c", script])?);
+    guest.wait_until("it is in there", STEP, || {
+        Ok(guest.try_sh("rm /run/done")?.status == Some(0))
+    })?;
+    guest.sh("umount -l /mnt/xfs")?;
     let names = [
         "ram1 (vfat, 1:1, in use but mounted nowhere)",
         "ram2 (exfat, 1:2, in use but mounted nowhere)",

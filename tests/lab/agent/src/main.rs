@@ -2,7 +2,7 @@
 
 //! The test's hands in the guest: `lab-agent TTY` reads calls from that serial line and does them,
 //! `lab-agent -` from its standard input. What else it can be is a program of its own each time:
-//! [`ask`], [`nbd`], [`fuse`], [`unmounted`].
+//! [`ask`], [`nbd`], [`fuse`], [`unmounted`], [`stack`].
 //!
 //! It must go on working while every file system is frozen, its own included: its memory is locked
 //! and it opens no file that it was not told to. It decides nothing and checks nothing; what is
@@ -19,6 +19,7 @@ mod nbd;
 mod neighbour;
 mod opens;
 mod process;
+mod stack;
 mod storm;
 mod sys;
 mod unmounted;
@@ -299,6 +300,10 @@ fn main() -> ExitCode {
         ["-"] => duplicate(&std::io::stdin())
             .and_then(|input| serve(input, duplicate(&std::io::stdout())?)),
         ["unmounted"] => unmounted::stay(),
+        ["stack", count, folder] => match count.parse() {
+            Ok(count) => stack::stay(count, folder),
+            Err(_) => Err(Error::Call("that is no number".into())),
+        },
         ["ask", socket, method] => ask::ask(socket, method),
         [tty] => open_tty(tty).and_then(|line| serve(line.try_clone()?, line)),
         ["nbd", port, file] => match port.parse() {
@@ -313,7 +318,8 @@ fn main() -> ExitCode {
         _ => {
             eprintln!(
                 "usage: lab-agent TTY | lab-agent - | lab-agent ask SOCKET METHOD | lab-agent nbd PORT FILE | \
-                 lab-agent fuse FOLDER UID DEVICE | lab-agent fuse-file FOLDER FILE | lab-agent unmounted"
+                 lab-agent fuse FOLDER UID DEVICE | lab-agent fuse-file FOLDER FILE | lab-agent unmounted | \
+                 lab-agent stack COUNT FOLDER"
             );
             return ExitCode::from(2);
         }
