@@ -1375,6 +1375,7 @@ mod tests {
                         contract: hooks::Contract::Qemu,
                     },
                     process: None,
+                    thaws_since_s: None,
                     lacks,
                 }],
                 ..HookRecord::default()
