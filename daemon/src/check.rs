@@ -39,6 +39,9 @@ use crate::writes;
 /// Asks whether the device is there, on the command line of `hv_vss_daemon`; for its unit.
 pub const SUBCOMMAND: &str = "has-device";
 
+/// Asks whether the configuration is one that a daemon of this version starts with; for an upgrade.
+pub const CAN_START: &str = "can-start";
+
 /// How long the process may take to start that looks for a daemon.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
