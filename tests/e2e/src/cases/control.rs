@@ -1023,7 +1023,7 @@ fn check_next_boot(guest: &Guest) -> Result<()> {
             .contains("serves /dev/vmbus/hv_vss"))
     })?;
     warns_of("beside a daemon without the unit", &[])?;
-    guest.signal(&daemon, libc::SIGTERM)?;
+    guest.signal(&daemon, 15)?;
     guest.wait(&daemon, STEP)?;
     guest
         .sh("systemctl enable --quiet hv_vss; rm -rf /var/lib/hv_vss")
