@@ -26,6 +26,7 @@ use crate::config::Config;
 use crate::control::{ask, reply_of, turned_in, ControlError, Method};
 use crate::freeze::is_of_anything;
 use crate::ground::{self, AtRest};
+use crate::history::History;
 use crate::hooks;
 use crate::logbook::words;
 use crate::mounts::DevId;
@@ -39,6 +40,9 @@ use crate::writes;
 /// Asks whether the device is there, on the command line of `hv_vss_daemon`; for its unit.
 pub const SUBCOMMAND: &str = "has-device";
 
+/// Asks whether the configuration is one that a daemon of this version starts with; for an upgrade.
+pub const CAN_START: &str = "can-start";
+
 /// How long the process may take to start that looks for a daemon.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
@@ -51,6 +55,12 @@ const VSS_CLASS: &str = "{35fa2e29-ea23-4236-96ae-3a6ebacba440}";
 const VMBUS: &str = "/sys/bus/vmbus/devices";
 /// Where DKMS has the sources of modules, ours among them if its package is installed.
 const SOURCES: &str = "/usr/src";
+
+/// The daemon's unit, where an administrator's units are, and in which folder there it is linked while it is enabled: by
+/// that very path the distributions' own daemons know that they are to stay away (`give-way.conf`).
+const UNIT: &str = "hv_vss.service";
+const UNITS: &str = "/etc/systemd/system";
+const WANTED: &str = "dev-vmbus-hv_vss.device.wants";
 
 /// What findings of the plan are of.
 const FILE_SYSTEMS: &str = "file systems";
@@ -100,6 +110,8 @@ pub fn check(device: &Path, run: &RunDir, path: Option<&Path>) -> Vec<Finding> {
         !is_held || has_hooks,
     ));
     all.extend(door.map(privileges).unwrap_or_default());
+    all.extend(door.and_then(next_boot));
+    all.extend(history(config));
     all.extend(module_missed(door, Path::new(SOURCES), Path::new(VMBUS)));
     all.extend(listed_disks(config, door));
     all.extend(file_systems(config, door));
@@ -212,6 +224,43 @@ fn daemon(device: &Path, status: &Result<Value, ControlError>) -> Finding {
         }
         Err(error) => found(Grade::Problem, words(error)),
     }
+}
+
+/// What keeps the daemon from serving after the next boot, where it is the unit's. One that was started in another way
+/// may be so then as well.
+fn next_boot(daemon: &Value) -> Option<Finding> {
+    let pid = daemon["pid"].as_u64()?;
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let mut names = groups.lines().filter_map(|it| it.rsplit('/').next());
+    names
+        .any(|it| it == UNIT)
+        .then(|| not_at_boot(Path::new(UNITS)))?
+}
+
+/// The same, by the folder of an administrator's units.
+fn not_at_boot(units: &Path) -> Option<Finding> {
+    let is_masked = fs::read_link(units.join(UNIT)).is_ok_and(|it| it == Path::new("/dev/null"));
+    let is_enabled = units.join(WANTED).join(UNIT).exists();
+    let (what, verb) = match (is_masked, is_enabled) {
+        (true, _) => ("masked", "unmask"),
+        (false, false) => ("not enabled", "enable"),
+        (false, true) => return None,
+    };
+    let text = format!(
+        "{UNIT} is {what}: from the next boot on it does not serve, but the distribution's own daemon, or none; systemctl \
+         {verb} hv_vss"
+    );
+    Some(finding("daemon", Grade::Warning, text))
+}
+
+/// What keeps backups from being remembered.
+fn history(config: &Config) -> Option<Finding> {
+    let error = History::new(&config.state_dir).has_room_in_time().err()?;
+    let text = format!(
+        "{}: no backup is remembered once the daemon has ended",
+        words(&error)
+    );
+    Some(finding("history", Grade::Warning, text))
 }
 
 /// What the daemon lacks: by a drop-in of its unit, or in a container.
@@ -1103,6 +1152,37 @@ mod tests {
     }
 
     #[test]
+    fn what_keeps_the_unit_from_serving_after_the_next_boot_is_named() {
+        use std::os::unix::fs::symlink;
+        let dir = std::env::temp_dir().join(format!("hv-vss-boot-{}", std::process::id()));
+        let wanted = dir.join(WANTED);
+        fs::create_dir_all(&wanted).unwrap();
+        let says = |words: &str| {
+            let found = not_at_boot(&dir).unwrap();
+            assert_eq!(found.grade, Grade::Warning);
+            assert!(found.text.contains(words), "{}", found.text);
+        };
+        says("is not enabled");
+        let unit = dir.join("unit");
+        // A link that leads nowhere is none for systemd's condition either.
+        symlink(&unit, wanted.join(UNIT)).unwrap();
+        says("systemctl enable hv_vss");
+        fs::write(unit, "").unwrap();
+        assert_eq!(not_at_boot(&dir), None);
+        symlink("/dev/null", dir.join(UNIT)).unwrap();
+        says("systemctl unmask hv_vss");
+        fs::remove_dir_all(&dir).unwrap();
+        // It is how a daemon was started that tells whose that is.
+        let own = serde_json::json!({ "pid": std::process::id() });
+        assert_eq!(next_boot(&own), None);
+        // What is judged by is what theirs are told to stay away by.
+        let gives_way = include_str!("../give-way.conf");
+        let condition = format!("\nConditionPathExists=|!{UNITS}/{WANTED}/{UNIT}\n");
+        assert!(gives_way.contains(&condition));
+        assert!(gives_way.contains(&format!("=|{UNITS}/{UNIT}\n")));
+    }
+
+    #[test]
     fn what_a_daemon_lacks_is_named() {
         let status = |capabilities: &str, seccomp: u8| {
             format!("Name:\tx\nCapEff:\t{capabilities}\nNoNewPrivs:\t0\nSeccomp:\t{seccomp}\n")
@@ -1375,6 +1455,7 @@ mod tests {
                         contract: hooks::Contract::Qemu,
                     },
                     process: None,
+                    thaws_since_s: None,
                     lacks,
                 }],
                 ..HookRecord::default()

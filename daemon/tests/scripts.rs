@@ -188,6 +188,56 @@ fn a_purge_takes_the_links_to_our_hooks_and_nothing_of_the_administrators() {
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
+#[test]
+fn a_removal_leaves_on_record_what_is_owed_to_hooks_and_names_them() {
+    let dir = programs("removal", &[]);
+    let run = dir.join("run");
+    let functions = ["owes_hooks", "forget_run"].map(|it| function_of(REMOVES, it));
+    let text = format!("set -e\n{}\nforget_run \"$1\"", functions.join("\n"));
+    let remove = |record: Option<&str>| {
+        std::fs::create_dir_all(&run).unwrap();
+        std::fs::write(run.join("lock"), "").unwrap();
+        if let Some(record) = record {
+            std::fs::write(run.join("hooks.json"), record).unwrap();
+        }
+        let mut shell = Command::new("sh");
+        let shell = shell.args(["-c", &text, "sh"]).arg(&run);
+        let ended = shell.output().unwrap();
+        assert!(
+            ended.status.success() && ended.stdout.is_empty(),
+            "{ended:?}"
+        );
+        assert!(!run.join("lock").exists());
+        assert_eq!(run.join("hooks.json").exists(), record.is_some());
+        String::from_utf8(ended.stderr).unwrap()
+    };
+    assert_eq!(remove(None), "");
+    assert!(!run.exists());
+    let owed = |path: &str| hv_vss_daemon::calls::Owed {
+        hook: hv_vss_daemon::hooks::Hook {
+            path: path.into(),
+            contract: hv_vss_daemon::hooks::Contract::Qemu,
+        },
+        process: None,
+        thaws_since_s: None,
+        lacks: None,
+    };
+    let record = hv_vss_daemon::calls::HookRecord {
+        owed: vec![owed("/etc/a"), owed("/etc/b c")],
+        ..Default::default()
+    };
+    let said = remove(Some(&serde_json::to_string(&record).unwrap()));
+    let begin = "hooks that were called with freeze are not let go: /etc/b c /etc/a; call";
+    assert!(
+        said.starts_with(begin) && said.lines().count() == 1,
+        "{said}"
+    );
+    // One that is none, of another version perhaps.
+    let said = remove(Some("{"));
+    assert!(said.contains("run/hooks.json; call"), "{said}");
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
 /// A folder for programs, with those that these lines are.
 fn programs(name: &str, all: &[(&str, &str)]) -> std::path::PathBuf {
     use std::os::unix::fs::PermissionsExt as _;
@@ -815,6 +865,62 @@ fn asked_of_hand_over(script: &str, verb: &str, in_container: bool) -> String {
     said
 }
 
+/// What the module's package says when it is configured, and for which kernels it has the module built: by these
+/// arguments, with the module there for some kernels (`modules/*/has`), an obstacle to its build for others
+/// (`modules/*/why-not`), and loaded or not.
+fn configures_module(arguments: &[&str], is_loaded: bool) -> (String, String) {
+    let build = "[ $1 = --why-not ] && cat modules/$2/why-not 2>/dev/null";
+    let modinfo = "if [ $1 = -k ]; then [ -e modules/$2/has ]; else [ -e modules/running/has ]; fi";
+    let dkms = "echo \"$7\" >>asked; touch modules/$7/has";
+    let all = [("modinfo", modinfo), ("dkms", dkms), ("build", build)];
+    let dir = programs("configures-module", &all);
+    for (kernel, file) in [
+        ("running", "why-not"),
+        ("newest", "has"),
+        ("older", "headers"),
+    ] {
+        let folder = dir.join("modules").join(kernel);
+        std::fs::create_dir_all(folder.join("build")).unwrap();
+        std::fs::write(folder.join(file), format!("not for {kernel}\n")).unwrap();
+    }
+    let (loaded, text) = (dir.join("loaded"), text_of(INSTALLS_MODULE));
+    if is_loaded {
+        std::fs::write(&loaded, "").unwrap();
+    }
+    let text = text
+        .replace("\"$source/kmod/dkms/build\"", "./build")
+        .replace("/lib/modules", "./modules")
+        .replace("/sys/module/hv_vss", "./loaded")
+        .replace("/run/systemd/system", "./no-systemd");
+    let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
+    let mut shell = Command::new("sh");
+    let shell = shell.args(["-c", &text, "sh"]).args(arguments);
+    let shell = shell.current_dir(&dir).env("DKMS_VERSION", "0.1.0");
+    let ended = shell.env("PATH", path).output().unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    let asked = std::fs::read_to_string(dir.join("asked")).unwrap_or_default();
+    std::fs::remove_dir_all(&dir).unwrap();
+    (String::from_utf8(ended.stdout).unwrap(), asked)
+}
+
+/// DKMS takes it from all, and builds the new one for the kernel that runs and the newest.
+#[test]
+fn an_upgrade_of_the_module_builds_it_for_each_kernel_and_says_where_it_is_lost() {
+    const WHY: &str = "not for running\n";
+    let (said, asked) = configures_module(&["configure", "0.0.9"], true);
+    assert_eq!(asked, "older\n");
+    let rest = said.strip_prefix(WHY).unwrap();
+    assert!(
+        rest.contains("serves until the next boot") && rest.lines().count() == 1,
+        "{said}"
+    );
+    // Of a first installation it is DKMS's choice.
+    let first = configures_module(&["configure", ""], false);
+    assert_eq!(first, (WHY.into(), "".into()));
+    let source = configures_module(&["triggered", "/usr/src/x"], false);
+    assert_eq!(source, (WHY.into(), "older\n".into()));
+}
+
 /// With the device the daemon that serves it would lose the backup that is under way.
 #[test]
 fn a_backup_is_waited_for_before_the_module_takes_the_device() {
@@ -833,42 +939,82 @@ fn in_a_container_the_module_takes_and_gives_no_device() {
     assert_eq!(asked_of_hand_over(REMOVES_MODULE, "remove", true), "");
 }
 
-/// What the last part of an installation says, with systemd and the daemon's `list` as these do.
-fn none_serves(device: &str, systemctl: &str, list: &str) -> String {
-    let dir = programs("serves", &[("systemctl", systemctl), ("daemon", list)]);
-    let text = function_of(CONFIGURES, "tell_if_none_serves");
-    let text = text.replace("/usr/libexec/hv_vss_daemon", "daemon");
+/// What `step` of an installation says, with systemd and the daemon's `can-start` as these do, and whether it has started
+/// the daemon anew.
+fn installs(step: &str, systemctl: &str, can_start: &str) -> (String, bool) {
+    let invoke = "echo \"$*\" >>asked";
+    let all = [
+        ("systemctl", systemctl),
+        ("daemon", can_start),
+        ("deb-systemd-invoke", invoke),
+    ];
+    let dir = programs("serves", &all);
+    let functions = [
+        "why_it_cannot_start",
+        "replace_daemon",
+        "tell_if_none_serves",
+    ];
+    let functions = functions.map(|it| function_of(CONFIGURES, it)).join("\n");
+    let text = functions.replace("/usr/libexec/hv_vss_daemon", "daemon");
     let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
-    let text = format!("set -e\n{text}\ntell_if_none_serves {device}");
+    let text = format!("set -e\n{text}\n{step}");
     let mut shell = Command::new("sh");
-    let ended = shell
-        .args(["-c", &text])
-        .env("PATH", path)
-        .output()
-        .unwrap();
+    let shell = shell.args(["-c", &text]).current_dir(&dir);
+    let ended = shell.env("PATH", path).output().unwrap();
+    let asked = std::fs::read_to_string(dir.join("asked")).unwrap_or_default();
     std::fs::remove_dir_all(&dir).unwrap();
     // An upgrade ends well all the same.
     assert!(
         ended.status.success() && ended.stdout.is_empty(),
         "{ended:?}"
     );
-    String::from_utf8(ended.stderr).unwrap()
+    assert!(["", "restart hv_vss.service\n"].contains(&asked.as_str()));
+    let said = String::from_utf8(ended.stderr).unwrap();
+    (said, !asked.is_empty())
 }
+
+const RUNS: &str = "[ \"$*\" = '--quiet is-active hv_vss.service' ]";
+const DOES_NOT_RUN: &str = "exit 3";
+const CAN_START: &str = "[ \"$*\" = can-start ] && echo a warning >&2";
+const CANNOT_START: &str = "echo 'a.toml is not valid: line 3' >&2; echo '  more' >&2; exit 78";
 
 #[test]
 fn an_upgrade_whose_daemon_does_not_start_says_so_and_why() {
-    const RUNS: &str = "[ \"$*\" = '--quiet is-active hv_vss.service' ]";
-    const FAILS: &str = "exit 3";
-    const BAD: &str =
-        "echo rows; echo 'a.toml is not valid: line 3' >&2; echo '  more' >&2; exit 1";
-    assert_eq!(none_serves("/dev/null", RUNS, BAD), "");
-    assert_eq!(none_serves("/absent", FAILS, BAD), "");
-    let said = none_serves("/dev/null", FAILS, BAD);
+    let none_serves = |device: &str, systemctl, can_start| {
+        let step = format!("tell_if_none_serves {device}");
+        let (said, is_restarted) = installs(&step, systemctl, can_start);
+        assert!(!is_restarted);
+        said
+    };
+    assert_eq!(none_serves("/dev/null", RUNS, CANNOT_START), "");
+    assert_eq!(none_serves("/absent", DOES_NOT_RUN, CANNOT_START), "");
+    let said = none_serves("/dev/null", DOES_NOT_RUN, CANNOT_START);
     assert_eq!(
         said,
         "hv_vss.service does not run, and each backup by the host fails until it does: a.toml is not valid: line 3; \
          see 'journalctl -u hv_vss', then 'systemctl restart hv_vss'\n"
     );
-    let said = none_serves("/dev/null", FAILS, "echo a warning >&2");
+    let said = none_serves("/dev/null", DOES_NOT_RUN, CAN_START);
     assert!(said.contains("until it does: see 'journalctl"), "{said}");
+}
+
+#[test]
+fn an_upgrade_puts_no_daemon_that_cannot_start_in_the_place_of_one_that_serves() {
+    let replace = |systemctl, can_start| installs("replace_daemon", systemctl, can_start);
+    assert_eq!(replace(RUNS, CAN_START), ("".into(), true));
+    // What does not run was started before, if it is to.
+    assert_eq!(replace(DOES_NOT_RUN, CAN_START), ("".into(), false));
+    assert_eq!(replace(DOES_NOT_RUN, CANNOT_START), ("".into(), false));
+    let (said, is_restarted) = replace(RUNS, CANNOT_START);
+    assert!(!is_restarted);
+    assert_eq!(
+        said,
+        "hv_vss.service goes on with the version of before, since this one cannot start: a.toml is not valid: line 3; \
+         mend that, then 'systemctl restart hv_vss'\n"
+    );
+    let (said, is_restarted) = replace(RUNS, "exit 124");
+    assert!(
+        !is_restarted && said.contains("cannot be read in time"),
+        "{said}"
+    );
 }
