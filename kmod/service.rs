@@ -201,7 +201,7 @@ impl Effects for Outlet<'_> {
     }
 
     fn let_go(&mut self, _reason: u32) -> bool {
-        self.hold.let_go().any()
+        self.hold.let_go(None).any()
     }
 
     fn note(&mut self, note: Note) {
@@ -216,7 +216,7 @@ impl TimerCallback for Service {
     fn run(&self) {
         self.with_engine(|engine, now, out| {
             let over = out.hold.deadline().is_some_and(|deadline| now >= deadline);
-            if over && out.hold.let_go().any() {
+            if over && out.hold.let_go(None).any() {
                 engine.lost(now, thawed::DEADLINE, out);
             }
             engine.timer(now, out);
@@ -342,7 +342,7 @@ impl Service {
                 if for_good {
                     device.leave(&self.hold);
                 } else {
-                    self.hold.let_go();
+                    self.hold.let_go(None);
                 }
             }
             device.channel.take()
@@ -533,7 +533,7 @@ impl Service {
         }
     }
 
-    /// Thaws what is held for the daemon.
+    /// Thaws what is held for the daemon with that id.
     fn thaw(&self, asked: &uapi::IocThaw) -> Result {
         let file_system = match (asked.flags, asked.fd) {
             (0, -1) => None,
@@ -545,9 +545,9 @@ impl Service {
             let let_go = self
                 .with_engine(|engine, _, _| -> Result<_> {
                     engine.may_thaw().map_err(report::errno)?;
-                    let let_go = self.hold.let_go();
+                    let let_go = self.hold.let_go(Some(asked.id));
                     if let_go.held {
-                        engine.thaws(true);
+                        engine.thaws(asked.id, !self.hold.holds());
                     }
                     Ok(let_go)
                 })
@@ -557,9 +557,9 @@ impl Service {
         let watch = self
             .with_engine(|engine, _, _| -> Result<_> {
                 engine.may_thaw().map_err(report::errno)?;
-                let watch = self.hold.begin_thaw(&file_system)?;
+                let watch = self.hold.begin_thaw(asked.id, &file_system)?;
                 if watch.is_some() {
-                    engine.thaws(false);
+                    engine.thaws(asked.id, !self.hold.holds());
                 }
                 Ok(watch)
             })
@@ -574,7 +574,7 @@ impl pm_notifier::Callbacks for Service {
     fn prepare(&self, _sleep: Sleep) {
         self.with_engine(|engine, now, out| {
             engine.prepare_sleep(now, out);
-            out.hold.let_go();
+            out.hold.let_go(None);
         });
         // What a daemon has frozen by other means only it can thaw, or the one that comes after it. If
         // it did after the sleep, writers would wait in the meantime, some of them so that they cannot

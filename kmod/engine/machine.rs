@@ -233,6 +233,8 @@ pub struct Engine<B> {
     freeze: Freeze,
     /// The daemon holds something in the module, since [`Engine::holds`] with this id.
     hold: Option<u64>,
+    /// The FREEZE for which the daemon had the module thaw the last that was held, and has held nothing since.
+    emptied: Option<u64>,
     /// What the daemon has to be told of a hold that has ended.
     notice: Option<Notice>,
     owed_thaw: Option<OwedThaw>,
@@ -260,6 +262,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
                 Left { .. } => Freeze::None,
             },
             hold: None,
+            emptied: None,
             notice: None,
             owed_thaw: None,
             calling_off: false,
@@ -446,7 +449,8 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         effects: &mut impl Effects,
     ) {
         if ending == Ending::Answered(status::OK) {
-            self.freeze = Freeze::Held { id, whole: true };
+            let whole = self.emptied != Some(id);
+            self.freeze = Freeze::Held { id, whole };
             if sent {
                 return;
             }
