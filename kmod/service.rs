@@ -104,6 +104,8 @@ impl pm_notifier::Callbacks for SleepWatch {
         flag_of(sleep).store(true, Relaxed);
     }
 
+    fn restore(&self) {}
+
     fn post(&self, sleep: Sleep) {
         flag_of(sleep).store(false, Relaxed);
     }
@@ -126,6 +128,10 @@ impl pm_notifier::Callbacks for ThawWatch {
     const TURN: Turn = Turn::Last;
 
     fn prepare(&self, _sleep: Sleep) {
+        self.0.wait_idle(THAW_MS);
+    }
+
+    fn restore(&self) {
         self.0.wait_idle(THAW_MS);
     }
 
@@ -584,6 +590,13 @@ impl pm_notifier::Callbacks for Service {
             let state = self.state.lock();
             state.device.gone || state.device.engine.thawed_for_sleep()
         });
+    }
+
+    /// What is frozen is thawed, as before a sleep. What comes after that is not refused: this machine ends with the
+    /// restoration, or else goes on, and is not told when.
+    fn restore(&self) {
+        self.prepare(Sleep::Hibernation);
+        self.post(Sleep::Hibernation);
     }
 
     fn post(&self, _sleep: Sleep) {

@@ -29,6 +29,7 @@
 
 use super::freeze::Freeze;
 use super::notes::bump;
+use super::notes::NotNow;
 use super::notes::Note;
 use super::notes::Stats;
 use super::notes::Subject;
@@ -319,8 +320,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     fn request(&mut self, request: Arrival<'_>, effects: &mut impl Effects) {
         let now = request.now;
         match request.operation {
-            op::FREEZE if self.sleeping || self.calling_off => self.refuse(request, effects),
-            op::HOT_BACKUP | op::FREEZE => self.enqueue(request, effects),
+            op::FREEZE => match self.refuses_freezes() {
+                Some(why) => self.refuse(request, why, effects),
+                None => self.enqueue(request, effects),
+            },
+            op::HOT_BACKUP => self.enqueue(request, effects),
             op::THAW => {
                 // The host does not wait for the FREEZE any more, so nobody has to finish it.
                 self.fail_freezes(now, thawed::CALLED_OFF, effects);
@@ -344,14 +348,27 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             Some(()) => effects.note(Note::Received(subject)),
             None => {
                 bump(&mut self.stats.overruns);
-                self.refuse(request, effects);
+                self.refuse(request, NotNow::Full, effects);
             }
         }
     }
 
+    /// Why a FREEZE that comes now is refused at once, if it is.
+    pub(super) fn refuses_freezes(&self) -> Option<NotNow> {
+        match (self.sleeping, self.calling_off) {
+            (true, _) => Some(NotNow::Sleeps),
+            (_, true) => Some(NotNow::CallsOff),
+            _ => None,
+        }
+    }
+
     /// Fails a request that is not even queued.
-    fn refuse(&mut self, request: Arrival<'_>, effects: &mut impl Effects) {
+    fn refuse(&mut self, request: Arrival<'_>, why: NotNow, effects: &mut impl Effects) {
         let Arrival { now, operation, .. } = request;
+        effects.note(Note::Refused {
+            subject: request.subject(),
+            why,
+        });
         bump(&mut self.stats.op(operation).failures);
         let sent = self.direct(request, status::FAIL, effects);
         let ending = Ending::Failed(thawed::CALLED_OFF);

@@ -347,13 +347,21 @@ impl<'a> World<'a> {
         self.out.notes.clear();
         self.engine
             .packet(self.now, &mut copy, request_id, &mut self.out);
+        let mut leaves_a_word = false;
         for note in &self.out.notes {
             match note {
                 Note::Received(subject) if subject.transaction == request_id => {
                     self.waiting.get_mut(&request_id).unwrap().id = Some(subject.id);
+                    leaves_a_word = true;
+                }
+                Note::Refused { subject, .. } if subject.transaction == request_id => {
+                    leaves_a_word = true;
                 }
                 _ => {}
             }
+        }
+        if matches!(operation, op::FREEZE | op::THAW | op::HOT_BACKUP) {
+            assert!(leaves_a_word, "failed without a word");
         }
         self.settle();
         if self.strict && operation == op::THAW {
