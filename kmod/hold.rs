@@ -364,7 +364,7 @@ impl Hold {
     /// `ESTALE` when it was called off meanwhile, `EINTR` when the caller is killed, `EBUSY` when the time is
     /// over, and what the file system says to its thaw.
     pub(crate) fn wait_turn(&self, request: &Request, watch: Watch, timeout_ms: u32) -> Result {
-        let is_off = || watch.asked() > request.since;
+        let is_off = || watch.asked(request.id) > request.since;
         let waited = watch.wait(Some(timeout_ms), |stage| stage.has_come_back() || is_off());
         match is_off() {
             true => Err(error(ESTALE)),
@@ -382,18 +382,18 @@ impl Hold {
         watch.thawed(waited)
     }
 
-    /// Begins the thaw of one file system, if it is held. One that is being frozen is called off: whoever
-    /// waits for its freeze hears of it, and nothing is returned to wait for. Any context.
+    /// Begins the thaw of one file system, if it is held for the request `id` (0 for nobody). One that is being frozen
+    /// is called off: whoever waits for its freeze hears of it, and nothing is returned to wait for. Any context.
     ///
     /// # Errors
     ///
-    /// `EINVAL` when it is not held, `EBUSY` when it is called off or being thawed already and that is
-    /// not over, and what the file system said to the last attempt. A freeze that waits for the end of that
-    /// is called off as well.
-    pub(crate) fn begin_thaw(&self, file_system: &FileSystem) -> Result<Option<Watch>> {
+    /// `EINVAL` when it is not held, `ESTALE` when it is on another's behalf, `EBUSY` when it is called off or being
+    /// thawed already and that is not over, and what the file system said to the last attempt. A freeze that waits for
+    /// the end of that, on the same behalf, is called off as well.
+    pub(crate) fn begin_thaw(&self, id: u64, file_system: &FileSystem) -> Result<Option<Watch>> {
         let wanted = file_system.identity();
         let mut state = self.state.lock();
-        let ticket = state.begin_thaw(wanted, Instant::now(), &mut &self.queues);
+        let ticket = state.begin_thaw(wanted, id, Instant::now(), &mut &self.queues);
         Ok(ticket.map_err(errno)?.map(Watch))
     }
 
@@ -421,11 +421,12 @@ impl Hold {
         }
     }
 
-    /// Lets all go: what is held is queued to be thawed, the last one first, what is being frozen is
-    /// thawed as soon as that is over, and what waits to be frozen is not. Waits for nothing; any context.
-    pub(crate) fn let_go(&self) -> LetGo {
+    /// Lets all go, or with an `id` all that is held on that behalf: what is held is queued to be thawed, the last one
+    /// first, what is being frozen is thawed as soon as that is over, and what waits to be frozen is not. Waits for
+    /// nothing; any context.
+    pub(crate) fn let_go(&self, id: Option<u64>) -> LetGo {
         let mut state = self.state.lock();
-        let (let_go, series) = state.let_go(Instant::now(), &mut &self.queues);
+        let (let_go, series) = state.let_go(id, Instant::now(), &mut &self.queues);
         drop(state);
         drop(series);
         let_go
@@ -433,8 +434,13 @@ impl Hold {
 
     /// The one who held is gone: lets all go, and what still hangs is no concern of the next one.
     pub(crate) fn forget(&self) {
-        self.let_go();
+        self.let_go(None);
         self.state.lock().forget();
+    }
+
+    /// Whether anything is held, or going to be.
+    pub(crate) fn holds(&self) -> bool {
+        self.state.lock().holds()
     }
 
     /// When all is to be let go, if anything is held.
@@ -473,9 +479,10 @@ impl Watch {
         state.give_up(self.0.number, Instant::now(), &mut &hold.queues)
     }
 
-    /// Which was the last thaw that was asked for the entry when it was on its way to that already, or for all.
-    fn asked(&self) -> u64 {
-        self.hold().state.lock().asked_of(self.0.number)
+    /// Which was the last thaw that was asked for on behalf of `id`: of the entry when it was on its way to that
+    /// already, or of all.
+    fn asked(&self, id: u64) -> u64 {
+        self.hold().state.lock().asked_of(self.0.number, id)
     }
 
     fn wait(&self, timeout_ms: Option<u32>, enough: impl Fn(Stage) -> bool) -> Waited {

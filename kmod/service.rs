@@ -104,6 +104,8 @@ impl pm_notifier::Callbacks for SleepWatch {
         flag_of(sleep).store(true, Relaxed);
     }
 
+    fn restore(&self) {}
+
     fn post(&self, sleep: Sleep) {
         flag_of(sleep).store(false, Relaxed);
     }
@@ -126,6 +128,10 @@ impl pm_notifier::Callbacks for ThawWatch {
     const TURN: Turn = Turn::Last;
 
     fn prepare(&self, _sleep: Sleep) {
+        self.0.wait_idle(THAW_MS);
+    }
+
+    fn restore(&self) {
         self.0.wait_idle(THAW_MS);
     }
 
@@ -201,7 +207,7 @@ impl Effects for Outlet<'_> {
     }
 
     fn let_go(&mut self, _reason: u32) -> bool {
-        self.hold.let_go().any()
+        self.hold.let_go(None).any()
     }
 
     fn note(&mut self, note: Note) {
@@ -216,7 +222,7 @@ impl TimerCallback for Service {
     fn run(&self) {
         self.with_engine(|engine, now, out| {
             let over = out.hold.deadline().is_some_and(|deadline| now >= deadline);
-            if over && out.hold.let_go().any() {
+            if over && out.hold.let_go(None).any() {
                 engine.lost(now, thawed::DEADLINE, out);
             }
             engine.timer(now, out);
@@ -342,7 +348,7 @@ impl Service {
                 if for_good {
                     device.leave(&self.hold);
                 } else {
-                    self.hold.let_go();
+                    self.hold.let_go(None);
                 }
             }
             device.channel.take()
@@ -533,7 +539,7 @@ impl Service {
         }
     }
 
-    /// Thaws what is held for the daemon.
+    /// Thaws what is held for the daemon with that id.
     fn thaw(&self, asked: &uapi::IocThaw) -> Result {
         let file_system = match (asked.flags, asked.fd) {
             (0, -1) => None,
@@ -545,9 +551,9 @@ impl Service {
             let let_go = self
                 .with_engine(|engine, _, _| -> Result<_> {
                     engine.may_thaw().map_err(report::errno)?;
-                    let let_go = self.hold.let_go();
+                    let let_go = self.hold.let_go(Some(asked.id));
                     if let_go.held {
-                        engine.thaws(true);
+                        engine.thaws(asked.id, !self.hold.holds());
                     }
                     Ok(let_go)
                 })
@@ -557,9 +563,9 @@ impl Service {
         let watch = self
             .with_engine(|engine, _, _| -> Result<_> {
                 engine.may_thaw().map_err(report::errno)?;
-                let watch = self.hold.begin_thaw(&file_system)?;
+                let watch = self.hold.begin_thaw(asked.id, &file_system)?;
                 if watch.is_some() {
-                    engine.thaws(false);
+                    engine.thaws(asked.id, !self.hold.holds());
                 }
                 Ok(watch)
             })
@@ -574,7 +580,7 @@ impl pm_notifier::Callbacks for Service {
     fn prepare(&self, _sleep: Sleep) {
         self.with_engine(|engine, now, out| {
             engine.prepare_sleep(now, out);
-            out.hold.let_go();
+            out.hold.let_go(None);
         });
         // What a daemon has frozen by other means only it can thaw, or the one that comes after it. If
         // it did after the sleep, writers would wait in the meantime, some of them so that they cannot
@@ -584,6 +590,13 @@ impl pm_notifier::Callbacks for Service {
             let state = self.state.lock();
             state.device.gone || state.device.engine.thawed_for_sleep()
         });
+    }
+
+    /// What is frozen is thawed, as before a sleep. What comes after that is not refused: this machine ends with the
+    /// restoration, or else goes on, and is not told when.
+    fn restore(&self) {
+        self.prepare(Sleep::Hibernation);
+        self.post(Sleep::Hibernation);
     }
 
     fn post(&self, _sleep: Sleep) {

@@ -138,10 +138,11 @@ pub fn hold(device: BorrowedFd<'_>, freeze: &IocFreeze) -> io::Result<()> {
     Ok(())
 }
 
-/// Thaws what [`hold`] has frozen on the file system that `fd` is open on. Fails with `EINVAL` when it is
-/// not held (any more).
-pub fn let_go(device: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
+/// Thaws what [`hold`] has frozen with this id on the file system that `fd` is open on. Fails with `EINVAL` when it is
+/// not held (any more), and with `ESTALE` when it is with another.
+pub fn let_go(device: BorrowedFd<'_>, id: u64, fd: BorrowedFd<'_>) -> io::Result<()> {
     let thaw = IocThaw {
+        id,
         fd: fd.as_raw_fd(),
         flags: 0,
     };
@@ -150,9 +151,13 @@ pub fn let_go(device: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Thaws all that [`hold`] has frozen, as far as it can be.
-pub fn let_all_go(device: BorrowedFd<'_>) -> io::Result<()> {
-    let thaw = IocThaw { fd: -1, flags: 0 };
+/// Thaws all that [`hold`] has frozen with this id, as far as it can be.
+pub fn let_all_go(device: BorrowedFd<'_>, id: u64) -> io::Result<()> {
+    let thaw = IocThaw {
+        id,
+        fd: -1,
+        flags: 0,
+    };
     // SAFETY: as for `let_go`.
     unsafe { ioctl::let_go(device.as_raw_fd(), &thaw) }?;
     Ok(())
