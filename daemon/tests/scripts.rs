@@ -865,6 +865,62 @@ fn asked_of_hand_over(script: &str, verb: &str, in_container: bool) -> String {
     said
 }
 
+/// What the module's package says when it is configured, and for which kernels it has the module built: by these
+/// arguments, with the module there for some kernels (`modules/*/has`), an obstacle to its build for others
+/// (`modules/*/why-not`), and loaded or not.
+fn configures_module(arguments: &[&str], is_loaded: bool) -> (String, String) {
+    let build = "[ $1 = --why-not ] && cat modules/$2/why-not 2>/dev/null";
+    let modinfo = "if [ $1 = -k ]; then [ -e modules/$2/has ]; else [ -e modules/running/has ]; fi";
+    let dkms = "echo \"$7\" >>asked; touch modules/$7/has";
+    let all = [("modinfo", modinfo), ("dkms", dkms), ("build", build)];
+    let dir = programs("configures-module", &all);
+    for (kernel, file) in [
+        ("running", "why-not"),
+        ("newest", "has"),
+        ("older", "headers"),
+    ] {
+        let folder = dir.join("modules").join(kernel);
+        std::fs::create_dir_all(folder.join("build")).unwrap();
+        std::fs::write(folder.join(file), format!("not for {kernel}\n")).unwrap();
+    }
+    let (loaded, text) = (dir.join("loaded"), text_of(INSTALLS_MODULE));
+    if is_loaded {
+        std::fs::write(&loaded, "").unwrap();
+    }
+    let text = text
+        .replace("\"$source/kmod/dkms/build\"", "./build")
+        .replace("/lib/modules", "./modules")
+        .replace("/sys/module/hv_vss", "./loaded")
+        .replace("/run/systemd/system", "./no-systemd");
+    let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
+    let mut shell = Command::new("sh");
+    let shell = shell.args(["-c", &text, "sh"]).args(arguments);
+    let shell = shell.current_dir(&dir).env("DKMS_VERSION", "0.1.0");
+    let ended = shell.env("PATH", path).output().unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    let asked = std::fs::read_to_string(dir.join("asked")).unwrap_or_default();
+    std::fs::remove_dir_all(&dir).unwrap();
+    (String::from_utf8(ended.stdout).unwrap(), asked)
+}
+
+/// DKMS takes it from all, and builds the new one for the kernel that runs and the newest.
+#[test]
+fn an_upgrade_of_the_module_builds_it_for_each_kernel_and_says_where_it_is_lost() {
+    const WHY: &str = "not for running\n";
+    let (said, asked) = configures_module(&["configure", "0.0.9"], true);
+    assert_eq!(asked, "older\n");
+    let rest = said.strip_prefix(WHY).unwrap();
+    assert!(
+        rest.contains("serves until the next boot") && rest.lines().count() == 1,
+        "{said}"
+    );
+    // Of a first installation it is DKMS's choice.
+    let first = configures_module(&["configure", ""], false);
+    assert_eq!(first, (WHY.into(), "".into()));
+    let source = configures_module(&["triggered", "/usr/src/x"], false);
+    assert_eq!(source, (WHY.into(), "older\n".into()));
+}
+
 /// With the device the daemon that serves it would lose the backup that is under way.
 #[test]
 fn a_backup_is_waited_for_before_the_module_takes_the_device() {
