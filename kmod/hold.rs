@@ -114,6 +114,11 @@ pub(crate) struct Hold {
     /// Woken when a file system has been thawed.
     #[pin]
     thawed: WaitQueue,
+    /// Somebody begins a series.
+    begins: AtomicFlag,
+    /// Woken when that is over.
+    #[pin]
+    begun: WaitQueue,
     queues: Queues,
 }
 
@@ -229,7 +234,7 @@ pub(crate) type Request = engine::Request<Kernel>;
 pub(crate) enum Begun {
     /// A worker will do it.
     Queued(Watch),
-    /// It would be the first: call [`Hold::set_aside`] and try again.
+    /// It would be the first: take a [`Turn`] and try again, and with that call [`Hold::set_aside`].
     First,
     /// The same file system has been let go, and is not thawed yet: [`Hold::wait_turn`] and try again.
     After(Watch),
@@ -257,6 +262,8 @@ impl Hold {
             try_pin_init!(Self {
                 state <- new_spinlock_irq!(Held::new(KVVec::new()), "hv_vss::hold"),
                 thawed <- new_wait_queue!("hv_vss::thawed"),
+                begins: AtomicFlag::new(false),
+                begun <- new_wait_queue!("hv_vss::begun"),
                 queues: Queues::new()?,
             }),
             GFP_KERNEL,
@@ -289,12 +296,24 @@ impl Hold {
         })
     }
 
+    /// Waits for the turn to begin a series, so that of many who come at once one sets memory aside. Process context.
+    ///
+    /// # Errors
+    ///
+    /// `EINTR` when the caller is killed.
+    pub(crate) fn turn(&self) -> Result<Turn<'_>> {
+        match self.begun.wait(None, || !self.begins.xchg(true, Acquire)) {
+            Waited::Done => Ok(Turn(self)),
+            Waited::TimedOut | Waited::Killed => Err(EINTR),
+        }
+    }
+
     /// Sets memory aside for a series that `request` may begin. Sleeps.
     ///
     /// # Errors
     ///
     /// `ENOMEM` without it.
-    pub(crate) fn set_aside(self: &Arc<Self>, request: &mut Request) -> Result {
+    pub(crate) fn set_aside(self: &Arc<Self>, _: &Turn<'_>, request: &mut Request) -> Result {
         let left = self.state.lock().len();
         request.entries = KVVec::with_capacity(left + request.count, GFP_KERNEL)?;
         let mut spare = KVec::with_capacity(request.count, GFP_KERNEL)?;
@@ -458,6 +477,16 @@ impl Hold {
     /// The entry that was begun next after the one with this number.
     pub(crate) fn line_after(&self, number: u64) -> Option<Line> {
         self.state.lock().line_after(number)
+    }
+}
+
+/// The turn to begin a series; others wait until it is dropped.
+pub(crate) struct Turn<'a>(&'a Hold);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.begins.store(false, Release);
+        self.0.begun.wake_all();
     }
 }
 

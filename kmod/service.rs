@@ -458,17 +458,6 @@ impl Service {
         snapshot.write(out)
     }
 
-    /// The text of the `held` file in debugfs.
-    pub(crate) fn show_held(self: &Arc<Self>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        report::held_head(out)?;
-        let mut last = 0;
-        while let Some(line) = self.hold.line_after(last) {
-            last = line.number;
-            report::held(&line, out)?;
-        }
-        Ok(())
-    }
-
     /// The text of the `parameters` file in debugfs.
     pub(crate) fn show_parameters(self: &Arc<Self>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         report::parameters(&self.parameters, out)
@@ -509,6 +498,7 @@ impl Service {
         };
         let until = self.now().saturating_add(u64::from(limit_ms) * 1000);
         let mut request = self.hold.request(asked.id, file_system, count)?;
+        let mut turn = None;
         let result = loop {
             // Allowed and begun under one lock, so that whoever ends what this is for finds it.
             let begun = self
@@ -522,15 +512,26 @@ impl Service {
                     Ok(begun)
                 })
                 .ok_or(ENODEV)??;
-            match begun {
-                Begun::Queued(watch) => break self.hold.wait_frozen(watch),
-                Begun::First => self.hold.set_aside(&mut request)?,
-                Begun::After(watch) => match self.hold.wait_turn(&request, watch, AGAIN_MS) {
-                    Ok(()) => {}
-                    // Perhaps nobody wants it any more: that is asked anew.
-                    Err(error) if error == EBUSY && self.now() < until => {}
-                    Err(error) => break Err(error),
-                },
+            match (begun, turn.take()) {
+                (Begun::First, Some(its)) => {
+                    self.hold.set_aside(&its, &mut request)?;
+                    turn = Some(its);
+                }
+                // Whoever had it before may have begun.
+                (Begun::First, None) => turn = Some(self.hold.turn()?),
+                (Begun::Queued(watch), its) => {
+                    drop(its);
+                    break self.hold.wait_frozen(watch);
+                }
+                (Begun::After(watch), its) => {
+                    drop(its);
+                    match self.hold.wait_turn(&request, watch, AGAIN_MS) {
+                        Ok(()) => {}
+                        // Perhaps nobody wants it any more: that is asked anew.
+                        Err(error) if error == EBUSY && self.now() < until => {}
+                        Err(error) => break Err(error),
+                    }
+                }
             }
         };
         match self.state.lock().device.gone {

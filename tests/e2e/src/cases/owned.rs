@@ -858,6 +858,8 @@ fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
         if by_host {
             vss.rescind();
             vss.wait_released(STEP)?;
+            let held = guest.held()?;
+            equal("what is held without a device", held, called_off.clone())?;
             vss.offer();
         } else {
             super::lifecycle::unbind_rebind(guest)?;

@@ -14,7 +14,7 @@ use super::dialogue::{Abi, Scripted};
 use super::suspend::{self, unloads};
 use super::{
     is_frozen, limit, load, owned, rounds_or, seed, start, stuck_writers, wait_for_daemon,
-    wait_out, Case,
+    wait_out, Case, ModuleState,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
