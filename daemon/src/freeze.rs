@@ -75,7 +75,7 @@ pub enum FreezeError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// One would have been left out or only synced, and the configuration is strict.
+    /// One would have been left out or only synced, or its disk has not taken all of it, and the configuration is strict.
     #[error("{name} {why}, and the configuration is strict")]
     Strict {
         /// Which.

@@ -345,7 +345,7 @@ fn stack_of_mounts(guest: &Guest) -> Result<()> {
     let stack = ["/payload/lab-agent", "stack", &count, "/mnt/a/user"];
     let begin = Instant::now();
     let holder = guest.spawn(&[&somebody[..], &stack].concat())?;
-    guest.wait_until("they are mounted", STEP * 4, || {
+    guest.wait_until("they are mounted", STEP * 2, || {
         Ok(guest.output(&holder)?.contains("are mounted"))
     })?;
     println!("     {COUNT} mounts were made in {:?}", begin.elapsed());
@@ -358,6 +358,11 @@ fn stack_of_mounts(guest: &Guest) -> Result<()> {
     equal("the backup", &observe(guest)?, &good(&["/mnt/a/w"]))?;
     let list = guest.sh(&format!("{OURS} list"))?;
     ensure!(list.contains("/mnt/a (ext4, 1:1)"), "{list}");
+    let log = logged(guest, &daemon)?;
+    ensure!(
+        !format!("{list}{log}").contains("mount namespace"),
+        "nothing is missing:\n{list}{log}"
+    );
     stop(guest, guest.module(), &daemon)?;
     guest.signal(&holder, 9)?;
     guest.wait(&holder, STEP)?;
