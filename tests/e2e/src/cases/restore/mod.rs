@@ -555,6 +555,7 @@ fn root_and_peer(guest: &Guest) -> Result<()> {
     let ours = root(guest)?;
     let next = guest.start_named("peer", Image::default())?;
     let peer = restored_root(&next, "restored-peer", by(Module::Stock, Daemon::Debian))?;
+    next.close()?;
     let what = "a busy root, from which a guest then boots,";
     compare(guest, what, &[ours, peer]);
     Ok(())
