@@ -8,7 +8,6 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::logbook::words;
 use crate::lost::Lost;
-use crate::mounts::{self, of_interest, DevId, Mount, MountsError};
+use crate::mounts::{self, of_interest, DevId, Mount, MountsError, NEVER_HELD};
 use crate::namespaces::Namespaces;
 use crate::superblocks::{self, Entry, Superblock};
 use crate::sys;
@@ -141,58 +140,39 @@ pub fn open_proc() -> Result<OwnedFd, LookError> {
     open("/proc", flags, Mode::empty()).map_err(|e| LookError::Proc(e.into()))
 }
 
-/// The tables of all namespaces, those of the others within this time, and those that may show what no table does.
+/// The tables of all namespaces, those of the others within this time, and those without which something may be missing.
 fn tables(
     proc: BorrowedFd<'_>,
     namespaces: &Namespaces,
     patience: Duration,
 ) -> Result<(Vec<Mount>, Vec<Unseen>), LookError> {
     let mut mounts = mounts::read(proc, 0)?;
-    let mut closed = Vec::new();
+    let mut unseen = Vec::new();
     let until = Instant::now() + patience;
-    for number in 1..=namespaces.count() {
+    for number in namespaces.smallest_first() {
         let seen = namespaces.within(number, || mounts::read_until(proc, number, until));
         match seen.map_err(LookError::Enter).and_then(|it| Ok(it?)) {
             Ok(seen) => mounts.extend(of_interest(seen)),
-            Err(error) => closed.push((number, error)),
+            Err(LookError::Mounts(error)) if error.is_too_much() && tells_all() => {}
+            Err(error) => unseen.push(Unseen {
+                name: namespaces.name(number),
+                reason: words(&error),
+            }),
         }
     }
-    let shown = mounts.iter().map(|it| it.dev).collect();
-    let until = Instant::now() + PATIENCE;
-    closed.retain(|(number, _)| !shows_nothing_else(namespaces, *number, &shown, until));
-    let unseen = closed.into_iter().map(|(number, error)| Unseen {
-        name: namespaces.name(number),
-        reason: words(&error),
-    });
-    Ok((mounts, unseen.collect()))
+    Ok((mounts, unseen))
 }
 
 /// How long the tables of the other namespaces may take together. Anybody may have some of his own, as high a stack of
 /// mounts as he likes in each, and of each mount there the kernel goes down all the way to say where it is.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Whether this namespace is known to have nothing on disks that others do not show. For each mount that is asked
-/// without its path, where the kernel tells.
-fn shows_nothing_else(
-    namespaces: &Namespaces,
-    number: usize,
-    shown: &BTreeSet<DevId>,
-    until: Instant,
-) -> bool {
-    let states = namespaces.states().unwrap_or_default();
-    let Some(id) = number.checked_sub(1).and_then(|it| states.get(it)) else {
-        return false;
-    };
-    let is_no_other = |mount| match sys::superblock_of(id.id(), mount) {
-        Ok(it) => shown.contains(&it.dev) || !mounts::may_be_on_disks(it.dev, it.magic),
-        // It is gone.
-        Err(error) => error.kind() == io::ErrorKind::NotFound,
-    };
-    let all = sys::mounts_after(id.id(), 0);
-    all.is_ok_and(|all| {
-        let mut all = all.into_iter();
-        all.all(|mount| Instant::now() < until && is_no_other(mount))
-    })
+/// Whether each superblock on a disk is found without any table: sysfs lists it, or the kernel tells of its device. That
+/// goes for all types but one.
+fn tells_all() -> bool {
+    let types = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let mut types = types.split_whitespace();
+    sys::tells_superblocks() && !types.any(|it| it == NEVER_HELD)
 }
 
 fn alive() -> Result<BTreeSet<Entry>, LookError> {
@@ -258,7 +238,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_whose_table_takes_too_long_is_no_loss_if_others_show_all_that_it_does() {
+    fn those_whose_tables_take_too_long_are_no_loss_where_the_kernel_tells_without_them() {
         use nix::sched::{unshare, CloneFlags};
         let (tell, told) = std::sync::mpsc::channel();
         let (done, wait) = std::sync::mpsc::channel::<()>();
@@ -267,27 +247,19 @@ mod tests {
             tell.send(unshare(flags).is_ok()).unwrap();
             let _ = wait.recv();
         });
+        // That takes privilege.
         let is_there = told.recv().unwrap();
         let namespaces = Namespaces::find().unwrap();
-        // It takes privilege, and a kernel that tells.
         if is_there && namespaces.states().is_some() {
             let proc = open_proc().unwrap();
-            let (all, _) = tables(proc.as_fd(), &namespaces, PATIENCE).unwrap();
-            let own = all.iter().filter(|it| it.namespace == 0);
-            let own: BTreeSet<DevId> = own.map(|it| it.dev).collect();
-            let shows_more = |number| {
-                let mut its = all.iter().filter(|it| it.namespace == number);
-                its.any(|it| !own.contains(&it.dev))
-            };
-            let more: Vec<usize> = (1..=namespaces.count())
-                .filter(|it| shows_more(*it))
-                .collect();
-            assert!(more.len() < namespaces.count());
             let (mounts, unseen) = tables(proc.as_fd(), &namespaces, Duration::ZERO).unwrap();
             assert!(mounts.iter().all(|it| it.namespace == 0));
-            let unseen: Vec<String> = unseen.into_iter().map(|it| it.name).collect();
-            let more: Vec<String> = more.into_iter().map(|it| namespaces.name(it)).collect();
-            assert_eq!(unseen, more);
+            assert_ne!(namespaces.count(), 0);
+            let expected = if tells_all() { 0 } else { namespaces.count() };
+            assert_eq!(unseen.len(), expected);
+            // In their order there is time for all.
+            let (_, unseen) = tables(proc.as_fd(), &namespaces, PATIENCE).unwrap();
+            assert_eq!(unseen, []);
         }
         drop(done);
         other.join().unwrap();

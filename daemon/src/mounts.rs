@@ -55,6 +55,14 @@ pub enum MountsError {
     },
 }
 
+impl MountsError {
+    /// Whether there is more of a table than is read of it.
+    pub fn is_too_much(&self) -> bool {
+        let kinds = [io::ErrorKind::TimedOut, io::ErrorKind::FileTooLarge];
+        matches!(self, MountsError::Read { source, .. } if kinds.contains(&source.kind()))
+    }
+}
+
 /// The number of a device, or of a superblock that is on none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DevId {
@@ -149,7 +157,7 @@ pub struct Mount {
 /// Types whose superblock has an anonymous number although it is on disks, and that can be frozen.
 const ANONYMOUS_TYPES: [&str; 2] = ["btrfs", "bcachefs"];
 /// The same, but nothing can hold them (OpenZFS has neither hook that FIFREEZE wants).
-const NEVER_HELD: &str = "zfs";
+pub const NEVER_HELD: &str = "zfs";
 /// Types of which any kernel from 6.1 on can freeze a superblock: those that have one of the two hooks that
 /// FIFREEZE wants. No kernel tells without being asked to freeze.
 const FREEZE: [&str; 11] = [
@@ -235,13 +243,6 @@ pub fn has_means_to_freeze(fs_type: &str) -> bool {
 /// Whether a superblock of this type has an anonymous number although it is on disks.
 pub fn is_anonymous(fs_type: &str) -> bool {
     ANONYMOUS_TYPES.contains(&fs_type)
-}
-
-/// Whether a superblock with this number may be on disks of this machine, by the number of its type.
-pub fn may_be_on_disks(dev: DevId, magic: u64) -> bool {
-    // As the types that [`is_anonymous`] and [`NEVER_HELD`] name, in this order.
-    const ANONYMOUS: [u64; 3] = [0x9123_683e, 0xca45_1a4e, 0x2fc1_2fc1];
-    dev.major != 0 || ANONYMOUS.contains(&magic)
 }
 
 /// Whether a name is a path below `/dev`. Any other may be that of a pool or of anything, or lead to who does not answer.

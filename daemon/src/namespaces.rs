@@ -113,6 +113,14 @@ impl Namespaces {
         Ok(it.ok_or(io::ErrorKind::NotFound)?.as_fd())
     }
 
+    /// The numbers of all, where the kernel tells how many mounts there are in each, those with few first.
+    pub fn smallest_first(&self) -> Vec<usize> {
+        let mut numbers: Vec<usize> = (1..=self.count()).collect();
+        let states = self.states().unwrap_or_default();
+        numbers.sort_by_key(|it| states.get(it - 1).map(|state| state.info.nr_mounts));
+        numbers
+    }
+
     /// How many there are.
     pub fn count(&self) -> usize {
         self.others.len()

@@ -10,6 +10,7 @@ use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Instant;
 
 use crate::mounts::DevId;
 use hv_vss_uapi::{IocFreeze, IocThaw};
@@ -470,8 +471,9 @@ pub fn newest_mount(mnt_ns_id: u64) -> io::Result<u64> {
 }
 
 /// The numbers of those mounts in the namespace with number `mnt_ns_id` that were added after the one with
-/// number `after`, oldest first; 0 stands for none at all, as in [`newest_mount`]. Fails as that does.
-pub fn mounts_after(mnt_ns_id: u64, mut after: u64) -> io::Result<Vec<u64>> {
+/// number `after`, oldest first; 0 stands for none at all, as in [`newest_mount`]. Fails as that does, and with
+/// [`io::ErrorKind::TimedOut`] when it takes longer than `until`: of each the kernel goes down all that it is attached to.
+pub fn mounts_after(mnt_ns_id: u64, mut after: u64, until: Instant) -> io::Result<Vec<u64>> {
     let mut found = Vec::new();
     let mut chunk = [0; 64];
     loop {
@@ -480,6 +482,9 @@ pub fn mounts_after(mnt_ns_id: u64, mut after: u64) -> io::Result<Vec<u64>> {
         let Some(last) = listed.last() else {
             return Ok(found);
         };
+        if Instant::now() >= until {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
         found.extend_from_slice(listed);
         after = *last;
     }
@@ -525,8 +530,6 @@ pub struct Superblock {
     pub dev: DevId,
     /// Whether it is read-only, whatever the mount is.
     pub read_only: bool,
-    /// Its type, by the number that `statfs(2)` has for it.
-    pub magic: u64,
 }
 
 /// What is mounted as the mount with number `mnt_id` (from [`unique_mount_id`]) in the namespace with
@@ -577,7 +580,6 @@ pub fn superblock_of(mnt_ns_id: u64, mnt_id: u64) -> io::Result<Superblock> {
             minor: found.sb_dev_minor,
         },
         read_only: found.sb_flags & SB_RDONLY != 0,
-        magic: found.sb_magic,
     })
 }
 

@@ -21,7 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{open, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
@@ -38,6 +38,9 @@ use crate::topology;
 
 /// So many mounts that were made only for their numbers are there before that takes time which is waited for.
 const MOST_KEPT: usize = 64;
+/// How long a look at new mounts may take while all is frozen: anybody may make many, and one over the other.
+const GLANCE: Duration = Duration::from_millis(200);
+
 /// How long all look-ups of one plan may be held up by those that hang.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -553,17 +556,19 @@ impl Kernel {
         let namespaces = Namespaces::find_beside(told(self.own.as_ref())?)?;
         let others = told(namespaces.states())?.iter();
         let now = others.map(|it| (it.id(), it.newest()));
+        let until = Instant::now() + GLANCE;
         for (id, now) in now.chain([(number, sys::newest_mount(number)?)]) {
             // Numbers only grow, and of a namespace that is new all mounts are.
             let then = newest.get(&id).copied().unwrap_or(0);
             if now <= then {
                 continue;
             }
-            let mut new = sys::mounts_after(id, then)?.into_iter();
-            // One that is gone again is no news.
-            if new
-                .any(|it| sys::superblock_of(id, it).is_ok_and(|it| is_news(it.dev, it.read_only)))
-            {
+            let mut new = sys::mounts_after(id, then, until)?.into_iter();
+            // One that is gone again is no news. Of so many that it takes long one may be.
+            if new.any(|it| {
+                let found = sys::superblock_of(id, it);
+                found.is_ok_and(|it| is_news(it.dev, it.read_only)) || Instant::now() >= until
+            }) {
                 return Ok(true);
             }
         }
