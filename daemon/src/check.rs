@@ -27,7 +27,7 @@ use crate::control::{ask, reply_of, turned_in, ControlError, Method};
 use crate::freeze::is_of_anything;
 use crate::ground::{self, AtRest};
 use crate::history::History;
-use crate::hooks;
+use crate::hooks::{self, Asked};
 use crate::logbook::words;
 use crate::mounts::DevId;
 use crate::moving::Layers;
@@ -103,7 +103,7 @@ pub fn check(device: &Path, run: &RunDir, path: Option<&Path>) -> Vec<Finding> {
     let config = &config;
     let mut all = vec![daemon(device, &status), found];
     let is_held = door.is_some_and(|it| it["door"] == "held");
-    let has_hooks = hooks::find(&config.hooks).is_ok_and(|it| !it.is_empty());
+    let has_hooks = hooks::find(&config.hooks).is_ok_and(|it| !it.hooks.is_empty());
     all.extend(run_dir(
         run,
         Room::left_at(run.path()),
@@ -874,8 +874,11 @@ fn is_for_writing(fdinfo: &str) -> bool {
 }
 
 fn hooks_found(config: &Config) -> Vec<Finding> {
-    let found = match hooks::find(&config.hooks) {
-        Ok(found) => found,
+    let Asked {
+        hooks: found,
+        not_called,
+    } = match hooks::find(&config.hooks) {
+        Ok(asked) => asked,
         Err(error) => return vec![finding("hooks", Grade::Problem, words(&error))],
     };
     let look = |it: hooks::Found| {
@@ -895,24 +898,17 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
         }
     };
     let called: Vec<hooks::Hook> = found.iter().map(|it| it.hook.clone()).collect();
-    let mut warnings = hooks::unused(&config.hooks, &found);
-    if let Some(path) = hooks::passed_over(&found) {
-        warnings.push(format!(
-            "{} is passed over: those in its folder are called instead",
-            path.display()
-        ));
-    }
-    warnings.extend(hooks::ready(&config.hooks));
+    let mut warnings = hooks::ready(&config.hooks);
     let idle = config.hooks.idle(&called).into_iter();
     warnings.extend(idle.map(|rule| format!("the rule {rule} matches no hook")));
+    let graded = |grade| move |text: String| finding("hooks", grade, text);
+    let not_called_is = match config.strict {
+        true => Grade::Problem,
+        false => Grade::Warning,
+    };
     let mut all: Vec<Finding> = found.into_iter().map(look).collect();
-    let warning = |text| finding("hooks", Grade::Warning, text);
-    all.extend(warnings.into_iter().map(warning));
-    // Whoever put it there may have meant it to be called.
-    for path in hooks::not_executable(&config.hooks).unwrap_or_default() {
-        let text = format!("{} is not called: it is not executable", path.display());
-        all.push(finding("hooks", Grade::Warning, text));
-    }
+    all.extend(not_called.into_iter().map(graded(not_called_is)));
+    all.extend(warnings.into_iter().map(graded(Grade::Warning)));
     all
 }
 
