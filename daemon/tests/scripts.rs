@@ -535,6 +535,89 @@ fn the_one_who_waits_is_not_killed_with_whoever_has_asked() {
     hand_over(&dir, true);
 }
 
+/// The whole script that hands over, with these arguments, in this folder: on a bus whose device `driver` has. What it
+/// says, and whether it has taken the device from that.
+fn hand_over_whole(dir: &Path, arguments: &[&str], driver: &str) -> (String, bool) {
+    let put = |name: &str, text: &str| {
+        let path = dir.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    };
+    let mut text = text_of(HANDS_OVER);
+    for (line, ours) in [
+        ("\nbus=/sys/bus/vmbus\n", "\nbus=$PWD/bus\n"),
+        ("\nloaded=/sys/module/hv_vss\n", "\nloaded=$PWD/bus\n"),
+        ("\nsystemd=/run/systemd/system\n", "\nsystemd=$PWD/none\n"),
+        ("\nsources=/usr/src\n", "\nsources=$PWD/src\n"),
+    ] {
+        assert!(text.contains(line), "{line}");
+        text = text.replace(line, ours);
+    }
+    put("hv_vss_hand_over", &text);
+    let class = "{35fa2e29-ea23-4236-96ae-3a6ebacba440}\n";
+    put("bus/devices/dev/class_id", class);
+    put("bus/devices/dev/driver_override", "");
+    put("bus/drivers_probe", "");
+    let unbind = format!("bus/drivers/{driver}/unbind");
+    put(&unbind, "");
+    let link = dir.join("bus/devices/dev/driver");
+    let to = Path::new("../../drivers").join(driver);
+    std::os::unix::fs::symlink(to, &link).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let mut shell = Command::new("sh");
+    let shell = shell.arg(dir.join("hv_vss_hand_over")).args(arguments);
+    let shell = shell.env("PATH", format!("{}:{path}", dir.display()));
+    let ended = shell.current_dir(dir).output().unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    let is_taken = !std::fs::read_to_string(dir.join(unbind))
+        .unwrap()
+        .is_empty();
+    std::fs::remove_dir_all(dir.join("bus")).unwrap();
+    let said = [ended.stdout, ended.stderr].concat();
+    (String::from_utf8(said).unwrap(), is_taken)
+}
+
+/// Of another one nobody knows whether it has frozen anything.
+#[test]
+fn a_package_takes_the_device_from_a_daemon_of_ours_only() {
+    let find = "[ ! -e holder ] || echo \"/proc/$(cat holder)/fd/3\"";
+    let none = ["modinfo", "modprobe", "logger"].map(|it| (it, ""));
+    let dir = programs("unless-served", &[&none[..], &[("find", find)]].concat());
+    let (ours, theirs) = (dir.join("hv_vss_daemon"), dir.join("theirs/hv_vss_daemon"));
+    std::fs::create_dir(dir.join("theirs")).unwrap();
+    for path in [&ours, &theirs] {
+        std::fs::copy("/bin/sleep", path).unwrap();
+    }
+    const WAITS: [&str; 2] = ["take", "--unless-served"];
+    for (arguments, driver, holder, is_taken) in [
+        (&WAITS[..], "hv_utils", None, true),
+        (&WAITS, "hv_utils", Some(&ours), true),
+        (&WAITS, "hv_utils", Some(&theirs), false),
+        // At boot, and where an administrator asks for it.
+        (&["take"], "hv_utils", Some(&theirs), true),
+        (&["give"], "hv_vss", None, true),
+        (&["give"], "hv_vss", Some(&ours), true),
+        (&["give"], "hv_vss", Some(&theirs), false),
+    ] {
+        let mut holds = holder.map(|it| Command::new(it).arg("1000").spawn().unwrap());
+        if let Some(holds) = &holds {
+            std::fs::write(dir.join("holder"), holds.id().to_string()).unwrap();
+        }
+        let (said, was_taken) = hand_over_whole(&dir, arguments, driver);
+        if let Some(holds) = &mut holds {
+            holds.kill().unwrap();
+            holds.wait().unwrap();
+            std::fs::remove_file(dir.join("holder")).unwrap();
+        }
+        assert_eq!(was_taken, is_taken, "{arguments:?} {holder:?}: {said}");
+        let says = said
+            .lines()
+            .any(|it| it.contains("is not taken from hv_vss_daemon (process"));
+        assert_eq!(says, !is_taken, "{arguments:?} {holder:?}: {said}");
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
 /// What comes of a build for a kernel by "rustc 1" and "gcc 14", where these are the compilers: what `rustc` says, in
 /// two folders of PATH, and `gcc`. The status, and what is said, `make` telling of its compiler.
 fn build(why_not: bool, rustc: [&str; 2], gcc: &str) -> (Option<i32>, String) {
