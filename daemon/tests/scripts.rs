@@ -549,6 +549,7 @@ fn hand_over_whole(dir: &Path, arguments: &[&str], driver: &str) -> (String, boo
         ("\nloaded=/sys/module/hv_vss\n", "\nloaded=$PWD/bus\n"),
         ("\nsystemd=/run/systemd/system\n", "\nsystemd=$PWD/none\n"),
         ("\nsources=/usr/src\n", "\nsources=$PWD/src\n"),
+        ("\nmodules=/lib/modules\n", "\nmodules=$PWD/modules\n"),
     ] {
         assert!(text.contains(line), "{line}");
         text = text.replace(line, ours);
@@ -616,6 +617,73 @@ fn a_package_takes_the_device_from_a_daemon_of_ours_only() {
         assert_eq!(says, !is_taken, "{arguments:?} {holder:?}: {said}");
     }
     std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// By its package, or by `make install` for this kernel or for another.
+#[test]
+fn a_module_that_was_asked_for_and_is_not_taken_is_explained_by_what_has_brought_it() {
+    let refused = "echo 'Key was rejected by service'; exit 1";
+    let not_there = ("modinfo", "exit 1");
+    let not_signed = ("modinfo", "");
+    let signed = ("modinfo", "[ \"$1\" != -F ] || echo us");
+    for (modinfo, file, has_dkms, words) in [
+        (not_there, None, false, ""),
+        (
+            not_there,
+            Some("old/updates/hv_vss.ko"),
+            false,
+            "not built for kernel 7.3, and is there for another",
+        ),
+        (
+            not_there,
+            Some("old/extra/hv_vss.ko.xz"),
+            false,
+            "(make && make install)",
+        ),
+        (not_there, Some("old/updates/dkms/hv_vss.ko"), false, ""),
+        (not_there, None, true, "see 'dkms status hv_vss'"),
+        (
+            not_signed,
+            None,
+            false,
+            "Sign it with a key that the kernel knows",
+        ),
+        (not_signed, None, true, "dkms build --force hv_vss/1 -k 7.3"),
+        (
+            signed,
+            None,
+            false,
+            "Enrol its certificate with 'mokutil --import' and",
+        ),
+        (signed, None, true, "/var/lib/dkms/mok.pub"),
+    ] {
+        let all = [
+            modinfo,
+            ("modprobe", refused),
+            ("uname", "echo 7.3"),
+            ("logger", ""),
+        ];
+        let dir = programs("asked-for", &all);
+        if let Some(file) = file {
+            let file = dir.join("modules").join(file);
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(file, "").unwrap();
+        }
+        if has_dkms {
+            let folder = dir.join("src/hv_vss-1/kmod/dkms");
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::copy(dir.join("logger"), folder.join("build")).unwrap();
+        }
+        let (said, is_taken) = hand_over_whole(&dir, &["take"], "hv_utils");
+        let lines = usize::from(!words.is_empty());
+        let is_it = said.contains(words) && said.lines().count() == lines;
+        assert!(
+            is_it && !is_taken,
+            "{modinfo:?} {file:?} {has_dkms}: {said}"
+        );
+        assert!(has_dkms || !said.contains("dkms"), "{said}");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 }
 
 /// What comes of a build for a kernel by "rustc 1" and "gcc 14", where these are the compilers: what `rustc` says, in
