@@ -4,6 +4,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 const CONFIGURES: &str = "../.debian/hv-vss-daemon.postinst";
 const INSTALLS_MODULE: &str = "../.debian/hv-vss-dkms.postinst";
@@ -686,9 +687,10 @@ fn a_module_that_was_asked_for_and_is_not_taken_is_explained_by_what_has_brought
     }
 }
 
-/// What comes of a build for a kernel by "rustc 1" and "gcc 14", where these are the compilers: what `rustc` says, in
-/// two folders of PATH, and `gcc`. The status, and what is said, `make` telling of its compiler.
-fn build(why_not: bool, rustc: [&str; 2], gcc: &str) -> (Option<i32>, String) {
+/// What comes of a build for a kernel by "rustc 1.82" and "gcc 14", where these are the compilers: what `rustc` says, in
+/// two folders of PATH, in the second by this name, and `gcc`. The status, and what is said, `make` telling of its
+/// compiler. The archive has the package rustc-1.82, as Ubuntu's.
+fn build(why_not: bool, rustc: [&str; 2], second: &str, gcc: &str) -> (Option<i32>, String) {
     let makes = ("make", "echo \"made by $(rustc --version)\"");
     let all = [
         ("rustc", rustc[0]),
@@ -696,9 +698,16 @@ fn build(why_not: bool, rustc: [&str; 2], gcc: &str) -> (Option<i32>, String) {
         ("bindgen", ""),
         makes,
         ("logger", ""),
+        (
+            "apt-cache",
+            "[ \"$3\" != rustc-1.82 ] || echo \"Package: $3\"",
+        ),
     ];
-    let dir = programs("build", &all);
-    let second = programs("build/second", &[("rustc", rustc[1])]);
+    // Several tests build at a time.
+    static BUILDS_BEGUN: AtomicU32 = AtomicU32::new(0);
+    let number = BUILDS_BEGUN.fetch_add(1, Ordering::Relaxed);
+    let dir = programs(&format!("build-{number}"), &all);
+    let second = programs(&format!("build-{number}/second"), &[(second, rustc[1])]);
     let rust = dir.join("headers/rust");
     std::fs::create_dir_all(&rust).unwrap();
     const CONFIG: &str =
@@ -706,7 +715,7 @@ fn build(why_not: bool, rustc: [&str; 2], gcc: &str) -> (Option<i32>, String) {
     std::fs::write(dir.join("headers/.config"), CONFIG).unwrap();
     std::fs::write(rust.join("libkernel.rmeta"), "").unwrap();
     // Of 16 bytes nothing is asked.
-    let wrote = [&[0; 16][..], &[7], b"rustc 1 and so on"].concat();
+    let wrote = [&[0; 16][..], &[10], b"rustc 1.82 and so on"].concat();
     std::fs::write(rust.join("libcore.rmeta"), wrote).unwrap();
     let path = std::env::var("PATH").unwrap();
     let path = format!("{}:{}:{path}", dir.display(), second.display());
@@ -728,13 +737,17 @@ fn build(why_not: bool, rustc: [&str; 2], gcc: &str) -> (Option<i32>, String) {
 /// DKMS leaves the kernel out then, and its package is installed all the same.
 #[test]
 fn whatever_goes_wrong_with_a_compiler_the_module_is_refused() {
-    const RIGHT: &str = "echo rustc 1";
+    const RIGHT: &str = "echo rustc 1.82";
     const OTHER: &str = "echo rustc 2";
     const FAILS: &str = "exit 1";
     const GCC: &str = "echo gcc 14";
     for (rustc, gcc, says) in [
-        ([OTHER, OTHER], GCC, "the compiler here is 'rustc 2'"),
-        ([FAILS, FAILS], GCC, "it was built by 'rustc 1', "),
+        (
+            [OTHER, OTHER],
+            GCC,
+            "the compiler here is 'rustc 2'; install rustc-1.82",
+        ),
+        ([FAILS, FAILS], GCC, "it was built by 'rustc 1.82', "),
         (
             [RIGHT, RIGHT],
             "echo gcc 13",
@@ -746,9 +759,9 @@ fn whatever_goes_wrong_with_a_compiler_the_module_is_refused() {
             let is_one = said.lines().count() == 1;
             is_one && said.starts_with("hv_vss is not built for kernel") && said.contains(says)
         };
-        let (status, said) = build(false, rustc, gcc);
+        let (status, said) = build(false, rustc, "rustc", gcc);
         assert!(status == Some(77) && line(&said), "{status:?} {said}");
-        let (status, said) = build(true, rustc, gcc);
+        let (status, said) = build(true, rustc, "rustc", gcc);
         assert!(status == Some(0) && line(&said), "{status:?} {said}");
     }
 }
@@ -756,12 +769,15 @@ fn whatever_goes_wrong_with_a_compiler_the_module_is_refused() {
 /// That of rustup may come first, with or without a tool chain.
 #[test]
 fn of_all_compilers_that_are_there_the_right_one_builds_the_module() {
-    const RIGHT: &str = "echo rustc 1";
-    for first in [RIGHT, "exit 1", "echo rustc 2"] {
-        let built = build(false, [first, RIGHT], "echo gcc 14");
-        assert_eq!(built, (Some(0), "made by rustc 1\n".into()), "{first}");
-        let asked = build(true, [first, RIGHT], "echo gcc 14");
-        assert_eq!(asked, (Some(0), String::new()), "{first}");
+    const RIGHT: &str = "echo rustc 1.82";
+    for second in ["rustc", "rustc-1.82"] {
+        for first in [RIGHT, "exit 1", "echo rustc 2"] {
+            let built = build(false, [first, RIGHT], second, "echo gcc 14");
+            let expected = (Some(0), "made by rustc 1.82\n".into());
+            assert_eq!(built, expected, "{first} {second}");
+            let asked = build(true, [first, RIGHT], second, "echo gcc 14");
+            assert_eq!(asked, (Some(0), String::new()), "{first} {second}");
+        }
     }
 }
 
