@@ -74,8 +74,8 @@ const ASKS: Duration = Duration::from_secs(1);
 const TIME: Duration = Duration::from_secs(30);
 /// How long what was killed may take to end.
 const GRACE: Duration = Duration::from_secs(2);
-/// Where hooks find programs.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where hooks, and whoever else is started by name, find programs.
+pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const STACK_BYTES: usize = 128 * 1024;
 /// Bytes that a list of file systems may have: a variable of more than 128 KiB (`MAX_ARG_STRLEN` of the kernel)
 /// keeps a program from being started.

@@ -35,7 +35,7 @@ use crate::freeze::{
     ThawError,
 };
 use crate::ground::{self, GoesOn};
-use crate::hooks::{self, Found, HookError};
+use crate::hooks::{self, Asked, Found, HookError};
 use crate::logbook::{Held, Logbook, Sink};
 use crate::machine::LookError;
 use crate::mounts::{has_means_to_freeze, DevId};
@@ -81,6 +81,12 @@ pub enum JobError {
     /// Which hooks there are is not known.
     #[error(transparent)]
     Hooks(#[from] HookError),
+    /// A hook that is asked for is not called, and it is to be strict.
+    #[error("{} (strict)", .not_called.join("; "))]
+    NotCalled {
+        /// Which, in words.
+        not_called: Vec<String>,
+    },
     /// What the hooks are to be told could not be had.
     #[error(transparent)]
     Look(#[from] LookError),
@@ -209,6 +215,9 @@ impl Shown {
     }
 }
 
+/// Hooks and what they are told, and warnings of those that are not called.
+pub type ToCall = (Option<(Vec<Found>, Context)>, Vec<String>);
+
 /// Whoever freezes, with all that is known, or open, or running, before it is needed.
 pub struct Freezer {
     cache: Cache,
@@ -262,12 +271,9 @@ impl Freezer {
         self.leavings.thaw(run, log);
     }
 
-    /// The hooks that are to be called first, and what they are told; `None` when there are none.
-    pub fn hooks(
-        &mut self,
-        setting: &Setting,
-        about: &About,
-    ) -> Result<Option<(Vec<Found>, Context)>, JobError> {
+    /// The hooks that are to be called first, and what they are told; `None` when there are none. Beside that the
+    /// warnings of those that are asked for and not called.
+    pub fn hooks(&mut self, setting: &Setting, about: &About) -> Result<ToCall, JobError> {
         let Setting {
             config,
             progress,
@@ -275,11 +281,19 @@ impl Freezer {
             ..
         } = setting;
         if about.without_hooks {
-            return Ok(None);
+            return Ok((None, Vec::new()));
         }
-        let found = hooks::find(&config.hooks)?;
-        if found.is_empty() {
-            return Ok(None);
+        let Asked { hooks, not_called } = hooks::find(&config.hooks)?;
+        if config.strict && !not_called.is_empty() {
+            return Err(JobError::NotCalled { not_called });
+        }
+        let mut warnings = Warnings::new(&setting.log);
+        for text in not_called {
+            warnings.add(text);
+        }
+        let warnings = warnings.all;
+        if hooks.is_empty() {
+            return Ok((None, warnings));
         }
         self.go_by(config);
         let planned = self.cache.planned(config, disks)?;
@@ -291,8 +305,8 @@ impl Freezer {
             ..
         } = about;
         let context = Context::new(*request, *backup_type, &planned.disks, &planned.paths);
-        progress.enter(Stage::Hooks, found.len());
-        Ok(Some((found, context)))
+        progress.enter(Stage::Hooks, hooks.len());
+        Ok((Some((hooks, context)), warnings))
     }
 
     /// From here on this is the configuration.
@@ -1196,12 +1210,14 @@ impl Backup {
         // What is frozen would hold up hooks.
         freezer.undo(&self.setting.run, &self.setting.log);
         let quiesced = self.quiesce(freezer);
-        let counters = match quiesced.and_then(|()| freezer.freeze(&self.setting)) {
+        let frozen = quiesced.and_then(|warnings| Ok((freezer.freeze(&self.setting)?, warnings)));
+        let counters = match frozen {
             Err(error) => {
                 (self.tell)(Outcome::Frozen(Err(error)));
                 None
             }
-            Ok(mut frozen) => {
+            Ok((mut frozen, warnings)) => {
+                frozen.warnings.extend(warnings);
                 (self.tell)(Outcome::Frozen(Ok(frozen.begun())));
                 let by = self.wait(&frozen, freezer);
                 let result = freezer.thaw(&mut frozen, &self.setting, by);
@@ -1219,16 +1235,18 @@ impl Backup {
         }
     }
 
-    /// Has the hooks called, if there are any, and waits until they are ready.
-    fn quiesce(&self, freezer: &mut Freezer) -> Result<(), JobError> {
-        let Some((found, context)) = freezer.hooks(&self.setting, &self.about)? else {
-            return Ok(());
+    /// Has the hooks called, if there are any, and waits until they are ready. Returns the warnings of those that are
+    /// not called.
+    fn quiesce(&self, freezer: &mut Freezer) -> Result<Vec<String>, JobError> {
+        let (to_call, warnings) = freezer.hooks(&self.setting, &self.about)?;
+        let Some((found, context)) = to_call else {
+            return Ok(warnings);
         };
         (self.tell)(Outcome::Hooks(found, context));
         match self.words.recv() {
             Ok(Word::GoOn) => {
                 self.setting.progress.enter(Stage::Looking, 0);
-                Ok(())
+                Ok(warnings)
             }
             _ => Err(JobError::CalledOff),
         }

@@ -160,7 +160,7 @@ fn checked(guest: &Guest, names: &[&str], code: i32) -> Result<()> {
 }
 
 /// Waits until the history has this of the last backup.
-fn remembered(guest: &Guest, what: &str, has: impl Fn(&Value) -> bool) -> Result<()> {
+pub(super) fn remembered(guest: &Guest, what: &str, has: impl Fn(&Value) -> bool) -> Result<()> {
     let mut all = Value::Null;
     let waited = guest.wait_until(&format!("the history has {what}"), STEP, || {
         all = serde_json::from_str(&guest.try_sh("/payload/hv_vss_daemon history --json")?.out)?;

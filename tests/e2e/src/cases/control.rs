@@ -664,15 +664,21 @@ END")?;
     asked(guest, "check", 0)?;
     // The package for DKMS is installed: the module is there, or it is not, for want of headers.
     guest.sh(
-        "mkdir -p /usr/src/hv_vss-1/kmod/dkms /run/without && cd /usr/src/hv_vss-1/kmod/dkms
+        "mkdir -p /usr/src/hv_vss-1/kmod/dkms && cd /usr/src/hv_vss-1/kmod/dkms
          printf '#!/bin/sh\\necho \"not built for $2: no headers\"\\n' >build
-         printf '#!/bin/sh\\nexit 1\\n' >/run/without/modinfo
-         chmod 755 build /run/without/modinfo",
+         chmod 755 build",
     )?;
-    const WITHOUT: &str = "PATH=/run/without:$PATH /payload/hv_vss_daemon check";
-    let with = asked(guest, "check", 7);
-    let without = guest.try_sh(WITHOUT)?;
-    says(&with?, &["hv_vss is built and hv_utils serves"])?;
+    // As a user's shell may be, which finds nothing that is root's.
+    const CHECK: &str = "env PATH=/usr/bin:/bin /payload/hv_vss_daemon check";
+    // Found before the system's.
+    const MODINFO: &str = "/usr/local/sbin/modinfo";
+    let with = guest.try_sh(CHECK)?;
+    guest.sh(&format!(
+        "mkdir -p $(dirname {MODINFO}) && printf '#!/bin/sh\\nexit 1\\n' >{MODINFO} && chmod 755 {MODINFO}"
+    ))?;
+    let without = guest.try_sh(CHECK)?;
+    equal("how check with it ends", with.status, Some(7))?;
+    says(&with.out, &["hv_vss is built and hv_utils serves"])?;
     equal("how check without it ends", without.status, Some(7))?;
     let release = guest.sh("uname -r")?;
     let line = format!("not built for {}: no headers", release.trim());
@@ -680,8 +686,8 @@ END")?;
     stop(guest, Module::Stock, &daemon)?;
 
     let theirs = start(guest, Module::Stock, Daemon::Debian)?;
-    let told = guest.try_sh(WITHOUT)?;
-    guest.sh("rm -rf /usr/src/hv_vss-1 /run/without")?;
+    let told = guest.try_sh(CHECK)?;
+    guest.sh(&format!("rm -rf /usr/src/hv_vss-1 {MODINFO}"))?;
     equal("how check beside theirs ends", told.status, Some(6))?;
     says(
         &told.out,
