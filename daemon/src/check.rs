@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
 use std::thread;
@@ -35,6 +36,7 @@ use crate::moving::Layers;
 use crate::plan::{FileSystem, Plan, Reason, Scope};
 use crate::process;
 use crate::record::{Record, RunDir};
+use crate::superblocks::dev_in;
 use crate::topology;
 use crate::writes;
 
@@ -859,7 +861,14 @@ fn not_counting(plan: &Plan, of: &dyn Fn(BTreeSet<DevId>) -> BTreeSet<DevId>) ->
     })
 }
 
-/// Programs that may write to a disk past its file systems, where a backup would name that.
+/// What there is to say of whoever has a disk open to write there: by its own node, or by one that takes SCSI commands,
+/// which the block layer does not count.
+const IS_SEEN: &str = "no freeze holds that back, and if anything is written in a backup it is named, and fails it if \
+                       strict";
+const IS_NOT_SEEN: &str =
+    "no freeze holds that back, and what is written in a backup by SCSI commands is not seen";
+
+/// Programs that may write to a disk past its file systems, where a backup would name that, or cannot.
 fn raw_writers(plan: &Plan) -> Vec<Finding> {
     let at_rest = plan.at_rest(&Scope::default());
     let mut devices: BTreeSet<DevId> = at_rest
@@ -875,27 +884,35 @@ fn raw_writers(plan: &Plan) -> Vec<Finding> {
     for synced in plan.only_synced() {
         devices.retain(|dev| !synced.devices.contains(dev));
     }
-    let is_it = |node: &Path| {
-        let dev = topology::device_at(node.as_os_str());
-        dev.is_some_and(|dev| devices.contains(&dev))
+    let is_of_host =
+        |dev: &DevId| matches!(plan.disks.get(dev), Some(disk) if disk.address.is_some());
+    let what = |node: &Path| {
+        if let Some(dev) = topology::device_at(node.as_os_str()) {
+            return devices.contains(&dev).then_some(IS_SEEN);
+        }
+        let meta = fs::metadata(node).ok()?;
+        let is_character_device = meta.file_type().is_char_device();
+        let dev = is_character_device.then(|| DevId::from_raw(meta.rdev()))?;
+        let disk = disk_of(Path::new(CHARACTER_DEVICES), dev);
+        disk.filter(is_of_host).map(|_| IS_NOT_SEEN)
     };
-    let found = match devices.is_empty() {
-        true => BTreeSet::new(),
-        false => open_for_writing(is_it),
-    };
-    let words = |found: String| {
-        let text = format!(
-            "{found} for writing: no freeze holds that back, and if anything is written in a backup it is \
-             named, and fails it if strict"
-        );
-        finding("disks", Grade::Warning, text)
-    };
-    found.into_iter().map(words).collect()
+    let words = |found: String| finding("disks", Grade::Warning, found);
+    open_for_writing(what).into_iter().map(words).collect()
 }
 
-/// Who has which of these nodes open to write there, in words. Only links are read, and what they name is
-/// looked up in `/dev` only.
-fn open_for_writing(is_it: impl Fn(&Path) -> bool) -> BTreeSet<String> {
+/// The folders of character devices in sysfs.
+const CHARACTER_DEVICES: &str = "/sys/dev/char";
+
+/// The disk that takes the SCSI commands which are written to this character device (`sg`, `bsg`).
+fn disk_of(character_devices: &Path, dev: DevId) -> Option<DevId> {
+    let device = character_devices.join(dev.to_string());
+    let disks = fs::read_dir(device.join("device/block")).ok()?;
+    disks.flatten().find_map(|it| dev_in(&it.path()))
+}
+
+/// Who has which node open to write there, in words, of those of which there is something to say: that is put behind.
+/// Only links are read, and what they name is looked up in `/dev` only.
+fn open_for_writing(what: impl Fn(&Path) -> Option<&'static str>) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let name = process.file_name();
@@ -908,14 +925,17 @@ fn open_for_writing(is_it: impl Fn(&Path) -> bool) -> BTreeSet<String> {
             let Ok(node) = fs::read_link(fd.path()) else {
                 continue;
             };
-            if !node.starts_with("/dev") || !is_it(&node) {
+            let what = node.starts_with("/dev").then(|| what(&node));
+            let Some(what) = what.flatten() else {
                 continue;
-            }
+            };
             let info = path.join("fdinfo").join(fd.file_name());
             if fs::read_to_string(info).is_ok_and(|text| is_for_writing(&text)) {
                 let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
                 let (name, node) = (name.trim().escape_debug(), node.display());
-                found.insert(format!("{name} (process {pid}) has {node} open"));
+                found.insert(format!(
+                    "{name} (process {pid}) has {node} open for writing: {what}"
+                ));
             }
         }
     }
@@ -1053,8 +1073,9 @@ mod tests {
         // Nobody else in here has it open.
         let node = Path::new("/dev/full");
         let who = || {
-            let own = format!("(process {}) has /dev/full open", std::process::id());
-            let found = open_for_writing(|it| it == node);
+            let pid = std::process::id();
+            let own = format!("(process {pid}) has /dev/full open for writing: it is");
+            let found = open_for_writing(|it| (it == node).then_some("it is"));
             found.iter().any(|it| it.ends_with(&own))
         };
         let reads = fs::File::open(node).unwrap();
@@ -1066,6 +1087,21 @@ mod tests {
         assert!(is_for_writing("pos:\t0\nflags:\t0100002\nmnt_id:\t15\n"));
         // Only its path (O_PATH) is open.
         assert!(!is_for_writing("pos:\t0\nflags:\t012100000\n"));
+    }
+
+    #[test]
+    fn a_node_that_takes_scsi_commands_is_of_a_disk() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-char-{}", std::process::id()));
+        let disk = dir.join("21:1/device/block/sdb");
+        fs::create_dir_all(&disk).unwrap();
+        fs::write(disk.join("dev"), "8:16\n").unwrap();
+        // A tape.
+        fs::create_dir_all(dir.join("21:2/device/scsi_tape")).unwrap();
+        let disk_at = |text: &str| disk_of(&dir, text.parse().unwrap());
+        assert_eq!(disk_at("21:1"), "8:16".parse().ok());
+        assert_eq!(disk_at("21:2"), None);
+        assert_eq!(disk_at("1:3"), None);
+        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

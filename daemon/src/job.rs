@@ -561,7 +561,7 @@ impl Freezer {
         setting: &Setting,
         by: Option<Instant>,
     ) -> Result<(), ThawError> {
-        let mut nodes = frozen.at_rest.written();
+        let mut written = frozen.at_rest.written();
         let begun_since = |layers: &Layers| layers.begun_below(&frozen.devices, &frozen.moving);
         let mut begun = begun_since(&frozen.layers);
         let thawed = frozen.session.thaw_by(by);
@@ -571,7 +571,7 @@ impl Freezer {
         self.show_given_up();
         if thawed.is_err() || setting.abort.load(Ordering::SeqCst) {
             // It was not frozen all the time, so it may have been any writer.
-            nodes.clear();
+            written.clear();
             self.learnt.ask_all();
         }
         // Only now, since writers wait no longer: what has come in the last moment is named as well.
@@ -598,7 +598,15 @@ impl Freezer {
         }
         // What has begun may be on a device that was not there before.
         begun.extend(begun_since(self.cache.layers()));
-        for node in &nodes {
+        for it in &written {
+            let node = &it.node;
+            if !it.is_certain {
+                warnings.add(format!(
+                    "whether anything was written to {node} past what is known to go on there is not known: that did not \
+                     stand still for a look"
+                ));
+                continue;
+            }
             let perhaps = frozen.perhaps.as_ref();
             let perhaps = perhaps.map(|it| format!(", or perhaps by {it}, which is not frozen"));
             warnings.add(format!(
@@ -609,11 +617,14 @@ impl Freezer {
         }
         warnings.of_moving(&begun);
         frozen.warnings.append(&mut warnings.all);
-        match (names.is_empty(), nodes.is_empty(), begun.is_empty()) {
+        match (names.is_empty(), written.is_empty(), begun.is_empty()) {
             _ if !setting.config.strict => thawed,
             (true, true, true) => thawed,
             (false, _, _) => thawed.and(Err(ThawError::Late { names })),
-            (true, false, _) => thawed.and(Err(ThawError::Written { nodes })),
+            (true, false, _) => {
+                let nodes = written.iter().map(ToString::to_string).collect();
+                thawed.and(Err(ThawError::Written { nodes }))
+            }
             (true, true, false) => {
                 let layers = begun.into_iter().collect();
                 thawed.and(Err(ThawError::Moving { layers }))

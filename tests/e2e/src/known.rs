@@ -270,6 +270,16 @@ const KNOWN: &[Known] = &[
         why: "SysRq-j is pressed",
     },
     Known {
+        text: "raid: raid456 discard support disabled",
+        cases: &["broken/raid-journal"],
+        why: "a RAID with parity is made on ram disks",
+    },
+    Known {
+        text: "raid: Set dm-raid.devices_handle_discard_safely",
+        cases: &["broken/raid-journal"],
+        why: "the same in its next line",
+    },
+    Known {
         text: "md: async del_gendisk mode will be removed in future",
         cases: &["broken/*", "deadman/hung-below-md", "order/*", "scope/*", "volumes/*"],
         why: "md says so of any program that is not its newest, busybox's among them",
