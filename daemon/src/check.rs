@@ -973,18 +973,23 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
             }
         }
     };
-    let called: Vec<hooks::Hook> = found.iter().map(|it| it.hook.clone()).collect();
+    let called = found.iter().map(|it| &it.hook);
+    let there = called.chain(not_called.iter().filter_map(|it| it.hook.as_ref()));
+    let there: Vec<hooks::Hook> = there.cloned().collect();
     let mut warnings = hooks::ready(&config.hooks);
-    let idle = config.hooks.idle(&called).into_iter();
+    let idle = config.hooks.idle(&there).into_iter();
     warnings.extend(idle.map(|rule| format!("the rule {rule} matches no hook")));
-    let graded = |grade| move |text: String| finding("hooks", grade, text);
-    let not_called_is = match config.strict {
-        true => Grade::Problem,
-        false => Grade::Warning,
-    };
+    let not_called = not_called.into_iter().map(|it| {
+        let grade = match config.strict && it.required {
+            true => Grade::Problem,
+            false => Grade::Warning,
+        };
+        finding("hooks", grade, it.text)
+    });
     let mut all: Vec<Finding> = found.into_iter().map(look).collect();
-    all.extend(not_called.into_iter().map(graded(not_called_is)));
-    all.extend(warnings.into_iter().map(graded(Grade::Warning)));
+    all.extend(not_called);
+    let warning = |text| finding("hooks", Grade::Warning, text);
+    all.extend(warnings.into_iter().map(warning));
     all
 }
 

@@ -669,10 +669,10 @@ fn drop_ins(file: &Path) -> Result<Vec<PathBuf>, ConfigError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn parse(text: &str) -> Result<Config, String> {
+    pub(crate) fn parse(text: &str) -> Result<Config, String> {
         let layer = super::parse(text, Path::new("test.toml"));
         let mut config = Config::default();
         layer

@@ -290,8 +290,29 @@ pub struct Found {
 pub struct Asked {
     /// The hooks to be called, in their order: that of their names, folder after folder.
     pub hooks: Vec<Found>,
-    /// What of it is not called, in words: nothing is there, or it is not fit to be one.
-    pub not_called: Vec<String>,
+    /// What of it is not called.
+    pub not_called: Vec<NotCalled>,
+}
+
+/// Something that rules ask for and that is not called: nothing is there, or it is not fit to be a hook.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotCalled {
+    /// What, and why.
+    pub text: String,
+    /// Which file, if there is one.
+    pub hook: Option<Hook>,
+    /// Whether it would have been a required one.
+    pub required: bool,
+}
+
+impl NotCalled {
+    fn nothing(text: String) -> Self {
+        NotCalled {
+            text,
+            hook: None,
+            required: true,
+        }
+    }
 }
 
 /// What these rules ask for.
@@ -311,10 +332,10 @@ fn find_below(root: &Path, rules: &HookRules) -> Result<Asked, HookError> {
         let folder = below(root, OPEN_VM_TOOLS_FOLDER);
         let mut theirs = in_folder(&folder, Contract::OpenVmTools)?;
         if theirs.is_nothing() {
-            theirs.not_called.push(format!(
+            theirs.not_called.push(NotCalled::nothing(format!(
                 "hooks.open_vm_tools is set, and there is no hook in {}",
                 folder.display()
-            ));
+            )));
         }
         seen.append(theirs);
     }
@@ -323,9 +344,13 @@ fn find_below(root: &Path, rules: &HookRules) -> Result<Asked, HookError> {
         fault,
         hook,
     });
+    let not_called = seen.not_called.into_iter().map(|it| NotCalled {
+        required: !it.hook.as_ref().is_some_and(|it| rules.is_optional(it)),
+        ..it
+    });
     Ok(Asked {
         hooks: found.collect(),
-        not_called: seen.not_called,
+        not_called: not_called.collect(),
     })
 }
 
@@ -357,10 +382,18 @@ fn of_qemu(root: &Path) -> Result<Seen, HookError> {
             has_some |= !itself.is_nothing() && !is_dispatcher_in_time(&hook);
             theirs.append(itself);
         } else if is_no_dispatcher(&hook) {
-            theirs.not_called.push(format!(
+            let text = format!(
                 "{} is passed over: those in its folder are called instead",
                 hook.display()
-            ));
+            );
+            theirs.not_called.push(NotCalled {
+                text,
+                required: true,
+                hook: Some(Hook {
+                    path: hook.clone(),
+                    contract: Contract::Qemu,
+                }),
+            });
         }
         // One place may be a link to the other, or what is in it.
         theirs.hooks.retain(|(its, _)| {
@@ -379,7 +412,7 @@ fn of_qemu(root: &Path) -> Result<Seen, HookError> {
             "hooks.qemu is set, and there is no hook {}",
             places.join(", nor ")
         );
-        all.not_called.push(text);
+        all.not_called.push(NotCalled::nothing(text));
     }
     Ok(all)
 }
@@ -449,7 +482,7 @@ type Judged = (Hook, Option<String>);
 #[derive(Debug, Default)]
 struct Seen {
     hooks: Vec<Judged>,
-    not_called: Vec<String>,
+    not_called: Vec<NotCalled>,
 }
 
 impl Seen {
@@ -491,7 +524,11 @@ fn judge(path: PathBuf, contract: Contract) -> Seen {
             if ask(&hook.path, move || is_file(&at)).unwrap_or(false) {
                 let path = hook.path.display();
                 let text = format!("{path} is not called: it is not executable");
-                seen.not_called.push(text);
+                seen.not_called.push(NotCalled {
+                    text,
+                    hook: Some(hook),
+                    required: true,
+                });
             }
         }
         Err(error) => {
@@ -680,7 +717,8 @@ mod tests {
                 path.unwrap().display().to_string()
             };
             let names: Vec<String> = hooks.into_iter().map(name).collect();
-            (names.join(" "), not_called)
+            let words: Vec<String> = not_called.into_iter().map(|it| it.text).collect();
+            (names.join(" "), words)
         };
         let of_agent = |not_called: &str| {
             let (names, all) = asked(true, false);
@@ -737,6 +775,15 @@ mod tests {
             names.is_empty() && not_called.len() == 1 && says,
             "{not_called:?}"
         );
+        // One that is switched off may be no more than a warning.
+        for optional in [false, true] {
+            let name = if optional { "20-*" } else { "10-*" };
+            let text = format!("hooks.optional = ['{name}']");
+            let rules = crate::config::tests::parse(&text).unwrap().hooks;
+            let Asked { not_called, .. } = find_below(&scratch.0, &rules).unwrap();
+            let required: Vec<bool> = not_called.iter().map(|it| it.required).collect();
+            assert_eq!(required, [!optional]);
+        }
     }
 
     #[test]

@@ -284,12 +284,15 @@ impl Freezer {
             return Ok((None, Vec::new()));
         }
         let Asked { hooks, not_called } = hooks::find(&config.hooks)?;
-        if config.strict && !not_called.is_empty() {
+        let required = not_called.iter().filter(|it| it.required);
+        let required: Vec<String> = required.map(|it| it.text.clone()).collect();
+        if config.strict && !required.is_empty() {
+            let not_called = required;
             return Err(JobError::NotCalled { not_called });
         }
         let mut warnings = Warnings::new(&setting.log);
-        for text in not_called {
-            warnings.add(text);
+        for it in not_called {
+            warnings.add(it.text);
         }
         let warnings = warnings.all;
         if hooks.is_empty() {
@@ -460,8 +463,14 @@ impl Freezer {
         };
         let session = Session::new(targets, means, &self.learnt).map_err(JobError::Threads)?;
         if is_to_sync {
-            // It may take long, and nothing is frozen yet.
+            // It may take long, and nothing is frozen yet; and some write back in whoever asks for it, who goes as this
+            // thread does.
+            let goes_first = process::goes_first();
+            let _ = process::go_ahead();
             log.aloud(|| session.sync(config.write_back(), &mut self.learnt));
+            if goes_first {
+                let _ = process::go_first();
+            }
             if !self.cache.is_all_there(&then) || !self.cache.turned().is_empty() {
                 return Ok(Tried::Synced);
             }

@@ -17,7 +17,10 @@ use std::time::{Duration, Instant};
 
 use crate::apart::Questions;
 use crate::mounts::{is_served, DevId, Mount};
-use crate::superblocks::Superblock;
+use crate::open::node_of;
+use crate::superblocks::{folder_of, Superblock};
+use crate::sys;
+use crate::unlisted;
 
 /// The mounts by which it would be noticed: those of the last tables, and those that were lost before.
 #[derive(Debug, Default)]
@@ -99,10 +102,28 @@ const ANSWER_TIME: Duration = Duration::from_secs(1);
 /// How long a look at all that is open may take: some 500,000 descriptors. There may be any number of them.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Whether a superblock may be on this device still. One that has gone for good would be looked for without end.
+fn may_be_alive(dev: DevId) -> bool {
+    static ASKED: Questions<DevId> = Questions::new();
+    let look = move |_| {
+        let is_there = folder_of(dev).is_some_and(|it| it.exists());
+        is_there && node_of(dev).is_none_or(|node| unlisted::is_alive(&node))
+    };
+    // Nobody knows of one that does not answer.
+    let alive = ASKED.ask(dev, &[], ANSWER_TIME, look);
+    alive.unwrap_or(true)
+}
+
 /// Of these mounts, by number, what is open through them.
 fn held(gone: &BTreeMap<u64, &Mount>) -> Held {
     let mut held = Held::default();
-    let all: BTreeSet<DevId> = gone.values().map(|it| it.dev).collect();
+    let mut all: BTreeSet<DevId> = gone.values().map(|it| it.dev).collect();
+    if sys::tells_superblocks() {
+        all.retain(|dev| may_be_alive(*dev));
+    }
+    if all.is_empty() {
+        return held;
+    }
     let until = Instant::now() + PATIENCE;
     let own = std::process::id().to_string();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -119,7 +140,8 @@ fn held(gone: &BTreeMap<u64, &Mount>) -> Held {
                 return held;
             }
             let text = fs::read_to_string(info.path()).unwrap_or_default();
-            let Some(mount) = mount_in(&text).and_then(|it| gone.get(&it)) else {
+            let mount = mount_in(&text).and_then(|it| gone.get(&it));
+            let Some(mount) = mount.filter(|it| all.contains(&it.dev)) else {
                 continue;
             };
             let link = process.path().join("fd").join(info.file_name());
