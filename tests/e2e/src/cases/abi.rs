@@ -24,7 +24,7 @@ use zerocopy::{FromBytes, IntoBytes};
 pub const CASES: &[Case] = &[
     case(
         "abi/device-node",
-        "the device is there with mode 0600, and gone after unload",
+        "the device is there with mode 0600, and gone after unload; so are the threads that a thaw without memory takes",
         device_node,
     ),
     case(
@@ -256,7 +256,16 @@ fn device_node(guest: &Guest) -> Result<()> {
         seen.trim(),
         "character special file 600 0:0",
     )?;
+    // Each queue has one that works where there is no memory for another (WQ_MEM_RECLAIM).
+    let rescuers = || -> Result<String> {
+        // Processes end meanwhile.
+        let found = guest.sh("cat /proc/[0-9]*/comm 2>/dev/null | grep kworker/R-hv_vss | sort")?;
+        Ok(found.trim().into())
+    };
+    let expected = "kworker/R-hv_vss_freeze\nkworker/R-hv_vss_thaw";
+    equal("the rescuers of the queues", &*rescuers()?, expected)?;
     guest.unload(Module::Ours)?;
+    equal("what is left of them", &*rescuers()?, "")?;
     refused(
         "an open after the unload",
         guest.open_device(Blocking::Yes),
