@@ -89,14 +89,17 @@ impl<T: Callbacks> Registration<T> {
         })
     }
 
-    extern "C" fn call(
+    /// # Safety
+    ///
+    /// `block` must be that of a `Registration<T>` that is registered until this returns.
+    unsafe extern "C" fn call(
         block: *mut bindings::notifier_block,
         action: c_ulong,
         _data: *mut c_void,
     ) -> c_int {
         let block = block.cast::<Opaque<bindings::notifier_block>>();
-        // SAFETY: The block is the field `inner` of a `Registration<T>`, since only that is given
-        // this function; it is not dropped before its unregistration, which waits for us.
+        // SAFETY: Guaranteed by the caller: only the field `inner` of a `Registration<T>` is given this
+        // function, and its unregistration waits for us.
         let registration = unsafe { &*kernel::container_of!(block, Registration<T>, inner) };
         // CAST: the actions are small numbers.
         let callbacks = &registration.callbacks;

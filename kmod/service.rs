@@ -72,7 +72,8 @@ const MAX_WRITE: usize = 64;
 /// What the device that is gone has left undone, should it come back: the fields of [`engine::Left`]. There is one
 /// device at a time, and whoever binds it finds what the one before has left. Unloading the module forgets it, so
 /// the first one of all knows that it knows nothing.
-static UNTOLD: AtomicFlag = AtomicFlag::new(false);
+static BROKEN: AtomicFlag = AtomicFlag::new(false);
+static TOLD: AtomicFlag = AtomicFlag::new(false);
 static UNSEEN: AtomicFlag = AtomicFlag::new(true);
 static OWES_THAW: AtomicFlag = AtomicFlag::new(false);
 
@@ -187,7 +188,8 @@ impl Device {
         self.gone = true;
         hold.forget();
         let left = self.engine.left();
-        UNTOLD.store(left.untold, Relaxed);
+        BROKEN.store(left.broken, Relaxed);
+        TOLD.store(left.told, Relaxed);
         UNSEEN.store(left.unseen, Relaxed);
         OWES_THAW.store(left.owes_thaw, Relaxed);
     }
@@ -241,7 +243,8 @@ impl Service {
             max_held: hold::MAX_HELD as u32,
         };
         let left = engine::Left {
-            untold: UNTOLD.load(Relaxed),
+            broken: BROKEN.load(Relaxed),
+            told: TOLD.load(Relaxed),
             unseen: UNSEEN.load(Relaxed),
             owes_thaw: OWES_THAW.load(Relaxed),
         };

@@ -131,9 +131,12 @@ impl<T: HasTimer> Timer<T> {
         unsafe { kernel::bindings::timer_shutdown_sync(Self::inside(object)) };
     }
 
-    extern "C" fn callback(timer: *mut kernel::bindings::timer_list) {
-        // SAFETY: Only timers inside a `T` are armed, see `inside`. It is alive and whole: dropping
-        // it begins with waiting for us.
+    /// # Safety
+    ///
+    /// `timer` must be the one inside a `T` that is alive and whole until this returns.
+    unsafe extern "C" fn callback(timer: *mut kernel::bindings::timer_list) {
+        // SAFETY: Guaranteed by the caller: only timers inside a `T` are armed, see `inside`, and dropping it begins
+        // with waiting for us.
         let object = unsafe { &*T::timer_container_of(timer.cast()) };
         object.run();
     }

@@ -106,12 +106,14 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
 }
 
 impl<T: Driver> Adapter<T> {
-    extern "C" fn probe_callback(
+    /// # Safety
+    ///
+    /// `hdev` must be a valid `struct hv_device`, which is locked and is being probed.
+    unsafe extern "C" fn probe_callback(
         hdev: *mut bindings::hv_device,
         _id: *const bindings::hv_vmbus_device_id,
     ) -> c_int {
-        // SAFETY: The VMBus only ever calls the probe callback with a valid pointer to a
-        // `struct hv_device`.
+        // SAFETY: Guaranteed by the caller.
         //
         // INVARIANT: `hdev` is valid for the duration of `probe_callback()`.
         let hdev = unsafe { &*hdev.cast::<Device<device::CoreInternal<'_>>>() };
@@ -124,16 +126,22 @@ impl<T: Driver> Adapter<T> {
         })
     }
 
-    extern "C" fn remove_callback(hdev: *mut bindings::hv_device) {
-        // SAFETY: The VMBus calls `remove` with a valid device, once after a successful probe, and
-        // the driver core holds the device's lock.
+    /// # Safety
+    ///
+    /// `hdev` must be a valid `struct hv_device`, which is locked, and this the only call since
+    /// [`Self::probe_callback`] has succeeded on it.
+    unsafe extern "C" fn remove_callback(hdev: *mut bindings::hv_device) {
+        // SAFETY: Guaranteed by the caller.
         unsafe { Self::with_data(hdev, T::unbind) }
     }
 
-    extern "C" fn suspend_callback(hdev: *mut bindings::hv_device) -> c_int {
-        // SAFETY: The VMBus suspends only devices that it has, whose driver was this one a moment
-        // ago, and the caller in the driver core keeps the device until this returns. In the phase
-        // `noirq` neither of them holds its lock (see `Locked`).
+    /// # Safety
+    ///
+    /// `hdev` must be a valid `struct hv_device`, kept by the caller and not locked by it (see [`Locked`]), in a phase
+    /// in which nothing is probed.
+    unsafe extern "C" fn suspend_callback(hdev: *mut bindings::hv_device) -> c_int {
+        // SAFETY: The driver core keeps a device that it suspends, whose driver was this one a moment ago. In the phase
+        // `noirq` neither it nor the VMBus holds its lock.
         let locked = unsafe { Locked::new(hdev) };
         if !locked.is_bound() {
             return 0;
@@ -147,7 +155,10 @@ impl<T: Driver> Adapter<T> {
         }
     }
 
-    extern "C" fn resume_callback(hdev: *mut bindings::hv_device) -> c_int {
+    /// # Safety
+    ///
+    /// As for [`Self::suspend_callback`].
+    unsafe extern "C" fn resume_callback(hdev: *mut bindings::hv_device) -> c_int {
         // SAFETY: As for `suspend_callback`.
         let locked = unsafe { Locked::new(hdev) };
         if !locked.is_bound() {
@@ -463,9 +474,11 @@ impl<L: Listener> Channel<L> {
         })
     }
 
-    extern "C" fn callback(context: *mut c_void) {
-        // SAFETY: `open` set the context to a listener that is alive until `vmbus_close` returns,
-        // which waits for this callback.
+    /// # Safety
+    ///
+    /// `context` must point to the listener of a channel, which is alive until this returns.
+    unsafe extern "C" fn callback(context: *mut c_void) {
+        // SAFETY: Guaranteed by the caller: `open` has set the context, and `vmbus_close` waits for this callback.
         let listener = unsafe { &*context.cast::<L>() };
         listener.on_packets();
     }

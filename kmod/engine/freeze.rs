@@ -56,22 +56,24 @@ impl Freeze {
         }
     }
 
-    /// A FREEZE has failed; `sent` says whether the host has heard of it.
-    pub(super) fn after_failed_freeze(self, sent: bool) -> Self {
+    /// A FREEZE has failed; `heard` says whether the host knows.
+    pub(super) fn after_failed_freeze(self, heard: bool) -> Self {
         match self {
-            _ if !sent => Freeze::Broken { told: false },
+            _ if !heard => Freeze::Broken { told: false },
             Freeze::Unseen | Freeze::Broken { told: true } => Freeze::None,
             other => other,
         }
     }
 
-    /// A THAW has ended and the host was told `code`, if it was `sent`.
-    pub(super) fn after_thaw(self, code: u32, sent: bool) -> Self {
+    /// A THAW has ended and the host was told `code`, if it has `heard` that.
+    pub(super) fn after_thaw(self, code: u32, heard: bool) -> Self {
         match self {
             Freeze::None | Freeze::Unseen => self,
             Freeze::Held { .. } if code == status::OK => Freeze::None,
-            Freeze::Held { .. } => Freeze::Broken { told: sent },
-            Freeze::Broken { told } => Freeze::Broken { told: told || sent },
+            Freeze::Held { .. } => Freeze::Broken { told: heard },
+            Freeze::Broken { told } => Freeze::Broken {
+                told: told || heard,
+            },
         }
     }
 }

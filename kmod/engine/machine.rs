@@ -193,8 +193,10 @@ impl Notice {
 /// What a machine leaves undone for the next one, when its device goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Left {
-    /// The host counts on a freeze that did not last, and has not been told by a THAW that failed.
-    pub untold: bool,
+    /// The last freeze of the host did not last, or the host does not know that its FREEZE has failed.
+    pub broken: bool,
+    /// It has been told so by a THAW that failed.
+    pub told: bool,
     /// No FREEZE has ended since the module was loaded, so nobody knows whether the host counts on one.
     pub unseen: bool,
     /// A daemon may have frozen something by itself, and none has answered a THAW since.
@@ -209,6 +211,8 @@ enum Ending {
     /// There will be no answer. What the daemon may have frozen is thawed, and this is the reason
     /// that it is given, one of [`thawed`].
     Failed(u32),
+    /// As before, and the channel is about to close: what the host has not read by then it never does.
+    Closed(u32),
 }
 
 /// The machine. `B` is the store for open packets: it should hold [`super::QUEUE`] times
@@ -258,7 +262,9 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             reply_waits: false,
             quiet_since: Some(0),
             freeze: match left {
-                Left { untold: true, .. } => Freeze::Broken { told: false },
+                Left {
+                    broken: true, told, ..
+                } => Freeze::Broken { told },
                 Left { unseen: true, .. } => Freeze::Unseen,
                 Left { .. } => Freeze::None,
             },
@@ -419,7 +425,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         let code = match ending {
             Ending::Answered(code) if operation == op::THAW => self.freeze.thaw_status(code),
             Ending::Answered(code) => code,
-            Ending::Failed(_) => status::FAIL,
+            Ending::Failed(_) | Ending::Closed(_) => status::FAIL,
         };
         let is_done = ending == Ending::Answered(status::OK);
         if operation == op::THAW && is_done && self.freeze == Freeze::Unseen {
@@ -446,41 +452,42 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             status: code,
             latency_us,
         });
+        let heard = sent && !matches!(ending, Ending::Closed(_));
         match operation {
             op::FREEZE => {
-                self.freeze_ended(now, request.id, request.shown, ending, sent, effects);
+                self.freeze_ended(now, request.id, request.shown, ending, heard, effects);
             }
-            op::THAW => self.thaw_ended(now, ending, code, sent, effects),
+            op::THAW => self.thaw_ended(now, ending, code, heard, effects),
             _ => {}
         }
     }
 
-    /// A FREEZE has ended, which the daemon was `shown` or not; `sent` says whether the host knows.
+    /// A FREEZE has ended, which the daemon was `shown` or not; `heard` says whether the host knows.
     fn freeze_ended(
         &mut self,
         now: u64,
         id: u64,
         shown: bool,
         ending: Ending,
-        sent: bool,
+        heard: bool,
         effects: &mut impl Effects,
     ) {
         if ending == Ending::Answered(status::OK) {
             let whole = self.emptied != Some(id);
             self.freeze = Freeze::Held { id, whole };
-            if sent {
+            if heard {
                 return;
             }
         }
         // Whoever gives up a FREEZE thaws what was frozen before, too.
-        let broken = if shown || !sent {
+        let broken = if shown || !heard {
             self.break_freeze(thawed::CALLED_OFF, effects)
         } else {
             None
         };
-        self.freeze = self.freeze.after_failed_freeze(sent);
+        self.freeze = self.freeze.after_failed_freeze(heard);
         match (ending, broken) {
-            (Ending::Failed(reason), _) if shown => {
+            (Ending::Failed(reason) | Ending::Closed(reason), _) if shown => {
                 self.calling_off = true;
                 self.let_go(reason, effects);
                 self.owe_thaw(now, effects);
@@ -494,23 +501,23 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
     }
 
-    /// A THAW has ended and the host was told `code`, if it was `sent`. Without an answer of the
+    /// A THAW has ended and the host was told `code`, if it has `heard` that. Without an answer of the
     /// daemon it remains to be done.
     fn thaw_ended(
         &mut self,
         now: u64,
         ending: Ending,
         code: u32,
-        sent: bool,
+        heard: bool,
         effects: &mut impl Effects,
     ) {
-        self.freeze = self.freeze.after_thaw(code, sent);
+        self.freeze = self.freeze.after_thaw(code, heard);
         match ending {
             Ending::Answered(_) => {
                 self.calling_off = false;
                 self.thawed(effects);
             }
-            Ending::Failed(reason) => {
+            Ending::Failed(reason) | Ending::Closed(reason) => {
                 self.let_go(reason, effects);
                 self.owe_thaw(now, effects);
             }
@@ -705,12 +712,12 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
 
     // --- The end of a channel, and sleep ---
 
-    /// The channel is about to close, for one of the reasons in [`thawed`]: open requests fail, as
-    /// long as somebody can hear it, and the freeze is in force no more.
+    /// The channel is about to close, for one of the reasons in [`thawed`]: open requests fail, which
+    /// the host may hear or not, and the freeze is in force no more.
     pub fn close(&mut self, now: u64, reason: u32, effects: &mut impl Effects) {
         self.versions = None;
         while self.queue.head().is_some() {
-            self.end(now, 0, Ending::Failed(reason), effects);
+            self.end(now, 0, Ending::Closed(reason), effects);
         }
         self.give_up(now, reason, effects);
     }
@@ -735,7 +742,8 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     /// What is left undone; after [`Engine::close`], for the machine of the device that comes next.
     pub fn left(&self) -> Left {
         Left {
-            untold: self.freeze == Freeze::Broken { told: false },
+            broken: matches!(self.freeze, Freeze::Broken { .. }),
+            told: self.freeze == Freeze::Broken { told: true },
             unseen: self.freeze == Freeze::Unseen,
             owes_thaw: self.owed_thaw.is_some(),
         }

@@ -6,13 +6,15 @@
  *     cc -o hv_vss_example hv_vss_example.c && ./hv_vss_example [-d DEVICE] PATH...
  *
  * It shows the interface, no more: the backup is consistent for the given file systems only, and a
- * program that runs while they are frozen must not wait for them, not even to write a log.
+ * program that runs while they are frozen must not wait for them, not even to write a log: what is
+ * to be said from FREEZE to THAW is kept until then.
  *
  * Where the kernel cannot hold a freeze (v1, or v2 without HV_VSS_FEATURE_HOLD) it says so and fails
  * each FREEZE, because a success would be a lie.
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -39,6 +41,7 @@ struct daemon {
 	int device;
 	int abi;		/* 1 or 2 */
 	int can_hold;
+	int holds;		/* something may be frozen */
 	__u64 frozen;		/* the last FREEZE that was read */
 	int *targets;		/* a descriptor for each path */
 	unsigned int count;
@@ -46,9 +49,35 @@ struct daemon {
 	size_t room;		/* its size in bytes */
 };
 
+/* What is to be printed, in memory: the output may go to what is frozen. The rest of what is too much is lost. */
+static char said[4096];
+static size_t said_length;
+
+__attribute__((format(printf, 1, 2)))
+static void say(const char *format, ...)
+{
+	size_t room = sizeof(said) - said_length;
+	va_list arguments;
+	int length;
+
+	va_start(arguments, format);
+	length = vsnprintf(said + said_length, room, format, arguments);
+	va_end(arguments);
+	if (length > 0)
+		said_length += (size_t)length < room ? (size_t)length : room - 1;
+}
+
+/* Not while anything is held. */
+static void print_said(FILE *to)
+{
+	fwrite(said, 1, said_length, to);
+	fflush(to);
+	said_length = 0;
+}
+
 static int complain(const char *what)
 {
-	fprintf(stderr, "hv_vss_example: %s: %s\n", what, strerror(errno));
+	say("hv_vss_example: %s: %s\n", what, strerror(errno));
 	return -1;
 }
 
@@ -130,6 +159,7 @@ static int thaw(struct daemon *d, __u64 id)
 	all.fd = -1;
 	if (d->can_hold && ioctl(d->device, HV_VSS_IOC_THAW, &all) != 0)
 		return complain("thaw");
+	d->holds = 0;
 	return 0;
 }
 
@@ -140,6 +170,7 @@ static int freeze(struct daemon *d, __u64 id)
 
 	if (!d->can_hold)
 		return -1;
+	d->holds = 1;
 	for (i = 0; i < d->count; i++) {
 		struct hv_vss_ioc_freeze target;
 
@@ -186,26 +217,26 @@ static int next_v1(struct daemon *d)
 	operation = d->message->v1.vss_hdr.operation;
 	memset(&answer, 0, sizeof(answer));
 	answer.error = serve(d, operation, 0);
-	printf("operation %d: answered 0x%x\n", operation, (unsigned int)answer.error);
+	say("operation %d: answered 0x%x\n", operation, (unsigned int)answer.error);
 	if (write_all(d->device, &answer, sizeof(answer)) != 0)
 		return complain("write");
 	return 0;
 }
 
-static void print_request(const struct hv_vss_request *request)
+static void say_request(const struct hv_vss_request *request)
 {
 	const char *payload = (const char *)request + request->fixed_size;
 	struct hv_vss_freeze_info info;
 
-	printf("request %llu: operation %d, %u ms left", (unsigned long long)request->frame.id,
-	       request->msg.vss_hdr.operation, (unsigned int)request->time_left_ms);
+	say("request %llu: operation %d, %u ms left", (unsigned long long)request->frame.id,
+	    request->msg.vss_hdr.operation, (unsigned int)request->time_left_ms);
 	if (request->payload_size >= sizeof(info)) {
 		memcpy(&info, payload, sizeof(info));
 		/* Little-endian, as the host sent them; so are the machines that this runs on. */
-		printf(", backup type %u, %u disks", (unsigned int)info.backup_type,
-		       (unsigned int)info.lun_count);
+		say(", backup type %u, %u disks", (unsigned int)info.backup_type,
+		    (unsigned int)info.lun_count);
 	}
-	printf("\n");
+	say("\n");
 }
 
 static int answer_request(struct daemon *d)
@@ -213,10 +244,7 @@ static int answer_request(struct daemon *d)
 	const struct hv_vss_request *request = &d->message->request;
 	struct hv_vss_answer answer;
 
-	/* Printed before, not while anything is frozen. */
-	print_request(request);
-	fflush(stdout);
-
+	say_request(request);
 	memset(&answer, 0, sizeof(answer));
 	answer.frame.version = HV_VSS_ABI_V2;
 	answer.frame.size = sizeof(answer);
@@ -244,10 +272,10 @@ static int next_v2(struct daemon *d)
 	case HV_VSS_FRAME_REQUEST:
 		return answer_request(d);
 	case HV_VSS_FRAME_THAWED:
-		printf("request %llu: thawed early, reason %u\n",
-		       (unsigned long long)d->message->frame.id,
-		       (unsigned int)d->message->thawed.reason);
-		fflush(stdout);
+		say("request %llu: thawed early, reason %u\n",
+		    (unsigned long long)d->message->frame.id,
+		    (unsigned int)d->message->thawed.reason);
+		d->holds = 0;
 		return 0;
 	default:
 		return 0;
@@ -272,30 +300,35 @@ int main(int argc, char **argv)
 	/* A crash must end in a close at once, and not in a core dump, which may be on what is held. */
 	if (prctl(PR_SET_DUMPABLE, 0UL, 0UL, 0UL, 0UL) != 0) {
 		complain("no core dumps");
-		return 1;
+		goto failed;
 	}
 	if (open_targets(&d, argv + first, argc - first) != 0)
-		return 1;
+		goto failed;
 
 	d.room = HV_VSS_MAX_FRAME;
 	d.message = (union message *)malloc(d.room);
 	d.device = open(device, O_RDWR);
 	if (!d.message || d.device < 0) {
 		complain(device);
-		return 1;
+		goto failed;
 	}
 	if (register_daemon(&d) != 0) {
 		complain("registration");
-		return 1;
+		goto failed;
 	}
 	if (d.can_hold)
-		printf("registered, ABI v%d: holds %u file systems from FREEZE to THAW\n", d.abi, d.count);
+		say("registered, ABI v%d: holds %u file systems from FREEZE to THAW\n", d.abi, d.count);
 	else
-		printf("registered, ABI v%d: this kernel does not hold freezes, or not so many; "
-		       "every FREEZE is failed\n", d.abi);
-	fflush(stdout);
+		say("registered, ABI v%d: this kernel does not hold freezes, or not so many; "
+		    "every FREEZE is failed\n", d.abi);
 
-	while ((d.abi == 1 ? next_v1(&d) : next_v2(&d)) == 0)
-		;
+	do {
+		if (!d.holds)
+			print_said(stdout);
+	} while ((d.abi == 1 ? next_v1(&d) : next_v2(&d)) == 0);
+	/* Thaws what is held. */
+	close(d.device);
+failed:
+	print_said(stderr);
 	return 1;
 }

@@ -64,31 +64,82 @@ fn notice(w: &mut World<'_>) -> (u64, u32) {
 
 #[test]
 fn a_freeze_that_broke_with_the_device_is_told_by_the_next_one() {
-    for answered in [true, false] {
+    type Way = (&'static str, fn(&mut World<'_>));
+    let ways: [Way; 4] = [
+        ("frozen", |w| {
+            frozen(w);
+        }),
+        // Of what is answered when the channel closes nobody knows whether the host has read it.
+        ("being frozen", |w| {
+            w.ask(op::FREEZE);
+            w.read().unwrap();
+        }),
+        ("being thawed", |w| {
+            frozen(w);
+            w.ask(op::THAW);
+            w.read().unwrap();
+        }),
+        ("thawed by the host, and not read", |w| {
+            frozen(w);
+            w.ask(op::THAW);
+        }),
+    ];
+    for (name, way) in ways {
         let mut store = Vec::new();
         let mut w = world(&mut store);
         w.daemon(1);
-        let freeze = w.ask(op::FREEZE);
-        let seen = w.read().unwrap();
-        if answered {
-            w.answer(seen, status::OK).unwrap();
-        }
+        way(&mut w);
         w.close(thawed::GONE);
-        assert_eq!(w.answered(freeze) == Some(status::OK), answered);
         let left = w.engine.left();
-        assert_eq!(left.untold, answered);
-        if !answered {
-            continue;
-        }
+        assert!(left.broken && !left.told, "{name}");
+        // A FREEZE that fails is no word of the one before.
+        let mut store = vec![0; QUEUE * PACKET_MAX];
+        let mut w = World::after(CONFIG, &mut store, left);
+        w.daemon(1);
+        w.serve(op::THAW, status::OK);
+        w.ask(op::FREEZE);
+        w.serve(op::FREEZE, status::FAIL);
+        let thaw = w.ask(op::THAW);
+        w.serve(op::THAW, status::OK);
+        assert_eq!(w.answered(thaw), Some(status::FAIL), "{name}");
+        good_backup(&mut w);
+        assert_eq!(w.engine.left(), Left::default());
+    }
+}
+
+#[test]
+fn what_the_host_was_told_on_one_device_it_is_told_on_the_next() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon(1);
+    frozen(&mut w);
+    w.release();
+    w.daemon(1);
+    let thaw = w.ask(op::THAW);
+    w.serve(op::THAW, status::OK);
+    assert_eq!(w.answered(thaw), Some(status::FAIL));
+    let mut left = w.engine.left();
+    // However often the device goes.
+    for devices in 1..4 {
         let mut store = vec![0; QUEUE * PACKET_MAX];
         let mut w = World::after(CONFIG, &mut store, left);
         w.daemon(1);
         let thaw = w.ask(op::THAW);
         w.serve(op::THAW, status::OK);
-        assert_eq!(w.answered(thaw), Some(status::FAIL), "it did not last");
-        assert_eq!(w.engine.left(), Left::default());
-        good_backup(&mut w);
+        assert_eq!(w.answered(thaw), Some(status::FAIL), "device {devices}");
+        w.close(thawed::GONE);
+        left = w.engine.left();
+        assert!(left.broken && left.told);
     }
+    let mut store = vec![0; QUEUE * PACKET_MAX];
+    let mut w = World::after(CONFIG, &mut store, left);
+    w.daemon(1);
+    w.ask(op::FREEZE);
+    w.serve(op::FREEZE, status::FAIL);
+    // It knows that it has none.
+    let thaw = w.ask(op::THAW);
+    w.serve(op::THAW, status::OK);
+    assert_eq!(w.answered(thaw), Some(status::OK));
 }
 
 #[test]
@@ -148,7 +199,7 @@ fn what_the_module_held_when_the_device_went_is_thawed() {
     w.answer(seen, status::OK).unwrap();
     w.close(thawed::GONE);
     let left = Left {
-        untold: true,
+        broken: true,
         ..Left::default()
     };
     assert_eq!(w.engine.left(), left);
@@ -156,7 +207,8 @@ fn what_the_module_held_when_the_device_went_is_thawed() {
 
 /// What a module finds that has just been loaded.
 const LOADED: Left = Left {
-    untold: false,
+    broken: false,
+    told: false,
     unseen: true,
     owes_thaw: false,
 };

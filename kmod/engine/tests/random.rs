@@ -44,9 +44,10 @@ fn config() -> impl Strategy<Value = Config> {
 
 /// What the device before this one has left.
 fn left() -> impl Strategy<Value = Left> {
-    (any::<bool>(), any::<bool>(), any::<bool>()).prop_map(|(untold, unseen, owes_thaw)| Left {
-        untold,
-        unseen: unseen && !untold,
+    (0..4u8, any::<bool>()).prop_map(|(kind, owes_thaw)| Left {
+        broken: kind > 1,
+        told: kind == 3,
+        unseen: kind == 1,
         owes_thaw,
     })
 }

@@ -50,11 +50,12 @@ fn walk(config: Config) -> Vec<Event> {
     let mut paths = Vec::new();
     let mut depth = 0;
     let mut idle = ALL.to_vec();
-    for kind in 0..6 {
+    for kind in 0..8 {
         let left = Left {
-            untold: kind % 3 == 1,
-            unseen: kind % 3 == 2,
-            owes_thaw: kind / 3 == 1,
+            broken: kind % 4 > 1,
+            told: kind % 4 == 3,
+            unseen: kind % 4 == 1,
+            owes_thaw: kind / 4 == 1,
         };
         let path = Path(left, Vec::new());
         seen.insert(path.replay(config, &mut store).state());

@@ -26,8 +26,9 @@ fuzz_target!(|bytes: &[u8]| {
         ..Config::default()
     };
     let left = Left {
-        untold: kind / 4 % 2 > 0,
-        unseen: kind / 16 % 2 > 0 && kind / 4 % 2 == 0,
+        broken: kind / 4 % 2 > 0,
+        told: kind / 4 % 2 > 0 && kind / 16 % 2 > 0,
+        unseen: kind / 4 % 2 == 0 && kind / 16 % 2 > 0,
         owes_thaw: kind / 8 % 2 > 0,
     };
     STORE.with_borrow_mut(|store| {

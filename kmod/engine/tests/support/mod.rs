@@ -205,6 +205,20 @@ enum Backup {
     Told,
 }
 
+/// What the host believes whose last device has left this.
+fn believed(left: Left) -> Backup {
+    match left {
+        Left {
+            broken: true,
+            told: false,
+            ..
+        } => Backup::Spoilt,
+        Left { broken: true, .. } => Backup::Told,
+        Left { unseen: true, .. } => Backup::Unseen,
+        Left { .. } => Backup::None,
+    }
+}
+
 /// How long a daemon that was to thaw is waited for before the machine sleeps, however short the grace time.
 const REOPEN_MS: u32 = 2_000;
 
@@ -276,11 +290,7 @@ impl<'a> World<'a> {
             open: false,
             in_hand: None,
             frozen: None,
-            backup: match left {
-                Left { untold: true, .. } => Backup::Spoilt,
-                Left { unseen: true, .. } => Backup::Unseen,
-                Left { .. } => Backup::None,
-            },
+            backup: believed(left),
             by_daemon: left.owes_thaw,
             by_module: None,
             held_for: BTreeSet::new(),
@@ -797,13 +807,14 @@ impl<'a> World<'a> {
     pub fn close(&mut self, reason: u32) {
         self.spoil();
         self.engine.close(self.now, reason, &mut self.out);
+        // What it has just sent the host may not read any more.
+        self.channel = false;
         self.settle();
         assert_eq!(self.by_module, None, "held without a channel");
         assert!(
             self.waiting.is_empty(),
             "a request is left open without a channel"
         );
-        self.channel = false;
         if self.strict {
             // The device may not come back, and the next one has to know.
             let left = self.engine.left();
@@ -811,8 +822,7 @@ impl<'a> World<'a> {
                 left.owes_thaw || !self.by_daemon || self.hears_of_it(),
                 "frozen, and forgotten"
             );
-            assert_eq!(left.untold, self.backup == Backup::Spoilt);
-            assert_eq!(left.unseen, self.backup == Backup::Unseen);
+            assert_eq!(believed(left), self.backup);
         }
     }
 
@@ -827,11 +837,7 @@ impl<'a> World<'a> {
         let nobody = Engine::new(config, &mut [][..], Left::default());
         let store = std::mem::replace(&mut self.engine, nobody).into_store();
         let next = World {
-            backup: match self.backup {
-                // It has been told, and knows.
-                Backup::Told => Backup::None,
-                backup => backup,
-            },
+            backup: self.backup,
             by_daemon: self.by_daemon,
             sleeping: self.sleeping,
             next_request: self.next_request,
@@ -929,7 +935,7 @@ impl<'a> World<'a> {
                 .waiting
                 .remove(&request_id)
                 .expect("an answer to a request that waits, and only one");
-            self.check_answer(&waiting, &packet, heard);
+            self.check_answer(&waiting, &packet, heard && self.channel);
             if heard {
                 self.answers.push((request_id, packet));
             }

@@ -90,6 +90,12 @@ pub const CASES: &[Case] = &[
         to_the_end,
     )
     .comparing(),
+    on_one_cpu("dialogue/one-cpu-vmbus-4.0", Profile::SERVER_2012_R2),
+    on_one_cpu("dialogue/one-cpu-vmbus-4.1", Profile::WINDOWS_10_RS3),
+    on_one_cpu("dialogue/one-cpu-vmbus-5.0", Profile::WINDOWS_10_V5),
+    on_one_cpu("dialogue/one-cpu-vmbus-5.2", Profile::SERVER_2019),
+    on_one_cpu("dialogue/one-cpu-vmbus-5.3", Profile::SERVER_2022),
+    on_one_cpu("dialogue/one-cpu-vmbus-6.0", Profile::CURRENT),
     on_all("dialogue/server-2012-r2", Profile::SERVER_2012_R2),
     on_all("dialogue/server-2016", Profile::SERVER_2016),
     on_all("dialogue/windows-10-rs3", Profile::WINDOWS_10_RS3),
@@ -99,6 +105,24 @@ pub const CASES: &[Case] = &[
     on_all("dialogue/current", Profile::CURRENT),
     on_all("dialogue/openvmm", Profile::OPENVMM),
 ];
+
+/// A case on one CPU, with a host of this kind.
+const fn on_one_cpu(name: &'static str, host: Profile) -> Case {
+    Case {
+        machine: Machine {
+            host,
+            ..Machine::TWO_CPUS.on_one_cpu("the bus calls the module on the CPU that it answers on")
+        },
+        ..case(
+            name,
+            "at-open and thaw-behind-freeze on one virtual CPU, with a host of this version of the VMBus",
+            |guest| {
+                at_open(guest)?;
+                thaw_behind_freeze(guest)
+            },
+        )
+    }
+}
 
 /// A case on two CPUs, with a host of this kind.
 const fn on_all(name: &'static str, host: Profile) -> Case {

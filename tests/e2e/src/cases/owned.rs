@@ -39,7 +39,8 @@ pub const CASES: &[Case] = &[
     )
     .comparing().long(),
     Case {
-        per_round: Duration::from_secs(30),
+        // Its own number is six times that of others.
+        per_round: Duration::from_secs(6 * 30),
         ..case(
             "owned/rude-neighbour",
             "backups beside somebody who freezes and thaws all file systems without end",
@@ -92,6 +93,11 @@ pub const CASES: &[Case] = &[
         "owned/device-gone",
         "unbound or rescinded while held: thawed before the device is gone",
         device_gone,
+    ),
+    case(
+        "owned/device-gone-in-a-hung-freeze",
+        "unbound or rescinded while a freeze hangs: its caller hears of it at once, and it is undone when it comes back",
+        device_gone_in_a_hung_freeze,
     ),
     suspend::case(
         "owned/hibernated",
@@ -405,7 +411,7 @@ fn sysrq_j(guest: &Guest) -> Result<()> {
 
 fn rude_neighbour(guest: &Guest) -> Result<()> {
     // Each takes seconds: the neighbours take all of the processor.
-    let rounds = rounds_or(4);
+    let rounds = rounds_or(50);
     make(guest, &[])?;
     let daemon = Scripted::start(guest, Abi::V2)?;
     for path in PATHS {
@@ -793,9 +799,8 @@ fn thaws_as_queued(trace: &str) -> Vec<String> {
     queued.iter().filter_map(device).collect()
 }
 
-fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
-    make(guest, &["grace_ms=300"])?;
-    make_hung(guest)?;
+/// The device number of what is mounted on `/mnt/hung`.
+fn device_of_hung(guest: &Guest) -> Result<String> {
     // Fields of Documentation/filesystems/proc.rst: id, parent, device, root, mount point.
     let mounts = guest.read("/proc/self/mountinfo")?;
     let mut lines = mounts
@@ -803,11 +808,20 @@ fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
         .map(|line| line.split(' ').collect::<Vec<_>>());
     let line = lines.find(|fields| fields.get(4) == Some(&"/mnt/hung"));
     let hung = line.and_then(|fields| fields.get(2).map(|it| it.to_string()));
-    let hung = hung.context("/mnt/hung is not mounted")?;
-    let state_of_hung = || -> Result<Option<String>> {
-        let held = guest.held()?;
-        Ok(held.into_iter().find(|it| it.0 == hung).map(|it| it.1))
-    };
+    hung.context("/mnt/hung is not mounted")
+}
+
+/// What the module says of the one with this device number, if it has it.
+fn state_of(guest: &Guest, device: &str) -> Result<Option<String>> {
+    let held = guest.held()?;
+    Ok(held.into_iter().find(|it| it.0 == device).map(|it| it.1))
+}
+
+fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
+    make(guest, &["grace_ms=300"])?;
+    make_hung(guest)?;
+    let hung = device_of_hung(guest)?;
+    let state_of_hung = || state_of(guest, &hung);
     let pid = guest.fork()?;
     let daemon = Scripted::start_in(guest, Some(pid), Abi::V2)?;
     guest.sh(HANG)?;
@@ -880,7 +894,7 @@ fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
     // It comes back, is thawed then, and is the next one's.
     guest.sh(UNHANG)?;
     next.device.finish_ioctl(freeze, STEP)?;
-    let held = vec![(hung, "held".to_owned())];
+    let held = vec![(hung.clone(), "held".to_owned())];
     equal("what is held of it", guest.held()?, held)?;
     next.device.ioctl(&thaw_ioctl(0, None))?;
     equal("what is held at the end", guest.held()?, Vec::new())?;
@@ -937,6 +951,56 @@ fn device_gone(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
+fn device_gone_in_a_hung_freeze(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    make_hung(guest)?;
+    let hung = device_of_hung(guest)?;
+    let called_off = vec![(hung.clone(), "called-off".to_owned())];
+    let vss = guest.vss();
+    let name = vss.instance().to_string();
+    for by_host in [false, true] {
+        let one = || -> Result<()> {
+            let daemon = Scripted::start(guest, Abi::V2)?;
+            guest.sh(HANG)?;
+            vss.send_freeze(&[])?;
+            let asked = daemon.take(op::FREEZE)?;
+            hold(daemon.device, asked.id, "/mnt/a")?;
+            let freeze = freeze_ioctl(freezing(asked.id, "/mnt/hung"));
+            let freeze = daemon.device.start_ioctl(&freeze)?;
+            guest.wait_until("it hangs", STEP, || {
+                Ok(state_of(guest, &hung)?.as_deref() == Some("freezing"))
+            })?;
+            let at = guest.clock()?;
+            match by_host {
+                true => vss.rescind(),
+                false => guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &name)?,
+            }
+            let ended = daemon.device.finish_ioctl(freeze, RELEASED);
+            refused("the freeze that hangs", ended, "ENODEV")?;
+            released(guest, "the end of the device", at, RELEASED)?;
+            equal("what is held", guest.held()?, called_off.clone())?;
+            vss.wait_released(STEP)?;
+            daemon.device.close()?;
+
+            guest.sh(UNHANG)?;
+            guest.wait_until("it is undone", STEP, || Ok(guest.held()?.is_empty()))?;
+            guest.not_frozen("with its disk back", &["/mnt/hung", "/mnt/a"])?;
+            match by_host {
+                true => vss.offer(),
+                false => guest.write("/sys/bus/vmbus/drivers/hv_vss/bind", &name)?,
+            }
+            vss.wait_open(STEP)?;
+            vss.agree(STEP)?;
+            let next = Scripted::start(guest, Abi::V2)?;
+            next.serve(op::THAW, status::OK)?;
+            good_backup(guest, next)?;
+            Ok(next.device.close()?)
+        };
+        one().with_context(|| format!("taken back by the host: {by_host}"))?;
+    }
+    Ok(())
+}
+
 fn hibernated(guest: &Guest) -> Result<()> {
     make(guest, &[])?;
     let vss = guest.vss();
@@ -954,22 +1018,27 @@ fn hibernated(guest: &Guest) -> Result<()> {
 }
 
 fn deadline(guest: &Guest) -> Result<()> {
-    make(guest, &["hold_ms=2500"])?;
+    let patience = |ms| guest.host().patience(Duration::from_millis(ms));
+    let [daemons, modules] = [1500, 2500].map(patience);
+    make(guest, &[&limit("hold", modules)])?;
     let daemon = Scripted::start(guest, Abi::V2)?;
     // That of the daemon, then that of the module, which is the limit for the daemon's, too.
-    for (given_ms, limit_ms) in [(1500, 1500), (0, 2500), (60_000, 2500)] {
+    for (given, limit) in [
+        (daemons, daemons),
+        (Duration::ZERO, modules),
+        (modules * 20, modules),
+    ] {
         let one = || -> Result<()> {
             let tx = guest.vss().send_freeze(&[])?;
             let asked = daemon.take(op::FREEZE)?;
             let began = guest.clock()?;
             for path in PATHS {
                 let mut call = freezing(asked.id, path);
-                call.0.deadline_ms = given_ms;
+                call.0.deadline_ms = given.as_millis() as u32;
                 daemon.device.ioctl(&freeze_ioctl(call))?;
             }
             daemon.answer(&asked, status::OK)?;
             answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
-            let limit = Duration::from_millis(limit_ms);
             released(guest, "the deadline", began, limit + RELEASED)?;
             let stalls = guest.stalls(began)?.stalls;
             // A write that is merely slow has not waited for a thaw.
@@ -979,14 +1048,14 @@ fn deadline(guest: &Guest) -> Result<()> {
                 .filter_map(|it| it.ended_us.filter(|ended| frozen(ended, it.began_us)));
             let first = ended.min().context("nothing was frozen")?;
             ensure!(
-                first >= began + u64::from(limit_ms as u32) * 1000,
-                "the first went on after {} ms, {limit_ms} were given",
+                first >= began + limit.as_millis() as u64 * 1000,
+                "the first went on after {} ms, {limit:?} were given",
                 (first - began) / 1000
             );
             is_told(daemon, asked.id, thawed::DEADLINE)?;
             thaw(guest, daemon, status::FAIL)
         };
-        one().with_context(|| format!("deadline_ms={given_ms}, hold_ms=2500"))?;
+        one().with_context(|| format!("deadline {given:?}, hold_ms for {modules:?}"))?;
     }
     good_backup(guest, daemon)
 }
@@ -1109,7 +1178,8 @@ fn freeze_unanswered(guest: &Guest, daemon: Scripted<'_>) -> Result<(hyperv_sim:
 }
 
 fn called_off(guest: &Guest) -> Result<()> {
-    make(guest, &["freeze_timeout_ms=8000"])?;
+    let timeout = guest.host().patience(Duration::from_secs(8));
+    make(guest, &[&limit("freeze_timeout", timeout)])?;
     let vss = guest.vss();
     let daemon = Scripted::start(guest, Abi::V2)?;
 
