@@ -556,8 +556,10 @@ impl Service {
                 .with_engine(|engine, _, _| -> Result<_> {
                     engine.may_thaw().map_err(report::errno)?;
                     let let_go = self.hold.let_go(Some(asked.id));
-                    if let_go.held {
-                        engine.thaws(asked.id, !self.hold.holds());
+                    let empty = !self.hold.holds();
+                    // What was called off is not held either.
+                    if let_go.held || (let_go.any() && empty) {
+                        engine.thaws(asked.id, empty);
                     }
                     Ok(let_go)
                 })
@@ -568,8 +570,9 @@ impl Service {
             .with_engine(|engine, _, _| -> Result<_> {
                 engine.may_thaw().map_err(report::errno)?;
                 let watch = self.hold.begin_thaw(asked.id, &file_system)?;
-                if watch.is_some() {
-                    engine.thaws(asked.id, !self.hold.holds());
+                let empty = !self.hold.holds();
+                if watch.is_some() || empty {
+                    engine.thaws(asked.id, empty);
                 }
                 Ok(watch)
             })

@@ -502,9 +502,14 @@ impl<M: Matter> Held<M> {
         (let_go, self.series.take())
     }
 
-    /// What hangs by now is no concern of who holds next. After [`Self::let_go`].
+    /// What hangs by now is no concern of who holds next, nor what was asked for on behalf of whom: the requests of
+    /// another device begin anew. After [`Self::let_go`], when nobody waits any more.
     pub fn forget(&mut self) {
         self.forgotten = self.last_series;
+        self.asked_for_all = Asked::default();
+        for entry in self.entries.all_mut() {
+            entry.asked = Asked::default();
+        }
     }
 
     /// The last one before number `before` of what was let go, if it was frozen and may not be thawed yet. Whoever waits
