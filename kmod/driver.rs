@@ -6,15 +6,19 @@
 
 use crate::chardev;
 use crate::compat;
+use crate::hold::Hold;
 use crate::pm_notifier;
+use crate::report;
 use crate::service::Service;
 use crate::vmbus;
 use kernel::debugfs;
 use kernel::device::Core;
+use kernel::fmt;
 use kernel::prelude::*;
 use kernel::sync::atomic::Acquire;
 use kernel::sync::atomic::AtomicFlag;
 use kernel::sync::atomic::Release;
+use kernel::sync::global_lock;
 use kernel::sync::Arc;
 
 /// Class of the VSS device, 35fa2e29-ea23-4236-96ae-3a6ebacba440 (`HV_VSS_GUID`), as on the wire.
@@ -41,13 +45,57 @@ pub(crate) struct Data {
     #[pin]
     _state: debugfs::File<Arc<Service>>,
     #[pin]
-    _held: debugfs::File<Arc<Service>>,
-    #[pin]
     _parameters: debugfs::File<Arc<Service>>,
-    _folder: debugfs::Dir,
     #[pin]
     _node: chardev::Registration<Service>,
     _only: Only,
+}
+
+global_lock! {
+    // SAFETY: Locked only in `Folder`, after it is initialised there, and in `probe`: the driver is registered only as
+    // long as there is a `Folder`.
+    unsafe(uninit) static FOLDER: Mutex<Option<debugfs::Dir>> = None;
+}
+
+/// The module's folder in debugfs. What is held is seen there also when the device has gone, and hangs.
+pub(crate) struct Folder(debugfs::Dir);
+
+impl Folder {
+    /// Makes it.
+    ///
+    /// # Safety
+    ///
+    /// May be called once, and before the driver is registered, which must not be when it is dropped.
+    pub(crate) unsafe fn new() -> Self {
+        let folder = debugfs::Dir::new(c"hv_vss");
+        // SAFETY: Guaranteed by the caller.
+        unsafe { FOLDER.init() };
+        *FOLDER.lock() = Some(folder.clone());
+        Folder(folder)
+    }
+
+    /// The file in it that shows what is held.
+    pub(crate) fn held(&self, hold: Arc<Hold>) -> impl PinInit<debugfs::File<Arc<Hold>>> + '_ {
+        self.0.read_callback_file(c"held", hold, &show_held)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let folder = FOLDER.lock().take();
+        drop(folder);
+    }
+}
+
+/// The text of the `held` file.
+fn show_held(hold: &Arc<Hold>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+    report::held_head(out)?;
+    let mut last = 0;
+    while let Some(line) = hold.line_after(last) {
+        last = line.number;
+        report::held(&line, out)?;
+    }
+    Ok(())
 }
 
 /// Whether a device is bound.
@@ -101,7 +149,7 @@ impl vmbus::Driver for Driver {
             }
             let only = Only::claim()?;
             let service = Service::new()?;
-            let folder = debugfs::Dir::new(c"hv_vss");
+            let folder = FOLDER.lock().clone().ok_or(ENODEV)?;
             Ok(try_pin_init!(Data {
                 // Comes first: what is made first goes last when the rest fails.
                 _only: only,
@@ -110,13 +158,11 @@ impl vmbus::Driver for Driver {
                 running: Running(service.clone()),
                 _sleep <- pm_notifier::Registration::new(service.clone()),
                 _state <- folder.read_callback_file(c"state", service.clone(), &Service::show_state),
-                _held <- folder.read_callback_file(c"held", service.clone(), &Service::show_held),
                 _parameters <- folder.read_callback_file(
                     c"parameters",
                     service.clone(),
                     &Service::show_parameters,
                 ),
-                _folder: folder,
                 _node <- chardev::Registration::new(c"vmbus/hv_vss", 0o600, service),
                 _: {
                     // SAFETY: By the invariant of `Running`.

@@ -26,8 +26,10 @@ bool hv_vss_channel_is_closed(const struct vmbus_channel *channel)
 	return channel->state == CHANNEL_OPEN_STATE;
 }
 
-void hv_vss_prepare_channel(struct vmbus_channel *channel, u32 ring_size)
+u32 hv_vss_prepare_channel(struct vmbus_channel *channel, u32 ring_size)
 {
+	u32 before = channel->max_pkt_size;
+
 	/*
 	 * A packet has a trailer of eight bytes, and one that filled the ring would leave it empty. No
 	 * more than that: from a host whose write index lies outside of the ring, the ring code takes
@@ -40,6 +42,13 @@ void hv_vss_prepare_channel(struct vmbus_channel *channel, u32 ring_size)
 	 * The default, but hv_utils leaves another mode behind, in which the callback is not called
 	 * again for what it has left in the ring.
 	 */
+	set_channel_read_mode(channel, HV_CALL_BATCHED);
+	return before;
+}
+
+void hv_vss_put_back_channel(struct vmbus_channel *channel, u32 longest_packet)
+{
+	channel->max_pkt_size = longest_packet;
 	set_channel_read_mode(channel, HV_CALL_BATCHED);
 }
 

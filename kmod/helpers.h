@@ -26,9 +26,15 @@ bool hv_vss_channel_is_closed(const struct vmbus_channel *channel);
 
 /*
  * Lets the ring code hand out every packet that fits a ring of @ring_size bytes, see above, and call
- * back as long as there are any; to be called before vmbus_open().
+ * back as long as there are any; to be called before vmbus_open(). Returns what the longest one was before.
  */
-void hv_vss_prepare_channel(struct vmbus_channel *channel, u32 ring_size);
+u32 hv_vss_prepare_channel(struct vmbus_channel *channel, u32 ring_size);
+
+/*
+ * Leaves a channel to its next driver with @longest_packet, as it was before, and the default mode; to be
+ * called after vmbus_close().
+ */
+void hv_vss_put_back_channel(struct vmbus_channel *channel, u32 longest_packet);
 
 /* The longest packet that the ring code hands out from @channel, as prepared. */
 u32 hv_vss_longest_packet(const struct vmbus_channel *channel);

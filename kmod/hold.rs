@@ -114,6 +114,11 @@ pub(crate) struct Hold {
     /// Woken when a file system has been thawed.
     #[pin]
     thawed: WaitQueue,
+    /// Somebody begins a series.
+    begins: AtomicFlag,
+    /// Woken when that is over.
+    #[pin]
+    begun: WaitQueue,
     queues: Queues,
 }
 
@@ -229,7 +234,7 @@ pub(crate) type Request = engine::Request<Kernel>;
 pub(crate) enum Begun {
     /// A worker will do it.
     Queued(Watch),
-    /// It would be the first: call [`Hold::set_aside`] and try again.
+    /// It would be the first: take a [`Turn`] and try again, and with that call [`Hold::set_aside`].
     First,
     /// The same file system has been let go, and is not thawed yet: [`Hold::wait_turn`] and try again.
     After(Watch),
@@ -257,6 +262,8 @@ impl Hold {
             try_pin_init!(Self {
                 state <- new_spinlock_irq!(Held::new(KVVec::new()), "hv_vss::hold"),
                 thawed <- new_wait_queue!("hv_vss::thawed"),
+                begins: AtomicFlag::new(false),
+                begun <- new_wait_queue!("hv_vss::begun"),
                 queues: Queues::new()?,
             }),
             GFP_KERNEL,
@@ -289,12 +296,24 @@ impl Hold {
         })
     }
 
+    /// Waits for the turn to begin a series, so that of many who come at once one sets memory aside. Process context.
+    ///
+    /// # Errors
+    ///
+    /// `EINTR` when the caller is killed.
+    pub(crate) fn turn(&self) -> Result<Turn<'_>> {
+        match self.begun.wait(None, || !self.begins.xchg(true, Acquire)) {
+            Waited::Done => Ok(Turn(self)),
+            Waited::TimedOut | Waited::Killed => Err(EINTR),
+        }
+    }
+
     /// Sets memory aside for a series that `request` may begin. Sleeps.
     ///
     /// # Errors
     ///
     /// `ENOMEM` without it.
-    pub(crate) fn set_aside(self: &Arc<Self>, request: &mut Request) -> Result {
+    pub(crate) fn set_aside(self: &Arc<Self>, _: &Turn<'_>, request: &mut Request) -> Result {
         let left = self.state.lock().len();
         request.entries = KVVec::with_capacity(left + request.count, GFP_KERNEL)?;
         let mut spare = KVec::with_capacity(request.count, GFP_KERNEL)?;
@@ -364,7 +383,7 @@ impl Hold {
     /// `ESTALE` when it was called off meanwhile, `EINTR` when the caller is killed, `EBUSY` when the time is
     /// over, and what the file system says to its thaw.
     pub(crate) fn wait_turn(&self, request: &Request, watch: Watch, timeout_ms: u32) -> Result {
-        let is_off = || watch.asked() > request.since;
+        let is_off = || watch.asked(request.id) > request.since;
         let waited = watch.wait(Some(timeout_ms), |stage| stage.has_come_back() || is_off());
         match is_off() {
             true => Err(error(ESTALE)),
@@ -382,18 +401,18 @@ impl Hold {
         watch.thawed(waited)
     }
 
-    /// Begins the thaw of one file system, if it is held. One that is being frozen is called off: whoever
-    /// waits for its freeze hears of it, and nothing is returned to wait for. Any context.
+    /// Begins the thaw of one file system, if it is held for the request `id` (0 for nobody). One that is being frozen
+    /// is called off: whoever waits for its freeze hears of it, and nothing is returned to wait for. Any context.
     ///
     /// # Errors
     ///
-    /// `EINVAL` when it is not held, `EBUSY` when it is called off or being thawed already and that is
-    /// not over, and what the file system said to the last attempt. A freeze that waits for the end of that
-    /// is called off as well.
-    pub(crate) fn begin_thaw(&self, file_system: &FileSystem) -> Result<Option<Watch>> {
+    /// `EINVAL` when it is not held, `ESTALE` when it is on another's behalf, `EBUSY` when it is called off or being
+    /// thawed already and that is not over, and what the file system said to the last attempt. A freeze that waits for
+    /// the end of that, on the same behalf, is called off as well.
+    pub(crate) fn begin_thaw(&self, id: u64, file_system: &FileSystem) -> Result<Option<Watch>> {
         let wanted = file_system.identity();
         let mut state = self.state.lock();
-        let ticket = state.begin_thaw(wanted, Instant::now(), &mut &self.queues);
+        let ticket = state.begin_thaw(wanted, id, Instant::now(), &mut &self.queues);
         Ok(ticket.map_err(errno)?.map(Watch))
     }
 
@@ -421,11 +440,12 @@ impl Hold {
         }
     }
 
-    /// Lets all go: what is held is queued to be thawed, the last one first, what is being frozen is
-    /// thawed as soon as that is over, and what waits to be frozen is not. Waits for nothing; any context.
-    pub(crate) fn let_go(&self) -> LetGo {
+    /// Lets all go, or with an `id` all that is held on that behalf: what is held is queued to be thawed, the last one
+    /// first, what is being frozen is thawed as soon as that is over, and what waits to be frozen is not. Waits for
+    /// nothing; any context.
+    pub(crate) fn let_go(&self, id: Option<u64>) -> LetGo {
         let mut state = self.state.lock();
-        let (let_go, series) = state.let_go(Instant::now(), &mut &self.queues);
+        let (let_go, series) = state.let_go(id, Instant::now(), &mut &self.queues);
         drop(state);
         drop(series);
         let_go
@@ -433,8 +453,13 @@ impl Hold {
 
     /// The one who held is gone: lets all go, and what still hangs is no concern of the next one.
     pub(crate) fn forget(&self) {
-        self.let_go();
+        self.let_go(None);
         self.state.lock().forget();
+    }
+
+    /// Whether anything is held, or going to be.
+    pub(crate) fn holds(&self) -> bool {
+        self.state.lock().holds()
     }
 
     /// When all is to be let go, if anything is held.
@@ -452,6 +477,16 @@ impl Hold {
     /// The entry that was begun next after the one with this number.
     pub(crate) fn line_after(&self, number: u64) -> Option<Line> {
         self.state.lock().line_after(number)
+    }
+}
+
+/// The turn to begin a series; others wait until it is dropped.
+pub(crate) struct Turn<'a>(&'a Hold);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.begins.store(false, Release);
+        self.0.begun.wake_all();
     }
 }
 
@@ -473,9 +508,10 @@ impl Watch {
         state.give_up(self.0.number, Instant::now(), &mut &hold.queues)
     }
 
-    /// Which was the last thaw that was asked for the entry when it was on its way to that already, or for all.
-    fn asked(&self) -> u64 {
-        self.hold().state.lock().asked_of(self.0.number)
+    /// Which was the last thaw that was asked for on behalf of `id`: of the entry when it was on its way to that
+    /// already, or of all.
+    fn asked(&self, id: u64) -> u64 {
+        self.hold().state.lock().asked_of(self.0.number, id)
     }
 
     fn wait(&self, timeout_ms: Option<u32>, enough: impl Fn(Stage) -> bool) -> Waited {

@@ -75,7 +75,7 @@ impl Parameters {
     }
 }
 
-/// Fields are dropped in this order: the driver and the watch over its thaws need what is held.
+/// Fields are dropped in this order: the driver, the watch over its thaws and what shows them need what is held.
 #[pin_data]
 struct HvVssModule {
     #[pin]
@@ -84,6 +84,9 @@ struct HvVssModule {
     _sleep: pm_notifier::Registration<service::SleepWatch>,
     #[pin]
     _thaws: pm_notifier::Registration<service::ThawWatch>,
+    #[pin]
+    _held: kernel::debugfs::File<Arc<hold::Hold>>,
+    _folder: driver::Folder,
     _holding: hold::Holding,
 }
 
@@ -92,6 +95,9 @@ impl kernel::InPlaceModule for HvVssModule {
         try_pin_init!(Self {
             // SAFETY: A module is initialised once.
             _holding: unsafe { hold::Holding::new() }?,
+            // SAFETY: Likewise; the driver is registered last, and dropped first.
+            _folder: unsafe { driver::Folder::new() },
+            _held <- _folder.held(hold::Hold::get()?),
             _thaws <- pm_notifier::Registration::new(service::ThawWatch::new()?),
             _sleep <- pm_notifier::Registration::new(Arc::new(service::SleepWatch, GFP_KERNEL)?),
             _driver <- kernel::driver::Registration::new(

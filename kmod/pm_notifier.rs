@@ -31,7 +31,7 @@ pub(crate) enum Turn {
 pub(crate) enum Sleep {
     /// A suspension, to memory or to idle.
     Suspension,
-    /// A hibernation, or the start of an image of one.
+    /// A hibernation.
     Hibernation,
 }
 
@@ -40,11 +40,16 @@ pub(crate) trait Callbacks: Send + Sync + 'static {
     /// When it is told, whichever came first.
     const TURN: Turn;
 
-    /// The machine is about to be suspended, to hibernate, or to become the one of an image that is restored,
-    /// and waits for this to return.
+    /// The machine is about to be suspended or to hibernate, and waits for this to return.
     fn prepare(&self, sleep: Sleep);
 
-    /// It is awake again and user space runs, also when the attempt was given up.
+    /// It is about to become the one of an image, and waits for this to return. Nobody is told how that ends: whoever
+    /// opens `/dev/snapshot` to restore one, and cannot for want of memory, is told nothing more of by the kernel
+    /// (`snapshot_open`).
+    fn restore(&self);
+
+    /// It is awake again and user space runs, also when the attempt was given up. Comes after each
+    /// [`Callbacks::prepare`].
     fn post(&self, sleep: Sleep);
 }
 
@@ -98,12 +103,9 @@ impl<T: Callbacks> Registration<T> {
         match action as u32 {
             bindings::PM_SUSPEND_PREPARE => callbacks.prepare(Sleep::Suspension),
             bindings::PM_POST_SUSPEND => callbacks.post(Sleep::Suspension),
-            bindings::PM_HIBERNATION_PREPARE | bindings::PM_RESTORE_PREPARE => {
-                callbacks.prepare(Sleep::Hibernation);
-            }
-            bindings::PM_POST_HIBERNATION | bindings::PM_POST_RESTORE => {
-                callbacks.post(Sleep::Hibernation);
-            }
+            bindings::PM_HIBERNATION_PREPARE => callbacks.prepare(Sleep::Hibernation),
+            bindings::PM_POST_HIBERNATION => callbacks.post(Sleep::Hibernation),
+            bindings::PM_RESTORE_PREPARE => callbacks.restore(),
             _ => {}
         }
         // CAST: 0, which lets the machine go on.

@@ -95,7 +95,7 @@ pub(crate) fn trace(note: Note) {
             latency_us,
         } => answer(subject, status, latency_us),
         // That it is failed its answer says.
-        Note::NotSent | Note::Unvouched(_) => {}
+        Note::NotSent | Note::Unvouched(_) | Note::Refused { .. } => {}
         Note::Registered { abi } => trace!(hv_vss_trace_daemon(abi)),
         Note::Released => trace!(hv_vss_trace_daemon(0)),
         Note::Broken { id, reason } => trace!(hv_vss_trace_broken(id, reason)),
@@ -116,6 +116,10 @@ fn print(note: Note) {
         }
         Note::TimedOut(Subject { id, operation, .. }) => {
             warn_limited!("request {id} (operation {operation}): time is over\n");
+        }
+        Note::Refused { subject, why } => {
+            let (operation, why) = (subject.operation, why.as_str());
+            warn_limited!("failed a request (operation {operation}) at once: {why}\n");
         }
         Note::NotSent => warn_limited!("an answer could not be sent to the host\n"),
         Note::Broken { id, reason } => {
@@ -218,6 +222,7 @@ pub(crate) struct Snapshot {
     versions: Option<(engine::Version, engine::Version)>,
     abi: u32,
     freeze: &'static str,
+    next_freeze: &'static str,
     stage: &'static str,
     request: Option<(u64, u8)>,
     queued: usize,
@@ -231,6 +236,7 @@ impl Snapshot {
             versions: engine.versions(),
             abi: engine.abi(),
             freeze: engine.freeze_state(),
+            next_freeze: engine.next_freeze(),
             stage: engine.stage_name(),
             request: engine.open_request(),
             queued: engine.queued(),
@@ -245,6 +251,7 @@ impl Snapshot {
         writeln!(out, "vss {}.{}", vss.major, vss.minor)?;
         writeln!(out, "daemon_abi {}", self.abi)?;
         writeln!(out, "freeze_state {}", self.freeze)?;
+        writeln!(out, "next_freeze {}", self.next_freeze)?;
         let (id, operation) = self.request.unwrap_or_default();
         writeln!(out, "request {} {id} {operation}", self.stage)?;
         writeln!(out, "open_requests {}", self.queued)?;

@@ -104,6 +104,8 @@ impl pm_notifier::Callbacks for SleepWatch {
         flag_of(sleep).store(true, Relaxed);
     }
 
+    fn restore(&self) {}
+
     fn post(&self, sleep: Sleep) {
         flag_of(sleep).store(false, Relaxed);
     }
@@ -126,6 +128,10 @@ impl pm_notifier::Callbacks for ThawWatch {
     const TURN: Turn = Turn::Last;
 
     fn prepare(&self, _sleep: Sleep) {
+        self.0.wait_idle(THAW_MS);
+    }
+
+    fn restore(&self) {
         self.0.wait_idle(THAW_MS);
     }
 
@@ -201,7 +207,7 @@ impl Effects for Outlet<'_> {
     }
 
     fn let_go(&mut self, _reason: u32) -> bool {
-        self.hold.let_go().any()
+        self.hold.let_go(None).any()
     }
 
     fn note(&mut self, note: Note) {
@@ -216,7 +222,7 @@ impl TimerCallback for Service {
     fn run(&self) {
         self.with_engine(|engine, now, out| {
             let over = out.hold.deadline().is_some_and(|deadline| now >= deadline);
-            if over && out.hold.let_go().any() {
+            if over && out.hold.let_go(None).any() {
                 engine.lost(now, thawed::DEADLINE, out);
             }
             engine.timer(now, out);
@@ -342,7 +348,7 @@ impl Service {
                 if for_good {
                     device.leave(&self.hold);
                 } else {
-                    self.hold.let_go();
+                    self.hold.let_go(None);
                 }
             }
             device.channel.take()
@@ -452,17 +458,6 @@ impl Service {
         snapshot.write(out)
     }
 
-    /// The text of the `held` file in debugfs.
-    pub(crate) fn show_held(self: &Arc<Self>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        report::held_head(out)?;
-        let mut last = 0;
-        while let Some(line) = self.hold.line_after(last) {
-            last = line.number;
-            report::held(&line, out)?;
-        }
-        Ok(())
-    }
-
     /// The text of the `parameters` file in debugfs.
     pub(crate) fn show_parameters(self: &Arc<Self>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         report::parameters(&self.parameters, out)
@@ -503,6 +498,7 @@ impl Service {
         };
         let until = self.now().saturating_add(u64::from(limit_ms) * 1000);
         let mut request = self.hold.request(asked.id, file_system, count)?;
+        let mut turn = None;
         let result = loop {
             // Allowed and begun under one lock, so that whoever ends what this is for finds it.
             let begun = self
@@ -516,15 +512,26 @@ impl Service {
                     Ok(begun)
                 })
                 .ok_or(ENODEV)??;
-            match begun {
-                Begun::Queued(watch) => break self.hold.wait_frozen(watch),
-                Begun::First => self.hold.set_aside(&mut request)?,
-                Begun::After(watch) => match self.hold.wait_turn(&request, watch, AGAIN_MS) {
-                    Ok(()) => {}
-                    // Perhaps nobody wants it any more: that is asked anew.
-                    Err(error) if error == EBUSY && self.now() < until => {}
-                    Err(error) => break Err(error),
-                },
+            match (begun, turn.take()) {
+                (Begun::First, Some(its)) => {
+                    self.hold.set_aside(&its, &mut request)?;
+                    turn = Some(its);
+                }
+                // Whoever had it before may have begun.
+                (Begun::First, None) => turn = Some(self.hold.turn()?),
+                (Begun::Queued(watch), its) => {
+                    drop(its);
+                    break self.hold.wait_frozen(watch);
+                }
+                (Begun::After(watch), its) => {
+                    drop(its);
+                    match self.hold.wait_turn(&request, watch, AGAIN_MS) {
+                        Ok(()) => {}
+                        // Perhaps nobody wants it any more: that is asked anew.
+                        Err(error) if error == EBUSY && self.now() < until => {}
+                        Err(error) => break Err(error),
+                    }
+                }
             }
         };
         match self.state.lock().device.gone {
@@ -533,7 +540,7 @@ impl Service {
         }
     }
 
-    /// Thaws what is held for the daemon.
+    /// Thaws what is held for the daemon with that id.
     fn thaw(&self, asked: &uapi::IocThaw) -> Result {
         let file_system = match (asked.flags, asked.fd) {
             (0, -1) => None,
@@ -545,9 +552,9 @@ impl Service {
             let let_go = self
                 .with_engine(|engine, _, _| -> Result<_> {
                     engine.may_thaw().map_err(report::errno)?;
-                    let let_go = self.hold.let_go();
+                    let let_go = self.hold.let_go(Some(asked.id));
                     if let_go.held {
-                        engine.thaws(true);
+                        engine.thaws(asked.id, !self.hold.holds());
                     }
                     Ok(let_go)
                 })
@@ -557,9 +564,9 @@ impl Service {
         let watch = self
             .with_engine(|engine, _, _| -> Result<_> {
                 engine.may_thaw().map_err(report::errno)?;
-                let watch = self.hold.begin_thaw(&file_system)?;
+                let watch = self.hold.begin_thaw(asked.id, &file_system)?;
                 if watch.is_some() {
-                    engine.thaws(false);
+                    engine.thaws(asked.id, !self.hold.holds());
                 }
                 Ok(watch)
             })
@@ -574,7 +581,7 @@ impl pm_notifier::Callbacks for Service {
     fn prepare(&self, _sleep: Sleep) {
         self.with_engine(|engine, now, out| {
             engine.prepare_sleep(now, out);
-            out.hold.let_go();
+            out.hold.let_go(None);
         });
         // What a daemon has frozen by other means only it can thaw, or the one that comes after it. If
         // it did after the sleep, writers would wait in the meantime, some of them so that they cannot
@@ -584,6 +591,13 @@ impl pm_notifier::Callbacks for Service {
             let state = self.state.lock();
             state.device.gone || state.device.engine.thawed_for_sleep()
         });
+    }
+
+    /// What is frozen is thawed, as before a sleep. What comes after that is not refused: this machine ends with the
+    /// restoration, or else goes on, and is not told when.
+    fn restore(&self) {
+        self.prepare(Sleep::Hibernation);
+        self.post(Sleep::Hibernation);
     }
 
     fn post(&self, _sleep: Sleep) {

@@ -382,6 +382,8 @@ const MAX_SEND: usize = u16::MAX as usize * 8 - size_of::<bindings::vmpacket_des
 /// been called; its callback context points into `_listener`.
 pub(crate) struct Channel<L: Listener> {
     raw: NonNull<bindings::vmbus_channel>,
+    /// What its longest packet was for who had it before.
+    longest_before: u32,
     // The channel lives as long as its device, and the listener longer than any callback.
     _device: ARef<Device>,
     _listener: Arc<L>,
@@ -426,7 +428,7 @@ impl<L: Listener> Channel<L> {
         let ring = unsafe { bindings::hv_vss_ring_size(ring) };
 
         // SAFETY: `raw` is valid, and the channel is closed.
-        unsafe { bindings::hv_vss_prepare_channel(raw.as_ptr(), ring) };
+        let longest_before = unsafe { bindings::hv_vss_prepare_channel(raw.as_ptr(), ring) };
 
         // SAFETY: As above. `context` points to a listener that `Self`, which the caller drops, keeps alive
         // until `vmbus_close` has returned, or this function until the same has happened on error.
@@ -447,12 +449,15 @@ impl<L: Listener> Channel<L> {
             // SAFETY: On a channel that is not open this does nothing but remove the callback and
             // wait for it.
             unsafe { bindings::vmbus_close(raw.as_ptr()) };
+            // SAFETY: `raw` is valid, and the channel is closed.
+            unsafe { bindings::hv_vss_put_back_channel(raw.as_ptr(), longest_before) };
             return Err(error);
         }
 
         // INVARIANT: The channel is open, and its context points into `listener`.
         Ok(Channel {
             raw,
+            longest_before,
             _device: dev.into(),
             _listener: listener,
         })
@@ -544,5 +549,7 @@ impl<L: Listener> Drop for Channel<L> {
     fn drop(&mut self) {
         // SAFETY: By the type invariant the channel is open.
         unsafe { bindings::vmbus_close(self.raw.as_ptr()) };
+        // SAFETY: It is closed, and there as long as its device.
+        unsafe { bindings::hv_vss_put_back_channel(self.raw.as_ptr(), self.longest_before) };
     }
 }

@@ -78,7 +78,8 @@
  * is: who reads takes what it knows of it and passes over the rest. Bits of a feature word that the
  * reader does not know are passed over, too; a notice of a thaw counts whatever its reason. A frame of a
  * kind that it does not know is passed over by a daemon, and refused by the kernel, so that the daemon
- * knows. Reserved fields are written as 0. What needs more than that of the other side is done only
+ * knows. Of an argument of an ioctl the size is part of the command's number: a longer one is another
+ * command. Reserved fields are written as 0. What needs more than that of the other side is done only
  * after that side has shown the feature bit for it: the daemon in its registration, the kernel in the
  * reply. Numbers are never used for something else.
  */
@@ -198,7 +199,7 @@ struct hv_vss_freeze_info {
  *
  *  EBADF       fd is not open
  *  EBUSY       it is held already, by this daemon or by another exclusive owner. What this one holds with
- *              id 0 may be thawed before the FREEZE is answered, and then counts for none: thaw it first
+ *              another id may be thawed before the FREEZE is answered, and then counts for none: thaw it first
  *  EINVAL      flags or reserved is not 0, or count is 0 or more than max_held
  *  ENOMEM      at the first one: there is no memory for count
  *  ENOSPC      more than the first one's count; or, at the first one, what is left of an earlier series
@@ -223,16 +224,23 @@ struct hv_vss_ioc_freeze {	/* 32 bytes */
 };
 
 /*
- * Thaws what is held. Returns when it is thawed, or when the caller is killed. What is still being
- * frozen is called off and not waited for: its HV_VSS_IOC_FREEZE ends with ESTALE, and what comes of it
- * is undone at once. So is one that waits for the end of an earlier thaw, also by what gets EBUSY.
+ * Thaws what is held with this id, and nothing else: one that comes too late ends no other freeze. Returns
+ * when it is thawed, or when the caller is killed. What is still being frozen is called off and not waited
+ * for: its HV_VSS_IOC_FREEZE ends with ESTALE, and what comes of it is undone at once. So is one that waits
+ * for the end of an earlier thaw, also by what gets EBUSY.
  *
- *  EBUSY       its freeze was called off, or its thaw begun, before and has not come back
+ *  EBUSY       its freeze was called off, or its thaw begun, before and has not come back; whatever the id
  *  EINVAL      it is not held (any more), as FITHAW has it; flags is not 0
+ *  ESTALE      it is held with another id; nothing has changed
  *
- * and as above. With fd -1: all that is held, begun as named above; 0 also when nothing is.
+ * and as above. With fd -1: all that is held with this id, begun as named above; 0 also when nothing is.
+ *
+ * Before it answers a FREEZE a daemon may thaw what it holds for that and freeze it anew: its answer says
+ * what stands still then. Where nothing is held any more, and there was something, HV_S_OK is not believed:
+ * the THAW after it is failed.
  */
-struct hv_vss_ioc_thaw {	/* 8 bytes */
+struct hv_vss_ioc_thaw {	/* 16 bytes */
+	__u64 id;		/* the one that it was frozen with: the FREEZE's, or 0 */
 	__s32 fd;		/* open on the file system, or -1 */
 	__u32 flags;		/* 0 */
 };

@@ -279,13 +279,15 @@ pub struct IocFreeze {
     pub reserved: u64,
 }
 
-/// `struct hv_vss_ioc_thaw`: 8 bytes, the argument of [`IOC_THAW`].
+/// `struct hv_vss_ioc_thaw`: 16 bytes, the argument of [`IOC_THAW`].
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
 #[repr(C)]
 pub struct IocThaw {
-    /// A descriptor on the file system, or -1 for all that is held.
+    /// The id that it was frozen with: what is held with another is not touched.
+    pub id: u64,
+    /// A descriptor on the file system, or -1 for all that is held with this id.
     pub fd: i32,
     /// Zero.
     pub flags: u32,
@@ -302,7 +304,7 @@ const fn iow<T>(nr: u8) -> u32 {
 /// Freezes the file system of an open descriptor and holds it ([`IocFreeze`]). Its errors, among them `ENOMEM`
 /// when there is no memory for [`IocFreeze::count`], are in `hv_vss.h`.
 pub const IOC_FREEZE: u32 = iow::<IocFreeze>(0x56);
-/// Thaws one that is held, or all ([`IocThaw`]).
+/// Thaws one that is held, or all of one id ([`IocThaw`]).
 pub const IOC_THAW: u32 = iow::<IocThaw>(0x57);
 
 /// LUN records in a [`FreezeInfo`] (`LunCount` is at most this).
@@ -355,7 +357,7 @@ const _: () = assert!(size_of::<Request>() == 48);
 const _: () = assert!(size_of::<Answer>() == 32);
 const _: () = assert!(size_of::<Thawed>() == 32);
 const _: () = assert!(size_of::<IocFreeze>() == 32);
-const _: () = assert!(size_of::<IocThaw>() == 8);
+const _: () = assert!(size_of::<IocThaw>() == 16);
 const _: () = assert!(size_of::<Lun>() == 24);
 const _: () = assert!(size_of::<FreezeInfo>() == 6252);
 const _: () = assert!(MAX_FRAME == 6300);

@@ -18,6 +18,7 @@ use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
+use nix::unistd::{gettid, Pid};
 
 use crate::process;
 use crate::sys;
@@ -42,6 +43,9 @@ struct Helper {
     steps: Sender<Step>,
     /// What it is at, or was.
     last: Weak<()>,
+    thread: Pid,
+    /// Whether it goes first, as whoever had it do that did.
+    goes_first: bool,
 }
 
 impl Apart {
@@ -65,6 +69,7 @@ impl Apart {
             Some(index) => helpers.swap_remove(index),
             None => Helper::start()?,
         };
+        helper.go_as_whoever_asks();
         // One that does not take it ends.
         sys::send(helper.line.as_fd(), fds)?;
         let life = Arc::new(());
@@ -89,11 +94,11 @@ impl Helper {
         let (begin, begun) = channel();
         let number = theirs.as_raw_fd();
         let body = move || {
-            // Whoever hands over waits, as a rule, and may be one that goes first.
+            // Whoever hands over waits, as a rule.
             let _ = process::go_ahead();
             let kept = sys::keep_only(number);
             // Whoever waits for it is there.
-            let _ = begin.send(kept.as_ref().map(drop).map_err(io::Error::kind));
+            let _ = begin.send(kept.as_ref().map(|_| gettid()).map_err(io::Error::kind));
             if let Ok(line) = kept {
                 work(&line, &orders);
             }
@@ -101,13 +106,25 @@ impl Helper {
         let builder = Builder::new().name("apart".into()).stack_size(STACK_BYTES);
         builder.spawn(body)?;
         // Until then `theirs` must not be closed.
-        begun.recv().map_err(io::Error::other)??;
+        let thread = begun.recv().map_err(io::Error::other)??;
         Ok(Helper {
             process: std::process::id(),
             line,
             steps,
             last: Weak::new(),
+            thread,
+            goes_first: false,
         })
+    }
+
+    /// Whoever goes first waits for it, and so would all that wait for what is frozen. What nobody waits for may take
+    /// long, and takes its turns.
+    fn go_as_whoever_asks(&mut self) {
+        let is_to = process::goes_first();
+        if is_to != self.goes_first {
+            process::have_go_first(self.thread, is_to);
+            self.goes_first = is_to;
+        }
     }
 }
 

@@ -36,6 +36,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::signal::{killpg, Signal};
 use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::{pipe2, Pid};
+use sd_notify::NotifyState;
 use serde::{Deserialize, Serialize};
 
 use crate::backup::{name_of_type, Verdict};
@@ -67,10 +68,14 @@ const GAP: Duration = Duration::from_secs(5);
 /// How long after it was first tried what is owed to one is given up on. Its application goes on without by then, or is
 /// known to somebody who sees to it.
 const GIVEN_UP_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
+/// How often the service manager is asked for time as long as hooks are let go, and for how much: each call has a limit
+/// of its own, and all of them together may take longer than a stop of the service.
+const ASKS: Duration = Duration::from_secs(1);
+const TIME: Duration = Duration::from_secs(30);
 /// How long what was killed may take to end.
 const GRACE: Duration = Duration::from_secs(2);
-/// Where hooks find programs.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where hooks, and whoever else is started by name, find programs.
+pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const STACK_BYTES: usize = 128 * 1024;
 /// Bytes that a list of file systems may have: a variable of more than 128 KiB (`MAX_ARG_STRLEN` of the kernel)
 /// keeps a program from being started.
@@ -140,6 +145,10 @@ pub struct Owed {
     pub hook: Hook,
     /// The process of its last call, with the time of its start, if that has been seen.
     pub process: Option<(u32, u64)>,
+    /// If that was with `thaw`: when it began, in seconds since the machine was booted. Such a call is left its time
+    /// also by whoever comes after a death.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub thaws_since_s: Option<u64>,
     /// What it was not let go for, once that was tried.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub lacks: Option<Lack>,
@@ -615,6 +624,8 @@ struct Calls {
     sessions: Sessions,
     outputs: Vec<Output>,
     called: Vec<Called>,
+    /// When the service manager is to be asked for time again; only while hooks are let go.
+    asks: Option<Instant>,
 }
 
 impl Calls {
@@ -638,6 +649,7 @@ impl Calls {
             sessions: Sessions::default(),
             outputs: Vec::new(),
             called: Vec::new(),
+            asks: None,
         }
     }
 
@@ -666,7 +678,8 @@ impl Calls {
         Self::take_over(run, log, record, lock).map(Some)
     }
 
-    /// What this record says is to be let go, which is ours from here on. None of it is at freeze any more.
+    /// What this record says is to be let go, which is ours from here on. None of it is at freeze any more; what is at
+    /// thaw is waited for when its turn comes.
     fn take_over(
         run: &RunDir,
         log: &Logbook,
@@ -683,7 +696,7 @@ impl Calls {
             let Some((pid, start)) = owed.process else {
                 continue;
             };
-            if process::start_of(pid) == Some(start) {
+            if owed.thaws_since_s.is_none() && process::start_of(pid) == Some(start) {
                 let name = owed.hook.name();
                 log.warning(format!("hook {name} of a dead daemon still runs: killed"));
                 kill_and_wait(pid);
@@ -773,6 +786,7 @@ impl Calls {
         self.record.owed.push(Owed {
             hook: hook.clone(),
             process: call.process(),
+            thaws_since_s: None,
             lacks: None,
         });
         if let Err(error) = self.means.run.write_hooks(&self.record) {
@@ -853,6 +867,7 @@ impl Calls {
         self.settling.clear();
         self.sessions.all().clear();
         self.say_output();
+        self.asks = Some(Instant::now());
         let mut gap = None;
         for at in (0..self.record.owed.len()).rev() {
             let Some(hook) = self.record.owed.get(at).map(|it| it.hook.clone()) else {
@@ -876,11 +891,13 @@ impl Calls {
         }
         self.say_output();
         self.leave_outputs();
+        self.asks = None;
         std::mem::take(&mut self.called)
     }
 
     /// One of an earlier backup, which was fit when it was called first: that may be long ago.
     fn thaw_inherited(&mut self, hook: &Hook, at: usize) -> Result<(), String> {
+        self.outlast(hook, at);
         let since = Instant::now();
         let fault = match hook.look_up() {
             Ok(None) => return self.thaw_one(hook, at, None),
@@ -895,6 +912,40 @@ impl Calls {
             fault: Some(fault.clone()),
         });
         Err(fault)
+    }
+
+    /// Leaves the call with `thaw` its time that a dead process has begun. How it ended only a parent is told, and where
+    /// that had what it writes to, its next line may be its end: it is called again, whatever came of it.
+    fn outlast(&mut self, hook: &Hook, at: usize) {
+        let owed = self.record.owed.get(at);
+        let call = owed.and_then(|it| it.process.zip(it.thaws_since_s));
+        let Some(((pid, start), since_s)) = call else {
+            return;
+        };
+        let Ok(pidfd) = sys::pidfd_open(pid) else {
+            return;
+        };
+        // It is asked once that cannot be another process any more.
+        if process::start_of(pid) != Some(start) {
+            return;
+        }
+        let log = &self.means.log;
+        let (name, word) = (hook.name(), hook.release(None).as_str());
+        log.info(format!(
+            "hook {name}, {word}: a daemon that has died has called it, and it still runs: waiting for it"
+        ));
+        let took = Duration::from_secs(boot_time().as_secs().saturating_sub(since_s));
+        let until = Instant::now() + self.means.limit.saturating_sub(took);
+        while !self.look(Some(&pidfd), Some(until)) {
+            if Instant::now() >= until {
+                let why = too_long(self.means.limit);
+                self.means
+                    .log
+                    .warning(format!("hook {name}, {word}: {why}"));
+                kill_and_wait(pid);
+                return;
+            }
+        }
     }
 
     /// One of this backup: what cannot be run is tried again until `gap`, which begins with the first of them.
@@ -955,6 +1006,7 @@ impl Calls {
             Ok(call) => {
                 if let Some(owed) = self.record.owed.get_mut(at) {
                     owed.process = call.process();
+                    owed.thaws_since_s = Some(boot_time().as_secs());
                 }
                 // It is let go also where that cannot be written: at worst twice, should we die.
                 if let Err(error) = self.means.run.write_hooks(&self.record) {
@@ -1110,8 +1162,7 @@ impl Calls {
                 self.means.log.error(text);
                 return end;
             } else {
-                let seconds = limit.as_secs_f64();
-                let text = format!("killed, it took longer than {seconds} s (hooks.limit)");
+                let text = too_long(limit);
                 killed = Some(match running.has_begun() {
                     Ok(()) => End::Bad(text),
                     Err(_) => End::NotBegun(text),
@@ -1126,8 +1177,9 @@ impl Calls {
     /// all but the first. Returns whether the process has ended.
     fn look(&mut self, process: Option<&OwnedFd>, until: Option<Instant>) -> bool {
         self.see_what_stays();
+        self.ask_for_time();
         let settled = self.settling.first().map(|it| it.at);
-        let until = until.into_iter().chain(settled).min();
+        let until = until.into_iter().chain(settled).chain(self.asks).min();
         let left = until.map(|it| it.saturating_duration_since(Instant::now()));
         let timeout = match left {
             // Rounded up: it is not looked at over and over in the last millisecond.
@@ -1155,6 +1207,18 @@ impl Calls {
             output.drain();
         }
         has_ended
+    }
+
+    /// Has whoever may have asked this process to stop wait for it, if it is time for that.
+    fn ask_for_time(&mut self) {
+        let now = Instant::now();
+        if self.asks.is_none_or(|it| it > now) {
+            return;
+        }
+        self.asks = Some(now + ASKS);
+        let micros = u32::try_from(TIME.as_micros()).unwrap_or(u32::MAX);
+        // Without a service manager it does nothing; one that cannot be told is told again.
+        let _ = sd_notify::notify(&[NotifyState::ExtendTimeoutUsec(micros)]);
     }
 
     /// Takes down what those calls have left running that have settled by now.
@@ -1217,6 +1281,12 @@ impl Calls {
             }
         }
     }
+}
+
+/// What is said of one whose time is over.
+fn too_long(limit: Duration) -> String {
+    let seconds = limit.as_secs_f64();
+    format!("killed, it took longer than {seconds} s (hooks.limit)")
 }
 
 /// Kills a whole process group, whose first process has not been reaped.

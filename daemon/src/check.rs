@@ -9,8 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,23 +22,29 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::cache::survey;
+use crate::calls::PATH;
 use crate::children;
 use crate::config::Config;
 use crate::control::{ask, reply_of, turned_in, ControlError, Method};
 use crate::freeze::is_of_anything;
 use crate::ground::{self, AtRest};
-use crate::hooks;
+use crate::history::History;
+use crate::hooks::{self, Asked};
 use crate::logbook::words;
 use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::plan::{FileSystem, Plan, Reason, Scope};
 use crate::process;
 use crate::record::{Record, RunDir};
+use crate::superblocks::dev_in;
 use crate::topology;
 use crate::writes;
 
 /// Asks whether the device is there, on the command line of `hv_vss_daemon`; for its unit.
 pub const SUBCOMMAND: &str = "has-device";
+
+/// Asks whether the configuration is one that a daemon of this version starts with; for an upgrade.
+pub const CAN_START: &str = "can-start";
 
 /// How long the process may take to start that looks for a daemon.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -49,8 +56,18 @@ const LOOK: Duration = Duration::from_millis(100);
 /// `HV_VSS_GUID` of the kernel's `include/linux/hyperv.h`, as sysfs writes it.
 const VSS_CLASS: &str = "{35fa2e29-ea23-4236-96ae-3a6ebacba440}";
 const VMBUS: &str = "/sys/bus/vmbus/devices";
-/// Where DKMS has the sources of modules, ours among them if its package is installed.
+/// Where DKMS has the sources of modules, ours among them if its package is installed, and where the modules of each
+/// kernel are.
 const SOURCES: &str = "/usr/src";
+const MODULES: &str = "/lib/modules";
+/// Where modules of its are that did not come with the kernel and that DKMS did not build.
+const ADDED: [&str; 2] = ["updates", "extra"];
+
+/// The daemon's unit, where an administrator's units are, and in which folder there it is linked while it is enabled: by
+/// that very path the distributions' own daemons know that they are to stay away (`give-way.conf`).
+const UNIT: &str = "hv_vss.service";
+const UNITS: &str = "/etc/systemd/system";
+const WANTED: &str = "dev-vmbus-hv_vss.device.wants";
 
 /// What findings of the plan are of.
 const FILE_SYSTEMS: &str = "file systems";
@@ -93,14 +110,16 @@ pub fn check(device: &Path, run: &RunDir, path: Option<&Path>) -> Vec<Finding> {
     let config = &config;
     let mut all = vec![daemon(device, &status), found];
     let is_held = door.is_some_and(|it| it["door"] == "held");
-    let has_hooks = hooks::find(&config.hooks).is_ok_and(|it| !it.is_empty());
+    let has_hooks = hooks::find(&config.hooks).is_ok_and(|it| !it.hooks.is_empty());
     all.extend(run_dir(
         run,
         Room::left_at(run.path()),
         !is_held || has_hooks,
     ));
     all.extend(door.map(privileges).unwrap_or_default());
-    all.extend(module_missed(door, Path::new(SOURCES), Path::new(VMBUS)));
+    all.extend(door.and_then(next_boot));
+    all.extend(history(config));
+    all.extend(module_missed(door, Path::new("/"), Path::new(VMBUS)));
     all.extend(listed_disks(config, door));
     all.extend(file_systems(config, door));
     all.extend(hooks_found(config));
@@ -214,6 +233,43 @@ fn daemon(device: &Path, status: &Result<Value, ControlError>) -> Finding {
     }
 }
 
+/// What keeps the daemon from serving after the next boot, where it is the unit's. One that was started in another way
+/// may be so then as well.
+fn next_boot(daemon: &Value) -> Option<Finding> {
+    let pid = daemon["pid"].as_u64()?;
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let mut names = groups.lines().filter_map(|it| it.rsplit('/').next());
+    names
+        .any(|it| it == UNIT)
+        .then(|| not_at_boot(Path::new(UNITS)))?
+}
+
+/// The same, by the folder of an administrator's units.
+fn not_at_boot(units: &Path) -> Option<Finding> {
+    let is_masked = fs::read_link(units.join(UNIT)).is_ok_and(|it| it == Path::new("/dev/null"));
+    let is_enabled = units.join(WANTED).join(UNIT).exists();
+    let (what, verb) = match (is_masked, is_enabled) {
+        (true, _) => ("masked", "unmask"),
+        (false, false) => ("not enabled", "enable"),
+        (false, true) => return None,
+    };
+    let text = format!(
+        "{UNIT} is {what}: from the next boot on it does not serve, but the distribution's own daemon, or none; systemctl \
+         {verb} hv_vss"
+    );
+    Some(finding("daemon", Grade::Warning, text))
+}
+
+/// What keeps backups from being remembered.
+fn history(config: &Config) -> Option<Finding> {
+    let error = History::new(&config.state_dir).has_room_in_time().err()?;
+    let text = format!(
+        "{}: no backup is remembered once the daemon has ended",
+        words(&error)
+    );
+    Some(finding("history", Grade::Warning, text))
+}
+
 /// What the daemon lacks: by a drop-in of its unit, or in a container.
 fn privileges(daemon: &Value) -> Vec<Finding> {
     let Some(pid) = daemon["pid"].as_u64() else {
@@ -274,8 +330,9 @@ fn listed_disks(config: &Config, status: Option<&Value>) -> Option<Finding> {
     })
 }
 
-/// Why the stock driver serves where our module was asked for, by its package for DKMS.
-fn module_missed(status: Option<&Value>, sources: &Path, vmbus: &Path) -> Option<Finding> {
+/// Why the stock driver serves where our module was asked for: DKMS has its source, or it is there for this kernel or
+/// for another, where `root` is the root folder.
+fn module_missed(status: Option<&Value>, root: &Path, vmbus: &Path) -> Option<Finding> {
     // Without a daemon somebody else's serves, or none.
     if status.is_some_and(|it| it["door"] != "fifreeze") {
         return None;
@@ -285,17 +342,42 @@ fn module_missed(status: Option<&Value>, sources: &Path, vmbus: &Path) -> Option
     if driver != "hv_utils" {
         return None;
     }
-    let build = newest_build(sources)?;
+    let build = newest_build(&below(root, SOURCES));
+    if build.is_none() && !is_added(&below(root, MODULES)) {
+        return None;
+    }
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
-    let has_module = || {
-        let mut modinfo = Command::new("modinfo");
-        let modinfo = modinfo.arg("hv_vss").stdin(Stdio::null());
-        let ended = modinfo.stdout(Stdio::null()).stderr(Stdio::null()).status();
-        ended.is_ok_and(|it| it.success())
-    };
-    let loading = || Loading::look(&build, release.trim());
-    let text = why_missed(&build, release.trim(), has_module, loading);
+    let build = build.as_deref();
+    let loading = || Loading::look(build, release.trim());
+    let text = why_missed(build, release.trim(), has_module, loading);
     Some(finding("module", Grade::Warning, text))
+}
+
+fn below(root: &Path, path: &str) -> PathBuf {
+    root.join(path.trim_start_matches('/'))
+}
+
+/// Whether the module was put there for any kernel, and not by DKMS.
+fn is_added(modules: &Path) -> bool {
+    let kernels = fs::read_dir(modules).into_iter().flatten().flatten();
+    let folders = kernels.flat_map(|kernel| ADDED.map(|it| kernel.path().join(it)));
+    let mut files = folders.filter_map(|it| fs::read_dir(it).ok()).flatten();
+    // It may be compressed.
+    files.any(|it| it.is_ok_and(|it| it.file_name().to_string_lossy().starts_with("hv_vss.ko")))
+}
+
+/// What this program says; an error if it cannot be started. Found where whatever we start is: an operator's shell may
+/// look for it elsewhere.
+fn said(program: &str, args: &[&str]) -> Result<Output, String> {
+    let mut command = Command::new(program);
+    let command = command.args(args).env("PATH", PATH).stdin(Stdio::null());
+    let ended = command.output();
+    ended.map_err(|error| format!("{program} cannot be started: {error}"))
+}
+
+/// Whether the module is there for the kernel that runs.
+fn has_module() -> Result<bool, String> {
+    Ok(said("modinfo", &["hv_vss"])?.status.success())
 }
 
 /// What the newest of the packages builds the module with.
@@ -314,18 +396,31 @@ fn newest_build(sources: &Path) -> Option<PathBuf> {
 
 /// In one line, as the hand-over has it in the log.
 fn why_missed(
-    build: &Path,
+    build: Option<&Path>,
     release: &str,
-    has_module: impl FnOnce() -> bool,
+    has_module: impl FnOnce() -> Result<bool, String>,
     loading: impl FnOnce() -> Loading,
 ) -> String {
-    if has_module() {
-        let why = loading().why_not();
-        return format!("hv_vss is built and hv_utils serves: {why}");
+    match has_module() {
+        Ok(true) => {
+            let why = loading().why_not();
+            return format!("hv_vss is built and hv_utils serves: {why}");
+        }
+        Ok(false) => {}
+        Err(error) => {
+            return format!("hv_utils serves, and whether hv_vss is there is not known: {error}")
+        }
     }
+    let Some(build) = build else {
+        return format!(
+            "hv_vss is not built for kernel {release}, and is there for another: build and install it for this one \
+             (make && make install)"
+        );
+    };
     let mut asked = Command::new(build);
-    let asked = asked.arg("--why-not").arg(release).stdin(Stdio::null());
-    let said = asked.output().map(|it| it.stdout).unwrap_or_default();
+    let asked = asked.arg("--why-not").arg(release).env("PATH", PATH);
+    let said = asked.stdin(Stdio::null()).output();
+    let said = said.map(|it| it.stdout).unwrap_or_default();
     match String::from_utf8_lossy(&said).lines().last() {
         None => format!("hv_vss is not built for kernel {release}; see 'dkms status hv_vss'"),
         Some(why) => why.chars().filter(|it| !it.is_control()).collect(),
@@ -347,34 +442,37 @@ struct Loading {
     signer: String,
     /// The keys that the kernel has (`/proc/keys`).
     keys: String,
-    /// What DKMS calls it, for this kernel, as two arguments of `dkms`.
-    of_dkms: String,
+    /// What DKMS calls it, for this kernel, as two arguments of `dkms`, if it has its source.
+    of_dkms: Option<String>,
+    /// Why not all of this is known, if so.
+    unknown: Option<String>,
 }
 
 impl Loading {
     /// `build` is what the newest package builds the module with, for the kernel `release` that runs.
-    fn look(build: &Path, release: &str) -> Self {
+    fn look(build: Option<&Path>, release: &str) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-        let said = |program: &str, args: &[&str]| {
-            let said = Command::new(program)
-                .args(args)
-                .stdin(Stdio::null())
-                .output();
-            let said = said.map(|it| it.stdout).unwrap_or_default();
-            String::from_utf8_lossy(&said).trim().to_owned()
+        let mut unknown = None;
+        let mut said = |program: &str, args: &[&str]| match said(program, args) {
+            Ok(said) => String::from_utf8_lossy(&said.stdout).trim().to_owned(),
+            Err(error) => {
+                unknown = Some(error);
+                String::new()
+            }
         };
         let lockdown = read("/sys/kernel/security/lockdown");
         Loading {
             configuration: said("modprobe", &["--showconfig"]),
+            signer: said("modinfo", &["-F", "signer", "hv_vss"]),
             command_line: read("/proc/cmdline"),
             is_closed: read("/proc/sys/kernel/modules_disabled").trim() == "1",
             is_strict: read("/sys/module/module/parameters/sig_enforce").trim() == "Y"
                 || ["[integrity]", "[confidentiality]"]
                     .iter()
                     .any(|it| lockdown.contains(it)),
-            signer: said("modinfo", &["-F", "signer", "hv_vss"]),
             keys: read("/proc/keys"),
-            of_dkms: of_dkms(build, release),
+            of_dkms: build.map(|it| of_dkms(it, release)),
+            unknown,
         }
     }
 
@@ -402,21 +500,30 @@ impl Loading {
             return "kernel.modules_disabled is set, so no module is loaded until the next boot"
                 .into();
         }
+        if let Some(why) = &self.unknown {
+            return format!("why is not known: {why}");
+        }
         let is_known = !self.signer.is_empty() && self.keys.contains(&self.signer);
-        match (self.is_strict && !is_known, self.signer.as_str()) {
+        let signer = self.signer.escape_debug();
+        match (self.is_strict && !is_known, self.signer.as_str(), &self.of_dkms) {
             // Where the package came as a file, apt could not install it again.
-            (true, "") => format!(
+            (true, "", Some(of_dkms)) => format!(
                 "it is not signed, and the kernel takes no such module (Secure Boot): install openssl, with which \
-                 DKMS signs, and have it built again (dkms build --force {0} && dkms install --force {0})",
-                self.of_dkms
+                 DKMS signs, and have it built again (dkms build --force {of_dkms} && dkms install --force {of_dkms})"
             ),
-            (true, signer) => format!(
-                "the kernel does not know the key that it is signed with (Secure Boot), that of {}: \
-                 mokutil --import /var/lib/dkms/mok.pub, and reboot",
-                signer.escape_debug()
+            (true, "", None) => "it is not signed, and the kernel takes no such module (Secure Boot): sign it with a key \
+                                 that the kernel knows"
+                .into(),
+            (true, _, Some(_)) => format!(
+                "the kernel does not know the key that it is signed with (Secure Boot), that of {signer}: \
+                 mokutil --import /var/lib/dkms/mok.pub, and reboot"
             ),
-            (false, _) => "the device was not handed over, or the kernel refused it; \
-                           /usr/libexec/hv_vss_hand_over take says which"
+            (true, _, None) => format!(
+                "the kernel does not know the key that it is signed with (Secure Boot), that of {signer}: \
+                 mokutil --import with its certificate, and reboot"
+            ),
+            (false, ..) => "the device was not handed over, or the kernel refused it; \
+                            /usr/libexec/hv_vss_hand_over take says which"
                 .into(),
         }
     }
@@ -754,7 +861,14 @@ fn not_counting(plan: &Plan, of: &dyn Fn(BTreeSet<DevId>) -> BTreeSet<DevId>) ->
     })
 }
 
-/// Programs that may write to a disk past its file systems, where a backup would name that.
+/// What there is to say of whoever has a disk open to write there: by its own node, or by one that takes SCSI commands,
+/// which the block layer does not count.
+const IS_SEEN: &str = "no freeze holds that back, and if anything is written in a backup it is named, and fails it if \
+                       strict";
+const IS_NOT_SEEN: &str =
+    "no freeze holds that back, and what is written in a backup by SCSI commands is not seen";
+
+/// Programs that may write to a disk past its file systems, where a backup would name that, or cannot.
 fn raw_writers(plan: &Plan) -> Vec<Finding> {
     let at_rest = plan.at_rest(&Scope::default());
     let mut devices: BTreeSet<DevId> = at_rest
@@ -770,27 +884,35 @@ fn raw_writers(plan: &Plan) -> Vec<Finding> {
     for synced in plan.only_synced() {
         devices.retain(|dev| !synced.devices.contains(dev));
     }
-    let is_it = |node: &Path| {
-        let dev = topology::device_at(node.as_os_str());
-        dev.is_some_and(|dev| devices.contains(&dev))
+    let is_of_host =
+        |dev: &DevId| matches!(plan.disks.get(dev), Some(disk) if disk.address.is_some());
+    let what = |node: &Path| {
+        if let Some(dev) = topology::device_at(node.as_os_str()) {
+            return devices.contains(&dev).then_some(IS_SEEN);
+        }
+        let meta = fs::metadata(node).ok()?;
+        let is_character_device = meta.file_type().is_char_device();
+        let dev = is_character_device.then(|| DevId::from_raw(meta.rdev()))?;
+        let disk = disk_of(Path::new(CHARACTER_DEVICES), dev);
+        disk.filter(is_of_host).map(|_| IS_NOT_SEEN)
     };
-    let found = match devices.is_empty() {
-        true => BTreeSet::new(),
-        false => open_for_writing(is_it),
-    };
-    let words = |found: String| {
-        let text = format!(
-            "{found} for writing: no freeze holds that back, and if anything is written in a backup it is \
-             named, and fails it if strict"
-        );
-        finding("disks", Grade::Warning, text)
-    };
-    found.into_iter().map(words).collect()
+    let words = |found: String| finding("disks", Grade::Warning, found);
+    open_for_writing(what).into_iter().map(words).collect()
 }
 
-/// Who has which of these nodes open to write there, in words. Only links are read, and what they name is
-/// looked up in `/dev` only.
-fn open_for_writing(is_it: impl Fn(&Path) -> bool) -> BTreeSet<String> {
+/// The folders of character devices in sysfs.
+const CHARACTER_DEVICES: &str = "/sys/dev/char";
+
+/// The disk that takes the SCSI commands which are written to this character device (`sg`, `bsg`).
+fn disk_of(character_devices: &Path, dev: DevId) -> Option<DevId> {
+    let device = character_devices.join(dev.to_string());
+    let disks = fs::read_dir(device.join("device/block")).ok()?;
+    disks.flatten().find_map(|it| dev_in(&it.path()))
+}
+
+/// Who has which node open to write there, in words, of those of which there is something to say: that is put behind.
+/// Only links are read, and what they name is looked up in `/dev` only.
+fn open_for_writing(what: impl Fn(&Path) -> Option<&'static str>) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let name = process.file_name();
@@ -803,14 +925,17 @@ fn open_for_writing(is_it: impl Fn(&Path) -> bool) -> BTreeSet<String> {
             let Ok(node) = fs::read_link(fd.path()) else {
                 continue;
             };
-            if !node.starts_with("/dev") || !is_it(&node) {
+            let what = node.starts_with("/dev").then(|| what(&node));
+            let Some(what) = what.flatten() else {
                 continue;
-            }
+            };
             let info = path.join("fdinfo").join(fd.file_name());
             if fs::read_to_string(info).is_ok_and(|text| is_for_writing(&text)) {
                 let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
                 let (name, node) = (name.trim().escape_debug(), node.display());
-                found.insert(format!("{name} (process {pid}) has {node} open"));
+                found.insert(format!(
+                    "{name} (process {pid}) has {node} open for writing: {what}"
+                ));
             }
         }
     }
@@ -825,8 +950,11 @@ fn is_for_writing(fdinfo: &str) -> bool {
 }
 
 fn hooks_found(config: &Config) -> Vec<Finding> {
-    let found = match hooks::find(&config.hooks) {
-        Ok(found) => found,
+    let Asked {
+        hooks: found,
+        not_called,
+    } = match hooks::find(&config.hooks) {
+        Ok(asked) => asked,
         Err(error) => return vec![finding("hooks", Grade::Problem, words(&error))],
     };
     let look = |it: hooks::Found| {
@@ -846,24 +974,17 @@ fn hooks_found(config: &Config) -> Vec<Finding> {
         }
     };
     let called: Vec<hooks::Hook> = found.iter().map(|it| it.hook.clone()).collect();
-    let mut warnings = hooks::unused(&config.hooks, &found);
-    if let Some(path) = hooks::passed_over(&found) {
-        warnings.push(format!(
-            "{} is passed over: those in its folder are called instead",
-            path.display()
-        ));
-    }
-    warnings.extend(hooks::ready(&config.hooks));
+    let mut warnings = hooks::ready(&config.hooks);
     let idle = config.hooks.idle(&called).into_iter();
     warnings.extend(idle.map(|rule| format!("the rule {rule} matches no hook")));
+    let graded = |grade| move |text: String| finding("hooks", grade, text);
+    let not_called_is = match config.strict {
+        true => Grade::Problem,
+        false => Grade::Warning,
+    };
     let mut all: Vec<Finding> = found.into_iter().map(look).collect();
-    let warning = |text| finding("hooks", Grade::Warning, text);
-    all.extend(warnings.into_iter().map(warning));
-    // Whoever put it there may have meant it to be called.
-    for path in hooks::not_executable(&config.hooks).unwrap_or_default() {
-        let text = format!("{} is not called: it is not executable", path.display());
-        all.push(finding("hooks", Grade::Warning, text));
-    }
+    all.extend(not_called.into_iter().map(graded(not_called_is)));
+    all.extend(warnings.into_iter().map(graded(Grade::Warning)));
     all
 }
 
@@ -952,8 +1073,9 @@ mod tests {
         // Nobody else in here has it open.
         let node = Path::new("/dev/full");
         let who = || {
-            let own = format!("(process {}) has /dev/full open", std::process::id());
-            let found = open_for_writing(|it| it == node);
+            let pid = std::process::id();
+            let own = format!("(process {pid}) has /dev/full open for writing: it is");
+            let found = open_for_writing(|it| (it == node).then_some("it is"));
             found.iter().any(|it| it.ends_with(&own))
         };
         let reads = fs::File::open(node).unwrap();
@@ -965,6 +1087,21 @@ mod tests {
         assert!(is_for_writing("pos:\t0\nflags:\t0100002\nmnt_id:\t15\n"));
         // Only its path (O_PATH) is open.
         assert!(!is_for_writing("pos:\t0\nflags:\t012100000\n"));
+    }
+
+    #[test]
+    fn a_node_that_takes_scsi_commands_is_of_a_disk() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-char-{}", std::process::id()));
+        let disk = dir.join("21:1/device/block/sdb");
+        fs::create_dir_all(&disk).unwrap();
+        fs::write(disk.join("dev"), "8:16\n").unwrap();
+        // A tape.
+        fs::create_dir_all(dir.join("21:2/device/scsi_tape")).unwrap();
+        let disk_at = |text: &str| disk_of(&dir, text.parse().unwrap());
+        assert_eq!(disk_at("21:1"), "8:16".parse().ok());
+        assert_eq!(disk_at("21:2"), None);
+        assert_eq!(disk_at("1:3"), None);
+        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]
@@ -1008,26 +1145,34 @@ mod tests {
         fs::create_dir_all(dir.join("hv_vss-1.0.0")).unwrap();
         let build = newest_build(&dir).unwrap();
         assert_eq!(
-            why_missed(&build, "7.3.4", || false, Loading::default),
+            why_missed(Some(&build), "7.3.4", || Ok(false), Loading::default),
             "0.10.0 --why-not 7.3.4: 'its' headers are missing"
         );
-        let built = why_missed(&build, "7.3.4", || true, Loading::default);
+        let built = why_missed(Some(&build), "7.3.4", || Ok(true), Loading::default);
         assert!(built.contains("hv_vss_hand_over take"), "{built}");
+        let unknown = || Err("modinfo cannot be started".into());
+        let unknown = why_missed(Some(&build), "7.3.4", unknown, Loading::default);
+        assert!(unknown.contains("is not known: modinfo"), "{unknown}");
         fs::write(&build, "#!/bin/sh\n").unwrap();
-        let nothing = why_missed(&build, "7.3.4", || false, Loading::default);
+        let nothing = why_missed(Some(&build), "7.3.4", || Ok(false), Loading::default);
         assert!(nothing.contains("not built for kernel 7.3.4"), "{nothing}");
+        let added = why_missed(None, "7.3.4", || Ok(false), Loading::default);
+        assert!(
+            added.contains("make install") && !added.contains("dkms"),
+            "{added}"
+        );
         fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]
     fn a_module_is_missed_where_the_stock_driver_has_the_device() {
         let dir = std::env::temp_dir().join(format!("hv-vss-missed-{}", std::process::id()));
-        let (sources, bus) = (dir.join("src"), dir.join("bus"));
-        let folder = sources.join("hv_vss-0.1/kmod/dkms");
-        fs::create_dir_all(&folder).unwrap();
-        fs::write(folder.join("build"), "").unwrap();
+        let (root, bus) = (dir.join("root"), dir.join("bus"));
+        let package = root.join("usr/src/hv_vss-0.1/kmod/dkms");
+        fs::create_dir_all(&package).unwrap();
+        fs::write(package.join("build"), "").unwrap();
         let fifreeze = serde_json::json!({ "door": "fifreeze" });
-        let is_missed = |status| module_missed(status, &sources, &bus).is_some();
+        let is_missed = |status| module_missed(status, &root, &bus).is_some();
         fs::create_dir_all(bus.join("vss")).unwrap();
         assert!(!is_missed(None), "the host offers no device");
         fs::write(bus.join("vss/class_id"), VSS_CLASS).unwrap();
@@ -1039,6 +1184,14 @@ mod tests {
             assert_eq!(is_missed(Some(&fifreeze)), missed, "{driver}");
             fs::remove_file(link).unwrap();
         }
+        // By `make install`, for another kernel perhaps.
+        std::os::unix::fs::symlink("/bus/drivers/hv_utils", bus.join("vss/driver")).unwrap();
+        fs::remove_dir_all(root.join("usr")).unwrap();
+        let kernel = root.join("lib/modules/7.3.0-old");
+        fs::create_dir_all(kernel.join("updates")).unwrap();
+        assert!(!is_missed(None), "nobody has asked for it");
+        fs::write(kernel.join("updates/hv_vss.ko"), "").unwrap();
+        assert!(is_missed(None), "it is there for another kernel");
         fs::remove_dir_all(&dir).unwrap();
     }
 
@@ -1059,7 +1212,28 @@ mod tests {
             "0c2 I------ 1 perm 1f030000 0 0 asymmetri DKMS module signing key: 1f: X509.rsa [] ";
         for (loading, word) in [
             (none.clone(), "hv_vss_hand_over take"),
-            (strict.clone(), "that of DKMS module signing key: mokutil"),
+            (strict.clone(), "that of DKMS module signing key: mokutil --import with"),
+            (
+                Loading {
+                    of_dkms: Some(String::new()),
+                    ..strict.clone()
+                },
+                "that of DKMS module signing key: mokutil --import /var/lib/dkms/mok.pub",
+            ),
+            (
+                Loading {
+                    signer: String::new(),
+                    ..strict.clone()
+                },
+                "sign it with a key that the kernel knows",
+            ),
+            (
+                Loading {
+                    unknown: Some("modprobe cannot be started".into()),
+                    ..strict.clone()
+                },
+                "why is not known: modprobe",
+            ),
             (
                 Loading {
                     keys: known.into(),
@@ -1070,7 +1244,10 @@ mod tests {
             (
                 Loading {
                     signer: String::new(),
-                    of_dkms: of_dkms(Path::new("/usr/src/hv_vss-0.1.0/kmod/dkms/build"), "7.3"),
+                    of_dkms: Some(of_dkms(
+                        Path::new("/usr/src/hv_vss-0.1.0/kmod/dkms/build"),
+                        "7.3",
+                    )),
                     ..strict.clone()
                 },
                 "(dkms build --force hv_vss/0.1.0 -k 7.3 && dkms install --force hv_vss/0.1.0 -k 7.3)",
@@ -1100,6 +1277,37 @@ mod tests {
             let why = loading.why_not();
             assert!(why.contains(word), "{why}: {loading:?}");
         }
+    }
+
+    #[test]
+    fn what_keeps_the_unit_from_serving_after_the_next_boot_is_named() {
+        use std::os::unix::fs::symlink;
+        let dir = std::env::temp_dir().join(format!("hv-vss-boot-{}", std::process::id()));
+        let wanted = dir.join(WANTED);
+        fs::create_dir_all(&wanted).unwrap();
+        let says = |words: &str| {
+            let found = not_at_boot(&dir).unwrap();
+            assert_eq!(found.grade, Grade::Warning);
+            assert!(found.text.contains(words), "{}", found.text);
+        };
+        says("is not enabled");
+        let unit = dir.join("unit");
+        // A link that leads nowhere is none for systemd's condition either.
+        symlink(&unit, wanted.join(UNIT)).unwrap();
+        says("systemctl enable hv_vss");
+        fs::write(unit, "").unwrap();
+        assert_eq!(not_at_boot(&dir), None);
+        symlink("/dev/null", dir.join(UNIT)).unwrap();
+        says("systemctl unmask hv_vss");
+        fs::remove_dir_all(&dir).unwrap();
+        // It is how a daemon was started that tells whose that is.
+        let own = serde_json::json!({ "pid": std::process::id() });
+        assert_eq!(next_boot(&own), None);
+        // What is judged by is what theirs are told to stay away by.
+        let gives_way = include_str!("../give-way.conf");
+        let condition = format!("\nConditionPathExists=|!{UNITS}/{WANTED}/{UNIT}\n");
+        assert!(gives_way.contains(&condition));
+        assert!(gives_way.contains(&format!("=|{UNITS}/{UNIT}\n")));
     }
 
     #[test]
@@ -1375,6 +1583,7 @@ mod tests {
                         contract: hooks::Contract::Qemu,
                     },
                     process: None,
+                    thaws_since_s: None,
                     lacks,
                 }],
                 ..HookRecord::default()

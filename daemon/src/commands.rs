@@ -434,7 +434,8 @@ pub fn freeze_for(
         disks: Vec::new(),
     };
     let find = move |freezer: &mut Freezer, setting: &Setting| match with_hooks {
-        true => freezer.hooks(setting, &About::default()),
+        // What is not called is in the log.
+        true => Ok(freezer.hooks(setting, &About::default())?.0),
         false => Ok(None),
     };
     let (freezer, hooks) = unless_stopped(Freezer::new(), &setting, stop, find)?;
@@ -595,7 +596,7 @@ fn rehearse(
         setting.abort.store(true, Ordering::SeqCst);
     }
     let thawed = freezer.thaw(&mut frozen, setting, None);
-    frozen.tidy();
+    frozen.tidy().say(&setting.log);
     if let Some(why) = ended {
         return Err(CommandError::Ended(why));
     }

@@ -124,7 +124,7 @@ pub enum ThawError {
         /// Which.
         names: Vec<String>,
     },
-    /// Something that no freeze holds has written, and the configuration is strict.
+    /// Something that no freeze holds has written, or it is not known whether it has, and the configuration is strict.
     #[error("written to while all on it was frozen, and the configuration is strict: {}", .nodes.join(", "))]
     Written {
         /// To which disks.

@@ -40,6 +40,12 @@ pub struct Watched {
 }
 
 impl Watched {
+    /// Whether it is a disk of which this is a partition.
+    fn has_partition(&self, dev: DevId) -> bool {
+        let mut outside = self.instead.iter().filter(|it| it.dev == self.dev);
+        outside.any(|it| it.without.contains(&dev))
+    }
+
     /// Whether it counts what is written to something that is on these devices, all that there are down to
     /// the disks.
     pub fn counts(&self, below: &BTreeSet<DevId>) -> bool {
@@ -105,11 +111,12 @@ impl AtRest {
         let counted = counted.filter_map(|part| Some((part, part.below.as_ref()?)));
         for (part, below) in counted.filter(|(_, below)| it.counts(below)) {
             match part.devices.as_slice() {
-                [dev] if *dev != it.dev && *below == BTreeSet::from([*dev, it.dev]) => {
+                // It counts each write to both at once.
+                [dev] if it.has_partition(*dev) && *below == BTreeSet::from([*dev, it.dev]) => {
                     others.push(*dev);
                 }
                 // Of what is written to a stripe or a mirror it has a part or several copies, and of what is written
-                // to a volume all, at another time.
+                // to a volume all, at another time: before the volume counts a write, parts of it are done.
                 _ if it.instead.is_empty() => {
                     self.unwatched.insert(it, part.name.clone());
                     return;
@@ -512,5 +519,26 @@ mod tests {
         assert_eq!(found(&[partition, (&[], None)]), nothing);
         assert_eq!(found(&[(&["253:9"], None)]), whole(&[]));
         assert_eq!(found(&[partition, (&["253:9"], None)]), whole(&["8:2"]));
+    }
+
+    #[test]
+    fn a_volume_on_a_whole_disk_is_not_taken_off_what_the_disk_counts() {
+        let watched = |text: &str, name: &str, instead: &[Watched]| Watched {
+            dev: text.parse().unwrap(),
+            name: name.into(),
+            without: Vec::new(),
+            instead: instead.to_vec(),
+        };
+        let volumes = [watched("253:0", "dm-0", &[]), watched("253:1", "dm-1", &[])];
+        let [goes_on, other] = &volumes;
+        let disk = watched("8:0", "sda", &volumes);
+        let goes_on_there = GoesOn {
+            name: "it".into(),
+            devices: vec![goes_on.dev],
+            below: Some(BTreeSet::from([goes_on.dev, disk.dev])),
+        };
+        let at_rest = AtRest::of([disk], &[goes_on_there]);
+        assert_eq!(at_rest.watched, BTreeMap::from([(other.clone(), vec![])]));
+        assert!(at_rest.unwatched.into_keys().eq([goes_on.clone()]));
     }
 }

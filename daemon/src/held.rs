@@ -46,6 +46,11 @@ impl Held {
             is_over: Arc::default(),
         }
     }
+
+    /// Has the module thaw that, if it is held for this.
+    fn ask_to_thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        sys::let_go(self.hold.device.as_fd(), self.id, fd)
+    }
 }
 
 fn is_no_device(error: &io::Error) -> bool {
@@ -90,7 +95,7 @@ impl Door for Held {
         let device = self.hold.device.as_fd();
         match sys::hold(device, &freeze) {
             // A disk that has gone says the same. It is not held, so that this only asks.
-            Err(e) if is_no_device(&e) && is_gone(sys::let_go(device, fd)) => {
+            Err(e) if is_no_device(&e) && is_gone(self.ask_to_thaw(fd)) => {
                 // That is no fault of a file system: none is tried any more.
                 Err(io::Error::other("the device has gone away"))
             }
@@ -103,11 +108,11 @@ impl Door for Held {
     }
 
     fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        match sys::let_go(self.hold.device.as_fd(), fd) {
+        match self.ask_to_thaw(fd) {
             // Without its device the module holds nothing.
             Err(e) if is_no_device(&e) => Err(Errno::EINVAL.into()),
-            // It has let go by itself, and is at that.
-            Err(e) if is_busy(&e) => Err(Errno::EINVAL.into()),
+            // It has let go by itself, and is at that, or is done and holds it for another.
+            Err(e) if is_busy(&e) || is_stale(&e) => Err(Errno::EINVAL.into()),
             other => other,
         }
     }
@@ -126,12 +131,12 @@ impl Door for Held {
     }
 
     fn call_off(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        sys::let_go(self.hold.device.as_fd(), fd)
+        self.ask_to_thaw(fd)
     }
 
     fn is_stuck(&self, fd: BorrowedFd<'_>) -> bool {
         // It is not held, so that this only asks.
-        sys::let_go(self.hold.device.as_fd(), fd).is_err_and(|error| is_busy(&error))
+        self.ask_to_thaw(fd).is_err_and(|error| is_busy(&error))
     }
 
     /// It is held beside others, so there is nothing of theirs here.
@@ -160,7 +165,7 @@ impl Door for Held {
             // By then it might be another's.
             if !is_over.load(Ordering::SeqCst) {
                 // What it cannot thaw the module goes on with.
-                let _ = sys::let_all_go(hold.device.as_fd());
+                let _ = sys::let_all_go(hold.device.as_fd(), NOBODY);
             }
         };
         let builder = Builder::new().name("let go".into());

@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use nix::sys::statfs::statfs;
+use nix::unistd::{access, AccessFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::apart::Questions;
@@ -296,6 +298,16 @@ impl History {
         bytes.map(entries_in).map_err(self.failed("read"))
     }
 
+    /// Whether one more could be remembered now, as far as that shows without a try; apart, as before.
+    pub fn has_room_in_time(&self) -> Result<(), HistoryError> {
+        static ASKED: Questions<PathBuf> = Questions::new();
+        let path = self.0.clone();
+        let answer = ASKED.ask(self.0.clone(), &[], PATIENCE, move |_| {
+            may_be_written(&path)
+        });
+        answer.and_then(|it| it).map_err(self.failed("write"))
+    }
+
     /// Remembers one more, and forgets the older half when it has become too much. One that is remembered is so also
     /// where that cannot be, and returns why.
     pub fn add(&self, entry: &Entry) -> Result<Option<HistoryError>, HistoryError> {
@@ -389,6 +401,28 @@ impl Page {
             self.length += bytes.len() as u64;
         }
         Ok(())
+    }
+}
+
+/// Whether root could write to this file, which may not be there yet, nor the folders on the way to it.
+fn may_be_written(path: &Path) -> io::Result<()> {
+    /// More than a backup takes that has much to say.
+    const LEAST_BYTES: u64 = 64 << 10;
+    let there = path.ancestors().find(|it| it.exists());
+    let there = there.unwrap_or(Path::new("/"));
+    match (there == path, there.is_dir()) {
+        (true, true) => return Err(io::ErrorKind::IsADirectory.into()),
+        (false, false) => return Err(io::ErrorKind::NotADirectory.into()),
+        _ => {}
+    }
+    access(there, AccessFlags::W_OK)?;
+    let found = statfs(there)?;
+    let block = u64::try_from(found.block_size()).unwrap_or(1);
+    let left = found.blocks_available().saturating_mul(block);
+    // One that counts no blocks knows of no end.
+    match found.blocks() != 0 && left < LEAST_BYTES {
+        true => Err(io::ErrorKind::StorageFull.into()),
+        false => Ok(()),
     }
 }
 
@@ -572,6 +606,23 @@ pub(crate) mod tests {
         });
         draft.ended(Verdict::Broken, Some("the deadline passed".into()));
         draft.finish(hooks)
+    }
+
+    #[test]
+    fn where_nothing_can_be_written_that_is_told_without_a_try() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-may-{}", std::process::id()));
+        let kind = |path: &Path| may_be_written(path).map_err(|it| it.kind());
+        // The folders on the way are made when they are needed.
+        let path = dir.join("a/b/history.jsonl");
+        assert_eq!(kind(&path), Ok(()));
+        assert!(!dir.exists());
+        std::fs::create_dir_all(&path).unwrap();
+        assert_eq!(kind(&path), Err(io::ErrorKind::IsADirectory));
+        std::fs::remove_dir(&path).unwrap();
+        std::fs::write(&path, "").unwrap();
+        assert_eq!(kind(&path), Ok(()));
+        assert_eq!(kind(&path.join("below")), Err(io::ErrorKind::NotADirectory));
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

@@ -27,9 +27,10 @@ use crate::config::{leads_nowhere, HookRules};
 
 /// Our own folder.
 pub const FOLDER: &str = "/etc/hv_vss/hooks.d";
-/// What the dispatcher of the QEMU guest agent runs, and that dispatcher.
-const QEMU_FOLDER: &str = "/etc/qemu/fsfreeze-hook.d";
-const QEMU_HOOK: &str = "/etc/qemu/fsfreeze-hook";
+/// The dispatcher of the QEMU guest agent, as Debian and as Fedora have it. Beside it, with [`DISPATCHED`] at the end of
+/// its name, is the folder of what it runs.
+const QEMU_HOOKS: [&str; 2] = ["/etc/qemu/fsfreeze-hook", "/etc/qemu-ga/fsfreeze-hook"];
+const DISPATCHED: &str = ".d";
 /// Where open-vm-tools has its.
 const OPEN_VM_TOOLS_FOLDER: &str = "/etc/vmware-tools/backupScripts.d";
 
@@ -284,53 +285,116 @@ pub struct Found {
     pub fault: Option<String>,
 }
 
-/// The hooks to be called, in their order: that of their names, folder after folder.
+/// What rules ask for.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// The hooks to be called, in their order: that of their names, folder after folder.
+    pub hooks: Vec<Found>,
+    /// What of it is not called, in words: nothing is there, or it is not fit to be one.
+    pub not_called: Vec<String>,
+}
+
+/// What these rules ask for.
 ///
-/// What cannot be looked at, such as a link that leads nowhere, is one of them: its fault says what is wrong.
-pub fn find(rules: &HookRules) -> Result<Vec<Found>, HookError> {
-    let mut hooks = in_folder(Path::new(FOLDER), Contract::Qemu)?;
+/// What cannot be looked at, such as a link that leads nowhere, is a hook to be called: its fault says what is wrong.
+pub fn find(rules: &HookRules) -> Result<Asked, HookError> {
+    find_below(Path::new("/"), rules)
+}
+
+/// The same where `root` is the root folder.
+fn find_below(root: &Path, rules: &HookRules) -> Result<Asked, HookError> {
+    let mut seen = in_folder(&below(root, FOLDER), Contract::Qemu)?;
     if rules.qemu == Some(true) {
-        let mut theirs = in_folder(Path::new(QEMU_FOLDER), Contract::Qemu)?;
-        if theirs.is_empty() {
-            theirs.extend(judge(QEMU_HOOK.into(), Contract::Qemu));
-        }
-        hooks.extend(theirs);
+        seen.append(of_qemu(root)?);
     }
     if rules.open_vm_tools == Some(true) {
-        let folder = Path::new(OPEN_VM_TOOLS_FOLDER);
-        hooks.extend(in_folder(folder, Contract::OpenVmTools)?);
+        let folder = below(root, OPEN_VM_TOOLS_FOLDER);
+        let mut theirs = in_folder(&folder, Contract::OpenVmTools)?;
+        if theirs.is_nothing() {
+            theirs.not_called.push(format!(
+                "hooks.open_vm_tools is set, and there is no hook in {}",
+                folder.display()
+            ));
+        }
+        seen.append(theirs);
     }
-    let found = hooks.into_iter().map(|(hook, fault)| Found {
+    let found = seen.hooks.into_iter().map(|(hook, fault)| Found {
         required: !rules.is_optional(&hook),
         fault,
         hook,
     });
-    Ok(found.collect())
+    Ok(Asked {
+        hooks: found.collect(),
+        not_called: seen.not_called,
+    })
 }
 
-/// The other contracts that these rules ask for and that none of these hooks has, in words.
-pub fn unused(rules: &HookRules, found: &[Found]) -> Vec<String> {
-    let is_there = |place: &str| found.iter().any(|it| it.hook.path.starts_with(place));
-    let mut unused = Vec::new();
-    if rules.qemu == Some(true) && !is_there(QEMU_FOLDER) && !is_there(QEMU_HOOK) {
-        unused.push(format!(
-            "hooks.qemu is set, and there is no hook in {QEMU_FOLDER}, nor {QEMU_HOOK}"
-        ));
+/// An absolute path where `root` is the root folder.
+fn below(root: &Path, path: &str) -> PathBuf {
+    root.join(path.trim_start_matches('/'))
+}
+
+/// The dispatchers of the QEMU guest agent, and the folder of each.
+fn qemu_places(root: &Path) -> impl Iterator<Item = (PathBuf, PathBuf)> + '_ {
+    let place = |hook: &str| {
+        (
+            below(root, hook),
+            below(root, &format!("{hook}{DISPATCHED}")),
+        )
+    };
+    QEMU_HOOKS.into_iter().map(place)
+}
+
+/// The hooks of the QEMU guest agent.
+fn of_qemu(root: &Path) -> Result<Seen, HookError> {
+    let mut all = Seen::default();
+    let mut has_some = false;
+    for (hook, folder) in qemu_places(root) {
+        let mut theirs = in_folder(&folder, Contract::Qemu)?;
+        has_some |= !theirs.is_nothing();
+        if theirs.hooks.is_empty() {
+            let itself = judge(hook.clone(), Contract::Qemu);
+            has_some |= !itself.is_nothing() && !is_dispatcher_in_time(&hook);
+            theirs.append(itself);
+        } else if is_no_dispatcher(&hook) {
+            theirs.not_called.push(format!(
+                "{} is passed over: those in its folder are called instead",
+                hook.display()
+            ));
+        }
+        // One place may be a link to the other, or what is in it.
+        theirs.hooks.retain(|(its, _)| {
+            let is_same = |other: &Judged| is_one_file(&other.0.path, &its.path);
+            !all.hooks.iter().any(is_same)
+        });
+        all.append(theirs);
     }
-    if rules.open_vm_tools == Some(true) && !is_there(OPEN_VM_TOOLS_FOLDER) {
-        unused.push(format!(
-            "hooks.open_vm_tools is set, and there is no hook in {OPEN_VM_TOOLS_FOLDER}"
-        ));
+    // A dispatcher with nothing to call is called, and calls nothing.
+    if !has_some {
+        let places = qemu_places(root).map(|(hook, folder)| {
+            format!("in {}, nor is {} one", folder.display(), hook.display())
+        });
+        let places: Vec<String> = places.collect();
+        let text = format!(
+            "hooks.qemu is set, and there is no hook {}",
+            places.join(", nor ")
+        );
+        all.not_called.push(text);
     }
-    unused
+    Ok(all)
 }
 
 /// What lies ready for the other contracts where these rules do not say whether it is called, in words: somebody may
 /// take it to be.
 pub fn ready(rules: &HookRules) -> Vec<String> {
-    let (folder, hook) = (Path::new(QEMU_FOLDER), Path::new(QEMU_HOOK));
-    let of_qemu = ready_for_qemu(folder, hook).filter(|_| rules.qemu.is_none());
-    let of_vmware = ready_in(Path::new(OPEN_VM_TOOLS_FOLDER));
+    ready_below(Path::new("/"), rules)
+}
+
+fn ready_below(root: &Path, rules: &HookRules) -> Vec<String> {
+    let mut places = qemu_places(root);
+    let of_qemu = places.find_map(|(hook, folder)| ready_for_qemu(&folder, &hook));
+    let of_qemu = of_qemu.filter(|_| rules.qemu.is_none());
+    let of_vmware = ready_in(&below(root, OPEN_VM_TOOLS_FOLDER));
     let of_vmware = of_vmware.filter(|_| rules.open_vm_tools.is_none());
     let words = |(what, option)| Some(format!("{} not called: {option} is not set", what?));
     let both = [(of_qemu, "hooks.qemu"), (of_vmware, "hooks.open_vm_tools")];
@@ -344,19 +408,8 @@ fn ready_for_qemu(folder: &Path, hook: &Path) -> Option<String> {
 
 fn ready_in(folder: &Path) -> Option<String> {
     // Both contracts have the same programs.
-    let has_some = in_folder(folder, Contract::Qemu).is_ok_and(|it| !it.is_empty());
+    let has_some = in_folder(folder, Contract::Qemu).is_ok_and(|it| !it.hooks.is_empty());
     has_some.then(|| format!("the hooks in {} are", folder.display()))
-}
-
-/// The hook of the QEMU guest agent, where it is passed over for those in its folder, and is not what calls
-/// these.
-pub fn passed_over(found: &[Found]) -> Option<&'static Path> {
-    let is_in_folder = |it: &Found| it.hook.path.starts_with(QEMU_FOLDER);
-    let path = Path::new(QEMU_HOOK);
-    if !found.iter().any(is_in_folder) {
-        return None;
-    }
-    is_no_dispatcher(path).then_some(path)
 }
 
 /// Whether it is a program, and not one that calls what is in a folder.
@@ -366,6 +419,11 @@ fn is_no_dispatcher(path: &Path) -> bool {
     ask(path, look).unwrap_or(false)
 }
 
+fn is_dispatcher_in_time(path: &Path) -> bool {
+    let at = path.to_owned();
+    ask(path, move || is_dispatcher(&at)).unwrap_or(false)
+}
+
 /// Whether it calls what is in a folder, as that of the QEMU guest agent does.
 fn is_dispatcher(path: &Path) -> bool {
     let text = std::fs::read(path).unwrap_or_default();
@@ -373,43 +431,75 @@ fn is_dispatcher(path: &Path) -> bool {
     text.windows(folder.len()).any(|part| part == folder)
 }
 
-/// Files in the places of hooks that are not called, since they are not executable.
-pub fn not_executable(rules: &HookRules) -> Result<Vec<PathBuf>, HookError> {
-    let mut paths = candidates(Path::new(FOLDER))?;
-    if rules.qemu == Some(true) {
-        paths.extend(candidates(Path::new(QEMU_FOLDER))?);
-        paths.push(QEMU_HOOK.into());
-    }
-    if rules.open_vm_tools == Some(true) {
-        paths.extend(candidates(Path::new(OPEN_VM_TOOLS_FOLDER))?);
-    }
-    let is_file = |path: &Path| std::fs::metadata(path).is_ok_and(|it| it.is_file());
-    paths.retain(|path| {
-        let at = path.clone();
-        let looked = ask(path, move || is_file(&at) && !is_program(&at));
-        looked.unwrap_or(false)
-    });
-    Ok(paths)
+/// Whether both paths lead to one file; not if that cannot be told.
+fn is_one_file(one: &Path, other: &Path) -> bool {
+    let file_at = |path: &Path| {
+        let at = path.to_owned();
+        let looked = ask(path, move || std::fs::metadata(at)).and_then(|it| it);
+        looked.map(|it| (it.dev(), it.ino())).ok()
+    };
+    let both = file_at(one).zip(file_at(other));
+    both.is_some_and(|(one, other)| one == other)
 }
 
 /// A hook and why it must not be run, if so.
 type Judged = (Hook, Option<String>);
 
-fn in_folder(folder: &Path, contract: Contract) -> Result<Vec<Judged>, HookError> {
-    let paths = candidates(folder)?.into_iter();
-    Ok(paths.filter_map(|it| judge(it, contract)).collect())
+/// What was seen in a place of hooks.
+#[derive(Debug, Default)]
+struct Seen {
+    hooks: Vec<Judged>,
+    not_called: Vec<String>,
 }
 
-/// `None` if it is not to be called.
-fn judge(path: PathBuf, contract: Contract) -> Option<Judged> {
+impl Seen {
+    fn is_nothing(&self) -> bool {
+        self.hooks.is_empty() && self.not_called.is_empty()
+    }
+
+    fn append(&mut self, mut other: Seen) {
+        self.hooks.append(&mut other.hooks);
+        self.not_called.append(&mut other.not_called);
+    }
+}
+
+fn in_folder(folder: &Path, contract: Contract) -> Result<Seen, HookError> {
+    let mut all = Seen::default();
+    for path in candidates(folder)? {
+        all.append(judge(path, contract));
+    }
+    Ok(all)
+}
+
+/// What is at `path`: a hook, nothing that anybody means to be one, or a file that is not executable, and whoever put it
+/// there may have meant it to be called.
+fn judge(path: PathBuf, contract: Contract) -> Seen {
     let hook = Hook { path, contract };
     let its = hook.clone();
-    let look = move || is_program(&its.path).then(|| its.fault()).transpose();
-    let fault = match ask(&hook.path, look).and_then(|it| it) {
-        Ok(fault) => fault?,
-        Err(error) => Some(hook.silent(&error)),
+    let look = move || -> io::Result<Option<Option<String>>> {
+        match is_program(&its.path) {
+            true => Ok(Some(its.fault()?)),
+            false => Ok(None),
+        }
     };
-    Some((hook, fault))
+    let is_file = |path: &Path| std::fs::metadata(path).is_ok_and(|it| it.is_file());
+    let mut seen = Seen::default();
+    match ask(&hook.path, look).and_then(|it| it) {
+        Ok(Some(fault)) => seen.hooks.push((hook, fault)),
+        Ok(None) => {
+            let at = hook.path.clone();
+            if ask(&hook.path, move || is_file(&at)).unwrap_or(false) {
+                let path = hook.path.display();
+                let text = format!("{path} is not called: it is not executable");
+                seen.not_called.push(text);
+            }
+        }
+        Err(error) => {
+            let fault = hook.silent(&error);
+            seen.hooks.push((hook, Some(fault)));
+        }
+    }
+    seen
 }
 
 /// What `look` finds at `path`, in time. What is no link lies beside the configuration, and nobody is woken
@@ -523,7 +613,7 @@ mod tests {
     }
 
     fn found_in(folder: &Path) -> Result<Vec<Judged>, HookError> {
-        in_folder(folder, Contract::Qemu)
+        Ok(in_folder(folder, Contract::Qemu)?.hooks)
     }
 
     #[test]
@@ -575,36 +665,78 @@ mod tests {
     }
 
     #[test]
-    fn what_is_asked_for_and_not_there_is_named_and_a_dispatcher_is_told_from_a_hook() {
-        let rules = |qemu, open_vm_tools| {
+    fn what_is_asked_for_and_not_called_is_named_and_each_of_the_agents_places_is_one() {
+        let scratch = Scratch::new("hooks-asked");
+        for folder in ["hv_vss/hooks.d", "qemu/fsfreeze-hook.d", "qemu-ga"] {
+            std::fs::create_dir_all(scratch.0.join("etc").join(folder)).unwrap();
+        }
+        let asked = |qemu, open_vm_tools| {
             let mut rules = HookRules::default();
             (rules.qemu, rules.open_vm_tools) = (Some(qemu), Some(open_vm_tools));
-            rules
+            let Asked { hooks, not_called } = find_below(&scratch.0, &rules).unwrap();
+            let etc = scratch.0.join("etc");
+            let name = |it: Found| {
+                let path = it.hook.path.strip_prefix(&etc).map(Path::to_owned);
+                path.unwrap().display().to_string()
+            };
+            let names: Vec<String> = hooks.into_iter().map(name).collect();
+            (names.join(" "), not_called)
         };
-        let found = |path: String| Found {
-            hook: Hook {
-                path: path.into(),
-                contract: Contract::Qemu,
-            },
-            required: true,
-            fault: None,
+        let of_agent = |not_called: &str| {
+            let (names, all) = asked(true, false);
+            let says = |it: &String| it.contains(not_called);
+            let one = all.len() == 1 && all.iter().all(says);
+            let none = all.is_empty() && not_called.is_empty();
+            assert!(one || none, "{not_called:?}: {all:?}");
+            names
         };
-        assert_eq!(unused(&rules(false, false), &[]), Vec::<String>::new());
-        assert_eq!(unused(&rules(true, true), &[]).len(), 2);
-        let ours = found(format!("{FOLDER}/10-a"));
-        let dispatched = found(format!("{QEMU_FOLDER}/10-a"));
-        assert_eq!(unused(&rules(true, false), &[ours]).len(), 1);
-        assert_eq!(unused(&rules(true, true), &[dispatched]).len(), 1);
-        assert_eq!(
-            unused(&rules(true, false), &[found(QEMU_HOOK.into())]).len(),
-            0
-        );
-        let scratch = Scratch::new("hooks-dispatcher");
-        let path = scratch.file("fsfreeze-hook", 0o755);
-        assert!(!is_dispatcher(&path));
+        let executable = |name: &str, mode| {
+            scratch.file(&format!("etc/{name}"), mode);
+        };
+        assert_eq!(asked(false, false), (String::new(), Vec::new()));
+        let (names, not_called) = asked(true, true);
+        assert_eq!((names.as_str(), not_called.len()), ("", 2));
+        assert_eq!(of_agent("hooks.qemu is set"), "");
+        // A dispatcher alone is called, and calls nothing.
+        executable("qemu/fsfreeze-hook", 0o755);
+        let hook = scratch.0.join("etc/qemu/fsfreeze-hook");
+        assert_eq!(of_agent(""), "qemu/fsfreeze-hook");
         let text = "#!/bin/sh\nFSFREEZE_D=$(dirname -- \"$0\")/fsfreeze-hook.d\n";
-        std::fs::write(&path, text).unwrap();
-        assert!(is_dispatcher(&path));
+        std::fs::write(&hook, text).unwrap();
+        assert_eq!(of_agent("hooks.qemu is set"), "qemu/fsfreeze-hook");
+        executable("qemu/fsfreeze-hook.d/10-a", 0o644);
+        let names = of_agent("10-a is not called: it is not executable");
+        assert_eq!(names, "qemu/fsfreeze-hook");
+        executable("qemu/fsfreeze-hook.d/10-a", 0o755);
+        assert_eq!(of_agent(""), "qemu/fsfreeze-hook.d/10-a");
+        std::fs::write(&hook, "#!/bin/sh\n").unwrap();
+        assert_eq!(of_agent("is passed over"), "qemu/fsfreeze-hook.d/10-a");
+        std::fs::remove_file(&hook).unwrap();
+        // Either place has hooks, and what is in both by a link is called once.
+        symlink(
+            "../qemu/fsfreeze-hook.d",
+            scratch.0.join("etc/qemu-ga/fsfreeze-hook.d"),
+        )
+        .unwrap();
+        assert_eq!(of_agent(""), "qemu/fsfreeze-hook.d/10-a");
+        std::fs::remove_dir_all(scratch.0.join("etc/qemu")).unwrap();
+        std::fs::remove_file(scratch.0.join("etc/qemu-ga/fsfreeze-hook.d")).unwrap();
+        executable("qemu-ga/fsfreeze-hook", 0o755);
+        assert_eq!(of_agent(""), "qemu-ga/fsfreeze-hook");
+        std::fs::create_dir(scratch.0.join("etc/qemu-ga/fsfreeze-hook.d")).unwrap();
+        executable("qemu-ga/fsfreeze-hook.d/10-a", 0o755);
+        let names = of_agent("is passed over");
+        assert_eq!(names, "qemu-ga/fsfreeze-hook.d/10-a");
+        // Our own folder needs no rule, and nobody has asked for one to be there.
+        executable("hv_vss/hooks.d/20-b", 0o644);
+        let (names, not_called) = asked(false, false);
+        let says = not_called
+            .iter()
+            .all(|it| it.contains("20-b is not called"));
+        assert!(
+            names.is_empty() && not_called.len() == 1 && says,
+            "{not_called:?}"
+        );
     }
 
     #[test]
@@ -629,6 +761,11 @@ mod tests {
         let mut rules = HookRules::default();
         (rules.qemu, rules.open_vm_tools) = (Some(false), Some(true));
         assert_eq!(ready(&rules), Vec::<String>::new());
+        let rules = HookRules::default();
+        let root = scratch.0.join("root");
+        std::fs::create_dir_all(root.join("etc/qemu-ga/fsfreeze-hook.d")).unwrap();
+        scratch.file("root/etc/qemu-ga/fsfreeze-hook.d/10-a", 0o755);
+        assert_eq!(ready_below(&root, &rules).len(), 1);
     }
 
     #[test]

@@ -18,6 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
+use nix::unistd::{gettid, Pid};
+
 use crate::answers;
 use crate::apart::Apart;
 use crate::backup::Begun;
@@ -33,7 +35,7 @@ use crate::freeze::{
     ThawError,
 };
 use crate::ground::{self, GoesOn};
-use crate::hooks::{self, Found, HookError};
+use crate::hooks::{self, Asked, Found, HookError};
 use crate::logbook::{Held, Logbook, Sink};
 use crate::machine::LookError;
 use crate::mounts::{has_means_to_freeze, DevId};
@@ -79,6 +81,12 @@ pub enum JobError {
     /// Which hooks there are is not known.
     #[error(transparent)]
     Hooks(#[from] HookError),
+    /// A hook that is asked for is not called, and it is to be strict.
+    #[error("{} (strict)", .not_called.join("; "))]
+    NotCalled {
+        /// Which, in words.
+        not_called: Vec<String>,
+    },
     /// What the hooks are to be told could not be had.
     #[error(transparent)]
     Look(#[from] LookError),
@@ -207,6 +215,9 @@ impl Shown {
     }
 }
 
+/// Hooks and what they are told, and warnings of those that are not called.
+pub type ToCall = (Option<(Vec<Found>, Context)>, Vec<String>);
+
 /// Whoever freezes, with all that is known, or open, or running, before it is needed.
 pub struct Freezer {
     cache: Cache,
@@ -260,12 +271,9 @@ impl Freezer {
         self.leavings.thaw(run, log);
     }
 
-    /// The hooks that are to be called first, and what they are told; `None` when there are none.
-    pub fn hooks(
-        &mut self,
-        setting: &Setting,
-        about: &About,
-    ) -> Result<Option<(Vec<Found>, Context)>, JobError> {
+    /// The hooks that are to be called first, and what they are told; `None` when there are none. Beside that the
+    /// warnings of those that are asked for and not called.
+    pub fn hooks(&mut self, setting: &Setting, about: &About) -> Result<ToCall, JobError> {
         let Setting {
             config,
             progress,
@@ -273,11 +281,19 @@ impl Freezer {
             ..
         } = setting;
         if about.without_hooks {
-            return Ok(None);
+            return Ok((None, Vec::new()));
         }
-        let found = hooks::find(&config.hooks)?;
-        if found.is_empty() {
-            return Ok(None);
+        let Asked { hooks, not_called } = hooks::find(&config.hooks)?;
+        if config.strict && !not_called.is_empty() {
+            return Err(JobError::NotCalled { not_called });
+        }
+        let mut warnings = Warnings::new(&setting.log);
+        for text in not_called {
+            warnings.add(text);
+        }
+        let warnings = warnings.all;
+        if hooks.is_empty() {
+            return Ok((None, warnings));
         }
         self.go_by(config);
         let planned = self.cache.planned(config, disks)?;
@@ -289,8 +305,8 @@ impl Freezer {
             ..
         } = about;
         let context = Context::new(*request, *backup_type, &planned.disks, &planned.paths);
-        progress.enter(Stage::Hooks, found.len());
-        Ok(Some((found, context)))
+        progress.enter(Stage::Hooks, hooks.len());
+        Ok((Some((hooks, context)), warnings))
     }
 
     /// From here on this is the configuration.
@@ -410,14 +426,8 @@ impl Freezer {
             },
         };
         let is_watched = door.watched_every().is_some();
-        let mut counted = at_rest.counted();
-        counted.extend(devices.iter().filter(|_| is_watched));
-        let not_counting = writes::not_counting(counted);
-        let at_rest = at_rest.but(&not_counting);
-        if let Some(why) = at_rest.unwatched() {
-            log.info(why);
-        }
-        let perhaps = at_rest.perhaps;
+        let perhaps = at_rest.perhaps.clone();
+        let mut counters = Counters::new(at_rest.clone());
         let mut at_rest = AtRest::new(at_rest.watched);
         for it in &disks {
             log.info(format!("in the backup: {it}"));
@@ -429,7 +439,7 @@ impl Freezer {
             log.warning(it.to_string());
         }
         let targets: Vec<Target> = match is_watched {
-            true => look_out_for_writes(targets, &not_counting, log),
+            true => look_out_for_writes(targets, &mut counters, log),
             false => targets.into_iter().map(target).collect(),
         };
         let means = Means {
@@ -532,6 +542,7 @@ impl Freezer {
             summary,
             then,
             at_rest,
+            counters,
             perhaps,
             layers,
             devices,
@@ -550,7 +561,7 @@ impl Freezer {
         setting: &Setting,
         by: Option<Instant>,
     ) -> Result<(), ThawError> {
-        let mut nodes = frozen.at_rest.written();
+        let mut written = frozen.at_rest.written();
         let begun_since = |layers: &Layers| layers.begun_below(&frozen.devices, &frozen.moving);
         let mut begun = begun_since(&frozen.layers);
         let thawed = frozen.session.thaw_by(by);
@@ -560,7 +571,7 @@ impl Freezer {
         self.show_given_up();
         if thawed.is_err() || setting.abort.load(Ordering::SeqCst) {
             // It was not frozen all the time, so it may have been any writer.
-            nodes.clear();
+            written.clear();
             self.learnt.ask_all();
         }
         // Only now, since writers wait no longer: what has come in the last moment is named as well.
@@ -587,7 +598,15 @@ impl Freezer {
         }
         // What has begun may be on a device that was not there before.
         begun.extend(begun_since(self.cache.layers()));
-        for node in &nodes {
+        for it in &written {
+            let node = &it.node;
+            if !it.is_certain {
+                warnings.add(format!(
+                    "whether anything was written to {node} past what is known to go on there is not known: that did not \
+                     stand still for a look"
+                ));
+                continue;
+            }
             let perhaps = frozen.perhaps.as_ref();
             let perhaps = perhaps.map(|it| format!(", or perhaps by {it}, which is not frozen"));
             warnings.add(format!(
@@ -598,11 +617,14 @@ impl Freezer {
         }
         warnings.of_moving(&begun);
         frozen.warnings.append(&mut warnings.all);
-        match (names.is_empty(), nodes.is_empty(), begun.is_empty()) {
+        match (names.is_empty(), written.is_empty(), begun.is_empty()) {
             _ if !setting.config.strict => thawed,
             (true, true, true) => thawed,
             (false, _, _) => thawed.and(Err(ThawError::Late { names })),
-            (true, false, _) => thawed.and(Err(ThawError::Written { nodes })),
+            (true, false, _) => {
+                let nodes = written.iter().map(ToString::to_string).collect();
+                thawed.and(Err(ThawError::Written { nodes }))
+            }
             (true, true, false) => {
                 let layers = begun.into_iter().collect();
                 thawed.and(Err(ThawError::Moving { layers }))
@@ -757,26 +779,52 @@ fn target(opened: Opened) -> Target {
     }
 }
 
+/// By whose counters it would be told that something was written while all is frozen. One that is off tells nothing, and
+/// whether one is must be asked of its device: that is said when the host has all its answers.
+pub struct Counters {
+    at_rest: ground::AtRest,
+    /// By name, each with its devices, what others might thaw.
+    thawed: Vec<(String, Vec<DevId>)>,
+}
+
+impl Counters {
+    fn new(at_rest: ground::AtRest) -> Self {
+        let thawed = Vec::new();
+        Counters { at_rest, thawed }
+    }
+
+    /// Says which are off.
+    pub fn say(self, log: &Logbook) {
+        let mut counted = self.at_rest.counted();
+        counted.extend(self.thawed.iter().flat_map(|(_, devices)| devices));
+        let not_counting = writes::not_counting(counted);
+        if let Some(why) = self.at_rest.but(&not_counting).unwatched() {
+            log.info(why);
+        }
+        let blind = self.thawed.iter().filter_map(|(name, devices)| {
+            let why = why_untold(devices, &not_counting)?;
+            Some(format!("{name} ({why})"))
+        });
+        let blind: Vec<String> = blind.collect();
+        if !blind.is_empty() {
+            let names = blind.join(", ");
+            log.info(format!(
+                "if others thaw one of these for a moment and freeze it again, that is not seen: {names}"
+            ));
+        }
+    }
+}
+
 /// Where others can thaw, what is written tells of it, unless the kernel itself writes there, or nothing is counted.
 fn look_out_for_writes(
     targets: Vec<Opened>,
-    not_counting: &BTreeSet<DevId>,
+    counters: &mut Counters,
     log: &Logbook,
 ) -> Vec<Target> {
     let swap_files = SwapFiles::find();
-    let blind: Vec<String> = targets
-        .iter()
-        .filter_map(|it| {
-            let why = why_untold(&it.devices, not_counting)?;
-            Some(format!("{} ({why})", it.name))
-        })
-        .collect();
-    if !blind.is_empty() {
-        let names = blind.join(", ");
-        log.info(format!(
-            "if others thaw one of these for a moment and freeze it again, that is not seen: {names}"
-        ));
-    }
+    let each = targets.iter();
+    let thawed = each.map(|it| (it.name.clone(), it.devices.clone()));
+    counters.thawed = thawed.collect();
     if swap_files.is_one_lost() {
         log.info(
             "a file that is swapped to cannot be found, and may be in any file system: if others thaw one for a \
@@ -836,6 +884,8 @@ pub struct Frozen {
     then: Scene,
     /// Disks that should not be written to meanwhile.
     at_rest: AtRest,
+    /// Of which counters it is to be said if they are off.
+    counters: Counters,
     /// One that goes on and may be on any disk.
     perhaps: Option<String>,
     /// What may move data from disk to disk below it, the devices that it is on, and what did so before.
@@ -896,9 +946,10 @@ impl Frozen {
     }
 
     /// Gives up what is needed only as long as anything is frozen. It takes a while, which nobody need
-    /// wait for.
-    pub fn tidy(self) {
+    /// wait for, and longer what could not have been seen meanwhile: that can be [said](Counters::say) then.
+    pub fn tidy(self) -> Counters {
         self.session.disarm();
+        self.counters
     }
 }
 
@@ -948,6 +999,9 @@ pub enum Outcome {
 /// The thread on which backups happen, one after the other. It lives as long as the process: a thread
 /// takes longer to start than a clean file system to freeze.
 pub struct Worker {
+    thread: Pid,
+    /// Whether that looks over the plan for the next one, by turns with all others.
+    is_at_a_plan: Arc<AtomicBool>,
     orders: Sender<Order>,
     /// To a thread of its own: a disk may hang, or be frozen by somebody else for as long as they like, and
     /// no backup waits for that.
@@ -1006,18 +1060,31 @@ impl Worker {
     /// Starts it.
     pub fn start() -> io::Result<Self> {
         let (sender, orders) = channel();
+        let (begin, begun) = channel();
+        let is_at_a_plan = Arc::new(AtomicBool::new(false));
+        let its_plan = Arc::clone(&is_at_a_plan);
         let shown = Shown::default();
         let its = shown.clone();
         let body = move || {
             let mut freezer = Freezer::new();
             freezer.shown = its;
-            while let Ok(order) = orders.recv() {
+            let _ = begin.send(gettid());
+            let at_a_plan = its_plan;
+            let mut next: Option<Order> = None;
+            while let Some(order) = next.take().or_else(|| orders.recv().ok()) {
                 match order {
                     Order::Prepare(config, log) => {
                         // Nobody waits for that. In a backup the host does, and then others for what is
                         // frozen: this thread goes first there, with those that it starts, where it may.
                         let _ = process::go_along();
-                        freezer.look_over(&config, &log);
+                        // In this order: whoever sends one that is not seen here sees this.
+                        at_a_plan.store(true, Ordering::SeqCst);
+                        next = orders.try_recv().ok();
+                        // A backup looks over what it needs, and has it done again.
+                        if !matches!(next, Some(Order::Backup(_))) {
+                            freezer.look_over(&config, &log);
+                        }
+                        at_a_plan.store(false, Ordering::SeqCst);
                         let _ = process::go_first();
                     }
                     Order::Undo(run, log, then) => {
@@ -1031,6 +1098,7 @@ impl Worker {
         };
         let builder = Builder::new().name("backup".into()).stack_size(STACK_BYTES);
         builder.spawn(body)?;
+        let thread = begun.recv().map_err(io::Error::other)?;
         let orders = sender.clone();
         let look = move |look: Look| {
             // Without a worker nobody is left to tell.
@@ -1038,6 +1106,8 @@ impl Worker {
         };
         let later = Self::line("later", true, look)?;
         Ok(Worker {
+            thread,
+            is_at_a_plan,
             orders: sender,
             later,
             aside: None,
@@ -1134,6 +1204,9 @@ impl Worker {
             tell: Box::new(tell),
         };
         self.orders.send(Order::Backup(Box::new(backup))).ok()?;
+        if self.is_at_a_plan.load(Ordering::SeqCst) {
+            process::have_go_first(self.thread, true);
+        }
         Some(Job {
             setting,
             speaker,
@@ -1148,32 +1221,43 @@ impl Backup {
         // What is frozen would hold up hooks.
         freezer.undo(&self.setting.run, &self.setting.log);
         let quiesced = self.quiesce(freezer);
-        match quiesced.and_then(|()| freezer.freeze(&self.setting)) {
-            Err(error) => (self.tell)(Outcome::Frozen(Err(error))),
-            Ok(mut frozen) => {
+        let frozen = quiesced.and_then(|warnings| Ok((freezer.freeze(&self.setting)?, warnings)));
+        let counters = match frozen {
+            Err(error) => {
+                (self.tell)(Outcome::Frozen(Err(error)));
+                None
+            }
+            Ok((mut frozen, warnings)) => {
+                frozen.warnings.extend(warnings);
                 (self.tell)(Outcome::Frozen(Ok(frozen.begun())));
                 let by = self.wait(&frozen, freezer);
                 let result = freezer.thaw(&mut frozen, &self.setting, by);
                 (self.tell)(Outcome::Thawed(result, frozen.account()));
-                frozen.tidy();
+                Some(frozen.tidy())
             }
-        }
+        };
         let Backup { setting, over, .. } = self;
+        let log = setting.log.clone();
         // The door is closed before anybody hears that it is over.
         drop(setting);
         drop(over);
+        if let Some(counters) = counters {
+            counters.say(&log);
+        }
     }
 
-    /// Has the hooks called, if there are any, and waits until they are ready.
-    fn quiesce(&self, freezer: &mut Freezer) -> Result<(), JobError> {
-        let Some((found, context)) = freezer.hooks(&self.setting, &self.about)? else {
-            return Ok(());
+    /// Has the hooks called, if there are any, and waits until they are ready. Returns the warnings of those that are
+    /// not called.
+    fn quiesce(&self, freezer: &mut Freezer) -> Result<Vec<String>, JobError> {
+        let (to_call, warnings) = freezer.hooks(&self.setting, &self.about)?;
+        let Some((found, context)) = to_call else {
+            return Ok(warnings);
         };
         (self.tell)(Outcome::Hooks(found, context));
         match self.words.recv() {
             Ok(Word::GoOn) => {
                 self.setting.progress.enter(Stage::Looking, 0);
-                Ok(())
+                Ok(warnings)
             }
             _ => Err(JobError::CalledOff),
         }

@@ -145,6 +145,7 @@ fn main() -> ExitCode {
         }
         Some(children::SUBCOMMAND) => children::become_other(args).into(),
         Some(check::SUBCOMMAND) => exit_with(done(has_device())),
+        Some(check::CAN_START) => exit_with(can_start()),
         _ => exit_with(dispatch()),
     }
 }
@@ -401,6 +402,18 @@ fn read_again(old: Config, path: Option<&Path>, log: &Logbook) -> Config {
 fn has_device() -> Result<(), Failure> {
     let why = check::why_no_device_in_time(Path::new(DEVICE));
     why.map_or(Ok(()), |why| Err(why.into()))
+}
+
+/// For an upgrade: whether this program would start in the place of the one that serves, with the configuration of that,
+/// or else what is wrong.
+fn can_start() -> Result<ExitCode, Failure> {
+    match commands::config(None, &RunDir::default()) {
+        Ok(_) => Ok(ExitCode::SUCCESS),
+        Err(error) => {
+            complain(&error.into());
+            Ok(ExitCode::from(NOT_CONFIGURED))
+        }
+    }
 }
 
 /// `what` is what takes root, in words.

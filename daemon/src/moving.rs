@@ -4,10 +4,11 @@
 //! holds it back. A copy of one disk from before and of another from after does not fit together then, if
 //! the host does not take both at the same moment.
 //!
-//! md says what it is at (`sync_action`, `Documentation/admin-guide/md.rst`), bcache whether it has
-//! something to write back (`state`, `Documentation/admin-guide/bcache.rst`), and LVM calls the volume by
-//! which it moves extents `pvmove` and a number. Of its caches and RAID only the device mapper tells, which is
-//! asked for the status of each target (`Documentation/admin-guide/device-mapper`).
+//! md says what it is at (`sync_action`, `Documentation/admin-guide/md.rst`) and whether its journal writes back
+//! (`journal_mode`, `Documentation/driver-api/md/raid5-cache.rst`), bcache whether it has something to write back
+//! (`state`, `Documentation/admin-guide/bcache.rst`), and LVM calls the volume by which it moves extents `pvmove`
+//! and a number. Of its caches and RAID only the device mapper tells, which is asked for the status of each target
+//! (`Documentation/admin-guide/device-mapper`). A kind of target that is not known to copy nothing may do so.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -65,10 +66,36 @@ enum Asked {
     /// bcache, by its state: it answers under a lock (`bch_register_lock`) that it keeps while it writes to disks. Its
     /// cache does not count as what it stands on.
     Bcache(DevId),
+    /// md, by the mode of its journal, under a lock (`mddev_lock`) that it keeps while it writes to disks.
+    Journal(DevId),
 }
 
 /// "check" only reads; "repair" writes what it finds wrong.
 const MD: &[&str] = &["resync", "recover", "reshape", "repair"];
+
+/// What a journal of RAID is at that answers writes and has them on its own disk only, for as long as it likes. How much
+/// that is it does not say.
+const WRITE_BACK: &str = "write-back";
+
+/// The kinds of targets that answer a write only when it is on all the disks where it belongs, or copy only as a part of
+/// one.
+const QUIET: &[&str] = &[
+    "crypt",
+    "delay",
+    "error",
+    "flakey",
+    "linear",
+    "multipath",
+    "snapshot",
+    "snapshot-origin",
+    "striped",
+    "switch",
+    "thin",
+    "thin-pool",
+    "unstriped",
+    "verity",
+    "zero",
+];
 
 impl Layers {
     /// Those below these devices, themselves among them, as far as they stand on more than one disk.
@@ -77,8 +104,10 @@ impl Layers {
         let all = all_below(devices.iter().copied());
         let is_mapped = |folder: &Path| folder.join("dm").exists();
         let mut mapper = None;
-        let layers = all.keys().filter_map(|dev| {
-            let folder = folder_of(*dev)?;
+        let layers = all.keys().flat_map(|dev| {
+            let Some(folder) = folder_of(*dev) else {
+                return Vec::new();
+            };
             let mut open = || Some(Arc::new(File::open(MAPPER).ok()?));
             let mapped = || {
                 mapper = mapper
@@ -87,14 +116,15 @@ impl Layers {
                 let asked = mapper.as_ref().filter(|_| is_mapped(&folder))?;
                 Some(Sign::Asked(Asked::Mapper(*dev), Arc::clone(asked)))
             };
-            let layer = layer(*dev, &folder, mapped)?;
+            let mut layers = layers(*dev, &folder, mapped);
             let is_lowest = |it: &DevId| all.get(it).is_some_and(|it| it.below.is_empty());
-            let lowest = below(&all, *dev).into_iter().filter(is_lowest);
+            let stands_on_several = || below(&all, *dev).into_iter().filter(is_lowest).count() > 1;
             let stands_on_it = |it: &&DevId| below(&all, **it).contains(dev);
-            (layer.is_bcache() || lowest.count() > 1).then(|| Layer {
-                carries: devices.iter().filter(stands_on_it).copied().collect(),
-                ..layer
-            })
+            layers.retain(|it| it.is_bcache() || stands_on_several());
+            for it in &mut layers {
+                it.carries = devices.iter().filter(stands_on_it).copied().collect();
+            }
+            layers
         });
         Layers(layers.collect())
     }
@@ -111,14 +141,14 @@ impl Layers {
     }
 
     /// Those of them that have begun since `before` was all. It waits no longer than a moment, since writers do:
-    /// bcache is not asked. It begins only with a write from above, and all there is frozen.
+    /// bcache is not asked, nor a journal. They begin only with a write from above, and all there is frozen.
     pub fn begun_below(
         &self,
         devices: &BTreeSet<DevId>,
         before: &BTreeSet<String>,
     ) -> BTreeSet<String> {
         let below = self.0.iter().filter(|it| !it.carries.is_disjoint(devices));
-        let now = at_work(below.filter(|it| !it.is_bcache()), MOMENT);
+        let now = at_work(below.filter(|it| !it.begins_with_a_write()), MOMENT);
         now.difference(before).cloned().collect()
     }
 }
@@ -169,6 +199,10 @@ impl Layer {
         matches!(self.sign, Sign::Asked(Asked::Bcache(_), _))
     }
 
+    fn begins_with_a_write(&self) -> bool {
+        self.is_bcache() || matches!(self.sign, Sign::Asked(Asked::Journal(_), _))
+    }
+
     fn copies(&self, what: &str) -> String {
         format!("{} ({what}) copies from disk to disk", self.name)
     }
@@ -189,9 +223,13 @@ impl Asked {
     fn answer(self, fd: &OwnedFd) -> Copying {
         match self {
             Asked::Mapper(dev) => of_targets(sys::mapper_status(fd.as_fd(), dev)),
+            // They may be gone.
             Asked::Bcache(_) => match word(fd).as_deref() {
                 Some("dirty") => Copying::At("dirty"),
-                // It may be gone.
+                _ => Copying::Nothing,
+            },
+            Asked::Journal(_) => match word(fd).as_deref() {
+                Some("write-through [write-back]") => Copying::At(WRITE_BACK),
                 _ => Copying::Nothing,
             },
         }
@@ -230,12 +268,14 @@ fn copying(kind: &str, status: &str) -> Copying {
     };
     let (is_at_rest, what) = match kind {
         "raid" => {
-            let action = words.get(4);
-            let at = action.map(|action| MD.iter().find(|it| *it == action));
-            (
-                at.map(|it| it.is_none()),
-                at.flatten().copied().unwrap_or_default(),
-            )
+            // "A" is a journal that writes through.
+            let journal = words.get(7).filter(|it| **it == "a");
+            let journal = journal.map(|_| WRITE_BACK);
+            let at = words.get(4).map(|action| {
+                let at = MD.iter().find(|it| *it == action);
+                at.copied().or(journal)
+            });
+            (at.map(|it| it.is_none()), at.flatten().unwrap_or_default())
         }
         "cache" => (number(10).map(|dirty| dirty == 0), "dirty"),
         // It frees what it has written back.
@@ -246,7 +286,7 @@ fn copying(kind: &str, status: &str) -> Copying {
         "clone" => (is_done(3), "clone"),
         "mirror" => (number(0).and_then(|legs| is_done(legs + 1)), "resync"),
         "snapshot-merge" => (Some(false), "merge"),
-        _ => (Some(true), ""),
+        _ => (QUIET.contains(&kind).then_some(true), ""),
     };
     match is_at_rest {
         Some(true) => Copying::Nothing,
@@ -266,11 +306,12 @@ fn below(all: &BTreeMap<DevId, Device>, dev: DevId) -> BTreeSet<DevId> {
     found
 }
 
-/// The device with this folder, if it is of a kind that copies by itself; `mapped` is the sign of one of the device
-/// mapper's that may be.
-fn layer(dev: DevId, folder: &Path, mapped: impl FnOnce() -> Option<Sign>) -> Option<Layer> {
+/// The device with this folder, if it is of a kind that copies by itself, once for each sign of that; `mapped` is the
+/// sign of one of the device mapper's that may be.
+fn layers(dev: DevId, folder: &Path, mapped: impl FnOnce() -> Option<Sign>) -> Vec<Layer> {
     let open = |name: &str| File::open(folder.join(name)).ok();
-    let name = folder.file_name()?.to_string_lossy();
+    let name = folder.file_name().unwrap_or_default();
+    let name = name.to_string_lossy().into_owned();
     // The disk below it has that file, too.
     let is_bcache = name.starts_with("bcache");
     let md = || Some(Sign::Word(open("md/sync_action")?, MD));
@@ -286,11 +327,15 @@ fn layer(dev: DevId, folder: &Path, mapped: impl FnOnce() -> Option<Sign>) -> Op
         let is_its = read("dm/uuid")?.starts_with("LVM-") && number.parse::<u32>().is_ok();
         is_its.then_some(Sign::Presence("pvmove"))
     };
-    Some(Layer {
-        sign: md().or_else(bcache).or_else(lvm).or_else(mapped)?,
+    let journal = open("md/journal_mode");
+    let journal = journal.map(|it| Sign::Asked(Asked::Journal(dev), Arc::new(it)));
+    let sign = md().or_else(bcache).or_else(lvm).or_else(mapped);
+    let layer = |sign| Layer {
+        sign,
         carries: BTreeSet::new(),
-        name: name.into(),
-    })
+        name: name.clone(),
+    };
+    sign.into_iter().chain(journal).map(layer).collect()
 }
 
 fn word(file: impl AsFd) -> Option<String> {
@@ -315,6 +360,12 @@ mod tests {
         put("md0/md/sync_action", "resync");
         put("md1/md/sync_action", "idle");
         put("md2/md/sync_action", "check");
+        put("md2/md/journal_mode", "[write-through] write-back");
+        put("md3/md/sync_action", "idle");
+        put("md3/md/journal_mode", "write-through [write-back]");
+        // It has no journal.
+        put("md4/md/sync_action", "idle");
+        put("md4/md/journal_mode", "");
         put("bcache0/bcache/state", "dirty");
         put("bcache1/bcache/state", "clean");
         put("dm-0/dm/name", "vg-pvmove0");
@@ -325,29 +376,48 @@ mod tests {
         put("dm-2/dm/uuid", "LVM-abc");
         put("sda/bcache/state", "dirty");
         let names = [
-            "md0", "md1", "md2", "bcache0", "bcache1", "dm-0", "dm-1", "dm-2", "sda",
+            "md0", "md1", "md2", "md3", "md4", "bcache0", "bcache1", "dm-0", "dm-1", "dm-2", "sda",
         ];
         let dev = |minor| DevId { major: 8, minor };
-        let layers = names.iter().filter_map(|it| {
-            let layer = layer(dev(0), &root.join(it), || None)?;
+        let layers = names.iter().flat_map(|it| {
             let carries = BTreeSet::from([dev(u32::from(it.starts_with("md")))]);
-            Some(Layer { carries, ..layer })
+            let layer = |layer| Layer {
+                carries: carries.clone(),
+                ..layer
+            };
+            let layers = layers(dev(0), &root.join(it), || None).into_iter();
+            layers.map(layer).collect::<Vec<_>>()
         });
         let layers = Layers(layers.collect());
         let seen = |layers: &Layers| layers.at_work().into_iter().collect::<Vec<_>>();
         assert_eq!(
             seen(&layers),
-            ["bcache0 (dirty)", "dm-0 (pvmove)", "md0 (resync)"].map(copies)
+            [
+                "bcache0 (dirty)",
+                "dm-0 (pvmove)",
+                "md0 (resync)",
+                "md3 (write-back)"
+            ]
+            .map(copies)
         );
         let of_some = layers.at_work_below(&BTreeSet::from([dev(1)]));
-        assert_eq!(of_some, BTreeSet::from([copies("md0 (resync)")]));
+        assert_eq!(
+            of_some,
+            BTreeSet::from(["md0 (resync)", "md3 (write-back)"].map(copies))
+        );
         put("md1/md/sync_action", "recover");
         put("md0/md/sync_action", "idle");
         assert_eq!(
             seen(&layers),
-            ["bcache0 (dirty)", "dm-0 (pvmove)", "md1 (recover)"].map(copies)
+            [
+                "bcache0 (dirty)",
+                "dm-0 (pvmove)",
+                "md1 (recover)",
+                "md3 (write-back)"
+            ]
+            .map(copies)
         );
-        // Of those, what was at it before has not begun, and bcache is not asked.
+        // Of those, what was at it before has not begun, and bcache is not asked, nor is a journal.
         let before = BTreeSet::from([copies("dm-0 (pvmove)")]);
         let begun = layers.begun_below(&BTreeSet::from([dev(0), dev(1)]), &before);
         assert_eq!(begun, BTreeSet::from([copies("md1 (recover)")]));
@@ -363,6 +433,13 @@ mod tests {
             ("raid", "raid1 2 Aa 512/65536 recover 0 0 -", At("recover")),
             ("raid", "raid5_ls 3 AAA 0/65536 resync 0 0 -", At("resync")),
             ("raid", "raid1 2 AA 65536/65536", Unknown),
+            (
+                "raid",
+                "raid5_ls 3 AAA 65536/65536 idle 0 0 a",
+                At("write-back"),
+            ),
+            ("raid", "raid5_ls 3 AAA 65536/65536 idle 0 0 A", Nothing),
+            ("raid", "raid5_ls 3 AAA 65536/65536 idle 0 0 D", Nothing),
             (
                 "cache",
                 "8 27/512 128 9/800 1 2 3 4 0 9 0 1 writeback 2 x",
@@ -383,6 +460,15 @@ mod tests {
             ("snapshot-merge", "16/2048 16", At("merge")),
             ("linear", "", Nothing),
             ("thin", "8192 8191", Nothing),
+            ("crypt", "", Nothing),
+            // It may have its journal or its data on another disk, and says nothing of that.
+            ("integrity", "0 131072 -", Unknown),
+            (
+                "zoned",
+                "64 zones 1/2 cache 3/4 random 5/6 sequential",
+                Unknown,
+            ),
+            ("of-next-year", "", Unknown),
         ] {
             assert_eq!(copying(kind, status), is_at, "{kind} {status}");
         }

@@ -3,11 +3,13 @@
 //! What the daemon and its guard do to themselves before they may freeze anything: lock their
 //! memory, so that no page has to be read from a frozen disk, and get out of the way of limits.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::{self, Write as _};
 
 use nix::sys::mman::{mlockall, MlockAllFlags};
 use nix::sys::resource::{getrlimit, setrlimit, Resource};
+use nix::unistd::Pid;
 
 use crate::sys;
 
@@ -48,28 +50,54 @@ pub fn be_ordinary() {
 /// takes between two steps makes that longer for all. Nice alone is no help there: whoever wakes up gets its turn. It
 /// must wait for nobody by [yielding](std::thread::yield_now): only its like would run.
 pub fn go_first() -> io::Result<()> {
-    /// Above [`go_second`]'s, and below all that an administrator would choose.
-    const PRIORITY: i32 = 2;
-    sys::run_before_others(PRIORITY).or_else(|_| go_ahead())
+    let first = sys::run_before_others(sys::THIS_THREAD, FIRST);
+    GOES_FIRST.set(first.is_ok());
+    first.or_else(|_| go_ahead())
+}
+
+/// Has another thread of this process [do so](go_first), or no longer.
+pub fn have_go_first(thread: Pid, is_to: bool) {
+    // Where that is refused, it is as quick as it is.
+    let _ = match is_to {
+        true => sys::run_before_others(thread, FIRST),
+        false => sys::run_by_turns(thread),
+    };
+}
+
+/// Whether this thread [does](go_first).
+pub fn goes_first() -> bool {
+    GOES_FIRST.get()
+}
+
+/// Above [`go_second`]'s, and below all that an administrator would choose.
+const FIRST: i32 = 2;
+
+thread_local! {
+    static GOES_FIRST: Cell<bool> = const { Cell::new(false) };
 }
 
 /// And before all but that goes whoever gives the host the answer.
 pub fn go_second() -> io::Result<()> {
     const PRIORITY: i32 = 1;
-    sys::run_before_others(PRIORITY).or_else(|_| go_ahead())
+    sys::run_before_others(sys::THIS_THREAD, PRIORITY).or_else(|_| go_ahead())
 }
 
 /// Goes ahead of others, and leaves them a little: for what is waited for and may take long.
 pub fn go_ahead() -> io::Result<()> {
-    // Where that is refused, so was the other.
-    let _ = sys::run_by_turns();
+    run_by_turns();
     sys::set_nice(-20)
 }
 
 /// Takes that back, for one that only waits and must not be in the way.
 pub fn go_along() -> io::Result<()> {
-    let _ = sys::run_by_turns();
+    run_by_turns();
     sys::set_nice(0)
+}
+
+fn run_by_turns() {
+    GOES_FIRST.set(false);
+    // Where that is refused, so was the other.
+    let _ = sys::run_by_turns(sys::THIS_THREAD);
 }
 
 /// Dies at once when it dies: without a dump of core. That would be written to what this process has frozen,

@@ -271,9 +271,6 @@ struct Hands {
     job: Option<Job>,
     /// What is frozen, by name.
     held: Vec<String>,
-    /// Whether this thread goes before all others, as those that freeze always do. Only while others may
-    /// wait for what is frozen: a host that asks without end must not take the processor from them.
-    is_ahead: bool,
     /// From the first call of a hook to the last.
     calling: Option<Calling>,
     /// All calls of hooks of a backup under way that have been let go already, beside what hangs.
@@ -360,7 +357,6 @@ impl Service {
                 recovery,
                 tell,
                 backups: 0,
-                is_ahead: true,
                 draft: None,
                 rehearses: None,
                 rehearsed: None,
@@ -394,6 +390,8 @@ impl Service {
 
     /// Serves until a signal says stop.
     pub fn run(mut self) -> Result<(), ServiceError> {
+        // The host waits for each answer, and others for what is frozen. What takes long is done by other threads.
+        let _ = process::go_second();
         notify(&self.hands.log, &[NotifyState::Ready]);
         self.hands.show("idle");
         let mut events = Events::with_capacity(8);
@@ -475,10 +473,6 @@ impl Service {
 
     /// What is done, and may only be done, while nothing is frozen.
     fn rest(&mut self) {
-        if std::mem::take(&mut self.hands.is_ahead) {
-            // What was refused at the start, and said, is refused here.
-            let _ = process::go_along();
-        }
         self.buried.retain(|it| !it.is_gone());
         let is_overdue = |it: &Arc<Guard>| it.unfit_at().is_some_and(|at| at <= Instant::now());
         if self.hands.guard.as_ref().is_some_and(is_overdue) {
@@ -1247,8 +1241,6 @@ impl Hands {
             progress: Arc::default(),
             disks,
         };
-        // Before: that thread goes first, and what is left to be done here is done while it waits for the kernel.
-        self.is_ahead = process::go_second().is_ok();
         let job = self.worker.begin(setting, about, held, tell);
         self.job = Some(job.ok_or("the thread that freezes has died")?);
         self.report = now + REPORT;

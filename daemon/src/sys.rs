@@ -19,7 +19,7 @@ use nix::fcntl::OFlag;
 use nix::sched::{unshare, CloneFlags};
 use nix::sys::signal::SigSet;
 use nix::sys::socket::{recvmsg, sendmsg, ControlMessage, MsgFlags};
-use nix::unistd::pipe2;
+use nix::unistd::{pipe2, Pid};
 
 /// The raw ioctl wrappers that nix generates; all of them are unsafe functions.
 mod ioctl {
@@ -139,10 +139,11 @@ pub fn hold(device: BorrowedFd<'_>, freeze: &IocFreeze) -> io::Result<()> {
     Ok(())
 }
 
-/// Thaws what [`hold`] has frozen on the file system that `fd` is open on. Fails with `EINVAL` when it is
-/// not held (any more).
-pub fn let_go(device: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
+/// Thaws what [`hold`] has frozen with this id on the file system that `fd` is open on. Fails with `EINVAL` when it is
+/// not held (any more), and with `ESTALE` when it is with another.
+pub fn let_go(device: BorrowedFd<'_>, id: u64, fd: BorrowedFd<'_>) -> io::Result<()> {
     let thaw = IocThaw {
+        id,
         fd: fd.as_raw_fd(),
         flags: 0,
     };
@@ -151,9 +152,13 @@ pub fn let_go(device: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Thaws all that [`hold`] has frozen, as far as it can be.
-pub fn let_all_go(device: BorrowedFd<'_>) -> io::Result<()> {
-    let thaw = IocThaw { fd: -1, flags: 0 };
+/// Thaws all that [`hold`] has frozen with this id, as far as it can be.
+pub fn let_all_go(device: BorrowedFd<'_>, id: u64) -> io::Result<()> {
+    let thaw = IocThaw {
+        id,
+        fd: -1,
+        flags: 0,
+    };
     // SAFETY: as for `let_go`.
     unsafe { ioctl::let_go(device.as_raw_fd(), &thaw) }?;
     Ok(())
@@ -730,23 +735,30 @@ pub fn set_nice(nice: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Has the calling thread run before all that share the processor by turns (`SCHED_FIFO`), and among those that
+/// Stands for the calling thread in what follows.
+pub const THIS_THREAD: Pid = Pid::from_raw(0);
+
+/// Has a thread run before all that share the processor by turns (`SCHED_FIFO`), and among those that
 /// do so, too, by this priority, 1 to 99. What it starts does not. Fails with `EPERM` when that takes privilege that is
 /// lacking, or the machine has no such time to give (`CONFIG_RT_GROUP_SCHED`).
-pub fn run_before_others(priority: libc::c_int) -> io::Result<()> {
-    set_scheduler(libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, priority)
+pub fn run_before_others(thread: Pid, priority: libc::c_int) -> io::Result<()> {
+    set_scheduler(
+        thread,
+        libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK,
+        priority,
+    )
 }
 
 /// Has it share the processor by turns again, as its `nice` says.
-pub fn run_by_turns() -> io::Result<()> {
+pub fn run_by_turns(thread: Pid) -> io::Result<()> {
     const NONE: libc::c_int = 0;
-    set_scheduler(libc::SCHED_OTHER, NONE)
+    set_scheduler(thread, libc::SCHED_OTHER, NONE)
 }
 
-fn set_scheduler(policy: libc::c_int, sched_priority: libc::c_int) -> io::Result<()> {
+fn set_scheduler(thread: Pid, policy: libc::c_int, sched_priority: libc::c_int) -> io::Result<()> {
     let param = libc::sched_param { sched_priority };
-    // SAFETY: the call reads one structure, which lives until it returns; 0 stands for the calling thread.
-    let ret = unsafe { libc::sched_setscheduler(0, policy, &raw const param) };
+    // SAFETY: the call reads one structure, which lives until it returns.
+    let ret = unsafe { libc::sched_setscheduler(thread.as_raw(), policy, &raw const param) };
     Errno::result(ret)?;
     Ok(())
 }

@@ -36,6 +36,8 @@ use crate::superblocks::{self, Listed, Lists};
 use crate::sys;
 use crate::topology;
 
+/// So many mounts that were made only for their numbers are there before that takes time which is waited for.
+const MOST_KEPT: usize = 64;
 /// How long a look at new mounts may take while all is frozen: anybody may make many, and one over the other.
 const GLANCE: Duration = Duration::from_millis(200);
 
@@ -499,6 +501,10 @@ impl Kernel {
     fn mounts_made(&mut self) -> io::Result<u64> {
         let mount = sys::clone_mount(told(self.proc.as_ref())?.as_fd())?;
         self.own_mounts += 1;
+        if self.mounts.len() == MOST_KEPT {
+            // There was no rest between so many backups.
+            self.mounts.clear();
+        }
         let number = sys::unique_mount_id(mount.as_fd())?;
         self.mounts.push(mount);
         Ok(number.wrapping_sub(self.own_mounts))

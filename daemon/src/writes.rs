@@ -8,6 +8,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::fmt;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
@@ -265,24 +266,82 @@ struct Disk {
     writes: Writes,
     /// The devices on it that are written to all the same.
     others: Writes,
-    /// What was written until [`AtRest::begin`], without that; `None` when nobody could tell.
-    before: Option<u64>,
+    /// What they showed at [`AtRest::begin`]; `None` when the disk was gone.
+    before: Option<Shown>,
+}
+
+/// Sectors written, as a look at both shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shown {
+    /// To the disk.
+    all: u64,
+    /// To the others on it, before that was read and after.
+    others: (u64, u64),
+}
+
+/// Whether anything was written to a disk but for the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rest {
+    Nothing,
+    Something,
+    Unknown,
+}
+
+impl Shown {
+    /// What it tells of the time since that look.
+    fn rest_since(self, before: Self) -> Rest {
+        let all = self.all.wrapping_sub(before.all);
+        // What of that was for the others lies between these.
+        let least = self.others.0.wrapping_sub(before.others.1);
+        let most = self.others.1.wrapping_sub(before.others.0);
+        if all > most {
+            Rest::Something
+        } else if all > least {
+            Rest::Unknown
+        } else {
+            Rest::Nothing
+        }
+    }
 }
 
 impl Disk {
-    /// What was written to it, but for the others. Those may be written to meanwhile, so it is counted until
-    /// they are not, or often enough.
-    fn sectors(&self) -> Option<u64> {
-        let mut others = self.others.sectors()?;
-        for _ in 0..8 {
+    /// Looks at what was written to it. The others may be written to meanwhile, so it is done until they are not, or
+    /// often enough: that takes no millisecond. `None` once something has gone.
+    fn look(&self) -> Option<Shown> {
+        const OFTEN: usize = 64;
+        let mut earlier = self.others.sectors()?;
+        let mut best: Option<Shown> = None;
+        for _ in 0..OFTEN {
             let all = self.writes.sectors()?;
-            let now = self.others.sectors()?;
-            if now == others {
-                return Some(all.wrapping_sub(others));
+            let later = self.others.sectors()?;
+            let shown = Shown {
+                all,
+                others: (earlier, later),
+            };
+            let all_so_far = best.into_iter().chain([shown]);
+            best = all_so_far.min_by_key(|it| it.others.1.wrapping_sub(it.others.0));
+            if later == earlier {
+                break;
             }
-            others = now;
+            earlier = later;
         }
-        None
+        best
+    }
+}
+
+/// A disk that something was written to, or may have been.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// Its node, and which part of it.
+    pub node: String,
+    /// Whether something was. Else what is written to the others did not stand still for long enough to tell.
+    pub is_certain: bool,
+}
+
+impl fmt::Display for Written {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let perhaps = if self.is_certain { "" } else { "perhaps " };
+        write!(f, "{perhaps}{}", self.node)
     }
 }
 
@@ -307,19 +366,21 @@ impl AtRest {
         let (off, on): (Vec<Disk>, Vec<Disk>) = all.partition(|disk| goes_on(&disk.watched));
         self.0 = on;
         for disk in &mut self.0 {
-            disk.before = disk.sectors();
+            disk.before = disk.look();
         }
         off.iter().map(|it| it.watched.to_string()).collect()
     }
 
-    /// Those that something was written to since.
-    pub fn written(&self) -> Vec<String> {
-        let written = self.0.iter();
-        let written = written.filter(|disk| {
-            let both = disk.before.zip(disk.sectors());
-            both.is_some_and(|(before, now)| now != before)
-        });
-        written.map(|disk| disk.watched.to_string()).collect()
+    /// Those that something was written to since, or may have been.
+    pub fn written(&self) -> Vec<Written> {
+        let written = |disk: &Disk| {
+            let rest = disk.look()?.rest_since(disk.before?);
+            (rest != Rest::Nothing).then(|| Written {
+                node: disk.watched.to_string(),
+                is_certain: rest == Rest::Something,
+            })
+        };
+        self.0.iter().filter_map(written).collect()
     }
 }
 
@@ -421,6 +482,7 @@ fn found_at(path: PathBuf) -> Option<Found> {
 mod tests {
     use super::*;
     use std::path::Path;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     #[test]
     fn sectors_written_are_the_seventh_number() {
@@ -594,11 +656,97 @@ mod tests {
         put("partition", 48);
         assert!(at_rest.written().is_empty());
         put("disk", 116);
-        assert_eq!(at_rest.written(), ["/dev/sda"]);
+        let written = Written {
+            node: "/dev/sda".into(),
+            is_certain: true,
+        };
+        assert_eq!(at_rest.written(), [written]);
         assert_eq!(at_rest.begin(|_| true), ["/dev/sda"]);
         put("disk", 124);
         assert!(at_rest.written().is_empty());
         fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_is_written_beside_something_that_never_stands_still_is_seen() {
+        let dir = std::env::temp_dir().join(format!("hv-vss-restless-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let line = |sectors: u64| format!("0 0 0 0 0 0 {sectors:020} 0\n");
+        let put = |name: &str| {
+            let path = dir.join(name);
+            fs::write(&path, line(0)).unwrap();
+            let open = fs::OpenOptions::new().write(true).open(&path).unwrap();
+            (open, File::open(path).unwrap())
+        };
+        let (disk, all) = put("disk");
+        let (partition, others) = put("partition");
+        // To look at so many takes a while.
+        let others = (0..512).map(|_| others.try_clone().unwrap());
+        let watched = Watched {
+            dev: DevId::default(),
+            name: "sda".into(),
+            without: Vec::new(),
+            instead: Vec::new(),
+        };
+        let mut at_rest = AtRest(vec![Disk {
+            watched,
+            writes: Writes::from(vec![all]),
+            others: Writes::from(others.collect::<Vec<_>>()),
+            before: None,
+        }]);
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for sectors in 1.. {
+                    if is_over.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    partition.write_all_at(line(sectors).as_bytes(), 0).unwrap();
+                }
+            });
+            std::thread::sleep(Duration::from_millis(50));
+            at_rest.begin(|_| false);
+            disk.write_all_at(line(1 << 40).as_bytes(), 0).unwrap();
+            let written = at_rest.written();
+            is_over.store(true, Ordering::Relaxed);
+            let written: Vec<String> = written.iter().map(ToString::to_string).collect();
+            assert_eq!(written, ["/dev/sda"]);
+        });
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_told_from_what_the_others_write_is_not_known() {
+        use Rest::{Nothing, Something, Unknown};
+        let shown = |all, earlier, later| Shown {
+            all,
+            others: (earlier, later),
+        };
+        let exact = shown(100, 40, 40);
+        for (before, now, rest) in [
+            (exact, exact, Nothing),
+            (exact, shown(108, 48, 48), Nothing),
+            (exact, shown(109, 48, 48), Something),
+            // The others have between 8 and 16.
+            (exact, shown(108, 48, 56), Nothing),
+            (exact, shown(109, 48, 56), Unknown),
+            (exact, shown(116, 48, 56), Unknown),
+            (exact, shown(117, 48, 56), Something),
+            // And between 4 and 8.
+            (shown(100, 40, 44), shown(104, 48, 48), Nothing),
+            (shown(100, 40, 44), shown(108, 48, 48), Unknown),
+            (shown(100, 40, 44), shown(109, 48, 48), Something),
+            // Counters begin anew at their end.
+            (shown(u64::MAX, 40, 40), shown(7, 48, 48), Nothing),
+            (shown(u64::MAX, 40, 40), shown(8, 48, 48), Something),
+        ] {
+            assert_eq!(now.rest_since(before), rest, "{before:?} {now:?}");
+        }
+        let perhaps = Written {
+            node: "/dev/sda".into(),
+            is_certain: false,
+        };
+        assert_eq!(perhaps.to_string(), "perhaps /dev/sda");
     }
 
     #[test]

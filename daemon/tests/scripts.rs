@@ -4,6 +4,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 const CONFIGURES: &str = "../.debian/hv-vss-daemon.postinst";
 const INSTALLS_MODULE: &str = "../.debian/hv-vss-dkms.postinst";
@@ -185,6 +186,56 @@ fn a_purge_takes_the_links_to_our_hooks_and_nothing_of_the_administrators() {
     std::fs::remove_file(hooks.join("70-theirs")).unwrap();
     purge();
     assert!(!etc.exists());
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn a_removal_leaves_on_record_what_is_owed_to_hooks_and_names_them() {
+    let dir = programs("removal", &[]);
+    let run = dir.join("run");
+    let functions = ["owes_hooks", "forget_run"].map(|it| function_of(REMOVES, it));
+    let text = format!("set -e\n{}\nforget_run \"$1\"", functions.join("\n"));
+    let remove = |record: Option<&str>| {
+        std::fs::create_dir_all(&run).unwrap();
+        std::fs::write(run.join("lock"), "").unwrap();
+        if let Some(record) = record {
+            std::fs::write(run.join("hooks.json"), record).unwrap();
+        }
+        let mut shell = Command::new("sh");
+        let shell = shell.args(["-c", &text, "sh"]).arg(&run);
+        let ended = shell.output().unwrap();
+        assert!(
+            ended.status.success() && ended.stdout.is_empty(),
+            "{ended:?}"
+        );
+        assert!(!run.join("lock").exists());
+        assert_eq!(run.join("hooks.json").exists(), record.is_some());
+        String::from_utf8(ended.stderr).unwrap()
+    };
+    assert_eq!(remove(None), "");
+    assert!(!run.exists());
+    let owed = |path: &str| hv_vss_daemon::calls::Owed {
+        hook: hv_vss_daemon::hooks::Hook {
+            path: path.into(),
+            contract: hv_vss_daemon::hooks::Contract::Qemu,
+        },
+        process: None,
+        thaws_since_s: None,
+        lacks: None,
+    };
+    let record = hv_vss_daemon::calls::HookRecord {
+        owed: vec![owed("/etc/a"), owed("/etc/b c")],
+        ..Default::default()
+    };
+    let said = remove(Some(&serde_json::to_string(&record).unwrap()));
+    let begin = "hooks that were called with freeze are not let go: /etc/b c /etc/a; call";
+    assert!(
+        said.starts_with(begin) && said.lines().count() == 1,
+        "{said}"
+    );
+    // One that is none, of another version perhaps.
+    let said = remove(Some("{"));
+    assert!(said.contains("run/hooks.json; call"), "{said}");
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
@@ -485,9 +536,161 @@ fn the_one_who_waits_is_not_killed_with_whoever_has_asked() {
     hand_over(&dir, true);
 }
 
-/// What comes of a build for a kernel by "rustc 1" and "gcc 14", where these are the compilers: what `rustc` says, in
-/// two folders of PATH, and `gcc`. The status, and what is said, `make` telling of its compiler.
-fn build(why_not: bool, rustc: [&str; 2], gcc: &str) -> (Option<i32>, String) {
+/// The whole script that hands over, with these arguments, in this folder: on a bus whose device `driver` has. What it
+/// says, and whether it has taken the device from that.
+fn hand_over_whole(dir: &Path, arguments: &[&str], driver: &str) -> (String, bool) {
+    let put = |name: &str, text: &str| {
+        let path = dir.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    };
+    let mut text = text_of(HANDS_OVER);
+    for (line, ours) in [
+        ("\nbus=/sys/bus/vmbus\n", "\nbus=$PWD/bus\n"),
+        ("\nloaded=/sys/module/hv_vss\n", "\nloaded=$PWD/bus\n"),
+        ("\nsystemd=/run/systemd/system\n", "\nsystemd=$PWD/none\n"),
+        ("\nsources=/usr/src\n", "\nsources=$PWD/src\n"),
+        ("\nmodules=/lib/modules\n", "\nmodules=$PWD/modules\n"),
+    ] {
+        assert!(text.contains(line), "{line}");
+        text = text.replace(line, ours);
+    }
+    put("hv_vss_hand_over", &text);
+    let class = "{35fa2e29-ea23-4236-96ae-3a6ebacba440}\n";
+    put("bus/devices/dev/class_id", class);
+    put("bus/devices/dev/driver_override", "");
+    put("bus/drivers_probe", "");
+    let unbind = format!("bus/drivers/{driver}/unbind");
+    put(&unbind, "");
+    let link = dir.join("bus/devices/dev/driver");
+    let to = Path::new("../../drivers").join(driver);
+    std::os::unix::fs::symlink(to, &link).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let mut shell = Command::new("sh");
+    let shell = shell.arg(dir.join("hv_vss_hand_over")).args(arguments);
+    let shell = shell.env("PATH", format!("{}:{path}", dir.display()));
+    let ended = shell.current_dir(dir).output().unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    let is_taken = !std::fs::read_to_string(dir.join(unbind))
+        .unwrap()
+        .is_empty();
+    std::fs::remove_dir_all(dir.join("bus")).unwrap();
+    let said = [ended.stdout, ended.stderr].concat();
+    (String::from_utf8(said).unwrap(), is_taken)
+}
+
+/// Of another one nobody knows whether it has frozen anything.
+#[test]
+fn a_package_takes_the_device_from_a_daemon_of_ours_only() {
+    let find = "[ ! -e holder ] || echo \"/proc/$(cat holder)/fd/3\"";
+    let none = ["modinfo", "modprobe", "logger"].map(|it| (it, ""));
+    let dir = programs("unless-served", &[&none[..], &[("find", find)]].concat());
+    let (ours, theirs) = (dir.join("hv_vss_daemon"), dir.join("theirs/hv_vss_daemon"));
+    std::fs::create_dir(dir.join("theirs")).unwrap();
+    for path in [&ours, &theirs] {
+        std::fs::copy("/bin/sleep", path).unwrap();
+    }
+    const WAITS: [&str; 2] = ["take", "--unless-served"];
+    for (arguments, driver, holder, is_taken) in [
+        (&WAITS[..], "hv_utils", None, true),
+        (&WAITS, "hv_utils", Some(&ours), true),
+        (&WAITS, "hv_utils", Some(&theirs), false),
+        // At boot, and where an administrator asks for it.
+        (&["take"], "hv_utils", Some(&theirs), true),
+        (&["give"], "hv_vss", None, true),
+        (&["give"], "hv_vss", Some(&ours), true),
+        (&["give"], "hv_vss", Some(&theirs), false),
+    ] {
+        let mut holds = holder.map(|it| Command::new(it).arg("1000").spawn().unwrap());
+        if let Some(holds) = &holds {
+            std::fs::write(dir.join("holder"), holds.id().to_string()).unwrap();
+        }
+        let (said, was_taken) = hand_over_whole(&dir, arguments, driver);
+        if let Some(holds) = &mut holds {
+            holds.kill().unwrap();
+            holds.wait().unwrap();
+            std::fs::remove_file(dir.join("holder")).unwrap();
+        }
+        assert_eq!(was_taken, is_taken, "{arguments:?} {holder:?}: {said}");
+        let says = said
+            .lines()
+            .any(|it| it.contains("is not taken from hv_vss_daemon (process"));
+        assert_eq!(says, !is_taken, "{arguments:?} {holder:?}: {said}");
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// By its package, or by `make install` for this kernel or for another.
+#[test]
+fn a_module_that_was_asked_for_and_is_not_taken_is_explained_by_what_has_brought_it() {
+    let refused = "echo 'Key was rejected by service'; exit 1";
+    let not_there = ("modinfo", "exit 1");
+    let not_signed = ("modinfo", "");
+    let signed = ("modinfo", "[ \"$1\" != -F ] || echo us");
+    for (modinfo, file, has_dkms, words) in [
+        (not_there, None, false, ""),
+        (
+            not_there,
+            Some("old/updates/hv_vss.ko"),
+            false,
+            "not built for kernel 7.3, and is there for another",
+        ),
+        (
+            not_there,
+            Some("old/extra/hv_vss.ko.xz"),
+            false,
+            "(make && make install)",
+        ),
+        (not_there, Some("old/updates/dkms/hv_vss.ko"), false, ""),
+        (not_there, None, true, "see 'dkms status hv_vss'"),
+        (
+            not_signed,
+            None,
+            false,
+            "Sign it with a key that the kernel knows",
+        ),
+        (not_signed, None, true, "dkms build --force hv_vss/1 -k 7.3"),
+        (
+            signed,
+            None,
+            false,
+            "Enrol its certificate with 'mokutil --import' and",
+        ),
+        (signed, None, true, "/var/lib/dkms/mok.pub"),
+    ] {
+        let all = [
+            modinfo,
+            ("modprobe", refused),
+            ("uname", "echo 7.3"),
+            ("logger", ""),
+        ];
+        let dir = programs("asked-for", &all);
+        if let Some(file) = file {
+            let file = dir.join("modules").join(file);
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(file, "").unwrap();
+        }
+        if has_dkms {
+            let folder = dir.join("src/hv_vss-1/kmod/dkms");
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::copy(dir.join("logger"), folder.join("build")).unwrap();
+        }
+        let (said, is_taken) = hand_over_whole(&dir, &["take"], "hv_utils");
+        let lines = usize::from(!words.is_empty());
+        let is_it = said.contains(words) && said.lines().count() == lines;
+        assert!(
+            is_it && !is_taken,
+            "{modinfo:?} {file:?} {has_dkms}: {said}"
+        );
+        assert!(has_dkms || !said.contains("dkms"), "{said}");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}
+
+/// What comes of a build for a kernel by "rustc 1.82" and "gcc 14", where these are the compilers: what `rustc` says, in
+/// two folders of PATH, in the second by this name, and `gcc`. The status, and what is said, `make` telling of its
+/// compiler. The archive has the package rustc-1.82, as Ubuntu's.
+fn build(why_not: bool, rustc: [&str; 2], second: &str, gcc: &str) -> (Option<i32>, String) {
     let makes = ("make", "echo \"made by $(rustc --version)\"");
     let all = [
         ("rustc", rustc[0]),
@@ -495,9 +698,16 @@ fn build(why_not: bool, rustc: [&str; 2], gcc: &str) -> (Option<i32>, String) {
         ("bindgen", ""),
         makes,
         ("logger", ""),
+        (
+            "apt-cache",
+            "[ \"$3\" != rustc-1.82 ] || echo \"Package: $3\"",
+        ),
     ];
-    let dir = programs("build", &all);
-    let second = programs("build/second", &[("rustc", rustc[1])]);
+    // Several tests build at a time.
+    static BUILDS_BEGUN: AtomicU32 = AtomicU32::new(0);
+    let number = BUILDS_BEGUN.fetch_add(1, Ordering::Relaxed);
+    let dir = programs(&format!("build-{number}"), &all);
+    let second = programs(&format!("build-{number}/second"), &[(second, rustc[1])]);
     let rust = dir.join("headers/rust");
     std::fs::create_dir_all(&rust).unwrap();
     const CONFIG: &str =
@@ -505,7 +715,7 @@ fn build(why_not: bool, rustc: [&str; 2], gcc: &str) -> (Option<i32>, String) {
     std::fs::write(dir.join("headers/.config"), CONFIG).unwrap();
     std::fs::write(rust.join("libkernel.rmeta"), "").unwrap();
     // Of 16 bytes nothing is asked.
-    let wrote = [&[0; 16][..], &[7], b"rustc 1 and so on"].concat();
+    let wrote = [&[0; 16][..], &[10], b"rustc 1.82 and so on"].concat();
     std::fs::write(rust.join("libcore.rmeta"), wrote).unwrap();
     let path = std::env::var("PATH").unwrap();
     let path = format!("{}:{}:{path}", dir.display(), second.display());
@@ -527,13 +737,17 @@ fn build(why_not: bool, rustc: [&str; 2], gcc: &str) -> (Option<i32>, String) {
 /// DKMS leaves the kernel out then, and its package is installed all the same.
 #[test]
 fn whatever_goes_wrong_with_a_compiler_the_module_is_refused() {
-    const RIGHT: &str = "echo rustc 1";
+    const RIGHT: &str = "echo rustc 1.82";
     const OTHER: &str = "echo rustc 2";
     const FAILS: &str = "exit 1";
     const GCC: &str = "echo gcc 14";
     for (rustc, gcc, says) in [
-        ([OTHER, OTHER], GCC, "the compiler here is 'rustc 2'"),
-        ([FAILS, FAILS], GCC, "it was built by 'rustc 1', "),
+        (
+            [OTHER, OTHER],
+            GCC,
+            "the compiler here is 'rustc 2'; install rustc-1.82",
+        ),
+        ([FAILS, FAILS], GCC, "it was built by 'rustc 1.82', "),
         (
             [RIGHT, RIGHT],
             "echo gcc 13",
@@ -545,9 +759,9 @@ fn whatever_goes_wrong_with_a_compiler_the_module_is_refused() {
             let is_one = said.lines().count() == 1;
             is_one && said.starts_with("hv_vss is not built for kernel") && said.contains(says)
         };
-        let (status, said) = build(false, rustc, gcc);
+        let (status, said) = build(false, rustc, "rustc", gcc);
         assert!(status == Some(77) && line(&said), "{status:?} {said}");
-        let (status, said) = build(true, rustc, gcc);
+        let (status, said) = build(true, rustc, "rustc", gcc);
         assert!(status == Some(0) && line(&said), "{status:?} {said}");
     }
 }
@@ -555,12 +769,15 @@ fn whatever_goes_wrong_with_a_compiler_the_module_is_refused() {
 /// That of rustup may come first, with or without a tool chain.
 #[test]
 fn of_all_compilers_that_are_there_the_right_one_builds_the_module() {
-    const RIGHT: &str = "echo rustc 1";
-    for first in [RIGHT, "exit 1", "echo rustc 2"] {
-        let built = build(false, [first, RIGHT], "echo gcc 14");
-        assert_eq!(built, (Some(0), "made by rustc 1\n".into()), "{first}");
-        let asked = build(true, [first, RIGHT], "echo gcc 14");
-        assert_eq!(asked, (Some(0), String::new()), "{first}");
+    const RIGHT: &str = "echo rustc 1.82";
+    for second in ["rustc", "rustc-1.82"] {
+        for first in [RIGHT, "exit 1", "echo rustc 2"] {
+            let built = build(false, [first, RIGHT], second, "echo gcc 14");
+            let expected = (Some(0), "made by rustc 1.82\n".into());
+            assert_eq!(built, expected, "{first} {second}");
+            let asked = build(true, [first, RIGHT], second, "echo gcc 14");
+            assert_eq!(asked, (Some(0), String::new()), "{first} {second}");
+        }
     }
 }
 
@@ -684,11 +901,19 @@ fn one_server_that_is_locked_is_not_taken_for_two() {
 
 #[test]
 fn a_server_in_a_container_is_not_one_of_this_machine() {
-    let readlink = "case $1 in */8/*) echo 'pid:[2]' ;; *) echo 'pid:[1]' ;; esac";
+    let readlink = "case $1 in */[89]/*) echo 'pid:[2]' ;; *) echo 'pid:[1]' ;; esac";
     // Without a client it ends when it has counted them.
-    for (servers, expected) in [
-        ("7 8", "a server is running"),
-        ("8", "no server is running"),
+    const ONE: &str = "1 server in a container (process 8) is not held\n";
+    for (servers, named, expected) in [
+        ("7", "", "a server is running"),
+        ("7 8", ONE, "a server is running"),
+        ("8", ONE, "no other server is running"),
+        (
+            "8 9",
+            "2 servers in containers (processes 8 9) are not held\n",
+            "no other server is running",
+        ),
+        ("", "", "no server is running"),
     ] {
         let pidof = format!("echo {servers}");
         let all = [("pidof", &*pidof), ("readlink", readlink)];
@@ -696,7 +921,8 @@ fn a_server_in_a_container_is_not_one_of_this_machine() {
         let ended = freeze(MARIADB, &dir);
         let said = [ended.stdout, ended.stderr].concat();
         let said = String::from_utf8_lossy(&said);
-        assert!(said.starts_with(expected), "{said}");
+        let begin = format!("{named}{expected}");
+        assert!(said.starts_with(&begin), "{servers}: {said}");
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }
@@ -815,6 +1041,62 @@ fn asked_of_hand_over(script: &str, verb: &str, in_container: bool) -> String {
     said
 }
 
+/// What the module's package says when it is configured, and for which kernels it has the module built: by these
+/// arguments, with the module there for some kernels (`modules/*/has`), an obstacle to its build for others
+/// (`modules/*/why-not`), and loaded or not.
+fn configures_module(arguments: &[&str], is_loaded: bool) -> (String, String) {
+    let build = "[ $1 = --why-not ] && cat modules/$2/why-not 2>/dev/null";
+    let modinfo = "if [ $1 = -k ]; then [ -e modules/$2/has ]; else [ -e modules/running/has ]; fi";
+    let dkms = "echo \"$7\" >>asked; touch modules/$7/has";
+    let all = [("modinfo", modinfo), ("dkms", dkms), ("build", build)];
+    let dir = programs("configures-module", &all);
+    for (kernel, file) in [
+        ("running", "why-not"),
+        ("newest", "has"),
+        ("older", "headers"),
+    ] {
+        let folder = dir.join("modules").join(kernel);
+        std::fs::create_dir_all(folder.join("build")).unwrap();
+        std::fs::write(folder.join(file), format!("not for {kernel}\n")).unwrap();
+    }
+    let (loaded, text) = (dir.join("loaded"), text_of(INSTALLS_MODULE));
+    if is_loaded {
+        std::fs::write(&loaded, "").unwrap();
+    }
+    let text = text
+        .replace("\"$source/kmod/dkms/build\"", "./build")
+        .replace("/lib/modules", "./modules")
+        .replace("/sys/module/hv_vss", "./loaded")
+        .replace("/run/systemd/system", "./no-systemd");
+    let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
+    let mut shell = Command::new("sh");
+    let shell = shell.args(["-c", &text, "sh"]).args(arguments);
+    let shell = shell.current_dir(&dir).env("DKMS_VERSION", "0.1.0");
+    let ended = shell.env("PATH", path).output().unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    let asked = std::fs::read_to_string(dir.join("asked")).unwrap_or_default();
+    std::fs::remove_dir_all(&dir).unwrap();
+    (String::from_utf8(ended.stdout).unwrap(), asked)
+}
+
+/// DKMS takes it from all, and builds the new one for the kernel that runs and the newest.
+#[test]
+fn an_upgrade_of_the_module_builds_it_for_each_kernel_and_says_where_it_is_lost() {
+    const WHY: &str = "not for running\n";
+    let (said, asked) = configures_module(&["configure", "0.0.9"], true);
+    assert_eq!(asked, "older\n");
+    let rest = said.strip_prefix(WHY).unwrap();
+    assert!(
+        rest.contains("serves until the next boot") && rest.lines().count() == 1,
+        "{said}"
+    );
+    // Of a first installation it is DKMS's choice.
+    let first = configures_module(&["configure", ""], false);
+    assert_eq!(first, (WHY.into(), "".into()));
+    let source = configures_module(&["triggered", "/usr/src/x"], false);
+    assert_eq!(source, (WHY.into(), "older\n".into()));
+}
+
 /// With the device the daemon that serves it would lose the backup that is under way.
 #[test]
 fn a_backup_is_waited_for_before_the_module_takes_the_device() {
@@ -833,42 +1115,82 @@ fn in_a_container_the_module_takes_and_gives_no_device() {
     assert_eq!(asked_of_hand_over(REMOVES_MODULE, "remove", true), "");
 }
 
-/// What the last part of an installation says, with systemd and the daemon's `list` as these do.
-fn none_serves(device: &str, systemctl: &str, list: &str) -> String {
-    let dir = programs("serves", &[("systemctl", systemctl), ("daemon", list)]);
-    let text = function_of(CONFIGURES, "tell_if_none_serves");
-    let text = text.replace("/usr/libexec/hv_vss_daemon", "daemon");
+/// What `step` of an installation says, with systemd and the daemon's `can-start` as these do, and whether it has started
+/// the daemon anew.
+fn installs(step: &str, systemctl: &str, can_start: &str) -> (String, bool) {
+    let invoke = "echo \"$*\" >>asked";
+    let all = [
+        ("systemctl", systemctl),
+        ("daemon", can_start),
+        ("deb-systemd-invoke", invoke),
+    ];
+    let dir = programs("serves", &all);
+    let functions = [
+        "why_it_cannot_start",
+        "replace_daemon",
+        "tell_if_none_serves",
+    ];
+    let functions = functions.map(|it| function_of(CONFIGURES, it)).join("\n");
+    let text = functions.replace("/usr/libexec/hv_vss_daemon", "daemon");
     let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
-    let text = format!("set -e\n{text}\ntell_if_none_serves {device}");
+    let text = format!("set -e\n{text}\n{step}");
     let mut shell = Command::new("sh");
-    let ended = shell
-        .args(["-c", &text])
-        .env("PATH", path)
-        .output()
-        .unwrap();
+    let shell = shell.args(["-c", &text]).current_dir(&dir);
+    let ended = shell.env("PATH", path).output().unwrap();
+    let asked = std::fs::read_to_string(dir.join("asked")).unwrap_or_default();
     std::fs::remove_dir_all(&dir).unwrap();
     // An upgrade ends well all the same.
     assert!(
         ended.status.success() && ended.stdout.is_empty(),
         "{ended:?}"
     );
-    String::from_utf8(ended.stderr).unwrap()
+    assert!(["", "restart hv_vss.service\n"].contains(&asked.as_str()));
+    let said = String::from_utf8(ended.stderr).unwrap();
+    (said, !asked.is_empty())
 }
+
+const RUNS: &str = "[ \"$*\" = '--quiet is-active hv_vss.service' ]";
+const DOES_NOT_RUN: &str = "exit 3";
+const CAN_START: &str = "[ \"$*\" = can-start ] && echo a warning >&2";
+const CANNOT_START: &str = "echo 'a.toml is not valid: line 3' >&2; echo '  more' >&2; exit 78";
 
 #[test]
 fn an_upgrade_whose_daemon_does_not_start_says_so_and_why() {
-    const RUNS: &str = "[ \"$*\" = '--quiet is-active hv_vss.service' ]";
-    const FAILS: &str = "exit 3";
-    const BAD: &str =
-        "echo rows; echo 'a.toml is not valid: line 3' >&2; echo '  more' >&2; exit 1";
-    assert_eq!(none_serves("/dev/null", RUNS, BAD), "");
-    assert_eq!(none_serves("/absent", FAILS, BAD), "");
-    let said = none_serves("/dev/null", FAILS, BAD);
+    let none_serves = |device: &str, systemctl, can_start| {
+        let step = format!("tell_if_none_serves {device}");
+        let (said, is_restarted) = installs(&step, systemctl, can_start);
+        assert!(!is_restarted);
+        said
+    };
+    assert_eq!(none_serves("/dev/null", RUNS, CANNOT_START), "");
+    assert_eq!(none_serves("/absent", DOES_NOT_RUN, CANNOT_START), "");
+    let said = none_serves("/dev/null", DOES_NOT_RUN, CANNOT_START);
     assert_eq!(
         said,
         "hv_vss.service does not run, and each backup by the host fails until it does: a.toml is not valid: line 3; \
          see 'journalctl -u hv_vss', then 'systemctl restart hv_vss'\n"
     );
-    let said = none_serves("/dev/null", FAILS, "echo a warning >&2");
+    let said = none_serves("/dev/null", DOES_NOT_RUN, CAN_START);
     assert!(said.contains("until it does: see 'journalctl"), "{said}");
+}
+
+#[test]
+fn an_upgrade_puts_no_daemon_that_cannot_start_in_the_place_of_one_that_serves() {
+    let replace = |systemctl, can_start| installs("replace_daemon", systemctl, can_start);
+    assert_eq!(replace(RUNS, CAN_START), ("".into(), true));
+    // What does not run was started before, if it is to.
+    assert_eq!(replace(DOES_NOT_RUN, CAN_START), ("".into(), false));
+    assert_eq!(replace(DOES_NOT_RUN, CANNOT_START), ("".into(), false));
+    let (said, is_restarted) = replace(RUNS, CANNOT_START);
+    assert!(!is_restarted);
+    assert_eq!(
+        said,
+        "hv_vss.service goes on with the version of before, since this one cannot start: a.toml is not valid: line 3; \
+         mend that, then 'systemctl restart hv_vss'\n"
+    );
+    let (said, is_restarted) = replace(RUNS, "exit 124");
+    assert!(
+        !is_restarted && said.contains("cannot be read in time"),
+        "{said}"
+    );
 }

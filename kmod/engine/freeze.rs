@@ -16,7 +16,8 @@ pub(super) enum Freeze {
     /// answered before, of which nobody here knows whether it lasted: every THAW is failed until then.
     Unseen,
     /// FREEZE `id` succeeded and its daemon is still there. It is `whole` until that daemon has had the
-    /// module thaw something before the host has sent its THAW; which then breaks it.
+    /// module thaw something before the host has sent its THAW; which then breaks it. It never was if the daemon had
+    /// the module thaw all of it before it answered, and has held nothing since.
     Held { id: u64, whole: bool },
     /// The host counts on a freeze that did not last until its THAW, or it does not know that its
     /// FREEZE has failed. Every THAW is failed from then on, until a FREEZE ends the matter: one that

@@ -131,8 +131,40 @@ pub struct Held<M: Matter> {
     last_entry: u64,
     /// How often somebody has asked to have one or all of it thawed.
     asked: u64,
-    /// Which of these was the last one for all.
-    asked_for_all: u64,
+    /// Which of these was the last one for all that is held on a behalf.
+    asked_for_all: Asked,
+    /// Which of these let all go, on whatever behalf.
+    let_go: u64,
+}
+
+/// Which thaw was the last one that was asked for, as [`Held::asked`] counts: for nobody, and for the latest request
+/// that one was asked for. What is asked for an earlier one calls nothing off: nothing waits to be frozen for that any
+/// more.
+#[derive(Clone, Copy, Default)]
+struct Asked {
+    for_nobody: u64,
+    request: u64,
+    for_request: u64,
+}
+
+impl Asked {
+    /// One was asked for on behalf of `id`, as this number.
+    fn put(&mut self, id: u64, asked: u64) {
+        if id == 0 {
+            self.for_nobody = asked;
+        } else if id >= self.request {
+            (self.request, self.for_request) = (id, asked);
+        }
+    }
+
+    /// The last one on behalf of `id`, or 0.
+    fn of(&self, id: u64) -> u64 {
+        match id {
+            0 => self.for_nobody,
+            id if id == self.request => self.for_request,
+            _ => 0,
+        }
+    }
 }
 
 /// From the first freeze until nothing is held any more, or all of it is let go.
@@ -150,7 +182,7 @@ pub struct Entry<M: Matter> {
     /// Unlike those of all others, before and after.
     number: u64,
     series: u64,
-    /// For whom, in the trace.
+    /// For which request, or 0 for nobody: only a thaw on the same behalf ends it.
     id: u64,
     slot: M::Slot,
     identity: M::Identity,
@@ -163,14 +195,13 @@ pub struct Entry<M: Matter> {
     since: M::Time,
     /// How many [`Ticket`]s there are.
     watches: usize,
-    /// Which thaw was the last one that was asked for it when it was on its way to that already, as
-    /// [`Held::asked`] counts.
-    asked: u64,
+    /// Which thaw was the last one that was asked for it when it was on its way to that already.
+    asked: Asked,
 }
 
 /// What is needed to begin a freeze; made before any lock is taken.
 pub struct Request<M: Matter> {
-    /// For whom, in the trace.
+    /// For which request of the host, or 0 for nobody.
     pub id: u64,
     /// For its entry.
     pub module: M::Module,
@@ -214,7 +245,7 @@ pub struct Task<M: Matter> {
     pub file_system: M::FileSystem,
     /// Given back last of all: then the module may go.
     pub module: M::Module,
-    /// For whom.
+    /// For which request, or 0.
     pub id: u64,
     /// Which file system.
     pub identity: M::Identity,
@@ -231,6 +262,8 @@ pub struct LetGo {
     pub freezing: bool,
     /// What is begun from here on was no part of it.
     pub before: u64,
+    /// Nor what is held on another's behalf, if it was not for all.
+    id: Option<u64>,
     /// Nor what hangs since an earlier series.
     series: u64,
     /// Nor what somebody else had let go before.
@@ -252,7 +285,7 @@ pub struct Line<M: Matter> {
     pub identity: M::Identity,
     /// What is being done with it.
     pub stage: Stage<M::Error>,
-    /// For whom.
+    /// For which request, or 0.
     pub id: u64,
     /// Since when it is so.
     pub since: M::Time,
@@ -285,7 +318,8 @@ impl<M: Matter> Held<M> {
             entries,
             last_entry: 0,
             asked: 0,
-            asked_for_all: 0,
+            asked_for_all: Asked::default(),
+            let_go: 0,
         }
     }
 
@@ -304,6 +338,11 @@ impl<M: Matter> Held<M> {
         self.len() == 0
     }
 
+    /// Whether anything is held, or going to be.
+    pub fn holds(&self) -> bool {
+        self.entries.all().iter().any(Entry::is_active)
+    }
+
     /// Begins a freeze. The first of a series says with `deadline` when all is let go. At most `max` entries are
     /// there at a time, those included that hang since somebody else held.
     ///
@@ -319,7 +358,7 @@ impl<M: Matter> Held<M> {
         now: M::Time,
         effects: &mut impl HoldEffects<M>,
     ) -> Result<Begun<M>, Trouble<M::Error>> {
-        if self.asked_for_all > request.since {
+        if self.asked_for_all(request.id) > request.since {
             return Err(Trouble::Stale);
         }
         let same = |entry: &&mut Entry<M>| entry.identity == request.identity;
@@ -371,7 +410,7 @@ impl<M: Matter> Held<M> {
             stage: Stage::Freezing,
             since: now,
             watches: 0,
-            asked: 0,
+            asked: Asked::default(),
         };
         effects.queue_freeze(&entry.slot);
         let ticket = entry.watch();
@@ -380,17 +419,19 @@ impl<M: Matter> Held<M> {
         Ok(Begun::Queued(ticket))
     }
 
-    /// Begins the thaw of one file system, if it is held. One that is being frozen is called off: whoever
-    /// waits for its freeze hears of it, and nothing is returned to wait for.
+    /// Begins the thaw of one file system, if it is held for the request `id` (0 for nobody). One that is being
+    /// frozen is called off: whoever waits for its freeze hears of it, and nothing is returned to wait for.
     ///
     /// # Errors
     ///
-    /// [`Trouble::NotHeld`] when it is not held, [`Trouble::Busy`] when it is called off or being thawed already and
-    /// that is not over, and what the file system said to the last attempt. A freeze that waits for the end of that
-    /// is called off as well.
+    /// [`Trouble::NotHeld`] when it is not held, [`Trouble::Stale`] when it is on another's behalf: then nothing
+    /// changes. [`Trouble::Busy`] when it is called off or being thawed already and that is not over, and what the file
+    /// system said to the last attempt; a freeze that waits for the end of that, on the same behalf, is called off as
+    /// well.
     pub fn begin_thaw(
         &mut self,
         wanted: M::Identity,
+        id: u64,
         now: M::Time,
         effects: &mut impl HoldEffects<M>,
     ) -> Result<Option<Ticket<M>>, Trouble<M::Error>> {
@@ -399,6 +440,7 @@ impl<M: Matter> Held<M> {
         let entry = self.entries.all_mut().iter_mut().find(is_it);
         let entry = entry.ok_or(Trouble::NotHeld)?;
         let trouble = match entry.stage {
+            Stage::Held | Stage::Freezing if entry.id != id => return Err(Trouble::Stale),
             Stage::Held => {
                 entry.thaw(now, effects);
                 return Ok(Some(entry.watch()));
@@ -411,15 +453,17 @@ impl<M: Matter> Held<M> {
             Stage::Thawing(Some(error)) => Trouble::Said(error),
             Stage::Failed(_) | Stage::Thawed(_) => Trouble::NotHeld,
         };
-        entry.asked = self.asked;
+        entry.asked.put(id, self.asked);
         effects.wake(&entry.slot);
         Err(trouble)
     }
 
-    /// Lets all go: what is held is queued to be thawed, the last one first, what is being frozen is thawed as soon
-    /// as that is over, and what waits to be frozen is not. The series that has ended goes when no lock is held.
+    /// Lets all go, or with an `id` all that is held on that behalf (0 is nobody's): what is held is queued to be
+    /// thawed, the last one first, what is being frozen is thawed as soon as that is over, and what waits to be frozen is
+    /// not. A series that has ended goes when no lock is held.
     pub fn let_go(
         &mut self,
+        id: Option<u64>,
         now: M::Time,
         effects: &mut impl HoldEffects<M>,
     ) -> (LetGo, Option<Series<M>>) {
@@ -427,13 +471,18 @@ impl<M: Matter> Held<M> {
             held: false,
             freezing: false,
             before: self.last_entry + 1,
+            id,
             series: self.last_series,
             forgotten: self.forgotten,
         };
         self.asked += 1;
-        self.asked_for_all = self.asked;
+        match id {
+            Some(id) => self.asked_for_all.put(id, self.asked),
+            None => self.let_go = self.asked,
+        }
         for entry in self.entries.all_mut().iter_mut().rev() {
             match entry.stage {
+                Stage::Held | Stage::Freezing if !entry.is_for(id) => {}
                 Stage::Held => {
                     let_go.held = true;
                     entry.thaw(now, effects);
@@ -445,6 +494,10 @@ impl<M: Matter> Held<M> {
                 Stage::CalledOff | Stage::Thawing(_) => effects.wake(&entry.slot),
                 Stage::Failed(_) | Stage::Thawed(_) => {}
             }
+        }
+        let is_late = id.is_some() && !let_go.any();
+        if is_late || self.holds() {
+            return (let_go, None);
         }
         (let_go, self.series.take())
     }
@@ -459,7 +512,9 @@ impl<M: Matter> Held<M> {
     pub fn unthawed(&mut self, let_go: LetGo, before: u64) -> Option<Ticket<M>> {
         let counts = |entry: &&mut Entry<M>| {
             let ours = entry.series == let_go.series && entry.series > let_go.forgotten;
-            ours && entry.number < before && !matches!(entry.stage, Stage::CalledOff)
+            ours && entry.is_for(let_go.id)
+                && entry.number < before
+                && !matches!(entry.stage, Stage::CalledOff)
         };
         let mut entries = self.entries.all_mut().iter_mut().rev();
         entries.find(counts).map(Entry::watch)
@@ -512,11 +567,13 @@ impl<M: Matter> Held<M> {
         stage
     }
 
-    /// Which was the last thaw that was asked for the entry when it was on its way to that already, or for all.
-    pub fn asked_of(&mut self, number: u64) -> u64 {
-        let for_all = self.asked_for_all;
-        let its = self.numbered(number).map_or(0, |entry| entry.asked);
-        its.max(for_all)
+    /// Which was the last thaw that was asked for on behalf of `id`: of the entry when it was on its way to that
+    /// already, or of all.
+    pub fn asked_of(&self, number: u64, id: u64) -> u64 {
+        let mut entries = self.entries.all().iter();
+        let entry = entries.find(|entry| entry.number == number);
+        let its = entry.map_or(0, |entry| entry.asked.of(id));
+        its.max(self.asked_for_all(id))
     }
 
     /// Nobody uses this ticket any more. A series that has ended goes when no lock is held.
@@ -623,7 +680,6 @@ impl<M: Matter> Held<M> {
         let must = |holds: bool, or: &'static str| if holds { Ok(()) } else { Err(or) };
         let entries = self.entries.all();
         let ours = |it: &&Entry<M>| it.series == self.last_series;
-        let active = |it: &Entry<M>| matches!(it.stage, Stage::Freezing | Stage::Held);
         let rises = entries.is_sorted_by(|one, next| one.number < next.number);
         must(rises, "entries out of order")?;
         let unwatched = |it: &Entry<M>| it.watches == 0 && it.stage.is_done();
@@ -638,11 +694,11 @@ impl<M: Matter> Held<M> {
                 must(room >= series.count - used, "no room for the series")?;
                 let others = entries.iter().filter(|it| !ours(it));
                 must(
-                    others.filter(|it| active(it)).count() == 0,
+                    others.filter(|it| it.is_active()).count() == 0,
                     "held without a deadline",
                 )
             }
-            None => must(!entries.iter().any(active), "held without a deadline"),
+            None => must(!self.holds(), "held without a deadline"),
         }
     }
 
@@ -651,10 +707,12 @@ impl<M: Matter> Held<M> {
     /// Whether there is a series of which nothing is frozen, or going to be: what of it is still there hangs,
     /// and is to end without it. The next one has its own deadline, and room for all.
     fn is_over(&self) -> bool {
-        let last = self.last_series;
-        let counts = |entry: &Entry<M>| matches!(entry.stage, Stage::Freezing | Stage::Held);
-        let mut its = self.entries.all().iter().filter(|it| it.series == last);
-        self.series.is_some() && !its.any(counts)
+        self.series.is_some() && !self.holds()
+    }
+
+    /// Which was the last thaw that was asked for of all that is held on behalf of `id`.
+    fn asked_for_all(&self, id: u64) -> u64 {
+        self.asked_for_all.of(id).max(self.let_go)
     }
 
     fn of_slot(&mut self, slot: &M::Slot) -> Option<&mut Entry<M>> {
@@ -688,6 +746,16 @@ impl<M: Matter> Held<M> {
 }
 
 impl<M: Matter> Entry<M> {
+    /// Whether it is held, or going to be.
+    fn is_active(&self) -> bool {
+        matches!(self.stage, Stage::Freezing | Stage::Held)
+    }
+
+    /// Whether it is on that behalf, or any will do.
+    fn is_for(&self, id: Option<u64>) -> bool {
+        id.is_none_or(|id| id == self.id)
+    }
+
     /// Enters another stage.
     fn enter(&mut self, stage: Stage<M::Error>, now: M::Time, effects: &mut impl HoldEffects<M>) {
         self.stage = stage;

@@ -40,6 +40,7 @@ pub use machine::Left;
 pub use machine::Shape;
 pub use machine::Token;
 pub use notes::BadFrames;
+pub use notes::NotNow;
 pub use notes::Note;
 pub use notes::OpStats;
 pub use notes::Stats;

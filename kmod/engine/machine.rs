@@ -29,6 +29,7 @@
 
 use super::freeze::Freeze;
 use super::notes::bump;
+use super::notes::NotNow;
 use super::notes::Note;
 use super::notes::Stats;
 use super::notes::Subject;
@@ -233,6 +234,8 @@ pub struct Engine<B> {
     freeze: Freeze,
     /// The daemon holds something in the module, since [`Engine::holds`] with this id.
     hold: Option<u64>,
+    /// The FREEZE for which the daemon had the module thaw the last that was held, and has held nothing since.
+    emptied: Option<u64>,
     /// What the daemon has to be told of a hold that has ended.
     notice: Option<Notice>,
     owed_thaw: Option<OwedThaw>,
@@ -260,6 +263,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
                 Left { .. } => Freeze::None,
             },
             hold: None,
+            emptied: None,
             notice: None,
             owed_thaw: None,
             calling_off: false,
@@ -316,8 +320,11 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     fn request(&mut self, request: Arrival<'_>, effects: &mut impl Effects) {
         let now = request.now;
         match request.operation {
-            op::FREEZE if self.sleeping || self.calling_off => self.refuse(request, effects),
-            op::HOT_BACKUP | op::FREEZE => self.enqueue(request, effects),
+            op::FREEZE => match self.refuses_freezes() {
+                Some(why) => self.refuse(request, why, effects),
+                None => self.enqueue(request, effects),
+            },
+            op::HOT_BACKUP => self.enqueue(request, effects),
             op::THAW => {
                 // The host does not wait for the FREEZE any more, so nobody has to finish it.
                 self.fail_freezes(now, thawed::CALLED_OFF, effects);
@@ -341,14 +348,27 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
             Some(()) => effects.note(Note::Received(subject)),
             None => {
                 bump(&mut self.stats.overruns);
-                self.refuse(request, effects);
+                self.refuse(request, NotNow::Full, effects);
             }
         }
     }
 
+    /// Why a FREEZE that comes now is refused at once, if it is.
+    pub(super) fn refuses_freezes(&self) -> Option<NotNow> {
+        match (self.sleeping, self.calling_off) {
+            (true, _) => Some(NotNow::Sleeps),
+            (_, true) => Some(NotNow::CallsOff),
+            _ => None,
+        }
+    }
+
     /// Fails a request that is not even queued.
-    fn refuse(&mut self, request: Arrival<'_>, effects: &mut impl Effects) {
+    fn refuse(&mut self, request: Arrival<'_>, why: NotNow, effects: &mut impl Effects) {
         let Arrival { now, operation, .. } = request;
+        effects.note(Note::Refused {
+            subject: request.subject(),
+            why,
+        });
         bump(&mut self.stats.op(operation).failures);
         let sent = self.direct(request, status::FAIL, effects);
         let ending = Ending::Failed(thawed::CALLED_OFF);
@@ -446,7 +466,8 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         effects: &mut impl Effects,
     ) {
         if ending == Ending::Answered(status::OK) {
-            self.freeze = Freeze::Held { id, whole: true };
+            let whole = self.emptied != Some(id);
+            self.freeze = Freeze::Held { id, whole };
             if sent {
                 return;
             }

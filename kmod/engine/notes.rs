@@ -45,6 +45,13 @@ pub enum Note {
         /// What the host was told.
         status: u32,
     },
+    /// A request was refused at once, for that.
+    Refused {
+        /// Which, without an id.
+        subject: Subject,
+        /// Why.
+        why: NotNow,
+    },
     /// There is no daemon: the request waits for one.
     Held(Subject),
     /// The request can be read by the daemon.
@@ -85,6 +92,28 @@ pub enum Note {
         /// Why.
         refusal: Refusal,
     },
+}
+
+/// Why a request of the host is refused at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotNow {
+    /// The machine is about to sleep.
+    Sleeps,
+    /// The daemon has yet to give up the FREEZE before it.
+    CallsOff,
+    /// Too many are open.
+    Full,
+}
+
+impl NotNow {
+    /// In words.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            NotNow::Sleeps => "the machine is about to sleep",
+            NotNow::CallsOff => "the daemon has yet to give up the FREEZE before it",
+            NotNow::Full => "too many requests are open",
+        }
+    }
 }
 
 /// Operations that have counters of their own; all others share the last entry.

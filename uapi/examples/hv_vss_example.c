@@ -39,6 +39,7 @@ struct daemon {
 	int device;
 	int abi;		/* 1 or 2 */
 	int can_hold;
+	__u64 frozen;		/* the last FREEZE that was read */
 	int *targets;		/* a descriptor for each path */
 	unsigned int count;
 	union message *message;	/* what was read last */
@@ -119,11 +120,14 @@ static int register_daemon(struct daemon *d)
 	return 0;
 }
 
-/* Thaws all that is held; 0 also when nothing is. */
-static int thaw(struct daemon *d)
+/* Thaws all that is held for that FREEZE; 0 also when nothing is. */
+static int thaw(struct daemon *d, __u64 id)
 {
-	struct hv_vss_ioc_thaw all = { -1, 0 };
+	struct hv_vss_ioc_thaw all;
 
+	memset(&all, 0, sizeof(all));
+	all.id = id;
+	all.fd = -1;
 	if (d->can_hold && ioctl(d->device, HV_VSS_IOC_THAW, &all) != 0)
 		return complain("thaw");
 	return 0;
@@ -148,7 +152,7 @@ static int freeze(struct daemon *d, __u64 id)
 		if (ioctl(d->device, HV_VSS_IOC_FREEZE, &target) == 0)
 			continue;
 		why = errno;
-		thaw(d);
+		thaw(d, id);
 		errno = why;
 		return complain("freeze");
 	}
@@ -162,9 +166,10 @@ static __u32 serve(struct daemon *d, int operation, __u64 id)
 	case VSS_OP_HOT_BACKUP:
 		return HV_S_OK;
 	case VSS_OP_FREEZE:
+		d->frozen = id;
 		return freeze(d, id) == 0 ? HV_S_OK : HV_E_FAIL;
 	case VSS_OP_THAW:
-		return thaw(d) == 0 ? HV_S_OK : HV_E_FAIL;
+		return thaw(d, d->frozen) == 0 ? HV_S_OK : HV_E_FAIL;
 	default:
 		return HV_E_FAIL;
 	}

@@ -122,7 +122,7 @@ fn layouts() -> Vec<Layout> {
                 reserved
             }
         ),
-        layout!("hv_vss_ioc_thaw", IocThaw { fd, flags }),
+        layout!("hv_vss_ioc_thaw", IocThaw { id, fd, flags }),
         layout!(
             "hv_vss_lun",
             Lun {

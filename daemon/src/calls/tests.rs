@@ -402,6 +402,7 @@ fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
     let owed = |path: &str, process| Owed {
         hook: hook(path),
         process,
+        thaws_since_s: None,
         lacks: None,
     };
     let start = process::start_of(sleeper.id()).unwrap();
@@ -455,6 +456,53 @@ fn what_a_dead_daemon_has_called_is_let_go_once_by_whoever_comes() {
 }
 
 #[test]
+fn a_call_with_thaw_that_a_dead_daemon_has_begun_is_left_its_time_and_no_more() {
+    if !is_root() {
+        return;
+    }
+    for (name, seconds, began, limit_ms) in [
+        ("begun", "1", 0, 60_000),
+        ("begun-long-ago", "1000", 5, 5_000),
+    ] {
+        let scene = Scene::new(name);
+        let notes = scene.dir.join("notes");
+        let mut call = Command::new("sh")
+            .args(["-c", "sleep $0; echo through >$1", seconds])
+            .arg(&notes)
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        let start = process::start_of(call.id()).unwrap();
+        let record = HookRecord {
+            pid: u32::MAX,
+            context: Context::default(),
+            limit_ms,
+            owed: vec![Owed {
+                hook: Hook {
+                    path: "/bin/true".into(),
+                    contract: Contract::Qemu,
+                },
+                process: Some((call.id(), start)),
+                thaws_since_s: Some(boot_time().as_secs().saturating_sub(began)),
+                lacks: None,
+            }],
+        };
+        scene.run().write_hooks(&record).unwrap();
+        assert!(recover(&scene.run(), &scene.log).unwrap());
+        let has_time = began == 0;
+        assert_eq!(call.wait().unwrap().success(), has_time);
+        assert_eq!(scene.notes().len(), usize::from(has_time));
+        let log = scene.log();
+        let is_killed = log.contains("hook true, thaw: killed, it took longer than 5 s");
+        assert_eq!(is_killed, !has_time, "{log}");
+        // How that ended nobody knows.
+        let place = |words: &str| log.find(words).unwrap_or_else(|| panic!("{words}: {log}"));
+        assert!(place("it still runs: waiting for it") < place("hook true, thaw: ended well"));
+        assert_eq!(scene.run().read_hooks().unwrap(), None);
+    }
+}
+
+#[test]
 fn what_somebody_has_left_beside_us_is_let_go_before_ours_are_called() {
     if !is_root() {
         return;
@@ -470,6 +518,7 @@ fn what_somebody_has_left_beside_us_is_let_go_before_ours_are_called() {
         owed: vec![Owed {
             hook: owed,
             process: None,
+            thaws_since_s: None,
             lacks: None,
         }],
     };
@@ -495,6 +544,7 @@ fn what_could_not_be_called_is_owed_until_it_is() {
             contract: Contract::Qemu,
         },
         process: None,
+        thaws_since_s: None,
         lacks: None,
     };
     // No program can be given such a variable.
@@ -710,6 +760,7 @@ fn what_was_not_let_go_for_a_day_is_given_up_on() {
                 contract: Contract::Qemu,
             },
             process: None,
+            thaws_since_s: None,
             lacks: None,
         }],
     };

@@ -22,6 +22,7 @@ pub struct Shape {
     quiet: bool,
     /// Whether it is for a FREEZE.
     holds: Option<bool>,
+    emptied: bool,
     freeze: &'static str,
     held: bool,
     told: bool,
@@ -48,6 +49,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
                 .map(|it| (it.id != 0, it.behind.is_some(), it.is_open())),
             quiet: self.quiet_since.is_some(),
             holds: self.hold.map(|id| id != 0),
+            emptied: self.emptied.is_some_and(|id| self.is_making(id)),
             freeze: self.freeze.as_str(),
             held: self.freeze.held().is_some(),
             told: self.freeze == (Freeze::Broken { told: true }),

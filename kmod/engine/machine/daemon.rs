@@ -328,7 +328,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
                 let idle = asked.is_none_or(|asked| asked.operation == op::HOT_BACKUP);
                 idle && self.freeze.held().is_none() && self.owed_thaw.is_none()
             }
-            _ => asked.is_some_and(|asked| asked.id == id && asked.operation == op::FREEZE),
+            _ => self.is_making(id),
         };
         // Nobody counts on what is held for nobody, so its notice may give way to one for a FREEZE, but
         // not the other way round.
@@ -343,6 +343,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     pub fn holds(&mut self, id: u64) {
         self.alive();
         self.hold = Some(id);
+        self.emptied = None;
     }
 
     /// Whether the daemon may have the module thaw what it holds. If the module then does,
@@ -358,9 +359,16 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
     }
 
-    /// The module thaws something that was frozen, or `all` of it, for the daemon has asked for that. Unless
-    /// the host has sent its THAW, the freeze for which it was held is not whole from then on.
-    pub fn thaws(&mut self, all: bool) {
+    /// Whether the daemon has the FREEZE `id` in hand.
+    pub(super) fn is_making(&self, id: u64) -> bool {
+        let asked = self.in_hand();
+        asked.is_some_and(|asked| asked.id == id && asked.operation == op::FREEZE)
+    }
+
+    /// The module thaws something that was held for `id`, and with it `all` that was held at all, for the daemon has
+    /// asked for that. Unless the host has sent its THAW, a freeze in force is not whole from then on. Of one that is
+    /// being made the daemon says with its answer what stands still; but one for which nothing is held any more does not.
+    pub fn thaws(&mut self, id: u64, all: bool) {
         self.alive();
         let early = self.hold.is_some() && !self.thaw_is_sent();
         if let Freeze::Held { whole, .. } = &mut self.freeze {
@@ -368,6 +376,7 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         }
         if all {
             self.hold = None;
+            self.emptied = Some(id).filter(|id| self.is_making(*id));
         }
     }
 

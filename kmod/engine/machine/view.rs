@@ -4,6 +4,7 @@
 
 use super::op;
 use super::Engine;
+use super::NotNow;
 use super::Stage;
 use super::Stats;
 use super::Version;
@@ -28,6 +29,16 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
     /// The freeze in one word.
     pub fn freeze_state(&self) -> &'static str {
         self.freeze.as_str()
+    }
+
+    /// What becomes of a FREEZE that comes now, in one word.
+    pub fn next_freeze(&self) -> &'static str {
+        match self.refuses_freezes() {
+            None => "taken",
+            Some(NotNow::Sleeps) => "sleep",
+            Some(NotNow::CallsOff) => "called-off",
+            Some(NotNow::Full) => "full",
+        }
     }
 
     /// Id and operation of what is being served: the head of the queue, or a THAW that is owed where it is

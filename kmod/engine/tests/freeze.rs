@@ -1262,6 +1262,45 @@ fn what_is_held_beside_one_that_is_thawed_alone_still_ends_the_freeze() {
 }
 
 #[test]
+fn a_freeze_for_which_nothing_is_held_any_more_when_it_is_answered_is_not_whole() {
+    for again in [false, true] {
+        let mut store = Vec::new();
+        let mut w = world(&mut store);
+        w.daemon_v2();
+        let (freeze, seen) = holding(&mut w);
+        w.thaw_held().unwrap();
+        if again {
+            // It has begun anew.
+            w.hold(seen.id).unwrap();
+        }
+        w.answer(seen, status::OK).unwrap();
+        assert_eq!(w.answered(freeze), Some(status::OK));
+        let thaw = w.ask(op::THAW);
+        w.serve(op::THAW, status::OK);
+        let code = if again { status::OK } else { status::FAIL };
+        assert_eq!(w.answered(thaw), Some(code));
+        good_backup(&mut w);
+    }
+}
+
+#[test]
+fn what_is_thawed_after_a_rehearsal_leaves_a_freeze_whole_that_is_being_made() {
+    let mut store = Vec::new();
+    let mut w = world(&mut store);
+    w.daemon_v2();
+    w.hold(0).unwrap();
+    let freeze = w.ask(op::FREEZE);
+    let seen = w.read().unwrap();
+    w.hold(seen.id).unwrap();
+    w.thaw_all_for(0).unwrap();
+    w.answer(seen, status::OK).unwrap();
+    assert_eq!(w.answered(freeze), Some(status::OK));
+    let thaw = w.ask(op::THAW);
+    w.serve(op::THAW, status::OK);
+    assert_eq!(w.answered(thaw), Some(status::OK));
+}
+
+#[test]
 fn a_freeze_is_whole_after_a_thaw_of_what_was_not_held() {
     let mut store = Vec::new();
     let mut w = world(&mut store);

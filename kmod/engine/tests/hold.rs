@@ -7,6 +7,8 @@
 //! - a slot has one work at a time, and a file system one that freezes it;
 //! - who is told that it is not held does not find it held later, and who is told that it is held finds it so then;
 //! - nothing that was let go is held, or begun for who asked before that;
+//! - what is held on one behalf is not thawed on another's, nor is what waits for that called off;
+//! - who waits and can go on has been woken;
 //! - a series ends when nothing of it is left, and what hangs of it takes neither place nor deadline of the next one;
 //! - a file system whose thaw fails says so to who wants it next, and the other one can be held.
 //!
@@ -82,18 +84,24 @@ enum Work {
 
 /// The works of all slots.
 #[derive(Default)]
-struct Works(BTreeMap<usize, Work>);
+struct Works {
+    of_slot: BTreeMap<usize, Work>,
+    /// Whose waiters were woken since this was cleared.
+    woken: BTreeSet<usize>,
+}
 
 impl HoldEffects<Model> for Works {
     fn queue_freeze(&mut self, slot: &usize) {
-        let before = self.0.insert(*slot, Work::FreezeQueued);
+        let before = self.of_slot.insert(*slot, Work::FreezeQueued);
         assert!(before.is_none(), "two works on one slot");
     }
     fn queue_thaw(&mut self, slot: &usize, _ms: u32) {
-        let before = self.0.insert(*slot, Work::ThawQueued);
+        let before = self.of_slot.insert(*slot, Work::ThawQueued);
         assert!(before.is_none(), "two works on one slot");
     }
-    fn wake(&mut self, _slot: &usize) {}
+    fn wake(&mut self, slot: &usize) {
+        self.woken.insert(*slot);
+    }
 }
 
 /// A freeze that was asked for, and what the walk knows of it.
@@ -101,15 +109,22 @@ struct Asked {
     request: Box<Request<Model>>,
     /// All was let go since.
     is_off: bool,
-    /// Entries that were on their way to be thawed when their thaw was asked for since: who waits for one of them is
-    /// called off with it.
+    /// Entries that were on their way to be thawed when their thaw was asked for since, on the same behalf: who waits for
+    /// one of them is called off with it.
     thaws: BTreeSet<u64>,
+}
+
+impl Asked {
+    /// Whether it is called off while it waits for the entry with this number.
+    fn is_off(&self, number: u64) -> bool {
+        self.is_off || self.thaws.contains(&number)
+    }
 }
 
 /// What is to be thawed before a thaw of all is over.
 struct All {
     let_go: LetGo,
-    /// The entries of that series, but for what was forgotten by then.
+    /// The entries of that series on that behalf, but for what was forgotten by then.
     its: Vec<u64>,
     /// Those that were held.
     held: Vec<u64>,
@@ -163,14 +178,17 @@ impl Caller {
 
 /// Which of two: callers, and file systems.
 const TWO: [u8; 2] = [0, 1];
+/// On whose behalf something is held, if not on nobody's; and that of the request before, for which nothing is.
+const SERVED: u64 = 7;
+const BEFORE: u64 = 6;
 /// How many a series has, and how many there may be in all.
 const COUNT: usize = 2;
 const MAX: usize = 3;
 
 #[derive(Clone, Copy, Debug)]
 enum Event {
-    /// This caller asks for a freeze of this file system.
-    Ask(u8, u8),
+    /// This caller asks for a freeze of this file system, on this behalf.
+    Ask(u8, u8, u64),
     /// ... begins it.
     Begin(u8),
     /// ... has set memory aside for it, as the first one.
@@ -180,9 +198,9 @@ enum Event {
     /// ... is killed, or its time is over.
     GiveUp(u8),
     /// ... has this file system thawed.
-    Thaw(u8, u8),
+    Thaw(u8, u8, u64),
     /// ... all of them.
-    ThawAll(u8),
+    ThawAll(u8, u64),
     /// All is let go, as at the deadline.
     LetGo,
     /// ... for the one who held is gone.
@@ -197,21 +215,28 @@ enum Event {
     IsForeign(usize),
 }
 
-fn events() -> Vec<Event> {
+/// All that can happen where these file systems are frozen on these behalves. What is thawed may also be so for the
+/// request before.
+fn events(asks: &[(u8, u64)]) -> Vec<Event> {
     let mut all = vec![Event::LetGo, Event::Forget];
+    let which: BTreeSet<u8> = asks.iter().map(|ask| ask.0).collect();
+    let mut behalves: BTreeSet<u64> = asks.iter().map(|ask| ask.1).collect();
+    behalves.insert(BEFORE);
     for caller in TWO {
         all.extend([
             Event::Begin(caller),
             Event::SetAside(caller),
             Event::Look(caller),
             Event::GiveUp(caller),
-            Event::ThawAll(caller),
         ]);
-        for which in TWO {
-            all.extend([Event::Ask(caller, which), Event::Thaw(caller, which)]);
+        all.extend(asks.iter().map(|(it, id)| Event::Ask(caller, *it, *id)));
+        for id in &behalves {
+            all.push(Event::ThawAll(caller, *id));
+            all.extend(which.iter().map(|it| Event::Thaw(caller, *it, *id)));
         }
     }
-    for at in 0..MAX {
+    // One that is done is there as long as it is watched.
+    for at in 0..MAX.min(which.len() + 1) {
         all.extend([
             Event::Take(at),
             Event::Done(at),
@@ -230,6 +255,8 @@ struct World {
     frozen: BTreeMap<u8, usize>,
     /// The slot of each entry by its number.
     slots: BTreeMap<u64, usize>,
+    /// On whose behalf each is held.
+    behalf: BTreeMap<u64, u64>,
     /// Which series each is of, counted from 1, and the last one.
     series: BTreeMap<u64, u64>,
     last_series: u64,
@@ -251,6 +278,7 @@ impl World {
             callers: [Caller::Idle, Caller::Idle],
             frozen: BTreeMap::new(),
             slots: BTreeMap::new(),
+            behalf: BTreeMap::new(),
             series: BTreeMap::new(),
             last_series: 0,
             forgotten: BTreeSet::new(),
@@ -261,9 +289,9 @@ impl World {
         }
     }
 
-    fn request(&self, which: u8) -> Asked {
+    fn request(&self, which: u8, id: u64) -> Asked {
         let request = Box::new(Request {
-            id: 7,
+            id,
             module: (),
             file_system: Some(Mounted(which)),
             identity: which,
@@ -307,11 +335,33 @@ impl World {
         self.held.entries().map(|it| it.stage).collect()
     }
 
-    /// How far this file system is, if it is anywhere.
-    fn stage_of(&self, which: u8) -> Option<Stage<u8>> {
+    /// How far this file system is, if it is anywhere, and on whose behalf.
+    fn stage_of(&self, which: u8) -> Option<(Stage<u8>, u64)> {
         let mut entries = self.held.entries();
         let entry = entries.find(|it| it.identity == which && !it.stage.is_done());
-        entry.map(|it| it.stage)
+        entry.map(|it| (it.stage, self.behalf[&it.number]))
+    }
+
+    /// How many are held, or going to be, on this behalf, or on any.
+    fn active(&self, id: Option<u64>) -> usize {
+        let is_its = |number| id.is_none_or(|id| self.behalf[&number] == id);
+        let entries = self.held.entries().filter(|it| is_its(it.number));
+        let active = entries.filter(|it| matches!(it.stage, Stage::Freezing | Stage::Held));
+        active.count()
+    }
+
+    /// Which entry each caller waits for, and whether it can go on.
+    fn waits(&self) -> [Option<(u64, bool)>; 2] {
+        self.callers.each_ref().map(|caller| {
+            let number = caller.ticket()?.number;
+            let stage = self.held.stage(number);
+            let can_go_on = match caller {
+                Caller::Freezes(_) => stage != Stage::Freezing,
+                Caller::Waits(asked, _) => stage.has_come_back() || asked.is_off(number),
+                _ => stage.has_come_back(),
+            };
+            Some((number, can_go_on))
+        })
     }
 
     fn unwatch(&mut self, number: u64) {
@@ -320,9 +370,12 @@ impl World {
 
     /// Returns whether there was a place for it; if not, nothing has changed.
     fn happen(&mut self, event: Event) -> bool {
+        let before = self.waits();
+        self.works.woken.clear();
         let happens = self.take_place(event);
         if happens {
             self.check();
+            self.check_wakes(before);
         }
         happens
     }
@@ -330,26 +383,30 @@ impl World {
     /// As [`Self::happen`], without a look at what has become of it.
     fn take_place(&mut self, event: Event) -> bool {
         match event {
-            Event::Ask(caller, _) | Event::Thaw(caller, _) | Event::ThawAll(caller)
+            Event::Ask(caller, ..) | Event::Thaw(caller, ..) | Event::ThawAll(caller, _)
                 if !matches!(self.callers[usize::from(caller)], Caller::Idle) =>
             {
                 false
             }
-            Event::Ask(caller, which) => {
-                self.callers[usize::from(caller)] = Caller::Asks(self.request(which));
+            Event::Ask(caller, which, id) => {
+                self.callers[usize::from(caller)] = Caller::Asks(self.request(which, id));
                 true
             }
             Event::Begin(caller) => self.begin(caller),
             Event::SetAside(caller) => self.set_aside(caller),
             Event::Look(caller) => self.look(caller, false),
             Event::GiveUp(caller) => self.look(caller, true),
-            Event::Thaw(caller, which) => {
-                let was = self.stage_of(which);
+            Event::Thaw(caller, which, id) => {
+                let (was, behalf) = self.stage_of(which).unzip();
                 if let Some(Stage::CalledOff | Stage::Thawing(_)) = was {
-                    self.call_off(which);
+                    self.call_off(which, id);
                 }
-                let thaw = self.held.begin_thaw(which, (), &mut self.works);
+                let thaw = self.held.begin_thaw(which, id, (), &mut self.works);
                 match (was, thaw) {
+                    (Some(Stage::Held | Stage::Freezing), thaw) if behalf != Some(id) => {
+                        assert!(matches!(thaw, Err(Trouble::Stale)), "another's");
+                        assert_eq!(self.stage_of(which).unzip(), (was, behalf));
+                    }
                     (Some(Stage::Held), Ok(Some(ticket))) => {
                         self.callers[usize::from(caller)] = Caller::Thaws(ticket);
                     }
@@ -361,13 +418,18 @@ impl World {
                 }
                 true
             }
-            Event::ThawAll(caller) => {
-                let held = self.held.entries().filter(|it| it.stage == Stage::Held);
+            Event::ThawAll(caller, id) => {
+                let of_id = self
+                    .held
+                    .entries()
+                    .filter(|it| self.behalf[&it.number] == id);
+                let held = of_id.filter(|it| it.stage == Stage::Held);
                 let held = held.map(|it| it.number).collect();
                 let its = self.held.entries().map(|it| it.number);
+                let its = its.filter(|it| self.behalf[it] == id);
                 let its = its.filter(|it| self.series[it] == self.last_series);
                 let its = its.filter(|it| !self.forgotten.contains(it)).collect();
-                let let_go = self.let_go();
+                let let_go = self.let_go(Some(id));
                 let all = All {
                     let_go,
                     its,
@@ -378,11 +440,11 @@ impl World {
                 true
             }
             Event::LetGo => {
-                self.let_go();
+                self.let_go(None);
                 true
             }
             Event::Forget => {
-                self.let_go();
+                self.let_go(None);
                 self.held.forget();
                 let numbers = self.held.entries().map(|it| it.number);
                 self.forgotten.extend(numbers);
@@ -395,14 +457,14 @@ impl World {
         }
     }
 
-    /// The thaw of a file system is asked for that is on its way to that.
-    fn call_off(&mut self, which: u8) {
+    /// The thaw of a file system is asked for, on this behalf, that is on its way to that.
+    fn call_off(&mut self, which: u8, id: u64) {
         let mut entries = self.held.entries();
         let entry = entries.find(|it| it.identity == which && !it.stage.is_done());
         let number = entry.map(|it| it.number);
         drop(entries);
         for asked in self.callers.iter_mut().filter_map(Caller::asked_mut) {
-            if asked.request.identity == which {
+            if asked.request.identity == which && asked.request.id == id {
                 asked.thaws.extend(number);
             }
         }
@@ -417,13 +479,10 @@ impl World {
                 return false;
             }
         };
-        let stages = self.stages();
-        let is_active = stages
-            .iter()
-            .any(|it| matches!(it, Stage::Freezing | Stage::Held));
-        let active = self.held.deadline().filter(|_| is_active);
+        let active = self.held.deadline().filter(|_| self.active(None) > 0);
         let request = &mut *asked.request;
-        let same = self.stage_of(request.identity);
+        let same = self.stage_of(request.identity).map(|it| it.0);
+        let behalf = request.id;
         let wanted = self.held.len() + COUNT;
         let has_memory = !request.spare.0.is_empty() && request.entries.1 >= wanted;
         let deadline = self.next_deadline;
@@ -439,6 +498,7 @@ impl World {
                 self.last_series += u64::from(active.is_none());
                 self.series.insert(ticket.number, self.last_series);
                 self.slots.insert(ticket.number, ticket.slot);
+                self.behalf.insert(ticket.number, behalf);
                 Caller::Freezes(ticket)
             }
             Ok(Begun::First) => {
@@ -501,7 +561,7 @@ impl World {
             }
             Caller::Waits(asked, ticket) => {
                 let (number, stage) = (ticket.number, self.held.stage(ticket.number));
-                let is_off = asked.is_off || asked.thaws.contains(&number);
+                let is_off = asked.is_off(number);
                 if !stage.has_come_back() && !is_off && !gives_up {
                     self.callers[at] = Caller::Waits(asked, ticket);
                     return false;
@@ -565,18 +625,27 @@ impl World {
         };
     }
 
-    fn let_go(&mut self) -> LetGo {
-        let stages = self.stages();
+    fn let_go(&mut self, id: Option<u64>) -> LetGo {
+        let is_its = |behalf: u64| id.is_none_or(|id| id == behalf);
+        let its = self
+            .held
+            .entries()
+            .filter(|it| is_its(self.behalf[&it.number]));
+        let stages: Vec<_> = its.map(|it| it.stage).collect();
+        let others = self.active(None) - self.active(id);
+        let is_late = id.is_some() && self.active(id) == 0;
+        let had_deadline = self.held.deadline().is_some();
         for asked in self.callers.iter_mut().filter_map(Caller::asked_mut) {
-            asked.is_off = true;
+            asked.is_off |= is_its(asked.request.id);
         }
-        let (let_go, _) = self.held.let_go((), &mut self.works);
+        let (let_go, _) = self.held.let_go(id, (), &mut self.works);
         assert_eq!(let_go.held, stages.contains(&Stage::Held));
         assert_eq!(let_go.freezing, stages.contains(&Stage::Freezing));
-        let left = self.stages();
-        let is_left = |it: &Stage<u8>| matches!(it, Stage::Held | Stage::Freezing);
-        assert!(!left.iter().any(is_left), "held after it was let go");
-        assert_eq!(self.held.deadline(), None);
+        assert_eq!(self.active(id), 0, "held after it was let go");
+        assert_eq!(self.active(None), others, "another's was let go");
+        assert_eq!(self.held.holds(), others > 0);
+        let has_deadline = if is_late { had_deadline } else { others > 0 };
+        assert_eq!(self.held.deadline().is_some(), has_deadline);
         let_go
     }
 
@@ -584,22 +653,26 @@ impl World {
         let Some((number, slot)) = self.at(at) else {
             return false;
         };
-        let freezes = match self.works.0.get(&slot) {
+        let freezes = match self.works.of_slot.get(&slot) {
             Some(Work::FreezeQueued) => true,
             Some(Work::ThawQueued) => false,
             Some(Work::Freezes(_) | Work::Thaws(_)) | None => return false,
         };
-        self.works.0.remove(&slot);
+        self.works.of_slot.remove(&slot);
         let task = self.held.take(&slot).expect("a work for what is not there");
         if !freezes {
-            self.works.0.insert(slot, Work::Thaws(task.file_system));
+            self.works
+                .of_slot
+                .insert(slot, Work::Thaws(task.file_system));
         } else if task.stage == Stage::CalledOff {
             let end = Stage::Failed(None);
             self.held.finished(&slot, end, (), &mut self.works);
             self.refused.insert(number);
         } else {
             assert_eq!(task.stage, Stage::Freezing);
-            self.works.0.insert(slot, Work::Freezes(task.file_system));
+            self.works
+                .of_slot
+                .insert(slot, Work::Freezes(task.file_system));
         }
         true
     }
@@ -609,10 +682,10 @@ impl World {
         let Some((number, slot)) = self.at(at) else {
             return false;
         };
-        if let Some(Work::FreezeQueued | Work::ThawQueued) = self.works.0.get(&slot) {
+        if let Some(Work::FreezeQueued | Work::ThawQueued) = self.works.of_slot.get(&slot) {
             return false;
         }
-        match (self.works.0.remove(&slot), result) {
+        match (self.works.of_slot.remove(&slot), result) {
             (Some(Work::Freezes(mounted)), Ok(())) => {
                 let before = self.frozen.insert(mounted.0, slot);
                 assert!(before.is_none(), "frozen twice");
@@ -636,15 +709,24 @@ impl World {
         true
     }
 
-    fn check(&mut self) {
+    /// Who could not go on sleeps, and only a wake ends that.
+    fn check_wakes(&self, before: [Option<(u64, bool)>; 2]) {
+        for (before, after) in before.into_iter().zip(self.waits()) {
+            if let (Some((number, false)), Some((same, true))) = (before, after) {
+                let is_woken = self.works.woken.contains(&self.slots[&number]);
+                assert!(number != same || is_woken, "nobody has woken it");
+            }
+        }
+    }
+
+    fn check(&self) {
         self.held.check().expect("an invariant");
         for caller in &self.callers {
             // Who waits looks at this, and who begins is asked.
             if let Caller::Waits(asked, ticket) = caller {
-                let is_off = asked.is_off || asked.thaws.contains(&ticket.number);
-                let since = asked.request.since;
-                let says = self.held.asked_of(ticket.number) > since;
-                assert_eq!(says, is_off, "what was called off");
+                let Request { id, since, .. } = *asked.request;
+                let says = self.held.asked_of(ticket.number, id) > since;
+                assert_eq!(says, asked.is_off(ticket.number), "what was called off");
             }
         }
         let mut watches = BTreeMap::new();
@@ -665,7 +747,7 @@ impl World {
             let is_forgotten = self.forgotten.contains(&number);
             assert_eq!(it.is_forgotten, is_forgotten, "what is forgotten");
             let is_held = self.frozen.get(&identity) == Some(&slot);
-            let work = self.works.0.get(&slot);
+            let work = self.works.of_slot.get(&slot);
             match stage {
                 Stage::Freezing => {
                     assert!(matches!(work, Some(Work::FreezeQueued | Work::Freezes(_))))
@@ -696,7 +778,7 @@ impl World {
     }
 
     /// What tells two of them apart, without numbers, and whichever caller and file system is the first.
-    fn state(&mut self) -> impl std::hash::Hash + Eq {
+    fn state(&self) -> impl std::hash::Hash + Eq {
         let numbers: Vec<_> = self.held.entries().map(|it| it.number).collect();
         let places = |wanted: &dyn Fn(u64) -> bool| -> Vec<usize> {
             (0..numbers.len())
@@ -704,28 +786,25 @@ impl World {
                 .collect()
         };
         let place = |ticket: &Ticket<Model>| numbers.iter().position(|it| *it == ticket.number);
-        let for_all = self.held.asked_of(u64::MAX);
-        let asked_of: Vec<_> = self
-            .held
-            .entries()
-            .map(|it| (it.number, it.identity))
-            .collect();
-        let asked_of: Vec<_> = asked_of
-            .into_iter()
-            .map(|(number, identity)| (identity, self.held.asked_of(number)))
-            .collect();
+        // By whether it is on nobody's behalf.
+        let asked_of = |number: u64| [0, SERVED].map(|id| self.held.asked_of(number, id));
+        let for_all = asked_of(u64::MAX);
+        let entries = self.held.entries();
+        let asked_of = entries.map(|it| (it.identity, asked_of(it.number)));
+        let asked_of: Vec<_> = asked_of.collect();
         // What the machine says of a freeze that was asked for, and what the walk does; where both call it off nothing
         // else counts.
         let off = |caller: &Caller| {
             let asked = caller.asked()?;
             let request = &asked.request;
-            let says = for_all > request.since;
+            let behalf = usize::from(request.id != 0);
+            let says = for_all[behalf] > request.since;
             if says && asked.is_off {
                 return Some(None);
             }
-            let its = asked_of
-                .iter()
-                .map(|(identity, number)| *identity == request.identity && *number > request.since);
+            let its = asked_of.iter().map(|(identity, asked)| {
+                *identity == request.identity && asked[behalf] > request.since
+            });
             let its: Vec<bool> = its.collect();
             let thaws = places(&|it| asked.thaws.contains(&it));
             let memory = (request.spare.0.is_empty(), request.entries.1.min(MAX));
@@ -744,7 +823,7 @@ impl World {
             .callers
             .iter()
             .any(|it| matches!(it, Caller::ThawsAll(..)));
-        let work = |slot: usize| match self.works.0.get(&slot) {
+        let work = |slot: usize| match self.works.of_slot.get(&slot) {
             None => 0,
             Some(Work::FreezeQueued) => 1,
             Some(Work::Freezes(_)) => 2,
@@ -761,6 +840,7 @@ impl World {
                         it.stage,
                         work(self.slots[&it.number]),
                         it.series.min(1),
+                        self.behalf[&it.number],
                         all_waits && it.is_forgotten,
                     )
                 })
@@ -781,6 +861,7 @@ impl World {
                     (
                         kind,
                         which,
+                        it.asked().map(|it| it.request.id),
                         it.ticket().and_then(place),
                         off(it),
                         waits_for(it),
@@ -814,10 +895,10 @@ impl World {
             assert!(left.iter().all(|it| *it == Stage::Held), "{left:?} is left");
         }
         assert!(self.held.is_idle() && self.frozen.is_empty());
-        assert!(self.works.0.is_empty() && self.held.is_empty());
+        assert!(self.works.of_slot.is_empty() && self.held.is_empty());
         // And another one can be held.
         self.callers = [Caller::Idle, Caller::Idle];
-        self.happen(Event::Ask(0, 0));
+        self.happen(Event::Ask(0, 0, SERVED));
         self.happen(Event::Begin(0));
         self.happen(Event::SetAside(0));
         self.happen(Event::Begin(0));
@@ -844,12 +925,12 @@ impl Drop for Way<'_> {
     }
 }
 
-#[test]
-fn every_state_keeps_the_promises() {
+/// Visits every state where these file systems are frozen on these behalves.
+fn walk(asks: &[(u8, u64)]) {
     let mut seen = HashSet::new();
     let mut paths = vec![Vec::new()];
     seen.insert(World::new().state());
-    let (mut depth, all) = (0, events());
+    let (mut depth, all) = (0, events(asks));
     let mut changing = vec![false; all.len()];
     while let Some(next) = (!paths.is_empty()).then(|| std::mem::take(&mut paths)) {
         for path in next {
@@ -876,6 +957,30 @@ fn every_state_keeps_the_promises() {
         }
     }
     println!("{} states, the farthest {depth} events away", seen.len());
-    let idle: Vec<_> = all.iter().zip(&changing).filter(|it| !it.1).collect();
-    assert!(idle.is_empty(), "the walk has lost {idle:?}");
+    for (event, changes) in all.iter().zip(changing) {
+        let is_late = match *event {
+            Event::Thaw(_, which, id) => !asks.contains(&(which, id)),
+            Event::ThawAll(_, id) => !asks.iter().any(|ask| ask.1 == id),
+            _ => false,
+        };
+        assert_eq!(
+            changes, !is_late,
+            "{event:?}: the walk has lost it, or it came too late"
+        );
+    }
+}
+
+#[test]
+fn every_state_keeps_the_promises() {
+    walk(&[(0, SERVED), (1, SERVED)]);
+}
+
+#[test]
+fn what_is_held_on_another_behalf_beside_it_keeps_them() {
+    walk(&[(0, 0), (1, SERVED)]);
+}
+
+#[test]
+fn what_is_asked_for_on_two_behalves_keeps_them() {
+    walk(&[(0, 0), (0, SERVED)]);
 }

@@ -106,13 +106,14 @@ const IDLE: [Event; 11] = [
 ];
 
 /// Nor does this where the module cannot hold.
-const OF_HOLDING: [Event; 6] = [
+const OF_HOLDING: [Event; 7] = [
     Event::Hold,
     Event::Rehearse,
     Event::ThawHeld,
     Event::Lose,
     Event::ThawOne,
     Event::HoldFails,
+    Event::ThawRehearsed,
 ];
 
 #[test]

@@ -21,7 +21,7 @@ use e2e::guest::{Guest, Images, Machine};
 use load::{Load, Work, Writers, LOADS};
 use measure::Sample;
 use report::{ms, Results};
-use stack::Rig;
+use stack::{Rig, Stack};
 use stats::Turn;
 use std::path::Path;
 use std::process::ExitCode;
@@ -119,9 +119,7 @@ fn run_load(load: &Load, rounds: u32, guest: &Guest, results: &mut Results) -> R
     }
     let rounds = rounds.saturating_mul(load.repeat);
     for round in 1..=rounds {
-        let mut order = load.stacks.to_vec();
-        order.rotate_left(round as usize % load.stacks.len());
-        for stack in order {
+        for stack in order(load.stacks, round as usize) {
             rig.switch(stack)?;
             let sample = match load.work {
                 Work::Freeze(disks) => measure::freeze(&rig, stack, &disks),
@@ -152,6 +150,18 @@ fn run_load(load: &Load, rounds: u32, guest: &Guest, results: &mut Results) -> R
     Ok(())
 }
 
+/// In which order the stacks have their turns in this round: each follows on each of the others as often as before it,
+/// in as many rounds as three have orders.
+fn order(stacks: &[Stack], round: usize) -> Vec<Stack> {
+    let mut order = stacks.to_vec();
+    order.rotate_left(round % stacks.len());
+    // Of two there are no more.
+    if stacks.len() > 2 && (round / stacks.len()) % 2 == 1 {
+        order.reverse();
+    }
+    order
+}
+
 fn in_words(sample: &Sample) -> String {
     let figures = sample.seconds.iter();
     figures
@@ -162,6 +172,17 @@ fn in_words(sample: &Sample) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn three_stacks_take_turns_in_each_order_there_is() {
+        let stacks = [Stack::Ours, Stack::Guarded, Stack::Peer];
+        let orders: BTreeSet<Vec<Stack>> = (1..=6).map(|it| order(&stacks, it)).collect();
+        assert_eq!(orders.len(), 6);
+        assert!(orders.iter().all(|it| it.len() == 3));
+        let [first, second] = [1, 2].map(|it| order(&[Stack::Ours, Stack::Peer], it));
+        assert_ne!(first, second);
+    }
 
     #[test]
     fn no_rounds_are_no_benchmark() {

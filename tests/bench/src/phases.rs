@@ -58,6 +58,11 @@ pub fn pooled(metric: &str) -> Option<&'static str> {
     all.find(|(_, p99)| *p99 == metric).map(|it| it.0)
 }
 
+/// Whether this metric is what one write took of a phase at most.
+pub fn is_longest(metric: &str) -> bool {
+    ALL.iter().any(|it| it.longest == metric)
+}
+
 /// When each phase of one backup begins, and when the last one ends, in microseconds of the guest's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Phases {

@@ -15,13 +15,14 @@ use std::path::Path;
 
 /// What the words in the table mean.
 pub const WORDS: &str = "\
-stall: the longest write of a small writer, on the file system where it was longest.
+stall: the longest write of a small writer, on the file system where it was longest; worst:
+that of all rounds, ours / peer.
 guarded: our daemon on the stock hv_utils. ratio: ours / peer, and the range of 95 % of it
-(paired bootstrap). limit: our stall / the longest freeze and thaw of any of these file
+(paired bootstrap; none of fewer than 6 rounds). limit: our stall / the longest freeze and thaw of any of these file
 systems when it is clean and alone. fsync-p99: of a hundred writes with their fsync 99 took
 no longer, from before FREEZE until all went on, of all file systems and rounds together.
 sync-, freeze-, hold- and thaw-: what the writes took of that phase, -p99 of all rounds
-together, -longest of the longest one. sync: from FREEZE to the first freeze; freeze: until
+together, -longest of the longest of all. sync: from FREEZE to the first freeze; freeze: until
 the last one has ended; hold: until the first thaw begins; thaw: until the last one has ended.";
 
 /// All that was measured so far.
@@ -64,7 +65,7 @@ impl Results {
             let _ = writeln!(text, "Medians. {WORDS}\n");
             let _ = writeln!(
                 text,
-                "{:12} {:14} {:>10} {:>10} {:>10} {:>6}   {:13} {:>6} {:>6}",
+                "{:12} {:14} {:>10} {:>10} {:>10} {:>6}   {:13} {:>6} {:>6}   worst",
                 "load", "metric", "ours", "guarded", "peer", "ratio", "95 %", "limit", "rounds"
             );
             for row in &rows {
@@ -112,19 +113,26 @@ impl Results {
 
     fn line(&self, text: &mut String, row: &Comparison) {
         let of = |stack| values(&self.turns, row.load, stack, row.metric).len();
-        let [low, high] = row.interval;
+        let interval = row
+            .interval
+            .map(|[low, high]| format!("{low:.3}-{high:.3}"));
+        let worst = row
+            .worst
+            .map(|[ours, peer]| format!("{} / {}", ms(ours), ms(peer)));
         let _ = writeln!(
             text,
-            "{:12} {:14} {:>10} {:>10} {:>10} {:>6.3}   {low:.3}-{high:<7.3} {:>6} {:>6}",
+            "{:12} {:14} {:>10} {:>10} {:>10} {:>6.3}   {:13} {:>6} {:>6}   {}",
             row.load,
             row.metric,
             ms(row.ours),
             row.guarded.map_or_else(String::new, ms),
             ms(row.peer),
             row.ratio,
+            interval.unwrap_or_default(),
             row.limit_ratio
                 .map_or_else(String::new, |it| format!("{it:.2}")),
-            of(Stack::Ours).min(of(Stack::Peer))
+            of(Stack::Ours).min(of(Stack::Peer)),
+            worst.unwrap_or_default()
         );
     }
 }

@@ -21,7 +21,7 @@ pub struct Turn {
     pub sample: Sample,
 }
 
-/// One line of `summary.json`. Medians are in seconds.
+/// One line of `summary.json`. Figures are in seconds.
 #[derive(Debug, PartialEq, Serialize)]
 pub struct Comparison {
     /// The load.
@@ -38,8 +38,12 @@ pub struct Comparison {
     /// `ours / peer`.
     pub ratio: f64,
     /// In which range 95 % of the ratios are that come of drawing as many rounds out of these
-    /// (bootstrap; what a round gave both stays together).
-    pub interval: [f64; 2],
+    /// (bootstrap; what a round gave both stays together). None of so few that none has that meaning.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interval: Option<[f64; 2]>,
+    /// In the rows of `stall`: the longest of all rounds, ours and the peer's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub worst: Option<[f64; 2]>,
     /// In the rows of `stall`: ours, divided by the least that any stack could do in that guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit_ratio: Option<f64>,
@@ -48,9 +52,15 @@ pub struct Comparison {
 /// How often rounds are drawn.
 const DRAWS: usize = 2000;
 
+/// Of fewer no two of them are the ends of a range in which the median is 95 times of a hundred.
+const FEWEST: usize = 6;
+
 /// [`Comparison::interval`], of what each round gave both and of the figure that is made of some rounds.
-fn interval<T>(ours: &[T], peer: &[T], figure: impl Fn(&[&T]) -> f64) -> [f64; 2] {
+fn interval<T>(ours: &[T], peer: &[T], figure: impl Fn(&[&T]) -> f64) -> Option<[f64; 2]> {
     let rounds: Vec<(&T, &T)> = ours.iter().zip(peer).collect();
+    if rounds.len() < FEWEST {
+        return None;
+    }
     // The same figures give the same interval.
     let mut rng = fastrand::Rng::with_seed(1);
     let mut ratio = || {
@@ -66,7 +76,7 @@ fn interval<T>(ours: &[T], peer: &[T], figure: impl Fn(&[&T]) -> f64) -> [f64; 2
             .copied()
             .unwrap_or_default()
     };
-    [at(25), at(974)]
+    Some([at(25), at(974)])
 }
 
 /// The middle value, or the mean of the middle two; 0 of nothing.
@@ -87,6 +97,11 @@ pub fn p99(values: &[f64]) -> f64 {
     sorted.sort_by(f64::total_cmp);
     let index = (sorted.len() * 99).div_ceil(100).saturating_sub(1);
     sorted.get(index).copied().unwrap_or_default()
+}
+
+/// The largest; 0 of none.
+fn longest(values: &[f64]) -> f64 {
+    values.iter().copied().fold(0.0, f64::max)
 }
 
 /// The order in which people read metrics.
@@ -134,14 +149,13 @@ fn fsyncs(turns: &[Turn], load: &str, stack: Stack, phase: &str) -> Vec<Vec<f64>
         .collect()
 }
 
-/// The figures of one row: ours, the peer's, and the interval of their ratio. Of the writes in a phase they
-/// are made of all rounds together, else they are medians.
-fn figures(turns: &[Turn], load: &str, metric: &str) -> Option<(f64, f64, [f64; 2])> {
-    fn of<T>(
-        ours: &[T],
-        peer: &[T],
-        figure: impl Fn(&[&T]) -> f64,
-    ) -> Option<(f64, f64, [f64; 2])> {
+/// Ours, the peer's, and the interval of their ratio.
+type Figures = (f64, f64, Option<[f64; 2]>);
+
+/// The figures of one row. What is of the writes in a phase is made of all rounds together, the longest of them is the
+/// longest of all, else they are medians.
+fn figures(turns: &[Turn], load: &str, metric: &str) -> Option<Figures> {
+    fn of<T>(ours: &[T], peer: &[T], figure: impl Fn(&[&T]) -> f64) -> Option<Figures> {
         if ours.is_empty() || peer.is_empty() {
             return None;
         }
@@ -164,7 +178,13 @@ fn figures(turns: &[Turn], load: &str, metric: &str) -> Option<(f64, f64, [f64; 
         None => of(
             &values(turns, load, Stack::Ours, metric),
             &values(turns, load, Stack::Peer, metric),
-            |rounds| median(&rounds.iter().copied().copied().collect::<Vec<_>>()),
+            |rounds| {
+                let rounds: Vec<f64> = rounds.iter().copied().copied().collect();
+                match crate::phases::is_longest(metric) {
+                    true => longest(&rounds),
+                    false => median(&rounds),
+                }
+            },
         ),
     }
 }
@@ -182,7 +202,9 @@ pub fn compare(turns: &[Turn], limits: &BTreeMap<&str, Vec<f64>>) -> Vec<Compari
             };
             // Only loads without a phase have turns of theirs.
             let guarded = values(turns, load, Stack::Guarded, metric);
-            let limit = limits.get(load).filter(|_| metric == "stall");
+            let is_stall = metric == "stall";
+            let limit = limits.get(load).filter(|_| is_stall);
+            let worst = |stack| longest(&values(turns, load, stack, metric));
             rows.push(Comparison {
                 load,
                 metric,
@@ -191,6 +213,7 @@ pub fn compare(turns: &[Turn], limits: &BTreeMap<&str, Vec<f64>>) -> Vec<Compari
                 peer,
                 ratio: ours / peer,
                 interval,
+                worst: is_stall.then(|| [Stack::Ours, Stack::Peer].map(worst)),
                 limit_ratio: limit.map(|it| ours / median(it)),
             });
         }
@@ -225,10 +248,41 @@ mod tests {
     fn an_interval_is_as_wide_as_the_rounds_differ() {
         let peer = [2.0; 9];
         let middle = |rounds: &[&f64]| median(&rounds.iter().map(|it| **it).collect::<Vec<_>>());
-        assert_eq!(interval(&[1.0; 9], &peer, middle), [0.5, 0.5]);
+        assert_eq!(interval(&[1.0; 9], &peer, middle), Some([0.5, 0.5]));
+        assert_eq!(interval(&[1.0; 5], &peer, middle), None);
         let ours = [1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0];
-        let [low, high] = interval(&ours, &peer, middle);
-        assert_eq!((low, high), (0.5, 1.5));
+        assert_eq!(interval(&ours, &peer, middle), Some([0.5, 1.5]));
+    }
+
+    #[test]
+    fn the_longest_is_that_of_all_rounds_and_a_stall_says_its_worst() {
+        let with = |round, stack, seconds: f64| Turn {
+            sample: Sample {
+                seconds: BTreeMap::from([("hold-longest", seconds), ("stall", seconds)]),
+                ..Sample::default()
+            },
+            ..turn(round, stack, 0.0)
+        };
+        let rounds = [(1, 1.0, 2.0), (2, 9.0, 3.0), (3, 2.0, 7.0)];
+        let turns: Vec<Turn> = rounds
+            .into_iter()
+            .flat_map(|(round, ours, peer)| {
+                [
+                    with(round, Stack::Ours, ours),
+                    with(round, Stack::Peer, peer),
+                ]
+            })
+            .collect();
+        let rows = compare(&turns, &BTreeMap::new());
+        let row = |metric| rows.iter().find(|it| it.metric == metric).expect("a row");
+        let longest = row("hold-longest");
+        assert_eq!(
+            (longest.ours, longest.peer, longest.worst),
+            (9.0, 7.0, None)
+        );
+        let stall = row("stall");
+        assert_eq!((stall.ours, stall.peer), (2.0, 3.0));
+        assert_eq!(stall.worst, Some([9.0, 7.0]));
     }
 
     #[test]
@@ -285,7 +339,8 @@ mod tests {
             guarded: None,
             peer: 4.0,
             ratio: 0.5,
-            interval: [0.5, 0.5],
+            interval: None,
+            worst: Some([3.0, 6.0]),
             limit_ratio: Some(4.0),
         };
         let limits = BTreeMap::from([("some", vec![0.5])]);

@@ -1109,13 +1109,22 @@ impl Guest {
 
     /// For how many milliseconds each of them has been in that state, as it says.
     pub fn held_for_ms(&self) -> Result<Vec<u64>> {
+        self.held_numbers(3)
+    }
+
+    /// For which request each of them is, 0 for none.
+    pub fn held_for(&self) -> Result<Vec<u64>> {
+        self.held_numbers(4)
+    }
+
+    fn held_numbers(&self, column: usize) -> Result<Vec<u64>> {
         let text = self.read(HELD)?;
         let lines = text.lines().filter(|line| !line.starts_with('#'));
-        let for_ms = |line: &str| {
-            let word = line.split(' ').nth(3).and_then(|it| it.parse().ok());
+        let number = |line: &str| {
+            let word = line.split(' ').nth(column).and_then(|it| it.parse().ok());
             word.with_context(|| format!("in debugfs: {line}"))
         };
-        lines.map(for_ms).collect()
+        lines.map(number).collect()
     }
 
     /// FIFREEZE and FITHAW of the file system that `path` is on, and how long both took.

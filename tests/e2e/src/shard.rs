@@ -23,7 +23,7 @@ const USUAL: u32 = 6;
 
 /// Cases that take much longer, in seconds as a run under emulation has printed them. One that is wrong here
 /// costs some balance and nothing else.
-const LONG: [(&str, u32); 67] = [
+const LONG: [(&str, u32); 68] = [
     ("abi/debugfs", 21),
     ("broken/btrfs-balance", 13),
     ("broken/btrfs-read-only-after-a-backup", 15),
@@ -31,6 +31,7 @@ const LONG: [(&str, u32); 67] = [
     ("broken/disk-gone", 17),
     ("broken/mapper-merge", 20),
     ("broken/md-repair", 20),
+    ("broken/raid-journal", 20),
     ("broken/read-only-since-an-error", 14),
     ("broken/vfat-read-only-since-an-error", 13),
     ("commands/one-at-a-time", 12),

@@ -50,6 +50,8 @@ pub enum Event {
     ThawHeld,
     /// ... one of it, and keeps the rest.
     ThawOne,
+    /// ... all that is held for nobody, as it does after a rehearsal.
+    ThawRehearsed,
     /// The module thaws that by itself.
     Lose,
     /// The machine prepares to sleep.
@@ -103,6 +105,8 @@ pub enum Gap {
     Hold,
     /// ... has the module thaw all that.
     ThawHeld,
+    /// ... all that is held for nobody.
+    ThawRehearsed,
 }
 
 impl Gap {
@@ -116,12 +120,13 @@ impl Gap {
             Gap::Answer => Event::Answer(Verdict::Ok),
             Gap::Hold => Event::Hold,
             Gap::ThawHeld => Event::ThawHeld,
+            Gap::ThawRehearsed => Event::ThawRehearsed,
         }
     }
 }
 
 /// Each event once.
-pub const ALL: [Event; 47] = [
+pub const ALL: [Event; 49] = [
     Event::Ask(op::FREEZE),
     Event::Ask(op::THAW),
     Event::Ask(op::HOT_BACKUP),
@@ -169,6 +174,8 @@ pub const ALL: [Event; 47] = [
     Event::SlowRead(Gap::Hold),
     Event::SlowRead(Gap::ThawHeld),
     Event::NextDevice,
+    Event::ThawRehearsed,
+    Event::SlowRead(Gap::ThawRehearsed),
 ];
 
 impl World<'_> {
@@ -276,6 +283,9 @@ impl World<'_> {
             Event::ThawHeld if self.open => {
                 assert_eq!(self.thaw_held().is_ok(), self.abi == 2);
             }
+            Event::ThawRehearsed if self.open => {
+                assert_eq!(self.thaw_all_for(0).is_ok(), self.abi == 2);
+            }
             // The module does so only with what it holds.
             Event::ThawOne if self.by_module.is_some() => {
                 assert_eq!(self.thaw_one(), Ok(()));
@@ -297,6 +307,7 @@ impl World<'_> {
             | Event::Rehearse
             | Event::ThawHeld
             | Event::ThawOne
+            | Event::ThawRehearsed
             | Event::Lose
             | Event::Close
             | Event::Release

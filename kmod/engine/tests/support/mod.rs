@@ -25,7 +25,7 @@ pub mod events;
 
 use hv_vss_engine::{Config, Effects, Engine, Left, Note, Refusal, Token};
 use hv_vss_uapi::{self as uapi, op, status, thawed};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// A VSS packet as the host builds it: pipe header, IC header, VSS header, then `body`.
@@ -233,6 +233,10 @@ pub struct World<'a> {
     by_daemon: bool,
     /// What it has in the module: the id that it gave for it.
     by_module: Option<u64>,
+    /// The ids for which the module holds something.
+    held_for: BTreeSet<u64>,
+    /// All that was held for the FREEZE in hand the daemon has had thawed, and nothing is held since.
+    emptied: bool,
     /// What it has to be told of that: the id, and why it has ended.
     untold: Option<(u64, u32)>,
     /// The last THAW that the host had sent before that, and the first one, if all was well with its freeze.
@@ -279,6 +283,8 @@ impl<'a> World<'a> {
             },
             by_daemon: left.owes_thaw,
             by_module: None,
+            held_for: BTreeSet::new(),
+            emptied: false,
             untold: None,
             sent_before: None,
             behind: None,
@@ -307,6 +313,9 @@ impl<'a> World<'a> {
                 self.hears_of_it(),
                 self.late,
                 self.by_module.is_some(),
+                self.held_for.contains(&0),
+                self.held_for.iter().any(|id| *id != 0),
+                self.emptied,
                 self.channel,
             ],
         )
@@ -338,13 +347,21 @@ impl<'a> World<'a> {
         self.out.notes.clear();
         self.engine
             .packet(self.now, &mut copy, request_id, &mut self.out);
+        let mut leaves_a_word = false;
         for note in &self.out.notes {
             match note {
                 Note::Received(subject) if subject.transaction == request_id => {
                     self.waiting.get_mut(&request_id).unwrap().id = Some(subject.id);
+                    leaves_a_word = true;
+                }
+                Note::Refused { subject, .. } if subject.transaction == request_id => {
+                    leaves_a_word = true;
                 }
                 _ => {}
             }
+        }
+        if matches!(operation, op::FREEZE | op::THAW | op::HOT_BACKUP) {
+            assert!(leaves_a_word, "failed without a word");
         }
         self.settle();
         if self.strict && operation == op::THAW {
@@ -622,7 +639,8 @@ impl<'a> World<'a> {
             self.engine.holds(id);
             self.sign_of_life();
             self.by_module = Some(id);
-            self.out.holds = true;
+            self.held_for.insert(id);
+            (self.out.holds, self.emptied) = (true, false);
             let own_freeze = |seen: Seen| seen.id == id && seen.operation == op::FREEZE;
             assert!(
                 id == 0 || self.in_hand.is_some_and(own_freeze),
@@ -642,45 +660,68 @@ impl<'a> World<'a> {
             self.sign_of_life();
             // What was held for nobody before may be part of that.
             self.by_module = self.by_module.map(|_| id);
+            self.emptied = false;
         }
         self.settle();
         result
     }
 
-    /// The daemon has the module thaw all that it holds, which may be nothing.
+    /// The daemon has the module thaw all that it holds, on whatever behalf; which may be nothing.
     pub fn thaw_held(&mut self) -> Result<(), Refusal> {
+        for id in self.held_for.clone() {
+            self.thaw_all_for(id)?;
+        }
+        self.thaw_all_for(0)
+    }
+
+    /// The daemon has the module thaw all that it holds for this id.
+    pub fn thaw_all_for(&mut self, id: u64) -> Result<(), Refusal> {
         let result = self.engine.may_thaw();
-        if result.is_ok() && self.out.holds {
-            self.engine.thaws(true);
+        if result.is_ok() && self.held_for.remove(&id) {
+            let is_all = self.held_for.is_empty();
+            self.engine.thaws(id, is_all);
             self.sign_of_life();
             let in_hand = self.in_hand.filter(|seen| self.is_open(*seen));
             let thawing = in_hand.is_some_and(|seen| seen.operation == op::THAW);
-            if self.by_module.is_some() && !thawing {
+            if is_all && !thawing {
                 // It is its own doing, so it thaws what else it froze, too.
                 self.by_daemon = false;
                 self.cut_short();
+            } else {
+                self.tear();
             }
-            (self.by_module, self.out.holds) = (None, false);
+            if is_all {
+                (self.by_module, self.out.holds) = (None, false);
+                let is_its = |seen: Seen| seen.id == id && seen.operation == op::FREEZE;
+                self.emptied |= in_hand.is_some_and(is_its);
+            }
         }
         self.settle();
         result
     }
 
-    /// The daemon has the module thaw one of those that it holds.
+    /// The daemon has the module thaw one of those that it holds, and others are left.
     pub fn thaw_one(&mut self) -> Result<(), Refusal> {
+        let id = self.held_for.last().copied().unwrap_or_default();
         self.engine.may_thaw()?;
-        self.engine.thaws(false);
+        self.engine.thaws(id, false);
         self.sign_of_life();
+        self.tear();
+        self.settle();
+        Ok(())
+    }
+
+    /// Something that stood still for the host does not any more, unless it has sent its THAW.
+    fn tear(&mut self) {
         if self.backup == Backup::Good && self.open_thaws().next().is_none() {
             self.backup = Backup::Torn;
         }
-        self.settle();
-        Ok(())
     }
 
     /// The module thaws by itself what the daemon has in it.
     pub fn lose(&mut self, reason: u32) {
         self.out.holds = false;
+        self.held_for.clear();
         if let Some(id) = self.by_module.take() {
             self.has_to_tell(id, reason);
             self.cut_short();
@@ -897,11 +938,13 @@ impl<'a> World<'a> {
         self.out.let_go.clear();
         if let (Some(reason), Some(id)) = (reason, self.by_module) {
             self.by_module = None;
+            self.held_for.clear();
             if !self.says_so {
                 self.has_to_tell(id, reason);
             }
         }
         let in_hand = self.in_hand.filter(|seen| seen.operation == op::FREEZE);
+        self.emptied &= in_hand.is_some_and(|seen| self.is_open(seen));
         self.late |= self.open && in_hand.is_some_and(|seen| !self.is_open(seen));
         if self.strict {
             self.check_ways_out();
@@ -964,7 +1007,10 @@ impl<'a> World<'a> {
 
     fn after_freeze(&mut self, request: &Waiting, code: u32, heard: bool) {
         if code == status::OK && heard {
-            self.backup = Backup::Good;
+            self.backup = match self.emptied {
+                true => Backup::Torn,
+                false => Backup::Good,
+            };
             return;
         }
         // The daemon gives it up, and with it what was frozen before.

@@ -91,6 +91,11 @@ pub const CASES: &[Case] = &[
         "and so is a volume of the device mapper that merges a snapshot into another disk",
         mapper_merge,
     ),
+    case(
+        "broken/raid-journal",
+        "and so is a RAID whose journal answers writes that its other disks get later",
+        raid_journal,
+    ),
 ];
 
 /// The healthy one.
@@ -160,7 +165,7 @@ fn checked(guest: &Guest, names: &[&str], code: i32) -> Result<()> {
 }
 
 /// Waits until the history has this of the last backup.
-fn remembered(guest: &Guest, what: &str, has: impl Fn(&Value) -> bool) -> Result<()> {
+pub(super) fn remembered(guest: &Guest, what: &str, has: impl Fn(&Value) -> bool) -> Result<()> {
     let mut all = Value::Null;
     let waited = guest.wait_until(&format!("the history has {what}"), STEP, || {
         all = serde_json::from_str(&guest.try_sh("/payload/hv_vss_daemon history --json")?.out)?;
@@ -700,6 +705,62 @@ fn mapper_merge(guest: &Guest) -> Result<()> {
     stop(guest, guest.module(), &daemon)?;
     guest.writers_stop()?;
     guest.sh("umount /mnt/bad && dmsetup remove bad").map(drop)
+}
+
+fn raid_journal(guest: &Guest) -> Result<()> {
+    guest.sh(HEALTHY)?;
+    guest.sh("modprobe -a dm-raid && mkdir -p /mnt/bad")?;
+    // Made anew: what is on it was made in that mode.
+    let make = |mode: &str| -> Result<String> {
+        guest.sh(&format!(
+            "dd if=/dev/zero of=/dev/ram5 bs=1M count=1 2>/dev/null
+             dmsetup create bad --noudevsync --table '0 131072 raid raid5_ls 6 64 nosync \
+                 journal_dev /dev/ram5 journal_mode {mode} 3 - /dev/ram2 - /dev/ram3 - /dev/ram4'
+             [ -e /dev/mapper/bad ] || dmsetup mknodes
+             mkfs.ext4 -q -F /dev/mapper/bad && mount /dev/mapper/bad /mnt/bad"
+        ))?;
+        let node = guest.sh("dmsetup info -c --noheadings -o blkdevname bad")?;
+        Ok(format!(
+            "{} (write-back) copies from disk to disk",
+            node.trim()
+        ))
+    };
+    let end = || guest.sh("umount /mnt/bad && dmsetup remove bad").map(drop);
+    let all = good(&["/mnt/good/w", "/mnt/bad/w"]);
+    let copies = make("writeback")?;
+    for path in ["/mnt/good/w", "/mnt/bad/w"] {
+        guest.writer_start(path)?;
+    }
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    equal("the backup", observe(guest)?, all.clone())?;
+    remembered(guest, "the warning", |last| {
+        let mut all = last["warnings"].as_array().into_iter().flatten();
+        all.any(|it| it.as_str().is_some_and(|it| it.contains(&copies)))
+    })?;
+    let check = guest.try_sh("/payload/hv_vss_daemon check")?.out;
+    ensure!(check.contains(&copies), "check should name it:\n{check}");
+    stop(guest, guest.module(), &daemon)?;
+
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("strict = true")?;
+    wait_for_daemon(guest)?;
+    let freeze = guest.vss().freeze(&[], STEP)?;
+    answered("FREEZE with strict = true", &freeze, status::FAIL)?;
+    stop(guest, guest.module(), &daemon)?;
+    guest.writers_stop()?;
+    end()?;
+
+    make("writethrough")?;
+    for path in ["/mnt/good/w", "/mnt/bad/w"] {
+        guest.writer_start(path)?;
+    }
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("strict = true")?;
+    wait_for_daemon(guest)?;
+    equal("a journal that writes through", observe(guest)?, all)?;
+    stop(guest, guest.module(), &daemon)?;
+    guest.writers_stop()?;
+    end()
 }
 
 fn md_repair(guest: &Guest) -> Result<()> {

@@ -107,6 +107,15 @@ pub const CASES: &[Case] = &[
     Case {
         machine: Machine::SYSTEMD,
         ..case(
+            "control/check-next-boot",
+            "check warns of a unit that does not serve after the next boot, and of a history that cannot be written; not of \
+             a daemon that was started without the unit",
+            check_next_boot,
+        )
+    }.long(),
+    Case {
+        machine: Machine::SYSTEMD,
+        ..case(
             "control/varlink",
             "varlinkctl has the service describe itself, and calls it: status, history, check",
             varlink,
@@ -655,15 +664,21 @@ END")?;
     asked(guest, "check", 0)?;
     // The package for DKMS is installed: the module is there, or it is not, for want of headers.
     guest.sh(
-        "mkdir -p /usr/src/hv_vss-1/kmod/dkms /run/without && cd /usr/src/hv_vss-1/kmod/dkms
+        "mkdir -p /usr/src/hv_vss-1/kmod/dkms && cd /usr/src/hv_vss-1/kmod/dkms
          printf '#!/bin/sh\\necho \"not built for $2: no headers\"\\n' >build
-         printf '#!/bin/sh\\nexit 1\\n' >/run/without/modinfo
-         chmod 755 build /run/without/modinfo",
+         chmod 755 build",
     )?;
-    const WITHOUT: &str = "PATH=/run/without:$PATH /payload/hv_vss_daemon check";
-    let with = asked(guest, "check", 7);
-    let without = guest.try_sh(WITHOUT)?;
-    says(&with?, &["hv_vss is built and hv_utils serves"])?;
+    // As a user's shell may be, which finds nothing that is root's.
+    const CHECK: &str = "env PATH=/usr/bin:/bin /payload/hv_vss_daemon check";
+    // Found before the system's.
+    const MODINFO: &str = "/usr/local/sbin/modinfo";
+    let with = guest.try_sh(CHECK)?;
+    guest.sh(&format!(
+        "mkdir -p $(dirname {MODINFO}) && printf '#!/bin/sh\\nexit 1\\n' >{MODINFO} && chmod 755 {MODINFO}"
+    ))?;
+    let without = guest.try_sh(CHECK)?;
+    equal("how check with it ends", with.status, Some(7))?;
+    says(&with.out, &["hv_vss is built and hv_utils serves"])?;
     equal("how check without it ends", without.status, Some(7))?;
     let release = guest.sh("uname -r")?;
     let line = format!("not built for {}: no headers", release.trim());
@@ -671,8 +686,8 @@ END")?;
     stop(guest, Module::Stock, &daemon)?;
 
     let theirs = start(guest, Module::Stock, Daemon::Debian)?;
-    let told = guest.try_sh(WITHOUT)?;
-    guest.sh("rm -rf /usr/src/hv_vss-1 /run/without")?;
+    let told = guest.try_sh(CHECK)?;
+    guest.sh(&format!("rm -rf /usr/src/hv_vss-1 {MODINFO}"))?;
     equal("how check beside theirs ends", told.status, Some(6))?;
     says(
         &told.out,
@@ -965,6 +980,60 @@ fn start_service(guest: &Guest) -> Result<()> {
     guest.vss().wait_open(STEP)?;
     guest.vss().agree(STEP)?;
     Ok(())
+}
+
+fn check_next_boot(guest: &Guest) -> Result<()> {
+    const NOT_ENABLED: &str = "hv_vss.service is not enabled";
+    const MASKED: &str = "hv_vss.service is masked";
+    const NOT_KEPT: &str = "no backup is remembered";
+    let warns_of = |when: &str, expected: &[&str]| -> Result<()> {
+        let ended = guest.try_sh("hv_vss check")?;
+        for words in [NOT_ENABLED, MASKED, NOT_KEPT] {
+            ensure!(
+                ended.out.contains(words) == expected.contains(&words),
+                "{when} check should warn of {expected:?}, it was: {ended:?}"
+            );
+        }
+        let is_known = expected.is_empty() || ended.status == Some(7);
+        ensure!(is_known, "{when} check should end with 7: {ended:?}");
+        Ok(())
+    };
+    start_service(guest)?;
+    warns_of("at first", &[])?;
+    guest.sh("systemctl disable --quiet hv_vss")?;
+    warns_of("once it is disabled", &[NOT_ENABLED])?;
+    guest.sh("systemctl enable --quiet --runtime hv_vss")?;
+    warns_of("enabled until the next boot", &[NOT_ENABLED])?;
+    guest.sh("systemctl disable --quiet --runtime hv_vss; systemctl enable --quiet hv_vss && systemctl mask --quiet hv_vss")?;
+    warns_of("once it is masked", &[MASKED])?;
+    guest.sh("systemctl unmask --quiet hv_vss && mkdir -p /var/lib/hv_vss")?;
+    for (what, options) in [("read-only", "ro"), ("full", "size=64k")] {
+        guest.sh(&format!(
+            "mount -t tmpfs -o {options} none /var/lib/hv_vss
+             {{ head -c 100k /dev/zero >/var/lib/hv_vss/zero; }} 2>/dev/null || true"
+        ))?;
+        warns_of(&format!("with a disk that is {what}"), &[NOT_KEPT])?;
+        guest.sh("umount /var/lib/hv_vss")?;
+    }
+    warns_of("at last", &[])?;
+
+    // Whoever has it started otherwise may have that done after each boot.
+    guest.sh("systemctl disable --quiet --now hv_vss")?;
+    let daemon = guest.spawn(&["/usr/libexec/hv_vss_daemon", "run", "-n"])?;
+    guest.vss().wait_open(STEP)?;
+    guest.vss().agree(STEP)?;
+    guest.wait_until("it serves", STEP, || {
+        Ok(guest
+            .try_sh("hv_vss check")?
+            .out
+            .contains("serves /dev/vmbus/hv_vss"))
+    })?;
+    warns_of("beside a daemon without the unit", &[])?;
+    guest.signal(&daemon, 15)?;
+    guest.wait(&daemon, STEP)?;
+    guest
+        .sh("systemctl enable --quiet hv_vss; rm -rf /var/lib/hv_vss")
+        .map(drop)
 }
 
 fn varlink(guest: &Guest) -> Result<()> {

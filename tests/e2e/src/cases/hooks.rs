@@ -99,7 +99,8 @@ pub const CASES: &[Case] = &[
     ).long(),
     case(
         "hooks/other-contracts",
-        "by choice those of the QEMU guest agent and of open-vm-tools are called, as they are by these",
+        "by choice those of the QEMU guest agent and of open-vm-tools are called, as they are by these; one that is asked for \
+         and not called is a warning, or fails the backup if strict",
         other_contracts,
     )
     .long()
@@ -131,9 +132,51 @@ fn stop_at_rest(guest: &Guest, module: Module, daemon: &Process) -> Result<()> {
     stop(guest, module, daemon)
 }
 
+/// What is asked for and not called is a warning of each backup, and is to fail it where that is to be strict. The
+/// agent's hooks are where Fedora has them, and `qemu` is where Debian has its dispatcher.
+fn asked_for_and_not_called(guest: &Guest, qemu: &str) -> Result<()> {
+    const THEIRS: &str = "/etc/qemu-ga/fsfreeze-hook.d/10-agent";
+    let warned = |words: &[&str]| {
+        super::broken::remembered(guest, &format!("warnings of {words:?}"), |last| {
+            let all = last["warnings"].as_array();
+            let all = all.into_iter().flatten().filter_map(|it| it.as_str());
+            let all: Vec<&str> = all.collect();
+            all.len() == words.len() && all.iter().zip(words).all(|(it, words)| it.contains(words))
+        })
+    };
+    guest.sh(&format!("rm -r {qemu}* /etc/vmware-tools"))?;
+    hook_at(guest, THEIRS, "")?;
+    let config = "hooks = { qemu = true }";
+    let daemon = start_with(guest, guest.module(), &[], config)?;
+    good_backup(guest, "a backup with those of Fedora's agent")?;
+    let expected = [
+        "10-ours freeze ",
+        "10-agent freeze ",
+        "10-agent thaw good",
+        "10-ours thaw good",
+    ];
+    noted(guest, "those of Fedora's agent", &expected)?;
+    guest.sh(&format!("touch {FOLDER}/20-b && rm {THEIRS}"))?;
+    good_backup(guest, "a backup without some that are asked for")?;
+    let expected = ["10-ours freeze ", "10-ours thaw good"];
+    noted(guest, "without some", &expected)?;
+    warned(&["20-b is not called", "hooks.qemu is set"])?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
+
+    let config = "strict = true\nhooks = { qemu = true }";
+    let daemon = start_with(guest, guest.module(), &[], config)?;
+    answered("FREEZE", &guest.vss().freeze(&[], STEP)?, status::FAIL)?;
+    guest.wait_until("the log says why", STEP, || {
+        let said = guest.output(&daemon)?;
+        Ok(said.contains("20-b is not called") && said.contains("(strict)"))
+    })?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
+    equal("what is called then", notes(guest)?, Vec::new())
+}
+
 /// Back to a guest without hooks.
 pub(super) fn end(guest: &Guest) -> Result<()> {
-    let line = "rm -rf /etc/hv_vss /etc/qemu /etc/vmware-tools /run/notes";
+    let line = "rm -rf /etc/hv_vss /etc/qemu /etc/qemu-ga /etc/vmware-tools /run/notes";
     guest.sh(line).map(drop)
 }
 
@@ -947,7 +990,9 @@ fn other_contracts(guest: &Guest) -> Result<()> {
     ];
     noted(guest, "a freeze that fails", &expected)?;
     stop_at_rest(guest, guest.module(), &daemon)?;
+    asked_for_and_not_called(guest, qemu)?;
 
+    hook_at(guest, qemu, "")?;
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
     good_backup(guest, "a backup by the peer")?;
     stop(guest, Module::Stock, &daemon)?;

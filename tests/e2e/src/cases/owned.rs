@@ -129,6 +129,11 @@ pub const CASES: &[Case] = &[
         one_by_one,
     ).long(),
     case(
+        "owned/late-thaw",
+        "a thaw for a rehearsal or a FREEZE that is over ends no other freeze; one of all before the answer fails the THAW",
+        late_thaw,
+    ),
+    case(
         "owned/refused",
         "a freeze that is refused takes over no hold, and a thaw that is breaks no freeze",
         refused_changes_nothing,
@@ -168,11 +173,16 @@ fn freeze_ioctl((argument, put): (IocFreeze, Option<Put>)) -> Ioctl {
     }
 }
 
-/// A thaw of the file system at `path`, or of all.
-fn thaw_ioctl(path: Option<&str>) -> Ioctl {
+/// A thaw of the file system at `path`, or of all, that is held with this id.
+fn thaw_ioctl(id: u64, path: Option<&str>) -> Ioctl {
+    let argument = IocThaw {
+        id,
+        fd: -1,
+        flags: 0,
+    };
     Ioctl {
         request: IOC_THAW,
-        argument: IocThaw { fd: -1, flags: 0 }.as_bytes().to_vec(),
+        argument: argument.as_bytes().to_vec(),
         put: path.map(|path| Put {
             at: offset_of!(IocThaw, fd),
             what: Descriptor::Path(path.into()),
@@ -233,7 +243,8 @@ fn thaw_but(
 ) -> Result<()> {
     let tx = send_thaw(guest)?;
     let asked = daemon.take(op::THAW)?;
-    daemon.device.ioctl(&thaw_ioctl(None))?;
+    let id = guest.held_for()?.last().copied().unwrap_or_default();
+    daemon.device.ioctl(&thaw_ioctl(id, None))?;
     daemon.answer(&asked, status::OK)?;
     answered("THAW", &guest.vss().wait(tx, STEP)?, told)?;
     equal("what is held after THAW", guest.held()?, still_held)
@@ -648,7 +659,7 @@ fn lazy_unmount(guest: &Guest) -> Result<()> {
         unmount.err.contains("busy"),
         "an unmount should find it busy: {unmount:?}"
     );
-    daemon.device.ioctl(&thaw_ioctl(Some("/mnt/a")))?;
+    daemon.device.ioctl(&thaw_ioctl(0, Some("/mnt/a")))?;
     guest.sh("umount /mnt/a").map(drop)
 }
 
@@ -847,6 +858,8 @@ fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
         if by_host {
             vss.rescind();
             vss.wait_released(STEP)?;
+            let held = guest.held()?;
+            equal("what is held without a device", held, called_off.clone())?;
             vss.offer();
         } else {
             super::lifecycle::unbind_rebind(guest)?;
@@ -869,13 +882,13 @@ fn killed_in_a_hung_freeze(guest: &Guest) -> Result<()> {
     next.device.finish_ioctl(freeze, STEP)?;
     let held = vec![(hung, "held".to_owned())];
     equal("what is held of it", guest.held()?, held)?;
-    next.device.ioctl(&thaw_ioctl(None))?;
+    next.device.ioctl(&thaw_ioctl(0, None))?;
     equal("what is held at the end", guest.held()?, Vec::new())?;
     guest.not_frozen("when the disk was back", &["/mnt/hung"])?;
     good_backup(guest, next)?;
     guest.sh("touch /mnt/hung/file && sync")?;
     hold(next.device, 0, "/mnt/hung")?;
-    next.device.ioctl(&thaw_ioctl(None))?;
+    next.device.ioctl(&thaw_ioctl(0, None))?;
     Ok(())
 }
 
@@ -900,7 +913,11 @@ fn device_gone(guest: &Guest) -> Result<()> {
             released(guest, "the end of the device", at, RELEASED)?;
             refused("a read", daemon.device.read(64), "ENODEV")?;
             refused("a freeze", hold(daemon.device, 0, "/mnt/a"), "ENODEV")?;
-            refused("a thaw", daemon.device.ioctl(&thaw_ioctl(None)), "ENODEV")?;
+            refused(
+                "a thaw",
+                daemon.device.ioctl(&thaw_ioctl(0, None)),
+                "ENODEV",
+            )?;
             daemon.device.close()?;
             if by_host {
                 vss.offer();
@@ -997,7 +1014,9 @@ fn deadline_after_thaw(guest: &Guest) -> Result<()> {
                 let asked = daemon.take(op::THAW)?;
                 // ext4 writes its superblock in a thaw, which hangs, and the others are behind it.
                 guest.sh("dmsetup suspend --noflush --nolockfs volume")?;
-                let thaw = daemon.device.start_ioctl(&thaw_ioctl(Some(PATHS[0])))?;
+                let thaw = daemon
+                    .device
+                    .start_ioctl(&thaw_ioctl(frozen.id, Some(PATHS[0])))?;
                 guest.wait_until("its thaw hangs", STEP, || {
                     let held = guest.held()?;
                     Ok(held.iter().any(|(_, state)| state == "thawing"))
@@ -1025,7 +1044,7 @@ fn deadline_after_thaw(guest: &Guest) -> Result<()> {
                 None => daemon.take(op::THAW)?,
             };
             is_told(daemon, frozen.id, thawed::DEADLINE)?;
-            daemon.device.ioctl(&thaw_ioctl(None))?;
+            daemon.device.ioctl(&thaw_ioctl(frozen.id, None))?;
             daemon.answer(&asked, status::OK)?;
             answered("THAW", &guest.vss().wait(tx, STEP)?, status::OK)?;
             equal("what is held after THAW", guest.held()?, Vec::new())?;
@@ -1180,33 +1199,71 @@ fn one_by_one(guest: &Guest) -> Result<()> {
     )?;
     still.holds(guest, "in a rehearsal")?;
     for (number, path) in PATHS.iter().enumerate() {
-        daemon.device.ioctl(&thaw_ioctl(Some(path)))?;
+        daemon.device.ioctl(&thaw_ioctl(0, Some(path)))?;
         let stuck = stuck_writers(guest)?;
         equal("frozen still", stuck.len(), PATHS.len() - number - 1)?;
-        let again = daemon.device.ioctl(&thaw_ioctl(Some(path)));
+        let again = daemon.device.ioctl(&thaw_ioctl(0, Some(path)));
         refused("a thaw of what is not held", again, "EINVAL")?;
         if number == 0 {
             // Its place is free again.
             hold(daemon.device, 0, path)?;
             Still::wait(guest, &[])?;
-            daemon.device.ioctl(&thaw_ioctl(Some(path)))?;
+            daemon.device.ioctl(&thaw_ioctl(0, Some(path)))?;
         }
     }
     equal("what is held", guest.held()?, Vec::new())?;
     daemon
         .device
-        .ioctl(&thaw_ioctl(None))
+        .ioctl(&thaw_ioctl(0, None))
         .context("a thaw of nothing")?;
 
     // Between FREEZE and THAW: the rest stands still, and the host is told.
-    freeze(guest, daemon)?;
+    let asked = freeze(guest, daemon)?;
     let mut rest = Still::wait(guest, &[])?;
-    daemon.device.ioctl(&thaw_ioctl(Some(PATHS[0])))?;
+    daemon.device.ioctl(&thaw_ioctl(asked.id, Some(PATHS[0])))?;
     rest.0.retain(|(path, _)| !path.starts_with(PATHS[0]));
     equal("how many are held", guest.held()?.len(), rest.0.len())?;
     rest.holds(guest, "with one of them thawed")?;
     thaw(guest, daemon, status::FAIL)?;
     all_go_on(guest, "after THAW")?;
+    good_backup(guest, daemon)
+}
+
+fn late_thaw(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    let device = daemon.device;
+    let before = freeze(guest, daemon)?;
+    thaw(guest, daemon, status::OK)?;
+    hold(device, 0, PATHS[0])?;
+    device.ioctl(&thaw_ioctl(0, None))?;
+
+    let (tx, asked) = freeze_unanswered(guest, daemon)?;
+    let still = Still::wait(guest, &[])?;
+    let come_too_late = |when: &str| -> Result<()> {
+        for id in [0, before.id] {
+            let of_all = device.ioctl(&thaw_ioctl(id, None));
+            of_all.with_context(|| format!("{when}: a late thaw of all"))?;
+            let of_one = device.ioctl(&thaw_ioctl(id, Some(PATHS[0])));
+            refused(&format!("{when}: a late thaw"), of_one, "ESTALE")?;
+        }
+        equal(when, guest.held_for()?, vec![asked.id; PATHS.len()])?;
+        still.holds(guest, when)
+    };
+    come_too_late("before the answer")?;
+    daemon.answer(&asked, status::OK)?;
+    answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
+    come_too_late("in the window")?;
+    thaw(guest, daemon, status::OK)?;
+    all_go_on(guest, "after THAW")?;
+
+    // With its own id, and all of it.
+    let (tx, asked) = freeze_unanswered(guest, daemon)?;
+    device.ioctl(&thaw_ioctl(asked.id, None))?;
+    all_go_on(guest, "before the answer")?;
+    daemon.answer(&asked, status::OK)?;
+    answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
+    thaw(guest, daemon, status::FAIL)?;
     good_backup(guest, daemon)
 }
 
@@ -1220,7 +1277,7 @@ fn make_called_off(guest: &Guest, device: Device<'_>) -> Result<()> {
     guest.wait_until("it hangs in its freeze", STEP, || {
         Ok(guest.held()?.iter().any(|(_, state)| state == "freezing"))
     })?;
-    device.ioctl(&thaw_ioctl(Some("/mnt/hung")))?;
+    device.ioctl(&thaw_ioctl(0, Some("/mnt/hung")))?;
     let freeze = device.finish_ioctl(freeze, STEP);
     refused("a freeze that is called off", freeze, "ESTALE")
 }
@@ -1252,7 +1309,7 @@ fn refused_changes_nothing(guest: &Guest) -> Result<()> {
     daemon.answer(&asked, status::OK)?;
     answered("FREEZE", &vss.wait(tx, STEP)?, status::OK)?;
     for (path, errno) in [("/mnt/b", "EINVAL"), ("/mnt/hung", "EBUSY")] {
-        let thaw = device.ioctl(&thaw_ioctl(Some(path)));
+        let thaw = device.ioctl(&thaw_ioctl(asked.id, Some(path)));
         refused(&format!("a thaw of {path}"), thaw, errno)?;
     }
     guest.sh(UNHANG)?;
@@ -1279,7 +1336,7 @@ fn waits_its_turn(guest: &Guest) -> Result<()> {
     for path in [Some("/mnt/hung"), None] {
         let freeze = device.start_ioctl(&freeze_ioctl(freezing(0, "/mnt/hung")))?;
         waits_for_its_turn(guest, pid)?;
-        let thaw = device.ioctl(&thaw_ioctl(path));
+        let thaw = device.ioctl(&thaw_ioctl(0, path));
         match path {
             Some(_) => refused("a thaw of it", thaw, "EBUSY")?,
             None => thaw.context("a thaw of all")?,
@@ -1291,7 +1348,7 @@ fn waits_its_turn(guest: &Guest) -> Result<()> {
     guest.wait_until("nothing is held", STEP, || Ok(guest.held()?.is_empty()))?;
     guest.not_frozen("when the disk was back", &["/mnt/hung"])?;
     hold(device, 0, "/mnt/hung")?;
-    Ok(device.ioctl(&thaw_ioctl(None))?)
+    Ok(device.ioctl(&thaw_ioctl(0, None))?)
 }
 
 fn errors(guest: &Guest) -> Result<()> {
@@ -1319,7 +1376,7 @@ fn errors(guest: &Guest) -> Result<()> {
     )?;
     refused(
         "a thaw before it",
-        device.ioctl(&thaw_ioctl(None)),
+        device.ioctl(&thaw_ioctl(0, None)),
         "EPROTO",
     )?;
     device.close()?;
@@ -1398,16 +1455,20 @@ fn errors(guest: &Guest) -> Result<()> {
     )?;
     hold(device, 0, "/mnt/b")?;
     refused("more than were named", hold(device, 0, "/mnt/c"), "ENOSPC")?;
-    let mut flags = thaw_ioctl(Some("/mnt/a"));
-    flags.argument = IocThaw { fd: -1, flags: 1 }.as_bytes().to_vec();
+    let mut flags = thaw_ioctl(0, Some("/mnt/a"));
+    let argument = IocThaw {
+        flags: 1,
+        ..IocThaw::default()
+    };
+    flags.argument = argument.as_bytes().to_vec();
     refused("a thaw with flags", device.ioctl(&flags), "EINVAL")?;
     refused(
         "a thaw of another",
-        device.ioctl(&thaw_ioctl(Some("/mnt/c"))),
+        device.ioctl(&thaw_ioctl(0, Some("/mnt/c"))),
         "EINVAL",
     )?;
-    device.ioctl(&thaw_ioctl(Some("/mnt/bind")))?;
-    device.ioctl(&thaw_ioctl(None))?;
+    device.ioctl(&thaw_ioctl(0, Some("/mnt/bind")))?;
+    device.ioctl(&thaw_ioctl(0, None))?;
     equal("what is held after all", guest.held()?, Vec::new())?;
 
     // A request that was not read, one that was, and one that has ended.

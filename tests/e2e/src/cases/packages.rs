@@ -69,6 +69,13 @@ pub const CASES: &[Case] = &[
         masked,
     ),
     case(
+        "packages/upgrade-not-configured",
+        "an upgrade to a daemon that cannot start with the configuration: the one before goes on serving, and what is wrong \
+         is said; once that is mended it is replaced",
+        Machine::PACKAGES,
+        upgrade_not_configured,
+    ),
+    case(
         "packages/installed-amid-a-freeze",
         "our daemon is installed while Debian's holds a freeze: all is thawed, and the host's THAW is failed",
         Machine::DEBIAN,
@@ -948,6 +955,32 @@ fn masked(guest: &Guest) -> Result<()> {
     serves(guest, OURS, "hv_vss")?;
     // With ours in force, theirs stays away again.
     guest.sh(&format!("systemctl start {THEIRS}"))?;
+    serves(guest, OURS, "hv_vss")?;
+    end(guest)
+}
+
+fn upgrade_not_configured(guest: &Guest) -> Result<()> {
+    const BAD: &str = "/etc/hv_vss/daemon.toml.d/test.toml";
+    // The case before has left no module loaded.
+    cold_plug(guest)?;
+    serves(guest, OURS, "hv_vss")?;
+    let before = main_pid(guest)?;
+    guest.sh(&format!(
+        "mkdir -p $(dirname {BAD}) && echo 'deadline = x' >{BAD}"
+    ))?;
+    // To the same version.
+    let said = install(guest, "hv-vss-daemon_*.deb")?;
+    let says = |words: &str| said.lines().any(|it| it.contains(words));
+    ensure!(
+        says("goes on with the version of before") && says("line 1, column 12"),
+        "what is wrong should be said: {said}"
+    );
+    equal("who serves", &main_pid(guest)?, &before)?;
+    serves(guest, OURS, "hv_vss")?;
+    guest.sh(&format!("rm {BAD}"))?;
+    let said = install(guest, "hv-vss-daemon_*.deb")?;
+    let after = main_pid(guest)?;
+    ensure!(after != before, "ours should have been restarted: {said}");
     serves(guest, OURS, "hv_vss")?;
     end(guest)
 }

@@ -1403,6 +1403,21 @@ fn raw_writer(guest: &Guest) -> Result<()> {
         check.status == Some(7) && check.out.contains(&words),
         "check should say so beforehand: {check:?}"
     );
+    // By a node that takes SCSI commands, which nobody counts.
+    let name = second.trim_start_matches("/dev/");
+    let place = guest.sh(&format!("ls /sys/block/{name}/device/bsg"))?;
+    let node = format!("/dev/bsg/{}", place.trim());
+    let commander = guest.spawn(&["sh", "-c", &format!("exec sleep 1000 3<>{node}")])?;
+    let words = format!(
+        "sleep (process {}) has {node} open for writing",
+        commander.pid
+    );
+    guest.wait_until("check says so of that, too", STEP, || {
+        let check = guest.try_sh(&format!("{OURS} check"))?;
+        Ok(check.out.contains(&words))
+    })?;
+    guest.signal(&commander, 9)?;
+    guest.wait(&commander, STEP)?;
     let seen = observe_backup_of(guest, &[on_first, on_second])?;
     equal("a backup of both disks", &seen, &good(&["/mnt/a/w"]))?;
     let log = logged_all(guest, &daemon, 2)?;
@@ -1527,9 +1542,25 @@ fn raw_writer_beside_swap(guest: &Guest) -> Result<()> {
         "modprobe vfat; mkdir -p /mnt/esp && mkfs.vfat {second}1 >/dev/null && mount {second}1 /mnt/esp"
     ))?;
     let rule = "exclude.types = [\"vfat\"]";
-    let seen = check("an excluded partition", rule, &format!("{second}2"));
-    guest.sh("umount /mnt/esp")?;
-    seen?;
+    let busy = "while dd if=/dev/zero of=/mnt/esp/busy bs=4M count=8 oflag=direct conv=notrunc 2>/dev/null; do :; done";
+    let while_busy = |what: &str, node: &str| -> Result<()> {
+        let writer = guest.spawn(&["sh", "-c", busy])?;
+        let seen = check(what, rule, node);
+        guest.signal(&writer, 9)?;
+        guest.wait(&writer, STEP)?;
+        // The one that it has begun.
+        guest.sh("while ! umount /mnt/esp; do sleep 0.1; done")?;
+        seen
+    };
+    while_busy("an excluded partition", &format!("{second}2"))?;
+    // A volume on the disk itself: of what is written there the disk has counted a part at any time.
+    guest.sh(&format!(
+        "modprobe dm_mod && dmsetup create whole --noudevsync -u LVM-whole --table \"0 129024 linear {second} 2048\"
+         [ -e /dev/mapper/whole ] || dmsetup mknodes
+         mount -t vfat /dev/mapper/whole /mnt/esp"
+    ))?;
+    while_busy("an excluded volume", &format!("{second}2"))?;
+    guest.sh("dmsetup remove whole")?;
     // Its volumes count what is written to each.
     guest.sh(&format!(
         "modprobe dm_mod

@@ -14,7 +14,7 @@ use super::dialogue::{Abi, Scripted};
 use super::suspend::{self, unloads};
 use super::{
     is_frozen, limit, load, owned, rounds_or, seed, start, stuck_writers, wait_for_daemon,
-    wait_out, Case,
+    wait_out, Case, ModuleState,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
@@ -177,7 +177,8 @@ impl Window {
 }
 
 /// User space makes its own image through `/dev/snapshot`: who opens it to read is about to hibernate, who
-/// opens it to write is about to become the machine of an image. All of user space runs meanwhile.
+/// opens it to write is about to become the machine of an image. All of user space runs meanwhile. Both end what is
+/// frozen; only the former has a sure end, until which nothing more is.
 fn snapshot_device(guest: &Guest) -> Result<()> {
     load(guest, Module::Ours, &[])?;
     let vss = guest.vss();
@@ -199,9 +200,14 @@ fn snapshot_device(guest: &Guest) -> Result<()> {
                 let thaw = vss.thaw(STEP)?;
                 answered("THAW of what was frozen before it", &thaw, status::FAIL)?;
             }
-            let freeze = vss.freeze(&[], STEP)?;
-            answered("FREEZE with it open", &freeze, status::FAIL)?;
-            if !held_too {
+            if way == ">" {
+                super::backup(guest)?;
+            } else {
+                let freeze = vss.freeze(&[], STEP)?;
+                answered("FREEZE with it open", &freeze, status::FAIL)?;
+                is_said(guest)?;
+            }
+            if way == "<" && !held_too {
                 idles(guest, &daemon)?;
                 // One that comes only now has not heard of it.
                 super::lifecycle::unbind_rebind(guest)?;
@@ -224,6 +230,22 @@ fn snapshot_device(guest: &Guest) -> Result<()> {
         one().with_context(|| format!("exec 3{way}/dev/snapshot, frozen before it: {held_too}"))?;
     }
     Ok(())
+}
+
+/// Why a FREEZE was refused is in the log, and in debugfs for how long.
+fn is_said(guest: &Guest) -> Result<()> {
+    let log = guest.log(4)?;
+    let why = "failed a request (operation 5) at once: the machine is about to sleep";
+    ensure!(
+        log.iter().any(|line| line.text.contains(why)),
+        "the log does not say why"
+    );
+    let state = ModuleState::of(guest)?;
+    equal(
+        "what debugfs says",
+        state.words("next_freeze")?,
+        vec!["sleep"],
+    )
 }
 
 /// A suspend that is given up, since a process cannot be put to sleep: it reads from a disk that hangs.

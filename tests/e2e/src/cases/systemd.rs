@@ -36,6 +36,12 @@ pub const CASES: &[Case] = &[
         stop,
     ).long(),
     case(
+        "systemd/stop-amid-hooks",
+        "systemctl stop while a hook is let go that takes longer than the stop may: each is called once, to its end, and \
+         nothing is owed; with the daemon killed amid that it comes to its end all the same, and is called again",
+        stop_amid_hooks,
+    ).long(),
+    case(
         "systemd/daemon-killed",
         "kill -9 of the daemon while frozen, without a stop step: the module thaws, or the guard, which outlives it; the \
          service comes back",
@@ -321,6 +327,62 @@ fn stop(guest: &Guest) -> Result<()> {
         end(guest, module)?;
     }
     Ok(())
+}
+
+fn stop_amid_hooks(guest: &Guest) -> Result<()> {
+    let module = guest.module();
+    guest.sh(
+        "mkdir -p /etc/hv_vss/hooks.d && cd /etc/hv_vss/hooks.d && cat >10-a <<'END' && cat >20-b <<'END'
+#!/bin/sh
+echo ${0##*/} $1 >>/run/notes
+END
+#!/bin/sh
+echo ${0##*/} $1 >>/run/notes
+[ $1 = freeze ] || { sleep 12; echo ${0##*/} is through >>/run/notes; }
+END
+         chmod 755 10-a 20-b",
+    )?;
+    begin(guest, module, "TimeoutStopSec=4")?;
+    for is_killed in [false, true] {
+        let pid = wait_active(guest, 0)?;
+        freeze(guest)?;
+        let stop = guest.spawn(&["systemctl", "stop", UNIT])?;
+        if is_killed {
+            let line = "grep -q '20-b thaw' /run/notes";
+            guest.wait_until("it is let go", STEP, || {
+                Ok(guest.try_sh(line)?.status == Some(0))
+            })?;
+            guest.sh(&format!("kill -KILL {pid}"))?;
+        }
+        equal(
+            "systemctl stop",
+            guest.wait(&stop, STEP * 2)?.status,
+            Some(0),
+        )?;
+        // How that call ended nobody knows then.
+        let (thaws, result) = match is_killed {
+            true => (2, "signal"),
+            false => (1, "success"),
+        };
+        let thaw = "20-b thaw\n20-b is through\n".repeat(thaws);
+        equal(
+            "what the hooks have noted",
+            guest.sh("cat /run/notes; rm /run/notes")?.as_str(),
+            format!("10-a freeze\n20-b freeze\n{thaw}10-a thaw\n").as_str(),
+        )?;
+        guest.sh("test ! -e /run/hv_vss/hooks.json")?;
+        equal("how it ended", property(guest, "Result")?.as_str(), result)?;
+        thawed(guest, "stop")?;
+        guest.sh(&format!("systemctl start {UNIT}"))?;
+        wait_active(guest, pid)?;
+        recovered(guest, "stop")?;
+        guest.wait_until("all hooks are let go", STEP, || {
+            Ok(guest.try_sh("test ! -e /run/hv_vss/hooks.json")?.status == Some(0))
+        })?;
+        guest.sh("rm /run/notes")?;
+    }
+    guest.sh("rm -rf /etc/hv_vss")?;
+    end(guest, module)
 }
 
 fn daemon_killed(guest: &Guest) -> Result<()> {

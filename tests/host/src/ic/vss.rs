@@ -209,6 +209,11 @@ impl Vss {
         Vss { channel }
     }
 
+    /// Sends THAW.
+    pub fn send_thaw(&self) -> Result<Tx, HostError> {
+        self.send(Op::THAW, &SHORT_BODY)
+    }
+
     /// Sends operation `op` with `rest` after the 8-byte header, without waiting for the answer:
     /// requests may overlap.
     ///
@@ -239,7 +244,8 @@ impl Vss {
 
     /// THAW.
     pub fn thaw(&self, timeout: Duration) -> Result<Reply, HostError> {
-        self.op(Op::THAW, &SHORT_BODY, timeout)
+        let tx = self.send_thaw()?;
+        self.channel.wait(tx, timeout)
     }
 
     /// HOT_BACKUP; the flags of the answer are in [`vss_flags`].

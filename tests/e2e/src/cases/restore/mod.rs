@@ -17,6 +17,7 @@ mod rig;
 mod volume;
 
 use super::deadman::RELEASED;
+use super::dialogue::{Abi, Scripted};
 use super::disks::{case, Attached};
 use super::{load, rounds_or, start, stop, wait_for_daemon, Case, When};
 use anyhow::{ensure, Context, Result};
@@ -28,7 +29,7 @@ use hyperv_sim::storage::{log, Change, Entry, Image};
 use hyperv_sim::Exit;
 use judge::{judge, judge_by_checker, judge_records_at, Verdict, RESTORES, RESTORES_UNWRITTEN};
 use lab_agent::record;
-use rig::{written_within, Backup, Copy, Part, Rig, Volume, COPIES};
+use rig::{Backup, Copy, Part, Rig, Volume, COPIES};
 use std::time::{Duration, Instant};
 use volume::{Format, Stack};
 
@@ -81,6 +82,15 @@ pub const CASES: &[Case] = &[
             |guest| root(guest).map(drop),
         )
     },
+    Case {
+        machine: Machine::SCSI_ROOT,
+        ..case(
+            "restore/checkers-root",
+            "the copy of a root that nobody has frozen, though a daemon says so, is refused",
+            unfrozen_root,
+        )
+    }
+    .long(),
     Case {
         machine: Machine::SCSI_ROOT,
         ..case(
@@ -393,10 +403,10 @@ fn bad_copies(guest: &Guest, format: Format) -> Result<()> {
     let process = start(guest, Module::Ours, Daemon::Ours)?;
     let mut rig = Rig::new(guest, &[(format, Stack::Disk)], Duration::ZERO)?;
     let backup = rig.back_up(guest)?.answered()?;
-    let unfrozen = without_freeze(guest, &rig)?;
+    stop(guest, Module::Ours, &process)?;
+    let unfrozen = by_a_liar(guest, &rig)?.copies;
     let unfrozen = unfrozen.into_iter().next().context("no copy")?;
     rig.stop(guest)?;
-    stop(guest, Module::Ours, &process)?;
     let good = backup.copies.into_iter().next().context("no copy")?;
 
     guest.expect_in_log(&OF_BAD_COPIES)?;
@@ -485,39 +495,15 @@ fn bad_volumes(guest: &Guest, backup: &Backup, unfrozen: &[Copy]) -> Result<()> 
     Ok(())
 }
 
-/// Copies of busy disks that nobody has frozen, judged as if the guest had just answered FREEZE.
-fn without_freeze(guest: &Guest, rig: &Rig) -> Result<Vec<Copy>> {
-    let bases = rig.start_logs()?;
-    rig.wait_for_progress(guest, 20)?;
-    let answer = Instant::now();
-    let images: Result<Vec<_>, _> = rig.disks().map(|it| it.disk.snapshot()).collect();
-    let mut parts = bases.into_iter().zip(images?);
-    rig.wait_for_progress(guest, 3)?;
-    let notes = rig.notes.disk.log();
-    let mut copies = Vec::new();
-    for volume in &rig.volumes {
-        let mut copy = Copy {
-            format: volume.format,
-            stack: volume.stack,
-            parts: Vec::new(),
-            written: Vec::new(),
-            discarded: 0,
-            expected: Expected::at(&notes, volume.slot, |moment| moment < answer),
-        };
-        for (attached, (base, image)) in volume.disks.iter().zip(parts.by_ref()) {
-            let mut log = attached.disk.log();
-            let metadata = volume.stack.metadata(&image);
-            let written = written_within(&log, metadata, |entry| {
-                entry.ended.is_none_or(|ended| ended > answer)
-            });
-            log.retain(|entry| entry.ended.is_some());
-            copy.written.extend(written);
-            copy.parts.push(Part { base, log, image });
-        }
-        copies.push(copy);
-    }
-    rig.stop_logs();
-    Ok(copies)
+/// The backup of the same disks by a daemon that tells the host that it has frozen and thawed them, and does nothing: the
+/// way to the judges is that of any other.
+fn by_a_liar(guest: &Guest, rig: &Rig) -> Result<Backup> {
+    load(guest, Module::Ours, &[])?;
+    let liar = Scripted::start(guest, Abi::V2)?;
+    let serve = |operation| liar.serve(operation, status::OK).map(drop);
+    let backup = rig.back_up_served(guest, serve, |_| Ok(()))?.answered()?;
+    liar.device.close()?;
+    Ok(backup)
 }
 
 /// The disk as it would be if the writes with this record had got lost.
@@ -559,7 +545,7 @@ fn torn(part: &Part) -> Result<Image> {
 
 /// A copy of the root is another machine's root; in words.
 fn root(guest: &Guest) -> Result<String> {
-    let ours = restored_root(guest, "restored-ours", Module::Ours, Daemon::Ours)?;
+    let ours = restored_root(guest, "restored-ours", by(Module::Ours, Daemon::Ours))?;
     equal("the copy with ours", ours.as_str(), RESTORES)?;
     Ok(ours)
 }
@@ -568,16 +554,44 @@ fn root(guest: &Guest) -> Result<String> {
 fn root_and_peer(guest: &Guest) -> Result<()> {
     let ours = root(guest)?;
     let next = guest.start_named("peer", Image::default())?;
-    let peer = restored_root(&next, "restored-peer", Module::Stock, Daemon::Debian)?;
+    let peer = restored_root(&next, "restored-peer", by(Module::Stock, Daemon::Debian))?;
+    next.close()?;
     let what = "a busy root, from which a guest then boots,";
     compare(guest, what, &[ours, peer]);
     Ok(())
 }
 
-/// Backs the root up and ends the guest, boots another from the copy, whose console is named like this, and
+/// The judges of a root object to the copy of one that nobody has frozen, by the way that all copies go.
+fn unfrozen_root(guest: &Guest) -> Result<()> {
+    let verdict = restored_root(guest, "restored-unfrozen", |guest, rig| {
+        // The root was made a moment ago: without its programs no guest would come up that tells of the rest.
+        guest.sh("sync")?;
+        by_a_liar(guest, rig)
+    })?;
+    ensure!(
+        verdict.contains("log") && verdict.contains("journal"),
+        "log and journal should object: {verdict}"
+    );
+    Ok(())
+}
+
+/// A backup by a daemon on a module.
+fn by(module: Module, daemon: Daemon) -> impl FnOnce(&Guest, &Rig) -> Result<Backup> {
+    move |guest, rig| {
+        let process = start(guest, module, daemon)?;
+        let backup = rig.back_up(guest)?;
+        guest.signal(&process, 9)?;
+        Ok(backup)
+    }
+}
+
+/// Has the root backed up and ends the guest, boots another from the copy, whose console is named like this, and
 /// judges it by that, in words.
-fn restored_root(guest: &Guest, name: &str, module: Module, daemon: Daemon) -> Result<String> {
-    let process = start(guest, module, daemon)?;
+fn restored_root(
+    guest: &Guest,
+    name: &str,
+    back_up: impl FnOnce(&Guest, &Rig) -> Result<Backup>,
+) -> Result<String> {
     guest.sh("mkdir /var/lab")?;
     let mut rig = Rig {
         volumes: vec![Volume {
@@ -591,8 +605,7 @@ fn restored_root(guest: &Guest, name: &str, module: Module, daemon: Daemon) -> R
         load: Vec::new(),
     };
     rig.start_load(guest)?;
-    let backup = rig.back_up(guest)?;
-    guest.signal(&process, 9)?;
+    let backup = back_up(guest, &rig)?;
     guest.ends()?;
     // It does not answer that.
     let _ = guest.spawn(&["poweroff", "-nf"]);
@@ -607,7 +620,7 @@ fn restored_root(guest: &Guest, name: &str, module: Module, daemon: Daemon) -> R
     let restored = match guest.start_named(name, image.clone()) {
         Ok(restored) => restored,
         Err(error) if has_given_up(&error) => {
-            println!("     {module:?}: {error:#}");
+            println!("     {name}: {error:#}");
             return Ok("no guest boots from it".to_owned());
         }
         Err(error) => return Err(error.context("a guest that was to boot from the copy")),
@@ -630,7 +643,7 @@ fn restored_root(guest: &Guest, name: &str, module: Module, daemon: Daemon) -> R
         check,
         records: judge_records_at(&restored, "/var/lab/records", copy.expected)?,
     };
-    println!("     {module:?}: {:?}, {verdict:?}", copy.expected);
+    println!("     {name}: {:?}, {verdict:?}", copy.expected);
     // What it has said is in the verdict.
     restored.set_judged();
     restored.vm().kill();
@@ -691,9 +704,9 @@ fn on(guest: &Guest, stack: Stack) -> Result<()> {
         let what = format!("a busy {} on {}", format.name(), stack.words());
         compare(guest, &what, &told);
     }
-    let unfrozen = without_freeze(guest, &rig)?;
+    let unfrozen = by_a_liar(guest, &rig)?;
     rig.stop(guest)?;
-    bad_volumes(guest, &backup, &unfrozen)
+    bad_volumes(guest, &backup, &unfrozen.copies)
 }
 
 /// One backup of all, and the verdicts on its copies, while the load rests.

@@ -8,6 +8,7 @@ use super::volume::{Format, Stack};
 use anyhow::{bail, ensure, Context, Result};
 use e2e::check::{equal, status_name};
 use e2e::guest::{Guest, Process, STEP};
+use hv_vss_uapi::op;
 use hyperv_sim::ic::status;
 use hyperv_sim::storage::{log, Change, Disk, Entry, Image};
 use hyperv_sim::Reply;
@@ -199,10 +200,20 @@ impl Rig {
     }
 
     /// One backup of all disks, which are copied when `wait` has returned; it is told when the answer came.
-    /// Nothing is copied where FREEZE fails.
     pub(super) fn back_up_after(
         &self,
         guest: &Guest,
+        wait: impl FnOnce(Duration) -> Result<()>,
+    ) -> Result<Backup> {
+        self.back_up_served(guest, |_| Ok(()), wait)
+    }
+
+    /// The same, where `serve` sees to it that the guest answers an operation that the host has sent. Nothing is
+    /// copied where FREEZE fails.
+    pub(super) fn back_up_served(
+        &self,
+        guest: &Guest,
+        serve: impl Fn(u8) -> Result<()>,
         wait: impl FnOnce(Duration) -> Result<()>,
     ) -> Result<Backup> {
         let host = guest.host();
@@ -210,7 +221,9 @@ impl Rig {
         let bases = self.start_logs()?;
         self.wait_for_progress(guest, 3)?;
 
-        let freeze = guest.vss().freeze(&luns, STEP)?;
+        let asked = guest.vss().send_freeze(&luns)?;
+        serve(op::FREEZE)?;
+        let freeze = guest.vss().wait(asked, STEP)?;
         if freeze.status() != status::OK {
             self.stop_logs();
             return Ok(Backup {
@@ -225,7 +238,9 @@ impl Rig {
         // A real host takes its time, too.
         std::thread::sleep(Duration::from_millis(300));
         let thawing = host.now();
-        let thaw = guest.vss().thaw(STEP)?.status();
+        let asked = guest.vss().send_thaw()?;
+        serve(op::THAW)?;
+        let thaw = guest.vss().wait(asked, STEP)?.status();
         let mut left_frozen = Vec::new();
         if thaw == status::OK {
             self.wait_for_progress(guest, 1)?;
