@@ -15,8 +15,9 @@ CASE ?= *
 # KERNEL=<name> lets the guest under test run another kernel; tests/lab/lib.sh names them.
 # What `make test-kernels` runs the module's cases on.
 KERNELS ?= 7.3 7.2 testing unstable
-# The cases in which it is the module that is tested.
-MODULE_CASES ?= pairing/* lifecycle/* abi/* dialogue/* owned/* hostile/* suspend/* sleep/*
+# The cases in which it is the module that is tested; also those of our daemon on it in which that is killed or a disk
+# hangs.
+MODULE_CASES ?= pairing/* lifecycle/* abi/* dialogue/* owned/* hostile/* suspend/* sleep/* deadman/* hangs/*
 # Kernels that do not take the module, on which `make test-kernels` runs the daemon's cases with the
 # kernel's own, and which cases those are.
 STOCK_KERNELS ?= 6.12 6.1
@@ -120,7 +121,7 @@ test-kernels: packages user ## Run the module's cases on each kernel in KERNELS,
 	@for kernel in $(KERNELS); do \
 		echo "test-kernels: kernel $$kernel"; \
 		KERNEL=$$kernel $(LAB)/module.sh --lab && \
-		KERNEL=$$kernel $(LAB)/e2e.sh --timeout 4800 --cpus 2 $(LONG_CASES) $(patsubst %,'%',$(MODULE_CASES)) || exit 1; \
+		KERNEL=$$kernel $(LAB)/e2e.sh --timeout 7200 --cpus 2 $(LONG_CASES) $(patsubst %,'%',$(MODULE_CASES)) || exit 1; \
 	done
 	@for kernel in $(STOCK_KERNELS); do \
 		echo "test-kernels: kernel $$kernel with its own module"; \

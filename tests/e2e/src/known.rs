@@ -210,9 +210,10 @@ const KNOWN: &[Known] = &[
             "lifecycle/rescind*",
             "lifecycle/second-device",
             "matrix/rescinded*",
+            "owned/device-gone-in-a-hung-freeze",
         ],
-        why: "the host leaves no room for it in the ring, or takes that back as soon as it has read the answer, \
-              while hv_ringbuffer_write() is still at it",
+        why: "the host leaves no room for it in the ring, or takes that back while a request is open, or as soon as it \
+              has read the answer, while hv_ringbuffer_write() is still at it",
     },
     Known {
         text: "ring indices out of range",
