@@ -243,17 +243,29 @@ impl<About: Clone + Ord + Send> Questions<About> {
 const LEAST: Duration = Duration::from_millis(50);
 
 /// How long all that hangs may hold up one look.
-pub struct Patience(Cell<Duration>);
+pub struct Patience {
+    left: Cell<Duration>,
+    /// Whether something has not answered.
+    was_tried: Cell<bool>,
+}
 
 impl Patience {
     /// So long.
     pub fn new(limit: Duration) -> Self {
-        Patience(Cell::new(limit))
+        Patience {
+            left: Cell::new(limit),
+            was_tried: Cell::new(false),
+        }
     }
 
     /// What is left of it.
     pub fn left(&self) -> Duration {
-        self.0.get()
+        self.left.get()
+    }
+
+    /// Whether an answer was not given.
+    pub fn was_tried(&self) -> bool {
+        self.was_tried.get()
     }
 
     /// As [`Questions::ask`]. `None` when it hangs.
@@ -267,7 +279,8 @@ impl Patience {
         let (left, began) = (self.left(), Instant::now());
         let answer = questions.ask(about, fds, left.max(LEAST), question);
         if answer.is_err() {
-            self.0.set(left.saturating_sub(began.elapsed()));
+            self.was_tried.set(true);
+            self.left.set(left.saturating_sub(began.elapsed()));
         }
         answer.ok()
     }

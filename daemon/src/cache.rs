@@ -71,6 +71,8 @@ pub struct Opened {
     pub wave: usize,
     /// As [`FileSystem::devices`].
     pub devices: Vec<DevId>,
+    /// As [`FileSystem::perhaps_on`].
+    pub perhaps_on: Vec<DevId>,
     /// As [`FileSystem::listed`].
     pub listed: Option<superblocks::Entry>,
     /// The disks below those.
@@ -182,7 +184,7 @@ impl<S: Signals> Cache<S> {
         self.plan.unseen.clone_from(&machine.unseen);
         let chosen = self.plan.waves.iter().flatten().chain(&self.plan.synced);
         // What they stand on changes with a word that the marks hear.
-        self.layers = Arc::new(Layers::below(chosen.flat_map(|it| &it.devices)));
+        self.layers = Arc::new(Layers::below(chosen.flat_map(FileSystem::may_be_on)));
         self.read_only = ReadOnly::of(&mut self.signals, &machine.ways, &self.plan);
         let (signals, read_only) = (&mut self.signals, &self.read_only);
         let complete = |it: Before<S>| it.complete(signals, &machine, &self.plan, read_only);
@@ -355,6 +357,7 @@ impl Cache {
                     fs_type: file_system.fs_type.clone(),
                     wave,
                     devices: file_system.devices.clone(),
+                    perhaps_on: file_system.perhaps_on.clone(),
                     listed: file_system.listed.clone(),
                     disks: file_system.disks.clone(),
                     below: file_system.below.clone(),

@@ -755,7 +755,7 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
         let text = format!("{synced} has no means to freeze and is synced");
         all.push(finding(FILE_SYSTEMS, grade, text));
     }
-    let devices = plan.waves.iter().flatten().flat_map(|it| &it.devices);
+    let devices = plan.waves.iter().flatten().flat_map(FileSystem::may_be_on);
     for layer in Layers::below(devices).at_work() {
         let text = format!("{layer}, which no freeze holds back");
         all.push(finding(FILE_SYSTEMS, loss, text));
@@ -1352,6 +1352,7 @@ mod tests {
             disks: disks.iter().map(|it| dev(*it)).collect(),
             below: None,
             stands_on: None,
+            perhaps_on: Vec::new(),
             places: vec![Place {
                 namespace: 0,
                 id: 1,

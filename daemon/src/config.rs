@@ -847,6 +847,7 @@ pub(crate) mod tests {
             disks: Vec::new(),
             below: None,
             stands_on: None,
+            perhaps_on: Vec::new(),
             places: paths.iter().map(|path| place(0, path, true)).collect(),
         }
     }

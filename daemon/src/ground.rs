@@ -195,14 +195,20 @@ pub struct Footing {
     pub below: Option<BTreeSet<DevId>>,
 }
 
-/// All devices that a superblock is on, to any depth: those of its own, and its journals and logs.
+/// All devices that a superblock is on, or may be, to any depth: those of its own, and its journals and logs.
 pub fn devices_below<'a>(
     topology: &'a Topology,
     superblock: DevId,
     devices: &[DevId],
 ) -> Vec<(DevId, &'a Device)> {
     let mut todo = devices.to_vec();
-    todo.extend(topology.logs.get(&superblock).into_iter().flatten());
+    let further = [&topology.logs, &topology.perhaps];
+    todo.extend(
+        further
+            .iter()
+            .filter_map(|it| it.get(&superblock))
+            .flatten(),
+    );
     let mut seen = BTreeSet::new();
     let mut found = Vec::new();
     while let Some(next) = todo.pop() {
@@ -285,6 +291,7 @@ impl<'a> Ground<'a> {
         let mut todo = vec![superblock];
         while let Some(next) = todo.pop() {
             is_certain &= !self.topology.unclear.contains(&next);
+            is_certain &= !self.topology.perhaps.contains_key(&next);
             for (dev, device) in self.below(next) {
                 all.insert(dev);
                 if !device.below.is_empty() {

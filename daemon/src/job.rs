@@ -386,8 +386,10 @@ impl Freezer {
             stuck,
             is_believed,
         } = self.cache.gather(config, disks, may_believe)?;
-        let devices = targets.iter().flat_map(|it| it.devices.iter().copied());
-        let devices: BTreeSet<DevId> = devices.collect();
+        let devices = targets
+            .iter()
+            .flat_map(|it| it.devices.iter().chain(&it.perhaps_on));
+        let devices: BTreeSet<DevId> = devices.copied().collect();
         let moving = layers.at_work_below(&devices);
         if config.strict && !moving.is_empty() {
             let layers = moving.into_iter().collect();
@@ -772,11 +774,15 @@ fn target(opened: Opened) -> Target {
         fd,
         fs_type,
         devices,
+        perhaps_on,
         listed,
     } = opened;
     let target = Target::new(dev, name, wave, fd).with_disks(disks);
     let target = target.with_devices(devices.clone());
-    let write_back = WriteBack::to(devices, below.iter().flatten().copied());
+    let write_back = WriteBack::to(
+        [devices, perhaps_on].concat(),
+        below.iter().flatten().copied(),
+    );
     let target = target.with_all_below(below).standing_on(stands_on);
     let target = target.written_back(Box::new(move || write_back.look()));
     match fs_type.as_str() {

@@ -306,6 +306,7 @@ impl Walk {
                 disks: Vec::new(),
                 below: None,
                 stands_on: None,
+                perhaps_on: Vec::new(),
                 places: places.cloned().collect(),
             },
         }
@@ -836,6 +837,7 @@ mod tests {
             disks: Vec::new(),
             below: None,
             stands_on: None,
+            perhaps_on: Vec::new(),
             places: vec![Place {
                 namespace: 0,
                 id: 0,

@@ -68,6 +68,8 @@ pub struct FileSystem {
     pub source: Option<OsString>,
     /// The block devices that it is on, as far as they are known; its journals and logs last.
     pub devices: Vec<DevId>,
+    /// The block devices of all those that it may be, where nobody tells which it is.
+    pub perhaps_on: Vec<DevId>,
     /// Where sysfs lists it, as far as that is known.
     pub listed: Option<Entry>,
     /// The lowest devices below those, and below what holds a file that it is on. Others may have a
@@ -83,6 +85,11 @@ pub struct FileSystem {
 }
 
 impl FileSystem {
+    /// The devices that it is on, or may be.
+    pub fn may_be_on(&self) -> impl Iterator<Item = &DevId> {
+        self.devices.iter().chain(&self.perhaps_on)
+    }
+
     /// As far as is known before it is tried. Whatever is on a block device is tried all the same.
     pub fn has_means_to_freeze(&self) -> bool {
         has_means_to_freeze(&self.fs_type)
@@ -358,6 +365,8 @@ pub fn plan(
         let (mut file_system, held) = (superblock.file_system, superblock.can_be_held);
         let logs = topology.logs.get(&file_system.dev).into_iter().flatten();
         file_system.devices.extend(logs);
+        let perhaps_on = topology.perhaps.get(&file_system.dev);
+        file_system.perhaps_on = perhaps_on.cloned().unwrap_or_default();
         file_system.disks = footing.disks.into_iter().collect();
         file_system.below = footing.below;
         match reason {
@@ -547,6 +556,7 @@ fn mounted(group: &[&Mount], topology: &Topology) -> Option<Superblock> {
             disks: Vec::new(),
             below: None,
             stands_on: None,
+            perhaps_on: Vec::new(),
             places,
         },
         on_disks: is_on_disks,
@@ -570,6 +580,7 @@ fn unmounted(found: &Unmounted) -> Superblock {
             disks: Vec::new(),
             below: None,
             stands_on: None,
+            perhaps_on: Vec::new(),
             places: Vec::new(),
         },
         on_disks: true,
@@ -586,17 +597,20 @@ fn unmounted(found: &Unmounted) -> Superblock {
 struct Stack {
     /// For each: the superblocks that hold the files its devices are made of.
     holders: BTreeMap<DevId, BTreeSet<DevId>>,
-    /// Those that a user-space program has a part in serving.
+    /// Those that a user-space program has a part in serving, and those that may as well be on anything.
     served: BTreeSet<DevId>,
 }
 
 impl Stack {
     fn new(mounts: &[Mount], topology: &Topology, superblocks: &[Superblock]) -> Self {
         let mut stack = Stack::default();
-        for file_system in superblocks.iter().map(|it| &it.file_system) {
+        for superblock in superblocks {
+            let file_system = &superblock.file_system;
             let dev = file_system.dev;
             let mut holders = BTreeSet::new();
             let mut is_served = mounts::is_served(&file_system.fs_type);
+            // Where its devices are not known, they may be on anything.
+            is_served |= superblock.on_disks && file_system.devices.is_empty();
             for (_, device) in devices_below(topology, dev, &file_system.devices) {
                 is_served |= device.user_space;
                 let Some(backing) = &device.backing else {

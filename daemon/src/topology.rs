@@ -68,6 +68,9 @@ pub struct Topology {
     pub devices: BTreeMap<DevId, Device>,
     /// For superblocks with an anonymous number (btrfs, bcachefs): the devices they are on.
     pub members: BTreeMap<DevId, Vec<DevId>>,
+    /// For superblocks of which nobody tells which of several they are: the devices of all of those.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub perhaps: BTreeMap<DevId, Vec<DevId>>,
     /// Further `st_dev`s of a superblock (btrfs gives each subvolume one), to the superblock's own.
     pub aliases: BTreeMap<DevId, DevId>,
     /// For superblocks whose journal, log or data is on further devices: which.
@@ -101,6 +104,9 @@ pub struct Topology {
     /// mounted: nobody tells which.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unclear_unmounted: Vec<Unmounted>,
+    /// Whether somebody who was asked did not answer in time: the next time he may.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unanswered: bool,
 }
 
 impl Topology {
@@ -177,7 +183,8 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
     find_logs(&mut topology, mounts, superblocks, &patience);
     leave_out_parts(&mut topology, holds_a_file_system);
     let own = mounts.iter().filter(|m| m.writable).map(|m| m.dev);
-    let members = topology.members.values().flatten().copied();
+    let members = topology.members.values().chain(topology.perhaps.values());
+    let members = members.flatten().copied();
     let unmounted = topology.unmounted.iter();
     let unmounted = unmounted.chain(&topology.unclear_unmounted);
     let unmounted = unmounted.flat_map(|it| it.devices.clone());
@@ -190,6 +197,7 @@ pub fn read(mounts: &[Mount], superblocks: &[Superblock]) -> Topology {
     for dev in topology.disks.keys().copied().collect::<Vec<_>>() {
         add_above(&mut topology.above, dev);
     }
+    topology.unanswered = patience.was_tried();
     topology
 }
 
@@ -274,7 +282,8 @@ fn add_alias(topology: &mut Topology, mount: &Mount, patience: &Patience) {
 /// Finds which of the listed superblocks are mounted, and the devices of those with an anonymous number: it is the
 /// one that the file system says it is, where it can be asked. Devices tell nothing: a seed of btrfs is one of
 /// several. The name of its source is what it was when it was mounted, and may lead nowhere by now (`/dev/root`),
-/// or to another's device; so it counts only for what cannot be asked, and among those that no other is.
+/// or to another's device; so it counts only for what cannot be asked, and among those that no other is. Where it
+/// tells nothing either, it is the one that is left, or may be each of those.
 fn assign_members(
     topology: &mut Topology,
     mounts: &[Mount],
@@ -332,8 +341,46 @@ fn assign_members(
         let is_on_none = all.peek().is_none();
         match all.find(|it| !topology.is_mounted(it)) {
             Some(it) => topology.mounted_as(mount.dev, it),
-            None if is_on_none => drop(topology.members.insert(mount.dev, named)),
+            None if is_on_none && left(topology, superblocks, &mount.fs_type).is_empty() => {
+                topology.members.insert(mount.dev, named);
+            }
             None => {}
+        }
+    }
+    assign_what_is_left(topology, mounts, superblocks);
+}
+
+/// Those of a type that are listed, and of which no one that is mounted is known to be it.
+fn left<'a>(
+    topology: &Topology,
+    superblocks: &'a [Superblock],
+    fs_type: &str,
+) -> Vec<&'a Superblock> {
+    let of_type = superblocks.iter().filter(|it| it.fs_type == fs_type);
+    of_type.filter(|it| !topology.is_mounted(it)).collect()
+}
+
+/// One that is mounted is listed, as far as its type is: it is the one that is left, or one of several.
+fn assign_what_is_left(topology: &mut Topology, mounts: &[Mount], superblocks: &[Superblock]) {
+    let mut unknown: BTreeMap<&str, Vec<DevId>> = BTreeMap::new();
+    for mount in once_each(mounts) {
+        if topology.members.get(&mount.dev).is_some_and(Vec::is_empty) {
+            unknown.entry(&mount.fs_type).or_default().push(mount.dev);
+        }
+    }
+    for (fs_type, unknown) in unknown {
+        match (
+            unknown.as_slice(),
+            left(topology, superblocks, fs_type).as_slice(),
+        ) {
+            (_, []) => {}
+            ([dev], [it]) => topology.mounted_as(*dev, it),
+            (unknown, left) => {
+                let devices: BTreeSet<DevId> =
+                    left.iter().flat_map(|it| it.devices.clone()).collect();
+                let perhaps = |dev: &DevId| (*dev, devices.iter().copied().collect());
+                topology.perhaps.extend(unknown.iter().map(perhaps));
+            }
         }
     }
 }
@@ -813,7 +860,8 @@ mod tests {
         let named = |_: &Mount| vec!["8:1".parse().unwrap()];
         assign_members(&mut topology, &mounts, &all, named, uuid);
         let members: Vec<usize> = topology.members.values().map(Vec::len).collect();
-        assert_eq!(members, [0, 1]);
+        // It is the one that is left.
+        assert_eq!(members, [1, 1]);
     }
 
     #[test]
@@ -835,9 +883,57 @@ mod tests {
         // Somebody else has the name by now.
         assert_eq!(members("8:2", Ok(Some("one"))), ["8:1"]);
         assert_eq!(members("8:2", Ok(None)), ["8:2"]);
-        assert_eq!(members("8:3", Ok(Some("none"))), ["8:3"]);
+        // Of those that are listed it is one all the same.
+        assert!(members("8:3", Ok(Some("none"))).is_empty());
         // Of who does not answer that is not known.
         assert!(members("8:2", Err(())).is_empty());
+    }
+
+    #[test]
+    fn one_that_nobody_tells_of_is_the_one_that_is_left_or_may_be_any_that_is() {
+        // Another namespace has its node.
+        let table = "1 0 0:40 / /a rw - btrfs /run/a rw\n2 0 0:41 / /b rw - btrfs /run/b rw\n";
+        let both = parse(table.as_bytes(), 1).unwrap();
+        let all = [
+            superblock("one", &["8:1"]),
+            superblock("other", &["8:2", "8:3"]),
+        ];
+        let found = |mounts: &[Mount], superblocks: &[Superblock], is_silent: bool| {
+            let mut topology = Topology::default();
+            for mount in mounts {
+                topology.members.insert(mount.dev, Vec::new());
+            }
+            let uuid = |_: &Mount| match is_silent {
+                true => Err(Silent),
+                false => Ok(None),
+            };
+            let no_name = |_: &Mount| Vec::new();
+            assign_members(&mut topology, mounts, superblocks, no_name, uuid);
+            let words = |of: &BTreeMap<DevId, Vec<DevId>>| {
+                let all = of.values().map(|it| it.iter().map(ToString::to_string));
+                all.map(|it| it.collect::<Vec<_>>().join(" "))
+                    .collect::<Vec<_>>()
+            };
+            let listed = topology.listed.len();
+            (words(&topology.members), words(&topology.perhaps), listed)
+        };
+        let words = |all: &[&str]| all.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let known = (words(&["8:2 8:3"]), words(&[]), 1);
+        let any = |of: usize| {
+            (
+                vec![String::new(); of],
+                vec!["8:1 8:2 8:3".to_owned(); of],
+                0,
+            )
+        };
+        for is_silent in [false, true] {
+            assert_eq!(found(&both[..1], &all[1..], is_silent), known);
+            assert_eq!(found(&both[..1], &all, is_silent), any(1));
+            assert_eq!(found(&both, &all, is_silent), any(2));
+        }
+        // Nobody lists it.
+        let none = (words(&[""]), words(&[]), 0);
+        assert_eq!(found(&both[..1], &[], false), none);
     }
 
     #[test]
@@ -1002,6 +1098,7 @@ mod tests {
         assert_eq!(dead.backing, Some(unknown));
         assert!(!dead.user_space && dead.below.is_empty());
         assert_eq!(patience.left(), Duration::ZERO);
+        assert!(patience.was_tried());
         // Another one is asked all the same, each time for a moment.
         let answer = LoopBacking {
             dev: 0x801,

@@ -117,8 +117,8 @@ impl<S: Signals> Before<S> {
         plan: &Plan,
         read_only: &ReadOnly<S>,
     ) -> Option<Marks<S>> {
-        if !machine.unseen.is_empty() {
-            // Nothing tells when they can be looked into.
+        if !machine.unseen.is_empty() || machine.topology.unanswered {
+            // Nothing tells when they can be looked into, or answer.
             return None;
         }
         for left in &plan.left_out {

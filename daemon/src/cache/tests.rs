@@ -63,6 +63,8 @@ struct Model {
     meanwhile: Option<Step>,
     /// A disk whose file system has shut down.
     shut_down: Option<u32>,
+    /// Whether somebody who is asked about the devices does not answer.
+    is_silent: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -281,7 +283,10 @@ impl Model {
     }
 
     fn topology(&self) -> Topology {
-        let mut topology = Topology::default();
+        let mut topology = Topology {
+            unanswered: self.is_silent,
+            ..Topology::default()
+        };
         for (&from, &to) in &self.mapped {
             let below = vec![image_in(to)];
             topology.devices.insert(
@@ -660,6 +665,22 @@ fn what_becomes_writable_is_named_though_another_is_out_of_order_and_an_unmount_
 }
 
 #[test]
+fn a_plan_for_want_of_an_answer_is_not_kept() {
+    let model = Shared(Rc::new(RefCell::new(Model {
+        spaces: vec![Space::default()],
+        is_silent: true,
+        ..Model::default()
+    })));
+    let mut cache = Cache::with(model.clone());
+    model.0.borrow_mut().apply(&mount(4));
+    for is_kept in [false, true] {
+        cache.prepare(&Config::default()).unwrap();
+        assert_eq!(cache.marks.is_some(), is_kept);
+        model.0.borrow_mut().is_silent = false;
+    }
+}
+
+#[test]
 fn what_an_error_makes_read_only_without_a_word_is_in_no_backup_after_that() {
     let fail = Step::Fail { disk: 4 };
     let steps = [
@@ -714,6 +735,7 @@ fn each_is_opened_as_itself_also_behind_two_of_one_number() {
         disks: Vec::new(),
         below: None,
         stands_on: None,
+        perhaps_on: Vec::new(),
         places: vec![Place {
             namespace: 0,
             id: 0,

@@ -105,9 +105,13 @@ fn each_superblock_once_and_root_last() {
 7 1 0:5 / /nfs rw - nfs4 server:/x rw
 8 1 0:6 / /auto rw - autofs systemd-1 rw
 ";
+    let mut topology = Topology::default();
+    topology.members.insert(dev("0:40"), vec![dev("8:16")]);
+    assert_eq!(waves(table, &topology), [vec!["/btr", "/data"], vec!["/"]]);
+    // It may be on any of them, where its devices are not known.
     assert_eq!(
         waves(table, &Topology::default()),
-        [vec!["/btr", "/data"], vec!["/"]]
+        [["/btr"], ["/data"], ["/"]]
     );
     let mounts = parse(table.as_bytes(), 0).unwrap();
     let plan = plan(&mounts, &Topology::default(), &|_| None);
@@ -685,9 +689,45 @@ fn what_may_be_mounted_nowhere_is_a_loss() {
         })
         .into();
     let plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &|_| None);
-    assert_eq!(plan.waves.concat().len(), 1);
+    let chosen = plan.waves.concat();
+    // It may be on anything.
+    assert!(chosen.len() == 1 && chosen[0].stands_on.is_none());
     assert_eq!(plan.left_out.len(), 2);
     assert!(plan.left_out.iter().all(|it| it.reason.is_a_loss()));
+}
+
+#[test]
+fn one_whose_devices_are_not_known_may_be_on_all_that_it_may_be() {
+    let table = "\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 8:2 / /images rw - ext4 /dev/sda2 rw
+3 1 0:40 / /a rw - btrfs /run/a rw
+4 1 0:41 / /b rw - btrfs /run/b rw
+";
+    let mut topology = topology(vec![
+        ("7:1", loop_on("/images/a", Some("8:2"))),
+        ("9:0", disk(&["8:16", "8:32"])),
+        ("8:16", disk(&[])),
+        ("8:32", disk(&[])),
+        ("8:1", disk(&[])),
+        ("8:2", disk(&[])),
+    ]);
+    let perhaps = vec![dev("7:1"), dev("9:0")];
+    for it in ["0:40", "0:41"] {
+        topology.members.insert(dev(it), Vec::new());
+        topology.perhaps.insert(dev(it), perhaps.clone());
+    }
+    let plan = plan(&parse(table.as_bytes(), 0).unwrap(), &topology, &|_| None);
+    let waves = plan.waves.iter().map(|wave| {
+        let devs = wave.iter().map(|it| it.dev.to_string());
+        devs.collect::<Vec<_>>().join(" ")
+    });
+    assert!(waves.eq(["0:41", "0:40", "8:2", "8:1"]));
+    for it in plan.waves[..2].concat() {
+        assert_eq!((it.stands_on.as_ref(), it.below.as_ref()), (None, None));
+        assert_eq!(it.disks, ["8:2", "8:16", "8:32"].map(dev));
+        assert_eq!(it.may_be_on().copied().collect::<Vec<_>>(), perhaps);
+    }
 }
 
 #[test]

@@ -87,6 +87,11 @@ pub const CASES: &[Case] = &[
         md_repair,
     ),
     case(
+        "broken/md-repair-below-another-namespace",
+        "the same below a btrfs that only another namespace has mounted, by a node of its own",
+        md_repair_below_another_namespace,
+    ),
+    case(
         "broken/mapper-merge",
         "and so is a volume of the device mapper that merges a snapshot into another disk",
         mapper_merge,
@@ -585,7 +590,16 @@ fn btrfs_balance(guest: &Guest) -> Result<()> {
 
 /// Makes a RAID 1 of two disks, by their names, under ext4 on /mnt/bad, and says what it is called:
 /// otherwise each time, as md takes a name away some time after it was told to.
-pub(super) fn raid(guest: &Guest, [first, second]: [&str; 2]) -> Result<String> {
+pub(super) fn raid(guest: &Guest, disks: [&str; 2]) -> Result<String> {
+    let name = empty_raid(guest, disks)?;
+    guest.sh(&format!(
+        "mkfs.ext4 -q -F /dev/{name} && mount /dev/{name} /mnt/bad"
+    ))?;
+    Ok(name)
+}
+
+/// The same with nothing on it.
+fn empty_raid(guest: &Guest, [first, second]: [&str; 2]) -> Result<String> {
     static MADE: AtomicU32 = AtomicU32::new(0);
     let name = format!("md_lab{}", MADE.fetch_add(1, Ordering::Relaxed));
     // What a vfat has left in the first block is taken for a table of partitions.
@@ -603,7 +617,7 @@ pub(super) fn raid(guest: &Guest, [first, second]: [&str; 2]) -> Result<String> 
          done &&
          echo 0 >dev-{first}/slot && echo 1 >dev-{second}/slot && echo none >resync_start &&
          echo 65536 >component_size && echo active >array_state &&
-         echo 1 >sync_speed_min && mkfs.ext4 -q -F /dev/{name} && mount /dev/{name} /mnt/bad"
+         echo 1 >sync_speed_min"
     ))?;
     Ok(name)
 }
@@ -813,4 +827,53 @@ fn md_repair(guest: &Guest) -> Result<()> {
     stop(guest, guest.module(), &daemon)?;
     guest.writers_stop()?;
     no_raid(guest, &array)
+}
+
+fn md_repair_below_another_namespace(guest: &Guest) -> Result<()> {
+    guest.sh(HEALTHY)?;
+    guest.writer_start("/mnt/good/w")?;
+    let array = empty_raid(guest, ["ram2", "ram3"])?;
+    // So small a one is mixed.
+    guest.sh(&format!(
+        "modprobe btrfs && mkfs.btrfs -q -f -M /dev/{array}"
+    ))?;
+    let script = format!(
+        "mount -t tmpfs none /run && mknod /run/x b $(tr : ' ' </sys/block/{array}/dev) &&
+         mount -t btrfs /run/x /mnt/bad && exec sleep 1000"
+    );
+    let apart = ["unshare", "--mount", "--propagation", "private"];
+    let holder = guest.spawn(&[apart.as_slice(), &["sh", "-c", &script]].concat())?;
+    guest.wait_until("it is mounted there", STEP, || {
+        let here = format!("grep -q ' - btrfs ' /proc/{}/mountinfo", holder.pid);
+        Ok(guest.try_sh(&here)?.status == Some(0))
+    })?;
+    guest.sh(&format!(
+        "cd /sys/block/{array}/md && echo 1 >sync_speed_max && echo repair >sync_action"
+    ))?;
+    let copies = format!("{array} (repair) copies from disk to disk");
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    equal("the backup", observe(guest)?, good(&["/mnt/good/w"]))?;
+    guest.wait_until("it is named", STEP, || {
+        Ok(guest.output(&daemon)?.contains(&copies))
+    })?;
+    stop(guest, guest.module(), &daemon)?;
+
+    load(guest, guest.module(), &[])?;
+    let daemon = guest.start_daemon_with("strict = true")?;
+    wait_for_daemon(guest)?;
+    let freeze = guest.vss().freeze(&[], STEP)?;
+    answered("FREEZE with strict = true", &freeze, status::FAIL)?;
+    let said = guest.output(&daemon)?;
+    ensure!(said.contains(&copies), "it should be named:\n{said}");
+    stop(guest, guest.module(), &daemon)?;
+    guest.writers_stop()?;
+    guest.signal(&holder, 9)?;
+    guest.wait(&holder, STEP)?;
+    guest.sh(&format!(
+        "cd /sys/block/{array}/md && echo 200000 >sync_speed_max && echo idle >sync_action"
+    ))?;
+    guest.wait_until("the array is let go", STEP, || {
+        let clear = format!("echo clear >/sys/block/{array}/md/array_state");
+        Ok(guest.try_sh(&clear)?.status == Some(0))
+    })
 }
