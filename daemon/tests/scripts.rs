@@ -1123,6 +1123,7 @@ fn installs(step: &str, systemctl: &str, can_start: &str) -> (String, bool) {
         ("systemctl", systemctl),
         ("daemon", can_start),
         ("deb-systemd-invoke", invoke),
+        ("hand_over", invoke),
     ];
     let dir = programs("serves", &all);
     let functions = [
@@ -1132,6 +1133,7 @@ fn installs(step: &str, systemctl: &str, can_start: &str) -> (String, bool) {
     ];
     let functions = functions.map(|it| function_of(CONFIGURES, it)).join("\n");
     let text = functions.replace("/usr/libexec/hv_vss_daemon", "daemon");
+    let text = text.replace("/usr/libexec/hv_vss_hand_over", "hand_over");
     let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
     let text = format!("set -e\n{text}\n{step}");
     let mut shell = Command::new("sh");
@@ -1144,7 +1146,9 @@ fn installs(step: &str, systemctl: &str, can_start: &str) -> (String, bool) {
         ended.status.success() && ended.stdout.is_empty(),
         "{ended:?}"
     );
-    assert!(["", "restart hv_vss.service\n"].contains(&asked.as_str()));
+    // A backup under way is waited for.
+    let restarts = "settle\nrestart hv_vss.service\n";
+    assert!(["", restarts].contains(&asked.as_str()), "{asked}");
     let said = String::from_utf8(ended.stderr).unwrap();
     (said, !asked.is_empty())
 }

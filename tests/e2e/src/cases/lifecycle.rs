@@ -893,7 +893,8 @@ fn open_refused(guest: &Guest) -> Result<()> {
         events.iter().filter(|event| event.kind == *wanted).count()
     };
     let nothing_left = |what: &str| -> Result<()> {
-        let left = guest.try_sh("test -e /dev/vmbus/hv_vss || test -e /sys/kernel/debug/hv_vss/state")?;
+        let left =
+            guest.try_sh("test -e /dev/vmbus/hv_vss || test -e /sys/kernel/debug/hv_vss/state")?;
         ensure!(left.status == Some(1), "{what}: no node should be left");
         let rings = guest.host().gpadls();
         ensure!(rings == 0, "{what}: {rings} rings are left");
