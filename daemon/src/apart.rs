@@ -215,24 +215,33 @@ impl<About: Clone + Ord + Send> Questions<About> {
         limit: Duration,
         question: impl FnOnce(Vec<OwnedFd>) -> T + Send + 'static,
     ) -> io::Result<T> {
-        let told = self.put(about, fds, question)?;
-        told.recv_timeout(limit).map_err(|_| silent())
+        // Beside the word that it is there: a channel for each kind of answer would be a lot of code.
+        let place = Arc::new(Mutex::new(None));
+        let theirs = Arc::clone(&place);
+        let answers = move |fds| {
+            let answer = question(fds);
+            *theirs.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
+        };
+        let told = self.put(about, fds, answers)?;
+        told.recv_timeout(limit).map_err(|_| silent())?;
+        let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
+        place.take().ok_or_else(silent)
     }
 
-    /// The same for whoever has more than one to wait for: where the answer comes, if it does.
-    pub fn put<T: Send + 'static>(
+    /// The same for whoever has more than one to wait for: where it is told that the question has ended, if it has.
+    pub fn put(
         &'static self,
         about: About,
         fds: &[BorrowedFd<'_>],
-        question: impl FnOnce(Vec<OwnedFd>) -> T + Send + 'static,
-    ) -> io::Result<Receiver<T>> {
+        question: impl FnOnce(Vec<OwnedFd>) + Send + 'static,
+    ) -> io::Result<Receiver<()>> {
         let under_way = self.begin(&about).ok_or_else(silent)?;
         let (tell, told) = channel();
         let step = move |fds| {
-            let answer = question(fds);
+            question(fds);
             drop(under_way);
             // Nobody listens any more when it took too long.
-            let _ = tell.send(answer);
+            let _ = tell.send(());
         };
         self.apart.hand_over(fds, step)?;
         Ok(told)
@@ -294,6 +303,9 @@ pub struct Lot<'a, About> {
     pub fds: Vec<BorrowedFd<'a>>,
 }
 
+/// The answers to all questions of some lots, by number, as far as they have come and nobody has taken them.
+type Answers<T> = Arc<Mutex<Vec<Option<io::Result<T>>>>>;
+
 /// A lot on its way: whoever is free takes the next question.
 struct Queue<About> {
     abouts: Vec<About>,
@@ -313,11 +325,18 @@ impl<About: Clone + Ord + Send + Sync> Questions<About> {
         mut heard: impl FnMut(usize, io::Result<T>),
     ) {
         let question = Arc::new(question);
+        // As of a single one the answers are beside the words that they are there.
+        let count = lots.iter().map(|it| it.abouts.len()).sum();
+        let answers: Answers<T> = Arc::new(Mutex::new((0..count).map(|_| None).collect()));
         let (tell, told) = channel();
         let mut open = BTreeSet::new();
-        let mut hear = |open: &mut BTreeSet<usize>, (number, answer)| {
+        let mut hear = |open: &mut BTreeSet<usize>, number, error: Option<io::Error>| {
             open.remove(&number);
-            heard(number, answer);
+            let mut answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
+            let answer = answers.get_mut(number).and_then(Option::take);
+            drop(answers);
+            let error = || Err(error.unwrap_or_else(silent));
+            heard(number, answer.unwrap_or_else(error));
         };
         let mut first = 0;
         // For a lot of none nobody is woken: a host may wait.
@@ -329,14 +348,20 @@ impl<About: Clone + Ord + Send + Sync> Questions<About> {
             let (end, ended) = channel();
             loop {
                 let (queue_too, question) = (Arc::clone(&queue), Arc::clone(&question));
-                let (tell, end) = (tell.clone(), end.clone());
+                let (tell, end, answers) = (tell.clone(), end.clone(), Arc::clone(&answers));
                 let step = move |fds: Vec<OwnedFd>| {
                     self.work_off(
                         &queue_too,
                         |number| question(first + number, &fds),
                         &|it, answer| {
+                            let mut answers =
+                                answers.lock().unwrap_or_else(PoisonError::into_inner);
+                            if let Some(place) = answers.get_mut(first + it) {
+                                *place = Some(answer);
+                            }
+                            drop(answers);
                             // Nobody listens any more when it took too long.
-                            let _ = tell.send((first + it, answer));
+                            let _ = tell.send(first + it);
                         },
                     );
                     let _ = end.send(());
@@ -346,14 +371,14 @@ impl<About: Clone + Ord + Send + Sync> Questions<About> {
                     let rest = queue.next.swap(queue.abouts.len(), Ordering::SeqCst);
                     for number in rest..queue.abouts.len() {
                         let error = io::Error::new(error.kind(), error.to_string());
-                        hear(&mut open, (first + number, Err(error)));
+                        hear(&mut open, first + number, Some(error));
                     }
                     break;
                 }
                 let is_stuck = loop {
                     let before = open.len();
                     let waited = ended.recv_timeout(MOMENT);
-                    told.try_iter().for_each(|it| hear(&mut open, it));
+                    told.try_iter().for_each(|it| hear(&mut open, it, None));
                     match waited {
                         Err(RecvTimeoutError::Timeout) if open.len() == before => break true,
                         Err(RecvTimeoutError::Timeout) => {}
@@ -370,7 +395,7 @@ impl<About: Clone + Ord + Send + Sync> Questions<About> {
         while !open.is_empty() {
             let left = until.saturating_duration_since(Instant::now());
             match told.recv_timeout(left) {
-                Ok(it) => hear(&mut open, it),
+                Ok(it) => hear(&mut open, it, None),
                 Err(_) => break,
             }
         }
