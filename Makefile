@@ -223,7 +223,7 @@ test-suites: deb user ## Have DKMS build the module on a clean Debian of each of
 
 # Each is called by its full name, since they need what takes a while to build.
 PACKAGES_CASES = $(addprefix packages/,page install-to-purge kernel-upgrade kernel-upgrade-unbuilt \
-	installed-amid-a-freeze upgraded-amid-a-freeze removed-amid-a-freeze boot no-module disabled masked blacklisted mainline-daemon unknown-key secure-boot)
+	installed-amid-a-freeze upgraded-amid-a-freeze upgrade-not-configured removed-amid-a-freeze boot no-module disabled masked blacklisted mainline-daemon unknown-key secure-boot)
 
 .PHONY: test-packages
 test-packages: dkms lab-module user images ## Install them in a guest, and take backups before and after
@@ -232,9 +232,9 @@ test-packages: dkms lab-module user images ## Install them in a guest, and take 
 
 # What only a guest with systemd shows: the unit, the rules of udev, the hand-over. They are long cases, so that
 # 'make test-all' has them with the others.
-SYSTEMD_CASES = $(addprefix systemd/,backup stop daemon-killed both-killed watchdog hook-out-of-memory not-configured) \
+SYSTEMD_CASES = $(addprefix systemd/,backup stop stop-amid-hooks daemon-killed both-killed watchdog hook-out-of-memory not-configured) \
 	$(addprefix control/,systemctl-reload varlink no-device hand-over-held-open hand-over-held-open-by-udev \
-	check-privileges gives-way)
+	check-privileges check-next-boot gives-way)
 
 .PHONY: test-systemd
 test-systemd: lab-module user images ## Run what only a guest with systemd shows: the unit, udev's rules, the hand-over
