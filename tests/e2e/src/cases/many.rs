@@ -35,8 +35,12 @@ const FILES: [&str; 3] = ["/w", "/mnt/v/7/w", "/mnt/l/7/w"];
 
 fn six_hundred(guest: &Guest) -> Result<()> {
     load_driver(guest)?;
-    // It says something of each volume, until it is too much.
-    guest.expect_in_log(&["set_capacity_and_notify"])?;
+    // Something is said of each volume and each mount, until it is too much.
+    guest.expect_in_log(&[
+        "set_capacity_and_notify",
+        "EXT4-fs mount",
+        "EXT4-fs unmount",
+    ])?;
     let size = u64::from(COUNT * MIB) + 64;
     let volumes = Attached::new(guest, 0, 0, size, Image::default())?.node(guest)?;
     let images = Attached::new(guest, 1, 0, size, Image::default())?.node(guest)?;
