@@ -144,7 +144,8 @@ pub struct RunDir(PathBuf);
 /// who have one; when its process dies, it ends with the last one.
 pub type Lock = Flock<File>;
 
-/// Hears when a lock is let go, by whoever had it last: also by this very process.
+/// Hears when a lock is let go, by whoever had it last: also by this very process. The kernel tells of the close a moment
+/// before it lets go the lock, and whoever runs first on the processor that it is told on can look in between.
 #[derive(Debug)]
 pub struct Ends(Inotify);
 

@@ -67,6 +67,8 @@ const LAST_ENTRY: Duration = Duration::from_secs(5);
 const GRAVE: Duration = Duration::from_secs(1);
 /// How long after it was tried last what could not be let go is tried again.
 const OWED: Duration = Duration::from_secs(30);
+/// First and longest pause before it is looked again whether somebody's lock is let go.
+const AGAIN: (Duration, Duration) = (Duration::from_millis(10), OWED);
 const CHECK_STACK_BYTES: usize = 64 * 1024;
 /// How often the log says so while nothing is frozen.
 const REPORT: Duration = Duration::from_secs(10);
@@ -242,6 +244,8 @@ pub struct Service {
     ends: Option<Ends>,
     /// Whether somebody may have died there since that was looked at.
     has_ended: bool,
+    /// When to look at that again, for the lock was still there, and the pause after that.
+    look_again: Option<(Instant, Duration)>,
     /// Guards that have been killed and may still be inside the kernel.
     buried: Vec<Arc<Guard>>,
     /// Those who wait to hear that all is thawed.
@@ -372,6 +376,7 @@ impl Service {
             control,
             ends,
             has_ended: false,
+            look_again: None,
             buried: Vec::new(),
             waiting: Vec::new(),
             next_config: None,
@@ -428,7 +433,10 @@ impl Service {
                 self.on_guard();
             }
             if woken(LOCKS) {
-                self.has_ended |= self.ends.as_ref().is_some_and(Ends::any);
+                if self.ends.as_ref().is_some_and(Ends::any) {
+                    self.has_ended = true;
+                    self.look_again = None;
+                }
             }
             // And what the host asks before what is due as long as it has not asked, should this have been stopped.
             if woken(DEVICE) {
@@ -485,7 +493,8 @@ impl Service {
         if let Some(config) = self.next_config.take() {
             self.adopt_config(config);
         }
-        if self.has_ended && self.machine.is_at_rest() {
+        let is_due = self.look_again.is_some_and(|(at, _)| at <= Instant::now());
+        if (self.has_ended || is_due) && self.machine.is_at_rest() {
             self.has_ended = false;
             self.undo_what_is_left();
         }
@@ -503,9 +512,18 @@ impl Service {
             self.let_go_what_is_left();
         } else if run.is_free() {
             let tell = teller(&self.hands.tell, |()| News::Undone);
+            self.look_again = None;
             worker.undo(run, log, move || tell(()));
+        } else {
+            self.look_again();
         }
-        // Else it lives, or its guard is at the thaw, and the end of that is told as well.
+    }
+
+    /// Whoever has the lock lives, or its guard is at the thaw, and the end of that is told as well; or it has just ended,
+    /// and what was told came before the lock was let go.
+    fn look_again(&mut self) {
+        let pause = self.look_again.map_or(AGAIN.0, |(_, pause)| pause);
+        self.look_again = Some((Instant::now() + pause, (pause * 2).min(AGAIN.1)));
     }
 
     /// Lets go its hooks, if nobody else does, and what we could not let go ourselves.
@@ -513,17 +531,23 @@ impl Service {
         let Hands { run, log, tell, .. } = &self.hands;
         let own = std::process::id();
         match run.read_hooks() {
-            Ok(None) => return self.hands.owe(Vec::new()),
+            Ok(None) => {
+                self.look_again = None;
+                return self.hands.owe(Vec::new());
+            }
             // That has just been tried.
             Ok(Some(it)) if it.pid == own && !self.hands.owes_by_now() => return,
             _ => {}
         }
-        if run.is_free_of_hooks() {
-            self.hands.calling = let_go_what_is_left(run, log, teller(tell, News::Hooks));
+        if !run.is_free_of_hooks() {
+            self.hands.owed.1 = self.hands.owed.1.map(|_| Instant::now() + OWED);
+            return self.look_again();
         }
+        self.look_again = None;
+        self.hands.calling = let_go_what_is_left(run, log, teller(tell, News::Hooks));
         match self.hands.calling {
             Some(_) => self.machine.releases(),
-            // The end of whoever has them is told; and what cannot be read now may be then.
+            // What cannot be read now may be then.
             None => self.hands.owed.1 = Some(Instant::now() + OWED),
         }
     }
@@ -557,7 +581,10 @@ impl Service {
         let next = self.machine.next().into_iter();
         let next = next.chain(retry).chain(watchdog).chain(look);
         let owed = self.hands.owed.1.filter(|_| self.machine.is_at_rest());
-        let next = next.chain(unfit).chain(grave).chain(owed).min()?;
+        let again = self.look_again.map(|(at, _)| at);
+        let again = again.filter(|_| self.machine.is_at_rest());
+        let next = next.chain(unfit).chain(grave).chain(owed).chain(again);
+        let next = next.min()?;
         Some(next.saturating_duration_since(now))
     }
 

@@ -17,7 +17,7 @@ inner_modules=(
 )
 inner_tools=(
     mke2fs mkfs.ext4 tune2fs dumpe2fs e2fsck mkfs.xfs xfs_io xfs_freeze xfs_logprint xfs_repair mkfs.btrfs btrfs btrfstune mkfs.vfat mkfs.exfat
-    dash blkid findmnt fsfreeze losetup lsblk mount nsenter umount unshare wipefs dmsetup strace
+    dash blkid findmnt flock fsfreeze losetup lsblk mount nsenter umount unshare wipefs dmsetup strace
 )
 
 case $kernel in

@@ -837,8 +837,15 @@ fn rehearsal_killed(guest: &Guest) -> Result<()> {
         }
         // It has begun before there was a daemon, and so goes by itself.
         let daemon = start(guest, guest.module(), Daemon::Ours)?;
+        // The kernel tells of the end of a lock before it lets it go. Here the next one has it then, whose own end is not
+        // told, for it has not opened it to write.
+        let next = guest.spawn(&["flock", "/run/hv_vss/hooks.lock", "sleep", "1"])?;
+        guest.wait_until("another waits for the lock", STEP, || {
+            Ok(guest.sh("cat /proc/locks")?.contains("->"))
+        })?;
         killed(rehearsal)?;
         noted(guest, "what a dead rehearsal has called", &LET_GO)?;
+        guest.wait(&next, STEP)?;
         guest.wait_until("the daemon is done with its freeze", STEP, || {
             let status = guest.try_sh("/payload/hv_vss_daemon status --json")?;
             Ok(status.out.contains("\"refuses\": null"))
