@@ -53,12 +53,15 @@ impl Apart {
         Apart(Mutex::new(Vec::new()))
     }
 
-    /// Has `step` done with copies of these descriptors, by a thread that has no others. As long as it is at
-    /// that, so is what is returned. `step` must not own a descriptor: it would close another one.
-    pub fn hand_over(
+    /// Has `step` done with copies of these descriptors, by a thread that has no others, and then `tell`, with what came of
+    /// it: by then the thread is free for the next step, or whoever hears of it and goes first would find it busy, and
+    /// have another one started. As long as it is at `step`, so is what is returned. Neither may own a descriptor: it
+    /// would close another one.
+    pub fn hand_over<T>(
         &self,
         fds: &[BorrowedFd<'_>],
-        step: impl FnOnce(Vec<OwnedFd>) + Send + 'static,
+        step: impl FnOnce(Vec<OwnedFd>) -> T + Send + 'static,
+        tell: impl FnOnce(T) + Send + 'static,
     ) -> io::Result<Weak<()>> {
         // It is whole after each line below.
         let mut helpers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -76,8 +79,9 @@ impl Apart {
         helper.last = Arc::downgrade(&life);
         let alive = helper.last.clone();
         let step = move |fds| {
-            step(fds);
+            let came = step(fds);
             drop(life);
+            tell(came);
         };
         let sent = helper.steps.send(Box::new(step));
         sent.map_err(|_| io::Error::other("the thread has ended"))?;
@@ -100,7 +104,7 @@ impl Helper {
             // Whoever waits for it is there.
             let _ = begin.send(kept.as_ref().map(|_| gettid()).map_err(io::Error::kind));
             if let Ok(line) = kept {
-                work(&line, &orders);
+                work(&line, orders);
             }
         };
         let builder = Builder::new().name("apart".into()).stack_size(STACK_BYTES);
@@ -128,10 +132,12 @@ impl Helper {
     }
 }
 
-fn work(line: &OwnedFd, orders: &Receiver<Step>) {
+fn work(line: &OwnedFd, orders: Receiver<Step>) {
     while let Ok(step) = orders.recv() {
         // They were sent before the word.
         let Ok((_, fds)) = sys::receive(line.as_fd(), &mut [0]) else {
+            // Before anybody hears that this step is lost, and takes the thread for free.
+            drop(orders);
             return;
         };
         step(fds);
@@ -240,10 +246,12 @@ impl<About: Clone + Ord + Send> Questions<About> {
         let step = move |fds| {
             question(fds);
             drop(under_way);
-            // Nobody listens any more when it took too long.
+        };
+        // Nobody listens any more when it took too long.
+        let tell = move |()| {
             let _ = tell.send(());
         };
-        self.apart.hand_over(fds, step)?;
+        self.apart.hand_over(fds, step, tell)?;
         Ok(told)
     }
 }
@@ -348,7 +356,7 @@ impl<About: Clone + Ord + Send + Sync> Questions<About> {
             let (end, ended) = channel();
             loop {
                 let (queue_too, question) = (Arc::clone(&queue), Arc::clone(&question));
-                let (tell, end, answers) = (tell.clone(), end.clone(), Arc::clone(&answers));
+                let (tell, answers) = (tell.clone(), Arc::clone(&answers));
                 let step = move |fds: Vec<OwnedFd>| {
                     self.work_off(
                         &queue_too,
@@ -364,9 +372,12 @@ impl<About: Clone + Ord + Send + Sync> Questions<About> {
                             let _ = tell.send(first + it);
                         },
                     );
+                };
+                let end = end.clone();
+                let end = move |()| {
                     let _ = end.send(());
                 };
-                if let Err(error) = self.apart.hand_over(&fds, step) {
+                if let Err(error) = self.apart.hand_over(&fds, step, end) {
                     // Whoever is at one already goes on with the rest, if it comes back.
                     let rest = queue.next.swap(queue.abouts.len(), Ordering::SeqCst);
                     for number in rest..queue.abouts.len() {
@@ -465,35 +476,39 @@ mod tests {
         let count = || std::fs::read_dir("/proc/thread-self/fd").map(Iterator::count);
         let thread = || nix::unistd::gettid();
         let first = tell.clone();
-        let hung = apart
-            .hand_over(&[ours.as_fd(), theirs.as_fd()], move |fds| {
-                // A signal that came here would be lost.
-                let blocked = SigSet::thread_get_mask().unwrap();
-                assert!(blocked.contains(Signal::SIGTERM));
-                first.send((fds.len(), count().unwrap(), thread())).unwrap();
-                let _ = hang.recv();
-            })
-            .unwrap();
+        let hangs = move |fds: Vec<OwnedFd>| {
+            // A signal that came here would be lost.
+            let blocked = SigSet::thread_get_mask().unwrap();
+            assert!(blocked.contains(Signal::SIGTERM));
+            first.send((fds.len(), count().unwrap(), thread())).unwrap();
+            let _ = hang.recv();
+        };
+        let both = [ours.as_fd(), theirs.as_fd()];
+        let hung = apart.hand_over(&both, hangs, drop).unwrap();
         let (handed, open, hanging) = told.recv_timeout(LONG).unwrap();
         // With its line, and the one by which they are counted.
         assert_eq!((handed, open), (2, 4));
         let mut last = None;
         for _ in 0..2 {
             let tell = tell.clone();
-            let alive = apart
-                .hand_over(&[ours.as_fd()], move |fds| {
-                    tell.send((fds.len(), count().unwrap(), thread())).unwrap();
-                })
-                .unwrap();
+            let looks = move |fds: Vec<OwnedFd>| {
+                tell.send((fds.len(), count().unwrap(), thread())).unwrap();
+            };
+            let (end, ended) = channel();
+            // Whoever is told of the end comes first, as one does that goes first.
+            let (goes_on, may_go_on) = channel::<()>();
+            let then = move |()| {
+                end.send(()).unwrap();
+                let _ = may_go_on.recv();
+            };
+            let alive = apart.hand_over(&[ours.as_fd()], looks, then).unwrap();
+            ended.recv_timeout(LONG).unwrap();
+            assert_eq!(alive.strong_count(), 0);
+            drop(goes_on);
             let (handed, open, thread) = told.recv_timeout(LONG).unwrap();
             assert_eq!((handed, open), (1, 3));
             assert_ne!(thread, hanging);
             assert!(last.replace(thread).is_none_or(|last| last == thread));
-            let until = Instant::now() + LONG;
-            while alive.strong_count() > 0 {
-                assert!(Instant::now() < until, "it does not come back");
-                std::thread::yield_now();
-            }
         }
         assert_eq!(hung.strong_count(), 1);
         drop(let_go);
@@ -647,11 +662,6 @@ mod tests {
             ASKED.ask(7, &fds, LONG, |fds| fds.len())
         };
         assert_eq!(ask(5).unwrap(), 5);
-        // Until that thread is free again.
-        let is_free = |it: &Helper| it.last.strong_count() == 0;
-        while !ASKED.apart.0.lock().unwrap().iter().all(is_free) {
-            std::thread::sleep(Duration::from_millis(1));
-        }
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         // There is no room for all of them.
         setrlimit(Resource::RLIMIT_NOFILE, 3, hard).unwrap();

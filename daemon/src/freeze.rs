@@ -957,22 +957,24 @@ impl Session {
                 // Nothing is ever said there; it closes.
                 let _ = word.recv();
                 drop(fds);
-                // Nobody listens any more when it took too long.
+            };
+            // Nobody listens any more when it took too long.
+            let tell = move |()| {
                 let _ = tell.send(());
             };
             // Without a thread for it, it is closed here.
-            let Ok(closing) = self.apart.hand_over(&[target.as_fd()], close) else {
+            if self
+                .apart
+                .hand_over(&[target.as_fd()], close, tell)
+                .is_err()
+            {
                 continue;
-            };
+            }
             // Where that cannot be, it is closed when whoever hangs in another one comes back.
             let _ = sys::replace_by_nothing(target.as_fd());
             drop(go_on);
             let left = until.saturating_duration_since(Instant::now());
-            let is_closed = told.recv_timeout(left).is_ok();
-            // It is about to be free for the next one.
-            while is_closed && closing.strong_count() > 0 {
-                thread::sleep(MOMENT);
-            }
+            let _ = told.recv_timeout(left);
         }
     }
 

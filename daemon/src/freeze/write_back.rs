@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{channel, Sender};
 use std::sync::Weak;
@@ -133,12 +133,14 @@ impl Session {
         tell: &Sender<Synced>,
     ) -> io::Result<Weak<()>> {
         let (sync, tell) = (self.work.door.syncer(), tell.clone());
-        self.apart.hand_over(&[target.as_fd()], move |fds| {
-            for fd in fds {
+        let step = move |fds: Vec<OwnedFd>| fds.first().map(|it| sync(it.as_fd()));
+        let tell = move |came: Option<_>| {
+            if let Some(result) = came {
                 // Nobody is left to hear of it when it took too long.
-                let _ = tell.send((index, sync(fd.as_fd())));
+                let _ = tell.send((index, result));
             }
-        })
+        };
+        self.apart.hand_over(&[target.as_fd()], step, tell)
     }
 
     /// Divides these so that no two groups have a disk in common.

@@ -411,7 +411,7 @@ impl Footprint {
     /// with its socket, the notes of a backup, a plan. They become no more than [`Footprint::FEW`], however many
     /// rounds there are.
     fn has_no_more_than(&self, first: &Footprint, rounds: usize) -> bool {
-        let few = Footprint::FEW.min(3 + rounds as u64 / 2);
+        let few = Footprint::FEW.min(6 + rounds as u64 / 2);
         self.descriptors <= first.descriptors + few
             && self.threads <= first.threads + few
             && self.gpadls == first.gpadls
