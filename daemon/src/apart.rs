@@ -30,14 +30,16 @@ const MOMENT: Duration = Duration::from_millis(5);
 
 type Step = Box<dyn FnOnce(Vec<OwnedFd>) + Send>;
 
-/// The threads, for those that have one table of descriptors in common: the lines to them are there, and not in
-/// that of one of them, or of another thread that has its own. They end with this, each when what it is at has ended.
+/// The threads. They end with this, each when what it is at has ended.
 #[derive(Default)]
 pub struct Apart(Mutex<Vec<Helper>>);
 
+/// Those for all questions: each thread keeps what its stack and its heap have taken.
+static ALL: Apart = Apart::new();
+
 struct Helper {
-    /// Whose it is: one that has gone to the background since has left it behind.
-    process: u32,
+    /// In which its line is open: no other thread can hand it anything.
+    table: sys::Table,
     /// Over which it is handed descriptors.
     line: OwnedFd,
     steps: Sender<Step>,
@@ -63,15 +65,8 @@ impl Apart {
         step: impl FnOnce(Vec<OwnedFd>) -> T + Send + 'static,
         tell: impl FnOnce(T) + Send + 'static,
     ) -> io::Result<Weak<()>> {
-        // It is whole after each line below.
-        let mut helpers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let process = std::process::id();
-        let is_free = |it: &Helper| it.process == process && it.last.strong_count() == 0;
-        let free = helpers.iter().position(is_free);
-        let mut helper = match free {
-            Some(index) => helpers.swap_remove(index),
-            None => Helper::start()?,
-        };
+        // Whoever goes first is not to wait for one that does not, and starts a thread.
+        let mut helper = self.take_free().map_or_else(Helper::start, Ok)?;
         helper.go_as_whoever_asks();
         // One that does not take it ends.
         sys::send(helper.line.as_fd(), fds)?;
@@ -85,8 +80,21 @@ impl Apart {
         };
         let sent = helper.steps.send(Box::new(step));
         sent.map_err(|_| io::Error::other("the thread has ended"))?;
-        helpers.push(helper);
+        self.helpers().push(helper);
         Ok(alive)
+    }
+
+    fn helpers(&self) -> MutexGuard<'_, Vec<Helper>> {
+        // It is whole after each change.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_free(&self) -> Option<Helper> {
+        let table = sys::Table::own();
+        let is_free = |it: &Helper| it.table == table && it.last.strong_count() == 0;
+        let mut helpers = self.helpers();
+        let free = helpers.iter().position(is_free)?;
+        Some(helpers.swap_remove(free))
     }
 }
 
@@ -112,7 +120,7 @@ impl Helper {
         // Until then `theirs` must not be closed.
         let thread = begun.recv().map_err(io::Error::other)??;
         Ok(Helper {
-            process: std::process::id(),
+            table: sys::Table::own(),
             line,
             steps,
             last: Weak::new(),
@@ -147,7 +155,6 @@ fn work(line: &OwnedFd, orders: Receiver<Step>) {
 /// Questions that may hang, each about one thing, a device or a path. What has not answered is not asked again
 /// before it has, or not more often than it may.
 pub struct Questions<About: 'static> {
-    apart: Apart,
     /// How many about one thing may wait for an answer.
     most: usize,
     /// How many do.
@@ -177,7 +184,6 @@ impl<About: Clone + Ord + Send> Questions<About> {
     /// so many may hang before nothing more is asked.
     pub const fn up_to(most: usize) -> Self {
         Questions {
-            apart: Apart::new(),
             most,
             open: Mutex::new(BTreeMap::new()),
         }
@@ -251,7 +257,7 @@ impl<About: Clone + Ord + Send> Questions<About> {
         let tell = move |()| {
             let _ = tell.send(());
         };
-        self.apart.hand_over(fds, step, tell)?;
+        ALL.hand_over(fds, step, tell)?;
         Ok(told)
     }
 }
@@ -377,7 +383,7 @@ impl<About: Clone + Ord + Send + Sync> Questions<About> {
                 let end = move |()| {
                     let _ = end.send(());
                 };
-                if let Err(error) = self.apart.hand_over(&fds, step, end) {
+                if let Err(error) = ALL.hand_over(&fds, step, end) {
                     // Whoever is at one already goes on with the rest, if it comes back.
                     let rest = queue.next.swap(queue.abouts.len(), Ordering::SeqCst);
                     for number in rest..queue.abouts.len() {

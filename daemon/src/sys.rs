@@ -6,10 +6,12 @@
 //! nothing of what they are used for. Constants come from the kernel's `linux/fs.h`,
 //! `linux/loop.h`, `linux/btrfs.h`, `linux/dm-ioctl.h`, `linux/stat.h` and `linux/nsfs.h`.
 
+use std::cell::Cell;
 use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::mounts::DevId;
@@ -773,6 +775,7 @@ pub fn keep_only(number: RawFd) -> io::Result<OwnedFd> {
     // that takes it.
     SigSet::all().thread_block()?;
     unshare(CloneFlags::CLONE_FILES)?;
+    TABLE.set(TABLES.fetch_add(1, Ordering::Relaxed) + 1);
     let below = kept.checked_sub(1).map(|last| (0, last));
     for (first, last) in below.into_iter().chain([(kept + 1, libc::c_uint::MAX)]) {
         // SAFETY: the call takes integers only. What it closes are this thread's own copies.
@@ -783,6 +786,31 @@ pub fn keep_only(number: RawFd) -> io::Result<OwnedFd> {
     Errno::result(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
     // SAFETY: it is open, and the only one in this thread's own table.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// A table of descriptors: that which all threads of a process have in common, or one's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// One that has gone to the background has left its threads behind.
+    process: u32,
+    /// 0 is the common one.
+    number: u64,
+}
+
+impl Table {
+    /// The calling thread's.
+    pub fn own() -> Self {
+        Table {
+            process: std::process::id(),
+            number: TABLE.get(),
+        }
+    }
+}
+
+static TABLES: AtomicU64 = AtomicU64::new(0);
+
+thread_local! {
+    static TABLE: Cell<u64> = const { Cell::new(0) };
 }
 
 /// Closes what is behind this descriptor although somebody may still have it: from now on it leads to a pipe at
