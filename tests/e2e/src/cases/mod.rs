@@ -411,7 +411,7 @@ impl Footprint {
     /// with its socket, the notes of a backup, a plan. They become no more than [`Footprint::FEW`], however many
     /// rounds there are.
     fn has_no_more_than(&self, first: &Footprint, rounds: usize) -> bool {
-        let few = Footprint::FEW.min(6 + rounds as u64 / 2);
+        let few = Footprint::FEW.min(5 + rounds as u64 / 4);
         self.descriptors <= first.descriptors + few
             && self.threads <= first.threads + few
             && self.gpadls == first.gpadls
@@ -491,10 +491,11 @@ impl Growth {
     }
 
     /// By how many KiB one of the two grows with each round: the median of what any two rounds say
-    /// (Theil and Sen), which tells what comes and goes from what only comes. What the first rounds take,
-    /// such as pages for the log, is not taken again.
+    /// (Theil and Sen), which tells what comes and goes from what only comes. What the first of them take, such as pages
+    /// for the log, and in a long series what the allocator keeps for each thread, is not taken again.
     fn per_round(&self, of: fn(&Footprint) -> u64) -> Result<f64> {
-        let settling = self.0.len().div_ceil(4);
+        let rounds = self.0.len();
+        let settling = rounds.div_ceil(if rounds < Growth::LONG { 4 } else { 2 });
         let settled = self.0.iter().skip(settling);
         let settled: Vec<f64> = settled.map(|it| of(it) as f64).collect();
         let pairs = (0..settled.len()).flat_map(|at| (0..at).map(move |before| (before, at)));
