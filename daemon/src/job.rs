@@ -758,7 +758,11 @@ fn swapped_to(targets: &[Opened]) -> Option<Vec<GoesOn>> {
     let wholes = wholes.into_iter().map(|dev| GoesOn {
         name: format!("swap on {dev}"),
         devices: vec![dev],
-        below: Some(topology::all_below([dev]).into_keys().collect()),
+        below: Some(
+            topology::all_below(&BTreeSet::from([dev]))
+                .into_keys()
+                .collect(),
+        ),
     });
     Some(below_files.chain(wholes).collect())
 }
