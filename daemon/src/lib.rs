@@ -36,6 +36,7 @@ pub mod disks;
 pub mod door;
 pub mod fifreeze;
 pub mod freeze;
+pub mod freezers;
 pub mod ground;
 pub mod guard;
 pub mod held;

@@ -6,7 +6,7 @@
 //! Where the module holds what is frozen nobody else can thaw it, so that much of this is a matter of
 //! FIFREEZE, which is what there is with the stock `hv_utils`.
 
-use super::deadman::{guard_of, released, RELEASED};
+use super::deadman::{guard_of, hang_writes, make_hung, released, remove_hung, RELEASED, UNHANG};
 use super::{
     all_frozen, case, good_backup, load, logged, observe, start, stop, wait_for_daemon, wait_out,
     who_stands_still, Case,
@@ -97,6 +97,11 @@ pub const CASES: &[Case] = &[
         "foreign/guard-stopped-and-daemon-killed",
         "the guard is stopped and the daemon killed while frozen: thaw comes to its end, and so does a start",
         guard_stopped_and_daemon_killed,
+    ),
+    case(
+        "foreign/half-frozen",
+        "somebody's freeze still waits for a writer: it does not count, strict fails; with its end it does",
+        half_frozen,
     ),
     case(
         "foreign/frozen-history",
@@ -372,6 +377,80 @@ fn kept_frozen(guest: &Guest) -> Result<()> {
         stop(guest, module, &daemon)?;
     }
     Ok(())
+}
+
+/// Of some kernels what an administrator is freezing seems to be frozen while writers are under way. Of the others a freeze
+/// of ours waits with theirs.
+fn half_frozen(guest: &Guest) -> Result<()> {
+    make_hung(guest)?;
+    guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
+    guest.sh(&format!(
+        "dd if=/dev/zero of=/mnt/hung/file bs=64k count=1 2>/dev/null && sync && {}",
+        hang_writes("hung")
+    ))?;
+    let waits_in = |it: &Process, call: &str| {
+        let file = format!("/proc/{}/syscall", it.pid);
+        guest.wait_until("it waits", STEP, || {
+            Ok(guest.read(&file)?.starts_with(call))
+        })
+    };
+    let file = "of=/mnt/hung/file";
+    let write = [
+        "dd",
+        "if=/dev/zero",
+        file,
+        "bs=64k",
+        "count=1",
+        "oflag=direct",
+        "conv=notrunc",
+    ];
+    let write = guest.spawn(&write)?;
+    waits_in(&write, "1 0x1 ")?;
+    let freeze = guest.spawn(&["fsfreeze", "-f", "/mnt/hung"])?;
+    waits_in(&freeze, "16 0x3 0xc0045877 ")?;
+    let other = guest.spawn(&["fsfreeze", "-f", "/mnt/hung"])?;
+    let seems_frozen = guest.wait(&other, Duration::from_secs(2)).is_ok();
+    guest.writer_start("/mnt/a/w")?;
+    for (config, expected) in [
+        ("give_up = 2", status::OK),
+        ("give_up = 2\nstrict = true", status::FAIL),
+    ] {
+        if !seems_frozen {
+            continue;
+        }
+        load(guest, Module::Stock, &[])?;
+        let daemon = guest.start_daemon_with(config)?;
+        wait_for_daemon(guest)?;
+        let answer = guest.vss().freeze(&[], STEP)?;
+        answered("FREEZE beside half a freeze", &answer, expected)?;
+        if expected == status::OK {
+            answered("THAW", &guest.vss().thaw(STEP)?, expected)?;
+        }
+        guest.wait_until("it is named", STEP, || {
+            let said = guest.output(&daemon)?;
+            ensure!(!said.contains("it counts"), "it should not count:\n{said}");
+            Ok(said.contains("/mnt/hung (ext4, 254:0) is being frozen by fsfreeze"))
+        })?;
+        stop(guest, Module::Stock, &daemon)?;
+    }
+    guest.sh(UNHANG)?;
+    guest.wait(&write, STEP)?;
+    guest.wait(&freeze, STEP)?;
+    if !seems_frozen {
+        guest.wait(&other, STEP)?;
+    }
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    let seen = observe(guest)?;
+    equal("FREEZE beside a whole one", seen.freeze, status::OK)?;
+    let said = guest.output(&daemon)?;
+    ensure!(
+        said.contains("it counts and stays theirs"),
+        "it should count:\n{said}"
+    );
+    guest.sh("fsfreeze -u /mnt/hung")?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest.writers_stop()?;
+    remove_hung(guest)
 }
 
 fn kept_frozen_and_daemon_killed(guest: &Guest) -> Result<()> {
