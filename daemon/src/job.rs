@@ -49,7 +49,7 @@ use crate::recovery::Leavings;
 use crate::sys;
 use crate::topology;
 use crate::watch::{Come, Scene};
-use crate::writes::{self, AtRest, SwapFiles, WriteBack, Writes};
+use crate::writes::{self, AtRest, Images, SwapFiles, WriteBack, Writes};
 
 /// Dirty pages on the whole machine (64 KiB) up to which it counts as clean.
 const CLEAN_PAGES: u64 = 16;
@@ -431,6 +431,9 @@ impl Freezer {
             },
         };
         let is_watched = door.watched_every().is_some();
+        let frozen_below = targets.iter();
+        let frozen_below = frozen_below.flat_map(|it| it.below.iter().flatten().chain(&it.devices));
+        let images = Images::find().but(&frozen_below.copied().collect());
         let perhaps = at_rest.perhaps.clone();
         let mut counters = Counters::new(at_rest.clone());
         let mut at_rest = AtRest::new(at_rest.watched);
@@ -444,7 +447,7 @@ impl Freezer {
             log.warning(it.to_string());
         }
         let targets: Vec<Target> = match is_watched {
-            true => look_out_for_writes(targets, &mut counters, log),
+            true => look_out_for_writes(targets, &images, &mut counters, log),
             false => targets.into_iter().map(target).collect(),
         };
         let means = Means {
@@ -555,6 +558,7 @@ impl Freezer {
             at_rest,
             counters,
             perhaps,
+            images: images.names(),
             layers,
             devices,
             moving,
@@ -618,11 +622,16 @@ impl Freezer {
                 ));
                 continue;
             }
+            let images = (!frozen.images.is_empty()).then(|| {
+                let images = frozen.images.join(", ");
+                format!(", or by the kernel to the file of {images}")
+            });
             let perhaps = frozen.perhaps.as_ref();
             let perhaps = perhaps.map(|it| format!(", or perhaps by {it}, which is not frozen"));
             warnings.add(format!(
                 "something was written to {node} while all that is known to be on it was frozen: by a \
-                 program that has the disk itself open, or by what is in no mount table{}",
+                 program that has the disk itself open, or by what is in no mount table{}{}",
+                images.as_deref().unwrap_or_default(),
                 perhaps.unwrap_or_default()
             ));
         }
@@ -837,6 +846,7 @@ impl Counters {
 /// Where others can thaw, what is written tells of it, unless the kernel itself writes there, or nothing is counted.
 fn look_out_for_writes(
     targets: Vec<Opened>,
+    images: &Images,
     counters: &mut Counters,
     log: &Logbook,
 ) -> Vec<Target> {
@@ -859,6 +869,15 @@ fn look_out_for_writes(
                      again, that is not seen"
                 ));
             }
+            return target(it);
+        }
+        let exported = images.that_may_be_on(it.dev);
+        if !exported.is_empty() {
+            let (name, exported) = (&it.name, exported.join(", "));
+            log.info(format!(
+                "{name} has, or may have, the file of {exported}, to which the kernel may write all the same: if others \
+                 thaw it for a moment and freeze it again, that is not seen"
+            ));
             return target(it);
         }
         let writes = Writes::of(&it.devices);
@@ -907,6 +926,8 @@ pub struct Frozen {
     counters: Counters,
     /// One that goes on and may be on any disk.
     perhaps: Option<String>,
+    /// What others have as a disk that is a file on what is frozen, perhaps.
+    images: Vec<String>,
     /// What may move data from disk to disk below it, the devices that it is on, and what did so before.
     layers: Arc<Layers>,
     devices: BTreeSet<DevId>,
