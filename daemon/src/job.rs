@@ -52,6 +52,12 @@ use crate::watch::{Come, Scene};
 use crate::writes::{self, AtRest, Images, SwapFiles, WriteBack, Writes};
 
 /// Dirty pages on the whole machine (64 KiB) up to which it counts as clean.
+///
+/// If the freeze cannot write back one of those, or one that was dirtied after the sync, nobody names it: FIFREEZE syncs and
+/// does not tell of that error (`sync_inodes_sb` in `fs/fs-writeback.c` returns nothing). It is kept for syncfs(2), and for
+/// no other call. That one would have to come while all is frozen: one for each file system, which flushes its disk once
+/// more and, should that hang, holds what the thaw needs (`s_umount`). So it is not asked for. As long as nobody else has
+/// heard of it, the next sync before a backup does, since each opens anew.
 const CLEAN_PAGES: u64 = 16;
 /// How often it is looked what a freeze is at.
 pub const LOOK: Duration = Duration::from_millis(500);
