@@ -28,6 +28,7 @@ use crate::open::{open_all_within, OpenError};
 use crate::plan::{
     plan, tells_of_errors, FileSystem, LeftOut, Plan, Reason, Scope, READ_ONLY_SINCE_AN_ERROR,
 };
+use crate::stalled::Suspects;
 use crate::superblocks;
 use crate::topology;
 use crate::watch::{Before, Come, Kernel, Marks, ReadOnly, Scene, Signals};
@@ -149,6 +150,8 @@ pub struct Cache<S: Signals = Kernel> {
     alive: Option<S::Alive>,
     /// What may move data from disk to disk below all that is in it.
     layers: Arc<Layers>,
+    /// What may have writes to that wait.
+    suspects: Suspects,
     /// The rules that were reported for doing nothing.
     idle: BTreeSet<IdleRule>,
 }
@@ -164,6 +167,7 @@ impl<S: Signals> Cache<S> {
             read_only: ReadOnly::default(),
             alive: None,
             layers: Arc::default(),
+            suspects: Suspects::default(),
             idle: BTreeSet::new(),
         }
     }
@@ -184,7 +188,10 @@ impl<S: Signals> Cache<S> {
         self.plan.unseen.clone_from(&machine.unseen);
         let chosen = self.plan.waves.iter().flatten().chain(&self.plan.synced);
         // What they stand on changes with a word that the marks hear.
-        self.layers = Arc::new(Layers::below(chosen.flat_map(FileSystem::may_be_on)));
+        let devices = chosen.flat_map(FileSystem::may_be_on).copied().collect();
+        let below = topology::all_below(&devices);
+        self.layers = Arc::new(Layers::of(&below, &devices));
+        self.suspects = Suspects::of(&below, &devices);
         self.read_only = ReadOnly::of(&mut self.signals, &machine.ways, &self.plan);
         let (signals, read_only) = (&mut self.signals, &self.read_only);
         let complete = |it: Before<S>| it.complete(signals, &machine, &self.plan, read_only);
@@ -372,7 +379,8 @@ impl Cache {
             | Reason::Elsewhere
             | Reason::TurnedReadOnly
             | Reason::MadeReadOnly
-            | Reason::Busy(_) => true,
+            | Reason::Busy(_)
+            | Reason::Stalled(_) => true,
             Reason::ReadOnly | Reason::NoBlockDevice => false,
         };
         let left_out = plan.left_out.iter().filter(is_worth_a_word);
@@ -465,6 +473,7 @@ impl Cache {
             };
             let (mut plan, scope) = self.plan_of(config, disks);
             leave_out_busy(&mut plan);
+            leave_out_stalled(&mut plan, &self.suspects);
             leave_out_namesakes(&mut plan);
             tell_failed(config.give_up, &ways, &mut plan);
             let (plan, stuck, has_changed) = open_all(config.give_up, &ways, plan, &mut open)?;
@@ -496,6 +505,28 @@ fn leave_out_busy(plan: &mut Plan) {
     plan.leave_out(|file_system| {
         let operation = busy.get(file_system.listed.as_ref()?);
         operation.cloned().map(Reason::Busy)
+    });
+}
+
+/// Leaves out what is on a device that has writes wait, and what stands on that.
+fn leave_out_stalled(plan: &mut Plan, suspects: &Suspects) {
+    let stalled = suspects.stalled();
+    let why = |it: &FileSystem| {
+        let is_on = |on: &BTreeSet<DevId>| it.may_be_on().any(|dev| on.contains(dev));
+        stalled.iter().find(|(on, _)| is_on(on))
+    };
+    let all = plan.waves.iter().flatten().chain(&plan.synced);
+    let all: BTreeMap<DevId, String> = all
+        .filter_map(|it| Some((it.dev, why(it)?.1.clone())))
+        .collect();
+    if all.is_empty() {
+        return;
+    }
+    plan.leave_out(|it| {
+        let mut below = it.stands_on.iter().flatten();
+        let why = all.get(&it.dev);
+        let why = why.or_else(|| below.find_map(|dev| all.get(dev)))?;
+        Some(Reason::Stalled(why.clone()))
     });
 }
 

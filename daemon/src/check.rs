@@ -733,6 +733,7 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
             Reason::Broken(_)
             | Reason::Unreachable(_)
             | Reason::Busy(_)
+            | Reason::Stalled(_)
             | Reason::TurnedReadOnly => loss,
             Reason::MadeReadOnly => Grade::Warning,
             Reason::ReadOnly | Reason::NoBlockDevice => continue,
@@ -756,7 +757,8 @@ fn file_systems(config: &Config, status: Option<&Value>) -> Vec<Finding> {
         all.push(finding(FILE_SYSTEMS, grade, text));
     }
     let devices = plan.waves.iter().flatten().flat_map(FileSystem::may_be_on);
-    for layer in Layers::below(devices).at_work() {
+    let devices = devices.copied().collect();
+    for layer in Layers::of(&topology::all_below(&devices), &devices).at_work() {
         let text = format!("{layer}, which no freeze holds back");
         all.push(finding(FILE_SYSTEMS, loss, text));
     }

@@ -78,6 +78,11 @@ pub trait Door: Send + Sync {
         false
     }
 
+    /// Whether what says that it is frozen already, by somebody else, may not be as a whole: who is at it, in words.
+    fn is_half_frozen(&self, _target: &Target) -> Option<String> {
+        None
+    }
+
     /// Target number `index` was frozen by somebody else and is theirs to thaw. Whether that was heard: if not, it is
     /// to be said again.
     fn leave(&self, index: usize) -> bool;

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use crate::door::{Door, DoorError};
 use crate::freeze::{Target, RETRY};
+use crate::freezers;
 use crate::guard::{Guard, GuardError};
 use crate::logbook::{words, Logbook};
 use crate::record::{Entry, Lock, Record, RecordError, RunDir};
@@ -224,6 +225,10 @@ impl Door for Fifreeze {
 
     fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         sys::thaw(fd)
+    }
+
+    fn is_half_frozen(&self, target: &Target) -> Option<String> {
+        freezers::under_way(target.dev, &target.devices)
     }
 
     fn leave(&self, index: usize) -> bool {

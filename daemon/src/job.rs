@@ -49,9 +49,15 @@ use crate::recovery::Leavings;
 use crate::sys;
 use crate::topology;
 use crate::watch::{Come, Scene};
-use crate::writes::{self, AtRest, SwapFiles, WriteBack, Writes};
+use crate::writes::{self, AtRest, Images, SwapFiles, WriteBack, Writes};
 
 /// Dirty pages on the whole machine (64 KiB) up to which it counts as clean.
+///
+/// If the freeze cannot write back one of those, or one that was dirtied after the sync, nobody names it: FIFREEZE syncs and
+/// does not tell of that error (`sync_inodes_sb` in `fs/fs-writeback.c` returns nothing). It is kept for syncfs(2), and for
+/// no other call. That one would have to come while all is frozen: one for each file system, which flushes its disk once
+/// more and, should that hang, holds what the thaw needs (`s_umount`). So it is not asked for. As long as nobody else has
+/// heard of it, the next sync before a backup does, since each opens anew.
 const CLEAN_PAGES: u64 = 16;
 /// How often it is looked what a freeze is at.
 pub const LOOK: Duration = Duration::from_millis(500);
@@ -431,6 +437,9 @@ impl Freezer {
             },
         };
         let is_watched = door.watched_every().is_some();
+        let frozen_below = targets.iter();
+        let frozen_below = frozen_below.flat_map(|it| it.below.iter().flatten().chain(&it.devices));
+        let images = Images::find().but(&frozen_below.copied().collect());
         let perhaps = at_rest.perhaps.clone();
         let mut counters = Counters::new(at_rest.clone());
         let mut at_rest = AtRest::new(at_rest.watched);
@@ -444,7 +453,7 @@ impl Freezer {
             log.warning(it.to_string());
         }
         let targets: Vec<Target> = match is_watched {
-            true => look_out_for_writes(targets, &mut counters, log),
+            true => look_out_for_writes(targets, &images, &mut counters, log),
             false => targets.into_iter().map(target).collect(),
         };
         let means = Means {
@@ -555,6 +564,7 @@ impl Freezer {
             at_rest,
             counters,
             perhaps,
+            images: images.names(),
             layers,
             devices,
             moving,
@@ -618,11 +628,16 @@ impl Freezer {
                 ));
                 continue;
             }
+            let images = (!frozen.images.is_empty()).then(|| {
+                let images = frozen.images.join(", ");
+                format!(", or by the kernel to the file of {images}")
+            });
             let perhaps = frozen.perhaps.as_ref();
             let perhaps = perhaps.map(|it| format!(", or perhaps by {it}, which is not frozen"));
             warnings.add(format!(
                 "something was written to {node} while all that is known to be on it was frozen: by a \
-                 program that has the disk itself open, or by what is in no mount table{}",
+                 program that has the disk itself open, or by what is in no mount table{}{}",
+                images.as_deref().unwrap_or_default(),
                 perhaps.unwrap_or_default()
             ));
         }
@@ -758,7 +773,11 @@ fn swapped_to(targets: &[Opened]) -> Option<Vec<GoesOn>> {
     let wholes = wholes.into_iter().map(|dev| GoesOn {
         name: format!("swap on {dev}"),
         devices: vec![dev],
-        below: Some(topology::all_below([dev]).into_keys().collect()),
+        below: Some(
+            topology::all_below(&BTreeSet::from([dev]))
+                .into_keys()
+                .collect(),
+        ),
     });
     Some(below_files.chain(wholes).collect())
 }
@@ -833,6 +852,7 @@ impl Counters {
 /// Where others can thaw, what is written tells of it, unless the kernel itself writes there, or nothing is counted.
 fn look_out_for_writes(
     targets: Vec<Opened>,
+    images: &Images,
     counters: &mut Counters,
     log: &Logbook,
 ) -> Vec<Target> {
@@ -855,6 +875,15 @@ fn look_out_for_writes(
                      again, that is not seen"
                 ));
             }
+            return target(it);
+        }
+        let exported = images.that_may_be_on(it.dev);
+        if !exported.is_empty() {
+            let (name, exported) = (&it.name, exported.join(", "));
+            log.info(format!(
+                "{name} has, or may have, the file of {exported}, to which the kernel may write all the same: if others \
+                 thaw it for a moment and freeze it again, that is not seen"
+            ));
             return target(it);
         }
         let writes = Writes::of(&it.devices);
@@ -903,6 +932,8 @@ pub struct Frozen {
     counters: Counters,
     /// One that goes on and may be on any disk.
     perhaps: Option<String>,
+    /// What others have as a disk that is a file on what is frozen, perhaps.
+    images: Vec<String>,
     /// What may move data from disk to disk below it, the devices that it is on, and what did so before.
     layers: Arc<Layers>,
     devices: BTreeSet<DevId>,

@@ -12,7 +12,7 @@
 //! the module has no such thing [`fifreeze`] with its [`guard`], the process that thaws when all of this
 //! cannot, and a [`record`], from which [`recovery`] undoes what is left after a death; [`writes`] show
 //! whether others thawed meanwhile, or wrote to a disk itself, [`moving`] what copies from disk to disk
-//! below it all, and [`busy`] what a freeze would wait for. [`hooks`] are an administrator's programs that take part, and [`calls`] calls them.
+//! below it all, [`busy`] what a freeze would wait for, and [`stalled`] what a write would. [`hooks`] are an administrator's programs that take part, and [`calls`] calls them.
 //! [`history`] remembers what came of each backup. [`control`] is
 //! how others ask the daemon; [`check`], [`report`] and [`timeline`] are what an operator is told.
 //!
@@ -36,6 +36,7 @@ pub mod disks;
 pub mod door;
 pub mod fifreeze;
 pub mod freeze;
+pub mod freezers;
 pub mod ground;
 pub mod guard;
 pub mod held;
@@ -58,6 +59,7 @@ pub mod recovery;
 pub mod report;
 pub mod rescue;
 pub mod service;
+pub mod stalled;
 pub mod superblocks;
 #[expect(unsafe_code, reason = "system calls that no library wraps")]
 pub mod sys;

@@ -24,10 +24,10 @@ use crate::apart::{Lot, Questions};
 use crate::mounts::DevId;
 use crate::superblocks::folder_of;
 use crate::sys;
-use crate::topology::{all_below, Device};
+use crate::topology::{below, Device};
 
 /// Of whom the device mapper is asked.
-const MAPPER: &str = "/dev/mapper/control";
+pub const MAPPER: &str = "/dev/mapper/control";
 
 /// How long it may take to answer, and how long as writers wait: a moment, as a rule.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -98,10 +98,8 @@ const QUIET: &[&str] = &[
 ];
 
 impl Layers {
-    /// Those below these devices, themselves among them, as far as they stand on more than one disk.
-    pub fn below<'a>(devices: impl IntoIterator<Item = &'a DevId>) -> Self {
-        let devices: BTreeSet<DevId> = devices.into_iter().copied().collect();
-        let all = all_below(devices.iter().copied());
+    /// Those among `all` devices below these, themselves among them, as far as they stand on more than one disk.
+    pub fn of(all: &BTreeMap<DevId, Device>, devices: &BTreeSet<DevId>) -> Self {
         let is_mapped = |folder: &Path| folder.join("dm").exists();
         let mut mapper = None;
         let layers = all.keys().flat_map(|dev| {
@@ -118,8 +116,8 @@ impl Layers {
             };
             let mut layers = layers(*dev, &folder, mapped);
             let is_lowest = |it: &DevId| all.get(it).is_some_and(|it| it.below.is_empty());
-            let stands_on_several = || below(&all, *dev).into_iter().filter(is_lowest).count() > 1;
-            let stands_on_it = |it: &&DevId| below(&all, **it).contains(dev);
+            let stands_on_several = || below(all, *dev).into_iter().filter(is_lowest).count() > 1;
+            let stands_on_it = |it: &&DevId| below(all, **it).contains(dev);
             layers.retain(|it| it.is_bcache() || stands_on_several());
             for it in &mut layers {
                 it.carries = devices.iter().filter(stands_on_it).copied().collect();
@@ -295,17 +293,6 @@ fn copying(kind: &str, status: &str) -> Copying {
     }
 }
 
-/// This device and all below it, of these.
-fn below(all: &BTreeMap<DevId, Device>, dev: DevId) -> BTreeSet<DevId> {
-    let (mut found, mut todo) = (BTreeSet::new(), vec![dev]);
-    while let Some(next) = todo.pop() {
-        if found.insert(next) {
-            todo.extend(all.get(&next).into_iter().flat_map(|it| &it.below));
-        }
-    }
-    found
-}
-
 /// The device with this folder, if it is of a kind that copies by itself, once for each sign of that; `mapped` is the
 /// sign of one of the device mapper's that may be.
 fn layers(dev: DevId, folder: &Path, mapped: impl FnOnce() -> Option<Sign>) -> Vec<Layer> {
@@ -338,7 +325,8 @@ fn layers(dev: DevId, folder: &Path, mapped: impl FnOnce() -> Option<Sign>) -> V
     sign.into_iter().chain(journal).map(layer).collect()
 }
 
-fn word(file: impl AsFd) -> Option<String> {
+/// What a file of sysfs says, without the end of its line.
+pub fn word(file: impl AsFd) -> Option<String> {
     let mut text = [0; 32];
     let read = pread(file, &mut text, 0).ok()?;
     let text = String::from_utf8_lossy(text.get(..read)?);

@@ -146,6 +146,8 @@ pub enum Reason {
     /// It would not freeze before something else has ended, and its writers would wait for that; the text
     /// says what.
     Busy(String),
+    /// What is written to it waits for somebody to do something, and so would its freeze; the text says what.
+    Stalled(String),
 }
 
 impl Reason {
@@ -155,6 +157,7 @@ impl Reason {
             Reason::Broken(_)
             | Reason::Unreachable(_)
             | Reason::Busy(_)
+            | Reason::Stalled(_)
             | Reason::TurnedReadOnly => true,
             Reason::ReadOnly
             | Reason::MadeReadOnly
@@ -191,6 +194,7 @@ impl fmt::Display for Reason {
             Reason::Busy(with) => {
                 write!(f, "busy: it cannot be frozen before its {with} has ended")
             }
+            Reason::Stalled(why) => write!(f, "would hang: {why}"),
         }
     }
 }

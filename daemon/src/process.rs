@@ -176,6 +176,11 @@ pub fn is_stopped((pid, start): (u32, u64)) -> bool {
     start_in(&stat) == Some(start) && is_stopped_by(&stat)
 }
 
+/// Whether it means that it waits in the kernel, and no signal ends that.
+pub fn waits_for_the_kernel(stat: &[u8]) -> bool {
+    state_in(stat) == Some(b'D')
+}
+
 /// Whether what `/proc/<pid>/stat` says of a process means that it is stopped.
 pub fn is_stopped_by(stat: &[u8]) -> bool {
     matches!(state_in(stat), Some(b'T' | b't'))

@@ -252,6 +252,16 @@ pub struct Mapped {
 /// Asks the device mapper, of which `control` is the node, what the targets of a device are at; nothing is written for it.
 /// Takes `CAP_SYS_ADMIN`. Fails with `ENXIO` if it has no such device.
 pub fn mapper_status(control: BorrowedFd<'_>, dev: DevId) -> io::Result<Vec<Mapped>> {
+    mapper_says(control, dev, 0)
+}
+
+/// As [`mapper_status`], of each target its part of the table in place of its status.
+pub fn mapper_table(control: BorrowedFd<'_>, dev: DevId) -> io::Result<Vec<Mapped>> {
+    const TABLE: u32 = 1 << 4;
+    mapper_says(control, dev, TABLE)
+}
+
+fn mapper_says(control: BorrowedFd<'_>, dev: DevId, flags: u32) -> io::Result<Vec<Mapped>> {
     const NO_FLUSH: u32 = 1 << 11;
     const BUFFER_FULL: u32 = 1 << 8;
     const HEAD: usize = size_of::<DmIoctl>();
@@ -263,7 +273,7 @@ pub fn mapper_status(control: BorrowedFd<'_>, dev: DevId) -> io::Result<Vec<Mapp
             data_start: HEAD as u32,
             target_count: 0,
             open_count: 0,
-            flags: NO_FLUSH,
+            flags: NO_FLUSH | flags,
             event_nr: 0,
             padding: 0,
             dev: libc::makedev(dev.major, dev.minor),

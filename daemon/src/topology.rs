@@ -585,13 +585,24 @@ fn find_subvolumes_of_images(topology: &mut Topology, mounts: &[Mount], patience
 }
 
 /// These devices and all that they stand on, to any depth.
-pub fn all_below(devices: impl IntoIterator<Item = DevId>) -> BTreeMap<DevId, Device> {
+pub fn all_below(devices: &BTreeSet<DevId>) -> BTreeMap<DevId, Device> {
     let patience = Patience::new(PATIENCE);
     let mut topology = Topology::default();
     for dev in devices {
-        add(&mut topology, dev, &patience);
+        add(&mut topology, *dev, &patience);
     }
     topology.devices
+}
+
+/// This device and all below it, of these.
+pub fn below(all: &BTreeMap<DevId, Device>, dev: DevId) -> BTreeSet<DevId> {
+    let (mut found, mut todo) = (BTreeSet::new(), vec![dev]);
+    while let Some(next) = todo.pop() {
+        if found.insert(next) {
+            todo.extend(all.get(&next).into_iter().flat_map(|it| &it.below));
+        }
+    }
+    found
 }
 
 fn add(topology: &mut Topology, dev: DevId, patience: &Patience) {

@@ -126,14 +126,15 @@ impl<S: Signals> Before<S> {
                 // Nothing tells when one is repaired.
                 Reason::Broken(_) | Reason::Unreachable(_) => return None,
                 ref it if it.is_read_only() && !read_only.has(&left.file_system) => return None,
-                // The last two are of one backup only.
+                // The last three are of one backup only.
                 Reason::ReadOnly
                 | Reason::TurnedReadOnly
                 | Reason::MadeReadOnly
                 | Reason::NoBlockDevice
                 | Reason::Excluded(_)
                 | Reason::Elsewhere
-                | Reason::Busy(_) => {}
+                | Reason::Busy(_)
+                | Reason::Stalled(_) => {}
             }
         }
         let mut mapped = Vec::new();

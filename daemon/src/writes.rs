@@ -20,6 +20,8 @@ use crate::apart::{Lot, Questions};
 use crate::ground::Watched;
 use crate::mounts::{unescape, DevId};
 use crate::process;
+use crate::superblocks::dev_in;
+use crate::topology::all_below;
 
 /// Where `Documentation/block/stat.rst` has "write sectors" in a line of `stat`. The kernel adds to it
 /// before whoever waits for the write hears of its end. Discards and flushes are counted elsewhere.
@@ -426,6 +428,126 @@ impl SwapFiles {
     }
 }
 
+/// The files that others have as disks, by way of the kernel: not all of it heeds a freeze when it writes to a file, so that
+/// what is there already is written over meanwhile (`fd_execute_rw_aio` in `drivers/target/target_core_file.c`,
+/// `nvmet_file_submit_bvec` in `drivers/nvme/target/io-cmd-file.c`, and in earlier kernels `lo_rw_aio` in
+/// `drivers/block/loop.c`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Images(Vec<Image>);
+
+/// One of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Image {
+    /// What has it as a disk.
+    name: String,
+    /// The loop device that is over it, if it is one.
+    device: Option<DevId>,
+    /// `st_dev` of the file. `None` when it was not found: it may be anywhere.
+    on: Option<DevId>,
+}
+
+impl Images {
+    /// Those that there are.
+    pub fn find() -> Self {
+        let mut all = loops_past_the_cache();
+        let places = [
+            ("/sys/kernel/config/target/core", "fileio_", "info"),
+            ("/sys/kernel/config/nvmet/subsystems", "", "device_path"),
+        ];
+        for (folder, prefix, file) in places {
+            for (name, path) in exported(Path::new(folder), prefix, file) {
+                let on = match found_at(path) {
+                    Some(Found::File(dev)) => Some(dev),
+                    Some(Found::Device(_)) => continue,
+                    None => None,
+                };
+                let device = None;
+                all.push(Image { name, device, on });
+            }
+        }
+        Images(all)
+    }
+
+    /// Without those that are written to only by what is on these devices: that is frozen as well.
+    pub fn but(mut self, below: &BTreeSet<DevId>) -> Self {
+        self.0
+            .retain(|it| it.device.is_none_or(|it| !below.contains(&it)));
+        self
+    }
+
+    /// The names of those that may be on the file system with this number, as with [`SwapFiles::may_be_on`].
+    pub fn that_may_be_on(&self, dev: DevId) -> Vec<&str> {
+        let is_it = |on: DevId| on == dev || (on.major == 0 && dev.major == 0);
+        let all = self.0.iter().filter(|it| it.on.is_none_or(is_it));
+        all.map(|it| it.name.as_str()).collect()
+    }
+
+    /// The names of all.
+    pub fn names(&self) -> Vec<String> {
+        self.0.iter().map(|it| it.name.clone()).collect()
+    }
+}
+
+/// The loop devices that write past the cache of what their file is on.
+fn loops_past_the_cache() -> Vec<Image> {
+    let all = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let all = all.filter(|it| it.file_name().as_encoded_bytes().starts_with(b"loop"));
+    let is_one = |it: &fs::DirEntry| {
+        let said = fs::read_to_string(it.path().join("loop/dio"));
+        said.is_ok_and(|it| it.trim_end() == "1")
+    };
+    let found = all.filter(is_one).filter_map(|it| {
+        let dev = dev_in(&it.path())?;
+        let known = all_below(&BTreeSet::from([dev]));
+        let backing = known.get(&dev)?.backing.as_ref()?;
+        Some(Image {
+            name: it.file_name().to_string_lossy().into_owned(),
+            device: Some(dev),
+            on: backing.dev,
+        })
+    });
+    found.collect()
+}
+
+/// What is exported by way of configfs: by a name, and the path that this `file` shows, which is two folders down, or three
+/// (`namespaces`).
+fn exported(folder: &Path, prefix: &str, file: &str) -> Vec<(String, PathBuf)> {
+    let list = |folder: PathBuf| {
+        let all = fs::read_dir(folder).into_iter().flatten().flatten();
+        all.map(|it| it.path()).collect::<Vec<_>>()
+    };
+    let is_one = |it: &PathBuf| {
+        let name = it.file_name().unwrap_or_default();
+        name.as_encoded_bytes().starts_with(prefix.as_bytes())
+    };
+    let groups = list(folder.into()).into_iter().filter(is_one);
+    let groups = groups.flat_map(|it| {
+        let namespaces = it.join("namespaces");
+        if namespaces.exists() {
+            list(namespaces)
+        } else {
+            list(it)
+        }
+    });
+    let found = groups.filter_map(|it| {
+        let said = fs::read(it.join(file)).ok()?;
+        let path = path_in(&said)?;
+        let name = it.strip_prefix(folder).unwrap_or(&it);
+        Some((name.to_string_lossy().into_owned(), path))
+    });
+    found.collect()
+}
+
+/// The whole of it, or what stands between `File: ` and `  Size: `.
+fn path_in(said: &[u8]) -> Option<PathBuf> {
+    let said = String::from_utf8_lossy(said);
+    let path = match said.split_once("File: ") {
+        Some((_, rest)) => rest.split_once("  Size: ")?.0,
+        None => said.trim_end(),
+    };
+    path.starts_with('/').then(|| path.into())
+}
+
 /// The partitions and disks that it swaps to, and those that zram writes to when memory is short. `None` where there is
 /// one that is not found.
 pub fn swapped_to_as_a_whole() -> Option<Vec<DevId>> {
@@ -489,6 +611,58 @@ mod tests {
         let line = "    5198     1200   402116     3121     9001      800   331072     5233        0     4100     8354        0        0        0        0        0        0\n";
         assert_eq!(parse(line), Some(331_072));
         assert_eq!(parse("1 2 3"), None);
+    }
+
+    #[test]
+    fn what_is_exported_is_found_by_what_configfs_shows() {
+        let root = std::env::temp_dir().join(format!("hv-vss-exported-{}", std::process::id()));
+        let put = |path: &str, text: &str| {
+            let path = root.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        let info = "Status: ACTIVATED  Max Queue Depth: 128  SectorSize: 512  HwMaxSectors: 16384\n        \
+                    TCM FILEIO ID: 0        File: /srv/a b.img  Size: 8388608  Mode: O_DSYNC Async: 0\n";
+        put("core/fileio_0/a/info", info);
+        put(
+            "core/iblock_0/b/info",
+            "Status: ACTIVATED\n  iBlock device: sda  UDEV PATH: /dev/sda\n",
+        );
+        put("core/fileio_1/hba_info", "HBA Index: 1\n");
+        put("nvmet/nqn/namespaces/1/device_path", "/srv/c.img\n");
+        put("nvmet/nqn/namespaces/2/device_path", "(null)\n");
+        let found = |folder: &str, prefix, file| exported(&root.join(folder), prefix, file);
+        let one = |name: &str, path: &str| vec![(name.to_owned(), PathBuf::from(path))];
+        assert_eq!(
+            found("core", "fileio_", "info"),
+            one("fileio_0/a", "/srv/a b.img")
+        );
+        assert_eq!(
+            found("nvmet", "", "device_path"),
+            one("nqn/namespaces/1", "/srv/c.img")
+        );
+        assert!(found("nothing", "", "info").is_empty());
+        fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn an_image_counts_unless_it_is_of_what_is_frozen_or_elsewhere() {
+        let dev = |minor| DevId { major: 8, minor };
+        let image = |name: &str, device, on| Image {
+            name: name.into(),
+            device,
+            on,
+        };
+        let images = Images(vec![
+            image("loop0", Some(dev(100)), Some(dev(1))),
+            image("loop1", Some(dev(101)), Some(dev(1))),
+            image("fileio_0/a", None, Some(dev(2))),
+            image("fileio_0/b", None, None),
+        ]);
+        let images = images.but(&BTreeSet::from([dev(1), dev(100)]));
+        assert_eq!(images.that_may_be_on(dev(1)), ["loop1", "fileio_0/b"]);
+        assert_eq!(images.that_may_be_on(dev(2)), ["fileio_0/a", "fileio_0/b"]);
+        assert_eq!(images.names().len(), 3);
     }
 
     #[test]

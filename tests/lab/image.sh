@@ -11,8 +11,8 @@ set -euo pipefail
 
 # Modules of the guest under test: file systems, and devices to put them on.
 inner_modules=(
-    brd loop null_blk nbd dm-mod dm-crypt dm-delay dm-raid dm-snapshot raid1 scsi_debug sd_mod hv_utils hv_storvsc
-    uio_hv_generic hv_balloon isofs
+    brd loop null_blk nbd dm-mod dm-crypt dm-delay dm-mirror dm-raid dm-snapshot dm-thin-pool raid1 scsi_debug sd_mod
+    hv_utils hv_storvsc uio_hv_generic hv_balloon isofs target_core_file tcm_loop
     xfs btrfs vfat nls_cp437 nls_ascii nls_utf8 exfat overlay squashfs autofs4 fuse
 )
 inner_tools=(

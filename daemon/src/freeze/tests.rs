@@ -55,6 +55,8 @@ struct Double {
     lag: Option<Duration>,
     /// As [`Limits::give_up`], the same way.
     give_up: Option<Duration>,
+    /// Whether what is busy is frozen by half only.
+    is_half_frozen: bool,
     /// Whether the freeze of one can be called off, and whose was and has not come back.
     can_call_off: bool,
     called_off: Mutex<BTreeSet<usize>>,
@@ -128,6 +130,9 @@ impl Door for Double {
     }
     fn can_call_off(&self) -> bool {
         self.can_call_off
+    }
+    fn is_half_frozen(&self, _target: &Target) -> Option<String> {
+        self.is_half_frozen.then(|| "is half frozen".into())
     }
     fn goes_on(&self) -> bool {
         // As the module's door, which can do both.
@@ -665,6 +670,28 @@ fn what_is_left_alone_and_was_not_heard_is_said_again() {
     s.double.deaf.store(1, Ordering::SeqCst);
     assert_eq!(s.freeze().unwrap().foreign, 1);
     assert_eq!(*lock(&s.double.left), [1]);
+}
+
+#[test]
+fn what_others_have_frozen_by_half_does_not_count() {
+    for (is_half_frozen, is_strict, expected) in [
+        (false, true, Some((1, 1, 0))),
+        (true, false, Some((1, 0, 1))),
+        (true, true, None),
+    ] {
+        let double = Double {
+            is_half_frozen,
+            watched_every: Some(SHORT),
+            ..Double::default()
+        };
+        let busy = ("freeze", 1, Errno::EBUSY, ALWAYS);
+        let waves = [(0, None), (0, None)];
+        let stand_on: [Option<&[&str]>; 2] = [Some(&[]); 2];
+        let mut s = setup_before(double, &waves, &stand_on, &[busy], is_strict);
+        let said = s.freeze().ok();
+        let said = said.map(|it| (it.ours, it.foreign, it.left_out));
+        assert_eq!(said, expected);
+    }
 }
 
 #[test]

@@ -221,6 +221,9 @@ impl Work {
                 lock(&self.obstacles).push(Obstacle::Busy(index));
             }
             Some(Errno::EBUSY) if self.door.watched_every().is_some() => {
+                if let Some(why) = self.door.is_half_frozen(target) {
+                    return self.give_up_on(target, State::Broken, why);
+                }
                 target.set_frozen(State::Foreign);
                 self.log.warning(format!(
                     "{name} was frozen by somebody else before; it counts and stays theirs"

@@ -257,7 +257,8 @@ pub(super) struct Syncing<'a> {
 
 impl Work {
     /// The kernel tells of a page that could not be written once, and drops it: what is frozen then is without it, and
-    /// the freeze succeeds.
+    /// the freeze succeeds. Of those that the freeze itself writes back it does not tell: see `CLEAN_PAGES` in
+    /// [`crate::job`].
     fn note_sync(
         &self,
         target: &Target,

@@ -101,6 +101,16 @@ pub const CASES: &[Case] = &[
         "and so is a RAID whose journal answers writes that its other disks get later",
         raid_journal,
     ),
+    case(
+        "broken/full-pool",
+        "stock: a thin volume whose pool is full, and has writes wait for that, costs no backup but its own",
+        full_pool,
+    ),
+    case(
+        "broken/mirror-that-waits",
+        "the same with a mirror of the device mapper that has lost a disk, and writes wait for a program to see to that",
+        mirror_that_waits,
+    ),
 ];
 
 /// The healthy one.
@@ -110,8 +120,13 @@ const HEALTHY: &str = "mkdir -p /mnt/good /mnt/bad
 /// With ours: those with these names are left out and named, `/mnt/good` stands still, a strict backup
 /// fails and names them. Returns what was seen.
 fn left_out(guest: &Guest, names: &[&str]) -> Result<Seen> {
+    left_out_with(guest, guest.module(), names)
+}
+
+/// The same with this module.
+fn left_out_with(guest: &Guest, module: Module, names: &[&str]) -> Result<Seen> {
     guest.writer_start("/mnt/good/w")?;
-    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let daemon = start(guest, module, Daemon::Ours)?;
     let seen = observe(guest)?;
     equal("the backup", &seen, &good(&["/mnt/good/w"]))?;
     for name in names {
@@ -137,9 +152,9 @@ fn left_out(guest: &Guest, names: &[&str]) -> Result<Seen> {
         );
     }
     checked(guest, names, 7)?;
-    stop(guest, guest.module(), &daemon)?;
+    stop(guest, module, &daemon)?;
 
-    load(guest, guest.module(), &[])?;
+    load(guest, module, &[])?;
     let daemon = guest.start_daemon_with("strict = true")?;
     wait_for_daemon(guest)?;
     checked(guest, names, 6)?;
@@ -150,7 +165,7 @@ fn left_out(guest: &Guest, names: &[&str]) -> Result<Seen> {
         let log = guest.output(&daemon)?;
         Ok(names.iter().any(|name| log.contains(name)))
     })?;
-    stop(guest, guest.module(), &daemon)?;
+    stop(guest, module, &daemon)?;
     Ok(seen)
 }
 
@@ -876,4 +891,94 @@ fn md_repair_below_another_namespace(guest: &Guest) -> Result<()> {
         let clear = format!("echo clear >/sys/block/{array}/md/array_state");
         Ok(guest.try_sh(&clear)?.status == Some(0))
     })
+}
+
+/// A thin volume of a pool that has no room left. A snapshot has all that is on it as well, so whatever is written there
+/// waits.
+fn full_pool(guest: &Guest) -> Result<()> {
+    guest.sh(HEALTHY)?;
+    guest.sh(
+        "modprobe -a dm-mod dm-thin-pool && echo 0 >/sys/module/dm_thin_pool/parameters/no_space_timeout
+         dd if=/dev/zero of=/dev/ram3 bs=4k count=1 2>/dev/null
+         make() { dmsetup create $1 --noudevsync --table \"$2\" && { [ -e /dev/mapper/$1 ] || dmsetup mknodes; }; }
+         make pool '0 65536 thin-pool /dev/ram3 /dev/ram2 128 0 1 no_discard_passdown' && dmsetup message pool 0 'create_thin 0' &&
+         make bad '0 49152 thin /dev/mapper/pool 0' &&
+         mkfs.ext4 -q -F /dev/mapper/bad && mount /dev/mapper/bad /mnt/bad && sync &&
+         dmsetup suspend --noudevsync bad && dmsetup message pool 0 'create_snap 1 0' && dmsetup resume --noudevsync bad &&
+         dmsetup message pool 0 'create_thin 2' && make fill '0 65536 thin /dev/mapper/pool 2'",
+    )?;
+    let fill = "dd if=/dev/zero of=/dev/mapper/fill bs=64k oflag=direct 2>/dev/null";
+    let fill = guest.spawn(&["sh", "-c", fill])?;
+    guest.expect_in_log(&["reached low water mark for data device"])?;
+    guest.wait_until("the pool is full", STEP, || {
+        let status = guest.sh("dmsetup status --noflush pool")?;
+        Ok(status.contains(" out_of_data_space "))
+    })?;
+    left_out_while_it_waits(guest, "is full")?;
+    guest.sh(
+        "dmsetup suspend --noudevsync --noflush pool &&
+         dmsetup load pool --table '0 131072 thin-pool /dev/ram3 /dev/ram2 128 0 1 no_discard_passdown' && dmsetup resume --noudevsync pool",
+    )?;
+    guest.wait(&fill, STEP)?;
+    frozen_again(guest)?;
+    guest
+        .sh("umount /mnt/bad && for it in fill bad pool; do dmsetup remove $it; done")
+        .map(drop)
+}
+
+fn mirror_that_waits(guest: &Guest) -> Result<()> {
+    guest.sh(HEALTHY)?;
+    let half = |kind: &str| {
+        format!("dmsetup load half --table '0 65536 {kind}' && dmsetup resume --noudevsync half")
+    };
+    guest.sh(
+        "modprobe -a dm-mod dm-mirror
+         make() { dmsetup create $1 --noudevsync --table \"$2\" && { [ -e /dev/mapper/$1 ] || dmsetup mknodes; }; }
+         make half '0 65536 linear /dev/ram3 0' &&
+         make bad '0 65536 mirror core 2 1024 nosync 2 /dev/ram2 0 /dev/mapper/half 0 1 handle_errors' &&
+         mkfs.ext4 -q -F /dev/mapper/bad && mount /dev/mapper/bad /mnt/bad && sync",
+    )?;
+    guest.sh(&half("error"))?;
+    let lost = "dd if=/dev/zero of=/mnt/bad/lost bs=4k count=1 oflag=direct 2>/dev/null";
+    let lost = guest.spawn(&["sh", "-c", lost])?;
+    guest.wait_until("the mirror has lost a disk", STEP, || {
+        Ok(guest.sh("dmsetup status bad")?.contains(" AD "))
+    })?;
+    left_out_while_it_waits(guest, "lost a disk")?;
+    // As dmeventd does: what waits is written to the other one.
+    guest.sh(
+        "dmsetup suspend --noudevsync --noflush --nolockfs bad &&
+         dmsetup load bad --table '0 65536 linear /dev/ram2 0' && dmsetup resume --noudevsync bad",
+    )?;
+    guest.wait(&lost, STEP)?;
+    frozen_again(guest)?;
+    guest
+        .sh("umount /mnt/bad && dmsetup remove bad && dmsetup remove half")
+        .map(drop)
+}
+
+/// `/mnt/bad` is left out with the kernel's own module, and `list` says that, and why.
+fn left_out_while_it_waits(guest: &Guest, why: &str) -> Result<()> {
+    let list = guest.sh("/payload/hv_vss_daemon list")?;
+    let line = list.lines().find(|line| line.contains("/mnt/bad"));
+    ensure!(
+        line.is_some_and(|it| it.contains(why)),
+        "list should say that what /mnt/bad is on {why}:\n{list}"
+    );
+    left_out_with(guest, Module::Stock, &["/mnt/bad"])?;
+    guest.writers_stop()?;
+    Ok(())
+}
+
+/// And then it is not.
+fn frozen_again(guest: &Guest) -> Result<()> {
+    let paths = ["/mnt/good/w", "/mnt/bad/w"];
+    for path in paths {
+        guest.writer_start(path)?;
+    }
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    equal("the next backup", observe(guest)?, good(&paths))?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest.writers_stop()?;
+    Ok(())
 }

@@ -6,7 +6,8 @@
 //! Where the module holds what is frozen nobody else can thaw it, so that much of this is a matter of
 //! FIFREEZE, which is what there is with the stock `hv_utils`.
 
-use super::deadman::{guard_of, released, RELEASED};
+use super::deadman::{guard_of, hang_writes, make_hung, released, remove_hung, RELEASED, UNHANG};
+use super::disks::{self, load_driver, Attached};
 use super::{
     all_frozen, case, good_backup, load, logged, observe, start, stop, wait_for_daemon, wait_out,
     who_stands_still, Case,
@@ -15,6 +16,7 @@ use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
 use e2e::guest::{Daemon, Guest, Module, Process, STEP};
 use hyperv_sim::ic::status;
+use hyperv_sim::storage::Image;
 use std::time::Duration;
 
 pub const CASES: &[Case] = &[
@@ -97,6 +99,17 @@ pub const CASES: &[Case] = &[
         "foreign/guard-stopped-and-daemon-killed",
         "the guard is stopped and the daemon killed while frozen: thaw comes to its end, and so does a start",
         guard_stopped_and_daemon_killed,
+    ),
+    case(
+        "foreign/half-frozen",
+        "somebody's freeze still waits for a writer: it does not count, strict fails; with its end it does",
+        half_frozen,
+    ),
+    disks::case(
+        "foreign/exported-image",
+        "stock module: what the kernel writes to a file past the freeze, for others who have it as a disk, is not taken for \
+         a thaw",
+        exported_image,
     ),
     case(
         "foreign/frozen-history",
@@ -373,6 +386,157 @@ fn kept_frozen(guest: &Guest) -> Result<()> {
     }
     Ok(())
 }
+
+/// Of some kernels what an administrator is freezing seems to be frozen while writers are under way. Of the others a freeze
+/// of ours waits with theirs.
+fn half_frozen(guest: &Guest) -> Result<()> {
+    make_hung(guest)?;
+    guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
+    guest.sh(&format!(
+        "dd if=/dev/zero of=/mnt/hung/file bs=64k count=1 2>/dev/null && sync && {}",
+        hang_writes("hung")
+    ))?;
+    let waits_in = |it: &Process, call: &str| {
+        let file = format!("/proc/{}/syscall", it.pid);
+        guest.wait_until("it waits", STEP, || {
+            Ok(guest.read(&file)?.starts_with(call))
+        })
+    };
+    let file = "of=/mnt/hung/file";
+    let write = [
+        "dd",
+        "if=/dev/zero",
+        file,
+        "bs=64k",
+        "count=1",
+        "oflag=direct",
+        "conv=notrunc",
+    ];
+    let write = guest.spawn(&write)?;
+    waits_in(&write, "1 0x1 ")?;
+    let freeze = guest.spawn(&["fsfreeze", "-f", "/mnt/hung"])?;
+    waits_in(&freeze, "16 0x3 0xc0045877 ")?;
+    let other = guest.spawn(&["fsfreeze", "-f", "/mnt/hung"])?;
+    let seems_frozen = guest.wait(&other, Duration::from_secs(2)).is_ok();
+    guest.writer_start("/mnt/a/w")?;
+    for (config, expected) in [
+        ("give_up = 2", status::OK),
+        ("give_up = 2\nstrict = true", status::FAIL),
+    ] {
+        if !seems_frozen {
+            continue;
+        }
+        load(guest, Module::Stock, &[])?;
+        let daemon = guest.start_daemon_with(config)?;
+        wait_for_daemon(guest)?;
+        let answer = guest.vss().freeze(&[], STEP)?;
+        answered("FREEZE beside half a freeze", &answer, expected)?;
+        if expected == status::OK {
+            answered("THAW", &guest.vss().thaw(STEP)?, expected)?;
+        }
+        guest.wait_until("it is named", STEP, || {
+            let said = guest.output(&daemon)?;
+            ensure!(!said.contains("it counts"), "it should not count:\n{said}");
+            Ok(said.contains("/mnt/hung (ext4, 254:0) is being frozen by fsfreeze"))
+        })?;
+        stop(guest, Module::Stock, &daemon)?;
+    }
+    guest.sh(UNHANG)?;
+    guest.wait(&write, STEP)?;
+    guest.wait(&freeze, STEP)?;
+    if !seems_frozen {
+        guest.wait(&other, STEP)?;
+    }
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    let seen = observe(guest)?;
+    equal("FREEZE beside a whole one", seen.freeze, status::OK)?;
+    let said = guest.output(&daemon)?;
+    ensure!(
+        said.contains("it counts and stays theirs"),
+        "it should count:\n{said}"
+    );
+    guest.sh("fsfreeze -u /mnt/hung")?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest.writers_stop()?;
+    remove_hung(guest)
+}
+
+/// Of some kernels the disk of an image is written to while its file system is frozen, of others that waits.
+fn exported_image(guest: &Guest) -> Result<()> {
+    let disk = Attached::new(guest, 0, 0, 64, Image::default())?;
+    load_driver(guest)?;
+    let node = disk.node(guest)?;
+    let name = node.trim_start_matches("/dev/").to_owned();
+    // Neither has it a folder of its own here, nor all kinds of disks, nor does it know what a disk is asked today.
+    guest.expect_in_log(&[
+        "db_root: cannot open: /etc/target",
+        "Unable to load target_core_",
+        "MODE SENSE: unimplemented page",
+    ])?;
+    // With the time of each write ext4 would notice that it is frozen, and complain.
+    guest.sh(&format!(
+        "mkdir -p /mnt/v && mkfs.ext4 -q -F {node} && mount -o lazytime {node} /mnt/v &&
+         dd if=/dev/zero of=/mnt/v/image bs=1M count=8 2>/dev/null && sync && modprobe -a target_core_file tcm_loop
+         [ -e /sys/kernel/config/target ] || mount -t configfs none /sys/kernel/config
+         cd /sys/kernel/config/target && mkdir -p core/fileio_0/image {LOOPBACK}/lun/lun_0 &&
+         echo fd_dev_name=/mnt/v/image,fd_dev_size=8388608,fd_async_io=1 >core/fileio_0/image/control &&
+         echo 1 >core/fileio_0/image/enable && echo naa.6001405000000002 >{LOOPBACK}/nexus &&
+         ln -s /sys/kernel/config/target/core/fileio_0/image {LOOPBACK}/lun/lun_0/it"
+    ))?;
+    let mut exported = String::new();
+    guest.wait_until("the image is a disk", STEP, || {
+        let said = guest
+            .try_sh("grep -l LIO-ORG /sys/block/sd*/device/vendor")?
+            .out;
+        exported = said.split('/').nth(3).unwrap_or_default().to_owned();
+        Ok(!exported.is_empty()
+            && guest.try_sh(&format!("test -b /dev/{exported}"))?.status == Some(0))
+    })?;
+    let written = || -> Result<String> {
+        let stat = guest.read(&format!("/sys/block/{name}/stat"))?;
+        Ok(stat.split_whitespace().nth(6).unwrap_or_default().into())
+    };
+    let vss = guest.vss();
+    for is_strict in [false, true] {
+        load(guest, Module::Stock, &[])?;
+        let daemon = guest.start_daemon_with(&format!("strict = {is_strict}"))?;
+        wait_for_daemon(guest)?;
+        answered(
+            "FREEZE",
+            &vss.freeze(&[disk.in_backup()], STEP)?,
+            status::OK,
+        )?;
+        let before = written()?;
+        let write =
+            format!("dd if=/dev/zero of=/dev/{exported} bs=64k count=4 oflag=direct 2>/dev/null");
+        let write = guest.spawn(&["sh", "-c", &write])?;
+        wait_out(guest, Duration::from_secs(1))?;
+        let passes = written()? != before;
+        let expected = match passes && is_strict {
+            true => status::FAIL,
+            false => status::OK,
+        };
+        answered("THAW", &vss.thaw(STEP)?, expected)?;
+        guest.wait(&write, STEP)?;
+        let told = format!("something was written to {node} while");
+        let log = logged(guest, &daemon)?;
+        ensure!(
+            log.contains(&told) == passes
+                && (!passes || log.contains("to the file of fileio_0/image")),
+            "it was written to: {passes}, which should be said:\n{log}"
+        );
+        stop(guest, Module::Stock, &daemon)?;
+    }
+    guest.sh(&format!(
+        "cd /sys/kernel/config/target && rm {LOOPBACK}/lun/lun_0/it && rmdir {LOOPBACK}/lun/lun_0 {LOOPBACK} &&
+         rmdir loopback/naa.6001405000000001 &&
+         rmdir core/fileio_0/image core/fileio_0 && umount /mnt/v"
+    ))?;
+    disk.detach(guest)
+}
+
+/// Where it is exported to this machine itself.
+const LOOPBACK: &str = "loopback/naa.6001405000000001/tpgt_1";
 
 fn kept_frozen_and_daemon_killed(guest: &Guest) -> Result<()> {
     make_volume(guest)?;
