@@ -146,7 +146,15 @@ pub const CASES: &[Case] = &[
         "abi/example",
         "the header's example in C holds a file system from FREEZE to THAW; with the stock module it says that it \
          cannot, and fails FREEZE",
-        example,
+        |guest| {
+            let modules = guest.modules().iter();
+            modules.copied().try_for_each(|module| example(guest, module, "hv_vss_example"))
+        },
+    ),
+    case(
+        "abi/example-of-32-bits",
+        "so it does as a program of 32 bits",
+        |guest| example(guest, Module::Ours, "hv_vss_example_32"),
     ),
     case(
         "abi/modinfo",
@@ -1155,48 +1163,45 @@ fn tracepoints(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-fn example(guest: &Guest) -> Result<()> {
+fn example(guest: &Guest, module: Module, program: &str) -> Result<()> {
     guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
-    guest.writer_start("/mnt/a/w")?;
-    guest.writer_start("/writer")?;
-    for &module in guest.modules() {
-        load(guest, module, &[])?;
-        // Its log is on what it freezes.
-        let daemon = guest.spawn(&[
-            "sh",
-            "-c",
-            "exec /payload/hv_vss_example /mnt/a >/mnt/a/log 2>&1",
-        ])?;
-        wait_for_daemon(guest)?;
-        let said = match module {
-            Module::Ours => {
-                // It freezes what it was given, and no more.
-                let expected = Seen {
-                    moving: vec!["/writer".into()],
-                    ..good(&["/mnt/a/w"])
-                };
-                equal("a backup", observe(guest)?, expected)?;
-                [
-                    "holds 1 file systems from FREEZE to THAW",
-                    ": operation 5, ",
-                    ": operation 6, ",
-                ]
-            }
-            Module::Stock => {
-                let freeze = guest.vss().freeze(&[], STEP)?;
-                answered("FREEZE without a hold", &freeze, status::FAIL)?;
-                equal("writers that stand still", stuck_writers(guest)?, vec![])?;
-                ["ABI v1", "does not hold freezes", "every FREEZE is failed"]
-            }
-        };
-        // It is printed when the host has its answer.
-        guest.wait_until(&format!("{module:?}: {said:?} in the log"), STEP, || {
-            let output = guest.sh("cat /mnt/a/log")?;
-            Ok(said.iter().all(|it| output.contains(it)))
-        })?;
-        stop(guest, module, &daemon)?;
+    for path in ["/mnt/a/w", "/writer"] {
+        guest.writer_start(path)?;
     }
-    Ok(())
+    load(guest, module, &[])?;
+    // Its log is on what it freezes.
+    let script = format!("exec /payload/{program} /mnt/a >/mnt/a/log 2>&1");
+    let daemon = guest.spawn(&["sh", "-c", &script])?;
+    wait_for_daemon(guest)?;
+    let said = match module {
+        Module::Ours => {
+            // It freezes what it was given, and no more.
+            let expected = Seen {
+                moving: vec!["/writer".into()],
+                ..good(&["/mnt/a/w"])
+            };
+            equal("a backup", observe(guest)?, expected)?;
+            [
+                "holds 1 file systems from FREEZE to THAW",
+                ": operation 5, ",
+                ": operation 6, ",
+            ]
+        }
+        Module::Stock => {
+            let freeze = guest.vss().freeze(&[], STEP)?;
+            answered("FREEZE without a hold", &freeze, status::FAIL)?;
+            equal("writers that stand still", stuck_writers(guest)?, vec![])?;
+            ["ABI v1", "does not hold freezes", "every FREEZE is failed"]
+        }
+    };
+    // It is printed when the host has its answer.
+    guest.wait_until(&format!("{module:?}: {said:?} in the log"), STEP, || {
+        let output = guest.sh("cat /mnt/a/log")?;
+        Ok(said.iter().all(|it| output.contains(it)))
+    })?;
+    stop(guest, module, &daemon)?;
+    guest.writers_stop()?;
+    guest.sh("umount /mnt/a").map(drop)
 }
 
 fn modinfo(guest: &Guest) -> Result<()> {
