@@ -145,6 +145,11 @@ pub const CASES: &[Case] = &[
         refused_changes_nothing,
     ),
     case(
+        "owned/all-called-off",
+        "a FREEZE of which one is thawed and the last called off before its answer fails the THAW",
+        all_called_off,
+    ),
+    case(
         "owned/waits-its-turn",
         "a freeze that waits for a thaw that hangs is called off by the next one, of it or of all",
         waits_its_turn,
@@ -1334,6 +1339,37 @@ fn late_thaw(guest: &Guest) -> Result<()> {
     daemon.answer(&asked, status::OK)?;
     answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
     thaw(guest, daemon, status::FAIL)?;
+    good_backup(guest, daemon)
+}
+
+fn all_called_off(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    make_hung(guest)?;
+    let vss = guest.vss();
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    let device = daemon.device;
+    for last in [Some("/mnt/hung"), None] {
+        let one = || -> Result<()> {
+            guest.sh(HANG)?;
+            let tx = vss.send_freeze(&[])?;
+            let asked = daemon.take(op::FREEZE)?;
+            hold(device, asked.id, "/mnt/a")?;
+            let freeze = device.start_ioctl(&freeze_ioctl(freezing(asked.id, "/mnt/hung")))?;
+            guest.wait_until("it hangs in its freeze", STEP, || {
+                Ok(guest.held()?.iter().any(|(_, state)| state == "freezing"))
+            })?;
+            device.ioctl(&thaw_ioctl(asked.id, Some("/mnt/a")))?;
+            device.ioctl(&thaw_ioctl(asked.id, last))?;
+            let freeze = device.finish_ioctl(freeze, STEP);
+            refused("the freeze that is called off", freeze, "ESTALE")?;
+            daemon.answer(&asked, status::OK)?;
+            answered("FREEZE", &vss.wait(tx, STEP)?, status::OK)?;
+            guest.sh(UNHANG)?;
+            guest.wait_until("it is undone", STEP, || Ok(guest.held()?.is_empty()))?;
+            thaw(guest, daemon, status::FAIL)
+        };
+        one().with_context(|| format!("the last thaw of {last:?}"))?;
+    }
     good_backup(guest, daemon)
 }
 
