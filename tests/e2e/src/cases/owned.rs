@@ -1023,9 +1023,9 @@ fn hibernated(guest: &Guest) -> Result<()> {
 }
 
 fn deadline(guest: &Guest) -> Result<()> {
-    let patience = |ms| guest.host().patience(Duration::from_millis(ms));
-    let [daemons, modules] = [1500, 2500].map(patience);
-    make(guest, &[&limit("hold", modules)])?;
+    let patience = |time| guest.host().patience(time);
+    let [daemons, modules] = [1500, 2500].map(Duration::from_millis);
+    make(guest, &[&limit("hold", patience(modules))])?;
     let daemon = Scripted::start(guest, Abi::V2)?;
     // That of the daemon, then that of the module, which is the limit for the daemon's, too.
     for (given, limit) in [
@@ -1033,6 +1033,7 @@ fn deadline(guest: &Guest) -> Result<()> {
         (Duration::ZERO, modules),
         (modules * 20, modules),
     ] {
+        let (given, stretched) = (patience(given), patience(limit));
         let one = || -> Result<()> {
             let tx = guest.vss().send_freeze(&[])?;
             let asked = daemon.take(op::FREEZE)?;
@@ -1044,6 +1045,7 @@ fn deadline(guest: &Guest) -> Result<()> {
             }
             daemon.answer(&asked, status::OK)?;
             answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
+            // Which stretches it itself.
             released(guest, "the deadline", began, limit + RELEASED)?;
             let stalls = guest.stalls(began)?.stalls;
             // A write that is merely slow has not waited for a thaw.
@@ -1053,8 +1055,8 @@ fn deadline(guest: &Guest) -> Result<()> {
                 .filter_map(|it| it.ended_us.filter(|ended| frozen(ended, it.began_us)));
             let first = ended.min().context("nothing was frozen")?;
             ensure!(
-                first >= began + limit.as_millis() as u64 * 1000,
-                "the first went on after {} ms, {limit:?} were given",
+                first >= began + stretched.as_millis() as u64 * 1000,
+                "the first went on after {} ms, {stretched:?} were given",
                 (first - began) / 1000
             );
             is_told(daemon, asked.id, thawed::DEADLINE)?;
