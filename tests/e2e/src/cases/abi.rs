@@ -5,7 +5,7 @@
 
 use super::owned::hold;
 use super::{
-    case, good, load, observe, stop, stuck_writers, wait_for_daemon, Case, ModuleState, Seen,
+    case, good, limit, load, observe, stop, stuck_writers, wait_for_daemon, Case, ModuleState, Seen,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
@@ -968,10 +968,16 @@ fn debugfs(guest: &Guest) -> Result<()> {
             words.to_vec(),
         )
     };
-    guest.load(Module::Ours, &["grace_ms=20000", "timeout_ms=6000"])?;
+    // Enough for the looks at a request that is read.
+    let timeout = guest.host().patience(Duration::from_secs(3));
+    guest.load(
+        Module::Ours,
+        &["grace_ms=20000", &limit("timeout", timeout)],
+    )?;
     vss.wait_open(STEP)?;
     let parameters = guest.read("/sys/kernel/debug/hv_vss/parameters")?;
-    for line in ["grace_ms 20000", "timeout_ms 6000", "hold_ms 3600000"] {
+    let timeout_line = format!("timeout_ms {}", timeout.as_millis());
+    for line in ["grace_ms 20000", &timeout_line, "hold_ms 3600000"] {
         ensure!(
             parameters.lines().any(|it| it == line),
             "the parameters should have {line:?}: {parameters}"
@@ -1066,6 +1072,7 @@ fn debugfs(guest: &Guest) -> Result<()> {
         refused(counter, device.write(bytes), errno)?;
         look("after", counter, &["1"])?;
     }
+    device.write(answer_v2(id, op::HOT_BACKUP, status::OK).as_bytes())?;
     vss.wait(tx, STEP)?;
     vss.send_raw(&[0xff; 16])?;
     vss.get_dm_info(STEP)?;
@@ -1073,12 +1080,31 @@ fn debugfs(guest: &Guest) -> Result<()> {
     let many: Vec<_> = (0..6)
         .map(|_| vss.send(Op::HOT_BACKUP, &SHORT_BODY))
         .collect::<Result<_, _>>()?;
-    for tx in many {
-        vss.wait(tx, STEP)?;
+    // There is no room for the last ones.
+    for tx in &many[4..] {
+        answered("one too many", &vss.wait(*tx, STEP)?, status::FAIL)?;
     }
     look("after six at once", "overruns", &["2"])?;
+    for tx in &many[..4] {
+        let (request, _) = read_request(device)?;
+        device.write(answer_v2(request.frame.id, op::HOT_BACKUP, status::OK).as_bytes())?;
+        vss.wait(*tx, STEP)?;
+    }
     device.close()?;
     look("after the close", "daemon_abi", &["0"])?;
+
+    // What is held is the module's, whether there is a device or not.
+    let name = vss.instance().to_string();
+    equal("what is held", guest.held()?, Vec::new())?;
+    guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &name)?;
+    vss.wait_closed(STEP)?;
+    let held = guest.held().context("without a device")?;
+    equal("what is held without a device", held, Vec::new())?;
+    let left = guest.try_sh("test -e /sys/kernel/debug/hv_vss/state")?;
+    ensure!(
+        left.status == Some(1),
+        "the state should go with the device"
+    );
     guest.unload(Module::Ours)?;
     let left = guest.try_sh("test -e /sys/kernel/debug/hv_vss")?;
     ensure!(left.status == Some(1), "nothing should be left in debugfs");
