@@ -7,7 +7,7 @@
 //! it, and what the host is told. The case is the daemon, so that every ioctl is its own.
 
 use super::abi::Received;
-use super::deadman::{make_hung, released, HANG, RELEASED, UNHANG};
+use super::deadman::{make_hung, make_hung_disk, released, HANG, RELEASED, UNHANG};
 use super::dialogue::{send_thaw, Abi, Asked, Scripted};
 use super::suspend::{self, hibernate};
 use super::{
@@ -59,6 +59,11 @@ pub const CASES: &[Case] = &[
         "a device-mapper suspend and resume (an LVM snapshot) before, in and after the window",
         dm_suspend,
     ).long(),
+    case(
+        "owned/xfs-repair",
+        "the kernel's own freeze of an xfs, for a repair of its counters, ends in ours, which stays",
+        xfs_repair,
+    ),
     case(
         "owned/our-daemon",
         "our daemon holds all that it freezes so: nothing that others do ends the backup",
@@ -140,14 +145,14 @@ pub const CASES: &[Case] = &[
         late_thaw,
     ),
     case(
-        "owned/refused",
-        "a freeze that is refused takes over no hold, and a thaw that is breaks no freeze",
-        refused_changes_nothing,
-    ),
-    case(
         "owned/all-called-off",
         "a FREEZE of which one is thawed and the last called off before its answer fails the THAW",
         all_called_off,
+    ),
+    case(
+        "owned/refused",
+        "a freeze that is refused takes over no hold, and a thaw that is breaks no freeze",
+        refused_changes_nothing,
     ),
     case(
         "owned/waits-its-turn",
@@ -601,6 +606,43 @@ fn dm_suspend(guest: &Guest) -> Result<()> {
         one().with_context(|| format!("suspended at {suspended}, resumed at {resumed}"))?;
     }
     good_backup(guest, daemon)
+}
+
+/// The kernel freezes an xfs by itself while it makes its summary counters anew, and thaws it then. That freeze has no
+/// owner, and its end is not that of ours.
+fn xfs_repair(guest: &Guest) -> Result<()> {
+    load(guest, Module::Ours, &[])?;
+    // The least that mkfs.xfs takes.
+    make_hung_disk(guest, "/dev/ram4", 300)?;
+    guest.sh(
+        "modprobe xfs; mkfs.xfs -q -f /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung &&
+         echo x >/mnt/hung/file",
+    )?;
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    guest.sh(HANG)?;
+    let repair = guest.spawn(&["xfs_io", "-x", "-c", "repair fscounters", "/mnt/hung"])?;
+    guest.wait_until("it hangs in the kernel's own freeze", STEP, || {
+        let stack = guest.read(&format!("/proc/{}/stack", repair.pid))?;
+        Ok(stack.contains("freeze_super"))
+    })?;
+    let tx = guest.vss().send_freeze(&[])?;
+    let asked = daemon.take(op::FREEZE)?;
+    let freeze = freeze_ioctl(freezing(asked.id, "/mnt/hung"));
+    let freeze = daemon.device.start_ioctl(&freeze)?;
+    guest.sh(UNHANG)?;
+    daemon.device.finish_ioctl(freeze, STEP)?;
+    let ended = guest.wait(&repair, STEP)?;
+    let said = guest.output(&repair)?;
+    ensure!(
+        ended.status == Some(0) && said.contains("did not need repair"),
+        "the repair should come to its end: {ended:?}, {said}"
+    );
+    let frozen = guest.ask_frozen("/mnt/hung")?;
+    equal("whether it is frozen", frozen, Frozen::ForItsOwner)?;
+    daemon.answer(&asked, status::OK)?;
+    answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
+    thaw(guest, daemon, status::OK)?;
+    guest.not_frozen("after THAW", &["/mnt/hung"])
 }
 
 fn our_daemon(guest: &Guest) -> Result<()> {
