@@ -53,6 +53,7 @@ user: packages ## Build the daemon, the simulated host and the test tools
 	@echo "user: building the workspace with cargo"
 	@$(CARGO_DAEMON) & $(CARGO_LAB); status=$$?; wait $$! && exit $$status
 	@$(CC) -Wall -Wextra -o target/lab/hv_vss_example uapi/examples/hv_vss_example.c
+	@$(CC) -Wall -Wextra -m32 -static -s -o target/lab/hv_vss_example_32 uapi/examples/hv_vss_example.c
 
 .PHONY: images
 images: packages

@@ -145,6 +145,21 @@ impl<B: DerefMut<Target = [u8]>> Queue<B> {
         self.store
     }
 
+    /// The same requests, with their packets in another store.
+    #[cfg(not(hv_vss_kernel))]
+    pub(super) fn copy(&self, store: B) -> Self {
+        let mut copy = Queue::new(store);
+        copy.requests = self.requests;
+        for request in self.iter() {
+            let from = self.store.chunks_exact(PACKET_MAX).nth(request.slot);
+            let from = from.and_then(|slot| slot.get(..request.len));
+            if let (Some(to), Some(from)) = (copy.packet(request), from) {
+                to.copy_from_slice(from);
+            }
+        }
+        copy
+    }
+
     /// Checks the invariants.
     #[cfg(not(hv_vss_kernel))]
     pub(super) fn check(&self) -> Result<(), &'static str> {

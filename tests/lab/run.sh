@@ -67,7 +67,7 @@ trap 'exit 143' TERM HUP
 payload=$work/payload
 mkdir -p "$payload/results"
 missing=()
-for file in "$programs"/{e2e,bench,hyperv-sim,lab-agent,hv_vss_example} "$daemon" \
+for file in "$programs"/{e2e,bench,hyperv-sim,lab-agent,hv_vss_example{,_32}} "$daemon" \
     "$module" "$choice"/{vmlinuz,guest.cpio}; do
     cp "$file" "$payload/" 2>/dev/null || missing+=("${file##*/}")
 done

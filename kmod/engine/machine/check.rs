@@ -66,6 +66,14 @@ impl<B: DerefMut<Target = [u8]>> Engine<B> {
         self.queue.into_store()
     }
 
+    /// The same machine once more, with its packets in `store`.
+    pub fn copy(&self, store: B) -> Self {
+        Engine {
+            queue: self.queue.copy(store),
+            ..*self
+        }
+    }
+
     /// The THAW that the daemon is given without the host asking for one: its id, and whether it has
     /// been read.
     pub fn owed_thaw(&self) -> Option<(u64, bool)> {

@@ -375,7 +375,12 @@ impl Images {
         archive.directory("payload")?;
         let has_module = payload.join("hv_vss.ko").exists();
         let module = has_module.then_some("hv_vss.ko");
-        let programs = ["lab-agent", "hv_vss_daemon", "hv_vss_example"];
+        let programs = [
+            "lab-agent",
+            "hv_vss_daemon",
+            "hv_vss_example",
+            "hv_vss_example_32",
+        ];
         for name in programs.into_iter().chain(module) {
             let path = payload.join(name);
             let bytes = std::fs::read(&path).with_context(|| {

@@ -163,6 +163,7 @@ impl Effects for Recorder {
 }
 
 /// What the host still waits for.
+#[derive(Clone)]
 struct Waiting {
     packet: Vec<u8>,
     operation: u8,
@@ -308,6 +309,21 @@ impl<'a> World<'a> {
         };
         world.tick(world.now);
         world
+    }
+
+    /// All of it once more, with the engine's packets in `store`, but for what was sent and noted until now.
+    pub fn copy(&self, store: &'a mut [u8]) -> Self {
+        World {
+            engine: self.engine.copy(store),
+            out: Recorder {
+                holds: self.out.holds,
+                ..Recorder::default()
+            },
+            answers: Vec::new(),
+            waiting: self.waiting.clone(),
+            held_for: self.held_for.clone(),
+            ..*self
+        }
     }
 
     /// The state of everything, without ids, times and packets.

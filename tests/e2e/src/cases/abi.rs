@@ -5,7 +5,7 @@
 
 use super::owned::hold;
 use super::{
-    case, good, load, observe, stop, stuck_writers, wait_for_daemon, Case, ModuleState, Seen,
+    case, good, limit, load, observe, stop, stuck_writers, wait_for_daemon, Case, ModuleState, Seen,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, refused};
@@ -146,7 +146,15 @@ pub const CASES: &[Case] = &[
         "abi/example",
         "the header's example in C holds a file system from FREEZE to THAW; with the stock module it says that it \
          cannot, and fails FREEZE",
-        example,
+        |guest| {
+            let modules = guest.modules().iter();
+            modules.copied().try_for_each(|module| example(guest, module, "hv_vss_example"))
+        },
+    ),
+    case(
+        "abi/example-of-32-bits",
+        "so it does as a program of 32 bits",
+        |guest| example(guest, Module::Ours, "hv_vss_example_32"),
     ),
     case(
         "abi/modinfo",
@@ -960,10 +968,16 @@ fn debugfs(guest: &Guest) -> Result<()> {
             words.to_vec(),
         )
     };
-    guest.load(Module::Ours, &["grace_ms=20000", "timeout_ms=6000"])?;
+    // Enough for the looks at a request that is read.
+    let timeout = guest.host().patience(Duration::from_secs(3));
+    guest.load(
+        Module::Ours,
+        &["grace_ms=20000", &limit("timeout", timeout)],
+    )?;
     vss.wait_open(STEP)?;
     let parameters = guest.read("/sys/kernel/debug/hv_vss/parameters")?;
-    for line in ["grace_ms 20000", "timeout_ms 6000", "hold_ms 3600000"] {
+    let timeout_line = format!("timeout_ms {}", timeout.as_millis());
+    for line in ["grace_ms 20000", &timeout_line, "hold_ms 3600000"] {
         ensure!(
             parameters.lines().any(|it| it == line),
             "the parameters should have {line:?}: {parameters}"
@@ -1058,6 +1072,7 @@ fn debugfs(guest: &Guest) -> Result<()> {
         refused(counter, device.write(bytes), errno)?;
         look("after", counter, &["1"])?;
     }
+    device.write(answer_v2(id, op::HOT_BACKUP, status::OK).as_bytes())?;
     vss.wait(tx, STEP)?;
     vss.send_raw(&[0xff; 16])?;
     vss.get_dm_info(STEP)?;
@@ -1065,12 +1080,31 @@ fn debugfs(guest: &Guest) -> Result<()> {
     let many: Vec<_> = (0..6)
         .map(|_| vss.send(Op::HOT_BACKUP, &SHORT_BODY))
         .collect::<Result<_, _>>()?;
-    for tx in many {
-        vss.wait(tx, STEP)?;
+    // There is no room for the last ones.
+    for tx in &many[4..] {
+        answered("one too many", &vss.wait(*tx, STEP)?, status::FAIL)?;
     }
     look("after six at once", "overruns", &["2"])?;
+    for tx in &many[..4] {
+        let (request, _) = read_request(device)?;
+        device.write(answer_v2(request.frame.id, op::HOT_BACKUP, status::OK).as_bytes())?;
+        vss.wait(*tx, STEP)?;
+    }
     device.close()?;
     look("after the close", "daemon_abi", &["0"])?;
+
+    // What is held is the module's, whether there is a device or not.
+    let name = vss.instance().to_string();
+    equal("what is held", guest.held()?, Vec::new())?;
+    guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &name)?;
+    vss.wait_closed(STEP)?;
+    let held = guest.held().context("without a device")?;
+    equal("what is held without a device", held, Vec::new())?;
+    let left = guest.try_sh("test -e /sys/kernel/debug/hv_vss/state")?;
+    ensure!(
+        left.status == Some(1),
+        "the state should go with the device"
+    );
     guest.unload(Module::Ours)?;
     let left = guest.try_sh("test -e /sys/kernel/debug/hv_vss")?;
     ensure!(left.status == Some(1), "nothing should be left in debugfs");
@@ -1155,48 +1189,45 @@ fn tracepoints(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-fn example(guest: &Guest) -> Result<()> {
+fn example(guest: &Guest, module: Module, program: &str) -> Result<()> {
     guest.sh("mkdir -p /mnt/a && mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a")?;
-    guest.writer_start("/mnt/a/w")?;
-    guest.writer_start("/writer")?;
-    for &module in guest.modules() {
-        load(guest, module, &[])?;
-        // Its log is on what it freezes.
-        let daemon = guest.spawn(&[
-            "sh",
-            "-c",
-            "exec /payload/hv_vss_example /mnt/a >/mnt/a/log 2>&1",
-        ])?;
-        wait_for_daemon(guest)?;
-        let said = match module {
-            Module::Ours => {
-                // It freezes what it was given, and no more.
-                let expected = Seen {
-                    moving: vec!["/writer".into()],
-                    ..good(&["/mnt/a/w"])
-                };
-                equal("a backup", observe(guest)?, expected)?;
-                [
-                    "holds 1 file systems from FREEZE to THAW",
-                    ": operation 5, ",
-                    ": operation 6, ",
-                ]
-            }
-            Module::Stock => {
-                let freeze = guest.vss().freeze(&[], STEP)?;
-                answered("FREEZE without a hold", &freeze, status::FAIL)?;
-                equal("writers that stand still", stuck_writers(guest)?, vec![])?;
-                ["ABI v1", "does not hold freezes", "every FREEZE is failed"]
-            }
-        };
-        // It is printed when the host has its answer.
-        guest.wait_until(&format!("{module:?}: {said:?} in the log"), STEP, || {
-            let output = guest.sh("cat /mnt/a/log")?;
-            Ok(said.iter().all(|it| output.contains(it)))
-        })?;
-        stop(guest, module, &daemon)?;
+    for path in ["/mnt/a/w", "/writer"] {
+        guest.writer_start(path)?;
     }
-    Ok(())
+    load(guest, module, &[])?;
+    // Its log is on what it freezes.
+    let script = format!("exec /payload/{program} /mnt/a >/mnt/a/log 2>&1");
+    let daemon = guest.spawn(&["sh", "-c", &script])?;
+    wait_for_daemon(guest)?;
+    let said = match module {
+        Module::Ours => {
+            // It freezes what it was given, and no more.
+            let expected = Seen {
+                moving: vec!["/writer".into()],
+                ..good(&["/mnt/a/w"])
+            };
+            equal("a backup", observe(guest)?, expected)?;
+            [
+                "holds 1 file systems from FREEZE to THAW",
+                ": operation 5, ",
+                ": operation 6, ",
+            ]
+        }
+        Module::Stock => {
+            let freeze = guest.vss().freeze(&[], STEP)?;
+            answered("FREEZE without a hold", &freeze, status::FAIL)?;
+            equal("writers that stand still", stuck_writers(guest)?, vec![])?;
+            ["ABI v1", "does not hold freezes", "every FREEZE is failed"]
+        }
+    };
+    // It is printed when the host has its answer.
+    guest.wait_until(&format!("{module:?}: {said:?} in the log"), STEP, || {
+        let output = guest.sh("cat /mnt/a/log")?;
+        Ok(said.iter().all(|it| output.contains(it)))
+    })?;
+    stop(guest, module, &daemon)?;
+    guest.writers_stop()?;
+    guest.sh("umount /mnt/a").map(drop)
 }
 
 fn modinfo(guest: &Guest) -> Result<()> {

@@ -7,7 +7,7 @@
 //! it, and what the host is told. The case is the daemon, so that every ioctl is its own.
 
 use super::abi::Received;
-use super::deadman::{make_hung, released, HANG, RELEASED, UNHANG};
+use super::deadman::{make_hung, make_hung_disk, released, HANG, RELEASED, UNHANG};
 use super::dialogue::{send_thaw, Abi, Asked, Scripted};
 use super::suspend::{self, hibernate};
 use super::{
@@ -59,6 +59,11 @@ pub const CASES: &[Case] = &[
         "a device-mapper suspend and resume (an LVM snapshot) before, in and after the window",
         dm_suspend,
     ).long(),
+    case(
+        "owned/xfs-repair",
+        "the kernel's own freeze of an xfs, for a repair of its counters, ends in ours, which stays",
+        xfs_repair,
+    ),
     case(
         "owned/our-daemon",
         "our daemon holds all that it freezes so: nothing that others do ends the backup",
@@ -138,6 +143,11 @@ pub const CASES: &[Case] = &[
         "owned/late-thaw",
         "a thaw for a rehearsal or a FREEZE that is over ends no other freeze; one of all before the answer fails the THAW",
         late_thaw,
+    ),
+    case(
+        "owned/all-called-off",
+        "a FREEZE of which one is thawed and the last called off before its answer fails the THAW",
+        all_called_off,
     ),
     case(
         "owned/refused",
@@ -598,6 +608,43 @@ fn dm_suspend(guest: &Guest) -> Result<()> {
     good_backup(guest, daemon)
 }
 
+/// The kernel freezes an xfs by itself while it makes its summary counters anew, and thaws it then. That freeze has no
+/// owner, and its end is not that of ours.
+fn xfs_repair(guest: &Guest) -> Result<()> {
+    load(guest, Module::Ours, &[])?;
+    // The least that mkfs.xfs takes.
+    make_hung_disk(guest, "/dev/ram4", 300)?;
+    guest.sh(
+        "modprobe xfs; mkfs.xfs -q -f /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung &&
+         echo x >/mnt/hung/file",
+    )?;
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    guest.sh(HANG)?;
+    let repair = guest.spawn(&["xfs_io", "-x", "-c", "repair fscounters", "/mnt/hung"])?;
+    guest.wait_until("it hangs in the kernel's own freeze", STEP, || {
+        let stack = guest.read(&format!("/proc/{}/stack", repair.pid))?;
+        Ok(stack.contains("freeze_super"))
+    })?;
+    let tx = guest.vss().send_freeze(&[])?;
+    let asked = daemon.take(op::FREEZE)?;
+    let freeze = freeze_ioctl(freezing(asked.id, "/mnt/hung"));
+    let freeze = daemon.device.start_ioctl(&freeze)?;
+    guest.sh(UNHANG)?;
+    daemon.device.finish_ioctl(freeze, STEP)?;
+    let ended = guest.wait(&repair, STEP)?;
+    let said = guest.output(&repair)?;
+    ensure!(
+        ended.status == Some(0) && said.contains("did not need repair"),
+        "the repair should come to its end: {ended:?}, {said}"
+    );
+    let frozen = guest.ask_frozen("/mnt/hung")?;
+    equal("whether it is frozen", frozen, Frozen::ForItsOwner)?;
+    daemon.answer(&asked, status::OK)?;
+    answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
+    thaw(guest, daemon, status::OK)?;
+    guest.not_frozen("after THAW", &["/mnt/hung"])
+}
+
 fn our_daemon(guest: &Guest) -> Result<()> {
     make(guest, &[])?;
     guest.start_daemon(Daemon::Ours)?;
@@ -1018,9 +1065,9 @@ fn hibernated(guest: &Guest) -> Result<()> {
 }
 
 fn deadline(guest: &Guest) -> Result<()> {
-    let patience = |ms| guest.host().patience(Duration::from_millis(ms));
-    let [daemons, modules] = [1500, 2500].map(patience);
-    make(guest, &[&limit("hold", modules)])?;
+    let patience = |time| guest.host().patience(time);
+    let [daemons, modules] = [1500, 2500].map(Duration::from_millis);
+    make(guest, &[&limit("hold", patience(modules))])?;
     let daemon = Scripted::start(guest, Abi::V2)?;
     // That of the daemon, then that of the module, which is the limit for the daemon's, too.
     for (given, limit) in [
@@ -1028,6 +1075,7 @@ fn deadline(guest: &Guest) -> Result<()> {
         (Duration::ZERO, modules),
         (modules * 20, modules),
     ] {
+        let (given, stretched) = (patience(given), patience(limit));
         let one = || -> Result<()> {
             let tx = guest.vss().send_freeze(&[])?;
             let asked = daemon.take(op::FREEZE)?;
@@ -1039,6 +1087,7 @@ fn deadline(guest: &Guest) -> Result<()> {
             }
             daemon.answer(&asked, status::OK)?;
             answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
+            // Which stretches it itself.
             released(guest, "the deadline", began, limit + RELEASED)?;
             let stalls = guest.stalls(began)?.stalls;
             // A write that is merely slow has not waited for a thaw.
@@ -1048,8 +1097,8 @@ fn deadline(guest: &Guest) -> Result<()> {
                 .filter_map(|it| it.ended_us.filter(|ended| frozen(ended, it.began_us)));
             let first = ended.min().context("nothing was frozen")?;
             ensure!(
-                first >= began + limit.as_millis() as u64 * 1000,
-                "the first went on after {} ms, {limit:?} were given",
+                first >= began + stretched.as_millis() as u64 * 1000,
+                "the first went on after {} ms, {stretched:?} were given",
                 (first - began) / 1000
             );
             is_told(daemon, asked.id, thawed::DEADLINE)?;
@@ -1334,6 +1383,37 @@ fn late_thaw(guest: &Guest) -> Result<()> {
     daemon.answer(&asked, status::OK)?;
     answered("FREEZE", &guest.vss().wait(tx, STEP)?, status::OK)?;
     thaw(guest, daemon, status::FAIL)?;
+    good_backup(guest, daemon)
+}
+
+fn all_called_off(guest: &Guest) -> Result<()> {
+    make(guest, &[])?;
+    make_hung(guest)?;
+    let vss = guest.vss();
+    let daemon = Scripted::start(guest, Abi::V2)?;
+    let device = daemon.device;
+    for last in [Some("/mnt/hung"), None] {
+        let one = || -> Result<()> {
+            guest.sh(HANG)?;
+            let tx = vss.send_freeze(&[])?;
+            let asked = daemon.take(op::FREEZE)?;
+            hold(device, asked.id, "/mnt/a")?;
+            let freeze = device.start_ioctl(&freeze_ioctl(freezing(asked.id, "/mnt/hung")))?;
+            guest.wait_until("it hangs in its freeze", STEP, || {
+                Ok(guest.held()?.iter().any(|(_, state)| state == "freezing"))
+            })?;
+            device.ioctl(&thaw_ioctl(asked.id, Some("/mnt/a")))?;
+            device.ioctl(&thaw_ioctl(asked.id, last))?;
+            let freeze = device.finish_ioctl(freeze, STEP);
+            refused("the freeze that is called off", freeze, "ESTALE")?;
+            daemon.answer(&asked, status::OK)?;
+            answered("FREEZE", &vss.wait(tx, STEP)?, status::OK)?;
+            guest.sh(UNHANG)?;
+            guest.wait_until("it is undone", STEP, || Ok(guest.held()?.is_empty()))?;
+            thaw(guest, daemon, status::FAIL)
+        };
+        one().with_context(|| format!("the last thaw of {last:?}"))?;
+    }
     good_backup(guest, daemon)
 }
 
