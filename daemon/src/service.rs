@@ -568,10 +568,16 @@ impl Service {
         }
     }
 
+    /// When it is tried next to open a device that went away, and the pause after that: while something may be frozen
+    /// nothing is looked up, and who stops serves nobody.
+    fn retry(&self) -> Option<(Instant, Duration)> {
+        let may = self.machine.is_idle() && !self.stopping;
+        self.hands.retry.filter(|_| may)
+    }
+
     fn timeout(&self) -> Option<Duration> {
-        // No look-up while something may be frozen, so no attempt to open the device either.
         let idle = self.machine.is_idle();
-        let retry = self.hands.retry.filter(|_| idle).map(|(at, _)| at);
+        let retry = self.retry().map(|(at, _)| at);
         let watchdog = self.watchdog.map(|(_, at)| at);
         let now = Instant::now();
         let look = self.machine.is_freezing().then(|| now + LOOK);
@@ -737,13 +743,9 @@ impl Service {
             self.watchdog = Some((pause, at.max(now) + pause));
             notify(&self.hands.log, &[NotifyState::Watchdog]);
         }
-        let idle = self.machine.is_idle();
-        let Some((at, pause)) = self.hands.retry.filter(|_| idle) else {
+        let Some((_, pause)) = self.retry().filter(|(at, _)| *at <= now) else {
             return;
         };
-        if at > now || self.stopping {
-            return;
-        }
         let opened = Device::open(&self.hands.path).map(|device| self.adopt(device));
         if let Ok(Err(error)) = &opened {
             self.hands.log.error(words(error));

@@ -5,6 +5,7 @@
 //! Each hook here notes what it is told in a file in memory, and writes to the disk that is frozen, as a
 //! database would.
 
+use super::sleep::idles;
 use super::{
     all_frozen, case, good, load, logged, observe, start, stop, wait_for_daemon, wait_out, Case,
 };
@@ -73,6 +74,11 @@ pub const CASES: &[Case] = &[
         "one that takes long to let go holds up neither the thaw nor the answer; the next FREEZE waits",
         slow_thaw,
     ).long(),
+    case(
+        "hooks/slow-stop",
+        "the device goes while one lets go, and the daemon is asked to stop: it waits for that, and idles",
+        slow_stop,
+    ).asking_our_module(),
     case(
         "hooks/killed",
         "the daemon is killed while a hook is at freeze, and while all is frozen: the next start lets go, \
@@ -402,6 +408,9 @@ fn session_ended(guest: &Guest) -> Result<()> {
 /// A hook that hangs at freeze, in a child.
 const HANGS: &str = "[ $1 != freeze ] || { sleep 4711 & wait; }";
 
+/// How long the daemon may be at something that it gives up on.
+const SOON: Duration = Duration::from_secs(5);
+
 /// Waits until nothing of [`HANGS`] is left.
 fn nothing_hangs(guest: &Guest) -> Result<()> {
     guest.wait_until("what the hook had started is gone", STEP, || {
@@ -654,12 +663,13 @@ fn the_hosts_limit(guest: &Guest) -> Result<()> {
     end(guest)
 }
 
+/// A hook that lets go when it is told to.
+const WAITS: &str = "[ $1 != thaw ] || until [ -e /run/let-go ]; do sleep 0.1; done";
+
 fn slow_thaw(guest: &Guest) -> Result<()> {
     prepare(guest)?;
     let vss = guest.vss();
-    // It lets go when it is told to.
-    let waits = "[ $1 != thaw ] || until [ -e /run/let-go ]; do sleep 0.1; done";
-    hook(guest, "10-a", waits)?;
+    hook(guest, "10-a", WAITS)?;
     guest.sh("rm -f /run/let-go")?;
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
     let sent = guest.clock()?;
@@ -689,6 +699,30 @@ fn slow_thaw(guest: &Guest) -> Result<()> {
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
     noted(guest, "after it", &["10-a freeze ", "10-a thaw good"])?;
     stop_at_rest(guest, guest.module(), &daemon)?;
+    end(guest)
+}
+
+fn slow_stop(guest: &Guest) -> Result<()> {
+    /// By then it tries to open the device for the third time.
+    const TRIED: Duration = Duration::from_secs(1);
+    prepare(guest)?;
+    hook(guest, "10-a", WAITS)?;
+    guest.sh("rm -f /run/let-go")?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    good_backup(guest, "a backup with a hook that is slow to let go")?;
+    noted(guest, "a slow hook", &["10-a freeze ", "10-a thaw good"])?;
+    let device = guest.vss().instance().to_string();
+    guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &device)?;
+    guest.vss().wait_closed(STEP)?;
+    guest.signal(&daemon, 15)?;
+    wait_out(guest, TRIED)?;
+    let seen = idles(guest, &daemon, SOON);
+    guest.sh("touch /run/let-go")?;
+    let ended = guest.wait(&daemon, STEP)?;
+    seen?;
+    equal("how the daemon ended", ended.status, Some(0))?;
+    guest.sh(&format!("test ! -e {OWED}"))?;
+    guest.unload(Module::Ours)?;
     end(guest)
 }
 
