@@ -242,10 +242,10 @@ pub struct Service {
     control: Control,
     /// Tells of the end of whoever has a record in the run directory, if anything does.
     ends: Option<Ends>,
-    /// Whether somebody may have died there since that was looked at.
-    has_ended: bool,
-    /// When to look at that again, for the lock was still there, and the pause after that.
-    look_again: Option<(Instant, Duration)>,
+    /// When to look whether somebody has died there, unless that was looked at since.
+    look: Option<Instant>,
+    /// How long after that to look again should the lock still be there.
+    pause: Duration,
     /// Guards that have been killed and may still be inside the kernel.
     buried: Vec<Arc<Guard>>,
     /// Those who wait to hear that all is thawed.
@@ -375,8 +375,8 @@ impl Service {
             },
             control,
             ends,
-            has_ended: false,
-            look_again: None,
+            look: None,
+            pause: AGAIN.0,
             buried: Vec::new(),
             waiting: Vec::new(),
             next_config: None,
@@ -412,8 +412,7 @@ impl Service {
                     News::Job(outcome) => self.on_outcome(outcome),
                     News::Hooks(outcome) => self.on_hooks(outcome),
                     News::Undone if self.machine.is_at_rest() => self.let_go_what_is_left(),
-                    // It is looked at again.
-                    News::Undone => self.has_ended = true,
+                    News::Undone => self.look_at_once(),
                     News::Config(client, loaded) => self.on_config(client, *loaded),
                     News::Reply((client, reply)) => self.control.reply_with(client, reply),
                 }
@@ -434,8 +433,7 @@ impl Service {
             }
             if woken(LOCKS) {
                 if self.ends.as_ref().is_some_and(Ends::any) {
-                    self.has_ended = true;
-                    self.look_again = None;
+                    self.look_at_once();
                 }
             }
             // And what the host asks before what is due as long as it has not asked, should this have been stopped.
@@ -493,9 +491,9 @@ impl Service {
         if let Some(config) = self.next_config.take() {
             self.adopt_config(config);
         }
-        let is_due = self.look_again.is_some_and(|(at, _)| at <= Instant::now());
-        if (self.has_ended || is_due) && self.machine.is_at_rest() {
-            self.has_ended = false;
+        let now = Instant::now();
+        // Taken before it is acted upon: whatever that does, it is not due any more.
+        if self.machine.is_at_rest() && self.look.take_if(|at| *at <= now).is_some() {
             self.undo_what_is_left();
         }
         if self.machine.is_at_rest() && self.hands.owes_by_now() {
@@ -512,7 +510,6 @@ impl Service {
             self.let_go_what_is_left();
         } else if run.is_free() {
             let tell = teller(&self.hands.tell, |()| News::Undone);
-            self.look_again = None;
             worker.undo(run, log, move || tell(()));
         } else {
             self.look_again();
@@ -522,8 +519,13 @@ impl Service {
     /// Whoever has the lock lives, or its guard is at the thaw, and the end of that is told as well; or it has just ended,
     /// and what was told came before the lock was let go.
     fn look_again(&mut self) {
-        let pause = self.look_again.map_or(AGAIN.0, |(_, pause)| pause);
-        self.look_again = Some((Instant::now() + pause, (pause * 2).min(AGAIN.1)));
+        self.look = Some(Instant::now() + self.pause);
+        self.pause = (self.pause * 2).min(AGAIN.1);
+    }
+
+    /// Somebody may have died there just now.
+    fn look_at_once(&mut self) {
+        (self.look, self.pause) = (Some(Instant::now()), AGAIN.0);
     }
 
     /// Lets go its hooks, if nobody else does, and what we could not let go ourselves.
@@ -531,10 +533,7 @@ impl Service {
         let Hands { run, log, tell, .. } = &self.hands;
         let own = std::process::id();
         match run.read_hooks() {
-            Ok(None) => {
-                self.look_again = None;
-                return self.hands.owe(Vec::new());
-            }
+            Ok(None) => return self.hands.owe(Vec::new()),
             // That has just been tried.
             Ok(Some(it)) if it.pid == own && !self.hands.owes_by_now() => return,
             _ => {}
@@ -543,7 +542,6 @@ impl Service {
             self.hands.owed.1 = self.hands.owed.1.map(|_| Instant::now() + OWED);
             return self.look_again();
         }
-        self.look_again = None;
         self.hands.calling = let_go_what_is_left(run, log, teller(tell, News::Hooks));
         match self.hands.calling {
             Some(_) => self.machine.releases(),
@@ -587,8 +585,7 @@ impl Service {
         let next = self.machine.next().into_iter();
         let next = next.chain(retry).chain(watchdog).chain(look);
         let owed = self.hands.owed.1.filter(|_| self.machine.is_at_rest());
-        let again = self.look_again.map(|(at, _)| at);
-        let again = again.filter(|_| self.machine.is_at_rest());
+        let again = self.look.filter(|_| self.machine.is_at_rest());
         let next = next.chain(unfit).chain(grave).chain(owed).chain(again);
         let next = next.min()?;
         Some(next.saturating_duration_since(now))

@@ -626,6 +626,11 @@ fn away(guest: &Guest) -> Result<()> {
             notes(guest)?,
             vec!["10-a freeze ".into()],
         )?;
+        // When it is tried again somebody has the lock.
+        let other = guest.spawn(&["flock", "/run/hv_vss/hooks.lock", "sleep", "36"])?;
+        wait_out(guest, AGAIN)?;
+        idles(guest, &daemon, SOON)?;
+        guest.wait(&other, STEP)?;
         guest.sh(BACK)?;
         guest.wait_until("the daemon lets it go", AGAIN + STEP, || {
             let left = guest.try_sh(&format!("test ! -e {OWED}"))?;
