@@ -194,6 +194,14 @@ pub struct HookRecord {
     pub owed: Vec<Owed>,
 }
 
+/// What is on record of hooks, or why that cannot be read.
+pub type Left = Result<Option<HookRecord>, String>;
+
+/// That in `run`.
+pub fn left_in(run: &RunDir) -> Left {
+    run.read_hooks().map_err(|error| words(&error))
+}
+
 /// One call that has ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Called {
@@ -274,6 +282,8 @@ pub enum HookOutcome {
         called: Vec<Called>,
         /// What is not let go yet, and why.
         owed: Vec<String>,
+        /// What is on record then: what those before have left where there is no room for another.
+        left: Left,
     },
 }
 
@@ -859,6 +869,7 @@ impl Calls {
         HookOutcome::Released {
             called,
             owed: owed.collect(),
+            left: left_in(&self.means.run),
         }
     }
 

@@ -26,7 +26,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
 use crate::backup::{name_of, Backup, Break, Effects, NoRehearsal, Rehearsal, Verdict};
-use crate::calls::{Called, Calling, Context, HookOutcome, Means};
+use crate::calls::{self, Called, Calling, Context, HookOutcome, Left, Means};
 use crate::check;
 use crate::config::{Config, ConfigError};
 use crate::control::{self, reply_of, Client, Control, InForce, Method, Status, NO_BACKUP};
@@ -203,7 +203,7 @@ fn let_go_what_is_left(
     tell: impl Fn(HookOutcome) + Send + 'static,
 ) -> Option<Calling> {
     let own = std::process::id();
-    let is_ours = matches!(run.read_hooks(), Ok(Some(it)) if it.pid == own);
+    let is_ours = matches!(calls::left_in(run), Ok(Some(it)) if it.pid == own);
     let left = Calling::recover(run, log, tell).unwrap_or_else(|error| {
         log.error(format!("hooks that a dead process has called: {error}"));
         None
@@ -281,6 +281,8 @@ struct Hands {
     called: Vec<Called>,
     /// What is not let go yet, and why, and when that is tried next.
     owed: (Vec<String>, Option<Instant>),
+    /// What was left when that was tried last. To try is to have the lock, the end of which is told as that of any.
+    in_vain: Left,
     /// When the log says next what the freeze is at.
     report: Instant,
     recovery: Recovery,
@@ -357,6 +359,7 @@ impl Service {
                 calling,
                 called: Vec::new(),
                 owed: (Vec::new(), None),
+                in_vain: Ok(None),
                 report: Instant::now(),
                 recovery,
                 tell,
@@ -531,12 +534,12 @@ impl Service {
     /// Lets go its hooks, if nobody else does, and what we could not let go ourselves.
     fn let_go_what_is_left(&mut self) {
         let Hands { run, log, tell, .. } = &self.hands;
-        let own = std::process::id();
-        match run.read_hooks() {
-            Ok(None) => return self.hands.owe(Vec::new()),
-            // That has just been tried.
-            Ok(Some(it)) if it.pid == own && !self.hands.owes_by_now() => return,
-            _ => {}
+        let left = calls::left_in(run);
+        if left == Ok(None) {
+            return self.hands.owe(Vec::new());
+        }
+        if left == self.hands.in_vain && !self.hands.owes_by_now() {
+            return;
         }
         if !run.is_free_of_hooks() {
             self.hands.owed.1 = self.hands.owed.1.map(|_| Instant::now() + OWED);
@@ -546,7 +549,10 @@ impl Service {
         match self.hands.calling {
             Some(_) => self.machine.releases(),
             // What cannot be read now may be then.
-            None => self.hands.owed.1 = Some(Instant::now() + OWED),
+            None => {
+                self.hands.in_vain = left;
+                self.hands.owed.1 = Some(Instant::now() + OWED);
+            }
         }
     }
 
@@ -819,8 +825,9 @@ impl Service {
                 self.machine
                     .quiesced(Instant::now(), result, &mut self.hands);
             }
-            HookOutcome::Released { called, owed } => {
+            HookOutcome::Released { called, owed, left } => {
                 self.hands.owe(owed);
+                self.hands.in_vain = left;
                 if let Some(calling) = self.hands.calling.take() {
                     calling.join();
                 }

@@ -590,6 +590,36 @@ fn what_could_not_be_called_is_owed_until_it_is() {
     assert!(scene.run().read_hooks().unwrap().is_none());
 }
 
+#[test]
+fn where_there_is_no_room_for_another_record_what_is_left_is_the_one_before() {
+    let scene = Scene::new("room");
+    let record = HookRecord {
+        pid: u32::MAX,
+        context: Context::default(),
+        limit_ms: 50,
+        owed: vec![Owed {
+            hook: Hook {
+                path: scene.dir.join("away"),
+                contract: Contract::OpenVmTools,
+            },
+            process: None,
+            thaws_since_s: None,
+            lacks: None,
+        }],
+    };
+    let run = scene.run();
+    run.write_hooks(&record).unwrap();
+    std::fs::create_dir(run.path().join("hooks.new")).unwrap();
+    let (sender, outcomes) = channel();
+    let tell = move |outcome| sender.send(outcome).unwrap();
+    let calling = Calling::recover(&run, &scene.log, tell).unwrap().unwrap();
+    let HookOutcome::Released { owed, left, .. } = outcomes.recv_timeout(LONG).unwrap() else {
+        panic!("nobody was to be called");
+    };
+    calling.join();
+    assert_eq!((owed.len(), left), (1, Ok(Some(record))));
+}
+
 /// A folder that nobody but root may write to, for hooks that are looked up again.
 struct RootsOwn(PathBuf);
 

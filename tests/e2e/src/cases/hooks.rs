@@ -98,6 +98,12 @@ pub const CASES: &[Case] = &[
         rehearsal_killed,
     ),
     case(
+        "hooks/in-vain",
+        "what somebody has left cannot be read, or not be written anew: the daemon says so and idles, and all is let go \
+         once it can be",
+        in_vain,
+    ),
+    case(
         "hooks/unfit",
         "a file that others than root may write, or that cannot be found behind its link, is not run, and no \
          backup is called good without it",
@@ -909,6 +915,58 @@ fn rehearsal_killed(guest: &Guest) -> Result<()> {
     );
     guest.sh("/payload/hv_vss_daemon thaw")?;
     noted(guest, "what is let go by hand", &LET_GO)?;
+    end(guest)
+}
+
+fn in_vain(guest: &Guest) -> Result<()> {
+    const RUN: &str = "/run/hv_vss";
+    let called = ["10-a freeze ", "10-a thaw good"];
+    prepare(guest)?;
+    hook(guest, "10-a", "")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    guest.sh(&format!("mkdir {OWED}; : >>{RUN}/hooks.lock"))?;
+    let tried = |log: &str| {
+        let words = "hooks that a dead process has called";
+        log.lines().filter(|it| it.contains(words)).count()
+    };
+    guest.wait_until("the daemon says why", STEP, || {
+        Ok(tried(&guest.output(&daemon)?) > 0)
+    })?;
+    let seen = idles(guest, &daemon, SOON);
+    let said = guest.output(&daemon)?;
+    guest.sh(&format!("rmdir {OWED}"))?;
+    seen?;
+    equal("how often it is tried", tried(&said), 1)?;
+    good_backup(guest, "the next backup")?;
+    noted(guest, "the next backup", &called)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
+
+    // What a rehearsal has left is not there, and there is no room for another record.
+    guest.sh(&format!("mount -t tmpfs -o size=64k none {RUN}"))?;
+    let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "50s"])?;
+    guest.wait_until("both writers stand still", STEP, || all_frozen(guest))?;
+    guest.signal(&rehearsal, 9)?;
+    guest.wait(&rehearsal, STEP)?;
+    guest.sh(&format!(
+        "mv {FOLDER}/10-a /run/10-a; ! head -c 1M /dev/zero >{RUN}/full"
+    ))?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let is_owed = || -> Result<bool> {
+        let said = guest.try_sh("/payload/hv_vss_daemon status")?;
+        Ok(said.out.contains("hook 10-a is not let go yet"))
+    };
+    guest.wait_until("status names it", STEP, is_owed)?;
+    idles(guest, &daemon, SOON)?;
+    guest.sh(&format!(
+        "mv /run/10-a {FOLDER}/10-a; rm {RUN}/full; /payload/hv_vss_daemon thaw"
+    ))?;
+    let expected = ["10-a freeze ", "10-a thaw unknown"];
+    noted(guest, "what is let go by hand", &expected)?;
+    guest.wait_until("nothing is owed", STEP, || Ok(!is_owed()?))?;
+    good_backup(guest, "the next backup with room")?;
+    noted(guest, "the next backup with room", &called)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
+    guest.sh(&format!("umount {RUN}"))?;
     end(guest)
 }
 
