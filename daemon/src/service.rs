@@ -378,7 +378,8 @@ impl Service {
             },
             control,
             ends,
-            look: None,
+            // Who ended before ends were watched for may have let go its lock since that was looked at.
+            look: Some(Instant::now()),
             pause: AGAIN.0,
             buried: Vec::new(),
             waiting: Vec::new(),
