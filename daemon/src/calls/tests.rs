@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::mpsc::{channel, Receiver};
 
+use nix::sys::ptrace;
+
 use super::*;
 use crate::hooks::Contract;
 use crate::logbook::Sink;
@@ -938,6 +940,64 @@ fn a_session_that_ends_by_itself_is_told_of_once_and_what_only_ends_late_is_none
     assert_eq!(calling.sessions_ended(), []);
     calling.release(Some(Verdict::Good));
     scene.released();
+}
+
+/// Kills it, and has it stop before it has closed anything.
+fn kill_halfway(child: &mut Child) {
+    let pid = Pid::from_raw(child.id().try_into().unwrap());
+    ptrace::seize(pid, ptrace::Options::PTRACE_O_TRACEEXIT).unwrap();
+    child.kill().unwrap();
+    let stopped = nix::sys::wait::waitpid(pid, None).unwrap();
+    assert!(
+        matches!(stopped, WaitStatus::PtraceEvent(..)),
+        "{stopped:?}"
+    );
+}
+
+fn have_end(mut child: Child) {
+    let pid = Pid::from_raw(child.id().try_into().unwrap());
+    ptrace::cont(pid, None).unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_session_that_has_but_to_end_has_ended() {
+    let mut sleep = Command::new("sleep");
+    let mut child = sleep.arg("1000").process_group(0).spawn().unwrap();
+    let mut session = Session {
+        hook: "10-a".into(),
+        required: true,
+        group: child.id(),
+        process: process::member_of(child.id()).unwrap(),
+    };
+    assert!(!session.has_ended());
+    kill_halfway(&mut child);
+    assert!(session.has_ended());
+    have_end(child);
+}
+
+#[test]
+fn what_one_has_called_that_has_but_to_end_is_let_go() {
+    let scene = Scene::new("halfway");
+    let run = scene.run();
+    let lock = run.path().join("hooks.lock");
+    let script = format!("exec 9>{0}; flock 9; exec sleep 1000", lock.display());
+    let mut owner = Command::new("sh").args(["-c", &script]).spawn().unwrap();
+    let until = Instant::now() + LONG;
+    while run.is_free_of_hooks() {
+        assert!(Instant::now() < until, "it does not take the lock");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let record = HookRecord {
+        pid: owner.id(),
+        ..HookRecord::default()
+    };
+    run.write_hooks(&record).unwrap();
+    assert!(!recover(&run, &scene.log).unwrap(), "it lives");
+    kill_halfway(&mut owner);
+    assert!(recover(&run, &scene.log).unwrap());
+    assert_eq!(left_in(&run), Ok(None));
+    have_end(owner);
 }
 
 #[test]
