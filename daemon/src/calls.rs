@@ -58,7 +58,7 @@ const MOST_READS: usize = 64;
 /// How long after the end of a call what it has left running is looked at: a logger at the end of its pipe ends
 /// with it, if somewhat later, and is nothing that an application is kept ready by.
 const SETTLED: Duration = Duration::from_millis(500);
-/// How often one that does not come to its start is left for the word to let go.
+/// How often one that does not come to its start is left for the word to let go, and one that is to end looked at.
 const TICK: Duration = Duration::from_millis(20);
 /// How long after a call that could not be started it is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -194,6 +194,14 @@ pub struct HookRecord {
     pub owed: Vec<Owed>,
 }
 
+/// What is on record of hooks, or why that cannot be read.
+pub type Left = Result<Option<HookRecord>, String>;
+
+/// That in `run`.
+pub fn left_in(run: &RunDir) -> Left {
+    run.read_hooks().map_err(|error| words(&error))
+}
+
 /// One call that has ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Called {
@@ -229,10 +237,10 @@ impl Session {
         format!("hook {hook}: what it had left running has ended {when}")
     }
 
-    /// Whether nothing of it is left. As a rule one file tells.
+    /// Whether nothing of it is left but what does nothing any more but end. As a rule one process tells.
     fn has_ended(&mut self) -> bool {
         let (pid, start) = self.process;
-        if process::start_of(pid) == Some(start) {
+        if process::start_of(pid) == Some(start) && !process::is_dead(pid) {
             return false;
         }
         match process::member_of(self.group) {
@@ -274,6 +282,8 @@ pub enum HookOutcome {
         called: Vec<Called>,
         /// What is not let go yet, and why.
         owed: Vec<String>,
+        /// What is on record then: what those before have left where there is no room for another.
+        left: Left,
     },
 }
 
@@ -392,6 +402,15 @@ impl Calling {
 
 /// Lets go what somebody who has died has called, before it returns; whether there was any.
 pub fn recover(run: &RunDir, log: &Logbook) -> Result<bool, RecordError> {
+    // Who has just been killed lets go the lock at once, unless it hangs in the kernel.
+    let until = Instant::now() + GRACE;
+    let is_dying = || {
+        let owner = run.read_hooks().ok().flatten();
+        owner.is_some_and(|it| process::is_dead(it.pid)) && !run.is_free_of_hooks()
+    };
+    while is_dying() && Instant::now() < until {
+        std::thread::sleep(TICK);
+    }
     let left = Calls::left(run, log)?;
     Ok(left.map(|mut calls| calls.thaw(None)).is_some())
 }
@@ -859,6 +878,7 @@ impl Calls {
         HookOutcome::Released {
             called,
             owed: owed.collect(),
+            left: left_in(&self.means.run),
         }
     }
 

@@ -152,15 +152,38 @@ fn state_in(stat: &[u8]) -> Option<u8> {
     stat.get(after + 2).copied()
 }
 
-/// Whether there is no such process, or only what is left of it.
+/// Whether there is no such process, or only what is left of it, or what does nothing any more but end: it has yet to
+/// come to its turn for that where others go before it.
 pub fn is_dead(pid: u32) -> bool {
-    std::fs::read(format!("/proc/{pid}/stat")).map_or(true, |stat| has_ended(&stat))
+    std::fs::read(format!("/proc/{pid}/stat")).map_or(true, |stat| is_dead_by(&stat, pid))
 }
 
-/// Whether it has ended and is listed all the same: a thread of it is still inside the kernel and has open what the
-/// process had, or nobody has asked how it ended.
+/// Whether it is [dead](is_dead) and listed all the same: it, or a thread of it, is still inside the kernel and has open
+/// what the process had, or nobody has asked how it ended.
 pub fn lingers(pid: u32) -> bool {
-    std::fs::read(format!("/proc/{pid}/stat")).is_ok_and(|stat| has_ended(&stat))
+    std::fs::read(format!("/proc/{pid}/stat")).is_ok_and(|stat| is_dead_by(&stat, pid))
+}
+
+fn is_dead_by(stat: &[u8], pid: u32) -> bool {
+    let is_killed = || {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        is_killed_by(&status)
+    };
+    has_ended(stat) || ends_by(stat) || is_killed()
+}
+
+/// Whether it closes by now what it had open: `PF_EXITING` of `linux/sched.h`, in field 9.
+fn ends_by(stat: &[u8]) -> bool {
+    const EXITING: u64 = 0x4;
+    field_in(stat, 6).is_some_and(|flags| flags & EXITING != 0)
+}
+
+/// Whether nothing of it is run any more that is not inside the kernel: SIGKILL has come to it, be it by another signal
+/// that ends it.
+fn is_killed_by(status: &str) -> bool {
+    ["SigPnd:", "ShdPnd:"]
+        .iter()
+        .any(|mask| is_in(status, mask, libc::SIGKILL))
 }
 
 /// When a process that has not ended was started, in ticks since the machine was: with its number it
@@ -186,13 +209,13 @@ pub fn is_stopped_by(stat: &[u8]) -> bool {
     matches!(state_in(stat), Some(b'T' | b't'))
 }
 
-/// A process of this group that has not ended, with the time of its start.
+/// A process of this group that is not [dead](is_dead), with the time of its start.
 pub fn member_of(group: u32) -> Option<(u32, u64)> {
     let processes = std::fs::read_dir("/proc").ok()?.flatten();
     let pids = processes.filter_map(|it| it.file_name().to_str()?.parse().ok());
     pids.into_iter().find_map(|pid: u32| {
         let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
-        let is_one = !has_ended(&stat) && field_in(&stat, 2) == Some(group.into());
+        let is_one = field_in(&stat, 2) == Some(group.into()) && !is_dead_by(&stat, pid);
         is_one.then_some((pid, start_in(&stat)?))
     })
 }
@@ -212,11 +235,12 @@ fn field_in(stat: &[u8], number: usize) -> Option<u64> {
 /// Whether this process was started so that this signal does nothing.
 pub fn ignores(signal: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    ignored_in(&status, signal)
+    is_in(&status, "SigIgn:", signal)
 }
 
-fn ignored_in(status: &str, signal: i32) -> bool {
-    let mask = status.lines().find_map(|it| it.strip_prefix("SigIgn:"));
+/// Whether the line of `/proc/<pid>/status` that begins so has this signal.
+fn is_in(status: &str, line: &str, signal: i32) -> bool {
+    let mask = status.lines().find_map(|it| it.strip_prefix(line));
     let mask = mask.and_then(|it| u64::from_str_radix(it.trim(), 16).ok());
     mask.unwrap_or_default() >> (signal - 1) & 1 == 1
 }
@@ -229,7 +253,10 @@ pub fn escape_oom_killer() -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::process::ExitStatusExt as _;
+    use nix::sys::ptrace;
+    use nix::sys::wait::{waitpid, WaitStatus};
+    use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+    use std::process::Command;
 
     #[test]
     fn a_release_tells_its_version() {
@@ -251,7 +278,7 @@ mod tests {
             return;
         }
         let this = std::env::current_exe().unwrap();
-        let ended = std::process::Command::new(this)
+        let ended = Command::new(this)
             .args(["--exact", NAME])
             .env(CHILD, "1")
             .output()
@@ -274,9 +301,11 @@ mod tests {
     fn what_is_ignored_is_told_by_its_bit() {
         let status =
             "SigBlk:\t0000000000000004\nSigIgn:\t0000000000001001\nSigCgt:\t0000000000000002\n";
-        assert!(ignored_in(status, libc::SIGHUP) && ignored_in(status, libc::SIGPIPE));
-        assert!(!ignored_in(status, libc::SIGINT) && !ignored_in(status, libc::SIGQUIT));
-        assert!(!ignored_in("", libc::SIGHUP));
+        assert!(is_in(status, "SigIgn:", libc::SIGHUP) && is_in(status, "SigIgn:", libc::SIGPIPE));
+        assert!(
+            !is_in(status, "SigIgn:", libc::SIGINT) && !is_in(status, "SigIgn:", libc::SIGQUIT)
+        );
+        assert!(!is_in("", "SigIgn:", libc::SIGHUP));
         // As Rust starts each program.
         assert!(ignores(libc::SIGPIPE));
     }
@@ -287,5 +316,28 @@ mod tests {
         assert!(has_ended(b""));
         assert!(!has_ended(b"7 (hv_vss_daemon) D 1 7 7"));
         assert!(!has_ended(b"7 (x) Z) S 1 7 7"));
+    }
+
+    #[test]
+    fn one_that_has_but_to_end_is_dead() {
+        assert!(ends_by(b"7 (x) R 1 7 7 0 -1 4194308 1 2"));
+        assert!(!ends_by(b"7 (x) R 1 7 7 0 -1 4194304 1 2"));
+        let mut sleep = Command::new("sleep");
+        let mut child = sleep.arg("1000").process_group(0).spawn().unwrap();
+        let (id, pid) = (child.id(), Pid::from_raw(child.id().try_into().unwrap()));
+        // It stops before it has closed anything.
+        ptrace::seize(pid, ptrace::Options::PTRACE_O_TRACEEXIT).unwrap();
+        assert!(!is_dead(id) && member_of(id).is_some());
+        child.kill().unwrap();
+        assert!(is_dead(id) && lingers(id) && member_of(id).is_none());
+        let stopped = waitpid(pid, None).unwrap();
+        assert!(
+            matches!(stopped, WaitStatus::PtraceEvent(..)),
+            "{stopped:?}"
+        );
+        assert!(start_of(id).is_some(), "it has ended");
+        assert!(is_dead(id) && lingers(id) && member_of(id).is_none());
+        ptrace::cont(pid, None).unwrap();
+        child.wait().unwrap();
     }
 }

@@ -26,7 +26,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
 use crate::backup::{name_of, Backup, Break, Effects, NoRehearsal, Rehearsal, Verdict};
-use crate::calls::{Called, Calling, Context, HookOutcome, Means};
+use crate::calls::{self, Called, Calling, Context, HookOutcome, Left, Means};
 use crate::check;
 use crate::config::{Config, ConfigError};
 use crate::control::{self, reply_of, Client, Control, InForce, Method, Status, NO_BACKUP};
@@ -203,7 +203,7 @@ fn let_go_what_is_left(
     tell: impl Fn(HookOutcome) + Send + 'static,
 ) -> Option<Calling> {
     let own = std::process::id();
-    let is_ours = matches!(run.read_hooks(), Ok(Some(it)) if it.pid == own);
+    let is_ours = matches!(calls::left_in(run), Ok(Some(it)) if it.pid == own);
     let left = Calling::recover(run, log, tell).unwrap_or_else(|error| {
         log.error(format!("hooks that a dead process has called: {error}"));
         None
@@ -242,10 +242,10 @@ pub struct Service {
     control: Control,
     /// Tells of the end of whoever has a record in the run directory, if anything does.
     ends: Option<Ends>,
-    /// Whether somebody may have died there since that was looked at.
-    has_ended: bool,
-    /// When to look at that again, for the lock was still there, and the pause after that.
-    look_again: Option<(Instant, Duration)>,
+    /// When to look whether somebody has died there, unless that was looked at since.
+    look: Option<Instant>,
+    /// How long after that to look again should the lock still be there.
+    pause: Duration,
     /// Guards that have been killed and may still be inside the kernel.
     buried: Vec<Arc<Guard>>,
     /// Those who wait to hear that all is thawed.
@@ -281,6 +281,8 @@ struct Hands {
     called: Vec<Called>,
     /// What is not let go yet, and why, and when that is tried next.
     owed: (Vec<String>, Option<Instant>),
+    /// What was left when that was tried last. To try is to have the lock, the end of which is told as that of any.
+    in_vain: Left,
     /// When the log says next what the freeze is at.
     report: Instant,
     recovery: Recovery,
@@ -357,6 +359,7 @@ impl Service {
                 calling,
                 called: Vec::new(),
                 owed: (Vec::new(), None),
+                in_vain: Ok(None),
                 report: Instant::now(),
                 recovery,
                 tell,
@@ -375,8 +378,9 @@ impl Service {
             },
             control,
             ends,
-            has_ended: false,
-            look_again: None,
+            // Who ended before ends were watched for may have let go its lock since that was looked at.
+            look: Some(Instant::now()),
+            pause: AGAIN.0,
             buried: Vec::new(),
             waiting: Vec::new(),
             next_config: None,
@@ -412,8 +416,7 @@ impl Service {
                     News::Job(outcome) => self.on_outcome(outcome),
                     News::Hooks(outcome) => self.on_hooks(outcome),
                     News::Undone if self.machine.is_at_rest() => self.let_go_what_is_left(),
-                    // It is looked at again.
-                    News::Undone => self.has_ended = true,
+                    News::Undone => self.look_at_once(),
                     News::Config(client, loaded) => self.on_config(client, *loaded),
                     News::Reply((client, reply)) => self.control.reply_with(client, reply),
                 }
@@ -434,8 +437,7 @@ impl Service {
             }
             if woken(LOCKS) {
                 if self.ends.as_ref().is_some_and(Ends::any) {
-                    self.has_ended = true;
-                    self.look_again = None;
+                    self.look_at_once();
                 }
             }
             // And what the host asks before what is due as long as it has not asked, should this have been stopped.
@@ -493,9 +495,9 @@ impl Service {
         if let Some(config) = self.next_config.take() {
             self.adopt_config(config);
         }
-        let is_due = self.look_again.is_some_and(|(at, _)| at <= Instant::now());
-        if (self.has_ended || is_due) && self.machine.is_at_rest() {
-            self.has_ended = false;
+        let now = Instant::now();
+        // Taken before it is acted upon: whatever that does, it is not due any more.
+        if self.machine.is_at_rest() && self.look.take_if(|at| *at <= now).is_some() {
             self.undo_what_is_left();
         }
         if self.machine.is_at_rest() && self.hands.owes_by_now() {
@@ -512,7 +514,6 @@ impl Service {
             self.let_go_what_is_left();
         } else if run.is_free() {
             let tell = teller(&self.hands.tell, |()| News::Undone);
-            self.look_again = None;
             worker.undo(run, log, move || tell(()));
         } else {
             self.look_again();
@@ -522,33 +523,37 @@ impl Service {
     /// Whoever has the lock lives, or its guard is at the thaw, and the end of that is told as well; or it has just ended,
     /// and what was told came before the lock was let go.
     fn look_again(&mut self) {
-        let pause = self.look_again.map_or(AGAIN.0, |(_, pause)| pause);
-        self.look_again = Some((Instant::now() + pause, (pause * 2).min(AGAIN.1)));
+        self.look = Some(Instant::now() + self.pause);
+        self.pause = (self.pause * 2).min(AGAIN.1);
+    }
+
+    /// Somebody may have died there just now.
+    fn look_at_once(&mut self) {
+        (self.look, self.pause) = (Some(Instant::now()), AGAIN.0);
     }
 
     /// Lets go its hooks, if nobody else does, and what we could not let go ourselves.
     fn let_go_what_is_left(&mut self) {
         let Hands { run, log, tell, .. } = &self.hands;
-        let own = std::process::id();
-        match run.read_hooks() {
-            Ok(None) => {
-                self.look_again = None;
-                return self.hands.owe(Vec::new());
-            }
-            // That has just been tried.
-            Ok(Some(it)) if it.pid == own && !self.hands.owes_by_now() => return,
-            _ => {}
+        let left = calls::left_in(run);
+        if left == Ok(None) {
+            return self.hands.owe(Vec::new());
+        }
+        if left == self.hands.in_vain && !self.hands.owes_by_now() {
+            return;
         }
         if !run.is_free_of_hooks() {
             self.hands.owed.1 = self.hands.owed.1.map(|_| Instant::now() + OWED);
             return self.look_again();
         }
-        self.look_again = None;
         self.hands.calling = let_go_what_is_left(run, log, teller(tell, News::Hooks));
         match self.hands.calling {
             Some(_) => self.machine.releases(),
             // What cannot be read now may be then.
-            None => self.hands.owed.1 = Some(Instant::now() + OWED),
+            None => {
+                self.hands.in_vain = left;
+                self.hands.owed.1 = Some(Instant::now() + OWED);
+            }
         }
     }
 
@@ -568,10 +573,16 @@ impl Service {
         }
     }
 
+    /// When it is tried next to open a device that went away, and the pause after that: while something may be frozen
+    /// nothing is looked up, and who stops serves nobody.
+    fn retry(&self) -> Option<(Instant, Duration)> {
+        let may = self.machine.is_idle() && !self.stopping;
+        self.hands.retry.filter(|_| may)
+    }
+
     fn timeout(&self) -> Option<Duration> {
-        // No look-up while something may be frozen, so no attempt to open the device either.
         let idle = self.machine.is_idle();
-        let retry = self.hands.retry.filter(|_| idle).map(|(at, _)| at);
+        let retry = self.retry().map(|(at, _)| at);
         let watchdog = self.watchdog.map(|(_, at)| at);
         let now = Instant::now();
         let look = self.machine.is_freezing().then(|| now + LOOK);
@@ -581,8 +592,7 @@ impl Service {
         let next = self.machine.next().into_iter();
         let next = next.chain(retry).chain(watchdog).chain(look);
         let owed = self.hands.owed.1.filter(|_| self.machine.is_at_rest());
-        let again = self.look_again.map(|(at, _)| at);
-        let again = again.filter(|_| self.machine.is_at_rest());
+        let again = self.look.filter(|_| self.machine.is_at_rest());
         let next = next.chain(unfit).chain(grave).chain(owed).chain(again);
         let next = next.min()?;
         Some(next.saturating_duration_since(now))
@@ -737,13 +747,9 @@ impl Service {
             self.watchdog = Some((pause, at.max(now) + pause));
             notify(&self.hands.log, &[NotifyState::Watchdog]);
         }
-        let idle = self.machine.is_idle();
-        let Some((at, pause)) = self.hands.retry.filter(|_| idle) else {
+        let Some((_, pause)) = self.retry().filter(|(at, _)| *at <= now) else {
             return;
         };
-        if at > now || self.stopping {
-            return;
-        }
         let opened = Device::open(&self.hands.path).map(|device| self.adopt(device));
         if let Ok(Err(error)) = &opened {
             self.hands.log.error(words(error));
@@ -820,8 +826,9 @@ impl Service {
                 self.machine
                     .quiesced(Instant::now(), result, &mut self.hands);
             }
-            HookOutcome::Released { called, owed } => {
+            HookOutcome::Released { called, owed, left } => {
                 self.hands.owe(owed);
+                self.hands.in_vain = left;
                 if let Some(calling) = self.hands.calling.take() {
                     calling.join();
                 }

@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::mpsc::{channel, Receiver};
 
+use nix::sys::ptrace;
+
 use super::*;
 use crate::hooks::Contract;
 use crate::logbook::Sink;
@@ -590,6 +592,36 @@ fn what_could_not_be_called_is_owed_until_it_is() {
     assert!(scene.run().read_hooks().unwrap().is_none());
 }
 
+#[test]
+fn where_there_is_no_room_for_another_record_what_is_left_is_the_one_before() {
+    let scene = Scene::new("room");
+    let record = HookRecord {
+        pid: u32::MAX,
+        context: Context::default(),
+        limit_ms: 50,
+        owed: vec![Owed {
+            hook: Hook {
+                path: scene.dir.join("away"),
+                contract: Contract::OpenVmTools,
+            },
+            process: None,
+            thaws_since_s: None,
+            lacks: None,
+        }],
+    };
+    let run = scene.run();
+    run.write_hooks(&record).unwrap();
+    std::fs::create_dir(run.path().join("hooks.new")).unwrap();
+    let (sender, outcomes) = channel();
+    let tell = move |outcome| sender.send(outcome).unwrap();
+    let calling = Calling::recover(&run, &scene.log, tell).unwrap().unwrap();
+    let HookOutcome::Released { owed, left, .. } = outcomes.recv_timeout(LONG).unwrap() else {
+        panic!("nobody was to be called");
+    };
+    calling.join();
+    assert_eq!((owed.len(), left), (1, Ok(Some(record))));
+}
+
 /// A folder that nobody but root may write to, for hooks that are looked up again.
 struct RootsOwn(PathBuf);
 
@@ -908,6 +940,64 @@ fn a_session_that_ends_by_itself_is_told_of_once_and_what_only_ends_late_is_none
     assert_eq!(calling.sessions_ended(), []);
     calling.release(Some(Verdict::Good));
     scene.released();
+}
+
+/// Kills it, and has it stop before it has closed anything.
+fn kill_halfway(child: &mut Child) {
+    let pid = Pid::from_raw(child.id().try_into().unwrap());
+    ptrace::seize(pid, ptrace::Options::PTRACE_O_TRACEEXIT).unwrap();
+    child.kill().unwrap();
+    let stopped = nix::sys::wait::waitpid(pid, None).unwrap();
+    assert!(
+        matches!(stopped, WaitStatus::PtraceEvent(..)),
+        "{stopped:?}"
+    );
+}
+
+fn have_end(mut child: Child) {
+    let pid = Pid::from_raw(child.id().try_into().unwrap());
+    ptrace::cont(pid, None).unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_session_that_has_but_to_end_has_ended() {
+    let mut sleep = Command::new("sleep");
+    let mut child = sleep.arg("1000").process_group(0).spawn().unwrap();
+    let mut session = Session {
+        hook: "10-a".into(),
+        required: true,
+        group: child.id(),
+        process: process::member_of(child.id()).unwrap(),
+    };
+    assert!(!session.has_ended());
+    kill_halfway(&mut child);
+    assert!(session.has_ended());
+    have_end(child);
+}
+
+#[test]
+fn what_one_has_called_that_has_but_to_end_is_let_go() {
+    let scene = Scene::new("halfway");
+    let run = scene.run();
+    let lock = run.path().join("hooks.lock");
+    let script = format!("exec 9>{0}; flock 9; exec sleep 1000", lock.display());
+    let mut owner = Command::new("sh").args(["-c", &script]).spawn().unwrap();
+    let until = Instant::now() + LONG;
+    while run.is_free_of_hooks() {
+        assert!(Instant::now() < until, "it does not take the lock");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let record = HookRecord {
+        pid: owner.id(),
+        ..HookRecord::default()
+    };
+    run.write_hooks(&record).unwrap();
+    assert!(!recover(&run, &scene.log).unwrap(), "it lives");
+    kill_halfway(&mut owner);
+    assert!(recover(&run, &scene.log).unwrap());
+    assert_eq!(left_in(&run), Ok(None));
+    have_end(owner);
 }
 
 #[test]

@@ -1012,13 +1012,20 @@ impl Guest {
         self.sh(&line).map(drop)
     }
 
-    /// Unloads a module.
+    /// Unloads a module. What a process had that has just ended, be it the device or what the module thaws for it, may
+    /// hold it for a moment longer.
     pub fn unload(&self, module: Module) -> Result<()> {
-        match module {
-            Module::Ours => self.sh("rmmod hv_vss"),
-            Module::Stock => self.sh("rmmod hv_utils"),
-        }
-        .map(drop)
+        let line = match module {
+            Module::Ours => "rmmod hv_vss",
+            Module::Stock => "rmmod hv_utils",
+        };
+        let mut why = String::new();
+        let unloaded = self.wait_until("the module can be unloaded", STEP, || {
+            let done = self.try_sh(line)?;
+            why = done.err;
+            Ok(done.status == Some(0))
+        });
+        unloaded.context(why)
     }
 
     /// Starts a daemon in the foreground. It has not registered yet when this returns.

@@ -878,8 +878,9 @@ fn md_repair_below_another_namespace(guest: &Guest) -> Result<()> {
     wait_for_daemon(guest)?;
     let freeze = guest.vss().freeze(&[], STEP)?;
     answered("FREEZE with strict = true", &freeze, status::FAIL)?;
-    let said = guest.output(&daemon)?;
-    ensure!(said.contains(&copies), "it should be named:\n{said}");
+    guest.wait_until("it is named", STEP, || {
+        Ok(guest.output(&daemon)?.contains(&copies))
+    })?;
     stop(guest, guest.module(), &daemon)?;
     guest.writers_stop()?;
     guest.signal(&holder, 9)?;

@@ -7,7 +7,7 @@ use super::deadman::{hang_writes, make_hung, released, remove_hung, HANG, RELEAS
 use super::hooks::{self, hook, noted};
 use super::lifecycle::{end_override, take_over};
 use super::{
-    all_frozen, case, load, logged_all, observe, reply_within, start, stood_for_a_second, stop,
+    all_frozen, case, load, module_holds, observe, reply_within, start, stood_for_a_second, stop,
     wait_for_daemon, Case,
 };
 use anyhow::{ensure, Result};
@@ -392,8 +392,7 @@ fn hand_over(guest: &Guest) -> Result<()> {
     guest.vss().agree(STEP)?;
     wait_for_daemon(guest)?;
     equal("a backup with ours", observe(guest)?, both)?;
-    let said = logged_all(guest, &daemon, 2)?;
-    let holds = said.contains("the module holds what is frozen");
+    let holds = module_holds(guest)?;
     equal("guards with ours", guards()?, usize::from(!holds))?;
     stop(guest, Module::Ours, &daemon)?;
     end_override(guest)?;
@@ -1319,7 +1318,7 @@ fn footprint(guest: &Guest) -> Result<()> {
         let mut least = u64::MAX;
         for _ in 0..4 {
             let daemon = start(guest, module, Daemon::Ours)?;
-            let held = guest.output(&daemon)?.contains("the module holds");
+            let held = module_holds(guest)?;
             observe(guest)?;
             let resident: u64 = guest
                 .sh(&format!(

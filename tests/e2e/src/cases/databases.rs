@@ -761,11 +761,12 @@ fn never_thawed(guest: &Guest) -> Result<()> {
         // The daemon before has left that THAW to it.
         answered("THAW", &guest.vss().thaw(STEP)?, status::FAIL)?;
     }
-    let said = guest.output(&daemon)?;
-    ensure!(
-        said.contains("the session had ended before"),
-        "the log should say that the server was not locked until the thaw:\n{said}"
-    );
+    let words = "the session had ended before";
+    guest.wait_until(
+        "the log says that it was not locked until the thaw",
+        STEP,
+        || Ok(guest.output(&daemon)?.contains(words)),
+    )?;
     remove_hooks(guest)?;
     rig.stop(guest)?;
     stop(guest, Module::Ours, &daemon)

@@ -9,8 +9,8 @@
 use super::deadman::{guard_of, hang_writes, make_hung, released, remove_hung, RELEASED, UNHANG};
 use super::disks::{self, load_driver, Attached};
 use super::{
-    all_frozen, case, good_backup, load, logged, observe, start, stop, wait_for_daemon, wait_out,
-    who_stands_still, Case,
+    all_frozen, case, good_backup, load, logged, module_holds, observe, start, stop,
+    wait_for_daemon, wait_out, who_stands_still, Case,
 };
 use anyhow::{ensure, Context, Result};
 use e2e::check::{answered, equal, status_name};
@@ -273,7 +273,7 @@ fn released_in_the_window(guest: &Guest) -> Result<()> {
             continue;
         }
         let daemon = start(guest, module, Daemon::Ours)?;
-        let held = guest.output(&daemon)?.contains("the module holds");
+        let held = module_holds(guest)?;
         guest.freeze("/mnt/v")?;
         answered("FREEZE", &vss.freeze(&[], STEP)?, freeze)?;
         guest.thaw("/mnt/v")?;
@@ -573,9 +573,7 @@ fn kept_frozen_and_daemon_killed(guest: &Guest) -> Result<()> {
             guest.signal(&daemon, 9)?;
             guest.wait(&daemon, STEP)?;
         }
-        guest.wait_until("the module can be unloaded", STEP, || {
-            Ok(guest.unload(Module::Stock).is_ok())
-        })?;
+        guest.unload(Module::Stock)?;
         vss.wait_closed(STEP)?;
     }
     Ok(())

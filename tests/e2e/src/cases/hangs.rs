@@ -1035,11 +1035,13 @@ fn hung_below_fuse(guest: &Guest) -> Result<()> {
     let seen = back_up();
     guest.sh(UNHANG)?;
     seen?;
-    let log = guest.output(&daemon)?;
-    let named = log
-        .lines()
-        .filter(|it| it.contains("/disk") && it.contains("left out"));
-    ensure!(named.count() >= 3, "each backup should name it:\n{log}");
+    guest.wait_until("each backup names it", STEP, || {
+        let log = guest.output(&daemon)?;
+        let named = log
+            .lines()
+            .filter(|it| it.contains("/disk") && it.contains("left out"));
+        Ok(named.count() >= 3)
+    })?;
     guest.wait_until("nothing waits for its disk", STEP, || {
         Ok(in_sync(guest, &daemon)? == 0)
     })?;

@@ -5,6 +5,7 @@
 //! Each hook here notes what it is told in a file in memory, and writes to the disk that is frozen, as a
 //! database would.
 
+use super::sleep::idles;
 use super::{
     all_frozen, case, good, load, logged, observe, start, stop, wait_for_daemon, wait_out, Case,
 };
@@ -74,6 +75,11 @@ pub const CASES: &[Case] = &[
         slow_thaw,
     ).long(),
     case(
+        "hooks/slow-stop",
+        "the device goes while one lets go, and the daemon is asked to stop: it waits for that, and idles",
+        slow_stop,
+    ).asking_our_module(),
+    case(
         "hooks/killed",
         "the daemon is killed while a hook is at freeze, and while all is frozen: the next start lets go, \
          once; so does thaw by hand",
@@ -90,6 +96,12 @@ pub const CASES: &[Case] = &[
         "a rehearsal is killed beside a daemon, while a hook is at freeze and while all is frozen: the daemon lets go at \
          once; without one check names what is owed",
         rehearsal_killed,
+    ),
+    case(
+        "hooks/in-vain",
+        "what somebody has left cannot be read, or not be written anew: the daemon says so and idles, and all is let go \
+         once it can be",
+        in_vain,
     ),
     case(
         "hooks/unfit",
@@ -402,6 +414,9 @@ fn session_ended(guest: &Guest) -> Result<()> {
 /// A hook that hangs at freeze, in a child.
 const HANGS: &str = "[ $1 != freeze ] || { sleep 4711 & wait; }";
 
+/// How long the daemon may be at something that it gives up on.
+const SOON: Duration = Duration::from_secs(5);
+
 /// Waits until nothing of [`HANGS`] is left.
 fn nothing_hangs(guest: &Guest) -> Result<()> {
     guest.wait_until("what the hook had started is gone", STEP, || {
@@ -511,9 +526,7 @@ fn hung_start(guest: &Guest) -> Result<()> {
             stop_at_rest(guest, guest.module(), &daemon)?;
         }
     }
-    guest.wait_until("the module can be unloaded", STEP, || {
-        Ok(guest.unload(guest.module()).is_ok())
-    })?;
+    guest.unload(guest.module())?;
     vss.wait_closed(STEP)?;
     guest.sh("umount /mnt/b")?;
     end(guest)
@@ -617,6 +630,11 @@ fn away(guest: &Guest) -> Result<()> {
             notes(guest)?,
             vec!["10-a freeze ".into()],
         )?;
+        // When it is tried again somebody has the lock.
+        let other = guest.spawn(&["flock", "/run/hv_vss/hooks.lock", "sleep", "36"])?;
+        wait_out(guest, AGAIN)?;
+        idles(guest, &daemon, SOON)?;
+        guest.wait(&other, STEP)?;
         guest.sh(BACK)?;
         guest.wait_until("the daemon lets it go", AGAIN + STEP, || {
             let left = guest.try_sh(&format!("test ! -e {OWED}"))?;
@@ -654,12 +672,13 @@ fn the_hosts_limit(guest: &Guest) -> Result<()> {
     end(guest)
 }
 
+/// A hook that lets go when it is told to.
+const WAITS: &str = "[ $1 != thaw ] || until [ -e /run/let-go ]; do sleep 0.1; done";
+
 fn slow_thaw(guest: &Guest) -> Result<()> {
     prepare(guest)?;
     let vss = guest.vss();
-    // It lets go when it is told to.
-    let waits = "[ $1 != thaw ] || until [ -e /run/let-go ]; do sleep 0.1; done";
-    hook(guest, "10-a", waits)?;
+    hook(guest, "10-a", WAITS)?;
     guest.sh("rm -f /run/let-go")?;
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
     let sent = guest.clock()?;
@@ -689,6 +708,30 @@ fn slow_thaw(guest: &Guest) -> Result<()> {
     answered("THAW", &vss.thaw(STEP)?, status::OK)?;
     noted(guest, "after it", &["10-a freeze ", "10-a thaw good"])?;
     stop_at_rest(guest, guest.module(), &daemon)?;
+    end(guest)
+}
+
+fn slow_stop(guest: &Guest) -> Result<()> {
+    /// By then it tries to open the device for the third time.
+    const TRIED: Duration = Duration::from_secs(1);
+    prepare(guest)?;
+    hook(guest, "10-a", WAITS)?;
+    guest.sh("rm -f /run/let-go")?;
+    let daemon = start(guest, Module::Ours, Daemon::Ours)?;
+    good_backup(guest, "a backup with a hook that is slow to let go")?;
+    noted(guest, "a slow hook", &["10-a freeze ", "10-a thaw good"])?;
+    let device = guest.vss().instance().to_string();
+    guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &device)?;
+    guest.vss().wait_closed(STEP)?;
+    guest.signal(&daemon, 15)?;
+    wait_out(guest, TRIED)?;
+    let seen = idles(guest, &daemon, SOON);
+    guest.sh("touch /run/let-go")?;
+    let ended = guest.wait(&daemon, STEP)?;
+    seen?;
+    equal("how the daemon ended", ended.status, Some(0))?;
+    guest.sh(&format!("test ! -e {OWED}"))?;
+    guest.unload(Module::Ours)?;
     end(guest)
 }
 
@@ -870,6 +913,58 @@ fn rehearsal_killed(guest: &Guest) -> Result<()> {
     );
     guest.sh("/payload/hv_vss_daemon thaw")?;
     noted(guest, "what is let go by hand", &LET_GO)?;
+    end(guest)
+}
+
+fn in_vain(guest: &Guest) -> Result<()> {
+    const RUN: &str = "/run/hv_vss";
+    let called = ["10-a freeze ", "10-a thaw good"];
+    prepare(guest)?;
+    hook(guest, "10-a", "")?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    guest.sh(&format!("mkdir {OWED}; : >>{RUN}/hooks.lock"))?;
+    let tried = |log: &str| {
+        let words = "hooks that a dead process has called";
+        log.lines().filter(|it| it.contains(words)).count()
+    };
+    guest.wait_until("the daemon says why", STEP, || {
+        Ok(tried(&guest.output(&daemon)?) > 0)
+    })?;
+    let seen = idles(guest, &daemon, SOON);
+    let said = guest.output(&daemon)?;
+    guest.sh(&format!("rmdir {OWED}"))?;
+    seen?;
+    equal("how often it is tried", tried(&said), 1)?;
+    good_backup(guest, "the next backup")?;
+    noted(guest, "the next backup", &called)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
+
+    // What a rehearsal has left is not there, and there is no room for another record.
+    guest.sh(&format!("mount -t tmpfs -o size=64k none {RUN}"))?;
+    let rehearsal = guest.spawn(&["/payload/hv_vss_daemon", "freeze", "--for", "50s"])?;
+    guest.wait_until("both writers stand still", STEP, || all_frozen(guest))?;
+    guest.signal(&rehearsal, 9)?;
+    guest.wait(&rehearsal, STEP)?;
+    guest.sh(&format!(
+        "mv {FOLDER}/10-a /run/10-a; ! head -c 1M /dev/zero >{RUN}/full"
+    ))?;
+    let daemon = start(guest, guest.module(), Daemon::Ours)?;
+    let is_owed = || -> Result<bool> {
+        let said = guest.try_sh("/payload/hv_vss_daemon status")?;
+        Ok(said.out.contains("hook 10-a is not let go yet"))
+    };
+    guest.wait_until("status names it", STEP, is_owed)?;
+    idles(guest, &daemon, SOON)?;
+    guest.sh(&format!(
+        "mv /run/10-a {FOLDER}/10-a; rm {RUN}/full; /payload/hv_vss_daemon thaw"
+    ))?;
+    let expected = ["10-a freeze ", "10-a thaw unknown"];
+    noted(guest, "what is let go by hand", &expected)?;
+    guest.wait_until("nothing is owed", STEP, || Ok(!is_owed()?))?;
+    good_backup(guest, "the next backup with room")?;
+    noted(guest, "the next backup with room", &called)?;
+    stop_at_rest(guest, guest.module(), &daemon)?;
+    guest.sh(&format!("umount {RUN}"))?;
     end(guest)
 }
 

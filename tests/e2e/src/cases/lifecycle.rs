@@ -470,9 +470,7 @@ fn unload_load(guest: &Guest) -> Result<()> {
     let device = guest.vss().instance().to_string();
     guest.write("/sys/bus/vmbus/drivers/hv_vss/unbind", &device)?;
     guest.vss().wait_closed(STEP)?;
-    guest.wait_until("the module can be unloaded", STEP, || {
-        Ok(guest.unload(Module::Ours).is_ok())
-    })?;
+    guest.unload(Module::Ours)?;
     guest.load(Module::Ours, &["grace_ms=20000"])?;
     Ok(())
 }
@@ -538,9 +536,7 @@ impl End {
                 let bind = guest.write("/sys/bus/vmbus/drivers/hv_vss/bind", &device);
                 refused("a bind of what is another's", bind, "ENODEV")?;
             }
-            End::Unload => guest.wait_until("the module can be unloaded", STEP, || {
-                Ok(guest.unload(Module::Ours).is_ok())
-            })?,
+            End::Unload => guest.unload(Module::Ours)?,
         }
         Ok(vss.wait_closed(STEP)?)
     }

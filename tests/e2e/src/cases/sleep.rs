@@ -208,7 +208,7 @@ fn snapshot_device(guest: &Guest) -> Result<()> {
                 is_said(guest)?;
             }
             if way == "<" && !held_too {
-                idles(guest, &daemon)?;
+                idles(guest, &daemon, STEP)?;
                 // One that comes only now has not heard of it.
                 super::lifecycle::unbind_rebind(guest)?;
                 wait_for_daemon(guest)?;
@@ -265,8 +265,8 @@ fn suspend_in_vain(guest: &Guest) -> Result<()> {
     guest.sh("dmsetup remove hung").map(drop)
 }
 
-/// The daemon has nothing to do, and does nothing.
-fn idles(guest: &Guest, daemon: &Process) -> Result<()> {
+/// The daemon has nothing to do, and does nothing, by then at the latest.
+pub(super) fn idles(guest: &Guest, daemon: &Process, by: Duration) -> Result<()> {
     // Fields of Documentation/filesystems/proc.rst, of which the second one ends with the last bracket: utime
     // and stime are the 14th and the 15th, in hundredths of a second.
     let used = || -> Result<u64> {
@@ -277,7 +277,7 @@ fn idles(guest: &Guest, daemon: &Process) -> Result<()> {
         Ok(times.iter().sum())
     };
     // What it has to do for a backup that may come it does after the first request.
-    guest.wait_until("the daemon idles for a second", STEP, || {
+    guest.wait_until("the daemon idles for a second", by, || {
         let (before, until) = (used()?, guest.clock()? + 1_000_000);
         guest.wait_until("a second has passed", STEP, || Ok(guest.clock()? > until))?;
         Ok(used()? - before < 20)

@@ -298,9 +298,7 @@ impl<'a> Lab<'a> {
             while guest.thaw(path).is_ok() {}
         }
         end_hooks(guest)?;
-        guest.wait_until("the module can be unloaded", STEP, || {
-            Ok(guest.unload(self.stack.module()).is_ok())
-        })?;
+        guest.unload(self.stack.module())?;
         guest.vss().wait_closed(STEP)?;
         if self.fault == Fault::DiskGone {
             self.new_disk()?;
