@@ -435,10 +435,8 @@ impl Service {
             if woken(GUARD) {
                 self.on_guard();
             }
-            if woken(LOCKS) {
-                if self.ends.as_ref().is_some_and(Ends::any) {
-                    self.look_at_once();
-                }
+            if woken(LOCKS) && self.ends.as_ref().is_some_and(Ends::any) {
+                self.look_at_once();
             }
             // And what the host asks before what is due as long as it has not asked, should this have been stopped.
             if woken(DEVICE) {
