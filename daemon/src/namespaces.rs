@@ -182,9 +182,14 @@ fn enter(namespace: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 fn on_a_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    let table = sys::Table::own();
     thread::scope(|scope| {
         let builder = thread::Builder::new().name("namespace".into());
-        let thread = builder.stack_size(128 * 1024).spawn_scoped(scope, work)?;
+        let builder = builder.stack_size(128 * 1024);
+        let thread = builder.spawn_scoped(scope, move || {
+            table.is_own();
+            work()
+        })?;
         thread
             .join()
             .unwrap_or_else(|_| Err(io::Error::other("the thread in the namespace panicked")))

@@ -89,11 +89,13 @@ impl Suspects {
         let mapped: Vec<DevId> = mapped.map(|it| it.dev).collect();
         let told = self.mapper.as_deref().map(|it| ask(it, &mapped, true));
         let told = told.unwrap_or_default();
-        let until = Instant::now() + WORD_TIME;
+        let states = self.all.iter();
+        let states = states.filter_map(|it| Some((it.dev, it.state.as_ref()?)));
+        let without_a_word = without_a_word(states.collect(), Instant::now() + WORD_TIME);
         let stalled = self.all.iter().filter_map(|it| {
-            let why = match &it.state {
-                Some(state) => waits_for_a_word(state, until).then_some(WITHOUT_A_WORD),
-                None => told.get(&it.dev)?.why,
+            let why = match without_a_word.contains(&it.dev) {
+                true => Some(WITHOUT_A_WORD),
+                false => told.get(&it.dev)?.why,
             };
             Some((&it.carries, format!("{} {}", it.name, why?)))
         });
@@ -179,13 +181,17 @@ fn is_full(status: &str) -> bool {
     has("out_of_data_space") && has("queue_if_no_space")
 }
 
-/// Of the status of a mirror: how its disks are, each a letter, and its log.
+/// Of the status of a mirror: how much is in sync, how its disks are, each a letter, and its log. One that has failed to
+/// be read or to be brought in sync is still written to where it is.
 fn has_lost_a_disk(status: &str) -> bool {
     let words: Vec<&str> = status.split_ascii_whitespace().collect();
     let legs = words.first().and_then(|it| it.parse::<usize>().ok());
-    let health = legs.and_then(|legs| words.get(legs.checked_add(3)?));
+    let word = |after: usize| legs.and_then(|legs| words.get(legs.checked_add(after)?));
+    let health = |letters: &[char]| word(3).is_some_and(|it| it.contains(letters));
+    let in_sync = word(1).and_then(|it| it.split_once('/'));
+    let is_in_sync = in_sync.is_some_and(|(some, all)| some == all);
     let log = words.last().filter(|it| ["D", "F"].contains(it));
-    health.is_some_and(|it| it.contains(|letter| letter != 'A')) || log.is_some()
+    health(&['D', 'F']) || (health(&['R', 'S', 'U']) && !is_in_sync) || log.is_some()
 }
 
 /// Of the table of a mirror: what it does then.
@@ -201,15 +207,15 @@ fn state_of(folder: &Path) -> Option<File> {
     state.then(|| File::open(folder.join("md/array_state")).ok())?
 }
 
-/// Whether it does so all the time until then.
-fn waits_for_a_word(state: &File, until: Instant) -> bool {
-    while moving::word(state).is_some_and(|it| it == "write-pending") {
-        if Instant::now() >= until {
-            return true;
+/// Those that wait for a word all the time until then.
+fn without_a_word(mut states: Vec<(DevId, &File)>, until: Instant) -> BTreeSet<DevId> {
+    loop {
+        states.retain(|(_, state)| moving::word(state).is_some_and(|it| it == "write-pending"));
+        if states.is_empty() || Instant::now() >= until {
+            return states.into_iter().map(|(dev, _)| dev).collect();
         }
         thread::sleep(TICK);
     }
-    false
 }
 
 #[cfg(test)]
@@ -246,6 +252,9 @@ mod tests {
             ("2 253:1 253:2 400/400 1 AA 1 core", false),
             ("2 253:1 253:2 400/400 1 AD 1 core", true),
             ("2 253:1 253:2 400/400 1 FA 1 core", true),
+            ("2 253:1 253:2 400/400 1 AR 1 core", false),
+            ("2 253:1 253:2 399/400 1 AR 1 core", true),
+            ("2 253:1 253:2 399/400 1 AA 1 core", false),
             ("2 253:1 253:2 400/400 1 AA 3 disk 253:0 A", false),
             ("2 253:1 253:2 400/400 1 AA 3 disk 253:0 D", true),
             ("", false),
@@ -272,10 +281,33 @@ mod tests {
         assert!(state_of(&root).is_none());
         put("metadata_version", "external:/md127/0");
         let state = state_of(&root).unwrap();
-        let waits = |time| waits_for_a_word(&state, Instant::now() + time);
-        assert!(waits(TICK));
+        let dev = DevId {
+            major: 9,
+            minor: 127,
+        };
+        let waits =
+            |all: &[(DevId, &File)], time| without_a_word(all.to_vec(), Instant::now() + time);
+        assert_eq!(waits(&[(dev, &state)], TICK), [dev].into());
+        // Each has all of the time.
+        put("other", "write-pending");
+        let (other, its) = (
+            DevId {
+                major: 9,
+                minor: 126,
+            },
+            root.join("md/other"),
+        );
+        let its = File::open(its).unwrap();
+        let both = [(dev, &state), (other, &its)];
+        let waiting = thread::scope(|scope| {
+            let waiting = scope.spawn(|| waits(&both, TICK * 50));
+            thread::sleep(TICK * 5);
+            put("other", "active");
+            waiting.join().unwrap()
+        });
+        assert_eq!(waiting, [dev].into());
         put("array_state", "active");
-        assert!(!waits(Duration::from_secs(60)));
+        assert!(waits(&both, Duration::from_secs(60)).is_empty());
         fs::remove_dir_all(&root).unwrap();
     }
 }

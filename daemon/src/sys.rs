@@ -815,6 +815,11 @@ impl Table {
             number: TABLE.get(),
         }
     }
+
+    /// The calling thread has it in common with who has started it.
+    pub fn is_own(self) {
+        TABLE.set(self.number);
+    }
 }
 
 static TABLES: AtomicU64 = AtomicU64::new(0);
