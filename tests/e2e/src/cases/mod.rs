@@ -229,8 +229,9 @@ fn start(guest: &Guest, module: Module, daemon: Daemon) -> Result<Process> {
 
 /// Whether the module holds what the daemon that serves freezes.
 fn module_holds(guest: &Guest) -> Result<bool> {
-    let said = guest.sh("/payload/hv_vss_daemon status --json")?;
-    let said: serde_json::Value = serde_json::from_str(&said)?;
+    // How the last backup went is told by its exit code.
+    let said = guest.try_sh("/payload/hv_vss_daemon status --json")?;
+    let said: serde_json::Value = serde_json::from_str(&said.out)?;
     Ok(said["daemon"]["door"] == "held")
 }
 
