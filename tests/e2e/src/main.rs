@@ -118,16 +118,21 @@ fn select(globs: &[String]) -> Result<Vec<cases::Case>> {
     for glob in globs {
         patterns.push(glob::Pattern::new(glob).with_context(|| format!("{glob:?} is no pattern"))?);
     }
-    let chosen: Vec<_> = cases::all()
-        .into_iter()
-        .filter(|case| patterns.iter().any(|it| it.matches(case.name)))
+    let all = cases::all();
+    // A case that is not run is not seen to be missing.
+    let is_of_none = |it: &&glob::Pattern| !all.iter().any(|case| it.matches(case.name));
+    let of_none: Vec<&str> = patterns
+        .iter()
+        .filter(is_of_none)
+        .map(|it| it.as_str())
         .collect();
     ensure!(
-        !chosen.is_empty(),
+        of_none.is_empty(),
         "no case is called {}; see 'e2e list'",
-        globs.join(" or ")
+        of_none.join(" or ")
     );
-    Ok(chosen)
+    let is_chosen = |case: &cases::Case| patterns.iter().any(|it| it.matches(case.name));
+    Ok(all.into_iter().filter(is_chosen).collect())
 }
 
 /// The cases of a run: those of [`select`] that are in each run, with `all` also the long ones, and

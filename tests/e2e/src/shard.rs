@@ -23,7 +23,7 @@ const USUAL: u32 = 6;
 
 /// Cases that take much longer, in seconds as a run under emulation has printed them. One that is wrong here
 /// costs some balance and nothing else.
-const LONG: [(&str, u32); 77] = [
+const LONG: [(&str, u32); 76] = [
     ("abi/debugfs", 9),
     ("broken/btrfs-balance", 13),
     ("broken/btrfs-read-only-after-a-backup", 15),
@@ -80,7 +80,6 @@ const LONG: [(&str, u32); 77] = [
     ("lifecycle/rescind-offer", 17),
     ("lifecycle/unbind-rebind", 27),
     ("matrix/few", 35),
-    ("owned/deadline", 17),
     ("owned/deadline-after-thaw", 12),
     ("owned/hibernated", 18),
     ("owned/our-daemon", 13),
