@@ -17,7 +17,7 @@ CASE ?= *
 KERNELS ?= 7.3 7.2 testing unstable
 # The cases in which it is the module that is tested; also those of our daemon on it in which that is killed or a disk
 # hangs.
-MODULE_CASES ?= pairing/* lifecycle/* abi/* dialogue/* owned/* hostile/* suspend/* sleep/* deadman/* hangs/*
+MODULE_CASES ?= pairing/* lifecycle/* abi/* dialogue/* owned/* hostile/* suspend/* sleep/* deadman/*
 # Kernels that do not take the module, on which `make test-kernels` runs the daemon's cases with the
 # kernel's own, and which cases those are.
 STOCK_KERNELS ?= 6.12 6.1
