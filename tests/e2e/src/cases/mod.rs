@@ -725,6 +725,14 @@ mod tests {
     }
 
     #[test]
+    fn what_is_known_is_known_of_a_case() {
+        let names = all().into_iter().map(|case| case.name);
+        let names: Vec<&str> = names.collect();
+        let none: [&str; 0] = [];
+        assert_eq!(e2e::known::of_none(names.iter().copied()), none);
+    }
+
+    #[test]
     fn a_leak_is_told_from_noise() {
         let growth = |kernel: &[u64]| {
             let footprint = |kernel: &u64| Footprint {
