@@ -12,8 +12,9 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use crate::apart::Questions;
 use crate::mounts::DevId;
 use crate::process;
 
@@ -26,8 +27,14 @@ const WAITS_FOR_OTHERS: (u32, u32) = (6, 6);
 const FIFREEZE: u64 = 0xc004_5877;
 const SUSPEND: u64 = 0xfd06;
 
-/// Whoever freezes what is frozen already waits for no longer than this.
+/// For how long it is looked who is at it, and how often at most. Whoever freezes waits for one disk write after the other
+/// while it syncs, and does not in between, so that not every look shows it; whoever freezes what is frozen already does
+/// not wait, but for others who do something with it.
 const MOMENT: Duration = Duration::from_millis(100);
+const LOOKS: u32 = 10;
+
+/// How long that may take in all: what is read of a process may have to wait for it.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The number of the first namespace of processes, in which all are seen (`PROC_PID_INIT_INO`).
 const FIRST_NAMESPACE: u64 = 0xeffffffc;
@@ -40,6 +47,23 @@ pub fn under_way(dev: DevId, devices: &[DevId]) -> Option<String> {
     if *WAITS {
         return None;
     }
+    let devices = devices.to_vec();
+    in_time(dev, PATIENCE, move || is_at_it(dev, &devices))
+}
+
+/// What that `look` says. If it hangs nobody knows.
+fn in_time(
+    dev: DevId,
+    limit: Duration,
+    look: impl FnOnce() -> Option<String> + Send + 'static,
+) -> Option<String> {
+    static ASKED: Questions<DevId> = Questions::new();
+    let said = ASKED.ask(dev, &[], limit, move |_| look());
+    said.unwrap_or_else(|_| Some("may be frozen by half: who is at it is not told in time".into()))
+}
+
+/// Who is at it, if anybody, in words.
+fn is_at_it(dev: DevId, devices: &[DevId]) -> Option<String> {
     let proc = Path::new("/proc");
     let sees_all = fs::metadata("/proc/self/ns/pid").is_ok_and(|it| it.ino() == FIRST_NAMESPACE);
     if !sees_all {
@@ -47,15 +71,30 @@ pub fn under_way(dev: DevId, devices: &[DevId]) -> Option<String> {
     }
     let is_mapped = |dev: &DevId| Path::new(&format!("/sys/dev/block/{dev}/dm")).exists();
     let is_mapped = devices.iter().any(is_mapped);
-    let look = || waiting(proc, dev, is_mapped);
-    let first = look();
-    if first.is_empty() {
-        return None;
-    }
-    thread::sleep(MOMENT);
-    let them = look();
-    let (pid, what) = them.intersection(&first).next()?;
+    let until = Instant::now() + MOMENT;
+    let looks = (0..LOOKS).map_while(|number| {
+        if number > 0 {
+            thread::sleep(MOMENT / LOOKS);
+        }
+        // Of one that takes long there are two all the same.
+        (number < 2 || Instant::now() < until).then(|| waiting(proc, dev, is_mapped))
+    });
+    let (pid, what) = seen_twice(looks)?;
     Some(format!("{what} (process {pid}), which is not done"))
+}
+
+/// Whoever is seen by two of these looks.
+fn seen_twice<T: Ord>(looks: impl Iterator<Item = BTreeSet<T>>) -> Option<T> {
+    let mut seen = BTreeSet::new();
+    for them in looks {
+        for it in them {
+            if seen.contains(&it) {
+                return Some(it);
+            }
+            seen.insert(it);
+        }
+    }
+    None
 }
 
 /// The threads that are, or may be, in the middle of that, each with its process and what is said of it.
@@ -126,6 +165,36 @@ fn is_on(thread: &Path, fd: u64, dev: DevId) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Barrier;
+
+    #[test]
+    fn whoever_is_seen_now_and_then_is_at_it() {
+        let seen = |looks: &[&[u32]]| {
+            let looks = looks.iter().map(|them| them.iter().copied().collect());
+            seen_twice(looks)
+        };
+        assert_eq!(seen(&[]), None);
+        assert_eq!(seen(&[&[1, 2], &[], &[3]]), None);
+        assert_eq!(seen(&[&[], &[1], &[2], &[], &[2, 3]]), Some(2));
+    }
+
+    #[test]
+    fn who_is_at_it_is_not_known_if_a_look_hangs() {
+        static HANGS: Barrier = Barrier::new(2);
+        let dev = DevId {
+            major: 8,
+            minor: 77,
+        };
+        let hang = || {
+            HANGS.wait();
+            None
+        };
+        assert!(in_time(dev, Duration::from_millis(50), hang).is_some());
+        // Nobody waits for it again.
+        assert!(in_time(dev, Duration::from_secs(60), || None).is_some());
+        assert!(in_time(DevId::default(), Duration::from_secs(60), || None).is_none());
+        HANGS.wait();
+    }
 
     #[test]
     fn who_waits_in_a_freeze_of_it_is_found_by_descriptor_and_mount() {

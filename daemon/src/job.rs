@@ -439,7 +439,7 @@ impl Freezer {
         let is_watched = door.watched_every().is_some();
         let frozen_below = targets.iter();
         let frozen_below = frozen_below.flat_map(|it| it.below.iter().flatten().chain(&it.devices));
-        let images = Images::find().but(&frozen_below.copied().collect());
+        let frozen_below: BTreeSet<DevId> = frozen_below.copied().collect();
         let perhaps = at_rest.perhaps.clone();
         let mut counters = Counters::new(at_rest.clone());
         let mut at_rest = AtRest::new(at_rest.watched);
@@ -453,7 +453,10 @@ impl Freezer {
             log.warning(it.to_string());
         }
         let targets: Vec<Target> = match is_watched {
-            true => look_out_for_writes(targets, &images, &mut counters, log),
+            true => {
+                let images = Images::find().but(&frozen_below);
+                look_out_for_writes(targets, &images, &mut counters, log)
+            }
             false => targets.into_iter().map(target).collect(),
         };
         let means = Means {
@@ -564,7 +567,7 @@ impl Freezer {
             at_rest,
             counters,
             perhaps,
-            images: images.names(),
+            frozen_below,
             layers,
             devices,
             moving,
@@ -619,6 +622,10 @@ impl Freezer {
         }
         // What has begun may be on a device that was not there before.
         begun.extend(begun_since(self.cache.layers()));
+        let images = match written.iter().any(|it| it.is_certain) {
+            true => images_by(by).but(&frozen.frozen_below).names(),
+            false => Vec::new(),
+        };
         for it in &written {
             let node = &it.node;
             if !it.is_certain {
@@ -628,8 +635,8 @@ impl Freezer {
                 ));
                 continue;
             }
-            let images = (!frozen.images.is_empty()).then(|| {
-                let images = frozen.images.join(", ");
+            let images = (!images.is_empty()).then(|| {
+                let images = images.join(", ");
                 format!(", or by the kernel to the file of {images}")
             });
             let perhaps = frozen.perhaps.as_ref();
@@ -730,6 +737,15 @@ fn done_by<S: Send + 'static, T: Send + 'static>(
     builder.stack_size(STACK_BYTES).spawn(body).ok()?;
     let left = by.saturating_duration_since(Instant::now());
     told.recv_timeout(left).ok()
+}
+
+/// What others have as a disk that is a file, as far as it is known `by` then.
+fn images_by(by: Option<Instant>) -> Images {
+    let Some(by) = by else {
+        return Images::find();
+    };
+    let found = done_by(by, (), |()| Images::find());
+    found.map_or_else(Images::untold, |(_, images)| images)
 }
 
 /// Warnings that are said and kept: with them a good backup is not all that it might be.
@@ -932,8 +948,8 @@ pub struct Frozen {
     counters: Counters,
     /// One that goes on and may be on any disk.
     perhaps: Option<String>,
-    /// What others have as a disk that is a file on what is frozen, perhaps.
-    images: Vec<String>,
+    /// What is written to only by what is frozen.
+    frozen_below: BTreeSet<DevId>,
     /// What may move data from disk to disk below it, the devices that it is on, and what did so before.
     layers: Arc<Layers>,
     devices: BTreeSet<DevId>,

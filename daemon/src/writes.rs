@@ -6,7 +6,7 @@
 //! shows it. What was written in between does. Facts only; what follows is decided in
 //! [`crate::freeze`].
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{self, File};
@@ -37,7 +37,11 @@ const IN_FLIGHT: usize = 8;
 /// says that it does not (`alloc_io` in `drivers/md/dm.c`).
 const MAPPED_GO_BY_IOSTATS: (u32, u32) = (6, 4);
 
-/// How long a look-up of what is swapped to may take, or at whether something counts.
+/// Since when a loop device that writes past the cache waits for what its file is on to be thawed. Stable kernels from
+/// before have learnt it since, which their first two numbers do not tell.
+const LOOPS_HEED_FREEZES: (u32, u32) = (6, 16);
+
+/// How long a look-up of what is swapped to may take, or of what is exported, or at whether something counts.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The counters behind one file system, open. A device that has none, or that does not count, adds nothing: see
@@ -399,16 +403,13 @@ impl SwapFiles {
     /// Those that there are.
     pub fn find() -> Self {
         let swaps = fs::read("/proc/swaps").unwrap_or_default();
-        Self::among(of_kind(&swaps, b"file"), found_at)
+        Self::among(found_at(of_kind(&swaps, b"file").collect()))
     }
 
-    fn among(
-        paths: impl Iterator<Item = PathBuf>,
-        found_at: impl Fn(PathBuf) -> Option<Found>,
-    ) -> Self {
+    fn among(found: Vec<Option<Found>>) -> Self {
         let mut files = SwapFiles::default();
-        for path in paths {
-            match found_at(path) {
+        for it in found {
+            match it {
                 Some(Found::File(dev)) => files.on.push(dev),
                 Some(Found::Device(_)) | None => files.is_one_lost = true,
             }
@@ -447,25 +448,26 @@ struct Image {
 }
 
 impl Images {
-    /// Those that there are.
+    /// Those that there are, which may take a few seconds.
     pub fn find() -> Self {
-        let mut all = loops_past_the_cache();
-        let places = [
+        const PLACES: [(&str, &str, &str); 2] = [
             ("/sys/kernel/config/target/core", "fileio_", "info"),
             ("/sys/kernel/config/nvmet/subsystems", "", "device_path"),
         ];
-        for (folder, prefix, file) in places {
-            for (name, path) in exported(Path::new(folder), prefix, file) {
-                let on = match found_at(path) {
-                    Some(Found::File(dev)) => Some(dev),
-                    Some(Found::Device(_)) => continue,
-                    None => None,
-                };
-                let device = None;
-                all.push(Image { name, device, on });
-            }
-        }
+        let list = || {
+            let all = PLACES.into_iter();
+            let all =
+                all.flat_map(|(folder, prefix, file)| exported(folder.as_ref(), prefix, file));
+            all.collect()
+        };
+        let mut all = loops_past_the_cache();
+        all.extend(images_among(list, PATIENCE));
         Images(all)
+    }
+
+    /// What there is where nobody has told: one that may be anywhere.
+    pub fn untold() -> Self {
+        Images(vec![Image::untold()])
     }
 
     /// Without those that are written to only by what is on these devices: that is frozen as well.
@@ -488,25 +490,77 @@ impl Images {
     }
 }
 
+impl Image {
+    fn untold() -> Self {
+        Image {
+            name: "something exported that is not told in time".into(),
+            device: None,
+            on: None,
+        }
+    }
+}
+
 /// The loop devices that write past the cache of what their file is on.
 fn loops_past_the_cache() -> Vec<Image> {
+    // The kernel that runs stays what it is.
+    static HEED: LazyLock<bool> =
+        LazyLock::new(|| process::kernel_version().is_some_and(|it| it >= LOOPS_HEED_FREEZES));
+    if *HEED {
+        return Vec::new();
+    }
     let all = fs::read_dir("/sys/block").into_iter().flatten().flatten();
     let all = all.filter(|it| it.file_name().as_encoded_bytes().starts_with(b"loop"));
-    let is_one = |it: &fs::DirEntry| {
-        let said = fs::read_to_string(it.path().join("loop/dio"));
-        said.is_ok_and(|it| it.trim_end() == "1")
-    };
-    let found = all.filter(is_one).filter_map(|it| {
-        let dev = dev_in(&it.path())?;
-        let known = all_below(&BTreeSet::from([dev]));
+    let all = all.filter(|it| writes_past_the_cache(&it.path()));
+    let found = all.filter_map(|it| {
+        let name = it.file_name().to_string_lossy().into_owned();
+        Some((dev_in(&it.path())?, name))
+    });
+    let found: BTreeMap<DevId, String> = found.collect();
+    // All at once, so that those that hang are waited for no longer than one.
+    let known = all_below(&found.keys().copied().collect());
+    let images = found.into_iter().filter_map(|(dev, name)| {
         let backing = known.get(&dev)?.backing.as_ref()?;
         Some(Image {
-            name: it.file_name().to_string_lossy().into_owned(),
+            name,
             device: Some(dev),
             on: backing.dev,
         })
     });
-    found.collect()
+    images.collect()
+}
+
+/// Whether the loop device with this folder in sysfs does, and may be written to at all.
+fn writes_past_the_cache(folder: &Path) -> bool {
+    let says = |file: &str, word: &str| {
+        let said = fs::read_to_string(folder.join(file));
+        said.is_ok_and(|it| it.trim_end() == word)
+    };
+    says("loop/dio", "1") && !says("ro", "1")
+}
+
+/// Those among what `list` says to be exported, each by a name and a path. Whoever removes one keeps that part of
+/// configfs locked until the disk below has done all that it has in hand (`nvmet_ns_disable` in
+/// `drivers/nvme/target/core.c`), and to list it takes that lock.
+fn images_among(
+    list: impl FnOnce() -> Vec<(String, PathBuf)> + Send + 'static,
+    limit: Duration,
+) -> Vec<Image> {
+    static ASKED: Questions<()> = Questions::new();
+    let Ok(exported) = ASKED.ask((), &[], limit, move |_| list()) else {
+        return vec![Image::untold()];
+    };
+    let (names, paths): (Vec<String>, Vec<PathBuf>) = exported.into_iter().unzip();
+    let images = names.into_iter().zip(found_at(paths));
+    let images = images.filter_map(|(name, found)| {
+        let on = match found {
+            Some(Found::File(dev)) => Some(dev),
+            Some(Found::Device(_)) => return None,
+            None => None,
+        };
+        let device = None;
+        Some(Image { name, device, on })
+    });
+    images.collect()
 }
 
 /// What is exported by way of configfs: by a name, and the path that this `file` shows, which is two folders down, or three
@@ -561,7 +615,8 @@ pub fn swapped_to_as_a_whole() -> Option<Vec<DevId>> {
     let all = fs::read_dir("/sys/block").into_iter().flatten().flatten();
     let behind_zram = all.filter(is_zram).filter_map(behind_zram);
     let paths = of_kind(&swaps, b"partition").chain(behind_zram);
-    let devices = paths.map(|path| match found_at(path)? {
+    let found = found_at(paths.collect()).into_iter();
+    let devices = found.map(|it| match it? {
         Found::Device(dev) => Some(dev),
         Found::File(_) => None,
     });
@@ -585,19 +640,39 @@ enum Found {
     Device(DevId),
 }
 
-/// The path is one of whoever has swapping begun there: in another namespace, or below what does not answer, it leads
-/// nowhere.
-fn found_at(path: PathBuf) -> Option<Found> {
+/// The paths are those of whoever has swapping begun there, or something exported: in another namespace, or below what
+/// does not answer, one leads nowhere.
+fn found_at(paths: Vec<PathBuf>) -> Vec<Option<Found>> {
+    find_each(paths, PATIENCE, |path| {
+        let meta = fs::metadata(path).ok()?;
+        let kind = meta.file_type();
+        if kind.is_block_device() {
+            return Some(Found::Device(DevId::from_raw(meta.rdev())));
+        }
+        kind.is_file()
+            .then(|| Found::File(DevId::from_raw(meta.dev())))
+    })
+}
+
+/// In their order. Those that hang are waited for together.
+fn find_each(
+    paths: Vec<PathBuf>,
+    limit: Duration,
+    look: impl Fn(&Path) -> Option<Found> + Send + Sync + 'static,
+) -> Vec<Option<Found>> {
     static ASKED: Questions<PathBuf> = Questions::new();
-    let asked = path.clone();
-    let look = move |_| fs::metadata(asked).ok();
-    let meta = ASKED.ask(path, &[], PATIENCE, look).ok()??;
-    let kind = meta.file_type();
-    if kind.is_block_device() {
-        return Some(Found::Device(DevId::from_raw(meta.rdev())));
-    }
-    kind.is_file()
-        .then(|| Found::File(DevId::from_raw(meta.dev())))
+    let mut found = vec![None; paths.len()];
+    let lot = Lot {
+        abouts: paths.clone(),
+        fds: Vec::new(),
+    };
+    let look = move |number: usize, _: &[_]| look(paths.get(number)?);
+    ASKED.ask_all(vec![lot], limit, look, |number, said| {
+        if let Some(place) = found.get_mut(number) {
+            *place = said.ok().flatten();
+        }
+    });
+    found
 }
 
 #[cfg(test)]
@@ -605,6 +680,8 @@ mod tests {
     use super::*;
     use std::path::Path;
     use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::Barrier;
+    use std::time::Instant;
 
     #[test]
     fn sectors_written_are_the_seventh_number() {
@@ -663,6 +740,60 @@ mod tests {
         assert_eq!(images.that_may_be_on(dev(1)), ["loop1", "fileio_0/b"]);
         assert_eq!(images.that_may_be_on(dev(2)), ["fileio_0/a", "fileio_0/b"]);
         assert_eq!(images.names().len(), 3);
+    }
+
+    #[test]
+    fn what_is_exported_may_be_anywhere_if_configfs_hangs() {
+        static HANGS: Barrier = Barrier::new(2);
+        let hang = || {
+            HANGS.wait();
+            Vec::new()
+        };
+        let anywhere = [Image::untold()];
+        let found = images_among(hang, Duration::from_millis(50));
+        assert_eq!(found, anywhere);
+        // Nobody waits for it again.
+        let found = images_among(Vec::new, Duration::from_secs(60));
+        assert_eq!(found, anywhere);
+        HANGS.wait();
+        let images = Images(anywhere.into());
+        assert_eq!(images.that_may_be_on(DevId::default()).len(), 1);
+    }
+
+    #[test]
+    fn paths_that_hang_are_waited_for_together() {
+        static HANG: Barrier = Barrier::new(4);
+        const LIMIT: Duration = Duration::from_millis(500);
+        let file = Found::File(DevId::default());
+        let look = move |path: &Path| {
+            if path.starts_with("/hangs") {
+                HANG.wait();
+            }
+            Some(file)
+        };
+        let paths = ["/hangs/a", "/b", "/hangs/c", "/hangs/d", "/e"];
+        let begin = Instant::now();
+        let found = find_each(paths.map(PathBuf::from).into(), LIMIT, look);
+        assert!(begin.elapsed() < LIMIT * 2, "{:?}", begin.elapsed());
+        assert_eq!(found, [None, Some(file), None, None, Some(file)]);
+        HANG.wait();
+    }
+
+    #[test]
+    fn a_loop_device_that_is_not_written_to_writes_past_no_freeze() {
+        let root = std::env::temp_dir().join(format!("hv-vss-loops-{}", std::process::id()));
+        let writes = |name: &str, dio: &str, ro: &str| {
+            let folder = root.join(name);
+            fs::create_dir_all(folder.join("loop")).unwrap();
+            fs::write(folder.join("loop/dio"), dio).unwrap();
+            fs::write(folder.join("ro"), ro).unwrap();
+            writes_past_the_cache(&folder)
+        };
+        assert!(writes("loop0", "1\n", "0\n"));
+        assert!(!writes("loop1", "1\n", "1\n"));
+        assert!(!writes("loop2", "0\n", "0\n"));
+        assert!(!writes_past_the_cache(&root.join("loop3")), "it is unbound");
+        fs::remove_dir_all(&root).unwrap();
     }
 
     #[test]
@@ -784,12 +915,7 @@ mod tests {
     #[test]
     fn a_file_that_is_swapped_to_and_not_found_may_be_anywhere() {
         let dev = |text: &str| text.parse().unwrap();
-        let among = |found: &[Option<Found>]| {
-            let mut found = found.iter().copied();
-            let paths = vec![PathBuf::new(); found.len()];
-            let found = std::cell::RefCell::new(&mut found);
-            SwapFiles::among(paths.into_iter(), |_| found.borrow_mut().next().flatten())
-        };
+        let among = |found: &[Option<Found>]| SwapFiles::among(found.to_vec());
         let file = Some(Found::File(dev("8:1")));
         let may_be_on =
             |files: &SwapFiles| ["8:1", "8:2", "0:40"].map(|it| files.may_be_on(dev(it)));
