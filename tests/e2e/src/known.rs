@@ -264,6 +264,11 @@ const KNOWN: &[Known] = &[
         why: "the program that serves the device ends",
     },
     Known {
+        text: "bitmap file is out of date",
+        cases: &["volumes/*"],
+        why: "md writes a clean array's count of events first and then its bitmap's: a copy may have been made in between",
+    },
+    Known {
         text: "scsi_debug: trim poll_queues to 0",
         cases: &["broken/disk-gone", "scope/not-known-to-be-hardware"],
         why: "the kernel's simulated disk has no more queues than processors",
