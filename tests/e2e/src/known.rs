@@ -266,7 +266,7 @@ const KNOWN: &[Known] = &[
     Known {
         text: "bitmap file is out of date",
         cases: &["volumes/*"],
-        why: "md writes a clean array's count of events first and then its bitmap's: a copy may have been made in between",
+        why: "for a moment md's count of events is ahead of its bitmap's, and a copy may be of that moment",
     },
     Known {
         text: "scsi_debug: trim poll_queues to 0",
