@@ -187,7 +187,7 @@ fn on_a_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Resu
         let builder = thread::Builder::new().name("namespace".into());
         let builder = builder.stack_size(128 * 1024);
         let thread = builder.spawn_scoped(scope, move || {
-            table.is_own();
+            table.adopt();
             work()
         })?;
         thread

@@ -91,7 +91,9 @@ impl Suspects {
         let told = told.unwrap_or_default();
         let states = self.all.iter();
         let states = states.filter_map(|it| Some((it.dev, it.state.as_ref()?)));
-        let without_a_word = without_a_word(states.collect(), Instant::now() + WORD_TIME);
+        let without_a_word = without_a_word(states.collect(), Instant::now() + WORD_TIME, |it| {
+            waits_for_a_word(it)
+        });
         let stalled = self.all.iter().filter_map(|it| {
             let why = match without_a_word.contains(&it.dev) {
                 true => Some(WITHOUT_A_WORD),
@@ -207,10 +209,18 @@ fn state_of(folder: &Path) -> Option<File> {
     state.then(|| File::open(folder.join("md/array_state")).ok())?
 }
 
-/// Those that wait for a word all the time until then.
-fn without_a_word(mut states: Vec<(DevId, &File)>, until: Instant) -> BTreeSet<DevId> {
+fn waits_for_a_word(state: &File) -> bool {
+    moving::word(state).is_some_and(|it| it == "write-pending")
+}
+
+/// Those that wait for a word at each look until then.
+fn without_a_word<T>(
+    mut states: Vec<(DevId, T)>,
+    until: Instant,
+    waits: impl Fn(&T) -> bool,
+) -> BTreeSet<DevId> {
     loop {
-        states.retain(|(_, state)| moving::word(state).is_some_and(|it| it == "write-pending"));
+        states.retain(|(_, state)| waits(state));
         if states.is_empty() || Instant::now() >= until {
             return states.into_iter().map(|(dev, _)| dev).collect();
         }
@@ -221,6 +231,7 @@ fn without_a_word(mut states: Vec<(DevId, &File)>, until: Instant) -> BTreeSet<D
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::Cell;
 
     fn told(kind: &str, status: &str, table: &str) -> Option<&'static str> {
         let all = |text: &str| {
@@ -269,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn an_md_waits_for_a_word_as_long_as_none_is_given() {
+    fn an_md_whose_metadata_a_program_keeps_waits_for_its_word() {
         let root = std::env::temp_dir().join(format!("hv-vss-stalled-{}", std::process::id()));
         let put = |name: &str, text: &str| {
             fs::create_dir_all(root.join("md")).unwrap();
@@ -281,33 +292,25 @@ mod tests {
         assert!(state_of(&root).is_none());
         put("metadata_version", "external:/md127/0");
         let state = state_of(&root).unwrap();
-        let dev = DevId {
-            major: 9,
-            minor: 127,
-        };
-        let waits =
-            |all: &[(DevId, &File)], time| without_a_word(all.to_vec(), Instant::now() + time);
-        assert_eq!(waits(&[(dev, &state)], TICK), [dev].into());
-        // Each has all of the time.
-        put("other", "write-pending");
-        let (other, its) = (
-            DevId {
-                major: 9,
-                minor: 126,
-            },
-            root.join("md/other"),
-        );
-        let its = File::open(its).unwrap();
-        let both = [(dev, &state), (other, &its)];
-        let waiting = thread::scope(|scope| {
-            let waiting = scope.spawn(|| waits(&both, TICK * 50));
-            thread::sleep(TICK * 5);
-            put("other", "active");
-            waiting.join().unwrap()
-        });
-        assert_eq!(waiting, [dev].into());
+        assert!(waits_for_a_word(&state));
         put("array_state", "active");
-        assert!(waits(&both, Duration::from_secs(60)).is_empty());
+        assert!(!waits_for_a_word(&state));
         fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn each_has_all_of_the_time_for_its_word() {
+        let [dead, busy] = [127, 126].map(|minor| DevId { major: 9, minor });
+        let looks = Cell::new(0);
+        // The busy one waits again by the time that is over.
+        let waits = |it: &DevId| {
+            looks.set(looks.get() + u32::from(*it == dead));
+            *it == dead || looks.get() > 1
+        };
+        let both = vec![(dead, dead), (busy, busy)];
+        let without = without_a_word(both, Instant::now() + TICK * 3, waits);
+        assert_eq!(without, [dead].into());
+        let none = without_a_word(vec![(dead, ())], Instant::now() + WORD_TIME, |()| false);
+        assert!(none.is_empty());
     }
 }

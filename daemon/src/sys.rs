@@ -817,7 +817,7 @@ impl Table {
     }
 
     /// The calling thread has it in common with who has started it.
-    pub fn is_own(self) {
+    pub fn adopt(self) {
         TABLE.set(self.number);
     }
 }

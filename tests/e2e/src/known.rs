@@ -137,7 +137,7 @@ const KNOWN: &[Known] = &[
             "dialogue/*",
             "foreign/*",
             "freeze/*",
-                    "hooks/*",
+            "hooks/*",
             "hostile/*",
             "judges/*",
             "lifecycle/*",
