@@ -14,7 +14,6 @@ use core::ptr;
 use core::ptr::NonNull;
 use kernel::bindings as raw;
 use kernel::error::to_result;
-use kernel::fs::LocalFile;
 use kernel::prelude::*;
 
 /// A file system that is kept mounted: an unmount gets `EBUSY`, a lazy one is completed when this
@@ -31,19 +30,20 @@ pub(crate) struct FileSystem {
 unsafe impl Send for FileSystem {}
 
 impl FileSystem {
-    /// The file system of the caller's open descriptor `fd`.
+    /// The file system of the caller's open descriptor `fd`, which may be a path only (`O_PATH`): that is had without
+    /// a word to the file system, which may hang.
     ///
     /// # Errors
     ///
-    /// `EBADF` when it is not open, or only a path (`O_PATH`).
+    /// `EBADF` when it is not open.
     pub(crate) fn of(fd: i32) -> Result<Self> {
-        let file = LocalFile::fget(u32::try_from(fd).map_err(|_| EBADF)?)?;
+        let fd = u32::try_from(fd).map_err(|_| EBADF)?;
         // The mount, not the file: a descriptor can be sent through itself, and would never be
         // closed.
         //
-        // SAFETY: The file is open, so it has a mount, which it keeps.
-        let mount = unsafe { raw::mntget(bindings::hv_vss_file_mount(file.as_ptr())) };
-        // INVARIANT: `mntget` has taken a reference.
+        // SAFETY: Any number will do.
+        let mount = unsafe { bindings::hv_vss_mount_of(fd) };
+        // INVARIANT: A reference was taken.
         Ok(FileSystem {
             mount: NonNull::new(mount).ok_or(EBADF)?,
         })

@@ -82,9 +82,16 @@ bool hv_vss_ns_capable(struct user_namespace *ns, int capability)
 	return ns_capable(ns, capability);
 }
 
-struct vfsmount *hv_vss_file_mount(const struct file *file)
+struct vfsmount *hv_vss_mount_of(unsigned int fd)
 {
-	return file->f_path.mnt;
+	struct file *file = fget_raw(fd);
+	struct vfsmount *mount;
+
+	if (!file)
+		return NULL;
+	mount = mntget(file->f_path.mnt);
+	fput(file);
+	return mount;
 }
 
 #define HV_VSS_HOLDER	((enum freeze_holder)(FREEZE_HOLDER_KERNEL | FREEZE_EXCL))

@@ -49,8 +49,11 @@ void hv_vss_device_unlock(struct device *dev);
 /* ns_capable(): whether the caller may do that, an inline where there is one user only. */
 bool hv_vss_ns_capable(struct user_namespace *ns, int capability);
 
-/* The mount that @file was opened through. */
-struct vfsmount *hv_vss_file_mount(const struct file *file);
+/*
+ * The mount that the caller's descriptor @fd was opened through, also as a path only (O_PATH), with a reference
+ * to it; NULL when it is not open.
+ */
+struct vfsmount *hv_vss_mount_of(unsigned int fd);
 
 /*
  * Freezes or thaws the file system of @sb as the kernel does for itself, exclusively for @owner, by the

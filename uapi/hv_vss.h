@@ -111,6 +111,7 @@
 
 /* Feature bits, in hv_vss_registered.features: */
 #define HV_VSS_FEATURE_HOLD		0x1	/* HV_VSS_IOC_FREEZE and HV_VSS_IOC_THAW */
+#define HV_VSS_FEATURE_PATHS		0x2	/* their fd may be open with O_PATH */
 
 /* Records in hv_vss_freeze_info.luns. */
 #define HV_VSS_MAX_LUNS			260
@@ -197,7 +198,7 @@ struct hv_vss_freeze_info {
  * disk hangs: what comes of the freeze then is undone at once. What others have frozen can be held
  * beside them: it goes on when the last of them lets go.
  *
- *  EBADF       fd is not open
+ *  EBADF       fd is not open, or with O_PATH where that will not do
  *  EBUSY       it is held already, by this daemon or by another exclusive owner. What this one holds with
  *              another id may be thawed before the FREEZE is answered, and then counts for none: thaw it first
  *  EINVAL      flags or reserved is not 0, or count is 0 or more than max_held
@@ -216,7 +217,7 @@ struct hv_vss_freeze_info {
  */
 struct hv_vss_ioc_freeze {	/* 32 bytes */
 	__u64 id;		/* the request's, or 0 */
-	__s32 fd;		/* open on the file system, in any mode but O_PATH */
+	__s32 fd;		/* open on the file system; with O_PATH where HV_VSS_FEATURE_PATHS says so */
 	__u32 flags;		/* 0 */
 	__u32 deadline_ms;	/* with the first: from now until all is thawed; 0: the module's limit */
 	__u32 count;		/* with the first: how many will be held; memory for them is set aside */

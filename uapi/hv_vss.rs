@@ -174,6 +174,8 @@ pub struct Register {
 pub mod feature {
     /// [`super::IOC_FREEZE`] and [`super::IOC_THAW`].
     pub const HOLD: u32 = 1;
+    /// [`super::IocFreeze::fd`] and [`super::IocThaw::fd`] may be open as paths only (`O_PATH`).
+    pub const PATHS: u32 = 2;
 }
 
 /// `struct hv_vss_registered`: 40 bytes.

@@ -164,7 +164,10 @@ pub(super) fn put_registered(out: &mut [u8], max_held: u32) -> Option<usize> {
         abi_version: uapi::ABI_V2,
         // CAST: 6,300.
         max_frame: uapi::MAX_FRAME as u32,
-        features: if max_held > 0 { feature::HOLD } else { 0 },
+        features: match max_held {
+            0 => 0,
+            _ => feature::HOLD | feature::PATHS,
+        },
         max_held,
     };
     put(out, &[reply.as_bytes()])

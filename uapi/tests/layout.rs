@@ -181,6 +181,7 @@ fn constants() -> Vec<(&'static str, u64)> {
         ("HV_VSS_THAWED_CALLED_OFF", uapi::thawed::CALLED_OFF.into()),
         ("HV_VSS_THAWED_GONE", uapi::thawed::GONE.into()),
         ("HV_VSS_FEATURE_HOLD", uapi::feature::HOLD.into()),
+        ("HV_VSS_FEATURE_PATHS", uapi::feature::PATHS.into()),
         ("HV_VSS_IOC_FREEZE", uapi::IOC_FREEZE.into()),
         ("HV_VSS_IOC_THAW", uapi::IOC_THAW.into()),
         ("HV_VSS_MAX_LUNS", uapi::MAX_LUNS as u64),

@@ -1014,7 +1014,8 @@ fn the_module_holds_for_a_v2_daemon_and_an_open_freeze() {
 
 #[test]
 fn a_module_that_cannot_hold_does_not_offer_it() {
-    for (max_held, features) in [(0, 0), (16, uapi::feature::HOLD)] {
+    let all = uapi::feature::HOLD | uapi::feature::PATHS;
+    for (max_held, features) in [(0, 0), (16, all)] {
         let mut store = Vec::new();
         let mut w = world_with(&mut store, Config { max_held, ..CONFIG });
         w.open();
