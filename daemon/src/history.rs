@@ -178,6 +178,11 @@ impl Draft {
         }
     }
 
+    /// How long ago it began.
+    pub fn age(&self) -> Duration {
+        self.start.elapsed()
+    }
+
     fn us(&self, at: Instant) -> u64 {
         let passed = at.saturating_duration_since(self.start);
         u64::try_from(passed.as_micros()).unwrap_or(u64::MAX)
@@ -338,6 +343,8 @@ impl History {
             }
         }
         file.write_all(line.as_bytes())?;
+        // Whoever looks for it after the machine has died finds it, and the next freeze has less to write.
+        file.sync_all()?;
         Ok(file.metadata()?.len())
     }
 
@@ -365,11 +372,11 @@ impl History {
 }
 
 /// What is known of the backup under way, in the run directory, which is in memory: so it can be written
-/// while disks are frozen. It is there from before anything is frozen until the history has the entry, and
+/// while disks are frozen. It is there from the answer to FREEZE at the latest until the history has the entry, and
 /// whoever finds it at a start has to see to that.
 ///
-/// A FREEZE waits for the first word of it, so the file stays open, empty, from one backup to the next, and
-/// that word is a single write.
+/// A FREEZE waits for nothing of it: what is to be said first is kept until there is time, and the file stays open and
+/// blank, with memory for that, from one backup to the next.
 #[derive(Debug)]
 pub struct Unfinished {
     path: PathBuf,
@@ -381,11 +388,16 @@ pub struct Unfinished {
 #[derive(Debug, Default)]
 struct Page {
     file: Option<File>,
-    /// Bytes that are in it.
+    /// Bytes that are in it and count.
     length: u64,
     /// Counts what was put there.
     edition: u64,
+    /// What is to be put there when there is time.
+    first: Option<Entry>,
 }
+
+/// What is in it when it is blank, so that it has a page of memory all the time.
+const BLANK: &[u8] = b"\n";
 
 impl Page {
     fn is_blank(&self) -> bool {
@@ -401,6 +413,17 @@ impl Page {
             self.length += bytes.len() as u64;
         }
         Ok(())
+    }
+
+    fn blank(&mut self) -> io::Result<()> {
+        self.length = 0;
+        match &self.file {
+            Some(file) => {
+                file.set_len(0)?;
+                file.write_all_at(BLANK, 0)
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -450,29 +473,41 @@ impl Unfinished {
     }
 
     /// A backup begins; should this be all that is ever known, the daemon has died before FREEZE was
-    /// answered.
-    pub fn begin(&mut self, entry: &Entry) -> Result<(), HistoryError> {
-        let why = Some("the daemon died during it".into());
-        let entry = Entry {
+    /// answered. It is written with [`Unfinished::note`].
+    pub fn begin(&mut self, entry: &Entry) {
+        self.page().first = Some(Entry {
             result: Verdict::Failed,
-            why,
+            why: Some("the daemon died during it".into()),
             ..entry.clone()
-        };
-        let mut page = self.page();
-        if !page.is_blank() {
-            drop(page);
-            return self.put(&entry);
-        }
-        page.edition += 1;
-        let written = line_of(&entry).and_then(|it| page.append(&it));
-        written.map_err(self.failed("write"))
+        });
+    }
+
+    /// There is time to write what is known so far, unless it is written.
+    pub fn note(&mut self) -> Result<(), HistoryError> {
+        self.note_with(&[])
     }
 
     /// FREEZE was answered, so many microseconds after the beginning. While all is frozen this takes no
-    /// further memory and looks up no path.
-    pub fn answered(&self, us: u64) -> Result<(), HistoryError> {
-        let written = self.page().append(us.to_string().as_bytes());
-        written.map_err(self.failed("write"))
+    /// further memory and looks up no path, unless somebody has removed the file.
+    pub fn answered(&mut self, us: u64) -> Result<(), HistoryError> {
+        self.note_with(us.to_string().as_bytes())
+    }
+
+    fn note_with(&mut self, more: &[u8]) -> Result<(), HistoryError> {
+        let mut page = self.page();
+        let mut bytes = Vec::new();
+        if let Some(entry) = page.first.take() {
+            if page.is_blank() {
+                page.edition += 1;
+                bytes = line_of(&entry).map_err(self.failed("write"))?;
+            } else {
+                drop(page);
+                self.put(&entry)?;
+                page = self.page();
+            }
+        }
+        bytes.extend_from_slice(more);
+        page.append(&bytes).map_err(self.failed("write"))
     }
 
     /// How it went is known. What was there before is there until this is, whole.
@@ -493,6 +528,7 @@ impl Unfinished {
             file: Some(file),
             length,
             edition: page.edition + 1,
+            first: None,
         };
         Ok(())
     }
@@ -513,9 +549,11 @@ impl Unfinished {
             file: Some(file),
             length: bytes.len() as u64,
             edition: page.edition + 1,
+            first: None,
         };
-        if bytes.is_empty() {
-            return Ok(None);
+        if bytes.is_empty() || bytes == BLANK {
+            let blank = page.blank();
+            return blank.map(|()| None).map_err(self.failed("write"));
         }
         let text = String::from_utf8_lossy(&bytes);
         let (line, answered) = text.split_once('\n').unwrap_or((&text, ""));
@@ -543,14 +581,10 @@ impl Unfinished {
         let edition = self.page().edition;
         move || {
             let mut page = page.lock().unwrap_or_else(PoisonError::into_inner);
-            if page.edition != edition {
-                return Ok(());
+            match page.edition == edition {
+                true => page.blank().map_err(failed),
+                false => Ok(()),
             }
-            if let Some(file) = &page.file {
-                file.set_len(0).map_err(failed)?;
-            }
-            page.length = 0;
-            Ok(())
         }
     }
 }
@@ -570,7 +604,6 @@ fn line_of(entry: &Entry) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use std::time::Duration;
 
     /// A backup of one file system with one hook.
     pub(crate) fn example() -> Entry {
@@ -762,7 +795,10 @@ pub(crate) mod tests {
         let broken = || Unfinished::new(&RunDir::new(&dir)).broken();
         assert_eq!((left(), broken()), (None, None));
         let mut draft = Draft::new(7, None, None, true);
-        unfinished.begin(draft.so_far()).unwrap();
+        unfinished.begin(draft.so_far());
+        assert_eq!(left(), None);
+        unfinished.note().unwrap();
+        unfinished.note().unwrap();
         let seen = left().unwrap();
         assert_eq!((seen.request, seen.result), (7, Verdict::Failed));
         assert_eq!(seen.why.as_deref(), Some("the daemon died during it"));
@@ -781,9 +817,9 @@ pub(crate) mod tests {
         assert_eq!(broken(), None);
         // The next one begins before the history has this.
         let erase = unfinished.eraser();
-        unfinished
-            .begin(Draft::new(8, None, None, true).so_far())
-            .unwrap();
+        unfinished.begin(Draft::new(8, None, None, true).so_far());
+        assert_eq!(left().unwrap().request, 7);
+        unfinished.note().unwrap();
         erase().unwrap();
         assert_eq!(left().unwrap().request, 8);
         unfinished.eraser()().unwrap();
@@ -793,7 +829,9 @@ pub(crate) mod tests {
         let file = || std::fs::metadata(dir.join("backup.json")).unwrap();
         let before = file().ino();
         let mut draft = Draft::new(9, None, None, true);
-        unfinished.begin(draft.so_far()).unwrap();
+        // Which needs no more room.
+        assert_eq!(file().len(), 1);
+        unfinished.begin(draft.so_far());
         unfinished.answered(draft.answered()).unwrap();
         let seen = left().unwrap();
         assert_eq!((seen.request, seen.result), (9, Verdict::Broken));
@@ -801,7 +839,8 @@ pub(crate) mod tests {
         unfinished.eraser()().unwrap();
         // Unless somebody has removed it.
         std::fs::remove_file(dir.join("backup.json")).unwrap();
-        unfinished.begin(draft.so_far()).unwrap();
+        unfinished.begin(draft.so_far());
+        unfinished.note().unwrap();
         assert_eq!(left().unwrap().request, 9);
         std::fs::remove_dir_all(&dir).unwrap();
     }

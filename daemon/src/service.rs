@@ -759,6 +759,10 @@ impl Service {
 
     /// Gives up on a freeze that takes too long, and says of one that may what it is at.
     fn look_at_freeze(&mut self, now: Instant) {
+        // By then whoever freezes is at work, and nothing of that waits for this.
+        if self.hands.draft.as_ref().is_some_and(|it| it.age() >= LOOK) {
+            self.hands.note();
+        }
         let Some(job) = &self.hands.job else { return };
         if let Some(why) = job.stuck(now) {
             self.end_early(why.into(), thawed::DEADLINE);
@@ -1016,6 +1020,7 @@ impl Hands {
             limit: self.config.hooks.limit,
             context,
         };
+        self.note();
         let tell = teller(&self.tell, News::Hooks);
         let calling = Calling::start(hooks, means, progress.unwrap_or_default(), tell)?;
         self.calling = Some(calling);
@@ -1118,6 +1123,12 @@ impl Hands {
                 "{folder} does not let itself be used: this backup is not in the history"
             ));
         }
+    }
+
+    /// Leaves what is known of the backup under way for a later daemon, now that whoever freezes is at work.
+    fn note(&mut self) {
+        let noted = self.unfinished.note();
+        self.say_failure(noted);
     }
 
     fn say_failure(&self, done: Result<(), HistoryError>) {
@@ -1319,10 +1330,8 @@ impl Effects for Hands {
         let disks = self.disks_of(request);
         self.begin_job(door, self.backups + 1, about, disks, text)?;
         self.backups += 1;
-        // Beside that thread, which the host waits for.
         let draft = self.draft(request);
-        let noted = self.unfinished.begin(draft.so_far());
-        self.say_failure(noted);
+        self.unfinished.begin(draft.so_far());
         self.draft = Some(draft);
         Ok(())
     }
@@ -1350,7 +1359,8 @@ impl Effects for Hands {
         if let Some(draft) = &mut self.draft {
             let us = draft.answered();
             if self.rehearses.is_none() {
-                self.say_failure(self.unfinished.answered(us));
+                let noted = self.unfinished.answered(us);
+                self.say_failure(noted);
             }
         }
         self.show("frozen");
