@@ -24,7 +24,7 @@ use crate::machine::{LookError, Unseen, Ways};
 use crate::mounts::DevId;
 use crate::moving::Layers;
 use crate::namespaces::State;
-use crate::open::{open_all_within, OpenError};
+use crate::open::{as_path, open_all_within, OpenError};
 use crate::plan::{
     plan, tells_of_errors, FileSystem, LeftOut, Plan, Reason, Scope, READ_ONLY_SINCE_AN_ERROR,
 };
@@ -82,7 +82,7 @@ pub struct Opened {
     pub below: Option<BTreeSet<DevId>>,
     /// As [`FileSystem::stands_on`].
     pub stands_on: Option<BTreeSet<DevId>>,
-    /// Anything on it.
+    /// Anything on it, perhaps as a path only.
     pub fd: OwnedFd,
 }
 
@@ -132,7 +132,7 @@ pub struct Gathered {
 /// What a backup would freeze now, and what it would not: the plan, after a try to open each. `turned` is what the daemon
 /// that serves knows to have turned read-only, which cannot be seen afterwards.
 pub fn survey(config: &Config, turned: BTreeSet<DevId>) -> Result<Plan, GatherError> {
-    let opened = Cache::with(Kernel::told(turned)).open(config, &[], false)?;
+    let opened = Cache::with(Kernel::told(turned)).open(config, &[], false, &|_| false)?;
     Ok(opened.plan)
 }
 
@@ -321,12 +321,14 @@ impl Cache {
     }
 
     /// Opens everything that is to be frozen, as planned before or anew, for a backup of the disks with
-    /// these addresses. If it `may_believe`, a plan that is likely to hold is not looked at.
+    /// these addresses. If it `may_believe`, a plan that is likely to hold is not looked at, and of what is in that it is
+    /// enough to have the path open where it `will_do`.
     pub fn gather(
         &mut self,
         config: &Config,
         disks: &[String],
         may_believe: bool,
+        will_do: &dyn Fn(DevId) -> bool,
     ) -> Result<Gathered, GatherError> {
         let Opening {
             plan,
@@ -335,7 +337,7 @@ impl Cache {
             states,
             stuck,
             is_believed,
-        } = self.open(config, disks, may_believe)?;
+        } = self.open(config, disks, may_believe, will_do)?;
         let mut gathered = Gathered {
             not_only_listed: why_not_only(disks, &scope).filter(|_| config.listed_disks_only),
             then: self
@@ -456,6 +458,7 @@ impl Cache {
         config: &Config,
         disks: &[String],
         may_believe: bool,
+        will_do: &dyn Fn(DevId) -> bool,
     ) -> Result<Opening, GatherError> {
         let mut open = BTreeMap::new();
         let mut attempt = 1;
@@ -476,6 +479,12 @@ impl Cache {
             leave_out_stalled(&mut plan, &self.suspects);
             leave_out_namesakes(&mut plan);
             tell_failed(config.give_up, &ways, &mut plan);
+            if is_believed {
+                // What a btrfs is at, it tells only whoever has it open.
+                let all = plan.waves.iter().flatten();
+                let by_path = all.filter(|it| will_do(it.dev) && !is_btrfs(it));
+                open.extend(by_path.filter_map(|it| Some((it.dev, as_path(it)?))));
+            }
             let (plan, stuck, has_changed) = open_all(config.give_up, &ways, plan, &mut open)?;
             if has_changed {
                 // What a path leads to is not always told: a mount that was moved is in its table as before.

@@ -137,6 +137,8 @@ pub struct Hold {
     pub device: Arc<OwnedFd>,
     /// How many file systems it can hold at a time.
     pub most: u32,
+    /// Whether it takes descriptors that are paths only.
+    pub takes_paths: bool,
 }
 
 /// The open, registered device.
@@ -235,6 +237,7 @@ impl Device {
                 self.hold = (reply.features & feature::HOLD != 0).then(|| Hold {
                     device: Arc::clone(&self.fd),
                     most: reply.max_held,
+                    takes_paths: reply.features & feature::PATHS != 0,
                 });
                 Ok(())
             }

@@ -48,6 +48,11 @@ pub trait Door: Send + Sync {
     /// Freezes: `EBUSY` when it is frozen already, `EOPNOTSUPP` when it cannot.
     fn freeze(&self, fd: BorrowedFd<'_>) -> io::Result<()>;
 
+    /// Whether that, and its thaw, takes no more than a path (`O_PATH`).
+    fn takes_paths(&self) -> bool {
+        false
+    }
+
     /// Thaws: `EINVAL` when it is not frozen.
     fn thaw(&self, fd: BorrowedFd<'_>) -> io::Result<()>;
 

@@ -117,6 +117,10 @@ impl Door for Held {
         }
     }
 
+    fn takes_paths(&self) -> bool {
+        self.hold.takes_paths
+    }
+
     fn can_call_off(&self) -> bool {
         true
     }

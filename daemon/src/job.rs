@@ -379,6 +379,9 @@ impl Freezer {
         let is_to_sync = may_sync && self.is_worth_a_sync();
         // A sync may take long, and the last attempt counts: then it is known before whether the plan holds.
         let may_believe = !is_to_sync && !is_last;
+        // Only one that is not going to be frozen has to do more with it.
+        let (takes_paths, learnt) = (door.takes_paths(), &self.learnt);
+        let will_do = |dev| takes_paths && learnt.has_frozen(dev);
         let Gathered {
             targets,
             missing,
@@ -391,7 +394,7 @@ impl Freezer {
             goes_on,
             stuck,
             is_believed,
-        } = self.cache.gather(config, disks, may_believe)?;
+        } = self.cache.gather(config, disks, may_believe, &will_do)?;
         let devices = targets
             .iter()
             .flat_map(|it| it.devices.iter().chain(&it.perhaps_on));

@@ -369,6 +369,17 @@ fn ways_to(file_system: &FileSystem) -> Box<dyn Iterator<Item = Walk> + '_> {
     Box::new(by_path.chain(below_layers.flatten()).chain(again))
 }
 
+/// Opens it as a path only, at once, without a word to any file system: nothing is waited for. `None` if that takes
+/// more, or if it is mounted elsewhere by now. Mounts get numbers that others have had, so this counts only if no mount
+/// has changed since it was planned.
+pub fn as_path(file_system: &FileSystem) -> Option<OwnedFd> {
+    let mut places = file_system.places.iter();
+    let shown = places.find(|it| it.namespace == 0 && it.walkable && !it.hidden)?;
+    let fd = sys::open_in_memory(&shown.path).ok()?;
+    let is_it = sys::mount_id(fd.as_fd()).is_ok_and(|id| id == shown.id);
+    is_it.then_some(fd)
+}
+
 /// Opens these, each by the first of its ways that leads to it. Each way may take no longer than `limit`, and those
 /// that hang are waited for together.
 pub fn open_all_within(
@@ -904,6 +915,26 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn as_a_path_it_is_opened_where_it_was_mounted_and_nothing_else_is() {
+        let table = mounts::read(proc().as_fd(), 0).unwrap();
+        for (path, is_moved) in [("/", false), ("/dev", false), ("/dev", true)] {
+            let path = Path::new(path);
+            let mounted = table.iter().rfind(|m| m.path == path).unwrap();
+            let mut planned = file_system(path, mounted.dev);
+            planned.places[0].id = mounted.id;
+            if is_moved {
+                planned.places[0].path = "/sys".into();
+            }
+            // By a number that only the kernel has, and by what it says of it.
+            let opened = as_path(&planned);
+            let found = opened.map(|fd| sys::identify(fd.as_fd()).unwrap().mount_id);
+            assert_eq!(found, (!is_moved).then_some(Some(mounted.id)), "{path:?}");
+        }
+        let nowhere = file_system(Path::new("/nowhere"), DevId::default());
+        assert!(as_path(&nowhere).is_none());
     }
 
     #[test]

@@ -11,13 +11,14 @@ use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::mounts::DevId;
 use hv_vss_uapi::{IocFreeze, IocThaw};
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use nix::fcntl::{openat2, OFlag, OpenHow, ResolveFlag, AT_FDCWD};
 use nix::sched::{unshare, CloneFlags};
 use nix::sys::signal::SigSet;
 use nix::sys::socket::{recvmsg, sendmsg, ControlMessage, MsgFlags};
@@ -373,6 +374,41 @@ pub fn identify(fd: BorrowedFd<'_>) -> io::Result<Identity> {
         minor: stx.stx_dev_minor,
         mode: stx.stx_mode.into(),
     })
+}
+
+/// Opens what is at `path` as a path only (`O_PATH`) if the kernel has the way there in memory, and else fails with
+/// `EAGAIN`: no file system is asked for anything.
+pub fn open_in_memory(path: &Path) -> io::Result<OwnedFd> {
+    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC);
+    let how = how.resolve(ResolveFlag::from_bits_retain(libc::RESOLVE_CACHED));
+    Ok(openat2(AT_FDCWD, path, how)?)
+}
+
+/// The number of the mount that `fd` was opened through, as [`identify`] has it, from the kernel alone: statx(2) asks
+/// the file system, which on a cluster may wait for the others. Fails where a file system has no handles for its files.
+pub fn mount_id(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut no_room = libc::file_handle {
+        handle_bytes: 0,
+        handle_type: 0,
+        f_handle: [],
+    };
+    let mut id: libc::c_int = -1;
+    // SAFETY: the descriptor is open, the path is an empty C string as AT_EMPTY_PATH wants it, and the kernel writes
+    // to `id` and to a handle of as many bytes as it is told there are: none.
+    let made = unsafe {
+        libc::name_to_handle_at(
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            &mut no_room,
+            &mut id,
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    match Errno::result(made) {
+        // The number is there although the handle does not fit.
+        Ok(_) | Err(Errno::EOVERFLOW) => u64::try_from(id).map_err(|_| Errno::EOVERFLOW.into()),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// Whether it is this process, or the machine, that lacks what it takes to open anything.

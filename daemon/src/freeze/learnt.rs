@@ -165,6 +165,11 @@ impl Learnt {
         self.unwritten.values()
     }
 
+    /// Whether it was frozen the last time.
+    pub fn has_frozen(&self, dev: DevId) -> bool {
+        self.usual.contains_key(&dev) && !self.is_unfreezable(dev)
+    }
+
     /// Whether it had no means to freeze the last time.
     pub fn is_unfreezable(&self, dev: DevId) -> bool {
         self.unfreezable.contains(&dev)
