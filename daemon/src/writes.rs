@@ -86,44 +86,60 @@ fn look_at(stat: &File, parse: impl Fn(&str) -> Option<u64>) -> Option<u64> {
     parse(std::str::from_utf8(text.get(..read)?).ok()?)
 }
 
-/// Those of these devices that are not known to count: their counters stand still whatever is written. To look at
-/// that takes a lock of the queue, which may be held as long as a disk hangs.
+/// The folder of a device in sysfs.
+fn folder_of(dev: &DevId) -> PathBuf {
+    format!("/sys/dev/block/{dev}").into()
+}
+
+/// Those of these devices that are not known to count: their counters stand still whatever is written.
 pub fn not_counting(devices: BTreeSet<DevId>) -> BTreeSet<DevId> {
-    static ASKED: Questions<DevId> = Questions::new();
     // The kernel that runs stays what it is.
     static MAPPED_ALL_COUNT: LazyLock<bool> =
         LazyLock::new(|| process::kernel_version().is_some_and(|it| it < MAPPED_GO_BY_IOSTATS));
-    let abouts: Vec<DevId> = devices.into_iter().collect();
-    let folders: Vec<PathBuf> = abouts
-        .iter()
-        .map(|it| format!("/sys/dev/block/{it}").into())
-        .collect();
-    let look = move |number: usize, _: &[_]| {
-        folders
-            .get(number)
-            .is_some_and(|it| counts(it, *MAPPED_ALL_COUNT))
-    };
-    let mut found = BTreeSet::new();
-    let lot = Lot {
-        abouts: abouts.clone(),
-        fds: Vec::new(),
-    };
-    ASKED.ask_all(vec![lot], PATIENCE, look, |number, said| {
-        let silent = abouts.get(number).filter(|_| !said.unwrap_or(false));
-        found.extend(silent);
+    let devices: Vec<DevId> = devices.into_iter().collect();
+    let says_so = queues_of(&devices);
+    let each = devices.into_iter().zip(says_so);
+    let silent = each.filter(|(dev, says_so)| {
+        let is_mapped = || folder_of(dev).join("dm").exists();
+        !says_so.unwrap_or(false) && !(*MAPPED_ALL_COUNT && is_mapped())
     });
-    found
+    silent.map(|(dev, _)| dev).collect()
 }
 
-/// Whether the device with this folder in sysfs is known to count what is written to it.
-fn counts(folder: &Path, mapped_all_count: bool) -> bool {
+/// Whether the queue of each of these devices says that it counts; `None` where there is no queue.
+fn queues_of(devices: &[DevId]) -> Vec<Option<bool>> {
+    static ASKED: Questions<DevId> = Questions::new();
+    let folders = devices.iter().map(folder_of).collect();
+    queues_in(&ASKED, PATIENCE, devices, folders)
+}
+
+/// The same of those with these folders. To look at that takes a lock of the queue, which may be held as long as a disk
+/// hangs: what does not say it in time says no.
+fn queues_in(
+    questions: &'static Questions<DevId>,
+    limit: Duration,
+    devices: &[DevId],
+    folders: Vec<PathBuf>,
+) -> Vec<Option<bool>> {
+    let look = move |number: usize, _: &[_]| folders.get(number).and_then(|it| queue_in(it));
+    let mut all = vec![Some(false); devices.len()];
+    let lot = Lot {
+        abouts: devices.to_vec(),
+        fds: Vec::new(),
+    };
+    questions.ask_all(vec![lot], limit, look, |number, said| {
+        if let (Some(it), Ok(said)) = (all.get_mut(number), said) {
+            *it = said;
+        }
+    });
+    all
+}
+
+fn queue_in(folder: &Path) -> Option<bool> {
     // A partition has the queue of its disk.
     let queues = ["queue/iostats", "../queue/iostats"];
     let mut said = queues.iter().map(|it| fs::read_to_string(folder.join(it)));
-    let says_so = said
-        .find_map(Result::ok)
-        .is_some_and(|it| it.trim_end() != "0");
-    says_so || (mapped_all_count && folder.join("dm").exists())
+    Some(said.find_map(Result::ok)?.trim_end() != "0")
 }
 
 /// What a look at the devices of one file system shows.
@@ -183,11 +199,15 @@ impl WriteBack {
     /// Looks at all of them.
     pub fn look(&self) -> Look {
         let Opened { devices, below } = self.opened.get_or_init(|| {
-            let devices = self.devices.iter().map(Counted::open);
-            let devices = devices.collect::<Option<Vec<_>>>();
+            let open = |devices: &[DevId]| {
+                let each = devices.iter().zip(queues_of(devices));
+                let opened = each.map(|(dev, says_so)| Counted::open(dev, says_so?));
+                opened.collect::<Vec<_>>()
+            };
+            let devices = open(&self.devices).into_iter().collect::<Option<Vec<_>>>();
             Opened {
                 devices: devices.filter(|it| !it.is_empty()),
-                below: self.below.iter().filter_map(Counted::open).collect(),
+                below: open(&self.below).into_iter().flatten().collect(),
             }
         });
         let tells = |it: &Counted| it.counts() || it.is_suspended();
@@ -206,16 +226,13 @@ impl WriteBack {
 }
 
 impl Counted {
-    fn open(dev: &DevId) -> Option<Self> {
-        let device = format!("/sys/dev/block/{dev}");
-        // A partition has the queue of its disk.
-        let queues = ["queue", "../queue"].map(|it| format!("{device}/{it}/iostats"));
-        let says = queues.iter().find_map(|it| fs::read_to_string(it).ok())?;
+    fn open(dev: &DevId, says_so: bool) -> Option<Self> {
+        let device = folder_of(dev);
         Some(Counted {
             dev: *dev,
-            stat: File::open(format!("{device}/stat")).ok()?,
-            says_so: says.trim_end() != "0",
-            suspended: File::open(format!("{device}/dm/suspended")).ok(),
+            stat: File::open(device.join("stat")).ok()?,
+            says_so,
+            suspended: File::open(device.join("dm/suspended")).ok(),
         })
     }
 
@@ -879,26 +896,39 @@ mod tests {
         put("sda/sda1/stat", "");
         put("sdb/queue/iostats", "0\n");
         put("sdb/sdb1/stat", "");
-        put("dm-0/queue/iostats", "0\n");
-        put("dm-0/dm/name", "v");
         put("silent/stat", "");
-        let counting = |mapped_all_count| {
-            let all = [
-                "sda", "sda/sda1", "sdb", "sdb/sdb1", "dm-0", "silent", "none",
-            ];
-            all.map(|it| counts(&dir.join(it), mapped_all_count))
-        };
+        let all = ["sda", "sda/sda1", "sdb", "sdb/sdb1", "silent", "none"];
         assert_eq!(
-            counting(false),
-            [true, true, false, false, false, false, false]
-        );
-        assert_eq!(
-            counting(true),
-            [true, true, false, false, true, false, false]
+            all.map(|it| queue_in(&dir.join(it))),
+            [Some(true), Some(true), Some(false), Some(false), None, None]
         );
         fs::remove_dir_all(&dir).unwrap();
         let nobody = BTreeSet::from([DevId::default()]);
         assert_eq!(not_counting(nobody.clone()), nobody);
+    }
+
+    #[test]
+    fn a_queue_that_is_locked_as_long_as_its_disk_hangs_is_not_waited_for() {
+        static ASKED: Questions<DevId> = Questions::new();
+        let dir = std::env::temp_dir().join(format!("hv-vss-locked-{}", std::process::id()));
+        let queue = |disk: &str| {
+            let queue = dir.join(disk).join("queue");
+            fs::create_dir_all(&queue).unwrap();
+            queue.join("iostats")
+        };
+        fs::write(queue("sda"), "1\n").unwrap();
+        // It is not even open before somebody writes to it.
+        let locked = queue("sdb");
+        nix::unistd::mkfifo(&locked, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let devices = [0, 16].map(|minor| DevId { major: 8, minor });
+        let folders = || vec![dir.join("sda"), dir.join("sdb")];
+        let begin = Instant::now();
+        let ask = |limit| queues_in(&ASKED, Duration::from_secs(limit), &devices, folders());
+        assert_eq!(ask(1), [Some(true), Some(false)]);
+        assert_eq!(ask(600), [Some(true), Some(false)], "it is not asked again");
+        assert!(begin.elapsed() < Duration::from_secs(300));
+        fs::write(locked, "1\n").unwrap();
+        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]
