@@ -46,6 +46,12 @@ pub enum GatherError {
     /// A file system could not be opened for want of something that is this process's own.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The host backs up a part of something, and the configuration is strict.
+    #[error("the configuration is strict, and {}", .torn.join("; "))]
+    Torn {
+        /// Of what, in words.
+        torn: Vec<String>,
+    },
     /// Not everything on disks here can be frozen, and the configuration is strict.
     #[error("the configuration is strict, and {}", list(.missing))]
     Strict {
@@ -113,6 +119,10 @@ pub struct Gathered {
     pub losses: usize,
     /// The disks that the host backs up, each with what is on it, for the log.
     pub disks: Vec<String>,
+    /// What is on some of those disks and on others as well, for the log: the backup has a part of it.
+    pub torn: Vec<String>,
+    /// The same of what may have a whole copy there.
+    pub halved: Vec<String>,
     /// Why it is not only for those disks though it was to be.
     pub not_only_listed: Option<String>,
     /// The devices of the backup's disks that nothing should be written to once all is frozen, but by what goes on.
@@ -354,6 +364,10 @@ impl Cache {
         let strange = scope.strange.iter();
         let strange = strange.map(|it| format!("{it}, which is no disk that is known here"));
         gathered.disks = known.chain(strange).collect();
+        // Of one that is not known nobody can say that nothing here is on it.
+        if scope.strange.is_empty() && !scope.disks.is_empty() {
+            (gathered.torn, gathered.halved) = torn_by(&plan, &scope.disks);
+        }
         let never_held = plan.synced.iter().map(|it| (0, it));
         let waves = plan.waves.iter().enumerate();
         let held = waves.flat_map(|(wave, members)| members.iter().map(move |it| (wave, it)));
@@ -393,6 +407,10 @@ impl Cache {
             let missing = strict_about(&plan);
             if !missing.is_empty() {
                 return Err(GatherError::Strict { missing });
+            }
+            if !gathered.torn.is_empty() {
+                let torn = gathered.torn;
+                return Err(GatherError::Torn { torn });
             }
         }
         Ok(gathered)
@@ -503,6 +521,30 @@ impl Cache {
             attempt += 1;
         }
     }
+}
+
+/// What a backup of these disks has only a part of, in words, and after that what may have a whole copy there.
+fn torn_by(plan: &Plan, disks: &BTreeSet<DevId>) -> (Vec<String>, Vec<String>) {
+    let words = |(it, others): (&FileSystem, Vec<String>)| {
+        let below = it.below.as_ref();
+        let has_copies =
+            below.is_some_and(|below| topology::may_keep_copies(below, it.listed.as_ref()));
+        let others = others.join(", ");
+        let text = match has_copies {
+            false => "only a part of it is in the backup",
+            true => "what is in the backup is enough only where it has a whole copy there",
+        };
+        (
+            has_copies,
+            format!("{it} is on {others} as well, which the host does not back up: {text}"),
+        )
+    };
+    let (halved, torn): (Vec<_>, Vec<_>) = plan
+        .torn_by(disks)
+        .map(words)
+        .partition(|(has_copies, _)| *has_copies);
+    let texts = |all: Vec<(bool, String)>| all.into_iter().map(|(_, text)| text).collect();
+    (texts(torn), texts(halved))
 }
 
 /// Leaves out what would not freeze before something else has ended.

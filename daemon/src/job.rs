@@ -387,6 +387,8 @@ impl Freezer {
             missing,
             losses,
             disks,
+            torn,
+            halved,
             not_only_listed,
             then,
             layers,
@@ -448,6 +450,12 @@ impl Freezer {
         let mut at_rest = AtRest::new(at_rest.watched);
         for it in &disks {
             log.info(format!("in the backup: {it}"));
+        }
+        for it in halved {
+            log.info(it);
+        }
+        for it in torn {
+            warnings.add(it);
         }
         if let Some(why) = not_only_listed {
             warnings.add(why);

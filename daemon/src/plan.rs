@@ -294,6 +294,22 @@ impl Plan {
         AtRest::of(self.watched(scope), &self.goes_on())
     }
 
+    /// What is to be frozen and is on some of these disks and on others as well, each with the nodes of those: a copy of
+    /// only a part of it may be of no use.
+    pub fn torn_by<'a>(
+        &'a self,
+        disks: &'a BTreeSet<DevId>,
+    ) -> impl Iterator<Item = (&'a FileSystem, Vec<String>)> {
+        let chosen = self.waves.iter().flatten().chain(&self.synced);
+        chosen.filter_map(|it| {
+            let others = it.disks.iter().filter(|dev| !disks.contains(dev));
+            let node_of = |dev| self.disks.get(dev).map_or("?", |it| &it.name);
+            let others: Vec<String> = others.map(|dev| format!("/dev/{}", node_of(dev))).collect();
+            let is_torn = !others.is_empty() && others.len() < it.disks.len();
+            is_torn.then_some((it, others))
+        })
+    }
+
     /// Leaves out what has no part of any of these disks. Where that is not certain, it stays. What is lost there
     /// is no loss for these: that is so of what is out of order as well, and of what may yet turn out to be. Of one
     /// whose disk is gone nobody knows which that was.

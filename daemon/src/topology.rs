@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::{self, DirEntry, File};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -256,6 +256,29 @@ pub fn errors_on(fs_type: &str, dev: DevId) -> Option<u64> {
     let entry = Path::new("/sys/fs/ext4").join(name_of(&disk));
     let count = read(entry.join("errors_count"))?.trim().parse().ok()?;
     (read(disk.join("ro"))?.trim() == "0").then_some(count)
+}
+
+/// Whether what is on this may have a whole copy on some of its disks: one of the devices that it stands on is a RAID of
+/// md or LVM that is more than stripes, or it is a btrfs with such a profile.
+pub fn may_keep_copies(below: &BTreeSet<DevId>, listed: Option<&Entry>) -> bool {
+    let is_raid = |dev: &DevId| {
+        let read = |path| fs::read_to_string(folder_of(*dev)?.join(path)).ok();
+        let level = read("md/level");
+        let name = read("dm/name").unwrap_or_default();
+        level.is_some_and(|it| !["raid0", "linear"].contains(&it.trim_end()))
+            // What a mirror of LVM stands on.
+            || name.contains("_rimage_")
+            || name.contains("_mimage_")
+    };
+    let profiles = listed.filter(|it| it.fs_type == "btrfs").map(|it| {
+        let data = format!("/sys/fs/btrfs/{}/allocation/data", it.name);
+        fs::read_dir(data).into_iter().flatten().flatten()
+    });
+    let is_copied = |it: DirEntry| {
+        let name = it.file_name();
+        name.as_bytes().starts_with(b"raid") && name != "raid0"
+    };
+    below.iter().any(is_raid) || profiles.into_iter().flatten().any(is_copied)
 }
 
 fn has_sysfs() -> bool {

@@ -101,7 +101,7 @@ pub fn not_counting(devices: BTreeSet<DevId>) -> BTreeSet<DevId> {
     let each = devices.into_iter().zip(says_so);
     let silent = each.filter(|(dev, says_so)| {
         let is_mapped = || folder_of(dev).join("dm").exists();
-        !says_so.unwrap_or(false) && !(*MAPPED_ALL_COUNT && is_mapped())
+        !(says_so.unwrap_or(false) || *MAPPED_ALL_COUNT && is_mapped())
     });
     silent.map(|(dev, _)| dev).collect()
 }

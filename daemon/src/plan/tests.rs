@@ -421,6 +421,23 @@ fn what_is_on_a_disk_is_also_what_is_on_files_there() {
 }
 
 #[test]
+fn what_is_on_other_disks_as_well_is_torn_and_what_is_on_these_or_those_only_is_not() {
+    let plan = two_disks_and_images();
+    let torn = |disks: &[&str]| {
+        let disks: BTreeSet<DevId> = disks.iter().map(|it| dev(it)).collect();
+        let torn = plan.torn_by(&disks);
+        let names = torn.map(|(it, others)| (it.places[0].path.display().to_string(), others));
+        names.collect::<Vec<_>>()
+    };
+    let log = |others: &[&str]| {
+        let others = others.iter().map(|it| it.to_string()).collect();
+        vec![("/log-elsewhere".to_owned(), others)]
+    };
+    assert_eq!(torn(&["8:0"]), log(&["/dev/"]));
+    assert_eq!(torn(&["8:16"]), []);
+}
+
+#[test]
 fn of_some_disks_only_what_has_no_part_of_them_is_left_out() {
     let mut plan = two_disks_and_images();
     plan.leave_out_all_but(&BTreeSet::from([dev("8:0")]));

@@ -176,6 +176,12 @@ pub const CASES: &[Case] = &[
         )
     }
     .asking_our_module(),
+    disks::case(
+        "scope/torn",
+        "a volume with a part on a disk that is not in the backup is named, and fails a strict one",
+        torn,
+    )
+    .asking_our_module(),
     Case {
         per_round: Duration::from_secs(8),
         ..disks::case(
@@ -1323,6 +1329,41 @@ fn which_disks(guest: &Guest) -> Result<()> {
     })?;
     guest.sh("rm /run/about")?;
     hooks::end(guest)
+}
+
+fn torn(guest: &Guest) -> Result<()> {
+    let disks = [
+        Attached::new(guest, 0, 0, 64, Image::default())?,
+        Attached::new(guest, 1, 3, 64, Image::default())?,
+    ];
+    disks::load_driver(guest)?;
+    let [first, second] = [disks[0].node(guest)?, disks[1].node(guest)?];
+    guest.sh(&format!(
+        "modprobe dm_mod; mkdir -p /mnt/lv; half=$(blockdev --getsz {first})
+         printf '0 %s linear {first} 0\\n%s %s linear {second} 0\\n' $half $half $half |
+             dmsetup create lv --noudevsync &&
+         {{ [ -e /dev/mapper/lv ] || dmsetup mknodes; }} &&
+         mkfs.ext4 -q -F /dev/mapper/lv && mount /dev/mapper/lv /mnt/lv"
+    ))?;
+    guest.writer_start("/mnt/lv/w")?;
+    let [one, other] = disks.each_ref().map(Attached::in_backup);
+    let told = format!("is on {second} as well, which the host does not back up");
+    for (configuration, expected) in [("", status::OK), ("strict = true", status::FAIL)] {
+        let daemon = start_with(guest, configuration)?;
+        let seen = observe_backup_of(guest, &[one])?;
+        equal("half of it", seen.freeze, expected)?;
+        says(guest, &daemon, &["/mnt/lv (ext4", &told])?;
+        let before = logged(guest, &daemon)?.matches(&told).count();
+        for all in [vec![one, other], vec![]] {
+            let seen = observe_backup_of(guest, &all)?;
+            let good = (seen.freeze, seen.thaw, seen.still.len());
+            equal("all of it", good, (status::OK, Some(status::OK), 1))?;
+        }
+        let after = logged(guest, &daemon)?.matches(&told).count();
+        equal("how often it is named", after, before)?;
+        stop(guest, guest.module(), &daemon)?;
+    }
+    Ok(())
 }
 
 fn listed_disks_only(guest: &Guest) -> Result<()> {
