@@ -401,6 +401,7 @@ impl Session {
     ) -> Result<Summary, FreezeError> {
         let work = &self.work;
         self.ask_again(known);
+        self.leave_out_above_foreign(learnt);
         for attempt in 0.. {
             self.leave_out_busy();
             *lock(&work.pace) = Pace {
@@ -602,6 +603,37 @@ impl Session {
                     took: Duration::ZERO,
                 };
                 self.work.take_back(target);
+            }
+        }
+    }
+
+    /// Leaves out what stands on what somebody else keeps frozen: its own freeze would wait for them, and could not be
+    /// called off. Nothing is frozen yet, nor is after this.
+    fn leave_out_above_foreign(&self, learnt: &mut Learnt) {
+        let work = &self.work;
+        if work.door.can_call_off() {
+            return;
+        }
+        let above = |below: &Target| {
+            let dev = below.dev;
+            let due = work.targets.iter().filter(|it| it.is_due());
+            due.filter(move |it| it.dev != dev && it.stands_on(dev))
+        };
+        for index in work.which(|it| it.is_due() && above(it).next().is_some()) {
+            let Some(target) = work.targets.get(index).filter(|_| !work.gave_up()) else {
+                return;
+            };
+            self.freeze_wave(&[index], false, None::<fn()>);
+            let obstacles = std::mem::take(&mut *lock(&work.obstacles));
+            self.overcome(&obstacles, learnt);
+            if target.is_ours() {
+                work.take_back(target);
+            }
+            if *target.state() == State::Foreign {
+                let why = format!("stands on {}, which somebody else has frozen", target.name);
+                for it in above(target) {
+                    work.give_up_on(it, State::Broken, why.clone());
+                }
             }
         }
     }

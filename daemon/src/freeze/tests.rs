@@ -695,6 +695,32 @@ fn what_others_have_frozen_by_half_does_not_count() {
 }
 
 #[test]
+fn what_stands_on_what_others_keep_frozen_is_left_out_where_its_freeze_could_not_be_called_off() {
+    for (can_call_off, strict, times, expected) in [
+        (false, false, ALWAYS, Some((0, 1, 1))),
+        (false, true, ALWAYS, None),
+        // They thaw it in time.
+        (false, false, 1, Some((2, 0, 0))),
+        (true, false, ALWAYS, Some((1, 1, 0))),
+    ] {
+        let double = Double {
+            can_call_off,
+            watched_every: Some(SHORT),
+            ..Double::default()
+        };
+        let busy = ("freeze", 1, Errno::EBUSY, times);
+        let waves = [(0, None), (1, None)];
+        let stand_on: [Option<&[&str]>; 2] = [Some(&["8:1"]), Some(&[])];
+        let mut s = setup_before(double, &waves, &stand_on, &[busy], strict);
+        let said = s.freeze().ok();
+        let said = said.map(|it| (it.ours, it.foreign, it.left_out));
+        assert_eq!(said, expected);
+        let hangs = s.calls().contains(&("freeze", 0));
+        assert_eq!(hangs, can_call_off || times == 1);
+    }
+}
+
+#[test]
 fn that_no_freeze_is_under_way_is_said_before_a_thaw_that_may_hang_and_once() {
     // All was frozen, and then it was called off; or one has failed.
     for failure in [None, Some(("freeze", 2, Errno::EPROTO, ALWAYS))] {

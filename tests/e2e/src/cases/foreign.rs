@@ -68,6 +68,12 @@ pub const CASES: &[Case] = &[
     )
     .long(),
     case(
+        "foreign/image-on-kept-frozen",
+        "stock module: an image on what an administrator keeps frozen is left out by name, others are good, and all is again \
+         when that is thawed",
+        image_on_kept_frozen,
+    ),
+    case(
         "foreign/kept-frozen-and-daemon-killed",
         "kill -9 of the daemon while it waits for what an administrator has frozen, or the deadline, stock module: \
          it stays theirs",
@@ -387,6 +393,34 @@ fn kept_frozen(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
+fn image_on_kept_frozen(guest: &Guest) -> Result<()> {
+    const IMAGE: &str = "/mnt/image";
+    make_volume(guest)?;
+    guest.sh(&format!(
+        "modprobe loop; mkdir -p {IMAGE} && truncate -s 32M /mnt/v/image && mkfs.ext4 -q -F /mnt/v/image &&
+         mount -o loop /mnt/v/image {IMAGE} && sync"
+    ))?;
+    let daemon = start(guest, Module::Stock, Daemon::Ours)?;
+    guest.freeze("/mnt/v")?;
+    // One whose freeze hangs would fail all that come after it, too.
+    for _ in 0..2 {
+        let seen = observe(guest)?;
+        equal("FREEZE", seen.freeze, status::OK)?;
+        equal("THAW", seen.thaw, Some(status::OK))?;
+        equal("who moved in the window", seen.moving, Vec::new())?;
+    }
+    let words = "somebody else has frozen; it is left out";
+    says(guest, &daemon, "warning", words)?;
+    guest.thaw("/mnt/v")?;
+    let seen = observe(guest)?;
+    equal("THAW after it", seen.thaw, Some(status::OK))?;
+    says(guest, &daemon, "/mnt/image (ext4", "frozen, took")?;
+    stop(guest, Module::Stock, &daemon)?;
+    guest
+        .sh(&format!("umount {IMAGE} && rm /mnt/v/image"))
+        .map(drop)
+}
+
 /// Of some kernels what an administrator is freezing seems to be frozen while writers are under way. Of the others a freeze
 /// of ours waits with theirs.
 fn half_frozen(guest: &Guest) -> Result<()> {
@@ -551,9 +585,9 @@ fn kept_frozen_and_daemon_killed(guest: &Guest) -> Result<()> {
         guest.wait_until("the freeze is on record", STEP, || {
             Ok(guest.try_sh("test -e /run/hv_vss/frozen.json")?.status == Some(0))
         })?;
-        // Between two of its attempts, as nearly all the time.
         wait_out(guest, Duration::from_millis(500))?;
         if kills {
+            stop_between_attempts(guest, &daemon)?;
             guest.signal(&daemon, 9)?;
             guest.wait(&daemon, STEP)?;
             guest.sh("/payload/hv_vss_daemon thaw")?;
@@ -577,6 +611,26 @@ fn kept_frozen_and_daemon_killed(guest: &Guest) -> Result<()> {
         vss.wait_closed(STEP)?;
     }
     Ok(())
+}
+
+/// Stops the daemon where it is nearly all the time while it waits for what somebody else has frozen: of one that dies in
+/// the very attempt nobody could tell whether that has frozen it.
+fn stop_between_attempts(guest: &Guest, daemon: &Process) -> Result<()> {
+    // `nanosleep` of the thread that freezes.
+    let sleeps = format!(
+        "for it in /proc/{}/task/*; do
+             read name <$it/comm; [ $name != backup ] || cut -d ' ' -f 1 <$it/syscall
+         done",
+        daemon.pid
+    );
+    guest.wait_until("it is stopped between two attempts", STEP, || {
+        guest.signal(daemon, 19)?;
+        let is_between = guest.sh(&sleeps)?.trim() == "230";
+        if !is_between {
+            guest.signal(daemon, 18)?;
+        }
+        Ok(is_between)
+    })
 }
 
 fn quit_key(guest: &Guest) -> Result<()> {
