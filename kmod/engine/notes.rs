@@ -101,7 +101,7 @@ pub enum NotNow {
     Sleeps,
     /// The daemon has yet to give up the FREEZE before it.
     CallsOff,
-    /// Too many are open.
+    /// It is too long to be kept, or too many are open.
     Full,
 }
 
@@ -111,7 +111,7 @@ impl NotNow {
         match self {
             NotNow::Sleeps => "the machine is about to sleep",
             NotNow::CallsOff => "the daemon has yet to give up the FREEZE before it",
-            NotNow::Full => "too many requests are open",
+            NotNow::Full => "it finds no room: it is too long, or too many are open",
         }
     }
 }
