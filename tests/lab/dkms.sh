@@ -89,9 +89,17 @@ if [ "${1:-}" = --inside ]; then
     older=$1
     older_version=$2
     older_source=linux-source-$(cut -d . -f 1,2 <<<"$older")
-    shift 2
+    enable=$3
+    shift 3
+    # As the README has it on a Debian that knows no backports.
+    sed -i '/ trixie-backports /d' /etc/apt/sources.list.d/*
+    apt update
+    check "a fresh Debian has no kernel for the module" [ -z "$(apt-cache madison linux-image-amd64 | grep -F " ${release%%+*}-")" ]
+    eval "$enable"
+    apt update
     apt install --simulate "$@" >/tmp/readme
-    check "what the README has installed are the headers of that kernel" says "^Inst linux-headers-${release%%-*}-" /tmp/readme
+    check "what the README has installed is that kernel" says "^Inst linux-image-${release%%-*}-amd64 " /tmp/readme
+    check "its headers" says "^Inst linux-headers-${release%%-*}-amd64 " /tmp/readme
     check "and its source" says "^Inst $source " /tmp/readme
     # Also the stock kernel of trixie, which is too old for the module: it is left out, and that is all.
     apt install linux-headers-cloud-amd64
@@ -210,10 +218,13 @@ case $kernel in
     stamp=dkms
     KERNEL=$older_kernel "$lab/root.sh"
     before=$build/kernels/$older_kernel/kernel
-    # What the README has an administrator install with the module, beside our own packages.
-    mapfile -t readme < <(sed -n '/^    apt install .*hv-vss-dkms/,/[^\]$/p' "$repo/README.md" |
-        sed 's/#.*//; s/\\$//' | tr -s ' \n' '\n' | grep -v -e '^apt$' -e '^install$' -e '^\./' -e '^$')
-    arguments=("$(cat "$before/release")" "$(cat "$before/version")" "${readme[@]}")
+    # What the README has an administrator do for the module: the line by which apt knows the backports, and what is
+    # installed beside our own packages.
+    commands=$(sed ':a; /\\$/ { N; s/\\\n */ /; ba }' "$repo/README.md" | sed -n 's/^    //p')
+    enable=$(grep ' trixie-backports .*/etc/apt/' <<<"$commands")
+    mapfile -t readme < <(grep '^apt install .*hv-vss-dkms' <<<"$commands" | tr -s ' ' '\n' |
+        grep -v -e '^apt$' -e '^install$' -e '^\./')
+    arguments=("$(cat "$before/release")" "$(cat "$before/version")" "$enable" "${readme[@]}")
     ;;
 testing | unstable)
     stamp=dkms-$kernel
