@@ -766,6 +766,48 @@ fn whatever_goes_wrong_with_a_compiler_the_module_is_refused() {
     }
 }
 
+#[test]
+fn a_kernel_that_is_too_old_is_refused_with_the_name_of_a_newer_one() {
+    let has = |name: &str, version: &str, suite: &str| {
+        format!("{name} | {version} | http://mirror.invalid/debian {suite}/main amd64 Packages\n")
+    };
+    const IMAGE: &str = "linux-image-cloud-amd64";
+    let stock = has(IMAGE, "6.12.117-1", "trixie");
+    let newer = has(IMAGE, "7.3.4-1~bpo13+1", "trixie-backports");
+    let older = has(IMAGE, "7.2.9-1", "testing");
+    let unknown = has(IMAGE, "7.30-1", "experimental");
+    let other = has("linux-signed-amd64", "7.3.4+1", "trixie");
+    let install = |suite: &str| {
+        let all = ["image-cloud-amd64", "headers-cloud-amd64", "source"];
+        let all = all.map(|it| format!(" linux-{it}/{suite}")).concat();
+        format!("; 'apt install{all}', and reboot")
+    };
+    for (archive, says) in [
+        (String::new(), String::new()),
+        ([&*stock, &other].concat(), String::new()),
+        (
+            [&*unknown, &newer, &stock, &older].concat(),
+            install("trixie-backports"),
+        ),
+        ([&*stock, &older].concat(), install("testing")),
+    ] {
+        for release in ["6.12.48+deb13-cloud-amd64", "6.1.0-13-cloud-amd64"] {
+            let cache = format!("[ \"$*\" = 'madison {IMAGE}' ] && cat <<END\n{archive}END");
+            let dir = programs("too-old", &[("apt-cache", &cache)]);
+            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(BUILDS);
+            let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
+            let mut bash = Command::new("bash");
+            let bash = bash.arg(script).args(["--why-not", release]);
+            let ended = bash.env("PATH", path).output().unwrap();
+            std::fs::remove_dir_all(&dir).unwrap();
+            let said = String::from_utf8_lossy(&ended.stdout);
+            let expected =
+                format!("hv_vss is not built for kernel {release}: it is older than 7.2{says}\n");
+            assert_eq!(said, expected, "{ended:?}");
+        }
+    }
+}
+
 /// That of rustup may come first, with or without a tool chain.
 #[test]
 fn of_all_compilers_that_are_there_the_right_one_builds_the_module() {
