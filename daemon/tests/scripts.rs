@@ -1143,7 +1143,7 @@ fn an_upgrade_of_the_module_builds_it_for_each_kernel_and_says_where_it_is_lost(
 #[test]
 fn a_backup_is_waited_for_before_the_module_takes_the_device() {
     let asked = asked_of_hand_over(INSTALLS_MODULE, "configure", false);
-    assert_eq!(asked, "settle\ntake\n");
+    assert_eq!(asked, "take\n");
     assert_eq!(
         asked_of_hand_over(REMOVES_MODULE, "remove", false),
         "give\n"
@@ -1233,6 +1233,24 @@ fn an_upgrade_puts_no_daemon_that_cannot_start_in_the_place_of_one_that_serves()
         said,
         "hv_vss.service goes on with the version of before, since this one cannot start: a.toml is not valid: line 3; \
          mend that, then 'systemctl restart hv_vss'\n"
+    const WAITS: &str = "hv_vss_hand_over: a backup is under way; waiting for its end\n";
+    let status = "[ \"$1\" = status ] && [ ! -s bus/drivers/hv_utils/unbind ] || exit 9
+         [ -e ended ] || { touch ended; exit 5; }";
+    let there = ["modinfo", "modprobe", "logger"].map(|it| (it, ""));
+    let not_there = [("modinfo", "exit 1"), ("logger", "")];
+    for (programs_there, driver, says, is_taken) in [
+        (&there[..], "hv_utils", WAITS, true),
+        // Nothing is taken, and nobody waits.
+        (&there, "hv_vss", "", false),
+        (&not_there, "hv_utils", "", false),
+    ] {
+        let all = [programs_there, &[("hv_vss_daemon", status)]].concat();
+        let dir = programs("settles", &all);
+        let (said, was_taken) = hand_over_whole(&dir, &["take"], driver);
+        let is_it = said.starts_with(says) && said.is_empty() == says.is_empty();
+        assert!(is_it && was_taken == is_taken, "{driver}: {said}");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
     );
     let (said, is_restarted) = replace(RUNS, "exit 124");
     assert!(
