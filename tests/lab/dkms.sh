@@ -185,6 +185,11 @@ if [ "${1:-}" = --inside ]; then
     echo "hv_vss is not built for kernel $release: it was so once" >"$log"
     apt install "$source" | tee /tmp/install
     check "the source is enough: the module is there" [ -n "$(modules)" ]
+    # Of the kernel neither: it has DKMS try again.
+    apt install --reinstall "linux-headers-$release" | tee /tmp/install
+    check "DKMS has tried" says 'Autoinstall of module hv_vss/' /tmp/install
+    check "the headers are installed all the same" \
+        says '^ii' <(dpkg-query --show --showformat '${db:Status-Abbrev}\n' "linux-headers-$release")
 
     # An upgrade has DKMS build the module again, and take away that of the version before.
     next=$version.1
