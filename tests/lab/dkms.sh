@@ -171,25 +171,33 @@ if [ "${1:-}" = --inside ]; then
         says "it is made for Linux $(sed -n 's/^hv_vss_kernels := //p' /usr/src/hv_vss-*/Kbuild)\$" \
         <(/usr/src/hv_vss-*/kmod/dkms/build --why-not 7.99-rc1-amd64)
 
-    # What cannot be built says why, and breaks no package; nor does another version beside this one.
+    # What cannot be built says why, and breaks no package; nor does another version beside this one. That of before stays.
+    module=$(modules)
+    cp "$module" /tmp/of-before
+    kept=${module%/dkms/*}/hv_vss/${module##*/}
     apt remove "$source" linux-source
     cp -r "/usr/src/hv_vss-$version" /usr/src/hv_vss-0.0.1
     apt install --reinstall /debs/hv-vss-dkms_*.deb | tee /tmp/install
     rm -r /usr/src/hv_vss-0.0.1
-    check "without the source there is no module" [ -z "$(modules)" ]
-    check "and the reason is told" says "is not built for kernel $release: .*install $source" /tmp/install
+    check "without the source DKMS has none" [ -z "$(dkms status -m hv_vss -k "$release" | grep installed)" ]
+    check "the module of before is there, and alone" [ "$(modules)" = "$kept" ]
+    check "as it was" cmp "$kept" /tmp/of-before
+    check "and the reason is told" \
+        says "is not built for kernel $release: .*install $source;.* that of the version before stays there" /tmp/install
     check "the package is installed all the same" says '^ii' <(dpkg-query --show --showformat '${db:Status-Abbrev}\n' hv-vss-dkms)
-    # What the reason says to do is all there is to do, whatever stood in the log of the last try.
-    log=/var/lib/dkms/hv_vss/$version/build/make.log
-    mkdir -p "${log%/*}"
-    echo "hv_vss is not built for kernel $release: it was so once" >"$log"
-    apt install "$source" | tee /tmp/install
-    check "the source is enough: the module is there" [ -n "$(modules)" ]
     # Of the kernel neither: it has DKMS try again.
     apt install --reinstall "linux-headers-$release" | tee /tmp/install
     check "DKMS has tried" says 'Autoinstall of module hv_vss/' /tmp/install
     check "the headers are installed all the same" \
         says '^ii' <(dpkg-query --show --showformat '${db:Status-Abbrev}\n' "linux-headers-$release")
+    # What the reason says to do is all there is to do, whatever stood in the log of the last try.
+    log=/var/lib/dkms/hv_vss/$version/build/make.log
+    mkdir -p "${log%/*}"
+    echo "hv_vss is not built for kernel $release: it was so once" >"$log"
+    apt install "$source" | tee /tmp/install
+    check "the source is enough: the module is there" built_for "$release"
+    check "and alone" [ "$(modules)" = "$module" ]
+    check "DKMS has none that it would put back" [ ! -e /var/lib/dkms/hv_vss/original_module ]
 
     # An upgrade has DKMS build the module again, and take away that of the version before.
     next=$version.1
@@ -200,8 +208,13 @@ if [ "${1:-}" = --inside ]; then
     check "an upgrade: its module is built" says "hv_vss/$next, $release.*installed" <(dkms status)
     check "and that of the version before has gone" [ -z "$(dkms status -m hv_vss -v "$version")" ]
     check "with its source" [ ! -e "/usr/src/hv_vss-$version" ]
+    check "and its module" [ "$(modules)" = "$module" ]
     version=$next pack "$release" next
 
+    # Where one is kept, too.
+    apt remove "$source"
+    apt install --reinstall /out/packages/next/hv-vss-dkms_*.deb
+    check "that of before is there again" [ "$(modules)" = "$kept" ]
     gone
 
     cd /out/packages
