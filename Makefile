@@ -311,7 +311,7 @@ install-dkms:
 	install -D -m 0644 -t $(DKMS_SOURCE)/kmod/dkms kmod/dkms/kernel.sh
 	$(ADAPT) kmod/dkms/build >$(DKMS_SOURCE)/kmod/dkms/build
 	chmod 0755 $(DKMS_SOURCE)/kmod/dkms/build
-	install -D -m 0755 -t $(DKMS_SOURCE)/kmod/dkms kmod/dkms/prepare
+	install -D -m 0755 -t $(DKMS_SOURCE)/kmod/dkms kmod/dkms/prepare kmod/dkms/forget
 	install -D -m 0644 -t $(DKMS_SOURCE)/uapi uapi/hv_vss.rs
 	sed 's|#MODULE_VERSION#|$(VERSION)|' kmod/dkms/dkms.conf >$(DKMS_SOURCE)/dkms.conf
 

@@ -766,6 +766,48 @@ fn whatever_goes_wrong_with_a_compiler_the_module_is_refused() {
     }
 }
 
+#[test]
+fn a_kernel_that_is_too_old_is_refused_with_the_name_of_a_newer_one() {
+    let has = |name: &str, version: &str, suite: &str| {
+        format!("{name} | {version} | http://mirror.invalid/debian {suite}/main amd64 Packages\n")
+    };
+    const IMAGE: &str = "linux-image-cloud-amd64";
+    let stock = has(IMAGE, "6.12.117-1", "trixie");
+    let newer = has(IMAGE, "7.3.4-1~bpo13+1", "trixie-backports");
+    let older = has(IMAGE, "7.2.9-1", "testing");
+    let unknown = has(IMAGE, "7.30-1", "experimental");
+    let other = has("linux-signed-amd64", "7.3.4+1", "trixie");
+    let install = |suite: &str| {
+        let all = ["image-cloud-amd64", "headers-cloud-amd64", "source"];
+        let all = all.map(|it| format!(" linux-{it}/{suite}")).concat();
+        format!("; 'apt install{all}', and reboot")
+    };
+    for (archive, says) in [
+        (String::new(), String::new()),
+        ([&*stock, &other].concat(), String::new()),
+        (
+            [&*unknown, &newer, &stock, &older].concat(),
+            install("trixie-backports"),
+        ),
+        ([&*stock, &older].concat(), install("testing")),
+    ] {
+        for release in ["6.12.48+deb13-cloud-amd64", "6.1.0-13-cloud-amd64"] {
+            let cache = format!("[ \"$*\" = 'madison {IMAGE}' ] && cat <<END\n{archive}END");
+            let dir = programs("too-old", &[("apt-cache", &cache)]);
+            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(BUILDS);
+            let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
+            let mut bash = Command::new("bash");
+            let bash = bash.arg(script).args(["--why-not", release]);
+            let ended = bash.env("PATH", path).output().unwrap();
+            std::fs::remove_dir_all(&dir).unwrap();
+            let said = String::from_utf8_lossy(&ended.stdout);
+            let expected =
+                format!("hv_vss is not built for kernel {release}: it is older than 7.2{says}\n");
+            assert_eq!(said, expected, "{ended:?}");
+        }
+    }
+}
+
 /// That of rustup may come first, with or without a tool chain.
 #[test]
 fn of_all_compilers_that_are_there_the_right_one_builds_the_module() {
@@ -1045,9 +1087,19 @@ fn asked_of_hand_over(script: &str, verb: &str, in_container: bool) -> String {
 /// arguments, with the module there for some kernels (`modules/*/has`), an obstacle to its build for others
 /// (`modules/*/why-not`), and loaded or not.
 fn configures_module(arguments: &[&str], is_loaded: bool) -> (String, String) {
+    configures_module_where(arguments, is_loaded, None)
+}
+
+/// The same, where that of the version before was kept for the kernel `kept`.
+fn configures_module_where(
+    arguments: &[&str],
+    is_loaded: bool,
+    kept: Option<&str>,
+) -> (String, String) {
     let build = "[ $1 = --why-not ] && cat modules/$2/why-not 2>/dev/null";
     let modinfo = "if [ $1 = -k ]; then [ -e modules/$2/has ]; else [ -e modules/running/has ]; fi";
-    let dkms = "echo \"$7\" >>asked; touch modules/$7/has";
+    // It has forgotten what was kept then.
+    let dkms = "echo \"$7\" >>asked; touch modules/$7/has; rm -rf modules/$7/updates";
     let all = [("modinfo", modinfo), ("dkms", dkms), ("build", build)];
     let dir = programs("configures-module", &all);
     for (kernel, file) in [
@@ -1058,6 +1110,11 @@ fn configures_module(arguments: &[&str], is_loaded: bool) -> (String, String) {
         let folder = dir.join("modules").join(kernel);
         std::fs::create_dir_all(folder.join("build")).unwrap();
         std::fs::write(folder.join(file), format!("not for {kernel}\n")).unwrap();
+    }
+    if let Some(kept) = kept {
+        let folder = dir.join("modules").join(kept);
+        std::fs::create_dir_all(folder.join("updates/hv_vss")).unwrap();
+        std::fs::write(folder.join("has"), "").unwrap();
     }
     let (loaded, text) = (dir.join("loaded"), text_of(INSTALLS_MODULE));
     if is_loaded {
@@ -1079,6 +1136,72 @@ fn configures_module(arguments: &[&str], is_loaded: bool) -> (String, String) {
     (String::from_utf8(ended.stdout).unwrap(), asked)
 }
 
+/// What is left there for `kernel`, in the folders of DKMS and of what was kept.
+fn modules_of(dir: &Path, kernel: &str) -> [Option<String>; 2] {
+    let updates = dir.join("modules").join(kernel).join("updates");
+    ["dkms", "hv_vss"].map(|it| std::fs::read_to_string(updates.join(it).join("hv_vss.ko.xz")).ok())
+}
+
+/// The source of an older kernel goes when that of the next comes, and DKMS cannot build the new module for it then.
+#[test]
+fn an_upgrade_leaves_a_kernel_the_module_that_it_has_until_there_is_another() {
+    let dir = programs("keeps", &[("depmod", "echo \"$*\" >>asked")]);
+    let put = |path: &str, text: &str| {
+        let path = dir.join("modules").join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    };
+    put("old/kernel/there", "");
+    put("old/modules.dep", "");
+    put("old/updates/dkms/hv_vss.ko.xz", "the first");
+    put("new/updates/dkms/hv_vss.ko.xz", "the second");
+    put("none/kernel/there", "");
+    put(
+        "forget",
+        &text_of("../kmod/dkms/forget").replace("=/lib/modules", "=modules"),
+    );
+    let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
+    let run = |text: &str, argument: &str| {
+        let mut shell = Command::new("sh");
+        let shell = shell.args(["-c", text, "sh", argument]).current_dir(&dir);
+        let shell = shell.env("PATH", &path).env("DKMS_VERSION", "0.1.0");
+        let ended = shell.output().unwrap();
+        let is_silent = ended.stdout.is_empty() && ended.stderr.is_empty();
+        assert!(ended.status.success() && is_silent, "{ended:?}");
+        std::fs::read_to_string(dir.join("asked")).unwrap_or_default()
+    };
+    // As dpkg calls it, with what DKMS does then.
+    let removes = text_of(REMOVES_MODULE)
+        .replace("/lib/modules", "modules")
+        .replace(
+            "\"/usr/src/hv_vss-$DKMS_VERSION/kmod/dkms/forget\"",
+            "sh modules/forget",
+        )
+        .replace("/run/systemd/system", "./no-systemd")
+        .replace("#DEBHELPER#", "rm -r modules/*/updates/dkms");
+    let forget = "exec sh modules/forget \"$1\"";
+    let kept = |text: &str| [None, Some(text.to_owned())];
+    assert_eq!(run(&removes, "upgrade"), "");
+    assert_eq!(modules_of(&dir, "old"), kept("the first"));
+    assert_eq!(modules_of(&dir, "new"), kept("the second"));
+    assert!(!dir.join("modules/none/updates").exists());
+    // DKMS installs the next one for a kernel; nobody has modules.dep there.
+    assert_eq!(run(forget, "new"), "");
+    assert!(!dir.join("modules/new").exists());
+    put("new/updates/dkms/hv_vss.ko.xz", "the third");
+    // Another upgrade: one that was kept already stays.
+    run(&removes, "upgrade");
+    assert_eq!(modules_of(&dir, "old"), kept("the first"));
+    assert_eq!(modules_of(&dir, "new"), kept("the third"));
+    put("new/updates/dkms/hv_vss.ko.xz", "the fourth");
+    assert_eq!(run(&removes, "remove"), "old\n");
+    for kernel in ["old", "new"] {
+        assert_eq!(modules_of(&dir, kernel), [None, None], "{kernel}");
+    }
+    assert!(dir.join("modules/old/kernel").exists());
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
 /// DKMS takes it from all, and builds the new one for the kernel that runs and the newest.
 #[test]
 fn an_upgrade_of_the_module_builds_it_for_each_kernel_and_says_where_it_is_lost() {
@@ -1087,8 +1210,18 @@ fn an_upgrade_of_the_module_builds_it_for_each_kernel_and_says_where_it_is_lost(
     assert_eq!(asked, "older\n");
     let rest = said.strip_prefix(WHY).unwrap();
     assert!(
-        rest.contains("serves until the next boot") && rest.lines().count() == 1,
+        rest.contains("of this kernel again, hv_utils serves") && rest.lines().count() == 1,
         "{said}"
+    );
+    // Unless it was kept.
+    let (said, asked) = configures_module_where(&["configure", "0.0.9"], true, Some("running"));
+    assert_eq!(asked, "older\n");
+    let kept = "not for running; until it is, that of the version before stays there\n";
+    assert_eq!(said, kept);
+    let (said, asked) = configures_module_where(&["configure", "0.0.9"], true, Some("newest"));
+    assert!(
+        asked.contains("newest\n") && said.starts_with(WHY),
+        "{said} {asked}"
     );
     // Of a first installation it is DKMS's choice.
     let first = configures_module(&["configure", ""], false);
@@ -1100,8 +1233,26 @@ fn an_upgrade_of_the_module_builds_it_for_each_kernel_and_says_where_it_is_lost(
 /// With the device the daemon that serves it would lose the backup that is under way.
 #[test]
 fn a_backup_is_waited_for_before_the_module_takes_the_device() {
+    const WAITS: &str = "hv_vss_hand_over: a backup is under way; waiting for its end\n";
+    let status = "[ \"$1\" = status ] && [ ! -s bus/drivers/hv_utils/unbind ] || exit 9
+         [ -e ended ] || { touch ended; exit 5; }";
+    let there = ["modinfo", "modprobe", "logger"].map(|it| (it, ""));
+    let not_there = [("modinfo", "exit 1"), ("logger", "")];
+    for (programs_there, driver, says, is_taken) in [
+        (&there[..], "hv_utils", WAITS, true),
+        // Nothing is taken, and nobody waits.
+        (&there, "hv_vss", "", false),
+        (&not_there, "hv_utils", "", false),
+    ] {
+        let all = [programs_there, &[("hv_vss_daemon", status)]].concat();
+        let dir = programs("settles", &all);
+        let (said, was_taken) = hand_over_whole(&dir, &["take"], driver);
+        let is_it = said.starts_with(says) && said.is_empty() == says.is_empty();
+        assert!(is_it && was_taken == is_taken, "{driver}: {said}");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
     let asked = asked_of_hand_over(INSTALLS_MODULE, "configure", false);
-    assert_eq!(asked, "settle\ntake\n");
+    assert_eq!(asked, "take\n");
     assert_eq!(
         asked_of_hand_over(REMOVES_MODULE, "remove", false),
         "give\n"

@@ -89,9 +89,17 @@ if [ "${1:-}" = --inside ]; then
     older=$1
     older_version=$2
     older_source=linux-source-$(cut -d . -f 1,2 <<<"$older")
-    shift 2
+    enable=$3
+    shift 3
+    # As the README has it on a Debian that knows no backports.
+    sed -i '/ trixie-backports /d' /etc/apt/sources.list.d/*
+    apt update
+    check "a fresh Debian has no kernel for the module" [ -z "$(apt-cache madison linux-image-amd64 | grep -F " ${release%%+*}-")" ]
+    eval "$enable"
+    apt update
     apt install --simulate "$@" >/tmp/readme
-    check "what the README has installed are the headers of that kernel" says "^Inst linux-headers-${release%%-*}-" /tmp/readme
+    check "what the README has installed is that kernel" says "^Inst linux-image-${release%%-*}-amd64 " /tmp/readme
+    check "its headers" says "^Inst linux-headers-${release%%-*}-amd64 " /tmp/readme
     check "and its source" says "^Inst $source " /tmp/readme
     # Also the stock kernel of trixie, which is too old for the module: it is left out, and that is all.
     apt install linux-headers-cloud-amd64
@@ -101,7 +109,8 @@ if [ "${1:-}" = --inside ]; then
     # As the README has it, at the time of the older kernel.
     apt install "linux-source=$older_version" "$older_source=$older_version" openssl pkgconf \
         /debs/hv-vss-daemon_*.deb /debs/hv-vss-dkms_*.deb /debs/hv-vss-dev_*.deb | tee /tmp/install
-    check "the old kernel is left out, with the reason" says 'is not built for kernel 6.*: it is older than 7.2' /tmp/install
+    check "the old kernel is left out, with the reason, and a newer one is named" \
+        says 'is not built for kernel 6.*: it is older than 7.2; .apt install linux-image-cloud-amd64/trixie-backports ' /tmp/install
     check "nothing is built yet" [ -z "$(modules)" ]
     version=$(dpkg-query --show --showformat '${Version}' hv-vss-dkms)
     # A kernel comes.
@@ -162,20 +171,33 @@ if [ "${1:-}" = --inside ]; then
         says "it is made for Linux $(sed -n 's/^hv_vss_kernels := //p' /usr/src/hv_vss-*/Kbuild)\$" \
         <(/usr/src/hv_vss-*/kmod/dkms/build --why-not 7.99-rc1-amd64)
 
-    # What cannot be built says why, and breaks no package; nor does another version beside this one.
+    # What cannot be built says why, and breaks no package; nor does another version beside this one. That of before stays.
+    module=$(modules)
+    cp "$module" /tmp/of-before
+    kept=${module%/dkms/*}/hv_vss/${module##*/}
     apt remove "$source" linux-source
     cp -r "/usr/src/hv_vss-$version" /usr/src/hv_vss-0.0.1
     apt install --reinstall /debs/hv-vss-dkms_*.deb | tee /tmp/install
     rm -r /usr/src/hv_vss-0.0.1
-    check "without the source there is no module" [ -z "$(modules)" ]
-    check "and the reason is told" says "is not built for kernel $release: .*install $source" /tmp/install
+    check "without the source DKMS has none" [ -z "$(dkms status -m hv_vss -k "$release" | grep installed)" ]
+    check "the module of before is there, and alone" [ "$(modules)" = "$kept" ]
+    check "as it was" cmp "$kept" /tmp/of-before
+    check "and the reason is told" \
+        says "is not built for kernel $release: .*install $source;.* that of the version before stays there" /tmp/install
     check "the package is installed all the same" says '^ii' <(dpkg-query --show --showformat '${db:Status-Abbrev}\n' hv-vss-dkms)
+    # Of the kernel neither: it has DKMS try again.
+    apt install --reinstall "linux-headers-$release" | tee /tmp/install
+    check "DKMS has tried" says 'Autoinstall of module hv_vss/' /tmp/install
+    check "the headers are installed all the same" \
+        says '^ii' <(dpkg-query --show --showformat '${db:Status-Abbrev}\n' "linux-headers-$release")
     # What the reason says to do is all there is to do, whatever stood in the log of the last try.
     log=/var/lib/dkms/hv_vss/$version/build/make.log
     mkdir -p "${log%/*}"
     echo "hv_vss is not built for kernel $release: it was so once" >"$log"
     apt install "$source" | tee /tmp/install
-    check "the source is enough: the module is there" [ -n "$(modules)" ]
+    check "the source is enough: the module is there" built_for "$release"
+    check "and alone" [ "$(modules)" = "$module" ]
+    check "DKMS has none that it would put back" [ ! -e /var/lib/dkms/hv_vss/original_module ]
 
     # An upgrade has DKMS build the module again, and take away that of the version before.
     next=$version.1
@@ -186,8 +208,13 @@ if [ "${1:-}" = --inside ]; then
     check "an upgrade: its module is built" says "hv_vss/$next, $release.*installed" <(dkms status)
     check "and that of the version before has gone" [ -z "$(dkms status -m hv_vss -v "$version")" ]
     check "with its source" [ ! -e "/usr/src/hv_vss-$version" ]
+    check "and its module" [ "$(modules)" = "$module" ]
     version=$next pack "$release" next
 
+    # Where one is kept, too.
+    apt remove "$source"
+    apt install --reinstall /out/packages/next/hv-vss-dkms_*.deb
+    check "that of before is there again" [ "$(modules)" = "$kept" ]
     gone
 
     cd /out/packages
@@ -210,10 +237,13 @@ case $kernel in
     stamp=dkms
     KERNEL=$older_kernel "$lab/root.sh"
     before=$build/kernels/$older_kernel/kernel
-    # What the README has an administrator install with the module, beside our own packages.
-    mapfile -t readme < <(sed -n '/^    apt install .*hv-vss-dkms/,/[^\]$/p' "$repo/README.md" |
-        sed 's/#.*//; s/\\$//' | tr -s ' \n' '\n' | grep -v -e '^apt$' -e '^install$' -e '^\./' -e '^$')
-    arguments=("$(cat "$before/release")" "$(cat "$before/version")" "${readme[@]}")
+    # What the README has an administrator do for the module: the line by which apt knows the backports, and what is
+    # installed beside our own packages.
+    commands=$(sed ':a; /\\$/ { N; s/\\\n */ /; ba }' "$repo/README.md" | sed -n 's/^    //p')
+    enable=$(grep ' trixie-backports .*/etc/apt/' <<<"$commands")
+    mapfile -t readme < <(grep '^apt install .*hv-vss-dkms' <<<"$commands" | tr -s ' ' '\n' |
+        grep -v -e '^apt$' -e '^install$' -e '^\./')
+    arguments=("$(cat "$before/release")" "$(cat "$before/version")" "$enable" "${readme[@]}")
     ;;
 testing | unstable)
     stamp=dkms-$kernel
