@@ -189,31 +189,53 @@ fn a_purge_takes_the_links_to_our_hooks_and_nothing_of_the_administrators() {
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
+/// So that each can be let go by hand, or by the package once it is there again.
 #[test]
 fn a_removal_leaves_on_record_what_is_owed_to_hooks_and_names_them() {
-    let dir = programs("removal", &[]);
-    let run = dir.join("run");
-    let functions = ["owes_hooks", "forget_run"].map(|it| function_of(REMOVES, it));
-    let text = format!("set -e\n{}\nforget_run \"$1\"", functions.join("\n"));
-    let remove = |record: Option<&str>| {
-        std::fs::create_dir_all(&run).unwrap();
+    let all = [("systemctl", ""), ("systemd-run", "")];
+    let dir = programs("removal", &all);
+    let run = dir.join("run/hv_vss");
+    // What the hook of MariaDB lets go by.
+    let session = dir.join("run/hv_vss_hooks/mariadb");
+    let text = text_of(REMOVES).replace("/run/", "./run/");
+    let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
+    // With systemd there, and with word of a backup that broke just now, or not.
+    let remove_where = |record: Option<&str>, has_systemd: bool, is_broken: bool| {
+        for folder in [&run, &session] {
+            std::fs::create_dir_all(folder).unwrap();
+        }
         std::fs::write(run.join("lock"), "").unwrap();
         if let Some(record) = record {
             std::fs::write(run.join("hooks.json"), record).unwrap();
         }
+        if has_systemd {
+            std::fs::create_dir_all(dir.join("run/systemd/system")).unwrap();
+        }
+        if is_broken {
+            std::fs::write(run.join("broken"), "").unwrap();
+        }
         let mut shell = Command::new("sh");
-        let shell = shell.args(["-c", &text, "sh"]).arg(&run);
+        let shell = shell.args(["-c", &text, "sh", "remove"]);
+        let shell = shell.current_dir(&dir).env("PATH", &path);
         let ended = shell.output().unwrap();
-        assert!(
-            ended.status.success() && ended.stdout.is_empty(),
-            "{ended:?}"
-        );
-        assert!(!run.join("lock").exists());
+        assert!(ended.status.success(), "{ended:?}");
+        // What is left where a backup broke goes later.
+        assert_eq!(run.join("lock").exists(), is_broken);
+        assert_eq!(ended.stdout.is_empty(), !is_broken, "{ended:?}");
+        assert_eq!(session.exists(), record.is_some());
         assert_eq!(run.join("hooks.json").exists(), record.is_some());
+        assert_eq!(run.exists(), is_broken || record.is_some());
+        let _ = std::fs::remove_dir_all(dir.join("run"));
         String::from_utf8(ended.stderr).unwrap()
     };
+    let remove = |record: Option<&str>| {
+        let said = remove_where(record, false, false);
+        for is_broken in [false, true] {
+            assert_eq!(remove_where(record, true, is_broken), said);
+        }
+        said
+    };
     assert_eq!(remove(None), "");
-    assert!(!run.exists());
     let owed = |path: &str| hv_vss_daemon::calls::Owed {
         hook: hv_vss_daemon::hooks::Hook {
             path: path.into(),
@@ -235,7 +257,7 @@ fn a_removal_leaves_on_record_what_is_owed_to_hooks_and_names_them() {
     );
     // One that is none, of another version perhaps.
     let said = remove(Some("{"));
-    assert!(said.contains("run/hooks.json; call"), "{said}");
+    assert!(said.contains("run/hv_vss/hooks.json; call"), "{said}");
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
