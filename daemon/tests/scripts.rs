@@ -921,6 +921,166 @@ fn one_server_that_is_locked_is_not_taken_for_two() {
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
+/// A server to be found, and a client of one that calls itself `VERSION`, whose session is the thread `THREAD`, if it
+/// tells, and whose `pid_file` has `NUMBER`. The hook has its session here.
+struct Server {
+    dir: std::path::PathBuf,
+    process: std::process::Child,
+}
+
+impl Server {
+    fn new(name: &str) -> Server {
+        let process = Command::new("sleep").arg("1000").spawn().unwrap();
+        let found = format!("echo {}", process.id());
+        let client = "echo \"$*\" >\"${0%/*}/arguments\"
+            while read -r line; do
+                case $line in
+                *VERSION*) echo a warning; echo \"$VERSION\" ;;
+                *\"'thread '\"*) [ -z \"$THREAD\" ] || echo \"thread $THREAD\" ;;
+                *\"'pid_file '\"*) echo \"pid_file ${0%/*}/number\" ;;
+                *\"'running '\"*) echo running 0 ;;
+                *\"'locked'\"*) echo >\"${0%/*}/locked\"; echo locked ;;
+                *held*) echo held ;;
+                *) exit ;;
+                esac
+            done";
+        let dir = programs(name, &[("pidof", &found), ("mariadb", client)]);
+        let hook = text_of(MARIADB);
+        let ours = format!("session={}", dir.join("session").display());
+        let hook = hook.replace("session=/run/hv_vss_hooks/mariadb", &ours);
+        std::fs::write(dir.join("hook"), hook).unwrap();
+        Server { dir, process }
+    }
+
+    fn call(&self, verb: &str, version: &str, thread: &str, number: &str) -> Command {
+        std::fs::write(self.dir.join("number"), format!("{number}\n")).unwrap();
+        let path = format!("{}:{}", self.dir.display(), std::env::var("PATH").unwrap());
+        let mut shell = Command::new("/bin/sh");
+        shell.arg(self.dir.join("hook")).arg(verb).env("PATH", path);
+        shell.env("VERSION", version).env("THREAD", thread);
+        shell
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// Root's own configuration may lead the client to that of a container, which is not what is copied.
+#[test]
+fn the_server_that_is_locked_is_the_one_that_was_found() {
+    let server = Server::new("led-astray");
+    let (own, other) = (
+        server.process.id().to_string(),
+        std::process::id().to_string(),
+    );
+    let (own, other) = (own.as_str(), other.as_str());
+    const MARIADB_11: &str = "11.8.3-MariaDB-0+deb13u1";
+    const LED: &str = "the client is led to another server";
+    const UNKNOWN: &str = "it is not known whether the client is led to";
+    for (version, thread, number, why_not) in [
+        (MARIADB_11, own, own, None),
+        // Its file need not be readable, and another's has the same name.
+        (MARIADB_11, own, "", None),
+        (MARIADB_11, other, own, Some(LED)),
+        ("10.5.29-MariaDB-0+deb11u1", other, own, Some(LED)),
+        ("8.4.3", own, "", None),
+        ("8.4.3", other, own, Some(LED)),
+        // Without a performance schema, or of an age.
+        ("8.4.3", "", own, None),
+        ("8.4.3", "", other, Some(UNKNOWN)),
+        ("5.5.68-MariaDB", "", own, None),
+        ("5.5.68-MariaDB", "", "", Some(UNKNOWN)),
+    ] {
+        let what = format!("{version} {thread} {number}");
+        let ended = server
+            .call("freeze", version, thread, number)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        let was_locked = std::fs::remove_file(server.dir.join("locked")).is_ok();
+        assert_eq!(
+            ended.status.success(),
+            why_not.is_none(),
+            "{what}: {ended:?}"
+        );
+        // Nobody else's is, for nothing.
+        assert_eq!(was_locked, why_not.is_none(), "{what}: {ended:?}");
+        if let Some(why_not) = why_not {
+            let is_it = said.contains(why_not) && said.contains(version) && said.contains(own);
+            assert!(is_it, "{what}: {ended:?}");
+        }
+        let ended = server
+            .call("thaw", version, thread, number)
+            .output()
+            .unwrap();
+        assert!(ended.status.success(), "{what}: {ended:?}");
+        assert!(!server.dir.join("session").exists());
+    }
+}
+
+/// It would call a server locked after an error, or lose the lock and go on, or write what nobody understands.
+#[test]
+fn what_an_administrators_client_does_by_choice_the_hooks_does_not() {
+    let server = Server::new("choices");
+    let own = server.process.id().to_string();
+    for verb in ["freeze", "thaw"] {
+        let ended = server
+            .call(verb, "11.8.3-MariaDB", &own, &own)
+            .output()
+            .unwrap();
+        assert!(ended.status.success(), "{ended:?}");
+    }
+    let arguments = std::fs::read_to_string(server.dir.join("arguments")).unwrap();
+    for overruled in [
+        "force",
+        "reconnect",
+        "table",
+        "vertical",
+        "html",
+        "xml",
+        "binary-mode",
+    ] {
+        let overruled = format!(" --skip-{overruled} ");
+        assert!(arguments.contains(&overruled), "{overruled}: {arguments}");
+    }
+    for chosen in [" --delimiter=; ", " --init-command=DO 0"] {
+        assert!(arguments.contains(chosen), "{chosen}: {arguments}");
+    }
+}
+
+/// The lock is gone then, and the client does not say so before it is asked.
+#[test]
+fn a_session_whose_server_has_ended_ends_so_that_the_daemon_sees_it() {
+    use std::os::unix::process::CommandExt as _;
+    let mut server = Server::new("server-ends");
+    let own = server.process.id().to_string();
+    let mut hook = server.call("freeze", "11.8.3-MariaDB", &own, &own);
+    let mut hook = hook.process_group(0).spawn().unwrap();
+    let group = nix::unistd::Pid::from_raw(hook.id().try_into().unwrap());
+    assert!(hook.wait().unwrap().success());
+    let is_there = || nix::sys::signal::killpg(group, None).is_ok();
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    assert!(is_there());
+    server.process.kill().unwrap();
+    server.process.wait().unwrap();
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while is_there() {
+        assert!(std::time::Instant::now() < until, "it is there still");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let ended = server.call("thaw", "", "", "").output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(
+        ended.status.code() == Some(1) && said.contains("had ended before"),
+        "{ended:?}"
+    );
+}
+
 #[test]
 fn a_server_in_a_container_is_not_one_of_this_machine() {
     let readlink = "case $1 in */[89]/*) echo 'pid:[2]' ;; *) echo 'pid:[1]' ;; esac";
