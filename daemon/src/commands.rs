@@ -438,8 +438,8 @@ pub fn freeze_for(
         true => Ok(freezer.hooks(setting, &About::default())?.0),
         false => Ok(None),
     };
-    let (freezer, hooks) = unless_stopped(Freezer::new(), &setting, stop, find)?;
     let held = log.hold(0, Instant::now());
+    let (freezer, hooks) = unless_stopped(Freezer::new(), &setting, stop, find)?;
     let hooks = hooks.map(|it| Rehearsed::call(&run, &setting, it));
     let mut hooks = hooks.transpose()?;
     let ready = hooks.as_ref().map_or(Ok(()), |it| it.wait(stop));

@@ -422,10 +422,7 @@ impl Session {
             }
             self.overcome(&obstacles, learnt);
         }
-        if work.gave_up() {
-            let failure = lock(&work.failure).take();
-            return Err(failure.unwrap_or(FreezeError::Aborted));
-        }
+        self.has_not_failed()?;
         let summary = self.summary();
         match lock(&work.refused).take() {
             Some((name, errno)) if summary.ours == 0 => Err(FreezeError::Failed {
@@ -434,6 +431,15 @@ impl Session {
             }),
             _ => Ok(summary),
         }
+    }
+
+    /// An error if it has come to one, or is called off.
+    pub fn has_not_failed(&self) -> Result<(), FreezeError> {
+        if !self.work.gave_up() {
+            return Ok(());
+        }
+        let failure = lock(&self.work.failure).take();
+        Err(failure.unwrap_or(FreezeError::Aborted))
     }
 
     /// Whether it is known not to freeze, and is only synced. Another file system may have its number by now: where

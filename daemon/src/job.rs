@@ -278,7 +278,8 @@ impl Freezer {
     }
 
     /// The hooks that are to be called first, and what they are told; `None` when there are none. Beside that the
-    /// warnings of those that are asked for and not called.
+    /// warnings of those that are asked for and not called. If there are any, what is dirty is written back by then. The
+    /// log is held by whoever calls.
     pub fn hooks(&mut self, setting: &Setting, about: &About) -> Result<ToCall, JobError> {
         let Setting {
             config,
@@ -305,6 +306,8 @@ impl Freezer {
             return Ok((None, warnings));
         }
         self.go_by(config);
+        self.write_back(setting)?;
+        progress.enter(Stage::Looking, 0);
         let planned = self.cache.planned(config, disks)?;
         // They do what they like.
         self.cache.doubt();
@@ -316,6 +319,76 @@ impl Freezer {
         let context = Context::new(*request, *backup_type, &planned.disks, &planned.paths);
         progress.enter(Stage::Hooks, hooks.len());
         Ok((Some((hooks, context)), warnings))
+    }
+
+    /// Writes back what is dirty before hooks are called: that may take minutes, and what they hold stands still from their
+    /// call to the thaw. What is left for the freeze is what has become dirty since, and what is known not to freeze, for which
+    /// `give_up` is the limit. Nothing is frozen. What hangs, or could not be written, is learnt, and what would fail the
+    /// freeze for being strict fails it here, as far as it is known.
+    fn write_back(&mut self, setting: &Setting) -> Result<(), JobError> {
+        let is_to_sync = self.is_worth_a_sync();
+        if !is_to_sync && !setting.config.strict {
+            return Ok(());
+        }
+        let Setting { config, disks, .. } = setting;
+        // A path is not enough for a sync.
+        let gathered = self.cache.gather(config, disks, false, &|_| false)?;
+        let Gathered {
+            targets,
+            stuck,
+            layers,
+            ..
+        } = gathered;
+        moving_below(&layers, &targets, config.strict)?;
+        self.learnt.set_stuck(stuck);
+        if !is_to_sync {
+            return Ok(());
+        }
+        let session = self.session(targets.into_iter().map(target).collect(), setting)?;
+        self.sync(&session, setting);
+        self.show_given_up();
+        Ok(session.has_not_failed()?)
+    }
+
+    /// A session on these, which has done nothing yet.
+    fn session(&self, targets: Vec<Target>, setting: &Setting) -> Result<Session, JobError> {
+        let Setting {
+            config,
+            log,
+            door,
+            abort,
+            progress,
+            ..
+        } = setting;
+        let means = Means {
+            door: Arc::clone(door),
+            log: log.clone(),
+            limits: Limits {
+                strict: config.strict,
+                parallel: config.parallel,
+                give_up: config.give_up,
+                patience: BUSY_PATIENCE,
+                lag: LAG,
+            },
+            abort: Arc::clone(abort),
+            progress: Arc::clone(progress),
+            pool: Arc::clone(&self.pool),
+            aside: Arc::clone(&self.aside),
+            apart: Arc::clone(&self.apart),
+        };
+        Session::new(targets, means, &self.learnt).map_err(JobError::Threads)
+    }
+
+    /// Writes back what is dirty. It may take long, and nothing is frozen yet; and some write back in whoever asks for it,
+    /// who goes as this thread does.
+    fn sync(&mut self, session: &Session, setting: &Setting) {
+        let goes_first = process::goes_first();
+        let _ = process::go_ahead();
+        let (log, most) = (&setting.log, setting.config.write_back());
+        log.aloud(|| session.sync(most, &mut self.learnt));
+        if goes_first {
+            let _ = process::go_first();
+        }
     }
 
     /// From here on this is the configuration.
@@ -332,7 +405,6 @@ impl Freezer {
     /// leaves it out, nobody has looked by then; [`Freezer::thaw`] does, and fails if it is to be strict. The log is
     /// held by whoever calls, and speaks only as long as nothing is frozen.
     pub fn freeze(&mut self, setting: &Setting) -> Result<Frozen, JobError> {
-        self.learnt.begin();
         let frozen = until_it_is(|may_sync, is_last| {
             let tried = self.try_to_freeze(setting, may_sync, is_last)?;
             if !matches!(tried, Tried::Done(_)) {
@@ -369,7 +441,6 @@ impl Freezer {
             config,
             log,
             door,
-            abort,
             progress,
             disks,
             ..
@@ -397,15 +468,7 @@ impl Freezer {
             stuck,
             is_believed,
         } = self.cache.gather(config, disks, may_believe, &will_do)?;
-        let devices = targets
-            .iter()
-            .flat_map(|it| it.devices.iter().chain(&it.perhaps_on));
-        let devices: BTreeSet<DevId> = devices.copied().collect();
-        let moving = layers.at_work_below(&devices);
-        if config.strict && !moving.is_empty() {
-            let layers = moving.into_iter().collect();
-            return Err(FreezeError::Moving { layers }.into());
-        }
+        let (devices, moving) = moving_below(&layers, &targets, config.strict)?;
         let mut warnings = Warnings::new(log);
         warnings.of_moving(&moving);
         self.learnt.set_stuck(stuck);
@@ -470,32 +533,9 @@ impl Freezer {
             }
             false => targets.into_iter().map(target).collect(),
         };
-        let means = Means {
-            door: Arc::clone(door),
-            log: log.clone(),
-            limits: Limits {
-                strict: config.strict,
-                parallel: config.parallel,
-                give_up: config.give_up,
-                patience: BUSY_PATIENCE,
-                lag: LAG,
-            },
-            abort: Arc::clone(abort),
-            progress: Arc::clone(progress),
-            pool: Arc::clone(&self.pool),
-            aside: Arc::clone(&self.aside),
-            apart: Arc::clone(&self.apart),
-        };
-        let session = Session::new(targets, means, &self.learnt).map_err(JobError::Threads)?;
+        let session = self.session(targets, setting)?;
         if is_to_sync {
-            // It may take long, and nothing is frozen yet; and some write back in whoever asks for it, who goes as this
-            // thread does.
-            let goes_first = process::goes_first();
-            let _ = process::go_ahead();
-            log.aloud(|| session.sync(config.write_back(), &mut self.learnt));
-            if goes_first {
-                let _ = process::go_first();
-            }
+            self.sync(&session, setting);
             if !self.cache.is_all_there(&then) || !self.cache.turned().is_empty() {
                 return Ok(Tried::Synced);
             }
@@ -784,6 +824,23 @@ impl<'a> Warnings<'a> {
             ));
         }
     }
+}
+
+/// The devices below these, and what moves data there, in words; an error if that `is_strict`.
+fn moving_below(
+    layers: &Layers,
+    targets: &[Opened],
+    is_strict: bool,
+) -> Result<(BTreeSet<DevId>, BTreeSet<String>), FreezeError> {
+    let devices = targets.iter();
+    let devices = devices.flat_map(|it| it.devices.iter().chain(&it.perhaps_on));
+    let devices: BTreeSet<DevId> = devices.copied().collect();
+    let moving = layers.at_work_below(&devices);
+    if is_strict && !moving.is_empty() {
+        let layers = moving.into_iter().collect();
+        return Err(FreezeError::Moving { layers });
+    }
+    Ok((devices, moving))
 }
 
 /// What the kernel swaps to, which is in no file system, so that nobody misses it in a copy: partitions and the
@@ -1291,6 +1348,7 @@ impl Worker {
 
 impl Backup {
     fn run(self, freezer: &mut Freezer) {
+        freezer.learnt.begin();
         // What is frozen would hold up hooks.
         freezer.undo(&self.setting.run, &self.setting.log);
         let quiesced = self.quiesce(freezer);

@@ -189,31 +189,53 @@ fn a_purge_takes_the_links_to_our_hooks_and_nothing_of_the_administrators() {
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
+/// So that each can be let go by hand, or by the package once it is there again.
 #[test]
 fn a_removal_leaves_on_record_what_is_owed_to_hooks_and_names_them() {
-    let dir = programs("removal", &[]);
-    let run = dir.join("run");
-    let functions = ["owes_hooks", "forget_run"].map(|it| function_of(REMOVES, it));
-    let text = format!("set -e\n{}\nforget_run \"$1\"", functions.join("\n"));
-    let remove = |record: Option<&str>| {
-        std::fs::create_dir_all(&run).unwrap();
+    let all = [("systemctl", ""), ("systemd-run", "")];
+    let dir = programs("removal", &all);
+    let run = dir.join("run/hv_vss");
+    // What the hook of MariaDB lets go by.
+    let session = dir.join("run/hv_vss_hooks/mariadb");
+    let text = text_of(REMOVES).replace("/run/", "./run/");
+    let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
+    // With systemd there, and with word of a backup that broke just now, or not.
+    let remove_where = |record: Option<&str>, has_systemd: bool, is_broken: bool| {
+        for folder in [&run, &session] {
+            std::fs::create_dir_all(folder).unwrap();
+        }
         std::fs::write(run.join("lock"), "").unwrap();
         if let Some(record) = record {
             std::fs::write(run.join("hooks.json"), record).unwrap();
         }
+        if has_systemd {
+            std::fs::create_dir_all(dir.join("run/systemd/system")).unwrap();
+        }
+        if is_broken {
+            std::fs::write(run.join("broken"), "").unwrap();
+        }
         let mut shell = Command::new("sh");
-        let shell = shell.args(["-c", &text, "sh"]).arg(&run);
+        let shell = shell.args(["-c", &text, "sh", "remove"]);
+        let shell = shell.current_dir(&dir).env("PATH", &path);
         let ended = shell.output().unwrap();
-        assert!(
-            ended.status.success() && ended.stdout.is_empty(),
-            "{ended:?}"
-        );
-        assert!(!run.join("lock").exists());
+        assert!(ended.status.success(), "{ended:?}");
+        // What is left where a backup broke goes later.
+        assert_eq!(run.join("lock").exists(), is_broken);
+        assert_eq!(ended.stdout.is_empty(), !is_broken, "{ended:?}");
+        assert_eq!(session.exists(), record.is_some());
         assert_eq!(run.join("hooks.json").exists(), record.is_some());
+        assert_eq!(run.exists(), is_broken || record.is_some());
+        let _ = std::fs::remove_dir_all(dir.join("run"));
         String::from_utf8(ended.stderr).unwrap()
     };
+    let remove = |record: Option<&str>| {
+        let said = remove_where(record, false, false);
+        for is_broken in [false, true] {
+            assert_eq!(remove_where(record, true, is_broken), said);
+        }
+        said
+    };
     assert_eq!(remove(None), "");
-    assert!(!run.exists());
     let owed = |path: &str| hv_vss_daemon::calls::Owed {
         hook: hv_vss_daemon::hooks::Hook {
             path: path.into(),
@@ -235,7 +257,7 @@ fn a_removal_leaves_on_record_what_is_owed_to_hooks_and_names_them() {
     );
     // One that is none, of another version perhaps.
     let said = remove(Some("{"));
-    assert!(said.contains("run/hooks.json; call"), "{said}");
+    assert!(said.contains("run/hv_vss/hooks.json; call"), "{said}");
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
@@ -939,6 +961,166 @@ fn one_server_that_is_locked_is_not_taken_for_two() {
         "{ended:?}"
     );
     std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// A server to be found, and a client of one that calls itself `VERSION`, whose session is the thread `THREAD`, if it
+/// tells, and whose `pid_file` has `NUMBER`. The hook has its session here.
+struct Server {
+    dir: std::path::PathBuf,
+    process: std::process::Child,
+}
+
+impl Server {
+    fn new(name: &str) -> Server {
+        let process = Command::new("sleep").arg("1000").spawn().unwrap();
+        let found = format!("echo {}", process.id());
+        let client = "echo \"$*\" >\"${0%/*}/arguments\"
+            while read -r line; do
+                case $line in
+                *VERSION*) echo a warning; echo \"$VERSION\" ;;
+                *\"'thread '\"*) [ -z \"$THREAD\" ] || echo \"thread $THREAD\" ;;
+                *\"'pid_file '\"*) echo \"pid_file ${0%/*}/number\" ;;
+                *\"'running '\"*) echo running 0 ;;
+                *\"'locked'\"*) echo >\"${0%/*}/locked\"; echo locked ;;
+                *held*) echo held ;;
+                *) exit ;;
+                esac
+            done";
+        let dir = programs(name, &[("pidof", &found), ("mariadb", client)]);
+        let hook = text_of(MARIADB);
+        let ours = format!("session={}", dir.join("session").display());
+        let hook = hook.replace("session=/run/hv_vss_hooks/mariadb", &ours);
+        std::fs::write(dir.join("hook"), hook).unwrap();
+        Server { dir, process }
+    }
+
+    fn call(&self, verb: &str, version: &str, thread: &str, number: &str) -> Command {
+        std::fs::write(self.dir.join("number"), format!("{number}\n")).unwrap();
+        let path = format!("{}:{}", self.dir.display(), std::env::var("PATH").unwrap());
+        let mut shell = Command::new("/bin/sh");
+        shell.arg(self.dir.join("hook")).arg(verb).env("PATH", path);
+        shell.env("VERSION", version).env("THREAD", thread);
+        shell
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// Root's own configuration may lead the client to that of a container, which is not what is copied.
+#[test]
+fn the_server_that_is_locked_is_the_one_that_was_found() {
+    let server = Server::new("led-astray");
+    let (own, other) = (
+        server.process.id().to_string(),
+        std::process::id().to_string(),
+    );
+    let (own, other) = (own.as_str(), other.as_str());
+    const MARIADB_11: &str = "11.8.3-MariaDB-0+deb13u1";
+    const LED: &str = "the client is led to another server";
+    const UNKNOWN: &str = "it is not known whether the client is led to";
+    for (version, thread, number, why_not) in [
+        (MARIADB_11, own, own, None),
+        // Its file need not be readable, and another's has the same name.
+        (MARIADB_11, own, "", None),
+        (MARIADB_11, other, own, Some(LED)),
+        ("10.5.29-MariaDB-0+deb11u1", other, own, Some(LED)),
+        ("8.4.3", own, "", None),
+        ("8.4.3", other, own, Some(LED)),
+        // Without a performance schema, or of an age.
+        ("8.4.3", "", own, None),
+        ("8.4.3", "", other, Some(UNKNOWN)),
+        ("5.5.68-MariaDB", "", own, None),
+        ("5.5.68-MariaDB", "", "", Some(UNKNOWN)),
+    ] {
+        let what = format!("{version} {thread} {number}");
+        let ended = server
+            .call("freeze", version, thread, number)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        let was_locked = std::fs::remove_file(server.dir.join("locked")).is_ok();
+        assert_eq!(
+            ended.status.success(),
+            why_not.is_none(),
+            "{what}: {ended:?}"
+        );
+        // Nobody else's is, for nothing.
+        assert_eq!(was_locked, why_not.is_none(), "{what}: {ended:?}");
+        if let Some(why_not) = why_not {
+            let is_it = said.contains(why_not) && said.contains(version) && said.contains(own);
+            assert!(is_it, "{what}: {ended:?}");
+        }
+        let ended = server
+            .call("thaw", version, thread, number)
+            .output()
+            .unwrap();
+        assert!(ended.status.success(), "{what}: {ended:?}");
+        assert!(!server.dir.join("session").exists());
+    }
+}
+
+/// It would call a server locked after an error, or lose the lock and go on, or write what nobody understands.
+#[test]
+fn what_an_administrators_client_does_by_choice_the_hooks_does_not() {
+    let server = Server::new("choices");
+    let own = server.process.id().to_string();
+    for verb in ["freeze", "thaw"] {
+        let ended = server
+            .call(verb, "11.8.3-MariaDB", &own, &own)
+            .output()
+            .unwrap();
+        assert!(ended.status.success(), "{ended:?}");
+    }
+    let arguments = std::fs::read_to_string(server.dir.join("arguments")).unwrap();
+    for overruled in [
+        "force",
+        "reconnect",
+        "table",
+        "vertical",
+        "html",
+        "xml",
+        "binary-mode",
+    ] {
+        let overruled = format!(" --skip-{overruled} ");
+        assert!(arguments.contains(&overruled), "{overruled}: {arguments}");
+    }
+    for chosen in [" --delimiter=; ", " --init-command=DO 0"] {
+        assert!(arguments.contains(chosen), "{chosen}: {arguments}");
+    }
+}
+
+/// The lock is gone then, and the client does not say so before it is asked.
+#[test]
+fn a_session_whose_server_has_ended_ends_so_that_the_daemon_sees_it() {
+    use std::os::unix::process::CommandExt as _;
+    let mut server = Server::new("server-ends");
+    let own = server.process.id().to_string();
+    let mut hook = server.call("freeze", "11.8.3-MariaDB", &own, &own);
+    let mut hook = hook.process_group(0).spawn().unwrap();
+    let group = nix::unistd::Pid::from_raw(hook.id().try_into().unwrap());
+    assert!(hook.wait().unwrap().success());
+    let is_there = || nix::sys::signal::killpg(group, None).is_ok();
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    assert!(is_there());
+    server.process.kill().unwrap();
+    server.process.wait().unwrap();
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while is_there() {
+        assert!(std::time::Instant::now() < until, "it is there still");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let ended = server.call("thaw", "", "", "").output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(
+        ended.status.code() == Some(1) && said.contains("had ended before"),
+        "{ended:?}"
+    );
 }
 
 #[test]

@@ -136,7 +136,7 @@ fn prepare(guest: &Guest) -> Result<()> {
 }
 
 /// Ends the daemon once all hooks are let go.
-fn stop_at_rest(guest: &Guest, module: Module, daemon: &Process) -> Result<()> {
+pub(super) fn stop_at_rest(guest: &Guest, module: Module, daemon: &Process) -> Result<()> {
     guest.wait_until("all hooks are let go", STEP, || {
         let left = guest.try_sh(&format!("test ! -e {OWED}"))?;
         Ok(left.status == Some(0))

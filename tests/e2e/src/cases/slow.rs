@@ -8,8 +8,10 @@
 
 use super::disks::{self, load_driver, Attached};
 use super::hangs::longest_stall;
-use super::{good_backup, load, logged, logged_all, observe, start, stop, wait_for_daemon, Case};
-use anyhow::{ensure, Context, Result};
+use super::{
+    good_backup, hooks, load, logged, logged_all, observe, start, stop, wait_for_daemon, Case,
+};
+use anyhow::{bail, ensure, Context, Result};
 use e2e::check::{answered, equal};
 use e2e::guest::{Daemon, Guest, Module, STEP};
 use hyperv_sim::ic::status;
@@ -36,6 +38,12 @@ pub const CASES: &[Case] = &[
         "a slow vfat with much in memory is synced before anything is frozen",
         cannot_freeze,
     ),
+    case(
+        "slow/with-a-hook",
+        "what a hook makes ready waits for what has become dirty since, and not until all is written back",
+        with_a_hook,
+    )
+    .long(),
     case(
         "slow/longer-than-prepare",
         "what takes longer to write than `prepare` is waited for: the host's time is the limit",
@@ -170,6 +178,38 @@ fn cannot_freeze(guest: &Guest) -> Result<()> {
     let disk = make(guest, 64, "mkfs.vfat")?;
     let dirty = "dd if=/dev/zero of=/mnt/slow/file bs=16M count=1 2>/dev/null";
     hardly_noticed(guest, &disk, dirty).map(drop)
+}
+
+fn with_a_hook(guest: &Guest) -> Result<()> {
+    let disk = make(guest, 128, "mkfs.ext4 -q -F")?;
+    // As a database does, it leaves something to be written.
+    let note = "cut -d ' ' -f 1 /proc/uptime >>/run/times";
+    hooks::hook(
+        guest,
+        "10-holds",
+        &format!("{note}; echo $1 >>/mnt/slow/hook"),
+    )?;
+    let module = guest.module();
+    let daemon = start(guest, module, Daemon::Ours)?;
+    // The first one is that of the request.
+    let dirty = format!(
+        "rm -f /run/times; dd if=/dev/zero of=/mnt/slow/file bs=24M count=1 2>/dev/null && {note}"
+    );
+    let Course { freeze, .. } = back_up(guest, &disk, &dirty)?;
+    hooks::stop_at_rest(guest, module, &daemon)?;
+    let times = guest.sh("cat /run/times")?;
+    let times: Vec<f64> = times.lines().map(str::parse).collect::<Result<_, _>>()?;
+    let [sent, called, let_go] = times[..] else {
+        bail!("the hook was called at {times:?}");
+    };
+    let (waited, held) = (called - sent, let_go - called);
+    println!("     FREEZE took {freeze:.1?}, the hook was called after {waited:.1} s and held for {held:.1} s");
+    // Most of what there was is written by then: that takes six seconds.
+    ensure!(
+        waited > 4.0,
+        "the hook was called {waited:.1} s after the request, of the {freeze:?} that FREEZE took"
+    );
+    hooks::end(guest)
 }
 
 fn longer_than_prepare(guest: &Guest) -> Result<()> {
