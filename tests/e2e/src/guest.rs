@@ -900,7 +900,8 @@ impl Guest {
         Ok(Process { pid, log })
     }
 
-    /// Sends a signal by number: 9 kills, 15 asks to end, 19 stops, 18 continues.
+    /// Sends a signal by number: 9 kills, 15 asks to end, 19 stops, 18 continues. One that is as a crash, such as 6,
+    /// is held against nobody when it was sent here.
     pub fn signal(&self, process: &Process, signal: i32) -> Result<(), CallError> {
         self.signal_pid(process.pid, signal)
     }
@@ -1467,10 +1468,14 @@ impl Guest {
         answered.with_context(|| format!("without an answer: {}", owed.join(", ")))
     }
 
-    /// Neither the kernel nor the host has complained since the case began, or since the last call.
+    /// Neither the kernel nor the host has complained since the case began, or since the last call, and no program
+    /// that was [spawned](Guest::spawn) has crashed.
     pub fn check_log(&self) -> Result<()> {
         // What the detectors find they may log as well.
-        let found = self.detectors.complaints(self)?;
+        let mut found = self.detectors.complaints(self)?;
+        for crash in self.agent.call::<Vec<String>>(Command::Crashed, STEP)? {
+            found.push_str(&format!("a crash: {crash}\n"));
+        }
         self.check_logged(found)
     }
 
@@ -1776,8 +1781,17 @@ fn patience(slowness: f64, then: Duration, now: Duration) -> f64 {
 /// From this level on (0 is the worst) whatever the kernel logs is wrong, unless it is expected.
 const WARNING: u8 = 4;
 
+/// What there is to read where a program has crashed: the last words of a panic, of ours to the kernel's log; the
+/// kernel's own of a signal that a program did not survive. All of them are information by their level.
+const CRASHES: [&str; 3] = ["panicked at", "segfault at", "traps: "];
+
+fn is_crash(text: &str) -> bool {
+    CRASHES.iter().any(|it| text.contains(it))
+}
+
 /// The reports in a log that speak of something that is wrong, but for those in which an `expected` text
-/// stands: all that are a warning or worse, whatever they say, and what speaks of trouble at a lower level.
+/// stands: all that are a warning or worse, whatever they say, and what speaks of trouble or of a crash at a lower
+/// level.
 fn complaints(log: &[Record], expected: &[&str]) -> String {
     const WORDS: [&str; 6] = [
         "refcount_t",
@@ -1787,8 +1801,9 @@ fn complaints(log: &[Record], expected: &[&str]) -> String {
         "error (device",
         "INFO: task",
     ];
-    let is_wrong =
-        |it: &Record| it.level <= WARNING || WORDS.iter().any(|word| it.text.contains(word));
+    let is_wrong = |it: &Record| {
+        it.level <= WARNING || is_crash(&it.text) || WORDS.iter().any(|word| it.text.contains(word))
+    };
     let is_expected = |it: &Record| expected.iter().any(|text| it.text.contains(text));
     let mut text = String::new();
     let mut rest = log;
@@ -1808,13 +1823,13 @@ fn complaints(log: &[Record], expected: &[&str]) -> String {
 
 /// What the kernel has printed on its console, which shows nothing below its own limit: errors, and after
 /// [`Guest::ends`] warnings. A line of a program has no time in front, but for what our daemon says through the
-/// kernel's log.
+/// kernel's log: that is no complaint unless it speaks of a crash.
 fn on_console(text: &str) -> Vec<Record> {
     let record = |line: &str| {
         let (time, text) = line.strip_prefix('[')?.split_once("] ")?;
         let (seconds, micros) = time.trim().split_once('.')?;
         let seconds: u64 = seconds.parse().ok()?;
-        (!text.starts_with("hv_vss_daemon: ")).then_some(())?;
+        (!text.starts_with("hv_vss_daemon: ") || is_crash(text)).then_some(())?;
         Some(Record {
             level: WARNING,
             at_us: seconds * 1_000_000 + micros.parse::<u64>().ok()?,
@@ -2212,6 +2227,36 @@ mod tests {
         assert_eq!(found, wrong);
         let found = complaints(&log, &["(ram2)", "I/O error", "device ram"]);
         assert_eq!(found, "");
+    }
+
+    #[test]
+    fn the_crash_of_a_program_is_a_complaint() {
+        let record = |text: &str| Record {
+            level: 6,
+            at_us: 0,
+            text: text.into(),
+        };
+        // The kernel's own records inform only, and what a program has written is taken for that.
+        let log = [
+            record("hv_vss_daemon: panicked at daemon/src/backup.rs:7:3:"),
+            record(
+                "hv_vss_guard[7]: segfault at 8 ip 55e0 sp 7ffc error 4 in hv_vss_daemon[55e0+1]",
+            ),
+            record("traps: hv_vss_daemon[8] trap invalid opcode ip:55e0 sp:7ffc error:0"),
+            record("traps: hv_vss_daemon[9] general protection fault ip:55e0 sp:7ffc error:0"),
+            record("hv_vss_daemon: all is thawed"),
+        ];
+        let found = complaints(&log, &[]);
+        let crashes: Vec<&str> = log[..4].iter().map(|it| it.text.as_str()).collect();
+        assert_eq!(found.lines().collect::<Vec<_>>(), crashes);
+        assert_eq!(complaints(&log[..1], &["panicked at"]), "");
+        // On a console, too, where what the daemon says is no complaint otherwise.
+        let console: Vec<String> = log
+            .iter()
+            .map(|it| format!("[    1.000002] {}\n", it.text))
+            .collect();
+        let found = complaints(&on_console(&console.concat()), &[]);
+        assert_eq!(found.lines().collect::<Vec<_>>(), crashes);
     }
 
     #[test]

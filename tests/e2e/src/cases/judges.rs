@@ -27,6 +27,11 @@ pub const CASES: &[Case] = &[
         uio,
     ),
     case(
+        "judges/crash",
+        "a program that ends by SIGABRT which nobody has sent is held against the case, and so are the words of a panic",
+        crash,
+    ),
+    case(
         "judges/time-set-while-frozen",
         "the host sets the guest's clock while all is frozen: deadline and history go by another one",
         |guest| time_set_while_frozen(guest, Module::Ours),
@@ -53,6 +58,26 @@ pub const CASES: &[Case] = &[
         )
     },
 ];
+
+/// What every case is judged by, seen to fail.
+fn crash(guest: &Guest) -> Result<()> {
+    let is_held_against = |what: &str| -> Result<()> {
+        let held = guest.check_log().err().map(|it| it.to_string());
+        let held = held.with_context(|| format!("nobody complains: {what}"))?;
+        ensure!(held.contains(what), "it should say {what}: {held}");
+        Ok(guest.mark_log()?)
+    };
+    let program = guest.spawn(&["sh", "-c", "kill -ABRT $$"])?;
+    equal("its end", guest.wait(&program, STEP)?.signal, Some(6))?;
+    is_held_against("SIGABRT")?;
+    let program = guest.spawn(&["sleep", "1000"])?;
+    guest.signal(&program, 6)?;
+    equal("its end", guest.wait(&program, STEP)?.signal, Some(6))?;
+    guest.check_log()?;
+    // As a thread of the daemon or of its guard says it.
+    guest.sh("echo 'hv_vss_daemon: panicked at daemon/src/lib.rs:1:1:' >/dev/kmsg")?;
+    is_held_against("panicked at")
+}
 
 const HOUR: Duration = Duration::from_secs(3600);
 
