@@ -977,6 +977,11 @@ impl Guest {
         self.agent.call(Command::Read { path: path.into() }, STEP)
     }
 
+    /// How much waits in memory to be written back and is not under way, in KiB.
+    pub fn dirty_kib(&self) -> Result<u64> {
+        dirty_kib_in(&self.read("/proc/meminfo")?)
+    }
+
     /// Writes text to a file of sysfs or the like.
     pub fn write(&self, path: &str, text: &str) -> Result<(), CallError> {
         let (path, text) = (path.into(), text.into());
@@ -1653,6 +1658,13 @@ impl Guest {
     }
 }
 
+fn dirty_kib_in(meminfo: &str) -> Result<u64> {
+    let line = meminfo.lines().find_map(|it| it.strip_prefix("Dirty:"));
+    line.and_then(|it| it.trim().strip_suffix("kB"))
+        .and_then(|it| it.trim().parse().ok())
+        .with_context(|| format!("/proc/meminfo has no Dirty: {meminfo}"))
+}
+
 /// The file of our module with what it holds.
 const HELD: &str = "/sys/kernel/debug/hv_vss/held";
 
@@ -2284,6 +2296,13 @@ mod tests {
         let log = lines(&[first, second].concat());
         let found = complaints(&log, &["expected+"]);
         assert_eq!(found.lines().collect::<Vec<_>>(), second);
+    }
+
+    #[test]
+    fn dirty_memory_is_found_in_meminfo() {
+        let text = "MemFree:  1 kB\nDirty:            262160 kB\nWriteback:   0 kB\n";
+        assert_eq!(dirty_kib_in(text).expect("it is there"), 262_160);
+        assert!(dirty_kib_in("MemFree: 1 kB\n").is_err());
     }
 
     #[test]
