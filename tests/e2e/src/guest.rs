@@ -1047,6 +1047,18 @@ impl Guest {
         self.spawn(&["/payload/hv_vss_daemon", "-n", "-c", &path])
     }
 
+    /// The same with one setting: the seconds within which something good has to happen. A machine that is slow is
+    /// given as many more as with every limit; returns how long it is.
+    pub fn start_daemon_within(
+        &self,
+        setting: &str,
+        limit: Duration,
+    ) -> Result<(Process, Duration)> {
+        let seconds = whole_seconds(self.host().patience(limit).max(limit));
+        let daemon = self.start_daemon_with(&format!("{setting} = {}", seconds.as_secs()))?;
+        Ok((daemon, seconds))
+    }
+
     // --- File systems and writers ---
 
     /// Freezes the file system at `path` as an administrator would.
@@ -1784,6 +1796,11 @@ impl Detectors {
     }
 }
 
+/// A time as a configuration can have it: no shorter.
+fn whole_seconds(time: Duration) -> Duration {
+    Duration::from_secs(time.as_nanos().div_ceil(1_000_000_000) as u64)
+}
+
 /// How many times as long as usual things may take where a boot took `slowness` times as long, and the same
 /// work took `then` after it and takes `now`. No less than after the boot.
 fn patience(slowness: f64, then: Duration, now: Duration) -> f64 {
@@ -2167,6 +2184,12 @@ mod tests {
         assert_eq!(patience(0.5, work, work), 0.5);
         assert_eq!(patience(0.5, work, work * 8), 4.0);
         assert_eq!(patience(2.0, work, work / 2), 2.0);
+    }
+
+    #[test]
+    fn a_setting_has_whole_seconds_and_no_fewer() {
+        let of = |millis| whole_seconds(Duration::from_millis(millis)).as_secs();
+        assert_eq!([2000, 2001, 2999, 3000].map(of), [2, 3, 3, 3]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! The stock kernel's own drivers as judges of the simulated host: what they bind to works, and they have
 //! nothing to complain of. And what else a host does to a guest while it backs it up.
 
-use super::deadman::{released, RELEASED};
+use super::deadman::released_at;
 use super::{
     all_frozen, case, good, load, observe, start, stop, stuck_writers, wait_for_daemon, Case,
 };
@@ -230,15 +230,14 @@ fn time_set_while_frozen(guest: &Guest, module: Module) -> Result<()> {
     stop(guest, module, &daemon)?;
 
     // The deadline comes when it should, though the clock says that it is an hour before.
-    const DEADLINE: Duration = Duration::from_secs(2);
     load(guest, module, &[])?;
-    let daemon = guest.start_daemon_with("deadline = 2")?;
+    let (daemon, deadline) = guest.start_daemon_within("deadline", Duration::from_secs(2))?;
     wait_for_daemon(guest)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     let frozen = guest.clock()?;
     let sync = guest.host().timesync();
     sync.set(SystemTime::now() - 2 * HOUR, STEP)?;
-    released(guest, "the deadline", frozen, DEADLINE + RELEASED)?;
+    released_at(guest, "the deadline", frozen, deadline)?;
     answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
     set_clock(guest, SystemTime::now())?;
     stop(guest, module, &daemon)
