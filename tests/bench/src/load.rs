@@ -432,7 +432,7 @@ impl Disks {
                 guest.sh(&rewrite(n, self.dirty_mib))?;
             }
         }
-        let dirty = dirty_kib(&guest.read("/proc/meminfo")?)?;
+        let dirty = guest.dirty_kib()?;
         let wanted = u64::from(self.count) * u64::from(self.dirty_mib) * 1024;
         ensure!(
             dirty >= wanted,
@@ -442,23 +442,9 @@ impl Disks {
     }
 }
 
-fn dirty_kib(meminfo: &str) -> Result<u64> {
-    let line = meminfo.lines().find_map(|it| it.strip_prefix("Dirty:"));
-    line.and_then(|it| it.trim().strip_suffix("kB"))
-        .and_then(|it| it.trim().parse().ok())
-        .with_context(|| format!("/proc/meminfo has no Dirty: {meminfo}"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn dirty_memory_is_found_in_meminfo() {
-        let text = "MemFree:  1 kB\nDirty:            262160 kB\nWriteback:   0 kB\n";
-        assert_eq!(dirty_kib(text).expect("it is there"), 262_160);
-        assert!(dirty_kib("MemFree: 1 kB\n").is_err());
-    }
 
     #[test]
     fn every_file_system_has_a_folder_and_so_has_the_root() {

@@ -900,7 +900,8 @@ impl Guest {
         Ok(Process { pid, log })
     }
 
-    /// Sends a signal by number: 9 kills, 15 asks to end, 19 stops, 18 continues.
+    /// Sends a signal by number: 9 kills, 15 asks to end, 19 stops, 18 continues. One that is as a crash, such as 6,
+    /// is held against nobody when it was sent here.
     pub fn signal(&self, process: &Process, signal: i32) -> Result<(), CallError> {
         self.signal_pid(process.pid, signal)
     }
@@ -976,6 +977,11 @@ impl Guest {
         self.agent.call(Command::Read { path: path.into() }, STEP)
     }
 
+    /// How much waits in memory to be written back and is not under way, in KiB.
+    pub fn dirty_kib(&self) -> Result<u64> {
+        dirty_kib_in(&self.read("/proc/meminfo")?)
+    }
+
     /// Writes text to a file of sysfs or the like.
     pub fn write(&self, path: &str, text: &str) -> Result<(), CallError> {
         let (path, text) = (path.into(), text.into());
@@ -1039,6 +1045,18 @@ impl Guest {
         let path = format!("/run/config-{number}.toml");
         self.sh(&format!("cat > {path} <<'END'\n{config}\nEND"))?;
         self.spawn(&["/payload/hv_vss_daemon", "-n", "-c", &path])
+    }
+
+    /// The same with one setting: the seconds within which something good has to happen. A machine that is slow is
+    /// given as many more as with every limit; returns how long it is.
+    pub fn start_daemon_within(
+        &self,
+        setting: &str,
+        limit: Duration,
+    ) -> Result<(Process, Duration)> {
+        let seconds = whole_seconds(self.host().patience(limit).max(limit));
+        let daemon = self.start_daemon_with(&format!("{setting} = {}", seconds.as_secs()))?;
+        Ok((daemon, seconds))
     }
 
     // --- File systems and writers ---
@@ -1467,10 +1485,14 @@ impl Guest {
         answered.with_context(|| format!("without an answer: {}", owed.join(", ")))
     }
 
-    /// Neither the kernel nor the host has complained since the case began, or since the last call.
+    /// Neither the kernel nor the host has complained since the case began, or since the last call, and no program
+    /// that was [spawned](Guest::spawn) has crashed.
     pub fn check_log(&self) -> Result<()> {
         // What the detectors find they may log as well.
-        let found = self.detectors.complaints(self)?;
+        let mut found = self.detectors.complaints(self)?;
+        for crash in self.agent.call::<Vec<String>>(Command::Crashed, STEP)? {
+            found.push_str(&format!("a crash: {crash}\n"));
+        }
         self.check_logged(found)
     }
 
@@ -1648,6 +1670,13 @@ impl Guest {
     }
 }
 
+fn dirty_kib_in(meminfo: &str) -> Result<u64> {
+    let line = meminfo.lines().find_map(|it| it.strip_prefix("Dirty:"));
+    line.and_then(|it| it.trim().strip_suffix("kB"))
+        .and_then(|it| it.trim().parse().ok())
+        .with_context(|| format!("/proc/meminfo has no Dirty: {meminfo}"))
+}
+
 /// The file of our module with what it holds.
 const HELD: &str = "/sys/kernel/debug/hv_vss/held";
 
@@ -1767,6 +1796,11 @@ impl Detectors {
     }
 }
 
+/// A time as a configuration can have it: no shorter.
+fn whole_seconds(time: Duration) -> Duration {
+    Duration::from_secs(time.as_nanos().div_ceil(1_000_000_000) as u64)
+}
+
 /// How many times as long as usual things may take where a boot took `slowness` times as long, and the same
 /// work took `then` after it and takes `now`. No less than after the boot.
 fn patience(slowness: f64, then: Duration, now: Duration) -> f64 {
@@ -1776,8 +1810,17 @@ fn patience(slowness: f64, then: Duration, now: Duration) -> f64 {
 /// From this level on (0 is the worst) whatever the kernel logs is wrong, unless it is expected.
 const WARNING: u8 = 4;
 
+/// What there is to read where a program has crashed: the last words of a panic, of ours to the kernel's log; the
+/// kernel's own of a signal that a program did not survive. All of them are information by their level.
+const CRASHES: [&str; 3] = ["panicked at", "segfault at", "traps: "];
+
+fn is_crash(text: &str) -> bool {
+    CRASHES.iter().any(|it| text.contains(it))
+}
+
 /// The reports in a log that speak of something that is wrong, but for those in which an `expected` text
-/// stands: all that are a warning or worse, whatever they say, and what speaks of trouble at a lower level.
+/// stands: all that are a warning or worse, whatever they say, and what speaks of trouble or of a crash at a lower
+/// level.
 fn complaints(log: &[Record], expected: &[&str]) -> String {
     const WORDS: [&str; 6] = [
         "refcount_t",
@@ -1787,8 +1830,9 @@ fn complaints(log: &[Record], expected: &[&str]) -> String {
         "error (device",
         "INFO: task",
     ];
-    let is_wrong =
-        |it: &Record| it.level <= WARNING || WORDS.iter().any(|word| it.text.contains(word));
+    let is_wrong = |it: &Record| {
+        it.level <= WARNING || is_crash(&it.text) || WORDS.iter().any(|word| it.text.contains(word))
+    };
     let is_expected = |it: &Record| expected.iter().any(|text| it.text.contains(text));
     let mut text = String::new();
     let mut rest = log;
@@ -1808,13 +1852,13 @@ fn complaints(log: &[Record], expected: &[&str]) -> String {
 
 /// What the kernel has printed on its console, which shows nothing below its own limit: errors, and after
 /// [`Guest::ends`] warnings. A line of a program has no time in front, but for what our daemon says through the
-/// kernel's log.
+/// kernel's log: that is no complaint unless it speaks of a crash.
 fn on_console(text: &str) -> Vec<Record> {
     let record = |line: &str| {
         let (time, text) = line.strip_prefix('[')?.split_once("] ")?;
         let (seconds, micros) = time.trim().split_once('.')?;
         let seconds: u64 = seconds.parse().ok()?;
-        (!text.starts_with("hv_vss_daemon: ")).then_some(())?;
+        (!text.starts_with("hv_vss_daemon: ") || is_crash(text)).then_some(())?;
         Some(Record {
             level: WARNING,
             at_us: seconds * 1_000_000 + micros.parse::<u64>().ok()?,
@@ -2143,6 +2187,12 @@ mod tests {
     }
 
     #[test]
+    fn a_setting_has_whole_seconds_and_no_fewer() {
+        let of = |millis| whole_seconds(Duration::from_millis(millis)).as_secs();
+        assert_eq!([2000, 2001, 2999, 3000].map(of), [2, 3, 3, 3]);
+    }
+
+    #[test]
     fn whatever_is_a_warning_is_a_complaint() {
         let record = |level, text: &str| Record {
             level,
@@ -2215,6 +2265,36 @@ mod tests {
     }
 
     #[test]
+    fn the_crash_of_a_program_is_a_complaint() {
+        let record = |text: &str| Record {
+            level: 6,
+            at_us: 0,
+            text: text.into(),
+        };
+        // The kernel's own records inform only, and what a program has written is taken for that.
+        let log = [
+            record("hv_vss_daemon: panicked at daemon/src/backup.rs:7:3:"),
+            record(
+                "hv_vss_guard[7]: segfault at 8 ip 55e0 sp 7ffc error 4 in hv_vss_daemon[55e0+1]",
+            ),
+            record("traps: hv_vss_daemon[8] trap invalid opcode ip:55e0 sp:7ffc error:0"),
+            record("traps: hv_vss_daemon[9] general protection fault ip:55e0 sp:7ffc error:0"),
+            record("hv_vss_daemon: all is thawed"),
+        ];
+        let found = complaints(&log, &[]);
+        let crashes: Vec<&str> = log[..4].iter().map(|it| it.text.as_str()).collect();
+        assert_eq!(found.lines().collect::<Vec<_>>(), crashes);
+        assert_eq!(complaints(&log[..1], &["panicked at"]), "");
+        // On a console, too, where what the daemon says is no complaint otherwise.
+        let console: Vec<String> = log
+            .iter()
+            .map(|it| format!("[    1.000002] {}\n", it.text))
+            .collect();
+        let found = complaints(&on_console(&console.concat()), &[]);
+        assert_eq!(found.lines().collect::<Vec<_>>(), crashes);
+    }
+
+    #[test]
     fn only_the_expected_report_is_left_out() {
         let lines = |lines: &[&str]| -> Vec<Record> {
             let record = |text: &&str| Record {
@@ -2239,6 +2319,13 @@ mod tests {
         let log = lines(&[first, second].concat());
         let found = complaints(&log, &["expected+"]);
         assert_eq!(found.lines().collect::<Vec<_>>(), second);
+    }
+
+    #[test]
+    fn dirty_memory_is_found_in_meminfo() {
+        let text = "MemFree:  1 kB\nDirty:            262160 kB\nWriteback:   0 kB\n";
+        assert_eq!(dirty_kib_in(text).expect("it is there"), 262_160);
+        assert!(dirty_kib_in("MemFree: 1 kB\n").is_err());
     }
 
     #[test]

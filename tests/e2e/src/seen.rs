@@ -11,6 +11,7 @@ use crate::table::NOT_RUN;
 use anyhow::{Context, Result};
 use e2e::guest::{Comparison, Kernel};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -75,6 +76,21 @@ const FAILED: &str = "not known, the case failed";
 
 /// How what stands in a cell ends when its case has failed.
 const CASE_FAILED: &str = "; its case failed";
+
+impl Rows {
+    fn tree(&self) -> Result<Tree> {
+        let empty = Rows {
+            rows: Vec::new(),
+            origin: self.origin.clone(),
+            ..*self
+        };
+        // Its rows are the last that it has.
+        let begin = serde_json::to_string(&empty)?;
+        let begin = begin.strip_suffix("]}").context("no rows in its end")?;
+        let rows: Result<Vec<_>> = self.rows.iter().map(Tree::line).collect();
+        Ok(Tree::Parts(begin.to_owned(), rows?, "]}"))
+    }
+}
 
 impl Cell {
     /// Its case has failed. Where nothing was seen there is nothing to doubt.
@@ -151,9 +167,30 @@ impl Seen {
 
     /// Writes the file.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let mut text = serde_json::to_string_pretty(self)?;
-        text.push('\n');
+        let text = self.text()?;
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// All of it in JSON, with a line for each row that a case has compared, each cell, and how each case went: so it
+    /// is to be seen what a run has changed.
+    fn text(&self) -> Result<String> {
+        let on_kernel = |it: &OnKernel| {
+            let parts = [
+                ("kernel", Tree::line(&it.kernel)?),
+                ("cases", Tree::named(&it.cases, Tree::line)?),
+            ];
+            Ok(Tree::of(parts))
+        };
+        let stages = |it: &BTreeMap<_, _>| Tree::named(it, |it| Tree::named(it, Tree::line));
+        let all = Tree::of([
+            ("comparisons", Tree::named(&self.comparisons, Rows::tree)?),
+            ("cells", Tree::named(&self.cells, stages)?),
+            ("kernels", Tree::named(&self.kernels, on_kernel)?),
+        ]);
+        let mut text = String::new();
+        all.put(&mut text, 0);
+        text.push('\n');
+        Ok(text)
     }
 
     /// Takes in what a run has seen.
@@ -310,6 +347,56 @@ impl Seen {
     }
 }
 
+/// A value of JSON by the lines that it takes.
+enum Tree {
+    /// One.
+    Line(String),
+    /// How it begins, each of its parts on lines of its own, and how it ends.
+    Parts(String, Vec<Tree>, &'static str),
+    /// What stands behind a name.
+    Named(String, Box<Tree>),
+}
+
+impl Tree {
+    fn line(value: &impl Serialize) -> Result<Tree> {
+        Ok(Tree::Line(serde_json::to_string(value)?))
+    }
+
+    fn named<T>(of: &BTreeMap<String, T>, each: impl Fn(&T) -> Result<Tree>) -> Result<Tree> {
+        let mut parts = Vec::new();
+        for (name, value) in of {
+            parts.push((name.as_str(), each(value)?));
+        }
+        Ok(Tree::of(parts))
+    }
+
+    fn of<'a>(parts: impl IntoIterator<Item = (&'a str, Tree)>) -> Tree {
+        let named =
+            |(name, tree): (&str, _)| Tree::Named(Value::from(name).to_string(), Box::new(tree));
+        Tree::Parts("{".into(), parts.into_iter().map(named).collect(), "}")
+    }
+
+    /// Adds it to a line that is indented by so much.
+    fn put(&self, text: &mut String, indent: usize) {
+        match self {
+            Tree::Line(line) => text.push_str(line),
+            Tree::Named(name, tree) => {
+                text.push_str(&format!("{name}: "));
+                tree.put(text, indent);
+            }
+            Tree::Parts(begin, parts, end) => {
+                text.push_str(begin);
+                for (number, part) in parts.iter().enumerate() {
+                    let comma = if number == 0 { "" } else { "," };
+                    text.push_str(&format!("{comma}\n{:1$}", "", indent + 1));
+                    part.put(text, indent + 1);
+                }
+                text.push_str(&format!("\n{:indent$}{end}", ""));
+            }
+        }
+    }
+}
+
 /// The numbers at the start of a release, the first of which counts most.
 fn numbers(release: &str) -> Vec<u32> {
     let version = release.split(['-', '+']).next().unwrap_or_default();
@@ -463,6 +550,27 @@ mod tests {
         assert_eq!(seen.cell("dead", "1", "peer"), Some("frozen"));
         assert_eq!(seen.cell("dead", "2", "ours"), Some("F ok"));
         assert_eq!(seen.cell("dead", "2", "peer"), None);
+    }
+
+    #[test]
+    fn each_row_cell_and_result_has_a_line() {
+        let cells = [
+            ["dead", "1", "ours", "F ok"],
+            ["dead", "1", "peer", "hangs"],
+        ];
+        let verdicts = [on("7.3.4", true, verdict("a/b", "good \"so\"", &cells))];
+        let mut seen = Seen::default();
+        seen.merge(&verdicts);
+        seen.merge_kernel("default", &verdicts);
+        let text = seen.text().unwrap();
+        assert_eq!(serde_json::from_str::<Seen>(&text).unwrap(), seen);
+        let with = |word: &str| text.lines().filter(|it| it.contains(word)).count();
+        assert_eq!(
+            ["\"a/b\": {", "good", "F ok", "hangs"].map(with),
+            [2, 1, 1, 2]
+        );
+        // One for the row, two for the cells, one for the result; the others begin, end, or are the kernel's.
+        assert_eq!(text.lines().count(), 23, "{text}");
     }
 
     #[test]

@@ -13,8 +13,15 @@ read -r flags </sys/class/net/lo/flags
 
 echo "no process of a daemon is left"
 while pidof hv_vss_daemon hv_vss_guard >/dev/null; do sleep 0.02; done
-# As after a boot: the next daemon is no heir of those that were killed.
-[ ! -e /run/hv_vss ] || rm -rf /run/hv_vss
+# As after a boot: the next daemon is no heir of those that were killed, and remembers nothing. Under systemd the
+# configuration is what was installed.
+left=
+for folder in /run/hv_vss /var/lib/hv_vss /etc/hv_vss; do
+    case $folder in /etc/*) [ ! -d /run/systemd/system ] || continue ;; esac
+    [ ! -e $folder ] || left="$left $folder"
+done
+# shellcheck disable=SC2086  # one word each
+[ -z "$left" ] || rm -rf $left || exit 1
 
 echo "what was mounted is unmounted"
 # The one below /mnt that was mounted last, empty without any.

@@ -308,7 +308,7 @@ fn rehearse(guest: &Guest, module: Module) -> Result<Process> {
 
 fn rehearsal(guest: &Guest) -> Result<()> {
     make_one(guest)?;
-    guest.sh("rm -rf /etc/hv_vss /run/notes; mkdir -p /etc/hv_vss/hooks.d")?;
+    guest.sh("rm -f /run/notes; mkdir -p /etc/hv_vss/hooks.d")?;
     hook(guest, "10-a", "")?;
     for &module in guest.modules() {
         let daemon = start(guest, module, Daemon::Ours)?;
@@ -412,7 +412,6 @@ pub(super) fn asked(guest: &Guest, words: &str, code: i32) -> Result<String> {
 fn status_and_history(guest: &Guest) -> Result<()> {
     make_one(guest)?;
     let vss = guest.vss();
-    guest.sh("rm -rf /etc/hv_vss /var/lib/hv_vss")?;
     asked(guest, "status", 3)?;
     equal(
         "no history",
@@ -482,18 +481,15 @@ fn status_and_history(guest: &Guest) -> Result<()> {
         let svg = guest.read("/run/a.svg")?;
         ensure!(svg.starts_with("<svg") && svg.contains(word), "{svg}");
     }
-    asked(guest, "history --svg /run/a.svg --number 3", 1)?;
-    guest.sh("rm -rf /etc/hv_vss /var/lib/hv_vss").map(drop)
+    asked(guest, "history --svg /run/a.svg --number 3", 1).map(drop)
 }
 
 fn history_not_written(guest: &Guest) -> Result<()> {
     const HOOK: &str = "/etc/hv_vss/hooks.d/10-a";
     make_one(guest)?;
     let vss = guest.vss();
-    guest.sh(
-        "rm -rf /etc/hv_vss /var/lib/hv_vss; mkdir -p /etc/hv_vss/hooks.d /var/lib/hv_vss
-         mount -t tmpfs none /var/lib/hv_vss",
-    )?;
+    guest.sh("mkdir -p /etc/hv_vss/hooks.d /var/lib/hv_vss
+         mount -t tmpfs none /var/lib/hv_vss")?;
     let daemon = start(guest, guest.module(), Daemon::Ours)?;
     observe(guest)?;
     remembered(guest, 1)?;
@@ -516,9 +512,7 @@ fn history_not_written(guest: &Guest) -> Result<()> {
     remembered(guest, 2)?;
     asked(guest, "status", 0)?;
     stop(guest, guest.module(), &daemon)?;
-    guest
-        .sh("umount /var/lib/hv_vss && rm -rf /etc/hv_vss /var/lib/hv_vss")
-        .map(drop)
+    guest.sh("umount /var/lib/hv_vss").map(drop)
 }
 
 /// The history, once it has so many entries.
@@ -535,7 +529,6 @@ fn remembered(guest: &Guest, number: usize) -> Result<serde_json::Value> {
 fn ended_amid_a_backup(guest: &Guest) -> Result<()> {
     make_one(guest)?;
     let vss = guest.vss();
-    guest.sh("rm -rf /etc/hv_vss /var/lib/hv_vss")?;
     let mut daemon = start(guest, guest.module(), Daemon::Ours)?;
     let mut number = 0;
     for (signal, why) in [
@@ -566,8 +559,7 @@ fn ended_amid_a_backup(guest: &Guest) -> Result<()> {
         );
         asked(guest, "status", 4)?;
     }
-    stop(guest, guest.module(), &daemon)?;
-    guest.sh("rm -rf /var/lib/hv_vss").map(drop)
+    stop(guest, guest.module(), &daemon)
 }
 
 fn hung_tasks(guest: &Guest) -> Result<()> {
@@ -585,7 +577,7 @@ fn hung_tasks(guest: &Guest) -> Result<()> {
 
 fn check(guest: &Guest) -> Result<()> {
     make_one(guest)?;
-    guest.sh("rm -rf /etc/hv_vss; mkdir -p /etc/hv_vss/hooks.d")?;
+    guest.sh("mkdir -p /etc/hv_vss/hooks.d")?;
     let says = |text: &str, words: &[&str]| {
         for word in words {
             ensure!(
@@ -712,7 +704,7 @@ fn check_while_refusing(guest: &Guest) -> Result<()> {
     make_one(guest)?;
     make_hung(guest)?;
     load(guest, Module::Stock, &[])?;
-    let daemon = guest.start_daemon_with("give_up = 1")?;
+    let (daemon, _) = guest.start_daemon_within("give_up", Duration::from_secs(1))?;
     wait_for_daemon(guest)?;
     let graded = |wanted: &str| {
         let found = asked(guest, "check --json", if wanted == "ok" { 0 } else { 6 })?;
@@ -773,7 +765,7 @@ fn reload(guest: &Guest) -> Result<()> {
     const RELOAD: &str = "/payload/hv_vss_daemon reload";
     const FOLDER: &str = "/etc/hv_vss/daemon.toml.d";
     make_one(guest)?;
-    guest.sh(&format!("rm -rf /etc/hv_vss; mkdir -p {FOLDER}"))?;
+    guest.sh(&format!("mkdir -p {FOLDER}"))?;
     let put = |path: &str, text: &str| guest.sh(&format!("printf '{text}' >{path}"));
     let all = super::good(&["/writer", "/mnt/a/w"]);
     let root_alone = super::Seen {
@@ -831,7 +823,7 @@ fn reload(guest: &Guest) -> Result<()> {
     stop(guest, guest.module(), &daemon)?;
     let text = asked(guest, "reload", 1)?;
     ensure!(text.contains("no daemon serves"), "{text}");
-    guest.sh("rm -rf /etc/hv_vss").map(drop)
+    Ok(())
 }
 
 fn reload_that_hangs(guest: &Guest) -> Result<()> {
@@ -840,7 +832,7 @@ fn reload_that_hangs(guest: &Guest) -> Result<()> {
     make_hung(guest)?;
     // Nothing of it is in memory once it was mounted anew.
     guest.sh(&format!(
-        "rm -rf /etc/hv_vss; mkdir -p /etc/hv_vss/daemon.toml.d
+        "mkdir -p /etc/hv_vss/daemon.toml.d
          echo 'give_up = 8' >/mnt/hung/a.toml && umount /mnt/hung
          echo 'give_up = 7' >{FILE}"
     ))?;
@@ -874,7 +866,7 @@ fn reload_that_hangs(guest: &Guest) -> Result<()> {
         equal("the first", guest.wait(&first, STEP)?.status, Some(1))
     };
     let seen = check();
-    guest.sh(&format!("{UNHANG}; rm -rf /etc/hv_vss"))?;
+    guest.sh(UNHANG)?;
     seen?;
     super::backup(guest)?;
     stop(guest, guest.module(), &daemon)?;
@@ -1030,15 +1022,12 @@ fn check_next_boot(guest: &Guest) -> Result<()> {
     warns_of("beside a daemon without the unit", &[])?;
     guest.signal(&daemon, 15)?;
     guest.wait(&daemon, STEP)?;
-    guest
-        .sh("systemctl enable --quiet hv_vss; rm -rf /var/lib/hv_vss")
-        .map(drop)
+    guest.sh("systemctl enable --quiet hv_vss").map(drop)
 }
 
 fn varlink(guest: &Guest) -> Result<()> {
     const SOCKET: &str = "/run/hv_vss/control";
     const NAME: &str = "org.hv-vss.Daemon";
-    guest.sh("rm -rf /var/lib/hv_vss")?;
     start_service(guest)?;
     let says = |line: &str, word: &str| {
         let text = guest.sh(line)?;
@@ -1063,9 +1052,7 @@ fn varlink(guest: &Guest) -> Result<()> {
     equal("thaw", &called("Thaw")?["thawed"], &false.into())?;
     let found = &called("Check")?["findings"];
     ensure!(found[0]["what"] == "daemon", "what check finds: {found}");
-    guest
-        .sh("systemctl stop hv_vss; rm -rf /var/lib/hv_vss")
-        .map(drop)
+    guest.sh("systemctl stop hv_vss").map(drop)
 }
 
 fn no_device(guest: &Guest) -> Result<()> {
@@ -1296,10 +1283,10 @@ fn peer_log_not_read(guest: &Guest, syslogd: &Process, rounds: usize) -> Result<
             guest.signal(syslogd, 18)?;
         }
         late.map_or_else(|| vss.wait(thaw, STEP), Ok)?;
-        let paths = ["/", "/mnt/a"];
-        guest.wait_until("all is thawed once the log goes on", STEP, || {
-            Ok(guest.not_frozen("then", &paths).is_ok())
-        })?;
+        // Whoever asks whether one is frozen thaws it: first those are looked at who wait for it.
+        let stuck = super::stuck_writers(guest)?;
+        equal("who is stuck once the log goes on", stuck, Vec::new())?;
+        guest.not_frozen("then", &["/", "/mnt/a"])?;
         if freezes_late || thaws_late {
             break;
         }

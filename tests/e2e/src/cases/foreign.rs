@@ -6,7 +6,9 @@
 //! Where the module holds what is frozen nobody else can thaw it, so that much of this is a matter of
 //! FIFREEZE, which is what there is with the stock `hv_utils`.
 
-use super::deadman::{guard_of, hang_writes, make_hung, released, remove_hung, RELEASED, UNHANG};
+use super::deadman::{
+    guard_of, hang_writes, make_hung, released, released_at, remove_hung, RELEASED, UNHANG,
+};
 use super::disks::{self, load_driver, Attached};
 use super::{
     all_frozen, case, good_backup, load, logged, module_holds, observe, start, stop,
@@ -576,9 +578,15 @@ fn kept_frozen_and_daemon_killed(guest: &Guest) -> Result<()> {
     make_volume(guest)?;
     let vss = guest.vss();
     // It waits for longer than a deadline of so much.
-    for (config, kills) in [("", true), ("deadline = 3", false)] {
+    for kills in [true, false] {
         load(guest, Module::Stock, &[])?;
-        let daemon = guest.start_daemon_with(config)?;
+        let daemon = match kills {
+            true => guest.start_daemon(Daemon::Ours)?,
+            false => {
+                let limit = Duration::from_secs(3);
+                guest.start_daemon_within("deadline", limit)?.0
+            }
+        };
         wait_for_daemon(guest)?;
         guest.freeze("/mnt/v")?;
         let freeze = vss.send_freeze(&[])?;
@@ -688,19 +696,17 @@ fn stopped_and_started(guest: &Guest) -> Result<()> {
 }
 
 fn guard_stopped(guest: &Guest) -> Result<()> {
-    const DEADLINE: Duration = Duration::from_secs(2);
     make_volume(guest)?;
     let vss = guest.vss();
     load(guest, Module::Stock, &[])?;
-    let daemon = guest.start_daemon_with("deadline = 2")?;
+    let (daemon, deadline) = guest.start_daemon_within("deadline", Duration::from_secs(2))?;
     wait_for_daemon(guest)?;
     let guard = guard_of(guest, &daemon)?;
     guest.signal_all(&[guard], 19)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     let frozen = guest.clock()?;
     // The daemon gives the guard a second.
-    let limit = DEADLINE + RELEASED * 2;
-    released(guest, "the deadline", frozen, limit)?;
+    released_at(guest, "the deadline", frozen, deadline + RELEASED)?;
     answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
     // It is not left to be: nobody would mind the next ones, and what it was handed could not be unmounted.
     guest.wait_until("it is replaced", STEP, || {

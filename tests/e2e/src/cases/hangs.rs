@@ -387,7 +387,7 @@ fn hung_freeze(guest: &Guest, module: Module) -> Result<()> {
     make_two(guest)?;
     let vss = guest.vss();
     load(guest, module, &[])?;
-    let daemon = guest.start_daemon_with("deadline = 3")?;
+    let (daemon, _) = guest.start_daemon_within("deadline", Duration::from_secs(3))?;
     wait_for_daemon(guest)?;
     let sent = guest.clock()?;
     let tx = freeze_that_hangs(guest, &daemon)?;
@@ -741,7 +741,7 @@ fn killed_behind_a_hung_look(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/a/w")?;
     let vss = guest.vss();
     load(guest, Module::Stock, &[])?;
-    let daemon = guest.start_daemon_with("give_up = 2")?;
+    let (daemon, _) = guest.start_daemon_within("give_up", Duration::from_secs(2))?;
     wait_for_daemon(guest)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     guest.sh(HANG)?;
@@ -806,7 +806,7 @@ fn newcomer_beside_a_hung_freeze(guest: &Guest) -> Result<()> {
     make_two(guest)?;
     guest.sh("mkdir -p /mnt/new && mkfs.ext4 -q -F /dev/ram6")?;
     load(guest, Module::Ours, &[])?;
-    let daemon = guest.start_daemon_with("give_up = 2")?;
+    let (daemon, _) = guest.start_daemon_within("give_up", Duration::from_secs(2))?;
     wait_for_daemon(guest)?;
     good_backup(guest)?;
     let freeze = freeze_that_hangs(guest, &daemon)?;
@@ -870,7 +870,7 @@ fn killed_beside_a_hung_sync(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/a/w")?;
     let vss = guest.vss();
     load(guest, guest.module(), &[])?;
-    let daemon = guest.start_daemon_with("give_up = 1")?;
+    let (daemon, _) = guest.start_daemon_within("give_up", Duration::from_secs(1))?;
     wait_for_daemon(guest)?;
     // From then on it knows that this one cannot freeze.
     good_backup(guest)?;
@@ -903,7 +903,7 @@ fn killed_beside_a_hung_sync(guest: &Guest) -> Result<()> {
 
 fn hung_sync(guest: &Guest) -> Result<()> {
     make_hung_disk(guest, "/dev/ram4", 64)?;
-    guest.sh("rm -rf /etc/hv_vss; mkdir -p /etc/hv_vss /mnt/a
+    guest.sh("mkdir -p /etc/hv_vss /mnt/a
          mkfs.ext4 -q -F /dev/ram1 && mount /dev/ram1 /mnt/a
          mkfs.ext4 -q -F /dev/mapper/hung && mount /dev/mapper/hung /mnt/hung && sync")?;
     guest.writer_start("/mnt/a/w")?;
@@ -947,7 +947,7 @@ fn hung_sync(guest: &Guest) -> Result<()> {
         "the sync should hang until its disk is back"
     );
     good_backup(guest).context("of the next daemon")?;
-    guest.sh(&format!("{UNHANG}; rm -rf /etc/hv_vss"))?;
+    guest.sh(UNHANG)?;
     guest.wait(&daemon, STEP)?;
     stop(guest, module, &next)
 }
@@ -1019,7 +1019,7 @@ fn hung_below_fuse(guest: &Guest) -> Result<()> {
     guest.writer_start("/mnt/a/w")?;
     let module = guest.module();
     load(guest, module, &[])?;
-    let daemon = guest.start_daemon_with("give_up = 1")?;
+    let (daemon, _) = guest.start_daemon_within("give_up", Duration::from_secs(1))?;
     wait_for_daemon(guest)?;
     good_backup(guest)?;
     let there = format!("/proc/{}/cwd", server.pid);
@@ -1079,7 +1079,7 @@ fn image_on_dead_fuse(guest: &Guest, module: Module) -> Result<()> {
     ))?;
     guest.writer_start("/mnt/a/w")?;
     load(guest, module, &[])?;
-    let daemon = guest.start_daemon_with("give_up = 2")?;
+    let (daemon, _) = guest.start_daemon_within("give_up", Duration::from_secs(2))?;
     wait_for_daemon(guest)?;
     good_backup(guest)?;
     let frozen = || -> Result<usize> {

@@ -3,7 +3,7 @@
 //! The stock kernel's own drivers as judges of the simulated host: what they bind to works, and they have
 //! nothing to complain of. And what else a host does to a guest while it backs it up.
 
-use super::deadman::{released, RELEASED};
+use super::deadman::released_at;
 use super::{
     all_frozen, case, good, load, observe, start, stop, stuck_writers, wait_for_daemon, Case,
 };
@@ -25,6 +25,11 @@ pub const CASES: &[Case] = &[
         "judges/uio",
         "uio_hv_generic takes a device, opens its channel, hears of a message and lets go of it",
         uio,
+    ),
+    case(
+        "judges/crash",
+        "a program that ends by SIGABRT which nobody has sent is held against the case, and so are the words of a panic",
+        crash,
     ),
     case(
         "judges/time-set-while-frozen",
@@ -53,6 +58,26 @@ pub const CASES: &[Case] = &[
         )
     },
 ];
+
+/// What every case is judged by, seen to fail.
+fn crash(guest: &Guest) -> Result<()> {
+    let is_held_against = |what: &str| -> Result<()> {
+        let held = guest.check_log().err().map(|it| it.to_string());
+        let held = held.with_context(|| format!("nobody complains: {what}"))?;
+        ensure!(held.contains(what), "it should say {what}: {held}");
+        Ok(guest.mark_log()?)
+    };
+    let program = guest.spawn(&["sh", "-c", "kill -ABRT $$"])?;
+    equal("its end", guest.wait(&program, STEP)?.signal, Some(6))?;
+    is_held_against("SIGABRT")?;
+    let program = guest.spawn(&["sleep", "1000"])?;
+    guest.signal(&program, 6)?;
+    equal("its end", guest.wait(&program, STEP)?.signal, Some(6))?;
+    guest.check_log()?;
+    // As a thread of the daemon or of its guard says it.
+    guest.sh("echo 'hv_vss_daemon: panicked at daemon/src/lib.rs:1:1:' >/dev/kmsg")?;
+    is_held_against("panicked at")
+}
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -205,15 +230,14 @@ fn time_set_while_frozen(guest: &Guest, module: Module) -> Result<()> {
     stop(guest, module, &daemon)?;
 
     // The deadline comes when it should, though the clock says that it is an hour before.
-    const DEADLINE: Duration = Duration::from_secs(2);
     load(guest, module, &[])?;
-    let daemon = guest.start_daemon_with("deadline = 2")?;
+    let (daemon, deadline) = guest.start_daemon_within("deadline", Duration::from_secs(2))?;
     wait_for_daemon(guest)?;
     answered("FREEZE", &vss.freeze(&[], STEP)?, status::OK)?;
     let frozen = guest.clock()?;
     let sync = guest.host().timesync();
     sync.set(SystemTime::now() - 2 * HOUR, STEP)?;
-    released(guest, "the deadline", frozen, DEADLINE + RELEASED)?;
+    released_at(guest, "the deadline", frozen, deadline)?;
     answered("THAW after it", &vss.thaw(STEP)?, status::FAIL)?;
     set_clock(guest, SystemTime::now())?;
     stop(guest, module, &daemon)

@@ -266,7 +266,7 @@ fn nbd_or_another_hangs(guest: &Guest) -> Result<()> {
     }
     let vss = guest.vss();
     load(guest, Module::Ours, &[])?;
-    let daemon = guest.start_daemon_with("give_up = 1")?;
+    let (daemon, _) = guest.start_daemon_within("give_up", Duration::from_secs(1))?;
     wait_for_daemon(guest)?;
     for (round, hung) in (1..).zip(["/mnt/nbd", "/mnt/v"]) {
         guest.sh("sync")?;

@@ -101,10 +101,36 @@ struct Course {
     stall: Duration,
 }
 
+/// What a case leaves to be written to the slow one.
+struct Dirt<'a> {
+    script: &'a str,
+    /// How much of it is in memory afterwards, at least.
+    mib: u64,
+}
+
+impl Dirt<'_> {
+    /// Leaves it, and sees to it that it is there: what is written before the request makes that one look quick.
+    fn leave(&self, guest: &Guest) -> Result<()> {
+        guest.sh("echo 3000 > /proc/sys/vm/dirty_writeback_centisecs")?;
+        guest.sh(self.script)?;
+        let (dirty, wanted) = (guest.dirty_kib()?, self.mib * 1024);
+        ensure!(
+            dirty >= wanted,
+            "{wanted} KiB should be dirty in the guest, {dirty} KiB are: some was written early"
+        );
+        Ok(())
+    }
+}
+
+/// A file of its own: one that is overwritten ext4 begins to write at its close.
+const MUCH: Dirt = Dirt {
+    script: "rm -f /mnt/slow/file && dd if=/dev/zero of=/mnt/slow/file bs=24M count=1 2>/dev/null",
+    mib: 24,
+};
+
 /// Dirties the slow one, backs up, and sees to it that the answer is good.
-fn back_up(guest: &Guest, disk: &Attached, dirty: &str) -> Result<Course> {
-    guest.sh("echo 3000 > /proc/sys/vm/dirty_writeback_centisecs")?;
-    guest.sh(dirty)?;
+fn back_up(guest: &Guest, disk: &Attached, dirty: &Dirt) -> Result<Course> {
+    dirty.leave(guest)?;
     disk.disk.set_bandwidth(NonZeroU64::new(SLOW));
     let sent = guest.clock()?;
     let tx = guest.vss().send_freeze(&[])?;
@@ -120,7 +146,7 @@ fn back_up(guest: &Guest, disk: &Attached, dirty: &str) -> Result<Course> {
 }
 
 /// A backup with ours: the neighbours stood still for a small part of the time.
-fn hardly_noticed(guest: &Guest, disk: &Attached, dirty: &str) -> Result<Course> {
+fn hardly_noticed(guest: &Guest, disk: &Attached, dirty: &Dirt) -> Result<Course> {
     let daemon = start(guest, Module::Ours, Daemon::Ours)?;
     let course = back_up(guest, disk, dirty)?;
     let Course { freeze, stall } = course;
@@ -139,7 +165,7 @@ fn hardly_noticed(guest: &Guest, disk: &Attached, dirty: &str) -> Result<Course>
 }
 
 /// The same with ours and the peer.
-fn compared(guest: &Guest, disk: &Attached, what: &str, dirty: &str) -> Result<()> {
+fn compared(guest: &Guest, disk: &Attached, what: &str, dirty: &Dirt) -> Result<()> {
     let ours = hardly_noticed(guest, disk, dirty)?;
     let daemon = start(guest, Module::Stock, Daemon::Debian)?;
     let peer = back_up(guest, disk, dirty)?;
@@ -157,27 +183,32 @@ fn compared(guest: &Guest, disk: &Attached, what: &str, dirty: &str) -> Result<(
 
 fn much_to_write(guest: &Guest) -> Result<()> {
     let disk = make(guest, 128, "mkfs.ext4 -q -F")?;
-    let dirty = "dd if=/dev/zero of=/mnt/slow/file bs=24M count=1 2>/dev/null";
     compared(
         guest,
         &disk,
         "a slow disk (4 MiB/s) has 24 MiB to write back, three others have nothing",
-        dirty,
+        &MUCH,
     )
 }
 
 fn new_files(guest: &Guest) -> Result<()> {
     let disk = make(guest, 320, "mkfs.xfs -q -f")?;
-    let dirty = "mkdir -p /mnt/slow/d && cd /mnt/slow/d && n=0
+    let files = Dirt {
+        script: "mkdir -p /mnt/slow/d && cd /mnt/slow/d && n=0
                  while [ $n -lt 500 ]; do echo $n > $n; n=$((n + 1)); done
-                 dd if=/dev/zero of=all bs=8M count=1 2>/dev/null";
-    hardly_noticed(guest, &disk, dirty).map(drop)
+                 dd if=/dev/zero of=all bs=8M count=1 2>/dev/null",
+        mib: 8,
+    };
+    hardly_noticed(guest, &disk, &files).map(drop)
 }
 
 fn cannot_freeze(guest: &Guest) -> Result<()> {
     let disk = make(guest, 64, "mkfs.vfat")?;
-    let dirty = "dd if=/dev/zero of=/mnt/slow/file bs=16M count=1 2>/dev/null";
-    hardly_noticed(guest, &disk, dirty).map(drop)
+    let file = Dirt {
+        script: "dd if=/dev/zero of=/mnt/slow/file bs=16M count=1 2>/dev/null",
+        mib: 16,
+    };
+    hardly_noticed(guest, &disk, &file).map(drop)
 }
 
 fn with_a_hook(guest: &Guest) -> Result<()> {
@@ -217,8 +248,7 @@ fn longer_than_prepare(guest: &Guest) -> Result<()> {
     load(guest, Module::Ours, &[])?;
     let daemon = guest.start_daemon_with("prepare = 1")?;
     wait_for_daemon(guest)?;
-    let dirty = "dd if=/dev/zero of=/mnt/slow/file bs=24M count=1 2>/dev/null";
-    let course = back_up(guest, &disk, dirty)?;
+    let course = back_up(guest, &disk, &MUCH)?;
     ensure!(
         course.freeze > Duration::from_secs(2),
         "FREEZE took {:?} only, `prepare` is 1 s",
@@ -234,7 +264,7 @@ fn longer_than_prepare(guest: &Guest) -> Result<()> {
     load(guest, Module::Ours, &["freeze_timeout_ms=15000"])?;
     let daemon = guest.start_daemon(Daemon::Ours)?;
     wait_for_daemon(guest)?;
-    guest.sh(dirty)?;
+    MUCH.leave(guest)?;
     disk.disk.set_bandwidth(NonZeroU64::new(SLOW / 8));
     answered("FREEZE", &guest.vss().freeze(&[], STEP * 2)?, status::FAIL)?;
     let mut log = String::new();

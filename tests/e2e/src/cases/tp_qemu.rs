@@ -163,7 +163,7 @@ fn hook_script(guest: &Guest) -> Result<()> {
     guest.wait_until("it was called for both", STEP, || {
         Ok(guest.sh("cat /run/called")? == "freeze\nthaw\n")
     })?;
-    guest.sh("rm -r /etc/hv_vss /run/called")?;
+    guest.sh("rm /run/called")?;
     stop(guest, guest.module(), &daemon)
 }
 

@@ -85,6 +85,9 @@ pub enum Command {
     },
     /// The pids of the spawned programs that still run.
     Spawned,
+    /// The spawned programs that have crashed since the last call, in words: a signal of a crash has ended them which
+    /// was not sent by [`Command::Signal`].
+    Crashed,
     /// The text of a file, at most 256 KiB of it.
     Read {
         /// Which.

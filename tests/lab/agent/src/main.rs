@@ -80,10 +80,11 @@ impl Agent {
                 };
                 json!(self.processes.spawn(&argv, &log, stdin)?)
             }
-            Command::Signal { pids, signal } => json!(process::signal(&pids, signal)?),
+            Command::Signal { pids, signal } => json!(self.processes.signal(&pids, signal)?),
             Command::Clock => json!(clock_us()),
             Command::Wait { pid, timeout_ms } => json!(self.processes.wait(pid, timeout_ms)?),
             Command::Spawned => json!(self.processes.running()),
+            Command::Crashed => json!(self.processes.crashed()),
             Command::Read { path } => json!(kernel::read_file(&path)?),
             Command::ReadOn { path, from } => json!(kernel::read_on(&path, from)?),
             Command::Write { path, text } => json!(kernel::write_file(&path, &text)?),

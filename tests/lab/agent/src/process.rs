@@ -14,6 +14,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -112,21 +113,33 @@ pub fn run(argv: &[String], timeout_ms: u64) -> Result<Ended, Error> {
     Ok(ended)
 }
 
-/// Sends a signal to all of these and returns when it began to. All are tried, whatever fails.
-pub fn signal(pids: &[i32], signal: i32) -> Result<u64, Error> {
-    let signal = Signal::try_from(signal)?;
-    let began = clock_us();
-    // Nothing in between, so that as a rule none of them runs before all have their signal.
-    let sent = pids.iter().map(|pid| kill(Pid::from_raw(*pid), signal));
-    sent.fold(Ok(()), Result::and)?;
-    Ok(began)
-}
+/// What ends a program that has crashed.
+const CRASHES: [Signal; 4] = [
+    Signal::SIGABRT,
+    Signal::SIGBUS,
+    Signal::SIGILL,
+    Signal::SIGSEGV,
+];
 
 /// One spawned program: its end, once it has come.
 #[derive(Default)]
 struct Process {
+    argv: Vec<String>,
     end: Mutex<Option<ExitStatus>>,
     changed: Condvar,
+    /// Those of them that were sent to it.
+    sent: Mutex<Vec<Signal>>,
+    /// Whether its end was told as a crash.
+    is_told: AtomicBool,
+}
+
+impl Process {
+    /// The signal of a crash that has ended it and that nobody has sent.
+    fn crash(&self) -> Option<Signal> {
+        let end = (*lock(&self.end))?.signal()?;
+        let signal = CRASHES.into_iter().find(|it| *it as i32 == end)?;
+        (!lock(&self.sent).contains(&signal)).then_some(signal)
+    }
 }
 
 /// The spawned programs, by pid.
@@ -146,7 +159,10 @@ impl Processes {
             .stderr(err)
             .spawn()?;
         let pid = child.id() as i32;
-        let process = Arc::new(Process::default());
+        let process = Arc::new(Process {
+            argv: argv.to_vec(),
+            ..Process::default()
+        });
         lock(&self.by_pid).insert(pid, process.clone());
         start_thread(move || {
             if let Ok(status) = child.wait() {
@@ -177,10 +193,70 @@ impl Processes {
         })
     }
 
+    /// Sends a signal to all of these, spawned or not, and returns when it began to. All are tried, whatever fails.
+    pub fn signal(&self, pids: &[i32], signal: i32) -> Result<u64, Error> {
+        let signal = Signal::try_from(signal)?;
+        if CRASHES.contains(&signal) {
+            let by_pid = lock(&self.by_pid);
+            for process in pids.iter().filter_map(|pid| by_pid.get(pid)) {
+                lock(&process.sent).push(signal);
+            }
+        }
+        let began = clock_us();
+        // Nothing in between, so that as a rule none of them runs before all have their signal.
+        let sent = pids.iter().map(|pid| kill(Pid::from_raw(*pid), signal));
+        sent.fold(Ok(()), Result::and)?;
+        Ok(began)
+    }
+
+    /// Those that have crashed and were not told of before: what was started, and the signal.
+    pub fn crashed(&self) -> Vec<String> {
+        let by_pid = lock(&self.by_pid);
+        let crash = |it: &Arc<Process>| {
+            let signal = it.crash()?;
+            (!it.is_told.swap(true, SeqCst)).then(|| format!("{}: {signal}", it.argv.join(" ")))
+        };
+        by_pid.values().filter_map(crash).collect()
+    }
+
     /// The pids of those that have not ended.
     pub fn running(&self) -> Vec<i32> {
         let by_pid = lock(&self.by_pid);
         let running = by_pid.iter().filter(|(_, it)| lock(&it.end).is_none());
         running.map(|(pid, _)| *pid).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_crash_that_nobody_has_sent_is_told_once() {
+        let processes = Processes::default();
+        let log = std::env::temp_dir().join(format!("lab-agent-crash-{}", std::process::id()));
+        let start = |script: &str| {
+            let argv = ["sh", "-c", script].map(str::to_owned);
+            processes
+                .spawn(&argv, log.to_str().unwrap(), Stdio::null())
+                .unwrap()
+        };
+        let ends_by = |pid, signal| {
+            let ended = processes.wait(pid, 10_000).unwrap();
+            assert_eq!(ended.signal, Some(signal));
+        };
+        let crash = "kill -ABRT $$; exit 0";
+        ends_by(start(crash), 6);
+        ends_by(start("kill -KILL $$; exit 0"), 9);
+        let aborted = start("exec sleep 1000");
+        processes.signal(&[aborted], 6).unwrap();
+        ends_by(aborted, 6);
+        let killed = start("exec sleep 1000");
+        processes.signal(&[killed], 9).unwrap();
+        ends_by(killed, 9);
+        let told = [format!("sh -c {crash}: SIGABRT")];
+        assert_eq!(processes.crashed(), told);
+        assert!(processes.crashed().is_empty());
+        std::fs::remove_file(log).unwrap();
     }
 }
