@@ -302,15 +302,6 @@ impl Setup {
         lock(&self.double.calls).clone()
     }
 
-    /// What has come after these were asked whether others have frozen them.
-    fn calls_after_what_others_stand_on(&self, those: &[usize]) -> Vec<Call> {
-        let asked = those.iter().flat_map(|it| [("freeze", *it), ("thaw", *it)]);
-        let mut calls = self.calls();
-        let first: Vec<Call> = calls.drain(..those.len() * 2).collect();
-        assert_eq!(first, asked.collect::<Vec<_>>());
-        calls
-    }
-
     fn slow(&self, what: &'static str, number: usize, time: Duration) {
         lock(&self.double.slow).insert((what, number), time);
     }
@@ -1626,10 +1617,14 @@ fn what_stands_on_a_slow_one_is_not_thawed_while_that_freezes() {
     let on: &[&str] = &["8:4"];
     let stand_on = [Some(on), None, Some(&[]), Some(&["8:0", "8:4"]), Some(&[])];
     let waves = [1, 0, 1, 0, 2].map(|wave| (wave, None));
-    let mut s = setup_on(&waves, &stand_on, &[], false);
+    let double = Double {
+        can_call_off: true,
+        ..waits()
+    };
+    let mut s = setup_before(double, &waves, &stand_on, &[], false);
     s.slow("freeze", 4, SHORT * 10);
     s.freeze().unwrap();
-    let calls = s.calls_after_what_others_stand_on(&[0, 4]);
+    let calls = s.calls();
     let of = |number| -> Vec<&str> {
         let mine = calls.iter().filter(|(_, n)| *n == number);
         mine.map(|(what, _)| *what).collect()
@@ -1658,7 +1653,8 @@ fn what_has_nothing_to_do_with_the_others_is_frozen_as_late_as_can_be() {
     let waves = [1, 1, 2, 3, 0].map(|wave| (wave, None));
     let mut s = setup_on(&waves, &stand_on, &[], false);
     s.freeze().unwrap();
-    let calls = s.calls_after_what_others_stand_on(&[2]);
+    // It was asked first whether others have frozen what 1 stands on.
+    let calls = s.calls().split_off(2);
     let frozen: Vec<usize> = calls.iter().map(|(_, n)| *n).collect();
     assert_eq!(frozen[..2], [4, 1]);
     assert_eq!(
