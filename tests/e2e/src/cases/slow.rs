@@ -223,9 +223,11 @@ fn with_a_hook(guest: &Guest) -> Result<()> {
     let module = guest.module();
     let daemon = start(guest, module, Daemon::Ours)?;
     // The first one is that of the request.
-    let dirty = format!(
-        "rm -f /run/times; dd if=/dev/zero of=/mnt/slow/file bs=24M count=1 2>/dev/null && {note}"
-    );
+    let script = format!("rm -f /run/times; {} && {note}", MUCH.script);
+    let dirty = Dirt {
+        script: &script,
+        ..MUCH
+    };
     let Course { freeze, .. } = back_up(guest, &disk, &dirty)?;
     hooks::stop_at_rest(guest, module, &daemon)?;
     let times = guest.sh("cat /run/times")?;
