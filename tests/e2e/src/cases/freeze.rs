@@ -769,7 +769,7 @@ fn may_touch(line: &str, name: &str, freeze: &str, thaw: &str) -> bool {
         "recvmsg" | "sendmsg" => is_of(&["<socket:["]),
         "ioctl" => {
             let does = |it: &str| arguments.contains(it);
-            is_of(&[DEVICE]) || does(freeze) || does(thaw) || does("NS_MNT_GET_NEXT")
+            is_of(&[DEVICE]) || does(freeze) || does(thaw) || does("NS_MNT_GET_")
         }
         _ => true,
     }
