@@ -279,7 +279,7 @@ fn longer_than_prepare(guest: &Guest) -> Result<()> {
         let (last, meanwhile): (Vec<_>, Vec<_>) = log
             .lines()
             .filter(its)
-            .partition(|it| it.contains("warning: called off: "));
+            .partition(|it| it.contains("warning: ") && it.contains(": called off: "));
         let names_limit = |it: &&str| it.ends_with("(freeze_timeout_ms)");
         Ok(!meanwhile.is_empty() && last.iter().any(names_limit))
     });
