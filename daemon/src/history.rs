@@ -488,7 +488,8 @@ impl Unfinished {
     }
 
     /// FREEZE was answered, so many microseconds after the beginning. While all is frozen this takes no
-    /// further memory and looks up no path, unless somebody has removed the file.
+    /// further memory and looks up no path, unless somebody has removed the file or the history does not have the last
+    /// backup yet.
     pub fn answered(&mut self, us: u64) -> Result<(), HistoryError> {
         self.note_with(us.to_string().as_bytes())
     }
