@@ -341,7 +341,7 @@ fn v2_registration(guest: &Guest) -> Result<()> {
             frame: frame_header(frame::REGISTERED, 40, 0),
             abi_version: 2,
             max_frame: 6300,
-            features: feature::HOLD,
+            features: feature::HOLD | feature::PATHS,
             max_held: 2048,
         },
     )?;
