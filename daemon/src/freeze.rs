@@ -27,7 +27,9 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
-use self::work::{lock, ms, Obstacle, Pace, Work};
+use nix::errno::Errno;
+
+use self::work::{is, lock, ms, Obstacle, Pace, Work};
 use crate::apart::Apart;
 use crate::door::{Door, DoorError};
 use crate::ground::Watched;
@@ -401,7 +403,7 @@ impl Session {
     ) -> Result<Summary, FreezeError> {
         let work = &self.work;
         self.ask_again(known);
-        self.leave_out_above_foreign(learnt);
+        self.leave_out_above_foreign();
         for attempt in 0.. {
             self.leave_out_busy();
             *lock(&work.pace) = Pace {
@@ -615,7 +617,7 @@ impl Session {
 
     /// Leaves out what stands on what somebody else keeps frozen: its own freeze would wait for them, and could not be
     /// called off. Nothing is frozen yet, nor is after this.
-    fn leave_out_above_foreign(&self, learnt: &mut Learnt) {
+    fn leave_out_above_foreign(&self) {
         let work = &self.work;
         if work.door.can_call_off() {
             return;
@@ -629,11 +631,19 @@ impl Session {
             let Some(target) = work.targets.get(index).filter(|_| !work.gave_up()) else {
                 return;
             };
-            self.freeze_wave(&[index], false, None::<fn()>);
-            let obstacles = std::mem::take(&mut *lock(&work.obstacles));
-            self.overcome(&obstacles, learnt);
-            if target.is_ours() {
-                work.take_back(target);
+            let since = Instant::now();
+            work.progress.begin(&target.name, since);
+            let asked = work.freeze_or_leave(index, target);
+            work.progress.end(&target.name);
+            match asked {
+                Ok(()) => {
+                    let took = Duration::ZERO;
+                    *target.state() = State::Ours { since, took };
+                    work.take_back(target);
+                }
+                Err(error) if is(&error, Errno::EBUSY) => self.wait_for(index, false),
+                // What else is wrong with it is met when it is its turn.
+                Err(_) => {}
             }
             if *target.state() == State::Foreign {
                 let why = format!("stands on {}, which somebody else has frozen", target.name);
