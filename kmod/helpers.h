@@ -7,6 +7,7 @@
 #define HV_VSS_HELPERS_H
 
 #include <linux/capability.h>
+#include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/hyperv.h>
 #include <linux/module.h>
