@@ -507,6 +507,10 @@ impl Cache {
             if has_changed {
                 // What a path leads to is not always told: a mount that was moved is in its table as before.
                 self.marks = None;
+                if is_believed {
+                    // Nor is it told then what was opened as a path: a mount may have the number of another.
+                    open.clear();
+                }
             }
             if !has_changed || attempt == ATTEMPTS {
                 return Ok(Opening {

@@ -259,16 +259,19 @@ pub fn errors_on(fs_type: &str, dev: DevId) -> Option<u64> {
 }
 
 /// Whether what is on this may have a whole copy on some of its disks: one of the devices that it stands on is a RAID of
-/// md or LVM that is more than stripes, or it is a btrfs with such a profile.
+/// md or LVM that is more than stripes, or one disk by several ways (multipath), or it is a btrfs with such a profile.
 pub fn may_keep_copies(below: &BTreeSet<DevId>, listed: Option<&Entry>) -> bool {
     let is_raid = |dev: &DevId| {
         let read = |path| fs::read_to_string(folder_of(*dev)?.join(path)).ok();
         let level = read("md/level");
         let name = read("dm/name").unwrap_or_default();
+        let uuid = read("dm/uuid").unwrap_or_default();
         level.is_some_and(|it| !["raid0", "linear"].contains(&it.trim_end()))
             // What a mirror of LVM stands on.
             || name.contains("_rimage_")
             || name.contains("_mimage_")
+            // As multipathd has it, whatever the name is.
+            || uuid.starts_with("mpath-")
     };
     let profiles = listed.filter(|it| it.fs_type == "btrfs").map(|it| {
         let data = format!("/sys/fs/btrfs/{}/allocation/data", it.name);
